@@ -1,0 +1,165 @@
+"""The command line: check every job, hand them to Hydra, compare what came out."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from omegaconf import DictConfig
+
+from fa_bench import __version__
+from fa_bench.config import Job, conf_dir, register_schemas
+from fa_bench.errors import ConfigError, FaBenchError
+
+CONFIG_NAME = "config"
+#: Number of jobs of a grid, for the titles of progress bars; also seen by jobs in other processes.
+JOB_COUNT = "FA_BENCH_JOBS"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``fa-bench``.
+
+    Returns:
+        The exit code: 0 where every run finished; 1 where one failed or diverged; 2 for input that cannot be run, with one
+        or two lines on standard error; 130 after an interrupt.
+    """
+    try:
+        return _main(list(sys.argv[1:] if argv is None else argv))
+    except FaBenchError as error:
+        print(f"fa-bench: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fa-bench: interrupted; resume=true goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _main(argv: list[str]) -> int:
+    register_schemas()
+    if "--version" in argv:
+        print(f"fa-bench {__version__}")
+        return 0
+    arguments = _parse(argv)
+    if arguments.help:
+        from fa_bench.usage import usage
+
+        print(usage(arguments.overrides))
+        return 0
+    if arguments.shell_completion or arguments.hydra_help or arguments.info:
+        return _hydra(argv)
+
+    from fa_bench.compose import Composer
+
+    composer = Composer(arguments.config_name or CONFIG_NAME, arguments.config_dir, arguments.overrides)
+    grid = composer.grid(arguments.multirun)
+    if arguments.cfg:
+        return _hydra(argv)
+    jobs = composer.check(grid)
+    if not arguments.multirun:
+        return _hydra(argv) or _report_single(jobs[0][1])
+    os.environ[JOB_COUNT] = str(len(jobs))
+    print(f"{len(jobs)} runs, below {_common([place for _, place in jobs])}", flush=True)
+    flags = [word for word in argv if word not in arguments.overrides]
+    code = _hydra([*flags, *composer.sweep_overrides])
+    return _report_grid([place for _, place in jobs]) or code
+
+
+def _parse(argv: list[str]) -> Any:
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see fa-bench --help")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser.parse_args(argv)
+
+
+def _hydra(argv: list[str]) -> int:
+    """Let Hydra run the jobs; 0 unless Hydra itself gave up."""
+    before, sys.argv = sys.argv, ["fa-bench", *argv]
+    try:
+        hydra.main(config_path=str(conf_dir()), config_name=CONFIG_NAME, version_base="1.3")(_job)()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    finally:
+        sys.argv = before
+    return 0
+
+
+def _job(config: DictConfig) -> None:
+    """One job, called by Hydra; never raises in a grid, so that the others run."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    register_schemas()  # a launcher may have put us into a process of our own
+    from fa_bench.train import record_failure, run, show_log
+
+    show_log()
+    settings = HydraConfig.get()
+    directory = Path(settings.runtime.output_dir)
+    job = Job.from_config(config)
+    alone = settings.mode != RunMode.MULTIRUN
+    counted = "" if alone else f"[{settings.job.num + 1}/{os.environ.get(JOB_COUNT, '?')}] "
+    try:
+        run(job, directory, title=f"{counted}{job.algorithm.name} seed {job.run.seed}")
+    except FaBenchError as error:
+        if alone:
+            _remove_if_empty(directory)
+            print(f"fa-bench: {error}", file=sys.stderr)
+            sys.exit(2)
+        print(f"fa-bench: {counted}{error}", file=sys.stderr)
+        record_failure(job, directory, error)
+    except Exception:
+        # The run's own log and result hold the traceback and the reason.
+        print(f"fa-bench: {counted}failed; see {directory / 'run.log'}", file=sys.stderr)
+        if alone:
+            sys.exit(1)
+
+
+def _remove_if_empty(directory: Path) -> None:
+    """Remove the directory that Hydra made for a run that never started, and empty parents below the working directory."""
+    try:
+        while directory != Path.cwd() and Path.cwd() in directory.absolute().parents:
+            directory.rmdir()
+            directory = directory.parent
+    except OSError:
+        return
+
+
+def _report_single(directory: Path) -> int:
+    from fa_bench.report.runs import read_run
+
+    found = read_run(directory)
+    if found is None:
+        return 1
+    result = found.result
+    accuracy = "none" if result["test_accuracy"] is None else f"{result['test_accuracy']:.2%}"
+    print(f"{result['status']}: test accuracy {accuracy}, {result['seconds'] or 0:.1f} s of training, in {directory}")
+    return 0 if result["status"] == "finished" else 1
+
+
+def _report_grid(places: list[Path]) -> int:
+    from fa_bench.report import write_comparison
+    from fa_bench.report.runs import read_run
+
+    text, figure = write_comparison(places, _common(places))
+    print(f"\n{text}\n\ncurves: {figure}")
+    bad = {place: found.result["status"] if found else "no result" for place in places
+           if (found := read_run(place)) is None or found.result["status"] != "finished"}
+    for place, status in bad.items():
+        print(f"fa-bench: {status}: {place}", file=sys.stderr)
+    return 1 if bad else 0
+
+
+def _common(places: list[Path]) -> Path:
+    common = Path(os.path.commonpath(places))
+    return common.parent if len(places) == 1 else common
+
+
+if __name__ == "__main__":
+    sys.exit(main())

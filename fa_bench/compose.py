@@ -1,0 +1,173 @@
+"""Composes a command line's jobs ahead of Hydra, so that every one is checked before the first one starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fa_bench.config import Job, conf_dir, first_line, import_plugin
+from fa_bench.errors import ConfigError, names, nearest
+from fa_bench.rundir import RunDirectory
+
+
+class Composer:
+    """One command line.
+
+    Args:
+        config_name: name of the primary config.
+        config_dir: a user's folder of further configs, or None.
+        overrides: the command line's overrides.
+
+    Raises:
+        ConfigError: for overrides that cannot be parsed.
+    """
+
+    def __init__(self, config_name: str, config_dir: str | None, overrides: list[str]) -> None:
+        self.config_name, self.overrides = config_name, overrides
+        self.search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
+        if config_dir and not Path(config_dir).is_dir():
+            raise ConfigError(f"--config-dir {config_dir}: no such folder")
+        self.parsed = [_parse(text) for text in overrides]
+        for override in self.parsed:
+            if override.key_or_group == "plugins" and isinstance(override.value(), list):
+                for module in override.value():
+                    import_plugin(str(module))
+        #: What Hydra is given for a grid: the preset's values where the command line gives none, all spelled out.
+        self.sweep_overrides = overrides
+
+    def grid(self, multirun: bool) -> list[list[str]]:
+        """The overrides of every job; the first one is composed, so that unknown keys and groups are found.
+
+        Raises:
+            ConfigError: for a key, group or value that does not exist, a preset grid run without -m, or several values
+                without -m.
+        """
+        swept = [o for o in self.parsed if o.is_sweep_override()]
+        if swept and not multirun:
+            raise ConfigError(f"{swept[0].input_line} names several values: add -m to run the grid")
+        plain = [o.input_line for o in self.parsed if not o.is_sweep_override()]
+        with self._hydra():
+            config = self._compose(plain)
+            for override in swept:
+                for line in _values(override)[:1]:
+                    self._compose([*plain, line])
+        preset = OmegaConf.to_container(config.hydra.sweeper).get("params") or {}  # type: ignore[union-attr]
+        if preset and not multirun:
+            chosen = config.hydra.runtime.choices.get("experiment")
+            raise ConfigError(f"experiment={chosen} is a grid over {names(preset)}: run it with -m")
+        given = {o.get_key_element() for o in self.parsed}
+        added = [f"{key}={value}" for key, value in preset.items() if key not in given]
+        self.sweep_overrides = [*added, *self.overrides, *(["hydra.sweeper.params=null"] if preset else [])]
+        if not multirun:
+            return [self.overrides]
+        expanded = BasicSweeper.split_arguments([_parse(text) for text in [*added, *self.overrides]], None)
+        return [[*job, "hydra.sweeper.params=null"] if preset else job for batch in expanded for job in batch]
+
+    def check(self, grid: list[list[str]]) -> list[tuple[Job, Path]]:
+        """Every job with its directory.
+
+        Raises:
+            ConfigError: for an unknown key, and where two jobs are the same run.
+            OptionError: for a bad value.
+            RunDirectoryError: where a directory holds another config's run.
+        """
+        jobs: list[tuple[Job, Path]] = []
+        seen: dict[Path, list[str]] = {}
+        with self._hydra():
+            for number, overrides in enumerate(grid):
+                config = self._compose(overrides)
+                job, place = Job.from_config(config), self._place(config, number, len(grid) > 1 or overrides != self.overrides)
+                if place in seen:
+                    raise ConfigError(f"two jobs of the grid are one run in {place}: {' '.join(seen[place])} and {' '.join(overrides)}")
+                seen[place] = overrides
+                RunDirectory(place, job).check()
+                jobs.append((job, place))
+        return jobs
+
+    @staticmethod
+    def _place(config: DictConfig, number: int, grid: bool) -> Path:
+        if not grid:
+            return Path(str(OmegaConf.select(config, "hydra.run.dir")))
+        OmegaConf.set_readonly(config, False)
+        OmegaConf.set_struct(config, False)
+        config.hydra.job.num = number
+        return Path(str(OmegaConf.select(config, "hydra.sweep.dir"))) / str(OmegaConf.select(config, "hydra.sweep.subdir"))
+
+    @contextmanager
+    def _hydra(self) -> Iterator[None]:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name="fa_bench"):
+            yield
+
+    def _compose(self, overrides: list[str]) -> DictConfig:
+        try:
+            return compose(self.config_name, overrides=[*self.search, *overrides], return_hydra_config=True)
+        except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
+            raise self._explain(overrides, error) from None
+
+    def _explain(self, overrides: list[str], error: Exception) -> ConfigError:
+        """One line that names the override at fault, what is allowed and the nearest name."""
+        loader = GlobalHydra.instance().config_loader()
+        try:
+            base = compose(self.config_name, overrides=self.search, return_hydra_config=True)
+        except (HydraException, OmegaConfBaseException):
+            return ConfigError(first_line(error))
+        groups = _groups(loader)
+        for override in (_parse(text) for text in overrides):
+            key = override.key_or_group
+            if key in groups and not override.is_delete():
+                options = groups[key]
+                wanted = override.value()
+                for name in wanted if isinstance(wanted, list) else [wanted]:
+                    if str(name) not in options:
+                        return ConfigError(f"{key}={name}: no such {key}{nearest(str(name), options)} (available: {names(options)})")
+        # Keys are looked up in the config that the chosen groups make.
+        chosen = [o.input_line for o in map(_parse, overrides) if o.key_or_group in groups]
+        try:
+            base = compose(self.config_name, overrides=[*self.search, *chosen], return_hydra_config=True)
+        except (HydraException, OmegaConfBaseException, ValueError, TypeError):
+            return ConfigError(first_line(error))
+        for override in (_parse(text) for text in overrides):
+            key = override.key_or_group
+            if key not in groups and not override.is_add():
+                node: Any = base
+                parts = key.split(".")
+                for depth, part in enumerate(parts):
+                    if not isinstance(node, DictConfig) or part not in node:
+                        allowed = sorted(str(k) for k in node if k != "hydra") if isinstance(node, DictConfig) else []
+                        allowed += [group for group in groups if depth == 0 and group not in allowed]
+                        where = ".".join(parts[:depth])
+                        hint = nearest(part, allowed)
+                        return ConfigError(f"{key}: unknown key{f' {part} in {where}' if where else ''}{hint} "
+                                           f"(allowed: {names(allowed)})")
+                    node = node._get_node(part)
+        return ConfigError(first_line(error))
+
+
+def _groups(loader: ConfigLoader) -> dict[str, list[str]]:
+    """The groups of components and presets, with their options."""
+    listed = [group for group in loader.list_groups("") if not group.startswith(("_", "hydra"))]
+    return {group: loader.get_group_options(group) for group in listed}
+
+
+def _parse(text: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(text)
+    except (HydraException, ValueError) as error:
+        raise ConfigError(f"cannot read '{text}': write key=value ({first_line(error)})") from None
+
+
+def _values(override: Override) -> list[str]:
+    """The single overrides that a swept one stands for."""
+    return [line for batch in BasicSweeper.split_arguments([override], None) for job in batch for line in job]

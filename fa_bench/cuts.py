@@ -1,0 +1,265 @@
+"""The second mechanism: rules that cut the graph at named modules and deliver each part's error directly.
+
+A hook at every cut keeps the tensor and passes on a detached one, so that nothing is computed and thrown away. The kept
+tensors travel with the graph of the model's output (in its node's metadata): any number of forwards may come before a
+backward, and what is never differentiated is freed with its output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import functools
+import math
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.coverage import Coverage, Covered, foreign_weights
+from fa_bench.errors import CoverageError, names, nearest
+from fa_bench.feedback import draw, seed_for
+from fa_bench.lazy import torch
+from fa_bench.options import option
+from fa_bench.rules.base import INPUT, OUTPUT, Rule
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from fa_bench.trace import Trace
+
+_KEY = "fa_bench_cuts"
+
+
+@dataclasses.dataclass(eq=False)
+class CutRule(Rule):
+    """A rule that brings its error to named cuts; subclasses say with which signal in `signal`.
+
+    Cuts are the modules that the model names in its attribute ``cut_points``, or those of the option `cuts`.
+    """
+
+    cuts: list[str] | None = option(None, "modules (names or patterns such as 'layer*.relu') whose output is cut; "
+                                          "null: the cut points that the model declares")
+
+    #: Whether a cut is at its module's output or at its input.
+    @property
+    def side(self) -> str:
+        return OUTPUT
+
+    # -------------------------------------------------------------------------------------------- for subclasses
+    def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:
+        """Put the feedback tensors of all cuts in place; `features` is each cut's shape without the batch."""
+
+    def signal(self, cut: str, kept: Kept, delta: Tensor, target: Tensor | None) -> Tensor:
+        """The error delivered at one cut, in the shape of the kept tensor.
+
+        Args:
+            cut: the cut's module path.
+            kept: what the hooks kept there.
+            delta: gradient of the loss at the logits, (N, C).
+            target: the labels, (N,).
+        """
+        raise NotImplementedError
+
+    def put(
+        self, cut: str, name: str, shape: tuple[int, ...], init: str, density: float = 1.0,
+        seeded_by: str | None = None, columns: int | None = None,
+    ) -> None:
+        """Draw the feedback tensor `name` of a cut, on the model's device.
+
+        Args:
+            cut: the cut's module path, which also seeds the draw unless `seeded_by` is given.
+            name: the tensor's name.
+            shape: its shape, (C, ...).
+            init, density: as for `fa_bench.feedback.draw`.
+            columns: keep only so many leading columns.
+        """
+        from fa_bench.layers import put_tensor
+
+        tensor = draw(shape, init, seed_for(self.seed, seeded_by or cut, name), density)[:, :columns]
+        put_tensor(self.model.get_submodule(cut), name, tensor.to(next(self.model.parameters())).contiguous())
+
+    # -------------------------------------------------------------------------------------------- life in a model
+    def put_in(self, sample_input: Tensor | None) -> Coverage:
+        from fa_bench.layers import weighted_layers
+
+        self._handles: list[Any] = []
+        self._tape: dict[str, Kept] | None = None
+        self._cuts: tuple[str, ...] = ()
+        cuts = self.find_cuts()
+        trace = self.trace(sample_input, watch=cuts)
+        self._check(trace, cuts)
+        self._trace, self._cuts = trace, cuts
+        self._cloned = trace.changed
+        shapes = trace.output_shapes if self.side == OUTPUT else trace.input_shapes
+        self.make_feedback({cut: shapes[cut][1:] for cut in cuts}, trace.result_shape[-1])
+        self._hook()
+        layers = weighted_layers(self.model)
+        covered = tuple(
+            Covered(path, type(layers[path]).__name__, tuple(layers[path].weight.shape), self._brings(path, trace))
+            for path in trace.order if self.side == INPUT or path not in trace.behind
+        )
+        ids = {id(parameter) for entry in covered for parameter in layers[entry.layer].parameters(recurse=False)}
+        uncovered = foreign_weights(self.model, ids)
+        for path in trace.behind if self.side == OUTPUT else ():
+            uncovered[f"{path}.weight"] = "its error comes through another layer's weight: no cut between them"
+        return Coverage(self.name, covered, uncovered)
+
+    def take_out(self) -> None:
+        from fa_bench.layers import drop_tensors
+
+        for handle in self._handles:
+            handle.remove()
+        for module in self.model.modules():
+            drop_tensors(module)
+        self._handles = []
+
+    def find_cuts(self) -> tuple[str, ...]:
+        """The cuts, in the order of the model's modules; raises CoverageError where there are none."""
+        paths = [path for path, _ in self.model.named_modules() if path]
+        wanted = self.cuts if self.cuts is not None else getattr(self.model, "cut_points", None)
+        if not wanted:
+            shown = [path for path in paths if not list(self.model.get_submodule(path).children())]
+            example = [path for path in shown if "relu" in type(self.model.get_submodule(path)).__name__.lower()] or shown
+            raise CoverageError(
+                f"rule '{self.name}' needs cut points and {type(self.model).__name__} declares none: name the modules whose "
+                f"outputs receive the error, such as cuts={example[:3]}, or set model.cut_points (modules: {names(shown[:12])}"
+                f"{', ...' if len(shown) > 12 else ''})"
+            )
+        found = set()
+        for pattern in wanted:
+            matches = fnmatch.filter(paths, pattern)
+            if not matches:
+                raise CoverageError(f"cuts={pattern}: the model has no module of that name{nearest(pattern, paths)}")
+            found.update(matches)
+        return tuple(path for path in paths if path in found)
+
+    def _check(self, trace: Trace, cuts: tuple[str, ...]) -> None:
+        if len(trace.result_shape) != 2:
+            raise CoverageError(f"rule '{self.name}' needs logits of shape (N, C); this model gives {trace.result_shape}")
+        for cut in cuts:
+            if trace.calls[cut] != 1:
+                raise CoverageError(f"cut '{cut}' runs {trace.calls[cut]} times in one forward pass; name a module that runs once")
+            if self.side == OUTPUT and not trace.feeds[cut]:
+                raise CoverageError(f"cut '{cut}' has no layer with weights in front of it")
+            if self.side == OUTPUT and set(trace.feeds[cut]) & set(trace.outputs):
+                raise CoverageError(f"cut '{cut}' lies behind the output layer '{trace.outputs[0]}'; cut hidden layers only")
+
+    def _brings(self, path: str, trace: Trace) -> str:
+        cuts = [cut for cut in self._cuts if path in trace.feeds[cut]] if self.side == OUTPUT else []
+        if cuts:
+            return f"cut at {names(cuts)}"
+        return "the true gradient (output layer)" if path in trace.outputs else "cut at its consumer's input"
+
+    # -------------------------------------------------------------------------------------------- hooks
+    def _hook(self) -> None:
+        root = self.model
+        self._handles += [root.register_forward_pre_hook(self._open), root.register_forward_hook(self._close)]
+        for cut in self._cuts:
+            module = root.get_submodule(cut)
+            if self.side == OUTPUT:
+                self._handles.append(module.register_forward_hook(functools.partial(self._at_output, cut)))
+            else:
+                self._handles.append(module.register_forward_pre_hook(functools.partial(self._at_input, cut)))
+                self._handles.append(module.register_forward_hook(functools.partial(self._after_input, cut)))
+
+    def _active(self) -> bool:
+        return torch.is_grad_enabled() and not self.mode.exact
+
+    def _open(self, module: nn.Module, args: Any) -> None:
+        self._tape = {} if self._active() else None
+
+    def _close(self, module: nn.Module, args: Any, output: Any) -> None:
+        from fa_bench.trace import tensors_in
+
+        tape, self._tape = self._tape, None
+        if tape is not None:
+            for tensor in tensors_in(output):
+                if tensor.grad_fn is not None:
+                    tensor.grad_fn.metadata[_KEY] = tape
+
+    def _keep(self, cut: str, tensor: Tensor) -> Tensor:
+        if self._tape is None:
+            raise CoverageError(f"cut '{cut}' ran outside a forward pass of the attached model: call the model itself")
+        self._tape[cut] = Kept(tensor)
+        passed_on = tensor.detach()
+        # What follows changes this cut's output in place; the rule needs it as it was.
+        return passed_on.clone() if cut in self._cloned else passed_on
+
+    def _at_output(self, cut: str, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        return self._keep(cut, output) if self._active() and output.requires_grad else None
+
+    def _at_input(self, cut: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        return (self._keep(cut, args[0]), *args[1:]) if self._active() and args[0].requires_grad else None
+
+    def _after_input(self, cut: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        if self._tape is not None and cut in self._tape:
+            self._tape[cut].output_shape = tuple(output.shape)
+
+    # -------------------------------------------------------------------------------------------- training
+    def deliver(self, loss: Tensor, logits: Tensor | None, target: Tensor | None) -> None:
+        if logits is None or logits.grad_fn is None:
+            raise ValueError(f"rule '{self.name}' needs the logits: rule.backward(loss, logits, target)")
+        tape = _find_tape(logits)
+        if tape is None:
+            raise ValueError(f"rule '{self.name}': these logits come from no training forward pass of the attached model")
+        delta = torch.autograd.grad(loss, logits, retain_graph=True)[0]
+        signals = {cut: self.signal(cut, kept, delta, target) for cut, kept in tape.items()}
+        # One pass for all parts, the loss among them: terms of the loss beside the logits, such as an L2 norm, count too.
+        torch.autograd.backward(
+            [loss, *(kept.tensor for kept in tape.values())], [torch.ones_like(loss), *signals.values()]
+        )
+        self.learn_feedback(tape, delta, target)
+        tape.clear()
+
+    def learn_feedback(self, tape: dict[str, Kept], delta: Tensor, target: Tensor | None) -> None:
+        """Fill ``.grad`` of learned feedback; nothing where it is fixed."""
+
+    # -------------------------------------------------------------------------------------------- feedback, metrics
+    @property
+    def feedback(self) -> dict[str, dict[str, Tensor]]:
+        from fa_bench.layers import tensors_of
+
+        return {cut: tensors_of(self.model.get_submodule(cut)) for cut in self._cuts}
+
+    def error_points(self, trace: Trace) -> dict[str, tuple[str, str]]:
+        if self.side == INPUT:
+            return super().error_points(trace)
+        assert self._trace is not None
+        return {layer: (cut, OUTPUT) for cut in self._cuts for layer in self._trace.feeds[cut]}
+
+    def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Only the output layer has such a pair, where the feedback of the last cut has its weight's shape."""
+        assert self._trace is not None
+        weights = {path: self.model.get_submodule(path).weight.detach() for path in self._trace.outputs}
+        tensors = self.feedback.get(self._cuts[-1], {})
+        return {path: (tensors["B"], w) for path, w in weights.items() if "B" in tensors and tensors["B"].shape == w.shape}
+
+
+@dataclasses.dataclass
+class Kept:
+    """What the hooks kept of one cut in one forward pass.
+
+    Attributes:
+        tensor: the tensor before it was detached, (N, ...).
+        output_shape: for a cut at an input, the shape of the module's output.
+    """
+
+    tensor: Tensor
+    output_shape: tuple[int, ...] = ()
+
+    @property
+    def features(self) -> int:
+        """Number of features of the cut."""
+        return math.prod(self.tensor.shape[1:])
+
+
+def _find_tape(logits: Tensor) -> dict[str, Kept] | None:
+    """The cuts of the forward pass that made `logits`, from the nearest node of the graph that has them."""
+    queue, visited = [logits.grad_fn], set()
+    while queue:
+        node = queue.pop(0)
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        if _KEY in node.metadata:
+            return node.metadata[_KEY]
+        queue.extend(following for following, _ in node.next_functions)
+    return None

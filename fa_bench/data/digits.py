@@ -1,0 +1,31 @@
+"""scikit-learn's handwritten digits: real images that need no download."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from fa_bench.data.base import ArrayDataset
+from fa_bench.registries import DATASETS
+
+
+@DATASETS.register("digits")
+@dataclasses.dataclass(eq=False)
+class Digits(ArrayDataset):
+    """1,797 images of 8x8 pixels in 10 classes (Alpaydin and Kaynak 1998), bundled with scikit-learn.
+
+    The set has no test split of its own: one fifth of every class, always the same, is the test set.
+    """
+
+    def arrays(self, data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        bunch = load_digits()
+        images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
+        train_x, test_x, train_y, test_y = train_test_split(
+            images, bunch.target, test_size=0.2, stratify=bunch.target, random_state=0
+        )
+        return train_x, train_y, test_x, test_y, [str(name) for name in bunch.target_names]

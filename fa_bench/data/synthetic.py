@@ -1,0 +1,42 @@
+"""Made-up images, for trials and tests."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from fa_bench.data.base import ArrayDataset
+from fa_bench.options import option
+from fa_bench.registries import DATASETS
+
+
+@DATASETS.register("synthetic")
+@dataclasses.dataclass(eq=False)
+class Synthetic(ArrayDataset):
+    """One random prototype for each class, plus Gaussian noise: no real data, and no result worth reporting."""
+
+    samples: int = option(2048, "training images, validation included", minimum=1)
+    test_samples: int = option(512, "test images", minimum=1)
+    classes: int = option(10, "number of classes", minimum=2)
+    channels: int = option(1, "channels of an image", minimum=1)
+    size: int = option(8, "height and width in pixels", minimum=1)
+    noise: float = option(0.2, "standard deviation of the noise, in units of the full range", minimum=0)
+    data_seed: int = option(0, "seed of the images", minimum=0)
+
+    @property
+    def mean_std(self) -> tuple[list[float], list[float]]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return [0.5] * self.channels, [0.25] * self.channels
+
+    def arrays(self, data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
+        generator = np.random.default_rng(self.data_seed)
+        shape = (self.channels, self.size, self.size)
+        prototypes = generator.uniform(0.2, 0.8, (self.classes, *shape))
+
+        def draw(count: int) -> tuple[np.ndarray, np.ndarray]:
+            labels = np.arange(count) % self.classes
+            images = prototypes[labels] + self.noise * generator.standard_normal((count, *shape))
+            return np.round(255 * images.clip(0, 1)).astype(np.uint8), labels
+
+        return *draw(self.samples), *draw(self.test_samples), [str(c) for c in range(self.classes)]

@@ -1,0 +1,55 @@
+"""Errors that a user can mend: each names the key or layer, the value, what is allowed and the nearest name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FaBenchError(Exception):
+    """Base of every error that is the input's fault; the command line prints it without a traceback."""
+
+
+class OptionError(FaBenchError, ValueError):
+    """An option of a component is unknown, of the wrong type or out of range.
+
+    `path` is the option's name within its component; the config layer puts the component's key in front of it.
+    """
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(path, problem)
+        self.path, self.problem = path, problem
+
+    def __str__(self) -> str:
+        return f"{self.path}{self.problem}" if self.problem.startswith("=") else f"{self.path}: {self.problem}"
+
+    def under(self, prefix: str) -> OptionError:
+        """The same error with the path of the enclosing component in front."""
+        return OptionError(f"{prefix}.{self.path}" if prefix else self.path, self.problem)
+
+
+class ConfigError(FaBenchError, ValueError):
+    """A command line or config that cannot be run."""
+
+
+class CoverageError(FaBenchError, ValueError):
+    """A rule would cover nothing, leave weights uncovered unasked, or cannot be put into this model."""
+
+
+class DataError(FaBenchError, OSError):
+    """A dataset that is missing, unreadable or unfit for its options."""
+
+
+class RunDirectoryError(FaBenchError, OSError):
+    """An output directory that holds another run, or a checkpoint that is not this run's."""
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """A hint of the form ``; did you mean 'fa'?``, or nothing where no name is close."""
+    close = difflib.get_close_matches(str(name), list(allowed), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def names(allowed: Iterable[str]) -> str:
+    """The allowed names as one readable list."""
+    return ", ".join(str(name) for name in allowed)

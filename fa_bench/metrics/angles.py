@@ -1,0 +1,41 @@
+"""Angles and norm ratios. All norms are Frobenius norms of flattened tensors, all angles in degrees."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+#: Below this norm a float32 gradient is rounding noise, and an angle with it means nothing.
+NORM_FLOOR = 1e-12
+
+
+def angles(u: Tensor, v: Tensor) -> Tensor:
+    """Angles between the rows of two (N, F) tensors, (N,) in double precision; NaN where a row is at the numeric floor.
+
+    2 atan2(‖û - v̂‖, ‖û + v̂‖) keeps its precision near 0 and 180 degrees, where the arc cosine loses half the digits.
+    """
+    u, v = u.double(), v.double()
+    norm_u, norm_v = u.norm(dim=1, keepdim=True), v.norm(dim=1, keepdim=True)
+    void = ((norm_u < NORM_FLOOR) | (norm_v < NORM_FLOOR)).squeeze(1)
+    u, v = u / norm_u.clamp_min(NORM_FLOOR), v / norm_v.clamp_min(NORM_FLOOR)
+    degrees = torch.rad2deg(2 * torch.atan2((u - v).norm(dim=1), (u + v).norm(dim=1)))
+    return degrees.masked_fill(void, math.nan)
+
+
+def weight_angle(feedback: Tensor, weight: Tensor) -> float:
+    """Angle between effective feedback and weight, both in the weight's layout (metric 1 of Li and Benna 2024, Fig. 2)."""
+    return angles(feedback.reshape(1, -1), weight.reshape(1, -1)).item()
+
+
+def norm_ratio(feedback: Tensor, weight: Tensor) -> float:
+    """‖effective feedback‖ / ‖weight‖; NaN for a zero weight."""
+    norm = weight.double().norm().item()
+    return feedback.double().norm().item() / norm if norm > NORM_FLOOR else math.nan
+
+
+def mean_sample_angle(errors: Tensor, true_errors: Tensor) -> float:
+    """Angle between two errors (N, ...) of each sample, flattened, averaged over the samples where it is not void."""
+    degrees = angles(errors.flatten(1), true_errors.flatten(1))
+    return degrees.nanmean().item()

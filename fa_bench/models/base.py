@@ -1,0 +1,53 @@
+"""What every architecture is: options, and how to build a plain model from them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from fa_bench.lazy import nn
+from fa_bench.options import Options, option
+
+if TYPE_CHECKING:
+    from torch import nn as torch_nn
+
+#: name -> what it does with the weight of a linear or convolutional layer; biases become zero. None leaves torch's default.
+INITS = {
+    "pytorch": None,
+    "xavier_uniform": lambda weight: nn.init.xavier_uniform_(weight),
+    "kaiming_uniform": lambda weight: nn.init.kaiming_uniform_(weight, nonlinearity="relu"),
+    "kaiming_normal": lambda weight: nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu"),
+}
+
+
+@dataclasses.dataclass(eq=False)
+class Architecture(Options):
+    """Base of the architectures. Models are plain PyTorch and know nothing of rules.
+
+    A model may name its cut points in an attribute ``cut_points``: the modules whose outputs are its hidden activations.
+    """
+
+    init: str = option("pytorch", "initialiser of the weights; all but pytorch set biases to zero", choices=list(INITS))
+
+    def build(self, input_shape: tuple[int, int, int], classes: int) -> torch_nn.Module:
+        """A model with weights drawn from torch's global random state.
+
+        Args:
+            input_shape: (C, H, W) of one image.
+            classes: width of the output.
+
+        Raises:
+            OptionError: where the options do not fit the data.
+        """
+        model = self.make(input_shape, classes)
+        if (initialise := INITS[self.init]) is not None:
+            for module in model.modules():
+                if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+                    initialise(module.weight)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
+        return model
+
+    def make(self, input_shape: tuple[int, int, int], classes: int) -> torch_nn.Module:
+        """The model with torch's own initial values; implemented by each architecture."""
+        raise NotImplementedError

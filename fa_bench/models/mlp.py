@@ -1,0 +1,49 @@
+"""Fully connected nets."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+from fa_bench.lazy import nn
+from fa_bench.models.base import Architecture
+from fa_bench.options import option
+from fa_bench.registries import ARCHITECTURES
+
+if TYPE_CHECKING:
+    from torch import nn as torch_nn
+
+ACTIVATIONS = {
+    "relu": lambda: nn.ReLU(),
+    "leaky_relu": lambda: nn.LeakyReLU(0.01),
+    "tanh": lambda: nn.Tanh(),
+    "sigmoid": lambda: nn.Sigmoid(),
+    "gelu": lambda: nn.GELU(),
+    "identity": lambda: nn.Identity(),
+}
+
+
+@ARCHITECTURES.register("mlp")
+@dataclasses.dataclass(eq=False)
+class MLP(Architecture):
+    """fc1 - (bn1) - act1 - fc2 - ... - fcK, shaped to the data; 784-512-512-10 on MNIST (section 3 of Li and Benna 2024)."""
+
+    widths: list[int] = option([512, 512], "neurons of each hidden layer", minimum=1)
+    activation: str = option("relu", "what follows each hidden layer", choices=list(ACTIVATIONS))
+    batch_norm: bool = option(False, "batch normalisation in front of every activation")
+
+    def make(self, input_shape: tuple[int, int, int], classes: int) -> torch_nn.Module:
+        parts: OrderedDict[str, torch_nn.Module] = OrderedDict(flatten=nn.Flatten())
+        width = math.prod(input_shape)
+        for number, units in enumerate(self.widths, start=1):
+            parts[f"fc{number}"] = nn.Linear(width, units)
+            if self.batch_norm:
+                parts[f"bn{number}"] = nn.BatchNorm1d(units)
+            parts[f"act{number}"] = ACTIVATIONS[self.activation]()
+            width = units
+        parts[f"fc{len(self.widths) + 1}"] = nn.Linear(width, classes)
+        model = nn.Sequential(parts)
+        model.cut_points = [name for name in parts if name.startswith("act")]
+        return model

@@ -1,0 +1,53 @@
+"""torchvision's classification models."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import TYPE_CHECKING
+
+from fa_bench.errors import OptionError, nearest
+from fa_bench.lazy import nn, torchvision
+from fa_bench.models.base import Architecture
+from fa_bench.options import option
+from fa_bench.registries import ARCHITECTURES
+
+if TYPE_CHECKING:
+    from torch import nn as torch_nn
+
+
+@ARCHITECTURES.register("torchvision")
+@dataclasses.dataclass(eq=False)
+class Torchvision(Architecture):
+    """Any classification model of torchvision by its name, with random weights, `classes` outputs and no auxiliary heads.
+
+    Images of other than three channels get a first convolution of their own. Cut rules need ``algorithm.cuts``.
+    """
+
+    model: str = option("resnet18", "the model's name in torchvision.models")
+
+    def make(self, input_shape: tuple[int, int, int], classes: int) -> torch_nn.Module:
+        models = torchvision.models
+        available = models.list_models(module=models)
+        if self.model not in available:
+            raise OptionError("model", f"={self.model} is no classification model of torchvision{nearest(self.model, available)}"
+                                       f" (for example {', '.join(available[:8])}, ...)")
+        accepted = inspect.signature(models.get_model_builder(self.model)).parameters
+        extra: dict[str, object] = {"num_classes": classes}
+        if self.model in ("googlenet", "inception_v3"):
+            # Their auxiliary heads return a tuple in training, and their own initialiser takes minutes.
+            extra |= {"aux_logits": False, "init_weights": False}
+        if "image_size" in accepted or self.model.startswith("vit"):
+            extra["image_size"] = input_shape[1]
+        model = models.get_model(self.model, **extra)
+        if input_shape[0] != 3:
+            _replace_first_convolution(model, input_shape[0])
+        return model
+
+
+def _replace_first_convolution(model: torch_nn.Module, channels: int) -> None:
+    path, old = next((path, m) for path, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, nn.Conv2d(
+        channels, old.out_channels, old.kernel_size, old.stride, old.padding, old.dilation, old.groups, old.bias is not None
+    ))

@@ -1,0 +1,163 @@
+"""What a run writes while it trains: metrics.jsonl, TensorBoard events, result.json."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from fa_bench import __version__
+from fa_bench.config import Job
+from fa_bench.files import dump_json, write_text
+from fa_bench.loop import Angles, Progress
+from fa_bench.metrics.probe import Probe
+from fa_bench.rundir import METRICS, RESULT
+
+#: Hyper-parameters shown in TensorBoard: one set for all rules, so that they share a table.
+HYPERPARAMETERS: dict[str, Callable[[Job], Any]] = {
+    "algorithm": lambda job: job.algorithm.name,
+    "architecture": lambda job: job.architecture.name,
+    "dataset": lambda job: job.dataset.name,
+    "optimizer": lambda job: job.optimizer.name,
+    "lr": lambda job: job.optimizer.lr,
+    "weight_decay": lambda job: job.optimizer.weight_decay,
+    "batch_size": lambda job: job.run.batch_size,
+    "epochs": lambda job: job.run.epochs,
+    "seed": lambda job: job.run.seed,
+}
+_SCALARS = ("train_loss", "val_loss", "test_loss", "train_accuracy", "val_accuracy", "test_accuracy", "lr")
+
+
+class Recorder:
+    """Writes one run's records into its directory.
+
+    Args:
+        directory: the run's directory, which exists.
+        job: the run.
+        progress: where the run stands; records of later epochs are dropped.
+    """
+
+    def __init__(self, directory: Path, job: Job, progress: Progress) -> None:
+        self.directory, self.job = directory, job
+        path = directory / METRICS
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self.lines = lines[: progress.epoch]
+        self._write_metrics()
+        self.writer = SummaryWriter(str(directory), purge_step=progress.step + 1 if progress.step else None)
+
+    def probe(self, step: int, angles: Angles) -> None:
+        """Record one measurement of angles."""
+        for metric, layers in angles.items():
+            for layer, value in layers.items():
+                self.writer.add_scalar(f"{metric}/{layer}", value, step)
+
+    def epoch(self, progress: Progress, metrics: dict[str, Any]) -> None:
+        """Record one epoch."""
+        self.lines.append(dump_json(metrics))
+        self._write_metrics()
+        for key in _SCALARS:
+            if metrics[key] is not None:
+                kind, _, what = key.rpartition("_")
+                self.writer.add_scalar(f"{what}/{kind}" if kind else key, metrics[key], progress.step)
+
+    def _write_metrics(self) -> None:
+        write_text(self.directory / METRICS, "".join(line + "\n" for line in self.lines))
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write result.json and the hyper-parameters with the final numbers."""
+        write_text(self.directory / RESULT, dump_json(result, indent=1) + "\n")
+        numbers = {f"final/{key}": _number(result[key]) for key in ("test_accuracy", "test_accuracy_at_best_val", "seconds")}
+        for part in hparams({key: read(self.job) for key, read in HYPERPARAMETERS.items()}, numbers):
+            self.writer._get_file_writer().add_summary(part)
+        for key, value in numbers.items():
+            self.writer.add_scalar(key, value, result["step"])
+        self.close()
+
+    def close(self) -> None:
+        """Close the event file."""
+        self.writer.close()
+
+    def last_metrics(self) -> dict[str, Any]:
+        """The last epoch's line, or nothing."""
+        return json.loads(self.lines[-1]) if self.lines else {}
+
+
+def _number(value: Any) -> float:
+    return float("nan") if value is None else float(value)
+
+
+def base_result(job: Job) -> dict[str, Any]:
+    """What is known of a run before it trains, with every key that a result has."""
+    return {
+        "status": "failed", "label": job.algorithm.name, "group": job.group,
+        "algorithm": job.algorithm.name, "architecture": job.architecture.name,
+        "dataset": job.dataset.name, "optimizer": job.optimizer.name,
+        "seed": job.run.seed, "epochs": job.run.epochs, "epoch": 0, "step": 0,
+        "test_accuracy": None, "test_accuracy_at_best_val": None, "best_epoch": None, "val_accuracy": None,
+        "train_accuracy": None, "angles": {}, "feedback_layers": [], "output_layers": [],
+        "seconds": None, "peak_memory_bytes": None, "config_hash": job.config_hash, "data_hash": None,
+        "device": None, "git": git_state(), "versions": versions(), "error": None,
+    }
+
+
+def progress_result(recorder: Recorder, progress: Progress, probe: Probe, angles: Angles | None) -> dict[str, Any]:
+    """The part of a result that training decides."""
+    last = recorder.last_metrics()
+    return {
+        "epoch": progress.epoch, "step": progress.step, "seconds": progress.seconds,
+        **{key: last.get(key) for key in ("test_accuracy", "val_accuracy", "train_accuracy")},
+        "test_accuracy_at_best_val": progress.test_at_best, "best_epoch": progress.best_epoch,
+        "angles": angles if angles is not None else last.get("angles") or {},
+        "feedback_layers": probe.feedback_layers, "output_layers": probe.output_layers,
+        "peak_memory_bytes": peak_memory(next(probe.rule.model.parameters()).device),
+    }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most memory in use so far, in bytes: of the accelerator's allocator, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return f"{device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+@lru_cache(maxsize=1)
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    from importlib.metadata import version
+
+    packages = ("torch", "torchvision", "numpy", "hydra-core", "omegaconf")
+    return {"fa_bench": __version__, "python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+@lru_cache(maxsize=1)
+def git_state() -> dict[str, Any]:
+    """Commit of the checkout that fa_bench runs from and whether it has changes; both None where it is installed."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10).stdout
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel").strip()) != root:
+            return {"commit": None, "dirty": None}
+        return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(git("status", "--porcelain").strip())}
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "dirty": None}

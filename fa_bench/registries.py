@@ -1,0 +1,19 @@
+"""The four tables of components, one for each config group."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fa_bench.registry import Registry
+
+if TYPE_CHECKING:
+    from fa_bench.data.base import Dataset
+    from fa_bench.models.base import Architecture
+    from fa_bench.optim import OptimizerOptions
+    from fa_bench.rules.base import Rule
+
+ALGORITHMS: Registry[Rule] = Registry("algorithm", "fa_bench.rules")
+ARCHITECTURES: Registry[Architecture] = Registry("architecture", "fa_bench.models")
+DATASETS: Registry[Dataset] = Registry("dataset", "fa_bench.data")
+OPTIMIZERS: Registry[OptimizerOptions] = Registry("optimizer", "fa_bench.optim")
+GROUPS: tuple[Registry, ...] = (ALGORITHMS, ARCHITECTURES, DATASETS, OPTIMIZERS)

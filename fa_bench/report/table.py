@@ -1,0 +1,182 @@
+"""The comparison table: one row per group of runs that differ in the seed only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import pandas as pd
+from scipy.special import stdtrit
+
+from fa_bench.report.runs import (
+    FINISHED,
+    Run,
+    finished_by_seed,
+    group_labels,
+    group_runs,
+    known,
+    mean,
+    status_counts,
+    std,
+)
+
+CONTROL, FLOOR = "bp", "frozen"
+CONFIDENCE = 0.95
+BLANK = "-"
+
+
+class Column(NamedTuple):
+    """How a column of the frame is shown: its title with the unit, and a number format, or None for words."""
+
+    title: str
+    format: str | None = None
+
+
+COLUMNS = {
+    "label": Column("rule"),
+    "group": Column("group"),
+    "architecture": Column("architecture"),
+    "dataset": Column("dataset"),
+    "optimizer": Column("optimizer"),
+    "n": Column("n", ".0f"),
+    "status": Column("status"),
+    "test_accuracy": Column("test accuracy (%)", ".2f"),
+    "test_accuracy_std": Column("std", ".2f"),
+    "test_accuracy_ci95": Column("± 95 %", ".2f"),
+    "best_val_accuracy": Column("test accuracy at best validation (%)", ".2f"),
+    "best_val_accuracy_std": Column("std", ".2f"),
+    "bp_difference": Column("paired difference to bp (points)", "+.2f"),
+    "bp_difference_ci95": Column("± 95 %", ".2f"),
+    "bp_difference_n": Column("pairs", ".0f"),
+    "weight_angle": Column("weight angle (°)", ".1f"),
+    "delta_angle": Column("delta angle (°)", ".1f"),
+    "norm_ratio": Column("norm ratio", ".2f"),
+    "seconds": Column("seconds", ".1f"),
+    "floor": Column("beats floor"),
+    "note": Column("note"),
+}
+
+
+def half_width(values: Iterable[Any]) -> float:
+    """Half the width of the 95 % Student t interval of the mean, in the values' unit; NaN for fewer than two values."""
+    present = known(values)
+    if len(present) < 2:
+        return math.nan
+    return float(stdtrit(len(present) - 1, (1 + CONFIDENCE) / 2)) * std(present) / math.sqrt(len(present))
+
+
+def summarise(runs: Sequence[Run]) -> pd.DataFrame:
+    """One row per group, in order of first appearance; `COLUMNS` lists the columns.
+
+    Accuracies are in %, differences in percentage points, angles in degrees, times in seconds of training. Statistics
+    are over the finished runs, one for each seed; `status` counts every run. `*_std` is the sample standard deviation,
+    `*_ci95` half the width of the 95 % Student t interval of the mean; both are NaN for one seed. A group is compared
+    with the `bp` and the `frozen` group of its own architecture and dataset; without one, or with several that fit as
+    well, these columns are blank.
+    """
+    groups = group_runs(runs)
+    labels = group_labels(groups)
+    rows = [_row(labels[group], members, groups) for group, members in groups.items()]
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"floor": object})
+
+
+def to_text(frame: pd.DataFrame) -> str:
+    """The table for a terminal: one line per group, with statuses and notes only where there is something to say."""
+    means, stds = _cells(frame, "test_accuracy"), _cells(frame, "test_accuracy_std")
+    width = max(map(len, means), default=0)
+    accuracy = [centre if centre == BLANK else f"{centre.rjust(width)} ± {spread}"
+                for centre, spread in zip(means, stds, strict=True)]
+    columns = [("label", COLUMNS["label"].title, _cells(frame, "label")),
+               ("accuracy", "test accuracy % (mean ± std)", accuracy)]
+    columns += [(name, COLUMNS[name].title, _cells(frame, name)) for name in ("weight_angle", "delta_angle", "seconds")]
+    if any(status.partition(" ")[2] != FINISHED for status in frame["status"]):
+        columns.append(("status", COLUMNS["status"].title, _cells(frame, "status")))
+    if any(frame["note"]):
+        columns.append(("note", COLUMNS["note"].title, _cells(frame, "note")))
+    padded = [_pad([title, *cells], right=name in COLUMNS and COLUMNS[name].format is not None)
+              for name, title, cells in columns]
+    lines = ["  ".join(cells).rstrip() for cells in zip(*padded, strict=True)]
+    rule = "  ".join("-" * len(cells[0]) for cells in padded)
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def to_markdown(frame: pd.DataFrame) -> str:
+    """The whole table in Markdown, every column of the frame."""
+    table = [[column.title, "---" if column.format is None else "---:", *_cells(frame, name)]
+             for name, column in COLUMNS.items()]
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in zip(*table, strict=True)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _row(label: str, members: Sequence[Run], groups: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
+    finished = finished_by_seed(members)
+    final, best = _accuracies(members, "test_accuracy"), _accuracies(members, "test_accuracy_at_best_val")
+    control, control_note = _reference(CONTROL, members[0], groups)
+    floor, floor_note = _reference(FLOOR, members[0], groups)
+    control_final, floor_mean = _accuracies(control, "test_accuracy"), mean(_accuracies(floor, "test_accuracy").values())
+    differences = [final[seed] - control_final[seed] for seed in final if seed in control_final]
+    final_mean = mean(final.values())
+    beats = None if math.isnan(final_mean) or math.isnan(floor_mean) else final_mean > floor_mean
+    repeated = sum(run.finished for run in members) - len(finished)
+    notes = [f"does not beat {FLOOR}" if beats is False else "", control_note, floor_note,
+             f"{repeated} repeated run(s) not counted" if repeated else ""]
+    return {
+        "label": label,
+        **{key: members[0].result.get(key) for key in ("group", "architecture", "dataset", "optimizer")},
+        "n": len(finished),
+        "status": status_counts(members),
+        "test_accuracy": final_mean,
+        "test_accuracy_std": std(final.values()),
+        "test_accuracy_ci95": half_width(final.values()),
+        "best_val_accuracy": mean(best.values()),
+        "best_val_accuracy_std": std(best.values()),
+        "bp_difference": mean(differences),
+        "bp_difference_ci95": half_width(differences),
+        "bp_difference_n": len(differences) if control else math.nan,
+        **{quantity: mean(run.layer_mean(quantity, run.result.get("angles")) for run in finished.values())
+           for quantity in ("weight_angle", "delta_angle", "norm_ratio")},
+        "seconds": mean(run.result.get("seconds") for run in finished.values()),
+        "floor": beats,
+        "note": "; ".join(filter(None, notes)),
+    }
+
+
+def _accuracies(runs: Sequence[Run], key: str) -> dict[int, float]:
+    """The known accuracies of the finished runs in %, by seed."""
+    return {seed: 100 * accuracy for seed, run in finished_by_seed(runs).items() for accuracy in known([run.result.get(key)])}
+
+
+def _reference(algorithm: str, run: Run, groups: Mapping[str, Sequence[Run]]) -> tuple[Sequence[Run], str]:
+    """The group of `algorithm` that `run` is to be compared with, empty where there is none, and a note on why not."""
+    if run.result["algorithm"] == algorithm:
+        return [], ""
+    fitting = [members for members in groups.values() if members[0].result["algorithm"] == algorithm
+               and _same(members[0], run, "architecture") and _same(members[0], run, "dataset")]
+    # Each rule may have an optimizer of its own, so a single group fits whatever its optimizer; it decides among several.
+    for key in ("optimizer", "epochs"):
+        fitting = [members for members in fitting if _same(members[0], run, key)] or fitting
+    if len(fitting) > 1:
+        return [], f"several {algorithm} groups fit"
+    return (fitting[0] if fitting else []), ""
+
+
+def _same(one: Run, other: Run, key: str) -> bool:
+    return one.result.get(key) == other.result.get(key)
+
+
+def _cells(frame: pd.DataFrame, name: str) -> list[str]:
+    return [_cell(value, COLUMNS[name].format) for value in frame[name]]
+
+
+def _cell(value: Any, form: str | None) -> str:
+    if pd.isna(value) or value == "":
+        return BLANK
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value) if form is None else format(value, form)
+
+
+def _pad(cells: Sequence[str], right: bool) -> list[str]:
+    width = max(map(len, cells))
+    return [cell.rjust(width) if right else cell.ljust(width) for cell in cells]

@@ -1,0 +1,189 @@
+"""What every rule is: its options, its life in a model, and the interface that the loop and the metrics use."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fa_bench.coverage import RULE_ATTRIBUTE, Coverage, check_model
+from fa_bench.errors import CoverageError
+from fa_bench.lazy import torch
+from fa_bench.options import Options, option
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from fa_bench.layers import Mode
+    from fa_bench.trace import Trace
+
+R = TypeVar("R", bound="Rule")
+
+INPUT, OUTPUT = "input", "output"
+
+
+@dataclasses.dataclass(eq=False)
+class Rule(Options):
+    """A learning rule; its dataclass fields are its options.
+
+    A rule is put into one model by `attach` and taken out by `detach`. `EdgeRule` and `CutRule` implement the two
+    mechanisms that rules are made of.
+    """
+
+    allow_uncovered: bool = option(False, "accept weights that the rule does not cover; they learn by their true local gradient")
+
+    if TYPE_CHECKING:
+        model: nn.Module
+        mode: Mode
+        seed: int
+        coverage: Coverage
+
+    # -------------------------------------------------------------------------------------------- life in a model
+    def attach(self: R, model: nn.Module, seed: int = 0, sample_input: Tensor | None = None) -> R:
+        """Put the rule into `model`, in place.
+
+        Args:
+            model: a plain module: not wrapped for data-parallel training, not compiled, with no rule in it.
+            seed: seed of the feedback; every tensor is drawn by (seed, layer, name).
+            sample_input: one input batch (N, ...), for rules that need to know what follows what.
+
+        Raises:
+            CoverageError: naming the layers, where the rule cannot be put in.
+        """
+        from fa_bench.layers import Mode
+
+        if getattr(self, "model", None) is not None:
+            raise CoverageError(f"this '{self.name}' rule object is in a model already; make another one")
+        check_model(model)
+        self.model, self.mode, self.seed = model, Mode(), seed
+        self._trace: Trace | None = None
+        try:
+            self.coverage = self.put_in(sample_input)
+            self.coverage.require(self.allow_uncovered)
+        except BaseException:
+            self.take_out()
+            del self.model
+            raise
+        setattr(model, RULE_ATTRIBUTE, self)
+        return self
+
+    def detach(self) -> nn.Module:
+        """Take the rule out: the model is the plain model again, with its present weights. Returns the model."""
+        model = self.model
+        self.take_out()
+        delattr(model, RULE_ATTRIBUTE)
+        del self.model
+        return model
+
+    def put_in(self, sample_input: Tensor | None) -> Coverage:
+        """Change `self.model`; implemented by the mechanism."""
+        raise NotImplementedError
+
+    def take_out(self) -> None:
+        """Undo what `put_in` did, also where it stopped half way."""
+        raise NotImplementedError
+
+    # -------------------------------------------------------------------------------------------- training
+    def backward(self, loss: Tensor, logits: Tensor | None = None, target: Tensor | None = None) -> None:
+        """Fill ``.grad`` of the weights and of learned feedback, adding to what is there as ``loss.backward()`` does.
+
+        Args:
+            loss: the scalar loss, scaled or not.
+            logits: the model's output that the loss is made of, (N, C); cut rules need it.
+            target: the labels, (N,); rules whose signal is made of them need it.
+        """
+        if self.mode.exact:
+            loss.backward()
+            return
+        self.deliver(loss, logits, target)
+        self.finish_gradients()
+
+    def deliver(self, loss: Tensor, logits: Tensor | None, target: Tensor | None) -> None:
+        """Bring the rule's errors to every layer: the backward pass alone."""
+        loss.backward()
+
+    def finish_gradients(self) -> None:
+        """Give learned feedback its gradients, once those of the weights are complete."""
+
+    def step(self) -> None:
+        """Whatever the rule does between updates; call it after ``optimizer.step()``."""
+
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """Within it forward and backward are true backpropagation, by ``loss.backward()`` and ``rule.backward`` alike."""
+        before, self.mode.exact = self.mode.exact, True
+        try:
+            yield
+        finally:
+            self.mode.exact = before
+
+    # -------------------------------------------------------------------------------------------- feedback
+    @property
+    def feedback(self) -> dict[str, dict[str, Tensor]]:
+        """{layer or cut: {name: tensor}}, the live tensors: writing into them takes effect."""
+        return {}
+
+    def effective_feedback(self, layer: str) -> Tensor:
+        """What really carries the error through `layer`, in the weight's layout, detached (edge rules)."""
+        raise CoverageError(f"rule '{self.name}' carries no error backwards through layers such as '{layer}'")
+
+    def feedback_parameters(self) -> list[Tensor]:
+        """The learned feedback tensors, to be given to an optimizer (after the model was moved to its device)."""
+        return []
+
+    @property
+    def feedback_lr_scale(self) -> float:
+        """Learning rate of the learned feedback relative to that of the weights."""
+        return 1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rule's state that is not in ``model.state_dict()``: plain values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+
+    # -------------------------------------------------------------------------------------------- for the metrics
+    def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """{layer: (effective feedback, weight)}, both in the weight's layout, where the rule has such a pair."""
+        return {}
+
+    def error_points(self, trace: Trace) -> dict[str, tuple[str, str]]:
+        """{layer: (module, side)}: where the rule delivers the error at each layer's activation; side is input or output."""
+        return {layer: (consumer, INPUT) for layer, consumer in trace.consumer.items()}
+
+    def carried(self, layer: str, x: Tensor, g: Tensor, delta: Tensor) -> Tensor:
+        """The error that the rule brings to the input of `layer` through it.
+
+        Args:
+            layer: its path.
+            x: the layer's input.
+            g: the rule's error at the layer's output.
+            delta: the gradient of the loss at the logits, (N, C).
+        """
+        x = x.detach().requires_grad_(True)
+        with torch.enable_grad():
+            return torch.autograd.grad(self.model.get_submodule(layer)(x), x, g)[0]
+
+    # -------------------------------------------------------------------------------------------- structure
+    def trace(self, sample_input: Tensor | None, watch: tuple[str, ...] = ()) -> Trace:
+        """The model's structure from one sample forward.
+
+        Without a sample, zeros of the width of the first layer serve where it is linear and nothing else is declared.
+
+        Raises:
+            CoverageError: where no sample can be made up.
+        """
+        from fa_bench.layers import weighted_layers
+        from fa_bench.trace import trace_model
+
+        if sample_input is None:
+            layers = weighted_layers(self.model)
+            path, first = next(iter(layers.items()), ("", None))
+            if not isinstance(first, torch.nn.Linear):
+                raise CoverageError(f"rule '{self.name}' needs sample_input, one input batch, to see what follows "
+                                    f"layer '{path}'" if path else f"rule '{self.name}' covers no layer of this model")
+            sample_input = first.weight.new_zeros(2, first.in_features)
+        with self.exact():
+            return trace_model(self.model, sample_input, watch)

@@ -1,0 +1,39 @@
+"""The second floor, for convolutional nets: convolutions stay random."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from fa_bench.lazy import nn
+from fa_bench.registries import ALGORITHMS
+from fa_bench.rules.bp import BP
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@ALGORITHMS.register("bp_fc")
+@dataclasses.dataclass(eq=False)
+class BPFullyConnected(BP):
+    """Fully connected layers learn by backpropagation, convolutions stay random ("BP (FC only)", section 3.2 of the DKP paper).
+
+    Choice, where the paper is silent: gains and biases of the normalisation layers that a convolution feeds are frozen
+    too; those layers stay in training mode; frozen tensors do not decay. All fully connected layers learn, hidden ones too.
+    """
+
+    def frozen_parameters(self, sample_input: Tensor | None) -> dict[int, str]:
+        from fa_bench.layers import CONVOLUTIONS
+
+        convolutions = {path for path, layer in self._layers.items() if isinstance(layer, CONVOLUTIONS)}
+        if not convolutions:
+            return {}
+        norms = {path: module for path, module in self.model.named_modules() if isinstance(module, _norms())}
+        frozen = [self._layers[path] for path in convolutions]
+        feeds = self.trace(sample_input, watch=tuple(norms)).feeds if norms else {}
+        frozen += [norms[path] for path, fed in feeds.items() if fed and convolutions.issuperset(fed)]
+        return {id(p): "nothing: frozen" for module in frozen for p in module.parameters(recurse=False)}
+
+
+def _norms() -> tuple[type[nn.Module], ...]:
+    return (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)

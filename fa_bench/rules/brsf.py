@@ -1,0 +1,31 @@
+"""Batchwise random magnitude sign-concordant feedback."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from fa_bench.edge import EdgeRule, Site
+from fa_bench.feedback import INITIALISERS, Carrier, SignedMagnitude
+from fa_bench.options import option
+from fa_bench.registries import ALGORITHMS
+
+
+@ALGORITHMS.register("brsf")
+@dataclasses.dataclass(eq=False)
+class BRSF(EdgeRule):
+    """Batchwise random magnitude sign-concordant feedback (Liao et al. 2016).
+
+    e_in = g B with B = |M| sign(W) of the current W, sign(0) = 0; M is drawn anew at every training forward by the
+    initialiser of the weights. ``rule.feedback`` holds the last draw; an evaluation forward draws nothing.
+
+    Choice: M is Xavier-uniform. The draw number k of a layer is a function of (seed, layer, k) alone, so that it disturbs
+    no other random numbers and a resumed run draws the same.
+    """
+
+    m_init: str = option("xavier_uniform", "initialiser of the magnitudes M", choices=list(INITIALISERS))
+    density: float = option(1.0, "fraction of B that is not zero (mask drawn once)", above=0, maximum=1)
+
+    def carrier(self, site: Site) -> Carrier:
+        site.put("M", self.m_init, magnitude=True)
+        site.put_mask(self.density)
+        return SignedMagnitude(redraw=self.m_init, seed=site.tensor_seed("M"))

@@ -1,0 +1,100 @@
+"""Direct feedback alignment."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+from fa_bench.cuts import CutRule, Kept
+from fa_bench.errors import OptionError
+from fa_bench.feedback import INITIALISERS
+from fa_bench.lazy import torch
+from fa_bench.options import option
+from fa_bench.registries import ALGORITHMS
+from fa_bench.rules.base import INPUT, OUTPUT
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@ALGORITHMS.register("dfa")
+@dataclasses.dataclass(eq=False)
+class DFA(CutRule):
+    """Direct feedback alignment (Nøkland 2016; section 2 of Li and Benna 2024).
+
+    The error at the logits, δ = ∂L/∂z of shape (N, C), reaches every hidden activation directly and replaces whatever would
+    come from above; from there the derivatives down to the next weights are exact. The output layer has its true gradient.
+    B is fixed and does not decay. `form` chooses how δ is projected:
+
+    - neuron: at each cut, δ B with B of shape (C, features of the cut), one row of numbers for every neuron.
+    - kernel: at the input of each layer. Linear: δ B with B of shape (C, I). Convolution: δ is copied to every output
+      pixel and carried to the input by the input gradient of a convolution with B of shape (C, I, K...). Identity shortcuts
+      still add the error from above, so that this is a hybrid in residual nets, as in the code behind Li and Benna 2024.
+    - shared: one matrix, uniform in [-1, 1), for all cuts, of shape (C, features of the largest); each takes its leading
+      columns, divided by √(features of the largest) with `normalise` (Launay et al. 2020).
+
+    Choice: B is Xavier-uniform for neuron and kernel; its fan_in is the number of features, its fan_out C.
+    """
+
+    form: str = option("neuron", "how the output error is projected", choices=["neuron", "kernel", "shared"])
+    b_init: str = option("xavier_uniform", "initialiser of B (forms neuron and kernel)", choices=list(INITIALISERS))
+    density: float = option(1.0, "fraction of B that is not zero (mask drawn once)", above=0, maximum=1)
+    normalise: bool = option(True, "divide the shared projection by the root of its size (form shared)")
+
+    def check(self) -> None:
+        if self.form == "kernel" and self.cuts is not None:
+            raise OptionError("cuts", "form=kernel delivers its error at the input of every layer and takes no cuts")
+
+    @property
+    def side(self) -> str:
+        return INPUT if self.form == "kernel" else OUTPUT
+
+    def find_cuts(self) -> tuple[str, ...]:
+        if self.form != "kernel":
+            return super().find_cuts()
+        from fa_bench.layers import weighted_layers
+
+        return tuple(weighted_layers(self.model))
+
+    def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:
+        largest = max(math.prod(shape) for shape in features.values())
+        self._gain = 1 / math.sqrt(largest) if self.form == "shared" and self.normalise else 1.0
+        for cut, shape in features.items():
+            if self.form == "shared":
+                self.put(cut, "B", (classes, largest), "uniform_one", self.density, seeded_by="shared", columns=math.prod(shape))
+            elif self.form == "kernel":
+                layer = self.model.get_submodule(cut)
+                kernel = getattr(layer, "kernel_size", ())
+                self.put(cut, "B", (classes, layer.in_channels if kernel else shape[-1], *kernel), self.b_init, self.density)
+            else:
+                self.put(cut, "B", (classes, math.prod(shape)), self.b_init, self.density)
+
+    def signal(self, cut: str, kept: Kept, delta: Tensor, target: Tensor | None) -> Tensor:
+        x = kept.tensor
+        if self.form == "kernel":
+            return self.carried(cut, x, x, delta, kept.output_shape)
+        feedback = self.model.get_submodule(cut).feedback_B
+        projected = delta.to(feedback.dtype) @ feedback
+        return (projected if self._gain == 1 else projected * self._gain).view(x.shape).to(x.dtype)
+
+    def carried(
+        self, layer: str, x: Tensor, g: Tensor, delta: Tensor, output_shape: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """The kernel form's error at a layer's input; `output_shape` is the layer's, that of g unless given."""
+        from fa_bench.layers import padded
+
+        module = self.model.get_submodule(layer)
+        feedback = module.feedback_B
+        delta = delta.to(feedback.dtype)
+        if feedback.dim() == 2:
+            return (delta @ feedback).view(len(x), *[1] * (x.dim() - 2), -1).expand(x.shape).to(x.dtype)
+        pixels = (output_shape or tuple(g.shape))[2:]
+        copied = delta.view(*delta.shape, *[1] * len(pixels)).expand(*delta.shape, *pixels)
+        with torch.enable_grad():
+            leaf = x.detach().to(feedback.dtype).requires_grad_(True)
+            inside, geometry = padded(module, leaf)
+            error = torch.ops.aten.convolution_backward(
+                copied, inside.detach(), feedback, None, *geometry._replace(groups=1), [True, False, False]
+            )[0]
+            return (error if inside is leaf else torch.autograd.grad(inside, leaf, error)[0]).to(x.dtype)

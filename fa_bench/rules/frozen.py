@@ -1,0 +1,27 @@
+"""The first floor of every comparison: hidden layers stay random."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from fa_bench.registries import ALGORITHMS
+from fa_bench.rules.bp import BP
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@ALGORITHMS.register("frozen")
+@dataclasses.dataclass(eq=False)
+class Frozen(BP):
+    """Only the output layer learns, by its true gradient; every other parameter keeps its initial value.
+
+    A rule that does not beat this floor trains nothing worth having below the output layer. Batch normalisation stays in
+    training mode: its gains and biases are frozen, its running statistics are not. Frozen tensors do not decay.
+    """
+
+    def frozen_parameters(self, sample_input: Tensor | None) -> dict[int, str]:
+        outputs = self.trace(sample_input).outputs if sample_input is not None else list(self._layers)[-1:]
+        learns = {id(p) for path in outputs for p in self._layers[path].parameters(recurse=False)}
+        return {id(p): "nothing: frozen" for p in self.model.parameters() if id(p) not in learns}

@@ -1,0 +1,28 @@
+"""Fixed random magnitude sign-concordant feedback."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from fa_bench.edge import EdgeRule, Site
+from fa_bench.feedback import INITIALISERS, Carrier, SignedMagnitude
+from fa_bench.options import option
+from fa_bench.registries import ALGORITHMS
+
+
+@ALGORITHMS.register("frsf")
+@dataclasses.dataclass(eq=False)
+class FRSF(EdgeRule):
+    """Fixed random magnitude sign-concordant feedback (Liao et al. 2016).
+
+    e_in = g B with B = |M| sign(W) of the current W, sign(0) = 0; M is drawn once by the initialiser of the weights.
+
+    Choice: M is Xavier-uniform. Metrics are taken on |M| sign(W); on |M| alone the angle would read 90 degrees.
+    """
+
+    m_init: str = option("xavier_uniform", "initialiser of the magnitudes M", choices=list(INITIALISERS))
+    density: float = option(1.0, "fraction of B that is not zero (mask drawn once)", above=0, maximum=1)
+
+    def carrier(self, site: Site) -> Carrier:
+        site.put("M", self.m_init, self.density, magnitude=True)
+        return SignedMagnitude()

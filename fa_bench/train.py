@@ -1,0 +1,201 @@
+"""One run: build, attach, fit, record."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from fa_bench import checkpoint
+from fa_bench.config import Job
+from fa_bench.errors import ConfigError, FaBenchError, OptionError
+from fa_bench.files import dump_json, write_text
+from fa_bench.loop import Diverged, Loop, Progress
+from fa_bench.metrics.probe import Probe
+from fa_bench.optim import Optimizers
+from fa_bench.record import Recorder, base_result, device_name, progress_result
+from fa_bench.rules.base import Rule
+from fa_bench.rundir import LOG, RESULT, RunDirectory
+
+log = logging.getLogger("fa_bench")
+
+
+def run(job: Job, directory: Path, title: str = "") -> dict[str, Any]:
+    """Train one job in its directory.
+
+    Args:
+        job: the checked config.
+        directory: where its records go; nothing in it changes until data, model and rule are ready.
+        title: what the progress bar says.
+
+    Returns:
+        The result, as in result.json; its status is finished or diverged.
+
+    Raises:
+        FaBenchError: for input that cannot be run.
+        KeyboardInterrupt: after the result was written with status interrupted.
+    """
+    place = RunDirectory(directory, job)
+    place.check()
+    device = prepare(job)
+    splits = job.dataset.load(Path(job.run.data_dir), device)
+    model = _build(job, splits).to(device)
+    x, y = next(splits.train.batches(min(job.run.probe_size, len(splits.train))))
+    rule = job.fresh_algorithm().attach(model, seed=job.run.seed, sample_input=x[:2])
+    optimizers = Optimizers(job.optimizer, rule, job.run.epochs, job.feedback_optimizer)
+    probe = Probe(rule, x, y)
+
+    progress = Progress()
+    resuming = job.run.resume and place.checkpoint.exists()
+    if resuming:
+        progress = checkpoint.load(place.checkpoint, job.config_hash, rule, optimizers)
+    place.start(keep=resuming)
+    result = {**base_result(job), "data_hash": splits.data_hash, "device": device_name(device)}
+    with _log_file(directory / LOG):
+        if job.run.resume:
+            log.info("%s", f"going on after epoch {progress.epoch}" if resuming else "no checkpoint: starting at the beginning")
+        log.debug("%s", rule.coverage)
+        recorder = Recorder(directory, job, progress)
+        try:
+            angles = _fit(job, place, rule, optimizers, splits, probe, recorder, progress, title)
+            result |= progress_result(recorder, progress, probe, angles) | {"status": "finished"}
+        except Diverged as error:
+            log.warning("diverged: %s", error)
+            result |= progress_result(recorder, progress, probe, None)
+            result |= {"status": "diverged", "error": _error(error) | {"epoch": error.epoch, "layer": error.layer}}
+        except KeyboardInterrupt as error:
+            result |= progress_result(recorder, progress, probe, None) | {"status": "interrupted", "error": _error(error)}
+            raise
+        except Exception as error:
+            log.exception("failed: %s", error)
+            result |= progress_result(recorder, progress, probe, None) | {"error": _error(error)}
+            raise
+        finally:
+            recorder.finish(result)
+    return result
+
+
+def record_failure(job: Job, directory: Path, error: BaseException) -> None:
+    """Write the result of a run that never came to train, unless it wrote one itself; keeps what is another run's."""
+    place = RunDirectory(directory, job)
+    place.check()
+    if not (directory / RESULT).exists():
+        place.start(keep=True)
+        write_text(directory / RESULT, dump_json(base_result(job) | {"error": _error(error)}, indent=1) + "\n")
+
+
+def prepare(job: Job) -> torch.device:
+    """Set every process-wide state that a run depends on, whatever an earlier run in this process left; the device.
+
+    Raises:
+        ConfigError: where the device is not there.
+    """
+    _keep_freed_memory()
+    torch.set_default_dtype(torch.float32)
+    if job.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(job.run.deterministic)
+    torch.backends.cudnn.benchmark = not job.run.deterministic
+    checkpoint.seed_everything(job.run.seed)
+    name = job.run.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+            raise ConfigError(f"device={name}: this machine has {torch.cuda.device_count()} CUDA devices (allowed: auto, cpu)")
+        torch.cuda.reset_peak_memory_stats(device)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("device=mps: this machine has none (allowed: auto, cpu)")
+    return device
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to keep large blocks instead of giving them back to the kernel and asking for them at every step.
+
+    A training step frees and takes the same gradients over and over; on a CPU the page faults cost a quarter of it.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        for parameter in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+            libc.mallopt(parameter, 1 << 30)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+def _build(job: Job, splits: Any) -> torch.nn.Module:
+    try:
+        return job.architecture.build(splits.input_shape, len(splits.classes))
+    except OptionError as error:
+        raise error.under("architecture") from None
+
+
+def _fit(
+    job: Job, place: RunDirectory, rule: Rule, optimizers: Optimizers, splits: Any, probe: Probe, recorder: Recorder,
+    progress: Progress, title: str,
+) -> dict[str, dict[str, float]]:
+    steps = splits.train.steps(job.run.batch_size, job.run.drop_last)
+    with tqdm(total=steps * job.run.epochs, initial=progress.step, desc=title or rule.name, unit="step", disable=None,
+              leave=False, dynamic_ncols=True) as bar:
+
+        def on_epoch(progress: Progress, metrics: dict[str, Any]) -> None:
+            recorder.epoch(progress, metrics)
+            checkpoint.save(place.checkpoint, job.config_hash, progress, rule, optimizers)
+            val = "" if metrics["val_accuracy"] is None else f"  val {metrics['val_accuracy']:.2%}"
+            shown = f"train loss {metrics['train_loss']:.4f}{val}  test {metrics['test_accuracy']:.2%}"
+            bar.set_postfix_str(shown, refresh=False)
+            # Off a terminal there is no bar: the log is what shows that the run is alive.
+            log.log(logging.INFO if bar.disable else logging.DEBUG, "%s epoch %d/%d  %s",
+                    title or rule.name, progress.epoch, job.run.epochs, shown)
+
+        return Loop(
+            rule, optimizers, splits, job.run.batch_size, job.run.drop_last, job.run.seed, probe, job.run.probe_every,
+            on_probe=recorder.probe, on_step=lambda progress: bar.update(), on_epoch=on_epoch,
+        ).fit(progress, job.run.epochs)
+
+
+def _error(error: BaseException) -> dict[str, str]:
+    return {"type": type(error).__name__, "message": str(error)}
+
+
+class _Console(logging.Handler):
+    """Log lines on standard output, above a progress bar; at most one epoch line a second and run."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+
+
+class _log_file:
+    """While it is open, the log goes to a file, whole, and to the terminal, in short."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = logging.FileHandler(path, encoding="utf-8")
+        self.file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+
+    def __enter__(self) -> None:
+        log.setLevel(logging.DEBUG)
+        log.addHandler(self.file)
+
+    def __exit__(self, *exception: object) -> None:
+        log.removeHandler(self.file)
+        self.file.close()
+
+
+def show_log() -> None:
+    """Show the log's short form on the terminal."""
+    if not any(isinstance(handler, _Console) for handler in log.handlers):
+        console = _Console(level=logging.INFO)
+        log.addHandler(console)
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+
+
+__all__ = ["FaBenchError", "prepare", "record_failure", "run", "show_log"]
