@@ -41,8 +41,9 @@ class Composer:
             raise ConfigError(f"--config-dir {config_dir}: no such folder")
         self.parsed = [_parse(text) for text in overrides]
         for override in self.parsed:
-            if override.key_or_group == "plugins" and isinstance(override.value(), list):
-                for module in override.value():
+            value = override.value()
+            if override.key_or_group == "plugins" and isinstance(value, list):
+                for module in value:
                     import_plugin(str(module))
         #: What Hydra is given for a grid: the preset's values where the command line gives none, all spelled out.
         self.sweep_overrides = overrides
@@ -90,7 +91,8 @@ class Composer:
                 config = self._compose(overrides)
                 job, place = Job.from_config(config), self._place(config, number, len(grid) > 1 or overrides != self.overrides)
                 if place in seen:
-                    raise ConfigError(f"two jobs of the grid are one run in {place}: {' '.join(seen[place])} and {' '.join(overrides)}")
+                    raise ConfigError(f"two jobs of the grid are one run, {place}: "
+                                      f"{' '.join(seen[place])} and {' '.join(overrides)}")
                 seen[place] = overrides
                 RunDirectory(place, job).check()
                 jobs.append((job, place))
@@ -131,7 +133,8 @@ class Composer:
                 wanted = override.value()
                 for name in wanted if isinstance(wanted, list) else [wanted]:
                     if str(name) not in options:
-                        return ConfigError(f"{key}={name}: no such {key}{nearest(str(name), options)} (available: {names(options)})")
+                        return ConfigError(f"{key}={name}: no such {key}{nearest(str(name), options)} "
+                                           f"(available: {names(options)})")
         # Keys are looked up in the config that the chosen groups make.
         chosen = [o.input_line for o in map(_parse, overrides) if o.key_or_group in groups]
         try:

@@ -136,7 +136,7 @@ class CutRule(Rule):
             raise CoverageError(f"rule '{self.name}' needs logits of shape (N, C); this model gives {trace.result_shape}")
         for cut in cuts:
             if trace.calls[cut] != 1:
-                raise CoverageError(f"cut '{cut}' runs {trace.calls[cut]} times in one forward pass; name a module that runs once")
+                raise CoverageError(f"cut '{cut}' runs {trace.calls[cut]} times in a forward pass; name a module that runs once")
             if self.side == OUTPUT and not trace.feeds[cut]:
                 raise CoverageError(f"cut '{cut}' has no layer with weights in front of it")
             if self.side == OUTPUT and set(trace.feeds[cut]) & set(trace.outputs):
@@ -259,7 +259,8 @@ def _find_tape(logits: Tensor) -> dict[str, Kept] | None:
         if node is None or node in visited:
             continue
         visited.add(node)
-        if _KEY in node.metadata:
-            return node.metadata[_KEY]
+        metadata: Any = node.metadata
+        if _KEY in metadata:
+            return metadata[_KEY]
         queue.extend(following for following, _ in node.next_functions)
     return None

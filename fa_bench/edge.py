@@ -115,7 +115,8 @@ class EdgeRule(Rule):
     def effective_feedback(self, layer: str) -> Tensor:
         layers = self._layers
         if layer not in layers:
-            raise CoverageError(f"rule '{self.name}' covers no layer '{layer}'{nearest(layer, layers)} (covered: {names(layers)})")
+            raise CoverageError(f"rule '{self.name}' covers no layer '{layer}'{nearest(layer, layers)} "
+                                f"(covered: {names(layers)})")
         return layers[layer].carrier.effective(layers[layer]).detach()
 
     def feedback_parameters(self) -> list[Tensor]:

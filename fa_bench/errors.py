@@ -46,8 +46,11 @@ class RunDirectoryError(FaBenchError, OSError):
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """A hint of the form ``; did you mean 'fa'?``, or nothing where no name is close."""
-    close = difflib.get_close_matches(str(name), list(allowed), n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    def likeness(other: str) -> tuple[float, int]:
+        return difflib.SequenceMatcher(None, str(name), other).ratio(), -abs(len(str(name)) - len(other))
+
+    best = max(allowed, key=likeness, default="")
+    return f"; did you mean '{best}'?" if best and likeness(best)[0] >= 0.5 else ""
 
 
 def names(allowed: Iterable[str]) -> str:

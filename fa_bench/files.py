@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+#: Files of a run's directory.
+CONFIG, LOG, METRICS, RESULT = "config.yaml", "run.log", "metrics.jsonl", "result.json"
+
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:

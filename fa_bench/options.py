@@ -95,14 +95,15 @@ def as_plain(options: Options) -> dict[str, Any]:
 
 
 def type_name(hint: Any) -> str:
-    """A type as a user would say it: ``number``, ``whole number``, ``list of names`` ..."""
+    """A type as a user would say it: ``a number``, ``true or false``, ``a list (a name each)`` ..."""
     if _is_union(hint):
         return " or ".join(type_name(arg) for arg in get_args(hint))
     if get_origin(hint) is list:
-        return f"list of {type_name(get_args(hint)[0])}s"
+        return f"a list ({type_name(get_args(hint)[0])} each)"
     if isinstance(hint, type) and issubclass(hint, Options):
-        return "group of options"
-    return {int: "whole number", float: "number", bool: "true or false", str: "name", type(None): "null"}.get(hint, str(hint))
+        return "a group of options"
+    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "a name", type(None): "null"}
+    return plain.get(hint, str(hint))
 
 
 _HINTS: dict[type, dict[str, Any]] = {}
@@ -149,8 +150,7 @@ def _checked(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> A
         raise error.under(name) from None
     choices, limits = metadata["choices"], metadata["limits"]
     if converted is _WRONG:
-        allowed = f"one of {names(choices)}" if choices else type_name(hint)
-        raise OptionError(name, f"={value!r} is not a {allowed}" if not choices else f"={value!r} is not {allowed}")
+        raise OptionError(name, f"={value!r} is not {f'one of {names(choices)}' if choices else type_name(hint)}")
     for item in converted if isinstance(converted, list) else [converted]:
         if choices is not None and item is not None and item not in choices:
             raise OptionError(name, f"={item} is not one of {names(choices)}{nearest(str(item), choices)}")

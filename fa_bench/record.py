@@ -18,10 +18,9 @@ from torch.utils.tensorboard.summary import hparams
 
 from fa_bench import __version__
 from fa_bench.config import Job
-from fa_bench.files import dump_json, write_text
+from fa_bench.files import METRICS, RESULT, dump_json, write_text
 from fa_bench.loop import Angles, Progress
 from fa_bench.metrics.probe import Probe
-from fa_bench.rundir import METRICS, RESULT
 
 #: Hyper-parameters shown in TensorBoard: one set for all rules, so that they share a table.
 HYPERPARAMETERS: dict[str, Callable[[Job], Any]] = {

@@ -10,9 +10,8 @@ from omegaconf import OmegaConf
 
 from fa_bench.config import VOLATILE, Job
 from fa_bench.errors import RunDirectoryError
-from fa_bench.files import write_text
+from fa_bench.files import CONFIG, LOG, METRICS, RESULT, write_text
 
-CONFIG, LOG, METRICS, RESULT = "config.yaml", "run.log", "metrics.jsonl", "result.json"
 CHECKPOINTS, LAST = "checkpoints", "last.pt"
 EVENTS = "events.out.tfevents.*"
 _HEADER = "# config hash: "

@@ -100,7 +100,7 @@ def trace_model(model: nn.Module, sample: Tensor, watch: Iterable[str] = ()) -> 
             consumer.setdefault(fed, path)
     ends = {path: seen[path].output_node for path in watched if path in seen}
     walks = {path: _walk(node, node_of, ends.values()) for path, node in ends.items()}
-    fed_output, behind = _walk(output.grad_fn, node_of, ends.values())
+    _, behind = _walk(output.grad_fn, node_of, ends.values())
     behind = behind.union(*(through for _, through in walks.values()))
     return Trace(
         order=order,

@@ -164,7 +164,7 @@ class Dataset(Options):
         train, test, classes, shape, data_hash = self.read(data_dir, device)
         held = round(self.validation * len(train)) if self.validation < 1 else int(self.validation)
         if held >= len(train):
-            raise OptionError("dataset.validation", f"={self.validation:g} leaves none of {len(train)} training images to train on")
+            raise OptionError("dataset.validation", f"={self.validation:g} leaves none of {len(train)} training images")
         if held == 0:
             return Splits(train, None, test, classes, shape, data_hash)
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed_for("split", self.validation_seed)))

@@ -25,7 +25,5 @@ class Digits(ArrayDataset):
 
         bunch = load_digits()
         images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
-        train_x, test_x, train_y, test_y = train_test_split(
-            images, bunch.target, test_size=0.2, stratify=bunch.target, random_state=0
-        )
-        return train_x, train_y, test_x, test_y, [str(name) for name in bunch.target_names]
+        train, test = train_test_split(np.arange(len(images)), test_size=0.2, stratify=bunch.target, random_state=0)
+        return images[train], bunch.target[train], images[test], bunch.target[test], [str(name) for name in bunch.target_names]

@@ -43,6 +43,7 @@ class Downloaded(ArrayDataset):
                 return make(str(data_dir), train=train, download=True)
         except (RuntimeError, OSError, ValueError, EOFError) as error:
             folder = data_dir / self.folder
+            _remove_empty(folder, data_dir)
             missing = [name for name in self.files if not (folder / name).exists()]
             what = f"missing {', '.join(missing)}" if missing else f"unreadable {', '.join(self.files)}"
             raise DataError(f"dataset={self.name}: {what} in {folder}, and the download failed "
@@ -50,6 +51,14 @@ class Downloaded(ArrayDataset):
 
     def _unpack(self, dataset: Any) -> tuple[np.ndarray, np.ndarray]:
         raise NotImplementedError
+
+
+def _remove_empty(folder: Path, top: Path) -> None:
+    """Remove the folders, up to `top`, that a failed download made and left empty."""
+    with contextlib.suppress(OSError):
+        while folder == top or top in folder.parents:
+            folder.rmdir()
+            folder = folder.parent
 
 
 @DATASETS.register("mnist")

@@ -48,7 +48,7 @@ class ImageFolder(Dataset):
             raise OptionError("channels", "=2 is not one of 1, 3")
         for key in ("mean", "std"):
             if len(getattr(self, key)) not in (1, self.channels):
-                raise OptionError(key, f"={getattr(self, key)} has {len(getattr(self, key))} numbers for {self.channels} channels")
+                raise OptionError(key, f"={getattr(self, key)} should have 1 or {self.channels} numbers, one for each channel")
 
     def read(self, data_dir: Path, device: torch.device) -> tuple[Split, Split, list[str], tuple[int, int, int], str]:
         train_dir, test_dir = _find_splits(data_dir)
@@ -59,7 +59,6 @@ class ImageFolder(Dataset):
         if unknown:
             raise DataError(f"{test_dir}: holds classes that {train_dir} does not: {', '.join(unknown[:5])}")
         train, test = _files(train_dir, classes), _files(test_dir, classes, may_lack=True)
-        # The largest label must exist in training, and so does every class: each of its folders has images.
         height, width = (self.size, self.size) if self.size else _size_of(train[0][0])
         decode = Decoder(self.channels, height, width, resize=self.size is not None)
         mean, std = ([*values] * (self.channels // len(values)) for values in (self.mean, self.std))

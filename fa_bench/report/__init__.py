@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fa_bench.errors import DataError
-from fa_bench.report.runs import RESULT, read_run, replacing
+from fa_bench.files import RESULT, atomic
+from fa_bench.report.runs import read_run
 
 LEGEND = """\
 Accuracies are in %, differences in percentage points, angles in degrees, times in seconds of training. Statistics are over the
@@ -46,7 +47,7 @@ def write_comparison(run_dirs: Sequence[Path], out_dir: Path) -> tuple[str, Path
     out_dir.mkdir(parents=True, exist_ok=True)
     for name, text in (("comparison.csv", frame.to_csv(index=False, float_format="%.10g", lineterminator="\n")),
                        ("comparison.md", f"{to_markdown(frame)}\n\n{LEGEND}{remark.lstrip()}".rstrip() + "\n")):
-        with replacing(out_dir / name) as temporary:
+        with atomic(out_dir / name) as temporary:
             temporary.write_bytes(text.encode())
     figure = out_dir / "comparison.png"
     plot_comparison(runs, figure)

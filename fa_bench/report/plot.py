@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, MultipleLocator
 
-from fa_bench.report.runs import Run, finished_by_seed, group_labels, group_runs, mean, number, replacing, status_counts, std
+from fa_bench.files import atomic
+from fa_bench.report.runs import Run, finished_by_seed, group_labels, group_runs, mean, number, status_counts, std
 
 # Six of Okabe and Ito's colours, and six found by search so that each pair of the twelve stays apart (CIE76 distance of 14
 # or more) under simulated protanopia, deuteranopia and tritanopia too. The second six are dashed besides.
@@ -66,7 +67,7 @@ def plot_comparison(runs: Sequence[Run], path: Path) -> None:
         loc="outside right center", frameon=False, fontsize=9, handlelength=2.8,
         title="mean ± std over seeds", title_fontsize=9, alignment="left",
     )
-    with replacing(Path(path)) as temporary:
+    with atomic(Path(path)) as temporary:
         # Matplotlib would write its version, so that the bytes changed with it though the picture did not.
         figure.savefig(temporary, format="png", metadata={"Software": None})
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fa_bench.errors import DataError, names
+from fa_bench.files import METRICS, RESULT
 
-RESULT, METRICS = "result.json", "metrics.jsonl"
 FINISHED = "finished"
 _REQUIRED = ("status", "label", "group", "algorithm", "seed")
 
@@ -127,17 +125,6 @@ def std(values: Iterable[Any]) -> float:
     """Sample standard deviation (ddof=1) of the known values; NaN where there are fewer than two."""
     present = known(values)
     return statistics.stdev(present) if len(present) > 1 else math.nan
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, moved onto it on leaving without an error: no reader meets half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:

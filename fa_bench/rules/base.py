@@ -23,8 +23,19 @@ R = TypeVar("R", bound="Rule")
 INPUT, OUTPUT = "input", "output"
 
 
+class _Attached:
+    """What a rule holds while it is in a model; no options."""
+
+    if TYPE_CHECKING:
+        model: nn.Module
+        mode: Mode
+        seed: int
+        coverage: Coverage
+        _trace: Trace | None
+
+
 @dataclasses.dataclass(eq=False)
-class Rule(Options):
+class Rule(_Attached, Options):
     """A learning rule; its dataclass fields are its options.
 
     A rule is put into one model by `attach` and taken out by `detach`. `EdgeRule` and `CutRule` implement the two
@@ -32,12 +43,6 @@ class Rule(Options):
     """
 
     allow_uncovered: bool = option(False, "accept weights that the rule does not cover; they learn by their true local gradient")
-
-    if TYPE_CHECKING:
-        model: nn.Module
-        mode: Mode
-        seed: int
-        coverage: Coverage
 
     # -------------------------------------------------------------------------------------------- life in a model
     def attach(self: R, model: nn.Module, seed: int = 0, sample_input: Tensor | None = None) -> R:
@@ -57,7 +62,7 @@ class Rule(Options):
             raise CoverageError(f"this '{self.name}' rule object is in a model already; make another one")
         check_model(model)
         self.model, self.mode, self.seed = model, Mode(), seed
-        self._trace: Trace | None = None
+        self._trace = None
         try:
             self.coverage = self.put_in(sample_input)
             self.coverage.require(self.allow_uncovered)

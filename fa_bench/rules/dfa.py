@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fa_bench.cuts import CutRule, Kept
 from fa_bench.errors import OptionError
@@ -74,7 +74,7 @@ class DFA(CutRule):
         x = kept.tensor
         if self.form == "kernel":
             return self.carried(cut, x, x, delta, kept.output_shape)
-        feedback = self.model.get_submodule(cut).feedback_B
+        feedback: Any = self.model.get_submodule(cut).feedback_B
         projected = delta.to(feedback.dtype) @ feedback
         return (projected if self._gain == 1 else projected * self._gain).view(x.shape).to(x.dtype)
 
@@ -85,7 +85,7 @@ class DFA(CutRule):
         from fa_bench.layers import padded
 
         module = self.model.get_submodule(layer)
-        feedback = module.feedback_B
+        feedback: Any = module.feedback_B
         delta = delta.to(feedback.dtype)
         if feedback.dim() == 2:
             return (delta @ feedback).view(len(x), *[1] * (x.dim() - 2), -1).expand(x.shape).to(x.dtype)

@@ -1,0 +1,114 @@
+"""Times one training step of every rule as a ratio to plain backpropagation, in one process.
+
+Each round times one block of steps of every rule in turn, so that a drift of the machine's speed meets all of them; the
+ratio is taken round by round, and the table shows its median and quartiles. The row A/A is backpropagation against itself.
+A step is: drop gradients, forward, loss, rule.backward, optimizer.step, rule.step; the columns leave the optimizer out and in.
+
+    python scripts/bench_step.py [--nets mlp conv2 resnet20] [--rules fa kp ...] [--rounds 30] [--threads 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+import fa_bench
+from fa_bench.optim import SGD, Optimizers
+from fa_bench.registries import ALGORITHMS, ARCHITECTURES
+
+NETS = {"mlp": (1, 28, 28), "conv2": (1, 28, 28), "resnet20": (3, 32, 32)}
+PLAIN, AGAIN = "bp (plain)", "bp (A/A)"
+
+
+def make_step(net: str, rule_name: str | None, batch: int, with_optimizer: bool) -> Callable[[], None]:
+    """A function that trains one step; `rule_name` None is the plain model with loss.backward()."""
+    torch.manual_seed(0)
+    shape = NETS[net]
+    model = ARCHITECTURES[net]().build(shape, 10)
+    x, y = torch.randn(batch, *shape), torch.randint(0, 10, (batch,))
+    rule = fa_bench.attach(model, rule_name or "bp", seed=0, sample_input=x[:2])
+    optimizers = Optimizers(SGD(lr=1e-3), rule, epochs=1)
+
+    def step() -> None:
+        optimizers.zero_grad()
+        logits = model(x)
+        loss = F.cross_entropy(logits, y)
+        if rule_name is None:
+            loss.backward()
+        else:
+            rule.backward(loss, logits, y)
+        if with_optimizer:
+            optimizers.step()
+        if rule_name is not None:
+            rule.step()
+
+    return step
+
+
+def compare(steps: dict[str, Callable[[], None]], rounds: int, block: int) -> dict[str, list[float]]:
+    """Ratios to PLAIN of every entry, one a round."""
+    for step in steps.values():
+        for _ in range(3):
+            step()
+    ratios: dict[str, list[float]] = {name: [] for name in steps}
+    order = list(steps)
+    for number in range(rounds):
+        seconds = {}
+        # Backwards every other round: what runs after what must not favour one of them.
+        for name in order if number % 2 == 0 else reversed(order):
+            start = time.perf_counter()
+            for _ in range(block):
+                steps[name]()
+            seconds[name] = time.perf_counter() - start
+        for name, took in seconds.items():
+            ratios[name].append(took / seconds[PLAIN])
+    return ratios
+
+
+def main() -> None:
+    """Print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
+    parser.add_argument("--rules", nargs="+", default=[name for name in ALGORITHMS if name != "bp"], choices=list(ALGORITHMS))
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print(f"torch {torch.__version__}, {arguments.threads} threads, batch {arguments.batch}, eager, median [quartiles] of "
+          f"{arguments.rounds} rounds\n")
+    print("| net | rule | without optimizer | whole step |\n|---|---|---|---|")
+    for net in arguments.nets:
+        block = 8 if net == "mlp" else 1
+        columns = []
+        for with_optimizer in (False, True):
+            names: dict[str, str | None] = {PLAIN: None, AGAIN: None, **{name: name for name in arguments.rules}}
+            steps = {label: make_step(net, name, arguments.batch, with_optimizer) for label, name in names.items()}
+            columns.append(compare(steps, arguments.rounds, block))
+        for name in columns[0]:
+            if name != PLAIN:
+                print(f"| {net} | {name} | {_text(columns[0][name])} | {_text(columns[1][name])} |", flush=True)
+
+
+def _text(ratios: list[float]) -> str:
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def reexec_with_malloc_settings() -> None:
+    """Start again with glibc told to keep freed blocks: otherwise page faults, not arithmetic, decide the ratios."""
+    settings = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+    if any(os.environ.get(key) != value for key, value in settings.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **settings})
+
+
+if __name__ == "__main__":
+    reexec_with_malloc_settings()
+    main()
