@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from fa_bench import __version__
 from fa_bench.config import Job, conf_dir, register_schemas
 from fa_bench.errors import ConfigError, FaBenchError
+from fa_bench.files import LOG
 
 CONFIG_NAME = "config"
 #: Number of jobs of a grid, for the titles of progress bars; also seen by jobs in other processes.
@@ -114,9 +115,9 @@ def _job(config: DictConfig) -> None:
             sys.exit(2)
         print(f"fa-bench: {counted}{error}", file=sys.stderr)
         record_failure(job, directory, error)
-    except Exception:
-        # The run's own log and result hold the traceback and the reason.
-        print(f"fa-bench: {counted}failed; see {directory / 'run.log'}", file=sys.stderr)
+    except Exception as error:
+        record_failure(job, directory, error)
+        print(f"fa-bench: {counted}failed: {type(error).__name__}: {error} (traceback: {directory / LOG})", file=sys.stderr)
         if alone:
             sys.exit(1)
 

@@ -189,12 +189,10 @@ class SignedMagnitude(Carrier):
             return
         self.draws += 1
         redraw_magnitudes(layer.feedback_M, self.redraw, seed_for(self.seed, self.draws))
-        if layer.feedback_mask is not None:
-            layer.feedback_M.mul_(layer.feedback_mask)
 
     def effective(self, layer: Any) -> Tensor:
-        # M is written as it was drawn, without sign; a user who writes a negative number means its magnitude.
-        return torch.sign(layer.weight.detach()).mul_(layer.feedback_M)
+        feedback = torch.sign(layer.weight.detach()).mul_(layer.feedback_M.abs())
+        return feedback if layer.feedback_mask is None else feedback.mul_(layer.feedback_mask)
 
     def state(self) -> dict[str, Any]:
         return {"draws": self.draws}

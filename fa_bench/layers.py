@@ -61,13 +61,18 @@ class FeedbackLayer(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             # Cast outside the Function: its backward then sees one dtype, and the casts are differentiated as usual.
             dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight, feedback = x.to(dtype), weight.to(dtype), feedback.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
+            x, weight, feedback = _autocast(x, dtype), _autocast(weight, dtype), _autocast(feedback, dtype)
+            bias = None if bias is None else _autocast(bias, dtype)
         return self.apply_feedback(x, weight, bias, feedback, *args, **kwargs)
 
     def apply_feedback(self, x: Tensor, weight: Tensor, bias: Tensor | None, feedback: Tensor) -> Tensor:
         """The layer's output, with `feedback` (the weight's layout) in its backward pass."""
         raise NotImplementedError
+
+
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As torch's autocast does: double precision stays."""
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
 class FeedbackLinear(FeedbackLayer, nn.Linear):

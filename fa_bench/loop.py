@@ -127,8 +127,9 @@ class Loop:
         }
         for name, split in (("val", self.splits.validation), ("test", self.splits.test)):
             metrics[f"{name}_loss"], metrics[f"{name}_accuracy"] = evaluate(model, split, self.batch_size)
-        if metrics["val_accuracy"] is not None and metrics["val_accuracy"] > (progress.best_val or -1.0):
-            progress.best_epoch, progress.best_val = progress.epoch, metrics["val_accuracy"]
+        val = metrics["val_accuracy"]
+        if val is not None and (progress.best_val is None or val > progress.best_val):
+            progress.best_epoch, progress.best_val = progress.epoch, val
             progress.test_at_best = metrics["test_accuracy"]
         metrics["seconds"], metrics["angles"] = progress.seconds, angles
         self.on_epoch(progress, metrics)

@@ -72,7 +72,6 @@ def run(job: Job, directory: Path, title: str = "") -> dict[str, Any]:
             result |= progress_result(recorder, progress, probe, None) | {"status": "interrupted", "error": _error(error)}
             raise
         except Exception as error:
-            log.exception("failed: %s", error)
             result |= progress_result(recorder, progress, probe, None) | {"error": _error(error)}
             raise
         finally:
@@ -81,11 +80,13 @@ def run(job: Job, directory: Path, title: str = "") -> dict[str, Any]:
 
 
 def record_failure(job: Job, directory: Path, error: BaseException) -> None:
-    """Write the result of a run that never came to train, unless it wrote one itself; keeps what is another run's."""
+    """Log why a run failed, with the traceback, and write its result unless it wrote one itself; keeps another run's files."""
     place = RunDirectory(directory, job)
     place.check()
+    place.start(keep=True)
+    with _log_file(directory / LOG):
+        log.debug("failed: %s", error, exc_info=error)
     if not (directory / RESULT).exists():
-        place.start(keep=True)
         write_text(directory / RESULT, dump_json(base_result(job) | {"error": _error(error)}, indent=1) + "\n")
 
 

@@ -127,16 +127,16 @@ class ResidentSplit(Split):
 
 def crop_and_flip(images: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
     """Each image of a batch (N, C, H, W) cropped at a random place of itself padded with zeros, and flipped with chance 1/2."""
-    n, _, height, width = images.shape
+    n, channels, height, width = images.shape
     device = images.device
     rows = torch.randint(2 * padding + 1, (n, 1), generator=generator).to(device) + torch.arange(height, device=device)
     columns = torch.randint(2 * padding + 1, (n, 1), generator=generator).to(device) + torch.arange(width, device=device)
     flipped = torch.randint(2, (n, 1), generator=generator, dtype=torch.bool).to(device)
     columns = torch.where(flipped, columns.flip(1), columns)
     padded = torch.nn.functional.pad(images, (padding,) * 4)
-    batch = torch.arange(n, device=device).view(n, 1, 1)
-    # Indexing puts the channels last; the copy restores the usual order.
-    return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    # One gather with flat positions that all channels share: several times faster than indexing by rows and columns.
+    places = (rows[:, :, None] * padded.shape[3] + columns[:, None, :]).view(n, 1, -1).expand(-1, channels, -1)
+    return padded.flatten(2).gather(2, places).view(images.shape)
 
 
 @dataclasses.dataclass(eq=False)
@@ -149,6 +149,10 @@ class Dataset(Options):
 
     #: Whether data_dir is the dataset itself, and so a part of a run's identity.
     content_is_data_dir: ClassVar[bool] = False
+
+    def check(self) -> None:
+        if self.validation >= 1 and not self.validation.is_integer():
+            raise OptionError("validation", f"={self.validation:g} is neither a fraction below 1 nor a whole number")
 
     def load(self, data_dir: Path, device: torch.device) -> Splits:
         """Read the dataset, downloading it where that is possible and needed.
@@ -163,6 +167,8 @@ class Dataset(Options):
         """
         train, test, classes, shape, data_hash = self.read(data_dir, device)
         held = round(self.validation * len(train)) if self.validation < 1 else int(self.validation)
+        if self.validation > 0:
+            held = max(held, 1)
         if held >= len(train):
             raise OptionError("dataset.validation", f"={self.validation:g} leaves none of {len(train)} training images")
         if held == 0:

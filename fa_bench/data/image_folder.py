@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,6 +45,7 @@ class ImageFolder(Dataset):
     content_is_data_dir: ClassVar[bool] = True
 
     def check(self) -> None:
+        super().check()
         if self.channels == 2:
             raise OptionError("channels", "=2 is not one of 1, 3")
         for key in ("mean", "std"):
@@ -96,8 +98,10 @@ class Decoder:
         from PIL import Image, ImageOps
 
         with _naming(path), Image.open(path) as opened:
-            self._check_size(path, opened.size)
-            image = opened.convert("RGB" if self.channels == 3 else "L")
+            self._check_header(path, opened)
+            # Pillow warns of every palette with transparency that does not pass through RGBA.
+            image = opened.convert("RGBA") if opened.mode == "P" and "transparency" in opened.info else opened
+            image = image.convert("RGB" if self.channels == 3 else "L")
         if self.resize and image.size != (self.width, self.height):
             image = ImageOps.fit(image, (self.width, self.height), Image.Resampling.BILINEAR)
         array = np.asarray(image)
@@ -108,9 +112,13 @@ class Decoder:
         from PIL import Image
 
         with _naming(path), Image.open(path) as opened:
-            self._check_size(path, opened.size)
+            self._check_header(path, opened)
 
-    def _check_size(self, path: Path, size: tuple[int, int]) -> None:
+    def _check_header(self, path: Path, image: Any) -> None:
+        size = image.size
+        if image.mode[0] in "IF":
+            # Pillow cuts such values off at 255 instead of scaling them: most images would come out white.
+            raise DataError(f"{path}: more than 8 bits a channel (mode {image.mode}); convert it to 8 bits first")
         if not self.resize and size != (self.width, self.height):
             raise DataError(f"{path}: {size[1]}x{size[0]} pixels, others have {self.height}x{self.width}; "
                             "set dataset.size to bring all to one size")
@@ -155,8 +163,10 @@ class StreamedSplit(Split):
                              self.mean, self.std, self.augment, self.device)
 
     def gather(self, chunks: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        # More processes than cores only slow each other down, and torch warns of them.
+        workers = min(self.workers, os.cpu_count() or 1, len(getattr(os, "sched_getaffinity", lambda _: range(1024))(0)))
         loader = torch.utils.data.DataLoader(
-            _Files(self.paths, self.decode), batch_sampler=[chunk.tolist() for chunk in chunks], num_workers=self.workers,
+            _Files(self.paths, self.decode), batch_sampler=[chunk.tolist() for chunk in chunks], num_workers=workers,
             collate_fn=_collate, pin_memory=self.device.type == "cuda", generator=torch.Generator(),
         )
         for images, indices in loader:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from fa_bench.errors import CoverageError
 from fa_bench.lazy import nn
 from fa_bench.registries import ALGORITHMS
 from fa_bench.rules.bp import BP
@@ -28,6 +29,8 @@ class BPFullyConnected(BP):
         convolutions = {path for path, layer in self._layers.items() if isinstance(layer, CONVOLUTIONS)}
         if not convolutions:
             return {}
+        if len(convolutions) == len(self._layers):
+            raise CoverageError(f"rule '{self.name}' trains fully connected layers, and this model has none")
         norms = {path: module for path, module in self.model.named_modules() if isinstance(module, _norms())}
         frozen = [self._layers[path] for path in convolutions]
         feeds = self.trace(sample_input, watch=tuple(norms)).feeds if norms else {}

@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.cuts import CutRule, Kept
-from fa_bench.errors import OptionError
+from fa_bench.errors import CoverageError, OptionError
 from fa_bench.feedback import INITIALISERS
 from fa_bench.lazy import torch
 from fa_bench.options import option
@@ -65,6 +65,8 @@ class DFA(CutRule):
                 self.put(cut, "B", (classes, largest), "uniform_one", self.density, seeded_by="shared", columns=math.prod(shape))
             elif self.form == "kernel":
                 layer = self.model.get_submodule(cut)
+                if getattr(layer, "transposed", False):
+                    raise CoverageError(f"rule 'dfa' has no form=kernel for the transposed convolution '{cut}'; use form=neuron")
                 kernel = getattr(layer, "kernel_size", ())
                 self.put(cut, "B", (classes, layer.in_channels if kernel else shape[-1], *kernel), self.b_init, self.density)
             else:

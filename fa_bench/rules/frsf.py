@@ -24,5 +24,6 @@ class FRSF(EdgeRule):
     density: float = option(1.0, "fraction of B that is not zero (mask drawn once)", above=0, maximum=1)
 
     def carrier(self, site: Site) -> Carrier:
-        site.put("M", self.m_init, self.density, magnitude=True)
+        site.put("M", self.m_init, magnitude=True)
+        site.put_mask(self.density)
         return SignedMagnitude()

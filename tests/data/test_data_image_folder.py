@@ -1,0 +1,267 @@
+"""Folders of images: layout, decoding, resident and streamed, and every error before training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import functional as reference
+
+from fa_bench.data.base import ResidentSplit
+from fa_bench.data.image_folder import StreamedSplit
+from fa_bench.errors import DataError, OptionError
+from fa_bench.registries import DATASETS
+
+CPU = torch.device("cpu")
+#: Python 3.12 warns of every fork of a process with threads; torch's workers are forked on Linux up to 3.13.
+FORK = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+
+def save(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two classes, 6 training and 3 test images each, RGB PNG of 6x8 pixels (height x width)."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 6), ("test", 3)):
+        for name in ("cat", "dog"):
+            for i in range(count):
+                save(tmp_path / part / name / f"{i}.png", rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    return tmp_path
+
+
+def load(folder: Path, **options: object):
+    return DATASETS["image_folder"].from_mapping({"validation": 0, "workers": 0, **options}).load(folder, CPU)
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1)
+
+
+def both_modes(folder: Path, **options: object):
+    resident, streamed = load(folder, **options), load(folder, memory_limit_gb=0, **options)
+    assert isinstance(resident.train, ResidentSplit) and isinstance(streamed.train, StreamedSplit)
+    return resident, streamed
+
+
+def test_images_arrive_in_the_order_of_names_with_their_classes(folder: Path) -> None:
+    splits = load(folder, mean=[0.25], std=[0.5])
+    assert splits.classes == ["cat", "dog"] and splits.input_shape == (3, 6, 8)
+    x, y = next(splits.train.batches(100))
+    files = [folder / "train" / name / f"{i}.png" for name in ("cat", "dog") for i in range(6)]
+    np.testing.assert_allclose(x.numpy(), (np.stack([pixels(path) for path in files]) / 255 - 0.25) / 0.5, atol=1e-5)
+    assert y.tolist() == [0] * 6 + [1] * 6 and len(splits.test) == 6
+
+
+@pytest.mark.parametrize("how", [{}, {"seed": 1, "epoch": 2}, {"seed": 1, "drop_last": True}])
+@pytest.mark.parametrize("size", [None, 5])
+def test_streamed_and_resident_give_the_same_batches(folder: Path, how: dict[str, object], size: int | None) -> None:
+    resident, streamed = both_modes(folder, size=size, augment=True, validation=3)
+    for part in ("train", "validation", "test"):
+        one, other = (list(getattr(splits, part).batches(4, **how)) for splits in (resident, streamed))
+        assert one and len(one) == len(other)
+        for (x, y), (u, v) in zip(one, other, strict=True):
+            assert torch.equal(x, u) and torch.equal(y, v) and y.dtype == v.dtype == torch.int64
+
+
+@FORK
+def test_worker_processes_change_nothing(folder: Path) -> None:
+    without, with_workers = (load(folder, memory_limit_gb=0, workers=workers).train for workers in (0, 2))
+    for (x, y), (u, v) in zip(without.batches(4, seed=0), with_workers.batches(4, seed=0), strict=True):
+        assert torch.equal(x, u) and torch.equal(y, v)
+
+
+@FORK
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streaming_leaves_the_global_random_state_alone(folder: Path, workers: int) -> None:
+    split = load(folder, memory_limit_gb=0, workers=workers).train
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    list(split.batches(4, seed=1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_streamed_order_follows_from_seed_and_epoch(folder: Path) -> None:
+    split = load(folder, memory_limit_gb=0).train
+    epochs = [torch.cat([x for x, _ in split.batches(4, seed=0, epoch=epoch)]) for epoch in (0, 0, 1)]
+    assert torch.equal(epochs[0], epochs[1]) and not torch.equal(epochs[0], epochs[2])
+
+
+@pytest.mark.parametrize("shape", [(10, 20), (20, 10), (9, 9), (31, 16)])
+def test_size_brings_the_shorter_side_to_size_and_crops_the_centre(folder: Path, shape: tuple[int, int]) -> None:
+    """A smooth ramp, so that implementations that round a border differently stay close and a wrong crop does not."""
+    ramp = np.add.outer(np.linspace(0, 120, shape[0]), np.linspace(0, 120, shape[1])).astype(np.uint8)
+    for path in folder.rglob("*.png"):
+        save(path, np.stack([ramp] * 3, 2))
+    splits = load(folder, size=8)
+    expected = reference.center_crop(reference.resize(Image.fromarray(ramp), 8), 8)
+    assert splits.input_shape == (3, 8, 8)
+    difference = splits.train.images[0, 0].int().numpy() - np.asarray(expected).astype(int)
+    assert np.abs(difference).max() <= 6
+
+
+def test_without_size_an_image_of_another_size_is_named(folder: Path) -> None:
+    odd = folder / "train" / "dog" / "3.png"
+    save(odd, np.zeros((6, 9, 3), np.uint8))
+    for limit in (1, 0):
+        with pytest.raises(DataError, match=r"dataset\.size") as caught:
+            load(folder, memory_limit_gb=limit)
+        assert str(odd) in str(caught.value)
+    assert load(folder, size=4).input_shape == (3, 4, 4)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey_and_colour_images_get_the_channels_asked_for(folder: Path, channels: int) -> None:
+    grey = np.random.default_rng(1).integers(0, 256, (6, 8), dtype=np.uint8)
+    save(folder / "train" / "cat" / "0.png", grey)
+    splits = load(folder, channels=channels)
+    assert splits.input_shape == (channels, 6, 8)
+    assert (splits.train.images[0].numpy() == grey).all()
+
+
+def test_jpeg_is_read(folder: Path) -> None:
+    (folder / "train" / "cat" / "0.png").unlink()
+    save(folder / "train" / "cat" / "0.JPG", np.full((6, 8, 3), 90, np.uint8))
+    assert np.abs(load(folder).train.images[0].int().numpy() - 90).max() <= 2
+
+
+def test_files_of_other_kinds_and_hidden_folders_are_passed_over(folder: Path) -> None:
+    (folder / "train" / "cat" / "notes.txt").write_text("not an image")
+    (folder / "train" / ".ipynb_checkpoints").mkdir()
+    splits = load(folder)
+    assert splits.classes == ["cat", "dog"] and len(splits.train) == 12
+
+
+def test_val_is_taken_where_there_is_no_test(folder: Path) -> None:
+    (folder / "test").rename(folder / "val")
+    assert len(load(folder).test) == 6
+
+
+@pytest.mark.parametrize("limit", [1, 0])
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_file_that_is_no_image_is_named_before_training(folder: Path, part: str, limit: float) -> None:
+    bad = folder / part / "dog" / "1.png"
+    bad.write_bytes(b"not an image")
+    with pytest.raises(DataError) as caught:
+        load(folder, memory_limit_gb=limit)
+    assert str(bad) in str(caught.value)
+
+
+@pytest.mark.parametrize("limit", [1, 0])
+def test_an_image_of_16_bits_is_named_instead_of_turning_white(folder: Path, limit: float) -> None:
+    deep = folder / "train" / "dog" / "1.png"
+    save(deep, np.full((6, 8), 30000, np.uint16))
+    with pytest.raises(DataError, match="more than 8 bits") as caught:
+        load(folder, memory_limit_gb=limit)
+    assert str(deep) in str(caught.value)
+
+
+def test_a_palette_with_transparency_keeps_its_colours(folder: Path) -> None:
+    path = folder / "train" / "cat" / "0.png"
+    palette = Image.open(path).convert("P")
+    expected = np.asarray(palette.convert("RGB")).transpose(2, 0, 1)
+    palette.save(path, transparency=bytes(range(256)))
+    np.testing.assert_array_equal(load(folder).train.images[0].numpy(), expected)
+
+
+@FORK
+def test_more_workers_than_cores_are_no_trouble(folder: Path) -> None:
+    split = load(folder, memory_limit_gb=0, workers=1000).train
+    assert sum(len(y) for _, y in split.batches(4)) == 12
+
+
+def cut_off(path: Path) -> None:
+    """Leave the header of an image whole and half of its pixels."""
+    noise = np.random.default_rng(2).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    save(path, noise)
+    path.write_bytes(path.read_bytes()[:-60])
+
+
+def test_a_cut_off_image_is_named_at_decoding(folder: Path) -> None:
+    bad = folder / "train" / "dog" / "1.png"
+    cut_off(bad)
+    with pytest.raises(DataError) as caught:
+        load(folder)
+    assert str(bad) in str(caught.value)
+
+
+@FORK
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_cut_off_image_is_named_while_streaming(folder: Path, workers: int) -> None:
+    bad = folder / "train" / "dog" / "1.png"
+    cut_off(bad)
+    split = load(folder, memory_limit_gb=0, workers=workers).train
+    with pytest.raises(DataError) as caught:
+        list(split.batches(4, seed=0))
+    assert str(bad) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_folders_are_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere"):
+        load(tmp_path / "nowhere")
+    (folder / "test").rename(folder / "elsewhere")
+    with pytest.raises(DataError, match=r"test/ or val/"):
+        load(folder)
+    (folder / "elsewhere").rename(folder / "test")
+    (folder / "train").rename(folder / "elsewhere")
+    with pytest.raises(DataError, match=r"train/"):
+        load(folder)
+
+
+def test_a_train_folder_without_classes_is_named(folder: Path) -> None:
+    (folder / "train").rename(folder / "elsewhere")
+    (folder / "train").mkdir()
+    with pytest.raises(DataError) as caught:
+        load(folder)
+    assert str(folder / "train") in str(caught.value)
+
+
+def test_a_class_without_images_is_named(folder: Path) -> None:
+    (folder / "train" / "bird").mkdir()
+    with pytest.raises(DataError) as caught:
+        load(folder)
+    assert str(folder / "train" / "bird") in str(caught.value)
+
+
+def test_a_test_class_that_training_lacks_is_named(folder: Path) -> None:
+    save(folder / "test" / "bird" / "0.png", np.zeros((6, 8, 3), np.uint8))
+    with pytest.raises(DataError, match="bird") as caught:
+        load(folder)
+    assert str(folder / "test") in str(caught.value)
+
+
+def test_the_hash_changes_with_a_pixel_or_a_file_size(folder: Path) -> None:
+    resident, streamed = both_modes(folder)
+    path = folder / "test" / "dog" / "2.png"
+    array = np.array(Image.open(path))
+    array[0, 0, 0] ^= 1
+    save(path, array)
+    assert load(folder).data_hash != resident.data_hash
+    path.write_bytes(path.read_bytes() + b"\0")
+    assert load(folder, memory_limit_gb=0).data_hash != streamed.data_hash
+
+
+def test_the_hash_changes_with_a_name_where_images_stream(folder: Path) -> None:
+    before = load(folder, memory_limit_gb=0).data_hash
+    (folder / "train" / "cat" / "5.png").rename(folder / "train" / "cat" / "9.png")
+    assert load(folder, memory_limit_gb=0).data_hash != before
+
+
+def test_the_folder_is_part_of_a_runs_identity() -> None:
+    assert [name for name in DATASETS if DATASETS[name].content_is_data_dir] == ["image_folder"]
+
+
+@pytest.mark.parametrize(("options", "path"), [
+    ({"channels": 2}, "channels"), ({"channels": 4}, "channels"), ({"mean": [0.5, 0.5]}, "mean"),
+    ({"std": [0.0]}, "std"), ({"size": 0}, "size"), ({"workers": -1}, "workers"), ({"memory_limit_gb": -1}, "memory_limit_gb"),
+])
+def test_bad_options_are_named(options: dict[str, object], path: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        DATASETS["image_folder"].from_mapping(options)
+    assert caught.value.path == path

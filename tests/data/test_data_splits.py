@@ -1,0 +1,252 @@
+"""Splits that live on the device: order, augmentation, normalisation, validation, hash, and what importing costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fa_bench.data.base import ResidentSplit, Splits, crop_and_flip
+from fa_bench.errors import OptionError
+from fa_bench.registries import DATASETS
+
+CPU = torch.device("cpu")
+NOWHERE = Path("no-such-folder")
+
+
+def numbered(count: int, augment: bool = False) -> ResidentSplit:
+    """`count` samples whose labels are their positions, with random RGB images of 6x5 pixels."""
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, 3, 6, 5), dtype=np.uint8))
+    return ResidentSplit(images, torch.arange(count), [0.1, 0.5, 0.9], [0.2, 0.5, 1.0], augment, CPU)
+
+
+def order(split: ResidentSplit, **how: object) -> list[int]:
+    return torch.cat([y for _, y in split.batches(4, **how)]).tolist()
+
+
+def synthetic(**options: object) -> Splits:
+    return DATASETS["synthetic"].from_mapping({"samples": 50, "test_samples": 20, **options}).load(NOWHERE, CPU)
+
+
+def same_images(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """(N, M) bool: whether image n of `x` is image m of `y`."""
+    return (x[:, None] == y[None]).flatten(2).all(2)
+
+
+def test_without_a_seed_batches_keep_the_order_and_are_normalised_not_augmented() -> None:
+    split = numbered(10, augment=True)
+    batches = list(split.batches(4))
+    assert [len(y) for _, y in batches] == [4, 4, 2]
+    assert order(split) == list(range(10))
+    mean, std = np.array([0.1, 0.5, 0.9])[:, None, None], np.array([0.2, 0.5, 1.0])[:, None, None]
+    expected = (split.images.numpy() / 255 - mean) / std
+    x = torch.cat([x for x, _ in batches])
+    assert x.dtype == torch.float32 and batches[0][1].dtype == torch.int64
+    np.testing.assert_allclose(x.numpy(), expected, atol=1e-5)
+
+
+def test_walking_a_split_does_not_change_its_images() -> None:
+    split = numbered(10, augment=True)
+    before = split.images.clone()
+    for x, _ in split.batches(4, seed=0):
+        x.zero_()
+    for x, _ in split.batches(4):
+        x.zero_()
+    assert torch.equal(split.images, before)
+
+
+def test_order_and_augmentation_follow_from_seed_and_epoch() -> None:
+    split = numbered(40, augment=True)
+    first, again = (list(split.batches(8, seed=3, epoch=2)) for _ in range(2))
+    assert all(torch.equal(a, b) for one, other in zip(first, again, strict=True) for a, b in zip(one, other, strict=True))
+    orders = {tuple(order(split, seed=seed, epoch=epoch)) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+    assert all(sorted(found) == list(range(40)) for found in orders)
+
+
+def test_augmentation_differs_between_epochs_for_the_same_image() -> None:
+    split = ResidentSplit(numbered(1).images, torch.zeros(1, dtype=torch.int64), [0.5] * 3, [0.5] * 3, True, CPU)
+    seen = {next(split.batches(1, seed=0, epoch=epoch))[0].numpy().tobytes() for epoch in range(20)}
+    assert len(seen) > 10
+
+
+def test_augmentation_does_not_change_the_order() -> None:
+    assert order(numbered(40, augment=True), seed=1) == order(numbered(40, augment=False), seed=1)
+
+
+def test_the_global_random_state_is_neither_used_nor_changed() -> None:
+    split = numbered(20, augment=True)
+    torch.manual_seed(0)
+    np.random.seed(0)
+    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    one = order(split, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (np.random.get_state()[1] == numpy_before).all()
+    torch.manual_seed(99)
+    assert order(split, seed=1) == one
+
+
+@pytest.mark.parametrize(("count", "drop_last", "sizes"), [
+    (10, False, [4, 4, 2]), (10, True, [4, 4]), (8, True, [4, 4]), (8, False, [4, 4]), (3, True, [3]), (3, False, [3]),
+])
+@pytest.mark.parametrize("seed", [None, 0])
+def test_ragged_last_batch(count: int, drop_last: bool, sizes: list[int], seed: int | None) -> None:
+    split = numbered(count)
+    assert [len(y) for _, y in split.batches(4, seed=seed, drop_last=drop_last)] == sizes
+    assert split.steps(4, drop_last) == len(sizes)
+
+
+def test_what_drop_last_leaves_out_changes_from_epoch_to_epoch() -> None:
+    split = numbered(10)
+    assert len({frozenset(range(10)) - frozenset(order(split, seed=0, epoch=epoch, drop_last=True)) for epoch in range(5)}) > 1
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 6, 4), (2, 1, 3, 7), (1, 3, 8, 8)])
+@pytest.mark.parametrize("padding", [1, 4])
+def test_crop_and_flip_against_a_loop_over_samples(shape: tuple[int, ...], padding: int) -> None:
+    images = torch.from_numpy(np.random.default_rng(1).integers(1, 256, shape, dtype=np.uint8))
+    n, channels, height, width = shape
+    result = crop_and_flip(images, torch.Generator().manual_seed(5), padding)
+    draws = torch.Generator().manual_seed(5)
+    tops = torch.randint(2 * padding + 1, (n, 1), generator=draws).flatten().tolist()
+    lefts = torch.randint(2 * padding + 1, (n, 1), generator=draws).flatten().tolist()
+    flips = torch.randint(2, (n, 1), generator=draws, dtype=torch.bool).flatten().tolist()
+    for i in range(n):
+        canvas = np.zeros((channels, height + 2 * padding, width + 2 * padding), np.uint8)
+        canvas[:, padding:padding + height, padding:padding + width] = images[i].numpy()
+        crop = canvas[:, tops[i]:tops[i] + height, lefts[i]:lefts[i] + width]
+        np.testing.assert_array_equal(result[i].numpy(), crop[:, :, ::-1] if flips[i] else crop)
+
+
+def test_every_shift_and_both_directions_occur() -> None:
+    """One bright pixel in the middle shows where each crop came from; an asymmetric pair shows the flip."""
+    images = torch.zeros(2000, 1, 9, 9, dtype=torch.uint8)
+    images[:, 0, 4, 4], images[:, 0, 4, 5] = 200, 100
+    cropped = crop_and_flip(images, torch.Generator().manual_seed(0))
+    places = (cropped[:, 0] == 200).nonzero()[:, 1:]
+    assert {tuple(place) for place in places.tolist()} == {(row, column) for row in range(9) for column in range(9)}
+    inner = places[:, 1] < 8
+    right_of = cropped[torch.arange(2000), 0, places[:, 0], (places[:, 1] + 1).clamp(max=8)] == 100
+    assert 0.4 < right_of[inner].float().mean() < 0.6
+
+
+def test_no_augmentation_where_it_is_off() -> None:
+    split = numbered(12, augment=False)
+    for x, y in split.batches(4, seed=0):
+        assert same_images(x, torch.cat([x for x, _ in split.batches(12)])).int().argmax(1).tolist() == y.tolist()
+
+
+@pytest.mark.parametrize(("validation", "held"), [(0, 0), (0.2, 10), (7, 7), (1, 1), (49, 49)])
+def test_validation_and_train_are_complements(validation: float, held: int) -> None:
+    everything = synthetic(validation=0).train.images
+    splits = synthetic(validation=validation)
+    if held == 0:
+        assert splits.validation is None and len(splits.train) == 50
+        return
+    assert (len(splits.train), len(splits.validation)) == (50 - held, held)
+    assert not same_images(splits.train.images, splits.validation.images).any()
+    assert same_images(torch.cat([splits.train.images, splits.validation.images]), everything).any(0).all()
+
+
+def test_validation_is_no_part_of_the_test_set() -> None:
+    splits = synthetic(validation=0.5)
+    assert not same_images(splits.validation.images, splits.test.images).any()
+
+
+def test_labels_stay_with_their_images() -> None:
+    whole, splits = synthetic(validation=0), synthetic(validation=0.3)
+    for part in (splits.train, splits.validation):
+        source = same_images(part.images, whole.train.images).int().argmax(1)
+        assert torch.equal(part.labels, whole.train.labels[source])
+
+
+def test_the_validation_split_follows_from_its_own_seed() -> None:
+    held = {seed: synthetic(validation=0.3, validation_seed=seed).validation.images for seed in (0, 1)}
+    assert torch.equal(held[0], synthetic(validation=0.3, validation_seed=0).validation.images)
+    assert not torch.equal(held[0], held[1])
+
+
+@pytest.mark.parametrize("validation", [50, 51, 0.999])
+def test_a_validation_that_leaves_no_training_image_is_refused(validation: float) -> None:
+    with pytest.raises(OptionError, match=r"validation=.* leaves none of 50 training images"):
+        synthetic(validation=validation)
+
+
+@pytest.mark.parametrize("validation", [1.5, float("inf")])
+def test_validation_is_a_fraction_or_a_whole_number(validation: float) -> None:
+    with pytest.raises(OptionError, match="neither a fraction below 1 nor a whole number"):
+        DATASETS["synthetic"].from_mapping({"validation": validation})
+
+
+def test_a_small_fraction_holds_out_one_image() -> None:
+    assert len(synthetic(validation=0.0001).validation) == 1
+
+
+def test_negative_validation_is_refused() -> None:
+    with pytest.raises(OptionError, match=r"validation=-0\.1 is out of range"):
+        DATASETS["synthetic"].from_mapping({"validation": -0.1})
+
+
+def test_the_hash_is_of_the_data_and_not_of_the_split() -> None:
+    base = synthetic().data_hash
+    assert len(base) == 64 and base == synthetic(validation=0.3, validation_seed=4).data_hash
+    assert base != synthetic(data_seed=1).data_hash
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_the_hash_changes_with_one_pixel_or_label(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cls = DATASETS["synthetic"]
+    base, original = synthetic().data_hash, cls.arrays
+
+    def changed(self: object, data_dir: Path) -> tuple[object, ...]:
+        arrays = original(self, data_dir)
+        arrays[part].reshape(-1)[-1] ^= 1
+        return arrays
+
+    monkeypatch.setattr(cls, "arrays", changed)
+    assert synthetic().data_hash != base
+
+
+def test_synthetic_images_are_learnable_by_a_linear_model() -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    splits = DATASETS["synthetic"]().load(NOWHERE, CPU)
+    (x, y), (test_x, test_y) = (next(split.batches(len(split))) for split in (splits.train, splits.test))
+    model = LogisticRegression(max_iter=200).fit(x.flatten(1).numpy(), y.numpy())
+    assert model.score(test_x.flatten(1).numpy(), test_y.numpy()) > 0.9
+
+
+def test_synthetic_shape_and_classes() -> None:
+    splits = synthetic(classes=3, channels=2, size=5)
+    assert splits.input_shape == (2, 5, 5) and splits.classes == ["0", "1", "2"]
+    assert set(splits.train.labels.tolist()) == {0, 1, 2} and len(splits.test) == 20
+
+
+def test_digits_are_split_by_class_and_never_overlap() -> None:
+    splits = DATASETS["digits"].from_mapping({"validation": 0}).load(NOWHERE, CPU)
+    assert (len(splits.train), len(splits.test)) == (1437, 360)
+    assert splits.input_shape == (1, 8, 8) and splits.classes == [str(i) for i in range(10)]
+    counts = torch.bincount(splits.test.labels, minlength=10)
+    shares = counts / (counts + torch.bincount(splits.train.labels, minlength=10))
+    assert (shares - 0.2).abs().max() < 0.01
+    assert splits.train.images.dtype == torch.uint8 and splits.train.images.max() == 255
+    again = DATASETS["digits"].from_mapping({"validation": 0}).load(NOWHERE, CPU)
+    assert again.data_hash == splits.data_hash and torch.equal(again.test.images, splits.test.images)
+
+
+def test_digits_hold_out_a_tenth_by_default() -> None:
+    splits = DATASETS["digits"]().load(NOWHERE, CPU)
+    assert (len(splits.train), len(splits.validation)) == (1293, 144)
+
+
+def test_listing_the_datasets_imports_no_torch() -> None:
+    code = ("import sys; from fa_bench.registries import DATASETS; from fa_bench.options import defaults; "
+            "[defaults(cls) for cls in DATASETS.values()]; "
+            "assert {'cifar10', 'digits', 'fashion_mnist', 'image_folder', 'mnist', 'synthetic'} <= set(DATASETS); "
+            "slow = {'torch', 'torchvision', 'sklearn', 'PIL', 'scipy'} & set(sys.modules); assert not slow, slow")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr

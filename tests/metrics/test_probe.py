@@ -1,0 +1,158 @@
+"""Angles against plain formulas, and a probe that leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fa_bench
+from fa_bench.metrics.angles import angles, norm_ratio, weight_angle
+from fa_bench.metrics.probe import Probe
+from fa_bench.models.resnet20 import ResNet20
+
+RULES = [("bp", {}), ("fa", {}), ("usf", {}), ("brsf", {}), ("frsf", {}), ("kp", {}), ("dfa", {}), ("dfa", {"form": "kernel"}),
+         ("dfa", {"form": "shared"}), ("frozen", {}), ("bp_fc", {})]
+IDS = [f"{name}-{next(iter(options.values()), '')}" for name, options in RULES]
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 5), nn.Sigmoid(), nn.Linear(5, 3)).double()
+    model.cut_points = ["1", "3"]
+    return model
+
+
+def batch(features: int = 7) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(10, features, generator=generator).double(), torch.arange(10) % 3
+
+
+def mean_angle(u: Tensor, v: Tensor) -> float:
+    """The definition, sample by sample."""
+    degrees = []
+    for a, b in zip(u, v, strict=True):
+        cosine = (a * b).sum() / (a.norm() * b.norm())
+        degrees.append(math.degrees(math.acos(max(-1.0, min(1.0, cosine.item())))))
+    return sum(degrees) / len(degrees)
+
+
+def errors_by_hand(model: nn.Sequential, carry: dict[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Errors at the two hidden activations of `mlp`, with the matrices in `carry` (O, I) bringing them down."""
+    a1 = x @ model[0].weight.T + model[0].bias
+    h1 = a1.tanh()
+    h2 = (h1 @ model[2].weight.T + model[2].bias).sigmoid()
+    z = h2 @ model[4].weight.T + model[4].bias
+    delta = (z.softmax(1) - F.one_hot(y, 3)) / len(y)
+    e2 = delta @ carry["4"]
+    slope = h2 * (1 - h2)
+    return {"delta": delta, "2": e2, "0": (e2 * slope) @ carry["2"], "slope": slope}
+
+
+def test_delta_angles_of_an_edge_rule_are_the_formula() -> None:
+    model, (x, y) = mlp(), batch()
+    rule = fa_bench.attach(model, "fa", seed=0)
+    got = Probe(rule, x, y).measure()
+    weights = {name: model[int(name)].weight.detach() for name in ("2", "4")}
+    ours = errors_by_hand(model, {name: rule.feedback[name]["B"] for name in weights}, x, y)
+    true = errors_by_hand(model, weights, x, y)
+    one_step = {"2": ours["delta"] @ weights["4"], "0": (ours["2"] * ours["slope"]) @ weights["2"]}
+    for layer in ("0", "2"):
+        assert got["delta_angle"][layer] == pytest.approx(mean_angle(ours[layer], true[layer]), abs=1e-6)
+        assert got["delta_angle_one_step"][layer] == pytest.approx(mean_angle(ours[layer], one_step[layer]), abs=1e-6)
+    assert got["delta_angle"]["4"] == got["delta_angle_one_step"]["4"] == 0
+    assert got["delta_angle"]["0"] > 5 and got["delta_angle"]["0"] != got["delta_angle_one_step"]["0"]
+
+
+@pytest.mark.parametrize("form", ["neuron", "kernel"])
+def test_delta_angles_of_direct_feedback_are_the_formula(form: str) -> None:
+    model, (x, y) = mlp(), batch()
+    rule = fa_bench.attach(model, "dfa", seed=0, form=form)
+    got = Probe(rule, x, y).measure()
+    weights = {name: model[int(name)].weight.detach() for name in ("2", "4")}
+    true = errors_by_hand(model, weights, x, y)
+    first, second = (rule.feedback[cut]["B"] for cut in (("1", "3") if form == "neuron" else ("2", "4")))
+    ours = {"0": true["delta"] @ first, "2": true["delta"] @ second}
+    one_step = {"2": true["2"], "0": (ours["2"] * true["slope"]) @ weights["2"]}
+    for layer in ("0", "2"):
+        assert got["delta_angle"][layer] == pytest.approx(mean_angle(ours[layer], true[layer]), abs=1e-6)
+        assert got["delta_angle_one_step"][layer] == pytest.approx(mean_angle(ours[layer], one_step[layer]), abs=1e-6)
+
+
+def test_one_step_equals_accumulated_where_only_one_step_differs() -> None:
+    """With true weights in all layers but the output's, every error is one wrong step away from the true one."""
+    torch.manual_seed(0)
+    model = ResNet20(width=2, blocks=1).build((1, 8, 8), 3).double()
+    x, y = batch(64)
+    x = x.view(-1, 1, 8, 8)
+    rule = fa_bench.attach(model, "fa", seed=0, sample_input=x, b_init="copy_w")
+    same = Probe(rule, x, y).measure()
+    assert max(same["delta_angle"].values()) < 1e-4 and max(same["delta_angle_one_step"].values()) < 1e-4
+    with torch.no_grad():
+        rule.feedback["fc"]["B"].normal_(generator=torch.Generator().manual_seed(0))
+    changed = Probe(rule, x, y).measure()
+    last = [layer for layer, value in changed["delta_angle_one_step"].items() if value > 1e-4]
+    assert last == ["stages.layer3.0.conv2"]  # the layer whose activation enters fc; all others are exact in their last step
+    assert all(changed["delta_angle"][layer] > 1 for layer in changed["delta_angle"] if layer != "fc")
+
+
+@pytest.mark.parametrize(("name", "options"), RULES, ids=IDS)
+def test_probe_leaves_no_trace(name: str, options: dict) -> None:
+    torch.manual_seed(0)
+    model = ResNet20(width=2, blocks=1).build((1, 8, 8), 3).double()
+    model.append = nn.Dropout(0.5)
+    x, y = batch(64)
+    x = x.view(-1, 1, 8, 8)
+    rule = fa_bench.attach(model, name, seed=0, sample_input=x, **options)
+    logits = model(x)
+    rule.backward(F.cross_entropy(logits, y), logits, y)
+    model.bn1.eval()
+    before = copy.deepcopy((model.state_dict(), rule.state_dict()))
+    gradients = [(p, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+    modes = [m.training for m in model.modules()]
+    flags = [p.requires_grad for p in model.parameters()]
+    state = torch.get_rng_state()
+    probe = Probe(rule, x, y)
+    first, second = probe.measure(), probe.measure()
+    assert str(first) == str(second)
+    assert torch.equal(torch.get_rng_state(), state)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[0][key]), key
+    assert rule.state_dict() == before[1] and [m.training for m in model.modules()] == modes
+    assert [p.requires_grad for p in model.parameters()] == flags
+    for parameter, gradient in gradients:
+        assert (parameter.grad is None) == (gradient is None)
+        assert gradient is None or torch.equal(parameter.grad, gradient)
+
+
+@pytest.mark.parametrize(("name", "options"), RULES, ids=IDS)
+def test_backpropagation_has_no_angle_and_every_metric_names_layers(name: str, options: dict) -> None:
+    model, (x, y) = mlp(), batch()
+    got = Probe(fa_bench.attach(model, name, seed=0, **options), x, y).measure()
+    assert list(got["true_gradient_norm"]) == ["0", "2", "4"] and min(got["true_gradient_norm"].values()) > 0
+    if name == "bp":
+        for metric in ("weight_angle", "delta_angle", "delta_angle_one_step"):
+            assert set(got[metric].values()) == {0.0}
+        assert set(got["norm_ratio"].values()) == {1.0}
+
+
+def test_angles_keep_their_precision_near_zero_and_a_straight_angle() -> None:
+    u = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    v = torch.tensor([[1.0, 1e-9], [0.0, 2.0], [-3.0, 0.0], [2.0, 2.0], [1.0, 0.0]], dtype=torch.float64)
+    got = angles(u, v)
+    assert got[:4].tolist() == pytest.approx([math.degrees(1e-9), 90.0, 180.0, 45.0], rel=1e-9)
+    assert math.isnan(got[4])
+
+
+def test_weight_angle_of_signs_is_thirty_degrees_for_uniform_and_thirty_seven_for_gaussian_weights() -> None:
+    generator = torch.Generator().manual_seed(0)
+    uniform = torch.empty(300, 300).uniform_(-1, 1, generator=generator)
+    gaussian = torch.empty(300, 300).normal_(generator=generator)
+    # 90,000 entries: the sample cosine is within 1e-3 of its expectation.
+    assert weight_angle(uniform.sign(), uniform) == pytest.approx(30.0, abs=0.2)
+    assert weight_angle(gaussian.sign(), gaussian) == pytest.approx(math.degrees(math.acos(math.sqrt(2 / math.pi))), abs=0.2)
+    assert norm_ratio(3 * uniform, uniform) == pytest.approx(3.0) and math.isnan(norm_ratio(uniform, 0 * uniform))

@@ -1,0 +1,133 @@
+"""Property tests over layer geometry: feedback = weight is BP to the bit, random feedback is the explicit formula."""
+
+import copy
+from collections import OrderedDict
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import fa_bench
+
+CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+# Of the largest entry. The formula sums the same products; a convolution may sum them in another order: 1e-13 for the few
+# hundred float64 products here, 1e-5 in float32; bfloat16 rounds the result to 8 bits (0.4 %) and may do so in between.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
+
+SETTINGS = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+
+
+def per_dimension(draw, dims: int, low: int, high: int) -> tuple[int, ...]:
+    return tuple(draw(st.integers(low, high)) for _ in range(dims))
+
+
+@st.composite
+def convolutions(draw):
+    """(layer, input): dimensions, stride, padding, dilation, groups, padding mode, dtype, memory format, transposed or not."""
+    dims, groups = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    kernel, stride, dilation = (per_dimension(draw, dims, 1, high) for high in (3, 3, 2))
+    transposed = draw(st.booleans())
+    options = {"stride": stride, "dilation": dilation, "groups": groups, "bias": draw(st.booleans())}
+    if transposed:
+        options["padding"] = tuple(draw(st.integers(0, d * (k - 1))) for k, d in zip(kernel, dilation, strict=True))
+        options["output_padding"] = tuple(draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True))
+        smallest = [5] * dims  # the output keeps a pixel: (5 - 1) stride + dilation (kernel - 1) >= 2 padding
+    else:
+        options["padding_mode"] = draw(st.sampled_from(["zeros", "zeros", "circular", "reflect", "replicate"]))
+        options["padding"] = draw(st.sampled_from(["same", "valid", "numbers", "numbers", "numbers"]))
+        if options["padding"] == "numbers":
+            options["padding"] = per_dimension(draw, dims, 0, 2)
+        if options["padding"] == "same":
+            options["stride"] = 1
+        # Large enough for the kernel without padding and for reflection by the largest padding drawn.
+        smallest = [max(d * (k - 1) + 1, 5) for k, d in zip(kernel, dilation, strict=True)]
+    size = [draw(st.integers(low, low + 3)) for low in smallest]
+    dtype = draw(st.sampled_from(list(TOLERANCE)))
+    channels = (groups * draw(st.integers(1, 2)), groups * draw(st.integers(1, 2)))
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    layer = (TRANSPOSED if transposed else CONV)[dims](*channels, kernel, **options).to(dtype)
+    x = torch.randn(draw(st.integers(1, 3)), channels[0], *size).to(dtype)
+    if dims in CHANNELS_LAST and draw(st.booleans()):
+        layer, x = layer.to(memory_format=CHANNELS_LAST[dims]), x.to(memory_format=CHANNELS_LAST[dims])
+    return layer, x
+
+
+@st.composite
+def linears(draw):
+    """(layer, input): widths, bias, leading dimensions, dtype, transposed storage of the input."""
+    widths, dtype = per_dimension(draw, 2, 1, 6), draw(st.sampled_from(list(TOLERANCE)))
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    layer = nn.Linear(*widths, bias=draw(st.booleans())).to(dtype)
+    lead = per_dimension(draw, draw(st.integers(0, 3)), 1, 4)
+    x = torch.randn(*lead, widths[0]).to(dtype)
+    if lead and draw(st.booleans()):
+        x = x.transpose(0, -1).contiguous().transpose(0, -1)
+    return layer, x
+
+
+def passes(model: nn.Module, x: torch.Tensor, run) -> dict[str, torch.Tensor]:
+    """Output, input error and parameter gradients for a fixed error at the output."""
+    model.zero_grad(set_to_none=True)
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    y = model(x)
+    generator = torch.Generator().manual_seed(0)
+    run((y * torch.randn(y.shape, generator=generator).to(y.dtype)).sum(), y)
+    return {"output": y.detach(), "input": x.grad} | {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def column_major(x: torch.Tensor) -> bool:
+    """Whether torch reads the rows of a linear layer's input as column-major: it then sums the input error in another order."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows.stride() == (1, rows.shape[0])
+
+
+def check(layer: nn.Module, x: torch.Tensor) -> None:
+    """Both properties for one layer and one input."""
+    plain = nn.Sequential(OrderedDict(layer=layer))
+    model = copy.deepcopy(plain)
+    want = passes(plain, x, lambda loss, y: loss.backward())
+    rule = fa_bench.attach(model, "fa", seed=0)
+
+    def follow(loss, y):
+        rule.backward(loss, y, None)
+
+    got = passes(model, x, follow)
+    assert got.keys() == want.keys()
+    for name in want.keys() - {"input"}:
+        assert torch.equal(got[name], want[name]), f"{name} depends on the feedback"
+
+    # The formula: the input error of the same layer with weight B, by torch's own autograd.
+    mirror = copy.deepcopy(plain)
+    with torch.no_grad():
+        mirror.layer.weight.copy_(rule.feedback["layer"]["B"])
+    explicit = passes(mirror, x, lambda loss, y: loss.backward())["input"]
+    scale = explicit.abs().max().item()
+    assert (got["input"] - explicit).abs().max().item() <= TOLERANCE[x.dtype] * scale
+    assert got["input"].dtype == x.dtype and got["input"].shape == x.shape
+
+    with torch.no_grad():
+        rule.feedback["layer"]["B"].copy_(layer.weight)
+    got = passes(model, x, follow)
+    for name in want:
+        if name == "input" and isinstance(layer, nn.Linear) and column_major(x):
+            assert (got[name] - want[name]).abs().max() <= TOLERANCE[x.dtype] * want[name].abs().max()
+        else:
+            assert torch.equal(got[name], want[name]), f"feedback = weight: {name} is not backpropagation's"
+
+
+# torch itself warns, once, that an even kernel under padding='same' needs a padded copy of the input.
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@SETTINGS
+@given(convolutions())
+def test_convolutions(case):
+    check(*case)
+
+
+@SETTINGS
+@given(linears())
+def test_linears(case):
+    check(*case)

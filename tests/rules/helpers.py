@@ -1,0 +1,130 @@
+"""What the rule tests share: attaching, one pass, comparisons, and autograd surrogates of a rule's gradients."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EDGE_RULES = ("fa", "usf", "brsf", "frsf", "kp")
+STORED = {"fa": "B", "kp": "B", "brsf": "M", "frsf": "M", "dfa": "B"}  # the rules with stored feedback, and its tensor's name
+WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+# What a mistake in a call may raise: attach's own errors are ValueErrors; a missing name may also be a lookup or a type error.
+LOUD = (ValueError, LookupError, TypeError)
+
+# Loops and torch add the same few hundred float64 products in another order: 1e-16 times their number, amplified by BatchNorm's
+# 1/deviation, stays under 1e-12; 1e-9 leaves room and is far below any term one could forget.
+REL = 1e-9
+
+
+def layer_names(model: nn.Module) -> list[str]:
+    """The weighted layers, in registration order."""
+    return [name for name, module in model.named_modules() if isinstance(module, WEIGHTED)]
+
+
+def backward(rule, loss: Tensor, logits: Tensor, target: Tensor | None = None) -> None:
+    rule.backward(loss, logits, target)
+
+
+def collect(model: nn.Module) -> dict[str, Tensor | None]:
+    return {name: None if p.grad is None else p.grad.detach().clone() for name, p in model.named_parameters()}
+
+
+def rule_grads(model: nn.Module, rule, x: Tensor, y: Tensor) -> dict[str, Tensor | None]:
+    """Gradients of one training pass under the rule."""
+    model.zero_grad(set_to_none=True)
+    logits = model(x)
+    backward(rule, F.cross_entropy(logits, y), logits, y)
+    return collect(model)
+
+
+def bp_grads(plain: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor | None]:
+    """Gradients of one pass of the plain model; the model itself is left alone."""
+    twin = copy.deepcopy(plain)
+    twin.zero_grad(set_to_none=True)
+    F.cross_entropy(twin(x), y).backward()
+    return collect(twin)
+
+
+def feedback_tensors(rule) -> dict[tuple[str, str], Tensor]:
+    """{(layer or cut, tensor name): live tensor}."""
+    return {(layer, name): tensor for layer, tensors in rule.feedback.items() for name, tensor in tensors.items()}
+
+
+def feedback_arrays(rule) -> dict[str, dict[str, np.ndarray]]:
+    return {layer: {name: array(t) for name, t in tensors.items()} for layer, tensors in rule.feedback.items()}
+
+
+def copy_weights_into_feedback(model: nn.Module, rule) -> None:
+    """B = W (or M = |W|) for every layer."""
+    with torch.no_grad():
+        for layer, tensors in rule.feedback.items():
+            weight = model.get_submodule(layer).weight
+            for name, tensor in tensors.items():
+                tensor.copy_(weight.abs() if name == "M" else weight)
+
+
+def array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().double().cpu().numpy().copy()
+
+
+def arrays(model: nn.Module) -> dict[str, np.ndarray]:
+    return {name: array(p) for name, p in model.named_parameters()}
+
+
+def distance(got, want, floor: float = 1e-30) -> float:
+    """Largest difference relative to the largest entry wanted, or to ``floor`` where that is larger."""
+    got, want = np.asarray(got, dtype=np.float64), np.asarray(want, dtype=np.float64)
+    assert got.shape == want.shape, f"shape {got.shape}, wanted {want.shape}"
+    return float(np.abs(got - want).max() / max(np.abs(want).max(), floor))
+
+
+def assert_matches(got: dict, want: dict, rel: float = REL) -> None:
+    """Same tensors with a gradient, same values to ``rel``.
+
+    Relative to each tensor's own largest entry, at least to 1e-3 of the largest of all: a bias before BatchNorm has gradient 0.
+    """
+    present = {name for name, grad in got.items() if grad is not None}
+    assert present == set(want), f"gradients of {sorted(present)}, wanted {sorted(want)}"
+    floor = 1e-3 * max(float(np.abs(np.asarray(tensor)).max()) for tensor in want.values())
+    distances = {name: distance(got[name], want[name], floor) for name in want}
+    wrong = {name: f"{value:.2e}" for name, value in distances.items() if not value <= rel}
+    assert not wrong, f"relative differences above {rel}: {wrong}"
+
+
+def assert_bitwise(got: dict, want: dict) -> None:
+    """The same tensors (or None) under the same names, to the last bit."""
+    assert set(got) == set(want)
+    for name in want:
+        assert (got[name] is None) == (want[name] is None), f"{name}: got {got[name]}, wanted {want[name]}"
+    wrong = [name for name in want if want[name] is not None and not torch.equal(got[name], want[name])]
+    assert not wrong, f"differ from backpropagation: {wrong}"
+
+
+# --- surrogates: the same gradients from torch's autograd on a plain model, without any rule ----------------------------------
+
+
+class TwoFaced(nn.Module):
+    """Forward value and weight gradient of ``layer``; input gradient of the same layer with weight ``feedback``."""
+
+    def __init__(self, layer: nn.Module, feedback: Tensor) -> None:
+        super().__init__()
+        self.layer, mirror = layer, copy.deepcopy(layer).requires_grad_(False)
+        mirror.weight.copy_(feedback)
+        self.mirror = [mirror]  # in a list: not a submodule
+
+    def forward(self, x: Tensor) -> Tensor:
+        reflected = self.mirror[0](x)
+        return self.layer(x.detach()) + (reflected - reflected.detach())
+
+
+def fa_surrogate(plain: nn.Module, feedback: dict[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """FA's gradients for any architecture."""
+    twin = copy.deepcopy(plain)
+    for name, tensor in feedback.items():
+        twin.set_submodule(name, TwoFaced(twin.get_submodule(name), tensor))
+    F.cross_entropy(twin(x), y).backward()
+    return {name.replace(".layer.", "."): grad for name, grad in collect(twin).items()}

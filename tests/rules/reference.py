@@ -1,0 +1,229 @@
+"""Naive references of the learning rules: plain loops over scalars, float64, written from the papers' equations.
+
+A network is a chain of stages read off a plain ``nn.Sequential``. Gradients are in gradient sense (parameters move by -lr grad),
+the loss is the mean cross-entropy, feedback has the weight's layout. Nothing here uses torch's autograd or fa_bench.
+
+Index legend: n sample, o output channel, i input channel, (p, q) output pixel, (a, b) kernel tap, c class.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+from torch import nn
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One module of the chain: its name, its kind and, for convolutions, its geometry."""
+
+    name: str
+    kind: str
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    groups: int = 1
+    eps: float = 0.0
+
+
+def describe(model: nn.Sequential) -> list[Stage]:
+    """The chain of a plain sequential model (call it before attaching a rule)."""
+    chain = []
+    for name, module in model.named_children():
+        if isinstance(module, nn.Linear):
+            chain.append(Stage(name, "linear"))
+        elif isinstance(module, nn.Conv2d):
+            assert module.dilation == (1, 1) and module.padding_mode == "zeros"
+            chain.append(Stage(name, "conv", module.stride, module.padding, module.groups))
+        elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            chain.append(Stage(name, "bn2d" if isinstance(module, nn.BatchNorm2d) else "bn1d", eps=module.eps))
+        else:
+            kinds = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Flatten: "flatten"}
+            chain.append(Stage(name, kinds[type(module)]))
+    return chain
+
+
+def weighted(chain: list[Stage]) -> list[str]:
+    """Names of the layers with a weight that could transport errors, input to output."""
+    return [stage.name for stage in chain if stage.kind in ("linear", "conv")]
+
+
+# --- convolution ---
+
+
+def _taps(stage: Stage, x_shape, w_shape, y_shape):
+    """Every product of a convolution as (n, o, i in its group, i in x, p, q, a, b, row, column), padding left out."""
+    n_out_group = w_shape[0] // stage.groups
+    sizes = (x_shape[0], w_shape[0], w_shape[1], y_shape[2], y_shape[3], w_shape[2], w_shape[3])
+    for n, o, i, p, q, a, b in product(*map(range, sizes)):
+        row = p * stage.stride[0] - stage.padding[0] + a
+        column = q * stage.stride[1] - stage.padding[1] + b
+        if 0 <= row < x_shape[2] and 0 <= column < x_shape[3]:
+            yield n, o, i, (o // n_out_group) * w_shape[1] + i, p, q, a, b, row, column
+
+
+def conv_forward(stage: Stage, x: np.ndarray, w: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+    """y[n,o,p,q] = bias[o] + sum over i, a, b of w[o,i,a,b] x[n,i,row,column]."""
+    size = [(x.shape[2 + d] + 2 * stage.padding[d] - w.shape[2 + d]) // stage.stride[d] + 1 for d in (0, 1)]
+    y = np.zeros((x.shape[0], w.shape[0], *size))
+    for n, o, i, channel, p, q, a, b, row, column in _taps(stage, x.shape, w.shape, y.shape):
+        y[n, o, p, q] += w[o, i, a, b] * x[n, channel, row, column]
+    if bias is not None:
+        for o in range(w.shape[0]):
+            y[:, o] += bias[o]
+    return y
+
+
+def conv_weight_gradient(stage: Stage, x: np.ndarray, g: np.ndarray, w_shape) -> np.ndarray:
+    """gradW[o,i,a,b] = sum over n, p, q of g[n,o,p,q] x[n,i,row,column]."""
+    grad = np.zeros(w_shape)
+    for n, o, i, channel, p, q, a, b, row, column in _taps(stage, x.shape, w_shape, g.shape):
+        grad[o, i, a, b] += g[n, o, p, q] * x[n, channel, row, column]
+    return grad
+
+
+def conv_input_error(stage: Stage, g: np.ndarray, feedback: np.ndarray, x_shape) -> np.ndarray:
+    """e[n,i,row,column] = sum over o, p, q, a, b of g[n,o,p,q] B[o,i,a,b]: the feedback is in the weight's layout."""
+    error = np.zeros(x_shape)
+    for n, o, i, channel, p, q, a, b, row, column in _taps(stage, x_shape, feedback.shape, g.shape):
+        error[n, channel, row, column] += g[n, o, p, q] * feedback[o, i, a, b]
+    return error
+
+
+# --- fully connected ---
+
+
+def linear_forward(x: np.ndarray, w: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+    """y[n,o] = bias[o] + sum over i of w[o,i] x[n,i]."""
+    y = np.zeros((x.shape[0], w.shape[0]))
+    for n, o in product(range(x.shape[0]), range(w.shape[0])):
+        y[n, o] = sum(w[o, i] * x[n, i] for i in range(w.shape[1])) + (0.0 if bias is None else bias[o])
+    return y
+
+
+def linear_weight_gradient(x: np.ndarray, g: np.ndarray) -> np.ndarray:
+    """gradW[o,i] = sum over n of g[n,o] x[n,i]."""
+    grad = np.zeros((g.shape[1], x.shape[1]))
+    for n, o, i in product(range(x.shape[0]), range(g.shape[1]), range(x.shape[1])):
+        grad[o, i] += g[n, o] * x[n, i]
+    return grad
+
+
+def linear_input_error(g: np.ndarray, feedback: np.ndarray) -> np.ndarray:
+    """e[n,i] = sum over o of g[n,o] B[o,i]."""
+    error = np.zeros((g.shape[0], feedback.shape[1]))
+    for n, o, i in product(range(g.shape[0]), range(feedback.shape[0]), range(feedback.shape[1])):
+        error[n, i] += g[n, o] * feedback[o, i]
+    return error
+
+
+# --- batch normalisation, in training mode ---
+
+
+def _normalised(stage: Stage, values: np.ndarray) -> tuple[np.ndarray, float]:
+    """(values - mean) / deviation of one feature over the batch (and space), and the deviation."""
+    mean = values.mean()
+    deviation = math.sqrt(((values - mean) ** 2).mean() + stage.eps)
+    return (values - mean) / deviation, deviation
+
+
+def bn_forward(stage: Stage, x: np.ndarray, gamma: np.ndarray, beta: np.ndarray) -> np.ndarray:
+    y = np.zeros_like(x)
+    for f in range(x.shape[1]):
+        y[:, f] = gamma[f] * _normalised(stage, x[:, f])[0] + beta[f]
+    return y
+
+
+def bn_backward(stage: Stage, x: np.ndarray, g: np.ndarray, gamma: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Error at the input, gradient of gamma, gradient of beta: exact, batch statistics included."""
+    error, grad_gamma, grad_beta = np.zeros_like(x), np.zeros_like(gamma), np.zeros_like(gamma)
+    for f in range(x.shape[1]):
+        unit, deviation = _normalised(stage, x[:, f])
+        grad_gamma[f], grad_beta[f] = (g[:, f] * unit).sum(), g[:, f].sum()
+        error[:, f] = gamma[f] / deviation * (g[:, f] - g[:, f].mean() - unit * (g[:, f] * unit).mean())
+    return error, grad_gamma, grad_beta
+
+
+# --- one pass ---
+
+
+def forward(chain: list[Stage], params: Arrays, x: np.ndarray) -> list[np.ndarray]:
+    """[input, output of stage 1, output of stage 2, ..., logits]."""
+    values = [x]
+    for stage in chain:
+        x, weight, bias = values[-1], params.get(f"{stage.name}.weight"), params.get(f"{stage.name}.bias")
+        if stage.kind == "linear":
+            values.append(linear_forward(x, weight, bias))
+        elif stage.kind == "conv":
+            values.append(conv_forward(stage, x, weight, bias))
+        elif stage.kind in ("bn1d", "bn2d"):
+            values.append(bn_forward(stage, x, weight, bias))
+        elif stage.kind == "flatten":
+            values.append(x.reshape(x.shape[0], -1))
+        else:
+            values.append(np.maximum(x, 0.0) if stage.kind == "relu" else np.tanh(x))
+    return values
+
+
+def output_error(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """delta_out[n,c] = (softmax(z)[n,c] - onehot[n,c]) / N."""
+    delta = np.zeros_like(logits)
+    for n, c in product(range(logits.shape[0]), range(logits.shape[1])):
+        total = sum(math.exp(z - logits[n].max()) for z in logits[n])
+        delta[n, c] = (math.exp(logits[n, c] - logits[n].max()) / total - (1.0 if c == y[n] else 0.0)) / logits.shape[0]
+    return delta
+
+
+def gradients(chain: list[Stage], params: Arrays, x, y, *, carry=None, inject=None, deliver=None) -> Arrays:
+    """Gradients of every parameter under one way of carrying the error.
+
+    carry: layer -> the tensor that replaces its weight on the way down (absent: the weight itself, as BP does).
+    inject: stage -> (classes, features); delta_out times it replaces the error at that stage's output.
+    deliver: layer -> (classes, C_in, kh, kw) or (classes, in); the error at that layer's input comes from delta_out, which a
+    convolution takes on every output pixel, its groups left out.
+    """
+    carry, inject, deliver = carry or {}, inject or {}, deliver or {}
+    values = forward(chain, params, x)
+    delta = output_error(values[-1], y)
+    error, grads = delta, {}
+    for stage, x_in, x_out in reversed(list(zip(chain, values[:-1], values[1:], strict=True))):
+        weight, bias = f"{stage.name}.weight", f"{stage.name}.bias"
+        if stage.name in inject:
+            error = linear_input_error(delta, inject[stage.name]).reshape(x_out.shape)
+        if stage.kind in ("linear", "conv") and bias in params:
+            grads[bias] = np.array([error[:, o].sum() for o in range(error.shape[1])])
+        if stage.kind == "linear":
+            grads[weight] = linear_weight_gradient(x_in, error)
+            if stage.name in deliver:
+                error = linear_input_error(delta, deliver[stage.name])
+            else:
+                error = linear_input_error(error, carry.get(stage.name, params[weight]))
+        elif stage.kind == "conv":
+            grads[weight] = conv_weight_gradient(stage, x_in, error, params[weight].shape)
+            if stage.name in deliver:
+                everywhere = np.zeros((*delta.shape, *x_out.shape[2:])) + delta[:, :, None, None]
+                ungrouped = Stage(stage.name, "conv", stage.stride, stage.padding, 1)
+                error = conv_input_error(ungrouped, everywhere, deliver[stage.name], x_in.shape)
+            else:
+                error = conv_input_error(stage, error, carry.get(stage.name, params[weight]), x_in.shape)
+        elif stage.kind in ("bn1d", "bn2d"):
+            error, grads[weight], grads[bias] = bn_backward(stage, x_in, error, params[weight])
+        elif stage.kind == "relu":
+            error = error * (x_in > 0)
+        elif stage.kind == "tanh":
+            error = error * (1.0 - x_out**2)
+        else:
+            error = error.reshape(x_in.shape)
+    return grads
+
+
+def sgd_step(params: Arrays, velocity: Arrays, grads: Arrays, *, lr: float, momentum: float, decay: float, nesterov=False):
+    """In place, for every tensor with a gradient: d = g + decay p; v = momentum v + d; p -= lr (v, or d + momentum v)."""
+    for name, grad in grads.items():
+        direction = grad + decay * params[name]
+        velocity[name] = momentum * velocity.get(name, np.zeros_like(grad)) + direction
+        params[name] = params[name] - lr * (direction + momentum * velocity[name] if nesterov else velocity[name])

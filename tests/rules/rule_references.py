@@ -1,0 +1,95 @@
+"""One naive reference per rule: from the feedback tensors to the gradients of every weight, bias and learned feedback tensor.
+
+Each takes (chain, params, feedback, x, y, **options); ``feedback`` is {layer or cut: {tensor name: array}}, ``options`` are the
+rule's own. A tensor with no entry in the answer must not learn.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from .reference import Arrays, Stage, forward, gradients, weighted
+
+
+def bp(chain, params, feedback, x, y):
+    return gradients(chain, params, x, y)
+
+
+def frozen(chain, params, feedback, x, y):
+    """Only the output layer learns."""
+    last = weighted(chain)[-1]
+    return {name: grad for name, grad in gradients(chain, params, x, y).items() if name.rsplit(".", 1)[0] == last}
+
+
+def bp_fc(chain, params, feedback, x, y):
+    """Fully connected layers and their BatchNorm learn by exact BP; convolutions and theirs keep their values."""
+    fixed = {stage.name for stage in chain if stage.kind in ("conv", "bn2d")}
+    return {name: grad for name, grad in gradients(chain, params, x, y).items() if name.rsplit(".", 1)[0] not in fixed}
+
+
+def fa(chain, params, feedback, x, y, **_):
+    """e_in = g B."""
+    return gradients(chain, params, x, y, carry={layer: tensors["B"] for layer, tensors in feedback.items()})
+
+
+def usf_scale(shape: tuple[int, ...], scale: str) -> float:
+    """The factor s of one layer's s sign(W)."""
+    area = math.prod(shape[2:])
+    fan_in, fan_out = shape[1] * area, shape[0] * area
+    if scale == "xiao":
+        return math.sqrt(2 / fan_out) if len(shape) > 2 else 1 / math.sqrt(fan_in)
+    return {"xavier": math.sqrt(2 / (fan_in + fan_out)), "pytorch": 1 / math.sqrt(3 * fan_in), "none": 1.0}[scale]
+
+
+def usf(chain, params, feedback, x, y, scale="xavier", plain_last=False):
+    """e_in = g (s sign(W)), W as it is now."""
+    layers = weighted(chain)[:-1] if plain_last else weighted(chain)
+    weights = {layer: params[f"{layer}.weight"] for layer in layers}
+    return gradients(chain, params, x, y, carry={layer: usf_scale(w.shape, scale) * np.sign(w) for layer, w in weights.items()})
+
+
+def magnitude_sf(chain, params, feedback, x, y, **_):
+    """e_in = g (|M| sign(W)); brsf and frsf differ only in when M is drawn."""
+    carry = {layer: np.abs(tensors["M"]) * np.sign(params[f"{layer}.weight"]) for layer, tensors in feedback.items()}
+    return gradients(chain, params, x, y, carry=carry)
+
+
+def kp(chain, params, feedback, x, y, **_):
+    """As FA; the gradient of B is the gradient of W."""
+    grads = fa(chain, params, feedback, x, y)
+    return grads | {f"{layer}.B": grads[f"{layer}.weight"].copy() for layer in feedback}
+
+
+def feature_count(chain: list[Stage], params: Arrays, x: np.ndarray, cut: str) -> int:
+    """Features per sample at a stage's output."""
+    outputs = dict(zip((stage.name for stage in chain), forward(chain, params, x)[1:], strict=True))
+    return outputs[cut][0].size
+
+
+def dfa(chain, params, feedback, x, y, form="neuron", cuts=(), normalise=True, **_):
+    """delta_out B_l replaces the error at the cut (neuron, shared) or at the layer's input (kernel)."""
+    if form == "neuron":
+        return gradients(chain, params, x, y, inject={cut: tensors["B"] for cut, tensors in feedback.items()})
+    if form == "kernel":
+        return gradients(chain, params, x, y, deliver={layer: tensors["B"] for layer, tensors in feedback.items()})
+    widths = {cut: feature_count(chain, params, x, cut) for cut in cuts}
+    widest = max(widths.values())
+    shared = max((tensors["B"] for tensors in feedback.values()), key=lambda b: b.shape[1])
+    assert shared.shape[1] == widest, f"the shared matrix has {shared.shape[1]} columns, the widest cut {widest} features"
+    factor = 1 / math.sqrt(widest) if normalise else 1.0
+    return gradients(chain, params, x, y, inject={cut: factor * shared[:, :width] for cut, width in widths.items()})
+
+
+REFERENCES = {
+    "bp": bp,
+    "frozen": frozen,
+    "bp_fc": bp_fc,
+    "fa": fa,
+    "usf": usf,
+    "brsf": magnitude_sf,
+    "frsf": magnitude_sf,
+    "kp": kp,
+    "dfa": dfa,
+}

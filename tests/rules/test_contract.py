@@ -1,0 +1,219 @@
+"""What every rule keeps: feedback = weight is backpropagation to the last bit, for every layer, dtype and memory format."""
+
+from collections import OrderedDict
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fa_bench
+
+from . import nets
+from .helpers import (
+    STORED,
+    assert_bitwise,
+    backward,
+    bp_grads,
+    collect,
+    copy_weights_into_feedback,
+    feedback_tensors,
+    layer_names,
+    rule_grads,
+)
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(5, 4), (6, 5)),
+    "linear-leading-dims": (lambda: nn.Linear(5, 4), (2, 3, 5)),
+    "linear-more-leading-dims": (lambda: nn.Linear(5, 4), (2, 3, 2, 5)),
+    "linear-one-sample": (lambda: nn.Linear(5, 4), (5,)),
+    "linear-no-bias": (lambda: nn.Linear(5, 4, bias=False), (2, 3, 5)),
+    "conv1d-strided": (lambda: nn.Conv1d(3, 4, 3, stride=2, padding=1), (2, 3, 8)),
+    "conv1d-unbatched": (lambda: nn.Conv1d(3, 4, 3), (3, 8)),
+    "conv2d": (lambda: nn.Conv2d(2, 5, (3, 2)), (2, 2, 6, 7)),
+    "conv2d-no-bias": (lambda: nn.Conv2d(2, 5, 3, bias=False), (2, 2, 6, 7)),
+    "conv2d-strided": (lambda: nn.Conv2d(2, 5, 3, stride=(2, 3), padding=(1, 0)), (2, 2, 7, 8)),
+    "conv2d-input-left-over": (lambda: nn.Conv2d(2, 5, 3, stride=3), (2, 2, 8, 7)),
+    "conv2d-dilated": (lambda: nn.Conv2d(2, 5, 3, dilation=2, padding=2), (2, 2, 6, 7)),
+    "conv2d-grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1), (2, 4, 6, 7)),
+    "conv2d-depthwise": (lambda: nn.Conv2d(4, 8, 3, groups=4, stride=2), (2, 4, 6, 7)),
+    "conv2d-1x1-strided": (lambda: nn.Conv2d(4, 6, 1, stride=2), (2, 4, 6, 7)),
+    "conv2d-same": (lambda: nn.Conv2d(2, 5, 3, padding="same"), (2, 2, 6, 7)),
+    "conv2d-same-even": (lambda: nn.Conv2d(2, 5, (2, 4), padding="same"), (2, 2, 6, 7)),
+    "conv2d-same-dilated": (lambda: nn.Conv2d(2, 5, 3, padding="same", dilation=2), (2, 2, 6, 7)),
+    "conv1d-same-even": (lambda: nn.Conv1d(3, 4, 4, padding="same"), (2, 3, 8)),
+    "conv2d-valid": (lambda: nn.Conv2d(2, 5, 3, padding="valid"), (2, 2, 6, 7)),
+    "conv2d-circular": (lambda: nn.Conv2d(2, 5, 3, padding=(1, 2), padding_mode="circular"), (2, 2, 6, 7)),
+    "conv2d-reflect": (lambda: nn.Conv2d(2, 5, 3, padding=2, stride=2, padding_mode="reflect"), (2, 2, 6, 7)),
+    "conv2d-replicate": (lambda: nn.Conv2d(2, 5, 3, padding=1, padding_mode="replicate"), (2, 2, 6, 7)),
+    "conv2d-same-circular": (lambda: nn.Conv2d(2, 5, 3, padding="same", padding_mode="circular"), (2, 2, 6, 7)),
+    "conv3d-strided-grouped": (lambda: nn.Conv3d(2, 4, 3, stride=2, padding=1, groups=2), (2, 2, 5, 6, 4)),
+    "transposed1d": (lambda: nn.ConvTranspose1d(3, 4, 3, stride=2, output_padding=1), (2, 3, 5)),
+    "transposed2d": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2), (2, 4, 5, 4)),
+    "transposed2d-dilated": (lambda: nn.ConvTranspose2d(3, 5, 3, stride=2, dilation=2, output_padding=(1, 0)), (2, 3, 4, 5)),
+    "transposed3d": (lambda: nn.ConvTranspose3d(2, 3, 2, stride=2, bias=False), (2, 2, 3, 2, 4)),
+}
+
+
+BUILD = nets.NETS | {"residual": nets.residual, "inplace": lambda **kw: nets.convnet(nets.inplace_relu, batch_norm=True, **kw)}
+
+
+def one_layer_pass(model, x, run):
+    """Gradients of the parameters and of the input for a fixed error at the output."""
+    model.zero_grad(set_to_none=True)
+    x = x.clone().requires_grad_()
+    y = model(x)
+    error = torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).to(y.dtype)
+    run((y * error).sum(), y)
+    return y.detach(), collect(model) | {"input": x.grad.clone()}
+
+
+# torch itself warns, once, that an even kernel under padding='same' needs a padded copy of the input.
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("name", ["fa", "frsf", "kp"])
+def test_feedback_equal_to_the_weight_is_backpropagation(name, layer):
+    build, shape = LAYERS[layer]
+    torch.manual_seed(0)
+    x, plain = torch.randn(shape), nn.Sequential(OrderedDict(layer=build()))
+    want_y, want = one_layer_pass(plain, x, lambda loss, y: loss.backward())
+    rule = fa_bench.attach(plain, name, seed=0)
+    y, random = one_layer_pass(plain, x, lambda loss, y: backward(rule, loss, y))
+    assert torch.equal(y, want_y), "the forward pass is the plain one"
+    assert_bitwise(*({key: value for key, value in grads.items() if key != "input"} for grads in (random, want)))
+    other = (random["input"] - want["input"]).abs().max()
+    assert other > 1e-2 * want["input"].abs().max(), "random feedback carries another error"
+    copy_weights_into_feedback(plain, rule)
+    y, got = one_layer_pass(plain, x, lambda loss, y: backward(rule, loss, y))
+    assert torch.equal(y, want_y)
+    assert_bitwise(got, want)
+
+
+@pytest.mark.parametrize("net", BUILD)
+@pytest.mark.parametrize("name", ["fa", "brsf", "frsf", "kp"])
+def test_whole_networks(name, net):
+    """Residual additions, projections, in-place ReLU and BatchNorm; brsf in evaluation mode, where it keeps its magnitudes."""
+    build = BUILD[net]
+    plain, model = build(dtype=torch.float32), build(dtype=torch.float32)
+    x, y = nets.batch(net, dtype=torch.float32)
+    rule = fa_bench.attach(model, name, seed=0, sample_input=x)
+    other = rule_grads(model, rule, x, y)
+    model.load_state_dict(plain.state_dict(), strict=False)  # running statistics as before the pass
+    for module in (plain, model):
+        module.train(name != "brsf")
+    copy_weights_into_feedback(model, rule)
+    want = bp_grads(plain, x, y)
+    assert_bitwise(rule_grads(model, rule, x, y), want)
+    assert any(not torch.allclose(other[key], want[key], rtol=1e-2) for key in want), "with random feedback the gradients differ"
+
+
+@pytest.mark.parametrize("name", ["fa", "frsf", "kp"])
+@pytest.mark.parametrize("net", ["mlp_bn", "conv_bn", "residual"])
+def test_bfloat16_autocast(name, net):
+    build = BUILD[net]
+    plain, model = build(dtype=torch.float32), build(dtype=torch.float32)
+    x, y = nets.batch(net, dtype=torch.float32)
+    rule = fa_bench.attach(model, name, seed=0)
+
+    def run(net, finish):
+        net.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = net(x)
+            loss = F.cross_entropy(logits, y)
+        assert logits.dtype == torch.bfloat16
+        finish(loss, logits)
+        return collect(net)
+
+    want = run(plain, lambda loss, logits: loss.backward())
+    random = run(model, lambda loss, logits: backward(rule, loss, logits, y))
+    copy_weights_into_feedback(model, rule)
+    assert_bitwise(run(model, lambda loss, logits: backward(rule, loss, logits, y)), want)
+    assert not all(torch.equal(random[key], want[key]) for key in want)
+    assert all(grad.dtype == torch.float32 for grad in random.values())
+
+
+@pytest.mark.parametrize("net", ["mlp_bn", "conv"])
+def test_autocast_leaves_float64_alone(net):
+    """torch's autocast does not touch float64; neither may the attached layers."""
+    plain, model, (x, _) = BUILD[net](), BUILD[net](), nets.batch(net)
+    fa_bench.attach(model, "fa", seed=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        want, got = plain(x), model(x)
+    assert want.dtype == got.dtype == torch.float64
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("net", ["conv", "conv_bn", "residual"])
+def test_channels_last(net):
+    build = BUILD[net]
+    plain, model = (build(dtype=torch.float32).to(memory_format=torch.channels_last) for _ in range(2))
+    x, y = nets.batch(net, dtype=torch.float32)
+    x = x.to(memory_format=torch.channels_last)
+    rule = fa_bench.attach(model, "fa", seed=0)
+    copy_weights_into_feedback(model, rule)
+    assert_bitwise(rule_grads(model, rule, x, y), bp_grads(plain, x, y))
+
+
+def test_seed_gives_the_same_numbers_in_both_memory_formats():
+    """The draw is by seed and shape; moving the model to channels_last before or after attach changes nothing."""
+    before, after = nets.residual().to(memory_format=torch.channels_last), nets.residual()
+    one, two = (fa_bench.attach(model, "fa", seed=0) for model in (before, after))
+    after.to(memory_format=torch.channels_last)
+    for name in layer_names(nets.residual()):
+        assert torch.equal(one.feedback[name]["B"], two.feedback[name]["B"])
+
+
+def options_for(name: str, x, model) -> dict:
+    return {"sample_input": x} | ({"cuts": nets.activation_cuts(model)} if name == "dfa" else {})
+
+
+COPIES = [("fa", {"b_init": "copy_w"}), ("kp", {"b_init": "copy_w"})]
+
+
+@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in STORED), *COPIES])
+def test_feedback_shares_no_storage(name, options):
+    """Not with a weight, not with another feedback tensor, and not after the model has moved to another dtype."""
+    x, _ = nets.batch("conv")
+    model = nets.convnet(batch_norm=True)
+    rule = fa_bench.attach(model, name, seed=0, **options, **options_for(name, x, model))
+    for dtype in (torch.float64, torch.float32, torch.float64):
+        model.to(dtype)
+        tensors = feedback_tensors(rule)
+        pointers = [tensor.untyped_storage().data_ptr() for tensor in tensors.values()]
+        assert len(set(pointers)) == len(pointers) > 0
+        assert not set(pointers) & {p.untyped_storage().data_ptr() for p in [*model.parameters()]}
+        assert all(tensor.dtype == dtype for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_same_seed_same_feedback_other_seed_other_feedback(name):
+    x, _ = nets.batch("conv")
+    draws = []
+    for seed in (0, 0, 1):
+        model = nets.convnet()
+        rule = fa_bench.attach(model, name, seed=seed, **options_for(name, x, model))
+        draws.append({key: tensor.detach().clone() for key, tensor in feedback_tensors(rule).items()})
+    assert_bitwise(draws[0], draws[1])
+    assert len(draws[0]) >= 2
+    assert all(not torch.equal(draws[0][key], draws[2][key]) for key in draws[0])
+
+
+@pytest.mark.parametrize("name", ["bp", "frozen", "bp_fc", "usf", *STORED])
+def test_global_generator_and_model_are_not_disturbed_by_attach(name):
+    """Even with a dropout layer, which the sample forward would draw for, and BatchNorm, whose statistics it would move."""
+    x, y = nets.batch("conv")
+    model = nets.convnet(batch_norm=True)
+    model.act1 = nn.Sequential(nn.ReLU(), nn.Dropout(0.5))
+    before = torch.get_rng_state()
+    buffers = {key: value.clone() for key, value in model.state_dict().items()}
+    rule = fa_bench.attach(model, name, seed=0, **options_for(name, x, model))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training and all(module.training for module in model.modules())
+    after = model.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in buffers.items())
+    assert all(p.grad is None for p in model.parameters())
+    model.act1[1].p = 0.0  # dropout would draw from the global generator itself
+    for _ in range(2):
+        rule_grads(model, rule, x, y)
+        rule.step()
+    assert torch.equal(torch.get_rng_state(), before), "a training pass draws from the rule's own generator"

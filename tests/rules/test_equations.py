@@ -1,0 +1,160 @@
+"""Every rule against its loop-written reference: one pass on every network, then several whole training steps."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fa_bench
+
+from . import nets
+from .helpers import (
+    array,
+    arrays,
+    assert_bitwise,
+    assert_matches,
+    backward,
+    bp_grads,
+    collect,
+    distance,
+    feedback_arrays,
+    feedback_tensors,
+    rule_grads,
+)
+from .reference import describe, sgd_step, weighted
+from .rule_references import REFERENCES
+
+# (rule, options); dfa's cuts are filled in per network.
+CASES = {
+    "bp": ("bp", {}),
+    "frozen": ("frozen", {}),
+    "bp_fc": ("bp_fc", {}),
+    "fa": ("fa", {}),
+    "fa-sparse": ("fa", {"density": 0.5}),
+    "usf": ("usf", {}),
+    "usf-pytorch": ("usf", {"scale": "pytorch"}),
+    "usf-xiao": ("usf", {"scale": "xiao"}),
+    "usf-none": ("usf", {"scale": "none"}),
+    "usf-plain-last": ("usf", {"plain_last": True}),
+    "brsf": ("brsf", {}),
+    "frsf": ("frsf", {}),
+    "kp": ("kp", {}),
+    "dfa": ("dfa", {"form": "neuron"}),
+    "dfa-kernel": ("dfa", {"form": "kernel"}),
+    "dfa-shared": ("dfa", {"form": "shared"}),
+    "dfa-shared-raw": ("dfa", {"form": "shared", "normalise": False}),
+}
+EXACT = ("bp", "frozen", "bp_fc")  # backpropagation for what they train
+
+
+def start(case: str, net: str):
+    """(rule object, attached model, plain twin, chain, reference, options)."""
+    name, options = CASES[case]
+    plain, (x, _) = nets.NETS[net](), nets.batch(net)
+    chain = describe(plain)
+    if name == "dfa" and options["form"] != "kernel":
+        options = options | {"cuts": nets.activation_cuts(plain)}
+    model = nets.NETS[net]()
+    rule = fa_bench.attach(model, name, seed=0, sample_input=x, **options)
+    return rule, model, plain, chain, REFERENCES[name], options
+
+
+@pytest.mark.parametrize("net", nets.NETS)
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_equal_reference_and_not_bp(case, net):
+    rule, model, plain, chain, reference, options = start(case, net)
+    x, y = nets.batch(net)
+    got = rule_grads(model, rule, x, y)
+    params = arrays(plain)
+    assert_matches(arrays(model), params, rel=0)
+    options = {key: value for key, value in options.items() if key != "density"}
+    want = reference(chain, params, feedback_arrays(rule), array(x), y.numpy(), **options)
+    learned = {f"{layer}.B": tensor.grad for (layer, _), tensor in feedback_tensors(rule).items() if tensor.grad is not None}
+    assert_matches(got | learned, want)
+
+    exact, layers = bp_grads(plain, x, y), weighted(chain)
+    last = layers[-1]
+    if case in EXACT:
+        assert_bitwise({n: g for n, g in got.items() if n in want}, {n: g for n, g in exact.items() if n in want})
+    else:
+        assert distance(got[f"{last}.weight"], exact[f"{last}.weight"]) < 1e-12, "the output layer's own gradient is the true one"
+        for layer in layers[: -2 if "plain_last" in options else -1]:
+            assert distance(got[f"{layer}.weight"], exact[f"{layer}.weight"]) > 1e-2, f"{layer} still gets BP's gradient"
+
+
+def test_plain_last_transports_the_true_weights_of_the_output_layer_only():
+    rule, model, plain, _, _, _ = start("usf-plain-last", "mlp_tanh")
+    x, y = nets.batch("mlp_tanh")
+    got, exact = rule_grads(model, rule, x, y), bp_grads(plain, x, y)
+    assert distance(got["fc2.weight"], exact["fc2.weight"]) < 1e-12
+    assert distance(got["fc1.weight"], exact["fc1.weight"]) > 1e-2
+
+
+# Nesterov momentum only where feedback is learned, or might be: the optimizer itself is torch's.
+SCHEDULES = [(case, False) for case in CASES] + [("fa", True), ("kp", True)]
+
+
+@pytest.mark.parametrize("net", ["mlp_bn", "conv"])
+@pytest.mark.parametrize(("case", "nesterov"), SCHEDULES)
+def test_training_steps_equal_reference(case, net, nesterov):
+    """Four steps of SGD with momentum and coupled decay on new batches: weights, biases and learned feedback."""
+    rule, model, _, chain, reference, options = start(case, net)
+    options = {key: value for key, value in options.items() if key != "density"}
+    settings = {"lr": 0.1, "momentum": 0.9, "nesterov": nesterov}
+    optimizer = torch.optim.SGD([*model.parameters(), *rule.feedback_parameters()], weight_decay=0.01, **settings)
+    initial, velocity = feedback_arrays(rule), {}
+    learned = {f"{layer}.B" for layer in initial} if case == "kp" else set()
+    params = arrays(model) | {f"{layer}.B": initial[layer]["B"] for layer in initial if learned}
+    for step in range(4):
+        x, y = nets.batch(net, seed=step)
+        optimizer.zero_grad()
+        logits = model(x)
+        # Learned feedback is the reference's own, brsf's the draw of this forward, and all other still the initial one.
+        feedback = feedback_arrays(rule) if case == "brsf" else initial
+        if learned:
+            feedback = {layer: {"B": params[f"{layer}.B"]} for layer in initial}
+        grads = reference(chain, params, feedback, array(x), y.numpy(), **options)
+        backward(rule, F.cross_entropy(logits, y), logits, y)
+        optimizer.step()
+        rule.step()
+        sgd_step(params, velocity, grads, decay=0.01, **settings)
+        now = arrays(model) | {f"{layer}.B": tensors["B"] for layer, tensors in feedback_arrays(rule).items() if learned}
+        # Four steps amplify the 1e-12 of one pass (BatchNorm, momentum) by less than a thousand.
+        assert_matches(now, params)
+    if case in ("fa", "fa-sparse", "frsf") or case.startswith("dfa"):
+        assert initial
+        for (layer, name), tensor in feedback_tensors(rule).items():
+            assert np.array_equal(array(tensor), initial[layer][name]), f"{layer}: fixed feedback moved"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_scaling_scales_every_gradient(case):
+    """A loss times 1024 gives gradients times exactly 1024: no rule may take its error from anywhere but the loss."""
+    rule, model, _, _, _, _ = start(case, "conv")
+    x, y = nets.batch("conv")
+    model.eval()  # no new draw of brsf between the two passes
+    once = rule_grads(model, rule, x, y)
+    model.zero_grad(set_to_none=True)
+    logits = model(x)
+    backward(rule, 1024 * F.cross_entropy(logits, y), logits, y)
+    assert_bitwise(collect(model), {name: None if grad is None else 1024 * grad for name, grad in once.items()})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_accumulate_over_passes(case):
+    """Two backward passes without zero_grad add up, learned feedback included."""
+    rule, model, _, _, _, _ = start(case, "mlp_tanh")
+    batches = [nets.batch("mlp_tanh", seed=seed) for seed in (0, 1)]
+    model.eval()
+    single = [rule_grads(model, rule, x, y) for x, y in batches]
+    model.zero_grad(set_to_none=True)
+    for tensor in rule.feedback_parameters():
+        tensor.grad = None
+    for x, y in batches:
+        logits = model(x)
+        backward(rule, F.cross_entropy(logits, y), logits, y)
+    both = collect(model)
+    assert_matches(both, {name: grad + single[1][name] for name, grad in single[0].items() if grad is not None}, rel=1e-12)
+    if case == "kp":
+        for layer, tensors in rule.feedback.items():
+            assert torch.equal(tensors["B"].grad, both[f"{layer}.weight"])

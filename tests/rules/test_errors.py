@@ -1,0 +1,159 @@
+"""Surgery refuses what it cannot do, names the layers, and leaves the model as it was."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import fa_bench
+
+from . import nets
+from .helpers import EDGE_RULES, LOUD, layer_names
+
+
+class Attentive(nn.Module):
+    """Weights no rule covers: an embedding and both projections of an attention layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.attn, self.head = nn.Embedding(9, 4), nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, tokens):
+        x = self.emb(tokens)
+        return self.head(self.attn(x, x, x, need_weights=False)[0].mean(1))
+
+
+TOKENS = torch.arange(6).reshape(2, 3)
+
+
+def unchanged(model: nn.Module, plain: nn.Module) -> bool:
+    same_types = [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    return same_types and list(model.state_dict()) == list(plain.state_dict()) and not hooked
+
+
+@pytest.mark.parametrize("name", [*EDGE_RULES, "dfa"])
+def test_nothing_to_cover(name):
+    model = nn.Sequential(nn.Flatten(), nn.ReLU())
+    with pytest.raises(ValueError):
+        fa_bench.attach(model, name, seed=0, sample_input=torch.zeros(2, 3), **({"cuts": ["1"]} if name == "dfa" else {}))
+    assert unchanged(model, nn.Sequential(nn.Flatten(), nn.ReLU()))
+
+
+@pytest.mark.parametrize("name", EDGE_RULES)
+@pytest.mark.parametrize("sample", [False, True])
+def test_uncovered_weights_are_named_and_may_be_allowed(name, sample):
+    model = Attentive()
+    options = {"sample_input": TOKENS} if sample else {}
+    with pytest.raises(fa_bench.errors.CoverageError) as caught:
+        fa_bench.attach(model, name, seed=0, **options)
+    message = str(caught.value)
+    assert "emb" in message and "attn" in message and "allow_uncovered" in message
+    assert "in_proj" in message and "out_proj" in message
+    assert unchanged(model, Attentive()), "a refused model is left as it was"
+    rule = fa_bench.attach(model, name, seed=0, allow_uncovered=True, **options)
+    assert set(rule.feedback) <= {"head"}
+    report = str(rule.coverage)
+    assert all(word in report for word in ("head", "emb", "attn"))
+    loss = model(TOKENS).square().sum()
+    rule.backward(loss, model(TOKENS), torch.zeros(2, dtype=torch.long))
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_subclassed_layers_are_not_swapped_silently():
+    """Only exact types are swapped: a layer with a forward of its own must be named, not changed."""
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), Doubled(4, 3))
+    with pytest.raises(fa_bench.errors.CoverageError, match="2"):
+        fa_bench.attach(model, "fa", seed=0)
+
+
+def test_coverage_reads_well():
+    model = nets.convnet(batch_norm=True)
+    rule = fa_bench.attach(model, "fa", seed=0)
+    report = str(rule.coverage)
+    assert all(name in report for name in layer_names(nets.convnet(batch_norm=True)))
+
+
+@pytest.mark.parametrize("name", ["bp", "fa", "kp"])
+def test_compiled_model_is_refused(name):
+    with pytest.raises(LOUD, match=r"(?i)compile"):
+        fa_bench.attach(torch.compile(nets.mlp()), name, seed=0)
+
+
+@pytest.mark.parametrize("name", ["bp", "fa", "kp"])
+def test_distributed_wrapper_is_refused(name):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(nets.mlp())
+        with pytest.raises(LOUD, match=r"(?i)DistributedDataParallel|DDP"):
+            fa_bench.attach(model, name, seed=0)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_wrapped_part_is_refused_too():
+    model = nets.mlp()
+    model.fc2 = torch.compile(model.fc2)
+    with pytest.raises(LOUD, match=r"(?i)compile|fc2"):
+        fa_bench.attach(model, "fa", seed=0)
+
+
+@pytest.mark.parametrize(
+    ("rule", "wrong", "nearest"),
+    [
+        ("fa", {"densty": 0.5}, "density"),
+        ("fa", {"b_int": "copy_w"}, "b_init"),
+        ("usf", {"scal": "xiao"}, "scale"),
+        ("kp", {"b_lr_scal": 0.1}, "b_lr_scale"),
+        ("dfa", {"cut": ["act1"]}, "cuts"),
+        ("brsf", {"m_int": "xavier_uniform"}, "m_init"),
+    ],
+)
+def test_unknown_option_is_answered_with_the_nearest(rule, wrong, nearest):
+    model = nets.mlp()
+    with pytest.raises(LOUD) as caught:
+        fa_bench.attach(model, rule, seed=0, sample_input=nets.batch("mlp")[0], **wrong)
+    assert next(iter(wrong)) in str(caught.value) and nearest in str(caught.value)
+    assert unchanged(model, nets.mlp())
+
+
+@pytest.mark.parametrize(("wrong", "nearest"), [("kpp", "kp"), ("frozn", "frozen"), ("FA", "fa"), ("usff", "usf")])
+def test_unknown_rule_is_answered_with_the_nearest(wrong, nearest):
+    with pytest.raises(LOUD) as caught:
+        fa_bench.attach(nets.mlp(), wrong, seed=0)
+    assert wrong in str(caught.value) and nearest in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "says"),
+    [
+        ("usf", {"scale": "xaver"}, "xavier"),
+        ("dfa", {"form": "neurons", "cuts": ["act1", "act2"]}, "neuron"),
+        ("fa", {"b_init": "xavier_unifrm"}, "xavier_uniform"),
+        ("fa", {"density": 1.5}, "density"),
+        ("fa", {"density": -0.1}, "density"),
+        ("fa", {"density": "half"}, "density"),
+        ("kp", {"b_lr_scale": -1.0}, "b_lr_scale"),
+        ("usf", {"plain_last": "sometimes"}, "plain_last"),
+    ],
+)
+def test_wrong_values_say_what_is_allowed(rule, options, says):
+    model = nets.mlp()
+    with pytest.raises(LOUD, match=says):
+        fa_bench.attach(model, rule, seed=0, sample_input=nets.batch("mlp")[0], **options)
+    assert unchanged(model, nets.mlp())
+
+
+def test_second_rule_on_an_attached_model_is_refused():
+    """Two rules on one model would both claim its layers; after detach the second is welcome."""
+    model = nets.mlp()
+    rule = fa_bench.attach(model, "fa", seed=0)
+    with pytest.raises(LOUD):
+        fa_bench.attach(model, "kp", seed=0)
+    rule.detach()
+    fa_bench.attach(model, "kp", seed=0)

@@ -1,0 +1,89 @@
+"""bp, frozen and bp_fc: the control and the two floors every table carries."""
+
+import pytest
+import torch
+
+import fa_bench
+
+from . import nets
+from .helpers import assert_bitwise, bp_grads, rule_grads
+
+CONV_LAYERS = {"conv1", "bn1", "conv2", "bn2"}
+
+
+def learning(grads) -> set[str]:
+    return {name for name, grad in grads.items() if grad is not None}
+
+
+@pytest.mark.parametrize("net", nets.NETS)
+def test_bp_is_backpropagation(net):
+    model, (x, y) = nets.NETS[net](dtype=torch.float32), nets.batch(net, dtype=torch.float32)
+    rule = fa_bench.attach(model, "bp", seed=0)
+    assert_bitwise(rule_grads(model, rule, x, y), bp_grads(nets.NETS[net](dtype=torch.float32), x, y))
+
+
+def test_frozen_trains_the_output_layer_only():
+    model, (x, y) = nets.convnet(batch_norm=True), nets.batch("conv")
+    grads = rule_grads(model, fa_bench.attach(model, "frozen", seed=0, sample_input=x), x, y)
+    assert learning(grads) == {"fc2.weight", "fc2.bias"}
+
+
+def test_frozen_takes_the_layer_that_runs_last_not_the_one_registered_last():
+    model, (x, y) = nets.residual(), nets.batch("residual")
+    grads = rule_grads(model, fa_bench.attach(model, "frozen", seed=0, sample_input=x), x, y)
+    assert learning(grads) == {"head.weight", "head.bias"}
+
+
+def test_bp_fc_trains_every_fully_connected_layer_and_no_convolution():
+    model, (x, y) = nets.convnet(batch_norm=True), nets.batch("conv")
+    grads = rule_grads(model, fa_bench.attach(model, "bp_fc", seed=0, sample_input=x), x, y)
+    assert learning(grads) == {name for name in grads if name.split(".")[0] not in CONV_LAYERS}
+    assert {"fc1.weight", "fc2.weight"} <= learning(grads)
+
+
+@pytest.mark.parametrize("name", ["frozen", "bp_fc"])
+def test_frozen_parts_keep_their_values_under_momentum_and_decay(name):
+    model, (x, y) = nets.convnet(batch_norm=True), nets.batch("conv")
+    rule = fa_bench.attach(model, name, seed=0, sample_input=x)
+    optimizer = torch.optim.SGD([*model.parameters(), *rule.feedback_parameters()], lr=0.1, momentum=0.9, weight_decay=0.1)
+    for _ in range(2):
+        rule_grads(model, rule, x, y)
+        optimizer.step()
+        rule.step()
+    before = dict(nets.convnet(batch_norm=True).named_parameters())
+    moved = {key for key, p in model.named_parameters() if not torch.equal(p, before[key])}
+    assert moved == learning(dict((key, p.grad) for key, p in model.named_parameters()))
+    assert "fc2.weight" in moved and "conv1.weight" not in moved
+
+
+@pytest.mark.parametrize("name", ["frozen", "bp_fc"])
+def test_batch_norm_of_frozen_layers_stays_in_training_mode(name):
+    """Batch statistics are used and the running ones updated, as for the trained rules."""
+    model, plain, (x, y) = nets.convnet(batch_norm=True), nets.convnet(batch_norm=True), nets.batch("conv")
+    rule = fa_bench.attach(model, name, seed=0, sample_input=x)
+    assert torch.equal(model(x), plain(x))
+    rule_grads(model, rule, x, y)
+    plain(x)
+    assert model.bn1.training and model.bn1.num_batches_tracked == 2
+    for key in ("bn1", "bn2", "bn3"):
+        assert torch.equal(model.get_submodule(key).running_mean, plain.get_submodule(key).running_mean)
+
+
+@pytest.mark.parametrize("name", ["frozen", "bp_fc"])
+def test_detach_gives_back_what_requires_a_gradient(name):
+    model, (x, y) = nets.convnet(batch_norm=True), nets.batch("conv")
+    model.conv1.bias.requires_grad_(False)  # the user's own choice survives
+    rule = fa_bench.attach(model, name, seed=0, sample_input=x)
+    rule.detach()
+    assert {key for key, p in model.named_parameters() if not p.requires_grad} == {"conv1.bias"}
+    plain = nets.convnet(batch_norm=True)
+    plain.conv1.bias.requires_grad_(False)
+    model.zero_grad(set_to_none=True)
+    torch.nn.functional.cross_entropy(model(x), y).backward()
+    assert_bitwise({key: p.grad for key, p in model.named_parameters()}, bp_grads(plain, x, y))
+
+
+def test_bp_fc_of_a_network_of_convolutions_only_has_nothing_to_train():
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    with pytest.raises(ValueError):
+        fa_bench.attach(model, "bp_fc", seed=0, sample_input=nets.batch("conv", dtype=torch.float32)[0])

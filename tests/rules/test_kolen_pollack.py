@@ -1,0 +1,134 @@
+"""kp: the feedback learns with exactly the weights' gradient, so W - B only decays."""
+
+import pytest
+import torch
+
+import fa_bench
+
+from . import nets
+from .helpers import assert_bitwise, bp_grads, copy_weights_into_feedback, layer_names, rule_grads
+
+
+def attached(net: str = "conv_bn", **options):
+    model = nets.NETS[net]()
+    return model, fa_bench.attach(model, "kp", seed=0, **options)
+
+
+def train(model, rule, optimizer, steps: int, net: str = "conv_bn"):
+    """Some steps on changing batches; yields after each."""
+    for step in range(steps):
+        optimizer.zero_grad()
+        for tensor in rule.feedback_parameters():
+            tensor.grad = None
+        rule_grads(model, rule, *nets.batch(net, seed=step))
+        optimizer.step()
+        rule.step()
+        yield step
+
+
+def differences(model, rule):
+    return {name: (model.get_submodule(name).weight - rule.feedback[name]["B"]).detach().clone() for name in layer_names(model)}
+
+
+def test_gradient_of_b_is_a_copy_of_the_gradient_of_w():
+    """The same values, in storage of their own: an optimizer that works on gradients in place must not do it twice."""
+    model, rule = attached()
+    rule_grads(model, rule, *nets.batch("conv_bn"))
+    for name in layer_names(model):
+        weight, feedback = model.get_submodule(name).weight, rule.feedback[name]["B"]
+        assert torch.equal(weight.grad, feedback.grad) and weight.grad.abs().max() > 0
+        assert weight.grad.data_ptr() != feedback.grad.data_ptr()
+
+
+def test_learned_feedback_is_what_the_optimizer_gets():
+    model, rule = attached()
+    pointers = {tensors["B"].data_ptr() for tensors in rule.feedback.values()}
+    assert {tensor.data_ptr() for tensor in rule.feedback_parameters()} == pointers
+    assert len(list(rule.feedback_parameters())) == len(layer_names(model)) == 4
+    own = {p.data_ptr() for p in model.parameters()}
+    assert not own & pointers, "the feedback is not among the model's parameters"
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("foreach", [False, True])
+def test_difference_follows_the_linear_recursion(nesterov, foreach):
+    """D = W - B: v <- m v + lambda D; D <- D - lr (v, or lambda D + m v). The task's gradients cancel exactly."""
+    lr, momentum, decay = 0.1, 0.9, 0.05
+    model, rule = attached()
+    parameters = [*model.parameters(), *rule.feedback_parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=decay, nesterov=nesterov, foreach=foreach)
+    want = differences(model, rule)
+    velocity = {name: torch.zeros_like(tensor) for name, tensor in want.items()}
+    start = {name: tensor.norm() for name, tensor in want.items()}
+    for _ in train(model, rule, optimizer, 12):
+        for name, now in differences(model, rule).items():
+            velocity[name] = momentum * velocity[name] + decay * want[name]
+            want[name] = want[name] - lr * (decay * want[name] + momentum * velocity[name] if nesterov else velocity[name])
+            # Rounding of W and B (entries of order 1) against D of order 0.1, over 12 steps.
+            assert (now - want[name]).norm() <= 1e-12 * start[name], name
+    assert all(tensor.norm() < 0.9 * start[name] for name, tensor in want.items())
+
+
+@pytest.mark.parametrize("options", [{"nesterov": True}, {"nesterov": True, "foreach": True}, {"nesterov": False}])
+def test_equal_start_stays_equal_and_stays_backpropagation(options):
+    """B(0) = W(0): twenty steps leave W = B, and both on BP's own path."""
+    model, rule = attached()
+    copy_weights_into_feedback(model, rule)
+    plain = nets.convnet(batch_norm=True)
+    settings = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01} | options
+    optimizer = torch.optim.SGD([*model.parameters(), *rule.feedback_parameters()], **settings)
+    plain_optimizer = torch.optim.SGD(plain.parameters(), **settings)
+    for step in train(model, rule, optimizer, 20):
+        for p, grad in zip(plain.parameters(), bp_grads(plain, *nets.batch("conv_bn", seed=step)).values(), strict=True):
+            p.grad = grad
+        plain_optimizer.step()
+        # bp_grads works on a copy: give the plain model the running statistics of the same batches (unused in training mode).
+        assert_bitwise({n: p.detach() for n, p in model.named_parameters()}, {n: p.detach() for n, p in plain.named_parameters()})
+        assert all(not tensor.any() for tensor in differences(model, rule).values()), f"W and B differ after step {step}"
+
+
+def test_adamw_keeps_the_cancellation():
+    """Decoupled decay: D_t = (1 - lr lambda)^t D_0, although Adam rescales each tensor by its own moments."""
+    lr, decay, steps = 0.01, 0.5, 10
+    model, rule = attached()
+    before = differences(model, rule)
+    optimizer = torch.optim.AdamW([*model.parameters(), *rule.feedback_parameters()], lr=lr, weight_decay=decay)
+    list(train(model, rule, optimizer, steps))
+    for name, now in differences(model, rule).items():
+        # Equal gradients give bitwise equal Adam steps; only the subtraction from W and from B rounds.
+        assert (now - (1 - lr * decay) ** steps * before[name]).norm() <= 1e-12 * before[name].norm()
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.1, 3.0])
+def test_b_lr_scale_scales_the_step_of_b_only(scale):
+    """A learning rate, not a gradient (under Adam that would do nothing): the caller gives it to the feedback's group."""
+    model, rule = attached(b_lr_scale=scale)
+    weights = {name: model.get_submodule(name).weight.detach().clone() for name in layer_names(model)}
+    feedback = {name: rule.feedback[name]["B"].detach().clone() for name in layer_names(model)}
+    feedback_group = {"params": list(rule.feedback_parameters()), "lr": 0.1 * rule.feedback_lr_scale}
+    groups = [{"params": list(model.parameters())}, feedback_group]
+    list(train(model, rule, torch.optim.SGD(groups, lr=0.1), 1))
+    for name in layer_names(model):
+        step = model.get_submodule(name).weight.detach() - weights[name]
+        step_b = rule.feedback[name]["B"].detach() - feedback[name]
+        # Differences of order 1e-3 of numbers of order 1: 1e-16 / 1e-3, with room.
+        assert (step_b - scale * step).abs().max() <= 1e-11 * max(1.0, scale) * step.abs().max()
+        assert step.abs().max() > 0
+        assert torch.equal(model.get_submodule(name).weight.grad, rule.feedback[name]["B"].grad)
+
+
+def test_without_the_optimizer_feedback_does_not_move():
+    """Feedback learns through the optimizer and through nothing else."""
+    model, rule = attached()
+    before = {name: rule.feedback[name]["B"].detach().clone() for name in layer_names(model)}
+    list(train(model, rule, torch.optim.SGD(model.parameters(), lr=0.1), 2))
+    assert all(torch.equal(before[name], rule.feedback[name]["B"]) for name in before)
+
+
+def test_default_start_is_independent_of_w():
+    model, rule = attached()
+    for name in layer_names(model):
+        assert not torch.equal(model.get_submodule(name).weight, rule.feedback[name]["B"])
+    model, rule = attached(b_init="copy_w")
+    for name in layer_names(model):
+        assert torch.equal(model.get_submodule(name).weight, rule.feedback[name]["B"])

@@ -1,0 +1,199 @@
+"""usf, brsf, frsf: signs follow the weights at every forward; magnitudes are fixed (frsf) or redrawn (brsf)."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fa_bench
+
+from . import nets
+from .helpers import array, assert_bitwise, assert_matches, backward, bp_grads, collect, fa_surrogate, layer_names, rule_grads
+from .rule_references import usf_scale
+
+SIGN_RULES = ("usf", "brsf", "frsf")
+
+
+def attached(rule: str, net: str = "conv", **options):
+    model = nets.NETS[net]()
+    return model, fa_bench.attach(model, rule, seed=0, **options)
+
+
+@pytest.mark.parametrize("name", SIGN_RULES)
+def test_one_sign_flips_exactly_one_feedback_entry(name):
+    model, rule = attached(name)
+    model(nets.batch("conv")[0])
+    model.eval()  # brsf keeps its draw
+    for layer in layer_names(model):
+        before = rule.effective_feedback(layer).detach().clone()
+        with torch.no_grad():
+            model.get_submodule(layer).weight.view(-1)[3] *= -1
+        model(nets.batch("conv")[0])
+        after = rule.effective_feedback(layer).detach()
+        assert (before != after).nonzero().shape[0] == 1
+        assert after.reshape(-1)[3] == -before.reshape(-1)[3] != 0
+
+
+@pytest.mark.parametrize("name", SIGN_RULES)
+def test_sign_of_zero_is_zero(name):
+    model, rule = attached(name)
+    with torch.no_grad():
+        model.fc1.weight[1, 4] = 0.0
+        model.fc1.weight[2, 5] = -0.0
+    model(nets.batch("conv")[0])
+    effective = rule.effective_feedback("fc1")
+    assert effective[1, 4] == 0 and effective[2, 5] == 0
+    assert (effective != 0).sum() == effective.numel() - 2
+
+
+@pytest.mark.parametrize("name", SIGN_RULES)
+def test_every_effective_sign_is_the_sign_of_the_weight_now(name):
+    """After an update that crosses zero the next forward carries the new signs, and its gradients use them."""
+    model, rule = attached(name)
+    x, y = nets.batch("conv")
+    rule_grads(model, rule, x, y)
+    with torch.no_grad():
+        for layer in layer_names(model):
+            weight = model.get_submodule(layer).weight
+            weight.copy_(-2 * weight.roll(1, 0))
+    rule.step()
+    got = rule_grads(model, rule, x, y)
+    effective = {layer: rule.effective_feedback(layer).detach().clone() for layer in layer_names(model)}
+    for layer, tensor in effective.items():
+        assert torch.equal(tensor.sign(), model.get_submodule(layer).weight.sign())
+    plain = nets.convnet()
+    plain.load_state_dict({key: value for key, value in model.state_dict().items() if key in plain.state_dict()})
+    assert_matches(got, fa_surrogate(plain, effective, x, y))
+
+
+@pytest.mark.parametrize("scale", ["xavier", "pytorch", "xiao", "none"])
+def test_usf_scale(scale):
+    model, rule = attached("usf", scale=scale)
+    model(nets.batch("conv")[0])
+    for layer in layer_names(model):
+        shape = tuple(model.get_submodule(layer).weight.shape)
+        # One multiplication and one square root in float64.
+        assert array(rule.effective_feedback(layer).abs()) == pytest.approx(usf_scale(shape, scale), rel=1e-14)
+
+
+def test_usf_with_weights_of_plus_and_minus_one_is_backpropagation():
+    """B = 1 sign(W) = W."""
+    plain, (x, y) = nets.residual(dtype=torch.float32), nets.batch("residual", dtype=torch.float32)
+    with torch.no_grad():
+        for layer in layer_names(plain):
+            plain.get_submodule(layer).weight.sign_()
+    model = nets.residual(dtype=torch.float32)
+    model.load_state_dict(plain.state_dict())
+    rule = fa_bench.attach(model, "usf", seed=0, scale="none", sample_input=x)
+    assert_bitwise(rule_grads(model, rule, x, y), bp_grads(plain, x, y))
+
+
+def test_plain_last_is_the_layer_that_runs_last_not_the_one_registered_last():
+    model, (x, _) = nets.residual(), nets.batch("residual")
+    rule = fa_bench.attach(model, "usf", seed=0, plain_last=True, sample_input=x)
+    plain = {name for name in layer_names(model) if torch.equal(rule.effective_feedback(name), model.get_submodule(name).weight)}
+    assert plain == {"head"}
+
+
+def test_angle_of_signs_to_uniform_weights_is_30_degrees():
+    """cos = sqrt(3)/2; 40 000 draws put the angle within 0.2 degrees. Against the magnitudes it would read 90."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(200, 200))
+    rule = fa_bench.attach(model, "usf", seed=0)
+    model(torch.zeros(1, 200))
+    cosine = torch.cosine_similarity(rule.effective_feedback("0").flatten(), model[0].weight.detach().flatten(), dim=0).item()
+    assert math.degrees(math.acos(cosine)) == pytest.approx(30, abs=0.5)
+
+
+@pytest.mark.parametrize("name", ["brsf", "frsf"])
+def test_magnitudes_are_xavier_uniform(name):
+    """40 000 draws: |M| stays under the bound, reaches it nearly, and its mean square is the Xavier variance to 3 %."""
+    model = nn.Sequential(nn.Linear(200, 200))
+    rule = fa_bench.attach(model, name, seed=0)
+    for _ in range(2):
+        model(torch.zeros(1, 200))
+        effective = rule.effective_feedback("0").detach()
+        assert 0.97 * math.sqrt(6 / 400) < effective.abs().max() <= math.sqrt(6 / 400)
+        assert effective.square().mean().sqrt().item() == pytest.approx(math.sqrt(2 / 400), rel=0.03)
+        assert torch.equal(effective, rule.feedback["0"]["M"].abs() * model[0].weight.detach().sign())
+    angle = torch.cosine_similarity(effective.flatten(), model[0].weight.detach().flatten(), dim=0).acos().rad2deg().item()
+    assert angle == pytest.approx(math.degrees(math.acos(0.75)), abs=1)  # two independent uniforms: E|w|E|m| / E w^2 = 3/4
+
+
+@pytest.mark.parametrize("name", ["brsf", "frsf"])
+def test_negative_magnitudes_count_by_their_absolute_value(name):
+    """B = |M| sign(W), whatever sign was written into M."""
+    model, rule = attached(name)
+    x, y = nets.batch("conv")
+    model(x)
+    model.eval()
+    before = {layer: rule.effective_feedback(layer).detach().clone() for layer in layer_names(model)}
+    want = rule_grads(model, rule, x, y)
+    with torch.no_grad():
+        for tensors in rule.feedback.values():
+            tensors["M"].neg_()
+    assert_bitwise({layer: rule.effective_feedback(layer).detach() for layer in before}, before)
+    assert_bitwise(rule_grads(model, rule, x, y), want)
+
+
+def test_brsf_redraws_every_training_forward_and_frsf_never():
+    for name, redraws in (("brsf", True), ("frsf", False)):
+        model, rule = attached(name)
+        x, _ = nets.batch("conv")
+        draws = []
+        for _ in range(3):
+            model(x)
+            draws.append({layer: rule.feedback[layer]["M"].clone() for layer in layer_names(model)})
+        for layer in layer_names(model):
+            for one, other in ((0, 1), (1, 2), (0, 2)):
+                assert torch.equal(draws[one][layer], draws[other][layer]) != redraws
+                assert not redraws or (draws[one][layer] != draws[other][layer]).any(), layer
+
+
+def test_brsf_backward_uses_the_draw_of_its_own_forward():
+    """A later training forward draws anew, but a backward still pending keeps the M it was carried forward with."""
+    model, rule = attached("brsf")
+    plain, (x, y), (other, _) = nets.convnet(), nets.batch("conv"), nets.batch("conv", seed=1)
+    first = model(x)
+    drawn = {layer: rule.effective_feedback(layer).detach().clone() for layer in layer_names(model)}
+    second = model(other)
+    drawn_later = {layer: rule.effective_feedback(layer).detach().clone() for layer in layer_names(model)}
+    assert not any(torch.equal(drawn[layer], drawn_later[layer]) for layer in drawn)
+    backward(rule, F.cross_entropy(first, y), first, y)
+    assert_matches(collect(model), fa_surrogate(plain, drawn, x, y))
+    model.zero_grad(set_to_none=True)
+    backward(rule, F.cross_entropy(second, y), second, y)
+    assert_matches(collect(model), fa_surrogate(plain, drawn_later, other, y))
+
+
+def test_brsf_draws_are_reproducible_and_outlive_other_random_numbers():
+    """Same seed, same sequence of draws, whatever the global generator does in between."""
+    sequences = []
+    for noise in (0, 7):
+        model, rule = attached("brsf")
+        sequence = []
+        for _ in range(3):
+            torch.rand(noise)
+            model(nets.batch("conv")[0])
+            sequence.append(rule.feedback["conv2"]["M"].clone())
+        sequences.append(torch.stack(sequence))
+    assert torch.equal(*sequences)
+
+
+@pytest.mark.parametrize("name", SIGN_RULES)
+def test_density_masks_the_same_entries_at_every_forward(name):
+    model = nn.Sequential(nn.Linear(100, 200))
+    rule = fa_bench.attach(model, name, seed=0, density=0.3)
+    masks = [rule.effective_feedback("0").detach() != 0]  # before any forward, too
+    for _ in range(2):
+        model(torch.zeros(1, 100))
+        masks.append(rule.effective_feedback("0").detach() != 0)
+    assert torch.equal(masks[1], masks[2])
+    assert torch.equal(masks[0], masks[1]), "the mask is not in force before the first training forward"
+    assert masks[0].float().mean().item() == pytest.approx(0.3, abs=0.02)  # 20 000 draws: 6 standard errors
+    kept = rule.effective_feedback("0").detach()[masks[0]]
+    assert torch.equal(kept.sign(), model[0].weight.detach()[masks[0]].sign())
+    if name == "usf":
+        assert array(kept.abs()) == pytest.approx(usf_scale((200, 100), "xavier"), rel=1e-6)  # float32

@@ -1,0 +1,109 @@
+"""Broken command lines end in one or two lines that name the key, what is allowed and the nearest name; nothing is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fa_bench.cli import main
+
+#: (command line, what the message must name)
+BROKEN = [
+    ("algorithm=fo", ["algorithm=fo", "'fa'", "available", "kp"]),
+    ("architecture=mpl", ["architecture=mpl", "'mlp'"]),
+    ("dataset=digit", ["dataset=digit", "'digits'"]),
+    ("optimizer=sdg", ["optimizer=sdg", "'sgd'"]),
+    ("experiment=quickstar", ["experiment=quickstar", "'quickstart'"]),
+    ("algorithm=null", ["algorithm=None", "available"]),
+    ("~algorithm", ["algorithm=None", "choose one of"]),
+    ("algoritm=fa", ["algoritm", "'algorithm'", "allowed"]),
+    ("+algoritm=kp", ["algoritm", "'algorithm'", "allowed"]),
+    ("optimizer.lrr=0.1", ["optimizer.lrr", "'lr'", "allowed"]),
+    ("+optimizer.lrr=0.1", ["optimizer.lrr", "'lr'", "options"]),
+    ("algorithm.densty=0.5", ["algorithm.densty", "'density'"]),
+    ("algorithm/foo=3", ["algorithm/foo", "'algorithm'"]),
+    ("hydra.swep=1", ["hydra.swep", "'sweep'"]),
+    ("optimizer.lr=abc", ["optimizer.lr='abc'", "a number"]),
+    ("optimizer.lr=-0.1", ["optimizer.lr=-0.1", "> 0"]),
+    ("optimizer.schedule.name=cosin", ["optimizer.schedule.name=cosin", "'cosine'"]),
+    ("optimizer.schedule.name=step", ["optimizer.schedule.step_size", "needed"]),
+    ("optimizer.schedule.milestones=[3]", ["optimizer.schedule.milestones", "multistep"]),
+    ("optimizer.nesterov=true optimizer.momentum=0", ["optimizer.nesterov", "momentum"]),
+    ("architecture.widths=5", ["architecture.widths=5", "a list"]),
+    ("architecture.widths=[5,0]", ["architecture.widths=0", ">= 1"]),
+    ("algorithm.density=2", ["algorithm.density=2", "<= 1"]),
+    ("seed=a", ["seed='a'", "whole number"]),
+    ("epochs=0", ["epochs=0", ">= 1"]),
+    ("batch_size=1.5", ["batch_size=1.5", "whole number"]),
+    ("deterministic=maybe", ["deterministic='maybe'", "true or false"]),
+    ("device=gpu", ["device=gpu", "'cpu'"]),
+    ("device=cuda:77", ["device=cuda:77", "CUDA devices"]),
+    ("epochs=${nope}", ["epochs", "nope"]),
+    ("algorithm=bp,fa", ["algorithm=bp,fa", "-m"]),
+    ("experiment=quickstart", ["experiment=quickstart", "-m"]),
+    ("-m seed=0,0", ["two jobs", "seed0"]),
+    ("-m optimizer.lr=0.1,abc seed=0,1", ["optimizer.lr='abc'", "a number"]),
+    ("algorithm", ["'algorithm'", "key=value"]),
+    ("optimizer.lr=[1", ["optimizer.lr=[1", "key=value"]),
+    ("--foo", ["--foo", "--help"]),
+    ("--config-dir /nope", ["/nope", "no such folder"]),
+    ("plugins=[not_there]", ["plugins=[not_there]", "imported"]),
+    ("dataset.validation=-1", ["dataset.validation=-1", ">= 0"]),
+    ("dataset.validation=5000", ["dataset.validation=5000", "1437"]),
+    ("algorithm=dfa algorithm.form=kernel algorithm.cuts=[act1]", ["algorithm.cuts", "form=kernel"]),
+    ("algorithm=dfa algorithm.cuts=[act9]", ["act9", "'act"]),
+    ("algorithm=dfa architecture=torchvision dataset=synthetic", ["cut points", "cuts="]),
+    ("architecture=torchvision architecture.model=resnet1 dataset=synthetic", ["architecture.model=resnet1", "'resnet18'"]),
+    ("architecture=conv2 dataset=synthetic dataset.size=1", ["architecture.padding", "1x1"]),
+    ("dataset=image_folder data_dir=none", ["data_dir=none", "train/"]),
+    ("dataset=image_folder data_dir=broken", ["broken/train/a/1.png", "not a readable image"]),
+]
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "test"):
+        (tmp_path / "broken" / split / "a").mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "broken" / split / "a" / "0.png")
+    (tmp_path / "broken/train/a/1.png").write_text("not an image")
+
+
+@pytest.mark.parametrize(("command", "named"), BROKEN, ids=[command for command, _ in BROKEN])
+def test_ends_in_a_short_message_before_any_training(
+    command: str, named: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    try:
+        code = main(command.split())
+    except SystemExit as stop:
+        code = stop.code
+    said = capsys.readouterr().err.strip().splitlines()
+    assert code == 2
+    assert 1 <= len(said) <= 2
+    for part in named:
+        assert part in said[0]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+SMALL = ["dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16", "architecture.widths=[8]", "epochs=1"]
+
+
+@pytest.mark.parametrize("resume", ["false", "true"])
+def test_directory_of_another_config_is_refused(resume: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "hydra.run.dir=here"]) == 0
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert main([*SMALL, "hydra.run.dir=here", "optimizer.lr=0.3", f"resume={resume}"]) == 2
+    assert "here" in (said := capsys.readouterr().err) and "optimizer.lr=0.05 there, 0.3 here" in said
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+
+
+def test_files_of_an_unknown_run_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "result.json").write_text("mine")
+    assert main([*SMALL, "hydra.run.dir=here"]) == 2
+    assert "result.json" in capsys.readouterr().err
+    assert (tmp_path / "here" / "result.json").read_text() == "mine"

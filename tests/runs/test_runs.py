@@ -1,0 +1,251 @@
+"""Whole runs through the command line: every choice trains, records are complete, and a resumed run has the same bits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fa_bench import loop, train
+from fa_bench.cli import main
+from fa_bench.config import conf_dir
+from fa_bench.files import METRICS, RESULT
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ["dataset=synthetic", "dataset.samples=80", "dataset.test_samples=16", "batch_size=16", "epochs=1", "probe_size=8"]
+MLP = [*TINY, "architecture.widths=[8,6]"]
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+
+
+def result_in(folder: Path | str) -> dict[str, Any]:
+    return json.loads((Path(folder) / RESULT).read_text())
+
+
+def lines_in(folder: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (Path(folder) / METRICS).read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+@pytest.mark.parametrize("architecture", [
+    ["architecture=mlp", "architecture.widths=[8,6]"],
+    ["architecture=conv2", "architecture.channels=4", "architecture.hidden=8"],
+    ["architecture=resnet20", "architecture.width=2", "architecture.blocks=1", "dataset.channels=3"],
+], ids=["mlp", "conv2", "resnet20"])
+@pytest.mark.parametrize("algorithm", choices("algorithm"))
+def test_every_rule_trains_every_architecture(algorithm: str, architecture: list[str]) -> None:
+    assert main([*TINY, f"algorithm={algorithm}", *architecture, "hydra.run.dir=run"]) == 0
+    result = result_in("run")
+    assert result["status"] == "finished" and result["step"] == 4
+    assert result["angles"]["delta_angle"][result["output_layers"][0]] == 0
+
+
+def test_torchvision_models_take_any_images() -> None:
+    common = [*TINY, "dataset.size=32", "batch_size=40", "architecture=torchvision", "architecture.model=resnet18"]
+    assert main([*common, "algorithm=kp", "hydra.run.dir=run"]) == 0
+    assert len(result_in("run")["angles"]["weight_angle"]) == 21
+
+
+@pytest.mark.parametrize("optimizer", choices("optimizer"))
+@pytest.mark.parametrize("schedule", [
+    "name=constant", "name=step step_size=1", "name=multistep milestones=[1] gamma=0.5", "name=cosine min_lr=0.001",
+])
+def test_optimizers_and_schedules(optimizer: str, schedule: str) -> None:
+    words = [f"optimizer.schedule.{word}" for word in schedule.split()]
+    assert main([*MLP, "epochs=2", f"optimizer={optimizer}", "optimizer.lr=0.01", *words, "hydra.run.dir=run"]) == 0
+    second = {"constant": 0.01, "step": 0.001, "multistep": 0.005, "cosine": 0.0055}[schedule.split()[0][5:]]
+    assert [line["lr"] for line in lines_in("run")] == pytest.approx([0.01, second])
+
+
+def test_fa_passes_nine_tenths_on_digits_with_the_defaults() -> None:
+    assert main(["hydra.run.dir=run"]) == 0
+    result = result_in("run")
+    assert result["algorithm"] == "fa" and result["dataset"] == "digits" and result["test_accuracy"] > 0.9
+
+
+def test_records_are_complete() -> None:
+    assert main([*MLP, "epochs=3", "probe_every=4", "hydra.run.dir=run"]) == 0
+    result = result_in("run")
+    assert result["status"] == "finished" and result["error"] is None and result["epoch"] == 3
+    assert result["data_hash"] and result["config_hash"] and result["versions"]["torch"] and result["peak_memory_bytes"] > 0
+    last = lines_in("run")[-1]
+    assert result["test_accuracy"] == last["test_accuracy"] and result["angles"] == last["angles"]
+    best = max(lines_in("run"), key=lambda line: line["val_accuracy"])
+    assert result["test_accuracy_at_best_val"] == best["test_accuracy"]
+    assert result["best_epoch"] == best["epoch"]
+    assert set(result["angles"]) == {
+        "weight_angle", "norm_ratio", "delta_angle", "delta_angle_one_step", "true_gradient_norm"}
+    events = EventAccumulator("run").Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"loss/train", "accuracy/val", "accuracy/test", "lr", "weight_angle/fc2", "delta_angle/fc1", "norm_ratio/fc3",
+            "true_gradient_norm/fc1"} <= tags
+    assert [event.step for event in events.Scalars("accuracy/test")] == [4, 8, 12]
+    assert [event.step for event in events.Scalars("weight_angle/fc2")] == [0, 4, 8, 12]
+    state = torch.load("run/checkpoints/last.pt", weights_only=True)
+    assert state["progress"]["epoch"] == 3 and "fc2.feedback_B" in state["model"]
+    assert "algorithm:" in Path("run/config.yaml").read_text() and "epoch 3/3" in Path("run/run.log").read_text()
+
+
+def test_without_validation_nothing_is_selected() -> None:
+    assert main([*MLP, "dataset.validation=0", "hydra.run.dir=run"]) == 0
+    result = result_in("run")
+    assert result["step"] == 5 and result["val_accuracy"] is None and result["test_accuracy_at_best_val"] is None
+
+
+class Stopped(KeyboardInterrupt):
+    """Stands for a user's interrupt."""
+
+
+@pytest.mark.parametrize("rule", [
+    ["algorithm=fa"], ["algorithm=brsf"], ["algorithm=kp", "optimizer@feedback_optimizer=adam"],
+    ["algorithm=dfa", "optimizer.schedule.name=cosine", "architecture.batch_norm=true"],
+], ids=["fa", "brsf", "kp with adam on B", "dfa"])
+def test_resumed_run_has_the_bits_of_one_never_stopped(rule: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [*MLP, *rule, "epochs=4", "probe_every=3"]
+    assert main([*command, "hydra.run.dir=whole"]) == 0
+
+    evaluate = loop.evaluate
+    calls = []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 6:  # in the third epoch: two evaluations each
+            raise Stopped
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(loop, "evaluate", interrupted)
+    assert main([*command, "hydra.run.dir=parts"]) == 130
+    assert result_in("parts")["status"] == "interrupted" and len(lines_in("parts")) == 2
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    assert main([*command, "hydra.run.dir=parts", "resume=true"]) == 0
+
+    whole, parts = (torch.load(f"{name}/checkpoints/last.pt", weights_only=True) for name in ("whole", "parts"))
+    for key in whole["model"]:
+        assert torch.equal(whole["model"][key], parts["model"][key]), key
+    assert str(whole["optimizers"]) == str(parts["optimizers"]) and whole["rule"] == parts["rule"]
+    assert lines_in("whole") == lines_in("parts")
+    assert result_in("whole")["angles"] == result_in("parts")["angles"]
+
+
+def test_starting_again_without_resume_gives_the_same_run() -> None:
+    assert main([*MLP, "epochs=2", "hydra.run.dir=run"]) == 0
+    first = lines_in("run")
+    assert main([*MLP, "epochs=2", "hydra.run.dir=run"]) == 0
+    assert lines_in("run") == first and len(list(Path("run").glob("events*"))) == 1
+
+
+def test_foreign_checkpoint_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*MLP, "hydra.run.dir=run"]) == 0
+    Path("run/checkpoints/last.pt").write_bytes(b"torn")
+    with pytest.raises(SystemExit):
+        train_alone([*MLP, "hydra.run.dir=run", "resume=true"])
+    assert "last.pt" in capsys.readouterr().err
+
+
+def train_alone(command: list[str]) -> None:
+    raise SystemExit(main(command))
+
+
+def test_divergence_ends_the_run_and_says_where() -> None:
+    assert main([*MLP, "epochs=5", "optimizer.lr=1e20", "hydra.run.dir=run"]) == 1
+    result = result_in("run")
+    assert result["status"] == "diverged" and result["error"]["epoch"] == 1 and result["error"]["layer"] == "fc1.weight"
+
+
+def test_grid_shares_data_and_weights_and_ends_with_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["-m", *MLP, "algorithm=bp,frozen,kp", "seed=0,1"]) == 0
+    said = capsys.readouterr().out
+    assert "test accuracy" in said and "comparison.png" in said
+    folder = Path("outputs/synthetic-mlp")
+    assert (folder / "comparison.png").stat().st_size > 1000 and len(list(folder.rglob(RESULT))) == 6
+    assert len({result_in(path.parent)["data_hash"] for path in folder.rglob(RESULT)}) == 1
+    groups = {result_in(path.parent)["group"] for path in folder.rglob(RESULT)}
+    assert len(groups) == 3 and main(["-m", *MLP, "algorithm=bp", "seed=2"]) == 0
+    assert result_in(next(folder.glob("bp-*/seed2")))["group"] in groups
+
+
+def test_failing_job_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    fit = train._fit
+
+    def fail(job: Any, *arguments: Any) -> Any:
+        if job.algorithm.name == "fa":
+            raise RuntimeError("out of luck")
+        return fit(job, *arguments)
+
+    monkeypatch.setattr(train, "_fit", fail)
+    assert main(["-m", *MLP, "algorithm=fa,bp"]) == 1
+    statuses = {path.parent.parent.name[:2]: result_in(path.parent) for path in Path("outputs").rglob(RESULT)}
+    assert statuses["fa"]["status"] == "failed" and statuses["fa"]["error"]["message"] == "out of luck"
+    assert statuses["bp"]["status"] == "finished"
+    assert "failed" in capsys.readouterr().err
+    assert "Traceback" in next(Path("outputs").glob("*/fa-*/seed0/run.log")).read_text()
+
+
+def test_runs_in_one_process_do_not_affect_each_other() -> None:
+    assert main([*MLP, "hydra.run.dir=first"]) == 0
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(99)
+    try:
+        assert main([*MLP, "hydra.run.dir=second"]) == 0
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert lines_in("first") == lines_in("second")
+
+
+@pytest.mark.parametrize("preset", choices("experiment"))
+def test_every_preset_composes_and_trains(preset: str) -> None:
+    assert main(["-m", f"experiment={preset}", *TINY, "seed=0", "algorithm=bp,fa"]) == 0
+
+
+def test_own_rule_from_a_plugin(tmp_path: Path) -> None:
+    (tmp_path / "my_rules.py").write_text(
+        "import dataclasses\n"
+        "from fa_bench.edge import EdgeRule\n"
+        "from fa_bench.feedback import Fixed\n"
+        "from fa_bench.registries import ALGORITHMS\n"
+        "@ALGORITHMS.register('mine')\n"
+        "@dataclasses.dataclass(eq=False)\n"
+        "class Mine(EdgeRule):\n"
+        "    def carrier(self, site):\n"
+        "        site.put('B', 'kaiming_uniform')\n"
+        "        return Fixed()\n")
+    (tmp_path / "mine" / "algorithm").mkdir(parents=True)
+    (tmp_path / "mine" / "algorithm" / "mine.yaml").write_text("defaults:\n  - /_schema/algorithm/mine@_here_\n")
+    command = [sys.executable, "-m", "fa_bench.cli", "--config-dir", "mine", "plugins=[my_rules]", "algorithm=mine", *MLP]
+    ran = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": ""}, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert len(list(Path("outputs").glob("synthetic-mlp/mine-*/seed0"))) == 1
+
+
+def test_help_and_composed_config_do_not_wait_for_torch() -> None:
+    code = ("import sys; from fa_bench.cli import main; code = main(sys.argv[1:]); "
+            "print('torch imported:', 'torch' in sys.modules); sys.exit(code)")
+    for arguments, expected in ((["--help"], "algorithm.b_init"), (["--cfg", "job", "algorithm=kp"], "name: kp")):
+        ran = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT)
+        assert ran.returncode == 0, ran.stderr
+        assert expected in ran.stdout and "torch imported: False" in ran.stdout
+
+
+def test_wheel_holds_the_configs(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    import zipfile
+
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        wheel.extractall(tmp_path / "installed")
+    ran = subprocess.run([sys.executable, "-m", "fa_bench.cli", "--cfg", "job"], capture_output=True, text=True, cwd=tmp_path,
+                         env={"PYTHONPATH": str(tmp_path / "installed"), "PATH": ""})
+    assert ran.returncode == 0 and "architecture:" in ran.stdout, ran.stderr
