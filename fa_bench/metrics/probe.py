@@ -91,10 +91,11 @@ class Probe:
         try:
             with torch.enable_grad():
                 logits = next(tensors_in(self.rule.model(self.x)))
-                logits.register_hook(record.keep(("", OUTPUT)))
+                record.watch(("", OUTPUT), logits)
                 backward(F.cross_entropy(logits, self.y), logits)
         finally:
-            for handle in handles:
+            # The tensors' hooks too: with them tensors and record hold each other, out of the garbage collector's sight.
+            for handle in handles + record.handles:
                 handle.remove()
         return record
 
@@ -155,25 +156,24 @@ class Record:
 
     tensors: dict[tuple[str, str], Tensor] = dataclasses.field(default_factory=dict)
     errors: dict[tuple[str, str], Tensor] = dataclasses.field(default_factory=dict)
+    handles: list[Any] = dataclasses.field(default_factory=list)
 
-    def keep(self, point: tuple[str, str]) -> Any:
-        """A tensor hook that keeps the gradient, whole once the backward pass reaches the tensor."""
-        def hook(gradient: Tensor) -> None:
+    def watch(self, point: tuple[str, str], tensor: Tensor) -> None:
+        """Keep a tensor, and its gradient once the backward pass has it whole."""
+        def keep(gradient: Tensor) -> None:
             self.errors[point] = gradient.detach()
-        return hook
 
-    def _watch(self, point: tuple[str, str], tensor: Tensor) -> None:
         if tensor.requires_grad:
             self.tensors[point] = tensor
-            tensor.register_hook(self.keep(point))
+            self.handles.append(tensor.register_hook(keep))
 
     def inputs(self, path: str) -> Any:
         """A forward pre-hook that watches a module's input."""
-        return lambda module, args: self._watch((path, INPUT), args[0])
+        return lambda module, args: self.watch((path, INPUT), args[0])
 
     def outputs(self, path: str) -> Any:
         """A forward hook that watches a module's output."""
-        return lambda module, args, output: self._watch((path, OUTPUT), next(tensors_in(output)))
+        return lambda module, args, output: self.watch((path, OUTPUT), next(tensors_in(output)))
 
 
 @contextmanager

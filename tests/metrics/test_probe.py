@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 
 import pytest
@@ -127,6 +128,22 @@ def test_probe_leaves_no_trace(name: str, options: dict) -> None:
     for parameter, gradient in gradients:
         assert (parameter.grad is None) == (gradient is None)
         assert gradient is None or torch.equal(parameter.grad, gradient)
+
+
+@pytest.mark.parametrize("name", ["fa", "dfa"])
+def test_probe_keeps_no_tensor_alive(name: str) -> None:
+    model, (x, y) = mlp(), batch()
+    probe = Probe(fa_bench.attach(model, name, seed=0), x, y)
+    probe.measure()
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(type(thing) is Tensor for thing in gc.get_objects())
+
+    before = tensors()
+    for _ in range(3):
+        probe.measure()
+    assert tensors() == before
 
 
 @pytest.mark.parametrize(("name", "options"), RULES, ids=IDS)

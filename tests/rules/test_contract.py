@@ -170,7 +170,7 @@ def options_for(name: str, x, model) -> dict:
 COPIES = [("fa", {"b_init": "copy_w"}), ("kp", {"b_init": "copy_w"})]
 
 
-@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in STORED), *COPIES])
+@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in STORED), *COPIES], ids=str)
 def test_feedback_shares_no_storage(name, options):
     """Not with a weight, not with another feedback tensor, and not after the model has moved to another dtype."""
     x, _ = nets.batch("conv")

@@ -168,15 +168,18 @@ def test_brsf_backward_uses_the_draw_of_its_own_forward():
     assert_matches(collect(model), fa_surrogate(plain, drawn_later, other, y))
 
 
-def test_brsf_draws_are_reproducible_and_outlive_other_random_numbers():
-    """Same seed, same sequence of draws, whatever the global generator does in between."""
+@pytest.mark.parametrize("draw", ["xavier_uniform", "xavier_normal"])
+def test_brsf_draws_are_reproducible_and_independent_of_other_random_numbers(draw):
+    """Same seed, same sequence of draws, whatever the global generator does in between; and none of its numbers are used up."""
     sequences = []
-    for noise in (0, 7):
-        model, rule = attached("brsf")
+    for noise in (1, 7):
+        model, rule = attached("brsf", m_init=draw)
         sequence = []
         for _ in range(3):
             torch.rand(noise)
+            before = torch.get_rng_state()
             model(nets.batch("conv")[0])
+            assert torch.equal(torch.get_rng_state(), before)
             sequence.append(rule.feedback["conv2"]["M"].clone())
         sequences.append(torch.stack(sequence))
     assert torch.equal(*sequences)
