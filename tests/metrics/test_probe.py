@@ -155,6 +155,8 @@ def test_backpropagation_has_no_angle_and_every_metric_names_layers(name: str, o
         for metric in ("weight_angle", "delta_angle", "delta_angle_one_step"):
             assert set(got[metric].values()) == {0.0}
         assert set(got["norm_ratio"].values()) == {1.0}
+    if name == "frozen":
+        assert got["weight_angle"] == {} and got["delta_angle"] == {"4": 0.0}
 
 
 def test_angles_keep_their_precision_near_zero_and_a_straight_angle() -> None:
