@@ -217,6 +217,19 @@ def test_kernel_form_refuses_a_transposed_convolution_or_trains_it():
         assert all(grad is not None for grad in rule_grads(model, rule, x, y).values())
 
 
+def test_inplace_activation_after_a_cut_whose_own_backward_needs_its_output():
+    """tanh's derivative is read off its output, which the ReLU after the cut overwrites: the cut must keep what it had."""
+    x, y = nets.batch("mlp")
+    grads = []
+    for activation in (nets.inplace_relu, nn.ReLU):
+        model = nets.mlp()
+        layers = [model.fc1, model.act1, activation(), model.fc2, model.act2, activation(), model.fc3]
+        model = nn.Sequential(*layers)
+        rule = fa_bench.attach(model, "dfa", seed=0, sample_input=x, cuts=["1", "4"])
+        grads.append(rule_grads(model, rule, x, y))
+    assert_bitwise(*grads)
+
+
 def test_inplace_activation_at_the_cut():
     x, y = nets.batch("conv")
     grads = []

@@ -1,0 +1,74 @@
+"""What the documents show is what works."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+import fa_bench
+from fa_bench.cli import main
+from fa_bench.compose import Composer
+from fa_bench.config import conf_dir, register_schemas
+from fa_bench.registries import ALGORITHMS
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def shell_lines(section: str) -> list[str]:
+    return re.findall(r"^    (\S.*)$", README.split(f"## {section}")[1].split("\n## ")[0], re.M)
+
+
+def test_quick_start_sets_everything_up_and_runs() -> None:
+    run, test = shell_lines("Quick start")[:2]
+    for line in (run, test):
+        assert line.startswith("python3 -m venv .venv && .venv/bin/pip install -q -e ")
+    assert run.endswith(".venv/bin/fa-bench -m experiment=quickstart")
+    assert test.endswith(".venv/bin/python -m pytest")
+
+
+@pytest.mark.parametrize("line", [line for line in shell_lines("On the command line") if line.startswith("fa-bench")])
+def test_commands_of_the_readme_compose(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = line.split("#")[0].split()[1:]
+    if words[:1] == ["-m"]:
+        register_schemas()
+        composer = Composer("config", None, words[1:])
+        assert len(composer.check(composer.grid(multirun=True))) > 1
+    else:
+        assert main([*words, *([] if "--help" in words else ["--cfg", "job"])]) == 0
+
+
+def test_table_of_rules_is_complete() -> None:
+    shown = set(re.findall(r"^\| `(\w+)` \|", README.split("## Rules")[1].split("\n## ")[0], re.M))
+    assert shown == {path.stem for path in (conf_dir() / "algorithm").glob("*.yaml")}
+
+
+def test_python_of_the_readme_runs() -> None:
+    code = re.search(r"```python\n(.*?)```", README, re.S)
+    assert code is not None
+    exec(compile(code.group(1), "README.md", "exec"), {})
+
+
+def test_rule_of_contributing_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.S)
+    assert code is not None
+    known = dict(ALGORITHMS._entries)
+    module = ModuleType("contributing")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    try:
+        exec(compile(re.sub(r"^   ", "", code.group(1), flags=re.M), "CONTRIBUTING.md", "exec"), module.__dict__)
+        model = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 3))
+        rule = fa_bench.attach(model, "myrule", density=0.3)
+        zeros = (rule.effective_feedback("0") == 0).float().mean()
+        assert 0.6 < zeros < 0.8 and torch.equal(rule.feedback["0"]["B"], rule.effective_feedback("0"))
+    finally:
+        ALGORITHMS._entries.clear()
+        ALGORITHMS._entries.update(known)
