@@ -147,6 +147,8 @@ def test_density_is_the_fraction_kept():
     rule = fa_bench.attach(model, "dfa", seed=0, cuts=["1"], density=0.3, sample_input=torch.zeros(2, 7))
     kept = (rule.feedback["1"]["B"] != 0).float().mean().item()
     assert kept == pytest.approx(0.3, abs=0.02)  # 12 000 draws: 5 standard errors of 0.0042
+    largest = rule.feedback["1"]["B"].abs().max().item()
+    assert 0.97 * (6 / 4003) ** 0.5 < largest <= (6 / 4003) ** 0.5, "a mask does not rescale what it keeps"
 
 
 @pytest.mark.parametrize("form", FORMS)

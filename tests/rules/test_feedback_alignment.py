@@ -105,6 +105,8 @@ def test_density_is_the_fraction_kept():
         rule = fa_bench.attach(model, "fa", seed=0, density=density)
         kept = (rule.effective_feedback("0") != 0).float().mean().item()
         assert kept == pytest.approx(density, abs=0.02)  # 20 000 draws: 5 standard errors of at most 0.0036
+        largest = rule.effective_feedback("0").abs().max().item()
+        assert 0.97 * math.sqrt(6 / 300) < largest <= math.sqrt(6 / 300), "a mask does not rescale what it keeps"
         rule.detach()
     rule = fa_bench.attach(model, "fa", seed=0)
     assert (rule.effective_feedback("0") != 0).all()
