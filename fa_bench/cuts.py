@@ -1,8 +1,9 @@
 """The second mechanism: rules that cut the graph at named modules and deliver each part's error directly.
 
-A hook at every cut keeps the tensor and passes on a detached one, so that nothing is computed and thrown away. The kept
-tensors travel with the graph of the model's output (in its node's metadata): any number of forwards may come before a
-backward, and what is never differentiated is freed with its output.
+A hook at every cut passes on a detached tensor, so that nothing is computed and thrown away, and a Function on the model's
+output, the identity forward, sends every cut its signal as soon as the backward pass brings the error at the logits. All parts
+thus belong to one graph: loss scaling, several forwards before a backward, and plain ``loss.backward()`` work as usual, and
+what is never differentiated is freed with its output.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import functools
-import math
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.coverage import Coverage, Covered, foreign_weights
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from fa_bench.trace import Trace
 
-_KEY = "fa_bench_cuts"
-
 
 @dataclasses.dataclass(eq=False)
 class CutRule(Rule):
@@ -38,14 +36,21 @@ class CutRule(Rule):
     cuts: list[str] | None = option(None, "modules (names or patterns such as 'layer*.relu') whose output is cut; "
                                           "null: the cut points that the model declares")
 
-    #: Whether a cut is at its module's output or at its input.
+    #: Whether `signal` reads the values of the kept tensors: then they are held until the backward pass.
+    reads_values = False
+
     @property
     def side(self) -> str:
+        """Whether a cut is at its module's output or at its input."""
         return OUTPUT
 
     # -------------------------------------------------------------------------------------------- for subclasses
     def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:
         """Put the feedback tensors of all cuts in place; `features` is each cut's shape without the batch."""
+
+    def tensor(self, cut: str, name: str) -> Tensor:
+        """The feedback tensor `name` of a cut, straight from its module's dictionary: this runs at every step."""
+        return self._at[cut]._buffers["feedback_" + name]  # type: ignore[return-value]
 
     def signal(self, cut: str, kept: Kept, delta: Tensor, target: Tensor | None) -> Tensor:
         """The error delivered at one cut, in the shape of the kept tensor.
@@ -54,9 +59,12 @@ class CutRule(Rule):
             cut: the cut's module path.
             kept: what the hooks kept there.
             delta: gradient of the loss at the logits, (N, C).
-            target: the labels, (N,).
+            target: the labels, (N,), where ``rule.backward`` was given them.
         """
         raise NotImplementedError
+
+    def learn_feedback(self, tape: dict[str, Kept], delta: Tensor, target: Tensor | None) -> None:
+        """Add to ``.grad`` of learned feedback; nothing where it is fixed. Arguments as for `signal`."""
 
     def put(
         self, cut: str, name: str, shape: tuple[int, ...], init: str, density: float = 1.0,
@@ -74,19 +82,22 @@ class CutRule(Rule):
         from fa_bench.layers import put_tensor
 
         tensor = draw(shape, init, seed_for(self.seed, seeded_by or cut, name), density)[:, :columns]
-        put_tensor(self.model.get_submodule(cut), name, tensor.to(next(self.model.parameters())).contiguous())
+        put_tensor(self._at[cut], name, tensor.to(next(self.model.parameters())).contiguous())
 
     # -------------------------------------------------------------------------------------------- life in a model
     def put_in(self, sample_input: Tensor | None) -> Coverage:
         from fa_bench.layers import weighted_layers
 
         self._handles: list[Any] = []
+        self._at: dict[str, nn.Module] = {}
         self._tape: dict[str, Kept] | None = None
-        self._cuts: tuple[str, ...] = ()
+        self._target: Tensor | None = None
+        self._delivered = False
         cuts = self.find_cuts()
         trace = self.trace(sample_input, watch=cuts)
         self._check(trace, cuts)
-        self._trace, self._cuts = trace, cuts
+        self._trace = trace
+        self._at = {cut: self.model.get_submodule(cut) for cut in cuts}
         self._cloned = trace.changed
         shapes = trace.output_shapes if self.side == OUTPUT else trace.input_shapes
         self.make_feedback({cut: shapes[cut][1:] for cut in cuts}, trace.result_shape[-1])
@@ -143,7 +154,7 @@ class CutRule(Rule):
                 raise CoverageError(f"cut '{cut}' lies behind the output layer '{trace.outputs[0]}'; cut hidden layers only")
 
     def _brings(self, path: str, trace: Trace) -> str:
-        cuts = [cut for cut in self._cuts if path in trace.feeds[cut]] if self.side == OUTPUT else []
+        cuts = [cut for cut in self._at if path in trace.feeds[cut]] if self.side == OUTPUT else []
         if cuts:
             return f"cut at {names(cuts)}"
         return "the true gradient (output layer)" if path in trace.outputs else "cut at its consumer's input"
@@ -152,8 +163,7 @@ class CutRule(Rule):
     def _hook(self) -> None:
         root = self.model
         self._handles += [root.register_forward_pre_hook(self._open), root.register_forward_hook(self._close)]
-        for cut in self._cuts:
-            module = root.get_submodule(cut)
+        for cut, module in self._at.items():
             if self.side == OUTPUT:
                 self._handles.append(module.register_forward_hook(functools.partial(self._at_output, cut)))
             else:
@@ -166,19 +176,24 @@ class CutRule(Rule):
     def _open(self, module: nn.Module, args: Any) -> None:
         self._tape = {} if self._active() else None
 
-    def _close(self, module: nn.Module, args: Any, output: Any) -> None:
-        from fa_bench.trace import tensors_in
+    def _close(self, module: nn.Module, args: Any, output: Any) -> Any:
+        from fa_bench.ops import DeliverFunction
+        from fa_bench.trace import replaced, tensors_in
 
         tape, self._tape = self._tape, None
-        if tape is not None:
-            for tensor in tensors_in(output):
-                if tensor.grad_fn is not None:
-                    tensor.grad_fn.metadata[_KEY] = tape
+        if not tape:
+            return None
+        logits = next(tensors_in(output))
+        tensors = [kept.tensor for kept in tape.values()]
+        for kept in tape.values():
+            kept.tensor = None
+        answer = functools.partial(self._signals, tape)
+        return replaced(output, logits, DeliverFunction.apply(answer, self.reads_values, logits, *tensors))
 
     def _keep(self, cut: str, tensor: Tensor) -> Tensor:
         if self._tape is None:
             raise CoverageError(f"cut '{cut}' ran outside a forward pass of the attached model: call the model itself")
-        self._tape[cut] = Kept(tensor)
+        self._tape[cut] = Kept(tensor, tensor.shape, tensor.dtype)
         passed_on = tensor.detach()
         # What follows changes this cut's output in place; the rule needs it as it was.
         return passed_on.clone() if cut in self._cloned else passed_on
@@ -195,41 +210,44 @@ class CutRule(Rule):
 
     # -------------------------------------------------------------------------------------------- training
     def deliver(self, loss: Tensor, logits: Tensor | None, target: Tensor | None) -> None:
-        if logits is None or logits.grad_fn is None:
-            raise ValueError(f"rule '{self.name}' needs the logits: rule.backward(loss, logits, target)")
-        tape = _find_tape(logits)
-        if tape is None:
-            raise ValueError(f"rule '{self.name}': these logits come from no training forward pass of the attached model")
-        delta = torch.autograd.grad(loss, logits, retain_graph=True)[0]
-        signals = {cut: self.signal(cut, kept, delta, target) for cut, kept in tape.items()}
-        # One pass for all parts, the loss among them: terms of the loss beside the logits, such as an L2 norm, count too.
-        torch.autograd.backward(
-            [loss, *(kept.tensor for kept in tape.values())], [torch.ones_like(loss), *signals.values()]
-        )
-        self.learn_feedback(tape, delta, target)
-        tape.clear()
+        self._target, self._delivered = target, False
+        try:
+            loss.backward()
+        finally:
+            self._target = None
+        if not self._delivered:
+            raise ValueError(f"rule '{self.name}': the loss comes from no training forward pass of the attached model")
 
-    def learn_feedback(self, tape: dict[str, Kept], delta: Tensor, target: Tensor | None) -> None:
-        """Fill ``.grad`` of learned feedback; nothing where it is fixed."""
+    def _signals(self, tape: dict[str, Kept], delta: Tensor, tensors: tuple[Tensor, ...]) -> list[Tensor]:
+        """The errors of all cuts; called by the backward pass once it has the error at the logits."""
+        self._delivered = True
+        for kept, tensor in zip(tape.values() if tensors else (), tensors, strict=True):
+            kept.tensor = tensor
+        if not self.mode.hold:
+            self.learn_feedback(tape, delta, self._target)
+        signals = [self.signal(cut, kept, delta, self._target) for cut, kept in tape.items()]
+        for kept in tape.values():
+            kept.tensor = None
+        return signals
 
     # -------------------------------------------------------------------------------------------- feedback, metrics
     @property
     def feedback(self) -> dict[str, dict[str, Tensor]]:
         from fa_bench.layers import tensors_of
 
-        return {cut: tensors_of(self.model.get_submodule(cut)) for cut in self._cuts}
+        return {cut: tensors_of(module) for cut, module in self._at.items()}
 
     def error_points(self, trace: Trace) -> dict[str, tuple[str, str]]:
         if self.side == INPUT:
             return super().error_points(trace)
         assert self._trace is not None
-        return {layer: (cut, OUTPUT) for cut in self._cuts for layer in self._trace.feeds[cut]}
+        return {layer: (cut, OUTPUT) for cut in self._at for layer in self._trace.feeds[cut]}
 
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Only the output layer has such a pair, where the feedback of the last cut has its weight's shape."""
         assert self._trace is not None
         weights = {path: self.model.get_submodule(path).weight.detach() for path in self._trace.outputs}
-        tensors = self.feedback.get(self._cuts[-1], {})
+        tensors = self.feedback.get(list(self._at)[-1], {})
         return {path: (tensors["B"], w) for path, w in weights.items() if "B" in tensors and tensors["B"].shape == w.shape}
 
 
@@ -238,29 +256,12 @@ class Kept:
     """What the hooks kept of one cut in one forward pass.
 
     Attributes:
-        tensor: the tensor before it was detached, (N, ...).
+        tensor: the tensor before it was detached, (N, ...); in `signal` only for rules that read its values.
+        shape, dtype: its shape and type.
         output_shape: for a cut at an input, the shape of the module's output.
     """
 
-    tensor: Tensor
+    tensor: Any
+    shape: torch.Size
+    dtype: torch.dtype
     output_shape: tuple[int, ...] = ()
-
-    @property
-    def features(self) -> int:
-        """Number of features of the cut."""
-        return math.prod(self.tensor.shape[1:])
-
-
-def _find_tape(logits: Tensor) -> dict[str, Kept] | None:
-    """The cuts of the forward pass that made `logits`, from the nearest node of the graph that has them."""
-    queue, visited = [logits.grad_fn], set()
-    while queue:
-        node = queue.pop(0)
-        if node is None or node in visited:
-            continue
-        visited.add(node)
-        metadata: Any = node.metadata
-        if _KEY in metadata:
-            return metadata[_KEY]
-        queue.extend(following for following, _ in node.next_functions)
-    return None

@@ -79,6 +79,7 @@ class EdgeRule(Rule):
         from fa_bench.layers import swap_in, tensors_of, weighted_layers
 
         self._layers: dict[str, Any] = {}
+        self._learning: list[Any] = []
         layers = weighted_layers(self.model)
         outputs = self.trace(sample_input).outputs if sample_input is not None else list(layers)[-1:]
         covered = []
@@ -87,6 +88,8 @@ class EdgeRule(Rule):
             carrier = self.carrier(Site(path, layer, self.seed, path in outputs))
             swap_in(layer, path, carrier, self.mode)
             self._layers[path] = layer
+            if carrier.learned:
+                self._learning.append(layer)
             held = ", ".join(f"{name}{' learned' if name in carrier.learned else ''}" for name in tensors_of(layer))
             covered.append(Covered(path, kind, tuple(layer.weight.shape),
                                    f"{type(carrier).__name__} feedback{f' ({held})' if held else ''}"))
@@ -102,7 +105,7 @@ class EdgeRule(Rule):
             drop_tensors(layer)
 
     def finish_gradients(self) -> None:
-        pairs = [pair for layer in self._layers.values() for pair in layer.carrier.after_backward(layer)]
+        pairs = [pair for layer in self._learning for pair in layer.carrier.after_backward(layer)]
         if pairs:
             torch._foreach_copy_([to for to, _ in pairs], [source for _, source in pairs])
 
@@ -110,6 +113,8 @@ class EdgeRule(Rule):
     def feedback(self) -> dict[str, dict[str, Tensor]]:
         from fa_bench.layers import tensors_of
 
+        for layer in self._layers.values():
+            layer.carrier.settle(layer)
         return {path: {**layer.carrier.shown(layer), **tensors_of(layer)} for path, layer in self._layers.items()}
 
     def effective_feedback(self, layer: str) -> Tensor:

@@ -49,21 +49,30 @@ class FeedbackLayer(nn.Module):
     path: str
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.mode.exact or not torch.is_grad_enabled():
+        mode = self.mode
+        if mode.exact or not torch.is_grad_enabled():
             return super().forward(x, *args, **kwargs)
-        if self.training and not self.mode.hold:
-            self.carrier.before_forward(self)
+        carrier = self.carrier
+        if self.training and not mode.hold:
+            carrier.before_forward(self)
         # Where nobody asks for the error at the input (the first layer), the rule equals the plain layer.
         if not x.requires_grad:
             return super().forward(x, *args, **kwargs)
-        feedback = self.carrier.effective(self)
-        weight, bias = self.weight, self.bias
-        if torch.is_autocast_enabled(x.device.type):
+        weight, bias, feedback = self.weight, self.bias, carrier.effective(self)
+        if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
             # Cast outside the Function: its backward then sees one dtype, and the casts are differentiated as usual.
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight, feedback = _autocast(x, dtype), _autocast(weight, dtype), _autocast(feedback, dtype)
             bias = None if bias is None else _autocast(bias, dtype)
         return self.apply_feedback(x, weight, bias, feedback, *args, **kwargs)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.carrier.settle(self)
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.carrier.settle(self)
+        super()._load_from_state_dict(*args, **kwargs)
 
     def apply_feedback(self, x: Tensor, weight: Tensor, bias: Tensor | None, feedback: Tensor) -> Tensor:
         """The layer's output, with `feedback` (the weight's layout) in its backward pass."""

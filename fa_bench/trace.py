@@ -58,6 +58,19 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
+def replaced(value: Any, old: Tensor, new: Tensor) -> Any:
+    """The same nest with `new` in the place of `old`; dictionaries are changed in place, whatever their class."""
+    if value is old:
+        return new
+    if isinstance(value, dict):
+        for key, item in list(value.items()):
+            value[key] = replaced(item, old, new)
+    elif isinstance(value, (tuple, list)):
+        items = [replaced(item, old, new) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
 def trace_model(model: nn.Module, sample: Tensor, watch: Iterable[str] = ()) -> Trace:
     """Run the model once in evaluation mode and read its structure; no state of the model changes.
 

@@ -1,7 +1,8 @@
 """Times one training step of every rule as a ratio to plain backpropagation, in one process.
 
 Each round times one block of steps of every rule in turn, so that a drift of the machine's speed meets all of them; the
-ratio is taken round by round, and the table shows its median and quartiles. The row A/A is backpropagation against itself.
+ratio is taken round by round, and the table shows its median and quartiles. The row A/A is backpropagation against itself; the
+rows "written out" are the MLP's forward pass as a dozen lines without any library: what eager PyTorch itself asks for the rule.
 A step is: drop gradients, forward, loss, rule.backward, optimizer.step, rule.step; the columns leave the optimizer out and in.
 
     python scripts/bench_step.py [--nets mlp conv2 resnet20] [--rules fa kp ...] [--rounds 30] [--threads 2]
@@ -20,6 +21,8 @@ import torch
 from torch.nn import functional as F
 
 import fa_bench
+from fa_bench.layers import weighted_layers
+from fa_bench.ops import DeliverFunction, FeedbackLinearFunction
 from fa_bench.optim import SGD, Optimizers
 from fa_bench.registries import ALGORITHMS, ARCHITECTURES
 
@@ -48,6 +51,34 @@ def make_step(net: str, rule_name: str | None, batch: int, with_optimizer: bool)
             optimizers.step()
         if rule_name is not None:
             rule.step()
+
+    return step
+
+
+def make_written_out(rule: str, batch: int) -> Callable[[], None]:
+    """One step of the default MLP, without optimizer, with nothing between the lines: the floor of fa or dfa."""
+    torch.manual_seed(0)
+    model = ARCHITECTURES["mlp"]().build(NETS["mlp"], 10)
+    first, second, last = weighted_layers(model).values()
+    x, y = torch.randn(batch, *NETS["mlp"]), torch.randint(0, 10, (batch,))
+    b2, b3 = torch.randn_like(second.weight), torch.randn_like(last.weight)
+    rows = [torch.randn(10, 512), torch.randn(10, 512)]
+
+    def fa() -> torch.Tensor:
+        h = first(x.flatten(1)).relu()
+        h = FeedbackLinearFunction.apply(h, second.weight, second.bias, b2).relu()
+        return FeedbackLinearFunction.apply(h, last.weight, last.bias, b3)
+
+    def dfa() -> torch.Tensor:
+        h1 = first(x.flatten(1)).relu()
+        h2 = second(h1.detach()).relu()
+        return DeliverFunction.apply(lambda delta, _: [delta.mm(b) for b in rows], False, last(h2.detach()), h1, h2)
+
+    forward = {"fa": fa, "dfa": dfa}[rule]
+
+    def step() -> None:
+        model.zero_grad()
+        F.cross_entropy(forward(), y).backward()
 
     return step
 
@@ -91,10 +122,13 @@ def main() -> None:
         for with_optimizer in (False, True):
             names: dict[str, str | None] = {PLAIN: None, AGAIN: None, **{name: name for name in arguments.rules}}
             steps = {label: make_step(net, name, arguments.batch, with_optimizer) for label, name in names.items()}
+            if net == "mlp" and not with_optimizer:
+                steps |= {f"{rule} (written out)": make_written_out(rule, arguments.batch) for rule in ("fa", "dfa")}
             columns.append(compare(steps, arguments.rounds, block))
-        for name in columns[0]:
+        for name, ratios in columns[0].items():
             if name != PLAIN:
-                print(f"| {net} | {name} | {_text(columns[0][name])} | {_text(columns[1][name])} |", flush=True)
+                whole = _text(columns[1][name]) if name in columns[1] else "-"
+                print(f"| {net} | {name} | {_text(ratios)} | {whole} |", flush=True)
 
 
 def _text(ratios: list[float]) -> str:

@@ -72,13 +72,21 @@ class DFA(CutRule):
             else:
                 self.put(cut, "B", (classes, math.prod(shape)), self.b_init, self.density)
 
+    @property
+    def reads_values(self) -> bool:
+        """The kernel form asks a layer's input for its shape, by way of the layer's own padding."""
+        return self.form == "kernel"
+
     def signal(self, cut: str, kept: Kept, delta: Tensor, target: Tensor | None) -> Tensor:
-        x = kept.tensor
         if self.form == "kernel":
-            return self.carried(cut, x, x, delta, kept.output_shape)
-        feedback: Any = self.model.get_submodule(cut).feedback_B
-        projected = delta.to(feedback.dtype) @ feedback
-        return (projected if self._gain == 1 else projected * self._gain).view(x.shape).to(x.dtype)
+            return self.carried(cut, kept.tensor, kept.tensor, delta, kept.output_shape)
+        feedback = self.tensor(cut, "B")
+        if delta.dtype != feedback.dtype:
+            delta = delta.to(feedback.dtype)
+        projected = delta.mm(feedback)
+        if self._gain != 1:
+            projected = projected * self._gain
+        return projected if projected.dim() == len(kept.shape) else projected.view(kept.shape)
 
     def carried(
         self, layer: str, x: Tensor, g: Tensor, delta: Tensor, output_shape: tuple[int, ...] | None = None
