@@ -184,25 +184,32 @@ class CutRule(Rule):
         if not tape:
             return None
         logits = next(tensors_in(output))
-        tensors = [kept.tensor for kept in tape.values()]
+        tensors = []
         for kept in tape.values():
+            tensors.append(kept.tensor)
             kept.tensor = None
         answer = functools.partial(self._signals, tape)
         return replaced(output, logits, DeliverFunction.apply(answer, self.reads_values, logits, *tensors))
 
-    def _keep(self, cut: str, tensor: Tensor) -> Tensor:
-        if self._tape is None:
-            raise CoverageError(f"cut '{cut}' ran outside a forward pass of the attached model: call the model itself")
-        self._tape[cut] = Kept(tensor, tensor.shape, tensor.dtype)
+    def _keep(self, cut: str, tensor: Tensor) -> Tensor | None:
+        tape = self._tape
+        if tape is None:
+            if self._active():
+                raise CoverageError(f"cut '{cut}' ran outside a forward pass of the attached model: call the model itself")
+            return None
+        if not tensor.requires_grad:
+            return None
+        tape[cut] = Kept(tensor, tensor.shape)
         passed_on = tensor.detach()
         # What follows changes this cut's output in place; the rule needs it as it was.
         return passed_on.clone() if cut in self._cloned else passed_on
 
     def _at_output(self, cut: str, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        return self._keep(cut, output) if self._active() and output.requires_grad else None
+        return self._keep(cut, output)
 
     def _at_input(self, cut: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        return (self._keep(cut, args[0]), *args[1:]) if self._active() and args[0].requires_grad else None
+        passed_on = self._keep(cut, args[0])
+        return None if passed_on is None else (passed_on, *args[1:])
 
     def _after_input(self, cut: str, module: nn.Module, args: Any, output: Tensor) -> None:
         if self._tape is not None and cut in self._tape:
@@ -221,13 +228,15 @@ class CutRule(Rule):
     def _signals(self, tape: dict[str, Kept], delta: Tensor, tensors: tuple[Tensor, ...]) -> list[Tensor]:
         """The errors of all cuts; called by the backward pass once it has the error at the logits."""
         self._delivered = True
+        target = self._target
         for kept, tensor in zip(tape.values() if tensors else (), tensors, strict=True):
             kept.tensor = tensor
         if not self.mode.hold:
-            self.learn_feedback(tape, delta, self._target)
-        signals = [self.signal(cut, kept, delta, self._target) for cut, kept in tape.items()]
-        for kept in tape.values():
-            kept.tensor = None
+            self.learn_feedback(tape, delta, target)
+        signals = [self.signal(cut, kept, delta, target) for cut, kept in tape.items()]
+        if tensors:
+            for kept in tape.values():
+                kept.tensor = None
         return signals
 
     # -------------------------------------------------------------------------------------------- feedback, metrics
@@ -257,11 +266,10 @@ class Kept:
 
     Attributes:
         tensor: the tensor before it was detached, (N, ...); in `signal` only for rules that read its values.
-        shape, dtype: its shape and type.
+        shape: its shape.
         output_shape: for a cut at an input, the shape of the module's output.
     """
 
     tensor: Any
     shape: torch.Size
-    dtype: torch.dtype
     output_shape: tuple[int, ...] = ()
