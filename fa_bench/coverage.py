@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
+from collections.abc import Collection, Iterable
 from typing import Any
 
-from fa_bench.errors import CoverageError
+from fa_bench.errors import CoverageError, nearest
 from fa_bench.lazy import torch
 
 
@@ -70,6 +72,21 @@ def foreign_weights(model: Any, covered: set[int]) -> dict[str, str]:
                 full = f"{path}.{name}" if path else name
                 uncovered[full] = f"{type(module).__name__} is uninitialised" if lazy else f"in a {type(module).__name__}"
     return uncovered
+
+
+def matching(patterns: Iterable[str], paths: Collection[str], option: str) -> set[str]:
+    """The paths that names or patterns such as ``layer*.conv1`` mean.
+
+    Raises:
+        CoverageError: naming the option and the pattern that means nothing, with the nearest path.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        matches = fnmatch.filter(paths, pattern)
+        if not matches:
+            raise CoverageError(f"{option}={pattern}: the model has no module of that name{nearest(pattern, paths)}")
+        found.update(matches)
+    return found
 
 
 def check_model(model: Any) -> None:

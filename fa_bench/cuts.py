@@ -9,12 +9,11 @@ what is never differentiated is freed with its output.
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import functools
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.coverage import Coverage, Covered, foreign_weights
-from fa_bench.errors import CoverageError, names, nearest
+from fa_bench.coverage import Coverage, Covered, foreign_weights, matching
+from fa_bench.errors import CoverageError, names
 from fa_bench.feedback import draw, seed_for
 from fa_bench.lazy import torch
 from fa_bench.options import option
@@ -36,6 +35,8 @@ class CutRule(Rule):
     cuts: list[str] | None = option(None, "modules (names or patterns such as 'layer*.relu') whose output is cut; "
                                           "null: the cut points that the model declares")
 
+    #: The model's attribute that names the cuts unless the option does.
+    declared = "cut_points"
     #: Whether `signal` reads the values of the kept tensors: then they are held until the backward pass.
     reads_values = False
 
@@ -125,21 +126,17 @@ class CutRule(Rule):
     def find_cuts(self) -> tuple[str, ...]:
         """The cuts, in the order of the model's modules; raises CoverageError where there are none."""
         paths = [path for path, _ in self.model.named_modules() if path]
-        wanted = self.cuts if self.cuts is not None else getattr(self.model, "cut_points", None)
+        wanted = self.cuts if self.cuts is not None else getattr(self.model, self.declared, None)
         if not wanted:
             shown = [path for path in paths if not list(self.model.get_submodule(path).children())]
             example = [path for path in shown if "relu" in type(self.model.get_submodule(path)).__name__.lower()] or shown
+            more = ", ..." if len(shown) > 12 else ""
             raise CoverageError(
                 f"rule '{self.name}' needs cut points and {type(self.model).__name__} declares none: name the modules whose "
-                f"outputs receive the error, such as cuts={example[:3]}, or set model.cut_points (modules: {names(shown[:12])}"
-                f"{', ...' if len(shown) > 12 else ''})"
+                f"outputs receive the error, such as cuts={example[:3]}, or set model.{self.declared} "
+                f"(modules: {names(shown[:12])}{more})"
             )
-        found = set()
-        for pattern in wanted:
-            matches = fnmatch.filter(paths, pattern)
-            if not matches:
-                raise CoverageError(f"cuts={pattern}: the model has no module of that name{nearest(pattern, paths)}")
-            found.update(matches)
+        found = matching(wanted, paths, "cuts")
         return tuple(path for path in paths if path in found)
 
     def _check(self, trace: Trace, cuts: tuple[str, ...]) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.coverage import Coverage, Covered, foreign_weights
+from fa_bench.coverage import Coverage, Covered, foreign_weights, matching
 from fa_bench.errors import CoverageError, names, nearest
-from fa_bench.feedback import Carrier, draw, draw_mask, fans, seed_for
+from fa_bench.feedback import Carrier, Transport, draw, draw_mask, fans, seed_for
 from fa_bench.lazy import torch
+from fa_bench.options import option
 from fa_bench.rules.base import Rule
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ class Site:
     """
 
     path: str
-    layer: nn.Module
+    layer: Any
     seed: int
     is_output: bool
 
@@ -41,35 +43,55 @@ class Site:
         """The seed of the tensor `name` of this layer."""
         return seed_for(self.seed, self.path, name)
 
-    def put(self, name: str, init: str, density: float = 1.0, magnitude: bool = False) -> None:
-        """Draw the feedback tensor `name` in the weight's layout, or copy the weight where `init` is ``copy_w``."""
+    def put(
+        self, name: str, init: str, density: float = 1.0, magnitude: bool = False, shape: Sequence[int] | None = None
+    ) -> None:
+        """Draw the feedback tensor `name`, in the weight's layout unless `shape` is given.
+
+        `init` is an initialiser, or ``copy_w`` for the weight's own numbers; with `magnitude` their absolute values are taken.
+        """
         weight = self.layer.weight.detach()
+        shape = weight.shape if shape is None else shape
         if init == "copy_w":
             tensor = weight.clone()
             if density < 1:
-                tensor.mul_(draw_mask(weight.shape, density, self.tensor_seed(name)).to(weight))
+                tensor.mul_(draw_mask(shape, density, self.tensor_seed(name)).to(weight))
         else:
-            tensor = draw(weight.shape, init, self.tensor_seed(name), density).to(weight)
-        self._put(name, tensor.abs_() if magnitude else tensor)
+            tensor = draw(shape, init, self.tensor_seed(name), density).to(weight)
+        self.keep(name, tensor.abs_() if magnitude else tensor)
 
-    def put_mask(self, density: float) -> None:
-        """Draw the layer's sparsity mask; none where `density` is 1."""
+    def put_mask(self, density: float, seeded_by: str = "mask", shape: Sequence[int] | None = None) -> None:
+        """Draw the layer's sparsity mask, in the weight's layout unless `shape` is given; none where `density` is 1.
+
+        ``seeded_by="B"`` gives the mask that `put` puts on B.
+        """
         weight = self.layer.weight
-        mask = draw_mask(weight.shape, density, self.tensor_seed("mask")).to(weight) if density < 1 else None
-        self._put("mask", mask)
+        shape = weight.shape if shape is None else shape
+        self.keep("mask", draw_mask(shape, density, self.tensor_seed(seeded_by)).to(weight) if density < 1 else None)
 
-    def _put(self, name: str, tensor: Tensor | None) -> None:
+    def keep(self, name: str, tensor: Tensor | None) -> None:
+        """Make `tensor` the layer's feedback tensor `name`."""
         from fa_bench.layers import put_tensor
 
+        weight = self.layer.weight
         if tensor is not None and tensor.dim() in (4, 5):
             # A tensor in another memory format than the weight costs a copy at every step.
-            tensor = torch.empty_like(self.layer.weight).copy_(tensor)
+            last = torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
+            in_last = weight.is_contiguous(memory_format=last) and not weight.is_contiguous()
+            tensor = tensor.contiguous(memory_format=last if in_last else torch.contiguous_format)
         put_tensor(self.layer, name, None if tensor is None else tensor.detach())
 
 
 @dataclasses.dataclass(eq=False)
 class EdgeRule(Rule):
-    """A rule that gives every weighted layer a carrier of its error; subclasses say which in `carrier`."""
+    """A rule that gives every weighted layer a carrier of its error; subclasses say which in `carrier`.
+
+    Layers that are excluded carry the error by their weight, as in backpropagation.
+    """
+
+    include: list[str] = option(["*"], "layers (names or patterns such as 'layer1.*') whose error the rule carries")
+    exclude: list[str] = option([], "layers (names or patterns) that carry the error by their true weight instead")
+    plain_last: bool = option(False, "the output layer carries its error by its true weight")
 
     def carrier(self, site: Site) -> Carrier:
         """Put the layer's feedback tensors in place and return what makes the effective feedback of them."""
@@ -82,10 +104,16 @@ class EdgeRule(Rule):
         self._learning: list[Any] = []
         layers = weighted_layers(self.model)
         outputs = self.trace(sample_input).outputs if sample_input is not None else list(layers)[-1:]
+        plain = set(layers) - matching(self.include, layers, "include") | matching(self.exclude, layers, "exclude")
+        plain |= set(outputs) if self.plain_last else set()
+        if layers and plain.issuperset(layers):
+            raise CoverageError(f"include={self.include}, exclude={self.exclude}, plain_last={self.plain_last} leave rule "
+                                f"'{self.name}' no layer (layers: {names(layers)})")
         covered = []
         for path, layer in layers.items():
             kind = type(layer).__name__
-            carrier = self.carrier(Site(path, layer, self.seed, path in outputs))
+            site = Site(path, layer, self.seed, path in outputs)
+            carrier = Transport() if path in plain else self.carrier(site)
             swap_in(layer, path, carrier, self.mode)
             self._layers[path] = layer
             if carrier.learned:
@@ -128,6 +156,10 @@ class EdgeRule(Rule):
         from fa_bench.layers import tensors_of
 
         return [tensors_of(layer)[name] for layer in self._layers.values() for name in layer.carrier.learned]
+
+    def step(self) -> None:
+        for layer in self._learning:
+            layer.carrier.after_step(layer)
 
     def state_dict(self) -> dict[str, Any]:
         states = {path: layer.carrier.state() for path, layer in self._layers.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from fa_bench.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from fa_bench.ops import Learn
 
 
 # ------------------------------------------------------------------------------------------------ initialisers
@@ -28,6 +30,7 @@ INITIALISERS: dict[str, tuple[str, Callable[[int, int], float]]] = {
     "pytorch": ("uniform", lambda fan_in, fan_out: 1 / math.sqrt(fan_in)),
     "normal_fan_sum": ("normal", lambda fan_in, fan_out: math.sqrt(1 / (fan_in + fan_out))),
     "normal_fan_out": ("normal", lambda fan_in, fan_out: math.sqrt(1 / fan_out)),
+    "lecun_uniform": ("uniform", lambda fan_in, fan_out: math.sqrt(3 / fan_in)),
     "uniform_one": ("uniform", lambda fan_in, fan_out: 1.0),
 }
 
@@ -86,18 +89,40 @@ def redraw_magnitudes(out: Tensor, init: str, seed: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ carriers
+class Carry(NamedTuple):
+    """What one forward pass hands to a layer's backward pass.
+
+    Attributes:
+        feedback: carries the error, in the weight's layout; with `second` only the first of two hops, see `fa_bench.ops`.
+        second: carries the error on from where `feedback` left it.
+        activation: returns what enters the weight gradient in place of the layer's input.
+        learn: makes and takes the gradient of learned feedback.
+    """
+
+    feedback: Tensor
+    second: Tensor | None = None
+    activation: Callable[[], Tensor] | None = None
+    learn: Learn | None = None
+
+
 class Carrier:
     """How one layer obtains its effective feedback. Holds plain values; the tensors are buffers of the layer.
 
     Attributes:
         learned: names of the tensors that an optimizer trains.
+        always: whether the layer needs `carry` even where nobody asks for the error at its input.
     """
 
     learned: tuple[str, ...] = ()
+    always = False
 
     def effective(self, layer: Any) -> Tensor:
         """What carries the error now, in the weight's layout, detached."""
         raise NotImplementedError
+
+    def carry(self, layer: Any, x: Tensor) -> Carry:
+        """What the layer's backward pass needs; `x` is the layer's input."""
+        return Carry(self.effective(layer))
 
     def before_forward(self, layer: Any) -> None:
         """Called at the start of every training forward."""
@@ -109,6 +134,9 @@ class Carrier:
         """Pairs (destination, source) to be copied once the weight gradients are complete."""
         return []
 
+    def after_step(self, layer: Any) -> None:
+        """Called for a layer with learned tensors after every update."""
+
     def shown(self, layer: Any) -> dict[str, Tensor]:
         """Tensors that are derived, not stored, and still belong into ``rule.feedback`` (reading only)."""
         return {}
@@ -119,6 +147,13 @@ class Carrier:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what `state` gave."""
+
+
+def add_gradient(layer: Any, name: str, gradient: Tensor) -> None:
+    """Add to ``.grad`` of the layer's feedback tensor `name`, as a backward pass does."""
+    tensor = layer._buffers["feedback_" + name]
+    gradient = gradient.detach().to(tensor.dtype)
+    tensor.grad = gradient if tensor.grad is None else tensor.grad + gradient
 
 
 class Fixed(Carrier):

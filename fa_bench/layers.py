@@ -8,16 +8,23 @@ and deepcopy follow while ``model.parameters()`` stays that of the plain model.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fa_bench.ops import FeedbackConvFunction, FeedbackLinearFunction, Geometry
+from fa_bench.ops import (
+    FeedbackConvFunction,
+    FeedbackLinearFunction,
+    Geometry,
+    ProductConvFunction,
+    ProductLinearFunction,
+)
 
 if TYPE_CHECKING:
-    from fa_bench.feedback import Carrier
+    from fa_bench.feedback import Carrier, Carry
 
 PREFIX = "feedback_"
 
@@ -55,16 +62,19 @@ class FeedbackLayer(nn.Module):
         carrier = self.carrier
         if self.training and not mode.hold:
             carrier.before_forward(self)
-        # Where nobody asks for the error at the input (the first layer), the rule equals the plain layer.
-        if not x.requires_grad:
+        # Where nobody asks for the error at the input (the first layer), a rule that only carries errors equals the plain layer.
+        if not (x.requires_grad or carrier.always):
             return super().forward(x, *args, **kwargs)
-        weight, bias, feedback = self.weight, self.bias, carrier.effective(self)
+        carry = carrier.carry(self, x)
+        weight, bias = self.weight, self.bias
         if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
             # Cast outside the Function: its backward then sees one dtype, and the casts are differentiated as usual.
             dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight, feedback = _autocast(x, dtype), _autocast(weight, dtype), _autocast(feedback, dtype)
+            x, weight = _autocast(x, dtype), _autocast(weight, dtype)
+            carry = carry._replace(feedback=_autocast(carry.feedback, dtype),
+                                   second=None if carry.second is None else _autocast(carry.second, dtype))
             bias = None if bias is None else _autocast(bias, dtype)
-        return self.apply_feedback(x, weight, bias, feedback, *args, **kwargs)
+        return self.apply_feedback(x, weight, bias, carry, *args, **kwargs)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.carrier.settle(self)
@@ -74,8 +84,8 @@ class FeedbackLayer(nn.Module):
         self.carrier.settle(self)
         super()._load_from_state_dict(*args, **kwargs)
 
-    def apply_feedback(self, x: Tensor, weight: Tensor, bias: Tensor | None, feedback: Tensor) -> Tensor:
-        """The layer's output, with `feedback` (the weight's layout) in its backward pass."""
+    def apply_feedback(self, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry) -> Tensor:
+        """The layer's output, with what carries the error in its backward pass."""
         raise NotImplementedError
 
 
@@ -87,30 +97,50 @@ def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 class FeedbackLinear(FeedbackLayer, nn.Linear):
     """nn.Linear with feedback."""
 
-    def apply_feedback(self, x: Tensor, weight: Tensor, bias: Tensor | None, feedback: Tensor) -> Tensor:
-        return FeedbackLinearFunction.apply(x, weight, bias, feedback)
+    def apply_feedback(self, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry) -> Tensor:
+        if carry.second is not None:
+            return ProductLinearFunction.apply(x, weight, bias, carry.feedback, carry.second, carry.learn)
+        return FeedbackLinearFunction.apply(x, weight, bias, carry.feedback, carry.activation, carry.learn)
 
 
 class _FeedbackConv(FeedbackLayer):
-    def apply_feedback(self, x: Tensor, weight: Tensor, bias: Tensor | None, feedback: Tensor) -> Tensor:
-        x, batched = _batched(x, len(self.kernel_size))
-        x, geometry = padded(self, x)
-        y = FeedbackConvFunction.apply(x, weight, bias, feedback, geometry)
-        return y if batched else y.squeeze(0)
+    def apply_feedback(self, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry) -> Tensor:
+        def prepared(value: Tensor) -> tuple[Tensor, Geometry]:
+            return padded(self, _batched(value, len(self.kernel_size)))
+
+        y = _convolve(*prepared(x), weight, bias, carry, lambda value: prepared(value)[0])
+        return y if x.dim() == y.dim() else y.squeeze(0)
 
 
 class _FeedbackConvTranspose(FeedbackLayer):
     def apply_feedback(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, feedback: Tensor, output_size: list[int] | None = None
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry, output_size: list[int] | None = None
     ) -> Tensor:
         dims = len(self.kernel_size)
         output_padding = self._output_padding(
             x, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
         )
-        x, batched = _batched(x, dims)
         geometry = Geometry(self.stride, self.padding, self.dilation, True, tuple(output_padding), self.groups)
-        y = FeedbackConvFunction.apply(x, weight, bias, feedback, geometry)
-        return y if batched else y.squeeze(0)
+        y = _convolve(_batched(x, dims), geometry, weight, bias, carry, lambda value: _batched(value, dims))
+        return y if x.dim() == y.dim() else y.squeeze(0)
+
+
+def _convolve(
+    x: Tensor, geometry: Geometry, weight: Tensor, bias: Tensor | None, carry: Carry, prepare: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """A convolution of a prepared input; `prepare` does the same to what stands in for the input in a gradient."""
+    activation, learn = carry.activation, carry.learn
+    if carry.second is not None:
+        return ProductConvFunction.apply(x, weight, bias, carry.feedback, carry.second, geometry, learn)
+    if activation is not None:
+        activation = _composed(prepare, activation)
+    if learn is not None and learn.activation is not None:
+        learn = learn._replace(activation=_composed(prepare, learn.activation))
+    return FeedbackConvFunction.apply(x, weight, bias, carry.feedback, geometry, activation, learn)
+
+
+def _composed(prepare: Callable[[Tensor], Tensor], activation: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    return lambda: prepare(activation())
 
 
 def padded(conv: Any, x: Tensor) -> tuple[Tensor, Geometry]:
@@ -132,9 +162,9 @@ def padded(conv: Any, x: Tensor) -> tuple[Tensor, Geometry]:
     return x, Geometry(conv.stride, padding, conv.dilation, False, (0,) * dims, conv.groups)
 
 
-def _batched(x: Tensor, dims: int) -> tuple[Tensor, bool]:
-    """A sample without a batch dimension, given one; and whether it had one."""
-    return (x, True) if x.dim() == dims + 2 else (x.unsqueeze(0), False)
+def _batched(x: Tensor, dims: int) -> Tensor:
+    """A sample without a batch dimension, given one."""
+    return x if x.dim() == dims + 2 else x.unsqueeze(0)
 
 
 class FeedbackConv1d(_FeedbackConv, nn.Conv1d):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -32,6 +32,7 @@ class _Attached:
         seed: int
         coverage: Coverage
         _trace: Trace | None
+        _frozen: list[nn.Parameter]
 
 
 @dataclasses.dataclass(eq=False)
@@ -43,6 +44,7 @@ class Rule(_Attached, Options):
     """
 
     allow_uncovered: bool = option(False, "accept weights that the rule does not cover; they learn by their true local gradient")
+    freeze_stem: bool = option(False, "the first layer keeps its initial weight and bias")
 
     # -------------------------------------------------------------------------------------------- life in a model
     def attach(self: R, model: nn.Module, seed: int = 0, sample_input: Tensor | None = None) -> R:
@@ -63,12 +65,15 @@ class Rule(_Attached, Options):
         check_model(model)
         self.model, self.mode, self.seed = model, Mode(), seed
         self._trace = None
+        self._frozen: list[nn.Parameter] = []
         try:
+            if self.freeze_stem:
+                stem = model.get_submodule(self.trace(sample_input).order[0])
+                self.freeze(stem.parameters(recurse=False))
             self.coverage = self.put_in(sample_input)
             self.coverage.require(self.allow_uncovered)
         except BaseException:
-            self.take_out()
-            del self.model
+            self._leave()
             raise
         setattr(model, RULE_ATTRIBUTE, self)
         return self
@@ -76,10 +81,22 @@ class Rule(_Attached, Options):
     def detach(self) -> nn.Module:
         """Take the rule out: the model is the plain model again, with its present weights. Returns the model."""
         model = self.model
-        self.take_out()
+        self._leave()
         delattr(model, RULE_ATTRIBUTE)
-        del self.model
         return model
+
+    def _leave(self) -> None:
+        self.take_out()
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        del self.model
+
+    def freeze(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Keep parameters from learning, and from decaying, until the rule is detached."""
+        for parameter in parameters:
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+                self._frozen.append(parameter)
 
     def put_in(self, sample_input: Tensor | None) -> Coverage:
         """Change `self.model`; implemented by the mechanism."""
@@ -116,12 +133,20 @@ class Rule(_Attached, Options):
 
     @contextmanager
     def exact(self) -> Iterator[None]:
-        """Within it forward and backward are true backpropagation, by ``loss.backward()`` and ``rule.backward`` alike."""
+        """Within it forward and backward are true backpropagation, by ``loss.backward()`` and ``rule.backward`` alike.
+
+        What the rule froze takes part.
+        """
         before, self.mode.exact = self.mode.exact, True
+        required = [parameter.requires_grad for parameter in self._frozen]
         try:
+            for parameter in self._frozen:
+                parameter.requires_grad_(True)
             yield
         finally:
             self.mode.exact = before
+            for parameter, was in zip(self._frozen, required, strict=True):
+                parameter.requires_grad_(was)
 
     # -------------------------------------------------------------------------------------------- feedback
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from fa_bench.coverage import Coverage, Covered
@@ -11,9 +10,7 @@ from fa_bench.registries import ALGORITHMS
 from fa_bench.rules.base import Rule
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import Tensor, nn
+    from torch import Tensor
 
 
 @ALGORITHMS.register("bp")
@@ -33,34 +30,16 @@ class BP(Rule):
     def put_in(self, sample_input: Tensor | None) -> Coverage:
         from fa_bench.layers import weighted_layers
 
-        self._froze: list[nn.Parameter] = []
         self._layers = weighted_layers(self.model)
         why = self.frozen_parameters(sample_input)
-        for parameter in self.model.parameters():
-            if id(parameter) in why and parameter.requires_grad:
-                parameter.requires_grad_(False)
-                self._froze.append(parameter)
+        self.freeze(parameter for parameter in self.model.parameters() if id(parameter) in why)
         return Coverage(self.name, tuple(
             Covered(path, type(layer).__name__, tuple(layer.weight.shape), why.get(id(layer.weight), "its consumers' weights"))
             for path, layer in self._layers.items()
         ), {})
 
     def take_out(self) -> None:
-        for parameter in self._froze:
-            parameter.requires_grad_(True)
-
-    @contextmanager
-    def exact(self) -> Iterator[None]:
-        """True backpropagation: what the rule froze takes part."""
-        before = [parameter.requires_grad for parameter in self._froze]
-        with super().exact():
-            try:
-                for parameter in self._froze:
-                    parameter.requires_grad_(True)
-                yield
-            finally:
-                for parameter, required in zip(self._froze, before, strict=True):
-                    parameter.requires_grad_(required)
+        pass
 
     def effective_feedback(self, layer: str) -> Tensor:
         return self._layers[layer].weight.detach()

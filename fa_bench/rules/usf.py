@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 
 from fa_bench.edge import EdgeRule, Site
-from fa_bench.feedback import Carrier, Sign, Transport
+from fa_bench.feedback import Carrier, Sign
 from fa_bench.options import option
 from fa_bench.registries import ALGORITHMS
 
@@ -34,11 +34,8 @@ class USF(EdgeRule):
     """
 
     scale: str = option("xavier", "the scale s of the feedback", choices=list(SCALES))
-    plain_last: bool = option(False, "the output layer carries its error by its true weight")
     density: float = option(1.0, "fraction of B that is not zero (mask drawn once)", above=0, maximum=1)
 
     def carrier(self, site: Site) -> Carrier:
-        if self.plain_last and site.is_output:
-            return Transport()
         site.put_mask(self.density)
         return Sign(SCALES[self.scale](*site.fans, site.layer.weight.dim() > 2))

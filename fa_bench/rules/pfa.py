@@ -1,0 +1,102 @@
+"""Product feedback alignment."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.edge import EdgeRule, Site
+from fa_bench.feedback import INITIALISERS, Carrier, Carry, add_gradient, draw
+from fa_bench.lazy import torch
+from fa_bench.options import option
+from fa_bench.registries import ALGORITHMS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Product(Carrier):
+    """The error goes through B, fixed, and then through R, learned.
+
+    Shapes, for M units in between and G groups: B (O, M/G); R (M, I/G, K...), or (I, M/G, K...) for a transposed convolution.
+    Within a group B's rows are those of the group's outputs.
+    """
+
+    learned = ("R",)
+    always = True
+
+    def carry(self, layer: Any, x: Tensor) -> Carry:
+        from fa_bench.ops import Learn
+
+        learn = None if layer.mode.hold else Learn(functools.partial(add_gradient, layer, "R"))
+        return Carry(layer._buffers["feedback_B"], layer._buffers["feedback_R"], learn=learn)
+
+    def effective(self, layer: Any) -> Tensor:
+        first, second, weight = layer.feedback_B, layer.feedback_R, layer.weight
+        groups = getattr(layer, "groups", 1)
+        first = first.view(groups, len(first) // groups, -1)
+        if getattr(layer, "transposed", False):
+            second = second.view(groups, len(second) // groups, first.shape[2], -1)
+            return torch.einsum("gom,gimk->giok", first, second).reshape(weight.shape)
+        return first.bmm(second.reshape(groups, first.shape[2], -1)).view(weight.shape)
+
+    def after_step(self, layer: Any) -> None:
+        if (mask := layer._buffers["feedback_mask"]) is not None:
+            layer.feedback_R.mul_(mask)
+
+
+@dataclasses.dataclass(eq=False)
+class ProductRule(EdgeRule):
+    """What PFA and PFA-o share; subclasses draw B in `first`."""
+
+    ratio: float = option(10.0, "expansion ratio: units of the population in between, over units of the layer's output", above=0)
+    r_init: str = option("xavier_uniform", "initialiser of R", choices=list(INITIALISERS))
+
+    def first(self, outputs: int, between: int, seed: int) -> Tensor:
+        """B of one group, (outputs, between), float32 on the CPU."""
+        raise NotImplementedError
+
+    def r_density(self) -> float:
+        """Fraction of R that is not zero."""
+        return 1.0
+
+    def carrier(self, site: Site) -> Carrier:
+        layer: Any = site.layer
+        weight, groups = layer.weight, getattr(layer, "groups", 1)
+        transposed = getattr(layer, "transposed", False)
+        outputs = weight.shape[1] if transposed else len(weight) // groups
+        between = max(round(self.ratio * outputs), 1)
+        seed = site.tensor_seed("B")
+        first = torch.cat([self.first(outputs, between, seed + group) for group in range(groups)])
+        site.keep("B", first.to(weight))
+        shape = [len(weight), between, *weight.shape[2:]] if transposed else [groups * between, *weight.shape[1:]]
+        site.put("R", self.r_init, self.r_density(), shape=shape)
+        site.put_mask(self.r_density(), seeded_by="R", shape=shape)
+        return Product()
+
+
+@ALGORITHMS.register("pfa")
+@dataclasses.dataclass(eq=False)
+class PFA(ProductRule):
+    """Product feedback alignment (eqs 4-6 of Li and Benna 2024).
+
+    ē = g B and e_in = ē R: the error reaches the layer's input by way of a population of M = ratio x O units. B (O, M) is fixed
+    and random with E[B Bᵀ] = I: uniform with variance 1/M. R (M, I, K...) learns with W's optimizer, learning rate, momentum and
+    decay by its own local gradient ēᵀ x (for convolutions the weight gradient of x and ē). Since that is Bᵀ times the gradient of
+    W, W approaches B R as the initial values decay: a weight decay that is large in the first epoch alone
+    (``optimizer.first_epoch_weight_decay``) brings that about. The angle between W and B R then is arctan √(1/ratio) and their
+    norm ratio √(1 + 1/ratio). ``density`` d below 1 puts masks, drawn once, on B (whose variance becomes 1/(M d)) and on R
+    (whose variance is not compensated); the angle then is arctan √(1/(ratio d)).
+
+    Choices: the paper's gain of B lost a square root; R's mask is applied again after every update, to R and not to its
+    momentum, as in the code behind the paper.
+    """
+
+    density: float = option(1.0, "fraction of B and of R that is not zero (masks drawn once)", above=0, maximum=1)
+
+    def first(self, outputs: int, between: int, seed: int) -> Tensor:
+        return draw((outputs, between), "lecun_uniform", seed, self.density).div_(self.density**0.5)
+
+    def r_density(self) -> float:
+        return self.density
