@@ -15,7 +15,7 @@ from fa_bench.options import option
 from fa_bench.rules.base import Rule
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 
 @dataclasses.dataclass

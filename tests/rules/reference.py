@@ -169,6 +169,11 @@ def forward(chain: list[Stage], params: Arrays, x: np.ndarray) -> list[np.ndarra
     return values
 
 
+def inputs(chain: list[Stage], params: Arrays, x: np.ndarray) -> Arrays:
+    """{stage: its input}."""
+    return {stage.name: value for stage, value in zip(chain, forward(chain, params, x)[:-1], strict=True)}
+
+
 def output_error(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
     """delta_out[n,c] = (softmax(z)[n,c] - onehot[n,c]) / N."""
     delta = np.zeros_like(logits)
@@ -178,15 +183,20 @@ def output_error(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
     return delta
 
 
-def gradients(chain: list[Stage], params: Arrays, x, y, *, carry=None, inject=None, deliver=None) -> Arrays:
+def gradients(
+    chain: list[Stage], params: Arrays, x, y, *, carry=None, inject=None, deliver=None, activations=None, errors=None
+) -> Arrays:
     """Gradients of every parameter under one way of carrying the error.
 
     carry: layer -> the tensor that replaces its weight on the way down (absent: the weight itself, as BP does).
     inject: stage -> (classes, features); delta_out times it replaces the error at that stage's output.
     deliver: layer -> (classes, C_in, kh, kw) or (classes, in); the error at that layer's input comes from delta_out, which a
     convolution takes on every output pixel, its groups left out.
+    activations: layer -> what enters its weight gradient in place of its true input.
+    errors: a dictionary that is given the error at the output of every stage.
     """
-    carry, inject, deliver = carry or {}, inject or {}, deliver or {}
+    carry, inject, deliver, activations = carry or {}, inject or {}, deliver or {}, activations or {}
+    errors = {} if errors is None else errors
     values = forward(chain, params, x)
     delta = output_error(values[-1], y)
     error, grads = delta, {}
@@ -194,16 +204,17 @@ def gradients(chain: list[Stage], params: Arrays, x, y, *, carry=None, inject=No
         weight, bias = f"{stage.name}.weight", f"{stage.name}.bias"
         if stage.name in inject:
             error = linear_input_error(delta, inject[stage.name]).reshape(x_out.shape)
+        errors[stage.name] = error
         if stage.kind in ("linear", "conv") and bias in params:
             grads[bias] = np.array([error[:, o].sum() for o in range(error.shape[1])])
         if stage.kind == "linear":
-            grads[weight] = linear_weight_gradient(x_in, error)
+            grads[weight] = linear_weight_gradient(activations.get(stage.name, x_in), error)
             if stage.name in deliver:
                 error = linear_input_error(delta, deliver[stage.name])
             else:
                 error = linear_input_error(error, carry.get(stage.name, params[weight]))
         elif stage.kind == "conv":
-            grads[weight] = conv_weight_gradient(stage, x_in, error, params[weight].shape)
+            grads[weight] = conv_weight_gradient(stage, activations.get(stage.name, x_in), error, params[weight].shape)
             if stage.name in deliver:
                 everywhere = np.zeros((*delta.shape, *x_out.shape[2:])) + delta[:, :, None, None]
                 ungrouped = Stage(stage.name, "conv", stage.stride, stage.padding, 1)

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from .rule_references import REFERENCES
-from .test_equations import CASES
+from .references import CASES, REFERENCES
 
 FOLDER = Path(__file__).resolve().parents[2] / "conf" / "algorithm"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -17,5 +16,5 @@ def test_the_rules_were_found():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_rule_has_a_reference_that_is_used(name):
-    assert name in REFERENCES, f"conf/algorithm/{name}.yaml has no entry in REFERENCES (tests/rules/rule_references.py)"
-    assert any(rule == name for rule, _ in CASES.values()), f"{name} has a reference but no case in test_equations.py"
+    assert name in REFERENCES, f"conf/algorithm/{name}.yaml has no entry in REFERENCES (tests/rules/references)"
+    assert any(rule == name for rule, _ in CASES.values()), f"{name} has a reference but no case (tests/rules/references)"

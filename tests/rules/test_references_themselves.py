@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from . import nets
 from .helpers import REL, array, arrays, assert_matches, bp_grads, collect, distance, fa_surrogate
 from .reference import conv_forward, conv_input_error, describe, forward, gradients, sgd_step, weighted
-from .rule_references import usf_scale
+from .references.classic import usf_scale
 
 
 @pytest.mark.parametrize("net", nets.NETS)

@@ -11,7 +11,7 @@ import fa_bench
 
 from . import nets
 from .helpers import array, assert_bitwise, assert_matches, backward, bp_grads, collect, fa_surrogate, layer_names, rule_grads
-from .rule_references import usf_scale
+from .references.classic import usf_scale
 
 SIGN_RULES = ("usf", "brsf", "frsf")
 

@@ -1,8 +1,4 @@
-"""One naive reference per rule: from the feedback tensors to the gradients of every weight, bias and learned feedback tensor.
-
-Each takes (chain, params, feedback, x, y, **options); ``feedback`` is {layer or cut: {tensor name: array}}, ``options`` are the
-rule's own. A tensor with no entry in the answer must not learn.
-"""
+"""References of the rules that carry errors by one tensor a layer, and of direct feedback."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ import math
 
 import numpy as np
 
-from .reference import Arrays, Stage, forward, gradients, weighted
+from ..reference import Arrays, Stage, forward, gradients, weighted
 
 
 def bp(chain, params, feedback, x, y):
@@ -93,3 +89,25 @@ REFERENCES = {
     "kp": kp,
     "dfa": dfa,
 }
+
+CASES = {
+    "bp": ("bp", {}),
+    "frozen": ("frozen", {}),
+    "bp_fc": ("bp_fc", {}),
+    "fa": ("fa", {}),
+    "fa-sparse": ("fa", {"density": 0.5}),
+    "usf": ("usf", {}),
+    "usf-pytorch": ("usf", {"scale": "pytorch"}),
+    "usf-xiao": ("usf", {"scale": "xiao"}),
+    "usf-none": ("usf", {"scale": "none"}),
+    "usf-plain-last": ("usf", {"plain_last": True}),
+    "brsf": ("brsf", {}),
+    "frsf": ("frsf", {}),
+    "kp": ("kp", {}),
+    "dfa": ("dfa", {"form": "neuron"}),
+    "dfa-kernel": ("dfa", {"form": "kernel"}),
+    "dfa-shared": ("dfa", {"form": "shared"}),
+    "dfa-shared-raw": ("dfa", {"form": "shared", "normalise": False}),
+}
+
+TRAITS = {"exact": {"bp", "frozen", "bp_fc"}, "redrawn": {"brsf"}}

@@ -1,0 +1,30 @@
+"""One naive reference per rule: from the feedback tensors to the gradients of every weight, bias and learned feedback tensor.
+
+Each takes (chain, params, feedback, x, y, **options); ``feedback`` is {layer or cut: {tensor name: array}}, ``options`` are the
+rule's own. Its answer is {"layer.weight": ..., "layer.bias": ..., "layer.B": ...}; a tensor with no entry must not learn.
+
+Every module here holds REFERENCES {rule: function}, CASES {case: (rule, options)}, and TRAITS {trait: rules}:
+
+- exact: backpropagation for what they train
+- redrawn: feedback that changes without being learned by the optimizer; the reference is given the present one
+- unscaled: signals that do not come from the loss, and so do not scale with it
+- untrue_output: the output layer's own gradient is not that of the loss
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+
+REFERENCES: dict[str, Callable] = {}
+CASES: dict[str, tuple[str, dict]] = {}
+TRAITS: dict[str, set[str]] = {"exact": set(), "redrawn": set(), "unscaled": set(), "untrue_output": set()}
+
+for _found in pkgutil.iter_modules(__path__, f"{__name__}."):
+    _module = importlib.import_module(_found.name)
+    assert not REFERENCES.keys() & _module.REFERENCES.keys() and not CASES.keys() & _module.CASES.keys(), _found.name
+    REFERENCES |= _module.REFERENCES
+    CASES |= _module.CASES
+    for _trait, _rules in getattr(_module, "TRAITS", {}).items():
+        TRAITS[_trait] |= _rules

@@ -1,0 +1,175 @@
+"""pfa and pfa_o beyond their gradients: B's law, relations to other rules, sparse masks, and the predicted angles and ratios."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fa_bench
+from fa_bench.metrics.angles import norm_ratio, weight_angle
+
+from . import nets
+from .helpers import array, assert_matches, backward, bp_grads, distance, rule_grads
+
+
+def linear(outputs: int, inputs: int, rule: str, **options):
+    model = nn.Sequential(nn.Linear(inputs, outputs))
+    return model, fa_bench.attach(model, rule, seed=0, **options)
+
+
+def test_path_equal_to_the_weight_is_backpropagation():
+    """B R = W (by the pseudo-inverse of B) in every layer of a net with strides, padding and groups."""
+    x, y = nets.batch("conv")
+    model = nets.convnet()
+    rule = fa_bench.attach(model, "pfa", seed=0, ratio=2.0)
+    other = rule_grads(model, rule, x, y)
+    with torch.no_grad():
+        for path, tensors in rule.feedback.items():
+            layer, first, second = model.get_submodule(path), tensors["B"], tensors["R"]
+            groups = getattr(layer, "groups", 1)
+            for group, (b, r) in enumerate(zip(first.chunk(groups), second.chunk(groups), strict=True)):
+                r.copy_((torch.linalg.pinv(b) @ layer.weight.chunk(groups)[group].flatten(1)).view(r.shape))
+    got, want = rule_grads(model, rule, x, y), bp_grads(nets.convnet(), x, y)
+    assert_matches(got, want)
+    assert distance(other["conv1.weight"], want["conv1.weight"]) > 1e-2
+
+
+def test_identity_first_hop_is_kolen_pollack_step_by_step():
+    """With B = I, R plays KP's B: same weights and same feedback for five steps of SGD with momentum and decay."""
+    models = [nets.convnet() for _ in range(2)]
+    pfa = fa_bench.attach(models[0], "pfa_o", seed=0)
+    kp = fa_bench.attach(models[1], "kp", seed=0)
+    optimizers = []
+    with torch.no_grad():
+        for path, tensors in pfa.feedback.items():
+            outputs, between = tensors["B"].shape
+            groups = outputs // between
+            tensors["B"].copy_(torch.eye(between).repeat(groups, 1))
+            kp.feedback[path]["B"].copy_(tensors["R"])
+    for model, rule in zip(models, (pfa, kp), strict=True):
+        trained = [*model.parameters(), *rule.feedback_parameters()]
+        optimizers.append(torch.optim.SGD(trained, lr=0.1, momentum=0.9, weight_decay=0.01))
+    for step in range(5):
+        x, y = nets.batch("conv", seed=step)
+        for model, rule, optimizer in zip(models, (pfa, kp), optimizers, strict=True):
+            optimizer.zero_grad()
+            logits = model(x)
+            backward(rule, F.cross_entropy(logits, y), logits, y)
+            optimizer.step()
+            rule.step()
+    for path, tensors in pfa.feedback.items():
+        assert distance(tensors["R"], array(kp.feedback[path]["B"])) < 1e-12
+        assert distance(array(models[0].get_submodule(path).weight), array(models[1].get_submodule(path).weight)) < 1e-12
+
+
+@pytest.mark.parametrize("net", ["mlp_tanh", "conv"])
+def test_gradient_of_r_is_b_transposed_times_the_gradient_of_w(net):
+    x, y = nets.batch(net)
+    model = nets.NETS[net]()
+    rule = fa_bench.attach(model, "pfa", seed=0, ratio=2.0)
+    grads = rule_grads(model, rule, x, y)
+    for path, tensors in rule.feedback.items():
+        groups = getattr(model.get_submodule(path), "groups", 1)
+        parts = zip(tensors["B"].chunk(groups), grads[f"{path}.weight"].chunk(groups), strict=True)
+        want = torch.cat([(b.t() @ g.flatten(1)).view(-1, *g.shape[1:]) for b, g in parts])
+        assert distance(tensors["R"].grad, array(want)) < 1e-12
+
+
+def test_b_has_unit_gram_in_the_mean_with_and_without_mask():
+    """E[B Bᵀ] = I: the mean of 200 squared row norms of 2000 terms is 1 within 5 standard errors (0.02 dense, 0.03 sparse)."""
+    for density, tolerance in ((1.0, 0.01), (0.3, 0.015)):
+        _, rule = linear(200, 20, "pfa", density=density)
+        b = rule.feedback["0"]["B"]
+        assert b.shape == (200, 2000)
+        assert (b @ b.t()).diagonal().mean().item() == pytest.approx(1, abs=tolerance)
+        assert (b != 0).float().mean().item() == pytest.approx(density, abs=0.01)
+        assert b.abs().max().item() == pytest.approx(math.sqrt(3 / (2000 * density)), rel=1e-2)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1.5, 3.0])
+def test_semi_orthogonal_b(ratio):
+    _, rule = linear(40, 20, "pfa_o", ratio=ratio)
+    b = rule.feedback["0"]["B"].double()
+    assert b.shape == (40, round(40 * ratio))
+    assert (b @ b.t() - torch.eye(40)).abs().max() < 1e-6  # float32
+    assert (b.mean()).abs() < 5 / b.numel() ** 0.5 / 40**0.5 * 40**0.5, "signs are not all one way"
+
+
+def test_ratio_below_one_is_refused_for_orthonormal_rows():
+    with pytest.raises(fa_bench.errors.OptionError, match="ratio"):
+        linear(4, 3, "pfa_o", ratio=0.5)
+
+
+def test_spectrum_and_angle_of_random_b_at_ratio_ten():
+    """Marchenko-Pastur: eigenvalues of B Bᵀ have mean 1, deviation √0.1, and lie in (1 ± √0.1)²; angle(W, B Bᵀ W) is 17.5°."""
+    deviations, angles = [], []
+    for seed in range(5):
+        model = nn.Sequential(nn.Linear(256, 100))
+        rule = fa_bench.attach(model, "pfa", seed=seed)
+        b, w = rule.feedback["0"]["B"].double(), torch.randn(100, 256, generator=torch.Generator().manual_seed(seed)).double()
+        gram = b @ b.t()
+        values = torch.linalg.eigvalsh(gram)
+        assert values.mean().item() == pytest.approx(1, abs=0.01)
+        assert 0.42 < values.min() < values.max() < 1.80
+        deviations.append(values.std().item())
+        angles.append(weight_angle(gram @ w, w))
+    assert np.mean(deviations) == pytest.approx(math.sqrt(0.1), rel=0.03)
+    assert np.mean(angles) == pytest.approx(17.55, abs=0.5)
+
+
+def train(rule_name: str, steps: int = 400, **options):
+    """Two layers fitted to random targets, with decay that makes the initial values vanish: exp(-40)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(80, 200), nn.Tanh(), nn.Linear(200, 150, bias=False))
+    rule = fa_bench.attach(model, rule_name, seed=0, **options)
+    optimizer = torch.optim.SGD([*model.parameters(), *rule.feedback_parameters()], lr=0.1, momentum=0.9, weight_decay=0.1)
+    generator = torch.Generator().manual_seed(1)
+    x, t = torch.randn(128, 80, generator=generator), 3 * torch.randn(128, 150, generator=generator)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        z = model(x)
+        rule.backward(F.mse_loss(z, t, reduction="sum") / 128, z)
+        optimizer.step()
+        rule.step()
+    return model, rule
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5])
+def test_angle_and_ratio_after_the_initial_values_have_decayed(density):
+    """angle(W, B R) = arctan √(λ/d) and ‖B R‖/‖W‖ = d √(1 + λ/d), λ = 1/10: within a degree and 5 % (sparse: 10 %).
+
+    The ratio is a mean over the few directions that W has learned, each with a deviation of √(2/1500) = 4 %.
+    """
+    _, rule = train("pfa", density=density)
+    for effective, weight in rule.weight_pairs().values():
+        spread = 0.1 / density
+        assert weight_angle(effective, weight) == pytest.approx(math.degrees(math.atan(math.sqrt(spread))), abs=1.0)
+        assert norm_ratio(effective, weight) == pytest.approx(density * math.sqrt(1 + spread), rel=0.05 / density)
+
+
+def test_pfa_o_ends_at_the_weight_itself():
+    _, rule = train("pfa_o")
+    for effective, weight in rule.weight_pairs().values():
+        assert weight_angle(effective, weight) < 0.01
+        assert norm_ratio(effective, weight) == pytest.approx(1, abs=1e-4)
+
+
+def test_mask_holds_at_every_step_and_b_never_moves():
+    x, y = nets.batch("conv")
+    model = nets.convnet()
+    rule = fa_bench.attach(model, "pfa", seed=0, ratio=4.0, density=0.3)
+    optimizer = torch.optim.SGD([*model.parameters(), *rule.feedback_parameters()], lr=0.1, momentum=0.9)
+    before = {path: (t["B"].clone(), t["R"] != 0, t["R"].clone()) for path, t in rule.feedback.items()}
+    for _ in range(3):
+        optimizer.zero_grad()
+        logits = model(x)
+        backward(rule, F.cross_entropy(logits, y), logits, y)
+        optimizer.step()
+        rule.step()
+        for path, tensors in rule.feedback.items():
+            b, kept, r = before[path]
+            assert torch.equal(tensors["B"], b)
+            assert torch.equal(tensors["R"] != 0, kept) and not torch.equal(tensors["R"], r)
