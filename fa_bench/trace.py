@@ -26,6 +26,7 @@ class Trace:
         order: weighted layers in the order of execution.
         outputs: weighted layers that feed the model's output.
         consumer: layer -> the first executed layer that its activation is an input of; absent for output layers.
+        inputs: weighted layers grouped by the activation that enters them, in the order of execution; those of the image first.
         calls: how often each watched module ran.
         feeds: watched module -> weighted layers that feed its output.
         behind: weighted layers that a watched output, or the model's, is reached from only or also through another layer.
@@ -37,6 +38,7 @@ class Trace:
     order: list[str]
     outputs: list[str]
     consumer: dict[str, str]
+    inputs: list[list[str]]
     calls: Counter[str]
     feeds: dict[str, list[str]]
     behind: list[str]
@@ -108,7 +110,9 @@ def trace_model(model: nn.Module, sample: Tensor, watch: Iterable[str] = ()) -> 
 
     order = [path for path in seen if path in layers]
     consumer: dict[str, str] = {}
+    groups: dict[Any, list[str]] = {}
     for path in order:
+        groups.setdefault(seen[path].input_node, []).append(path)
         for fed in _walk(seen[path].input_node, node_of, ())[0]:
             consumer.setdefault(fed, path)
     ends = {path: seen[path].output_node for path in watched if path in seen}
@@ -119,6 +123,7 @@ def trace_model(model: nn.Module, sample: Tensor, watch: Iterable[str] = ()) -> 
         order=order,
         outputs=[path for path in order if path in _walk(output.grad_fn, node_of, ())[0]],
         consumer=consumer,
+        inputs=list(groups.values()),
         calls=calls,
         feeds={path: [p for p in order if p in fed] for path, (fed, _) in walks.items()},
         behind=[path for path in order if path in behind],

@@ -68,8 +68,9 @@ def test_gradients_equal_reference_and_not_bp(case, net):
     else:
         if name not in TRAITS["untrue_output"]:
             assert distance(got[f"{last}.weight"], exact[f"{last}.weight"]) < 1e-12, "the output layer's own gradient is true"
-        for layer in layers[: -2 if "plain_last" in options else -1]:
-            assert distance(got[f"{layer}.weight"], exact[f"{layer}.weight"]) > 1e-2, f"{layer} still gets BP's gradient"
+        hidden = layers[: -2 if "plain_last" in options else -1]
+        away = [distance(got[f"{at}.weight"], exact[f"{at}.weight"]) > 1e-2 for at in hidden if got[f"{at}.weight"] is not None]
+        assert all(away) or name in TRAITS["partly_exact"], "BP's gradient in a hidden layer"
 
 
 def test_plain_last_transports_the_true_weights_of_the_output_layer_only():

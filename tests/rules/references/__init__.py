@@ -8,6 +8,7 @@ Every module here holds REFERENCES {rule: function}, CASES {case: (rule, options
 - exact: backpropagation for what they train
 - redrawn: feedback that changes without being learned by the optimizer; the reference is given the present one
 - unscaled: signals that do not come from the loss, and so do not scale with it
+- partly_exact: hidden layers may have the gradient of backpropagation
 - untrue_output: the output layer's own gradient is not that of the loss
 """
 
@@ -19,7 +20,9 @@ from collections.abc import Callable
 
 REFERENCES: dict[str, Callable] = {}
 CASES: dict[str, tuple[str, dict]] = {}
-TRAITS: dict[str, set[str]] = {"exact": set(), "redrawn": set(), "unscaled": set(), "untrue_output": set()}
+TRAITS: dict[str, set[str]] = {
+    trait: set() for trait in ("exact", "redrawn", "unscaled", "partly_exact", "untrue_output")
+}
 
 for _found in pkgutil.iter_modules(__path__, f"{__name__}."):
     _module = importlib.import_module(_found.name)

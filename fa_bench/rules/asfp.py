@@ -1,0 +1,47 @@
+"""Activation sharing in the feedback path."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.errors import OptionError
+from fa_bench.feedback import Carry, add_gradient
+from fa_bench.registries import ALGORITHMS
+from fa_bench.sharing import Sharing, SharingRule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class FeedbackSharing(Sharing):
+    """The shared activation enters the gradient of B alone."""
+
+    def shared(self, layer: Any, carry: Carry, activation: Callable[[], Tensor]) -> Carry:
+        from fa_bench.ops import Learn
+
+        return carry if layer.mode.hold else carry._replace(learn=Learn(functools.partial(add_gradient, layer, "B"), activation))
+
+    def after_backward(self, layer: Any) -> list[tuple[Tensor, Tensor]]:
+        return self.inner.after_backward(layer) if self.source is None else []
+
+
+@ALGORITHMS.register("asfp")
+@dataclasses.dataclass(eq=False)
+class ASFP(SharingRule):
+    """Activation sharing in the feedback path (eqs 39-42 of Woo et al. 2021).
+
+    e_in = g B; gradient of W = gᵀ x with the true input; gradient of B = gᵀ h̃ with the shared activation h̃ of `asap`, so that B
+    follows W only as far as the activations agree. What is shared, how it is matched, the frozen stem and the fully connected
+    layers are as for `asap`, and so are the options.
+
+    Choice: ``transport`` makes no sense here, for there is no B to learn, and is refused.
+    """
+
+    sharing = FeedbackSharing
+
+    def check(self) -> None:
+        if self.transport:
+            raise OptionError("transport", "=True leaves asfp no feedback to share in; use algorithm=asap or bp")

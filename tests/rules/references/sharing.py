@@ -1,0 +1,91 @@
+"""References of the rules with shared activations."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+
+from ..reference import Arrays, conv_weight_gradient, gradients, inputs, linear_weight_gradient, weighted
+
+
+def matched(h: np.ndarray, shape: tuple[int, ...], match: str, mixing: np.ndarray | None) -> np.ndarray:
+    """h brought to `shape`: copies side by side and pooling, or one fixed random 1x1 convolution."""
+    if h.ndim != len(shape):
+        h = h.reshape(len(h), -1)
+    if mixing is not None:
+        strides = [-(-have // want) for have, want in zip(h.shape[2:], shape[2:], strict=True)]
+        picked = h[(slice(None), slice(None), *(slice(None, None, stride) for stride in strides))]
+        out = np.zeros(shape)
+        for o, i in product(range(shape[1]), range(h.shape[1])):
+            out[:, o] += mixing.reshape(mixing.shape[:2])[o, i] * picked[:, i]
+        return out
+    if shape[1] > h.shape[1]:
+        h = np.concatenate([h] * (shape[1] // h.shape[1]), axis=1)
+    sizes = [-(-have // want) for have, want in zip(h.shape[1:], shape[1:], strict=True)]
+    out = np.zeros(shape)
+    for place in product(*map(range, shape)):
+        window = h[(place[0], *(slice(at * size, (at + 1) * size) for at, size in zip(place[1:], sizes, strict=True)))]
+        out[place] = window.max() if match == "max_pool" else window.mean()
+    return out
+
+
+def shared(chain, params, feedback, x, k, match, linear) -> tuple[list[str], Arrays]:
+    """The layers behind the stem that share, and {layer: the activation in place of its input} from the second on."""
+    kinds = {stage.name: stage.kind for stage in chain}
+    layers, own = weighted(chain), inputs(chain, params, x)
+    everywhere = linear == "share" or (linear == "auto" and "conv" not in kinds.values())
+    sharing = [layer for layer in layers[1:] if everywhere or kinds[layer] == "conv"]
+    stand_ins = {}
+    for p, layer in enumerate(sharing, start=1):
+        if p > 1:
+            s = 1 + k * ((p - 2) // k)
+            stand_ins[layer] = matched(own[sharing[s - 1]], own[layer].shape, match, feedback[layer].get("P"))
+    return sharing, stand_ins
+
+
+def carried(params: Arrays, feedback) -> Arrays:
+    """Layers without B transport their weight."""
+    return {layer: tensors["B"] for layer, tensors in feedback.items() if "B" in tensors}
+
+
+def asap(chain, params, feedback, x, y, k=2, match="max_pool", linear="auto", freeze_stem=True, **_) -> Arrays:
+    """gradW = gradB = that of the shared activation and g; the error goes through B."""
+    sharing, stand_ins = shared(chain, params, feedback, x, k, match, linear)
+    grads = gradients(chain, params, x, y, carry=carried(params, feedback), activations=stand_ins)
+    learning = sharing if freeze_stem else weighted(chain)[:1] + sharing
+    grads |= {f"{layer}.B": grads[f"{layer}.weight"].copy() for layer in learning if "B" in feedback.get(layer, {})}
+    return without_stem(chain, grads) if freeze_stem else grads
+
+
+def asfp(chain, params, feedback, x, y, k=2, match="max_pool", linear="auto", freeze_stem=True, **_) -> Arrays:
+    """gradW from the true input, gradB from the shared activation."""
+    sharing, stand_ins = shared(chain, params, feedback, x, k, match, linear)
+    stages, errors = {stage.name: stage for stage in chain}, {}
+    grads = gradients(chain, params, x, y, carry=carried(params, feedback), errors=errors)
+    for layer in sharing if freeze_stem else weighted(chain)[:1] + sharing:
+        if layer not in stand_ins:
+            grads[f"{layer}.B"] = grads[f"{layer}.weight"].copy()
+        elif stages[layer].kind == "linear":
+            grads[f"{layer}.B"] = linear_weight_gradient(stand_ins[layer], errors[layer])
+        else:
+            shape = params[f"{layer}.weight"].shape
+            grads[f"{layer}.B"] = conv_weight_gradient(stages[layer], stand_ins[layer], errors[layer], shape)
+    return without_stem(chain, grads) if freeze_stem else grads
+
+
+def without_stem(chain, grads: Arrays) -> Arrays:
+    """The first layer is random and stays so."""
+    stem = weighted(chain)[0]
+    return {name: grad for name, grad in grads.items() if name.rsplit(".", 1)[0] != stem}
+
+
+REFERENCES = {"asap": asap, "asfp": asfp}
+ANY_WIDTH = {"match": "random", "linear": "share"}
+CASES = {
+    "asap": ("asap", ANY_WIDTH),
+    "asap-stem": ("asap", {**ANY_WIDTH, "freeze_stem": False}),
+    "asap-transport": ("asap", {**ANY_WIDTH, "transport": True}),
+    "asfp": ("asfp", ANY_WIDTH),
+}
+TRAITS = {"untrue_output": {"asap"}, "partly_exact": {"asap"}}

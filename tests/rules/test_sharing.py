@@ -1,0 +1,185 @@
+"""asap and asfp: which activation stands in for which, how it is matched, what is frozen, and what is refused."""
+
+from collections import OrderedDict
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fa_bench
+from fa_bench.registries import ARCHITECTURES
+
+from . import nets
+from .helpers import (
+    array,
+    arrays,
+    assert_bitwise,
+    assert_matches,
+    backward,
+    bp_grads,
+    collect,
+    distance,
+    feedback_arrays,
+    rule_grads,
+)
+from .reference import describe
+from .references import REFERENCES
+
+
+def chain_net(linear: bool = False) -> nn.Sequential:
+    """Widths and sizes that share: 2 -> 4 -> 4 (stride 2) -> 8 -> 8 (stride 2) channels of 5x8 pixels, or 7-4-8-4-2 features."""
+    torch.manual_seed(0)
+    if linear:
+        widths = [7, 4, 8, 4, 2]
+        stages = [(f"fc{n}", nn.Linear(a, b)) for n, (a, b) in enumerate(pairwise(widths), start=1)]
+        stages.append(("fc5", nn.Linear(2, 3)))
+    else:
+        geometry = [(2, 4, 1), (4, 4, 2), (4, 8, 1), (8, 8, 2), (8, 8, 1)]
+        stages = [(f"conv{n}", nn.Conv2d(a, b, 3, stride, padding=1)) for n, (a, b, stride) in enumerate(geometry, start=1)]
+    named = [part for name, layer in stages for part in ((name, layer), (f"act{name}", nn.Tanh()))]
+    if not linear:
+        named += [("flat", nn.Flatten()), ("fc", nn.Linear(8 * 2 * 2, 3))]
+    else:
+        named = named[:-1]
+    return nn.Sequential(OrderedDict(named)).double()
+
+
+def data(linear: bool):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, *((7,) if linear else (2, 5, 8)), generator=generator, dtype=torch.float64)
+    return x, torch.tensor([0, 1, 2, 1])
+
+
+@pytest.mark.parametrize("rule", ["asap", "asfp"])
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("match", ["max_pool", "avg_pool"])
+@pytest.mark.parametrize("k", [2, 4])
+def test_copies_and_pooling_equal_the_reference(rule, linear, match, k):
+    """Odd sizes (5 -> 3 -> 2 rows), channels that double, features that double and halve."""
+    x, y = data(linear)
+    plain, model = chain_net(linear), chain_net(linear)
+    attached = fa_bench.attach(model, rule, seed=0, sample_input=x, match=match, k=k)
+    got = rule_grads(model, attached, x, y)
+    learned = {f"{at}.{name}": t.grad for at, tensors in attached.feedback.items() for name, t in tensors.items()}
+    want = REFERENCES[rule](describe(plain), arrays(plain), feedback_arrays(attached), array(x), y.numpy(), match=match, k=k)
+    assert_matches(got | learned, want)
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_blocks_of_a_residual_net_share_as_in_the_paper(k):
+    """k = 2: conv2 of block b and conv1 of block b + 1 have block b's input; k = 4: that of every other block (section 3)."""
+    torch.manual_seed(0)
+    model = ARCHITECTURES["resnet20"](width=2, blocks=2).build((3, 8, 8), 3).double()
+    x, y = torch.randn(3, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2])
+    blocks = [f"stages.layer{stage}.{block}" for stage in (1, 2, 3) for block in (0, 1)]
+    rule = fa_bench.attach(model, "asap", seed=0, sample_input=x, k=k)
+    seen, errors = {}, {}
+    hooks = []
+    for path, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            hooks.append(layer.register_forward_pre_hook(lambda m, args, path=path: seen.__setitem__(path, args[0].detach())))
+            hooks.append(layer.register_full_backward_hook(lambda m, gi, go, path=path: errors.__setitem__(path, go[0])))
+    rule_grads(model, rule, x, y)
+    inputs = [seen[f"{block}.conv1"] for block in blocks]
+    handed = [0, 0, 1, 2, 3, 4] if k == 2 else [0, 0, 0, 2, 2, 4]  # the block whose input conv1 of each block has
+    kept = [0, 1, 2, 3, 4, 5] if k == 2 else [0, 0, 2, 2, 4, 4]  # and conv2
+    for number, block in enumerate(blocks):
+        for name, h in {"conv1": inputs[handed[number]], "conv2": inputs[kept[number]]}.items():
+            layer, true = model.get_submodule(f"{block}.{name}"), seen[f"{block}.{name}"]
+            copies, stride = true.shape[1] // h.shape[1], h.shape[2] // true.shape[2]
+            h = F.max_pool2d(torch.cat([h] * copies, 1), stride) if stride > 1 else torch.cat([h] * copies, 1)
+            want = torch.nn.grad.conv2d_weight(h, layer.weight.shape, errors[f"{block}.{name}"], layer.stride, layer.padding)
+            assert distance(layer.weight.grad, array(want)) < 1e-12, f"{block}.{name}"
+            assert torch.equal(layer.feedback_B.grad, layer.weight.grad)
+    assert model.conv1.weight.grad is None and model.bn1.weight.grad is not None, "the stem is fixed, its normalisation learns"
+
+
+def test_shared_input_equal_to_the_true_one_is_kolen_pollack():
+    """With the stand-in equal to the true input and B = W the gradients are those of backpropagation, the stem's left out."""
+    x, y = data(True)
+    model, plain = chain_net(True), chain_net(True)
+    rule = fa_bench.attach(model, "asap", seed=0, sample_input=x, match="random", freeze_stem=False)
+    with torch.no_grad():
+        for path, tensors in rule.feedback.items():
+            tensors["B"].copy_(model.get_submodule(path).weight)
+    other = rule_grads(model, rule, x, y)
+    values = x
+    for path, stage in plain.named_children():
+        if path in ("fc3", "fc4", "fc5"):
+            model.get_submodule(path).carrier.match = lambda layer, h=values: lambda _: h.detach()
+        values = stage(values)
+    got, want = rule_grads(model, rule, x, y), bp_grads(plain, x, y)
+    assert_matches(got, want)
+    assert distance(other["fc4.weight"], want["fc4.weight"]) > 1e-2
+
+
+def test_transport_carries_by_the_weight_and_has_no_b():
+    x, y = data(False)
+    model = chain_net()
+    rule = fa_bench.attach(model, "asap", seed=0, sample_input=x, transport=True)
+    assert not rule.feedback_parameters()
+    assert not any("B" in tensors for tensors in rule.feedback.values())
+    got, want = rule_grads(model, rule, x, y), bp_grads(chain_net(), x, y)
+    assert distance(got["conv2.weight"], want["conv2.weight"]) < 1e-12, "its input and its error are true"
+    assert distance(got["conv4.weight"], want["conv4.weight"]) > 1e-2
+    assert got["conv1.weight"] is None
+    with pytest.raises(fa_bench.errors.OptionError, match="transport"):
+        fa_bench.attach(chain_net(), "asfp", sample_input=x, transport=True)
+
+
+def test_fully_connected_layers_of_a_convolutional_net_have_fixed_uniform_feedback():
+    x, _ = data(False)
+    model = chain_net()
+    rule = fa_bench.attach(model, "asap", seed=0, sample_input=x)
+    b = rule.feedback["fc"]["B"]
+    assert 0.9 < b.abs().max() <= 1 and all(b is not t for t in rule.feedback_parameters())
+    model = chain_net()
+    rule = fa_bench.attach(model, "asap", seed=0, sample_input=x, linear_b_init="xavier_uniform", b_init="copy_w")
+    assert rule.feedback["fc"]["B"].abs().max() <= (6 / 35) ** 0.5
+    assert torch.equal(rule.feedback["conv3"]["B"], model.conv3.weight)
+
+
+def test_what_cannot_share_says_what_would_work():
+    x, _ = nets.batch("one")
+    with pytest.raises(fa_bench.errors.CoverageError, match="resnet20"):
+        fa_bench.attach(nets.one_hidden(), "asap", sample_input=x)
+    x, _ = nets.batch("mlp")
+    with pytest.raises(fa_bench.errors.CoverageError, match=r"fc3.*match=random"):
+        fa_bench.attach(nets.mlp(), "asfp", sample_input=x)  # 5 features for 6
+
+
+def test_two_forwards_keep_their_own_activations():
+    x, y = data(False)
+    other = x.flip(0) * 2
+    model = chain_net()
+    rule = fa_bench.attach(model, "asap", seed=0, sample_input=x)
+    want = rule_grads(model, rule, x, y)
+    model.zero_grad(set_to_none=True)
+    logits = model(x)
+    model(other)
+    with torch.no_grad():
+        model(other)
+    backward(rule, F.cross_entropy(logits, y), logits, y)
+    assert_bitwise(collect(model), want)
+
+
+def test_activation_changed_in_place_is_noticed():
+    class Changed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(5))
+
+        def forward(self, x):
+            for layer in self.layers[:3]:
+                x = torch.tanh(layer(x)) * 1
+            y = torch.tanh(self.layers[3](x))
+            x.add_(1)  # activation 3, whose own consumer does not keep it
+            return self.layers[4](y)
+
+    model, x = Changed(), torch.randn(2, 4)
+    rule = fa_bench.attach(model, "asap", sample_input=x)
+    logits = model(x)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        rule.backward(logits.sum(), logits)
