@@ -25,7 +25,7 @@ from .helpers import (
 
 VARIANTS = {name: (name, {}) for name in ("bp", "frozen", "bp_fc", *EDGE_RULES)}
 VARIANTS |= {f"dfa-{form}": ("dfa", {"form": form}) for form in ("neuron", "kernel", "shared")}
-VARIANTS |= {name: (name, {}) for name in ("pfa", "pfa_o")}
+VARIANTS |= {name: (name, {}) for name in ("pfa", "pfa_o", "forward_alignment")}
 VARIANTS |= {name: (name, {"match": "random", "linear": "share"}) for name in ("asap", "asfp")}
 NET = "conv_bn"
 
