@@ -9,6 +9,7 @@ Every module here holds REFERENCES {rule: function}, CASES {case: (rule, options
 - redrawn: feedback that changes without being learned by the optimizer; the reference is given the present one
 - unscaled: signals that do not come from the loss, and so do not scale with it
 - untrue_output: the output layer's own gradient is not that of the loss
+- last_module: the last hidden layers learn by backpropagation, with the output layer
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from collections.abc import Callable
 
 REFERENCES: dict[str, Callable] = {}
 CASES: dict[str, tuple[str, dict]] = {}
-TRAITS: dict[str, set[str]] = {"exact": set(), "redrawn": set(), "unscaled": set(), "untrue_output": set()}
+TRAITS: dict[str, set[str]] = {
+    trait: set() for trait in ("exact", "redrawn", "unscaled", "untrue_output", "last_module")
+}
 
 for _found in pkgutil.iter_modules(__path__, f"{__name__}."):
     _module = importlib.import_module(_found.name)
