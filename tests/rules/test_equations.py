@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 
 import fa_bench
-from fa_bench.cuts import CutRule
-from fa_bench.registries import ALGORITHMS
 
 from . import nets
 from .helpers import (
@@ -18,6 +16,7 @@ from .helpers import (
     backward,
     bp_grads,
     collect,
+    cut_options,
     distance,
     feedback_arrays,
     feedback_tensors,
@@ -32,8 +31,7 @@ def start(case: str, net: str):
     name, options = CASES[case]
     plain, (x, _) = nets.NETS[net](), nets.batch(net)
     chain = describe(plain)
-    if issubclass(ALGORITHMS[name], CutRule) and options.get("form") != "kernel":
-        options = {"cuts": nets.activation_cuts(plain)} | options
+    options = cut_options(name, plain, options)
     model = nets.NETS[net]()
     rule = fa_bench.attach(model, name, seed=0, sample_input=x, **options)
     return rule, model, plain, chain, REFERENCES[name], options
