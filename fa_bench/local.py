@@ -10,13 +10,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.cuts import CutRule, Kept
-from fa_bench.errors import CoverageError
+from fa_bench.errors import CoverageError, names
 from fa_bench.feedback import seed_for
 from fa_bench.lazy import nn, torch
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch import nn as torch_nn
+
+    from fa_bench.trace import Trace
 
 
 @dataclasses.dataclass(eq=False)
@@ -102,6 +104,24 @@ class LocalRule(CutRule):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for cut, tensors in state.items():
             self.auxiliary_at(cut).load_state_dict(tensors)
+
+
+class ModuleRule(LocalRule):
+    """A local rule whose modules are the model's blocks and learn as wholes; the last one by the network's own loss.
+
+    Where blocks that feed the output layer are named too, they belong to the last module.
+    """
+
+    declared = "blocks"
+    modular = True
+
+    def choose_cuts(self, cuts: tuple[str, ...], trace: Trace) -> tuple[str, ...]:
+        last = {path for path, consumer in trace.consumer.items() if consumer in trace.outputs}
+        chosen = tuple(cut for cut in cuts if last.isdisjoint(trace.feeds.get(cut, ())))
+        if not chosen:
+            raise CoverageError(f"rule '{self.name}' needs two modules or more: {names(cuts)} already feeds the output layer "
+                                f"{names(trace.outputs)}; name the ends of earlier ones in cuts or in model.blocks")
+        return chosen
 
 
 @contextmanager

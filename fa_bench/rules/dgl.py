@@ -7,9 +7,8 @@ import math
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
-from fa_bench.errors import CoverageError, names
 from fa_bench.lazy import nn
-from fa_bench.local import LocalRule, kind_of_map
+from fa_bench.local import ModuleRule, kind_of_map
 from fa_bench.options import option
 from fa_bench.registries import ALGORITHMS
 
@@ -17,12 +16,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch import nn as torch_nn
 
-    from fa_bench.trace import Trace
-
 
 @ALGORITHMS.register("dgl")
 @dataclasses.dataclass(eq=False)
-class DGL(LocalRule):
+class DGL(ModuleRule):
     """Decoupled greedy learning (Belilovsky, Eickenberg and Oyallon 2020), all modules trained at once.
 
     The network is a chain of modules, here the blocks that the model declares. Each but the last has an auxiliary net A behind it
@@ -44,17 +41,6 @@ class DGL(LocalRule):
     """
 
     auxiliary_net: str = option("mlp_sr", "the auxiliary nets", choices=["mlp_sr", "mlp", "linear"])
-
-    declared = "blocks"
-    modular = True
-
-    def choose_cuts(self, cuts: tuple[str, ...], trace: Trace) -> tuple[str, ...]:
-        last = {path for path, consumer in trace.consumer.items() if consumer in trace.outputs}
-        chosen = tuple(cut for cut in cuts if last.isdisjoint(trace.feeds.get(cut, ())))
-        if not chosen:
-            raise CoverageError(f"rule 'dgl' needs two modules or more: {names(cuts)} already feeds the output layer "
-                                f"{names(trace.outputs)}; name the ends of earlier ones in cuts or in model.blocks")
-        return chosen
 
     def auxiliary(self, cut: str, shape: tuple[int, ...], classes: int) -> torch_nn.Module:
         layers: OrderedDict[str, torch_nn.Module] = OrderedDict()

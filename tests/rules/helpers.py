@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fa_bench.cuts import CutRule
+from fa_bench.options import option_fields
 from fa_bench.registries import ALGORITHMS
 
 from . import nets
@@ -33,7 +33,7 @@ def layer_names(model: nn.Module) -> list[str]:
 
 def cut_options(name: str, model: nn.Module, options: dict) -> dict:
     """The options with the activations for cuts, where the rule takes cuts."""
-    if not issubclass(ALGORITHMS[name], CutRule) or options.get("form") == "kernel":
+    if "cuts" not in {field.name for field in option_fields(ALGORITHMS[name])} or options.get("form") == "kernel":
         return options
     return {"cuts": nets.activation_cuts(model)} | options
 

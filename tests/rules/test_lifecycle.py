@@ -29,7 +29,7 @@ from .helpers import (
 VARIANTS = {name: (name, {}) for name in ("bp", "frozen", "bp_fc", *EDGE_RULES)}
 VARIANTS |= {f"dfa-{form}": ("dfa", {"form": form}) for form in ("neuron", "kernel", "shared")}
 VARIANTS |= {name: (name, {}) for name in ("pfa", "pfa_o", "forward_alignment")}
-VARIANTS |= {name: (name, {"match": "random", "linear": "share"}) for name in ("asap", "asfp")}
+VARIANTS |= {name: (name, {"match": "random", "linear": "share"}) for name in ("asap", "asfp", "asfp_lc")}
 VARIANTS |= {name: (name, {}) for name in ("dkp", "drtp", "local_error", "predsim", "dgl")}
 VARIANTS |= {"drtp-sign": ("drtp", {"error_sign": True}), "dkp-sparse": ("dkp", {"density": 0.5})}
 NET = "conv_bn"
