@@ -33,6 +33,7 @@ class _Attached:
         coverage: Coverage
         _trace: Trace | None
         _frozen: list[nn.Parameter]
+        _handles: list[Any]
 
 
 @dataclasses.dataclass(eq=False)
@@ -66,6 +67,7 @@ class Rule(_Attached, Options):
         self.model, self.mode, self.seed = model, Mode(), seed
         self._trace = None
         self._frozen: list[nn.Parameter] = []
+        self._handles: list[Any] = []
         try:
             if self.freeze_stem:
                 stem = model.get_submodule(self.trace(sample_input).order[0])
@@ -79,8 +81,14 @@ class Rule(_Attached, Options):
         return self
 
     def detach(self) -> nn.Module:
-        """Take the rule out: the model is the plain model again, with its present weights. Returns the model."""
-        model = self.model
+        """Take the rule out: the model is the plain model again, with its present weights. Returns the model.
+
+        Raises:
+            CoverageError: where the rule is in no model.
+        """
+        model = getattr(self, "model", None)
+        if model is None:
+            raise CoverageError(f"this '{self.name}' rule object is in no model: it was detached already, or never attached")
         self._leave()
         delattr(model, RULE_ATTRIBUTE)
         return model
@@ -129,7 +137,11 @@ class Rule(_Attached, Options):
         """Give learned feedback its gradients, once those of the weights are complete."""
 
     def step(self) -> None:
-        """Whatever the rule does between updates; call it after ``optimizer.step()``."""
+        """Whatever the rule does between updates; call it after ``optimizer.step()``.
+
+        Raises:
+            RuntimeError: where learned feedback lacks its gradient, since ``loss.backward()`` stood in for `backward`.
+        """
 
     @contextmanager
     def exact(self) -> Iterator[None]:
