@@ -164,7 +164,7 @@ class EdgeRule(Rule):
 
     def step(self) -> None:
         if self.mode.missed:
-            raise RuntimeError(f"rule '{self.name}': its feedback got no gradient, for a backward pass was run by loss.backward(); "
+            raise RuntimeError(f"rule '{self.name}': its feedback got no gradient, for loss.backward() ran the backward pass; "
                                "call rule.backward(loss, logits, target) in its place")
         for layer in self._learning:
             layer.carrier.after_step(layer)
@@ -174,9 +174,9 @@ class EdgeRule(Rule):
         return {path: state for path, state in states.items() if state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        layers = self._layers
-        for path, values in state.items():
-            layers[path].carrier.load_state(values)
+        super().load_state_dict(state)
+        for path in self.state_dict():
+            self._layers[path].carrier.load_state(state[path])
 
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
         return {path: (layer.carrier.effective(layer), layer.weight.detach()) for path, layer in self._layers.items()}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fa_bench.coverage import RULE_ATTRIBUTE, Coverage, check_model
-from fa_bench.errors import CoverageError
+from fa_bench.errors import CoverageError, StateError, names
 from fa_bench.lazy import torch
 from fa_bench.options import Options, option
 
@@ -184,7 +184,16 @@ class Rule(_Attached, Options):
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Take back what `state_dict` gave, after the model's; a rule with state extends this check.
+
+        Raises:
+            StateError: naming the entries that are missing, and those that this rule does not have.
+        """
+        wanted, given = _entries(self.state_dict()), _entries(state)
+        found = {"missing": wanted - given, "unknown": given - wanted}
+        faults = [f"{what}: {names(sorted(entries))}" for what, entries in found.items() if entries]
+        if faults:
+            raise StateError(f"not a state of rule '{self.name}' in this model ({'; '.join(faults)})")
 
     # -------------------------------------------------------------------------------------------- for the metrics
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -229,3 +238,10 @@ class Rule(_Attached, Options):
             sample_input = first.weight.new_zeros(2, first.in_features)
         with self.exact():
             return trace_model(self.model, sample_input, watch)
+
+
+def _entries(state: Any, path: str = "") -> set[str]:
+    """The paths of a nested state's values; an empty mapping counts as nothing."""
+    if not isinstance(state, Mapping):
+        return {path or type(state).__name__}
+    return {entry for key, value in state.items() for entry in _entries(value, f"{path}.{key}" if path else str(key))}

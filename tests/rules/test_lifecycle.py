@@ -318,3 +318,34 @@ def test_refused_before_anything_was_put_in_says_why(variant):
     name, options = VARIANTS[variant]
     with pytest.raises(fa_bench.errors.CoverageError, match="sample_input"):
         fa_bench.attach(nets.convnet(), name, **(options | {"freeze_stem": True}))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_saved_rule_goes_on_as_the_original_whatever_the_seed_it_is_loaded_over(variant):
+    """What the README says: model.state_dict holds the feedback, rule.state_dict the rest."""
+    model, rule, x, y = start(variant, seed=0)
+    rule_grads(model, rule, x, y)
+    saved = copy.deepcopy((model.state_dict(), rule.state_dict()))
+    fresh, fresh_rule, _, _ = start(variant, seed=1)
+    fresh.load_state_dict(saved[0])
+    fresh_rule.load_state_dict(saved[1])
+    assert fresh_rule.state_dict() == saved[1]
+    for _ in range(2):
+        assert_bitwise(rule_grads(fresh, fresh_rule, x, y), rule_grads(model, rule, x, y))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_foreign_state_is_refused_by_name(variant):
+    _, rule, _, _ = start(variant)
+    state = rule.state_dict()
+    with pytest.raises(fa_bench.errors.StateError, match=r"unknown: nowhere\.draws"):
+        rule.load_state_dict(state | {"nowhere": {"draws": 1}})
+    with pytest.raises(fa_bench.errors.StateError, match=r"unknown: list"):
+        rule.load_state_dict([1])
+    for path, values in state.items():
+        with pytest.raises(fa_bench.errors.StateError, match=rf"missing: {path}\."):
+            rule.load_state_dict({key: value for key, value in state.items() if key != path})
+        for name in values:
+            with pytest.raises(fa_bench.errors.StateError, match=rf"missing: {path}\.{name}\b"):
+                rule.load_state_dict(state | {path: {key: value for key, value in values.items() if key != name}})
+    assert rule.state_dict() == state
