@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -15,10 +16,11 @@ from fa_bench import __version__
 from fa_bench.config import Job, conf_dir, register_schemas
 from fa_bench.errors import ConfigError, FaBenchError
 from fa_bench.files import LOG
+from fa_bench.labels import differing, flat, label
 
 CONFIG_NAME = "config"
-#: Number of jobs of a grid, for the titles of progress bars; also seen by jobs in other processes.
-JOB_COUNT = "FA_BENCH_JOBS"
+#: Number of jobs of a grid, and the keys in which each rule's jobs differ; also seen by jobs in other processes.
+JOB_COUNT, JOB_KEYS = "FA_BENCH_JOBS", "FA_BENCH_KEYS"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,7 +63,7 @@ def _main(argv: list[str]) -> int:
     jobs = composer.check(grid)
     if not arguments.multirun:
         return _hydra(argv) or _report_single(jobs[0][1])
-    os.environ[JOB_COUNT] = str(len(jobs))
+    os.environ[JOB_COUNT], os.environ[JOB_KEYS] = str(len(jobs)), json.dumps(_differing([job for job, _ in jobs]))
     print(f"{len(jobs)} runs, below {_common([place for _, place in jobs])}", flush=True)
     flags = [word for word in argv if word not in arguments.overrides]
     code = _hydra([*flags, *composer.sweep_overrides])
@@ -106,8 +108,10 @@ def _job(config: DictConfig) -> None:
     job = Job.from_config(config)
     alone = settings.mode != RunMode.MULTIRUN
     counted = "" if alone else f"[{settings.job.num + 1}/{os.environ.get(JOB_COUNT, '?')}] "
+    keys = {} if alone else json.loads(os.environ.get(JOB_KEYS, "{}"))
+    shown = label(job.algorithm.name, flat(job.plain()), keys.get(job.algorithm.name, ()))
     try:
-        run(job, directory, title=f"{counted}{job.algorithm.name} seed {job.run.seed}")
+        run(job, directory, title=f"{counted}{shown} seed {job.run.seed}")
     except FaBenchError as error:
         if alone:
             _remove_if_empty(directory)
@@ -120,6 +124,14 @@ def _job(config: DictConfig) -> None:
         print(f"fa-bench: {counted}failed: {type(error).__name__}: {error} (traceback: {directory / LOG})", file=sys.stderr)
         if alone:
             sys.exit(1)
+
+
+def _differing(jobs: list[Job]) -> dict[str, list[str]]:
+    """Rule -> the keys in which its jobs differ."""
+    configs: dict[str, list[dict[str, Any]]] = {}
+    for job in jobs:
+        configs.setdefault(job.algorithm.name, []).append(flat(job.plain()))
+    return {rule: differing(found) for rule, found in configs.items()}
 
 
 def _remove_if_empty(directory: Path) -> None:

@@ -44,6 +44,10 @@ class RunDirectoryError(FaBenchError, OSError):
     """An output directory that holds another run, or a checkpoint that is not this run's."""
 
 
+class StateError(FaBenchError, ValueError):
+    """A saved state that is not one of this rule in this model."""
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """A hint of the form ``; did you mean 'fa'?``, or nothing where no name is close."""
     def likeness(other: str) -> tuple[float, int]:

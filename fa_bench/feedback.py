@@ -257,10 +257,10 @@ class SignedMagnitude(Carrier):
         return drawn.abs() if self._positive is None else drawn
 
     def state(self) -> dict[str, Any]:
-        return {"draws": self.draws}
+        return {"seed": self.seed, "draws": self.draws}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.draws, self._due = int(state["draws"]), False
+        self.seed, self.draws, self._due = int(state["seed"]), int(state["draws"]), False
 
 
 def _moment(tensor: Tensor) -> tuple[int, int]:

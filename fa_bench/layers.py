@@ -36,10 +36,17 @@ class Mode:
     Attributes:
         exact: forward passes are those of the plain model.
         hold: forward passes draw nothing new, so that a probe leaves no trace.
+        missed: a weight got a gradient that the feedback which learns from it did not get.
     """
 
     exact: bool = False
     hold: bool = False
+    missed: bool = False
+
+    def note(self, weight: Tensor) -> None:
+        """A hook on such a weight: its gradient has come; ``rule.backward`` takes the mark away again."""
+        if not (self.exact or self.hold):
+            self.missed = True
 
 
 class FeedbackLayer(nn.Module):

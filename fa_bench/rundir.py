@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 
 from fa_bench.config import VOLATILE, Job
 from fa_bench.errors import RunDirectoryError
 from fa_bench.files import CONFIG, LOG, METRICS, RESULT, write_text
+from fa_bench.labels import flat
 
 CHECKPOINTS, LAST = "checkpoints", "last.pt"
 EVENTS = "events.out.tfevents.*"
@@ -53,7 +53,7 @@ class RunDirectory:
 
     def _difference(self, text: str) -> str:
         try:
-            theirs, ours = _flat(OmegaConf.to_container(OmegaConf.create(text))), _flat(self.job.plain())
+            theirs, ours = flat(OmegaConf.to_container(OmegaConf.create(text))), flat(self.job.plain())  # type: ignore[arg-type]
         except Exception:  # whatever a foreign file makes the parser say, it is not this run's
             return "its config.yaml is not one of fa_bench"
         keys = [k for k in sorted({*theirs, *ours}) if k.split(".")[0] not in VOLATILE and theirs.get(k) != ours.get(k)]
@@ -71,9 +71,3 @@ class RunDirectory:
             shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
         text = OmegaConf.to_yaml(OmegaConf.create(self.job.plain()))
         write_text(self.path / CONFIG, f"{_HEADER}{self.job.config_hash}\n{text}")
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}" if prefix else str(key)).items()}

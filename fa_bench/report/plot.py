@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9",
            "#C20078", "#332288", "#999933", "#8400CD", "#004D40", "#661100")
 STYLES = ("-", "--", ":", "-.")
 PER_STYLE = 6  # groups that share a line style
+LEGEND_WIDTH = 40  # characters
 MARKED_UP_TO = 12  # points of a line: a probe every few epochs shows as points joined, and a single one shows at all
 
 Value = Callable[[Run, Mapping[str, Any]], float]
@@ -107,7 +109,9 @@ def _curve(members: Sequence[Run], value: Value) -> list[tuple[int, float, float
 
 
 def _legend_entry(label: str, members: Sequence[Run]) -> str:
-    return label if all(run.finished for run in members) else f"{label}\n({status_counts(members)})"
+    # Wrapped: the legend takes its width from the panels.
+    lines = textwrap.wrap(label, LEGEND_WIDTH, break_long_words=False, break_on_hyphens=False)
+    return "\n".join([*lines, *([] if all(run.finished for run in members) else [f"({status_counts(members)})"])])
 
 
 def _look(index: int) -> dict[str, str]:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fa_bench.errors import DataError, names
-from fa_bench.files import METRICS, RESULT
+from fa_bench.files import CONFIG, METRICS, RESULT
+from fa_bench.labels import differing, flat, label
 
 FINISHED = "finished"
 _REQUIRED = ("status", "label", "group", "algorithm", "seed")
@@ -88,10 +89,29 @@ def group_runs(runs: Iterable[Run]) -> dict[str, list[Run]]:
 
 
 def group_labels(groups: Mapping[str, Sequence[Run]]) -> dict[str, str]:
-    """What to call each group: its label, or the group's own name where several groups share a label."""
+    """What to call each group: its label; where several groups share it, with what their configs differ in.
+
+    A group that is still not told apart, for its config is not there or says nothing, goes by its own name.
+    """
     labels = {group: str(runs[0].result["label"]) for group, runs in groups.items()}
+    for name in [name for name, count in Counter(labels.values()).items() if count > 1]:
+        configs = {group: read_config(groups[group][0].directory) for group, label in labels.items() if label == name}
+        keys = differing(configs.values())
+        labels |= {group: label(name, config, keys) for group, config in configs.items()}
     shared = Counter(labels.values())
     return {group: label if shared[label] == 1 else group for group, label in labels.items()}
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The config of the run in `directory` by the keys of its command line; empty where it holds none that can be read."""
+    from omegaconf import OmegaConf
+
+    path = directory / CONFIG
+    try:
+        config = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")), resolve=False)
+    except Exception:  # whatever a damaged file makes the parser say: labels must not cost the comparison
+        return {}
+    return flat(config) if isinstance(config, dict) else {}  # type: ignore[arg-type]
 
 
 def finished_by_seed(runs: Iterable[Run]) -> dict[int, Run]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fa_bench.coverage import RULE_ATTRIBUTE, Coverage, check_model
-from fa_bench.errors import CoverageError
+from fa_bench.errors import CoverageError, StateError, names
 from fa_bench.lazy import torch
 from fa_bench.options import Options, option
 
@@ -33,6 +33,7 @@ class _Attached:
         coverage: Coverage
         _trace: Trace | None
         _frozen: list[nn.Parameter]
+        _handles: list[Any]
 
 
 @dataclasses.dataclass(eq=False)
@@ -66,6 +67,7 @@ class Rule(_Attached, Options):
         self.model, self.mode, self.seed = model, Mode(), seed
         self._trace = None
         self._frozen: list[nn.Parameter] = []
+        self._handles: list[Any] = []
         try:
             if self.freeze_stem:
                 stem = model.get_submodule(self.trace(sample_input).order[0])
@@ -79,8 +81,14 @@ class Rule(_Attached, Options):
         return self
 
     def detach(self) -> nn.Module:
-        """Take the rule out: the model is the plain model again, with its present weights. Returns the model."""
-        model = self.model
+        """Take the rule out: the model is the plain model again, with its present weights. Returns the model.
+
+        Raises:
+            CoverageError: where the rule is in no model.
+        """
+        model = getattr(self, "model", None)
+        if model is None:
+            raise CoverageError(f"this '{self.name}' rule object is in no model: it was detached already, or never attached")
         self._leave()
         delattr(model, RULE_ATTRIBUTE)
         return model
@@ -129,7 +137,11 @@ class Rule(_Attached, Options):
         """Give learned feedback its gradients, once those of the weights are complete."""
 
     def step(self) -> None:
-        """Whatever the rule does between updates; call it after ``optimizer.step()``."""
+        """Whatever the rule does between updates; call it after ``optimizer.step()``.
+
+        Raises:
+            RuntimeError: where learned feedback lacks its gradient, since ``loss.backward()`` stood in for `backward`.
+        """
 
     @contextmanager
     def exact(self) -> Iterator[None]:
@@ -172,7 +184,16 @@ class Rule(_Attached, Options):
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Take back what `state_dict` gave, after the model's; a rule with state extends this check.
+
+        Raises:
+            StateError: naming the entries that are missing, and those that this rule does not have.
+        """
+        wanted, given = _entries(self.state_dict()), _entries(state)
+        found = {"missing": wanted - given, "unknown": given - wanted}
+        faults = [f"{what}: {names(sorted(entries))}" for what, entries in found.items() if entries]
+        if faults:
+            raise StateError(f"not a state of rule '{self.name}' in this model ({'; '.join(faults)})")
 
     # -------------------------------------------------------------------------------------------- for the metrics
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -217,3 +238,10 @@ class Rule(_Attached, Options):
             sample_input = first.weight.new_zeros(2, first.in_features)
         with self.exact():
             return trace_model(self.model, sample_input, watch)
+
+
+def _entries(state: Any, path: str = "") -> set[str]:
+    """The paths of a nested state's values; an empty mapping counts as nothing."""
+    if not isinstance(state, Mapping):
+        return {path or type(state).__name__}
+    return {entry for key, value in state.items() for entry in _entries(value, f"{path}.{key}" if path else str(key))}

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
+from fa_bench import labels
 from fa_bench.errors import DataError
 from fa_bench.files import atomic
 from fa_bench.report import plot, write_comparison
@@ -124,6 +125,46 @@ def test_groups_that_share_a_label_go_by_their_own_name(tmp_path):
     write_run(tmp_path, "bp", 0, 0.9)
     assert group_labels(group_runs(runs_in(tmp_path))) == {"bp-0a": "bp", "fa-1": "fa-1", "fa-2": "fa-2"}
     assert set(rows(tmp_path)) == {"bp", "fa-1", "fa-2"}
+
+
+def test_groups_that_share_a_label_show_what_their_configs_differ_in(tmp_path):
+    common = {"seed": 0, "output_dir": "out", "optimizer": {"name": "sgd", "momentum": 0.9}, "feedback_optimizer": None}
+    different = [
+        {"seed": 1, "output_dir": "x", "optimizer": {"name": "sgd", "lr": 0.05}},
+        {"optimizer": {"name": "sgd", "lr": 0.1}},
+        {"optimizer": {"name": "adam", "lr": 1e-05, "beta1": 0.9}, "feedback_optimizer": {"name": "adam", "lr": 0.3}},
+    ]
+    for number, config in enumerate(different):
+        run = write_run(tmp_path, "kp", 0, 0.9, group=f"kp-{number}")
+        (run / "config.yaml").write_text("# config hash: abc\n" + json.dumps({**common, **config}))
+    bp = write_run(tmp_path, "bp", 0, 0.9)
+    (bp / "config.yaml").write_text(json.dumps({**common, "optimizer": {"name": "sgd", "lr": 7.0}}))
+    assert list(group_labels(group_runs(runs_in(tmp_path))).values()) == [
+        "bp",
+        "kp optimizer=sgd optimizer.lr=0.05 feedback_optimizer=null",
+        "kp optimizer=sgd optimizer.lr=0.1 feedback_optimizer=null",
+        "kp optimizer=adam optimizer.lr=1e-05 feedback_optimizer=adam"]
+    assert "kp optimizer=sgd optimizer.lr=0.1 feedback_optimizer=null" in rows(tmp_path)
+
+
+def test_configs_that_say_nothing_or_cannot_be_read_leave_the_group_s_name(tmp_path):
+    for number, text in enumerate(["a: [", "- 1", "seed: 3"]):
+        (write_run(tmp_path, "kp", 0, 0.9, group=f"kp-{number}") / "config.yaml").write_text(text)
+    assert set(group_labels(group_runs(runs_in(tmp_path))).values()) == {"kp-0", "kp-1", "kp-2"}
+
+
+@pytest.mark.parametrize(("one", "other", "want"), [
+    ({"a": 1, "b": True}, {"a": 1, "b": False}, ["rule b=true", "rule b=false"]),
+    ({"m": [20, 30], "n": None}, {"m": [], "n": None}, ["rule m=[20,30]", "rule m=[]"]),
+    ({"o": {"name": "a", "s": {"name": "c", "x": 1}}}, {"o": {"name": "a", "s": {"name": "d", "x": 2}}},
+     ["rule o.s.name=c", "rule o.s.name=d"]),
+    ({"o": {"name": "a", "s": {"name": "c", "x": 1}}}, {"o": {"name": "a", "s": {"name": "c", "x": 2}}},
+     ["rule o.s.x=1", "rule o.s.x=2"]),
+    ({"seed": 1, "resume": True}, {"seed": 2, "resume": False}, ["rule", "rule"]),
+])
+def test_labels(one, other, want):
+    configs = [labels.flat(one), labels.flat(other)]
+    assert [labels.label("rule", config, labels.differing(configs)) for config in configs] == want
 
 
 # Statistics.
@@ -283,10 +324,11 @@ def test_figure_shows_each_group_and_says_where_there_is_no_data(tmp_path, monke
     savefig = plot.Figure.savefig
     monkeypatch.setattr(plot.Figure, "savefig", lambda self, *a, **k: drawn.append(self) or savefig(self, *a, **k))
     write_group(tmp_path, "bp", [0.97, 0.98], metrics=[epoch_record(1, 0.5, {"weight_angle": {"fc2": 120.0}})])
-    write_group(tmp_path, "kp", [None], metrics=[], status="failed")
+    write_group(tmp_path, "kp", [None], metrics=[], status="failed", label=f"kp {'a=1 ' * 11}".strip())
     plot.plot_comparison(runs_in(tmp_path), tmp_path / "figure.png")
     accuracy, weight, delta = drawn[0].axes
-    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["bp", "kp\n(1 failed)"]
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == [
+        "bp", f"kp {'a=1 ' * 9}".strip() + "\na=1 a=1\n(1 failed)"]
     assert len(accuracy.lines) == 1 and weight.get_ylim()[0] <= 0 and weight.get_ylim()[1] > 120
     assert [text.get_text() for text in delta.texts] == ["no data"] and not weight.texts
     assert imread(tmp_path / "figure.png").shape[:2] == (480, 1560)

@@ -272,3 +272,86 @@ def test_rule_object_works_like_its_name():
     one = fa_bench.attach(by_name, "fa", seed=0)
     two = fa_bench.attach(by_object, type(one)(), seed=0)
     assert_matches(rule_grads(by_object, two, x, y), rule_grads(by_name, one, x, y), rel=REL)
+
+
+LEARNING = ["kp", "pfa", "asap", "asfp"]
+
+
+@pytest.mark.parametrize("variant", LEARNING)
+def test_step_says_that_loss_backward_leaves_feedback_without_its_gradient(variant):
+    """Where rule.backward alone gives the feedback its gradient; rules that learn within the backward pass take both."""
+    model, rule, x, y = start(variant)
+    rule_grads(model, rule, x, y)
+    rule.step()
+    for tensor in rule.feedback_parameters():
+        tensor.grad = None
+    F.cross_entropy(model(x), y).backward()
+    missed = any(tensor.grad is None for tensor in rule.feedback_parameters())
+    assert missed == (variant != "pfa")
+    if missed:
+        with pytest.raises(RuntimeError, match=r"call rule\.backward"):
+            rule.step()
+    else:
+        rule.step()
+    rule_grads(model, rule, x, y)
+    rule.step()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_step_after_exact_backpropagation_or_after_nothing_is_fine(variant):
+    model, rule, x, y = start(variant)
+    rule.step()
+    model(x)
+    with rule.exact():
+        F.cross_entropy(model(x), y).backward()
+    rule.step()
+    rule.step()
+
+
+def test_taken_out_rule_leaves_no_hook_on_weights_and_no_second_time():
+    model, rule, x, y = start("kp")
+    rule.detach()
+    F.cross_entropy(model(x), y).backward()
+    assert not rule.mode.missed
+    with pytest.raises(fa_bench.errors.CoverageError, match="in no model"):
+        rule.detach()
+    with pytest.raises(fa_bench.errors.CoverageError, match="in no model"):
+        type(rule)().detach()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_refused_before_anything_was_put_in_says_why(variant):
+    name, options = VARIANTS[variant]
+    with pytest.raises(fa_bench.errors.CoverageError, match="sample_input"):
+        fa_bench.attach(nets.convnet(), name, **(options | {"freeze_stem": True}))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_saved_rule_goes_on_as_the_original_whatever_the_seed_it_is_loaded_over(variant):
+    """What the README says: model.state_dict holds the feedback, rule.state_dict the rest."""
+    model, rule, x, y = start(variant, seed=0)
+    rule_grads(model, rule, x, y)
+    saved = copy.deepcopy((model.state_dict(), rule.state_dict()))
+    fresh, fresh_rule, _, _ = start(variant, seed=1)
+    fresh.load_state_dict(saved[0])
+    fresh_rule.load_state_dict(saved[1])
+    assert fresh_rule.state_dict() == saved[1]
+    for _ in range(2):
+        assert_bitwise(rule_grads(fresh, fresh_rule, x, y), rule_grads(model, rule, x, y))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_foreign_state_is_refused_by_name(variant):
+    _, rule, _, _ = start(variant)
+    state = rule.state_dict()
+    with pytest.raises(fa_bench.errors.StateError, match=r"unknown: nowhere\.draws"):
+        rule.load_state_dict(state | {"nowhere": {"draws": 1}})
+    with pytest.raises(fa_bench.errors.StateError, match=r"unknown: list"):
+        rule.load_state_dict([1])
+    for path, values in state.items():
+        with pytest.raises(fa_bench.errors.StateError, match=rf"missing: {path}\."):
+            rule.load_state_dict({key: value for key, value in state.items() if key != path})
+        for name in values:
+            with pytest.raises(fa_bench.errors.StateError, match=rf"missing: {path}\.{name}\b"):
+                rule.load_state_dict(state | {path: {key: value for key, value in values.items() if key != name}})
+    assert rule.state_dict() == state

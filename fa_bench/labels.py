@@ -1,0 +1,62 @@
+"""What to call runs that are compared: the rule, and whatever else their configs differ in, as one would type it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fa_bench.config import VOLATILE
+
+NAME = ".name"
+Flat = Mapping[str, Any]
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A config by the keys of its command line, ``optimizer.lr``; a component's name has its group's own, ``optimizer``."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        path = f"{prefix}.{key}" if prefix else str(key)
+        if not isinstance(value, Mapping):
+            found[path] = value
+            continue
+        inner = flat(value, path)
+        if not prefix and path + NAME in inner:
+            found[path] = inner.pop(path + NAME)
+        found |= inner
+    return found
+
+
+def differing(configs: Iterable[Flat]) -> list[str]:
+    """The keys in which these configs differ, seed and what changes no numbers apart.
+
+    An option counts only where configs with the same component have it differently: sgd and adam differ in ``optimizer`` alone.
+    """
+    configs = list(configs)
+    keys = list(dict.fromkeys(key for config in configs for key in config if key.split(".")[0] not in ("seed", *VOLATILE)))
+    return [key for key in keys if _differs(key, configs)]
+
+
+def _differs(key: str, configs: list[Flat]) -> bool:
+    alike: dict[str, set[str]] = {}
+    for config in configs:
+        if key in config:
+            alike.setdefault(repr([config.get(chooser) for chooser in _choosers(key)]), set()).add(repr(config[key]))
+    return any(len(values) > 1 for values in alike.values())
+
+
+def _choosers(key: str) -> list[str]:
+    """The keys that choose the components which `key` is an option of."""
+    parts = key.split(".")
+    groups = [".".join(parts[:depth]) for depth in range(1, len(parts))]
+    return [name for name in (group if "." not in group else group + NAME for group in groups) if name != key]
+
+
+def label(rule: str, config: Flat, keys: Iterable[str]) -> str:
+    """The rule and the config's values of `keys`: ``kp optimizer.lr=0.05``."""
+    return " ".join([rule, *(f"{key}={_shown(config[key])}" for key in keys if key in config)])
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(_shown, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
