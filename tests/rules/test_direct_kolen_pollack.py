@@ -183,9 +183,8 @@ def test_gradients_do_not_depend_on_later_weights():
 def alignment(name: str, steps: int = 300, **options) -> list[float]:
     """Mean angles between a Bᵀ and the logits at each cut, after learning to tell three clusters apart."""
     torch.manual_seed(0)
-    stages = [nn.Linear(20, 40), nn.BatchNorm1d(40), nn.ReLU(), nn.Linear(40, 30), nn.BatchNorm1d(30), nn.ReLU()]
-    stages.append(nn.Linear(30, 3))
-    model = nn.Sequential(*stages)
+    hidden = [nn.Linear(20, 40), nn.BatchNorm1d(40), nn.ReLU(), nn.Linear(40, 30), nn.BatchNorm1d(30), nn.ReLU()]
+    model = nn.Sequential(*hidden, nn.Linear(30, 3))
     y = torch.arange(240) % 3
     x = torch.randn(3, 20)[y] + 0.5 * torch.randn(240, 20)
     rule = fa_bench.attach(model, name, seed=0, cuts=["2", "5"], b_init="kaiming_uniform", **options)
@@ -197,7 +196,7 @@ def alignment(name: str, steps: int = 300, **options) -> list[float]:
 
 
 def test_its_readouts_align_with_the_logits():
-    """From near 90 degrees to 6 at the last hidden layer. With dfa the activations turn to the fixed B as well, but to 21."""
+    """From near 90 degrees to 6 at the last hidden layer. With dfa the activations turn to the fixed B too, to 21."""
     before, learned, fixed = alignment("dkp", steps=0), alignment("dkp", b_lr_scale=1.0), alignment("dfa")
     assert min(before) > 70
     assert max(learned) < 15 and learned[1] < 10
