@@ -102,6 +102,7 @@ class LocalRule(CutRule):
         return {cut: state for cut, state in states.items() if state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
         for cut, tensors in state.items():
             self.auxiliary_at(cut).load_state_dict(tensors)
 

@@ -87,7 +87,8 @@ class ASFPLC(ASFP):
         return super().put_in(sample_input)
 
     def take_out(self) -> None:
-        self._local.take_out()
+        if (local := getattr(self, "_local", None)) is not None:
+            local.take_out()
         super().take_out()
 
     def deliver(self, loss: Tensor, logits: Tensor | None, target: Tensor | None) -> None:
@@ -104,7 +105,7 @@ class ASFPLC(ASFP):
         return {**super().state_dict(), "classifiers": self._local.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict({path: values for path, values in state.items() if path != "classifiers"})
+        super().load_state_dict(state)
         self._local.load_state_dict(state["classifiers"])
 
     def error_points(self, trace: Trace) -> dict[str, tuple[str, str]]:
