@@ -142,7 +142,7 @@ class CutRule(Rule):
     def take_out(self) -> None:
         from fa_bench.layers import drop_tensors
 
-        for handle in self._handles:
+        for handle in getattr(self, "_handles", ()):  # absent where `attach` failed before `put_in`
             handle.remove()
         for module in self.model.modules():
             drop_tensors(module)
