@@ -12,7 +12,7 @@ from fa_bench.cli import main
 
 #: (command line, what the message must name)
 BROKEN = [
-    ("algorithm=fo", ["algorithm=fo", "'fa'", "available", "kp"]),
+    ("algorithm=faa", ["algorithm=faa", "'fa'", "available", "kp"]),
     ("architecture=mpl", ["architecture=mpl", "'mlp'"]),
     ("dataset=digit", ["dataset=digit", "'digits'"]),
     ("optimizer=sdg", ["optimizer=sdg", "'sgd'"]),
