@@ -37,12 +37,23 @@ def save(path: Path, config_hash: str, progress: Progress, rule: Rule, optimizer
 def load(path: Path, config_hash: str, rule: Rule, optimizers: Optimizers) -> Progress:
     """Put a checkpoint back into a rule, its model and its optimizers; returns where the run stands.
 
-    The file is read as data: nothing in it can run.
+    Raises:
+        RunDirectoryError: as `read` does.
+    """
+    state = read(path, config_hash, next(rule.model.parameters()).device)
+    rule.model.load_state_dict(state["model"])
+    rule.load_state_dict(state["rule"])
+    optimizers.load_state_dict(state["optimizers"])
+    restore_random_state(state["random"])
+    return Progress(**state["progress"])
+
+
+def read(path: Path, config_hash: str, device: torch.device | str) -> dict[str, Any]:
+    """A checkpoint's content, its tensors on `device`. The file is read as data: nothing in it can run.
 
     Raises:
         RunDirectoryError: where the file cannot be read or is another config's.
     """
-    device = next(rule.model.parameters()).device
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         stored, version = state["config_hash"], state["version"]
@@ -52,11 +63,7 @@ def load(path: Path, config_hash: str, rule: Rule, optimizers: Optimizers) -> Pr
         raise RunDirectoryError(f"{path}: checkpoint of format {version}, this is fa_bench's format {VERSION}")
     if stored != config_hash:
         raise RunDirectoryError(f"{path}: checkpoint of another config ({stored}; this run is {config_hash})")
-    rule.model.load_state_dict(state["model"])
-    rule.load_state_dict(state["rule"])
-    optimizers.load_state_dict(state["optimizers"])
-    restore_random_state(state["random"])
-    return Progress(**state["progress"])
+    return state
 
 
 def random_state() -> dict[str, Any]:

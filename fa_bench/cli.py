@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from omegaconf import DictConfig
@@ -17,6 +17,10 @@ from fa_bench.config import Job, conf_dir, register_schemas
 from fa_bench.errors import ConfigError, FaBenchError
 from fa_bench.files import LOG
 from fa_bench.labels import differing, flat, label
+from fa_bench.rundir import RunDirectory
+
+if TYPE_CHECKING:
+    from fa_bench.compose import Composer
 
 CONFIG_NAME = "config"
 #: Number of jobs of a grid, and the keys in which each rule's jobs differ; also seen by jobs in other processes.
@@ -36,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fa-bench: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("fa-bench: interrupted; resume=true goes on from the last checkpoint", file=sys.stderr)
+        print("fa-bench: interrupted", file=sys.stderr)
         return 130
 
 
@@ -46,27 +50,41 @@ def _main(argv: list[str]) -> int:
         print(f"fa-bench {__version__}")
         return 0
     arguments = _parse(argv)
-    if arguments.help:
-        from fa_bench.usage import usage
-
-        print(usage(arguments.overrides))
-        return 0
-    if arguments.shell_completion or arguments.hydra_help or arguments.info:
+    # Overrides first: a flag with an optional value would take the one behind it.
+    flags = _without(argv, arguments.overrides)
+    argv = [*arguments.overrides, *flags]
+    if arguments.shell_completion or arguments.hydra_help:
         return _hydra(argv)
 
     from fa_bench.compose import Composer
 
     composer = Composer(arguments.config_name or CONFIG_NAME, arguments.config_dir, arguments.overrides)
+    if arguments.help:
+        from fa_bench.usage import usage
+
+        print(usage(composer))
+        return 0
+    if arguments.info:
+        return _hydra(argv)
     grid = composer.grid(arguments.multirun)
     if arguments.cfg:
         return _hydra(argv)
     jobs = composer.check(grid)
-    if not arguments.multirun:
+    try:
+        return _run(jobs, composer, argv, flags, arguments.multirun)
+    except KeyboardInterrupt:
+        kept = any(RunDirectory(place, job).checkpoint.exists() for job, place in jobs)
+        after = "resume=true goes on from the last checkpoint" if kept else "no checkpoint yet, for no epoch is complete"
+        print(f"fa-bench: interrupted; {after}", file=sys.stderr)
+        return 130
+
+
+def _run(jobs: list[tuple[Job, Path]], composer: Composer, argv: list[str], flags: list[str], multirun: bool) -> int:
+    if not multirun:
         return _hydra(argv) or _report_single(jobs[0][1])
     os.environ[JOB_COUNT], os.environ[JOB_KEYS] = str(len(jobs)), json.dumps(_differing([job for job, _ in jobs]))
     print(f"{len(jobs)} runs, below {_common([place for _, place in jobs])}", flush=True)
-    flags = [word for word in argv if word not in arguments.overrides]
-    code = _hydra([*flags, *composer.sweep_overrides])
+    code = _hydra([*composer.sweep_overrides, *flags])
     return _report_grid([place for _, place in jobs]) or code
 
 
@@ -79,7 +97,28 @@ def _parse(argv: list[str]) -> Any:
         raise ConfigError(f"{message}; see fa-bench --help")
 
     parser.error = refuse  # type: ignore[method-assign]
-    return parser.parse_args(argv)
+    # Abbreviations would read --experiment=quickstart as a flag of Hydra's that begins like it.
+    parser.allow_abbrev = False
+    arguments, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        meant = unknown[0].lstrip("-")
+        hint = f"; did you mean '{meant}'?" if "=" in meant else ""
+        refuse(f"{unknown[0]}: no such flag{hint}")
+    modes = [flag for flag, given in (("--multirun", arguments.multirun), ("--run", arguments.run), ("--cfg", arguments.cfg),
+                                      ("--info", arguments.info), ("--shell-completion", arguments.shell_completion)) if given]
+    if len(modes) > 1:
+        refuse(f"{' and '.join(modes)} do not go together")
+    if arguments.resolve and not arguments.cfg:
+        refuse("--resolve goes with --cfg")
+    return arguments
+
+
+def _without(words: list[str], some: list[str]) -> list[str]:
+    """`words` without one occurrence of each of `some`."""
+    left = list(words)
+    for word in some:
+        left.remove(word)
+    return left
 
 
 def _hydra(argv: list[str]) -> int:

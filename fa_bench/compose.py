@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_search_path_impl import SearchPathQuery
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.hydra import Hydra
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -17,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fa_bench.config import Job, conf_dir, first_line, import_plugin
+from fa_bench.config import Job, conf_dir, first_line, import_plugins
 from fa_bench.errors import ConfigError, names, nearest
 from fa_bench.rundir import RunDirectory
 
@@ -31,20 +33,19 @@ class Composer:
         overrides: the command line's overrides.
 
     Raises:
-        ConfigError: for overrides that cannot be parsed.
+        ConfigError: for overrides that cannot be parsed, a folder that is not there, or a plugin that cannot be imported.
+        OptionError: for plugins that are no list.
     """
 
     def __init__(self, config_name: str, config_dir: str | None, overrides: list[str]) -> None:
         self.config_name, self.overrides = config_name, overrides
-        self.search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
-        if config_dir and not Path(config_dir).is_dir():
+        self.config_dir = None if config_dir is None else Path(config_dir).resolve()
+        if self.config_dir and not self.config_dir.is_dir():
             raise ConfigError(f"--config-dir {config_dir}: no such folder")
         self.parsed = [_parse(text) for text in overrides]
         for override in self.parsed:
-            value = override.value()
-            if override.key_or_group == "plugins" and isinstance(value, list):
-                for module in value:
-                    import_plugin(str(module))
+            if override.key_or_group == "plugins" and not override.is_sweep_override():
+                import_plugins(override.value())
         #: What Hydra is given for a grid: the preset's values where the command line gives none, all spelled out.
         self.sweep_overrides = overrides
 
@@ -75,6 +76,22 @@ class Composer:
             return [self.overrides]
         expanded = BasicSweeper.split_arguments([_parse(text) for text in [*added, *self.overrides]], None)
         return [[*job, "hydra.sweeper.params=null"] if preset else job for batch in expanded for job in batch]
+
+    def choices(self) -> dict[str, list[str]]:
+        """The groups of components and presets with their choices, those of the user's folder included."""
+        with self._hydra():
+            return _groups(GlobalHydra.instance().config_loader())
+
+    def chosen(self) -> dict[str, list[str]]:
+        """Key -> the values that the command line gives it."""
+        return {o.key_or_group: [str(value) for value in (o.sweep_iterator() if o.is_sweep_override() else [o.value()])]
+                for o in self.parsed}
+
+    def component(self, kind: str, choice: str) -> dict[str, Any]:
+        """The options that a choice of one group stands for, with the component's name."""
+        with self._hydra():
+            config = self._compose([f"{kind}={choice}"])
+            return OmegaConf.to_container(config[kind], resolve=False)  # type: ignore[return-value]
 
     def check(self, grid: list[list[str]]) -> list[tuple[Job, Path]]:
         """Every job with its directory.
@@ -110,11 +127,17 @@ class Composer:
     @contextmanager
     def _hydra(self) -> Iterator[None]:
         with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name="fa_bench"):
+            if self.config_dir:
+                # As Hydra's own --config-dir; an override of the search path would escape what lists the groups.
+                path = GlobalHydra.instance().config_loader().get_search_path()
+                path.prepend("command-line", f"file://{self.config_dir}", SearchPathQuery(provider="schema"))
+                GlobalHydra.instance().clear()
+                Hydra.create_main_hydra2("fa_bench", path)
             yield
 
     def _compose(self, overrides: list[str]) -> DictConfig:
         try:
-            return compose(self.config_name, overrides=[*self.search, *overrides], return_hydra_config=True)
+            return compose(self.config_name, overrides=overrides, return_hydra_config=True)
         except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
             raise self._explain(overrides, error) from None
 
@@ -122,7 +145,7 @@ class Composer:
         """One line that names the override at fault, what is allowed and the nearest name."""
         loader = GlobalHydra.instance().config_loader()
         try:
-            base = compose(self.config_name, overrides=self.search, return_hydra_config=True)
+            base = compose(self.config_name, return_hydra_config=True)
         except (HydraException, OmegaConfBaseException):
             return ConfigError(first_line(error))
         groups = _groups(loader)
@@ -138,7 +161,7 @@ class Composer:
         # Keys are looked up in the config that the chosen groups make.
         chosen = [o.input_line for o in map(_parse, overrides) if o.key_or_group in groups]
         try:
-            base = compose(self.config_name, overrides=[*self.search, *chosen], return_hydra_config=True)
+            base = compose(self.config_name, overrides=chosen, return_hydra_config=True)
         except (HydraException, OmegaConfBaseException, ValueError, TypeError):
             return ConfigError(first_line(error))
         for override in (_parse(text) for text in overrides):

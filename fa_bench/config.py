@@ -9,6 +9,7 @@ import importlib
 import json
 import re
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,8 +81,7 @@ class Job:
                      for k, v in config.items() if k != "hydra"}
         except OmegaConfBaseException as error:
             raise ConfigError(f"{error.full_key or 'config'}: {first_line(error)}") from None
-        for module in plain.get("plugins") or []:
-            import_plugin(module)
+        import_plugins(plain.get("plugins", []))
         components = {group.kind: _component(group.kind, group, plain.pop(group.kind, None)) for group in GROUPS}
         feedback = plain.pop(FEEDBACK_OPTIMIZER, None)
         known = [field.name for field in option_fields(RunOptions)]
@@ -155,15 +155,29 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def import_plugin(module: str) -> None:
-    """Import a user's module, looked for in the working directory too; raises ConfigError where it can't be."""
+def import_plugins(modules: Any) -> None:
+    """Import a user's modules, looked for in the working directory too.
+
+    Raises:
+        OptionError: where `modules` is no list of names.
+        ConfigError: for one that cannot be imported, with the file and the line at fault.
+    """
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
-    try:
-        importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(f"plugins=[{module}]: cannot be imported from {Path.cwd()} ({first_line(error)})") from None
+    for module in RunOptions(plugins=modules).plugins:
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # whatever a user's module makes of its import
+            raise ConfigError(f"plugins=[{module}]: cannot be imported from {Path.cwd()} "
+                              f"({type(error).__name__}: {first_line(error)}{_place(error)})") from None
     register_schemas()
+
+
+def _place(error: Exception) -> str:
+    """Where a module's import failed, unless the error's text says so itself."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith("<frozen") and frame.filename != importlib.__file__]
+    return f", {own[-1].filename}:{own[-1].lineno}" if len(own) > 1 and not isinstance(error, SyntaxError) else ""
 
 
 def conf_dir() -> Path:

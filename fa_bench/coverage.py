@@ -75,7 +75,7 @@ def foreign_weights(model: Any, covered: set[int]) -> dict[str, str]:
 
 
 def matching(patterns: Iterable[str], paths: Collection[str], option: str) -> set[str]:
-    """The paths that names or patterns such as ``layer*.conv1`` mean.
+    """The paths that names or patterns such as ``layer*.conv1`` mean; ``*`` stands for any characters, dots included.
 
     Raises:
         CoverageError: naming the option and the pattern that means nothing, with the nearest path.

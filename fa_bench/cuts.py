@@ -32,8 +32,8 @@ class CutRule(Rule):
     Cuts are the modules that the model names in its attribute ``cut_points``, or those of the option `cuts`.
     """
 
-    cuts: list[str] | None = option(None, "modules (names or patterns such as 'layer*.relu') whose output is cut; "
-                                          "null: the cut points that the model declares")
+    cuts: list[str] | None = option(None, "modules (names, or patterns such as 'act*'; * crosses dots) whose output is "
+                                          "cut; null: the cut points that the model declares")
 
     #: The model's attribute that names the cuts unless the option does.
     declared = "cut_points"
@@ -114,7 +114,7 @@ class CutRule(Rule):
         self._tape: dict[str, Kept] | None = None
         self._target: Tensor | None = None
         self._delivered = False
-        named = self.find_cuts()
+        named = self.find_cuts(sample_input)
         trace = self.trace(sample_input, watch=named)
         cuts = self.choose_cuts(named, trace)
         if cuts != named:
@@ -148,12 +148,12 @@ class CutRule(Rule):
             drop_tensors(module)
         self._handles = []
 
-    def find_cuts(self) -> tuple[str, ...]:
+    def find_cuts(self, sample_input: Tensor | None) -> tuple[str, ...]:
         """The cuts, in the order of the model's modules; raises CoverageError where there are none."""
         paths = [path for path, _ in self.model.named_modules() if path]
         wanted = self.cuts if self.cuts is not None else getattr(self.model, self.declared, None)
         if not wanted:
-            shown = [path for path in paths if not list(self.model.get_submodule(path).children())]
+            shown = self._run_once([path for path in paths if not list(self.model.get_submodule(path).children())], sample_input)
             example = [path for path in shown if "relu" in type(self.model.get_submodule(path)).__name__.lower()] or shown
             more = ", ..." if len(shown) > 12 else ""
             raise CoverageError(
@@ -168,9 +168,18 @@ class CutRule(Rule):
         """Those of the named cuts that the rule cuts at; `trace` watched them."""
         return cuts
 
+    def _run_once(self, paths: list[str], sample_input: Tensor | None) -> list[str]:
+        """Those of `paths` that run once in a forward pass, where a sample lets us know."""
+        if sample_input is None:
+            return paths
+        calls = self.trace(sample_input, watch=tuple(paths)).calls
+        return [path for path in paths if calls[path] == 1]
+
     def _check(self, trace: Trace, cuts: tuple[str, ...]) -> None:
         if len(trace.result_shape) != 2:
             raise CoverageError(f"rule '{self.name}' needs logits of shape (N, C); this model gives {trace.result_shape}")
+        for cut, twin in trace.twins.items() if self.side == OUTPUT else ():
+            raise CoverageError(f"cut '{cut}' has the same output as cut '{twin}': name one of them (in patterns * crosses dots)")
         for cut in cuts:
             if trace.calls[cut] != 1:
                 raise CoverageError(f"cut '{cut}' runs {trace.calls[cut]} times in a forward pass; name a module that runs once")

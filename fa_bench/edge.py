@@ -89,8 +89,10 @@ class EdgeRule(Rule):
     Layers that are excluded carry the error by their weight, as in backpropagation.
     """
 
-    include: list[str] = option(["*"], "layers (names or patterns such as 'layer1.*') whose error the rule carries")
-    exclude: list[str] = option([], "layers (names or patterns) that carry the error by their true weight instead")
+    include: list[str] = option(["*"], "layers (names, or patterns such as 'layer1.*'; * crosses dots) whose error "
+                                           "the rule carries")
+    exclude: list[str] = option([], "layers (names, or patterns; * crosses dots) that carry the error by their "
+                                        "true weight instead")
     plain_last: bool = option(False, "the output layer carries its error by its true weight")
 
     def carrier(self, site: Site) -> Carrier:

@@ -13,19 +13,21 @@ class FaBenchError(Exception):
 class OptionError(FaBenchError, ValueError):
     """An option of a component is unknown, of the wrong type or out of range.
 
-    `path` is the option's name within its component; the config layer puts the component's key in front of it.
+    `path` is the option's name within its component; the config layer puts the component's key in front of it. `meant` is what
+    to write behind the path in its place, such as ``.name=cosine``.
     """
 
-    def __init__(self, path: str, problem: str) -> None:
-        super().__init__(path, problem)
-        self.path, self.problem = path, problem
+    def __init__(self, path: str, problem: str, meant: str = "") -> None:
+        super().__init__(path, problem, meant)
+        self.path, self.problem, self.meant = path, problem, meant
 
     def __str__(self) -> str:
-        return f"{self.path}{self.problem}" if self.problem.startswith("=") else f"{self.path}: {self.problem}"
+        said = f"{self.path}{self.problem}" if self.problem.startswith("=") else f"{self.path}: {self.problem}"
+        return f"{said}; did you mean {self.path}{self.meant}?" if self.meant else said
 
     def under(self, prefix: str) -> OptionError:
         """The same error with the path of the enclosing component in front."""
-        return OptionError(f"{prefix}.{self.path}" if prefix else self.path, self.problem)
+        return OptionError(f"{prefix}.{self.path}" if prefix else self.path, self.problem, self.meant)
 
 
 class ConfigError(FaBenchError, ValueError):

@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 class Schedule(Options):
     """How the learning rate changes from epoch to epoch; epochs count from 0."""
 
-    name: str = option("constant", "constant, step (every step_size epochs), multistep (at milestones), cosine (to min_lr)",
+    name: str = option("constant", "constant, step (every step_size epochs), multistep (at milestones), cosine (towards min_lr)",
                        choices=["constant", "step", "multistep", "cosine"])
     gamma: float = option(0.1, "factor of step and multistep", above=0, maximum=1)
     step_size: int | None = option(None, "epochs between the steps of step", minimum=1)
     milestones: list[int] | None = option(None, "epochs at which multistep multiplies by gamma", minimum=1)
-    min_lr: float = option(0.0, "learning rate that cosine ends with", minimum=0)
+    min_lr: float = option(0.0, "learning rate that cosine approaches; the last epoch still has more, the one behind it would "
+                                "have this", minimum=0)
 
     def check(self) -> None:
         for needs, key in (("step", "step_size"), ("multistep", "milestones")):
@@ -59,6 +60,10 @@ class OptimizerOptions(Options):
     first_epoch_weight_decay: float | None = option(None, "weight decay during the first epoch; null: as later", minimum=0)
     schedule: Schedule = option(Schedule(), "change of the learning rate from epoch to epoch")
 
+    def check(self) -> None:
+        if self.schedule.min_lr > self.lr:
+            raise OptionError("schedule.min_lr", f"={self.schedule.min_lr} is above lr={self.lr}")
+
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """The torch optimizer for parameter groups; each group may hold a ``lr`` of its own."""
         raise NotImplementedError
@@ -73,6 +78,7 @@ class SGD(OptimizerOptions):
     nesterov: bool = option(False, "Nesterov momentum")
 
     def check(self) -> None:
+        super().check()
         if self.nesterov and self.momentum == 0:
             raise OptionError("nesterov", "=true needs momentum above 0")
 

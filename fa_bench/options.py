@@ -150,13 +150,20 @@ def _checked(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> A
         raise error.under(name) from None
     choices, limits = metadata["choices"], metadata["limits"]
     if converted is _WRONG:
-        raise OptionError(name, f"={value!r} is not {f'one of {names(choices)}' if choices else type_name(hint)}")
+        raise OptionError(name, f"={value!r} is not {f'one of {names(choices)}' if choices else type_name(hint)}",
+                          _chosen_within(value, hint))
     for item in converted if isinstance(converted, list) else [converted]:
         if choices is not None and item is not None and item not in choices:
             raise OptionError(name, f"={item} is not one of {names(choices)}{nearest(str(item), choices)}")
         if limits and isinstance(item, (int, float)) and not _within(item, limits):
             raise OptionError(name, f"={item} is out of range (allowed: {range_text(limits)})")
     return converted
+
+
+def _chosen_within(value: Any, hint: Any) -> str:
+    """Where a group of options was given one of its own option's choices: that option and the value."""
+    fields = option_fields(hint) if isinstance(hint, type) and issubclass(hint, Options) else []
+    return next((f".{field.name}={value}" for field in fields if value in (field.metadata["choices"] or ())), "")
 
 
 def _within(value: float, limits: Mapping[str, float]) -> bool:

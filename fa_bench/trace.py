@@ -29,6 +29,7 @@ class Trace:
         inputs: weighted layers grouped by the activation that enters them, in the order of execution; those of the image first.
         calls: how often each watched module ran.
         feeds: watched module -> weighted layers that feed its output.
+        twins: watched module -> one watched before it that has the very same output, such as a block's last module.
         behind: weighted layers that a watched output, or the model's, is reached from only or also through another layer.
         output_shapes, input_shapes: watched module or layer -> shape of its output, of its input.
         changed: watched modules and layers whose output was changed in place after they returned it.
@@ -41,6 +42,7 @@ class Trace:
     inputs: list[list[str]]
     calls: Counter[str]
     feeds: dict[str, list[str]]
+    twins: dict[str, str]
     behind: list[str]
     output_shapes: dict[str, tuple[int, ...]]
     input_shapes: dict[str, tuple[int, ...]]
@@ -116,6 +118,8 @@ def trace_model(model: nn.Module, sample: Tensor, watch: Iterable[str] = ()) -> 
         for fed in _walk(seen[path].input_node, node_of, ())[0]:
             consumer.setdefault(fed, path)
     ends = {path: seen[path].output_node for path in watched if path in seen}
+    first: dict[Any, str] = {}
+    twins = {path: twin for path, node in ends.items() if node is not None and (twin := first.setdefault(node, path)) != path}
     walks = {path: _walk(node, node_of, ends.values()) for path, node in ends.items()}
     _, behind = _walk(output.grad_fn, node_of, ends.values())
     behind = behind.union(*(through for _, through in walks.values()))
@@ -126,6 +130,7 @@ def trace_model(model: nn.Module, sample: Tensor, watch: Iterable[str] = ()) -> 
         inputs=list(groups.values()),
         calls=calls,
         feeds={path: [p for p in order if p in fed] for path, (fed, _) in walks.items()},
+        twins=twins,
         behind=[path for path in order if path in behind],
         output_shapes={path: tuple(record.output.shape) for path, record in seen.items()},
         input_shapes={path: record.input_shape for path, record in seen.items()},

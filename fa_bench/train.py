@@ -19,6 +19,7 @@ from fa_bench.loop import Diverged, Loop, Progress
 from fa_bench.metrics.probe import Probe
 from fa_bench.optim import Optimizers
 from fa_bench.record import Recorder, base_result, device_name, progress_result
+from fa_bench.report.runs import read_run
 from fa_bench.rules.base import Rule
 from fa_bench.rundir import RunDirectory
 
@@ -43,6 +44,9 @@ def run(job: Job, directory: Path, title: str = "") -> dict[str, Any]:
     place = RunDirectory(directory, job)
     place.check()
     device = prepare(job)
+    if job.run.resume and (done := _finished(place)) is not None:
+        log.info("%s is finished already: nothing to do", title or directory)
+        return done
     splits = job.dataset.load(Path(job.run.data_dir), device)
     model = _build(job, splits).to(device)
     x, y = next(splits.train.batches(min(job.run.probe_size, len(splits.train))))
@@ -60,6 +64,8 @@ def run(job: Job, directory: Path, title: str = "") -> dict[str, Any]:
         if job.run.resume:
             log.info("%s", f"going on after epoch {progress.epoch}" if resuming else "no checkpoint: starting at the beginning")
         log.debug("%s", rule.coverage)
+        if job.feedback_optimizer is not None and not rule.feedback_parameters():
+            log.info("feedback_optimizer=%s is not used: %s learns no feedback", job.feedback_optimizer.name, rule.name)
         recorder = Recorder(directory, job, progress)
         try:
             angles = _fit(job, place, rule, optimizers, splits, probe, recorder, progress, title)
@@ -77,6 +83,20 @@ def run(job: Job, directory: Path, title: str = "") -> dict[str, Any]:
         finally:
             recorder.finish(result)
     return result
+
+
+def _finished(place: RunDirectory) -> dict[str, Any] | None:
+    """The result of a run that trained to its last epoch; None for one that may go on.
+
+    Raises:
+        RunDirectoryError: where its checkpoint cannot be read or is another config's.
+    """
+    if not place.checkpoint.exists() or not (place.path / RESULT).exists():
+        return None
+    progress = Progress(**checkpoint.read(place.checkpoint, place.job.config_hash, "cpu")["progress"])
+    found = read_run(place.path)
+    whole = progress.epoch >= place.job.run.epochs
+    return found.result if whole and found is not None and found.finished else None
 
 
 def record_failure(job: Job, directory: Path, error: BaseException) -> None:

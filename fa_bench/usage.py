@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 
-from fa_bench.config import FEEDBACK_OPTIMIZER, RunOptions, conf_dir
-from fa_bench.errors import ConfigError
+from fa_bench.compose import Composer
+from fa_bench.config import FEEDBACK_OPTIMIZER, RunOptions
 from fa_bench.options import Options, option_fields, range_text
 from fa_bench.registries import GROUPS
 
@@ -18,28 +18,33 @@ usage: fa-bench [-m] [key=value ...]
   fa-bench -m algorithm=bp,fa,kp seed=0,1,2   a grid, compared at the end
   fa-bench -m experiment=quickstart           a preset grid
   fa-bench --cfg job                          the composed config
-  fa-bench --help algorithm=dfa               the options of one choice
+  fa-bench --help algorithm=dfa               the options of one choice; also of a plugin's, with its plugins=[...]
   fa-bench --hydra-help                       Hydra's own flags (--multirun, --config-dir, ...)
 """
 
 
-def usage(overrides: list[str]) -> str:
-    """Usage, groups with their choices, and the options of what `overrides` choose, or of all run options without any."""
-    chosen = dict(word.lstrip("+").split("=", 1) for word in overrides if "=" in word)
+def usage(composer: Composer) -> str:
+    """Usage, groups with their choices, and the options of what the command line chooses, or of everything.
+
+    What plugins and a folder of the user's own bring along is listed like the rest.
+    """
+    choices, chosen = composer.choices(), composer.chosen()
     lines = [_HEAD, "groups:"]
     for group in GROUPS:
         lines.append(f"  {group.kind}")
-        lines += [f"    {name:15s} {_summary(cls)}" for name, cls in group.items()]
-    presets = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
-    lines += [f"  experiment       presets: {', '.join(presets)}",
+        lines += [f"    {name:15s} {_summary(group[name]) if name in group else f'of {composer.config_dir}'}"
+                  for name in sorted({*choices[group.kind], *group})]
+    lines += [f"  experiment       presets: {', '.join(choices['experiment'])}",
               f"  optimizer@{FEEDBACK_OPTIMIZER}   an optimizer of its own for learned feedback", "", "run options:"]
-    lines += _options(RunOptions, "")
+    lines += _options(RunOptions(), "")
+    everything = not any(group.kind in chosen for group in GROUPS)
     for group in GROUPS:
-        names = [chosen[group.kind]] if group.kind in chosen else list(group) if not chosen else []
-        for name in names:
-            if name not in group:
-                raise ConfigError(f"{group.kind}={name}: no such {group.kind}")
-            lines += ["", f"{group.kind}={name}:", *_options(group[name], f"{group.kind}.")]
+        for name in chosen.get(group.kind, list(group) if everything else []):
+            # What is no component itself is a folder's choice that sets one up: its values are shown in place of the defaults.
+            values = {"name": name} if name in group else composer.component(group.kind, name)
+            component = group[values.pop("name")]
+            title = f"{group.kind}={name}" + (f" ({component.name})" if component.name != name else "")
+            lines += ["", f"{title}:", *_options(component.from_mapping(values), f"{group.kind}.")]
     return "\n".join(lines)
 
 
@@ -49,11 +54,11 @@ def _summary(cls: type[Options]) -> str:
     return text if len(text) <= 100 else text[:97].rsplit(" ", 1)[0] + " ..."
 
 
-def _options(cls: type[Options], prefix: str) -> Iterator[str]:
-    for field in option_fields(cls):
-        value = getattr(cls(), field.name)
+def _options(options: Options, prefix: str) -> Iterator[str]:
+    for field in option_fields(type(options)):
+        value = getattr(options, field.name)
         if isinstance(value, Options):
-            yield from _options(type(value), f"{prefix}{field.name}.")
+            yield from _options(value, f"{prefix}{field.name}.")
             continue
         limits = [f"one of {', '.join(field.metadata['choices'])}"] if field.metadata["choices"] else []
         limits += [range_text(field.metadata["limits"])] if field.metadata["limits"] else []

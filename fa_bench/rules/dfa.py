@@ -50,9 +50,9 @@ class DFA(CutRule):
     def side(self) -> str:
         return INPUT if self.form == "kernel" else OUTPUT
 
-    def find_cuts(self) -> tuple[str, ...]:
+    def find_cuts(self, sample_input: Tensor | None) -> tuple[str, ...]:
         if self.form != "kernel":
-            return super().find_cuts()
+            return super().find_cuts(sample_input)
         from fa_bench.layers import weighted_layers
 
         return tuple(weighted_layers(self.model))

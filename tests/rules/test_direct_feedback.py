@@ -283,3 +283,28 @@ def test_without_any_cut_attach_says_how_to_name_them():
     assert isinstance(caught.value, ValueError)
     with pytest.raises(ValueError, match="act9"):
         fa_bench.attach(nets.mlp(), "dfa", seed=0, sample_input=x, cuts=["act1", "act9"])
+
+
+class Blocks(nn.Module):
+    """A relu that runs twice, and a stage whose output is that of its last block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.relu, self.act = nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Tanh()
+        self.stage = nn.Sequential(nn.Conv2d(2, 2, 1), nn.Sequential(nn.Conv2d(2, 2, 1), nn.ReLU()))
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.fc(self.act(self.relu(self.stage(self.relu(self.conv(x))))).flatten(1))
+
+
+@pytest.mark.parametrize("cuts", [["stage", "stage.1"], ["stage*"], ["stage.1.1", "stage.1"]])
+def test_cuts_with_one_output_are_refused_as_such(cuts):
+    with pytest.raises(fa_bench.errors.CoverageError, match=r"'stage\.1\S*' has the same output as cut 'stage.*crosses dots"):
+        fa_bench.attach(Blocks(), "dfa", cuts=cuts, sample_input=torch.randn(2, 1, 4, 4))
+
+
+def test_hint_of_cuts_names_no_module_that_runs_several_times():
+    with pytest.raises(fa_bench.errors.CoverageError, match="needs cut points") as caught:
+        fa_bench.attach(Blocks(), "dfa", sample_input=torch.randn(2, 1, 4, 4))
+    assert "'stage.1.1'" in str(caught.value) and "relu" not in str(caught.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from fa_bench.cli import main
 
 #: (command line, what the message must name)
 BROKEN = [
-    ("algorithm=fo", ["algorithm=fo", "'fa'", "available", "kp"]),
+    ("algorithm=faa", ["algorithm=faa", "'fa'", "available", "kp"]),
     ("architecture=mpl", ["architecture=mpl", "'mlp'"]),
     ("dataset=digit", ["dataset=digit", "'digits'"]),
     ("optimizer=sdg", ["optimizer=sdg", "'sgd'"]),
@@ -28,6 +29,9 @@ BROKEN = [
     ("optimizer.lr=abc", ["optimizer.lr='abc'", "a number"]),
     ("optimizer.lr=-0.1", ["optimizer.lr=-0.1", "> 0"]),
     ("optimizer.schedule.name=cosin", ["optimizer.schedule.name=cosin", "'cosine'"]),
+    ("optimizer.schedule=cosine", ["optimizer.schedule='cosine'", "did you mean optimizer.schedule.name=cosine?"]),
+    ("optimizer.schedule.min_lr=0.06", ["optimizer.schedule.min_lr=0.06", "lr=0.05"]),
+    ("optimizer=adam optimizer.schedule.min_lr=0.06", ["optimizer.schedule.min_lr=0.06", "lr=0.001"]),
     ("optimizer.schedule.name=step", ["optimizer.schedule.step_size", "needed"]),
     ("optimizer.schedule.milestones=[3]", ["optimizer.schedule.milestones", "multistep"]),
     ("optimizer.nesterov=true optimizer.momentum=0", ["optimizer.nesterov", "momentum"]),
@@ -50,6 +54,16 @@ BROKEN = [
     ("--foo", ["--foo", "--help"]),
     ("--config-dir /nope", ["/nope", "no such folder"]),
     ("plugins=[not_there]", ["plugins=[not_there]", "imported"]),
+    ("plugins=nosuch", ["plugins='nosuch'", "a list"]),
+    ("algorithm=mine plugins=my_rules", ["plugins='my_rules'", "a list"]),
+    ("plugins=[torn]", ["plugins=[torn]", "SyntaxError", "torn.py, line 2"]),
+    ("plugins=[odd]", ["plugins=[odd]", "NameError: name 'nope'", "odd.py:3"]),
+    ("--help plugins=[torn]", ["plugins=[torn]", "SyntaxError"]),
+    ("--help algorithm=dfaa", ["algorithm=dfaa", "'dfa'"]),
+    ("--experiment=quickstart", ["--experiment=quickstart", "'experiment=quickstart'"]),
+    ("algorithm=fa --seed=3 -m", ["--seed=3", "'seed=3'"]),
+    ("--cfg job -m seed=0,1", ["--multirun and --cfg", "together"]),
+    ("--resolve", ["--resolve", "--cfg"]),
     ("dataset.validation=-1", ["dataset.validation=-1", ">= 0"]),
     ("dataset.validation=5000", ["dataset.validation=5000", "1437"]),
     ("algorithm=dfa algorithm.form=kernel algorithm.cuts=[act1]", ["algorithm.cuts", "form=kernel"]),
@@ -69,6 +83,9 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "broken" / split / "a").mkdir(parents=True)
         Image.new("RGB", (4, 4)).save(tmp_path / "broken" / split / "a" / "0.png")
     (tmp_path / "broken/train/a/1.png").write_text("not an image")
+    (tmp_path / "torn.py").write_text("import os\ndef f(:\n")
+    (tmp_path / "odd.py").write_text("import os\n\nx = nope\n")
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
 
 
 @pytest.mark.parametrize(("command", "named"), BROKEN, ids=[command for command, _ in BROKEN])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from fa_bench import loop, train
 from fa_bench.cli import main
 from fa_bench.config import conf_dir
 from fa_bench.files import METRICS, RESULT
+from fa_bench.registries import ALGORITHMS
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["dataset=synthetic", "dataset.samples=80", "dataset.test_samples=16", "batch_size=16", "epochs=1", "probe_size=8"]
@@ -140,6 +143,47 @@ def test_resumed_run_has_the_bits_of_one_never_stopped(rule: list[str], monkeypa
     assert result_in("whole")["angles"] == result_in("parts")["angles"]
 
 
+@pytest.mark.parametrize("grid", [False, True])
+def test_resuming_a_finished_run_says_so_and_changes_nothing(grid: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*MLP, "algorithm=kp", "epochs=2", "resume=true", *(["-m"] if grid else [])]
+    assert main(command) == 0
+    assert "finished already" not in capsys.readouterr().out
+    run = next(Path("outputs").rglob(RESULT)).parent
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in run.rglob("*") if path.is_file()}
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "finished already: nothing to do" in said and "epoch" not in said
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in run.rglob("*") if path.is_file()} == before
+    (run / RESULT).unlink()  # as when it was killed between the last checkpoint and the result
+    assert main(command) == 0
+    assert result_in(run)["status"] == "finished" and result_in(run)["epoch"] == 2
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_interrupt_promises_a_checkpoint_only_where_there_is_one(
+    epochs: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = loop.Loop._epoch
+
+    def interrupted(self: Any, progress: Any, last: bool) -> Any:
+        if progress.epoch == epochs:
+            raise Stopped
+        return whole(self, progress, last)
+
+    monkeypatch.setattr(loop.Loop, "_epoch", interrupted)
+    assert main([*MLP, "epochs=2", "hydra.run.dir=run"]) == 130
+    assert ("resume=true" in (said := capsys.readouterr().err)) == Path("run/checkpoints/last.pt").exists() == (epochs > 0)
+    assert "interrupted" in said and len(said.splitlines()) == 1
+
+
+def test_unused_optimizer_of_learned_feedback_is_mentioned(capsys: pytest.CaptureFixture[str]) -> None:
+    for rule, unused in (("fa", True), ("kp", False)):
+        assert main([*MLP, f"algorithm={rule}", "optimizer@feedback_optimizer=adam", "hydra.run.dir=" + rule]) == 0
+        said = capsys.readouterr().out
+        assert ("feedback_optimizer=adam is not used: fa learns no feedback" in said) == unused
+        assert ("is not used" in Path(rule, "run.log").read_text()) == unused
+
+
 def test_starting_again_without_resume_gives_the_same_run() -> None:
     assert main([*MLP, "epochs=2", "hydra.run.dir=run"]) == 0
     first = lines_in("run")
@@ -221,20 +265,66 @@ def test_every_preset_composes_and_trains(preset: str) -> None:
     assert main(["-m", f"experiment={preset}", *TINY, "seed=0", "algorithm=bp,fa"]) == 0
 
 
-def test_own_rule_from_a_plugin(tmp_path: Path) -> None:
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A module with a rule, and a folder with its config and those of a variant and a preset; nothing stays."""
     (tmp_path / "my_rules.py").write_text(
         "import dataclasses\n"
         "from fa_bench.edge import EdgeRule\n"
         "from fa_bench.feedback import Fixed\n"
+        "from fa_bench.options import option\n"
         "from fa_bench.registries import ALGORITHMS\n"
         "@ALGORITHMS.register('mine')\n"
         "@dataclasses.dataclass(eq=False)\n"
         "class Mine(EdgeRule):\n"
+        "    'My very own rule.'\n"
+        "    density: float = option(0.5, 'fraction of B that is not zero', above=0, maximum=1)\n"
         "    def carrier(self, site):\n"
-        "        site.put('B', 'kaiming_uniform')\n"
+        "        site.put('B', 'kaiming_uniform', self.density)\n"
         "        return Fixed()\n")
-    (tmp_path / "mine" / "algorithm").mkdir(parents=True)
+    for group in ("algorithm", "experiment"):
+        (tmp_path / "mine" / group).mkdir(parents=True)
     (tmp_path / "mine" / "algorithm" / "mine.yaml").write_text("defaults:\n  - /_schema/algorithm/mine@_here_\n")
+    (tmp_path / "mine" / "algorithm" / "thin.yaml").write_text("defaults:\n  - /_schema/algorithm/mine@_here_\ndensity: 0.25\n")
+    (tmp_path / "mine" / "experiment" / "my_figure.yaml").write_text("# @package _global_\nepochs: 3\n")
+    known = dict(ALGORITHMS.items())
+    monkeypatch.delitem(sys.modules, "my_rules", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    yield
+    sys.modules.pop("my_rules", None)
+    ALGORITHMS._entries.clear()
+    ALGORITHMS._entries.update(known)
+
+
+PLUGIN = ["--config-dir", "mine", "plugins=[my_rules]"]
+
+
+def test_own_rule_is_explained_and_its_typos_too(plugin: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help", *PLUGIN]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^    mine +My very own rule\.$", said, re.M) and "algorithm=mine:" in said and "my_figure" in said
+    assert main(["--help", *PLUGIN, "algorithm=mine"]) == 0
+    said = capsys.readouterr().out
+    assert "algorithm.density=0.5" in said and "algorithm=fa" not in said.split("run options:")[1]
+    assert main(["--help", *PLUGIN, "algorithm=thin"]) == 0
+    assert "algorithm=thin (mine):" in (said := capsys.readouterr().out) and "algorithm.density=0.25" in said
+    for words, named in (
+        (["algorithm=mine", "algorithm.densty=0.3"], ["algorithm.densty", "'density'"]),
+        (["algorithm=min"], ["algorithm=min", "'mine'", "thin"]),
+        (["algorithm=mine", "algorithm.density=3"], ["algorithm.density=3", "<= 1"]),
+        (["experiment=my_figur"], ["experiment=my_figur", "'my_figure'"]),
+    ):
+        assert main([*PLUGIN, *words]) == 2
+        said = capsys.readouterr().err
+        assert len(said.splitlines()) == 1 and all(part in said for part in named), said
+
+
+def test_flags_may_stand_between_overrides() -> None:
+    assert main(["algorithm=bp,kp", "-m", *MLP, "seed=0"]) == 0
+    assert len(list(Path("outputs").rglob(RESULT))) == 2
+
+
+def test_own_rule_from_a_plugin(plugin: None, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fa_bench.cli", "--config-dir", "mine", "plugins=[my_rules]", "algorithm=mine", *MLP]
     ran = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": ""}, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
