@@ -37,13 +37,21 @@ class CutRule(Rule):
 
     #: The model's attribute that names the cuts unless the option does.
     declared = "cut_points"
-    #: Whether `signal` reads the values of the kept tensors: then they are held until the backward pass.
+    #: Whether `signal` or `learn_feedback` reads the values of the kept tensors: then they are held until the backward pass.
     reads_values = False
+    #: Whether all layers between two cuts are one module that learns by backpropagation within it: then a layer needs no cut of
+    #: its own, and whatever is in a module is covered.
+    modular = False
 
     @property
     def side(self) -> str:
         """Whether a cut is at its module's output or at its input."""
         return OUTPUT
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether `signal` needs the labels."""
+        return False
 
     # -------------------------------------------------------------------------------------------- for subclasses
     def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:
@@ -63,6 +71,18 @@ class CutRule(Rule):
             target: the labels, (N,), where ``rule.backward`` was given them.
         """
         raise NotImplementedError
+
+    def output_error(self, delta: Tensor) -> Tensor:
+        """The error that the output layer learns by, of the gradient of the loss at the logits: that gradient itself."""
+        return delta
+
+    def project(self, cut: str, errors: Tensor, kept: Kept) -> Tensor:
+        """errors B in the shape of the kept tensor, with errors (N, C) and the cut's B (C, features)."""
+        feedback = self.tensor(cut, "B")
+        if errors.dtype != feedback.dtype:
+            errors = errors.to(feedback.dtype)
+        projected = errors.mm(feedback)
+        return projected if projected.dim() == len(kept.shape) else projected.view(kept.shape)
 
     def learn_feedback(self, tape: dict[str, Kept], delta: Tensor, target: Tensor | None) -> None:
         """Add to ``.grad`` of learned feedback; nothing where it is fixed. Arguments as for `signal`."""
@@ -96,10 +116,13 @@ class CutRule(Rule):
         self._delivered = False
         self._sample = sample_input
         try:
-            cuts = self.find_cuts()
+            named = self.find_cuts()
         finally:
             del self._sample
-        trace = self.trace(sample_input, watch=cuts)
+        trace = self.trace(sample_input, watch=named)
+        cuts = self.choose_cuts(named, trace)
+        if cuts != named:
+            trace = self.trace(sample_input, watch=cuts)
         self._check(trace, cuts)
         self._trace = trace
         self._at = {cut: self.model.get_submodule(cut) for cut in cuts}
@@ -110,8 +133,10 @@ class CutRule(Rule):
         layers = weighted_layers(self.model)
         covered = tuple(
             Covered(path, type(layers[path]).__name__, tuple(layers[path].weight.shape), self._brings(path, trace))
-            for path in trace.order if self.side == INPUT or path not in trace.behind
+            for path in trace.order if self.side == INPUT or self.modular or path not in trace.behind
         )
+        if self.modular:
+            return Coverage(self.name, covered, {})
         ids = {id(parameter) for entry in covered for parameter in layers[entry.layer].parameters(recurse=False)}
         uncovered = foreign_weights(self.model, ids)
         for path in trace.behind if self.side == OUTPUT else ():
@@ -121,7 +146,7 @@ class CutRule(Rule):
     def take_out(self) -> None:
         from fa_bench.layers import drop_tensors
 
-        for handle in self._handles:
+        for handle in getattr(self, "_handles", ()):  # absent where `attach` failed before `put_in`
             handle.remove()
         for module in self.model.modules():
             drop_tensors(module)
@@ -150,6 +175,10 @@ class CutRule(Rule):
         calls = self.trace(self._sample, watch=tuple(paths)).calls
         return [path for path in paths if calls[path] == 1]
 
+    def choose_cuts(self, cuts: tuple[str, ...], trace: Trace) -> tuple[str, ...]:
+        """Those of the named cuts that the rule cuts at; `trace` watched them."""
+        return cuts
+
     def _check(self, trace: Trace, cuts: tuple[str, ...]) -> None:
         if len(trace.result_shape) != 2:
             raise CoverageError(f"rule '{self.name}' needs logits of shape (N, C); this model gives {trace.result_shape}")
@@ -167,6 +196,8 @@ class CutRule(Rule):
         cuts = [cut for cut in self._at if path in trace.feeds[cut]] if self.side == OUTPUT else []
         if cuts:
             return f"cut at {names(cuts)}"
+        if self.modular and path in trace.behind:
+            return "backpropagation within its module"
         return "the true gradient (output layer)" if path in trace.outputs else "cut at its consumer's input"
 
     # -------------------------------------------------------------------------------------------- hooks
@@ -191,7 +222,7 @@ class CutRule(Rule):
         from fa_bench.trace import replaced, tensors_in
 
         tape, self._tape = self._tape, None
-        if not tape:
+        if tape is None:
             return None
         logits = next(tensors_in(output))
         tensors = []
@@ -207,6 +238,8 @@ class CutRule(Rule):
             if self._active():
                 raise CoverageError(f"cut '{cut}' ran outside a forward pass of the attached model: call the model itself")
             return None
+        if not isinstance(tensor, torch.Tensor):
+            raise CoverageError(f"cut '{cut}' returns a {type(tensor).__name__}; name a module that returns one tensor")
         if not tensor.requires_grad:
             return None
         tape[cut] = Kept(tensor, tensor.shape)
@@ -236,14 +269,17 @@ class CutRule(Rule):
             raise ValueError(f"rule '{self.name}': the loss comes from no training forward pass of the attached model")
 
     def _signals(self, tape: dict[str, Kept], delta: Tensor, tensors: tuple[Tensor, ...]) -> list[Tensor]:
-        """The errors of all cuts; called by the backward pass once it has the error at the logits."""
+        """The errors at the logits and at all cuts; called by the backward pass once it has the gradient at the logits."""
         self._delivered = True
         target = self._target
+        if self.needs_target and (target is None or target.shape != delta.shape[:1] or target.is_floating_point()):
+            raise ValueError(f"rule '{self.name}' makes its errors of the labels: call rule.backward(loss, logits, target) with "
+                             f"the class numbers, (N,)")
         for kept, tensor in zip(tape.values() if tensors else (), tensors, strict=True):
             kept.tensor = tensor
         if not self.mode.hold:
             self.learn_feedback(tape, delta, target)
-        signals = [self.signal(cut, kept, delta, target) for cut, kept in tape.items()]
+        signals = [self.output_error(delta), *(self.signal(cut, kept, delta, target) for cut, kept in tape.items())]
         if tensors:
             for kept in tape.values():
                 kept.tensor = None

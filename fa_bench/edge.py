@@ -177,8 +177,9 @@ class EdgeRule(Rule):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        for path in self.state_dict():
-            self._layers[path].carrier.load_state(state[path])
+        for path, layer in self._layers.items():
+            if path in state:
+                layer.carrier.load_state(state[path])
 
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
         return {path: (layer.carrier.effective(layer), layer.weight.detach()) for path, layer in self._layers.items()}

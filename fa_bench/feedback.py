@@ -32,6 +32,7 @@ INITIALISERS: dict[str, tuple[str, Callable[[int, int], float]]] = {
     "normal_fan_out": ("normal", lambda fan_in, fan_out: math.sqrt(1 / fan_out)),
     "lecun_uniform": ("uniform", lambda fan_in, fan_out: math.sqrt(3 / fan_in)),
     "uniform_one": ("uniform", lambda fan_in, fan_out: 1.0),
+    "zeros": ("uniform", lambda fan_in, fan_out: 0.0),
 }
 
 

@@ -78,8 +78,7 @@ class FeedbackLayer(nn.Module):
             # Cast outside the Function: its backward then sees one dtype, and the casts are differentiated as usual.
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = _autocast(x, dtype), _autocast(weight, dtype)
-            carry = carry._replace(feedback=_autocast(carry.feedback, dtype),
-                                   second=None if carry.second is None else _autocast(carry.second, dtype))
+            carry = _autocast_carry(carry, dtype)
             bias = None if bias is None else _autocast(bias, dtype)
         return self.apply_feedback(x, weight, bias, carry, *args, **kwargs)
 
@@ -99,6 +98,16 @@ class FeedbackLayer(nn.Module):
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """As torch's autocast does: double precision stays."""
     return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
+def _autocast_carry(carry: Carry, dtype: torch.dtype) -> Carry:
+    learn, activation = carry.learn, carry.activation
+    if activation is not None:
+        activation = _composed(lambda value: _autocast(value, dtype), activation)
+    if learn is not None and learn.activation is not None:
+        learn = learn._replace(activation=_composed(lambda value: _autocast(value, dtype), learn.activation))
+    second = None if carry.second is None else _autocast(carry.second, dtype)
+    return carry._replace(feedback=_autocast(carry.feedback, dtype), second=second, activation=activation, learn=learn)
 
 
 class FeedbackLinear(FeedbackLayer, nn.Linear):

@@ -192,10 +192,10 @@ def _first_hop(g: Tensor, first: Tensor, groups: int) -> Tensor:
 
 
 class DeliverFunction(torch.autograd.Function):
-    """The identity on the logits z (N, C), whose backward pass also answers with one error for each cut.
+    """The identity on the logits z (N, C), whose backward pass answers with an error for them and one for each cut.
 
-    Inputs: `answer`, called with δ = ∂L/∂z and the kept tensors, returns their errors; `keep`, whether it is given the kept
-    tensors, which are then saved for it; z; the kept tensors, (N, ...) each.
+    Inputs: `answer`, called with δ = ∂L/∂z and the kept tensors, returns the errors at z and at them; `keep`, whether it is
+    given the kept tensors, which are then saved for it; z; the kept tensors, (N, ...) each.
     """
 
     @staticmethod
@@ -206,4 +206,4 @@ class DeliverFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return None, None, delta, *ctx.answer(delta, ctx.saved_tensors)
+        return None, None, *ctx.answer(delta, ctx.saved_tensors)

@@ -181,6 +181,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def without_side_effects(model: nn.Module) -> Iterator[None]:
+    """Forward passes that draw nothing and leave running statistics alone: dropout is off, a batch has its own statistics."""
+    changed: list[tuple[nn.Module, str]] = []
+    for module in model.modules():
+        if (isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ == "StochasticDepth") and module.training:
+            changed.append((module, "training"))
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
+            changed.append((module, "track_running_stats"))
+    for module, attribute in changed:
+        setattr(module, attribute, False)
+    try:
+        yield
+    finally:
+        for module, attribute in changed:
+            setattr(module, attribute, True)
+
+
+@contextmanager
 def all_require_grad(model: nn.Module) -> Iterator[None]:
     """Every parameter of floating type in the graph, frozen ones too; as before afterwards."""
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]

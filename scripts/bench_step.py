@@ -4,8 +4,9 @@ Each round times one block of steps of every rule in turn, so that a drift of th
 ratio is taken round by round, and the table shows its median and quartiles. The row A/A is backpropagation against itself; the
 rows "written out" are the MLP's forward pass as a dozen lines without any library: what eager PyTorch itself asks for the rule.
 A step is: drop gradients, forward, loss, rule.backward, optimizer.step, rule.step; the columns leave the optimizer out and in.
+The column "arithmetic" counts the multiplications of matrix products and convolutions in the same step, as a ratio too.
 
-    python scripts/bench_step.py [--nets mlp conv2 resnet20] [--rules fa kp ...] [--rounds 30] [--threads 2]
+    python scripts/bench_step.py [--nets mlp conv2 resnet20] [--rules fa kp wm:mirror_steps=0 ...] [--rounds 30] [--threads 2]
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ import time
 from collections.abc import Callable
 
 import torch
+from omegaconf import OmegaConf
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import fa_bench
+from fa_bench.errors import CoverageError
 from fa_bench.layers import weighted_layers
 from fa_bench.ops import DeliverFunction, FeedbackLinearFunction
 from fa_bench.optim import SGD, Optimizers
@@ -36,7 +40,9 @@ def make_step(net: str, rule_name: str | None, batch: int, with_optimizer: bool)
     shape = NETS[net]
     model = ARCHITECTURES[net]().build(shape, 10)
     x, y = torch.randn(batch, *shape), torch.randint(0, 10, (batch,))
-    rule = fa_bench.attach(model, rule_name or "bp", seed=0, sample_input=x[:2])
+    name, _, options = (rule_name or "bp").partition(":")
+    chosen = dict(OmegaConf.from_dotlist(options.split(",") if options else []))
+    rule = fa_bench.attach(model, name, seed=0, sample_input=x[:2], **{str(key): value for key, value in chosen.items()})
     optimizers = Optimizers(SGD(lr=1e-3), rule, epochs=1)
 
     def step() -> None:
@@ -53,6 +59,13 @@ def make_step(net: str, rule_name: str | None, batch: int, with_optimizer: bool)
             rule.step()
 
     return step
+
+
+def multiplications(step: Callable[[], None]) -> int:
+    """How many multiplications the matrix products and convolutions of one step have."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops() // 2
 
 
 def make_written_out(rule: str, batch: int) -> Callable[[], None]:
@@ -107,7 +120,8 @@ def main() -> None:
     """Print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
-    parser.add_argument("--rules", nargs="+", default=[name for name in ALGORITHMS if name != "bp"], choices=list(ALGORITHMS))
+    parser.add_argument("--rules", nargs="+", default=[name for name in ALGORITHMS if name != "bp"],
+                        metavar="RULE[:OPTION=VALUE,...]")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
@@ -115,20 +129,35 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     print(f"torch {torch.__version__}, {arguments.threads} threads, batch {arguments.batch}, eager, median [quartiles] of "
           f"{arguments.rounds} rounds\n")
-    print("| net | rule | without optimizer | whole step |\n|---|---|---|---|")
+    print("| net | rule | arithmetic | without optimizer | whole step |\n|---|---|---|---|---|")
     for net in arguments.nets:
-        block = 8 if net == "mlp" else 1
-        columns = []
-        for with_optimizer in (False, True):
-            names: dict[str, str | None] = {PLAIN: None, AGAIN: None, **{name: name for name in arguments.rules}}
-            steps = {label: make_step(net, name, arguments.batch, with_optimizer) for label, name in names.items()}
-            if net == "mlp" and not with_optimizer:
-                steps |= {f"{rule} (written out)": make_written_out(rule, arguments.batch) for rule in ("fa", "dfa")}
-            columns.append(compare(steps, arguments.rounds, block))
-        for name, ratios in columns[0].items():
-            if name != PLAIN:
-                whole = _text(columns[1][name]) if name in columns[1] else "-"
-                print(f"| {net} | {name} | {_text(ratios)} | {whole} |", flush=True)
+        bench(net, arguments)
+
+
+def bench(net: str, arguments: argparse.Namespace) -> None:
+    """Print the rows of one net."""
+    block = 8 if net == "mlp" else 1
+    columns: list[dict[str, list[float]]] = []
+    arithmetic: dict[str, float] = {}
+    for with_optimizer in (False, True):
+        rules: dict[str, str | None] = {PLAIN: None, AGAIN: None, **{name: name for name in arguments.rules}}
+        steps = {}
+        for label, name in rules.items():
+            try:
+                steps[label] = make_step(net, name, arguments.batch, with_optimizer)
+            except CoverageError as error:
+                if not with_optimizer:
+                    print(f"{net}: {error}", file=sys.stderr)
+        if net == "mlp" and not with_optimizer:
+            steps |= {f"{rule} (written out)": make_written_out(rule, arguments.batch) for rule in ("fa", "dfa")}
+        if not with_optimizer:
+            counts = {label: multiplications(step) for label, step in steps.items()}
+            arithmetic = {label: count / counts[PLAIN] for label, count in counts.items()}
+        columns.append(compare(steps, arguments.rounds, block))
+    for name, ratios in columns[0].items():
+        if name != PLAIN:
+            whole = _text(columns[1][name]) if name in columns[1] else "-"
+            print(f"| {net} | {name} | {arithmetic[name]:.2f} | {_text(ratios)} | {whole} |", flush=True)
 
 
 def _text(ratios: list[float]) -> str:

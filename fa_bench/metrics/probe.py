@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from fa_bench.layers import weighted_layers
 from fa_bench.metrics.angles import mean_sample_angle, norm_ratio, weight_angle
 from fa_bench.rules.base import INPUT, OUTPUT, Rule
-from fa_bench.trace import tensors_in, trace_model
+from fa_bench.trace import tensors_in, trace_model, without_side_effects
 
 METRICS = ("weight_angle", "norm_ratio", "delta_angle", "delta_angle_one_step", "true_gradient_norm")
 
@@ -184,12 +184,7 @@ def untouched(rule: Rule) -> Iterator[None]:
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     with ExitStack() as stack:
         model.train()
-        for module in model.modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ == "StochasticDepth":
-                module.eval()
-            if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
-                module.track_running_stats = False
-                stack.callback(setattr, module, "track_running_stats", True)
+        stack.enter_context(without_side_effects(model))
         for parameter, _ in gradients:
             parameter.grad = None
         held, mode.hold = mode.hold, True

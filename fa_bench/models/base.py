@@ -24,7 +24,8 @@ INITS = {
 class Architecture(Options):
     """Base of the architectures. Models are plain PyTorch and know nothing of rules.
 
-    A model may name its cut points in an attribute ``cut_points``: the modules whose outputs are its hidden activations.
+    A model may name its cut points in an attribute ``cut_points``: the modules whose outputs are its hidden activations; and
+    its blocks in an attribute ``blocks``: the modules at the ends of its parts of one or more layers, first to last.
     """
 
     init: str = option("pytorch", "initialiser of the weights; all but pytorch set biases to zero", choices=list(INITS))

@@ -50,4 +50,5 @@ class Conv2(Architecture):
             fc2=nn.Linear(self.hidden, classes),
         ))
         model.cut_points = ["act1", "act2", "act3"]
+        model.blocks = ["act1", "pool", "act3"]
         return model

@@ -45,5 +45,5 @@ class MLP(Architecture):
             width = units
         parts[f"fc{len(self.widths) + 1}"] = nn.Linear(width, classes)
         model = nn.Sequential(parts)
-        model.cut_points = [name for name in parts if name.startswith("act")]
+        model.cut_points = model.blocks = [name for name in parts if name.startswith("act")]
         return model

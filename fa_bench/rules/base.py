@@ -180,7 +180,7 @@ class Rule(_Attached, Options):
         return 1.0
 
     def state_dict(self) -> dict[str, Any]:
-        """The rule's state that is not in ``model.state_dict()``: plain values."""
+        """The rule's state that is not in ``model.state_dict()``: plain containers, values and tensors."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

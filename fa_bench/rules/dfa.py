@@ -80,13 +80,8 @@ class DFA(CutRule):
     def signal(self, cut: str, kept: Kept, delta: Tensor, target: Tensor | None) -> Tensor:
         if self.form == "kernel":
             return self.carried(cut, kept.tensor, kept.tensor, delta, kept.output_shape)
-        feedback = self.tensor(cut, "B")
-        if delta.dtype != feedback.dtype:
-            delta = delta.to(feedback.dtype)
-        projected = delta.mm(feedback)
-        if self._gain != 1:
-            projected = projected * self._gain
-        return projected if projected.dim() == len(kept.shape) else projected.view(kept.shape)
+        projected = self.project(cut, delta, kept)
+        return projected if self._gain == 1 else projected * self._gain
 
     def carried(
         self, layer: str, x: Tensor, g: Tensor, delta: Tensor, output_shape: tuple[int, ...] | None = None

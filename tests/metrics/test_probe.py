@@ -17,14 +17,15 @@ from fa_bench.metrics.probe import Probe
 from fa_bench.models.resnet20 import ResNet20
 
 RULES = [("bp", {}), ("fa", {}), ("usf", {}), ("brsf", {}), ("frsf", {}), ("kp", {}), ("dfa", {}), ("dfa", {"form": "kernel"}),
-         ("dfa", {"form": "shared"}), ("frozen", {}), ("bp_fc", {})]
+         ("dfa", {"form": "shared"}), ("dkp", {}), ("drtp", {}), ("local_error", {}), ("predsim", {}), ("dgl", {}),
+         ("frozen", {}), ("bp_fc", {})]
 IDS = [f"{name}-{next(iter(options.values()), '')}" for name, options in RULES]
 
 
 def mlp() -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 5), nn.Sigmoid(), nn.Linear(5, 3)).double()
-    model.cut_points = ["1", "3"]
+    model.cut_points = model.blocks = ["1", "3"]
     return model
 
 
@@ -113,7 +114,9 @@ def test_probe_leaves_no_trace(name: str, options: dict) -> None:
     rule.backward(F.cross_entropy(logits, y), logits, y)
     model.bn1.eval()
     before = copy.deepcopy((model.state_dict(), rule.state_dict()))
-    gradients = [(p, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+    trained = [*model.parameters(), *rule.feedback_parameters()]
+    gradients = [(p, None if p.grad is None else p.grad.clone()) for p in trained]
+    assert all(p.grad is not None for p in rule.feedback_parameters())
     modes = [m.training for m in model.modules()]
     flags = [p.requires_grad for p in model.parameters()]
     state = torch.get_rng_state()
@@ -123,7 +126,8 @@ def test_probe_leaves_no_trace(name: str, options: dict) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[0][key]), key
-    assert rule.state_dict() == before[1] and [m.training for m in model.modules()] == modes
+    torch.testing.assert_close(rule.state_dict(), before[1], rtol=0, atol=0)
+    assert [m.training for m in model.modules()] == modes
     assert [p.requires_grad for p in model.parameters()] == flags
     for parameter, gradient in gradients:
         assert (parameter.grad is None) == (gradient is None)

@@ -9,8 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fa_bench.options import option_fields
+from fa_bench.registries import ALGORITHMS
+
+from . import nets
+
 EDGE_RULES = ("fa", "usf", "brsf", "frsf", "kp")
-STORED = {"fa": "B", "kp": "B", "brsf": "M", "frsf": "M", "dfa": "B"}  # the rules with stored feedback, and its tensor's name
+# The rules with stored feedback, and its tensor's name.
+STORED = {"fa": "B", "kp": "B", "brsf": "M", "frsf": "M", "dfa": "B", "dkp": "B", "drtp": "B", "local_error": "M"}
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # What a mistake in a call may raise: attach's own errors are ValueErrors; a missing name may also be a lookup or a type error.
 LOUD = (ValueError, LookupError, TypeError)
@@ -23,6 +29,13 @@ REL = 1e-9
 def layer_names(model: nn.Module) -> list[str]:
     """The weighted layers, in registration order."""
     return [name for name, module in model.named_modules() if isinstance(module, WEIGHTED)]
+
+
+def cut_options(name: str, model: nn.Module, options: dict) -> dict:
+    """The options with the activations for cuts, where the rule takes cuts."""
+    if "cuts" not in {field.name for field in option_fields(ALGORITHMS[name])} or options.get("form") == "kernel":
+        return options
+    return {"cuts": nets.activation_cuts(model)} | options
 
 
 def backward(rule, loss: Tensor, logits: Tensor, target: Tensor | None = None) -> None:

@@ -20,7 +20,7 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Stage:
-    """One module of the chain: its name, its kind and, for convolutions, its geometry."""
+    """One module of the chain: its name, its kind, for convolutions its geometry, and for poolings the size they average to."""
 
     name: str
     kind: str
@@ -28,6 +28,7 @@ class Stage:
     padding: tuple[int, int] = (0, 0)
     groups: int = 1
     eps: float = 0.0
+    size: tuple[int, int] = (1, 1)
 
 
 def describe(model: nn.Sequential) -> list[Stage]:
@@ -121,6 +122,33 @@ def linear_input_error(g: np.ndarray, feedback: np.ndarray) -> np.ndarray:
     return error
 
 
+# --- averaging to a given size, over windows that overlap where it does not divide ---
+
+
+def _windows(shape, size):
+    """Every output pixel (p, q) with the rows and columns it averages."""
+    for p, q in product(range(size[0]), range(size[1])):
+        spans = [(i * length // n, -(-(i + 1) * length // n)) for i, length, n in zip((p, q), shape[2:], size, strict=True)]
+        yield p, q, slice(*spans[0]), slice(*spans[1])
+
+
+def pool_forward(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """y[n,c,p,q] = mean of x[n,c] over its window, from row floor(pH/h) up to row ceil((p+1)H/h), excluded; columns likewise."""
+    y = np.zeros((*x.shape[:2], *size))
+    for p, q, rows, columns in _windows(x.shape, size):
+        y[:, :, p, q] = x[:, :, rows, columns].mean((2, 3))
+    return y
+
+
+def pool_backward(x: np.ndarray, g: np.ndarray) -> np.ndarray:
+    """Every pixel of a window receives its share."""
+    error = np.zeros_like(x)
+    for p, q, rows, columns in _windows(x.shape, g.shape[2:]):
+        window = error[:, :, rows, columns]
+        window += g[:, :, p, q][:, :, None, None] / (window.shape[2] * window.shape[3])
+    return error
+
+
 # --- batch normalisation, in training mode ---
 
 
@@ -164,6 +192,8 @@ def forward(chain: list[Stage], params: Arrays, x: np.ndarray) -> list[np.ndarra
             values.append(bn_forward(stage, x, weight, bias))
         elif stage.kind == "flatten":
             values.append(x.reshape(x.shape[0], -1))
+        elif stage.kind == "pool":
+            values.append(pool_forward(x, stage.size))
         else:
             values.append(np.maximum(x, 0.0) if stage.kind == "relu" else np.tanh(x))
     return values
@@ -184,7 +214,8 @@ def output_error(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def gradients(
-    chain: list[Stage], params: Arrays, x, y, *, carry=None, inject=None, deliver=None, activations=None, errors=None
+    chain: list[Stage], params: Arrays, x, y, *,
+    carry=None, inject=None, deliver=None, given=None, activations=None, errors=None, output=1.0,
 ) -> Arrays:
     """Gradients of every parameter under one way of carrying the error.
 
@@ -192,18 +223,22 @@ def gradients(
     inject: stage -> (classes, features); delta_out times it replaces the error at that stage's output.
     deliver: layer -> (classes, C_in, kh, kw) or (classes, in); the error at that layer's input comes from delta_out, which a
     convolution takes on every output pixel, its groups left out.
+    given: stage -> the error at that stage's output, in its shape, in place of what comes from above.
     activations: layer -> what enters its weight gradient in place of its true input.
-    errors: a dictionary that is given the error at the output of every stage.
+    errors: a dictionary that is given the error at the output of every stage and, under "", that at the chain's input.
+    output: factor on the error at the logits.
     """
-    carry, inject, deliver, activations = carry or {}, inject or {}, deliver or {}, activations or {}
+    carry, inject, deliver, given, activations = carry or {}, inject or {}, deliver or {}, given or {}, activations or {}
     errors = {} if errors is None else errors
     values = forward(chain, params, x)
-    delta = output_error(values[-1], y)
+    delta = output * output_error(values[-1], y)
     error, grads = delta, {}
     for stage, x_in, x_out in reversed(list(zip(chain, values[:-1], values[1:], strict=True))):
         weight, bias = f"{stage.name}.weight", f"{stage.name}.bias"
         if stage.name in inject:
             error = linear_input_error(delta, inject[stage.name]).reshape(x_out.shape)
+        if stage.name in given:
+            error = given[stage.name]
         errors[stage.name] = error
         if stage.kind in ("linear", "conv") and bias in params:
             grads[bias] = np.array([error[:, o].sum() for o in range(error.shape[1])])
@@ -227,8 +262,11 @@ def gradients(
             error = error * (x_in > 0)
         elif stage.kind == "tanh":
             error = error * (1.0 - x_out**2)
+        elif stage.kind == "pool":
+            error = pool_backward(x_in, error)
         else:
             error = error.reshape(x_in.shape)
+    errors[""] = error
     return grads
 
 

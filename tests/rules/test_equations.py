@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 
 import fa_bench
-from fa_bench.cuts import CutRule
-from fa_bench.registries import ALGORITHMS
 
 from . import nets
 from .helpers import (
@@ -18,6 +16,7 @@ from .helpers import (
     backward,
     bp_grads,
     collect,
+    cut_options,
     distance,
     feedback_arrays,
     feedback_tensors,
@@ -32,8 +31,7 @@ def start(case: str, net: str):
     name, options = CASES[case]
     plain, (x, _) = nets.NETS[net](), nets.batch(net)
     chain = describe(plain)
-    if issubclass(ALGORITHMS[name], CutRule) and options.get("form") != "kernel":
-        options = {"cuts": nets.activation_cuts(plain)} | options
+    options = cut_options(name, plain, options)
     model = nets.NETS[net]()
     rule = fa_bench.attach(model, name, seed=0, sample_input=x, **options)
     return rule, model, plain, chain, REFERENCES[name], options
@@ -68,7 +66,7 @@ def test_gradients_equal_reference_and_not_bp(case, net):
     else:
         if name not in TRAITS["untrue_output"]:
             assert distance(got[f"{last}.weight"], exact[f"{last}.weight"]) < 1e-12, "the output layer's own gradient is true"
-        hidden = layers[: -2 if "plain_last" in options else -1]
+        hidden = layers[: -2 if "plain_last" in options or name in TRAITS["last_module"] else -1]
         away = [distance(got[f"{at}.weight"], exact[f"{at}.weight"]) > 1e-2 for at in hidden if got[f"{at}.weight"] is not None]
         assert all(away) or name in TRAITS["partly_exact"], "BP's gradient in a hidden layer"
 

@@ -60,6 +60,17 @@ def test_uncovered_weights_are_named_and_may_be_allowed(name, sample):
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.parametrize("name", ["fa", "dfa", "predsim"])
+def test_missing_sample_is_named_with_a_frozen_stem_too(name):
+    def build():
+        return nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
+
+    model = build()
+    with pytest.raises(fa_bench.errors.CoverageError, match="sample_input"):
+        fa_bench.attach(model, name, seed=0, freeze_stem=True, **({} if name == "fa" else {"cuts": ["1"]}))
+    assert unchanged(model, build())
+
+
 def test_subclassed_layers_are_not_swapped_silently():
     """Only exact types are swapped: a layer with a forward of its own must be named, not changed."""
 
@@ -112,6 +123,11 @@ def test_wrapped_part_is_refused_too():
         ("kp", {"b_lr_scal": 0.1}, "b_lr_scale"),
         ("dfa", {"cut": ["act1"]}, "cuts"),
         ("brsf", {"m_int": "xavier_uniform"}, "m_init"),
+        ("dkp", {"b_lr_scal": 0.1}, "b_lr_scale"),
+        ("drtp", {"error_sing": True}, "error_sign"),
+        ("local_error", {"feature": 10}, "features"),
+        ("predsim", {"decoder_sise": 10}, "decoder_size"),
+        ("dgl", {"auxilary_net": "mlp"}, "auxiliary_net"),
     ],
 )
 def test_unknown_option_is_answered_with_the_nearest(rule, wrong, nearest):
@@ -140,6 +156,12 @@ def test_unknown_rule_is_answered_with_the_nearest(wrong, nearest):
         ("fa", {"density": "half"}, "density"),
         ("kp", {"b_lr_scale": -1.0}, "b_lr_scale"),
         ("usf", {"plain_last": "sometimes"}, "plain_last"),
+        ("dkp", {"b_lr_scale": -0.1}, "b_lr_scale"),
+        ("drtp", {"scale": 0.0}, "scale"),
+        ("local_error", {"features": 0}, "features"),
+        ("predsim", {"beta": 1.5}, "beta"),
+        ("predsim", {"loss": "predism"}, "predsim"),
+        ("dgl", {"auxiliary_net": "mlp-sr"}, "mlp_sr"),
     ],
 )
 def test_wrong_values_say_what_is_allowed(rule, options, says):

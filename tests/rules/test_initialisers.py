@@ -59,3 +59,10 @@ def test_magnitudes(name, draw):
     model(torch.zeros(2, 40))
     size = rule.effective_feedback("0").detach().square().mean().sqrt().item()
     assert size == pytest.approx(DRAWS[draw][0](40, 250), rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["kp", "dfa"])
+def test_zeros(name):
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    rule = fa_bench.attach(model, name, seed=0, b_init="zeros", **({"cuts": ["1"]} if name == "dfa" else {}))
+    assert all(not tensors["B"].any() for tensors in rule.feedback.values())

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fa_bench
+from fa_bench.cuts import CutRule
+from fa_bench.registries import ALGORITHMS
 
 from . import nets
 from .helpers import (
@@ -19,22 +21,24 @@ from .helpers import (
     backward,
     bp_grads,
     collect,
+    cut_options,
     feedback_tensors,
     rule_grads,
 )
 
 VARIANTS = {name: (name, {}) for name in ("bp", "frozen", "bp_fc", *EDGE_RULES)}
 VARIANTS |= {f"dfa-{form}": ("dfa", {"form": form}) for form in ("neuron", "kernel", "shared")}
-VARIANTS |= {name: (name, {}) for name in ("pfa", "pfa_o")}
-VARIANTS |= {name: (name, {"match": "random", "linear": "share"}) for name in ("asap", "asfp")}
+VARIANTS |= {name: (name, {}) for name in ("pfa", "pfa_o", "forward_alignment")}
+VARIANTS |= {name: (name, {"match": "random", "linear": "share"}) for name in ("asap", "asfp", "asfp_lc")}
+VARIANTS |= {name: (name, {}) for name in ("dkp", "drtp", "local_error", "predsim", "dgl")}
+VARIANTS |= {"drtp-sign": ("drtp", {"error_sign": True}), "dkp-sparse": ("dkp", {"density": 0.5})}
 NET = "conv_bn"
 
 
 def start(variant: str, *, seed: int = 0, net: str = NET, dtype=torch.float64):
     name, options = VARIANTS[variant]
     model, (x, y) = nets.NETS[net](dtype=dtype), nets.batch(net, dtype=dtype)
-    if name == "dfa" and options["form"] != "kernel":
-        options = options | {"cuts": nets.activation_cuts(model)}
+    options = cut_options(name, model, options)
     return model, fa_bench.attach(model, name, seed=seed, sample_input=x, **options), x, y
 
 
@@ -149,6 +153,7 @@ def test_checkpoint_restores_weights_and_feedback(variant):
     ours, theirs = ({k: v.detach() for k, v in feedback_tensors(r).items()} for r in (rule, fresh_rule))
     assert not stored or any(not torch.equal(ours[key], theirs[key]) for key in ours)
     fresh.load_state_dict(saved, strict=True)
+    fresh_rule.load_state_dict(copy.deepcopy(rule.state_dict()))
     for net in (model, fresh):
         net.eval()
     if stored:
@@ -229,23 +234,24 @@ def test_rules_one_after_the_other_on_one_model():
     """Detach leaves nothing that the next rule could trip over; the same seed gives the first rule's gradients again."""
     x, y = nets.batch("conv")
     model, results = nets.convnet(), []
-    for name in ("fa", "kp", "dfa", "fa"):
-        options = {"cuts": ["act1", "act2"]} if name == "dfa" else {}
-        rule = fa_bench.attach(model, name, seed=0, sample_input=x, **options)
+    for name in ("fa", "kp", "dfa", "predsim", "fa"):
+        rule = fa_bench.attach(model, name, seed=0, sample_input=x, **cut_options(name, model, {}))
         results.append(rule_grads(model, rule, x, y))
         rule.detach()
-    assert_bitwise(results[3], results[0])
+    assert_bitwise(results[4], results[0])
     assert not torch.equal(results[2]["conv1.weight"], results[0]["conv1.weight"])
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.startswith("dfa")])
-def test_direct_rules_under_bfloat16_autocast(variant):
-    """bf16 keeps 8 bits: gradients within 5 % in norm of the float32 ones (tanh: no mask can flip), far from BP's."""
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if issubclass(ALGORITHMS[VARIANTS[v][0]], CutRule)])
+def test_cut_rules_under_bfloat16_autocast(variant):
+    """bf16 keeps 8 bits: gradients within 5 % in norm of the float32 ones (tanh: no mask can flip), far from BP's.
+
+    dgl's auxiliary nets normalise four samples again and again, and with them the rounding: 10 %. Of its layers only the first
+    is not the last module's.
+    """
     name, options = VARIANTS[variant]
     model, (x, y) = nets.convnet(nn.Tanh, dtype=torch.float32), nets.batch("conv", dtype=torch.float32)
-    if variant != "dfa-kernel":
-        options = options | {"cuts": ["act1", "act2"]}
-    rule = fa_bench.attach(model, name, seed=0, sample_input=x, **options)
+    rule = fa_bench.attach(model, name, seed=0, sample_input=x, **cut_options(name, model, options))
     want = rule_grads(model, rule, x, y)
     model.zero_grad(set_to_none=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -255,7 +261,7 @@ def test_direct_rules_under_bfloat16_autocast(variant):
     exact = bp_grads(nets.convnet(nn.Tanh, dtype=torch.float32), x, y)
     for key, grad in collect(model).items():
         assert grad.dtype == torch.float32
-        assert (grad - want[key]).norm() <= 0.05 * want[key].norm(), key
+        assert (grad - want[key]).norm() <= (0.1 if variant == "dgl" else 0.05) * want[key].norm(), key
     assert (exact["conv1.weight"] - want["conv1.weight"]).norm() > 0.3 * want["conv1.weight"].norm()
 
 
@@ -320,6 +326,17 @@ def test_refused_before_anything_was_put_in_says_why(variant):
         fa_bench.attach(nets.convnet(), name, **(options | {"freeze_stem": True}))
 
 
+def assert_same_state(got, want):
+    """Nested mappings of plain values and tensors, to the last bit."""
+    assert type(got) is type(want)
+    if isinstance(want, dict):
+        assert got.keys() == want.keys()
+        for key, value in want.items():
+            assert_same_state(got[key], value)
+    else:
+        assert torch.equal(got, want) if isinstance(want, torch.Tensor) else got == want
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_saved_rule_goes_on_as_the_original_whatever_the_seed_it_is_loaded_over(variant):
     """What the README says: model.state_dict holds the feedback, rule.state_dict the rest."""
@@ -329,7 +346,7 @@ def test_saved_rule_goes_on_as_the_original_whatever_the_seed_it_is_loaded_over(
     fresh, fresh_rule, _, _ = start(variant, seed=1)
     fresh.load_state_dict(saved[0])
     fresh_rule.load_state_dict(saved[1])
-    assert fresh_rule.state_dict() == saved[1]
+    assert_same_state(fresh_rule.state_dict(), saved[1])
     for _ in range(2):
         assert_bitwise(rule_grads(fresh, fresh_rule, x, y), rule_grads(model, rule, x, y))
 
@@ -348,4 +365,4 @@ def test_foreign_state_is_refused_by_name(variant):
         for name in values:
             with pytest.raises(fa_bench.errors.StateError, match=rf"missing: {path}\.{name}\b"):
                 rule.load_state_dict(state | {path: {key: value for key, value in values.items() if key != name}})
-    assert rule.state_dict() == state
+    assert_same_state(rule.state_dict(), state)

@@ -32,7 +32,8 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """A stem of the first width, stages of blocks that halve the image from the second on, and one linear layer.
 
-    Maps (N, C, H, W) to logits (N, classes). Its cut points are the activations: the stem's, and two in every block.
+    Maps (N, C, H, W) to logits (N, classes). Its cut points are the activations: the stem's, and two in every block. Its blocks
+    are the stem and the residual blocks.
     """
 
     def __init__(self, colours: int, classes: int, widths: list[int], blocks: int) -> None:
@@ -49,6 +50,7 @@ class ResNet(nn.Module):
         ))
         self.fc = nn.Linear(widths[-1], classes)
         self.cut_points = ["relu", "stages.*.relu1", "stages.*.relu2"]
+        self.blocks = ["relu", *(path for path, module in self.named_modules() if isinstance(module, Block))]
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stages(self.relu(self.bn1(self.conv1(x))))

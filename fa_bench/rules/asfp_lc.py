@@ -1,0 +1,112 @@
+"""Activation sharing in the feedback path with local classifiers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+import fa_bench.surgery
+from fa_bench.feedback import seed_for
+from fa_bench.lazy import nn
+from fa_bench.local import ModuleRule, kind_of_map
+from fa_bench.options import option
+from fa_bench.registries import ALGORITHMS
+from fa_bench.rules.asfp import ASFP
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch import nn as torch_nn
+
+    from fa_bench.coverage import Coverage
+    from fa_bench.trace import Trace
+
+
+@dataclasses.dataclass(eq=False)
+class Classifiers(ModuleRule):
+    """A classifier at the end of every block but the last: average, linear layer by feedback alignment, normalisation.
+
+    Attributes:
+        pool: the side that a map is averaged to.
+        b_init: initialiser of the linear layer's fixed feedback.
+    """
+
+    pool: int = option(2, "the side that a map is averaged to", minimum=1)
+    b_init: str = option("uniform_one", "initialiser of the linear layer's fixed feedback")
+
+    def auxiliary(self, cut: str, shape: tuple[int, ...], classes: int) -> torch_nn.Module:
+        layers: OrderedDict[str, torch_nn.Module] = OrderedDict()
+        features, size = shape[0], tuple(min(length, self.pool) for length in shape[1:])
+        for length in size:
+            features *= length
+        if size != shape[1:]:
+            layers["pool"] = kind_of_map("AdaptiveAvgPool", cut, shape)(size)
+        layers["flatten"] = nn.Flatten()
+        layers["fc"] = nn.Linear(features, classes)
+        layers["bn"] = nn.BatchNorm1d(classes, track_running_stats=False)
+        classifier = nn.Sequential(layers)
+        fa_bench.surgery.attach(classifier, "fa", seed=seed_for(self.seed, cut, "classifier"), b_init=self.b_init)
+        return classifier
+
+    def local_loss(self, cut: str, auxiliary: torch_nn.Module, activation: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(auxiliary(activation), target)
+
+    @property
+    def feedback(self) -> dict[str, dict[str, Tensor]]:
+        classifiers: dict[str, Any] = {cut: self.auxiliary_at(cut) for cut in self._auxiliary}
+        return {cut: {**tensors, "B": classifiers[cut].fc.feedback_B} for cut, tensors in super().feedback.items()}
+
+
+@ALGORITHMS.register("asfp_lc")
+@dataclasses.dataclass(eq=False)
+class ASFPLC(ASFP):
+    """Activation sharing in the feedback path with local classifiers (ASFP + LC, Table 2 of Woo et al. 2021).
+
+    The model is a chain of blocks, and no error crosses from one to the next. Every block but the last ends in a classifier
+    s = BN(V p + c), with p its activation averaged to ``pool`` x ``pool`` and flattened, and learns by CE(s, labels); the last
+    has the network's own classifier. The classifier is a layer of feedback alignment: error at p = g B with a fixed B, uniform
+    in [-1, 1) (``linear_b_init``); V, c and BN learn with W's optimizer. Within a block the rule is `asfp`, with its options:
+    e_in = g B; gradient of W = gᵀ x; gradient of B = gᵀ h̃ with the shared activation h̃.
+
+    Choices, for there is no code: blocks are the model's (``model.blocks``, or the modules in ``cuts`` that they end with):
+    residual blocks, and the stem, whose normalisation learns by a classifier of its own (a frozen stem without one has none);
+    activations are shared across the ends of blocks as in `asfp`; the classifier's normalisation uses the batch's own
+    statistics, since it serves in training only.
+    """
+
+    cuts: list[str] | None = option(None, "modules (names or patterns) that the blocks end with; null: the model's blocks")
+    pool: int = option(2, "side that a classifier averages a map to", minimum=1)
+
+    def put_in(self, sample_input: Tensor | None) -> Coverage:
+        local = Classifiers(cuts=self.cuts, pool=self.pool, b_init=self.linear_b_init)
+        # One mode for both: what measures the one measures the other.
+        local.name, local.model, local.mode, local.seed = self.name, self.model, self.mode, self.seed
+        local._frozen = self._frozen
+        self._local = local
+        local.put_in(sample_input)
+        return super().put_in(sample_input)
+
+    def take_out(self) -> None:
+        if (local := getattr(self, "_local", None)) is not None:
+            local.take_out()
+        super().take_out()
+
+    def deliver(self, loss: Tensor, logits: Tensor | None, target: Tensor | None) -> None:
+        self._local.deliver(loss, logits, target)
+
+    @property
+    def feedback(self) -> dict[str, dict[str, Tensor]]:
+        return {**super().feedback, **self._local.feedback}
+
+    def feedback_parameters(self) -> list[Tensor]:
+        return [*super().feedback_parameters(), *self._local.feedback_parameters()]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "classifiers": self._local.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._local.load_state_dict(state["classifiers"])
+
+    def error_points(self, trace: Trace) -> dict[str, tuple[str, str]]:
+        return {**super().error_points(trace), **self._local.error_points(trace)}

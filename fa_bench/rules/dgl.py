@@ -1,0 +1,68 @@
+"""Decoupled greedy learning."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+from fa_bench.lazy import nn
+from fa_bench.local import ModuleRule, kind_of_map
+from fa_bench.options import option
+from fa_bench.registries import ALGORITHMS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch import nn as torch_nn
+
+
+@ALGORITHMS.register("dgl")
+@dataclasses.dataclass(eq=False)
+class DGL(ModuleRule):
+    """Decoupled greedy learning (Belilovsky, Eickenberg and Oyallon 2020), all modules trained at once.
+
+    The network is a chain of modules, here the blocks that the model declares. Each but the last has an auxiliary net A behind it
+    and learns, with it, by true backpropagation of CE(A(a), labels), a the module's output; no error crosses from one module to
+    the next. The last module learns by the network's own classifier and loss. `auxiliary_net` says what A is, for a map a of
+    C channels and size H x W:
+
+    - mlp_sr: average to ⌈H/4⌉ x ⌈W/4⌉; three times 1x1 convolution of C to C without bias, batch normalisation, ReLU; average to
+      2x2; three times linear 4C to 4C, batch normalisation, ReLU; linear to the classes.
+    - mlp: the same without the convolutions.
+    - linear: the two averages and the last layer.
+
+    For a flat a of F features the layers are F wide, and mlp_sr is mlp. The auxiliary nets learn with W's optimizer. The paper's
+    settings: SGD at 0.1 times 0.2 every 15 epochs, momentum 0.9, decay 5e-4, batches of 128, 50 epochs.
+
+    Choices: averages never enlarge a map, so that one of a single pixel has C features, not 4C. Batch normalisation in A uses
+    the batch's own statistics and keeps none, since A is only ever used in training. In ``cuts`` as in ``model.blocks`` the
+    modules are named by what they end with; those that feed the output layer belong to the last one.
+    """
+
+    auxiliary_net: str = option("mlp_sr", "the auxiliary nets", choices=["mlp_sr", "mlp", "linear"])
+
+    def auxiliary(self, cut: str, shape: tuple[int, ...], classes: int) -> torch_nn.Module:
+        layers: OrderedDict[str, torch_nn.Module] = OrderedDict()
+        channels, size = shape[0], shape[1:]
+        if size:
+            pool, conv, norm = (kind_of_map(name, cut, shape) for name in ("AdaptiveAvgPool", "Conv", "BatchNorm"))
+            size = tuple(math.ceil(length / 4) for length in size)
+            layers["pool1"] = pool(size)
+            for number in (1, 2, 3) if self.auxiliary_net == "mlp_sr" else ():
+                layers[f"conv{number}"] = conv(channels, channels, 1, bias=False)
+                layers[f"conv_bn{number}"] = norm(channels, track_running_stats=False)
+                layers[f"conv_relu{number}"] = nn.ReLU()
+            size = tuple(min(length, 2) for length in size)
+            layers["pool2"] = pool(size)
+        layers["flatten"] = nn.Flatten()
+        width = channels * math.prod(size)
+        for number in (1, 2, 3) if self.auxiliary_net != "linear" else ():
+            layers[f"fc{number}"] = nn.Linear(width, width)
+            layers[f"fc_bn{number}"] = nn.BatchNorm1d(width, track_running_stats=False)
+            layers[f"fc_relu{number}"] = nn.ReLU()
+        layers["out"] = nn.Linear(width, classes)
+        return nn.Sequential(layers)
+
+    def local_loss(self, cut: str, auxiliary: torch_nn.Module, activation: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(auxiliary(activation), target)

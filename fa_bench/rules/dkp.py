@@ -1,0 +1,77 @@
+"""Direct Kolen-Pollack."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+from fa_bench.cuts import CutRule, Kept
+from fa_bench.feedback import INITIALISERS, add_gradient, draw_mask, seed_for
+from fa_bench.options import option
+from fa_bench.registries import ALGORITHMS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@ALGORITHMS.register("dkp")
+@dataclasses.dataclass(eq=False)
+class DKP(CutRule):
+    """Direct Kolen-Pollack (eqs 3, 7 and 8 of "Learning the connections in direct feedback alignment").
+
+    With δ = ∂L/∂z of shape (N, C) the error at the logits: the error at a cut is δ B, as in direct feedback alignment with one
+    row of B (C, features of the cut) for every class, and B learns by
+
+        gradient of B = δᵀ a,    a (N, features) the activation at the cut, flattened.
+
+    So B is a linear readout of a, trained on the network's output error, and a Bᵀ aligns with the logits. At the last hidden
+    activation the gradient of B is that of the output layer's weight.
+
+    B needs a learning rate far below that of W, or training explodes. It has an optimizer, a schedule and a decay of its own with
+    ``optimizer@feedback_optimizer=sgd feedback_optimizer.lr=1e-4 ...``; without one it shares W's, and `b_lr_scale` sets its
+    rate relative to W's (0: direct feedback alignment). Weight decay acts on B as on W. The paper's settings: net of two
+    convolutions, both with SGD, Nesterov momentum 0.9 and decay 1e-6, W at lr 1e-2, B at lr 1e-4 times 0.85 an epoch; AlexNet
+    with decay 1e-4, W at lr 1e-2, B by Adam at lr 5e-4.
+
+    Choices: B is Kaiming-uniform with the features of the cut for its fan, as the paper says; the code behind it starts from
+    ``b_init=zeros`` for AlexNet. ``b_lr_scale`` 0.01 is the paper's ratio for the net of two convolutions. `density` below 1 puts
+    a mask, drawn once, on B and again on it after every update. Without batch normalisation the paper found training to explode.
+    """
+
+    b_init: str = option("kaiming_uniform", "initialiser of B", choices=list(INITIALISERS))
+    b_lr_scale: float = option(0.01, "learning rate of B relative to that of W, where B has no optimizer of its own", minimum=0)
+    density: float = option(1.0, "fraction of B that is not zero (mask drawn once)", above=0, maximum=1)
+
+    #: The gradient of B is made of the activations.
+    reads_values = True
+
+    def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:
+        from fa_bench.layers import put_tensor
+
+        for cut, shape in features.items():
+            size = (classes, math.prod(shape))
+            self.put(cut, "B", size, self.b_init, self.density)
+            if self.density < 1:
+                mask = draw_mask(size, self.density, seed_for(self.seed, cut, "B"))
+                put_tensor(self._at[cut], "mask", mask.to(self.tensor(cut, "B")))
+
+    def signal(self, cut: str, kept: Kept, delta: Tensor, target: Tensor | None) -> Tensor:
+        return self.project(cut, delta, kept)
+
+    def learn_feedback(self, tape: dict[str, Kept], delta: Tensor, target: Tensor | None) -> None:
+        for cut, kept in tape.items():
+            dtype = self.tensor(cut, "B").dtype
+            add_gradient(self._at[cut], "B", delta.to(dtype).t().mm(kept.tensor.flatten(1).to(dtype)))
+
+    def feedback_parameters(self) -> list[Tensor]:
+        return [self.tensor(cut, "B") for cut in self._at]
+
+    @property
+    def feedback_lr_scale(self) -> float:
+        return self.b_lr_scale
+
+    def step(self) -> None:
+        if self.density < 1:
+            for cut in self._at:
+                self.tensor(cut, "B").mul_(self.tensor(cut, "mask"))

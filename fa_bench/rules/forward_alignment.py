@@ -1,0 +1,127 @@
+"""Forward Alignment."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.edge import EdgeRule, Site
+from fa_bench.errors import CoverageError
+from fa_bench.feedback import INITIALISERS, Carrier, Carry, Transport
+from fa_bench.lazy import torch
+from fa_bench.options import option
+from fa_bench.registries import ALGORITHMS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+
+    from fa_bench.coverage import Coverage
+
+
+@dataclasses.dataclass
+class Pass:
+    """One forward pass: the layers' true inputs, and those that arrive where random weights stand in for the layers' own."""
+
+    true: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    random: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def arrives(self, path: str) -> Callable[[], Tensor]:
+        """What gives the input that arrived at a layer, once the second pass is done."""
+        return lambda: self.random[path]
+
+
+class RandomForward(Transport):
+    """The error goes through the weight; another activation enters the weight gradient."""
+
+    always = True
+
+    def __init__(self, rule: ForwardAlignment, first: bool) -> None:
+        self.rule, self.first = rule, first
+
+    def carry(self, layer: Any, x: Tensor) -> Carry:
+        current = self.rule.current
+        if current is None:
+            raise CoverageError(f"layer '{layer.path}' ran outside a forward pass of the attached model: call the model itself")
+        current.true[layer.path] = x.detach()
+        return Carry(self.effective(layer), activation=None if self.first else current.arrives(layer.path))
+
+
+@ALGORITHMS.register("forward_alignment")
+@dataclasses.dataclass(eq=False)
+class ForwardAlignment(EdgeRule):
+    """Forward Alignment (appendix A of Woo et al. 2021, eqs 26-27).
+
+    e_in = g W, the true error; gradient of W = gᵀ h̃, where h̃ is what the layer's input would be if the layer in front of it, with
+    its true input h, had the random fixed weight C in place of its own W and no bias: h̃ = φ(C h), with whatever lies between the
+    two layers (normalisation by the batch's own statistics, activation, pooling, additions). The first layer has its true input.
+    The weights of the layer in front align with C, whose angle to W is logged as the weight angle.
+
+    Choices, where the paper treats one hidden layer only: every layer but the first learns so, the output layer too
+    (``plain_last`` gives it its true input); C is drawn like the weights by ``c_init``. It costs a second forward pass.
+    """
+
+    c_init: str = option("xavier_uniform", "initialiser of the random weights C", choices=list(INITIALISERS))
+
+    def put_in(self, sample_input: Tensor | None) -> Coverage:
+        self.current: Pass | None = None
+        self._handles: list[Any] = []
+        trace = self.trace(sample_input)
+        again = [path for path in trace.order if trace.calls[path] > 1]
+        if again:
+            raise CoverageError(f"rule 'forward_alignment' needs layers that run once in a forward pass; '{again[0]}' runs "
+                                f"{trace.calls[again[0]]} times")
+        self._first = set(trace.inputs[0])
+        coverage = super().put_in(sample_input)
+        self._random = [path for path, layer in self._layers.items() if isinstance(layer.carrier, RandomForward)]
+        self._handles = [self.model.register_forward_pre_hook(self._open, with_kwargs=True),
+                         self.model.register_forward_hook(self._close, with_kwargs=True)]
+        return coverage
+
+    def carrier(self, site: Site) -> Carrier:
+        site.put("C", self.c_init)
+        return RandomForward(self, site.path in self._first)
+
+    def take_out(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        super().take_out()
+
+    # The hooks of the model itself. Within the second pass no gradient is enabled, and so neither does anything.
+    def _open(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.is_grad_enabled() and not self.mode.exact:
+            self.current = Pass()
+
+    def _close(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if torch.is_grad_enabled() and self.current is not None:
+            current, self.current = self.current, None
+            self._run_again(current, args, kwargs)
+
+    def _run_again(self, current: Pass, args: Any, kwargs: Any) -> None:
+        """A second forward pass in which every layer has its true input of the first one, and C."""
+        from fa_bench.trace import without_side_effects
+
+        def restart(path: str) -> Any:
+            def hook(module: nn.Module, args: Any) -> Any:
+                current.random[path] = args[0]
+                return (current.true[path], *args[1:])
+            return hook
+
+        values: dict[str, Tensor] = {}
+        for path in self._random:
+            layer = self._layers[path]
+            values[f"{path}.weight"] = layer.feedback_C
+            if layer.bias is not None:
+                values[f"{path}.bias"] = torch.zeros_like(layer.bias)
+        handles = [self._layers[path].register_forward_pre_hook(restart(path)) for path in self._random]
+        try:
+            with torch.no_grad(), without_side_effects(self.model):
+                torch.func.functional_call(self.model, values, args, kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """C and W: what aligns here."""
+        return {path: (self._layers[path].feedback_C, self._layers[path].weight.detach()) for path in self._random}

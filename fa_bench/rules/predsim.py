@@ -1,0 +1,84 @@
+"""Local losses: prediction and similarity."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.lazy import nn, torch
+from fa_bench.local import LocalRule, flattening, kind_of_map
+from fa_bench.options import option
+from fa_bench.registries import ALGORITHMS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch import nn as torch_nn
+
+#: Rows shorter than this do not vary.
+_TINY = 1e-8
+
+
+@ALGORITHMS.register("predsim")
+@dataclasses.dataclass(eq=False)
+class PredSim(LocalRule):
+    """Local losses of Nøkland and Eidnes 2019.
+
+    Every hidden activation a has the loss
+
+        (1-β) CE(D(a), labels) + β mean of (S(K a) - S(y))²    over all N x N pairs of samples,
+
+    with D a linear decoder, K a convolution of 3x3 without bias that keeps the channels (for flat activations a linear layer,
+    features to features), y the one-hot labels, and S the cosines between the rows of its argument, each centred on its own
+    mean. Of a map of more than 3 channels and more than one row S takes each channel's standard deviation over space, of other
+    maps all numbers. D and K learn with W's optimizer; no error crosses a cut. ``loss=pred`` is CE(D(a), labels) alone,
+    ``loss=sim`` the similarity alone. The output layer's error is (1-β) times its true one with predsim, the true one otherwise.
+
+    D averages maps to at most `decoder_size` features, its weight starts at zero and its bias at torch's default, as in the code
+    behind the paper, as do the standard deviation's divisor (positions less one) and β. The paper's settings: Adam at 5e-4, times
+    0.25 at 50, 75, 88 and 94 % of the epochs, leaky ReLU, dropout, no decay.
+
+    Choices: sizes that the decoder's pooling does not divide are averaged over windows that overlap. A sample whose K a does not
+    vary has similarity 0 to all and no gradient, where that code divides by zero. A projection shortcut learns by the loss of
+    the activation behind the addition. Dropout behind a cut stays behind the loss.
+    """
+
+    loss: str = option("predsim", "the local loss", choices=["predsim", "pred", "sim"])
+    beta: float = option(0.99, "share of the similarity in the loss (predsim)", minimum=0, maximum=1)
+    decoder_size: int = option(4096, "features of a map that the decoder takes at most; larger maps are averaged", minimum=1)
+
+    def auxiliary(self, cut: str, shape: tuple[int, ...], classes: int) -> torch_nn.Module:
+        self._classes = classes
+        parts = nn.ModuleDict()
+        if self.loss != "sim":
+            layers, count = flattening(cut, shape, self.decoder_size)
+            layers["out"] = nn.Linear(count, classes)
+            nn.init.zeros_(layers["out"].weight)
+            parts["decoder"] = nn.Sequential(layers)
+        if self.loss != "pred":
+            if len(shape) == 1:
+                parts["similarity"] = nn.Linear(shape[0], shape[0], bias=False)
+            else:
+                parts["similarity"] = kind_of_map("Conv", cut, shape)(shape[0], shape[0], 3, padding=1, bias=False)
+        return parts
+
+    def local_loss(self, cut: str, auxiliary: torch_nn.Module, activation: Tensor, target: Tensor) -> Tensor:
+        functional: Any = nn.functional
+        losses = []
+        if self.loss != "sim":
+            losses.append(functional.cross_entropy(auxiliary["decoder"](activation), target))
+        if self.loss != "pred":
+            labels = functional.one_hot(target, self._classes).to(activation.dtype)
+            losses.append(functional.mse_loss(similarity(auxiliary["similarity"](activation)), similarity(labels)))
+        return losses[0] if len(losses) == 1 else (1 - self.beta) * losses[0] + self.beta * losses[1]
+
+    def output_error(self, delta: Tensor) -> Tensor:
+        return (1 - self.beta) * delta if self.loss == "predsim" else delta
+
+
+def similarity(x: Tensor) -> Tensor:
+    """Cosines between the centred rows of x, (N, F) or maps (N, C, ...), as (N, N)."""
+    x = x.flatten(2).std(2) if x.dim() > 2 and x.shape[1] > 3 and x.shape[2] > 1 else x.flatten(1)
+    centred = x - x.mean(1, keepdim=True)
+    norms = centred.norm(dim=1, keepdim=True)
+    rows = torch.where(norms > _TINY, centred / norms.clamp_min(_TINY), 0.0)
+    return rows.mm(rows.t())

@@ -1,0 +1,56 @@
+"""Reference of activation sharing in the feedback path with local classifiers."""
+
+from __future__ import annotations
+
+from ..reference import (
+    Arrays,
+    Stage,
+    conv_weight_gradient,
+    gradients,
+    linear_weight_gradient,
+)
+from .direct import outputs
+from .local import EPS
+from .sharing import shared, without_stem
+
+
+def classifier(shape: tuple[int, ...], pool: int) -> list[Stage]:
+    """Average to pool x pool (never larger than the map), flatten, linear, normalise."""
+    size = tuple(min(length, pool) for length in shape[1:])
+    stages = [Stage("pool", "pool", size=size)] if size != shape[1:] else []
+    return [*stages, Stage("flatten", "flatten"), Stage("fc", "linear"), Stage("bn", "bn1d", eps=EPS)]
+
+
+def asfp_lc(chain, params, feedback, x, y, k=2, match="max_pool", linear="auto", pool=2, **_) -> Arrays:
+    """At the end of a block the error of its classifier, through the classifier's B; within it the rule of asfp."""
+    values, given, learned = outputs(chain, params, x), {}, {}
+    layers = {stage.name: stage for stage in chain if stage.kind in ("linear", "conv")}
+    names = [stage.name for stage in chain]
+    for cut in feedback.keys() - layers.keys():
+        if not any(stage.name in layers or stage.kind.startswith("bn") for stage in chain[1 : names.index(cut)]):
+            continue  # nothing but the frozen stem in front of it: no error is asked for
+        a, held, errors = values[cut], feedback[cut], {}
+        grads = gradients(classifier(a.shape[1:], pool), held, a, y, carry={"fc": held["B"]}, errors=errors)
+        given[cut] = errors[""]
+        learned |= {f"{cut}.{name}": grad for name, grad in grads.items()}
+    sharing, stand_ins = shared(chain, params, feedback, x, k, match, linear)
+    errors: Arrays = {}
+    carry = {layer: feedback[layer]["B"] for layer in layers if "B" in feedback.get(layer, {})}
+    grads = gradients(chain, params, x, y, carry=carry, given=given, errors=errors)
+    for layer in sharing:
+        if layer not in stand_ins:
+            learned[f"{layer}.B"] = grads[f"{layer}.weight"].copy()
+        elif layers[layer].kind == "linear":
+            learned[f"{layer}.B"] = linear_weight_gradient(stand_ins[layer], errors[layer])
+        else:
+            shape = params[f"{layer}.weight"].shape
+            learned[f"{layer}.B"] = conv_weight_gradient(layers[layer], stand_ins[layer], errors[layer], shape)
+    return without_stem(chain, grads) | learned
+
+
+REFERENCES = {"asfp_lc": asfp_lc}
+CASES = {
+    "asfp_lc": ("asfp_lc", {"match": "random", "linear": "share"}),
+    "asfp_lc-pool": ("asfp_lc", {"match": "random", "linear": "share", "pool": 1}),
+}
+TRAITS = {"unscaled": {"asfp_lc"}, "last_module": {"asfp_lc"}, "partly_exact": {"asfp_lc"}}

@@ -1,0 +1,91 @@
+"""dgl: modules that learn by backpropagation of their own losses, and which modules there are."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fa_bench
+
+from . import nets
+from .helpers import array, assert_matches, collect, rule_grads
+from .registered import BLOCKS, MODELS, registered, trained_grads
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("kind", ["mlp_sr", "mlp", "linear"])
+def test_every_module_is_backpropagation_of_its_own_loss(model, kind):
+    """Against torch alone: detach at the end of each module, add its auxiliary net's loss, differentiate the sum."""
+    net, rule, x, y = registered(model, "dgl", auxiliary_net=kind)
+    nets_of_cuts = {cut: copy.deepcopy(rule.auxiliary_at(cut)) for cut in rule.feedback}
+    got = rule_grads(net, rule, x, y)
+    mine = trained_grads(rule)
+    plain = rule.detach()
+    losses = []
+
+    def ends(cut):
+        def hook(module, args, output):
+            losses.append(F.cross_entropy(nets_of_cuts[cut](output), y))
+            return output.detach()
+        return hook
+
+    handles = [plain.get_submodule(cut).register_forward_hook(ends(cut)) for cut in nets_of_cuts]
+    plain.zero_grad(set_to_none=True)
+    (F.cross_entropy(plain(x), y) + sum(losses)).backward()
+    for handle in handles:
+        handle.remove()
+    assert len(losses) == len(BLOCKS[model])
+    # Convolutions are summed in the same order: what differs is at most the way errors of a shortcut are added.
+    assert_matches(got, {key: array(grad) for key, grad in collect(plain).items() if grad is not None}, rel=1e-12)
+    theirs = {f"{cut}.{key}": array(p.grad) for cut, held in nets_of_cuts.items() for key, p in held.named_parameters()}
+    assert_matches(mine, theirs, rel=1e-12)
+
+
+def test_modules_of_the_users_own_by_their_ends():
+    """Module 1 is fc1 and fc2, module 2 fc3 and the output layer: fc1 learns by backpropagation within, and is covered."""
+    net, rule, x, y = registered("mlp", "dgl", cuts=["act2", "act3"])
+    assert list(rule.feedback) == ["act2"]
+    said = {entry.layer: entry.feedback for entry in rule.coverage.covered}
+    assert "cut at act2" in said["fc2"] and all("within its module" in said[layer] for layer in ("fc1", "fc3"))
+    assert rule_grads(net, rule, x, y)["fc1.weight"].any()
+    with pytest.raises(fa_bench.errors.CoverageError, match="fc1"):
+        registered("mlp", "predsim", cuts=["act2", "act3"])
+
+
+def test_what_is_inside_a_module_is_covered_whatever_it_is():
+    """An attention layer has weights of no layer that rules know; within a module they learn as any others."""
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+        def forward(self, x):
+            return self.attention(x, x, x, need_weights=False)[0]
+
+    model = nn.Sequential(nn.Linear(4, 6), Attention(), nn.Flatten(), nn.Linear(18, 5), nn.ReLU(), nn.Linear(5, 3))
+    x, y = torch.randn(4, 3, 4), torch.tensor([0, 1, 2, 0])
+    rule = fa_bench.attach(model, "dgl", seed=0, cuts=["2"], sample_input=x)
+    assert not rule.coverage.uncovered
+    assert all(grad is not None for grad in rule_grads(model, rule, x, y).values())
+
+
+def test_one_module_is_refused_and_none_is_explained():
+    with pytest.raises(fa_bench.errors.CoverageError, match=r"two modules.*act3.*fc4"):
+        registered("mlp", "dgl", cuts=["act3"])
+    with pytest.raises(fa_bench.errors.CoverageError, match=r"model\.blocks"):
+        fa_bench.attach(nets.mlp(), "dgl", seed=0)
+
+
+def test_layers_of_the_auxiliary_net():
+    """A map of 4 x 8 x 8: 2 x 2 after both averages, so 16 wide; a flat activation of 6 features stays 6 wide."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in registered("conv2", "dgl")[1].feedback["act1"].items()}
+    assert shapes["conv1.weight"] == shapes["conv3.weight"] == (4, 4, 1, 1) and "conv1.bias" not in shapes
+    assert shapes["fc1.weight"] == shapes["fc3.weight"] == (16, 16) and shapes["out.weight"] == (3, 16)
+    layers = {f"{part}{number}" for part in ("conv", "conv_bn", "fc", "fc_bn") for number in (1, 2, 3)}
+    assert {key.split(".")[0] for key in shapes} == layers | {"out"}
+    shapes = {key: tuple(tensor.shape) for key, tensor in registered("mlp", "dgl")[1].feedback["act1"].items()}
+    assert shapes["fc2.weight"] == (9, 9) and "conv1.weight" not in shapes
+    linear = registered("conv2", "dgl", auxiliary_net="linear")[1].feedback["act1"]
+    assert set(linear) == {"out.weight", "out.bias"} and linear["out.weight"].shape == (3, 16)

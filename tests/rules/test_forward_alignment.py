@@ -1,0 +1,103 @@
+"""forward_alignment: what enters the weight gradient, what it leaves alone, and the theorem of the paper's appendix."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fa_bench
+
+from . import nets
+from .helpers import array, assert_bitwise, assert_matches, backward, bp_grads, collect, distance, rule_grads
+
+
+def test_random_weights_equal_to_the_weights_give_backpropagation():
+    x, y = nets.batch("conv_bn")
+    model, plain = (nets.convnet(batch_norm=True) for _ in range(2))
+    for net in (model, plain):
+        for layer in net:
+            if getattr(layer, "bias", None) is not None and not isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+                nn.init.zeros_(layer.bias)
+    rule = fa_bench.attach(model, "forward_alignment", seed=0, sample_input=x)
+    other = rule_grads(model, rule, x, y)
+    with torch.no_grad():
+        for path, tensors in rule.feedback.items():
+            tensors["C"].copy_(model.get_submodule(path).weight)
+    want = bp_grads(plain, x, y)
+    assert_matches(rule_grads(model, rule, x, y), want)
+    assert distance(other["conv2.weight"], want["conv2.weight"]) > 1e-2
+    assert distance(other["conv1.weight"], want["conv1.weight"]) < 1e-12, "the first layer has its true input and error"
+
+
+def test_residual_net_adds_what_arrives():
+    """The stand-in behind an addition: the projection's and the branch's random outputs, each from its true input."""
+    x, y = nets.batch("residual")
+    model, plain = nets.residual(), nets.residual()
+    rule = fa_bench.attach(model, "forward_alignment", seed=0, sample_input=x)
+    got = rule_grads(model, rule, x, y)
+    seen, errors = {}, {}
+    for path, layer in plain.named_modules():
+        if hasattr(layer, "weight") and not isinstance(layer, nn.BatchNorm2d):
+            layer.register_forward_pre_hook(lambda m, args, path=path: seen.__setitem__(path, args[0].detach().clone()))
+            layer.register_forward_hook(
+                lambda m, args, out, path=path: out.register_hook(lambda g: errors.__setitem__(path, g)) and None
+            )
+    F.cross_entropy(plain(x), y).backward()
+    c = {path: tensors["C"] for path, tensors in rule.feedback.items()}
+    with torch.no_grad():
+        branch = plain.b_bn(F.conv2d(seen["b1"], c["b1"], stride=2, padding=1))
+        h = torch.relu(branch + F.conv2d(seen["down"], c["down"], stride=2)).mean((2, 3))
+        want = errors["head"].t() @ h
+    assert distance(got["head.weight"], array(want)) < 1e-12
+    assert distance(got["head.weight"], array(plain.head.weight.grad)) > 1e-2
+    assert distance(got["stem.weight"], array(plain.stem.weight.grad)) < 1e-9
+
+
+def test_second_pass_leaves_statistics_dropout_and_other_passes_alone():
+    x, y = nets.batch("conv_bn")
+    model, plain = nets.convnet(batch_norm=True), nets.convnet(batch_norm=True)
+    rule = fa_bench.attach(model, "forward_alignment", seed=0, sample_input=x)
+    before = torch.get_rng_state()
+    logits = model(x)
+    plain(x)
+    assert_bitwise({k: v for k, v in model.state_dict().items() if "feedback" not in k}, dict(plain.state_dict()))
+    model(x.flip(0))
+    backward(rule, F.cross_entropy(logits, y), logits, y)
+    fresh = nets.convnet(batch_norm=True)
+    assert_bitwise(collect(model), rule_grads(fresh, fa_bench.attach(fresh, "forward_alignment", seed=0, sample_input=x), x, y))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_layer_that_runs_twice_is_refused():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.b(torch.tanh(self.a(torch.tanh(self.a(x)))))
+
+    with pytest.raises(fa_bench.errors.CoverageError, match="'a'"):
+        fa_bench.attach(Twice(), "forward_alignment", sample_input=torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("hidden", [6, 9])
+def test_error_of_a_linear_net_goes_to_zero(hidden):
+    """Appendix A.1: y = W A x learns y = T x under white input, W with C x for A x; ‖T - W A‖ vanishes for hidden ≥ inputs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, hidden, bias=False), nn.Linear(hidden, 4, bias=False)).double()
+    with torch.no_grad():
+        model[1].weight.zero_()
+    teacher = torch.randn(4, 6, dtype=torch.float64)
+    x = torch.linalg.qr(torch.randn(60, 6, dtype=torch.float64))[0] * 60**0.5  # white: xᵀ x / 60 = I
+    rule = fa_bench.attach(model, "forward_alignment", seed=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    errors = []
+    for _ in range(6000):
+        optimizer.zero_grad()
+        z = model(x)
+        rule.backward(0.5 * (z - x @ teacher.t()).square().sum() / 60, z)
+        optimizer.step()
+        errors.append((teacher - model[1].weight @ model[0].weight).norm().item())
+    assert errors[0] > 3
+    assert errors[-1] < 1e-6 * errors[0]

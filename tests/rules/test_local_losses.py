@@ -1,0 +1,238 @@
+"""What local_error, predsim and dgl share, and local_error's own losses."""
+
+import copy
+from collections import OrderedDict
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fa_bench
+from fa_bench.local import reduced
+from fa_bench.metrics.probe import untouched
+
+from . import nets
+from .helpers import REL, array, arrays, assert_bitwise, assert_matches, distance, feedback_arrays, rule_grads
+from .reference import describe
+from .references import REFERENCES
+from .registered import MODELS, registered, trained_grads
+
+LOCAL = ("local_error", "predsim", "dgl")
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_auxiliary_layers_are_the_rules_and_not_the_models(name):
+    net, rule, x, y = registered("conv2", name)
+    plain = MODELS["conv2"]().build((1, 8, 8), 3)
+    assert [key for key, _ in net.named_parameters()] == [key for key, _ in plain.named_parameters()]
+    assert bool(rule.feedback_parameters()) == (name != "local_error")
+    ids = {id(tensor) for tensor in rule.feedback_parameters()}
+    shown = {id(tensor) for tensors in rule.feedback.values() for tensor in tensors.values()}
+    assert ids <= shown and len(ids) == len(rule.feedback_parameters()) and not ids & {id(p) for p in net.parameters()}
+    rule_grads(net, rule, x, y)
+    assert all(tensor.grad is not None and tensor.grad.any() for tensor in rule.feedback_parameters() if tensor.dim() > 1)
+
+
+@pytest.mark.parametrize("name", ["predsim", "dgl"])
+def test_state_goes_through_a_file_read_as_data(name, tmp_path):
+    net, rule, x, y = registered("conv2", name)
+    rule_grads(net, rule, x, y)
+    with torch.no_grad():
+        for tensor in rule.feedback_parameters():
+            tensor.add_(tensor.grad)
+    torch.save({"model": net.state_dict(), "rule": rule.state_dict()}, tmp_path / "state.pt")
+    other, fresh, _, _ = registered("conv2", name, seed=1)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    kept = fresh.feedback_parameters()
+    other.load_state_dict(state["model"])
+    fresh.load_state_dict(state["rule"])
+    for mine, theirs in zip(fresh.feedback_parameters(), rule.feedback_parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    # Optimizers hold on to these.
+    assert [id(tensor) for tensor in kept] == [id(tensor) for tensor in fresh.feedback_parameters()]
+    for tensor in rule.feedback_parameters():
+        tensor.grad = None
+    assert_bitwise(rule_grads(other, fresh, x, y), rule_grads(net, rule, x, y))
+    assert_bitwise(trained_grads(fresh), trained_grads(rule))
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_auxiliary_layers_follow_the_model(name):
+    """The same tensors, that an optimizer may hold, in another dtype; and to a device (meta: no numbers, but a place)."""
+    net, rule, x, y = registered("conv2", name)
+    held = rule.feedback_parameters()
+    net.to(torch.float32)
+    grads = rule_grads(net, rule, x.float(), y)
+    assert all(grad.dtype == torch.float32 for grad in grads.values())
+    assert [id(tensor) for tensor in rule.feedback_parameters()] == [id(tensor) for tensor in held]
+    assert all(tensor.dtype == tensor.grad.dtype == torch.float32 for tensor in held)
+    net.to("meta")
+    assert all(tensor.device.type == "meta" for tensors in rule.feedback.values() for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_probing_and_evaluation_leave_no_trace(name):
+    net, rule, x, y = registered("resnet20", name)
+    rule_grads(net, rule, x, y)
+    before = {key: None if grad is None else grad.clone() for key, grad in trained_grads(rule).items()}
+    state = copy.deepcopy(rule.state_dict())
+    with untouched(rule):
+        logits = net(x)
+        rule.deliver(F.cross_entropy(logits, y), logits, y)
+    net.eval()
+    with torch.no_grad():
+        net(x)
+    assert_bitwise(trained_grads(rule), before)
+    torch.testing.assert_close(rule.state_dict(), state, rtol=0, atol=0)
+    assert not any("running" in key for tensors in state.values() for key in tensors)
+
+
+@pytest.mark.parametrize("name", LOCAL)
+@pytest.mark.parametrize("how", ["rule.backward", "loss.backward"])
+def test_labels_are_needed_and_it_says_so(name, how):
+    net, rule, x, y = registered("mlp", name)
+    logits = net(x)
+    loss = F.cross_entropy(logits, y)
+    with pytest.raises(ValueError, match=rf"{name}.*target"):
+        loss.backward() if how == "loss.backward" else rule.backward(loss, logits)
+    assert all(p.grad is None for p in [*net.parameters(), *rule.feedback_parameters()])
+
+
+def test_draws_belong_to_the_cut_not_to_the_order():
+    """The auxiliary layers of act2 are the same whether or not act1 has any."""
+    both, one = (registered("mlp", "dgl", cuts=cuts)[1] for cuts in (["act1", "act2"], ["act2"]))
+    assert_bitwise(both.feedback["act2"], one.feedback["act2"])
+    assert not torch.equal(both.feedback["act1"]["out.weight"][:, :8], both.feedback["act2"]["out.weight"])
+
+
+def test_cut_that_returns_several_tensors_is_named():
+    class Pair(nn.Module):
+        def forward(self, x):
+            return x, x
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.pair, self.fc2 = nn.Linear(4, 3), Pair(), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.fc2(self.pair(self.fc1(x))[0])
+
+    x, net = torch.randn(2, 4), Net()
+    with pytest.raises(ValueError, match=r"pair.*tuple"):
+        fa_bench.attach(net, "local_error", seed=0, cuts=["pair"], sample_input=x)
+        net(x)
+
+
+@pytest.mark.parametrize("name", ["dfa", "predsim", "dgl"])
+def test_all_cut_parts_frozen_leaves_the_rest_to_learn(name):
+    """The only cut's activation needs no gradient: the layers behind it learn, the rule has nothing to deliver."""
+    model, (x, y) = nets.mlp(), nets.batch("mlp")
+    rule = fa_bench.attach(model, name, seed=0, sample_input=x, cuts=["act1"], freeze_stem=True, allow_uncovered=True)
+    grads = rule_grads(model, rule, x, y)
+    assert grads["fc1.weight"] is None and grads["fc3.weight"].any() and grads["fc2.weight"].any()
+
+
+# --- larger maps ---
+
+
+def chain_with(*stages: tuple[str, nn.Module]) -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(OrderedDict(stages)).double()
+
+
+LARGE = {
+    "deviations": lambda: chain_with(("conv1", nn.Conv2d(2, 5, 3)), ("act1", nn.Tanh()), ("conv2", nn.Conv2d(5, 3, 3, stride=2)),
+                                     ("act2", nn.Tanh()), ("flat", nn.Flatten()), ("fc", nn.Linear(48, 3))),
+    "dead": lambda: chain_with(("conv1", nn.Conv2d(2, 3, 3)), ("act1", nn.ReLU()), ("conv2", nn.Conv2d(3, 2, 3, stride=2)),
+                               ("act2", nn.ReLU()), ("flat", nn.Flatten()), ("fc", nn.Linear(32, 3))),
+}
+
+
+@pytest.mark.parametrize("net", LARGE)
+@pytest.mark.parametrize(("name", "options"), [
+    ("predsim", {"beta": 0.7}), ("predsim", {"loss": "sim"}), ("predsim", {"loss": "pred", "decoder_size": 40}),
+    ("dgl", {}), ("dgl", {"auxiliary_net": "linear"}), ("local_error", {"features": 70}),
+], ids=str)
+def test_larger_maps_equal_the_reference(name, options, net):
+    """Maps of 9 x 10 and 4 x 4: overlapping windows; 5, 3 and 2 channels: both ways of comparing maps; and a dead sample.
+
+    dgl cuts the first activation alone: its auxiliary net averages 9 x 10 to 3 x 3 to 2 x 2.
+    """
+    model = LARGE[net]()
+    chain, params = describe(model), arrays(model)
+    generator = torch.Generator().manual_seed(4)
+    x, y = torch.randn(4, 2, 11, 12, generator=generator, dtype=torch.float64), torch.tensor([0, 2, 1, 2])
+    if net == "dead":
+        x[1] = 0.0
+        with torch.no_grad():
+            model.conv1.bias.fill_(-0.1)
+        params = arrays(model)
+    rule = fa_bench.attach(model, name, seed=0, sample_input=x, cuts=["act1", "act2"], **options)
+    with torch.no_grad():
+        for tensors in rule.feedback.values():
+            if "decoder.out.weight" in tensors:
+                tensors["decoder.out.weight"].normal_(generator=generator)  # zero at first, and with it the error
+    want = REFERENCES[name](chain, params, feedback_arrays(rule), array(x), y.numpy(), **options)
+    got = rule_grads(model, rule, x, y)
+    learned = {key: grad for key, grad in trained_grads(rule).items() if grad is not None}
+    assert_matches(got | learned, want)
+    assert all(torch.isfinite(grad).all() for grad in (got | learned).values())
+
+
+def test_other_than_two_spatial_dimensions():
+    """Convolutions of one and of three; more are refused by the cut's name."""
+    x1, x3, y = torch.randn(4, 2, 9), torch.randn(4, 1, 5, 4, 6), torch.tensor([0, 1, 2, 1])
+    for x, conv, width in ((x1, nn.Conv1d(2, 5, 3), 35), (x3, nn.Conv3d(1, 5, 3), 120)):
+        for name in LOCAL:
+            model = nn.Sequential(conv, nn.ReLU(), nn.Flatten(), nn.Linear(width, 6), nn.ReLU(), nn.Linear(6, 3))
+            rule = fa_bench.attach(model, name, seed=0, cuts=["1"], sample_input=x, allow_uncovered=True)
+            assert torch.isfinite(rule_grads(model, rule, x, y)["0.weight"]).all()
+    model = nn.Sequential(nn.Linear(3, 4), nn.Unflatten(1, (1, 2, 1, 2, 1)), nn.Flatten(), nn.Linear(4, 5), nn.Linear(5, 2))
+    for name in ("predsim", "dgl"):
+        with pytest.raises(fa_bench.errors.CoverageError, match=r"cut '1'.*1 to 3"):
+            fa_bench.attach(model, name, seed=0, cuts=["1"], allow_uncovered=True)
+
+
+# --- local errors ---
+
+
+def test_local_error_in_one_line():
+    """(softmax(a Mᵀ) - y) M / N arrives at the first weight through its own activation; M is fixed and shown live."""
+    model, (x, y) = nets.mlp(), nets.batch("mlp")
+    rule = fa_bench.attach(model, "local_error", seed=0, sample_input=x, cuts=["act1", "act2"])
+    m = rule.feedback["act1"]["M"]
+    a = torch.tanh(x @ model.fc1.weight.T + model.fc1.bias).detach()
+
+    def want():
+        delta = ((a @ m.T).softmax(1) - F.one_hot(y, 3)) / len(y)
+        return ((delta @ m) * (1 - a**2)).T @ x
+
+    assert distance(rule_grads(model, rule, x, y)["fc1.weight"], array(want())) < REL
+    with torch.no_grad():
+        m.mul_(-3.0)
+    assert distance(rule_grads(model, rule, x, y)["fc1.weight"], array(want())) < REL
+    assert "act1.feedback_M" in model.state_dict() and not rule.feedback_parameters()
+
+
+def test_classifiers_read_no_more_than_so_many_features():
+    """4 x 8 x 8 averaged to 4 x 4 x 4; M Kaiming-uniform with what it reads for its fan."""
+    _, rule, _, _ = registered("conv2", "local_error", features=64)
+    assert rule.feedback["act1"]["M"].shape == (3, 64) and rule.feedback["act3"]["M"].shape == (3, 6)
+    bound = (6 / 64) ** 0.5
+    assert 0.95 * bound < rule.feedback["act1"]["M"].abs().max() <= bound  # 192 numbers: 1e-4 to miss the last 5 %
+
+
+@pytest.mark.parametrize(("shape", "limit", "want"), [
+    ((16, 32, 32), 4096, (16, 16)), ((16, 32, 32), 16384, (32, 32)), ((512, 4, 4), 4096, (2, 4)), ((3, 7, 5), 40, (4, 3)),
+    ((9, 2, 2), 8, (1, 1)), ((4, 9), 20, (5,)), ((2, 4, 4, 4), 70, (2, 4, 4)), ((5000,), 4096, ()),
+])
+def test_size_that_maps_are_averaged_to(shape, limit, want):
+    assert reduced(shape, limit) == want
+
+
+def test_separate_feedback_has_the_signs_of_the_classifier_and_magnitudes_of_its_own():
+    _, rule, _, _ = registered("mlp", "local_error", separate=True)
+    for tensors in rule.feedback.values():
+        assert torch.equal(tensors["K"].sign(), tensors["M"].sign()) and not torch.equal(tensors["K"], tensors["M"])

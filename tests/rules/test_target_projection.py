@@ -1,0 +1,103 @@
+"""drtp: an error made of the labels alone, its scale and law, and its sibling that projects the sign of the output error."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fa_bench
+
+from . import nets
+from .helpers import array, backward, distance, rule_grads
+
+
+def attached(name: str = "drtp", net: str = "mlp_tanh", **options):
+    model, (x, y) = nets.NETS[net](), nets.batch(net)
+    return model, fa_bench.attach(model, name, seed=0, sample_input=x, cuts=["act1", "act2"], **options), x, y
+
+
+def error_at(model, rule, cut: str, x, y, scale: float = 1.0) -> torch.Tensor:
+    """The error that arrives at a cut's module in one pass."""
+    seen = []
+    handle = model.get_submodule(cut).register_forward_hook(
+        lambda module, args, output: output.register_hook(lambda g: seen.append(g.clone())) and None, prepend=True
+    )
+    logits = model(x)
+    handle.remove()
+    backward(rule, scale * F.cross_entropy(logits, y), logits, y)
+    assert len(seen) == 1
+    return seen[0]
+
+
+@pytest.mark.parametrize("net", ["mlp_tanh", "conv"])
+def test_error_is_the_row_of_the_label_over_the_batch_size(net):
+    """To the last bit, and whatever the logits and the loss: confident and right, confident and wrong, scaled."""
+    model, rule, x, y = attached(net=net)
+    last = model.fc3 if net == "mlp_tanh" else model.fc1
+    for cut in ("act1", "act2"):
+        b = rule.feedback[cut]["B"]
+        want = torch.stack([b[label] / 4 for label in y])
+        assert torch.equal(error_at(model, rule, cut, x, y).flatten(1), want)
+        with torch.no_grad():
+            last.weight.mul_(3.0)
+            last.bias.copy_(torch.tensor([40.0, -40.0, 0.0]))
+        assert torch.equal(error_at(model, rule, cut, x, y, scale=1024.0).flatten(1), want)
+        other = (y + 1) % nets.CLASSES
+        assert not torch.equal(error_at(model, rule, cut, x, other).flatten(1), want)
+
+
+def test_it_does_not_vanish_when_the_sample_is_learned_as_that_of_dfa_does():
+    norms = {}
+    for name in ("drtp", "dfa"):
+        model, rule, x, y = attached(name)
+        x, y = x[:1], torch.tensor([2])
+        with torch.no_grad():
+            model.fc3.bias.copy_(torch.tensor([0.0, 0.0, 60.0]))
+        norms[name] = rule_grads(model, rule, x, y)["fc1.weight"].norm().item()
+    assert norms["dfa"] < 1e-12 < 1e-2 < norms["drtp"]
+
+
+def test_scale_of_the_batch_size_is_that_of_the_published_code():
+    """There hidden layers take the sum over the batch, not its mean."""
+    (one, plain, x, y), (two, scaled, _, _) = attached(), attached(scale=4.0)
+    by_mean, by_sum = rule_grads(one, plain, x, y), rule_grads(two, scaled, x, y)
+    for name in by_mean:
+        assert distance(by_sum[name], array((1 if name.startswith("fc3") else 4) * by_mean[name])) < 1e-15
+
+
+def test_error_sign_is_minus_one_for_the_label_and_plus_one_elsewhere():
+    model, rule, x, y = attached(error_sign=True)
+    signs = 1 - 2 * F.one_hot(y, nets.CLASSES).double()
+    want = signs @ rule.feedback["act1"]["B"] / 4
+    assert distance(error_at(model, rule, "act1", x, y), array(want)) < 1e-15
+    model.zero_grad()
+    F.cross_entropy(model(x), y).backward()  # it needs no labels
+    assert model.fc1.weight.grad.any()
+
+
+@pytest.mark.parametrize("how", ["rule.backward", "loss.backward", "soft labels", "labels of another batch"])
+def test_labels_are_needed_and_it_says_so(how):
+    model, rule, x, y = attached()
+    logits = model(x)
+    loss = F.cross_entropy(logits, y)
+    with pytest.raises(ValueError, match=r"drtp.*rule\.backward\(loss, logits, target\)"):
+        if how == "rule.backward":
+            rule.backward(loss, logits)
+        elif how == "loss.backward":
+            loss.backward()
+        else:
+            rule.backward(loss, logits, F.one_hot(y, 3).double() if how == "soft labels" else y[:3])
+    assert all(p.grad is None for p in model.parameters()), "refused before anything was learned"
+    assert rule_grads(model, rule, x, y)["fc1.weight"].any(), "and the rule still works"
+
+
+def test_b_is_kaiming_uniform_with_the_features_of_its_cut():
+    """U(±√(6/F)) on 10 x F numbers: the largest of 40 000 within 1 % of the bound, the mean within 5 standard errors of 0."""
+    model = nn.Sequential(nn.Conv2d(1, 40, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4000, 10))
+    rule = fa_bench.attach(model, "drtp", seed=0, cuts=["1"], sample_input=torch.zeros(2, 1, 12, 12))
+    b, bound = rule.feedback["1"]["B"], math.sqrt(6 / 4000)
+    assert b.shape == (10, 4000) and 0.99 * bound < b.abs().max() <= bound
+    assert abs(b.mean().item()) < 5 * bound / math.sqrt(3 * 40000)
+    assert not rule.feedback_parameters()

@@ -1,0 +1,77 @@
+"""Where a rule applies: patterns of layers, the output layer, the stem."""
+
+import pytest
+import torch
+
+import fa_bench
+
+from . import nets
+from .helpers import EDGE_RULES, array, assert_matches, bp_grads, distance, layer_names, rule_grads
+from .reference import gradients
+
+OPTIONS = {"asap": {"match": "random", "linear": "share"}, "asfp": {"match": "random", "linear": "share"}}
+PATTERNS = [({"exclude": ["fc*"]}, {"fc1", "fc2"}), ({"include": ["conv*", "fc1"]}, {"fc2"}), ({"exclude": ["conv2"]}, {"conv2"})]
+
+
+def attached(name: str, net: str = "conv_bn", **options):
+    x, y = nets.batch(net)
+    model = nets.NETS[net]()
+    return model, fa_bench.attach(model, name, seed=0, sample_input=x, **OPTIONS.get(name, {}), **options), x, y
+
+
+@pytest.mark.parametrize(("options", "plain"), PATTERNS)
+def test_excluded_layers_carry_the_error_by_their_weight(options, plain):
+    from .reference import describe
+
+    model, rule, x, y = attached("fa", **options)
+    twin = nets.convnet(batch_norm=True)
+    carry = {path: array(tensors["B"]) for path, tensors in rule.feedback.items() if "B" in tensors}
+    assert set(carry) == set(layer_names(twin)) - plain
+    params = {name: array(p) for name, p in twin.named_parameters()}
+    assert_matches(rule_grads(model, rule, x, y), gradients(describe(twin), params, array(x), y.numpy(), carry=carry))
+    for path in plain:
+        assert torch.equal(rule.effective_feedback(path), model.get_submodule(path).weight)
+
+
+@pytest.mark.parametrize("name", EDGE_RULES)
+def test_plain_last_is_an_option_of_every_edge_rule(name):
+    model, rule, x, y = attached(name, "mlp_tanh", plain_last=True)
+    got, exact = rule_grads(model, rule, x, y), bp_grads(nets.mlp(), x, y)
+    assert distance(got["fc2.weight"], exact["fc2.weight"]) < 1e-12
+    assert distance(got["fc1.weight"], exact["fc1.weight"]) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["bp", "fa", "pfa", "dfa"])
+def test_frozen_stem(name):
+    options = {"cuts": ["act1", "act2", "act3"]} if name == "dfa" else {}
+    model, rule, x, y = attached(name, freeze_stem=True, **options)
+    free, free_rule, _, _ = attached(name, **options)
+    got, want = rule_grads(model, rule, x, y), rule_grads(free, free_rule, x, y)
+    assert got["conv1.weight"] is None and got["conv1.bias"] is None
+    assert_matches(got, {key: value for key, value in want.items() if not key.startswith("conv1.")}, rel=1e-12)
+    with rule.exact():
+        assert model.conv1.weight.requires_grad
+    assert not model.conv1.weight.requires_grad
+    rule.detach()
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_stem_is_the_layer_that_runs_first():
+    x, _ = nets.batch("residual")
+    model = nets.residual()  # its head is registered first
+    fa_bench.attach(model, "fa", seed=0, sample_input=x, freeze_stem=True)
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["stem.weight", "stem.bias"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"include": ["convv1"]}, "include=convv1.*conv1"),
+        ({"exclude": ["fc9"]}, "exclude=fc9.*fc"),
+        ({"exclude": ["*"]}, "no layer"),
+        ({"include": ["fc2"], "plain_last": True}, "no layer"),
+    ],
+)
+def test_patterns_that_mean_nothing_are_named(options, message):
+    with pytest.raises(fa_bench.errors.CoverageError, match=message):
+        attached("fa", **options)
