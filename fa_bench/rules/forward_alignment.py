@@ -42,6 +42,8 @@ class RandomForward(Transport):
 
     def carry(self, layer: Any, x: Tensor) -> Carry:
         current = self.rule.current
+        if current is None and layer.mode.hold:
+            return Carry(self.effective(layer))  # a probe that asks what this layer alone carries
         if current is None:
             raise CoverageError(f"layer '{layer.path}' ran outside a forward pass of the attached model: call the model itself")
         current.true[layer.path] = x.detach()
