@@ -25,6 +25,7 @@ class Trace:
     Attributes:
         order: weighted layers in the order of execution.
         outputs: weighted layers that feed the model's output.
+        reached: weighted layers whose input depends on any parameter, so that an error through them is asked for.
         consumer: layer -> the first executed layer that its activation is an input of; absent for output layers.
         calls: how often each watched module ran.
         feeds: watched module -> weighted layers that feed its output.
@@ -36,6 +37,7 @@ class Trace:
 
     order: list[str]
     outputs: list[str]
+    reached: list[str]
     consumer: dict[str, str]
     calls: Counter[str]
     feeds: dict[str, list[str]]
@@ -118,6 +120,7 @@ def trace_model(model: nn.Module, sample: Tensor, watch: Iterable[str] = ()) -> 
     return Trace(
         order=order,
         outputs=[path for path in order if path in _walk(output.grad_fn, node_of, ())[0]],
+        reached=[path for path in order if seen[path].input_node is not None],
         consumer=consumer,
         calls=calls,
         feeds={path: [p for p in order if p in fed] for path, (fed, _) in walks.items()},

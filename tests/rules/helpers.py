@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-EDGE_RULES = ("fa", "usf", "brsf", "frsf", "kp", "mixed")
+EDGE_RULES = ("fa", "usf", "brsf", "frsf", "kp", "wm", "mixed")
 # The rules with stored feedback, and the name of a tensor of it.
-STORED = {"fa": "B", "kp": "B", "brsf": "M", "frsf": "M", "dfa": "B", "mixed": "F"}
+STORED = {"fa": "B", "kp": "B", "brsf": "M", "frsf": "M", "dfa": "B", "wm": "B", "mixed": "F"}
+# Options for tests that are not about what they set: less work, the same code.
+QUICK = {"wm": {"initial_steps": 2, "mirror_batch": 4}}
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # What a mistake in a call may raise: attach's own errors are ValueErrors; a missing name may also be a lookup or a type error.
 LOUD = (ValueError, LookupError, TypeError)

@@ -11,6 +11,7 @@ import fa_bench
 
 from . import nets
 from .helpers import (
+    QUICK,
     STORED,
     assert_bitwise,
     backward,
@@ -164,7 +165,7 @@ def test_seed_gives_the_same_numbers_in_both_memory_formats():
 
 
 def options_for(name: str, x, model) -> dict:
-    return {"sample_input": x} | ({"cuts": nets.activation_cuts(model)} if name == "dfa" else {})
+    return {"sample_input": x} | QUICK.get(name, {}) | ({"cuts": nets.activation_cuts(model)} if name == "dfa" else {})
 
 
 COPIES = [("fa", {"b_init": "copy_w"}), ("kp", {"b_init": "copy_w"})]
