@@ -166,19 +166,20 @@ class Fixed(Carrier):
 
 
 class Learned(Fixed):
-    """e_in = g B, and the gradient of B is a copy of the gradient of W.
+    """e_in = g B, and the gradient of B (or of the tensor that `copied` names) is a copy of the gradient of W.
 
     A copy, not an alias: SGD with Nesterov momentum changes gradients in place, and gradient scalers divide them, once
     for each tensor they are given.
     """
 
     learned = ("B",)
+    copied = "B"
 
     def __init__(self) -> None:
         self._gradient: Tensor | None = None
 
     def after_backward(self, layer: Any) -> list[tuple[Tensor, Tensor]]:
-        source, feedback = layer.weight.grad, layer.feedback_B
+        source, feedback = layer.weight.grad, layer._buffers["feedback_" + self.copied]
         if source is None:
             feedback.grad = None
             return []

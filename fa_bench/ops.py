@@ -29,10 +29,13 @@ class Learn(NamedTuple):
     Attributes:
         receive: called with the gradient, in the learned tensor's layout.
         activation: returns what enters the gradient in place of the layer's input, in its shape; None for the input itself.
+        hop: (B, R) of a product's two hops, where R learns: ē = g B enters the gradient in place of g, which then has the shape
+            of R; see the two Functions that carry an error in two hops.
     """
 
     receive: Callable[[Tensor], None]
     activation: Callable[[], Tensor] | None = None
+    hop: tuple[Tensor, Tensor] | None = None
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -66,7 +69,9 @@ class FeedbackLinearFunction(torch.autograd.Function):
         grad_weight = rows.t().mm(inputs) if needs_weight else None
         grad_bias = rows.sum(0) if needs_bias else None
         if ctx.learn is not None:
-            ctx.learn.receive(rows.t().mm(inputs if ctx.learn.activation is None else _rows(ctx.learn.activation())))
+            other = inputs if ctx.learn.activation is None else _rows(ctx.learn.activation())
+            error = rows if ctx.learn.hop is None else rows.mm(ctx.learn.hop[0].to(rows.dtype))
+            ctx.learn.receive(error.t().mm(other))
         return e_in if e_in is None or g.dim() == 2 else e_in.view(ctx.shape), grad_weight, grad_bias, None, None, None
 
 
@@ -137,7 +142,11 @@ class FeedbackConvFunction(torch.autograd.Function):
         grads = torch.ops.aten.convolution_backward(g, inputs, feedback, ctx.bias_sizes, *ctx.geometry, needs)
         if ctx.learn is not None:
             other = inputs if ctx.learn.activation is None else ctx.learn.activation()
-            ctx.learn.receive(_weight_gradient(g, other, feedback, ctx.geometry))
+            error, learned = g, feedback
+            if ctx.learn.hop is not None:
+                first, learned = (tensor.to(g.dtype) for tensor in ctx.learn.hop)
+                error = _first_hop(g, first, ctx.geometry.groups)
+            ctx.learn.receive(weight_gradient(error, other, learned, ctx.geometry))
         return *grads, None, None, None, None
 
 
@@ -178,7 +187,8 @@ class ProductConvFunction(torch.autograd.Function):
         return e_in, grad_weight, grad_bias, None, None, None, None
 
 
-def _weight_gradient(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+def weight_gradient(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """The weight gradient of a convolution, in the shape of `weight`, whose values do not matter."""
     return torch.ops.aten.convolution_backward(g, x, weight, None, *geometry, [False, True, False])[1]
 
 

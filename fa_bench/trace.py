@@ -25,6 +25,7 @@ class Trace:
     Attributes:
         order: weighted layers in the order of execution.
         outputs: weighted layers that feed the model's output.
+        reached: weighted layers whose input depends on any parameter, so that an error through them is asked for.
         consumer: layer -> the first executed layer that its activation is an input of; absent for output layers.
         inputs: weighted layers grouped by the activation that enters them, in the order of execution; those of the image first.
         calls: how often each watched module ran.
@@ -38,6 +39,7 @@ class Trace:
 
     order: list[str]
     outputs: list[str]
+    reached: list[str]
     consumer: dict[str, str]
     inputs: list[list[str]]
     calls: Counter[str]
@@ -126,6 +128,7 @@ def trace_model(model: nn.Module, sample: Tensor, watch: Iterable[str] = ()) -> 
     return Trace(
         order=order,
         outputs=[path for path in order if path in _walk(output.grad_fn, node_of, ())[0]],
+        reached=[path for path in order if seen[path].input_node is not None],
         consumer=consumer,
         inputs=list(groups.values()),
         calls=calls,

@@ -61,7 +61,8 @@ class ProductRule(EdgeRule):
         """Fraction of R that is not zero."""
         return 1.0
 
-    def carrier(self, site: Site) -> Carrier:
+    def put_path(self, site: Site) -> None:
+        """Draw B, R and the mask of R."""
         layer: Any = site.layer
         weight, groups = layer.weight, getattr(layer, "groups", 1)
         transposed = getattr(layer, "transposed", False)
@@ -73,6 +74,9 @@ class ProductRule(EdgeRule):
         shape = [len(weight), between, *weight.shape[2:]] if transposed else [groups * between, *weight.shape[1:]]
         site.put("R", self.r_init, self.r_density(), shape=shape)
         site.put_mask(self.r_density(), seeded_by="R", shape=shape)
+
+    def carrier(self, site: Site) -> Carrier:
+        self.put_path(site)
         return Product()
 
 

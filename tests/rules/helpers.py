@@ -14,9 +14,12 @@ from fa_bench.registries import ALGORITHMS
 
 from . import nets
 
-EDGE_RULES = ("fa", "usf", "brsf", "frsf", "kp")
-# The rules with stored feedback, and its tensor's name.
-STORED = {"fa": "B", "kp": "B", "brsf": "M", "frsf": "M", "dfa": "B", "dkp": "B", "drtp": "B", "local_error": "M"}
+EDGE_RULES = ("fa", "usf", "brsf", "frsf", "kp", "wm", "mixed")
+# The rules with stored feedback, and the name of a tensor of it.
+STORED = {"fa": "B", "kp": "B", "brsf": "M", "frsf": "M", "dfa": "B", "dkp": "B", "drtp": "B", "local_error": "M",
+          "wm": "B", "mixed": "F"}
+# Options for tests that are not about what they set: less work, the same code.
+QUICK = {"wm": {"initial_steps": 2, "mirror_batch": 4}}
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # What a mistake in a call may raise: attach's own errors are ValueErrors; a missing name may also be a lookup or a type error.
 LOUD = (ValueError, LookupError, TypeError)

@@ -11,6 +11,7 @@ import fa_bench
 
 from . import nets
 from .helpers import (
+    QUICK,
     STORED,
     assert_bitwise,
     backward,
@@ -165,7 +166,7 @@ def test_seed_gives_the_same_numbers_in_both_memory_formats():
 
 
 def options_for(name: str, x, model) -> dict:
-    return cut_options(name, model, {"sample_input": x})
+    return cut_options(name, model, {"sample_input": x} | QUICK.get(name, {}))
 
 
 COPIES = [("fa", {"b_init": "copy_w"}), ("kp", {"b_init": "copy_w"})]

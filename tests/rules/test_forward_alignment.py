@@ -91,9 +91,9 @@ def test_error_of_a_linear_net_goes_to_zero(hidden):
     teacher = torch.randn(4, 6, dtype=torch.float64)
     x = torch.linalg.qr(torch.randn(60, 6, dtype=torch.float64))[0] * 60**0.5  # white: xᵀ x / 60 = I
     rule = fa_bench.attach(model, "forward_alignment", seed=0)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     errors = []
-    for _ in range(6000):
+    for _ in range(2500):
         optimizer.zero_grad()
         z = model(x)
         rule.backward(0.5 * (z - x @ teacher.t()).square().sum() / 60, z)

@@ -1,0 +1,48 @@
+"""Reference of mixed synapses: every entry by its own kind."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..reference import Arrays, conv_weight_gradient, gradients, inputs, linear_weight_gradient
+from .pfa import first_hop, path
+
+
+def mixed(chain, params, feedback, x, y, **_) -> Arrays:
+    """E = B R, F or K by the entry's kind; e_in = g E; gradient of R from x and ē = g B, of K = that of W, both unmasked."""
+    stages = {stage.name: stage for stage in chain}
+    carry: Arrays = {}
+    for layer, tensors in feedback.items():
+        values = {kind: tensors[name] for kind, name in (("fa", "F"), ("kp", "K")) if name in tensors}
+        if "R" in tensors:
+            values["pfa"] = path(stages[layer], tensors["B"], tensors["R"])
+        effective = np.full(params[f"{layer}.weight"].shape, np.nan)
+        for index in np.ndindex(effective.shape):
+            (kind,) = (kind for kind in values if tensors[f"mask_{kind}"][index] == 1)
+            effective[index] = values[kind][index]
+        carry[layer] = effective
+    errors: Arrays = {}
+    grads = gradients(chain, params, x, y, carry=carry, errors=errors)
+    true_inputs = inputs(chain, params, x)
+    for layer, tensors in feedback.items():
+        stage = stages[layer]
+        if "K" in tensors:
+            grads[f"{layer}.K"] = grads[f"{layer}.weight"].copy()
+        if "R" not in tensors:
+            continue
+        between = first_hop(stage, errors[layer], tensors["B"])
+        if stage.kind == "linear":
+            grads[f"{layer}.R"] = linear_weight_gradient(true_inputs[layer], between)
+        else:
+            grads[f"{layer}.R"] = conv_weight_gradient(stage, true_inputs[layer], between, tensors["R"].shape)
+    return grads
+
+
+REFERENCES = {"mixed": mixed}
+CASES = {
+    "mixed": ("mixed", {"ratio": 2.0}),
+    "mixed-even": ("mixed", {"pfa": 0.3, "fa": 0.3, "kp": 0.4, "ratio": 3.0}),
+    "mixed-two": ("mixed", {"pfa": 0.0, "fa": 0.5, "kp": 0.5}),
+    "mixed-pfa": ("mixed", {"pfa": 1.0, "fa": 0.0, "kp": 0.0, "ratio": 2.0}),
+    "mixed-kp": ("mixed", {"pfa": 0.0, "fa": 0.0, "kp": 1.0}),
+}

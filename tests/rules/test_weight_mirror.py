@@ -1,0 +1,302 @@
+"""wm: what one mirror step does, the law of its noise, and the angles that it leads to."""
+
+import math
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fa_bench
+from fa_bench.metrics.angles import weight_angle
+from fa_bench.rules.wm import Mirror, Noise
+
+from . import nets
+from .helpers import array, assert_matches, distance, feedback_arrays
+from .reference import describe, weighted
+from .references.mirror import mirror_step
+from .test_contract import LAYERS
+
+
+class Gain(nn.Module):
+    """Something that learns in front of a layer, so that an error goes through the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return x * self.gain
+
+
+def behind_gain(layer: nn.Module, shape, dtype=torch.float64, **options):
+    """(the layer, its carrier, rule) with no mirror step made yet."""
+    model = nn.Sequential(OrderedDict(gain=Gain(), layer=layer)).to(dtype)
+    sample = torch.zeros(shape, dtype=dtype)
+    rule = fa_bench.attach(model, "wm", seed=0, sample_input=sample, **{"initial_steps": 0} | options)
+    assert isinstance(model.layer.carrier, Mirror)
+    return model.layer, model.layer.carrier, rule
+
+
+# --- one step ------------------------------------------------------------------------------------------------------------------
+
+STEPS = [
+    {},
+    {"activation": "relu", "mirror_rate": 0.3, "noise": "uniform", "sigma": 2.0},
+    {"activation": "relu", "block_bias": False, "per_tap": False},
+    {"activation": "tanh", "sigma": 0.1, "block_bias": False},
+    {"activation": "sigmoid", "sigma": 0.5, "mirror_rate": 1.0},
+    {"block_bias": False, "sigma": 0.3},
+]
+
+
+@pytest.mark.parametrize("net", ["mlp_tanh", "conv", "conv_bn"])
+@pytest.mark.parametrize("options", STEPS, ids=str)
+def test_two_mirror_steps_equal_the_loops(net, options):
+    """Given the same noise; strides, padding and groups, and one step is one draw. The first layer stays as drawn."""
+    model, (x, _) = nets.NETS[net](), nets.batch(net)
+    chain = describe(model)
+    rule = fa_bench.attach(model, "wm", seed=0, sample_input=x, initial_steps=0, mirror_steps=2, mirror_batch=3, **options)
+    want = {layer: tensors["B"] for layer, tensors in feedback_arrays(rule).items()}
+    settings = {("rate" if key == "mirror_rate" else key): value for key, value in options.items() if key != "noise"}
+    stages = {stage.name: stage for stage in chain}
+    for layer in weighted(chain)[1:]:
+        module = model.get_submodule(layer)
+        for number in (1, 2):
+            noise = array(module.carrier.noise.draw(number, module.weight))
+            want[layer] = mirror_step(
+                stages[layer], array(module.weight), array(module.bias), want[layer], noise, **settings
+            )
+    before = feedback_arrays(rule)
+    rule.step()
+    assert_matches({layer: tensors["B"] for layer, tensors in feedback_arrays(rule).items()}, want)
+    first, *others = weighted(chain)
+    assert np.array_equal(before[first]["B"], want[first])
+    assert all(distance(before[layer]["B"], want[layer]) > 1e-3 for layer in others)
+
+
+# torch itself warns, once, that an even kernel under padding='same' needs a padded copy of the input.
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("activation", ["linear", "relu"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_mean_over_white_noise_is_the_weight(layer, activation, monkeypatch):
+    """The step is made of x's second moments: ±√F along every axis in turn is white noise with no Monte-Carlo error.
+
+    So with rate 1 one step gives E[Ŵ] = W itself, for every geometry; ReLU's factor 1/2 is exact because the noise is symmetric.
+    """
+    build, shape = LAYERS[layer]
+    torch.manual_seed(0)
+    module, carrier, rule = behind_gain(build(), shape, mirror_rate=1.0, activation=activation)
+    size = math.prod(carrier.noise.shape)
+    axes = torch.eye(size, dtype=torch.float64).mul(math.sqrt(size)).view(size, *carrier.noise.shape)
+    carrier.noise = carrier.noise._replace(batch=2 * size)
+    monkeypatch.setattr(Noise, "draw", lambda self, number, like: torch.cat([axes, -axes]))
+    assert distance(module.feedback_B, array(module.weight)) > 0.1
+    rule.step()
+    # Sums of some hundred products of order 1.
+    assert distance(module.feedback_B, array(module.weight)) < 1e-12
+
+
+def test_output_size_asked_for_in_the_forward_pass_counts(monkeypatch):
+    """A transposed convolution whose caller names the size: the taps meet the positions of that size."""
+
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain, self.up = Gain(), nn.ConvTranspose1d(2, 3, 3, stride=2, padding=1, dtype=torch.float64)
+
+        def forward(self, x):
+            return self.up(self.gain(x), output_size=[8])
+
+    model = Sized()
+    rule = fa_bench.attach(model, "wm", sample_input=torch.zeros(1, 2, 4, dtype=torch.float64), initial_steps=0, mirror_rate=1.0)
+    axes = torch.eye(8, dtype=torch.float64).mul(math.sqrt(8)).view(8, 2, 4)
+    carrier = model.up.carrier
+    carrier.noise = carrier.noise._replace(batch=8)
+    monkeypatch.setattr(Noise, "draw", lambda self, number, like: axes)
+    assert carrier.positions.flatten().tolist() == [3, 4, 4]  # output_size=[7], the default, would leave the last tap 3
+    rule.step()
+    assert distance(model.up.feedback_B, array(model.up.weight)) < 1e-12
+
+
+def test_one_count_for_all_taps_leaves_the_border_too_small(monkeypatch):
+    """3x3 on 4x4, padding 1: a side tap meets the input at 12 of the 16 positions, a corner tap at 9."""
+    module, carrier, rule = behind_gain(nn.Conv2d(2, 3, 3, padding=1), (1, 2, 4, 4), mirror_rate=1.0, per_tap=False)
+    axes = torch.eye(32, dtype=torch.float64).mul(math.sqrt(32)).view(32, 2, 4, 4)
+    carrier.noise = carrier.noise._replace(batch=32)
+    monkeypatch.setattr(Noise, "draw", lambda self, number, like: axes)
+    rule.step()
+    shares = torch.tensor([[9, 12, 9], [12, 16, 12], [9, 12, 9]], dtype=torch.float64) / 16
+    assert distance(module.feedback_B, array(module.weight * shares)) < 1e-12
+
+
+def test_tap_that_meets_only_padding_goes_to_zero():
+    """A 3x3 kernel on one pixel: only the middle says anything about the input, and only the middle carries an error to it."""
+    module, _, rule = behind_gain(nn.Conv2d(2, 3, 3, padding=1), (1, 2, 1, 1), mirror_rate=1.0)
+    rule.step()
+    middle = torch.zeros(3, 3, dtype=torch.bool)
+    middle[1, 1] = True
+    assert not module.feedback_B[:, :, ~middle].any() and module.feedback_B[:, :, middle].all()
+
+
+# --- the noise's law -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "uniform"])
+@pytest.mark.parametrize(("activation", "c"), [("linear", 1), ("relu", 2)])
+def test_estimate_of_a_linear_weight_scatters_as_predicted(noise, activation, c):
+    """Ŵ - W has the mean 0 and, for Gaussian noise, the variance c (‖w‖² + w²) / N, entry by entry (uniform: a little less).
+
+    480 entries over 10 draws: the largest of 4800 normal numbers passes 5.5 deviations once in 5000 times; the root mean square
+    of these correlated numbers is 1 within 10 %.
+    """
+    torch.manual_seed(0)
+    module, _, rule = behind_gain(
+        nn.Linear(40, 12), (2, 40), mirror_rate=1.0, mirror_batch=1000, noise=noise, activation=activation, sigma=0.7)
+    weight, scores = module.weight.detach(), []
+    for _ in range(10):
+        rule.step()
+        deviation = (c * (weight.square().sum(1, keepdim=True) + weight.square()) / 1000).sqrt()
+        scores.append((module.feedback_B - weight) / deviation)
+    scores = torch.stack(scores)
+    assert scores.abs().max() < 5.5
+    assert scores.square().mean().sqrt().item() == pytest.approx(1, abs=0.1)
+    assert abs(scores.mean().item()) < 5 / math.sqrt(scores.numel()) * 2  # entries of a row are correlated
+    assert (scores.mean(0).square().mean().sqrt() * math.sqrt(10)).item() == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.parametrize("activation", ["linear", "relu"])
+def test_estimate_of_a_strided_convolution_has_the_weight_as_its_mean(activation):
+    """Over 40 draws, against the standard error that the draws themselves show; the scale is right to 2 %."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2)
+    module, _, rule = behind_gain(layer, (2, 4, 5, 6), mirror_rate=1.0, mirror_batch=200, activation=activation)
+    draws = []
+    for _ in range(40):
+        rule.step()
+        draws.append(module.feedback_B.clone())
+    draws, weight = torch.stack(draws), module.weight.detach()
+    error = draws.std(0) / math.sqrt(40)
+    assert ((draws.mean(0) - weight) / error).abs().max() < 5  # 108 entries, Student's t with 39 degrees of freedom
+    slope = (draws.mean(0) * weight).sum((0, 1)) / weight.square().sum((0, 1))
+    assert (slope - 1).abs().max() < 0.06, "every tap has its own right scale"
+    assert ((draws.mean(0) * weight).sum() / weight.square().sum()).item() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "uniform"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_noise_has_its_shape_law_and_dtype(noise, dtype):
+    module, carrier, _ = behind_gain(nn.Conv2d(2, 3, 3), (1, 2, 20, 10), dtype, noise=noise, sigma=0.5, mirror_batch=50)
+    x = carrier.noise.draw(1, module.weight)
+    assert x.shape == (50, 2, 20, 10) and x.dtype == dtype
+    # 20 000 numbers: standard errors 0.0035 of the mean, 0.5 % of the deviation; bfloat16 has 8 bits.
+    assert abs(x.double().mean().item()) < 0.015
+    assert x.double().std().item() == pytest.approx(0.5, rel=0.02)
+    furthest = x.double().abs().max().item() / 0.5
+    assert 1.7 < furthest < math.sqrt(3) * 1.01 if noise == "uniform" else furthest > 3
+
+
+# --- where it leads ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("activation", "predicted"), [("linear", 8.08), ("relu", 11.35)])
+def test_steady_state_angle_of_a_linear_layer(activation, predicted):
+    """F = 512, N = 128, η = 0.01: arctan √(η/(2-η) c (F+1)/N), within half a degree, from B = W on."""
+    c = {"linear": 1, "relu": 2}[activation]
+    assert math.degrees(math.atan(math.sqrt(0.01 / 1.99 * c * 513 / 128))) == pytest.approx(predicted, abs=0.01)
+    torch.manual_seed(0)
+    # After 300 steps 1 - 0.99^600 = 99.8 % of the variance is there; the mean of some angles of one path.
+    module, _, rule = behind_gain(
+        nn.Linear(512, 24, bias=False), (2, 512), torch.float32, b_init="copy_w", mirror_rate=0.01, initial_steps=300,
+        mirror_steps=40, activation=activation)
+    angles = []
+    for _ in range(5):
+        angles.append(weight_angle(module.feedback_B, module.weight.detach()))
+        rule.step()
+    assert np.mean(angles) == pytest.approx(predicted, abs=0.5)
+
+
+def test_steady_state_angle_of_a_convolution_is_smaller_by_its_positions():
+    """1x1 on 6x6: n_pos = 36, and no two positions share an input. η = 0.2, N = 2, F = 64."""
+    torch.manual_seed(0)
+    module, _, rule = behind_gain(
+        nn.Conv2d(64, 32, 1), (1, 64, 6, 6), torch.float32, b_init="copy_w", mirror_rate=0.2, mirror_batch=2, initial_steps=30)
+    angles = []
+    for _ in range(40):
+        angles.append(weight_angle(module.feedback_B, module.weight.detach()))
+        rule.step()
+    predicted = math.degrees(math.atan(math.sqrt(0.2 / 1.8 * 65 / (2 * 36))))
+    assert np.mean(angles) == pytest.approx(predicted, abs=0.5)
+
+
+def test_first_value_of_b_vanishes_at_the_rate():
+    """From two first values the same noise gives feedback whose difference is (1 - η)^steps of the first one."""
+    pair = []
+    for init in ("xavier_uniform", "copy_w"):
+        torch.manual_seed(0)
+        module, _, rule = behind_gain(nn.Linear(6, 5), (2, 6), b_init=init, mirror_rate=0.2)
+        pair.append((module, rule, module.feedback_B.clone()))
+    for _, rule, _ in pair:
+        for _ in range(8):
+            rule.step()
+    before, after = pair[0][2] - pair[1][2], pair[0][0].feedback_B - pair[1][0].feedback_B
+    assert distance(after, array(0.8**8 * before)) < 1e-12
+
+
+def test_bias_that_is_not_blocked_gives_every_row_its_own_factor():
+    """ReLU and Gaussian noise: 2 Φ(b / (σ ‖w‖)); blocked, the bias does not matter; the linear map is mirrored with it too."""
+    factors = {}
+    for activation, blocked in (("relu", True), ("relu", False), ("linear", False)):
+        torch.manual_seed(0)
+        layer = nn.Linear(10, 4)
+        with torch.no_grad():
+            layer.bias.copy_(torch.tensor([-1.5, -0.3, 0.0, 0.8]) * 0.5 * layer.weight.norm(dim=1))
+        module, _, rule = behind_gain(
+            layer, (2, 10), mirror_rate=1.0, mirror_batch=200_000, sigma=0.5, activation=activation, block_bias=blocked)
+        rule.step()
+        weight = module.weight.detach()
+        factors[activation, blocked] = (module.feedback_B * weight).sum(1) / weight.square().sum(1)
+    # Standard error of a row's factor: √(c · 2 / N) = 0.5 %, more where the bias adds to the noise.
+    want = torch.tensor([2 * 0.5 * (1 + math.erf(b / math.sqrt(2))) for b in (-1.5, -0.3, 0.0, 0.8)], dtype=torch.float64)
+    assert (factors["relu", False] - want).abs().max() < 0.02
+    assert (factors["relu", True] - 1).abs().max() < 0.02
+    assert (factors["linear", False] - 1).abs().max() < 0.02
+
+
+@pytest.mark.parametrize(("activation", "sigma", "slack"), [("tanh", 0.05, 0.01), ("sigmoid", 0.3, 0.03)])
+def test_small_noise_sees_the_slope_at_zero(activation, sigma, slack):
+    """tanh 1, sigmoid 1/4; with σ = 1 the mean slope is less, and B too small."""
+    for deviation, small in ((sigma, True), (2.0, False)):
+        torch.manual_seed(0)
+        layer = nn.Linear(10, 40)
+        module, _, rule = behind_gain(
+            layer, (2, 10), mirror_rate=1.0, mirror_batch=100_000, sigma=deviation, activation=activation)
+        rule.step()
+        weight = module.weight.detach()
+        factor = ((module.feedback_B * weight).sum() / weight.square().sum()).item()
+        assert factor == pytest.approx(1, abs=slack) if small else factor < 0.9
+
+
+def test_mirror_follows_the_weights_in_training():
+    """Starting as fa does; the mirrored layers come near, where fa's stay apart, and follow while the weights move."""
+    results = {}
+    for name, options in (("fa", {}), ("wm", {"mirror_rate": 0.05, "initial_steps": 100})):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 3))
+        rule = fa_bench.attach(model, name, seed=0, **options)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        start = model[2].weight.detach().clone()
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(64, 12, generator=generator)
+        y = (x[:, :3]).argmax(1)
+        for _ in range(60):
+            optimizer.zero_grad()
+            logits = model(x)
+            rule.backward(nn.functional.cross_entropy(logits, y), logits, y)
+            optimizer.step()
+            rule.step()
+        assert weight_angle(start, model[2].weight.detach()) > 15, "the weights have moved"
+        results[name] = {path: weight_angle(*pair) for path, pair in rule.weight_pairs().items()}
+    assert all(results["wm"][path] < 15 < results["fa"][path] for path in ("2", "4"))
+    assert results["wm"]["0"] > 60, "the first layer is not mirrored"
