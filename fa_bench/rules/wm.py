@@ -94,10 +94,10 @@ class Mirror(Fixed):
         return y if self.activation == "linear" else getattr(torch, self.activation)(y)
 
     def state(self) -> dict[str, Any]:
-        return {"draws": self.draws}
+        return {"seed": self.noise.seed, "draws": self.draws}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.draws = int(state["draws"])
+        self.noise, self.draws = self.noise._replace(seed=int(state["seed"])), int(state["draws"])
 
 
 @ALGORITHMS.register("wm")

@@ -351,6 +351,8 @@ def test_saved_rule_goes_on_as_the_original_whatever_the_seed_it_is_loaded_over(
     assert_same_state(fresh_rule.state_dict(), saved[1])
     for _ in range(2):
         assert_bitwise(rule_grads(fresh, fresh_rule, x, y), rule_grads(model, rule, x, y))
+        rule.step()
+        fresh_rule.step()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
