@@ -5,13 +5,11 @@ from __future__ import annotations
 from ..reference import (
     Arrays,
     Stage,
-    conv_weight_gradient,
     gradients,
-    linear_weight_gradient,
 )
 from .direct import outputs
 from .local import EPS
-from .sharing import shared, without_stem
+from .sharing import of_feedback, shared, without_stem
 
 
 def classifier(shape: tuple[int, ...], pool: int) -> list[Stage]:
@@ -37,14 +35,7 @@ def asfp_lc(chain, params, feedback, x, y, k=2, match="max_pool", linear="auto",
     errors: Arrays = {}
     carry = {layer: feedback[layer]["B"] for layer in layers if "B" in feedback.get(layer, {})}
     grads = gradients(chain, params, x, y, carry=carry, given=given, errors=errors)
-    for layer in sharing:
-        if layer not in stand_ins:
-            learned[f"{layer}.B"] = grads[f"{layer}.weight"].copy()
-        elif layers[layer].kind == "linear":
-            learned[f"{layer}.B"] = linear_weight_gradient(stand_ins[layer], errors[layer])
-        else:
-            shape = params[f"{layer}.weight"].shape
-            learned[f"{layer}.B"] = conv_weight_gradient(layers[layer], stand_ins[layer], errors[layer], shape)
+    learned |= of_feedback(chain, grads, errors, sharing, stand_ins)
     return without_stem(chain, grads) | learned
 
 

@@ -61,17 +61,24 @@ def asap(chain, params, feedback, x, y, k=2, match="max_pool", linear="auto", fr
 def asfp(chain, params, feedback, x, y, k=2, match="max_pool", linear="auto", freeze_stem=True, **_) -> Arrays:
     """gradW from the true input, gradB from the shared activation."""
     sharing, stand_ins = shared(chain, params, feedback, x, k, match, linear)
-    stages, errors = {stage.name: stage for stage in chain}, {}
+    errors: Arrays = {}
     grads = gradients(chain, params, x, y, carry=carried(params, feedback), errors=errors)
-    for layer in sharing if freeze_stem else weighted(chain)[:1] + sharing:
-        if layer not in stand_ins:
-            grads[f"{layer}.B"] = grads[f"{layer}.weight"].copy()
-        elif stages[layer].kind == "linear":
-            grads[f"{layer}.B"] = linear_weight_gradient(stand_ins[layer], errors[layer])
-        else:
-            shape = params[f"{layer}.weight"].shape
-            grads[f"{layer}.B"] = conv_weight_gradient(stages[layer], stand_ins[layer], errors[layer], shape)
+    grads |= of_feedback(chain, grads, errors, sharing if freeze_stem else weighted(chain)[:1] + sharing, stand_ins)
     return without_stem(chain, grads) if freeze_stem else grads
+
+
+def of_feedback(chain, grads: Arrays, errors: Arrays, learning: list[str], stand_ins: Arrays) -> Arrays:
+    """gradB of each layer: from what stands in for its input and the error at its output, else the gradient of its weight."""
+    stages, found = {stage.name: stage for stage in chain}, {}
+    for layer in learning:
+        if layer not in stand_ins:
+            found[f"{layer}.B"] = grads[f"{layer}.weight"].copy()
+        elif stages[layer].kind == "linear":
+            found[f"{layer}.B"] = linear_weight_gradient(stand_ins[layer], errors[layer])
+        else:
+            shape = grads[f"{layer}.weight"].shape
+            found[f"{layer}.B"] = conv_weight_gradient(stages[layer], stand_ins[layer], errors[layer], shape)
+    return found
 
 
 def without_stem(chain, grads: Arrays) -> Arrays:
