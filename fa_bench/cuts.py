@@ -61,16 +61,20 @@ class CutRule(Rule):
         """The feedback tensor `name` of a cut, straight from its module's dictionary: this runs at every step."""
         return self._at[cut]._buffers["feedback_" + name]  # type: ignore[return-value]
 
-    def signal(self, cut: str, kept: Kept, delta: Tensor, target: Tensor | None) -> Tensor:
-        """The error delivered at one cut, in the shape of the kept tensor.
+    def broadcast(self, delta: Tensor, target: Tensor | None) -> Tensor:
+        """What is sent to all cuts alike, (N, C): δ itself. Made once in a backward pass; arguments as for `signal`."""
+        return delta
+
+    def signal(self, cut: str, kept: Kept, sent: Tensor, target: Tensor | None) -> Tensor:
+        """The error delivered at one cut, in the shape of the kept tensor: that of `project`.
 
         Args:
             cut: the cut's module path.
             kept: what the hooks kept there.
-            delta: gradient of the loss at the logits, (N, C).
+            sent: what `broadcast` made of δ, the gradient of the loss at the logits, (N, C).
             target: the labels, (N,), where ``rule.backward`` was given them.
         """
-        raise NotImplementedError
+        return self.project(cut, sent, kept)
 
     def output_error(self, delta: Tensor) -> Tensor:
         """The error that the output layer learns by, of the gradient of the loss at the logits: that gradient itself."""
@@ -85,7 +89,7 @@ class CutRule(Rule):
         return projected if projected.dim() == len(kept.shape) else projected.view(kept.shape)
 
     def learn_feedback(self, tape: dict[str, Kept], delta: Tensor, target: Tensor | None) -> None:
-        """Add to ``.grad`` of learned feedback; nothing where it is fixed. Arguments as for `signal`."""
+        """Add to ``.grad`` of learned feedback; nothing where it is fixed. `tape` holds what was kept of every cut."""
 
     def put(
         self, cut: str, name: str, shape: tuple[int, ...], init: str, density: float = 1.0,
@@ -198,6 +202,10 @@ class CutRule(Rule):
 
     # -------------------------------------------------------------------------------------------- hooks
     def _hook(self) -> None:
+        from fa_bench.ops import DeliverFunction
+
+        # What every step asks for; imports and properties add up to a hundredth of a small net's step.
+        self._function, self._reads_values, self._needs_target = DeliverFunction, self.reads_values, self.needs_target
         root = self.model
         self._handles += [root.register_forward_pre_hook(self._open), root.register_forward_hook(self._close)]
         for cut, module in self._at.items():
@@ -214,40 +222,42 @@ class CutRule(Rule):
         self._tape = {} if self._active() else None
 
     def _close(self, module: nn.Module, args: Any, output: Any) -> Any:
-        from fa_bench.ops import DeliverFunction
-        from fa_bench.trace import replaced, tensors_in
-
         tape, self._tape = self._tape, None
         if tape is None:
             return None
+        if isinstance(output, torch.Tensor):
+            return self._delivered_to(output, tape)
+        from fa_bench.trace import replaced, tensors_in
+
         logits = next(tensors_in(output))
+        return replaced(output, logits, self._delivered_to(logits, tape))
+
+    def _delivered_to(self, logits: Tensor, tape: dict[str, Kept]) -> Tensor:
+        """The logits, from which the backward pass reaches all cuts."""
         tensors = []
         for kept in tape.values():
             tensors.append(kept.tensor)
             kept.tensor = None
         answer = functools.partial(self._signals, tape)
-        return replaced(output, logits, DeliverFunction.apply(answer, self.reads_values, logits, *tensors))
+        return self._function.apply(answer, self._reads_values, logits, *tensors)
 
-    def _keep(self, cut: str, tensor: Tensor) -> Tensor | None:
+    def _at_output(self, cut: str, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         tape = self._tape
         if tape is None:
             if self._active():
                 raise CoverageError(f"cut '{cut}' ran outside a forward pass of the attached model: call the model itself")
             return None
-        if not isinstance(tensor, torch.Tensor):
-            raise CoverageError(f"cut '{cut}' returns a {type(tensor).__name__}; name a module that returns one tensor")
-        if not tensor.requires_grad:
+        if not isinstance(output, torch.Tensor):
+            raise CoverageError(f"cut '{cut}' returns a {type(output).__name__}; name a module that returns one tensor")
+        if not output.requires_grad:
             return None
-        tape[cut] = Kept(tensor, tensor.shape)
-        passed_on = tensor.detach()
+        tape[cut] = Kept(output, output.shape)
+        passed_on = output.detach()
         # What follows changes this cut's output in place; the rule needs it as it was.
         return passed_on.clone() if cut in self._cloned else passed_on
 
-    def _at_output(self, cut: str, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        return self._keep(cut, output)
-
     def _at_input(self, cut: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        passed_on = self._keep(cut, args[0])
+        passed_on = self._at_output(cut, module, (), args[0])
         return None if passed_on is None else (passed_on, *args[1:])
 
     def _after_input(self, cut: str, module: nn.Module, args: Any, output: Tensor) -> None:
@@ -268,14 +278,18 @@ class CutRule(Rule):
         """The errors at the logits and at all cuts; called by the backward pass once it has the gradient at the logits."""
         self._delivered = True
         target = self._target
-        if self.needs_target and (target is None or target.shape != delta.shape[:1] or target.is_floating_point()):
+        if self._needs_target and (target is None or target.shape != delta.shape[:1] or target.is_floating_point()):
             raise ValueError(f"rule '{self.name}' makes its errors of the labels: call rule.backward(loss, logits, target) with "
                              f"the class numbers, (N,)")
-        for kept, tensor in zip(tape.values() if tensors else (), tensors, strict=True):
-            kept.tensor = tensor
+        if tensors:
+            for kept, tensor in zip(tape.values(), tensors, strict=True):
+                kept.tensor = tensor
         if not self.mode.hold:
             self.learn_feedback(tape, delta, target)
-        signals = [self.output_error(delta), *(self.signal(cut, kept, delta, target) for cut, kept in tape.items())]
+        sent = self.broadcast(delta, target)
+        signals = [self.output_error(delta)]
+        for cut, kept in tape.items():
+            signals.append(self.signal(cut, kept, sent, target))
         if tensors:
             for kept in tape.values():
                 kept.tensor = None
@@ -302,7 +316,7 @@ class CutRule(Rule):
         return {path: (tensors["B"], w) for path, w in weights.items() if "B" in tensors and tensors["B"].shape == w.shape}
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Kept:
     """What the hooks kept of one cut in one forward pass.
 

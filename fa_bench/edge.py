@@ -120,8 +120,6 @@ class EdgeRule(Rule):
             self._layers[path] = layer
             if carrier.learned:
                 self._learning.append(layer)
-                if type(carrier).after_backward is not Carrier.after_backward and layer.weight.requires_grad:
-                    self._handles.append(layer.weight.register_post_accumulate_grad_hook(self.mode.note))
             held = ", ".join(f"{name}{' learned' if name in carrier.learned else ''}" for name in tensors_of(layer))
             covered.append(Covered(path, kind, tuple(layer.weight.shape),
                                    f"{type(carrier).__name__} feedback{f' ({held})' if held else ''}"))
@@ -131,18 +129,10 @@ class EdgeRule(Rule):
     def take_out(self) -> None:
         from fa_bench.layers import drop_tensors, swap_out, weighted_layers
 
-        for handle in self._handles:
-            handle.remove()
         for layer in weighted_layers(self.model).values():
             if hasattr(layer, "carrier"):
                 swap_out(layer)
             drop_tensors(layer)
-
-    def finish_gradients(self) -> None:
-        pairs = [pair for layer in self._learning for pair in layer.carrier.after_backward(layer)]
-        if pairs:
-            torch._foreach_copy_([to for to, _ in pairs], [source for _, source in pairs])
-        self.mode.missed = False
 
     @property
     def feedback(self) -> dict[str, dict[str, Tensor]]:
@@ -165,9 +155,6 @@ class EdgeRule(Rule):
         return [tensors_of(layer)[name] for layer in self._layers.values() for name in layer.carrier.learned]
 
     def step(self) -> None:
-        if self.mode.missed:
-            raise RuntimeError(f"rule '{self.name}': its feedback got no gradient, for loss.backward() ran the backward pass; "
-                               "call rule.backward(loss, logits, target) in its place")
         for layer in self._learning:
             layer.carrier.after_step(layer)
 

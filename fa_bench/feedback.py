@@ -5,6 +5,7 @@ Every tensor here is in the weight's own layout: (O, I) for linear layers, (O, I
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Sequence
@@ -95,15 +96,17 @@ class Carry(NamedTuple):
 
     Attributes:
         feedback: carries the error, in the weight's layout; with `second` only the first of two hops, see `fa_bench.ops`.
+        make: makes it of the weight, in the backward pass, in place of `feedback`.
         second: carries the error on from where `feedback` left it.
         activation: returns what enters the weight gradient in place of the layer's input.
-        learn: makes and takes the gradient of learned feedback.
+        learn: for each learned tensor, what makes its gradient and takes it.
     """
 
-    feedback: Tensor
+    feedback: Tensor | None = None
+    make: Callable[[Tensor], Tensor] | None = None
     second: Tensor | None = None
     activation: Callable[[], Tensor] | None = None
-    learn: Learn | None = None
+    learn: tuple[Learn, ...] = ()
 
 
 class Carrier:
@@ -131,10 +134,6 @@ class Carrier:
     def settle(self, layer: Any) -> None:
         """Bring the layer's tensors up to date; called before anybody reads them."""
 
-    def after_backward(self, layer: Any) -> list[tuple[Tensor, Tensor]]:
-        """Pairs (destination, source) to be copied once the weight gradients are complete."""
-        return []
-
     def after_step(self, layer: Any) -> None:
         """Called for a layer with learned tensors after every update."""
 
@@ -151,10 +150,15 @@ class Carrier:
 
 
 def add_gradient(layer: Any, name: str, gradient: Tensor) -> None:
-    """Add to ``.grad`` of the layer's feedback tensor `name`, as a backward pass does."""
+    """Add to ``.grad`` of the layer's feedback tensor `name`, as a backward pass does; `gradient` may be shared with others."""
     tensor = layer._buffers["feedback_" + name]
     gradient = gradient.detach().to(tensor.dtype)
-    tensor.grad = gradient if tensor.grad is None else tensor.grad + gradient
+    if tensor.grad is not None:
+        tensor.grad = tensor.grad + gradient
+    else:
+        # Copied at the first write to either, which is rare (SGD with Nesterov momentum, clipping, gradient scalers) and which
+        # an alias would let through to both: 2.7 MB on the MLP, a tenth of its step.
+        tensor.grad = torch._lazy_clone(gradient)
 
 
 class Fixed(Carrier):
@@ -166,33 +170,22 @@ class Fixed(Carrier):
 
 
 class Learned(Fixed):
-    """e_in = g B, and the gradient of B (or of the tensor that `copied` names) is a copy of the gradient of W.
-
-    A copy, not an alias: SGD with Nesterov momentum changes gradients in place, and gradient scalers divide them, once
-    for each tensor they are given.
-    """
+    """e_in = g B, and the gradient of B is the gradient of W, the same numbers."""
 
     learned = ("B",)
-    copied = "B"
+    always = True
 
-    def __init__(self) -> None:
-        self._gradient: Tensor | None = None
-
-    def after_backward(self, layer: Any) -> list[tuple[Tensor, Tensor]]:
-        source, feedback = layer.weight.grad, layer._buffers["feedback_" + self.copied]
-        if source is None:
-            feedback.grad = None
-            return []
-        # One buffer for all steps: a fresh one each time costs more in page faults than the copy itself.
-        if self._gradient is None or self._gradient.shape != source.shape or self._gradient.device != source.device:
-            self._gradient = torch.empty_like(source)
-        feedback.grad = self._gradient
-        return [(self._gradient, source)]
+    def carry(self, layer: Any, x: Tensor) -> Carry:
+        return Carry(layer._buffers["feedback_B"], learn=learning(layer, "B"))
 
 
-def _masked(feedback: Tensor, layer: Any) -> Tensor:
-    mask = layer._buffers["feedback_mask"]
-    return feedback if mask is None else feedback.mul_(mask)
+def learning(
+    layer: Any, name: str, activation: Callable[[], Tensor] | None = None, hop: tuple[Tensor, Tensor] | None = None
+) -> tuple[Learn, ...]:
+    """The entry of `Carry.learn` for the layer's feedback tensor `name`, see `fa_bench.ops.Learn`; none while a probe runs."""
+    from fa_bench.ops import Learn
+
+    return () if layer.mode.hold else (Learn(functools.partial(add_gradient, layer, name), activation, hop),)
 
 
 class Transport(Carrier):
@@ -202,8 +195,30 @@ class Transport(Carrier):
         return layer.weight.detach()
 
 
-class Sign(Carrier):
-    """B = s sign(W), recomputed from the current weight; sign(0) is 0.
+class FromWeight(Carrier):
+    """B is made of the weight, in the backward pass itself: there it goes from the cache into the product.
+
+    The weight of the forward pass is meant; autograd refuses one that was changed in between, as for backpropagation.
+    """
+
+    def carry(self, layer: Any, x: Tensor) -> Carry:
+        return Carry(make=functools.partial(self.made, layer))
+
+    def effective(self, layer: Any) -> Tensor:
+        return self.made(layer, layer.weight.detach())
+
+    def made(self, layer: Any, weight: Tensor) -> Tensor:
+        """B of this weight, masked where the layer has a mask."""
+        feedback, mask = self.full(layer, torch.sign(weight)), layer._buffers["feedback_mask"]
+        return feedback if mask is None else feedback.mul_(mask)
+
+    def full(self, layer: Any, signs: Tensor) -> Tensor:
+        """B before the mask, of the weight's signs, which may be overwritten."""
+        raise NotImplementedError
+
+
+class Sign(FromWeight):
+    """B = s sign(W) of the current weight; sign(0) is 0.
 
     Args:
         scale: s, a positive number.
@@ -212,16 +227,15 @@ class Sign(Carrier):
     def __init__(self, scale: float) -> None:
         self.scale = scale
 
-    def effective(self, layer: Any) -> Tensor:
-        feedback = torch.sign(layer.weight.detach()).mul_(self.scale)
-        return _masked(feedback, layer)
+    def full(self, layer: Any, signs: Tensor) -> Tensor:
+        return signs.mul_(self.scale)
 
     def shown(self, layer: Any) -> dict[str, Tensor]:
         return {"B": self.effective(layer)}
 
 
-class SignedMagnitude(Carrier):
-    """B = |M| sign(W), recomputed from the current weight.
+class SignedMagnitude(FromWeight):
+    """B = |M| sign(W) of the current weight.
 
     Args:
         redraw: initialiser that draws M anew at every training forward, or None to keep it.
@@ -246,10 +260,13 @@ class SignedMagnitude(Carrier):
             redraw_magnitudes(layer.feedback_M, self.redraw, seed_for(self.seed, self.draws))
             self._positive = _moment(layer.feedback_M)
 
-    def effective(self, layer: Any) -> Tensor:
+    def carry(self, layer: Any, x: Tensor) -> Carry:
+        # By the backward pass another forward may have drawn M again.
+        return super().carry(layer, x) if self.redraw is None else Carry(self.effective(layer))
+
+    def full(self, layer: Any, signs: Tensor) -> Tensor:
         self.settle(layer)
-        feedback = torch.sign(layer.weight.detach()).mul_(self._magnitude(layer._buffers["feedback_M"]))
-        return _masked(feedback, layer)
+        return signs.mul_(self._magnitude(layer._buffers["feedback_M"]))
 
     def _magnitude(self, drawn: Tensor) -> Tensor:
         """|M|; the absolute value is taken only where somebody has written a negative number into M."""

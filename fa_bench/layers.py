@@ -19,6 +19,7 @@ from fa_bench.ops import (
     FeedbackConvFunction,
     FeedbackLinearFunction,
     Geometry,
+    Learn,
     ProductConvFunction,
     ProductLinearFunction,
 )
@@ -36,17 +37,10 @@ class Mode:
     Attributes:
         exact: forward passes are those of the plain model.
         hold: forward passes draw nothing new, so that a probe leaves no trace.
-        missed: a weight got a gradient that the feedback which learns from it did not get.
     """
 
     exact: bool = False
     hold: bool = False
-    missed: bool = False
-
-    def note(self, weight: Tensor) -> None:
-        """A hook on such a weight: its gradient has come; ``rule.backward`` takes the mark away again."""
-        if not (self.exact or self.hold):
-            self.missed = True
 
 
 class FeedbackLayer(nn.Module):
@@ -78,7 +72,7 @@ class FeedbackLayer(nn.Module):
             # Cast outside the Function: its backward then sees one dtype, and the casts are differentiated as usual.
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = _autocast(x, dtype), _autocast(weight, dtype)
-            carry = _autocast_carry(carry, dtype)
+            carry = _autocast_carry(carry, self.weight.detach(), dtype)
             bias = None if bias is None else _autocast(bias, dtype)
         return self.apply_feedback(x, weight, bias, carry, *args, **kwargs)
 
@@ -100,23 +94,31 @@ def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
-def _autocast_carry(carry: Carry, dtype: torch.dtype) -> Carry:
-    learn, activation = carry.learn, carry.activation
-    if activation is not None:
-        activation = _composed(lambda value: _autocast(value, dtype), activation)
-    if learn is not None and learn.activation is not None:
-        learn = learn._replace(activation=_composed(lambda value: _autocast(value, dtype), learn.activation))
-    second = None if carry.second is None else _autocast(carry.second, dtype)
-    return carry._replace(feedback=_autocast(carry.feedback, dtype), second=second, activation=activation, learn=learn)
+def _autocast_carry(carry: Carry, weight: Tensor, dtype: torch.dtype) -> Carry:
+    """`carry` with all tensors cast; what is made of the weight is made of it at full precision, where no small one is zero."""
+    feedback = carry.make(weight) if carry.make else carry.feedback
+    return carry._replace(
+        feedback=None if feedback is None else _autocast(feedback, dtype),
+        make=None,
+        second=None if carry.second is None else _autocast(carry.second, dtype),
+        activation=carry.activation and _composed(lambda value: _autocast(value, dtype), carry.activation),
+        learn=_learn_from(carry, lambda value: _autocast(value, dtype)),
+    )
+
+
+def _learn_from(carry: Carry, prepare: Callable[[Tensor], Tensor]) -> tuple[Learn, ...]:
+    """`carry.learn`, with what stands in for the input in a gradient prepared as the input is."""
+    return tuple(learn._replace(activation=learn.activation and _composed(prepare, learn.activation)) for learn in carry.learn)
 
 
 class FeedbackLinear(FeedbackLayer, nn.Linear):
     """nn.Linear with feedback."""
 
     def apply_feedback(self, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry) -> Tensor:
-        if carry.second is not None:
-            return ProductLinearFunction.apply(x, weight, bias, carry.feedback, carry.second, carry.learn)
-        return FeedbackLinearFunction.apply(x, weight, bias, carry.feedback, carry.activation, carry.learn)
+        function = FeedbackLinearFunction if carry.second is None else ProductLinearFunction
+        if x.dim() == 2:
+            return function.apply(x, weight, bias, carry)
+        return function.apply(x.reshape(-1, x.shape[-1]), weight, bias, carry).view(*x.shape[:-1], -1)
 
 
 class _FeedbackConv(FeedbackLayer):
@@ -145,14 +147,13 @@ def _convolve(
     x: Tensor, geometry: Geometry, weight: Tensor, bias: Tensor | None, carry: Carry, prepare: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """A convolution of a prepared input; `prepare` does the same to what stands in for the input in a gradient."""
-    activation, learn = carry.activation, carry.learn
     if carry.second is not None:
-        return ProductConvFunction.apply(x, weight, bias, carry.feedback, carry.second, geometry, learn)
-    if activation is not None:
-        activation = _composed(prepare, activation)
-    if learn is not None and learn.activation is not None:
-        learn = learn._replace(activation=_composed(prepare, learn.activation))
-    return FeedbackConvFunction.apply(x, weight, bias, carry.feedback, geometry, activation, learn)
+        return ProductConvFunction.apply(x, weight, bias, carry, geometry)
+    if carry.activation is not None or carry.learn:
+        carry = carry._replace(
+            activation=carry.activation and _composed(prepare, carry.activation), learn=_learn_from(carry, prepare)
+        )
+    return FeedbackConvFunction.apply(x, weight, bias, carry, geometry)
 
 
 def _composed(prepare: Callable[[Tensor], Tensor], activation: Callable[[], Tensor]) -> Callable[[], Tensor]:

@@ -73,7 +73,7 @@ class LocalRule(CutRule):
         return module
 
     # -------------------------------------------------------------------------------------------- training
-    def signal(self, cut: str, kept: Kept, delta: Tensor, target: Tensor | None) -> Tensor:
+    def signal(self, cut: str, kept: Kept, sent: Tensor, target: Tensor | None) -> Tensor:
         assert target is not None
         module, dtype = self.auxiliary_at(cut), next(self.model.parameters()).dtype
         learned = [] if self.mode.hold else list(module.parameters())

@@ -8,26 +8,30 @@ dimensions. Those of edge rules compute the forward pass of the plain layer. Bac
     error at the input     = g carried by `feedback`                    (backpropagation has the weight here)
 
 `feedback` has the weight's own layout, so that feedback = weight is backpropagation bit for bit, with no transpose anywhere.
-Every wrapper counts here, for a small layer's arithmetic takes microseconds: forward and setup are one method (1.05 against 1.09
-of plain backpropagation with ``setup_context``), and backward is not marked ``once_differentiable`` (2 % more). Second
-derivatives through these Functions are those of the formulas above.
+What a layer hands to its Function beside its own tensors is one `fa_bench.feedback.Carry`.
+Every wrapper counts here, for a small layer's arithmetic takes microseconds: few arguments, forward and setup in one method, and
+backward not marked ``once_differentiable``. Second derivatives through these Functions are those of the formulas above.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+if TYPE_CHECKING:
+    from fa_bench.feedback import Carry
+
 
 class Learn(NamedTuple):
-    """How the gradient of learned feedback is made where it is not simply that of the weight.
+    """How the gradient of learned feedback is made; that of the weight, unless `activation` or `hop` says otherwise.
 
     Attributes:
-        receive: called with the gradient, in the learned tensor's layout.
+        receive: called with the gradient, in the learned tensor's layout; the weight's own gradient is handed over as it is, and
+            not at all where the weight is frozen.
         activation: returns what enters the gradient in place of the layer's input, in its shape; None for the input itself.
         hop: (B, R) of a product's two hops, where R learns: ē = g B enters the gradient in place of g, which then has the shape
             of R; see the two Functions that carry an error in two hops.
@@ -46,61 +50,56 @@ def _rows(tensor: Tensor) -> Tensor:
 class FeedbackLinearFunction(torch.autograd.Function):
     """y = x Wᵀ + b with the error e_in = g B.
 
-    Shapes: x (..., I), weight and feedback (O, I), bias (O) or None, y and g (..., O). With `activation`, what it returns enters
-    the weight gradient in place of x, which is then not kept; with `learn`, feedback has a gradient of its own.
+    Shapes: x (N, I), weight and feedback (O, I), bias (O) or None, y and g (N, O).
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, feedback: Tensor,
-        activation: Callable[[], Tensor] | None = None, learn: Learn | None = None,
-    ) -> Tensor:
-        ctx.save_for_backward(feedback, *(() if activation else (x,)))
-        ctx.activation, ctx.learn, ctx.shape = activation, learn, x.shape
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry) -> Tensor:
+        ctx.carry = carry
+        feedback = weight if carry.make else carry.feedback
+        ctx.save_for_backward(*((feedback,) if carry.activation else (feedback, x)))
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        carry: Carry = ctx.carry
         feedback, *kept = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        rows = _rows(g)
-        e_in = rows.mm(feedback) if needs_x else None
-        inputs = _rows(kept[0] if kept else ctx.activation())
-        grad_weight = rows.t().mm(inputs) if needs_weight else None
-        grad_bias = rows.sum(0) if needs_bias else None
-        if ctx.learn is not None:
-            other = inputs if ctx.learn.activation is None else _rows(ctx.learn.activation())
-            error = rows if ctx.learn.hop is None else rows.mm(ctx.learn.hop[0].to(rows.dtype))
-            ctx.learn.receive(error.t().mm(other))
-        return e_in if e_in is None or g.dim() == 2 else e_in.view(ctx.shape), grad_weight, grad_bias, None, None, None
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        e_in = g.mm(carry.make(feedback) if carry.make else feedback) if needs_x else None
+        x = _rows(carry.activation()) if carry.activation else kept[0]
+        grad_weight = g.t().mm(x) if needs_weight else None
+        for learn in carry.learn:
+            if learn.activation is not None or learn.hop is not None:
+                other = x if learn.activation is None else _rows(learn.activation())
+                error = g if learn.hop is None else g.mm(learn.hop[0].to(g.dtype))
+                learn.receive(error.t().mm(other))
+            elif grad_weight is not None:
+                learn.receive(grad_weight)
+        return e_in, grad_weight, g.sum(0) if needs_bias else None, None
 
 
 class ProductLinearFunction(torch.autograd.Function):
     """y = x Wᵀ + b with the error carried in two hops, ē = g B and e_in = ē R; gradient of R = ēᵀ x.
 
-    Shapes: x (..., I), weight (O, I), bias (O) or None, first B (O, M), second R (M, I), y and g (..., O), ē (..., M).
+    Shapes: x (N, I), weight (O, I), bias (O) or None, first B (O, M), second R (M, I), y and g (N, O), ē (N, M).
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, first: Tensor, second: Tensor, learn: Learn | None
-    ) -> Tensor:
-        ctx.save_for_backward(x, first, second)
-        ctx.learn = learn
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry) -> Tensor:
+        ctx.save_for_backward(x, carry.feedback, carry.second)
+        ctx.learn = carry.learn
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, first, second = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        rows, inputs = _rows(g), _rows(x)
-        between = rows.mm(first) if needs_x or ctx.learn is not None else None
-        e_in = between.mm(second).view(x.shape) if needs_x and between is not None else None
-        grad_weight = rows.t().mm(inputs) if needs_weight else None
-        grad_bias = rows.sum(0) if needs_bias else None
-        if ctx.learn is not None and between is not None:
-            ctx.learn.receive(between.t().mm(inputs))
-        return e_in, grad_weight, grad_bias, None, None, None
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        between = g.mm(first) if needs_x or ctx.learn else g
+        e_in = between.mm(second) if needs_x else None
+        grad_weight = g.t().mm(x) if needs_weight else None
+        for learn in ctx.learn:
+            learn.receive(between.t().mm(x))
+        return e_in, grad_weight, g.sum(0) if needs_bias else None, None
 
 
 class Geometry(NamedTuple):
@@ -118,36 +117,39 @@ class FeedbackConvFunction(torch.autograd.Function):
     """A convolution of one to three dimensions, plain or transposed, whose error is carried by `feedback`.
 
     Shapes: x (N, I, ...); weight and feedback (O, I/groups, K...), or (I, O/groups, K...) where transposed; bias (O) or
-    None; y and g (N, O, ...). e_in is the input gradient of the same convolution with `feedback` for the weight. `activation`
-    and `learn` as for the linear one.
+    None; y and g (N, O, ...). e_in is the input gradient of the same convolution with `feedback` for the weight.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, feedback: Tensor, geometry: Geometry,
-        activation: Callable[[], Tensor] | None = None, learn: Learn | None = None,
-    ) -> Tensor:
-        ctx.save_for_backward(feedback, *(() if activation else (x,)))
-        ctx.geometry, ctx.activation, ctx.learn = geometry, activation, learn
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry, geometry: Geometry) -> Tensor:
+        feedback = weight if carry.make else carry.feedback
+        ctx.save_for_backward(*((feedback,) if carry.activation else (feedback, x)))
+        ctx.geometry, ctx.carry = geometry, carry
         ctx.bias_sizes = None if bias is None else list(bias.shape)
         return torch.ops.aten.convolution(x, weight, bias, *geometry)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        carry: Carry = ctx.carry
         feedback, *kept = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:3])
+        if carry.make and needs[0]:
+            feedback = carry.make(feedback)
         # Of the weight's argument only the shape enters the weight gradient, and of the input's only the shape enters the error,
         # so that one call serves all three.
-        inputs = kept[0] if kept else ctx.activation()
-        needs = list(ctx.needs_input_grad[:3])
-        grads = torch.ops.aten.convolution_backward(g, inputs, feedback, ctx.bias_sizes, *ctx.geometry, needs)
-        if ctx.learn is not None:
-            other = inputs if ctx.learn.activation is None else ctx.learn.activation()
-            error, learned = g, feedback
-            if ctx.learn.hop is not None:
-                first, learned = (tensor.to(g.dtype) for tensor in ctx.learn.hop)
-                error = _first_hop(g, first, ctx.geometry.groups)
-            ctx.learn.receive(weight_gradient(error, other, learned, ctx.geometry))
-        return *grads, None, None, None, None
+        x = carry.activation() if carry.activation else kept[0]
+        grads = torch.ops.aten.convolution_backward(g, x, feedback, ctx.bias_sizes, *ctx.geometry, needs)
+        for learn in carry.learn:
+            if learn.activation is not None or learn.hop is not None:
+                other = x if learn.activation is None else learn.activation()
+                error, learned = g, feedback
+                if learn.hop is not None:
+                    first, learned = (tensor.to(g.dtype) for tensor in learn.hop)
+                    error = _first_hop(g, first, ctx.geometry.groups)
+                learn.receive(weight_gradient(error, other, learned, ctx.geometry))
+            elif needs[1]:
+                learn.receive(grads[1])
+        return *grads, None, None
 
 
 class ProductConvFunction(torch.autograd.Function):
@@ -159,12 +161,9 @@ class ProductConvFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, first: Tensor, second: Tensor, geometry: Geometry,
-        learn: Learn | None,
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, first, second)
-        ctx.geometry, ctx.learn = geometry, learn
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry, geometry: Geometry) -> Tensor:
+        ctx.save_for_backward(x, weight, carry.feedback, carry.second)
+        ctx.geometry, ctx.learn = geometry, carry.learn
         ctx.bias_sizes = None if bias is None else list(bias.shape)
         return torch.ops.aten.convolution(x, weight, bias, *geometry)
 
@@ -177,14 +176,14 @@ class ProductConvFunction(torch.autograd.Function):
             g, x, weight, ctx.bias_sizes, *geometry, [False, needs_weight, needs_bias]
         )
         e_in = None
-        if needs_x or ctx.learn is not None:
+        if needs_x or ctx.learn:
             between = _first_hop(g, first, geometry.groups)
             e_in, grad_second, _ = torch.ops.aten.convolution_backward(
-                between, x, second, None, *geometry, [needs_x, ctx.learn is not None, False]
+                between, x, second, None, *geometry, [needs_x, bool(ctx.learn), False]
             )
-            if ctx.learn is not None:
-                ctx.learn.receive(grad_second)
-        return e_in, grad_weight, grad_bias, None, None, None, None
+            for learn in ctx.learn:
+                learn.receive(grad_second)
+        return e_in, grad_weight, grad_bias, None, None
 
 
 def weight_gradient(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

@@ -136,9 +136,6 @@ class Sharing(Carrier):
     def effective(self, layer: Any) -> Tensor:
         return self.inner.effective(layer)
 
-    def after_backward(self, layer: Any) -> list[tuple[Tensor, Tensor]]:
-        return self.inner.after_backward(layer)
-
 
 @dataclasses.dataclass(eq=False)
 class SharingRule(EdgeRule):

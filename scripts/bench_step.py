@@ -27,6 +27,7 @@ from torch.utils.flop_counter import flop_registry
 
 import fa_bench
 from fa_bench.errors import CoverageError
+from fa_bench.feedback import Carry
 from fa_bench.layers import weighted_layers
 from fa_bench.ops import DeliverFunction, FeedbackLinearFunction
 from fa_bench.optim import SGD, Optimizers
@@ -83,7 +84,7 @@ def multiplications(step: Callable[[], None]) -> int:
 
 
 def make_written_out(rule: str, batch: int) -> Callable[[], None]:
-    """One step of the default MLP, without optimizer, with nothing between the lines: the floor of fa or dfa."""
+    """One step of the default MLP, without optimizer, with nothing between the lines: the floor of bp, fa or dfa."""
     torch.manual_seed(0)
     model = ARCHITECTURES["mlp"]().build(NETS["mlp"], 10)
     first, second, last = weighted_layers(model).values()
@@ -91,17 +92,20 @@ def make_written_out(rule: str, batch: int) -> Callable[[], None]:
     b2, b3 = torch.randn_like(second.weight), torch.randn_like(last.weight)
     rows = [torch.randn(10, 512), torch.randn(10, 512)]
 
+    def bp() -> torch.Tensor:
+        return last(second(first(x.flatten(1)).relu()).relu())
+
     def fa() -> torch.Tensor:
         h = first(x.flatten(1)).relu()
-        h = FeedbackLinearFunction.apply(h, second.weight, second.bias, b2).relu()
-        return FeedbackLinearFunction.apply(h, last.weight, last.bias, b3)
+        h = FeedbackLinearFunction.apply(h, second.weight, second.bias, Carry(b2)).relu()
+        return FeedbackLinearFunction.apply(h, last.weight, last.bias, Carry(b3))
 
     def dfa() -> torch.Tensor:
         h1 = first(x.flatten(1)).relu()
         h2 = second(h1.detach()).relu()
         return DeliverFunction.apply(lambda delta, _: [delta, *(delta.mm(b) for b in rows)], False, last(h2.detach()), h1, h2)
 
-    forward = {"fa": fa, "dfa": dfa}[rule]
+    forward = {"bp": bp, "fa": fa, "dfa": dfa}[rule]
 
     def step() -> None:
         model.zero_grad()
@@ -163,7 +167,7 @@ def bench(net: str, arguments: argparse.Namespace) -> None:
                 if not with_optimizer:
                     print(f"{net}: {error}", file=sys.stderr)
         if net == "mlp" and not with_optimizer:
-            steps |= {f"{rule} (written out)": make_written_out(rule, arguments.batch) for rule in ("fa", "dfa")}
+            steps |= {f"{rule} (written out)": make_written_out(rule, arguments.batch) for rule in ("bp", "fa", "dfa")}
         if not with_optimizer:
             counts = {label: multiplications(step) for label, step in steps.items()}
             arithmetic = {label: count / counts[PLAIN] for label, count in counts.items()}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import OptionError
-from fa_bench.feedback import Carry, add_gradient
+from fa_bench.feedback import Carry, learning
 from fa_bench.registries import ALGORITHMS
 from fa_bench.sharing import Sharing, SharingRule
 
@@ -20,12 +19,7 @@ class FeedbackSharing(Sharing):
     """The shared activation enters the gradient of B alone."""
 
     def shared(self, layer: Any, carry: Carry, activation: Callable[[], Tensor]) -> Carry:
-        from fa_bench.ops import Learn
-
-        return carry if layer.mode.hold else carry._replace(learn=Learn(functools.partial(add_gradient, layer, "B"), activation))
-
-    def after_backward(self, layer: Any) -> list[tuple[Tensor, Tensor]]:
-        return self.inner.after_backward(layer) if self.source is None else []
+        return carry._replace(learn=learning(layer, "B", activation))
 
 
 @ALGORITHMS.register("asfp")

@@ -127,21 +127,13 @@ class Rule(_Attached, Options):
             loss.backward()
             return
         self.deliver(loss, logits, target)
-        self.finish_gradients()
 
     def deliver(self, loss: Tensor, logits: Tensor | None, target: Tensor | None) -> None:
         """Bring the rule's errors to every layer: the backward pass alone."""
         loss.backward()
 
-    def finish_gradients(self) -> None:
-        """Give learned feedback its gradients, once those of the weights are complete."""
-
     def step(self) -> None:
-        """Whatever the rule does between updates; call it after ``optimizer.step()``.
-
-        Raises:
-            RuntimeError: where learned feedback lacks its gradient, since ``loss.backward()`` stood in for `backward`.
-        """
+        """Whatever the rule does between updates; call it after ``optimizer.step()``."""
 
     @contextmanager
     def exact(self) -> Iterator[None]:

@@ -77,11 +77,13 @@ class DFA(CutRule):
         """The kernel form asks a layer's input for its shape, by way of the layer's own padding."""
         return self.form == "kernel"
 
-    def signal(self, cut: str, kept: Kept, delta: Tensor, target: Tensor | None) -> Tensor:
+    def broadcast(self, delta: Tensor, target: Tensor | None) -> Tensor:
+        return delta if self._gain == 1 else delta * self._gain
+
+    def signal(self, cut: str, kept: Kept, sent: Tensor, target: Tensor | None) -> Tensor:
         if self.form == "kernel":
-            return self.carried(cut, kept.tensor, kept.tensor, delta, kept.output_shape)
-        projected = self.project(cut, delta, kept)
-        return projected if self._gain == 1 else projected * self._gain
+            return self.carried(cut, kept.tensor, kept.tensor, sent, kept.output_shape)
+        return self.project(cut, sent, kept)
 
     def carried(
         self, layer: str, x: Tensor, g: Tensor, delta: Tensor, output_shape: tuple[int, ...] | None = None

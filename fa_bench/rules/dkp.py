@@ -56,9 +56,6 @@ class DKP(CutRule):
                 mask = draw_mask(size, self.density, seed_for(self.seed, cut, "B"))
                 put_tensor(self._at[cut], "mask", mask.to(self.tensor(cut, "B")))
 
-    def signal(self, cut: str, kept: Kept, delta: Tensor, target: Tensor | None) -> Tensor:
-        return self.project(cut, delta, kept)
-
     def learn_feedback(self, tape: dict[str, Kept], delta: Tensor, target: Tensor | None) -> None:
         for cut, kept in tape.items():
             dtype = self.tensor(cut, "B").dtype

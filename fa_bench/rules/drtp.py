@@ -6,8 +6,9 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
-from fa_bench.cuts import CutRule, Kept
+from fa_bench.cuts import CutRule
 from fa_bench.feedback import INITIALISERS
+from fa_bench.lazy import torch
 from fa_bench.options import option
 from fa_bench.registries import ALGORITHMS
 
@@ -46,10 +47,11 @@ class DRTP(CutRule):
         for cut, shape in features.items():
             self.put(cut, "B", (classes, math.prod(shape)), self.b_init, self.density)
 
-    def signal(self, cut: str, kept: Kept, delta: Tensor, target: Tensor | None) -> Tensor:
+    def broadcast(self, delta: Tensor, target: Tensor | None) -> Tensor:
+        factor = self.scale / len(delta)
         if self.error_sign:
-            projected = self.project(cut, delta.sign(), kept)
-        else:
-            assert target is not None
-            projected = self.tensor(cut, "B").index_select(0, target).view(kept.shape)
-        return projected.mul_(self.scale / len(delta))
+            return delta.sign() * factor
+        assert target is not None
+        # At full precision under autocast too, for it does not depend on δ.
+        labels = delta.new_zeros(delta.shape, dtype=torch.promote_types(delta.dtype, torch.float32))
+        return labels.scatter_(1, target.view(-1, 1), factor)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.edge import Site
 from fa_bench.errors import CoverageError, OptionError
-from fa_bench.feedback import INITIALISERS, Carrier, Carry, Learned, add_gradient, draw
+from fa_bench.feedback import INITIALISERS, Carrier, Carry, draw, learning
 from fa_bench.lazy import torch
 from fa_bench.options import option
 from fa_bench.registries import ALGORITHMS
@@ -20,29 +19,26 @@ if TYPE_CHECKING:
 KINDS = ("pfa", "fa", "kp")
 
 
-class Mix(Learned):
+class Mix(Carrier):
     """The error goes through a tensor whose entries come from B R, from F and from K, as the masks say.
 
     Args:
         kinds: those of KINDS that the layer has; only their tensors exist.
     """
 
-    copied = "K"
-
     def __init__(self, kinds: tuple[str, ...]) -> None:
-        super().__init__()
         self.kinds = kinds
         self.learned = tuple(name for kind, name in (("pfa", "R"), ("kp", "K")) if kind in kinds)
-        self.always = "pfa" in kinds
+        self.always = bool(self.learned)
         self._product = Product()
 
     def carry(self, layer: Any, x: Tensor) -> Carry:
-        from fa_bench.ops import Learn
-
-        buffers, learn = layer._buffers, None
-        if "pfa" in self.kinds and not layer.mode.hold:
-            learn = Learn(functools.partial(add_gradient, layer, "R"), hop=(buffers["feedback_B"], buffers["feedback_R"]))
-        # Where only R asks for the pass (the first layer) no error is carried, and B R would be multiplied for nothing.
+        buffers, learn = layer._buffers, ()
+        if "pfa" in self.kinds:
+            learn += learning(layer, "R", hop=(buffers["feedback_B"], buffers["feedback_R"]))
+        if "kp" in self.kinds:
+            learn += learning(layer, "K")
+        # Where only learning asks for the pass (the first layer) no error is carried, and B R would be multiplied for nothing.
         return Carry(self.effective(layer) if x.requires_grad else layer.weight.detach(), learn=learn)
 
     def effective(self, layer: Any) -> Tensor:
@@ -55,9 +51,6 @@ class Mix(Learned):
             carried = self._product.effective(layer) if kind == "pfa" else buffers["feedback_F" if kind == "fa" else "feedback_K"]
             total.addcmul_(buffers[f"feedback_mask_{kind}"], carried.detach())
         return total
-
-    def after_backward(self, layer: Any) -> list[tuple[Tensor, Tensor]]:
-        return super().after_backward(layer) if "kp" in self.kinds else []
 
 
 @ALGORITHMS.register("mixed")

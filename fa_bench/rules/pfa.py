@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.edge import EdgeRule, Site
-from fa_bench.feedback import INITIALISERS, Carrier, Carry, add_gradient, draw
+from fa_bench.feedback import INITIALISERS, Carrier, Carry, draw, learning
 from fa_bench.lazy import torch
 from fa_bench.options import option
 from fa_bench.registries import ALGORITHMS
@@ -27,10 +26,8 @@ class Product(Carrier):
     always = True
 
     def carry(self, layer: Any, x: Tensor) -> Carry:
-        from fa_bench.ops import Learn
-
-        learn = None if layer.mode.hold else Learn(functools.partial(add_gradient, layer, "R"))
-        return Carry(layer._buffers["feedback_B"], layer._buffers["feedback_R"], learn=learn)
+        buffers = layer._buffers
+        return Carry(buffers["feedback_B"], second=buffers["feedback_R"], learn=learning(layer, "R"))
 
     def effective(self, layer: Any) -> Tensor:
         first, second, weight = layer.feedback_B, layer.feedback_R, layer.weight

@@ -27,7 +27,7 @@ class USF(EdgeRule):
 
     e_in = g B with B = s sign(W) of the current W, sign(0) = 0. `scale` chooses s:
     xavier √(2/(fan_in + fan_out)); pytorch 1/√(3 fan_in); xiao √(2/fan_out) for convolutions and 1/√fan_in for linear
-    layers; none 1. Fans include the kernel positions. B is made in the very forward that is differentiated.
+    layers; none 1. Fans include the kernel positions. B is made of the weight of the forward pass that is differentiated.
 
     Deviation: Li and Benna write B = sign(W) without s, which explodes; the runs behind their figures used s = xavier.
     With ``plain_last`` the output layer carries its error by its true weight, as in Xiao et al.
