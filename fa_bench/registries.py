@@ -1,4 +1,4 @@
-"""The four tables of components, one for each config group."""
+"""The tables of components: one for each config group, and the analyses."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from fa_bench.registry import Registry
 
 if TYPE_CHECKING:
+    from fa_bench.analyses.base import Analysis
     from fa_bench.data.base import Dataset
     from fa_bench.models.base import Architecture
     from fa_bench.optim import OptimizerOptions
@@ -17,3 +18,4 @@ ARCHITECTURES: Registry[Architecture] = Registry("architecture", "fa_bench.model
 DATASETS: Registry[Dataset] = Registry("dataset", "fa_bench.data")
 OPTIMIZERS: Registry[OptimizerOptions] = Registry("optimizer", "fa_bench.optim")
 GROUPS: tuple[Registry, ...] = (ALGORITHMS, ARCHITECTURES, DATASETS, OPTIMIZERS)
+ANALYSES: Registry[Analysis] = Registry("analysis", "fa_bench.analyses")

@@ -1,0 +1,1 @@
+"""Analyses that train no benchmark run: one file each, run by ``scripts/analyse.py``."""

@@ -1,0 +1,45 @@
+"""What every analysis is: options, a table, a figure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fa_bench.files import atomic
+from fa_bench.options import Options
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+
+class Analysis(Options):
+    """Base of the analyses; the fields of a subclass are its options."""
+
+    def table(self) -> pd.DataFrame:
+        """What was computed, one row for each thing: it becomes the CSV."""
+        raise NotImplementedError
+
+    def draw(self, figure: Figure, table: pd.DataFrame) -> None:
+        """Draw the table into an empty figure."""
+        raise NotImplementedError
+
+    def write(self, directory: Path) -> tuple[pd.DataFrame, Path, Path]:
+        """Compute, and write NAME.csv and NAME.png into `directory`; equal options give equal bytes.
+
+        Returns:
+            The table, and the two paths.
+        """
+        from matplotlib.figure import Figure
+
+        directory.mkdir(parents=True, exist_ok=True)
+        table = self.table()
+        figure = Figure(figsize=(10, 4.5), dpi=120, layout="constrained")
+        self.draw(figure, table)
+        csv, png = directory / f"{self.name}.csv", directory / f"{self.name}.png"
+        with atomic(csv) as temporary:
+            table.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
+        with atomic(png) as temporary:
+            # Without matplotlib's version, which would change the bytes where the picture did not change.
+            figure.savefig(temporary, format="png", metadata={"Software": None})
+        return table, csv, png
