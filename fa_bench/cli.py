@@ -16,15 +16,17 @@ from fa_bench import __version__
 from fa_bench.config import Job, conf_dir, register_schemas
 from fa_bench.errors import ConfigError, FaBenchError
 from fa_bench.files import LOG
-from fa_bench.labels import differing, flat, label
+from fa_bench.labels import differing, flat, label, plan
 from fa_bench.rundir import RunDirectory
+from fa_bench.scale import scaled
 
 if TYPE_CHECKING:
     from fa_bench.compose import Composer
 
 CONFIG_NAME = "config"
-#: Number of jobs of a grid, and the keys in which each rule's jobs differ; also seen by jobs in other processes.
-JOB_COUNT, JOB_KEYS = "FA_BENCH_JOBS", "FA_BENCH_KEYS"
+#: The epochs of each job of a grid, the number of the first job of its present part, and the keys in which each rule's jobs
+#: differ; also seen by jobs in other processes.
+JOB_EPOCHS, JOB_FIRST, JOB_KEYS = "FA_BENCH_EPOCHS", "FA_BENCH_FIRST", "FA_BENCH_KEYS"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,9 +84,13 @@ def _main(argv: list[str]) -> int:
 def _run(jobs: list[tuple[Job, Path]], composer: Composer, argv: list[str], flags: list[str], multirun: bool) -> int:
     if not multirun:
         return _hydra(argv) or _report_single(jobs[0][1])
-    os.environ[JOB_COUNT], os.environ[JOB_KEYS] = str(len(jobs)), json.dumps(_differing([job for job, _ in jobs]))
-    print(f"{len(jobs)} runs, below {_common([place for _, place in jobs])}", flush=True)
-    code = _hydra([*composer.sweep_overrides, *flags])
+    os.environ[JOB_EPOCHS] = json.dumps([scaled(job).run.epochs for job, _ in jobs])
+    os.environ[JOB_KEYS] = json.dumps(_differing([job for job, _ in jobs]))
+    print(plan([job for job, _ in jobs], _common([place for _, place in jobs])), flush=True)
+    code = 0
+    for first, sweep in composer.sweeps:
+        os.environ[JOB_FIRST] = str(first)
+        code = _hydra([*sweep, *flags]) or code
     return _report_grid([place for _, place in jobs]) or code
 
 
@@ -146,11 +152,13 @@ def _job(config: DictConfig) -> None:
     directory = Path(settings.runtime.output_dir)
     job = Job.from_config(config)
     alone = settings.mode != RunMode.MULTIRUN
-    counted = "" if alone else f"[{settings.job.num + 1}/{os.environ.get(JOB_COUNT, '?')}] "
+    epochs = [] if alone else json.loads(os.environ.get(JOB_EPOCHS, "[]"))
+    number = 0 if alone else int(os.environ.get(JOB_FIRST, "0")) + settings.job.num
+    counted = "" if alone else f"[{number + 1}/{len(epochs) or '?'}] "
     keys = {} if alone else json.loads(os.environ.get(JOB_KEYS, "{}"))
     shown = label(job.algorithm.name, flat(job.plain()), keys.get(job.algorithm.name, ()))
     try:
-        run(job, directory, title=f"{counted}{shown} seed {job.run.seed}")
+        run(job, directory, title=f"{counted}{shown} seed {job.run.seed}", later_epochs=sum(epochs[number + 1:]))
     except FaBenchError as error:
         if alone:
             _remove_if_empty(directory)

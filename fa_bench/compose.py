@@ -19,8 +19,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fa_bench.config import Job, conf_dir, first_line, import_plugins
+from fa_bench.config import GRID, Job, conf_dir, first_line, import_plugins
 from fa_bench.errors import ConfigError, names, nearest
+from fa_bench.registries import GROUPS
 from fa_bench.rundir import RunDirectory
 
 
@@ -46,8 +47,9 @@ class Composer:
         for override in self.parsed:
             if override.key_or_group == "plugins" and not override.is_sweep_override():
                 import_plugins(override.value())
-        #: What Hydra is given for a grid: the preset's values where the command line gives none, all spelled out.
-        self.sweep_overrides = overrides
+        #: What Hydra is given for a grid, once for each of its parts: the number of its first job, and all values spelled out.
+        self.sweeps: list[tuple[int, list[str]]] = [(0, overrides)]
+        self._multirun = False
 
     def grid(self, multirun: bool) -> list[list[str]]:
         """The overrides of every job; the first one is composed, so that unknown keys and groups are found.
@@ -63,19 +65,41 @@ class Composer:
         with self._hydra():
             config = self._compose(plain)
             for override in swept:
-                for line in _values(override)[:1]:
-                    self._compose([*plain, line])
-        preset = OmegaConf.to_container(config.hydra.sweeper).get("params") or {}  # type: ignore[union-attr]
+                self._compose([*plain, *_expanded([override.input_line])[0]])
+        chosen = config.hydra.runtime.choices.get("experiment")
+        preset = _read_grid(config.get(GRID), f"experiment={chosen}")
         if preset and not multirun:
-            chosen = config.hydra.runtime.choices.get("experiment")
-            raise ConfigError(f"experiment={chosen} is a grid over {names(preset)}: run it with -m")
-        given = {o.get_key_element() for o in self.parsed}
-        added = [f"{key}={value}" for key, value in preset.items() if key not in given]
-        self.sweep_overrides = [*added, *self.overrides, *(["hydra.sweeper.params=null"] if preset else [])]
+            keys = dict.fromkeys(key for part in preset for key in part)
+            raise ConfigError(f"experiment={chosen} is a grid over {names(keys)}: run it with -m")
+        self._multirun = multirun
         if not multirun:
             return [self.overrides]
-        expanded = BasicSweeper.split_arguments([_parse(text) for text in [*added, *self.overrides]], None)
-        return [[*job, "hydra.sweeper.params=null"] if preset else job for batch in expanded for job in batch]
+        parts = self._parts(preset) if preset else [self.overrides]
+        expanded = [_expanded(part) for part in parts]
+        firsts = [sum(map(len, expanded[:number])) for number in range(len(parts))]
+        self.sweeps = list(zip(firsts, parts, strict=True))
+        return [job for jobs in expanded for job in jobs]
+
+    def _parts(self, preset: list[dict[str, str]]) -> list[list[str]]:
+        """The parts of a preset's grid as overrides, where the command line's values take the place of the preset's.
+
+        Of a component that parts differ in, such as the rule, each part takes those of the command line's values that it has;
+        a part left without any is dropped, and values that no part has go to the first one.
+        """
+        given = self.chosen()
+        kinds = [group.kind for group in GROUPS if group.kind in given and any(group.kind in part for part in preset)]
+        listed = [{key: _listed(f"{key}={value}") for key, value in part.items()} for part in preset]
+        parts = []
+        for number, (part, own) in enumerate(zip(preset, listed, strict=True)):
+            taken: dict[str, str] = {}
+            for kind in kinds:
+                elsewhere = {value for other in listed for value in other.get(kind, ())}
+                values = [v for v in given[kind] if v in own.get(kind, ()) or (number == 0 and v not in elsewhere)]
+                taken[kind] = f"{kind}={','.join(values)}" if values else ""
+            if all(taken.values()):
+                added = [f"{key}={value}" for key, value in part.items() if key not in given]
+                parts.append([*added, *(taken.get(o.key_or_group, o.input_line) for o in self.parsed)])
+        return parts or [self.overrides]
 
     def choices(self) -> dict[str, list[str]]:
         """The groups of components and presets with their choices, those of the user's folder included."""
@@ -84,8 +108,7 @@ class Composer:
 
     def chosen(self) -> dict[str, list[str]]:
         """Key -> the values that the command line gives it."""
-        return {o.key_or_group: [str(value) for value in (o.sweep_iterator() if o.is_sweep_override() else [o.value()])]
-                for o in self.parsed}
+        return {o.key_or_group: _listed(o.input_line) for o in self.parsed}
 
     def component(self, kind: str, choice: str) -> dict[str, Any]:
         """The options that a choice of one group stands for, with the component's name."""
@@ -106,7 +129,7 @@ class Composer:
         with self._hydra():
             for number, overrides in enumerate(grid):
                 config = self._compose(overrides)
-                job, place = Job.from_config(config), self._place(config, number, len(grid) > 1 or overrides != self.overrides)
+                job, place = Job.from_config(config), self._place(config, number, self._multirun)
                 if place in seen:
                     raise ConfigError(f"two jobs of the grid are one run, {place}: "
                                       f"{' '.join(seen[place])} and {' '.join(overrides)}")
@@ -181,6 +204,22 @@ class Composer:
         return ConfigError(first_line(error))
 
 
+def _read_grid(value: Any, where: str) -> list[dict[str, str]]:
+    """A preset's grid: a list of parts, each a mapping from keys to the values that a sweep of them would list."""
+    grid = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    if grid is None:
+        return []
+    if not isinstance(grid, list) or not all(isinstance(part, dict) and part for part in grid):
+        raise ConfigError(f"{where}: {GRID}={grid}: write a list of mappings, such as [{{algorithm: 'bp,fa', seed: '0,1'}}]")
+    return [{str(key): str(values) for key, values in part.items()} for part in grid]
+
+
+def _listed(text: str) -> list[str]:
+    """The values of one override, as text."""
+    override = _parse(text)
+    return [str(value) for value in (override.sweep_iterator() if override.is_sweep_override() else [override.value()])]
+
+
 def _groups(loader: ConfigLoader) -> dict[str, list[str]]:
     """The groups of components and presets, with their options."""
     listed = [group for group in loader.list_groups("") if not group.startswith(("_", "hydra"))]
@@ -194,6 +233,6 @@ def _parse(text: str) -> Override:
         raise ConfigError(f"cannot read '{text}': write key=value ({first_line(error)})") from None
 
 
-def _values(override: Override) -> list[str]:
-    """The single overrides that a swept one stands for."""
-    return [line for batch in BasicSweeper.split_arguments([override], None) for job in batch for line in job]
+def _expanded(overrides: list[str]) -> list[list[str]]:
+    """The jobs that overrides with several values stand for."""
+    return [job for batch in BasicSweeper.split_arguments([_parse(text) for text in overrides], None) for job in batch]

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fa_bench.errors import ConfigError, OptionError, names, nearest
 from fa_bench.options import Options, as_plain, defaults, option, option_fields
 from fa_bench.registries import ALGORITHMS, ARCHITECTURES, DATASETS, GROUPS, OPTIMIZERS
+from fa_bench.scale import SCALES
 
 if TYPE_CHECKING:
     from fa_bench.data.base import Dataset
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from fa_bench.rules.base import Rule
 
 FEEDBACK_OPTIMIZER = "feedback_optimizer"
+#: The key under which a preset lists the grid that it runs; no part of a run.
+GRID = "grid"
 
 
 @dataclasses.dataclass(eq=False)
@@ -45,6 +48,8 @@ class RunOptions(Options):
     deterministic: bool = option(False, "refuse operations whose result differs from run to run")
     probe_every: int = option(500, "steps between two measurements of angles; 0 for none but the last", minimum=0)
     probe_size: int = option(128, "samples in the fixed batch that angles are measured on", minimum=1)
+    scale: str = option("full", "full, or a trial of the same config: short (a tenth of the epochs, at most 10,000 training "
+                                "images) or smoke (one epoch of 24)", choices=list(SCALES))
     plugins: list[str] = option([], "modules to import first, such as one with rules of your own")
 
     def check(self) -> None:
@@ -78,7 +83,7 @@ class Job:
         """
         try:
             plain = {str(k): OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v
-                     for k, v in config.items() if k != "hydra"}
+                     for k, v in config.items() if k not in ("hydra", GRID)}
         except OmegaConfBaseException as error:
             raise ConfigError(f"{error.full_key or 'config'}: {first_line(error)}") from None
         import_plugins(plain.get("plugins", []))
@@ -110,6 +115,8 @@ class Job:
         for key in VOLATILE:
             if key != "data_dir" or not self.dataset.content_is_data_dir:
                 del plain[key]
+        if self.run.scale == "full":
+            del plain["scale"]
         if "data_dir" in plain:
             plain["data_dir"] = str(Path(self.run.data_dir).resolve())
         return plain
@@ -196,6 +203,21 @@ def register_schemas() -> None:
         for name, cls in group.items():
             store.store(group=f"_schema/{group.kind}", name=name, node={"name": name, **defaults(cls)})
     OmegaConf.register_new_resolver("fa_bench.run_dir", run_dir, replace=True)
+    OmegaConf.register_new_resolver("by", by, replace=True)
+
+
+def by(group: str, table: Mapping[str, Any], otherwise: Any = None, *, _root_: DictConfig) -> Any:
+    """What a table of a preset says for the component chosen: ``${by:algorithm,{kp:0.03,fa:1e-4},0.01}``.
+
+    Raises:
+        ConfigError: for an unknown group, or a component that does not exist.
+    """
+    groups = {each.kind: each for each in GROUPS}
+    if group not in groups:
+        raise ConfigError(f"${{by:{group},...}}: no such group{nearest(group, groups)} (allowed: {names(groups)})")
+    for name in table:
+        groups[group][str(name)]
+    return table.get(OmegaConf.select(_root_, f"{group}.name"), otherwise)
 
 
 def run_dir(*, _root_: DictConfig) -> str:

@@ -308,6 +308,9 @@ class CutRule(Rule):
         assert self._trace is not None
         return {layer: (cut, OUTPUT) for cut in self._at for layer in self._trace.feeds[cut]}
 
+    def readouts(self) -> dict[str, Tensor]:
+        return {} if self.side == INPUT else {cut: tensors["B"] for cut, tensors in self.feedback.items() if "B" in tensors}
+
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Only the output layer has such a pair, where the feedback of the last cut has its weight's shape."""
         assert self._trace is not None

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fa_bench.config import VOLATILE
+from fa_bench.scale import scaled
+
+if TYPE_CHECKING:
+    from fa_bench.config import Job
 
 NAME = ".name"
 Flat = Mapping[str, Any]
@@ -54,6 +59,33 @@ def _choosers(key: str) -> list[str]:
 def label(rule: str, config: Flat, keys: Iterable[str]) -> str:
     """The rule and the config's values of `keys`: ``kp optimizer.lr=0.05``."""
     return " ".join([rule, *(f"{key}={_shown(config[key])}" for key in keys if key in config)])
+
+
+def plan(jobs: list[Job], place: Path) -> str:
+    """What a grid is about to run, in a few lines: the values of what its runs differ in, and what they share.
+
+    What only some rules have, or have differently, is in each run's config.yaml.
+    """
+    configs = [flat(job.plain()) for job in jobs]
+    shared = ("algorithm", "architecture", "dataset", "optimizer", "epochs", "batch_size", "scale", "seed")
+    within = {key for rule in {job.algorithm.name for job in jobs}
+              for key in differing(config for config in configs if config["algorithm"] == rule)}
+    trained = [scaled(job).run for job in jobs]
+    lines = [f"{len(jobs)} runs, {sum(run.epochs for run in trained)} epochs, below {place}"]
+    for key in [*shared, *sorted(within.difference(shared))]:
+        values = list(dict.fromkeys(_shown(config[key]) for config in configs if key in config))
+        if key == "scale" and values == ["full"]:
+            continue
+        lines.append(f"  {key}: {', '.join(values)}")
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """A length of time as one would say it: ``14 s``, ``3 min``, ``2 h 05 min``."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.2g} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _shown(value: Any) -> str:

@@ -93,6 +93,10 @@ class LocalRule(CutRule):
     def feedback(self) -> dict[str, dict[str, Tensor]]:
         return {cut: {**fixed, **dict(self.auxiliary_at(cut).named_parameters())} for cut, fixed in super().feedback.items()}
 
+    def readouts(self) -> dict[str, Tensor]:
+        """None: no error comes from the output."""
+        return {}
+
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
         """None: no error is carried through any layer."""
         return {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fa_bench import checkpoint
 from fa_bench.config import Job
 from fa_bench.errors import ConfigError, FaBenchError, OptionError
 from fa_bench.files import LOG, RESULT, dump_json, write_text
+from fa_bench.labels import duration
 from fa_bench.loop import Diverged, Loop, Progress
 from fa_bench.metrics.probe import Probe
 from fa_bench.optim import Optimizers
@@ -22,17 +24,19 @@ from fa_bench.record import Recorder, base_result, device_name, progress_result
 from fa_bench.report.runs import read_run
 from fa_bench.rules.base import Rule
 from fa_bench.rundir import RunDirectory
+from fa_bench.scale import SCALES, scaled
 
 log = logging.getLogger("fa_bench")
 
 
-def run(job: Job, directory: Path, title: str = "") -> dict[str, Any]:
+def run(job: Job, directory: Path, title: str = "", later_epochs: int = 0) -> dict[str, Any]:
     """Train one job in its directory.
 
     Args:
         job: the checked config.
         directory: where its records go; nothing in it changes until data, model and rule are ready.
         title: what the progress bar says.
+        later_epochs: those of the runs behind this one, for an estimate of what they will cost.
 
     Returns:
         The result, as in result.json; its status is finished or diverged.
@@ -47,7 +51,9 @@ def run(job: Job, directory: Path, title: str = "") -> dict[str, Any]:
     if job.run.resume and (done := _finished(place)) is not None:
         log.info("%s is finished already: nothing to do", title or directory)
         return done
-    splits = job.dataset.load(Path(job.run.data_dir), device)
+    # From here on the job as it is trained; what it is called and known by stays `place.job`.
+    job, trial = scaled(job), SCALES[job.run.scale]
+    splits = job.dataset.load(Path(job.run.data_dir), device, trial and (trial.train, trial.test))
     model = _build(job, splits).to(device)
     x, y = next(splits.train.batches(min(job.run.probe_size, len(splits.train))))
     rule = job.fresh_algorithm().attach(model, seed=job.run.seed, sample_input=x[:2])
@@ -57,9 +63,9 @@ def run(job: Job, directory: Path, title: str = "") -> dict[str, Any]:
     progress = Progress()
     resuming = job.run.resume and place.checkpoint.exists()
     if resuming:
-        progress = checkpoint.load(place.checkpoint, job.config_hash, rule, optimizers)
+        progress = checkpoint.load(place.checkpoint, place.job.config_hash, rule, optimizers)
     place.start(keep=resuming)
-    result = {**base_result(job), "data_hash": splits.data_hash, "device": device_name(device)}
+    result = {**base_result(place.job), "epochs": job.run.epochs, "data_hash": splits.data_hash, "device": device_name(device)}
     with _log_file(directory / LOG):
         if job.run.resume:
             log.info("%s", f"going on after epoch {progress.epoch}" if resuming else "no checkpoint: starting at the beginning")
@@ -68,7 +74,7 @@ def run(job: Job, directory: Path, title: str = "") -> dict[str, Any]:
             log.info("feedback_optimizer=%s is not used: %s learns no feedback", job.feedback_optimizer.name, rule.name)
         recorder = Recorder(directory, job, progress)
         try:
-            angles = _fit(job, place, rule, optimizers, splits, probe, recorder, progress, title)
+            angles = _fit(job, place, rule, optimizers, splits, probe, recorder, progress, title, later_epochs)
             result |= progress_result(recorder, progress, probe, angles) | {"status": "finished"}
         except Diverged as error:
             log.warning("diverged: %s", error)
@@ -95,7 +101,7 @@ def _finished(place: RunDirectory) -> dict[str, Any] | None:
         return None
     progress = Progress(**checkpoint.read(place.checkpoint, place.job.config_hash, "cpu")["progress"])
     found = read_run(place.path)
-    whole = progress.epoch >= place.job.run.epochs
+    whole = progress.epoch >= scaled(place.job).run.epochs
     return found.result if whole and found is not None and found.finished else None
 
 
@@ -147,21 +153,27 @@ def _build(job: Job, splits: Any) -> torch.nn.Module:
 
 def _fit(
     job: Job, place: RunDirectory, rule: Rule, optimizers: Optimizers, splits: Any, probe: Probe, recorder: Recorder,
-    progress: Progress, title: str,
+    progress: Progress, title: str, later_epochs: int,
 ) -> dict[str, dict[str, float]]:
     steps = splits.train.steps(job.run.batch_size, job.run.drop_last)
+    first, start = progress.epoch + 1, time.perf_counter()
     with tqdm(total=steps * job.run.epochs, initial=progress.step, desc=title or rule.name, unit="step", disable=None,
               leave=False, dynamic_ncols=True) as bar:
 
         def on_epoch(progress: Progress, metrics: dict[str, Any]) -> None:
             recorder.epoch(progress, metrics)
-            checkpoint.save(place.checkpoint, job.config_hash, progress, rule, optimizers)
+            checkpoint.save(place.checkpoint, place.job.config_hash, progress, rule, optimizers)
             val = "" if metrics["val_accuracy"] is None else f"  val {metrics['val_accuracy']:.2%}"
             shown = f"train loss {metrics['train_loss']:.4f}{val}  test {metrics['test_accuracy']:.2%}"
             bar.set_postfix_str(shown, refresh=False)
             # Off a terminal there is no bar: the log is what shows that the run is alive.
             log.log(logging.INFO if bar.disable else logging.DEBUG, "%s epoch %d/%d  %s",
                     title or rule.name, progress.epoch, job.run.epochs, shown)
+            if progress.epoch == first and later_epochs:
+                took = time.perf_counter() - start
+                left = took * (job.run.epochs - first + later_epochs)
+                log.info("%s: %s an epoch; %s left, if the other runs take as long", title or rule.name,
+                         duration(took), duration(left))
 
         return Loop(
             rule, optimizers, splits, job.run.batch_size, job.run.drop_last, job.run.seed, probe, job.run.probe_every,

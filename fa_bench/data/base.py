@@ -154,18 +154,21 @@ class Dataset(Options):
         if self.validation >= 1 and not self.validation.is_integer():
             raise OptionError("validation", f"={self.validation:g} is neither a fraction below 1 nor a whole number")
 
-    def load(self, data_dir: Path, device: torch.device) -> Splits:
+    def load(self, data_dir: Path, device: torch.device, at_most: tuple[int, int] | None = None) -> Splits:
         """Read the dataset, downloading it where that is possible and needed.
 
         Args:
             data_dir: the folder of the datasets.
             device: where samples that fit are kept.
+            at_most: training and test images that a trial is made of, drawn with a fixed seed; None: all.
 
         Raises:
             DataError: naming the missing or unreadable file.
             OptionError: where an option does not fit the data.
         """
         train, test, classes, shape, data_hash = self.read(data_dir, device)
+        if at_most is not None:
+            train, test = (_some(split, number) for split, number in zip((train, test), at_most, strict=True))
         held = round(self.validation * len(train)) if self.validation < 1 else int(self.validation)
         if self.validation > 0:
             held = max(held, 1)
@@ -183,6 +186,11 @@ class Dataset(Options):
     ) -> tuple[Split, Split, list[str], tuple[int, int, int], str]:
         """(all training images, test images, class names, (C, H, W), hash); implemented by each dataset."""
         raise NotImplementedError
+
+
+def _some(split: Split, number: int) -> Split:
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed_for("trial")))
+    return split if len(split) <= number else split.subset(order[:number].sort().values)
 
 
 @dataclasses.dataclass(eq=False)

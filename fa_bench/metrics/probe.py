@@ -6,6 +6,9 @@ input of the next weighted layer, for cut rules the cut. Its reference is
 - accumulated: the error of a full exact backward pass on the same batch and weights;
 - one-step: the error that exact derivatives give from the rule's own errors one step above.
 
+The output angle of a cut (Fig. 2 of the paper on direct Kolen-Pollack learning) is that between the logits and what its direct
+feedback B (C, features) reads out of its activation a: a Bᵀ.
+
 Batch normalisation uses the batch's statistics and leaves its running ones alone; dropout is off.
 """
 
@@ -25,8 +28,6 @@ from fa_bench.layers import weighted_layers
 from fa_bench.metrics.angles import mean_sample_angle, norm_ratio, weight_angle
 from fa_bench.rules.base import INPUT, OUTPUT, Rule
 from fa_bench.trace import tensors_in, trace_model, without_side_effects
-
-METRICS = ("weight_angle", "norm_ratio", "delta_angle", "delta_angle_one_step", "true_gradient_norm")
 
 
 class Probe:
@@ -65,6 +66,7 @@ class Probe:
             norms = {path: _norm(layer.weight.grad) for path, layer in weighted_layers(rule.model).items()}
             one_step = self._one_step(delivered)
         pairs = rule.weight_pairs()
+        readouts = rule.readouts()
         deltas: dict[str, float] = {layer: 0.0 for layer in self.output_layers}
         steps = dict(deltas)
         for layer, point in self.points.items():
@@ -72,10 +74,16 @@ class Probe:
                 # An angle to a gradient that is only rounding noise would be noise too: angles() makes it NaN.
                 deltas[layer] = mean_sample_angle(delivered.errors[point], true.errors[point])
                 steps[layer] = mean_sample_angle(delivered.errors[point], one_step[point])
+        logits = delivered.tensors["", OUTPUT].detach()
+        outputs = {
+            layer: mean_sample_angle(delivered.tensors[point].detach().flatten(1).to(logits.dtype) @ readouts[point[0]].t(), logits)
+            for layer, point in self.points.items() if point[0] in readouts and point in delivered.tensors
+        }
         values = {
             "weight_angle": {layer: weight_angle(*pair) for layer, pair in pairs.items()},
             "norm_ratio": {layer: norm_ratio(*pair) for layer, pair in pairs.items()},
             "delta_angle": deltas, "delta_angle_one_step": steps, "true_gradient_norm": norms,
+            "output_angle": outputs,
         }
         return {metric: {p: found[p] for p in self.trace.order if p in found} for metric, found in values.items()}
 

@@ -192,6 +192,10 @@ class Rule(_Attached, Options):
         """{layer: (effective feedback, weight)}, both in the weight's layout, where the rule has such a pair."""
         return {}
 
+    def readouts(self) -> dict[str, Tensor]:
+        """{cut: B (C, features)}: direct feedback, whose transpose reads an estimate of the logits out of the cut's activation."""
+        return {}
+
     def error_points(self, trace: Trace) -> dict[str, tuple[str, str]]:
         """{layer: (module, side)}: where the rule delivers the error at each layer's activation; side is input or output."""
         return {layer: (consumer, INPUT) for layer, consumer in trace.consumer.items()}

@@ -179,3 +179,26 @@ def test_weight_angle_of_signs_is_thirty_degrees_for_uniform_and_thirty_seven_fo
     assert weight_angle(uniform.sign(), uniform) == pytest.approx(30.0, abs=0.2)
     assert weight_angle(gaussian.sign(), gaussian) == pytest.approx(math.degrees(math.acos(math.sqrt(2 / math.pi))), abs=0.2)
     assert norm_ratio(3 * uniform, uniform) == pytest.approx(3.0) and math.isnan(norm_ratio(uniform, 0 * uniform))
+
+
+@pytest.mark.parametrize("name", ["dfa", "dkp", "drtp"])
+def test_output_angle_is_that_of_the_readout_to_the_logits(name):
+    """a Bᵀ against z, sample by sample (Fig. 2 of the DKP paper)."""
+    model = mlp()
+    rule = fa_bench.attach(model, name, seed=0)
+    x, y = batch()
+    measured = Probe(rule, x, y).measure()["output_angle"]
+    with rule.exact():
+        hidden = model[1](model[0](x))
+        activations = {"0": hidden, "2": model[3](model[2](hidden))}
+        logits = model(x)
+    assert list(measured) == list(activations)
+    for (layer, a), cut in zip(activations.items(), ["1", "3"], strict=True):
+        read = torch.stack([sum(a[:, i] * row[i] for i in range(a.shape[1])) for row in rule.feedback[cut]["B"]], dim=1)
+        assert measured[layer] == pytest.approx(mean_angle(read, logits), abs=1e-6)
+
+
+def test_rules_without_direct_feedback_have_no_output_angle():
+    for name in ("fa", "kp", "local_error"):
+        rule = fa_bench.attach(mlp(), name, seed=0)
+        assert Probe(rule, *batch()).measure()["output_angle"] == {}

@@ -95,7 +95,7 @@ def test_records_are_complete() -> None:
     assert result["test_accuracy_at_best_val"] == best["test_accuracy"]
     assert result["best_epoch"] == best["epoch"]
     assert set(result["angles"]) == {
-        "weight_angle", "norm_ratio", "delta_angle", "delta_angle_one_step", "true_gradient_norm"}
+        "weight_angle", "norm_ratio", "delta_angle", "delta_angle_one_step", "true_gradient_norm", "output_angle"}
     events = EventAccumulator("run").Reload()
     tags = set(events.Tags()["scalars"])
     assert {"loss/train", "accuracy/val", "accuracy/test", "lr", "weight_angle/fc2", "delta_angle/fc1", "norm_ratio/fc3",
@@ -265,7 +265,7 @@ def test_runs_in_one_process_do_not_affect_each_other() -> None:
     assert lines_in("first") == lines_in("second")
 
 
-@pytest.mark.parametrize("preset", choices("experiment"))
+@pytest.mark.parametrize("preset", ["quickstart", "pfa_fig2"])
 def test_every_preset_composes_and_trains(preset: str) -> None:
     assert main(["-m", f"experiment={preset}", *TINY, "seed=0", "algorithm=bp,fa"]) == 0
 

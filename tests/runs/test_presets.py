@@ -1,0 +1,125 @@
+"""Presets: what a grid runs, tables of settings by component, and trials at a smaller scale."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fa_bench.cli import main
+from fa_bench.compose import Composer
+from fa_bench.config import Job, register_schemas
+from fa_bench.labels import duration
+from fa_bench.scale import SCALES, scaled
+
+TINY = """
+  - override /dataset: synthetic
+dataset: {samples: 200, test_samples: 40}
+architecture: {widths: [4]}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    register_schemas()
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    return tmp_path
+
+
+def preset(folder: Path, text: str) -> str:
+    (folder / "own" / "experiment" / "mine.yaml").write_text(f"# @package _global_\ndefaults:{TINY}{text}")
+    return f"--config-dir={folder / 'own'}"
+
+
+def jobs(folder: Path, *overrides: str) -> list[Job]:
+    composer = Composer("config", str(folder / "own"), ["experiment=mine", *overrides])
+    return [job for job, _ in composer.check(composer.grid(multirun=True))]
+
+
+def test_each_part_of_a_grid_has_its_own_keys(folder: Path) -> None:
+    preset(folder, "grid: [{algorithm: 'bp,kp', seed: '0,1'}, {algorithm: fa, algorithm.density: '0.5,0.1'}]")
+    found = [(job.algorithm.name, getattr(job.algorithm, "density", None), job.run.seed) for job in jobs(folder)]
+    assert found == [("bp", None, 0), ("bp", None, 1), ("kp", None, 0), ("kp", None, 1), ("fa", 0.5, 0), ("fa", 0.1, 0)]
+
+
+@pytest.mark.parametrize(("overrides", "expected"), [
+    (["algorithm=fa"], [("fa", 0), ("fa", 0)]),
+    (["algorithm=fa", "algorithm.density=0.2"], [("fa", 0)]),
+    (["algorithm=kp,fa", "seed=3"], [("kp", 3), ("fa", 3), ("fa", 3)]),
+    (["algorithm=usf"], [("usf", 0), ("usf", 1)]),
+    (["seed=7"], [("bp", 7), ("kp", 7), ("fa", 7), ("fa", 7)]),
+])
+def test_command_line_chooses_among_the_parts(folder: Path, overrides: list[str], expected: list[tuple[str, int]]) -> None:
+    preset(folder, "grid: [{algorithm: 'bp,kp', seed: '0,1'}, {algorithm: fa, algorithm.density: '0.5,0.1'}]")
+    assert [(job.algorithm.name, job.run.seed) for job in jobs(folder, *overrides)] == expected
+
+
+def test_grid_runs_all_parts_numbered_through_and_says_what_it_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = preset(folder, "epochs: 2\ngrid: [{algorithm: 'bp,kp'}, {algorithm: fa, algorithm.density: '1.0,0.5'}]")
+    assert main(["-m", "experiment=mine", where]) == 0
+    out = capsys.readouterr().out
+    assert "4 runs, 8 epochs, below outputs/mine\n  algorithm: bp, kp, fa\n" in out
+    assert "  algorithm.density: 1.0, 0.5\n" in out and "  epochs: 2\n" in out and "scale" not in out
+    assert [out.count(f"[{number}/4]") > 0 for number in range(1, 6)] == [True] * 4 + [False]
+    assert "[1/4] bp seed 0: " in out and "left, if the other runs take as long" in out
+    assert len(list(Path("outputs/mine").glob("*/seed0/result.json"))) == 4
+
+
+@pytest.mark.parametrize("grid", ["{algorithm: bp}", "[bp, fa]", "[{}]", "3"])
+def test_a_grid_that_is_no_list_of_mappings_is_refused(folder: Path, grid: str, capsys: pytest.CaptureFixture[str]) -> None:
+    where = preset(folder, f"grid: {grid}")
+    assert main(["-m", "experiment=mine", where]) == 2
+    assert "experiment=mine: grid=" in capsys.readouterr().err
+
+
+def test_settings_by_component(folder: Path) -> None:
+    preset(folder, """
+optimizer:
+  lr: ${by:algorithm,{kp:0.3,fa:${by:dataset,{synthetic:0.02,mnist:0.01}}},0.1}
+feedback_optimizer: ${by:algorithm,{kp:{name:adam,lr:0.5}},null}
+grid: [{algorithm: 'bp,kp,fa'}]
+""")
+    found = jobs(folder)
+    assert [job.optimizer.lr for job in found] == [0.1, 0.3, 0.02]
+    assert [job.feedback_optimizer and job.feedback_optimizer.lr for job in found] == [None, 0.5, None]
+    assert [job.optimizer.lr for job in jobs(folder, "optimizer.lr=0.7")] == [0.7] * 3
+
+
+@pytest.mark.parametrize(("table", "message"), [("${by:algoritm,{kp:1}}", "algorithm"), ("${by:algorithm,{pka:1}}", "pfa")])
+def test_a_table_with_an_unknown_name_is_refused(
+    folder: Path, table: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = preset(folder, f"optimizer: {{lr: '{table}'}}\n")
+    assert main(["experiment=mine", where]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_scale_makes_a_trial_of_the_same_config(folder: Path) -> None:
+    preset(folder, "epochs: 200\noptimizer: {schedule: {name: multistep, milestones: [100, 150]}}\n")
+    job, = jobs(folder, "scale=short")
+    small = scaled(job)
+    assert small.run.epochs == 20 and small.optimizer.schedule.milestones == [10, 15]
+    assert scaled(jobs(folder)[0]).run.epochs == 200
+    assert job.config_hash != jobs(folder)[0].config_hash
+    assert main(["experiment=mine", f"--config-dir={folder / 'own'}", "scale=smoke"]) == 0
+    result = json.loads(next(Path("outputs").rglob("result.json")).read_text())
+    smoke = SCALES["smoke"]
+    assert smoke is not None and result["epochs"] == 1
+    assert result["step"] == round(0.9 * smoke.train) // smoke.batch_size
+
+
+def test_full_scale_has_the_identity_it_had_before_there_were_scales(folder: Path) -> None:
+    preset(folder, "")
+    assert "scale" not in jobs(folder)[0].identity()
+
+
+def test_a_scaled_step_schedule_keeps_its_steps(folder: Path) -> None:
+    preset(folder, "optimizer: {schedule: {name: step, step_size: 30}}\n")
+    assert scaled(jobs(folder, "scale=short")[0]).optimizer.schedule.step_size == 3
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.25, "0.25 s"), (14, "14 s"), (180, "3 min"), (7500, "2 h 05 min")])
+def test_durations_read_as_one_says_them(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
