@@ -75,10 +75,9 @@ class Probe:
                 deltas[layer] = mean_sample_angle(delivered.errors[point], true.errors[point])
                 steps[layer] = mean_sample_angle(delivered.errors[point], one_step[point])
         logits = delivered.tensors["", OUTPUT].detach()
-        outputs = {
-            layer: mean_sample_angle(delivered.tensors[point].detach().flatten(1).to(logits.dtype) @ readouts[point[0]].t(), logits)
-            for layer, point in self.points.items() if point[0] in readouts and point in delivered.tensors
-        }
+        activations = {layer: (point[0], delivered.tensors[point].detach().flatten(1).to(logits.dtype))
+                       for layer, point in self.points.items() if point[0] in readouts and point in delivered.tensors}
+        outputs = {layer: mean_sample_angle(a @ readouts[cut].t(), logits) for layer, (cut, a) in activations.items()}
         values = {
             "weight_angle": {layer: weight_angle(*pair) for layer, pair in pairs.items()},
             "norm_ratio": {layer: norm_ratio(*pair) for layer, pair in pairs.items()},

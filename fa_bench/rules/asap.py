@@ -16,7 +16,8 @@ class ASAP(SharingRule):
     e_in = g B; gradient of W = gradient of B = gᵀ h̃ (for convolutions the weight gradient of h̃ and g), where h̃ is an earlier
     activation shared by ``k`` layers, brought to the shape of the true input x by ``match``: activation s = 1 + k ⌊(p - 2)/k⌋
     stands in for activation p ≥ 2, counted from the stem's output. Layers that take activation 1 use it: there the rule is
-    Kolen-Pollack. Biases and normalisation learn as usual. B learns with W's optimizer, rate, momentum and decay.
+    Kolen-Pollack. Biases and normalisation learn as usual. B (``b_init``) learns with W's optimizer, rate, momentum and
+    decay.
     The first layer stays random (``freeze_stem``); its normalisation learns. Fully connected layers take their own input and a
     fixed B, uniform in [-1, 1) (``linear=fa``, ``linear_b_init``), as in the code behind the paper. ``transport`` carries the
     error by W in place of B. ``match=random`` is a fixed random 1x1 convolution P in place of copies and pooling.

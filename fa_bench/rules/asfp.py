@@ -29,7 +29,7 @@ class ASFP(SharingRule):
 
     e_in = g B; gradient of W = gᵀ x with the true input; gradient of B = gᵀ h̃ with the shared activation h̃ of `asap`, so that B
     follows W only as far as the activations agree. What is shared, how it is matched, the frozen stem and the fully connected
-    layers are as for `asap`, and so are the options.
+    layers are as for `asap`, and so are the options `k`, `match`, `linear`, `b_init` and `linear_b_init`.
 
     Choice: ``transport`` makes no sense here, for there is no B to learn, and is refused.
     """

@@ -62,11 +62,11 @@ class Classifiers(ModuleRule):
 class ASFPLC(ASFP):
     """Activation sharing in the feedback path with local classifiers (ASFP + LC, Table 2 of Woo et al. 2021).
 
-    The model is a chain of blocks, and no error crosses from one to the next. Every block but the last ends in a classifier
-    s = BN(V p + c), with p its activation averaged to ``pool`` x ``pool`` and flattened, and learns by CE(s, labels); the last
-    has the network's own classifier. The classifier is a layer of feedback alignment: error at p = g B with a fixed B, uniform
-    in [-1, 1) (``linear_b_init``); V, c and BN learn with W's optimizer. Within a block the rule is `asfp`, with its options:
-    e_in = g B; gradient of W = gᵀ x; gradient of B = gᵀ h̃ with the shared activation h̃.
+    The model is a chain of blocks, and no error crosses from one to the next. Every block but the last ends in a classifier s =
+    BN(V p + c), with p its activation averaged to ``pool`` x ``pool`` and flattened, and learns by CE(s, labels); the last has
+    the network's own classifier. The classifier is a layer of feedback alignment: error at p = g B with a fixed B, uniform in
+    [-1, 1) (``linear_b_init``); V, c and BN learn with W's optimizer. Within a block the rule is `asfp`, with its options `k`,
+    `match`, `linear` and `b_init`: e_in = g B; gradient of W = gᵀ x; gradient of B = gᵀ h̃ with the shared activation h̃.
 
     Choices, for there is no code: blocks are the model's (``model.blocks``, or the modules in ``cuts`` that they end with):
     residual blocks, and the stem, whose normalisation learns by a classifier of its own (a frozen stem without one has none);

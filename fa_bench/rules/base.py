@@ -193,7 +193,7 @@ class Rule(_Attached, Options):
         return {}
 
     def readouts(self) -> dict[str, Tensor]:
-        """{cut: B (C, features)}: direct feedback, whose transpose reads an estimate of the logits out of the cut's activation."""
+        """{cut: B (C, features)}: direct feedback, which also reads an estimate of the logits out of the cut's activation."""
         return {}
 
     def error_points(self, trace: Trace) -> dict[str, tuple[str, str]]:

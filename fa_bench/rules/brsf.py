@@ -18,8 +18,8 @@ class BRSF(EdgeRule):
     e_in = g B with B = |M| sign(W) of the current W, sign(0) = 0; M is drawn anew at every training forward by the
     initialiser of the weights. ``rule.feedback`` holds the last draw; an evaluation forward draws nothing.
 
-    Choice: M is Xavier-uniform. The draw number k of a layer is a function of (seed, layer, k) alone, so that it disturbs
-    no other random numbers and a resumed run draws the same.
+    Choice: M is Xavier-uniform (``m_init``); ``density`` below 1 puts a mask, drawn once, on B. The draw number k of a layer is
+    a function of (seed, layer, k) alone, so that it disturbs no other random numbers and a resumed run draws the same.
     """
 
     m_init: str = option("xavier_uniform", "initialiser of the magnitudes M", choices=list(INITIALISERS))

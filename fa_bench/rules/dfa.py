@@ -34,7 +34,8 @@ class DFA(CutRule):
     - shared: one matrix, uniform in [-1, 1), for all cuts, of shape (C, features of the largest); each takes its leading
       columns, divided by √(features of the largest) with `normalise` (Launay et al. 2020).
 
-    Choice: B is Xavier-uniform for neuron and kernel; its fan_in is the number of features, its fan_out C.
+    Choice: B is Xavier-uniform for neuron and kernel (``b_init``), masked once where ``density`` is below 1; its fan_in is the
+    number of features, its fan_out C.
     """
 
     form: str = option("neuron", "how the output error is projected", choices=["neuron", "kernel", "shared"])

@@ -19,7 +19,8 @@ class FA(EdgeRule):
     Gradients of W and b are those of backpropagation with this error. B has no gradient and does not decay.
 
     Choices: B is Xavier-uniform as in Li and Benna's runs; the first layer's B carries no error and is kept for its angle.
-    ``b_init=copy_w`` starts with B(0) = W(0), as the code behind Woo et al. 2021 does.
+    ``b_init=copy_w`` starts with B(0) = W(0), as the code behind Woo et al. 2021 does. ``density`` below 1 puts a mask, drawn
+    once, on B.
     """
 
     b_init: str = option("xavier_uniform", "initialiser of B", choices=[*INITIALISERS, "copy_w"])

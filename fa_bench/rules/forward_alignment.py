@@ -55,10 +55,10 @@ class RandomForward(Transport):
 class ForwardAlignment(EdgeRule):
     """Forward Alignment (appendix A of Woo et al. 2021, eqs 26-27).
 
-    e_in = g W, the true error; gradient of W = gᵀ h̃, where h̃ is what the layer's input would be if the layer in front of it, with
-    its true input h, had the random fixed weight C in place of its own W and no bias: h̃ = φ(C h), with whatever lies between the
-    two layers (normalisation by the batch's own statistics, activation, pooling, additions). The first layer has its true input.
-    The weights of the layer in front align with C, whose angle to W is logged as the weight angle.
+    e_in = g W, the true error; gradient of W = gᵀ h̃, where h̃ is what the layer's input would be if the layer in front of it,
+    with its true input h, had the random fixed weight C in place of its own W and no bias: h̃ = φ(C h), with whatever lies
+    between the two layers (normalisation by the batch's own statistics, activation, pooling, additions). The first layer has
+    its true input. The weights of the layer in front align with C, whose angle to W is logged as the weight angle.
 
     Choices, where the paper treats one hidden layer only: every layer but the first learns so, the output layer too
     (``plain_last`` gives it its true input); C is drawn like the weights by ``c_init``. It costs a second forward pass.

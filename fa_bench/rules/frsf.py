@@ -17,7 +17,8 @@ class FRSF(EdgeRule):
 
     e_in = g B with B = |M| sign(W) of the current W, sign(0) = 0; M is drawn once by the initialiser of the weights.
 
-    Choice: M is Xavier-uniform. Metrics are taken on |M| sign(W); on |M| alone the angle would read 90 degrees.
+    Choice: M is Xavier-uniform (``m_init``); ``density`` below 1 puts a mask, drawn once, on B. Metrics are taken on |M| sign(W);
+    on |M| alone the angle would read 90 degrees.
     """
 
     m_init: str = option("xavier_uniform", "initialiser of the magnitudes M", choices=list(INITIALISERS))

@@ -19,8 +19,8 @@ class KP(EdgeRule):
     and decay. The gradients cancel in W - B, so that with decay λ, momentum m and rate lr, SGD shrinks the difference:
     ‖W - B‖ ≈ ‖W(0) - B(0)‖ exp(-Σ lr λ/(1-m)). Adam with coupled decay breaks this; AdamW keeps it.
 
-    Choices: B is drawn as FA's. The first layer's B carries no error and is trained all the same. Deviation, as an option:
-    ``b_lr_scale`` other than 1 gives B a learning rate of its own, and the difference no longer vanishes exactly.
+    Choices: B is drawn as FA's (``b_init``). The first layer's B carries no error and is trained all the same. Deviation, as an
+    option: ``b_lr_scale`` other than 1 gives B a learning rate of its own, and the difference no longer vanishes exactly.
     """
 
     b_init: str = option("xavier_uniform", "initialiser of B", choices=[*INITIALISERS, "copy_w"])

@@ -30,7 +30,8 @@ class LocalError(LocalRule):
     place of M, K of M's shape and fixed and random too.
 
     Choices, where the paper gives no details: one classifier at every cut point; a map of more than `features` features is
-    averaged to at most so many first, its sizes halved in turn; M is Kaiming-uniform with the features for its fan; no bias.
+    averaged to at most so many first, its sizes halved in turn; M is Kaiming-uniform with the features for its fan
+    (``m_init``); no bias.
     """
 
     m_init: str = option("kaiming_uniform", "initialiser of the classifiers M", choices=list(INITIALISERS))

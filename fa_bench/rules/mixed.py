@@ -60,7 +60,8 @@ class Mixed(ProductRule):
 
     e_in = g E with E = m_pfa (B R) + m_fa F + m_kp K, entry by entry in the weight's layout. Each entry is of one kind, drawn
     once with the probabilities p = ``pfa``, f = ``fa``, k = ``kp``; the masks m say which. B, fixed, and R, learned by ēᵀ x with
-    ē = g B, are those of `pfa` (M = ``ratio`` x O); F is fixed; K learns by the gradient of W.
+    ē = g B, are those of `pfa` (M = ``ratio`` x O); F is fixed; K learns by the gradient of W; ``f_init``, ``k_init`` and
+    ``r_init`` draw them.
 
     Neither learned gradient is masked: R's is PFA's own, and K's is that of W, of which only the entries under K's mask ever
     carry an error. So with decay B R and K approach W everywhere, as in `pfa` and `kp`. Then, with λ = 1/ratio, and r the norm

@@ -82,10 +82,10 @@ class ProductRule(EdgeRule):
 class PFA(ProductRule):
     """Product feedback alignment (eqs 4-6 of Li and Benna 2024).
 
-    ē = g B and e_in = ē R: the error reaches the layer's input by way of a population of M = ratio x O units. B (O, M) is fixed
-    and random with E[B Bᵀ] = I: uniform with variance 1/M. R (M, I, K...) learns with W's optimizer, learning rate, momentum and
-    decay by its own local gradient ēᵀ x (for convolutions the weight gradient of x and ē). Since that is Bᵀ times the gradient of
-    W, W approaches B R as the initial values decay: a weight decay that is large in the first epoch alone
+    ē = g B and e_in = ē R: the error reaches the layer's input by way of a population of M = ``ratio`` x O units. B (O, M) is
+    fixed and random with E[B Bᵀ] = I: uniform with variance 1/M. R (M, I, K...; ``r_init``) learns with W's optimizer, learning
+    rate, momentum and decay by its own local gradient ēᵀ x (for convolutions the weight gradient of x and ē). Since that is Bᵀ
+    times the gradient of W, W approaches B R as the initial values decay: a weight decay that is large in the first epoch alone
     (``optimizer.first_epoch_weight_decay``) brings that about. The angle between W and B R then is arctan √(1/ratio) and their
     norm ratio √(1 + 1/ratio). ``density`` d below 1 puts masks, drawn once, on B (whose variance becomes 1/(M d)) and on R
     (whose variance is not compensated); the angle then is arctan √(1/(ratio d)).

@@ -23,7 +23,8 @@ class PFAO(ProductRule):
     ē = g B, e_in = ē R, gradient of R = ēᵀ x, as `pfa`; B (O, M) has orthonormal rows, drawn once: the orthogonal factor of a
     Gaussian matrix, signs made unique. W and B R then agree but for their initial values.
 
-    Choice: ratio 1, a square orthogonal B, as in the code behind the paper, which says only that M is at least O.
+    Choices: R is drawn as `pfa`'s (``r_init``); ``ratio`` 1, a square orthogonal B, as in the code behind the paper, which says
+    only that M is at least O.
     """
 
     ratio: float = option(1.0, "expansion ratio: units of the population in between, over units of the layer's output", minimum=1)

@@ -27,11 +27,12 @@ class PredSim(LocalRule):
 
         (1-β) CE(D(a), labels) + β mean of (S(K a) - S(y))²    over all N x N pairs of samples,
 
-    with D a linear decoder, K a convolution of 3x3 without bias that keeps the channels (for flat activations a linear layer,
-    features to features), y the one-hot labels, and S the cosines between the rows of its argument, each centred on its own
-    mean. Of a map of more than 3 channels and more than one row S takes each channel's standard deviation over space, of other
-    maps all numbers. D and K learn with W's optimizer; no error crosses a cut. ``loss=pred`` is CE(D(a), labels) alone,
-    ``loss=sim`` the similarity alone. The output layer's error is (1-β) times its true one with predsim, the true one otherwise.
+    with β the option `beta`, D a linear decoder, K a convolution of 3x3 without bias that keeps the channels (for flat
+    activations a linear layer, features to features), y the one-hot labels, and S the cosines between the rows of its argument,
+    each centred on its own mean. Of a map of more than 3 channels and more than one row S takes each channel's standard
+    deviation over space, of other maps all numbers. D and K learn with W's optimizer; no error crosses a cut. ``loss=pred`` is
+    CE(D(a), labels) alone, ``loss=sim`` the similarity alone. The output layer's error is (1-β) times its true one with
+    predsim, the true one otherwise.
 
     D averages maps to at most `decoder_size` features, its weight starts at zero and its bias at torch's default, as in the code
     behind the paper, as do the standard deviation's divisor (positions less one) and β. The paper's settings: Adam at 5e-4, times

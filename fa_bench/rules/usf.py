@@ -30,7 +30,8 @@ class USF(EdgeRule):
     layers; none 1. Fans include the kernel positions. B is made of the weight of the forward pass that is differentiated.
 
     Deviation: Li and Benna write B = sign(W) without s, which explodes; the runs behind their figures used s = xavier.
-    With ``plain_last`` the output layer carries its error by its true weight, as in Xiao et al.
+    ``density`` below 1 puts a mask, drawn once, on B. With ``plain_last`` the output layer carries its error by its true
+    weight, as in Xiao et al.
     """
 
     scale: str = option("xavier", "the scale s of the feedback", choices=list(SCALES))

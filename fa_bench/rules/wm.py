@@ -123,14 +123,14 @@ class WM(EdgeRule):
     For a fixed W and Gaussian noise the angle between B and W goes to arctan √(η / (2 - η) · c (F + 1) / (N n)), F the fan-in,
     c = 1 for the linear map and 2 for ReLU, and the trace of B's first value to (1 - η)^steps.
 
-    Choices: the linear map alone is mirrored, so that BatchNorm between it and its activation does not matter (it is never run);
-    σ = 1, to which the linear map and ReLU are indifferent without b; η = 0.01; N = 128; one mirror step to an update; and
-    ``initial_steps=469`` before training, an epoch of MNIST in batches of 128, as in the code released with the paper. The
-    paper's runs mirrored ReLU without blocking biases; that code mirrors a sigmoid with uniform noise, σ = 0.0289. Noise has the
-    size of the layer's input in `sample_input`, which models with convolutions need. What padding copies from the input
-    (reflect, replicate, circular) gets noise of its own, for a copy's correlation would be taken for a weight. A layer whose
-    input nothing trainable precedes (without `sample_input`: the first one defined) carries no error and is not mirrored: its B
-    stays as drawn.
+    Choices: the linear map alone is mirrored, so that BatchNorm between it and its activation does not matter (it is never
+    run); B drawn by ``b_init``; σ = 1, to which the linear map and ReLU are indifferent without b; η = 0.01; N = 128; one
+    mirror step to an update; and ``initial_steps=469`` before training, an epoch of MNIST in batches of 128, as in the code
+    released with the paper. The paper's runs mirrored ReLU without blocking biases; that code mirrors a sigmoid with uniform
+    noise, σ = 0.0289. Noise has the size of the layer's input in `sample_input`, which models with convolutions need. What
+    padding copies from the input (reflect, replicate, circular) gets noise of its own, for a copy's correlation would be taken
+    for a weight. A layer whose input nothing trainable precedes (without `sample_input`: the first one defined) carries no
+    error and is not mirrored: its B stays as drawn.
     """
 
     b_init: str = option("xavier_uniform", "initialiser of B", choices=[*INITIALISERS, "copy_w"])

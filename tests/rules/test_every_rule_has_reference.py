@@ -1,8 +1,16 @@
 """A rule cannot be added without a reference to hold it to."""
 
+import inspect
+import re
 from pathlib import Path
 
 import pytest
+
+from fa_bench.cuts import CutRule
+from fa_bench.edge import EdgeRule
+from fa_bench.options import option_fields
+from fa_bench.registries import ALGORITHMS
+from fa_bench.rules.base import Rule
 
 from .references import CASES, REFERENCES
 
@@ -18,3 +26,12 @@ def test_the_rules_were_found():
 def test_rule_has_a_reference_that_is_used(name):
     assert name in REFERENCES, f"conf/algorithm/{name}.yaml has no entry in REFERENCES (tests/rules/references)"
     assert any(rule == name for rule, _ in CASES.values()), f"{name} has a reference but no case (tests/rules/references)"
+
+
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+def test_docstring_names_every_option_of_the_rule(name: str) -> None:
+    """Where the equations are, there is what each option changes in them; a base class may say it for all."""
+    said = "\n".join(inspect.getdoc(cls) or "" for cls in ALGORITHMS[name].__mro__ if issubclass(cls, Rule))
+    general = {field.name for field in option_fields(EdgeRule)} | {field.name for field in option_fields(CutRule)}
+    for field in option_fields(ALGORITHMS[name]):
+        assert field.name in general or re.search(rf"`{field.name}\b", said), field.name
