@@ -78,10 +78,10 @@ def redraw_magnitudes(out: Tensor, init: str, seed: int) -> None:
         # numpy's raw bits, four numbers of 16 bits to the word: this runs at every step, and torch's own generator is serial on
         # a CPU. The 65536 magnitudes are the middles of equal parts of (0, scale): none is zero, and their mean is exact.
         words = -(-out.numel() // 4)
-        bits = np.random.SFC64(seed).random_raw(words).view(np.uint16)[: out.numel()]
+        bits = np.random.SFC64(seed).random_raw(words).view(np.int16)[: out.numel()]
         step = scale / 65536
-        out.copy_(torch.from_numpy(bits).view(out.shape))
-        torch.add(out.new_tensor(step / 2), out, alpha=step, out=out)
+        # Numbers from -32768 to 32767, moved and scaled in one pass.
+        torch.add(out.new_tensor(32768.5 * step), torch.from_numpy(bits).view(out.shape), alpha=step, out=out)
         return
     generator = torch.Generator(out.device).manual_seed(seed)
     if distribution == "uniform":
