@@ -10,11 +10,12 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from fa_bench.errors import OptionError
+from fa_bench.data.crops import CROPS, Crop, PaddedCrop
+from fa_bench.errors import DataError, OptionError
 from fa_bench.feedback import seed_for
 from fa_bench.lazy import torch
 from fa_bench.options import Options, option
@@ -54,13 +55,17 @@ class Split(abc.ABC):
         """The samples at `indices`, (n,) int64."""
 
     @abc.abstractmethod
-    def gather(self, chunks: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each chunk of indices the images, uint8 (N, C, H, W), and labels, int64 (N,), on the device."""
+    def gather(self, chunks: Iterator[Tensor], key: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each chunk of indices the images, uint8 (N, C, H, W), and labels, int64 (N,), on the device.
+
+        `key` seeds what is random in reading itself; None for reading without augmentation.
+        """
 
     mean: list[float]
     std: list[float]
     augment: bool
     device: torch.device
+    crop: Crop
 
     def steps(self, batch_size: int, drop_last: bool = False) -> int:
         """Number of batches in one pass."""
@@ -89,9 +94,9 @@ class Split(abc.ABC):
         # x * scale + shift in place: two passes over the batch, whatever the mean.
         scale = torch.tensor([1 / (255 * s) for s in self.std], device=self.device).view(-1, 1, 1)
         shift = torch.tensor([-m / s for m, s in zip(self.mean, self.std, strict=True)], device=self.device).view(-1, 1, 1)
-        for images, labels in self.gather(chunks):
-            if generator is not None and self.augment:
-                images = crop_and_flip(images, generator)
+        augmenting = generator if self.augment else None
+        for images, labels in self.gather(chunks, None if augmenting is None else seed_for("read", seed, epoch)):
+            images = self.crop.fixed(images) if augmenting is None else self.crop.random(images, augmenting)
             yield images.to(torch.float32).mul_(scale).add_(shift), labels
 
 
@@ -104,39 +109,54 @@ class ResidentSplit(Split):
         mean, std: of each channel, in units of the full range.
         augment: crop and flip training batches.
         device: where to keep them.
+        crop: how batches are cropped and resized; None for PaddedCrop at the stored size.
     """
 
     def __init__(
-        self, images: Tensor, labels: Tensor, mean: list[float], std: list[float], augment: bool, device: torch.device
+        self, images: Tensor, labels: Tensor, mean: list[float], std: list[float], augment: bool, device: torch.device,
+        crop: Crop | None = None,
     ) -> None:
         self.images, self.labels = images.to(device), labels.to(device)
-        self.mean, self.std, self.augment, self.device = mean, std, augment, device
+        self.mean, self.std, self.augment, self.device, self.crop = mean, std, augment, device, crop or PaddedCrop()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def subset(self, indices: Tensor) -> ResidentSplit:
         indices = indices.to(self.device)
-        return ResidentSplit(self.images[indices], self.labels[indices], self.mean, self.std, self.augment, self.device)
+        return ResidentSplit(self.images[indices], self.labels[indices], self.mean, self.std, self.augment, self.device,
+                             self.crop)
 
-    def gather(self, chunks: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    def gather(self, chunks: Iterator[Tensor], key: int | None) -> Iterator[tuple[Tensor, Tensor]]:
         for chunk in chunks:
             chunk = chunk.to(self.device, non_blocking=True)
             yield self.images.index_select(0, chunk), self.labels.index_select(0, chunk)
 
 
-def crop_and_flip(images: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
-    """Each image of a batch (N, C, H, W) cropped at a random place of itself padded with zeros, and flipped with chance 1/2."""
-    n, channels, height, width = images.shape
-    device = images.device
-    rows = torch.randint(2 * padding + 1, (n, 1), generator=generator).to(device) + torch.arange(height, device=device)
-    columns = torch.randint(2 * padding + 1, (n, 1), generator=generator).to(device) + torch.arange(width, device=device)
-    flipped = torch.randint(2, (n, 1), generator=generator, dtype=torch.bool).to(device)
-    columns = torch.where(flipped, columns.flip(1), columns)
-    padded = torch.nn.functional.pad(images, (padding,) * 4)
-    # One gather with flat positions that all channels share: several times faster than indexing by rows and columns.
-    places = (rows[:, :, None] * padded.shape[3] + columns[:, None, :]).view(n, 1, -1).expand(-1, channels, -1)
-    return padded.flatten(2).gather(2, places).view(images.shape)
+def mean_option(*default: float) -> Any:
+    """The option `mean` of a dataset, with the numbers that its source or a paper gives."""
+    return option([*default], "mean of each channel in units of the full range, or one number for all", minimum=0, maximum=1)
+
+
+def std_option(*default: float) -> Any:
+    """The option `std` of a dataset."""
+    return option([*default], "standard deviation of each channel in units of the full range, or one number for all", above=0)
+
+
+def augment_option(default: bool) -> Any:
+    """The option `augment` of a dataset."""
+    return option(default, "crop training images at random, as `crop` says, and flip half of them horizontally")
+
+
+def crop_option(default: str) -> Any:
+    """The option `crop` of a dataset."""
+    return option(default, "padded: resized to `size`, augmented by crops with 4 pixels of padding; resized: 8 to 100 % of an "
+                           "image resized to `size`, for evaluation the centre out of 256/224 of `size`", choices=list(CROPS))
+
+
+def size_option(default: int | None) -> Any:
+    """The option `size` of a dataset."""
+    return option(default, "height and width that images are brought to; null: as they are stored", minimum=1)
 
 
 @dataclasses.dataclass(eq=False)
@@ -146,13 +166,36 @@ class Dataset(Options):
     validation: float = option(0.1, "fraction (below 1) or number (1 and more) of training images held out to select by; 0: none",
                                minimum=0)
     validation_seed: int = option(0, "seed of the validation split, the same for every run seed", minimum=0)
+    mean: list[float] = mean_option(0.5)
+    std: list[float] = std_option(0.5)
 
+    #: Channels of its images; 0 where only the files tell.
+    channels: int = dataclasses.field(init=False, default=0)
     #: Whether data_dir is the dataset itself, and so a part of a run's identity.
     content_is_data_dir: ClassVar[bool] = False
 
     def check(self) -> None:
         if self.validation >= 1 and not self.validation.is_integer():
             raise OptionError("validation", f"={self.validation:g} is neither a fraction below 1 nor a whole number")
+        for key in ("mean", "std"):
+            self.per_channel(key, self.channels or max(len(getattr(self, key)), 1))
+
+    def per_channel(self, key: str, channels: int) -> list[float]:
+        """The option `mean` or `std` with a number for each of `channels`; raises OptionError where it has another number."""
+        values = getattr(self, key)
+        if len(values) not in (1, channels):
+            one = "1 number" if channels == 1 else f"1 or {channels} numbers, one for each channel"
+            raise OptionError(key, f"={values} should have {one}")
+        return [*values] * (channels // len(values))
+
+    @property
+    def augments(self) -> bool:
+        """Whether training batches are augmented."""
+        return False
+
+    def cropping(self) -> Crop:
+        """How batches are cropped and resized."""
+        return Crop()
 
     def load(self, data_dir: Path, device: torch.device, at_most: tuple[int, int] | None = None) -> Splits:
         """Read the dataset, downloading it where that is possible and needed.
@@ -194,31 +237,55 @@ def _some(split: Split, number: int) -> Split:
 
 
 @dataclasses.dataclass(eq=False)
+class CroppedDataset(Dataset):
+    """Base of the datasets whose images can be cropped, resized and augmented."""
+
+    augment: bool = augment_option(True)
+    crop: str = crop_option("padded")
+    size: int | None = size_option(None)
+
+    @property
+    def augments(self) -> bool:
+        return self.augment
+
+    def cropping(self) -> Crop:
+        return CROPS[self.crop](self.size)
+
+
+@dataclasses.dataclass(eq=False)
 class ArrayDataset(Dataset):
     """Base of the datasets that are read as arrays and fit on the device."""
-
-    #: Of each channel, in units of the full range.
-    mean_std: ClassVar[tuple[list[float], list[float]]] = ([0.5], [0.5])
 
     def arrays(self, data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
         """Training images (uint8, (n, C, H, W)) and labels, test images and labels, class names."""
         raise NotImplementedError
 
-    @property
-    def augments(self) -> bool:
-        """Whether training batches are cropped and flipped."""
-        return False
-
     def read(self, data_dir: Path, device: torch.device) -> tuple[Split, Split, list[str], tuple[int, int, int], str]:
         train_x, train_y, test_x, test_y, classes = self.arrays(data_dir)
+        try:
+            check_labels(train_x, train_y, classes, "training")
+            check_labels(test_x, test_y, classes, "test")
+        except ValueError as error:
+            raise DataError(f"dataset={self.name}: {error}") from None
         digest = hashlib.sha256()
         for array in (train_x, train_y.astype(np.int64), test_x, test_y.astype(np.int64)):
             digest.update(np.ascontiguousarray(array).data)
-        mean, std = self.mean_std
+        channels, *stored = train_x.shape[1:]
+        crop, (mean, std) = self.cropping(), (self.per_channel(key, channels) for key in ("mean", "std"))
 
         def split(images: np.ndarray, labels: np.ndarray) -> ResidentSplit:
             tensors = torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels.astype(np.int64))
-            return ResidentSplit(*tensors, mean, std, self.augments, device)
+            return ResidentSplit(*tensors, mean, std, self.augments, device, crop)
 
-        channels, height, width = train_x.shape[1:]
-        return split(train_x, train_y), split(test_x, test_y), classes, (channels, height, width), digest.hexdigest()
+        shape = (channels, *crop.shape(*stored))
+        return split(train_x, train_y), split(test_x, test_y), classes, shape, digest.hexdigest()
+
+
+def check_labels(images: np.ndarray, labels: np.ndarray, classes: list[str], part: str) -> None:
+    """Raise ValueError where there is not one label of a class, 0 to len(classes) - 1, for each image."""
+    if len(images) != len(labels):
+        raise ValueError(f"{len(images)} {part} images have {len(labels)} labels, not one label for each image")
+    wrong = np.flatnonzero((labels < 0) | (labels >= len(classes)))
+    if len(wrong):
+        raise ValueError(f"{part} image {wrong[0]} has label {labels[wrong[0]]}, out of range for {len(classes)} classes "
+                         f"(allowed: 0 to {len(classes) - 1})")

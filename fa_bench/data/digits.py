@@ -19,6 +19,8 @@ class Digits(ArrayDataset):
     The set has no test split of its own: one fifth of every class, always the same, is the test set.
     """
 
+    channels: int = dataclasses.field(init=False, default=1)
+
     def arrays(self, data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split

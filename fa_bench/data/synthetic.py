@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fa_bench.data.base import ArrayDataset
+from fa_bench.data.base import ArrayDataset, std_option
 from fa_bench.options import option
 from fa_bench.registries import DATASETS
 
@@ -24,10 +24,7 @@ class Synthetic(ArrayDataset):
     size: int = option(8, "height and width in pixels", minimum=1)
     noise: float = option(0.2, "standard deviation of the noise, in units of the full range", minimum=0)
     data_seed: int = option(0, "seed of the images", minimum=0)
-
-    @property
-    def mean_std(self) -> tuple[list[float], list[float]]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return [0.5] * self.channels, [0.25] * self.channels
+    std: list[float] = std_option(0.25)
 
     def arrays(self, data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
         generator = np.random.default_rng(self.data_seed)

@@ -1,4 +1,4 @@
-"""MNIST, Fashion-MNIST and CIFAR-10 from small files in their own formats, and what is said when they are missing."""
+"""What torchvision reads, from small files in their own formats, and what is said when they are missing or damaged."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from urllib.error import URLError
 
 import numpy as np
 import pytest
+import scipy.io
 import torch
-from torchvision.datasets import cifar, mnist
+from torchvision.datasets import cifar, mnist, svhn
 
 from fa_bench.errors import DataError
 from fa_bench.registries import DATASETS
@@ -41,9 +42,23 @@ def write_mnist(root: Path, folder: str = "MNIST", seed: int = 0) -> dict[str, n
     return arrays
 
 
-def write_cifar(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
-    """Five training batches of 4 images and one test batch of 6; torchvision's checksums are made to match."""
-    folder = root / "cifar-10-batches-py"
+CIFAR_FILES = {
+    "cifar10": ("CIFAR10", "cifar-10-batches-py", [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"], "batches.meta"),
+    "cifar100": ("CIFAR100", "cifar-100-python", ["train", "test"], "meta"),
+}
+
+
+def write_cifar(
+    root: Path, monkeypatch: pytest.MonkeyPatch, name: str = "cifar10", label: int | None = None
+) -> list[dict[str, object]]:
+    """Training batches of 4 images and one test batch of 6; torchvision's checksums are made to match.
+
+    With `label`, the test batch's last image has it.
+    """
+    of, folder_name, files, meta_name = CIFAR_FILES[name]
+    classes = 10 if name == "cifar10" else 100
+    label_key, meta_key = ("labels", "label_names") if name == "cifar10" else ("fine_labels", "fine_label_names")
+    folder = root / folder_name
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
 
@@ -53,16 +68,37 @@ def write_cifar(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, o
         return hashlib.md5(data, usedforsecurity=False).hexdigest()
 
     def batch(count: int) -> dict[str, object]:
-        return {"data": rng.integers(0, 256, (count, 3072), dtype=np.uint8), "labels": rng.integers(0, 10, count).tolist()}
+        return {"data": rng.integers(0, 256, (count, 3072), dtype=np.uint8), label_key: rng.integers(0, classes, count).tolist()}
 
-    contents = [*(batch(4) for _ in range(5)), batch(6)]
-    listed = [[name, write(name, content)] for name, content in zip(
-        [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"], contents, strict=True)]
-    names = [f"thing {i}" for i in range(10)]
-    meta = {"filename": "batches.meta", "key": "label_names", "md5": write("batches.meta", {"label_names": names})}
-    monkeypatch.setattr(cifar.CIFAR10, "train_list", listed[:5])
-    monkeypatch.setattr(cifar.CIFAR10, "test_list", listed[5:])
-    monkeypatch.setattr(cifar.CIFAR10, "meta", meta)
+    contents = [*(batch(4) for _ in files[1:]), batch(6)]
+    if label is not None:
+        contents[-1][label_key][-1] = label
+    listed = [[file, write(file, content)] for file, content in zip(files, contents, strict=True)]
+    meta = {"filename": meta_name, "key": meta_key,
+            "md5": write(meta_name, {meta_key: [f"thing {i}" for i in range(classes)]})}
+    monkeypatch.setattr(getattr(cifar, of), "train_list", listed[:-1])
+    monkeypatch.setattr(getattr(cifar, of), "test_list", listed[-1:])
+    monkeypatch.setattr(getattr(cifar, of), "meta", meta)
+    return contents
+
+
+def write_svhn(root: Path, monkeypatch: pytest.MonkeyPatch, label: int | None = None) -> dict[str, dict[str, np.ndarray]]:
+    """9 training and 5 test images, labelled 1 to 10 as in the published files; torchvision's checksums are made to match."""
+    folder = root / "SVHN"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    contents, listed = {}, dict(svhn.SVHN.split_list)
+    for part, count in (("train", 9), ("test", 5)):
+        contents[part] = {"X": rng.integers(0, 256, (32, 32, 3, count), dtype=np.uint8),
+                          "y": rng.integers(1, 11, (count, 1), dtype=np.uint8)}
+        contents[part]["y"][0] = 10
+        if label is not None:
+            contents[part]["y"][1] = label
+        path = folder / f"{part}_32x32.mat"
+        scipy.io.savemat(path, contents[part])
+        md5 = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+        listed[part] = [f"no-such-scheme://{path.name}", path.name, md5]
+    monkeypatch.setattr(svhn.SVHN, "split_list", listed)
     return contents
 
 
@@ -73,6 +109,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in (mnist, cifar):
         monkeypatch.setattr(module, "download_and_extract_archive", refuse)
+    monkeypatch.setattr(svhn, "download_url", refuse)
 
 
 @pytest.mark.usefixtures("no_network")
@@ -117,6 +154,7 @@ def test_missing_mnist_names_the_missing_files_and_their_folder(tmp_path: Path) 
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize(("name", "folder"), [
     ("mnist", "MNIST/raw"), ("fashion_mnist", "FashionMNIST/raw"), ("cifar10", "cifar-10-batches-py"),
+    ("cifar100", "cifar-100-python"), ("svhn", "SVHN"),
 ])
 def test_nothing_there_and_no_network(tmp_path: Path, name: str, folder: str) -> None:
     with pytest.raises(DataError) as caught:
@@ -135,17 +173,23 @@ def test_a_cut_off_idx_file_is_a_data_error(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.usefixtures("no_network")
-def test_cifar_arrives_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    contents = write_cifar(tmp_path, monkeypatch)
-    splits = DATASETS["cifar10"].from_mapping({"validation": 0}).load(tmp_path, CPU)
+@pytest.mark.parametrize(("name", "key", "deviation"), [
+    ("cifar10", "labels", [0.2470, 0.2435, 0.2616]), ("cifar100", "fine_labels", [0.2023, 0.1994, 0.2010]),
+])
+def test_cifar_arrives_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, key: str, deviation: list[float]
+) -> None:
+    contents = write_cifar(tmp_path, monkeypatch, name)
+    splits = DATASETS[name].from_mapping({"validation": 0}).load(tmp_path, CPU)
     assert splits.input_shape == (3, 32, 32) and splits.classes[3] == "thing 3"
+    assert len(splits.classes) == (10 if name == "cifar10" else 100)
     mean = np.array([0.4914, 0.4822, 0.4465])[:, None, None]
-    std = np.array([0.2470, 0.2435, 0.2616])[:, None, None]
-    for split, batches in ((splits.train, contents[:5]), (splits.test, contents[5:])):
+    std = np.array(deviation)[:, None, None]
+    for split, batches in ((splits.train, contents[:-1]), (splits.test, contents[-1:])):
         x, y = next(split.batches(100))
         stored = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
         np.testing.assert_allclose(x.numpy(), (stored / 255 - mean) / std, atol=1e-5)
-        assert y.tolist() == [label for batch in batches for label in batch["labels"]]
+        assert y.tolist() == [label for batch in batches for label in batch[key]]
 
 
 @pytest.mark.usefixtures("no_network")
@@ -166,8 +210,9 @@ def test_a_cifar_batch_with_another_checksum_is_refused(tmp_path: Path, monkeypa
     write_cifar(tmp_path, monkeypatch)
     path = tmp_path / "cifar-10-batches-py" / "data_batch_2"
     path.write_bytes(path.read_bytes() + b"x")
-    with pytest.raises(DataError, match="cifar-10-batches-py"):
+    with pytest.raises(DataError, match="damaged or cut off; delete data_batch_2 there") as caught:
         DATASETS["cifar10"]().load(tmp_path, CPU)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.usefixtures("no_network")
@@ -229,3 +274,101 @@ def test_archives_put_into_the_folder_need_no_network(tmp_path: Path, monkeypatc
     monkeypatch.setattr(mnist.MNIST, "resources", resources)
     monkeypatch.setattr(mnist.MNIST, "mirrors", ["no-such-scheme://"])
     assert len(DATASETS["mnist"].from_mapping({"validation": 0}).load(tmp_path, CPU).train) == 30
+
+
+@pytest.mark.usefixtures("no_network")
+def test_svhn_arrives_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = write_svhn(tmp_path, monkeypatch)
+    splits = DATASETS["svhn"].from_mapping({"validation": 0}).load(tmp_path, CPU)
+    assert splits.input_shape == (3, 32, 32) and splits.classes == list("0123456789")
+    assert (len(splits.train), len(splits.test)) == (9, 5) and not splits.train.augment
+    for split, part in ((splits.train, "train"), (splits.test, "test")):
+        x, y = next(split.batches(100))
+        np.testing.assert_allclose(x.numpy(), contents[part]["X"].transpose(3, 2, 0, 1) / 127.5 - 1, atol=1e-5)
+        assert y.tolist() == [int(label) % 10 for label in contents[part]["y"].ravel()]
+
+
+@pytest.mark.usefixtures("no_network")
+def test_cifar100_at_224_as_in_the_dkp_paper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision.transforms import functional
+
+    contents = write_cifar(tmp_path, monkeypatch, "cifar100")
+    options = {"mean": [0.5], "std": [0.5], "size": 224, "crop": "resized", "validation": 0}
+    splits = DATASETS["cifar100"].from_mapping(options).load(tmp_path, CPU)
+    assert splits.input_shape == (3, 224, 224) and next(splits.train.batches(3, seed=0))[0].shape == (3, 3, 224, 224)
+    stored = torch.from_numpy(contents[1]["data"].reshape(-1, 3, 32, 32)) / 127.5 - 1
+    expected = functional.center_crop(functional.resize(stored, 256, antialias=True), 224)
+    torch.testing.assert_close(next(splits.test.batches(6))[0], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize(("name", "label"), [("cifar10", 10), ("cifar10", -1), ("cifar100", 100)])
+def test_a_cifar_label_out_of_range_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, label: int
+) -> None:
+    write_cifar(tmp_path, monkeypatch, name, label)
+    with pytest.raises(DataError, match=rf"dataset={name}: .*test image 5 has label {label}, out of range") as caught:
+        DATASETS[name]().load(tmp_path, CPU)
+    assert str(tmp_path / CIFAR_FILES[name][1]) in str(caught.value)
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_label_out_of_range_is_refused_in_other_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_svhn(tmp_path, monkeypatch, label=11)
+    with pytest.raises(DataError, match=r"dataset=svhn: .*training image 1 has label 11, out of range for 10 classes"):
+        DATASETS["svhn"]().load(tmp_path, CPU)
+    write_mnist(tmp_path)
+    write_idx(tmp_path / "MNIST" / "raw" / IDX_FILES[3], np.arange(1, 11))
+    with pytest.raises(DataError, match=r"dataset=mnist: .*test image 9 has label 10, out of range for 10 classes"):
+        DATASETS["mnist"]().load(tmp_path, CPU)
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_cut_off_svhn_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    write_svhn(tmp_path, monkeypatch)
+    path = tmp_path / "SVHN" / f"{part}_32x32.mat"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DataError, match=f"{part}_32x32.mat is damaged or cut off; delete {part}_32x32.mat there") as caught:
+        DATASETS["svhn"]().load(tmp_path, CPU)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_svhn_downloads_what_is_missing_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_svhn(tmp_path / "server", monkeypatch)
+    shutil.copytree(tmp_path / "server" / "SVHN", tmp_path / "data" / "SVHN")
+    (tmp_path / "data" / "SVHN" / "test_32x32.mat").unlink()
+    asked = []
+
+    def fetch(_url: str, root: str, filename: str, md5: str) -> None:
+        asked.append(filename)
+        Path(root).mkdir(parents=True, exist_ok=True)
+        shutil.copy(tmp_path / "server" / "SVHN" / filename, root)
+
+    monkeypatch.setattr(svhn, "download_url", fetch)
+    assert len(DATASETS["svhn"]().load(tmp_path / "data", CPU).test) == 5
+    assert asked == ["test_32x32.mat"] and [path.name for path in (tmp_path / "data").iterdir()] == ["SVHN"]
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize(("name", "archive"), [
+    ("mnist", "MNIST/raw/train-images-idx3-ubyte.gz"), ("cifar10", "cifar-10-python.tar.gz"),
+    ("cifar100", "cifar-100-python.tar.gz"),
+])
+def test_a_cut_off_archive_is_named(tmp_path: Path, name: str, archive: str) -> None:
+    path = tmp_path / archive
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"half of it")
+    with pytest.raises(DataError, match=r"is damaged or cut off, delete it: its MD5 is not [0-9a-f]{32}") as caught:
+        DATASETS[name]().load(tmp_path, CPU)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value) and path.read_bytes() == b"half of it"
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_damaged_idx_file_is_the_one_that_is_named(tmp_path: Path) -> None:
+    write_mnist(tmp_path)
+    path = tmp_path / "MNIST" / "raw" / IDX_FILES[2]
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=f"{IDX_FILES[2]} is damaged or cut off; delete {IDX_FILES[2]} there") as caught:
+        DATASETS["mnist"]().load(tmp_path, CPU)
+    assert not any(name in str(caught.value) for name in (IDX_FILES[0], IDX_FILES[1], IDX_FILES[3]))

@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.transforms import functional as reference
 
 from fa_bench.data.base import ResidentSplit
-from fa_bench.data.image_folder import StreamedSplit
+from fa_bench.data.image_files import StreamedSplit
 from fa_bench.errors import DataError, OptionError
 from fa_bench.registries import DATASETS
 

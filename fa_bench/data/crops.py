@@ -1,0 +1,208 @@
+"""How images are brought to the size a model sees: whole batches at a time, on the device, or one image being decoded.
+
+Shapes: N batch, C channels, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fa_bench.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: What a random resized crop draws for one image: tries of area and aspect ratio, a place, a flip.
+TRIES = 10
+DRAWS = 2 * TRIES + 3
+#: Evaluation resizes the shorter side to this many times what it crops: 256 for 224.
+MARGIN = 256 / 224
+
+
+@dataclasses.dataclass
+class Crop:
+    """Images as they are; the base of the others.
+
+    Attributes:
+        size: height and width that images are brought to; None for the stored ones.
+    """
+
+    size: int | None = None
+
+    def shape(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of what comes out of images of `height` and `width`."""
+        return (height, width) if self.size is None else (self.size, self.size)
+
+    def random(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """A training batch (N, C, H, W), augmented; each image as its own draws from `generator` (CPU) say."""
+        return self.fixed(images)
+
+    def fixed(self, images: Tensor) -> Tensor:
+        """A batch (N, C, H, W) without augmentation; uint8, or float32 in the same units of 0 to 255."""
+        return images
+
+
+class PaddedCrop(Crop):
+    """Shorter side resized, centre cropped; augmented by a crop with 4 pixels of zero padding and a horizontal flip."""
+
+    def random(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        return crop_and_flip(self.fixed(images), generator)
+
+    def fixed(self, images: Tensor) -> Tensor:
+        target = self.shape(*images.shape[2:])
+        return images if target == images.shape[2:] else resize_and_crop(images, min(target), target)
+
+
+class ResizedCrop(Crop):
+    """A random part of an image, 8 % to 100 % of its area, resized, with a horizontal flip (Szegedy et al. 2015).
+
+    Without augmentation the shorter side is resized to 256/224 of the size and the centre cropped.
+    """
+
+    def random(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        draws = torch.rand(len(images), DRAWS, generator=generator, dtype=torch.float64).numpy()
+        height, width = images.shape[2:]
+        return crop_and_resize(images, random_boxes(draws, height, width), draws[:, -1] < 0.5, self.shape(height, width))
+
+    def fixed(self, images: Tensor) -> Tensor:
+        target = self.shape(*images.shape[2:])
+        return resize_and_crop(images, margin(min(target)), target)
+
+    def decode_random(self, image: Any, rng: np.random.Generator) -> Any:
+        """`random` of one PIL image in a mode with 8 bits, by Pillow."""
+        from PIL import Image
+
+        draws = rng.random((1, DRAWS))
+        top, left, height, width = random_boxes(draws, image.height, image.width)[0].tolist()
+        out = self.shape(image.height, image.width)
+        # Cropped first: resize(box=...) would look beyond the box at its border.
+        image = image.crop((left, top, left + width, top + height)).resize(out[::-1], Image.Resampling.BILINEAR)
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draws[0, -1] < 0.5 else image
+
+    def decode_fixed(self, image: Any) -> Any:
+        """`fixed` of one PIL image in a mode with 8 bits, by Pillow."""
+        from PIL import Image
+
+        target = self.shape(image.height, image.width)
+        height, width = resized_shape(image.height, image.width, margin(min(target)))
+        top, left = (centre(whole, part) for whole, part in zip((height, width), target, strict=True))
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        return image.crop((left, top, left + target[1], top + target[0]))
+
+
+#: What `dataset.crop` chooses from.
+CROPS: dict[str, type[Crop]] = {"padded": PaddedCrop, "resized": ResizedCrop}
+
+
+def margin(size: int) -> int:
+    """What the shorter side is resized to where `size` pixels of it are cropped."""
+    return round(size * MARGIN)
+
+
+def resized_shape(height: int, width: int, shorter: int) -> tuple[int, int]:
+    """Height and width with the shorter side brought to `shorter`, the longer rounded down, as torchvision does."""
+    return (shorter, shorter * width // height) if height <= width else (shorter * height // width, shorter)
+
+
+def centre(whole: int, part: int) -> int:
+    """Where a part in the middle begins; halves go to the even number, as in torchvision."""
+    return round((whole - part) / 2)
+
+
+def crop_and_flip(images: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
+    """Each image of a batch (N, C, H, W) cropped at a random place of itself padded with zeros, and flipped with chance 1/2."""
+    n, channels, height, width = images.shape
+    device = images.device
+    rows = torch.randint(2 * padding + 1, (n, 1), generator=generator).to(device) + torch.arange(height, device=device)
+    columns = torch.randint(2 * padding + 1, (n, 1), generator=generator).to(device) + torch.arange(width, device=device)
+    flipped = torch.randint(2, (n, 1), generator=generator, dtype=torch.bool).to(device)
+    columns = torch.where(flipped, columns.flip(1), columns)
+    padded = torch.nn.functional.pad(images, (padding,) * 4)
+    # One gather with flat positions that all channels share: several times faster than indexing by rows and columns.
+    places = (rows[:, :, None] * padded.shape[3] + columns[:, None, :]).view(n, 1, -1).expand(-1, channels, -1)
+    return padded.flatten(2).gather(2, places).view(images.shape)
+
+
+def random_boxes(draws: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Boxes of random resized crops: area uniform in 8 % to 100 %, aspect ratio log-uniform in 3/4 to 4/3.
+
+    The first of ten tries that fits; where none does, the largest centred box with a ratio in that range.
+
+    Args:
+        draws: uniform in [0, 1), (N, DRAWS); the last, for the flip, is not used here.
+        height, width: of the images.
+
+    Returns:
+        int64 (N, 4): top, left, height, width.
+    """
+    areas = height * width * (0.08 + 0.92 * draws[:, :TRIES])
+    ratios = np.exp(math.log(4 / 3) * (2 * draws[:, TRIES:2 * TRIES] - 1))
+    widths, heights = np.rint(np.sqrt(areas * ratios)).astype(np.int64), np.rint(np.sqrt(areas / ratios)).astype(np.int64)
+    fits = (widths >= 1) & (widths <= width) & (heights >= 1) & (heights <= height)
+    first, rows = fits.argmax(1), np.arange(len(draws))
+    h, w = heights[rows, first], widths[rows, first]
+    # floor(u (n + 1)) is uniform on 0 to n.
+    top = (draws[:, -3] * (height - h + 1)).astype(np.int64)
+    left = (draws[:, -2] * (width - w + 1)).astype(np.int64)
+    fall_h, fall_w = min(height, round(width / (3 / 4))), min(width, round(height * (4 / 3)))
+    fallback = ((height - fall_h) // 2, (width - fall_w) // 2, fall_h, fall_w)
+    return np.stack([np.where(fits.any(1), one, other) for one, other in zip((top, left, h, w), fallback, strict=True)], 1)
+
+
+def crop_and_resize(images: Tensor, boxes: np.ndarray, flips: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """Each image cropped to its box, resized with bilinear interpolation and antialiasing, and flipped where asked.
+
+    Args:
+        images: uint8 or floating (N, C, H, W).
+        boxes: (N, 4), top, left, height, width in pixels.
+        flips: bool (N,).
+        size: height and width of the result.
+
+    Returns:
+        float32 (N, C, *size), not rounded.
+    """
+    top, left, height, width = torch.from_numpy(boxes).to(images.device, torch.float32).T
+    rows = _interpolation(top, height, images.shape[2], size[0], size[0])
+    columns = _interpolation(left, width, images.shape[3], size[1], size[1])
+    flipped = torch.from_numpy(flips).to(images.device)[:, None, None]
+    return _apply(images, rows, torch.where(flipped, columns.flip(1), columns))
+
+
+def resize_and_crop(images: Tensor, shorter: int, size: tuple[int, int]) -> Tensor:
+    """The shorter side of all images resized to `shorter`, bilinear with antialiasing, and the centre cropped.
+
+    Args:
+        images: uint8 or floating (N, C, H, W).
+        shorter: of the resized image, in pixels.
+        size: height and width of the result.
+
+    Returns:
+        float32 (N, C, *size), not rounded.
+    """
+    zero, weights = torch.zeros(1, device=images.device), []
+    for whole, resized, part in zip(images.shape[2:], resized_shape(*images.shape[2:], shorter), size, strict=True):
+        weights.append(_interpolation(zero, zero + whole, whole, resized, part, centre(resized, part)))
+    return _apply(images, *weights)
+
+
+def _interpolation(start: Tensor, length: Tensor, whole: int, resized: int, part: int, first: int = 0) -> Tensor:
+    """Weights (N, part, whole) that resize pixels start to start + length, both (N,), to `resized` and keep `part` from `first`.
+
+    A triangle as wide as two pixels of the coarser grid, cut off at the crop's border: what it is cut from is not looked at.
+    """
+    start, length = start[:, None, None], length[:, None, None]
+    scale = length / resized
+    centres = start + (torch.arange(first, first + part, device=start.device)[:, None] + 0.5) * scale
+    pixels = torch.arange(whole, device=start.device)
+    weights = (1 - (pixels + 0.5 - centres).abs() / scale.clamp(min=1)).clamp(min=0)
+    weights = weights * ((pixels >= start) & (pixels < start + length))
+    return weights / weights.sum(2, keepdim=True)
+
+
+def _apply(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """rows @ image @ columns^T for every channel: resizing is linear in rows and in columns."""
+    return rows[:, None] @ (images.to(torch.float32) @ columns[:, None].transpose(2, 3))

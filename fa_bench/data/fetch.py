@@ -1,0 +1,116 @@
+"""Fetching files and unpacking archives so that nothing is ever half there."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import logging
+import os
+import sys
+import tempfile
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Iterator
+from http.client import HTTPException
+from pathlib import Path, PurePosixPath
+
+from fa_bench.errors import DataError
+from fa_bench.lazy import torchvision
+
+log = logging.getLogger("fa_bench")
+
+
+@contextlib.contextmanager
+def fetching(data_dir: Path, dataset: str, missing: str) -> Iterator[Path]:
+    """A temporary folder in `data_dir` to download into; torchvision's progress bars show on a terminal alone.
+
+    Args:
+        data_dir: made where it is missing.
+        dataset: name of the dataset.
+        missing: what is missing, and where it belongs.
+
+    Raises:
+        DataError: where the block fails for want of a network, of space or of the right bytes.
+    """
+    log.info("dataset=%s: downloading %s", dataset, missing)
+    bar = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        made = tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir)
+        with made as temporary, bar, contextlib.redirect_stdout(io.StringIO()):
+            yield Path(temporary)
+    except DataError:
+        raise
+    except (RuntimeError, OSError, ValueError, EOFError, HTTPException) as error:
+        with contextlib.suppress(OSError):
+            data_dir.rmdir()  # only where it is empty: made for this download
+        raise DataError(f"dataset={dataset}: missing {missing}, and the download failed ({reason(error)}); "
+                        "put the files there, or set data_dir") from None
+
+
+def download(url: str, md5: str, path: Path) -> None:
+    """Download one file with a progress bar.
+
+    Raises:
+        OSError, HTTPException: where the server cannot be reached, says no or falls silent for a minute.
+        ValueError: where the bytes that came have another MD5.
+    """
+    from tqdm import tqdm
+
+    digest, request = hashlib.md5(usedforsecurity=False), urllib.request.Request(url, headers={"User-Agent": "fa_bench"})
+    with urllib.request.urlopen(request, timeout=60) as response, path.open("wb") as file:
+        total = int(response.headers.get("Content-Length") or 0) or None
+        with tqdm(total=total, desc=path.name, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+            while block := response.read(1 << 20):
+                file.write(block)
+                digest.update(block)
+                bar.update(len(block))
+    if digest.hexdigest() != md5:
+        raise ValueError(f"what came from {url} is cut off or changed: its MD5 is {digest.hexdigest()}, not {md5}")
+
+
+def has_md5(path: Path, md5: str) -> bool:
+    """Whether a file is there and has this MD5."""
+    return torchvision.datasets.utils.check_integrity(str(path), md5)
+
+
+def unpack_zip(archive: Path, folder: Path) -> None:
+    """Unpack the top folder `folder.name` of a zip archive as `folder`, which appears once everything is in it.
+
+    Raises:
+        DataError: naming the archive, where it is damaged, or where a member would land outside of the folder.
+    """
+    from tqdm import tqdm
+
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            members = opened.infolist()
+            for member in members:
+                path = PurePosixPath(member.filename.replace("\\", "/"))
+                if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+                    raise DataError(f"{archive}: its member '{member.filename}' would land outside of {folder.parent}; "
+                                    "nothing was unpacked: get the archive anew from a source you trust")
+            with tempfile.TemporaryDirectory(prefix=".unpack-", dir=folder.parent) as temporary:
+                for member in tqdm(members, desc=f"unpacking {archive.name}", unit="file", disable=None, leave=False):
+                    opened.extract(member, temporary)
+                made = Path(temporary) / folder.name
+                if not made.is_dir():
+                    raise DataError(f"{archive}: holds no folder {folder.name}; delete it to download it again")
+                try:
+                    os.replace(made, folder)
+                except OSError:
+                    if not folder.is_dir():  # else another run was faster
+                        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        raise DataError(f"{archive}: damaged ({reason(error)}); delete it to download it again") from None
+    except DataError:
+        raise
+    except OSError as error:
+        raise DataError(f"{archive}: cannot be unpacked ({reason(error)})") from None
+
+
+def reason(error: Exception) -> str:
+    """The last line of an error's text: torchvision puts the cause there."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]

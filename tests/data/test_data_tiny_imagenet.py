@@ -1,0 +1,280 @@
+"""Tiny ImageNet from a small archive in its own format: unpacking, its validation folder, and what is said of damage."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fa_bench.data import tiny_imagenet as module
+from fa_bench.data.base import ResidentSplit
+from fa_bench.data.image_files import StreamedSplit
+from fa_bench.errors import DataError
+from fa_bench.registries import DATASETS
+
+CPU = torch.device("cpu")
+NAME = "tiny-imagenet-200"
+#: As in the published wnids.txt, not in the order of names.
+CLASSES = ["n03", "n01", "n02"]
+#: Class of each validation image.
+ANNOTATED = ["n02", "n01", "n03", "n01"]
+
+
+def write_folder(root: Path) -> Path:
+    """Three classes with 4 training images each, one of them grey, 4 annotated images, and unlabelled ones of test/."""
+    rng = np.random.default_rng(0)
+    folder = root / NAME
+
+    def save(path: Path, shape: tuple[int, ...] = (64, 64, 3)) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(path)
+
+    for name in CLASSES:
+        for i in range(4):
+            save(folder / "train" / name / "images" / f"{name}_{i}.JPEG", (64, 64) if (name, i) == ("n01", 2) else (64, 64, 3))
+        (folder / "train" / name / f"{name}_boxes.txt").write_text(f"{name}_0.JPEG\t0\t0\t63\t63\n")
+    for i in range(len(ANNOTATED)):
+        save(folder / "val" / "images" / f"val_{i}.JPEG")
+    lines = [f"val_{i}.JPEG\t{kind}\t0\t0\t63\t63\n" for i, kind in enumerate(ANNOTATED)]
+    (folder / "val" / "val_annotations.txt").write_text("".join(lines))
+    save(folder / "test" / "images" / "test_0.JPEG")
+    (folder / "wnids.txt").write_text("\n".join(CLASSES) + "\n")
+    return folder
+
+
+def write_zip(root: Path, monkeypatch: pytest.MonkeyPatch, extra: str | None = None) -> Path:
+    """The folder as an archive, with the checksum that is expected; with `extra`, one member more of that name."""
+    folder, archive = write_folder(root / "source"), root / "server" / f"{NAME}.zip"
+    archive.parent.mkdir(parents=True)
+    with zipfile.ZipFile(archive, "w") as opened:
+        for path in sorted(folder.rglob("*")):
+            opened.write(path, str(path.relative_to(folder.parent)))
+        if extra is not None:
+            opened.writestr(extra, "bad")
+    expect(archive, monkeypatch)
+    return archive
+
+
+def expect(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    md5 = hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest()
+    monkeypatch.setattr(DATASETS["tiny_imagenet"], "md5", md5)
+    monkeypatch.setattr(DATASETS["tiny_imagenet"], "url", archive.as_uri())
+
+
+def place(archive: Path, data_dir: Path) -> Path:
+    data_dir.mkdir(exist_ok=True)
+    (data_dir / archive.name).write_bytes(archive.read_bytes())
+    return data_dir / archive.name
+
+
+def load(data_dir: Path, **options: object):
+    return DATASETS["tiny_imagenet"].from_mapping({"validation": 0, "workers": 0, **options}).load(data_dir, CPU)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1)
+
+
+def test_images_arrive_with_their_classes(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path)
+    splits = load(tmp_path)
+    assert splits.classes == sorted(CLASSES) and splits.input_shape == (3, 64, 64)
+    assert isinstance(splits.train, ResidentSplit) and splits.train.images.dtype == torch.uint8
+    files = [folder / "train" / name / "images" / f"{name}_{i}.JPEG" for name in sorted(CLASSES) for i in range(4)]
+    mean, std = (np.array(values)[:, None, None] for values in ([0.480, 0.448, 0.398], [0.277, 0.269, 0.282]))
+    x, y = next(splits.train.batches(100))
+    np.testing.assert_allclose(x.numpy(), (np.stack([pixels(path) for path in files]) / 255 - mean) / std, atol=1e-5)
+    assert y.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    x, y = next(splits.test.batches(100))
+    expected = np.stack([pixels(folder / "val" / "images" / f"val_{i}.JPEG") for i in range(4)])
+    np.testing.assert_allclose(x.numpy(), (expected / 255 - mean) / std, atol=1e-5)
+    assert y.tolist() == [1, 0, 2, 0]
+
+
+def test_what_does_not_fit_streams_the_same_batches(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    for options in ({}, {"crop": "resized"}, {"size": 32}, {"size": 80, "crop": "resized"}):
+        resident, streamed = load(tmp_path, **options), load(tmp_path, memory_limit_gb=0, **options)
+        assert isinstance(streamed.train, StreamedSplit) and resident.input_shape == streamed.input_shape
+        for how in ({}, {"seed": 1}):
+            for (x, y), (u, v) in zip(resident.train.batches(5, **how), streamed.train.batches(5, **how), strict=True):
+                assert torch.equal(x, u) and torch.equal(y, v)
+                assert x.shape[1:] == resident.input_shape
+
+
+def test_the_archive_is_downloaded_checked_unpacked_and_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_zip(tmp_path, monkeypatch)
+    assert len(load(tmp_path / "data").train) == 12
+    assert names(tmp_path / "data") == [NAME] and capfd.readouterr() == ("", "")
+    (tmp_path / "server" / f"{NAME}.zip").unlink()
+    assert len(load(tmp_path / "data").test) == 4
+
+
+def test_an_archive_put_into_the_folder_needs_no_network_and_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place(write_zip(tmp_path, monkeypatch), tmp_path / "data")
+    monkeypatch.setattr(DATASETS["tiny_imagenet"], "url", "no-such-scheme://")
+    assert len(load(tmp_path / "data").train) == 12
+    assert names(tmp_path / "data") == [NAME, f"{NAME}.zip"]
+
+
+def test_a_download_that_fails_says_what_is_missing_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = write_zip(tmp_path, monkeypatch)
+    archive.write_bytes(archive.read_bytes()[:-10])
+    with pytest.raises(DataError, match=r"dataset=tiny_imagenet: missing .*the download failed") as caught:
+        load(tmp_path / "data")
+    assert str(tmp_path / "data" / NAME) in str(caught.value) and "\n" not in str(caught.value)
+    archive.unlink()
+    with pytest.raises(DataError, match="the download failed"):
+        load(tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_cut_off_archive_is_named_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = place(write_zip(tmp_path, monkeypatch), tmp_path / "data")
+    archive.write_bytes(archive.read_bytes()[:-10])
+    with pytest.raises(DataError, match=r"is damaged or cut off .*delete it to download it again") as caught:
+        load(tmp_path / "data")
+    assert str(archive) in str(caught.value) and names(tmp_path / "data") == [archive.name]
+
+
+@pytest.mark.parametrize("damage", ["tail", "member"])
+def test_an_archive_that_cannot_be_unpacked_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+    """Its checksum is made to match, so that unpacking is what meets the damage."""
+    archive = place(write_zip(tmp_path, monkeypatch), tmp_path / "data")
+    content = bytearray(archive.read_bytes())
+    if damage == "tail":
+        content = content[:-30]
+    else:
+        content[content.index(b"\xff\xd8") + 100] ^= 255
+    archive.write_bytes(content)
+    expect(archive, monkeypatch)
+    with pytest.raises(DataError, match=r"damaged .*delete it to download it again") as caught:
+        load(tmp_path / "data")
+    assert str(archive) in str(caught.value) and names(tmp_path / "data") == [archive.name]
+
+
+@pytest.mark.parametrize("member", ["../evil.txt", "/evil.txt", f"{NAME}/../../evil.txt", "..\\evil.txt", "C:\\evil.txt"])
+def test_a_member_that_would_land_elsewhere_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, member: str) -> None:
+    archive = place(write_zip(tmp_path, monkeypatch, member), tmp_path / "data")
+    with pytest.raises(DataError, match=r"evil\.txt' would land outside of") as caught:
+        load(tmp_path / "data")
+    assert str(archive) in str(caught.value) and names(tmp_path / "data") == [archive.name]
+    assert not list(tmp_path.rglob("evil.txt"))
+
+
+def test_an_archive_of_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = tmp_path / f"{NAME}.zip"
+    with zipfile.ZipFile(archive, "w") as opened:
+        opened.writestr("other/file.txt", "text")
+    expect(archive, monkeypatch)
+    with pytest.raises(DataError, match=f"holds no folder {NAME}"):
+        load(tmp_path)
+
+
+def test_an_interrupted_unpacking_starts_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_zip(tmp_path, monkeypatch)
+    original, count = zipfile.ZipFile.extract, []
+
+    def interrupted(self: zipfile.ZipFile, *args: object) -> str:
+        count.append(1)
+        if len(count) == 10:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    monkeypatch.setattr(zipfile.ZipFile, "extract", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load(tmp_path / "data")
+    # The checked archive is what a second attempt starts from.
+    assert names(tmp_path / "data") == [f"{NAME}.zip"]
+    assert (len(load(tmp_path / "data").train), len(load(tmp_path / "data").test)) == (12, 4)
+
+
+def test_an_interrupted_download_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(_url: str, _md5: str, path: Path) -> None:
+        path.write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "download", half)
+    with pytest.raises(KeyboardInterrupt):
+        load(tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_unpacking_beside_a_faster_run_is_no_trouble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = place(write_zip(tmp_path, monkeypatch), tmp_path / "data")
+    original = os.replace
+
+    def late(source: Path, target: Path) -> None:
+        if Path(target).name == NAME:
+            write_folder(tmp_path / "data")
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", late)
+    assert len(load(tmp_path / "data").train) == 12
+    assert names(tmp_path / "data") == [NAME, archive.name]
+
+
+@pytest.mark.parametrize(("old", "new", "message"), [
+    ("val_1.JPEG\tn01", "val_1.JPEG\tn09", r"val_annotations\.txt:2: no class 'n09' in .*wnids\.txt; did you mean"),
+    ("val_1.JPEG\tn01", "val_1.JPEG", r"val_annotations\.txt:2: no class '0'"),
+    ("val_1.JPEG\tn01", "val_9.JPEG\tn01", r"val_annotations\.txt:2: no image 'val_9\.JPEG'"),
+    ("val_1.JPEG\tn01\t0\t0\t63\t63\n", "", r"val_annotations\.txt: no line for val_1\.JPEG"),
+])
+def test_annotations_that_do_not_fit_are_named(tmp_path: Path, old: str, new: str, message: str) -> None:
+    path = write_folder(tmp_path) / "val" / "val_annotations.txt"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(DataError, match=message) as caught:
+        load(tmp_path)
+    assert str(path) in str(caught.value) and "to download it again" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["wnids.txt", "train", "val/images", "val/val_annotations.txt"])
+def test_a_part_that_is_missing_is_named(tmp_path: Path, part: str) -> None:
+    folder = write_folder(tmp_path)
+    (folder / part).rename(folder / "elsewhere")
+    with pytest.raises(DataError, match=r"is missing; delete .* to download it again") as caught:
+        load(tmp_path)
+    assert str(folder / part) in str(caught.value)
+
+
+def test_a_class_without_images_is_named(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path)
+    (folder / "train" / "n02").rename(folder / "elsewhere")
+    with pytest.raises(DataError, match="holds no images") as caught:
+        load(tmp_path)
+    assert str(folder / "train" / "n02") in str(caught.value)
+
+
+@pytest.mark.parametrize("limit", [1, 0])
+@pytest.mark.parametrize("content", [b"not an image", None])
+def test_a_broken_image_is_named(tmp_path: Path, content: bytes | None, limit: float) -> None:
+    """Not an image, or one cut off in its pixels: found when it is decoded, which for streamed images is later."""
+    bad = write_folder(tmp_path) / "val" / "images" / "val_2.JPEG"
+    bad.write_bytes(bad.read_bytes()[:1500] if content is None else content)
+    with pytest.raises(DataError, match="not a readable image") as caught:
+        list(load(tmp_path, memory_limit_gb=limit).test.batches(4))
+    assert str(bad) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_image_of_another_size_is_named(tmp_path: Path) -> None:
+    odd = write_folder(tmp_path) / "train" / "n01" / "images" / "n01_1.JPEG"
+    Image.fromarray(np.zeros((60, 64, 3), np.uint8)).save(odd)
+    with pytest.raises(DataError, match="60x64 pixels") as caught:
+        load(tmp_path)
+    assert str(odd) in str(caught.value)
