@@ -20,9 +20,10 @@ from fa_bench.lazy import torch
 from fa_bench.options import option
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from fa_bench.coverage import Coverage
+    from fa_bench.trace import Trace
 
 MATCHES = ("max_pool", "avg_pool", "random")
 
@@ -155,11 +156,24 @@ class SharingRule(EdgeRule):
     sharing = Sharing
 
     def put_in(self, sample_input: Tensor | None) -> Coverage:
+        trace = self.trace(sample_input)
+        groups = self.sharing_groups(self.model, trace)
+        self._groups = {path: number for number, group in enumerate(groups, start=1) for path in group}
+        self._first = {number: group[0] for number, group in enumerate(groups, start=1)}
+        self._sources = {self.source_of(number): Source() for number in self._first if number > 1}
+        self._shapes = {path: tuple(shape[1:]) for path, shape in trace.input_shapes.items()}
+        self._stem = trace.order[0]
+        return super().put_in(sample_input)
+
+    def sharing_groups(self, model: nn.Module, trace: Trace) -> list[list[str]]:
+        """The layers that share, grouped by the activation that enters them, numbered from 1 on: the stem's output.
+
+        Raises:
+            CoverageError: where there are fewer than two such activations.
+        """
         from fa_bench.layers import CONVOLUTIONS, weighted_layers
 
-        layers = weighted_layers(self.model)
-        trace = self.trace(sample_input)
-        convolutional = {path for path, layer in layers.items() if isinstance(layer, CONVOLUTIONS)}
+        convolutional = {path for path, layer in weighted_layers(model).items() if isinstance(layer, CONVOLUTIONS)}
         share_linear = self.linear == "share" or (self.linear == "auto" and not convolutional)
         groups = [group for group in trace.inputs[1:] if share_linear or convolutional.issuperset(group)]
         if len(groups) < 2:
@@ -169,12 +183,7 @@ class SharingRule(EdgeRule):
                 f"activations that enter layers which share, and finds {len(groups)} (into {sharers}). What works: "
                 f"architecture=resnet20, an mlp with two hidden layers, or algorithm.linear=share"
             )
-        self._groups = {path: number for number, group in enumerate(groups, start=1) for path in group}
-        self._first = {number: group[0] for number, group in enumerate(groups, start=1)}
-        self._sources = {self.source_of(number): Source() for number in self._first if number > 1}
-        self._shapes = {path: tuple(shape[1:]) for path, shape in trace.input_shapes.items()}
-        self._stem = trace.order[0]
-        return super().put_in(sample_input)
+        return groups
 
     def source_of(self, number: int) -> int:
         """The activation that stands in for activation `number` ≥ 2."""

@@ -20,7 +20,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -32,6 +31,7 @@ from fa_bench.layers import weighted_layers
 from fa_bench.ops import DeliverFunction, FeedbackLinearFunction
 from fa_bench.optim import SGD, Optimizers
 from fa_bench.registries import ALGORITHMS, ARCHITECTURES
+from fa_bench.specs import parse_spec
 
 NETS = {"mlp": (1, 28, 28), "conv2": (1, 28, 28), "resnet20": (3, 32, 32)}
 PLAIN, AGAIN = "bp (plain)", "bp (A/A)"
@@ -43,9 +43,8 @@ def make_step(net: str, rule_name: str | None, batch: int, with_optimizer: bool)
     shape = NETS[net]
     model = ARCHITECTURES[net]().build(shape, 10)
     x, y = torch.randn(batch, *shape), torch.randint(0, 10, (batch,))
-    name, _, options = (rule_name or "bp").partition(":")
-    chosen = dict(OmegaConf.from_dotlist(options.split(",") if options else []))
-    rule = fa_bench.attach(model, name, seed=0, sample_input=x[:2], **{str(key): value for key, value in chosen.items()})
+    name, options = parse_spec(rule_name or "bp")
+    rule = fa_bench.attach(model, name, seed=0, sample_input=x[:2], **options)
     optimizers = Optimizers(SGD(lr=1e-3), rule, epochs=1)
 
     def step() -> None:

@@ -28,7 +28,12 @@ ACTIVATIONS = {
 @ARCHITECTURES.register("mlp")
 @dataclasses.dataclass(eq=False)
 class MLP(Architecture):
-    """fc1 - (bn1) - act1 - fc2 - ... - fcK, shaped to the data; 784-512-512-10 on MNIST (section 3 of Li and Benna 2024)."""
+    """fc1 - (bn1) - act1 - fc2 - ... - fcK, shaped to the data; 784-512-512-10 on MNIST (section 3 of Li and Benna 2024).
+
+    The DKP paper's alignment net has five such layers, with batch normalisation and widths that are not given; here
+    ``widths=[512,512,512,512] batch_norm=true``. Forward Alignment's nets (appendix A of Woo et al. 2021), whose input width the
+    paper leaves out, are ``widths=[10,10,10]`` with ``activation=identity``, or with ``batch_norm=true``.
+    """
 
     widths: list[int] = option([512, 512], "neurons of each hidden layer", minimum=1)
     activation: str = option("relu", "what follows each hidden layer", choices=list(ACTIVATIONS))

@@ -27,4 +27,4 @@ class ResNet20(Architecture):
     def make(self, input_shape: tuple[int, int, int], classes: int) -> torch_nn.Module:
         from fa_bench.models.nets.residual import ResNet
 
-        return ResNet(input_shape[0], classes, [self.width, 2 * self.width, 4 * self.width], self.blocks)
+        return ResNet(input_shape[0], classes, [self.width, 2 * self.width, 4 * self.width], [self.blocks] * 3)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from fa_bench.registries import ALGORITHMS
 from fa_bench.sharing import SharingRule
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fa_bench.trace import Trace
 
 
 @ALGORITHMS.register("asap")
@@ -25,3 +31,14 @@ class ASAP(SharingRule):
     Choices: a net without convolutions shares among its fully connected layers (``linear=auto``), the output layer's own
     gradient included; features are matched by copies or pooling as channels are.
     """
+
+    def kept_inputs(self, model: nn.Module, trace: Trace) -> list[str]:
+        """The layers whose true inputs the updates need, one for each activation, in the order of execution.
+
+        They are the first layers that take a shared activation, and those that take their own; the stem is fixed.
+        """
+        groups = self.sharing_groups(model, trace)
+        shared = {groups[self.source_of(number) - 1][0] for number in range(2, len(groups) + 1)}
+        sharers = {path for group in groups[1:] for path in group}
+        firsts = [group[0] for group in trace.inputs[1:]]
+        return [path for path in firsts if path in shared or path not in sharers]

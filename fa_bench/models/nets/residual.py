@@ -1,57 +1,127 @@
-"""Residual blocks and nets for small images."""
+"""Residual blocks and nets."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+#: What runs beside a block's convolutions: every second pixel and zeros for the added channels; a 1x1 convolution with batch
+#: normalisation where the shape changes; nothing, not even where it does not.
+SHORTCUTS = ("pad", "project", "none")
+
 
 class Block(nn.Module):
-    """conv1 - bn1 - relu1 - conv2 - bn2, plus the shortcut, - relu2. Maps (N, C_in, H, W) to (N, C_out, H/stride, W/stride)."""
+    """conv1 - bn1 - relu1 - ... - convK - bnK, plus the shortcut, - reluK.
 
-    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+    Maps (N, C_in, H, W) to (N, C_out, H/stride, W/stride). With `norm_after` it is conv1 - relu1 - bn1 - ... - convK - reluK -
+    bnK, plus the shortcut, and nothing behind the sum.
+
+    Args:
+        channels_in: C_in.
+        channels: of the convolutions; the last number is C_out.
+        kernels: of the convolutions: (3, 3), or (1, 3, 1) for a bottleneck.
+        stride: that of the first 3x3 convolution, and of the shortcut.
+        shortcut: one of SHORTCUTS.
+        norm_after: whether normalisation comes behind the ReLU.
+    """
+
+    def __init__(
+        self, channels_in: int, channels: Sequence[int], kernels: Sequence[int], stride: int, shortcut: str, norm_after: bool
+    ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.relu1 = nn.ReLU()
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.relu2 = nn.ReLU()
-        self.stride, self.added = stride, channels - channels_in
+        self.depth, self.norm_after, self.stride = len(kernels), norm_after, stride
+        strided, width = kernels.index(3) + 1, channels_in
+        for number, (out, kernel) in enumerate(zip(channels, kernels, strict=True), start=1):
+            step = stride if number == strided else 1
+            self.add_module(f"conv{number}", nn.Conv2d(width, out, kernel, step, padding=kernel // 2, bias=False))
+            self.add_module(f"bn{number}", nn.BatchNorm2d(out))
+            self.add_module(f"relu{number}", nn.ReLU())
+            width = out
+        self.plain, self.added = shortcut == "none", width - channels_in
+        changes = stride != 1 or self.added != 0
+        self.padded = shortcut == "pad" and changes
+        self.shortcut = nn.Sequential(
+            OrderedDict(conv=nn.Conv2d(channels_in, width, 1, stride, bias=False), bn=nn.BatchNorm2d(width))
+        ) if shortcut == "project" and changes else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
-        if self.stride != 1 or self.added:
+        y = x
+        for number in range(1, self.depth + 1):
+            y = getattr(self, f"conv{number}")(y)
+            bn, relu = getattr(self, f"bn{number}"), getattr(self, f"relu{number}")
+            if not self.norm_after:
+                y = bn(y)
+            if self.norm_after or number < self.depth:
+                y = relu(y)
+            if self.norm_after:
+                y = bn(y)
+        if self.padded:
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.added // 2, self.added - self.added // 2))
-        return self.relu2(y + x)
+        elif self.shortcut is not None:
+            x = self.shortcut(x)
+        if not self.plain:
+            y = y + x
+        return y if self.norm_after else getattr(self, f"relu{self.depth}")(y)
 
 
 class ResNet(nn.Module):
     """A stem of the first width, stages of blocks that halve the image from the second on, and one linear layer.
 
-    Maps (N, C, H, W) to logits (N, classes). Its cut points are the activations: the stem's, and two in every block. Its blocks
-    are the stem and the residual blocks.
+    Maps (N, C, H, W) to logits (N, classes). Its cut points are the activations: the stem's, and one behind every convolution of
+    a block, the last one behind the sum. Its blocks are the stem and the residual blocks.
+
+    Args:
+        colours: C.
+        classes: width of the output.
+        widths: channels of the stages.
+        blocks: blocks in each stage.
+        shortcut: one of SHORTCUTS.
+        large: for large images: a 7x7 stem of stride 2 with max-pooling by 2, in place of a 3x3 stem of stride 1.
+        bottleneck: blocks of 1x1, 3x3 and 1x1 convolutions, the last one four times as wide, in place of two 3x3 ones.
+        norm_after: batch normalisation behind the ReLUs in place of in front of them.
+        output_norm: batch normalisation of the logits.
     """
 
-    def __init__(self, colours: int, classes: int, widths: list[int], blocks: int) -> None:
+    def __init__(
+        self, colours: int, classes: int, widths: Sequence[int], blocks: Sequence[int], shortcut: str = "pad", *,
+        large: bool = False, bottleneck: bool = False, norm_after: bool = False, output_norm: bool = False,
+    ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(colours, widths[0], 3, padding=1, bias=False)
+        kernels, factors = ((1, 3, 1), (1, 1, 4)) if bottleneck else ((3, 3), (1, 1))
+        self.norm_after = norm_after
+        kernel, stride = (7, 2) if large else (3, 1)
+        self.conv1 = nn.Conv2d(colours, widths[0], kernel, stride, padding=kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
         self.relu = nn.ReLU()
-        self.stages = nn.Sequential(OrderedDict(
-            (f"layer{number}", nn.Sequential(*(
-                Block(widths[max(number - 2, 0)] if block == 0 else width, width, 2 if block == 0 and number > 1 else 1)
-                for block in range(blocks)
-            )))
-            for number, width in enumerate(widths, start=1)
-        ))
-        self.fc = nn.Linear(widths[-1], classes)
-        self.cut_points = ["relu", "stages.*.relu1", "stages.*.relu2"]
-        self.blocks = ["relu", *(path for path, module in self.named_modules() if isinstance(module, Block))]
+        self.pool = nn.MaxPool2d(3, 2, padding=1) if large else None
+        self.stages = nn.Sequential()
+        channels = widths[0]
+        for stage, (width, count) in enumerate(zip(widths, blocks, strict=True)):
+            made = nn.Sequential()
+            for number in range(count):
+                out = [width * factor for factor in factors]
+                made.append(Block(channels, out, kernels, 2 if stage and not number else 1, shortcut, norm_after))
+                channels = out[-1]
+            self.stages.add_module(f"layer{stage + 1}", made)
+        self.fc = nn.Linear(channels, classes)
+        self.bn_out = nn.BatchNorm1d(classes) if output_norm else None
+
+        stem = "pool" if large else "bn1" if norm_after else "relu"
+        ends = [path for path, module in self.named_modules() if isinstance(module, Block)]
+        activation, inner = ("bn", len(kernels) - 1) if norm_after else ("relu", len(kernels))
+        self.cut_points = [stem, *(f"stages.*.{activation}{number}" for number in range(1, inner + 1))]
+        if norm_after:  # the sum is the output of no module but the block
+            self.cut_points += ends
+        self.blocks = [stem, *ends]
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stages(self.relu(self.bn1(self.conv1(x))))
-        return self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+        x = self.conv1(x)
+        x = self.bn1(self.relu(x)) if self.norm_after else self.relu(self.bn1(x))
+        if self.pool is not None:
+            x = self.pool(x)
+        x = self.fc(torch.flatten(F.adaptive_avg_pool2d(self.stages(x), 1), 1))
+        return x if self.bn_out is None else self.bn_out(x)

@@ -1,0 +1,171 @@
+"""Memory accesses: the counts of the activation-sharing paper's nets, what is kept and why, specs, and the analysis."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import fa_bench
+from fa_bench.analyses.memory_accesses import MemoryAccesses
+from fa_bench.errors import ConfigError, CoverageError, FaBenchError
+from fa_bench.metrics.memory import Memory, memory_of
+from fa_bench.registries import ALGORITHMS, ANALYSES, ARCHITECTURES
+from fa_bench.rules.asap import ASAP
+from fa_bench.specs import component, parse_spec
+from fa_bench.trace import trace_model
+
+# Channels x height x width of the stem's output and of the outputs of both convolutions of every block, by stage.
+MAPS = (64 * 32 * 32, 128 * 16 * 16, 256 * 8 * 8, 512 * 4 * 4)
+
+
+def counted(name: str, k: int = 0, **options: Any) -> Memory:
+    with torch.device("meta"):
+        net = ARCHITECTURES[name](**options).build((3, 32, 32), 10)
+    return memory_of(net, (3, 32, 32), ASAP(k=k) if k else None)
+
+
+@pytest.mark.parametrize(("name", "parameters", "bp", "two", "four", "totals"), [
+    ("asap_alexnet", 6_289_438, 30_730, 22_538, 22_538, (26.74, 24.64, 24.64)),
+    ("resnet18", 11_173_982, 557_578, 303_626, 180_746, (176.26, 111.25, 79.79)),
+    ("resnet34", 21_282_142, 967_178, 508_426, 254_474, (311.44, 194.00, 128.99)),
+])
+def test_counts_of_the_papers_nets(
+    name: str, parameters: int, bp: int, two: int, four: int, totals: tuple[float, ...]
+) -> None:
+    """P, A and A_k counted by hand from the layers; totals in millions for batches of 128, to two digits."""
+    counts = [counted(name, k) for k in (0, 2, 4)]
+    assert [memory.parameters for memory in counts] == [parameters] * 3
+    assert [memory.activations for memory in counts] == [bp, two, four]
+    for memory, total in zip(counts, totals, strict=True):
+        reads, writes = memory.accesses(128)
+        assert reads == 2 * parameters + 128 * memory.activations and writes == parameters + 128 * memory.activations
+        assert round((reads + writes) / 1e6, 2) == total
+
+
+def test_what_of_resnet18_is_kept() -> None:
+    """All 17 maps, pooled features and logits; with k = 2 the blocks' inputs; with k = 4 those of every other block."""
+    inputs = [MAPS[0], MAPS[0], MAPS[0], MAPS[1], MAPS[1], MAPS[2], MAPS[2], MAPS[3]]
+    assert counted("resnet18").activations == MAPS[0] + 4 * sum(MAPS) + 512 + 10
+    assert counted("resnet18", 2).activations == sum(inputs) + 522
+    assert counted("resnet18", 4).activations == sum(inputs[::2]) + 522
+
+
+@pytest.mark.parametrize("k", [2, 3, 4])
+@pytest.mark.parametrize("options", [{}, {"shortcuts": False}])
+def test_kept_inputs_are_what_the_rule_in_the_model_keeps(k: int, options: dict[str, Any]) -> None:
+    """Seen from outside: a layer's gradient changes with an activation only where that activation is kept."""
+    torch.manual_seed(0)
+    net = ARCHITECTURES["resnet18"](width=1, blocks=[2, 2], **options).build((3, 8, 8), 3)
+    x = torch.randn(2, 3, 8, 8)
+    kept = ASAP(k=k).kept_inputs(net, trace_model(net, x))
+    rule = fa_bench.attach(net, "asap", k=k, sample_input=x)
+    sources = {path for path, layer in net.named_modules() if getattr(getattr(layer, "carrier", None), "gives", None) is not None}
+    assert set(kept) == sources | {"fc"} and not rule.coverage.uncovered
+
+
+class Branches(nn.Module):
+    """One map enters a convolution and is averaged; a pooling that leaves a map as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.left, self.right, self.fc = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1), nn.Linear(4, 5), nn.Linear(5, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).relu()
+        gate = self.right(x.mean((2, 3))).relu_()
+        x = nn.functional.adaptive_avg_pool2d(self.left(x), 8) * gate[:, :, None, None]
+        return self.fc(nn.functional.avg_pool2d(x, 8).flatten(1))
+
+
+def test_averaged_maps_are_counted_once() -> None:
+    memory = memory_of(Branches(), (3, 8, 8))
+    stem, gated = 4 * 64, 5 * 64
+    assert memory.activations == stem + 4 + gated + 5 + 2 and memory.relus == stem + 5
+    assert memory.parameters == 16 + 25 + 25 + 12
+
+
+def test_max_pooling_goes_with_the_layer_before() -> None:
+    """conv2: the map that the second convolution takes, the pooled one, the hidden layer's outputs, logits."""
+    assert counted("conv2", channels=2, hidden=7).activations == 2 * 30 * 30 + 2 * 14 * 14 + 7 + 10
+
+
+def test_strict_counts_feedback_and_masks() -> None:
+    plain, shared = counted("asap_alexnet", 0), counted("asap_alexnet", 2)
+    convolutions, linear = 25 * (64 * 128 + 128 * 256), 4096 * 1024 + 1024 * 1024 + 1024 * 10
+    assert (plain.feedback, plain.learned) == (0, 0)
+    # The stem brings no error to the image; B of fully connected layers is fixed.
+    assert (shared.feedback, shared.learned) == (convolutions + linear, convolutions)
+    relus = 64 * 32 * 32 + 128 * 16 * 16 + 256 * 8 * 8 + 2 * 1024
+    assert plain.relus == shared.relus == relus
+    for memory in (plain, shared):
+        reads, writes = memory.accesses(128)
+        assert memory.accesses(128, strict=True) == (reads + memory.feedback + 4 * relus, writes + memory.learned + 4 * relus)
+    with torch.device("meta"):
+        net = ARCHITECTURES["asap_alexnet"]().build((3, 32, 32), 10)
+    assert memory_of(net, (3, 32, 32), ASAP(transport=True)).feedback == 0
+
+
+def test_counting_leaves_no_trace_and_refuses_what_the_rule_refuses() -> None:
+    net = ARCHITECTURES["conv2"](channels=2, hidden=3).build((1, 8, 8), 3)
+    before = {key: tensor.clone() for key, tensor in net.state_dict().items()}
+    memory_of(net, (1, 8, 8))
+    assert net.training and all(torch.equal(tensor, before[key]) for key, tensor in net.state_dict().items())
+    with pytest.raises(CoverageError, match="nothing to share"):
+        memory_of(net, (1, 8, 8), ASAP())
+
+
+# ------------------------------------------------------------------------------------------------ specs
+def test_specs() -> None:
+    assert parse_spec("mlp") == ("mlp", {})
+    assert parse_spec("resnet18:width=8,blocks=[1,2],shortcuts=false,init=pytorch") == (
+        "resnet18", {"width": 8, "blocks": [1, 2], "shortcuts": False, "init": "pytorch"})
+    assert component(ARCHITECTURES, "mlp:widths=[3],batch_norm=true").widths == [3]  # type: ignore[attr-defined]
+    assert component(ALGORITHMS, "asap:k=4").k == 4  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("spec", "said"), [
+    ("resnet19", r"architecture=resnet19: no such architecture; did you mean 'resnet1?8'"),
+    ("resnet18:widht=3", r"resnet18\.widht: unknown option .* did you mean 'width'"),
+    ("resnet18:width=0", r"resnet18\.width=0 is out of range"),
+    ("resnet18:width", r"resnet18:width: 'width' is no OPTION=VALUE"),
+    ("resnet18:blocks=[1", r"resnet18:blocks=\[1: the options cannot be read"),
+    ("shortcuts=false", r"shortcuts=false: no NAME:OPTION=VALUE.*quotes"),
+])
+def test_bad_specs_are_answered_in_one_line(spec: str, said: str) -> None:
+    with pytest.raises(FaBenchError, match=said) as caught:
+        component(ARCHITECTURES, spec)
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------ the analysis
+def test_analysis_writes_table_and_figure(tmp_path: Path) -> None:
+    analysis = ANALYSES["memory_accesses"].from_mapping({
+        "architectures": ["asap_alexnet:hidden=16,width=4", "conv2", "resnet18:width=4,blocks=[1,1]"], "batch": [1, 16]})
+    table, csv, png = analysis.write(tmp_path / "one")
+    read = pd.read_csv(csv)
+    assert list(read["rule"]) == ["bp", "asap k=2"] * 2 + ["bp"] * 2 + ["bp", "asap k=2", "asap k=4"] * 2
+    assert list(table["batch"].unique()) == [1, 16] and list(read["architecture"].unique()) == analysis.architectures  # type: ignore[attr-defined]
+    bp = table[table["rule"] == "bp"].set_index(["architecture", "batch"])
+    for row in table.itertuples():
+        assert row.total == row.reads + row.writes == 3 * row.parameters + 2 * row.batch * row.activations
+        assert row.ratio == row.total / bp.loc[(row.architecture, row.batch), "total"] <= 1
+    again = analysis.write(tmp_path / "two")
+    assert again[1].read_bytes() == csv.read_bytes() and again[2].read_bytes() == png.read_bytes()
+    assert png.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_strict_option_and_ranges() -> None:
+    def total(strict: bool) -> int:
+        return MemoryAccesses(architectures=["resnet18:width=2"], k=[2], batch=[1], strict=strict).table()["total"].iloc[1]
+
+    assert total(True) > total(False)
+    for options, said in ({"input_shape": [3, 32]}, "input_shape"), ({"architectures": []}, "architectures"), ({"k": [1]}, "k=1"):
+        with pytest.raises(FaBenchError, match=said):
+            MemoryAccesses(**options)
+    with pytest.raises(ConfigError, match="resnet18"):
+        MemoryAccesses(architectures=["resnet17"]).table()

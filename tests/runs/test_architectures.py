@@ -1,0 +1,198 @@
+"""The papers' architectures: published sizes, torchvision's outputs, cut points and blocks, and every rule on each of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import fa_bench
+from fa_bench.cli import main
+from fa_bench.config import conf_dir
+from fa_bench.errors import ConfigError, CoverageError
+from fa_bench.registries import ALGORITHMS, ARCHITECTURES
+
+CIFAR, MNIST, IMAGENET = (3, 32, 32), (1, 28, 28), (3, 224, 224)
+# On torchvision's AlexNet: batch normalisation of 64 + 192 + 384 + 256 + 256 channels.
+ALEXNET, GAINS = 61_100_840, 2 * 1152
+
+
+@pytest.mark.parametrize(("name", "options", "shape", "classes", "parameters"), [
+    ("asap_alexnet", {}, CIFAR, 10, 6_289_438),
+    ("asap_alexnet", {}, MNIST, 10, 6_289_438 - 2 * 25 * 64),  # one colour in place of three
+    ("asap_alexnet", {"output_norm": False}, CIFAR, 10, 6_289_438 - 20),
+    ("resnet18", {}, CIFAR, 10, 11_173_982),
+    ("resnet34", {}, CIFAR, 10, 21_282_142),
+    # Three projections: C_in C_out weights, and a gain and a bias for each channel.
+    ("resnet18", {"shortcuts": False}, CIFAR, 10, 11_173_982 - sum(2 * c * c + 4 * c for c in (64, 128, 256))),
+    ("dkp_alexnet", {"linear_norm": False}, IMAGENET, 1000, ALEXNET + GAINS),
+    ("dkp_alexnet", {}, IMAGENET, 1000, ALEXNET + GAINS + 4 * 4096),
+    # The direct Kolen-Pollack paper's five layers with batch normalisation, and the hidden layers of Forward Alignment.
+    ("mlp", {"widths": [512] * 4, "batch_norm": True}, MNIST, 10, 785 * 512 + 3 * 513 * 512 + 5130 + 8 * 512),
+    ("mlp", {"widths": [10] * 3, "activation": "identity"}, MNIST, 10, 7850 + 330),
+])
+def test_published_sizes(name: str, options: dict[str, Any], shape: tuple[int, int, int], classes: int, parameters: int) -> None:
+    with torch.device("meta"):
+        net = ARCHITECTURES[name](**options).build(shape, classes)
+        assert net(torch.zeros(2, *shape)).shape == (2, classes)
+    assert sum(p.numel() for p in net.parameters()) == parameters
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_outputs_are_those_of_torchvision(name: str) -> None:
+    torch.manual_seed(0)
+    theirs = getattr(torchvision.models, name)(num_classes=7)
+    ours = ARCHITECTURES[f"{name}_imagenet"]().build((3, 64, 64), 7)
+    ours.load_state_dict(dict(zip(ours.state_dict(), theirs.state_dict().values(), strict=True)))
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(ours(x), theirs(x))  # and so are the running statistics after it
+    assert torch.equal(ours.eval()(x), theirs.eval()(x))
+
+
+def test_normalisation_after_the_relu() -> None:
+    """conv - ReLU - BN twice, plus the shortcut, nothing behind the sum, written out for one block with a projection."""
+    torch.manual_seed(0)
+    net = ARCHITECTURES["resnet18_imagenet"](width=3, blocks=[1, 1], bn="after").build((3, 32, 32), 4)
+    block, x = net.get_submodule("stages.layer2.0"), torch.randn(5, 3, 6, 6)
+    y = block.bn1(block.conv1(x).relu())
+    y = block.bn2(block.conv2(y).relu()) + block.shortcut.bn(block.shortcut.conv(x))
+    assert torch.equal(block(x), y) and y.min() < 0
+    torch.testing.assert_close(y.mean((0, 2, 3)), torch.zeros(6), atol=1e-6, rtol=0)  # both summands are normalised
+    image = torch.randn(5, 3, 32, 32)
+    stem = nn.functional.max_pool2d(net.bn1(net.conv1(image).relu()), 3, 2, 1)
+    assert torch.equal(net(image), net.fc(net.stages(stem).mean((2, 3))))
+
+
+def test_a_net_without_shortcuts_is_a_chain() -> None:
+    torch.manual_seed(0)
+    net = ARCHITECTURES["resnet18"](width=2, blocks=[1, 1], shortcuts=False).build((3, 8, 8), 4)
+    x = y = torch.randn(5, 3, 8, 8)
+    blocks = [stage[0] for stage in net.stages]
+    y = net.bn1(net.conv1(y)).relu()
+    for block in blocks:
+        y = block.bn1(block.conv1(y)).relu()
+        y = block.bn2(block.conv2(y)).relu()
+    assert torch.equal(net(x), net.bn_out(net.fc(y.mean((2, 3)))))
+
+
+def test_dropout_is_where_torchvision_has_it() -> None:
+    net = ARCHITECTURES["dkp_alexnet"](width=1, hidden=2, dropout=0.25).build((3, 64, 64), 3)
+    kinds = [type(module).__name__ for module in net if isinstance(module, (nn.Flatten, nn.Dropout, nn.Linear))]
+    assert kinds == ["Flatten", "Dropout", "Linear", "Dropout", "Linear", "Linear"] and net.drop6.p == net.drop7.p == 0.25
+
+
+@pytest.mark.parametrize(("shape", "name"), [((3, 15, 15), "pool2"), ((3, 62, 62), "pool5")])
+def test_images_that_are_too_small_are_said_to_be(shape: tuple[int, int, int], name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} .*{shape[1]}x{shape[1]} images"):
+        ARCHITECTURES["dkp_alexnet"](width=1, hidden=2).build(shape, 3)
+
+
+def test_alexnet_takes_sizes_that_pooling_rounds() -> None:
+    """What the stages say of sizes is what PyTorch makes of them, down to one pixel."""
+    for size in range(1, 20):
+        ARCHITECTURES["asap_alexnet"](width=1, hidden=2).build((1, size, size + 3), 3)(torch.zeros(2, 1, size, size + 3))
+    for size in range(63, 100, 3):
+        ARCHITECTURES["dkp_alexnet"](width=1, hidden=2).build((1, size, size + 5), 3)(torch.zeros(2, 1, size, size + 5))
+
+
+def test_every_architecture_is_a_choice_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert {path.stem for path in (conf_dir() / "architecture").glob("*.yaml")} == set(ARCHITECTURES)
+    assert main(["architecture=resnet34", "architecture.shortcuts=false", "--cfg", "job"]) == 0
+    shown = capsys.readouterr().out
+    assert "name: resnet34" in shown and "shortcuts: false" in shown
+
+
+TINY: dict[str, tuple[str, dict[str, Any], int]] = {
+    "asap_alexnet": ("asap_alexnet", {"width": 2, "hidden": 4}, 8),
+    "dkp_alexnet": ("dkp_alexnet", {"width": 2, "hidden": 4}, 64),
+    "resnet18": ("resnet18", {"width": 2, "blocks": [1, 1]}, 8),
+    "resnet18 without shortcuts": ("resnet18", {"width": 2, "blocks": [1, 1], "shortcuts": False}, 8),
+    "resnet18_imagenet": ("resnet18_imagenet", {"width": 2, "blocks": [1, 1]}, 32),
+    "resnet18_imagenet, bn=after": ("resnet18_imagenet", {"width": 2, "blocks": [1, 1], "bn": "after"}, 32),
+    "resnet50_imagenet": ("resnet50_imagenet", {"width": 2, "blocks": [1, 1]}, 32),
+    "resnet50_imagenet, bn=after": ("resnet50_imagenet", {"width": 2, "blocks": [1, 1], "bn": "after"}, 32),
+    "dkp mlp": ("mlp", {"widths": [5] * 4, "batch_norm": True}, 8),
+    "forward alignment mlp": ("mlp", {"widths": [6] * 3, "activation": "identity"}, 8),
+}
+# The mirror's steps before training take seconds, and test nothing here.
+FAST = {"wm": {"initial_steps": 1, "mirror_batch": 2}}
+
+
+def tiny(key: str) -> tuple[nn.Module, Tensor, Tensor]:
+    name, options, size = TINY[key]
+    torch.manual_seed(0)
+    net = ARCHITECTURES[name](**options).build((3, size, size), 3)
+    return net, torch.randn(9, 3, size, size), torch.tensor([0, 1, 2] * 3)
+
+
+@pytest.mark.parametrize("architecture", TINY)
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+def test_every_rule_trains_every_architecture_or_says_how(name: str, architecture: str) -> None:
+    net, x, y = tiny(architecture)
+    options = FAST.get(name, {})
+    try:
+        rule = fa_bench.attach(net, name, sample_input=x, **options)
+    except CoverageError as error:  # what the refusal names as working does work
+        assert "algorithm.match=random" in str(error)
+        rule = fa_bench.attach(net, name, sample_input=x, match="random", **options)
+    assert not rule.coverage.uncovered
+    learning = {key: p.detach().clone() for key, p in net.named_parameters() if p.requires_grad}
+    frozen = {key: p.detach().clone() for key, p in net.named_parameters() if not p.requires_grad}
+    optimizer = torch.optim.SGD([*net.parameters(), *rule.feedback_parameters()], lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        logits = net(x)
+        loss = nn.functional.cross_entropy(logits, y)
+        rule.backward(loss, logits, y)
+        optimizer.step()
+        rule.step()
+    now = dict(net.named_parameters())
+    assert learning and all(torch.isfinite(p).all() for p in now.values())
+    # A bias in front of a normalisation has no gradient but rounding.
+    still = [key for key, before in learning.items() if before.dim() > 1 and torch.equal(now[key], before)]
+    assert not still, f"{still} did not learn"
+    assert all(torch.equal(now[key], before) for key, before in frozen.items())
+    assert all(torch.isfinite(tensor).all() for tensor in rule.feedback_parameters())
+
+
+@pytest.mark.parametrize(("architecture", "cuts", "blocks"), [
+    ("asap_alexnet", ["pool1", "pool2", "pool3", "act4", "act5"], ["pool1", "pool2", "pool3", "act4"]),
+    ("dkp_alexnet", ["pool1", "pool2", "act3", "act4", "drop6", "drop7", "act7"],
+     ["pool1", "pool2", "act3", "act4", "drop6", "drop7"]),
+    ("resnet18", ["relu", *(f"stages.layer{stage}.0.relu{number}" for stage in (1, 2) for number in (1, 2))],
+     ["relu", "stages.layer1.0"]),
+    ("resnet50_imagenet", ["pool", *(f"stages.layer{stage}.0.relu{number}" for stage in (1, 2) for number in (1, 2, 3))],
+     ["pool", "stages.layer1.0"]),
+    ("resnet50_imagenet, bn=after", ["pool", "stages.layer1.0", "stages.layer1.0.bn1", "stages.layer1.0.bn2",
+                                     "stages.layer2.0", "stages.layer2.0.bn1", "stages.layer2.0.bn2"],
+     ["pool", "stages.layer1.0"]),
+    ("dkp mlp", ["act1", "act2", "act3", "act4"], ["act1", "act2", "act3"]),
+])
+def test_where_direct_errors_and_local_losses_go(architecture: str, cuts: list[str], blocks: list[str]) -> None:
+    """Behind pooling and dropout, as in both papers' codes; in residual nets behind every convolution, the last with the sum."""
+    for rule, wanted in (("dfa", cuts), ("dgl", blocks)):
+        net, x, _ = tiny(architecture)
+        assert list(fa_bench.attach(net, rule, sample_input=x).feedback) == wanted
+
+
+def test_no_error_passes_a_cut_of_a_net_with_normalisation_after_the_relu() -> None:
+    """Every layer's gradient comes from its own cut: with the others' feedback set to zero it is the same, to the bit."""
+    def gradients(zero: str | None) -> dict[str, Tensor]:
+        net, x, y = tiny("resnet18_imagenet, bn=after")
+        rule = fa_bench.attach(net, "dfa", sample_input=x)
+        for cut, tensors in rule.feedback.items():
+            if zero is not None and cut != zero:
+                tensors["B"].zero_()
+        logits = net(x)
+        rule.backward(nn.functional.cross_entropy(logits, y), logits, y)
+        return {key: p.grad for key, p in net.named_parameters() if p.grad is not None}
+
+    whole, cut = gradients(None), "stages.layer2.0"
+    part = gradients(cut)
+    for key, gradient in whole.items():
+        own = key.startswith(("stages.layer2.0.conv2", "stages.layer2.0.shortcut", "stages.layer2.0.bn2", "fc"))
+        assert torch.equal(part[key], gradient) if own else not part[key].any(), key
+    assert part.keys() == whole.keys()
