@@ -26,13 +26,14 @@ from fa_bench.rundir import RunDirectory
 log = logging.getLogger("fa_bench")
 
 
-def run(job: Job, directory: Path, title: str = "") -> dict[str, Any]:
+def run(job: Job, directory: Path, title: str = "", experiment: str | None = None) -> dict[str, Any]:
     """Train one job in its directory.
 
     Args:
         job: the checked config.
         directory: where its records go; nothing in it changes until data, model and rule are ready.
         title: what the progress bar says.
+        experiment: the preset that the config came from, for the record.
 
     Returns:
         The result, as in result.json; its status is finished or diverged.
@@ -59,7 +60,7 @@ def run(job: Job, directory: Path, title: str = "") -> dict[str, Any]:
     if resuming:
         progress = checkpoint.load(place.checkpoint, job.config_hash, rule, optimizers)
     place.start(keep=resuming)
-    result = {**base_result(job), "data_hash": splits.data_hash, "device": device_name(device)}
+    result = {**base_result(job, experiment), "data_hash": splits.data_hash, "device": device_name(device)}
     with _log_file(directory / LOG):
         if job.run.resume:
             log.info("%s", f"going on after epoch {progress.epoch}" if resuming else "no checkpoint: starting at the beginning")
@@ -99,7 +100,7 @@ def _finished(place: RunDirectory) -> dict[str, Any] | None:
     return found.result if whole and found is not None and found.finished else None
 
 
-def record_failure(job: Job, directory: Path, error: BaseException) -> None:
+def record_failure(job: Job, directory: Path, error: BaseException, experiment: str | None = None) -> None:
     """Log why a run failed, with the traceback, and write its result unless it wrote one itself; keeps another run's files."""
     place = RunDirectory(directory, job)
     place.check()
@@ -107,7 +108,7 @@ def record_failure(job: Job, directory: Path, error: BaseException) -> None:
     with _log_file(directory / LOG):
         log.debug("failed: %s", error, exc_info=error)
     if not (directory / RESULT).exists():
-        write_text(directory / RESULT, dump_json(base_result(job) | {"error": _error(error)}, indent=1) + "\n")
+        write_text(directory / RESULT, dump_json(base_result(job, experiment) | {"error": _error(error)}, indent=1) + "\n")
 
 
 def prepare(job: Job) -> torch.device:
