@@ -151,6 +151,7 @@ def _job(config: DictConfig) -> None:
     settings = HydraConfig.get()
     directory = Path(settings.runtime.output_dir)
     job = Job.from_config(config)
+    experiment = settings.runtime.choices.get("experiment")
     alone = settings.mode != RunMode.MULTIRUN
     epochs = [] if alone else json.loads(os.environ.get(JOB_EPOCHS, "[]"))
     number = 0 if alone else int(os.environ.get(JOB_FIRST, "0")) + settings.job.num
@@ -158,16 +159,17 @@ def _job(config: DictConfig) -> None:
     keys = {} if alone else json.loads(os.environ.get(JOB_KEYS, "{}"))
     shown = label(job.algorithm.name, flat(job.plain()), keys.get(job.algorithm.name, ()))
     try:
-        run(job, directory, title=f"{counted}{shown} seed {job.run.seed}", later_epochs=sum(epochs[number + 1:]))
+        run(job, directory, title=f"{counted}{shown} seed {job.run.seed}", experiment=experiment,
+            later_epochs=sum(epochs[number + 1:]))
     except FaBenchError as error:
         if alone:
             _remove_if_empty(directory)
             print(f"fa-bench: {error}", file=sys.stderr)
             sys.exit(2)
         print(f"fa-bench: {counted}{error}", file=sys.stderr)
-        record_failure(job, directory, error)
+        record_failure(job, directory, error, experiment)
     except Exception as error:
-        record_failure(job, directory, error)
+        record_failure(job, directory, error, experiment)
         print(f"fa-bench: {counted}failed: {type(error).__name__}: {error} (traceback: {directory / LOG})", file=sys.stderr)
         if alone:
             sys.exit(1)
@@ -204,11 +206,11 @@ def _report_single(directory: Path) -> int:
 
 
 def _report_grid(places: list[Path]) -> int:
-    from fa_bench.report import write_comparison
+    from fa_bench.report import write_report
     from fa_bench.report.runs import read_run
 
-    text, figure = write_comparison(places, _common(places))
-    print(f"\n{text}\n\ncurves: {figure}")
+    written = write_report(places, _common(places))
+    print(f"\n{written.text}\n\nreport: {written.markdown}\ncurves: {written.figure}")
     bad = {place: found.result["status"] if found else "no result" for place in places
            if (found := read_run(place)) is None or found.result["status"] != "finished"}
     for place, status in bad.items():

@@ -95,10 +95,14 @@ def _number(value: Any) -> float:
     return float("nan") if value is None else float(value)
 
 
-def base_result(job: Job) -> dict[str, Any]:
-    """What is known of a run before it trains, with every key that a result has."""
+def base_result(job: Job, experiment: str | None = None) -> dict[str, Any]:
+    """What is known of a run before it trains, with every key that a result has.
+
+    The preset is recorded here and not in the config: what it says is in the config already, and a name must not make equal
+    configs different runs.
+    """
     return {
-        "status": "failed", "label": job.algorithm.name, "group": job.group,
+        "status": "failed", "label": job.algorithm.name, "group": job.group, "experiment": experiment,
         "algorithm": job.algorithm.name, "architecture": job.architecture.name,
         "dataset": job.dataset.name, "optimizer": job.optimizer.name,
         "seed": job.run.seed, "epochs": job.run.epochs, "epoch": 0, "step": 0,

@@ -14,7 +14,8 @@ from fa_bench.labels import flat
 
 CHECKPOINTS, LAST = "checkpoints", "last.pt"
 EVENTS = "events.out.tfevents.*"
-_HEADER = "# config hash: "
+#: How a run's config.yaml begins.
+HEADER = "# config hash: "
 
 
 class RunDirectory:
@@ -46,7 +47,7 @@ class RunDirectory:
                 raise RunDirectoryError(f"{self.path}: holds {', '.join(strays)} but no {CONFIG}; choose another directory")
             return
         text = config.read_text(encoding="utf-8")
-        if text.startswith(f"{_HEADER}{self.job.config_hash}\n"):
+        if text.startswith(f"{HEADER}{self.job.config_hash}\n"):
             return
         raise RunDirectoryError(f"{self.path}: holds a run of another config ({self._difference(text)}); "
                                 "choose another hydra.run.dir, or remove it")
@@ -70,4 +71,4 @@ class RunDirectory:
                 events.unlink()
             shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
         text = OmegaConf.to_yaml(OmegaConf.create(self.job.plain()))
-        write_text(self.path / CONFIG, f"{_HEADER}{self.job.config_hash}\n{text}")
+        write_text(self.path / CONFIG, f"{HEADER}{self.job.config_hash}\n{text}")

@@ -29,13 +29,16 @@ from fa_bench.scale import SCALES, scaled
 log = logging.getLogger("fa_bench")
 
 
-def run(job: Job, directory: Path, title: str = "", later_epochs: int = 0) -> dict[str, Any]:
+def run(
+    job: Job, directory: Path, title: str = "", experiment: str | None = None, later_epochs: int = 0
+) -> dict[str, Any]:
     """Train one job in its directory.
 
     Args:
         job: the checked config.
         directory: where its records go; nothing in it changes until data, model and rule are ready.
         title: what the progress bar says.
+        experiment: the preset that the config came from, for the record.
         later_epochs: those of the runs behind this one, for an estimate of what they will cost.
 
     Returns:
@@ -65,7 +68,8 @@ def run(job: Job, directory: Path, title: str = "", later_epochs: int = 0) -> di
     if resuming:
         progress = checkpoint.load(place.checkpoint, place.job.config_hash, rule, optimizers)
     place.start(keep=resuming)
-    result = {**base_result(place.job), "epochs": job.run.epochs, "data_hash": splits.data_hash, "device": device_name(device)}
+    result = {**base_result(place.job, experiment), "epochs": job.run.epochs, "data_hash": splits.data_hash,
+              "device": device_name(device)}
     with _log_file(directory / LOG):
         if job.run.resume:
             log.info("%s", f"going on after epoch {progress.epoch}" if resuming else "no checkpoint: starting at the beginning")
@@ -105,7 +109,7 @@ def _finished(place: RunDirectory) -> dict[str, Any] | None:
     return found.result if whole and found is not None and found.finished else None
 
 
-def record_failure(job: Job, directory: Path, error: BaseException) -> None:
+def record_failure(job: Job, directory: Path, error: BaseException, experiment: str | None = None) -> None:
     """Log why a run failed, with the traceback, and write its result unless it wrote one itself; keeps another run's files."""
     place = RunDirectory(directory, job)
     place.check()
@@ -113,7 +117,7 @@ def record_failure(job: Job, directory: Path, error: BaseException) -> None:
     with _log_file(directory / LOG):
         log.debug("failed: %s", error, exc_info=error)
     if not (directory / RESULT).exists():
-        write_text(directory / RESULT, dump_json(base_result(job) | {"error": _error(error)}, indent=1) + "\n")
+        write_text(directory / RESULT, dump_json(base_result(job, experiment) | {"error": _error(error)}, indent=1) + "\n")
 
 
 def prepare(job: Job) -> torch.device:

@@ -1,19 +1,19 @@
-"""Run directories as a report reads them: the records, their groups, and the statistics that table and plot share."""
+"""Run directories as a report reads them: the records of each run, whether or not it came to an end."""
 
 from __future__ import annotations
 
 import json
-import math
-import statistics
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fa_bench.errors import DataError, names
 from fa_bench.files import CONFIG, METRICS, RESULT
-from fa_bench.labels import differing, flat, label
+from fa_bench.labels import flat
+from fa_bench.report.numbers import mean
+from fa_bench.rundir import HEADER
 
 FINISHED = "finished"
 _REQUIRED = ("status", "label", "group", "algorithm", "seed")
@@ -31,6 +31,25 @@ class Run:
     def finished(self) -> bool:
         """Whether the run trained to its last epoch."""
         return self.result["status"] == FINISHED
+
+    @property
+    def preset(self) -> str | None:
+        """The preset that the run came from; of a result that does not record it, the folder that is named after it."""
+        return self.result["experiment"] if "experiment" in self.result else self.directory.resolve().parent.parent.name
+
+    @property
+    def epochs(self) -> int | None:
+        """The epochs that the run trained, or was to train where that is not recorded."""
+        return self.result.get("epoch") or self.result.get("epochs")
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The config by the keys of its command line; empty where there is none that can be read."""
+        return read_config(self.directory)
+
+    def layers(self, quantity: str) -> dict[str, Any]:
+        """The last values of one quantity by layer, in its own unit."""
+        return (self.result.get("angles") or {}).get(quantity) or {}
 
     def layer_mean(self, quantity: str, angles: Mapping[str, Any] | None) -> float:
         """Mean over layers of one quantity of an `angles` record, in its own unit (angles in degrees).
@@ -62,11 +81,11 @@ def read_run(directory: Path) -> Run | None:
     missing = [key for key in _REQUIRED if not isinstance(result, dict) or key not in result]
     if missing:
         raise DataError(f"{path}: not a run's result: it lacks {names(missing)}")
-    return Run(path.parent, result, _read_metrics(path.with_name(METRICS)))
+    return Run(path.parent, result, read_metrics(path.parent))
 
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:
-    """The directories at and below `paths` that hold a `result.json`, each once, sorted.
+    """The run directories at and below `paths`, with or without a result, each once, sorted.
 
     Raises:
         DataError: one of `paths` is no directory.
@@ -75,31 +94,24 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
     for path in map(Path, paths):
         if not path.is_dir():
             raise DataError(f"{path}: no such directory")
-        for file in sorted(path.rglob(RESULT)):
-            found.setdefault(file.parent.resolve(), file.parent)
+        for file in sorted(file for name in (RESULT, METRICS, CONFIG) for file in path.rglob(name)):
+            if file.name != CONFIG or _starts_a_run(file):
+                found.setdefault(file.parent.resolve(), file.parent)
     return sorted(found.values())
 
 
-def group_runs(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """The runs of each group, that is of each config up to its seed, in the order in which the groups first appear."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(run.result["group"], []).append(run)
-    return groups
+def _starts_a_run(config: Path) -> bool:
+    """Whether this config.yaml is a run's, and not one that commands are composed from."""
+    try:
+        with config.open(encoding="utf-8") as file:
+            return file.read(len(HEADER)) == HEADER
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
-def group_labels(groups: Mapping[str, Sequence[Run]]) -> dict[str, str]:
-    """What to call each group: its label; where several groups share it, with what their configs differ in.
-
-    A group that is still not told apart, for its config is not there or says nothing, goes by its own name.
-    """
-    labels = {group: str(runs[0].result["label"]) for group, runs in groups.items()}
-    for name in [name for name, count in Counter(labels.values()).items() if count > 1]:
-        configs = {group: read_config(groups[group][0].directory) for group, label in labels.items() if label == name}
-        keys = differing(configs.values())
-        labels |= {group: label(name, config, keys) for group, config in configs.items()}
-    shared = Counter(labels.values())
-    return {group: label if shared[label] == 1 else group for group, label in labels.items()}
+def place(directory: Path) -> str:
+    """What to call a run's directory wherever it lies: preset, rule and seed, the last three folders of its path."""
+    return "/".join(directory.resolve().parts[-3:])
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -114,41 +126,13 @@ def read_config(directory: Path) -> dict[str, Any]:
     return flat(config) if isinstance(config, dict) else {}  # type: ignore[arg-type]
 
 
-def finished_by_seed(runs: Iterable[Run]) -> dict[int, Run]:
-    """The finished run of each seed: the last one given, because counting a repeated seed twice understates the spread."""
-    return {run.result["seed"]: run for run in runs if run.finished}
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """One record an epoch, in order; a torn last line is ignored, and of an epoch trained again the last one holds.
 
-
-def status_counts(runs: Iterable[Run]) -> str:
-    """How many runs ended how, for example ``2 finished, 1 diverged``."""
-    counts = Counter(run.result["status"] for run in runs)
-    return ", ".join(f"{counts[status]} {status}" for status in sorted(counts, key=lambda s: (s != FINISHED, s)))
-
-
-def number(value: Any) -> float:
-    """A recorded value as a float; NaN where it is null or not finite."""
-    return float(value) if value is not None and math.isfinite(value) else math.nan
-
-
-def known(values: Iterable[Any]) -> list[float]:
-    """The values that were recorded: null and not-finite ones are left out."""
-    return [value for value in map(number, values) if not math.isnan(value)]
-
-
-def mean(values: Iterable[Any]) -> float:
-    """Mean of the known values; NaN where there is none."""
-    present = known(values)
-    return statistics.fmean(present) if present else math.nan
-
-
-def std(values: Iterable[Any]) -> float:
-    """Sample standard deviation (ddof=1) of the known values; NaN where there are fewer than two."""
-    present = known(values)
-    return statistics.stdev(present) if len(present) > 1 else math.nan
-
-
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    """One record an epoch, in order; a torn last line is ignored, and of an epoch trained again the last one holds."""
+    Raises:
+        DataError: a line before the last is not an epoch's record, or the file cannot be read.
+    """
+    path = directory / METRICS
     try:
         lines = path.read_bytes().splitlines() if path.is_file() else []
     except OSError as error:

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
-from scipy.special import stdtrit
 
-from fa_bench.report.runs import (
-    FINISHED,
-    Run,
-    finished_by_seed,
-    group_labels,
-    group_runs,
-    known,
-    mean,
-    status_counts,
-    std,
-)
+from fa_bench.report.groups import CONTROL, FLOOR, Groups, finished_by_seed, group_labels, group_runs, reference, status_counts
+from fa_bench.report.numbers import half_width, known, mean, std
+from fa_bench.report.published import Entry, answering, headline
+from fa_bench.report.runs import FINISHED, Run
 
-CONTROL, FLOOR = "bp", "frozen"
-CONFIDENCE = 0.95
 BLANK = "-"
 
 
@@ -40,44 +30,44 @@ COLUMNS = {
     "dataset": Column("dataset"),
     "optimizer": Column("optimizer"),
     "n": Column("n", ".0f"),
+    "seeds": Column("seeds"),
     "status": Column("status"),
     "test_accuracy": Column("test accuracy (%)", ".2f"),
     "test_accuracy_std": Column("std", ".2f"),
     "test_accuracy_ci95": Column("± 95 %", ".2f"),
     "best_val_accuracy": Column("test accuracy at best validation (%)", ".2f"),
     "best_val_accuracy_std": Column("std", ".2f"),
+    "best_val_accuracy_ci95": Column("± 95 %", ".2f"),
     "bp_difference": Column("paired difference to bp (points)", "+.2f"),
     "bp_difference_ci95": Column("± 95 %", ".2f"),
     "bp_difference_n": Column("pairs", ".0f"),
+    "floor_accuracy": Column(f"floor: {FLOOR} (%)", ".2f"),
+    "floor": Column("beats floor"),
     "weight_angle": Column("weight angle (°)", ".1f"),
     "delta_angle": Column("delta angle (°)", ".1f"),
     "norm_ratio": Column("norm ratio", ".2f"),
     "seconds": Column("seconds", ".1f"),
-    "floor": Column("beats floor"),
+    "seconds_per_epoch": Column("seconds an epoch", ".2f"),
+    "published": Column("published (%)", ".2f"),
+    "published_std": Column("std", ".2f"),
+    "published_difference": Column("difference to published (points)", "+.2f"),
+    "published_source": Column("published in"),
     "note": Column("note"),
 }
 
 
-def half_width(values: Iterable[Any]) -> float:
-    """Half the width of the 95 % Student t interval of the mean, in the values' unit; NaN for fewer than two values."""
-    present = known(values)
-    if len(present) < 2:
-        return math.nan
-    return float(stdtrit(len(present) - 1, (1 + CONFIDENCE) / 2)) * std(present) / math.sqrt(len(present))
-
-
-def summarise(runs: Sequence[Run]) -> pd.DataFrame:
+def summarise(runs: Sequence[Run], published: Sequence[Entry] = ()) -> pd.DataFrame:
     """One row per group, in order of first appearance; `COLUMNS` lists the columns.
 
     Accuracies are in %, differences in percentage points, angles in degrees, times in seconds of training. Statistics
     are over the finished runs, one for each seed; `status` counts every run. `*_std` is the sample standard deviation,
     `*_ci95` half the width of the 95 % Student t interval of the mean; both are NaN for one seed. A group is compared
-    with the `bp` and the `frozen` group of its own architecture and dataset; without one, or with several that fit as
-    well, these columns are blank.
+    with the `bp` and the `frozen` group of its own task (`groups.reference`); without one, or with several that fit as
+    well, these columns are blank, as are those of published numbers where none of `published` answers to the group.
     """
     groups = group_runs(runs)
     labels = group_labels(groups)
-    rows = [_row(labels[group], members, groups) for group, members in groups.items()]
+    rows = [_row(labels[group], members, groups, published) for group, members in groups.items()]
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"floor": object})
 
 
@@ -90,6 +80,9 @@ def to_text(frame: pd.DataFrame) -> str:
     columns = [("label", COLUMNS["label"].title, _cells(frame, "label")),
                ("accuracy", "test accuracy % (mean ± std)", accuracy)]
     columns += [(name, COLUMNS[name].title, _cells(frame, name)) for name in ("weight_angle", "delta_angle", "seconds")]
+    if frame["published"].notna().any():
+        columns += [(name, title, _cells(frame, name)) for name, title in (
+            ("published", COLUMNS["published"].title), ("published_difference", "difference"))]
     if any(status.partition(" ")[2] != FINISHED for status in frame["status"]):
         columns.append(("status", COLUMNS["status"].title, _cells(frame, "status")))
     if any(frame["note"]):
@@ -101,43 +94,57 @@ def to_text(frame: pd.DataFrame) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def to_markdown(frame: pd.DataFrame) -> str:
-    """The whole table in Markdown, every column of the frame."""
-    table = [[column.title, "---" if column.format is None else "---:", *_cells(frame, name)]
-             for name, column in COLUMNS.items()]
+def to_markdown(frame: pd.DataFrame, columns: Mapping[str, Column] = COLUMNS) -> str:
+    """The table in Markdown: those of `columns` in which some row has something."""
+    table = [[column.title, "---" if column.format is None else "---:", *cells]
+             for name, column in columns.items() if set(cells := _cells(frame, name, columns)) - {BLANK}]
     lines = [[cell.replace("|", "\\|") for cell in line] for line in zip(*table, strict=True)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _row(label: str, members: Sequence[Run], groups: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
+def to_csv(frame: pd.DataFrame) -> str:
+    """The frame as CSV, numbers with ten digits, the same bytes on every platform."""
+    return frame.to_csv(index=False, float_format="%.10g", lineterminator="\n")
+
+
+def _row(label: str, members: Sequence[Run], groups: Groups, published: Sequence[Entry]) -> dict[str, Any]:
     finished = finished_by_seed(members)
     final, best = _accuracies(members, "test_accuracy"), _accuracies(members, "test_accuracy_at_best_val")
-    control, control_note = _reference(CONTROL, members[0], groups)
-    floor, floor_note = _reference(FLOOR, members[0], groups)
+    control, control_note = reference(CONTROL, members[0], groups)
+    floor, floor_note = reference(FLOOR, members[0], groups)
     control_final, floor_mean = _accuracies(control, "test_accuracy"), mean(_accuracies(floor, "test_accuracy").values())
     differences = [final[seed] - control_final[seed] for seed in final if seed in control_final]
     final_mean = mean(final.values())
     beats = None if math.isnan(final_mean) or math.isnan(floor_mean) else final_mean > floor_mean
     repeated = sum(run.finished for run in members) - len(finished)
+    entry, ours = headline(answering(published, members), members)
     notes = [f"does not beat {FLOOR}" if beats is False else "", control_note, floor_note,
-             f"{repeated} repeated run(s) not counted" if repeated else ""]
+             f"{repeated} repeated run(s) not counted" if repeated else "", entry.remark(members) if entry else ""]
     return {
         "label": label,
         **{key: members[0].result.get(key) for key in ("group", "architecture", "dataset", "optimizer")},
         "n": len(finished),
+        "seeds": " ".join(map(str, sorted(finished))),
         "status": status_counts(members),
         "test_accuracy": final_mean,
         "test_accuracy_std": std(final.values()),
         "test_accuracy_ci95": half_width(final.values()),
         "best_val_accuracy": mean(best.values()),
         "best_val_accuracy_std": std(best.values()),
+        "best_val_accuracy_ci95": half_width(best.values()),
         "bp_difference": mean(differences),
         "bp_difference_ci95": half_width(differences),
         "bp_difference_n": len(differences) if control else math.nan,
         **{quantity: mean(run.layer_mean(quantity, run.result.get("angles")) for run in finished.values())
            for quantity in ("weight_angle", "delta_angle", "norm_ratio")},
         "seconds": mean(run.result.get("seconds") for run in finished.values()),
+        "seconds_per_epoch": mean(_over(run.result.get("seconds"), run.epochs) for run in finished.values()),
+        "floor_accuracy": floor_mean,
         "floor": beats,
+        "published": entry.value if entry else math.nan,
+        "published_std": entry.std if entry else math.nan,
+        "published_difference": ours - entry.value if entry else math.nan,
+        "published_source": entry.source if entry else "",
         "note": "; ".join(filter(None, notes)),
     }
 
@@ -147,26 +154,12 @@ def _accuracies(runs: Sequence[Run], key: str) -> dict[int, float]:
     return {seed: 100 * accuracy for seed, run in finished_by_seed(runs).items() for accuracy in known([run.result.get(key)])}
 
 
-def _reference(algorithm: str, run: Run, groups: Mapping[str, Sequence[Run]]) -> tuple[Sequence[Run], str]:
-    """The group of `algorithm` that `run` is to be compared with, empty where there is none, and a note on why not."""
-    if run.result["algorithm"] == algorithm:
-        return [], ""
-    fitting = [members for members in groups.values() if members[0].result["algorithm"] == algorithm
-               and _same(members[0], run, "architecture") and _same(members[0], run, "dataset")]
-    # Each rule may have an optimizer of its own, so a single group fits whatever its optimizer; it decides among several.
-    for key in ("optimizer", "epochs"):
-        fitting = [members for members in fitting if _same(members[0], run, key)] or fitting
-    if len(fitting) > 1:
-        return [], f"several {algorithm} groups fit"
-    return (fitting[0] if fitting else []), ""
+def _over(seconds: float | None, epochs: int | None) -> float | None:
+    return seconds / epochs if seconds is not None and epochs else None
 
 
-def _same(one: Run, other: Run, key: str) -> bool:
-    return one.result.get(key) == other.result.get(key)
-
-
-def _cells(frame: pd.DataFrame, name: str) -> list[str]:
-    return [_cell(value, COLUMNS[name].format) for value in frame[name]]
+def _cells(frame: pd.DataFrame, name: str, columns: Mapping[str, Column] = COLUMNS) -> list[str]:
+    return [_cell(value, columns[name].format) for value in frame[name]]
 
 
 def _cell(value: Any, form: str | None) -> str:

@@ -3,64 +3,23 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from matplotlib.image import imread
 
 from fa_bench import labels
 from fa_bench.errors import DataError
-from fa_bench.files import atomic
-from fa_bench.report import plot, write_comparison
-from fa_bench.report.runs import find_runs, group_labels, group_runs, read_run
-from fa_bench.report.table import COLUMNS, half_width, summarise, to_markdown, to_text
+from fa_bench.report.groups import group_labels, group_runs
+from fa_bench.report.numbers import half_width
+from fa_bench.report.runs import find_runs, read_run
+from fa_bench.report.table import summarise, to_markdown, to_text
 
-T_2 = 4.302652729911275  # the 97.5 % quantile of Student's t with two degrees of freedom
-ANGLES = {
-    "weight_angle": {"fc1": 89.0, "fc2": 80.0, "fc3": 60.0},
-    "norm_ratio": {"fc1": 9.0, "fc2": 1.0, "fc3": 2.0},
-    "delta_angle": {"fc1": 30.0, "fc2": 50.0, "fc3": 0.0},
-}
-
-
-def write_run(root: Path, rule: str, seed: int, accuracy: float | None, metrics: list | None = None, **changes) -> Path:
-    """One run directory; `changes` replace keys of its result."""
-    directory = root / f"{changes.get('group', rule)}-{seed}"
-    directory.mkdir(parents=True)
-    result = {
-        "status": "finished", "label": rule, "group": f"{rule}-0a", "algorithm": rule, "architecture": "mlp",
-        "dataset": "digits", "optimizer": "sgd", "seed": seed, "epochs": 2, "test_accuracy": accuracy,
-        "test_accuracy_at_best_val": accuracy, "angles": ANGLES, "feedback_layers": ["fc2", "fc3"],
-        "output_layers": ["fc3"], "seconds": 2.0, "error": None, **changes,
-    }
-    (directory / "result.json").write_text(json.dumps(result))
-    lines = metrics if metrics is not None else [epoch_record(1, 0.5, ANGLES), epoch_record(2, accuracy, None)]
-    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return directory
-
-
-def epoch_record(epoch: int, accuracy: float | None, angles: dict | None) -> dict:
-    return {"epoch": epoch, "test_accuracy": accuracy, "angles": angles}
-
-
-def write_group(root: Path, rule: str, accuracies: list, **changes) -> None:
-    for seed, accuracy in enumerate(accuracies):
-        write_run(root, rule, seed, accuracy, **changes)
-
-
-def runs_in(root: Path) -> list:
-    return [read_run(directory) for directory in find_runs([root])]
+from .by_hand import ENTRY, T_2, blank, epoch_record, runs_in, write_group, write_run
 
 
 def rows(root: Path) -> dict:
     """The summary's rows as dicts, by label."""
     return {row["label"]: row for row in summarise(runs_in(root)).to_dict("records")}
-
-
-def blank(value: object) -> bool:
-    return value is None or value != value
 
 
 # Reading.
@@ -69,6 +28,12 @@ def test_runs_are_found_once_in_order_whatever_the_paths(tmp_path):
     second, first = write_run(tmp_path / "b", "fa", 0, 0.9), write_run(tmp_path / "a" / "deep", "bp", 0, 0.9)
     (tmp_path / "empty").mkdir()
     assert find_runs([tmp_path / "b", tmp_path, second]) == [first, second]
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "config.yaml").write_text("seed: 0\n")  # what commands are composed from
+    started = tmp_path / "c"
+    started.mkdir()
+    (started / "config.yaml").write_text("# config hash: 0a\nseed: 0\n")
+    assert find_runs([tmp_path]) == [first, second, started]
     with pytest.raises(DataError, match="nowhere: no such directory"):
         find_runs([tmp_path / "nowhere"])
 
@@ -232,6 +197,22 @@ def test_among_several_references_the_optimizer_decides_or_none_is_taken(tmp_pat
     assert blank(table["kp"]["bp_difference"]) and table["kp"]["note"] == "several bp groups fit"
 
 
+def test_references_have_the_options_of_the_task_and_differ_least(tmp_path):
+    def configured(rule: str, accuracy: float, group: str, **config) -> None:
+        run = write_run(tmp_path, rule, 0, accuracy, group=group)
+        (run / "config.yaml").write_text(json.dumps({"seed": 0, "algorithm": {"name": rule}, **config}))
+
+    for number, decay in enumerate([0.0, 0.1]):
+        configured("bp", 0.9 + number / 100, f"bp-{number}", architecture={"name": "mlp", "widths": [8]},
+                   optimizer={"name": "sgd", "lr": 0.1, "weight_decay": decay})
+        configured("fa", 0.8, f"fa-{number}", architecture={"name": "mlp", "widths": [8]},
+                   optimizer={"name": "sgd", "lr": 0.2, "weight_decay": decay})
+    configured("kp", 0.8, "kp", architecture={"name": "mlp", "widths": [9]}, optimizer={"name": "sgd"})
+    table = {row["group"]: row for row in summarise(runs_in(tmp_path)).to_dict("records")}
+    assert table["fa-0"]["bp_difference"] == pytest.approx(-10) and table["fa-1"]["bp_difference"] == pytest.approx(-11)
+    assert blank(table["kp"]["bp_difference"]) and table["kp"]["note"] == ""
+
+
 def test_a_run_that_did_not_finish_is_counted_and_kept_out_of_the_means(tmp_path):
     write_group(tmp_path, "bp", [0.97, 0.98, 0.99])
     write_group(tmp_path, "fa", [0.95, 0.97])
@@ -289,102 +270,19 @@ def test_terminal_table_says_what_did_not_finish_and_what_misses_its_floor(tmp_p
     assert kp.split() == ["kp", "-", "-", "-", "-", "1", "diverged", "-"]
 
 
-def test_markdown_has_every_column_and_keeps_its_cells_apart(tmp_path):
+def test_terminal_table_shows_published_numbers_where_there_are_some(tmp_path):
+    write_group(tmp_path, "bp", [0.97, 0.98, 0.99])
+    frame = summarise(runs_in(tmp_path), [ENTRY])
+    assert to_text(frame).splitlines()[0].endswith("seconds  published (%)  difference")
+    assert to_text(frame).splitlines()[2].split()[-2:] == ["98.50", "-0.50"]
+
+
+def test_markdown_has_every_column_with_something_in_it_and_keeps_its_cells_apart(tmp_path):
     write_group(tmp_path, "bp", [0.97])
     write_group(tmp_path, "fa", [0.96], label="a|b")
     write_group(tmp_path, "frozen", [0.5])
     head, rule, _, fa, _ = to_markdown(summarise(runs_in(tmp_path))).splitlines()
-    assert [len(line.replace("\\|", "").split("|")) for line in (head, rule, fa)] == [len(COLUMNS) + 2] * 3
-    assert fa == (r"| a\|b | fa-0a | mlp | digits | sgd | 1 | 1 finished | 96.00 | - | - | 96.00 | - | -1.00 | - | 1 "
-                  "| 70.0 | 40.0 | 1.50 | 2.0 | yes | - |")
-
-
-# The figure.
-
-def test_curve_is_mean_and_std_over_the_finished_seeds(tmp_path):
-    write_run(tmp_path, "fa", 0, 0.9, metrics=[epoch_record(1, 0.2, None), epoch_record(2, 0.6, ANGLES)])
-    write_run(tmp_path, "fa", 1, 0.9, metrics=[epoch_record(1, 0.4, None), epoch_record(2, None, None)])
-    write_run(tmp_path, "fa", 2, 0.9, metrics=[epoch_record(1, 0.9, None)], status="diverged")
-    accuracy, weight, delta = (plot._curve(runs_in(tmp_path), panel.value) for panel in plot.PANELS)
-    assert accuracy[0] == pytest.approx((1, 30, 10 * 2**0.5))
-    assert accuracy[1][:2] == pytest.approx((2, 60)) and blank(accuracy[1][2])
-    assert [point[:2] for point in weight] == [(2, 70)] and [point[:2] for point in delta] == [(2, 40)]
-    unfinished = [run for run in runs_in(tmp_path) if not run.finished]
-    assert plot._curve(unfinished, plot.PANELS[0].value)[0][:2] == pytest.approx((1, 90))
-
-
-def test_twelve_rules_look_different():
-    looks = [plot._look(index) for index in range(12)]
-    assert len({look["color"] for look in looks}) == 12
-    assert len({tuple(plot._look(index).values()) for index in range(24)}) == 24
-
-
-def test_figure_shows_each_group_and_says_where_there_is_no_data(tmp_path, monkeypatch):
-    drawn = []
-    savefig = plot.Figure.savefig
-    monkeypatch.setattr(plot.Figure, "savefig", lambda self, *a, **k: drawn.append(self) or savefig(self, *a, **k))
-    write_group(tmp_path, "bp", [0.97, 0.98], metrics=[epoch_record(1, 0.5, {"weight_angle": {"fc2": 120.0}})])
-    write_group(tmp_path, "kp", [None], metrics=[], status="failed", label=f"kp {'a=1 ' * 11}".strip())
-    plot.plot_comparison(runs_in(tmp_path), tmp_path / "figure.png")
-    accuracy, weight, delta = drawn[0].axes
-    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == [
-        "bp", f"kp {'a=1 ' * 9}".strip() + "\na=1 a=1\n(1 failed)"]
-    assert len(accuracy.lines) == 1 and weight.get_ylim()[0] <= 0 and weight.get_ylim()[1] > 120
-    assert [text.get_text() for text in delta.texts] == ["no data"] and not weight.texts
-    assert imread(tmp_path / "figure.png").shape[:2] == (480, 1560)
-    assert b"Software" not in (tmp_path / "figure.png").read_bytes()
-
-
-# The whole report.
-
-def test_report_is_equal_to_the_byte_and_leaves_nothing_else(tmp_path):
-    write_group(tmp_path / "runs", "bp", [0.97, 0.98, 0.99])
-    write_group(tmp_path / "runs", "fa", [0.95, None])
-    write_group(tmp_path / "runs", "kp", [None], status="diverged", metrics=[])
-    directories = find_runs([tmp_path / "runs"])
-    texts = [write_comparison(directories, tmp_path / out)[0] for out in ("one", "two")]
-    assert texts[0] == texts[1]
-    for name in ("comparison.csv", "comparison.md", "comparison.png"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["comparison.csv", "comparison.md", "comparison.png"]
-
-
-def test_report_follows_the_order_given_and_names_what_it_leaves_out(tmp_path):
-    directories = [write_run(tmp_path, "kp", 0, 0.96), tmp_path / "lost", write_run(tmp_path, "bp", 0, 0.97)]
-    text, figure = write_comparison(directories, tmp_path / "new" / "out")
-    assert [line.split()[0] for line in text.splitlines()[2:4]] == ["kp", "bp"]
-    remark = f"without result.json, so not in the table: {tmp_path / 'lost'}"
-    assert text.endswith(remark) and remark in (figure.parent / "comparison.md").read_text()
-    header, kp, _ = (figure.parent / "comparison.csv").read_text().splitlines()
-    assert header == ",".join(COLUMNS)
-    assert kp == "kp,kp-0a,mlp,digits,sgd,1,1 finished,96,,,96,,-1,,1,70,40,1.5,2,,"
-
-
-def test_report_on_nothing_is_an_error(tmp_path):
-    with pytest.raises(DataError, match="nothing to compare"):
-        write_comparison([tmp_path], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(RuntimeError), atomic(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
-
-def test_reading_runs_is_quick_and_reports_leave_pyplot_alone(tmp_path):
-    run = write_run(tmp_path, "fa", 0, 0.9)
-    script = """
-import sys
-from pathlib import Path
-from fa_bench.report import write_comparison
-from fa_bench.report.runs import read_run
-assert not {"pandas", "matplotlib", "scipy", "torch"} & set(sys.modules), "reading runs imports a slow module"
-write_comparison([Path(sys.argv[1])], Path(sys.argv[1]))
-assert not {"matplotlib.pyplot", "torch"} & set(sys.modules), "a report imports pyplot or torch"
-"""
-    root = Path(__file__).resolve().parents[2]
-    subprocess.run([sys.executable, "-W", "error", "-c", script, str(run)], check=True, cwd=root)
+    assert len({len(line.replace("\\|", "").split("|")) for line in (head, rule, fa)}) == 1
+    assert "std" not in head and "published" not in head
+    assert fa == (r"| a\|b | fa-0a | mlp | digits | sgd | 1 | 0 | 1 finished | 96.00 | 96.00 | -1.00 | 1 "
+                  "| 50.00 | yes | 70.0 | 40.0 | 1.50 | 2.0 | 1.00 |")

@@ -16,6 +16,7 @@ from fa_bench.cli import main
 from fa_bench.compose import Composer
 from fa_bench.config import conf_dir, register_schemas
 from fa_bench.registries import ALGORITHMS
+from fa_bench.report import cli as report
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -33,7 +34,7 @@ def test_quick_start_sets_everything_up_and_runs() -> None:
     assert test.endswith(".venv/bin/python -m pytest")
 
 
-@pytest.mark.parametrize("line", [line for line in shell_lines("On the command line") if line.startswith("fa-bench")])
+@pytest.mark.parametrize("line", [line for line in shell_lines("On the command line") if line.startswith("fa-bench ")])
 def test_commands_of_the_readme_compose(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     words = line.split("#")[0].split()[1:]
@@ -43,6 +44,17 @@ def test_commands_of_the_readme_compose(line: str, tmp_path: Path, monkeypatch: 
         assert len(composer.check(composer.grid(multirun=True))) > 1
     else:
         assert main([*words, *([] if "--help" in words else ["--cfg", "job"])]) == 0
+
+
+def test_report_of_the_readme_is_a_command_and_reads_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (line,) = [line for line in shell_lines("On the command line") if line.startswith("fa-bench-report")]
+    words = line.split("#")[0].split()
+    assert re.search(rf'^{words[0]} = "{report.main.__module__}:main"$', (ROOT / "pyproject.toml").read_text(), re.M)
+    run = Path(words[1], "bp-0a", "seed0")
+    run.mkdir(parents=True)
+    (run / "result.json").write_text('{"status": "finished", "label": "bp", "group": "bp-0a", "algorithm": "bp", "seed": 0}')
+    assert report.main(words[1:]) == 0 and Path(words[1], "report.md").is_file()
 
 
 def test_table_of_rules_is_complete() -> None:

@@ -19,6 +19,7 @@ from fa_bench.cli import main
 from fa_bench.config import conf_dir
 from fa_bench.files import METRICS, RESULT
 from fa_bench.registries import ALGORITHMS
+from fa_bench.report import figures
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["dataset=synthetic", "dataset.samples=80", "dataset.test_samples=16", "batch_size=16", "epochs=1", "probe_size=8"]
@@ -28,6 +29,7 @@ MLP = [*TINY, "architecture.widths=[8,6]"]
 @pytest.fixture(autouse=True)
 def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(figures, "LAYERS", {})  # a report's figures have tests of their own, and take seconds
 
 
 def choices(group: str) -> list[str]:
@@ -217,9 +219,9 @@ def test_divergence_ends_the_run_and_says_where() -> None:
 def test_grid_shares_data_and_weights_and_ends_with_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["-m", *MLP, "algorithm=bp,frozen,kp", "seed=0,1"]) == 0
     said = capsys.readouterr().out
-    assert "test accuracy" in said and "comparison.png" in said
+    assert "test accuracy" in said and "report.png" in said
     folder = Path("outputs/synthetic-mlp")
-    assert (folder / "comparison.png").stat().st_size > 1000 and len(list(folder.rglob(RESULT))) == 6
+    assert (folder / "report.png").stat().st_size > 1000 and len(list(folder.rglob(RESULT))) == 6
     assert len({result_in(path.parent)["data_hash"] for path in folder.rglob(RESULT)}) == 1
     groups = {result_in(path.parent)["group"] for path in folder.rglob(RESULT)}
     assert len(groups) == 3 and main(["-m", *MLP, "algorithm=bp", "seed=2"]) == 0
@@ -231,7 +233,7 @@ def test_grid_over_an_option_names_it_in_lines_and_rows(capsys: pytest.CaptureFi
     said = capsys.readouterr().out.splitlines()
     assert [line for line in said if line.startswith("[6/8] kp optimizer.lr=0.05 seed 1 epoch 1/1")]
     assert [line for line in said if line.startswith("kp optimizer.lr=0.1 ")]
-    for name in ("comparison.csv", "comparison.md"):
+    for name in ("report.csv", "report.md"):
         assert "bp optimizer.lr=0.05" in (Path("outputs/synthetic-mlp") / name).read_text()
     assert main(["-m", *MLP, "algorithm=bp,kp", "seed=0"]) == 0
     assert "[2/2] kp seed 0 epoch" in capsys.readouterr().out
@@ -268,6 +270,17 @@ def test_runs_in_one_process_do_not_affect_each_other() -> None:
 @pytest.mark.parametrize("preset", ["quickstart", "pfa_fig2"])
 def test_every_preset_composes_and_trains(preset: str) -> None:
     assert main(["-m", f"experiment={preset}", *TINY, "seed=0", "algorithm=bp,fa"]) == 0
+    results = [result_in(path.parent) for path in Path("outputs").rglob(RESULT)]
+    assert len(results) == 2 and {result["experiment"] for result in results} == {preset}
+
+
+def test_the_preset_is_recorded_beside_the_config_and_makes_no_other_run() -> None:
+    quick = ["epochs=1", "probe_every=0", "optimizer.lr=0.05", "optimizer.weight_decay=0.001", "algorithm=bp", "seed=0",
+             *MLP[:-1], "architecture.widths=[8]"]
+    assert main(["-m", "experiment=quickstart", *quick, "hydra.sweep.dir=preset"]) == 0 and main(["-m", *quick]) == 0
+    of_preset, plain = (result_in(next(Path(place).rglob(RESULT)).parent) for place in ("preset", "outputs"))
+    assert (of_preset["experiment"], plain["experiment"]) == ("quickstart", None)
+    assert of_preset["config_hash"] == plain["config_hash"]
 
 
 @pytest.fixture

@@ -1,0 +1,76 @@
+"""Every published number that the runs answer to, beside theirs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from fa_bench.report.groups import group_labels, group_runs
+from fa_bench.report.numbers import half_width, mean, std
+from fa_bench.report.published import Entry, answering, compare
+from fa_bench.report.runs import Run
+from fa_bench.report.table import Column
+
+COLUMNS = {
+    "label": Column("rule"),
+    "quantity": Column("quantity"),
+    "layer": Column("layer"),
+    "unit": Column("unit"),
+    "n": Column("n", ".0f"),
+    "ours": Column("ours", ".3f"),
+    "ours_std": Column("std", ".3f"),
+    "ours_ci95": Column("± 95 %", ".3f"),
+    "published": Column("published", ".3f"),
+    "published_low": Column("from", ".3f"),
+    "published_high": Column("to", ".3f"),
+    "published_spread": Column("±", ".3f"),
+    "spread_kind": Column("± is"),
+    "published_n": Column("n", ".0f"),
+    "difference": Column("difference", "+.3f"),
+    "inside": Column("inside"),
+    "source": Column("published in"),
+    "row": Column("row"),
+    "note": Column("note"),
+}
+
+
+def against_published(entries: Sequence[Entry], runs: Sequence[Run]) -> pd.DataFrame:
+    """One row per group, published number and layer, in the order of the groups and of the file; `COLUMNS` lists the columns.
+
+    Of several numbers for one quantity and layer the first in the file counts, such as that of a figure before what the text says
+    of it. Where the paper has a range, `inside` says whether our mean lies in it, and there is no difference.
+    """
+    groups = group_runs(runs)
+    labels = group_labels(groups)
+    rows: list[dict[str, Any]] = []
+    for group, members in groups.items():
+        taken: set[tuple[str, str]] = set()
+        for entry in answering(entries, members):
+            layers = list(dict.fromkeys(layer for run in members for layer in run.layers(entry.quantity)))
+            for layer, values in compare(entry, members, layers):
+                if values and (entry.quantity, layer) not in taken:
+                    taken.add((entry.quantity, layer))
+                    rows.append({"label": labels[group], "layer": layer, **_row(entry, members, values)})
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"inside": object})
+
+
+def _row(entry: Entry, members: Sequence[Run], values: Sequence[float]) -> dict[str, Any]:
+    ours = mean(values)
+    ranged = not math.isnan(entry.low)
+    return {
+        "quantity": entry.quantity, "unit": entry.unit, "n": len(values),
+        "ours": ours, "ours_std": std(values), "ours_ci95": half_width(values),
+        "published": entry.value, "published_low": _finite(entry.low), "published_high": _finite(entry.high),
+        "published_spread": entry.spread, "spread_kind": "" if math.isnan(entry.spread) else entry.spread_kind,
+        "published_n": math.nan if entry.n is None else entry.n,
+        "difference": ours - entry.value, "inside": entry.low <= ours <= entry.high if ranged else None,
+        "source": entry.source, "row": entry.row,
+        "note": "; ".join(filter(None, (entry.remark(members), entry.conditions))),
+    }
+
+
+def _finite(bound: float) -> float:
+    return bound if math.isfinite(bound) else math.nan

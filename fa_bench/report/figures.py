@@ -1,0 +1,126 @@
+"""The figures of a report: the overview, the curves, what happens in each layer, and accuracy against density."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from fa_bench.report.groups import CONTROL, Groups, finished_by_seed, group_labels, group_runs, tasks
+from fa_bench.report.numbers import known, mean, number, std
+from fa_bench.report.plot import Panel, Part, legend, look, new_figure, save, tidy, write_parts
+from fa_bench.report.runs import Run
+
+DENSITY = "algorithm.density"
+COLUMNS = 4  # panels side by side where there is one for each layer
+
+
+def _metric(key: str, scale: float = 1) -> Callable[[Run, Mapping[str, Any]], float]:
+    return lambda run, line: scale * number(line.get(key))
+
+
+def _layer_mean(quantity: str) -> Callable[[Run, Mapping[str, Any]], float]:
+    return lambda run, line: run.layer_mean(quantity, line.get("angles"))
+
+
+def _layer(quantity: str, layer: str) -> Callable[[Run, Mapping[str, Any]], float]:
+    return lambda run, line: number(((line.get("angles") or {}).get(quantity) or {}).get(layer))
+
+
+OVERVIEW = (
+    Panel("Test accuracy", "test accuracy (%)", _metric("test_accuracy", 100)),
+    Panel("Weight angle", "feedback to weight (degrees)", _layer_mean("weight_angle"), angle=True),
+    Panel("Delta angle", "error to true error (degrees)", _layer_mean("delta_angle"), angle=True),
+)
+CURVES = (
+    Panel("Test accuracy", "test accuracy (%)", _metric("test_accuracy", 100)),
+    Panel("Training accuracy", "training accuracy (%)", _metric("train_accuracy", 100)),
+    Panel("Test loss", "test loss", _metric("test_loss")),
+    Panel("Training loss", "training loss", _metric("train_loss")),
+)
+#: Quantities of layers that have a figure, with the axis of its panels and whether they are angles.
+LAYERS = {
+    "weight_angle": ("weight angle (°)", True),
+    "norm_ratio": ("norm ratio", False),
+    "delta_angle": ("delta angle (°)", True),
+}
+
+
+def write_figures(runs: Sequence[Run], out_dir: Path, name: str) -> list[Path]:
+    """Write every figure that the runs have data for, the overview `name`.png first; returns their paths.
+
+    The overview holds all tasks (`groups.tasks`); of curves and layers each task has figures of its own, with the task in
+    their names where there are several.
+    """
+    by_task = tasks(group_runs(runs))
+    overview = out_dir / f"{name}.png"
+    write_parts([Part(title, groups, OVERVIEW) for title, groups in by_task.items()], overview, len(OVERVIEW))
+    written = [overview]
+    for title, groups in by_task.items():
+        end = f"-{re.sub(r'[^A-Za-z0-9.]+', '-', title).strip('-')}" if len(by_task) > 1 else ""
+        panels = {"curves": CURVES, **{quantity: layer_panels(groups, quantity) for quantity in LAYERS}}
+        for kind, shown in panels.items():
+            if shown:
+                written.append(out_dir / f"{name}_{kind}{end}.png")
+                write_parts([Part(title, groups, shown)], written[-1], 2 if kind == "curves" else min(COLUMNS, len(shown)))
+    series = {title: found for title, groups in by_task.items() if (found := density_series(groups))}
+    if series:
+        written.append(out_dir / f"{name}_density.png")
+        _write_density({title: by_task[title] for title in series}, series, written[-1])
+    return written
+
+
+def layer_panels(groups: Groups, quantity: str) -> list[Panel]:
+    """One panel for every layer in which some run has values of the quantity, in the order of execution."""
+    axis, angle = LAYERS[quantity]
+    runs = [run for members in groups.values() for run in members]
+    layers: dict[str, list[float]] = {}
+    for run in runs:
+        for line in run.metrics:
+            for layer, value in ((line.get("angles") or {}).get(quantity) or {}).items():
+                layers.setdefault(layer, []).extend(known([value]))
+    order = max((list(run.layers(quantity)) for run in runs), key=len, default=[])
+    chosen = sorted((layer for layer, values in layers.items() if values),
+                    key=lambda layer: order.index(layer) if layer in order else len(order))
+    return [Panel(layer, axis, _layer(quantity, layer), angle) for layer in chosen]
+
+
+def density_series(groups: Groups) -> dict[str, list[tuple[float, float, float]]]:
+    """Density of the feedback, mean and standard deviation of the test accuracy (%), for rules that ran at several densities."""
+    labels = group_labels(groups)
+    series: dict[str, list[tuple[float, float, float]]] = {}
+    for group, members in groups.items():
+        accuracies = _final(members)
+        if DENSITY in members[0].config and accuracies:
+            name = " ".join(word for word in labels[group].split(" ") if not word.startswith(f"{DENSITY}="))
+            series.setdefault(name, []).append((members[0].config[DENSITY], mean(accuracies), std(accuracies)))
+    return {name: sorted(points) for name, points in series.items() if len({point[0] for point in points}) > 1}
+
+
+def _final(members: Sequence[Run]) -> list[float]:
+    return [100 * value for value in known(run.result.get("test_accuracy") for run in finished_by_seed(members).values())]
+
+
+def _write_density(by_task: Mapping[str, Groups], series: Mapping[str, Any], path: Path) -> None:
+    """Accuracy against density, a panel for each task; the control, which has no density, is a line across."""
+    figure = new_figure(4.0)
+    names = [CONTROL, *dict.fromkeys(name for found in series.values() for name in found)]
+    for axes, (title, groups) in zip(figure.subplots(1, len(by_task), squeeze=False).flat, by_task.items(), strict=True):
+        tidy(axes)
+        axes.set(title=title, xlabel="density of the feedback", ylabel="test accuracy (%)", xscale="log")
+        for members in groups.values():
+            if members[0].result["algorithm"] == CONTROL and (accuracies := _final(members)):
+                centre, spread = mean(accuracies), std(accuracies)
+                axes.axhline(centre, linewidth=1.6, **look(0))
+                axes.axhspan(centre - spread, centre + spread, color=look(0)["color"], alpha=0.1, linewidth=0)
+        for name, points in series[title].items():
+            x, means, stds = zip(*points, strict=True)
+            axes.errorbar(x, means, yerr=stds, linewidth=1.6, marker="o", markersize=3, capsize=2, **look(names.index(name)))
+        axes.xaxis.set_major_locator(FixedLocator(sorted({point[0] for points in series[title].values() for point in points})))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    legend(figure, names)
+    save(figure, path)

@@ -1,0 +1,1 @@
+"""Tests of reports over hand-made run directories."""

@@ -1,0 +1,52 @@
+"""Run directories made by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from fa_bench.report.published import Entry
+from fa_bench.report.runs import find_runs, read_run
+
+T_2 = 4.302652729911275  # the 97.5 % quantile of Student's t with two degrees of freedom
+ANGLES = {
+    "weight_angle": {"fc1": 89.0, "fc2": 80.0, "fc3": 60.0},
+    "norm_ratio": {"fc1": 9.0, "fc2": 1.0, "fc3": 2.0},
+    "delta_angle": {"fc1": 30.0, "fc2": 50.0, "fc3": 0.0},
+}
+#: A published number that bp's runs answer to, of the preset a_table, whose runs these are.
+ENTRY = Entry("A Paper", "Table 1", "BP", "digits", "mlp", "bp", "test_accuracy", "%", value=98.5, spread=0.25, n=4,
+              presets=("a_table",))
+
+
+def write_run(root: Path, rule: str, seed: int, accuracy: float | None, metrics: list | None = None, **changes) -> Path:
+    """One run directory; `changes` replace keys of its result."""
+    directory = root / f"{changes.get('group', rule)}-{seed}"
+    directory.mkdir(parents=True)
+    result = {
+        "status": "finished", "label": rule, "group": f"{rule}-0a", "experiment": "a_table", "algorithm": rule,
+        "architecture": "mlp", "dataset": "digits", "optimizer": "sgd", "seed": seed, "epochs": 2, "test_accuracy": accuracy,
+        "test_accuracy_at_best_val": accuracy, "angles": ANGLES, "feedback_layers": ["fc2", "fc3"],
+        "output_layers": ["fc3"], "seconds": 2.0, "error": None, **changes,
+    }
+    (directory / "result.json").write_text(json.dumps(result))
+    lines = metrics if metrics is not None else [epoch_record(1, 0.5, ANGLES), epoch_record(2, accuracy, None)]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return directory
+
+
+def epoch_record(epoch: int, accuracy: float | None, angles: dict | None) -> dict:
+    return {"epoch": epoch, "test_accuracy": accuracy, "angles": angles}
+
+
+def write_group(root: Path, rule: str, accuracies: list, **changes) -> None:
+    for seed, accuracy in enumerate(accuracies):
+        write_run(root, rule, seed, accuracy, **changes)
+
+
+def runs_in(root: Path) -> list:
+    return [read_run(directory) for directory in find_runs([root])]
+
+
+def blank(value: object) -> bool:
+    return value is None or value != value

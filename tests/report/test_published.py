@@ -1,0 +1,143 @@
+"""The published numbers: the file itself, which runs they answer to, and how they stand beside ours."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from fa_bench.config import conf_dir
+from fa_bench.errors import DataError
+from fa_bench.registries import ALGORITHMS, ARCHITECTURES, DATASETS
+from fa_bench.report.against import against_published
+from fa_bench.report.published import answering, published, read_entries
+from fa_bench.report.table import summarise
+
+from .by_hand import ENTRY, blank, runs_in, write_group, write_run
+
+ENTRIES = published()
+PRESETS = {"pfa_fig2", "pfa_fig4", "pfa_fig5", "pfa_fig6", "dkp_table1", "dkp_table2", "asap_table1", "asap_table2",
+           "asap_table4", "asap_table5", "asap_fig6", "wm_fig3", "wm_fig4"}
+
+
+def found(**wanted) -> list:
+    return [entry for entry in ENTRIES if all(getattr(entry, key) == value for key, value in wanted.items())]
+
+
+def test_every_preset_with_published_numbers_is_there() -> None:
+    assert {preset for entry in ENTRIES for preset in entry.presets} == PRESETS
+
+
+def test_entries_are_of_rules_and_values_that_can_be() -> None:
+    for entry in ENTRIES:
+        assert entry.rule in list(ALGORITHMS) and entry.conditions and entry.source and entry.dataset and entry.architecture
+        values = [value for value in (entry.value, entry.low, entry.high) if math.isfinite(value)]
+        top = {"%": 100, "degrees": 180, "ratio": 3}[entry.unit]
+        assert values and all(0 <= value <= top for value in values)
+        assert math.isnan(entry.low) == math.isnan(entry.high) != math.isnan(entry.value)
+        assert math.isnan(entry.spread) or 0 <= entry.spread < 7
+        assert ("accuracy" in entry.quantity) == (entry.unit == "%") == (not entry.layer)
+        assert entry.spread_kind in ("std", "standard error")
+
+
+@pytest.mark.parametrize(("wanted", "value", "spread"), [
+    ({"table": "Fig. 2a", "rule": "pfa_o"}, 98.416, 0.040),
+    ({"table": "Table 1", "paper": "DKP paper", "rule": "drtp", "dataset": "CIFAR-10", "quantity": "test_accuracy"}, 55.32, 6.14),
+    ({"table": "Table 2", "paper": "DKP paper", "rule": "dfa", "row": "Tiny ImageNet", "quantity": "test_accuracy"},
+     32.116, 0.66),
+    ({"table": "Table 2", "paper": "DKP paper", "rule": "kp", "dataset": "CIFAR-100", "quantity": "train_accuracy"}, 67.70, 1.88),
+    ({"table": "Table 1", "paper": "Woo et al. 2021", "rule": "asap", "row": "CIFAR-100 ResNet-34"}, 72.81, math.nan),
+    ({"table": "Table 4", "rule": "asap", "row": "λ = 5e-5"}, 91.63, math.nan),
+    ({"table": "Table 5", "rule": "dgl", "row": "ResNet-34"}, 77.2, math.nan),
+    ({"table": "Fig. 2b-e", "rule": "usf", "quantity": "norm_ratio", "layer": "fc3"}, 0.506, math.nan),
+    ({"table": "section 6 (Fig. 3)", "rule": "kp", "row": "ResNet-18"}, 100 - 29.2, 0.4),
+])
+def test_some_values_as_printed(wanted, value, spread) -> None:
+    (entry,) = found(**wanted)
+    assert entry.value == pytest.approx(value) and entry.spread == pytest.approx(spread, nan_ok=True)
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS & {path.stem for path in (conf_dir() / "experiment").glob("*.yaml")}))
+def test_what_entries_of_shipped_presets_ask_of_a_config_can_be_in_one(preset) -> None:
+    for entry in (entry for entry in ENTRIES if preset in entry.presets):
+        for key, wanted in entry.where.items():
+            for value in wanted if isinstance(wanted, list) else [wanted]:
+                if key in ("dataset", "architecture"):
+                    assert value in {"dataset": DATASETS, "architecture": ARCHITECTURES}[key]
+                elif key.startswith("algorithm."):
+                    rule = ALGORITHMS[entry.rule]
+                    assert key.partition(".")[2] in {field.name for field in dataclasses.fields(rule)}
+
+
+def test_a_run_of_a_preset_finds_its_published_number(tmp_path) -> None:
+    write_group(tmp_path, "fa", [0.98, 0.99], experiment="pfa_fig2", group="dense", dataset="mnist", epochs=40, epoch=40)
+    write_group(tmp_path, "fa", [0.98], experiment="pfa_fig2", group="sparse", dataset="mnist")
+    write_group(tmp_path, "fa", [0.98], experiment=None, group="none", dataset="mnist")
+    for run in runs_in(tmp_path):
+        density = 0.1 if run.result["group"] == "sparse" else 1.0
+        (run.directory / "config.yaml").write_text(json.dumps({"algorithm": {"name": "fa", "density": density}}))
+    rows = {row["group"]: row for row in summarise(runs_in(tmp_path), ENTRIES).to_dict("records")}
+    dense = rows["dense"]
+    assert (dense["published"], dense["published_std"], dense["note"]) == (98.234, 0.057, "")
+    assert dense["published_difference"] == pytest.approx(98.5 - 98.234)
+    assert dense["published_source"] == "Li and Benna 2024, Fig. 2a"
+    assert all(blank(rows[group]["published"]) for group in ("sparse", "none"))
+
+
+def test_older_results_go_by_the_folder_of_their_preset(tmp_path) -> None:
+    run = write_run(tmp_path / "a_table" / "bp-0a", "bp", 0, 0.97)
+    result = json.loads((run / "result.json").read_text())
+    del result["experiment"]
+    (run / "result.json").write_text(json.dumps(result))
+    (old,) = runs_in(tmp_path)
+    assert old.preset == "a_table" and ENTRY.answers(old)
+
+
+@pytest.mark.parametrize(("where", "fits"), [
+    ({}, True), ({"dataset": "digits"}, True), ({"dataset": ["mnist", "digits"]}, True), ({"dataset": "mnist"}, False),
+    ({"architecture.widths": [8]}, True), ({"architecture.widths": [9]}, False), ({"optimizer.lr": 0.1}, True),
+    ({"optimizer.lr": [0.2, 0.3]}, False), ({"algorithm.density": 1.0}, False),
+])
+def test_what_an_entry_asks_of_a_config(tmp_path, where, fits) -> None:
+    run = write_run(tmp_path, "bp", 0, 0.97)
+    (run / "config.yaml").write_text("architecture: {name: mlp, widths: [8]}\noptimizer: {name: sgd, lr: 1e-1}\n")
+    entry = dataclasses.replace(ENTRY, where=where)
+    assert answering([entry], runs_in(tmp_path)) == ([entry] if fits else [])
+
+
+def test_numbers_beside_ours(tmp_path) -> None:
+    write_group(tmp_path, "bp", [0.97, 0.98, 0.99], train_accuracy=0.5)
+    entries = [
+        ENTRY, dataclasses.replace(ENTRY, value=99.0),
+        dataclasses.replace(ENTRY, quantity="train_accuracy", value=51.0, epochs=9),
+        dataclasses.replace(ENTRY, quantity="weight_angle", layer="fc3", value=61.0),
+        dataclasses.replace(ENTRY, quantity="weight_angle", layer="*", value=math.nan, low=85.0, high=math.inf),
+    ]
+    rows = against_published(entries, runs_in(tmp_path)).to_dict("records")
+    assert [(row["quantity"], row["layer"], row["ours"], row["published"]) for row in rows if row["inside"] is None] == [
+        ("test_accuracy", "", pytest.approx(98), 98.5), ("train_accuracy", "", 50, 51), ("weight_angle", "fc3", 60, 61)]
+    assert rows[0]["difference"] == pytest.approx(-0.5) and (rows[0]["published_spread"], rows[0]["published_n"]) == (0.25, 4)
+    assert rows[1]["note"] == "published after 9 epochs"
+    # fc1 has 89 degrees, fc2 has 80; fc3's own number stands before the range
+    assert [(row["layer"], row["inside"]) for row in rows if row["inside"] is not None] == [("fc1", True), ("fc2", False)]
+    assert all(row["published_low"] == 85 and blank(row["published_high"]) for row in rows[3:])
+
+
+def test_a_standard_error_is_no_standard_deviation(tmp_path) -> None:
+    write_group(tmp_path, "bp", [0.97])
+    entry = dataclasses.replace(ENTRY, spread_kind="standard error")
+    (row,) = summarise(runs_in(tmp_path), [entry]).to_dict("records")
+    assert row["published"] == 98.5 and blank(row["published_std"])
+    assert against_published([entry], runs_in(tmp_path)).to_dict("records")[0]["spread_kind"] == "standard error"
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("- {table: T, rows: [{row: R, values: {bp: x}}]}", "T, row R"), ("a: [", "unreadable"),
+    ("- {table: T, tabel: U, rows: [{row: R, values: {bp: 1}}]}", "tabel"),
+])
+def test_a_file_that_cannot_be_read_says_where(tmp_path, text, said) -> None:
+    (tmp_path / "p.yaml").write_text(text)
+    with pytest.raises(DataError, match=said):
+        read_entries(tmp_path / "p.yaml")
