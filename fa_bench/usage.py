@@ -32,7 +32,7 @@ def usage(composer: Composer) -> str:
     lines = [_HEAD, "groups:"]
     for group in GROUPS:
         lines.append(f"  {group.kind}")
-        lines += [f"    {name:15s} {_summary(group[name]) if name in group else f'of {composer.config_dir}'}"
+        lines += [f"    {name:17s} {_summary(group[name]) if name in group else f'of {composer.config_dir}'}"
                   for name in sorted({*choices[group.kind], *group})]
     lines += [f"  experiment       presets: {', '.join(choices['experiment'])}",
               f"  optimizer@{FEEDBACK_OPTIMIZER}   an optimizer of its own for learned feedback", "", "run options:"]

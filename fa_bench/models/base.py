@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from fa_bench.errors import OptionError
 from fa_bench.lazy import nn
 from fa_bench.options import Options, option
 
@@ -52,3 +53,20 @@ class Architecture(Options):
     def make(self, input_shape: tuple[int, int, int], classes: int) -> torch_nn.Module:
         """The model with torch's own initial values; implemented by each architecture."""
         raise NotImplementedError
+
+
+@dataclasses.dataclass(eq=False)
+class StagedArchitecture(Architecture):
+    """Base of the residual nets whose stages double their channels; subclasses declare how many blocks each stage has."""
+
+    width: int = option(64, "channels of the first stage; they double from stage to stage", minimum=1)
+    blocks: list[int] = option([2, 2, 2, 2], "blocks in each stage", minimum=1)
+
+    def check(self) -> None:
+        if not self.blocks:
+            raise OptionError("blocks", "=[] leaves no stage; give a number of blocks for each, such as [2,2,2,2]")
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each stage."""
+        return [self.width * 2**stage for stage in range(len(self.blocks))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from fa_bench.models.base import Architecture
+from fa_bench.models.base import StagedArchitecture
 from fa_bench.options import option
 from fa_bench.registries import ARCHITECTURES
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @ARCHITECTURES.register("resnet18")
 @dataclasses.dataclass(eq=False)
-class ResNet18(Architecture):
+class ResNet18(StagedArchitecture):
     """ResNet-18 for small images: 3x3 stem, stages of 64-128-256-512 channels (appendix C of Woo et al. 2021).
 
     Stem of stride 1 and padding 1 without pooling, blocks of two 3x3 convolutions, 1x1 convolutions with batch normalisation
@@ -24,17 +24,14 @@ class ResNet18(Architecture):
     backpropagation; those behind its other rules have one, which the normalisation takes away.
     """
 
-    width: int = option(64, "channels of the first stage; they double from stage to stage", minimum=1)
-    blocks: list[int] = option([2, 2, 2, 2], "blocks in each stage", minimum=1)
     shortcuts: bool = option(True, "shortcuts beside the blocks' convolutions")
     output_norm: bool = option(True, "batch normalisation of the logits, as in all nets of the paper")
 
     def make(self, input_shape: tuple[int, int, int], classes: int) -> torch_nn.Module:
         from fa_bench.models.nets.residual import ResNet
 
-        widths = [self.width * 2**stage for stage in range(len(self.blocks))]
         shortcut = "project" if self.shortcuts else "none"
-        return ResNet(input_shape[0], classes, widths, self.blocks, shortcut, output_norm=self.output_norm)
+        return ResNet(input_shape[0], classes, self.widths, self.blocks, shortcut, output_norm=self.output_norm)
 
 
 @ARCHITECTURES.register("resnet34")

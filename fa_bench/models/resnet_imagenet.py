@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, ClassVar
 
-from fa_bench.models.base import Architecture
+from fa_bench.models.base import StagedArchitecture
 from fa_bench.options import option
 from fa_bench.registries import ARCHITECTURES
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @ARCHITECTURES.register("resnet18_imagenet")
 @dataclasses.dataclass(eq=False)
-class ResNet18ImageNet(Architecture):
+class ResNet18ImageNet(StagedArchitecture):
     """ResNet-18 for large images: 7x7 stem with pooling, stages of 64-128-256-512 channels (He et al. 2016).
 
     ``bn=before`` is torchvision's net: the ReLU comes last, behind the sum. ``bn=after`` normalises the signals behind the ReLU,
@@ -23,8 +23,6 @@ class ResNet18ImageNet(Architecture):
     plus the shortcut, with nothing behind the sum; projections are 1x1 convolution - BN.
     """
 
-    width: int = option(64, "channels of the first stage; they double from stage to stage", minimum=1)
-    blocks: list[int] = option([2, 2, 2, 2], "blocks in each stage", minimum=1)
     bn: str = option("before", "batch normalisation before or after the ReLU", choices=["before", "after"])
 
     bottleneck: ClassVar[bool] = False
@@ -32,8 +30,7 @@ class ResNet18ImageNet(Architecture):
     def make(self, input_shape: tuple[int, int, int], classes: int) -> torch_nn.Module:
         from fa_bench.models.nets.residual import ResNet
 
-        widths = [self.width * 2**stage for stage in range(len(self.blocks))]
-        return ResNet(input_shape[0], classes, widths, self.blocks, "project",
+        return ResNet(input_shape[0], classes, self.widths, self.blocks, "project",
                       large=True, bottleneck=self.bottleneck, norm_after=self.bn == "after")
 
 

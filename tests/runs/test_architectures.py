@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fa_bench
 from fa_bench.cli import main
 from fa_bench.config import conf_dir
-from fa_bench.errors import ConfigError, CoverageError
+from fa_bench.errors import ConfigError, CoverageError, OptionError
 from fa_bench.registries import ALGORITHMS, ARCHITECTURES
 
 CIFAR, MNIST, IMAGENET = (3, 32, 32), (1, 28, 28), (3, 224, 224)
@@ -88,6 +88,12 @@ def test_dropout_is_where_torchvision_has_it() -> None:
 def test_images_that_are_too_small_are_said_to_be(shape: tuple[int, int, int], name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} .*{shape[1]}x{shape[1]} images"):
         ARCHITECTURES["dkp_alexnet"](width=1, hidden=2).build(shape, 3)
+
+
+def test_a_residual_net_needs_a_stage() -> None:
+    for name in ("resnet18", "resnet50_imagenet"):
+        with pytest.raises(OptionError, match=r"blocks=\[\] leaves no stage"):
+            ARCHITECTURES[name](blocks=[])
 
 
 def test_alexnet_takes_sizes_that_pooling_rounds() -> None:
