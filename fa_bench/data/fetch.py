@@ -103,7 +103,7 @@ def unpack_zip(archive: Path, folder: Path) -> None:
                 except OSError:
                     if not folder.is_dir():  # else another run was faster
                         raise
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise DataError(f"{archive}: damaged ({reason(error)}); delete it to download it again") from None
     except DataError:
         raise
