@@ -40,19 +40,19 @@ COLUMNS = {
 def against_published(entries: Sequence[Entry], runs: Sequence[Run]) -> pd.DataFrame:
     """One row per group, published number and layer, in the order of the groups and of the file; `COLUMNS` lists the columns.
 
-    Of several numbers for one quantity and layer the first in the file counts, such as that of a figure before what the text says
-    of it. Where the paper has a range, `inside` says whether our mean lies in it, and there is no difference.
+    Of several numbers for one quantity, layer and epoch the first in the file counts, such as that of a figure before what the
+    text says of it. Where the paper has a range, `inside` says whether our mean lies in it, and there is no difference.
     """
     groups = group_runs(runs)
     labels = group_labels(groups)
     rows: list[dict[str, Any]] = []
     for group, members in groups.items():
-        taken: set[tuple[str, str]] = set()
+        taken: set[tuple[str, str, int | None]] = set()
         for entry in answering(entries, members):
             layers = list(dict.fromkeys(layer for run in members for layer in run.layers(entry.quantity)))
             for layer, values in compare(entry, members, layers):
-                if values and (entry.quantity, layer) not in taken:
-                    taken.add((entry.quantity, layer))
+                if values and (entry.quantity, layer, entry.at) not in taken:
+                    taken.add((entry.quantity, layer, entry.at))
                     rows.append({"label": labels[group], "layer": layer, **_row(entry, members, values)})
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"inside": object})
 

@@ -54,8 +54,12 @@ def unanswered(entries: Iterable[Entry], runs: Sequence[Run]) -> list[str]:
     presets = {run.preset for run in runs}
     finished = [run for run in runs if run.finished]
     of_presets = [entry for entry in entries if presets & set(entry.presets)]
-    answered = {_cell(entry) for entry in of_presets if any(entry.answers(run) for run in finished)}
+    answered = {_cell(entry) for entry in of_presets if any(entry.answers(run) and _reached(entry, run) for run in finished)}
     return list(dict.fromkeys(_cell(entry) for entry in of_presets if _cell(entry) not in answered))
+
+
+def _reached(entry: Entry, run: Run) -> bool:
+    return entry.at is None or any(line["epoch"] == entry.at for line in run.metrics)
 
 
 def _cell(entry: Entry) -> str:

@@ -34,6 +34,7 @@ class Entry:
         layer: pattern of the layers that the value is of; empty for the whole network.
         spread: over `n` runs, NaN where not given; `spread_kind` says whether std or standard error.
         epochs: after how many epochs, where known.
+        at: the epoch that it is of, however long the run; None for a run's last one.
         conditions: what else to know before comparing.
         presets: the presets whose runs answer to it.
         where: config key -> value, or list of values of which any will do, that such a run has.
@@ -55,6 +56,7 @@ class Entry:
     spread_kind: str = "std"
     n: int | None = None
     epochs: int | None = None
+    at: int | None = None
     conditions: str = ""
     presets: tuple[str, ...] = ()
     where: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -76,8 +78,14 @@ class Entry:
                 and all(_fits(facts.get(key), wanted) for key, wanted in self.where.items()))
 
     def ours(self, runs: Iterable[Run], layer: str = "") -> list[float]:
-        """The finished runs' last values of this quantity in `unit`, one a seed; of `layer` where it is one of layers."""
+        """The finished runs' values of this quantity in `unit`, one a seed: the last ones, or those of epoch `at`.
+
+        Of `layer` where it is one of layers.
+        """
         finished = finished_by_seed(runs).values()
+        if self.at is not None:
+            lines = [line for run in finished for line in run.metrics if line["epoch"] == self.at]
+            return [100 * value for value in known(line.get(self.quantity) for line in lines)]
         if self.layer:
             return known(run.layers(self.quantity).get(layer) for run in finished)
         return [100 * value for value in known(run.result.get(self.quantity) for run in finished)]
@@ -104,9 +112,9 @@ def answering(entries: Iterable[Entry], runs: Sequence[Run]) -> list[Entry]:
 def headline(entries: Iterable[Entry], runs: Sequence[Run]) -> tuple[Entry | None, float]:
     """The accuracy among a group's entries that stands for it, and the group's own mean of it in %; None without one."""
     for quantity in ACCURACIES:
-        for entry in entries:
-            if entry.quantity == quantity and not math.isnan(entry.value):
-                return entry, mean(entry.ours(runs))
+        fitting = [entry for entry in entries if entry.quantity == quantity and not math.isnan(entry.value)]
+        for entry in [entry for entry in fitting if entry.ours(runs)] or fitting:
+            return entry, mean(entry.ours(runs))
     return None, math.nan
 
 

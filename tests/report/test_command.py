@@ -67,13 +67,15 @@ def test_reports_of_the_same_runs_are_equal_to_the_byte_whatever_the_order_and_t
     write_group(runs / "c", "kp", [None], status="diverged", metrics=[])
     for number, rule in enumerate(["bp", "fa"]):  # groups that only their configs tell apart
         run = write_run(runs / "c", rule, 1, 0.9, group=f"{rule}-lr", metrics=[])
-        shutil.copytree(run, runs / "d" / run.name)  # the same run twice
+        again = shutil.copytree(run, runs / "f" / run.name)  # a seed twice: which one counts must not depend on its folder
+        (again / "result.json").write_text((again / "result.json").read_text().replace("0.9", "0.8"))
         (run / "config.yaml").write_text(json.dumps({"seed": 1, "optimizer": {"name": "sgd", "lr": number}}))
-    (runs / "d" / "e").mkdir()
+    (runs / "d" / "e").mkdir(parents=True)
     (runs / "d" / "e" / "metrics.jsonl").write_text('{"epoch": 1}\n')
     elsewhere = shutil.copytree(runs, tmp_path / "there" / "runs")
-    assert main([str(runs / name) for name in "abcd"] + ["--out", str(tmp_path / "one")]) == 1
-    assert main([str(elsewhere / name) for name in "dcab"] + ["--out", str(tmp_path / "two")]) == 1
+    (elsewhere / "f").rename(elsewhere / "Z")
+    assert main([str(runs / name) for name in "abcdf"] + ["--out", str(tmp_path / "one")]) == 1
+    assert main([str(elsewhere / name) for name in "dcZab"] + ["--out", str(tmp_path / "two")]) == 1
     one, two = files(tmp_path / "one"), files(tmp_path / "two")
     assert one == two and set(one) == {
         "report.md", "report.csv", "report_layers.csv", "report.png", "report_curves.png", "report_weight_angle.png"}

@@ -12,10 +12,11 @@ from fa_bench.config import conf_dir
 from fa_bench.errors import DataError
 from fa_bench.registries import ALGORITHMS, ARCHITECTURES, DATASETS
 from fa_bench.report.against import against_published
+from fa_bench.report.gaps import unanswered
 from fa_bench.report.published import answering, published, read_entries
 from fa_bench.report.table import summarise
 
-from .by_hand import ENTRY, blank, runs_in, write_group, write_run
+from .by_hand import ENTRY, blank, epoch_record, runs_in, write_group, write_run
 
 ENTRIES = published()
 PRESETS = {"pfa_fig2", "pfa_fig4", "pfa_fig5", "pfa_fig6", "dkp_table1", "dkp_table2", "asap_table1", "asap_table2",
@@ -66,9 +67,11 @@ def test_what_entries_of_shipped_presets_ask_of_a_config_can_be_in_one(preset) -
             for value in wanted if isinstance(wanted, list) else [wanted]:
                 if key in ("dataset", "architecture"):
                     assert value in {"dataset": DATASETS, "architecture": ARCHITECTURES}[key]
-                elif key.startswith("algorithm."):
-                    rule = ALGORITHMS[entry.rule]
-                    assert key.partition(".")[2] in {field.name for field in dataclasses.fields(rule)}
+                elif key.split(".")[0] in ("algorithm", "architecture"):
+                    names = entry.where.get("architecture", [])
+                    classes = [ALGORITHMS[entry.rule]] if key.startswith("algorithm") else [
+                        ARCHITECTURES[name] for name in ([names] if isinstance(names, str) else names)]
+                    assert all(key.partition(".")[2] in {field.name for field in dataclasses.fields(cls)} for cls in classes)
 
 
 def test_a_run_of_a_preset_finds_its_published_number(tmp_path) -> None:
@@ -123,6 +126,17 @@ def test_numbers_beside_ours(tmp_path) -> None:
     # fc1 has 89 degrees, fc2 has 80; fc3's own number stands before the range
     assert [(row["layer"], row["inside"]) for row in rows if row["inside"] is not None] == [("fc1", True), ("fc2", False)]
     assert all(row["published_low"] == 85 and blank(row["published_high"]) for row in rows[3:])
+
+
+def test_a_number_of_an_epoch_is_compared_with_that_epoch(tmp_path) -> None:
+    lines = [epoch_record(1, 0.5, None), epoch_record(2, 0.7, None)]
+    write_run(tmp_path, "bp", 0, 0.7, metrics=lines)
+    entries = [dataclasses.replace(ENTRY, at=at, value=60.0) for at in (3, 1, 2)]
+    rows = against_published(entries, runs_in(tmp_path)).to_dict("records")
+    assert [row["ours"] for row in rows] == [50, 70]
+    (row,) = summarise(runs_in(tmp_path), entries).to_dict("records")
+    assert row["published_difference"] == pytest.approx(-10)
+    assert len(unanswered(entries, runs_in(tmp_path))) == 0 and len(unanswered(entries[:1], runs_in(tmp_path))) == 1
 
 
 def test_a_standard_error_is_no_standard_deviation(tmp_path) -> None:
