@@ -193,10 +193,20 @@ def conf_dir() -> Path:
     return next(path for path in (package / "conf", package.parent / "conf") if path.is_dir())
 
 
+_registered: dict[str, Any] = {}
+
+
 def register_schemas() -> None:
-    """Tell Hydra every component's options and defaults, in a group of their own that offers no choices."""
+    """Tell Hydra every component's options and defaults, in a group of their own that offers no choices.
+
+    Once for a set of components: every job of a grid asks for it.
+    """
     from hydra.core.config_store import ConfigStore
 
+    known = tuple(tuple(group.items()) for group in GROUPS)
+    if known == _registered.get("known"):
+        return
+    _registered["known"] = known
     store = ConfigStore.instance()
     store.store(group="_schema", name="run", node=defaults(RunOptions))
     for group in GROUPS:

@@ -4,102 +4,22 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import pickle
 import shutil
-import struct
 import sys
 from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
 import pytest
-import scipy.io
 import torch
 from torchvision.datasets import cifar, mnist, svhn
 
 from fa_bench.errors import DataError
 from fa_bench.registries import DATASETS
 
+from .files import CIFAR_FILES, IDX_FILES, write_cifar, write_idx, write_mnist, write_svhn
+
 CPU = torch.device("cpu")
-IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-
-
-def write_idx(path: Path, array: np.ndarray) -> None:
-    """The format of MNIST: 0, 0, type, number of axes, each axis' length, the bytes."""
-    path.write_bytes(struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes())
-
-
-def write_mnist(root: Path, folder: str = "MNIST", seed: int = 0) -> dict[str, np.ndarray]:
-    raw = root / folder / "raw"
-    raw.mkdir(parents=True)
-    rng = np.random.default_rng(seed)
-    arrays = {
-        IDX_FILES[0]: rng.integers(0, 256, (30, 28, 28)), IDX_FILES[1]: np.arange(30) % 10,
-        IDX_FILES[2]: rng.integers(0, 256, (10, 28, 28)), IDX_FILES[3]: np.arange(10)[::-1],
-    }
-    for name, array in arrays.items():
-        write_idx(raw / name, array)
-    return arrays
-
-
-CIFAR_FILES = {
-    "cifar10": ("CIFAR10", "cifar-10-batches-py", [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"], "batches.meta"),
-    "cifar100": ("CIFAR100", "cifar-100-python", ["train", "test"], "meta"),
-}
-
-
-def write_cifar(
-    root: Path, monkeypatch: pytest.MonkeyPatch, name: str = "cifar10", label: int | None = None
-) -> list[dict[str, object]]:
-    """Training batches of 4 images and one test batch of 6; torchvision's checksums are made to match.
-
-    With `label`, the test batch's last image has it.
-    """
-    of, folder_name, files, meta_name = CIFAR_FILES[name]
-    classes = 10 if name == "cifar10" else 100
-    label_key, meta_key = ("labels", "label_names") if name == "cifar10" else ("fine_labels", "fine_label_names")
-    folder = root / folder_name
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-
-    def write(name: str, content: dict[str, object]) -> str:
-        data = pickle.dumps(content)
-        (folder / name).write_bytes(data)
-        return hashlib.md5(data, usedforsecurity=False).hexdigest()
-
-    def batch(count: int) -> dict[str, object]:
-        return {"data": rng.integers(0, 256, (count, 3072), dtype=np.uint8), label_key: rng.integers(0, classes, count).tolist()}
-
-    contents = [*(batch(4) for _ in files[1:]), batch(6)]
-    if label is not None:
-        contents[-1][label_key][-1] = label
-    listed = [[file, write(file, content)] for file, content in zip(files, contents, strict=True)]
-    meta = {"filename": meta_name, "key": meta_key,
-            "md5": write(meta_name, {meta_key: [f"thing {i}" for i in range(classes)]})}
-    monkeypatch.setattr(getattr(cifar, of), "train_list", listed[:-1])
-    monkeypatch.setattr(getattr(cifar, of), "test_list", listed[-1:])
-    monkeypatch.setattr(getattr(cifar, of), "meta", meta)
-    return contents
-
-
-def write_svhn(root: Path, monkeypatch: pytest.MonkeyPatch, label: int | None = None) -> dict[str, dict[str, np.ndarray]]:
-    """9 training and 5 test images, labelled 1 to 10 as in the published files; torchvision's checksums are made to match."""
-    folder = root / "SVHN"
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    contents, listed = {}, dict(svhn.SVHN.split_list)
-    for part, count in (("train", 9), ("test", 5)):
-        contents[part] = {"X": rng.integers(0, 256, (32, 32, 3, count), dtype=np.uint8),
-                          "y": rng.integers(1, 11, (count, 1), dtype=np.uint8)}
-        contents[part]["y"][0] = 10
-        if label is not None:
-            contents[part]["y"][1] = label
-        path = folder / f"{part}_32x32.mat"
-        scipy.io.savemat(path, contents[part])
-        md5 = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-        listed[part] = [f"no-such-scheme://{path.name}", path.name, md5]
-    monkeypatch.setattr(svhn.SVHN, "split_list", listed)
-    return contents
 
 
 @pytest.fixture

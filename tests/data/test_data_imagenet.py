@@ -16,25 +16,17 @@ from fa_bench.errors import DataError
 from fa_bench.feedback import seed_for
 from fa_bench.registries import DATASETS
 
+from .files import IMAGENET_CLASSES, write_imagenet
+
 CPU = torch.device("cpu")
 #: Python 3.12 warns of every fork of a process with threads; torch's workers are forked on Linux up to 3.13.
 FORK = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-CLASSES = ["n01440764", "n01443537"]
 MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
 
 
 @pytest.fixture
 def data_dir(tmp_path: Path) -> Path:
-    """Two classes, 4 training and 2 validation images each, of several sizes, one grey and one in CMYK."""
-    rng = np.random.default_rng(0)
-    for part, count in (("train", 4), ("val", 2)):
-        for name in CLASSES:
-            (tmp_path / "imagenet" / part / name).mkdir(parents=True)
-            for i in range(count):
-                shape = (40 + 10 * i, 70 - 10 * i, 3)
-                image = Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8))
-                mode = {("n01440764", 1): "L", ("n01443537", 1): "CMYK"}.get((name, i), "RGB")
-                image.convert(mode).save(tmp_path / "imagenet" / part / name / f"{i}.JPEG")
+    write_imagenet(tmp_path)
     return tmp_path
 
 
@@ -58,7 +50,7 @@ def test_the_default_is_224_out_of_256() -> None:
 
 def test_evaluation_resizes_and_crops_the_centre_as_torchvision_does(data_dir: Path) -> None:
     splits = load(data_dir)
-    assert splits.classes == CLASSES and splits.input_shape == (3, 32, 32) and isinstance(splits.train, StreamedSplit)
+    assert splits.classes == IMAGENET_CLASSES and splits.input_shape == (3, 32, 32) and isinstance(splits.train, StreamedSplit)
     for part, split in (("train", splits.train), ("val", splits.test)):
         x, y = next(split.batches(100))
         images = [reference.center_crop(reference.resize(image, 37), 32) for image in opened(data_dir, part)]
@@ -122,7 +114,7 @@ def test_image_folder_streams_with_resized_crops(data_dir: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("content", [b"not an image", b"", None])
 def test_an_image_that_cannot_be_decoded_is_named(data_dir: Path, workers: int, content: bytes | None) -> None:
-    bad = data_dir / "imagenet" / "train" / CLASSES[1] / "2.JPEG"
+    bad = data_dir / "imagenet" / "train" / IMAGENET_CLASSES[1] / "2.JPEG"
     bad.write_bytes(bad.read_bytes()[:-400] if content is None else content)
     split = load(data_dir, workers=workers).train
     with pytest.raises(DataError, match=r"not a readable image .*; replace or remove it") as caught:
@@ -145,7 +137,7 @@ def test_images_that_are_not_sorted_into_classes_are_named(data_dir: Path) -> No
     val = data_dir / "imagenet" / "val"
     for number, path in enumerate(sorted(val.rglob("*.JPEG"))):
         path.rename(val / f"ILSVRC2012_val_{number:08}.JPEG")
-    for name in CLASSES:
+    for name in IMAGENET_CLASSES:
         (val / name).rmdir()
     with pytest.raises(DataError, match="holds no folders, one for each class, but 4 loose images") as caught:
         load(data_dir)
@@ -153,13 +145,13 @@ def test_images_that_are_not_sorted_into_classes_are_named(data_dir: Path) -> No
 
 
 def test_a_class_of_val_that_train_lacks_is_named(data_dir: Path) -> None:
-    (data_dir / "imagenet" / "val" / CLASSES[0]).rename(data_dir / "imagenet" / "val" / "n99999999")
+    (data_dir / "imagenet" / "val" / IMAGENET_CLASSES[0]).rename(data_dir / "imagenet" / "val" / "n99999999")
     with pytest.raises(DataError, match=r"holds classes that .* does not: n99999999"):
         load(data_dir)
 
 
 def test_the_hash_changes_with_a_name_or_a_size(data_dir: Path) -> None:
-    path = data_dir / "imagenet" / "val" / CLASSES[0] / "1.JPEG"
+    path = data_dir / "imagenet" / "val" / IMAGENET_CLASSES[0] / "1.JPEG"
     hashes = [load(data_dir).data_hash, load(data_dir, size=16).data_hash]
     path.write_bytes(path.read_bytes() + b"\0")
     hashes.append(load(data_dir).data_hash)

@@ -18,39 +18,14 @@ from fa_bench.data.image_files import StreamedSplit
 from fa_bench.errors import DataError
 from fa_bench.registries import DATASETS
 
+from .files import TINY, TINY_CLASSES, write_tiny_imagenet
+
 CPU = torch.device("cpu")
-NAME = "tiny-imagenet-200"
-#: As in the published wnids.txt, not in the order of names.
-CLASSES = ["n03", "n01", "n02"]
-#: Class of each validation image.
-ANNOTATED = ["n02", "n01", "n03", "n01"]
-
-
-def write_folder(root: Path) -> Path:
-    """Three classes with 4 training images each, one of them grey, 4 annotated images, and unlabelled ones of test/."""
-    rng = np.random.default_rng(0)
-    folder = root / NAME
-
-    def save(path: Path, shape: tuple[int, ...] = (64, 64, 3)) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(path)
-
-    for name in CLASSES:
-        for i in range(4):
-            save(folder / "train" / name / "images" / f"{name}_{i}.JPEG", (64, 64) if (name, i) == ("n01", 2) else (64, 64, 3))
-        (folder / "train" / name / f"{name}_boxes.txt").write_text(f"{name}_0.JPEG\t0\t0\t63\t63\n")
-    for i in range(len(ANNOTATED)):
-        save(folder / "val" / "images" / f"val_{i}.JPEG")
-    lines = [f"val_{i}.JPEG\t{kind}\t0\t0\t63\t63\n" for i, kind in enumerate(ANNOTATED)]
-    (folder / "val" / "val_annotations.txt").write_text("".join(lines))
-    save(folder / "test" / "images" / "test_0.JPEG")
-    (folder / "wnids.txt").write_text("\n".join(CLASSES) + "\n")
-    return folder
 
 
 def write_zip(root: Path, monkeypatch: pytest.MonkeyPatch, extra: str | None = None) -> Path:
     """The folder as an archive, with the checksum that is expected; with `extra`, one member more of that name."""
-    folder, archive = write_folder(root / "source"), root / "server" / f"{NAME}.zip"
+    folder, archive = write_tiny_imagenet(root / "source"), root / "server" / f"{TINY}.zip"
     archive.parent.mkdir(parents=True)
     with zipfile.ZipFile(archive, "w") as opened:
         for path in sorted(folder.rglob("*")):
@@ -86,11 +61,11 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def test_images_arrive_with_their_classes(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path)
+    folder = write_tiny_imagenet(tmp_path)
     splits = load(tmp_path)
-    assert splits.classes == sorted(CLASSES) and splits.input_shape == (3, 64, 64)
+    assert splits.classes == sorted(TINY_CLASSES) and splits.input_shape == (3, 64, 64)
     assert isinstance(splits.train, ResidentSplit) and splits.train.images.dtype == torch.uint8
-    files = [folder / "train" / name / "images" / f"{name}_{i}.JPEG" for name in sorted(CLASSES) for i in range(4)]
+    files = [folder / "train" / name / "images" / f"{name}_{i}.JPEG" for name in sorted(TINY_CLASSES) for i in range(4)]
     mean, std = (np.array(values)[:, None, None] for values in ([0.480, 0.448, 0.398], [0.277, 0.269, 0.282]))
     x, y = next(splits.train.batches(100))
     np.testing.assert_allclose(x.numpy(), (np.stack([pixels(path) for path in files]) / 255 - mean) / std, atol=1e-5)
@@ -102,7 +77,7 @@ def test_images_arrive_with_their_classes(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_streams_the_same_batches(tmp_path: Path) -> None:
-    write_folder(tmp_path)
+    write_tiny_imagenet(tmp_path)
     for options in ({}, {"crop": "resized"}, {"size": 32}, {"size": 80, "crop": "resized"}):
         resident, streamed = load(tmp_path, **options), load(tmp_path, memory_limit_gb=0, **options)
         assert isinstance(streamed.train, StreamedSplit) and resident.input_shape == streamed.input_shape
@@ -117,8 +92,8 @@ def test_the_archive_is_downloaded_checked_unpacked_and_removed(
 ) -> None:
     write_zip(tmp_path, monkeypatch)
     assert len(load(tmp_path / "data").train) == 12
-    assert names(tmp_path / "data") == [NAME] and capfd.readouterr() == ("", "")
-    (tmp_path / "server" / f"{NAME}.zip").unlink()
+    assert names(tmp_path / "data") == [TINY] and capfd.readouterr() == ("", "")
+    (tmp_path / "server" / f"{TINY}.zip").unlink()
     assert len(load(tmp_path / "data").test) == 4
 
 
@@ -126,7 +101,7 @@ def test_an_archive_put_into_the_folder_needs_no_network_and_stays(tmp_path: Pat
     place(write_zip(tmp_path, monkeypatch), tmp_path / "data")
     monkeypatch.setattr(DATASETS["tiny_imagenet"], "url", "no-such-scheme://")
     assert len(load(tmp_path / "data").train) == 12
-    assert names(tmp_path / "data") == [NAME, f"{NAME}.zip"]
+    assert names(tmp_path / "data") == [TINY, f"{TINY}.zip"]
 
 
 def test_a_download_that_fails_says_what_is_missing_and_leaves_nothing(
@@ -136,7 +111,7 @@ def test_a_download_that_fails_says_what_is_missing_and_leaves_nothing(
     archive.write_bytes(archive.read_bytes()[:-10])
     with pytest.raises(DataError, match=r"dataset=tiny_imagenet: missing .*the download failed") as caught:
         load(tmp_path / "data")
-    assert str(tmp_path / "data" / NAME) in str(caught.value) and "\n" not in str(caught.value)
+    assert str(tmp_path / "data" / TINY) in str(caught.value) and "\n" not in str(caught.value)
     archive.unlink()
     with pytest.raises(DataError, match="the download failed"):
         load(tmp_path / "data")
@@ -167,7 +142,7 @@ def test_an_archive_that_cannot_be_unpacked_is_named(tmp_path: Path, monkeypatch
     assert str(archive) in str(caught.value) and names(tmp_path / "data") == [archive.name]
 
 
-@pytest.mark.parametrize("member", ["../evil.txt", "/evil.txt", f"{NAME}/../../evil.txt", "..\\evil.txt", "C:\\evil.txt"])
+@pytest.mark.parametrize("member", ["../evil.txt", "/evil.txt", f"{TINY}/../../evil.txt", "..\\evil.txt", "C:\\evil.txt"])
 def test_a_member_that_would_land_elsewhere_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, member: str) -> None:
     archive = place(write_zip(tmp_path, monkeypatch, member), tmp_path / "data")
     with pytest.raises(DataError, match=r"evil\.txt' would land outside of") as caught:
@@ -177,11 +152,11 @@ def test_a_member_that_would_land_elsewhere_is_refused(tmp_path: Path, monkeypat
 
 
 def test_an_archive_of_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    archive = tmp_path / f"{NAME}.zip"
+    archive = tmp_path / f"{TINY}.zip"
     with zipfile.ZipFile(archive, "w") as opened:
         opened.writestr("other/file.txt", "text")
     expect(archive, monkeypatch)
-    with pytest.raises(DataError, match=f"holds no folder {NAME}"):
+    with pytest.raises(DataError, match=f"holds no folder {TINY}"):
         load(tmp_path)
 
 
@@ -199,7 +174,7 @@ def test_an_interrupted_unpacking_starts_over(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(KeyboardInterrupt):
         load(tmp_path / "data")
     # The checked archive is what a second attempt starts from.
-    assert names(tmp_path / "data") == [f"{NAME}.zip"]
+    assert names(tmp_path / "data") == [f"{TINY}.zip"]
     assert (len(load(tmp_path / "data").train), len(load(tmp_path / "data").test)) == (12, 4)
 
 
@@ -219,13 +194,13 @@ def test_unpacking_beside_a_faster_run_is_no_trouble(tmp_path: Path, monkeypatch
     original = os.replace
 
     def late(source: Path, target: Path) -> None:
-        if Path(target).name == NAME:
-            write_folder(tmp_path / "data")
+        if Path(target).name == TINY:
+            write_tiny_imagenet(tmp_path / "data")
         original(source, target)
 
     monkeypatch.setattr(os, "replace", late)
     assert len(load(tmp_path / "data").train) == 12
-    assert names(tmp_path / "data") == [NAME, archive.name]
+    assert names(tmp_path / "data") == [TINY, archive.name]
 
 
 @pytest.mark.parametrize(("old", "new", "message"), [
@@ -235,7 +210,7 @@ def test_unpacking_beside_a_faster_run_is_no_trouble(tmp_path: Path, monkeypatch
     ("val_1.JPEG\tn01\t0\t0\t63\t63\n", "", r"val_annotations\.txt: no line for val_1\.JPEG"),
 ])
 def test_annotations_that_do_not_fit_are_named(tmp_path: Path, old: str, new: str, message: str) -> None:
-    path = write_folder(tmp_path) / "val" / "val_annotations.txt"
+    path = write_tiny_imagenet(tmp_path) / "val" / "val_annotations.txt"
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
@@ -246,7 +221,7 @@ def test_annotations_that_do_not_fit_are_named(tmp_path: Path, old: str, new: st
 
 @pytest.mark.parametrize("part", ["wnids.txt", "train", "val/images", "val/val_annotations.txt"])
 def test_a_part_that_is_missing_is_named(tmp_path: Path, part: str) -> None:
-    folder = write_folder(tmp_path)
+    folder = write_tiny_imagenet(tmp_path)
     (folder / part).rename(folder / "elsewhere")
     with pytest.raises(DataError, match=r"is missing; delete .* to download it again") as caught:
         load(tmp_path)
@@ -254,7 +229,7 @@ def test_a_part_that_is_missing_is_named(tmp_path: Path, part: str) -> None:
 
 
 def test_a_class_without_images_is_named(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path)
+    folder = write_tiny_imagenet(tmp_path)
     (folder / "train" / "n02").rename(folder / "elsewhere")
     with pytest.raises(DataError, match="holds no images") as caught:
         load(tmp_path)
@@ -265,7 +240,7 @@ def test_a_class_without_images_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"not an image", None])
 def test_a_broken_image_is_named(tmp_path: Path, content: bytes | None, limit: float) -> None:
     """Not an image, or one cut off in its pixels: found when it is decoded, which for streamed images is later."""
-    bad = write_folder(tmp_path) / "val" / "images" / "val_2.JPEG"
+    bad = write_tiny_imagenet(tmp_path) / "val" / "images" / "val_2.JPEG"
     bad.write_bytes(bad.read_bytes()[:1500] if content is None else content)
     with pytest.raises(DataError, match="not a readable image") as caught:
         list(load(tmp_path, memory_limit_gb=limit).test.batches(4))
@@ -273,7 +248,7 @@ def test_a_broken_image_is_named(tmp_path: Path, content: bytes | None, limit: f
 
 
 def test_an_image_of_another_size_is_named(tmp_path: Path) -> None:
-    odd = write_folder(tmp_path) / "train" / "n01" / "images" / "n01_1.JPEG"
+    odd = write_tiny_imagenet(tmp_path) / "train" / "n01" / "images" / "n01_1.JPEG"
     Image.fromarray(np.zeros((60, 64, 3), np.uint8)).save(odd)
     with pytest.raises(DataError, match="60x64 pixels") as caught:
         load(tmp_path)
