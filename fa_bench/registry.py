@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
+import typing
 from collections.abc import Callable, Iterator, Mapping
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from fa_bench.errors import ConfigError, names, nearest
 from fa_bench.options import Options
@@ -48,6 +50,24 @@ class Registry(Mapping[str, "type[T]"], Generic[T]):
             raise ConfigError(f"{self.kind}={name}: no such {self.kind}{nearest(name, self._entries)} "
                               f"(available: {names(sorted(self._entries))})")
         return self._entries[name]
+
+    def parse(self, text: str) -> T:
+        """A component with its options from one string, ``NAME`` or ``NAME:OPTION=VALUE,...``; lists in square brackets.
+
+        Raises:
+            ConfigError: for an unknown name, or text that cannot be read.
+            OptionError: for an unknown or bad option.
+        """
+        from omegaconf import OmegaConf
+
+        name, _, rest = text.partition(":")
+        cls, parts = self[name], re.split(r",(?![^\[]*\])", rest) if rest else []
+        try:
+            options = OmegaConf.to_container(OmegaConf.from_dotlist(parts))
+        except Exception as error:  # whatever the parser of values makes of them
+            raise ConfigError(f"{self.kind}={text}: cannot be read ({type(error).__name__}); "
+                              f"write NAME:OPTION=VALUE,...") from None
+        return cls.from_mapping(typing.cast("Mapping[str, Any]", options))
 
     def __contains__(self, name: object) -> bool:
         self._load()

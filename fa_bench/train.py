@@ -6,13 +6,14 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from fa_bench import checkpoint
 from fa_bench.config import Job
+from fa_bench.data.base import Splits
 from fa_bench.errors import ConfigError, FaBenchError, OptionError
 from fa_bench.files import LOG, RESULT, dump_json, write_text
 from fa_bench.loop import Diverged, Loop, Progress
@@ -47,12 +48,7 @@ def run(job: Job, directory: Path, title: str = "") -> dict[str, Any]:
     if job.run.resume and (done := _finished(place)) is not None:
         log.info("%s is finished already: nothing to do", title or directory)
         return done
-    splits = job.dataset.load(Path(job.run.data_dir), device)
-    model = _build(job, splits).to(device)
-    x, y = next(splits.train.batches(min(job.run.probe_size, len(splits.train))))
-    rule = job.fresh_algorithm().attach(model, seed=job.run.seed, sample_input=x[:2])
-    optimizers = Optimizers(job.optimizer, rule, job.run.epochs, job.feedback_optimizer)
-    probe = Probe(rule, x, y)
+    splits, rule, optimizers, probe = assemble(job, device)
 
     progress = Progress()
     resuming = job.run.resume and place.checkpoint.exists()
@@ -83,6 +79,28 @@ def run(job: Job, directory: Path, title: str = "") -> dict[str, Any]:
         finally:
             recorder.finish(result)
     return result
+
+
+class Parts(NamedTuple):
+    """What a run is made of, ready to be trained."""
+
+    splits: Splits
+    rule: Rule
+    optimizers: Optimizers
+    probe: Probe
+
+
+def assemble(job: Job, device: torch.device) -> Parts:
+    """Load the data, build the model and put the rule into it; `prepare` gives the device.
+
+    Raises:
+        FaBenchError: for input that cannot be run.
+    """
+    splits = job.dataset.load(Path(job.run.data_dir), device)
+    model = _build(job, splits).to(device)
+    x, y = next(splits.train.batches(min(job.run.probe_size, len(splits.train))))
+    rule = job.fresh_algorithm().attach(model, seed=job.run.seed, sample_input=x[:2])
+    return Parts(splits, rule, Optimizers(job.optimizer, rule, job.run.epochs, job.feedback_optimizer), Probe(rule, x, y))
 
 
 def _finished(place: RunDirectory) -> dict[str, Any] | None:
@@ -205,4 +223,4 @@ def show_log() -> None:
     log.propagate = False
 
 
-__all__ = ["FaBenchError", "prepare", "record_failure", "run", "show_log"]
+__all__ = ["FaBenchError", "Parts", "assemble", "prepare", "record_failure", "run", "show_log"]

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 import fa_bench
-from fa_bench.errors import OptionError
+from fa_bench.errors import ConfigError, OptionError
 from fa_bench.files import atomic, dump_json
 from fa_bench.models.conv2 import Conv2
 from fa_bench.models.mlp import MLP
 from fa_bench.models.resnet20 import ResNet20
 from fa_bench.optim import SGD, Adam, Optimizers, Schedule
+from fa_bench.registries import ARCHITECTURES
 
 
 def test_decay_of_the_first_epoch() -> None:
@@ -120,3 +121,27 @@ def test_options_name_what_is_allowed() -> None:
         SGD.from_mapping({"schedule": {"gamma": 2}})
     with pytest.raises(OptionError, match=r"nam: unknown option .* did you mean 'name'"):
         SGD.from_mapping({"schedule": {"nam": "step"}})
+
+
+def test_residual_net_without_shortcuts() -> None:
+    """The same weights; a block whose last normalisation gives zero passes its input on only where it has a shortcut."""
+    torch.manual_seed(0)
+    nets = [ResNet20(width=4, blocks=1, shortcuts=shortcuts).build((1, 8, 8), 3) for shortcuts in (True, False)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    x, changes = torch.randn(2, 1, 8, 8), []
+    for net in nets:
+        nn.init.zeros_(net.stages.layer2[0].bn2.weight)
+        changes.append((net(x) - net(-x)).abs().max().item())
+    assert changes[0] > 1e-3 and changes[1] == 0
+
+
+def test_component_from_one_string() -> None:
+    made = ARCHITECTURES.parse("mlp:widths=[3,4],batch_norm=true")
+    assert isinstance(made, MLP) and made.widths == [3, 4] and made.batch_norm
+    assert type(ARCHITECTURES.parse("mlp")) is MLP
+    with pytest.raises(OptionError, match=r"widht: unknown option of mlp; did you mean 'widths'"):
+        ARCHITECTURES.parse("mlp:widht=3")
+    with pytest.raises(ConfigError, match="no such architecture; did you mean 'mlp'"):
+        ARCHITECTURES.parse("mpl:widths=[3]")
+    with pytest.raises(ConfigError, match="write NAME:OPTION=VALUE"):
+        ARCHITECTURES.parse("mlp:widths=[3")
