@@ -39,8 +39,8 @@ class Analysis(Options):
         """
         from matplotlib.figure import Figure
 
-        directory.mkdir(parents=True, exist_ok=True)
         table = self.table()
+        directory.mkdir(parents=True, exist_ok=True)
         figure = Figure(figsize=self.size, dpi=120, layout="constrained")
         self.draw(figure, table)
         csv, png = directory / f"{self.name}.csv", directory / f"{self.name}.png"

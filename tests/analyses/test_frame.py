@@ -16,6 +16,11 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
     "brain_correlation": ["neurons=20", "draws=2", "fractions=[0.5]"],
     "forward_alignment_theorem": ["seeds=1", "time=1", "lr=0.1", "records=4"],
+    "qualitative_table": ["rules=[bp,'pfa:ratio=2']", "architecture=mlp:widths=[8,8]",
+                          "dataset=synthetic:samples=80,test_samples=16",
+                          "epochs=1", "seeds=1"],
+    "shortcut_effect": ["with_shortcuts=resnet20:width=2,blocks=1", "without_shortcuts=resnet20:width=2,blocks=1,shortcuts=false",
+                        "dataset=synthetic:samples=80,test_samples=16", "epochs=1", "seeds=1", "probe_size=8"],
     "pfa_spectrum": ["outputs=8", "inputs=8", "ratios=[1,10]", "histograms=[10]", "draws=2", "bins=4"],
 }
 
@@ -59,6 +64,12 @@ def test_same_options_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.Mo
     (["pfa_spectrum", "draw=1"], "analyse: draw: unknown option of pfa_spectrum; did you mean 'draws'?"),
     (["pfa_spectrum", "draws=0"], "analyse: draws=0 is out of range (allowed: >= 1)"),
     (["pfa_spectrum", "draws"], "analyse: draws: options are written OPTION=VALUE"),
+    (["shortcut_effect", "rule=fa"], "analyse: rule=fa has no option transport"),
+    (["shortcut_effect", "rule=asap:j=3"], "analyse: rule.j: unknown option of asap"),
+    (["shortcut_effect", "device=gpu"], "analyse: device=gpu is not one of auto"),
+    (["qualitative_table", "rules=[fa]"], "analyse: rules=fa lacks bp"),
+    (["qualitative_table", "optimizer=sdg"], "analyse: optimizer=sdg: no such optimizer; did you mean 'sgd'?"),
+    (["qualitative_table", "rules=[bp]", "optimizer=sgd:lr=1e30", "epochs=1"], "analyse: bp with seed 0 diverged: not finite"),
     (["pfa_spectrum", "ratios=[1"], "analyse: ratios=[1: cannot be read"),
 ])
 def test_faults_end_in_one_line(
