@@ -7,13 +7,14 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from fa_bench import checkpoint
 from fa_bench.config import Job
+from fa_bench.data.base import Splits
 from fa_bench.errors import ConfigError, FaBenchError, OptionError
 from fa_bench.files import LOG, RESULT, dump_json, write_text
 from fa_bench.labels import duration
@@ -54,14 +55,8 @@ def run(
     if job.run.resume and (done := _finished(place)) is not None:
         log.info("%s is finished already: nothing to do", title or directory)
         return done
-    # From here on the job as it is trained; what it is called and known by stays `place.job`.
-    job, trial = scaled(job), SCALES[job.run.scale]
-    splits = job.dataset.load(Path(job.run.data_dir), device, trial and (trial.train, trial.test))
-    model = _build(job, splits).to(device)
-    x, y = next(splits.train.batches(min(job.run.probe_size, len(splits.train))))
-    rule = job.fresh_algorithm().attach(model, seed=job.run.seed, sample_input=x[:2])
-    optimizers = Optimizers(job.optimizer, rule, job.run.epochs, job.feedback_optimizer)
-    probe = Probe(rule, x, y)
+    job = scaled(job)  # as it is trained; what it is called and known by stays `place.job`
+    splits, rule, optimizers, probe = assemble(job, device)
 
     progress = Progress()
     resuming = job.run.resume and place.checkpoint.exists()
@@ -93,6 +88,33 @@ def run(
         finally:
             recorder.finish(result)
     return result
+
+
+class Parts(NamedTuple):
+    """What a run is made of, ready to be trained."""
+
+    splits: Splits
+    rule: Rule
+    optimizers: Optimizers
+    probe: Probe
+
+
+def assemble(job: Job, device: torch.device) -> Parts:
+    """Load the data, build the model and put the rule into it.
+
+    Args:
+        job: the job as it is trained, see `fa_bench.scale.scaled`.
+        device: what `prepare` gave.
+
+    Raises:
+        FaBenchError: for input that cannot be run.
+    """
+    trial = SCALES[job.run.scale]
+    splits = job.dataset.load(Path(job.run.data_dir), device, trial and (trial.train, trial.test))
+    model = _build(job, splits).to(device)
+    x, y = next(splits.train.batches(min(job.run.probe_size, len(splits.train))))
+    rule = job.fresh_algorithm().attach(model, seed=job.run.seed, sample_input=x[:2])
+    return Parts(splits, rule, Optimizers(job.optimizer, rule, job.run.epochs, job.feedback_optimizer), Probe(rule, x, y))
 
 
 def _finished(place: RunDirectory) -> dict[str, Any] | None:
@@ -221,4 +243,4 @@ def show_log() -> None:
     log.propagate = False
 
 
-__all__ = ["FaBenchError", "prepare", "record_failure", "run", "show_log"]
+__all__ = ["FaBenchError", "Parts", "assemble", "prepare", "record_failure", "run", "show_log"]

@@ -12,11 +12,21 @@ import inspect
 import sys
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from fa_bench.errors import FaBenchError
+from fa_bench.errors import ConfigError, FaBenchError
 from fa_bench.options import option_fields
 from fa_bench.registries import ANALYSES
+
+
+def _parsed(options: list[str]) -> DictConfig:
+    for word in options:
+        if "=" not in word:
+            raise ConfigError(f"{word}: options are written OPTION=VALUE")
+    try:
+        return OmegaConf.from_dotlist(options)
+    except Exception as error:  # whatever the parser of values makes of them
+        raise ConfigError(f"{' '.join(options)}: cannot be read ({type(error).__name__})") from None
 
 
 def main() -> None:
@@ -39,11 +49,12 @@ def main() -> None:
             for field in option_fields(cls):
                 print(f"  {field.name}={getattr(cls(), field.name)}  {field.metadata['help']}")
             return
-        given = OmegaConf.to_container(OmegaConf.from_dotlist(arguments.options))
-        table, csv, png = cls.from_mapping(given).write(arguments.out)  # type: ignore[arg-type]
+        given = OmegaConf.to_container(_parsed(arguments.options))
+        analysis = cls.from_mapping(given)  # type: ignore[arg-type]
+        table, csv, png = analysis.write(arguments.out)
     except FaBenchError as error:
         sys.exit(f"analyse: {error}")
-    print(table.to_string(index=False))
+    print(analysis.summary(table).to_string(index=False))
     print(f"{csv}\n{png}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from fa_bench.files import atomic
 from fa_bench.options import Options
@@ -16,9 +16,16 @@ if TYPE_CHECKING:
 class Analysis(Options):
     """Base of the analyses; the fields of a subclass are its options."""
 
+    #: Width and height of the figure in inches.
+    size: ClassVar[tuple[float, float]] = (10, 4.5)
+
     def table(self) -> pd.DataFrame:
         """What was computed, one row for each thing: it becomes the CSV."""
         raise NotImplementedError
+
+    def summary(self, table: pd.DataFrame) -> pd.DataFrame:
+        """What the terminal shows of a table; all of it, unless an analysis has many rows."""
+        return table
 
     def draw(self, figure: Figure, table: pd.DataFrame) -> None:
         """Draw the table into an empty figure."""
@@ -32,9 +39,9 @@ class Analysis(Options):
         """
         from matplotlib.figure import Figure
 
-        directory.mkdir(parents=True, exist_ok=True)
         table = self.table()
-        figure = Figure(figsize=(10, 4.5), dpi=120, layout="constrained")
+        directory.mkdir(parents=True, exist_ok=True)
+        figure = Figure(figsize=self.size, dpi=120, layout="constrained")
         self.draw(figure, table)
         csv, png = directory / f"{self.name}.csv", directory / f"{self.name}.png"
         with atomic(csv) as temporary:

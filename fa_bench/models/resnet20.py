@@ -23,8 +23,10 @@ class ResNet20(Architecture):
 
     width: int = option(16, "channels of the first stage", minimum=1)
     blocks: int = option(3, "blocks in each of the three stages", minimum=1)
+    shortcuts: bool = option(True, "add each block's input to its output; false: a plain net of the same layers")
 
     def make(self, input_shape: tuple[int, int, int], classes: int) -> torch_nn.Module:
         from fa_bench.models.nets.residual import ResNet
 
-        return ResNet(input_shape[0], classes, [self.width, 2 * self.width, 4 * self.width], [self.blocks] * 3)
+        shortcut = "pad" if self.shortcuts else "none"
+        return ResNet(input_shape[0], classes, [self.width, 2 * self.width, 4 * self.width], [self.blocks] * 3, shortcut)

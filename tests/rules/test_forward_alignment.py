@@ -1,11 +1,13 @@
 """forward_alignment: what enters the weight gradient, what it leaves alone, and the theorem of the paper's appendix."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import fa_bench
+from fa_bench.analyses.forward_alignment_theorem import Linear, trajectory
 
 from . import nets
 from .helpers import array, assert_bitwise, assert_matches, backward, bp_grads, collect, distance, rule_grads
@@ -83,7 +85,10 @@ def test_layer_that_runs_twice_is_refused():
 
 @pytest.mark.parametrize("hidden", [6, 9])
 def test_error_of_a_linear_net_goes_to_zero(hidden):
-    """Appendix A.1: y = W A x learns y = T x under white input, W with C x for A x; ‖T - W A‖ vanishes for hidden ≥ inputs."""
+    """Appendix A.1: y = W A x learns y = T x under white input, W with C x for A x; ‖T - W A‖ vanishes for hidden ≥ inputs.
+
+    All the way there the rule is where the theorem's equations are.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, hidden, bias=False), nn.Linear(hidden, 4, bias=False)).double()
     with torch.no_grad():
@@ -92,8 +97,13 @@ def test_error_of_a_linear_net_goes_to_zero(hidden):
     x = torch.linalg.qr(torch.randn(60, 6, dtype=torch.float64))[0] * 60**0.5  # white: xᵀ x / 60 = I
     rule = fa_bench.attach(model, "forward_alignment", seed=0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    tensors = teacher, model[1].weight.detach(), model[0].weight.detach(), rule.feedback["0"]["C"]
+    theory = trajectory(Linear(*(tensor.numpy().copy() for tensor in tensors), np.eye(6)), lr=0.05)
     errors = []
-    for _ in range(2500):
+    for step, (w, a) in zip(range(1200), theory, strict=False):
+        if step % 100 == 99:
+            np.testing.assert_allclose(model[1].weight.detach(), w, atol=1e-9)
+            np.testing.assert_allclose(model[0].weight.detach(), a, atol=1e-9)
         optimizer.zero_grad()
         z = model(x)
         rule.backward(0.5 * (z - x @ teacher.t()).square().sum() / 60, z)

@@ -120,3 +120,15 @@ def test_options_name_what_is_allowed() -> None:
         SGD.from_mapping({"schedule": {"gamma": 2}})
     with pytest.raises(OptionError, match=r"nam: unknown option .* did you mean 'name'"):
         SGD.from_mapping({"schedule": {"nam": "step"}})
+
+
+def test_residual_net_without_shortcuts() -> None:
+    """The same weights; a block whose last normalisation gives zero passes its input on only where it has a shortcut."""
+    torch.manual_seed(0)
+    nets = [ResNet20(width=4, blocks=1, shortcuts=shortcuts).build((1, 8, 8), 3) for shortcuts in (True, False)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    x, changes = torch.randn(2, 1, 8, 8), []
+    for net in nets:
+        nn.init.zeros_(net.stages.layer2[0].bn2.weight)
+        changes.append((net(x) - net(-x)).abs().max().item())
+    assert changes[0] > 1e-3 and changes[1] == 0

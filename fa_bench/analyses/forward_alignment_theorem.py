@@ -1,0 +1,165 @@
+"""The theorem of Forward Alignment: where the error of a linear net goes, with its conditions and without."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from fa_bench.analyses.base import Analysis
+from fa_bench.errors import OptionError
+from fa_bench.feedback import seed_for
+from fa_bench.options import option
+from fa_bench.registries import ANALYSES
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+
+class Linear(NamedTuple):
+    """A linear net y = W A x that learns y = T x by Forward Alignment with C: T (O, I), W (O, H), A and C (H, I), Σ (I, I)."""
+
+    teacher: np.ndarray
+    w: np.ndarray
+    a: np.ndarray
+    c: np.ndarray
+    covariance: np.ndarray
+
+
+def trajectory(net: Linear, lr: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """W and A before every update, without end, where each takes the mean over inputs x of mean zero and covariance Σ.
+
+    W <- W + η E Σ Cᵀ and A <- A + η Wᵀ E Σ with E = T - W A (eqs 26 and 27 of Woo et al. 2021; with Σ = I eqs 28 and 29).
+    """
+    w, a = net.w, net.a
+    while True:
+        yield w, a
+        error = (net.teacher - w @ a) @ net.covariance
+        w, a = w + lr * error @ net.c.T, a + lr * w.T @ error
+
+
+@ANALYSES.register("forward_alignment_theorem")
+@dataclasses.dataclass(eq=False)
+class ForwardAlignmentTheorem(Analysis):
+    """‖E‖ over time in the linear net of the theorem (appendix A.1 of Woo et al. 2021, eqs 25-38).
+
+    y = W A x learns y = T x, with E = T - W A and the continuous dynamics Ẇ = E Cᵀ, Ȧ = Wᵀ E. The theorem: E → 0 as t → ∞ (the
+    print says t → 0) if k = A Cᵀ - ½ Wᵀ W is zero, C has full column rank, and the input is white. V = ‖E Cᵀ‖² is its Lyapunov
+    function. The cases, each with the same T, C and start but for what it breaks:
+
+    - theorem: all hold. W = M Cᵀ with a small random M, and A = ½ C Mᵀ M, which is k = 0 [derived];
+    - k_random: A with Gaussian numbers added; k_negative: A - ``k`` C, which makes the hidden activation the opposite of C x;
+    - rank_enough: C of rank O, below the inputs; rank_small: C of rank O - 1;
+    - coloured: a covariance Σ with eigenvalues between 1 and ``condition``, divided by their mean; Ẇ = E Σ Cᵀ, Ȧ = Wᵀ E Σ.
+
+    [derived] What the proof uses of k = 0 is its symmetric part, and that is all that lasts: k's antisymmetric part is not
+    constant (eq. 33 needs WᵀẆ to be symmetric), while sym(A Cᵀ) - ½ Wᵀ W is, for every Σ: add to both sides of eq. 32 their
+    transposes. And a W that starts in the row space of Cᵀ stays there: a C of lower rank than T leaves an error.
+
+    Rows: case, seed, time t = steps x ``lr``, ‖E‖ / ‖T‖, V / V(0), norms of the symmetric and antisymmetric parts of k.
+    """
+
+    size: ClassVar[tuple[float, float]] = (13, 4)
+
+    cases: list[str] = option(["theorem", "k_random", "k_negative", "rank_enough", "rank_small", "coloured"], "what to break",
+                              choices=["theorem", "k_random", "k_negative", "rank_enough", "rank_small", "coloured"])
+    inputs: int = option(6, "I: inputs, more than outputs", minimum=2)
+    hidden: int = option(9, "H: hidden units, at least as many as inputs", minimum=2)
+    outputs: int = option(4, "O: outputs", minimum=2)
+    start: float = option(0.1, "standard deviation of M", minimum=0)
+    k: float = option(1.0, "how far A is moved by k_random (standard deviation) and k_negative (factor of C)", above=0)
+    condition: float = option(100.0, "largest over smallest eigenvalue of the coloured input's covariance", minimum=1)
+    lr: float = option(0.01, "η: the step of the discrete process, in units of time", above=0)
+    time: float = option(100.0, "how long each runs", above=0)
+    records: int = option(100, "rows of each run at most, evenly along the logarithm of time", minimum=2)
+    seeds: int = option(5, "draws of T, C, M and what else is random", minimum=1)
+
+    def check(self) -> None:
+        if not self.outputs < self.inputs <= self.hidden:
+            raise OptionError("inputs", f"={self.inputs} must be above outputs={self.outputs} and at most hidden={self.hidden}")
+        if self.time < self.lr:
+            raise OptionError("time", f"={self.time:g} is less than one step of lr={self.lr:g}")
+
+    def net(self, case: str, seed: int) -> Linear:
+        """T, W, A, C and Σ at the start of a case."""
+        generator = np.random.default_rng(seed_for("forward_alignment_theorem", seed))
+        teacher = generator.standard_normal((self.outputs, self.inputs))
+        c = generator.standard_normal((self.hidden, self.inputs)) / math.sqrt(self.inputs)
+        m = self.start * generator.standard_normal((self.outputs, self.inputs))
+        other = generator.standard_normal(c.shape)
+        axes = np.linalg.qr(generator.standard_normal((self.inputs, self.inputs)))[0]
+        reduced: dict[str, Callable[[], np.ndarray]] = {
+            "rank_enough": lambda: of_rank(c, self.outputs), "rank_small": lambda: of_rank(c, self.outputs - 1),
+        }
+        c = reduced.get(case, lambda: c)()
+        moved = {"k_random": self.k * other, "k_negative": -self.k * c}.get(case, 0)
+        covariance = np.eye(self.inputs)
+        if case == "coloured":
+            eigenvalues = np.geomspace(1, self.condition, self.inputs)
+            covariance = axes * (eigenvalues / eigenvalues.mean()) @ axes.T
+        return Linear(teacher, m @ c.T, c @ m.T @ m / 2 + moved, c, covariance)
+
+    def table(self) -> pd.DataFrame:
+        import pandas as pd
+
+        steps = round(self.time / self.lr)
+        # Evenly along the logarithm of time, for the first moments matter as much as the end.
+        at = {0, *np.geomspace(1, steps, self.records).round().astype(int).tolist()}
+        rows: list[dict[str, Any]] = []
+        for case in self.cases:
+            for seed in range(self.seeds):
+                net, first = self.net(case, seed), None
+                for step, (w, a) in zip(range(steps + 1), trajectory(net, self.lr), strict=False):
+                    if step not in at:
+                        continue
+                    error, k = net.teacher - w @ a, a @ net.c.T - w.T @ w / 2
+                    v = float(np.sum((error @ net.c.T) ** 2))
+                    first = v if first is None else first
+                    rows.append({
+                        "case": case, "seed": seed, "time": step * self.lr,
+                        "error": np.linalg.norm(error) / np.linalg.norm(net.teacher), "lyapunov": v / first,
+                        "k_symmetric": np.linalg.norm(k + k.T) / 2, "k_antisymmetric": np.linalg.norm(k - k.T) / 2,
+                    })
+        return pd.DataFrame(rows)
+
+    def summary(self, table: pd.DataFrame) -> pd.DataFrame:
+        """Of each case the errors at the end, the highest V, and how far the parts of k went from where they were."""
+        import pandas as pd
+
+        rows: list[dict[str, Any]] = []
+        for case, part in table.groupby("case", sort=False):
+            runs = [run for _, run in part.groupby("seed")]
+            last = [run["error"].iloc[-1] for run in runs]
+            rows.append({"case": case, "error_smallest": min(last), "error_largest": max(last),
+                         "lyapunov_max": part["lyapunov"].max()})
+            for name in ("k_symmetric", "k_antisymmetric"):
+                rows[-1] |= {f"{name}_first": runs[0][name].iloc[0], f"{name}_last": runs[0][name].iloc[-1]}
+        return pd.DataFrame(rows)
+
+    def draw(self, figure: Figure, table: pd.DataFrame) -> None:
+        from fa_bench.report.plot import COLOURS
+
+        panels = figure.subplots(1, 3)
+        for number, (case, part) in enumerate(table.groupby("case", sort=False)):
+            for axes, column in zip(panels, ("error", "lyapunov", "k_symmetric"), strict=True):
+                for seed, run in part.groupby("seed"):
+                    axes.plot(run["time"], run[column], color=COLOURS[number % len(COLOURS)], lw=1, alpha=0.7,
+                              label=case if seed == 0 else None)
+        titles = "‖E‖ / ‖T‖", "V / V(0), where V = ‖E Cᵀ‖²", "‖symmetric part of k‖"
+        for axes, title in zip(panels, titles, strict=True):
+            axes.set(title=title, xlabel="time")
+            axes.set_xscale("symlog", linthresh=10 * self.lr)
+        for axes in panels[:2]:
+            axes.set(yscale="log", ylim=(1e-12, 20))
+        panels[0].legend(frameon=False, fontsize=8)
+
+
+def of_rank(matrix: np.ndarray, rank: int) -> np.ndarray:
+    """The nearest matrix of this rank."""
+    u, s, v = np.linalg.svd(matrix, full_matrices=False)
+    s[rank:] = 0
+    return u * s @ v

@@ -1,0 +1,185 @@
+"""Why shortcuts help activation sharing: the angle of its weight changes to those of backpropagation, with and without them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fa_bench.analyses.base import Analysis
+from fa_bench.analyses.training import fit, make_job
+from fa_bench.errors import OptionError
+from fa_bench.lazy import torch
+from fa_bench.options import option
+from fa_bench.registries import ALGORITHMS, ANALYSES
+from fa_bench.specs import component
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+    from fa_bench.config import Job
+    from fa_bench.loop import Progress
+    from fa_bench.rules.base import Rule
+    from fa_bench.train import Parts
+
+
+@ANALYSES.register("shortcut_effect")
+@dataclasses.dataclass(eq=False)
+class ShortcutEffect(Analysis):
+    """The shortcut effect, measured (appendix E of Woo et al. 2021, eqs 43-47).
+
+    Layer l + 3 has the input h_{l+2} = φ(W_{l+2} h_{l+1} + b_{l+2}), plus h_l where there is a shortcut, and so backpropagation
+    changes its weight by δ φ(...), plus δ h_l. ASAP, which shares h_l, changes it by δ h_l in both nets: with the shortcut that
+    is a part of backpropagation's change. The paper draws this; here it is measured. Both nets are trained by ASAP, and between
+    epochs the gradients of ASAP and of backpropagation are taken on the same batch and weights, and their angle at each layer:
+
+    - ``whole``: ASAP as it trains, whose δ comes through B;
+    - ``sharing``: with backpropagation's own δ (``transport``), which is what eqs 44, 46 and 47 compare.
+
+    The effect is one of layers whose input is a block's sum, such as the first convolution of the next block, and not of those
+    inside a block. ``shares`` marks layers whose shared activation is not their own input; for the others sharing makes no angle.
+    Layers that ASAP does not train (the stem) have no row. Rows: net, seed, epoch, layer, the two angles in degrees, and the test
+    accuracy in % then.
+    """
+
+    size: ClassVar[tuple[float, float]] = (13, 4.5)
+
+    with_shortcuts: str = option("resnet20:width=8,blocks=2", "the net with shortcuts, NAME:OPTION=VALUE,...")
+    without_shortcuts: str = option("resnet20:width=8,blocks=2,shortcuts=false", "the net without, NAME:OPTION=VALUE,...")
+    rule: str = option("asap", "rule that shares activations, NAME:OPTION=VALUE,...; it needs the option transport")
+    dataset: str = option("digits", "dataset, NAME:OPTION=VALUE,...")
+    data_dir: str = option("data", "folder of the datasets")
+    optimizer: str = option("sgd:lr=0.03,momentum=0.9,weight_decay=0.0005", "optimizer, NAME:OPTION=VALUE,...")
+    epochs: int = option(6, "epochs of training", minimum=1)
+    every: int = option(3, "epochs between two measurements, besides one before the first and one after the last", minimum=1)
+    batch_size: int = option(64, "samples in a batch of training", minimum=1)
+    probe_size: int = option(128, "samples in the batch that the angles are taken on", minimum=2)
+    seeds: int = option(2, "seeds, from 0", minimum=1)
+    device: str = option("auto", "auto (an accelerator where there is one), cpu, cuda, cuda:1, mps")
+
+    def check(self) -> None:
+        self.job("with_shortcuts", 0)
+        self.job("without_shortcuts", 0)
+        if not hasattr(component(ALGORITHMS, self.rule), "transport"):
+            raise OptionError("rule", f"={self.rule} has no option transport (asap has)")
+
+    def job(self, net: str, seed: int) -> Job:
+        """The run of one net: `net` is the option that names it."""
+        keys = {"algorithm": "rule", "architecture": net, "dataset": "dataset", "optimizer": "optimizer"}
+        return make_job(
+            {group: (key, getattr(self, key)) for group, key in keys.items()}, seed=seed, epochs=self.epochs,
+            batch_size=self.batch_size, probe_size=self.probe_size, data_dir=self.data_dir, device=self.device,
+        )
+
+    def table(self) -> pd.DataFrame:
+        import pandas as pd
+        from tqdm import tqdm
+
+        rows: list[dict[str, Any]] = []
+        with tqdm(total=2 * self.seeds * self.epochs, desc=self.name, unit="epoch", disable=None, leave=False) as bar:
+            for seed in range(self.seeds):
+                for net in ("with_shortcuts", "without_shortcuts"):
+                    rows += self._train(net, seed, bar)
+        return pd.DataFrame(rows)
+
+    def _train(self, net: str, seed: int, bar: Any) -> list[dict[str, Any]]:
+        """Train one net and measure in between."""
+        from fa_bench.train import assemble, prepare
+
+        job = self.job(net, seed)
+        parts = assemble(job, prepare(job))
+        rows: list[dict[str, Any]] = []
+
+        def measure(epoch: int, accuracy: float) -> None:
+            for layer, found in gradient_angles(parts).items():
+                rows.append({"net": net, "seed": seed, "epoch": epoch, "layer": layer, **found, "test_accuracy": 100 * accuracy})
+
+        def on_epoch(progress: Progress, metrics: dict[str, Any]) -> None:
+            bar.update()
+            if progress.epoch % self.every == 0 or progress.epoch == self.epochs:
+                measure(progress.epoch, metrics["test_accuracy"])
+
+        measure(0, math.nan)
+        fit(job, parts, on_epoch)
+        return rows
+
+    def summary(self, table: pd.DataFrame) -> pd.DataFrame:
+        """At the end, mean over the seeds: one row for each layer, one column for each net and angle."""
+        last = table[(table["epoch"] == table["epoch"].max()) & table["shares"]]
+        wide = last.pivot_table(index="layer", columns="net", values=["sharing", "whole"], sort=False)
+        wide.columns = [f"{angle}_{net}" for angle, net in wide.columns]
+        return wide.round(1).reset_index()
+
+    def draw(self, figure: Figure, table: pd.DataFrame) -> None:
+        from fa_bench.report.plot import COLOURS
+
+        panels = figure.subplots(1, 2, sharey=True)
+        epochs = sorted(table["epoch"].unique())
+        layers = list(dict.fromkeys(table.loc[table["shares"], "layer"]))
+        for axes, angle in zip(panels, ("sharing", "whole"), strict=True):
+            for colour, net in zip(COLOURS[1:], ("with_shortcuts", "without_shortcuts"), strict=False):
+                for epoch, style in ((epochs[0], ":"), (epochs[-1], "-")):
+                    part = table[(table["net"] == net) & (table["epoch"] == epoch)].groupby("layer")[angle]
+                    means, spreads = part.mean().reindex(layers), part.std(ddof=0).reindex(layers)
+                    axes.errorbar(range(len(layers)), means, spreads, ls=style, marker="o", ms=3, capsize=2, color=colour,
+                                  label=f"{net.replace('_', ' ')}, epoch {epoch}")
+            axes.set_xticks(range(len(layers)), layers, rotation=60, ha="right", fontsize=7)
+            axes.axhline(90, color="0.6", lw=1, ls=(0, (1, 3)))
+        panels[0].set(title="Sharing alone: backpropagation's δ", ylabel="weight change to backpropagation's (degrees)")
+        panels[1].set(title="Whole: δ through B")
+        panels[0].legend(frameon=False, fontsize=8)
+
+
+def gradient_angles(parts: Parts) -> dict[str, dict[str, Any]]:
+    """{layer: angles} of the rule's weight gradients to backpropagation's on the probe's batch; the model stays as it is.
+
+    Angles: ``whole``, of the rule as it is, and ``sharing``, with transport, in degrees; ``shares`` tells whether sharing changes
+    the layer's gradient at all.
+    """
+    from fa_bench.metrics.angles import weight_angle
+
+    rule, x, y = parts.rule, parts.probe.x, parts.probe.y
+    whole, true = gradients(rule, x, y), gradients(rule, x, y, exact=True)
+    # A copy of the plain model with the same sharing, in which the error goes by the weights.
+    copied = copy.deepcopy(rule.model)
+    plain = attached(copied).detach()
+    transport = dataclasses.replace(rule, transport=True).attach(plain, seed=rule.seed, sample_input=x[:2])
+    sharing = gradients(transport, x, y)
+    found: dict[str, dict[str, Any]] = {}
+    for layer in parts.probe.trace.order:
+        if layer in whole and layer in sharing:
+            angle = weight_angle(sharing[layer], true[layer])
+            found[layer] = {"sharing": angle, "whole": weight_angle(whole[layer], true[layer]), "shares": angle > ROUNDING}
+    return found
+
+
+#: Degrees: an angle below this between two gradients in single precision is none.
+ROUNDING = 0.1
+
+
+def attached(model: Any) -> Rule:
+    """The rule that a model has."""
+    from fa_bench import attached_rule
+
+    rule = attached_rule(model)
+    assert rule is not None
+    return rule
+
+
+def gradients(rule: Rule, x: Tensor, y: Tensor, exact: bool = False) -> dict[str, Tensor]:
+    """{layer: weight gradient} of one batch, by the rule or by backpropagation; gradients and statistics stay as they are."""
+    from contextlib import nullcontext
+
+    from fa_bench.layers import weighted_layers
+    from fa_bench.metrics.probe import untouched
+
+    with untouched(rule), rule.exact() if exact else nullcontext(), torch.enable_grad():
+        logits = rule.model(x)
+        rule.backward(torch.nn.functional.cross_entropy(logits, y), logits, y)
+        layers = weighted_layers(rule.model)
+        return {path: layer.weight.grad.detach().clone() for path, layer in layers.items() if layer.weight.grad is not None}
+
+

@@ -1,0 +1,54 @@
+"""Runs that an analysis trains in its own process, without a directory of records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.errors import ConfigError, OptionError
+from fa_bench.registries import ALGORITHMS, ARCHITECTURES, DATASETS, OPTIMIZERS
+from fa_bench.specs import component
+
+if TYPE_CHECKING:
+    from fa_bench.config import Job
+    from fa_bench.loop import Angles, Progress
+    from fa_bench.train import Parts
+
+
+def make_job(texts: Mapping[str, tuple[str, str]], **run: Any) -> Job:
+    """A job from one string for each config group, ``NAME:OPTION=VALUE,...``.
+
+    Args:
+        texts: config group -> (the analysis's option that says it, the string).
+        **run: top-level options.
+
+    Raises:
+        ConfigError: for an unknown component.
+        OptionError: for a bad value, with the analysis's option in front.
+    """
+    from fa_bench.config import Job, RunOptions
+
+    parts: dict[str, Any] = {}
+    for group in (ALGORITHMS, ARCHITECTURES, DATASETS, OPTIMIZERS):
+        key, text = texts[group.kind]
+        try:
+            parts[group.kind] = component(group, text)
+        except OptionError as error:
+            raise error.under(key) from None
+    return Job(RunOptions(**run, probe_every=0), feedback_optimizer=None, **parts)
+
+
+def fit(job: Job, parts: Parts, on_epoch: Callable[[Progress, dict[str, Any]], None]) -> Angles:
+    """Train to the last epoch; returns the angles at the end.
+
+    Raises:
+        ConfigError: where the run diverges.
+    """
+    from fa_bench.loop import Diverged, Loop, Progress
+
+    loop = Loop(parts.rule, parts.optimizers, parts.splits, job.run.batch_size, job.run.drop_last, job.run.seed, parts.probe,
+                job.run.probe_every, on_probe=lambda step, angles: None, on_step=lambda progress: None, on_epoch=on_epoch)
+    try:
+        return loop.fit(Progress(), job.run.epochs)
+    except Diverged as error:
+        raise ConfigError(f"{parts.rule.name} with seed {job.run.seed} diverged: {error}; a lower lr may help") from None

@@ -1,0 +1,28 @@
+"""brain_correlation: the brain's point and the formula against drawn matrices."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fa_bench.analyses.brain_correlation import BrainCorrelation, draw_pair
+
+
+def test_the_brains_point_and_mixed_are_78_degrees() -> None:
+    table = BrainCorrelation(neurons=100, draws=5, fractions=[1.0], correlations=[1.0]).table().set_index("point")
+    brain, mixed, grid = (table.loc[kind] for kind in ("brain", "mixed", "grid"))
+    assert brain["overall"] == pytest.approx(0.36 * 0.31**0.5) and brain["angle"] == pytest.approx(78.44, abs=0.01)
+    # 10,000 pairs: a correlation has a deviation of 0.01, the mean of five 0.0045, which is a quarter of a degree.
+    assert brain["overall_drawn"] == pytest.approx(0.2004, abs=0.015)
+    assert brain["angle_drawn"] == pytest.approx(78.4, abs=0.9)
+    assert mixed["reciprocal"] == pytest.approx(0.31) and mixed["angle"] == pytest.approx(78.6, abs=0.05)
+    assert mixed["angle_drawn"] == pytest.approx(78.6, abs=0.9)
+    assert grid["angle_drawn"] == pytest.approx(0, abs=1e-6)
+
+
+def test_drawn_pairs_have_the_fraction_and_the_correlation() -> None:
+    forward, feedback = draw_pair(40_000, 0.3, 0.5, seed=1)
+    both = feedback != 0
+    assert both.mean() == pytest.approx(0.3, abs=0.01)
+    assert np.corrcoef(forward[both], feedback[both])[0, 1] == pytest.approx(0.5, abs=0.03)
+    assert feedback[both].std() == pytest.approx(1, abs=0.03)
