@@ -130,7 +130,9 @@ class Decoder:
             image = opened.convert("RGBA") if opened.mode == "P" and "transparency" in opened.info else opened
             image = self._bring(image.convert("RGB" if self.channels == 3 else "L"), rng)
         array = np.asarray(image)
-        return array[None] if self.channels == 1 else array.transpose(2, 0, 1)
+        # Contiguous, as images that stay on the device are: a batch with channels last would take other kernels and other bits,
+        # and oneDNN's for few channels write out of bounds (torch 2.15, seen with a 7x7 convolution of 4 channels at 224 pixels).
+        return array[None] if self.channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
 
     def check(self, path: Path) -> int:
         """Open a file and read its header; its size in bytes. Raises DataError naming it."""

@@ -158,3 +158,10 @@ def test_the_hash_changes_with_a_name_or_a_size(data_dir: Path) -> None:
     path.rename(path.with_name("7.JPEG"))
     hashes.append(load(data_dir).data_hash)
     assert hashes[0] == hashes[1] and len(set(hashes)) == 3
+
+
+def test_streamed_batches_have_the_memory_layout_of_others(data_dir: Path) -> None:
+    """Channels last would choose other kernels, with other bits."""
+    for seed in (None, 0):
+        x, _ = next(load(data_dir).train.batches(4, seed=seed))
+        assert x.is_contiguous()

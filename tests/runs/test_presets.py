@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,9 +10,13 @@ import pytest
 
 from fa_bench.cli import main
 from fa_bench.compose import Composer
-from fa_bench.config import Job, register_schemas
-from fa_bench.labels import duration
+from fa_bench.config import Job, conf_dir, register_schemas
+from fa_bench.labels import duration, plan
+from fa_bench.options import option_fields
 from fa_bench.scale import SCALES, scaled
+from fa_bench.train import run
+
+from ..data.files import write_cifar, write_imagenet, write_mnist, write_svhn, write_tiny_imagenet
 
 TINY = """
   - override /dataset: synthetic
@@ -123,3 +128,70 @@ def test_a_scaled_step_schedule_keeps_its_steps(folder: Path) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0.25, "0.25 s"), (14, "14 s"), (180, "3 min"), (7500, "2 h 05 min")])
 def test_durations_read_as_one_says_them(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+#: What makes an architecture small, where it has such an option.
+SHRUNK = {"width": 4, "hidden": 8, "channels": 4, "widths": [8]}
+
+
+def small(job: Job) -> Job:
+    """The job with a small net and small images of a few samples; what it does is the same."""
+    fields = {field.name for field in option_fields(type(job.architecture))}
+    values = {key: [8] * len(getattr(job.architecture, key)) if key == "widths" else value
+              for key, value in SHRUNK.items() if key in fields}
+    if "blocks" in fields:
+        before = job.architecture.blocks
+        values["blocks"] = [1] * len(before) if isinstance(before, list) else 1
+    data = {"validation": min(job.dataset.validation, 2)} | ({"workers": 0} if hasattr(job.dataset, "workers") else {})
+    rule = {"initial_steps": 1} if hasattr(job.algorithm, "initial_steps") else {}
+    return dataclasses.replace(
+        job, architecture=dataclasses.replace(job.architecture, **values), dataset=dataclasses.replace(job.dataset, **data),
+        algorithm=dataclasses.replace(job.algorithm, **rule),
+    )
+
+
+def cover(jobs: list[Job]) -> list[Job]:
+    """The first jobs that have, together, every rule, every pair of architecture and dataset, and every optimizer of them all."""
+    chosen, seen = [], set()
+    for job in jobs:
+        marks = {job.algorithm.name, (job.architecture.name, job.dataset.name), job.optimizer.name}
+        if not marks <= seen:
+            chosen.append(job)
+            seen |= marks
+    return chosen
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every dataset that a preset names, in miniature, in its own format."""
+    root = tmp_path / "datasets"
+    for folder in ("MNIST", "FashionMNIST"):
+        write_mnist(root, folder)
+    for name in ("cifar10", "cifar100"):
+        write_cifar(root, monkeypatch, name)
+    write_svhn(root, monkeypatch)
+    write_tiny_imagenet(root)
+    write_imagenet(root)
+    return root
+
+
+PRESETS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_prints_its_plan_and_trains_at_smoke_scale(
+    name: str, folder: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    composer = Composer("config", None, [f"experiment={name}", "scale=smoke", "seed=0", f"data_dir={data_dir}", "probe_size=4"])
+    composed = [job for job, _ in composer.check(composer.grid(multirun=True))]
+    assert plan(composed, Path("here")).startswith(f"{len(composed)} runs, {len(composed)} epochs, below here\n  algorithm: ")
+    for number, job in enumerate(cover(composed)):
+        result = run(small(job), Path(f"run{number}"), title=name)
+        assert result["status"] == "finished" and result["step"] >= 1
+
+
+def test_a_preset_runs_as_one_command(folder: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["-m", "experiment=asap_fig6", "scale=smoke", "seed=0", f"data_dir={data_dir}"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("4 runs, 4 epochs, below outputs/asap_fig6\n  algorithm: bp, forward_alignment\n")
+    assert "report: outputs/asap_fig6/report.md" in out

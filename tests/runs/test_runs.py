@@ -267,22 +267,6 @@ def test_runs_in_one_process_do_not_affect_each_other() -> None:
     assert lines_in("first") == lines_in("second")
 
 
-@pytest.mark.parametrize("preset", ["quickstart", "pfa_fig2"])
-def test_every_preset_composes_and_trains(preset: str) -> None:
-    assert main(["-m", f"experiment={preset}", *TINY, "seed=0", "algorithm=bp,fa"]) == 0
-    results = [result_in(path.parent) for path in Path("outputs").rglob(RESULT)]
-    assert len(results) == 2 and {result["experiment"] for result in results} == {preset}
-
-
-def test_the_preset_is_recorded_beside_the_config_and_makes_no_other_run() -> None:
-    quick = ["epochs=1", "probe_every=0", "optimizer.lr=0.05", "optimizer.weight_decay=0.001", "algorithm=bp", "seed=0",
-             *MLP[:-1], "architecture.widths=[8]"]
-    assert main(["-m", "experiment=quickstart", *quick, "hydra.sweep.dir=preset"]) == 0 and main(["-m", *quick]) == 0
-    of_preset, plain = (result_in(next(Path(place).rglob(RESULT)).parent) for place in ("preset", "outputs"))
-    assert (of_preset["experiment"], plain["experiment"]) == ("quickstart", None)
-    assert of_preset["config_hash"] == plain["config_hash"]
-
-
 @pytest.fixture
 def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A module with a rule, and a folder with its config and those of a variant and a preset; nothing stays."""
