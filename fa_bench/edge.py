@@ -154,6 +154,11 @@ class EdgeRule(Rule):
 
         return [tensors_of(layer)[name] for layer in self._layers.values() for name in layer.carrier.learned]
 
+    def shared_gradients(self) -> list[tuple[Tensor, Tensor]]:
+        from fa_bench.layers import tensors_of
+
+        return [(tensors_of(layer)[layer.carrier.follows], layer.weight) for layer in self._learning if layer.carrier.follows]
+
     def step(self) -> None:
         for layer in self._learning:
             layer.carrier.after_step(layer)

@@ -114,10 +114,12 @@ class Carrier:
 
     Attributes:
         learned: names of the tensors that an optimizer trains.
+        follows: the one of them whose gradient is that of the weight, the same numbers; None for none.
         always: whether the layer needs `carry` even where nobody asks for the error at its input.
     """
 
     learned: tuple[str, ...] = ()
+    follows: str | None = None
     always = False
 
     def effective(self, layer: Any) -> Tensor:
@@ -173,6 +175,7 @@ class Learned(Fixed):
     """e_in = g B, and the gradient of B is the gradient of W, the same numbers."""
 
     learned = ("B",)
+    follows = "B"
     always = True
 
     def carry(self, layer: Any, x: Tensor) -> Carry:

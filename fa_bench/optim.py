@@ -146,6 +146,9 @@ class Optimizers:
             weights += learned
         self.options = [part for part, _ in parts]
         self.optimizers = [part.build(groups) for part, groups in parts]
+        # A fused update only reads gradients, and so one tensor serves both; asked for as two, it would be copied at every step.
+        fused = all(optimizer.defaults.get("fused") for optimizer in self.optimizers)
+        self._shared = rule.shared_gradients() if fused else []
         self.schedulers = [
             part.schedule.build(optimizer, epochs) for part, optimizer in zip(self.options, self.optimizers, strict=True)
         ]
@@ -174,6 +177,9 @@ class Optimizers:
 
     def step(self) -> None:
         """Update the weights, then the learned feedback."""
+        for feedback, weight in self._shared:
+            if feedback.grad is not None:
+                feedback.grad = weight.grad
         for optimizer in self.optimizers:
             optimizer.step()
 

@@ -118,7 +118,7 @@ class Sharing(Carrier):
     always = True
 
     def __post_init__(self) -> None:
-        self.learned = self.inner.learned
+        self.learned, self.follows = self.inner.learned, self.inner.follows
 
     def carry(self, layer: Any, x: Tensor) -> Carry:
         if self.gives is not None:

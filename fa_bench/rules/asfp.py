@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 class FeedbackSharing(Sharing):
     """The shared activation enters the gradient of B alone."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.source is not None:
+            self.follows = None
+
     def shared(self, layer: Any, carry: Carry, activation: Callable[[], Tensor]) -> Carry:
         return carry._replace(learn=learning(layer, "B", activation))
 

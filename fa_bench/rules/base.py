@@ -166,6 +166,10 @@ class Rule(_Attached, Options):
         """The learned feedback tensors, to be given to an optimizer (after the model was moved to its device)."""
         return []
 
+    def shared_gradients(self) -> list[tuple[Tensor, Tensor]]:
+        """(learned feedback, weight) wherever the gradient of the one is that of the other, the same numbers."""
+        return []
+
     @property
     def feedback_lr_scale(self) -> float:
         """Learning rate of the learned feedback relative to that of the weights."""

@@ -29,6 +29,7 @@ class Mix(Carrier):
     def __init__(self, kinds: tuple[str, ...]) -> None:
         self.kinds = kinds
         self.learned = tuple(name for kind, name in (("pfa", "R"), ("kp", "K")) if kind in kinds)
+        self.follows = "K" if "kp" in kinds else None
         self.always = bool(self.learned)
         self._product = Product()
 

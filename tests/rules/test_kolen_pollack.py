@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import fa_bench
+from fa_bench.optim import SGD, Optimizers
 
 from . import nets
 from .helpers import assert_bitwise, bp_grads, copy_weights_into_feedback, layer_names, rule_grads
@@ -132,3 +134,21 @@ def test_default_start_is_independent_of_w():
     model, rule = attached(b_init="copy_w")
     for name in layer_names(model):
         assert torch.equal(model.get_submodule(name).weight, rule.feedback[name]["B"])
+
+
+def test_optimizers_update_b_with_the_gradient_that_w_has_at_the_update():
+    """The loop's optimizers give B's update W's own gradient, where a fused kernel only reads it: the same numbers as a copy."""
+    found = []
+    for shared in (True, False):
+        model = nets.mlp().float()
+        x, y = nets.batch("mlp")
+        rule = fa_bench.attach(model, "kp", seed=0)
+        optimizers = Optimizers(SGD(lr=0.1, weight_decay=0.01, nesterov=True), rule, epochs=1)
+        assert optimizers._shared
+        optimizers._shared = optimizers._shared if shared else []
+        for _ in range(3):
+            optimizers.zero_grad()
+            rule.backward(F.cross_entropy(model(x.float()), y))
+            optimizers.step()
+        found.append([t.clone() for t in [*model.parameters(), *rule.feedback_parameters()]])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
