@@ -15,7 +15,7 @@ import fa_bench
 from fa_bench.cli import main
 from fa_bench.compose import Composer
 from fa_bench.config import conf_dir, register_schemas
-from fa_bench.registries import ALGORITHMS
+from fa_bench.registries import ALGORITHMS, ARCHITECTURES
 from fa_bench.report import cli as report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,6 +66,38 @@ def test_python_of_the_readme_runs() -> None:
     code = re.search(r"```python\n(.*?)```", README, re.S)
     assert code is not None
     exec(compile(code.group(1), "README.md", "exec"), {})
+
+
+def test_presets_of_the_readme_are_those_there_are() -> None:
+    listed = README.split("Presets, `experiment=`:")[1].split("A preset says")[0]
+    assert set(re.findall(r"`(\w+)`", listed)) == {path.stem for path in (conf_dir() / "experiment").glob("*.yaml")}
+
+
+def test_architecture_and_preset_of_contributing_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One file and one YAML, and one YAML: nothing else knows of them."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    architecture = re.search(r"^```python\n(.*?)^```", text, re.S | re.M)
+    preset = re.search(r"^```yaml\n(# @package.*?)^```", text, re.S | re.M)
+    assert architecture is not None and preset is not None
+    for group, name, content in (
+        ("architecture", "mynet", "defaults:\n  - /_schema/architecture/mynet@_here_\n"),
+        ("experiment", "mypreset", preset.group(1)),
+    ):
+        (tmp_path / "own" / group).mkdir(parents=True)
+        (tmp_path / "own" / group / f"{name}.yaml").write_text(content)
+    known = dict(ARCHITECTURES._entries)
+    module = ModuleType("contributing_net")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.chdir(tmp_path)
+    try:
+        exec(compile(architecture.group(1), "CONTRIBUTING.md", "exec"), module.__dict__)
+        assert main(["-m", "experiment=mypreset", "architecture=mynet", "scale=smoke", "seed=0", "--config-dir=own"]) == 0
+    finally:
+        ARCHITECTURES._entries.clear()
+        ARCHITECTURES._entries.update(known)
+    assert capsys.readouterr().out.startswith("5 runs, 5 epochs, below outputs/mypreset\n  algorithm: bp, frozen, kp, fa\n")
 
 
 def test_rule_of_contributing_works(monkeypatch: pytest.MonkeyPatch) -> None:
