@@ -71,7 +71,8 @@ def plan(jobs: list[Job], place: Path) -> str:
     within = {key for rule in {job.algorithm.name for job in jobs}
               for key in differing(config for config in configs if config["algorithm"] == rule)}
     trained = [scaled(job).run for job in jobs]
-    lines = [f"{len(jobs)} runs, {sum(run.epochs for run in trained)} epochs, below {place}"]
+    runs, epochs = len(jobs), sum(run.epochs for run in trained)
+    lines = [f"{runs} run{'s' * (runs > 1)}, {epochs} epoch{'s' * (epochs > 1)}, below {place}"]
     for key in [*shared, *sorted(within.difference(shared))]:
         values = list(dict.fromkeys(_shown(config[key]) for config in configs if key in config))
         if key == "scale" and values == ["full"]:
