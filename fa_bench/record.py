@@ -19,6 +19,7 @@ from torch.utils.tensorboard.summary import hparams
 from fa_bench import __version__
 from fa_bench.config import Job
 from fa_bench.files import METRICS, RESULT, dump_json, write_text
+from fa_bench.hashes import code_hash
 from fa_bench.loop import Angles, Progress
 from fa_bench.metrics.probe import Probe
 
@@ -72,6 +73,10 @@ class Recorder:
     def _write_metrics(self) -> None:
         write_text(self.directory / METRICS, "".join(line + "\n" for line in self.lines))
 
+    def flush(self) -> None:
+        """Wait until everything so far is in the files."""
+        self.writer.flush()
+
     def finish(self, result: dict[str, Any]) -> None:
         """Write result.json and the hyper-parameters with the final numbers."""
         write_text(self.directory / RESULT, dump_json(result, indent=1) + "\n")
@@ -108,7 +113,9 @@ def base_result(job: Job, experiment: str | None = None) -> dict[str, Any]:
         "seed": job.run.seed, "epochs": job.run.epochs, "epoch": 0, "step": 0,
         "test_accuracy": None, "test_accuracy_at_best_val": None, "best_epoch": None, "val_accuracy": None,
         "train_accuracy": None, "angles": {}, "feedback_layers": [], "output_layers": [],
-        "seconds": None, "peak_memory_bytes": None, "config_hash": job.config_hash, "data_hash": None,
+        "seconds": None, "peak_memory_bytes": None,
+        "config_hash": job.config_hash, "code_hash": code_hash(job.run.plugins), "data_hash": None,
+        "initial_weights_hash": None, "batches_hash": None, "weights_hash": None, "feedback_hash": None, "optimizer_hash": None,
         "device": None, "git": git_state(), "versions": versions(), "error": None,
     }
 
