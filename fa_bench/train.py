@@ -188,6 +188,7 @@ def _fit(
 
         def on_epoch(progress: Progress, metrics: dict[str, Any]) -> None:
             recorder.epoch(progress, metrics)
+            recorder.flush()
             checkpoint.save(place.checkpoint, place.job.config_hash, progress, rule, optimizers)
             val = "" if metrics["val_accuracy"] is None else f"  val {metrics['val_accuracy']:.2%}"
             shown = f"train loss {metrics['train_loss']:.4f}{val}  test {metrics['test_accuracy']:.2%}"
