@@ -60,6 +60,8 @@ class Loop:
         on_probe: called with (step, angles).
         on_step: called after every update.
         on_epoch: called with (progress, metrics of the epoch) when an epoch is complete.
+        histograms_every: steps between two calls of `on_histograms`; 0 for none.
+        on_histograms: called with the step before its update, when the gradients of the next batch are there.
     """
 
     rule: Rule
@@ -73,6 +75,8 @@ class Loop:
     on_probe: Callable[[int, Angles], None]
     on_step: Callable[[Progress], None]
     on_epoch: Callable[[Progress, dict[str, Any]], None]
+    histograms_every: int = 0
+    on_histograms: Callable[[int], None] = lambda step: None
 
     def fit(self, progress: Progress, epochs: int) -> Angles:
         """Train from `progress` to the last epoch; returns the angles at the end.
@@ -100,6 +104,10 @@ class Loop:
             logits = model(x)
             loss = F.cross_entropy(logits, y)
             self.rule.backward(loss, logits, y)
+            if self.histograms_every and progress.step % self.histograms_every == 0:
+                progress.seconds += time.perf_counter() - clock
+                self.on_histograms(progress.step)
+                clock = time.perf_counter()
             self.optimizers.step()
             self.rule.step()
             progress.step += 1

@@ -19,6 +19,8 @@ from fa_bench.events import FINAL, Events
 from fa_bench.files import METRICS, RESULT, dump_json, write_text
 from fa_bench.loop import Angles, Progress
 from fa_bench.metrics.probe import Probe
+from fa_bench.metrics.tensors import named_tensors
+from fa_bench.rules.base import Rule
 
 _SCALARS = ("train_loss", "val_loss", "test_loss", "train_accuracy", "val_accuracy", "test_accuracy", "lr")
 
@@ -44,6 +46,10 @@ class Recorder:
         """Record one measurement of angles."""
         values = {f"{metric}/{layer}": value for metric, layers in angles.items() for layer, value in layers.items()}
         self.events.scalars(values, step)
+
+    def histograms(self, step: int, rule: Rule) -> None:
+        """Record the distributions of a rule's tensors."""
+        self.events.histograms(named_tensors(rule), step)
 
     def epoch(self, progress: Progress, metrics: dict[str, Any]) -> None:
         """Record one epoch."""

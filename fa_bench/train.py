@@ -205,6 +205,7 @@ def _fit(
         return Loop(
             rule, optimizers, splits, job.run.batch_size, job.run.drop_last, job.run.seed, probe, job.run.probe_every,
             on_probe=recorder.probe, on_step=lambda progress: bar.update(), on_epoch=on_epoch,
+            histograms_every=job.run.histograms_every, on_histograms=lambda step: recorder.histograms(step, rule),
         ).fit(progress, job.run.epochs)
 
 
