@@ -56,6 +56,8 @@ class RunOptions(Options):
     deterministic: bool = option(False, "refuse operations whose result differs from run to run")
     probe_every: int = option(500, "steps between two measurements of angles; 0 for none but the last", minimum=0)
     probe_size: int = option(128, "samples in the fixed batch that angles are measured on", minimum=1)
+    histograms_every: int = option(0, "steps between two histograms of weights, feedback and gradients for TensorBoard; 0 for "
+                                      "none", minimum=0)
     scale: str = option("full", "full, or a trial of the same config: short (a tenth of the epochs, at most 10,000 training "
                                 "images) or smoke (one epoch of 24)", choices=list(SCALES))
     plugins: list[str] = option([], "modules to import first, such as one with rules of your own")
@@ -67,7 +69,8 @@ class RunOptions(Options):
 
 
 #: What does not change a run's numbers: not part of its identity.
-VOLATILE = ("resume", "output_dir", "data_dir", "plugins", "checkpoint_epochs", "checkpoint_minutes", "on_error", "threads")
+VOLATILE = ("resume", "output_dir", "data_dir", "plugins", "histograms_every", "checkpoint_epochs", "checkpoint_minutes",
+            "on_error", "threads")
 
 
 @dataclasses.dataclass

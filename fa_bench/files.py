@@ -19,6 +19,17 @@ CONFIG, LOG, METRICS, RESULT = "config.yaml", "run.log", "metrics.jsonl", "resul
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within it whatever hinders writing `path` becomes an OutputError that names it and the reason."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+@contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; it takes the place of `path` once the block ends well.
 
@@ -26,7 +37,7 @@ def atomic(path: Path) -> Iterator[Path]:
         OutputError: where the file cannot be written; the old one is still there.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
-    try:
+    with writing(path):
         try:
             yield temporary
             with temporary.open("rb") as written:
@@ -34,8 +45,6 @@ def atomic(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def write_text(path: Path, text: str) -> None:

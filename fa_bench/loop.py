@@ -89,6 +89,8 @@ class Loop:
         on_step: called with the progress after every update, where a checkpoint may be written or the run be left by raising.
         on_wait: called between batches of an evaluation, where the run may be left as from `on_step`.
         go_on: train on where the loss or a weight stops being finite.
+        histograms_every: steps between two calls of `on_histograms`; 0 for none.
+        on_histograms: called with the step before its update, when the gradients of the next batch are there.
     """
 
     rule: Rule
@@ -104,6 +106,8 @@ class Loop:
     on_step: Callable[[Progress], None] = _nothing
     on_wait: Callable[[], None] = _nothing
     go_on: bool = False
+    histograms_every: int = 0
+    on_histograms: Callable[[int], None] = _nothing
 
     def fit(self, progress: Progress, epochs: int) -> Angles:
         """Train from `progress`, which may stand within an epoch, to the last epoch; returns the angles at the end.
@@ -141,6 +145,10 @@ class Loop:
                 # Before the update, which would spread it to all layers.
                 self._diverge(progress, x)
             self.rule.backward(loss, logits, y)
+            if self.histograms_every and progress.step % self.histograms_every == 0:
+                progress.seconds += time.perf_counter() - clock
+                self.on_histograms(progress.step)
+                clock = time.perf_counter()
             self.optimizers.step()
             self.rule.step()
             progress.hits += (logits.detach().argmax(1) == y).sum()

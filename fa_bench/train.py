@@ -294,7 +294,8 @@ class _Session:
             return Loop(
                 self.rule, self.optimizers, self.splits, run.batch_size, run.drop_last, run.seed, self.probe, run.probe_every,
                 on_epoch=self._on_epoch, on_probe=self.recorder.probe, on_step=lambda progress: self._on_step(stop),
-                on_wait=stop.check, go_on=run.on_divergence == "continue",
+                on_wait=stop.check, go_on=run.on_divergence == "continue", histograms_every=run.histograms_every,
+                on_histograms=lambda step: self.recorder.histograms(step, self.rule),
             ).fit(progress, run.epochs)
 
     def _initial_phase(self, stop: Stop) -> None:
