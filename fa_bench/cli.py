@@ -230,9 +230,13 @@ def _job(config: DictConfig) -> None:
         print(f"fa-bench: {counted}{shown} seed {job.run.seed} is left out: a job failed, on_error=stop", file=sys.stderr)
         return
     try:
-        with raised():
-            run(job, directory, title=f"{counted}{shown} seed {job.run.seed}", experiment=experiment,
-                later_epochs=sum(epochs[number + 1:]), grid=not alone)
+        with raised() as stop:
+            try:
+                run(job, directory, title=f"{counted}{shown} seed {job.run.seed}", experiment=experiment,
+                    later_epochs=sum(epochs[number + 1:]), grid=not alone)
+            except Exception:
+                stop.check()
+                raise
         return
     except HeldError as error:
         reason: Exception = error

@@ -62,15 +62,20 @@ def postponed() -> Iterator[Stop]:
 
 
 @contextmanager
-def raised(before: Callable[[int], Any] = lambda number: None) -> Iterator[None]:
-    """Within it SIGINT and SIGTERM raise Interrupted, after `before` was called with the signal."""
+def raised(before: Callable[[int], Any] = lambda number: None) -> Iterator[Stop]:
+    """Within it SIGINT and SIGTERM raise Interrupted, after `before` was called with the signal.
+
+    What is yielded knows that one came, for what Interrupted cuts short, such as an import, may fail in its own way then.
+    """
+    stop = Stop()
 
     def handle(number: int, frame: FrameType | None) -> None:
+        stop.number = number
         before(number)
         raise Interrupted(number)
 
     with _handling(handle):
-        yield
+        yield stop
 
 
 @contextmanager
