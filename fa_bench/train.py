@@ -99,18 +99,28 @@ class Parts(NamedTuple):
     probe: Probe
 
 
-def assemble(job: Job, device: torch.device) -> Parts:
+def load(job: Job, device: torch.device) -> Splits:
+    """The data of a job, as much of it as its scale says.
+
+    Raises:
+        FaBenchError: where it is missing, broken, or unfit for its options.
+    """
+    trial = SCALES[job.run.scale]
+    return job.dataset.load(Path(job.run.data_dir), device, trial and (trial.train, trial.test))
+
+
+def assemble(job: Job, device: torch.device, splits: Splits | None = None) -> Parts:
     """Load the data, build the model and put the rule into it.
 
     Args:
         job: the job as it is trained, see `fa_bench.scale.scaled`.
         device: what `prepare` gave.
+        splits: what `load` gave, where it was called before.
 
     Raises:
         FaBenchError: for input that cannot be run.
     """
-    trial = SCALES[job.run.scale]
-    splits = job.dataset.load(Path(job.run.data_dir), device, trial and (trial.train, trial.test))
+    splits = splits or load(job, device)
     model = _build(job, splits).to(device)
     x, y = next(splits.train.batches(min(job.run.probe_size, len(splits.train))))
     rule = job.fresh_algorithm().attach(model, seed=job.run.seed, sample_input=x[:2])

@@ -17,6 +17,7 @@ usage: fa-bench [-m] [key=value ...]
   fa-bench algorithm=kp dataset=mnist         one run
   fa-bench -m algorithm=bp,fa,kp seed=0,1,2   a grid, compared at the end
   fa-bench -m experiment=quickstart           a preset grid
+  fa-bench --dry-run algorithm=kp             what it would run: model, feedback, memory, arithmetic; also with -m
   fa-bench --cfg job                          the composed config
   fa-bench --help algorithm=dfa               the options of one choice; also of a plugin's, with its plugins=[...]
   fa-bench --hydra-help                       Hydra's own flags (--multirun, --config-dir, ...)

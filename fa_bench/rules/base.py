@@ -72,7 +72,7 @@ class Rule(_Attached, Options):
             if self.freeze_stem:
                 stem = model.get_submodule(self.trace(sample_input).order[0])
                 self.freeze(stem.parameters(recurse=False))
-            self.coverage = self.put_in(sample_input)
+            self.coverage = self.put_in(sample_input).noting_frozen(model)
             self.coverage.require(self.allow_uncovered)
         except BaseException:
             self._leave()
@@ -98,6 +98,13 @@ class Rule(_Attached, Options):
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         del self.model
+
+    def without_preparation(self: R) -> R:
+        """A rule in no model with the same options, but for what only prepares for training when it is put into a model.
+
+        Tensors and steps are the same; for a look at them that should not take long.
+        """
+        return self
 
     def freeze(self, parameters: Iterable[nn.Parameter]) -> None:
         """Keep parameters from learning, and from decaying, until the rule is detached."""

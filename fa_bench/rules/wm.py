@@ -62,6 +62,8 @@ class Mirror(Fixed):
         geometry: how a convolution of the noise walks; None where the layer pads its input with zeros itself.
     """
 
+    tensors = "B, drawn towards W by noise"
+
     def __init__(
         self, noise: Noise, rate: float, activation: str, block_bias: bool, positions: Tensor | None, geometry: Geometry | None
     ) -> None:
@@ -163,6 +165,9 @@ class WM(EdgeRule):
         self._mirrored = [layer for layer in self._layers.values() if isinstance(layer.carrier, Mirror)]
         self._mirror(self.initial_steps)
         return coverage
+
+    def without_preparation(self) -> WM:
+        return dataclasses.replace(self, initial_steps=0)
 
     def carrier(self, site: Site) -> Carrier:
         site.put("B", self.b_init)

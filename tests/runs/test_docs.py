@@ -43,7 +43,7 @@ def test_commands_of_the_readme_compose(line: str, tmp_path: Path, monkeypatch: 
         composer = Composer("config", None, words[1:])
         assert len(composer.check(composer.grid(multirun=True))) > 1
     else:
-        assert main([*words, *([] if "--help" in words else ["--cfg", "job"])]) == 0
+        assert main([*words, *([] if {"--help", "--dry-run"} & {*words} else ["--cfg", "job"])]) == 0
 
 
 def test_report_of_the_readme_is_a_command_and_reads_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
