@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -193,9 +194,14 @@ def test_broken_input_ends_in_one_line(words: list[str], named: list[str], capsy
     assert not list(Path().iterdir())
 
 
-def test_nothing_is_written_beside_plugins_either(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_written_beside_plugins_either(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     Path("plain_plugin.py").write_text("x = 1\n")
     said([*TINY, "plugins=[plain_plugin]"], capsys)
+    assert sys.modules.pop("plain_plugin").x == 1 and not sys.dont_write_bytecode
 
 
 def test_archives_are_not_unpacked(tmp_path: Path) -> None:
