@@ -18,7 +18,7 @@ from fa_bench.compose import Composer
 from fa_bench.config import Job
 from fa_bench.data.base import Split, Splits
 from fa_bench.data.fetch import nothing_fetched
-from fa_bench.errors import DataError, RunDirectoryError
+from fa_bench.errors import DataError, RunDirectoryError, names
 from fa_bench.files import CONFIG
 from fa_bench.labels import differing, flat, label, plan
 from fa_bench.metrics.arithmetic import step_multiplications
@@ -126,7 +126,7 @@ def _sheet(job: Job, loader: _Loader) -> list[str]:
     splits = loader(trained)
     parts = assemble(trained, _CPU, splits)
     return [
-        *_section("model", [*str(parts.rule.coverage).splitlines(), *_others(parts.rule)]),
+        *_section("model", [*str(parts.rule.coverage).splitlines(), *_others(parts.rule), *_ends(parts)]),
         *_section("feedback", _feedback(parts.rule)),
         *_section("cost", aligned(_costs(trained, parts))),
         *_section("training", aligned(_training(job, trained, splits))),
@@ -144,6 +144,13 @@ def _others(rule: Rule) -> list[str]:
             found.setdefault(key, []).append(sum(parameter.numel() for parameter in own))
     return [f"and {len(sizes)} {kind} with {count(sum(sizes))} parameters{'' if learns else ', frozen'}"
             for (kind, learns), sizes in found.items()]
+
+
+def _ends(parts: Parts) -> list[str]:
+    """The layers that could carry an error on and are not asked to: nothing that learns lies in front of them."""
+    reached, pairs = parts.probe.trace.reached, parts.rule.weight_pairs()
+    ends = [path for path in parts.probe.trace.order if path in pairs and path not in reached]
+    return [f"no error goes on from {names(ends)}: nothing in front of it could learn"] if ends else []
 
 
 def _feedback(rule: Rule) -> list[str]:

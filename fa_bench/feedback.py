@@ -174,7 +174,7 @@ def add_gradient(layer: Any, name: str, gradient: Tensor) -> None:
 class Fixed(Carrier):
     """e_in = g B with B drawn once."""
 
-    tensors = "B"
+    tensors = "fixed B"
 
     def effective(self, layer: Any) -> Tensor:
         # Straight from the dictionary: a module's attribute look-up takes as long as a small matrix product's launch.
@@ -184,6 +184,7 @@ class Fixed(Carrier):
 class Learned(Fixed):
     """e_in = g B, and the gradient of B is the gradient of W, the same numbers."""
 
+    tensors = "B"
     learned = ("B",)
     follows = "B"
     always = True
@@ -259,7 +260,7 @@ class SignedMagnitude(FromWeight):
         seed: the layer's seed for redrawing; each draw is a pure function of it and of the draw's number.
     """
 
-    tensors = "the signs of the weight, with magnitudes M"
+    tensors = "the signs of the weight with magnitudes M"
 
     def __init__(self, redraw: str | None = None, seed: int = 0) -> None:
         self.redraw, self.seed, self.draws = redraw, seed, 0

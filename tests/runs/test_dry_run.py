@@ -63,8 +63,9 @@ def test_edge_rule(capsys: pytest.CaptureFixture[str]) -> None:
     config = yaml.safe_load(text.split("config\n")[1].split("\nmodel\n")[0])
     assert config["algorithm"]["name"] == "fa" and config["architecture"]["widths"] == [8, 6]
     assert "fa covers 3 layers, every weight\n" in text
-    assert row(text, "fc1", "Linear") == "8x64 frozen goes on through B"
-    assert row(text, "fc2", "Linear", "6x8") == "goes on through B"
+    assert row(text, "fc1", "Linear") == "8x64 frozen goes on through fixed B"
+    assert row(text, "fc2", "Linear", "6x8") == "goes on through fixed B"
+    assert "\n  no error goes on from fc1: nothing" in text
     assert row(text, "fc2", "B") == "6x8 192 B not learned"
     parameters = 8 * 65 + 6 * 9 + 10 * 7
     assert row(text, "parameters") == f"{parameters}, of them trained {parameters - 8 * 65}"
@@ -85,6 +86,7 @@ def test_cut_rule(capsys: pytest.CaptureFixture[str]) -> None:
     text = said([*TINY, "algorithm=dfa"], capsys)
     assert row(text, "fc1", "Linear", "8x64") == "comes from the cut at act1"
     assert row(text, "fc3", "Linear", "10x6") == "is the true one (output layer)"
+    assert "no error goes on" not in text
     assert row(text, "act2", "B") == "10x6 240 B not learned"
     own = 16 * (8 * 64 + 6 * 8 + 10 * 6) * 2 + 16 * 10 * (8 + 6)
     assert row(text, "multiplications").startswith(f"{count(own)} a step")
