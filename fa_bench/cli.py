@@ -69,6 +69,11 @@ def _main(argv: list[str]) -> int:
     # Overrides first: a flag with an optional value would take the one behind it.
     flags = _without(argv, arguments.overrides)
     argv = [*arguments.overrides, *flags]
+    if arguments.dry_run and not arguments.help:
+        from fa_bench.dry_run import dry_run
+
+        print(dry_run(arguments.config_name or CONFIG_NAME, arguments.config_dir, arguments.overrides, arguments.multirun))
+        return 0
     if arguments.shell_completion or arguments.hydra_help:
         return _hydra(argv)
 
@@ -165,6 +170,7 @@ def _parse(argv: list[str]) -> Any:
     from hydra._internal.utils import get_args_parser
 
     parser = get_args_parser()
+    parser.add_argument("--dry-run", action="store_true", help="say what would be run; train and write nothing")
 
     def refuse(message: str) -> NoReturn:
         raise ConfigError(f"{message}; see fa-bench --help")
@@ -179,6 +185,8 @@ def _parse(argv: list[str]) -> Any:
         refuse(f"{unknown[0]}: no such flag{hint}")
     modes = [flag for flag, given in (("--multirun", arguments.multirun), ("--run", arguments.run), ("--cfg", arguments.cfg),
                                       ("--info", arguments.info), ("--shell-completion", arguments.shell_completion)) if given]
+    if arguments.dry_run:  # of one run or of a grid: it goes with --multirun
+        modes = ["--dry-run", *(mode for mode in modes if mode != "--multirun")]
     if len(modes) > 1:
         refuse(f"{' and '.join(modes)} do not go together")
     if arguments.resolve and not arguments.cfg:

@@ -187,18 +187,28 @@ class Parts(NamedTuple):
     initial_weights_hash: str
 
 
-def assemble(job: Job, device: torch.device) -> Parts:
+def load(job: Job, device: torch.device) -> Splits:
+    """The data of a job, as much of it as its scale says.
+
+    Raises:
+        FaBenchError: where it is missing, broken, or unfit for its options.
+    """
+    trial = SCALES[job.run.scale]
+    return job.dataset.load(Path(job.run.data_dir), device, trial and (trial.train, trial.test))
+
+
+def assemble(job: Job, device: torch.device, splits: Splits | None = None) -> Parts:
     """Load the data, build the model and put the rule into it; what the rule does before training is left to be done.
 
     Args:
         job: the job as it is trained, see `fa_bench.scale.scaled`.
         device: what `prepare` gave.
+        splits: what `load` gave, where it was called before.
 
     Raises:
         FaBenchError: for input that cannot be run.
     """
-    trial = SCALES[job.run.scale]
-    splits = job.dataset.load(Path(job.run.data_dir), device, trial and (trial.train, trial.test))
+    splits = splits or load(job, device)
     model = _build(job, splits).to(device)
     initial = state_hash(model.state_dict())
     x, y = next(splits.train.batches(min(job.run.probe_size, len(splits.train))))

@@ -75,7 +75,7 @@ class Rule(_Attached, Options):
             if self.freeze_stem:
                 stem = model.get_submodule(self.trace(sample_input).order[0])
                 self.freeze(stem.parameters(recurse=False))
-            self.coverage = self.put_in(sample_input)
+            self.coverage = self.put_in(sample_input).noting_frozen(model)
             self.coverage.require(self.allow_uncovered)
         except BaseException:
             self._leave()

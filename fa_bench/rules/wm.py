@@ -63,6 +63,8 @@ class Mirror(Fixed):
         geometry: how a convolution of the noise walks; None where the layer pads its input with zeros itself.
     """
 
+    tensors = "B, drawn towards W by noise"
+
     def __init__(
         self, noise: Noise, rate: float, activation: str, block_bias: bool, positions: Tensor | None, geometry: Geometry | None
     ) -> None:
