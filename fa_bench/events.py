@@ -20,7 +20,6 @@ from google.protobuf.message import DecodeError
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.plugins.custom_scalar.metadata import PLUGIN_NAME as LAYOUT_PLUGIN
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
@@ -42,15 +41,17 @@ HYPERPARAMETERS: dict[str, Callable[[Job], str | float]] = {
     "epochs": lambda job: job.run.epochs,
     "seed": lambda job: job.run.seed,
 }
+#: Those of them whose columns the table shows unasked.
+_SHOWN = ("algorithm", "architecture", "dataset", "lr", "seed")
 #: Numbers of a finished run, which have no curve, or whose curve goes on.
 FINAL = ("test_accuracy", "test_accuracy_at_best_val", "seconds")
 #: What the table shows beside the hyper-parameters: curves while a run goes on, then its final numbers.
 _METRICS = ("accuracy/val", "accuracy/test", "loss/train", *(f"final/{key}" for key in FINAL))
-#: A run's status in TensorBoard's words, which has none for a run that may go on; one without an end is unknown to it, too.
-_STATUS = {
-    "finished": api_pb2.STATUS_SUCCESS, "diverged": api_pb2.STATUS_FAILURE, "failed": api_pb2.STATUS_FAILURE,
-    "interrupted": api_pb2.STATUS_UNKNOWN,
-}
+#: A run's status in TensorBoard's words. One that was interrupted or killed has no end and is shown as unknown: of two ends
+#: a watching TensorBoard would keep the first.
+_STATUS = {"finished": api_pb2.STATUS_SUCCESS, "diverged": api_pb2.STATUS_FAILURE, "failed": api_pb2.STATUS_FAILURE}
+#: How long a watching TensorBoard is given to leave an emptied file, in seconds; it looks every five by default.
+_PATIENCE = 60
 #: The groups of curves that are not by layer, and those without a chart.
 _TRAINING, _NO_CHART = ("accuracy", "loss"), ("final",)
 _BINS = 64
@@ -81,14 +82,16 @@ class Events:
         with writing(self.path):
             with temporary.open("wb") as file:
                 writer = RecordWriter(file)
-                for event in itertools.chain(_head(job, began), _events(kept)):
+                for event in itertools.chain(_head(job, began, self._groups), _events(kept)):
                     writer.write(event.SerializeToString())
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, self.path)
             _sync_directory(directory)
+            # Emptied now and removed later: TensorBoard's reader in Python never gets past a file that vanishes while it has it open.
+            self._emptied, self._since = old, time.monotonic()
             for path in old:
-                path.unlink()
+                os.truncate(path, 0)
             # Without a buffer of its own: what a full disk refuses is not tried again behind our back.
             self._file = self.path.open("ab", buffering=0)
         self._writer = RecordWriter(self._file)
@@ -125,6 +128,8 @@ class Events:
         """Return once all that was recorded is on the disk; to be called before a checkpoint is written."""
         with writing(self.path):
             os.fsync(self._file.fileno())
+            if self._emptied and time.monotonic() - self._since > _PATIENCE:
+                self._remove_emptied()
 
     def finish(self, status: str, numbers: Mapping[str, float | None], step: int) -> None:
         """Record how the run ended, and close the file.
@@ -136,14 +141,21 @@ class Events:
         """
         if status == "finished":
             self.scalars({f"final/{key}": value for key in FINAL if (value := numbers[key]) is not None}, step)
-        end = plugin_data_pb2.SessionEndInfo(status=_STATUS[status], end_time_secs=time.time())
-        self._write(_hparams(metadata.SESSION_END_INFO_TAG, session_end_info=end), step)
+        if status in _STATUS:
+            end = plugin_data_pb2.SessionEndInfo(status=_STATUS[status], end_time_secs=time.time())
+            self._write(_hparams(metadata.SESSION_END_INFO_TAG, session_end_info=end), step)
         self.flush()
         self.close()
 
     def close(self) -> None:
         """Close the file."""
         self._writer.close()
+        self._remove_emptied()
+
+    def _remove_emptied(self) -> None:
+        for path in self._emptied:
+            path.unlink(missing_ok=True)
+        self._emptied = []
 
 
 _TEMPORARY = ".events.{}.tmp"
@@ -173,12 +185,11 @@ def _read(path: Path) -> Iterator[Event]:
 
 
 def _lasting(value: Any) -> bool:
-    """Whether a value belongs to a curve or is the layout, and not to the end of an earlier try."""
-    return not value.tag.startswith("final/") and (
-        value.HasField("simple_value") or value.HasField("histo") or value.metadata.plugin_data.plugin_name == LAYOUT_PLUGIN)
+    """Whether a value belongs to a curve: not to the end of an earlier try, nor to a file's head."""
+    return not value.tag.startswith("final/") and (value.HasField("simple_value") or value.HasField("histo"))
 
 
-def _head(job: Job, began: float) -> Iterator[Event]:
+def _head(job: Job, began: float, groups: list[str]) -> Iterator[Event]:
     """What a file begins with; a start at step 0 makes a TensorBoard that read earlier files forget them."""
     yield Event(wall_time=began, file_version="brain.Event:2")
     yield Event(wall_time=began, session_log=SessionLog(status=SessionLog.START))
@@ -191,11 +202,13 @@ def _head(job: Job, began: float) -> Iterator[Event]:
         else:
             start.hparams[key].number_value = value
         kind = api_pb2.DATA_TYPE_STRING if isinstance(value, str) else api_pb2.DATA_TYPE_FLOAT64
-        infos.append(api_pb2.HParamInfo(name=key, type=kind))
+        infos.append(api_pb2.HParamInfo(name=key, type=kind, differs=key in _SHOWN))
     metrics = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in _METRICS]
     experiment = api_pb2.Experiment(hparam_infos=infos, metric_infos=metrics)
     yield Event(wall_time=began, summary=_hparams(metadata.EXPERIMENT_TAG, experiment=experiment))
     yield Event(wall_time=began, summary=_hparams(metadata.SESSION_START_INFO_TAG, session_start_info=start))
+    if groups:
+        yield Event(wall_time=began, summary=custom_scalars(_layout(groups)))
 
 
 def _hparams(tag: str, **content: Any) -> Summary:
