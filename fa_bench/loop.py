@@ -15,6 +15,7 @@ from fa_bench.data.base import Split, Splits
 from fa_bench.metrics.probe import Probe
 from fa_bench.optim import Optimizers
 from fa_bench.rules.base import Rule
+from fa_bench.trace import evaluating
 
 Angles = dict[str, dict[str, float]]
 
@@ -148,16 +149,14 @@ def evaluate(model: torch.nn.Module, split: Split | None, batch_size: int) -> tu
     """Mean loss and accuracy (a fraction) over a whole split in evaluation mode; (None, None) without samples."""
     if split is None or len(split) == 0:
         return None, None
-    was_training = model.training
-    model.eval()
     losses: list[Tensor] = []
     hits: list[Tensor] = []
     # Evaluation keeps no activations, so that larger batches cost no more memory than training.
-    for x, y in split.batches(max(batch_size, EVALUATION_BATCH)):
-        logits = model(x)
-        losses.append(F.cross_entropy(logits, y, reduction="sum"))
-        hits.append((logits.argmax(1) == y).sum())
-    model.train(was_training)
+    with evaluating(model):
+        for x, y in split.batches(max(batch_size, EVALUATION_BATCH)):
+            logits = model(x)
+            losses.append(F.cross_entropy(logits, y, reduction="sum"))
+            hits.append((logits.argmax(1) == y).sum())
     return torch.stack(losses).sum().item() / len(split), int(torch.stack(hits).sum().item()) / len(split)
 
 
