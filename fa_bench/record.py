@@ -21,6 +21,7 @@ from fa_bench.config import Job
 from fa_bench.files import METRICS, RESULT, dump_json, write_text
 from fa_bench.loop import Angles, Progress
 from fa_bench.metrics.probe import Probe
+from fa_bench.metrics.probes.base import LayerProbes, Quantities
 
 #: Hyper-parameters shown in TensorBoard: one set for all rules, so that they share a table.
 HYPERPARAMETERS: dict[str, Callable[[Job], Any]] = {
@@ -44,10 +45,11 @@ class Recorder:
         directory: the run's directory, which exists.
         job: the run.
         progress: where the run stands; records of later epochs are dropped.
+        probes: what else is measured of the layers.
     """
 
-    def __init__(self, directory: Path, job: Job, progress: Progress) -> None:
-        self.directory, self.job = directory, job
+    def __init__(self, directory: Path, job: Job, progress: Progress, probes: LayerProbes) -> None:
+        self.directory, self.job, self.probes = directory, job, probes
         path = directory / METRICS
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         self.lines = lines[: progress.epoch]
@@ -62,12 +64,20 @@ class Recorder:
 
     def epoch(self, progress: Progress, metrics: dict[str, Any]) -> None:
         """Record one epoch."""
+        if self.probes.due(progress.epoch):
+            metrics = metrics | {"probes": self.measure_probes(progress)}
         self.lines.append(dump_json(metrics))
         self._write_metrics()
         for key in _SCALARS:
             if metrics[key] is not None:
                 kind, _, what = key.rpartition("_")
                 self.writer.add_scalar(f"{what}/{kind}" if kind else key, metrics[key], progress.step)
+
+    def measure_probes(self, progress: Progress) -> Quantities:
+        """Measure and record what the run's option `probes` asks for: {quantity: {layer: value}}."""
+        found = self.probes.measure(progress.step)
+        self.probe(progress.step, {f"probe/{quantity}": layers for quantity, layers in found.items()})
+        return found
 
     def _write_metrics(self) -> None:
         write_text(self.directory / METRICS, "".join(line + "\n" for line in self.lines))
@@ -107,7 +117,7 @@ def base_result(job: Job, experiment: str | None = None) -> dict[str, Any]:
         "dataset": job.dataset.name, "optimizer": job.optimizer.name,
         "seed": job.run.seed, "epochs": job.run.epochs, "epoch": 0, "step": 0,
         "test_accuracy": None, "test_accuracy_at_best_val": None, "best_epoch": None, "val_accuracy": None,
-        "train_accuracy": None, "angles": {}, "feedback_layers": [], "output_layers": [],
+        "train_accuracy": None, "angles": {}, "probes": {}, "feedback_layers": [], "output_layers": [],
         "seconds": None, "peak_memory_bytes": None, "config_hash": job.config_hash, "data_hash": None,
         "device": None, "git": git_state(), "versions": versions(), "error": None,
     }

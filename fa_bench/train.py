@@ -21,6 +21,7 @@ from fa_bench.files import LOG, RESULT, dump_json, write_text
 from fa_bench.labels import duration
 from fa_bench.loop import Diverged, Loop, Progress
 from fa_bench.metrics.probe import Probe
+from fa_bench.metrics.probes.base import LayerProbes, Subject
 from fa_bench.optim import Optimizers
 from fa_bench.record import Recorder, base_result, device_name, progress_result
 from fa_bench.report.runs import read_run
@@ -58,6 +59,7 @@ def run(
         return done
     job = scaled(job)  # as it is trained; what it is called and known by stays `place.job`
     splits, rule, optimizers, probe = assemble(job, device)
+    probes = LayerProbes(job.run.probes, job.run.probes_epochs, Subject(rule, splits, probe, job.run.batch_size))
 
     progress = Progress()
     resuming = job.run.resume and place.checkpoint.exists()
@@ -72,10 +74,11 @@ def run(
         log.debug("%s", rule.coverage)
         if job.feedback_optimizer is not None and not rule.feedback_parameters():
             log.info("feedback_optimizer=%s is not used: %s learns no feedback", job.feedback_optimizer.name, rule.name)
-        recorder = Recorder(directory, job, progress)
+        recorder = Recorder(directory, job, progress, probes)
         try:
             angles = _fit(job, place, rule, optimizers, splits, probe, recorder, progress, title, later_epochs)
-            result |= progress_result(recorder, progress, probe, angles) | {"status": "finished"}
+            measured = recorder.measure_probes(progress)
+            result |= progress_result(recorder, progress, probe, angles) | {"status": "finished", "probes": measured}
         except Diverged as error:
             log.warning("diverged: %s", error)
             result |= progress_result(recorder, progress, probe, None)
@@ -130,7 +133,9 @@ def _finished(place: RunDirectory) -> dict[str, Any] | None:
     progress = Progress(**checkpoint.read(place.checkpoint, place.job.config_hash, "cpu")["progress"])
     found = read_run(place.path)
     whole = progress.epoch >= scaled(place.job).run.epochs
-    return found.result if whole and found is not None and found.finished else None
+    done = whole and found is not None and found.finished
+    # Probes that it has not measured are measured at its end, without training.
+    return found.result if done and set(place.job.run.probes) <= set(found.result.get("probes") or ()) else None
 
 
 def record_failure(job: Job, directory: Path, error: BaseException, experiment: str | None = None) -> None:

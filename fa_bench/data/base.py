@@ -211,7 +211,7 @@ class Dataset(Options):
         """
         train, test, classes, shape, data_hash = self.read(data_dir, device)
         if at_most is not None:
-            train, test = (_some(split, number) for split, number in zip((train, test), at_most, strict=True))
+            train, test = (some(split, number) for split, number in zip((train, test), at_most, strict=True))
         for part, split in (("training", train), ("test", test)):
             if not len(split):
                 raise DataError(f"dataset={self.name}: there are no {part} images")
@@ -234,7 +234,8 @@ class Dataset(Options):
         raise NotImplementedError
 
 
-def _some(split: Split, number: int) -> Split:
+def some(split: Split, number: int) -> Split:
+    """At most `number` samples of a split in their order, drawn with a fixed seed: the same in every run."""
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed_for("trial")))
     return split if len(split) <= number else split.subset(order[:number].sort().values)
 
