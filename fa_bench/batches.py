@@ -1,4 +1,4 @@
-"""Whether every batch of a run is one that the model can be trained and measured on."""
+"""The batch that a run is measured on, and whether every batch is one that the model can be trained and measured on."""
 
 from __future__ import annotations
 
@@ -8,12 +8,29 @@ from fa_bench.errors import OptionError
 from fa_bench.lazy import nn, torch
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fa_bench.config import RunOptions
     from fa_bench.data.base import Splits
     from fa_bench.rules.base import Rule
 
 #: What torch says where batch normalisation has one value to normalise.
 _TOO_FEW = "Expected more than 1 value per channel"
+
+
+def probe_batch(splits: Splits, size: int) -> tuple[Tensor, Tensor]:
+    """The fixed batch that a run is measured on: at most `size` training images (N, C, H, W) and labels (N,), not augmented.
+
+    The first ones as they are stored; or, where these hold less than half the classes that so many could, for the data are
+    stored class by class, a choice with a fixed seed.
+    """
+    from fa_bench.data.base import some
+
+    size = min(size, len(splits.train))
+    x, y = next(splits.train.batches(size))
+    if 2 * len(y.unique()) < min(size, len(splits.classes)):
+        x, y = next(some(splits.train, size).batches(size))
+    return x, y
 
 
 def check_batches(rule: Rule, splits: Splits, options: RunOptions) -> None:

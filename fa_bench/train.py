@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from fa_bench import checkpoint
-from fa_bench.batches import check_batches
+from fa_bench.batches import check_batches, probe_batch
 from fa_bench.config import Job
 from fa_bench.data.base import Splits
 from fa_bench.errors import ConfigError, FaBenchError, OptionError
@@ -116,7 +116,7 @@ def assemble(job: Job, device: torch.device) -> Parts:
     trial = SCALES[job.run.scale]
     splits = job.dataset.load(Path(job.run.data_dir), device, trial and (trial.train, trial.test))
     model = _build(job, splits).to(device)
-    x, y = next(splits.train.batches(min(job.run.probe_size, len(splits.train))))
+    x, y = probe_batch(splits, job.run.probe_size)
     rule = job.fresh_algorithm().attach(model, seed=job.run.seed, sample_input=x[:2])
     check_batches(rule, splits, job.run)
     return Parts(splits, rule, Optimizers(job.optimizer, rule, job.run.epochs, job.feedback_optimizer), Probe(rule, x, y))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fa_bench
-from fa_bench.batches import check_batches
+from fa_bench.batches import check_batches, probe_batch
 from fa_bench.cli import main
 from fa_bench.config import RunOptions
 from fa_bench.data.base import ArrayDataset, ResidentSplit, Splits
@@ -106,6 +106,18 @@ def test_batches_of_one_class_and_of_one_sample_can_be_measured_and_trained_on(n
         logits = model(x)
         rule.backward(F.cross_entropy(logits, y), logits, y)
         assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_fixed_batch_is_the_first_one_unless_the_data_are_stored_by_class() -> None:
+    images = torch.arange(90, dtype=torch.uint8).view(90, 1, 1, 1)
+    for labels, first in ((torch.arange(90) % 9, True), (torch.arange(90) // 10, False), (torch.zeros(90).long(), False)):
+        train = ResidentSplit(images, labels, [0.5], [0.5], False, CPU)
+        splits = Splits(train, None, train, [str(c) for c in range(9)], (1, 1, 1), "")
+        x, y = probe_batch(splits, 20)
+        assert len(x) == len(y) == 20 and torch.equal(x, next(train.batches(20))[0]) == first
+        assert torch.equal(x, probe_batch(splits, 20)[0])
+        assert len(y.unique()) > 4 or not labels.any()
+        assert len(probe_batch(splits, 500)[1]) == 90 and len(probe_batch(splits, 1)[1]) == 1
 
 
 # ------------------------------------------------------------------------------------------------ batches of one

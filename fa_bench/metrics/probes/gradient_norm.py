@@ -31,8 +31,8 @@ class GradientNorm(LayerProbe):
     - ``gradient_norm_floor``: the standard error s of g over samples. If the true gradient were zero in expectation, ‖g‖ would be
       s in the root mean square: a norm near s cannot be told from zero, one several times as large can.
 
-    For s the samples are dealt in turn to K = min(16, N) groups of nₖ; with gₖ the gradient of the group's mean loss in the same
-    forward pass and wₖ = nₖ/N, so that g = Σ wₖ gₖ,
+    For s the samples are dealt, in an order drawn with a fixed seed, to K = min(16, N) groups of nₖ; with gₖ the gradient of the
+    group's mean loss in the same forward pass and wₖ = nₖ/N, so that g = Σ wₖ gₖ,
 
         s² = Σ wₖ² ‖gₖ - g‖² / (1 - Σ wₖ²),
 
@@ -64,6 +64,8 @@ def norms_and_errors(losses: Tensor, weights: list[Tensor]) -> tuple[list[float]
     """For each weight ‖g‖ and s as `GradientNorm` has them; `losses` are those of the samples, (N,), with their graph."""
     samples = len(losses)
     count = min(GROUPS, samples)
+    # Dealt as they come, samples whose classes take turns would make groups less alike than chance does.
+    losses = losses[torch.randperm(samples, generator=torch.Generator().manual_seed(0)).to(losses.device)]
     shares = [len(range(number, samples, count)) / samples for number in range(count)]
     means = [torch.zeros_like(weight, dtype=torch.float64) for weight in weights]  # Σ wₖ gₖ = g
     leaning = [torch.zeros_like(mean) for mean in means]  # Σ wₖ² gₖ
