@@ -220,7 +220,8 @@ def _job(config: DictConfig) -> None:
     from hydra.types import RunMode
 
     register_schemas()  # a launcher may have put us into a process of our own
-    from fa_bench.train import record_failure, run, show_log
+    from fa_bench.logs import show_log
+    from fa_bench.train import record_failure, run
 
     show_log()
     settings = HydraConfig.get()

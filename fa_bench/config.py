@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fa_bench.errors import ConfigError, OptionError, names, nearest
 from fa_bench.options import Options, as_plain, defaults, option, option_fields
-from fa_bench.registries import ALGORITHMS, ARCHITECTURES, DATASETS, GROUPS, OPTIMIZERS
+from fa_bench.registries import ALGORITHMS, ARCHITECTURES, DATASETS, GROUPS, OPTIMIZERS, PROBES
 from fa_bench.scale import SCALES
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ class RunOptions(Options):
     probe_size: int = option(128, "samples in the fixed batch that angles are measured on", minimum=1)
     histograms_every: int = option(0, "steps between two histograms of weights, feedback and gradients for TensorBoard; 0 for "
                                       "none", minimum=0)
+    probes: list[str] = option([], "what else is measured of every layer; changes no other number", choices=PROBES)
+    probes_epochs: int = option(0, "epochs between two measurements of `probes`; 0 for the end alone", minimum=0)
     scale: str = option("full", "full, or a trial of the same config: short (a tenth of the epochs, at most 10,000 training "
                                 "images) or smoke (one epoch of 24)", choices=list(SCALES))
     plugins: list[str] = option([], "modules to import first, such as one with rules of your own")
@@ -69,8 +71,8 @@ class RunOptions(Options):
 
 
 #: What does not change a run's numbers: not part of its identity.
-VOLATILE = ("resume", "output_dir", "data_dir", "plugins", "histograms_every", "checkpoint_epochs", "checkpoint_minutes",
-            "on_error", "threads")
+VOLATILE = ("resume", "output_dir", "data_dir", "plugins", "probes", "probes_epochs", "histograms_every", "checkpoint_epochs",
+            "checkpoint_minutes", "on_error", "threads")
 
 
 @dataclasses.dataclass

@@ -88,7 +88,8 @@ class Events:
                 os.fsync(file.fileno())
             os.replace(temporary, self.path)
             _sync_directory(directory)
-            # Emptied now and removed later: TensorBoard's reader in Python never gets past a file that vanishes while it has it open.
+            # Emptied now and removed later: TensorBoard's reader in Python never gets past a file that vanishes
+            # while it has it open.
             self._emptied, self._since = old, time.monotonic()
             for path in old:
                 os.truncate(path, 0)

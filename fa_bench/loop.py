@@ -17,6 +17,7 @@ from fa_bench.hashes import chained
 from fa_bench.metrics.probe import Probe
 from fa_bench.optim import Optimizers
 from fa_bench.rules.base import Rule
+from fa_bench.trace import evaluating
 
 Angles = dict[str, dict[str, float]]
 
@@ -237,17 +238,15 @@ def evaluate(
     """
     if split is None or len(split) == 0:
         return None, None
-    was_training = model.training
-    model.eval()
     losses: list[Tensor] = []
     hits: list[Tensor] = []
     # Evaluation keeps no activations, so that larger batches cost no more memory than training.
-    for x, y in split.batches(max(batch_size, EVALUATION_BATCH)):
-        on_wait()
-        logits = model(x)
-        losses.append(F.cross_entropy(logits, y, reduction="sum"))
-        hits.append((logits.argmax(1) == y).sum())
-    model.train(was_training)
+    with evaluating(model):
+        for x, y in split.batches(max(batch_size, EVALUATION_BATCH)):
+            on_wait()
+            logits = model(x)
+            losses.append(F.cross_entropy(logits, y, reduction="sum"))
+            hits.append((logits.argmax(1) == y).sum())
     return torch.stack(losses).sum().item() / len(split), int(torch.stack(hits).sum().item()) / len(split)
 
 

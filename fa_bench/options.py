@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
 from fa_bench.errors import OptionError, names, nearest
@@ -22,7 +22,7 @@ def option(
     default: Any,
     help: str,
     *,
-    choices: Sequence[str] | None = None,
+    choices: Collection[str] | None = None,
     minimum: float | None = None,
     above: float | None = None,
     maximum: float | None = None,
@@ -33,7 +33,7 @@ def option(
     Args:
         default: its default; lists and nested options are copied for each instance.
         help: one sentence for ``--help``, units included.
-        choices: the allowed strings.
+        choices: the allowed strings, of every item of a list; a registry is looked up when a value is checked.
         minimum, above, maximum, below: the range (closed, open, closed, open), applied to every item of a list.
     """
     limits = {"minimum": minimum, "above": above, "maximum": maximum, "below": below}
@@ -150,6 +150,8 @@ def _checked(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> A
         raise error.under(name) from None
     choices, limits = metadata["choices"], metadata["limits"]
     if converted is _WRONG:
+        if choices and get_origin(hint) is list:
+            raise OptionError(name, f"={value!r} is not a list (of {names(choices)})", f"=[{value}]" if value in choices else "")
         raise OptionError(name, f"={value!r} is not {f'one of {names(choices)}' if choices else type_name(hint)}",
                           _chosen_within(value, hint))
     for item in converted if isinstance(converted, list) else [converted]:

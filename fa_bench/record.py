@@ -20,6 +20,7 @@ from fa_bench.files import METRICS, RESULT, dump_json, write_text
 from fa_bench.hashes import code_hash
 from fa_bench.loop import Angles, Progress
 from fa_bench.metrics.probe import Probe
+from fa_bench.metrics.probes.base import LayerProbes, Quantities
 from fa_bench.metrics.tensors import named_tensors
 from fa_bench.rules.base import Rule
 
@@ -33,10 +34,11 @@ class Recorder:
         directory: the run's directory, which exists.
         job: the run.
         progress: where the run stands; records of later epochs are dropped.
+        probes: what else is measured of the layers.
     """
 
-    def __init__(self, directory: Path, job: Job, progress: Progress) -> None:
-        self.directory, self.job = directory, job
+    def __init__(self, directory: Path, job: Job, progress: Progress, probes: LayerProbes) -> None:
+        self.directory, self.job, self.probes = directory, job, probes
         path = directory / METRICS
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         self.lines = lines[: progress.epoch]
@@ -54,6 +56,8 @@ class Recorder:
 
     def epoch(self, progress: Progress, metrics: dict[str, Any]) -> None:
         """Record one epoch."""
+        if self.probes.due(progress.epoch):
+            metrics = metrics | {"probes": self.measure_probes(progress)}
         self.lines.append(dump_json(metrics))
         self._write_metrics()
         self.events.scalars({_tag(key): metrics[key] for key in _SCALARS if metrics[key] is not None}, progress.step)
@@ -61,6 +65,12 @@ class Recorder:
     def flush(self) -> None:
         """Return once all records are on the disk; to be called before a checkpoint is written."""
         self.events.flush()
+
+    def measure_probes(self, progress: Progress) -> Quantities:
+        """Measure and record what the run's option `probes` asks for: {quantity: {layer: value}}."""
+        found = self.probes.measure(progress.step)
+        self.probe(progress.step, {f"probe/{quantity}": layers for quantity, layers in found.items()})
+        return found
 
     def _write_metrics(self) -> None:
         write_text(self.directory / METRICS, "".join(line + "\n" for line in self.lines))
@@ -100,7 +110,7 @@ def base_result(job: Job, experiment: str | None = None) -> dict[str, Any]:
         "dataset": job.dataset.name, "optimizer": job.optimizer.name,
         "seed": job.run.seed, "epochs": job.run.epochs, "epoch": 0, "step": 0,
         "test_accuracy": None, "test_accuracy_at_best_val": None, "best_epoch": None, "val_accuracy": None,
-        "train_accuracy": None, "angles": {}, "feedback_layers": [], "output_layers": [],
+        "train_accuracy": None, "angles": {}, "probes": {}, "feedback_layers": [], "output_layers": [],
         "seconds": None, "peak_memory_bytes": None,
         "config_hash": job.config_hash, "code_hash": code_hash(job.run.plugins), "data_hash": None,
         "initial_weights_hash": None, "batches_hash": None, "weights_hash": None, "feedback_hash": None, "optimizer_hash": None,

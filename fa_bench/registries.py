@@ -1,4 +1,4 @@
-"""The tables of components: one for each config group, and the analyses."""
+"""The tables of components: one for each config group, the probes of layers, and the analyses."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from fa_bench.registry import Registry
 if TYPE_CHECKING:
     from fa_bench.analyses.base import Analysis
     from fa_bench.data.base import Dataset
+    from fa_bench.metrics.probes.base import LayerProbe
     from fa_bench.models.base import Architecture
     from fa_bench.optim import OptimizerOptions
     from fa_bench.rules.base import Rule
@@ -18,4 +19,5 @@ ARCHITECTURES: Registry[Architecture] = Registry("architecture", "fa_bench.model
 DATASETS: Registry[Dataset] = Registry("dataset", "fa_bench.data")
 OPTIMIZERS: Registry[OptimizerOptions] = Registry("optimizer", "fa_bench.optim")
 GROUPS: tuple[Registry, ...] = (ALGORITHMS, ARCHITECTURES, DATASETS, OPTIMIZERS)
+PROBES: Registry[LayerProbe] = Registry("probe", "fa_bench.metrics.probes")
 ANALYSES: Registry[Analysis] = Registry("analysis", "fa_bench.analyses")

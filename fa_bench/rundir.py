@@ -92,7 +92,9 @@ class RunDirectory:
             return False
         if result.get("status") == "diverged":
             return True
-        return result.get("status") == "finished" and result.get("epoch") == lines == scaled(self.job).run.epochs
+        # Probes that it has not measured are measured at its end, without training.
+        measured = set(self.job.run.probes) <= set(result.get("probes") or ())
+        return measured and result.get("status") == "finished" and result.get("epoch") == lines == scaled(self.job).run.epochs
 
     @contextmanager
     def hold(self) -> Iterator[None]:

@@ -9,7 +9,6 @@ import os
 import re
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,14 +16,17 @@ import torch
 from tqdm import tqdm
 
 from fa_bench import checkpoint
+from fa_bench.batches import check_batches, probe_batch
 from fa_bench.config import Job
 from fa_bench.data.base import Splits
-from fa_bench.errors import ConfigError, FaBenchError, OptionError, OutputError, RunDirectoryError
+from fa_bench.errors import ConfigError, OptionError, OutputError, RunDirectoryError
 from fa_bench.files import LOG, RESULT, dump_json, write_text
 from fa_bench.hashes import state_hash
 from fa_bench.labels import duration
+from fa_bench.logs import log, log_file
 from fa_bench.loop import Angles, Diverged, Loop, Progress
 from fa_bench.metrics.probe import Probe
+from fa_bench.metrics.probes.base import LayerProbes, Subject
 from fa_bench.optim import Optimizers
 from fa_bench.process import isolated, seed_everything, threads
 from fa_bench.record import Recorder, base_result, device_name, progress_result
@@ -32,8 +34,6 @@ from fa_bench.rules.base import Rule
 from fa_bench.rundir import RunDirectory, Stage
 from fa_bench.scale import SCALES, scaled
 from fa_bench.stopping import Interrupted, Stop, postponed
-
-log = logging.getLogger("fa_bench")
 
 
 def run(
@@ -98,6 +98,7 @@ def _run(place: RunDirectory, go_on: bool, title: str, experiment: str | None, l
     device = prepare(place.job)
     job = scaled(place.job)  # as it is trained; what it is called and known by stays `place.job`
     splits, rule, optimizers, probe, initial = assemble(job, device)
+    probes = _probes(job, splits, rule, probe)  # before a checkpoint is loaded: some keep the initial weights
 
     progress, told = Progress(), []
     resuming = go_on and (place.checkpoint.exists() or place.previous.exists())
@@ -110,10 +111,11 @@ def _run(place: RunDirectory, go_on: bool, title: str, experiment: str | None, l
             # Whatever a checkpoint put into the model before it failed is left behind.
             told, resuming = [f"{error}; starting anew"], False
             splits, rule, optimizers, probe, initial = assemble(job, prepare(place.job))
+            probes = _probes(job, splits, rule, probe)
     place.start(keep=resuming)
     result = {**base_result(place.job, experiment), "epochs": job.run.epochs, "data_hash": splits.data_hash,
               "device": device_name(device), "initial_weights_hash": initial}
-    with _log_file(place.path / LOG):
+    with log_file(place.path / LOG):
         for line in told:
             log.warning("%s", line)
         if resuming or (go_on and place.job.run.resume):
@@ -123,7 +125,7 @@ def _run(place: RunDirectory, go_on: bool, title: str, experiment: str | None, l
         log.debug("%s", rule.coverage)
         if job.feedback_optimizer is not None and not rule.feedback_parameters():
             log.info("feedback_optimizer=%s is not used: %s learns no feedback", job.feedback_optimizer.name, rule.name)
-        recorder = Recorder(place.path, job, progress)
+        recorder = Recorder(place.path, job, progress, probes)
         session = _Session(job, place, rule, optimizers, splits, probe, recorder, progress, title or rule.name, later_epochs)
         angles = None
         try:
@@ -131,6 +133,7 @@ def _run(place: RunDirectory, go_on: bool, title: str, experiment: str | None, l
                 try:
                     angles = session.fit(stop)
                     result |= {"status": "finished"} if progress.diverged is None else _diverged(progress)
+                    result |= {"probes": recorder.measure_probes(progress)}
                 except Diverged:
                     result |= _diverged(progress)
                 except BaseException as error:
@@ -149,6 +152,10 @@ def _run(place: RunDirectory, go_on: bool, title: str, experiment: str | None, l
         finally:
             recorder.close()
     return result
+
+
+def _probes(job: Job, splits: Splits, rule: Rule, probe: Probe) -> LayerProbes:
+    return LayerProbes(job.run.probes, job.run.probes_epochs, Subject(rule, splits, probe, job.run.batch_size))
 
 
 def _diverged(progress: Progress) -> dict[str, Any]:
@@ -211,8 +218,9 @@ def assemble(job: Job, device: torch.device, splits: Splits | None = None) -> Pa
     splits = splits or load(job, device)
     model = _build(job, splits).to(device)
     initial = state_hash(model.state_dict())
-    x, y = next(splits.train.batches(min(job.run.probe_size, len(splits.train))))
+    x, y = probe_batch(splits, job.run.probe_size)
     rule = job.fresh_algorithm().attach(model, seed=job.run.seed, sample_input=x[:2], initial_phase=False)
+    check_batches(rule, splits, job.run)
     optimizers = Optimizers(job.optimizer, rule, job.run.epochs, job.feedback_optimizer)
     return Parts(splits, rule, optimizers, Probe(rule, x, y), initial)
 
@@ -228,7 +236,7 @@ def record_failure(job: Job, directory: Path, error: BaseException, experiment: 
         written = (directory / RESULT).exists() and place.stage is not Stage.STALE
         if not written:
             place.start(keep=True)
-        with _log_file(directory / LOG):
+        with log_file(directory / LOG):
             log.debug("failed: %s", error, exc_info=error)
         if not written:
             write_text(directory / RESULT, dump_json(base_result(job, experiment) | {"error": _error(error)}, indent=1) + "\n")
@@ -343,49 +351,3 @@ class _Session:
 
 def _error(error: BaseException) -> dict[str, str]:
     return {"type": type(error).__name__, "message": str(error)}
-
-
-class _Console(logging.Handler):
-    """Log lines on standard output, above a progress bar; at most one epoch line a second and run."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
-
-
-class _LogFile(logging.FileHandler):
-    """A log that a full disk does not turn into tracebacks: what else is written says so."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        """Say nothing."""
-
-
-class _log_file:
-    """While it is open, the log goes to a file, whole, and to the terminal, in short."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self.file = _LogFile(path, encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from None
-        self.file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-
-    def __enter__(self) -> None:
-        log.setLevel(logging.DEBUG)
-        log.addHandler(self.file)
-
-    def __exit__(self, *exception: object) -> None:
-        log.removeHandler(self.file)
-        with suppress(OSError):
-            self.file.close()
-
-
-def show_log() -> None:
-    """Show the log's short form on the terminal."""
-    if not any(isinstance(handler, _Console) for handler in log.handlers):
-        console = _Console(level=logging.INFO)
-        log.addHandler(console)
-    log.setLevel(logging.DEBUG)
-    log.propagate = False
-
-
-__all__ = ["FaBenchError", "Parts", "assemble", "prepare", "record_failure", "run", "show_log"]

@@ -211,12 +211,15 @@ class Dataset(Options):
             at_most: training and test images that a trial is made of, drawn with a fixed seed; None: all.
 
         Raises:
-            DataError: naming the missing or unreadable file.
+            DataError: naming the missing or unreadable file, or the split without images.
             OptionError: where an option does not fit the data.
         """
         train, test, classes, shape, data_hash = self.read(data_dir, device)
         if at_most is not None:
-            train, test = (_some(split, number) for split, number in zip((train, test), at_most, strict=True))
+            train, test = (some(split, number) for split, number in zip((train, test), at_most, strict=True))
+        for part, split in (("training", train), ("test", test)):
+            if not len(split):
+                raise DataError(f"dataset={self.name}: there are no {part} images")
         held = round(self.validation * len(train)) if self.validation < 1 else int(self.validation)
         if self.validation > 0:
             held = max(held, 1)
@@ -236,7 +239,8 @@ class Dataset(Options):
         raise NotImplementedError
 
 
-def _some(split: Split, number: int) -> Split:
+def some(split: Split, number: int) -> Split:
+    """At most `number` samples of a split in their order, drawn with a fixed seed: the same in every run."""
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed_for("trial")))
     return split if len(split) <= number else split.subset(order[:number].sort().values)
 

@@ -61,6 +61,8 @@ class Probe:
         rule = self.rule
         with untouched(rule):
             delivered = self._pass(lambda loss, logits: rule.deliver(loss, logits, self.y))
+            for parameter in rule.model.parameters():
+                parameter.grad = None  # the rule's own, which the true gradient would be added to
             with rule.exact():
                 true = self._pass(lambda loss, logits: loss.backward())
             norms = {path: _norm(layer.weight.grad) for path, layer in weighted_layers(rule.model).items()}

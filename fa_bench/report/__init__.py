@@ -50,6 +50,8 @@ def write_report(run_dirs: Iterable[Path], out_dir: Path) -> Report:
     from fa_bench.report.gaps import missing_seeds, not_finished, unanswered, without_result
     from fa_bench.report.groups import in_order
     from fa_bench.report.layers import by_layer
+    from fa_bench.report.probes import LEGEND as PROBED
+    from fa_bench.report.probes import probe_table
     from fa_bench.report.published import published
     from fa_bench.report.table import summarise, to_csv, to_markdown, to_text
 
@@ -59,6 +61,8 @@ def write_report(run_dirs: Iterable[Path], out_dir: Path) -> Report:
         raise DataError(f"nothing to report: no {RESULT} in {', '.join(map(str, found)) or 'an empty list of runs'}")
     entries = published()
     frame, against = summarise(runs, entries), against_published(entries, runs)
+    layers = by_layer(runs)
+    probed, columns = probe_table(layers, dict.fromkeys(name for run in runs if run.finished for name in run.probed))
     unended = [*without_result(path for path, run in found.items() if run is None), *not_finished(runs)]
     seeds, rows = missing_seeds(runs), unanswered(entries, runs)
 
@@ -68,12 +72,13 @@ def write_report(run_dirs: Iterable[Path], out_dir: Path) -> Report:
     sections = [
         "# Report", to_markdown(frame), LEGEND,
         *(["## Beside the published numbers", to_markdown(against, COLUMNS), _PUBLISHED] if len(against) else []),
+        *(["## Probes", to_markdown(probed, columns), PROBED] if len(probed) else []),
         *_listed("## Runs that did not finish", unended), *_listed("## Missing seeds", seeds),
         *_listed("## Published, without a finished run here", rows),
         "## Figures", *(f"![{path.stem}]({path.name})" for path in figures),
     ]
     _write(out_dir / f"{NAME}.csv", to_csv(frame))
-    _write(out_dir / f"{NAME}_layers.csv", to_csv(by_layer(runs)))
+    _write(out_dir / f"{NAME}_layers.csv", to_csv(layers))
     if len(against):
         _write(out_dir / f"{NAME}_published.csv", to_csv(against))
     markdown = out_dir / f"{NAME}.md"

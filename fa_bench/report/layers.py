@@ -1,4 +1,4 @@
-"""What every layer has at the end: angles and norm ratios over the seeds."""
+"""What every layer has at the end: angles, norm ratios and what probes measured, over the seeds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COLUMNS = ("label", "group", "architecture", "dataset", "layer", "quantity", "n"
 def by_layer(runs: Sequence[Run]) -> pd.DataFrame:
     """One row per group, quantity and layer: mean, sample std and half the 95 % interval over the finished runs' last values.
 
-    Angles are in degrees; a layer in which no run has a value has no row.
+    Angles are in degrees, probes' accuracies fractions; a layer in which no run has a value has no row.
     """
     groups = group_runs(runs)
     labels = group_labels(groups)
@@ -24,7 +24,7 @@ def by_layer(runs: Sequence[Run]) -> pd.DataFrame:
     for group, members in groups.items():
         finished = list(finished_by_seed(members).values())
         first = members[0].result
-        for quantity in dict.fromkeys(key for run in finished for key in run.result.get("angles") or {}):
+        for quantity in dict.fromkeys(key for run in finished for key in run.quantities):
             for layer in dict.fromkeys(layer for run in finished for layer in run.layers(quantity)):
                 values = known(run.layers(quantity).get(layer) for run in finished)
                 if values:

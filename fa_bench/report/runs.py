@@ -47,9 +47,19 @@ class Run:
         """The config by the keys of its command line; empty where there is none that can be read."""
         return read_config(self.directory)
 
+    @property
+    def probed(self) -> dict[str, dict[str, Any]]:
+        """What the run's probes measured at its end: {quantity: {layer or block: value}}."""
+        return self.result.get("probes") or {}
+
+    @property
+    def quantities(self) -> dict[str, dict[str, Any]]:
+        """Everything that the run measured of its layers at its end: {quantity: {layer: value}}."""
+        return {**(self.result.get("angles") or {}), **self.probed}
+
     def layers(self, quantity: str) -> dict[str, Any]:
         """The last values of one quantity by layer, in its own unit."""
-        return (self.result.get("angles") or {}).get(quantity) or {}
+        return self.quantities.get(quantity) or {}
 
     def layer_mean(self, quantity: str, angles: Mapping[str, Any] | None) -> float:
         """Mean over layers of one quantity of an `angles` record, in its own unit (angles in degrees).

@@ -1,0 +1,1 @@
+"""Probes of a trained net's layers that a run may ask for, one a file; `base` says what a probe is."""

@@ -1,0 +1,236 @@
+"""Where a metric has nothing to measure: no norm, one class, one sample, a ragged last batch, no samples."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fa_bench
+from fa_bench.batches import check_batches, probe_batch
+from fa_bench.cli import main
+from fa_bench.config import RunOptions
+from fa_bench.data.base import ArrayDataset, ResidentSplit, Splits
+from fa_bench.errors import DataError, OptionError
+from fa_bench.loop import evaluate
+from fa_bench.metrics.angles import NORM_FLOOR, angles, mean_sample_angle, norm_ratio, weight_angle
+from fa_bench.metrics.probe import Probe
+from fa_bench.models.mlp import MLP
+from fa_bench.models.resnet20 import ResNet20
+from fa_bench.registries import ALGORITHMS
+
+CPU = torch.device("cpu")
+
+
+def split(count: int, classes: int = 3) -> ResidentSplit:
+    images = torch.from_numpy(np.random.default_rng(count).integers(0, 256, (count, 1, 4, 4), dtype=np.uint8))
+    return ResidentSplit(images, torch.arange(count) % classes, [0.5], [0.5], False, CPU)
+
+
+def net(batch_norm: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    return MLP(widths=[6, 6], batch_norm=batch_norm).build((1, 4, 4), 3)
+
+
+def batch(count: int, classes: int = 3) -> tuple[Tensor, Tensor]:
+    return next(split(count, classes).batches(count))
+
+
+# ------------------------------------------------------------------------------------------------ angles
+def test_angles_are_void_where_a_norm_is_at_the_floor_and_only_there() -> None:
+    e = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    for u, v in ((0 * e, e), (e, 0 * e), (0 * e, 0 * e), (0.9 * NORM_FLOOR * e, e)):
+        assert math.isnan(angles(u, v).item()) and math.isnan(weight_angle(u, v)) and math.isnan(mean_sample_angle(u, v))
+    assert angles(2 * NORM_FLOOR * e, -e).item() == 180
+    assert weight_angle(1e30 * e, 1e-10 * e) == 0  # no overflow and no underflow in squares of float32's range
+    assert angles(torch.full((1, 2), 1e30), torch.full((1, 2), -1e30)).item() == 180
+
+
+def test_norm_ratio_is_void_for_a_zero_weight_and_zero_for_zero_feedback() -> None:
+    one, none = torch.ones(2, 3), torch.zeros(2, 3)
+    assert math.isnan(norm_ratio(one, none)) and math.isnan(norm_ratio(none, none)) and norm_ratio(none, one) == 0
+
+
+def test_mean_over_samples_is_over_those_that_have_an_angle() -> None:
+    u = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
+    v = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
+    assert mean_sample_angle(u, v) == pytest.approx(45.0)
+    assert math.isnan(mean_sample_angle(u[:0], v[:0]))
+    assert mean_sample_angle(u[:1], v[:1]) == pytest.approx(90.0)
+
+
+def test_angle_with_what_is_not_finite_is_void() -> None:
+    for bad in (math.nan, math.inf):
+        assert math.isnan(weight_angle(torch.tensor([bad, 1.0]), torch.ones(2)))
+
+
+# ------------------------------------------------------------------------------------------------ the probe
+def test_true_gradient_norm_is_that_of_the_true_gradient_alone() -> None:
+    """The rule's own gradients, which the probe makes first, are not added to it."""
+    for name in ("bp", "fa", "dfa", "frozen"):
+        (x, y), model = batch(10), net()
+        F.cross_entropy(model(x), y).backward()
+        expected = {layer: model.get_submodule(layer).weight.grad.norm().item() for layer in ("fc1", "fc2", "fc3")}
+        found = Probe(fa_bench.attach(model, name, seed=0, sample_input=x), x, y).measure()["true_gradient_norm"]
+        assert found == pytest.approx(expected, rel=1e-5), name
+
+
+def test_where_no_error_arrives_angles_are_void_and_norms_are_zero() -> None:
+    model, (x, y) = net(), batch(10)
+    with torch.no_grad():
+        model.fc3.weight.zero_()
+    found = Probe(fa_bench.attach(model, "fa", seed=0), x, y).measure()
+    assert math.isnan(found["weight_angle"]["fc3"]) and math.isnan(found["norm_ratio"]["fc3"])
+    assert [math.isnan(found["delta_angle"][layer]) for layer in ("fc1", "fc2", "fc3")] == [True, True, False]
+    assert found["true_gradient_norm"]["fc1"] == found["true_gradient_norm"]["fc2"] == 0 < found["true_gradient_norm"]["fc3"]
+
+
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+def test_batches_of_one_class_and_of_one_sample_can_be_measured_and_trained_on(name: str) -> None:
+    for count, classes in ((6, 1), (1, 1)):
+        x, y = batch(count, classes)
+        model = net()
+        options = {"auxiliary_net": "linear"} if name == "dgl" else {}  # its others are normalised, see below
+        rule = fa_bench.attach(model, name, seed=0, sample_input=x[:2], **options)
+        found = Probe(rule, x, y).measure()
+        assert all(value > 0 for value in found["true_gradient_norm"].values())
+        assert not any(math.isinf(value) for layers in found.values() for value in layers.values())
+        assert all(math.isnan(angle) or 0 <= angle <= 180 for angle in found["delta_angle"].values())
+        logits = model(x)
+        rule.backward(F.cross_entropy(logits, y), logits, y)
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_fixed_batch_is_the_first_one_unless_the_data_are_stored_by_class() -> None:
+    images = torch.arange(90, dtype=torch.uint8).view(90, 1, 1, 1)
+    for labels, first in ((torch.arange(90) % 9, True), (torch.arange(90) // 10, False), (torch.zeros(90).long(), False)):
+        train = ResidentSplit(images, labels, [0.5], [0.5], False, CPU)
+        splits = Splits(train, None, train, [str(c) for c in range(9)], (1, 1, 1), "")
+        x, y = probe_batch(splits, 20)
+        assert len(x) == len(y) == 20 and torch.equal(x, next(train.batches(20))[0]) == first
+        assert torch.equal(x, probe_batch(splits, 20)[0])
+        assert len(y.unique()) > 4 or not labels.any()
+        assert len(probe_batch(splits, 500)[1]) == 90 and len(probe_batch(splits, 1)[1]) == 1
+
+
+# ------------------------------------------------------------------------------------------------ batches of one
+@dataclasses.dataclass
+class Case:
+    """A run of `images` training images and whether normalisation is in the way."""
+
+    images: int
+    options: dict
+    said: str | None
+
+
+WHY = ", of which batch normalisation has no statistics"
+CASES = [
+    Case(33, {"batch_size": 8, "drop_last": False},
+         f"drop_last=false leaves a last batch of one: 33 training images in batches of 8{WHY}; "
+         "take drop_last=true or another batch_size"),
+    Case(33, {"batch_size": 8, "drop_last": True}, None),
+    Case(34, {"batch_size": 8, "drop_last": False}, None),
+    Case(33, {"batch_size": 1},
+         f"batch_size=1 makes batches of one image (33 for training){WHY}; take 2 or more"),
+    Case(1, {"batch_size": 8, "drop_last": True},
+         f"batch_size=8 makes batches of one image (1 for training){WHY}; take 2 or more"),
+    Case(33, {"batch_size": 8, "probe_size": 1},
+         f"probe_size=1 makes a probe batch of one image{WHY}; take 2 or more"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_batch_normalisation_never_meets_a_batch_of_one(case: Case) -> None:
+    splits = Splits(split(case.images), None, split(4), ["a", "b", "c"], (1, 4, 4), "")
+    check_batches(fa_bench.attach(net(), "fa", seed=0), splits, RunOptions(**case.options))
+    small_maps = ResNet20(width=2, blocks=1).build((1, 4, 4), 3)  # maps of a pixel in the last stage
+    large_maps = ResNet20(width=2, blocks=1).build((1, 16, 16), 3)
+    for model, fails in ((net(batch_norm=True), True), (small_maps, True), (large_maps, False)):
+        if model is large_maps:
+            splits = dataclasses.replace(splits, train=ResidentSplit(
+                torch.zeros(case.images, 1, 16, 16, dtype=torch.uint8), splits.train.labels, [0.5], [0.5], False, CPU))
+        rule = fa_bench.attach(model, "fa", seed=0, sample_input=next(splits.train.batches(2))[0])
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        if fails and case.said:
+            with pytest.raises(OptionError) as refused:
+                check_batches(rule, splits, RunOptions(**case.options))
+            assert str(refused.value) == case.said
+        else:
+            check_batches(rule, splits, RunOptions(**case.options))
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_normalisation_in_a_rules_own_nets_counts() -> None:
+    splits = Splits(split(33), None, split(4), ["a", "b", "c"], (1, 4, 4), "")
+    rule = fa_bench.attach(net(), "dgl", seed=0, sample_input=next(splits.train.batches(2))[0])
+    with pytest.raises(OptionError, match="drop_last=false"):
+        check_batches(rule, splits, RunOptions(batch_size=8, drop_last=False))
+
+
+def test_a_ragged_batch_of_one_is_refused_before_the_run_starts_and_trained_where_it_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["dataset=synthetic", "dataset.samples=33", "dataset.test_samples=9", "dataset.validation=0", "batch_size=8",
+               "drop_last=false", "epochs=1", "probe_size=8", "architecture.widths=[6,6]", "hydra.run.dir=run"]
+    assert main([*command, "architecture.batch_norm=true"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("fa-bench: drop_last=false leaves a last batch of one: 33") and len(said.splitlines()) == 1
+    assert not Path("run").exists()
+    assert main(command) == 0
+    line = json.loads(Path("run/metrics.jsonl").read_text())
+    assert line["step"] == 5 and 0 <= line["train_accuracy"] <= 1
+    assert (33 * line["train_accuracy"]) == pytest.approx(round(33 * line["train_accuracy"]))  # all 33 counted alike
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+def test_evaluation_counts_every_sample_once_whatever_the_last_batch() -> None:
+    model, data = net(batch_norm=True), split(513)  # batches of 512: the last one has one sample
+    loss, accuracy = evaluate(model, data, 8)
+    x, y = next(data.batches(513))
+    model.eval()
+    with torch.no_grad():
+        logits = model(x)
+    assert loss == pytest.approx(F.cross_entropy(logits, y).item(), rel=1e-5)
+    assert accuracy == (logits.argmax(1) == y).sum().item() / 513
+
+
+def test_evaluation_of_one_class_one_sample_and_none() -> None:
+    model = net()
+    with torch.no_grad():
+        model.fc3.bias.copy_(torch.tensor([100.0, 0.0, 0.0]))
+    assert evaluate(model, split(7, classes=1), 4) == (0.0, 1.0)
+    assert evaluate(model, split(1), 4) == (0.0, 1.0)
+    assert evaluate(model, split(0), 4) == evaluate(model, None, 4) == (None, None)
+
+
+def test_evaluation_leaves_every_module_in_its_own_mode_also_where_it_fails() -> None:
+    model = net(batch_norm=True).train()
+    model.bn1.eval()
+    modes = [module.training for module in model.modules()]
+    evaluate(model, split(5), 4)
+    assert [module.training for module in model.modules()] == modes
+    broken = ResidentSplit(torch.zeros(3, 1, 5, 5, dtype=torch.uint8), torch.zeros(3, dtype=torch.long), [0.5], [0.5], False, CPU)
+    with pytest.raises(RuntimeError):
+        evaluate(model, broken, 4)
+    assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.parametrize(("train", "test", "said"), [(0, 5, "training"), (5, 0, "test")])
+def test_a_split_without_images_is_named(train: int, test: int, said: str) -> None:
+    @dataclasses.dataclass(eq=False)
+    class Empty(ArrayDataset):
+        def arrays(self, data_dir):
+            parts = [(np.zeros((n, 1, 4, 4), np.uint8), np.zeros(n, np.int64)) for n in (train, test)]
+            return *parts[0], *parts[1], ["a"]
+
+    Empty.name = "empty"
+    with pytest.raises(DataError, match=f"^dataset=empty: there are no {said} images$"):
+        Empty(validation=0).load(Path("nowhere"), CPU)

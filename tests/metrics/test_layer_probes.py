@@ -1,0 +1,436 @@
+"""Probes of layers against closed forms, plain autograd and nets made by hand; and runs that do not notice them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fa_bench
+from fa_bench import loop
+from fa_bench.cli import main
+from fa_bench.data.base import ResidentSplit, Splits
+from fa_bench.errors import ConfigError
+from fa_bench.metrics.probe import Probe
+from fa_bench.metrics.probes import base, readout
+from fa_bench.metrics.probes.base import LayerProbe, LayerProbes, Subject, as_before
+from fa_bench.metrics.probes.depth_utility import blocks_of, refresh
+from fa_bench.metrics.probes.gradient_norm import norms_and_errors
+from fa_bench.models.conv2 import Conv2
+from fa_bench.models.mlp import MLP
+from fa_bench.models.resnet20 import ResNet20
+from fa_bench.record import Recorder
+from fa_bench.registries import PROBES
+from fa_bench.report import figures
+
+CPU = torch.device("cpu")
+
+
+def split(images: Tensor, labels: Tensor) -> ResidentSplit:
+    return ResidentSplit(images.to(torch.uint8), labels, [0.5], [0.5], False, CPU)
+
+
+def random_split(count: int, size: int = 6, classes: int = 3, seed: int = 0) -> ResidentSplit:
+    generator = torch.Generator().manual_seed(seed)
+    return split(torch.randint(0, 256, (count, 1, size, size), generator=generator), torch.arange(count) % classes)
+
+
+def subject_of(model: nn.Module, name: str = "fa", train: ResidentSplit | None = None, test: ResidentSplit | None = None,
+               validation: ResidentSplit | None = None, probe_size: int = 10, **options: object) -> Subject:
+    train, test = train or random_split(40), test or random_split(20, seed=1)
+    x, y = next(train.batches(probe_size))
+    rule = fa_bench.attach(model, name, seed=0, sample_input=x[:2], **options)
+    splits = Splits(train, validation, test, ["a", "b", "c"], tuple(x.shape[1:]), "")
+    return Subject(rule, splits, Probe(rule, x, y), batch_size=8)
+
+
+def mlp(**options: object) -> nn.Module:
+    torch.manual_seed(0)
+    return MLP(widths=[6, 6], **options).build((1, 6, 6), 3)
+
+
+def measured(name: str, subject: Subject) -> dict[str, dict[str, float]]:
+    return LayerProbes([name], 0, subject).measure(0)
+
+
+# ------------------------------------------------------------------------------------------------ readout
+def test_readout_is_ridge_regression_in_closed_form() -> None:
+    generator = np.random.default_rng(0)
+    for samples, features in ((50, 6), (6, 50)):  # the second has fewer samples than features
+        x, labels = 3 * generator.standard_normal((samples, features)) + 1, generator.integers(0, 4, samples)
+        got = readout.fit(x, labels, classes=5)  # one class is missing
+        centred, targets = x - x.mean(0), np.eye(5)[labels]
+        strength = 0.01 * samples * x.var(0).mean()
+        weight = np.linalg.solve(centred.T @ centred + strength * np.eye(features), centred.T @ (targets - targets.mean(0)))
+        np.testing.assert_allclose(got.weight, weight, rtol=1e-8, atol=1e-10)
+        np.testing.assert_allclose(got.bias, targets.mean(0) - x.mean(0) @ weight, rtol=1e-8, atol=1e-10)
+        scaled = readout.fit(1e-4 * x, labels, classes=5)
+        np.testing.assert_allclose(1e-4 * scaled.weight, got.weight, rtol=1e-6, atol=1e-10)
+
+
+def test_readout_finds_what_a_layer_separates_and_the_input_does_not() -> None:
+    """Bright and dark images against grey ones: no line through the brightness tells them apart, |brightness| does."""
+    grey = torch.arange(0, 256, 4)
+    images, labels = grey.view(-1, 1, 1, 1), ((grey - 128).abs() > 64).long()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 3))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[1.0], [-1.0]]))
+    found = measured("readout", subject_of(model, train=split(images, labels), test=split(images, labels)))["readout"]
+    assert list(found) == ["input", "1", "3"]
+    assert found["1"] > 0.95 and 0.4 < found["input"] < 0.7
+
+
+def test_readout_reads_what_the_next_layer_takes() -> None:
+    """Behind ReLU and pooling for a layer, the logits for the last; layers of one sum have the same."""
+    torch.manual_seed(0)
+    model = Conv2(channels=3, hidden=4).build((1, 6, 6), 3)
+    subject = subject_of(model)
+    seen = next(iter(readout._activations(subject, subject.splits.test, readout.activation_points(subject.probe.trace))))[0]
+    x, _ = next(subject.splits.test.batches(20))
+    with torch.no_grad():
+        first = model.act1(model.bn1(model.conv1(x)))
+        pooled = model.pool(model.act2(model.bn2(model.conv2(first))))
+        np.testing.assert_allclose(seen["conv2"], first.flatten(1), atol=1e-6)
+        np.testing.assert_allclose(seen["fc1"], pooled.flatten(1), atol=1e-6)
+        np.testing.assert_allclose(seen[""], model(x), atol=1e-6)
+    assert readout.activation_points(subject.probe.trace) == {"conv1": "conv2", "conv2": "fc1", "fc1": "fc2", "fc2": ""}
+
+
+def test_activations_are_brought_to_a_bounded_number_of_features() -> None:
+    x = torch.arange(2 * 8 * 16 * 16.0).view(2, 8, 16, 16)  # 2048 numbers: one side is halved
+    torch.testing.assert_close(readout.bounded(x), F.avg_pool2d(x, (2, 1)).flatten(1))
+    assert readout.bounded(torch.ones(2, 3, 5, 5)).shape == (2, 75)
+    flat = torch.arange(4096.0).view(1, -1)
+    torch.testing.assert_close(readout.bounded(flat), flat.view(1, 1024, 4).mean(2))
+    tokens = torch.rand(2, 7, 9)
+    torch.testing.assert_close(readout.bounded(tokens, features_last=True), tokens.mean(1))
+
+
+def test_readout_of_what_does_not_vary_or_is_not_finite() -> None:
+    labels = np.array([2, 2, 0, 2])
+    same = readout.fit(np.ones((4, 3), np.float32), labels, 3)
+    assert same.classify(np.random.default_rng(0).normal(size=(5, 3))).tolist() == [2] * 5  # the most frequent class
+    assert readout.fit(np.full((4, 3), np.nan), labels, 3).void
+    one_class = readout.fit(np.random.default_rng(0).normal(size=(6, 3)), np.ones(6, int), 3)
+    assert one_class.classify(np.random.default_rng(1).normal(size=(4, 3))).tolist() == [1] * 4
+    one_sample = readout.fit(np.ones((1, 3)), np.array([1]), 3)
+    assert one_sample.classify(np.zeros((2, 3))).tolist() == [1, 1]
+    model = mlp()
+    with torch.no_grad():
+        model.fc2.weight.fill_(math.inf)
+    found = measured("readout", subject_of(model))["readout"]
+    assert math.isnan(found["fc2"]) and found["fc1"] >= 0
+
+
+def test_probes_score_on_validation_else_on_the_test_set_and_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty, held = random_split(0), random_split(12, seed=2)
+    for validation, images in ((held, 12), (empty, 20), (None, 20)):
+        assert len(subject_of(mlp(), validation=validation).scored) == images
+    monkeypatch.setattr(base, "TRAINING_IMAGES", 10)
+    monkeypatch.setattr(base, "SCORED_IMAGES", 5)
+    subject = subject_of(mlp())
+    assert len(subject.training) == 10 and len(subject.scored) == 5
+    assert torch.equal(subject.training.labels, subject.training.labels)
+    assert all(0 <= value <= 1 for layers in measured("readout", subject).values() for value in layers.values())
+
+
+# ------------------------------------------------------------------------------------------------ gradient norm
+def test_gradient_norms_are_those_of_plain_autograd() -> None:
+    subject = subject_of(mlp(batch_norm=True), "fa")
+    found = measured("gradient_norm", subject)
+    assert list(found) == ["gradient_norm", "gradient_norm_update", "gradient_norm_floor"]
+    model, x, y = subject.model, subject.probe.x, subject.probe.y
+    model.train()
+    for quantity, exact in (("gradient_norm", True), ("gradient_norm_update", False)):
+        model.zero_grad()
+        with subject.rule.exact() if exact else torch.enable_grad():
+            F.cross_entropy(model(x), y).backward()
+        for layer in ("fc1", "fc2", "fc3"):
+            norm = model.get_submodule(layer).weight.grad.norm().item()
+            assert found[quantity][layer] == pytest.approx(norm, rel=1e-5)
+    assert found["gradient_norm_update"]["fc1"] != pytest.approx(found["gradient_norm"]["fc1"], rel=1e-2)
+    model.zero_grad()
+    true = Probe(subject.rule, x, y).measure()["true_gradient_norm"]
+    assert found["gradient_norm"] == pytest.approx(true, rel=1e-6)
+
+
+@pytest.mark.parametrize("samples", [2, 10, 16, 37])
+def test_floor_of_the_gradient_norm_is_the_formula(samples: int) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    x, y = torch.randn(samples, 4, dtype=torch.float64), torch.arange(samples) % 3
+    (norm,), (floor,) = norms_and_errors(F.cross_entropy(x @ weight.t(), y, reduction="none"), [weight])
+    groups, dealt = min(16, samples), torch.randperm(samples, generator=torch.Generator().manual_seed(0))
+    x, y = x[dealt], y[dealt]
+    gradients = [torch.autograd.grad(F.cross_entropy(x[k::groups] @ weight.t(), y[k::groups]), weight)[0] for k in range(groups)]
+    shares = [len(y[k::groups]) / samples for k in range(groups)]
+    whole = torch.autograd.grad(F.cross_entropy(x @ weight.t(), y), weight)[0]
+    squares = sum(share**2 * (g - whole).square().sum() for share, g in zip(shares, gradients, strict=True))
+    assert norm == pytest.approx(whole.norm().item(), rel=1e-9)
+    assert floor == pytest.approx(math.sqrt(squares / (1 - sum(share**2 for share in shares))), rel=1e-6)
+
+
+def test_floor_is_what_noise_alone_makes_of_the_norm() -> None:
+    """Gradients of independent samples with mean zero: over many draws ‖g‖² and s² agree, in unequal groups too."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.zeros(30, dtype=torch.float64, requires_grad=True)
+    norms, floors = [], []
+    for _ in range(100):
+        noise = torch.randn(23, 30, generator=generator, dtype=torch.float64)
+        (norm,), (floor,) = norms_and_errors(noise @ weight, [weight])
+        norms.append(norm**2)
+        floors.append(floor**2)
+    # ‖g‖² has a relative standard deviation of √(2/30), its mean over 100 draws of 0.026.
+    # Gradients that take turns with a period that divides the number of groups, as classes may.
+    turns = torch.randn(4, 30, generator=generator, dtype=torch.float64).repeat(40, 1)
+    _, (floor,) = norms_and_errors(turns @ weight, [weight])
+    spread = (turns - turns.mean(0)).square().sum() / 159 / 160
+    # 16 groups: a relative standard deviation of about √(2/15) / 2 in so few directions.
+    assert floor == pytest.approx(spread.sqrt().item(), rel=0.4)
+    assert np.mean(floors) == pytest.approx(np.mean(norms), rel=0.1) == pytest.approx(30 / 23, rel=0.1)
+
+
+def test_zero_gradients_have_norm_zero_and_one_sample_has_no_standard_error() -> None:
+    model = mlp()
+    with torch.no_grad():
+        model.fc3.weight.zero_()
+    found = measured("gradient_norm", subject_of(model, "bp"))
+    for quantity in found:
+        assert found[quantity]["fc1"] == found[quantity]["fc2"] == 0
+        assert found[quantity]["fc3"] > 0
+    alone = measured("gradient_norm", subject_of(mlp(), probe_size=1))
+    assert all(math.isnan(value) for value in alone["gradient_norm_floor"].values())
+    assert all(value > 0 for value in alone["gradient_norm"].values())
+
+
+def test_weights_that_do_not_learn_have_a_gradient_and_no_update() -> None:
+    found = measured("gradient_norm", subject_of(mlp(), "frozen"))
+    assert found["gradient_norm"]["fc1"] > 0 and found["gradient_norm_update"]["fc1"] == 0
+    assert found["gradient_norm_update"]["fc3"] == pytest.approx(found["gradient_norm"]["fc3"])
+
+
+# ------------------------------------------------------------------------------------------------ depth utility
+def test_blocks_hold_what_runs_between_their_ends() -> None:
+    torch.manual_seed(0)
+    x = torch.zeros(2, 1, 8, 8)
+    found = blocks_of(Conv2(channels=3, hidden=4).build((1, 8, 8), 3), x)
+    assert {block: sorted({name.split(".")[0] for name in names}) for block, names in found.items()} == {
+        "act1": ["bn1", "conv1"], "pool": ["bn2", "conv2"], "act3": ["bn3", "fc1"]}
+    net = ResNet20(width=2, blocks=1).build((1, 8, 8), 3)
+    found = blocks_of(net, x)
+    assert list(found) == ["relu", "stages.layer1.0", "stages.layer2.0", "stages.layer3.0"]
+    assert {name for names in found.values() for name in names} == {
+        name for name, _ in net.named_parameters() if not name.startswith("fc.")}
+
+
+def test_utility_of_a_block_is_the_accuracy_lost_without_its_training() -> None:
+    """Class = sign of the brightness; the block begins as a map that throws it away and is trained to pass it on."""
+    grey = torch.arange(0, 256, 8)
+    data = split(grey.view(-1, 1, 1, 1), (grey > 127).long())
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1, 1), nn.Identity(), nn.Linear(1, 1), nn.Identity(), nn.Linear(1, 3))
+    model.blocks = ["2", "4"]
+    with torch.no_grad():
+        for layer, weight in ((1, [[0.0]]), (3, [[1.0]]), (5, [[-99.0], [99.0], [0.0]])):
+            model[layer].weight.copy_(torch.tensor(weight))
+            model[layer].bias.zero_()
+        model[5].bias.copy_(torch.tensor([0.1, 0.0, -9.0]))
+    probes = LayerProbes(["depth_utility"], 0, subject_of(model, train=data, test=data))
+    with torch.no_grad():
+        model[1].weight.fill_(1.0)
+    # Without the first block all images are of class 0, which half of them are; the second is the identity that it began as.
+    assert probes.measure(0) == {"depth_utility": {"2": 0.5, "4": 0.0}}
+    assert model[1].weight.item() == 1.0
+
+
+@pytest.mark.parametrize("net", ["mlp", "resnet"])
+def test_utility_of_untrained_blocks_is_zero_whatever_the_running_statistics(net: str) -> None:
+    torch.manual_seed(0)
+    model = mlp(batch_norm=True) if net == "mlp" else ResNet20(width=2, blocks=1).build((1, 6, 6), 3)
+    subject = subject_of(model, "frozen")
+    probes = LayerProbes(["depth_utility"], 0, subject)
+    model.train()
+    model(5 * subject.probe.x + 1)  # running statistics of other inputs
+    with torch.no_grad():
+        (model.fc3 if net == "mlp" else model.fc).weight.normal_()
+    assert set(probes.measure(0)["depth_utility"].values()) == {0.0}
+
+
+def test_running_statistics_are_the_mean_over_the_batches() -> None:
+    model, data = mlp(batch_norm=True), random_split(24)
+    refresh(model, data, 8)
+    inputs = torch.stack([model.fc1(x.flatten(1)) for x, _ in data.batches(8)])
+    torch.testing.assert_close(model.bn1.running_mean, inputs.mean(1).mean(0))
+    torch.testing.assert_close(model.bn1.running_var, inputs.var(1).mean(0))
+    assert model.bn1.momentum == 0.1 and not model.training
+
+
+def test_a_net_without_blocks_is_refused_and_told_what_works() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
+    with pytest.raises(ConfigError, match=r"^probes=\[depth_utility\]: Sequential declares no blocks .* architecture=mlp"):
+        LayerProbes(["depth_utility"], 0, subject_of(model, "bp"))
+    model = mlp()
+    del model.blocks  # cut points end blocks as well
+    assert list(measured("depth_utility", subject_of(model))["depth_utility"]) == ["act1", "act2"]
+
+
+# ------------------------------------------------------------------------------------------------ no trace
+class Vandal(LayerProbe):
+    """Changes whatever it can."""
+
+    name = "vandal"
+
+    def measure(self, subject: Subject) -> dict[str, dict[str, float]]:
+        model = subject.model
+        model.train()
+        logits = model(subject.probe.x)
+        subject.rule.deliver(F.cross_entropy(logits, subject.probe.y), logits, subject.probe.y)
+        with torch.no_grad():
+            for tensor in [*model.parameters(), *model.buffers(), *subject.rule.feedback_parameters()]:
+                tensor.requires_grad_(False).add_(1)
+        torch.rand(3), np.random.rand(3), random.random()
+        return {"vandal": {"fc1": 1.0}}
+
+
+@pytest.mark.parametrize("name", ["brsf", "kp", "wm", "pfa", "asap", "dfa", "dgl"])
+def test_whatever_a_probe_does_is_undone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PROBES._entries, "vandal", Vandal)
+    subject = subject_of(mlp(batch_norm=True), name)
+    rule, model, x, y = subject.rule, subject.model, subject.probe.x, subject.probe.y
+    rule.backward(F.cross_entropy(logits := model(x), y), logits, y)
+    model.bn1.eval()
+    before = copy.deepcopy((model.state_dict(), rule.state_dict(), rule.feedback))
+    trained = [*model.parameters(), *rule.feedback_parameters()]
+    gradients = [None if p.grad is None else p.grad.clone() for p in trained]
+    flags, modes = [p.requires_grad for p in trained], [module.training for module in model.modules()]
+    drawn = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    LayerProbes(["vandal", "readout", "gradient_norm", "depth_utility"], 0, subject).measure(0)
+    torch.testing.assert_close((model.state_dict(), rule.state_dict(), rule.feedback), before, rtol=0, atol=0)
+    assert [p.requires_grad for p in trained] == flags and [module.training for module in model.modules()] == modes
+    for parameter, gradient in zip(trained, gradients, strict=True):
+        assert (parameter.grad is None) == (gradient is None)
+        assert gradient is None or torch.equal(parameter.grad, gradient)
+    assert torch.equal(torch.get_rng_state(), drawn[0]) and random.getstate() == drawn[2]
+    assert np.random.get_state()[1].tolist() == drawn[1]
+
+
+def test_what_a_failing_probe_did_is_undone() -> None:
+    subject = subject_of(mlp())
+    before = copy.deepcopy(subject.model.state_dict())
+    with pytest.raises(KeyboardInterrupt), as_before(subject.rule), torch.no_grad():
+        subject.model.fc1.weight.zero_()
+        raise KeyboardInterrupt
+    torch.testing.assert_close(subject.model.state_dict(), before, rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------ runs
+TINY = ["dataset=synthetic", "dataset.samples=80", "dataset.test_samples=16", "batch_size=16", "epochs=2", "probe_size=8",
+        "architecture.widths=[8,8]", "architecture.batch_norm=true"]
+ALL = "probes=[readout,gradient_norm,depth_utility]"
+
+
+@pytest.fixture
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(figures, "LAYERS", {})
+
+
+def result_in(folder: str) -> dict:
+    return json.loads(Path(folder, "result.json").read_text())
+
+
+@pytest.mark.parametrize("rule", ["brsf", "wm", "pfa", "asap"])
+def test_runs_with_and_without_probes_have_the_same_bits(rule: str, in_empty_folder: None) -> None:
+    command = [*TINY, f"algorithm={rule}"]
+    assert main([*command, "hydra.run.dir=without"]) == 0
+    assert main([*command, ALL, "probes_epochs=1", "hydra.run.dir=with"]) == 0
+    one, two = (torch.load(f"{name}/checkpoints/last.pt", weights_only=True) for name in ("without", "with"))
+    assert one["config_hash"] == two["config_hash"]
+    for key in ("model", "rule", "optimizers"):
+        torch.testing.assert_close(one[key], two[key], rtol=0, atol=0)
+    assert str(one["random"]) == str(two["random"])
+    assert result_in("without")["test_accuracy"] == result_in("with")["test_accuracy"]
+    assert result_in("without")["probes"] == {} != result_in("with")["probes"]
+
+
+def test_probes_of_a_run_are_recorded(in_empty_folder: None) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert main([*TINY, ALL, "probes_epochs=1", "hydra.run.dir=run"]) == 0
+    found = result_in("run")["probes"]
+    assert list(found) == ["readout", "gradient_norm", "gradient_norm_update", "gradient_norm_floor", "depth_utility"]
+    assert list(found["readout"]) == ["input", "fc1", "fc2", "fc3"] and list(found["depth_utility"]) == ["act1", "act2"]
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert lines[1]["probes"] == found and lines[0]["probes"] != found
+    events = EventAccumulator("run").Reload()
+    assert {"probe/readout/input", "probe/gradient_norm_floor/fc1", "probe/depth_utility/act2"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("probe/readout/fc1")][:2] == [4, 8]
+
+
+def test_probes_of_a_finished_run_are_measured_by_resuming_it(in_empty_folder: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main([*TINY, "hydra.run.dir=run"]) == 0 and result_in("run")["probes"] == {}
+    assert main([*TINY, ALL, "hydra.run.dir=whole"]) == 0
+    before = result_in("run")["test_accuracy"], Path("run/metrics.jsonl").read_text()
+    monkeypatch.setattr(loop.Loop, "_epoch", None)  # no epoch is trained again
+    assert main([*TINY, ALL, "hydra.run.dir=run", "resume=true"]) == 0
+    assert (result_in("run")["test_accuracy"], Path("run/metrics.jsonl").read_text()) == before
+    assert result_in("run")["probes"] == result_in("whole")["probes"] and result_in("run")["status"] == "finished"
+    monkeypatch.setattr(Recorder, "measure_probes", None)
+    assert main([*TINY, "probes=[readout]", "hydra.run.dir=run", "resume=true"]) == 0  # it has been measured
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["probes=[reedout]"], "probes=reedout is not one of depth_utility, gradient_norm, readout; did you mean 'readout'?"),
+    (["probes=readout"], "probes='readout' is not a list (of depth_utility, gradient_norm, readout); did you mean "
+                         "probes=[readout]?"),
+    (["probes=[depth_utility]", "architecture=torchvision", "architecture.model=squeezenet1_0", "dataset.size=32"],
+     "probes=[depth_utility]: SqueezeNet declares no blocks that could be left untrained; name the modules that they end with in "
+     "model.blocks, as architecture=mlp, conv2 and the residual nets do"),
+])
+def test_probes_that_cannot_be_measured_are_named_before_training(
+    words: list[str], said: str, in_empty_folder: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*TINY[:6], *words, "hydra.run.dir=run"]) == 2
+    assert capsys.readouterr().err == f"fa-bench: {said}\n" and not Path("run").exists()
+
+
+def test_a_plugin_brings_a_probe(in_empty_folder: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("my_probes.py").write_text(
+        "from fa_bench.metrics.probes.base import LayerProbe\n"
+        "from fa_bench.registries import PROBES\n"
+        "@PROBES.register('largest')\n"
+        "class Largest(LayerProbe):\n"
+        "    'Largest weight.'\n"
+        "    def measure(self, subject):\n"
+        "        return {self.name: {'fc1': subject.model.fc1.weight.max().item()}}\n")
+    monkeypatch.syspath_prepend(".")
+    try:
+        assert main([*TINY, "plugins=[my_probes]", "probes=[largest]", "hydra.run.dir=run"]) == 0
+    finally:
+        PROBES._entries.pop("largest", None)
+    assert result_in("run")["probes"]["largest"]["fc1"] > 0
+
+
+def test_report_has_the_means_over_seeds(in_empty_folder: None) -> None:
+    from fa_bench.report import write_report
+    from tests.report.by_hand import write_run
+
+    for seed, value in ((0, 0.5), (1, 0.75)):
+        probes = {"readout": {"input": 0.25, "fc1": value}, "depth_utility": {"act1": value / 2}}
+        write_run(Path("runs"), "fa", seed, 0.9, probes=probes)
+    write_run(Path("runs"), "bp", 0, 0.9)
+    write_report(sorted(Path("runs").iterdir()), Path("out"))
+    section = Path("out/report.md").read_text().split("## Probes")[1].split("##")[0]
+    assert [line for line in section.splitlines() if line.startswith("| fa")] == [
+        "| fa | input | 0.25 | - |", "| fa | fc1 | 0.625 | - |", "| fa | act1 | - | 0.3125 |"]
+    assert "| rule | layer | readout | depth_utility |" in section and "| bp" not in section
+    rows = Path("out/report_layers.csv").read_text().splitlines()
+    assert [row.split(",")[4:8] for row in rows if ",readout," in row] == [
+        ["input", "readout", "2", "0.25"], ["fc1", "readout", "2", "0.625"]]
