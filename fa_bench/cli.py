@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,6 +19,7 @@ from fa_bench.files import LOG
 from fa_bench.labels import differing, flat, label, plan
 from fa_bench.rundir import RunDirectory
 from fa_bench.scale import scaled
+from fa_bench.sweep import Planned, write_sweep
 
 if TYPE_CHECKING:
     from fa_bench.compose import Composer
@@ -85,8 +86,10 @@ def _run(jobs: list[tuple[Job, Path]], composer: Composer, argv: list[str], flag
     if not multirun:
         return _hydra(argv) or _report_single(jobs[0][1])
     os.environ[JOB_EPOCHS] = json.dumps([scaled(job).run.epochs for job, _ in jobs])
-    os.environ[JOB_KEYS] = json.dumps(_differing([job for job, _ in jobs]))
+    os.environ[JOB_KEYS] = json.dumps(keys := _differing([job for job, _ in jobs]))
     print(plan([job for job, _ in jobs], _common([place for _, place in jobs])), flush=True)
+    write_sweep(_common([place for _, place in jobs]), ["fa-bench", *argv],
+                [Planned(place, _name(job, keys), scaled(job).run.epochs) for job, place in jobs])
     code = 0
     for first, sweep in composer.sweeps:
         os.environ[JOB_FIRST] = str(first)
@@ -157,9 +160,8 @@ def _job(config: DictConfig) -> None:
     number = 0 if alone else int(os.environ.get(JOB_FIRST, "0")) + settings.job.num
     counted = "" if alone else f"[{number + 1}/{len(epochs) or '?'}] "
     keys = {} if alone else json.loads(os.environ.get(JOB_KEYS, "{}"))
-    shown = label(job.algorithm.name, flat(job.plain()), keys.get(job.algorithm.name, ()))
     try:
-        run(job, directory, title=f"{counted}{shown} seed {job.run.seed}", experiment=experiment,
+        run(job, directory, title=f"{counted}{_name(job, keys)}", experiment=experiment,
             later_epochs=sum(epochs[number + 1:]))
     except FaBenchError as error:
         if alone:
@@ -173,6 +175,11 @@ def _job(config: DictConfig) -> None:
         print(f"fa-bench: {counted}failed: {type(error).__name__}: {error} (traceback: {directory / LOG})", file=sys.stderr)
         if alone:
             sys.exit(1)
+
+
+def _name(job: Job, keys: Mapping[str, Sequence[str]]) -> str:
+    """What to call a job: its rule, the values of what the rule's jobs differ in, and its seed."""
+    return f"{label(job.algorithm.name, flat(job.plain()), keys.get(job.algorithm.name, ()))} seed {job.run.seed}"
 
 
 def _differing(jobs: list[Job]) -> dict[str, list[str]]:
