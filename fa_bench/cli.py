@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -26,6 +26,7 @@ from fa_bench.labels import differing, flat, label, plan
 from fa_bench.rundir import RunDirectory, Stage, holder
 from fa_bench.scale import scaled
 from fa_bench.stopping import Interrupted, raised
+from fa_bench.sweep import Planned, write_sweep
 
 if TYPE_CHECKING:
     from fa_bench.compose import Composer
@@ -108,10 +109,13 @@ def _run(jobs: list[tuple[Job, Path]], composer: Composer, argv: list[str], flag
     places = [place for _, place in jobs]
     print(plan([job for job, _ in jobs], _common(places)), flush=True)
     print(_stages(jobs), end="", flush=True)
+    keys = _differing([job for job, _ in jobs])
+    write_sweep(_common(places), ["fa-bench", *argv],
+                [Planned(place, _name(job, keys), scaled(job).run.epochs) for job, place in jobs])
     code = 0
     with tempfile.TemporaryDirectory() as scratch, raised(lambda number: _dismiss(places)), _environment({
         JOB_EPOCHS: json.dumps([scaled(job).run.epochs for job, _ in jobs]),
-        JOB_KEYS: json.dumps(_differing([job for job, _ in jobs])),
+        JOB_KEYS: json.dumps(keys),
         JOB_FAILED: str(Path(scratch, "failed")),
         THREADS: str(_threads()),
     }):
@@ -233,15 +237,15 @@ def _job(config: DictConfig) -> None:
     number = 0 if alone else int(os.environ.get(JOB_FIRST, "0")) + settings.job.num
     counted = "" if alone else f"[{number + 1}/{len(epochs) or '?'}] "
     keys = {} if alone else json.loads(os.environ.get(JOB_KEYS, "{}"))
-    shown = label(job.algorithm.name, flat(job.plain()), keys.get(job.algorithm.name, ()))
+    shown = f"{counted}{_name(job, keys)}"
     failed = Path(os.environ[JOB_FAILED]) if JOB_FAILED in os.environ and job.run.on_error == "stop" else None
     if failed and failed.exists():
-        print(f"fa-bench: {counted}{shown} seed {job.run.seed} is left out: a job failed, on_error=stop", file=sys.stderr)
+        print(f"fa-bench: {shown} is left out: a job failed, on_error=stop", file=sys.stderr)
         return
     try:
         with raised() as stop:
             try:
-                run(job, directory, title=f"{counted}{shown} seed {job.run.seed}", experiment=experiment,
+                run(job, directory, title=shown, experiment=experiment,
                     later_epochs=sum(epochs[number + 1:]), grid=not alone)
             except Exception:
                 stop.check()
@@ -263,6 +267,11 @@ def _job(config: DictConfig) -> None:
         failed.touch()
     if alone:
         sys.exit(2 if known else 1)
+
+
+def _name(job: Job, keys: Mapping[str, Sequence[str]]) -> str:
+    """What to call a job: its rule, the values of what the rule's jobs differ in, and its seed."""
+    return f"{label(job.algorithm.name, flat(job.plain()), keys.get(job.algorithm.name, ()))} seed {job.run.seed}"
 
 
 def _differing(jobs: list[Job]) -> dict[str, list[str]]:
