@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import time
@@ -18,7 +17,8 @@ from fa_bench.files import CONFIG, METRICS, RESULT
 from fa_bench.labels import differing, duration, label
 from fa_bench.report.numbers import known, mean
 from fa_bench.report.runs import Run, find_runs, place, read_config, read_metrics, read_run
-from fa_bench.report.states import DIVERGED, INTERRUPTED, LOCK, RUNNING, epochs_of, reason, running
+from fa_bench.report.states import DIVERGED, INTERRUPTED, RUNNING, epochs_of, reason, running
+from fa_bench.rundir import holder
 from fa_bench.sweep import Planned, find_planned
 
 DONE, FAILED, STALLED, WAITING = "done", "failed", "stalled", "waiting"
@@ -146,7 +146,7 @@ def _line(planned: Planned, run: Run, config: dict[str, Any], fault: str, now: f
 def _started(directory: Path) -> float:
     """When the process that holds the lock started, as it says there; 0 where it does not."""
     try:
-        return datetime.fromisoformat(json.loads((directory / LOCK).read_bytes())["started"]).timestamp()
+        return datetime.fromisoformat((holder(directory) or {})["started"]).timestamp()
     except (OSError, ValueError, KeyError, TypeError):
         return 0.0
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,31 +12,15 @@ from typing import Any
 from fa_bench.files import CONFIG, METRICS, RESULT
 from fa_bench.labels import counted
 from fa_bench.report.runs import Run, place, read_config, read_metrics
+from fa_bench.rundir import holder
 from fa_bench.scale import SCALES
 
-#: Held with flock by the process that runs in the directory.
-LOCK = ".lock"
 RUNNING, INTERRUPTED, DIVERGED = "running", "interrupted", "diverged"
 
 
 def running(directory: Path) -> bool:
-    """Whether a process is at work in the run's directory: whether the lock there is held. Makes no file, keeps no lock.
-
-    A lock that a process on another machine holds is seen where the file system shares locks.
-    """
-    try:
-        descriptor = os.open(directory / LOCK, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without locks
-        return False
-    finally:
-        os.close(descriptor)  # and with it the lock
-    return False
+    """Whether a process is at work in the run's directory. Makes no file, keeps no lock."""
+    return holder(directory) is not None
 
 
 def begun(directory: Path) -> bool:
