@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import signal
 import sys
 import tempfile
@@ -75,18 +76,26 @@ def _main(argv: list[str]) -> int:
 
         print(dry_run(arguments.config_name or CONFIG_NAME, arguments.config_dir, arguments.overrides, arguments.multirun))
         return 0
-    if arguments.shell_completion or arguments.hydra_help:
-        return _hydra(argv)
+    if arguments.hydra_help:
+        return _hydra(["--hydra-help"])  # the same text whatever a config says
 
     from fa_bench.compose import Composer
 
-    composer = Composer(arguments.config_name or CONFIG_NAME, arguments.config_dir, arguments.overrides)
+    words = [] if arguments.shell_completion else arguments.overrides
+    composer = Composer(arguments.config_name or CONFIG_NAME, arguments.config_dir, words)
+    if arguments.shell_completion:
+        if not all(re.fullmatch(r"(install|uninstall|query)=(bash|zsh|fish)", word) for word in arguments.overrides or [""]):
+            raise ConfigError("--shell-completion: write install=bash (or zsh, fish), uninstall=bash or query=bash")
+        os.environ.setdefault("COMP_LINE", "fa-bench ")
+        composer.compose_once()
+        return _hydra(argv)
     if arguments.help:
         from fa_bench.usage import usage
 
         print(usage(composer))
         return 0
     if arguments.info:
+        composer.compose_once()
         return _hydra(argv)
     grid = composer.grid(arguments.multirun)
     if arguments.cfg:
@@ -187,6 +196,10 @@ def _parse(argv: list[str]) -> Any:
         meant = unknown[0].lstrip("-")
         hint = f"; did you mean '{meant}'?" if "=" in meant else ""
         refuse(f"{unknown[0]}: no such flag{hint}")
+    for flag, given, instead in (("--config-path", arguments.config_path, "add a folder of configs by --config-dir"),
+                                 ("--experimental-rerun", arguments.experimental_rerun, "give the run's options anew")):
+        if given is not None:
+            refuse(f"{flag}: no such flag here, {instead}")
     modes = [flag for flag, given in (("--multirun", arguments.multirun), ("--run", arguments.run), ("--cfg", arguments.cfg),
                                       ("--info", arguments.info), ("--shell-completion", arguments.shell_completion)) if given]
     if arguments.dry_run:  # of one run or of a grid: it goes with --multirun

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,15 +15,18 @@ from hydra._internal.hydra import Hydra
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from fa_bench.config import GRID, Job, conf_dir, first_line, import_plugins
-from fa_bench.errors import ConfigError, names, nearest
+from fa_bench.errors import ConfigError, FaBenchError, names, nearest
+from fa_bench.guard import check_config, check_overrides, install
 from fa_bench.registries import GROUPS
 from fa_bench.rundir import RunDirectory
+
+#: Most jobs of a grid, and most characters of an override: far above what anybody runs.
+MOST_JOBS, MOST_TEXT = 10_000, 20_000
 
 
 class Composer:
@@ -43,10 +47,17 @@ class Composer:
         self.config_dir = None if config_dir is None else Path(config_dir).resolve()
         if self.config_dir and not self.config_dir.is_dir():
             raise ConfigError(f"--config-dir {config_dir}: no such folder")
+        install()
         self.parsed = [_parse(text) for text in overrides]
+        check_overrides(self.parsed)
+        #: The modules that the command line names: a config file must not name any.
+        self.plugins: list[str] = []
         for override in self.parsed:
-            if override.key_or_group == "plugins" and not override.is_sweep_override():
-                import_plugins(override.value())
+            if override.key_or_group == "plugins" and not override.is_delete():
+                for value in override.sweep_iterator() if override.is_sweep_override() else [override.value()]:
+                    self.plugins += value if isinstance(value, list) else []
+                if not override.is_sweep_override():
+                    import_plugins(override.value())
         #: What Hydra is given for a grid, once for each of its parts: the number of its first job, and all values spelled out.
         self.sweeps: list[tuple[int, list[str]]] = [(0, overrides)]
         self._multirun = False
@@ -100,6 +111,11 @@ class Composer:
                 added = [f"{key}={value}" for key, value in part.items() if key not in given]
                 parts.append([*added, *(taken.get(o.key_or_group, o.input_line) for o in self.parsed)])
         return parts or [self.overrides]
+
+    def compose_once(self) -> None:
+        """Compose the command line without a grid's values, so that what Hydra is to show was checked; raises ConfigError."""
+        with self._hydra():
+            self._compose([o.input_line for o in self.parsed if not o.is_sweep_override()])
 
     def choices(self) -> dict[str, list[str]]:
         """The groups of components and presets with their choices, those of the user's folder included."""
@@ -161,17 +177,23 @@ class Composer:
 
     def _compose(self, overrides: list[str]) -> DictConfig:
         try:
-            return compose(self.config_name, overrides=overrides, return_hydra_config=True)
-        except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
+            config = compose(self.config_name, overrides=overrides, return_hydra_config=True)
+        except FaBenchError:
+            raise
+        except Exception as error:  # Hydra meets odd overrides with errors of many kinds
             raise self._explain(overrides, error) from None
+        check_config(config, self.plugins)
+        return config
 
     def _explain(self, overrides: list[str], error: Exception) -> ConfigError:
         """One line that names the override at fault, what is allowed and the nearest name."""
+        if isinstance(error, RecursionError):
+            return ConfigError("nested too deeply, or a config whose `defaults` lead back to itself")
         loader = GlobalHydra.instance().config_loader()
         try:
             base = compose(self.config_name, return_hydra_config=True)
-        except (HydraException, OmegaConfBaseException):
-            return ConfigError(first_line(error))
+        except Exception:
+            return ConfigError(_said(error))
         groups = _groups(loader)
         for override in (_parse(text) for text in overrides):
             key = override.key_or_group
@@ -186,8 +208,8 @@ class Composer:
         chosen = [o.input_line for o in map(_parse, overrides) if o.key_or_group in groups]
         try:
             base = compose(self.config_name, overrides=chosen, return_hydra_config=True)
-        except (HydraException, OmegaConfBaseException, ValueError, TypeError):
-            return ConfigError(first_line(error))
+        except Exception:
+            return ConfigError(_said(error))
         for override in (_parse(text) for text in overrides):
             key = override.key_or_group
             if key not in groups and not override.is_add():
@@ -202,7 +224,13 @@ class Composer:
                         return ConfigError(f"{key}: unknown key{f' {part} in {where}' if where else ''}{hint} "
                                            f"(allowed: {names(allowed)})")
                     node = node._get_node(part)
-        return ConfigError(first_line(error))
+        return ConfigError(_said(error))
+
+
+def _said(error: Exception) -> str:
+    """An error's first line, with the next one where that is but a heading."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[: 2 if len(lines) > 1 and lines[0].endswith(":") else 1]) or type(error).__name__
 
 
 def _read_grid(value: Any, where: str) -> list[dict[str, str]]:
@@ -228,12 +256,39 @@ def _groups(loader: ConfigLoader) -> dict[str, list[str]]:
 
 
 def _parse(text: str) -> Override:
+    shown = text if len(text) <= 100 else f"{text[:97]}..."
+    if len(text) > MOST_TEXT:
+        raise ConfigError(f"cannot read '{shown}': longer than {MOST_TEXT} characters")
     try:
-        return OverridesParser.create().parse_override(text)
+        override = OverridesParser.create().parse_override(text)
+    except RecursionError:
+        raise ConfigError(f"cannot read '{shown}': nested too deeply") from None
     except (HydraException, ValueError) as error:
-        raise ConfigError(f"cannot read '{text}': write key=value ({first_line(error)})") from None
+        raise ConfigError(f"cannot read '{shown}': write key=value ({first_line(error)})") from None
+    if (values := _count(override)) > MOST_JOBS:
+        raise ConfigError(f"{shown}: more than {MOST_JOBS} values")
+    if values == 0:
+        raise ConfigError(f"{shown}: no values")
+    return override
+
+
+def _count(override: Override) -> float:
+    """How many values an override stands for, told without making them."""
+    value = override.value()
+    if isinstance(value, RangeSweep):
+        start, stop, step = value.start or 0, value.stop or 0, value.step
+        if not all(map(math.isfinite, (start, stop, step))) or step == 0:
+            return math.inf
+        return max(0.0, math.ceil((stop - start) / step))
+    if isinstance(value, IntervalSweep):
+        raise ConfigError(f"{override.input_line}: name the values, or write range(start,stop,step)")
+    return len(value.list) if isinstance(value, ChoiceSweep) else 1
 
 
 def _expanded(overrides: list[str]) -> list[list[str]]:
     """The jobs that overrides with several values stand for."""
-    return [job for batch in BasicSweeper.split_arguments([_parse(text) for text in overrides], None) for job in batch]
+    parsed = [_parse(text) for text in overrides]
+    if (jobs := math.prod(map(_count, parsed))) > MOST_JOBS:
+        raise ConfigError(f"{' '.join(o.input_line or '' for o in parsed if o.is_sweep_override())}: a grid of {jobs:.0f} jobs "
+                          f"(allowed: up to {MOST_JOBS})")
+    return [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]

@@ -24,6 +24,7 @@ from fa_bench.files import CONFIG, LOG, METRICS, RESULT, TEMPORARY, write_text
 from fa_bench.hashes import code_hash
 from fa_bench.labels import flat
 from fa_bench.scale import scaled
+from fa_bench.yaml_files import parse_yaml
 
 CHECKPOINTS, LAST, PREVIOUS = "checkpoints", "last.pt", "previous.pt"
 EVENTS = "events.out.tfevents.*"
@@ -131,7 +132,10 @@ class RunDirectory:
             if strays:
                 raise RunDirectoryError(f"{self.path}: holds {', '.join(strays)} but no {CONFIG}; choose another directory")
             return
-        text = config.read_text(encoding="utf-8")
+        try:
+            text = config.read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise RunDirectoryError(f"{config}: cannot be read ({error.strerror})") from None
         if text.startswith(f"{HEADER}{self.job.config_hash}\n"):
             return
         raise RunDirectoryError(f"{self.path}: holds a run of another config ({self._difference(text)}); "
@@ -139,7 +143,7 @@ class RunDirectory:
 
     def _difference(self, text: str) -> str:
         try:
-            theirs, ours = flat(OmegaConf.to_container(OmegaConf.create(text))), flat(self.job.plain())  # type: ignore[arg-type]
+            theirs, ours = flat(OmegaConf.to_container(parse_yaml(text, CONFIG))), flat(self.job.plain())  # type: ignore[arg-type]
         except Exception:  # whatever a foreign file makes the parser say, it is not this run's
             return "its config.yaml is not one of fa_bench"
         keys = [k for k in sorted({*theirs, *ours}) if k.split(".")[0] not in VOLATILE and theirs.get(k) != ours.get(k)]

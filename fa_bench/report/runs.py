@@ -14,6 +14,7 @@ from fa_bench.files import CONFIG, METRICS, RESULT
 from fa_bench.labels import flat
 from fa_bench.report.numbers import mean
 from fa_bench.rundir import HEADER
+from fa_bench.yaml_files import read_yaml
 
 FINISHED = "finished"
 _REQUIRED = ("status", "label", "group", "algorithm", "seed")
@@ -130,7 +131,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
     path = directory / CONFIG
     try:
-        config = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")), resolve=False)
+        config = OmegaConf.to_container(read_yaml(path), resolve=False)
     except Exception:  # whatever a damaged file makes the parser say: labels must not cost the comparison
         return {}
     return flat(config) if isinstance(config, dict) else {}  # type: ignore[arg-type]
