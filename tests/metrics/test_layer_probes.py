@@ -198,6 +198,17 @@ def test_floor_is_what_noise_alone_makes_of_the_norm() -> None:
     assert np.mean(floors) == pytest.approx(np.mean(norms), rel=0.1) == pytest.approx(30 / 23, rel=0.1)
 
 
+def test_equal_samples_have_no_noise() -> None:
+    """Rounding may leave a variance below zero."""
+    for samples in range(2, 60):
+        generator = torch.Generator().manual_seed(samples)
+        weight = torch.randn(3, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+        x = torch.randn(1, 4, generator=generator, dtype=torch.float64).expand(samples, 4)
+        losses = F.cross_entropy(x @ weight.t(), torch.zeros(samples, dtype=torch.long), reduction="none")
+        (norm,), (floor,) = norms_and_errors(losses, [weight])
+        assert norm > 0 and floor < 1e-6 * norm
+
+
 def test_zero_gradients_have_norm_zero_and_one_sample_has_no_standard_error() -> None:
     model = mlp()
     with torch.no_grad():
@@ -263,6 +274,30 @@ def test_utility_of_untrained_blocks_is_zero_whatever_the_running_statistics(net
     assert set(probes.measure(0)["depth_utility"].values()) == {0.0}
 
 
+def test_utility_is_that_of_nets_whose_running_statistics_are_their_own() -> None:
+    from fa_bench.loop import evaluate
+
+    subject = subject_of(mlp(batch_norm=True), "bp", train=random_split(60), test=random_split(200, seed=1))
+    probes, model = LayerProbes(["depth_utility"], 0, subject), subject.model
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator))
+        model.bn1.running_mean.fill_(50.0)  # far from what they are
+    found = probes.measure(0)["depth_utility"]
+
+    def accuracy(reset: list[str]) -> float:
+        net = copy.deepcopy(model)
+        net.load_state_dict({name: subject.initial[name] for name in reset}, strict=False)
+        refresh(net, subject.training, subject.batch_size)
+        return evaluate(net, subject.scored, 8)[1]
+
+    whole = accuracy([])
+    for block, layers in (("act1", ("fc1", "bn1")), ("act2", ("fc2", "bn2"))):
+        expected = whole - accuracy([f"{layer}.{name}" for layer in layers for name in ("weight", "bias")])
+        assert found[block] == expected != 0
+
+
 def test_running_statistics_are_the_mean_over_the_batches() -> None:
     model, data = mlp(batch_norm=True), random_split(24)
     refresh(model, data, 8)
@@ -319,6 +354,19 @@ def test_whatever_a_probe_does_is_undone(name: str, monkeypatch: pytest.MonkeyPa
         assert gradient is None or torch.equal(parameter.grad, gradient)
     assert torch.equal(torch.get_rng_state(), drawn[0]) and random.getstate() == drawn[2]
     assert np.random.get_state()[1].tolist() == drawn[1]
+
+
+def test_a_draw_that_waited_is_not_taken_back() -> None:
+    """brsf draws when somebody reads; what is put back is that draw, and not the one before."""
+    drawn = []
+    for probed in (True, False):
+        subject = subject_of(mlp(), "brsf")
+        subject.model.train()(subject.probe.x)
+        if probed:
+            with as_before(subject.rule):
+                assert subject.rule.feedback
+        drawn.append([subject.rule.feedback[layer]["M"].clone() for layer in ("fc1", "fc2", "fc3")])
+    assert all(torch.equal(one, other) for one, other in zip(*drawn, strict=True))
 
 
 def test_what_a_failing_probe_did_is_undone() -> None:

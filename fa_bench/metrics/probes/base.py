@@ -134,7 +134,7 @@ def as_before(rule: Rule) -> Iterator[None]:
     from fa_bench.checkpoint import random_state, restore_random_state
 
     model, mode = rule.model, rule.mode
-    assert rule.feedback is not None  # reading it brings it up to date, so that what is put back is not an older draw
+    _ = rule.feedback  # reading it brings it up to date, so that what is put back is not an older draw
     tensors = [*model.parameters(), *model.buffers(), *rule.feedback_parameters()]
     kept = [(tensor, tensor.detach().clone(), tensor.grad, tensor.requires_grad) for tensor in tensors]
     modes = [(module, module.training) for module in model.modules()]
