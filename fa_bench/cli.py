@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import signal
 import sys
-from collections.abc import Sequence
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -14,19 +20,23 @@ from omegaconf import DictConfig
 
 from fa_bench import __version__
 from fa_bench.config import Job, conf_dir, register_schemas
-from fa_bench.errors import ConfigError, FaBenchError
+from fa_bench.errors import ConfigError, FaBenchError, HeldError
 from fa_bench.files import LOG
 from fa_bench.labels import differing, flat, label, plan
-from fa_bench.rundir import RunDirectory
+from fa_bench.rundir import RunDirectory, Stage, holder
 from fa_bench.scale import scaled
+from fa_bench.stopping import Interrupted, raised
+from fa_bench.sweep import Planned, write_sweep
 
 if TYPE_CHECKING:
     from fa_bench.compose import Composer
 
 CONFIG_NAME = "config"
-#: The epochs of each job of a grid, the number of the first job of its present part, and the keys in which each rule's jobs
-#: differ; also seen by jobs in other processes.
-JOB_EPOCHS, JOB_FIRST, JOB_KEYS = "FA_BENCH_EPOCHS", "FA_BENCH_FIRST", "FA_BENCH_KEYS"
+#: The epochs of each job of a grid, the number of the first job of its present part, the keys in which each rule's jobs
+#: differ, and a file that is there once a job has failed after which no other is to start; also seen by jobs in other processes.
+JOB_EPOCHS, JOB_FIRST, JOB_KEYS, JOB_FAILED = "FA_BENCH_EPOCHS", "FA_BENCH_FIRST", "FA_BENCH_KEYS", "FA_BENCH_FAILED"
+#: Seconds that jobs in other processes are given to write their checkpoints.
+FAREWELL = 10.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,16 +44,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 where every run finished; 1 where one failed or diverged; 2 for input that cannot be run, with one
-        or two lines on standard error; 130 after an interrupt.
+        or two lines on standard error; 130 after an interrupt (SIGINT), 143 after SIGTERM.
     """
     try:
-        return _main(list(sys.argv[1:] if argv is None else argv))
+        with raised():
+            return _main(list(sys.argv[1:] if argv is None else argv))
     except FaBenchError as error:
         print(f"fa-bench: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("fa-bench: interrupted", file=sys.stderr)
-        return 130
+        return _code(error)
+
+
+def _code(error: KeyboardInterrupt) -> int:
+    return error.code if isinstance(error, Interrupted) else 130
 
 
 def _main(argv: list[str]) -> int:
@@ -55,6 +70,11 @@ def _main(argv: list[str]) -> int:
     # Overrides first: a flag with an optional value would take the one behind it.
     flags = _without(argv, arguments.overrides)
     argv = [*arguments.overrides, *flags]
+    if arguments.dry_run and not arguments.help:
+        from fa_bench.dry_run import dry_run
+
+        print(dry_run(arguments.config_name or CONFIG_NAME, arguments.config_dir, arguments.overrides, arguments.multirun))
+        return 0
     if arguments.shell_completion or arguments.hydra_help:
         return _hydra(argv)
 
@@ -74,30 +94,87 @@ def _main(argv: list[str]) -> int:
     jobs = composer.check(grid)
     try:
         return _run(jobs, composer, argv, flags, arguments.multirun)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         kept = any(RunDirectory(place, job).checkpoint.exists() for job, place in jobs)
-        after = "resume=true goes on from the last checkpoint" if kept else "no checkpoint yet, for no epoch is complete"
-        print(f"fa-bench: interrupted; {after}", file=sys.stderr)
-        return 130
+        again = "the same command goes on from it" if arguments.multirun else "resume=true goes on from it"
+        print(f"fa-bench: interrupted; {f'there is a checkpoint: {again}' if kept else 'no checkpoint yet'}", file=sys.stderr)
+        return _code(error)
 
 
 def _run(jobs: list[tuple[Job, Path]], composer: Composer, argv: list[str], flags: list[str], multirun: bool) -> int:
     if not multirun:
         return _hydra(argv) or _report_single(jobs[0][1])
-    os.environ[JOB_EPOCHS] = json.dumps([scaled(job).run.epochs for job, _ in jobs])
-    os.environ[JOB_KEYS] = json.dumps(_differing([job for job, _ in jobs]))
-    print(plan([job for job, _ in jobs], _common([place for _, place in jobs])), flush=True)
+    from fa_bench.process import THREADS
+
+    places = [place for _, place in jobs]
+    print(plan([job for job, _ in jobs], _common(places)), flush=True)
+    print(_stages(jobs), end="", flush=True)
+    keys = _differing([job for job, _ in jobs])
+    write_sweep(_common(places), ["fa-bench", *argv],
+                [Planned(place, _name(job, keys), scaled(job).run.epochs) for job, place in jobs])
     code = 0
-    for first, sweep in composer.sweeps:
-        os.environ[JOB_FIRST] = str(first)
-        code = _hydra([*sweep, *flags]) or code
-    return _report_grid([place for _, place in jobs]) or code
+    with tempfile.TemporaryDirectory() as scratch, raised(lambda number: _dismiss(places)), _environment({
+        JOB_EPOCHS: json.dumps([scaled(job).run.epochs for job, _ in jobs]),
+        JOB_KEYS: json.dumps(keys),
+        JOB_FAILED: str(Path(scratch, "failed")),
+        THREADS: str(_threads()),
+    }):
+        for first, sweep in composer.sweeps:
+            with _environment({JOB_FIRST: str(first)}):
+                code = _hydra([*sweep, *flags]) or code
+    return _report_grid(places) or code
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Set variables that processes started within it see too."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _threads() -> int:
+    """Threads that a run takes in this process, and so in others."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _stages(jobs: list[tuple[Job, Path]]) -> str:
+    """A line on what an earlier start of the grid left, or nothing."""
+    counts = Counter(RunDirectory(place, job).stage for job, place in jobs if job.run.resume is not False)
+    left = [f"{counts[stage]} {stage.value}" for stage in (Stage.FINISHED, Stage.UNFINISHED, Stage.STALE) if counts[stage]]
+    return f"  of these: {', '.join(left)}\n" if left else ""
+
+
+def _dismiss(places: list[Path]) -> None:
+    """Ask jobs in other processes of this machine to write their checkpoints, and wait for them."""
+    until = time.monotonic() + FAREWELL
+    asked: set[int] = set()
+    while time.monotonic() < until:
+        holders = [about for about in map(holder, places) if about and about.get("host") == platform.node()]
+        others = {int(about["pid"]) for about in holders if about.get("pid") not in (None, os.getpid())}
+        if not others:
+            return
+        for pid in others - asked:
+            with suppress(OSError):
+                os.kill(pid, signal.SIGTERM)
+        asked |= others
+        time.sleep(0.1)
 
 
 def _parse(argv: list[str]) -> Any:
     from hydra._internal.utils import get_args_parser
 
     parser = get_args_parser()
+    parser.add_argument("--dry-run", action="store_true", help="say what would be run; train and write nothing")
 
     def refuse(message: str) -> NoReturn:
         raise ConfigError(f"{message}; see fa-bench --help")
@@ -112,6 +189,8 @@ def _parse(argv: list[str]) -> Any:
         refuse(f"{unknown[0]}: no such flag{hint}")
     modes = [flag for flag, given in (("--multirun", arguments.multirun), ("--run", arguments.run), ("--cfg", arguments.cfg),
                                       ("--info", arguments.info), ("--shell-completion", arguments.shell_completion)) if given]
+    if arguments.dry_run:  # of one run or of a grid: it goes with --multirun
+        modes = ["--dry-run", *(mode for mode in modes if mode != "--multirun")]
     if len(modes) > 1:
         refuse(f"{' and '.join(modes)} do not go together")
     if arguments.resolve and not arguments.cfg:
@@ -145,7 +224,8 @@ def _job(config: DictConfig) -> None:
     from hydra.types import RunMode
 
     register_schemas()  # a launcher may have put us into a process of our own
-    from fa_bench.train import record_failure, run, show_log
+    from fa_bench.logs import show_log
+    from fa_bench.train import record_failure, run
 
     show_log()
     settings = HydraConfig.get()
@@ -157,22 +237,41 @@ def _job(config: DictConfig) -> None:
     number = 0 if alone else int(os.environ.get(JOB_FIRST, "0")) + settings.job.num
     counted = "" if alone else f"[{number + 1}/{len(epochs) or '?'}] "
     keys = {} if alone else json.loads(os.environ.get(JOB_KEYS, "{}"))
-    shown = label(job.algorithm.name, flat(job.plain()), keys.get(job.algorithm.name, ()))
+    shown = f"{counted}{_name(job, keys)}"
+    failed = Path(os.environ[JOB_FAILED]) if JOB_FAILED in os.environ and job.run.on_error == "stop" else None
+    if failed and failed.exists():
+        print(f"fa-bench: {shown} is left out: a job failed, on_error=stop", file=sys.stderr)
+        return
     try:
-        run(job, directory, title=f"{counted}{shown} seed {job.run.seed}", experiment=experiment,
-            later_epochs=sum(epochs[number + 1:]))
-    except FaBenchError as error:
-        if alone:
-            _remove_if_empty(directory)
-            print(f"fa-bench: {error}", file=sys.stderr)
-            sys.exit(2)
-        print(f"fa-bench: {counted}{error}", file=sys.stderr)
-        record_failure(job, directory, error, experiment)
+        with raised() as stop:
+            try:
+                run(job, directory, title=shown, experiment=experiment,
+                    later_epochs=sum(epochs[number + 1:]), grid=not alone)
+            except Exception:
+                stop.check()
+                raise
+        return
+    except HeldError as error:
+        reason: Exception = error
     except Exception as error:
-        record_failure(job, directory, error, experiment)
-        print(f"fa-bench: {counted}failed: {type(error).__name__}: {error} (traceback: {directory / LOG})", file=sys.stderr)
-        if alone:
-            sys.exit(1)
+        reason = error
+        if not (alone and isinstance(error, FaBenchError)):
+            with suppress(FaBenchError):  # where nothing can be written, the line below is all there is
+                record_failure(job, directory, error, experiment)
+    known = isinstance(reason, FaBenchError)
+    if known and alone:
+        _remove_if_empty(directory)
+    trace = "" if known else f" (traceback: {directory / LOG})"
+    print(f"fa-bench: {counted}{reason if known else f'failed: {type(reason).__name__}: {reason}'}{trace}", file=sys.stderr)
+    if failed:
+        failed.touch()
+    if alone:
+        sys.exit(2 if known else 1)
+
+
+def _name(job: Job, keys: Mapping[str, Sequence[str]]) -> str:
+    """What to call a job: its rule, the values of what the rule's jobs differ in, and its seed."""
+    return f"{label(job.algorithm.name, flat(job.plain()), keys.get(job.algorithm.name, ()))} seed {job.run.seed}"
 
 
 def _differing(jobs: list[Job]) -> dict[str, list[str]]:

@@ -116,8 +116,8 @@ class Composer:
             config = self._compose([f"{kind}={choice}"])
             return OmegaConf.to_container(config[kind], resolve=False)  # type: ignore[return-value]
 
-    def check(self, grid: list[list[str]]) -> list[tuple[Job, Path]]:
-        """Every job with its directory.
+    def check(self, grid: list[list[str]], directories: bool = True) -> list[tuple[Job, Path]]:
+        """Every job with its directory; what those hold is looked at unless `directories` is false.
 
         Raises:
             ConfigError: for an unknown key, and where two jobs are the same run.
@@ -134,7 +134,8 @@ class Composer:
                     raise ConfigError(f"two jobs of the grid are one run, {place}: "
                                       f"{' '.join(seen[place])} and {' '.join(overrides)}")
                 seen[place] = overrides
-                RunDirectory(place, job).check()
+                if directories:
+                    RunDirectory(place, job).check()
                 jobs.append((job, place))
         return jobs
 

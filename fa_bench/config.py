@@ -44,10 +44,20 @@ class RunOptions(Options):
     device: str = option("auto", "auto (an accelerator where there is one), cpu, cuda, cuda:1, mps")
     data_dir: str = option("data", "folder of the datasets; for image_folder the dataset itself")
     output_dir: str = option("outputs", "folder of the run directories")
-    resume: bool = option(False, "go on from the checkpoint in the run's directory")
+    resume: bool | None = option(None, "true: go on from what the run's directory holds; false: start anew; null: a single run "
+                                       "starts anew, a grid goes on, and starts anew what other code made")
+    checkpoint_epochs: int = option(1, "epochs between two checkpoints; the last epoch has one in any case", minimum=1)
+    checkpoint_minutes: float = option(10.0, "minutes after which a checkpoint is written within an epoch; 0: never", minimum=0)
+    on_error: str = option("continue", "whether the other jobs of a grid run on after one has failed",
+                           choices=["continue", "stop"])
+    on_divergence: str = option("stop", "whether a run ends where its loss or a weight is not finite",
+                                choices=["stop", "continue"])
+    threads: int = option(0, "CPU threads, on which the last bits of a result depend; 0: as many as torch takes", minimum=0)
     deterministic: bool = option(False, "refuse operations whose result differs from run to run")
     probe_every: int = option(500, "steps between two measurements of angles; 0 for none but the last", minimum=0)
     probe_size: int = option(128, "samples in the fixed batch that angles are measured on", minimum=1)
+    histograms_every: int = option(0, "steps between two histograms of weights, feedback and gradients for TensorBoard; 0 for "
+                                      "none", minimum=0)
     probes: list[str] = option([], "what else is measured of every layer; changes no other number", choices=PROBES)
     probes_epochs: int = option(0, "epochs between two measurements of `probes`; 0 for the end alone", minimum=0)
     scale: str = option("full", "full, or a trial of the same config: short (a tenth of the epochs, at most 10,000 training "
@@ -61,7 +71,8 @@ class RunOptions(Options):
 
 
 #: What does not change a run's numbers: not part of its identity.
-VOLATILE = ("resume", "output_dir", "data_dir", "plugins", "probes", "probes_epochs")
+VOLATILE = ("resume", "output_dir", "data_dir", "plugins", "probes", "probes_epochs", "histograms_every", "checkpoint_epochs",
+            "checkpoint_minutes", "on_error", "threads")
 
 
 @dataclasses.dataclass

@@ -9,16 +9,25 @@ from typing import Any
 
 from fa_bench.errors import CoverageError, nearest
 from fa_bench.lazy import torch
+from fa_bench.text import aligned, by_x, indented
 
 
 @dataclasses.dataclass(frozen=True)
 class Covered:
-    """One weight that the rule covers: its layer's path, type and shape, and in words what brings its error."""
+    """One weight that the rule covers.
+
+    Attributes:
+        layer, kind, shape: its layer's path and type, and its own shape.
+        feedback: words that go on from "its error": an edge rule says what carries it on to the layer below, a cut rule where
+            it comes from.
+        learns: whether the weight is trained.
+    """
 
     layer: str
     kind: str
     shape: tuple[int, ...]
     feedback: str
+    learns: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +45,23 @@ class Coverage:
     uncovered: dict[str, str]
 
     def __str__(self) -> str:
-        rows = [("layer", "type", "weight", "error reaches it by")]
-        rows += [(c.layer, c.kind, "x".join(map(str, c.shape)), c.feedback) for c in self.covered]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        lines = [f"{self.rule}: {len(self.covered)} layers covered, {len(self.uncovered)} weights not covered"]
-        lines += ["  " + "  ".join([*(row[i].ljust(widths[i]) for i in range(3)), row[3]]).rstrip() for row in rows]
-        lines += [f"  not covered: {name} ({why}); learns by its true local gradient" for name, why in self.uncovered.items()]
+        """A table: each covered layer, its weight and what its error does; then the weights that are not covered, and why."""
+        covered, uncovered = len(self.covered), len(self.uncovered)
+        left = f"{uncovered} weight{'s' * (uncovered != 1)} not covered" if uncovered else "every weight"
+        lines = [f"{self.rule} covers {covered} layer{'s' * (covered != 1)}, {left}"]
+        rows = [("layer", "type", "weight", "its error"), *(
+            (c.layer, c.kind, by_x(c.shape) + ("" if c.learns else " frozen"), c.feedback) for c in self.covered)]
+        lines += indented(aligned(rows))
+        if uncovered:
+            lines += indented(aligned([("not covered", "why"), *self.uncovered.items()]))
+            lines.append("  What is not covered learns by its true local gradient.")
         return "\n".join(lines)
+
+    def noting_frozen(self, model: Any) -> Coverage:
+        """The same, with the layers of `model` noted whose weights are not trained."""
+        return dataclasses.replace(self, covered=tuple(
+            dataclasses.replace(entry, learns=model.get_submodule(entry.layer).weight.requires_grad) for entry in self.covered
+        ))
 
     def require(self, allow_uncovered: bool) -> None:
         """Raise CoverageError where nothing is covered, or weights are uncovered unasked."""

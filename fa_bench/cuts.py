@@ -195,10 +195,10 @@ class CutRule(Rule):
     def _brings(self, path: str, trace: Trace) -> str:
         cuts = [cut for cut in self._at if path in trace.feeds[cut]] if self.side == OUTPUT else []
         if cuts:
-            return f"cut at {names(cuts)}"
+            return f"comes from the cut at {names(cuts)}"
         if self.modular and path in trace.behind:
-            return "backpropagation within its module"
-        return "the true gradient (output layer)" if path in trace.outputs else "cut at its consumer's input"
+            return "comes by backpropagation within its module"
+        return "is the true one (output layer)" if path in trace.outputs else "comes from the cut at its consumer's input"
 
     # -------------------------------------------------------------------------------------------- hooks
     def _hook(self) -> None:

@@ -100,7 +100,7 @@ class EdgeRule(Rule):
         raise NotImplementedError
 
     def put_in(self, sample_input: Tensor | None) -> Coverage:
-        from fa_bench.layers import swap_in, tensors_of, weighted_layers
+        from fa_bench.layers import swap_in, weighted_layers
 
         self._layers: dict[str, Any] = {}
         self._learning: list[Any] = []
@@ -120,9 +120,7 @@ class EdgeRule(Rule):
             self._layers[path] = layer
             if carrier.learned:
                 self._learning.append(layer)
-            held = ", ".join(f"{name}{' learned' if name in carrier.learned else ''}" for name in tensors_of(layer))
-            covered.append(Covered(path, kind, tuple(layer.weight.shape),
-                                   f"{type(carrier).__name__} feedback{f' ({held})' if held else ''}"))
+            covered.append(Covered(path, kind, tuple(layer.weight.shape), f"goes on through {carrier.words()}"))
         ids = {id(parameter) for layer in layers.values() for parameter in layer.parameters(recurse=False)}
         return Coverage(self.name, tuple(covered), foreign_weights(self.model, ids))
 

@@ -46,6 +46,14 @@ class RunDirectoryError(FaBenchError, OSError):
     """An output directory that holds another run, or a checkpoint that is not this run's."""
 
 
+class HeldError(RunDirectoryError):
+    """A run's directory that another process is writing."""
+
+
+class OutputError(FaBenchError, OSError):
+    """A file that cannot be written: a full disk, a place that may only be read."""
+
+
 class StateError(FaBenchError, ValueError):
     """A saved state that is not one of this rule in this model."""
 

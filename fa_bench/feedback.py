@@ -121,6 +121,14 @@ class Carrier:
     learned: tuple[str, ...] = ()
     follows: str | None = None
     always = False
+    #: What carries the error, in words.
+    tensors = "tensors of its own"
+
+    def words(self) -> str:
+        """What carries the error and which of it learns, in a few words for the table of `fa_bench.coverage`."""
+        if self.learned == (self.tensors,):
+            return f"learned {self.tensors}"
+        return self.tensors + (f" ({', '.join(self.learned)} learned)" if self.learned else "")
 
     def effective(self, layer: Any) -> Tensor:
         """What carries the error now, in the weight's layout, detached."""
@@ -166,6 +174,8 @@ def add_gradient(layer: Any, name: str, gradient: Tensor) -> None:
 class Fixed(Carrier):
     """e_in = g B with B drawn once."""
 
+    tensors = "fixed B"
+
     def effective(self, layer: Any) -> Tensor:
         # Straight from the dictionary: a module's attribute look-up takes as long as a small matrix product's launch.
         return layer._buffers["feedback_B"]
@@ -174,6 +184,7 @@ class Fixed(Carrier):
 class Learned(Fixed):
     """e_in = g B, and the gradient of B is the gradient of W, the same numbers."""
 
+    tensors = "B"
     learned = ("B",)
     follows = "B"
     always = True
@@ -193,6 +204,8 @@ def learning(
 
 class Transport(Carrier):
     """The true weight: backpropagation through this layer."""
+
+    tensors = "the weight"
 
     def effective(self, layer: Any) -> Tensor:
         return layer.weight.detach()
@@ -227,6 +240,8 @@ class Sign(FromWeight):
         scale: s, a positive number.
     """
 
+    tensors = "the signs of the weight"
+
     def __init__(self, scale: float) -> None:
         self.scale = scale
 
@@ -244,6 +259,8 @@ class SignedMagnitude(FromWeight):
         redraw: initialiser that draws M anew at every training forward, or None to keep it.
         seed: the layer's seed for redrawing; each draw is a pure function of it and of the draw's number.
     """
+
+    tensors = "the signs of the weight with magnitudes M"
 
     def __init__(self, redraw: str | None = None, seed: int = 0) -> None:
         self.redraw, self.seed, self.draws = redraw, seed, 0

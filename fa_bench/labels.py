@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.config import VOLATILE
+from fa_bench.registries import DATASETS
 from fa_bench.scale import scaled
 
 if TYPE_CHECKING:
     from fa_bench.config import Job
 
 NAME = ".name"
+#: The folder that is the dataset itself for some datasets, and of no account for the others.
+DATA_DIR = "data_dir"
 Flat = Mapping[str, Any]
 
 
@@ -31,14 +34,21 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def counted(config: Flat) -> dict[str, Any]:
+    """What of a config decides its numbers, the seed apart: `data_dir` where the dataset is what lies there."""
+    dataset = config.get("dataset")
+    own_folder = dataset in DATASETS and DATASETS[str(dataset)].content_is_data_dir
+    return {key: value for key, value in config.items()
+            if key.split(".")[0] not in ("seed", *VOLATILE) or (key == DATA_DIR and own_folder)}
+
+
 def differing(configs: Iterable[Flat]) -> list[str]:
     """The keys in which these configs differ, seed and what changes no numbers apart.
 
     An option counts only where configs with the same component have it differently: sgd and adam differ in ``optimizer`` alone.
     """
-    configs = list(configs)
-    keys = list(dict.fromkeys(key for config in configs for key in config if key.split(".")[0] not in ("seed", *VOLATILE)))
-    return [key for key in keys if _differs(key, configs)]
+    configs = [counted(config) for config in configs]
+    return [key for key in dict.fromkeys(key for config in configs for key in config) if _differs(key, configs)]
 
 
 def _differs(key: str, configs: list[Flat]) -> bool:
@@ -58,7 +68,8 @@ def _choosers(key: str) -> list[str]:
 
 def label(rule: str, config: Flat, keys: Iterable[str]) -> str:
     """The rule and the config's values of `keys`: ``kp optimizer.lr=0.05``."""
-    return " ".join([rule, *(f"{key}={_shown(config[key])}" for key in keys if key in config)])
+    own = counted(config)
+    return " ".join([rule, *(f"{key}={_shown(own[key])}" for key in keys if key in own)])
 
 
 def plan(jobs: list[Job], place: Path) -> str:
@@ -74,7 +85,8 @@ def plan(jobs: list[Job], place: Path) -> str:
     runs, epochs = len(jobs), sum(run.epochs for run in trained)
     lines = [f"{runs} run{'s' * (runs > 1)}, {epochs} epoch{'s' * (epochs > 1)}, below {place}"]
     for key in [*shared, *sorted(within.difference(shared))]:
-        values = list(dict.fromkeys(_shown(config[key]) for config in configs if key in config))
+        having = configs if key in shared else map(counted, configs)
+        values = list(dict.fromkeys(_shown(config[key]) for config in having if key in config))
         if key == "scale" and values == ["full"]:
             continue
         lines.append(f"  {key}: {', '.join(values)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -167,8 +168,11 @@ class Optimizers:
 
     def end_epoch(self) -> None:
         """Step the schedules."""
-        for scheduler in self.schedulers:
-            scheduler.step()
+        with warnings.catch_warnings():
+            # A run that goes on at the end of an epoch steps them before its first update in this process.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            for scheduler in self.schedulers:
+                scheduler.step()
 
     def zero_grad(self) -> None:
         """Drop all gradients."""

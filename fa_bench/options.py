@@ -175,6 +175,17 @@ def _within(value: float, limits: Mapping[str, float]) -> bool:
             and (high is None or value <= high) and (below is None or value < below))
 
 
+def limits_text(field: dataclasses.Field[Any]) -> str:
+    """What an option's values are limited to, ``one of a, b`` or ``> 0 and <= 1``; empty where its type says it all."""
+    choices, limits = field.metadata["choices"], field.metadata["limits"]
+    return "; ".join(filter(None, [choices and f"one of {names(choices)}", limits and range_text(limits)]))
+
+
+def value_text(value: Any) -> str:
+    """A value as one would write it in YAML."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def range_text(limits: Mapping[str, float]) -> str:
     """A range as text, for example ``> 0 and <= 1``."""
     signs = {"minimum": ">=", "above": ">", "maximum": "<=", "below": "<"}

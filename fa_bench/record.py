@@ -7,34 +7,23 @@ import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
 from fa_bench import __version__
 from fa_bench.config import Job
+from fa_bench.events import FINAL, Events
 from fa_bench.files import METRICS, RESULT, dump_json, write_text
+from fa_bench.hashes import code_hash
 from fa_bench.loop import Angles, Progress
 from fa_bench.metrics.probe import Probe
 from fa_bench.metrics.probes.base import LayerProbes, Quantities
+from fa_bench.metrics.tensors import named_tensors
+from fa_bench.rules.base import Rule
 
-#: Hyper-parameters shown in TensorBoard: one set for all rules, so that they share a table.
-HYPERPARAMETERS: dict[str, Callable[[Job], Any]] = {
-    "algorithm": lambda job: job.algorithm.name,
-    "architecture": lambda job: job.architecture.name,
-    "dataset": lambda job: job.dataset.name,
-    "optimizer": lambda job: job.optimizer.name,
-    "lr": lambda job: job.optimizer.lr,
-    "weight_decay": lambda job: job.optimizer.weight_decay,
-    "batch_size": lambda job: job.run.batch_size,
-    "epochs": lambda job: job.run.epochs,
-    "seed": lambda job: job.run.seed,
-}
 _SCALARS = ("train_loss", "val_loss", "test_loss", "train_accuracy", "val_accuracy", "test_accuracy", "lr")
 
 
@@ -54,13 +43,16 @@ class Recorder:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         self.lines = lines[: progress.epoch]
         self._write_metrics()
-        self.writer = SummaryWriter(str(directory), purge_step=progress.step + 1 if progress.step else None)
+        self.events = Events(directory, job, progress.step)
 
     def probe(self, step: int, angles: Angles) -> None:
         """Record one measurement of angles."""
-        for metric, layers in angles.items():
-            for layer, value in layers.items():
-                self.writer.add_scalar(f"{metric}/{layer}", value, step)
+        values = {f"{metric}/{layer}": value for metric, layers in angles.items() for layer, value in layers.items()}
+        self.events.scalars(values, step)
+
+    def histograms(self, step: int, rule: Rule) -> None:
+        """Record the distributions of a rule's tensors."""
+        self.events.histograms(named_tensors(rule), step)
 
     def epoch(self, progress: Progress, metrics: dict[str, Any]) -> None:
         """Record one epoch."""
@@ -68,10 +60,11 @@ class Recorder:
             metrics = metrics | {"probes": self.measure_probes(progress)}
         self.lines.append(dump_json(metrics))
         self._write_metrics()
-        for key in _SCALARS:
-            if metrics[key] is not None:
-                kind, _, what = key.rpartition("_")
-                self.writer.add_scalar(f"{what}/{kind}" if kind else key, metrics[key], progress.step)
+        self.events.scalars({_tag(key): metrics[key] for key in _SCALARS if metrics[key] is not None}, progress.step)
+
+    def flush(self) -> None:
+        """Return once all records are on the disk; to be called before a checkpoint is written."""
+        self.events.flush()
 
     def measure_probes(self, progress: Progress) -> Quantities:
         """Measure and record what the run's option `probes` asks for: {quantity: {layer: value}}."""
@@ -83,26 +76,26 @@ class Recorder:
         write_text(self.directory / METRICS, "".join(line + "\n" for line in self.lines))
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Write result.json and the hyper-parameters with the final numbers."""
-        write_text(self.directory / RESULT, dump_json(result, indent=1) + "\n")
-        numbers = {f"final/{key}": _number(result[key]) for key in ("test_accuracy", "test_accuracy_at_best_val", "seconds")}
-        for part in hparams({key: read(self.job) for key, read in HYPERPARAMETERS.items()}, numbers):
-            self.writer._get_file_writer().add_summary(part)
-        for key, value in numbers.items():
-            self.writer.add_scalar(key, value, result["step"])
-        self.close()
+        """Write result.json, and how the run ended to TensorBoard."""
+        try:
+            # In front of the result, which says that there is nothing more to do.
+            self.events.finish(result["status"], {key: result[key] for key in FINAL}, result["step"])
+        finally:
+            write_text(self.directory / RESULT, dump_json(result, indent=1) + "\n")
 
     def close(self) -> None:
         """Close the event file."""
-        self.writer.close()
+        self.events.close()
 
     def last_metrics(self) -> dict[str, Any]:
         """The last epoch's line, or nothing."""
         return json.loads(self.lines[-1]) if self.lines else {}
 
 
-def _number(value: Any) -> float:
-    return float("nan") if value is None else float(value)
+def _tag(key: str) -> str:
+    """train_loss is loss/train."""
+    kind, _, what = key.rpartition("_")
+    return f"{what}/{kind}" if kind else key
 
 
 def base_result(job: Job, experiment: str | None = None) -> dict[str, Any]:
@@ -118,7 +111,9 @@ def base_result(job: Job, experiment: str | None = None) -> dict[str, Any]:
         "seed": job.run.seed, "epochs": job.run.epochs, "epoch": 0, "step": 0,
         "test_accuracy": None, "test_accuracy_at_best_val": None, "best_epoch": None, "val_accuracy": None,
         "train_accuracy": None, "angles": {}, "probes": {}, "feedback_layers": [], "output_layers": [],
-        "seconds": None, "peak_memory_bytes": None, "config_hash": job.config_hash, "data_hash": None,
+        "seconds": None, "peak_memory_bytes": None,
+        "config_hash": job.config_hash, "code_hash": code_hash(job.run.plugins), "data_hash": None,
+        "initial_weights_hash": None, "batches_hash": None, "weights_hash": None, "feedback_hash": None, "optimizer_hash": None,
         "device": None, "git": git_state(), "versions": versions(), "error": None,
     }
 

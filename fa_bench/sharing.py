@@ -29,9 +29,14 @@ MATCHES = ("max_pool", "avg_pool", "random")
 
 
 class Source:
-    """The activation that is shared at present, as its first consumer saw it."""
+    """The activation that is shared at present, as its first consumer saw it.
 
-    def __init__(self) -> None:
+    Args:
+        consumer: that layer's path.
+    """
+
+    def __init__(self, consumer: str) -> None:
+        self.consumer = consumer
         self._kept: tuple[Tensor, int] | None = None
 
     def keep(self, x: Tensor) -> None:
@@ -118,7 +123,10 @@ class Sharing(Carrier):
     always = True
 
     def __post_init__(self) -> None:
-        self.learned, self.follows = self.inner.learned, self.inner.follows
+        self.learned, self.follows, self.tensors = self.inner.learned, self.inner.follows, self.inner.tensors
+
+    def words(self) -> str:
+        return super().words() + (f"; shares the input of {self.source.consumer}" if self.source is not None else "")
 
     def carry(self, layer: Any, x: Tensor) -> Carry:
         if self.gives is not None:
@@ -160,7 +168,7 @@ class SharingRule(EdgeRule):
         groups = self.sharing_groups(self.model, trace)
         self._groups = {path: number for number, group in enumerate(groups, start=1) for path in group}
         self._first = {number: group[0] for number, group in enumerate(groups, start=1)}
-        self._sources = {self.source_of(number): Source() for number in self._first if number > 1}
+        self._sources = {shared: Source(self._first[shared]) for shared in map(self.source_of, [*self._first][1:])}
         self._shapes = {path: tuple(shape[1:]) for path, shape in trace.input_shapes.items()}
         self._stem = trace.order[0]
         return super().put_in(sample_input)

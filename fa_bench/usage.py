@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from fa_bench.compose import Composer
 from fa_bench.config import FEEDBACK_OPTIMIZER, RunOptions
-from fa_bench.options import Options, option_fields, range_text
+from fa_bench.options import Options, limits_text, option_fields, value_text
 from fa_bench.registries import GROUPS
 
 _HEAD = """\
@@ -17,6 +17,7 @@ usage: fa-bench [-m] [key=value ...]
   fa-bench algorithm=kp dataset=mnist         one run
   fa-bench -m algorithm=bp,fa,kp seed=0,1,2   a grid, compared at the end
   fa-bench -m experiment=quickstart           a preset grid
+  fa-bench --dry-run algorithm=kp             what it would run: model, feedback, memory, arithmetic; also with -m
   fa-bench --cfg job                          the composed config
   fa-bench --help algorithm=dfa               the options of one choice; also of a plugin's, with its plugins=[...]
   fa-bench --hydra-help                       Hydra's own flags (--multirun, --config-dir, ...)
@@ -60,8 +61,6 @@ def _options(options: Options, prefix: str) -> Iterator[str]:
         if isinstance(value, Options):
             yield from _options(value, f"{prefix}{field.name}.")
             continue
-        limits = [f"one of {', '.join(field.metadata['choices'])}"] if field.metadata["choices"] else []
-        limits += [range_text(field.metadata["limits"])] if field.metadata["limits"] else []
-        shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-        yield f"  {prefix}{field.name}={shown}"
-        yield f"      {field.metadata['help']}{f' ({chr(59).join(limits)})' if limits else ''}"
+        limits = limits_text(field)
+        yield f"  {prefix}{field.name}={value_text(value)}"
+        yield f"      {field.metadata['help']}{f' ({limits})' if limits else ''}"

@@ -58,7 +58,7 @@ def ours(split: ResidentSplit, probe_every: int) -> float:
     x, y = next(split.batches(128))
     splits = Splits(split, None, split.subset(torch.arange(1)), [str(c) for c in range(10)], (1, 28, 28), "")
     loop = Loop(rule, Optimizers(SGD(lr=0.01), rule, 1), splits, BATCH, True, 0, Probe(rule, x, y), probe_every,
-                on_probe=lambda step, angles: None, on_step=lambda progress: None, on_epoch=lambda progress, metrics: None)
+                on_epoch=lambda progress, metrics: None)
     start = time.perf_counter()
     loop.fit(Progress(), 1)
     return time.perf_counter() - start

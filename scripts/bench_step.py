@@ -17,17 +17,15 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 import fa_bench
 from fa_bench.errors import CoverageError
 from fa_bench.feedback import Carry
 from fa_bench.layers import weighted_layers
+from fa_bench.metrics.arithmetic import multiplications
 from fa_bench.ops import DeliverFunction, FeedbackLinearFunction
 from fa_bench.optim import SGD, Optimizers
 from fa_bench.registries import ALGORITHMS, ARCHITECTURES
@@ -61,25 +59,6 @@ def make_step(net: str, rule_name: str | None, batch: int, with_optimizer: bool)
             rule.step()
 
     return step
-
-
-class Counter(TorchDispatchMode):
-    """Counts multiplications; torch's own FlopCounterMode hooks modules, which a gradient within a backward pass refuses."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func._overloadpacket in flop_registry:
-            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out) // 2
-        return out
-
-
-def multiplications(step: Callable[[], None]) -> int:
-    """How many multiplications the matrix products and convolutions of one step have."""
-    with Counter() as counter:
-        step()
-    return counter.total
 
 
 def make_written_out(rule: str, batch: int) -> Callable[[], None]:

@@ -47,7 +47,9 @@ def fit(job: Job, parts: Parts, on_epoch: Callable[[Progress, dict[str, Any]], N
     from fa_bench.loop import Diverged, Loop, Progress
 
     loop = Loop(parts.rule, parts.optimizers, parts.splits, job.run.batch_size, job.run.drop_last, job.run.seed, parts.probe,
-                job.run.probe_every, on_probe=lambda step, angles: None, on_step=lambda progress: None, on_epoch=on_epoch)
+                job.run.probe_every, on_epoch)
+    for _ in parts.rule.initial_phase():
+        pass
     try:
         return loop.fit(Progress(), job.run.epochs)
     except Diverged as error:

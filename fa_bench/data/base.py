@@ -73,7 +73,7 @@ class Split(abc.ABC):
         return whole + (rest > 0 and (not drop_last or whole == 0))
 
     def batches(
-        self, batch_size: int, *, seed: int | None = None, epoch: int = 0, drop_last: bool = False
+        self, batch_size: int, *, seed: int | None = None, epoch: int = 0, drop_last: bool = False, start: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass over the samples: x float32 (N, C, H, W), normalised, and y int64 (N,), on the device.
 
@@ -83,20 +83,25 @@ class Split(abc.ABC):
                 (seed, epoch) alone, with random numbers of its own.
             epoch: number of the pass.
             drop_last: leave out a last batch that is not full, unless it is the only one.
+            start: batches to leave out at the beginning; the others are what they are without it.
         """
         indices = torch.arange(len(self))
-        generator = None
         if seed is not None:
-            generator = torch.Generator().manual_seed(seed_for("order", seed, epoch))
-            indices = torch.randperm(len(self), generator=generator)
+            indices = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed_for("order", seed, epoch)))
         steps = self.steps(batch_size, drop_last)
-        chunks = (indices[i * batch_size : (i + 1) * batch_size] for i in range(steps))
+        chunks = (indices[i * batch_size : (i + 1) * batch_size] for i in range(start, steps))
         # x * scale + shift in place: two passes over the batch, whatever the mean.
         scale = torch.tensor([1 / (255 * s) for s in self.std], device=self.device).view(-1, 1, 1)
         shift = torch.tensor([-m / s for m, s in zip(self.mean, self.std, strict=True)], device=self.device).view(-1, 1, 1)
-        augmenting = generator if self.augment else None
-        for images, labels in self.gather(chunks, None if augmenting is None else seed_for("read", seed, epoch)):
-            images = self.crop.fixed(images) if augmenting is None else self.crop.random(images, augmenting)
+        augments = self.augment and seed is not None
+        generator = torch.Generator()
+        key = seed_for("read", seed, epoch) if augments else None
+        for number, (images, labels) in enumerate(self.gather(chunks, key), start):
+            if augments:
+                # A seed for each batch: a run that goes on in the middle of an epoch need not draw what came before.
+                images = self.crop.random(images, generator.manual_seed(seed_for("augment", seed, epoch, number)))
+            else:
+                images = self.crop.fixed(images)
             yield images.to(torch.float32).mul_(scale).add_(shift), labels
 
 

@@ -20,6 +20,18 @@ from fa_bench.errors import DataError
 from fa_bench.lazy import torchvision
 
 log = logging.getLogger("fa_bench")
+_refusing = False
+
+
+@contextlib.contextmanager
+def nothing_fetched() -> Iterator[None]:
+    """Within it what is missing is refused in place of being downloaded or unpacked: nothing is written."""
+    global _refusing
+    before, _refusing = _refusing, True
+    try:
+        yield
+    finally:
+        _refusing = before
 
 
 @contextlib.contextmanager
@@ -32,8 +44,11 @@ def fetching(data_dir: Path, dataset: str, missing: str) -> Iterator[Path]:
         missing: what is missing, and where it belongs.
 
     Raises:
-        DataError: where the block fails for want of a network, of space or of the right bytes.
+        DataError: where the block fails for want of a network, of space or of the right bytes, and within `nothing_fetched`.
     """
+    if _refusing:
+        raise DataError(f"dataset={dataset}: missing {missing}, and a dry run downloads nothing; put the files there, "
+                        "set data_dir, or let a run download them")
     log.info("dataset=%s: downloading %s", dataset, missing)
     bar = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     try:
@@ -80,8 +95,11 @@ def unpack_zip(archive: Path, folder: Path) -> None:
     """Unpack the top folder `folder.name` of a zip archive as `folder`, which appears once everything is in it.
 
     Raises:
-        DataError: naming the archive, where it is damaged, or where a member would land outside of the folder.
+        DataError: naming the archive, where it is damaged, or where a member would land outside of the folder, and within
+            `nothing_fetched`.
     """
+    if _refusing:
+        raise DataError(f"{archive}: not unpacked yet, and a dry run writes nothing; unpack it, or let a run do so")
     from tqdm import tqdm
 
     try:

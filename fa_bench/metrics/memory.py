@@ -15,6 +15,7 @@ from fa_bench.trace import Trace, trace_model
 
 if TYPE_CHECKING:
     from fa_bench.rules.asap import ASAP
+    from fa_bench.rules.base import Rule
 
 _AVERAGES = ("mean", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "avg_pool2d", "avg_pool3d")
 _RELUS = ("relu", "leaky_relu", "hardtanh")
@@ -84,6 +85,19 @@ def memory_of(model: nn.Module, input_shape: tuple[int, ...], rule: ASAP | None 
         0 if rule.transport else sum(sizes[path] for path in learned),
         watch.relus,
     )
+
+
+def memories(model: nn.Module, input_shape: tuple[int, ...], rule: Rule) -> dict[str, Memory]:
+    """Backpropagation's counts in a plain model and, where the paper says what the rule keeps, the rule's, by name.
+
+    Args:
+        model, input_shape: as for `memory_of`.
+        rule: in no model.
+    """
+    from fa_bench.rules.asap import ASAP
+
+    found = {"bp": memory_of(model, input_shape)}
+    return found | {rule.name: memory_of(model, input_shape, rule)} if isinstance(rule, ASAP) else found
 
 
 def _inputs(trace: Trace, layers: list[str]) -> int:

@@ -1,25 +1,32 @@
-"""Reports on finished runs: tables and figures that compare the rules with each other and with published numbers.
+"""Reports on runs: tables and figures that compare the rules with each other and with published numbers.
 
 Pandas, SciPy and matplotlib are imported when a report is written, so that reading run directories stays quick.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from fa_bench.errors import DataError
 from fa_bench.files import RESULT, atomic
-from fa_bench.report.runs import read_run
+
+if TYPE_CHECKING:
+    from fa_bench.report.runs import Run
+    from fa_bench.sweep import Planned
 
 NAME = "report"
 LEGEND = """\
 Accuracies are in %, differences in percentage points, angles in degrees, times in seconds of training. Statistics are over the
-finished runs, one per seed: std is the sample standard deviation, ± 95 % half the width of the Student t interval of the mean.
-Weight angle and norm ratio are means over the layers whose feedback carries error, the delta angle over all but the output
+finished runs alone, n of them, one per seed: a run that diverged, failed, was interrupted or is still running is counted and
+named in its row, and enters none. std is the sample standard deviation, ± 95 % half the width of the Student t interval of the
+mean. Weight angle and norm ratio are means over the layers whose feedback carries error, the delta angle over all but the output
 layers. Beats floor: the mean is above that of the `frozen` rule, which learns its output layer only. Differences to bp are of the
-same seed, and to the published number of the means.
+same seed, and to the published number of the means. Where a task has several rows of bp, a row is paired with the one whose
+setting is its own or differs from it in fewest keys, and of several such with the best by validation accuracy (last epoch, mean
+over its finished runs); so with several rows of `frozen`.
 """
 _PUBLISHED = """\
 Ours is the mean of the last epoch over the finished runs, one per seed. Inside: whether it lies in the published range.
@@ -28,7 +35,7 @@ Ours is the mean of the last epoch over the finished runs, one per seed. Inside:
 
 class Report(NamedTuple):
     """What was written: the table for a terminal, the paths of report.md and of the overview figure, and whether every run
-    that was found had finished."""
+    that was found or planned had finished."""
 
     text: str
     markdown: Path
@@ -36,58 +43,99 @@ class Report(NamedTuple):
     complete: bool
 
 
-def write_report(run_dirs: Iterable[Path], out_dir: Path) -> Report:
+def write_report(
+    run_dirs: Iterable[Path], out_dir: Path, planned: Iterable[Planned] = (), timings: bool = True
+) -> Report:
     """Report on the runs in `run_dirs`: write report.md, tables as report*.csv and figures as report*.png into `out_dir`.
 
-    Each file is replaced in one step. Equal runs give equal bytes, in whatever order and wherever they lie. Runs without a
-    result or that did not finish are left out of the statistics and named, as are missing seeds and published rows.
+    Each file is replaced in one step, and those of an earlier report that this one does not have are removed. Equal runs give
+    equal bytes, in whatever order and wherever they lie. Runs that did not finish are counted in their rows, left out of the
+    statistics and named, as are `planned` runs that have not begun, missing seeds and published rows.
+
+    Args:
+        run_dirs: the runs' directories, which need not hold a record yet.
+        out_dir: where the report goes; made where it is not there.
+        planned: runs that are to be there too, see `fa_bench.sweep`.
+        timings: whether to show measured seconds, the one thing in which two sweeps of the same runs differ.
 
     Raises:
-        DataError: no directory holds a result, or a record cannot be read.
+        DataError: no directory holds a run, or a record cannot be read.
     """
     from fa_bench.report.against import COLUMNS, against_published
     from fa_bench.report.figures import write_figures
-    from fa_bench.report.gaps import missing_seeds, not_finished, unanswered, without_result
-    from fa_bench.report.groups import in_order
+    from fa_bench.report.gaps import missing_seeds, not_begun, not_finished, unanswered
     from fa_bench.report.layers import by_layer
     from fa_bench.report.probes import LEGEND as PROBED
     from fa_bench.report.probes import probe_table
     from fa_bench.report.published import published
-    from fa_bench.report.table import summarise, to_csv, to_markdown, to_text
+    from fa_bench.report.table import TIMINGS, summarise, to_csv, to_markdown, to_text
 
-    found = {Path(directory): read_run(directory) for directory in run_dirs}
-    runs = in_order(run for run in found.values() if run is not None)
-    if not runs:
-        raise DataError(f"nothing to report: no {RESULT} in {', '.join(map(str, found)) or 'an empty list of runs'}")
+    planned = list(planned)
+    runs, unreadable, lacking = _read([*map(Path, run_dirs), *(run.directory for run in planned)])
     entries = published()
     frame, against = summarise(runs, entries), against_published(entries, runs)
+    if not timings:
+        frame = frame.drop(columns=TIMINGS)
+    unended, waiting = [*unreadable, *not_finished(runs)], not_begun(lacking, planned)
     layers = by_layer(runs)
     probed, columns = probe_table(layers, dict.fromkeys(name for run in runs if run.finished for name in run.probed))
-    unended = [*without_result(path for path, run in found.items() if run is None), *not_finished(runs)]
     seeds, rows = missing_seeds(runs), unanswered(entries, runs)
 
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
+    markdown = out_dir / f"{NAME}.md"
+    earlier = _files(markdown)
     figures = write_figures(runs, out_dir, NAME)
+    tables = {f"{NAME}.csv": frame, f"{NAME}_layers.csv": layers} | (
+        {f"{NAME}_published.csv": against} if len(against) else {})
+    for name, table in tables.items():
+        _write(out_dir / name, to_csv(table))
     sections = [
         "# Report", to_markdown(frame), LEGEND,
         *(["## Beside the published numbers", to_markdown(against, COLUMNS), _PUBLISHED] if len(against) else []),
         *(["## Probes", to_markdown(probed, columns), PROBED] if len(probed) else []),
-        *_listed("## Runs that did not finish", unended), *_listed("## Missing seeds", seeds),
-        *_listed("## Published, without a finished run here", rows),
+        *_listed("## Runs that did not finish", unended), *_listed("## Runs that have not begun", waiting),
+        *_listed("## Missing seeds", seeds), *_listed("## Published, without a finished run here", rows),
+        "## Tables", ", ".join(f"[{name}]({name})" for name in tables),
         "## Figures", *(f"![{path.stem}]({path.name})" for path in figures),
     ]
-    _write(out_dir / f"{NAME}.csv", to_csv(frame))
-    _write(out_dir / f"{NAME}_layers.csv", to_csv(layers))
-    if len(against):
-        _write(out_dir / f"{NAME}_published.csv", to_csv(against))
-    markdown = out_dir / f"{NAME}.md"
     _write(markdown, "\n\n".join(section.strip() for section in sections) + "\n")
-    said = [("not finished", unended), ("missing", seeds)]
+    for name in earlier - _files(markdown):
+        (out_dir / name).unlink(missing_ok=True)
+    said = [("not finished", unended), ("missing", _first(waiting)), ("missing", seeds)]
     remarks = [f"\n{what}: {line}" for what, lines in said for line in lines]
     if rows:
         remarks.append(f"\n{len(rows)} published rows of the preset have no finished run yet: see {markdown.name}")
-    return Report(to_text(frame) + ("\n" + "".join(remarks) if remarks else ""), markdown, figures[0], not unended)
+    if unended:
+        remarks.insert(0, "\nmeans are over the finished runs alone")
+    return Report(to_text(frame) + ("\n" + "".join(remarks) if remarks else ""), markdown, figures[0],
+                  complete=not unended and not waiting)
+
+
+def _read(directories: list[Path]) -> tuple[list[Run], list[str], list[Path]]:
+    """The runs in order, lines on directories of which no run can be made, and directories that hold no record."""
+    from fa_bench.report.groups import in_order
+    from fa_bench.report.runs import read_run
+    from fa_bench.report.states import as_it_stands, begun, unreadable, without_result
+
+    found = {path.resolve(): (path, read_run(path)) for path in directories}
+    ended = [as_it_stands(run) for _, run in found.values() if run is not None]
+    others = {path: without_result(path, ended) for path, run in found.values() if run is None and begun(path)}
+    runs = in_order([*ended, *(run for run in others.values() if run is not None)])
+    if not runs:
+        raise DataError(f"nothing to report: no {RESULT} in {', '.join(map(str, directories)) or 'an empty list of runs'}")
+    lines = sorted(unreadable(path) for path, run in others.items() if run is None)
+    return runs, lines, [path for path, run in found.values() if run is None and path not in others]
+
+
+def _files(markdown: Path) -> set[str]:
+    """The tables and figures that a report.md shows, by name: those beside it that are its own."""
+    text = markdown.read_text(encoding="utf-8") if markdown.is_file() else ""
+    return set(re.findall(rf"\]\(({NAME}[\w.-]*\.(?:png|csv))\)", text))
+
+
+def _first(lines: list[str], shown: int = 3) -> list[str]:
+    return lines if len(lines) <= shown + 1 else [*lines[:shown], f"{len(lines) - shown} more runs not begun"]
 
 
 def _listed(title: str, lines: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -60,7 +61,7 @@ def write_figures(runs: Sequence[Run], out_dir: Path, name: str) -> list[Path]:
     write_parts([Part(title, groups, OVERVIEW) for title, groups in by_task.items()], overview, len(OVERVIEW))
     written = [overview]
     for title, groups in by_task.items():
-        end = f"-{re.sub(r'[^A-Za-z0-9.]+', '-', title).strip('-')}" if len(by_task) > 1 else ""
+        end = f"-{_slug(title)}" if len(by_task) > 1 else ""
         panels = {"curves": CURVES, **{quantity: layer_panels(groups, quantity) for quantity in LAYERS}}
         for kind, shown in panels.items():
             if shown:
@@ -71,6 +72,12 @@ def write_figures(runs: Sequence[Run], out_dir: Path, name: str) -> list[Path]:
         written.append(out_dir / f"{name}_density.png")
         _write_density({title: by_task[title] for title in series}, series, written[-1])
     return written
+
+
+def _slug(title: str) -> str:
+    """A title as a part of a file's name, of at most 100 characters."""
+    words = re.sub(r"[^A-Za-z0-9.]+", "-", title).strip("-")
+    return words if len(words) <= 100 else f"{words[:91]}-{hashlib.sha256(title.encode()).hexdigest()[:8]}"
 
 
 def layer_panels(groups: Groups, quantity: str) -> list[Panel]:

@@ -8,33 +8,24 @@ from pathlib import Path
 from fa_bench.files import RESULT
 from fa_bench.report.groups import finished_by_seed, group_labels, group_runs, tasks
 from fa_bench.report.published import Entry
-from fa_bench.report.runs import Run, place, read_config, read_metrics
-
-
-def without_result(directories: Iterable[Path]) -> list[str]:
-    """A line for each run directory that holds no result: whose run it is, and how far it came."""
-    return sorted(_unended(Path(directory)) for directory in directories)
-
-
-def _unended(directory: Path) -> str:
-    config, metrics = read_config(directory), read_metrics(directory)
-    of = f" of {config['epochs']}" if "epochs" in config else ""
-    whose = f"{config['algorithm']} seed {config.get('seed')}: " if "algorithm" in config else ""
-    return f"{whose}no {RESULT}, {metrics[-1]['epoch'] if metrics else 0}{of} epochs done ({place(directory)})"
+from fa_bench.report.runs import Run, place
+from fa_bench.report.states import ending
+from fa_bench.sweep import Planned
 
 
 def not_finished(runs: Sequence[Run]) -> list[str]:
-    """A line for each run that failed, diverged or was interrupted, with the reason that it recorded."""
+    """A line for each run that diverged, failed, was interrupted or is still running: how far it came, and its reason."""
     labels = group_labels(group_runs(runs))
-    lines = []
-    for run in runs:
-        if not run.finished:
-            error = run.result.get("error") or {}
-            reason = ": ".join(str(error[key]).splitlines()[0] for key in ("type", "message") if error.get(key))
-            of = f" of {run.result['epochs']}" if run.result.get("epochs") else ""
-            lines.append(f"{labels[run.result['group']]} seed {run.result['seed']}: {run.result['status']} after "
-                         f"{len(run.metrics)}{of} epochs{f', {reason}' if reason else ''} ({place(run.directory)})")
-    return lines
+    return [f"{labels[run.result['group']]} seed {run.result['seed']}: {ending(run)}"
+            f"{'' if (run.directory / RESULT).is_file() else f', no {RESULT}'} ({place(run.directory)})"
+            for run in runs if not run.finished]
+
+
+def not_begun(directories: Iterable[Path], planned: Iterable[Planned]) -> list[str]:
+    """A line for each run that a grid announced and that has no record yet."""
+    called = {run.directory.resolve(): run.label for run in planned}
+    found = ((called.get(directory.resolve()), place(directory)) for directory in directories)
+    return [f"{name}: not begun ({where})" if name else f"not begun ({where})" for name, where in found]
 
 
 def missing_seeds(runs: Sequence[Run]) -> list[str]:

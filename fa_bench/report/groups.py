@@ -6,9 +6,10 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from fa_bench.labels import differing, label
+from fa_bench.labels import DATA_DIR, counted, differing, label
+from fa_bench.report.numbers import known, mean
 from fa_bench.report.runs import FINISHED, Run
 
 CONTROL, FLOOR = "bp", "frozen"
@@ -60,9 +61,9 @@ def group_labels(groups: Groups) -> dict[str, str]:
 
 
 def tasks(groups: Groups) -> dict[str, dict[str, Sequence[Run]]]:
-    """The groups by what they learn: by dataset and architecture with their options. Title -> groups, in order.
+    """The groups by what they learn: by dataset (and its folder, where it is one) and architecture with their options.
 
-    A title names dataset and architecture, and options in which tasks of these names differ.
+    Title -> groups, in order. A title names dataset and architecture, and options in which tasks of these names differ.
     """
     found: dict[str, dict[str, Sequence[Run]]] = {}
     for group, members in groups.items():
@@ -82,33 +83,51 @@ def tasks(groups: Groups) -> dict[str, dict[str, Sequence[Run]]]:
 def _task(run: Run) -> dict[str, Any]:
     """What of a run's config decides what is learned and by which network."""
     own = {key: run.result.get(key) for key in ("dataset", "architecture")}
-    return own | {key: value for key, value in run.config.items() if key.split(".")[0] in own}
+    return own | {key: value for key, value in counted(run.config).items() if key.split(".")[0] in (*own, DATA_DIR)}
 
 
-def reference(algorithm: str, run: Run, groups: Groups) -> tuple[Sequence[Run], str]:
-    """The group of `algorithm` that `run` is to be compared with, empty where there is none, and a note on why not.
+class Reference(NamedTuple):
+    """The runs that a row is compared with, empty where there are none; their label where the task has several such groups;
+    and what a reader has to know about the choice, or why there is none."""
 
-    It has the run's task. Each rule may have an optimizer of its own, so a single group fits whatever its optimizer; among
-    several the one whose config differs least does, and none where several differ as little.
+    runs: Sequence[Run] = ()
+    label: str = ""
+    note: str = ""
+
+
+def reference(algorithm: str, run: Run, groups: Groups) -> Reference:
+    """The group of `algorithm` that `run` is to be compared with.
+
+    It has the run's task. Each rule may have an optimizer of its own, so a single group fits whatever its optimizer. Among
+    several it is the one whose setting is the run's own or differs from it in fewest keys; of those that differ in as many,
+    the one with the best validation accuracy (last epoch, mean over the finished runs), and none where none has one.
     """
     if run.result["algorithm"] == algorithm:
-        return [], ""
-    fitting = [members for members in groups.values()
-               if members[0].result["algorithm"] == algorithm and _task(members[0]) == _task(run)]
-    for distance in (lambda other: sum(run.result.get(key) != other.result.get(key) for key in ("optimizer", "epochs")),
-                     lambda other: _differences(run, other)):
-        distances = [distance(members[0]) for members in fitting]
-        fitting = [members for members, far in zip(fitting, distances, strict=True) if far == min(distances)]
-    if len(fitting) > 1:
-        return [], f"several {algorithm} groups fit"
-    return (fitting[0] if fitting else []), ""
+        return Reference()
+    fitting = {group: members for group, members in groups.items()
+               if members[0].result["algorithm"] == algorithm and _task(members[0]) == _task(run)}
+    if len(fitting) < 2:
+        return Reference(*fitting.values())
+    far = {group: _distance(run, members[0]) for group, members in fitting.items()}
+    near = [group for group in fitting if far[group] == min(far.values())]
+    chosen, how = near[0], ""
+    if len(near) > 1:
+        validation = {group: mean(other.result.get("val_accuracy") for other in finished_by_seed(fitting[group]).values())
+                      for group in near}
+        if not known(validation.values()):
+            return Reference(note=f"several {algorithm} groups fit, and none has a validation accuracy to choose by")
+        chosen = max(near, key=lambda group: known([validation[group]]))
+        how = f"{algorithm} by validation out of {len(near)} that fit as well"
+    name = group_labels(groups)[chosen]
+    lacking = "" if finished_by_seed(fitting[chosen]) else f"{name} has no finished run"
+    return Reference(fitting[chosen], name, "; ".join(filter(None, (how, lacking))))
 
 
-def _differences(one: Run, other: Run) -> int:
-    """In how many keys two runs' configs differ, the rule's own options apart."""
-    keys = differing([{key: value for key, value in run.config.items() if key.split(".")[0] != "algorithm"}
-                      for run in (one, other)])
-    return len(keys)
+def _distance(run: Run, other: Run) -> tuple[int, int]:
+    """How far two runs' settings are apart: in optimizer and epochs, then in any key but the rule and its own options."""
+    keys = differing([{key: value for key, value in each.config.items() if key.split(".")[0] != "algorithm"}
+                      for each in (run, other)])
+    return sum(run.result.get(key) != other.result.get(key) for key in ("optimizer", "epochs")), len(keys)
 
 
 def finished_by_seed(runs: Iterable[Run]) -> dict[int, Run]:

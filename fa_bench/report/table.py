@@ -12,15 +12,20 @@ from fa_bench.report.groups import CONTROL, FLOOR, Groups, finished_by_seed, gro
 from fa_bench.report.numbers import half_width, known, mean, std
 from fa_bench.report.published import Entry, answering, headline
 from fa_bench.report.runs import FINISHED, Run
+from fa_bench.report.states import ending
 
 BLANK = "-"
 
 
 class Column(NamedTuple):
-    """How a column of the frame is shown: its title with the unit, and a number format, or None for words."""
+    """How a column of the frame is shown: its title with the unit, and a number format, or None for words.
+
+    `timing`: it holds measured seconds, which differ from one time to the next that the same runs are run.
+    """
 
     title: str
     format: str | None = None
+    timing: bool = False
 
 
 COLUMNS = {
@@ -30,8 +35,10 @@ COLUMNS = {
     "dataset": Column("dataset"),
     "optimizer": Column("optimizer"),
     "n": Column("n", ".0f"),
+    "runs": Column("of runs", ".0f"),
     "seeds": Column("seeds"),
     "status": Column("status"),
+    "unfinished": Column("not finished"),
     "test_accuracy": Column("test accuracy (%)", ".2f"),
     "test_accuracy_std": Column("std", ".2f"),
     "test_accuracy_ci95": Column("± 95 %", ".2f"),
@@ -41,29 +48,33 @@ COLUMNS = {
     "bp_difference": Column("paired difference to bp (points)", "+.2f"),
     "bp_difference_ci95": Column("± 95 %", ".2f"),
     "bp_difference_n": Column("pairs", ".0f"),
+    "bp_row": Column("paired with"),
     "floor_accuracy": Column(f"floor: {FLOOR} (%)", ".2f"),
     "floor": Column("beats floor"),
     "weight_angle": Column("weight angle (°)", ".1f"),
     "delta_angle": Column("delta angle (°)", ".1f"),
     "norm_ratio": Column("norm ratio", ".2f"),
-    "seconds": Column("seconds", ".1f"),
-    "seconds_per_epoch": Column("seconds an epoch", ".2f"),
+    "seconds": Column("seconds", ".1f", timing=True),
+    "seconds_per_epoch": Column("seconds an epoch", ".2f", timing=True),
     "published": Column("published (%)", ".2f"),
     "published_std": Column("std", ".2f"),
     "published_difference": Column("difference to published (points)", "+.2f"),
     "published_source": Column("published in"),
     "note": Column("note"),
 }
+#: All in a report that differs between two sweeps of the same runs.
+TIMINGS = [name for name, column in COLUMNS.items() if column.timing]
 
 
 def summarise(runs: Sequence[Run], published: Sequence[Entry] = ()) -> pd.DataFrame:
     """One row per group, in order of first appearance; `COLUMNS` lists the columns.
 
     Accuracies are in %, differences in percentage points, angles in degrees, times in seconds of training. Statistics
-    are over the finished runs, one for each seed; `status` counts every run. `*_std` is the sample standard deviation,
-    `*_ci95` half the width of the 95 % Student t interval of the mean; both are NaN for one seed. A group is compared
-    with the `bp` and the `frozen` group of its own task (`groups.reference`); without one, or with several that fit as
-    well, these columns are blank, as are those of published numbers where none of `published` answers to the group.
+    are over the `n` finished runs, one for each seed; `runs` and `status` count every run, and `unfinished` says of the
+    others how each stands: diverged, failed, interrupted and running ones enter no statistic. `*_std` is the sample standard
+    deviation, `*_ci95` half the width of the 95 % Student t interval of the mean; both are NaN for one seed. A group is
+    compared with the `bp` and the `frozen` group of its own task that `groups.reference` chooses, `bp_row` where there are
+    several; without one these columns are blank, as are those of published numbers where none of `published` answers to it.
     """
     groups = group_runs(runs)
     labels = group_labels(groups)
@@ -72,18 +83,22 @@ def summarise(runs: Sequence[Run], published: Sequence[Entry] = ()) -> pd.DataFr
 
 
 def to_text(frame: pd.DataFrame) -> str:
-    """The table for a terminal: one line per group, with statuses and notes only where there is something to say."""
+    """The table for a terminal: one line per group; how many runs its means are of, statuses and notes where that says more."""
     means, stds = _cells(frame, "test_accuracy"), _cells(frame, "test_accuracy_std")
     width = max(map(len, means), default=0)
     accuracy = [centre if centre == BLANK else f"{centre.rjust(width)} ± {spread}"
                 for centre, spread in zip(means, stds, strict=True)]
     columns = [("label", COLUMNS["label"].title, _cells(frame, "label")),
                ("accuracy", "test accuracy % (mean ± std)", accuracy)]
-    columns += [(name, COLUMNS[name].title, _cells(frame, name)) for name in ("weight_angle", "delta_angle", "seconds")]
+    partly = any(status.partition(" ")[2] != FINISHED for status in frame["status"])
+    if partly:
+        columns.append(("in means", "in means", [f"{n} of {runs}" for n, runs in zip(frame["n"], frame["runs"], strict=True)]))
+    columns += [(name, COLUMNS[name].title, _cells(frame, name)) for name in ("weight_angle", "delta_angle", "seconds")
+                if name in frame]
     if frame["published"].notna().any():
         columns += [(name, title, _cells(frame, name)) for name, title in (
             ("published", COLUMNS["published"].title), ("published_difference", "difference"))]
-    if any(status.partition(" ")[2] != FINISHED for status in frame["status"]):
+    if partly:
         columns.append(("status", COLUMNS["status"].title, _cells(frame, "status")))
     if any(frame["note"]):
         columns.append(("note", COLUMNS["note"].title, _cells(frame, "note")))
@@ -97,7 +112,7 @@ def to_text(frame: pd.DataFrame) -> str:
 def to_markdown(frame: pd.DataFrame, columns: Mapping[str, Column] = COLUMNS) -> str:
     """The table in Markdown: those of `columns` in which some row has something."""
     table = [[column.title, "---" if column.format is None else "---:", *cells]
-             for name, column in columns.items() if set(cells := _cells(frame, name, columns)) - {BLANK}]
+             for name, column in columns.items() if name in frame and set(cells := _cells(frame, name, columns)) - {BLANK}]
     lines = [[cell.replace("|", "\\|") for cell in line] for line in zip(*table, strict=True)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -110,22 +125,25 @@ def to_csv(frame: pd.DataFrame) -> str:
 def _row(label: str, members: Sequence[Run], groups: Groups, published: Sequence[Entry]) -> dict[str, Any]:
     finished = finished_by_seed(members)
     final, best = _accuracies(members, "test_accuracy"), _accuracies(members, "test_accuracy_at_best_val")
-    control, control_note = reference(CONTROL, members[0], groups)
-    floor, floor_note = reference(FLOOR, members[0], groups)
-    control_final, floor_mean = _accuracies(control, "test_accuracy"), mean(_accuracies(floor, "test_accuracy").values())
+    control, floor = (reference(algorithm, members[0], groups) for algorithm in (CONTROL, FLOOR))
+    control_final = _accuracies(control.runs, "test_accuracy")
+    floor_mean = mean(_accuracies(floor.runs, "test_accuracy").values())
     differences = [final[seed] - control_final[seed] for seed in final if seed in control_final]
     final_mean = mean(final.values())
     beats = None if math.isnan(final_mean) or math.isnan(floor_mean) else final_mean > floor_mean
     repeated = sum(run.finished for run in members) - len(finished)
     entry, ours = headline(answering(published, members), members)
-    notes = [f"does not beat {FLOOR}" if beats is False else "", control_note, floor_note,
+    notes = [f"does not beat {FLOOR}" if beats is False else "", control.note,
+             f"floor: {floor.label}" if floor.label else "", floor.note,
              f"{repeated} repeated run(s) not counted" if repeated else "", entry.remark(members) if entry else ""]
     return {
         "label": label,
         **{key: members[0].result.get(key) for key in ("group", "architecture", "dataset", "optimizer")},
         "n": len(finished),
+        "runs": len(members),
         "seeds": " ".join(map(str, sorted(finished))),
         "status": status_counts(members),
+        "unfinished": _unfinished(members),
         "test_accuracy": final_mean,
         "test_accuracy_std": std(final.values()),
         "test_accuracy_ci95": half_width(final.values()),
@@ -134,7 +152,8 @@ def _row(label: str, members: Sequence[Run], groups: Groups, published: Sequence
         "best_val_accuracy_ci95": half_width(best.values()),
         "bp_difference": mean(differences),
         "bp_difference_ci95": half_width(differences),
-        "bp_difference_n": len(differences) if control else math.nan,
+        "bp_difference_n": len(differences) if control.runs else math.nan,
+        "bp_row": control.label,
         **{quantity: mean(run.layer_mean(quantity, run.result.get("angles")) for run in finished.values())
            for quantity in ("weight_angle", "delta_angle", "norm_ratio")},
         "seconds": mean(run.result.get("seconds") for run in finished.values()),
@@ -147,6 +166,12 @@ def _row(label: str, members: Sequence[Run], groups: Groups, published: Sequence
         "published_source": entry.source if entry else "",
         "note": "; ".join(filter(None, notes)),
     }
+
+
+def _unfinished(runs: Sequence[Run]) -> str:
+    """How many of the runs have not finished, and how each stands: ``1 of 3: seed 2 diverged in epoch 3, first in fc1``."""
+    said = [f"seed {run.result['seed']} {ending(run)}" for run in runs if not run.finished]
+    return f"{len(said)} of {len(runs)}: {'; '.join(said)}" if said else ""
 
 
 def _accuracies(runs: Sequence[Run], key: str) -> dict[int, float]:

@@ -48,13 +48,16 @@ class Rule(_Attached, Options):
     freeze_stem: bool = option(False, "the first layer keeps its initial weight and bias")
 
     # -------------------------------------------------------------------------------------------- life in a model
-    def attach(self: R, model: nn.Module, seed: int = 0, sample_input: Tensor | None = None) -> R:
+    def attach(
+        self: R, model: nn.Module, seed: int = 0, sample_input: Tensor | None = None, initial_phase: bool = True
+    ) -> R:
         """Put the rule into `model`, in place.
 
         Args:
             model: a plain module: not wrapped for data-parallel training, not compiled, with no rule in it.
             seed: seed of the feedback; every tensor is drawn by (seed, layer, name).
             sample_input: one input batch (N, ...), for rules that need to know what follows what.
+            initial_phase: do at once what the rule does before training; else it is left to `initial_phase`.
 
         Raises:
             CoverageError: naming the layers, where the rule cannot be put in.
@@ -72,13 +75,25 @@ class Rule(_Attached, Options):
             if self.freeze_stem:
                 stem = model.get_submodule(self.trace(sample_input).order[0])
                 self.freeze(stem.parameters(recurse=False))
-            self.coverage = self.put_in(sample_input)
+            self.coverage = self.put_in(sample_input).noting_frozen(model)
             self.coverage.require(self.allow_uncovered)
         except BaseException:
             self._leave()
             raise
         setattr(model, RULE_ATTRIBUTE, self)
+        if initial_phase:
+            for _ in self.initial_phase():
+                pass
         return self
+
+    @property
+    def initial_steps_left(self) -> int:
+        """Steps that `initial_phase` will take."""
+        return 0
+
+    def initial_phase(self) -> Iterator[None]:
+        """What the rule does before training, with a pause after every step; from where a loaded state stands."""
+        return iter(())
 
     def detach(self) -> nn.Module:
         """Take the rule out: the model is the plain model again, with its present weights. Returns the model.

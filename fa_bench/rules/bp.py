@@ -34,7 +34,8 @@ class BP(Rule):
         why = self.frozen_parameters(sample_input)
         self.freeze(parameter for parameter in self.model.parameters() if id(parameter) in why)
         return Coverage(self.name, tuple(
-            Covered(path, type(layer).__name__, tuple(layer.weight.shape), why.get(id(layer.weight), "its consumers' weights"))
+            Covered(path, type(layer).__name__, tuple(layer.weight.shape),
+                    why.get(id(layer.weight), "goes on through the weight"))
             for path, layer in self._layers.items()
         ), {})
 

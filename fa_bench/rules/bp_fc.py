@@ -35,7 +35,7 @@ class BPFullyConnected(BP):
         frozen = [self._layers[path] for path in convolutions]
         feeds = self.trace(sample_input, watch=tuple(norms)).feeds if norms else {}
         frozen += [norms[path] for path, fed in feeds.items() if fed and convolutions.issuperset(fed)]
-        return {id(p): "nothing: frozen" for module in frozen for p in module.parameters(recurse=False)}
+        return {id(p): "moves nothing" for module in frozen for p in module.parameters(recurse=False)}
 
 
 def _norms() -> tuple[type[nn.Module], ...]:

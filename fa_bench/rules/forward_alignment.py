@@ -39,6 +39,7 @@ class RandomForward(Transport):
 
     def __init__(self, rule: ForwardAlignment, first: bool) -> None:
         self.rule, self.first = rule, first
+        self.tensors = "the weight" + ("" if first else "; random C makes the activation in its gradient")
 
     def carry(self, layer: Any, x: Tensor) -> Carry:
         current = self.rule.current

@@ -24,7 +24,7 @@ class Frozen(BP):
     def frozen_parameters(self, sample_input: Tensor | None) -> dict[int, str]:
         outputs = self.trace(sample_input).outputs if sample_input is not None else list(self._layers)[-1:]
         learns = {id(p) for path in outputs for p in self._layers[path].parameters(recurse=False)}
-        return {id(p): "nothing: frozen" for p in self.model.parameters() if id(p) not in learns}
+        return {id(p): "moves nothing" for p in self.model.parameters() if id(p) not in learns}
 
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
         """None: no error is carried through any layer."""

@@ -31,6 +31,7 @@ class Mix(Carrier):
         self.learned = tuple(name for kind, name in (("pfa", "R"), ("kp", "K")) if kind in kinds)
         self.follows = "K" if "kp" in kinds else None
         self.always = bool(self.learned)
+        self.tensors = " and ".join({"pfa": "B R", "fa": "F", "kp": "K"}[kind] for kind in kinds) + ", each where its mask is"
         self._product = Product()
 
     def carry(self, layer: Any, x: Tensor) -> Carry:

@@ -24,6 +24,7 @@ class Product(Carrier):
 
     learned = ("R",)
     always = True
+    tensors = "B and R"
 
     def carry(self, layer: Any, x: Tensor) -> Carry:
         buffers = layer._buffers

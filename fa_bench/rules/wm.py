@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fa_bench.edge import EdgeRule, Site
@@ -61,6 +62,8 @@ class Mirror(Fixed):
         positions: n_pos, (1, 1, K...); None for a linear layer.
         geometry: how a convolution of the noise walks; None where the layer pads its input with zeros itself.
     """
+
+    tensors = "B, drawn towards W by noise"
 
     def __init__(
         self, noise: Noise, rate: float, activation: str, block_bias: bool, positions: Tensor | None, geometry: Geometry | None
@@ -161,8 +164,16 @@ class WM(EdgeRule):
             self._shapes = {path: (trace.input_shapes[path], trace.output_shapes[path]) for path in trace.reached}
         coverage = super().put_in(sample_input)
         self._mirrored = [layer for layer in self._layers.values() if isinstance(layer.carrier, Mirror)]
-        self._mirror(self.initial_steps)
         return coverage
+
+    @property
+    def initial_steps_left(self) -> int:
+        return max(self.initial_steps - self._mirrored[0].carrier.draws, 0) if self._mirrored else 0
+
+    def initial_phase(self) -> Iterator[None]:
+        for _ in range(self.initial_steps_left):
+            self._mirror(1)
+            yield
 
     def carrier(self, site: Site) -> Carrier:
         site.put("B", self.b_init)

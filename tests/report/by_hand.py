@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fa_bench.report.published import Entry
 from fa_bench.report.runs import find_runs, read_run
+from fa_bench.rundir import LOCK
 
 T_2 = 4.302652729911275  # the 97.5 % quantile of Student's t with two degrees of freedom
 ANGLES = {
@@ -32,6 +36,29 @@ def write_run(root: Path, rule: str, seed: int, accuracy: float | None, metrics:
     (directory / "result.json").write_text(json.dumps(result))
     lines = metrics if metrics is not None else [epoch_record(1, 0.5, ANGLES), epoch_record(2, accuracy, None)]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return directory
+
+
+@contextmanager
+def at_work(directory: Path, **said) -> Iterator[None]:
+    """While it is open, a process runs in the directory."""
+    with (directory / LOCK).open("w") as lock:
+        json.dump({"pid": 1, "host": "here", **said}, lock)
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def write_begun(root: Path, rule: str, seed: int, epochs: int, folder: str = "", **config) -> Path:
+    """A run without a result, after so many epochs."""
+    directory = root / (folder or f"{rule}-seed{seed}")
+    directory.mkdir(parents=True)
+    parts = {key: {"name": name} for key, name in (
+        ("algorithm", rule), ("architecture", "mlp"), ("dataset", "digits"), ("optimizer", "sgd"))}
+    (directory / "config.yaml").write_text("# config hash: 0a\n" + json.dumps({"seed": seed, "epochs": 40, **parts, **config}))
+    (directory / "metrics.jsonl").write_text("".join(
+        json.dumps(epoch_record(epoch, 0.1, None) | {"seconds": 2.0 * epoch, "train_loss": 1.5}) + "\n"
+        for epoch in range(1, epochs + 1)))
     return directory
 
 

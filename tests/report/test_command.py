@@ -43,7 +43,8 @@ def test_report_of_two_folders_by_hand(tmp_path, capsys):
     table = rows(tmp_path / "out")
     assert list(table) == ["bp", "frozen", "fa"] and list(table["fa"]) == list(COLUMNS)
     want = {
-        "n": "3", "seeds": "0 1 2", "status": "3 finished", "test_accuracy": "97.33333333", "test_accuracy_std": "1.527525232",
+        "n": "3", "seeds": "0 1 2", "runs": "3", "status": "3 finished", "unfinished": "",
+        "test_accuracy": "97.33333333", "test_accuracy_std": "1.527525232",
         "test_accuracy_ci95": "3.794583034", "best_val_accuracy": "97.33333333", "best_val_accuracy_std": "1.527525232",
         "best_val_accuracy_ci95": "3.794583034", "bp_difference": "-0.6666666667", "bp_difference_ci95": "1.434217577",
         "bp_difference_n": "3", "floor_accuracy": "91", "floor": "True", "weight_angle": "70", "delta_angle": "40",
@@ -95,7 +96,7 @@ def test_partial_sweeps_give_a_report_that_says_what_is_missing(tmp_path, capsys
     (started / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n')
     assert main([str(tmp_path / "runs")]) == 1
     text = (tmp_path / "runs" / "report.md").read_text()
-    assert "- kp seed 4: no result.json, 2 of 40 epochs done (pfa_fig2/kp-0a/seed4)\n" in text
+    assert "- kp seed 4: interrupted after 2 of 40 epochs, no result.json (pfa_fig2/kp-0a/seed4)\n" in text
     assert "- fa seed 1: diverged after 1 of 2 epochs, Diverged: not finite in epoch 3 (" in text
     assert "- fa: no finished run of seed 1, 2\n" in text
     unanswered = text.split("## Published, without a finished run here")[1]

@@ -107,3 +107,9 @@ def test_tasks_have_figures_of_their_own(tmp_path):
     names = [path.name for path in figures.write_figures(in_order(runs_in(tmp_path)), tmp_path, "report")]
     assert names == ["report.png", "report_curves-digits-mlp.png", "report_norm_ratio-digits-mlp.png",
                      "report_curves-mnist-mlp.png", "report_norm_ratio-mnist-mlp.png"]
+
+
+def test_file_names_of_long_titles_stay_short_and_apart():
+    names = [figures._slug(f"image_folder, mlp data_dir=/{'long/' * 60}{name}") for name in ("cats", "dogs")]
+    assert len(set(names)) == 2 and {len(name) for name in names} == {100}
+    assert figures._slug("digits, mlp") == "digits-mlp"

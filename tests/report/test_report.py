@@ -9,7 +9,7 @@ import pytest
 
 from fa_bench import labels
 from fa_bench.errors import DataError
-from fa_bench.report.groups import group_labels, group_runs
+from fa_bench.report.groups import group_labels, group_runs, tasks
 from fa_bench.report.numbers import half_width
 from fa_bench.report.runs import find_runs, read_run
 from fa_bench.report.table import summarise, to_markdown, to_text
@@ -126,6 +126,11 @@ def test_configs_that_say_nothing_or_cannot_be_read_leave_the_group_s_name(tmp_p
     ({"o": {"name": "a", "s": {"name": "c", "x": 1}}}, {"o": {"name": "a", "s": {"name": "c", "x": 2}}},
      ["rule o.s.x=1", "rule o.s.x=2"]),
     ({"seed": 1, "resume": True}, {"seed": 2, "resume": False}, ["rule", "rule"]),
+    ({"dataset": "mnist", "data_dir": "a"}, {"dataset": "mnist", "data_dir": "b"}, ["rule", "rule"]),
+    ({"dataset": "image_folder", "data_dir": "a"}, {"dataset": "image_folder", "data_dir": "b"},
+     ["rule data_dir=a", "rule data_dir=b"]),
+    ({"dataset": "image_folder", "data_dir": "a"}, {"dataset": "mnist", "data_dir": "b"},
+     ["rule dataset=image_folder", "rule dataset=mnist"]),
 ])
 def test_labels(one, other, want):
     configs = [labels.flat(one), labels.flat(other)]
@@ -187,14 +192,52 @@ def test_references_are_of_the_same_task(tmp_path, elsewhere):
     assert blank(row["bp_difference"]) and blank(row["floor"])
 
 
-def test_among_several_references_the_optimizer_decides_or_none_is_taken(tmp_path):
-    write_group(tmp_path, "bp", [0.97])
-    write_group(tmp_path, "bp", [0.90], optimizer="adam", group="bp-adam")
-    write_group(tmp_path, "fa", [0.95], optimizer="adam")
-    write_group(tmp_path, "kp", [0.95], optimizer="lion")
+def test_among_several_references_the_optimizer_decides_or_validation(tmp_path):
+    # Both bp rows are as near to kp's: the one with 0.80 on validation counts, though the other one's test accuracy is higher.
+    write_group(tmp_path, "bp", [0.97, 0.97], val_accuracy=0.7)
+    write_group(tmp_path, "bp", [0.90, 0.90], val_accuracy=0.8, optimizer="adam", group="bp-adam")
+    write_run(tmp_path, "bp", 2, 0.99, val_accuracy=0.99, status="diverged", seconds=3.0)  # not finished: it chooses nothing
+    write_group(tmp_path, "fa", [0.95, 0.94], optimizer="sgd")
+    write_group(tmp_path, "kp", [0.95, 0.94], optimizer="lion")
     table = rows(tmp_path)
-    assert table["fa"]["bp_difference"] == pytest.approx(5)
-    assert blank(table["kp"]["bp_difference"]) and table["kp"]["note"] == "several bp groups fit"
+    assert table["fa"]["bp_difference"] == pytest.approx(-2.5) and table["fa"]["bp_row"] == "bp-0a"
+    assert table["kp"]["bp_difference"] == pytest.approx(4.5) and table["kp"]["bp_row"] == "bp-adam"
+    assert table["kp"]["note"] == "bp by validation out of 2 that fit as well" and table["fa"]["note"] == ""
+
+
+def test_among_several_references_without_validation_none_is_taken(tmp_path):
+    for number in range(2):
+        write_group(tmp_path, "bp", [0.97], group=f"bp-{number}", seconds=1.0 + number)
+    write_group(tmp_path, "kp", [0.95])
+    row = rows(tmp_path)["kp"]
+    assert blank(row["bp_difference"]) and blank(row["bp_difference_n"]) and row["bp_row"] == ""
+    assert row["note"] == "several bp groups fit, and none has a validation accuracy to choose by"
+
+
+def test_a_row_is_paired_with_bp_at_its_own_setting_even_where_that_did_not_finish(tmp_path):
+    for number, lr in enumerate([0.1, 9.0]):
+        for rule in ("bp", "fa"):
+            run = write_run(tmp_path, rule, 0, 0.9, group=f"{rule}-{number}", val_accuracy=0.9,
+                            status="diverged" if rule == "bp" and lr == 9 else "finished")
+            (run / "config.yaml").write_text(json.dumps({"algorithm": {"name": rule}, "optimizer": {"name": "sgd", "lr": lr}}))
+    table = rows(tmp_path)
+    assert table["fa optimizer.lr=0.1"]["bp_difference"] == 0
+    other = table["fa optimizer.lr=9.0"]
+    assert blank(other["bp_difference"]) and other["bp_difference_n"] == 0 and other["bp_row"] == "bp optimizer.lr=9.0"
+    assert other["note"] == "bp optimizer.lr=9.0 has no finished run"
+
+
+def test_a_folder_of_images_is_a_task_of_its_own_and_known_by_its_name(tmp_path):
+    for folder, accuracy in (("cats", 0.8), ("dogs", 0.9)):
+        for rule, more in (("bp", 0.01), ("fa", 0)):
+            run = write_run(tmp_path, rule, 0, accuracy + more, group=f"{rule}-{folder}", dataset="image_folder")
+            (run / "config.yaml").write_text(json.dumps(
+                {"algorithm": {"name": rule}, "dataset": {"name": "image_folder"}, "data_dir": f"images/{folder}"}))
+    table = rows(tmp_path)
+    assert list(table) == [f"{rule} data_dir=images/{folder}" for rule in ("bp", "fa") for folder in ("cats", "dogs")]
+    assert table["fa data_dir=images/dogs"]["bp_difference"] == pytest.approx(-1)
+    assert list(tasks(group_runs(runs_in(tmp_path)))) == [
+        "image_folder, mlp data_dir=images/cats", "image_folder, mlp data_dir=images/dogs"]
 
 
 def test_references_have_the_options_of_the_task_and_differ_least(tmp_path):
@@ -216,11 +259,16 @@ def test_references_have_the_options_of_the_task_and_differ_least(tmp_path):
 def test_a_run_that_did_not_finish_is_counted_and_kept_out_of_the_means(tmp_path):
     write_group(tmp_path, "bp", [0.97, 0.98, 0.99])
     write_group(tmp_path, "fa", [0.95, 0.97])
-    write_run(tmp_path, "fa", 2, 0.10, status="diverged", seconds=99.0, angles={"weight_angle": {"fc2": 5.0}})
-    write_group(tmp_path, "kp", [None], status="failed", angles=None, feedback_layers=None, seconds=None)
+    write_run(tmp_path, "fa", 2, 0.10, status="diverged", seconds=99.0, angles={"weight_angle": {"fc2": 5.0}}, epochs=40,
+              error={"type": "Diverged", "message": "not finite in epoch 3", "epoch": 3, "layer": "fc1"})
+    write_group(tmp_path, "kp", [None], status="failed", angles=None, feedback_layers=None, seconds=None,
+                error={"type": "RuntimeError", "message": "out of luck\nat length"})
     table = rows(tmp_path)
     fa, kp = table["fa"], table["kp"]
-    assert (fa["n"], fa["status"]) == (2, "2 finished, 1 diverged")
+    assert (fa["n"], fa["runs"], fa["status"]) == (2, 3, "2 finished, 1 diverged")
+    assert fa["unfinished"] == "1 of 3: seed 2 diverged in epoch 3, first in fc1"
+    assert kp["unfinished"] == "1 of 1: seed 0 failed after 2 of 2 epochs, RuntimeError: out of luck"
+    assert table["bp"]["unfinished"] == ""
     assert fa["test_accuracy"] == pytest.approx(96) and fa["bp_difference_n"] == 2
     assert (fa["weight_angle"], fa["seconds"]) == (70, 2)
     assert (kp["n"], kp["status"]) == (0, "1 failed") and blank(kp["test_accuracy"]) and blank(kp["floor"])
@@ -264,10 +312,10 @@ def test_terminal_table_says_what_did_not_finish_and_what_misses_its_floor(tmp_p
     write_group(tmp_path, "fa", [0.8])
     write_group(tmp_path, "kp", [None], status="diverged")
     header, _, fa, frozen, kp = to_text(summarise(runs_in(tmp_path))).splitlines()
-    assert header.split()[-2:] == ["status", "note"]
+    assert header.split()[-2:] == ["status", "note"] and "in means" in header and fa.split()[4:7] == ["1", "of", "1"]
     assert fa.endswith("1 finished  does not beat frozen")
     assert frozen.split()[-3:] == ["1", "finished", "-"]
-    assert kp.split() == ["kp", "-", "-", "-", "-", "1", "diverged", "-"]
+    assert kp.split() == ["kp", "-", "0", "of", "1", "-", "-", "-", "1", "diverged", "-"]
 
 
 def test_terminal_table_shows_published_numbers_where_there_are_some(tmp_path):
@@ -284,5 +332,5 @@ def test_markdown_has_every_column_with_something_in_it_and_keeps_its_cells_apar
     head, rule, _, fa, _ = to_markdown(summarise(runs_in(tmp_path))).splitlines()
     assert len({len(line.replace("\\|", "").split("|")) for line in (head, rule, fa)}) == 1
     assert "std" not in head and "published" not in head
-    assert fa == (r"| a\|b | fa-0a | mlp | digits | sgd | 1 | 0 | 1 finished | 96.00 | 96.00 | -1.00 | 1 "
+    assert fa == (r"| a\|b | fa-0a | mlp | digits | sgd | 1 | 1 | 0 | 1 finished | 96.00 | 96.00 | -1.00 | 1 "
                   "| 50.00 | yes | 70.0 | 40.0 | 1.50 | 2.0 | 1.00 |")

@@ -1,5 +1,7 @@
 """Surgery refuses what it cannot do, names the layers, and leaves the model as it was."""
 
+import re
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -88,6 +90,15 @@ def test_coverage_reads_well():
     rule = fa_bench.attach(model, "fa", seed=0)
     report = str(rule.coverage)
     assert all(name in report for name in layer_names(nets.convnet(batch_norm=True)))
+
+
+def test_coverage_is_a_table_with_what_is_left_out_at_its_end():
+    rule = fa_bench.attach(Attentive(), "kp", seed=0, allow_uncovered=True, freeze_stem=True, sample_input=TOKENS)
+    first, heads, head, *rest = str(rule.coverage).splitlines()
+    assert first == "kp covers 1 layer, 3 weights not covered"
+    assert heads.split() == ["layer", "type", "weight", "its", "error"] and len(rest) == 5
+    assert re.split("  +", head.strip()) == ["head", "Linear", "3x4 frozen", "goes on through learned B"]
+    assert rest[0].split() == ["not", "covered", "why"] and rest[1].split()[0] == "emb.weight"
 
 
 @pytest.mark.parametrize("name", ["bp", "fa", "kp"])

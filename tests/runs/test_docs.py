@@ -43,7 +43,7 @@ def test_commands_of_the_readme_compose(line: str, tmp_path: Path, monkeypatch: 
         composer = Composer("config", None, words[1:])
         assert len(composer.check(composer.grid(multirun=True))) > 1
     else:
-        assert main([*words, *([] if "--help" in words else ["--cfg", "job"])]) == 0
+        assert main([*words, *([] if {"--help", "--dry-run"} & {*words} else ["--cfg", "job"])]) == 0
 
 
 def test_report_of_the_readme_is_a_command_and_reads_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,15 +100,15 @@ def test_architecture_and_preset_of_contributing_work(
     assert capsys.readouterr().out.startswith("5 runs, 5 epochs, below outputs/mypreset\n  algorithm: bp, frozen, kp, fa\n")
 
 
-def test_rule_of_contributing_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (ROOT / "CONTRIBUTING.md").read_text()
+def test_rule_of_the_guide_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs" / "add_a_rule.md").read_text()
     code = re.search(r"```python\n(.*?)```", text, re.S)
     assert code is not None
     known = dict(ALGORITHMS._entries)
-    module = ModuleType("contributing")
+    module = ModuleType("guide")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     try:
-        exec(compile(re.sub(r"^   ", "", code.group(1), flags=re.M), "CONTRIBUTING.md", "exec"), module.__dict__)
+        exec(compile(re.sub(r"^   ", "", code.group(1), flags=re.M), "add_a_rule.md", "exec"), module.__dict__)
         model = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 3))
         rule = fa_bench.attach(model, "myrule", density=0.3)
         zeros = (rule.effective_feedback("0") == 0).float().mean()

@@ -210,10 +210,17 @@ def train_alone(command: list[str]) -> None:
     raise SystemExit(main(command))
 
 
-def test_divergence_ends_the_run_and_says_where() -> None:
-    assert main([*MLP, "epochs=5", "optimizer.lr=1e20", "hydra.run.dir=run"]) == 1
+@pytest.mark.parametrize(("rate", "layer"), [("1e20", "fc2"), ("1e40", "fc1.weight")])  # an overflow behind, and of, a weight
+def test_divergence_ends_the_run_and_says_where(rate: str, layer: str) -> None:
+    command = [*MLP, "epochs=5", f"optimizer.lr={rate}", "hydra.run.dir=run"]
+    assert main(command) == 1
     result = result_in("run")
-    assert result["status"] == "diverged" and result["error"]["epoch"] == 1 and result["error"]["layer"] == "fc1.weight"
+    assert result["status"] == "diverged" and result["step"] == 1
+    assert {key: result["error"][key] for key in ("epoch", "step", "layer")} == {"epoch": 1, "step": 1, "layer": layer}
+    assert main([*command, "on_divergence=continue", "hydra.run.dir=on"]) == 1
+    on = result_in("on")
+    assert on["status"] == "diverged" and on["error"] == result["error"]
+    assert on["epoch"] == len(lines_in("on")) == 5 and lines_in("on")[-1]["train_loss"] is None
 
 
 def test_grid_shares_data_and_weights_and_ends_with_a_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,19 +242,19 @@ def test_grid_over_an_option_names_it_in_lines_and_rows(capsys: pytest.CaptureFi
     assert [line for line in said if line.startswith("kp optimizer.lr=0.1 ")]
     for name in ("report.csv", "report.md"):
         assert "bp optimizer.lr=0.05" in (Path("outputs/synthetic-mlp") / name).read_text()
-    assert main(["-m", *MLP, "algorithm=bp,kp", "seed=0"]) == 0
-    assert "[2/2] kp seed 0 epoch" in capsys.readouterr().out
+    assert main(["-m", *MLP, "algorithm=bp,kp", "seed=2"]) == 0
+    assert "[2/2] kp seed 2 epoch" in capsys.readouterr().out
 
 
 def test_failing_job_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    fit = train._fit
+    fit = train._Session.fit
 
-    def fail(job: Any, *arguments: Any) -> Any:
-        if job.algorithm.name == "fa":
+    def fail(session: Any, stop: Any) -> Any:
+        if session.job.algorithm.name == "fa":
             raise RuntimeError("out of luck")
-        return fit(job, *arguments)
+        return fit(session, stop)
 
-    monkeypatch.setattr(train, "_fit", fail)
+    monkeypatch.setattr(train._Session, "fit", fail)
     assert main(["-m", *MLP, "algorithm=fa,bp"]) == 1
     statuses = {path.parent.parent.name[:2]: result_in(path.parent) for path in Path("outputs").rglob(RESULT)}
     assert statuses["fa"]["status"] == "failed" and statuses["fa"]["error"]["message"] == "out of luck"

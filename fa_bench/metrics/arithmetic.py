@@ -1,0 +1,74 @@
+"""How many multiplications a training step takes: those of matrix products and convolutions, counted while they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from fa_bench.rules.base import Rule
+
+#: Samples in the batches that are really run to learn the count at any batch size.
+_BATCHES = (2, 3, 4)
+
+
+class Counter(TorchDispatchMode):
+    """Counts multiplications; torch's own FlopCounterMode hooks modules, which a gradient within a backward pass refuses."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out) // 2
+        return out
+
+
+def multiplications(step: Callable[[], None]) -> int:
+    """How many multiplications the matrix products and convolutions of one step have."""
+    with Counter() as counter:
+        step()
+    return counter.total
+
+
+def at_batch(counts: Sequence[int], batch: int) -> int:
+    """The count at a batch of `batch` samples, from those at 2, 3 and 4.
+
+    Exact where the count is a polynomial of the batch size of degree two at most: products with the batch grow with it,
+    similarities of its samples with its square, and what a rule does on noise of its own not at all.
+    """
+    two, three, four = counts
+    beyond = batch - _BATCHES[0]
+    return two + beyond * (three - two) + beyond * (beyond - 1) // 2 * (four - 2 * three + two)
+
+
+def step_multiplications(rule: Rule, input_shape: tuple[int, ...], classes: int, batch: int) -> tuple[int, int]:
+    """Multiplications of one training step without the optimizer's: (the rule's, backpropagation's in the same model).
+
+    Runs small steps on random inputs: gradients are filled, running statistics and the rule's draws move on, weights stay.
+
+    Args:
+        rule: an attached rule.
+        input_shape: shape of one input, without the batch.
+        classes: number of classes.
+        batch: samples in the step that is asked for.
+    """
+    device = next(rule.model.parameters()).device
+
+    def step(samples: int, exact: bool) -> None:
+        x = torch.randn(samples, *input_shape, device=device)
+        y = torch.arange(samples, device=device) % classes
+        rule.model.zero_grad()
+        logits = rule.model(x)
+        rule.backward(torch.nn.functional.cross_entropy(logits, y), logits, y)
+        if not exact:
+            rule.step()
+
+    rule.model.train()
+    with rule.exact():
+        reference = [multiplications(lambda n=samples: step(n, exact=True)) for samples in _BATCHES]
+    own = [multiplications(lambda n=samples: step(n, exact=False)) for samples in _BATCHES]
+    return at_batch(own, batch), at_batch(reference, batch)

@@ -1,0 +1,102 @@
+"""The state of the process that runs share: set before each of them, and given back behind it."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+#: Threads that the process which starts the jobs of a grid has; seen by jobs in other processes.
+THREADS = "FA_BENCH_THREADS"
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every global random generator."""
+    kind, words, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(words.astype(np.int64)), int(position), int(has_gauss), float(gauss)),
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Take back what `random_state` gave."""
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, words, *rest = state["numpy"]
+    np.random.set_state((kind, words.cpu().numpy().astype(np.uint32), *rest))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every global random generator."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def threads(asked: int) -> int:
+    """CPU threads of a run.
+
+    Args:
+        asked: the option `threads`; 0: as many as the process that started the grid has, for their number changes the order of
+            sums and so the last bits, but no more than there are cores.
+    """
+    given = int(os.environ.get(THREADS, 0))
+    return asked or (min(given, _cores()) if given else torch.get_num_threads())
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+#: Global hooks of modules, which a model or a plugin may register and forget.
+_MODULES = vars(torch.nn.modules.module)
+_HOOKS = [name for name, value in _MODULES.items() if name.startswith("_global_") and isinstance(value, dict)]
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """Whatever runs in it, the process is afterwards as it was: random state, precision, threads, determinism, hooks, memory."""
+    state = random_state()
+    hooks = {name: _MODULES[name].copy() for name in _HOOKS}
+    cudnn = torch.backends.cudnn
+    kept = {
+        torch.set_default_dtype: torch.get_default_dtype(),
+        torch.set_num_threads: torch.get_num_threads(),
+        torch.set_grad_enabled: torch.is_grad_enabled(),
+        torch.set_anomaly_enabled: torch.is_anomaly_enabled(),
+        torch.set_float32_matmul_precision: torch.get_float32_matmul_precision(),
+    }
+    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    flags = cudnn.benchmark, cudnn.deterministic
+    error_state, workspace = np.geterr(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    try:
+        yield
+    finally:
+        restore_random_state(state)
+        for name, hook in hooks.items():
+            current = _MODULES[name]
+            current.clear()
+            current.update(hook)
+        for restore, value in kept.items():
+            restore(value)  # type: ignore[arg-type]
+        torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
+        cudnn.benchmark, cudnn.deterministic = flags
+        np.seterr(**error_state)
+        if workspace is None:
+            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+        # A model and its rule hold each other; their memory would be the next run's peak.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

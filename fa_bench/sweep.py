@@ -1,0 +1,80 @@
+"""The runs that a grid is to run, as it says before the first one starts: sweep.json in the directory that they share."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fa_bench.errors import DataError, RunDirectoryError
+from fa_bench.files import dump_json, write_text
+
+SWEEP = "sweep.json"
+#: A run lies this many folders below what its grid has in common, at most: preset, rule, seed.
+DEPTH = 3
+
+
+class Planned(NamedTuple):
+    """One run of a grid: its directory, what it is called, and the epochs that it is to train."""
+
+    directory: Path
+    label: str
+    epochs: int
+
+
+def write_sweep(folder: Path, command: Sequence[str], runs: Iterable[Planned]) -> None:
+    """Enter `runs` into the sweep.json of `folder`, which is made where it is not there; the file is replaced in one step.
+
+    Runs that an earlier grid entered stay; one with the same directory keeps its place and takes the new label and epochs.
+    `command` is the latest. A file that cannot be read is replaced: a grid must not fail for a list of names.
+
+    Raises:
+        RunDirectoryError: the folder or the file cannot be written.
+    """
+    path = Path(folder) / SWEEP
+    try:
+        known = read_sweep(path)
+    except DataError:
+        known = []
+    # Normalised, so that a run is known again whatever its directory was called from.
+    merged = {os.path.relpath(run.directory, folder): run for run in (*known, *runs)}
+    listed = [{"directory": directory, "label": run.label, "epochs": run.epochs} for directory, run in merged.items()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, dump_json({"command": list(command), "runs": listed}, indent=1) + "\n")
+    except OSError as error:
+        raise RunDirectoryError(f"{path}: cannot be written: {error}") from error
+
+
+def read_sweep(path: Path) -> list[Planned]:
+    """The runs that the sweep.json at `path` lists, in its order; none where there is no such file.
+
+    Raises:
+        DataError: it cannot be read, or is not one of fa_bench.
+    """
+    try:
+        content: Any = json.loads(path.read_bytes())
+        return [Planned(path.parent / str(run["directory"]), str(run["label"]), int(run["epochs"])) for run in content["runs"]]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not the list of a grid's runs ({type(error).__name__}: {error}); remove it") from None
+
+
+def find_planned(folders: Iterable[Path]) -> list[Planned]:
+    """The runs at and below `folders` that sweep.json files list, each once: files at, below and up to three folders above.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    found: dict[Path, Planned] = {}
+    for folder in map(Path, folders):
+        whole = folder.resolve()
+        for path in (*sorted(folder.rglob(SWEEP)), *(above / SWEEP for above in list(whole.parents)[:DEPTH])):
+            for run in read_sweep(path):
+                place = run.directory.resolve()
+                if whole == place or whole in place.parents:
+                    found.setdefault(place, run._replace(directory=folder / place.relative_to(whole)))
+    return list(found.values())

@@ -1,0 +1,42 @@
+"""Numbers, shapes and tables as plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+_NAMES = ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"))
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
+    """One line a row, cells in columns two blanks apart; the columns numbered in `right` end flush, the others begin so."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.rjust(width) if column in right else cell.ljust(width)
+                      for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
+
+
+def indented(lines: Iterable[str], by: int = 2) -> list[str]:
+    """The lines, moved to the right."""
+    return [" " * by + line if line else line for line in lines]
+
+
+def by_x(shape: Iterable[int]) -> str:
+    """A shape as one would say it, ``512x784``; ``1`` for a single number."""
+    return "x".join(map(str, shape)) or "1"
+
+
+def memory(size: float) -> str:
+    """A number of bytes in units of powers of a thousand: ``0 B``, ``2.68 MB``."""
+    for unit in _UNITS:
+        if round(size, 2 if size < 10 else 1 if size < 100 else 0) < 1000 or unit == _UNITS[-1]:
+            break
+        size /= 1000
+    return f"{size:.0f} B" if unit == "B" else f"{size:.3g} {unit}"
+
+
+def count(number: float) -> str:
+    """A number to be read, not to be computed with: ``1,797``, ``25.7 million``."""
+    for unit, name in _NAMES:
+        if number >= unit:
+            return f"{number / unit:.3g} {name}"
+    return f"{number:,.0f}"

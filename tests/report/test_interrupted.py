@@ -1,0 +1,121 @@
+"""A sweep that was interrupted and taken up again gives the report of one that never was."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fa_bench import loop, train
+from fa_bench.cli import main
+from fa_bench.compose import Composer
+from fa_bench.config import Job, register_schemas
+from fa_bench.report import figures
+from fa_bench.report.cli import main as report
+from fa_bench.report.table import COLUMNS, TIMINGS
+from fa_bench.sweep import Planned, write_sweep
+
+GRID = ["algorithm=bp,kp", "seed=0,1", "dataset=digits", "epochs=2", "probe_every=0", "architecture.widths=[8,6]", "probe_size=8"]
+
+
+class Stopped(KeyboardInterrupt):
+    """Stands for a user's interrupt."""
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(figures, "LAYERS", {"weight_angle": figures.LAYERS["weight_angle"]})  # one will do
+
+
+@pytest.fixture
+def jobs() -> dict[str, Job]:
+    """The grid's jobs by where they lie below a sweep's folder."""
+    register_schemas()
+    composer = Composer("config", None, GRID)
+    return {str(place.relative_to("outputs")): job for job, place in composer.check(composer.grid(multirun=True))}
+
+
+def train_all(folder: str, jobs: dict[str, Job], resume: bool = False) -> None:
+    for place, job in jobs.items():
+        train.run(dataclasses.replace(job, run=dataclasses.replace(job.run, resume=resume)), Path(folder, place))
+
+
+def files(folder: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+
+
+def rows(folder: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(Path(folder, "report.csv").read_text().splitlines()))
+
+
+def test_timings_are_the_columns_in_seconds() -> None:
+    assert TIMINGS == ["seconds", "seconds_per_epoch"] == [name for name, column in COLUMNS.items() if "seconds" in column.title]
+
+
+def test_interrupted_and_resumed_sweep_gives_the_report_of_a_whole_one(
+    jobs: dict[str, Job], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_all("whole", jobs)
+    evaluate, draw, calls = loop.evaluate, figures.write_figures, []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2 * 2 + 2 + 2:  # in the second run's second epoch: two evaluations each
+            raise Stopped
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(loop, "evaluate", interrupted)
+    write_sweep(Path("parts"), [], [Planned(Path("parts", place), place, 2) for place in jobs])
+    with pytest.raises(Stopped):
+        train_all("parts", jobs)
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+
+    monkeypatch.setattr(figures, "write_figures", lambda runs, out_dir, name: [out_dir / "report.png"])
+    assert report(["parts", "--out", "between"]) == 1
+    assert [(row["n"], row["runs"], row["status"]) for row in rows("between")] == [("1", "2", "1 finished, 1 interrupted")]
+    assert Path("between/report.md").read_text().count(": not begun (") == 2
+    assert report(["--live", "parts"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "4 runs: 1 done, 1 interrupted, 2 waiting; none runs now"
+
+    train_all("parts", jobs, resume=True)
+    for folder in ("whole", "parts"):  # with seconds and pictures, and without
+        monkeypatch.setattr(figures, "write_figures", draw)
+        assert report([folder, "--out", f"{folder}-report"]) == 0
+        monkeypatch.setattr(figures, "write_figures", lambda runs, out_dir, name: [out_dir / "report.png"])
+        assert report([folder, "--out", f"{folder}-bare", "--no-timings"]) == 0
+    whole, parts = files("whole-report"), files("parts-report")
+    same = {"report.png", "report_curves.png", "report_weight_angle.png", "report_layers.csv"}
+    assert set(whole) == {*same, "report.md", "report.csv"} and {name for name in whole if whole[name] == parts.get(name)} >= same
+    timeless = [[{key: value for key, value in row.items() if key not in TIMINGS} for row in rows(f"{folder}-report")]
+                for folder in ("whole", "parts")]
+    assert timeless[0] == timeless[1]
+    bare = files("whole-bare")
+    assert bare == files("parts-bare") and set(bare) == {"report.md", "report.csv", "report_layers.csv"}
+    assert b"seconds" not in bare["report.csv"] and b"| seconds" not in bare["report.md"]
+
+
+def test_a_grid_announces_its_runs_before_the_first_one_and_keeps_those_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    announced = []
+
+    def stopped(*arguments: Any, **keywords: Any) -> Any:
+        announced.append(json.loads(Path("outputs/digits-mlp/sweep.json").read_text()))
+        raise Stopped
+
+    monkeypatch.setattr(train, "run", stopped)
+    common = ["-m", "epochs=40", "optimizer.lr=0.1,0.2"]
+    assert main([*common, "algorithm=kp", "seed=0,1"]) == 130
+    assert main([*common, "algorithm=fa", "seed=1", "scale=short"]) == 130
+    first, second = announced
+    assert first["command"] == ["fa-bench", "epochs=40", "optimizer.lr=0.1,0.2", "algorithm=kp", "seed=0,1", "-m"]
+    assert [run["label"] for run in first["runs"]] == [
+        f"kp optimizer.lr={lr} seed {seed}" for lr in (0.1, 0.2) for seed in (0, 1)]
+    assert all(re.fullmatch(r"kp-[0-9a-f]{8}/seed[01]", run["directory"]) and run["epochs"] == 40 for run in first["runs"])
+    assert second["runs"][:4] == first["runs"]
+    assert [(run["label"], run["epochs"]) for run in second["runs"][4:]] == [
+        ("fa optimizer.lr=0.1 seed 1", 4), ("fa optimizer.lr=0.2 seed 1", 4)]

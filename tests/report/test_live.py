@@ -1,0 +1,217 @@
+"""The view of a running sweep."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import sys
+import time
+from contextlib import ExitStack
+from datetime import datetime, timezone
+from pathlib import Path
+
+import pytest
+
+from fa_bench.errors import DataError
+from fa_bench.report import live
+from fa_bench.report.cli import main
+from fa_bench.sweep import Planned, write_sweep
+
+from .by_hand import at_work, write_begun, write_run
+
+ROOT = Path(__file__).resolve().parents[2]
+NOW = 1_800_000_000.0
+
+
+def record(epoch: int, seconds: float, loss: float, val: float, test: float) -> dict:
+    return {"epoch": epoch, "seconds": seconds, "train_loss": loss, "val_accuracy": val, "test_accuracy": test}
+
+
+def written(directory: Path, ago: float, started: float | None = None) -> None:
+    """Make it look as if the directory's files were last written `ago` seconds before NOW, the config `started` before."""
+    for file in directory.iterdir():
+        since = started if started is not None and file.name == "config.yaml" else ago
+        os.utime(file, (NOW - since, NOW - since))
+
+
+def at(ago: float) -> str:
+    return datetime.fromtimestamp(NOW - ago, timezone.utc).isoformat()
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """A sweep with a run of every kind, as it was at NOW."""
+    def begun(rule, seed, *lines):
+        run = write_begun(tmp_path, rule, seed, 0)
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return run
+
+    names = ("bp", "fa", "dfa", "drtp", "kp", "wm", "pfa", "usf")
+    write_sweep(tmp_path, ["fa-bench"], [Planned(tmp_path / f"{name}-seed0", f"{name} seed 0", 40) for name in names])
+    write_run(tmp_path, "bp", 0, 0.9821, metrics=[record(40, 88.0, 0.0021, 0.9813, 0.9821)]).rename(tmp_path / "bp-seed0")
+    write_run(tmp_path, "fa", 0, None, metrics=[record(2, 4.4, 8.1, 0.098, 0.097)], status="diverged",
+              error={"type": "Diverged", "message": "not finite", "epoch": 3, "layer": "fc1"}).rename(tmp_path / "fa-seed0")
+    write_run(tmp_path, "dfa", 0, None, metrics=[], status="failed",
+              error={"type": "OutOfMemoryError", "message": "tried to allocate 2 GiB\nmore"}).rename(tmp_path / "dfa-seed0")
+    begun("drtp", 0, record(12, 24.0, 0.2411, 0.934, 0.9312))
+    with ExitStack() as stack:
+        # 10 epochs of 2.4 s of training took 30 s in all: 3 s each, the last one 1 s ago.
+        kp = begun("kp", 0, record(10, 24.0, 0.1021, 0.9652, 0.9631))
+        stack.enter_context(at_work(kp, started=at(33.0)))
+        written(kp, 1.0, started=31.0)
+        wm = begun("wm", 0, record(7, 21.0, 0.1834, 0.951, 0.9498))
+        stack.enter_context(at_work(wm, started=at(2000)))
+        written(wm, 1980.0, started=2000.0)
+        pfa = begun("pfa", 0)
+        stack.enter_context(at_work(pfa, started=at(5.0)))
+        written(pfa, 4.0)
+        yield tmp_path
+
+
+def test_every_state_and_the_time_left(sweep):
+    lines = {line.name.split()[0]: line for line in live.Watcher([sweep]).look(NOW)}
+    assert {name: line.state for name, line in lines.items()} == {
+        "bp": "done", "fa": "diverged", "dfa": "failed", "drtp": "interrupted", "kp": "running", "wm": "stalled",
+        "pfa": "running", "usf": "waiting"}
+    assert lines["fa"].remark == "in epoch 3, first in fc1" and lines["wm"].remark == "nothing written for 33 min"
+    assert lines["dfa"].remark == "OutOfMemoryError: tried to allocate 2 GiB"
+    assert (lines["kp"].epoch, lines["kp"].epochs, lines["kp"].pace) == (10, 40, pytest.approx(2.4))
+    assert lines["kp"].left == pytest.approx(30 * 3 - 1)
+    # No epoch yet: as long as the others train on average, 2.2, 2.2, 2, 2.4 and 3 s, times what they take beside: 3 s for 2.4 s
+    # of kp, nothing of wm, in all 1.125.
+    epoch = (2.2 + 2.2 + 2 + 2.4 + 3) / 5 * 1.125
+    assert lines["pfa"].left == pytest.approx(40 * epoch - epoch)  # four seconds in: its first epoch is as good as over
+    assert lines["usf"].left == pytest.approx(40 * epoch)
+    assert live.summary(list(lines.values())) == (
+        "8 runs: 1 done, 2 running, 1 stalled, 1 failed, 1 diverged, 1 interrupted, 1 waiting; "
+        f"about {live.duration((89 + 79 * epoch) / 2)} left, 2 at a time")
+
+
+def test_a_run_taken_up_again_is_not_thought_faster_than_its_training(tmp_path):
+    run = write_begun(tmp_path, "kp", 0, epochs=10)  # 2 s each; the present process started when all but one were done
+    with at_work(run, started=at(3.0)):
+        written(run, 1.0, started=500.0)
+        (line,) = live.Watcher([tmp_path]).look(NOW)
+    assert line.overhead == 1 and line.left == pytest.approx(30 * 2 - 1)
+
+
+def test_the_example_of_the_readme_is_what_is_shown(sweep):
+    shown = live.table(live.Watcher([sweep]).look(NOW))
+    print(*(f"    {line}" for line in shown), sep="\n")
+    readme = (ROOT / "README.md").read_text()
+    assert "\n".join(f"    {line}" for line in shown) in readme
+
+
+def test_without_an_announcement_runs_are_named_after_their_configs(tmp_path):
+    for seed, lr in ((0, 1), (0, 2), (1, 2)):
+        write_begun(tmp_path, "kp", seed, 1, folder=f"{lr}/{seed}", optimizer={"name": "sgd", "lr": lr})
+    write_begun(tmp_path, "fa", 0, 1, folder="one", scale="smoke")
+    write_begun(tmp_path, "fa", 0, 1, folder="two", scale="smoke")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    lines = live.Watcher([tmp_path]).look(NOW)
+    assert {line.name: line.epochs for line in lines} == {
+        "kp optimizer.lr=1 seed 0": 40, "kp optimizer.lr=2 seed 0": 40, "kp optimizer.lr=2 seed 1": 40,
+        f"fa seed 0 ({'/'.join(tmp_path.parts[-2:])}/one)": 1, f"fa seed 0 ({'/'.join(tmp_path.parts[-2:])}/two)": 1,
+        f"{'/'.join(tmp_path.parts[-2:])}/bare": None}
+    assert live.summary(lines) == "6 runs: 6 interrupted"
+
+
+def test_what_changed_is_read_again_and_what_cannot_be_read_is_said(tmp_path):
+    run = write_begun(tmp_path, "kp", 0, epochs=2)
+    watcher = live.Watcher([tmp_path])
+    assert watcher.look(NOW)[0].epoch == 2
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(record(3, 6.0, 1, 0.5, 0.5)) + "\n")
+    assert watcher.look(NOW)[0].epoch == 3
+    (run / "metrics.jsonl").write_text('{\n{"epoch": 1}\n')
+    (line,) = watcher.look(NOW)
+    assert line.state == "failed" and re.search(r"metrics\.jsonl: line 1 is not an epoch's record", line.remark)
+
+
+def test_nothing_runs_or_nothing_is_known(tmp_path):
+    write_sweep(tmp_path, [], [Planned(tmp_path / "a", "a seed 0", 2)])
+    watcher = live.Watcher([tmp_path])
+    assert live.summary(watcher.look(NOW)) == "1 run: 1 waiting; none runs now"
+    (tmp_path / "a").mkdir()
+    with at_work(tmp_path / "a", started="?"):
+        lines = watcher.look(time.time())
+        assert live.summary(lines) == "1 run: 1 running; time left not known before the first epoch ends"
+        assert live.table(lines)[1].split() == ["a", "seed", "0", "running", "0/2", "-", "-", "-", "-", "-"]
+        assert watcher.look(time.time() + live.FIRST_EPOCH + 60)[0].state == "stalled"
+    (tmp_path / "sweep.json").unlink()
+    with pytest.raises(DataError, match="no runs there or below"):
+        watcher.look(NOW)
+
+
+def test_a_narrow_and_low_terminal_shows_what_matters(sweep):
+    lines = live.Watcher([sweep]).look(NOW)
+    text = live.table(lines, width=70, height=7)
+    assert len(text) == 7 and all(len(line) <= 70 for line in text)
+    assert [line.split()[0] for line in text[1:-2]] == ["dfa", "kp", "wm", "pfa"]
+    assert text[-2] == "not shown: 1 done, 1 diverged, 1 interrupted, 1 waiting"
+    lines[0].name = "bp algorithm.density=0.25 optimizer.lr=0.1 seed 0"
+    assert re.match(r"bp algo\S*…\S* seed 0  done", live.table(lines, width=90)[1])
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_on_a_terminal_it_is_shown_again_in_place_until_all_have_ended(tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    run = write_begun(tmp_path, "kp", 0, epochs=1)
+    slept = []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        (run / "result.json").write_text((write_run(tmp_path / "other", "kp", 0, 0.9) / "result.json").read_text())
+
+    monkeypatch.setattr(live.time, "sleep", sleep)
+    out = Terminal()
+    live.watch([run], out, interval=7, once=False)
+    before, after = out.getvalue().split("\x1b[4F\x1b[J")
+    assert slept == [7] and before.splitlines()[2] == "1 run: 1 interrupted" and after.splitlines()[2] == "1 run: 1 done"
+    assert re.fullmatch(r"\d\d:\d\d:\d\d, every 7 s; Ctrl-C ends this view and nothing else", before.splitlines()[3])
+
+
+def test_ctrl_c_ends_the_view_with_zero_and_nothing_is_written(tmp_path, monkeypatch):
+    run = write_begun(tmp_path, "kp", 0, epochs=1)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stdout", Terminal())
+
+    def stop(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(live.time, "sleep", stop)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path, run, *run.iterdir())}
+    assert main(["--live", str(tmp_path), "--interval", "1"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path, run, *run.iterdir())} == before
+
+
+@pytest.mark.parametrize("words", [["--once"], []])
+def test_off_a_terminal_and_once_it_is_plain_text(tmp_path, capsys, words):
+    write_begun(tmp_path, "kp", 0, epochs=1)
+    assert main(["--live", *words, str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and said.splitlines()[-1] == "1 run: 1 interrupted" and len(said.splitlines()) == 3
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--once"], "--once goes with --live"),
+    (["--interval=3"], "--interval goes with --live"),
+    (["--live", "--out=x"], "--out does not go with --live, which writes nothing"),
+    (["--live", "--no-timings"], "--no-timings does not go with --live, which writes nothing"),
+    (["--live", "--interval=0.1"], "--interval=0.1 is not within 0.5 to 3600 seconds"),
+    (["--live", "--interval=nan"], "--interval=nan is not within 0.5 to 3600 seconds"),
+    (["--live", "--interval=x"], "argument --interval: invalid float value: 'x'; see fa-bench-report --help"),
+    (["--live"], ".: no runs there or below"),
+])
+def test_errors_take_one_line(tmp_path, monkeypatch, capsys, words, said):
+    monkeypatch.chdir(tmp_path)
+    assert main([".", *words]) == 2
+    assert capsys.readouterr().err == f"fa-bench-report: {said}\n"

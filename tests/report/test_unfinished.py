@@ -1,0 +1,144 @@
+"""Reports on sweeps that are not whole: runs that are running, were interrupted, failed, diverged, or have not begun."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import json
+from pathlib import Path
+
+import pytest
+
+from fa_bench.errors import DataError
+from fa_bench.report import figures, write_report
+from fa_bench.report.cli import main
+from fa_bench.report.runs import find_runs
+from fa_bench.report.states import running
+from fa_bench.rundir import LOCK
+from fa_bench.sweep import Planned, find_planned, read_sweep, write_sweep
+
+from .by_hand import at_work, epoch_record, write_begun, write_group, write_run
+
+
+@pytest.fixture(autouse=True)
+def drawn_quickly(monkeypatch):
+    monkeypatch.setattr(figures, "write_parts", lambda parts, path, columns: path.write_bytes(b""))
+
+
+def table(out: Path) -> dict[str, dict[str, str]]:
+    return {row["label"]: row for row in csv.DictReader((out / "report.csv").read_text().splitlines())}
+
+
+def test_a_run_without_result_has_its_place_in_the_row_of_its_group_and_in_no_mean(tmp_path):
+    ended = write_run(tmp_path, "kp", 0, 0.9, metrics=[])
+    begun = write_begun(tmp_path, "kp", 1, epochs=3)
+    config = json.loads((begun / "config.yaml").read_text().split("\n", 1)[1])
+    (ended / "config.yaml").write_text(json.dumps(config | {"seed": 0, "resume": True}))
+    report = write_report(find_runs([tmp_path]), tmp_path)
+    row = table(tmp_path)["kp"]
+    assert (row["n"], row["runs"], row["status"], row["test_accuracy"]) == ("1", "2", "1 finished, 1 interrupted", "90")
+    assert row["unfinished"] == "1 of 2: seed 1 interrupted after 3 of 40 epochs" and not report.complete
+    kp = report.text.splitlines()[2].split()
+    assert kp[:7] == ["kp", "90.00", "±", "-", "1", "of", "2"] and kp[-4:] == ["1", "finished,", "1", "interrupted"]
+    assert "means are over the finished runs alone\nnot finished: kp seed 1: interrupted after 3 of 40" in report.text
+    with at_work(begun):
+        write_report(find_runs([tmp_path]), tmp_path)
+    assert table(tmp_path)["kp"]["status"] == "1 finished, 1 running"
+
+
+def test_a_row_without_any_result_is_there(tmp_path):
+    # By the folder of its group; or else those that differ in the seed alone share a row.
+    write_begun(tmp_path, "kp", 0, 1, folder="kp-0123abcd/seed0", scale="short")
+    for rule, seed, lr in (("fa", 0, 1), ("fa", 1, 1), ("fa", 2, 2)):
+        write_begun(tmp_path, rule, seed, 0, optimizer={"name": "sgd", "lr": lr})
+    assert not write_report(find_runs([tmp_path]), tmp_path).complete
+    rows = table(tmp_path)
+    assert rows["kp"]["group"] == "kp-0123abcd" and rows["kp"]["unfinished"] == "1 of 1: seed 0 interrupted after 1 of 4 epochs"
+    assert [(label, row["n"], row["runs"], row["status"], row["test_accuracy"]) for label, row in rows.items()] == [
+        ("fa optimizer.lr=1", "0", "2", "2 interrupted", ""), ("fa optimizer.lr=2", "0", "1", "1 interrupted", ""),
+        ("kp", "0", "1", "1 interrupted", "")]
+
+
+def test_a_run_taken_up_again_is_running_and_a_finished_one_finished(tmp_path):
+    taken_up = write_run(tmp_path, "fa", 0, 0.5, status="interrupted", error={"type": "KeyboardInterrupt", "message": ""})
+    finished = write_run(tmp_path, "fa", 1, 0.9)
+    with at_work(taken_up), at_work(finished):
+        write_report(find_runs([tmp_path]), tmp_path)
+    assert table(tmp_path)["fa"]["unfinished"] == "1 of 2: seed 0 running after 2 of 2 epochs"
+    assert table(tmp_path)["fa"]["status"] == "1 finished, 1 running"
+    write_report(find_runs([tmp_path]), tmp_path)
+    assert table(tmp_path)["fa"]["unfinished"] == "1 of 2: seed 0 interrupted after 2 of 2 epochs, KeyboardInterrupt"
+
+
+def test_asking_for_the_lock_neither_makes_nor_keeps_it(tmp_path):
+    assert not running(tmp_path) and not (tmp_path / LOCK).exists()
+    with at_work(tmp_path):
+        assert running(tmp_path)
+    assert not running(tmp_path)
+    with (tmp_path / LOCK).open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nothing holds it: this would raise
+
+
+def test_runs_that_a_grid_announced_and_that_have_not_begun_are_named(tmp_path, capsys):
+    write_group(tmp_path, "bp", [0.9], metrics=[])
+    planned = [Planned(tmp_path / "bp-0", "bp seed 0", 2), *(
+        Planned(tmp_path / "kp-0b" / f"seed{seed}", f"kp seed {seed}", 2) for seed in range(9))]
+    write_sweep(tmp_path, ["fa-bench", "-m"], planned)
+    assert main([str(tmp_path)]) == 1
+    text, said = (tmp_path / "report.md").read_text(), capsys.readouterr().out
+    section = text.split("## Runs that have not begun\n\n")[1].split("\n\n")[0].splitlines()
+    assert len(section) == 9 and section[8] == f"- kp seed 8: not begun ({tmp_path.name}/kp-0b/seed8)"
+    assert said.count("missing: kp seed") == 3 and "missing: 6 more runs not begun" in said
+    for seed in range(9):
+        write_run(tmp_path / "kp-0b", "kp", seed, 0.8, metrics=[]).rename(tmp_path / "kp-0b" / f"seed{seed}")
+    assert main([str(tmp_path)]) == 0 and "not begun" not in (tmp_path / "report.md").read_text()
+
+
+def test_files_that_a_report_no_longer_has_go_and_others_stay(tmp_path):
+    line = epoch_record(1, 0.5, {"weight_angle": {"fc2": 70.0}})
+    write_group(tmp_path / "runs", "fa", [0.9], metrics=[line])
+    other = write_run(tmp_path / "runs", "fa", 0, 0.9, dataset="mnist", group="fa-mnist", metrics=[line])
+    write_report(find_runs([tmp_path / "runs"]), tmp_path)
+    for name in ("report_mine.png", "report_curves-old.png", "other.png"):
+        (tmp_path / name).touch()
+    assert (tmp_path / "report_weight_angle-digits-mlp.png").is_file()
+    (other / "result.json").unlink()
+    (other / "metrics.jsonl").unlink()
+    write_report(find_runs([tmp_path / "runs"]), tmp_path)
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {
+        "report.md", "report.csv", "report_layers.csv", "report.png", "report_curves.png", "report_weight_angle.png",
+        "report_mine.png", "report_curves-old.png", "other.png"}
+
+
+# The list of a grid's runs.
+
+def test_a_second_grid_keeps_what_the_first_one_announced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("outputs", "preset")
+    write_sweep(folder, ["fa-bench", "a"], [Planned(folder / "x" / "seed0", "x seed 0", 2), Planned(folder / "y", "y seed 0", 3)])
+    first = json.loads((folder / "sweep.json").read_text())
+    assert first == {"command": ["fa-bench", "a"], "runs": [
+        {"directory": "x/seed0", "label": "x seed 0", "epochs": 2}, {"directory": "y", "label": "y seed 0", "epochs": 3}]}
+    again = tmp_path / "outputs" / "preset"  # the same, called from elsewhere
+    write_sweep(again, ["fa-bench", "b"], [Planned(again / "z", "z seed 0", 4), Planned(again / "x" / "seed0", "x more", 5)])
+    assert read_sweep(folder / "sweep.json") == [
+        Planned(folder / "x/seed0", "x more", 5), Planned(folder / "y", "y seed 0", 3), Planned(folder / "z", "z seed 0", 4)]
+    assert json.loads((folder / "sweep.json").read_text())["command"] == ["fa-bench", "b"]
+    assert [path.name for path in folder.iterdir()] == ["sweep.json"]
+
+
+def test_announced_runs_are_found_from_below_and_above(tmp_path):
+    write_sweep(tmp_path / "a", [], [Planned(tmp_path / "a" / "b" / name / "seed0", name, 1) for name in ("kp", "fa")])
+    for folder, want in ((tmp_path, ["kp", "fa"]), (tmp_path / "a" / "b", ["kp", "fa"]), (tmp_path / "a" / "b" / "fa", ["fa"]),
+                         (tmp_path / "a" / "b" / "fa" / "seed0", ["fa"]), (tmp_path / "a" / "b" / "f", [])):
+        found = find_planned([folder])
+        assert [run.label for run in found] == want and all(folder in (run.directory, *run.directory.parents) for run in found)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"runs": [{}]}', '{"runs": [{"directory": "a", "label": "b", "epochs": "c"}]}'])
+def test_a_damaged_list_is_named_and_a_grid_replaces_it(tmp_path, text):
+    (tmp_path / "sweep.json").write_text(text)
+    with pytest.raises(DataError, match=r"sweep\.json: not the list of a grid's runs"):
+        find_planned([tmp_path])
+    write_sweep(tmp_path, [], [Planned(tmp_path / "a", "a", 1)])
+    assert len(find_planned([tmp_path])) == 1

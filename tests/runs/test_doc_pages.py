@@ -1,0 +1,174 @@
+"""The pages of docs/: made ones are what the script makes, tables are complete and true, commands and examples work."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import fa_bench
+from fa_bench.cli import main
+from fa_bench.compose import Composer
+from fa_bench.config import register_schemas
+from fa_bench.dry_run import _bytes, _kept
+from fa_bench.metrics.arithmetic import step_multiplications
+from fa_bench.registries import ALGORITHMS, ARCHITECTURES, DATASETS
+from fa_bench.report import figures
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+PAGES = ("choose_a_rule", "add_a_rule", "add_a_dataset", "read_the_metrics", "cluster")
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(figures, "LAYERS", {})
+
+
+def page(name: str) -> str:
+    return (DOCS / f"{name}.md").read_text(encoding="utf-8")
+
+
+def made() -> dict[str, str]:
+    spec = importlib.util.spec_from_file_location("make_docs", ROOT / "scripts" / "make_docs.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.pages()
+
+
+# ------------------------------------------------------------------------------------------------ the rules' pages
+def test_pages_of_the_rules_are_what_the_script_makes() -> None:
+    committed = {path.name: path.read_text(encoding="utf-8") for path in (DOCS / "rules").glob("*.md")}
+    assert committed == made(), "run: python scripts/make_docs.py"
+
+
+def test_every_rule_has_a_page_with_all_its_options() -> None:
+    pages = made()
+    assert set(pages) == {"README.md", *(f"{name}.md" for name in ALGORITHMS)}
+    assert sorted(re.findall(r"^- \[`(\w+)`\]\(\1\.md\): \S", pages["README.md"], re.M)) == sorted(ALGORITHMS)
+    assert "| `density` | `1.0` | > 0 and <= 1 | fraction of B that is not zero (mask drawn once) |\n" in pages["fa.md"]
+    assert "| `form` | `neuron` | one of neuron, kernel, shared | how the output error is projected |\n" in pages["dfa.md"]
+    assert "``" not in "".join(pages.values())
+
+
+# ------------------------------------------------------------------------------------------------ links, commands
+@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")], ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
+        assert link.startswith("https://") or (path.parent / link).exists(), link
+
+
+def test_readme_links_every_page() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(f"docs/{path.name}" in readme for path in DOCS.glob("*.md"))
+
+
+def commands() -> list[tuple[str, str]]:
+    found = [(name, line) for name in PAGES for line in re.findall(r"^(?:    |exec )(fa-bench .*)$", page(name), re.M)]
+    return [(name, line) for name, line in found if "my" not in line and "dataset=arrays" not in line]
+
+
+@pytest.mark.parametrize(("name", "line"), commands())
+def test_commands_compose(name: str, line: str) -> None:
+    """The first job of each. Launchers are extras, and tried by hand: what is theirs is left out."""
+    words = [word for word in shlex.split(line.split("  #")[0])[1:] if not word.startswith(("hydra/launcher", "hydra.launcher"))]
+    words = [word.replace("$SLURM_ARRAY_TASK_ID", "3") for word in words if word != "--dry-run"]
+    register_schemas()
+    composer = Composer("config", None, [word for word in words if word != "-m"])
+    assert composer.check(composer.grid("-m" in words)[:1])
+
+
+def test_script_for_slurm_hands_over_to_fa_bench(tmp_path: Path) -> None:
+    script = re.search(r"```bash\n(.*?)```", page("cluster"), re.S)
+    assert script is not None
+    Path("job.sh").write_text(script.group(1))
+    Path("fa-bench").write_text('#!/bin/sh\necho "$OMP_NUM_THREADS" "$@"\n')
+    Path("fa-bench").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "3"}
+    environment["SLURM_CPUS_PER_TASK"] = "2"
+    said = subprocess.run(["bash", "job.sh"], env=environment, capture_output=True, text=True, check=True).stdout
+    assert said == "2 algorithm=kp dataset=mnist seed=3 data_dir=data output_dir=outputs resume=true\n"
+
+
+# ------------------------------------------------------------------------------------------------ choose a rule
+def rows(name: str) -> dict[str, list[str]]:
+    """First cell, without its quotes -> the other cells, of the tables of a page."""
+    lines = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in page(name).splitlines() if line[:1] == "|"]
+    return {key.strip("` "): cells for first, *cells in lines for key in first.split(",")}
+
+
+def test_every_rule_is_in_the_table() -> None:
+    table = rows("choose_a_rule")
+    assert [name for name in ALGORITHMS if name not in table] == []
+
+
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+def test_memory_and_arithmetic_in_the_table_are_true(name: str) -> None:
+    """Those of the mlp; the residual net's are made by the same functions."""
+    *_, feedback, arithmetic = rows("choose_a_rule")[name]
+    model = ARCHITECTURES["mlp"]().build((1, 28, 28), 10)
+    weights = _bytes(model.parameters())
+    options: dict[str, Any] = {"initial_steps": 0} if name == "wm" else {}
+    rule = fa_bench.attach(model, name, sample_input=torch.zeros(2, 1, 28, 28), **options)
+    assert float(feedback.split(", ")[0]) == pytest.approx(_bytes(_kept(rule).values()) / weights, rel=5e-3, abs=6e-3)
+    own, exact = step_multiplications(rule, (1, 28, 28), 10, 64)
+    assert arithmetic.split(", ")[0] == f"{own / exact:.2f}"
+
+
+# ------------------------------------------------------------------------------------------------ read the metrics
+def test_every_key_of_a_run_is_on_the_page() -> None:
+    small = ["dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16", "architecture.widths=[8]", "epochs=1"]
+    assert main([*small, "algorithm=dfa", "hydra.run.dir=run"]) == 0
+    shown = set(re.findall(r"`([\w/]+)`", "\n".join(line for line in page("read_the_metrics").splitlines() if line[:1] == "|")))
+    metrics, result = json.loads(Path("run/metrics.jsonl").read_text()), json.loads(Path("run/result.json").read_text())
+    keys = {*metrics, *result, *metrics["angles"], *result["angles"]}
+    assert sorted(keys - shown) == []
+    others = {"null", *ALGORITHMS}  # words on the page that are no keys
+    assert sorted(shown - keys - others) == []
+    tags = {tag.split("/")[0] if "/fc" in tag else tag for tag in EventAccumulator("run").Reload().Tags()["scalars"]}
+    text = page("read_the_metrics")
+    assert [tag for tag in tags if f"`{tag}`" not in text] == []
+
+
+# ------------------------------------------------------------------------------------------------ add a dataset
+def test_dataset_of_the_guide_works_in_the_package_and_as_a_plugin(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = page("add_a_dataset")
+    blocks = {kind: [re.sub(r"^   ", "", block, flags=re.M) if indent else block for indent, block in found]
+              for kind in ("python", "yaml") if (found := re.findall(rf"^( *)```{kind}\n(.*?)^ *```", text, re.S | re.M))}
+    (module, example), (config,) = blocks["python"], blocks["yaml"]
+    exec(compile(example, "add_a_dataset.md", "exec"), {})
+    Path("myconf/dataset").mkdir(parents=True)
+    Path("myconf/dataset/arrays.yaml").write_text(config)
+    Path("arrays.py").write_text(module)
+    lines = [shlex.split(line)[1:] for line in re.findall(r"^    (fa-bench .*)$", text, re.M)]
+    assert len(lines) == 3
+    known = dict(DATASETS._entries)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    try:
+        for words in lines:
+            own = [] if "--config-dir" in words else ["--config-dir", "myconf", "plugins=[arrays]"]
+            assert main([*words, *own]) == 0
+        said = capsys.readouterr().out
+        assert "360 training, 40 validation, 100 test; 1x12x12, 2 classes" in said
+        assert float(said.rsplit("test accuracy ", 1)[1].split("%")[0]) > 90
+        assert main(["dataset=arrays", "dataset.file=none.npz", "--config-dir", "myconf", "plugins=[arrays]"]) == 2
+        assert "dataset=arrays: no data/none.npz" in capsys.readouterr().err
+    finally:
+        sys.modules.pop("arrays", None)
+        DATASETS._entries.clear()
+        DATASETS._entries.update(known)

@@ -1,0 +1,254 @@
+"""``--dry-run`` says what a run would be and what it takes, and leaves no trace."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from omegaconf import OmegaConf
+
+import fa_bench
+from fa_bench.cli import main
+from fa_bench.config import Job
+from fa_bench.data.fetch import fetching, unpack_zip
+from fa_bench.data.fetch import nothing_fetched as refusing
+from fa_bench.dry_run import found_in
+from fa_bench.errors import DataError
+from fa_bench.files import CONFIG, METRICS, RESULT
+from fa_bench.metrics.arithmetic import at_batch, multiplications, step_multiplications
+from fa_bench.models.conv2 import Conv2
+from fa_bench.registries import ALGORITHMS
+from fa_bench.report import figures
+from fa_bench.rundir import RunDirectory
+from fa_bench.text import count, memory
+
+TINY = ["dataset=synthetic", "dataset.samples=80", "dataset.test_samples=16", "batch_size=16", "epochs=2", "probe_size=8",
+        "architecture.widths=[8,6]", "device=cpu"]
+RESNET = [*TINY[:-2], "architecture=resnet20", "architecture.width=4", "architecture.blocks=1", "dataset.channels=3"]
+CONFIGURED = "{algorithm: {name: fa}, architecture: {name: mlp}, dataset: {name: digits}, optimizer: {name: sgd}, epochs: 9}"
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(figures, "LAYERS", {})
+
+
+def tree() -> dict[Path, tuple[int, bytes]]:
+    return {path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"") for path in Path().rglob("*")}
+
+
+def said(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    before = tree()
+    capsys.readouterr()
+    assert main(["--dry-run", *words]) == 0
+    assert tree() == before
+    return capsys.readouterr().out
+
+
+def row(text: str, *cells: str) -> str:
+    """The rest of the line that begins with these cells, with single blanks."""
+    found = re.search(r"^ +" + r" +".join(map(re.escape, cells)) + r" +(.*)$", text, re.M)
+    assert found is not None, (cells, text)
+    return " ".join(found.group(1).split())
+
+
+def test_edge_rule(capsys: pytest.CaptureFixture[str]) -> None:
+    text = said([*TINY, "algorithm=fa", "algorithm.freeze_stem=true"], capsys)
+    config = yaml.safe_load(text.split("config\n")[1].split("\nmodel\n")[0])
+    assert config["algorithm"]["name"] == "fa" and config["architecture"]["widths"] == [8, 6]
+    assert "fa covers 3 layers, every weight\n" in text
+    assert row(text, "fc1", "Linear") == "8x64 frozen goes on through fixed B"
+    assert row(text, "fc2", "Linear", "6x8") == "goes on through fixed B"
+    assert "\n  no error goes on from fc1: nothing" in text
+    assert row(text, "fc2", "B") == "6x8 192 B not learned"
+    parameters = 8 * 65 + 6 * 9 + 10 * 7
+    assert row(text, "parameters") == f"{parameters}, of them trained {parameters - 8 * 65}"
+    assert row(text, "weights") == memory(4 * parameters)
+    assert row(text, "feedback").startswith("2.48 kB, of it learned 0 B") and 4 * (8 * 64 + 6 * 8 + 10 * 6) == 2480
+    assert row(text, "optimizer state") == f"{memory(4 * (parameters - 8 * 65))} (sgd)"
+    # Forward all three, the error through two, and the gradients of two: the first layer is frozen.
+    forward, errors, gradients = 8 * 64 + 6 * 8 + 10 * 6, 6 * 8 + 10 * 6, 6 * 8 + 10 * 6
+    own, whole = 16 * (forward + 10 * 6 + gradients), 16 * (forward + errors + forward)
+    counted = f"{count(own)} a step, {own / whole:.2f} of backpropagation's {count(whole)} (batch of 16)"
+    assert row(text, "multiplications") == counted
+    assert row(text, "steps") == "4 an epoch, 8 in 2 epochs"
+    assert row(text, "images") == "72 training, 8 validation, 16 test; 1x8x8, 10 classes"
+    assert re.search(r"^output\n  outputs/synthetic-mlp/fa-\w{8}/seed0: nothing there yet$", text, re.M)
+
+
+def test_cut_rule(capsys: pytest.CaptureFixture[str]) -> None:
+    text = said([*TINY, "algorithm=dfa"], capsys)
+    assert row(text, "fc1", "Linear", "8x64") == "comes from the cut at act1"
+    assert row(text, "fc3", "Linear", "10x6") == "is the true one (output layer)"
+    assert "no error goes on" not in text
+    assert row(text, "act2", "B") == "10x6 240 B not learned"
+    own = 16 * (8 * 64 + 6 * 8 + 10 * 6) * 2 + 16 * 10 * (8 + 6)
+    assert row(text, "multiplications").startswith(f"{count(own)} a step")
+    assert row(text, "memory accesses").endswith("for backpropagation; not defined for dfa")
+
+
+def test_learned_rule_with_an_optimizer_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    text = said([*TINY, "algorithm=kp", "optimizer@feedback_optimizer=adam"], capsys)
+    assert row(text, "fc2", "Linear", "6x8") == "goes on through learned B" and row(text, "fc2", "B").endswith("learned")
+    weights, feedback = 8 * 64 + 6 * 8 + 10 * 6, 4 * (8 * 64 + 6 * 8 + 10 * 6)
+    assert row(text, "feedback").startswith(f"{memory(feedback)}, of it learned {memory(feedback)}")
+    # A momentum for each parameter; two moments for each number of B, and the number of steps for each tensor.
+    state = 4 * (weights + 24) + 2 * feedback + 3 * 4
+    assert row(text, "optimizer state") == f"{memory(state)} (sgd; feedback: adam)"
+    assert "which is not used" in said([*TINY, "algorithm=fa", "optimizer@feedback_optimizer=adam"], capsys)
+
+
+def test_asap_on_resnet20(capsys: pytest.CaptureFixture[str]) -> None:
+    text = said([*RESNET, "algorithm=asap"], capsys)
+    assert row(text, "conv1", "Conv2d").startswith("4x3x3x3 frozen")
+    assert row(text, "stages.layer1.0.conv2", "Conv2d", "4x4x3x3").endswith("shares the input of stages.layer1.0.conv1")
+    assert row(text, "and 7 BatchNorm2d with") == "120 parameters"
+    ratio = re.fullmatch(r"\S+ a step, (0\.\d\d) of backpropagation's \S+", row(text, "memory accesses"))
+    assert ratio is not None and float(ratio.group(1)) < 0.9
+
+
+def test_feedback_that_is_made_of_the_weight_takes_no_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    text = said([*TINY, "algorithm=usf"], capsys)
+    assert row(text, "fc2", "B", "6x8") == "- made of the weight when it is needed" and row(text, "feedback").startswith("0 B")
+
+
+def test_scale_is_respected(capsys: pytest.CaptureFixture[str]) -> None:
+    text = said([*TINY, "scale=smoke", "algorithm=wm"], capsys)
+    assert row(text, "steps") == "2 an epoch, 2 in 1 epoch" and "(batch of 8)" in row(text, "multiplications")
+    assert row(text, "scale=smoke") == "trains with epochs=1, batch_size=8, probe_size=4; the figures are this trial's"
+    assert "B, drawn towards W by noise" in row(text, "fc2", "Linear")
+
+
+def test_what_prepares_for_training_is_left_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Half a thousand mirror steps of every layer would make one wait."""
+    calls = []
+    mirror = ALGORITHMS["wm"]._mirror  # type: ignore[attr-defined]
+    monkeypatch.setattr(ALGORITHMS["wm"], "_mirror", lambda rule, steps: (calls.append(steps), mirror(rule, steps)))
+    said([*TINY, "algorithm=wm"], capsys)
+    assert calls == [0, 1, 1, 1]
+
+
+def test_grid(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["-m", *TINY, "algorithm=fa,kp", "optimizer.lr=0.1,0.2", "seed=0,1"]
+    text = said(words, capsys)
+    assert "\n8 runs, 16 epochs, below outputs/synthetic-mlp\n" in text and "\n  8 of 8: nothing there yet\n" in text
+    titles = re.findall(r"^(.*)\n=====", text, re.M)
+    assert titles == [f"{rule} optimizer.lr={lr}" for rule in ("fa", "kp") for lr in (0.1, 0.2)]
+    assert text.count("\nconfig\n") == 1 and text.count("\ncost\n") == 4
+
+
+def test_of_a_large_grid_the_first_config_stands_for_all(capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(["-m", *TINY, "algorithm=fa", "optimizer.lr=0.1,0.2,0.3,0.4,0.5,0.6,0.7", "seed=0,1"], capsys)
+    assert text.count("\ncost\n") == 1 and "\n6 more configs;" in text
+
+
+def test_directories_say_what_is_in_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TINY, "hydra.run.dir=run"]) == 0
+    assert re.search(r"\n  run: finished: test accuracy \d+\.\d\d%$", said([*TINY, "hydra.run.dir=run"], capsys).rstrip())
+    other = said([*TINY, "hydra.run.dir=run", "optimizer.lr=0.3"], capsys)
+    assert "\n  run: another config's run is there" in other and "optimizer.lr=0.05 there, 0.3 here" in other
+
+
+def test_states_of_a_directory() -> None:
+    job, place = Job.from_config(OmegaConf.create(yaml.safe_load(CONFIGURED))), Path("run")
+    assert found_in(place, job) == "nothing there yet"
+    RunDirectory(place, job).start(keep=False)
+    assert found_in(place, job) == "unfinished: without a result after 0 of 9 epochs"
+    (place / METRICS).write_text('{"epoch": 1}\n{"epoch": 2}\n')
+    result = {"status": "interrupted", "label": "fa", "group": "fa", "algorithm": "fa", "seed": 0}
+    (place / RESULT).write_text(json.dumps(result))
+    assert found_in(place, job) == "unfinished: interrupted after 2 of 9 epochs"
+    (place / RESULT).write_text(json.dumps(result | {"status": "finished"}))
+    assert found_in(place, job) == "finished"
+    (place / RESULT).write_text("{")
+    assert found_in(place, job).startswith("unfinished: run/result.json: unreadable")
+    (place / CONFIG).unlink()
+    assert found_in(place, job).startswith("another config's run is there, and a run would be refused (holds metrics.jsonl")
+
+
+def test_grid_counts_its_directories(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(TINY) == 0
+    text = said(["-m", *TINY, "seed=0,1"], capsys)
+    assert "\n  1 of 2: finished\n  1 of 2: nothing there yet\n" in text and re.search(r"/seed0: finished: test accuracy", text)
+
+
+@pytest.mark.parametrize(("words", "named"), [
+    (["dataset=mnist"], ["dataset=mnist: missing train-images-idx3-ubyte", "data/MNIST/raw", "data_dir"]),
+    (["dataset=tiny_imagenet"], ["dataset=tiny_imagenet", "data/tiny-imagenet-200"]),
+    (["dataset=image_folder", "data_dir=none"], ["data_dir=none", "train/"]),
+    (["algorithm=faa"], ["algorithm=faa", "'fa'"]),
+    (["algorithm=bp,fa"], ["-m"]),
+    (["device=cuda:77"], ["device=cuda:77"]),
+    (["algorithm=dfa", "algorithm.cuts=[act9]"], ["act9"]),
+    (["-m", "algorithm=fa,dfa", "architecture.widths=[]"], ["cut"]),
+    (["--cfg", "job"], ["--dry-run and --cfg", "together"]),
+])
+def test_broken_input_ends_in_one_line(words: list[str], named: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--dry-run", *words]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.strip().splitlines()) == 1 and all(part in err for part in named)
+    assert not list(Path().iterdir())
+
+
+def test_nothing_is_written_beside_plugins_either(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("plain_plugin.py").write_text("x = 1\n")
+    said([*TINY, "plugins=[plain_plugin]"], capsys)
+    assert sys.modules.pop("plain_plugin").x == 1 and not sys.dont_write_bytecode
+
+
+def test_archives_are_not_unpacked(tmp_path: Path) -> None:
+    with refusing():
+        with pytest.raises(DataError, match="downloads nothing"), fetching(tmp_path / "data", "mnist", "files"):
+            raise AssertionError("not reached")
+        with pytest.raises(DataError, match="not unpacked yet"):
+            unpack_zip(tmp_path / "a.zip", tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_names_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help", "algorithm=fa"]) == 0
+    assert "fa-bench --dry-run" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------ the counter
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if not name.startswith("as")])
+def test_counts_of_small_batches_tell_that_of_any(name: str) -> None:
+    """The count at a batch of 9, which the rule then really runs; backpropagation's is that of the plain model."""
+    options = {"initial_steps": 0} if name == "wm" else {}
+    x, y = torch.randn(9, 1, 8, 8), torch.arange(9) % 3
+
+    def build() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return Conv2(channels=3, hidden=5).build((1, 8, 8), 3)
+
+    model, plain = build(), build()
+    rule = fa_bench.attach(model, name, seed=0, sample_input=x[:2], **options)
+
+    def step() -> None:
+        logits = model(x)
+        rule.backward(torch.nn.functional.cross_entropy(logits, y), logits, y)
+        rule.step()
+
+    own, exact = step_multiplications(rule, (1, 8, 8), 3, 9)
+    assert own == multiplications(step)
+    assert exact == multiplications(lambda: torch.nn.functional.cross_entropy(plain(x), y).backward())
+
+
+def test_polynomials_of_degree_two_are_met() -> None:
+    assert at_batch([7 + 5 * n + 3 * n * n for n in (2, 3, 4)], 100) == 7 + 500 + 30_000
+
+
+def test_numbers_read_well() -> None:
+    assert [memory(size) for size in (0, 999, 1000, 131_072, 999_999, 2.68e6, 1e9)] == [
+        "0 B", "999 B", "1 kB", "131 kB", "1 MB", "2.68 MB", "1 GB"]
+    assert [count(number) for number in (0, 1797, 25_673_728, 3e9)] == ["0", "1,797", "25.7 million", "3 billion"]

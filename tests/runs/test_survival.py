@@ -1,0 +1,327 @@
+"""Runs that are stopped, killed, torn or started twice come to the same end as runs left alone."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fa_bench import checkpoint, hashes, loop, rundir, train
+from fa_bench.cli import main
+from fa_bench.files import CONFIG, METRICS, RESULT
+from fa_bench.report import figures
+from tests.data.files import write_cifar
+
+Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
+ROOT = Path(__file__).resolve().parents[2]
+LAST, PREVIOUS = "run/checkpoints/last.pt", "run/checkpoints/previous.pt"
+COMMON = ["dataset=synthetic", "dataset.samples=80", "dataset.test_samples=16", "batch_size=16", "epochs=3", "probe_size=8",
+          "architecture.widths=[8,6]", "probe_every=2"]
+RUN = [*COMMON, "hydra.run.dir=run"]
+#: A feedback optimizer, masks, a phase before training, fresh draws at every step.
+RULES = [["algorithm=kp", "optimizer@feedback_optimizer=adam"], ["algorithm=pfa", "algorithm.density=0.5", "algorithm.ratio=2"],
+         ["algorithm=wm", "algorithm.initial_steps=20"], ["algorithm=brsf"]]
+TIMES = ("seconds", "peak_memory_bytes")
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(figures, "LAYERS", {})
+
+
+def recorded(run: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The result and the epochs' lines, without times."""
+    def timeless(record: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in record.items() if key not in TIMES}
+    result, lines = (Path(run) / name for name in (RESULT, METRICS))
+    return timeless(json.loads(result.read_text())), [timeless(json.loads(line)) for line in lines.read_text().splitlines()]
+
+
+def at_step(number: int, act: Callable[[], Any], monkeypatch: Patch) -> None:
+    """Let `act` happen once, when update `number` is done."""
+    on_step, done = train._Session._on_step, []
+
+    def acting(session: Any, stop: Any) -> None:
+        if session.progress.step == number and not done:
+            done.append(number)
+            act()
+        on_step(session, stop)
+
+    monkeypatch.setattr(train._Session, "_on_step", acting)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("rule", RULES, ids=["kp", "pfa", "wm", "brsf"])
+@pytest.mark.parametrize("step", [5, 8])  # the last batch of an epoch of five, and the middle of one
+def test_signal_writes_a_checkpoint_within_the_epoch(
+    rule: list[str], number: signal.Signals, code: int, step: int, monkeypatch: Patch, capsys: Capture
+) -> None:
+    command = [*RUN, *rule, "dataset.validation=0"]
+    assert main([*command, "hydra.run.dir=whole"]) == 0
+    at_step(step, lambda: signal.raise_signal(number), monkeypatch)
+    assert main(command) == code
+    assert "there is a checkpoint: resume=true goes on from it" in capsys.readouterr().err
+    assert json.loads(Path("run", RESULT).read_text())["status"] == "interrupted"
+    progress = torch.load(LAST, weights_only=True)["progress"]
+    assert (progress["step"], progress["epoch"], progress["batch"]) == (step, (step - 1) // 5, (step - 1) % 5 + 1)
+    assert main([*command, "resume=true"]) == 0
+    assert f"going on after epoch {(step - 1) // 5}, batch" in capsys.readouterr().out
+    assert recorded("run") == recorded("whole")
+
+
+def test_signal_before_training_leaves_the_phase_half_done(monkeypatch: Patch) -> None:
+    command = [*RUN, *RULES[2]]
+    assert main([*command, "hydra.run.dir=whole"]) == 0
+    from fa_bench.rules.wm import Mirror
+
+    mirror, calls = Mirror.mirror, []
+
+    def stopping(self: Any, layer: Any) -> None:
+        calls.append(1)
+        if len(calls) == 7:
+            signal.raise_signal(signal.SIGTERM)
+        mirror(self, layer)
+
+    monkeypatch.setattr(Mirror, "mirror", stopping)
+    assert main(command) == 143
+    before = len(calls)
+    assert before < 20 and main([*command, "resume=true"]) == 0
+    assert recorded("run") == recorded("whole")
+    # 20 steps before training and one behind each of 12 updates, in two layers; none of them twice.
+    assert len(calls) == (20 + 12) * 2
+
+
+def test_augmented_run_goes_on_within_an_epoch(monkeypatch: Patch, tmp_path: Path) -> None:
+    write_cifar(tmp_path / "data", monkeypatch)
+    command = ["dataset=cifar10", "data_dir=data", "dataset.validation=0", "batch_size=2", "epochs=2", "probe_size=2",
+               "algorithm=fa", "architecture.widths=[8]", "hydra.run.dir=run"]
+    assert main([*command, "hydra.run.dir=whole"]) == 0
+    at_step(2, lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)
+    assert main(command) == 143 and main([*command, "resume=true"]) == 0
+    assert recorded("run") == recorded("whole")
+
+
+def test_checkpoints_every_few_epochs_and_minutes(monkeypatch: Patch) -> None:
+    saved: list[tuple[int, int]] = []
+    save = train._Session.save
+
+    def saving(session: Any) -> None:
+        saved.append((session.progress.epoch, session.progress.batch))
+        save(session)
+
+    monkeypatch.setattr(train._Session, "save", saving)
+    assert main([*RUN, "epochs=5", "checkpoint_epochs=2"]) == 0
+    assert saved == [(2, 0), (4, 0), (5, 0)]
+    saved.clear()
+    assert main([*RUN, "epochs=1", "checkpoint_minutes=1e-9", "hydra.run.dir=other"]) == 0
+    assert saved == [(0, 1), (0, 2), (0, 3), (0, 4), (1, 0)]
+
+
+def damage(path: str) -> None:
+    """Flip a bit in the middle of the largest tensor's bytes."""
+    with zipfile.ZipFile(path) as archive:
+        member = max(archive.infolist(), key=lambda info: info.file_size)
+    content = bytearray(Path(path).read_bytes())
+    content[member.header_offset + 200 + member.file_size // 2] ^= 1
+    Path(path).write_bytes(content)
+
+
+def test_torn_checkpoint_is_named_and_the_previous_one_used(capsys: Capture) -> None:
+    assert main(RUN) == 0
+    whole = recorded("run")
+    damage(LAST)
+    assert torch.load(LAST, weights_only=True)  # torch does not notice
+    assert main([*RUN, "resume=true"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(rf"{LAST}: torn checkpoint .*; going on from \S+{PREVIOUS}", said) and "going on after epoch 2" in said
+    assert recorded("run") == whole
+    for path in (LAST, PREVIOUS):
+        Path(path).write_bytes(Path(path).read_bytes()[:-500])
+    before = recorded("run")
+    assert main([*RUN, "resume=true"]) == 2
+    said = capsys.readouterr().err
+    assert LAST in said and PREVIOUS in said and len(said.splitlines()) == 1 and recorded("run") == before
+
+
+def test_malicious_checkpoint_runs_nothing(tmp_path: Path, capsys: Capture) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "evil"),)
+
+    assert main(RUN) == 0
+    Path(PREVIOUS).unlink()
+    torch.save({"version": checkpoint.VERSION, "config_hash": Evil()}, LAST)
+    assert main([*RUN, "resume=true"]) == 2
+    assert "not a readable checkpoint" in capsys.readouterr().err and not (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize("moment", ["write", "replace"])
+def test_full_disk_leaves_the_last_checkpoint(moment: str, monkeypatch: Patch, capsys: Capture) -> None:
+    assert main([*RUN, "hydra.run.dir=whole"]) == 0
+    write, replace = Path.write_bytes, os.replace
+
+    def full(*arguments: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def when(path: Any) -> bool:
+        return "last.pt" in str(path) and Path(LAST).exists()
+
+    with monkeypatch.context() as patch:
+        if moment == "write":
+            patch.setattr(Path, "write_bytes", lambda self, data: (full if when(self) else write)(self, data))
+        else:
+            patch.setattr(os, "replace", lambda old, new: (full if when(new) else replace)(old, new))
+        assert main(RUN) != 0
+    said = capsys.readouterr().err
+    assert f"{LAST}: cannot be written (No space left on device)" in said and "Traceback" not in said
+    assert json.loads(Path("run", RESULT).read_text())["status"] == "failed"
+    assert not list(Path("run").rglob("*.tmp"))
+    assert main([*RUN, "resume=true"]) == 0
+    assert recorded("run") == recorded("whole")
+
+
+def test_only_one_process_writes_a_directory(capsys: Capture) -> None:
+    holding = ("import sys, time; from pathlib import Path; from fa_bench.rundir import RunDirectory\n"
+               "with RunDirectory(Path('run'), None).hold(): print('held', flush=True); time.sleep(60)")
+    with subprocess.Popen([sys.executable, "-c", holding], cwd=Path.cwd(), env={**os.environ, "PYTHONPATH": str(ROOT)},
+                          stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout and other.stdout.readline() == "held\n"
+        assert main(RUN) == 2
+        said = capsys.readouterr().err
+        assert re.search(rf"run: process {other.pid} on \S+ \(since .*\) writes here", said) and len(said.splitlines()) == 1
+        assert [path.name for path in Path("run").iterdir()] == [rundir.LOCK]
+        other.kill()
+    assert main(RUN) == 0 and rundir.holder(Path("run")) is None  # a killed process holds nothing
+    assert not (Path("run") / rundir.LOCK).exists()
+
+
+SWEEP = ["-m", *COMMON, "algorithm=kp,brsf", "seed=0,1", "output_dir=out"]
+
+
+def results(folder: str) -> dict[str, Any]:
+    return {str(path.parent.relative_to(folder)): recorded(path.parent) for path in sorted(Path(folder).rglob(RESULT))}
+
+
+def test_sweep_started_again_runs_what_is_unfinished(monkeypatch: Patch, capsys: Capture) -> None:
+    assert main([*SWEEP, "output_dir=whole"]) == 0
+    evaluate, calls = loop.evaluate, []
+
+    def stopping(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 9:  # two an epoch: in the second epoch of the second run
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", stopping)
+        assert main(SWEEP) == 143
+    assert "the same command goes on from it" in capsys.readouterr().err
+    assert main(SWEEP) == 0
+    said = capsys.readouterr().out
+    assert "of these: 1 finished, 1 unfinished" in said and "[1/4] kp seed 0 is finished already" in said
+    assert "[1/4] kp seed 0 epoch" not in said and "[2/4] kp seed 1 epoch 1/3" not in said and "[2/4] kp seed 1 epoch 2/3" in said
+    assert results("out") == results("whole")
+    assert main(SWEEP) == 0 and capsys.readouterr().out.count("is finished already") == 4
+
+
+def test_sweep_runs_anew_what_other_code_made(monkeypatch: Patch, capsys: Capture) -> None:
+    sweep = ["-m", *COMMON, "algorithm=kp", "seed=0,1"]
+    assert main(sweep) == 0
+    first = results("outputs")
+    with monkeypatch.context() as patch:
+        patch.setattr(hashes, "_package_hash", lambda: "other code")
+        assert main(sweep) == 0
+    said = capsys.readouterr().out
+    assert "of these: 2 stale" in said and said.count("was made by other code: starting anew") == 2 and "epoch 1/3" in said
+    for name, (result, lines) in results("outputs").items():
+        assert lines == first[name][1] and result["code_hash"] != first[name][0]["code_hash"]
+    run = next(Path("outputs").rglob(RESULT)).parent
+    before = (run / CONFIG).read_bytes()
+    assert main([*COMMON, "algorithm=kp", f"hydra.run.dir={run}", f"seed={run.name[4:]}", "resume=true"]) == 2
+    assert "made by other code" in capsys.readouterr().err and (run / CONFIG).read_bytes() == before
+
+
+def test_on_error_stop_leaves_the_others_out(monkeypatch: Patch, capsys: Capture) -> None:
+    at_step(2, lambda: (_ for _ in ()).throw(MemoryError("no memory left")), monkeypatch)
+    sweep = ["-m", *COMMON, "algorithm=kp,bp", "seed=0,1", "on_error=stop"]
+    assert main(sweep) == 1
+    said = capsys.readouterr().err
+    assert said.count("is left out: a job failed, on_error=stop") == 3 and "MemoryError: no memory left" in said
+    (result,) = Path("outputs").rglob(RESULT)
+    assert json.loads(result.read_text())["error"] == {"type": "MemoryError", "message": "no memory left"}
+    assert "Traceback" in (result.parent / "run.log").read_text()
+    assert main(sweep) == 0 and len(list(Path("outputs").rglob(RESULT))) == 4
+
+
+HASHES = ("initial_weights_hash", "batches_hash", "weights_hash", "feedback_hash", "optimizer_hash", "data_hash")
+
+
+def test_same_bits_in_one_process_in_two_and_under_joblib() -> None:
+    command = [*COMMON, "algorithm=brsf", "seed=3"]
+    assert main([*command, "hydra.run.dir=one"]) == 0 and main([*command, "hydra.run.dir=again"]) == 0
+    ran = subprocess.run([sys.executable, "-m", "fa_bench.cli", *command, "hydra.run.dir=other"], capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert ran.returncode == 0, ran.stderr
+    ran = subprocess.run([sys.executable, "-m", "fa_bench.cli", "-m", *command, "seed=3,4", "hydra/launcher=joblib",
+                          "hydra.launcher.n_jobs=2", "output_dir=parallel"], capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert ran.returncode == 0, ran.stderr
+    runs = ["one", "again", "other", next(Path("parallel").rglob("seed3"))]
+    found = [[recorded(run)[0][key] for key in HASHES] for run in runs]
+    assert found[0] == found[1] == found[2] == found[3] and all(found[0])
+
+
+def test_rules_of_a_comparison_share_weights_order_and_augmentation(tmp_path: Path, monkeypatch: Patch) -> None:
+    write_cifar(tmp_path / "data", monkeypatch)
+    assert main(["-m", "dataset=cifar10", "data_dir=data", "dataset.validation=0", "batch_size=2", "epochs=2", "probe_size=2",
+                 "architecture.widths=[8]", "algorithm=bp,kp,dfa,wm", "seed=0,1"]) == 0
+    found = {path.parent.parent.name + path.parent.name: json.loads(path.read_text()) for path in Path("outputs").rglob(RESULT)}
+    for key in ("initial_weights_hash", "batches_hash"):
+        assert len({result[key] for result in found.values() if result["seed"] == 0}) == 1
+        assert len({result[key] for result in found.values()}) == 2  # one for each seed
+    assert len({result["weights_hash"] for result in found.values()}) == len(found) == 8
+
+
+def test_runs_give_the_process_back_as_it_was() -> None:
+    model = torch.nn.Linear(1, 1)
+    torch.manual_seed(7)
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    assert main([*RUN, "deterministic=true", f"threads={threads + 1}"]) == 0
+    assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == threads
+    assert not torch.are_deterministic_algorithms_enabled()
+    seen: list[int] = []
+    monkeypatch = pytest.MonkeyPatch()
+    with monkeypatch.context() as patch:
+        at_step(1, lambda: (torch.nn.modules.module.register_module_forward_hook(lambda *_: seen.append(1)),
+                            torch.set_default_dtype(torch.float64)), patch)
+        main([*RUN, "epochs=1"])
+    seen.clear()
+    model(torch.ones(1, 1))
+    assert not seen and torch.get_default_dtype() == torch.float32
+
+
+def test_operation_without_a_deterministic_form_is_named(monkeypatch: Patch, capsys: Capture) -> None:
+    at_step(1, lambda: torch.ones(3).put_(torch.tensor([0]), torch.ones(1)), monkeypatch)
+    assert main([*RUN, "deterministic=true"]) == 2
+    said = capsys.readouterr().err
+    assert "deterministic=true: the operation put_ has no deterministic form" in said and "deterministic=false" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_killed_runs_and_sweeps_in_short() -> None:
+    ran = subprocess.run([sys.executable, str(ROOT / "scripts" / "kill_runs.py"), "--kills", "4", "--seed", "5"],
+                         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert len(re.findall(r"^\| (kp|pfa|wm|sweep) \| \d+ \| 1 \| .* \| 0 \|$", ran.stdout, re.M)) == 4
