@@ -132,8 +132,10 @@ def _run(place: RunDirectory, go_on: bool, title: str, experiment: str | None, l
             with postponed() as stop:
                 try:
                     angles = session.fit(stop)
-                    result |= {"status": "finished"} if progress.diverged is None else _diverged(progress)
-                    result |= {"probes": recorder.measure_probes(progress)}
+                    if progress.diverged is None:
+                        result |= {"probes": recorder.measure_probes(progress), "status": "finished"}
+                    else:
+                        result |= _diverged(progress)
                 except Diverged:
                     result |= _diverged(progress)
                 except BaseException as error:

@@ -434,6 +434,14 @@ def test_probes_of_a_finished_run_are_measured_by_resuming_it(in_empty_folder: N
     assert main([*TINY, "probes=[readout]", "hydra.run.dir=run", "resume=true"]) == 0  # it has been measured
 
 
+def test_a_diverged_run_has_no_probes(in_empty_folder: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Recorder, "measure_probes", None)
+    for divergence in ("stop", "continue"):
+        command = [*TINY, ALL, "optimizer.lr=1e20", f"on_divergence={divergence}", f"hydra.run.dir={divergence}"]
+        assert main(command) == 1
+        assert result_in(divergence)["status"] == "diverged" and result_in(divergence)["probes"] == {}
+
+
 @pytest.mark.parametrize(("words", "said"), [
     (["probes=[reedout]"], "probes=reedout is not one of depth_utility, gradient_norm, readout; did you mean 'readout'?"),
     (["probes=readout"], "probes='readout' is not a list (of depth_utility, gradient_norm, readout); did you mean "
