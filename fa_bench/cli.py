@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -14,9 +14,9 @@ import hydra
 from omegaconf import DictConfig
 
 from fa_bench import __version__
-from fa_bench.config import Job, conf_dir, register_schemas
-from fa_bench.errors import ConfigError, FaBenchError
-from fa_bench.files import LOG
+from fa_bench.config import Job, conf_dir, first_line, register_schemas
+from fa_bench.errors import ConfigError, FaBenchError, RunDirectoryError, printable
+from fa_bench.files import LOG, cannot_write
 from fa_bench.labels import differing, flat, label, plan
 from fa_bench.rundir import RunDirectory
 from fa_bench.scale import scaled
@@ -38,9 +38,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         or two lines on standard error; 130 after an interrupt.
     """
     try:
-        return _main(list(sys.argv[1:] if argv is None else argv))
+        code = _main(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
     except FaBenchError as error:
-        print(f"fa-bench: {error}", file=sys.stderr)
+        print(printable(f"fa-bench: {error}"), file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.filename is None and sys.stdout is sys.__stdout__:
+            # Standard output is full or closed: what is left in its buffer goes nowhere, lest Python complain at its exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(printable(f"fa-bench: {cannot_write(error)}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fa-bench: interrupted", file=sys.stderr)
@@ -86,7 +94,7 @@ def _main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         kept = any(RunDirectory(place, job).checkpoint.exists() for job, place in jobs)
         after = "resume=true goes on from the last checkpoint" if kept else "no checkpoint yet, for no epoch is complete"
-        print(f"fa-bench: interrupted; {after}", file=sys.stderr)
+        print(printable(f"fa-bench: interrupted; {after}"), file=sys.stderr)
         return 130
 
 
@@ -143,12 +151,26 @@ def _without(words: list[str], some: list[str]) -> list[str]:
 def _hydra(argv: list[str]) -> int:
     """Let Hydra run the jobs; 0 unless Hydra itself gave up."""
     before, sys.argv = sys.argv, ["fa-bench", *argv]
+    # Hydra then hands its errors on instead of printing a traceback.
+    full, os.environ["HYDRA_FULL_ERROR"] = os.environ.get("HYDRA_FULL_ERROR"), "1"
     try:
         hydra.main(config_path=str(conf_dir()), config_name=CONFIG_NAME, version_base="1.3")(_job)()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
+    except FaBenchError:
+        raise
+    except OSError as error:
+        raise RunDirectoryError(cannot_write(error)) from None
+    except Exception as error:
+        if full == "1":
+            raise
+        raise ConfigError(f"Hydra gave up ({type(error).__name__}: {first_line(error)}); HYDRA_FULL_ERROR=1 shows where") from None
     finally:
         sys.argv = before
+        if full is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = full
     return 0
 
 
@@ -177,15 +199,27 @@ def _job(config: DictConfig) -> None:
     except FaBenchError as error:
         if alone:
             _remove_if_empty(directory)
-            print(f"fa-bench: {error}", file=sys.stderr)
+            print(printable(f"fa-bench: {error}"), file=sys.stderr)
             sys.exit(2)
-        print(f"fa-bench: {counted}{error}", file=sys.stderr)
-        record_failure(job, directory, error, experiment)
+        print(printable(f"fa-bench: {counted}{error}"), file=sys.stderr)
+        _record(record_failure, job, directory, error, experiment)
     except Exception as error:
-        record_failure(job, directory, error, experiment)
-        print(f"fa-bench: {counted}failed: {type(error).__name__}: {error} (traceback: {directory / LOG})", file=sys.stderr)
+        from fa_bench.memory import short
+
+        logged = _record(record_failure, job, directory, error, experiment)
+        where = f" (traceback: {directory / LOG})" if logged else f" (in {directory}, where no log can be written)"
+        print(printable(f"fa-bench: {counted}failed: {short(error)}{where}"), file=sys.stderr)
         if alone:
             sys.exit(1)
+
+
+def _record(record_failure: Callable[..., None], *arguments: Any) -> bool:
+    """Whether a failure could be recorded: on a full disk the other jobs must have their turn all the same."""
+    try:
+        record_failure(*arguments)
+    except OSError:
+        return False
+    return True
 
 
 def _differing(jobs: list[Job]) -> dict[str, list[str]]:
@@ -227,7 +261,7 @@ def _report_grid(places: list[Path]) -> int:
     bad = {place: found.result["status"] if found else "no result" for place in places
            if (found := read_run(place)) is None or found.result["status"] != "finished"}
     for place, status in bad.items():
-        print(f"fa-bench: {status}: {place}", file=sys.stderr)
+        print(printable(f"fa-bench: {status}: {place}"), file=sys.stderr)
     return 1 if bad else 0
 
 

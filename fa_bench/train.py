@@ -19,6 +19,7 @@ from fa_bench.errors import ConfigError, FaBenchError, OptionError
 from fa_bench.files import LOG, RESULT, dump_json, write_text
 from fa_bench.labels import duration
 from fa_bench.loop import Diverged, Loop, Progress
+from fa_bench.memory import require, within_memory
 from fa_bench.metrics.probe import Probe
 from fa_bench.optim import Optimizers
 from fa_bench.record import Recorder, base_result, device_name, progress_result
@@ -99,6 +100,7 @@ class Parts(NamedTuple):
     probe: Probe
 
 
+@within_memory
 def assemble(job: Job, device: torch.device) -> Parts:
     """Load the data, build the model and put the rule into it.
 
@@ -112,6 +114,8 @@ def assemble(job: Job, device: torch.device) -> Parts:
     trial = SCALES[job.run.scale]
     splits = job.dataset.load(Path(job.run.data_dir), device, trial and (trial.train, trial.test))
     model = _build(job, splits).to(device)
+    if device.type == "cpu":
+        require(4 * sum(weight.numel() for weight in model.parameters()), "the gradients of this architecture")
     x, y = next(splits.train.batches(min(job.run.probe_size, len(splits.train))))
     rule = job.fresh_algorithm().attach(model, seed=job.run.seed, sample_input=x[:2])
     return Parts(splits, rule, Optimizers(job.optimizer, rule, job.run.epochs, job.feedback_optimizer), Probe(rule, x, y))
@@ -222,7 +226,7 @@ class _log_file:
     """While it is open, the log goes to a file, whole, and to the terminal, in short."""
 
     def __init__(self, path: Path) -> None:
-        self.file = logging.FileHandler(path, encoding="utf-8")
+        self.file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
         self.file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
 
     def __enter__(self) -> None:
