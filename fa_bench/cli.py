@@ -164,7 +164,8 @@ def _hydra(argv: list[str]) -> int:
     except Exception as error:
         if full == "1":
             raise
-        raise ConfigError(f"Hydra gave up ({type(error).__name__}: {first_line(error)}); HYDRA_FULL_ERROR=1 shows where") from None
+        raise ConfigError(f"Hydra gave up ({type(error).__name__}: {first_line(error)}); "
+                          "HYDRA_FULL_ERROR=1 shows where") from None
     finally:
         sys.argv = before
         if full is None:

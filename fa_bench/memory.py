@@ -1,4 +1,4 @@
-"""What fits into memory: refused before it is asked for, since Linux promises memory that it does not have and ends who uses it."""
+"""What fits into memory: refused before it is asked for, since Linux promises memory it does not have."""
 
 from __future__ import annotations
 

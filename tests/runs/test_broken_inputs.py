@@ -197,7 +197,8 @@ def test_a_job_without_memory_fails_in_a_line_and_the_others_go_on(
 
 
 @pytest.mark.parametrize(("arguments", "named"), [
-    (["architecture.widths=[1000000000000]"], "1000000000000x64"), (["architecture.widths=[1000,1000000000000]"], "1000000000000x1000"),
+    (["architecture.widths=[1000000000000]"], "1000000000000x64"),
+    (["architecture.widths=[1000,1000000000000]"], "1000000000000x1000"),
     (["architecture.widths=[8]", "algorithm=pfa", "algorithm.ratio=1e12"], "memory"),
     (["architecture.widths=[8]", "algorithm=pfa", "algorithm.ratio=1e308"], "memory"),
     (["architecture=conv2", "architecture.channels=100000000000"], "memory"),
