@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -20,9 +20,9 @@ import hydra
 from omegaconf import DictConfig
 
 from fa_bench import __version__
-from fa_bench.config import Job, conf_dir, register_schemas
-from fa_bench.errors import ConfigError, FaBenchError, HeldError
-from fa_bench.files import LOG
+from fa_bench.config import Job, conf_dir, first_line, register_schemas
+from fa_bench.errors import ConfigError, FaBenchError, HeldError, RunDirectoryError, printable
+from fa_bench.files import LOG, cannot_write
 from fa_bench.labels import differing, flat, label, plan
 from fa_bench.rundir import RunDirectory, Stage, holder
 from fa_bench.scale import scaled
@@ -49,9 +49,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         with raised():
-            return _main(list(sys.argv[1:] if argv is None else argv))
+            code = _main(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
     except FaBenchError as error:
-        print(f"fa-bench: {error}", file=sys.stderr)
+        print(printable(f"fa-bench: {error}"), file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.filename is None and sys.stdout is sys.__stdout__:
+            # Standard output is full or closed: what is left in its buffer goes nowhere, lest Python complain at its exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(printable(f"fa-bench: {cannot_write(error)}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         print("fa-bench: interrupted", file=sys.stderr)
@@ -222,12 +230,27 @@ def _without(words: list[str], some: list[str]) -> list[str]:
 def _hydra(argv: list[str]) -> int:
     """Let Hydra run the jobs; 0 unless Hydra itself gave up."""
     before, sys.argv = sys.argv, ["fa-bench", *argv]
+    # Hydra then hands its errors on instead of printing a traceback.
+    full, os.environ["HYDRA_FULL_ERROR"] = os.environ.get("HYDRA_FULL_ERROR"), "1"
     try:
         hydra.main(config_path=str(conf_dir()), config_name=CONFIG_NAME, version_base="1.3")(_job)()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
+    except FaBenchError:
+        raise
+    except OSError as error:
+        raise RunDirectoryError(cannot_write(error)) from None
+    except Exception as error:
+        if full == "1":
+            raise
+        raise ConfigError(f"Hydra gave up ({type(error).__name__}: {first_line(error)}); "
+                          "HYDRA_FULL_ERROR=1 shows where") from None
     finally:
         sys.argv = before
+        if full is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = full
     return 0
 
 
@@ -238,6 +261,7 @@ def _job(config: DictConfig) -> None:
 
     register_schemas()  # a launcher may have put us into a process of our own
     from fa_bench.logs import show_log
+    from fa_bench.memory import short
     from fa_bench.train import record_failure, run
 
     show_log()
@@ -266,16 +290,15 @@ def _job(config: DictConfig) -> None:
         return
     except HeldError as error:
         reason: Exception = error
+        logged = True
     except Exception as error:
         reason = error
-        if not (alone and isinstance(error, FaBenchError)):
-            with suppress(FaBenchError):  # where nothing can be written, the line below is all there is
-                record_failure(job, directory, error, experiment)
+        logged = (alone and isinstance(error, FaBenchError)) or _record(record_failure, job, directory, error, experiment)
     known = isinstance(reason, FaBenchError)
     if known and alone:
         _remove_if_empty(directory)
-    trace = "" if known else f" (traceback: {directory / LOG})"
-    print(f"fa-bench: {counted}{reason if known else f'failed: {type(reason).__name__}: {reason}'}{trace}", file=sys.stderr)
+    where = f" (traceback: {directory / LOG})" if logged else f" (in {directory}, where no log can be written)"
+    print(printable(f"fa-bench: {counted}{reason if known else f'failed: {short(reason)}{where}'}"), file=sys.stderr)
     if failed:
         failed.touch()
     if alone:
@@ -285,6 +308,15 @@ def _job(config: DictConfig) -> None:
 def _name(job: Job, keys: Mapping[str, Sequence[str]]) -> str:
     """What to call a job: its rule, the values of what the rule's jobs differ in, and its seed."""
     return f"{label(job.algorithm.name, flat(job.plain()), keys.get(job.algorithm.name, ()))} seed {job.run.seed}"
+
+
+def _record(record_failure: Callable[..., None], *arguments: Any) -> bool:
+    """Whether a failure could be recorded: on a full disk the other jobs must have their turn all the same."""
+    try:
+        record_failure(*arguments)
+    except OSError:
+        return False
+    return True
 
 
 def _differing(jobs: list[Job]) -> dict[str, list[str]]:
@@ -326,7 +358,7 @@ def _report_grid(places: list[Path]) -> int:
     bad = {place: found.result["status"] if found else "no result" for place in places
            if (found := read_run(place)) is None or found.result["status"] != "finished"}
     for place, status in bad.items():
-        print(f"fa-bench: {status}: {place}", file=sys.stderr)
+        print(printable(f"fa-bench: {status}: {place}"), file=sys.stderr)
     return 1 if bad else 0
 
 

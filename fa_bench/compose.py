@@ -15,12 +15,13 @@ from hydra._internal.hydra import Hydra
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
+from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from fa_bench.config import GRID, Job, conf_dir, first_line, import_plugins
 from fa_bench.errors import ConfigError, FaBenchError, names, nearest
+from fa_bench.files import check_place
 from fa_bench.guard import check_config, check_overrides, install
 from fa_bench.registries import GROUPS
 from fa_bench.rundir import RunDirectory
@@ -138,7 +139,7 @@ class Composer:
         Raises:
             ConfigError: for an unknown key, and where two jobs are the same run.
             OptionError: for a bad value.
-            RunDirectoryError: where a directory holds another config's run.
+            RunDirectoryError: where a directory holds another config's run, or cannot be made.
         """
         jobs: list[tuple[Job, Path]] = []
         seen: dict[Path, list[str]] = {}
@@ -151,6 +152,7 @@ class Composer:
                                       f"{' '.join(seen[place])} and {' '.join(overrides)}")
                 seen[place] = overrides
                 if directories:
+                    check_place(place)
                     RunDirectory(place, job).check()
                 jobs.append((job, place))
         return jobs
@@ -280,7 +282,7 @@ def _count(override: Override) -> float:
         if not all(map(math.isfinite, (start, stop, step))) or step == 0:
             return math.inf
         return max(0.0, math.ceil((stop - start) / step))
-    if isinstance(value, IntervalSweep):
+    if isinstance(value, (IntervalSweep, Glob)):
         raise ConfigError(f"{override.input_line}: name the values, or write range(start,stop,step)")
     return len(value.list) if isinstance(value, ChoiceSweep) else 1
 

@@ -58,6 +58,11 @@ class StateError(FaBenchError, ValueError):
     """A saved state that is not one of this rule in this model."""
 
 
+def printable(text: object) -> str:
+    """A message as one line that any terminal takes: line ends and what is no text, as in odd file names, are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """A hint of the form ``; did you mean 'fa'?``, or nothing where no name is close."""
     def likeness(other: str) -> tuple[float, int]:

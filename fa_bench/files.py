@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fa_bench.errors import OutputError
+from fa_bench.errors import OutputError, RunDirectoryError
 
 #: How the names of files end that are being written; killed processes leave them behind.
 TEMPORARY = ".tmp"
@@ -57,6 +57,39 @@ def write_with(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` produce a file, atomically."""
     with atomic(path) as temporary:
         write(temporary)
+
+
+def check_place(path: Path) -> None:
+    """Refuse a directory that can neither be made nor written to, before a run takes its time.
+
+    Raises:
+        RunDirectoryError: naming the part of the path that is in the way, and why.
+    """
+    try:
+        for part in (path, *path.parents):
+            if part.is_dir():
+                if not os.access(part, os.W_OK | os.X_OK) or os.statvfs(part).f_flag & os.ST_RDONLY:
+                    raise RunDirectoryError(f"{part}: no permission to write there; choose another output_dir")
+                return
+            if part.is_symlink():
+                raise RunDirectoryError(f"{part}: a link that leads nowhere; remove it, or choose another output_dir")
+            if part.exists():
+                raise RunDirectoryError(f"{part}: a file, and no folder for runs; choose another output_dir")
+    except RunDirectoryError:
+        raise
+    except OSError as error:
+        raise RunDirectoryError(f"{_cut(path)}: no possible folder ({error.strerror or error})") from None
+    except ValueError as error:  # a zero byte
+        raise RunDirectoryError(f"{str(path)!r}: no possible folder ({error})") from None
+
+
+def _cut(path: Path) -> str:
+    return text if len(text := str(path)) <= 200 else f"{text[:197]}..."
+
+
+def cannot_write(error: OSError, path: Path | None = None) -> str:
+    """One line about an operating system's error: the path (its own, or `path`) and the reason."""
+    return f"{error.filename or path or 'output'}: cannot be written ({error.strerror or error})"
 
 
 def dump_json(value: Any, indent: int | None = None) -> str:

@@ -33,7 +33,7 @@ class log_file:
 
     def __init__(self, path: Path) -> None:
         try:
-            self.file = _LogFile(path, encoding="utf-8")
+            self.file = _LogFile(path, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from None
         self.file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

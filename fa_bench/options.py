@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
@@ -120,6 +121,14 @@ def _is_union(hint: Any) -> bool:
 
 
 _WRONG = object()
+#: Whole numbers as large do not fit into 64 bits with room for arithmetic.
+_LARGEST = 10**18
+
+
+def _brief(value: Any) -> str:
+    """A value in a message: cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _convert(value: Any, hint: Any) -> Any:
@@ -137,7 +146,10 @@ def _convert(value: Any, hint: Any) -> Any:
     if isinstance(hint, type) and issubclass(hint, Options):
         return hint.from_mapping(value) if isinstance(value, Mapping) else value if isinstance(value, hint) else _WRONG
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf
     if hint is int and isinstance(value, bool):
         return _WRONG
     return value if isinstance(value, hint) else _WRONG
@@ -152,11 +164,15 @@ def _checked(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> A
     if converted is _WRONG:
         if choices and get_origin(hint) is list:
             raise OptionError(name, f"={value!r} is not a list (of {names(choices)})", f"=[{value}]" if value in choices else "")
-        raise OptionError(name, f"={value!r} is not {f'one of {names(choices)}' if choices else type_name(hint)}",
+        raise OptionError(name, f"={_brief(value)} is not {f'one of {names(choices)}' if choices else type_name(hint)}",
                           _chosen_within(value, hint))
     for item in converted if isinstance(converted, list) else [converted]:
         if choices is not None and item is not None and item not in choices:
             raise OptionError(name, f"={item} is not one of {names(choices)}{nearest(str(item), choices)}")
+        if isinstance(item, float) and not math.isfinite(item):
+            raise OptionError(name, f"={item} is not a finite number")
+        if isinstance(item, int) and abs(item) >= _LARGEST:
+            raise OptionError(name, f"={_brief(item)} is out of range (allowed: whole numbers of at most 18 digits)")
         if limits and isinstance(item, (int, float)) and not _within(item, limits):
             raise OptionError(name, f"={item} is out of range (allowed: {range_text(limits)})")
     return converted

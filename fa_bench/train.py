@@ -25,6 +25,7 @@ from fa_bench.hashes import state_hash
 from fa_bench.labels import duration
 from fa_bench.logs import log, log_file
 from fa_bench.loop import Angles, Diverged, Loop, Progress
+from fa_bench.memory import require, within_memory
 from fa_bench.metrics.probe import Probe
 from fa_bench.metrics.probes.base import LayerProbes, Subject
 from fa_bench.optim import Optimizers
@@ -206,6 +207,7 @@ def load(job: Job, device: torch.device) -> Splits:
     return job.dataset.load(Path(job.run.data_dir), device, trial and (trial.train, trial.test))
 
 
+@within_memory
 def assemble(job: Job, device: torch.device, splits: Splits | None = None) -> Parts:
     """Load the data, build the model and put the rule into it; what the rule does before training is left to be done.
 
@@ -219,6 +221,8 @@ def assemble(job: Job, device: torch.device, splits: Splits | None = None) -> Pa
     """
     splits = splits or load(job, device)
     model = _build(job, splits).to(device)
+    if device.type == "cpu":
+        require(4 * sum(weight.numel() for weight in model.parameters()), "the gradients of this architecture")
     initial = state_hash(model.state_dict())
     x, y = probe_batch(splits, job.run.probe_size)
     rule = job.fresh_algorithm().attach(model, seed=job.run.seed, sample_input=x[:2], initial_phase=False)

@@ -276,6 +276,12 @@ class ArrayDataset(Dataset):
             check_labels(test_x, test_y, classes, "test")
         except ValueError as error:
             raise DataError(f"dataset={self.name}: {error}") from None
+        for images, part in ((train_x, "training"), (test_x, "test")):
+            if images.ndim != 4 or 0 in images.shape:
+                raise DataError(f"dataset={self.name}: no {part} images there (shape {images.shape})")
+        if train_x.shape[1:] != test_x.shape[1:]:
+            raise DataError(f"dataset={self.name}: training images of shape {train_x.shape[1:]}, "
+                            f"test images of {test_x.shape[1:]}")
         digest = hashlib.sha256()
         for array in (train_x, train_y.astype(np.int64), test_x, test_y.astype(np.int64)):
             digest.update(np.ascontiguousarray(array).data)

@@ -7,6 +7,7 @@ import hashlib
 import io
 import logging
 import os
+import stat
 import sys
 import tempfile
 import urllib.request
@@ -18,6 +19,9 @@ from pathlib import Path, PurePosixPath
 
 from fa_bench.errors import DataError
 from fa_bench.lazy import torchvision
+
+#: An archive of images grows by less than this factor when it is unpacked, small ones aside (bytes).
+_MOST_GROWTH, _SMALL = 20, 1 << 24
 
 log = logging.getLogger("fa_bench")
 _refusing = False
@@ -107,9 +111,19 @@ def unpack_zip(archive: Path, folder: Path) -> None:
             members = opened.infolist()
             for member in members:
                 path = PurePosixPath(member.filename.replace("\\", "/"))
-                if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
-                    raise DataError(f"{archive}: its member '{member.filename}' would land outside of {folder.parent}; "
+                kind = stat.S_IFMT(member.external_attr >> 16)
+                problem = None
+                if path.is_absolute() or ".." in path.parts or not path.parts or ":" in path.parts[0]:
+                    problem = f"would land outside of {folder.parent}"
+                elif kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+                    problem = "is a link or a device, and no file"
+                if problem:
+                    raise DataError(f"{archive}: its member '{member.filename}' {problem}; "
                                     "nothing was unpacked: get the archive anew from a source you trust")
+            unpacked = sum(member.file_size for member in members)
+            if unpacked > _MOST_GROWTH * archive.stat().st_size + _SMALL:
+                raise DataError(f"{archive}: would grow to {unpacked / 1e9:.3g} GB, more than images do; "
+                                "nothing was unpacked: get the archive anew from a source you trust")
             with tempfile.TemporaryDirectory(prefix=".unpack-", dir=folder.parent) as temporary:
                 for member in tqdm(members, desc=f"unpacking {archive.name}", unit="file", disable=None, leave=False):
                     opened.extract(member, temporary)

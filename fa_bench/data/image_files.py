@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import stat
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -72,6 +74,10 @@ class ImageFiles(CroppedDataset):
         raise NotImplementedError
 
     def read(self, data_dir: Path, device: torch.device) -> tuple[Split, Split, list[str], tuple[int, int, int], str]:
+        from PIL import Image
+
+        # Else Pillow warns of an image that would fill the memory, and then reads it.
+        warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
         listing = self.listing(data_dir)
         decode, crop, may_stay = self._decoding(listing.train[0][0])
         height, width = decode.height, decode.width
@@ -187,7 +193,13 @@ class _naming:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def __enter__(self) -> None: ...
+    def __enter__(self) -> None:
+        try:
+            mode = self.path.stat().st_mode
+        except OSError as error:
+            raise DataError(f"{self.path}: not a readable image ({error.strerror}); replace or remove it") from None
+        if not stat.S_ISREG(mode):  # a pipe would make the run wait for ever
+            raise DataError(f"{self.path}: not a readable image (a folder, pipe or device); replace or remove it")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Exception) and not isinstance(error, DataError):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
 
 from fa_bench.data.base import ArrayDataset, std_option
+from fa_bench.memory import require
 from fa_bench.options import option
 from fa_bench.registries import DATASETS
 
@@ -29,6 +31,10 @@ class Synthetic(ArrayDataset):
     def arrays(self, data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
         generator = np.random.default_rng(self.data_seed)
         shape = (self.channels, self.size, self.size)
+        # Float64 images and noise, and one more for what is rounded, at a time.
+        count = max(self.samples, self.test_samples, self.classes)
+        require(3 * 8 * count * math.prod(shape), f"dataset=synthetic: {count} images of {self.channels}x{self.size}x{self.size} "
+                                                  "(dataset.samples, dataset.classes, dataset.channels, dataset.size)")
         prototypes = generator.uniform(0.2, 0.8, (self.classes, *shape))
 
         def draw(count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -60,7 +60,7 @@ class StagedArchitecture(Architecture):
     """Base of the residual nets whose stages double their channels; subclasses declare how many blocks each stage has."""
 
     width: int = option(64, "channels of the first stage; they double from stage to stage", minimum=1)
-    blocks: list[int] = option([2, 2, 2, 2], "blocks in each stage", minimum=1)
+    blocks: list[int] = option([2, 2, 2, 2], "blocks in each stage", minimum=1, maximum=1000)
 
     def check(self) -> None:
         if not self.blocks:

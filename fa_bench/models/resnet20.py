@@ -22,7 +22,7 @@ class ResNet20(Architecture):
     """
 
     width: int = option(16, "channels of the first stage", minimum=1)
-    blocks: int = option(3, "blocks in each of the three stages", minimum=1)
+    blocks: int = option(3, "blocks in each of the three stages", minimum=1, maximum=1000)
     shortcuts: bool = option(True, "add each block's input to its output; false: a plain net of the same layers")
 
     def make(self, input_shape: tuple[int, int, int], classes: int) -> torch_nn.Module:

@@ -39,4 +39,4 @@ class ResNet18(StagedArchitecture):
 class ResNet34(ResNet18):
     """ResNet-34 for small images: as resnet18, with 3, 4, 6 and 3 blocks (appendix C of Woo et al. 2021)."""
 
-    blocks: list[int] = option([3, 4, 6, 3], "blocks in each stage", minimum=1)
+    blocks: list[int] = option([3, 4, 6, 3], "blocks in each stage", minimum=1, maximum=1000)

@@ -43,6 +43,6 @@ class ResNet50ImageNet(ResNet18ImageNet):
     torchvision.
     """
 
-    blocks: list[int] = option([3, 4, 6, 3], "blocks in each stage", minimum=1)
+    blocks: list[int] = option([3, 4, 6, 3], "blocks in each stage", minimum=1, maximum=1000)
 
     bottleneck: ClassVar[bool] = True

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from fa_bench.errors import DataError, FaBenchError
+from fa_bench.errors import DataError, FaBenchError, printable
 
 _DESCRIPTION = """\
 Compare the runs in folders: mean, standard deviation and 95 % interval per rule over the seeds, paired differences to bp, the
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _main(list(sys.argv[1:] if argv is None else argv))
     except (FaBenchError, OSError) as error:
-        print(f"fa-bench-report: {error}", file=sys.stderr)
+        print(printable(f"fa-bench-report: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fa-bench-report: interrupted", file=sys.stderr)

@@ -1,0 +1,239 @@
+"""Broken files and places: each ends in one line that names it, before training; what was there stays whole."""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
+
+from fa_bench import memory, train
+from fa_bench.cli import main
+from fa_bench.data.fetch import unpack_zip
+from fa_bench.errors import ConfigError, DataError, OptionError
+from fa_bench.optim import SGD
+from tests.data.files import IDX_FILES, write_idx, write_mnist
+
+SMALL = ["dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16", "architecture.widths=[8]", "epochs=1"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
+    assert main(arguments) == code
+    said = [line for line in capsys.readouterr().err.strip().splitlines() if not line.startswith("Error executing job")]
+    assert len(said) == 1, said
+    return said[0]
+
+
+# ------------------------------------------------------------------------------------------------ images
+def png(path: Path, side: int) -> None:
+    """A black image of side x side pixels, of a few kilobytes."""
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
+
+
+def with_long_text(folder: Path) -> None:
+    text = PngImagePlugin.PngInfo()
+    text.add_text("comment", "a" * 2**21, zip=True)
+    Image.new("RGB", (8, 8)).save(folder / "9.png", pnginfo=text)
+
+
+def cut(folder: Path, name: str) -> None:
+    Image.effect_noise((8, 8), 50).convert("RGB").save(folder / name)
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: len(content) - 60])
+
+
+IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no bytes": (lambda f: (f / "9.png").write_bytes(b""), "9.png"),
+    "text": (lambda f: (f / "9.png").write_text("hello"), "9.png"),
+    "a web page": (lambda f: (f / "9.jpg").write_text("<html>not found</html>"), "9.jpg"),
+    "cut PNG": (lambda f: cut(f, "9.png"), "9.png"),
+    "cut JPEG": (lambda f: cut(f, "9.jpg"), "9.jpg"),
+    "16 bits": (lambda f: Image.fromarray(np.zeros((8, 8), np.uint16)).save(f / "9.png"), "8 bits"),
+    "another size": (lambda f: Image.new("RGB", (9, 8)).save(f / "9.png"), "8x9 pixels"),
+    "a bomb that Pillow warns of": (lambda f: png(f / "9.png", 11_000), "9.png"),
+    "a bomb that Pillow refuses": (lambda f: png(f / "9.png", 20_000), "9.png"),
+    "a bomb of text": (with_long_text, "9.png"),
+    "a folder": (lambda f: (f / "9.png").mkdir(), "9.png: not a readable image (a folder"),
+    "a pipe": (lambda f: os.mkfifo(f / "9.png"), "9.png: not a readable image (a folder, pipe"),
+    "a link to nowhere": (lambda f: (f / "9.png").symlink_to("nowhere"), "9.png"),
+    "a line end in its name": (lambda f: (f / "a\nb.png").write_text("x"), r"a\nb.png"),
+    "a name that is no text": (lambda f: Path(os.fsdecode(os.fsencode(f) + b"/\xff.png")).write_text("x"), r"\udcff.png"),
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_a_broken_image_is_named(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "test"):
+        (folder / "data" / split / "a").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / "data" / split / "a" / "0.png")
+    breaks, named = IMAGES[name]
+    try:
+        breaks(folder / "data/train/a")
+    except OSError:
+        pytest.skip("this file system does not take such a name")
+    assert named in refused(["dataset=image_folder", "data_dir=data", "architecture.widths=[8]"], capsys)
+    assert not (folder / "outputs").exists()
+
+
+# ------------------------------------------------------------------------------------------------ IDX files, archives
+def idx(magic: tuple[int, int, int, int], lengths: tuple[int, ...], size: int) -> bytes:
+    return bytes(magic) + struct.pack(f">{len(lengths)}I", *lengths) + bytes(size)
+
+
+@pytest.mark.parametrize(("file", "content"), [
+    (0, idx((0, 0, 9, 3), (30, 28, 28), 30 * 784)), (0, idx((1, 0, 8, 3), (30, 28, 28), 30 * 784)),
+    (0, idx((0, 0, 8, 1), (30,), 30)), (0, idx((0, 0, 8, 3), (30, 28, 28), 30 * 784 - 1)),
+    (0, idx((0, 0, 8, 3), (30, 28, 28), 30 * 784 + 1)), (0, idx((0, 0, 8, 3), (2**32 - 1,) * 3, 100)),
+    (0, idx((0, 0, 8, 3), (0, 28, 28), 0)), (0, b""), (0, b"\x1f\x8b\x08\x00cut"), (1, idx((0, 0, 8, 1), (30,), 29)),
+    (1, idx((0, 0, 8, 3), (30, 1, 1), 30)), (1, idx((0, 0, 8, 1), (29,), 29)), (2, idx((0, 0, 8, 3), (10, 20, 20), 4000)),
+])
+def test_a_broken_idx_file_is_a_short_error(file: int, content: bytes, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_mnist(folder)
+    (folder / "MNIST/raw" / IDX_FILES[file]).write_bytes(content)
+    assert "dataset=mnist" in refused(["dataset=mnist", "data_dir=."], capsys)
+
+
+def test_a_label_without_class_is_a_short_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_mnist(folder)
+    write_idx(folder / "MNIST/raw" / IDX_FILES[1], np.full(30, 200))
+    assert "label 200" in refused(["dataset=mnist", "data_dir=."], capsys)
+
+
+@pytest.mark.parametrize(("kind", "named"), [
+    (stat.S_IFLNK, "a link or a device"), (stat.S_IFCHR, "a link or a device"), (stat.S_IFIFO, "a link or a device"),
+    ("bomb", "would grow to"), ("..", "outside"), (".", "outside"), ("/x", "outside"),
+])
+def test_an_archive_with_odd_members_is_refused(kind: int | str, named: str, folder: Path) -> None:
+    member = zipfile.ZipInfo("set/x" if isinstance(kind, int) or kind == "bomb" else kind)
+    if isinstance(kind, int):
+        member.external_attr = (kind | 0o777) << 16
+    with zipfile.ZipFile(folder / "set.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("set/a", "fine")
+        archive.writestr(member, bytes(50_000_000) if kind == "bomb" else b"/etc/passwd", zipfile.ZIP_DEFLATED)
+    with pytest.raises(DataError, match=named) as caught:
+        unpack_zip(folder / "set.zip", folder / "set")
+    assert "set.zip" in str(caught.value) and os.listdir(folder) == ["set.zip"]
+
+
+# ------------------------------------------------------------------------------------------------ places
+@pytest.mark.parametrize("grid", [[], ["-m"]])
+@pytest.mark.parametrize(("place", "named"), [
+    ("file", "file: a file"), ("file/below", "file: a file"), ("dangling", "leads nowhere"), ("dangling/x", "leads nowhere"),
+    ("loop", "loop"), ("/dev/null", "/dev/null: a file"), ("/dev/full", "/dev/full: a file"), ("/proc/x", "/proc"),
+    ("n" * 300, "File name too long"), ("d/" * 3000, "File name too long"),
+])
+def test_a_place_where_nothing_can_be_written_is_named(
+    place: str, named: str, grid: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "file").write_text("mine")
+    (folder / "dangling").symlink_to("nowhere")
+    (folder / "loop").symlink_to("loop")
+    before = sorted(folder.iterdir())
+    said = refused([*grid, *SMALL, f"output_dir={place}"], capsys)
+    assert named in said and len(said) < 600
+    assert sorted(folder.iterdir()) == before and (folder / "file").read_text() == "mine"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
+def test_a_folder_without_permission_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "locked").mkdir(mode=0o500)
+    assert "locked: no permission" in refused([*SMALL, "output_dir=locked"], capsys)
+
+
+def test_a_full_disk_under_one_job_leaves_the_others_to_run(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = train.record_failure
+
+    def fit(job: object, *arguments: object) -> None:
+        raise OSError(28, "No space left on device", "metrics.jsonl")
+
+    monkeypatch.setattr(train, "_fit", fit)
+    monkeypatch.setattr(train, "record_failure", lambda *arguments: fit(None))
+    assert main(["-m", *SMALL, "seed=0,1"]) != 0
+    said = capsys.readouterr().err
+    assert "[1/2]" in said and "[2/2]" in said and "No space left" in said and "Traceback" not in said
+    assert real is not train.record_failure
+
+
+# ------------------------------------------------------------------------------------------------ memory
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+                                "tried to allocate 4000 bytes. Error code 12\nframes"),
+], ids=["python", "torch"])
+def test_a_job_without_memory_fails_in_a_line_and_the_others_go_on(
+    error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = SGD.build, []
+
+    def build(self: object, *arguments: object, **more: object) -> object:
+        calls.append(self)
+        if len(calls) == 1:
+            raise error
+        return real(self, *arguments, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(SGD, "build", build)
+    assert main(["-m", *SMALL, "seed=0,1"]) == 1
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 2 and "[1/2]" in said[0] and "memory" in said[0] and said[1].endswith("seed0")
+
+
+@pytest.mark.parametrize(("arguments", "named"), [
+    (["architecture.widths=[1000000000000]"], "1000000000000x64"),
+    (["architecture.widths=[1000,1000000000000]"], "1000000000000x1000"),
+    (["architecture.widths=[8]", "algorithm=pfa", "algorithm.ratio=1e12"], "memory"),
+    (["architecture.widths=[8]", "algorithm=pfa", "algorithm.ratio=1e308"], "memory"),
+    (["architecture=conv2", "architecture.channels=100000000000"], "memory"),
+    (["architecture=resnet18", "architecture.width=100000000000"], "memory"),
+    (["dataset.samples=1000000000000"], "dataset.samples"), (["dataset.size=10000000"], "dataset.size"),
+    (["dataset.classes=1000000000000"], "dataset.classes"), (["architecture=resnet20", "architecture.blocks=100000"], "<= 1000"),
+    (["seed=1000000000000000000000000000000"], "seed=10000"), (["optimizer.lr=1" + "0" * 400], "optimizer.lr=inf"),
+    (["optimizer.lr=inf"], "not a finite number"), (["optimizer.lr=nan"], "optimizer.lr=nan"),
+])
+def test_what_is_too_large_is_refused_before_it_is_allocated(
+    arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert named in refused(["dataset=synthetic", "scale=smoke", *arguments], capsys)
+
+
+def test_what_fits_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available", lambda: 10**8)
+    memory.require(10**8, "this")
+    with pytest.raises(ConfigError, match=r"this: needs 0\.1 GB of memory, of which 0\.1 GB are left"):
+        memory.require(10**8 + 1, "this")
+
+    @memory.within_memory
+    def build(rows: int) -> torch.Tensor:
+        return torch.nn.Linear(1000, rows, bias=False).weight
+
+    assert build(20_000).shape == (20_000, 1000)
+    with pytest.raises(ConfigError, match="30000x1000"):
+        build(30_000)
+
+
+def test_available_memory_is_a_plausible_number() -> None:
+    assert memory.available() is None or 10**6 < memory.available() < 10**15
+
+
+def test_long_values_are_cut_in_messages() -> None:
+    with pytest.raises(OptionError) as caught:
+        SGD(lr="x" * 10_000)  # type: ignore[arg-type]
+    assert len(str(caught.value)) < 300
