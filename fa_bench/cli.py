@@ -229,11 +229,14 @@ def _without(words: list[str], some: list[str]) -> list[str]:
 
 def _hydra(argv: list[str]) -> int:
     """Let Hydra run the jobs; 0 unless Hydra itself gave up."""
+    from fa_bench.logs import root_kept
+
     before, sys.argv = sys.argv, ["fa-bench", *argv]
-    # Hydra then hands its errors on instead of printing a traceback.
-    full, os.environ["HYDRA_FULL_ERROR"] = os.environ.get("HYDRA_FULL_ERROR"), "1"
+    traced = os.environ.get("HYDRA_FULL_ERROR") == "1"
     try:
-        hydra.main(config_path=str(conf_dir()), config_name=CONFIG_NAME, version_base="1.3")(_job)()
+        # Hydra then hands its errors on instead of printing a traceback.
+        with root_kept(), _environment({"HYDRA_FULL_ERROR": "1"}):
+            hydra.main(config_path=str(conf_dir()), config_name=CONFIG_NAME, version_base="1.3")(_job)()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
     except FaBenchError:
@@ -241,16 +244,12 @@ def _hydra(argv: list[str]) -> int:
     except OSError as error:
         raise RunDirectoryError(cannot_write(error)) from None
     except Exception as error:
-        if full == "1":
+        if traced:
             raise
         raise ConfigError(f"Hydra gave up ({type(error).__name__}: {first_line(error)}); "
                           "HYDRA_FULL_ERROR=1 shows where") from None
     finally:
         sys.argv = before
-        if full is None:
-            del os.environ["HYDRA_FULL_ERROR"]
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = full
     return 0
 
 
@@ -260,11 +259,10 @@ def _job(config: DictConfig) -> None:
     from hydra.types import RunMode
 
     register_schemas()  # a launcher may have put us into a process of our own
-    from fa_bench.logs import show_log
+    from fa_bench.logs import shown
     from fa_bench.memory import short
     from fa_bench.train import record_failure, run
 
-    show_log()
     settings = HydraConfig.get()
     directory = Path(settings.runtime.output_dir)
     job = Job.from_config(config)
@@ -274,15 +272,15 @@ def _job(config: DictConfig) -> None:
     number = 0 if alone else int(os.environ.get(JOB_FIRST, "0")) + settings.job.num
     counted = "" if alone else f"[{number + 1}/{len(epochs) or '?'}] "
     keys = {} if alone else json.loads(os.environ.get(JOB_KEYS, "{}"))
-    shown = f"{counted}{_name(job, keys)}"
+    title = f"{counted}{_name(job, keys)}"
     failed = Path(os.environ[JOB_FAILED]) if JOB_FAILED in os.environ and job.run.on_error == "stop" else None
     if failed and failed.exists():
-        print(f"fa-bench: {shown} is left out: a job failed, on_error=stop", file=sys.stderr)
+        print(f"fa-bench: {title} is left out: a job failed, on_error=stop", file=sys.stderr)
         return
     try:
-        with raised() as stop:
+        with shown(), raised() as stop:
             try:
-                run(job, directory, title=shown, experiment=experiment,
+                run(job, directory, title=title, experiment=experiment,
                     later_epochs=sum(epochs[number + 1:]), grid=not alone)
             except Exception:
                 stop.check()

@@ -80,13 +80,16 @@ class Events:
         # A watching TensorBoard lists every name with "tfevents" in it, a temporary one too.
         temporary = directory / _TEMPORARY.format(os.getpid())
         with writing(self.path):
-            with temporary.open("wb") as file:
-                writer = RecordWriter(file)
-                for event in itertools.chain(_head(job, began, self._groups), _events(kept)):
-                    writer.write(event.SerializeToString())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path)
+            try:
+                with temporary.open("wb") as file:
+                    writer = RecordWriter(file)
+                    for event in itertools.chain(_head(job, began, self._groups), _events(kept)):
+                        writer.write(event.SerializeToString())
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, self.path)
+            finally:
+                temporary.unlink(missing_ok=True)
             _sync_directory(directory)
             # Emptied now and removed later: TensorBoard's reader in Python never gets past a file that vanishes
             # while it has it open.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -48,10 +49,35 @@ class log_file:
             self.file.close()
 
 
-def show_log() -> None:
-    """Show the log's short form on the terminal."""
-    if not any(isinstance(handler, _Console) for handler in log.handlers):
-        console = _Console(level=logging.INFO)
+@contextmanager
+def shown() -> Iterator[None]:
+    """Within it the log's short form is shown on the terminal."""
+    before = log.level, log.propagate
+    console = None if any(isinstance(handler, _Console) for handler in log.handlers) else _Console(level=logging.INFO)
+    if console:
         log.addHandler(console)
     log.setLevel(logging.DEBUG)
     log.propagate = False
+    try:
+        yield
+    finally:
+        if console:
+            log.removeHandler(console)
+        log.level, log.propagate = before
+
+
+@contextmanager
+def root_kept() -> Iterator[None]:
+    """Whatever a config of Hydra's sets up for logs within it, the process's own are afterwards as they were."""
+    root = logging.getLogger()
+    before, level = list(root.handlers), root.level
+    try:
+        yield
+    finally:
+        for handler in [handler for handler in root.handlers if handler not in before]:
+            root.removeHandler(handler)
+            handler.close()
+        for handler in before:
+            if handler not in root.handlers:
+                root.addHandler(handler)
+        root.setLevel(level)

@@ -194,7 +194,7 @@ class Parts(NamedTuple):
     rule: Rule
     optimizers: Optimizers
     probe: Probe
-    initial_weights_hash: str
+    initial_weights_hash: str = ""
 
 
 def load(job: Job, device: torch.device) -> Splits:

@@ -278,7 +278,7 @@ class ArrayDataset(Dataset):
             raise DataError(f"dataset={self.name}: {error}") from None
         for images, part in ((train_x, "training"), (test_x, "test")):
             if images.ndim != 4 or 0 in images.shape:
-                raise DataError(f"dataset={self.name}: no {part} images there (shape {images.shape})")
+                raise DataError(f"dataset={self.name}: there are no {part} images (shape {images.shape})")
         if train_x.shape[1:] != test_x.shape[1:]:
             raise DataError(f"dataset={self.name}: training images of shape {train_x.shape[1:]}, "
                             f"test images of {test_x.shape[1:]}")

@@ -179,7 +179,7 @@ def test_a_validation_that_leaves_no_training_image_is_refused(validation: float
 
 @pytest.mark.parametrize("validation", [1.5, float("inf")])
 def test_validation_is_a_fraction_or_a_whole_number(validation: float) -> None:
-    with pytest.raises(OptionError, match="neither a fraction below 1 nor a whole number"):
+    with pytest.raises(OptionError, match=r"neither a fraction below 1 nor a whole number|not a finite number"):
         DATASETS["synthetic"].from_mapping({"validation": validation})
 
 

@@ -232,5 +232,5 @@ def test_a_split_without_images_is_named(train: int, test: int, said: str) -> No
             return *parts[0], *parts[1], ["a"]
 
     Empty.name = "empty"
-    with pytest.raises(DataError, match=f"^dataset=empty: there are no {said} images$"):
+    with pytest.raises(DataError, match=f"^dataset=empty: there are no {said} images"):
         Empty(validation=0).load(Path("nowhere"), CPU)

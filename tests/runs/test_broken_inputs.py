@@ -163,11 +163,11 @@ def test_a_full_disk_under_one_job_leaves_the_others_to_run(
 ) -> None:
     real = train.record_failure
 
-    def fit(job: object, *arguments: object) -> None:
+    def fit(*arguments: object) -> None:
         raise OSError(28, "No space left on device", "metrics.jsonl")
 
-    monkeypatch.setattr(train, "_fit", fit)
-    monkeypatch.setattr(train, "record_failure", lambda *arguments: fit(None))
+    monkeypatch.setattr(train._Session, "fit", fit)
+    monkeypatch.setattr(train, "record_failure", fit)
     assert main(["-m", *SMALL, "seed=0,1"]) != 0
     said = capsys.readouterr().err
     assert "[1/2]" in said and "[2/2]" in said and "No space left" in said and "Traceback" not in said
