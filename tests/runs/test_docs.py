@@ -31,7 +31,7 @@ def test_quick_start_sets_everything_up_and_runs() -> None:
     for line in (run, test):
         assert line.startswith("python3 -m venv .venv && .venv/bin/pip install -q -e ")
     assert run.endswith(".venv/bin/fa-bench -m experiment=quickstart")
-    assert test.endswith(".venv/bin/python -m pytest")
+    assert test.endswith(".venv/bin/python -m pytest -n 2")
 
 
 @pytest.mark.parametrize("line", [line for line in shell_lines("On the command line") if line.startswith("fa-bench ")])
