@@ -278,13 +278,8 @@ def _job(config: DictConfig) -> None:
         print(f"fa-bench: {title} is left out: a job failed, on_error=stop", file=sys.stderr)
         return
     try:
-        with shown(), raised() as stop:
-            try:
-                run(job, directory, title=title, experiment=experiment,
-                    later_epochs=sum(epochs[number + 1:]), grid=not alone)
-            except Exception:
-                stop.check()
-                raise
+        with shown(), raised():
+            run(job, directory, title=title, experiment=experiment, later_epochs=sum(epochs[number + 1:]), grid=not alone)
         return
     except HeldError as error:
         reason: Exception = error

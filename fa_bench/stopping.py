@@ -62,10 +62,10 @@ def postponed() -> Iterator[Stop]:
 
 
 @contextmanager
-def raised(before: Callable[[int], Any] = lambda number: None) -> Iterator[Stop]:
+def raised(before: Callable[[int], Any] = lambda number: None) -> Iterator[None]:
     """Within it SIGINT and SIGTERM raise Interrupted, after `before` was called with the signal.
 
-    What is yielded knows that one came, for what Interrupted cuts short, such as an import, may fail in its own way then.
+    An error behind a signal becomes Interrupted, too: what a signal cuts short, such as an import, may fail in its own way.
     """
     stop = Stop()
 
@@ -75,7 +75,11 @@ def raised(before: Callable[[int], Any] = lambda number: None) -> Iterator[Stop]
         raise Interrupted(number)
 
     with _handling(handle):
-        yield stop
+        try:
+            yield
+        except Exception:
+            stop.check()
+            raise
 
 
 @contextmanager

@@ -60,6 +60,8 @@ def start(command: list[str], folder: Path) -> int:
         code = 70
         try:
             code = cli.main(command)
+        except KeyboardInterrupt:  # before or behind main, as Python itself ends then
+            code = 130
         finally:
             sys.stdout.flush()
             os._exit(code)
@@ -116,7 +118,8 @@ def trial(command: list[str], folder: Path, seconds: float, kills: int, chance: 
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
                 raise RuntimeError(f"{signal.Signals(number).name} did not end the process in 20 s")
-            allowed = {signal.SIGKILL: (-9,), signal.SIGTERM: (143, 0), signal.SIGINT: (130, 0)}[number]
+            # It may have come to its end just before, and SIGTERM before or behind the command's own handling.
+            allowed = {signal.SIGKILL: (-9, 0), signal.SIGTERM: (143, -15, 0), signal.SIGINT: (130, 0)}[number]
             if (code := os.waitstatus_to_exitcode(status)) not in allowed:
                 raise RuntimeError(f"exit code {code} after {signal.Signals(number).name}")
             continue
