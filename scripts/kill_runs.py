@@ -43,8 +43,8 @@ RULES = {
 }
 SINGLE = {name: [f"algorithm={name}", *options, *COMMON, "hydra.run.dir=run", "resume=true"] for name, options in RULES.items()}
 COMMANDS = {**SINGLE, "sweep": ["-m", "algorithm=kp,brsf,wm", "seed=0,1", *COMMON, "hydra.sweep.dir=sweep"]}
-#: What two runs of the same bits may differ in.
-TIMES = ("seconds", "peak_memory_bytes")
+#: What two runs of the same bits may differ in; the checkout may change while they run.
+MAY_DIFFER = ("seconds", "peak_memory_bytes", "git")
 SIGNALS = [signal.SIGKILL] * 3 + [signal.SIGTERM, signal.SIGINT]
 
 
@@ -89,10 +89,10 @@ def records(folder: Path) -> dict[str, Any]:
         (events,) = run.glob("events.out.tfevents.*")
         curves = EventAccumulator(str(events), size_guidance={SCALARS: 0}).Reload()
         found[str(run.relative_to(folder))] = {
-            "result": {key: value for key, value in result.items() if key not in TIMES},
-            "metrics": [{key: value for key, value in line.items() if key not in TIMES} for line in lines],
+            "result": {key: value for key, value in result.items() if key not in MAY_DIFFER},
+            "metrics": [{key: value for key, value in line.items() if key not in MAY_DIFFER} for line in lines],
             "curves": {tag: [(event.step, repr(event.value)) for event in curves.Scalars(tag)]
-                       for tag in curves.Tags()["scalars"] if not tag.endswith(TIMES)},
+                       for tag in curves.Tags()["scalars"] if not tag.endswith(MAY_DIFFER)},
         }
     return found
 
@@ -134,7 +134,7 @@ def torment(name: str, kills: int, chance: random.Random, bar: tqdm[Any]) -> dic
     Returns:
         The numbers of trials and of kills, the latter by signal, and what differed.
     """
-    command, signals, found, trials = COMMANDS[name], Counter[str](), [], 0
+    command, signals, found, trials, told = COMMANDS[name], Counter[str](), [], 0, 0
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch, "alone")
         place.mkdir()
@@ -152,6 +152,9 @@ def torment(name: str, kills: int, chance: random.Random, bar: tqdm[Any]) -> dic
             except Exception as error:
                 log = (place / "log.txt").read_text().splitlines()[-4:]
                 found.append(f"{name} {trials}: {error}: {' | '.join(log)}")
+            for text in found[told:]:
+                tqdm.write(text, file=sys.stderr)
+            told = len(found)
             bar.update(sum(signals.values()) - done)
             shutil.rmtree(place)
     return {"trials": trials, "kills": sum(signals.values()), "signals": dict(signals), "seconds": seconds, "differences": found}
@@ -167,7 +170,7 @@ def main() -> int:
     chance, names = random.Random(arguments.seed), arguments.only
     torch.set_num_threads(1)
     print("| command | trials | kills | by signal | uninterrupted, s | differences |\n|---|---|---|---|---|---|")
-    found: list[str] = []
+    differs = False
     with tqdm(total=arguments.kills, unit="kill", disable=None, leave=False) as bar:
         for number, name in enumerate(names):
             kills = arguments.kills // len(names) + (number < arguments.kills % len(names))
@@ -176,10 +179,8 @@ def main() -> int:
                 signals = ", ".join(f"{count} {signal}" for signal, count in sorted(result["signals"].items()))
                 tqdm.write(f"| {name} | {result['trials']} | {result['kills']} | {signals} | {result['seconds']:.1f} | "
                            f"{len(result['differences'])} |")
-                found += result["differences"]
-    for text in found:
-        print(text)
-    return 1 if found else 0
+                differs |= bool(result["differences"])
+    return 1 if differs else 0
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from fa_bench import checkpoint, hashes, loop, rundir, train
 from fa_bench.cli import main
 from fa_bench.files import CONFIG, METRICS, RESULT
 from fa_bench.report import figures
+from fa_bench.stopping import Interrupted, raised
 from tests.data.files import write_cifar
 
 Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
@@ -79,6 +80,17 @@ def test_signal_writes_a_checkpoint_within_the_epoch(
     assert main([*command, "resume=true"]) == 0
     assert f"going on after epoch {(step - 1) // 5}, batch" in capsys.readouterr().out
     assert recorded("run") == recorded("whole")
+
+
+def test_error_behind_a_signal_is_an_interrupt() -> None:
+    with pytest.raises(Interrupted) as caught, raised():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException:  # as of an import that is left half way
+            raise AttributeError("half a module") from None
+    assert caught.value.code == 143
+    with pytest.raises(AttributeError), raised():
+        raise AttributeError("an error of its own")
 
 
 def test_signal_before_training_leaves_the_phase_half_done(monkeypatch: Patch) -> None:
