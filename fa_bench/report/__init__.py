@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from fa_bench.errors import DataError
-from fa_bench.files import RESULT, atomic
+from fa_bench.files import RESULT, TEMPORARY, atomic
 
 if TYPE_CHECKING:
     from fa_bench.report.runs import Run
@@ -83,6 +83,8 @@ def write_report(
 
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
+    for left in out_dir.glob(f".{NAME}*{TEMPORARY}"):  # by a report that was killed
+        left.unlink(missing_ok=True)
     markdown = out_dir / f"{NAME}.md"
     earlier = _files(markdown)
     figures = write_figures(runs, out_dir, NAME)
