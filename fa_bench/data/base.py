@@ -208,19 +208,21 @@ class Dataset(Options):
         Args:
             data_dir: the folder of the datasets.
             device: where samples that fit are kept.
-            at_most: training and test images that a trial is made of, drawn with a fixed seed; None: all.
+            at_most: training and test images that a trial is made of, drawn with a fixed seed; None: all. A number of held-out
+                images then shrinks as the training images do.
 
         Raises:
             DataError: naming the missing or unreadable file, or the split without images.
             OptionError: where an option does not fit the data.
         """
         train, test, classes, shape, data_hash = self.read(data_dir, device)
+        whole = len(train)
         if at_most is not None:
             train, test = (some(split, number) for split, number in zip((train, test), at_most, strict=True))
         for part, split in (("training", train), ("test", test)):
             if not len(split):
                 raise DataError(f"dataset={self.name}: there are no {part} images")
-        held = round(self.validation * len(train)) if self.validation < 1 else int(self.validation)
+        held = round(self.validation * len(train) / (1 if self.validation < 1 else whole))
         if self.validation > 0:
             held = max(held, 1)
         if held >= len(train):

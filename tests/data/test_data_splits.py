@@ -153,6 +153,13 @@ def test_validation_and_train_are_complements(validation: float, held: int) -> N
     assert same_images(torch.cat([splits.train.images, splits.validation.images]), everything).any(0).all()
 
 
+@pytest.mark.parametrize(("validation", "held"), [(0, 0), (0.2, 4), (25, 10), (1, 1)])
+def test_what_a_trial_holds_out_shrinks_as_its_training_images(validation: float, held: int) -> None:
+    """20 of 50 images: a number held out of all of them stays the same share."""
+    splits = DATASETS["synthetic"].from_mapping({"samples": 50, "validation": validation}).load(NOWHERE, CPU, (20, 8))
+    assert (len(splits.train), len(splits.validation or ())) == (20 - held, held)
+
+
 def test_validation_is_no_part_of_the_test_set() -> None:
     splits = synthetic(validation=0.5)
     assert not same_images(splits.validation.images, splits.test.images).any()
