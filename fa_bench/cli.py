@@ -20,17 +20,17 @@ import hydra
 from omegaconf import DictConfig
 
 from fa_bench import __version__
-from fa_bench.config import Job, conf_dir, first_line, register_schemas
+from fa_bench.config.job import Job, conf_dir, first_line, register_schemas
+from fa_bench.config.labels import differing, flat, label, plan
+from fa_bench.config.scale import scaled
 from fa_bench.errors import ConfigError, FaBenchError, HeldError, RunDirectoryError, printable
 from fa_bench.files import LOG, cannot_write
-from fa_bench.labels import differing, flat, label, plan
-from fa_bench.rundir import RunDirectory, Stage, holder
-from fa_bench.scale import scaled
-from fa_bench.stopping import Interrupted, raised
-from fa_bench.sweep import Planned, write_sweep
+from fa_bench.runs.rundir import RunDirectory, Stage, holder
+from fa_bench.runs.stopping import Interrupted, raised
+from fa_bench.runs.sweep import Planned, write_sweep
 
 if TYPE_CHECKING:
-    from fa_bench.compose import Composer
+    from fa_bench.command.compose import Composer
 
 CONFIG_NAME = "config"
 #: The epochs of each job of a grid, the number of the first job of its present part, the keys in which each rule's jobs
@@ -80,14 +80,14 @@ def _main(argv: list[str]) -> int:
     flags = _without(argv, arguments.overrides)
     argv = [*arguments.overrides, *flags]
     if arguments.dry_run and not arguments.help:
-        from fa_bench.dry_run import dry_run
+        from fa_bench.command.dry_run import dry_run
 
         print(dry_run(arguments.config_name or CONFIG_NAME, arguments.config_dir, arguments.overrides, arguments.multirun))
         return 0
     if arguments.hydra_help:
         return _hydra(["--hydra-help"])  # the same text whatever a config says
 
-    from fa_bench.compose import Composer
+    from fa_bench.command.compose import Composer
 
     words = [] if arguments.shell_completion else arguments.overrides
     composer = Composer(arguments.config_name or CONFIG_NAME, arguments.config_dir, words)
@@ -98,7 +98,7 @@ def _main(argv: list[str]) -> int:
         composer.compose_once()
         return _hydra(argv)
     if arguments.help:
-        from fa_bench.usage import usage
+        from fa_bench.command.usage import usage
 
         print(usage(composer))
         return 0
@@ -229,7 +229,7 @@ def _without(words: list[str], some: list[str]) -> list[str]:
 
 def _hydra(argv: list[str]) -> int:
     """Let Hydra run the jobs; 0 unless Hydra itself gave up."""
-    from fa_bench.logs import root_kept
+    from fa_bench.runs.logs import root_kept
 
     before, sys.argv = sys.argv, ["fa-bench", *argv]
     traced = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -259,9 +259,9 @@ def _job(config: DictConfig) -> None:
     from hydra.types import RunMode
 
     register_schemas()  # a launcher may have put us into a process of our own
-    from fa_bench.logs import shown
     from fa_bench.memory import short
-    from fa_bench.train import record_failure, run
+    from fa_bench.runs.logs import shown
+    from fa_bench.runs.train import record_failure, run
 
     settings = HydraConfig.get()
     directory = Path(settings.runtime.output_dir)

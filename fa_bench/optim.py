@@ -7,15 +7,15 @@ import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from fa_bench.config.options import Options, option
+from fa_bench.config.registries import OPTIMIZERS
 from fa_bench.errors import OptionError
 from fa_bench.lazy import torch
-from fa_bench.options import Options, option
-from fa_bench.registries import OPTIMIZERS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fa_bench.rules.base import Rule
+    from fa_bench.mechanisms.rule import Rule
 
 
 @dataclasses.dataclass(eq=False)

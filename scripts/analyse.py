@@ -14,9 +14,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from fa_bench.config.options import option_fields
+from fa_bench.config.registries import ANALYSES
 from fa_bench.errors import ConfigError, FaBenchError
-from fa_bench.options import option_fields
-from fa_bench.registries import ANALYSES
 
 
 def _parsed(options: list[str]) -> DictConfig:

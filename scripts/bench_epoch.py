@@ -16,12 +16,12 @@ import torch
 from torch.nn import functional as F
 
 import fa_bench
+from fa_bench.config.registries import DATASETS
 from fa_bench.data.base import ResidentSplit, Splits
-from fa_bench.loop import Loop, Progress
 from fa_bench.metrics.probe import Probe
 from fa_bench.models.mlp import MLP
 from fa_bench.optim import SGD, Optimizers
-from fa_bench.registries import DATASETS
+from fa_bench.runs.loop import Loop, Progress
 
 BATCH = 64
 

@@ -22,14 +22,14 @@ import torch
 from torch.nn import functional as F
 
 import fa_bench
+from fa_bench.config.registries import ALGORITHMS, ARCHITECTURES
+from fa_bench.config.specs import parse_spec
 from fa_bench.errors import CoverageError
-from fa_bench.feedback import Carry
-from fa_bench.layers import weighted_layers
+from fa_bench.mechanisms.carry import Carry
+from fa_bench.mechanisms.layers import weighted_layers
+from fa_bench.mechanisms.ops import DeliverFunction, FeedbackLinearFunction
 from fa_bench.metrics.arithmetic import multiplications
-from fa_bench.ops import DeliverFunction, FeedbackLinearFunction
 from fa_bench.optim import SGD, Optimizers
-from fa_bench.registries import ALGORITHMS, ARCHITECTURES
-from fa_bench.specs import parse_spec
 
 NETS = {"mlp": (1, 28, 28), "conv2": (1, 28, 28), "resnet20": (3, 32, 32)}
 PLAIN, AGAIN = "bp (plain)", "bp (A/A)"

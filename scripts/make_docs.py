@@ -15,13 +15,13 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from fa_bench.config import conf_dir
-from fa_bench.cuts import CutRule
-from fa_bench.edge import EdgeRule
-from fa_bench.local import LocalRule, ModuleRule
-from fa_bench.options import Options, limits_text, option_fields, type_name, value_text
-from fa_bench.registries import ALGORITHMS
-from fa_bench.rules.base import Rule
+from fa_bench.config.job import conf_dir
+from fa_bench.config.options import Options, limits_text, option_fields, type_name, value_text
+from fa_bench.config.registries import ALGORITHMS
+from fa_bench.mechanisms.cuts import CutRule
+from fa_bench.mechanisms.edge import EdgeRule
+from fa_bench.mechanisms.local import LocalRule, ModuleRule
+from fa_bench.mechanisms.rule import Rule
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "rules"

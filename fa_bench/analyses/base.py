@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from fa_bench.config.options import Options
 from fa_bench.files import atomic
-from fa_bench.options import Options
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -7,10 +7,10 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from fa_bench.analyses.base import Analysis
+from fa_bench.config.options import option
+from fa_bench.config.registries import ANALYSES, ARCHITECTURES
 from fa_bench.errors import CoverageError, OptionError
 from fa_bench.lazy import torch
-from fa_bench.options import option
-from fa_bench.registries import ANALYSES, ARCHITECTURES
 from fa_bench.rules.asap import ASAP
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ class MemoryAccesses(Analysis):
         return pd.DataFrame(rows)
 
     def _counts(self, spec: str) -> dict[str, Memory]:
+        from fa_bench.config.specs import component
         from fa_bench.metrics.memory import memory_of
-        from fa_bench.specs import component
 
         architecture = component(ARCHITECTURES, spec)
         shape = (self.input_shape[0], self.input_shape[1], self.input_shape[2])

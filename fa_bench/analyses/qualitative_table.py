@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fa_bench.analyses.base import Analysis
 from fa_bench.analyses.training import fit, make_job
+from fa_bench.config.options import option
+from fa_bench.config.registries import ANALYSES
 from fa_bench.errors import OptionError
 from fa_bench.lazy import torch
-from fa_bench.options import option
-from fa_bench.registries import ANALYSES
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    from fa_bench.config import Job
-    from fa_bench.rules.base import Rule
-    from fa_bench.train import Parts
+    from fa_bench.config.job import Job
+    from fa_bench.mechanisms.rule import Rule
+    from fa_bench.runs.train import Parts
 
 PROPERTIES = ("no sign transport", "no magnitude transport", "no separate feedback phase", "no explicit symmetry after training",
               "accurate approximation of BP", "BP-level performance")
@@ -120,7 +120,7 @@ class QualitativeTable(Analysis):
 
     def measure(self, job: Job) -> dict[str, float]:
         """What is measured of one run, trained here."""
-        from fa_bench.train import assemble, prepare
+        from fa_bench.runs.train import assemble, prepare
 
         last: dict[str, Any] = {}
         parts = assemble(job, prepare(job))
@@ -186,7 +186,7 @@ def transport(rule: Rule) -> dict[str, float]:
     change when they are doubled; ``phase``: when the rule takes its step. The rule's model is left as it is.
     """
     from fa_bench import attached_rule
-    from fa_bench.layers import weighted_layers
+    from fa_bench.mechanisms.layers import weighted_layers
 
     before = {name: tensor for name, tensor in carrying(rule).items() if tensor.any()}
 

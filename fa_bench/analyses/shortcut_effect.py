@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fa_bench.analyses.base import Analysis
 from fa_bench.analyses.training import fit, make_job
+from fa_bench.config.options import option
+from fa_bench.config.registries import ALGORITHMS, ANALYSES
+from fa_bench.config.specs import component
 from fa_bench.errors import OptionError
 from fa_bench.lazy import torch
-from fa_bench.options import option
-from fa_bench.registries import ALGORITHMS, ANALYSES
-from fa_bench.specs import component
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    from fa_bench.config import Job
-    from fa_bench.loop import Progress
-    from fa_bench.rules.base import Rule
-    from fa_bench.train import Parts
+    from fa_bench.config.job import Job
+    from fa_bench.mechanisms.rule import Rule
+    from fa_bench.runs.loop import Progress
+    from fa_bench.runs.train import Parts
 
 
 @ANALYSES.register("shortcut_effect")
@@ -87,7 +87,7 @@ class ShortcutEffect(Analysis):
 
     def _train(self, net: str, seed: int, bar: Any) -> list[dict[str, Any]]:
         """Train one net and measure in between."""
-        from fa_bench.train import assemble, prepare
+        from fa_bench.runs.train import assemble, prepare
 
         job = self.job(net, seed)
         parts = assemble(job, prepare(job))
@@ -173,7 +173,7 @@ def gradients(rule: Rule, x: Tensor, y: Tensor, exact: bool = False) -> dict[str
     """{layer: weight gradient} of one batch, by the rule or by backpropagation; gradients and statistics stay as they are."""
     from contextlib import nullcontext
 
-    from fa_bench.layers import weighted_layers
+    from fa_bench.mechanisms.layers import weighted_layers
     from fa_bench.metrics.probe import untouched
 
     with untouched(rule), rule.exact() if exact else nullcontext(), torch.enable_grad():

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from fa_bench.config.registries import ALGORITHMS, ARCHITECTURES, DATASETS, OPTIMIZERS
+from fa_bench.config.specs import component
 from fa_bench.errors import ConfigError, OptionError
-from fa_bench.registries import ALGORITHMS, ARCHITECTURES, DATASETS, OPTIMIZERS
-from fa_bench.specs import component
 
 if TYPE_CHECKING:
-    from fa_bench.config import Job
-    from fa_bench.loop import Angles, Progress
-    from fa_bench.train import Parts
+    from fa_bench.config.job import Job
+    from fa_bench.runs.loop import Angles, Progress
+    from fa_bench.runs.train import Parts
 
 
 def make_job(texts: Mapping[str, tuple[str, str]], **run: Any) -> Job:
@@ -26,7 +26,7 @@ def make_job(texts: Mapping[str, tuple[str, str]], **run: Any) -> Job:
         ConfigError: for an unknown component.
         OptionError: for a bad value, with the analysis's option in front.
     """
-    from fa_bench.config import Job, RunOptions
+    from fa_bench.config.job import Job, RunOptions
 
     parts: dict[str, Any] = {}
     for group in (ALGORITHMS, ARCHITECTURES, DATASETS, OPTIMIZERS):
@@ -44,7 +44,7 @@ def fit(job: Job, parts: Parts, on_epoch: Callable[[Progress, dict[str, Any]], N
     Raises:
         ConfigError: where the run diverges.
     """
-    from fa_bench.loop import Diverged, Loop, Progress
+    from fa_bench.runs.loop import Diverged, Loop, Progress
 
     loop = Loop(parts.rule, parts.optimizers, parts.splits, job.run.batch_size, job.run.drop_last, job.run.seed, parts.probe,
                 job.run.probe_every, on_epoch)

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from fa_bench.config.options import Options, option
 from fa_bench.data.crops import CROPS, Crop, PaddedCrop
+from fa_bench.draws import seed_for
 from fa_bench.errors import DataError, OptionError
-from fa_bench.feedback import seed_for
 from fa_bench.lazy import torch
-from fa_bench.options import Options, option
 
 if TYPE_CHECKING:
     from torch import Tensor

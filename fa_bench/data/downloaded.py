@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from fa_bench.config.registries import DATASETS
 from fa_bench.data.base import ArrayDataset, CroppedDataset, augment_option, check_labels, mean_option, std_option
 from fa_bench.data.fetch import fetching, has_md5, reason
 from fa_bench.errors import DataError
 from fa_bench.lazy import torchvision
-from fa_bench.registries import DATASETS
 
 
 @dataclasses.dataclass(eq=False)

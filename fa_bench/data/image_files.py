@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from fa_bench.config.options import option
 from fa_bench.data.base import CroppedDataset, ResidentSplit, Split
 from fa_bench.data.crops import Crop, PaddedCrop, ResizedCrop
 from fa_bench.errors import DataError, OptionError
 from fa_bench.lazy import torch
-from fa_bench.options import option
 
 if TYPE_CHECKING:
     from torch import Tensor

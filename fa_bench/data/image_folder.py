@@ -6,10 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import ClassVar
 
+from fa_bench.config.options import option
+from fa_bench.config.registries import DATASETS
 from fa_bench.data.image_files import ImageFiles, Listing, class_folders, labelled_files
 from fa_bench.errors import DataError, OptionError
-from fa_bench.options import option
-from fa_bench.registries import DATASETS
 
 
 @DATASETS.register("image_folder")

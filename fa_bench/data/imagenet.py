@@ -6,11 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import ClassVar
 
+from fa_bench.config.registries import DATASETS
 from fa_bench.data.base import crop_option, mean_option, size_option, std_option
 from fa_bench.data.image_files import EXTENSIONS, ImageFiles, Listing, class_folders, workers_option
 from fa_bench.data.image_folder import list_folders
 from fa_bench.errors import DataError
-from fa_bench.registries import DATASETS
 
 SOURCE = "register at https://image-net.org/download.php for the images of ILSVRC 2012"
 

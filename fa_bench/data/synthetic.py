@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from fa_bench.config.options import option
+from fa_bench.config.registries import DATASETS
 from fa_bench.data.base import ArrayDataset, std_option
 from fa_bench.memory import require
-from fa_bench.options import option
-from fa_bench.registries import DATASETS
 
 
 @DATASETS.register("synthetic")

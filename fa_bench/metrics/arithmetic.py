@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from fa_bench.rules.base import Rule
+from fa_bench.mechanisms.rule import Rule
 
 #: Samples in the batches that are really run to learn the count at any batch size.
 _BATCHES = (2, 3, 4)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fa_bench.layers import weighted_layers
-from fa_bench.trace import Trace, trace_model
+from fa_bench.mechanisms.layers import weighted_layers
+from fa_bench.mechanisms.trace import Trace, trace_model
 
 if TYPE_CHECKING:
+    from fa_bench.mechanisms.rule import Rule
     from fa_bench.rules.asap import ASAP
-    from fa_bench.rules.base import Rule
 
 _AVERAGES = ("mean", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "avg_pool2d", "avg_pool3d")
 _RELUS = ("relu", "leaky_relu", "hardtanh")

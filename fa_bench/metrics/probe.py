@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fa_bench.layers import weighted_layers
+from fa_bench.mechanisms.layers import weighted_layers
+from fa_bench.mechanisms.rule import INPUT, OUTPUT, Rule
+from fa_bench.mechanisms.trace import tensors_in, trace_model, without_side_effects
 from fa_bench.metrics.angles import mean_sample_angle, norm_ratio, weight_angle
-from fa_bench.rules.base import INPUT, OUTPUT, Rule
-from fa_bench.trace import tensors_in, trace_model, without_side_effects
 
 
 class Probe:

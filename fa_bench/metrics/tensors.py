@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fa_bench.layers import weighted_layers
-from fa_bench.rules.base import Rule
+from fa_bench.mechanisms.layers import weighted_layers
+from fa_bench.mechanisms.rule import Rule
 
 
 def named_tensors(rule: Rule) -> dict[str, Tensor]:

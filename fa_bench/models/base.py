@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from fa_bench.config.options import Options, option
 from fa_bench.errors import OptionError
 from fa_bench.lazy import nn
-from fa_bench.options import Options, option
 
 if TYPE_CHECKING:
     from torch import nn as torch_nn

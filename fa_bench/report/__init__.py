@@ -15,7 +15,7 @@ from fa_bench.files import RESULT, TEMPORARY, atomic
 
 if TYPE_CHECKING:
     from fa_bench.report.runs import Run
-    from fa_bench.sweep import Planned
+    from fa_bench.runs.sweep import Planned
 
 NAME = "report"
 LEGEND = """\
@@ -55,7 +55,7 @@ def write_report(
     Args:
         run_dirs: the runs' directories, which need not hold a record yet.
         out_dir: where the report goes; made where it is not there.
-        planned: runs that are to be there too, see `fa_bench.sweep`.
+        planned: runs that are to be there too, see `fa_bench.runs.sweep`.
         timings: whether to show measured seconds, the one thing in which two sweeps of the same runs differ.
 
     Raises:

@@ -71,7 +71,7 @@ def _main(argv: list[str]) -> int:
 
     from fa_bench.report import write_report
     from fa_bench.report.runs import find_runs
-    from fa_bench.sweep import find_planned
+    from fa_bench.runs.sweep import find_planned
 
     directories, planned = find_runs(arguments.folders), find_planned(arguments.folders)
     if not directories:

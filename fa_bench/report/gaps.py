@@ -10,7 +10,7 @@ from fa_bench.report.groups import finished_by_seed, group_labels, group_runs, t
 from fa_bench.report.published import Entry
 from fa_bench.report.runs import Run, place
 from fa_bench.report.states import ending
-from fa_bench.sweep import Planned
+from fa_bench.runs.sweep import Planned
 
 
 def not_finished(runs: Sequence[Run]) -> list[str]:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fa_bench.labels import DATA_DIR, counted, differing, label
+from fa_bench.config.labels import DATA_DIR, counted, differing, label
 from fa_bench.report.numbers import known, mean
 from fa_bench.report.runs import FINISHED, Run
 

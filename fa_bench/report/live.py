@@ -12,14 +12,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
+from fa_bench.config.labels import differing, duration, label
 from fa_bench.errors import DataError
 from fa_bench.files import CONFIG, METRICS, RESULT
-from fa_bench.labels import differing, duration, label
 from fa_bench.report.numbers import known, mean
 from fa_bench.report.runs import Run, find_runs, place, read_config, read_metrics, read_run
 from fa_bench.report.states import DIVERGED, INTERRUPTED, RUNNING, epochs_of, reason, running
-from fa_bench.rundir import holder
-from fa_bench.sweep import Planned, find_planned
+from fa_bench.runs.rundir import holder
+from fa_bench.runs.sweep import Planned, find_planned
 
 DONE, FAILED, STALLED, WAITING = "done", "failed", "stalled", "waiting"
 #: The states in the order in which they are counted, and in which runs are shown where not all fit.

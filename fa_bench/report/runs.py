@@ -9,12 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fa_bench.config.labels import flat
+from fa_bench.config.yaml_files import read_yaml
 from fa_bench.errors import DataError, names
 from fa_bench.files import CONFIG, METRICS, RESULT
-from fa_bench.labels import flat
 from fa_bench.report.numbers import mean
-from fa_bench.rundir import HEADER
-from fa_bench.yaml_files import read_yaml
+from fa_bench.runs.rundir import HEADER
 
 FINISHED = "finished"
 _REQUIRED = ("status", "label", "group", "algorithm", "seed")

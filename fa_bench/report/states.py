@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fa_bench.config.labels import counted
+from fa_bench.config.scale import SCALES
 from fa_bench.files import CONFIG, METRICS, RESULT
-from fa_bench.labels import counted
 from fa_bench.report.runs import Run, place, read_config, read_metrics
-from fa_bench.rundir import holder
-from fa_bench.scale import SCALES
+from fa_bench.runs.rundir import holder
 
 RUNNING, INTERRUPTED, DIVERGED = "running", "interrupted", "diverged"
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from fa_bench.registries import ALGORITHMS
-from fa_bench.sharing import SharingRule
+from fa_bench.config.registries import ALGORITHMS
+from fa_bench.mechanisms.sharing import SharingRule
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from fa_bench.trace import Trace
+    from fa_bench.mechanisms.trace import Trace
 
 
 @ALGORITHMS.register("asap")

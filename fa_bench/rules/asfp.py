@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from fa_bench.config.registries import ALGORITHMS
 from fa_bench.errors import OptionError
-from fa_bench.feedback import Carry, learning
-from fa_bench.registries import ALGORITHMS
-from fa_bench.sharing import Sharing, SharingRule
+from fa_bench.mechanisms.carriers import learning
+from fa_bench.mechanisms.carry import Carry
+from fa_bench.mechanisms.sharing import Sharing, SharingRule
 
 if TYPE_CHECKING:
     from torch import Tensor

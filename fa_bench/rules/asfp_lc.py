@@ -6,20 +6,20 @@ import dataclasses
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
-import fa_bench.surgery
-from fa_bench.feedback import seed_for
+import fa_bench
+from fa_bench.config.options import option
+from fa_bench.config.registries import ALGORITHMS
+from fa_bench.draws import seed_for
 from fa_bench.lazy import nn
-from fa_bench.local import ModuleRule, kind_of_map
-from fa_bench.options import option
-from fa_bench.registries import ALGORITHMS
+from fa_bench.mechanisms.local import ModuleRule, kind_of_map
 from fa_bench.rules.asfp import ASFP
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch import nn as torch_nn
 
-    from fa_bench.coverage import Coverage
-    from fa_bench.trace import Trace
+    from fa_bench.mechanisms.coverage import Coverage
+    from fa_bench.mechanisms.trace import Trace
 
 
 @dataclasses.dataclass(eq=False)
@@ -45,7 +45,7 @@ class Classifiers(ModuleRule):
         layers["fc"] = nn.Linear(features, classes)
         layers["bn"] = nn.BatchNorm1d(classes, track_running_stats=False)
         classifier = nn.Sequential(layers)
-        fa_bench.surgery.attach(classifier, "fa", seed=seed_for(self.seed, cut, "classifier"), b_init=self.b_init)
+        fa_bench.attach(classifier, "fa", seed=seed_for(self.seed, cut, "classifier"), b_init=self.b_init)
         return classifier
 
     def local_loss(self, cut: str, auxiliary: torch_nn.Module, activation: Tensor, target: Tensor) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from fa_bench.coverage import Coverage, Covered
-from fa_bench.registries import ALGORITHMS
-from fa_bench.rules.base import Rule
+from fa_bench.config.registries import ALGORITHMS
+from fa_bench.mechanisms.coverage import Coverage, Covered
+from fa_bench.mechanisms.rule import Rule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,7 @@ class BP(Rule):
         return {}
 
     def put_in(self, sample_input: Tensor | None) -> Coverage:
-        from fa_bench.layers import weighted_layers
+        from fa_bench.mechanisms.layers import weighted_layers
 
         self._layers = weighted_layers(self.model)
         why = self.frozen_parameters(sample_input)

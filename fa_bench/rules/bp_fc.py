@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from fa_bench.config.registries import ALGORITHMS
 from fa_bench.errors import CoverageError
 from fa_bench.lazy import nn
-from fa_bench.registries import ALGORITHMS
 from fa_bench.rules.bp import BP
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class BPFullyConnected(BP):
     """
 
     def frozen_parameters(self, sample_input: Tensor | None) -> dict[int, str]:
-        from fa_bench.layers import CONVOLUTIONS
+        from fa_bench.mechanisms.layers import CONVOLUTIONS
 
         convolutions = {path for path, layer in self._layers.items() if isinstance(layer, CONVOLUTIONS)}
         if not convolutions:

@@ -6,13 +6,13 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.cuts import CutRule, Kept
+from fa_bench.config.options import option
+from fa_bench.config.registries import ALGORITHMS
+from fa_bench.draws import INITIALISERS
 from fa_bench.errors import CoverageError, OptionError
-from fa_bench.feedback import INITIALISERS
 from fa_bench.lazy import torch
-from fa_bench.options import option
-from fa_bench.registries import ALGORITHMS
-from fa_bench.rules.base import INPUT, OUTPUT
+from fa_bench.mechanisms.cuts import CutRule, Kept
+from fa_bench.mechanisms.rule import INPUT, OUTPUT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +54,7 @@ class DFA(CutRule):
     def find_cuts(self, sample_input: Tensor | None) -> tuple[str, ...]:
         if self.form != "kernel":
             return super().find_cuts(sample_input)
-        from fa_bench.layers import weighted_layers
+        from fa_bench.mechanisms.layers import weighted_layers
 
         return tuple(weighted_layers(self.model))
 
@@ -90,7 +90,7 @@ class DFA(CutRule):
         self, layer: str, x: Tensor, g: Tensor, delta: Tensor, output_shape: tuple[int, ...] | None = None
     ) -> Tensor:
         """The kernel form's error at a layer's input; `output_shape` is the layer's, that of g unless given."""
-        from fa_bench.layers import padded
+        from fa_bench.mechanisms.layers import padded
 
         module = self.model.get_submodule(layer)
         feedback: Any = module.feedback_B

@@ -7,10 +7,10 @@ import math
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
+from fa_bench.config.options import option
+from fa_bench.config.registries import ALGORITHMS
 from fa_bench.lazy import nn
-from fa_bench.local import ModuleRule, kind_of_map
-from fa_bench.options import option
-from fa_bench.registries import ALGORITHMS
+from fa_bench.mechanisms.local import ModuleRule, kind_of_map
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,10 +6,11 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
-from fa_bench.cuts import CutRule, Kept
-from fa_bench.feedback import INITIALISERS, add_gradient, draw_mask, seed_for
-from fa_bench.options import option
-from fa_bench.registries import ALGORITHMS
+from fa_bench.config.options import option
+from fa_bench.config.registries import ALGORITHMS
+from fa_bench.draws import INITIALISERS, draw_mask, seed_for
+from fa_bench.mechanisms.carriers import add_gradient
+from fa_bench.mechanisms.cuts import CutRule, Kept
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +48,7 @@ class DKP(CutRule):
     reads_values = True
 
     def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:
-        from fa_bench.layers import put_tensor
+        from fa_bench.mechanisms.layers import put_tensor
 
         for cut, shape in features.items():
             size = (classes, math.prod(shape))

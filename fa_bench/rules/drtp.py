@@ -6,11 +6,11 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
-from fa_bench.cuts import CutRule
-from fa_bench.feedback import INITIALISERS
+from fa_bench.config.options import option
+from fa_bench.config.registries import ALGORITHMS
+from fa_bench.draws import INITIALISERS
 from fa_bench.lazy import torch
-from fa_bench.options import option
-from fa_bench.registries import ALGORITHMS
+from fa_bench.mechanisms.cuts import CutRule
 
 if TYPE_CHECKING:
     from torch import Tensor

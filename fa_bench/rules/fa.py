@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from fa_bench.edge import EdgeRule, Site
-from fa_bench.feedback import INITIALISERS, Carrier, Fixed
-from fa_bench.options import option
-from fa_bench.registries import ALGORITHMS
+from fa_bench.config.options import option
+from fa_bench.config.registries import ALGORITHMS
+from fa_bench.draws import INITIALISERS
+from fa_bench.mechanisms.carriers import Carrier, Fixed
+from fa_bench.mechanisms.edge import EdgeRule, Site
 
 
 @ALGORITHMS.register("fa")

@@ -5,19 +5,21 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.edge import EdgeRule, Site
+from fa_bench.config.options import option
+from fa_bench.config.registries import ALGORITHMS
+from fa_bench.draws import INITIALISERS
 from fa_bench.errors import CoverageError
-from fa_bench.feedback import INITIALISERS, Carrier, Carry, Transport
 from fa_bench.lazy import torch
-from fa_bench.options import option
-from fa_bench.registries import ALGORITHMS
+from fa_bench.mechanisms.carriers import Carrier, Transport
+from fa_bench.mechanisms.carry import Carry
+from fa_bench.mechanisms.edge import EdgeRule, Site
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor, nn
 
-    from fa_bench.coverage import Coverage
+    from fa_bench.mechanisms.coverage import Coverage
 
 
 @dataclasses.dataclass
@@ -103,7 +105,7 @@ class ForwardAlignment(EdgeRule):
 
     def _run_again(self, current: Pass, args: Any, kwargs: Any) -> None:
         """A second forward pass in which every layer has its true input of the first one, and C."""
-        from fa_bench.trace import without_side_effects
+        from fa_bench.mechanisms.trace import without_side_effects
 
         def restart(path: str) -> Any:
             def hook(module: nn.Module, args: Any) -> Any:

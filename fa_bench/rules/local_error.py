@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from fa_bench.feedback import INITIALISERS, draw, seed_for
+from fa_bench.config.options import option
+from fa_bench.config.registries import ALGORITHMS
+from fa_bench.draws import INITIALISERS, draw, seed_for
 from fa_bench.lazy import nn
-from fa_bench.local import LocalRule, flattening
-from fa_bench.options import option
-from fa_bench.registries import ALGORITHMS
+from fa_bench.mechanisms.local import LocalRule, flattening
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +39,7 @@ class LocalError(LocalRule):
     separate: bool = option(False, "carry the local error by magnitudes of its own with the signs of M")
 
     def auxiliary(self, cut: str, shape: tuple[int, ...], classes: int) -> torch_nn.Module:
-        from fa_bench.layers import put_tensor
+        from fa_bench.mechanisms.layers import put_tensor
 
         layers, count = flattening(cut, shape, self.features)
         self.put(cut, "M", (classes, count), self.m_init)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.edge import Site
+from fa_bench.config.options import option
+from fa_bench.config.registries import ALGORITHMS
+from fa_bench.draws import INITIALISERS, draw
 from fa_bench.errors import CoverageError, OptionError
-from fa_bench.feedback import INITIALISERS, Carrier, Carry, draw, learning
 from fa_bench.lazy import torch
-from fa_bench.options import option
-from fa_bench.registries import ALGORITHMS
+from fa_bench.mechanisms.carriers import Carrier, learning
+from fa_bench.mechanisms.carry import Carry
+from fa_bench.mechanisms.edge import Site
 from fa_bench.rules.pfa import Product, ProductRule
 
 if TYPE_CHECKING:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.edge import EdgeRule, Site
-from fa_bench.feedback import INITIALISERS, Carrier, Carry, draw, learning
+from fa_bench.config.options import option
+from fa_bench.config.registries import ALGORITHMS
+from fa_bench.draws import INITIALISERS, draw
 from fa_bench.lazy import torch
-from fa_bench.options import option
-from fa_bench.registries import ALGORITHMS
+from fa_bench.mechanisms.carriers import Carrier, learning
+from fa_bench.mechanisms.carry import Carry
+from fa_bench.mechanisms.edge import EdgeRule, Site
 
 if TYPE_CHECKING:
     from torch import Tensor

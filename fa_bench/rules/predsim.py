@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from fa_bench.config.options import option
+from fa_bench.config.registries import ALGORITHMS
 from fa_bench.lazy import nn, torch
-from fa_bench.local import LocalRule, flattening, kind_of_map
-from fa_bench.options import option
-from fa_bench.registries import ALGORITHMS
+from fa_bench.mechanisms.local import LocalRule, flattening, kind_of_map
 
 if TYPE_CHECKING:
     from torch import Tensor

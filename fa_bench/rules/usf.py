@@ -6,10 +6,10 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-from fa_bench.edge import EdgeRule, Site
-from fa_bench.feedback import Carrier, Sign
-from fa_bench.options import option
-from fa_bench.registries import ALGORITHMS
+from fa_bench.config.options import option
+from fa_bench.config.registries import ALGORITHMS
+from fa_bench.mechanisms.carriers import Carrier, Sign
+from fa_bench.mechanisms.edge import EdgeRule, Site
 
 #: name -> s from (fan_in, fan_out) with kernel positions, and whether the layer is a convolution
 SCALES: dict[str, Callable[[int, int, bool], float]] = {

@@ -7,18 +7,19 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fa_bench.edge import EdgeRule, Site
+from fa_bench.config.options import option
+from fa_bench.config.registries import ALGORITHMS
+from fa_bench.draws import INITIALISERS, seed_for
 from fa_bench.errors import CoverageError
-from fa_bench.feedback import INITIALISERS, Carrier, Fixed, seed_for
 from fa_bench.lazy import torch
-from fa_bench.options import option
-from fa_bench.registries import ALGORITHMS
+from fa_bench.mechanisms.carriers import Carrier, Fixed
+from fa_bench.mechanisms.edge import EdgeRule, Site
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fa_bench.coverage import Coverage
-    from fa_bench.ops import Geometry
+    from fa_bench.mechanisms.coverage import Coverage
+    from fa_bench.mechanisms.ops import Geometry
 
 #: activation -> its φ'(0); that of ReLU is the mean of its slopes on both sides.
 SLOPES = {"linear": 1.0, "relu": 0.5, "tanh": 1.0, "sigmoid": 0.25}
@@ -75,8 +76,8 @@ class Mirror(Fixed):
 
     def mirror(self, layer: Any) -> None:
         """One mirror step: B <- (1 - η) B + η Ŵ with the next noise."""
-        from fa_bench.layers import padded
-        from fa_bench.ops import weight_gradient
+        from fa_bench.mechanisms.layers import padded
+        from fa_bench.mechanisms.ops import weight_gradient
 
         self.draws += 1
         weight, feedback = layer.weight.detach(), layer._buffers["feedback_B"]
@@ -148,7 +149,7 @@ class WM(EdgeRule):
     per_tap: bool = option(True, "divide each tap of a kernel by its own number of positions")
 
     def put_in(self, sample_input: Tensor | None) -> Coverage:
-        from fa_bench.layers import weighted_layers
+        from fa_bench.mechanisms.layers import weighted_layers
 
         layers = weighted_layers(self.model)
         #: layer to be mirrored -> shapes of its input and output
@@ -204,8 +205,8 @@ def _driven(
     conv: Any, input_shape: tuple[int, ...], output_shape: tuple[int, ...]
 ) -> tuple[tuple[int, ...], Tensor, Geometry | None]:
     """What drives a convolution in mirror mode: shape of one sample, n_pos of each tap (1, 1, K...), geometry of `Mirror`."""
-    from fa_bench.layers import padded
-    from fa_bench.ops import Geometry, weight_gradient
+    from fa_bench.mechanisms.layers import padded
+    from fa_bench.mechanisms.ops import Geometry, weight_gradient
 
     dims = len(conv.kernel_size)
     shape = tuple(input_shape[-dims - 1:])

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from matplotlib.image import imread
 
-from fa_bench.registries import ANALYSES
+from fa_bench.config.registries import ANALYSES
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {

@@ -13,7 +13,7 @@ from fa_bench.analyses.qualitative_table import PROPERTIES, PUBLISHED, Qualitati
 from fa_bench.metrics.angles import weight_angle
 from fa_bench.metrics.probe import Probe
 from fa_bench.models.mlp import MLP
-from fa_bench.train import Parts
+from fa_bench.runs.train import Parts
 
 
 def parts_of(rule: str, **options) -> Parts:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import fa_bench
 from fa_bench.analyses.shortcut_effect import ShortcutEffect, gradient_angles
-from fa_bench.train import Parts, assemble, prepare
+from fa_bench.runs.train import Parts, assemble, prepare
 
 SMALL = {"dataset": "synthetic:samples=72,test_samples=8", "probe_size": 32, "epochs": 2, "batch_size": 32, "seeds": 1,
          "with_shortcuts": "resnet20:width=4,blocks=2", "without_shortcuts": "resnet20:width=4,blocks=2,shortcuts=false"}

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fa_bench
-from fa_bench import loop
 from fa_bench.cli import main
+from fa_bench.config.registries import PROBES
 from fa_bench.data.base import ResidentSplit, Splits
 from fa_bench.errors import ConfigError
 from fa_bench.metrics.probe import Probe
@@ -27,9 +27,9 @@ from fa_bench.metrics.probes.gradient_norm import norms_and_errors
 from fa_bench.models.conv2 import Conv2
 from fa_bench.models.mlp import MLP
 from fa_bench.models.resnet20 import ResNet20
-from fa_bench.record import Recorder
-from fa_bench.registries import PROBES
 from fa_bench.report import figures
+from fa_bench.runs import loop
+from fa_bench.runs.record import Recorder
 
 CPU = torch.device("cpu")
 
@@ -275,7 +275,7 @@ def test_utility_of_untrained_blocks_is_zero_whatever_the_running_statistics(net
 
 
 def test_utility_is_that_of_nets_whose_running_statistics_are_their_own() -> None:
-    from fa_bench.loop import evaluate
+    from fa_bench.runs.loop import evaluate
 
     subject = subject_of(mlp(batch_norm=True), "bp", train=random_split(60), test=random_split(200, seed=1))
     probes, model = LayerProbes(["depth_utility"], 0, subject), subject.model
@@ -460,7 +460,7 @@ def test_probes_that_cannot_be_measured_are_named_before_training(
 def test_a_plugin_brings_a_probe(in_empty_folder: None, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("my_probes.py").write_text(
         "from fa_bench.metrics.probes.base import LayerProbe\n"
-        "from fa_bench.registries import PROBES\n"
+        "from fa_bench.config.registries import PROBES\n"
         "@PROBES.register('largest')\n"
         "class Largest(LayerProbe):\n"
         "    'Largest weight.'\n"

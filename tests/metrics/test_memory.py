@@ -12,12 +12,12 @@ from torch import nn
 
 import fa_bench
 from fa_bench.analyses.memory_accesses import MemoryAccesses
+from fa_bench.config.registries import ALGORITHMS, ANALYSES, ARCHITECTURES
+from fa_bench.config.specs import component, parse_spec
 from fa_bench.errors import ConfigError, CoverageError, FaBenchError
+from fa_bench.mechanisms.trace import trace_model
 from fa_bench.metrics.memory import Memory, memory_of
-from fa_bench.registries import ALGORITHMS, ANALYSES, ARCHITECTURES
 from fa_bench.rules.asap import ASAP
-from fa_bench.specs import component, parse_spec
-from fa_bench.trace import trace_model
 
 # Channels x height x width of the stem's output and of the outputs of both convolutions of every block, by stage.
 MAPS = (64 * 32 * 32, 128 * 16 * 16, 256 * 8 * 8, 512 * 4 * 4)

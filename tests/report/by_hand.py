@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fa_bench.report.published import Entry
 from fa_bench.report.runs import find_runs, read_run
-from fa_bench.rundir import LOCK
+from fa_bench.runs.rundir import LOCK
 
 T_2 = 4.302652729911275  # the 97.5 % quantile of Student's t with two degrees of freedom
 ANGLES = {

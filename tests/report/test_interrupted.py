@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from fa_bench import loop, train
 from fa_bench.cli import main
-from fa_bench.compose import Composer
-from fa_bench.config import Job, register_schemas
+from fa_bench.command.compose import Composer
+from fa_bench.config.job import Job, register_schemas
 from fa_bench.report import figures
 from fa_bench.report.cli import main as report
 from fa_bench.report.table import COLUMNS, TIMINGS
-from fa_bench.sweep import Planned, write_sweep
+from fa_bench.runs import loop, train
+from fa_bench.runs.sweep import Planned, write_sweep
 
 GRID = ["algorithm=bp,kp", "seed=0,1", "dataset=digits", "epochs=2", "probe_every=0", "architecture.widths=[8,6]", "probe_size=8"]
 

@@ -17,7 +17,7 @@ import pytest
 from fa_bench.errors import DataError
 from fa_bench.report import live
 from fa_bench.report.cli import main
-from fa_bench.sweep import Planned, write_sweep
+from fa_bench.runs.sweep import Planned, write_sweep
 
 from .by_hand import at_work, write_begun, write_run
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fa_bench import labels
+from fa_bench.config import labels
 from fa_bench.errors import DataError
 from fa_bench.report.groups import group_labels, group_runs, tasks
 from fa_bench.report.numbers import half_width

@@ -14,8 +14,8 @@ from fa_bench.report import figures, write_report
 from fa_bench.report.cli import main
 from fa_bench.report.runs import find_runs
 from fa_bench.report.states import running
-from fa_bench.rundir import LOCK
-from fa_bench.sweep import Planned, find_planned, read_sweep, write_sweep
+from fa_bench.runs.rundir import LOCK
+from fa_bench.runs.sweep import Planned, find_planned, read_sweep, write_sweep
 
 from .by_hand import at_work, epoch_record, write_begun, write_group, write_run
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from fa_bench.cuts import CutRule
-from fa_bench.edge import EdgeRule
-from fa_bench.options import option_fields
-from fa_bench.registries import ALGORITHMS
-from fa_bench.rules.base import Rule
+from fa_bench.config.options import option_fields
+from fa_bench.config.registries import ALGORITHMS
+from fa_bench.mechanisms.cuts import CutRule
+from fa_bench.mechanisms.edge import EdgeRule
+from fa_bench.mechanisms.rule import Rule
 
 from .references import CASES, REFERENCES
 

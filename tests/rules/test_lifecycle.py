@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fa_bench
-from fa_bench.cuts import CutRule
-from fa_bench.registries import ALGORITHMS
+from fa_bench.config.registries import ALGORITHMS
+from fa_bench.mechanisms.cuts import CutRule
 
 from . import nets
 from .helpers import (

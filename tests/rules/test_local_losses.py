@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fa_bench
-from fa_bench.local import reduced
+from fa_bench.mechanisms.local import reduced
 from fa_bench.metrics.probe import untouched
 
 from . import nets

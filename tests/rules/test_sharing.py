@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fa_bench
-from fa_bench.registries import ARCHITECTURES
+from fa_bench.config.registries import ARCHITECTURES
 
 from . import nets
 from .helpers import (

@@ -15,11 +15,12 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from fa_bench import memory, train
+from fa_bench import memory
 from fa_bench.cli import main
 from fa_bench.data.fetch import unpack_zip
 from fa_bench.errors import ConfigError, DataError, OptionError
 from fa_bench.optim import SGD
+from fa_bench.runs import train
 from tests.data.files import IDX_FILES, write_idx, write_mnist
 
 SMALL = ["dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16", "architecture.widths=[8]", "epochs=1"]

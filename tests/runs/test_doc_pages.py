@@ -18,11 +18,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import fa_bench
 from fa_bench.cli import main
-from fa_bench.compose import Composer
-from fa_bench.config import register_schemas
-from fa_bench.dry_run import _bytes, _kept
+from fa_bench.command.compose import Composer
+from fa_bench.command.dry_run import _bytes, _kept
+from fa_bench.config.job import register_schemas
+from fa_bench.config.registries import ALGORITHMS, ARCHITECTURES, DATASETS
 from fa_bench.metrics.arithmetic import step_multiplications
-from fa_bench.registries import ALGORITHMS, ARCHITECTURES, DATASETS
 from fa_bench.report import figures
 
 ROOT = Path(__file__).resolve().parents[2]

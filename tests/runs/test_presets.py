@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from fa_bench.cli import main
-from fa_bench.compose import Composer
-from fa_bench.config import Job, conf_dir, register_schemas
-from fa_bench.labels import duration, plan
-from fa_bench.options import option_fields
-from fa_bench.scale import SCALES, scaled
-from fa_bench.train import run
+from fa_bench.command.compose import Composer
+from fa_bench.config.job import Job, conf_dir, register_schemas
+from fa_bench.config.labels import duration, plan
+from fa_bench.config.options import option_fields
+from fa_bench.config.scale import SCALES, scaled
+from fa_bench.runs.train import run
 
 from ..data.files import write_cifar, write_imagenet, write_mnist, write_svhn, write_tiny_imagenet
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from fa_bench import checkpoint
 from fa_bench.cli import main
-from fa_bench.config import conf_dir
+from fa_bench.config.job import conf_dir
+from fa_bench.config.yaml_files import MOST_BYTES, MOST_LEVELS, parse_yaml, read_yaml
 from fa_bench.errors import ConfigError, RunDirectoryError
 from fa_bench.report.runs import read_config
-from fa_bench.yaml_files import MOST_BYTES, MOST_LEVELS, parse_yaml, read_yaml
+from fa_bench.runs import checkpoint
 
 MAKE = "touch PWNED"
 LOG = "{version: 1, root: {handlers: [x]}, handlers: {x: {%s}}}"

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-from fa_bench import checkpoint, hashes, loop, rundir, train
 from fa_bench.cli import main
 from fa_bench.files import CONFIG, METRICS, RESULT
 from fa_bench.report import figures
-from fa_bench.stopping import Interrupted, raised
+from fa_bench.runs import checkpoint, hashes, loop, rundir, train
+from fa_bench.runs.stopping import Interrupted, raised
 from tests.data.files import write_cifar
 
 Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
@@ -205,7 +205,7 @@ def test_full_disk_leaves_the_last_checkpoint(moment: str, monkeypatch: Patch, c
 
 
 def test_only_one_process_writes_a_directory(capsys: Capture) -> None:
-    holding = ("import sys, time; from pathlib import Path; from fa_bench.rundir import RunDirectory\n"
+    holding = ("import sys, time; from pathlib import Path; from fa_bench.runs.rundir import RunDirectory\n"
                "with RunDirectory(Path('run'), None).hold(): print('held', flush=True); time.sleep(60)")
     with subprocess.Popen([sys.executable, "-c", holding], cwd=Path.cwd(), env={**os.environ, "PYTHONPATH": str(ROOT)},
                           stdout=subprocess.PIPE, text=True) as other:

@@ -22,13 +22,13 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams import api_pb2, metadata
 from torch.utils.tensorboard import SummaryWriter
 
-from fa_bench import checkpoint, events, loop
 from fa_bench.cli import main
-from fa_bench.compose import Composer
-from fa_bench.config import Job, register_schemas
-from fa_bench.events import HYPERPARAMETERS, Events
+from fa_bench.command.compose import Composer
+from fa_bench.config.job import Job, register_schemas
+from fa_bench.config.registries import ALGORITHMS
 from fa_bench.files import METRICS
-from fa_bench.registries import ALGORITHMS
+from fa_bench.runs import checkpoint, events, loop
+from fa_bench.runs.events import HYPERPARAMETERS, Events
 
 MLP = ["dataset=synthetic", "dataset.samples=80", "dataset.test_samples=16", "batch_size=16", "probe_size=8",
        "architecture.widths=[8,6]"]

@@ -7,17 +7,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
+from fa_bench.config.options import Options
+from fa_bench.config.registries import PROBES
 from fa_bench.errors import ConfigError
 from fa_bench.lazy import torch
-from fa_bench.options import Options
-from fa_bench.registries import PROBES
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fa_bench.data.base import Split, Splits
+    from fa_bench.mechanisms.rule import Rule
     from fa_bench.metrics.probe import Probe
-    from fa_bench.rules.base import Rule
 
 #: Training images that a probe may learn from, and images that it scores on: at most, a fixed choice of them.
 TRAINING_IMAGES, SCORED_IMAGES = 2_000, 10_000
@@ -66,7 +66,7 @@ class Subject:
 
 @dataclasses.dataclass(eq=False)
 class LayerProbe(Options):
-    """Base of the probes, registered under a name in `fa_bench.registries.PROBES`."""
+    """Base of the probes, registered under a name in `fa_bench.config.registries.PROBES`."""
 
     #: Whether it needs ``subject.initial``.
     needs_initial: ClassVar[bool] = False
@@ -131,7 +131,7 @@ def as_before(rule: Rule) -> Iterator[None]:
     That is parameters, buffers, learned feedback, their gradients (none within it), ``requires_grad``, the modes of all
     modules, and the state of every global random generator; ``rule.mode.hold`` is set.
     """
-    from fa_bench.checkpoint import random_state, restore_random_state
+    from fa_bench.process import random_state, restore_random_state
 
     model, mode = rule.model, rule.mode
     _ = rule.feedback  # reading it brings it up to date, so that what is put back is not an older draw

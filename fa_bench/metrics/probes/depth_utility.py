@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from fa_bench.config.registries import PROBES
 from fa_bench.errors import ConfigError
 from fa_bench.lazy import nn, torch
 from fa_bench.metrics.probes.base import LayerProbe, Quantities, Subject
-from fa_bench.registries import PROBES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +47,7 @@ class DepthUtility(LayerProbe):
         blocks, parameters = blocks_of(model, subject.probe.x[:2]), dict(model.named_parameters(remove_duplicate=False))
 
         def accuracy() -> float:
-            from fa_bench.loop import evaluate
+            from fa_bench.runs.loop import evaluate
 
             refresh(model, training, subject.batch_size)
             return evaluate(model, scored, subject.batch_size)[1] or 0.0
@@ -71,8 +71,8 @@ def blocks_of(model: torch_nn.Module, sample: Tensor) -> dict[str, list[str]]:
         model: an attached or plain model.
         sample: inputs (N, ...).
     """
-    from fa_bench.coverage import matching
-    from fa_bench.trace import evaluating
+    from fa_bench.mechanisms.coverage import matching
+    from fa_bench.mechanisms.trace import evaluating
 
     modules = {path: module for path, module in model.named_modules() if path}
     declared = [getattr(model, name, None) for name in ("blocks", "cut_points")]

@@ -6,9 +6,9 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
+from fa_bench.config.registries import PROBES
 from fa_bench.lazy import nn, torch
 from fa_bench.metrics.probes.base import LayerProbe, Quantities, Subject
-from fa_bench.registries import PROBES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,9 +41,9 @@ class GradientNorm(LayerProbe):
     """
 
     def measure(self, subject: Subject) -> Quantities:
-        from fa_bench.layers import weighted_layers
+        from fa_bench.mechanisms.layers import weighted_layers
+        from fa_bench.mechanisms.trace import all_require_grad, tensors_in
         from fa_bench.metrics.probe import untouched
-        from fa_bench.trace import all_require_grad, tensors_in
 
         rule, x, y = subject.rule, subject.probe.x, subject.probe.y
         layers = weighted_layers(subject.model)

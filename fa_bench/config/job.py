@@ -1,0 +1,254 @@
+"""From options to a checked job: schemas for Hydra, composition, validation, identity, output directory."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import importlib
+import json
+import re
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fa_bench.config.options import Options, as_plain, defaults, option, option_fields
+from fa_bench.config.registries import ALGORITHMS, ARCHITECTURES, DATASETS, GROUPS, OPTIMIZERS, PROBES
+from fa_bench.config.scale import SCALES
+from fa_bench.errors import ConfigError, OptionError, names, nearest
+
+if TYPE_CHECKING:
+    from fa_bench.data.base import Dataset
+    from fa_bench.mechanisms.rule import Rule
+    from fa_bench.models.base import Architecture
+    from fa_bench.optim import OptimizerOptions
+
+FEEDBACK_OPTIMIZER = "feedback_optimizer"
+#: The key under which a preset lists the grid that it runs; no part of a run.
+GRID = "grid"
+
+
+@dataclasses.dataclass(eq=False)
+class RunOptions(Options):
+    """The top-level keys of a config."""
+
+    seed: int = option(0, "seed of initial weights, data order, augmentation and feedback", minimum=0)
+    epochs: int = option(20, "passes over the training data", minimum=1)
+    batch_size: int = option(64, "samples in a batch", minimum=1)
+    drop_last: bool = option(True, "leave out the last batch of an epoch where it is not full")
+    device: str = option("auto", "auto (an accelerator where there is one), cpu, cuda, cuda:1, mps")
+    data_dir: str = option("data", "folder of the datasets; for image_folder the dataset itself")
+    output_dir: str = option("outputs", "folder of the run directories")
+    resume: bool | None = option(None, "true: go on from what the run's directory holds; false: start anew; null: a single run "
+                                       "starts anew, a grid goes on, and starts anew what other code made")
+    checkpoint_epochs: int = option(1, "epochs between two checkpoints; the last epoch has one in any case", minimum=1)
+    checkpoint_minutes: float = option(10.0, "minutes after which a checkpoint is written within an epoch; 0: never", minimum=0)
+    on_error: str = option("continue", "whether the other jobs of a grid run on after one has failed",
+                           choices=["continue", "stop"])
+    on_divergence: str = option("stop", "whether a run ends where its loss or a weight is not finite",
+                                choices=["stop", "continue"])
+    threads: int = option(0, "CPU threads, on which the last bits of a result depend; 0: as many as torch takes", minimum=0)
+    deterministic: bool = option(False, "refuse operations whose result differs from run to run")
+    probe_every: int = option(500, "steps between two measurements of angles; 0 for none but the last", minimum=0)
+    probe_size: int = option(128, "samples in the fixed batch that angles are measured on", minimum=1)
+    histograms_every: int = option(0, "steps between two histograms of weights, feedback and gradients for TensorBoard; 0 for "
+                                      "none", minimum=0)
+    probes: list[str] = option([], "what else is measured of every layer; changes no other number", choices=PROBES)
+    probes_epochs: int = option(0, "epochs between two measurements of `probes`; 0 for the end alone", minimum=0)
+    scale: str = option("full", "full, or a trial of the same config: short (a tenth of the epochs, at most 10,000 training "
+                                "images) or smoke (one epoch of 24)", choices=list(SCALES))
+    plugins: list[str] = option([], "modules to import first, such as one with rules of your own")
+
+    def check(self) -> None:
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+            raise OptionError("device", f"={self.device} is not one of auto, cpu, cuda, cuda:N, mps"
+                                        f"{nearest(self.device, ['auto', 'cpu', 'cuda', 'mps'])}")
+
+
+#: What does not change a run's numbers: not part of its identity.
+VOLATILE = ("resume", "output_dir", "data_dir", "plugins", "probes", "probes_epochs", "histograms_every", "checkpoint_epochs",
+            "checkpoint_minutes", "on_error", "threads")
+
+
+@dataclasses.dataclass
+class Job:
+    """One run, checked: its top-level options and its components."""
+
+    run: RunOptions
+    algorithm: Rule
+    architecture: Architecture
+    dataset: Dataset
+    optimizer: OptimizerOptions
+    feedback_optimizer: OptimizerOptions | None
+
+    @classmethod
+    def from_config(cls, config: DictConfig) -> Job:
+        """Check a composed config and build the components' options.
+
+        Raises:
+            ConfigError: for an unknown key or component, with the nearest name.
+            OptionError: for a bad value; names the full key.
+        """
+        try:
+            plain = {str(k): OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v
+                     for k, v in config.items() if k not in ("hydra", GRID)}
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{error.full_key or 'config'}: {first_line(error)}") from None
+        import_plugins(plain.get("plugins", []))
+        components = {group.kind: _component(group.kind, group, plain.pop(group.kind, None)) for group in GROUPS}
+        feedback = plain.pop(FEEDBACK_OPTIMIZER, None)
+        known = [field.name for field in option_fields(RunOptions)]
+        for key in plain:
+            if key not in known:
+                allowed = [*known, *components, FEEDBACK_OPTIMIZER]
+                raise ConfigError(f"{key}: unknown key{nearest(key, allowed)} (allowed: {names(allowed)})")
+        return cls(
+            run=RunOptions.from_mapping(plain),
+            feedback_optimizer=None if feedback is None else _component(FEEDBACK_OPTIMIZER, OPTIMIZERS, feedback),
+            **components,
+        )
+
+    def plain(self) -> dict[str, Any]:
+        """The resolved config as plain containers, with nothing left out."""
+        parts = {
+            "algorithm": self.algorithm, "architecture": self.architecture, "dataset": self.dataset,
+            "optimizer": self.optimizer, FEEDBACK_OPTIMIZER: self.feedback_optimizer,
+        }
+        named = {key: None if part is None else {"name": part.name, **as_plain(part)} for key, part in parts.items()}
+        return {**as_plain(self.run), **named}
+
+    def identity(self) -> dict[str, Any]:
+        """The part of the config that decides the run's numbers."""
+        plain = self.plain()
+        for key in VOLATILE:
+            if key != "data_dir" or not self.dataset.content_is_data_dir:
+                del plain[key]
+        if self.run.scale == "full":
+            del plain["scale"]
+        if "data_dir" in plain:
+            plain["data_dir"] = str(Path(self.run.data_dir).resolve())
+        return plain
+
+    @property
+    def config_hash(self) -> str:
+        """A hash of the identity."""
+        return _hash(self.identity())
+
+    @property
+    def group(self) -> str:
+        """Name of the runs that differ from this one in the seed alone."""
+        identity = self.identity()
+        del identity["seed"]
+        return f"{self.algorithm.name}-{_hash(identity)[:8]}"
+
+    def fresh_algorithm(self) -> Rule:
+        """A rule object of this job's options that is in no model."""
+        return copy.deepcopy(self.algorithm)
+
+
+def _component(key: str, group: Any, values: Any) -> Any:
+    if not isinstance(values, Mapping) or "name" not in values:
+        raise ConfigError(f"{key}={values}: choose one of {names(group)}")
+    values = dict(values)
+    name = values.pop("name")
+    try:
+        cls = group[name]
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(f"{group.kind}={name}", f"{key}.name={name}", 1)) from None
+    try:
+        return cls.from_mapping(values)
+    except OptionError as error:
+        raise error.under(key) from None
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def import_plugins(modules: Any) -> None:
+    """Import a user's modules, looked for in the working directory too.
+
+    Raises:
+        OptionError: where `modules` is no list of names.
+        ConfigError: for one that cannot be imported, with the file and the line at fault.
+    """
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    for module in RunOptions(plugins=modules).plugins:
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # whatever a user's module makes of its import
+            raise ConfigError(f"plugins=[{module}]: cannot be imported from {Path.cwd()} "
+                              f"({type(error).__name__}: {first_line(error)}{_place(error)})") from None
+    register_schemas()
+
+
+def _place(error: Exception) -> str:
+    """Where a module's import failed, unless the error's text says so itself."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith("<frozen") and frame.filename != importlib.__file__]
+    return f", {own[-1].filename}:{own[-1].lineno}" if len(own) > 1 and not isinstance(error, SyntaxError) else ""
+
+
+def conf_dir() -> Path:
+    """The shipped configs: inside the package where it was installed from a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    return next(path for path in (package / "conf", package.parent / "conf") if path.is_dir())
+
+
+_registered: dict[str, Any] = {}
+
+
+def register_schemas() -> None:
+    """Tell Hydra every component's options and defaults, in a group of their own that offers no choices.
+
+    Once for a set of components: every job of a grid asks for it.
+    """
+    from hydra.core.config_store import ConfigStore
+
+    known = tuple(tuple(group.items()) for group in GROUPS)
+    if known == _registered.get("known"):
+        return
+    _registered["known"] = known
+    store = ConfigStore.instance()
+    store.store(group="_schema", name="run", node=defaults(RunOptions))
+    for group in GROUPS:
+        for name, cls in group.items():
+            store.store(group=f"_schema/{group.kind}", name=name, node={"name": name, **defaults(cls)})
+    OmegaConf.register_new_resolver("fa_bench.run_dir", run_dir, replace=True)
+    OmegaConf.register_new_resolver("by", by, replace=True)
+
+
+def by(group: str, table: Mapping[str, Any], otherwise: Any = None, *, _root_: DictConfig) -> Any:
+    """What a table of a preset says for the component chosen: ``${by:algorithm,{kp:0.03,fa:1e-4},0.01}``.
+
+    Raises:
+        ConfigError: for an unknown group, or a component that does not exist.
+    """
+    groups = {each.kind: each for each in GROUPS}
+    if group not in groups:
+        raise ConfigError(f"${{by:{group},...}}: no such group{nearest(group, groups)} (allowed: {names(groups)})")
+    for name in table:
+        groups[group][str(name)]
+    return table.get(OmegaConf.select(_root_, f"{group}.name"), otherwise)
+
+
+def run_dir(*, _root_: DictConfig) -> str:
+    """The directory of a run below output_dir: preset or dataset and architecture, rule and hash, seed."""
+    choices = OmegaConf.select(_root_, "hydra.runtime.choices.experiment")
+    job = Job.from_config(_root_)
+    collection = choices if isinstance(choices, str) else f"{job.dataset.name}-{job.architecture.name}"
+    return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', collection)}/{job.group}/seed{job.run.seed}"
+
+
+__all__ = ["ALGORITHMS", "ARCHITECTURES", "DATASETS", "OPTIMIZERS", "Job", "RunOptions", "conf_dir", "run_dir"]

@@ -1,0 +1,59 @@
+"""Trials: the same config with fewer epochs and less data."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fa_bench.config.job import Job
+    from fa_bench.optim import OptimizerOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How a run is made smaller.
+
+    Attributes:
+        epochs: fraction of the epochs, and of those at which a schedule changes the learning rate; one epoch is left.
+        train, test: samples at most.
+        batch_size, probe_size: at most.
+    """
+
+    epochs: float
+    train: int
+    test: int
+    batch_size: int
+    probe_size: int
+
+    def epochs_of(self, epochs: int) -> int:
+        """What is left of a number of epochs."""
+        return max(round(self.epochs * epochs), 1)
+
+
+SCALES: dict[str, Scale | None] = {
+    "full": None,
+    "short": Scale(epochs=0.1, train=10_000, test=2_000, batch_size=1_000_000, probe_size=1_000_000),
+    "smoke": Scale(epochs=0.0, train=24, test=8, batch_size=8, probe_size=4),
+}
+
+
+def scaled(job: Job) -> Job:
+    """The job as it is trained at its scale; the job itself where that is ``full``."""
+    scale = SCALES[job.run.scale]
+    if scale is None:
+        return job
+    run = dataclasses.replace(
+        job.run, epochs=scale.epochs_of(job.run.epochs), batch_size=min(job.run.batch_size, scale.batch_size),
+        probe_size=min(job.run.probe_size, scale.probe_size),
+    )
+    feedback = job.feedback_optimizer
+    return dataclasses.replace(job, run=run, optimizer=_optimizer(job.optimizer, scale),
+                               feedback_optimizer=feedback and _optimizer(feedback, scale))
+
+
+def _optimizer(options: OptimizerOptions, scale: Scale) -> OptimizerOptions:
+    schedule = options.schedule
+    milestones = schedule.milestones and [scale.epochs_of(epoch) for epoch in schedule.milestones]
+    step_size = schedule.step_size and scale.epochs_of(schedule.step_size)
+    return dataclasses.replace(options, schedule=dataclasses.replace(schedule, milestones=milestones, step_size=step_size))

@@ -1,0 +1,53 @@
+"""Components named in one word with their options: NAME or NAME:OPTION=VALUE,..."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from fa_bench.config.options import Options
+from fa_bench.config.registry import Registry
+from fa_bench.errors import ConfigError, OptionError
+
+T = TypeVar("T", bound=Options)
+
+
+def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
+    """The name and the options of ``resnet18:width=8,blocks=[1,1]``; values are read as on the command line.
+
+    Raises:
+        ConfigError: for an option without a value, or without a name in front.
+    """
+    name, _, rest = spec.partition(":")
+    if "=" in name:
+        raise ConfigError(f"{spec}: no NAME:OPTION=VALUE,OPTION=VALUE; within a list, put what has commas in quotes")
+    # Commas within brackets belong to a value.
+    words = re.split(r",(?![^\[]*\])", rest) if rest else []
+    for word in words:
+        if not re.fullmatch(r"[\w.]+=.+", word):
+            raise ConfigError(f"{spec}: '{word}' is no OPTION=VALUE; write NAME:OPTION=VALUE,OPTION=VALUE")
+    try:
+        options = OmegaConf.to_container(OmegaConf.from_dotlist(words))
+    except (OmegaConfBaseException, YAMLError):
+        raise ConfigError(f"{spec}: the options cannot be read; write NAME:OPTION=VALUE,OPTION=VALUE") from None
+    assert isinstance(options, dict)
+    return name, {str(key): value for key, value in options.items()}
+
+
+def component(registry: Registry[T], spec: str) -> T:
+    """The component that a spec means.
+
+    Raises:
+        ConfigError: for a name that is not in the registry, with the nearest one, or what `parse_spec` refuses.
+        OptionError: for an unknown or bad option.
+    """
+    name, options = parse_spec(spec)
+    cls = registry[name]
+    try:
+        return cls.from_mapping(options)
+    except OptionError as error:
+        raise error.under(name) from None

@@ -1,0 +1,212 @@
+"""What carries the error: one small class for each way to obtain a layer's effective feedback.
+
+Every tensor here is in the weight's own layout: (O, I) for linear layers, (O, I/groups, K...) for convolutions.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.draws import redraw_magnitudes, seed_for
+from fa_bench.lazy import torch
+from fa_bench.mechanisms.carry import Carry, Learn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Carrier:
+    """How one layer obtains its effective feedback. Holds plain values; the tensors are buffers of the layer.
+
+    Attributes:
+        learned: names of the tensors that an optimizer trains.
+        follows: the one of them whose gradient is that of the weight, the same numbers; None for none.
+        always: whether the layer needs `carry` even where nobody asks for the error at its input.
+    """
+
+    learned: tuple[str, ...] = ()
+    follows: str | None = None
+    always = False
+    #: What carries the error, in words.
+    tensors = "tensors of its own"
+
+    def words(self) -> str:
+        """What carries the error and which of it learns, in a few words for the table of `fa_bench.mechanisms.coverage`."""
+        if self.learned == (self.tensors,):
+            return f"learned {self.tensors}"
+        return self.tensors + (f" ({', '.join(self.learned)} learned)" if self.learned else "")
+
+    def effective(self, layer: Any) -> Tensor:
+        """What carries the error now, in the weight's layout, detached."""
+        raise NotImplementedError
+
+    def carry(self, layer: Any, x: Tensor) -> Carry:
+        """What the layer's backward pass needs; `x` is the layer's input."""
+        return Carry(self.effective(layer))
+
+    def before_forward(self, layer: Any) -> None:
+        """Called at the start of every training forward."""
+
+    def settle(self, layer: Any) -> None:
+        """Bring the layer's tensors up to date; called before anybody reads them."""
+
+    def after_step(self, layer: Any) -> None:
+        """Called for a layer with learned tensors after every update."""
+
+    def shown(self, layer: Any) -> dict[str, Tensor]:
+        """Tensors that are derived, not stored, and still belong into ``rule.feedback`` (reading only)."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs beside the tensors; plain values."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave."""
+
+
+def add_gradient(layer: Any, name: str, gradient: Tensor) -> None:
+    """Add to ``.grad`` of the layer's feedback tensor `name`, as a backward pass does; `gradient` may be shared with others."""
+    tensor = layer._buffers["feedback_" + name]
+    gradient = gradient.detach().to(tensor.dtype)
+    if tensor.grad is not None:
+        tensor.grad = tensor.grad + gradient
+    else:
+        # Copied at the first write to either, which is rare (SGD with Nesterov momentum, clipping, gradient scalers) and which
+        # an alias would let through to both: 2.7 MB on the MLP, a tenth of its step.
+        tensor.grad = torch._lazy_clone(gradient)
+
+
+class Fixed(Carrier):
+    """e_in = g B with B drawn once."""
+
+    tensors = "fixed B"
+
+    def effective(self, layer: Any) -> Tensor:
+        # Straight from the dictionary: a module's attribute look-up takes as long as a small matrix product's launch.
+        return layer._buffers["feedback_B"]
+
+
+class Learned(Fixed):
+    """e_in = g B, and the gradient of B is the gradient of W, the same numbers."""
+
+    tensors = "B"
+    learned = ("B",)
+    follows = "B"
+    always = True
+
+    def carry(self, layer: Any, x: Tensor) -> Carry:
+        return Carry(layer._buffers["feedback_B"], learn=learning(layer, "B"))
+
+
+def learning(
+    layer: Any, name: str, activation: Callable[[], Tensor] | None = None, hop: tuple[Tensor, Tensor] | None = None
+) -> tuple[Learn, ...]:
+    """The entry of `Carry.learn` for the layer's feedback tensor `name`, see `Learn`; none while a probe runs."""
+    return () if layer.mode.hold else (Learn(functools.partial(add_gradient, layer, name), activation, hop),)
+
+
+class Transport(Carrier):
+    """The true weight: backpropagation through this layer."""
+
+    tensors = "the weight"
+
+    def effective(self, layer: Any) -> Tensor:
+        return layer.weight.detach()
+
+
+class FromWeight(Carrier):
+    """B is made of the weight, in the backward pass itself: there it goes from the cache into the product.
+
+    The weight of the forward pass is meant; autograd refuses one that was changed in between, as for backpropagation.
+    """
+
+    def carry(self, layer: Any, x: Tensor) -> Carry:
+        return Carry(make=functools.partial(self.made, layer))
+
+    def effective(self, layer: Any) -> Tensor:
+        return self.made(layer, layer.weight.detach())
+
+    def made(self, layer: Any, weight: Tensor) -> Tensor:
+        """B of this weight, masked where the layer has a mask."""
+        feedback, mask = self.full(layer, torch.sign(weight)), layer._buffers["feedback_mask"]
+        return feedback if mask is None else feedback.mul_(mask)
+
+    def full(self, layer: Any, signs: Tensor) -> Tensor:
+        """B before the mask, of the weight's signs, which may be overwritten."""
+        raise NotImplementedError
+
+
+class Sign(FromWeight):
+    """B = s sign(W) of the current weight; sign(0) is 0.
+
+    Args:
+        scale: s, a positive number.
+    """
+
+    tensors = "the signs of the weight"
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def full(self, layer: Any, signs: Tensor) -> Tensor:
+        return signs.mul_(self.scale)
+
+    def shown(self, layer: Any) -> dict[str, Tensor]:
+        return {"B": self.effective(layer)}
+
+
+class SignedMagnitude(FromWeight):
+    """B = |M| sign(W) of the current weight.
+
+    Args:
+        redraw: initialiser that draws M anew at every training forward, or None to keep it.
+        seed: the layer's seed for redrawing; each draw is a pure function of it and of the draw's number.
+    """
+
+    tensors = "the signs of the weight with magnitudes M"
+
+    def __init__(self, redraw: str | None = None, seed: int = 0) -> None:
+        self.redraw, self.seed, self.draws = redraw, seed, 0
+        # The draw waits until somebody reads it: the first layer's magnitudes carry no error.
+        self._due = False
+        self._positive: tuple[int, int] | None = None
+
+    def before_forward(self, layer: Any) -> None:
+        if self.redraw is not None:
+            self.draws += 1
+            self._due = True
+
+    def settle(self, layer: Any) -> None:
+        if self._due:
+            self._due = False
+            assert self.redraw is not None
+            redraw_magnitudes(layer.feedback_M, self.redraw, seed_for(self.seed, self.draws))
+            self._positive = _moment(layer.feedback_M)
+
+    def carry(self, layer: Any, x: Tensor) -> Carry:
+        # By the backward pass another forward may have drawn M again.
+        return super().carry(layer, x) if self.redraw is None else Carry(self.effective(layer))
+
+    def full(self, layer: Any, signs: Tensor) -> Tensor:
+        self.settle(layer)
+        return signs.mul_(self._magnitude(layer._buffers["feedback_M"]))
+
+    def _magnitude(self, drawn: Tensor) -> Tensor:
+        """|M|; the absolute value is taken only where somebody has written a negative number into M."""
+        if self._positive != _moment(drawn):
+            self._positive = None if bool((drawn < 0).any()) else _moment(drawn)
+        return drawn.abs() if self._positive is None else drawn
+
+    def state(self) -> dict[str, Any]:
+        return {"seed": self.seed, "draws": self.draws}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.seed, self.draws, self._due = int(state["seed"]), int(state["draws"]), False
+
+
+def _moment(tensor: Tensor) -> tuple[int, int]:
+    """Tells whether a tensor was written since; by every way that autograd counts."""
+    return tensor.data_ptr(), tensor._version

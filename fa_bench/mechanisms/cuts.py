@@ -1,0 +1,334 @@
+"""The second mechanism: rules that cut the graph at named modules and deliver each part's error directly.
+
+A hook at every cut passes on a detached tensor, so that nothing is computed and thrown away, and a Function on the model's
+output, the identity forward, sends every cut its signal as soon as the backward pass brings the error at the logits. All parts
+thus belong to one graph: loss scaling, several forwards before a backward, and plain ``loss.backward()`` work as usual, and
+what is never differentiated is freed with its output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.config.options import option
+from fa_bench.draws import draw, seed_for
+from fa_bench.errors import CoverageError, names
+from fa_bench.lazy import torch
+from fa_bench.mechanisms.coverage import Coverage, Covered, foreign_weights, matching
+from fa_bench.mechanisms.rule import INPUT, OUTPUT, Rule
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from fa_bench.mechanisms.trace import Trace
+
+
+@dataclasses.dataclass(eq=False)
+class CutRule(Rule):
+    """A rule that brings its error to named cuts; subclasses say with which signal in `signal`.
+
+    Cuts are the modules that the model names in its attribute ``cut_points``, or those of the option `cuts`.
+    """
+
+    cuts: list[str] | None = option(None, "modules (names, or patterns such as 'act*'; * crosses dots) whose output is "
+                                          "cut; null: the cut points that the model declares")
+
+    #: The model's attribute that names the cuts unless the option does.
+    declared = "cut_points"
+    #: Whether `signal` or `learn_feedback` reads the values of the kept tensors: then they are held until the backward pass.
+    reads_values = False
+    #: Whether all layers between two cuts are one module that learns by backpropagation within it: then a layer needs no cut of
+    #: its own, and whatever is in a module is covered.
+    modular = False
+
+    @property
+    def side(self) -> str:
+        """Whether a cut is at its module's output or at its input."""
+        return OUTPUT
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether `signal` needs the labels."""
+        return False
+
+    # -------------------------------------------------------------------------------------------- for subclasses
+    def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:
+        """Put the feedback tensors of all cuts in place; `features` is each cut's shape without the batch."""
+
+    def tensor(self, cut: str, name: str) -> Tensor:
+        """The feedback tensor `name` of a cut, straight from its module's dictionary: this runs at every step."""
+        return self._at[cut]._buffers["feedback_" + name]  # type: ignore[return-value]
+
+    def broadcast(self, delta: Tensor, target: Tensor | None) -> Tensor:
+        """What is sent to all cuts alike, (N, C): δ itself. Made once in a backward pass; arguments as for `signal`."""
+        return delta
+
+    def signal(self, cut: str, kept: Kept, sent: Tensor, target: Tensor | None) -> Tensor:
+        """The error delivered at one cut, in the shape of the kept tensor: that of `project`.
+
+        Args:
+            cut: the cut's module path.
+            kept: what the hooks kept there.
+            sent: what `broadcast` made of δ, the gradient of the loss at the logits, (N, C).
+            target: the labels, (N,), where ``rule.backward`` was given them.
+        """
+        return self.project(cut, sent, kept)
+
+    def output_error(self, delta: Tensor) -> Tensor:
+        """The error that the output layer learns by, of the gradient of the loss at the logits: that gradient itself."""
+        return delta
+
+    def project(self, cut: str, errors: Tensor, kept: Kept) -> Tensor:
+        """errors B in the shape of the kept tensor, with errors (N, C) and the cut's B (C, features)."""
+        feedback = self.tensor(cut, "B")
+        if errors.dtype != feedback.dtype:
+            errors = errors.to(feedback.dtype)
+        projected = errors.mm(feedback)
+        return projected if projected.dim() == len(kept.shape) else projected.view(kept.shape)
+
+    def learn_feedback(self, tape: dict[str, Kept], delta: Tensor, target: Tensor | None) -> None:
+        """Add to ``.grad`` of learned feedback; nothing where it is fixed. `tape` holds what was kept of every cut."""
+
+    def put(
+        self, cut: str, name: str, shape: tuple[int, ...], init: str, density: float = 1.0,
+        seeded_by: str | None = None, columns: int | None = None,
+    ) -> None:
+        """Draw the feedback tensor `name` of a cut, on the model's device.
+
+        Args:
+            cut: the cut's module path, which also seeds the draw unless `seeded_by` is given.
+            name: the tensor's name.
+            shape: its shape, (C, ...).
+            init, density: as for `fa_bench.draws.draw`.
+            columns: keep only so many leading columns.
+        """
+        from fa_bench.mechanisms.layers import put_tensor
+
+        tensor = draw(shape, init, seed_for(self.seed, seeded_by or cut, name), density)[:, :columns]
+        put_tensor(self._at[cut], name, tensor.to(next(self.model.parameters())).contiguous())
+
+    # -------------------------------------------------------------------------------------------- life in a model
+    def put_in(self, sample_input: Tensor | None) -> Coverage:
+        from fa_bench.mechanisms.layers import weighted_layers
+
+        self._handles: list[Any] = []
+        self._at: dict[str, nn.Module] = {}
+        self._tape: dict[str, Kept] | None = None
+        self._target: Tensor | None = None
+        self._delivered = False
+        named = self.find_cuts(sample_input)
+        trace = self.trace(sample_input, watch=named)
+        cuts = self.choose_cuts(named, trace)
+        if cuts != named:
+            trace = self.trace(sample_input, watch=cuts)
+        self._check(trace, cuts)
+        self._trace = trace
+        self._at = {cut: self.model.get_submodule(cut) for cut in cuts}
+        self._cloned = trace.changed
+        shapes = trace.output_shapes if self.side == OUTPUT else trace.input_shapes
+        self.make_feedback({cut: shapes[cut][1:] for cut in cuts}, trace.result_shape[-1])
+        self._hook()
+        layers = weighted_layers(self.model)
+        covered = tuple(
+            Covered(path, type(layers[path]).__name__, tuple(layers[path].weight.shape), self._brings(path, trace))
+            for path in trace.order if self.side == INPUT or self.modular or path not in trace.behind
+        )
+        if self.modular:
+            return Coverage(self.name, covered, {})
+        ids = {id(parameter) for entry in covered for parameter in layers[entry.layer].parameters(recurse=False)}
+        uncovered = foreign_weights(self.model, ids)
+        for path in trace.behind if self.side == OUTPUT else ():
+            uncovered[f"{path}.weight"] = "its error comes through another layer's weight: no cut between them"
+        return Coverage(self.name, covered, uncovered)
+
+    def take_out(self) -> None:
+        from fa_bench.mechanisms.layers import drop_tensors
+
+        for handle in getattr(self, "_handles", ()):  # absent where `attach` failed before `put_in`
+            handle.remove()
+        for module in self.model.modules():
+            drop_tensors(module)
+        self._handles = []
+
+    def find_cuts(self, sample_input: Tensor | None) -> tuple[str, ...]:
+        """The cuts, in the order of the model's modules; raises CoverageError where there are none."""
+        paths = [path for path, _ in self.model.named_modules() if path]
+        wanted = self.cuts if self.cuts is not None else getattr(self.model, self.declared, None)
+        if not wanted:
+            shown = self._run_once([path for path in paths if not list(self.model.get_submodule(path).children())], sample_input)
+            example = [path for path in shown if "relu" in type(self.model.get_submodule(path)).__name__.lower()] or shown
+            more = ", ..." if len(shown) > 12 else ""
+            raise CoverageError(
+                f"rule '{self.name}' needs cut points and {type(self.model).__name__} declares none: name the modules whose "
+                f"outputs receive the error, such as cuts={example[:3]}, or set model.{self.declared} "
+                f"(modules: {names(shown[:12])}{more})"
+            )
+        found = matching(wanted, paths, "cuts")
+        return tuple(path for path in paths if path in found)
+
+    def choose_cuts(self, cuts: tuple[str, ...], trace: Trace) -> tuple[str, ...]:
+        """Those of the named cuts that the rule cuts at; `trace` watched them."""
+        return cuts
+
+    def _run_once(self, paths: list[str], sample_input: Tensor | None) -> list[str]:
+        """Those of `paths` that run once in a forward pass, where a sample lets us know."""
+        if sample_input is None:
+            return paths
+        calls = self.trace(sample_input, watch=tuple(paths)).calls
+        return [path for path in paths if calls[path] == 1]
+
+    def _check(self, trace: Trace, cuts: tuple[str, ...]) -> None:
+        if len(trace.result_shape) != 2:
+            raise CoverageError(f"rule '{self.name}' needs logits of shape (N, C); this model gives {trace.result_shape}")
+        for cut, twin in trace.twins.items() if self.side == OUTPUT else ():
+            raise CoverageError(f"cut '{cut}' has the same output as cut '{twin}': name one of them (in patterns * crosses dots)")
+        for cut in cuts:
+            if trace.calls[cut] != 1:
+                raise CoverageError(f"cut '{cut}' runs {trace.calls[cut]} times in a forward pass; name a module that runs once")
+            if self.side == OUTPUT and not trace.feeds[cut]:
+                raise CoverageError(f"cut '{cut}' has no layer with weights in front of it")
+            if self.side == OUTPUT and set(trace.feeds[cut]) & set(trace.outputs):
+                raise CoverageError(f"cut '{cut}' lies behind the output layer '{trace.outputs[0]}'; cut hidden layers only")
+
+    def _brings(self, path: str, trace: Trace) -> str:
+        cuts = [cut for cut in self._at if path in trace.feeds[cut]] if self.side == OUTPUT else []
+        if cuts:
+            return f"comes from the cut at {names(cuts)}"
+        if self.modular and path in trace.behind:
+            return "comes by backpropagation within its module"
+        return "is the true one (output layer)" if path in trace.outputs else "comes from the cut at its consumer's input"
+
+    # -------------------------------------------------------------------------------------------- hooks
+    def _hook(self) -> None:
+        from fa_bench.mechanisms.ops import DeliverFunction
+
+        # What every step asks for; imports and properties add up to a hundredth of a small net's step.
+        self._function, self._reads_values, self._needs_target = DeliverFunction, self.reads_values, self.needs_target
+        root = self.model
+        self._handles += [root.register_forward_pre_hook(self._open), root.register_forward_hook(self._close)]
+        for cut, module in self._at.items():
+            if self.side == OUTPUT:
+                self._handles.append(module.register_forward_hook(functools.partial(self._at_output, cut)))
+            else:
+                self._handles.append(module.register_forward_pre_hook(functools.partial(self._at_input, cut)))
+                self._handles.append(module.register_forward_hook(functools.partial(self._after_input, cut)))
+
+    def _active(self) -> bool:
+        return torch.is_grad_enabled() and not self.mode.exact
+
+    def _open(self, module: nn.Module, args: Any) -> None:
+        self._tape = {} if self._active() else None
+
+    def _close(self, module: nn.Module, args: Any, output: Any) -> Any:
+        tape, self._tape = self._tape, None
+        if tape is None:
+            return None
+        if isinstance(output, torch.Tensor):
+            return self._delivered_to(output, tape)
+        from fa_bench.mechanisms.trace import replaced, tensors_in
+
+        logits = next(tensors_in(output))
+        return replaced(output, logits, self._delivered_to(logits, tape))
+
+    def _delivered_to(self, logits: Tensor, tape: dict[str, Kept]) -> Tensor:
+        """The logits, from which the backward pass reaches all cuts."""
+        tensors = []
+        for kept in tape.values():
+            tensors.append(kept.tensor)
+            kept.tensor = None
+        answer = functools.partial(self._signals, tape)
+        return self._function.apply(answer, self._reads_values, logits, *tensors)
+
+    def _at_output(self, cut: str, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        tape = self._tape
+        if tape is None:
+            if self._active():
+                raise CoverageError(f"cut '{cut}' ran outside a forward pass of the attached model: call the model itself")
+            return None
+        if not isinstance(output, torch.Tensor):
+            raise CoverageError(f"cut '{cut}' returns a {type(output).__name__}; name a module that returns one tensor")
+        if not output.requires_grad:
+            return None
+        tape[cut] = Kept(output, output.shape)
+        passed_on = output.detach()
+        # What follows changes this cut's output in place; the rule needs it as it was.
+        return passed_on.clone() if cut in self._cloned else passed_on
+
+    def _at_input(self, cut: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        passed_on = self._at_output(cut, module, (), args[0])
+        return None if passed_on is None else (passed_on, *args[1:])
+
+    def _after_input(self, cut: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        if self._tape is not None and cut in self._tape:
+            self._tape[cut].output_shape = tuple(output.shape)
+
+    # -------------------------------------------------------------------------------------------- training
+    def deliver(self, loss: Tensor, logits: Tensor | None, target: Tensor | None) -> None:
+        self._target, self._delivered = target, False
+        try:
+            loss.backward()
+        finally:
+            self._target = None
+        if not self._delivered:
+            raise ValueError(f"rule '{self.name}': the loss comes from no training forward pass of the attached model")
+
+    def _signals(self, tape: dict[str, Kept], delta: Tensor, tensors: tuple[Tensor, ...]) -> list[Tensor]:
+        """The errors at the logits and at all cuts; called by the backward pass once it has the gradient at the logits."""
+        self._delivered = True
+        target = self._target
+        if self._needs_target and (target is None or target.shape != delta.shape[:1] or target.is_floating_point()):
+            raise ValueError(f"rule '{self.name}' makes its errors of the labels: call rule.backward(loss, logits, target) with "
+                             f"the class numbers, (N,)")
+        if tensors:
+            for kept, tensor in zip(tape.values(), tensors, strict=True):
+                kept.tensor = tensor
+        if not self.mode.hold:
+            self.learn_feedback(tape, delta, target)
+        sent = self.broadcast(delta, target)
+        signals = [self.output_error(delta)]
+        for cut, kept in tape.items():
+            signals.append(self.signal(cut, kept, sent, target))
+        if tensors:
+            for kept in tape.values():
+                kept.tensor = None
+        return signals
+
+    # -------------------------------------------------------------------------------------------- feedback, metrics
+    @property
+    def feedback(self) -> dict[str, dict[str, Tensor]]:
+        from fa_bench.mechanisms.layers import tensors_of
+
+        return {cut: tensors_of(module) for cut, module in self._at.items()}
+
+    def error_points(self, trace: Trace) -> dict[str, tuple[str, str]]:
+        if self.side == INPUT:
+            return super().error_points(trace)
+        assert self._trace is not None
+        return {layer: (cut, OUTPUT) for cut in self._at for layer in self._trace.feeds[cut]}
+
+    def readouts(self) -> dict[str, Tensor]:
+        return {} if self.side == INPUT else {cut: tensors["B"] for cut, tensors in self.feedback.items() if "B" in tensors}
+
+    def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Only the output layer has such a pair, where the feedback of the last cut has its weight's shape."""
+        assert self._trace is not None
+        weights = {path: self.model.get_submodule(path).weight.detach() for path in self._trace.outputs}
+        tensors = self.feedback.get(list(self._at)[-1], {})
+        return {path: (tensors["B"], w) for path, w in weights.items() if "B" in tensors and tensors["B"].shape == w.shape}
+
+
+@dataclasses.dataclass(slots=True)
+class Kept:
+    """What the hooks kept of one cut in one forward pass.
+
+    Attributes:
+        tensor: the tensor before it was detached, (N, ...); in `signal` only for rules that read its values.
+        shape: its shape.
+        output_shape: for a cut at an input, the shape of the module's output.
+    """
+
+    tensor: Any
+    shape: torch.Size
+    output_shape: tuple[int, ...] = ()

@@ -1,0 +1,176 @@
+"""The first mechanism: rules that change what one weighted layer does in its own backward pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.config.options import option
+from fa_bench.draws import draw, draw_mask, fans, seed_for
+from fa_bench.errors import CoverageError, names, nearest
+from fa_bench.lazy import torch
+from fa_bench.mechanisms.carriers import Carrier, Transport
+from fa_bench.mechanisms.coverage import Coverage, Covered, foreign_weights, matching
+from fa_bench.mechanisms.rule import Rule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclasses.dataclass
+class Site:
+    """One layer that a rule is asked to give feedback to.
+
+    Attributes:
+        path: the layer's name.
+        layer: the layer, plain still.
+        seed: the attach seed.
+        is_output: whether the layer feeds the model's output.
+    """
+
+    path: str
+    layer: Any
+    seed: int
+    is_output: bool
+
+    @functools.cached_property
+    def fans(self) -> tuple[int, int]:
+        """(fan_in, fan_out) of the weight."""
+        return fans(self.layer.weight.shape)
+
+    def tensor_seed(self, name: str) -> int:
+        """The seed of the tensor `name` of this layer."""
+        return seed_for(self.seed, self.path, name)
+
+    def put(
+        self, name: str, init: str, density: float = 1.0, magnitude: bool = False, shape: Sequence[int] | None = None
+    ) -> None:
+        """Draw the feedback tensor `name`, in the weight's layout unless `shape` is given.
+
+        `init` is an initialiser, or ``copy_w`` for the weight's own numbers; with `magnitude` their absolute values are taken.
+        """
+        weight = self.layer.weight.detach()
+        shape = weight.shape if shape is None else shape
+        if init == "copy_w":
+            tensor = weight.clone()
+            if density < 1:
+                tensor.mul_(draw_mask(shape, density, self.tensor_seed(name)).to(weight))
+        else:
+            tensor = draw(shape, init, self.tensor_seed(name), density).to(weight)
+        self.keep(name, tensor.abs_() if magnitude else tensor)
+
+    def put_mask(self, density: float, seeded_by: str = "mask", shape: Sequence[int] | None = None) -> None:
+        """Draw the layer's sparsity mask, in the weight's layout unless `shape` is given; none where `density` is 1.
+
+        ``seeded_by="B"`` gives the mask that `put` puts on B.
+        """
+        weight = self.layer.weight
+        shape = weight.shape if shape is None else shape
+        self.keep("mask", draw_mask(shape, density, self.tensor_seed(seeded_by)).to(weight) if density < 1 else None)
+
+    def keep(self, name: str, tensor: Tensor | None) -> None:
+        """Make `tensor` the layer's feedback tensor `name`."""
+        from fa_bench.mechanisms.layers import put_tensor
+
+        weight = self.layer.weight
+        if tensor is not None and tensor.dim() in (4, 5):
+            # A tensor in another memory format than the weight costs a copy at every step.
+            last = torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
+            in_last = weight.is_contiguous(memory_format=last) and not weight.is_contiguous()
+            tensor = tensor.contiguous(memory_format=last if in_last else torch.contiguous_format)
+        put_tensor(self.layer, name, None if tensor is None else tensor.detach())
+
+
+@dataclasses.dataclass(eq=False)
+class EdgeRule(Rule):
+    """A rule that gives every weighted layer a carrier of its error; subclasses say which in `carrier`.
+
+    Layers that are excluded carry the error by their weight, as in backpropagation.
+    """
+
+    include: list[str] = option(["*"], "layers (names, or patterns such as 'layer1.*'; * crosses dots) whose error "
+                                           "the rule carries")
+    exclude: list[str] = option([], "layers (names, or patterns; * crosses dots) that carry the error by their "
+                                        "true weight instead")
+    plain_last: bool = option(False, "the output layer carries its error by its true weight")
+
+    def carrier(self, site: Site) -> Carrier:
+        """Put the layer's feedback tensors in place and return what makes the effective feedback of them."""
+        raise NotImplementedError
+
+    def put_in(self, sample_input: Tensor | None) -> Coverage:
+        from fa_bench.mechanisms.layers import swap_in, weighted_layers
+
+        self._layers: dict[str, Any] = {}
+        self._learning: list[Any] = []
+        layers = weighted_layers(self.model)
+        outputs = self.trace(sample_input).outputs if sample_input is not None else list(layers)[-1:]
+        plain = set(layers) - matching(self.include, layers, "include") | matching(self.exclude, layers, "exclude")
+        plain |= set(outputs) if self.plain_last else set()
+        if layers and plain.issuperset(layers):
+            raise CoverageError(f"include={self.include}, exclude={self.exclude}, plain_last={self.plain_last} leave rule "
+                                f"'{self.name}' no layer (layers: {names(layers)})")
+        covered = []
+        for path, layer in layers.items():
+            kind = type(layer).__name__
+            site = Site(path, layer, self.seed, path in outputs)
+            carrier = Transport() if path in plain else self.carrier(site)
+            swap_in(layer, path, carrier, self.mode)
+            self._layers[path] = layer
+            if carrier.learned:
+                self._learning.append(layer)
+            covered.append(Covered(path, kind, tuple(layer.weight.shape), f"goes on through {carrier.words()}"))
+        ids = {id(parameter) for layer in layers.values() for parameter in layer.parameters(recurse=False)}
+        return Coverage(self.name, tuple(covered), foreign_weights(self.model, ids))
+
+    def take_out(self) -> None:
+        from fa_bench.mechanisms.layers import drop_tensors, swap_out, weighted_layers
+
+        for layer in weighted_layers(self.model).values():
+            if hasattr(layer, "carrier"):
+                swap_out(layer)
+            drop_tensors(layer)
+
+    @property
+    def feedback(self) -> dict[str, dict[str, Tensor]]:
+        from fa_bench.mechanisms.layers import tensors_of
+
+        for layer in self._layers.values():
+            layer.carrier.settle(layer)
+        return {path: {**layer.carrier.shown(layer), **tensors_of(layer)} for path, layer in self._layers.items()}
+
+    def effective_feedback(self, layer: str) -> Tensor:
+        layers = self._layers
+        if layer not in layers:
+            raise CoverageError(f"rule '{self.name}' covers no layer '{layer}'{nearest(layer, layers)} "
+                                f"(covered: {names(layers)})")
+        return layers[layer].carrier.effective(layers[layer]).detach()
+
+    def feedback_parameters(self) -> list[Tensor]:
+        from fa_bench.mechanisms.layers import tensors_of
+
+        return [tensors_of(layer)[name] for layer in self._layers.values() for name in layer.carrier.learned]
+
+    def shared_gradients(self) -> list[tuple[Tensor, Tensor]]:
+        from fa_bench.mechanisms.layers import tensors_of
+
+        return [(tensors_of(layer)[layer.carrier.follows], layer.weight) for layer in self._learning if layer.carrier.follows]
+
+    def step(self) -> None:
+        for layer in self._learning:
+            layer.carrier.after_step(layer)
+
+    def state_dict(self) -> dict[str, Any]:
+        states = {path: layer.carrier.state() for path, layer in self._layers.items()}
+        return {path: state for path, state in states.items() if state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        for path, layer in self._layers.items():
+            if path in state:
+                layer.carrier.load_state(state[path])
+
+    def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return {path: (layer.carrier.effective(layer), layer.weight.detach()) for path, layer in self._layers.items()}

@@ -1,0 +1,268 @@
+"""Layers whose backward pass carries the error by feedback; their class is swapped in place.
+
+``module.__class__ = FeedbackLinear`` keeps names, hooks, optimizer references, tied and pretrained weights. Feedback
+tensors are buffers of the layer itself, called ``feedback_B`` and the like, so that state_dict, ``.to()``, memory formats
+and deepcopy follow while ``model.parameters()`` stays that of the plain model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fa_bench.mechanisms.carry import Carry, Learn
+from fa_bench.mechanisms.ops import (
+    FeedbackConvFunction,
+    FeedbackLinearFunction,
+    Geometry,
+    ProductConvFunction,
+    ProductLinearFunction,
+)
+
+if TYPE_CHECKING:
+    from fa_bench.mechanisms.carriers import Carrier
+
+PREFIX = "feedback_"
+
+
+@dataclasses.dataclass
+class Mode:
+    """What all layers and cuts of one attached model share.
+
+    Attributes:
+        exact: forward passes are those of the plain model.
+        hold: forward passes draw nothing new, so that a probe leaves no trace.
+    """
+
+    exact: bool = False
+    hold: bool = False
+
+
+class FeedbackLayer(nn.Module):
+    """Mixin in front of a plain layer class: the forward that puts the feedback into the graph.
+
+    Attributes:
+        carrier: what makes the effective feedback of this layer from its buffers.
+        mode: shared by all layers of the attached model.
+        path: the layer's name in the model.
+    """
+
+    carrier: Carrier
+    mode: Mode
+    path: str
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        mode = self.mode
+        if mode.exact or not torch.is_grad_enabled():
+            return super().forward(x, *args, **kwargs)
+        carrier = self.carrier
+        if self.training and not mode.hold:
+            carrier.before_forward(self)
+        # Where nobody asks for the error at the input (the first layer), a rule that only carries errors equals the plain layer.
+        if not (x.requires_grad or carrier.always):
+            return super().forward(x, *args, **kwargs)
+        carry = carrier.carry(self, x)
+        weight, bias = self.weight, self.bias
+        if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
+            # Cast outside the Function: its backward then sees one dtype, and the casts are differentiated as usual.
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = _autocast(x, dtype), _autocast(weight, dtype)
+            carry = _autocast_carry(carry, self.weight.detach(), dtype)
+            bias = None if bias is None else _autocast(bias, dtype)
+        return self.apply_feedback(x, weight, bias, carry, *args, **kwargs)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.carrier.settle(self)
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.carrier.settle(self)
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def apply_feedback(self, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry) -> Tensor:
+        """The layer's output, with what carries the error in its backward pass."""
+        raise NotImplementedError
+
+
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As torch's autocast does: double precision stays."""
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
+def _autocast_carry(carry: Carry, weight: Tensor, dtype: torch.dtype) -> Carry:
+    """`carry` with all tensors cast; what is made of the weight is made of it at full precision, where no small one is zero."""
+    feedback = carry.make(weight) if carry.make else carry.feedback
+    return carry._replace(
+        feedback=None if feedback is None else _autocast(feedback, dtype),
+        make=None,
+        second=None if carry.second is None else _autocast(carry.second, dtype),
+        activation=carry.activation and _composed(lambda value: _autocast(value, dtype), carry.activation),
+        learn=_learn_from(carry, lambda value: _autocast(value, dtype)),
+    )
+
+
+def _learn_from(carry: Carry, prepare: Callable[[Tensor], Tensor]) -> tuple[Learn, ...]:
+    """`carry.learn`, with what stands in for the input in a gradient prepared as the input is."""
+    return tuple(learn._replace(activation=learn.activation and _composed(prepare, learn.activation)) for learn in carry.learn)
+
+
+class FeedbackLinear(FeedbackLayer, nn.Linear):
+    """nn.Linear with feedback."""
+
+    def apply_feedback(self, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry) -> Tensor:
+        function = FeedbackLinearFunction if carry.second is None else ProductLinearFunction
+        if x.dim() == 2:
+            return function.apply(x, weight, bias, carry)
+        return function.apply(x.reshape(-1, x.shape[-1]), weight, bias, carry).view(*x.shape[:-1], -1)
+
+
+class _FeedbackConv(FeedbackLayer):
+    def apply_feedback(self, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry) -> Tensor:
+        def prepared(value: Tensor) -> tuple[Tensor, Geometry]:
+            return padded(self, _batched(value, len(self.kernel_size)))
+
+        y = _convolve(*prepared(x), weight, bias, carry, lambda value: prepared(value)[0])
+        return y if x.dim() == y.dim() else y.squeeze(0)
+
+
+class _FeedbackConvTranspose(FeedbackLayer):
+    def apply_feedback(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry, output_size: list[int] | None = None
+    ) -> Tensor:
+        dims = len(self.kernel_size)
+        output_padding = self._output_padding(
+            x, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
+        )
+        geometry = Geometry(self.stride, self.padding, self.dilation, True, tuple(output_padding), self.groups)
+        y = _convolve(_batched(x, dims), geometry, weight, bias, carry, lambda value: _batched(value, dims))
+        return y if x.dim() == y.dim() else y.squeeze(0)
+
+
+def _convolve(
+    x: Tensor, geometry: Geometry, weight: Tensor, bias: Tensor | None, carry: Carry, prepare: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """A convolution of a prepared input; `prepare` does the same to what stands in for the input in a gradient."""
+    if carry.second is not None:
+        return ProductConvFunction.apply(x, weight, bias, carry, geometry)
+    if carry.activation is not None or carry.learn:
+        carry = carry._replace(
+            activation=carry.activation and _composed(prepare, carry.activation), learn=_learn_from(carry, prepare)
+        )
+    return FeedbackConvFunction.apply(x, weight, bias, carry, geometry)
+
+
+def _composed(prepare: Callable[[Tensor], Tensor], activation: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    return lambda: prepare(activation())
+
+
+def padded(conv: Any, x: Tensor) -> tuple[Tensor, Geometry]:
+    """The input of a plain convolution, (N, I, ...), and its geometry.
+
+    Padding other than symmetric zeros is put around the input, where autograd differentiates it exactly.
+    """
+    dims, padding = len(conv.kernel_size), conv.padding
+    if conv.padding_mode != "zeros":
+        x, padding = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), (0,) * dims
+    elif padding == "same":
+        pads = conv._reversed_padding_repeated_twice
+        if all(pads[i] == pads[i + 1] for i in range(0, len(pads), 2)):
+            padding = tuple(pads[::2][::-1])
+        else:
+            x, padding = F.pad(x, pads), (0,) * dims
+    elif padding == "valid":
+        padding = (0,) * dims
+    return x, Geometry(conv.stride, padding, conv.dilation, False, (0,) * dims, conv.groups)
+
+
+def _batched(x: Tensor, dims: int) -> Tensor:
+    """A sample without a batch dimension, given one."""
+    return x if x.dim() == dims + 2 else x.unsqueeze(0)
+
+
+class FeedbackConv1d(_FeedbackConv, nn.Conv1d):
+    """nn.Conv1d with feedback."""
+
+
+class FeedbackConv2d(_FeedbackConv, nn.Conv2d):
+    """nn.Conv2d with feedback."""
+
+
+class FeedbackConv3d(_FeedbackConv, nn.Conv3d):
+    """nn.Conv3d with feedback."""
+
+
+class FeedbackConvTranspose1d(_FeedbackConvTranspose, nn.ConvTranspose1d):
+    """nn.ConvTranspose1d with feedback."""
+
+
+class FeedbackConvTranspose2d(_FeedbackConvTranspose, nn.ConvTranspose2d):
+    """nn.ConvTranspose2d with feedback."""
+
+
+class FeedbackConvTranspose3d(_FeedbackConvTranspose, nn.ConvTranspose3d):
+    """nn.ConvTranspose3d with feedback."""
+
+
+#: Plain class -> its class with feedback. Only exact types are swapped: a subclass may do anything in its forward.
+SWAPS: dict[type[nn.Module], type[FeedbackLayer]] = {
+    nn.Linear: FeedbackLinear,
+    nn.Conv1d: FeedbackConv1d,
+    nn.Conv2d: FeedbackConv2d,
+    nn.Conv3d: FeedbackConv3d,
+    nn.ConvTranspose1d: FeedbackConvTranspose1d,
+    nn.ConvTranspose2d: FeedbackConvTranspose2d,
+    nn.ConvTranspose3d: FeedbackConvTranspose3d,
+}
+_PLAIN = {swapped: plain for plain, swapped in SWAPS.items()}
+CONVOLUTIONS = tuple(plain for plain in SWAPS if plain is not nn.Linear)
+
+
+def is_weighted(module: nn.Module) -> bool:
+    """Whether the module is a layer that feedback can be put into, plain or swapped already."""
+    return (type(module) in SWAPS or type(module) in _PLAIN) and isinstance(
+        module._parameters.get("weight"), nn.Parameter
+    ) and not isinstance(module.weight, nn.parameter.UninitializedParameter)
+
+
+def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every weighted layer by its path, in the order of definition; a shared module once."""
+    return {path: module for path, module in model.named_modules() if is_weighted(module)}
+
+
+def swap_in(module: nn.Module, path: str, carrier: Carrier, mode: Mode) -> None:
+    """Turn a plain layer into its feedback class, in place."""
+    module.__class__ = SWAPS[type(module)]
+    module.carrier, module.mode, module.path = carrier, mode, path
+
+
+def swap_out(module: nn.Module) -> None:
+    """Turn a feedback layer back into the plain one and drop its feedback tensors."""
+    module.__class__ = _PLAIN[type(module)]  # type: ignore[assignment]
+    for name in ("carrier", "mode", "path"):
+        delattr(module, name)
+    drop_tensors(module)
+
+
+def put_tensor(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+    """Make `tensor` the feedback tensor `name` of a module: a buffer, saved with the model's state_dict unless None."""
+    module.register_buffer(PREFIX + name, tensor)
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """The feedback tensors of a module by name, live."""
+    return {
+        key.removeprefix(PREFIX): tensor
+        for key, tensor in module._buffers.items()
+        if key.startswith(PREFIX) and tensor is not None
+    }
+
+
+def drop_tensors(module: nn.Module) -> None:
+    """Remove every feedback tensor from a module."""
+    for key in [key for key in module._buffers if key.startswith(PREFIX)]:
+        delattr(module, key)

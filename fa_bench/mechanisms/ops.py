@@ -1,0 +1,202 @@
+"""The autograd Functions that every rule is made of: those of edge rules, for one hop and for two, and that of cut rules.
+
+Shapes: N batch, O out features or channels, I in features or channels, K kernel positions, C classes; ``...`` any further
+dimensions. Those of edge rules compute the forward pass of the plain layer. Backward, with g the gradient at the layer's output:
+
+    gradient of the weight = correlation of the true input with g       (as backpropagation)
+    gradient of the bias   = g summed over batch and space              (as backpropagation)
+    error at the input     = g carried by `feedback`                    (backpropagation has the weight here)
+
+`feedback` has the weight's own layout, so that feedback = weight is backpropagation bit for bit, with no transpose anywhere.
+What a layer hands to its Function beside its own tensors is one `Carry`.
+Every wrapper counts here, for a small layer's arithmetic takes microseconds: few arguments, forward and setup in one method, and
+backward not marked ``once_differentiable``. Second derivatives through these Functions are those of the formulas above.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from fa_bench.mechanisms.carry import Carry
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """(..., F) as (rows, F)."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+class FeedbackLinearFunction(torch.autograd.Function):
+    """y = x Wᵀ + b with the error e_in = g B.
+
+    Shapes: x (N, I), weight and feedback (O, I), bias (O) or None, y and g (N, O).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry) -> Tensor:
+        ctx.carry = carry
+        feedback = weight if carry.make else carry.feedback
+        ctx.save_for_backward(*((feedback,) if carry.activation else (feedback, x)))
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        carry: Carry = ctx.carry
+        feedback, *kept = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        e_in = g.mm(carry.make(feedback) if carry.make else feedback) if needs_x else None
+        x = _rows(carry.activation()) if carry.activation else kept[0]
+        grad_weight = g.t().mm(x) if needs_weight else None
+        for learn in carry.learn:
+            if learn.activation is not None or learn.hop is not None:
+                other = x if learn.activation is None else _rows(learn.activation())
+                error = g if learn.hop is None else g.mm(learn.hop[0].to(g.dtype))
+                learn.receive(error.t().mm(other))
+            elif grad_weight is not None:
+                learn.receive(grad_weight)
+        return e_in, grad_weight, g.sum(0) if needs_bias else None, None
+
+
+class ProductLinearFunction(torch.autograd.Function):
+    """y = x Wᵀ + b with the error carried in two hops, ē = g B and e_in = ē R; gradient of R = ēᵀ x.
+
+    Shapes: x (N, I), weight (O, I), bias (O) or None, first B (O, M), second R (M, I), y and g (N, O), ē (N, M).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry) -> Tensor:
+        ctx.save_for_backward(x, carry.feedback, carry.second)
+        ctx.learn = carry.learn
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, first, second = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        between = g.mm(first) if needs_x or ctx.learn else g
+        e_in = between.mm(second) if needs_x else None
+        grad_weight = g.t().mm(x) if needs_weight else None
+        for learn in ctx.learn:
+            learn.receive(between.t().mm(x))
+        return e_in, grad_weight, g.sum(0) if needs_bias else None, None
+
+
+class Geometry(NamedTuple):
+    """How a convolution walks over its input; `padding` is symmetric and filled with zeros."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+
+
+class FeedbackConvFunction(torch.autograd.Function):
+    """A convolution of one to three dimensions, plain or transposed, whose error is carried by `feedback`.
+
+    Shapes: x (N, I, ...); weight and feedback (O, I/groups, K...), or (I, O/groups, K...) where transposed; bias (O) or
+    None; y and g (N, O, ...). e_in is the input gradient of the same convolution with `feedback` for the weight.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry, geometry: Geometry) -> Tensor:
+        feedback = weight if carry.make else carry.feedback
+        ctx.save_for_backward(*((feedback,) if carry.activation else (feedback, x)))
+        ctx.geometry, ctx.carry = geometry, carry
+        ctx.bias_sizes = None if bias is None else list(bias.shape)
+        return torch.ops.aten.convolution(x, weight, bias, *geometry)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        carry: Carry = ctx.carry
+        feedback, *kept = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:3])
+        if carry.make and needs[0]:
+            feedback = carry.make(feedback)
+        # Of the weight's argument only the shape enters the weight gradient, and of the input's only the shape enters the error,
+        # so that one call serves all three.
+        x = carry.activation() if carry.activation else kept[0]
+        grads = torch.ops.aten.convolution_backward(g, x, feedback, ctx.bias_sizes, *ctx.geometry, needs)
+        for learn in carry.learn:
+            if learn.activation is not None or learn.hop is not None:
+                other = x if learn.activation is None else learn.activation()
+                error, learned = g, feedback
+                if learn.hop is not None:
+                    first, learned = (tensor.to(g.dtype) for tensor in learn.hop)
+                    error = _first_hop(g, first, ctx.geometry.groups)
+                learn.receive(weight_gradient(error, other, learned, ctx.geometry))
+            elif needs[1]:
+                learn.receive(grads[1])
+        return *grads, None, None
+
+
+class ProductConvFunction(torch.autograd.Function):
+    """A convolution with the error carried in two hops: ē = a 1x1 convolution of g by `first`, e_in = that of ē by `second`.
+
+    Shapes: x (N, I, ...); weight (O, I/groups, K...); first B (O, M/groups); second R (M, I/groups, K...), the layout of a weight
+    with M outputs; y and g (N, O, ...); ē (N, M, ...). Transposed: weight (I, O/groups, K...) and R (I, M/groups, K...). Within
+    each group B's rows belong to that group's own part of R. Gradient of R = that of such a weight, from x and ē.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry, geometry: Geometry) -> Tensor:
+        ctx.save_for_backward(x, weight, carry.feedback, carry.second)
+        ctx.geometry, ctx.learn = geometry, carry.learn
+        ctx.bias_sizes = None if bias is None else list(bias.shape)
+        return torch.ops.aten.convolution(x, weight, bias, *geometry)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, first, second = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        geometry: Geometry = ctx.geometry
+        _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            g, x, weight, ctx.bias_sizes, *geometry, [False, needs_weight, needs_bias]
+        )
+        e_in = None
+        if needs_x or ctx.learn:
+            between = _first_hop(g, first, geometry.groups)
+            e_in, grad_second, _ = torch.ops.aten.convolution_backward(
+                between, x, second, None, *geometry, [needs_x, bool(ctx.learn), False]
+            )
+            for learn in ctx.learn:
+                learn.receive(grad_second)
+        return e_in, grad_weight, grad_bias, None, None
+
+
+def weight_gradient(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """The weight gradient of a convolution, in the shape of `weight`, whose values do not matter."""
+    return torch.ops.aten.convolution_backward(g, x, weight, None, *geometry, [False, True, False])[1]
+
+
+def _first_hop(g: Tensor, first: Tensor, groups: int) -> Tensor:
+    """ē (N, M, ...) from g (N, O, ...) and B (O, M/groups): at every pixel, and within every group, ē = g B."""
+    outputs, between = first.shape
+    mixing = first.view(groups, outputs // groups, between).transpose(1, 2).reshape(groups * between, outputs // groups)
+    ones = [1] * (g.dim() - 2)
+    zeros = [0] * len(ones)
+    return torch.ops.aten.convolution(g, mixing.view(*mixing.shape, *ones), None, ones, zeros, ones, False, zeros, groups)
+
+
+class DeliverFunction(torch.autograd.Function):
+    """The identity on the logits z (N, C), whose backward pass answers with an error for them and one for each cut.
+
+    Inputs: `answer`, called with δ = ∂L/∂z and the kept tensors, returns the errors at z and at them; `keep`, whether it is
+    given the kept tensors, which are then saved for it; z; the kept tensors, (N, ...) each.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, answer: Callable[..., list[Tensor]], keep: bool, logits: Tensor, *kept: Tensor) -> Tensor:
+        ctx.answer = answer
+        ctx.save_for_backward(*(kept if keep else ()))
+        return logits.detach()
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, None, *ctx.answer(delta, ctx.saved_tensors)

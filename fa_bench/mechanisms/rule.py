@@ -1,0 +1,262 @@
+"""What every rule is: its options, its life in a model, and the interface that the loop and the metrics use."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fa_bench.config.options import Options, option
+from fa_bench.errors import CoverageError, StateError, names
+from fa_bench.lazy import torch
+from fa_bench.mechanisms.coverage import RULE_ATTRIBUTE, Coverage, check_model
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from fa_bench.mechanisms.layers import Mode
+    from fa_bench.mechanisms.trace import Trace
+
+R = TypeVar("R", bound="Rule")
+
+INPUT, OUTPUT = "input", "output"
+
+
+class _Attached:
+    """What a rule holds while it is in a model; no options."""
+
+    if TYPE_CHECKING:
+        model: nn.Module
+        mode: Mode
+        seed: int
+        coverage: Coverage
+        _trace: Trace | None
+        _frozen: list[nn.Parameter]
+        _handles: list[Any]
+
+
+@dataclasses.dataclass(eq=False)
+class Rule(_Attached, Options):
+    """A learning rule; its dataclass fields are its options.
+
+    A rule is put into one model by `attach` and taken out by `detach`. `EdgeRule` and `CutRule` implement the two
+    mechanisms that rules are made of.
+    """
+
+    allow_uncovered: bool = option(False, "accept weights that the rule does not cover; they learn by their true local gradient")
+    freeze_stem: bool = option(False, "the first layer keeps its initial weight and bias")
+
+    # -------------------------------------------------------------------------------------------- life in a model
+    def attach(
+        self: R, model: nn.Module, seed: int = 0, sample_input: Tensor | None = None, initial_phase: bool = True
+    ) -> R:
+        """Put the rule into `model`, in place.
+
+        Args:
+            model: a plain module: not wrapped for data-parallel training, not compiled, with no rule in it.
+            seed: seed of the feedback; every tensor is drawn by (seed, layer, name).
+            sample_input: one input batch (N, ...), for rules that need to know what follows what.
+            initial_phase: do at once what the rule does before training; else it is left to `initial_phase`.
+
+        Raises:
+            CoverageError: naming the layers, where the rule cannot be put in.
+        """
+        from fa_bench.mechanisms.layers import Mode
+
+        if getattr(self, "model", None) is not None:
+            raise CoverageError(f"this '{self.name}' rule object is in a model already; make another one")
+        check_model(model)
+        self.model, self.mode, self.seed = model, Mode(), seed
+        self._trace = None
+        self._frozen: list[nn.Parameter] = []
+        self._handles: list[Any] = []
+        try:
+            if self.freeze_stem:
+                stem = model.get_submodule(self.trace(sample_input).order[0])
+                self.freeze(stem.parameters(recurse=False))
+            self.coverage = self.put_in(sample_input).noting_frozen(model)
+            self.coverage.require(self.allow_uncovered)
+        except BaseException:
+            self._leave()
+            raise
+        setattr(model, RULE_ATTRIBUTE, self)
+        if initial_phase:
+            for _ in self.initial_phase():
+                pass
+        return self
+
+    @property
+    def initial_steps_left(self) -> int:
+        """Steps that `initial_phase` will take."""
+        return 0
+
+    def initial_phase(self) -> Iterator[None]:
+        """What the rule does before training, with a pause after every step; from where a loaded state stands."""
+        return iter(())
+
+    def detach(self) -> nn.Module:
+        """Take the rule out: the model is the plain model again, with its present weights. Returns the model.
+
+        Raises:
+            CoverageError: where the rule is in no model.
+        """
+        model = getattr(self, "model", None)
+        if model is None:
+            raise CoverageError(f"this '{self.name}' rule object is in no model: it was detached already, or never attached")
+        self._leave()
+        delattr(model, RULE_ATTRIBUTE)
+        return model
+
+    def _leave(self) -> None:
+        self.take_out()
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        del self.model
+
+    def freeze(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Keep parameters from learning, and from decaying, until the rule is detached."""
+        for parameter in parameters:
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+                self._frozen.append(parameter)
+
+    def put_in(self, sample_input: Tensor | None) -> Coverage:
+        """Change `self.model`; implemented by the mechanism."""
+        raise NotImplementedError
+
+    def take_out(self) -> None:
+        """Undo what `put_in` did, also where it stopped half way."""
+        raise NotImplementedError
+
+    # -------------------------------------------------------------------------------------------- training
+    def backward(self, loss: Tensor, logits: Tensor | None = None, target: Tensor | None = None) -> None:
+        """Fill ``.grad`` of the weights and of learned feedback, adding to what is there as ``loss.backward()`` does.
+
+        Args:
+            loss: the scalar loss, scaled or not.
+            logits: the model's output that the loss is made of, (N, C); cut rules need it.
+            target: the labels, (N,); rules whose signal is made of them need it.
+        """
+        if self.mode.exact:
+            loss.backward()
+            return
+        self.deliver(loss, logits, target)
+
+    def deliver(self, loss: Tensor, logits: Tensor | None, target: Tensor | None) -> None:
+        """Bring the rule's errors to every layer: the backward pass alone."""
+        loss.backward()
+
+    def step(self) -> None:
+        """Whatever the rule does between updates; call it after ``optimizer.step()``."""
+
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """Within it forward and backward are true backpropagation, by ``loss.backward()`` and ``rule.backward`` alike.
+
+        What the rule froze takes part.
+        """
+        before, self.mode.exact = self.mode.exact, True
+        required = [parameter.requires_grad for parameter in self._frozen]
+        try:
+            for parameter in self._frozen:
+                parameter.requires_grad_(True)
+            yield
+        finally:
+            self.mode.exact = before
+            for parameter, was in zip(self._frozen, required, strict=True):
+                parameter.requires_grad_(was)
+
+    # -------------------------------------------------------------------------------------------- feedback
+    @property
+    def feedback(self) -> dict[str, dict[str, Tensor]]:
+        """{layer or cut: {name: tensor}}, the live tensors: writing into them takes effect."""
+        return {}
+
+    def effective_feedback(self, layer: str) -> Tensor:
+        """What really carries the error through `layer`, in the weight's layout, detached (edge rules)."""
+        raise CoverageError(f"rule '{self.name}' carries no error backwards through layers such as '{layer}'")
+
+    def feedback_parameters(self) -> list[Tensor]:
+        """The learned feedback tensors, to be given to an optimizer (after the model was moved to its device)."""
+        return []
+
+    def shared_gradients(self) -> list[tuple[Tensor, Tensor]]:
+        """(learned feedback, weight) wherever the gradient of the one is that of the other, the same numbers."""
+        return []
+
+    @property
+    def feedback_lr_scale(self) -> float:
+        """Learning rate of the learned feedback relative to that of the weights."""
+        return 1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rule's state that is not in ``model.state_dict()``: plain containers, values and tensors."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave, after the model's; a rule with state extends this check.
+
+        Raises:
+            StateError: naming the entries that are missing, and those that this rule does not have.
+        """
+        wanted, given = _entries(self.state_dict()), _entries(state)
+        found = {"missing": wanted - given, "unknown": given - wanted}
+        faults = [f"{what}: {names(sorted(entries))}" for what, entries in found.items() if entries]
+        if faults:
+            raise StateError(f"not a state of rule '{self.name}' in this model ({'; '.join(faults)})")
+
+    # -------------------------------------------------------------------------------------------- for the metrics
+    def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """{layer: (effective feedback, weight)}, both in the weight's layout, where the rule has such a pair."""
+        return {}
+
+    def readouts(self) -> dict[str, Tensor]:
+        """{cut: B (C, features)}: direct feedback, which also reads an estimate of the logits out of the cut's activation."""
+        return {}
+
+    def error_points(self, trace: Trace) -> dict[str, tuple[str, str]]:
+        """{layer: (module, side)}: where the rule delivers the error at each layer's activation; side is input or output."""
+        return {layer: (consumer, INPUT) for layer, consumer in trace.consumer.items()}
+
+    def carried(self, layer: str, x: Tensor, g: Tensor, delta: Tensor) -> Tensor:
+        """The error that the rule brings to the input of `layer` through it.
+
+        Args:
+            layer: its path.
+            x: the layer's input.
+            g: the rule's error at the layer's output.
+            delta: the gradient of the loss at the logits, (N, C).
+        """
+        x = x.detach().requires_grad_(True)
+        with torch.enable_grad():
+            return torch.autograd.grad(self.model.get_submodule(layer)(x), x, g)[0]
+
+    # -------------------------------------------------------------------------------------------- structure
+    def trace(self, sample_input: Tensor | None, watch: tuple[str, ...] = ()) -> Trace:
+        """The model's structure from one sample forward.
+
+        Without a sample, zeros of the width of the first layer serve where it is linear and nothing else is declared.
+
+        Raises:
+            CoverageError: where no sample can be made up.
+        """
+        from fa_bench.mechanisms.layers import weighted_layers
+        from fa_bench.mechanisms.trace import trace_model
+
+        if sample_input is None:
+            layers = weighted_layers(self.model)
+            path, first = next(iter(layers.items()), ("", None))
+            if not isinstance(first, torch.nn.Linear):
+                raise CoverageError(f"rule '{self.name}' needs sample_input, one input batch, to see what follows "
+                                    f"layer '{path}'" if path else f"rule '{self.name}' covers no layer of this model")
+            sample_input = first.weight.new_zeros(2, first.in_features)
+        with self.exact():
+            return trace_model(self.model, sample_input, watch)
+
+
+def _entries(state: Any, path: str = "") -> set[str]:
+    """The paths of a nested state's values; an empty mapping counts as nothing."""
+    if not isinstance(state, Mapping):
+        return {path or type(state).__name__}
+    return {entry for key, value in state.items() for entry in _entries(value, f"{path}.{key}" if path else str(key))}

@@ -1,0 +1,230 @@
+"""Shared activations: which earlier activation stands in for a layer's input, brought to that input's shape.
+
+The activations between weighted layers are counted along the order of execution: the stem makes number 1, which enters the
+next layers, and so on; layers that take the same activation, such as a block's first convolution and its projection, count
+once. With k layers to share, activation s = 1 + k ⌊(p - 2)/k⌋ stands in for activation p ≥ 2 (eqs 39-42 of Woo et al. 2021);
+the layers that take activation 1 have it themselves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.config.options import option
+from fa_bench.draws import INITIALISERS
+from fa_bench.errors import CoverageError, names
+from fa_bench.lazy import torch
+from fa_bench.mechanisms.carriers import Carrier, Fixed, Learned, Transport
+from fa_bench.mechanisms.carry import Carry
+from fa_bench.mechanisms.edge import EdgeRule, Site
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from fa_bench.mechanisms.coverage import Coverage
+    from fa_bench.mechanisms.trace import Trace
+
+MATCHES = ("max_pool", "avg_pool", "random")
+
+
+class Source:
+    """The activation that is shared at present, as its first consumer saw it.
+
+    Args:
+        consumer: that layer's path.
+    """
+
+    def __init__(self, consumer: str) -> None:
+        self.consumer = consumer
+        self._kept: tuple[Tensor, int] | None = None
+
+    def keep(self, x: Tensor) -> None:
+        """Called at every forward pass, by the first layer that takes the activation."""
+        self._kept = x.detach(), x._version
+
+    def held(self, match: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+        """What gives this forward's activation, matched, in the backward pass."""
+        assert self._kept is not None
+        tensor, version = self._kept
+
+        def give() -> Tensor:
+            if tensor._version != version:
+                raise RuntimeError("a shared activation was changed in place between its first use and the backward pass")
+            return match(tensor)
+
+        return give
+
+
+def matcher(shape: tuple[int, ...], wanted: tuple[int, ...], kind: str, mixing: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """What brings an activation of one shape (without the batch) to another.
+
+    Copies are concatenated along channels (features) until there are enough; then pooling with kernel = stride = the ratio of the
+    sizes; ``random`` is one fixed random 1x1 convolution `mixing` with that stride in place of both. Where the number of
+    dimensions differs, the activation is flattened first.
+
+    Raises:
+        ValueError: where whole ratios do not lead there.
+    """
+    if len(shape) != len(wanted):
+        inner = matcher((math.prod(shape),), wanted, kind, mixing)
+        return lambda x: inner(x.flatten(1))
+    dims = len(shape) - 1
+    if dims == 0:
+        return _feature_matcher(shape[0], wanted[0], kind, mixing)
+    strides = [math.ceil(have / want) for have, want in zip(shape[1:], wanted[1:], strict=True)]
+    if mixing is None and wanted[0] % shape[0]:
+        raise ValueError(f"{shape[0]} channels do not go into {wanted[0]} a whole number of times")
+    if any(math.ceil(have / stride) != want for have, stride, want in zip(shape[1:], strides, wanted[1:], strict=True)):
+        raise ValueError(f"pooling does not make {wanted[1:]} of {shape[1:]}")
+    copies = wanted[0] // shape[0]
+    convolve = getattr(torch.nn.functional, f"conv{dims}d")
+    pool = getattr(torch.nn.functional, f"max_pool{dims}d" if kind == "max_pool" else f"avg_pool{dims}d")
+
+    def match(x: Tensor) -> Tensor:
+        if mixing is not None:
+            return convolve(x, mixing.to(x.dtype), stride=strides)
+        x = torch.cat([x] * copies, 1) if copies > 1 else x
+        return x if max(strides) == 1 else pool(x, strides, ceil_mode=True)
+
+    return match
+
+
+def _feature_matcher(have: int, want: int, kind: str, mixing: Tensor | None) -> Callable[[Tensor], Tensor]:
+    if mixing is not None:
+        return lambda x: torch.nn.functional.linear(x, mixing.to(x.dtype))
+    if want % have == 0:
+        return (lambda x: x) if want == have else (lambda x: torch.cat([x] * (want // have), -1))
+    if have % want:
+        raise ValueError(f"neither of {have} and {want} features goes into the other a whole number of times")
+    pool: Any = torch.nn.functional.max_pool1d if kind == "max_pool" else torch.nn.functional.avg_pool1d
+    return lambda x: pool(x.unsqueeze(-2), have // want).squeeze(-2)
+
+
+@dataclasses.dataclass(eq=False)
+class Sharing(Carrier):
+    """Wraps another carrier: keeps this layer's input for others, and takes a shared one in place of its own.
+
+    Attributes:
+        inner: what carries the error.
+        source: the shared activation that stands in for this layer's input, or None.
+        gives: the shared activation that is this layer's input, or None.
+        shape, wanted: shapes, without the batch, of the shared activation and of this layer's input.
+        kind: how one is brought to the other.
+    """
+
+    inner: Carrier
+    source: Source | None
+    gives: Source | None
+    shape: tuple[int, ...]
+    wanted: tuple[int, ...]
+    kind: str
+
+    always = True
+
+    def __post_init__(self) -> None:
+        self.learned, self.follows, self.tensors = self.inner.learned, self.inner.follows, self.inner.tensors
+
+    def words(self) -> str:
+        return super().words() + (f"; shares the input of {self.source.consumer}" if self.source is not None else "")
+
+    def carry(self, layer: Any, x: Tensor) -> Carry:
+        if self.gives is not None:
+            self.gives.keep(x)
+        carry = self.inner.carry(layer, x)
+        return carry if self.source is None else self.shared(layer, carry, self.source.held(self.match(layer)))
+
+    def match(self, layer: Any) -> Callable[[Tensor], Tensor]:
+        """What brings the shared activation to the shape of this layer's input."""
+        return matcher(self.shape, self.wanted, self.kind, layer._buffers.get("feedback_P"))
+
+    def shared(self, layer: Any, carry: Carry, activation: Callable[[], Tensor]) -> Carry:
+        """Where the shared activation enters: here, the weight gradient."""
+        return carry._replace(activation=activation)
+
+    def effective(self, layer: Any) -> Tensor:
+        return self.inner.effective(layer)
+
+
+@dataclasses.dataclass(eq=False)
+class SharingRule(EdgeRule):
+    """What the rules with shared activations have in common; `sharing` says where the shared activation enters."""
+
+    k: int = option(2, "how many layers share an activation (2 and 4 in the paper)", minimum=2)
+    match: str = option("max_pool", "how a shared activation gets a later one's shape: copies and max- or average-pooling, or "
+                                    "one fixed random 1x1 convolution", choices=list(MATCHES))
+    linear: str = option("auto", "fully connected layers: fa (own input, fixed feedback), share, or auto: share where the model "
+                                 "has no convolution", choices=["auto", "fa", "share"])
+    b_init: str = option("pytorch", "initialiser of learned B", choices=[*INITIALISERS, "copy_w"])
+    linear_b_init: str = option("uniform_one", "initialiser of the fixed B of fully connected layers", choices=list(INITIALISERS))
+    transport: bool = option(False, "carry the error by the weights: shared activations alone")
+    freeze_stem: bool = option(True, "the first layer keeps its initial weight and bias")
+
+    #: The carrier that lets the shared activation in.
+    sharing = Sharing
+
+    def put_in(self, sample_input: Tensor | None) -> Coverage:
+        trace = self.trace(sample_input)
+        groups = self.sharing_groups(self.model, trace)
+        self._groups = {path: number for number, group in enumerate(groups, start=1) for path in group}
+        self._first = {number: group[0] for number, group in enumerate(groups, start=1)}
+        self._sources = {shared: Source(self._first[shared]) for shared in map(self.source_of, [*self._first][1:])}
+        self._shapes = {path: tuple(shape[1:]) for path, shape in trace.input_shapes.items()}
+        self._stem = trace.order[0]
+        return super().put_in(sample_input)
+
+    def sharing_groups(self, model: nn.Module, trace: Trace) -> list[list[str]]:
+        """The layers that share, grouped by the activation that enters them, numbered from 1 on: the stem's output.
+
+        Raises:
+            CoverageError: where there are fewer than two such activations.
+        """
+        from fa_bench.mechanisms.layers import CONVOLUTIONS, weighted_layers
+
+        convolutional = {path for path, layer in weighted_layers(model).items() if isinstance(layer, CONVOLUTIONS)}
+        share_linear = self.linear == "share" or (self.linear == "auto" and not convolutional)
+        groups = [group for group in trace.inputs[1:] if share_linear or convolutional.issuperset(group)]
+        if len(groups) < 2:
+            sharers = names(path for group in groups for path in group) or "none"
+            raise CoverageError(
+                f"rule '{self.name}' has nothing to share in this model: behind the stem '{trace.order[0]}' it needs two "
+                f"activations that enter layers which share, and finds {len(groups)} (into {sharers}). What works: "
+                f"architecture=resnet20, an mlp with two hidden layers, or algorithm.linear=share"
+            )
+        return groups
+
+    def source_of(self, number: int) -> int:
+        """The activation that stands in for activation `number` ≥ 2."""
+        return 1 + self.k * ((number - 2) // self.k)
+
+    def carrier(self, site: Site) -> Carrier:
+        number = self._groups.get(site.path)
+        if number is None and site.path != self._stem:
+            if self.transport:
+                return Transport()
+            site.put("B", self.linear_b_init)
+            return Fixed()
+        inner: Carrier = Transport() if self.transport else Learned()
+        if not self.transport:
+            site.put("B", self.b_init)
+        source = self.source_of(number) if number is not None and number > 1 else None
+        gives = self._sources.get(number) if number is not None and self._first[number] == site.path else None
+        if source is None and gives is None:
+            return inner
+        wanted = self._shapes[site.path]
+        if source is None:
+            return self.sharing(inner, None, gives, wanted, wanted, self.match)
+        have = self._shapes[self._first[source]]
+        if self.match == "random":
+            channels = have[0] if len(have) == len(wanted) else math.prod(have)
+            site.put("P", "kaiming_uniform", shape=[wanted[0], channels, *[1] * (len(wanted) - 1)])
+        carrier = self.sharing(inner, self._sources[source], gives, have, wanted, self.match)
+        try:
+            carrier.match(site.layer)
+        except ValueError as error:
+            raise CoverageError(f"rule '{self.name}' cannot bring the activation shared by '{self._first[source]}' to the shape "
+                                f"of the input of '{site.path}': {error}; algorithm.match=random changes channels and "
+                                f"features to any number") from None
+        return carrier

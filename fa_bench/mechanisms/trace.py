@@ -1,0 +1,214 @@
+"""The order and neighbourhood of a model's layers, read from the autograd graph of one sample forward.
+
+No layer is recognised by its type or place in the file: a layer *feeds* a tensor when the graph leads from the tensor
+back to the layer's output without passing another weighted layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fa_bench.mechanisms.layers import weighted_layers
+
+
+@dataclasses.dataclass
+class Trace:
+    """What one forward pass showed.
+
+    Attributes:
+        order: weighted layers in the order of execution.
+        outputs: weighted layers that feed the model's output.
+        reached: weighted layers whose input depends on any parameter, so that an error through them is asked for.
+        consumer: layer -> the first executed layer that its activation is an input of; absent for output layers.
+        inputs: weighted layers grouped by the activation that enters them, in the order of execution; those of the image first.
+        calls: how often each watched module ran.
+        feeds: watched module -> weighted layers that feed its output.
+        twins: watched module -> one watched before it that has the very same output, such as a block's last module.
+        behind: weighted layers that a watched output, or the model's, is reached from only or also through another layer.
+        output_shapes, input_shapes: watched module or layer -> shape of its output, of its input.
+        changed: watched modules and layers whose output was changed in place after they returned it.
+        result_shape: shape of the model's output, its first tensor.
+    """
+
+    order: list[str]
+    outputs: list[str]
+    reached: list[str]
+    consumer: dict[str, str]
+    inputs: list[list[str]]
+    calls: Counter[str]
+    feeds: dict[str, list[str]]
+    twins: dict[str, str]
+    behind: list[str]
+    output_shapes: dict[str, tuple[int, ...]]
+    input_shapes: dict[str, tuple[int, ...]]
+    changed: set[str]
+    result_shape: tuple[int, ...]
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in a nest of tuples, lists and mappings (models may return any of them)."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+
+
+def replaced(value: Any, old: Tensor, new: Tensor) -> Any:
+    """The same nest with `new` in the place of `old`; dictionaries are changed in place, whatever their class."""
+    if value is old:
+        return new
+    if isinstance(value, dict):
+        for key, item in list(value.items()):
+            value[key] = replaced(item, old, new)
+    elif isinstance(value, (tuple, list)):
+        items = [replaced(item, old, new) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+def trace_model(model: nn.Module, sample: Tensor, watch: Iterable[str] = ()) -> Trace:
+    """Run the model once in evaluation mode and read its structure; no state of the model changes.
+
+    Args:
+        model: the plain model (or an attached one inside ``rule.exact()``).
+        sample: one input batch, (N, ...).
+        watch: paths of further modules whose outputs matter.
+    """
+    layers, modules = weighted_layers(model), dict(model.named_modules())
+    watched = {path: modules[path] for path in watch}
+    seen: dict[str, _Seen] = {}
+    calls: Counter[str] = Counter()
+    node_of: dict[Any, str] = {}
+
+    def record(path: str):
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            calls[path] += 1
+            y = next(tensors_in(output), None)
+            if y is None:
+                return
+            x = next(tensors_in(args), y)
+            # The nodes of this moment: a later in-place operation gives the tensor another one.
+            seen[path] = _Seen(tuple(x.shape), x.grad_fn, y, y.grad_fn, y._version)
+            if path in layers and y.grad_fn is not None:
+                node_of[y.grad_fn] = path
+        return hook
+
+    handles = [m.register_forward_hook(record(p), prepend=True) for p, m in {**watched, **layers}.items()]
+    try:
+        with evaluating(model), torch.enable_grad(), all_require_grad(model):
+            output = next(tensors_in(model(sample.detach())))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    order = [path for path in seen if path in layers]
+    consumer: dict[str, str] = {}
+    groups: dict[Any, list[str]] = {}
+    for path in order:
+        groups.setdefault(seen[path].input_node, []).append(path)
+        for fed in _walk(seen[path].input_node, node_of, ())[0]:
+            consumer.setdefault(fed, path)
+    ends = {path: seen[path].output_node for path in watched if path in seen}
+    first: dict[Any, str] = {}
+    twins = {path: twin for path, node in ends.items() if node is not None and (twin := first.setdefault(node, path)) != path}
+    walks = {path: _walk(node, node_of, ends.values()) for path, node in ends.items()}
+    _, behind = _walk(output.grad_fn, node_of, ends.values())
+    behind = behind.union(*(through for _, through in walks.values()))
+    return Trace(
+        order=order,
+        outputs=[path for path in order if path in _walk(output.grad_fn, node_of, ())[0]],
+        reached=[path for path in order if seen[path].input_node is not None],
+        consumer=consumer,
+        inputs=list(groups.values()),
+        calls=calls,
+        feeds={path: [p for p in order if p in fed] for path, (fed, _) in walks.items()},
+        twins=twins,
+        behind=[path for path in order if path in behind],
+        output_shapes={path: tuple(record.output.shape) for path, record in seen.items()},
+        input_shapes={path: record.input_shape for path, record in seen.items()},
+        changed={path for path, record in seen.items() if record.output._version != record.version},
+        result_shape=tuple(output.shape),
+    )
+
+
+class _Seen(NamedTuple):
+    """What one watched module did in the sample forward; nodes are those of the autograd graph."""
+
+    input_shape: tuple[int, ...]
+    input_node: Any
+    output: Tensor
+    output_node: Any
+    version: int
+
+
+def _walk(root: Any, node_of: dict[Any, str], stops: Iterable[Any]) -> tuple[set[str], set[str]]:
+    """Layers met first on the ways down the graph from `root`, and layers met behind those, not passing `stops`."""
+    first: set[str] = set()
+    behind: set[str] = set()
+    visited: set[tuple[Any, bool]] = set()
+    stops = set(stops)
+    stack = [] if root is None else [(root, False)]
+    while stack:
+        node, past_layer = stack.pop()
+        if (node, past_layer) in visited or (node in stops and node is not root):
+            continue
+        visited.add((node, past_layer))
+        if node in node_of:
+            (behind if past_layer else first).add(node_of[node])
+            past_layer = True
+        stack.extend((following, past_layer) for following, _ in node.next_functions if following is not None)
+    return first, behind
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for every module, each one's own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def without_side_effects(model: nn.Module) -> Iterator[None]:
+    """Forward passes that draw nothing and leave running statistics alone: dropout is off, a batch has its own statistics."""
+    changed: list[tuple[nn.Module, str]] = []
+    for module in model.modules():
+        if (isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ == "StochasticDepth") and module.training:
+            changed.append((module, "training"))
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
+            changed.append((module, "track_running_stats"))
+    for module, attribute in changed:
+        setattr(module, attribute, False)
+    try:
+        yield
+    finally:
+        for module, attribute in changed:
+            setattr(module, attribute, True)
+
+
+@contextmanager
+def all_require_grad(model: nn.Module) -> Iterator[None]:
+    """Every parameter of floating type in the graph, frozen ones too; as before afterwards."""
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)

@@ -1,0 +1,171 @@
+"""What a run writes while it trains: metrics.jsonl, TensorBoard events, result.json."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fa_bench import __version__
+from fa_bench.config.job import Job
+from fa_bench.files import METRICS, RESULT, dump_json, write_text
+from fa_bench.mechanisms.rule import Rule
+from fa_bench.metrics.probe import Probe
+from fa_bench.metrics.probes.base import LayerProbes, Quantities
+from fa_bench.metrics.tensors import named_tensors
+from fa_bench.runs.events import FINAL, Events
+from fa_bench.runs.hashes import code_hash
+from fa_bench.runs.loop import Angles, Progress
+
+_SCALARS = ("train_loss", "val_loss", "test_loss", "train_accuracy", "val_accuracy", "test_accuracy", "lr")
+
+
+class Recorder:
+    """Writes one run's records into its directory.
+
+    Args:
+        directory: the run's directory, which exists.
+        job: the run.
+        progress: where the run stands; records of later epochs are dropped.
+        probes: what else is measured of the layers.
+    """
+
+    def __init__(self, directory: Path, job: Job, progress: Progress, probes: LayerProbes) -> None:
+        self.directory, self.job, self.probes = directory, job, probes
+        path = directory / METRICS
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self.lines = lines[: progress.epoch]
+        self._write_metrics()
+        self.events = Events(directory, job, progress.step)
+
+    def probe(self, step: int, angles: Angles) -> None:
+        """Record one measurement of angles."""
+        values = {f"{metric}/{layer}": value for metric, layers in angles.items() for layer, value in layers.items()}
+        self.events.scalars(values, step)
+
+    def histograms(self, step: int, rule: Rule) -> None:
+        """Record the distributions of a rule's tensors."""
+        self.events.histograms(named_tensors(rule), step)
+
+    def epoch(self, progress: Progress, metrics: dict[str, Any]) -> None:
+        """Record one epoch."""
+        if self.probes.due(progress.epoch):
+            metrics = metrics | {"probes": self.measure_probes(progress)}
+        self.lines.append(dump_json(metrics))
+        self._write_metrics()
+        self.events.scalars({_tag(key): metrics[key] for key in _SCALARS if metrics[key] is not None}, progress.step)
+
+    def flush(self) -> None:
+        """Return once all records are on the disk; to be called before a checkpoint is written."""
+        self.events.flush()
+
+    def measure_probes(self, progress: Progress) -> Quantities:
+        """Measure and record what the run's option `probes` asks for: {quantity: {layer: value}}."""
+        found = self.probes.measure(progress.step)
+        self.probe(progress.step, {f"probe/{quantity}": layers for quantity, layers in found.items()})
+        return found
+
+    def _write_metrics(self) -> None:
+        write_text(self.directory / METRICS, "".join(line + "\n" for line in self.lines))
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write result.json, and how the run ended to TensorBoard."""
+        try:
+            # In front of the result, which says that there is nothing more to do.
+            self.events.finish(result["status"], {key: result[key] for key in FINAL}, result["step"])
+        finally:
+            write_text(self.directory / RESULT, dump_json(result, indent=1) + "\n")
+
+    def close(self) -> None:
+        """Close the event file."""
+        self.events.close()
+
+    def last_metrics(self) -> dict[str, Any]:
+        """The last epoch's line, or nothing."""
+        return json.loads(self.lines[-1]) if self.lines else {}
+
+
+def _tag(key: str) -> str:
+    """train_loss is loss/train."""
+    kind, _, what = key.rpartition("_")
+    return f"{what}/{kind}" if kind else key
+
+
+def base_result(job: Job, experiment: str | None = None) -> dict[str, Any]:
+    """What is known of a run before it trains, with every key that a result has.
+
+    The preset is recorded here and not in the config: what it says is in the config already, and a name must not make equal
+    configs different runs.
+    """
+    return {
+        "status": "failed", "label": job.algorithm.name, "group": job.group, "experiment": experiment,
+        "algorithm": job.algorithm.name, "architecture": job.architecture.name,
+        "dataset": job.dataset.name, "optimizer": job.optimizer.name,
+        "seed": job.run.seed, "epochs": job.run.epochs, "epoch": 0, "step": 0,
+        "test_accuracy": None, "test_accuracy_at_best_val": None, "best_epoch": None, "val_accuracy": None,
+        "train_accuracy": None, "angles": {}, "probes": {}, "feedback_layers": [], "output_layers": [],
+        "seconds": None, "peak_memory_bytes": None,
+        "config_hash": job.config_hash, "code_hash": code_hash(job.run.plugins), "data_hash": None,
+        "initial_weights_hash": None, "batches_hash": None, "weights_hash": None, "feedback_hash": None, "optimizer_hash": None,
+        "device": None, "git": git_state(), "versions": versions(), "error": None,
+    }
+
+
+def progress_result(recorder: Recorder, progress: Progress, probe: Probe, angles: Angles | None) -> dict[str, Any]:
+    """The part of a result that training decides."""
+    last = recorder.last_metrics()
+    return {
+        "epoch": progress.epoch, "step": progress.step, "seconds": progress.seconds,
+        **{key: last.get(key) for key in ("test_accuracy", "val_accuracy", "train_accuracy")},
+        "test_accuracy_at_best_val": progress.test_at_best, "best_epoch": progress.best_epoch,
+        "angles": angles if angles is not None else last.get("angles") or {},
+        "feedback_layers": probe.feedback_layers, "output_layers": probe.output_layers,
+        "peak_memory_bytes": peak_memory(next(probe.rule.model.parameters()).device),
+    }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most memory in use so far, in bytes: of the accelerator's allocator, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return f"{device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+@lru_cache(maxsize=1)
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    from importlib.metadata import version
+
+    packages = ("torch", "torchvision", "numpy", "hydra-core", "omegaconf")
+    return {"fa_bench": __version__, "python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+@lru_cache(maxsize=1)
+def git_state() -> dict[str, Any]:
+    """Commit of the checkout that fa_bench runs from and whether it has changes; both None where it is installed."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10).stdout
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel").strip()) != root:
+            return {"commit": None, "dirty": None}
+        return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(git("status", "--porcelain").strip())}
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "dirty": None}
