@@ -1,12 +1,10 @@
-"""Probes of layers against closed forms, plain autograd and nets made by hand; and runs that do not notice them."""
+"""Probes of layers against closed forms, plain autograd and nets made by hand; what they do is undone."""
 
 from __future__ import annotations
 
 import copy
-import json
 import math
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fa_bench
-from fa_bench.cli import main
 from fa_bench.config.registries import PROBES
 from fa_bench.data.base import ResidentSplit, Splits
 from fa_bench.errors import ConfigError
@@ -27,9 +24,6 @@ from fa_bench.metrics.probes.gradient_norm import norms_and_errors
 from fa_bench.models.conv2 import Conv2
 from fa_bench.models.mlp import MLP
 from fa_bench.models.resnet20 import ResNet20
-from fa_bench.report import figures
-from fa_bench.runs import loop
-from fa_bench.runs.record import Recorder
 
 CPU = torch.device("cpu")
 
@@ -376,117 +370,3 @@ def test_what_a_failing_probe_did_is_undone() -> None:
         subject.model.fc1.weight.zero_()
         raise KeyboardInterrupt
     torch.testing.assert_close(subject.model.state_dict(), before, rtol=0, atol=0)
-
-
-# ------------------------------------------------------------------------------------------------ runs
-TINY = ["dataset=synthetic", "dataset.samples=80", "dataset.test_samples=16", "batch_size=16", "epochs=2", "probe_size=8",
-        "architecture.widths=[8,8]", "architecture.batch_norm=true"]
-ALL = "probes=[readout,gradient_norm,depth_utility]"
-
-
-@pytest.fixture
-def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(figures, "LAYERS", {})
-
-
-def result_in(folder: str) -> dict:
-    return json.loads(Path(folder, "result.json").read_text())
-
-
-@pytest.mark.parametrize("rule", ["brsf", "wm", "pfa", "asap"])
-def test_runs_with_and_without_probes_have_the_same_bits(rule: str, in_empty_folder: None) -> None:
-    command = [*TINY, f"algorithm={rule}"]
-    assert main([*command, "hydra.run.dir=without"]) == 0
-    assert main([*command, ALL, "probes_epochs=1", "hydra.run.dir=with"]) == 0
-    one, two = (torch.load(f"{name}/checkpoints/last.pt", weights_only=True) for name in ("without", "with"))
-    assert one["config_hash"] == two["config_hash"]
-    for key in ("model", "rule", "optimizers"):
-        torch.testing.assert_close(one[key], two[key], rtol=0, atol=0)
-    assert str(one["random"]) == str(two["random"])
-    assert result_in("without")["test_accuracy"] == result_in("with")["test_accuracy"]
-    assert result_in("without")["probes"] == {} != result_in("with")["probes"]
-
-
-def test_probes_of_a_run_are_recorded(in_empty_folder: None) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    assert main([*TINY, ALL, "probes_epochs=1", "hydra.run.dir=run"]) == 0
-    found = result_in("run")["probes"]
-    assert list(found) == ["readout", "gradient_norm", "gradient_norm_update", "gradient_norm_floor", "depth_utility"]
-    assert list(found["readout"]) == ["input", "fc1", "fc2", "fc3"] and list(found["depth_utility"]) == ["act1", "act2"]
-    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
-    assert lines[1]["probes"] == found and lines[0]["probes"] != found
-    events = EventAccumulator("run").Reload()
-    assert {"probe/readout/input", "probe/gradient_norm_floor/fc1", "probe/depth_utility/act2"} <= set(events.Tags()["scalars"])
-    assert [event.step for event in events.Scalars("probe/readout/fc1")][:2] == [4, 8]
-
-
-def test_probes_of_a_finished_run_are_measured_by_resuming_it(in_empty_folder: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert main([*TINY, "hydra.run.dir=run"]) == 0 and result_in("run")["probes"] == {}
-    assert main([*TINY, ALL, "hydra.run.dir=whole"]) == 0
-    before = result_in("run")["test_accuracy"], Path("run/metrics.jsonl").read_text()
-    monkeypatch.setattr(loop.Loop, "_epoch", None)  # no epoch is trained again
-    assert main([*TINY, ALL, "hydra.run.dir=run", "resume=true"]) == 0
-    assert (result_in("run")["test_accuracy"], Path("run/metrics.jsonl").read_text()) == before
-    assert result_in("run")["probes"] == result_in("whole")["probes"] and result_in("run")["status"] == "finished"
-    monkeypatch.setattr(Recorder, "measure_probes", None)
-    assert main([*TINY, "probes=[readout]", "hydra.run.dir=run", "resume=true"]) == 0  # it has been measured
-
-
-def test_a_diverged_run_has_no_probes(in_empty_folder: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Recorder, "measure_probes", None)
-    for divergence in ("stop", "continue"):
-        command = [*TINY, ALL, "optimizer.lr=1e20", f"on_divergence={divergence}", f"hydra.run.dir={divergence}"]
-        assert main(command) == 1
-        assert result_in(divergence)["status"] == "diverged" and result_in(divergence)["probes"] == {}
-
-
-@pytest.mark.parametrize(("words", "said"), [
-    (["probes=[reedout]"], "probes=reedout is not one of depth_utility, gradient_norm, readout; did you mean 'readout'?"),
-    (["probes=readout"], "probes='readout' is not a list (of depth_utility, gradient_norm, readout); did you mean "
-                         "probes=[readout]?"),
-    (["probes=[depth_utility]", "architecture=torchvision", "architecture.model=squeezenet1_0", "dataset.size=32"],
-     "probes=[depth_utility]: SqueezeNet declares no blocks that could be left untrained; name the modules that they end with in "
-     "model.blocks, as architecture=mlp, conv2 and the residual nets do"),
-])
-def test_probes_that_cannot_be_measured_are_named_before_training(
-    words: list[str], said: str, in_empty_folder: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([*TINY[:6], *words, "hydra.run.dir=run"]) == 2
-    assert capsys.readouterr().err == f"fa-bench: {said}\n" and not Path("run").exists()
-
-
-def test_a_plugin_brings_a_probe(in_empty_folder: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    Path("my_probes.py").write_text(
-        "from fa_bench.metrics.probes.base import LayerProbe\n"
-        "from fa_bench.config.registries import PROBES\n"
-        "@PROBES.register('largest')\n"
-        "class Largest(LayerProbe):\n"
-        "    'Largest weight.'\n"
-        "    def measure(self, subject):\n"
-        "        return {self.name: {'fc1': subject.model.fc1.weight.max().item()}}\n")
-    monkeypatch.syspath_prepend(".")
-    try:
-        assert main([*TINY, "plugins=[my_probes]", "probes=[largest]", "hydra.run.dir=run"]) == 0
-    finally:
-        PROBES._entries.pop("largest", None)
-    assert result_in("run")["probes"]["largest"]["fc1"] > 0
-
-
-def test_report_has_the_means_over_seeds(in_empty_folder: None) -> None:
-    from fa_bench.report import write_report
-    from tests.report.by_hand import write_run
-
-    for seed, value in ((0, 0.5), (1, 0.75)):
-        probes = {"readout": {"input": 0.25, "fc1": value}, "depth_utility": {"act1": value / 2}}
-        write_run(Path("runs"), "fa", seed, 0.9, probes=probes)
-    write_run(Path("runs"), "bp", 0, 0.9)
-    write_report(sorted(Path("runs").iterdir()), Path("out"))
-    section = Path("out/report.md").read_text().split("## Probes")[1].split("##")[0]
-    assert [line for line in section.splitlines() if line.startswith("| fa")] == [
-        "| fa | input | 0.25 | - |", "| fa | fc1 | 0.625 | - |", "| fa | act1 | - | 0.3125 |"]
-    assert "| rule | layer | readout | depth_utility |" in section and "| bp" not in section
-    rows = Path("out/report_layers.csv").read_text().splitlines()
-    assert [row.split(",")[4:8] for row in rows if ",readout," in row] == [
-        ["input", "readout", "2", "0.25"], ["fc1", "readout", "2", "0.625"]]
