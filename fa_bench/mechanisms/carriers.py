@@ -46,6 +46,10 @@ class Carrier:
         """What the layer's backward pass needs; `x` is the layer's input."""
         return Carry(self.effective(layer))
 
+    def carry_effective(self, layer: Any, x: Tensor, learn: tuple[Learn, ...]) -> Carry:
+        """`effective`, where an error is carried: where learning alone asks for the pass, making it would be in vain."""
+        return Carry(self.effective(layer) if x.requires_grad else layer.weight.detach(), learn=learn)
+
     def before_forward(self, layer: Any) -> None:
         """Called at the start of every training forward."""
 
@@ -71,6 +75,9 @@ def add_gradient(layer: Any, name: str, gradient: Tensor) -> None:
     """Add to ``.grad`` of the layer's feedback tensor `name`, as a backward pass does; `gradient` may be shared with others."""
     tensor = layer._buffers["feedback_" + name]
     gradient = gradient.detach().to(tensor.dtype)
+    if gradient.stride() != tensor.stride():
+        # torch's fused updates take both for laid out alike, as autograd sees to for parameters.
+        gradient = torch.empty_like(tensor).copy_(gradient)
     if tensor.grad is not None:
         tensor.grad = tensor.grad + gradient
     else:
@@ -102,7 +109,7 @@ class Learned(Fixed):
 
 
 def learning(
-    layer: Any, name: str, activation: Callable[[], Tensor] | None = None, hop: tuple[Tensor, Tensor] | None = None
+    layer: Any, name: str, activation: Callable[[], Tensor] | None = None, hop: Tensor | None = None
 ) -> tuple[Learn, ...]:
     """The entry of `Carry.learn` for the layer's feedback tensor `name`, see `Learn`; none while a probe runs."""
     return () if layer.mode.hold else (Learn(functools.partial(add_gradient, layer, name), activation, hop),)

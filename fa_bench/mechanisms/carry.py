@@ -16,20 +16,20 @@ class Learn(NamedTuple):
         receive: called with the gradient, in the learned tensor's layout; the weight's own gradient is handed over as it is, and
             not at all where the weight is frozen.
         activation: returns what enters the gradient in place of the layer's input, in its shape; None for the input itself.
-        hop: (B, R) of a product's two hops, where R learns: ē = g B enters the gradient in place of g, which then has the shape
-            of R; see the two Functions that carry an error in two hops.
+        hop: B, the first of a product's two hops, where R, the second, learns: ē = g B enters the gradient in place of g. See
+            `fa_bench.mechanisms.product` for its layout.
     """
 
     receive: Callable[[Tensor], None]
     activation: Callable[[], Tensor] | None = None
-    hop: tuple[Tensor, Tensor] | None = None
+    hop: Tensor | None = None
 
 
 class Carry(NamedTuple):
     """What one forward pass hands to a layer's backward pass.
 
     Attributes:
-        feedback: carries the error, in the weight's layout; with `second` only the first of two hops, see `ops.py`.
+        feedback: carries the error, in the weight's layout; with `second` only the first of a linear layer's two hops.
         make: makes it of the weight, in the backward pass, in place of `feedback`.
         second: carries the error on from where `feedback` left it.
         activation: returns what enters the weight gradient in place of the layer's input.

@@ -20,7 +20,6 @@ from fa_bench.mechanisms.ops import (
     FeedbackConvFunction,
     FeedbackLinearFunction,
     Geometry,
-    ProductConvFunction,
     ProductLinearFunction,
 )
 
@@ -147,8 +146,6 @@ def _convolve(
     x: Tensor, geometry: Geometry, weight: Tensor, bias: Tensor | None, carry: Carry, prepare: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """A convolution of a prepared input; `prepare` does the same to what stands in for the input in a gradient."""
-    if carry.second is not None:
-        return ProductConvFunction.apply(x, weight, bias, carry, geometry)
     if carry.activation is not None or carry.learn:
         carry = carry._replace(
             activation=carry.activation and _composed(prepare, carry.activation), learn=_learn_from(carry, prepare)

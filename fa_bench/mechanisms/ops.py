@@ -1,4 +1,4 @@
-"""The autograd Functions that every rule is made of: those of edge rules, for one hop and for two, and that of cut rules.
+"""The autograd Functions that every rule is made of: those of edge rules, and that of cut rules.
 
 Shapes: N batch, O out features or channels, I in features or channels, K kernel positions, C classes; ``...`` any further
 dimensions. Those of edge rules compute the forward pass of the plain layer. Backward, with g the gradient at the layer's output:
@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from fa_bench.mechanisms.product import gradient_of_second
 
 if TYPE_CHECKING:
     from fa_bench.mechanisms.carry import Carry
@@ -55,7 +57,7 @@ class FeedbackLinearFunction(torch.autograd.Function):
         for learn in carry.learn:
             if learn.activation is not None or learn.hop is not None:
                 other = x if learn.activation is None else _rows(learn.activation())
-                error = g if learn.hop is None else g.mm(learn.hop[0].to(g.dtype))
+                error = g if learn.hop is None else g.mm(learn.hop.to(g.dtype))
                 learn.receive(error.t().mm(other))
             elif grad_weight is not None:
                 learn.receive(grad_weight)
@@ -64,6 +66,8 @@ class FeedbackLinearFunction(torch.autograd.Function):
 
 class ProductLinearFunction(torch.autograd.Function):
     """y = x Wᵀ + b with the error carried in two hops, ē = g B and e_in = ē R; gradient of R = ēᵀ x.
+
+    One after the other they cost less than B R does, unless the batch is larger than the layer.
 
     Shapes: x (N, I), weight (O, I), bias (O) or None, first B (O, M), second R (M, I), y and g (N, O), ē (N, M).
     """
@@ -119,69 +123,26 @@ class FeedbackConvFunction(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:3])
         if carry.make and needs[0]:
             feedback = carry.make(feedback)
+        hops = any(learn.hop is not None and learn.activation is None for learn in carry.learn)
         # Of the weight's argument only the shape enters the weight gradient, and of the input's only the shape enters the error,
         # so that one call serves all three.
         x = carry.activation() if carry.activation else kept[0]
-        grads = torch.ops.aten.convolution_backward(g, x, feedback, ctx.bias_sizes, *ctx.geometry, needs)
+        asked = [needs[0], needs[1] or hops, needs[2]]
+        grads = torch.ops.aten.convolution_backward(g, x, feedback, ctx.bias_sizes, *ctx.geometry, asked)
         for learn in carry.learn:
-            if learn.activation is not None or learn.hop is not None:
-                other = x if learn.activation is None else learn.activation()
-                error, learned = g, feedback
+            gradient = grads[1] if needs[1] or learn.hop is not None else None
+            if learn.activation is not None:
+                gradient = weight_gradient(g, learn.activation(), feedback, ctx.geometry)
+            if gradient is not None:
                 if learn.hop is not None:
-                    first, learned = (tensor.to(g.dtype) for tensor in learn.hop)
-                    error = _first_hop(g, first, ctx.geometry.groups)
-                learn.receive(weight_gradient(error, other, learned, ctx.geometry))
-            elif needs[1]:
-                learn.receive(grads[1])
+                    gradient = gradient_of_second(learn.hop, gradient, ctx.geometry.groups, ctx.geometry.transposed)
+                learn.receive(gradient)
         return *grads, None, None
-
-
-class ProductConvFunction(torch.autograd.Function):
-    """A convolution with the error carried in two hops: ē = a 1x1 convolution of g by `first`, e_in = that of ē by `second`.
-
-    Shapes: x (N, I, ...); weight (O, I/groups, K...); first B (O, M/groups); second R (M, I/groups, K...), the layout of a weight
-    with M outputs; y and g (N, O, ...); ē (N, M, ...). Transposed: weight (I, O/groups, K...) and R (I, M/groups, K...). Within
-    each group B's rows belong to that group's own part of R. Gradient of R = that of such a weight, from x and ē.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry, geometry: Geometry) -> Tensor:
-        ctx.save_for_backward(x, weight, carry.feedback, carry.second)
-        ctx.geometry, ctx.learn = geometry, carry.learn
-        ctx.bias_sizes = None if bias is None else list(bias.shape)
-        return torch.ops.aten.convolution(x, weight, bias, *geometry)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, first, second = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        geometry: Geometry = ctx.geometry
-        _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            g, x, weight, ctx.bias_sizes, *geometry, [False, needs_weight, needs_bias]
-        )
-        e_in = None
-        if needs_x or ctx.learn:
-            between = _first_hop(g, first, geometry.groups)
-            e_in, grad_second, _ = torch.ops.aten.convolution_backward(
-                between, x, second, None, *geometry, [needs_x, bool(ctx.learn), False]
-            )
-            for learn in ctx.learn:
-                learn.receive(grad_second)
-        return e_in, grad_weight, grad_bias, None, None
 
 
 def weight_gradient(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """The weight gradient of a convolution, in the shape of `weight`, whose values do not matter."""
     return torch.ops.aten.convolution_backward(g, x, weight, None, *geometry, [False, True, False])[1]
-
-
-def _first_hop(g: Tensor, first: Tensor, groups: int) -> Tensor:
-    """ē (N, M, ...) from g (N, O, ...) and B (O, M/groups): at every pixel, and within every group, ē = g B."""
-    outputs, between = first.shape
-    mixing = first.view(groups, outputs // groups, between).transpose(1, 2).reshape(groups * between, outputs // groups)
-    ones = [1] * (g.dim() - 2)
-    zeros = [0] * len(ones)
-    return torch.ops.aten.convolution(g, mixing.view(*mixing.shape, *ones), None, ones, zeros, ones, False, zeros, groups)
 
 
 class DeliverFunction(torch.autograd.Function):

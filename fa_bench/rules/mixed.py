@@ -39,11 +39,10 @@ class Mix(Carrier):
     def carry(self, layer: Any, x: Tensor) -> Carry:
         buffers, learn = layer._buffers, ()
         if "pfa" in self.kinds:
-            learn += learning(layer, "R", hop=(buffers["feedback_B"], buffers["feedback_R"]))
+            learn += learning(layer, "R", hop=buffers["feedback_B"])
         if "kp" in self.kinds:
             learn += learning(layer, "K")
-        # Where only learning asks for the pass (the first layer) no error is carried, and B R would be multiplied for nothing.
-        return Carry(self.effective(layer) if x.requires_grad else layer.weight.detach(), learn=learn)
+        return self.carry_effective(layer, x, learn)
 
     def effective(self, layer: Any) -> Tensor:
         return self.summed(layer, self.kinds)

@@ -165,6 +165,22 @@ def test_seed_gives_the_same_numbers_in_both_memory_formats():
         assert torch.equal(one.feedback[name]["B"], two.feedback[name]["B"])
 
 
+@pytest.mark.parametrize("name", ["kp", "pfa", "mixed"])
+def test_gradients_of_learned_feedback_are_laid_out_as_it_is(name):
+    """A fused update walks through both as they lie in memory: a step in channels_last is one in the other format."""
+    models = [nets.residual(dtype=torch.float32) for _ in range(2)]
+    models[0].to(memory_format=torch.channels_last)
+    rules = [fa_bench.attach(model, name, seed=0) for model in models]
+    for model, rule in zip(models, rules, strict=True):
+        x, y = nets.batch("residual", dtype=torch.float32)
+        rule_grads(model, rule, x.contiguous(memory_format=torch.channels_last) if model is models[0] else x, y)
+        learned = rule.feedback_parameters()
+        assert all(tensor.grad.stride() == tensor.stride() for tensor in learned)
+        torch.optim.SGD(learned, lr=1.0, fused=True).step()
+    for one, two in zip(*(rule.feedback_parameters() for rule in rules), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)  # float32, sums in another order
+
+
 def options_for(name: str, x, model) -> dict:
     return cut_options(name, model, {"sample_input": x} | QUICK.get(name, {}))
 

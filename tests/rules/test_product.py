@@ -78,6 +78,22 @@ def test_gradient_of_r_is_b_transposed_times_the_gradient_of_w(net):
         assert distance(tensors["R"].grad, array(want)) < 1e-12
 
 
+@pytest.mark.parametrize("net", ["mlp_tanh", "conv"])
+@pytest.mark.parametrize("name", ["pfa", "mixed"])
+def test_r_learns_behind_a_frozen_weight(net, name):
+    x, y = nets.batch(net)
+    learned = []
+    for frozen in (False, True):
+        model = nets.NETS[net]()
+        rule = fa_bench.attach(model, name, seed=0)
+        path = list(rule.feedback)[1]
+        model.get_submodule(path).weight.requires_grad_(not frozen)
+        rule_grads(model, rule, x, y)
+        learned.append(rule.feedback[path]["R"].grad)
+    assert torch.equal(*learned)
+    assert learned[0].abs().sum() > 0
+
+
 def test_b_has_unit_gram_in_the_mean_with_and_without_mask():
     """E[B Bᵀ] = I: the mean of 200 squared row norms of 2000 terms is 1 within 5 standard errors (0.02 dense, 0.03 sparse)."""
     for density, tolerance in ((1.0, 0.01), (0.3, 0.015)):

@@ -1,0 +1,35 @@
+"""The two hops of product feedback, ē = g B and e_in = ē R, as arithmetic on weights: B R, and the gradient of R.
+
+In a convolution B is the same at every pixel. So e_in is g carried by B R, and x correlated with ē is Bᵀ times x correlated with
+g: the large population in between never needs an image of its own.
+
+Shapes, for M units in between a group's outputs and G groups: B (O, M), where a group's rows belong to its own part of R;
+R (G M, I/G, K...), the layout of a weight with G M outputs; transposed: weight (I, O/G, K...) and R (I, M, K...).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def multiplied_out(first: Tensor, second: Tensor, groups: int, transposed: bool) -> Tensor:
+    """B R, in the weight's layout."""
+    return _mix(first.view(groups, len(first) // groups, -1), second, transposed)
+
+
+def gradient_of_second(first: Tensor, gradient: Tensor, groups: int, transposed: bool) -> Tensor:
+    """That of R, in R's layout, from the weight's."""
+    mixing = first.view(groups, len(first) // groups, -1).transpose(1, 2)
+    return _mix(mixing, gradient.to(first.dtype), transposed)
+
+
+def _mix(mixing: Tensor, tensor: Tensor, transposed: bool) -> Tensor:
+    """A T in every group: mixing A (G, P, Q), T laid out like a weight with Q outputs a group, the result like one with P."""
+    groups, outputs, inputs = mixing.shape
+    if transposed:
+        mixed = mixing.unsqueeze(1) @ tensor.reshape(groups, len(tensor) // groups, inputs, -1)
+        return mixed.reshape(len(tensor), outputs, *tensor.shape[2:])
+    return mixing.bmm(tensor.reshape(groups, inputs, -1)).reshape(groups * outputs, *tensor.shape[1:])
