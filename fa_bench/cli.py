@@ -120,7 +120,7 @@ def _main(argv: list[str]) -> int:
 
 def _run(jobs: list[tuple[Job, Path]], composer: Composer, argv: list[str], flags: list[str], multirun: bool) -> int:
     if not multirun:
-        return _hydra(argv) or _report_single(jobs[0][1])
+        return _hydra([*composer.sweeps[0][1], *flags]) or _report_single(jobs[0][1])
     from fa_bench.process import THREADS
 
     places = [place for _, place in jobs]

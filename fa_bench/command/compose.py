@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,8 +21,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from fa_bench.command.guard import check_config, check_overrides, install
-from fa_bench.config.job import GRID, Job, conf_dir, first_line, import_plugins
-from fa_bench.config.registries import GROUPS
+from fa_bench.config.job import GRID, RULES, Job, conf_dir, first_line, import_plugins
+from fa_bench.config.registries import ALGORITHMS, GROUPS
 from fa_bench.errors import ConfigError, FaBenchError, names, nearest
 from fa_bench.files import check_place
 from fa_bench.runs.rundir import RunDirectory
@@ -59,7 +60,7 @@ class Composer:
                     self.plugins += value if isinstance(value, list) else []
                 if not override.is_sweep_override():
                     import_plugins(override.value())
-        #: What Hydra is given for a grid, once for each of its parts: the number of its first job, and all values spelled out.
+        #: What Hydra is given, once for each part of a grid: the number of its first job, and all values spelled out.
         self.sweeps: list[tuple[int, list[str]]] = [(0, overrides)]
         self._multirun = False
 
@@ -80,13 +81,18 @@ class Composer:
                 self._compose([*plain, *_expanded([override.input_line])[0]])
         chosen = config.hydra.runtime.choices.get("experiment")
         preset = _read_grid(config.get(GRID), f"experiment={chosen}")
+        options = _read_rules(config.get(RULES), f"experiment={chosen}")
         if preset and not multirun:
             keys = dict.fromkeys(key for part in preset for key in part)
             raise ConfigError(f"experiment={chosen} is a grid over {names(keys)}: run it with -m")
         self._multirun = multirun
+        parts = self._parts(preset) if preset and multirun else [self.overrides]
+        if options:
+            usual = str(config.hydra.runtime.choices["algorithm"])
+            parts = [piece for part in parts for piece in _by_rule(part, usual, options)]
         if not multirun:
-            return [self.overrides]
-        parts = self._parts(preset) if preset else [self.overrides]
+            self.sweeps = [(0, parts[0])]
+            return [parts[0]]
         expanded = [_expanded(part) for part in parts]
         firsts = [sum(map(len, expanded[:number])) for number in range(len(parts))]
         self.sweeps = list(zip(firsts, parts, strict=True))
@@ -243,6 +249,40 @@ def _read_grid(value: Any, where: str) -> list[dict[str, str]]:
     if not isinstance(grid, list) or not all(isinstance(part, dict) and part for part in grid):
         raise ConfigError(f"{where}: {GRID}={grid}: write a list of mappings, such as [{{algorithm: 'bp,fa', seed: '0,1'}}]")
     return [{str(key): str(values) for key, values in part.items()} for part in grid]
+
+
+def _read_rules(value: Any, where: str) -> dict[str, dict[str, Any]]:
+    """What a preset gives to rules: rule -> option -> value."""
+    rules = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    if rules is None:
+        return {}
+    if not isinstance(rules, dict) or not all(isinstance(options, dict) for options in rules.values()):
+        raise ConfigError(f"{where}: {RULES}={rules}: write a mapping from rules to options, such as {{fa: {{density: 0.5}}}}")
+    for name in rules:
+        if name not in ALGORITHMS:
+            raise ConfigError(f"{where}: {RULES}.{name}: no such algorithm{nearest(str(name), ALGORITHMS)} "
+                              f"(available: {names(ALGORITHMS)})")
+    return {str(name): {str(key): value for key, value in options.items()} for name, options in rules.items()}
+
+
+def _by_rule(part: list[str], usual: str, options: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """A part of a grid, as parts whose rules have the options that the preset gives to them, unless the part itself does.
+
+    Args:
+        part: overrides.
+        usual: the rule of a part that names none.
+        options: rule -> option -> value.
+    """
+    given = {_parse(text).key_or_group: text for text in part}
+    rules = _listed(given["algorithm"]) if "algorithm" in given else [usual]
+    others = [text for text in part if text != given.get("algorithm")]
+    plain = [rule for rule in rules if rule not in options]
+    parts = []
+    for group in ([plain] if plain else []) + [[rule] for rule in rules if rule in options]:
+        own = {f"algorithm.{key}": value for rule in group for key, value in options.get(rule, {}).items()}
+        added = [f"{key}={json.dumps(value)}" for key, value in own.items() if key not in given]
+        parts.append([f"algorithm={','.join(group)}", *added, *others])
+    return parts
 
 
 def _listed(text: str) -> list[str]:

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from fa_bench.command.compose import Composer
 from fa_bench.config.job import Job
 from fa_bench.config.labels import differing, flat, label, plan
+from fa_bench.config.options import as_plain
 from fa_bench.config.scale import scaled
 from fa_bench.data.base import Split, Splits
 from fa_bench.data.fetch import nothing_fetched
@@ -223,6 +224,8 @@ def _training(job: Job, trained: Job, splits: Splits) -> list[tuple[str, str]]:
     if job.run.scale != "full":
         keys = ("epochs", "batch_size", "probe_size")
         smaller = [f"{key}={getattr(trained.run, key)}" for key in keys if getattr(trained.run, key) != getattr(job.run, key)]
+        before, after = as_plain(job.algorithm), as_plain(trained.algorithm)
+        smaller += [f"algorithm.{key}={after[key]}" for key in after if after[key] != before[key]]
         said = f"trains with {', '.join(smaller) or 'the options above'}; the figures are this trial's"
         rows.append((f"scale={job.run.scale}", said))
     return rows

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from fa_bench.optim import OptimizerOptions
 
 FEEDBACK_OPTIMIZER = "feedback_optimizer"
-#: The key under which a preset lists the grid that it runs; no part of a run.
-GRID = "grid"
+#: The keys under which a preset lists the grid that it runs, and the options that it gives to rules; no parts of a run.
+GRID, RULES = "grid", "rules"
 
 
 @dataclasses.dataclass(eq=False)
@@ -96,7 +96,7 @@ class Job:
         """
         try:
             plain = {str(k): OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v
-                     for k, v in config.items() if k not in ("hydra", GRID)}
+                     for k, v in config.items() if k not in ("hydra", GRID, RULES)}
         except OmegaConfBaseException as error:
             raise ConfigError(f"{error.full_key or 'config'}: {first_line(error)}") from None
         import_plugins(plain.get("plugins", []))

@@ -15,7 +15,8 @@ class Scale:
     """How a run is made smaller.
 
     Attributes:
-        epochs: fraction of the epochs, and of those at which a schedule changes the learning rate; one epoch is left.
+        epochs: fraction of the epochs, and of those at which a schedule changes the learning rate; one epoch is left. Of what a
+            rule does before training, too.
         train, test: samples at most.
         batch_size, probe_size: at most.
     """
@@ -48,8 +49,10 @@ def scaled(job: Job) -> Job:
         probe_size=min(job.run.probe_size, scale.probe_size),
     )
     feedback = job.feedback_optimizer
-    return dataclasses.replace(job, run=run, optimizer=_optimizer(job.optimizer, scale),
-                               feedback_optimizer=feedback and _optimizer(feedback, scale))
+    return dataclasses.replace(
+        job, run=run, algorithm=job.algorithm.shortened(scale.epochs), optimizer=_optimizer(job.optimizer, scale),
+        feedback_optimizer=feedback and _optimizer(feedback, scale),
+    )
 
 
 def _optimizer(options: OptimizerOptions, scale: Scale) -> OptimizerOptions:

@@ -47,6 +47,10 @@ class Rule(_Attached, Options):
     allow_uncovered: bool = option(False, "accept weights that the rule does not cover; they learn by their true local gradient")
     freeze_stem: bool = option(False, "the first layer keeps its initial weight and bias")
 
+    def shortened(self: R, fraction: float) -> R:
+        """The rule for a trial: what it does before training, at all its length in this one, takes `fraction` of that."""
+        return self
+
     # -------------------------------------------------------------------------------------------- life in a model
     def attach(
         self: R, model: nn.Module, seed: int = 0, sample_input: Tensor | None = None, initial_phase: bool = True

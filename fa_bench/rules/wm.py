@@ -148,6 +148,9 @@ class WM(EdgeRule):
     block_bias: bool = option(True, "leave the biases out of the mirror")
     per_tap: bool = option(True, "divide each tap of a kernel by its own number of positions")
 
+    def shortened(self, fraction: float) -> WM:
+        return dataclasses.replace(self, initial_steps=round(fraction * self.initial_steps))
+
     def put_in(self, sample_input: Tensor | None) -> Coverage:
         from fa_bench.mechanisms.layers import weighted_layers
 

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from fnmatch import fnmatchcase
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from omegaconf import OmegaConf
 
 from fa_bench.cli import main
 from fa_bench.command.compose import Composer
 from fa_bench.config.job import Job, conf_dir, register_schemas
-from fa_bench.config.labels import duration, plan
+from fa_bench.config.labels import duration, flat, plan
 from fa_bench.config.options import option_fields
 from fa_bench.config.scale import SCALES, scaled
+from fa_bench.errors import ConfigError
+from fa_bench.mechanisms.layers import weighted_layers
+from fa_bench.report.published import published
 from fa_bench.runs.train import run
 
 from ..data.files import write_cifar, write_imagenet, write_mnist, write_svhn, write_tiny_imagenet
@@ -120,6 +127,50 @@ def test_full_scale_has_the_identity_it_had_before_there_were_scales(folder: Pat
     assert "scale" not in jobs(folder)[0].identity()
 
 
+def options_of_rules(found: list[Job]) -> list[tuple[str, float, int]]:
+    return [(job.algorithm.name, getattr(job.algorithm, "density", 1.0), job.run.seed) for job in found]
+
+
+RULES = "rules: {fa: {density: 0.5}, usf: {density: 0.25}}\n"
+
+
+@pytest.mark.parametrize(("overrides", "expected"), [
+    ([], [("bp", 1.0, 0), ("bp", 1.0, 1), ("dfa", 1.0, 0), ("dfa", 1.0, 1), ("fa", 0.5, 0), ("fa", 0.5, 1)]),
+    (["algorithm=fa"], [("fa", 0.5, 0), ("fa", 0.5, 1)]),
+    (["algorithm=usf,kp", "seed=3"], [("kp", 1.0, 3), ("usf", 0.25, 3)]),
+    (["algorithm=fa", "algorithm.density=0.1,0.2", "seed=0"], [("fa", 0.1, 0), ("fa", 0.2, 0)]),
+])
+def test_a_preset_gives_options_to_rules(folder: Path, overrides: list[str], expected: list[tuple[str, float, int]]) -> None:
+    preset(folder, RULES + "grid: [{algorithm: 'bp,fa,dfa', seed: '0,1'}]")
+    assert options_of_rules(jobs(folder, *overrides)) == expected
+
+
+def test_rules_of_a_preset_without_a_grid(folder: Path) -> None:
+    place = preset(folder, RULES)
+    assert options_of_rules(jobs(folder)) == [("fa", 0.5, 0)]  # the usual rule
+    assert main(["experiment=mine", place, "scale=smoke"]) == 0
+    [config] = Path("outputs").rglob("config.yaml")
+    assert OmegaConf.load(config)["algorithm"]["density"] == 0.5
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("{pfa_0: {density: 0.5}}", r"experiment=mine: rules\.pfa_0: no such algorithm; did you mean 'pfa_o'"),
+    ("[fa]", r"experiment=mine: rules=\['fa'\]: write a mapping"),
+    ("{fa: {densty: 0.5}}", r"algorithm\.densty: unknown key densty in algorithm; did you mean 'density'"),
+])
+def test_rules_of_a_preset_are_checked(folder: Path, text: str, said: str) -> None:
+    preset(folder, f"rules: {text}\ngrid: [{{algorithm: 'bp,fa'}}]")
+    with pytest.raises(ConfigError, match=said):
+        jobs(folder)
+
+
+def test_a_trial_shortens_what_a_rule_does_before_training(folder: Path) -> None:
+    preset(folder, "")
+    steps = [getattr(scaled(jobs(folder, "algorithm=wm", scale)[0]).algorithm, "initial_steps", None)
+             for scale in ("scale=full", "scale=short", "scale=smoke")]
+    assert steps == [469, 47, 0]
+
+
 def test_a_scaled_step_schedule_keeps_its_steps(folder: Path) -> None:
     preset(folder, "optimizer: {schedule: {name: step, step_size: 30}}\n")
     assert scaled(jobs(folder, "scale=short")[0]).optimizer.schedule.step_size == 3
@@ -144,8 +195,10 @@ def small(job: Job) -> Job:
         values["blocks"] = [1] * len(before) if isinstance(before, list) else 1
     data = {"validation": min(job.dataset.validation, 2)} | ({"workers": 0} if hasattr(job.dataset, "workers") else {})
     rule = {"initial_steps": 1} if hasattr(job.algorithm, "initial_steps") else {}
+    # Batches of six: eight would leave a last batch of one, of the nine images of svhn.
     return dataclasses.replace(
-        job, architecture=dataclasses.replace(job.architecture, **values), dataset=dataclasses.replace(job.dataset, **data),
+        job, run=dataclasses.replace(job.run, batch_size=6), architecture=dataclasses.replace(job.architecture, **values),
+        dataset=dataclasses.replace(job.dataset, **data),
         algorithm=dataclasses.replace(job.algorithm, **rule),
     )
 
@@ -175,6 +228,25 @@ def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
+def assert_published_are_answered(name: str, composed: list[Job]) -> None:
+    """Every published number of the preset has a job in its grid and, where it is of layers, such layers in that job's net."""
+    for entry in published():
+        # Curves of k = 4 are in another figure than Table 1: algorithm=asap algorithm.k=2,4.
+        if name not in entry.presets or entry.where.get("algorithm.k") == 4:
+            continue
+        found = []
+        for job in composed:
+            config = flat(job.plain())
+            run = SimpleNamespace(preset=name, config=config, result={key: config[key] for key in ("algorithm", *GROUP_KEYS)})
+            found += [job] if entry.answers(run) else []  # type: ignore[arg-type]
+        assert found, entry
+        if entry.layer:
+            with torch.device("meta"):
+                layers = weighted_layers(found[0].architecture.build((3, 224, 224), 10))
+            assert any(fnmatchcase(layer, entry.layer) for layer in layers), entry
+
+
+GROUP_KEYS = ("architecture", "dataset", "optimizer")
 PRESETS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
 
 
@@ -185,6 +257,7 @@ def test_every_preset_prints_its_plan_and_trains_at_smoke_scale(
     composer = Composer("config", None, [f"experiment={name}", "scale=smoke", "seed=0", f"data_dir={data_dir}", "probe_size=4"])
     composed = [job for job, _ in composer.check(composer.grid(multirun=True))]
     assert plan(composed, Path("here")).startswith(f"{len(composed)} runs, {len(composed)} epochs, below here\n  algorithm: ")
+    assert_published_are_answered(name, composed)
     for number, job in enumerate(cover(composed)):
         result = run(small(job), Path(f"run{number}"), title=name)
         assert result["status"] == "finished" and result["step"] >= 1
