@@ -32,12 +32,13 @@ class MLP(Architecture):
 
     The DKP paper's alignment net has five such layers, with batch normalisation and widths that are not given; here
     ``widths=[512,512,512,512] batch_norm=true``. Forward Alignment's nets (appendix A of Woo et al. 2021), whose input width the
-    paper leaves out, are ``widths=[10,10,10]`` with ``activation=identity``, or with ``batch_norm=true``.
+    paper leaves out, are ``widths=[10,10,10]`` with ``activation=identity``, or with ``batch_norm=true output_norm=true``.
     """
 
     widths: list[int] = option([512, 512], "neurons of each hidden layer", minimum=1)
     activation: str = option("relu", "what follows each hidden layer", choices=list(ACTIVATIONS))
     batch_norm: bool = option(False, "batch normalisation in front of every activation")
+    output_norm: bool = option(False, "batch normalisation of the logits, as in the nets of Woo et al. 2021")
 
     def make(self, input_shape: tuple[int, int, int], classes: int) -> torch_nn.Module:
         parts: OrderedDict[str, torch_nn.Module] = OrderedDict(flatten=nn.Flatten())
@@ -49,6 +50,8 @@ class MLP(Architecture):
             parts[f"act{number}"] = ACTIVATIONS[self.activation]()
             width = units
         parts[f"fc{len(self.widths) + 1}"] = nn.Linear(width, classes)
+        if self.output_norm:
+            parts[f"bn{len(self.widths) + 1}"] = nn.BatchNorm1d(classes)
         model = nn.Sequential(parts)
         model.cut_points = model.blocks = [name for name in parts if name.startswith("act")]
         return model

@@ -202,3 +202,11 @@ def test_no_error_passes_a_cut_of_a_net_with_normalisation_after_the_relu() -> N
         own = key.startswith(("stages.layer2.0.conv2", "stages.layer2.0.shortcut", "stages.layer2.0.bn2", "fc"))
         assert torch.equal(part[key], gradient) if own else not part[key].any(), key
     assert part.keys() == whole.keys()
+
+
+def test_nets_of_forward_alignment() -> None:
+    linear = ARCHITECTURES["mlp"](widths=[10, 10, 10], activation="identity").build((1, 28, 28), 10)
+    full = ARCHITECTURES["mlp"](widths=[10, 10, 10], batch_norm=True, output_norm=True).build((1, 28, 28), 10)
+    assert [name for name, _ in full.named_children()][-2:] == ["fc4", "bn4"]
+    assert sum(p.numel() for p in linear.parameters()) == 785 * 10 + 3 * 110
+    assert sum(p.numel() for p in full.parameters()) == 785 * 10 + 3 * 110 + 4 * 20
