@@ -106,6 +106,8 @@ def _main(argv: list[str]) -> int:
         composer.compose_once()
         return _hydra(argv)
     grid = composer.grid(arguments.multirun)
+    if not arguments.multirun:
+        argv = [*composer.sweeps[0][1], *flags]  # with what a preset gives to its rule
     if arguments.cfg:
         return _hydra(argv)
     jobs = composer.check(grid)
@@ -120,7 +122,7 @@ def _main(argv: list[str]) -> int:
 
 def _run(jobs: list[tuple[Job, Path]], composer: Composer, argv: list[str], flags: list[str], multirun: bool) -> int:
     if not multirun:
-        return _hydra([*composer.sweeps[0][1], *flags]) or _report_single(jobs[0][1])
+        return _hydra(argv) or _report_single(jobs[0][1])
     from fa_bench.process import THREADS
 
     places = [place for _, place in jobs]

@@ -145,8 +145,10 @@ def test_a_preset_gives_options_to_rules(folder: Path, overrides: list[str], exp
     assert options_of_rules(jobs(folder, *overrides)) == expected
 
 
-def test_rules_of_a_preset_without_a_grid(folder: Path) -> None:
+def test_rules_of_a_preset_without_a_grid(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = preset(folder, RULES)
+    assert main(["experiment=mine", place, "--cfg", "job"]) == 0
+    assert "  density: 0.5\n" in capsys.readouterr().out
     assert options_of_rules(jobs(folder)) == [("fa", 0.5, 0)]  # the usual rule
     assert main(["experiment=mine", place, "scale=smoke"]) == 0
     [config] = Path("outputs").rglob("config.yaml")
