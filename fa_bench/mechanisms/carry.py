@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Learn(NamedTuple):
-    """How the gradient of learned feedback is made; that of the weight, unless `activation` or `hop` says otherwise.
+    """How the gradient of learned feedback is made; that of the weight, unless `activation` or `hop`, never both, says otherwise.
 
     Attributes:
         receive: called with the gradient, in the learned tensor's layout; the weight's own gradient is handed over as it is, and

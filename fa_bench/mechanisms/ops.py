@@ -55,10 +55,10 @@ class FeedbackLinearFunction(torch.autograd.Function):
         x = _rows(carry.activation()) if carry.activation else kept[0]
         grad_weight = g.t().mm(x) if needs_weight else None
         for learn in carry.learn:
-            if learn.activation is not None or learn.hop is not None:
-                other = x if learn.activation is None else _rows(learn.activation())
-                error = g if learn.hop is None else g.mm(learn.hop.to(g.dtype))
-                learn.receive(error.t().mm(other))
+            if learn.activation is not None:
+                learn.receive(g.t().mm(_rows(learn.activation())))
+            elif learn.hop is not None:
+                learn.receive(g.mm(learn.hop.to(g.dtype)).t().mm(x))
             elif grad_weight is not None:
                 learn.receive(grad_weight)
         return e_in, grad_weight, g.sum(0) if needs_bias else None, None
@@ -123,20 +123,18 @@ class FeedbackConvFunction(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:3])
         if carry.make and needs[0]:
             feedback = carry.make(feedback)
-        hops = any(learn.hop is not None and learn.activation is None for learn in carry.learn)
         # Of the weight's argument only the shape enters the weight gradient, and of the input's only the shape enters the error,
         # so that one call serves all three.
         x = carry.activation() if carry.activation else kept[0]
-        asked = [needs[0], needs[1] or hops, needs[2]]
+        asked = [needs[0], needs[1] or any(learn.hop is not None for learn in carry.learn), needs[2]]
         grads = torch.ops.aten.convolution_backward(g, x, feedback, ctx.bias_sizes, *ctx.geometry, asked)
         for learn in carry.learn:
-            gradient = grads[1] if needs[1] or learn.hop is not None else None
             if learn.activation is not None:
-                gradient = weight_gradient(g, learn.activation(), feedback, ctx.geometry)
-            if gradient is not None:
-                if learn.hop is not None:
-                    gradient = gradient_of_second(learn.hop, gradient, ctx.geometry.groups, ctx.geometry.transposed)
-                learn.receive(gradient)
+                learn.receive(weight_gradient(g, learn.activation(), feedback, ctx.geometry))
+            elif learn.hop is not None:
+                learn.receive(gradient_of_second(learn.hop, grads[1], ctx.geometry.groups, ctx.geometry.transposed))
+            elif needs[1]:
+                learn.receive(grads[1])
         return *grads, None, None
 
 
