@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class FaBenchError(Exception):
@@ -35,7 +36,32 @@ class ConfigError(FaBenchError, ValueError):
 
 
 class CoverageError(FaBenchError, ValueError):
-    """A rule would cover nothing, leave weights uncovered unasked, or cannot be put into this model."""
+    """A rule would cover nothing, leave weights uncovered without being asked to, or cannot be put into this model.
+
+    Where `text` has the name of one of `settings` in braces, the message shows what to write there: ``cuts=['act1']``, an argument
+    of `attach`; once `under` was called, ``'algorithm.cuts=[act1]'``, an argument of the command line.
+    """
+
+    def __init__(self, text: str, settings: Mapping[str, Any] | None = None, prefix: str = "") -> None:
+        super().__init__(text, settings, prefix)
+        self.text, self.settings, self.prefix = text, dict(settings or {}), prefix
+
+    def __str__(self) -> str:
+        said = self.text
+        for name, value in self.settings.items():
+            said = said.replace(f"{{{name}}}", f"{self.prefix}.{name}={_override(value)}" if self.prefix else f"{name}={value!r}")
+        return said
+
+    def under(self, prefix: str) -> CoverageError:
+        """The same error for someone who sets the options on the command line, below the key `prefix`."""
+        return CoverageError(self.text, self.settings, prefix)
+
+
+def _override(value: Any) -> str:
+    """A value as the command line takes it, from any shell."""
+    if isinstance(value, (list, tuple)):
+        return f"'[{','.join(map(str, value))}]'"
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
 
 
 class DataError(FaBenchError, OSError):

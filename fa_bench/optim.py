@@ -134,7 +134,7 @@ class Optimizers:
     def __init__(
         self, options: OptimizerOptions, rule: Rule, epochs: int, feedback_options: OptimizerOptions | None = None
     ) -> None:
-        weights = [p for p in rule.model.parameters() if p.requires_grad]
+        weights = [p for p in rule.weight_parameters() if p.requires_grad]
         learned = rule.feedback_parameters()
         scale = rule.feedback_lr_scale
         parts = [(options, [{"params": weights}])]

@@ -137,8 +137,9 @@ def _others(rule: Rule) -> list[str]:
     """The modules whose parameters are no covered weight's: normalisation and the like."""
     covered = {entry.layer for entry in rule.coverage.covered}
     found: dict[tuple[str, bool], list[int]] = {}
+    learned = {id(tensor) for tensor in rule.feedback_parameters()}
     for path, module in rule.model.named_modules():
-        own = list(module.parameters(recurse=False))
+        own = [parameter for parameter in module.parameters(recurse=False) if id(parameter) not in learned]
         if own and path not in covered:
             key = type(module).__name__, any(parameter.requires_grad for parameter in own)
             found.setdefault(key, []).append(sum(parameter.numel() for parameter in own))
@@ -174,7 +175,7 @@ def _kept(rule: Rule) -> dict[tuple[str, str], torch.Tensor]:
 def _costs(job: Job, parts: Parts) -> list[tuple[str, str]]:
     rule, model, splits = parts.rule, parts.rule.model, parts.splits
     batch, shape = min(job.run.batch_size, len(splits.train)), splits.input_shape
-    parameters, learned = list(model.parameters()), rule.feedback_parameters()
+    parameters, learned = rule.weight_parameters(), rule.feedback_parameters()
     trains = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     feedback = _bytes(_kept(rule).values())
     own, exact = step_multiplications(rule, shape, len(splits.classes), batch)

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from fa_bench.draws import redraw_magnitudes, seed_for
 from fa_bench.lazy import torch
-from fa_bench.mechanisms.carry import Carry, Learn
+from fa_bench.mechanisms.carry import Carry, Learn, recomputing
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class Carrier:
-    """How one layer obtains its effective feedback. Holds plain values; the tensors are buffers of the layer.
+    """How one layer obtains its effective feedback. Holds plain values; the tensors are the layer's: fixed ones its buffers,
+    learned ones its parameters.
 
     Attributes:
         learned: names of the tensors that an optimizer trains.
@@ -71,21 +72,6 @@ class Carrier:
         """Take back what `state` gave."""
 
 
-def add_gradient(layer: Any, name: str, gradient: Tensor) -> None:
-    """Add to ``.grad`` of the layer's feedback tensor `name`, as a backward pass does; `gradient` may be shared with others."""
-    tensor = layer._buffers["feedback_" + name]
-    gradient = gradient.detach().to(tensor.dtype)
-    if gradient.stride() != tensor.stride():
-        # torch's fused updates take both for laid out alike, as autograd sees to for parameters.
-        gradient = torch.empty_like(tensor).copy_(gradient)
-    if tensor.grad is not None:
-        tensor.grad = tensor.grad + gradient
-    else:
-        # Copied at the first write to either, which is rare (SGD with Nesterov momentum, clipping, gradient scalers) and which
-        # an alias would let through to both: 2.7 MB on the MLP, a tenth of its step.
-        tensor.grad = torch._lazy_clone(gradient)
-
-
 class Fixed(Carrier):
     """e_in = g B with B drawn once."""
 
@@ -104,15 +90,23 @@ class Learned(Fixed):
     follows = "B"
     always = True
 
+    def effective(self, layer: Any) -> Tensor:
+        return layer._parameters["feedback_B"].detach()
+
     def carry(self, layer: Any, x: Tensor) -> Carry:
-        return Carry(layer._buffers["feedback_B"], learn=learning(layer, "B"))
+        return Carry(layer._parameters["feedback_B"], learn=learning(layer, "B"))
 
 
 def learning(
     layer: Any, name: str, activation: Callable[[], Tensor] | None = None, hop: Tensor | None = None
 ) -> tuple[Learn, ...]:
-    """The entry of `Carry.learn` for the layer's feedback tensor `name`, see `Learn`; none while a probe runs."""
-    return () if layer.mode.hold else (Learn(functools.partial(add_gradient, layer, name), activation, hop),)
+    """The entry of `Carry.learn` for the layer's learned feedback tensor `name`, see `Learn`; none while a probe runs."""
+    if layer.mode.hold:
+        return ()
+    learned = layer.learned[name]
+    if learned._rests and layer.weight.requires_grad:
+        learned.require_awake()
+    return (Learn(learned, activation, hop),)
 
 
 class Transport(Carrier):
@@ -182,7 +176,7 @@ class SignedMagnitude(FromWeight):
         self._positive: tuple[int, int] | None = None
 
     def before_forward(self, layer: Any) -> None:
-        if self.redraw is not None:
+        if self.redraw is not None and not recomputing():
             self.draws += 1
             self._due = True
 
@@ -194,8 +188,12 @@ class SignedMagnitude(FromWeight):
             self._positive = _moment(layer.feedback_M)
 
     def carry(self, layer: Any, x: Tensor) -> Carry:
-        # By the backward pass another forward may have drawn M again.
-        return super().carry(layer, x) if self.redraw is None else Carry(self.effective(layer))
+        if self.redraw is None:
+            return super().carry(layer, x)
+        # By the backward pass another forward may have drawn M again. Handed over as it is: a tensor that autograd saves is
+        # computed again under activation checkpointing, by then of another M.
+        feedback = self.effective(layer)
+        return Carry(make=lambda weight: feedback)
 
     def full(self, layer: Any, signs: Tensor) -> Tensor:
         self.settle(layer)

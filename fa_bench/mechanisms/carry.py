@@ -5,22 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+from fa_bench.lazy import torch
+
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fa_bench.mechanisms.updates import LearnedFeedback
+
 
 class Learn(NamedTuple):
-    """How the gradient of learned feedback is made; that of the weight, unless `activation` or `hop`, never both, says otherwise.
+    """How the gradient of learned feedback is made: it equals the weight's, unless `activation` or `hop` (never both) is given.
 
     Attributes:
-        receive: called with the gradient, in the learned tensor's layout; the weight's own gradient is handed over as it is, and
-            not at all where the weight is frozen.
+        learned: the learned tensor. It is an input of the layer's Function, so that autograd accumulates its gradient and hooks,
+            gradient scalers and DistributedDataParallel see it. Where the weight is frozen, a tensor that follows it gets none.
         activation: returns what enters the gradient in place of the layer's input, in its shape; None for the input itself.
         hop: B, the first of a product's two hops, where R, the second, learns: ē = g B enters the gradient in place of g. See
             `fa_bench.mechanisms.product` for its layout.
     """
 
-    receive: Callable[[Tensor], None]
+    learned: LearnedFeedback
     activation: Callable[[], Tensor] | None = None
     hop: Tensor | None = None
 
@@ -41,3 +45,8 @@ class Carry(NamedTuple):
     second: Tensor | None = None
     activation: Callable[[], Tensor] | None = None
     learn: tuple[Learn, ...] = ()
+
+
+def recomputing() -> bool:
+    """Whether this forward pass repeats an earlier one within a backward pass, as activation checkpointing does."""
+    return torch._C._current_graph_task_id() != -1

@@ -5,11 +5,19 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from collections.abc import Collection, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fa_bench.errors import CoverageError, nearest
+from fa_bench.errors import CoverageError, names, nearest
 from fa_bench.lazy import torch
 from fa_bench.text import aligned, by_x, indented
+
+if TYPE_CHECKING:
+    from fa_bench.mechanisms.uses import Uses
+
+#: How the names of feedback tensors begin in the modules that have them.
+PREFIX = "feedback_"
+#: And those of the layers that local losses add.
+AUXILIARY = PREFIX + "auxiliary_"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +45,18 @@ class Coverage:
     Attributes:
         rule: the rule's name.
         covered: the covered layers, in the order of the model.
-        uncovered: weight name -> why it is not covered; such a weight learns by its true local gradient.
+        uncovered: weight name -> why it is not covered. Such a weight learns by its local gradient and carries the error on by
+            itself: weight transport, as far as an error passes it.
+        local: weight name -> where it is, for weights that carry no error on (an embedding, a position table): they learn by
+            their local gradient, and nothing is missing.
+        notes: what else to know about the rule in this model.
     """
 
     rule: str
     covered: tuple[Covered, ...]
     uncovered: dict[str, str]
+    local: dict[str, str] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """A table: each covered layer, its weight and what its error does; then the weights that are not covered, and why."""
@@ -52,9 +66,12 @@ class Coverage:
         rows = [("layer", "type", "weight", "its error"), *(
             (c.layer, c.kind, by_x(c.shape) + ("" if c.learns else " frozen"), c.feedback) for c in self.covered)]
         lines += indented(aligned(rows))
+        if self.local:
+            lines += indented(aligned([("carries no error on", "where"), *self.local.items()]))
         if uncovered:
             lines += indented(aligned([("not covered", "why"), *self.uncovered.items()]))
-            lines.append("  What is not covered learns by its true local gradient.")
+            lines.append("  What is not covered learns by its true local gradient and carries the error by itself (weight transport).")
+        lines += indented(self.notes)
         return "\n".join(lines)
 
     def noting_frozen(self, model: Any) -> Coverage:
@@ -63,34 +80,102 @@ class Coverage:
             dataclasses.replace(entry, learns=model.get_submodule(entry.layer).weight.requires_grad) for entry in self.covered
         ))
 
-    def require(self, allow_uncovered: bool) -> None:
-        """Raise CoverageError where nothing is covered, or weights are uncovered unasked."""
+    def require(self, allowed: bool | list[str], model: Any) -> None:
+        """Refuse a rule that covers nothing, or that leaves weights uncovered which are not allowed to be.
+
+        Args:
+            allowed: whether weights may be uncovered; or which: names, or patterns such as ``lstm.*``.
+            model: to say what else is in it.
+
+        Raises:
+            CoverageError: naming the weights.
+        """
         if not self.covered:
-            raise CoverageError(f"rule '{self.rule}' covers no layer of this model: it has no {COVERABLE}")
-        if self.uncovered and not allow_uncovered:
-            listed = "; ".join(f"{name} ({why})" for name, why in self.uncovered.items())
-            raise CoverageError(f"rule '{self.rule}' leaves weights uncovered: {listed}. "
-                                "Pass allow_uncovered=True to train them by their true local gradient")
+            raise CoverageError(f"rule '{self.rule}' covers no layer of this model: {not_coverable(model)}")
+        patterns = allowed if isinstance(allowed, list) else ["*"] if allowed else []
+        refused = {name: why for name, why in self.uncovered.items() if not any(fnmatch.fnmatch(name, p) for p in patterns)}
+        if refused:
+            listed = "; ".join(f"{name} ({why})" for name, why in refused.items())
+            raise CoverageError(
+                f"rule '{self.rule}' leaves weights uncovered: {listed}. To train them by their true local gradient, while they "
+                f"carry the error by themselves, pass {{allow_uncovered}}",
+                {"allow_uncovered": [*patterns, *refused] if len(refused) <= 4 else True})
 
 
 COVERABLE = "nn.Linear, nn.Conv1d/2d/3d or nn.ConvTranspose1d/2d/3d of its own with a plain weight"
 
 
-def foreign_weights(model: Any, covered: set[int]) -> dict[str, str]:
+def not_coverable(model: Any) -> str:
+    """A sentence or more on why no layer of the model can be covered, and what to do."""
+    nn = torch.nn
+    found = [f"it has no {COVERABLE}"]
+    for path, module in model.named_modules():
+        where = f"'{path}' ({type(module).__name__})" if path else f"the model ({type(module).__name__})"
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+            found.append(f"{where} has no weight yet: run one forward pass, then attach")
+        elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+            found.append(f"{where} computes its gates in one function, by its own weights: write it with nn.Linear layers "
+                         f"for its input and its state to have it covered")
+        elif isinstance(module, nn.MultiheadAttention):
+            found.append(f"{where} computes its projections in one function, by its own weights: write them as nn.Linear layers "
+                         f"to have them covered")
+        elif isinstance(module, nn.Bilinear):
+            found.append(f"{where} multiplies two inputs by its weight, and there is no feedback for that: write it with nn.Linear "
+                         f"layers to have it covered")
+        elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            found.append(f"{where} passes no error on and needs no feedback")
+    return "; ".join(found)
+
+
+def computed_weights(model: Any) -> str:
+    """A sentence on the layers whose weight is no parameter but computed from others; empty where there are none."""
+    found = [path for path, module in model.named_modules()
+             if "weight" not in module._parameters and isinstance(getattr(module, "weight", None), torch.Tensor)]
+    return found and (f"the weight of {names(found)} is computed, by pruning or a parametrization, and no rule covers it: make it "
+                      f"a plain parameter first, with prune.remove, remove_weight_norm or remove_parametrizations of "
+                      f"torch.nn.utils") or ""
+
+
+def foreign_weights(model: Any, covered: set[int], uses: Uses | None = None) -> tuple[dict[str, str], dict[str, str]]:
     """Weights of the model that belong to none of the layers whose parameters have the ids in `covered`.
 
     A parameter is a weight when it is a matrix or has two long dimensions; gains such as (C, 1, 1) are not.
+
+    Args:
+        model: the model.
+        covered: ids of parameters.
+        uses: what a sample forward showed of them, if there was one.
+
+    Returns:
+        (uncovered, local), as `Coverage` has them.
     """
-    uncovered = {}
+    uncovered: dict[str, str] = {}
+    local: dict[str, str] = {}
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in covered:
+            if id(parameter) in covered or not is_weight(name, parameter):
                 continue
-            lazy = isinstance(parameter, torch.nn.parameter.UninitializedParameter)
-            if lazy or parameter.dim() == 2 or sum(size > 1 for size in parameter.shape) > 1:
-                full = f"{path}.{name}" if path else name
-                uncovered[full] = f"{type(module).__name__} is uninitialised" if lazy else f"in a {type(module).__name__}"
-    return uncovered
+            full, kind = f"{path}.{name}" if path else name, type(module).__name__
+            looked_up = isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag))
+            if isinstance(parameter, torch.nn.parameter.UninitializedParameter):
+                uncovered[full] = f"{kind} is uninitialised: run one forward pass, then attach"
+            elif id(parameter) in uses.local if uses is not None and id(parameter) in uses.seen else looked_up:
+                local[full] = f"in {_a(kind)}, looked up" if looked_up else f"in {_a(kind)}, only added to what it meets"
+            else:
+                uncovered[full] = f"in {_a(kind)}"
+    return uncovered, local
+
+
+def is_weight(name: str, parameter: Any) -> bool:
+    """Whether a parameter of the model is a weight by its shape, and not feedback."""
+    if name.startswith(PREFIX):
+        return False
+    lazy = isinstance(parameter, torch.nn.parameter.UninitializedParameter)
+    return lazy or parameter.dim() == 2 or sum(size > 1 for size in parameter.shape) > 1
+
+
+def _a(kind: str) -> str:
+    return f"an {kind}" if kind[:1] in "AEIOU" or kind.startswith(("LSTM", "RNN")) else f"a {kind}"
 
 
 def matching(patterns: Iterable[str], paths: Collection[str], option: str) -> set[str]:

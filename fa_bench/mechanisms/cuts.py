@@ -16,13 +16,16 @@ from fa_bench.config.options import option
 from fa_bench.draws import draw, seed_for
 from fa_bench.errors import CoverageError, names
 from fa_bench.lazy import torch
+from fa_bench.mechanisms.carry import recomputing
 from fa_bench.mechanisms.coverage import Coverage, Covered, foreign_weights, matching
+from fa_bench.mechanisms.loss_scale import is_unscaled, measured_scale
 from fa_bench.mechanisms.rule import INPUT, OUTPUT, Rule
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fa_bench.mechanisms.trace import Trace
+    from fa_bench.mechanisms.updates import LearnedFeedback
 
 
 @dataclasses.dataclass(eq=False)
@@ -34,11 +37,16 @@ class CutRule(Rule):
 
     cuts: list[str] | None = option(None, "modules (names, or patterns such as 'act*'; * crosses dots) whose output is "
                                           "cut; null: the cut points that the model declares")
+    output: str | None = option(None, "the output that the errors come from, where the model returns several: a key, or a number "
+                                      "in a tuple; other outputs train the layers behind the last cut alone")
 
     #: The model's attribute that names the cuts unless the option does.
     declared = "cut_points"
-    #: Whether `signal` or `learn_feedback` reads the values of the kept tensors: then they are held until the backward pass.
+    #: Whether `signal` or `feedback_gradients` reads the values of the kept tensors: then they are held until the backward pass.
     reads_values = False
+    #: Whether the errors are made of the labels: then `loss_factor` is what the loss was multiplied by, see `loss_scale`.
+    scales = False
+    loss_factor = 1.0
     #: Whether all layers between two cuts are one module that learns by backpropagation within it: then a layer needs no cut of
     #: its own, and whatever is in a module is covered.
     modular = False
@@ -88,8 +96,20 @@ class CutRule(Rule):
         projected = errors.mm(feedback)
         return projected if projected.dim() == len(kept.shape) else projected.view(kept.shape)
 
-    def learn_feedback(self, tape: dict[str, Kept], delta: Tensor, target: Tensor | None) -> None:
-        """Add to ``.grad`` of learned feedback; nothing where it is fixed. `tape` holds what was kept of every cut."""
+    def learned_at(self, cut: str) -> list[LearnedFeedback]:
+        """The learned feedback of one cut, in the order of `answer`'s gradients."""
+        return []
+
+    def feedback_gradients(self, cut: str, kept: Kept, delta: Tensor, target: Tensor | None) -> list[Tensor | None]:
+        """The gradients of `learned_at`, of the error at the logits and what was kept of the cut."""
+        return []
+
+    def answer(
+        self, cut: str, kept: Kept, sent: Tensor, delta: Tensor, target: Tensor | None, learns: bool
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The error delivered at one cut, and the gradients of its learned feedback where it `learns`; arguments as above."""
+        error = self.signal(cut, kept, sent, target)
+        return error, self.feedback_gradients(cut, kept, delta, target) if learns else []
 
     def put(
         self, cut: str, name: str, shape: tuple[int, ...], init: str, density: float = 1.0,
@@ -110,14 +130,16 @@ class CutRule(Rule):
         put_tensor(self._at[cut], name, tensor.to(next(self.model.parameters())).contiguous())
 
     # -------------------------------------------------------------------------------------------- life in a model
-    def put_in(self, sample_input: Tensor | None) -> Coverage:
+    def put_in(self, sample_input: Any) -> Coverage:
         from fa_bench.mechanisms.layers import weighted_layers
 
-        self._handles: list[Any] = []
         self._at: dict[str, nn.Module] = {}
         self._tape: dict[str, Kept] | None = None
+        self._replayed: dict[str, Kept] | None = None
         self._target: Tensor | None = None
+        self._loss_scale: float | None = None
         self._delivered = False
+        self._cut_handles: list[Any] = []
         named = self.find_cuts(sample_input)
         trace = self.trace(sample_input, watch=named)
         cuts = self.choose_cuts(named, trace)
@@ -126,33 +148,47 @@ class CutRule(Rule):
         self._check(trace, cuts)
         self._trace = trace
         self._at = {cut: self.model.get_submodule(cut) for cut in cuts}
+        layers = weighted_layers(self.model)
+        self._covered = {path: layers[path] for path in trace.order}
+        self._witness = next((layers[path] for path in (*trace.outputs, *trace.order) if layers[path].weight.requires_grad), None)
         self._cloned = trace.changed
         shapes = trace.output_shapes if self.side == OUTPUT else trace.input_shapes
         self.make_feedback({cut: shapes[cut][1:] for cut in cuts}, trace.result_shape[-1])
+        self._resting = {cut: self.learned_at(cut) for cut in cuts if cut not in trace.learns}
+        for learned in (one for of_cut in self._resting.values() for one in of_cut):
+            learned.rest()
         self._hook()
-        layers = weighted_layers(self.model)
         covered = tuple(
             Covered(path, type(layers[path]).__name__, tuple(layers[path].weight.shape), self._brings(path, trace))
             for path in trace.order if self.side == INPUT or self.modular or path not in trace.behind
         )
         if self.modular:
-            return Coverage(self.name, covered, {})
+            return Coverage(self.name, covered, {}, notes=self.notes())
         ids = {id(parameter) for entry in covered for parameter in layers[entry.layer].parameters(recurse=False)}
-        uncovered = foreign_weights(self.model, ids)
+        uncovered, local = foreign_weights(self.model, ids, trace.uses)
         for path in trace.behind if self.side == OUTPUT else ():
             uncovered[f"{path}.weight"] = "its error comes through another layer's weight: no cut between them"
-        return Coverage(self.name, covered, uncovered)
+        for path, use in trace.uses.outside.items():
+            uncovered[f"{path}.weight"] = f"used outside its layer, by {use}: there it carries the error by itself"
+        return Coverage(self.name, covered, uncovered, local, self.notes())
+
+    def notes(self) -> tuple[str, ...]:
+        """What else to know about the rule in a model, for its coverage."""
+        return ()
+
+    def watched_modules(self) -> dict[str, nn.Module]:
+        return {**self._covered, **self._at}
 
     def take_out(self) -> None:
         from fa_bench.mechanisms.layers import drop_tensors
 
-        for handle in getattr(self, "_handles", ()):  # absent where `attach` failed before `put_in`
+        for handle in getattr(self, "_cut_handles", ()):  # absent where `attach` failed before `put_in`
             handle.remove()
+        self._cut_handles = []
         for module in self.model.modules():
             drop_tensors(module)
-        self._handles = []
 
-    def find_cuts(self, sample_input: Tensor | None) -> tuple[str, ...]:
+    def find_cuts(self, sample_input: Any) -> tuple[str, ...]:
         """The cuts, in the order of the model's modules; raises CoverageError where there are none."""
         paths = [path for path, _ in self.model.named_modules() if path]
         wanted = self.cuts if self.cuts is not None else getattr(self.model, self.declared, None)
@@ -172,7 +208,7 @@ class CutRule(Rule):
         """Those of the named cuts that the rule cuts at; `trace` watched them."""
         return cuts
 
-    def _run_once(self, paths: list[str], sample_input: Tensor | None) -> list[str]:
+    def _run_once(self, paths: list[str], sample_input: Any) -> list[str]:
         """Those of `paths` that run once in a forward pass, where a sample lets us know."""
         if sample_input is None:
             return paths
@@ -180,6 +216,11 @@ class CutRule(Rule):
         return [path for path in paths if calls[path] == 1]
 
     def _check(self, trace: Trace, cuts: tuple[str, ...]) -> None:
+        if self.output is None and len(trace.results) > 1:
+            listed = names(f"{name} {shape}" for name, shape in trace.results.items())
+            logits = [name for name, shape in trace.results.items() if len(shape) == 2] or list(trace.results)
+            raise CoverageError(f"rule '{self.name}' takes its error from one output, and this model returns {listed}: say which, "
+                                "such as {output}", {"output": logits[0]})
         if len(trace.result_shape) != 2:
             raise CoverageError(f"rule '{self.name}' needs logits of shape (N, C); this model gives {trace.result_shape}")
         for cut, twin in trace.twins.items() if self.side == OUTPUT else ():
@@ -206,52 +247,82 @@ class CutRule(Rule):
 
         # What every step asks for; imports and properties add up to a hundredth of a small net's step.
         self._function, self._reads_values, self._needs_target = DeliverFunction, self.reads_values, self.needs_target
-        root = self.model
-        self._handles += [root.register_forward_pre_hook(self._open), root.register_forward_hook(self._close)]
         for cut, module in self._at.items():
             if self.side == OUTPUT:
-                self._handles.append(module.register_forward_hook(functools.partial(self._at_output, cut)))
+                self._cut_handles.append(module.register_forward_hook(functools.partial(self._at_output, cut)))
             else:
-                self._handles.append(module.register_forward_pre_hook(functools.partial(self._at_input, cut)))
-                self._handles.append(module.register_forward_hook(functools.partial(self._after_input, cut)))
+                self._cut_handles.append(module.register_forward_pre_hook(functools.partial(self._at_input, cut)))
+                self._cut_handles.append(module.register_forward_hook(functools.partial(self._after_input, cut)))
 
     def _active(self) -> bool:
         return torch.is_grad_enabled() and not self.mode.exact
 
-    def _open(self, module: nn.Module, args: Any) -> None:
-        self._tape = {} if self._active() else None
+    # A forward pass repeated within a backward pass (activation checkpointing) has a tape of its own: it must do to its tensors
+    # what the first one did, while the errors come from the first one's tape.
+    def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        super().begin_forward(model, args, kwargs)
+        tape: dict[str, Kept] | None = {} if self._active() else None
+        if recomputing():
+            self._replayed = tape
+        else:
+            self._tape = tape
 
-    def _close(self, module: nn.Module, args: Any, output: Any) -> Any:
-        tape, self._tape = self._tape, None
-        if tape is None:
+    def end_forward(self, model: nn.Module, args: Any, output: Any) -> Any:
+        super().end_forward(model, args, output)
+        if recomputing():
+            tape, self._replayed = self._replayed, None
+        else:
+            tape, self._tape = self._tape, None
+        if tape is None or output is None:
             return None
-        if isinstance(output, torch.Tensor):
+        if isinstance(output, torch.Tensor) and self.output is None:
             return self._delivered_to(output, tape)
-        from fa_bench.mechanisms.trace import replaced, tensors_in
+        from fa_bench.mechanisms.trace import chosen_result, named_results, replaced
 
-        logits = next(tensors_in(output))
+        results = named_results(output)
+        for name, result in results.items():
+            if result.dim() == 0:
+                raise CoverageError(f"the model returns a loss ('{name}') that it computed itself, and the error of rule "
+                                    f"'{self.name}' cannot come from there: call it without labels, and compute the loss from its "
+                                    f"logits")
+        if self.output is None and len(results) > 1:
+            raise CoverageError(f"rule '{self.name}' takes its error from one output, and this model returns {names(results)}: say "
+                                "which, such as {output}", {"output": next(iter(results))})
+        logits = chosen_result(results, self.output)
         return replaced(output, logits, self._delivered_to(logits, tape))
 
     def _delivered_to(self, logits: Tensor, tape: dict[str, Kept]) -> Tensor:
-        """The logits, from which the backward pass reaches all cuts."""
+        """The logits, from which the backward pass reaches all cuts and their learned feedback."""
         tensors = []
         for kept in tape.values():
             tensors.append(kept.tensor)
             kept.tensor = None
-        answer = functools.partial(self._signals, tape)
-        return self._function.apply(answer, self._reads_values, logits, *tensors)
+        learned = [] if self.mode.hold else [one for cut in tape for one in self.learned_at(cut)]
+        answer = functools.partial(self._answers, tape, learned, logits.detach() if self.scales else None)
+        return self._function.apply(answer, len(tensors), self._reads_values, logits, *tensors, *(one.tensor for one in learned))
 
     def _at_output(self, cut: str, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        tape = self._tape
-        if tape is None:
+        again = recomputing()
+        tape = self._replayed if again else self._tape
+        if tape is None and not again:
             if self._active():
                 raise CoverageError(f"cut '{cut}' ran outside a forward pass of the attached model: call the model itself")
+            return None
+        if self.mode.exact:
             return None
         if not isinstance(output, torch.Tensor):
             raise CoverageError(f"cut '{cut}' returns a {type(output).__name__}; name a module that returns one tensor")
         if not output.requires_grad:
+            from fa_bench.mechanisms.layers import require_gradients
+
+            assert self._trace is not None
+            for path in self._trace.feeds.get(cut, ()) if self.side == OUTPUT else ():
+                require_gradients(path, self._covered[path])
             return None
-        tape[cut] = Kept(output, output.shape)
+        if tape is not None:
+            tape[cut] = Kept(output, output.shape)
+            for learned in self._resting.get(cut, ()):
+                learned.require_awake()
         passed_on = output.detach()
         # What follows changes this cut's output in place; the rule needs it as it was.
         return passed_on.clone() if cut in self._cloned else passed_on
@@ -261,39 +332,52 @@ class CutRule(Rule):
         return None if passed_on is None else (passed_on, *args[1:])
 
     def _after_input(self, cut: str, module: nn.Module, args: Any, output: Tensor) -> None:
-        if self._tape is not None and cut in self._tape:
-            self._tape[cut].output_shape = tuple(output.shape)
+        tape = self._replayed if recomputing() else self._tape
+        if tape is not None and cut in tape:
+            tape[cut].output_shape = tuple(output.shape)
 
     # -------------------------------------------------------------------------------------------- training
-    def deliver(self, loss: Tensor, logits: Tensor | None, target: Tensor | None) -> None:
+    def deliver(
+        self, loss: Tensor, logits: Tensor | None, target: Tensor | None, loss_scale: float | None = None
+    ) -> None:
         self._target, self._delivered = target, False
+        if self.scales:
+            self._loss_scale = 1.0 if loss_scale is None and is_unscaled(loss) else loss_scale
         try:
             loss.backward()
         finally:
-            self._target = None
+            self._target = self._loss_scale = None
         if not self._delivered:
             raise ValueError(f"rule '{self.name}': the loss comes from no training forward pass of the attached model")
 
-    def _signals(self, tape: dict[str, Kept], delta: Tensor, tensors: tuple[Tensor, ...]) -> list[Tensor]:
-        """The errors at the logits and at all cuts; called by the backward pass once it has the gradient at the logits."""
+    def _answers(
+        self, tape: dict[str, Kept], learned: list[LearnedFeedback], logits: Tensor | None, delta: Tensor, tensors: tuple[Tensor, ...]
+    ) -> list[Tensor | None]:
+        """The errors at the logits and at all cuts, and the gradients of learned feedback; called by the backward pass once it has
+        the gradient at the logits."""
         self._delivered = True
         target = self._target
         if self._needs_target and (target is None or target.shape != delta.shape[:1] or target.is_floating_point()):
             raise ValueError(f"rule '{self.name}' makes its errors of the labels: call rule.backward(loss, logits, target) with "
                              f"the class numbers, (N,)")
+        if logits is not None:
+            self.loss_factor = self._loss_scale if self._loss_scale is not None else measured_scale(self.name, delta, logits, target)
         if tensors:
             for kept, tensor in zip(tape.values(), tensors, strict=True):
                 kept.tensor = tensor
-        if not self.mode.hold:
-            self.learn_feedback(tape, delta, target)
         sent = self.broadcast(delta, target)
-        signals = [self.output_error(delta)]
+        answers: list[Tensor | None] = [self.output_error(delta)]
+        gradients: list[Tensor | None] = []
         for cut, kept in tape.items():
-            signals.append(self.signal(cut, kept, sent, target))
+            error, of_cut = self.answer(cut, kept, sent, delta, target, bool(learned))
+            answers.append(error)
+            gradients += of_cut
         if tensors:
             for kept in tape.values():
                 kept.tensor = None
-        return signals
+        for one, gradient in zip(learned, gradients, strict=True):
+            one.received(gradient)
+        return answers + gradients
 
     # -------------------------------------------------------------------------------------------- feedback, metrics
     @property

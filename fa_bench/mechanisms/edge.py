@@ -12,11 +12,14 @@ from fa_bench.draws import draw, draw_mask, fans, seed_for
 from fa_bench.errors import CoverageError, names, nearest
 from fa_bench.lazy import torch
 from fa_bench.mechanisms.carriers import Carrier, Transport
-from fa_bench.mechanisms.coverage import Coverage, Covered, foreign_weights, matching
+from fa_bench.mechanisms.coverage import Coverage, Covered, foreign_weights, matching, not_coverable
 from fa_bench.mechanisms.rule import Rule
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
+
+    from fa_bench.mechanisms.trace import Trace
+    from fa_bench.mechanisms.updates import LearnedFeedback
 
 
 @dataclasses.dataclass
@@ -100,16 +103,19 @@ class EdgeRule(Rule):
         """Put the layer's feedback tensors in place and return what makes the effective feedback of them."""
         raise NotImplementedError
 
-    def put_in(self, sample_input: Tensor | None) -> Coverage:
+    def put_in(self, sample_input: Any) -> Coverage:
         from fa_bench.mechanisms.layers import swap_in, weighted_layers
 
         self._layers: dict[str, Any] = {}
         self._learning: list[Any] = []
         layers = weighted_layers(self.model)
-        outputs = self.trace(sample_input).outputs if sample_input is not None else list(layers)[-1:]
+        if not layers:
+            raise CoverageError(f"rule '{self.name}' covers no layer of this model: {not_coverable(self.model)}")
+        trace = self._seen(sample_input)
+        outputs = trace.outputs if trace is not None and sample_input is not None else list(layers)[-1:]
         plain = set(layers) - matching(self.include, layers, "include") | matching(self.exclude, layers, "exclude")
         plain |= set(outputs) if self.plain_last else set()
-        if layers and plain.issuperset(layers):
+        if plain.issuperset(layers):
             raise CoverageError(f"include={self.include}, exclude={self.exclude}, plain_last={self.plain_last} leave rule "
                                 f"'{self.name}' no layer (layers: {names(layers)})")
         covered = []
@@ -121,17 +127,45 @@ class EdgeRule(Rule):
             self._layers[path] = layer
             if carrier.learned:
                 self._learning.append(layer)
-            covered.append(Covered(path, kind, tuple(layer.weight.shape), f"goes on through {carrier.words()}"))
+            idle = "" if trace is None or path in trace.order else "; did not run in the sample forward"
+            covered.append(Covered(path, kind, tuple(layer.weight.shape), f"goes on through {carrier.words()}{idle}"))
         ids = {id(parameter) for layer in layers.values() for parameter in layer.parameters(recurse=False)}
-        return Coverage(self.name, tuple(covered), foreign_weights(self.model, ids))
+        uncovered, local = foreign_weights(self.model, ids, trace.uses if trace is not None else None)
+        return Coverage(self.name, tuple(covered), uncovered | self._used_outside(trace), local, self.notes())
+
+    def _seen(self, sample_input: Any) -> Trace | None:
+        """The model's structure; None where there is no sample, and none that could be made up: then training shows it."""
+        try:
+            return self.trace(sample_input)
+        except CoverageError:
+            if sample_input is not None:
+                raise
+            self._untraced = True
+            return None
+
+    def _used_outside(self, trace: Trace | None) -> dict[str, str]:
+        return {} if trace is None else {f"{path}.weight": f"used outside its layer, by {use}: there it carries the error by itself"
+                                         for path, use in trace.uses.outside.items()}
+
+    def check_uses(self, trace: Trace) -> None:
+        self.coverage = dataclasses.replace(self.coverage, uncovered=self.coverage.uncovered | self._used_outside(trace))
+        self.coverage.require(self.allow_uncovered, self.model)
+
+    def notes(self) -> tuple[str, ...]:
+        """What else to know about the rule in a model, for its coverage."""
+        return ()
+
+    def watched_modules(self) -> dict[str, nn.Module]:
+        return dict(self._layers)
 
     def take_out(self) -> None:
-        from fa_bench.mechanisms.layers import drop_tensors, swap_out, weighted_layers
+        from fa_bench.mechanisms.layers import FeedbackLayer, drop_tensors, swap_out
 
-        for layer in weighted_layers(self.model).values():
-            if hasattr(layer, "carrier"):
+        for layer in {*self.model.modules(), *getattr(self, "_layers", {}).values()}:
+            if isinstance(layer, FeedbackLayer):
                 swap_out(layer)
-            drop_tensors(layer)
+            else:
+                drop_tensors(layer)
 
     @property
     def feedback(self) -> dict[str, dict[str, Tensor]]:
@@ -148,17 +182,14 @@ class EdgeRule(Rule):
                                 f"(covered: {names(layers)})")
         return layers[layer].carrier.effective(layers[layer]).detach()
 
-    def feedback_parameters(self) -> list[Tensor]:
-        from fa_bench.mechanisms.layers import tensors_of
-
-        return [tensors_of(layer)[name] for layer in self._layers.values() for name in layer.carrier.learned]
+    def learned_feedback(self) -> list[LearnedFeedback]:
+        return [learned for layer in self._learning for learned in layer.learned.values()]
 
     def shared_gradients(self) -> list[tuple[Tensor, Tensor]]:
-        from fa_bench.mechanisms.layers import tensors_of
-
-        return [(tensors_of(layer)[layer.carrier.follows], layer.weight) for layer in self._learning if layer.carrier.follows]
+        return [(layer.learned[layer.carrier.follows].tensor, layer.weight) for layer in self._learning if layer.carrier.follows]
 
     def step(self) -> None:
+        super().step()
         for layer in self._learning:
             layer.carrier.after_step(layer)
 

@@ -1,8 +1,9 @@
 """Layers whose backward pass carries the error by feedback; their class is swapped in place.
 
 ``module.__class__ = FeedbackLinear`` keeps names, hooks, optimizer references, tied and pretrained weights. Feedback
-tensors are buffers of the layer itself, called ``feedback_B`` and the like, so that state_dict, ``.to()``, memory formats
-and deepcopy follow while ``model.parameters()`` stays that of the plain model.
+tensors belong to the layer itself, as ``feedback_B`` and the like: fixed ones are its buffers, learned ones its parameters. So
+state_dict, ``.to()``, memory formats, deepcopy, and for learned ones optimizers, clipping and data parallelism treat them as
+they treat the weight.
 """
 
 from __future__ import annotations
@@ -15,18 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fa_bench.errors import CoverageError
 from fa_bench.mechanisms.carry import Carry, Learn
+from fa_bench.mechanisms.coverage import PREFIX
 from fa_bench.mechanisms.ops import (
     FeedbackConvFunction,
     FeedbackLinearFunction,
     Geometry,
     ProductLinearFunction,
 )
+from fa_bench.mechanisms.updates import LearnedFeedback
 
 if TYPE_CHECKING:
     from fa_bench.mechanisms.carriers import Carrier
-
-PREFIX = "feedback_"
 
 
 @dataclasses.dataclass
@@ -36,29 +38,39 @@ class Mode:
     Attributes:
         exact: forward passes are those of the plain model.
         hold: forward passes draw nothing new, so that a probe leaves no trace.
+        training: a forward pass of the whole model with gradients is under way.
     """
 
     exact: bool = False
     hold: bool = False
+    training: bool = False
 
 
 class FeedbackLayer(nn.Module):
     """Mixin in front of a plain layer class: the forward that puts the feedback into the graph.
 
     Attributes:
-        carrier: what makes the effective feedback of this layer from its buffers.
+        carrier: what makes the effective feedback of this layer from its feedback tensors.
         mode: shared by all layers of the attached model.
         path: the layer's name in the model.
+        learned: the learned feedback tensors by name.
     """
 
     carrier: Carrier
     mode: Mode
     path: str
+    learned: dict[str, LearnedFeedback]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         mode = self.mode
         if mode.exact or not torch.is_grad_enabled():
+            if mode.training and not mode.exact:
+                require_gradients(self.path, self)
             return super().forward(x, *args, **kwargs)
+        if "weight" not in self._parameters:
+            raise CoverageError(f"the weight of layer '{self.path}' is computed since attach (by pruning or a parametrization), "
+                                f"and its feedback cannot follow it: call rule.detach(), and attach before you reparametrize no "
+                                f"layer or after the weight is a parameter again")
         carrier = self.carrier
         if self.training and not mode.hold:
             carrier.before_forward(self)
@@ -75,9 +87,13 @@ class FeedbackLayer(nn.Module):
             bias = None if bias is None else _autocast(bias, dtype)
         return self.apply_feedback(x, weight, bias, carry, *args, **kwargs)
 
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.carrier.settle(self)
-        super()._save_to_state_dict(*args, **kwargs)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # In the order in which they were made, parameters or not: states and their hashes then do not depend on what learns.
+        for name in tensors_of(self):
+            if (key := f"{prefix}{PREFIX}{name}") in destination:
+                destination[key] = destination.pop(key)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.carrier.settle(self)
@@ -87,6 +103,16 @@ class FeedbackLayer(nn.Module):
         """The layer's output, with what carries the error in its backward pass."""
         raise NotImplementedError
 
+    @property
+    def qconfig(self) -> Any:
+        """Quantisation tools set this on every module; they do not know this class, and would quantise nothing."""
+        raise AttributeError("qconfig")
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        raise CoverageError(f"layer '{self.path}' has feedback, which quantisation does not know: call rule.detach() first, "
+                            f"then quantise")
+
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """As torch's autocast does: double precision stays."""
@@ -95,10 +121,10 @@ def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _autocast_carry(carry: Carry, weight: Tensor, dtype: torch.dtype) -> Carry:
     """`carry` with all tensors cast; what is made of the weight is made of it at full precision, where no small one is zero."""
-    feedback = carry.make(weight) if carry.make else carry.feedback
+    made = _autocast(carry.make(weight), dtype) if carry.make else None
     return carry._replace(
-        feedback=None if feedback is None else _autocast(feedback, dtype),
-        make=None,
+        feedback=None if carry.feedback is None else _autocast(carry.feedback, dtype),
+        make=None if made is None else (lambda weight: made),
         second=None if carry.second is None else _autocast(carry.second, dtype),
         activation=carry.activation and _composed(lambda value: _autocast(value, dtype), carry.activation),
         learn=_learn_from(carry, lambda value: _autocast(value, dtype)),
@@ -115,9 +141,10 @@ class FeedbackLinear(FeedbackLayer, nn.Linear):
 
     def apply_feedback(self, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry) -> Tensor:
         function = FeedbackLinearFunction if carry.second is None else ProductLinearFunction
+        learned = [learn.learned.tensor for learn in carry.learn]
         if x.dim() == 2:
-            return function.apply(x, weight, bias, carry)
-        return function.apply(x.reshape(-1, x.shape[-1]), weight, bias, carry).view(*x.shape[:-1], -1)
+            return function.apply(x, weight, bias, carry, *learned)
+        return function.apply(x.reshape(-1, x.shape[-1]), weight, bias, carry, *learned).view(*x.shape[:-1], -1)
 
 
 class _FeedbackConv(FeedbackLayer):
@@ -150,7 +177,7 @@ def _convolve(
         carry = carry._replace(
             activation=carry.activation and _composed(prepare, carry.activation), learn=_learn_from(carry, prepare)
         )
-    return FeedbackConvFunction.apply(x, weight, bias, carry, geometry)
+    return FeedbackConvFunction.apply(x, weight, bias, carry, geometry, *(learn.learned.tensor for learn in carry.learn))
 
 
 def _composed(prepare: Callable[[Tensor], Tensor], activation: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -232,34 +259,73 @@ def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def swap_in(module: nn.Module, path: str, carrier: Carrier, mode: Mode) -> None:
-    """Turn a plain layer into its feedback class, in place."""
+    """Turn a plain layer into its feedback class, in place, and the tensors that the carrier learns into parameters."""
     module.__class__ = SWAPS[type(module)]
     module.carrier, module.mode, module.path = carrier, mode, path
+    module.learned = {name: register_learned(module, path, name, module) for name in carrier.learned}
+    for name in carrier.learned:
+        if name == carrier.follows and not module.weight.requires_grad:
+            module.learned[name].rest()
 
 
 def swap_out(module: nn.Module) -> None:
     """Turn a feedback layer back into the plain one and drop its feedback tensors."""
-    module.__class__ = _PLAIN[type(module)]  # type: ignore[assignment]
-    for name in ("carrier", "mode", "path"):
-        delattr(module, name)
+    cls = type(module)
+    if cls in _PLAIN:
+        module.__class__ = _PLAIN[cls]  # type: ignore[assignment]
+    else:
+        # A parametrization made a class of its own from the feedback class: the same one, made from the plain class.
+        plain = _PLAIN[cls.__bases__[0]]
+        body = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
+        module.__class__ = type(f"Parametrized{plain.__name__}", (plain,), body)
+    for name in ("carrier", "mode", "path", "learned"):
+        module.__dict__.pop(name, None)
     drop_tensors(module)
 
 
 def put_tensor(module: nn.Module, name: str, tensor: Tensor | None) -> None:
     """Make `tensor` the feedback tensor `name` of a module: a buffer, saved with the model's state_dict unless None."""
+    order = module.__dict__.setdefault(_NAMES, [])
+    if name not in order:
+        order.append(name)
     module.register_buffer(PREFIX + name, tensor)
 
 
+def register_learned(module: nn.Module, place: str, name: str, witness: nn.Module | None) -> LearnedFeedback:
+    """Turn the feedback tensor `name` of a module, a buffer so far, into a parameter; see `LearnedFeedback`."""
+    key = PREFIX + name
+    module.register_parameter(key, nn.Parameter(module._buffers.pop(key)))
+    return LearnedFeedback(place, module, key, witness)
+
+
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """The feedback tensors of a module by name, live."""
-    return {
-        key.removeprefix(PREFIX): tensor
-        for key, tensor in module._buffers.items()
-        if key.startswith(PREFIX) and tensor is not None
-    }
+    """The feedback tensors of a module by name, live, in the order in which they were made."""
+    found = {}
+    for name in module.__dict__.get(_NAMES, ()):
+        key = PREFIX + name
+        tensor = module._parameters.get(key, module._buffers.get(key))
+        if tensor is not None:
+            found[name] = tensor
+    return found
 
 
 def drop_tensors(module: nn.Module) -> None:
     """Remove every feedback tensor from a module."""
-    for key in [key for key in module._buffers if key.startswith(PREFIX)]:
-        delattr(module, key)
+    for name in module.__dict__.pop(_NAMES, ()):
+        delattr(module, PREFIX + name)
+
+
+def require_gradients(path: str, layer: nn.Module) -> None:
+    """Refuse a forward pass without gradients through a layer whose weight learns, within one of the model with gradients.
+
+    Raises:
+        CoverageError: naming the layer and what to do.
+    """
+    if layer.weight.requires_grad:
+        raise CoverageError(f"layer '{path}' ran without gradients in a forward pass with gradients, although its weight learns: "
+                            f"activation checkpointing needs use_reentrant=False; a part of the model that is meant to stay as it "
+                            f"is, under torch.no_grad(), needs requires_grad_(False)")
+
+
+#: Where a module keeps the names of its feedback tensors.
+_NAMES = "_feedback_names"

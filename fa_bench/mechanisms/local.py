@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.draws import seed_for
-from fa_bench.errors import CoverageError, names
+from fa_bench.errors import CoverageError, StateError, names
 from fa_bench.lazy import nn, torch
+from fa_bench.mechanisms.coverage import AUXILIARY
 from fa_bench.mechanisms.cuts import CutRule, Kept
+from fa_bench.mechanisms.updates import LearnedFeedback
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,13 +27,15 @@ if TYPE_CHECKING:
 class LocalRule(CutRule):
     """A cut rule whose error at a cut is the gradient of a local loss there; subclasses give `auxiliary` and `local_loss`.
 
-    No error crosses a cut. The auxiliary layers are the rule's, not the model's: ``model.parameters()`` stays that of the plain
-    model, ``rule.feedback_parameters()`` are the auxiliary parameters, ``rule.feedback`` shows them under their cut, and
-    ``rule.state_dict()`` saves them. They follow the model to its device and dtype. Local losses do not carry the scale of a
-    scaled loss, and are computed in the model's dtype under autocast.
+    No error crosses a cut. The auxiliary layers are the rule's, but their parameters and buffers are registered in the module at
+    the cut too, as ``feedback_auxiliary_...``: so ``model.parameters()`` and ``model.state_dict()`` have them, and they follow the
+    model to its device and dtype. They are no modules of the model, for a container would run them. ``rule.feedback_parameters()``
+    are the auxiliary parameters, ``rule.feedback`` shows them under their cut. Local losses are multiplied by what the loss is
+    multiplied by, and computed in the model's dtype under autocast.
     """
 
     reads_values = True
+    scales = True
 
     @property
     def needs_target(self) -> bool:
@@ -54,40 +58,46 @@ class LocalRule(CutRule):
 
     # -------------------------------------------------------------------------------------------- life in a model
     def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:
-        self._auxiliary = {}
+        self._auxiliary: dict[str, Auxiliary] = {}
+        like = next(self.model.parameters())
         for cut, shape in features.items():
             with _seeded(seed_for(self.seed, cut, "auxiliary")):
-                self._auxiliary[cut] = self.auxiliary(cut, shape, classes)
+                net = self.auxiliary(cut, shape, classes)
+            self._auxiliary[cut] = Auxiliary(cut, self._at[cut], net.to(like.device, like.dtype), self._witness)
 
     def take_out(self) -> None:
+        for auxiliary in getattr(self, "_auxiliary", {}).values():
+            auxiliary.unregister()
+        self._auxiliary = {}
         super().take_out()
-        self._auxiliary: dict[str, torch_nn.Module] = {}
 
     def auxiliary_at(self, cut: str) -> torch_nn.Module:
-        """The auxiliary layers of one cut, on the model's device and in its dtype."""
-        module, like = self._auxiliary[cut], next(self.model.parameters())
-        first = next(module.parameters(), None)
-        if first is not None and (first.device != like.device or first.dtype != like.dtype):
-            # In place: parameters keep their identity, and optimizers what they were given.
-            module.to(like.device, like.dtype)
-        return module
+        """The auxiliary layers of one cut, with the tensors that the model has now."""
+        return self._auxiliary[cut].net()
 
     # -------------------------------------------------------------------------------------------- training
-    def signal(self, cut: str, kept: Kept, sent: Tensor, target: Tensor | None) -> Tensor:
+    def learned_at(self, cut: str) -> list[LearnedFeedback]:
+        return self._auxiliary[cut].learned
+
+    def answer(
+        self, cut: str, kept: Kept, sent: Tensor, delta: Tensor, target: Tensor | None, learns: bool
+    ) -> tuple[Tensor, list[Tensor | None]]:
         assert target is not None
-        module, dtype = self.auxiliary_at(cut), next(self.model.parameters()).dtype
-        learned = [] if self.mode.hold else list(module.parameters())
+        net, dtype = self.auxiliary_at(cut), next(self.model.parameters()).dtype
+        learned = [one.tensor for one in self.learned_at(cut)] if learns else []
+        required = [tensor for tensor in learned if tensor.requires_grad]
         with torch.enable_grad():
             activation = kept.tensor.detach().to(dtype).requires_grad_(True)
-            loss = self.local_loss(cut, module, activation, target)
-            error, *gradients = torch.autograd.grad(loss, [activation, *learned])
-        for parameter, gradient in zip(learned, gradients, strict=True):
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        return error
+            loss = self.local_loss(cut, net, activation, target)
+            error, *found = torch.autograd.grad(loss, [activation, *required])
+        if self.loss_factor != 1:
+            error, found = error * self.loss_factor, [gradient * self.loss_factor for gradient in found]
+        gradients = iter(found)
+        return error, [next(gradients) if tensor.requires_grad else None for tensor in learned]
 
     # -------------------------------------------------------------------------------------------- feedback, metrics
-    def feedback_parameters(self) -> list[Tensor]:
-        return [parameter for cut in self._auxiliary for parameter in self.auxiliary_at(cut).parameters()]
+    def learned_feedback(self) -> list[LearnedFeedback]:
+        return [one for auxiliary in self._auxiliary.values() for one in auxiliary.learned]
 
     @property
     def feedback(self) -> dict[str, dict[str, Tensor]]:
@@ -101,14 +111,77 @@ class LocalRule(CutRule):
         """None: no error is carried through any layer."""
         return {}
 
-    def state_dict(self) -> dict[str, Any]:
-        states = {cut: dict(module.state_dict()) for cut, module in self._auxiliary.items()}
-        return {cut: state for cut, state in states.items() if state}
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        for cut, tensors in state.items():
-            self.auxiliary_at(cut).load_state_dict(tensors)
+        """Nothing, for the model's state has it all; of a state that an earlier version saved, the auxiliary layers."""
+        states = {cut: dict(auxiliary.net().state_dict()) for cut, auxiliary in self._auxiliary.items()} if state else {}
+        self.require_entries(state, {cut: tensors for cut, tensors in states.items() if tensors})
+        for cut, auxiliary in self._auxiliary.items():
+            if cut in state:
+                auxiliary.load(state[cut])
+            elif auxiliary.awaited:
+                raise StateError(f"the model's state has no auxiliary layers for cut '{cut}', and rule '{self.name}''s has none "
+                                 f"either")
+
+
+class Auxiliary:
+    """The auxiliary layers of one cut, whose parameters and buffers are those of the module at the cut.
+
+    Args:
+        cut: its path.
+        module: the module there.
+        net: the layers.
+        witness: the layer of the model whose weight tells whether there was an update.
+
+    Attributes:
+        tensors: the tensors' names in the module -> where they are in the net.
+        learned: the parameters.
+        awaited: whether the model was given a state without them, as earlier versions saved it.
+    """
+
+    def __init__(self, cut: str, module: torch_nn.Module, net: torch_nn.Module, witness: torch_nn.Module | None) -> None:
+        self._net = net
+        self.awaited = False
+        self.tensors: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {}
+        self.learned: list[LearnedFeedback] = []
+        for path, part in net.named_modules():
+            for source in ("_parameters", "_buffers"):
+                for name, tensor in getattr(part, source).items():
+                    if tensor is None:
+                        continue
+                    key = AUXILIARY + "_".join([*path.split("."), name] if path else [name])
+                    if source == "_parameters":
+                        module.register_parameter(key, tensor)
+                        self.learned.append(LearnedFeedback(cut, module, key, witness))
+                    else:
+                        module.register_buffer(key, tensor)
+                    self.tensors[key] = (getattr(module, source), getattr(part, source), name)
+        self._hook = module.register_load_state_dict_pre_hook(self._accept_older)
+
+    def net(self) -> torch_nn.Module:
+        """The layers, with the tensors that the module has now: a state may have been assigned to it."""
+        for key, (mine, its, name) in self.tensors.items():
+            tensor = mine[key]
+            if its[name] is not tensor:
+                its[name] = tensor
+        return self._net
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take the tensors of a state of the net."""
+        self.net().load_state_dict(state)
+        self.awaited = False
+
+    def unregister(self) -> None:
+        """Take the tensors out of the module."""
+        self._hook.remove()
+        for key, (mine, _, _) in self.tensors.items():
+            mine.pop(key, None)
+
+    def _accept_older(self, module: Any, state: dict[str, Any], prefix: str, *others: Any) -> None:
+        """Earlier versions saved the auxiliary layers in the rule's state: let `load_state_dict` of the model pass without them."""
+        missing = [key for key in self.tensors if prefix + key not in state]
+        self.awaited = len(missing) == len(self.tensors) > 0
+        if self.awaited:
+            state.update({prefix + key: self.tensors[key][0][key].detach() for key in missing})
 
 
 class ModuleRule(LocalRule):

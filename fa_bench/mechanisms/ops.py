@@ -8,7 +8,8 @@ dimensions. Those of edge rules compute the forward pass of the plain layer. Bac
     error at the input     = g carried by `feedback`                    (backpropagation has the weight here)
 
 `feedback` has the weight's own layout, so that feedback = weight is backpropagation bit for bit, with no transpose anywhere.
-What a layer hands to its Function beside its own tensors is one `Carry`.
+A layer passes its Function one `Carry` beside its own tensors, and then the learned feedback tensors of ``carry.learn``, one by
+one: as inputs they receive their gradients from autograd, and everything that watches gradients works on them.
 Every wrapper counts here, for a small layer's arithmetic takes microseconds: few arguments, forward and setup in one method, and
 backward not marked ``once_differentiable``. Second derivatives through these Functions are those of the formulas above.
 """
@@ -40,7 +41,7 @@ class FeedbackLinearFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry, *learned: Tensor) -> Tensor:
         ctx.carry = carry
         feedback = weight if carry.make else carry.feedback
         ctx.save_for_backward(*((feedback,) if carry.activation else (feedback, x)))
@@ -50,18 +51,24 @@ class FeedbackLinearFunction(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         carry: Carry = ctx.carry
         feedback, *kept = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias, _, *needs_learned = ctx.needs_input_grad
         e_in = g.mm(carry.make(feedback) if carry.make else feedback) if needs_x else None
         x = _rows(carry.activation()) if carry.activation else kept[0]
         grad_weight = g.t().mm(x) if needs_weight else None
-        for learn in carry.learn:
-            if learn.activation is not None:
-                learn.receive(g.t().mm(_rows(learn.activation())))
+        gradients: list[Tensor | None] = []
+        for learn, needed in zip(carry.learn, needs_learned, strict=True):
+            gradient = None
+            if not needed:
+                pass
+            elif learn.activation is not None:
+                gradient = g.t().mm(_rows(learn.activation()))
             elif learn.hop is not None:
-                learn.receive(g.mm(learn.hop.to(g.dtype)).t().mm(x))
+                gradient = g.mm(learn.hop.to(g.dtype)).t().mm(x)
             elif grad_weight is not None:
-                learn.receive(grad_weight)
-        return e_in, grad_weight, g.sum(0) if needs_bias else None, None
+                gradient = shared(grad_weight)
+            gradients.append(gradient)
+            learn.learned.received(gradient)
+        return e_in, grad_weight, g.sum(0) if needs_bias else None, None, *gradients
 
 
 class ProductLinearFunction(torch.autograd.Function):
@@ -73,7 +80,7 @@ class ProductLinearFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry, *learned: Tensor) -> Tensor:
         ctx.save_for_backward(x, carry.feedback, carry.second)
         ctx.learn = carry.learn
         return F.linear(x, weight, bias)
@@ -81,13 +88,14 @@ class ProductLinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, first, second = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        between = g.mm(first) if needs_x or ctx.learn else g
+        needs_x, needs_weight, needs_bias, _, *needs_second = ctx.needs_input_grad
+        between = g.mm(first) if needs_x or any(needs_second) else g
         e_in = between.mm(second) if needs_x else None
         grad_weight = g.t().mm(x) if needs_weight else None
-        for learn in ctx.learn:
-            learn.receive(between.t().mm(x))
-        return e_in, grad_weight, g.sum(0) if needs_bias else None, None
+        gradients = [between.t().mm(x) if needed else None for needed in needs_second]
+        for learn, gradient in zip(ctx.learn, gradients, strict=True):
+            learn.learned.received(gradient)
+        return e_in, grad_weight, g.sum(0) if needs_bias else None, None, *gradients
 
 
 class Geometry(NamedTuple):
@@ -109,7 +117,9 @@ class FeedbackConvFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry, geometry: Geometry) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry, geometry: Geometry, *learned: Tensor
+    ) -> Tensor:
         feedback = weight if carry.make else carry.feedback
         ctx.save_for_backward(*((feedback,) if carry.activation else (feedback, x)))
         ctx.geometry, ctx.carry = geometry, carry
@@ -120,22 +130,38 @@ class FeedbackConvFunction(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         carry: Carry = ctx.carry
         feedback, *kept = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[:3])
+        needs, needs_learned = ctx.needs_input_grad[:3], ctx.needs_input_grad[5:]
         if carry.make and needs[0]:
             feedback = carry.make(feedback)
         # Of the weight's argument only the shape enters the weight gradient, and of the input's only the shape enters the error,
         # so that one call serves all three.
         x = carry.activation() if carry.activation else kept[0]
-        asked = [needs[0], needs[1] or any(learn.hop is not None for learn in carry.learn), needs[2]]
+        hop = any(needed and learn.hop is not None for learn, needed in zip(carry.learn, needs_learned, strict=True))
+        asked = [needs[0], needs[1] or hop, needs[2]]
         grads = torch.ops.aten.convolution_backward(g, x, feedback, ctx.bias_sizes, *ctx.geometry, asked)
-        for learn in carry.learn:
-            if learn.activation is not None:
-                learn.receive(weight_gradient(g, learn.activation(), feedback, ctx.geometry))
+        gradients: list[Tensor | None] = []
+        for learn, needed in zip(carry.learn, needs_learned, strict=True):
+            gradient = None
+            if not needed:
+                pass
+            elif learn.activation is not None:
+                gradient = weight_gradient(g, learn.activation(), feedback, ctx.geometry)
             elif learn.hop is not None:
-                learn.receive(gradient_of_second(learn.hop, grads[1], ctx.geometry.groups, ctx.geometry.transposed))
+                gradient = gradient_of_second(learn.hop, grads[1], ctx.geometry.groups, ctx.geometry.transposed)
             elif needs[1]:
-                learn.receive(grads[1])
-        return *grads, None, None
+                gradient = shared(grads[1])
+            gradients.append(gradient)
+            learn.learned.received(gradient)
+        return grads[0], grads[1] if needs[1] else None, grads[2], None, None, *gradients
+
+
+def shared(gradient: Tensor) -> Tensor:
+    """The same gradient for a second tensor, copied at the first write to either.
+
+    Writes are rare (SGD with Nesterov momentum, clipping, gradient scalers), and an alias would let them through to both; a copy
+    is 2.7 MB on the MLP, a tenth of its step.
+    """
+    return torch._lazy_clone(gradient)
 
 
 def weight_gradient(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -144,18 +170,19 @@ def weight_gradient(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) ->
 
 
 class DeliverFunction(torch.autograd.Function):
-    """The identity on the logits z (N, C), whose backward pass answers with an error for them and one for each cut.
+    """The identity on the logits z (N, C); its backward pass returns an error for them, one for each cut, and the gradients of
+    the learned feedback at the cuts.
 
-    Inputs: `answer`, called with δ = ∂L/∂z and the kept tensors, returns the errors at z and at them; `keep`, whether it is
-    given the kept tensors, which are then saved for it; z; the kept tensors, (N, ...) each.
+    Inputs: `answer`, called with δ = ∂L/∂z and the saved cut tensors, returns all of these; `cuts`, the number of cut tensors;
+    `keep`, whether their values are saved for `answer`; z; the cut tensors, (N, ...) each; then the learned feedback tensors.
     """
 
     @staticmethod
-    def forward(ctx: Any, answer: Callable[..., list[Tensor]], keep: bool, logits: Tensor, *kept: Tensor) -> Tensor:
+    def forward(ctx: Any, answer: Callable[..., list[Tensor | None]], cuts: int, keep: bool, logits: Tensor, *tensors: Tensor) -> Tensor:
         ctx.answer = answer
-        ctx.save_for_backward(*(kept if keep else ()))
+        ctx.save_for_backward(*(tensors[:cuts] if keep else ()))
         return logits.detach()
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return None, None, *ctx.answer(delta, ctx.saved_tensors)
+        return None, None, None, *ctx.answer(delta, ctx.saved_tensors)

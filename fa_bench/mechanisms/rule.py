@@ -8,15 +8,18 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fa_bench.config.options import Options, option
-from fa_bench.errors import CoverageError, StateError, names
+from fa_bench.errors import CoverageError, FaBenchError, StateError, names
 from fa_bench.lazy import torch
-from fa_bench.mechanisms.coverage import RULE_ATTRIBUTE, Coverage, check_model
+from fa_bench.mechanisms.coverage import RULE_ATTRIBUTE, Coverage, check_model, computed_weights
+from fa_bench.memory import short_cause
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fa_bench.mechanisms.layers import Mode
+    from fa_bench.mechanisms.structure import Structure
     from fa_bench.mechanisms.trace import Trace
+    from fa_bench.mechanisms.updates import LearnedFeedback
 
 R = TypeVar("R", bound="Rule")
 
@@ -34,6 +37,8 @@ class _Attached:
         _trace: Trace | None
         _frozen: list[nn.Parameter]
         _handles: list[Any]
+        _structure: Structure | None
+        _untraced: bool
 
 
 @dataclasses.dataclass(eq=False)
@@ -44,7 +49,8 @@ class Rule(_Attached, Options):
     mechanisms that rules are made of.
     """
 
-    allow_uncovered: bool = option(False, "accept weights that the rule does not cover; they learn by their true local gradient")
+    allow_uncovered: bool | list[str] = option(False, "accept weights that the rule does not cover, all or those named (names, or "
+                                                      "patterns such as 'lstm.*'); they learn by their true local gradient")
     freeze_stem: bool = option(False, "the first layer keeps its initial weight and bias")
 
     def shortened(self: R, fraction: float) -> R:
@@ -53,21 +59,25 @@ class Rule(_Attached, Options):
 
     # -------------------------------------------------------------------------------------------- life in a model
     def attach(
-        self: R, model: nn.Module, seed: int = 0, sample_input: Tensor | None = None, initial_phase: bool = True
+        self: R, model: nn.Module, seed: int = 0, sample_input: Any = None, initial_phase: bool = True
     ) -> R:
         """Put the rule into `model`, in place.
 
         Args:
             model: a plain module: not wrapped for data-parallel training, not compiled, with no rule in it.
             seed: seed of the feedback; every tensor is drawn by (seed, layer, name).
-            sample_input: one input batch (N, ...), for rules that need to know what follows what.
+            sample_input: one input batch (N, ...), a tuple of several arguments, or a dictionary of them by name; for rules that
+                need to know what follows what.
             initial_phase: do at once what the rule does before training; else it is left to `initial_phase`.
 
         Raises:
             CoverageError: naming the layers, where the rule cannot be put in.
         """
         from fa_bench.mechanisms.layers import Mode
+        from fa_bench.mechanisms.structure import Structure
 
+        if torch.is_inference_mode_enabled():
+            raise CoverageError("attach was called in torch.inference_mode(), whose tensors can never be trained: call it outside")
         if getattr(self, "model", None) is not None:
             raise CoverageError(f"this '{self.name}' rule object is in a model already; make another one")
         check_model(model)
@@ -75,14 +85,22 @@ class Rule(_Attached, Options):
         self._trace = None
         self._frozen: list[nn.Parameter] = []
         self._handles: list[Any] = []
+        self._structure, self._untraced = None, False
         try:
             if self.freeze_stem:
                 stem = model.get_submodule(self.trace(sample_input).order[0])
                 self.freeze(stem.parameters(recurse=False))
             self.coverage = self.put_in(sample_input).noting_frozen(model)
-            self.coverage.require(self.allow_uncovered)
-        except BaseException:
+            self.coverage.require(self.allow_uncovered, model)
+            if self.feedback_lr_scale == 0:
+                for learned in self.learned_feedback():
+                    learned.witness = None  # meant to stay as it is
+            self._structure = Structure(model, self.watched_modules(), self._frozen)
+            self.hook_model()
+        except BaseException as error:
             self._leave()
+            if isinstance(error, CoverageError) and (computed := computed_weights(model)):
+                raise CoverageError(f"{error.text} ({computed})", error.settings) from None
             raise
         setattr(model, RULE_ATTRIBUTE, self)
         if initial_phase:
@@ -113,8 +131,11 @@ class Rule(_Attached, Options):
         return model
 
     def _leave(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
         self.take_out()
-        for parameter in self._frozen:
+        for parameter in self._frozen_now():
             parameter.requires_grad_(True)
         del self.model
 
@@ -125,7 +146,10 @@ class Rule(_Attached, Options):
                 parameter.requires_grad_(False)
                 self._frozen.append(parameter)
 
-    def put_in(self, sample_input: Tensor | None) -> Coverage:
+    def _frozen_now(self) -> list[nn.Parameter]:
+        return self._structure.live() if self._structure is not None else self._frozen
+
+    def put_in(self, sample_input: Any) -> Coverage:
         """Change `self.model`; implemented by the mechanism."""
         raise NotImplementedError
 
@@ -133,26 +157,73 @@ class Rule(_Attached, Options):
         """Undo what `put_in` did, also where it stopped half way."""
         raise NotImplementedError
 
+    def watched_modules(self) -> dict[str, nn.Module]:
+        """{path: module} of the layers and cuts that must stay in the model while the rule is."""
+        return {}
+
+    # -------------------------------------------------------------------------------------------- every forward pass
+    def hook_model(self) -> None:
+        """Have `begin_forward` and `end_forward` called by every forward pass of the model."""
+        self._handles += [self.model.register_forward_pre_hook(self.begin_forward, with_kwargs=True),
+                          self.model.register_forward_hook(self.end_forward, always_call=True)]
+
+    def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        """Called before every forward pass of the model; refuses a model that was changed since `attach`."""
+        mode = self.mode
+        training = torch.is_grad_enabled() and not mode.exact
+        if training and not torch.compiler.is_compiling():
+            self._check_structure()
+            if self._untraced:
+                from fa_bench.mechanisms.trace import Arguments
+
+                self._untraced = False
+                self.check_uses(self.trace(Arguments(args, kwargs)))
+        mode.training = training
+
+    def end_forward(self, model: nn.Module, args: Any, output: Any) -> Any:
+        """Called after every forward pass of the model, also where it failed; may return another output."""
+        self.mode.training = False
+
+    def _check_structure(self) -> None:
+        if self._structure is not None:
+            self._structure.check(bool(self.allow_uncovered))
+
+    def check_uses(self, trace: Trace) -> None:
+        """Refuse what a first look at the model shows: a rule that was attached without a sample has it in training."""
+
     # -------------------------------------------------------------------------------------------- training
-    def backward(self, loss: Tensor, logits: Tensor | None = None, target: Tensor | None = None) -> None:
+    def backward(
+        self, loss: Tensor, logits: Tensor | None = None, target: Tensor | None = None, loss_scale: float | None = None
+    ) -> None:
         """Fill ``.grad`` of the weights and of learned feedback, adding to what is there as ``loss.backward()`` does.
 
         Args:
             loss: the scalar loss, scaled or not.
             logits: the model's output that the loss is made of, (N, C); cut rules need it.
             target: the labels, (N,); rules whose signal is made of them need it.
+            loss_scale: what the loss was multiplied by (for gradient accumulation, by a gradient scaler); None: the rules whose
+                errors are made of the labels find it out by themselves, where the loss is the mean cross-entropy times a number.
         """
         if self.mode.exact:
             loss.backward()
             return
-        self.deliver(loss, logits, target)
+        self._check_structure()
+        self.deliver(loss, logits, target, loss_scale)
 
-    def deliver(self, loss: Tensor, logits: Tensor | None, target: Tensor | None) -> None:
+    def deliver(
+        self, loss: Tensor, logits: Tensor | None, target: Tensor | None, loss_scale: float | None = None
+    ) -> None:
         """Bring the rule's errors to every layer: the backward pass alone."""
         loss.backward()
 
     def step(self) -> None:
-        """Whatever the rule does between updates; call it after ``optimizer.step()``."""
+        """Whatever the rule does between updates; call it after ``optimizer.step()``.
+
+        Raises:
+            StateError: where the update left learned feedback out; see `fa_bench.mechanisms.updates`.
+        """
+        for learned in self.learned_feedback():
+            learned.after_step()
 
     @contextmanager
     def exact(self) -> Iterator[None]:
@@ -161,14 +232,15 @@ class Rule(_Attached, Options):
         What the rule froze takes part.
         """
         before, self.mode.exact = self.mode.exact, True
-        required = [parameter.requires_grad for parameter in self._frozen]
+        frozen = self._frozen_now()
+        required = [parameter.requires_grad for parameter in frozen]
         try:
-            for parameter in self._frozen:
+            for parameter in frozen:
                 parameter.requires_grad_(True)
             yield
         finally:
             self.mode.exact = before
-            for parameter, was in zip(self._frozen, required, strict=True):
+            for parameter, was in zip(frozen, required, strict=True):
                 parameter.requires_grad_(was)
 
     # -------------------------------------------------------------------------------------------- feedback
@@ -181,9 +253,18 @@ class Rule(_Attached, Options):
         """What really carries the error through `layer`, in the weight's layout, detached (edge rules)."""
         raise CoverageError(f"rule '{self.name}' carries no error backwards through layers such as '{layer}'")
 
-    def feedback_parameters(self) -> list[Tensor]:
-        """The learned feedback tensors, to be given to an optimizer (after the model was moved to its device)."""
+    def learned_feedback(self) -> list[LearnedFeedback]:
+        """The learned feedback tensors with what is known of them."""
         return []
+
+    def feedback_parameters(self) -> list[Tensor]:
+        """The learned feedback tensors: those of ``model.parameters()`` that the rule added."""
+        return [learned.tensor for learned in self.learned_feedback()]
+
+    def weight_parameters(self) -> list[nn.Parameter]:
+        """``model.parameters()`` without the learned feedback: those of the plain model."""
+        learned = {id(tensor) for tensor in self.feedback_parameters()}
+        return [parameter for parameter in self.model.parameters() if id(parameter) not in learned]
 
     def shared_gradients(self) -> list[tuple[Tensor, Tensor]]:
         """(learned feedback, weight) wherever the gradient of the one is that of the other, the same numbers."""
@@ -204,7 +285,11 @@ class Rule(_Attached, Options):
         Raises:
             StateError: naming the entries that are missing, and those that this rule does not have.
         """
-        wanted, given = _entries(self.state_dict()), _entries(state)
+        self.require_entries(state, self.state_dict())
+
+    def require_entries(self, state: dict[str, Any], like: dict[str, Any]) -> None:
+        """Raise StateError, as `load_state_dict`, where `state` has other entries than `like`."""
+        wanted, given = _entries(like), _entries(state)
         found = {"missing": wanted - given, "unknown": given - wanted}
         faults = [f"{what}: {names(sorted(entries))}" for what, entries in found.items() if entries]
         if faults:
@@ -237,26 +322,41 @@ class Rule(_Attached, Options):
             return torch.autograd.grad(self.model.get_submodule(layer)(x), x, g)[0]
 
     # -------------------------------------------------------------------------------------------- structure
-    def trace(self, sample_input: Tensor | None, watch: tuple[str, ...] = ()) -> Trace:
+    def trace(self, sample_input: Any, watch: tuple[str, ...] = ()) -> Trace:
         """The model's structure from one sample forward.
 
         Without a sample, zeros of the width of the first layer serve where it is linear and nothing else is declared.
 
         Raises:
-            CoverageError: where no sample can be made up.
+            CoverageError: where no sample can be made up, or the made-up one does not pass through the model.
         """
-        from fa_bench.mechanisms.layers import weighted_layers
+        from fa_bench.mechanisms.coverage import not_coverable
+        from fa_bench.mechanisms.layers import require_gradients, weighted_layers
         from fa_bench.mechanisms.trace import trace_model
 
-        if sample_input is None:
-            layers = weighted_layers(self.model)
-            path, first = next(iter(layers.items()), ("", None))
-            if not isinstance(first, torch.nn.Linear):
-                raise CoverageError(f"rule '{self.name}' needs sample_input, one input batch, to see what follows "
-                                    f"layer '{path}'" if path else f"rule '{self.name}' covers no layer of this model")
-            sample_input = first.weight.new_zeros(2, first.in_features)
-        with self.exact():
-            return trace_model(self.model, sample_input, watch)
+        def traced(sample: Any) -> Trace:
+            with self.exact():
+                trace = trace_model(self.model, sample, watch, getattr(self, "output", None), self._frozen_now())
+            for blind in trace.without_gradients:
+                require_gradients(blind, self.model.get_submodule(blind))
+            return trace
+
+        if sample_input is not None:
+            return traced(sample_input)
+        layers = weighted_layers(self.model)
+        path, first = next(iter(layers.items()), ("", None))
+        if first is None:
+            raise CoverageError(f"rule '{self.name}' covers no layer of this model: {not_coverable(self.model)}")
+        needed = f"rule '{self.name}' needs sample_input, one input batch, to see what follows layer '{path}'"
+        if not isinstance(first, torch.nn.Linear):
+            raise CoverageError(needed)
+        try:
+            return traced(first.weight.new_zeros(2, first.in_features))
+        except FaBenchError:
+            raise
+        except Exception as error:  # whatever the model says to an input that is not its own
+            raise CoverageError(f"{needed}; zeros of shape (2, {first.in_features}) do not pass through the model "
+                                f"({short_cause(error)})") from None
 
 
 def _entries(state: Any, path: str = "") -> set[str]:

@@ -165,7 +165,7 @@ class SharingRule(EdgeRule):
     #: The carrier that lets the shared activation in.
     sharing = Sharing
 
-    def put_in(self, sample_input: Tensor | None) -> Coverage:
+    def put_in(self, sample_input: Any) -> Coverage:
         trace = self.trace(sample_input)
         groups = self.sharing_groups(self.model, trace)
         self._groups = {path: number for number, group in enumerate(groups, start=1) for path in group}

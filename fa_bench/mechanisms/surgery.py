@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def attach(
-    model: nn.Module, rule: str | Rule, *, seed: int = 0, sample_input: Tensor | None = None, **options: Any
+    model: nn.Module, rule: str | Rule, *, seed: int = 0, sample_input: Any = None, **options: Any
 ) -> Rule:
     """Put a learning rule into a model, in place.
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import fa_bench
 from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS
 from fa_bench.draws import seed_for
-from fa_bench.lazy import nn
+from fa_bench.lazy import nn, torch
 from fa_bench.mechanisms.local import ModuleRule, kind_of_map
 from fa_bench.rules.asfp import ASFP
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from fa_bench.mechanisms.coverage import Coverage
     from fa_bench.mechanisms.trace import Trace
+    from fa_bench.mechanisms.updates import LearnedFeedback
 
 
 @dataclasses.dataclass(eq=False)
@@ -45,7 +47,8 @@ class Classifiers(ModuleRule):
         layers["fc"] = nn.Linear(features, classes)
         layers["bn"] = nn.BatchNorm1d(classes, track_running_stats=False)
         classifier = nn.Sequential(layers)
-        fa_bench.attach(classifier, "fa", seed=seed_for(self.seed, cut, "classifier"), b_init=self.b_init)
+        fa_bench.attach(classifier, "fa", seed=seed_for(self.seed, cut, "classifier"), b_init=self.b_init,
+                        sample_input=torch.zeros(2, *shape))
         return classifier
 
     def local_loss(self, cut: str, auxiliary: torch_nn.Module, activation: Tensor, target: Tensor) -> Tensor:
@@ -77,11 +80,11 @@ class ASFPLC(ASFP):
     cuts: list[str] | None = option(None, "modules (names or patterns) that the blocks end with; null: the model's blocks")
     pool: int = option(2, "side that a classifier averages a map to", minimum=1)
 
-    def put_in(self, sample_input: Tensor | None) -> Coverage:
+    def put_in(self, sample_input: Any) -> Coverage:
         local = Classifiers(cuts=self.cuts, pool=self.pool, b_init=self.linear_b_init)
         # One mode for both: what measures the one measures the other.
         local.name, local.model, local.mode, local.seed = self.name, self.model, self.mode, self.seed
-        local._frozen = self._frozen
+        local._frozen, local._structure, local._untraced = self._frozen, None, False
         self._local = local
         local.put_in(sample_input)
         return super().put_in(sample_input)
@@ -91,22 +94,36 @@ class ASFPLC(ASFP):
             local.take_out()
         super().take_out()
 
-    def deliver(self, loss: Tensor, logits: Tensor | None, target: Tensor | None) -> None:
-        self._local.deliver(loss, logits, target)
+    def begin_forward(self, model: torch_nn.Module, args: Any, kwargs: Any) -> None:
+        super().begin_forward(model, args, kwargs)
+        self._local.begin_forward(model, args, kwargs)
+
+    def end_forward(self, model: torch_nn.Module, args: Any, output: Any) -> Any:
+        super().end_forward(model, args, output)
+        return self._local.end_forward(model, args, output)
+
+    def deliver(
+        self, loss: Tensor, logits: Tensor | None, target: Tensor | None, loss_scale: float | None = None
+    ) -> None:
+        self._local.deliver(loss, logits, target, loss_scale)
 
     @property
     def feedback(self) -> dict[str, dict[str, Tensor]]:
         return {**super().feedback, **self._local.feedback}
 
-    def feedback_parameters(self) -> list[Tensor]:
-        return [*super().feedback_parameters(), *self._local.feedback_parameters()]
+    def learned_feedback(self) -> list[LearnedFeedback]:
+        return [*super().learned_feedback(), *self._local.learned_feedback()]
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "classifiers": self._local.state_dict()}
+    def watched_modules(self) -> dict[str, torch_nn.Module]:
+        return {**super().watched_modules(), **self._local.watched_modules()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        classifiers = {}
+        if isinstance(state, Mapping) and "classifiers" in state:  # a state that an earlier version saved
+            state = dict(state)
+            classifiers = state.pop("classifiers")
         super().load_state_dict(state)
-        self._local.load_state_dict(state["classifiers"])
+        self._local.load_state_dict(classifiers)
 
     def error_points(self, trace: Trace) -> dict[str, tuple[str, str]]:
         return {**super().error_points(trace), **self._local.error_points(trace)}

@@ -10,7 +10,7 @@ from fa_bench.mechanisms.coverage import Coverage, Covered
 from fa_bench.mechanisms.rule import Rule
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 @ALGORITHMS.register("bp")
@@ -23,11 +23,11 @@ class BP(Rule):
     The model is left as it is. Subclasses freeze a part of it.
     """
 
-    def frozen_parameters(self, sample_input: Tensor | None) -> dict[int, str]:
+    def frozen_parameters(self, sample_input: Any) -> dict[int, str]:
         """{id of a parameter that does not learn: why}."""
         return {}
 
-    def put_in(self, sample_input: Tensor | None) -> Coverage:
+    def put_in(self, sample_input: Any) -> Coverage:
         from fa_bench.mechanisms.layers import weighted_layers
 
         self._layers = weighted_layers(self.model)
@@ -41,6 +41,9 @@ class BP(Rule):
 
     def take_out(self) -> None:
         pass
+
+    def watched_modules(self) -> dict[str, nn.Module]:
+        return dict(self._layers)
 
     def effective_feedback(self, layer: str) -> Tensor:
         return self._layers[layer].weight.detach()

@@ -23,7 +23,7 @@ class BPFullyConnected(BP):
     too; those layers stay in training mode; frozen tensors do not decay. All fully connected layers learn, hidden ones too.
     """
 
-    def frozen_parameters(self, sample_input: Tensor | None) -> dict[int, str]:
+    def frozen_parameters(self, sample_input: Any) -> dict[int, str]:
         from fa_bench.mechanisms.layers import CONVOLUTIONS
 
         convolutions = {path for path, layer in self._layers.items() if isinstance(layer, CONVOLUTIONS)}

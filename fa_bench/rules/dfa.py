@@ -51,7 +51,7 @@ class DFA(CutRule):
     def side(self) -> str:
         return INPUT if self.form == "kernel" else OUTPUT
 
-    def find_cuts(self, sample_input: Tensor | None) -> tuple[str, ...]:
+    def find_cuts(self, sample_input: Any) -> tuple[str, ...]:
         if self.form != "kernel":
             return super().find_cuts(sample_input)
         from fa_bench.mechanisms.layers import weighted_layers

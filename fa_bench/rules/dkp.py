@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS
 from fa_bench.draws import INITIALISERS, draw_mask, seed_for
-from fa_bench.mechanisms.carriers import add_gradient
 from fa_bench.mechanisms.cuts import CutRule, Kept
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from fa_bench.mechanisms.updates import LearnedFeedback
 
 
 @ALGORITHMS.register("dkp")
@@ -48,28 +49,36 @@ class DKP(CutRule):
     reads_values = True
 
     def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:
-        from fa_bench.mechanisms.layers import put_tensor
+        from fa_bench.mechanisms.layers import put_tensor, register_learned
 
+        self._learned: dict[str, list[LearnedFeedback]] = {}
         for cut, shape in features.items():
             size = (classes, math.prod(shape))
             self.put(cut, "B", size, self.b_init, self.density)
+            self._learned[cut] = [register_learned(self._at[cut], cut, "B", self._witness)]
             if self.density < 1:
                 mask = draw_mask(size, self.density, seed_for(self.seed, cut, "B"))
                 put_tensor(self._at[cut], "mask", mask.to(self.tensor(cut, "B")))
 
-    def learn_feedback(self, tape: dict[str, Kept], delta: Tensor, target: Tensor | None) -> None:
-        for cut, kept in tape.items():
-            dtype = self.tensor(cut, "B").dtype
-            add_gradient(self._at[cut], "B", delta.to(dtype).t().mm(kept.tensor.flatten(1).to(dtype)))
+    def tensor(self, cut: str, name: str) -> Tensor:
+        return self._at[cut]._parameters["feedback_B"].detach() if name == "B" else super().tensor(cut, name)
 
-    def feedback_parameters(self) -> list[Tensor]:
-        return [self.tensor(cut, "B") for cut in self._at]
+    def learned_at(self, cut: str) -> list[LearnedFeedback]:
+        return self._learned[cut]
+
+    def feedback_gradients(self, cut: str, kept: Kept, delta: Tensor, target: Tensor | None) -> list[Tensor | None]:
+        dtype = self.tensor(cut, "B").dtype
+        return [delta.to(dtype).t().mm(kept.tensor.flatten(1).to(dtype))]
+
+    def learned_feedback(self) -> list[LearnedFeedback]:
+        return [one for learned in self._learned.values() for one in learned]
 
     @property
     def feedback_lr_scale(self) -> float:
         return self.b_lr_scale
 
     def step(self) -> None:
+        super().step()
         if self.density < 1:
             for cut in self._at:
                 self.tensor(cut, "B").mul_(self.tensor(cut, "mask"))

@@ -31,13 +31,15 @@ class DRTP(CutRule):
     Choices: the error is divided by N, as that of the output layer is. The code behind the paper does so at the output only,
     which is ``scale`` = N here. The sign is that code's; since B is symmetric about zero another would do as well. B is
     Kaiming-uniform with the features of the cut for its fan (``b_init``), masked once where ``density`` is below 1. The signal
-    does not carry the scale of a scaled loss. The paper has tanh units and no batch normalisation; the cuts are those of `dfa`.
+    is multiplied by what the loss is multiplied by. The paper has tanh units and no batch normalisation; the cuts are those of `dfa`.
     """
 
     b_init: str = option("kaiming_uniform", "initialiser of B", choices=list(INITIALISERS))
     density: float = option(1.0, "fraction of B that is not zero (mask drawn once)", above=0, maximum=1)
     scale: float = option(1.0, "factor on the error at every cut, beside one over the batch size", above=0)
     error_sign: bool = option(False, "project the sign of the output error in place of the labels (sDFA)")
+
+    scales = True
 
     @property
     def needs_target(self) -> bool:
@@ -48,7 +50,9 @@ class DRTP(CutRule):
             self.put(cut, "B", (classes, math.prod(shape)), self.b_init, self.density)
 
     def broadcast(self, delta: Tensor, target: Tensor | None) -> Tensor:
-        factor = self.scale / len(delta)
+        if len(delta) == 0:
+            return delta
+        factor = self.scale * self.loss_factor / len(delta)
         if self.error_sign:
             return delta.sign() * factor
         assert target is not None

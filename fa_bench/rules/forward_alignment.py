@@ -11,7 +11,7 @@ from fa_bench.draws import INITIALISERS
 from fa_bench.errors import CoverageError
 from fa_bench.lazy import torch
 from fa_bench.mechanisms.carriers import Carrier, Transport
-from fa_bench.mechanisms.carry import Carry
+from fa_bench.mechanisms.carry import Carry, recomputing
 from fa_bench.mechanisms.edge import EdgeRule, Site
 
 if TYPE_CHECKING:
@@ -45,6 +45,9 @@ class RandomForward(Transport):
 
     def carry(self, layer: Any, x: Tensor) -> Carry:
         current = self.rule.current
+        if recomputing():
+            # What is saved must be what the first pass saved; the activation is that pass's.
+            return Carry(self.effective(layer), activation=None if self.first else x.detach)
         if current is None and layer.mode.hold:
             return Carry(self.effective(layer))  # a probe that asks what this layer alone carries
         if current is None:
@@ -69,9 +72,8 @@ class ForwardAlignment(EdgeRule):
 
     c_init: str = option("xavier_uniform", "initialiser of the random weights C", choices=list(INITIALISERS))
 
-    def put_in(self, sample_input: Tensor | None) -> Coverage:
+    def put_in(self, sample_input: Any) -> Coverage:
         self.current: Pass | None = None
-        self._handles: list[Any] = []
         trace = self.trace(sample_input)
         again = [path for path in trace.order if trace.calls[path] > 1]
         if again:
@@ -80,28 +82,25 @@ class ForwardAlignment(EdgeRule):
         self._first = set(trace.inputs[0])
         coverage = super().put_in(sample_input)
         self._random = [path for path, layer in self._layers.items() if isinstance(layer.carrier, RandomForward)]
-        self._handles = [self.model.register_forward_pre_hook(self._open, with_kwargs=True),
-                         self.model.register_forward_hook(self._close, with_kwargs=True)]
         return coverage
 
     def carrier(self, site: Site) -> Carrier:
         site.put("C", self.c_init)
         return RandomForward(self, site.path in self._first)
 
-    def take_out(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        super().take_out()
-
-    # The hooks of the model itself. Within the second pass no gradient is enabled, and so neither does anything.
-    def _open(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if torch.is_grad_enabled() and not self.mode.exact:
+    # Within the second pass, which has no gradients, neither does anything; nor does a pass that activation checkpointing repeats.
+    def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        super().begin_forward(model, args, kwargs)
+        if self.mode.training and not recomputing():
             self.current = Pass()
+            self._call = args, kwargs
 
-    def _close(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if torch.is_grad_enabled() and self.current is not None:
+    def end_forward(self, model: nn.Module, args: Any, output: Any) -> None:
+        super().end_forward(model, args, output)
+        if torch.is_grad_enabled() and self.current is not None and not recomputing():
             current, self.current = self.current, None
-            self._run_again(current, args, kwargs)
+            if output is not None:
+                self._run_again(current, *self._call)
 
     def _run_again(self, current: Pass, args: Any, kwargs: Any) -> None:
         """A second forward pass in which every layer has its true input of the first one, and C."""

@@ -21,7 +21,7 @@ class Frozen(BP):
     training mode: its gains and biases are frozen, its running statistics are not. Frozen tensors do not decay.
     """
 
-    def frozen_parameters(self, sample_input: Tensor | None) -> dict[int, str]:
+    def frozen_parameters(self, sample_input: Any) -> dict[int, str]:
         outputs = self.trace(sample_input).outputs if sample_input is not None else list(self._layers)[-1:]
         learns = {id(p) for path in outputs for p in self._layers[path].parameters(recurse=False)}
         return {id(p): "moves nothing" for p in self.model.parameters() if id(p) not in learns}

@@ -37,9 +37,9 @@ class Mix(Carrier):
         self._product = Product()
 
     def carry(self, layer: Any, x: Tensor) -> Carry:
-        buffers, learn = layer._buffers, ()
+        learn = ()
         if "pfa" in self.kinds:
-            learn += learning(layer, "R", hop=buffers["feedback_B"])
+            learn += learning(layer, "R", hop=layer._buffers["feedback_B"])
         if "kp" in self.kinds:
             learn += learning(layer, "K")
         return self.carry_effective(layer, x, learn)
@@ -51,7 +51,7 @@ class Mix(Carrier):
         """What the synapses of these kinds carry; zero where a synapse is of another."""
         buffers, total = layer._buffers, torch.zeros_like(layer.weight, requires_grad=False)
         for kind in kinds:
-            carried = self._product.effective(layer) if kind == "pfa" else buffers["feedback_F" if kind == "fa" else "feedback_K"]
+            carried = self._product.effective(layer) if kind == "pfa" else layer.feedback_F if kind == "fa" else layer.feedback_K
             total.addcmul_(buffers[f"feedback_mask_{kind}"], carried.detach())
         return total
 

@@ -29,7 +29,7 @@ class Product(Carrier):
     tensors = "B and R"
 
     def carry(self, layer: Any, x: Tensor) -> Carry:
-        first, second = layer._buffers["feedback_B"], layer._buffers["feedback_R"]
+        first, second = layer._buffers["feedback_B"], layer._parameters["feedback_R"]
         if second.dim() == 2:
             return Carry(first, second=second, learn=learning(layer, "R"))
         # In a convolution the product is made once, not at every pixel: ten times less work at a ratio of ten.
@@ -37,11 +37,11 @@ class Product(Carrier):
 
     def effective(self, layer: Any) -> Tensor:
         groups, transposed = getattr(layer, "groups", 1), getattr(layer, "transposed", False)
-        return multiplied_out(layer.feedback_B, layer.feedback_R, groups, transposed)
+        return multiplied_out(layer.feedback_B, layer.feedback_R.detach(), groups, transposed)
 
     def after_step(self, layer: Any) -> None:
         if (mask := layer._buffers["feedback_mask"]) is not None:
-            layer.feedback_R.mul_(mask)
+            layer.feedback_R.detach().mul_(mask)
 
 
 @dataclasses.dataclass(eq=False)

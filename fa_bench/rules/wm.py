@@ -151,7 +151,7 @@ class WM(EdgeRule):
     def shortened(self, fraction: float) -> WM:
         return dataclasses.replace(self, initial_steps=round(fraction * self.initial_steps))
 
-    def put_in(self, sample_input: Tensor | None) -> Coverage:
+    def put_in(self, sample_input: Any) -> Coverage:
         from fa_bench.mechanisms.layers import weighted_layers
 
         layers = weighted_layers(self.model)

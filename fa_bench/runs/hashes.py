@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.lazy import torch
+from fa_bench.mechanisms.coverage import AUXILIARY
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 #: Hexadecimal digits of every hash that is shown.
 DIGITS = 16
@@ -46,6 +47,11 @@ def state_hash(state: Any) -> str:
     digest = hashlib.sha256()
     _update(digest, state)
     return digest.hexdigest()[:DIGITS]
+
+
+def weights_hash(model: nn.Module) -> str:
+    """A hash of a model's state: weights, buffers and feedback, without the nets that local losses add; see `state_hash`."""
+    return state_hash({key: tensor for key, tensor in model.state_dict().items() if AUXILIARY not in key})
 
 
 def _update(digest: Any, value: Any) -> None:

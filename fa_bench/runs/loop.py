@@ -200,7 +200,9 @@ class Loop:
     def _first_hit(self, x: Tensor | None) -> str | None:
         """The first tensor that is not finite: a weight, in the model's order, learned feedback, or what `x` makes of a layer."""
         feedback = [(f"{layer}.{name}", tensor) for layer, own in self.rule.feedback.items() for name, tensor in own.items()]
-        for name, tensor in (*self.rule.model.named_parameters(), *feedback):
+        weights = {id(weight) for weight in self.rule.weight_parameters()}
+        named = [(name, tensor) for name, tensor in self.rule.model.named_parameters() if id(tensor) in weights]
+        for name, tensor in (*named, *feedback):
             if not torch.isfinite(tensor).all():
                 return name
         return None if x is None else first_not_finite(self.rule.model, x)

@@ -19,7 +19,7 @@ from fa_bench.config.job import Job
 from fa_bench.config.labels import duration
 from fa_bench.config.scale import SCALES, scaled
 from fa_bench.data.base import Splits
-from fa_bench.errors import ConfigError, OptionError, OutputError, RunDirectoryError
+from fa_bench.errors import ConfigError, CoverageError, OptionError, OutputError, RunDirectoryError
 from fa_bench.files import LOG, RESULT, dump_json, write_text
 from fa_bench.mechanisms.rule import Rule
 from fa_bench.memory import require, within_memory
@@ -29,7 +29,7 @@ from fa_bench.optim import Optimizers
 from fa_bench.process import isolated, seed_everything, threads
 from fa_bench.runs import checkpoint
 from fa_bench.runs.batches import check_batches, probe_batch
-from fa_bench.runs.hashes import state_hash
+from fa_bench.runs.hashes import state_hash, weights_hash
 from fa_bench.runs.logs import log, log_file
 from fa_bench.runs.loop import Angles, Diverged, Loop, Progress
 from fa_bench.runs.record import Recorder, base_result, device_name, progress_result
@@ -148,7 +148,7 @@ def _run(place: RunDirectory, go_on: bool, title: str, experiment: str | None, l
                     raise error
                 finally:
                     result |= progress_result(recorder, progress, probe, angles)
-                    result |= {"batches_hash": progress.batches_hash, "weights_hash": state_hash(rule.model.state_dict()),
+                    result |= {"batches_hash": progress.batches_hash, "weights_hash": weights_hash(rule.model),
                                "feedback_hash": state_hash([rule.feedback, rule.state_dict()]),
                                "optimizer_hash": state_hash(optimizers.state_dict())}
                     _finish(recorder, result)
@@ -225,7 +225,10 @@ def assemble(job: Job, device: torch.device, splits: Splits | None = None) -> Pa
         require(4 * sum(weight.numel() for weight in model.parameters()), "the gradients of this architecture")
     initial = state_hash(model.state_dict())
     x, y = probe_batch(splits, job.run.probe_size)
-    rule = job.fresh_algorithm().attach(model, seed=job.run.seed, sample_input=x[:2], initial_phase=False)
+    try:
+        rule = job.fresh_algorithm().attach(model, seed=job.run.seed, sample_input=x[:2], initial_phase=False)
+    except CoverageError as error:
+        raise error.under("algorithm") from None
     check_batches(rule, splits, job.run)
     optimizers = Optimizers(job.optimizer, rule, job.run.epochs, job.feedback_optimizer)
     return Parts(splits, rule, optimizers, Probe(rule, x, y), initial)

@@ -45,8 +45,14 @@ def backward(rule, loss: Tensor, logits: Tensor, target: Tensor | None = None) -
     rule.backward(loss, logits, target)
 
 
+def weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of the plain model by name: those of an attached one without learned feedback."""
+    return {name: parameter for name, parameter in model.named_parameters() if "feedback_" not in name}
+
+
 def collect(model: nn.Module) -> dict[str, Tensor | None]:
-    return {name: None if p.grad is None else p.grad.detach().clone() for name, p in model.named_parameters()}
+    """Gradients of the weights; those of learned feedback are asked for by ``rule.feedback_parameters()``."""
+    return {name: None if p.grad is None else p.grad.detach().clone() for name, p in weights(model).items()}
 
 
 def rule_grads(model: nn.Module, rule, x: Tensor, y: Tensor) -> dict[str, Tensor | None]:
@@ -88,7 +94,8 @@ def array(tensor: Tensor) -> np.ndarray:
 
 
 def arrays(model: nn.Module) -> dict[str, np.ndarray]:
-    return {name: array(p) for name, p in model.named_parameters()}
+    """The weights of a model, attached or not."""
+    return {name: array(p) for name, p in weights(model).items()}
 
 
 def distance(got, want, floor: float = 1e-30) -> float:

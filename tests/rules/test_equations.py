@@ -89,7 +89,7 @@ def test_training_steps_equal_reference(case, net, nesterov):
     """Four steps of SGD with momentum and coupled decay on new batches: weights, biases and learned feedback."""
     rule, model, _, chain, reference, options = start(case, net)
     settings = {"lr": 0.1, "momentum": 0.9, "nesterov": nesterov}
-    optimizer = torch.optim.SGD([*model.parameters(), *rule.feedback_parameters()], weight_decay=0.01, **settings)
+    optimizer = torch.optim.SGD(model.parameters(), weight_decay=0.01, **settings)
     initial, velocity, redrawn = feedback_arrays(rule), {}, CASES[case][0] in TRAITS["redrawn"]
     learned = {name: array(tensor) for name, tensor in learned_names(rule).items()}
     params = arrays(model) | learned

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import fa_bench
 from fa_bench.optim import SGD, Optimizers
 
 from . import nets
-from .helpers import assert_bitwise, bp_grads, copy_weights_into_feedback, layer_names, rule_grads
+from .helpers import assert_bitwise, bp_grads, copy_weights_into_feedback, layer_names, rule_grads, weights
 
 
 def attached(net: str = "conv_bn", **options):
@@ -47,8 +48,9 @@ def test_learned_feedback_is_what_the_optimizer_gets():
     pointers = {tensors["B"].data_ptr() for tensors in rule.feedback.values()}
     assert {tensor.data_ptr() for tensor in rule.feedback_parameters()} == pointers
     assert len(list(rule.feedback_parameters())) == len(layer_names(model)) == 4
-    own = {p.data_ptr() for p in model.parameters()}
-    assert not own & pointers, "the feedback is not among the model's parameters"
+    weights = {p.data_ptr() for p in rule.weight_parameters()}
+    assert not weights & pointers and weights | pointers == {p.data_ptr() for p in model.parameters()}
+    assert all(isinstance(tensor, nn.Parameter) for tensor in rule.feedback_parameters())
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
@@ -57,7 +59,7 @@ def test_difference_follows_the_linear_recursion(nesterov, foreach):
     """D = W - B: v <- m v + lambda D; D <- D - lr (v, or lambda D + m v). The task's gradients cancel exactly."""
     lr, momentum, decay = 0.1, 0.9, 0.05
     model, rule = attached()
-    parameters = [*model.parameters(), *rule.feedback_parameters()]
+    parameters = model.parameters()
     optimizer = torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=decay, nesterov=nesterov, foreach=foreach)
     want = differences(model, rule)
     velocity = {name: torch.zeros_like(tensor) for name, tensor in want.items()}
@@ -78,14 +80,14 @@ def test_equal_start_stays_equal_and_stays_backpropagation(options):
     copy_weights_into_feedback(model, rule)
     plain = nets.convnet(batch_norm=True)
     settings = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01} | options
-    optimizer = torch.optim.SGD([*model.parameters(), *rule.feedback_parameters()], **settings)
+    optimizer = torch.optim.SGD(model.parameters(), **settings)
     plain_optimizer = torch.optim.SGD(plain.parameters(), **settings)
     for step in train(model, rule, optimizer, 20):
         for p, grad in zip(plain.parameters(), bp_grads(plain, *nets.batch("conv_bn", seed=step)).values(), strict=True):
             p.grad = grad
         plain_optimizer.step()
         # bp_grads works on a copy: give the plain model the running statistics of the same batches (unused in training mode).
-        assert_bitwise({n: p.detach() for n, p in model.named_parameters()}, {n: p.detach() for n, p in plain.named_parameters()})
+        assert_bitwise(weights(model), weights(plain))
         assert all(not tensor.any() for tensor in differences(model, rule).values()), f"W and B differ after step {step}"
 
 
@@ -94,7 +96,7 @@ def test_adamw_keeps_the_cancellation():
     lr, decay, steps = 0.01, 0.5, 10
     model, rule = attached()
     before = differences(model, rule)
-    optimizer = torch.optim.AdamW([*model.parameters(), *rule.feedback_parameters()], lr=lr, weight_decay=decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=decay)
     list(train(model, rule, optimizer, steps))
     for name, now in differences(model, rule).items():
         # Equal gradients give bitwise equal Adam steps; only the subtraction from W and from B rounds.
@@ -108,7 +110,7 @@ def test_b_lr_scale_scales_the_step_of_b_only(scale):
     weights = {name: model.get_submodule(name).weight.detach().clone() for name in layer_names(model)}
     feedback = {name: rule.feedback[name]["B"].detach().clone() for name in layer_names(model)}
     feedback_group = {"params": list(rule.feedback_parameters()), "lr": 0.1 * rule.feedback_lr_scale}
-    groups = [{"params": list(model.parameters())}, feedback_group]
+    groups = [{"params": rule.weight_parameters()}, feedback_group]
     list(train(model, rule, torch.optim.SGD(groups, lr=0.1), 1))
     for name in layer_names(model):
         step = model.get_submodule(name).weight.detach() - weights[name]
@@ -123,6 +125,8 @@ def test_without_the_optimizer_feedback_does_not_move():
     """Feedback learns through the optimizer and through nothing else."""
     model, rule = attached()
     before = {name: rule.feedback[name]["B"].detach().clone() for name in layer_names(model)}
+    for tensor in rule.feedback_parameters():
+        tensor.requires_grad_(False)  # or it would be an error
     list(train(model, rule, torch.optim.SGD(model.parameters(), lr=0.1), 2))
     assert all(torch.equal(before[name], rule.feedback[name]["B"]) for name in before)
 
@@ -150,5 +154,5 @@ def test_optimizers_update_b_with_the_gradient_that_w_has_at_the_update():
             optimizers.zero_grad()
             rule.backward(F.cross_entropy(model(x.float()), y))
             optimizers.step()
-        found.append([t.clone() for t in [*model.parameters(), *rule.feedback_parameters()]])
+        found.append([t.clone() for t in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -22,14 +22,17 @@ LOCAL = ("local_error", "predsim", "dgl")
 
 
 @pytest.mark.parametrize("name", LOCAL)
-def test_auxiliary_layers_are_the_rules_and_not_the_models(name):
+def test_auxiliary_layers_are_no_modules_but_parameters_of_the_model(name):
     net, rule, x, y = registered("conv2", name)
     plain = MODELS["conv2"]().build((1, 8, 8), 3)
-    assert [key for key, _ in net.named_parameters()] == [key for key, _ in plain.named_parameters()]
+    assert [key for key, _ in net.named_modules()] == [key for key, _ in plain.named_modules()]
+    weights = {id(tensor) for tensor in rule.weight_parameters()}
+    assert [key for key, p in net.named_parameters() if id(p) in weights] == [key for key, _ in plain.named_parameters()]
     assert bool(rule.feedback_parameters()) == (name != "local_error")
     ids = {id(tensor) for tensor in rule.feedback_parameters()}
     shown = {id(tensor) for tensors in rule.feedback.values() for tensor in tensors.values()}
-    assert ids <= shown and len(ids) == len(rule.feedback_parameters()) and not ids & {id(p) for p in net.parameters()}
+    assert ids <= shown and len(ids) == len(rule.feedback_parameters()) and not ids & weights
+    assert ids | weights == {id(p) for p in net.parameters()}
     rule_grads(net, rule, x, y)
     assert all(tensor.grad is not None and tensor.grad.any() for tensor in rule.feedback_parameters() if tensor.dim() > 1)
 
@@ -96,7 +99,7 @@ def test_labels_are_needed_and_it_says_so(name, how):
     loss = F.cross_entropy(logits, y)
     with pytest.raises(ValueError, match=rf"{name}.*target"):
         loss.backward() if how == "loss.backward" else rule.backward(loss, logits)
-    assert all(p.grad is None for p in [*net.parameters(), *rule.feedback_parameters()])
+    assert all(p.grad is None for p in net.parameters())
 
 
 def test_draws_belong_to_the_cut_not_to_the_order():

@@ -33,7 +33,7 @@ def error_at(model, rule, cut: str, x, y, scale: float = 1.0) -> torch.Tensor:
 
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv"])
 def test_error_is_the_row_of_the_label_over_the_batch_size(net):
-    """To the last bit, and whatever the logits and the loss: confident and right, confident and wrong, scaled."""
+    """To the last bit, whatever the logits: confident and right, confident and wrong; times what the loss is multiplied by."""
     model, rule, x, y = attached(net=net)
     last = model.fc3 if net == "mlp_tanh" else model.fc1
     for cut in ("act1", "act2"):
@@ -43,7 +43,7 @@ def test_error_is_the_row_of_the_label_over_the_batch_size(net):
         with torch.no_grad():
             last.weight.mul_(3.0)
             last.bias.copy_(torch.tensor([40.0, -40.0, 0.0]))
-        assert torch.equal(error_at(model, rule, cut, x, y, scale=1024.0).flatten(1), want)
+        assert torch.equal(error_at(model, rule, cut, x, y, scale=1024.0).flatten(1), 1024 * want)
         other = (y + 1) % nets.CLASSES
         assert not torch.equal(error_at(model, rule, cut, x, other).flatten(1), want)
 

@@ -128,14 +128,14 @@ class LayerProbes:
 def as_before(rule: Rule) -> Iterator[None]:
     """Whatever happens within it to an attached model and to global random numbers is undone afterwards.
 
-    That is parameters, buffers, learned feedback, their gradients (none within it), ``requires_grad``, the modes of all
+    That is parameters, learned feedback among them, buffers, their gradients (none within it), ``requires_grad``, the modes of all
     modules, and the state of every global random generator; ``rule.mode.hold`` is set.
     """
     from fa_bench.process import random_state, restore_random_state
 
     model, mode = rule.model, rule.mode
     _ = rule.feedback  # reading it brings it up to date, so that what is put back is not an older draw
-    tensors = [*model.parameters(), *model.buffers(), *rule.feedback_parameters()]
+    tensors = [*model.parameters(), *model.buffers()]
     kept = [(tensor, tensor.detach().clone(), tensor.grad, tensor.requires_grad) for tensor in tensors]
     modes = [(module, module.training) for module in model.modules()]
     held, drawn = mode.hold, random_state()

@@ -71,7 +71,7 @@ def blocks_of(model: torch_nn.Module, sample: Tensor) -> dict[str, list[str]]:
         model: an attached or plain model.
         sample: inputs (N, ...).
     """
-    from fa_bench.mechanisms.coverage import matching
+    from fa_bench.mechanisms.coverage import PREFIX, matching
     from fa_bench.mechanisms.trace import evaluating
 
     modules = {path: module for path, module in model.named_modules() if path}
@@ -84,7 +84,7 @@ def blocks_of(model: torch_nn.Module, sample: Tensor) -> dict[str, list[str]]:
     taken: set[str] = set()
 
     def ran(path: str) -> None:
-        names = [f"{path}.{name}" for name, _ in modules[path].named_parameters(recurse=False)]
+        names = [f"{path}.{name}" for name, _ in modules[path].named_parameters(recurse=False) if not name.startswith(PREFIX)]
         since.extend(name for name in names if name not in taken)
         taken.update(names)
 

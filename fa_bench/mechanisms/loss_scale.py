@@ -1,0 +1,59 @@
+"""What a loss was multiplied by, for rules whose errors are made of the labels.
+
+Gradient accumulation divides the loss of a part of a batch, and a gradient scaler multiplies it. An error made of δ, the gradient
+at the logits, follows by itself; one made of the labels has to be multiplied as well.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from fa_bench.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: Autograd nodes of losses: a loss that comes out of one of them was multiplied by nothing behind it.
+_LOSSES = {"NllLoss", "NllLoss2D", "CrossEntropyLoss", "MseLoss", "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits", "L1Loss",
+           "SmoothL1Loss", "HuberLoss", "KlDiv", "SoftMarginLoss", "MultiMarginLoss", "MultilabelMarginLoss"}
+_MEAN = 1
+
+
+def is_unscaled(loss: Tensor) -> bool:
+    """Whether `loss` is the mean that one of torch's losses returned, as far as its graph tells; no arithmetic, no waiting."""
+    node = loss.grad_fn
+    name = type(node).__name__.rstrip("0123456789").removesuffix("Backward")
+    return name in _LOSSES and getattr(node, "_saved_reduction", _MEAN) == _MEAN
+
+
+def measured_scale(rule: str, delta: Tensor, logits: Tensor, target: Tensor | None) -> float:
+    """The c for which δ is c times the gradient of the mean cross-entropy.
+
+    Args:
+        rule: its name, for the error.
+        delta: δ (N, C), the gradient of the loss at the logits.
+        logits: (N, C).
+        target: the labels (N,); None: the class of each sample whose δ is the lowest, the only one below 0 for a cross-entropy.
+
+    Raises:
+        ValueError: where δ is no multiple of it.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    with torch.enable_grad():
+        leaf = logits.to(wide).requires_grad_(True)
+        loss = torch.nn.functional.cross_entropy(leaf, delta.argmin(1) if target is None else target)
+        unit = torch.autograd.grad(loss, leaf)[0].double()
+    given = delta.double()
+    size = unit.square().sum().item()
+    scale = (given * unit).sum().item() / size if size else 1.0
+    tolerance = 1e-3 if delta.dtype in (torch.float32, torch.float64) else 5e-2
+    if not math.isfinite(scale):
+        return scale  # a gradient scaler will leave this update out
+    if (given - scale * unit).norm().item() > tolerance * given.norm().item():
+        raise ValueError(f"rule '{rule}' makes its errors of the labels and cannot tell what the loss was multiplied by, for the "
+                         f"gradient at the logits is no multiple of that of the mean cross-entropy: say so, "
+                         f"rule.backward(loss, logits, target, loss_scale=1.0)")
+    # The usual scales are powers of two, and with one of them the result is the exact multiple.
+    power = 2.0 ** round(math.log2(scale)) if scale > 0 else 0.0
+    return power if power and abs(scale / power - 1) < tolerance else scale

@@ -1,0 +1,77 @@
+"""Whether an attached model still is the model that a rule was put into."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.errors import CoverageError, names
+from fa_bench.mechanisms.coverage import is_weight
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Structure:
+    """The modules of an attached model, and the parameters that the rule froze.
+
+    `check` runs before every training forward pass; as long as nothing was put in or taken out it costs one comparison of lists
+    for each module that has children.
+
+    Args:
+        model: the model, with the rule in it.
+        watched: path -> module, for the layers and cuts that the rule relies on.
+        frozen: parameters that the rule keeps from learning.
+    """
+
+    def __init__(self, model: nn.Module, watched: dict[str, nn.Module], frozen: list[nn.Parameter]) -> None:
+        self._model, self._watched = model, watched
+        ids = {id(parameter) for parameter in frozen}
+        self._frozen = [(path, module, key) for path, module in model.named_modules()
+                        for key, parameter in module._parameters.items() if id(parameter) in ids]
+        self._accept()
+
+    def _accept(self) -> None:
+        self._known = set(self._model.modules())
+        self._children = [(module._modules, list(module._modules.values())) for module in self._known if module._modules]
+
+    def check(self, allow_new: bool) -> None:
+        """Refuse a model whose layers changed since `attach`.
+
+        Args:
+            allow_new: whether modules with weights of their own may have come in.
+
+        Raises:
+            CoverageError: naming what changed, and what to do.
+        """
+        for children, known in self._children:
+            if list(children.values()) != known:
+                self._compare(allow_new)
+                break
+        for path, module, key in self._frozen:
+            parameter = module._parameters.get(key)
+            if parameter is not None and parameter.requires_grad:
+                name = f"{path}.{key}" if path else key
+                raise CoverageError(f"'{name}' was frozen by the rule and learns now: it was replaced, or its requires_grad set, "
+                                    f"since attach. {_AGAIN}")
+
+    def _compare(self, allow_new: bool) -> None:
+        now = dict(self._model.named_modules())
+        present = set(now.values())
+        gone = [path for path, module in self._watched.items() if module not in present]
+        if gone:
+            replaced = [path for path in gone if path in now]
+            what = f"{names(replaced)} replaced" if replaced else f"{names(gone)} taken out"
+            raise CoverageError(f"the model was changed after attach ({what}), and the rule still has the old layer. {_AGAIN}")
+        new = [f"{path}.{key}" for path, module in now.items() if module not in self._known
+               for key, parameter in module._parameters.items() if parameter is not None and is_weight(key, parameter)]
+        if new and not allow_new:
+            raise CoverageError(f"the model was changed after attach: the weights {names(new)} came in, which the rule does not "
+                                f"cover. {_AGAIN}")
+        self._accept()
+
+    def live(self) -> list[Any]:
+        """The frozen parameters as they are in the model now."""
+        return [parameter for _, module, key in self._frozen if (parameter := module._parameters.get(key)) is not None]
+
+
+_AGAIN = "Call rule.detach(), then attach a rule again, and make the optimizer after that"

@@ -1,0 +1,187 @@
+"""Learned feedback, and whether an optimizer trains it.
+
+A learned tensor is a parameter of the model, so that an optimizer made after `attach` has it. One made before does not, and one
+made before ``load_state_dict(assign=True)`` trains tensors that the model no longer has. Both would go wrong silently: the rule
+would become feedback alignment, or nothing would learn. So the first update after `attach`, and the first one after a tensor was
+replaced, is looked at: by what the optimizers that step hold, and where the weights are updated by hand, by what changed until
+``rule.step()``. After that a check costs one comparison.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.errors import StateError
+from fa_bench.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+#: Entries of a tensor that are compared before and after an update: those with the largest gradients.
+_ENTRIES = 16
+#: Gradients below this fraction of the entries are rounding noise, and an update by them changes nothing.
+_NOISE = 1e-5
+
+
+class LearnedFeedback:
+    """One learned feedback tensor of a module.
+
+    Args:
+        place: the layer's or the cut's path.
+        module: has the tensor, as a parameter.
+        key: the parameter's name in the module.
+        witness: a module whose weight learns beside it; that weight tells whether there was an update. None: nobody looks.
+    """
+
+    def __init__(self, place: str, module: nn.Module, key: str, witness: nn.Module | None) -> None:
+        self.place, self.module, self.key, self.witness = place, module, key, witness
+        #: The tensor that was seen to be trained; until then the one that was there at first.
+        self._known = self.tensor
+        self._trained = False
+        self._before: _Before | None = None
+        self._fault = ""
+        self._rests = False
+
+    def rest(self) -> None:
+        """Freeze the tensor, for nothing that learns gives it a gradient; whatever waits for one would wait in vain."""
+        self._rests = True
+        self.tensor.requires_grad_(False)
+
+    def require_awake(self) -> None:
+        """Called where the tensor would get a gradient.
+
+        Raises:
+            StateError: where it rests although there is something to learn from now.
+        """
+        if self._rests:
+            if not self.tensor.requires_grad:
+                raise StateError(f"the learned feedback '{self.name}' was frozen by attach, since what it learns from was frozen, and "
+                                 f"that learns now: unfreeze it too (rule.feedback_parameters() has it), or attach again")
+            self._rests = False
+
+    @property
+    def tensor(self) -> Tensor:
+        """The live parameter."""
+        return self.module._parameters[self.key]  # type: ignore[return-value]
+
+    @property
+    def name(self) -> str:
+        """Its name in the model."""
+        return f"{self.place}.{self.key}" if self.place else self.key
+
+    def _is_trained(self) -> bool:
+        return self._trained and self.tensor is self._known
+
+    def received(self, gradient: Tensor | None) -> None:
+        """Called by the backward pass with the gradient that it returns for the tensor.
+
+        Raises:
+            StateError: where the optimizer that stepped since the last backward pass does not train this tensor.
+        """
+        if self.tensor is self._known and self._trained or gradient is None or self.witness is None:
+            return
+        self._require_no_fault()
+        weight = self.witness._parameters.get("weight")
+        if weight is not None:
+            self._before = _Before(self.tensor, gradient, weight)
+            _watch_optimizers(self)
+
+    def after_step(self) -> None:
+        """Called after an update.
+
+        Raises:
+            StateError: as `received`; and where the weight was updated by hand, and this tensor was not.
+        """
+        before, self._before = self._before, None
+        if before is None or self._is_trained():
+            return
+        self._require_no_fault()
+        if before.tensor_changed():
+            self.accept()
+        elif before.significant and before.weight_changed():
+            self._fault = _LEFT_OUT
+            self._require_no_fault()
+
+    def accept(self) -> None:
+        """Take the present tensor for trained."""
+        self._known, self._trained, self._fault = self.tensor, True, ""
+
+    def stepped(self, ids: set[int]) -> bool:
+        """Called after an optimizer that trains the tensors with these ids made a step; whether this tensor is one of them."""
+        if id(self.tensor) in ids:
+            self.accept()
+            return True
+        assert self.witness is not None
+        if id(self.witness._parameters.get("weight")) in ids:
+            self._fault = _LEFT_OUT
+        elif self.tensor is not self._known and id(self._known) in ids:
+            self._fault = _REPLACED
+        return False
+
+    def _require_no_fault(self) -> None:
+        if self._fault:
+            raise StateError(self._fault.format(self.name))
+
+
+_LEFT_OUT = ("the weights are updated, but not the learned feedback '{0}': the optimizer was made before attach, or holds a tensor that "
+             "the model no longer has. Make the optimizer after attach, from model.parameters(), or add the feedback to it: "
+             "optimizer.add_param_group({{'params': rule.feedback_parameters()}}). Feedback that is meant to stay as it is needs "
+             "requires_grad_(False)")
+_REPLACED = ("the optimizer trains tensors that the model no longer has: the learned feedback '{0}' was replaced after the optimizer was "
+             "made, as load_state_dict(assign=True) does. Make a new optimizer from model.parameters()")
+
+#: Learned tensors that received a gradient and were not seen to be trained yet.
+_awaiting: weakref.WeakSet[LearnedFeedback] = weakref.WeakSet()
+_hook: Any = None
+
+
+def _watch_optimizers(learned: LearnedFeedback) -> None:
+    global _hook
+    _awaiting.add(learned)
+    if _hook is None:
+        from torch.optim.optimizer import register_optimizer_step_post_hook
+
+        _hook = register_optimizer_step_post_hook(_after_optimizer_step)
+
+
+def _after_optimizer_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+    if _awaiting:
+        ids = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+        for learned in list(_awaiting):
+            if learned.stepped(ids):
+                _awaiting.discard(learned)
+
+
+class _Before:
+    """A learned tensor and its weight as they were in a backward pass: entries of both, and autograd's count of writes."""
+
+    def __init__(self, tensor: Tensor, gradient: Tensor, weight: Tensor) -> None:
+        with torch.no_grad():
+            flat = gradient.detach().reshape(-1)
+            self._where = flat.abs().topk(min(_ENTRIES, flat.numel())).indices
+            self._values, self._weights = tensor.reshape(-1)[self._where], _sample(weight)
+            self._gradients = flat[self._where]
+        self._tensor, self._version = tensor, tensor._version
+        self._weight, self._weight_version = weight, weight._version
+
+    @property
+    def significant(self) -> bool:
+        """Whether an update had anything to change: a gradient scaler leaves one out that is not finite."""
+        size = self._gradients.abs().max()
+        return bool(torch.isfinite(self._gradients).all()) and bool(size > _NOISE * self._values.abs().max())
+
+    def tensor_changed(self) -> bool:
+        # Fused optimizers, and writes into .data, are not counted.
+        return self._tensor._version != self._version or not torch.equal(
+            self._tensor.detach().reshape(-1)[self._where].to(self._values), self._values)
+
+    def weight_changed(self) -> bool:
+        return self._weight._version != self._weight_version or not torch.equal(
+            _sample(self._weight).to(self._weights), self._weights)
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """A few thousand entries of a tensor, a copy."""
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // 4096)].clone()
