@@ -14,7 +14,8 @@ from fa_bench.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: name -> (distribution, half-width or standard deviation from (fan_in, fan_out)). Fans include the kernel positions.
+#: name -> (distribution, half-width or standard deviation from (fan_in, fan_out)), of weights and of feedback. Fans include the
+#: kernel positions.
 INITIALISERS: dict[str, tuple[str, Callable[[int, int], float]]] = {
     "xavier_uniform": ("uniform", lambda fan_in, fan_out: math.sqrt(6 / (fan_in + fan_out))),
     "xavier_normal": ("normal", lambda fan_in, fan_out: math.sqrt(2 / (fan_in + fan_out))),
@@ -45,15 +46,18 @@ def draw(shape: Sequence[int], init: str, seed: int, density: float = 1.0) -> Te
 
     The mask does not change the variance of what remains.
     """
-    distribution, width = INITIALISERS[init]
-    generator = torch.Generator().manual_seed(seed)
-    scale = width(*fans(shape))
-    tensor = torch.empty(*shape)
-    if distribution == "uniform":
-        tensor.uniform_(-scale, scale, generator=generator)
-    else:
-        tensor.normal_(0.0, scale, generator=generator)
+    tensor = fill(torch.empty(*shape), init, torch.Generator().manual_seed(seed))
     return tensor if density == 1 else tensor.mul_(draw_mask(shape, density, seed))
+
+
+def fill(tensor: Tensor, init: str, generator: torch.Generator | None = None) -> Tensor:
+    """Overwrite `tensor` with a draw of the initialiser `init`, by torch's global generator unless one is given; returns it."""
+    distribution, width = INITIALISERS[init]
+    scale = width(*fans(tensor.shape))
+    with torch.no_grad():
+        if distribution == "uniform":
+            return tensor.uniform_(-scale, scale, generator=generator)
+        return tensor.normal_(0.0, scale, generator=generator)
 
 
 def draw_mask(shape: Sequence[int], density: float, seed: int) -> Tensor:

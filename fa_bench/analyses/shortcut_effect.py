@@ -37,7 +37,8 @@ class ShortcutEffect(Analysis):
     epochs the gradients of ASAP and of backpropagation are taken on the same batch and weights, and their angle at each layer:
 
     - ``whole``: ASAP as it trains, whose δ comes through B;
-    - ``sharing``: with backpropagation's own δ (``transport``), which is what eqs 44, 46 and 47 compare.
+    - ``sharing``: with backpropagation's own δ (``transport``, in fully connected layers too), which is what eqs 44, 46 and 47
+      compare.
 
     The effect is one of layers whose input is a block's sum, such as the first convolution of the next block, and not of those
     inside a block. ``shares`` marks layers whose shared activation is not their own input; for the others sharing makes no angle.
@@ -139,6 +140,8 @@ def gradient_angles(parts: Parts) -> dict[str, dict[str, Any]]:
     Angles: ``whole``, of the rule as it is, and ``sharing``, with transport, in degrees; ``shares`` tells whether sharing changes
     the layer's gradient at all.
     """
+    from fa_bench.mechanisms.carriers import Fixed
+    from fa_bench.mechanisms.layers import weighted_layers
     from fa_bench.metrics.angles import weight_angle
 
     rule, x, y = parts.rule, parts.probe.x, parts.probe.y
@@ -146,7 +149,9 @@ def gradient_angles(parts: Parts) -> dict[str, dict[str, Any]]:
     # A copy of the plain model with the same sharing, in which the error goes by the weights.
     copied = copy.deepcopy(rule.model)
     plain = attached(copied).detach()
-    transport = dataclasses.replace(rule, transport=True).attach(plain, seed=rule.seed, sample_input=x[:2])
+    fixed = [path for path, layer in weighted_layers(rule.model).items() if type(layer.carrier) is Fixed]
+    transport = dataclasses.replace(rule, transport=True, exclude=[*rule.exclude, *fixed])
+    transport.attach(plain, seed=rule.seed, sample_input=x[:2])
     sharing = gradients(transport, x, y)
     found: dict[str, dict[str, Any]] = {}
     for layer in parts.probe.trace.order:

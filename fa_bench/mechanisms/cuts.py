@@ -357,9 +357,11 @@ class CutRule(Rule):
         the gradient at the logits."""
         self._delivered = True
         target = self._target
-        if self._needs_target and (target is None or target.shape != delta.shape[:1] or target.is_floating_point()):
-            raise ValueError(f"rule '{self.name}' makes its errors of the labels: call rule.backward(loss, logits, target) with "
-                             f"the class numbers, (N,)")
+        if self._needs_target:
+            if target is None or target.shape != delta.shape[:1] or target.is_floating_point():
+                raise ValueError(f"rule '{self.name}' requires labels: call rule.backward(loss, logits, target) with the class "
+                                 f"indices, (N,)")
+            self._check_labels(target, delta.shape[1])
         if logits is not None:
             self.loss_factor = self._loss_scale if self._loss_scale is not None else measured_scale(self.name, delta, logits, target)
         if tensors:
@@ -378,6 +380,18 @@ class CutRule(Rule):
         for one, gradient in zip(learned, gradients, strict=True):
             one.received(gradient)
         return answers + gradients
+
+    def _check_labels(self, target: Tensor, classes: int) -> None:
+        """Refuse labels outside [0, classes), and -100 too, which torch's cross-entropy skips silently.
+
+        On the CPU only: reading a value makes an accelerator wait.
+        """
+        if target.device.type != "cpu" or not len(target):
+            return
+        low, high = (int(bound) for bound in target.aminmax())
+        if low < 0 or high >= classes:
+            raise ValueError(f"rule '{self.name}': label {low if low < 0 else high} is out of range: this model has {classes} "
+                             f"classes, numbered from 0 to {classes - 1}; leave samples without a label out of the batch")
 
     # -------------------------------------------------------------------------------------------- feedback, metrics
     @property

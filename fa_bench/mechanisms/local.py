@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.draws import seed_for
@@ -86,7 +86,8 @@ class LocalRule(CutRule):
         net, dtype = self.auxiliary_at(cut), next(self.model.parameters()).dtype
         learned = [one.tensor for one in self.learned_at(cut)] if learns else []
         required = [tensor for tensor in learned if tensor.requires_grad]
-        with torch.enable_grad():
+        device = kept.tensor.device.type
+        with torch.enable_grad(), torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             activation = kept.tensor.detach().to(dtype).requires_grad_(True)
             loss = self.local_loss(cut, net, activation, target)
             error, *found = torch.autograd.grad(loss, [activation, *required])

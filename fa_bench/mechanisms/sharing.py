@@ -159,7 +159,8 @@ class SharingRule(EdgeRule):
                                  "has no convolution", choices=["auto", "fa", "share"])
     b_init: str = option("pytorch", "initialiser of learned B", choices=[*INITIALISERS, "copy_w"])
     linear_b_init: str = option("uniform_one", "initialiser of the fixed B of fully connected layers", choices=list(INITIALISERS))
-    transport: bool = option(False, "carry the error by the weights: shared activations alone")
+    transport: bool = option(False, "convolutions and the layers that share carry the error by their weights; fully connected "
+                                    "layers that do not share keep their fixed feedback")
     freeze_stem: bool = option(True, "the first layer keeps its initial weight and bias")
 
     #: The carrier that lets the shared activation in.
@@ -173,6 +174,7 @@ class SharingRule(EdgeRule):
         self._sources = {shared: Source(self._first[shared]) for shared in map(self.source_of, [*self._first][1:])}
         self._shapes = {path: tuple(shape[1:]) for path, shape in trace.input_shapes.items()}
         self._stem = trace.order[0]
+        self._by_weight = self.carried_by_weight(self.model)
         return super().put_in(sample_input)
 
     def sharing_groups(self, model: nn.Module, trace: Trace) -> list[list[str]]:
@@ -181,10 +183,8 @@ class SharingRule(EdgeRule):
         Raises:
             CoverageError: where there are fewer than two such activations.
         """
-        from fa_bench.mechanisms.layers import CONVOLUTIONS, weighted_layers
-
-        convolutional = {path for path, layer in weighted_layers(model).items() if isinstance(layer, CONVOLUTIONS)}
-        share_linear = self.linear == "share" or (self.linear == "auto" and not convolutional)
+        convolutional = _convolutions(model)
+        share_linear = self.shares_linear(convolutional)
         groups = [group for group in trace.inputs[1:] if share_linear or convolutional.issuperset(group)]
         if len(groups) < 2:
             sharers = names(path for group in groups for path in group) or "none"
@@ -195,19 +195,30 @@ class SharingRule(EdgeRule):
             )
         return groups
 
+    def shares_linear(self, convolutional: set[str]) -> bool:
+        """Whether fully connected layers share, in a model with these convolutions."""
+        return self.linear == "share" or (self.linear == "auto" and not convolutional)
+
+    def carried_by_weight(self, model: nn.Module) -> set[str]:
+        """The layers whose error goes through their own weight: with `transport`, convolutions and layers that share."""
+        from fa_bench.mechanisms.layers import weighted_layers
+
+        if not self.transport:
+            return set()
+        convolutional = _convolutions(model)
+        return set(weighted_layers(model)) if self.shares_linear(convolutional) else convolutional
+
     def source_of(self, number: int) -> int:
         """The activation that stands in for activation `number` ≥ 2."""
         return 1 + self.k * ((number - 2) // self.k)
 
     def carrier(self, site: Site) -> Carrier:
-        number = self._groups.get(site.path)
-        if number is None and site.path != self._stem:
-            if self.transport:
-                return Transport()
+        number, by_weight = self._groups.get(site.path), site.path in self._by_weight
+        if number is None and not by_weight and (self.transport or site.path != self._stem):
             site.put("B", self.linear_b_init)
             return Fixed()
-        inner: Carrier = Transport() if self.transport else Learned()
-        if not self.transport:
+        inner: Carrier = Transport() if by_weight else Learned()
+        if not by_weight:
             site.put("B", self.b_init)
         source = self.source_of(number) if number is not None and number > 1 else None
         gives = self._sources.get(number) if number is not None and self._first[number] == site.path else None
@@ -228,3 +239,10 @@ class SharingRule(EdgeRule):
                                 f"of the input of '{site.path}': {error}; algorithm.match=random changes channels and "
                                 f"features to any number") from None
         return carrier
+
+
+def _convolutions(model: nn.Module) -> set[str]:
+    """The paths of a model's convolutions."""
+    from fa_bench.mechanisms.layers import CONVOLUTIONS, weighted_layers
+
+    return {path for path, layer in weighted_layers(model).items() if isinstance(layer, CONVOLUTIONS)}

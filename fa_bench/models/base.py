@@ -6,19 +6,15 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from fa_bench.config.options import Options, option
+from fa_bench.draws import INITIALISERS, fill
 from fa_bench.errors import OptionError
 from fa_bench.lazy import nn
 
 if TYPE_CHECKING:
     from torch import nn as torch_nn
 
-#: name -> what it does with the weight of a linear or convolutional layer; biases become zero. None leaves torch's default.
-INITS = {
-    "pytorch": None,
-    "xavier_uniform": lambda weight: nn.init.xavier_uniform_(weight),
-    "kaiming_uniform": lambda weight: nn.init.kaiming_uniform_(weight, nonlinearity="relu"),
-    "kaiming_normal": lambda weight: nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu"),
-}
+#: Names that `init` had before it shared the initialisers of feedback; configs may still use them.
+OLD_NAMES = {"kaiming_normal": "kaiming_normal_fan_out"}
 
 
 @dataclasses.dataclass(eq=False)
@@ -29,7 +25,14 @@ class Architecture(Options):
     its blocks in an attribute ``blocks``: the modules at the ends of its parts of one or more layers, first to last.
     """
 
-    init: str = option("pytorch", "initialiser of the weights; all but pytorch set biases to zero", choices=list(INITS))
+    init: str = option("pytorch", "initialiser of the weights; all but pytorch, which is torch's own, set biases to zero",
+                       choices=[*INITIALISERS, *OLD_NAMES])
+    linear_init: str | None = option(None, "initialiser of the weights of fully connected layers; null: init",
+                                     choices=list(INITIALISERS))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.init = OLD_NAMES.get(self.init, self.init)
 
     def build(self, input_shape: tuple[int, int, int], classes: int) -> torch_nn.Module:
         """A model with weights drawn from torch's global random state.
@@ -42,10 +45,11 @@ class Architecture(Options):
             OptionError: where the options do not fit the data.
         """
         model = self.make(input_shape, classes)
-        if (initialise := INITS[self.init]) is not None:
-            for module in model.modules():
-                if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
-                    initialise(module.weight)
+        for module in model.modules():
+            if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+                init = self.linear_init if isinstance(module, nn.Linear) and self.linear_init is not None else self.init
+                if init != "pytorch":  # which `make` has drawn already
+                    fill(module.weight, init)
                     if module.bias is not None:
                         nn.init.zeros_(module.bias)
         return model

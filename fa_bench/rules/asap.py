@@ -25,11 +25,16 @@ class ASAP(SharingRule):
     Kolen-Pollack. Biases and normalisation learn as usual. B (``b_init``) learns with W's optimizer, rate, momentum and
     decay.
     The first layer stays random (``freeze_stem``); its normalisation learns. Fully connected layers take their own input and a
-    fixed B, uniform in [-1, 1) (``linear=fa``, ``linear_b_init``), as in the code behind the paper. ``transport`` carries the
-    error by W in place of B. ``match=random`` is a fixed random 1x1 convolution P in place of copies and pooling.
+    fixed B, uniform in [-1, 1) (``linear=fa``, ``linear_b_init``), as in the code behind the paper. ``match=random`` is a fixed
+    random 1x1 convolution P in place of copies and pooling.
+
+    ``transport=true`` carries the error by W in place of B in all convolutions and in every layer that shares, and in no other:
+    as in that code, fully connected layers that take their own input keep their fixed B. To carry the error by the weights there
+    too, name them in ``exclude``.
 
     Choices: a net without convolutions shares among its fully connected layers (``linear=auto``), the output layer's own
-    gradient included; features are matched by copies or pooling as channels are.
+    gradient included, so that ``transport`` carries the error by the weights in all of them; features are matched by copies or
+    pooling as channels are.
     """
 
     def kept_inputs(self, model: nn.Module, trace: Trace) -> list[str]:

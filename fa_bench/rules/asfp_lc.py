@@ -12,6 +12,7 @@ from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS
 from fa_bench.draws import seed_for
 from fa_bench.lazy import nn, torch
+from fa_bench.mechanisms.auxiliary import normalising
 from fa_bench.mechanisms.local import ModuleRule, kind_of_map
 from fa_bench.rules.asfp import ASFP
 
@@ -52,7 +53,9 @@ class Classifiers(ModuleRule):
         return classifier
 
     def local_loss(self, cut: str, auxiliary: torch_nn.Module, activation: Tensor, target: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(auxiliary(activation), target)
+        with normalising(self.name, "local classifier", cut, "use larger batches, or drop the last incomplete one"):
+            scores = auxiliary(activation)
+        return nn.functional.cross_entropy(scores, target)
 
     @property
     def feedback(self) -> dict[str, dict[str, Tensor]]:
@@ -74,7 +77,7 @@ class ASFPLC(ASFP):
     Choices, for there is no code: blocks are the model's (``model.blocks``, or the modules in ``cuts`` that they end with):
     residual blocks, and the stem, whose normalisation learns by a classifier of its own (a frozen stem without one has none);
     activations are shared across the ends of blocks as in `asfp`; the classifier's normalisation uses the batch's own
-    statistics, since it serves in training only.
+    statistics, since it serves in training only, and refuses a batch of one sample.
     """
 
     cuts: list[str] | None = option(None, "modules (names or patterns) that the blocks end with; null: the model's blocks")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS
 from fa_bench.lazy import nn
+from fa_bench.mechanisms.auxiliary import normalising
 from fa_bench.mechanisms.local import ModuleRule, kind_of_map
 
 if TYPE_CHECKING:
@@ -36,8 +37,9 @@ class DGL(ModuleRule):
     settings: SGD at 0.1 times 0.2 every 15 epochs, momentum 0.9, decay 5e-4, batches of 128, 50 epochs.
 
     Choices: averages never enlarge a map, so that one of a single pixel has C features, not 4C. Batch normalisation in A uses
-    the batch's own statistics and keeps none, since A is only ever used in training. In ``cuts`` as in ``model.blocks`` the
-    modules are named by what they end with; those that feed the output layer belong to the last one.
+    the batch's own statistics and keeps none, since A is only ever used in training; it refuses a batch of one sample, which
+    ``auxiliary_net=linear`` takes. In ``cuts`` as in ``model.blocks`` the modules are named by what they end with; those that
+    feed the output layer belong to the last one.
     """
 
     auxiliary_net: str = option("mlp_sr", "the auxiliary nets", choices=["mlp_sr", "mlp", "linear"])
@@ -65,4 +67,7 @@ class DGL(ModuleRule):
         return nn.Sequential(layers)
 
     def local_loss(self, cut: str, auxiliary: torch_nn.Module, activation: Tensor, target: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(auxiliary(activation), target)
+        instead = "use larger batches, drop the last incomplete one, or take auxiliary_net=linear, which has none"
+        with normalising(self.name, "auxiliary net", cut, instead):
+            scores = auxiliary(activation)
+        return nn.functional.cross_entropy(scores, target)

@@ -67,7 +67,8 @@ class ForwardAlignment(EdgeRule):
     its true input. The weights of the layer in front align with C, whose angle to W is logged as the weight angle.
 
     Choices, where the paper treats one hidden layer only: every layer but the first learns so, the output layer too
-    (``plain_last`` gives it its true input); C is drawn like the weights by ``c_init``. It costs a second forward pass.
+    (``plain_last`` gives it its true input); C is drawn like the weights by ``c_init``, one for each layer, also where layers
+    share their weight. It costs a second forward pass.
     """
 
     c_init: str = option("xavier_uniform", "initialiser of the random weights C", choices=list(INITIALISERS))
@@ -121,7 +122,8 @@ class ForwardAlignment(EdgeRule):
         handles = [self._layers[path].register_forward_pre_hook(restart(path)) for path in self._random]
         try:
             with torch.no_grad(), without_side_effects(self.model):
-                torch.func.functional_call(self.model, values, args, kwargs)
+                # A parameter that other layers share is replaced in this layer alone, which has a C of its own.
+                torch.func.functional_call(self.model, values, args, kwargs, tie_weights=False)
         finally:
             for handle in handles:
                 handle.remove()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.config.options import option
@@ -39,7 +40,8 @@ class PredSim(LocalRule):
     0.25 at 50, 75, 88 and 94 % of the epochs, leaky ReLU, dropout, no decay.
 
     Choices: sizes that the decoder's pooling does not divide are averaged over windows that overlap. A sample whose K a does not
-    vary has similarity 0 to all and no gradient, where that code divides by zero. A projection shortcut learns by the loss of
+    vary has similarity 0 to all and no gradient, where that code divides by zero. In half precision the cosines are computed in
+    single. A projection shortcut learns by the loss of
     the activation behind the addition. Dropout behind a cut stays behind the loss.
     """
 
@@ -77,9 +79,16 @@ class PredSim(LocalRule):
 
 
 def similarity(x: Tensor) -> Tensor:
-    """Cosines between the centred rows of x, (N, F) or maps (N, C, ...), as (N, N)."""
-    x = x.flatten(2).std(2) if x.dim() > 2 and x.shape[1] > 3 and x.shape[2] > 1 else x.flatten(1)
-    centred = x - x.mean(1, keepdim=True)
-    norms = centred.norm(dim=1, keepdim=True)
-    rows = torch.where(norms > _TINY, centred / norms.clamp_min(_TINY), 0.0)
-    return rows.mm(rows.t())
+    """Cosines between the centred rows of x, (N, F) or maps (N, C, ...), as (N, N); in single precision at least.
+
+    Rows too short for the numbers of x to tell their direction do not vary: half precision has none but 0 below 6e-8, and a
+    gradient that is divided by such a length overflows there.
+    """
+    shortest = max(_TINY, torch.finfo(x.dtype).tiny)
+    x, device = x.to(torch.promote_types(x.dtype, torch.float32)), x.device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        x = x.flatten(2).std(2) if x.dim() > 2 and x.shape[1] > 3 and x.shape[2] > 1 else x.flatten(1)
+        centred = x - x.mean(1, keepdim=True)
+        norms = centred.norm(dim=1, keepdim=True)
+        rows = torch.where(norms > shortest, centred / norms.clamp_min(shortest), 0.0)
+        return rows.mm(rows.t())

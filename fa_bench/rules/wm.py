@@ -58,6 +58,7 @@ class Mirror(Fixed):
     Args:
         noise: the noise.
         rate: η.
+        decay: λ.
         activation: φ.
         block_bias: whether b is left out.
         positions: n_pos, (1, 1, K...); None for a linear layer.
@@ -67,15 +68,17 @@ class Mirror(Fixed):
     tensors = "B, drawn towards W by noise"
 
     def __init__(
-        self, noise: Noise, rate: float, activation: str, block_bias: bool, positions: Tensor | None, geometry: Geometry | None
+        self, noise: Noise, rate: float, decay: float, activation: str, block_bias: bool, positions: Tensor | None,
+        geometry: Geometry | None,
     ) -> None:
-        self.noise, self.rate, self.activation, self.block_bias = noise, rate, activation, block_bias
+        self.noise, self.rate, self.decay = noise, rate, decay
+        self.activation, self.block_bias = activation, block_bias
         self.positions, self.geometry = positions, geometry
         self.draws = 0
         self._scale: Tensor | None = None
 
     def mirror(self, layer: Any) -> None:
-        """One mirror step: B <- (1 - η) B + η Ŵ with the next noise."""
+        """One mirror step: B <- (1 - λ) B + η Ŵ with the next noise."""
         from fa_bench.mechanisms.layers import padded
         from fa_bench.mechanisms.ops import weight_gradient
 
@@ -86,13 +89,13 @@ class Mirror(Fixed):
         scale = self.rate / (self.noise.batch * self.noise.sigma**2 * SLOPES[self.activation])
         if self.positions is None:
             y = self._activated(torch.nn.functional.linear(x, weight, bias))
-            feedback.addmm_(y.t(), x, beta=1 - self.rate, alpha=scale)
+            feedback.addmm_(y.t(), x, beta=1 - self.decay, alpha=scale)
             return
         x, geometry = (x, self.geometry) if self.geometry is not None else padded(layer, x)
         y = self._activated(torch.ops.aten.convolution(x, weight, bias, *geometry))
         if self._scale is None or self._scale.device != weight.device or self._scale.dtype != weight.dtype:
             self._scale = (scale / self.positions).to(weight)
-        feedback.mul_(1 - self.rate).addcmul_(weight_gradient(y, x, weight, geometry), self._scale)
+        feedback.mul_(1 - self.decay).addcmul_(weight_gradient(y, x, weight, geometry), self._scale)
 
     def _activated(self, y: Tensor) -> Tensor:
         return y if self.activation == "linear" else getattr(torch, self.activation)(y)
@@ -115,17 +118,23 @@ class WM(EdgeRule):
         x = noise at the layer's input, N samples, zero mean, deviation σ (``noise``, ``sigma``, N = ``mirror_batch``)
         y = φ(W x + b)             φ = ``activation``; b is left out with ``block_bias``
         Ŵ = Σ yᵀ x / (N σ² φ' n)   for a convolution the weight gradient of x and y
-        B <- (1 - η) B + η Ŵ       η = ``mirror_rate``
+        B <- (1 - λ) B + η Ŵ       η = ``mirror_rate``, λ = ``mirror_decay`` or, where that is null, η
 
-    This is the paper's ΔB = η_B x yᵀ with the decay that it leaves open, and with the gain for which B's fixed point is W. φ' is
-    1 for the linear map and tanh, 1/2 for ReLU, 1/4 for the sigmoid: with b left out exact for ReLU, and for tanh and sigmoid
-    while σ is small (σ ‖w‖ much below 1; the sigmoid's constant part then is noise of its own). With b each row has its own
-    factor instead, for ReLU and Gaussian noise 2 Φ(b / (σ ‖w‖)). n is 1 for a linear layer; for a convolution it is the number
-    of output positions where a tap of the kernel meets an input that is not padding, of this tap, or with ``per_tap=false`` the
-    largest of all taps, which leaves the taps at the kernel's border too small.
+    This is the paper's ΔB = η_B x yᵀ with the decay that it leaves open, and with the gain for which B's fixed point is W; with
+    another decay it is W η / λ. φ' is 1 for the linear map and tanh, 1/2 for ReLU, 1/4 for the sigmoid: with b left out exact for
+    ReLU, and for tanh and sigmoid while σ is small (σ ‖w‖ much below 1; the sigmoid's constant part then is noise of its own).
+    With b each row has its own factor instead, for ReLU and Gaussian noise 2 Φ(b / (σ ‖w‖)). n is 1 for a linear layer; for a
+    convolution it is the number of output positions where a tap of the kernel meets an input that is not padding, of this tap, or
+    with ``per_tap=false`` the largest of all taps, which leaves the taps at the kernel's border too small.
 
-    For a fixed W and Gaussian noise the angle between B and W goes to arctan √(η / (2 - η) · c (F + 1) / (N n)), F the fan-in,
-    c = 1 for the linear map and 2 for ReLU, and the trace of B's first value to (1 - η)^steps.
+    ``mirror_decay=0`` is the mirror of the numpy code released with the paper, B <- B + η_B Σ yᵀ x: its normalisation has no
+    effect, and B grows without bound. η is η_B N σ² φ' n then. That code has η_B = 0.01, N = 128 and uniform noise of deviation
+    0.1 / √12 through a sigmoid with biases:
+
+        noise=uniform sigma=0.0288675 activation=sigmoid block_bias=false mirror_decay=0 mirror_rate=2.6667e-4
+
+    For a fixed W, λ = η and Gaussian noise the angle between B and W goes to arctan √(η / (2 - η) · c (F + 1) / (N n)), F the
+    fan-in, c = 1 for the linear map and 2 for ReLU, and the trace of B's first value to (1 - η)^steps.
 
     Choices: the linear map alone is mirrored, so that BatchNorm between it and its activation does not matter (it is never
     run); B drawn by ``b_init``; σ = 1, to which the linear map and ReLU are indifferent without b; η = 0.01; N = 128; one
@@ -139,6 +148,8 @@ class WM(EdgeRule):
 
     b_init: str = option("xavier_uniform", "initialiser of B", choices=[*INITIALISERS, "copy_w"])
     mirror_rate: float = option(0.01, "η: how far a mirror step draws B to what the noise shows", above=0, maximum=1)
+    mirror_decay: float | None = option(None, "λ: fraction of B that a mirror step takes away; null: mirror_rate; 0: none, as in "
+                                              "the code released with the paper", minimum=0, maximum=1)
     mirror_steps: int = option(1, "mirror steps after every update", minimum=0)
     initial_steps: int = option(469, "mirror steps when the rule is put into the model", minimum=0)
     mirror_batch: int = option(128, "samples of noise in a mirror step", minimum=1)
@@ -190,7 +201,8 @@ class WM(EdgeRule):
             if not self.per_tap:
                 positions = positions.max().expand_as(positions)
         noise = Noise(self.noise, self.sigma, self.mirror_batch, shape, site.tensor_seed("mirror"))
-        return Mirror(noise, self.mirror_rate, self.activation, self.block_bias, positions, geometry)
+        decay = self.mirror_rate if self.mirror_decay is None else self.mirror_decay
+        return Mirror(noise, self.mirror_rate, decay, self.activation, self.block_bias, positions, geometry)
 
     def step(self) -> None:
         super().step()

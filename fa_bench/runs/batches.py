@@ -14,10 +14,6 @@ if TYPE_CHECKING:
     from fa_bench.data.base import Splits
     from fa_bench.mechanisms.rule import Rule
 
-#: What torch says where batch normalisation has one value to normalise.
-_TOO_FEW = "Expected more than 1 value per channel"
-
-
 def probe_batch(splits: Splits, size: int) -> tuple[Tensor, Tensor]:
     """The fixed batch that a run is measured on: at most `size` training images (N, C, H, W) and labels (N,), not augmented.
 
@@ -62,6 +58,7 @@ _WHY = ", of which batch normalisation has no statistics"
 
 
 def _takes_one(rule: Rule, splits: Splits) -> bool:
+    from fa_bench.mechanisms.auxiliary import TOO_FEW
     from fa_bench.mechanisms.trace import tensors_in
     from fa_bench.metrics.probe import untouched
 
@@ -71,7 +68,7 @@ def _takes_one(rule: Rule, splits: Splits) -> bool:
             logits = next(tensors_in(rule.model(x)))
             rule.deliver(nn.functional.cross_entropy(logits, y), logits, y)
     except ValueError as error:
-        if _TOO_FEW in str(error):
+        if TOO_FEW in str(error):
             return False
         raise
     return True

@@ -220,11 +220,10 @@ def first_not_finite(model: torch.nn.Module, x: Tensor) -> str | None:
         return hook
 
     handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
-    was_training = model.training
     try:
-        model.eval()(x)
+        with evaluating(model):
+            model(x)
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     return found[0] if found else None

@@ -17,7 +17,7 @@ import fa_bench
 from fa_bench.cli import main
 from fa_bench.config.job import RunOptions
 from fa_bench.config.registries import ALGORITHMS
-from fa_bench.data.base import ArrayDataset, ResidentSplit, Splits
+from fa_bench.data.base import ArrayDataset, ResidentSplit, Splits, some
 from fa_bench.errors import DataError, OptionError
 from fa_bench.metrics.angles import NORM_FLOOR, angles, mean_sample_angle, norm_ratio, weight_angle
 from fa_bench.metrics.probe import Probe
@@ -118,6 +118,25 @@ def test_fixed_batch_is_the_first_one_unless_the_data_are_stored_by_class() -> N
         assert torch.equal(x, probe_batch(splits, 20)[0])
         assert len(y.unique()) > 4 or not labels.any()
         assert len(probe_batch(splits, 500)[1]) == 90 and len(probe_batch(splits, 1)[1]) == 1
+
+
+@pytest.mark.parametrize(("per_class", "size", "first"), [
+    (10, 50, True),  # five of nine classes
+    (10, 40, False),  # four of nine
+    (10, 3, False),  # one, of the three that three images could have
+    (10, 2, True),  # one of two
+    (100, 900, True),  # all images: there is nothing to draw
+], ids=str)
+def test_fixed_batch_is_what_the_page_says(per_class: int, size: int, first: bool) -> None:
+    """The first images, or where they hold less than half the classes that so many could, a draw from all with a fixed seed."""
+    labels = torch.arange(9).repeat_interleave(per_class)
+    images = (torch.arange(len(labels)) % 256).to(torch.uint8).view(-1, 1, 1, 1)
+    train = ResidentSplit(images, labels, [0.5], [0.5], False, CPU)
+    splits = Splits(train, None, train, [str(c) for c in range(9)], (1, 1, 1), "")
+    x, y = probe_batch(splits, size)
+    want_x, want_y = next((train if first else some(train, size)).batches(size))
+    assert torch.equal(x, want_x) and torch.equal(y, want_y)
+    assert first == torch.equal(y, labels[:size])
 
 
 # ------------------------------------------------------------------------------------------------ batches of one

@@ -107,7 +107,10 @@ def test_strict_counts_feedback_and_masks() -> None:
         assert memory.accesses(128, strict=True) == (reads + memory.feedback + 4 * relus, writes + memory.learned + 4 * relus)
     with torch.device("meta"):
         net = ARCHITECTURES["asap_alexnet"]().build((3, 32, 32), 10)
-    assert memory_of(net, (3, 32, 32), ASAP(transport=True)).feedback == 0
+    # With transport the fully connected layers keep their fixed B, unless they share.
+    transport = memory_of(net, (3, 32, 32), ASAP(transport=True))
+    assert (transport.feedback, transport.learned) == (linear, 0)
+    assert memory_of(net, (3, 32, 32), ASAP(transport=True, linear="share")).feedback == 0
 
 
 def test_counting_leaves_no_trace_and_refuses_what_the_rule_refuses() -> None:

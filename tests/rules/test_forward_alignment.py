@@ -83,6 +83,51 @@ def test_layer_that_runs_twice_is_refused():
         fa_bench.attach(Twice(), "forward_alignment", sample_input=torch.zeros(2, 4))
 
 
+def tied(what: str) -> nn.Sequential:
+    """5-4-4-4-3 whose second and third layer share the parameters in `what`."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(5, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)]
+    model = nn.Sequential(*[part for layer in layers for part in (layer, nn.Tanh())][:-1]).double()
+    if "weight" in what:
+        model[4].weight = model[2].weight
+    if "bias" in what:
+        model[4].bias = model[2].bias
+    if "three" in what:
+        model[6].weight = model[2].weight
+    return model
+
+
+@pytest.mark.parametrize(("what", "options"), [
+    ("weight", {}), ("bias", {}), ("weight bias", {}), ("weight", {"exclude": ["2"]}), ("three weights", {}),
+    ("three weights", {"exclude": ["6"]}),
+], ids=str)
+def test_layers_that_share_parameters_have_each_its_own_c(what, options):
+    """h̃ is what the C of the layer in front makes of its true input, and an excluded layer of what arrives; gradients add up."""
+    model, plain = tied(what), tied(what)
+    x, y = torch.randn(6, 5, dtype=torch.float64), torch.tensor([0, 1, 2] * 2)
+    rule = fa_bench.attach(model, "forward_alignment", seed=0, sample_input=x, **options)
+    c = {path: tensors["C"] for path, tensors in rule.feedback.items() if "C" in tensors}
+    assert set(c) == {"0", "2", "4", "6", "8"} - {*options.get("exclude", ())}
+    got = rule_grads(model, rule, x, y)
+    inputs, errors = {}, {}
+    for path, layer in plain.named_children():
+        layer.register_forward_pre_hook(lambda m, args, path=path: inputs.__setitem__(path, args[0].detach()))
+        layer.register_forward_hook(
+            lambda m, args, out, path=path: out.register_hook(lambda g: errors.__setitem__(path, g)) and None
+        )
+    F.cross_entropy(plain(x), y).backward()
+    names = {id(p): name for name, p in plain.named_parameters()}
+    want = {name: torch.zeros_like(p) for name, p in plain.named_parameters()}
+    arrives = x
+    for path in ("0", "2", "4", "6", "8"):
+        layer = plain.get_submodule(path)
+        want[names[id(layer.weight)]] += errors[path].t() @ (arrives if path in c else inputs[path])
+        want[names[id(layer.bias)]] += errors[path].sum(0)
+        arrives = torch.tanh(inputs[path] @ c[path].t() if path in c else layer(arrives)).detach()
+    assert_matches(got, {name: array(grad) for name, grad in want.items()}, rel=1e-12)
+    assert len(list(model.parameters())) == len(want), "what was shared is shared"
+
+
 @pytest.mark.parametrize("hidden", [6, 9])
 def test_error_of_a_linear_net_goes_to_zero(hidden):
     """Appendix A.1: y = W A x learns y = T x under white input, W with C x for A x; ‖T - W A‖ vanishes for hidden ≥ inputs.

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 import fa_bench
+from fa_bench.config.options import as_plain
+from fa_bench.config.registries import ARCHITECTURES
 
 # name: (deviation for fans (fan_in, fan_out), whether uniform). A uniform draw ends at sqrt(3) deviations.
 DRAWS = {
@@ -66,3 +68,89 @@ def test_zeros(name):
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
     rule = fa_bench.attach(model, name, seed=0, b_init="zeros", **({"cuts": ["1"]} if name == "dfa" else {}))
     assert all(not tensors["B"].any() for tensors in rule.feedback.values())
+
+
+# --- weights -------------------------------------------------------------------------------------------------------------------
+
+# What weights were drawn by before they and feedback had one table, name by name: torch's own initialisers.
+TORCHS = {
+    "xavier_uniform": nn.init.xavier_uniform_,
+    "kaiming_uniform": lambda weight: nn.init.kaiming_uniform_(weight, nonlinearity="relu"),
+    "kaiming_normal": lambda weight: nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu"),
+    "kaiming_normal_fan_out": lambda weight: nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu"),
+    "pytorch": lambda weight: weight,
+}
+NETS = {
+    "mlp": ({"widths": [7, 3]}, (1, 5, 6)), "conv2": ({"channels": 3, "hidden": 5}, (3, 9, 9)),
+    "asap_alexnet": ({"width": 3, "hidden": 6}, (3, 16, 16)), "resnet18": ({"width": 3, "blocks": [1, 1]}, (3, 8, 8)),
+}
+
+
+def built(net, **options):
+    torch.manual_seed(3)
+    return ARCHITECTURES[net](**NETS[net][0], **options).build(NETS[net][1], 4)
+
+
+def layers_of(model):
+    return {path: layer for path, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("init", TORCHS)
+def test_weights_are_those_of_torchs_initialisers(net, init):
+    """To the last bit, in the modules' order, after torch's own draw; biases zero."""
+    torch.manual_seed(3)
+    want = ARCHITECTURES[net](**NETS[net][0]).make(NETS[net][1], 4)
+    for layer in layers_of(want).values():
+        TORCHS[init](layer.weight)
+        if init != "pytorch" and layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+    got = built(net, init=init)
+    assert all(torch.equal(got.state_dict()[key], tensor) for key, tensor in want.state_dict().items())
+
+
+def test_old_name_is_the_same_choice():
+    old, new = (ARCHITECTURES["mlp"](init=name) for name in ("kaiming_normal", "kaiming_normal_fan_out"))
+    assert as_plain(old) == as_plain(new)
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize(("init", "linear_init"), [
+    ("pytorch", "kaiming_uniform"), ("pytorch", "uniform_one"), ("xavier_uniform", "pytorch"), ("kaiming_normal", "zeros"),
+])
+def test_fully_connected_layers_have_an_initialiser_of_their_own(net, init, linear_init):
+    """The bound of its law, zero biases but for torch's own; convolutions keep the law, and torch's own numbers, of `init`."""
+    model, plain = layers_of(built(net, init=init, linear_init=linear_init)), layers_of(built(net))
+    for path, layer in model.items():
+        name = linear_init if isinstance(layer, nn.Linear) else init
+        if name == "pytorch":
+            assert torch.equal(layer.weight, plain[path].weight)
+            assert layer.bias is None or torch.equal(layer.bias, plain[path].bias)
+            continue
+        assert layer.bias is None or not layer.bias.any()
+        if name != "kaiming_normal":
+            fan_in, fan_out = layer.weight[0].numel(), layer.weight[:, 0].numel()
+            bound = {"kaiming_uniform": math.sqrt(6 / fan_in), "xavier_uniform": math.sqrt(6 / (fan_in + fan_out)),
+                     "uniform_one": 1.0, "zeros": 0.0}[name]
+            largest = layer.weight.abs().max().item()
+            # Of at least 12 uniform numbers the largest is below half the bound once in 4000 times.
+            assert bound / 2 <= largest <= bound * (1 + 1e-6), path
+    assert any(isinstance(layer, nn.Linear) for layer in model.values())
+
+
+def test_no_linear_initialiser_is_that_of_all():
+    for init in ("pytorch", "xavier_uniform", "lecun_uniform"):
+        one, two = built("conv2", init=init), built("conv2", init=init, linear_init=init)
+        if init == "pytorch":
+            assert all(torch.equal(two.state_dict()[key], tensor) for key, tensor in one.state_dict().items())
+        assert torch.equal(one.conv2.weight, two.conv2.weight) and torch.equal(one.fc1.weight, two.fc1.weight)
+
+
+def test_kolen_pollacks_feedback_of_fully_connected_layers():
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(400, 50))
+    rule = fa_bench.attach(model, "kp", seed=0, b_init="copy_w", linear_b_init="uniform_one")
+    linear = rule.feedback["2"]["B"]
+    assert torch.equal(rule.feedback["0"]["B"], model[0].weight) and 0.99 < linear.abs().max() <= 1
+    rule.detach()
+    plain = fa_bench.attach(model, "kp", seed=0, b_init="uniform_one")
+    assert torch.equal(plain.feedback["2"]["B"], linear)

@@ -67,3 +67,68 @@ def test_error_of_the_output_layer(loss, share):
     logits.register_hook(seen.append)
     backward(rule, F.cross_entropy(logits, y), logits, y)
     assert distance(seen[0], array((logits.softmax(1) - F.one_hot(y, 3)) / 4)) < 1e-14
+
+
+# --- precision -----------------------------------------------------------------------------------------------------------------
+
+ROWS = {
+    "ordinary": lambda x: x,
+    "dead sample": lambda x: torch.cat([torch.zeros_like(x[:1]), x[1:]]),
+    "huge": lambda x: x / x.abs().max() * 6e4,  # the sum of their squares is beyond half precision, and so is their length
+    "small": lambda x: x * 1e-3,  # half precision has no squares of such numbers
+    "almost dead sample": lambda x: torch.cat([x[:1] * 1e-6, x[1:]]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5,), (5, 3, 4), (3, 3, 4)], ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+def test_similarity_of_half_precision_is_that_of_its_numbers_in_double(rows, shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = ROWS[rows](torch.randn(4, *shape, generator=generator)).to(dtype).requires_grad_(True)
+    labels = F.one_hot(torch.tensor([0, 1, 1, 2]), 3)
+    got, want = similarity(x), similarity(x.detach().double())
+    if rows == "almost dead sample":  # whether it varies at all is a matter of precision
+        got, want = got[1:, 1:], want[1:, 1:]
+    assert torch.allclose(got.double(), want, atol=1e-5)
+    gradient, = torch.autograd.grad(F.mse_loss(similarity(x), similarity(labels.to(dtype))), x)
+    assert torch.isfinite(gradient).all() and gradient.dtype == dtype and gradient.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", ROWS)
+def test_similarity_in_single_and_double_precision_is_the_plain_formula(rows, dtype):
+    """To the last bit."""
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((5,), (5, 3, 4)):
+        x = ROWS[rows](torch.randn(4, *shape, generator=generator)).to(dtype)
+        flat = x.flatten(2).std(2) if len(shape) > 1 else x
+        centred = flat - flat.mean(1, keepdim=True)
+        norms = centred.norm(dim=1, keepdim=True)
+        want = torch.where(norms > 1e-8, centred / norms.clamp_min(1e-8), 0.0)
+        assert torch.equal(similarity(x), want.mm(want.t()))
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("how", ["model", "autocast"])
+def test_half_precision_trains_with_a_dead_sample(how, dtype, inside):
+    model, rule, x, y = registered("conv2", "predsim", dtype=torch.float32)
+    assert isinstance(model.bn1, torch.nn.BatchNorm2d)
+    model.bn1, model.bn2, model.bn3 = (torch.nn.Identity() for _ in range(3))
+    x[2] = 0.0
+    with torch.no_grad():
+        for bias in (model.conv1.bias, model.conv2.bias, model.fc1.bias):
+            bias.fill_(-1e-3)  # what is 0 stays 0 behind every ReLU
+    if how == "model":
+        model.to(dtype)
+    with torch.autocast("cpu", dtype=dtype, enabled=how == "autocast"):
+        logits = model(x.to(dtype) if how == "model" else x)
+        loss = F.cross_entropy(logits, y)
+        if inside:
+            backward(rule, loss, logits, y)
+    if not inside:
+        backward(rule, loss, logits, y)
+    grads = [p.grad for p in [*model.parameters(), *rule.feedback_parameters()] if p.grad is not None]
+    assert all(torch.isfinite(grad).all() for grad in grads)
+    assert model.conv1.weight.grad.any() and rule.feedback["act1"]["similarity.weight"].grad.any()

@@ -115,18 +115,68 @@ def test_shared_input_equal_to_the_true_one_is_kolen_pollack():
     assert distance(other["fc4.weight"], want["fc4.weight"]) > 1e-2
 
 
-def test_transport_carries_by_the_weight_and_has_no_b():
+def convolution_and_linear(stem: str = "conv") -> nn.Sequential:
+    """Three convolutions and two fully connected layers, behind one more that makes the map if the stem is linear."""
+    torch.manual_seed(0)
+    stages = [("conv1", nn.Conv2d(2, 2, 3, padding=1))] if stem == "conv" else [
+        ("flat0", nn.Flatten()), ("fc0", nn.Linear(80, 80)), ("map", nn.Unflatten(1, (2, 5, 8)))]
+    for number in (2, 3, 4):
+        stages += [(f"act{number}", nn.Tanh()), (f"conv{number}", nn.Conv2d(2, 2, 3, padding=1))]
+    stages += [("flat", nn.Flatten()), ("act5", nn.Tanh()), ("fc1", nn.Linear(80, 80))]
+    stages += [("act6", nn.Tanh()), ("fc2", nn.Linear(80, 3))]
+    return nn.Sequential(OrderedDict(stages)).double()
+
+
+TRANSPORT_NETS = {
+    "conv": lambda: convolution_and_linear("conv"), "linear stem": lambda: convolution_and_linear("linear"),
+    "mlp": lambda: chain_net(linear=True),
+}
+
+
+@pytest.mark.parametrize(("net", "linear", "fixed"), [
+    ("conv", "auto", {"fc1", "fc2"}), ("conv", "fa", {"fc1", "fc2"}), ("conv", "share", set()),
+    ("linear stem", "auto", {"fc0", "fc1", "fc2"}), ("linear stem", "fa", {"fc0", "fc1", "fc2"}), ("linear stem", "share", set()),
+    ("mlp", "auto", set()), ("mlp", "share", set()),
+])
+def test_transport_is_that_of_convolutions_and_of_layers_that_share(net, linear, fixed):
+    """Fully connected layers that take their own input keep their fixed B; and all gradients are the reference's."""
+    x, y = data(net == "mlp")
+    model, plain = TRANSPORT_NETS[net](), TRANSPORT_NETS[net]()
+    rule = fa_bench.attach(model, "asap", seed=0, sample_input=x, transport=True, linear=linear)
+    assert {path for path, tensors in rule.feedback.items() if "B" in tensors} == fixed
+    assert all(0.9 < rule.feedback[path]["B"].abs().max() <= 1 for path in fixed) and not rule.feedback_parameters()
+    for path in model.state_dict():
+        layer = path.removesuffix(".weight")
+        if path.endswith(".weight") and layer not in fixed:
+            assert torch.equal(rule.effective_feedback(layer), model.get_submodule(layer).weight)
+    got, exact = rule_grads(model, rule, x, y), bp_grads(plain, x, y)
+    if net != "linear stem":  # of which the references have no description
+        want = REFERENCES["asap"](describe(plain), arrays(plain), feedback_arrays(rule), array(x), y.numpy(), linear=linear)
+        assert_matches(got, want)
+    shared = "fc3.weight" if net == "mlp" else "conv4.weight"
+    assert distance(got[shared], exact[shared]) > 1e-2
+
+
+def test_transport_with_the_fully_connected_layers_excluded_shares_under_the_true_error():
     x, y = data(False)
     model = chain_net()
-    rule = fa_bench.attach(model, "asap", seed=0, sample_input=x, transport=True)
-    assert not rule.feedback_parameters()
+    rule = fa_bench.attach(model, "asap", seed=0, sample_input=x, transport=True, exclude=["fc"])
     assert not any("B" in tensors for tensors in rule.feedback.values())
     got, want = rule_grads(model, rule, x, y), bp_grads(chain_net(), x, y)
     assert distance(got["conv2.weight"], want["conv2.weight"]) < 1e-12, "its input and its error are true"
     assert distance(got["conv4.weight"], want["conv4.weight"]) > 1e-2
     assert got["conv1.weight"] is None
+
+
+@pytest.mark.parametrize("rule", ["asfp", "asfp_lc"])
+def test_transport_is_refused_where_only_feedback_shares(rule):
     with pytest.raises(fa_bench.errors.OptionError, match="transport"):
-        fa_bench.attach(chain_net(), "asfp", sample_input=x, transport=True)
+        fa_bench.attach(chain_net(), rule, sample_input=data(False)[0], transport=True)
+
+
+def test_transport_has_nothing_to_share_in_an_mlp_whose_layers_take_their_own_input():
+    with pytest.raises(fa_bench.errors.CoverageError, match="nothing to share"):
+        fa_bench.attach(chain_net(linear=True), "asap", sample_input=data(True)[0], transport=True, linear="fa")
 
 
 def test_fully_connected_layers_of_a_convolutional_net_have_fixed_uniform_feedback():

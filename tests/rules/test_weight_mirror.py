@@ -1,21 +1,24 @@
 """wm: what one mirror step does, the law of its noise, and the angles that it leads to."""
 
 import math
+import re
 from collections import OrderedDict
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import nn
 
 import fa_bench
+from fa_bench.config.options import as_plain
 from fa_bench.metrics.angles import weight_angle
-from fa_bench.rules.wm import Mirror, Noise
+from fa_bench.rules.wm import WM, Mirror, Noise
 
 from . import nets
 from .helpers import array, assert_matches, distance, feedback_arrays
 from .reference import describe, weighted
-from .references.mirror import mirror_step
+from .references.mirror import mirror_step, undecayed_step
 from .test_contract import LAYERS
 
 
@@ -48,6 +51,9 @@ STEPS = [
     {"activation": "tanh", "sigma": 0.1, "block_bias": False},
     {"activation": "sigmoid", "sigma": 0.5, "mirror_rate": 1.0},
     {"block_bias": False, "sigma": 0.3},
+    {"mirror_decay": 0.0},
+    {"mirror_decay": 0.0, "mirror_rate": 0.2, "activation": "relu", "block_bias": False},
+    {"mirror_decay": 0.7, "mirror_rate": 0.4, "per_tap": False},
 ]
 
 
@@ -59,7 +65,7 @@ def test_two_mirror_steps_equal_the_loops(net, options):
     chain = describe(model)
     rule = fa_bench.attach(model, "wm", seed=0, sample_input=x, initial_steps=0, mirror_steps=2, mirror_batch=3, **options)
     want = {layer: tensors["B"] for layer, tensors in feedback_arrays(rule).items()}
-    settings = {("rate" if key == "mirror_rate" else key): value for key, value in options.items() if key != "noise"}
+    settings = {key.removeprefix("mirror_"): value for key, value in options.items() if key != "noise"}
     stages = {stage.name: stage for stage in chain}
     for layer in weighted(chain)[1:]:
         module = model.get_submodule(layer)
@@ -74,6 +80,45 @@ def test_two_mirror_steps_equal_the_loops(net, options):
     first, *others = weighted(chain)
     assert np.array_equal(before[first]["B"], want[first])
     assert all(distance(before[layer]["B"], want[layer]) > 1e-3 for layer in others)
+
+
+def test_mirror_of_the_released_code_by_the_settings_of_the_docstring():
+    """Three steps of B + 0.01 Σ yᵀ x on 128 samples of U(±0.05) through a sigmoid with biases."""
+    settings = dict(pair.split("=") for pair in re.search(r"^ +(noise=uniform .*)$", WM.__doc__, re.M)[1].split())
+    options = WM.from_mapping({key: yaml.safe_load(value) for key, value in settings.items()})
+    torch.manual_seed(0)
+    module, carrier, rule = behind_gain(nn.Linear(6, 5), (2, 6), **as_plain(options) | {"initial_steps": 0})
+    want = array(module.feedback_B)
+    for number in (1, 2, 3):
+        noise = array(carrier.noise.draw(number, module.weight))
+        assert noise.shape == (128, 6) and 0.045 < np.abs(noise).max() <= 0.05
+        want = undecayed_step(array(module.weight), array(module.bias), want, noise)
+        rule.step()
+    # The docstring's numbers have six and five digits.
+    assert distance(module.feedback_B, want) < 1e-5
+
+
+@pytest.mark.parametrize(("decay", "factor"), [(0.0, 8 * 0.2), (0.5, 0.4 * (1 - 0.5**8)), (None, 1 - 0.8**8)])
+def test_where_other_decays_lead(decay, factor, monkeypatch):
+    """Noise that shows W itself, η = 0.2, eight steps from B = 0: ηW Σ (1 - λ)^k, which without decay grows for ever."""
+    module, carrier, rule = behind_gain(nn.Linear(6, 5), (2, 6), mirror_rate=0.2, mirror_decay=decay, b_init="zeros")
+    axes = torch.eye(6, dtype=torch.float64).mul(math.sqrt(6))
+    carrier.noise = carrier.noise._replace(batch=6)
+    monkeypatch.setattr(Noise, "draw", lambda self, number, like: axes)
+    for _ in range(8):
+        rule.step()
+    assert distance(module.feedback_B, factor * array(module.weight)) < 1e-12
+
+
+def test_decay_of_the_rate_is_the_usual_one():
+    """To the last bit."""
+    pair = []
+    for options in ({}, {"mirror_decay": 0.03}):
+        torch.manual_seed(0)
+        module, _, rule = behind_gain(nn.Conv2d(2, 3, 3), (1, 2, 5, 5), torch.float32, mirror_rate=0.03, **options)
+        rule.step()
+        pair.append(module.feedback_B)
+    assert torch.equal(*pair)
 
 
 # torch itself warns, once, that an even kernel under padding='same' needs a padded copy of the input.

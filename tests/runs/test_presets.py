@@ -252,6 +252,19 @@ GROUP_KEYS = ("architecture", "dataset", "optimizer")
 PRESETS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
 
 
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("asap_")])
+def test_initial_weights_of_the_asap_presets_are_those_of_its_code(name: str) -> None:
+    """Fully connected layers Kaiming's, the same for all rules; Forward Alignment, of which there is no code, says its own."""
+    register_schemas()
+    composer = Composer("config", None, [f"experiment={name}"])
+    for job in [job for job, _ in composer.check(composer.grid(multirun=True))]:
+        own = name == "asap_fig6"
+        assert job.architecture.linear_init == (None if own else "kaiming_uniform")
+        assert job.architecture.init == ("kaiming_uniform" if own and job.architecture.activation == "identity" else "pytorch")
+        if job.algorithm.name == "kp":
+            assert (job.algorithm.b_init, job.algorithm.linear_b_init) == ("pytorch", "kaiming_uniform")
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_prints_its_plan_and_trains_at_smoke_scale(
     name: str, folder: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]

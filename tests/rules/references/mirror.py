@@ -24,10 +24,11 @@ def wm(chain, params, feedback, x, y, **_) -> Arrays:
 
 
 def mirror_step(
-    stage: Stage, weight: np.ndarray, bias: np.ndarray | None, feedback: np.ndarray, noise: np.ndarray, *, rate=0.01, sigma=1.0,
-    activation="linear", block_bias=True, per_tap=True,
+    stage: Stage, weight: np.ndarray, bias: np.ndarray | None, feedback: np.ndarray, noise: np.ndarray, *, rate=0.01, decay=None,
+    sigma=1.0, activation="linear", block_bias=True, per_tap=True,
 ) -> np.ndarray:
-    """B after one step: (1 - η) B + η (1 / (N σ² φ' n_pos)) Σ yᵀ x, y = φ(W x + b), with the noise x given."""
+    """B after one step: (1 - λ) B + η (1 / (N σ² φ' n_pos)) Σ yᵀ x, y = φ(W x + b), x the given noise; λ is η unless given."""
+    decay = rate if decay is None else decay
     phi, slope = PHI[activation]
     bias = None if block_bias else bias
     y = linear_forward(noise, weight, bias) if stage.kind == "linear" else conv_forward(stage, noise, weight, bias)
@@ -37,7 +38,7 @@ def mirror_step(
     if stage.kind == "linear":
         for n, o, i in product(range(len(noise)), *map(range, weight.shape)):
             estimate[o, i] += y[n, o] * noise[n, i]
-        return (1 - rate) * feedback + rate * estimate / (len(noise) * sigma**2 * slope)
+        return (1 - decay) * feedback + rate * estimate / (len(noise) * sigma**2 * slope)
 
     outputs = weight.shape[0] // stage.groups
     counts = np.zeros(weight.shape[2:])
@@ -50,7 +51,17 @@ def mirror_step(
             estimate[o, i, a, b] += y[n, o, p, q] * noise[n, (o // outputs) * weight.shape[1] + i, row, column]
     if not per_tap:
         counts[:] = counts.max()
-    return (1 - rate) * feedback + rate * estimate / (len(noise) * sigma**2 * slope * counts)
+    return (1 - decay) * feedback + rate * estimate / (len(noise) * sigma**2 * slope * counts)
+
+
+def undecayed_step(weight: np.ndarray, bias: np.ndarray, feedback: np.ndarray, noise: np.ndarray, rate=0.01) -> np.ndarray:
+    """B of a linear layer after a step of Akrout et al.'s numpy code: B + η_B Σ yᵀ x, y = sigmoid(W x + b)."""
+    after = feedback.copy()
+    for x, o in product(noise, range(len(weight))):
+        y = 1 / (1 + math.exp(-(sum(weight[o, i] * x[i] for i in range(len(x))) + bias[o])))
+        for i in range(len(x)):
+            after[o, i] += rate * y * x[i]
+    return after
 
 
 REFERENCES = {"wm": wm}

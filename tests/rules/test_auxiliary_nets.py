@@ -1,0 +1,63 @@
+"""dgl and asfp_lc: what normalisation in their auxiliary nets says to a batch of one sample."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fa_bench
+from fa_bench.mechanisms.auxiliary import TOO_FEW
+from fa_bench.models.mlp import MLP
+from fa_bench.models.resnet20 import ResNet20
+
+from .helpers import rule_grads
+
+
+def convnet() -> nn.Sequential:
+    model = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.Flatten(),
+                          nn.Linear(768, 5), nn.ReLU(), nn.Linear(5, 3))
+    model.blocks = ["1", "3", "6"]
+    return model
+
+
+#: None of them has normalisation that a batch of one image of 16 x 16 would stop.
+MODELS = {
+    "mlp": lambda: MLP(widths=[6, 6, 6]).build((1, 16, 16), 3),
+    "conv": convnet,
+    "resnet20": lambda: ResNet20(width=2, blocks=1).build((1, 16, 16), 3),
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("rule", "options", "says"), [
+    ("dgl", {}, "auxiliary_net=linear"), ("dgl", {"auxiliary_net": "mlp"}, "auxiliary_net=linear"),
+    ("asfp_lc", {"match": "random", "linear": "share"}, "drop the last incomplete one"),
+])
+def test_batch_of_one_names_the_net_and_what_to_do(model, rule, options, says):
+    net, x, y = MODELS[model](), torch.randn(4, 1, 16, 16), torch.tensor([0, 2, 1, 2])
+    attached = fa_bench.attach(net, rule, seed=0, sample_input=x, **options)
+    logits = net(x[:1])
+    net_name = "auxiliary net" if rule == "dgl" else "local classifier"
+    with pytest.raises(ValueError, match=rf"^rule '{rule}': the {net_name} at '[\w.]+' .*two samples.*{says}") as raised:
+        attached.backward(F.cross_entropy(logits, y[:1]), logits, y[:1])
+    assert str(raised.value).split("'")[3] in (attached if rule == "dgl" else attached._local).feedback
+    assert TOO_FEW in str(raised.value), "by which fa_bench.runs.batches knows it"
+    assert all(p.grad is None for p in [*net.parameters(), *attached.feedback_parameters()])
+    assert any(grad is not None and grad.any() for grad in rule_grads(net, attached, x[:2], y[:2]).values())
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_linear_auxiliary_nets_take_a_batch_of_one(model):
+    net, x = MODELS[model](), torch.randn(2, 1, 16, 16)
+    rule = fa_bench.attach(net, "dgl", seed=0, sample_input=x, auxiliary_net="linear")
+    assert any(grad is not None and grad.any() for grad in rule_grads(net, rule, x[:1], torch.tensor([1])).values())
+
+
+@pytest.mark.parametrize("rule", ["dgl", "asfp_lc"])
+def test_other_errors_of_an_auxiliary_net_are_its_own(rule):
+    net, x = MODELS["mlp"](), torch.randn(4, 1, 16, 16)
+    attached = fa_bench.attach(net, rule, seed=0, sample_input=x, **({"match": "random"} if rule == "asfp_lc" else {}))
+    local = attached if rule == "dgl" else attached._local
+    local.auxiliary_at("act2").register_forward_pre_hook(lambda module, args: (_ for _ in ()).throw(ValueError("mine")))
+    with pytest.raises(ValueError, match=r"^mine$"):
+        rule_grads(net, attached, x, torch.tensor([0, 1, 2, 0]))
