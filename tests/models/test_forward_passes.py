@@ -20,8 +20,8 @@ Reference = Callable[..., Tensor]
 #: The published images; 36x28 has sides that differ, and odd maps in the third stage.
 MNIST, CIFAR, ODD, CLASSES = (1, 28, 28), (3, 32, 32), (3, 36, 28), 10
 
-#: name of the case -> (architecture, its options, shape of an image, the net by hand, what that is told).
-#: Nets are published ones, or smaller ones where widths are free; `test_layers_have_the_published_shapes` has those.
+#: name of the case -> (architecture, its options, shape of an image, the net by hand, the arguments of that).
+#: Large nets are narrower than published; `test_layers_have_the_published_shapes` checks their widths.
 CASES: dict[str, tuple[str, dict[str, Any], Shape, Reference, dict[str, Any]]] = {
     "pfa_fig2": ("mlp", {"init": "xavier_uniform"}, MNIST, by_hand.mlp, {"hidden": 2}),
     "dkp_fig2": ("mlp", {"widths": [512] * 4, "batch_norm": True}, MNIST, by_hand.mlp, {"hidden": 4, "batch_norm": True}),
@@ -61,7 +61,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Shape, Reference, dict[str, Any]]] =
 
 
 def build(architecture: str, options: dict[str, Any], shape: Shape) -> nn.Module:
-    """The model in float64, where every tensor that begins as zeros or ones is random, so that it counts."""
+    """The model in float64; tensors that are initialised to zeros or ones are random, so that the comparison sees them."""
     torch.manual_seed(0)
     net = ARCHITECTURES[architecture](**options).build(shape, CLASSES).double()
     for module in net.modules():
@@ -79,12 +79,12 @@ def build(architecture: str, options: dict[str, Any], shape: Shape) -> nn.Module
 @pytest.mark.parametrize("case", CASES)
 def test_a_forward_pass_is_the_one_written_out(case: str, training: bool) -> None:
     """Tolerance: rounding of float64 grows to some 1e-12 over fifty layers; a wrong layer changes the first digits."""
-    architecture, options, shape, reference, told = CASES[case]
+    architecture, options, shape, reference, arguments = CASES[case]
     net = build(architecture, options, shape).train(training)
     x = torch.randn(5, *shape, dtype=torch.float64)
     written_out = ByHand(net)
     torch.manual_seed(1)
-    expected = reference(written_out, x, **told)
+    expected = reference(written_out, x, **arguments)
     torch.manual_seed(1)  # the same masks of dropout
     logits = net(x)
     assert logits.shape == (5, CLASSES) and logits.std() > 0.01
@@ -146,3 +146,12 @@ def test_layers_have_the_published_shapes(
     with torch.device("meta"):
         net = ARCHITECTURES[name](**options).build(shape, CLASSES)
     assert [tuple(weight.shape) for weight in net.parameters() if weight.dim() > 1] == expected
+
+
+@pytest.mark.parametrize(("name", "options", "shape"), [case[:3] for case in PUBLISHED])
+def test_only_the_convolutions_of_residual_nets_have_no_bias(name: str, options: dict[str, Any], shape: Shape) -> None:
+    """As in torchvision, in the code behind the PFA paper and, for backpropagation, in the ASAP paper's."""
+    with torch.device("meta"):
+        net = ARCHITECTURES[name](**options).build(shape, CLASSES)
+    for layer in (module for module in net.modules() if isinstance(module, nn.Linear | nn.Conv2d)):
+        assert (layer.bias is None) == (name.startswith("resnet") and isinstance(layer, nn.Conv2d)), layer

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fa_bench.config.options import option_fields
 from fa_bench.config.registries import ARCHITECTURES
 from fa_bench.mechanisms.layers import weighted_layers
-from fa_bench.models.base import INITS
+from fa_bench.models.base import Architecture
 
 #: Small nets whose layers have fans that differ, with the shape of an image.
 NETS: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
@@ -64,8 +65,9 @@ def check_draw(weight: Tensor, deviation: float, uniform: bool) -> None:
     assert 1 - 20 / n < largest <= 1 + 1e-6 if uniform else largest > 1.2
 
 
-def test_every_architecture_and_every_initialiser_is_here() -> None:
-    assert set(NETS) == set(ARCHITECTURES) - {"torchvision"} and set(DRAWS) == set(INITS)
+def test_every_architecture_and_every_initialiser_is_tested() -> None:
+    [init] = [field for field in option_fields(Architecture) if field.name == "init"]
+    assert set(NETS) == set(ARCHITECTURES) - {"torchvision"} and set(DRAWS) == set(init.metadata["choices"])
 
 
 @pytest.mark.parametrize("init", DRAWS)

@@ -127,9 +127,9 @@ ASAP: Settings = {"epochs": 200, "batch_size": 128, "drop_last": False, "dataset
                   "optimizer.weight_decay": 5e-4, **COSINE}
 ASAP_CASES: list[Case] = [
     # Weights. "Kaiming" of the paper is torch's default for convolutions, U(±1/√fan_in) [code].
-    # The code draws fully connected weights from U(±√(6/fan_in)) with zero biases: an option such as architecture.linear_init
-    # belongs here, for ("asap_alexnet", "resnet18", "resnet34"), once the architectures have it.
     ({}, {"architecture.init": "pytorch"}),
+    # Place for architecture.linear_init, once the architectures have it: in its nets for FA, DFA and ASAP the code draws fully
+    # connected weights from U(±√(6/fan_in)) and sets their biases to zero; its nets for BP have torch's default there [code].
     # Appendix C: crops and flips on CIFAR and Tiny ImageNet. Means and deviations [code]; CIFAR-100 has those of CIFAR-10 there,
     # and Tiny ImageNet those of a derivative of the code.
     ({}, {"dataset.augment": True}),
