@@ -6,11 +6,13 @@ import json
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from fa_bench.command.compose import Composer
 from fa_bench.config.job import Job, RunOptions, conf_dir, register_schemas
 from fa_bench.config.labels import flat
 from fa_bench.config.options import defaults
+from fa_bench.config.registries import GROUPS
 
 from .preset_table import PRESETS, Settings
 
@@ -93,3 +95,11 @@ def test_the_usual_components() -> None:
     assert (job.algorithm.name, job.architecture.name, job.dataset.name, job.optimizer.name) == ("fa", "mlp", "digits", "sgd")
     assert job.feedback_optimizer is None
     assert flat(job.plain()) == default_settings(job)
+
+
+def test_a_choice_is_the_component_of_its_name_with_its_defaults() -> None:
+    """``conf/algorithm/kp.yaml`` is kp with its declared defaults, so that the names in a preset mean what they say."""
+    for group in GROUPS:
+        for path in (conf_dir() / group.kind).glob("*.yaml"):
+            assert path.stem in group
+            assert OmegaConf.load(path) == {"defaults": [f"/_schema/{group.kind}/{path.stem}@_here_"]}, path
