@@ -53,6 +53,8 @@ CASES: dict[str, tuple[str, dict[str, Any], Shape, Reference, dict[str, Any]]] =
     "resnet18, output_norm=false": ("resnet18", {"width": 4, "blocks": [1, 2], "output_norm": False}, ODD, by_hand.resnet_cifar,
                                     {"blocks": [1, 2], "output_norm": False}),
     "resnet34": ("resnet34", {"width": 4}, (3, 64, 64), by_hand.resnet_cifar, {"blocks": [3, 4, 6, 3]}),
+    "resnet34, shortcuts=false": ("resnet34", {"width": 4, "shortcuts": False}, (3, 64, 64), by_hand.resnet_cifar,
+                                  {"blocks": [3, 4, 6, 3], "shortcuts": False}),
     **{f"{name}, bn={bn}": (name, {"width": 4, "bn": bn}, (3, 96, 64), by_hand.resnet_imagenet,
                             {"blocks": blocks, "bottleneck": bottleneck, "bn": bn})
        for name, blocks, bottleneck in (("resnet18_imagenet", [2, 2, 2, 2], False), ("resnet50_imagenet", [3, 4, 6, 3], True))
