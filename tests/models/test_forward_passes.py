@@ -55,10 +55,10 @@ CASES: dict[str, tuple[str, dict[str, Any], Shape, Reference, dict[str, Any]]] =
     "resnet34": ("resnet34", {"width": 4}, (3, 64, 64), by_hand.resnet_cifar, {"blocks": [3, 4, 6, 3]}),
     "resnet34, shortcuts=false": ("resnet34", {"width": 4, "shortcuts": False}, (3, 64, 64), by_hand.resnet_cifar,
                                   {"blocks": [3, 4, 6, 3], "shortcuts": False}),
-    **{f"{name}, bn={bn}": (name, {"width": 4, "bn": bn}, (3, 96, 64), by_hand.resnet_imagenet,
+    **{f"{name}, bn={bn}": (name, {"width": 4} | chosen, (3, 96, 64), by_hand.resnet_imagenet,
                             {"blocks": blocks, "bottleneck": bottleneck, "bn": bn})
        for name, blocks, bottleneck in (("resnet18_imagenet", [2, 2, 2, 2], False), ("resnet50_imagenet", [3, 4, 6, 3], True))
-       for bn in ("before", "after")},
+       for bn, chosen in (("before", {}), ("after", {"bn": "after"}))},
 }
 
 
