@@ -160,8 +160,8 @@ def project(net: ByHand, name: str, x: Tensor, stride: int) -> Tensor:
 def resnet_imagenet(net: ByHand, x: Tensor, blocks: Sequence[int], bottleneck: bool, bn: str) -> Tensor:
     """He et al. 2016, with the stride of a bottleneck in its 3x3 convolution, as in torchvision.
 
-    With bn=after the signals are normalised after the ReLU, as in the WM paper. Its appendix on blocks cannot be had; the project
-    reads it as convolution - ReLU - normalisation, plus the shortcut, and nothing after the sum.
+    With bn=after the signals are normalised after the ReLU, as in the WM paper. Its appendix on blocks is not available; the
+    project reads it as convolution - ReLU - normalisation, plus the shortcut, and nothing after the sum.
     """
     def activate(name: str, x: Tensor) -> Tensor:
         return net.norm(name, relu(x)) if bn == "after" else relu(net.norm(name, x))

@@ -114,7 +114,7 @@ COMPONENTS: list[Case] = [
     ({"dataset": "imagenet"}, _keys(
         "dataset", mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], augment=True, crop="resized", size=224,
         validation_seed=0)),
-    # All papers: SGD with momentum 0.9, one optimizer for W and for learned feedback; what is otherwise is in their cases.
+    # All papers: SGD with momentum 0.9, and one optimizer for W and learned feedback, unless their own cases differ.
     ({}, {"feedback_optimizer": None, "optimizer": "sgd", "optimizer.first_epoch_weight_decay": None}),
     ({"optimizer": "sgd"}, _keys("optimizer", momentum=0.9, nesterov=False)),
     ({"optimizer": "adam"}, _keys("optimizer", **ADAM)),
@@ -285,8 +285,9 @@ DKP_PAPER: dict[str, Preset] = {
 
 # --- Akrout et al. 2019 (weight mirrors) ----------------------------------------------------------------------------------------
 
-#: Section 6: ImageNet, normalisation after the ReLU, the rate cut by 90 % at epoch 32. The rest is in an appendix that cannot be
-#: had: rate, momentum, decay, batch size and initial weights of torchvision's reference, and 50 epochs [choice].
+#: Section 6: ImageNet, normalisation after the ReLU, the rate cut by 90 % at epoch 32. The rest is in an appendix that is not
+#: available: rate, momentum, decay, batch size and initial weights of torchvision's reference, and 50 epochs [choice].
+#: torchvision draws only convolutions so; the preset draws the output layer so, too.
 WM: Settings = {
     "dataset": "imagenet", "dataset.validation": 0.0, "epochs": 50, "batch_size": 256, "drop_last": True, "optimizer.lr": 0.1,
     "optimizer.weight_decay": 1e-4, "architecture.bn": "after", "architecture.init": "kaiming_normal", **_multistep([32], 0.1)}
