@@ -1,0 +1,185 @@
+"""The published nets written out with plain tensor operations on a model's own tensors.
+
+They follow the papers' descriptions (and the authors' code where a paper is silent), not the code in ``fa_bench/models``: no
+module is called, and batch normalisation is written out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Activation = Callable[[Tensor], Tensor]
+
+#: Written out with elementary functions.
+ACTIVATIONS: dict[str, Activation] = {
+    "relu": lambda x: torch.where(x > 0, x, 0.0),
+    "leaky_relu": lambda x: torch.where(x > 0, x, 0.01 * x),
+    "tanh": lambda x: 1 - 2 / (torch.exp(2 * x) + 1),
+    "sigmoid": lambda x: 1 / (1 + torch.exp(-x)),
+    "gelu": lambda x: x / 2 * (1 + torch.erf(x / 2**0.5)),
+    "identity": lambda x: x,
+}
+relu = ACTIVATIONS["relu"]
+
+
+class ByHand:
+    """The tensors of a model, by name, and the layers made of them.
+
+    Attributes:
+        tensors: copies of the model's parameters and buffers. In training mode `norm` updates the running statistics.
+        training: the model's mode.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        self.training = model.training
+
+    def conv(self, name: str, x: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
+        return F.conv2d(x, self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias"), stride, padding)
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        return x @ self.tensors[f"{name}.weight"].T + self.tensors[f"{name}.bias"]
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        """Batch normalisation over all axes but the channels; the running statistics move by a tenth."""
+        axes = [axis for axis in range(x.dim()) if axis != 1]
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        mean, var = self.tensors[f"{name}.running_mean"], self.tensors[f"{name}.running_var"]
+        if self.training:
+            samples = x.numel() // x.shape[1]
+            batch_mean, batch_var = x.mean(axes), x.var(axes, correction=0)
+            self.tensors[f"{name}.running_mean"] = 0.9 * mean + 0.1 * batch_mean
+            self.tensors[f"{name}.running_var"] = 0.9 * var + 0.1 * batch_var * samples / (samples - 1)
+            self.tensors[f"{name}.num_batches_tracked"] += 1
+            mean, var = batch_mean, batch_var
+        normalised = (x - mean.view(shape)) / (var.view(shape) + 1e-5).sqrt()
+        return normalised * self.tensors[f"{name}.weight"].view(shape) + self.tensors[f"{name}.bias"].view(shape)
+
+    def dropout(self, x: Tensor, rate: float) -> Tensor:
+        """Inverted dropout; draws the same mask as torch's modules in the same order."""
+        return F.dropout(x, rate) if self.training else x
+
+
+def mlp(
+    net: ByHand, x: Tensor, hidden: int, activation: str = "relu", batch_norm: bool = False, output_norm: bool = False
+) -> Tensor:
+    """`hidden` layers with an activation, then the output layer (PFA paper, section 3)."""
+    x = x.flatten(1)
+    for number in range(1, hidden + 1):
+        x = net.linear(f"fc{number}", x)
+        if batch_norm:
+            x = net.norm(f"bn{number}", x)
+        x = ACTIVATIONS[activation](x)
+    x = net.linear(f"fc{hidden + 1}", x)
+    return net.norm(f"bn{hidden + 1}", x) if output_norm else x
+
+
+def conv2(net: ByHand, x: Tensor, padding: int) -> Tensor:
+    """DKP paper, Table 3."""
+    x = relu(net.norm("bn1", net.conv("conv1", x, padding=padding)))
+    x = relu(net.norm("bn2", net.conv("conv2", x, padding=padding)))
+    x = relu(net.norm("bn3", net.linear("fc1", F.max_pool2d(x, 2).flatten(1))))
+    return net.linear("fc2", x)
+
+
+def asap_alexnet(net: ByHand, x: Tensor, output_norm: bool = True) -> Tensor:
+    """ASAP paper, appendix C, with the code's 5x5 kernels, pooling that rounds up, and normalised logits."""
+    for number in (1, 2, 3):
+        x = relu(net.norm(f"bn{number}", net.conv(f"conv{number}", x, padding=2)))
+        x = F.max_pool2d(x, 2, 2, ceil_mode=True)
+    x = x.flatten(1)
+    for number in (4, 5):
+        x = relu(net.norm(f"bn{number}", net.linear(f"fc{number}", x)))
+    x = net.linear("fc6", x)
+    return net.norm("bn6", x) if output_norm else x
+
+
+def dkp_alexnet(net: ByHand, x: Tensor, dropout: float = 0.5, linear_norm: bool = True) -> Tensor:
+    """DKP paper, section 3.2: torchvision's AlexNet, normalised in front of every ReLU; dropout as in the code."""
+    x = relu(net.norm("bn1", net.conv("conv1", x, stride=4, padding=2)))
+    x = F.max_pool2d(x, 3, 2)
+    x = relu(net.norm("bn2", net.conv("conv2", x, padding=2)))
+    x = F.max_pool2d(x, 3, 2)
+    x = relu(net.norm("bn3", net.conv("conv3", x, padding=1)))
+    x = relu(net.norm("bn4", net.conv("conv4", x, padding=1)))
+    x = relu(net.norm("bn5", net.conv("conv5", x, padding=1)))
+    x = F.max_pool2d(x, 3, 2).flatten(1)
+    for number in (6, 7):  # on the features, and on the first hidden layer; not on the second
+        x = net.linear(f"fc{number}", net.dropout(x, dropout))
+        x = relu(net.norm(f"bn{number}", x) if linear_norm else x)
+    return net.linear("fc8", x)
+
+
+def padded_shortcut(x: Tensor, channels: int) -> Tensor:
+    """Option A of He et al. 2016: every second pixel, and zeros for the added channels, half of them on either side.
+
+    The halves are those of the code behind the PFA paper.
+    """
+    missing = torch.zeros_like(x[:, :, ::2, ::2]).repeat(1, (channels - x.shape[1]) // x.shape[1], 1, 1)
+    first, second = missing.tensor_split(2, dim=1)
+    return torch.cat([first, x[:, :, ::2, ::2], second], dim=1)
+
+
+def resnet20(net: ByHand, x: Tensor, blocks: int = 3, shortcuts: bool = True) -> Tensor:
+    """He et al. 2016, section 4.2."""
+    x = relu(net.norm("bn1", net.conv("conv1", x, padding=1)))
+    for stage in (1, 2, 3):
+        for block in range(blocks):
+            name, stride = f"stages.layer{stage}.{block}", 2 if stage > 1 and block == 0 else 1
+            y = relu(net.norm(f"{name}.bn1", net.conv(f"{name}.conv1", x, stride, 1)))
+            y = net.norm(f"{name}.bn2", net.conv(f"{name}.conv2", y, 1, 1))
+            if shortcuts:
+                y = y + (padded_shortcut(x, y.shape[1]) if stride == 2 else x)
+            x = relu(y)
+    return net.linear("fc", x.mean((2, 3)))
+
+
+def resnet_cifar(net: ByHand, x: Tensor, blocks: Sequence[int], shortcuts: bool = True, output_norm: bool = True) -> Tensor:
+    """ASAP paper, appendix C, with the code's padding of 1 and normalised logits."""
+    x = relu(net.norm("bn1", net.conv("conv1", x, padding=1)))
+    for stage, count in enumerate(blocks, start=1):
+        for block in range(count):
+            name, stride = f"stages.layer{stage}.{block}", 2 if stage > 1 and block == 0 else 1
+            y = relu(net.norm(f"{name}.bn1", net.conv(f"{name}.conv1", x, stride, 1)))
+            y = net.norm(f"{name}.bn2", net.conv(f"{name}.conv2", y, 1, 1))
+            if shortcuts:
+                y = y + (project(net, name, x, stride) if stride == 2 else x)
+            x = relu(y)
+    x = net.linear("fc", x.mean((2, 3)))
+    return net.norm("bn_out", x) if output_norm else x
+
+
+def project(net: ByHand, name: str, x: Tensor, stride: int) -> Tensor:
+    return net.norm(f"{name}.shortcut.bn", net.conv(f"{name}.shortcut.conv", x, stride))
+
+
+def resnet_imagenet(net: ByHand, x: Tensor, blocks: Sequence[int], bottleneck: bool, bn: str) -> Tensor:
+    """He et al. 2016, with the stride of a bottleneck in its 3x3 convolution, as in torchvision.
+
+    With bn=after the signals are normalised after the ReLU, as in the WM paper. Its appendix on blocks is not available; the
+    project reads it as convolution - ReLU - normalisation, plus the shortcut, and nothing after the sum.
+    """
+    def activate(name: str, x: Tensor) -> Tensor:
+        return net.norm(name, relu(x)) if bn == "after" else relu(net.norm(name, x))
+
+    x = F.max_pool2d(activate("bn1", net.conv("conv1", x, 2, 3)), 3, 2, 1)
+    for stage, count in enumerate(blocks, start=1):
+        for block in range(count):
+            name, stride = f"stages.layer{stage}.{block}", 2 if stage > 1 and block == 0 else 1
+            if bottleneck:
+                y = activate(f"{name}.bn1", net.conv(f"{name}.conv1", x))
+                y = activate(f"{name}.bn2", net.conv(f"{name}.conv2", y, stride, 1))
+                y, last = net.conv(f"{name}.conv3", y), "bn3"
+            else:
+                y = activate(f"{name}.bn1", net.conv(f"{name}.conv1", x, stride, 1))
+                y, last = net.conv(f"{name}.conv2", y, 1, 1), "bn2"
+            # The first block of a bottleneck net widens its input; all others keep shape unless they are strided.
+            projected = block == 0 and (stage > 1 or bottleneck)
+            skipped = project(net, name, x, stride) if projected else x
+            y = net.norm(f"{name}.{last}", relu(y) if bn == "after" else y) + skipped
+            x = y if bn == "after" else relu(y)
+    return net.linear("fc", x.mean((2, 3)))

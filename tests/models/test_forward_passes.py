@@ -1,0 +1,159 @@
+"""One forward pass of every published net, compared with the net written out by hand, in training and in evaluation mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fa_bench.config.registries import ARCHITECTURES
+
+from . import by_hand
+from .by_hand import ByHand
+
+Shape = tuple[int, int, int]
+Reference = Callable[..., Tensor]
+
+#: The published images; 36x28 has sides that differ, and odd maps in the third stage.
+MNIST, CIFAR, ODD, CLASSES = (1, 28, 28), (3, 32, 32), (3, 36, 28), 10
+
+#: name of the case -> (architecture, its options, shape of an image, the net by hand, the arguments of that).
+#: Large nets are narrower than published; `test_layers_have_the_published_shapes` checks their widths.
+CASES: dict[str, tuple[str, dict[str, Any], Shape, Reference, dict[str, Any]]] = {
+    "pfa_fig2": ("mlp", {"init": "xavier_uniform"}, MNIST, by_hand.mlp, {"hidden": 2}),
+    "dkp_fig2": ("mlp", {"widths": [512] * 4, "batch_norm": True}, MNIST, by_hand.mlp, {"hidden": 4, "batch_norm": True}),
+    "asap_fig6, linear": ("mlp", {"widths": [10] * 3, "activation": "identity", "init": "kaiming_uniform"}, MNIST, by_hand.mlp,
+                          {"hidden": 3, "activation": "identity"}),
+    "asap_fig6, nonlinear": ("mlp", {"widths": [10] * 3, "batch_norm": True, "output_norm": True}, MNIST, by_hand.mlp,
+                             {"hidden": 3, "batch_norm": True, "output_norm": True}),
+    **{f"mlp, {name}": ("mlp", {"widths": [9, 8], "activation": name}, (2, 4, 3), by_hand.mlp, {"hidden": 2, "activation": name})
+       for name in by_hand.ACTIVATIONS},
+    "mlp, output_norm": ("mlp", {"widths": [7], "output_norm": True}, (2, 4, 3), by_hand.mlp, {"hidden": 1, "output_norm": True}),
+    "conv2, 28x28": ("conv2", {}, MNIST, by_hand.conv2, {"padding": 1}),
+    "conv2, 32x32": ("conv2", {}, CIFAR, by_hand.conv2, {"padding": 0}),
+    "conv2, other size": ("conv2", {"channels": 4}, ODD, by_hand.conv2, {"padding": 1}),
+    "conv2, padding=2": ("conv2", {"channels": 4, "padding": 2}, CIFAR, by_hand.conv2, {"padding": 2}),
+    "asap_alexnet, 28x28": ("asap_alexnet", {"width": 8, "hidden": 32}, MNIST, by_hand.asap_alexnet, {}),
+    "asap_alexnet, 32x32": ("asap_alexnet", {"width": 16, "hidden": 64}, CIFAR, by_hand.asap_alexnet, {}),
+    "asap_alexnet, output_norm=false": ("asap_alexnet", {"width": 4, "hidden": 8, "output_norm": False}, ODD,
+                                        by_hand.asap_alexnet, {"output_norm": False}),
+    "dkp_alexnet": ("dkp_alexnet", {"width": 8, "hidden": 64}, (3, 224, 224), by_hand.dkp_alexnet, {}),
+    "dkp_alexnet, options": ("dkp_alexnet", {"width": 4, "hidden": 32, "dropout": 0.3, "linear_norm": False}, (1, 97, 127),
+                             by_hand.dkp_alexnet, {"dropout": 0.3, "linear_norm": False}),
+    "resnet20": ("resnet20", {}, CIFAR, by_hand.resnet20, {}),
+    "resnet20, shortcuts=false": ("resnet20", {"width": 4, "blocks": 2, "shortcuts": False}, ODD, by_hand.resnet20,
+                                  {"blocks": 2, "shortcuts": False}),
+    "resnet20, odd maps": ("resnet20", {"width": 6, "blocks": 1}, ODD, by_hand.resnet20, {"blocks": 1}),
+    "resnet18": ("resnet18", {"width": 8}, CIFAR, by_hand.resnet_cifar, {"blocks": [2, 2, 2, 2]}),
+    "resnet18, shortcuts=false": ("resnet18", {"width": 8, "shortcuts": False}, CIFAR, by_hand.resnet_cifar,
+                                  {"blocks": [2, 2, 2, 2], "shortcuts": False}),
+    "resnet18, output_norm=false": ("resnet18", {"width": 4, "blocks": [1, 2], "output_norm": False}, ODD, by_hand.resnet_cifar,
+                                    {"blocks": [1, 2], "output_norm": False}),
+    "resnet34": ("resnet34", {"width": 4}, (3, 64, 64), by_hand.resnet_cifar, {"blocks": [3, 4, 6, 3]}),
+    "resnet34, shortcuts=false": ("resnet34", {"width": 4, "shortcuts": False}, (3, 64, 64), by_hand.resnet_cifar,
+                                  {"blocks": [3, 4, 6, 3], "shortcuts": False}),
+    **{f"{name}, bn={bn}": (name, {"width": 4} | chosen, (3, 96, 64), by_hand.resnet_imagenet,
+                            {"blocks": blocks, "bottleneck": bottleneck, "bn": bn})
+       for name, blocks, bottleneck in (("resnet18_imagenet", [2, 2, 2, 2], False), ("resnet50_imagenet", [3, 4, 6, 3], True))
+       for bn, chosen in (("before", {}), ("after", {"bn": "after"}))},
+}
+
+
+def build(architecture: str, options: dict[str, Any], shape: Shape) -> nn.Module:
+    """The model in float64; tensors that are initialised to zeros or ones are random, so that the comparison sees them."""
+    torch.manual_seed(0)
+    net = ARCHITECTURES[architecture](**options).build(shape, CLASSES).double()
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+        elif isinstance(getattr(module, "bias", None), nn.Parameter):
+            nn.init.normal_(module.bias)
+    return net
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_forward_pass_is_the_one_written_out(case: str, training: bool) -> None:
+    """Tolerance: rounding of float64 grows to some 1e-12 over fifty layers; a wrong layer changes the first digits."""
+    architecture, options, shape, reference, arguments = CASES[case]
+    net = build(architecture, options, shape).train(training)
+    x = torch.randn(5, *shape, dtype=torch.float64)
+    written_out = ByHand(net)
+    torch.manual_seed(1)
+    expected = reference(written_out, x, **arguments)
+    torch.manual_seed(1)  # the same masks of dropout
+    logits = net(x)
+    assert logits.shape == (5, CLASSES) and logits.std() > 0.01
+    torch.testing.assert_close(logits.detach(), expected, rtol=1e-9, atol=1e-9)
+    # Running statistics move in training mode, and only there.
+    torch.testing.assert_close(dict(net.state_dict()), written_out.tensors, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", [case for case, (name, *_) in CASES.items() if name == "dkp_alexnet"])
+def test_dropout_is_random_in_training_and_absent_in_evaluation(case: str) -> None:
+    architecture, options, shape, *_ = CASES[case]
+    net, x = build(architecture, options, shape), torch.randn(4, *shape, dtype=torch.float64)
+    assert not torch.equal(net(x), net(x))
+    net.eval()
+    assert torch.equal(net(x), net(x))
+
+
+def stages(widths: list[int], blocks: list[int], kernels: tuple[int, ...], factor: int, projects: bool) -> list[tuple[int, ...]]:
+    """Shapes of the weights of residual stages, from the width of the stem on."""
+    shapes, channels = [], widths[0]
+    for width, count in zip(widths, blocks, strict=True):
+        for _ in range(count):
+            out, before = width * factor, channels
+            outs = [width] * (len(kernels) - 1) + [out]
+            for kernel, wide in zip(kernels, outs, strict=True):
+                shapes.append((wide, before, kernel, kernel))
+                before = wide
+            shapes += [(out, channels, 1, 1)] if projects and out != channels else []
+            channels = out
+    return shapes
+
+
+DOUBLING = [64, 128, 256, 512]
+BASIC, BOTTLENECK = (3, 3), (1, 3, 1)
+STEM, LARGE_STEM = [(64, 3, 3, 3)], [(64, 3, 7, 7)]
+#: (architecture, options, image) -> shapes of all weights, in order, from the papers.
+PUBLISHED: list[tuple[str, dict[str, Any], Shape, list[tuple[int, ...]]]] = [
+    ("mlp", {}, MNIST, [(512, 784), (512, 512), (10, 512)]),
+    ("conv2", {}, MNIST, [(32, 1, 3, 3), (32, 32, 3, 3), (128, 6272), (10, 128)]),
+    ("conv2", {}, CIFAR, [(32, 3, 3, 3), (32, 32, 3, 3), (128, 6272), (10, 128)]),
+    ("asap_alexnet", {}, MNIST, [(64, 1, 5, 5), (128, 64, 5, 5), (256, 128, 5, 5), (1024, 4096), (1024, 1024), (10, 1024)]),
+    ("asap_alexnet", {}, CIFAR, [(64, 3, 5, 5), (128, 64, 5, 5), (256, 128, 5, 5), (1024, 4096), (1024, 1024), (10, 1024)]),
+    ("dkp_alexnet", {}, (3, 224, 224), [
+        (64, 3, 11, 11), (192, 64, 5, 5), (384, 192, 3, 3), (256, 384, 3, 3), (256, 256, 3, 3), (4096, 9216), (4096, 4096),
+        (10, 4096)]),
+    ("resnet20", {}, CIFAR, [(16, 3, 3, 3), *stages([16, 32, 64], [3] * 3, BASIC, 1, False), (10, 64)]),
+    ("resnet18", {}, CIFAR, [*STEM, *stages(DOUBLING, [2] * 4, BASIC, 1, True), (10, 512)]),
+    ("resnet18", {"shortcuts": False}, CIFAR, [*STEM, *stages(DOUBLING, [2] * 4, BASIC, 1, False), (10, 512)]),
+    ("resnet34", {}, CIFAR, [*STEM, *stages(DOUBLING, [3, 4, 6, 3], BASIC, 1, True), (10, 512)]),
+    ("resnet18_imagenet", {}, (3, 224, 224), [*LARGE_STEM, *stages(DOUBLING, [2] * 4, BASIC, 1, True), (10, 512)]),
+    ("resnet50_imagenet", {}, (3, 224, 224), [*LARGE_STEM, *stages(DOUBLING, [3, 4, 6, 3], BOTTLENECK, 4, True), (10, 2048)]),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "shape", "expected"), PUBLISHED)
+def test_layers_have_the_published_shapes(
+    name: str, options: dict[str, Any], shape: Shape, expected: list[tuple[int, ...]]
+) -> None:
+    with torch.device("meta"):
+        net = ARCHITECTURES[name](**options).build(shape, CLASSES)
+    assert [tuple(weight.shape) for weight in net.parameters() if weight.dim() > 1] == expected
+
+
+@pytest.mark.parametrize(("name", "options", "shape"), [case[:3] for case in PUBLISHED])
+def test_only_the_convolutions_of_residual_nets_have_no_bias(name: str, options: dict[str, Any], shape: Shape) -> None:
+    """As in torchvision, in the code behind the PFA paper and, for backpropagation, in the ASAP paper's."""
+    with torch.device("meta"):
+        net = ARCHITECTURES[name](**options).build(shape, CLASSES)
+    for layer in (module for module in net.modules() if isinstance(module, nn.Linear | nn.Conv2d)):
+        assert (layer.bias is None) == (name.startswith("resnet") and isinstance(layer, nn.Conv2d)), layer

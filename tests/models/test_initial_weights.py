@@ -1,0 +1,111 @@
+"""Initial weights of every architecture: exact bounds of uniform draws, deviations of normal ones, zero biases."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fa_bench.config.options import option_fields
+from fa_bench.config.registries import ARCHITECTURES
+from fa_bench.mechanisms.layers import weighted_layers
+from fa_bench.models.base import Architecture
+
+#: Small nets whose layers have fans that differ, with the shape of an image.
+NETS: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
+    "mlp": ({"widths": [90, 30], "batch_norm": True, "output_norm": True}, (1, 10, 16)),
+    "conv2": ({"channels": 24, "hidden": 40}, (3, 28, 28)),
+    "asap_alexnet": ({"width": 24, "hidden": 40}, (3, 32, 32)),
+    "dkp_alexnet": ({"width": 8, "hidden": 40}, (3, 96, 96)),
+    "resnet20": ({"width": 24, "blocks": 1}, (3, 32, 32)),
+    "resnet18": ({"width": 24, "blocks": [1, 1, 1]}, (3, 32, 32)),
+    "resnet34": ({"width": 24, "blocks": [1, 1, 1]}, (3, 32, 32)),
+    "resnet18_imagenet": ({"width": 24, "blocks": [1, 1, 1]}, (3, 64, 64)),
+    "resnet50_imagenet": ({"width": 24, "blocks": [1, 1]}, (3, 64, 64)),
+}
+CLASSES = 20
+
+Deviation = Callable[[int, int], float]
+#: initialiser -> (standard deviation for the fans in and out, kernel positions included; whether it is uniform).
+#: xavier_uniform: Glorot and Bengio 2010, which the PFA paper uses. kaiming_uniform, kaiming_normal: He et al. 2015, with the
+#: fan in for the first and the fan out for the second, as in torchvision's ResNets, which the WM presets take. pytorch: torch's
+#: own, uniform within 1/√fan_in.
+DRAWS: dict[str, tuple[Deviation, bool]] = {
+    "pytorch": (lambda fan_in, fan_out: 1 / math.sqrt(3 * fan_in), True),
+    "xavier_uniform": (lambda fan_in, fan_out: math.sqrt(2 / (fan_in + fan_out)), True),
+    "kaiming_uniform": (lambda fan_in, fan_out: math.sqrt(2 / fan_in), True),
+    "kaiming_normal": (lambda fan_in, fan_out: math.sqrt(2 / fan_out), False),
+}
+
+
+def build(name: str, init: str) -> nn.Module:
+    options, shape = NETS[name]
+    torch.manual_seed(0)
+    return ARCHITECTURES[name](init=init, **options).build(shape, CLASSES)
+
+
+def check_draw(weight: Tensor, deviation: float, uniform: bool) -> None:
+    """Five standard errors of the deviation and of the mean.
+
+    The standard error of a deviation is √((κ - 1)/4n) of it, where the kurtosis κ is 9/5 for uniform and 3 for normal draws. The
+    largest of n uniform draws lies below 1 - 20/n of the bound with a probability of e^-20. A normal draw has no bound: of
+    400 values and more, some pass √3 deviations, as 8 % of them do.
+    """
+    n = weight.numel()
+    assert n >= 400
+    kurtosis = 9 / 5 if uniform else 3
+    assert weight.std().item() == pytest.approx(deviation, rel=5 * math.sqrt((kurtosis - 1) / (4 * n)))
+    assert abs(weight.mean().item()) < 5 * deviation / math.sqrt(n)
+    largest = weight.abs().max().item() / (math.sqrt(3) * deviation)
+    # The bound itself is a float32: it is exact to 1e-6.
+    assert 1 - 20 / n < largest <= 1 + 1e-6 if uniform else largest > 1.2
+
+
+def test_every_architecture_and_every_initialiser_is_tested() -> None:
+    [init] = [field for field in option_fields(Architecture) if field.name == "init"]
+    assert set(NETS) == set(ARCHITECTURES) - {"torchvision"} and set(DRAWS) == set(init.metadata["choices"])
+
+
+@pytest.mark.parametrize("init", DRAWS)
+@pytest.mark.parametrize("name", NETS)
+def test_initial_weights(name: str, init: str) -> None:
+    net = build(name, init)
+    deviation, uniform = DRAWS[init]
+    layers = weighted_layers(net)
+    assert len(layers) == sum(parameter.dim() > 1 for parameter in net.parameters())
+    for layer in layers:
+        module = net.get_submodule(layer)
+        positions = math.prod(module.weight.shape[2:])
+        fan_in, fan_out = module.weight.shape[1] * positions, module.weight.shape[0] * positions
+        check_draw(module.weight.detach(), deviation(fan_in, fan_out), uniform)
+        if module.bias is None:
+            continue
+        if init == "pytorch":
+            assert 0.5 < module.bias.abs().max().item() * math.sqrt(fan_in) <= 1 + 1e-6
+        else:
+            assert not module.bias.any()
+
+
+@pytest.mark.parametrize("init", DRAWS)
+@pytest.mark.parametrize("name", NETS)
+def test_normalisation_begins_as_identity(name: str, init: str) -> None:
+    norms = [module for module in build(name, init).modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert norms
+    for norm in norms:
+        assert (norm.weight == 1).all() and (norm.bias == 0).all()
+        assert (norm.running_mean == 0).all() and (norm.running_var == 1).all()
+        assert (norm.eps, norm.momentum) == (1e-5, 0.1)
+
+
+def test_layers_are_drawn_independently() -> None:
+    """Two layers of one shape have nothing in common: |cos| of n = 5184 values has a deviation of 1/√n = 0.014."""
+    for init in DRAWS:
+        net = build("conv2", init)
+        other = ARCHITECTURES["conv2"](init=init, **NETS["conv2"][0]).build(NETS["conv2"][1], CLASSES)  # later draws
+        a, b = net.conv2.weight.flatten(), other.conv2.weight.flatten()
+        assert abs(torch.cosine_similarity(a, b, dim=0).item()) < 0.07
+        assert torch.equal(a, build("conv2", init).conv2.weight.flatten())  # the global seed decides

@@ -1,0 +1,321 @@
+"""The table of published settings that the presets must reproduce, written from the papers and their official code.
+
+Where each number comes from:
+
+- [paper]: stated in the paper, with the place.
+- [code]: seen only in the authors' code.
+- [choice]: neither says; the project's choice. The comment in the preset's YAML file documents it unless noted here.
+
+A setting that the table does not name must have its component's default, so that no preset can change it unnoticed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+#: Settings by the key that one types on the command line, such as ``optimizer.lr``.
+Settings = dict[str, Any]
+#: (conditions, settings): the settings hold for the runs that meet the conditions. A tuple lists alternatives.
+Case = tuple[Mapping[str, Any], Settings]
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """What one preset must run, and with which settings.
+
+    Attributes:
+        sweep: parts of the sweep. Every value is a list, and a part stands for all combinations of its values.
+        common: settings of all runs.
+        cases: settings of some of them; a later case overrides an earlier one.
+    """
+
+    sweep: list[dict[str, list[Any]]]
+    common: Settings
+    cases: list[Case] = dataclasses.field(default_factory=list)
+
+    def runs(self) -> Iterator[tuple[Settings, list[int]]]:
+        """The settings of every run, without its seed, and the seeds that it is repeated with."""
+        for part in self.sweep:
+            swept = {key: values for key, values in part.items() if key != "seed"}
+            for values in itertools.product(*swept.values()):
+                chosen = dict(zip(swept, values, strict=True))
+                settings: Settings = {}
+                for conditions, added in [*COMPONENTS, ({}, self.common), *self.cases, ({}, chosen)]:
+                    if _meets({"optimizer": "sgd"} | self.common | chosen, conditions):
+                        settings |= added
+                yield settings, list(part["seed"])
+
+
+def _meets(chosen: Settings, conditions: Mapping[str, Any]) -> bool:
+    return all(chosen.get(key) in (wanted if isinstance(wanted, tuple) else (wanted,)) for key, wanted in conditions.items())
+
+
+def _keys(prefix: str, **settings: Any) -> Settings:
+    return {f"{prefix}.{key}": value for key, value in settings.items()}
+
+
+def _multistep(milestones: list[int], gamma: float) -> Settings:
+    return _keys("optimizer.schedule", name="multistep", milestones=milestones, gamma=gamma)
+
+
+CONSTANT = _keys("optimizer.schedule", name="constant", step_size=None, milestones=None)
+COSINE = _keys("optimizer.schedule", name="cosine", min_lr=0.0, step_size=None, milestones=None)
+PLAIN_MLP = _keys("architecture", activation="relu", batch_norm=False, output_norm=False)
+STAGES_18, STAGES_34 = [2, 2, 2, 2], [3, 4, 6, 3]
+ASAP_RULES = ("asap", "asfp", "asfp_lc")
+ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}  # Kingma and Ba 2014
+
+#: What holds for a component in every paper, unless the paper's own settings below say otherwise.
+COMPONENTS: list[Case] = [
+    # Nets. PFA paper section 3: 784-512-512-10, ReLU, no normalisation.
+    ({"architecture": "mlp"}, _keys("architecture", widths=[512, 512]) | PLAIN_MLP),
+    # DKP paper, Table 3: 32 channels twice, 128 hidden neurons; the padding follows from its 6272 features.
+    ({"architecture": "conv2"}, _keys("architecture", channels=32, hidden=128, padding=None)),
+    # DKP paper, section 3.2: AlexNet (torchvision's sizes), normalisation in front of every activation; dropout [code].
+    ({"architecture": "dkp_alexnet"}, _keys("architecture", width=64, hidden=4096, linear_norm=True, dropout=0.5)),
+    # ASAP paper, appendix C; the normalised logits [code].
+    ({"architecture": "asap_alexnet"}, _keys("architecture", width=64, hidden=1024, output_norm=True)),
+    ({"architecture": "resnet18"}, _keys("architecture", width=64, blocks=STAGES_18, shortcuts=True, output_norm=True)),
+    ({"architecture": "resnet34"}, _keys("architecture", width=64, blocks=STAGES_34, shortcuts=True, output_norm=True)),
+    # He et al. 2016.
+    ({"architecture": "resnet20"}, _keys("architecture", width=16, blocks=3, shortcuts=True)),
+    ({"architecture": "resnet18_imagenet"}, _keys("architecture", width=64, blocks=STAGES_18, bn="before")),
+    ({"architecture": "resnet50_imagenet"}, _keys("architecture", width=64, blocks=STAGES_34, bn="before")),
+    # Rules. PFA paper, appendix A: expansion ratio 10, Glorot; the ratio of PFA-o [code].
+    ({"algorithm": "pfa"}, _keys("algorithm", ratio=10.0, r_init="xavier_uniform", density=1.0)),
+    ({"algorithm": "pfa_o"}, _keys("algorithm", ratio=1.0, r_init="xavier_uniform")),
+    # ASAP paper, section 3: two layers share an activation, max-pooling matches shapes, the first layer is fixed. Feedback of
+    # convolutions as torch draws weights, of fully connected layers uniform in [-1, 1) [code].
+    ({"algorithm": ASAP_RULES}, _keys(
+        "algorithm", k=2, match="max_pool", linear="auto", b_init="pytorch", linear_b_init="uniform_one", transport=False,
+        freeze_stem=True)),
+    ({"algorithm": "asfp_lc"}, _keys("algorithm", pool=2, cuts=None)),  # appendix B: average pooling to 2x2
+    # The papers that the ASAP paper compares with: Mostafa et al. 2018, with kaiming_uniform and 4096 features [choice]; Nøkland
+    # and Eidnes 2019; Belilovsky et al. 2020 with their "mlp-sr" auxiliary nets.
+    ({"algorithm": "local_error"}, _keys("algorithm", m_init="kaiming_uniform", features=4096, separate=False, cuts=None)),
+    ({"algorithm": "predsim"}, _keys("algorithm", loss="predsim", beta=0.99, decoder_size=4096, cuts=None)),
+    ({"algorithm": "dgl"}, _keys("algorithm", auxiliary_net="mlp_sr", cuts=None)),
+    # One row of feedback for every neuron, at all hidden activations; PFA's runs on CIFAR-10 differ.
+    ({"algorithm": "dfa"}, _keys("algorithm", form="neuron", cuts=None, density=1.0)),
+    ({"algorithm": "fa"}, _keys("algorithm", linear_b_init=None, density=1.0, plain_last=False)),
+    ({"algorithm": "kp"}, _keys("algorithm", b_lr_scale=1.0, plain_last=False)),  # one learning rate for W and B
+    # PFA paper: the sign times the deviation of Glorot's weights [code].
+    ({"algorithm": "usf"}, _keys("algorithm", scale="xavier", plain_last=False, density=1.0)),
+    # DKP paper, section 3.1: Kaiming's backward matrices. Those of DRTP [code of Frenkel et al.].
+    ({"algorithm": "dkp"}, _keys("algorithm", b_init="kaiming_uniform", density=1.0, cuts=None)),
+    ({"algorithm": "drtp"}, _keys("algorithm", b_init="kaiming_uniform", scale=1.0, error_sign=False, density=1.0, cuts=None)),
+    # Datasets: images at their stored size, 28x28, 32x32 or 64x64; ImageNet as 224x224 crops with the usual normalisation.
+    ({"dataset": ("mnist", "fashion_mnist", "svhn", "cifar10", "cifar100", "tiny_imagenet")},
+     _keys("dataset", crop="padded", size=None, validation_seed=0)),
+    ({"dataset": "mnist"}, _keys("dataset", mean=[0.1307], std=[0.3081], augment=False)),
+    ({"dataset": "imagenet"}, _keys(
+        "dataset", mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], augment=True, crop="resized", size=224,
+        validation_seed=0)),
+    # All papers: SGD with momentum 0.9, and one optimizer for W and learned feedback, unless their own cases differ.
+    ({}, {"feedback_optimizer": None, "optimizer": "sgd", "optimizer.first_epoch_weight_decay": None}),
+    ({"optimizer": "sgd"}, _keys("optimizer", momentum=0.9, nesterov=False)),
+    ({"optimizer": "adam"}, _keys("optimizer", **ADAM)),
+]
+
+# --- Woo et al. 2021 (ASAP) -----------------------------------------------------------------------------------------------------
+
+#: Appendix C. All batches count, as in the code's loader [code]; no validation split [code].
+ASAP: Settings = {"epochs": 200, "batch_size": 128, "drop_last": False, "dataset.validation": 0.0,
+                  "optimizer.weight_decay": 5e-4, **COSINE}
+ASAP_CASES: list[Case] = [
+    # Weights. "Kaiming" of the paper is torch's default for convolutions, U(±1/√fan_in) [code].
+    ({}, {"architecture.init": "pytorch"}),
+    # Place for architecture.linear_init, once the architectures have it: in its nets for FA, DFA and ASAP the code draws fully
+    # connected weights from U(±√(6/fan_in)) and sets their biases to zero; its nets for BP have torch's default there [code].
+    # Appendix C: crops and flips on CIFAR and Tiny ImageNet. Means and deviations [code]; CIFAR-100 has those of CIFAR-10 there,
+    # and Tiny ImageNet those of a derivative of the code.
+    ({}, {"dataset.augment": True}),
+    ({"dataset": ("cifar10", "cifar100")}, _keys("dataset", mean=[0.4914, 0.4822, 0.4465], std=[0.2023, 0.1994, 0.2010])),
+    ({"dataset": "tiny_imagenet"}, _keys("dataset", mean=[0.480, 0.448, 0.398], std=[0.277, 0.269, 0.282])),
+    ({"dataset": "svhn"}, _keys("dataset", mean=[0.5], std=[0.5], augment=False)),
+    ({"dataset": "mnist"}, {"dataset.augment": False}),
+    # Feedback [code]: DFA's N(0, 1/classes); FA's as torch draws weights in convolutions, U(-1, 1) in fully connected layers. The
+    # code for KP is not public: as torch draws weights, in all layers [choice]. B and W are independent at first [choice].
+    ({"algorithm": "dfa"}, {"algorithm.b_init": "normal_fan_out"}),
+    ({"algorithm": "fa"}, _keys("algorithm", b_init="pytorch", linear_b_init="uniform_one")),
+    ({"algorithm": "kp"}, {"algorithm.b_init": "pytorch"}),
+    # Learning rates: Table 3. The floor has BP's, the variants of ASAP have ASAP's [choice].
+    ({"algorithm": ("bp", "frozen", "kp")}, {"optimizer.lr": 3e-2}),
+    ({"algorithm": ("fa", "dfa")}, {"optimizer.lr": 3e-3}),
+    ({"algorithm": ASAP_RULES}, {"optimizer.lr": 3e-2}),
+    ({"algorithm": ASAP_RULES, "dataset": "svhn"}, {"optimizer.lr": 3e-3}),
+    ({"algorithm": ASAP_RULES, "architecture.shortcuts": False}, {"optimizer.lr": 3e-3}),
+    ({"algorithm": ("fa", "dfa", *ASAP_RULES), "architecture": "asap_alexnet"}, {"optimizer.lr": 1e-4}),
+]
+ASAP_TABLE1 = ["bp", "frozen", "kp", "fa", "dfa", "asap"]
+ASAP_PAPER: dict[str, Preset] = {
+    # Single runs throughout.
+    "asap_table1": Preset([
+        {"dataset": ["mnist", "svhn", "cifar10", "cifar100"], "architecture": ["asap_alexnet"], "algorithm": ASAP_TABLE1,
+         "seed": [0]},
+        {"dataset": ["svhn", "cifar10", "cifar100", "tiny_imagenet"], "architecture": ["resnet18"], "algorithm": ASAP_TABLE1,
+         "seed": [0]},
+        {"dataset": ["cifar10", "cifar100", "tiny_imagenet"], "architecture": ["resnet34"], "algorithm": ASAP_TABLE1,
+         "seed": [0]},
+        {"dataset": ["svhn", "cifar10", "cifar100"], "architecture": ["resnet18"], "architecture.shortcuts": [False],
+         "algorithm": ASAP_TABLE1, "seed": [0]},
+    ], ASAP, ASAP_CASES),
+    "asap_table2": Preset(
+        [{"architecture": ["resnet18", "resnet34"], "algorithm": ["bp", "frozen", "asap", "asfp", "asfp_lc"], "seed": [0]}],
+        ASAP | {"dataset": "cifar10"}, ASAP_CASES),
+    # ResNet-34: Table 5 has the same accuracies.
+    "asap_table4": Preset([
+        {"algorithm": ["bp", "asap"], "optimizer.weight_decay": [0.0, 5e-6, 5e-5, 5e-4, 5e-3], "seed": [0]},
+        {"algorithm": ["frozen"], "seed": [0]},
+    ], ASAP | {"dataset": "cifar10", "architecture": "resnet34"}, ASAP_CASES),
+    # Local learning: Adam at 5e-3 [paper], without decay [code].
+    "asap_table5": Preset([
+        {"architecture": ["resnet18", "resnet34"], "algorithm": ["bp", "frozen", "asap"], "seed": [0]},
+        {"architecture": ["resnet18", "resnet34"], "algorithm": ["local_error", "predsim", "dgl"], "optimizer": ["adam"],
+         "seed": [0]},
+    ], ASAP | {"dataset": "cifar10"}, [
+        *ASAP_CASES, ({"optimizer": "adam"}, {"optimizer.lr": 5e-3, "optimizer.weight_decay": 0.0})]),
+    # Appendix D.2. CIFAR-10 [choice].
+    "asap_fig9": Preset([
+        {"algorithm": ["bp", "frozen"], "seed": [0]},
+        {"algorithm": ["asap"], "algorithm.match": ["max_pool", "avg_pool", "random"], "seed": [0]},
+    ], ASAP | {"dataset": "cifar10", "architecture": "asap_alexnet"}, ASAP_CASES),
+    # Appendix A.2: batch size 50, learning rate 1e-4, a linear net and one with normalisation and ReLU, 10-10-10. Normalised
+    # logits in the second [code], the initialisers, 784 inputs in front and three seeds [choice].
+    "asap_fig6": Preset([
+        {"algorithm": ["bp", "forward_alignment"], "architecture.activation": ["identity"],
+         "architecture.init": ["kaiming_uniform"], "seed": [0, 1, 2]},
+        {"algorithm": ["bp", "forward_alignment"], "architecture.batch_norm": [True], "architecture.output_norm": [True],
+         "seed": [0, 1, 2]},
+    ], ASAP | {"dataset": "mnist", "architecture": "mlp"}, [
+        *ASAP_CASES,
+        ({}, {"batch_size": 50, "optimizer.lr": 1e-4, "architecture.widths": [10, 10, 10]}),
+        ({"algorithm": "forward_alignment"}, {"algorithm.c_init": "kaiming_uniform"}),
+    ]),
+}
+
+# --- Li and Benna 2024 (PFA) ----------------------------------------------------------------------------------------------------
+
+#: Appendix A: Glorot's weights, and Glorot's feedback; incomplete batches are dropped [code].
+PFA: Settings = {"architecture.init": "xavier_uniform", "drop_last": True}
+PFA_CASES: list[Case] = [({"algorithm": ("fa", "dfa")}, {"algorithm.b_init": "xavier_uniform"})]
+BOTH_PFA = ("pfa", "pfa_o")
+PFA_TABLE = ["bp", "frozen", "fa", "dfa", "usf", "pfa", "pfa_o"]
+FIVE = range(5)
+#: Appendix A.1. The later decay of PFA is 0.003 x 0.03 = 9e-5 [code]; the paper has 1e-4. Curves on the test set [code].
+PFA_MNIST: Settings = PFA | {
+    "dataset": "mnist", "architecture": "mlp", "epochs": 40, "batch_size": 64, "dataset.validation": 0.0, "optimizer.lr": 1e-2,
+    "optimizer.weight_decay": 1e-4, **_multistep([20, 30], 0.5)}
+PFA_MNIST_CASES: list[Case] = [*PFA_CASES, (
+    {"algorithm": BOTH_PFA}, {"optimizer.first_epoch_weight_decay": 0.03, "optimizer.weight_decay": 9e-5})]
+PFA_PAPER: dict[str, Preset] = {
+    "pfa_fig2": Preset([{"algorithm": PFA_TABLE, "seed": FIVE}], PFA_MNIST, PFA_MNIST_CASES),
+    "pfa_fig6": Preset([
+        {"algorithm": ["bp"], "seed": FIVE},
+        {"algorithm": ["fa", "dfa", "usf", "pfa"], "algorithm.density": [1.0, 0.5, 0.3, 0.17, 0.1, 0.05], "seed": FIVE},
+    ], PFA_MNIST, PFA_MNIST_CASES),
+    # Appendix A.2. 250 epochs and 5,000 images held out with seed 0 [code]; the paper has 200, the last at which nothing changes.
+    # DFA's kernels [code]. Means and deviations [code].
+    "pfa_fig4": Preset([{"algorithm": PFA_TABLE, "seed": FIVE}], PFA | {
+        "dataset": "cifar10", "architecture": "resnet20", "epochs": 250, "batch_size": 128, "dataset.validation": 5000,
+        "dataset.augment": True, "dataset.mean": [0.4914, 0.4821, 0.4465], "dataset.std": [0.2470, 0.2435, 0.2616],
+        "optimizer.lr": 0.1, "optimizer.weight_decay": 1e-4, **_multistep([100, 150, 200], 0.1),
+    }, [
+        *PFA_CASES,
+        ({"algorithm": "dfa"}, {"optimizer.lr": 1e-3, "algorithm.form": "kernel"}),
+        ({"algorithm": BOTH_PFA}, {"optimizer.first_epoch_weight_decay": 0.005}),
+    ]),
+    # Appendix A.3; one seed.
+    "pfa_fig5": Preset([{"algorithm": ["bp", "frozen", "usf", "pfa", "pfa_o"], "seed": [0]}], PFA | {
+        "dataset": "imagenet", "architecture": "resnet18_imagenet", "epochs": 75, "batch_size": 256, "dataset.validation": 0.0,
+        "optimizer.lr": 0.1, "optimizer.weight_decay": 1e-4, **_multistep([20, 40, 60], 0.1),
+    }, [*PFA_CASES, ({"algorithm": BOTH_PFA}, {"optimizer.first_epoch_weight_decay": 5e-4})]),
+}
+
+# --- "Learning the connections in direct feedback alignment" (DKP) --------------------------------------------------------------
+
+#: Section 3.1: SGD with Nesterov's momentum 0.9, at a constant rate. No validation split, all batches, torch's weights [code].
+DKP: Settings = {"architecture.init": "pytorch", "drop_last": False, "dataset.validation": 0.0, "optimizer.nesterov": True,
+                 **CONSTANT}
+DKP_CASES: list[Case] = [
+    # Section 3.1: Kaiming for DFA and DKP. Nothing is said of KP and FA: as the weights are, and Glorot's [choice]; the preset
+    # does not mention FA's.
+    ({"algorithm": "dfa"}, {"algorithm.b_init": "kaiming_uniform"}),
+    ({"algorithm": "kp"}, {"algorithm.b_init": "pytorch"}),
+    ({"algorithm": "fa"}, {"algorithm.b_init": "xavier_uniform"}),
+]
+#: Section 3.1, for the net of two convolutions: 1e-2 for W, 1e-4 times 0.85 an epoch for B, decay 1e-6 for both.
+DKP_SMALL: Settings = DKP | {"optimizer.lr": 1e-2, "optimizer.weight_decay": 1e-6}
+DKP_SMALL_CASES: list[Case] = [*DKP_CASES, ({"algorithm": "dkp"}, {"feedback_optimizer": "sgd"} | _keys(
+    "feedback_optimizer", lr=1e-4, weight_decay=1e-6, first_epoch_weight_decay=None, momentum=0.9, nesterov=True,
+    **{"schedule.name": "step", "schedule.step_size": 1, "schedule.gamma": 0.85}))]
+#: Adam at 5e-4 for B of AlexNet, with the decay of W, at a constant rate.
+DKP_LARGE_CASES: list[Case] = [*DKP_CASES, ({"algorithm": "dkp"}, {"feedback_optimizer": "adam"} | _keys(
+    "feedback_optimizer", lr=5e-4, weight_decay=1e-4, first_epoch_weight_decay=None, **ADAM, **{"schedule.name": "constant"}))]
+DKP_TABLE = ["bp_fc", "bp", "frozen", "kp", "fa", "drtp", "dfa", "dkp"]
+TEN = range(10)
+DKP_PAPER: dict[str, Preset] = {
+    # 50 epochs and ten trials [paper]; batch size, normalisation and no augmentation [code].
+    "dkp_table1": Preset([{"dataset": ["fashion_mnist", "cifar10"], "algorithm": DKP_TABLE, "seed": TEN}], DKP_SMALL | {
+        "architecture": "conv2", "epochs": 50, "batch_size": 64, "dataset.augment": False, "dataset.mean": [0.5],
+        "dataset.std": [0.5],
+    }, DKP_SMALL_CASES),
+    # 90 epochs, ten trials, decay 1e-4 [paper]; batch size, crops and normalisation [code]. Section 3.2: 0.1 for backpropagation
+    # (of the fully connected layers too), 0.01 for the others on CIFAR-100 and 5e-3 on Tiny ImageNet. The floor trains the
+    # output layer alone, and has the others' rate [choice, not mentioned by the preset].
+    "dkp_table2": Preset([{"dataset": ["cifar100", "tiny_imagenet"], "algorithm": DKP_TABLE, "seed": TEN}], DKP | {
+        "architecture": "dkp_alexnet", "epochs": 90, "batch_size": 256, "optimizer.weight_decay": 1e-4,
+        **_keys("dataset", augment=True, crop="resized", size=224, mean=[0.5], std=[0.5]),
+    }, [
+        *DKP_LARGE_CASES,
+        ({"dataset": "cifar100"}, {"optimizer.lr": 1e-2}),
+        ({"dataset": "tiny_imagenet"}, {"optimizer.lr": 5e-3}),
+        ({"algorithm": ("bp", "bp_fc")}, {"optimizer.lr": 0.1}),
+    ]),
+    # Five layers with normalisation on MNIST; 15 epochs of batches of 50 are the figure's 18,000 iterations. Widths, batch size,
+    # rates and three seeds [choice].
+    "dkp_fig2": Preset([{"algorithm": ["bp", "frozen", "dfa", "dkp"], "seed": [0, 1, 2]}], DKP_SMALL | {
+        "dataset": "mnist", "architecture": "mlp", "architecture.widths": [512] * 4, "architecture.batch_norm": True,
+        "epochs": 15, "batch_size": 50,
+    }, DKP_SMALL_CASES),
+}
+
+# --- Akrout et al. 2019 (weight mirrors) ----------------------------------------------------------------------------------------
+
+#: Section 6: ImageNet, normalisation after the ReLU, the rate cut by 90 % at epoch 32. The rest is in an appendix that is not
+#: available: rate, momentum, decay, batch size and initial weights of torchvision's reference, and 50 epochs [choice].
+#: torchvision draws only convolutions so; the preset draws the output layer so, too.
+WM: Settings = {
+    "dataset": "imagenet", "dataset.validation": 0.0, "epochs": 50, "batch_size": 256, "drop_last": True, "optimizer.lr": 0.1,
+    "optimizer.weight_decay": 1e-4, "architecture.bn": "after", "architecture.init": "kaiming_normal", **_multistep([32], 0.1)}
+WM_CASES: list[Case] = [
+    # Feedback is drawn as the weights are [choice].
+    ({"algorithm": ("fa", "kp", "wm")}, {"algorithm.b_init": "kaiming_normal_fan_out"}),
+    # Section 6: noise passes the ReLU, biases are not blocked. One mirror step a training step and 1,281,167 // 256 of them
+    # before training, a whole epoch, as their numpy code has it; rate and unit noise [choice].
+    ({"algorithm": "wm"}, _keys(
+        "algorithm", activation="relu", block_bias=False, mirror_batch=256, initial_steps=1_281_167 // 256, mirror_steps=1,
+        mirror_rate=0.01, noise="gaussian", sigma=1.0, per_tap=True)),
+    # Xiao et al. 2018: their scale, and the output layer's true weight [code].
+    ({"algorithm": "usf"}, _keys("algorithm", scale="xiao", plain_last=True)),
+]
+WM_NETS = ["resnet18_imagenet", "resnet50_imagenet"]
+WM_PAPER: dict[str, Preset] = {
+    "wm_fig3": Preset([
+        {"architecture": WM_NETS, "algorithm": ["bp", "frozen", "fa", "usf", "kp", "wm"], "seed": [0]},
+        {"architecture": WM_NETS, "algorithm": ["usf"], "architecture.bn": ["before"], "seed": [0]},
+    ], WM, WM_CASES),
+    "wm_fig4": Preset([{"algorithm": ["wm", "kp", "usf"], "seed": [0]}], WM | {"architecture": "resnet50_imagenet"}, WM_CASES),
+}
+
+#: No paper's: the project's own first sweep, on digits that need no download.
+QUICKSTART = Preset([{"algorithm": ["bp", "frozen", "fa", "usf", "dfa", "kp"], "seed": [0, 1, 2]}], {
+    "dataset": "digits", "dataset.validation": 0.1, "dataset.validation_seed": 0, "dataset.mean": [0.5], "dataset.std": [0.5],
+    "architecture": "mlp", "architecture.init": "pytorch", "epochs": 30, "batch_size": 64, "drop_last": True, "probe_every": 66,
+    "optimizer.lr": 0.05, "optimizer.weight_decay": 1e-3, **CONSTANT,
+}, [({"algorithm": ("fa", "dfa", "kp")}, {"algorithm.b_init": "xavier_uniform"})])
+
+PRESETS: dict[str, Preset] = {**ASAP_PAPER, **PFA_PAPER, **DKP_PAPER, **WM_PAPER, "quickstart": QUICKSTART}

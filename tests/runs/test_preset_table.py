@@ -1,0 +1,105 @@
+"""Every preset runs what the papers' table says, with the settings that the table says."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from fa_bench.command.compose import Composer
+from fa_bench.config.job import Job, RunOptions, conf_dir, register_schemas
+from fa_bench.config.labels import flat
+from fa_bench.config.options import defaults
+from fa_bench.config.registries import GROUPS
+
+from .preset_table import PRESETS, Settings
+
+SEED = "seed="
+
+
+def composed_runs(name: str) -> list[tuple[Settings, Settings, list[int]]]:
+    """For every run of the preset: its settings, its components' defaults, and the seeds that it is repeated with.
+
+    Composing is slow, so runs that differ only in the seed are composed once; their seeds are read from the overrides.
+    """
+    register_schemas()
+    composer = Composer("config", None, [f"experiment={name}"])
+    seeds: dict[tuple[str, ...], list[int]] = {}
+    firsts: list[list[str]] = []
+    for overrides in composer.grid(multirun=True):
+        rest = tuple(override for override in overrides if not override.startswith(SEED))
+        if rest not in seeds:
+            firsts.append(overrides)
+        seeds.setdefault(rest, []).extend(int(text.removeprefix(SEED)) for text in overrides if text.startswith(SEED))
+    jobs = [job for job, _ in composer.check(firsts, directories=False)]
+    assert [job.run.seed for job in jobs] == [numbers[0] for numbers in seeds.values()]
+    return [(flat(job.plain()), default_settings(job), numbers) for job, numbers in zip(jobs, seeds.values(), strict=True)]
+
+
+def default_settings(job: Job) -> Settings:
+    """The settings that the job would have if a preset chose its components and nothing else."""
+    chosen = {key: getattr(job, key) for key in ("algorithm", "architecture", "dataset", "optimizer", "feedback_optimizer")}
+    return flat(defaults(RunOptions) | {key: part and {"name": part.name} | defaults(type(part)) for key, part in chosen.items()})
+
+
+def identity(settings: Settings, keys: list[str]) -> str:
+    """A name for the run within its preset: its values of the swept keys."""
+    return json.dumps({key: settings[key] for key in keys if key in settings})
+
+
+def by_identity(runs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(runs)
+    assert len(found) == len(runs), f"two runs have the same swept values: {sorted(name for name, _ in runs)}"
+    return found
+
+
+def differences(actual: Settings, default: Settings, wanted: Settings) -> list[str]:
+    """Settings that differ from the table, and settings that the table does not name and that differ from the default."""
+    found = [f"{key}: no such option; the table has {wanted[key]!r}" for key in wanted.keys() - actual.keys()]
+    for key, value in actual.items():
+        if key in wanted and value != wanted[key]:
+            found.append(f"{key} = {value!r}; the table has {wanted[key]!r}")
+        elif key not in wanted and key != "seed" and value != default[key]:
+            found.append(f"{key} = {value!r}; the table does not name it, and its default is {default[key]!r}")
+    return found
+
+
+def check(name: str) -> None:
+    """Raise AssertionError, naming every difference, where a preset differs from the table."""
+    wanted_runs, actual_runs = list(PRESETS[name].runs()), composed_runs(name)
+    swept = sorted({"algorithm", "architecture", "dataset", *(key for part in PRESETS[name].sweep for key in part)} - {"seed"})
+    wanted = by_identity([(identity(settings, swept), (settings, seeds)) for settings, seeds in wanted_runs])
+    actual = by_identity([(identity(settings, swept), (settings, default, seeds)) for settings, default, seeds in actual_runs])
+    assert sorted(actual) == sorted(wanted)
+    for run, (settings, default, seeds) in actual.items():
+        assert seeds == wanted[run][1], run
+        assert not differences(settings, default, wanted[run][0]), f"{name}, {run}"
+
+
+def test_the_table_has_every_preset() -> None:
+    assert sorted(PRESETS) == sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_runs_what_the_table_says(name: str) -> None:
+    check(name)
+
+
+def test_the_usual_components() -> None:
+    """Presets that choose no dataset, architecture or optimizer of their own rely on these."""
+    register_schemas()
+    composer = Composer("config", None, [])
+    [(job, _)] = composer.check(composer.grid(multirun=False), directories=False)
+    assert (job.algorithm.name, job.architecture.name, job.dataset.name, job.optimizer.name) == ("fa", "mlp", "digits", "sgd")
+    assert job.feedback_optimizer is None
+    assert flat(job.plain()) == default_settings(job)
+
+
+def test_a_choice_is_the_component_of_its_name_with_its_defaults() -> None:
+    """``conf/algorithm/kp.yaml`` is kp with its declared defaults, so that the names in a preset mean what they say."""
+    for group in GROUPS:
+        for path in (conf_dir() / group.kind).glob("*.yaml"):
+            assert path.stem in group
+            assert OmegaConf.load(path) == {"defaults": [f"/_schema/{group.kind}/{path.stem}@_here_"]}, path
