@@ -38,8 +38,8 @@ class ConfigError(FaBenchError, ValueError):
 class CoverageError(FaBenchError, ValueError):
     """A rule would cover nothing, leave weights uncovered without being asked to, or cannot be put into this model.
 
-    Where `text` has the name of one of `settings` in braces, the message shows what to write there: ``cuts=['act1']``, an argument
-    of `attach`; once `under` was called, ``'algorithm.cuts=[act1]'``, an argument of the command line.
+    Where `text` has the name of one of `settings` in braces, the message shows what to write there: ``cuts=['act1']``, an
+    argument of `attach`; once `under` was called, ``algorithm.cuts='[act1]'``, an argument of the command line.
     """
 
     def __init__(self, text: str, settings: Mapping[str, Any] | None = None, prefix: str = "") -> None:

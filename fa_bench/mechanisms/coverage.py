@@ -70,7 +70,7 @@ class Coverage:
             lines += indented(aligned([("carries no error on", "where"), *self.local.items()]))
         if uncovered:
             lines += indented(aligned([("not covered", "why"), *self.uncovered.items()]))
-            lines.append("  What is not covered learns by its true local gradient and carries the error by itself (weight transport).")
+            lines.append("  What is not covered learns by its local gradient and carries the error by itself (weight transport).")
         lines += indented(self.notes)
         return "\n".join(lines)
 
@@ -120,7 +120,7 @@ def not_coverable(model: Any) -> str:
             found.append(f"{where} computes its projections in one function, by its own weights: write them as nn.Linear layers "
                          f"to have them covered")
         elif isinstance(module, nn.Bilinear):
-            found.append(f"{where} multiplies two inputs by its weight, and there is no feedback for that: write it with nn.Linear "
+            found.append(f"{where} multiplies two inputs by its weight, for which there is no feedback: write it with nn.Linear "
                          f"layers to have it covered")
         elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             found.append(f"{where} passes no error on and needs no feedback")
@@ -131,9 +131,10 @@ def computed_weights(model: Any) -> str:
     """A sentence on the layers whose weight is no parameter but computed from others; empty where there are none."""
     found = [path for path, module in model.named_modules()
              if "weight" not in module._parameters and isinstance(getattr(module, "weight", None), torch.Tensor)]
-    return found and (f"the weight of {names(found)} is computed, by pruning or a parametrization, and no rule covers it: make it "
-                      f"a plain parameter first, with prune.remove, remove_weight_norm or remove_parametrizations of "
-                      f"torch.nn.utils") or ""
+    if not found:
+        return ""
+    return (f"the weight of {names(found)} is computed, by pruning or a parametrization, and no rule covers it: make it a plain "
+            f"parameter first, with prune.remove, remove_weight_norm or remove_parametrizations of torch.nn.utils")
 
 
 def foreign_weights(model: Any, covered: set[int], uses: Uses | None = None) -> tuple[dict[str, str], dict[str, str]]:
@@ -164,6 +165,11 @@ def foreign_weights(model: Any, covered: set[int], uses: Uses | None = None) -> 
             else:
                 uncovered[full] = f"in {_a(kind)}"
     return uncovered, local
+
+
+def outside_text(use: str) -> str:
+    """Why a weight is not covered that is used outside its layer, see `fa_bench.mechanisms.uses.Uses`."""
+    return f"used outside its layer, by {use}: there it carries the error by itself"
 
 
 def is_weight(name: str, parameter: Any) -> bool:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fa_bench.config.options import option
 from fa_bench.draws import draw, seed_for
 from fa_bench.errors import CoverageError, names
 from fa_bench.lazy import torch
 from fa_bench.mechanisms.carry import recomputing
-from fa_bench.mechanisms.coverage import Coverage, Covered, foreign_weights, matching
+from fa_bench.mechanisms.coverage import Coverage, Covered, foreign_weights, matching, outside_text
 from fa_bench.mechanisms.loss_scale import is_unscaled, measured_scale
 from fa_bench.mechanisms.rule import INPUT, OUTPUT, Rule
 
@@ -47,6 +47,8 @@ class CutRule(Rule):
     #: Whether the errors are made of the labels: then `loss_factor` is what the loss was multiplied by, see `loss_scale`.
     scales = False
     loss_factor = 1.0
+    #: The rule that this one is a part of and whose options it has; None where it stands for itself.
+    part_of: ClassVar[Rule | None] = None
     #: Whether all layers between two cuts are one module that learns by backpropagation within it: then a layer needs no cut of
     #: its own, and whatever is in a module is covered.
     modular = False
@@ -140,12 +142,14 @@ class CutRule(Rule):
         self._loss_scale: float | None = None
         self._delivered = False
         self._cut_handles: list[Any] = []
+        from fa_bench.mechanisms.cut_points import check_cuts
+
         named = self.find_cuts(sample_input)
         trace = self.trace(sample_input, watch=named)
         cuts = self.choose_cuts(named, trace)
         if cuts != named:
             trace = self.trace(sample_input, watch=cuts)
-        self._check(trace, cuts)
+        check_cuts(self, trace, cuts)
         self._trace = trace
         self._at = {cut: self.model.get_submodule(cut) for cut in cuts}
         layers = weighted_layers(self.model)
@@ -169,7 +173,7 @@ class CutRule(Rule):
         for path in trace.behind if self.side == OUTPUT else ():
             uncovered[f"{path}.weight"] = "its error comes through another layer's weight: no cut between them"
         for path, use in trace.uses.outside.items():
-            uncovered[f"{path}.weight"] = f"used outside its layer, by {use}: there it carries the error by itself"
+            uncovered[f"{path}.weight"] = outside_text(use)
         return Coverage(self.name, covered, uncovered, local, self.notes())
 
     def notes(self) -> tuple[str, ...]:
@@ -190,48 +194,18 @@ class CutRule(Rule):
 
     def find_cuts(self, sample_input: Any) -> tuple[str, ...]:
         """The cuts, in the order of the model's modules; raises CoverageError where there are none."""
+        from fa_bench.mechanisms.cut_points import none_declared
+
         paths = [path for path, _ in self.model.named_modules() if path]
         wanted = self.cuts if self.cuts is not None else getattr(self.model, self.declared, None)
         if not wanted:
-            shown = self._run_once([path for path in paths if not list(self.model.get_submodule(path).children())], sample_input)
-            example = [path for path in shown if "relu" in type(self.model.get_submodule(path)).__name__.lower()] or shown
-            more = ", ..." if len(shown) > 12 else ""
-            raise CoverageError(
-                f"rule '{self.name}' needs cut points and {type(self.model).__name__} declares none: name the modules whose "
-                f"outputs receive the error, such as cuts={example[:3]}, or set model.{self.declared} "
-                f"(modules: {names(shown[:12])}{more})"
-            )
+            raise none_declared(self, paths, sample_input)
         found = matching(wanted, paths, "cuts")
         return tuple(path for path in paths if path in found)
 
     def choose_cuts(self, cuts: tuple[str, ...], trace: Trace) -> tuple[str, ...]:
         """Those of the named cuts that the rule cuts at; `trace` watched them."""
         return cuts
-
-    def _run_once(self, paths: list[str], sample_input: Any) -> list[str]:
-        """Those of `paths` that run once in a forward pass, where a sample lets us know."""
-        if sample_input is None:
-            return paths
-        calls = self.trace(sample_input, watch=tuple(paths)).calls
-        return [path for path in paths if calls[path] == 1]
-
-    def _check(self, trace: Trace, cuts: tuple[str, ...]) -> None:
-        if self.output is None and len(trace.results) > 1:
-            listed = names(f"{name} {shape}" for name, shape in trace.results.items())
-            logits = [name for name, shape in trace.results.items() if len(shape) == 2] or list(trace.results)
-            raise CoverageError(f"rule '{self.name}' takes its error from one output, and this model returns {listed}: say which, "
-                                "such as {output}", {"output": logits[0]})
-        if len(trace.result_shape) != 2:
-            raise CoverageError(f"rule '{self.name}' needs logits of shape (N, C); this model gives {trace.result_shape}")
-        for cut, twin in trace.twins.items() if self.side == OUTPUT else ():
-            raise CoverageError(f"cut '{cut}' has the same output as cut '{twin}': name one of them (in patterns * crosses dots)")
-        for cut in cuts:
-            if trace.calls[cut] != 1:
-                raise CoverageError(f"cut '{cut}' runs {trace.calls[cut]} times in a forward pass; name a module that runs once")
-            if self.side == OUTPUT and not trace.feeds[cut]:
-                raise CoverageError(f"cut '{cut}' has no layer with weights in front of it")
-            if self.side == OUTPUT and set(trace.feeds[cut]) & set(trace.outputs):
-                raise CoverageError(f"cut '{cut}' lies behind the output layer '{trace.outputs[0]}'; cut hidden layers only")
 
     def _brings(self, path: str, trace: Trace) -> str:
         cuts = [cut for cut in self._at if path in trace.feeds[cut]] if self.side == OUTPUT else []
@@ -283,11 +257,11 @@ class CutRule(Rule):
         for name, result in results.items():
             if result.dim() == 0:
                 raise CoverageError(f"the model returns a loss ('{name}') that it computed itself, and the error of rule "
-                                    f"'{self.name}' cannot come from there: call it without labels, and compute the loss from its "
-                                    f"logits")
+                                    f"'{self.name}' cannot come from there: call it without labels, and compute the loss from "
+                                    f"its logits")
         if self.output is None and len(results) > 1:
-            raise CoverageError(f"rule '{self.name}' takes its error from one output, and this model returns {names(results)}: say "
-                                "which, such as {output}", {"output": next(iter(results))})
+            raise CoverageError(f"rule '{self.name}' takes its error from one output, and this model returns {names(results)}: "
+                                "say which, such as {output}", {"output": next(iter(results))})
         logits = chosen_result(results, self.output)
         return replaced(output, logits, self._delivered_to(logits, tape))
 
@@ -351,19 +325,20 @@ class CutRule(Rule):
             raise ValueError(f"rule '{self.name}': the loss comes from no training forward pass of the attached model")
 
     def _answers(
-        self, tape: dict[str, Kept], learned: list[LearnedFeedback], logits: Tensor | None, delta: Tensor, tensors: tuple[Tensor, ...]
+        self, tape: dict[str, Kept], learned: list[LearnedFeedback], logits: Tensor | None, delta: Tensor,
+        tensors: tuple[Tensor, ...],
     ) -> list[Tensor | None]:
-        """The errors at the logits and at all cuts, and the gradients of learned feedback; called by the backward pass once it has
-        the gradient at the logits."""
+        """The errors at the logits and at all cuts, and the gradients of learned feedback, once the backward pass has δ."""
         self._delivered = True
         target = self._target
         if self._needs_target:
             if target is None or target.shape != delta.shape[:1] or target.is_floating_point():
-                raise ValueError(f"rule '{self.name}' requires labels: call rule.backward(loss, logits, target) with the class "
-                                 f"indices, (N,)")
+                raise ValueError(f"rule '{self.name}' requires labels: call rule.backward(loss, logits, target) with class "
+                                 f"indices of shape (N,)")
             self._check_labels(target, delta.shape[1])
         if logits is not None:
-            self.loss_factor = self._loss_scale if self._loss_scale is not None else measured_scale(self.name, delta, logits, target)
+            known = self._loss_scale
+            self.loss_factor = measured_scale(self.name, delta, logits, target) if known is None else known
         if tensors:
             for kept, tensor in zip(tape.values(), tensors, strict=True):
                 kept.tensor = tensor

@@ -12,7 +12,7 @@ from fa_bench.draws import draw, draw_mask, fans, seed_for
 from fa_bench.errors import CoverageError, names, nearest
 from fa_bench.lazy import torch
 from fa_bench.mechanisms.carriers import Carrier, Transport
-from fa_bench.mechanisms.coverage import Coverage, Covered, foreign_weights, matching, not_coverable
+from fa_bench.mechanisms.coverage import Coverage, Covered, foreign_weights, matching, not_coverable, outside_text
 from fa_bench.mechanisms.rule import Rule
 
 if TYPE_CHECKING:
@@ -144,8 +144,7 @@ class EdgeRule(Rule):
             return None
 
     def _used_outside(self, trace: Trace | None) -> dict[str, str]:
-        return {} if trace is None else {f"{path}.weight": f"used outside its layer, by {use}: there it carries the error by itself"
-                                         for path, use in trace.uses.outside.items()}
+        return {} if trace is None else {f"{path}.weight": outside_text(use) for path, use in trace.uses.outside.items()}
 
     def check_uses(self, trace: Trace) -> None:
         self.coverage = dataclasses.replace(self.coverage, uncovered=self.coverage.uncovered | self._used_outside(trace))

@@ -323,8 +323,8 @@ def require_gradients(path: str, layer: nn.Module) -> None:
     """
     if layer.weight.requires_grad:
         raise CoverageError(f"layer '{path}' ran without gradients in a forward pass with gradients, although its weight learns: "
-                            f"activation checkpointing needs use_reentrant=False; a part of the model that is meant to stay as it "
-                            f"is, under torch.no_grad(), needs requires_grad_(False)")
+                            f"activation checkpointing needs use_reentrant=False; a part of the model that is not trained, under "
+                            f"torch.no_grad(), needs requires_grad_(False)")
 
 
 #: Where a module keeps the names of its feedback tensors.

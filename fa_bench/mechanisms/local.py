@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 class LocalRule(CutRule):
     """A cut rule whose error at a cut is the gradient of a local loss there; subclasses give `auxiliary` and `local_loss`.
 
-    No error crosses a cut. The auxiliary layers are the rule's, but their parameters and buffers are registered in the module at
-    the cut too, as ``feedback_auxiliary_...``: so ``model.parameters()`` and ``model.state_dict()`` have them, and they follow the
-    model to its device and dtype. They are no modules of the model, for a container would run them. ``rule.feedback_parameters()``
-    are the auxiliary parameters, ``rule.feedback`` shows them under their cut. Local losses are multiplied by what the loss is
-    multiplied by, and computed in the model's dtype under autocast.
+    No error crosses a cut. The auxiliary layers are the rule's, but their parameters and buffers are registered in the module
+    at the cut too, as ``feedback_auxiliary_...``: so ``model.parameters()`` and ``model.state_dict()`` have them, and they follow
+    the model to its device and dtype. They are no modules of the model, for a container would run them.
+    ``rule.feedback_parameters()`` are the auxiliary parameters, ``rule.feedback`` shows them under their cut. Local losses are
+    multiplied by what the loss was multiplied by, and computed in the model's dtype under autocast.
     """
 
     reads_values = True
@@ -178,7 +178,7 @@ class Auxiliary:
             mine.pop(key, None)
 
     def _accept_older(self, module: Any, state: dict[str, Any], prefix: str, *others: Any) -> None:
-        """Earlier versions saved the auxiliary layers in the rule's state: let `load_state_dict` of the model pass without them."""
+        """Let the model load a state without them: earlier versions saved the auxiliary layers in the rule's state."""
         missing = [key for key in self.tensors if prefix + key not in state]
         self.awaited = len(missing) == len(self.tensors) > 0
         if self.awaited:

@@ -178,7 +178,9 @@ class DeliverFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, answer: Callable[..., list[Tensor | None]], cuts: int, keep: bool, logits: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, answer: Callable[..., list[Tensor | None]], cuts: int, keep: bool, logits: Tensor, *tensors: Tensor
+    ) -> Tensor:
         ctx.answer = answer
         ctx.save_for_backward(*(tensors[:cuts] if keep else ()))
         return logits.detach()

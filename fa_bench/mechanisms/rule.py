@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fa_bench.config.options import Options, option
 from fa_bench.errors import CoverageError, FaBenchError, StateError, names
 from fa_bench.lazy import torch
-from fa_bench.mechanisms.coverage import RULE_ATTRIBUTE, Coverage, check_model, computed_weights
+from fa_bench.mechanisms.coverage import RULE_ATTRIBUTE, Coverage, check_model, computed_weights, outside_text
 from fa_bench.memory import short_cause
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class _Attached:
         _handles: list[Any]
         _structure: Structure | None
         _untraced: bool
+        _outside: list[str]
 
 
 @dataclasses.dataclass(eq=False)
@@ -49,8 +50,9 @@ class Rule(_Attached, Options):
     mechanisms that rules are made of.
     """
 
-    allow_uncovered: bool | list[str] = option(False, "accept weights that the rule does not cover, all or those named (names, or "
-                                                      "patterns such as 'lstm.*'); they learn by their true local gradient")
+    allow_uncovered: bool | list[str] = option(
+        False, "accept weights that the rule does not cover, all or those named (names, or patterns such as 'lstm.*'); they "
+               "learn by their true local gradient")
     freeze_stem: bool = option(False, "the first layer keeps its initial weight and bias")
 
     def shortened(self: R, fraction: float) -> R:
@@ -77,7 +79,7 @@ class Rule(_Attached, Options):
         from fa_bench.mechanisms.structure import Structure
 
         if torch.is_inference_mode_enabled():
-            raise CoverageError("attach was called in torch.inference_mode(), whose tensors can never be trained: call it outside")
+            raise CoverageError("attach was called in torch.inference_mode(), where tensors cannot be trained: call it outside")
         if getattr(self, "model", None) is not None:
             raise CoverageError(f"this '{self.name}' rule object is in a model already; make another one")
         check_model(model)
@@ -85,7 +87,7 @@ class Rule(_Attached, Options):
         self._trace = None
         self._frozen: list[nn.Parameter] = []
         self._handles: list[Any] = []
-        self._structure, self._untraced = None, False
+        self._structure, self._untraced, self._outside = None, False, []
         try:
             if self.freeze_stem:
                 stem = model.get_submodule(self.trace(sample_input).order[0])
@@ -99,8 +101,10 @@ class Rule(_Attached, Options):
             self.hook_model()
         except BaseException as error:
             self._leave()
-            if isinstance(error, CoverageError) and (computed := computed_weights(model)):
-                raise CoverageError(f"{error.text} ({computed})", error.settings) from None
+            reasons = [computed_weights(model), *self._outside] if isinstance(error, CoverageError) else []
+            if any(reasons):
+                assert isinstance(error, CoverageError)
+                raise CoverageError(f"{error.text} ({'; '.join(filter(None, reasons))})", error.settings) from None
             raise
         setattr(model, RULE_ATTRIBUTE, self)
         if initial_phase:
@@ -339,6 +343,7 @@ class Rule(_Attached, Options):
                 trace = trace_model(self.model, sample, watch, getattr(self, "output", None), self._frozen_now())
             for blind in trace.without_gradients:
                 require_gradients(blind, self.model.get_submodule(blind))
+            self._outside = [f"'{at}.weight' is {outside_text(use)}" for at, use in trace.uses.outside.items()]
             return trace
 
         if sample_input is not None:

@@ -188,11 +188,13 @@ class SharingRule(EdgeRule):
         groups = [group for group in trace.inputs[1:] if share_linear or convolutional.issuperset(group)]
         if len(groups) < 2:
             sharers = names(path for group in groups for path in group) or "none"
+            # Where fully connected layers do not share yet and would be enough.
+            helps = not share_linear and len(trace.inputs) > 2
             raise CoverageError(
-                f"rule '{self.name}' has nothing to share in this model: behind the stem '{trace.order[0]}' it needs two "
-                f"activations that enter layers which share, and finds {len(groups)} (into {sharers}). What works: "
-                f"architecture=resnet20, an mlp with two hidden layers, or algorithm.linear=share"
-            )
+                f"rule '{self.name}' has nothing to share in this model: after the first layer '{trace.order[0]}' it needs two "
+                f"activations that enter layers which share, and finds {len(groups)} (into {sharers}). "
+                + ("Pass {linear} to have fully connected layers share too" if helps else "It needs a deeper model"),
+                {"linear": "share"} if helps else {})
         return groups
 
     def shares_linear(self, convolutional: set[str]) -> bool:
@@ -236,8 +238,9 @@ class SharingRule(EdgeRule):
             carrier.match(site.layer)
         except ValueError as error:
             raise CoverageError(f"rule '{self.name}' cannot bring the activation shared by '{self._first[source]}' to the shape "
-                                f"of the input of '{site.path}': {error}; algorithm.match=random changes channels and "
-                                f"features to any number") from None
+                                f"of the input of '{site.path}': {error}"
+                                + ("" if self.match == "random" else "; {match} changes channels and features to any number"),
+                                {} if self.match == "random" else {"match": "random"}) from None
         return carrier
 
 

@@ -10,7 +10,7 @@ from fa_bench.mechanisms.coverage import RULE_ATTRIBUTE
 from fa_bench.mechanisms.rule import Rule
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 
 def attach(

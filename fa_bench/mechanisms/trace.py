@@ -32,6 +32,7 @@ class Trace:
         inputs: weighted layers grouped by the activation that enters them, in the order of execution; those of the image first.
         calls: how often each watched module ran.
         feeds: watched module -> weighted layers that feed its output.
+        alone: watched module, in the order of execution -> `feeds` as it would be if no other module were watched.
         twins: watched module -> one watched before it that has the very same output, such as a block's last module.
         behind: weighted layers that a watched output, or the model's, is reached from only or also through another layer.
         output_shapes, input_shapes: watched module or layer -> shape of its output, of its input.
@@ -50,6 +51,7 @@ class Trace:
     inputs: list[list[str]]
     calls: Counter[str]
     feeds: dict[str, list[str]]
+    alone: dict[str, set[str]]
     twins: dict[str, str]
     behind: list[str]
     output_shapes: dict[str, tuple[int, ...]]
@@ -63,7 +65,8 @@ class Trace:
 
 
 def trace_model(
-    model: nn.Module, sample: Any, watch: Iterable[str] = (), output: str | None = None, frozen: Iterable[Tensor] = ()
+    model: nn.Module, sample: Any, watch: Iterable[str] = (), output: str | None = None, frozen: Iterable[Tensor] = (),
+    alone: bool = False,
 ) -> Trace:
     """Run the model once in evaluation mode and read its structure; no state of the model changes.
 
@@ -73,6 +76,7 @@ def trace_model(
         watch: paths of further modules whose outputs matter.
         output: name of the output that the loss is made of; None for the first.
         frozen: parameters that are not trained, whatever their ``requires_grad`` says at the moment.
+        alone: fill in `Trace.alone`.
 
     Raises:
         CoverageError: where the model has no such output.
@@ -133,6 +137,7 @@ def trace_model(
         inputs=list(groups.values()),
         calls=calls,
         feeds={path: [p for p in order if p in fed] for path, (fed, _) in walks.items()},
+        alone={path: _walk([seen[path].output_node], node_of, ())[0] for path in seen if path in watched} if alone else {},
         twins=twins,
         behind=[path for path in order if path in behind],
         output_shapes={path: tuple(record.output.shape) for path, record in seen.items()},

@@ -56,8 +56,8 @@ class LearnedFeedback:
         """
         if self._rests:
             if not self.tensor.requires_grad:
-                raise StateError(f"the learned feedback '{self.name}' was frozen by attach, since what it learns from was frozen, and "
-                                 f"that learns now: unfreeze it too (rule.feedback_parameters() has it), or attach again")
+                raise StateError(f"the learned feedback '{self.name}' was frozen by attach, for what it learns from was; that "
+                                 f"learns now: unfreeze it too (rule.feedback_parameters() has it), or attach again")
             self._rests = False
 
     @property
@@ -79,7 +79,7 @@ class LearnedFeedback:
         Raises:
             StateError: where the optimizer that stepped since the last backward pass does not train this tensor.
         """
-        if self.tensor is self._known and self._trained or gradient is None or self.witness is None:
+        if (self.tensor is self._known and self._trained) or gradient is None or self.witness is None:
             return
         self._require_no_fault()
         weight = self.witness._parameters.get("weight")
@@ -124,12 +124,12 @@ class LearnedFeedback:
             raise StateError(self._fault.format(self.name))
 
 
-_LEFT_OUT = ("the weights are updated, but not the learned feedback '{0}': the optimizer was made before attach, or holds a tensor that "
-             "the model no longer has. Make the optimizer after attach, from model.parameters(), or add the feedback to it: "
+_LEFT_OUT = ("the weights are updated, but not the learned feedback '{0}': the optimizer was made before attach, or holds a "
+             "tensor that the model no longer has. Make the optimizer after attach, from model.parameters(), or add the feedback to it: "
              "optimizer.add_param_group({{'params': rule.feedback_parameters()}}). Feedback that is meant to stay as it is needs "
              "requires_grad_(False)")
-_REPLACED = ("the optimizer trains tensors that the model no longer has: the learned feedback '{0}' was replaced after the optimizer was "
-             "made, as load_state_dict(assign=True) does. Make a new optimizer from model.parameters()")
+_REPLACED = ("the optimizer trains tensors that the model no longer has: the learned feedback '{0}' was replaced after the "
+             "optimizer was made, as load_state_dict(assign=True) does. Make a new optimizer from model.parameters()")
 
 #: Learned tensors that received a gradient and were not seen to be trained yet.
 _awaiting: weakref.WeakSet[LearnedFeedback] = weakref.WeakSet()

@@ -81,14 +81,16 @@ class ASFPLC(ASFP):
     """
 
     cuts: list[str] | None = option(None, "modules (names or patterns) that the blocks end with; null: the model's blocks")
+    output: str | None = option(None, "the output that the errors come from, where the model returns several: a key, or a number "
+                                      "in a tuple")
     pool: int = option(2, "side that a classifier averages a map to", minimum=1)
 
     def put_in(self, sample_input: Any) -> Coverage:
-        local = Classifiers(cuts=self.cuts, pool=self.pool, b_init=self.linear_b_init)
+        local = Classifiers(cuts=self.cuts, output=self.output, pool=self.pool, b_init=self.linear_b_init)
         # One mode for both: what measures the one measures the other.
         local.name, local.model, local.mode, local.seed = self.name, self.model, self.mode, self.seed
-        local._frozen, local._structure, local._untraced = self._frozen, None, False
-        self._local = local
+        local._frozen, local._structure, local._untraced, local._outside = self._frozen, None, False, []
+        self._local, local.part_of = local, self
         local.put_in(sample_input)
         return super().put_in(sample_input)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fa_bench.config.registries import ALGORITHMS
 from fa_bench.errors import CoverageError
@@ -11,7 +11,7 @@ from fa_bench.lazy import nn
 from fa_bench.rules.bp import BP
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 
 @ALGORITHMS.register("bp_fc")

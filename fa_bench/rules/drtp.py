@@ -31,7 +31,7 @@ class DRTP(CutRule):
     Choices: the error is divided by N, as that of the output layer is. The code behind the paper does so at the output only,
     which is ``scale`` = N here. The sign is that code's; since B is symmetric about zero another would do as well. B is
     Kaiming-uniform with the features of the cut for its fan (``b_init``), masked once where ``density`` is below 1. The signal
-    is multiplied by what the loss is multiplied by. The paper has tanh units and no batch normalisation; the cuts are those of `dfa`.
+    is multiplied by what the loss was multiplied by. The paper has tanh units and no batch normalisation; the cuts are `dfa`'s.
     """
 
     b_init: str = option("kaiming_uniform", "initialiser of B", choices=list(INITIALISERS))

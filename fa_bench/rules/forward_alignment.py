@@ -89,7 +89,7 @@ class ForwardAlignment(EdgeRule):
         site.put("C", self.c_init)
         return RandomForward(self, site.path in self._first)
 
-    # Within the second pass, which has no gradients, neither does anything; nor does a pass that activation checkpointing repeats.
+    # The second pass has no gradients, and within it neither does anything; nor in one that activation checkpointing repeats.
     def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         super().begin_forward(model, args, kwargs)
         if self.mode.training and not recomputing():

@@ -102,6 +102,42 @@ def test_labels_are_needed_and_it_says_so(name, how):
     assert all(p.grad is None for p in net.parameters())
 
 
+LABELLED = {"drtp": "mlp", "local_error": "mlp", "predsim": "mlp", "dgl": "mlp", "asfp_lc": "resnet20"}
+
+
+@pytest.mark.parametrize("name", LABELLED)
+@pytest.mark.parametrize("label", [-100, -1, 3, 10**9])
+def test_labels_that_are_no_class_are_named(name, label):
+    """-100 too, which torch's cross-entropy leaves out and a one-hot row cannot have; nothing has learned by then."""
+    net, rule, x, y = registered(LABELLED[name], name)
+    y[2] = label
+    logits = net(x)
+    with pytest.raises(ValueError, match=rf"rule '{name}': label {label} is out of range: .* 3 classes, numbered from 0 to 2"):
+        rule.backward(logits.square().sum(), logits, y)
+    assert all(p.grad is None for p in [*net.parameters(), *rule.feedback_parameters()])
+    y[2] = 2
+    assert any(grad is not None and grad.any() for grad in rule_grads(net, rule, x, y).values())
+
+
+@pytest.mark.parametrize(("name", "options"), [("dfa", {}), ("dkp", {}), ("drtp", {"error_sign": True}), ("bp", {})], ids=str)
+def test_rules_that_need_no_labels_leave_them_to_the_loss(name, options):
+    net, rule, x, y = registered("mlp", name, **options)
+    logits = net(x)
+    y[2] = -100
+    rule.backward(F.cross_entropy(logits, y), logits, y)
+    assert net.fc1.weight.grad.any()
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_labels_elsewhere_are_not_read(name):
+    """No accelerator is made to wait; meta tensors stand for one, for they have no values to read."""
+    _, rule, _, _ = registered(LABELLED[name], name)
+    cuts = rule._local if name == "asfp_lc" else rule
+    cuts._check_labels(torch.empty(6, dtype=torch.long, device="meta"), 3)
+    with pytest.raises(ValueError, match="label 7 is out of range"):
+        cuts._check_labels(torch.tensor([7]), 3)
+
+
 def test_draws_belong_to_the_cut_not_to_the_order():
     """The auxiliary layers of act2 are the same whether or not act1 has any."""
     both, one = (registered("mlp", "dgl", cuts=cuts)[1] for cuts in (["act1", "act2"], ["act2"]))

@@ -49,9 +49,8 @@ def test_identity_first_hop_is_kolen_pollack_step_by_step():
             groups = outputs // between
             tensors["B"].copy_(torch.eye(between).repeat(groups, 1))
             kp.feedback[path]["B"].copy_(tensors["R"])
-    for model, rule in zip(models, (pfa, kp), strict=True):
-        trained = model.parameters()
-        optimizers.append(torch.optim.SGD(trained, lr=0.1, momentum=0.9, weight_decay=0.01))
+    for model in models:
+        optimizers.append(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01))
     for step in range(5):
         x, y = nets.batch("conv", seed=step)
         for model, rule, optimizer in zip(models, (pfa, kp), optimizers, strict=True):

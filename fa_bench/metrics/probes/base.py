@@ -128,7 +128,7 @@ class LayerProbes:
 def as_before(rule: Rule) -> Iterator[None]:
     """Whatever happens within it to an attached model and to global random numbers is undone afterwards.
 
-    That is parameters, learned feedback among them, buffers, their gradients (none within it), ``requires_grad``, the modes of all
+    That is parameters, learned feedback among them, buffers, gradients (none within it), ``requires_grad``, the modes of all
     modules, and the state of every global random generator; ``rule.mode.hold`` is set.
     """
     from fa_bench.process import random_state, restore_random_state

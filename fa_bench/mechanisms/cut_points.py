@@ -1,0 +1,118 @@
+"""Which modules a rule can cut at: what it refuses, and what it suggests for a model that declares no cut points."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import fnmatch
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.errors import CoverageError, names
+from fa_bench.mechanisms.rule import OUTPUT
+from fa_bench.mechanisms.trace import trace_model
+
+if TYPE_CHECKING:
+    from fa_bench.mechanisms.cuts import CutRule
+    from fa_bench.mechanisms.trace import Trace
+
+#: Names up to so many are written out; more are put into patterns.
+_SHORT = 6
+_TRIES = 4
+
+
+def check_cuts(rule: CutRule, trace: Trace, cuts: tuple[str, ...]) -> None:
+    """Refuse cuts that the rule cannot cut at.
+
+    Args:
+        rule: the rule, about to be put into its model.
+        trace: of the model, with `cuts` watched.
+        cuts: paths of modules.
+
+    Raises:
+        CoverageError: naming the cut, or what the model returns.
+    """
+    if rule.output is None and len(trace.results) > 1:
+        listed = names(f"{name} {shape}" for name, shape in trace.results.items())
+        logits = [name for name, shape in trace.results.items() if len(shape) == 2] or list(trace.results)
+        raise CoverageError(f"rule '{rule.name}' takes its error from one output, and this model returns {listed}: say which, "
+                            "such as {output}", {"output": logits[0]})
+    if len(trace.result_shape) != 2:
+        raise CoverageError(f"rule '{rule.name}' needs logits of shape (N, C); this model gives {trace.result_shape}")
+    for cut, twin in trace.twins.items() if rule.side == OUTPUT else ():
+        raise CoverageError(f"cut '{cut}' has the same output as cut '{twin}': name one of them (in patterns * crosses dots)")
+    for cut in cuts:
+        if trace.calls[cut] != 1:
+            raise CoverageError(f"cut '{cut}' runs {trace.calls[cut]} times in a forward pass; name a module that runs once")
+        if rule.side == OUTPUT and not trace.feeds[cut]:
+            raise CoverageError(f"cut '{cut}' has no layer with weights in front of it")
+        if rule.side == OUTPUT and set(trace.feeds[cut]) & set(trace.outputs):
+            raise CoverageError(f"cut '{cut}' lies behind the output layer '{trace.outputs[0]}'; cut hidden layers only")
+
+
+def none_declared(rule: CutRule, paths: list[str], sample_input: Any) -> CoverageError:
+    """The error for a model without cut points, with some that were tried where there is a sample to try them with."""
+    model, shown = rule.model, [path for path in paths if not list(rule.model.get_submodule(path).children())]
+    options: dict[str, Any] = {}
+    if sample_input is not None:
+        calls = rule.trace(sample_input, watch=tuple(shown)).calls
+        shown, options = [path for path in shown if calls[path] == 1], working_options(rule, sample_input)
+    example = f", for example {' and '.join(f'{{{name}}}' for name in options)}" if options else ""
+    more = ", ..." if len(shown) > 12 else ""
+    return CoverageError(
+        f"rule '{rule.name}' needs cut points and {type(model).__name__} declares none: name the modules whose outputs receive "
+        f"the error with cuts{example}, or set model.{rule.declared} (modules: {names(shown[:12])}{more})", options)
+
+
+def working_options(rule: CutRule, sample_input: Any) -> dict[str, Any]:
+    """Options with which the rule can be attached to its model: ``cuts``, and whatever else its own refusals then suggest.
+
+    Empty where none were found.
+    """
+    whole = rule.part_of or rule
+    paths = [path for path, _ in rule.model.named_modules() if path]
+    options: dict[str, Any] = {"cuts": patterns(_cuts(rule, sample_input), paths)}
+    for _ in range(_TRIES if options["cuts"] else 0):
+        try:
+            twin = copy.deepcopy(rule.model)
+            dataclasses.replace(whole, **options).attach(twin, sample_input=sample_input, initial_phase=False)
+        except CoverageError as error:
+            if not error.settings or options.items() >= error.settings.items():
+                break
+            options |= error.settings
+        else:
+            return options
+    return {}
+
+
+def _cuts(rule: CutRule, sample_input: Any) -> list[str]:
+    """For every hidden layer the last module whose output depends on this layer and on as few others as can be."""
+    model = rule.model
+    every = tuple(path for path, _ in model.named_modules() if path)
+    with rule.exact():
+        trace = trace_model(model, sample_input, every, rule.output, alone=True)
+    if rule.modular:
+        outputs = {*trace.outputs, *(path for path, consumer in trace.consumer.items() if consumer in trace.outputs)}
+    else:
+        outputs = set(trace.outputs)
+    single = [path for path in trace.alone if trace.calls[path] == 1 and path not in trace.twins
+              and trace.alone[path] and outputs.isdisjoint(trace.alone[path])]
+    chosen: dict[str, None] = {}
+    for layer in trace.order:
+        own = [path for path in single if layer in trace.alone[path]]
+        if layer not in outputs and own:
+            fewest = min(len(trace.alone[path]) for path in own)
+            chosen[next(path for path in reversed(own) if len(trace.alone[path]) == fewest)] = None
+    return list(chosen)
+
+
+def patterns(chosen: Collection[str], paths: Collection[str]) -> list[str]:
+    """Names of modules, many of them written as patterns that match no others of `paths`."""
+    if len(chosen) <= _SHORT:
+        return list(chosen)
+    found: dict[str, None] = {}
+    for path in chosen:
+        parts = path.split(".")
+        tried = [f"*{'.'.join(parts[-number:])}" for number in range(1, len(parts))]
+        found[next((one for one in tried if set(fnmatch.filter(paths, one)) <= set(chosen)), path)] = None
+    return list(found)
