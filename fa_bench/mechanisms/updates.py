@@ -81,6 +81,8 @@ class LearnedFeedback:
         """
         if (self.tensor is self._known and self._trained) or gradient is None or self.witness is None:
             return
+        if not self.tensor.requires_grad:
+            return  # meant to stay as it is
         self._require_no_fault()
         weight = self.witness._parameters.get("weight")
         if weight is not None:
