@@ -295,11 +295,19 @@ class CutRule(Rule):
             return None
         if tape is not None:
             tape[cut] = Kept(output, output.shape)
-            for learned in self._resting.get(cut, ()):
-                learned.require_awake()
+            resting = [learned for learned in self._resting.get(cut, ()) if learned._rests]
+            if resting and self._learns(output):
+                for learned in resting:
+                    learned.require_awake()
         passed_on = output.detach()
         # What follows changes this cut's output in place; the rule needs it as it was.
         return passed_on.clone() if cut in self._cloned else passed_on
+
+    def _learns(self, output: Tensor) -> bool:
+        """Whether a cut's output depends on a parameter that is trained, and not only on an input that asks for its gradient."""
+        from fa_bench.mechanisms.trace import leaves
+
+        return not leaves(output.grad_fn).isdisjoint(id(parameter) for parameter in self.model.parameters())
 
     def _at_input(self, cut: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         passed_on = self._at_output(cut, module, (), args[0])

@@ -142,7 +142,7 @@ def trace_model(
         behind=[path for path in order if path in behind],
         output_shapes={path: tuple(record.output.shape) for path, record in seen.items()},
         input_shapes={path: record.input_shape for path, record in seen.items()},
-        learns={path for path, node in ends.items() if trained & _leaves(node, ends.values())},
+        learns={path for path, node in ends.items() if trained & leaves(node, ends.values())},
         changed={path for path, record in seen.items() if record.output._version != record.version},
         without_gradients=list(dict.fromkeys(blind)),
         uses=uses.found(roots),
@@ -259,8 +259,8 @@ def _walk(roots: Iterable[Any], node_of: dict[Any, str], stops: Iterable[Any]) -
     return first, behind
 
 
-def _leaves(root: Any, stops: Iterable[Any]) -> set[int]:
-    """Ids of the parameters that the graph leads to from `root`, not passing `stops`."""
+def leaves(root: Any, stops: Iterable[Any] = ()) -> set[int]:
+    """Ids of the leaves, such as parameters, that the graph leads to from the node `root`, not passing `stops`."""
     found: set[int] = set()
     visited, stack = set(stops), [] if root is None else [root]
     while stack:
