@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fa_bench.draws import redraw_magnitudes, seed_for
 from fa_bench.lazy import torch
-from fa_bench.mechanisms.carry import Carry, Learn, recomputing
+from fa_bench.mechanisms.carry import Carry, Learn, recomputing, reentrant
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +53,9 @@ class Carrier:
 
     def before_forward(self, layer: Any) -> None:
         """Called at the start of every training forward."""
+
+    def passed(self, layer: Any, x: Tensor) -> None:
+        """Called in a training forward of the model for a layer that runs without gradients, for it is not trained."""
 
     def settle(self, layer: Any) -> None:
         """Bring the layer's tensors up to date; called before anybody reads them."""
@@ -190,6 +193,8 @@ class SignedMagnitude(FromWeight):
     def carry(self, layer: Any, x: Tensor) -> Carry:
         if self.redraw is None:
             return super().carry(layer, x)
+        if recomputing():
+            return Carry(make=reentrant("brsf"))
         # By the backward pass another forward may have drawn M again. Handed over as it is: a tensor that autograd saves is
         # computed again under activation checkpointing, by then of another M.
         feedback = self.effective(layer)

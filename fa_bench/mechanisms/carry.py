@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fa_bench.errors import CoverageError
 from fa_bench.lazy import torch
 
 if TYPE_CHECKING:
@@ -50,3 +51,16 @@ class Carry(NamedTuple):
 def recomputing() -> bool:
     """Whether this forward pass repeats an earlier one within a backward pass, as activation checkpointing does."""
     return torch._C._current_graph_task_id() != -1
+
+
+def reentrant(rule: str) -> Callable[..., Tensor]:
+    """What stands in the `Carry` of a repeated forward pass for that which the first one alone has.
+
+    It is called where the repeated pass is itself differentiated, as by reentrant checkpointing of the whole model; the first
+    pass has no gradients there, and looks like an evaluation.
+    """
+    def refuse(*_: Any) -> Tensor:
+        raise CoverageError(f"rule '{rule}' cannot train by a forward pass that runs within a backward pass: activation "
+                            f"checkpointing needs use_reentrant=False")
+
+    return refuse

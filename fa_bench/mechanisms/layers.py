@@ -66,6 +66,7 @@ class FeedbackLayer(nn.Module):
         if mode.exact or not torch.is_grad_enabled():
             if mode.training and not mode.exact:
                 require_gradients(self.path, self)
+                self.carrier.passed(self, x)
             return super().forward(x, *args, **kwargs)
         if "weight" not in self._parameters:
             raise CoverageError(f"the weight of layer '{self.path}' is computed since attach (by pruning or a parametrization), "

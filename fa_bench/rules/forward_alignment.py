@@ -11,7 +11,7 @@ from fa_bench.draws import INITIALISERS
 from fa_bench.errors import CoverageError
 from fa_bench.lazy import torch
 from fa_bench.mechanisms.carriers import Carrier, Transport
-from fa_bench.mechanisms.carry import Carry, recomputing
+from fa_bench.mechanisms.carry import Carry, recomputing, reentrant
 from fa_bench.mechanisms.edge import EdgeRule, Site
 
 if TYPE_CHECKING:
@@ -47,13 +47,17 @@ class RandomForward(Transport):
         current = self.rule.current
         if recomputing():
             # What is saved must be what the first pass saved; the activation is that pass's.
-            return Carry(self.effective(layer), activation=None if self.first else x.detach)
+            return Carry(self.effective(layer), activation=None if self.first else reentrant(self.rule.name))
         if current is None and layer.mode.hold:
             return Carry(self.effective(layer))  # a probe that asks what this layer alone carries
         if current is None:
             raise CoverageError(f"layer '{layer.path}' ran outside a forward pass of the attached model: call the model itself")
-        current.true[layer.path] = x.detach()
+        self.passed(layer, x)
         return Carry(self.effective(layer), activation=None if self.first else current.arrives(layer.path))
+
+    def passed(self, layer: Any, x: Tensor) -> None:
+        if self.rule.current is not None:
+            self.rule.current.true[layer.path] = x.detach()
 
 
 @ALGORITHMS.register("forward_alignment")
