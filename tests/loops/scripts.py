@@ -1,0 +1,86 @@
+"""What the training scripts of this folder share: a small net in parts, its data, and one training loop for every rule."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fa_bench
+from fa_bench.config.registries import ALGORITHMS
+
+RULES = list(ALGORITHMS)
+#: Rules that cut the graph: they take their error from one output of the model.
+CUT_RULES = ["dfa", "dkp", "drtp", "local_error", "predsim", "dgl", "asfp_lc"]
+EDGE_RULES = [name for name in RULES if name not in CUT_RULES]
+# The mirror's steps before training take time, and nothing here is about them.
+_QUICK = {"wm": {"initial_steps": 1, "mirror_batch": 2}}
+
+Runs = Callable[[nn.Module, Tensor], Tensor]
+
+
+def batch(size: int = 12, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(size, 8, generator=generator), torch.randint(3, (size,), generator=generator)
+
+
+def part(inputs: int, dropout: float = 0.0) -> nn.Sequential:
+    layers = OrderedDict(fc=nn.Linear(inputs, 16), act=nn.ReLU())
+    return nn.Sequential(layers | {"drop": nn.Dropout(dropout)} if dropout else layers)
+
+
+class Chain(nn.Module):
+    """8-16-16-16-3 in three parts and a head; `runs` says how each part is run."""
+
+    def __init__(self, runs: Runs | None = None, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.runs = runs or (lambda module, x: module(x))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.a, self.b, self.c, self.head = part(8, dropout), part(16, dropout), part(16), nn.Linear(16, 3)
+        self.cut_points, self.blocks = ["a.act", "b.act", "c.act"], ["a", "b", "c"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in (self.a, self.b, self.c):
+            x = self.runs(module, x)
+        return self.head(x)
+
+
+def attach(model: nn.Module, name: str, **options: Any) -> Any:
+    return fa_bench.attach(model, name, **_QUICK.get(name, {}) | options)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Those of all parameters that have one, learned feedback included; the names are without wrappers."""
+    return {name.replace("_checkpoint_wrapped_module.", ""): parameter.grad.clone()
+            for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def train(model: nn.Module, rule: Any, x: Tensor, y: Tensor, steps: int = 3, runs: Runs | None = None) -> dict[str, Tensor]:
+    """A few updates by SGD; gradients of the last one and the parameters after it."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+    last: dict[str, Tensor] = {}
+    for _ in range(steps):
+        optimizer.zero_grad()
+        logits = model(x) if runs is None else runs(model, x)
+        rule.backward(F.cross_entropy(logits, y), logits, y)
+        last = gradients(model)
+        optimizer.step()
+        rule.step()
+    return last
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], rel: float = 0.0) -> None:
+    """The same tensors under the same names: bitwise, or to `rel` of each tensor's largest entry."""
+    assert want and set(got) == set(want), f"{sorted(got)}, wanted {sorted(want)}"
+    wrong = {name: difference for name in want
+             if not (difference := (got[name] - want[name]).abs().max().item()) <= rel * want[name].abs().max().item()}
+    assert not wrong, f"these differ: {wrong}"

@@ -1,0 +1,207 @@
+"""Activation checkpointing changes memory and nothing else: gradients of weights and of learned feedback are bitwise the same."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, checkpoint_wrapper
+from torch.utils.checkpoint import checkpoint
+
+from fa_bench.errors import CoverageError
+from tests.loops.scripts import RULES, Chain, assert_same, attach, batch, gradients, part, state, train
+
+X, Y = batch()
+
+
+def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
+    return checkpoint(module, x, use_reentrant=False)
+
+
+def reentrant(module: nn.Module, x: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, where no input requires a gradient
+        return checkpoint(module, x, use_reentrant=True)
+
+
+def result(model: nn.Module, rule: Any, **loop: Any) -> dict[str, Tensor]:
+    """The last gradients, and what the model holds after the updates."""
+    last = train(model, rule, X, Y, **loop)
+    return {f"gradient of {name}": tensor for name, tensor in last.items()} | state(model)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_parts_of_the_model(name: str) -> None:
+    plain, model = Chain(), Chain(checkpointed)
+    assert_same(result(model, attach(model, name)), result(plain, attach(plain, name)))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_whole_model(name: str) -> None:
+    plain, model = Chain(), Chain()
+    assert_same(result(model, attach(model, name), runs=checkpointed), result(plain, attach(plain, name)))
+
+
+def wrapped(model: Chain, **how: Any) -> Chain:
+    for path in ("a", "b", "c"):
+        setattr(model, path, checkpoint_wrapper(getattr(model, path), **how))
+    return model
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_wrappers_applied_after_attach(name: str) -> None:
+    plain, model = Chain(), Chain()
+    rule = attach(model, name)
+    assert isinstance(wrapped(model).a, CheckpointWrapper)
+    assert_same(result(model, rule), result(plain, attach(plain, name)))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_wrappers_applied_before_attach(name: str) -> None:
+    """Feedback is drawn by the layer's path, which a wrapper changes: so the reference has wrappers that do nothing."""
+    def run_it(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return module(*args, **kwargs)
+
+    model, plain = wrapped(Chain()), wrapped(Chain(), checkpoint_fn=run_it)
+    for one in (model, plain):
+        one.cut_points = [f"{path}._checkpoint_wrapped_module.act" for path in "abc"]
+    assert_same(result(model, attach(model, name)), result(plain, attach(plain, name)))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["first first", "last first"])
+@pytest.mark.parametrize("whole", [False, True], ids=["parts", "whole"])
+@pytest.mark.parametrize("name", RULES)
+def test_two_forward_passes_before_two_backward_passes(name: str, whole: bool, order: tuple[int, int]) -> None:
+    found = []
+    for how in (checkpointed, lambda module, x: module(x)):
+        model = Chain(None if whole else how)
+        rule, batches = attach(model, name), [batch(seed=5), batch(seed=6)]
+        logits = [how(model, x) if whole else model(x) for x, _ in batches]
+        for number in order:
+            target = batches[number][1]
+            rule.backward(F.cross_entropy(logits[number], target), logits[number], target)
+        found.append(gradients(model))
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["parts", "whole"])
+def test_brsf_draws_its_magnitudes_once_a_step(whole: bool) -> None:
+    model, plain = Chain(None if whole else checkpointed), Chain()
+    rule, reference = attach(model, "brsf"), attach(plain, "brsf")
+    train(model, rule, X, Y, steps=4, runs=checkpointed if whole else None)
+    train(plain, reference, X, Y, steps=4)
+    assert {layer["draws"] for layer in rule.state_dict().values()} == {4}
+    assert_same({layer: tensors["M"] for layer, tensors in rule.feedback.items()},
+                {layer: tensors["M"] for layer, tensors in reference.feedback.items()})
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_dropout(name: str) -> None:
+    """The recomputation drops what the forward pass dropped, and leaves the random state alone."""
+    found = []
+    for runs in (checkpointed, None):
+        model = Chain(runs, dropout=0.3)
+        rule = attach(model, name)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            found.append(result(model, rule) | {"next random number": torch.rand(1)})
+    assert_same(*found)
+
+
+class ConvChain(Chain):
+    """Two convolutions with batch normalisation and a third part that is flat."""
+
+    def __init__(self, runs: Any = None) -> None:
+        super().__init__(runs)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(2)
+            self.a = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+            self.b = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU())
+            self.c = nn.Sequential(nn.Flatten(), *part(32))
+        self.cut_points = ["a.2", "b.2", "c.2"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.view(-1, 1, 2, 4))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_convolutions_with_batch_normalisation(name: str) -> None:
+    """Running statistics are updated by the recomputation as well, which is torch's; gradients do not depend on them."""
+    plain, model = ConvChain(), ConvChain(checkpointed)
+    options = {"linear": "share"} if name in ("asap", "asfp", "asfp_lc") else {}
+    options |= {"sample_input": X[:2]}
+    assert_same(train(model, attach(model, name, **options), X, Y), train(plain, attach(plain, name, **options), X, Y))
+
+
+# ------------------------------------------------------------------------------------------------ reentrant
+@pytest.mark.parametrize("asks", [False, True], ids=["input", "input requires grad"])
+@pytest.mark.parametrize("late", [False, True], ids=["before attach", "after attach"])
+@pytest.mark.parametrize("name", RULES)
+def test_reentrant_parts_are_right_or_refused(name: str, late: bool, asks: bool) -> None:
+    plain, model = Chain(), Chain(None if late else reentrant)
+    x = X.clone().requires_grad_(asks)
+    want = train(plain, attach(plain, name), X, Y)
+    before = state(plain := Chain())
+    try:
+        rule = attach(model, name)
+        model.runs = reentrant
+        got = train(model, rule, x, Y)
+    except CoverageError as error:
+        assert "use_reentrant=False" in str(error)
+        after = state(model)
+        assert_same({key: after[key] for key in before}, before)
+        assert not gradients(model)
+    else:
+        assert name in ("bp", "bp_fc", "frozen")  # they leave the layers as they are
+        if asks or name == "frozen":
+            assert_same(got, want)
+        else:
+            assert set(got) == {"head.weight", "head.bias"}  # torch warns that the parts get no gradient
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_reentrant_whole_model_is_right_or_refused(name: str) -> None:
+    plain, model = Chain(), Chain()
+    rule = attach(model, name)
+    before = state(model)
+    try:
+        got = train(model, rule, X.clone().requires_grad_(True), Y, runs=reentrant)
+    except CoverageError as error:
+        assert "use_reentrant=False" in str(error)
+        assert_same(state(model), before)
+        assert not gradients(model)
+    else:
+        assert_same(got, train(plain, attach(plain, name), X, Y))
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if name not in ("asap", "asfp", "asfp_lc")])
+def test_a_frozen_part_may_run_without_gradients(name: str) -> None:
+    def without_gradients(module: nn.Module, x: Tensor) -> Tensor:
+        if module[0].weight.requires_grad:
+            return module(x)
+        with torch.no_grad():
+            return module(x)
+
+    found = []
+    for runs in (None, without_gradients):
+        model = Chain(runs)
+        model.a.requires_grad_(False)
+        last = train(model, attach(model, name), X, Y)
+        # A matrix R learns from what enters its layer, though the weight does not; there it carries no error.
+        found.append({key: gradient for key, gradient in last.items() if key != "a.fc.feedback_R"})
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["all learns", "first part frozen"])
+@pytest.mark.parametrize("name", RULES)
+def test_an_input_that_requires_grad_changes_nothing(name: str, frozen: bool) -> None:
+    found = []
+    for asks in (False, True):
+        model = Chain()
+        model.a.requires_grad_(not frozen)
+        found.append(train(model, attach(model, name), X.clone().requires_grad_(asks), Y))
+    assert_same(*found)
