@@ -70,8 +70,19 @@ class Structure:
         self._accept()
 
     def live(self) -> list[Any]:
-        """The frozen parameters as they are in the model now."""
-        return [parameter for _, module, key in self._frozen if (parameter := module._parameters.get(key)) is not None]
+        """The frozen parameters as they are in the model now, those included that a reparametrization made of them."""
+        return [parameter for _, module, key in self._frozen for parameter in _made_of(module, key)]
+
+
+def _made_of(module: nn.Module, key: str) -> list[Any]:
+    """The parameter of that name; or, under pruning or a parametrization, the ones that it is computed from."""
+    if key in module._parameters:
+        parameter = module._parameters[key]
+        return [] if parameter is None else [parameter]
+    parametrized = getattr(module, "parametrizations", {})
+    if key in parametrized:
+        return [parameter for name, parameter in parametrized[key].named_parameters() if name.startswith("original")]
+    return [parameter for name, parameter in module._parameters.items() if name in (f"{key}_orig", f"{key}_g", f"{key}_v")]
 
 
 _AGAIN = "Call rule.detach(), then attach a rule again, and make the optimizer after that"

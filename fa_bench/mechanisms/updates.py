@@ -128,8 +128,8 @@ class LearnedFeedback:
 
 _LEFT_OUT = ("the weights are updated, but not the learned feedback '{0}': the optimizer was made before attach, or holds a "
              "tensor that the model no longer has. Make the optimizer after attach, from model.parameters(), or add the feedback "
-             "to it: optimizer.add_param_group({{'params': rule.feedback_parameters()}}). Feedback that is meant to stay as it is needs "
-             "requires_grad_(False)")
+             "to it: optimizer.add_param_group({{'params': rule.feedback_parameters()}}). Feedback that is meant to stay as it "
+             "is needs requires_grad_(False)")
 _REPLACED = ("the optimizer trains tensors that the model no longer has: the learned feedback '{0}' was replaced after the "
              "optimizer was made, as load_state_dict(assign=True) does. Make a new optimizer from model.parameters()")
 
