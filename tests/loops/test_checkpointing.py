@@ -194,14 +194,3 @@ def test_a_frozen_part_may_run_without_gradients(name: str) -> None:
         # A matrix R learns from what enters its layer, though the weight does not; there it carries no error.
         found.append({key: gradient for key, gradient in last.items() if key != "a.fc.feedback_R"})
     assert_same(*found)
-
-
-@pytest.mark.parametrize("frozen", [False, True], ids=["all learns", "first part frozen"])
-@pytest.mark.parametrize("name", RULES)
-def test_an_input_that_requires_grad_changes_nothing(name: str, frozen: bool) -> None:
-    found = []
-    for asks in (False, True):
-        model = Chain()
-        model.a.requires_grad_(not frozen)
-        found.append(train(model, attach(model, name), X.clone().requires_grad_(asks), Y))
-    assert_same(*found)

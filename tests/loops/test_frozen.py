@@ -1,0 +1,43 @@
+"""Parts that do not learn: a frozen first part, an input that asks for its gradient, feedback that is meant to stay as it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.loops.scripts import RULES, Chain, assert_same, attach, batch, state, train
+
+X, Y = batch()
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["all learns", "first part frozen"])
+@pytest.mark.parametrize("name", RULES)
+def test_an_input_that_requires_grad_changes_nothing(name: str, frozen: bool) -> None:
+    found = []
+    for asks in (False, True):
+        model = Chain()
+        model.a.requires_grad_(not frozen)
+        found.append(train(model, attach(model, name), X.clone().requires_grad_(asks), Y))
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_feedback_that_requires_no_grad_stays_and_needs_no_optimizer(name: str) -> None:
+    model = Chain()
+    rule = attach(model, name)
+    for parameter in rule.feedback_parameters():
+        parameter.requires_grad_(False)
+    before = state(model)
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        logits = model(X)
+        rule.backward(F.cross_entropy(logits, Y), logits, Y)
+        optimizer.step()
+        rule.step()
+    learned = {f"{learned.name}" for learned in rule.learned_feedback()}
+    after = state(model)
+    assert not torch.equal(after["head.weight"], before["head.weight"])
+    if learned:
+        assert_same({key: after[key] for key in learned}, {key: before[key] for key in learned})

@@ -1,0 +1,176 @@
+"""Pruning, parametrizations and quantisation of an attached model: refused by name or right, and undone by what is suggested."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+from fa_bench.errors import CoverageError
+from tests.loops.scripts import CUT_RULES, EDGE_RULES, RULES, Chain, assert_same, attach, batch, gradients, state, train
+
+X, Y = batch()
+# They leave the layers as they are.
+PLAIN = ("bp", "bp_fc", "frozen")
+# They put feedback into the layers.
+FEEDBACK = [name for name in [*EDGE_RULES, "asfp_lc"] if name not in PLAIN]
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def old_weight_norm(layer: nn.Module) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and still met in scripts
+        nn.utils.weight_norm(layer)
+
+
+def void(value: Any) -> None:
+    """Nothing: a hook's result would replace the output."""
+
+
+def unparametrize(layer: nn.Module) -> None:
+    parametrize.remove_parametrizations(layer, "weight")
+
+
+#: name -> (what makes the weight a computed one, what makes it a parameter again)
+HOW: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "prune": (lambda layer: prune.l1_unstructured(layer, "weight", 0.3), lambda layer: prune.remove(layer, "weight")),
+    "weight_norm": (parametrizations.weight_norm, unparametrize),
+    "old weight_norm": (old_weight_norm, nn.utils.remove_weight_norm),
+    "spectral_norm": (parametrizations.spectral_norm, unparametrize),
+    "orthogonal": (parametrizations.orthogonal, unparametrize),
+    "own": (lambda layer: parametrize.register_parametrization(layer, "weight", Doubled()), unparametrize),
+}
+
+
+def reparametrized(name: str, how: str) -> tuple[Chain, Any]:
+    model = Chain().eval()  # spectral_norm iterates in training
+    rule = attach(model, name)
+    HOW[how][0](model.b.fc)
+    return model.train(), rule
+
+
+def parameters(model: nn.Module) -> dict[str, Tensor]:
+    return {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("name", FEEDBACK)
+def test_training_is_refused_by_name(name: str, how: str) -> None:
+    """Feedback belongs to a weight, and this weight is made of other tensors now."""
+    model, rule = reparametrized(name, how)
+    before = parameters(model)
+    with pytest.raises(CoverageError, match=r"weight of layer 'b\.fc' is computed since attach.*rule\.detach\(\)"):
+        train(model, rule, X, Y)
+    assert_same(parameters(model), before)
+    assert not gradients(model)
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("name", [name for name in CUT_RULES if name not in FEEDBACK])
+def test_cut_rules_bring_their_error_through_the_computation(name: str, how: str) -> None:
+    """They leave every layer as it is, so that the error at a cut reaches the tensors that the weight is made of."""
+    model, rule = reparametrized(name, how)
+    model.eval()
+    logits = model(X)
+    rule.backward(F.cross_entropy(logits, Y), logits, Y)
+    found = {key: gradient for key, gradient in gradients(model).items() if key.startswith("b.fc") and "feedback" not in key}
+    # The bias's gradient is the error at the layer's output, summed; that of the weight is compared by hand.
+    errors: list[Tensor] = []
+    handle = model.b.fc.register_forward_hook(lambda module, args, output: void(output.register_hook(errors.append)))
+    model.zero_grad()
+    logits = model(X)
+    rule.backward(F.cross_entropy(logits, Y), logits, Y)
+    handle.remove()
+    rule.detach()
+    model.zero_grad()
+    model.b.fc(model.a(X)).backward(errors[0])
+    assert_same(found, {key: gradient for key, gradient in gradients(model).items() if key.startswith("b.fc")}, rel=1e-5)
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("name", RULES)
+def test_detach_leaves_plain_layers_and_the_parametrization(name: str, how: str) -> None:
+    model, rule = reparametrized(name, how)
+    model.eval()
+    before = model(X).detach() if name in PLAIN else None
+    with rule.exact():
+        exact = model(X).detach()
+    rule.detach()
+    assert torch.equal(model(X), exact) and (before is None or torch.equal(before, exact))
+    assert not [key for key in model.state_dict() if "feedback" in key]
+    for layer in (model.a.fc, model.b.fc, model.c.fc, model.head):
+        assert isinstance(layer, nn.Linear) and "fa_bench" not in type(layer).__module__ and "Feedback" not in repr(layer)
+        assert not any("fa_bench" in base.__module__ for base in type(layer).__mro__)
+    if parametrize.is_parametrized(model.b.fc):
+        assert type(model.b.fc).__name__ == "ParametrizedLinear" and "weight" in model.b.fc.parametrizations
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    # The reparametrization works: it is differentiated, and its removal gives the same numbers.
+    F.cross_entropy(model(X), Y).backward()
+    assert "weight" not in dict(model.b.fc.named_parameters())
+    assert any(key.startswith("b.fc") and "weight" in key for key in gradients(model))
+    HOW[how][1](model.b.fc)
+    assert type(model.b.fc) is nn.Linear
+    torch.testing.assert_close(model(X), exact)
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("name", [name for name in RULES if name not in PLAIN])
+def test_attaching_again_says_what_to_do_and_then_works(name: str, how: str) -> None:
+    model, rule = reparametrized(name, how)
+    rule.detach()
+    with pytest.raises(CoverageError, match=r"b\.fc is computed, by pruning or a parametrization.*prune\.remove") as refused:
+        attach(model, name)
+    assert "remove_parametrizations" in str(refused.value) and "remove_weight_norm" in str(refused.value)
+    HOW[how][1](model.b.fc)
+    plain = Chain()
+    plain.load_state_dict(model.state_dict())
+    assert_same(train(model, attach(model, name), X, Y), train(plain, attach(plain, name), X, Y))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_spectral_norm_put_on_before_attach_is_refused_or_plain(name: str) -> None:
+    model = Chain()
+    parametrizations.spectral_norm(model.b.fc)
+    if name in PLAIN:
+        train(model, attach(model, name), X, Y)
+    else:
+        with pytest.raises(CoverageError, match=r"b\.fc is computed"):
+            attach(model, name)
+
+
+# ------------------------------------------------------------------------------------------------ quantisation
+def quantised(model: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces its successor
+        return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_dynamic_quantisation_is_refused_or_right_and_works_after_detach(name: str) -> None:
+    model = Chain()
+    rule = attach(model, name)
+    train(model, rule, X, Y)
+    attached = None
+    if name in FEEDBACK:
+        with pytest.raises(CoverageError, match=r"layer '.*' has feedback, which quantisation does not know: call rule\.detach"):
+            quantised(model)
+    else:
+        attached = quantised(model)
+    weights = state(rule.detach())
+    plain = quantised(model)
+    assert_same(state(model), weights)  # the model itself is left alone
+    assert type(plain.b.fc).__module__.startswith("torch.ao") and not any("feedback" in key for key in plain.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(plain(X), model(X), atol=0.05, rtol=0.05)  # 8 bits of weights of at most 0.35
+        if attached is not None:
+            assert torch.equal(attached(X), plain(X))
