@@ -111,9 +111,7 @@ def not_coverable(model: Any) -> str:
     found = [f"it has no {COVERABLE}"]
     for path, module in model.named_modules():
         where = f"'{path}' ({type(module).__name__})" if path else f"the model ({type(module).__name__})"
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
-            found.append(f"{where} has no weight yet: run one forward pass, then attach")
-        elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
             found.append(f"{where} computes its gates in one function, by its own weights: write it with nn.Linear layers "
                          f"for its input and its state to have it covered")
         elif isinstance(module, nn.MultiheadAttention):
@@ -158,9 +156,7 @@ def foreign_weights(model: Any, covered: set[int], uses: Uses | None = None) -> 
                 continue
             full, kind = f"{path}.{name}" if path else name, type(module).__name__
             looked_up = isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag))
-            if isinstance(parameter, torch.nn.parameter.UninitializedParameter):
-                uncovered[full] = f"{kind} is uninitialised: run one forward pass, then attach"
-            elif id(parameter) in uses.local if uses is not None and id(parameter) in uses.seen else looked_up:
+            if id(parameter) in uses.local if uses is not None and id(parameter) in uses.seen else looked_up:
                 local[full] = f"in {_a(kind)}, looked up" if looked_up else f"in {_a(kind)}, only added to what it meets"
             else:
                 uncovered[full] = f"in {_a(kind)}"
@@ -176,8 +172,7 @@ def is_weight(name: str, parameter: Any) -> bool:
     """Whether a parameter of the model is a weight by its shape, and not feedback."""
     if name.startswith(PREFIX):
         return False
-    lazy = isinstance(parameter, torch.nn.parameter.UninitializedParameter)
-    return lazy or parameter.dim() == 2 or sum(size > 1 for size in parameter.shape) > 1
+    return parameter.dim() == 2 or sum(size > 1 for size in parameter.shape) > 1
 
 
 def _a(kind: str) -> str:
@@ -204,13 +199,16 @@ def check_model(model: Any) -> None:
 
     Raises:
         TypeError: where `model` is no module.
-        CoverageError: for a model that is wrapped for data-parallel training, compiled, or has a rule already.
+        CoverageError: for a model that is wrapped for data-parallel training, compiled, has layers without a weight yet, or has a
+            rule already.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"attach needs an nn.Module, not {type(model).__name__}")
     for path, module in model.named_modules():
         where = f"the model's part '{path}'" if path else "the model"
         kind = type(module).__name__
+        if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+            raise CoverageError(f"{where} ({kind}) has no weight yet: run one forward pass, then attach")
         if kind in _WRAPPERS and type(module).__module__.startswith("torch."):
             raise CoverageError(f"{where} is wrapped in {kind}: attach to the plain model, then wrap it")
         if kind == "OptimizedModule" or module._compiled_call_impl is not None:

@@ -170,6 +170,8 @@ class CutRule(Rule):
             return Coverage(self.name, covered, {}, notes=self.notes())
         ids = {id(parameter) for entry in covered for parameter in layers[entry.layer].parameters(recurse=False)}
         uncovered, local = foreign_weights(self.model, ids, trace.uses)
+        for path in layers.keys() - set(trace.order):
+            uncovered[f"{path}.weight"] = "its layer did not run in the sample forward"
         for path in trace.behind if self.side == OUTPUT else ():
             uncovered[f"{path}.weight"] = "its error comes through another layer's weight: no cut between them"
         for path, use in trace.uses.outside.items():

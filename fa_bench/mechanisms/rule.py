@@ -39,7 +39,7 @@ class _Attached:
         _handles: list[Any]
         _structure: Structure | None
         _untraced: bool
-        _outside: list[str]
+        _outside: dict[str, str]
 
 
 @dataclasses.dataclass(eq=False)
@@ -87,7 +87,7 @@ class Rule(_Attached, Options):
         self._trace = None
         self._frozen: list[nn.Parameter] = []
         self._handles: list[Any] = []
-        self._structure, self._untraced, self._outside = None, False, []
+        self._structure, self._untraced, self._outside = None, False, {}
         try:
             if self.freeze_stem:
                 stem = model.get_submodule(self.trace(sample_input).order[0])
@@ -101,16 +101,20 @@ class Rule(_Attached, Options):
             self.hook_model()
         except BaseException as error:
             self._leave()
-            reasons = [computed_weights(model), *self._outside] if isinstance(error, CoverageError) else []
-            if any(reasons):
-                assert isinstance(error, CoverageError)
-                raise CoverageError(f"{error.text} ({'; '.join(filter(None, reasons))})", error.settings) from None
+            if isinstance(error, CoverageError) and (reasons := self._reasons(error, model)):
+                raise CoverageError(f"{error.text} ({'; '.join(reasons)})", error.settings) from None
             raise
         setattr(model, RULE_ATTRIBUTE, self)
         if initial_phase:
             for _ in self.initial_phase():
                 pass
         return self
+
+    def _reasons(self, error: CoverageError, model: nn.Module) -> list[str]:
+        """What else may have led to a refusal, where the error does not say it."""
+        outside = {f"'{path}.weight' is": outside_text(use) for path, use in self._outside.items()}
+        reasons = [computed_weights(model), *(f"{what} {why}" for what, why in outside.items() if why not in error.text)]
+        return [reason for reason in reasons if reason]
 
     @property
     def initial_steps_left(self) -> int:
@@ -180,8 +184,8 @@ class Rule(_Attached, Options):
             if self._untraced:
                 from fa_bench.mechanisms.trace import Arguments
 
-                self._untraced = False
                 self.check_uses(self.trace(Arguments(args, kwargs)))
+                self._untraced = False
         mode.training = training
 
     def end_forward(self, model: nn.Module, args: Any, output: Any) -> Any:
@@ -343,7 +347,7 @@ class Rule(_Attached, Options):
                 trace = trace_model(self.model, sample, watch, getattr(self, "output", None), self._frozen_now())
             for blind in trace.without_gradients:
                 require_gradients(blind, self.model.get_submodule(blind))
-            self._outside = [f"'{at}.weight' is {outside_text(use)}" for at, use in trace.uses.outside.items()]
+            self._outside = trace.uses.outside
             return trace
 
         if sample_input is not None:

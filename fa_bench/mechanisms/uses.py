@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,10 @@ _MOVES = {"Expand", "Unsqueeze", "Squeeze", "View", "UnsafeView", "Slice", "Sele
           "ToCopy", "Permute", "Transpose", "T", "Clone", "ReshapeAlias", "Narrow", "Flip", "Alias", "Detach", "Split", "Unbind"}
 #: Nodes in which the derivative towards another input does not depend on the tensor: sums, concatenations, look-ups.
 _ADDS = {"Add", "Sub", "Rsub", "Cat", "Stack", "Embedding", "EmbeddingBag", "Where", "Copy", "CopySlices"}
+#: Nodes that scale what they are given, also by a number.
+_SCALES = {"Mul", "Div", "Neg"}
+#: Functions that read a tensor's dtype, device or shape, not its entries.
+_READS = {"to", "type_as", "view_as", "expand_as", "reshape_as", "broadcast_tensors"}
 _LOOK_UPS = (nn.Embedding, nn.EmbeddingBag)
 
 
@@ -49,13 +53,19 @@ class UsesOfWeights(TorchFunctionMode):
     def __init__(self, model: nn.Module, layers: dict[str, nn.Module]) -> None:
         super().__init__()
         self._layer_of = {id(layer.weight): path for path, layer in layers.items()}
+        self._stored_at = {at: id(layer.weight) for layer in layers.values() if (at := _storage(layer.weight))}
         self._owners: dict[int, set[nn.Module]] = defaultdict(set)
         # A look-up in a tied embedding carries no error on either.
         for module in (*layers.values(), *(module for module in model.modules() if isinstance(module, _LOOK_UPS))):
             self._owners[id(module.weight)].add(module)
+        self._owning = {module for owners in self._owners.values() for module in owners}
         self._model = model
         self._running: list[tuple[str, nn.Module]] = []
+        #: The autograd nodes that the owners of weights made.
+        self._own: set[Any] = set()
+        #: (layer, words, node): functions that took its weight; those that took its entries without being differentiated.
         self._used: list[tuple[str, str, Any]] = []
+        self._detached: list[tuple[str, str, Any]] = []
         self._handles: list[Any] = []
 
     def __enter__(self) -> UsesOfWeights:
@@ -65,8 +75,19 @@ class UsesOfWeights(TorchFunctionMode):
         for path, module in self._model.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):
                 self._handles.append(module.register_forward_pre_hook(enters(path), prepend=True))
-                self._handles.append(module.register_forward_hook(lambda *_: void(self._running.pop())))
+                self._handles.append(module.register_forward_hook(self._leaves, with_kwargs=True))
         return super().__enter__()
+
+    def _leaves(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._running.pop()
+        if module in self._owning:
+            inputs = {tensor.grad_fn for tensor in _tensors((args, kwargs))}
+            stack = [tensor.grad_fn for tensor in _tensors(output)]
+            while stack:
+                node = stack.pop()
+                if node is not None and node not in inputs and node not in self._own:
+                    self._own.add(node)
+                    stack.extend(following for following, _ in node.next_functions)
 
     def __exit__(self, *error: Any) -> None:
         for handle in self._handles:
@@ -75,13 +96,19 @@ class UsesOfWeights(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result.grad_fn is not None:
-            for value in (*args, *(kwargs or {}).values()):
-                path = self._layer_of.get(id(value)) if isinstance(value, nn.Parameter) else None
-                if path is not None and not any(module in self._owners[id(value)] for _, module in self._running):
+        node = next((tensor.grad_fn for tensor in _tensors(result) if tensor.grad_fn is not None), None)
+        if node is not None:
+            name = getattr(function, "__name__", str(function))
+            for value in _tensors((args, kwargs)):
+                if isinstance(value, nn.Parameter):
+                    number, found = id(value), self._used
+                else:
+                    # A view of a weight that is not differentiated: weight.detach(), weight.data.
+                    number, found = None if value.requires_grad else self._stored_at.get(_storage(value)), self._detached
+                path, owners = self._layer_of.get(number), self._owners.get(number, ())
+                if path is not None and name not in _READS and not any(module in owners for _, module in self._running):
                     where = self._running[-1][0] if self._running else ""
-                    name = getattr(function, "__name__", str(function))
-                    self._used.append((path, f"{name}() in {f'module {where!r}' if where else 'the model'}", result.grad_fn))
+                    found.append((path, f"{name}() in {f'module {where!r}' if where else 'the model'}", node))
         return result
 
     def found(self, roots: Iterable[Any]) -> Uses:
@@ -100,27 +127,73 @@ class UsesOfWeights(TorchFunctionMode):
                         visited.add(following)
                         stack.append(following)
         outside: dict[str, str] = {}
-        for path, use, node in self._used:
-            if node in visited:
-                outside.setdefault(path, use)
-        local = frozenset(leaf for node, leaf in leaves.items() if _only_added(node, consumers))
+        for leaf, number in leaves.items():
+            if (path := self._layer_of.get(number)) is not None and (by := _carrier(leaf, consumers, self._own)) is not None:
+                words = (words for used, words, node in self._used if used == path and node in visited)
+                outside[path] = next(words, f"{_kind(by)}() in the model")
+        for path, words, node in self._detached:
+            if node in visited and _kind(node) not in _ADDS:
+                outside.setdefault(path, words)
+        local = frozenset(number for leaf, number in leaves.items() if _carrier(leaf, consumers, set()) is None)
         return Uses(outside, local, frozenset(leaves.values()))
 
 
-def void(value: Any) -> None:
-    """Nothing, for a hook that must not replace what it is called with."""
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors among a function's arguments, in lists and dictionaries too."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
 
 
-def _only_added(leaf: Any, consumers: dict[Any, set[Any]]) -> bool:
-    """Whether a leaf of the graph is only moved about, and then added, concatenated or looked up."""
+def _storage(tensor: torch.Tensor) -> int:
+    """Where a tensor's entries are; 0 for one that has none, such as those on the meta device."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):
+        return 0
+
+
+def _kind(node: Any) -> str:
+    return type(node).__name__.rstrip("0123456789").removesuffix("Backward")
+
+
+def _carrier(leaf: Any, consumers: dict[Any, set[Any]], own: set[Any]) -> Any:
+    """The node in which a leaf of the graph meets another tensor, so that an error towards this one depends on the leaf.
+
+    None where the leaf, moved about and by itself, is only added, concatenated or looked up; nodes in `own` are left out.
+    """
     stack, visited = [leaf], {leaf}
     while stack:
         for node in consumers[stack.pop()]:
-            kind = type(node).__name__.rstrip("0123456789").removesuffix("Backward")
-            if kind in _ADDS or node in visited:
+            kind = _kind(node)
+            if node in visited or (kind in _ADDS and not _is_weight(node)):
                 continue
-            if kind not in _MOVES:
-                return False
             visited.add(node)
+            if kind not in _MOVES and kind not in _ADDS:
+                if node in own:
+                    continue
+                if len({following for following, _ in node.next_functions if following is not None}) > 1:
+                    return node
             stack.append(node)
+    return None
+
+
+def _is_weight(root: Any) -> bool:
+    """Whether a node's result is made of parameters alone: itself a weight, such as a sum or concatenation of weights."""
+    stack, visited = [root], {root}
+    while stack:
+        node = stack.pop()
+        if hasattr(node, "variable"):
+            continue
+        kind, inputs = _kind(node), {following for following, _ in node.next_functions}
+        # A product of which one factor is not differentiated may well be one with data.
+        product = kind in ("Mm", "Bmm") and None not in inputs
+        if not (product or kind in _MOVES or kind in _SCALES or (kind in _ADDS and not kind.startswith("Embedding"))):
+            return False
+        stack.extend(inputs - {None} - visited)
+        visited |= inputs
     return True

@@ -89,7 +89,7 @@ class ASFPLC(ASFP):
         local = Classifiers(cuts=self.cuts, output=self.output, pool=self.pool, b_init=self.linear_b_init)
         # One mode for both: what measures the one measures the other.
         local.name, local.model, local.mode, local.seed = self.name, self.model, self.mode, self.seed
-        local._frozen, local._structure, local._untraced, local._outside = self._frozen, None, False, []
+        local._frozen, local._structure, local._untraced, local._outside = self._frozen, None, False, {}
         self._local, local.part_of = local, self
         local.put_in(sample_input)
         return super().put_in(sample_input)
