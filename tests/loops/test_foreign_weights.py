@@ -1,0 +1,218 @@
+"""Modules whose weights no rule covers: which of them are refused, with what advice, and which carry no error at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fa_bench
+from fa_bench.errors import CoverageError
+from tests.loops.scripts import CUT_RULES, RULES, attach, gradients
+
+TOKENS = torch.arange(60).reshape(12, 5) % 11
+Y = torch.arange(12) % 3
+FREE = ("bp", "bp_fc", "frozen")
+COVERING = [name for name in RULES if name not in (*FREE, "dgl")]
+SHARING = ("asap", "asfp", "asfp_lc")
+
+
+class Cells(nn.Module):
+    """A recurrent cell, step by step."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, h: Tensor) -> Tensor:
+        state = None
+        for step in h.unbind(1):
+            state = self.cell(step, state)
+        last = state[0] if isinstance(state, tuple) else state
+        assert last is not None
+        return last.unsqueeze(1)
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.attention(h, h, h, need_weights=False)[0]
+
+
+class Multiplies(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = nn.Bilinear(8, 8, 8)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.both(h, h)
+
+
+LAYERED, STEPPED = ["core.weight_ih_l0", "core.weight_hh_l0"], ["core.cell.weight_ih", "core.cell.weight_hh"]
+#: name -> (what makes the module, its weights, what to write instead)
+MODULES: dict[str, tuple[Callable[[], nn.Module], list[str], str]] = {
+    "LSTM": (lambda: nn.LSTM(8, 8, batch_first=True), LAYERED, "nn.Linear layers for its input"),
+    "GRU": (lambda: nn.GRU(8, 8, batch_first=True), LAYERED, "nn.Linear layers for its input"),
+    "RNN": (lambda: nn.RNN(8, 8, batch_first=True), LAYERED, "nn.Linear layers for its input"),
+    "LSTMCell": (lambda: Cells(nn.LSTMCell(8, 8)), STEPPED, "nn.Linear layers for its input"),
+    "GRUCell": (lambda: Cells(nn.GRUCell(8, 8)), STEPPED, "nn.Linear layers for its input"),
+    "RNNCell": (lambda: Cells(nn.RNNCell(8, 8)), STEPPED, "nn.Linear layers for its input"),
+    "MultiheadAttention": (
+        Attends, ["core.attention.in_proj_weight", "core.attention.out_proj.weight"], "write them as nn.Linear layers"),
+    "Bilinear": (Multiplies, ["core.both.weight"], "write it with nn.Linear layers"),
+}
+
+
+class Reader(nn.Module):
+    """Embedded tokens with their positions, `core`, then 8-16-16-3 on the mean."""
+
+    def __init__(self, core: nn.Module | None = None) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.emb, self.pos = nn.Embedding(11, 8), nn.Parameter(0.1 * torch.randn(5, 8))
+            self.fc, self.fc2, self.out = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+        self.core = core or nn.Identity()
+        self.act, self.act2 = nn.ReLU(), nn.ReLU()
+        self.cut_points = self.blocks = ["act", "act2"]
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        h = self.emb(tokens) + self.pos
+        h = self.core(h if mask is None else h * mask.unsqueeze(-1))
+        h = h[0] if isinstance(h, tuple) else h
+        return self.out(self.act2(self.fc2(self.act(self.fc(h.mean(1))))))
+
+
+def learn(model: nn.Module, rule: Any) -> dict[str, Tensor]:
+    logits = model(TOKENS)
+    rule.backward(F.cross_entropy(logits, Y), logits, Y)
+    return gradients(model)
+
+
+@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize("name", COVERING)
+def test_uncovered_modules_are_named_and_allowed_by_what_is_suggested(name: str, kind: str) -> None:
+    make, weights, _ = MODULES[kind]
+    with pytest.raises(CoverageError, match="leaves weights uncovered") as refused:
+        attach(Reader(make()), name, sample_input=TOKENS[:2])
+    for weight in weights:
+        assert f"{weight} (in a" in str(refused.value)
+    assert str(refused.value).endswith(f"pass allow_uncovered={weights!r}")
+    for allowed in (True, weights, ["core.*"]):
+        model = Reader(make())
+        rule = attach(model, name, sample_input=TOKENS[:2], allow_uncovered=allowed)
+        assert set(rule.coverage.uncovered) == set(weights) and "weight transport" in str(rule.coverage)
+        if name not in CUT_RULES:
+            assert set(weights) <= set(learn(model, rule))
+    with pytest.raises(CoverageError, match="leaves weights uncovered"):
+        attach(Reader(make()), name, sample_input=TOKENS[:2], allow_uncovered=["fc.*"])
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_a_model_of_such_modules_alone_is_told_what_to_write(kind: str) -> None:
+    make, _, advice = MODULES[kind]
+    with pytest.raises(CoverageError, match=rf"covers no layer of this model.*{advice}"):
+        attach(nn.Sequential(make()), "fa")
+
+
+@pytest.mark.parametrize("name", COVERING)
+def test_embeddings_and_position_tables_carry_no_error(name: str) -> None:
+    model = Reader()
+    rule = attach(model, name, sample_input=TOKENS[:2])
+    assert rule.coverage.uncovered == {} and set(rule.coverage.local) == {"emb.weight", "pos"}
+    assert "looked up" in rule.coverage.local["emb.weight"] and "only added" in rule.coverage.local["pos"]
+    assert "carries no error on" in str(rule.coverage) and "every weight" in str(rule.coverage)
+    found = learn(model, rule)
+    if name not in SHARING:  # the first layer is frozen there; the error still reaches what is in front of it
+        assert found["emb.weight"].abs().sum() > 0 and found["pos"].abs().sum() > 0
+
+
+@pytest.mark.parametrize(("table", "local"), [
+    (lambda net, h: h + 0.5 * net.pos, True), (lambda net, h: torch.cat([net.pos.expand_as(h), h], 1), True),
+    (lambda net, h: h * net.pos, False), (lambda net, h: h @ net.pos.t() @ net.pos, False),
+], ids=["scaled and added", "concatenated", "multiplied", "matrix product"])
+@pytest.mark.parametrize("name", ["fa", "kp", "dfa", "asap"])
+def test_a_table_is_local_only_where_it_is_added(name: str, table: Callable[[Reader, Tensor], Tensor], local: bool) -> None:
+    class Tabled(Reader):
+        def forward(self, tokens: Tensor, mask: Any = None) -> Tensor:
+            return self.out(self.act2(self.fc2(self.act(self.fc(table(self, self.emb(tokens)).mean(1))))))
+
+    if local:
+        assert "pos" in attach(Tabled(), name, sample_input=TOKENS[:2]).coverage.local
+    else:
+        with pytest.raises(CoverageError, match=r"pos \(in a Tabled\)"):
+            attach(Tabled(), name, sample_input=TOKENS[:2])
+
+
+class Speaker(nn.Module):
+    """A head that shares its weight with the embedding, module to module or by a function."""
+
+    def __init__(self, by_function: bool) -> None:
+        super().__init__()
+        self.by_function = by_function
+        self.emb, self.fc, self.fc2 = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 11, bias=False)
+        self.act, self.act2 = nn.ReLU(), nn.ReLU()
+        self.head.weight = self.emb.weight
+        self.cut_points = self.blocks = ["act", "act2"]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = F.embedding(tokens, self.head.weight) if self.by_function else self.emb(tokens)
+        return self.head(self.act2(self.fc2(self.act(self.fc(h.mean(1))))))
+
+
+@pytest.mark.parametrize("by_function", [False, True], ids=["module", "function"])
+@pytest.mark.parametrize("name", COVERING)
+def test_a_head_tied_to_an_embedding_misses_nothing(name: str, by_function: bool) -> None:
+    model = Speaker(by_function)
+    rule = attach(model, name, sample_input=TOKENS[:2])
+    assert rule.coverage.uncovered == {}
+    logits = model(TOKENS)
+    rule.backward(F.cross_entropy(logits, Y), logits, Y)
+    assert model.head.weight is model.emb.weight and model.head.weight.grad is not None
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_lazy_layers_are_refused_and_left_alone_until_they_have_a_weight(name: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.LazyLinear(16), nn.ReLU(), nn.Linear(16, 3))
+    model.cut_points = model.blocks = ["1", "3"]
+    x = torch.linspace(-1, 1, 96).reshape(12, 8)
+    for sample in (None, x):
+        with pytest.raises(CoverageError, match=r"'2' \(LazyLinear\) has no weight yet: run one forward pass, then attach"):
+            attach(model, name, sample_input=sample)
+        assert type(model[2]) is nn.LazyLinear
+    model(x)
+    assert attach(model, name).coverage.uncovered == {}
+
+
+# ------------------------------------------------------------------------------------------------ samples
+@pytest.mark.parametrize("sample", [
+    TOKENS[:2], (TOKENS[:2],), [TOKENS[:2], torch.ones(2, 5)], {"tokens": TOKENS[:2]},
+    {"mask": torch.ones(2, 5), "tokens": TOKENS[:2]},
+], ids=["tensor", "tuple", "list", "dictionary", "dictionary of two"])
+@pytest.mark.parametrize("name", COVERING)
+def test_a_sample_may_be_given_as_the_model_takes_it(name: str, sample: Any) -> None:
+    rule = attach(Reader(), name, sample_input=sample)
+    assert rule.coverage == attach(Reader(), name, sample_input=TOKENS[:2]).coverage
+
+
+@pytest.mark.parametrize("name", COVERING)
+def test_without_a_sample_the_rule_asks_for_one_or_names_the_table(name: str) -> None:
+    """Zeros of the first layer's width are no tokens: a table's use is not seen then, and refused to be safe."""
+    model = Reader()
+    with pytest.raises(CoverageError, match=r"needs sample_input, one input batch|uncovered: pos \(in a Reader\)"):
+        attach(model, name)
+    assert fa_bench.attached_rule(model) is None
+    attach(model, name, sample_input=TOKENS[:2])
+
+
+def test_a_sample_that_the_model_does_not_take_says_what_the_model_said() -> None:
+    with pytest.raises(TypeError, match="words"):
+        attach(Reader(), "fa", sample_input={"words": TOKENS[:2]})

@@ -1,0 +1,237 @@
+"""Weights that are used outside their layers carry the error by themselves: attach finds them, names them and says what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fa_bench
+from fa_bench.errors import CoverageError
+from tests.loops.scripts import CUT_RULES, RULES, assert_same, attach, batch, gradients, state, train
+
+X, Y = batch()
+# They leave the model as it is, or cover whole modules.
+FREE = ("bp", "bp_fc", "frozen")
+COVERING = [name for name in RULES if name not in (*FREE, "dgl")]
+
+
+class Multiply(torch.autograd.Function):
+    """A matrix product of one's own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        return g @ weight.t(), x.t() @ g
+
+
+class Decoder(nn.Module):
+    """Uses the weight of a layer that it does not own as a module."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layers = [layer]
+
+    def forward(self, h: Tensor) -> Tensor:
+        return F.linear(h, self.layers[0].weight.t())
+
+
+class Net(nn.Module):
+    """8-16-16, then `decode` to 8 features, then 3 classes."""
+
+    def __init__(self, decode: Callable[[Net, Tensor], Tensor] = lambda net, h: h[:, :8]) -> None:
+        super().__init__()
+        self.decode = decode
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.enc, self.mid, self.out = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(8, 3)
+        self.act, self.act2 = nn.ReLU(), nn.ReLU()
+        self.decoder = Decoder(self.enc)
+        self.same = self.enc.weight  # the same parameter as one of the model's own
+        self.cut_points = self.blocks = ["act", "act2"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.decode(self, self.act2(self.mid(self.act(self.enc(x))))))
+
+
+#: name -> (how the encoder's weight decodes, the words for it)
+OUTSIDE: dict[str, tuple[Callable[[Net, Tensor], Tensor], str]] = {
+    "F.linear": (lambda net, h: F.linear(h, net.enc.weight.t()), r"t\(\) in the model"),
+    "matmul": (lambda net, h: h @ net.enc.weight, r"matmul\(\) in the model"),
+    "einsum": (lambda net, h: torch.einsum("nf,fi->ni", h, net.enc.weight), r"einsum\(\)"),
+    "einsum of a list": (lambda net, h: torch.einsum("nf,fi->ni", [h, net.enc.weight]), r"einsum\(\)"),
+    "multi_dot": (lambda net, h: torch.linalg.multi_dot([h, net.enc.weight]), r"linalg_multi_dot\(\)"),
+    "concatenated": (lambda net, h: h @ torch.cat([net.enc.weight[:8], net.enc.weight[8:]]), r"__getitem__\(\)"),
+    "in a list": (lambda net, h: h @ torch.cat([net.enc.weight, net.enc.weight])[:16], r"cat\(\)"),
+    "sum of weights": (lambda net, h: h @ (net.enc.weight + net.enc.weight), r"add\(\)"),
+    "detached": (lambda net, h: h @ net.enc.weight.detach(), r"matmul\(\)"),
+    "data": (lambda net, h: F.linear(h, net.enc.weight.data.t()), r"linear\(\)"),
+    "function of one's own": (lambda net, h: Multiply.apply(h, net.enc.weight), r"Multiply\(\)"),
+    "the model's own": (lambda net, h: h @ net.same, r"matmul\(\) in the model"),
+    "another module": (lambda net, h: net.decoder(h), r"t\(\) in module 'decoder'"),
+    "gate": (lambda net, h: h[:, :8] * net.enc.weight.sum(), r"sum\(\)"),
+}
+
+
+@pytest.mark.parametrize("how", OUTSIDE)
+@pytest.mark.parametrize("name", COVERING)
+def test_a_weight_used_outside_its_layer_is_refused_by_name(name: str, how: str) -> None:
+    decode, words = OUTSIDE[how]
+    with pytest.raises(CoverageError, match=rf"enc\.weight \(used outside its layer, by {words}.*uncovered=\['enc\.weight'\]"):
+        attach(Net(decode), name)
+
+
+@pytest.mark.parametrize("name", COVERING)
+def test_the_refusal_says_it_once_and_leaves_the_model_plain(name: str) -> None:
+    model = Net(OUTSIDE["matmul"][0])
+    with pytest.raises(CoverageError) as refused:
+        attach(model, name)
+    assert str(refused.value).count("used outside") == 1
+    assert type(model.enc) is nn.Linear and fa_bench.attached_rule(model) is None
+    assert set(model.state_dict()) == set(Net().state_dict())
+
+
+@pytest.mark.parametrize("allowed", [True, ["enc.weight"], ["enc.*"]], ids=str)
+@pytest.mark.parametrize("name", COVERING)
+def test_allowed_by_name_or_pattern_it_trains(name: str, allowed: Any) -> None:
+    model = Net(OUTSIDE["matmul"][0])
+    rule = attach(model, name, allow_uncovered=allowed)
+    assert list(rule.coverage.uncovered) == ["enc.weight"] and "used outside its layer" in str(rule.coverage)
+    train(model, rule, X, Y)
+
+
+@pytest.mark.parametrize("name", COVERING)
+def test_another_name_does_not_allow_it(name: str) -> None:
+    with pytest.raises(CoverageError, match=r"enc\.weight"):
+        attach(Net(OUTSIDE["matmul"][0]), name, allow_uncovered=["mid.*"])
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_rules_that_carry_the_error_by_the_weights_do_not_mind(name: str) -> None:
+    for decode, _ in OUTSIDE.values():
+        attach(Net(decode), name)
+
+
+def test_modules_that_learn_by_backpropagation_within_do_not_mind() -> None:
+    assert attach(Net(OUTSIDE["matmul"][0]), "dgl").coverage.uncovered == {}
+
+
+# ------------------------------------------------------------------------------------------------ no uses at all
+#: What a forward pass may do with a weight without an error going through it.
+HARMLESS: dict[str, Callable[[Net, Tensor], Tensor]] = {
+    "dtype": lambda net, h: h[:, :8].to(net.enc.weight.dtype),
+    "device": lambda net, h: h[:, :8].to(net.enc.weight.device),
+    "shape": lambda net, h: h[:, :net.enc.weight.shape[1]] / net.enc.weight.size(0),
+    "to": lambda net, h: h[:, :8].to(net.enc.weight),
+    "type_as": lambda net, h: h[:, :8].type_as(net.enc.weight),
+    "new_zeros": lambda net, h: h[:, :8] + net.enc.weight.new_zeros(8),
+    "zeros_like": lambda net, h: h[:, :8] + torch.zeros_like(net.enc.weight)[0],
+    "added": lambda net, h: h[:, :8] + net.enc.weight[0],
+    "penalty that is kept": lambda net, h: setattr(net, "penalty", net.enc.weight.square().sum()) or h[:, :8],
+    "statistic": lambda net, h: setattr(net, "norm", net.enc.weight.detach().norm().item()) or h[:, :8],
+}
+
+
+@pytest.mark.parametrize("how", HARMLESS)
+@pytest.mark.parametrize("name", COVERING)
+def test_reading_a_weight_is_no_use(name: str, how: str) -> None:
+    model = Net(HARMLESS[how])
+    assert attach(model, name).coverage.uncovered == {}
+
+
+class Penalised(Net):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), self.mid.weight.square().sum()
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if name != "frozen"])
+def test_a_penalty_on_the_weights_adds_its_gradient(name: str) -> None:
+    """Computed beside the forward pass or returned by it; cut rules refuse a second output that is a number."""
+    model = Net()
+    want = train(model, attach(model, name), X, Y, steps=1)
+    want["mid.weight"] = want["mid.weight"] + 2 * Net().mid.weight.detach()
+    for within in (False, True) if name not in CUT_RULES else (False,):
+        model = Penalised() if within else Net()
+        rule = attach(model, name)
+        assert rule.coverage.uncovered == {}
+        logits, penalty = model(X) if within else (model(X), model.mid.weight.square().sum())
+        rule.backward(F.cross_entropy(logits, Y) + penalty, logits, Y, loss_scale=1.0)
+        assert_same(gradients(model), want, rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ layers that do not run
+class Idle(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Linear(5, 6)
+
+
+@pytest.mark.parametrize("name", COVERING)
+def test_a_layer_that_never_runs_is_named(name: str) -> None:
+    model = Idle()
+    if name in CUT_RULES and name != "asfp_lc":
+        with pytest.raises(CoverageError, match=r"spare\.weight \(its layer did not run in the sample forward\)"):
+            attach(model, name)
+        rule = attach(model, name, allow_uncovered=["spare.weight"])
+    else:
+        rule = attach(model, name)
+    assert [line for line in str(rule.coverage).splitlines() if "spare" in line and "did not run in the sample forward" in line]
+    train(model, rule, X, Y)
+
+
+@pytest.mark.parametrize("name", COVERING)
+def test_a_layer_whose_weight_a_function_uses_in_its_place_is_refused(name: str) -> None:
+    class Functional(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.act(self.enc(x))
+            return self.out(self.act2(F.linear(h, self.mid.weight, self.mid.bias))[:, :8])
+
+    with pytest.raises(CoverageError, match=r"mid\.weight(' is | \()used outside its layer"):
+        attach(Functional(), name)
+
+
+# ------------------------------------------------------------------------------------------------ no sample
+class Autoencoding(nn.Module):
+    """A convolution whose weight also decodes: attach cannot make a sample up, for its first layer is not linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.conv, self.out = nn.Conv1d(1, 4, 3, padding=1), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(x.unsqueeze(1)).relu()
+        return self.out(F.conv_transpose1d(h, self.conv.weight, padding=1).squeeze(1))
+
+
+@pytest.mark.parametrize("name", ["fa", "usf", "brsf", "frsf", "kp", "pfa", "pfa_o", "mixed"])
+def test_without_a_sample_the_first_training_forward_refuses_every_time(name: str) -> None:
+    model = Autoencoding()
+    rule = attach(model, name)
+    before = state(model)
+    with torch.no_grad():
+        model(X)  # an evaluation is none of its business
+    for _ in range(2):  # as a cell of a notebook is run again
+        with pytest.raises(CoverageError, match=r"conv\.weight \(used outside its layer, by conv_transpose1d\(\)"):
+            train(model, rule, X, Y)
+    assert not gradients(model)
+    assert_same({key: tensor for key, tensor in state(model).items()}, before)
+
+
+@pytest.mark.parametrize("name", ["fa", "kp", "mixed"])
+def test_with_allowance_the_first_training_forward_notes_it_and_trains(name: str) -> None:
+    model = Autoencoding()
+    rule = attach(model, name, allow_uncovered=["conv.*"])
+    assert not rule.coverage.uncovered
+    train(model, rule, X, Y)
+    assert list(rule.coverage.uncovered) == ["conv.weight"]
