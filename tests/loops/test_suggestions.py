@@ -1,0 +1,195 @@
+"""Whatever option a refusal suggests works when it is written as suggested: as a keyword of attach, and on the command line."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+import fa_bench
+from fa_bench.cli import main
+from fa_bench.errors import CoverageError
+from tests.loops.scripts import CUT_RULES, gradients
+
+FLAT, IMAGES = torch.linspace(-1, 1, 96).reshape(12, 8), torch.linspace(-1, 1, 12 * 3 * 32 * 32).reshape(12, 3, 32, 32)
+Y = torch.arange(12) % 3
+SHARING = ("asap", "asfp", "asfp_lc")
+
+
+def seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return make()
+
+
+def mlp(*widths: int) -> nn.Module:
+    layers: list[nn.Module] = []
+    for inputs, outputs in zip((8, *widths), (*widths, 3), strict=True):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def convnet() -> nn.Module:
+    """Two convolutions and two fully connected layers."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=4), nn.ReLU(), nn.Conv2d(4, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(),
+        nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 3),
+    )
+
+
+class TwoHeads(nn.Module):
+    """Auxiliary logits first, as a number of models return them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.one, self.two = mlp(16, 16, 16)[:-1], nn.Linear(16, 3), nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = self.body(x)
+        return {"one": self.one(h), "two": self.two(h)}
+
+
+class Recurrent(nn.Module):
+    """An LSTM in front of four linear layers; no cut points."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.body = nn.LSTM(8, 8, batch_first=True), mlp(16, 16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.lstm(x.unsqueeze(1))[0].mean(1))
+
+
+#: name -> (what makes the model, its input)
+MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "mlp": (lambda: mlp(16, 16, 16), FLAT),
+    "convnet": (convnet, IMAGES),
+    "two heads": (TwoHeads, FLAT),
+    "recurrent": (Recurrent, FLAT),
+    "resnet18": (lambda: torchvision.models.resnet18(num_classes=3), IMAGES),
+    "squeezenet": (lambda: torchvision.models.squeezenet1_1(num_classes=3), IMAGES),
+}
+
+
+def refusal(model: nn.Module, name: str, **options: Any) -> CoverageError:
+    with pytest.raises(CoverageError) as refused:
+        fa_bench.attach(model, name, **options)
+    return refused.value
+
+
+def as_keywords(error: CoverageError) -> dict[str, Any]:
+    """What a reader of the message types: name=value wherever it says so."""
+    written = re.findall(r"\b(cuts|allow_uncovered|output|linear|match)=(\[[^\]]*\]|'[^']*'|True)", str(error))
+    assert dict(written).keys() == error.settings.keys(), str(error)
+    return {option: eval(value) for option, value in written}
+
+
+def as_overrides(text: str) -> list[str]:
+    """What a reader of the command line's message types, as the shell passes it on."""
+    return shlex.split(" ".join(option + value for option, value in re.findall(r"(algorithm\.\w+=)('[^']*'|\w+)", text)))
+
+
+def attached_as_suggested(make: Callable[[], nn.Module], x: Tensor, name: str, **options: Any) -> Any:
+    """Follows suggestions until the rule is in the model; then one backward pass must fill the weights' gradients."""
+    for _ in range(3):
+        error = refusal(seeded(make), name, sample_input=x[:2], **options)
+        suggested = as_keywords(error)
+        assert suggested, f"no suggestion: {error}"
+        assert suggested == error.settings
+        options |= suggested
+        model = seeded(make)
+        try:
+            rule = fa_bench.attach(model, name, sample_input=x[:2], **options)
+        except CoverageError:
+            continue
+        out = model(x)
+        logits = out["one"] if isinstance(out, dict) else out
+        rule.backward(F.cross_entropy(logits, Y), logits, Y)
+        learning = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+        assert not {key for key in learning - set(gradients(model)) if not key.startswith("two.")}
+        return rule
+    raise AssertionError("three suggestions did not do")
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("name", CUT_RULES)
+def test_the_suggested_cuts_and_what_else_they_need(name: str, kind: str) -> None:
+    make, x = MODELS[kind]
+    options = {"linear": "share", "match": "random"} if name == "asfp_lc" else {}
+    rule = attached_as_suggested(make, x, name, **options)
+    assert rule.cuts and (rule.output == "one") == (kind == "two heads")
+
+
+@pytest.mark.parametrize("name", CUT_RULES)
+def test_without_a_sample_nothing_is_suggested_that_was_not_tried(name: str) -> None:
+    error = refusal(seeded(convnet), name)
+    assert error.settings == {}
+    assert ("needs sample_input" if name == "asfp_lc" else "with cuts, or set model.") in str(error)
+
+
+@pytest.mark.parametrize("name", CUT_RULES)
+def test_the_suggested_output(name: str) -> None:
+    error = refusal(seeded(TwoHeads), name, cuts=["body.1", "body.3", "body.5"][: 2 if name in ("dgl", "asfp_lc") else 3])
+    assert as_keywords(error) == {"output": "one"}
+    assert as_overrides(str(error.under("algorithm"))) == ["algorithm.output=one"]
+    fa_bench.attach(seeded(TwoHeads), name, cuts=["body.1", "body.3"], output="one", allow_uncovered=True)
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_the_suggested_linear_and_match(name: str) -> None:
+    """A model whose one shared convolution is too few; one whose widths do not go into each other."""
+    cuts = {"cuts": ["1"]} if name == "asfp_lc" else {}
+    rule = attached_as_suggested(convnet, IMAGES, name, **cuts)
+    assert rule.linear == "share"
+    rule = attached_as_suggested(lambda: mlp(8, 5, 6), FLAT, name, **cuts)
+    assert rule.match == "random"
+
+
+@pytest.mark.parametrize("layers", [2, 6], ids=["names", "true"])
+@pytest.mark.parametrize("name", ["fa", "kp", "dfa", "predsim", "forward_alignment"])
+def test_the_suggested_allowance(name: str, layers: int) -> None:
+    """Up to four weights are named, more are allowed as a whole; what was allowed before stays allowed."""
+    class Stacked(Recurrent):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(8, 8, num_layers=layers // 2, batch_first=True)
+
+    cuts = {"cuts": ["body.1", "body.3", "body.5"]} if name in CUT_RULES else {}
+    rule = attached_as_suggested(Stacked, FLAT, name, **cuts)
+    assert (rule.allow_uncovered is True) == (layers == 6) and len(rule.coverage.uncovered) == layers
+    error = refusal(seeded(Recurrent), name, sample_input=FLAT[:2], allow_uncovered=["*_ih_*"], **cuts)
+    assert as_keywords(error) == {"allow_uncovered": ["*_ih_*", "lstm.weight_hh_l0"]}
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+SMALL = ["scale=smoke", "dataset=synthetic", "dataset.samples=32", "batch_size=8", "threads=1", "device=cpu", "probe_every=0",
+         "probe_size=4", "hydra.run.dir=run"]
+TORCHVISION = ["architecture=torchvision", "architecture.model=resnet18", "dataset.channels=3", "dataset.size=32"]
+
+
+@pytest.mark.parametrize(("command", "options"), [
+    (["algorithm=dfa", *TORCHVISION], {"cuts"}),
+    (["algorithm=dgl", *TORCHVISION], {"cuts"}),
+    (["algorithm=dfa", *TORCHVISION, "algorithm.cuts=[layer3]"], {"allow_uncovered"}),
+    (["algorithm=drtp", "architecture=mlp", "architecture.widths=[6,6,6]", "algorithm.cuts=[act1,act3]"], {"allow_uncovered"}),
+    (["algorithm=asap", "architecture=conv2"], {"linear"}),
+    (["algorithm=asfp", "architecture=mlp", "architecture.widths=[8,5,6]"], {"match"}),
+], ids=["cuts", "cuts of blocks", "all uncovered", "some uncovered", "linear", "match"])
+def test_the_command_line_trains_with_what_it_suggests(
+    command: list[str], options: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, *SMALL]) != 0
+    said = capsys.readouterr().err
+    suggested = as_overrides(said)
+    assert {override.split("=")[0] for override in suggested} == {f"algorithm.{option}" for option in options}, said
+    assert main([*command, *SMALL, *suggested]) == 0
+    assert (tmp_path / "run" / "result.json").exists()
