@@ -26,7 +26,7 @@ class Trace:
 
     Attributes:
         order: weighted layers in the order of execution.
-        outputs: weighted layers that feed an output of the model.
+        outputs: weighted layers that feed the output that counts, or another one and no further layer.
         reached: weighted layers whose input depends on any parameter, so that an error through them is asked for.
         consumer: layer -> the first executed layer that its activation is an input of; absent for output layers.
         inputs: weighted layers grouped by the activation that enters them, in the order of execution; those of the image first.
@@ -126,12 +126,17 @@ def trace_model(
     first: dict[Any, str] = {}
     twins = {path: twin for path, node in ends.items() if node is not None and (twin := first.setdefault(node, path)) != path}
     walks = {path: _walk([node], node_of, ends.values()) for path, node in ends.items()}
-    _, behind = _walk(roots, node_of, ends.values())
+    # An output that is a watched one, such as a hidden state, has no way of its own to the layers in front of it.
+    _, behind = _walk(set(roots).difference(ends.values()), node_of, ends.values())
     behind = behind.union(*(through for _, through in walks.values()))
+    chosen = chosen_result(results, output)
+    # Of several outputs, such as hidden states, those that other layers go on from do not make an output layer.
+    last = _walk([chosen.grad_fn] if output is not None or len(results) == 1 else [], node_of, ())[0]
     fed = _walk(roots, node_of, ())[0]
+    last |= {path for path in fed if path not in consumer}
     return Trace(
         order=order,
-        outputs=[path for path in order if path in fed],
+        outputs=[path for path in order if path in (last or fed)],
         reached=[path for path in order if seen[path].input_node is not None],
         consumer=consumer,
         inputs=list(groups.values()),
@@ -147,7 +152,7 @@ def trace_model(
         without_gradients=list(dict.fromkeys(blind)),
         uses=uses.found(roots),
         results={name: tuple(tensor.shape) for name, tensor in results.items()},
-        result_shape=tuple(chosen_result(results, output).shape),
+        result_shape=tuple(chosen.shape),
     )
 
 
@@ -171,19 +176,27 @@ def arguments(sample: Any) -> Arguments:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in a nest of tuples, lists and mappings (models may return any of them)."""
+    """Every tensor in a nest of tuples, lists, mappings and dataclasses (models may return any of them)."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, dict):
-        for item in value.values():
+    elif (items := _items(value)) is not None:
+        for _, item in items:
             yield from tensors_in(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
+
+
+def _items(value: Any) -> list[tuple[Any, Any]] | None:
+    """The keys, numbers or names in a mapping, a tuple or list, or a dataclass, and what is there; None for anything else."""
+    if isinstance(value, Mapping):
+        return list(value.items())
+    if isinstance(value, (tuple, list)):
+        return list(enumerate(value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    return None
 
 
 def replaced(value: Any, old: Tensor, new: Tensor) -> Any:
-    """The same nest with `new` in the place of `old`; dictionaries are changed in place, whatever their class."""
+    """The same nest with `new` in the place of `old`; dictionaries and dataclasses are changed in place, whatever their class."""
     if value is old:
         return new
     if isinstance(value, dict):
@@ -192,13 +205,18 @@ def replaced(value: Any, old: Tensor, new: Tensor) -> Any:
     elif isinstance(value, (tuple, list)):
         items = [replaced(item, old, new) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    elif (named := _items(value)) is not None:
+        for name, item in named:
+            if (changed := replaced(item, old, new)) is not item:
+                object.__setattr__(value, name, changed)  # frozen ones too
     return value
 
 
 def named_results(result: Any, name: str = "") -> dict[str, Tensor]:
     """The outputs of a model that a loss can be made of, by name: those that depend on a parameter, or else all floating ones.
 
-    A name leads to the tensor: the key in a mapping, the number in a tuple or list, joined by dots where they are nested.
+    A name leads to the tensor: the key in a mapping, the number in a tuple or list, the field of a dataclass, joined by dots
+    where they are nested.
     """
     found = dict(_named(result, name))
     return {name: tensor for name, tensor in found.items() if tensor.requires_grad} or found
@@ -208,8 +226,8 @@ def _named(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield name, value
-    elif isinstance(value, (Mapping, tuple, list)):
-        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+    else:
+        for key, item in _items(value) or ():
             yield from _named(item, f"{name}.{key}" if name else str(key))
 
 
