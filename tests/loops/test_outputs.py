@@ -1,0 +1,226 @@
+"""Models that return more than logits: cut rules take their error from the output that is named, edge rules from every loss."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict, namedtuple
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fa_bench.errors import CoverageError
+from tests.loops.scripts import CUT_RULES, EDGE_RULES, RULES, assert_same, attach, batch, gradients
+
+X, Y = batch()
+
+Pair = namedtuple("Pair", ["one", "two"])
+
+
+@dataclasses.dataclass
+class Record:
+    one: Tensor
+    two: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenRecord:
+    one: Tensor
+    two: Tensor
+
+
+class ModelOutput(OrderedDict):
+    """As transformers has it: entries are attributes too, numbers index the values, an entry that is None is left out."""
+
+    def __init__(self, **entries: Any) -> None:
+        super().__init__()
+        for key, value in entries.items():
+            if value is not None:
+                self[key] = value
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        object.__setattr__(self, key, value)
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else tuple(self.values())[key]
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("you cannot use ``update`` on a ModelOutput instance")
+
+
+#: name -> (what packs the outputs, what takes them out, the name of the first, that of the second)
+PACKS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], tuple[Tensor, Tensor]], str, str]] = {
+    "dictionary": (lambda one, two: {"one": one, "two": two}, lambda out: (out["one"], out["two"]), "one", "two"),
+    "tuple": (lambda one, two: (one, two), lambda out: out, "0", "1"),
+    "list": (lambda one, two: [one, two], lambda out: out, "0", "1"),
+    "namedtuple": (Pair, lambda out: (out.one, out.two), "0", "1"),
+    "nested": (lambda one, two: {"heads": [one, (two, None)], "note": "x"}, lambda out: (out["heads"][0], out["heads"][1][0]),
+               "heads.0", "heads.1.0"),
+    "ModelOutput": (lambda one, two: ModelOutput(one=one, two=two), lambda out: (out.one, out["two"]), "one", "two"),
+    "dataclass": (Record, lambda out: (out.one, out.two), "one", "two"),
+    "frozen dataclass": (FrozenRecord, lambda out: (out.one, out.two), "one", "two"),
+}
+
+
+class Net(nn.Module):
+    """8-16-16, then one head with 3 classes and one with 2; `pack` makes what is returned of both."""
+
+    def __init__(self, pack: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.pack = pack
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.a, self.b, self.one, self.two = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 3), nn.Linear(16, 2)
+        self.act, self.act2 = nn.ReLU(), nn.ReLU()
+        self.cut_points = self.blocks = ["act", "act2"]
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.act2(self.b(self.act(self.a(x))))
+        return self.pack(self.one(h), self.two(h))
+
+
+def single(number: int) -> Net:
+    """The net that returns one of the outputs alone."""
+    model = Net(lambda one, two: (one, two)[number])
+    delattr(model, ("two", "one")[number])
+    setattr(model, ("two", "one")[number], nn.Identity())
+    return model
+
+
+def only(model: Net, rule: Any, number: int = 0) -> dict[str, Tensor]:
+    """Gradients of the loss on one output, of a model that returns it alone."""
+    logits, target = model(X), Y % (3 - number)
+    rule.backward(F.cross_entropy(logits, target), logits, target)
+    return gradients(model)
+
+
+def both(model: Net, rule: Any, kind: str, parts: tuple[int, ...] = (0, 1), main: int = 0) -> dict[str, Tensor]:
+    """Gradients of the sum of the losses on the outputs in `parts`; `main` is what the labels belong to."""
+    outputs = PACKS[kind][1](model(X))
+    loss = sum(F.cross_entropy(outputs[number], Y % (3 - number)) for number in parts)
+    rule.backward(loss, outputs[main], Y % (3 - main))
+    return gradients(model)
+
+
+@pytest.mark.parametrize("kind", PACKS)
+@pytest.mark.parametrize("name", CUT_RULES)
+def test_cut_rules_ask_which_output_and_suggest_one(name: str, kind: str) -> None:
+    pack, _, first, second = PACKS[kind]
+    with pytest.raises(CoverageError, match=rf"returns {first} \(2, 3\), {second} \(2, 2\).*such as output='{first}'"):
+        attach(Net(pack), name)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("kind", PACKS)
+@pytest.mark.parametrize("name", CUT_RULES)
+def test_cut_rules_give_the_gradient_of_the_named_output(name: str, kind: str, number: int) -> None:
+    """That of the model which returns this output alone; a loss on the other one trains its own head and nothing else."""
+    reference = single(number)
+    want = only(reference, attach(reference, name), number)
+    model = Net(PACKS[kind][0])
+    rule = attach(model, name, output=PACKS[kind][2 + number])
+    assert_same(both(model, rule, kind, (number,), number), want)
+    model.zero_grad()
+    found = both(model, rule, kind, (0, 1), number)
+    other = ("two", "one")[number]
+    assert {f"{other}.weight", f"{other}.bias"} <= set(found)
+    if name not in ("dgl", "asfp_lc"):  # the second layer and both heads are one module there, and learn by both losses
+        assert_same({key: found[key] for key in want}, want)
+
+
+@pytest.mark.parametrize("kind", PACKS)
+@pytest.mark.parametrize("name", CUT_RULES)
+def test_a_wrong_output_names_the_nearest(name: str, kind: str) -> None:
+    pack, _, first, second = PACKS[kind]
+    for wrong in ("", f"{second}x", "zzz"):
+        with pytest.raises(CoverageError, match=rf"^output='{wrong}': the model has no such output") as refused:
+            attach(Net(pack), name, output=wrong)
+        assert f"(outputs: {first}, {second})" in str(refused.value)
+        if wrong == f"{second}x":
+            assert f"did you mean '{second}'?" in str(refused.value)
+    with pytest.raises(CoverageError, match="one tensor, which needs no name"):
+        attach(single(0), name, output=first)
+
+
+@pytest.mark.parametrize("kind", PACKS)
+@pytest.mark.parametrize("name", EDGE_RULES)
+def test_edge_rules_add_the_gradients_of_both_losses(name: str, kind: str) -> None:
+    """Every rule is linear in the errors, so that both losses at once give the sum of what they give one by one."""
+    def found(parts: tuple[int, ...]) -> dict[str, Tensor]:
+        model = Net(PACKS[kind][0]).double()
+        rule = attach(model, name, sample_input=X[:2].double())
+        outputs = PACKS[kind][1](model(X.double()))
+        rule.backward(sum(F.cross_entropy(outputs[number], Y % (3 - number)) for number in parts))
+        return gradients(model)
+
+    first, second, sum_ = found((0,)), found((1,)), found((0, 1))
+    want = {key: first.get(key, torch.zeros(())) + second.get(key, torch.zeros(())) for key in sum_}
+    if name == "frozen":  # nothing below the heads learns
+        assert set(sum_) == {"one.weight", "one.bias", "two.weight", "two.bias"}
+    assert_same(sum_, want, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", EDGE_RULES)
+def test_a_head_without_a_loss_changes_nothing_for_edge_rules(name: str) -> None:
+    reference, model = single(0), Net(PACKS["tuple"][0])
+    want = only(reference, attach(reference, name, sample_input=X[:2]))
+    assert_same(both(model, attach(model, name, sample_input=X[:2]), "tuple", (0,)), want)
+
+
+# ------------------------------------------------------------------------------------------------ as transformers has it
+class Classifier(Net):
+    """Returns logits, on demand hidden states, and a loss of its own where it is given labels."""
+
+    def __init__(self, hidden_states: bool = False) -> None:
+        super().__init__(Pair)
+        self.hidden_states = hidden_states
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        h1 = self.act(self.a(x))
+        h2 = self.act2(self.b(h1))
+        logits = self.one(h2)
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return ModelOutput(loss=loss, logits=logits, hidden_states=(h1, h2) if self.hidden_states else None)
+
+
+@pytest.mark.parametrize("hidden", [False, True], ids=["logits", "hidden states"])
+@pytest.mark.parametrize("name", RULES)
+def test_a_loss_computed_from_the_logits_of_such_a_model(name: str, hidden: bool) -> None:
+    reference, model = single(0), Classifier(hidden)
+    want = only(reference, attach(reference, name, sample_input=X[:2]))
+    del model.two
+    options = {"output": "logits"} if name in CUT_RULES and hidden else {}
+    rule = attach(model, name, sample_input=X[:2], **options)
+    out = model(X)
+    assert out.logits is out["logits"] is out[0]
+    rule.backward(F.cross_entropy(out.logits, Y), out.logits, Y)
+    assert_same(gradients(model), want)
+
+
+@pytest.mark.parametrize("name", CUT_RULES)
+def test_hidden_states_are_outputs_that_cut_rules_ask_about(name: str) -> None:
+    with pytest.raises(CoverageError, match=r"returns logits \(2, 3\), hidden_states\.0 \(2, 16\).*output='logits'"):
+        attach(Classifier(True), name)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_loss_that_the_model_computed_is_right_or_refused(name: str) -> None:
+    model, reference = Classifier(), single(0)
+    del model.two
+    want = only(reference, attach(reference, name, sample_input=X[:2]))
+    rule = attach(model, name, sample_input=X[:2])
+    if name in CUT_RULES:
+        with pytest.raises(CoverageError, match=r"returns a loss \('loss'\).*call it without labels.*from its logits"):
+            model(X, labels=Y)
+        assert not gradients(model)
+        out = model(X)  # what the message says to do
+        loss = F.cross_entropy(out.logits, Y)
+    else:
+        out = model(X, labels=Y)
+        loss = out.loss
+    rule.backward(loss, out.logits, Y)
+    assert_same(gradients(model), want)
