@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fa_bench
 from fa_bench.errors import CoverageError
-from tests.loops.scripts import CUT_RULES, RULES, attach, gradients
+from tests.loops.chain import CUT_RULES, RULES, attach, gradients
 
 TOKENS = torch.arange(60).reshape(12, 5) % 11
 Y = torch.arange(12) % 3
