@@ -121,13 +121,16 @@ class LearnedFeedback:
 
     def _require_no_fault(self) -> None:
         if self._fault:
-            raise StateError(self._fault.format(self.name))
+            fault = self._fault.format(self.name)
+            for other in {self, *_awaiting}:  # said once: the next update shows whether it was mended
+                other._fault, other._before = "", None
+            raise StateError(fault)
 
 
 _LEFT_OUT = ("the weights are updated, but not the learned feedback '{0}': the optimizer was made before attach, or holds a "
-             "tensor that the model no longer has. Make the optimizer after attach, from model.parameters(), or add the feedback to it: "
-             "optimizer.add_param_group({{'params': rule.feedback_parameters()}}). Feedback that is meant to stay as it is needs "
-             "requires_grad_(False)")
+             "tensor that the model no longer has. Make the optimizer after attach, from model.parameters(), or add the feedback "
+             "to it: optimizer.add_param_group({{'params': rule.feedback_parameters()}}). Feedback that is meant to stay as it "
+             "is needs requires_grad_(False)")
 _REPLACED = ("the optimizer trains tensors that the model no longer has: the learned feedback '{0}' was replaced after the "
              "optimizer was made, as load_state_dict(assign=True) does. Make a new optimizer from model.parameters()")
 
