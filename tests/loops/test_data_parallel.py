@@ -25,7 +25,8 @@ OPTIONS: dict[str, dict] = {
 }
 CASES = {name: (name, OPTIONS.get(name, {})) for name in ALGORITHMS}
 CASES |= {
-    "drtp sign": ("drtp", {"error_sign": True}), "kp apart": ("kp", {"b_lr_scale": 0.5}), "kp plain last": ("kp", {"plain_last": True}),
+    "drtp sign": ("drtp", {"error_sign": True}),
+    "kp apart": ("kp", {"b_lr_scale": 0.5}), "kp plain last": ("kp", {"plain_last": True}),
     "dkp sparse": ("dkp", {"density": 0.5}), "pfa sparse": ("pfa", {"density": 0.5}), "fa stem": ("fa", {"freeze_stem": True}),
     "asap random": ("asap", {"match": "random", "freeze_stem": False}),
     "conv kp": ("kp", {}), "conv pfa": ("pfa", {}), "conv dkp": ("dkp", {}), "conv asfp": ("asfp", {}),

@@ -43,7 +43,7 @@ def test_the_models_own_zero_grad_is_enough(name):
 
 
 def test_clipping_the_models_parameters_scales_both_alike():
-    """kp: W - B only decays, so that the angles go to 0, although clipping acts at every step; unclipped B ended at 80 degrees."""
+    """kp: W - B only decays, so that the angles go to 0, although clipping acts at every step."""
     model, rule = attached("kp")
     steps(model, rule, sgd(model.parameters(), weight_decay=0.02), 1500,
           before_step=lambda: nn.utils.clip_grad_norm_(model.parameters(), 0.05))
