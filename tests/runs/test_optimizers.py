@@ -86,7 +86,6 @@ def test_every_option_is_in_the_steps(cls: type[OptimizerOptions], options: dict
     before = copies(tensors)
     generator = torch.Generator().manual_seed(0)
     gradients = [[torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in tensors] for _ in range(3)]
-    optimizers.begin_epoch(0)
     for step in gradients:
         give_gradients(optimizers, torch.ones_like)
         for tensor, gradient in zip(tensors, step, strict=True):
@@ -189,12 +188,13 @@ LEARNING = {
 }
 
 
+@pytest.mark.parametrize("own", [None, plain(LR, 0.0, None)], ids=["one optimizer", "two optimizers"])
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv_bn"])
 @pytest.mark.parametrize("name", LEARNING)
-def test_every_tensor_is_trained_by_the_gradient_that_the_rule_gave_it(name: str, net: str) -> None:
+def test_every_tensor_is_trained_by_the_gradient_that_the_rule_gave_it(name: str, net: str, own: SGD | None) -> None:
     """Also where the fused update reads the gradient of W for that of B."""
     rule = attached(name, net, **LEARNING[name])
-    optimizers = Optimizers(plain(LR, 0.0, None), rule, 1)
+    optimizers = Optimizers(plain(LR, 0.0, None), rule, 1, own)
     assert rule.feedback_parameters() and all(o.defaults["fused"] for o in optimizers.optimizers)
     x, y = nets.batch(net)
     for _ in range(2):
