@@ -56,7 +56,7 @@ def numbers(*overrides: str) -> dict[str, Any]:
     assert result["status"] == "finished", result["error"]
     recorded = ("step", "angles", "test_accuracy", "probes")
     return {**{stage: result[stage] for stage in STAGES[:3]}, RECORD: str([result[key] for key in recorded]),
-            TRAINED: result["weights_hash"] + result["feedback_hash"]}
+            TRAINED: result["weights_hash"] + result["feedback_hash"], "feedback": result["feedback_hash"]}
 
 
 def assert_changes(stage: str, base: tuple[str, ...], change: tuple[str, ...]) -> None:
@@ -100,13 +100,20 @@ def test_tables_name_every_option() -> None:
     assert set(TOP) | NOT_NUMBERS | set(VOLATILE) == keys(RunOptions)
     assert set(DATASET) == keys(DATASETS["synthetic"]) and set(ARCHITECTURE) == keys(ARCHITECTURES["mlp"])
     for name in OPTIMIZERS:
-        assert {key for of, key in CASES if of == name} == keys(OPTIMIZERS[name])
+        assert {key for key, (of, *_) in OPTIMIZER.items() if of in ("any", name.removesuffix("w"))} == keys(OPTIMIZERS[name])
 
 
 @pytest.mark.parametrize("key", TOP)
 def test_top_level_options(key: str) -> None:
     stage, base, value = TOP[key]
     assert_changes(stage, base, (f"{key}={value}",))
+
+
+def test_seed_is_that_of_weights_order_and_feedback() -> None:
+    """fa's B is fixed, and so its hash at the end is that of the draw."""
+    before, after = numbers("algorithm=fa"), numbers("algorithm=fa", "seed=1")
+    assert before[DATA] == after[DATA]
+    assert [part for part in (MODEL, BATCHES, "feedback") if before[part] == after[part]] == []
 
 
 def test_epochs_and_batches_are_counted() -> None:
@@ -165,8 +172,9 @@ OPTIMIZER: dict[str, tuple[str, tuple[str, ...], str]] = {
     "beta2": ("adam", (), "0.9"),
     "eps": ("adam", (), "0.01"),
 }
-#: adamw has the options of adam.
-CASES = [(name, key) for name in OPTIMIZERS for key, (of, *_) in OPTIMIZER.items() if of in ("any", name.removesuffix("w"))]
+#: adamw has the options of adam, by which it is built in the same line but for the decay.
+CASES = [(name, key) for name in ("sgd", "adam", "adamw") for key, (of, *_) in OPTIMIZER.items()
+         if of in ("any", name) and (name != "adamw" or key == "weight_decay")]
 
 
 @pytest.mark.parametrize(("name", "key"), CASES)
