@@ -149,6 +149,54 @@ def test_best_epoch_is_the_first_of_the_best_validation_accuracy(monkeypatch: py
     assert (progress[-1].best_epoch, progress[-1].best_val, progress[-1].test_at_best) == (2, 0.7, 0.2)
 
 
+def test_epoch_records_angles_only_if_it_measured_some() -> None:
+    """Three steps an epoch, measured at every fifth: step 5 is in the second epoch, step 10 in the fourth."""
+    lines = fit(fa_bench.attach(make_model(), "bp"), load(), 5, probe_every=5)
+    assert [line["angles"] is not None for line in lines] == [False, True, False, True, True]  # the last one in any case
+
+
+def test_histograms_see_the_gradients_of_the_step_before_its_update() -> None:
+    rule = fa_bench.attach(make_model(), "kp", seed=1)
+    weight = rule.model.fc1.weight
+    seen, after = [], {0: weight.detach().clone()}
+
+    def look(step: int) -> None:
+        seen.append(step)
+        assert torch.equal(weight, after[step]) and all(tensor.grad is not None for tensor in trained(rule))
+
+    fit(rule, load(), 2, on_step=lambda progress: after.update({progress.step: weight.detach().clone()}),
+        histograms_every=2, on_histograms=look)
+    assert seen == [0, 2, 4]
+
+
+@pytest.mark.parametrize("kind", ["weight", "feedback"])
+def test_number_that_the_last_step_made_infinite_is_a_divergence(kind: str) -> None:
+    """No loss was computed with it."""
+    rule = fa_bench.attach(make_model(), "kp", seed=1)
+    tensor = rule.model.fc2.weight if kind == "weight" else rule.feedback["fc2"]["B"]
+
+    def spoil(progress: Progress) -> None:
+        if progress.step == 3:
+            tensor.data[0, 0] = float("inf")
+
+    with pytest.raises(loop.Diverged) as caught:
+        fit(rule, load(), 1, on_step=spoil)
+    assert (caught.value.epoch, caught.value.step) == (1, 3)
+    assert caught.value.layer is not None and caught.value.layer.startswith("fc2.")
+
+
+def test_looking_for_the_first_infinite_output_changes_nothing() -> None:
+    model = make_model(0.5)
+    with torch.no_grad():
+        model.fc1.bias[0] = float("nan")
+    x = torch.ones(3, 1, 2, 2)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    assert loop.first_not_finite(model, x) == "fc1" and loop.first_not_finite(make_model(), x) is None
+    assert model.training and model.bn.training and not model.fc1._forward_hooks
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0, equal_nan=True)
+    assert model.eval() is model and loop.first_not_finite(model, x) == "fc1" and not model.training
+
+
 def test_evaluation_averages_over_images_and_not_over_batches() -> None:
     """600 images make a batch of 512 and one of 88, which are unlike each other."""
     model = make_model().eval()

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import fa_bench
 from fa_bench.cli import main
+from fa_bench.errors import RunDirectoryError
 from fa_bench.files import METRICS, RESULT
 from fa_bench.mechanisms.rule import Rule
 from fa_bench.optim import SGD, Adam, Optimizers, Schedule
@@ -161,6 +162,22 @@ def test_every_field_of_the_progress_is_restored() -> None:
     checkpoint.save(Path("a/last.pt"), Path("a/previous.pt"), "hash", progress, rule, optimizers)
     loaded = checkpoint.load([Path("a/last.pt")], "hash", rule, optimizers, warn=pytest.fail)
     assert {name: getattr(loaded, name) for name in fields} == vars(progress)
+
+
+def test_checkpoint_of_another_config_or_format_is_refused(monkeypatch: Patch) -> None:
+    """The next one is used where there is one, and the first one's fault is told."""
+    rule, optimizers = make()
+    paths = [Path("a/last.pt"), Path("a/previous.pt")]
+    checkpoint.save(paths[1], Path("a/older.pt"), "mine", Progress(epoch=1), rule, optimizers)
+    for version, config, fault in ((checkpoint.VERSION, "other", "another config"), (checkpoint.VERSION + 1, "mine", "format")):
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "VERSION", version)
+            checkpoint.save(paths[0], Path("a/older.pt"), config, Progress(epoch=2), rule, optimizers)
+        warnings: list[str] = []
+        assert checkpoint.load(paths, "mine", rule, optimizers, warnings.append).epoch == 1
+        assert len(warnings) == 1 and fault in warnings[0] and str(paths[0]) in warnings[0]
+        with pytest.raises(RunDirectoryError, match=fault):
+            checkpoint.load(paths[:1], "mine", rule, optimizers, warn=pytest.fail)
 
 
 def test_training_time_adds_up_over_the_parts_of_a_run(monkeypatch: Patch) -> None:
