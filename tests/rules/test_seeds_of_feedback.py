@@ -110,6 +110,13 @@ def test_redrawn_magnitudes_have_the_distribution_of_the_initialiser(init: str, 
     assert drawn.square().mean().item() == pytest.approx(want.square().mean().item(), rel=0.05)
 
 
+def test_no_redrawn_magnitude_is_zero() -> None:
+    """A million uniform numbers of 16 bits: each of the 65 536 values comes up, but with a chance of exp(-15)."""
+    drawn = torch.empty(1000, 1000)
+    redraw_magnitudes(drawn, "uniform_one", seed=3)
+    assert 0 < drawn.min() < 1e-5 and 1 - 1e-5 < drawn.max() < 1
+
+
 @pytest.mark.parametrize("name", ["fa", "mixed"])
 def test_copied_weights_are_masked(name: str) -> None:
     """b_init=copy_w with density 0.3: 20 000 entries, within six standard errors of 0.0032."""

@@ -19,6 +19,7 @@ from fa_bench.mechanisms.rule import Rule
 from fa_bench.metrics.probe import Probe
 from fa_bench.optim import SGD, Optimizers, Schedule
 from fa_bench.runs import loop
+from fa_bench.runs.hashes import chained
 from fa_bench.runs.loop import Loop, Progress
 
 BATCH, SEED, LR, GAMMA, DECAY, FIRST_DECAY, MOMENTUM = 16, 3, 0.1, 0.5, 0.02, 0.5, 0.8
@@ -150,9 +151,18 @@ def test_best_epoch_is_the_first_of_the_best_validation_accuracy(monkeypatch: py
 
 
 def test_epoch_records_angles_only_if_it_measured_some() -> None:
-    """Three steps an epoch, measured at every fifth: step 5 is in the second epoch, step 10 in the fourth."""
-    lines = fit(fa_bench.attach(make_model(), "bp"), load(), 5, probe_every=5)
-    assert [line["angles"] is not None for line in lines] == [False, True, False, True, True]  # the last one in any case
+    """Three steps an epoch, measured at steps 5, 10 and 15, in epochs 2, 4 and 5; the last epoch is measured in any case."""
+    lines = fit(fa_bench.attach(make_model(), "bp"), load(), 6, probe_every=5)
+    assert [line["angles"] is not None for line in lines] == [False, True, False, True, True, True]
+
+
+def test_hash_of_the_batches_is_that_of_the_first_one_of_every_epoch() -> None:
+    splits, seen = load(), []
+    fit(fa_bench.attach(make_model(), "bp"), splits, 2, on_step=lambda progress: seen.append(progress.batches_hash))
+    want = [""]
+    for epoch in range(2):
+        want.append(chained(want[-1], *next(splits.train.batches(BATCH, seed=SEED, epoch=epoch))))
+    assert seen == [want[1]] * 3 + [want[2]] * 3
 
 
 def test_histograms_see_the_gradients_of_the_step_before_its_update() -> None:
