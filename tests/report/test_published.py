@@ -147,6 +147,17 @@ def test_ranges_have_two_ends(tmp_path, bounds, low, high, inside) -> None:
         assert blank(row["published"]) and blank(row["difference"])
 
 
+@pytest.mark.parametrize(("bounds", "inside"), [("{low: 98}", False), ("{high: 98}", True), ("{high: 97}", False)])
+def test_range_of_the_whole_network(tmp_path, bounds, inside) -> None:
+    """The runs have 97.5 % on average."""
+    write_group(tmp_path, "bp", [0.97, 0.98])
+    (tmp_path / "p.yaml").write_text(
+        "- {paper: P, table: T, dataset: d, architecture: a, quantity: test_accuracy, unit: '%', presets: [a_table],\n"
+        f"   rows: [{{row: R, values: {{bp: {bounds}}}}}]}}\n")
+    (row,) = against_published(read_entries(tmp_path / "p.yaml"), runs_in(tmp_path)).to_dict("records")
+    assert (row["layer"], row["inside"]) == ("", inside)
+
+
 def test_a_number_of_an_epoch_is_compared_with_that_epoch(tmp_path) -> None:
     lines = [epoch_record(1, 0.5, None), epoch_record(2, 0.7, None)]
     write_run(tmp_path, "bp", 0, 0.7, metrics=lines)
