@@ -91,7 +91,7 @@ DATASET = {
 }
 ARCHITECTURE = {
     "widths": (MODEL, "[6]"), "activation": (TRAINED, "tanh"), "batch_norm": (MODEL, "true"), "output_norm": (MODEL, "true"),
-    "init": (MODEL, "xavier_uniform"),
+    "init": (MODEL, "xavier_uniform"), "linear_init": (MODEL, "xavier_uniform"),
 }
 
 
