@@ -163,6 +163,12 @@ def foreign_weights(model: Any, covered: set[int], uses: Uses | None = None) -> 
     return uncovered, local
 
 
+def batch_note(what: str) -> str:
+    """A note for a rule whose signal depends on which samples are in a batch."""
+    return (f"{what[0].upper()}{what[1:]} depends on the batch: data-parallel ranks, and parts of a batch, differ from one pass "
+            f"over the whole batch.")
+
+
 def outside_text(use: str) -> str:
     """Why a weight is not covered that is used outside its layer, see `fa_bench.mechanisms.uses.Uses`."""
     return f"used outside its layer, by {use}: there it carries the error by itself"

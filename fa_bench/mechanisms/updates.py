@@ -123,7 +123,10 @@ class LearnedFeedback:
 
     def _require_no_fault(self) -> None:
         if self._fault:
-            raise StateError(self._fault.format(self.name))
+            fault = self._fault.format(self.name)
+            for other in {self, *_awaiting}:  # said once: the next update shows whether it was mended
+                other._fault, other._before = "", None
+            raise StateError(fault)
 
 
 _LEFT_OUT = ("the weights are updated, but not the learned feedback '{0}': the optimizer was made before attach, or holds a "

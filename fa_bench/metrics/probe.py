@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -191,20 +191,19 @@ def untouched(rule: Rule) -> Iterator[None]:
     model, mode = rule.model, rule.mode
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    with ExitStack() as stack:
+    held, mode.hold = mode.hold, True
+    for parameter, _ in gradients:
+        parameter.grad = None
+    try:
         model.train()
-        stack.enter_context(without_side_effects(model))
-        for parameter, _ in gradients:
-            parameter.grad = None
-        held, mode.hold = mode.hold, True
-        try:
+        with without_side_effects(model):
             yield
-        finally:
-            mode.hold = held
-            for module, training in modes:
-                module.training = training
-            for parameter, gradient in gradients:
-                parameter.grad = gradient
+    finally:
+        mode.hold = held
+        for module, training in modes:
+            module.training = training
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
 
 
 def _norm(gradient: Tensor | None) -> float:

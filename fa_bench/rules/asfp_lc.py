@@ -13,6 +13,7 @@ from fa_bench.config.registries import ALGORITHMS
 from fa_bench.draws import seed_for
 from fa_bench.lazy import nn, torch
 from fa_bench.mechanisms.auxiliary import normalising
+from fa_bench.mechanisms.coverage import batch_note
 from fa_bench.mechanisms.local import ModuleRule, kind_of_map
 from fa_bench.rules.asfp import ASFP
 
@@ -77,7 +78,8 @@ class ASFPLC(ASFP):
     Choices, for there is no code: blocks are the model's (``model.blocks``, or the modules in ``cuts`` that they end with):
     residual blocks, and the stem, whose normalisation learns by a classifier of its own (a frozen stem without one has none);
     activations are shared across the ends of blocks as in `asfp`; the classifier's normalisation uses the batch's own
-    statistics, since it serves in training only, and refuses a batch of one sample.
+    statistics, since it serves in training only, and refuses a batch of one sample: it depends on the batch itself, and under
+    data parallelism each rank has the statistics of its own part.
     """
 
     cuts: list[str] | None = option(None, "modules (names or patterns) that the blocks end with; null: the model's blocks")
@@ -118,6 +120,9 @@ class ASFPLC(ASFP):
 
     def learned_feedback(self) -> list[LearnedFeedback]:
         return [*super().learned_feedback(), *self._local.learned_feedback()]
+
+    def notes(self) -> tuple[str, ...]:
+        return (batch_note("batch normalisation in the classifiers"),)
 
     def watched_modules(self) -> dict[str, torch_nn.Module]:
         return {**super().watched_modules(), **self._local.watched_modules()}

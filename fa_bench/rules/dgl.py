@@ -11,6 +11,7 @@ from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS
 from fa_bench.lazy import nn
 from fa_bench.mechanisms.auxiliary import normalising
+from fa_bench.mechanisms.coverage import batch_note
 from fa_bench.mechanisms.local import ModuleRule, kind_of_map
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class DGL(ModuleRule):
     the batch's own statistics and keeps none, since A is only ever used in training; it refuses a batch of one sample, which
     ``auxiliary_net=linear`` takes. In ``cuts`` as in ``model.blocks`` the modules are named by what they end with; those that
     feed the output layer belong to the last one.
+
+    Batch normalisation in A depends on the batch itself: under data parallelism each rank has the statistics of its own part.
     """
 
     auxiliary_net: str = option("mlp_sr", "the auxiliary nets", choices=["mlp_sr", "mlp", "linear"])
@@ -65,6 +68,9 @@ class DGL(ModuleRule):
             layers[f"fc_relu{number}"] = nn.ReLU()
         layers["out"] = nn.Linear(width, classes)
         return nn.Sequential(layers)
+
+    def notes(self) -> tuple[str, ...]:
+        return () if self.auxiliary_net == "linear" else (batch_note("batch normalisation in the auxiliary nets"),)
 
     def local_loss(self, cut: str, auxiliary: torch_nn.Module, activation: Tensor, target: Tensor) -> Tensor:
         instead = "use larger batches, drop the last incomplete one, or take auxiliary_net=linear, which has none"

@@ -12,6 +12,7 @@ from fa_bench.errors import CoverageError
 from fa_bench.lazy import torch
 from fa_bench.mechanisms.carriers import Carrier, Transport
 from fa_bench.mechanisms.carry import Carry, recomputing, reentrant
+from fa_bench.mechanisms.coverage import batch_note
 from fa_bench.mechanisms.edge import EdgeRule, Site
 
 if TYPE_CHECKING:
@@ -73,6 +74,9 @@ class ForwardAlignment(EdgeRule):
     Choices, where the paper treats one hidden layer only: every layer but the first learns so, the output layer too
     (``plain_last`` gives it its true input); C is drawn like the weights by ``c_init``, one for each layer, also where layers
     share their weight. It costs a second forward pass.
+
+    In a model with batch normalisation the second pass depends on the batch itself: under data parallelism each rank has the
+    statistics of its own part.
     """
 
     c_init: str = option("xavier_uniform", "initialiser of the random weights C", choices=list(INITIALISERS))
@@ -131,6 +135,10 @@ class ForwardAlignment(EdgeRule):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def notes(self) -> tuple[str, ...]:
+        normalised = any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in self.model.modules())
+        return (batch_note("batch normalisation in the second forward pass"),) if normalised else ()
 
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
         """C and W: what aligns here."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS
 from fa_bench.lazy import nn, torch
+from fa_bench.mechanisms.coverage import batch_note
 from fa_bench.mechanisms.local import LocalRule, flattening, kind_of_map
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class PredSim(LocalRule):
     vary has similarity 0 to all and no gradient, where that code divides by zero. In half precision the cosines are computed in
     single. A projection shortcut learns by the loss of
     the activation behind the addition. Dropout behind a cut stays behind the loss.
+
+    The similarity depends on the batch itself: under data parallelism each rank compares the samples of its own part.
     """
 
     loss: str = option("predsim", "the local loss", choices=["predsim", "pred", "sim"])
@@ -73,6 +76,9 @@ class PredSim(LocalRule):
             labels = functional.one_hot(target, self._classes).to(activation.dtype)
             losses.append(functional.mse_loss(similarity(auxiliary["similarity"](activation)), similarity(labels)))
         return losses[0] if len(losses) == 1 else (1 - self.beta) * losses[0] + self.beta * losses[1]
+
+    def notes(self) -> tuple[str, ...]:
+        return () if self.loss == "pred" else (batch_note("the similarity"),)
 
     def output_error(self, delta: Tensor) -> Tensor:
         return (1 - self.beta) * delta if self.loss == "predsim" else delta

@@ -106,7 +106,7 @@ def test_one_step_equals_accumulated_where_only_one_step_differs() -> None:
 def test_probe_leaves_no_trace(name: str, options: dict) -> None:
     torch.manual_seed(0)
     model = ResNet20(width=2, blocks=1).build((1, 8, 8), 3).double()
-    model.append = nn.Dropout(0.5)
+    model.relu = nn.Sequential(model.relu, nn.Dropout(0.5))  # behind the stem and in every forward pass
     x, y = batch(64)
     x = x.view(-1, 1, 8, 8)
     rule = fa_bench.attach(model, name, seed=0, sample_input=x, **options)

@@ -39,6 +39,12 @@ DRAWS: dict[str, tuple[Deviation, bool]] = {
     "xavier_uniform": (lambda fan_in, fan_out: math.sqrt(2 / (fan_in + fan_out)), True),
     "kaiming_uniform": (lambda fan_in, fan_out: math.sqrt(2 / fan_in), True),
     "kaiming_normal": (lambda fan_in, fan_out: math.sqrt(2 / fan_out), False),
+    "kaiming_normal_fan_out": (lambda fan_in, fan_out: math.sqrt(2 / fan_out), False),
+    "xavier_normal": (lambda fan_in, fan_out: math.sqrt(2 / (fan_in + fan_out)), False),
+    "normal_fan_sum": (lambda fan_in, fan_out: math.sqrt(1 / (fan_in + fan_out)), False),
+    "normal_fan_out": (lambda fan_in, fan_out: math.sqrt(1 / fan_out), False),
+    "lecun_uniform": (lambda fan_in, fan_out: math.sqrt(1 / fan_in), True),
+    "uniform_one": (lambda fan_in, fan_out: math.sqrt(1 / 3), True),
 }
 
 
@@ -67,7 +73,7 @@ def check_draw(weight: Tensor, deviation: float, uniform: bool) -> None:
 
 def test_every_architecture_and_every_initialiser_is_tested() -> None:
     [init] = [field for field in option_fields(Architecture) if field.name == "init"]
-    assert set(NETS) == set(ARCHITECTURES) - {"torchvision"} and set(DRAWS) == set(init.metadata["choices"])
+    assert set(NETS) == set(ARCHITECTURES) - {"torchvision"} and set(DRAWS) | {"zeros"} == set(init.metadata["choices"])
 
 
 @pytest.mark.parametrize("init", DRAWS)

@@ -128,6 +128,36 @@ def test_numbers_beside_ours(tmp_path) -> None:
     assert all(row["published_low"] == 85 and blank(row["published_high"]) for row in rows[3:])
 
 
+@pytest.mark.parametrize(("bounds", "low", "high", "inside"), [
+    ("{low: 70}", 70, None, {"fc1": True, "fc2": True, "fc3": False}),
+    ("{high: 85}", None, 85, {"fc1": False, "fc2": True, "fc3": True}),
+    ("{low: 70, high: 85}", 70, 85, {"fc1": False, "fc2": True, "fc3": False}),
+    ("{low: 80, high: 89}", 80, 89, {"fc1": True, "fc2": True, "fc3": False}),  # the bounds themselves are inside
+])
+def test_ranges_have_two_ends(tmp_path, bounds, low, high, inside) -> None:
+    """The runs' layers have 89, 80 and 60 degrees."""
+    write_group(tmp_path, "bp", [0.97, 0.98])
+    text = ("- {paper: P, table: T, dataset: d, architecture: a, quantity: weight_angle, unit: degrees, presets: [a_table],\n"
+            f"   rows: [{{row: R, values: {{bp: {{'*': {bounds}}}}}}}]}}\n")
+    (tmp_path / "p.yaml").write_text(text)
+    rows = against_published(read_entries(tmp_path / "p.yaml"), runs_in(tmp_path)).to_dict("records")
+    assert {row["layer"]: row["inside"] for row in rows} == inside
+    for row in rows:
+        assert [None if blank(row[f"published_{end}"]) else row[f"published_{end}"] for end in ("low", "high")] == [low, high]
+        assert blank(row["published"]) and blank(row["difference"])
+
+
+@pytest.mark.parametrize(("bounds", "inside"), [("{low: 98}", False), ("{high: 98}", True), ("{high: 97}", False)])
+def test_range_of_the_whole_network(tmp_path, bounds, inside) -> None:
+    """The runs have 97.5 % on average."""
+    write_group(tmp_path, "bp", [0.97, 0.98])
+    (tmp_path / "p.yaml").write_text(
+        "- {paper: P, table: T, dataset: d, architecture: a, quantity: test_accuracy, unit: '%', presets: [a_table],\n"
+        f"   rows: [{{row: R, values: {{bp: {bounds}}}}}]}}\n")
+    (row,) = against_published(read_entries(tmp_path / "p.yaml"), runs_in(tmp_path)).to_dict("records")
+    assert (row["layer"], row["inside"]) == ("", inside)
+
+
 def test_a_number_of_an_epoch_is_compared_with_that_epoch(tmp_path) -> None:
     lines = [epoch_record(1, 0.5, None), epoch_record(2, 0.7, None)]
     write_run(tmp_path, "bp", 0, 0.7, metrics=lines)

@@ -62,10 +62,12 @@ def test_table_of_rules_is_complete() -> None:
     assert shown == {path.stem for path in (conf_dir() / "algorithm").glob("*.yaml")}
 
 
-def test_python_of_the_readme_runs() -> None:
-    code = re.search(r"```python\n(.*?)```", README, re.S)
-    assert code is not None
-    exec(compile(code.group(1), "README.md", "exec"), {})
+@pytest.mark.parametrize("page", ["README.md", "docs/training_loops.md"])
+def test_python_of_the_pages_runs(page: str) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+    assert blocks
+    for code in blocks:
+        exec(compile(code, page, "exec"), {})
 
 
 def test_presets_of_the_readme_are_those_there_are() -> None:

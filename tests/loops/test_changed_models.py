@@ -1,0 +1,138 @@
+"""Models that are changed after attach: what the rule no longer sees is refused by name, before it learns."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fa_bench
+from fa_bench.config.registries import ALGORITHMS
+from fa_bench.errors import CoverageError
+
+from .scripts import attached, net, sgd, steps
+
+
+def nested() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Sequential(nn.Linear(8, 16), nn.ReLU()), nn.Sequential(nn.Linear(16, 16), nn.ReLU()),
+                         nn.Linear(16, 3)).double()
+
+
+def new_head(model):
+    model[4] = nn.Linear(16, 3).double()
+
+
+def new_hidden_layer(model):
+    model[2] = nn.Linear(16, 16).double()
+
+
+def one_more_layer(model):
+    model.append(nn.Linear(3, 3).double())
+
+
+def layer_taken_out(model):
+    model[2] = nn.Identity()
+
+
+def copied_layer(model):
+    model[2] = copy.deepcopy(model[2])
+
+
+CHANGES = [new_head, new_hidden_layer, one_more_layer, layer_taken_out]
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("trained_before", [0, 2])
+def test_changed_layers_are_refused_before_the_next_update(name, change, trained_before):
+    model, rule = attached(name)
+    steps(model, rule, sgd(p for p in model.parameters() if p.requires_grad), trained_before)
+    change(model)
+    optimizer = sgd(p for p in model.parameters() if p.requires_grad)
+    weights = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(CoverageError, match=r"changed after attach.*Call rule\.detach\(\), then attach a rule again"):
+        steps(model, rule, optimizer, 1)
+    assert all(torch.equal(old, new) for old, new in zip(weights, model.parameters(), strict=True))
+    # What the error says works.
+    model = rule.detach()
+    if change in (new_head, new_hidden_layer):  # the other two may leave a rule nothing to cut or to share
+        rule = fa_bench.attach(model, name, seed=0)
+        steps(model, rule, sgd(p for p in model.parameters() if p.requires_grad), 2)
+
+
+@pytest.mark.parametrize("name", ["kp", "fa", "dfa", "dkp"])
+def test_a_whole_block_replaced_by_a_copy_is_noticed(name):
+    model = nested()
+    rule = fa_bench.attach(model, name, seed=0, **({"cuts": ["0", "1"]} if name in ("dfa", "dkp") else {}))
+    model[1] = copy.deepcopy(model[1])
+    with pytest.raises(CoverageError, match="changed after attach"):
+        steps(model, rule, sgd(model.parameters()), 1)
+
+
+def test_new_weights_may_come_in_where_uncovered_ones_are_allowed():
+    model, rule = attached("kp", allow_uncovered=True)
+    one_more_layer(model)
+    steps(model, rule, sgd(model.parameters()), 2)
+    copied_layer(model)
+    with pytest.raises(CoverageError, match="changed after attach"):
+        steps(model, rule, sgd(model.parameters()), 1)
+
+
+@pytest.mark.parametrize("name", ["kp", "dfa", "dgl", "asfp_lc"])
+def test_modules_without_weights_may_come_and_go(name):
+    """And wrappers of a layer, as long as the layer is still in the model."""
+    model, rule = attached(name)
+    model.append(nn.Identity())
+    steps(model, rule, sgd(p for p in model.parameters() if p.requires_grad), 1)
+
+    class Wrapper(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x)
+
+    model[2] = Wrapper(model[2])
+    steps(model, rule, sgd(p for p in model.parameters() if p.requires_grad), 2)
+    assert type(rule.detach()[2].inner) is nn.Linear
+
+
+@pytest.mark.parametrize("name", ["frozen", "fa", "dfa", "bp"])
+@pytest.mark.parametrize("how", ["replaced", "unfrozen"])
+def test_a_frozen_weight_that_learns_is_refused(name, how):
+    model = net()
+    rule = fa_bench.attach(model, name, seed=0, freeze_stem=name != "frozen")
+    layer = model[0]
+    if how == "replaced":
+        layer.weight = nn.Parameter(layer.weight.detach().clone())
+    else:
+        layer.weight.requires_grad_(True)
+    with pytest.raises(CoverageError, match=r"'0\.weight' was frozen by the rule and learns now"):
+        steps(model, rule, sgd(p for p in model.parameters() if p.requires_grad), 1)
+
+
+def test_a_frozen_weight_may_be_replaced_by_a_frozen_one():
+    model = net()
+    rule = fa_bench.attach(model, "frozen", seed=0)
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    steps(model, rule, sgd(p for p in model.parameters() if p.requires_grad), 2)
+    assert all(p.requires_grad for p in rule.detach().parameters())
+
+
+def test_exact_passes_and_evaluation_do_not_look():
+    model, rule = attached("kp")
+    new_head(model)
+    with torch.no_grad():
+        model(torch.zeros(2, 8).double())
+    with rule.exact():
+        model(torch.zeros(2, 8).double()).sum().backward()
+
+
+@pytest.mark.parametrize("name", ["kp", "dfa", "bp"])
+def test_attach_in_inference_mode_is_refused_at_once(name):
+    with torch.inference_mode():
+        model = net()
+        with pytest.raises(CoverageError, match=r"inference_mode"):
+            fa_bench.attach(model, name)

@@ -1,0 +1,136 @@
+"""Two ranks under DistributedDataParallel train as one process does with the whole batch, for every rule.
+
+Both ranks are processes of their own and talk by gloo; every rule trains in the same two, since starting them costs most.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn import functional as F
+
+import fa_bench
+from fa_bench.config.registries import ALGORITHMS
+
+from .scripts import data, net, sgd
+
+# Without what depends on the batch itself: similarities of its samples, batch normalisation.
+OPTIONS: dict[str, dict] = {
+    "predsim": {"loss": "pred"}, "dgl": {"auxiliary_net": "linear"}, "wm": {"initial_steps": 3, "mirror_batch": 8},
+}
+CASES = {name: (name, OPTIONS.get(name, {})) for name in ALGORITHMS}
+CASES |= {
+    "drtp sign": ("drtp", {"error_sign": True}),
+    "kp apart": ("kp", {"b_lr_scale": 0.5}), "kp plain last": ("kp", {"plain_last": True}),
+    "dkp sparse": ("dkp", {"density": 0.5}), "pfa sparse": ("pfa", {"density": 0.5}), "fa stem": ("fa", {"freeze_stem": True}),
+    "asap random": ("asap", {"match": "random", "freeze_stem": False}),
+    "conv kp": ("kp", {}), "conv pfa": ("pfa", {}), "conv dkp": ("dkp", {}), "conv asfp": ("asfp", {}),
+    "asfp_lc learning stem": ("asfp_lc", {"freeze_stem": False}), "predsim whole": ("predsim", {}), "dgl whole": ("dgl", {}),
+}
+#: What depends on the batch itself differs from one process; the ranks still agree with each other.
+DIFFER = ("asfp_lc learning stem", "predsim whole", "dgl whole")
+STEPS = 5
+
+
+def model_of(case: str) -> nn.Module:
+    if not case.startswith("conv"):
+        return net()
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).double()
+    model.cut_points = ["2", "4", "6"]
+    return model
+
+
+def train(case: str, parts: slice, wrap=lambda model: model) -> dict[str, torch.Tensor]:
+    """The model's state after some steps on a part of each batch."""
+    name, options = CASES[case]
+    model = model_of(case)
+    rule = fa_bench.attach(model, name, seed=0, sample_input=data(2)[0], **options)
+    called = wrap(model)
+    optimizer = sgd([p for p in called.parameters() if p.requires_grad])
+    for step in range(STEPS):
+        x, y = (tensor[parts] for tensor in data(16, seed=step))
+        optimizer.zero_grad()
+        logits = called(x)
+        rule.backward(F.cross_entropy(logits, y), logits, y)
+        optimizer.step()
+        rule.step()
+    found = {key: value.detach().clone() for key, value in model.state_dict().items()}
+    for place, tensors in rule.feedback.items():
+        found |= {f"feedback of {place}: {key}": tensor.detach().clone() for key, tensor in tensors.items()}
+    return found
+
+
+def rank(number: int, store: str, results) -> None:
+    torch.set_num_threads(1)
+    # Ranks draw other global numbers, as they do where nobody seeds them: a rule must not depend on these.
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=number, world_size=2)
+    for case in CASES:
+        torch.manual_seed(100 + number)
+        try:
+            found = train(case, slice(8 * number, 8 * number + 8), nn.parallel.DistributedDataParallel)
+            results.put((case, number, {key: value.numpy() for key, value in found.items()}))
+        except Exception as error:
+            results.put((case, number, f"{type(error).__name__}: {error}"))
+    results.put(None)
+    dist.destroy_process_group()
+
+
+def on_two_ranks(store: Path) -> dict[str, dict[int, dict | str]]:
+    """{case: {rank: its state, or its error}}."""
+    context = mp.get_context("spawn")
+    results = context.Queue()
+    processes = [context.Process(target=rank, args=(number, str(store), results), daemon=True) for number in range(2)]
+    for process in processes:
+        process.start()
+    found: dict[str, dict[int, dict | str]] = {case: {} for case in CASES}
+    ended = 0
+    try:
+        while ended < 2:
+            if (result := results.get(timeout=240)) is None:
+                ended += 1
+            else:
+                case, number, state = result
+                found[case][number] = state
+    finally:
+        for process in processes:
+            process.join(20)
+            if process.is_alive():
+                process.terminate()
+    return found
+
+
+def test_two_ranks_are_one_process(tmp_path, monkeypatch):
+    """Sums over halves instead of the whole: rounding of 1e-16 a step, in weights, feedback and buffers alike."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    faults = []
+    for case, of_rank in on_two_ranks(tmp_path / "store").items():
+        one, two = of_rank[0], of_rank[1]
+        if isinstance(one, str) or isinstance(two, str):
+            faults.append(f"{case}: {one if isinstance(one, str) else two}")
+            continue
+        want = train(case, slice(None))
+        assert one.keys() == two.keys() == want.keys()
+        faults += [f"{case}: {key} is another on the other rank" for key in one if (one[key] != two[key]).any()]
+        apart = max(float(abs(one[key] - want[key].numpy()).max()) for key in one)
+        if (apart > 1e-6) if case in DIFFER else (apart < 1e-12):
+            continue
+        faults.append(f"{case}: {apart:.1e} off one process" + (", which its coverage denies" if case in DIFFER else ""))
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize(("case", "says"), [
+    ("asfp_lc learning stem", "batch"), ("predsim whole", "batch"), ("dgl whole", "batch"),
+    ("forward_alignment", None), ("predsim", None), ("dgl", None), ("kp", None),
+])
+def test_coverage_says_what_depends_on_the_batch(case, says):
+    name, options = CASES[case]
+    text = str(fa_bench.attach(model_of(case), name, sample_input=data(2)[0], **options).coverage)
+    assert ("depends on the batch" in text) == (says is not None), text

@@ -1,0 +1,72 @@
+"""States that were saved when learned feedback was a buffer, and auxiliary layers were in the rule's state, still load."""
+
+import pytest
+import torch
+
+from fa_bench.errors import StateError
+
+from ..rules.helpers import assert_bitwise
+from .scripts import LEARNED, attached, sgd, state, steps
+
+AUXILIARY = ("predsim", "dgl", "asfp_lc")
+
+
+def older(model, rule, name):
+    """(model's state, rule's state) as they were saved: no auxiliary layers in the first, all of them in the second."""
+    own = {key: value for key, value in state(model).items() if "feedback_auxiliary_" not in key}
+    if name not in AUXILIARY:
+        return own, rule.state_dict()
+    local = rule._local if name == "asfp_lc" else rule
+    layers = {cut: dict(local.auxiliary_at(cut).state_dict()) for cut in local._auxiliary}
+    layers = {cut: {key: value.clone() for key, value in tensors.items()} for cut, tensors in layers.items()}
+    return own, {"classifiers": layers} if name == "asfp_lc" else layers
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_older_states_load_and_go_on_alike(name):
+    model, rule = attached(name)
+    steps(model, rule, sgd(model.parameters()), 3)
+    saved = older(model, rule, name)
+    fresh, other = attached(name)
+    steps(fresh, other, sgd(fresh.parameters()), 1)  # something else in it
+    fresh.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    assert_bitwise(state(fresh), state(model))
+    for one, two in ((model, rule), (fresh, other)):
+        steps(one, two, sgd(one.parameters()), 2)
+    assert_bitwise(state(fresh), state(model))
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_keys_of_states_are_those_of_before(name):
+    """{layer or cut}.feedback_{name}: only the auxiliary layers are new, under names of their own."""
+    model, rule = attached(name)
+    local = rule._local if name == "asfp_lc" else rule
+    expected = {f"{place}.feedback_{key}" for place, tensors in rule.feedback.items() for key in tensors
+                if name not in AUXILIARY or place not in local._auxiliary}
+    assert {key for key in model.state_dict() if "feedback_" in key and "auxiliary" not in key} == expected
+
+
+@pytest.mark.parametrize("name", AUXILIARY)
+def test_a_state_without_auxiliary_layers_anywhere_is_refused(name):
+    model, rule = attached(name)
+    own, _ = older(model, rule, name)
+    fresh, other = attached(name)
+    fresh.load_state_dict(own)
+    with pytest.raises(StateError, match="no auxiliary layers for cut '1'"):
+        other.load_state_dict({})
+    with pytest.raises(RuntimeError, match="feedback_auxiliary"):  # a part of them is a torn state, not an older one
+        some = next(key for key in model.state_dict() if "feedback_auxiliary_" in key)
+        fresh.load_state_dict(own | {some: model.state_dict()[some]})
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_present_state_needs_nothing_else(name, tmp_path):
+    model, rule = attached(name)
+    steps(model, rule, sgd(model.parameters()), 2)
+    torch.save({"model": model.state_dict(), "rule": rule.state_dict()}, tmp_path / "state.pt")
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    fresh, other = attached(name)
+    fresh.load_state_dict(saved["model"])
+    other.load_state_dict(saved["rule"])
+    assert_bitwise(state(fresh), state(model))

@@ -1,0 +1,236 @@
+"""Learned feedback in the training loops that people write: everything that handles parameters handles it."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import fa_bench
+from fa_bench.errors import StateError
+from fa_bench.metrics.angles import weight_angle
+
+from ..rules.helpers import assert_bitwise
+from .scripts import LEARNED, attached, net, sgd, state, steps
+
+LEFT_OUT = r"the weights are updated, but not the learned feedback '[\w.]+'.*Make the optimizer after attach"
+REPLACED = r"learned feedback '[\w.]+' was replaced after the optimizer was made.*Make a new optimizer"
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_feedback_is_a_parameter_and_weights_are_told_apart(name):
+    model, rule = attached(name)
+    feedback, weights = rule.feedback_parameters(), rule.weight_parameters()
+    assert feedback and all(isinstance(tensor, nn.Parameter) and tensor.requires_grad for tensor in feedback)
+    assert {*map(id, feedback)} | {*map(id, weights)} == {*map(id, model.parameters())}
+    assert [p.shape for p in weights] == [p.shape for p in net().parameters()]
+    assert {*dict(model.named_parameters())} <= {*model.state_dict()}
+
+
+@pytest.mark.parametrize("name", ["fa", "usf", "frsf", "brsf", "wm", "dfa", "drtp", "local_error", "forward_alignment", "bp"])
+def test_fixed_feedback_is_no_parameter(name):
+    model, rule = attached(name)
+    assert rule.feedback_parameters() == [] and len(list(model.parameters())) == 6
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_the_models_own_zero_grad_is_enough(name):
+    one, two = attached(name), attached(name)
+    steps(*one, sgd(one[0].parameters()), 4)
+    steps(*two, sgd(two[0].parameters()), 4, zero_grad=two[0].zero_grad)
+    assert_bitwise(state(two[0]), state(one[0]))
+
+
+def test_clipping_the_models_parameters_scales_both_alike():
+    """kp: W - B only decays, so that the angles go to 0, although clipping acts at every step."""
+    model, rule = attached("kp")
+    steps(model, rule, sgd(model.parameters(), weight_decay=0.02), 1500,
+          before_step=lambda: nn.utils.clip_grad_norm_(model.parameters(), 0.05))
+    for feedback, weight in rule.weight_pairs().values():
+        assert weight_angle(feedback, weight) < 1e-3
+
+
+# The others need labels.
+@pytest.mark.parametrize("name", [name for name in LEARNED if name not in ("predsim", "dgl", "asfp_lc")])
+def test_plain_backward_and_no_call_of_the_rule_train_feedback(name):
+    one, two = attached(name), attached(name)
+    steps(*one, sgd(one[0].parameters()), 4)
+    steps(*two, sgd(two[0].parameters()), 4, plain_backward=True, rule_step=False)
+    assert_bitwise(state(two[0]), state(one[0]))
+
+
+@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("kind", ["loop", "foreach", "fused", "adam", "adamw fused", "rprop"])
+def test_optimizer_made_before_attach_is_an_error_at_the_first_update(name, kind):
+    model = net()
+    made = {"adam": torch.optim.Adam, "rprop": torch.optim.Rprop}.get(kind) or \
+        (torch.optim.AdamW if kind.startswith("adamw") else torch.optim.SGD)
+    settings = {"loop": {"foreach": False}, "foreach": {"foreach": True}}.get(kind, {"fused": True} if "fused" in kind else {})
+    optimizer = made(model.parameters(), lr=0.1, **settings)
+    rule = fa_bench.attach(model, name, seed=0)
+    with pytest.raises(StateError, match=LEFT_OUT):
+        steps(model, rule, optimizer, 1)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_without_rule_step_the_next_backward_pass_says_so(name):
+    model = net()
+    optimizer = sgd(model.parameters())
+    rule = fa_bench.attach(model, name, seed=0)
+    with pytest.raises(StateError, match=LEFT_OUT):
+        steps(model, rule, optimizer, 2, rule_step=False)
+
+
+@pytest.mark.parametrize("data_attribute", [False, True])
+@pytest.mark.parametrize("name", ["kp", "pfa", "dkp", "predsim"])
+def test_weights_updated_by_hand_without_feedback_are_an_error(name, data_attribute):
+    model = net()
+    collected = list(model.parameters())
+    rule = fa_bench.attach(model, name, seed=0)
+
+    class ByHand:
+        zero_grad = staticmethod(model.zero_grad)
+
+        @staticmethod
+        @torch.no_grad()
+        def step():
+            for parameter in collected:
+                if data_attribute:
+                    parameter.data -= 0.1 * parameter.grad
+                else:
+                    parameter -= 0.1 * parameter.grad
+
+    with pytest.raises(StateError, match=LEFT_OUT):
+        steps(model, rule, ByHand, 1)
+    collected[:] = model.parameters()  # collected after attach it works
+    steps(model, rule, ByHand, 2)
+
+
+def test_the_mends_that_the_error_names_work():
+    for mend in ("group", "new", "fixed"):
+        model = net()
+        optimizer = sgd(model.parameters())
+        rule = fa_bench.attach(model, "kp", seed=0)
+        with pytest.raises(StateError):
+            steps(model, rule, optimizer, 1)
+        if mend == "group":
+            optimizer.add_param_group({"params": rule.feedback_parameters()})
+        elif mend == "new":
+            optimizer = sgd(model.parameters())
+        else:
+            for tensor in rule.feedback_parameters():
+                tensor.requires_grad_(False)
+        before = [tensor.detach().clone() for tensor in rule.feedback_parameters()]
+        steps(model, rule, optimizer, 3)
+        moved = [not torch.equal(old, tensor) for old, tensor in zip(before, rule.feedback_parameters(), strict=True)]
+        assert all(moved) if mend != "fixed" else not any(moved)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("trained_before", [0, 3])
+@pytest.mark.parametrize("fused", [False, True])
+def test_tensors_replaced_after_the_optimizer_was_made_are_an_error(name, trained_before, fused):
+    model, rule = attached(name)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
+    steps(model, rule, optimizer, trained_before)
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    with pytest.raises(StateError, match=REPLACED):
+        steps(model, rule, optimizer, 2)
+    steps(model, rule, torch.optim.SGD(model.parameters(), lr=0.1, fused=fused), 3)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_assigned_state_and_a_new_optimizer_go_on_as_before(name):
+    one, two = attached(name), attached(name)
+    steps(*one, sgd(one[0].parameters(), momentum=0.0), 2)
+    two[0].load_state_dict(state(one[0]), assign=True)
+    two[1].load_state_dict(one[1].state_dict())
+    for model, rule in (one, two):
+        steps(model, rule, sgd(model.parameters()), 3)
+    assert_bitwise(state(two[0]), state(one[0]))
+
+
+@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("convert", ["double", "to"])
+def test_another_dtype_after_the_optimizer_was_made(name, convert):
+    """The same as converting first; SGD without state, for torch does not convert an optimizer's state."""
+    one, two = attached(name, torch.float32), attached(name, torch.float32)
+    optimizer = sgd(one[0].parameters())
+    two[0].double()
+    one[0].double() if convert == "double" else one[0].to(torch.float64)
+    steps(*one, optimizer, 3)
+    steps(*two, sgd(two[0].parameters()), 3)
+    assert_bitwise(state(one[0]), state(two[0]))
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_what_is_no_fault_is_not_taken_for_one(name):
+    """A learning rate of 0 (warm-up), optimizers of their own, accumulation, weights changed by hand, skipped updates."""
+    model, rule = attached(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for settings in ({"fused": True}, {"foreach": True}):
+            steps(model, rule, sgd(model.parameters(), lr=0.0, weight_decay=0.0, **settings), 3)
+    model, rule = attached(name)
+    optimizers = [sgd(rule.weight_parameters(), fused=True), sgd(rule.feedback_parameters(), lr=0.01)]
+
+    class Both:
+        zero_grad = staticmethod(model.zero_grad)
+
+        @staticmethod
+        def step():
+            for optimizer in optimizers:
+                optimizer.step()
+
+    steps(model, rule, Both, 3)
+    model, rule = attached(name)
+    with torch.no_grad():  # between two backward passes, as in finite differences
+        for _ in range(3):
+            for parameter in rule.weight_parameters():
+                parameter.mul_(1.01)
+            with torch.enable_grad():
+                steps(model, rule, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1), 1, rule_step=False)
+
+    class Skips(torch.optim.SGD):
+        def step(self, closure=None):
+            """As a gradient scaler does with an update that is not finite."""
+
+    model, rule = attached(name)
+    steps(model, rule, Skips(model.parameters(), lr=0.1), 4)
+    steps(model, rule, sgd(model.parameters()), 2)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_averaged_copies_and_schedules_have_feedback_too(name):
+    model, rule = attached(name)
+    averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    optimizer = sgd(model.parameters())
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    want = state(model)
+    for _ in range(3):
+        steps(model, rule, optimizer, 1)
+        averaged.update_parameters(model)
+        schedule.step()
+        # The first update copies, as torch's average does.
+        now = state(model)
+        want = now if averaged.n_averaged == 1 else {key: 0.5 * want[key] + 0.5 * now[key] for key in want}
+    got = {key: value for key, value in averaged.module.state_dict().items()}
+    for key, _ in model.named_parameters():
+        torch.testing.assert_close(got[key], want[key], rtol=1e-12, atol=0)
+
+
+def test_a_frozen_weight_and_its_feedback_rest_together():
+    """Nothing waits for a gradient that does not come; once the weight learns again the rule says what is missing."""
+    model = net()
+    model[0].requires_grad_(False)
+    rule = fa_bench.attach(model, "kp", seed=0)
+    assert not rule.feedback["0"]["B"].requires_grad
+    steps(model, rule, sgd(model.parameters()), 2)
+    model[0].weight.requires_grad_(True)
+    with pytest.raises(StateError, match=r"'0\.feedback_B' was frozen by attach.*unfreeze it too"):
+        steps(model, rule, sgd(model.parameters()), 1)
+    rule.feedback["0"]["B"].requires_grad_(True)
+    before = rule.feedback["0"]["B"].detach().clone()
+    steps(model, rule, sgd(model.parameters()), 2)
+    assert not torch.equal(rule.feedback["0"]["B"], before)

@@ -1,0 +1,204 @@
+"""What a measurement of angles sees of dropout, normalisation and the model's mode; and that it leaves all of them unchanged."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import StochasticDepth
+
+import fa_bench
+from fa_bench.config.registries import ALGORITHMS
+from fa_bench.data.base import ResidentSplit
+from fa_bench.metrics.angles import NORM_FLOOR, angles, mean_sample_angle, norm_ratio
+from fa_bench.metrics.probe import Probe
+from fa_bench.runs.hashes import state_hash
+from fa_bench.runs.loop import evaluate
+from tests.rules import nets
+from tests.rules.helpers import QUICK
+
+NOISE = {"Dropout": lambda: nn.Dropout(0.5), "AlphaDropout": lambda: nn.AlphaDropout(0.5),
+         "StochasticDepth": lambda: StochasticDepth(0.5, "row"), "none": nn.Identity}
+SHARING = {"match": "random", "linear": "share"}
+OPTIONS = QUICK | {"asap": SHARING, "asfp": SHARING, "asfp_lc": SHARING}
+RULES = sorted(ALGORITHMS)
+
+
+def net(noise: str = "none") -> nn.Sequential:
+    """Normalisation, and noise of one kind in front of the last two layers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(OrderedDict(
+        fc1=nn.Linear(7, 6), bn1=nn.BatchNorm1d(6), act1=nn.Tanh(), noise1=NOISE[noise](), fc2=nn.Linear(6, 5),
+        bn2=nn.BatchNorm1d(5), act2=nn.Tanh(), noise2=NOISE[noise](), fc3=nn.Linear(5, 3))).double()
+    model.cut_points = model.blocks = ["act1", "act2"]
+    return model
+
+
+def batch(seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(10, 7, generator=generator, dtype=torch.float64), torch.arange(10) % 3
+
+
+def attached(name: str, noise: str = "none") -> tuple[nn.Sequential, Any]:
+    model = net(noise)
+    return model, fa_bench.attach(model, name, seed=0, sample_input=batch()[0], **OPTIONS.get(name, {}))
+
+
+def measured(rule: Any) -> str:
+    return str(Probe(rule, *batch()).measure())
+
+
+@pytest.mark.parametrize("noise", [noise for noise in NOISE if noise != "none"])
+@pytest.mark.parametrize("name", RULES)
+def test_dropout_is_off_while_angles_are_measured(name: str, noise: str) -> None:
+    """The same numbers as for the model without dropout, and the global generator is not asked."""
+    model, rule = attached(name, noise)
+    state = torch.get_rng_state()
+    assert measured(rule) == measured(attached(name)[1])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in model.modules())
+
+
+def all_that_may_change(model: nn.Module, rule: Any) -> dict[str, Any]:
+    """Hashes of what a measurement must leave alone, bit by bit."""
+    trained = {id(t): t for t in [*model.parameters(), *rule.feedback_parameters()]}.values()
+    parts = {
+        **model.state_dict(), "feedback": rule.feedback, "rule": rule.state_dict(), "random": torch.get_rng_state(),
+        "gradients": [t.grad for t in trained], "requires_grad": [t.requires_grad for t in trained],
+        "training": [module.training for module in model.modules()],
+        "running statistics": [module.track_running_stats for module in model.modules() if isinstance(module, nn.BatchNorm1d)],
+    }
+    return {name: state_hash(part) for name, part in parts.items()}
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "mixed"])
+@pytest.mark.parametrize("name", RULES)
+def test_everything_is_as_before_after_a_measurement(name: str, mode: str) -> None:
+    """Modes module by module, running statistics, gradients of weights and feedback (of some, of others none), random state."""
+    model, rule = attached(name, "Dropout")
+    logits = model(batch(1)[0])
+    rule.backward(F.cross_entropy(logits, batch(1)[1]), logits, batch(1)[1])
+    model.fc2.weight.grad = None
+    model.train(mode == "train")
+    if mode == "mixed":
+        model.bn1.train()
+        model.act2.train()
+    before = all_that_may_change(model, rule)
+    Probe(rule, *batch()).measure()
+    assert all_that_may_change(model, rule) == before
+
+
+@pytest.mark.parametrize("name", ["bp", "dfa"])
+def test_dropout_of_a_model_in_evaluation_mode_stays_off_after_a_measurement(name: str) -> None:
+    model, rule = attached(name, "Dropout")
+    model.eval()
+    Probe(rule, *batch()).measure()
+    assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_mode_of_the_model_changes_no_angle(name: str) -> None:
+    """Normalisation by the batch's own statistics in either mode; the running ones do not enter."""
+    found = []
+    for training in (True, False):
+        model, rule = attached(name)
+        model.bn1.running_mean.fill_(3.0)
+        model.train(training)
+        found.append(measured(rule))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", ["bp", "kp", "dfa"])
+def test_evaluation_restores_the_mode_of_every_module(name: str) -> None:
+    model = nn.Sequential(OrderedDict(flat=nn.Flatten(), **dict(net("Dropout").float().named_children())))
+    model.cut_points = ["act1", "act2"]
+    fa_bench.attach(model, name, seed=0, sample_input=torch.zeros(2, 7, 1, 1))
+    model.bn2.eval()
+    images = torch.randint(256, (9, 7, 1, 1), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    split = ResidentSplit(images, torch.arange(9) % 3, [0.5], [0.5], False, torch.device("cpu"))
+    before, state = {key: tensor.clone() for key, tensor in model.state_dict().items()}, torch.get_rng_state()
+    assert evaluate(model, split, 4) == evaluate(model, split, 4)
+    assert [name for name, module in model.named_modules() if not module.training] == ["bn2"]
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_weights_that_the_user_froze_stay_frozen() -> None:
+    """Tracing the model asks for gradients of all of them."""
+    model = net()
+    model.fc1.requires_grad_(False)
+    rule = fa_bench.attach(model, "kp", seed=0, sample_input=batch()[0])
+    for _ in range(2):
+        assert not model.fc1.weight.requires_grad and not model.fc1.bias.requires_grad and model.fc2.weight.requires_grad
+        Probe(rule, *batch()).measure()
+        assert model.fc1.weight.grad is None
+
+
+# --- what is measured ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_norms_are_those_of_the_gradients_of_backpropagation(name: str) -> None:
+    """Whatever the rule made of its own gradients before, and whatever lies in ``.grad``."""
+    model, rule = attached(name)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 5.0)
+    got = Probe(rule, *batch()).measure()["true_gradient_norm"]
+    plain, (x, y) = net(), batch()
+    F.cross_entropy(plain(x), y).backward()
+    want = {path: plain.get_submodule(path).weight.grad.norm().item() for path in ("fc1", "fc2", "fc3")}
+    # Float64, and the same operations but for their order.
+    assert got == pytest.approx(want, rel=1e-9)
+
+
+def test_one_step_replaces_the_part_of_every_layer_that_takes_the_activation() -> None:
+    """A projection shortcut carries a wrong error beside a convolution that carries the true one: one step from the truth."""
+    model, (x, y) = nets.residual(), nets.batch("residual")
+    rule = fa_bench.attach(model, "fa", seed=0, sample_input=x, b_init="copy_w")
+    with torch.no_grad():
+        rule.feedback["down"]["B"].normal_(generator=torch.Generator().manual_seed(0))
+    got = Probe(rule, x, y).measure()
+    assert got["delta_angle"]["a2"] > 1
+    assert got["delta_angle_one_step"]["a2"] == pytest.approx(got["delta_angle"]["a2"], abs=1e-6)
+    # Below, the last step is true again.
+    assert got["delta_angle"]["a1"] > 1 and got["delta_angle_one_step"]["a1"] < 1e-6
+
+
+# --- angles -------------------------------------------------------------------------------------------------------------------
+
+
+def test_void_samples_do_not_enter_the_mean() -> None:
+    """A row of zeros on either side, as behind dead units, has no angle; the others have 90 and 0 degrees."""
+    u = torch.tensor([[1.0, 0.0], [0.0, 0.0], [2.0, 0.0], [1.0, 1.0]])
+    v = torch.tensor([[0.0, 3.0], [1.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
+    assert mean_sample_angle(u, v) == pytest.approx(45.0)
+    assert math.isnan(mean_sample_angle(u[1:2], v[1:2]))
+
+
+def test_samples_are_flattened_one_by_one() -> None:
+    """Maps of shape (N, C, H, W): one angle a sample, over all its numbers."""
+    u, v = torch.zeros(2, 2, 1, 2), torch.zeros(2, 2, 1, 2)
+    u[0, 0, 0, 0] = v[0, 1, 0, 1] = 1.0  # at right angles
+    u[1, 0, 0, 0] = v[1, 0, 0, 0] = 100.0  # the same: large numbers count no more than small ones
+    assert mean_sample_angle(u, v) == pytest.approx(45.0)
+
+
+def test_floor_of_norms_is_that_of_either_side() -> None:
+    tiny = 0.5 * NORM_FLOOR
+    u, v = torch.tensor([[tiny, 0.0], [1.0, 0.0], [1e-9, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, tiny], [0.0, 1e-9]])
+    got = angles(u, v)
+    assert got[:2].isnan().all() and got[2].item() == pytest.approx(90.0)
+    assert got.dtype == torch.float64
+
+
+def test_norm_ratio_is_of_frobenius_norms_in_double_precision() -> None:
+    """Entries whose squares are no float32."""
+    ones = torch.ones(3, 4, 2)
+    assert norm_ratio(2 * ones, ones) == pytest.approx(2.0)
+    assert norm_ratio(1e-30 * ones, ones) == pytest.approx(1e-30)
+    assert norm_ratio(ones, 4 * ones[:1]) == pytest.approx(math.sqrt(24) / (4 * math.sqrt(8)))

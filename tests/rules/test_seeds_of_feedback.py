@@ -1,0 +1,151 @@
+"""Which random numbers feedback is made of: a function of seed, layer and name; signs, masks and groups of what is drawn."""
+
+import math
+from collections import OrderedDict
+from itertools import combinations
+
+import pytest
+import torch
+from torch import nn
+
+import fa_bench
+from fa_bench.config.registries import ALGORITHMS
+from fa_bench.draws import INITIALISERS, draw, redraw_magnitudes
+
+from .helpers import cut_options
+
+SHARING = {"match": "random", "linear": "share"}
+# Options under which a rule has all its random tensors, and small.
+OPTIONS = {
+    "asap": SHARING, "asfp": SHARING, "asfp_lc": SHARING | {"cuts": ["act1", "act2"]}, "dgl": {"cuts": ["act1", "act2"]},
+    "pfa": {"density": 0.5, "ratio": 2.0}, "mixed": {"pfa": 0.4, "fa": 0.3, "kp": 0.3}, "wm": {"initial_steps": 0},
+    "local_error": {"separate": True}, **{name: {"density": 0.5} for name in ("usf", "brsf", "frsf", "fa", "dkp")},
+}
+RANDOM = sorted(set(ALGORITHMS) - {"bp", "frozen", "bp_fc"})
+
+
+def equal_layers() -> nn.Sequential:
+    """Layers of one shape, so that equal seeds would show as equal tensors; all weights are 1, so that signs do not tell."""
+    parts = [(f"{kind}{n}", make()) for n in (1, 2, 3) for kind, make in (("fc", lambda: nn.Linear(6, 6)), ("act", nn.Tanh))]
+    model = nn.Sequential(OrderedDict([*parts, ("fc4", nn.Linear(6, 3))])).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+    return model
+
+
+def random_tensors(name: str, seed: int, forwards: int = 1, **options) -> dict[tuple[str, str], torch.Tensor]:
+    """{(layer or cut, name): tensor} of all feedback that is not one number throughout, after training forward passes."""
+    model, x = equal_layers(), torch.ones(4, 6, dtype=torch.float64)
+    rule = fa_bench.attach(model, name, seed=seed, sample_input=x, **cut_options(name, model, OPTIONS.get(name, {}) | options))
+    for _ in range(forwards):
+        model(x)
+    tensors = {(at, key): tensor.detach().clone() for at, own in rule.feedback.items() for key, tensor in own.items()}
+    return {key: tensor for key, tensor in tensors.items() if len(tensor.unique()) > 1}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_every_random_tensor_depends_on_the_seed_and_on_nothing_else(name: str) -> None:
+    torch.manual_seed(1)
+    first = random_tensors(name, seed=0)
+    torch.manual_seed(2)
+    again, other = random_tensors(name, seed=0), random_tensors(name, seed=1)
+    assert first and set(first) == set(again) == set(other)
+    assert [key for key in first if not torch.equal(first[key], again[key])] == []
+    assert [key for key in first if torch.equal(first[key], other[key])] == []
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_layers_and_tensors_of_one_shape_differ(name: str) -> None:
+    tensors = random_tensors(name, seed=0)
+    equal = [(a, b) for a, b in combinations(tensors, 2)
+             if tensors[a].shape == tensors[b].shape and torch.equal(tensors[a], tensors[b])]
+    assert tensors and equal == []
+
+
+@pytest.mark.parametrize("name", ["pfa", "pfa_o", "mixed"])
+@pytest.mark.parametrize("make", [
+    lambda: nn.Conv2d(4, 6, 3, groups=2), lambda: nn.ConvTranspose2d(4, 6, 3, groups=2),
+], ids=["plain", "transposed"])
+def test_every_group_of_a_convolution_has_a_b_of_its_own(name: str, make) -> None:
+    model = nn.Sequential(make())
+    rule = fa_bench.attach(model, name, seed=0, sample_input=torch.zeros(2, 4, 5, 5), ratio=2.0)
+    one, two = rule.feedback["0"]["B"].detach().chunk(2)
+    assert one.shape == two.shape and not torch.equal(one, two) and one.any() and two.any()
+
+
+@pytest.mark.parametrize("init", ["xavier_uniform", "xavier_normal"])
+def test_draws_of_brsf_differ_from_seed_to_seed_and_from_layer_to_layer_at_every_forward(init: str) -> None:
+    drawn = [random_tensors("brsf", seed, forwards, m_init=init)[layer, "M"]
+             for seed in (0, 1) for forwards in (1, 2, 5) for layer in ("fc2", "fc3")]
+    assert not any(torch.equal(one, other) for one, other in combinations(drawn, 2))
+
+
+# --- magnitudes and masks -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["brsf", "frsf"])
+@pytest.mark.parametrize("init", [init for init in INITIALISERS if init != "zeros"])
+def test_magnitudes_are_never_negative_and_signs_are_those_of_the_weight(name: str, init: str) -> None:
+    """Before the first training forward pass and after two of them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 7))
+    rule = fa_bench.attach(model, name, seed=0, m_init=init)
+    for _ in range(3):
+        for layer, tensors in rule.feedback.items():
+            assert tensors["M"].min() >= 0
+            assert torch.equal(rule.effective_feedback(layer).sign(), model.get_submodule(layer).weight.detach().sign())
+        model(torch.zeros(2, 9))
+
+
+@pytest.mark.parametrize("init", INITIALISERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_redrawn_magnitudes_have_the_distribution_of_the_initialiser(init: str, dtype: torch.dtype) -> None:
+    """Mean and mean square of |M|, of 40 000 numbers; those of the drawing with signs, whose absolute values are taken."""
+    drawn, want = torch.empty(200, 200, dtype=dtype), draw((200, 200), init, seed=1).abs()
+    redraw_magnitudes(drawn, init, seed=2)
+    assert drawn.min() >= 0
+    # Standard errors: 0.38 % of the mean and 0.7 % of the mean square for normal numbers; five of them for the difference of two.
+    assert drawn.mean().item() == pytest.approx(want.mean().item(), rel=0.03)
+    assert drawn.square().mean().item() == pytest.approx(want.square().mean().item(), rel=0.05)
+
+
+def test_no_redrawn_magnitude_is_zero() -> None:
+    """A million uniform numbers of 16 bits: each of the 65 536 values comes up, but with a chance of exp(-15)."""
+    drawn = torch.empty(1000, 1000)
+    redraw_magnitudes(drawn, "uniform_one", seed=3)
+    assert 0 < drawn.min() < 1e-5 and 1 - 1e-5 < drawn.max() < 1
+
+
+@pytest.mark.parametrize("name", ["fa", "mixed"])
+def test_copied_weights_are_masked(name: str) -> None:
+    """b_init=copy_w with density 0.3: 20 000 entries, within six standard errors of 0.0032."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(100, 200))
+    options = {"fa": {"b_init": "copy_w", "density": 0.3},
+               "mixed": {"f_init": "copy_w", "fa": 0.3, "pfa": 0.0, "kp": 0.7, "k_init": "zeros"}}
+    rule = fa_bench.attach(model, name, seed=0, **options[name])
+    effective, weight = rule.effective_feedback("0"), model[0].weight.detach()
+    kept = effective != 0
+    assert kept.float().mean().item() == pytest.approx(0.3, abs=0.02)
+    assert torch.equal(effective[kept], weight[kept])
+
+
+@pytest.mark.parametrize(("name", "tensor", "options"), [
+    ("fa", "B", {}), ("pfa", "R", {}), ("dkp", "B", {"cuts": ["1"]}), ("dfa", "B", {"cuts": ["1"]}),
+])
+def test_a_mask_removes_entries_and_leaves_the_others_as_they_are(name: str, tensor: str, options: dict) -> None:
+    """The entries that are kept are those of the dense draw: neither rescaled nor chosen by their size."""
+    found = []
+    for density in (1.0, 0.5):
+        model = nn.Sequential(nn.Linear(40, 50), nn.Tanh(), nn.Linear(50, 60))
+        rule = fa_bench.attach(model, name, seed=0, density=density, **options)
+        found.append(rule.feedback["1" if options else "2"][tensor].detach().clone())
+    dense, sparse = found
+    kept = sparse != 0
+    assert dense.all() and torch.equal(sparse[kept], dense[kept])
+    # 3 000 entries and more: five standard errors of the fraction, and of the means in a half of the entries.
+    assert kept.float().mean().item() == pytest.approx(0.5, abs=5 * 0.5 / math.sqrt(dense.numel()))
+    error = 5 * dense.std().item() / math.sqrt(dense.numel() / 2)
+    assert sparse[kept].abs().mean().item() == pytest.approx(dense.abs().mean().item(), abs=error)
+    assert sparse[kept].mean().item() == pytest.approx(dense.mean().item(), abs=error)

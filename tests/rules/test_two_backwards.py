@@ -1,0 +1,77 @@
+"""A second backward pass adds to the gradients that the first one left, as ``loss.backward()`` does."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fa_bench
+from fa_bench.config.registries import ALGORITHMS
+
+from . import nets
+from .helpers import QUICK, array, cut_options, distance
+from .registered import registered
+
+SHARING = {"match": "random", "linear": "share", "freeze_stem": False}
+OPTIONS = QUICK | {"asap": SHARING, "asfp": SHARING, "asfp_lc": SHARING | {"cuts": ["act1"]}, "dgl": {"cuts": ["act1"]}}
+# brsf draws its feedback for every forward pass, and so a pass alone is another one than the same pass after others.
+FIXED = sorted(set(ALGORITHMS) - {"brsf"})
+
+
+def trained(rule) -> list[Tensor]:
+    """Weights and learned feedback, each once."""
+    return list({id(tensor): tensor for tensor in [*rule.model.parameters(), *rule.feedback_parameters()]}.values())
+
+
+def gradients(rule, batches, between=lambda: None) -> list[Tensor | None]:
+    """Gradients of forward and backward passes on `batches`, one after the other, from none at all."""
+    for tensor in trained(rule):
+        tensor.grad = None
+    for x, y in batches:
+        logits = rule.model(x)
+        rule.backward(F.cross_entropy(logits, y), logits, y)
+        between()
+    return [None if tensor.grad is None else tensor.grad.clone() for tensor in trained(rule)]
+
+
+def assert_sums(rule, first, second) -> None:
+    both = gradients(rule, [first, second])
+    parts = [gradients(rule, [batch]) for batch in (first, second)]
+    assert [grad is None for grad in both] == [grad is None for grad in parts[0]]
+    learned = {id(tensor) for tensor in rule.feedback_parameters()}
+    with_gradient = {id(tensor) for tensor, grad in zip(trained(rule), both, strict=True) if grad is not None and grad.any()}
+    assert bool(learned & with_gradient) == bool(learned)
+    for got, one, two in zip(both, *parts, strict=True):
+        # Float64, and the same numbers: the sum alone rounds.
+        assert got is None or distance(got, array(one + two), floor=1e-6) < 1e-12
+
+
+@pytest.mark.parametrize("net", ["mlp_tanh", "conv_bn"])
+@pytest.mark.parametrize("name", FIXED)
+def test_two_backward_passes_add_up(name: str, net: str) -> None:
+    """Of the weights, of learned feedback, and of the layers that local losses train."""
+    model, (first, second) = nets.NETS[net](), (nets.batch(net, seed=seed, size=4 + seed) for seed in (0, 1))
+    rule = fa_bench.attach(model, name, seed=0, sample_input=first[0], **cut_options(name, model, OPTIONS.get(name, {})))
+    assert_sums(rule, first, second)
+
+
+@pytest.mark.parametrize("name", ["predsim", "dgl", "asfp_lc"])
+def test_two_backward_passes_add_up_in_a_residual_net(name: str) -> None:
+    _, rule, x, y = registered("resnet20", name)
+    assert_sums(rule, (x, y), (x.flip(0) * 0.7, y.roll(1)))
+
+
+@pytest.mark.parametrize("name", ["kp", "predsim", "dgl", "asfp_lc", "dkp", "pfa"])
+def test_gradients_that_were_handed_out_stay_as_they_are(name: str) -> None:
+    """A tensor that a caller kept from ``.grad`` is not written into by the next backward pass of another batch."""
+    net = "conv_bn"
+    model, batches = nets.NETS[net](), [nets.batch(net, seed=seed) for seed in (0, 1)]
+    options = cut_options(name, model, OPTIONS.get(name, {}))
+    rule = fa_bench.attach(model, name, seed=0, sample_input=batches[0][0], **options)
+    gradients(rule, batches[:1])
+    held = [tensor.grad for tensor in rule.feedback_parameters()]
+    copies = [grad.clone() for grad in held]
+    for tensor in trained(rule):
+        tensor.grad = None
+    gradients(rule, batches[1:])
+    assert held and all(torch.equal(grad, copy) for grad, copy in zip(held, copies, strict=True))

@@ -1,0 +1,233 @@
+"""Every option of a config reaches what it configures: a change of it alone changes a run's numbers, from its own stage on."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from collections.abc import Iterator
+from functools import cache
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fa_bench.command.compose import Composer
+from fa_bench.config.job import VOLATILE, Job, RunOptions, import_plugins
+from fa_bench.config.options import Options, option_fields
+from fa_bench.config.registries import ALGORITHMS, ARCHITECTURES, DATASETS, OPTIMIZERS
+from fa_bench.runs.train import run
+from tests.data.files import write_cifar
+
+#: 40 training images and 4 for validation, so that the last batch of 16 has 8; three epochs, for schedules.
+BASE = ("dataset=synthetic", "dataset.samples=44", "dataset.validation=4", "dataset.test_samples=10", "dataset.size=3",
+        "dataset.classes=3", "batch_size=16", "epochs=3", "probe_size=4", "architecture.widths=[5]")
+#: What a run is made of, in the order in which it comes about; an option changes its own stage, and none in front of it.
+DATA, MODEL, BATCHES, TRAINED, RECORD = "data_hash", "initial_weights_hash", "batches_hash", "trained", "record"
+STAGES = (DATA, MODEL, BATCHES, TRAINED, RECORD)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_old_to_collect() -> Iterator[None]:
+    """A run ends with a garbage collection, which need not look at all that other tests left: most of a small run's time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    numbers.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def composed(*overrides: str) -> Job:
+    import_plugins([])
+    ((job, _),) = Composer("config", None, []).check([list(overrides)], directories=False)
+    return job
+
+
+@cache
+def numbers(*overrides: str) -> dict[str, Any]:
+    """{stage: hash} of a run on one thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = run(composed(*BASE, "threads=1", *overrides), Path(folder, "run"))
+    assert result["status"] == "finished", result["error"]
+    recorded = ("step", "angles", "test_accuracy", "probes")
+    return {**{stage: result[stage] for stage in STAGES[:3]}, RECORD: str([result[key] for key in recorded]),
+            TRAINED: result["weights_hash"] + result["feedback_hash"], "feedback": result["feedback_hash"]}
+
+
+def assert_changes(stage: str, base: tuple[str, ...], change: tuple[str, ...]) -> None:
+    before, after = numbers(*base), numbers(*base, *change)
+    earlier = STAGES[:STAGES.index(stage)]
+    assert {name: after[name] for name in earlier} == {name: before[name] for name in earlier}
+    assert after[stage] != before[stage], f"{change} changes nothing"
+
+
+def keys(options: type[Options], prefix: str = "") -> set[str]:
+    """The options of a component and of those within it, such as schedule.gamma."""
+    found = set()
+    for field in option_fields(options):
+        value = getattr(options(), field.name)
+        found |= keys(type(value), f"{prefix}{field.name}.") if isinstance(value, Options) else {prefix + field.name}
+    return found
+
+
+# --- top level, data and model ------------------------------------------------------------------------------------------------
+
+TOP = {
+    "seed": (MODEL, (), "1"), "epochs": (BATCHES, (), "2"), "batch_size": (BATCHES, (), "8"),
+    "drop_last": (TRAINED, (), "false"), "probe_size": (RECORD, (), "3"), "scale": (BATCHES, (), "smoke"),
+}
+#: They change what happens around the numbers, or how often they are recorded, which other tests look at.
+NOT_NUMBERS = {"device", "on_divergence", "deterministic", "probe_every"}
+
+DATASET = {
+    "samples": (DATA, "46"), "test_samples": (DATA, "11"), "classes": (DATA, "4"), "channels": (DATA, "2"), "size": (DATA, "4"),
+    "noise": (DATA, "0.3"), "data_seed": (DATA, "1"), "validation": (BATCHES, "8"), "validation_seed": (BATCHES, "1"),
+    "mean": (BATCHES, "[0.4]"), "std": (BATCHES, "[0.5]"),
+}
+ARCHITECTURE = {
+    "widths": (MODEL, "[6]"), "activation": (TRAINED, "tanh"), "batch_norm": (MODEL, "true"), "output_norm": (MODEL, "true"),
+    "init": (MODEL, "xavier_uniform"), "linear_init": (MODEL, "xavier_uniform"),
+}
+
+
+def test_tables_name_every_option() -> None:
+    """So that an option that is added is added here too."""
+    assert set(TOP) | NOT_NUMBERS | set(VOLATILE) == keys(RunOptions)
+    assert set(DATASET) == keys(DATASETS["synthetic"]) and set(ARCHITECTURE) == keys(ARCHITECTURES["mlp"])
+    for name in OPTIMIZERS:
+        assert {key for key, (of, *_) in OPTIMIZER.items() if of in ("any", name.removesuffix("w"))} == keys(OPTIMIZERS[name])
+
+
+@pytest.mark.parametrize("key", TOP)
+def test_top_level_options(key: str) -> None:
+    stage, base, value = TOP[key]
+    assert_changes(stage, base, (f"{key}={value}",))
+
+
+def test_seed_is_that_of_weights_order_and_feedback() -> None:
+    """fa's B is fixed, and so its hash at the end is that of the draw."""
+    before, after = numbers("algorithm=fa"), numbers("algorithm=fa", "seed=1")
+    assert before[DATA] == after[DATA]
+    assert [part for part in (MODEL, BATCHES, "feedback") if before[part] == after[part]] == []
+
+
+def test_epochs_and_batches_are_counted() -> None:
+    """Two full batches an epoch, and with drop_last=false another one of 8."""
+    for changes, steps in (((), 6), (("drop_last=false",), 9), (("epochs=2",), 4), (("batch_size=8",), 15)):
+        assert numbers(*changes)[RECORD].startswith(f"[{steps},")
+
+
+@pytest.mark.parametrize("key", DATASET)
+def test_options_of_the_data(key: str) -> None:
+    stage, value = DATASET[key]
+    assert_changes(stage, (), (f"dataset.{key}={value}",))
+
+
+@pytest.mark.parametrize("key", ARCHITECTURE)
+def test_options_of_the_architecture(key: str) -> None:
+    stage, value = ARCHITECTURE[key]
+    assert_changes(stage, (), (f"architecture.{key}={value}",))
+
+
+def test_images_are_normalised_by_mean_and_std(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Channel by channel; augmentation and crops, of the datasets that have them, in training alone."""
+    write_cifar(tmp_path / "data", monkeypatch)
+
+    def batch(*overrides: str, part: str = "train", seed: int | None = None) -> torch.Tensor:
+        job = composed("dataset=cifar10", "dataset.validation=0", *overrides)
+        splits = job.dataset.load(tmp_path / "data", torch.device("cpu"))
+        return next(getattr(splits, part).batches(4, seed=seed))[0]
+
+    plain = batch("dataset.mean=[0]", "dataset.std=[1]")
+    assert plain.min() >= 0 and 0.9 < plain.max() <= 1
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in ([0.1, 0.2, 0.3], [0.5, 0.25, 2.0]))
+    got = batch("dataset.mean=[0.1,0.2,0.3]", "dataset.std=[0.5,0.25,2.0]")
+    torch.testing.assert_close(got, (plain - mean) / std, rtol=1e-5, atol=1e-6)  # float32, in another order
+    changed = [batch(f"dataset.{option}", seed=1) for option in ("augment=false", "augment=true", "crop=resized")]
+    assert not any(torch.equal(one, other) for one, other in combinations(changed, 2))
+    assert torch.equal(batch("dataset.augment=false", part="test"), batch("dataset.augment=true", part="test"))
+    assert batch("dataset.size=20").shape[2:] == (20, 20)
+
+
+# --- optimizers ---------------------------------------------------------------------------------------------------------------
+
+#: key -> the optimizer that has it, what else is set, and the value.
+OPTIMIZER: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "lr": ("any", (), "0.02"),
+    "weight_decay": ("any", (), "0.1"),
+    "first_epoch_weight_decay": ("any", (), "0.3"),
+    "schedule.name": ("any", (), "cosine"),
+    "schedule.gamma": ("any", ("schedule.name=step", "schedule.step_size=1"), "0.5"),
+    "schedule.step_size": ("any", ("schedule.name=step", "schedule.step_size=1"), "2"),
+    "schedule.milestones": ("any", ("schedule.name=multistep", "schedule.milestones=[1]"), "[2]"),
+    "schedule.min_lr": ("any", ("schedule.name=cosine",), "0.005"),
+    "momentum": ("sgd", (), "0.5"),
+    "nesterov": ("sgd", (), "true"),
+    "beta1": ("adam", (), "0.5"),
+    "beta2": ("adam", (), "0.9"),
+    "eps": ("adam", (), "0.01"),
+}
+#: adamw has the options of adam, by which it is built in the same line but for the decay.
+CASES = [(name, key) for name in ("sgd", "adam", "adamw") for key, (of, *_) in OPTIMIZER.items()
+         if of in ("any", name) and (name != "adamw" or key == "weight_decay")]
+
+
+@pytest.mark.parametrize(("name", "key"), CASES)
+def test_options_of_the_optimizer(name: str, key: str) -> None:
+    _, needed, value = OPTIMIZER[key]
+    base = ("algorithm=fa", f"optimizer={name}", "optimizer.lr=0.01", *(f"optimizer.{word}" for word in needed))
+    assert_changes(TRAINED, base, (f"optimizer.{key}={value}",))
+
+
+@pytest.mark.parametrize(("name", "key"), CASES)
+def test_options_of_the_optimizer_of_the_feedback(name: str, key: str) -> None:
+    _, needed, value = OPTIMIZER[key]
+    base = ("algorithm=kp", f"optimizer@feedback_optimizer={name}", "feedback_optimizer.lr=0.01",
+            *(f"feedback_optimizer.{word}" for word in needed))
+    assert_changes(TRAINED, base, (f"feedback_optimizer.{key}={value}",))
+
+
+def test_optimizer_and_its_name() -> None:
+    """Equal settings of different optimizers, and a feedback optimizer that equals the weights' one, by which B learns alike."""
+    same = ("algorithm=kp", "optimizer.lr=0.01", "optimizer.weight_decay=0.2")
+    assert len({numbers(*same, f"optimizer={name}")[TRAINED] for name in ("sgd", "adam", "adamw")}) == 3
+    own = (*same, "optimizer@feedback_optimizer=sgd", "feedback_optimizer.lr=0.01", "feedback_optimizer.weight_decay=0.2")
+    assert numbers(*own)[TRAINED] == numbers(*same)[TRAINED]
+
+
+# --- rules --------------------------------------------------------------------------------------------------------------------
+
+#: rule -> option -> what is set beside it and its value. Rules are trained on two hidden layers.
+HIDDEN = ("architecture.widths=[6,5]",)
+EDGE = {"include": "['fc1','fc2']", "exclude": "['fc3']", "plain_last": "true"}
+CUT = {"cuts": "['act2']", "freeze_stem": "true"}
+RULES: dict[str, dict[str, str]] = {
+    "fa": {**EDGE, "b_init": "pytorch", "density": "0.5", "freeze_stem": "true"},
+    "kp": {**EDGE, "b_init": "pytorch", "b_lr_scale": "0.5", "freeze_stem": "true"},
+    "usf": {"scale": "none", "density": "0.5"}, "brsf": {"m_init": "pytorch", "density": "0.5"},
+    "frsf": {"m_init": "pytorch", "density": "0.5"},
+    "pfa": {"ratio": "2", "r_init": "pytorch", "density": "0.5"}, "pfa_o": {"ratio": "2", "r_init": "pytorch"},
+    "dfa": {"b_init": "pytorch", "density": "0.5", "form": "shared", "freeze_stem": "true"},
+    "dkp": {"b_init": "pytorch", "density": "0.5", "b_lr_scale": "0.5"}, "local_error": {"m_init": "pytorch", "separate": "true"},
+    "predsim": {"beta": "0.5", "loss": "pred", **CUT, "freeze_stem": "true"}, "dgl": {"auxiliary_net": "linear"},
+}
+
+
+@pytest.mark.parametrize(("name", "key"), [(name, key) for name, options in RULES.items() for key in options])
+def test_options_of_rules(name: str, key: str) -> None:
+    cuts = ("algorithm.allow_uncovered=true",) if key == "cuts" else ()
+    assert_changes(TRAINED, (*HIDDEN, f"algorithm={name}", *cuts), (f"algorithm.{key}={RULES[name][key]}",))
+
+
+def test_every_rule_is_the_one_that_was_chosen() -> None:
+    """No two rules give the same numbers; where all layers are fully connected, bp_fc is bp."""
+    chosen = {name: (*HIDDEN, f"algorithm={name}") for name in sorted(ALGORITHMS) if name != "bp_fc"}
+    chosen |= {name: (*chosen[name], "algorithm.linear=share", "algorithm.match=random") for name in ("asap", "asfp", "asfp_lc")}
+    chosen["wm"] = (*chosen["wm"], "algorithm.initial_steps=3", "algorithm.mirror_batch=8")
+    found = {name: numbers(*words)[TRAINED] for name, words in chosen.items()}
+    assert len(set(found.values())) == len(found)

@@ -1,0 +1,218 @@
+"""The training loop against one written by hand, and which epoch counts as the best."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fa_bench
+from fa_bench.data.base import Splits
+from fa_bench.data.synthetic import Synthetic
+from fa_bench.mechanisms.rule import Rule
+from fa_bench.metrics.probe import Probe
+from fa_bench.optim import SGD, Optimizers, Schedule
+from fa_bench.runs import loop
+from fa_bench.runs.hashes import chained
+from fa_bench.runs.loop import Loop, Progress
+
+BATCH, SEED, LR, GAMMA, DECAY, FIRST_DECAY, MOMENTUM = 16, 3, 0.1, 0.5, 0.02, 0.5, 0.8
+
+
+def load() -> Splits:
+    """40 training images, so that the last batch of 16 has 8; 4 for validation, 10 for testing."""
+    dataset = Synthetic(samples=44, validation=4, test_samples=10, classes=3, size=2, noise=0.4)
+    return dataset.load(Path(), torch.device("cpu"))
+
+
+def make_model(dropout: float = 0.0) -> nn.Sequential:
+    torch.manual_seed(0)
+    parts = {"flat": nn.Flatten(), "fc1": nn.Linear(4, 6), "bn": nn.BatchNorm1d(6), "act": nn.ReLU(),
+             "drop": nn.Dropout(dropout), "fc2": nn.Linear(6, 3)}
+    return nn.Sequential(OrderedDict(parts))
+
+
+def trained(rule: Rule) -> list[Tensor]:
+    """Weights and learned feedback, each once."""
+    return list({id(tensor): tensor for tensor in [*rule.model.parameters(), *rule.feedback_parameters()]}.values())
+
+
+def fit(rule: Rule, splits: Splits, epochs: int, drop_last: bool = False, **more: Any) -> list[dict[str, Any]]:
+    """Train with the package's loop; returns the metrics of every epoch."""
+    options = SGD(lr=LR, momentum=MOMENTUM, weight_decay=DECAY, first_epoch_weight_decay=FIRST_DECAY,
+                  schedule=Schedule(name="step", step_size=1, gamma=GAMMA))
+    lines: list[dict[str, Any]] = []
+    Loop(
+        rule, Optimizers(options, rule, epochs), splits, batch_size=BATCH, drop_last=drop_last, seed=SEED,
+        probe=Probe(rule, *next(splits.test.batches(4))), on_epoch=lambda progress, metrics: lines.append(metrics),
+        **{"probe_every": 0, **more},
+    ).fit(Progress(), epochs)
+    return lines
+
+
+def evaluate_by_hand(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Loss and accuracy of a twin in evaluation mode."""
+    with torch.no_grad():
+        logits = copy.deepcopy(model).eval()(x)
+    return F.cross_entropy(logits, y).item(), (logits.argmax(1) == y).float().mean().item()
+
+
+def fit_by_hand(rule: Rule, splits: Splits, epochs: int, drop_last: bool) -> list[dict[str, Any]]:
+    """The same training with torch alone."""
+    optimizer = torch.optim.SGD(trained(rule), lr=LR, momentum=MOMENTUM, foreach=False)
+    lines = []
+    rule.model.train()
+    for epoch in range(epochs):
+        (group,) = optimizer.param_groups
+        group["lr"], group["weight_decay"] = LR * GAMMA**epoch, DECAY if epoch else FIRST_DECAY
+        losses, hits = [], []
+        for x, y in splits.train.batches(BATCH, seed=SEED, epoch=epoch, drop_last=drop_last):
+            optimizer.zero_grad()
+            logits = rule.model(x)
+            losses += F.cross_entropy(logits, y, reduction="none").tolist()
+            hits += (logits.argmax(1) == y).tolist()
+            rule.backward(F.cross_entropy(logits, y), logits, y)
+            optimizer.step()
+            rule.step()
+        line = {"lr": group["lr"], "train_loss": sum(losses) / len(losses), "train_accuracy": sum(hits) / len(hits)}
+        for name, split in (("val", splits.validation), ("test", splits.test)):
+            assert split is not None
+            line[f"{name}_loss"], line[f"{name}_accuracy"] = evaluate_by_hand(rule.model, *next(split.batches(len(split))))
+        lines.append(line)
+    return lines
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize(("name", "options"), [
+    ("bp", {}), ("kp", {}), ("pfa", {"density": 0.5, "ratio": 3.0}), ("wm", {"initial_steps": 0, "mirror_batch": 8}),
+], ids=["bp", "kp", "pfa", "wm"])
+def test_loop_equals_one_written_by_hand(name: str, options: dict[str, Any], drop_last: bool) -> None:
+    """Decay of the first epoch, schedule, order of the calls, a last batch that is smaller or dropped, evaluation mode."""
+    splits, epochs = load(), 3
+    rules = [fa_bench.attach(make_model(), name, seed=1, **options) for _ in range(2)]
+    rules[0].model.eval()  # the loop itself chooses the mode
+    got, want = fit(rules[0], splits, epochs, drop_last), fit_by_hand(rules[1], splits, epochs, drop_last)
+    assert [line["step"] for line in got] == [2, 4, 6] if drop_last else [3, 6, 9]
+    for line, expected in zip(got, want, strict=True):
+        # Float32, and the fused update rounds differently: 1e-7 a step, amplified by normalisation over nine steps.
+        assert {key: line[key] for key in expected} == pytest.approx(expected, rel=1e-4)
+    torch.testing.assert_close(trained(rules[0]), trained(rules[1]), rtol=1e-4, atol=1e-5)
+    # wm's B has no optimizer.
+    torch.testing.assert_close(rules[0].feedback, rules[1].feedback, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rules[0].model.state_dict(), rules[1].model.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+def test_rule_steps_after_the_optimizer() -> None:
+    """The entries that pfa's mask removes from R are zero again after every update."""
+    rule = fa_bench.attach(make_model(), "pfa", seed=1, density=0.5)
+    removed = {layer: tensors["R"] == 0 for layer, tensors in rule.feedback.items()}
+    seen = []
+
+    def look(progress: Progress) -> None:
+        seen.append(progress.step)
+        assert not any(rule.feedback[layer]["R"][mask].any() for layer, mask in removed.items())
+
+    fit(rule, load(), 1, on_step=look)
+    assert seen == [1, 2, 3] and all(mask.any() for mask in removed.values())
+
+
+@pytest.mark.parametrize("name", ["bp", "kp", "dfa"])
+def test_measuring_angles_changes_no_number(name: str) -> None:
+    """Dropout included: the measurements draw nothing from torch's generator."""
+    found = []
+    for every in (0, 1):
+        rule = fa_bench.attach(make_model(0.5), name, seed=1, **({"cuts": ["act"]} if name == "dfa" else {}))
+        torch.manual_seed(5)
+        lines = fit(rule, load(), 2, probe_every=every)
+        kept = [{key: value for key, value in line.items() if key not in ("angles", "seconds")} for line in lines]
+        found.append((kept, rule.model.state_dict()))
+    assert found[0][0] == found[1][0]
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=0)
+
+
+def test_best_epoch_is_the_first_of_the_best_validation_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracies = iter([(0.5, 0.1), (0.7, 0.2), (0.7, 0.9), (0.6, 0.8)])
+    splits, progress = load(), []
+
+    def evaluate(model: nn.Module, split: Any, *arguments: Any) -> tuple[float, float]:
+        if split is splits.validation:
+            evaluate.now = next(accuracies)
+        return 1.0, evaluate.now[0 if split is splits.validation else 1]
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    fit(fa_bench.attach(make_model(), "bp"), splits, 4, on_step=lambda present: progress.append(present))
+    assert (progress[-1].best_epoch, progress[-1].best_val, progress[-1].test_at_best) == (2, 0.7, 0.2)
+
+
+def test_epoch_records_angles_only_if_it_measured_some() -> None:
+    """Three steps an epoch, measured at steps 5, 10 and 15, in epochs 2, 4 and 5; the last epoch is measured in any case."""
+    lines = fit(fa_bench.attach(make_model(), "bp"), load(), 6, probe_every=5)
+    assert [line["angles"] is not None for line in lines] == [False, True, False, True, True, True]
+
+
+def test_hash_of_the_batches_is_that_of_the_first_one_of_every_epoch() -> None:
+    splits, seen = load(), []
+    fit(fa_bench.attach(make_model(), "bp"), splits, 2, on_step=lambda progress: seen.append(progress.batches_hash))
+    want = [""]
+    for epoch in range(2):
+        want.append(chained(want[-1], *next(splits.train.batches(BATCH, seed=SEED, epoch=epoch))))
+    assert seen == [want[1]] * 3 + [want[2]] * 3
+
+
+def test_histograms_see_the_gradients_of_the_step_before_its_update() -> None:
+    rule = fa_bench.attach(make_model(), "kp", seed=1)
+    weight = rule.model.fc1.weight
+    seen, after = [], {0: weight.detach().clone()}
+
+    def look(step: int) -> None:
+        seen.append(step)
+        assert torch.equal(weight, after[step]) and all(tensor.grad is not None for tensor in trained(rule))
+
+    fit(rule, load(), 2, on_step=lambda progress: after.update({progress.step: weight.detach().clone()}),
+        histograms_every=2, on_histograms=look)
+    assert seen == [0, 2, 4]
+
+
+@pytest.mark.parametrize("kind", ["weight", "feedback"])
+def test_number_that_the_last_step_made_infinite_is_a_divergence(kind: str) -> None:
+    """No loss was computed with it."""
+    rule = fa_bench.attach(make_model(), "kp", seed=1)
+    tensor = rule.model.fc2.weight if kind == "weight" else rule.feedback["fc2"]["B"]
+
+    def spoil(progress: Progress) -> None:
+        if progress.step == 3:
+            tensor.data[0, 0] = float("inf")
+
+    with pytest.raises(loop.Diverged) as caught:
+        fit(rule, load(), 1, on_step=spoil)
+    assert (caught.value.epoch, caught.value.step) == (1, 3)
+    assert caught.value.layer is not None and caught.value.layer.startswith("fc2.")
+
+
+def test_looking_for_the_first_infinite_output_changes_nothing() -> None:
+    model = make_model(0.5)
+    with torch.no_grad():
+        model.fc1.bias[0] = float("nan")
+    x = torch.ones(3, 1, 2, 2)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    assert loop.first_not_finite(model, x) == "fc1" and loop.first_not_finite(make_model(), x) is None
+    assert model.training and model.bn.training and not model.fc1._forward_hooks
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0, equal_nan=True)
+    assert model.eval() is model and loop.first_not_finite(model, x) == "fc1" and not model.training
+
+
+def test_evaluation_averages_over_images_and_not_over_batches() -> None:
+    """600 images make a batch of 512 and one of 88, which are unlike each other."""
+    model = make_model().eval()
+    split = Synthetic(samples=10, test_samples=600, classes=3, size=2).load(Path(), torch.device("cpu")).test
+    split.labels[512:] = 0
+    x, y = next(split.batches(600))
+    # Sums of 600 float32 numbers in another order.
+    assert loop.evaluate(model, split, BATCH) == pytest.approx(evaluate_by_hand(model, x, y), rel=1e-5)
+    assert not model.training and loop.evaluate(model.train(), split, BATCH) and model.training

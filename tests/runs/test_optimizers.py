@@ -1,0 +1,269 @@
+"""Optimizers against their formulas, for weights and for learned feedback: steps, first-epoch decay, schedules, saved state."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fa_bench
+from fa_bench.mechanisms.rule import Rule
+from fa_bench.optim import SGD, Adam, AdamW, OptimizerOptions, Optimizers, Schedule
+from tests.rules import nets
+from tests.rules.helpers import cut_options
+
+LR = 0.1
+
+
+def attached(name: str = "kp", net: str = "mlp_tanh", **options: Any) -> Rule:
+    x, _ = nets.batch(net)
+    model = nets.NETS[net]()
+    return fa_bench.attach(model, name, seed=0, sample_input=x, **cut_options(name, model, options))
+
+
+def weights(rule: Rule) -> list[Tensor]:
+    """What is trained and is no feedback."""
+    learned = {id(tensor) for tensor in rule.feedback_parameters()}
+    return [parameter for parameter in rule.model.parameters() if parameter.requires_grad and id(parameter) not in learned]
+
+
+def copies(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def give_gradients(optimizers: Optimizers, make: Callable[[Tensor], Tensor]) -> None:
+    for tensor in optimizers.trained():
+        tensor.grad = make(tensor.detach())
+
+
+# --- one tensor, step by step -------------------------------------------------------------------------------------------------
+
+
+def sgd_by_hand(w: Tensor, gradients: list[Tensor], momentum: float, nesterov: bool, decay: float) -> Tensor:
+    velocity = torch.zeros_like(w)
+    for gradient in gradients:
+        gradient = gradient + decay * w
+        velocity = momentum * velocity + gradient
+        w = w - LR * (gradient + momentum * velocity if nesterov else velocity)
+    return w
+
+
+def adam_by_hand(
+    w: Tensor, gradients: list[Tensor], beta1: float, beta2: float, eps: float, decay: float, decoupled: bool
+) -> Tensor:
+    first, second = torch.zeros_like(w), torch.zeros_like(w)
+    for step, gradient in enumerate(gradients, start=1):
+        gradient = gradient + (0 if decoupled else decay) * w
+        w = w * (1 - LR * decay) if decoupled else w
+        first = beta1 * first + (1 - beta1) * gradient
+        second = beta2 * second + (1 - beta2) * gradient**2
+        w = w - LR * (first / (1 - beta1**step)) / ((second / (1 - beta2**step)).sqrt() + eps)
+    return w
+
+
+SGDS = [{"momentum": m, "nesterov": n, "weight_decay": d} for m, n, d in [
+    (0.0, False, 0.0), (0.9, False, 0.0), (0.5, False, 0.0), (0.9, True, 0.0), (0.9, False, 0.3), (0.6, True, 0.2)]]
+ADAMS = [{"beta1": b1, "beta2": b2, "eps": e, "weight_decay": d} for b1, b2, e, d in [
+    (0.9, 0.999, 1e-8, 0.0), (0.5, 0.999, 1e-8, 0.0), (0.9, 0.7, 1e-8, 0.0), (0.9, 0.999, 0.3, 0.0), (0.8, 0.9, 0.1, 0.4)]]
+
+
+@pytest.mark.parametrize("of", ["weights", "feedback"])
+@pytest.mark.parametrize(("cls", "options"), [
+    *((SGD, options) for options in SGDS), *((cls, options) for cls in (Adam, AdamW) for options in ADAMS),
+], ids=str)
+def test_every_option_is_in_the_steps(cls: type[OptimizerOptions], options: dict[str, Any], of: str) -> None:
+    """Three steps, of the weights' optimizer and of the one of the feedback."""
+    rule, made = attached("pfa"), cls(lr=LR, **options)
+    other = SGD(lr=0.7, momentum=0.3)
+    optimizers = Optimizers(made, rule, 1, other) if of == "weights" else Optimizers(other, rule, 1, made)
+    tensors = weights(rule) if of == "weights" else rule.feedback_parameters()
+    before = copies(tensors)
+    generator = torch.Generator().manual_seed(0)
+    gradients = [[torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in tensors] for _ in range(3)]
+    for step in gradients:
+        give_gradients(optimizers, torch.ones_like)
+        for tensor, gradient in zip(tensors, step, strict=True):
+            tensor.grad = gradient.clone()
+        optimizers.step()
+    for tensor, start, *series in zip(tensors, before, *gradients, strict=True):
+        decay = options["weight_decay"]
+        if cls is SGD:
+            want = sgd_by_hand(start, series, options["momentum"], options["nesterov"], decay)
+        else:
+            want = adam_by_hand(start, series, options["beta1"], options["beta2"], options["eps"], decay, cls is AdamW)
+        # Float64: rounding of a few operations on numbers of order 1.
+        torch.testing.assert_close(tensor.detach(), want, rtol=1e-10, atol=1e-12)
+
+
+# --- groups and epochs --------------------------------------------------------------------------------------------------------
+
+
+def plain(lr: float, later: float, first: float | None, **schedule: Any) -> SGD:
+    return SGD(lr=lr, momentum=0.0, weight_decay=later, first_epoch_weight_decay=first, schedule=Schedule(**schedule))
+
+
+@pytest.mark.parametrize(("scale", "own", "of_weights", "of_feedback"), [
+    (1.0, None, [1 - 0.1 * 0.5, 1 - 0.1 * 0.2], [1 - 0.1 * 0.5, 1 - 0.1 * 0.2]),
+    (0.5, None, [1 - 0.1 * 0.5, 1 - 0.1 * 0.2], [1 - 0.05 * 0.5, 1 - 0.05 * 0.2]),
+    (1.0, plain(0.4, 0.3, 0.9), [1 - 0.1 * 0.5, 1 - 0.1 * 0.2], [1 - 0.4 * 0.9, 1 - 0.4 * 0.3]),
+    (1.0, plain(0.4, 0.3, None), [1 - 0.1 * 0.5, 1 - 0.1 * 0.2], [1 - 0.4 * 0.3, 1 - 0.4 * 0.3]),
+    (1.0, plain(0.4, 0.3, 0.0), [1 - 0.1 * 0.5, 1 - 0.1 * 0.2], [1.0, 1 - 0.4 * 0.3]),
+], ids=["one group", "two groups", "own decay", "own decay in every epoch", "no decay at first"])
+def test_decay_of_the_first_epoch_is_that_of_the_group(
+    scale: float, own: SGD | None, of_weights: list[float], of_feedback: list[float]
+) -> None:
+    """Without gradients a step multiplies a tensor by 1 - lr λ."""
+    rule = attached(b_lr_scale=scale)
+    optimizers = Optimizers(plain(0.1, 0.2, 0.5), rule, 3, own)
+    for epoch in range(3):
+        optimizers.begin_epoch(epoch)
+        for tensors, factors in ((weights(rule), of_weights), (rule.feedback_parameters(), of_feedback)):
+            before = copies(tensors)
+            give_gradients(optimizers, torch.zeros_like)
+            saved = copies([*optimizers.trained()])
+            optimizers.step()
+            for tensor, start in zip(tensors, before, strict=True):
+                torch.testing.assert_close(tensor.detach(), factors[min(epoch, 1)] * start, rtol=1e-12, atol=0)
+            for tensor, start in zip(optimizers.trained(), saved, strict=True):
+                tensor.data.copy_(start)
+        optimizers.end_epoch()
+
+
+SCHEDULES = [
+    ({"name": "constant"}, [1, 1, 1, 1]),
+    ({"name": "step", "step_size": 2, "gamma": 0.5}, [1, 1, 0.5, 0.5]),
+    ({"name": "multistep", "milestones": [1, 3], "gamma": 0.2}, [1, 0.2, 0.2, 0.04]),
+    ({"name": "cosine"}, [(1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4)]),
+]
+
+
+@pytest.mark.parametrize("second", SCHEDULES, ids=lambda case: case[0]["name"])
+@pytest.mark.parametrize("first", SCHEDULES, ids=lambda case: case[0]["name"])
+def test_both_optimizers_follow_their_own_schedules(first: Any, second: Any) -> None:
+    """Without decay and momentum a gradient of ones moves a tensor by the learning rate."""
+    rule = attached()
+    optimizers = Optimizers(plain(0.1, 0.0, None, **first[0]), rule, 4, plain(0.3, 0.0, None, **second[0]))
+    seen = rates(optimizers, rule, 4)
+    assert seen[0] == pytest.approx([0.1 * factor for factor in first[1]])
+    assert seen[1] == pytest.approx([0.3 * factor for factor in second[1]])
+
+
+@pytest.mark.parametrize(("schedule", "factors"), SCHEDULES, ids=lambda case: str(case)[:20])
+def test_scaled_rate_of_the_feedback_follows_the_schedule(schedule: dict[str, Any], factors: list[float]) -> None:
+    rule = attached(b_lr_scale=0.25)
+    seen = rates(Optimizers(plain(0.1, 0.0, None, **schedule), rule, 4), rule, 4)
+    assert seen[0] == pytest.approx([0.1 * factor for factor in factors])
+    assert seen[1] == pytest.approx([0.025 * factor for factor in factors])
+
+
+def rates(optimizers: Optimizers, rule: Rule, epochs: int) -> tuple[list[float], list[float]]:
+    """The learning rates of weights and feedback in every epoch, as their steps show them."""
+    seen: tuple[list[float], list[float]] = ([], [])
+    for epoch in range(epochs):
+        optimizers.begin_epoch(epoch)
+        assert optimizers.lr == pytest.approx(optimizers.optimizers[0].param_groups[0]["lr"])
+        before = [copies(tensors) for tensors in (weights(rule), rule.feedback_parameters())]
+        give_gradients(optimizers, torch.ones_like)
+        optimizers.step()
+        for tensors, starts, found in zip((weights(rule), rule.feedback_parameters()), before, seen, strict=True):
+            moved = torch.cat([(start - t.detach()).flatten() for start, t in zip(starts, tensors, strict=True)])
+            assert moved.max() - moved.min() < 1e-12  # every tensor of a kind has the same rate, but for rounding
+            found.append(moved.mean().item())
+        optimizers.end_epoch()
+    return seen
+
+
+# --- gradients ----------------------------------------------------------------------------------------------------------------
+
+SHARING = {"match": "random", "linear": "share", "freeze_stem": False}
+LEARNING = {
+    "kp": {}, "pfa": {}, "pfa_o": {}, "mixed": {}, "asap": SHARING, "asfp": SHARING, "asfp_lc": SHARING | {"cuts": ["act1"]},
+    "dkp": {"b_lr_scale": 1.0}, "predsim": {}, "dgl": {"cuts": ["act1"]},
+}
+
+
+@pytest.mark.parametrize("own", [None, plain(LR, 0.0, None)], ids=["one optimizer", "two optimizers"])
+@pytest.mark.parametrize("net", ["mlp_tanh", "conv_bn"])
+@pytest.mark.parametrize("name", LEARNING)
+def test_every_tensor_is_trained_by_the_gradient_that_the_rule_gave_it(name: str, net: str, own: SGD | None) -> None:
+    """Also where the fused update reads the gradient of W for that of B."""
+    rule = attached(name, net, **LEARNING[name])
+    optimizers = Optimizers(plain(LR, 0.0, None), rule, 1, own)
+    assert rule.feedback_parameters() and all(o.defaults["fused"] for o in optimizers.optimizers)
+    x, y = nets.batch(net)
+    for _ in range(2):
+        optimizers.zero_grad()
+        tensors = [*optimizers.trained()]
+        assert all(tensor.grad is None for tensor in tensors)
+        logits = rule.model(x)
+        rule.backward(F.cross_entropy(logits, y), logits, y)
+        assert all(tensor.grad is not None for tensor in tensors)
+        want = [tensor.detach() - LR * tensor.grad for tensor in tensors]
+        optimizers.step()
+        for tensor, expected in zip(tensors, want, strict=True):
+            torch.testing.assert_close(tensor.detach(), expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["asfp", "asfp_lc"])
+def test_feedback_of_a_layer_that_shares_does_not_learn_by_the_gradient_of_the_weight(name: str) -> None:
+    """Its gradient is gᵀ h̃ with the shared activation h̃, not gᵀ x, and so is its step."""
+    rule = attached(name, **LEARNING[name])
+    x, y = nets.batch("mlp_tanh")
+    layers = {path: rule.model.get_submodule(path) for path in ("fc2", "fc3")}
+    optimizers = Optimizers(plain(LR, 0.0, None), rule, 1)
+    before = {path: (layer.weight.detach().clone(), rule.feedback[path]["B"].detach().clone()) for path, layer in layers.items()}
+    logits = rule.model(x)
+    rule.backward(F.cross_entropy(logits, y), logits, y)
+    optimizers.step()
+    moved = {path: ((layer.weight - before[path][0]).detach(), (rule.feedback[path]["B"] - before[path][1]).detach())
+             for path, layer in layers.items()}
+    # fc2 has the shared activation for its own input; fc3 takes it in place of its own.
+    torch.testing.assert_close(moved["fc2"][0], moved["fc2"][1], rtol=1e-9, atol=1e-14)
+    assert (moved["fc3"][0] - moved["fc3"][1]).norm() > 0.1 * moved["fc3"][0].norm()
+
+
+# --- saved state --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("options", "own"), [
+    (SGD(lr=0.1, momentum=0.9, schedule=Schedule(name="cosine")), None),
+    (Adam(lr=0.1, schedule=Schedule(name="step", step_size=1)), None),
+    (SGD(lr=0.1), Adam(lr=0.1, schedule=Schedule(name="multistep", milestones=[2]))),
+    (AdamW(lr=0.1), SGD(lr=0.1, momentum=0.9, nesterov=True, schedule=Schedule(name="cosine"))),
+], ids=["sgd", "adam", "adam on feedback", "sgd on feedback"])
+def test_loaded_state_continues_bit_by_bit(options: OptimizerOptions, own: OptimizerOptions | None) -> None:
+    """Moments, velocities and the schedules' epoch."""
+    def train(rule: Rule, optimizers: Optimizers, epochs: range) -> None:
+        for epoch in epochs:
+            optimizers.begin_epoch(epoch)
+            give_gradients(optimizers, lambda tensor: torch.sin(7 * tensor))
+            optimizers.step()
+            optimizers.end_epoch()
+
+    whole = attached()
+    optimizers = Optimizers(options, whole, 4, own)
+    train(whole, optimizers, range(2))
+    other = attached()
+    other.model.load_state_dict(copy.deepcopy(whole.model.state_dict()))
+    fresh = Optimizers(options, other, 4, own)
+    fresh.load_state_dict(copy.deepcopy(optimizers.state_dict()))
+    for rule, each in ((whole, optimizers), (other, fresh)):
+        train(rule, each, range(2, 4))
+    assert fresh.lr == optimizers.lr
+    for mine, theirs in zip(fresh.trained(), optimizers.trained(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_frozen_weights_are_not_trained() -> None:
+    """Neither by gradients nor by decay."""
+    rule = attached("kp", freeze_stem=True)
+    stem = rule.model.fc1
+    assert isinstance(stem, nn.Linear)
+    ids = {id(tensor) for tensor in Optimizers(SGD(weight_decay=0.1), rule, 1).trained()}
+    assert not ids & {id(stem.weight), id(stem.bias)} and ids >= {id(tensor) for tensor in rule.feedback_parameters()}

@@ -1,0 +1,192 @@
+"""A checkpoint restores everything that later numbers depend on: random generators, optimizers, schedules, progress, the rule."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fa_bench
+from fa_bench.cli import main
+from fa_bench.errors import RunDirectoryError
+from fa_bench.files import METRICS, RESULT
+from fa_bench.mechanisms.rule import Rule
+from fa_bench.optim import SGD, Adam, Optimizers, Schedule
+from fa_bench.report import figures
+from fa_bench.runs import checkpoint
+from fa_bench.runs.hashes import state_hash
+from fa_bench.runs.loop import Progress
+
+from .test_survival import LAST, RUN, at_step, recorded
+
+Patch = pytest.MonkeyPatch
+#: Four batches an epoch through a net with dropout and normalisation, whose images are the smallest that it takes.
+DROPOUT = ["dataset=synthetic", "dataset.samples=16", "dataset.test_samples=4", "dataset.size=63", "dataset.validation=0",
+           "epochs=2", "batch_size=4", "probe_size=4", "architecture=dkp_alexnet", "architecture.width=1",
+           "architecture.hidden=6"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_old_to_collect() -> Iterator[None]:
+    """A run ends with a garbage collection, which need not look at all that other tests left: most of a small run's time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(figures, "LAYERS", {})
+
+
+@pytest.mark.parametrize(("rule", "step"), [("kp", 3), ("dfa", 4), ("kp", 5)])  # within an epoch, at its end, in the last one
+def test_run_with_dropout_continues_bit_by_bit(rule: str, step: int, monkeypatch: Patch) -> None:
+    """The masks of dropout are drawn from torch's global generator, as by the run that was not interrupted."""
+    command = [*DROPOUT, f"algorithm={rule}"]
+    assert main([*command, "hydra.run.dir=whole"]) == 0
+    at_step(step, lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)
+    assert main([*command, "hydra.run.dir=run"]) == 143
+    assert main([*command, "hydra.run.dir=run", "resume=true"]) == 0
+    assert recorded("run") == recorded("whole")
+
+
+# --- without the command line -------------------------------------------------------------------------------------------------
+
+
+class Noisy(nn.Module):
+    """Adds numbers of every global generator of the process."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Normal numbers come in pairs, the second of which the generators of Python and numpy keep.
+        return x + random.random() + random.gauss(0, 1) + np.random.rand() + np.random.standard_normal() + torch.rand(1)
+
+
+def make(rule: str = "kp") -> tuple[Rule, Optimizers]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), Noisy(), nn.Linear(4, 3))
+    options = {"cuts": ["2"]} if rule in ("dkp", "predsim") else {"initial_steps": 0, "mirror_batch": 4} if rule == "wm" else {}
+    attached = fa_bench.attach(model, rule, seed=0, sample_input=torch.ones(2, 5), **options)
+    own = Adam(lr=0.02, schedule=Schedule(name="step", step_size=2))
+    return attached, Optimizers(SGD(lr=0.1, momentum=0.9, schedule=Schedule(name="cosine")), attached, 6, own)
+
+
+def train(rule: Rule, optimizers: Optimizers, epochs: range) -> list[float]:
+    losses = []
+    for epoch in epochs:
+        generator = torch.Generator().manual_seed(epoch)
+        x, y = torch.randn(6, 5, generator=generator), torch.arange(6) % 3
+        optimizers.begin_epoch(epoch)
+        optimizers.zero_grad()
+        logits = rule.model(x)
+        loss = F.cross_entropy(logits, y)
+        rule.backward(loss, logits, y)
+        optimizers.step()
+        rule.step()
+        optimizers.end_epoch()
+        losses.append(loss.item())
+    return losses
+
+
+def seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@pytest.fixture
+def generators() -> Iterator[None]:
+    """Leaves the process' generators as they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+
+
+@pytest.mark.parametrize("rule", ["kp", "brsf", "wm", "pfa", "dkp", "predsim"])
+def test_loaded_checkpoint_continues_bit_by_bit(rule: str, generators: None) -> None:
+    """Losses, weights, running statistics, feedback, both optimizers, and every global generator."""
+    last, before = Path("a/last.pt"), Path("a/previous.pt")
+    seed_all(1)
+    whole, optimizers = make(rule)
+    train(whole, optimizers, range(3))
+    checkpoint.save(last, before, "hash", Progress(epoch=3), whole, optimizers)
+    losses = train(whole, optimizers, range(3, 6))
+    seed_all(2)
+    other, fresh = make(rule)
+    assert checkpoint.load([last], "hash", other, fresh, warn=pytest.fail).epoch == 3
+    assert train(other, fresh, range(3, 6)) == losses
+    assert state_hash(other.model.state_dict()) == state_hash(whole.model.state_dict())
+    assert state_hash([other.feedback, other.state_dict()]) == state_hash([whole.feedback, whole.state_dict()])
+    assert state_hash(fresh.state_dict()) == state_hash(optimizers.state_dict())
+
+
+def test_every_global_generator_is_restored(generators: None) -> None:
+    """The second number of a pair of normal ones, too."""
+    def draw() -> list[float]:
+        return [random.random(), random.gauss(0, 1), np.random.standard_normal(), np.random.rand(), torch.rand(1).item()]
+
+    seed_all(3)
+    random.gauss(0, 1)
+    np.random.standard_normal()
+    rule, optimizers = make()
+    checkpoint.save(Path("a/last.pt"), Path("a/previous.pt"), "hash", Progress(), rule, optimizers)
+    want = draw()
+    seed_all(4)
+    assert draw() != want
+    checkpoint.load([Path("a/last.pt")], "hash", rule, optimizers, warn=pytest.fail)
+    assert draw() == want
+
+
+def test_every_field_of_the_progress_is_restored() -> None:
+    progress = Progress(
+        epoch=2, batch=3, step=11, seconds=4.5, loss_sum=torch.tensor(6.25), hits=torch.tensor(7), samples=24, probed=10,
+        angles={"weight_angle": {"fc1": 30.0}}, batches_hash="abc", best_epoch=1, best_val=0.5, test_at_best=0.25,
+        diverged={"epoch": 2, "step": 9, "layer": "fc1", "message": "m"},
+    )
+    fields = [field.name for field in dataclasses.fields(Progress)]
+    plain = vars(Progress())
+    assert [name for name in fields if vars(progress)[name] == plain[name]] == [], "give every field a value of its own"
+    rule, optimizers = make()
+    checkpoint.save(Path("a/last.pt"), Path("a/previous.pt"), "hash", progress, rule, optimizers)
+    loaded = checkpoint.load([Path("a/last.pt")], "hash", rule, optimizers, warn=pytest.fail)
+    assert {name: getattr(loaded, name) for name in fields} == vars(progress)
+
+
+def test_checkpoint_of_another_config_or_format_is_refused(monkeypatch: Patch) -> None:
+    """The next one is used where there is one, and the first one's fault is told."""
+    rule, optimizers = make()
+    paths = [Path("a/last.pt"), Path("a/previous.pt")]
+    checkpoint.save(paths[1], Path("a/older.pt"), "mine", Progress(epoch=1), rule, optimizers)
+    for version, config, fault in ((checkpoint.VERSION, "other", "another config"), (checkpoint.VERSION + 1, "mine", "format")):
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "VERSION", version)
+            checkpoint.save(paths[0], Path("a/older.pt"), config, Progress(epoch=2), rule, optimizers)
+        warnings: list[str] = []
+        assert checkpoint.load(paths, "mine", rule, optimizers, warnings.append).epoch == 1
+        assert len(warnings) == 1 and fault in warnings[0] and str(paths[0]) in warnings[0]
+        with pytest.raises(RunDirectoryError, match=fault):
+            checkpoint.load(paths[:1], "mine", rule, optimizers, warn=pytest.fail)
+
+
+def test_training_time_adds_up_over_the_parts_of_a_run(monkeypatch: Patch) -> None:
+    at_step(5, lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)
+    assert main(RUN) == 143
+    state = torch.load(LAST, weights_only=True)
+    state["progress"]["seconds"] += 1000.0
+    torch.save(state, LAST)
+    assert main([*RUN, "resume=true"]) == 0
+    lines = [json.loads(line) for line in Path("run", METRICS).read_text().splitlines()]
+    assert lines[0]["seconds"] < 1000 < lines[1]["seconds"] < lines[2]["seconds"]
+    assert json.loads(Path("run", RESULT).read_text())["seconds"] == lines[2]["seconds"]
