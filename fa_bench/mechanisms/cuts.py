@@ -348,7 +348,8 @@ class CutRule(Rule):
             self._check_labels(target, delta.shape[1])
         if logits is not None:
             known = self._loss_scale
-            self.loss_factor = measured_scale(self.name, delta, logits, target) if known is None else known
+            self.loss_factor = (
+                measured_scale(self.name, delta, logits, target, self.loss_factor) if known is None else known)
         if tensors:
             for kept, tensor in zip(tape.values(), tensors, strict=True):
                 kept.tensor = tensor

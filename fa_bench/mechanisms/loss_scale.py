@@ -27,7 +27,7 @@ def is_unscaled(loss: Tensor) -> bool:
     return name in _LOSSES and getattr(node, "_saved_reduction", _MEAN) == _MEAN
 
 
-def measured_scale(rule: str, delta: Tensor, logits: Tensor, target: Tensor | None) -> float:
+def measured_scale(rule: str, delta: Tensor, logits: Tensor, target: Tensor | None, last: float = 1.0) -> float:
     """The c for which δ is c times the gradient of the mean cross-entropy.
 
     Args:
@@ -35,6 +35,7 @@ def measured_scale(rule: str, delta: Tensor, logits: Tensor, target: Tensor | No
         delta: δ (N, C), the gradient of the loss at the logits.
         logits: (N, C).
         target: the labels (N,); None: the class of each sample whose δ is the lowest, the only one below 0 for a cross-entropy.
+        last: the result where δ tells nothing, for the probability of every label is 1: what it was before.
 
     Raises:
         ValueError: where δ is no multiple of it.
@@ -46,7 +47,7 @@ def measured_scale(rule: str, delta: Tensor, logits: Tensor, target: Tensor | No
         unit = torch.autograd.grad(loss, leaf)[0].double()
     given = delta.double()
     size = unit.square().sum().item()
-    scale = (given * unit).sum().item() / size if size else 1.0
+    scale = (given * unit).sum().item() / size if size else last
     tolerance = 1e-3 if delta.dtype in (torch.float32, torch.float64) else 5e-2
     if not math.isfinite(scale):
         return scale  # a gradient scaler will leave this update out

@@ -191,8 +191,8 @@ def _is_weight(root: Any) -> bool:
             continue
         kind, inputs = _kind(node), {following for following, _ in node.next_functions}
         # A product of which one factor is not differentiated may well be one with data.
-        product = kind in ("Mm", "Bmm") and None not in inputs
-        if not (product or kind in _MOVES or kind in _SCALES or (kind in _ADDS and not kind.startswith("Embedding"))):
+        whole = (len(node.next_functions) == 1 or kind in ("Mm", "Bmm")) and None not in inputs
+        if kind.startswith("Embedding") or not (whole or kind in _MOVES or kind in _SCALES or kind in _ADDS):
             return False
         stack.extend(inputs - {None} - visited)
         visited |= inputs
