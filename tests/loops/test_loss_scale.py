@@ -1,0 +1,211 @@
+"""A loss divided for gradient accumulation or multiplied by a gradient scaler: every error follows, made of labels or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.loops.chain import RULES, Chain, assert_same, attach, batch, gradients
+
+X, Y = batch(12)
+#: name -> (rule, options)
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in RULES} | {
+    "drtp sign": ("drtp", {"error_sign": True}),
+    "predsim pred": ("predsim", {"loss": "pred"}),
+    "dgl linear": ("dgl", {"auxiliary_net": "linear"}),
+}
+#: Their errors depend on which samples are together: similarities of pairs, batch normalisation in auxiliary nets.
+TOGETHER = ("predsim", "dgl", "asfp_lc")
+#: A new draw at every forward pass.
+REDRAWN = ("brsf",)
+#: Their hidden errors are made of the labels, and do not carry the loss's scale by themselves.
+OF_LABELS = ("drtp", "drtp sign", "local_error", "predsim", "predsim pred", "dgl", "dgl linear", "asfp_lc")
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def chain(variant: str, dtype: torch.dtype = torch.float64) -> tuple[Chain, Any]:
+    name, options = VARIANTS[variant]
+    model = Chain().to(dtype)
+    return model, attach(model, name, **options)
+
+
+def found(variant: str, losses: list[tuple[Tensor, Tensor, Loss]], **scale: float) -> dict[str, Tensor]:
+    """Gradients added up over parts of a batch, each with its own loss."""
+    model, rule = chain(variant, losses[0][0].dtype)
+    for x, y, loss in losses:
+        logits = model(x)
+        rule.backward(loss(logits, y), logits, y, **scale)
+    return gradients(model)
+
+
+def times(factor: float) -> Loss:
+    return lambda logits, y: F.cross_entropy(logits, y) * factor
+
+
+def hidden(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in tensors.items() if not key.startswith("head")}
+
+
+X64 = X.double()
+
+
+@pytest.mark.parametrize("sizes", [(3, 3, 3, 3), (5, 4, 2, 1)], ids=["equal", "unequal"])
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in (*TOGETHER, *REDRAWN)])
+def test_accumulated_parts_are_the_whole_batch(variant: str, sizes: tuple[int, ...]) -> None:
+    whole = found(variant, [(X64, Y, F.cross_entropy)])
+    parts = [(x, y, times(len(y) / len(Y))) for x, y in zip(X64.split(sizes), Y.split(sizes), strict=True)]
+    assert_same(found(variant, parts), whole, rel=1e-6)
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in REDRAWN])
+def test_the_same_batch_four_times_a_quarter(variant: str) -> None:
+    whole = found(variant, [(X64, Y, F.cross_entropy)])
+    assert_same(found(variant, [(X64, Y, lambda logits, y: F.cross_entropy(logits, y) / 4)] * 4), whole, rel=1e-6)
+
+
+@pytest.mark.parametrize("factor", [1024.0, 3.0, 2.0**-8])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_multiplied_loss_multiplies_every_gradient(variant: str, factor: float) -> None:
+    """In single precision, whose rounding is 1e-7 of the largest summand; with a power of two the very numbers."""
+    plain, scaled = found(variant, [(X, Y, F.cross_entropy)]), found(variant, [(X, Y, times(factor))])
+    exact = factor != 3
+    assert_same({key: tensor / factor for key, tensor in scaled.items()}, plain, rel=0.0 if exact else 1e-5)
+    assert_same(found(variant, [(X, Y, times(factor))], loss_scale=factor), scaled, rel=0.0 if exact else 1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_gradient_scaler(variant: str) -> None:
+    plain = found(variant, [(X, Y, F.cross_entropy)])
+    model, rule = chain(variant, torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    logits = model(X)
+    rule.backward(scaler.scale(F.cross_entropy(logits, Y)), logits, Y)
+    scaler.unscale_(optimizer)
+    assert_same(gradients(model), plain)
+    before = model.head.weight.detach().clone()
+    scaler.step(optimizer)
+    rule.step()
+    scaler.update()
+    assert not torch.equal(model.head.weight, before)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_explicit_scale_is_taken_as_it_is(variant: str) -> None:
+    plain, twice = found(variant, [(X64, Y, F.cross_entropy)]), found(variant, [(X64, Y, F.cross_entropy)], loss_scale=2.0)
+    factor = 2.0 if variant in OF_LABELS else 1.0  # an error made of the loss's gradient has its scale already
+    # What learns by the output's own error: the head, and with blocks the whole last one.
+    own = ("head", "c.") if variant in ("dgl", "dgl linear", "asfp_lc") else ("head",)
+    assert_same(twice, {key: tensor if key.startswith(own) else factor * tensor for key, tensor in plain.items()}, rel=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------ other losses
+WEIGHTS = torch.tensor([1.0, 2.0, 0.5])
+#: name -> (loss, what it is a multiple of the mean cross-entropy by; None where it is none)
+LOSSES: dict[str, tuple[Loss, float | None]] = {
+    "sum": (lambda logits, y: F.cross_entropy(logits, y, reduction="sum"), 12.0),
+    "mean by hand": (lambda logits, y: F.cross_entropy(logits, y, reduction="none").mean(), 1.0),
+    "log_softmax": (lambda logits, y: F.nll_loss(logits.log_softmax(1), y), 1.0),
+    "with a constant": (lambda logits, y: F.cross_entropy(logits, y) + 3.0, 1.0),
+    "double": (lambda logits, y: F.cross_entropy(logits.double(), y), 1.0),
+    "half of it twice": (lambda logits, y: F.cross_entropy(logits, y) / 2 + F.cross_entropy(logits, y) / 2, 1.0),
+    "label smoothing": (lambda logits, y: F.cross_entropy(logits, y, label_smoothing=0.2), None),
+    "class weights": (lambda logits, y: F.cross_entropy(logits, y, WEIGHTS), None),
+    "squares": (lambda logits, y: F.mse_loss(logits, F.one_hot(y, 3).float()), None),
+    "squares, doubled": (lambda logits, y: 2 * F.mse_loss(logits, F.one_hot(y, 3).float()), None),
+    "entropy bonus": (lambda logits, y: F.cross_entropy(logits, y) + 0.1 * logits.square().mean(), None),
+}
+
+
+def true_head(loss: Loss) -> dict[str, Tensor]:
+    """The output layer's gradient by backpropagation on the plain net."""
+    model = Chain()
+    loss(model(X), Y).backward()
+    return {f"head.{key}": parameter.grad for key, parameter in model.head.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("variant", [*OF_LABELS, "fa", "kp", "dfa", "dkp", "wm"])
+def test_another_loss_is_right_or_refused_with_a_mend_that_works(variant: str, kind: str) -> None:
+    """The output layer learns by the loss itself; errors made of labels are those of the mean cross-entropy times its scale."""
+    loss, factor = LOSSES[kind]
+    try:
+        got, scale = found(variant, [(X, Y, loss)]), factor or 1.0
+    except ValueError as error:
+        assert variant in OF_LABELS and factor is None
+        assert "rule.backward(loss, logits, target, loss_scale=1.0)" in str(error)
+        got, scale = found(variant, [(X, Y, loss)], loss_scale=1.0), 1.0
+    head = {key: tensor * (0.01 if variant == "predsim" else 1.0) for key, tensor in true_head(loss).items()}  # 1 - beta
+    assert_same({key: got[key] for key in head}, head, rel=1e-5)
+    if variant in OF_LABELS and variant not in ("drtp sign", "dgl", "dgl linear", "asfp_lc"):
+        plain = found(variant, [(X, Y, F.cross_entropy)])
+        assert_same(hidden(got), {key: scale * tensor for key, tensor in hidden(plain).items()}, rel=1e-5)
+
+
+@pytest.mark.parametrize("variant", OF_LABELS)
+def test_a_refused_loss_leaves_no_gradient(variant: str) -> None:
+    model, rule = chain(variant, torch.float32)
+    logits = model(X)
+    with pytest.raises(ValueError, match=r"no multiple of that of the mean cross-entropy"):
+        rule.backward(F.cross_entropy(logits, Y, label_smoothing=0.2), logits, Y)
+    assert not gradients(model)
+
+
+@pytest.mark.parametrize("factor", [1.0, 4.0, 0.25])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bfloat16_autocast(variant: str, factor: float) -> None:
+    """Powers of two are found exactly although the gradient at the logits is rounded to 8 bits."""
+    results = []
+    for multiple in (1.0, factor):
+        model, rule = chain(variant, torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(X)
+            loss = F.cross_entropy(logits, Y) * multiple
+        rule.backward(loss, logits, Y)
+        results.append({key: tensor / multiple for key, tensor in gradients(model).items()})
+    assert_same(results[1], results[0], rel=0.0)
+
+
+# ------------------------------------------------------------------------------------------------ saturated logits
+def saturate(model: Chain, x: Tensor) -> Tensor:
+    """Labels that the model is certain of: every probability is 0 or 1, and the gradient at the logits is 0."""
+    with torch.no_grad():
+        model.head.weight.mul_(1e6)
+        return model(x).argmax(1)
+
+
+@pytest.mark.parametrize("variant", OF_LABELS)
+def test_where_the_output_is_certain_the_last_known_scale_stays(variant: str) -> None:
+    """A gradient of zero tells no scale; errors made of labels do not vanish, and keep that of the parts before."""
+    results = []
+    for multiple in (1.0, 0.25):
+        model, rule = chain(variant, torch.float32)
+        logits = model(X)
+        rule.backward(F.cross_entropy(logits, Y) * multiple, logits, Y)
+        target = saturate(model, X)
+        model.zero_grad()
+        logits = model(X)
+        rule.backward(F.cross_entropy(logits, target) * multiple, logits, target)
+        results.append({key: tensor / multiple for key, tensor in hidden(gradients(model)).items()})
+    assert all(torch.isfinite(tensor).all() for tensor in results[0].values())
+    assert_same(results[1], results[0])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_scale_is_found_where_most_samples_are_certain(variant: str) -> None:
+    results = []
+    for multiple in (1.0, 0.25, 1024.0):
+        model, rule = chain(variant, torch.float32)
+        target = saturate(model, X).clone()
+        target[0] = (target[0] + 1) % 3
+        logits = model(X)
+        rule.backward(F.cross_entropy(logits, target) * multiple, logits, target)
+        results.append({key: tensor / multiple for key, tensor in gradients(model).items()})
+    assert_same(results[1], results[0])
+    assert_same(results[2], results[0])
