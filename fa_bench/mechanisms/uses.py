@@ -58,11 +58,11 @@ class UsesOfWeights(TorchFunctionMode):
         # A look-up in a tied embedding carries no error on either.
         for module in (*layers.values(), *(module for module in model.modules() if isinstance(module, _LOOK_UPS))):
             self._owners[id(module.weight)].add(module)
-        self._owning = {module for owners in self._owners.values() for module in owners}
+        self._weight_of = {module: number for number, owners in self._owners.items() for module in owners}
         self._model = model
         self._running: list[tuple[str, nn.Module]] = []
-        #: The autograd nodes that the owners of weights made.
-        self._own: set[Any] = set()
+        #: The autograd nodes that the owners of each weight made.
+        self._own: dict[int, set[Any]] = defaultdict(set)
         #: (layer, words, node): functions that took its weight; those that took its entries without being differentiated.
         self._used: list[tuple[str, str, Any]] = []
         self._detached: list[tuple[str, str, Any]] = []
@@ -80,13 +80,14 @@ class UsesOfWeights(TorchFunctionMode):
 
     def _leaves(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._running.pop()
-        if module in self._owning:
+        if module in self._weight_of:
+            own = self._own[self._weight_of[module]]
             inputs = {tensor.grad_fn for tensor in _tensors((args, kwargs))}
             stack = [tensor.grad_fn for tensor in _tensors(output)]
             while stack:
                 node = stack.pop()
-                if node is not None and node not in inputs and node not in self._own:
-                    self._own.add(node)
+                if node is not None and node not in inputs and node not in own:
+                    own.add(node)
                     stack.extend(following for following, _ in node.next_functions)
 
     def __exit__(self, *error: Any) -> None:
@@ -128,7 +129,8 @@ class UsesOfWeights(TorchFunctionMode):
                         stack.append(following)
         outside: dict[str, str] = {}
         for leaf, number in leaves.items():
-            if (path := self._layer_of.get(number)) is not None and (by := _carrier(leaf, consumers, self._own)) is not None:
+            if (path := self._layer_of.get(number)) is not None and (
+                    by := _carrier(leaf, consumers, self._own[number])) is not None:
                 words = (words for used, words, node in self._used if used == path and node in visited)
                 outside[path] = next(words, f"{_kind(by)}() in the model")
         for path, words, node in self._detached:
