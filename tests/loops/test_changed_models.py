@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import fa_bench
 from fa_bench.config.registries import ALGORITHMS
 from fa_bench.errors import CoverageError
 
-from .scripts import attached, net, sgd, steps
+from .scripts import attached, data, net, sgd, steps
 
 
 def nested() -> nn.Module:
@@ -59,6 +60,18 @@ def test_changed_layers_are_refused_before_the_next_update(name, change, trained
     if change in (new_head, new_hidden_layer):  # the other two may leave a rule nothing to cut or to share
         rule = fa_bench.attach(model, name, seed=0)
         steps(model, rule, sgd(p for p in model.parameters() if p.requires_grad), 2)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("change", [new_hidden_layer, layer_taken_out])
+def test_a_layer_changed_between_the_passes_is_refused_by_the_backward_pass(name, change):
+    model, rule = attached(name)
+    x, y = data()
+    logits = model(x)
+    change(model)
+    with pytest.raises(CoverageError, match="changed after attach"):
+        rule.backward(F.cross_entropy(logits, y), logits, y)
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("name", ["kp", "fa", "dfa", "dkp"])

@@ -47,6 +47,17 @@ def test_keys_of_states_are_those_of_before(name):
     assert {key for key in model.state_dict() if "feedback_" in key and "auxiliary" not in key} == expected
 
 
+@pytest.mark.parametrize("name", [name for name in LEARNED if name not in AUXILIARY])
+def test_keys_of_states_have_the_order_in_which_the_tensors_were_made(name):
+    """Learned or not, so that a state and its hash do not depend on what learns."""
+    model, rule = attached(name)
+    for place, tensors in rule.feedback.items():
+        assert [key for key in model.state_dict() if key.startswith(f"{place}.feedback_")] == \
+            [f"{place}.feedback_{key}" for key in tensors]
+    if name == "mixed":
+        assert list(rule.feedback["0"]) == ["B", "R", "F", "K", "mask_pfa", "mask_fa", "mask_kp"]
+
+
 @pytest.mark.parametrize("name", AUXILIARY)
 def test_a_state_without_auxiliary_layers_anywhere_is_refused(name):
     model, rule = attached(name)

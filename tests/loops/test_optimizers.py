@@ -1,18 +1,20 @@
 """Learned feedback in the training loops that people write: everything that handles parameters handles it."""
 
 import copy
+import math
 import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import fa_bench
 from fa_bench.errors import StateError
 from fa_bench.metrics.angles import weight_angle
 
 from ..rules.helpers import assert_bitwise
-from .scripts import LEARNED, attached, net, sgd, state, steps
+from .scripts import LEARNED, attached, data, net, sgd, state, steps
 
 LEFT_OUT = r"the weights are updated, but not the learned feedback '[\w.]+'.*Make the optimizer after attach"
 REPLACED = r"learned feedback '[\w.]+' was replaced after the optimizer was made.*Make a new optimizer"
@@ -198,6 +200,37 @@ def test_what_is_no_fault_is_not_taken_for_one(name):
 
     model, rule = attached(name)
     steps(model, rule, Skips(model.parameters(), lr=0.1), 4)
+    steps(model, rule, sgd(model.parameters()), 2)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_updates_by_hand_at_a_rate_of_zero_are_no_fault(name):
+    """Every tensor was written, and none has other numbers."""
+    model, rule = attached(name)
+
+    class ByHand:
+        zero_grad = staticmethod(model.zero_grad)
+
+        @staticmethod
+        @torch.no_grad()
+        def step():
+            for parameter in model.parameters():
+                parameter -= 0.0 * parameter.grad
+
+    steps(model, rule, ByHand, 2)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_an_update_that_is_left_out_because_it_is_not_finite_is_no_fault(name):
+    """A loss of infinity, weights changed by hand, no step of the optimizer: nothing says that it lacks the feedback."""
+    model, rule = attached(name)
+    x, y = data()
+    logits = model(x)
+    rule.backward(math.inf * F.cross_entropy(logits, y), logits, y, loss_scale=math.inf)
+    with torch.no_grad():
+        for parameter in rule.weight_parameters():
+            parameter.mul_(1.01)
+    rule.step()
     steps(model, rule, sgd(model.parameters()), 2)
 
 

@@ -130,6 +130,27 @@ def test_the_suggested_cuts_and_what_else_they_need(name: str, kind: str) -> Non
     assert rule.cuts and (rule.output == "one") == (kind == "two heads")
 
 
+@pytest.mark.parametrize("kind", ["mlp", "two heads", "recurrent"])
+@pytest.mark.parametrize("name", CUT_RULES)
+def test_the_first_suggestion_is_whole_and_leaves_the_model_as_it_was(name: str, kind: str) -> None:
+    """It was tried, on a copy: followed once, in the same model, it does."""
+    make, x = MODELS[kind]
+    options = {"linear": "share", "match": "random"} if name == "asfp_lc" else {}
+    model, plain = seeded(make), seeded(make)
+    error = refusal(model, name, sample_input=x[:2], **options)
+    assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
+    assert model.state_dict().keys() == plain.state_dict().keys() and fa_bench.attached_rule(model) is None
+    fa_bench.attach(model, name, sample_input=x[:2], **options, **error.settings)
+
+
+@pytest.mark.parametrize("name", CUT_RULES)
+def test_cuts_that_would_not_do_are_not_suggested(name: str) -> None:
+    """Logits of shape (N, T, C), of which no cut makes (N, C)."""
+    options = {"linear": "share", "match": "random"} if name == "asfp_lc" else {}
+    error = refusal(seeded(lambda: mlp(16, 16, 16)), name, sample_input=torch.zeros(2, 5, 8), **options)
+    assert error.settings == {} and "cuts=" not in str(error)
+
+
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_without_a_sample_nothing_is_suggested_that_was_not_tried(name: str) -> None:
     error = refusal(seeded(convnet), name)

@@ -93,6 +93,25 @@ def test_everything_is_as_before_after_a_measurement(name: str, mode: str) -> No
     assert all_that_may_change(model, rule) == before
 
 
+@pytest.mark.parametrize("name", RULES)
+def test_training_goes_on_after_a_measurement_as_without_it(name: str) -> None:
+    """Draws, mirroring and learning of feedback are held during a measurement alone."""
+    found = []
+    for measures in (False, True):
+        model, rule = attached(name)
+        optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
+        for seed in range(3):
+            if measures:
+                Probe(rule, *batch()).measure()
+            optimizer.zero_grad()
+            logits = model(batch(seed)[0])
+            rule.backward(F.cross_entropy(logits, batch(seed)[1]), logits, batch(seed)[1])
+            optimizer.step()
+            rule.step()
+        found.append(state_hash([model.state_dict(), rule.feedback, rule.state_dict()]))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("name", ["bp", "dfa"])
 def test_dropout_of_a_model_in_evaluation_mode_stays_off_after_a_measurement(name: str) -> None:
     model, rule = attached(name, "Dropout")

@@ -1,5 +1,7 @@
 """dfa: signals by way of the output error only, at the declared cuts."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -103,7 +105,8 @@ def test_patterns_and_names_give_the_same_cuts():
 
 def test_layer_without_a_cut_of_its_own_is_named_or_gets_its_local_gradient():
     """Only act2 cut: fc1's error comes through fc2's true weight. Refused by name, or by permission the exact local gradient."""
-    with pytest.raises(fa_bench.errors.CoverageError, match="fc1"):
+    reason = r"fc1\.weight \(its error comes through another layer's weight: no cut between them\)"
+    with pytest.raises(fa_bench.errors.CoverageError, match=reason):
         attached(cuts=("act2",))
     model, rule = attached(cuts=("act2",), allow_uncovered=True)
     (x, y), plain = nets.batch("mlp"), nets.mlp()
@@ -142,13 +145,26 @@ def test_normalise_divides_by_the_root_of_the_widest_cut():
         assert distance(scaled_grads[name] * 6**0.5, raw_grads[name]) < REL
 
 
-def test_density_is_the_fraction_kept():
+def test_every_cut_takes_the_leading_columns_of_one_matrix():
+    _, rule = attached("shared")
+    small, large = sorted((tensors["B"] for tensors in rule.feedback.values()), key=lambda b: b.shape[1])
+    assert small.shape == (3, 5) and large.shape == (3, 6)
+    assert torch.equal(small, large[:, :5])
+
+
+@pytest.mark.parametrize(("name", "options", "bound"), [
+    ("dfa", {}, math.sqrt(6 / 4003)), ("dfa", {"form": "kernel"}, math.sqrt(6 / 4003)), ("dfa", {"form": "shared"}, 1.0),
+    ("drtp", {}, math.sqrt(6 / 4000)), ("drtp", {"error_sign": True}, math.sqrt(6 / 4000)),
+], ids=str)
+def test_density_is_the_fraction_kept(name, options, bound):
+    """12 000 draws: within 5 standard errors of 0.0042. A mask does not rescale what it keeps."""
     model = nn.Sequential(nn.Linear(7, 4000), nn.Tanh(), nn.Linear(4000, 3))
-    rule = fa_bench.attach(model, "dfa", seed=0, cuts=["1"], density=0.3, sample_input=torch.zeros(2, 7))
-    kept = (rule.feedback["1"]["B"] != 0).float().mean().item()
-    assert kept == pytest.approx(0.3, abs=0.02)  # 12 000 draws: 5 standard errors of 0.0042
-    largest = rule.feedback["1"]["B"].abs().max().item()
-    assert 0.97 * (6 / 4003) ** 0.5 < largest <= (6 / 4003) ** 0.5, "a mask does not rescale what it keeps"
+    where = {} if options.get("form") == "kernel" else {"cuts": ["1"]}
+    rule = fa_bench.attach(model, name, seed=0, density=0.3, sample_input=torch.zeros(2, 7), **where, **options)
+    b = rule.feedback["1" if where else "2"]["B"]
+    assert b.shape == (3, 4000)
+    assert (b != 0).float().mean().item() == pytest.approx(0.3, abs=0.02)
+    assert 0.97 * bound < b.abs().max().item() <= bound
 
 
 @pytest.mark.parametrize("form", FORMS)

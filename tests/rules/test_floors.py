@@ -87,3 +87,33 @@ def test_bp_fc_of_a_network_of_convolutions_only_has_nothing_to_train():
     model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
     with pytest.raises(ValueError):
         fa_bench.attach(model, "bp_fc", seed=0, sample_input=nets.batch("conv", dtype=torch.float32)[0])
+
+
+def test_bp_fc_trains_a_normalisation_that_a_fully_connected_layer_feeds_too():
+    class Joined(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.conv_norm, self.beside = torch.nn.Conv2d(1, 2, 3), torch.nn.LayerNorm(8), torch.nn.Linear(16, 8)
+            self.norm, self.head = torch.nn.LayerNorm(8), torch.nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.norm(self.conv_norm(self.conv(x).flatten(1)) + self.beside(x.flatten(1))))
+
+    model = Joined()
+    fa_bench.attach(model, "bp_fc", seed=0, sample_input=torch.zeros(2, 1, 4, 4))
+    frozen = {key.split(".")[0] for key, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"conv", "conv_norm"}
+
+
+def test_frozen_layers_have_no_weight_angle():
+    """They carry an error, but it moves nothing."""
+    model, (x, _) = nets.convnet(batch_norm=True), nets.batch("conv")
+    rule = fa_bench.attach(model, "bp_fc", seed=0, sample_input=x)
+    assert set(rule.weight_pairs()) == {"fc1", "fc2"}
+    assert all(torch.equal(*pair) for pair in rule.weight_pairs().values())
+
+
+def test_bp_fc_without_convolutions_is_bp_and_needs_no_sample():
+    model = torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 3))
+    fa_bench.attach(model, "bp_fc", allow_uncovered=True)
+    assert all(parameter.requires_grad for parameter in model.parameters())

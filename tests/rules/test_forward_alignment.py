@@ -31,6 +31,15 @@ def test_random_weights_equal_to_the_weights_give_backpropagation():
     assert distance(other["conv1.weight"], want["conv1.weight"]) < 1e-12, "the first layer has its true input and error"
 
 
+def test_the_pairs_of_the_metrics_are_c_and_w_in_this_order():
+    """So that the norm ratio is ‖C‖/‖W‖."""
+    model, (x, _) = nets.mlp(), nets.batch("mlp")
+    rule = fa_bench.attach(model, "forward_alignment", seed=0, sample_input=x, exclude=["fc2"])
+    assert list(rule.weight_pairs()) == ["fc1", "fc3"]
+    for path, (feedback, weight) in rule.weight_pairs().items():
+        assert torch.equal(feedback, rule.feedback[path]["C"]) and torch.equal(weight, model.get_submodule(path).weight)
+
+
 def test_residual_net_adds_what_arrives():
     """The stand-in behind an addition: the projection's and the branch's random outputs, each from its true input."""
     x, y = nets.batch("residual")

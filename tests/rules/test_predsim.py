@@ -69,6 +69,17 @@ def test_error_of_the_output_layer(loss, share):
     assert distance(seen[0], array((logits.softmax(1) - F.one_hot(y, 3)) / 4)) < 1e-14
 
 
+@pytest.mark.parametrize(("shape", "deviations"), [
+    ((5, 2), True), ((4, 3, 4), True), ((4, 3, 1), True), ((4, 2, 1, 1), True),
+    ((3, 3, 4), False), ((5, 1, 6), False), ((5, 1), False), ((5,), False),
+], ids=str)
+def test_similarity_reads_deviations_of_maps_with_more_than_three_channels_and_one_row(shape, deviations):
+    """Of other maps all numbers, as the code behind the paper does."""
+    x = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    want = np.corrcoef(array(x.flatten(2).std(2) if deviations else x.flatten(1)))
+    assert distance(similarity(x), want) < 1e-12
+
+
 # --- precision -----------------------------------------------------------------------------------------------------------------
 
 ROWS = {

@@ -77,6 +77,45 @@ def test_gradient_of_r_is_b_transposed_times_the_gradient_of_w(net):
         assert distance(tensors["R"].grad, array(want)) < 1e-12
 
 
+LAYERS = {
+    "linear": (lambda: nn.Linear(5, 4), (3, 5)),
+    "grouped": (lambda: nn.Conv2d(4, 6, 3, stride=2, groups=2), (2, 4, 7, 6)),
+    "transposed1d": (lambda: nn.ConvTranspose1d(3, 4, 3, stride=2, output_padding=1), (2, 3, 5)),
+    "transposed2d grouped": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, groups=2), (2, 4, 5, 3)),
+    "transposed3d": (lambda: nn.ConvTranspose3d(2, 3, 2, bias=False), (2, 2, 3, 2, 4)),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("name", ["pfa", "pfa_o"])
+def test_two_hops_are_those_of_a_wide_layer_and_one_that_mixes_its_units(name, layer):
+    """Error and gradient of R are autograd's for a layer with R for its weight, of M units a group, and B (O, M) behind it."""
+    build, shape = LAYERS[layer]
+    torch.manual_seed(0)
+    plain = build().double()
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    model = nn.Sequential(plain)
+    rule = fa_bench.attach(model, name, seed=0, ratio=2.0)
+    b, r = rule.feedback["0"]["B"], rule.feedback["0"]["R"]
+    y = model(x)
+    g = torch.randn(y.shape, dtype=torch.float64)
+    rule.backward((y * g).sum(), y)
+    got, other, of_r = x.grad, x.detach().requires_grad_(True), r.detach().requires_grad_(True)
+    if layer == "linear":
+        z = other @ of_r.t() @ b.t()
+        assert r.shape == (8, 5)
+    else:
+        transposed, dims = "transposed" in layer, x.dim() - 2
+        convolve = getattr(F, f"conv{'_transpose' if transposed else ''}{dims}d")
+        extra = {"output_padding": plain.output_padding} if transposed else {}
+        wide = convolve(other, of_r, stride=plain.stride, padding=plain.padding, groups=plain.groups, **extra)
+        assert wide.shape[1] == 2 * y.shape[1], "the ratio"
+        z = getattr(F, f"conv{dims}d")(wide, b.view(*b.shape, *[1] * dims), groups=plain.groups)
+    (z * g).sum().backward()
+    assert distance(got, array(other.grad)) < 1e-12
+    assert distance(r.grad, array(of_r.grad)) < 1e-12
+
+
 @pytest.mark.parametrize("net", ["mlp_tanh", "conv"])
 @pytest.mark.parametrize("name", ["pfa", "mixed"])
 def test_r_learns_behind_a_frozen_weight(net, name):

@@ -67,6 +67,22 @@ def test_copies_and_pooling_equal_the_reference(rule, linear, match, k):
     assert_matches(got | learned, want)
 
 
+@pytest.mark.parametrize("rule", ["asap", "asfp"])
+def test_sequences_share_as_their_elements_do(rule):
+    """Layers on (N, T, F) have the gradients of the same layers on (N T, F)."""
+    x, y = torch.randn(2, 3, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 1, 0])
+    found = []
+    for sample in (x, x.flatten(0, 1)):
+        torch.manual_seed(0)
+        model = nn.Sequential(*[part for _ in range(5) for part in (nn.Linear(4, 4), nn.Tanh())][:-1]).double()
+        attached = fa_bench.attach(model, rule, seed=0, sample_input=sample)
+        logits = model(sample)
+        attached.backward(F.cross_entropy(logits.flatten(0, -2), y), logits)
+        found.append({name: array(p.grad) for name, p in model.named_parameters() if p.grad is not None})
+    assert any("feedback" in name for name in found[0])
+    assert_matches(*found, rel=1e-12)
+
+
 @pytest.mark.parametrize("k", [2, 4])
 def test_blocks_of_a_residual_net_share_as_in_the_paper(k):
     """k = 2: conv2 of block b and conv1 of block b + 1 have block b's input; k = 4: that of every other block (section 3)."""

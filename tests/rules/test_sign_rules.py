@@ -200,3 +200,30 @@ def test_density_masks_the_same_entries_at_every_forward(name):
     assert torch.equal(kept.sign(), model[0].weight.detach()[masks[0]].sign())
     if name == "usf":
         assert array(kept.abs()) == pytest.approx(usf_scale((200, 100), "xavier"), rel=1e-6)  # float32
+
+
+@pytest.mark.parametrize("name", SIGN_RULES)
+def test_small_weights_keep_their_signs_under_half_precision_autocast(name):
+    """A weight of 1e-9 is 0 in half precision, and its sign is not."""
+    model = nn.Sequential(nn.Linear(4, 3, bias=False))
+    rule = fa_bench.attach(model, name, seed=0)
+    with torch.no_grad():
+        model[0].weight.copy_(1e-9 * torch.tensor([[1.0, -1, 1, -1], [1, 1, -1, -1], [-1, 1, 1, -1]]))
+    x = torch.ones(1, 4, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.float16):
+        y = model(x)
+    y.backward(torch.tensor([[1.0, 2.0, 4.0]]).half())
+    want = torch.tensor([[1.0, 2.0, 4.0]]) @ rule.effective_feedback("0")
+    assert want.any() and torch.allclose(x.grad, want, rtol=5e-3, atol=1e-3)
+
+
+def test_a_loaded_state_is_not_drawn_over():
+    """The first layer's draw waits until somebody reads it: one that waits when a state is loaded comes before the state."""
+    (model, rule), (x, y) = attached("brsf"), nets.batch("conv")
+    rule_grads(model, rule, x, y)
+    saved = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    for _ in range(2):
+        model(x)
+    model.load_state_dict(saved)
+    assert_bitwise({path: tensors["M"] for path, tensors in rule.feedback.items()},
+                   {path: saved[f"{path}.feedback_M"] for path in layer_names(model)})

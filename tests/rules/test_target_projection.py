@@ -101,3 +101,12 @@ def test_b_is_kaiming_uniform_with_the_features_of_its_cut():
     assert b.shape == (10, 4000) and 0.99 * bound < b.abs().max() <= bound
     assert abs(b.mean().item()) < 5 * bound / math.sqrt(3 * 40000)
     assert not rule.feedback_parameters()
+
+
+@pytest.mark.parametrize("error_sign", [False, True])
+def test_a_batch_without_samples_moves_nothing(error_sign):
+    """A data-parallel rank, or a part of a batch, may have none."""
+    model, rule, x, y = attached(error_sign=error_sign)
+    logits = model(x[:0])
+    rule.backward(F.cross_entropy(logits, y[:0], reduction="sum"), logits, y[:0])
+    assert not any(p.grad is not None and p.grad.any() for p in model.parameters())

@@ -1,0 +1,78 @@
+"""Calls that go past a rule, or that it cannot serve: it says so, and what it did before goes on."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fa_bench
+from fa_bench.errors import CoverageError
+
+from . import nets
+from .helpers import assert_bitwise, rule_grads
+
+CUT_RULES = ("dfa", "dkp", "drtp", "local_error", "predsim", "dgl")
+
+
+def attached(name: str):
+    model, (x, y) = nets.mlp(), nets.batch("mlp")
+    cuts = {"cuts": ["act1", "act2"]} if name in CUT_RULES else {}
+    return model, fa_bench.attach(model, name, seed=0, sample_input=x, **cuts), x, y
+
+
+@pytest.mark.parametrize("name", [*CUT_RULES, "forward_alignment"])
+def test_a_part_of_the_model_that_is_called_by_itself_is_refused(name):
+    """With gradients only: evaluating a part, or differentiating it exactly, does no harm."""
+    model, rule, x, y = attached(name)
+    want = rule_grads(model, rule, x, y)
+    with pytest.raises(CoverageError, match=r"'(act1|fc1)' ran outside a forward pass of the attached model: call the model"):
+        model[:3](x)
+    with torch.no_grad():
+        model[:3](x)
+    with rule.exact():
+        model[:3](x)
+    assert_bitwise(rule_grads(model, rule, x, y), want)
+
+
+@pytest.mark.parametrize("name", CUT_RULES)
+@pytest.mark.parametrize("loss", ["of other numbers", "of an exact pass"])
+def test_a_loss_from_no_training_pass_of_the_model_is_refused(name, loss):
+    """Nothing would be delivered, and nothing said."""
+    model, rule, x, y = attached(name)
+    if loss == "of an exact pass":
+        with rule.exact():
+            logits = model(x)
+    else:
+        logits = torch.zeros(len(y), 3, dtype=x.dtype, requires_grad=True)
+    with pytest.raises(ValueError, match=rf"rule '{name}': the loss comes from no training forward pass of the attached model"):
+        rule.backward(F.cross_entropy(logits, y), logits, y)
+    assert rule_grads(model, rule, x, y)["fc1.weight"].any()
+
+
+@pytest.mark.parametrize("name", [name for name in CUT_RULES if name != "dgl"])  # which has a whole module between two cuts
+def test_a_cut_that_runs_twice_or_never_is_refused(name):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.fc2, self.fc3 = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+            self.act, self.idle = nn.ReLU(), nn.ReLU()
+
+        def forward(self, x):
+            return self.fc3(self.act(self.fc2(self.act(self.fc1(x)))))
+
+    for cut, times in (("act", 2), ("idle", 0)):
+        with pytest.raises(CoverageError, match=rf"cut '{cut}' runs {times} times in a forward pass"):
+            fa_bench.attach(Twice(), name, sample_input=torch.zeros(2, 4), cuts=[cut])
+
+
+@pytest.mark.parametrize("name", ["fa", "dfa"])
+def test_a_rule_object_is_in_one_model(name):
+    model, rule, x, y = attached(name)
+    want, other = rule_grads(model, rule, x, y), nets.mlp()
+    with pytest.raises(CoverageError, match=rf"this '{name}' rule object is in a model already"):
+        fa_bench.attach(other, rule, sample_input=x)
+    assert fa_bench.attached_rule(other) is None and rule.model is model
+    assert_bitwise(rule_grads(model, rule, x, y), want)
+    rule.detach()
+    assert fa_bench.attach(other, rule, seed=0, sample_input=x).model is other, "taken out, it may be put into another"
+    assert_bitwise(rule_grads(other, rule, x, y), want)

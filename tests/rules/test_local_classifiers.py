@@ -1,0 +1,54 @@
+"""asfp_lc: the classifiers at the ends of its blocks, layer by layer, and what of them is seen from outside."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import fa_bench
+
+from .registered import registered
+
+#: One row of pixels, and a column of four: neither is enlarged to the side that maps are averaged to.
+SIZES = [(1, 8), (4, 1), (8, 8)]
+
+
+def chain(size: tuple[int, int], **options):
+    model = nn.Sequential(*[part for n in range(3) for part in (nn.Conv2d(1 if n == 0 else 5, 5, 3, padding=1), nn.ReLU())],
+                          nn.Flatten(), nn.Linear(5 * math.prod(size), 3))
+    model.blocks = ["1", "3", "5"]
+    x = torch.randn(4, 1, *size, generator=torch.Generator().manual_seed(0))
+    return model, fa_bench.attach(model, "asfp_lc", seed=0, sample_input=x, match="random", **options), x
+
+
+@pytest.mark.parametrize("pool", [1, 2, 3])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_maps_are_averaged_to_the_side_and_never_enlarged(size, pool):
+    _, rule, _ = chain(size, pool=pool)
+    features = 5 * math.prod(min(length, pool) for length in size)
+    for cut in ("1", "3"):
+        tensors = rule.feedback[cut]
+        assert tensors["fc.weight"].shape == tensors["B"].shape == (3, features)
+        assert set(tensors) == {"B", "fc.weight", "fc.bias", "bn.weight", "bn.bias"}
+
+
+@pytest.mark.parametrize(("options", "bound"), [({}, 1.0), ({"linear_b_init": "pytorch"}, 1 / math.sqrt(5 * 9))], ids=str)
+def test_the_feedback_of_a_classifier_is_drawn_by_the_option(options, bound):
+    """Of 135 uniform numbers the largest is below nine tenths of the bound once in a million times."""
+    _, rule, _ = chain((8, 8), pool=3, **options)
+    b = rule.feedback["1"]["B"]
+    assert 0.9 * bound < b.abs().max() <= bound and (b < 0).any() and (b > 0).any()
+    assert all(b is not tensor for tensor in rule.feedback_parameters()), "it is fixed"
+
+
+def test_a_classifier_keeps_no_statistics():
+    """It serves in training only, by the batch's own."""
+    model, rule, _ = chain((8, 8))
+    assert not [key for key in model.state_dict() if "running" in key or "num_batches" in key]
+    assert "depends on the batch" in str(rule.coverage)
+
+
+def test_the_cuts_of_its_own_are_the_ends_of_blocks():
+    _, rule, _, _ = registered("mlp", "asfp_lc", match="random", cuts=["act2"])
+    assert [cut for cut, tensors in rule.feedback.items() if "fc.weight" in tensors] == ["act2"]
