@@ -148,6 +148,26 @@ def test_spectral_norm_put_on_before_attach_is_refused_or_plain(name: str) -> No
             attach(model, name)
 
 
+class Scaled(nn.Module):
+    """A parametrization with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(2.0), requires_grad=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.factor * weight
+
+
+def test_detach_unfreezes_the_weight_and_nothing_of_the_parametrization() -> None:
+    model = Chain()
+    rule = attach(model, "frozen")
+    parametrize.register_parametrization(model.b.fc, "weight", Scaled())
+    rule.detach()
+    assert {key for key, parameter in model.named_parameters() if not parameter.requires_grad} == \
+        {"b.fc.parametrizations.weight.0.factor"}
+
+
 # ------------------------------------------------------------------------------------------------ quantisation
 def quantised(model: nn.Module) -> nn.Module:
     with warnings.catch_warnings():

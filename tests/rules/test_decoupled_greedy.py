@@ -89,3 +89,18 @@ def test_layers_of_the_auxiliary_net():
     assert shapes["fc2.weight"] == (9, 9) and "conv1.weight" not in shapes
     linear = registered("conv2", "dgl", auxiliary_net="linear")[1].feedback["act1"]
     assert set(linear) == {"out.weight", "out.bias"} and linear["out.weight"].shape == (3, 16)
+
+
+@pytest.mark.parametrize(("size", "first", "second"), [
+    ((32, 20), (8, 5), (2, 2)), ((9, 8), (3, 2), (2, 2)), ((4, 9), (1, 3), (1, 2)), ((1, 1), (1, 1), (1, 1)),
+], ids=str)
+def test_maps_are_averaged_to_a_quarter_rounded_up_and_then_to_two_by_two(size, first, second):
+    """Never enlarged."""
+    model = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(3 * size[0] * size[1], 5), nn.ReLU(),
+                          nn.Linear(5, 3))
+    rule = fa_bench.attach(model, "dgl", seed=0, cuts=["1"], sample_input=torch.zeros(2, 1, *size))
+    net, seen = rule.auxiliary_at("1"), {}
+    for name, module in net.named_children():
+        module.register_forward_hook(lambda module, args, output, name=name: seen.__setitem__(name, tuple(output.shape[2:])))
+    net(torch.zeros(2, 3, *size))
+    assert (seen["pool1"], seen["pool2"]) == (first, second)

@@ -58,7 +58,9 @@ def test_magnitudes(name, draw):
     """|M| of the same draw: its mean square is the variance."""
     model = nn.Sequential(nn.Linear(40, 250))
     rule = fa_bench.attach(model, name, seed=0, m_init=draw)
+    assert (rule.feedback["0"]["M"] >= 0).all()
     model(torch.zeros(2, 40))
+    assert (rule.feedback["0"]["M"] >= 0).all()
     size = rule.effective_feedback("0").detach().square().mean().sqrt().item()
     assert size == pytest.approx(DRAWS[draw][0](40, 250), rel=0.03)
 

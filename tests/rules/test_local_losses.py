@@ -275,3 +275,12 @@ def test_separate_feedback_has_the_signs_of_the_classifier_and_magnitudes_of_its
     _, rule, _, _ = registered("mlp", "local_error", separate=True)
     for tensors in rule.feedback.values():
         assert torch.equal(tensors["K"].sign(), tensors["M"].sign()) and not torch.equal(tensors["K"], tensors["M"])
+
+
+def test_magnitudes_of_a_separate_carrier_are_drawn_as_m_is_and_have_its_signs():
+    """4 000 numbers each: the largest within 1 % of the bound √(6/features), and the magnitudes tell nothing of M's."""
+    model = nn.Sequential(nn.Linear(7, 1000), nn.Tanh(), nn.Linear(1000, 4))
+    rule = fa_bench.attach(model, "local_error", seed=0, cuts=["1"], separate=True)
+    m, k, bound = rule.feedback["1"]["M"], rule.feedback["1"]["K"], (6 / 1000) ** 0.5
+    assert torch.equal(k.sign(), m.sign()) and 0.99 * bound < k.abs().max() <= bound
+    assert abs(torch.corrcoef(torch.stack([k.abs().flatten(), m.abs().flatten()]))[0, 1].item()) < 0.1

@@ -215,6 +215,7 @@ RULES: dict[str, dict[str, str]] = {
     "dfa": {"b_init": "pytorch", "density": "0.5", "form": "shared", "freeze_stem": "true"},
     "dkp": {"b_init": "pytorch", "density": "0.5", "b_lr_scale": "0.5"}, "local_error": {"m_init": "pytorch", "separate": "true"},
     "predsim": {"beta": "0.5", "loss": "pred", **CUT, "freeze_stem": "true"}, "dgl": {"auxiliary_net": "linear"},
+    "wm": {"initial_steps": "2", "mirror_steps": "2", "mirror_rate": "0.1", "mirror_batch": "8"},
 }
 
 

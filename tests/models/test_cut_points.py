@@ -1,0 +1,52 @@
+"""Which modules the models name as their hidden activations and as the ends of their blocks."""
+
+from __future__ import annotations
+
+import fnmatch
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fa_bench.config.registries import ARCHITECTURES
+
+Shape = tuple[int, int, int]
+SMALL, LARGE = (3, 16, 16), (3, 64, 64)
+STAGES = [f"stages.layer{number}.0" for number in (1, 2, 3)]
+TWO = {"width": 2, "blocks": [1, 1]}
+
+#: (architecture, options, image) -> cut points, blocks.
+NAMED: list[tuple[str, dict[str, Any], Shape, list[str], list[str]]] = [
+    ("mlp", {"widths": [5, 4, 3], "batch_norm": True}, SMALL, ["act1", "act2", "act3"], ["act1", "act2", "act3"]),
+    ("conv2", {}, SMALL, ["act1", "act2", "act3"], ["act1", "pool", "act3"]),
+    ("asap_alexnet", {"width": 2, "hidden": 5}, SMALL, *[["pool1", "pool2", "pool3", "act4", "act5"]] * 2),
+    # Behind the dropout that follows an activation.
+    ("dkp_alexnet", {"width": 2, "hidden": 5}, LARGE, *[["pool1", "pool2", "act3", "act4", "drop6", "drop7", "act7"]] * 2),
+    ("resnet20", {"width": 2, "blocks": 1}, SMALL,
+     ["relu", *(f"{block}.relu{number}" for block in STAGES for number in (1, 2))], ["relu", *STAGES]),
+    ("resnet18", TWO, SMALL, ["relu", *(f"{block}.relu{number}" for block in STAGES[:2] for number in (1, 2))],
+     ["relu", *STAGES[:2]]),
+    ("resnet18_imagenet", TWO, LARGE, ["pool", *(f"{block}.relu{number}" for block in STAGES[:2] for number in (1, 2))],
+     ["pool", *STAGES[:2]]),
+    # The sum is no module's output but the block's, and there is no ReLU behind it.
+    ("resnet18_imagenet", TWO | {"bn": "after"}, LARGE,
+     ["pool", *(end for block in STAGES[:2] for end in (block, f"{block}.bn1"))], ["pool", *STAGES[:2]]),
+    ("resnet50_imagenet", TWO, LARGE, ["pool", *(f"{block}.relu{number}" for block in STAGES[:2] for number in (1, 2, 3))],
+     ["pool", *STAGES[:2]]),
+]
+
+
+def matched(model: nn.Module, names: list[str]) -> list[str]:
+    """The modules that names and patterns mean, in the order of the model."""
+    return [path for path, _ in model.named_modules() if path and any(fnmatch.fnmatch(path, name) for name in names)]
+
+
+@pytest.mark.parametrize(("name", "options", "shape", "cut_points", "blocks"), NAMED)
+def test_cut_points_and_blocks(
+    name: str, options: dict[str, Any], shape: Shape, cut_points: list[str], blocks: list[str]
+) -> None:
+    with torch.device("meta"):
+        model = ARCHITECTURES[name](**options).build(shape, 3)
+    assert matched(model, model.cut_points) == cut_points
+    assert matched(model, model.blocks) == blocks
