@@ -208,6 +208,8 @@ def check_model(model: Any) -> None:
         CoverageError: for a model that is wrapped for data-parallel training, compiled, has layers without a weight yet, or has a
             rule already.
     """
+    from fa_bench.mechanisms.structure import rule_of_part
+
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"attach needs an nn.Module, not {type(model).__name__}")
     for path, module in model.named_modules():
@@ -221,6 +223,10 @@ def check_model(model: Any) -> None:
             raise CoverageError(f"{where} is compiled: attach to the plain model, then compile it")
         if (rule := getattr(module, RULE_ATTRIBUTE, None)) is not None:
             raise CoverageError(f"{where} has the rule '{rule.name}' already: call its detach() first")
+        if (name := rule_of_part(module)) is not None:
+            raise CoverageError(f"{where} is a part of another model that has the rule '{name}': call that rule's detach() first")
+        if hasattr(module, "carrier") and kind.startswith("Feedback"):
+            raise CoverageError(f"{where} is a copy of a layer that has feedback: copy the layer after detach()")
 
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fa_bench.config.options import option
@@ -37,8 +39,12 @@ class CutRule(Rule):
 
     cuts: list[str] | None = option(None, "modules (names, or patterns such as 'act*'; * crosses dots) whose output is "
                                           "cut; null: the cut points that the model declares")
-    output: str | None = option(None, "the output that the errors come from, where the model returns several: a key, or a number "
-                                      "in a tuple; other outputs train the layers behind the last cut alone")
+    output: str | int | None = option(None, "the output that the errors come from, where the model returns several: a key, or a "
+                                            "number in a tuple; other outputs train the layers after the last cut alone")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.output = None if self.output is None else str(self.output)
 
     #: The model's attribute that names the cuts unless the option does.
     declared = "cut_points"
@@ -96,6 +102,9 @@ class CutRule(Rule):
         if errors.dtype != feedback.dtype:
             errors = errors.to(feedback.dtype)
         projected = errors.mm(feedback)
+        if projected.numel() != math.prod(kept.shape):
+            raise CoverageError(f"cut '{cut}' has activations of shape {tuple(kept.shape[1:])}, and its feedback was made for "
+                                f"{feedback.shape[1]} features: attach with a sample_input of the size that is trained on")
         return projected if projected.dim() == len(kept.shape) else projected.view(kept.shape)
 
     def learned_at(self, cut: str) -> list[LearnedFeedback]:
@@ -133,6 +142,7 @@ class CutRule(Rule):
 
     # -------------------------------------------------------------------------------------------- life in a model
     def put_in(self, sample_input: Any) -> Coverage:
+        from fa_bench.mechanisms.cut_points import check_cuts
         from fa_bench.mechanisms.layers import weighted_layers
 
         self._at: dict[str, nn.Module] = {}
@@ -142,8 +152,9 @@ class CutRule(Rule):
         self._loss_scale: float | None = None
         self._delivered = False
         self._cut_handles: list[Any] = []
-        from fa_bench.mechanisms.cut_points import check_cuts
-
+        self._blind: set[str] = set()
+        self._missed: set[str] = set()
+        self._outer: list[Any] = []
         named = self.find_cuts(sample_input)
         trace = self.trace(sample_input, watch=named)
         cuts = self.choose_cuts(named, trace)
@@ -177,10 +188,6 @@ class CutRule(Rule):
         for path, use in trace.uses.outside.items():
             uncovered[f"{path}.weight"] = outside_text(use)
         return Coverage(self.name, covered, uncovered, local, self.notes())
-
-    def notes(self) -> tuple[str, ...]:
-        """What else to know about the rule in a model, for its coverage."""
-        return ()
 
     def watched_modules(self) -> dict[str, nn.Module]:
         return {**self._covered, **self._at}
@@ -238,26 +245,34 @@ class CutRule(Rule):
     def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         super().begin_forward(model, args, kwargs)
         tape: dict[str, Kept] | None = {} if self._active() else None
+        self._outer.append((self._tape, self._replayed))
         if recomputing():
             self._replayed = tape
+        elif tape is not None and self._tape is not None:
+            raise CoverageError(f"the model calls itself in a training pass, where rule '{self.name}' cannot tell its outputs "
+                                f"apart: call one of its modules instead")
         else:
             self._tape = tape
+            self._blind.clear()
 
     def end_forward(self, model: nn.Module, args: Any, output: Any) -> Any:
-        super().end_forward(model, args, output)
-        if recomputing():
-            tape, self._replayed = self._replayed, None
-        else:
-            tape, self._tape = self._tape, None
+        again = recomputing()
+        tape = self._replayed if again else self._tape
+        try:
+            super().end_forward(model, args, output)
+        finally:
+            self._tape, self._replayed = self._outer.pop() if self._outer else (None, None)
         if tape is None or output is None:
             return None
-        if isinstance(output, torch.Tensor) and self.output is None:
+        if not again and len(tape) < len(self._at):
+            self._require_cuts(tape)
+        if isinstance(output, torch.Tensor):
             return self._delivered_to(output, tape)
         from fa_bench.mechanisms.trace import chosen_result, named_results, replaced
 
         results = named_results(output)
         for name, result in results.items():
-            if result.dim() == 0:
+            if result.dim() == 0 and (self.output is None or _made_of(result, results.get(self.output))):
                 raise CoverageError(f"the model returns a loss ('{name}') that it computed itself, and the error of rule "
                                     f"'{self.name}' cannot come from there: call it without labels, and compute the loss from "
                                     f"its logits")
@@ -266,6 +281,28 @@ class CutRule(Rule):
                                 "say which, such as {output}", {"output": next(iter(results))})
         logits = chosen_result(results, self.output)
         return replaced(output, logits, self._delivered_to(logits, tape))
+
+    def roots(self, output: Any) -> list[Any]:
+        kept = [kept.tensor.grad_fn for kept in (self._tape or {}).values() if kept.tensor is not None]
+        return [*super().roots(output), *(node for node in kept if node is not None)]
+
+    def transporting_layers(self) -> dict[str, nn.Module]:
+        return {} if self.modular else dict(self._covered)
+
+    def _require_cuts(self, tape: dict[str, Kept]) -> None:
+        """Look at the cuts that a training pass did not meet: those that ran without gradients are refused, others warned of."""
+        from fa_bench.mechanisms.layers import require_gradients
+
+        assert self._trace is not None
+        for cut in self._at.keys() - tape.keys():
+            if cut in self._blind:
+                for path in self._trace.feeds.get(cut, ()) if self.side == OUTPUT else ():
+                    require_gradients(path, self._covered[path])
+            elif cut not in self._missed:
+                self._missed.add(cut)
+                warnings.warn(f"rule '{self.name}': cut '{cut}' did not run in a training pass, although it ran when the model "
+                              f"was attached. Layers before it that did run received their error through later weights",
+                              stacklevel=2)
 
     def _delivered_to(self, logits: Tensor, tape: dict[str, Kept]) -> Tensor:
         """The logits, from which the backward pass reaches all cuts and their learned feedback."""
@@ -289,13 +326,12 @@ class CutRule(Rule):
         if not isinstance(output, torch.Tensor):
             raise CoverageError(f"cut '{cut}' returns a {type(output).__name__}; name a module that returns one tensor")
         if not output.requires_grad:
-            from fa_bench.mechanisms.layers import require_gradients
-
-            assert self._trace is not None
-            for path in self._trace.feeds.get(cut, ()) if self.side == OUTPUT else ():
-                require_gradients(path, self._covered[path])
+            self._blind.add(cut)
             return None
         if tape is not None:
+            if cut in tape:
+                raise CoverageError(f"cut '{cut}' ran twice in a training pass, and once when the model was attached: "
+                                    f"name a module that runs once in training")
             tape[cut] = Kept(output, output.shape)
             resting = [learned for learned in self._resting.get(cut, ()) if learned._rests]
             if resting and self._learns(output):
@@ -326,7 +362,7 @@ class CutRule(Rule):
     ) -> None:
         self._target, self._delivered = target, False
         if self.scales:
-            self._loss_scale = 1.0 if loss_scale is None and is_unscaled(loss) else loss_scale
+            self._loss_scale = 1.0 if loss_scale is None and is_unscaled(loss, target) else loss_scale
         try:
             loss.backward()
         finally:
@@ -339,9 +375,13 @@ class CutRule(Rule):
         tensors: tuple[Tensor, ...],
     ) -> list[Tensor | None]:
         """The errors at the logits and at all cuts, and the gradients of learned feedback, once the backward pass has δ."""
-        self._delivered = True
         target = self._target
+        if delta.dim() != 2:
+            raise CoverageError(f"rule '{self.name}' needs logits of shape (N, C); the model gave {tuple(delta.shape)}")
         if self._needs_target:
+            if self._delivered:
+                raise ValueError(f"rule '{self.name}': the loss depends on two forward passes, and the labels belong to one of "
+                                 f"them: call rule.backward for each")
             if target is None or target.shape != delta.shape[:1] or target.is_floating_point():
                 raise ValueError(f"rule '{self.name}' requires labels: call rule.backward(loss, logits, target) with class "
                                  f"indices of shape (N,)")
@@ -353,6 +393,7 @@ class CutRule(Rule):
         if tensors:
             for kept, tensor in zip(tape.values(), tensors, strict=True):
                 kept.tensor = tensor
+        self._delivered = True
         sent = self.broadcast(delta, target)
         answers: list[Tensor | None] = [self.output_error(delta)]
         gradients: list[Tensor | None] = []
@@ -401,6 +442,21 @@ class CutRule(Rule):
         weights = {path: self.model.get_submodule(path).weight.detach() for path in self._trace.outputs}
         tensors = self.feedback.get(list(self._at)[-1], {})
         return {path: (tensors["B"], w) for path, w in weights.items() if "B" in tensors and tensors["B"].shape == w.shape}
+
+
+def _made_of(result: Tensor, logits: Tensor | None) -> bool:
+    """Whether one output of a model was computed from another."""
+    if logits is None:
+        return True
+    visited, stack = set(), [result.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is logits.grad_fn:
+            return True
+        if node is not None and node not in visited:
+            visited.add(node)
+            stack.extend(following for following, _ in node.next_functions)
+    return False
 
 
 @dataclasses.dataclass(slots=True)

@@ -131,7 +131,7 @@ class EdgeRule(Rule):
             covered.append(Covered(path, kind, tuple(layer.weight.shape), f"goes on through {carrier.words()}{idle}"))
         ids = {id(parameter) for layer in layers.values() for parameter in layer.parameters(recurse=False)}
         uncovered, local = foreign_weights(self.model, ids, trace.uses if trace is not None else None)
-        return Coverage(self.name, tuple(covered), uncovered | self._used_outside(trace), local, self.notes())
+        return Coverage(self.name, tuple(covered), uncovered | self._used_outside(trace), local, self.notes() + self._tied())
 
     def _seen(self, sample_input: Any) -> Trace | None:
         """The model's structure; None where there is no sample, and none that could be made up: then training shows it."""
@@ -140,21 +140,26 @@ class EdgeRule(Rule):
         except CoverageError:
             if sample_input is not None:
                 raise
-            self._untraced = True
             return None
 
     def _used_outside(self, trace: Trace | None) -> dict[str, str]:
         return {} if trace is None else {f"{path}.weight": outside_text(use) for path, use in trace.uses.outside.items()}
 
-    def check_uses(self, trace: Trace) -> None:
-        self.coverage = dataclasses.replace(self.coverage, uncovered=self.coverage.uncovered | self._used_outside(trace))
-        self.coverage.require(self.allow_uncovered, self.model)
-
-    def notes(self) -> tuple[str, ...]:
-        """What else to know about the rule in a model, for its coverage."""
-        return ()
+    def _tied(self) -> tuple[str, ...]:
+        """Notes on learned feedback of weights that several layers share."""
+        owners: dict[int, list[str]] = {}
+        for path, module in self.model.named_modules():
+            if module._parameters.get("weight") is not None:
+                owners.setdefault(id(module.weight), []).append(path)
+        learning = [path for path, layer in self._layers.items() if layer.carrier.follows]
+        shared = {path: [at for at in owners[id(self._layers[path].weight)] if at != path] for path in learning}
+        return tuple(f"'{path}' shares its weight with {names(others)}: the weight's gradient is the sum of theirs, and learned "
+                     f"feedback follows the layer's own part." for path, others in shared.items() if others)
 
     def watched_modules(self) -> dict[str, nn.Module]:
+        return dict(self._layers)
+
+    def transporting_layers(self) -> dict[str, nn.Module]:
         return dict(self._layers)
 
     def take_out(self) -> None:

@@ -39,11 +39,15 @@ class Mode:
         exact: forward passes are those of the plain model.
         hold: forward passes draw nothing new, so that a probe leaves no trace.
         training: a forward pass of the whole model with gradients is under way.
+        blind: layers that learn and ran without gradients in it, by path.
+        ran: paths of the layers that ran with gradients in it.
     """
 
     exact: bool = False
     hold: bool = False
     training: bool = False
+    blind: dict[str, nn.Module] = dataclasses.field(default_factory=dict)
+    ran: set[str] = dataclasses.field(default_factory=set)
 
 
 class FeedbackLayer(nn.Module):
@@ -65,13 +69,16 @@ class FeedbackLayer(nn.Module):
         mode = self.mode
         if mode.exact or not torch.is_grad_enabled():
             if mode.training and not mode.exact:
-                require_gradients(self.path, self)
-                self.carrier.passed(self, x)
+                if self.weight.requires_grad:
+                    mode.blind[self.path] = self
+                else:
+                    self.carrier.passed(self, x)
             return super().forward(x, *args, **kwargs)
         if "weight" not in self._parameters:
             raise CoverageError(f"the weight of layer '{self.path}' is computed since attach (by pruning or a parametrization), "
                                 f"and its feedback cannot follow it: call rule.detach(), and attach before you reparametrize no "
                                 f"layer or after the weight is a parameter again")
+        mode.ran.add(self.path)
         carrier = self.carrier
         if self.training and not mode.hold:
             carrier.before_forward(self)
@@ -145,7 +152,7 @@ class FeedbackLinear(FeedbackLayer, nn.Linear):
         learned = [learn.learned.tensor for learn in carry.learn]
         if x.dim() == 2:
             return function.apply(x, weight, bias, carry, *learned)
-        return function.apply(x.reshape(-1, x.shape[-1]), weight, bias, carry, *learned).view(*x.shape[:-1], -1)
+        return function.apply(x.reshape(-1, x.shape[-1]), weight, bias, carry, *learned).view(*x.shape[:-1], len(weight))
 
 
 class _FeedbackConv(FeedbackLayer):
@@ -249,9 +256,9 @@ CONVOLUTIONS = tuple(plain for plain in SWAPS if plain is not nn.Linear)
 
 def is_weighted(module: nn.Module) -> bool:
     """Whether the module is a layer that feedback can be put into, plain or swapped already."""
-    return (type(module) in SWAPS or type(module) in _PLAIN) and isinstance(
-        module._parameters.get("weight"), nn.Parameter
-    ) and not isinstance(module.weight, nn.parameter.UninitializedParameter)
+    weight = module._parameters.get("weight")
+    return (type(module) in SWAPS or type(module) in _PLAIN) and isinstance(weight, nn.Parameter) and not (
+        isinstance(weight, nn.parameter.UninitializedParameter) or weight.is_complex())
 
 
 def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -264,9 +271,10 @@ def swap_in(module: nn.Module, path: str, carrier: Carrier, mode: Mode) -> None:
     module.__class__ = SWAPS[type(module)]
     module.carrier, module.mode, module.path = carrier, mode, path
     module.learned = {name: register_learned(module, path, name, module) for name in carrier.learned}
-    for name in carrier.learned:
-        if name == carrier.follows and not module.weight.requires_grad:
-            module.learned[name].rest()
+    if carrier.follows is not None:
+        module.learned[carrier.follows].follows = True
+        if not module.weight.requires_grad:
+            module.learned[carrier.follows].rest()
 
 
 def swap_out(module: nn.Module) -> None:

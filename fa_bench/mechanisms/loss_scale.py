@@ -7,7 +7,7 @@ at the logits, follows by itself; one made of the labels has to be multiplied as
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fa_bench.lazy import torch
 
@@ -20,11 +20,22 @@ _LOSSES = {"NllLoss", "NllLoss2D", "CrossEntropyLoss", "MseLoss", "BinaryCrossEn
 _MEAN = 1
 
 
-def is_unscaled(loss: Tensor) -> bool:
-    """Whether `loss` is the mean that one of torch's losses returned, as far as its graph tells; no arithmetic, no waiting."""
-    node = loss.grad_fn
+def is_unscaled(loss: Tensor, target: Tensor | None) -> bool:
+    """Whether `loss` is the mean of one of torch's losses over all samples, as far as its graph tells; almost no arithmetic.
+
+    Args:
+        loss: the loss.
+        target: the labels (N,), to which a loss of fewer samples, of ignored or of weighted ones is compared.
+    """
+    node: Any = loss.grad_fn
     name = type(node).__name__.rstrip("0123456789").removesuffix("Backward")
-    return name in _LOSSES and getattr(node, "_saved_reduction", _MEAN) == _MEAN
+    if name not in _LOSSES or getattr(node, "_saved_reduction", _MEAN) != _MEAN:
+        return False
+    if name != "NllLoss" or target is None:
+        return True
+    ignored = node._saved_ignore_index
+    ignores = 0 <= ignored < 1 << 62 and bool((target == ignored).any())
+    return node._saved_weight is None and len(node._saved_self) == len(target) and not ignores
 
 
 def measured_scale(rule: str, delta: Tensor, logits: Tensor, target: Tensor | None, last: float = 1.0) -> float:
@@ -51,10 +62,12 @@ def measured_scale(rule: str, delta: Tensor, logits: Tensor, target: Tensor | No
     tolerance = 1e-3 if delta.dtype in (torch.float32, torch.float64) else 5e-2
     if not math.isfinite(scale):
         return scale  # a gradient scaler will leave this update out
-    if (given - scale * unit).norm().item() > tolerance * given.norm().item():
-        raise ValueError(f"rule '{rule}' makes its errors of the labels and cannot tell what the loss was multiplied by, for the "
-                         f"gradient at the logits is no multiple of that of the mean cross-entropy: say so, "
-                         f"rule.backward(loss, logits, target, loss_scale=1.0)")
+    # Each entry of δ was rounded in units of its dtype before it was divided by the number of samples.
+    rounding = 4 * torch.finfo(delta.dtype).eps * abs(scale) * delta.numel() ** 0.5 / max(len(delta), 1)
+    if (given - scale * unit).norm().item() > tolerance * given.norm().item() + rounding:
+        raise ValueError(f"rule '{rule}' makes its errors of the labels and cannot tell what the loss was multiplied by: the "
+                         f"gradient at the logits is no multiple of that of the mean cross-entropy. Pass the number: "
+                         f"rule.backward(loss, logits, target, loss_scale=1.0), or loss_scale=1 / 4 for loss / 4")
     # The usual scales are powers of two, and with one of them the result is the exact multiple.
     power = 2.0 ** round(math.log2(scale)) if scale > 0 else 0.0
     return power if power and abs(scale / power - 1) < tolerance else scale

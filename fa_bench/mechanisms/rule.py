@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.structure import Structure
     from fa_bench.mechanisms.trace import Trace
     from fa_bench.mechanisms.updates import LearnedFeedback
+    from fa_bench.mechanisms.uses import UsesOfWeights
 
 R = TypeVar("R", bound="Rule")
 
@@ -38,7 +39,9 @@ class _Attached:
         _frozen: list[nn.Parameter]
         _handles: list[Any]
         _structure: Structure | None
-        _untraced: bool
+        _passes: list[bool]
+        _watch: UsesOfWeights | None
+        _unwatched: bool
         _outside: dict[str, str]
 
 
@@ -87,17 +90,17 @@ class Rule(_Attached, Options):
         self._trace = None
         self._frozen: list[nn.Parameter] = []
         self._handles: list[Any] = []
-        self._structure, self._untraced, self._outside = None, False, {}
+        self._structure, self._outside = None, {}
+        self._passes, self._watch, self._unwatched = [], None, True
         try:
             if self.freeze_stem:
                 stem = model.get_submodule(self.trace(sample_input).order[0])
                 self.freeze(stem.parameters(recurse=False))
             self.coverage = self.put_in(sample_input).noting_frozen(model)
             self.coverage.require(self.allow_uncovered, model)
-            if self.feedback_lr_scale == 0:
-                for learned in self.learned_feedback():
-                    learned.witness = None  # meant to stay as it is
-            self._structure = Structure(model, self.watched_modules(), self._frozen)
+            for learned in self.learned_feedback():
+                learned.lr_scale = self.feedback_lr_scale
+            self._structure = Structure(self.name, model, self.watched_modules(), self._frozen)
             self.hook_model()
         except BaseException as error:
             self._leave()
@@ -143,6 +146,8 @@ class Rule(_Attached, Options):
             handle.remove()
         self._handles = []
         self.take_out()
+        if self._structure is not None:
+            self._structure.release()
         for parameter in self._frozen_now():
             parameter.requires_grad_(True)
         del self.model
@@ -179,25 +184,67 @@ class Rule(_Attached, Options):
         """Called before every forward pass of the model; refuses a model that was changed since `attach`."""
         mode = self.mode
         training = torch.is_grad_enabled() and not mode.exact
-        if training and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            mode.training = training
+            return
+        if not self._passes:
+            mode.blind.clear()
+            mode.ran.clear()
+        self._passes.append(mode.training)
+        if training:
             self._check_structure()
-            if self._untraced:
-                from fa_bench.mechanisms.trace import Arguments
+            if self._unwatched and self._watch is None and (layers := self.transporting_layers()):
+                from fa_bench.mechanisms.uses import UsesOfWeights
 
-                self.check_uses(self.trace(Arguments(args, kwargs)))
-                self._untraced = False
+                self._watch = UsesOfWeights(model, layers).__enter__()
         mode.training = training
 
     def end_forward(self, model: nn.Module, args: Any, output: Any) -> Any:
         """Called after every forward pass of the model, also where it failed; may return another output."""
-        self.mode.training = False
+        mode = self.mode
+        mode.training = self._passes.pop() if self._passes else False
+        if self._passes:  # the model called itself
+            return
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.__exit__(None, None, None)
+        if output is None:  # it failed
+            return
+        for path, layer in mode.blind.items() if mode.blind else ():
+            if path not in mode.ran:
+                from fa_bench.mechanisms.layers import require_gradients
+
+                require_gradients(path, layer)
+        if watch is not None:
+            self._unwatched = False
+            self.check_uses(watch.found(self.roots(output)).outside)
+
+    def transporting_layers(self) -> dict[str, nn.Module]:
+        """The layers whose weight must not carry the error by itself, by path."""
+        return {}
+
+    def roots(self, output: Any) -> list[Any]:
+        """The autograd nodes from which a backward pass reaches the model."""
+        from fa_bench.mechanisms.trace import tensors_in
+
+        return [tensor.grad_fn for tensor in tensors_in(output) if tensor.grad_fn is not None]
 
     def _check_structure(self) -> None:
         if self._structure is not None:
             self._structure.check(bool(self.allow_uncovered))
 
-    def check_uses(self, trace: Trace) -> None:
-        """Refuse what a first look at the model shows: a rule that was attached without a sample has it in training."""
+    def check_uses(self, outside: dict[str, str]) -> None:
+        """Refuse weights that the first training pass used outside their layers, see `Uses`: `attach` looked at an evaluation."""
+        new = {f"{path}.weight": outside_text(use) for path, use in outside.items()}
+        if new.keys() - self.coverage.uncovered.keys():
+            coverage = dataclasses.replace(self.coverage, uncovered=self.coverage.uncovered | new)
+            self._unwatched = True  # the next pass is looked at, too
+            coverage.require(self.allow_uncovered, self.model)
+            self.coverage, self._unwatched = coverage, False
+
+    def notes(self) -> tuple[str, ...]:
+        """What else to know about the rule in a model, for its coverage."""
+        return ()
 
     # -------------------------------------------------------------------------------------------- training
     def backward(
@@ -268,6 +315,12 @@ class Rule(_Attached, Options):
     def feedback_parameters(self) -> list[Tensor]:
         """The learned feedback tensors: those of ``model.parameters()`` that the rule added."""
         return [learned.tensor for learned in self.learned_feedback()]
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Groups for an optimizer: the weights at the learning rate `lr`, and learned feedback at the rule's own part of it."""
+        groups: list[dict[str, Any]] = [{"params": self.weight_parameters(), "lr": lr}]
+        learned = self.feedback_parameters()
+        return [*groups, {"params": learned, "lr": lr * self.feedback_lr_scale}] if learned else groups
 
     def weight_parameters(self) -> list[nn.Parameter]:
         """``model.parameters()`` without the learned feedback: those of the plain model."""
@@ -342,9 +395,11 @@ class Rule(_Attached, Options):
         from fa_bench.mechanisms.layers import require_gradients, weighted_layers
         from fa_bench.mechanisms.trace import trace_model
 
+        output = None if (given := getattr(self, "output", None)) is None else str(given)
+
         def traced(sample: Any) -> Trace:
             with self.exact():
-                trace = trace_model(self.model, sample, watch, getattr(self, "output", None), self._frozen_now())
+                trace = trace_model(self.model, sample, watch, output, self._frozen_now())
             for blind in trace.without_gradients:
                 require_gradients(blind, self.model.get_submodule(blind))
             self._outside = trace.uses.outside

@@ -18,7 +18,7 @@ from fa_bench.draws import INITIALISERS
 from fa_bench.errors import CoverageError, names
 from fa_bench.lazy import torch
 from fa_bench.mechanisms.carriers import Carrier, Fixed, Learned, Transport
-from fa_bench.mechanisms.carry import Carry
+from fa_bench.mechanisms.carry import Carry, recomputing, reentrant
 from fa_bench.mechanisms.edge import EdgeRule, Site
 
 if TYPE_CHECKING:
@@ -45,9 +45,27 @@ class Source:
         """Called at every forward pass, by the first layer that takes the activation."""
         self._kept = x.detach(), x._version
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether no forward pass of the model is under way that has it."""
+        return self._kept is None
+
+    def forget(self) -> None:
+        """Called at both ends of a forward pass: an activation belongs to its own pass."""
+        self._kept = None
+
     def held(self, match: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
-        """What gives this forward's activation, matched, in the backward pass."""
-        assert self._kept is not None
+        """What gives this forward's activation, matched, in the backward pass.
+
+        Raises:
+            CoverageError: where the layer that takes the activation first did not run in this pass.
+        """
+        if self._kept is None and recomputing():
+            return reentrant("asap")  # the first pass has it; see there
+        if self._kept is None:
+            raise CoverageError(f"the activation that layers share is the input of '{self.consumer}', which did not run before "
+                                f"them in this forward pass with gradients: all layers that share must run, in the same order, "
+                                f"by a call of the model (activation checkpointing needs use_reentrant=False)")
         tensor, version = self._kept
 
         def give() -> Tensor:
@@ -134,7 +152,9 @@ class Sharing(Carrier):
         if self.gives is not None:
             self.gives.keep(x)
         carry = self.inner.carry(layer, x)
-        return carry if self.source is None else self.shared(layer, carry, self.source.held(self.match(layer)))
+        if self.source is None or (layer.mode.hold and self.source.is_gone):
+            return carry  # a probe may ask what this layer alone carries
+        return self.shared(layer, carry, self.source.held(self.match(layer)))
 
     def match(self, layer: Any) -> Callable[[Tensor], Tensor]:
         """What brings the shared activation to the shape of this layer's input."""
@@ -165,6 +185,19 @@ class SharingRule(EdgeRule):
 
     #: The carrier that lets the shared activation in.
     sharing = Sharing
+
+    def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        super().begin_forward(model, args, kwargs)
+        self._forget()
+
+    def end_forward(self, model: nn.Module, args: Any, output: Any) -> Any:
+        self._forget()
+        return super().end_forward(model, args, output)
+
+    def _forget(self) -> None:
+        if not recomputing():
+            for source in self._sources.values():
+                source.forget()
 
     def put_in(self, sample_input: Any) -> Coverage:
         trace = self.trace(sample_input)

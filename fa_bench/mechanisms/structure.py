@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import CoverageError, names
@@ -18,13 +20,16 @@ class Structure:
     for each module that has children.
 
     Args:
+        rule: the rule's name.
         model: the model, with the rule in it.
         watched: path -> module, for the layers and cuts that the rule relies on.
         frozen: parameters that the rule keeps from learning.
     """
 
-    def __init__(self, model: nn.Module, watched: dict[str, nn.Module], frozen: list[nn.Parameter]) -> None:
-        self._model, self._watched = model, watched
+    def __init__(self, rule: str, model: nn.Module, watched: dict[str, nn.Module], frozen: list[nn.Parameter]) -> None:
+        self.rule, self._model, self._watched = rule, model, watched
+        self._number = next(_numbers)
+        _attached[self._number] = self
         ids = {id(parameter) for parameter in frozen}
         self._frozen = [(path, module, key) for path, module in model.named_modules()
                         for key, parameter in module._parameters.items() if id(parameter) in ids]
@@ -32,6 +37,9 @@ class Structure:
 
     def _accept(self) -> None:
         self._known = set(self._model.modules())
+        for module in self._known:
+            # A number and not the rule itself: modules are copied and pickled, and a copy is no part of the model.
+            module.__dict__[PART_ATTRIBUTE] = self._number, id(module)
         self._children = [(module._modules, list(module._modules.values())) for module in self._known if module._modules]
 
     def check(self, allow_new: bool) -> None:
@@ -69,6 +77,11 @@ class Structure:
                                 f"cover. {_AGAIN}")
         self._accept()
 
+    def release(self) -> None:
+        """Forget that the modules belong to the model."""
+        for module in (*self._known, *self._model.modules()):
+            module.__dict__.pop(PART_ATTRIBUTE, None)
+
     def live(self) -> list[Any]:
         """The frozen parameters as they are in the model now, those included that a reparametrization made of them."""
         return [parameter for _, module, key in self._frozen for parameter in _made_of(module, key)]
@@ -85,4 +98,15 @@ def _made_of(module: nn.Module, key: str) -> list[Any]:
     return [parameter for name, parameter in module._parameters.items() if name in (f"{key}_orig", f"{key}_g", f"{key}_v")]
 
 
+def rule_of_part(module: nn.Module) -> str | None:
+    """The name of the rule in the model that a module is a part of, while that rule is attached."""
+    number, identity = module.__dict__.get(PART_ATTRIBUTE, (0, 0))
+    structure = _attached.get(number)
+    return structure.rule if structure is not None and identity == id(module) else None
+
+
+#: Where each module of an attached model has the number of its structure.
+PART_ATTRIBUTE = "_fa_bench_part_of"
+_attached: weakref.WeakValueDictionary[int, Structure] = weakref.WeakValueDictionary()
+_numbers = itertools.count(1)
 _AGAIN = "Call rule.detach(), then attach a rule again, and make the optimizer after that"

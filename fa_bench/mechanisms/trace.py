@@ -6,6 +6,7 @@ back to the layer's output without passing another weighted layer.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -129,9 +130,9 @@ def trace_model(
     # An output that is a watched one, such as a hidden state, has no way of its own to the layers in front of it.
     _, behind = _walk(set(roots).difference(ends.values()), node_of, ends.values())
     behind = behind.union(*(through for _, through in walks.values()))
-    chosen = chosen_result(results, output)
+    chosen = chosen_result(results, output) if results or output is not None else None
     # Of several outputs, such as hidden states, those that other layers go on from do not make an output layer.
-    last = _walk([chosen.grad_fn] if output is not None or len(results) == 1 else [], node_of, ())[0]
+    last = _walk([chosen.grad_fn] if chosen is not None and (output is not None or len(results) == 1) else [], node_of, ())[0]
     fed = _walk(roots, node_of, ())[0]
     last |= {path for path in fed if path not in consumer}
     return Trace(
@@ -152,7 +153,7 @@ def trace_model(
         without_gradients=list(dict.fromkeys(blind)),
         uses=uses.found(roots),
         results={name: tuple(tensor.shape) for name, tensor in results.items()},
-        result_shape=tuple(chosen.shape),
+        result_shape=() if chosen is None else tuple(chosen.shape),
     )
 
 
@@ -164,12 +165,12 @@ class Arguments(NamedTuple):
 
 
 def arguments(sample: Any) -> Arguments:
-    """The arguments of a forward pass on a sample, see `trace_model`, tensors detached."""
+    """The arguments of a forward pass on a sample, see `trace_model`: copies, for a model may change what it is given."""
     def detached(value: Any) -> Any:
-        return value.detach() if isinstance(value, Tensor) else value
+        if isinstance(value, Tensor):
+            return value.detach().clone()
+        return copy.copy(value) if isinstance(value, (Mapping, list)) else value
 
-    if isinstance(sample, Arguments):
-        return Arguments(tuple(map(detached, sample.args)), {name: detached(value) for name, value in sample.kwargs.items()})
     if isinstance(sample, Mapping):
         return Arguments((), {name: detached(value) for name, value in sample.items()})
     return Arguments(tuple(map(detached, sample)) if isinstance(sample, (tuple, list)) else (detached(sample),), {})
@@ -237,7 +238,7 @@ def chosen_result(results: dict[str, Tensor], output: str | None) -> Tensor:
     Raises:
         CoverageError: where there is none.
     """
-    if output is None and results:
+    if results and (output is None or list(results) == [""]):  # a model may return several outputs in training alone
         return next(iter(results.values()))
     if output not in results:
         allowed = [name for name in results if name]

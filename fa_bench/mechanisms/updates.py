@@ -9,6 +9,7 @@ replaced, is looked at: by what the optimizers that step hold, and where the wei
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,10 @@ class LearnedFeedback:
         witness: a module whose weight learns beside it; that weight tells whether there was an update. None: nobody looks.
     """
 
+    #: What its learning rate is, relative to that of the weights, and whether it follows the weight.
+    lr_scale = 1.0
+    follows = False
+
     def __init__(self, place: str, module: nn.Module, key: str, witness: nn.Module | None) -> None:
         self.place, self.module, self.key, self.witness = place, module, key, witness
         #: The tensor that was seen to be trained; until then the one that was there at first.
@@ -41,6 +46,7 @@ class LearnedFeedback:
         self._trained = False
         self._before: _Before | None = None
         self._fault = ""
+        self._grace = 0
         self._rests = False
 
     def rest(self) -> None:
@@ -79,7 +85,7 @@ class LearnedFeedback:
         Raises:
             StateError: where the optimizer that stepped since the last backward pass does not train this tensor.
         """
-        if (self.tensor is self._known and self._trained) or gradient is None or self.witness is None:
+        if (self._is_trained() and not self._fault) or gradient is None or self.witness is None:
             return
         if not self.tensor.requires_grad:
             return  # meant to stay as it is
@@ -96,12 +102,12 @@ class LearnedFeedback:
             StateError: as `received`; and where the weight was updated by hand, and this tensor was not.
         """
         before, self._before = self._before, None
+        self._require_no_fault()
         if before is None or self._is_trained():
             return
-        self._require_no_fault()
         if before.tensor_changed():
             self.accept()
-        elif before.significant and before.weight_changed():
+        elif self.lr_scale and before.significant and before.weight_changed():
             self._fault = _LEFT_OUT
             self._require_no_fault()
 
@@ -109,20 +115,46 @@ class LearnedFeedback:
         """Take the present tensor for trained."""
         self._known, self._trained, self._fault = self.tensor, True, ""
 
-    def stepped(self, ids: set[int]) -> bool:
-        """Called after an optimizer that trains the tensors with these ids made a step; whether this tensor is one of them."""
-        if id(self.tensor) in ids:
+    def stepped(self, groups: dict[int, dict[str, Any]]) -> bool:
+        """Called after an optimizer made a step; whether it trains this tensor.
+
+        Args:
+            groups: id of each tensor that it trains -> its group.
+        """
+        weight = None if self.witness is None else self.witness._parameters.get("weight")
+        mine, its = groups.get(id(self.tensor)), groups.get(id(weight))
+        if mine is not None:
             self.accept()
+            if its is not None:
+                self._compare(mine, its)
             return True
-        assert self.witness is not None
-        if id(self.witness._parameters.get("weight")) in ids:
+        if its is not None:
+            # What was trained before may have an optimizer of its own, which steps before the weights' new one or after it.
+            if not self._fault:
+                self._grace = 2 if self._is_trained() else 0
             self._fault = _LEFT_OUT
-        elif self.tensor is not self._known and id(self._known) in ids:
+        elif self.tensor is not self._known and id(self._known) in groups:
             self._fault = _REPLACED
         return False
 
+    def _compare(self, mine: dict[str, Any], its: dict[str, Any]) -> None:
+        """Warn where the settings that an optimizer has for the tensor are not those that the rule asks for."""
+        wanted = self.lr_scale * float(its.get("lr", 0.0))
+        if abs(float(mine.get("lr", 0.0)) - wanted) > 1e-6 * wanted:
+            warnings.warn(
+                f"the rule wants {self.lr_scale:g} times the weights' learning rate for the learned feedback '{self.name}', and "
+                f"the optimizer has {mine['lr']:g} beside {its['lr']:g}: make it from rule.parameter_groups(lr={its['lr']:g})",
+                stacklevel=4)
+        elif self.follows and mine.get("weight_decay") != its.get("weight_decay"):
+            warnings.warn(f"the learned feedback '{self.name}' follows the weight only with the same weight decay, and the "
+                          f"optimizer has {mine.get('weight_decay')} beside {its.get('weight_decay')}", stacklevel=4)
+
     def _require_no_fault(self) -> None:
-        if self._fault:
+        if self._fault and not self.tensor.requires_grad:  # meant to stay as it is
+            self._fault = ""
+        elif self._fault and self._grace:
+            self._grace -= 1
+        elif self._fault:
             fault = self._fault.format(self.name)
             for other in {self, *_awaiting}:  # said once: the next update shows whether it was mended
                 other._fault, other._before = "", None
@@ -136,14 +168,18 @@ _LEFT_OUT = ("the weights are updated, but not the learned feedback '{0}': the o
 _REPLACED = ("the optimizer trains tensors that the model no longer has: the learned feedback '{0}' was replaced after the "
              "optimizer was made, as load_state_dict(assign=True) does. Make a new optimizer from model.parameters()")
 
-#: Learned tensors that received a gradient and were not seen to be trained yet.
+#: All learned tensors that received a gradient, and those of them that were not seen to be trained yet.
+_known: weakref.WeakSet[LearnedFeedback] = weakref.WeakSet()
 _awaiting: weakref.WeakSet[LearnedFeedback] = weakref.WeakSet()
+#: Optimizers that stepped while there were learned tensors; each one's first step is looked at.
+_seen: weakref.WeakSet[Any] = weakref.WeakSet()
 _hook: Any = None
 
 
 def _watch_optimizers(learned: LearnedFeedback) -> None:
     global _hook
     _awaiting.add(learned)
+    _known.add(learned)
     if _hook is None:
         from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -151,11 +187,16 @@ def _watch_optimizers(learned: LearnedFeedback) -> None:
 
 
 def _after_optimizer_step(optimizer: Any, args: Any, kwargs: Any) -> None:
-    if _awaiting:
-        ids = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
-        for learned in list(_awaiting):
-            if learned.stepped(ids):
-                _awaiting.discard(learned)
+    new = optimizer not in _seen
+    if not (new or _awaiting):
+        return
+    if new:
+        _seen.add(optimizer)
+        _awaiting.update(_known)
+    groups = {id(tensor): group for group in optimizer.param_groups for tensor in group["params"]}
+    for learned in list(_awaiting):
+        if learned.stepped(groups) or (not learned._fault and learned._is_trained()):
+            _awaiting.discard(learned)
 
 
 class _Before:

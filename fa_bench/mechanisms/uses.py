@@ -52,6 +52,8 @@ class UsesOfWeights(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, layers: dict[str, nn.Module]) -> None:
         super().__init__()
+        # A weight that is computed, by pruning or a parametrization, is a new tensor every time.
+        layers = {path: layer for path, layer in layers.items() if layer._parameters.get("weight") is not None}
         self._layer_of = {id(layer.weight): path for path, layer in layers.items()}
         self._stored_at = {at: id(layer.weight) for layer in layers.values() if (at := _storage(layer.weight))}
         self._owners: dict[int, set[nn.Module]] = defaultdict(set)
@@ -75,11 +77,12 @@ class UsesOfWeights(TorchFunctionMode):
         for path, module in self._model.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):
                 self._handles.append(module.register_forward_pre_hook(enters(path), prepend=True))
-                self._handles.append(module.register_forward_hook(self._leaves, with_kwargs=True))
+                self._handles.append(module.register_forward_hook(self._leaves, prepend=True, with_kwargs=True))
         return super().__enter__()
 
     def _leaves(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self._running.pop()
+        if self._running and self._running[-1][1] is module:  # the watch may begin within a module's call
+            self._running.pop()
         if module in self._weight_of:
             own = self._own[self._weight_of[module]]
             inputs = {tensor.grad_fn for tensor in _tensors((args, kwargs))}

@@ -83,15 +83,16 @@ class ASFPLC(ASFP):
     """
 
     cuts: list[str] | None = option(None, "modules (names or patterns) that the blocks end with; null: the model's blocks")
-    output: str | None = option(None, "the output that the errors come from, where the model returns several: a key, or a number "
-                                      "in a tuple")
+    output: str | int | None = option(None, "the output that the errors come from, where the model returns several: a key, or a "
+                                            "number in a tuple")
     pool: int = option(2, "side that a classifier averages a map to", minimum=1)
 
     def put_in(self, sample_input: Any) -> Coverage:
         local = Classifiers(cuts=self.cuts, output=self.output, pool=self.pool, b_init=self.linear_b_init)
         # One mode for both: what measures the one measures the other.
         local.name, local.model, local.mode, local.seed = self.name, self.model, self.mode, self.seed
-        local._frozen, local._structure, local._untraced, local._outside = self._frozen, None, False, {}
+        local._frozen, local._structure, local._outside = self._frozen, None, {}
+        local._passes, local._watch, local._unwatched = [], None, False
         self._local, local.part_of = local, self
         local.put_in(sample_input)
         return super().put_in(sample_input)
@@ -106,8 +107,19 @@ class ASFPLC(ASFP):
         self._local.begin_forward(model, args, kwargs)
 
     def end_forward(self, model: torch_nn.Module, args: Any, output: Any) -> Any:
-        super().end_forward(model, args, output)
-        return self._local.end_forward(model, args, output)
+        try:
+            super().end_forward(model, args, output)
+        except BaseException:
+            self._local.end_forward(model, args, None)
+            raise
+        training = self.mode.training
+        try:
+            return self._local.end_forward(model, args, output)
+        finally:
+            self.mode.training = training
+
+    def roots(self, output: Any) -> list[Any]:
+        return self._local.roots(output)
 
     def deliver(
         self, loss: Tensor, logits: Tensor | None, target: Tensor | None, loss_scale: float | None = None

@@ -26,6 +26,9 @@ class BRSF(EdgeRule):
     m_init: str = option("xavier_uniform", "initialiser of the magnitudes M", choices=list(INITIALISERS))
     density: float = option(1.0, "fraction of B that is not zero (mask drawn once)", above=0, maximum=1)
 
+    def notes(self) -> tuple[str, ...]:
+        return ("M is drawn for every training forward pass: parts of a batch have draws of their own.",)
+
     def carrier(self, site: Site) -> Carrier:
         site.put("M", self.m_init, magnitude=True)
         site.put_mask(self.density)

@@ -108,8 +108,9 @@ class ForwardAlignment(EdgeRule):
         super().end_forward(model, args, output)
         if torch.is_grad_enabled() and self.current is not None and not recomputing():
             current, self.current = self.current, None
+            call, self._call = self._call, ((), {})
             if output is not None:
-                self._run_again(current, *self._call)
+                self._run_again(current, *call)
 
     def _run_again(self, current: Pass, args: Any, kwargs: Any) -> None:
         """A second forward pass in which every layer has its true input of the first one, and C."""

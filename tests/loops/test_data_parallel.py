@@ -22,14 +22,16 @@ from .scripts import data, net, sgd
 # Without what depends on the batch itself: similarities of its samples, batch normalisation.
 OPTIONS: dict[str, dict] = {
     "predsim": {"loss": "pred"}, "dgl": {"auxiliary_net": "linear"}, "wm": {"initial_steps": 3, "mirror_batch": 8},
+    "dkp": {"b_lr_scale": 1.0},
 }
 CASES = {name: (name, OPTIONS.get(name, {})) for name in ALGORITHMS}
 CASES |= {
     "drtp sign": ("drtp", {"error_sign": True}),
-    "kp apart": ("kp", {"b_lr_scale": 0.5}), "kp plain last": ("kp", {"plain_last": True}),
-    "dkp sparse": ("dkp", {"density": 0.5}), "pfa sparse": ("pfa", {"density": 0.5}), "fa stem": ("fa", {"freeze_stem": True}),
+    "kp plain last": ("kp", {"plain_last": True}),
+    "dkp sparse": ("dkp", {"density": 0.5, "b_lr_scale": 1.0}), "pfa sparse": ("pfa", {"density": 0.5}),
+    "fa stem": ("fa", {"freeze_stem": True}),
     "asap random": ("asap", {"match": "random", "freeze_stem": False}),
-    "conv kp": ("kp", {}), "conv pfa": ("pfa", {}), "conv dkp": ("dkp", {}), "conv asfp": ("asfp", {}),
+    "conv kp": ("kp", {}), "conv pfa": ("pfa", {}), "conv dkp": ("dkp", {"b_lr_scale": 1.0}), "conv asfp": ("asfp", {}),
     "asfp_lc learning stem": ("asfp_lc", {"freeze_stem": False}), "predsim whole": ("predsim", {}), "dgl whole": ("dgl", {}),
 }
 #: What depends on the batch itself differs from one process; the ranks still agree with each other.

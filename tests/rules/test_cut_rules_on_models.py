@@ -18,7 +18,7 @@ def test_two_steps_train_every_layer(name, model):
     net, rule, x, y = registered(model, name, dtype=torch.float32)
     before = copy.deepcopy(net.state_dict())
     learned = [tensor.detach().clone() for tensor in rule.feedback_parameters()]
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(rule.parameter_groups(lr=0.1), momentum=0.9)
     for _ in range(2):
         rule_grads(net, rule, x, y)
         optimizer.step()

@@ -1,0 +1,114 @@
+"""Optimizers that train learned feedback by other settings than the rule asks for, or that come later, are noticed."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import fa_bench
+from fa_bench.errors import CoverageError, StateError
+
+from .scripts import LEARNED, attached, data, net, sgd, steps
+
+RATE = r"the rule wants {scale:g} times the weights' learning rate .*rule\.parameter_groups\(lr=0\.1\)"
+
+
+@pytest.mark.parametrize(("name", "scale"), [("dkp", 0.01), ("kp", 0.5), ("kp", 0.0)])
+def test_one_rate_for_all_is_warned_of_where_the_rule_asks_for_another(name, scale):
+    model, rule = attached(name, b_lr_scale=scale)
+    with pytest.warns(UserWarning, match=RATE.format(scale=scale)):
+        steps(model, rule, sgd(model.parameters()), 1)
+    model, rule = attached(name, b_lr_scale=scale)
+    before = [tensor.detach().clone() for tensor in rule.feedback_parameters()]
+    steps(model, rule, sgd(rule.parameter_groups(lr=0.1)), 3)
+    moved = [not torch.equal(old, new) for old, new in zip(before, rule.feedback_parameters(), strict=True)]
+    assert all(moved) if scale else not any(moved)
+
+
+@pytest.mark.parametrize("name", ["kp", "pfa", "fa", "dfa", "bp"])
+def test_groups_of_a_rule_without_a_rate_of_its_own(name):
+    model, rule = attached(name)
+    groups = rule.parameter_groups(lr=0.2)
+    assert {group["lr"] for group in groups} == {0.2}
+    assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in model.parameters()}
+
+
+def test_a_decay_of_the_weights_alone_is_warned_of_where_feedback_follows():
+    """Usual groups by name, ``weight`` with decay and the rest without, leave feedback_B without."""
+    for name, warned in (("kp", True), ("pfa", False)):
+        model, rule = attached(name)
+        decays = [p for key, p in model.named_parameters() if key.endswith("weight")]
+        rest = [p for key, p in model.named_parameters() if not key.endswith("weight")]
+        optimizer = torch.optim.SGD([{"params": decays, "weight_decay": 0.01}, {"params": rest}], lr=0.1)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            steps(model, rule, optimizer, 2)
+        assert any("same weight decay" in str(warning.message) for warning in caught) == warned
+
+
+@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_second_optimizer_that_leaves_feedback_out_is_an_error(name, fused):
+    model, rule = attached(name)
+    steps(model, rule, torch.optim.SGD(model.parameters(), lr=0.1, fused=fused), 2)
+    with pytest.raises(StateError, match="the weights are updated, but not the learned feedback"):
+        steps(model, rule, torch.optim.SGD(rule.weight_parameters(), lr=0.1, fused=fused), 4)
+
+
+@pytest.mark.parametrize("order", ["weights first", "feedback first"])
+def test_an_older_optimizer_of_the_feedback_goes_on_beside_a_new_one_of_the_weights(order):
+    model, rule = attached("kp")
+    feedback = sgd(rule.feedback_parameters())
+    for _ in range(2):
+        weights = sgd(rule.weight_parameters())
+
+        class Both:
+            zero_grad = staticmethod(model.zero_grad)
+
+            @staticmethod
+            def step(weights=weights):
+                for optimizer in (weights, feedback) if order == "weights first" else (feedback, weights):
+                    optimizer.step()
+
+        steps(model, rule, Both, 4)
+
+
+def test_tied_weights_are_noted():
+    model = net()
+    model[4] = nn.Linear(16, 16).double()
+    model[4].weight = model[2].weight
+    text = str(fa_bench.attach(model, "kp").coverage)
+    assert "'2' shares its weight with 4" in text
+    assert "shares its weight" not in str(attached("kp")[1].coverage)
+    assert "draws of their own" in str(attached("brsf")[1].coverage)
+
+
+@pytest.mark.parametrize("first", ["fa", "kp", "dfa", "dkp", "bp"])
+@pytest.mark.parametrize("second", ["fa", "kp", "dfa", "bp"])
+def test_models_that_share_modules_have_one_rule(first, second):
+    """Refused before anything changes: the first model trains on as if nothing had been tried."""
+    shared = nn.Sequential(nn.Linear(8, 16), nn.ReLU())
+    models = [nn.Sequential(shared, nn.Linear(16, 3)).double() for _ in range(2)]
+    options = {"cuts": ["0"]} if first in ("dfa", "dkp") else {}
+    rule = fa_bench.attach(models[0], first, **options)
+    kinds = [type(module) for module in models[0].modules()]
+    for other in (models[1], shared):
+        with pytest.raises(CoverageError, match=rf"part of another model that has the rule '{first}'"):
+            fa_bench.attach(other, second, **({"cuts": ["0"]} if second == "dfa" else {}))
+    assert [type(module) for module in models[0].modules()] == kinds
+    steps(models[0], rule, sgd(rule.parameter_groups(lr=0.1)), 2)
+    rule.detach()
+    fa_bench.attach(models[1], second, **({"cuts": ["0"]} if second == "dfa" else {}))
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules")
+def test_complex_weights_are_not_covered():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).to(torch.complex64)
+    with pytest.raises(CoverageError, match="covers no layer"):
+        fa_bench.attach(model, "fa")
+
+
+def test_an_empty_batch_of_more_dimensions():
+    model, _ = attached("kp")
+    assert model(data(2)[0][:0].reshape(0, 1, 8).expand(0, 7, 8)).shape == (0, 7, 3)

@@ -1,0 +1,186 @@
+"""What a model does in training alone: attach looks at an evaluation, and the first training pass is looked at, too."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fa_bench
+from fa_bench.errors import CoverageError
+
+from .scripts import data, sgd, steps
+
+X, Y = data(8)
+EDGE = ("fa", "kp", "pfa", "usf", "brsf", "asap")
+CUT = ("dfa", "dkp", "drtp", "local_error", "predsim")
+
+
+class Net(nn.Module):
+    """8-16-16-3, with what `extra` adds to the hidden activation in training."""
+
+    def __init__(self, extra=None):
+        super().__init__()
+        torch.manual_seed(1)
+        self.a, self.act, self.b, self.act2 = nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU()
+        self.c = nn.Linear(16, 3)
+        self.extra, self.cut_points = extra, ["act", "act2"]
+        self.double()
+
+    def forward(self, x):
+        h = self.act2(self.b(self.act(self.a(x))))
+        if self.training and self.extra is not None:
+            h = self.extra(self, x, h)
+        return self.c(h)
+
+
+def attach(model, name):
+    options = {"b_lr_scale": 1.0} if name == "dkp" else {}
+    return fa_bench.attach(model, name, **options)
+
+
+def train(model, rule, number=1):
+    steps(model, rule, sgd(p for p in model.parameters() if p.requires_grad), number)
+
+
+@pytest.mark.parametrize("name", (*EDGE, *CUT))
+def test_a_weight_used_outside_its_layer_in_training_alone_is_refused(name):
+    model = Net(lambda net, x, h: F.linear(h, net.b.weight.t()))
+    rule = attach(model, name)
+    before = [p.detach().clone() for p in model.parameters()]
+    for _ in range(2):
+        with pytest.raises(CoverageError, match=r"b\.weight \(used outside its layer"):
+            train(model, rule)
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    model.extra = None
+    train(model, rule, 2)
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_a_cut_that_runs_twice_in_training_is_refused(name):
+    model = Net(lambda net, x, h: h + net.act2(net.b(net.act(net.a(x + 0.1)))))
+    rule = attach(model, name)
+    with pytest.raises(CoverageError, match=r"cut 'act' ran twice in a training pass"):
+        train(model, rule)
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_a_cut_that_does_not_run_in_training_is_warned_of_once(name):
+    class Skips(Net):
+        def forward(self, x):
+            h = self.b(self.act(self.a(x)))
+            return self.c(F.relu(h) if self.training else self.act2(h))
+
+    model = Skips()
+    rule = attach(model, name)
+    with pytest.warns(UserWarning, match=r"cut 'act2' did not run in a training pass") as caught:
+        train(model, rule, 2)
+    assert len([one for one in caught if "did not run" in str(one.message)]) == 1
+
+
+@pytest.mark.parametrize("name", (*EDGE, *CUT, "forward_alignment", "dgl"))
+def test_a_pass_without_gradients_beside_one_with_them_is_allowed(name):
+    """Self-distillation: the same layers make a target. The gradients are those without it."""
+    def distils(net, x, h):
+        with torch.no_grad():
+            target = net.act2(net.b(net.act(net.a(x + 0.1))))
+        return h + 0 * target
+
+    found = []
+    for extra in (None, distils):
+        model = Net(extra)
+        model.blocks = ["act"]
+        rule = attach(model, name)
+        logits = model(X)
+        rule.backward(F.cross_entropy(logits, Y), logits, Y)
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", ["asap", "asfp"])
+def test_an_activation_of_an_earlier_pass_is_not_shared(name):
+    class Drops(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.stem, self.layers = nn.Linear(8, 16), nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+            self.out, self.skipped = nn.Linear(16, 3), set()
+            self.double()
+
+        def forward(self, x):
+            x = F.relu(self.stem(x))
+            for number, layer in enumerate(self.layers):
+                if number not in self.skipped:
+                    x = x + F.relu(layer(x))
+            return self.out(x)
+
+    model = Drops()
+    rule = fa_bench.attach(model, name, sample_input=X[:2])
+    train(model, rule, 2)
+    model.skipped = {0}
+    with pytest.raises(CoverageError, match=r"the input of 'layers\.0', which did not run before"):
+        train(model, rule)
+    with pytest.raises(CoverageError, match="did not run before"):  # a submodule alone, after a pass of the whole
+        model.skipped = set()
+        model(X)
+        model.layers[1](torch.zeros(2, 16).double())
+
+
+@pytest.mark.parametrize("name", EDGE)
+def test_the_first_pass_runs_once_on_the_users_own_input(name):
+    """No second pass on the same arguments, which a model may change or use up."""
+    class Consumes(Net):
+        def forward(self, batch):
+            return super().forward(batch.pop("x").sub_(1.0))
+
+    model, plain = Consumes(), Consumes()
+    model.a = plain.a = nn.Linear(8, 16).double()
+    rule = fa_bench.attach(model, name, **({"sample_input": ({"x": X[:2].clone()},)} if name == "asap" else {}))
+    got = model({"x": X.clone()})
+    with torch.no_grad():
+        assert torch.allclose(got, plain({"x": X.clone()}))
+    rule.backward(F.cross_entropy(got, Y), got, Y)
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_outputs_that_come_in_training_alone(name):
+    class Auxiliary(Net):
+        def forward(self, x):
+            h = self.act2(self.b(self.act(self.a(x))))
+            return (self.c(h), h.mean(1), h.square().mean()) if self.training else self.c(h)
+
+    model = Auxiliary()
+    rule = fa_bench.attach(model, name, output=0, **({"b_lr_scale": 1.0} if name == "dkp" else {}))
+    logits, _, penalty = model(X)
+    rule.backward(F.cross_entropy(logits, Y) + 0 * penalty, logits, Y, loss_scale=1.0)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_sizes_that_feedback_was_not_made_for_are_named(name):
+    model = nn.Sequential(nn.Conv1d(1, 2, 3), nn.ReLU(), nn.AdaptiveAvgPool1d(2), nn.Flatten(), nn.Linear(4, 3))
+    rule = fa_bench.attach(model, name, cuts=["1"], sample_input=torch.zeros(2, 1, 8))
+    logits = model(torch.randn(4, 1, 10))
+    labels = torch.tensor([0, 1, 2, 1])
+    if name in ("dfa", "dkp", "drtp"):
+        with pytest.raises(CoverageError, match="sample_input of the size"):
+            rule.backward(F.cross_entropy(logits, labels), logits, labels)
+
+
+@pytest.mark.parametrize("name", ["drtp", "local_error", "predsim"])
+def test_labels_that_the_loss_leaves_out_are_not_trained_on(name):
+    """Ignored, weighted and masked samples: said to be no plain loss, with what to pass; two passes have two sets of labels."""
+    model = Net()
+    rule = attach(model, name)
+    logits = model(X)
+    mask = torch.arange(8) < 5
+    weights = torch.tensor([1.0, 2.0, 3.0]).double()
+    for loss in (F.cross_entropy(logits, Y, ignore_index=int(Y[0])), F.cross_entropy(logits, Y, weight=weights),
+                 F.cross_entropy(logits[mask], Y[mask])):
+        with pytest.raises(ValueError, match="loss_scale"):
+            rule.backward(loss, logits, Y)
+    assert all(p.grad is None for p in [model.a.weight, model.b.weight])
+    other = model(X + 1)
+    logits = model(X)
+    with pytest.raises(ValueError, match="two forward passes"):
+        rule.backward(F.cross_entropy(logits, Y) + F.cross_entropy(other, Y), logits, Y, loss_scale=1.0)
