@@ -81,7 +81,7 @@ def make_written_out(rule: str, batch: int) -> Callable[[], None]:
     def dfa() -> torch.Tensor:
         h1 = first(x.flatten(1)).relu()
         h2 = second(h1.detach()).relu()
-        return DeliverFunction.apply(lambda delta, _: [delta, *(delta.mm(b) for b in rows)], False, last(h2.detach()), h1, h2)
+        return DeliverFunction.apply(lambda delta, _: [delta, *(delta.mm(b) for b in rows)], 2, False, last(h2.detach()), h1, h2)
 
     forward = {"bp": bp, "fa": fa, "dfa": dfa}[rule]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -102,10 +101,13 @@ class CutRule(Rule):
         if errors.dtype != feedback.dtype:
             errors = errors.to(feedback.dtype)
         projected = errors.mm(feedback)
-        if projected.numel() != math.prod(kept.shape):
+        if projected.dim() == len(kept.shape):
+            return projected
+        try:
+            return projected.view(kept.shape)
+        except RuntimeError:
             raise CoverageError(f"cut '{cut}' has activations of shape {tuple(kept.shape[1:])}, and its feedback was made for "
-                                f"{feedback.shape[1]} features: attach with a sample_input of the size that is trained on")
-        return projected if projected.dim() == len(kept.shape) else projected.view(kept.shape)
+                                f"{feedback.shape[1]} features: attach with a sample_input of the size trained on") from None
 
     def learned_at(self, cut: str) -> list[LearnedFeedback]:
         """The learned feedback of one cut, in the order of `answer`'s gradients."""
@@ -333,7 +335,7 @@ class CutRule(Rule):
                 raise CoverageError(f"cut '{cut}' ran twice in a training pass, and once when the model was attached: "
                                     f"name a module that runs once in training")
             tape[cut] = Kept(output, output.shape)
-            resting = [learned for learned in self._resting.get(cut, ()) if learned._rests]
+            resting = [learned for learned in self._resting.get(cut, ()) if learned._rests] if self._resting else ()
             if resting and self._learns(output):
                 for learned in resting:
                     learned.require_awake()

@@ -108,6 +108,7 @@ class EdgeRule(Rule):
 
         self._layers: dict[str, Any] = {}
         self._learning: list[Any] = []
+        self._learned: list[LearnedFeedback] = []
         layers = weighted_layers(self.model)
         if not layers:
             raise CoverageError(f"rule '{self.name}' covers no layer of this model: {not_coverable(self.model)}")
@@ -127,6 +128,7 @@ class EdgeRule(Rule):
             self._layers[path] = layer
             if carrier.learned:
                 self._learning.append(layer)
+                self._learned.extend(layer.learned.values())
             idle = "" if trace is None or path in trace.order else "; did not run in the sample forward"
             covered.append(Covered(path, kind, tuple(layer.weight.shape), f"goes on through {carrier.words()}{idle}"))
         ids = {id(parameter) for layer in layers.values() for parameter in layer.parameters(recurse=False)}
@@ -165,6 +167,7 @@ class EdgeRule(Rule):
     def take_out(self) -> None:
         from fa_bench.mechanisms.layers import FeedbackLayer, drop_tensors, swap_out
 
+        self._learned = []
         for layer in {*self.model.modules(), *getattr(self, "_layers", {}).values()}:
             if isinstance(layer, FeedbackLayer):
                 swap_out(layer)
@@ -187,7 +190,7 @@ class EdgeRule(Rule):
         return layers[layer].carrier.effective(layers[layer]).detach()
 
     def learned_feedback(self) -> list[LearnedFeedback]:
-        return [learned for layer in self._learning for learned in layer.learned.values()]
+        return self._learned
 
     def shared_gradients(self) -> list[tuple[Tensor, Tensor]]:
         return [(layer.learned[layer.carrier.follows].tensor, layer.weight) for layer in self._learning if layer.carrier.follows]

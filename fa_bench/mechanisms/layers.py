@@ -74,7 +74,9 @@ class FeedbackLayer(nn.Module):
                 else:
                     self.carrier.passed(self, x)
             return super().forward(x, *args, **kwargs)
-        if "weight" not in self._parameters:
+        # Straight from the dictionary: a module's attribute look-up takes as long as a small matrix product's launch.
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        if weight is None:
             raise CoverageError(f"the weight of layer '{self.path}' is computed since attach (by pruning or a parametrization), "
                                 f"and its feedback cannot follow it: call rule.detach(), and attach before you reparametrize no "
                                 f"layer or after the weight is a parameter again")
@@ -86,7 +88,6 @@ class FeedbackLayer(nn.Module):
         if not (x.requires_grad or carrier.always):
             return super().forward(x, *args, **kwargs)
         carry = carrier.carry(self, x)
-        weight, bias = self.weight, self.bias
         if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
             # Cast outside the Function: its backward then sees one dtype, and the casts are differentiated as usual.
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -149,7 +150,7 @@ class FeedbackLinear(FeedbackLayer, nn.Linear):
 
     def apply_feedback(self, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry) -> Tensor:
         function = FeedbackLinearFunction if carry.second is None else ProductLinearFunction
-        learned = [learn.learned.tensor for learn in carry.learn]
+        learned = [learn.learned.tensor for learn in carry.learn] if carry.learn else ()
         if x.dim() == 2:
             return function.apply(x, weight, bias, carry, *learned)
         return function.apply(x.reshape(-1, x.shape[-1]), weight, bias, carry, *learned).view(*x.shape[:-1], len(weight))

@@ -55,6 +55,8 @@ class FeedbackLinearFunction(torch.autograd.Function):
         e_in = g.mm(carry.make(feedback) if carry.make else feedback) if needs_x else None
         x = _rows(carry.activation()) if carry.activation else kept[0]
         grad_weight = g.t().mm(x) if needs_weight else None
+        if not carry.learn:
+            return e_in, grad_weight, g.sum(0) if needs_bias else None, None
         gradients: list[Tensor | None] = []
         for learn, needed in zip(carry.learn, needs_learned, strict=True):
             gradient = None

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Entries of a tensor that are compared before and after an update: those with the largest gradients.
 _ENTRIES = 16
+#: Calls of `after_step` without an update after which updates by hand are not looked for any more; optimizers still are.
+_PATIENCE = 3
 #: Gradients below this fraction of the entries are rounding noise, and an update by them changes nothing.
 _NOISE = 1e-5
 
@@ -47,6 +49,7 @@ class LearnedFeedback:
         self._before: _Before | None = None
         self._fault = ""
         self._grace = 0
+        self._idle = 0
         self._rests = False
 
     def rest(self) -> None:
@@ -85,15 +88,19 @@ class LearnedFeedback:
         Raises:
             StateError: where the optimizer that stepped since the last backward pass does not train this tensor.
         """
-        if (self._is_trained() and not self._fault) or gradient is None or self.witness is None:
+        # This runs in every backward pass.
+        if self._trained and not self._fault and self.module._parameters[self.key] is self._known:
+            return
+        if gradient is None or self.witness is None:
             return
         if not self.tensor.requires_grad:
             return  # meant to stay as it is
         self._require_no_fault()
-        weight = self.witness._parameters.get("weight")
-        if weight is not None:
-            self._before = _Before(self.tensor, gradient, weight)
-            _watch_optimizers(self)
+        _watch_optimizers(self)
+        weight, tensor = self.witness._parameters.get("weight"), self.tensor
+        looked_at = self._before is not None and self._before.tensor is tensor
+        if weight is not None and not looked_at and (self._idle < _PATIENCE or tensor is not self._known):
+            self._before = _Before(tensor, gradient, weight)
 
     def after_step(self) -> None:
         """Called after an update.
@@ -101,13 +108,17 @@ class LearnedFeedback:
         Raises:
             StateError: as `received`; and where the weight was updated by hand, and this tensor was not.
         """
+        if self._before is None and not self._fault:
+            return
         before, self._before = self._before, None
         self._require_no_fault()
         if before is None or self._is_trained():
             return
         if before.tensor_changed():
             self.accept()
-        elif self.lr_scale and before.significant and before.weight_changed():
+        elif not before.weight_changed():
+            self._idle += 1
+        elif self.lr_scale and before.significant:
             self._fault = _LEFT_OUT
             self._require_no_fault()
 
@@ -195,7 +206,10 @@ def _after_optimizer_step(optimizer: Any, args: Any, kwargs: Any) -> None:
         _awaiting.update(_known)
     groups = {id(tensor): group for group in optimizer.param_groups for tensor in group["params"]}
     for learned in list(_awaiting):
-        if learned.stepped(groups) or (not learned._fault and learned._is_trained()):
+        if learned.key not in learned.module._parameters:  # the rule was detached
+            _known.discard(learned)
+            _awaiting.discard(learned)
+        elif learned.stepped(groups) or (not learned._fault and learned._is_trained()):
             _awaiting.discard(learned)
 
 
@@ -208,7 +222,7 @@ class _Before:
             self._where = flat.abs().topk(min(_ENTRIES, flat.numel())).indices
             self._values, self._weights = tensor.reshape(-1)[self._where], _sample(weight)
             self._gradients = flat[self._where]
-        self._tensor, self._version = tensor, tensor._version
+        self.tensor, self._version = tensor, tensor._version
         self._weight, self._weight_version = weight, weight._version
 
     @property
@@ -219,8 +233,8 @@ class _Before:
 
     def tensor_changed(self) -> bool:
         # Fused optimizers, and writes into .data, are not counted.
-        return self._tensor._version != self._version or not torch.equal(
-            self._tensor.detach().reshape(-1)[self._where].to(self._values), self._values)
+        return self.tensor._version != self._version or not torch.equal(
+            self.tensor.detach().reshape(-1)[self._where].to(self._values), self._values)
 
     def weight_changed(self) -> bool:
         return self._weight._version != self._weight_version or not torch.equal(
