@@ -238,19 +238,3 @@ def test_with_allowance_the_first_training_forward_notes_it_and_trains(name: str
     assert not rule.coverage.uncovered
     train(model, rule, X, Y)
     assert list(rule.coverage.uncovered) == ["conv.weight"]
-
-
-@pytest.mark.parametrize("name", ["fa", "kp"])
-def test_without_a_sample_the_model_is_looked_at_once(name: str) -> None:
-    """In the first training forward, which so is run twice; evaluation, before or after it, is not."""
-    model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3))
-    rule, calls = attach(model, name), []
-    model[1].register_forward_hook(lambda *_: calls.append(1) and None)
-    x, y = torch.randn(12, 2, 8), batch()[1]
-    for training, passes in ((False, 1), (True, 2), (False, 1), (True, 1), (True, 1)):
-        calls.clear()
-        with torch.set_grad_enabled(training):
-            logits = model(x)
-        assert len(calls) == passes
-        if training:
-            rule.backward(F.cross_entropy(logits, y), logits, y)
