@@ -46,6 +46,18 @@ def test_the_whole_model(name: str) -> None:
     assert_same(result(model, attach(model, name), runs=checkpointed), result(plain, attach(plain, name)))
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["parts", "whole"])
+@pytest.mark.parametrize("name", RULES)
+def test_exact_passes(name: str, whole: bool) -> None:
+    """Backpropagation, whatever is recomputed."""
+    plain, model = Chain(), Chain() if whole else Chain(checkpointed)
+    rule = attach(model, name)
+    F.cross_entropy(plain(X), Y).backward()
+    with rule.exact():
+        F.cross_entropy(checkpointed(model, X) if whole else model(X), Y).backward()
+        assert_same({key: tensor for key, tensor in gradients(model).items() if "feedback_" not in key}, gradients(plain))
+
+
 def wrapped(model: Chain, **how: Any) -> Chain:
     for path in ("a", "b", "c"):
         setattr(model, path, checkpoint_wrapper(getattr(model, path), **how))

@@ -209,3 +209,22 @@ def test_a_scale_is_found_where_most_samples_are_certain(variant: str) -> None:
         results.append({key: tensor / multiple for key, tensor in gradients(model).items()})
     assert_same(results[1], results[0])
     assert_same(results[2], results[0])
+
+
+@pytest.mark.parametrize("variant", OF_LABELS)
+def test_a_mean_that_is_written_out_gives_the_very_numbers(variant: str) -> None:
+    """Its gradient at the logits is rounded in other places, and what it was multiplied by is 1 all the same."""
+    def by_hand(logits: Tensor, y: Tensor) -> Tensor:
+        return (logits.exp().sum(1).log() - logits.gather(1, y.view(-1, 1)).squeeze(1)).mean()
+
+    own = ("head", "c.") if variant in ("dgl", "dgl linear", "asfp_lc") else ("head",)
+    got, want = (({key: tensor for key, tensor in found(variant, [(X, Y, loss)]).items() if not key.startswith(own)})
+                 for loss in (by_hand, F.cross_entropy))
+    assert_same(got, want)
+
+
+@pytest.mark.parametrize("variant", OF_LABELS)
+def test_an_overflow_is_seen_in_every_layer(variant: str) -> None:
+    """So that whatever looks at the gradients of some parameters leaves the update out."""
+    tensors = found(variant, [(X, Y, times(torch.inf))])
+    assert not [key for key, tensor in tensors.items() if tensor.any() and torch.isfinite(tensor).all()]

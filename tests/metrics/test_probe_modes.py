@@ -99,7 +99,7 @@ def test_training_goes_on_after_a_measurement_as_without_it(name: str) -> None:
     found = []
     for measures in (False, True):
         model, rule = attached(name)
-        optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
+        optimizer = torch.optim.SGD(rule.parameter_groups(lr=0.1))
         for seed in range(3):
             if measures:
                 Probe(rule, *batch()).measure()

@@ -86,3 +86,15 @@ def test_two_cuts_at_one_tensor_are_refused(name):
     with pytest.raises(CoverageError, match=r"cut '0\.1' has the same output as cut '0': name one of them"):
         fa_bench.attach(model, name, cuts=["0", "0.*", "1", "3"])
     fa_bench.attach(model, name, cuts=["0", "1", "3"])
+
+
+@pytest.mark.parametrize("name", CUT_RULES)
+def test_logits_may_be_changed_in_place(name):
+    """As by a temperature: the same as out of place."""
+    found = []
+    for change in (lambda logits: logits.mul_(0.5), lambda logits: logits * 0.5):
+        model, rule, x, y = attached(name)
+        logits = change(model(x))
+        rule.backward(F.cross_entropy(logits, y), logits, y, loss_scale=0.5)
+        found.append({key: parameter.grad for key, parameter in model.named_parameters()})
+    assert_bitwise(*found)

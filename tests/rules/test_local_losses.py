@@ -228,6 +228,7 @@ def test_other_than_two_spatial_dimensions():
             model = nn.Sequential(conv, nn.ReLU(), nn.Flatten(), nn.Linear(width, 6), nn.ReLU(), nn.Linear(6, 3))
             rule = fa_bench.attach(model, name, seed=0, cuts=["1"], sample_input=x, allow_uncovered=True)
             assert torch.isfinite(rule_grads(model, rule, x, y)["0.weight"]).all()
+            rule.detach()
     model = nn.Sequential(nn.Linear(3, 4), nn.Unflatten(1, (1, 2, 1, 2, 1)), nn.Flatten(), nn.Linear(4, 5), nn.Linear(5, 2))
     for name in ("predsim", "dgl"):
         with pytest.raises(fa_bench.errors.CoverageError, match=r"cut '1'.*1 to 3"):

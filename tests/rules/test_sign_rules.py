@@ -227,3 +227,13 @@ def test_a_loaded_state_is_not_drawn_over():
     model.load_state_dict(saved)
     assert_bitwise({path: tensors["M"] for path, tensors in rule.feedback.items()},
                    {path: saved[f"{path}.feedback_M"] for path in layer_names(model)})
+
+
+@pytest.mark.parametrize(("name", "shown"), [("usf", "B"), ("brsf", "M"), ("frsf", "M")])
+def test_what_is_shown_of_each_layer(name, shown):
+    """usf stores no tensor: what it shows is what carries the error now."""
+    model, rule = attached(name)
+    assert {path: set(tensors) for path, tensors in rule.feedback.items()} == {path: {shown} for path in layer_names(model)}
+    if name == "usf":
+        assert all(torch.equal(tensors["B"], rule.effective_feedback(path)) for path, tensors in rule.feedback.items())
+        assert not [key for key in model.state_dict() if "feedback" in key]
