@@ -41,3 +41,23 @@ def test_feedback_that_requires_no_grad_stays_and_needs_no_optimizer(name: str) 
     assert not torch.equal(after["head.weight"], before["head.weight"])
     if learned:
         assert_same({key: after[key] for key in learned}, {key: before[key] for key in learned})
+
+
+def test_of_mixed_feedback_rests_what_follows_the_frozen_weight() -> None:
+    """K has the gradient of the weight; R has one of its own."""
+    model = Chain()
+    model.b.requires_grad_(False)
+    rule = attach(model, "mixed")
+    assert not rule.feedback["b.fc"]["K"].requires_grad and rule.feedback["b.fc"]["R"].requires_grad
+    assert all(rule.feedback[path][name].requires_grad for path in ("a.fc", "c.fc", "head") for name in "RK")
+    train(model, rule, X, Y)
+
+
+@pytest.mark.parametrize("name", ["dkp", "predsim", "dgl"])
+def test_at_a_cut_rests_what_only_frozen_layers_between_this_cut_and_the_last_feed(name: str) -> None:
+    model = Chain()
+    model.b.requires_grad_(False)
+    rule = attach(model, name)
+    resting = {place for place, tensors in rule.feedback.items() for tensor in tensors.values() if not tensor.requires_grad}
+    assert resting == {"dkp": {"b.act"}, "predsim": {"b.act"}, "dgl": {"b"}}[name]
+    train(model, rule, X, Y)

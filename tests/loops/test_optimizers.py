@@ -267,3 +267,28 @@ def test_a_frozen_weight_and_its_feedback_rest_together():
     before = rule.feedback["0"]["B"].detach().clone()
     steps(model, rule, sgd(model.parameters()), 2)
     assert not torch.equal(rule.feedback["0"]["B"], before)
+
+
+def convolutional():
+    torch.manual_seed(1)
+    model = nn.Sequential(*[part for width in (1, 4, 4) for part in (nn.Conv1d(width, 4, 3, padding=1), nn.ReLU())],
+                          nn.Flatten(), nn.Linear(32, 3)).double()
+    model.cut_points = model.blocks = ["1", "3", "5"]
+    return model
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_convolutions_notice_an_optimizer_without_their_feedback(name):
+    """It has that of fully connected layers."""
+    model, (x, y) = convolutional(), data()
+    own = {"freeze_stem": False} if name in ("asap", "asfp", "asfp_lc") else {}
+    rule = fa_bench.attach(model, name, seed=0, sample_input=x.unsqueeze(1), **own)
+    fully = {id(p) for p in model[7].parameters()}
+    optimizer = sgd([*rule.weight_parameters(), *(p for p in rule.feedback_parameters() if id(p) in fully)])
+    with pytest.raises(StateError, match=LEFT_OUT):
+        for _ in range(2):
+            optimizer.zero_grad()
+            logits = model(x.unsqueeze(1))
+            rule.backward(F.cross_entropy(logits, y), logits, y)
+            optimizer.step()
+            rule.step()

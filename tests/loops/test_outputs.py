@@ -223,3 +223,23 @@ def test_a_loss_that_the_model_computed_is_right_or_refused(name: str) -> None:
         loss = out.loss
     rule.backward(loss, out.logits, Y)
     assert_same(gradients(model), want)
+
+
+@pytest.mark.parametrize("name", CUT_RULES)
+def test_several_outputs_in_training_alone_need_a_name_then(name: str) -> None:
+    """As auxiliary heads that are there in training: the sample forward, in evaluation mode, does not show them."""
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.act, self.two, self.act2 = nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU()
+            self.head = nn.Linear(16, 3)
+            self.cut_points = self.blocks = ["act", "act2"]
+
+        def forward(self, x: Tensor) -> Any:
+            h = self.act2(self.two(self.act(self.one(x))))
+            return {"logits": self.head(h), "again": self.head(h)} if self.training else self.head(h)
+
+    model = Two()
+    attach(model, name)
+    with pytest.raises(CoverageError, match=rf"rule '{name}' takes its error from one output, and this model returns.*output"):
+        model(X)

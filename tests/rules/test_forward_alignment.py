@@ -165,3 +165,30 @@ def test_error_of_a_linear_net_goes_to_zero(hidden):
         errors.append((teacher - model[1].weight @ model[0].weight).norm().item())
     assert errors[0] > 3
     assert errors[-1] < 1e-6 * errors[0]
+
+
+class Beside(nn.Module):
+    """Two layers take the image behind dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.one, self.two, self.head = nn.Dropout(0.5), nn.Linear(7, 5), nn.Linear(7, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = self.drop(x)
+        return self.head(torch.tanh(self.one(x) + self.two(x)))
+
+
+def test_every_layer_that_takes_the_image_has_its_true_input():
+    """Also where noise is on it, which is off in the second pass."""
+    torch.manual_seed(0)
+    model, (x, y) = Beside().double(), nets.batch("mlp")
+    plain = Beside().double()
+    plain.load_state_dict(model.state_dict())
+    rule = fa_bench.attach(model, "forward_alignment", seed=0, sample_input=x)
+    torch.manual_seed(1)
+    got = rule_grads(model, rule, x, y)
+    torch.manual_seed(1)
+    F.cross_entropy(plain(x), y).backward()
+    for path in ("one", "two"):
+        assert distance(got[f"{path}.weight"], array(plain.get_submodule(path).weight.grad)) < 1e-12

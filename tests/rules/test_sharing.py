@@ -249,3 +249,18 @@ def test_activation_changed_in_place_is_noticed():
     logits = model(x)
     with pytest.raises(RuntimeError, match="changed in place"):
         rule.backward(logits.sum(), logits)
+
+
+def test_channels_that_do_not_go_into_each_other_are_refused():
+    """4 into 6; a fixed random convolution takes any number."""
+    x, y = torch.randn(2, 1, 6, 6), torch.tensor([0, 1])
+
+    def build():
+        widths = [1, 4, 6, 6, 6]
+        stages = [part for a, b in pairwise(widths) for part in (nn.Conv2d(a, b, 3, padding=1), nn.Tanh())]
+        return nn.Sequential(*stages, nn.Flatten(), nn.Linear(216, 3))
+
+    with pytest.raises(fa_bench.errors.CoverageError, match=r"4 channels do not go into 6 a whole.*match='random'"):
+        fa_bench.attach(build(), "asap", sample_input=x)
+    model = build()
+    rule_grads(model, fa_bench.attach(model, "asap", sample_input=x, match="random"), x, y)

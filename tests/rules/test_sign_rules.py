@@ -237,3 +237,14 @@ def test_what_is_shown_of_each_layer(name, shown):
     if name == "usf":
         assert all(torch.equal(tensors["B"], rule.effective_feedback(path)) for path, tensors in rule.feedback.items())
         assert not [key for key in model.state_dict() if "feedback" in key]
+
+
+@pytest.mark.parametrize("layer", [
+    nn.Conv1d(3, 5, 4), nn.Conv2d(3, 5, (2, 4)), nn.Conv3d(3, 5, (2, 1, 2)), nn.Linear(3, 5),
+], ids=lambda layer: type(layer).__name__)
+def test_xiaos_scale_tells_convolutions_of_every_dimension_from_linear_layers(layer):
+    """√(2/fan_out), and 1/√fan_in."""
+    rule = fa_bench.attach(nn.Sequential(layer), "usf", scale="xiao")
+    want = 1 / math.sqrt(3) if isinstance(layer, nn.Linear) else math.sqrt(2 / (5 * math.prod(layer.kernel_size)))
+    assert rule.effective_feedback("0").abs().unique().tolist() == pytest.approx([want])
+    rule.detach()

@@ -110,3 +110,21 @@ def test_a_batch_without_samples_moves_nothing(error_sign):
     logits = model(x[:0])
     rule.backward(F.cross_entropy(logits, y[:0], reduction="sum"), logits, y[:0])
     assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_the_error_is_made_in_full_precision_under_autocast():
+    """1/3 has three digits in bfloat16, where δ is made; an activation in single precision has the error in it."""
+    class Single(nn.Module):
+        def forward(self, x):
+            return x.float().tanh()
+
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(4, 5), Single(), nn.Linear(5, 3)), torch.randn(3, 4), torch.tensor([2, 0, 1])
+    rule = fa_bench.attach(model, "drtp", seed=0, cuts=["1"])
+    seen = []
+    model[1].register_forward_hook(lambda module, args, output: output.register_hook(seen.append) and None, prepend=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(x)
+        loss = F.cross_entropy(logits, y)
+    rule.backward(loss, logits, y)
+    torch.testing.assert_close(seen[0], rule.feedback["1"]["B"][y] / 3, rtol=1e-6, atol=0)

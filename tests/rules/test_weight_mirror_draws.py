@@ -145,3 +145,12 @@ def test_convolution_needs_a_sample():
 def test_wrong_values_are_refused(wrong):
     with pytest.raises(OptionError, match=next(iter(wrong))):
         fa_bench.attach(nets.mlp(), "wm", **wrong)
+
+
+def test_a_loaded_state_leaves_of_the_steps_before_training_those_that_were_not_made():
+    _, rule = attached(initial_steps=3)
+    saved = rule.state_dict()
+    for asked, left in ((3, 0), (5, 2), (2, 0)):
+        _, other = attached(initial_steps=asked)
+        other.load_state_dict(saved)
+        assert other.initial_steps_left == left == len(list(other.initial_phase()))

@@ -75,3 +75,11 @@ def test_stem_is_the_layer_that_runs_first():
 def test_patterns_that_mean_nothing_are_named(options, message):
     with pytest.raises(fa_bench.errors.CoverageError, match=message):
         attached("fa", **options)
+
+
+@pytest.mark.parametrize("name", ["fa", "usf"])
+def test_the_output_layer_is_the_one_that_runs_last_not_the_one_defined_last(name):
+    x, _ = nets.batch("residual")
+    rule = fa_bench.attach(nets.residual(), name, seed=0, sample_input=x, plain_last=True)
+    assert layer_names(rule.model)[-1] != "head"
+    assert [path for path, (effective, weight) in rule.weight_pairs().items() if torch.equal(effective, weight)] == ["head"]
