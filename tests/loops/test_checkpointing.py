@@ -206,3 +206,12 @@ def test_a_frozen_part_may_run_without_gradients(name: str) -> None:
         # A matrix R learns from what enters its layer, though the weight does not; there it carries no error.
         found.append({key: gradient for key, gradient in last.items() if key != "a.fc.feedback_R"})
     assert_same(*found)
+
+
+def test_after_a_whole_model_that_is_checkpointed_its_parts_are_still_refused() -> None:
+    """forward_alignment knows by the pass that is under way, and a repeated one leaves none open."""
+    model = Chain()
+    rule = attach(model, "forward_alignment")
+    train(model, rule, X, Y, runs=checkpointed)
+    with pytest.raises(CoverageError, match="ran outside a forward pass of the attached model"):
+        model.a(X)
