@@ -147,7 +147,7 @@ def test_every_rule_trains_every_architecture_or_says_how(name: str, architectur
     assert not rule.coverage.uncovered
     learning = {key: p.detach().clone() for key, p in net.named_parameters() if p.requires_grad}
     frozen = {key: p.detach().clone() for key, p in net.named_parameters() if not p.requires_grad}
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(rule.parameter_groups(lr=0.1))
     for _ in range(2):
         optimizer.zero_grad()
         logits = net(x)
