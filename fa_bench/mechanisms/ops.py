@@ -16,7 +16,7 @@ backward not marked ``once_differentiable``. Second derivatives through these Fu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from fa_bench.mechanisms.product import gradient_of_second
 
 if TYPE_CHECKING:
-    from fa_bench.mechanisms.carry import Carry
+    from fa_bench.mechanisms.carry import Carry, Learn
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -57,19 +57,9 @@ class FeedbackLinearFunction(torch.autograd.Function):
         grad_weight = g.t().mm(x) if needs_weight else None
         if not carry.learn:
             return e_in, grad_weight, g.sum(0) if needs_bias else None, None
-        gradients: list[Tensor | None] = []
-        for learn, needed in zip(carry.learn, needs_learned, strict=True):
-            gradient = None
-            if not needed:
-                pass
-            elif learn.activation is not None:
-                gradient = g.t().mm(_rows(learn.activation()))
-            elif learn.hop is not None:
-                gradient = g.mm(learn.hop.to(g.dtype)).t().mm(x)
-            elif grad_weight is not None:
-                gradient = shared(grad_weight)
-            gradients.append(gradient)
-            learn.learned.received(gradient)
+        gradients = learned_gradients(
+            carry.learn, needs_learned, grad_weight, of_activation=lambda activation: g.t().mm(_rows(activation)),
+            of_hop=lambda hop: g.mm(hop.to(g.dtype)).t().mm(x))
         return e_in, grad_weight, g.sum(0) if needs_bias else None, None, *gradients
 
 
@@ -141,20 +131,39 @@ class FeedbackConvFunction(torch.autograd.Function):
         hop = any(needed and learn.hop is not None for learn, needed in zip(carry.learn, needs_learned, strict=True))
         asked = [needs[0], needs[1] or hop, needs[2]]
         grads = torch.ops.aten.convolution_backward(g, x, feedback, ctx.bias_sizes, *ctx.geometry, asked)
-        gradients: list[Tensor | None] = []
-        for learn, needed in zip(carry.learn, needs_learned, strict=True):
-            gradient = None
-            if not needed:
-                pass
-            elif learn.activation is not None:
-                gradient = weight_gradient(g, learn.activation(), feedback, ctx.geometry)
-            elif learn.hop is not None:
-                gradient = gradient_of_second(learn.hop, grads[1], ctx.geometry.groups, ctx.geometry.transposed)
-            elif needs[1]:
-                gradient = shared(grads[1])
-            gradients.append(gradient)
-            learn.learned.received(gradient)
-        return grads[0], grads[1] if needs[1] else None, grads[2], None, None, *gradients
+        grad_weight = grads[1] if needs[1] else None
+        gradients = learned_gradients(
+            carry.learn, needs_learned, grad_weight,
+            of_activation=lambda activation: weight_gradient(g, activation, feedback, ctx.geometry),
+            of_hop=lambda hop: gradient_of_second(hop, grads[1], ctx.geometry.groups, ctx.geometry.transposed))
+        return grads[0], grad_weight, grads[2], None, None, *gradients
+
+
+def learned_gradients(
+    learns: tuple[Learn, ...], needed: Sequence[bool], grad_weight: Tensor | None, of_activation: Callable[[Tensor], Tensor],
+    of_hop: Callable[[Tensor], Tensor],
+) -> list[Tensor | None]:
+    """The gradients of learned feedback, see `Learn`.
+
+    Args:
+        learns: for each learned tensor, what makes its gradient.
+        needed: whether it is asked for.
+        grad_weight: the weight's gradient, None where the weight is frozen.
+        of_activation: the gradient that an activation makes in place of the input.
+        of_hop: the gradient of the second hop of a product, of the first.
+    """
+    gradients: list[Tensor | None] = []
+    for learn, is_needed in zip(learns, needed, strict=True):
+        gradient = None
+        if is_needed and learn.activation is not None:
+            gradient = of_activation(learn.activation())
+        elif is_needed and learn.hop is not None:
+            gradient = of_hop(learn.hop)
+        elif is_needed and grad_weight is not None:
+            gradient = shared(grad_weight)
+        gradients.append(gradient)
+        learn.learned.received(gradient)
+    return gradients
 
 
 def shared(gradient: Tensor) -> Tensor:
