@@ -149,7 +149,6 @@ class CutRule(Rule):
 
         self._at: dict[str, nn.Module] = {}
         self._tape: dict[str, Kept] | None = None
-        self._replayed: dict[str, Kept] | None = None
         self._target: Tensor | None = None
         self._loss_scale: float | None = None
         self._delivered = False
@@ -239,34 +238,29 @@ class CutRule(Rule):
                 self._cut_handles.append(module.register_forward_pre_hook(functools.partial(self._at_input, cut)))
                 self._cut_handles.append(module.register_forward_hook(functools.partial(self._after_input, cut)))
 
-    def _active(self) -> bool:
-        return torch.is_grad_enabled() and not self.mode.exact
-
     # A forward pass repeated within a backward pass (activation checkpointing) has a tape of its own: it must do to its tensors
     # what the first one did, while the errors come from the first one's tape.
     def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         super().begin_forward(model, args, kwargs)
-        tape: dict[str, Kept] | None = {} if self._active() else None
-        self._outer.append((self._tape, self._replayed))
-        if recomputing():
-            self._replayed = tape
-        elif tape is not None and self._tape is not None:
+        self._outer.append(self._tape)
+        if not self.mode.training:
+            self._tape = None
+        elif self._tape is not None and not recomputing():
             raise CoverageError(f"the model calls itself in a training pass, where rule '{self.name}' cannot tell its outputs "
                                 f"apart: call one of its modules instead")
         else:
-            self._tape = tape
+            self._tape = {}
             self._blind.clear()
 
     def end_forward(self, model: nn.Module, args: Any, output: Any) -> Any:
-        again = recomputing()
-        tape = self._replayed if again else self._tape
+        tape = self._tape
         try:
             super().end_forward(model, args, output)
         finally:
-            self._tape, self._replayed = self._outer.pop() if self._outer else (None, None)
+            self._tape = self._outer.pop() if self._outer else None
         if tape is None or output is None:
             return None
-        if not again and len(tape) < len(self._at):
+        if len(tape) < len(self._at) and not recomputing():
             self._require_cuts(tape)
         if isinstance(output, torch.Tensor):
             return self._delivered_to(output, tape)
@@ -313,18 +307,16 @@ class CutRule(Rule):
             tensors.append(kept.tensor)
             kept.tensor = None
         learned = [] if self.mode.hold else [one for cut in tape for one in self.learned_at(cut)]
-        answer = functools.partial(self._answers, tape, learned, logits.detach() if self.scales else None)
+        answer = functools.partial(self._answers, tape, learned, logits if self.scales else None)
         return self._function.apply(answer, len(tensors), self._reads_values, logits, *tensors, *(one.tensor for one in learned))
 
     def _at_output(self, cut: str, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        again = recomputing()
-        tape = self._replayed if again else self._tape
-        if tape is None and not again:
-            if self._active():
+        tape = self._tape
+        if tape is None:
+            if not torch.is_grad_enabled() or self.mode.exact:
+                return None
+            if not recomputing():
                 raise CoverageError(f"cut '{cut}' ran outside a forward pass of the attached model: call the model itself")
-            return None
-        if self.mode.exact:
-            return None
         if not isinstance(output, torch.Tensor):
             raise CoverageError(f"cut '{cut}' returns a {type(output).__name__}; name a module that returns one tensor")
         if not output.requires_grad:
@@ -354,7 +346,7 @@ class CutRule(Rule):
         return None if passed_on is None else (passed_on, *args[1:])
 
     def _after_input(self, cut: str, module: nn.Module, args: Any, output: Tensor) -> None:
-        tape = self._replayed if recomputing() else self._tape
+        tape = self._tape
         if tape is not None and cut in tape:
             tape[cut].output_shape = tuple(output.shape)
 
@@ -387,33 +379,42 @@ class CutRule(Rule):
             if target is None or target.shape != delta.shape[:1] or target.is_floating_point():
                 raise ValueError(f"rule '{self.name}' requires labels: call rule.backward(loss, logits, target) with class "
                                  f"indices of shape (N,)")
-            self._check_labels(target, delta.shape[1])
-        if logits is not None:
-            known = self._loss_scale
-            self.loss_factor = (
-                measured_scale(self.name, delta, logits, target, self.loss_factor) if known is None else known)
+        device = delta.device.type
+        if torch.is_autocast_enabled(device):  # the caller's: a backward pass has the precision of what it is made of
+            with torch.autocast(device, enabled=False):
+                return self._answers(tape, learned, logits, delta, tensors)
         if tensors:
             for kept, tensor in zip(tape.values(), tensors, strict=True):
                 kept.tensor = tensor
         self._delivered = True
-        sent = self.broadcast(delta, target)
         answers: list[Tensor | None] = [self.output_error(delta)]
         gradients: list[Tensor | None] = []
-        for cut, kept in tape.items():
-            error, of_cut = self.answer(cut, kept, sent, delta, target, bool(learned))
-            answers.append(error)
-            gradients += of_cut
+        try:
+            if logits is not None:
+                known = self._loss_scale
+                self.loss_factor = (
+                    measured_scale(self.name, delta, logits.detach(), target, self.loss_factor) if known is None else known)
+            sent = self.broadcast(delta, target)
+            for cut, kept in tape.items():
+                error, of_cut = self.answer(cut, kept, sent, delta, target, bool(learned))
+                answers.append(error)
+                gradients += of_cut
+        except (IndexError, RuntimeError, ValueError):
+            if self._needs_target and target is not None:
+                self._check_labels(target, delta.shape[1])
+            raise
         if tensors:
             for kept in tape.values():
                 kept.tensor = None
-        for one, gradient in zip(learned, gradients, strict=True):
-            one.received(gradient)
+        if learned:
+            for one, gradient in zip(learned, gradients, strict=True):
+                one.received(gradient)
         return answers + gradients
 
     def _check_labels(self, target: Tensor, classes: int) -> None:
-        """Refuse labels outside [0, classes), and -100 too, which torch's cross-entropy skips silently.
+        """Refuse labels outside [0, classes); called where something failed that is made of labels, which is to refuse them.
 
-        On the CPU only: reading a value makes an accelerator wait.
+        On the CPU only: an accelerator that was given such a label answers no more.
         """
         if target.device.type != "cpu" or not len(target):
             return

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.draws import seed_for
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from torch import nn as torch_nn
 
     from fa_bench.mechanisms.trace import Trace
+
+
+_NONE_IGNORED = -(1 << 62)
 
 
 @dataclasses.dataclass(eq=False)
@@ -86,8 +89,7 @@ class LocalRule(CutRule):
         net, dtype = self.auxiliary_at(cut), next(self.model.parameters()).dtype
         learned = [one.tensor for one in self.learned_at(cut)] if learns else []
         required = [tensor for tensor in learned if tensor.requires_grad]
-        device = kept.tensor.device.type
-        with torch.enable_grad(), torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        with torch.enable_grad():
             activation = kept.tensor.detach().to(dtype).requires_grad_(True)
             loss = self.local_loss(cut, net, activation, target)
             error, *found = torch.autograd.grad(loss, [activation, *required])
@@ -216,6 +218,11 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------ auxiliary layers
+def cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
+    """The mean cross-entropy of scores (N, C) with labels (N,), every one of which counts: torch's own skips -100 silently."""
+    return nn.functional.cross_entropy(scores, target, ignore_index=_NONE_IGNORED)
+
+
 def kind_of_map(name: str, cut: str, shape: tuple[int, ...]) -> Any:
     """``nn.Conv`` and the like for maps of this shape, (C, ...) of one to three spatial dimensions: ``nn.Conv2d`` ...
 

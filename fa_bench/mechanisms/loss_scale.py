@@ -27,15 +27,19 @@ def is_unscaled(loss: Tensor, target: Tensor | None) -> bool:
         loss: the loss.
         target: the labels (N,), to which a loss of fewer samples, of ignored or of weighted ones is compared.
     """
+    # This runs at every step, so that the usual case comes first.
     node: Any = loss.grad_fn
-    name = type(node).__name__.rstrip("0123456789").removesuffix("Backward")
-    if name not in _LOSSES or getattr(node, "_saved_reduction", _MEAN) != _MEAN:
+    name = type(node).__name__
+    if name != "NllLossBackward0":
+        return name.rstrip("0123456789").removesuffix("Backward") in _LOSSES and getattr(node, "_saved_reduction", _MEAN) == _MEAN
+    if node._saved_reduction != _MEAN or node._saved_weight is not None:
         return False
-    if name != "NllLoss" or target is None:
+    if target is None:
         return True
+    if node._saved_target is not target and len(node._saved_self) != len(target):
+        return False
     ignored = node._saved_ignore_index
-    ignores = 0 <= ignored < 1 << 62 and bool((target == ignored).any())
-    return node._saved_weight is None and len(node._saved_self) == len(target) and not ignores
+    return not 0 <= ignored < 1 << 62 or not bool((target == ignored).any())
 
 
 def measured_scale(rule: str, delta: Tensor, logits: Tensor, target: Tensor | None, last: float = 1.0) -> float:

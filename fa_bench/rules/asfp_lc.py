@@ -14,7 +14,7 @@ from fa_bench.draws import seed_for
 from fa_bench.lazy import nn, torch
 from fa_bench.mechanisms.auxiliary import normalising
 from fa_bench.mechanisms.coverage import batch_note
-from fa_bench.mechanisms.local import ModuleRule, kind_of_map
+from fa_bench.mechanisms.local import ModuleRule, cross_entropy, kind_of_map
 from fa_bench.rules.asfp import ASFP
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Classifiers(ModuleRule):
     def local_loss(self, cut: str, auxiliary: torch_nn.Module, activation: Tensor, target: Tensor) -> Tensor:
         with normalising(self.name, "local classifier", cut, "use larger batches, or drop the last incomplete one"):
             scores = auxiliary(activation)
-        return nn.functional.cross_entropy(scores, target)
+        return cross_entropy(scores, target)
 
     @property
     def feedback(self) -> dict[str, dict[str, Tensor]]:

@@ -12,7 +12,7 @@ from fa_bench.config.registries import ALGORITHMS
 from fa_bench.lazy import nn
 from fa_bench.mechanisms.auxiliary import normalising
 from fa_bench.mechanisms.coverage import batch_note
-from fa_bench.mechanisms.local import ModuleRule, kind_of_map
+from fa_bench.mechanisms.local import ModuleRule, cross_entropy, kind_of_map
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,4 +76,4 @@ class DGL(ModuleRule):
         instead = "use larger batches, drop the last incomplete one, or take auxiliary_net=linear, which has none"
         with normalising(self.name, "auxiliary net", cut, instead):
             scores = auxiliary(activation)
-        return nn.functional.cross_entropy(scores, target)
+        return cross_entropy(scores, target)

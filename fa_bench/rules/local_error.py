@@ -9,7 +9,7 @@ from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS
 from fa_bench.draws import INITIALISERS, draw, seed_for
 from fa_bench.lazy import nn
-from fa_bench.mechanisms.local import LocalRule, flattening
+from fa_bench.mechanisms.local import LocalRule, cross_entropy, flattening
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,4 +56,4 @@ class LocalError(LocalRule):
             # The value of one, the derivative of the other.
             carrying = features.mm(self.tensor(cut, "K").t())
             scores = carrying + (scores - carrying).detach()
-        return nn.functional.cross_entropy(scores, target)
+        return cross_entropy(scores, target)

@@ -228,3 +228,22 @@ def test_an_overflow_is_seen_in_every_layer(variant: str) -> None:
     """So that whatever looks at the gradients of some parameters leaves the update out."""
     tensors = found(variant, [(X, Y, times(torch.inf))])
     assert not [key for key, tensor in tensors.items() if tensor.any() and torch.isfinite(tensor).all()]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_backward_pass_called_inside_autocast_has_the_precision_of_one_outside(variant: str) -> None:
+    """Autocast would round what a cut rule multiplies in the backward pass, however exact the loss that it starts from is.
+
+    The layers' own products are bfloat16 in both, so that there is no tolerance.
+    """
+    def within(inside: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model, rule = chain(variant, torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(X.float())
+            loss = F.cross_entropy(logits, Y)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            rule.backward(loss, logits, Y)
+        return gradients(model)
+
+    assert_same(within(True), within(False), 0.0)
