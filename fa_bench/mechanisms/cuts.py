@@ -100,14 +100,17 @@ class CutRule(Rule):
         feedback = self.tensor(cut, "B")
         if errors.dtype != feedback.dtype:
             errors = errors.to(feedback.dtype)
-        projected = errors.mm(feedback)
+        return self.in_shape(cut, errors.mm(feedback), kept)
+
+    def in_shape(self, cut: str, projected: Tensor, kept: Kept) -> Tensor:
+        """An error (N, features) in the shape of the kept tensor."""
         if projected.dim() == len(kept.shape):
             return projected
         try:
             return projected.view(kept.shape)
         except RuntimeError:
             raise CoverageError(f"cut '{cut}' has activations of shape {tuple(kept.shape[1:])}, and its feedback was made for "
-                                f"{feedback.shape[1]} features: attach with a sample_input of the size trained on") from None
+                                f"{projected.shape[1]} features: attach with a sample_input of the size trained on") from None
 
     def learned_at(self, cut: str) -> list[LearnedFeedback]:
         """The learned feedback of one cut, in the order of `answer`'s gradients."""

@@ -88,8 +88,8 @@ class LearnedFeedback:
         Raises:
             StateError: where the optimizer that stepped since the last backward pass does not train this tensor.
         """
-        # This runs in every backward pass.
-        if self._trained and not self._fault and self.module._parameters[self.key] is self._known:
+        # This runs in every backward pass. Of what nobody updated so far optimizers alone are awaited, by their hook.
+        if (self._trained or self._idle >= _PATIENCE) and not self._fault and self.module._parameters[self.key] is self._known:
             return
         if gradient is None or self.witness is None:
             return
@@ -99,7 +99,7 @@ class LearnedFeedback:
         _watch_optimizers(self)
         weight, tensor = self.witness._parameters.get("weight"), self.tensor
         looked_at = self._before is not None and self._before.tensor is tensor
-        if weight is not None and not looked_at and (self._idle < _PATIENCE or tensor is not self._known):
+        if weight is not None and not looked_at:
             self._before = _Before(tensor, gradient, weight)
 
     def after_step(self) -> None:

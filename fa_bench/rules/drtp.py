@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS
 from fa_bench.draws import INITIALISERS
-from fa_bench.lazy import torch
-from fa_bench.mechanisms.cuts import CutRule
+from fa_bench.mechanisms.cuts import CutRule, Kept
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,13 +48,10 @@ class DRTP(CutRule):
         for cut, shape in features.items():
             self.put(cut, "B", (classes, math.prod(shape)), self.b_init, self.density)
 
-    def broadcast(self, delta: Tensor, target: Tensor | None) -> Tensor:
-        if len(delta) == 0:
-            return delta
-        factor = self.scale * self.loss_factor / len(delta)
+    def signal(self, cut: str, kept: Kept, sent: Tensor, target: Tensor | None) -> Tensor:
+        factor = self.scale * self.loss_factor / max(len(sent), 1)
         if self.error_sign:
-            return delta.sign() * factor
+            return self.project(cut, sent.sign() * factor, kept)
         assert target is not None
-        # At full precision under autocast too, for it does not depend on δ.
-        labels = delta.new_zeros(delta.shape, dtype=torch.promote_types(delta.dtype, torch.float32))
-        return labels.scatter_(1, target.view(-1, 1), factor)
+        # The rows that the one-hot labels take out of B, at its precision under autocast too, for they do not depend on δ.
+        return self.in_shape(cut, self.tensor(cut, "B").index_select(0, target).mul_(factor), kept)
