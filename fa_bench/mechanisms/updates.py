@@ -168,7 +168,7 @@ class LearnedFeedback:
         elif self._fault:
             fault = self._fault.format(self.name)
             for other in {self, *_awaiting}:  # said once: the next update shows whether it was mended
-                other._fault, other._before = "", None
+                other._fault, other._before, other._idle = "", None, 0
             raise StateError(fault)
 
 
@@ -182,13 +182,16 @@ _REPLACED = ("the optimizer trains tensors that the model no longer has: the lea
 #: All learned tensors that received a gradient, and those of them that were not seen to be trained yet.
 _known: weakref.WeakSet[LearnedFeedback] = weakref.WeakSet()
 _awaiting: weakref.WeakSet[LearnedFeedback] = weakref.WeakSet()
-#: Optimizers that stepped while there were learned tensors; each one's first step is looked at.
-_seen: weakref.WeakSet[Any] = weakref.WeakSet()
+#: How often a tensor began or went on to wait. An optimizer's step is looked at where this is not what it was at its last one.
+_waits = 0
+#: Where an optimizer keeps that number; it is not a part of its state.
+_LOOKED_AT = "_fa_bench_looked_at"
 _hook: Any = None
 
 
 def _watch_optimizers(learned: LearnedFeedback) -> None:
-    global _hook
+    global _hook, _waits
+    _waits += 1
     _awaiting.add(learned)
     _known.add(learned)
     if _hook is None:
@@ -198,11 +201,11 @@ def _watch_optimizers(learned: LearnedFeedback) -> None:
 
 
 def _after_optimizer_step(optimizer: Any, args: Any, kwargs: Any) -> None:
-    new = optimizer not in _seen
-    if not (new or _awaiting):
+    looked_at = optimizer.__dict__.get(_LOOKED_AT)
+    if looked_at == _waits:
         return
-    if new:
-        _seen.add(optimizer)
+    optimizer.__dict__[_LOOKED_AT] = _waits
+    if looked_at is None:  # it may leave out what others train
         _awaiting.update(_known)
     groups = {id(tensor): group for group in optimizer.param_groups for tensor in group["params"]}
     for learned in list(_awaiting):
