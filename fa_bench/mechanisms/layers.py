@@ -258,8 +258,7 @@ CONVOLUTIONS = tuple(plain for plain in SWAPS if plain is not nn.Linear)
 def is_weighted(module: nn.Module) -> bool:
     """Whether the module is a layer that feedback can be put into, plain or swapped already."""
     weight = module._parameters.get("weight")
-    return (type(module) in SWAPS or type(module) in _PLAIN) and isinstance(weight, nn.Parameter) and not (
-        isinstance(weight, nn.parameter.UninitializedParameter) or weight.is_complex())
+    return (type(module) in SWAPS or type(module) in _PLAIN) and isinstance(weight, nn.Parameter) and not weight.is_complex()
 
 
 def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:

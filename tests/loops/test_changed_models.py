@@ -149,3 +149,31 @@ def test_attach_in_inference_mode_is_refused_at_once(name):
         model = net()
         with pytest.raises(CoverageError, match=r"inference_mode"):
             fa_bench.attach(model, name)
+
+
+@pytest.mark.parametrize("name", ["dfa", "dkp", "dgl", "asfp_lc"])
+def test_a_replaced_cut_is_refused(name):
+    """It has no weights, but the error is delivered there."""
+    model, rule = attached(name)
+    model[1] = nn.ReLU()
+    with pytest.raises(CoverageError, match=r"changed after attach \(1 replaced\)"):
+        steps(model, rule, sgd(p for p in model.parameters() if p.requires_grad), 1)
+
+
+@pytest.mark.parametrize("name", ["kp", "dfa"])
+def test_what_comes_in_without_weights_of_its_own_learns(name):
+    """Gains and biases need no feedback."""
+    model, rule = attached(name)
+    model[3] = nn.Sequential(nn.LayerNorm(16).double(), model[3])
+    before = model[3][0].bias.detach().clone()
+    steps(model, rule, sgd(p for p in model.parameters() if p.requires_grad), 1)
+    assert not torch.equal(model[3][0].bias, before)
+
+
+def test_a_copy_of_a_part_is_no_part_of_the_model():
+    model = nested()
+    rule = fa_bench.attach(model, "bp")
+    with pytest.raises(CoverageError, match="a part of another model"):
+        fa_bench.attach(model[0], "fa")
+    fa_bench.attach(copy.deepcopy(model[0]), "fa")
+    assert rule.model is model

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fa_bench
 from fa_bench.errors import CoverageError
+from fa_bench.mechanisms.coverage import is_weight
 from tests.loops.chain import CUT_RULES, RULES, attach, gradients
 
 TOKENS = torch.arange(60).reshape(12, 5) % 11
@@ -217,3 +218,38 @@ def test_without_a_sample_the_rule_asks_for_one_or_names_the_table(name: str) ->
 def test_a_sample_that_the_model_does_not_take_says_what_the_model_said() -> None:
     with pytest.raises(TypeError, match="words"):
         attach(Reader(), "fa", sample_input={"words": TOKENS[:2]})
+
+
+@pytest.mark.parametrize(("shape", "weight"), [
+    ((4,), False), ((), False), ((4, 1, 1), False), ((1, 1, 5), False), ((3, 2), True), ((1, 1), True), ((1, 5, 4), True),
+    ((5, 1, 4, 1), True), ((2, 3, 4), True),
+], ids=str)
+def test_a_weight_is_a_matrix_or_has_two_long_dimensions(shape: tuple[int, ...], weight: bool) -> None:
+    assert is_weight("table", torch.empty(shape)) is weight
+    assert not is_weight("feedback_B", torch.empty(shape))
+
+
+def test_a_look_up_in_a_tied_embedding_is_not_the_use_that_is_named() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb, self.mix, self.head = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 11, bias=False)
+            self.head.weight = self.emb.weight
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = self.mix(self.emb(tokens).mean(1))
+            return self.head(x) + x @ self.emb.weight.t()
+
+    with pytest.raises(CoverageError, match=r"head\.weight \(used outside its layer, by (matmul|__matmul__|t)\(\) in the model"):
+        attach(Tied(), "fa", sample_input=TOKENS[:2])
+
+
+def test_a_table_that_did_not_run_is_known_by_its_kind() -> None:
+    """What it would carry nobody saw; a look-up carries no error on."""
+    class Unused(Reader):
+        def __init__(self) -> None:
+            super().__init__()
+            self.spare = nn.Embedding(7, 8)
+
+    coverage = attach(Unused(), "fa", sample_input=TOKENS[:2]).coverage
+    assert coverage.local["spare.weight"] == "in an Embedding, looked up" and not coverage.uncovered

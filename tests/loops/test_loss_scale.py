@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fa_bench.mechanisms.loss_scale import is_unscaled
 from tests.loops.chain import RULES, Chain, assert_same, attach, batch, gradients
 
 X, Y = batch(12)
@@ -247,3 +248,17 @@ def test_a_backward_pass_called_inside_autocast_has_the_precision_of_one_outside
         return gradients(model)
 
     assert_same(within(True), within(False), 0.0)
+
+
+def test_a_loss_that_is_no_mean_is_measured() -> None:
+    """Of every kind of loss, and not of cross-entropy alone: a sum is no mean, and what a mean leaves out is no batch."""
+    logits, squares = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)).requires_grad_(True), torch.zeros(6, 3)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    for function, target in ((F.mse_loss, squares), (F.cross_entropy, labels), (F.binary_cross_entropy_with_logits, squares)):
+        assert is_unscaled(function(logits, target), labels)
+        assert not is_unscaled(function(logits, target, reduction="sum"), labels)
+        assert not is_unscaled(function(logits, target) / 2, labels)
+    assert not is_unscaled(F.cross_entropy(logits, labels, torch.ones(3)), labels)
+    assert not is_unscaled(F.cross_entropy(logits[:4], labels[:4]), labels)
+    assert not is_unscaled(F.cross_entropy(logits, labels, ignore_index=1), labels)
+    assert is_unscaled(F.cross_entropy(logits, labels, ignore_index=7), labels), "nothing is left out"

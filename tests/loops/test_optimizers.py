@@ -292,3 +292,24 @@ def test_convolutions_notice_an_optimizer_without_their_feedback(name):
             rule.backward(F.cross_entropy(logits, y), logits, y)
             optimizer.step()
             rule.step()
+
+
+def test_replaced_feedback_that_is_left_out_of_updates_by_hand_is_noticed():
+    """What was trained before the replacement is no longer in the model."""
+    model, rule = attached("kp")
+    tensors = list(model.parameters())
+
+    class ByHand:
+        zero_grad = staticmethod(model.zero_grad)
+
+        @staticmethod
+        def step():
+            with torch.no_grad():
+                for tensor in tensors:
+                    tensor.sub_(tensor.grad, alpha=0.1)
+
+    steps(model, rule, ByHand, 2)
+    model.load_state_dict(state(model), assign=True)
+    tensors[:] = rule.weight_parameters()
+    with pytest.raises(StateError, match=LEFT_OUT):
+        steps(model, rule, ByHand, 1)

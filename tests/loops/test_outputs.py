@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fa_bench.errors import CoverageError
-from tests.loops.chain import CUT_RULES, EDGE_RULES, RULES, assert_same, attach, batch, gradients
+from tests.loops.chain import CUT_RULES, EDGE_RULES, RULES, Chain, assert_same, attach, batch, gradients
 
 X, Y = batch()
 
@@ -243,3 +243,18 @@ def test_several_outputs_in_training_alone_need_a_name_then(name: str) -> None:
     attach(model, name)
     with pytest.raises(CoverageError, match=rf"rule '{name}' takes its error from one output, and this model returns.*output"):
         model(X)
+
+
+@pytest.mark.parametrize("name", CUT_RULES)
+def test_an_output_that_nothing_trains_is_none_to_ask_about(name: str) -> None:
+    """A scale or a mask beside the logits: no loss comes from there, whichever comes first."""
+    class Beside(Chain):
+        def forward(self, x: Tensor) -> Any:
+            return x.mean(1), super().forward(x)
+
+    model, plain = Beside(), Chain()
+    rule, alone = attach(model, name, sample_input=X), attach(plain, name, sample_input=X)
+    logits, its = model(X)[1], plain(X)
+    rule.backward(F.cross_entropy(logits, Y), logits, Y)
+    alone.backward(F.cross_entropy(its, Y), its, Y)
+    assert_same(gradients(model), gradients(plain))

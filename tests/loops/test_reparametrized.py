@@ -168,6 +168,19 @@ def test_detach_unfreezes_the_weight_and_nothing_of_the_parametrization() -> Non
         {"b.fc.parametrizations.weight.0.factor"}
 
 
+def test_detach_unfreezes_what_weight_norm_made_of_a_frozen_weight() -> None:
+    """Its size and direction, which the user has frozen again: they are new parameters."""
+    model = Chain()
+    rule = attach(model, "frozen")
+    old_weight_norm(model.b.fc)
+    made = [parameter.requires_grad_(False) for parameter in (model.b.fc.weight_g, model.b.fc.weight_v)]
+    with rule.exact():
+        assert all(parameter.requires_grad for parameter in made)
+    assert not any(parameter.requires_grad for parameter in made)
+    rule.detach()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 # ------------------------------------------------------------------------------------------------ quantisation
 def quantised(model: nn.Module) -> nn.Module:
     with warnings.catch_warnings():

@@ -81,6 +81,10 @@ def test_tied_weights_are_noted():
     text = str(fa_bench.attach(model, "kp").coverage)
     assert "'2' shares its weight with 4" in text
     assert "shares its weight" not in str(attached("kp")[1].coverage)
+    fixed = net()
+    fixed[4] = nn.Linear(16, 16).double()
+    fixed[4].weight = fixed[2].weight
+    assert "shares its weight" not in str(fa_bench.attach(fixed, "fa").coverage), "nothing follows it"
     assert "draws of their own" in str(attached("brsf")[1].coverage)
 
 

@@ -184,3 +184,27 @@ def test_labels_that_the_loss_leaves_out_are_not_trained_on(name):
     logits = model(X)
     with pytest.raises(ValueError, match="two forward passes"):
         rule.backward(F.cross_entropy(logits, Y) + F.cross_entropy(other, Y), logits, Y, loss_scale=1.0)
+
+
+@pytest.mark.parametrize("name", ["fa", "dfa", "dgl", "asfp_lc", "forward_alignment"])
+def test_a_refused_pass_leaves_the_next_one_alone(name):
+    class Blind(Net):
+        blind = False
+
+        def forward(self, x):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.blind):
+                h = self.act(self.a(x))
+            return self.c(self.act2(self.b(h)))
+
+    options = {"match": "random", "freeze_stem": False, "cuts": ["act", "act2"]} if name == "asfp_lc" else {}
+    model, other = Blind(), Blind()
+    model.blocks = other.blocks = ["act", "act2"]
+    rule, whole = (fa_bench.attach(one, name, seed=0, sample_input=X, **options) for one in (model, other))
+    model.blind = True
+    with pytest.raises(CoverageError, match="'a' ran without gradients"):
+        model(X)
+    model.blind = False
+    for one, its in ((model, rule), (other, whole)):
+        train(one, its, 2)
+    assert not whole.mode.training, "no pass is under way"
+    assert all(torch.equal(mine, its) for mine, its in zip(model.parameters(), other.parameters(), strict=True))

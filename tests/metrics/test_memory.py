@@ -172,3 +172,10 @@ def test_strict_option_and_ranges() -> None:
             MemoryAccesses(**options)
     with pytest.raises(ConfigError, match="resnet18"):
         MemoryAccesses(architectures=["resnet17"]).table()
+
+
+def test_every_kind_of_relu_has_its_bit() -> None:
+    """What cuts off at zero, in place or not; a hyperbolic tangent keeps no sign."""
+    activations = [nn.ReLU(), nn.LeakyReLU(), nn.ReLU6(), nn.ReLU(inplace=True), nn.Tanh()]
+    net = nn.Sequential(*[part for activation in activations for part in (nn.Linear(6, 6), activation)], nn.Linear(6, 2))
+    assert memory_of(net, (6,)).relus == 4 * 6

@@ -104,3 +104,11 @@ def test_maps_are_averaged_to_a_quarter_rounded_up_and_then_to_two_by_two(size, 
         module.register_forward_hook(lambda module, args, output, name=name: seen.__setitem__(name, tuple(output.shape[2:])))
     net(torch.zeros(2, 3, *size))
     assert (seen["pool1"], seen["pool2"]) == (first, second)
+
+
+@pytest.mark.parametrize("net", ["mlp", "conv2"])
+def test_auxiliary_nets_keep_no_statistics(net):
+    """They serve in training only, by the batch's own."""
+    model, rule, *_ = registered(net, "dgl")
+    kept = [key for key in model.state_dict() if "auxiliary" in key and ("running" in key or "num_batches" in key)]
+    assert not kept and rule.feedback["act1"]

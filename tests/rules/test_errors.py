@@ -187,7 +187,17 @@ def test_second_rule_on_an_attached_model_is_refused():
     """Two rules on one model would both claim its layers; after detach the second is welcome."""
     model = nets.mlp()
     rule = fa_bench.attach(model, "fa", seed=0)
-    with pytest.raises(LOUD):
+    with pytest.raises(LOUD, match=r"the model has the rule 'fa' already: call its detach\(\) first"):
         fa_bench.attach(model, "kp", seed=0)
     rule.detach()
     fa_bench.attach(model, "kp", seed=0)
+
+
+def test_what_cut_rules_take_no_error_from_is_refused_before_training():
+    flat = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3), nn.Tanh())
+    x = nets.batch("mlp", dtype=torch.float32)[0]
+    with pytest.raises(ValueError, match="cut '3' lies behind the output layer '2'; cut hidden layers only"):
+        fa_bench.attach(flat, "dfa", cuts=["1", "3"], sample_input=x)
+    with pytest.raises(ValueError, match=r"needs logits of shape \(N, C\); this model gives \(4, 3, 1\)"):
+        fa_bench.attach(nn.Sequential(*flat, nn.Unflatten(1, (3, 1))), "dfa", cuts=["1"], sample_input=x)
+    assert not list(flat.buffers())

@@ -126,3 +126,17 @@ def test_bp_fc_freezes_every_kind_of_normalisation_behind_a_convolution(norm):
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), norm(), torch.nn.Flatten(), torch.nn.Linear(16, 3))
     fa_bench.attach(model, "bp_fc", seed=0, sample_input=torch.zeros(2, 1, 4, 4))
     assert [key for key, parameter in model.named_parameters() if parameter.requires_grad] == ["3.weight", "3.bias"]
+
+
+def test_frozen_without_a_sample_trains_the_layer_defined_last():
+    model = nets.mlp()
+    rule = fa_bench.attach(model, "frozen", seed=0)
+    assert {key for key, parameter in model.named_parameters() if parameter.requires_grad} == {"fc3.weight", "fc3.bias"}
+    assert [entry.feedback for entry in rule.coverage.covered] == ["moves nothing"] * 2 + ["goes on through the weight"]
+
+
+def test_bp_fc_trains_a_normalisation_of_the_image():
+    """No layer feeds it, so that no convolution does."""
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(1), torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(16, 3))
+    fa_bench.attach(model, "bp_fc", seed=0, sample_input=torch.zeros(2, 1, 4, 4))
+    assert [key for key, p in model.named_parameters() if not p.requires_grad] == ["1.weight", "1.bias"]

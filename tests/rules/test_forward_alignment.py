@@ -192,3 +192,24 @@ def test_every_layer_that_takes_the_image_has_its_true_input():
     F.cross_entropy(plain(x), y).backward()
     for path in ("one", "two"):
         assert distance(got[f"{path}.weight"], array(plain.get_submodule(path).weight.grad)) < 1e-12
+
+
+def test_a_pass_that_fails_is_not_run_again():
+    class Fails(torch.nn.Sequential):
+        calls, fails = 0, False
+
+        def forward(self, x):
+            self.calls += 1
+            x = super().forward(x)
+            if self.fails:
+                raise KeyError("its own")
+            return x
+
+    x, _ = nets.batch("mlp")
+    model = Fails(*nets.mlp().children())
+    fa_bench.attach(model, "forward_alignment", seed=0)
+    model(x)
+    calls, model.fails = model.calls, True
+    with pytest.raises(KeyError, match="its own"):
+        model(x)
+    assert model.calls == calls + 1

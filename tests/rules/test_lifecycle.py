@@ -10,6 +10,7 @@ from torch import nn
 import fa_bench
 from fa_bench.config.registries import ALGORITHMS
 from fa_bench.mechanisms.cuts import CutRule
+from fa_bench.mechanisms.layers import drop_tensors, put_tensor, tensors_of
 
 from . import nets
 from .helpers import (
@@ -400,3 +401,21 @@ def test_foreign_state_is_refused_by_name(variant):
             with pytest.raises(fa_bench.errors.StateError, match=rf"missing: {path}\.{name}\b"):
                 rule.load_state_dict(state | {path: {key: value for key, value in values.items() if key != name}})
     assert_same_state(rule.state_dict(), state)
+
+
+@pytest.mark.parametrize("variant", ["local_error", "predsim", "dgl", "asfp_lc"])
+def test_a_plain_state_loads_after_detach(variant):
+    """Nothing of the auxiliary layers stays behind in the modules at the cuts, hooks of theirs included."""
+    model, rule, *_ = start(variant)
+    rule.detach()
+    model.load_state_dict(nets.NETS[NET]().state_dict())
+    assert_bitwise(dict(model.state_dict()), dict(nets.NETS[NET]().state_dict()))
+
+
+def test_a_tensor_that_is_put_again_is_replaced_and_dropped_once():
+    layer = nn.Linear(3, 2)
+    for value in (1.0, 2.0):
+        put_tensor(layer, "B", torch.full((2, 3), value))
+    assert [tensor[0, 0].item() for tensor in tensors_of(layer).values()] == [2.0]
+    drop_tensors(layer)
+    assert not list(layer.buffers()) and not tensors_of(layer)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fa_bench
+from fa_bench.draws import draw, seed_for
 from fa_bench.metrics.angles import norm_ratio, weight_angle
 
 from . import nets
@@ -150,6 +151,14 @@ def test_semi_orthogonal_b(ratio):
     assert b.shape == (40, round(40 * ratio))
     assert (b @ b.t() - torch.eye(40)).abs().max() < 1e-6  # float32
     assert (b.mean()).abs() < 5 / b.numel() ** 0.5 / 40**0.5 * 40**0.5, "signs are not all one way"
+
+
+def test_semi_orthogonal_b_is_the_factor_with_positive_diagonal():
+    """Q Q'R of a Gaussian matrix is unique so; as LAPACK leaves the signs, all diagonals of R would be negative."""
+    _, rule = linear(12, 20, "pfa_o", ratio=2.0)
+    gaussian = draw((24, 12), "normal_fan_out", seed_for(0, "0", "B"))
+    r = rule.feedback["0"]["B"].double() @ gaussian.double()
+    assert r.tril(-1).abs().max() < 1e-5 and (r.diagonal() > 0).all()
 
 
 def test_semi_orthogonal_b_has_no_preferred_direction():

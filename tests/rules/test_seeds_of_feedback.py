@@ -12,7 +12,8 @@ import fa_bench
 from fa_bench.config.registries import ALGORITHMS
 from fa_bench.draws import INITIALISERS, draw, redraw_magnitudes
 
-from .helpers import cut_options
+from . import nets
+from .helpers import QUICK, cut_options
 
 SHARING = {"match": "random", "linear": "share"}
 # Options under which a rule has all its random tensors, and small.
@@ -149,3 +150,14 @@ def test_a_mask_removes_entries_and_leaves_the_others_as_they_are(name: str, ten
     error = 5 * dense.std().item() / math.sqrt(dense.numel() / 2)
     assert sparse[kept].abs().mean().item() == pytest.approx(dense.abs().mean().item(), abs=error)
     assert sparse[kept].mean().item() == pytest.approx(dense.mean().item(), abs=error)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_attach_leaves_the_global_generator_alone(name: str) -> None:
+    """Rules that build nets of their own by torch's initialisers, too."""
+    model, x = nets.mlp(), nets.batch("mlp")[0]
+    options = {"match": "random", "linear": "share"} if name.startswith("as") else {}
+    options |= {"cuts": ["act1"]} if name in ("dgl", "asfp_lc") else {}
+    before = torch.get_rng_state()
+    fa_bench.attach(model, name, sample_input=x, **cut_options(name, model, QUICK.get(name, {}) | options))
+    assert torch.equal(torch.get_rng_state(), before)

@@ -264,3 +264,19 @@ def test_channels_that_do_not_go_into_each_other_are_refused():
         fa_bench.attach(build(), "asap", sample_input=x)
     model = build()
     rule_grads(model, fa_bench.attach(model, "asap", sample_input=x, match="random"), x, y)
+
+
+@pytest.mark.parametrize("name", ["asap", "asfp"])
+def test_activations_that_were_made_in_place_are_shared(name):
+    """What counts is a change after the first use, and a ReLU in place comes before it."""
+    x, y = nets.batch("conv")
+    found = []
+    for activation in (nets.inplace_relu, nn.ReLU):
+        layers = [part for channels in (2, 4, 4, 4) for part in (nn.Conv2d(channels, 4, 3, padding=1), activation())]
+        model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * 6 * 7, 3)).double()
+        with torch.no_grad():
+            for number, parameter in enumerate(model.parameters()):
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) / 4)
+        rule = fa_bench.attach(model, name, seed=0, sample_input=x, freeze_stem=False)
+        found.append(rule_grads(model, rule, x, y))
+    assert_bitwise(*found)

@@ -345,3 +345,15 @@ def test_mirror_follows_the_weights_in_training():
         results[name] = {path: weight_angle(*pair) for path, pair in rule.weight_pairs().items()}
     assert all(results["wm"][path] < 15 < results["fa"][path] for path in ("2", "4"))
     assert results["wm"]["0"] > 60, "the first layer is not mirrored"
+
+
+def test_no_mirror_step_is_taken_while_a_probe_holds_the_draws():
+    model = nets.mlp()
+    rule = fa_bench.attach(model, "wm", seed=0, initial_steps=0, sample_input=nets.batch("mlp")[0])
+    before = model.fc2.feedback_B.clone()
+    rule.mode.hold = True
+    rule.step()
+    assert torch.equal(model.fc2.feedback_B, before) and rule.state_dict()["fc2"]["draws"] == 0
+    rule.mode.hold = False
+    rule.step()
+    assert not torch.equal(model.fc2.feedback_B, before)

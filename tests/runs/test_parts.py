@@ -11,12 +11,17 @@ import torch
 from torch import nn
 
 import fa_bench
+from fa_bench.config.job import Job, RunOptions
+from fa_bench.data.synthetic import Synthetic
 from fa_bench.errors import OptionError
 from fa_bench.files import atomic, dump_json
 from fa_bench.models.conv2 import Conv2
 from fa_bench.models.mlp import MLP
 from fa_bench.models.resnet20 import ResNet20
 from fa_bench.optim import SGD, Adam, Optimizers, Schedule
+from fa_bench.process import isolated
+from fa_bench.rules.bp import BP
+from fa_bench.runs.train import prepare
 
 
 def test_decay_of_the_first_epoch() -> None:
@@ -43,6 +48,33 @@ def test_learning_rate_scale_and_optimizer_of_learned_feedback() -> None:
     own = Optimizers(SGD(), fa_bench.attach(nn.Sequential(nn.Linear(3, 2)), "kp"), 1, Adam(lr=0.3))
     assert [type(o).__name__ for o in own.optimizers] == ["SGD", "Adam"]
     assert [tuple(p.shape) for p in own.optimizers[1].param_groups[0]["params"]] == [(2, 3)]
+
+
+def settings_by_epoch(optimizers: Optimizers, epochs: int) -> list[list[tuple[float, float]]]:
+    """(rate, decay) of every group in every epoch."""
+    seen = []
+    for epoch in range(epochs):
+        optimizers.begin_epoch(epoch)
+        seen.append([(group["lr"], group["weight_decay"]) for one in optimizers.optimizers for group in one.param_groups])
+        optimizers.step()
+        optimizers.end_epoch()
+    return seen
+
+
+def test_decays_and_schedules_of_weights_and_learned_feedback() -> None:
+    """With a rate of its own feedback has the weights' schedule and decay; with an optimizer of its own both are that one's."""
+    slow, fast = (Schedule(name="step", step_size=size, gamma=0.5) for size in (2, 1))
+    of_weights = SGD(lr=0.2, weight_decay=0.01, first_epoch_weight_decay=0.5, schedule=slow)
+    scaled = fa_bench.attach(nn.Sequential(nn.Linear(3, 2)), "kp", b_lr_scale=0.5)
+    assert settings_by_epoch(Optimizers(of_weights, scaled, 3), 3) == [
+        [(0.2, 0.5), (0.1, 0.5)], [(0.2, 0.01), (0.1, 0.01)], [(0.1, 0.01), (0.05, 0.01)]]
+    of_feedback = Adam(lr=0.4, weight_decay=0.02, first_epoch_weight_decay=0.7, schedule=fast)
+    own = fa_bench.attach(nn.Sequential(nn.Linear(3, 2)), "kp")
+    assert settings_by_epoch(Optimizers(of_weights, own, 3, of_feedback), 3) == [
+        [(0.2, 0.5), (0.4, 0.7)], [(0.2, 0.01), (0.2, 0.02)], [(0.1, 0.01), (0.1, 0.02)]]
+    plain = fa_bench.attach(nn.Sequential(nn.Linear(3, 2)), "kp")
+    alone = Optimizers(SGD(weight_decay=0.03), plain, 2, of_feedback)
+    assert [decay for ((_, decay), _) in settings_by_epoch(alone, 2)] == [0.03, 0.03], "the other's first epoch is its own"
 
 
 @pytest.mark.parametrize(("schedule", "expected"), [
@@ -132,3 +164,17 @@ def test_residual_net_without_shortcuts() -> None:
         nn.init.zeros_(net.stages.layer2[0].bn2.weight)
         changes.append((net(x) - net(-x)).abs().max().item())
     assert changes[0] > 1e-3 and changes[1] == 0
+
+
+@pytest.mark.skipif(not torch.set_flush_denormal(False), reason="this processor cannot flush")
+def test_a_run_computes_without_denormal_numbers() -> None:
+    """Probabilities below 1e-38 would cost many times the arithmetic of zeros."""
+    tiny = torch.full((8,), 1e-39)
+    assert (tiny * 0.5 != 0).all()
+    job = Job(RunOptions(device="cpu"), BP(), MLP(), Synthetic(), SGD(), None)
+    try:
+        with isolated():
+            prepare(job)
+            assert (tiny * 0.5 == 0).all()
+    finally:
+        torch.set_flush_denormal(False)
