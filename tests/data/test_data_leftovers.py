@@ -260,7 +260,7 @@ def test_an_unreadable_data_dir_is_named_whatever_the_dataset(tmp_path: Path, da
 
 
 def _privileges_dropped(command: list[str], room: Path, place: Path, mode: int) -> subprocess.CompletedProcess[str]:
-    """Run a command in the folder `room` while `place` has a mode, as somebody whom that concerns: root without its rights to pass over modes."""
+    """Run a command in `room` while `place` has a mode, as one whom modes concern: root without its right to pass over them."""
     if os.geteuid() == 0:
         if not shutil.which("setpriv"):
             pytest.skip("root may read everything")
