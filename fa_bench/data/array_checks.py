@@ -63,8 +63,8 @@ def _images(given: Any, part: str, notes: list[str]) -> np.ndarray:
     _, first, second, last = images.shape
     # Three columns beside more rows and "channels", or one beside a square: images whose channels come last.
     if first > 4 and second > 4 and (last == 3 or (last in (1, 4) and first == second)):
-        raise ValueError(f"{part} images have shape {shape}, which looks like channels in the last place; "
-                         "images.transpose(0, 3, 1, 2) brings them to the second, where they belong")
+        raise ValueError(f"{part} images have shape {shape}, which looks like (n, height, width, channels); "
+                         "use images.transpose(0, 3, 1, 2)")
     return np.ascontiguousarray(_eight_bits(images, f"{part} images", notes))
 
 
@@ -77,18 +77,18 @@ def _eight_bits(images: np.ndarray, what: str, notes: list[str]) -> np.ndarray:
         raise ValueError(f"{what} are {images.dtype} with values that are not finite; {_ALLOWED}")
     if images.dtype.kind in "iu":
         if low < 0 or high > 255:
-            bits = "; images >> 8 brings 16 bits to 8" if images.dtype == np.uint16 else ""
+            bits = "; for 16-bit images use images >> 8" if images.dtype == np.uint16 else ""
             raise ValueError(f"{found}; {_ALLOWED}{bits}")
         if high == 1:
-            raise ValueError(f"{found}, which is black and next to black; multiply them by 255, or convert them to bool")
+            raise ValueError(f"{found}, which is almost black; multiply by 255 or convert to bool")
         return images.astype(np.uint8, copy=False)
     if low < 0 or high > 1:
         rounded = low >= 0 and 1 < high <= 255
-        mend = "images.round().astype('uint8') if they are of 0 to 255" if rounded else \
-            "bring them to 0 to 1 by (images - low) / (high - low), with the same low and high for training and test images; " \
-            "dataset.mean and dataset.std normalise them"
+        mend = "use images.round().astype('uint8') if the range is 0 to 255" if rounded else \
+            "rescale to [0, 1] by (images - low) / (high - low), with the same low and high for training and test images; " \
+            "dataset.mean and dataset.std do the normalisation"
         raise ValueError(f"{found}; {_ALLOWED}; {mend}")
-    notes.append(f"{what}: {images.dtype} of 0 to 1, brought to 8 bits")
+    notes.append(f"{what}: {images.dtype} from 0 to 1, converted to 8 bits")
     # One image at a time in float64: the whole would take eight times the memory of the result.
     result = np.empty(images.shape, np.uint8)
     for source, target in zip(images, result, strict=True):

@@ -204,16 +204,16 @@ def total(found: Iterable[Facts]) -> Facts:
 
 
 def said(facts: Facts, part: str, background: int) -> list[str]:
-    """In a sentence each, what of the images of `part` is not trained on as it is stored."""
+    """Which images of `part` are not trained on as they are stored, a sentence for each reason."""
     shade = {0: "black", 255: "white"}.get(background, f"grey {background / 255:.2g}")
     lines = [
-        (facts.turned, "turned upright by their EXIF orientation"),
-        (facts.transparent, f"transparent, laid over {shade} (dataset.background)"),
-        (facts.vanished, f"in one colour on {shade}: set dataset.background if they should show something"),
-        (facts.frames, "of several frames or pages: the first one is taken"),
-        (facts.deep, "with 16 bits a channel: brought to 8"),
+        (facts.turned, "images rotated by their EXIF orientation"),
+        (facts.transparent, f"transparent images composited on {shade} (dataset.background)"),
+        (facts.vanished, f"transparent images that are a single colour on {shade} (see dataset.background)"),
+        (facts.frames, "images with several frames or pages, only the first of which is used"),
+        (facts.deep, "images reduced from 16 to 8 bits"),
     ]
-    return [f"{part}: {number:,} image{'s' * (number > 1)} {what}" for number, what in lines if number]
+    return [f"{part}: {what}: {number:,}" for number, what in lines if number]
 
 
 class _naming:

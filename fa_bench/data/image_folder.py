@@ -53,20 +53,20 @@ class ImageFolder(ImageFiles):
         if not labelled:
             some = data_dir / ("test" if "test" in held else present[0])
             names = ", ".join([*classes[:3], "..."] if len(classes) > 3 else classes)
-            raise DataError(f"{some}: holds no folder of a class of {train} ({names}); sort its images into such folders")
+            raise DataError(f"{some}: holds no folder named like a class of {train} ({names}); sort its images into such folders")
         # Labelled images in either are the test set where the other has none.
         test, validation = data_dir / labelled[0], data_dir / labelled[1] if len(labelled) > 1 else None
         for name in ("test", *present):
             if name in held and name not in labelled:
-                notes.append(f"{data_dir / name}: left out, for it holds no folder of a class of {train}")
+                notes.append(f"{data_dir / name}: skipped, as it has no folder named like a class of {train}")
         if test.name != "test":
-            notes.append(f"{test}: serves as the test set")
+            notes.append(f"{test}: used as the test set")
         if validation is not None and self.validation > 0:
-            notes.append(f"{validation}: is the validation set, so nothing of {train} is held out (dataset.validation)")
+            notes.append(f"{validation}: used as the validation set; no training images are held out")
         if validation is not None and self.validation == 0:
-            notes.append(f"{validation}: left out, by dataset.validation=0")
+            notes.append(f"{validation}: skipped, since dataset.validation=0")
             validation = None
         if others := [name for name in held if name not in ("train", "test", *present)]:
-            notes.append(f"{data_dir}: left out {', '.join(f'{name}/' for name in others[:5])}{', ...' * (len(others) > 5)}")
+            notes.append(f"{data_dir}: skipped {', '.join(f'{name}/' for name in others[:5])}{', ...' * (len(others) > 5)}")
         found = class_listing(train, test, validation)
         return dataclasses.replace(found, notes=notes + found.notes)

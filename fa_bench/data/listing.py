@@ -1,4 +1,4 @@
-"""Which files in a folder of classes are images, and what else lies there: what is left out is counted."""
+"""Which files in a folder of classes are images, and what else lies there: what is skipped is counted."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".pn
 _SYSTEM = frozenset({"__macosx", "__pycache__", "$recycle.bin", "system volume information", "lost+found", "@eadir", "#recycle",
                      "@recycle"})
 
-HIDDEN = "hidden or of the system"
-LOOSE = "beside the class folders"
+HIDDEN = "hidden or system"
+LOOSE = "outside the class folders"
 
 
 @dataclasses.dataclass
@@ -28,7 +28,7 @@ class Listing:
     Attributes:
         classes: names of the classes.
         parts: for train, test and, where there is one, validation: its folder, and (file, label) of every image.
-        notes: what was left out, in a sentence each.
+        notes: what was skipped, a sentence each.
     """
 
     classes: list[str]
@@ -51,7 +51,7 @@ def visible_folders(root: Path, skipped: Counter[str] | None = None) -> list[Pat
         elif not _is_folder(entry):
             counts[LOOSE] += 1
         elif _identity(Path(entry.path)) in holders:
-            counts["links to a folder that holds them"] += 1
+            counts["links to a parent folder"] += 1
         else:
             found.append(root / entry.name)
     return found
@@ -64,7 +64,7 @@ def images_below(folder: Path, skipped: Counter[str]) -> list[Path]:
 
     Args:
         folder: of one class.
-        skipped: gets the number of what was left out, for each reason.
+        skipped: counts what was skipped, by reason.
 
     Raises:
         DataError: naming a folder that cannot be read.
@@ -75,7 +75,7 @@ def images_below(folder: Path, skipped: Counter[str]) -> list[Path]:
     while folders or links:
         here = folders.pop() if folders else links.pop()
         if (identity := _identity(here)) in seen:
-            skipped["links to a folder that is read already"] += 1
+            skipped["links to a folder already read"] += 1
             continue
         seen.add(identity)
         for entry in _scan(here):
@@ -87,9 +87,9 @@ def images_below(folder: Path, skipped: Counter[str]) -> list[Path]:
             elif _is_folder(entry):
                 (links if entry.is_symlink() else folders).append(here / entry.name)
             elif entry.is_symlink() and not os.path.exists(entry.path):
-                skipped["links to nowhere"] += 1
+                skipped["broken links"] += 1
             else:
-                skipped[f"{suffix} files" if suffix else "files without extension"] += 1
+                skipped[suffix or "no extension"] += 1
     # By the parts as they are written: a Path of Windows is compared without regard to case.
     return sorted(found, key=lambda path: path.parts)
 
@@ -186,16 +186,16 @@ def plain_name(name: str) -> str:
 
 
 def _notes(root: Path, skipped: Counter[str]) -> list[str]:
-    return [f"{root}: left out {skipped.total():,}: {_counted(skipped)}"] if skipped else []
+    return [f"{root}: skipped {skipped.total():,} ({_counted(skipped)})"] if skipped else []
 
 
 def _holds(skipped: Counter[str]) -> str:
     """What a folder without images holds, as the end of a message."""
-    return f", only {_counted(skipped)}" if skipped else f" ({', '.join(sorted(EXTENSIONS))})"
+    return f" (skipped {_counted(skipped)})" if skipped else f" ({', '.join(sorted(EXTENSIONS))})"
 
 
 def _counted(skipped: Counter[str]) -> str:
-    kinds = [f"{number:,} {kind}" for kind, number in skipped.most_common(6)]
+    kinds = [f"{kind}: {number:,}" for kind, number in skipped.most_common(6)]
     return ", ".join([*kinds, "..."] if len(skipped) > 6 else kinds)
 
 

@@ -39,8 +39,8 @@ def test_floats_of_0_to_1_are_brought_to_8_bits(dtype: type) -> None:
     splits = load((X / 255).astype(dtype), test_x=torch.from_numpy(X / 255))
     difference = np.abs(splits.train.images.numpy().astype(int) - X)
     assert difference.max() <= (dtype is np.float16) and (splits.test.images.numpy() == X).all()
-    assert splits.notes == [f"training images: {np.dtype(dtype)} of 0 to 1, brought to 8 bits",
-                            "test images: float64 of 0 to 1, brought to 8 bits"]
+    assert splits.notes == [f"training images: {np.dtype(dtype)} from 0 to 1, converted to 8 bits",
+                            "test images: float64 from 0 to 1, converted to 8 bits"]
 
 
 def test_true_is_white() -> None:
@@ -69,14 +69,14 @@ def test_class_names_may_be_an_array() -> None:
 
 COLOUR = np.repeat(X, 3, 1)
 BAD: dict[str, tuple[dict[str, object], str]] = {
-    "standardised": ({"x": X / 127.5 - 1}, r"training images are float64 from -1 to 1; allowed: .*bring them to 0 to 1"),
+    "standardised": ({"x": X / 127.5 - 1}, r"training images are float64 from -1 to 1; allowed: .*rescale to \[0, 1\]"),
     "floats of 0 to 255": ({"test_x": X.astype(float)},
                            r"test images are float64 from 0 to 255; .*images\.round\(\)\.astype\('uint8'\)"),
     "NaN": ({"x": np.full(X.shape, np.nan)}, r"training images are float64 with values that are not finite"),
     "infinite": ({"x": np.where(X > 250, np.inf, 0.5)}, r"not finite"),
     "16 bits": ({"x": X.astype(np.uint16) * 257}, r"training images are uint16 from .*images >> 8"),
     "negative": ({"x": X.astype(int) - 1}, r"training images are int64 from -1 to"),
-    "0 and 1": ({"x": (X > 100).astype(np.uint8)}, r"training images are uint8 from 0 to 1, .*multiply them by 255"),
+    "0 and 1": ({"x": (X > 100).astype(np.uint8)}, r"training images are uint8 from 0 to 1, .*multiply by 255"),
     "text": ({"x": np.full(X.shape, "a")}, r"training images are of type <U1, not numbers"),
     "complex": ({"x": X * 1j}, r"of type complex128"),
     "rows of several lengths": ({"x": [[1], [1, 2]]}, r"training images are no array \(.*inhomogeneous"),

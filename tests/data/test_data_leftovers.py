@@ -47,27 +47,27 @@ def load(folder: Path, **options: object):
 
 
 LEFT = {
-    "Jupyter": (lambda f: image(f / "train/cat/.ipynb_checkpoints/0-checkpoint.png"), "1 hidden or of the system"),
-    "Jupyter beside the classes": (lambda f: image(f / "train/.ipynb_checkpoints/0.png"), "1 hidden or of the system"),
-    "Linux trash": (lambda f: image(f / "train/cat/.Trash-1000/files/0.png"), "1 hidden or of the system"),
-    "macOS in an archive": (lambda f: (f / "train/cat/._0.png").write_bytes(b"\0\5\x16\7"), "1 hidden or of the system"),
-    "macOS archive folder": (lambda f: image(f / "train/__MACOSX/cat/0.png"), "1 hidden or of the system"),
-    "Finder": (lambda f: (f / "train/cat/.DS_Store").write_bytes(b"Bud1"), "1 hidden or of the system"),
-    "Windows thumbnails": (lambda f: (f / "train/cat/Thumbs.db").write_bytes(b"x"), "1 .db files"),
-    "Windows folder": (lambda f: (f / "train/cat/desktop.ini").write_bytes(b"x"), "1 .ini files"),
-    "Windows trash": (lambda f: image(f / "train/$RECYCLE.BIN/S-1/0.png"), "1 hidden or of the system"),
-    "Synology": (lambda f: image(f / "train/cat/@eaDir/0.png/SYNOPHOTO_THUMB_XL.png"), "1 hidden or of the system"),
-    "a telephone's format": (lambda f: (f / "train/cat/2.HEIC").write_bytes(b"x"), "1 .heic files"),
-    "a camera's raw format": (lambda f: (f / "train/cat/2.CR2").write_bytes(b"x"), "1 .cr2 files"),
-    "a download under way": (lambda f: (f / "train/cat/2.png.crdownload").write_bytes(b"x"), "1 .crdownload files"),
-    "no extension": (lambda f: (f / "train/cat/README").write_bytes(b"x"), "1 files without extension"),
-    "a loose image": (lambda f: image(f / "train/0.png"), "1 beside the class folders"),
-    "a link to nowhere": (lambda f: (f / "train/cat/more").symlink_to("nowhere"), "1 links to nowhere"),
-    "a link to itself": (lambda f: (f / "train/cat/more").symlink_to("more"), "1 links to nowhere"),
-    "a link to its own folder": (lambda f: (f / "train/cat/more").symlink_to("."), "1 links to a folder that is read already"),
-    "a link to all classes": (lambda f: (f / "train/cat/more").symlink_to(".."), "1 links to a folder that is read already"),
-    "a class that is all classes": (lambda f: (f / "train/more").symlink_to("."), "1 links to a folder that holds them"),
-    "in test/": (lambda f: (f / "test/cat/.DS_Store").write_bytes(b"x"), "1 hidden or of the system"),
+    "Jupyter": (lambda f: image(f / "train/cat/.ipynb_checkpoints/0-checkpoint.png"), "hidden or system: 1"),
+    "Jupyter beside the classes": (lambda f: image(f / "train/.ipynb_checkpoints/0.png"), "hidden or system: 1"),
+    "Linux trash": (lambda f: image(f / "train/cat/.Trash-1000/files/0.png"), "hidden or system: 1"),
+    "macOS in an archive": (lambda f: (f / "train/cat/._0.png").write_bytes(b"\0\5\x16\7"), "hidden or system: 1"),
+    "macOS archive folder": (lambda f: image(f / "train/__MACOSX/cat/0.png"), "hidden or system: 1"),
+    "Finder": (lambda f: (f / "train/cat/.DS_Store").write_bytes(b"Bud1"), "hidden or system: 1"),
+    "Windows thumbnails": (lambda f: (f / "train/cat/Thumbs.db").write_bytes(b"x"), ".db: 1"),
+    "Windows folder": (lambda f: (f / "train/cat/desktop.ini").write_bytes(b"x"), ".ini: 1"),
+    "Windows trash": (lambda f: image(f / "train/$RECYCLE.BIN/S-1/0.png"), "hidden or system: 1"),
+    "Synology": (lambda f: image(f / "train/cat/@eaDir/0.png/SYNOPHOTO_THUMB_XL.png"), "hidden or system: 1"),
+    "a telephone's format": (lambda f: (f / "train/cat/2.HEIC").write_bytes(b"x"), ".heic: 1"),
+    "a camera's raw format": (lambda f: (f / "train/cat/2.CR2").write_bytes(b"x"), ".cr2: 1"),
+    "a download under way": (lambda f: (f / "train/cat/2.png.crdownload").write_bytes(b"x"), ".crdownload: 1"),
+    "no extension": (lambda f: (f / "train/cat/README").write_bytes(b"x"), "no extension: 1"),
+    "a loose image": (lambda f: image(f / "train/0.png"), "outside the class folders: 1"),
+    "a link to nowhere": (lambda f: (f / "train/cat/more").symlink_to("nowhere"), "broken links: 1"),
+    "a link to itself": (lambda f: (f / "train/cat/more").symlink_to("more"), "broken links: 1"),
+    "a link to its own folder": (lambda f: (f / "train/cat/more").symlink_to("."), "links to a folder already read: 1"),
+    "a link to all classes": (lambda f: (f / "train/cat/more").symlink_to(".."), "links to a folder already read: 1"),
+    "a class that is all classes": (lambda f: (f / "train/more").symlink_to("."), "links to a parent folder: 1"),
+    "in test/": (lambda f: (f / "test/cat/.DS_Store").write_bytes(b"x"), "hidden or system: 1"),
 }
 
 
@@ -80,7 +80,7 @@ def test_what_a_viewer_does_not_show_is_left_out_and_counted(folder: Path, name:
     splits = load(folder, memory_limit_gb=limit)
     root = folder / ("test" if name == "in test/" else "train")
     assert splits.classes == ["cat", "dog"] and (len(splits.train), len(splits.test)) == (4, 2)
-    assert splits.notes == [f"{root}: left out 1: {counted}"]
+    assert splits.notes == [f"{root}: skipped 1 ({counted})"]
     assert splits.data_hash == before.data_hash
 
 
@@ -113,7 +113,7 @@ def test_a_folder_that_many_links_lead_to_is_read_once(folder: Path) -> None:
     image(inner[0] / "2.png", 30)
     splits = load(folder)
     assert len(splits.train) == 5
-    assert splits.notes == [f"{folder / 'train'}: left out 64: 64 links to a folder that is read already"]
+    assert splits.notes == [f"{folder / 'train'}: skipped 64 (links to a folder already read: 64)"]
 
 
 def test_the_order_is_that_of_names_and_not_of_the_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,8 +148,8 @@ def test_val_beside_an_unlabelled_test_is_the_test_set(folder: Path) -> None:
             image(folder / name)
         splits = load(folder)
         assert len(splits.test) == 2 and splits.validation is None
-        assert splits.notes == [f"{folder / 'test'}: left out, for it holds no folder of a class of {folder / 'train'}",
-                                f"{folder / 'val'}: serves as the test set"]
+        assert splits.notes == [f"{folder / 'test'}: skipped, as it has no folder named like a class of {folder / 'train'}",
+                                f"{folder / 'val'}: used as the test set"]
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
@@ -161,12 +161,12 @@ def test_with_all_three_val_is_the_validation_set(folder: Path, name: str) -> No
     x, y = next(splits.validation.batches(9))
     assert y.tolist() == [1, 1, 1] and torch.allclose(x, torch.full_like(x, (200 / 255 - 0.5) / 0.5), atol=1e-5)
     assert splits.notes == [
-        f"{folder / name}: is the validation set, so nothing of {folder / 'train'} is held out (dataset.validation)",
+        f"{folder / name}: used as the validation set; no training images are held out",
         f"{folder / name}: no images of 1 of 2 classes (cat)"]
     streamed = load(folder, validation=0.1, memory_limit_gb=0)
     assert len(streamed.validation) == 3 and streamed.data_hash == splits.data_hash
     none = load(folder, validation=0)
-    assert none.validation is None and none.notes == [f"{folder / name}: left out, by dataset.validation=0"]
+    assert none.validation is None and none.notes == [f"{folder / name}: skipped, since dataset.validation=0"]
     trial = DATASETS["image_folder"].from_mapping({"workers": 0}).load(folder, CPU, (3, 1))
     assert (len(trial.train), len(trial.validation), len(trial.test)) == (3, 1, 1)
 
@@ -175,13 +175,13 @@ def test_val_without_labels_is_left_out(folder: Path) -> None:
     image(folder / "val/0.png")
     splits = load(folder, validation=0.25)
     assert (len(splits.train), len(splits.validation)) == (3, 1)
-    assert splits.notes == [f"{folder / 'val'}: left out, for it holds no folder of a class of {folder / 'train'}"]
+    assert splits.notes == [f"{folder / 'val'}: skipped, as it has no folder named like a class of {folder / 'train'}"]
 
 
 def test_folders_of_other_names_are_named(folder: Path) -> None:
     image(folder / "extra/cat/0.png")
     (folder / "labels.csv").write_text("x")
-    assert load(folder).notes == [f"{folder}: left out extra/"]
+    assert load(folder).notes == [f"{folder}: skipped extra/"]
 
 
 @pytest.mark.parametrize(("make", "message"), [
@@ -190,12 +190,13 @@ def test_folders_of_other_names_are_named(folder: Path) -> None:
     (lambda f: (f / "test/cat").rename(f / "test/Cat"), r"holds classes that .*train does not: Cat; did you mean 'cat'\?"),
     (lambda f: (f / "train/bird").mkdir(), r"train/bird: holds no images \(\.apng, "),
     (lambda f: ((f / "train/bird").mkdir(), (f / "train/bird/1.heic").touch()),
-     r"train/bird: holds no images, only 1 \.heic files"),
+     r"train/bird: holds no images \(skipped \.heic: 1\)"),
     (lambda f: [p.unlink() for p in f.glob("test/*/*")], r"test: holds no images in folders of the classes of .*train"),
     (lambda f: ((f / "test").rename(f / "moved"), image(f / "test/0.png")),
-     r"test: holds no folder of a class of .*train \(cat, dog\); sort its images into such folders"),
+     r"test: holds no folder named like a class of .*train \(cat, dog\); sort its images into such folders"),
     (lambda f: [p.rename(f / "train" / f"{p.parent.name}-{p.name}") for p in f.glob("train/*/*")] and
-     [p.rmdir() for p in f.glob("train/*") if p.is_dir()], r"train: holds no folders, one for each class, only 4 beside"),
+     [p.rmdir() for p in f.glob("train/*") if p.is_dir()],
+     r"train: holds no folders, one for each class \(skipped outside the class folders: 4\)"),
     (lambda f: image(f / "train" / unicodedata.normalize("NFD", "é") / "0.png") and
      image(f / "train" / unicodedata.normalize("NFC", "é") / "0.png"), "two classes look the same"),
 ])
@@ -224,7 +225,7 @@ def test_what_was_left_out_is_said_by_a_run_its_log_and_a_dry_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (folder / "train/cat/.DS_Store").touch()
-    line = "images/train: left out 1: 1 hidden or of the system"
+    line = "images/train: skipped 1 (hidden or system: 1)"
     command = ["dataset=image_folder", "data_dir=images", "architecture.widths=[8]", "epochs=1", "batch_size=2"]
     assert main(["--dry-run", *command]) == 0 and line in capsys.readouterr().out
     assert main([*command, "hydra.run.dir=out"]) == 0 and line in capsys.readouterr().out

@@ -67,7 +67,7 @@ def test_a_picture_is_turned_upright(tmp_path: Path, way: int, kind: str, limit:
     expected = upright[:, 4:20]  # the centre of 16 rows and 24 columns
     assert np.abs(seen(splits).astype(int) - expected).max() <= (8 if kind == "jpg" else 0)
     assert [note for note in splits.notes if "EXIF" in note] == (
-        [] if way == 1 or kind == "tif" else [f"{tmp_path / 'train'}: 1 image turned upright by their EXIF orientation"])
+        [] if way == 1 or kind == "tif" else [f"{tmp_path / 'train'}: images rotated by their EXIF orientation: 1"])
 
 
 def test_pictures_held_upright_and_across_have_one_size_once_turned(tmp_path: Path) -> None:
@@ -113,13 +113,13 @@ def test_what_is_drawn_in_transparency_is_seen(
     expected = np.full((6, 8, channels), 255)
     expected[2:4, 2:4] = 0
     assert np.abs(seen(splits).astype(int) - expected).max() <= (2 if name.endswith("avif") else 0)
-    assert f"{tmp_path / 'train'}: 1 image transparent, laid over white (dataset.background)" in splits.notes
-    assert not any("one colour" in note for note in splits.notes)
+    assert f"{tmp_path / 'train'}: transparent images composited on white (dataset.background): 1" in splits.notes
+    assert not any("single colour" in note for note in splits.notes)
 
 
 def test_what_vanishes_on_the_background_is_said_and_background_mends_it(tmp_path: Path) -> None:
     splits = only(tmp_path, drawing("RGBA"), background=0)
-    assert any("1 image in one colour on black: set dataset.background" in note for note in splits.notes)
+    assert any("single colour on black (see dataset.background): 1" in note for note in splits.notes)
     assert (seen(splits) == 0).all()
     grey = seen(only(tmp_path, drawing("RGBA"), background=0.5))
     assert grey[0, 0, 0] == 128 and grey[2, 2, 0] == 0
@@ -151,7 +151,7 @@ def test_16_bits_of_grey_are_brought_to_8(tmp_path: Path, name: str, limit: floa
     deep = np.linspace(0, 65535, 48).astype(np.uint16).reshape(6, 8)
     splits = only(tmp_path, Image.fromarray(deep), name, limit, channels=1)
     assert (seen(splits)[..., 0] == deep >> 8).all()
-    assert splits.notes == [f"{tmp_path / 'train'}: 1 image with 16 bits a channel: brought to 8"]
+    assert splits.notes == [f"{tmp_path / 'train'}: images reduced from 16 to 8 bits: 1"]
 
 
 def test_16_bits_may_have_a_transparent_value_and_an_orientation(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_of_several_frames_the_first_is_taken_and_said(tmp_path: Path, name: str
     first, second = Image.new("RGB", (8, 6), (255, 0, 0)), Image.new("RGB", (8, 6), (0, 0, 255))
     splits = only(tmp_path, first, name, limit, {"save_all": True, "append_images": [second], **save})
     assert (seen(splits) == [255, 0, 0]).all()
-    assert splits.notes == [f"{tmp_path / 'train'}: 1 image of several frames or pages: the first one is taken"]
+    assert splits.notes == [f"{tmp_path / 'train'}: images with several frames or pages, only the first of which is used: 1"]
 
 
 def test_a_cameras_preview_behind_the_picture_is_no_second_frame(tmp_path: Path) -> None:
