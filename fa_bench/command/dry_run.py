@@ -220,6 +220,7 @@ def _training(job: Job, trained: Job, splits: Splits) -> list[tuple[str, str]]:
     images = ", ".join(f"{count(len(split)) if split is not None else 'no'} {name}" for name, split in parts.items())
     rows = [
         ("images", f"{images}; {by_x(splits.input_shape)}, {len(splits.classes)} classes"),
+        *(("data", note) for note in splits.notes),
         ("steps", f"{steps:,} an epoch, {steps * epochs:,} in {epochs} epoch{'s' * (epochs > 1)}"),
     ]
     if job.run.scale != "full":

@@ -8,13 +8,14 @@ from __future__ import annotations
 import abc
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
 from fa_bench.config.options import Options, option
+from fa_bench.data.array_checks import checked
 from fa_bench.data.crops import CROPS, Crop, PaddedCrop
 from fa_bench.draws import seed_for
 from fa_bench.errors import DataError, OptionError
@@ -22,6 +23,8 @@ from fa_bench.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass
@@ -33,6 +36,7 @@ class Splits:
         classes: their names.
         input_shape: (C, H, W).
         data_hash: of all images and labels as stored, before the validation split.
+        notes: what of the source is left out or changed, in a sentence each.
     """
 
     train: Split
@@ -41,6 +45,7 @@ class Splits:
     classes: list[str]
     input_shape: tuple[int, int, int]
     data_hash: str
+    notes: list[str] = dataclasses.field(default_factory=list)
 
 
 class Split(abc.ABC):
@@ -215,29 +220,59 @@ class Dataset(Options):
             DataError: naming the missing or unreadable file, or the split without images.
             OptionError: where an option does not fit the data.
         """
-        train, test, classes, shape, data_hash = self.read(data_dir, device)
-        whole = len(train)
+        splits = self._reading(lambda: self.read(data_dir, device))
+        whole = len(splits.train)
         if at_most is not None:
-            train, test = (some(split, number) for split, number in zip((train, test), at_most, strict=True))
-        for part, split in (("training", train), ("test", test)):
+            train, test = at_most
+            splits = dataclasses.replace(
+                splits, train=some(splits.train, train), test=some(splits.test, test),
+                validation=splits.validation and some(splits.validation, test))
+        for part, split in (("training", splits.train), ("test", splits.test)):
             if not len(split):
                 raise DataError(f"dataset={self.name}: there are no {part} images")
+        return splits if splits.validation is not None else self._hold_out(splits, whole)
+
+    def _hold_out(self, splits: Splits, whole: int) -> Splits:
+        """The splits with a part of the training images for validation; `whole` is how many there are in the whole dataset."""
+        train = splits.train
         held = round(self.validation * len(train) / (1 if self.validation < 1 else whole))
         if self.validation > 0:
             held = max(held, 1)
         if held >= len(train):
             raise OptionError("dataset.validation", f"={self.validation:g} leaves none of {len(train)} training images")
         if held == 0:
-            return Splits(train, None, test, classes, shape, data_hash)
+            return splits
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed_for("split", self.validation_seed)))
         # Sorted, so that the held-out and the remaining images keep the order of the files.
         validation, rest = order[:held].sort().values, order[held:].sort().values
-        return Splits(train.subset(rest), train.subset(validation), test, classes, shape, data_hash)
+        return dataclasses.replace(splits, train=train.subset(rest), validation=train.subset(validation))
 
-    def read(
-        self, data_dir: Path, device: torch.device
-    ) -> tuple[Split, Split, list[str], tuple[int, int, int], str]:
-        """(all training images, test images, class names, (C, H, W), hash); implemented by each dataset."""
+    def hash_of(self, data_dir: Path) -> str:
+        """The `data_hash` that `load` gives, of all that is trained and tested on, without keeping or decoding images.
+
+        Files of images that this process has read before and that did not change since are not read again.
+
+        Raises:
+            FaBenchError: as `load` does.
+        """
+        return self._reading(lambda: self.content_hash(data_dir))
+
+    def content_hash(self, data_dir: Path) -> str:
+        """What `hash_of` gives; implemented where it takes less than reading the dataset."""
+        return self.read(data_dir, torch.device("cpu")).data_hash
+
+    def _reading(self, read: Callable[[], T]) -> T:
+        """What `read` gives, with the system's errors as DataError: a folder or file that may not be read, say."""
+        try:
+            return read()
+        except DataError:
+            raise
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            raise DataError(f"dataset={self.name}: {where}cannot be read ({error.strerror or error})") from None
+
+    def read(self, data_dir: Path, device: torch.device) -> Splits:
+        """The dataset, with no validation split unless it has one of its own; implemented by each dataset."""
         raise NotImplementedError
 
 
@@ -268,41 +303,23 @@ class ArrayDataset(Dataset):
     """Base of the datasets that are read as arrays and fit on the device."""
 
     def arrays(self, data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
-        """Training images (uint8, (n, C, H, W)) and labels, test images and labels, class names."""
+        """Training images and labels, test images and labels, class names; `fa_bench.data.array_checks` says what is taken."""
         raise NotImplementedError
 
-    def read(self, data_dir: Path, device: torch.device) -> tuple[Split, Split, list[str], tuple[int, int, int], str]:
-        train_x, train_y, test_x, test_y, classes = self.arrays(data_dir)
+    def read(self, data_dir: Path, device: torch.device) -> Splits:
+        notes: list[str] = []
         try:
-            check_labels(train_x, train_y, classes, "training")
-            check_labels(test_x, test_y, classes, "test")
+            train_x, train_y, test_x, test_y, classes = checked(self.arrays(data_dir), notes)
         except ValueError as error:
             raise DataError(f"dataset={self.name}: {error}") from None
-        for images, part in ((train_x, "training"), (test_x, "test")):
-            if images.ndim != 4 or 0 in images.shape:
-                raise DataError(f"dataset={self.name}: there are no {part} images (shape {images.shape})")
-        if train_x.shape[1:] != test_x.shape[1:]:
-            raise DataError(f"dataset={self.name}: training images of shape {train_x.shape[1:]}, "
-                            f"test images of {test_x.shape[1:]}")
         digest = hashlib.sha256()
-        for array in (train_x, train_y.astype(np.int64), test_x, test_y.astype(np.int64)):
-            digest.update(np.ascontiguousarray(array).data)
+        for array in (train_x, train_y, test_x, test_y):
+            digest.update(array.data)
         channels, *stored = train_x.shape[1:]
         crop, (mean, std) = self.cropping(), (self.per_channel(key, channels) for key in ("mean", "std"))
 
         def split(images: np.ndarray, labels: np.ndarray) -> ResidentSplit:
-            tensors = torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels.astype(np.int64))
-            return ResidentSplit(*tensors, mean, std, self.augments, device, crop)
+            return ResidentSplit(torch.from_numpy(images), torch.from_numpy(labels), mean, std, self.augments, device, crop)
 
-        shape = (channels, *crop.shape(*stored))
-        return split(train_x, train_y), split(test_x, test_y), classes, shape, digest.hexdigest()
-
-
-def check_labels(images: np.ndarray, labels: np.ndarray, classes: list[str], part: str) -> None:
-    """Raise ValueError where there is not one label of a class, 0 to len(classes) - 1, for each image."""
-    if len(images) != len(labels):
-        raise ValueError(f"{len(images)} {part} images have {len(labels)} labels, not one label for each image")
-    wrong = np.flatnonzero((labels < 0) | (labels >= len(classes)))
-    if len(wrong):
-        raise ValueError(f"{part} image {wrong[0]} has label {labels[wrong[0]]}, out of range for {len(classes)} classes "
-                         f"(allowed: 0 to {len(classes) - 1})")
+        return Splits(split(train_x, train_y), None, split(test_x, test_y), classes, (channels, *crop.shape(*stored)),
+                      digest.hexdigest(), notes)

@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fa_bench.config.registries import DATASETS
-from fa_bench.data.base import ArrayDataset, CroppedDataset, augment_option, check_labels, mean_option, std_option
-from fa_bench.data.fetch import fetching, has_md5, reason
+from fa_bench.data.array_checks import check_labels
+from fa_bench.data.base import ArrayDataset, CroppedDataset, augment_option, mean_option, std_option
+from fa_bench.data.fetch import fetching, has_md5, reason, unpack_tar
 from fa_bench.errors import DataError
 from fa_bench.lazy import torchvision
 
@@ -55,12 +56,14 @@ class Downloaded(ArrayDataset, CroppedDataset):
         if broken:
             where += f" ({broken[0]} is damaged or cut off, delete it: its MD5 is not {hashes[broken[0].name]})"
         with fetching(data_dir, self.name, where) as temporary:
+            missing = [name for name in missing if not (folder / name).is_file()]  # another run may have been faster
             # torchvision unpacks an archive that is there already, without a network.
             for archive in archives:
                 target = temporary / archive.relative_to(data_dir)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(archive, target)
-            self._fetch(temporary, missing)
+            if missing:
+                self._fetch(temporary, missing)
             folder.mkdir(parents=True, exist_ok=True)
             for name in missing:
                 os.replace(temporary / self.folder / name, folder / name)
@@ -153,6 +156,12 @@ class CIFAR10(Downloaded):
     folder = "cifar-10-batches-py"
     files = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")
     archives = "cifar-10-python.tar.gz"
+
+    def _fetch(self, root: Path, missing: list[str]) -> None:
+        # Not by torchvision, which would let a member of the archive land anywhere.
+        make = self._torchvision
+        torchvision.datasets.utils.download_url(make.url, str(root), make.filename, make.tgz_md5)
+        unpack_tar(root / make.filename, root)
 
     def _unpack(self, dataset: Any) -> tuple[np.ndarray, np.ndarray]:
         return dataset.data.transpose(0, 3, 1, 2), np.asarray(dataset.targets)

@@ -9,7 +9,7 @@ import logging
 import os
 import stat
 import sys
-import tempfile
+import tarfile
 import urllib.request
 import zipfile
 import zlib
@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 
+from fa_bench.data.workspace import workspace
 from fa_bench.errors import DataError
 from fa_bench.lazy import torchvision
 
@@ -42,6 +43,8 @@ def nothing_fetched() -> Iterator[None]:
 def fetching(data_dir: Path, dataset: str, missing: str) -> Iterator[Path]:
     """A temporary folder in `data_dir` to download into; torchvision's progress bars show on a terminal alone.
 
+    Where another process downloads the same dataset, it is waited for: what is missing may be there within the block.
+
     Args:
         data_dir: made where it is missing.
         dataset: name of the dataset.
@@ -57,9 +60,8 @@ def fetching(data_dir: Path, dataset: str, missing: str) -> Iterator[Path]:
     bar = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        made = tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir)
-        with made as temporary, bar, contextlib.redirect_stdout(io.StringIO()):
-            yield Path(temporary)
+        with workspace(data_dir / f".download-{dataset}") as temporary, bar, contextlib.redirect_stdout(io.StringIO()):
+            yield temporary
     except DataError:
         raise
     except (RuntimeError, OSError, ValueError, EOFError, HTTPException) as error:
@@ -124,10 +126,12 @@ def unpack_zip(archive: Path, folder: Path) -> None:
             if unpacked > _MOST_GROWTH * archive.stat().st_size + _SMALL:
                 raise DataError(f"{archive}: would grow to {unpacked / 1e9:.3g} GB, more than images do; "
                                 "nothing was unpacked: get the archive anew from a source you trust")
-            with tempfile.TemporaryDirectory(prefix=".unpack-", dir=folder.parent) as temporary:
+            with workspace(folder.with_name(f".unpack-{folder.name}")) as temporary:
+                if folder.is_dir():  # another run unpacked it while this one waited
+                    return
                 for member in tqdm(members, desc=f"unpacking {archive.name}", unit="file", disable=None, leave=False):
                     opened.extract(member, temporary)
-                made = Path(temporary) / folder.name
+                made = temporary / folder.name
                 if not made.is_dir():
                     raise DataError(f"{archive}: holds no folder {folder.name}; delete it to download it again")
                 try:
@@ -140,7 +144,38 @@ def unpack_zip(archive: Path, folder: Path) -> None:
     except DataError:
         raise
     except OSError as error:
+        if folder.is_dir():  # another run unpacked it and removed the archive
+            return
         raise DataError(f"{archive}: cannot be unpacked ({reason(error)})") from None
+
+
+def unpack_tar(archive: Path, folder: Path) -> None:
+    """Unpack a tar archive, compressed or not, into `folder`; its checksum is no reason to trust its members.
+
+    Raises:
+        DataError: naming the archive, where a member would land outside of the folder, or is a link or a device.
+        OSError: where it cannot be read or its members not be written.
+        ValueError: where it is damaged.
+    """
+    if not hasattr(tarfile, "data_filter"):
+        raise DataError(f"{archive}: this Python is too old to unpack it safely; take a newer patch release of it, or unpack the "
+                        f"archive by hand into {folder.parent}")
+
+    def only_files(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
+        if not (member.isreg() or member.isdir()):
+            raise tarfile.SpecialFileError(member)
+        return tarfile.data_filter(member, path)
+
+    try:
+        with tarfile.open(archive) as opened:
+            opened.extractall(folder, filter=only_files)
+    except tarfile.FilterError as error:
+        kind = "is a link or a device, and no file" if isinstance(error, tarfile.SpecialFileError) else \
+            "would land outside of the folder"
+        raise DataError(f"{archive.name}: its member '{error.tarinfo.name}' {kind}; "
+                        "nothing was unpacked: get the archive anew from a source you trust") from None
+    except (tarfile.TarError, zlib.error, EOFError) as error:
+        raise ValueError(f"{archive.name} is damaged: {reason(error)}") from None
 
 
 def reason(error: Exception) -> str:

@@ -1,12 +1,10 @@
-"""Datasets that are one file for each image: decoding, and the split that streams."""
+"""Datasets that are one file for each image: what is read before training, and the split that streams."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import os
-import stat
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,37 +13,25 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from fa_bench.config.options import option
-from fa_bench.data.base import CroppedDataset, ResidentSplit, Split
+from fa_bench.data.base import CroppedDataset, ResidentSplit, Split, Splits
 from fa_bench.data.crops import Crop, PaddedCrop, ResizedCrop
+from fa_bench.data.decoding import CroppingDecoder, Decoder, Facts, quiet, regular, said, total, upright_size
+from fa_bench.data.listing import Listing
 from fa_bench.errors import DataError, OptionError
 from fa_bench.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".gif"})
+#: SHA-256 of the files of a part, and what was found in them by a decoder, by the state of the files: not read again in this
+#: process while their sizes and times are the same.
+_contents: dict[bytes, bytes] = {}
+_inspected: dict[tuple[bytes, str], Facts] = {}
 
 
 def workers_option(default: int) -> Any:
     """The option `workers` of a dataset."""
     return option(default, "processes that decode what streams; 0: none but the run's own", minimum=0)
-
-
-@dataclasses.dataclass
-class Listing:
-    """What a dataset of image files holds.
-
-    Attributes:
-        classes: names of the classes.
-        train, test: (file, label) of every image.
-        train_root, test_root: folders that the files are below.
-    """
-
-    classes: list[str]
-    train: list[tuple[Path, int]]
-    test: list[tuple[Path, int]]
-    train_root: Path
-    test_root: Path
 
 
 @dataclasses.dataclass(eq=False)
@@ -59,10 +45,11 @@ class ImageFiles(CroppedDataset):
     workers: int = workers_option(2)
 
     channels: int = dataclasses.field(init=False, default=3)
+    background: float = dataclasses.field(init=False, default=1.0)
     #: Height and width of all its images, where they are known to have one size.
     stored_size: ClassVar[int | None] = None
-    #: Whether the header of every image is read before training starts, even where they stream.
-    opens_all: ClassVar[bool] = True
+    #: Bytes of files up to which all are read before training, even where they stream: decoded once, and hashed.
+    reads_all: ClassVar[float] = float("inf")
 
     def check(self) -> None:
         super().check()
@@ -73,137 +60,115 @@ class ImageFiles(CroppedDataset):
         """Find the files, downloading them where that is possible and needed; implemented by each dataset."""
         raise NotImplementedError
 
-    def read(self, data_dir: Path, device: torch.device) -> tuple[Split, Split, list[str], tuple[int, int, int], str]:
-        from PIL import Image
-
-        # Else Pillow warns of an image that would fill the memory, and then reads it.
-        warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+    def read(self, data_dir: Path, device: torch.device) -> Splits:
+        quiet()
         listing = self.listing(data_dir)
-        decode, crop, may_stay = self._decoding(listing.train[0][0])
+        decode, crop, may_stay = self._decoding(listing.parts["train"][1][0][0])
         height, width = decode.height, decode.width
         mean, std = (self.per_channel(key, self.channels) for key in ("mean", "std"))
-        images = len(listing.train) + len(listing.test)
+        images = sum(len(files) for _, files in listing.parts.values())
         fits = may_stay and images * self.channels * height * width <= self.memory_limit_gb * 1e9
-        digest = hashlib.sha256()
-
-        def split(files: list[tuple[Path, int]], root: Path) -> Split:
-            labels = torch.tensor([label for _, label in files])
-            paths = [path for path, _ in files]
-            digest.update(labels.numpy().tobytes())
+        parts = {name: _Part(root, files) for name, (root, files) in listing.parts.items()}
+        all_read, notes = self._reads_all(parts), list(listing.notes)
+        splits: dict[str, Split] = {}
+        for name, part in parts.items():
+            labels = torch.from_numpy(part.labels)
             if fits:
-                images = np.empty((len(files), self.channels, height, width), np.uint8)
-                for index, image in enumerate(_read_all(decode, paths, f"decoding {root.name}")):
-                    images[index] = image
-                # A slice, for relative_to takes seconds for a million files.
-                digest.update(images.data)
-                return ResidentSplit(torch.from_numpy(images), labels, mean, std, self.augment, device, crop)
-            sizes = _read_all(decode.check, paths, f"checking {root.name}") if self.opens_all else map(file_size, paths)
-            for path, size in zip(paths, sizes, strict=True):
-                digest.update(f"{str(path)[len(str(root)) + 1:]} {size}\n".encode(errors="surrogateescape"))
-            return StreamedSplit(paths, labels, decode, self.workers, mean, std, self.augment, device, crop)
+                pixels = np.empty((len(labels), self.channels, height, width), np.uint8)
+                facts = part.inspect(decode, pixels)
+                splits[name] = ResidentSplit(torch.from_numpy(pixels), labels, mean, std, self.augment, device, crop)
+            else:
+                facts = part.inspect(decode, None) if all_read else Facts()
+                splits[name] = StreamedSplit(part.paths, labels, decode, self.workers, mean, std, self.augment, device, crop)
+            notes += said(facts, str(part.root), decode.background)
+        return Splits(splits["train"], splits.get("validation"), splits["test"], listing.classes,
+                      (self.channels, *crop.shape(height, width)), _hash(parts, all_read), notes)
 
-        splits = split(listing.train, listing.train_root), split(listing.test, listing.test_root)
-        return *splits, listing.classes, (self.channels, *crop.shape(height, width)), digest.hexdigest()
+    def content_hash(self, data_dir: Path) -> str:
+        parts = {name: _Part(root, files) for name, (root, files) in self.listing(data_dir).parts.items()}
+        return _hash(parts, self._reads_all(parts))
+
+    def _reads_all(self, parts: dict[str, _Part]) -> bool:
+        return sum(part.size for part in parts.values()) <= self.reads_all
 
     def _decoding(self, first: Path) -> tuple[Decoder, Crop, bool]:
         """What reads a file, what crops batches of what it read, and whether that may stay on the device."""
-        crop = self.cropping()
+        crop, background = self.cropping(), round(255 * self.background)
         if self.stored_size is not None:
-            return Decoder(self.channels, self.stored_size, self.stored_size), crop, True
-        height, width = (self.size, self.size) if self.size else _size_of(first)
+            return Decoder(self.channels, self.stored_size, self.stored_size, False, background), crop, True
+        height, width = (self.size, self.size) if self.size else upright_size(first)
         if isinstance(crop, ResizedCrop):
             # A random part is cut from the whole image, whatever its size: while it is decoded.
-            return CroppingDecoder(self.channels, height, width, crop), Crop(), False
-        return Decoder(self.channels, height, width, resize=self.size is not None), PaddedCrop(), True
+            return CroppingDecoder(self.channels, height, width, background, crop), Crop(), False
+        return Decoder(self.channels, height, width, self.size is not None, background), PaddedCrop(), True
 
 
-@dataclasses.dataclass
-class Decoder:
-    """Reads one image file as uint8 (C, H, W)."""
+class _Part:
+    """The files of a part of a dataset, in order.
 
-    channels: int
-    height: int
-    width: int
-    resize: bool = False
-
-    def __call__(self, path: Path, rng: np.random.Generator | None = None) -> np.ndarray:
-        """Decode a file, with augmentation that `rng` decides where the decoder has one; raises DataError naming it."""
-        from PIL import Image
-
-        with _naming(path), Image.open(path) as opened:
-            self._check_header(path, opened)
-            # Pillow warns of every palette with transparency that does not pass through RGBA.
-            image = opened.convert("RGBA") if opened.mode == "P" and "transparency" in opened.info else opened
-            image = self._bring(image.convert("RGB" if self.channels == 3 else "L"), rng)
-        array = np.asarray(image)
-        # Contiguous, as images that stay on the device are: a batch with channels last would take other kernels and other bits,
-        # and oneDNN's for few channels write out of bounds (torch 2.15, seen with a 7x7 convolution of 4 channels at 224 pixels).
-        return array[None] if self.channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
-
-    def check(self, path: Path) -> int:
-        """Open a file and read its header; its size in bytes. Raises DataError naming it."""
-        from PIL import Image
-
-        with _naming(path), Image.open(path) as opened:
-            self._check_header(path, opened)
-        return file_size(path)
-
-    def _bring(self, image: Any, rng: np.random.Generator | None) -> Any:
-        """The PIL image at the size to be returned."""
-        from PIL import Image, ImageOps
-
-        if not self.resize or image.size == (self.width, self.height):
-            return image
-        return ImageOps.fit(image, (self.width, self.height), Image.Resampling.BILINEAR)
-
-    def _check_header(self, path: Path, image: Any) -> None:
-        size = image.size
-        if image.mode[0] in "IF":
-            # Pillow cuts such values off at 255 instead of scaling them: most images would come out white.
-            raise DataError(f"{path}: more than 8 bits a channel (mode {image.mode}); convert it to 8 bits first")
-        if not self.resize and size != (self.width, self.height):
-            raise DataError(f"{path}: {size[1]}x{size[0]} pixels, others have {self.height}x{self.width}; "
-                            "set dataset.size to bring all to one size")
-
-
-class CroppingDecoder(Decoder):
-    """Reads a random part of an image, or its centre, at one size.
-
-    Args:
-        channels, height, width: as for Decoder.
-        crop: what cuts the image.
+    Attributes:
+        root: the folder that they are below.
+        paths: the files.
+        labels: int64 (n,).
+        size: their bytes.
     """
 
-    def __init__(self, channels: int, height: int, width: int, crop: ResizedCrop) -> None:
-        super().__init__(channels, height, width, resize=True)
-        self.crop = crop
+    def __init__(self, root: Path, files: list[tuple[Path, int]]) -> None:
+        self.root, self.paths = root, [path for path, _ in files]
+        self.labels = np.array([label for _, label in files], np.int64)
+        state, names, self.size = hashlib.sha256(), hashlib.sha256(self.labels.tobytes()), 0
+        skip = len(str(root)) + 1  # a slice, for relative_to takes seconds for a million files
+        for path in self.paths:
+            name = os.fsencode(str(path)[skip:].replace(os.sep, "/"))
+            found = regular(path)
+            self.size += found.st_size
+            names.update(b"%b %d\n" % (name, found.st_size))
+            numbers = found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+            state.update(b"%b %d %d %d %d\n" % (os.fsencode(path), *numbers))
+        self.state, self.names = state.digest(), names.digest()
 
-    def _bring(self, image: Any, rng: np.random.Generator | None) -> Any:
-        return self.crop.decode_fixed(image) if rng is None else self.crop.decode_random(image, rng)
+    def inspect(self, decode: Decoder, keep: np.ndarray | None) -> Facts:
+        """Decode and hash every file, and put the images into `keep`; where that is None, not again while they are unchanged."""
+        key = self.state, f"{type(decode).__name__} {dataclasses.astuple(decode)}"
+        if keep is None and key in _inspected:
+            return _inspected[key]
+
+        def read(path: Path) -> tuple[np.ndarray | None, Facts, bytes]:
+            return decode.inspect(path, keep is not None)
+
+        digest, every = hashlib.sha256(), []
+        title = f"{'checking' if keep is None else 'decoding'} {self.root.name}"
+        for index, (image, facts, content) in enumerate(_read_all(read, self.paths, title)):
+            if keep is not None:
+                keep[index] = image
+            digest.update(content)
+            every.append(facts)
+        _contents[self.state], _inspected[key] = digest.digest(), total(every)
+        return _inspected[key]
+
+    def contents(self) -> bytes:
+        """The SHA-256 of the SHA-256 of each file."""
+        if self.state not in _contents:
+            digest = hashlib.sha256()
+            for content in _read_all(_sha256, self.paths, f"hashing {self.root.name}"):
+                digest.update(content)
+            _contents[self.state] = digest.digest()
+        return _contents[self.state]
 
 
-def file_size(path: Path) -> int:
-    """Bytes of a file."""
-    return path.stat().st_size
+def _hash(parts: dict[str, _Part], contents: bool) -> str:
+    """A hash of the names, sizes and labels of all files, and where they are few enough of their bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(parts):
+        digest.update(name.encode() + parts[name].names + (parts[name].contents() if contents else b""))
+    return digest.hexdigest()
 
 
-class _naming:
-    """Turns whatever an image reader raises into a DataError that names the file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        try:
-            mode = self.path.stat().st_mode
-        except OSError as error:
-            raise DataError(f"{self.path}: not a readable image ({error.strerror}); replace or remove it") from None
-        if not stat.S_ISREG(mode):  # a pipe would make the run wait for ever
-            raise DataError(f"{self.path}: not a readable image (a folder, pipe or device); replace or remove it")
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, DataError):
-            raise DataError(f"{self.path}: not a readable image ({type(error).__name__}); replace or remove it") from None
+def _sha256(path: Path) -> bytes:
+    try:
+        return hashlib.sha256(path.read_bytes()).digest()
+    except OSError as error:
+        raise DataError(f"{path}: not a readable image ({error.strerror}); replace or remove it") from None
 
 
 class StreamedSplit(Split):
@@ -272,33 +237,6 @@ def _collate(samples: list[tuple[Any, int]]) -> tuple[Any, Any]:
         if isinstance(image, str):
             return image, None
     return torch.from_numpy(np.stack([image for image, _ in samples])), torch.tensor([index for _, index in samples])
-
-
-def class_folders(root: Path) -> list[Path]:
-    """The visible folders in a folder, in the order of names."""
-    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def labelled_files(root: Path, classes: list[str], may_lack: bool = False) -> list[tuple[Path, int]]:
-    """(file, label) of every image, in the order of names."""
-    found: list[tuple[Path, int]] = []
-    for label, name in enumerate(classes):
-        folder = root / name
-        images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS) if folder.is_dir() else []
-        if not images and not may_lack:
-            raise DataError(f"{folder}: holds no images ({', '.join(sorted(EXTENSIONS))})")
-        found += [(path, label) for path in images]
-    if not found:
-        raise DataError(f"{root}: holds no images ({', '.join(sorted(EXTENSIONS))})")
-    return found
-
-
-def _size_of(path: Path) -> tuple[int, int]:
-    """(height, width) of an image file."""
-    from PIL import Image
-
-    with _naming(path), Image.open(path) as image:
-        return image.height, image.width
 
 
 def _read_all(read: Callable[[Path], Any], paths: list[Path], title: str) -> Iterator[Any]:

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 from typing import ClassVar
 
 from fa_bench.config.options import option
 from fa_bench.config.registries import DATASETS
-from fa_bench.data.image_files import ImageFiles, Listing, class_folders, labelled_files
+from fa_bench.data.image_files import ImageFiles
+from fa_bench.data.listing import Listing, class_listing, has_classes, is_hidden, train_classes
 from fa_bench.errors import DataError, OptionError
+
+#: What the folder of images to select by is called.
+VALIDATION = ("val", "valid", "validation")
 
 
 @DATASETS.register("image_folder")
 @dataclasses.dataclass(eq=False)
 class ImageFolder(ImageFiles):
-    """`data_dir` holds train/ and test/ (or val/), each with one folder of images for each class.
+    """`data_dir` holds train/ and test/ (or val/), each with one folder of images for each class; docs/own_images.md.
 
-    What fits into memory is decoded once and stays on the device; larger sets, and all with crop=resized, stream through
-    workers. Every image is opened before training starts.
+    With all three, val/ is the validation set. What fits into memory is decoded once and stays on the device; larger sets, and
+    all with crop=resized, stream through workers. Every image is decoded before training starts.
     """
 
     channels: int = option(3, "3 for colour, 1 for grey", minimum=1, maximum=3)
+    background: float = option(1.0, "grey that shows through transparent pixels, 0: black to 1: white", minimum=0, maximum=1)
 
     content_is_data_dir: ClassVar[bool] = True
 
@@ -33,23 +39,34 @@ class ImageFolder(ImageFiles):
     def listing(self, data_dir: Path) -> Listing:
         if not data_dir.is_dir():
             raise DataError(f"data_dir={data_dir}: no such folder; it should hold train/ and test/ (or val/)")
-        train = data_dir / "train"
-        test = next((data_dir / name for name in ("test", "val") if (data_dir / name).is_dir()), None)
-        if not train.is_dir() or test is None:
-            raise DataError(f"data_dir={data_dir}: holds no {'train/' if not train.is_dir() else 'test/ or val/'} folder")
-        return list_folders(train, test)
-
-
-def list_folders(train: Path, test: Path) -> Listing:
-    """The images of two folders, each with one folder for each class, which their names tell.
-
-    Raises:
-        DataError: where there are no classes or no images, or where `test` has a class that `train` has not.
-    """
-    classes = [path.name for path in class_folders(train)]
-    if not classes:
-        raise DataError(f"{train}: holds no folders, one for each class")
-    unknown = [path.name for path in class_folders(test) if path.name not in classes]
-    if unknown:
-        raise DataError(f"{test}: holds classes that {train} does not: {', '.join(unknown[:5])}")
-    return Listing(classes, labelled_files(train, classes), labelled_files(test, classes, may_lack=True), train, test)
+        held = sorted(path.name for path in data_dir.iterdir() if not is_hidden(path.name) and path.is_dir())
+        present = [name for name in VALIDATION if name in held]
+        if "train" not in held or not {"test", *VALIDATION} & {*held}:
+            raise DataError(f"data_dir={data_dir}: holds no {'train/' if 'train' not in held else 'test/ or val/'} folder"
+                            f"{', only ' + ', '.join(f'{name}/' for name in held[:5]) if held else ''}")
+        if len(present) > 1:
+            raise DataError(f"data_dir={data_dir}: holds {' and '.join(f'{name}/' for name in present)}, which mean the same; "
+                            "join or rename them")
+        train, notes = data_dir / "train", []
+        classes = [folder.name for folder in train_classes(train, Counter())]
+        labelled = [name for name in ("test", *present) if name in held and has_classes(data_dir / name, classes)]
+        if not labelled:
+            some = data_dir / ("test" if "test" in held else present[0])
+            names = ", ".join([*classes[:3], "..."] if len(classes) > 3 else classes)
+            raise DataError(f"{some}: holds no folder named like a class of {train} ({names}); sort its images into such folders")
+        # Labelled images in either are the test set where the other has none.
+        test, validation = data_dir / labelled[0], data_dir / labelled[1] if len(labelled) > 1 else None
+        for name in ("test", *present):
+            if name in held and name not in labelled:
+                notes.append(f"{data_dir / name}: skipped, as it has no folder named like a class of {train}")
+        if test.name != "test":
+            notes.append(f"{test}: used as the test set")
+        if validation is not None and self.validation > 0:
+            notes.append(f"{validation}: used as the validation set; no training images are held out")
+        if validation is not None and self.validation == 0:
+            notes.append(f"{validation}: skipped, since dataset.validation=0")
+            validation = None
+        if others := [name for name in held if name not in ("train", "test", *present)]:
+            notes.append(f"{data_dir}: skipped {', '.join(f'{name}/' for name in others[:5])}{', ...' * (len(others) > 5)}")
+        found = class_listing(train, test, validation)
+        return dataclasses.replace(found, notes=notes + found.notes)

@@ -10,7 +10,8 @@ from typing import ClassVar
 from fa_bench.config.registries import DATASETS
 from fa_bench.data.base import mean_option, std_option
 from fa_bench.data.fetch import download, fetching, has_md5, unpack_zip
-from fa_bench.data.image_files import ImageFiles, Listing, labelled_files
+from fa_bench.data.image_files import ImageFiles
+from fa_bench.data.listing import Listing, is_hidden, labelled_files
 from fa_bench.errors import DataError, nearest
 
 
@@ -41,7 +42,7 @@ class TinyImageNet(ImageFiles):
         # Sorted, as datasets of class folders have them.
         classes = sorted((root / "wnids.txt").read_text(encoding="utf-8", errors="replace").split())
         train = labelled_files(root / "train", classes)
-        return Listing(classes, train, annotated(root / "val", classes), root / "train", root / "val")
+        return Listing(classes, {"train": (root / "train", train), "test": (root / "val", annotated(root / "val", classes))})
 
     def _download(self, data_dir: Path, root: Path) -> None:
         """Fetch the archive where it is missing, and unpack it; an interruption leaves the archive or nothing."""
@@ -49,12 +50,14 @@ class TinyImageNet(ImageFiles):
         fetched = not archive.is_file()
         if fetched:
             with fetching(data_dir, self.name, f"{root} (or {archive}, from {self.url})") as temporary:
-                download(self.url, self.md5, temporary / archive.name)
-                os.replace(temporary / archive.name, archive)
+                if not archive.is_file() and not root.is_dir():  # else another run was faster
+                    download(self.url, self.md5, temporary / archive.name)
+                    os.replace(temporary / archive.name, archive)
         elif not has_md5(archive, self.md5):
             raise DataError(f"dataset={self.name}: {archive} is damaged or cut off (its MD5 is not {self.md5}); "
                             "delete it to download it again")
-        unpack_zip(archive, root)
+        if not root.is_dir():
+            unpack_zip(archive, root)
         if fetched:
             archive.unlink(missing_ok=True)
 
@@ -69,7 +72,7 @@ def annotated(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
     """
     source, found = folder / "val_annotations.txt", {}
     labels = {name: label for label, name in enumerate(classes)}
-    images = set(os.listdir(folder / "images"))
+    images = {name for name in os.listdir(folder / "images") if not is_hidden(name)}
     for number, line in enumerate(source.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         if not line.strip():
             continue

@@ -119,6 +119,8 @@ def _run(place: RunDirectory, go_on: bool, title: str, experiment: str | None, l
     with log_file(place.path / LOG):
         for line in told:
             log.warning("%s", line)
+        for line in splits.notes:
+            log.info("%s", line)
         if resuming or (go_on and place.job.run.resume):
             where = f"going on after epoch {progress.epoch}, batch {progress.batch}" if progress.batch else \
                 f"going on after epoch {progress.epoch}"

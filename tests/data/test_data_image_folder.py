@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from PIL import Image
 from torchvision.transforms import functional as reference
 
 from fa_bench.config.registries import DATASETS
+from fa_bench.data import image_files
 from fa_bench.data.base import ResidentSplit
 from fa_bench.data.image_files import StreamedSplit
 from fa_bench.errors import DataError, OptionError
@@ -153,53 +156,10 @@ def test_a_file_that_is_no_image_is_named_before_training(folder: Path, part: st
     assert str(bad) in str(caught.value)
 
 
-@pytest.mark.parametrize("limit", [1, 0])
-def test_an_image_of_16_bits_is_named_instead_of_turning_white(folder: Path, limit: float) -> None:
-    deep = folder / "train" / "dog" / "1.png"
-    save(deep, np.full((6, 8), 30000, np.uint16))
-    with pytest.raises(DataError, match="more than 8 bits") as caught:
-        load(folder, memory_limit_gb=limit)
-    assert str(deep) in str(caught.value)
-
-
-def test_a_palette_with_transparency_keeps_its_colours(folder: Path) -> None:
-    path = folder / "train" / "cat" / "0.png"
-    palette = Image.open(path).convert("P")
-    expected = np.asarray(palette.convert("RGB")).transpose(2, 0, 1)
-    palette.save(path, transparency=bytes(range(256)))
-    np.testing.assert_array_equal(load(folder).train.images[0].numpy(), expected)
-
-
 @FORK
 def test_more_workers_than_cores_are_no_trouble(folder: Path) -> None:
     split = load(folder, memory_limit_gb=0, workers=1000).train
     assert sum(len(y) for _, y in split.batches(4)) == 12
-
-
-def cut_off(path: Path) -> None:
-    """Leave the header of an image whole and half of its pixels."""
-    noise = np.random.default_rng(2).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    save(path, noise)
-    path.write_bytes(path.read_bytes()[:-60])
-
-
-def test_a_cut_off_image_is_named_at_decoding(folder: Path) -> None:
-    bad = folder / "train" / "dog" / "1.png"
-    cut_off(bad)
-    with pytest.raises(DataError) as caught:
-        load(folder)
-    assert str(bad) in str(caught.value)
-
-
-@FORK
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_cut_off_image_is_named_while_streaming(folder: Path, workers: int) -> None:
-    bad = folder / "train" / "dog" / "1.png"
-    cut_off(bad)
-    split = load(folder, memory_limit_gb=0, workers=workers).train
-    with pytest.raises(DataError) as caught:
-        list(split.batches(4, seed=0))
-    assert str(bad) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_missing_folders_are_named(folder: Path, tmp_path: Path) -> None:
@@ -236,21 +196,52 @@ def test_a_test_class_that_training_lacks_is_named(folder: Path) -> None:
     assert str(folder / "test") in str(caught.value)
 
 
-def test_the_hash_changes_with_a_pixel_or_a_file_size(folder: Path) -> None:
-    resident, streamed = both_modes(folder)
-    path = folder / "test" / "dog" / "2.png"
-    array = np.array(Image.open(path))
-    array[0, 0, 0] ^= 1
-    save(path, array)
-    assert load(folder).data_hash != resident.data_hash
-    path.write_bytes(path.read_bytes() + b"\0")
-    assert load(folder, memory_limit_gb=0).data_hash != streamed.data_hash
+@pytest.mark.parametrize("part", ["train", "val", "test"])
+@pytest.mark.parametrize("options", [{}, {"memory_limit_gb": 0}, {"crop": "resized", "size": 4}])
+def test_the_hash_changes_with_an_image_that_is_replaced_in_place(folder: Path, part: str, options: dict[str, object]) -> None:
+    """By one of the same name, size in bytes and times."""
+    shutil.copytree(folder / "test", folder / "val")
+    path = folder / part / "dog" / "2.png"
+    Image.new("RGB", (8, 6), (1, 2, 3)).save(path)
+    dataset = DATASETS["image_folder"].from_mapping({"workers": 0, **options})
+    before, times = dataset.load(folder, CPU).data_hash, path.stat()
+    assert dataset.hash_of(folder) == before
+    size = path.stat().st_size
+    Image.new("RGB", (8, 6), (1, 2, 4)).save(path)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert path.stat().st_size == size and path.stat().st_mtime_ns == times.st_mtime_ns
+    assert dataset.hash_of(folder) == dataset.load(folder, CPU).data_hash != before
 
 
-def test_the_hash_changes_with_a_name_where_images_stream(folder: Path) -> None:
-    before = load(folder, memory_limit_gb=0).data_hash
+def test_the_hash_changes_with_a_name(folder: Path) -> None:
+    before = load(folder).data_hash
     (folder / "train" / "cat" / "5.png").rename(folder / "train" / "cat" / "9.png")
-    assert load(folder, memory_limit_gb=0).data_hash != before
+    assert load(folder).data_hash != before
+
+
+def test_the_hash_is_of_the_files_and_not_of_how_they_are_read(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    hashes = {load(folder, **options).data_hash for options in ({}, {"memory_limit_gb": 0}, {"size": 4}, {"channels": 1})}
+    copy = tmp_path_factory.mktemp("elsewhere") / "copy"
+    shutil.copytree(folder, copy, copy_function=shutil.copyfile)  # with other times
+    assert hashes == {load(copy).data_hash}
+
+
+def test_files_that_are_unchanged_are_hashed_once_in_a_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = DATASETS["image_folder"].from_mapping({})
+    before, read = dataset.hash_of(folder), []
+    original = image_files._sha256
+    monkeypatch.setattr(image_files, "_sha256", lambda path: (read.append(path), original(path))[1])
+    assert dataset.hash_of(folder) == before and not read
+    (folder / "test" / "cat" / "0.png").touch()
+    assert dataset.hash_of(folder) == before and len(read) == 6  # the part that was touched
+
+
+def test_an_image_that_cannot_be_hashed_is_named(folder: Path) -> None:
+    path = folder / "test" / "cat" / "0.png"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DataError, match="a folder, pipe or device"):
+        DATASETS["image_folder"].from_mapping({}).hash_of(folder)
 
 
 def test_the_folder_is_part_of_a_runs_identity() -> None:

@@ -113,9 +113,15 @@ def test_image_folder_streams_with_resized_crops(data_dir: Path) -> None:
 @FORK
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("content", [b"not an image", b"", None])
-def test_an_image_that_cannot_be_decoded_is_named(data_dir: Path, workers: int, content: bytes | None) -> None:
+def test_an_image_that_cannot_be_decoded_is_named(
+    data_dir: Path, workers: int, content: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bad = data_dir / "imagenet" / "train" / IMAGENET_CLASSES[1] / "2.JPEG"
     bad.write_bytes(bad.read_bytes()[:-400] if content is None else content)
+    with pytest.raises(DataError, match=r"not a readable image .*; replace or remove it") as caught:
+        load(data_dir, workers=workers)
+    assert str(bad) in str(caught.value) and "\n" not in str(caught.value)
+    monkeypatch.setattr(DATASETS["imagenet"], "reads_all", 0)  # as the whole ImageNet is read
     split = load(data_dir, workers=workers).train
     with pytest.raises(DataError, match=r"not a readable image .*; replace or remove it") as caught:
         list(split.batches(4, seed=0))
@@ -150,7 +156,10 @@ def test_a_class_of_val_that_train_lacks_is_named(data_dir: Path) -> None:
         load(data_dir)
 
 
-def test_the_hash_changes_with_a_name_or_a_size(data_dir: Path) -> None:
+@pytest.mark.parametrize("limit", [0, 4e9])
+def test_the_hash_changes_with_a_name_or_a_size(data_dir: Path, limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above the limit it is of names and sizes alone, for the whole ImageNet takes long to read."""
+    monkeypatch.setattr(DATASETS["imagenet"], "reads_all", limit)
     path = data_dir / "imagenet" / "val" / IMAGENET_CLASSES[0] / "1.JPEG"
     hashes = [load(data_dir).data_hash, load(data_dir, size=16).data_hash]
     path.write_bytes(path.read_bytes() + b"\0")
@@ -158,6 +167,9 @@ def test_the_hash_changes_with_a_name_or_a_size(data_dir: Path) -> None:
     path.rename(path.with_name("7.JPEG"))
     hashes.append(load(data_dir).data_hash)
     assert hashes[0] == hashes[1] and len(set(hashes)) == 3
+    path = path.with_name("7.JPEG")
+    path.write_bytes(path.read_bytes()[:-2] + b"\1\1")
+    assert (load(data_dir).data_hash != hashes[-1]) == (limit > 0)
 
 
 def test_streamed_batches_have_the_memory_layout_of_others(data_dir: Path) -> None:

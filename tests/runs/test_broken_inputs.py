@@ -67,7 +67,7 @@ IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a web page": (lambda f: (f / "9.jpg").write_text("<html>not found</html>"), "9.jpg"),
     "cut PNG": (lambda f: cut(f, "9.png"), "9.png"),
     "cut JPEG": (lambda f: cut(f, "9.jpg"), "9.jpg"),
-    "16 bits": (lambda f: Image.fromarray(np.zeros((8, 8), np.uint16)).save(f / "9.png"), "8 bits"),
+    "32 bits": (lambda f: Image.fromarray(np.zeros((8, 8), np.int32)).save(f / "9.tif"), "8 or 16 bits"),
     "another size": (lambda f: Image.new("RGB", (9, 8)).save(f / "9.png"), "8x9 pixels"),
     "a bomb that Pillow warns of": (lambda f: png(f / "9.png", 11_000), "9.png"),
     "a bomb that Pillow refuses": (lambda f: png(f / "9.png", 20_000), "9.png"),

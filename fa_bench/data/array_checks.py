@@ -1,0 +1,123 @@
+"""Arrays of images and labels as a dataset gives them: brought to 8 bits where that is unambiguous, else refused.
+
+Shapes: n images, C channels, H and W pixels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+_ALLOWED = "allowed: whole numbers from 0 to 255, fractions from 0 to 1, True and False"
+
+
+def checked(arrays: Any, notes: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
+    """Training images, uint8 (n, C, H, W), and labels, int64 (n,), test images and labels, class names; all contiguous.
+
+    Args:
+        arrays: the five; images uint8 or other whole numbers of 0 to 255, floats of 0 to 1, or bool, (n, C, H, W) or (n, H, W);
+            labels whole numbers from 0, also as floats or (n, 1).
+        notes: gets what was changed, in a sentence each.
+
+    Raises:
+        ValueError: naming the array, what it is and what is allowed.
+    """
+    if not isinstance(arrays, (tuple, list)) or len(arrays) != 5:
+        raise ValueError("arrays() should return training images and labels, test images and labels, class names; it returned "
+                         f"{f'{len(arrays)} values' if isinstance(arrays, (tuple, list)) else type(arrays).__name__}")
+    train_x, train_y, test_x, test_y, names = arrays
+    if isinstance(names, str) or not hasattr(names, "__iter__"):
+        raise ValueError(f"the class names are {names!r:.40}, not a list of names")
+    classes = [str(name) for name in names]
+    train_x, test_x = (_images(images, part, notes) for images, part in ((train_x, "training"), (test_x, "test")))
+    train_y, test_y = (_labels(labels, part, len(classes)) for labels, part in ((train_y, "training"), (test_y, "test")))
+    check_labels(train_x, train_y, classes, "training")
+    check_labels(test_x, test_y, classes, "test")
+    if train_x.shape[1:] != test_x.shape[1:]:
+        raise ValueError(f"training images of shape {train_x.shape[1:]}, test images of {test_x.shape[1:]}")
+    return train_x, train_y, test_x, test_y, classes
+
+
+def check_labels(images: np.ndarray, labels: np.ndarray, classes: list[str], part: str) -> None:
+    """Raise ValueError where there is not one label of a class, 0 to len(classes) - 1, for each image."""
+    if len(images) != len(labels):
+        raise ValueError(f"{len(images)} {part} images have {len(labels)} labels, not one label for each image")
+    wrong = np.flatnonzero((labels < 0) | (labels >= len(classes)))
+    if len(wrong):
+        from_one = labels.min() == 1 and labels.max() == len(classes)
+        raise ValueError(f"{part} image {wrong[0]} has label {labels[wrong[0]]}, out of range for {len(classes)} classes "
+                         f"(allowed: 0 to {len(classes) - 1}{'; they count from 1: subtract 1' if from_one else ''})")
+
+
+def _images(given: Any, part: str, notes: list[str]) -> np.ndarray:
+    images = _array(given, f"{part} images")
+    shape = images.shape
+    if 0 in shape or not shape:
+        raise ValueError(f"there are no {part} images (shape {shape})")
+    if images.ndim == 3:
+        images = images[:, None]
+    if images.ndim != 4:
+        raise ValueError(f"{part} images have shape {shape} (allowed: (n, channels, height, width), or (n, height, width) "
+                         "for grey)")
+    _, first, second, last = images.shape
+    # Three columns beside more rows and "channels", or one beside a square: images whose channels come last.
+    if first > 4 and second > 4 and (last == 3 or (last in (1, 4) and first == second)):
+        raise ValueError(f"{part} images have shape {shape}, which looks like (n, height, width, channels); "
+                         "use images.transpose(0, 3, 1, 2)")
+    return np.ascontiguousarray(_eight_bits(images, f"{part} images", notes))
+
+
+def _eight_bits(images: np.ndarray, what: str, notes: list[str]) -> np.ndarray:
+    if images.dtype == np.bool_:
+        return images.astype(np.uint8) * np.uint8(255)
+    low, high = images.min(), images.max()
+    found = f"{what} are {images.dtype} from {low:.4g} to {high:.4g}"
+    if not np.isfinite(low) or not np.isfinite(high):
+        raise ValueError(f"{what} are {images.dtype} with values that are not finite; {_ALLOWED}")
+    if images.dtype.kind in "iu":
+        if low < 0 or high > 255:
+            bits = "; for 16-bit images use images >> 8" if images.dtype == np.uint16 else ""
+            raise ValueError(f"{found}; {_ALLOWED}{bits}")
+        if high == 1:
+            raise ValueError(f"{found}, which is almost black; multiply by 255 or convert to bool")
+        return images.astype(np.uint8, copy=False)
+    if low < 0 or high > 1:
+        rounded = low >= 0 and 1 < high <= 255
+        mend = "use images.round().astype('uint8') if the range is 0 to 255" if rounded else \
+            "rescale to [0, 1] by (images - low) / (high - low), with the same low and high for training and test images; " \
+            "dataset.mean and dataset.std do the normalisation"
+        raise ValueError(f"{found}; {_ALLOWED}; {mend}")
+    notes.append(f"{what}: {images.dtype} from 0 to 1, converted to 8 bits")
+    # One image at a time in float64: the whole would take eight times the memory of the result.
+    result = np.empty(images.shape, np.uint8)
+    for source, target in zip(images, result, strict=True):
+        target[...] = np.rint(source.astype(np.float64) * 255)
+    return result
+
+
+def _labels(given: Any, part: str, classes: int) -> np.ndarray:
+    labels = _array(given, f"{part} labels", text=" (numpy.unique(labels, return_inverse=True)[1] are numbers of names)")
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim != 1:
+        one_hot = "; labels.argmax(1) are the classes of one-hot ones" if labels.ndim == 2 and labels.shape[1] == classes else ""
+        raise ValueError(f"{part} labels have shape {labels.shape}, not (n,){one_hot}")
+    if labels.dtype.kind == "f":
+        wrong = np.flatnonzero(~(np.isfinite(labels) & (labels == np.rint(labels))))
+        if len(wrong):
+            raise ValueError(f"{part} image {wrong[0]} has label {labels[wrong[0]]:g}, which is no number of a class "
+                             f"(allowed: 0 to {classes - 1})")
+    return np.ascontiguousarray(labels.astype(np.int64))
+
+
+def _array(given: Any, what: str, text: str = "") -> np.ndarray:
+    """An array of real numbers or bool."""
+    try:
+        array = np.asarray(given)
+    except (ValueError, TypeError, RuntimeError) as error:  # rows of several lengths, a tensor on another device
+        raise ValueError(f"{what} are no array ({str(error).splitlines()[0]:.100})") from None
+    if array.dtype.kind not in "biuf":
+        hint = text if array.dtype.kind in "US" else ""
+        raise ValueError(f"{what} are of type {array.dtype}, not numbers{hint}")
+    return array

@@ -1,0 +1,275 @@
+"""What cameras, systems and notebooks leave in a folder of images: left out and counted, read, or refused in a line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import unicodedata
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from fa_bench.cli import main
+from fa_bench.config.registries import DATASETS
+from fa_bench.data import listing
+from fa_bench.errors import DataError
+
+CPU = torch.device("cpu")
+
+
+def image(path: Path, shade: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 6), (shade,) * 3).save(path, "PNG" if path.suffix not in (".gif", ".bmp") else None)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two classes of two training and one test image."""
+    root = tmp_path / "images"
+    for name in ("cat", "dog"):
+        image(root / "train" / name / "0.png")
+        image(root / "train" / name / "1.png", 50)
+        image(root / "test" / name / "0.png", 90)
+    return root
+
+
+def load(folder: Path, **options: object):
+    return DATASETS["image_folder"].from_mapping({"validation": 0, "workers": 0, **options}).load(folder, CPU)
+
+
+LEFT = {
+    "Jupyter": (lambda f: image(f / "train/cat/.ipynb_checkpoints/0-checkpoint.png"), "hidden or system: 1"),
+    "Jupyter beside the classes": (lambda f: image(f / "train/.ipynb_checkpoints/0.png"), "hidden or system: 1"),
+    "Linux trash": (lambda f: image(f / "train/cat/.Trash-1000/files/0.png"), "hidden or system: 1"),
+    "macOS in an archive": (lambda f: (f / "train/cat/._0.png").write_bytes(b"\0\5\x16\7"), "hidden or system: 1"),
+    "macOS archive folder": (lambda f: image(f / "train/__MACOSX/cat/0.png"), "hidden or system: 1"),
+    "Finder": (lambda f: (f / "train/cat/.DS_Store").write_bytes(b"Bud1"), "hidden or system: 1"),
+    "Windows thumbnails": (lambda f: (f / "train/cat/Thumbs.db").write_bytes(b"x"), ".db: 1"),
+    "Windows folder": (lambda f: (f / "train/cat/desktop.ini").write_bytes(b"x"), ".ini: 1"),
+    "Windows trash": (lambda f: image(f / "train/$RECYCLE.BIN/S-1/0.png"), "hidden or system: 1"),
+    "Synology": (lambda f: image(f / "train/cat/@eaDir/0.png/SYNOPHOTO_THUMB_XL.png"), "hidden or system: 1"),
+    "a telephone's format": (lambda f: (f / "train/cat/2.HEIC").write_bytes(b"x"), ".heic: 1"),
+    "a camera's raw format": (lambda f: (f / "train/cat/2.CR2").write_bytes(b"x"), ".cr2: 1"),
+    "a download under way": (lambda f: (f / "train/cat/2.png.crdownload").write_bytes(b"x"), ".crdownload: 1"),
+    "no extension": (lambda f: (f / "train/cat/README").write_bytes(b"x"), "no extension: 1"),
+    "a loose image": (lambda f: image(f / "train/0.png"), "outside the class folders: 1"),
+    "a link to nowhere": (lambda f: (f / "train/cat/more").symlink_to("nowhere"), "broken links: 1"),
+    "a link to itself": (lambda f: (f / "train/cat/more").symlink_to("more"), "broken links: 1"),
+    "a link to its own folder": (lambda f: (f / "train/cat/more").symlink_to("."), "links to a folder already read: 1"),
+    "a link to all classes": (lambda f: (f / "train/cat/more").symlink_to(".."), "links to a folder already read: 1"),
+    "a class that is all classes": (lambda f: (f / "train/more").symlink_to("."), "links to a parent folder: 1"),
+    "in test/": (lambda f: (f / "test/cat/.DS_Store").write_bytes(b"x"), "hidden or system: 1"),
+}
+
+
+@pytest.mark.parametrize("limit", [1, 0])
+@pytest.mark.parametrize("name", LEFT)
+def test_what_a_viewer_does_not_show_is_left_out_and_counted(folder: Path, name: str, limit: float) -> None:
+    make, counted = LEFT[name]
+    before = load(folder, memory_limit_gb=limit)
+    make(folder)
+    splits = load(folder, memory_limit_gb=limit)
+    root = folder / ("test" if name == "in test/" else "train")
+    assert splits.classes == ["cat", "dog"] and (len(splits.train), len(splits.test)) == (4, 2)
+    assert splits.notes == [f"{root}: skipped 1 ({counted})"]
+    assert splits.data_hash == before.data_hash
+
+
+@pytest.mark.parametrize("name", ["2.jfif", "2.JPE", "2.PNG", "2.Jpeg", "2.apng", "2.bmp", "2.gif", "2.pjpeg", "deep/down/2.png"])
+def test_images_of_every_usual_extension_are_read(folder: Path, name: str) -> None:
+    image(folder / "train/cat" / name, 30)
+    splits = load(folder)
+    assert len(splits.train) == 5 and splits.notes == []
+
+
+def test_linked_folders_and_files_are_read(folder: Path, tmp_path: Path) -> None:
+    image(tmp_path / "elsewhere/more/2.png", 30)
+    image(tmp_path / "elsewhere/3.png", 40)
+    (folder / "train/cat/linked").symlink_to(tmp_path / "elsewhere/more")
+    (folder / "train/cat/3.png").symlink_to(tmp_path / "elsewhere/3.png")
+    (folder / "train/bird").symlink_to(tmp_path / "elsewhere")
+    (folder / "test/bird").symlink_to(tmp_path / "elsewhere/more")
+    splits = load(folder)
+    assert splits.classes == ["bird", "cat", "dog"]
+    assert splits.train.labels.tolist() == [0, 0, 1, 1, 1, 1, 2, 2] and splits.notes == []
+
+
+def test_a_folder_that_many_links_lead_to_is_read_once(folder: Path) -> None:
+    inner = [folder / "train/cat" / name for name in "abcdefgh"]
+    for path in inner:
+        path.mkdir()
+    for path in inner:
+        for other in inner:  # 8! ways through them
+            (path / f"to-{other.name}").symlink_to(other)
+    image(inner[0] / "2.png", 30)
+    splits = load(folder)
+    assert len(splits.train) == 5
+    assert splits.notes == [f"{folder / 'train'}: skipped 64 (links to a folder already read: 64)"]
+
+
+def test_the_order_is_that_of_names_and_not_of_the_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("b.png", "B.png", "a/1.png", "10.png", "2.png"):
+        image(folder / "train/cat" / name)
+    before, original = load(folder).data_hash, os.scandir
+    cats = folder / "train/cat"
+    found = [path.relative_to(cats).as_posix() for path in listing.images_below(cats, Counter())]
+    assert found == ["0.png", "1.png", "10.png", "2.png", "B.png", "a/1.png", "b.png"]
+
+    class Reversed:
+        def __init__(self, path: object) -> None:
+            self.path = path
+
+        def __enter__(self):
+            with original(self.path) as entries:
+                return iter(sorted(entries, key=lambda entry: entry.name, reverse=True))
+
+        def __exit__(self, *exception: object) -> None:
+            pass
+
+    monkeypatch.setattr(listing.os, "scandir", Reversed)
+    assert load(folder).data_hash == before
+
+
+# ------------------------------------------------------------------------------------------------ train, val, test
+def test_val_beside_an_unlabelled_test_is_the_test_set(folder: Path) -> None:
+    (folder / "test").rename(folder / "val")
+    (folder / "test").mkdir()
+    for name in (None, "test/0.png", "test/images/1.png"):
+        if name:
+            image(folder / name)
+        splits = load(folder)
+        assert len(splits.test) == 2 and splits.validation is None
+        assert splits.notes == [f"{folder / 'test'}: skipped, as it has no folder named like a class of {folder / 'train'}",
+                                f"{folder / 'val'}: used as the test set"]
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_with_all_three_val_is_the_validation_set(folder: Path, name: str) -> None:
+    for i in range(3):
+        image(folder / name / "dog" / f"{i}.png", 200)
+    splits = load(folder, validation=0.1)
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (4, 3, 2)
+    x, y = next(splits.validation.batches(9))
+    assert y.tolist() == [1, 1, 1] and torch.allclose(x, torch.full_like(x, (200 / 255 - 0.5) / 0.5), atol=1e-5)
+    assert splits.notes == [
+        f"{folder / name}: used as the validation set; no training images are held out",
+        f"{folder / name}: no images of 1 of 2 classes (cat)"]
+    streamed = load(folder, validation=0.1, memory_limit_gb=0)
+    assert len(streamed.validation) == 3 and streamed.data_hash == splits.data_hash
+    none = load(folder, validation=0)
+    assert none.validation is None and none.notes == [f"{folder / name}: skipped, since dataset.validation=0"]
+    trial = DATASETS["image_folder"].from_mapping({"workers": 0}).load(folder, CPU, (3, 1))
+    assert (len(trial.train), len(trial.validation), len(trial.test)) == (3, 1, 1)
+
+
+def test_val_without_labels_is_left_out(folder: Path) -> None:
+    image(folder / "val/0.png")
+    splits = load(folder, validation=0.25)
+    assert (len(splits.train), len(splits.validation)) == (3, 1)
+    assert splits.notes == [f"{folder / 'val'}: skipped, as it has no folder named like a class of {folder / 'train'}"]
+
+
+def test_folders_of_other_names_are_named(folder: Path) -> None:
+    image(folder / "extra/cat/0.png")
+    (folder / "labels.csv").write_text("x")
+    assert load(folder).notes == [f"{folder}: skipped extra/"]
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda f: (image(f / "val/cat/0.png"), image(f / "valid/cat/0.png")), r"holds val/ and valid/, which mean the same"),
+    (lambda f: (f / "test").rename(f / "Test"), r"holds no test/ or val/ folder, only Test/, train/"),
+    (lambda f: (f / "test/cat").rename(f / "test/Cat"), r"holds classes that .*train does not: Cat; did you mean 'cat'\?"),
+    (lambda f: (f / "train/bird").mkdir(), r"train/bird: holds no images \(\.apng, "),
+    (lambda f: ((f / "train/bird").mkdir(), (f / "train/bird/1.heic").touch()),
+     r"train/bird: holds no images \(skipped \.heic: 1\)"),
+    (lambda f: [p.unlink() for p in f.glob("test/*/*")], r"test: holds no images in folders of the classes of .*train"),
+    (lambda f: ((f / "test").rename(f / "moved"), image(f / "test/0.png")),
+     r"test: holds no folder named like a class of .*train \(cat, dog\); sort its images into such folders"),
+    (lambda f: [p.rename(f / "train" / f"{p.parent.name}-{p.name}") for p in f.glob("train/*/*")] and
+     [p.rmdir() for p in f.glob("train/*") if p.is_dir()],
+     r"train: holds no folders, one for each class \(skipped outside the class folders: 4\)"),
+    (lambda f: image(f / "train" / unicodedata.normalize("NFD", "é") / "0.png") and
+     image(f / "train" / unicodedata.normalize("NFC", "é") / "0.png"), "two classes look the same"),
+])
+def test_what_cannot_be_meant_is_refused(folder: Path, make, message: str) -> None:
+    make(folder)
+    with pytest.raises(DataError, match=message) as caught:
+        load(folder)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_empty_folder_of_an_unknown_class_in_test_is_no_trouble(folder: Path) -> None:
+    (folder / "test/bird").mkdir()
+    assert len(load(folder).test) == 2
+
+
+def test_names_written_in_two_ways_are_one_class(folder: Path) -> None:
+    image(folder / "train" / unicodedata.normalize("NFD", "é") / "0.png")
+    image(folder / "test" / unicodedata.normalize("NFC", "é") / "0.png")
+    splits = load(folder)
+    assert splits.test.labels.tolist() == [0, 1, 2] and len(splits.classes) == 3
+
+
+# ------------------------------------------------------------------------------------------------ on the command line
+def test_what_was_left_out_is_said_by_a_run_its_log_and_a_dry_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (folder / "train/cat/.DS_Store").touch()
+    line = "images/train: skipped 1 (hidden or system: 1)"
+    command = ["dataset=image_folder", "data_dir=images", "architecture.widths=[8]", "epochs=1", "batch_size=2"]
+    assert main(["--dry-run", *command]) == 0 and line in capsys.readouterr().out
+    assert main([*command, "hydra.run.dir=out"]) == 0 and line in capsys.readouterr().out
+    assert line in (tmp_path / "out/run.log").read_text()
+    assert not logging.getLogger("fa_bench").handlers
+
+
+#: A folder that its owner may not read, as others than root see it.
+UNREADABLE = ["images", "images/test/dog", "images/train/cat/deep"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such permissions")
+@pytest.mark.parametrize("place", UNREADABLE)
+def test_an_unreadable_folder_is_named_with_exit_code_2(folder: Path, tmp_path: Path, place: str) -> None:
+    image(folder / "train/cat/deep/2.png")
+    command = [sys.executable, "-m", "fa_bench.cli", "dataset=image_folder", f"data_dir={folder}", "architecture.widths=[8]",
+               "epochs=1", "output_dir=out"]
+    done = _privileges_dropped(command, tmp_path, tmp_path / place, 0o000)
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch(rf"fa-bench: .*{re.escape(str(tmp_path / place))}.*cannot be read \(Permission denied\)\n", done.stderr)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such permissions")
+@pytest.mark.parametrize(("dataset", "mode"), [("mnist", 0o000), ("tiny_imagenet", 0o444)])
+def test_an_unreadable_data_dir_is_named_whatever_the_dataset(tmp_path: Path, dataset: str, mode: int) -> None:
+    (tmp_path / "data/MNIST/raw").mkdir(parents=True)
+    command = [sys.executable, "-m", "fa_bench.cli", f"dataset={dataset}", f"data_dir={tmp_path / 'data'}",
+               "output_dir=out"]
+    done = _privileges_dropped(command, tmp_path, tmp_path / "data", mode)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert str(tmp_path / "data") in done.stderr and "Permission denied" in done.stderr and not (tmp_path / "out").exists()
+
+
+def _privileges_dropped(command: list[str], room: Path, place: Path, mode: int) -> subprocess.CompletedProcess[str]:
+    """Run a command in `room` while `place` has a mode, as one whom modes concern: root without its right to pass over them."""
+    if os.geteuid() == 0:
+        if not shutil.which("setpriv"):
+            pytest.skip("root may read everything")
+        command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command]
+    before = stat.S_IMODE(place.stat().st_mode)
+    place.chmod(mode)
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=room,
+                              env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
+    finally:
+        place.chmod(before)

@@ -1,0 +1,243 @@
+"""What is trained on is what a person sees in a viewer: orientation, transparency, depth, frames; what is changed is counted."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fa_bench.config.registries import DATASETS
+from fa_bench.data import image_files
+from fa_bench.errors import DataError
+
+CPU = torch.device("cpu")
+#: How the upright picture is stored by a camera that notes each orientation (EXIF 2.32, 4.6.4 A): rows, columns.
+STORED = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
+          5: lambda a: a.swapaxes(0, 1), 6: lambda a: a.swapaxes(0, 1)[::-1], 7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+          8: lambda a: a.swapaxes(0, 1)[:, ::-1]}
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_files, "_contents", {})
+    monkeypatch.setattr(image_files, "_inspected", {})
+
+
+def picture(height: int = 6, width: int = 8) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def only(folder: Path, image: Image.Image, name: str = "0.png", limit: float = 1, save: dict[str, object] | None = None,
+         **options: object):
+    """The dataset whose one training image this is, beside a plain one in the test set."""
+    for part in ("train", "test"):
+        (folder / part / "a").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", image.size).save(folder / part / "a" / "0.png")
+    (folder / "train/a/0.png").unlink()
+    image.save(folder / "train/a" / name, **save or {})
+    return load(folder, limit, **options)
+
+
+def load(folder: Path, limit: float = 1, **options: object):
+    options = {"validation": 0, "workers": 0, "memory_limit_gb": limit, "mean": [0.0], "std": [1 / 255], **options}
+    return DATASETS["image_folder"].from_mapping(options).load(folder, CPU)
+
+
+def seen(splits) -> np.ndarray:
+    """The training image as (H, W, C) of 0 to 255."""
+    x, _ = next(splits.train.batches(1))
+    return x[0].permute(1, 2, 0).round().to(torch.uint8).numpy()
+
+
+@pytest.mark.parametrize("limit", [1, 0])
+@pytest.mark.parametrize("way", STORED)
+@pytest.mark.parametrize("kind", ["png", "tif", "webp", "jpg"])
+def test_a_picture_is_turned_upright(tmp_path: Path, way: int, kind: str, limit: float) -> None:
+    upright = np.kron(picture(2, 3), np.ones((8, 8, 1), np.uint8))  # blocks, which JPEG keeps nearly as they are
+    exif = Image.Exif()
+    exif[0x0112] = way
+    image = Image.fromarray(np.ascontiguousarray(STORED[way](upright)))
+    (tmp_path / "test/a").mkdir(parents=True)
+    options = {"png": {}, "tif": {}, "webp": {"lossless": True}, "jpg": {"quality": 100, "subsampling": 0}}[kind]
+    splits = only(tmp_path, image, f"0.{kind}", limit, {"exif": exif, **options}, size=16)
+    expected = upright[:, 4:20]  # the centre of 16 rows and 24 columns
+    assert np.abs(seen(splits).astype(int) - expected).max() <= (8 if kind == "jpg" else 0)
+    assert [note for note in splits.notes if "EXIF" in note] == (
+        [] if way == 1 or kind == "tif" else [f"{tmp_path / 'train'}: images rotated by their EXIF orientation: 1"])
+
+
+def test_pictures_held_upright_and_across_have_one_size_once_turned(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    only(tmp_path, Image.fromarray(picture()))
+    for part in ("train", "test"):
+        Image.fromarray(picture(8, 6)).save(tmp_path / part / "a" / "1.png", exif=exif)
+        assert load(tmp_path).input_shape == (3, 6, 8)
+    (tmp_path / "train/a/0.png").unlink()  # the first image is what the others' size is compared with
+    assert load(tmp_path).input_shape == (3, 6, 8)
+
+
+def test_damaged_exif_is_no_reason_to_refuse_a_picture(tmp_path: Path) -> None:
+    splits = only(tmp_path, Image.fromarray(picture()), save={"exif": b"Exif\0\0II*\0\xff\xff\xff\x7fgarbage"})
+    assert (seen(splits) == picture()).all()
+
+
+def drawing(mode: str) -> Image.Image:
+    """A black square in alpha alone: its colours are black everywhere."""
+    alpha = np.zeros((6, 8), np.uint8)
+    alpha[2:4, 2:4] = 255
+    black = Image.new("RGB", (8, 6))
+    black.putalpha(Image.fromarray(alpha))
+    if mode == "P":  # a palette with one transparent entry
+        indexed = Image.fromarray(np.where(alpha > 0, 1, 0).astype(np.uint8)).convert("P")
+        indexed.putpalette([0, 0, 0] * 256)
+        indexed.info["transparency"] = 0
+        return indexed
+    return black.convert(mode)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("limit", [1, 0])
+@pytest.mark.parametrize(("mode", "name", "save"), [
+    ("RGBA", "0.png", {}), ("LA", "0.png", {}), ("RGBA", "0.webp", {"lossless": True, "exact": True}), ("RGBA", "0.tif", {}),
+    ("P", "0.png", {}), ("P", "0.gif", {}), ("RGBA", "0.gif", {}), ("RGBA", "0.avif", {"quality": 100}),
+])
+def test_what_is_drawn_in_transparency_is_seen(
+    tmp_path: Path, mode: str, name: str, save: dict[str, object], limit: float, channels: int
+) -> None:
+    splits = only(tmp_path, drawing(mode), name, limit, save, channels=channels)
+    expected = np.full((6, 8, channels), 255)
+    expected[2:4, 2:4] = 0
+    assert np.abs(seen(splits).astype(int) - expected).max() <= (2 if name.endswith("avif") else 0)
+    assert f"{tmp_path / 'train'}: transparent images composited on white (dataset.background): 1" in splits.notes
+    assert not any("single colour" in note for note in splits.notes)
+
+
+def test_what_vanishes_on_the_background_is_said_and_background_mends_it(tmp_path: Path) -> None:
+    splits = only(tmp_path, drawing("RGBA"), background=0)
+    assert any("single colour on black (see dataset.background): 1" in note for note in splits.notes)
+    assert (seen(splits) == 0).all()
+    grey = seen(only(tmp_path, drawing("RGBA"), background=0.5))
+    assert grey[0, 0, 0] == 128 and grey[2, 2, 0] == 0
+
+
+@pytest.mark.parametrize("limit", [1, 0])
+def test_a_half_transparent_pixel_is_mixed(tmp_path: Path, limit: float) -> None:
+    image = Image.new("RGBA", (8, 6), (200, 100, 0, 51))
+    assert np.abs(seen(only(tmp_path, image, limit=limit))[0, 0].astype(int) - [244, 224, 204]).max() <= 1
+
+
+def test_a_colour_that_is_declared_transparent_shows_the_background(tmp_path: Path) -> None:
+    image = Image.fromarray(np.full((6, 8, 3), 9, np.uint8))
+    assert (seen(only(tmp_path, image, save={"transparency": (9, 9, 9)})) == 255).all()
+    grey = Image.fromarray(np.full((6, 8), 9, np.uint8))
+    assert (seen(only(tmp_path, grey, save={"transparency": 9})) == 255).all()
+
+
+def test_opaque_alpha_changes_and_says_nothing(tmp_path: Path) -> None:
+    image = Image.fromarray(picture())
+    image.putalpha(255)
+    splits = only(tmp_path, image)
+    assert (seen(splits) == picture()).all() and splits.notes == []
+
+
+@pytest.mark.parametrize("limit", [1, 0])
+@pytest.mark.parametrize("name", ["0.png", "0.tif", "0.pgm"])
+def test_16_bits_of_grey_are_brought_to_8(tmp_path: Path, name: str, limit: float) -> None:
+    deep = np.linspace(0, 65535, 48).astype(np.uint16).reshape(6, 8)
+    splits = only(tmp_path, Image.fromarray(deep), name, limit, channels=1)
+    assert (seen(splits)[..., 0] == deep >> 8).all()
+    assert splits.notes == [f"{tmp_path / 'train'}: images reduced from 16 to 8 bits: 1"]
+
+
+def test_16_bits_may_have_a_transparent_value_and_an_orientation(tmp_path: Path) -> None:
+    deep = np.linspace(0, 65535, 48).astype(np.uint16).reshape(6, 8)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    got = seen(only(tmp_path, Image.fromarray(deep), save={"transparency": int(deep[0, 0]), "exif": exif}, channels=1))[..., 0]
+    expected = (deep >> 8)[::-1, ::-1].copy()
+    expected[-1, -1] = 255
+    assert (got == expected).all()
+
+
+def test_16_bits_where_0_is_white_are_not_a_negative(tmp_path: Path) -> None:
+    deep = np.linspace(0, 65535, 48).astype(np.uint16).reshape(6, 8)
+    splits = only(tmp_path, Image.fromarray(deep), "0.tif", save={"tiffinfo": {262: 0}}, channels=1)
+    with Image.open(tmp_path / "train/a/0.tif") as opened:
+        assert opened.tag_v2[262] == 0
+        raw = np.asarray(opened)
+    assert (seen(splits)[..., 0] == 255 - (raw >> 8)).all()
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+@pytest.mark.parametrize("limit", [1, 0])
+def test_pixels_without_a_largest_value_are_refused(tmp_path: Path, mode: str, limit: float) -> None:
+    with pytest.raises(DataError, match=r"0\.tif: pixels without a largest value") as caught:
+        only(tmp_path, Image.fromarray(picture()[..., 0]).convert(mode), "0.tif", limit)
+    assert str(tmp_path / "train/a/0.tif") in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "1", "L", "P", "YCbCr"])
+def test_other_modes_are_shown_in_colour(tmp_path: Path, mode: str) -> None:
+    image = Image.fromarray(np.full((6, 8, 3), 255, np.uint8)).convert(mode)
+    assert (seen(only(tmp_path, image, "0.tif")) >= 254).all()
+
+
+@pytest.mark.parametrize(("name", "save"), [("0.gif", {}), ("0.png", {}), ("0.webp", {"lossless": True}), ("0.tif", {})])
+@pytest.mark.parametrize("limit", [1, 0])
+def test_of_several_frames_the_first_is_taken_and_said(tmp_path: Path, name: str, save: dict[str, object], limit: float) -> None:
+    first, second = Image.new("RGB", (8, 6), (255, 0, 0)), Image.new("RGB", (8, 6), (0, 0, 255))
+    splits = only(tmp_path, first, name, limit, {"save_all": True, "append_images": [second], **save})
+    assert (seen(splits) == [255, 0, 0]).all()
+    assert splits.notes == [f"{tmp_path / 'train'}: images with several frames or pages, only the first of which is used: 1"]
+
+
+def test_a_cameras_preview_behind_the_picture_is_no_second_frame(tmp_path: Path) -> None:
+    image = Image.new("RGB", (8, 6), (200, 0, 0))
+    content = io.BytesIO()
+    image.save(content, "MPO", save_all=True, append_images=[Image.new("RGB", (4, 3))])
+    only(tmp_path, image)
+    (tmp_path / "train/a/0.png").unlink()
+    (tmp_path / "train/a/0.JPG").write_bytes(content.getvalue())
+    with Image.open(tmp_path / "train/a/0.JPG") as opened:
+        assert opened.format == "MPO" and opened.is_animated
+    assert load(tmp_path).notes == []
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "gif", "bmp", "tif", "webp", "ppm"])
+@pytest.mark.parametrize("options", [{}, {"limit": 0}, {"size": 4, "crop": "resized"}])
+def test_a_cut_off_image_is_named_before_training(tmp_path: Path, kind: str, options: dict[str, object]) -> None:
+    only(tmp_path, Image.fromarray(picture(32, 32)))
+    bad = tmp_path / "train/a" / f"1.{kind}"
+    Image.fromarray(picture(32, 32)).save(bad)
+    bad.write_bytes(bad.read_bytes()[:-90])
+    with pytest.raises(DataError, match=r"not a readable image .*replace or remove it") as caught:
+        load(tmp_path, **options)
+    assert str(bad) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_more_pixels_than_pillow_opens_are_named_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only(tmp_path, Image.fromarray(picture()))
+    for most in (40, 10):  # Pillow warns of more, and refuses twice as many
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
+        with pytest.raises(DataError, match=r"more pixels than Pillow opens without asking.*make it smaller"):
+            load(tmp_path)
+
+
+def test_streamed_images_are_read_once_and_again_only_when_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only(tmp_path, Image.fromarray(picture()))
+    image_files._inspected.clear()
+    asked: list[Path] = []
+    original = image_files.Decoder.inspect
+    monkeypatch.setattr(image_files.Decoder, "inspect",
+                        lambda self, path, keep: (asked.append(path), original(self, path, keep))[1])
+    first = load(tmp_path, 0)
+    assert sorted(asked) == [tmp_path / "test/a/0.png", tmp_path / "train/a/0.png"]
+    assert load(tmp_path, 0).data_hash == first.data_hash and len(asked) == 2
+    Image.fromarray(255 - picture()).save(tmp_path / "train/a/0.png")
+    assert load(tmp_path, 0).data_hash != first.data_hash and len(asked) == 3
+    assert load(tmp_path, 0, channels=1).data_hash and len(asked) == 5  # read with other channels

@@ -1,0 +1,230 @@
+"""Downloading and unpacking: nothing lands elsewhere, nothing is left for ever, and processes wait for each other."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.datasets import cifar
+
+from fa_bench.config.registries import DATASETS
+from fa_bench.data import workspace as module
+from fa_bench.data.fetch import fetching, unpack_tar, unpack_zip
+from fa_bench.data.workspace import workspace
+from fa_bench.errors import DataError
+
+from .files import CIFAR_FILES, write_cifar
+
+CPU = torch.device("cpu")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------ tar
+ODD = {
+    "..": ("../../evil.txt", tarfile.REGTYPE), "inside and out": ("cifar-10-batches-py/../../../evil.txt", tarfile.REGTYPE),
+    "link": ("cifar-10-batches-py/link", tarfile.SYMTYPE), "hard link": ("cifar-10-batches-py/link", tarfile.LNKTYPE),
+    "pipe": ("cifar-10-batches-py/pipe", tarfile.FIFOTYPE), "device": ("cifar-10-batches-py/zero", tarfile.CHRTYPE),
+}
+
+
+def write_tar(path: Path, folder: Path, name: str, kind: bytes) -> None:
+    with tarfile.open(path, "w:gz") as opened:
+        member = tarfile.TarInfo(name)
+        member.type, member.linkname, member.size = kind, "/etc/passwd", 4 if kind == tarfile.REGTYPE else 0
+        opened.addfile(member, io.BytesIO(b"evil"))
+        opened.add(folder, folder.name)
+
+
+def as_published(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make an archive's checksum the one that is expected."""
+    monkeypatch.setattr(cifar.CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest())
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_members_of_a_tar_are_refused_though_its_checksum_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    write_cifar(tmp_path / "source", monkeypatch)
+    data = tmp_path / "room" / "data"
+    data.mkdir(parents=True)
+    write_tar(data / "cifar-10-python.tar.gz", tmp_path / "source" / CIFAR_FILES["cifar10"][1], *ODD[kind])
+    as_published(data / "cifar-10-python.tar.gz", monkeypatch)
+    message = r"cifar-10-python\.tar\.gz: its member '.*' (would land outside|is a link or a device)"
+    with pytest.raises(DataError, match=message) as caught:
+        DATASETS["cifar10"]().load(data, CPU)
+    assert "nothing was unpacked" in str(caught.value) and "\n" not in str(caught.value)
+    assert names(data) == ["cifar-10-python.tar.gz"] and names(data.parent) == ["data"]
+    assert not list(tmp_path.rglob("evil.txt"))
+
+
+def test_a_member_with_an_absolute_name_lands_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_cifar(tmp_path / "source", monkeypatch)
+    data = tmp_path / "data"
+    data.mkdir()
+    outside = tmp_path / "evil.txt"
+    write_tar(data / "cifar-10-python.tar.gz", tmp_path / "source" / CIFAR_FILES["cifar10"][1], str(outside), tarfile.REGTYPE)
+    as_published(data / "cifar-10-python.tar.gz", monkeypatch)
+    assert len(DATASETS["cifar10"].from_mapping({"validation": 0}).load(data, CPU).test) == 6
+    assert not outside.exists() and names(data) == ["cifar-10-batches-py", "cifar-10-python.tar.gz"]
+
+
+def test_a_damaged_tar_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.tar.gz").write_bytes(b"\x1f\x8bnot one")
+    with pytest.raises(ValueError, match=r"a\.tar\.gz is damaged"):
+        unpack_tar(tmp_path / "a.tar.gz", tmp_path / "out")
+
+
+def test_a_python_without_the_filter_unpacks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(tarfile, "data_filter")
+    with pytest.raises(DataError, match="this Python is too old"):
+        unpack_tar(tmp_path / "a.tar.gz", tmp_path / "out")
+
+
+# ------------------------------------------------------------------------------------------------ left by a kill
+def write_zip(path: Path, files: int = 3) -> Path:
+    with zipfile.ZipFile(path, "w") as opened:
+        for i in range(files):
+            opened.writestr(f"set/{i}.txt", "text")
+    return path
+
+
+SLOW = """
+import sys, time, zipfile
+from pathlib import Path
+from fa_bench.data.fetch import unpack_zip, fetching
+data = Path(sys.argv[1])
+original = zipfile.ZipFile.extract
+def slow(self, *args):
+    made = original(self, *args)
+    print("begun", flush=True)
+    time.sleep(float(sys.argv[3]))
+    return made
+zipfile.ZipFile.extract = slow
+if sys.argv[2] == "unpack":
+    unpack_zip(data / "set.zip", data / "set")
+else:
+    with fetching(data, "set", "files") as temporary:
+        (temporary / "half").write_text("x")
+        sys.stderr.write("begun\\n"); sys.stderr.flush()
+        time.sleep(float(sys.argv[3]))
+"""
+
+
+def started(data: Path, what: str, seconds: float) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", SLOW, str(data), what, str(seconds)], text=True, stdout=subprocess.DEVNULL,
+                            cwd=Path(__file__).parents[2])
+
+
+def wait_for(path: Path) -> None:
+    until = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < until, f"{path} never came"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(("what", "left"), [("unpack", ".unpack-set"), ("download", ".download-set")])
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path, what: str, left: str) -> None:
+    write_zip(tmp_path / "set.zip")
+    (tmp_path / ".unpack-other").mkdir()
+    (tmp_path / ".unpack-other" / "mine").write_text("mine")
+    process = started(tmp_path, what, 300)
+    wait_for(tmp_path / left / ("set/0.txt" if what == "unpack" else "half"))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert left in names(tmp_path)
+    if what == "unpack":
+        unpack_zip(tmp_path / "set.zip", tmp_path / "set")
+        assert names(tmp_path / "set") == ["0.txt", "1.txt", "2.txt"]
+    else:
+        with fetching(tmp_path, "set", "files") as temporary:
+            assert names(temporary) == []
+    assert not any(left in name for name in names(tmp_path))
+    assert (tmp_path / ".unpack-other" / "mine").read_text() == "mine"
+
+
+def test_a_second_process_waits_and_finds_everything_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_zip(tmp_path / "set.zip")
+    process = started(tmp_path, "unpack", 0.5)
+    wait_for(tmp_path / ".unpack-set" / "set" / "0.txt")
+    monkeypatch.setattr(zipfile.ZipFile, "extract", lambda *args: pytest.fail("unpacked twice"))
+    unpack_zip(tmp_path / "set.zip", tmp_path / "set")
+    assert names(tmp_path / "set") == ["0.txt", "1.txt", "2.txt"] and process.wait() == 0
+    assert names(tmp_path) == ["set", "set.zip"]
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_what_is_no_folder_of_ours_is_left_alone(tmp_path: Path, kind: str) -> None:
+    write_zip(tmp_path / "set.zip")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("mine")
+    if kind == "link":
+        (tmp_path / ".unpack-set").symlink_to(tmp_path / "precious")
+    else:
+        (tmp_path / ".unpack-set").write_text("mine")
+    with pytest.raises(DataError, match=r"\.unpack-set: is no folder.*remove or rename it"):
+        unpack_zip(tmp_path / "set.zip", tmp_path / "set")
+    assert (tmp_path / "precious" / "file").read_text() == "mine"
+    assert names(tmp_path) == [".unpack-set", "precious", "set.zip"]
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    write_zip(tmp_path / "set.zip")
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / ".unpack-set.lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(DataError, match="cannot be unpacked"):
+        unpack_zip(tmp_path / "set.zip", tmp_path / "set")
+    assert (tmp_path / "precious").read_text() == "mine" and (tmp_path / ".unpack-set.lock").is_symlink()
+
+
+def test_one_at_a_time_even_while_the_lock_is_removed_and_made_again(tmp_path: Path) -> None:
+    inside, most, lock = 0, 0, threading.Lock()
+
+    def work() -> None:
+        nonlocal inside, most
+        for _ in range(15):
+            with workspace(tmp_path / ".w") as room:
+                with lock:
+                    inside += 1
+                    most = max(most, inside)
+                (room / "x").write_text("x")
+                time.sleep(0.001)
+                assert names(room) == ["x"]
+                with lock:
+                    inside -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1 and names(tmp_path) == []
+
+
+def test_a_lock_file_that_was_replaced_meanwhile_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, looked = tmp_path / "w.lock", []
+    original = module._same
+
+    def replaced(place: Path, before: os.stat_result) -> bool:
+        if not looked:  # another process removes the file and makes it again
+            path.unlink()
+            path.touch()
+        looked.append(original(place, before))
+        return looked[-1]
+
+    monkeypatch.setattr(module, "_same", replaced)
+    with module._locked(path):
+        assert looked == [False, True]
