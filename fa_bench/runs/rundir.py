@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -23,13 +22,10 @@ from fa_bench.config.labels import flat
 from fa_bench.config.scale import scaled
 from fa_bench.config.yaml_files import parse_yaml
 from fa_bench.errors import HeldError, OutputError, RunDirectoryError
-from fa_bench.files import CONFIG, LOG, METRICS, RESULT, TEMPORARY, write_text
+from fa_bench.files import CONFIG, METRICS, RESULT, write_text
 from fa_bench.runs.hashes import code_hash
+from fa_bench.runs.ownership import CHECKPOINTS, LAST, LOCK, PREVIOUS, check_own, own_files
 
-CHECKPOINTS, LAST, PREVIOUS = "checkpoints", "last.pt", "previous.pt"
-EVENTS = "events.out.tfevents.*"
-#: Held by the process that writes a run's directory; its content says who that is.
-LOCK = ".lock"
 #: How long to try for the lock, in seconds: whoever looks whether it is held, holds it for a moment.
 PATIENCE = 1.0
 #: How a run's config.yaml begins, and how its second line.
@@ -121,25 +117,34 @@ class RunDirectory:
             os.close(descriptor)
 
     def check(self) -> None:
-        """Refuse a directory that holds another config's run, or files of one that this is not known to be.
+        """Refuse a directory that holds another config's run, files of one that this is not known to be, or anything foreign.
 
         Raises:
             RunDirectoryError: naming the directory and what differs.
         """
-        config = self.path / CONFIG
-        if not config.exists():
-            strays = [name for name in (METRICS, RESULT, CHECKPOINTS) if (self.path / name).exists()]
+        if not self.path.is_dir():
+            return
+        config, known = self.path / CONFIG, False
+        if config.is_file() and not config.is_symlink():
+            try:
+                text = config.read_text(encoding="utf-8", errors="replace")
+            except OSError as error:
+                raise RunDirectoryError(f"{config}: cannot be read ({error.strerror})") from None
+            known = text.startswith(f"{HEADER}{self.job.config_hash}\n")
+            if not known:
+                raise RunDirectoryError(f"{self.path}: holds a run of another config ({self._difference(text)}); "
+                                        "choose another hydra.run.dir, or remove it")
+        elif not os.path.lexists(config):
+            strays = [name for name in (METRICS, RESULT, CHECKPOINTS) if os.path.lexists(self.path / name)]
             if strays:
                 raise RunDirectoryError(f"{self.path}: holds {', '.join(strays)} but no {CONFIG}; choose another directory")
-            return
-        try:
-            text = config.read_text(encoding="utf-8", errors="replace")
-        except OSError as error:
-            raise RunDirectoryError(f"{config}: cannot be read ({error.strerror})") from None
-        if text.startswith(f"{HEADER}{self.job.config_hash}\n"):
-            return
-        raise RunDirectoryError(f"{self.path}: holds a run of another config ({self._difference(text)}); "
-                                "choose another hydra.run.dir, or remove it")
+        check_own(self.path, self._wrote if known else None)
+
+    def _wrote(self, events: Path) -> bool:
+        """Whether an event file is of this run, as what it says about the run shows."""
+        from fa_bench.runs.events import is_of
+
+        return is_of(events, self.job)
 
     def _difference(self, text: str) -> str:
         try:
@@ -154,14 +159,15 @@ class RunDirectory:
         """Make it this run's; without `keep` what an earlier try of the same run left is removed.
 
         A result goes in either case: the run has none until it ends. So do files that a killed process was writing.
+
+        Raises:
+            RunDirectoryError: as `check`.
+            OutputError: where it cannot be written.
         """
+        self.check()  # again, for what came since: from here on files are removed
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            # Checkpoints first: those of other code must not outlive the line that says so.
-            if not keep:
-                shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
-            old = [self.path / name for name in ([RESULT] if keep else [RESULT, LOG, METRICS])]
-            for path in (*old, *self.path.rglob(f".*{TEMPORARY}"), *([] if keep else self.path.glob(EVENTS))):
+            for path in list(own_files(self.path, keep)):
                 path.unlink(missing_ok=True)
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written ({error.strerror or error})") from None
