@@ -46,7 +46,7 @@ def atomic(path: Path) -> Iterator[Path]:
         try:
             temporary.unlink(missing_ok=True)  # a link in its place would lead elsewhere
             yield temporary
-            with temporary.open("rb") as written:
+            with temporary.open("rb+") as written:  # Windows syncs no file that is open for reading alone
                 os.fsync(written.fileno())
             os.replace(temporary, path)
         finally:

@@ -25,6 +25,8 @@ CHECKPOINT_TEMPORARIES = (temporary_name(LAST), temporary_name(PREVIOUS))
 #: What others put there unasked, such as Hydra on request, file managers and fa-bench-report: neither touched nor refused.
 _LEFT_ALONE = re.compile(r"\.hydra|(cli|fa_bench)\.log|\.DS_Store|Thumbs\.db|desktop\.ini|report(_[\w.-]+)?\.(md|csv|png)")
 _EVENT_NAME = re.compile(r"events\.out\.tfevents\.\d{10,}\.[^/\\]+\.\d+\.0")
+#: What a lock's file says: nothing, or who holds it, as earlier versions wrote and filelock does on file systems without locks.
+_LOCK_TEXT = re.compile(rb"\Z|\{\"pid\"|\d+\r?\n[^\n]+\n\d+\r?\n\Z")
 #: Temporary files that earlier versions named after their process; left where they are.
 _EARLIER = re.compile(rf"\.({'|'.join(map(re.escape, (CONFIG, METRICS, RESULT, LAST, 'events')))})\.\d+\.tmp")
 
@@ -118,7 +120,7 @@ def _check_kind(path: Path, folder: bool = False) -> None:
 def _check_lock(path: Path) -> None:
     """Taking a lock empties its file: one with somebody's text, or another name elsewhere, is not taken."""
     try:
-        if path.lstat().st_nlink == 1 and (not (text := path.read_bytes()) or b'"pid"' in text):  # as earlier versions wrote it
+        if path.lstat().st_nlink == 1 and _LOCK_TEXT.match(path.read_bytes()[:4096]):
             return
     except OSError:  # none there, or, on Windows, one that is held
         return
