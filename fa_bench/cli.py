@@ -25,7 +25,9 @@ from fa_bench.config.labels import differing, flat, label, plan
 from fa_bench.config.scale import scaled
 from fa_bench.errors import ConfigError, FaBenchError, HeldError, RunDirectoryError, printable
 from fa_bench.files import LOG, cannot_write
-from fa_bench.runs.rundir import RunDirectory, Stage, holder
+from fa_bench.runs.locks import holder
+from fa_bench.runs.parent import end_with
+from fa_bench.runs.rundir import RunDirectory, Stage
 from fa_bench.runs.stopping import Interrupted, raised
 from fa_bench.runs.sweep import Planned, write_sweep
 
@@ -34,8 +36,10 @@ if TYPE_CHECKING:
 
 CONFIG_NAME = "config"
 #: The epochs of each job of a grid, the number of the first job of its present part, the keys in which each rule's jobs
-#: differ, and a file that is there once a job has failed after which no other is to start; also seen by jobs in other processes.
+#: differ, a file that is there once a job has failed after which no other is to start, and the number of the process that
+#: started the grid; also seen by jobs in other processes.
 JOB_EPOCHS, JOB_FIRST, JOB_KEYS, JOB_FAILED = "FA_BENCH_EPOCHS", "FA_BENCH_FIRST", "FA_BENCH_KEYS", "FA_BENCH_FAILED"
+JOB_STARTER = "FA_BENCH_STARTER"
 #: Seconds that jobs in other processes are given to write their checkpoints.
 FAREWELL = 10.0
 
@@ -45,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 where every run finished; 1 where one failed or diverged; 2 for input that cannot be run, with one
-        or two lines on standard error; 130 after an interrupt (SIGINT), 143 after SIGTERM.
+        or two lines on standard error; 130 after an interrupt (SIGINT), 143 after SIGTERM, 129 after SIGHUP.
     """
     try:
         with raised():
@@ -136,6 +140,7 @@ def _run(jobs: list[tuple[Job, Path]], composer: Composer, argv: list[str], flag
         JOB_EPOCHS: json.dumps([scaled(job).run.epochs for job, _ in jobs]),
         JOB_KEYS: json.dumps(keys),
         JOB_FAILED: str(Path(scratch, "failed")),
+        JOB_STARTER: str(os.getpid()),
         THREADS: str(_threads()),
     }):
         for first, sweep in composer.sweeps:
@@ -260,6 +265,8 @@ def _job(config: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    if JOB_STARTER in os.environ:
+        end_with(int(os.environ[JOB_STARTER]))
     register_schemas()  # a launcher may have put us into a process of our own
     from fa_bench.memory import short
     from fa_bench.runs.logs import shown

@@ -12,10 +12,13 @@ from typing import Any
 
 from fa_bench.errors import OutputError, RunDirectoryError
 
-#: How the names of files end that are being written; killed processes leave them behind.
-TEMPORARY = ".tmp"
 #: Files of a run's directory.
 CONFIG, LOG, METRICS, RESULT = "config.yaml", "run.log", "metrics.jsonl", "result.json"
+
+
+def temporary_name(name: str) -> str:
+    """What a file is called while it is being written."""
+    return f".{name}.tmp"
 
 
 @contextmanager
@@ -33,14 +36,17 @@ def writing(path: Path) -> Iterator[None]:
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; it takes the place of `path` once the block ends well.
 
+    The name follows from that of `path`, so that what a killed process left is replaced: one process at a time may write `path`.
+
     Raises:
         OutputError: where the file cannot be written; the old one is still there.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    temporary = path.with_name(temporary_name(path.name))
     with writing(path):
         try:
+            temporary.unlink(missing_ok=True)  # a link in its place would lead elsewhere
             yield temporary
-            with temporary.open("rb") as written:
+            with temporary.open("rb+") as written:  # Windows syncs no file that is open for reading alone
                 os.fsync(written.fileno())
             os.replace(temporary, path)
         finally:
@@ -60,15 +66,18 @@ def write_with(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def check_place(path: Path) -> None:
-    """Refuse a directory that can neither be made nor written to, before a run takes its time.
+    """Refuse a directory that can neither be made nor written to, or is the root, before a run takes its time.
 
     Raises:
         RunDirectoryError: naming the part of the path that is in the way, and why.
     """
     try:
+        # Also as the links on the way make it.
+        if any(place == Path(place.anchor) for place in (Path(os.path.abspath(path)), path.resolve())):
+            raise RunDirectoryError(f"{path}: the root of the file system is no folder for runs; choose another output_dir")
         for part in (path, *path.parents):
             if part.is_dir():
-                if not os.access(part, os.W_OK | os.X_OK) or os.statvfs(part).f_flag & os.ST_RDONLY:
+                if not os.access(part, os.W_OK | os.X_OK):  # a file system that may only be read says so, too
                     raise RunDirectoryError(f"{part}: no permission to write there; choose another output_dir")
                 return
             if part.is_symlink():
@@ -77,8 +86,8 @@ def check_place(path: Path) -> None:
                 raise RunDirectoryError(f"{part}: a file, and no folder for runs; choose another output_dir")
     except RunDirectoryError:
         raise
-    except OSError as error:
-        raise RunDirectoryError(f"{_cut(path)}: no possible folder ({error.strerror or error})") from None
+    except (OSError, RuntimeError) as error:  # links that lead back to themselves are either, by the version of Python
+        raise RunDirectoryError(f"{_cut(path)}: no possible folder ({getattr(error, 'strerror', None) or error})") from None
     except ValueError as error:  # a zero byte
         raise RunDirectoryError(f"{str(path)!r}: no possible folder ({error})") from None
 

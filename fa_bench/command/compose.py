@@ -165,6 +165,9 @@ class Composer:
 
     @staticmethod
     def _place(config: DictConfig, number: int, grid: bool) -> Path:
+        key = "hydra.sweep.dir" if grid else "hydra.run.dir"
+        if not str(OmegaConf.select(config, key) or "").strip():
+            raise ConfigError(f"{key} is empty; name a folder, such as outputs/run")
         if not grid:
             return Path(str(OmegaConf.select(config, "hydra.run.dir")))
         OmegaConf.set_readonly(config, False)

@@ -27,7 +27,8 @@ from fa_bench.metrics.arithmetic import step_multiplications
 from fa_bench.metrics.memory import memories
 from fa_bench.process import isolated
 from fa_bench.report.runs import read_metrics, read_run
-from fa_bench.runs.rundir import RunDirectory, Stage, holder
+from fa_bench.runs.locks import holder
+from fa_bench.runs.rundir import RunDirectory, Stage
 from fa_bench.runs.train import Parts, assemble, load, prepare
 from fa_bench.text import aligned, by_x, count, indented, memory
 

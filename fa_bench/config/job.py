@@ -65,6 +65,8 @@ class RunOptions(Options):
     plugins: list[str] = option([], "modules to import first, such as one with rules of your own")
 
     def check(self) -> None:
+        if not self.output_dir.strip():  # as of an unset variable: below it is the root
+            raise OptionError("output_dir", f"={self.output_dir!r} is empty; name a folder, such as outputs")
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             raise OptionError("device", f"={self.device} is not one of auto, cpu, cuda, cuda:N, mps"
                                         f"{nearest(self.device, ['auto', 'cpu', 'cuda', 'mps'])}")

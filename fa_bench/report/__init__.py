@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from fa_bench.errors import DataError
-from fa_bench.files import RESULT, TEMPORARY, atomic
+from fa_bench.files import RESULT, atomic, temporary_name
 
 if TYPE_CHECKING:
     from fa_bench.report.runs import Run
@@ -83,8 +83,6 @@ def write_report(
 
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    for left in out_dir.glob(f".{NAME}*{TEMPORARY}"):  # by a report that was killed
-        left.unlink(missing_ok=True)
     markdown = out_dir / f"{NAME}.md"
     earlier = _files(markdown)
     figures = write_figures(runs, out_dir, NAME)
@@ -104,6 +102,7 @@ def write_report(
     _write(markdown, "\n\n".join(section.strip() for section in sections) + "\n")
     for name in earlier - _files(markdown):
         (out_dir / name).unlink(missing_ok=True)
+        (out_dir / temporary_name(name)).unlink(missing_ok=True)
     said = [("not finished", unended), ("missing", _first(waiting)), ("missing", seeds)]
     remarks = [f"\n{what}: {line}" for what, lines in said for line in lines]
     if rows:

@@ -18,7 +18,7 @@ from fa_bench.files import CONFIG, METRICS, RESULT
 from fa_bench.report.numbers import known, mean
 from fa_bench.report.runs import Run, find_runs, place, read_config, read_metrics, read_run
 from fa_bench.report.states import DIVERGED, INTERRUPTED, RUNNING, epochs_of, reason, running
-from fa_bench.runs.rundir import holder
+from fa_bench.runs.locks import holder
 from fa_bench.runs.sweep import Planned, find_planned
 
 DONE, FAILED, STALLED, WAITING = "done", "failed", "stalled", "waiting"

@@ -13,7 +13,7 @@ from fa_bench.config.labels import counted
 from fa_bench.config.scale import SCALES
 from fa_bench.files import CONFIG, METRICS, RESULT
 from fa_bench.report.runs import Run, place, read_config, read_metrics
-from fa_bench.runs.rundir import holder
+from fa_bench.runs.locks import holder
 
 RUNNING, INTERRUPTED, DIVERGED = "running", "interrupted", "diverged"
 

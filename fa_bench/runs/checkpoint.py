@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fa_bench.errors import RunDirectoryError, StateError
-from fa_bench.files import TEMPORARY, atomic
+from fa_bench.files import atomic, temporary_name
 from fa_bench.mechanisms.rule import Rule
 from fa_bench.optim import Optimizers
 from fa_bench.process import random_state, restore_random_state
@@ -48,7 +48,7 @@ def save(path: Path, before: Path, config_hash: str, progress: Progress, rule: R
 
 def _keep(path: Path, before: Path) -> None:
     """Give a file a second name, in the place of what had it."""
-    link = before.with_name(f".{before.name}{TEMPORARY}")
+    link = before.with_name(temporary_name(before.name))
     link.unlink(missing_ok=True)
     try:
         os.link(path, link)

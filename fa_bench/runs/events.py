@@ -27,7 +27,7 @@ from torch.utils.tensorboard.summary import custom_scalars, histogram
 
 from fa_bench.config.job import Job
 from fa_bench.files import writing
-from fa_bench.runs.rundir import EVENTS
+from fa_bench.runs.ownership import NEW_EVENTS, record_events, recorded_events
 
 #: Hyper-parameters of the HPARAMS tab: one set for all rules, so that their runs share a table.
 HYPERPARAMETERS: dict[str, Callable[[Job], str | float]] = {
@@ -67,9 +67,7 @@ class Events:
     """
 
     def __init__(self, directory: Path, job: Job, step: int) -> None:
-        for left in directory.glob(_TEMPORARY.format("*")):  # by a try that was killed
-            left.unlink()
-        old = sorted(directory.glob(EVENTS))
+        old = [path for name in recorded_events(directory) if (path := directory / name).exists()]
         kept = _kept(old, step) if step else {}
         self._last: dict[str, int] = {}
         for at, tag in kept:
@@ -77,8 +75,9 @@ class Events:
         self._groups = _groups(tag for (_, tag), (_, value) in kept.items() if value.HasField("simple_value"))
         began = min((wall for wall, _ in kept.values()), default=time.time())
         self.path = directory / _name(old)
-        # A watching TensorBoard lists every name with "tfevents" in it, a temporary one too.
-        temporary = directory / _TEMPORARY.format(os.getpid())
+        temporary = directory / NEW_EVENTS
+        # Before it is there: a file that a kill left without a record would be nobody's.
+        record_events(directory, [*(path.name for path in old), self.path.name])
         with writing(self.path):
             try:
                 with temporary.open("wb") as file:
@@ -95,7 +94,8 @@ class Events:
             # while it has it open.
             self._emptied, self._since = old, time.monotonic()
             for path in old:
-                os.truncate(path, 0)
+                if path.stat().st_nlink == 1:  # else somebody keeps it under another name
+                    os.truncate(path, 0)
             # Without a buffer of its own: what a full disk refuses is not tried again behind our back.
             self._file = self.path.open("ab", buffering=0)
         self._writer = RecordWriter(self._file)
@@ -159,10 +159,11 @@ class Events:
     def _remove_emptied(self) -> None:
         for path in self._emptied:
             path.unlink(missing_ok=True)
+        if self._emptied:
+            gone = {path.name for path in self._emptied}
+            record_events(self.path.parent, [name for name in recorded_events(self.path.parent) if name not in gone])
         self._emptied = []
 
-
-_TEMPORARY = ".events.{}.tmp"
 
 Kept = dict[tuple[int, str], tuple[float, Any]]
 
@@ -186,6 +187,18 @@ def _read(path: Path) -> Iterator[Event]:
             yield Event.FromString(record)
         except DecodeError:
             continue
+
+
+def is_of(path: Path, job: Job) -> bool:
+    """Whether an event file says at its beginning that it is of this run, by the values of `HYPERPARAMETERS`."""
+    for event in itertools.islice(_read(path), 8):
+        for value in event.summary.value:
+            if value.tag == metadata.SESSION_START_INFO_TAG:
+                content = value.metadata.plugin_data.content
+                said = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+                return {key: item.string_value or item.number_value for key, item in said.items()} == {
+                    key: read(job) for key, read in HYPERPARAMETERS.items()}
+    return False
 
 
 def _lasting(value: Any) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import resource
 import subprocess
 import sys
 from functools import lru_cache
@@ -131,10 +130,14 @@ def progress_result(recorder: Recorder, progress: Progress, probe: Probe, angles
     }
 
 
-def peak_memory(device: torch.device) -> int:
-    """Most memory in use so far, in bytes: of the accelerator's allocator, or of this process."""
+def peak_memory(device: torch.device) -> int | None:
+    """Most memory in use so far, in bytes: of the accelerator's allocator, or of this process; None where Windows tells none."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

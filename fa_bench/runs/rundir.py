@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import platform
-import shutil
-import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from datetime import datetime
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -22,16 +15,12 @@ from fa_bench.config.job import VOLATILE, Job
 from fa_bench.config.labels import flat
 from fa_bench.config.scale import scaled
 from fa_bench.config.yaml_files import parse_yaml
-from fa_bench.errors import HeldError, OutputError, RunDirectoryError
-from fa_bench.files import CONFIG, LOG, METRICS, RESULT, TEMPORARY, write_text
+from fa_bench.errors import OutputError, RunDirectoryError
+from fa_bench.files import CONFIG, METRICS, RESULT, write_text
+from fa_bench.runs import locks
 from fa_bench.runs.hashes import code_hash
+from fa_bench.runs.ownership import CHECKPOINTS, LAST, PREVIOUS, check_own, own_files
 
-CHECKPOINTS, LAST, PREVIOUS = "checkpoints", "last.pt", "previous.pt"
-EVENTS = "events.out.tfevents.*"
-#: Held by the process that writes a run's directory; its content says who that is.
-LOCK = ".lock"
-#: How long to try for the lock, in seconds: whoever looks whether it is held, holds it for a moment.
-PATIENCE = 1.0
 #: How a run's config.yaml begins, and how its second line.
 HEADER, CODE_HEADER = "# config hash: ", "# code hash: "
 
@@ -99,47 +88,44 @@ class RunDirectory:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Be the only process that writes this directory, which is made; it goes again where nothing was written into it.
+        """Be the only process that writes this directory, which is made where it is not there.
 
         Raises:
             HeldError: naming the process that writes it.
             OutputError: where the directory cannot be made or written.
         """
-        lock = self.path / LOCK
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            descriptor = _locked(lock)
-        except OSError as error:
-            if isinstance(error, HeldError):
-                raise
-            raise OutputError(f"{self.path}: cannot be written ({error.strerror or error})") from None
-        try:
+        with locks.hold(self.path):
             yield
-        finally:
-            with suppress(OSError):  # what the lock says is done with, wherever it stays
-                lock.unlink()
-            os.close(descriptor)
 
     def check(self) -> None:
-        """Refuse a directory that holds another config's run, or files of one that this is not known to be.
+        """Refuse a directory that holds another config's run, files of one that this is not known to be, or anything foreign.
 
         Raises:
             RunDirectoryError: naming the directory and what differs.
         """
-        config = self.path / CONFIG
-        if not config.exists():
-            strays = [name for name in (METRICS, RESULT, CHECKPOINTS) if (self.path / name).exists()]
+        if not self.path.is_dir():
+            return
+        config, known = self.path / CONFIG, False
+        if config.is_file() and not config.is_symlink():
+            try:
+                text = config.read_text(encoding="utf-8", errors="replace")
+            except OSError as error:
+                raise RunDirectoryError(f"{config}: cannot be read ({error.strerror})") from None
+            known = text.startswith(f"{HEADER}{self.job.config_hash}\n")
+            if not known:
+                raise RunDirectoryError(f"{self.path}: holds a run of another config ({self._difference(text)}); "
+                                        "choose another hydra.run.dir, or remove it")
+        elif not os.path.lexists(config):
+            strays = [name for name in (METRICS, RESULT, CHECKPOINTS) if os.path.lexists(self.path / name)]
             if strays:
                 raise RunDirectoryError(f"{self.path}: holds {', '.join(strays)} but no {CONFIG}; choose another directory")
-            return
-        try:
-            text = config.read_text(encoding="utf-8", errors="replace")
-        except OSError as error:
-            raise RunDirectoryError(f"{config}: cannot be read ({error.strerror})") from None
-        if text.startswith(f"{HEADER}{self.job.config_hash}\n"):
-            return
-        raise RunDirectoryError(f"{self.path}: holds a run of another config ({self._difference(text)}); "
-                                "choose another hydra.run.dir, or remove it")
+        check_own(self.path, self._wrote if known else None)
+
+    def _wrote(self, events: Path) -> bool:
+        """Whether an event file is of this run, as what it says about the run shows."""
+        from fa_bench.runs.events import is_of
+
+        return is_of(events, self.job)
 
     def _difference(self, text: str) -> str:
         try:
@@ -154,73 +140,18 @@ class RunDirectory:
         """Make it this run's; without `keep` what an earlier try of the same run left is removed.
 
         A result goes in either case: the run has none until it ends. So do files that a killed process was writing.
+
+        Raises:
+            RunDirectoryError: as `check`.
+            OutputError: where it cannot be written.
         """
+        self.check()  # again, for what came since: from here on files are removed
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            # Checkpoints first: those of other code must not outlive the line that says so.
-            if not keep:
-                shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
-            old = [self.path / name for name in ([RESULT] if keep else [RESULT, LOG, METRICS])]
-            for path in (*old, *self.path.rglob(f".*{TEMPORARY}"), *([] if keep else self.path.glob(EVENTS))):
+            for path in list(own_files(self.path, keep)):
                 path.unlink(missing_ok=True)
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written ({error.strerror or error})") from None
         text = OmegaConf.to_yaml(OmegaConf.create(self.job.plain()))
         code = code_hash(self.job.run.plugins)
         write_text(self.path / CONFIG, f"{HEADER}{self.job.config_hash}\n{CODE_HEADER}{code}\n{text}")
-
-
-def _locked(lock: Path) -> int:
-    """The descriptor of a lock file that is held by us until it is closed, or this process ends, however it does."""
-    until = time.monotonic() + PATIENCE
-    while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Between opening and locking, its last holder may have removed it.
-            if _same_file(descriptor, lock):
-                about = {"pid": os.getpid(), "host": platform.node(), "command": " ".join(sys.argv),
-                         "started": datetime.now().astimezone().isoformat(timespec="seconds")}
-                os.truncate(descriptor, 0)
-                os.write(descriptor, json.dumps(about).encode())
-                return descriptor
-        except BlockingIOError:
-            if time.monotonic() > until:
-                os.close(descriptor)
-                raise HeldError(f"{lock.parent}: {_holder_text(holder(lock.parent))} writes here; "
-                                "wait for it, or choose another directory") from None
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-        time.sleep(0.02)
-
-
-def _same_file(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def holder(directory: Path) -> dict[str, Any] | None:
-    """Who writes a run's directory: pid, host, command, started; None where nobody does."""
-    try:
-        with (directory / LOCK).open("rb") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                try:
-                    about = json.loads(lock.read())
-                except ValueError:  # it is being written this moment
-                    about = {}
-                return about if isinstance(about, dict) else {}
-    except OSError:
-        pass
-    return None
-
-
-def _holder_text(about: dict[str, Any] | None) -> str:
-    if not about:
-        return "another process"
-    return f"process {about.get('pid')} on {about.get('host')} (since {about.get('started')}: {about.get('command')})"

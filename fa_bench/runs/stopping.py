@@ -1,4 +1,4 @@
-"""How a run is asked to stop: SIGINT and SIGTERM wait for a moment at which the run's state is whole."""
+"""How a run is asked to stop: SIGINT, SIGTERM and SIGHUP wait for a moment at which the run's state is whole."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+#: A terminal that is closed sends the last one, which Windows lacks.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class Interrupted(KeyboardInterrupt):
@@ -21,7 +22,7 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def code(self) -> int:
-        """The exit code, as shells count: 130 after SIGINT, 143 after SIGTERM."""
+        """The exit code, as shells count: 130 after SIGINT, 143 after SIGTERM, 129 after SIGHUP."""
         return 128 + self.number
 
     def __str__(self) -> str:
@@ -63,7 +64,7 @@ def postponed() -> Iterator[Stop]:
 
 @contextmanager
 def raised(before: Callable[[int], Any] = lambda number: None) -> Iterator[None]:
-    """Within it SIGINT and SIGTERM raise Interrupted, after `before` was called with the signal.
+    """Within it each of `SIGNALS` raises Interrupted, after `before` was called with the signal.
 
     An error behind a signal becomes Interrupted, too: what a signal cuts short, such as an import, may fail in its own way.
     """
@@ -88,7 +89,9 @@ def _handling(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]
         # Python lets the main thread alone set handlers; whoever runs jobs in others stops them by their own means.
         yield
         return
-    old = {number: signal.signal(number, handle) for number in SIGNALS}
+    # nohup has SIGHUP ignored: the run is to outlive its terminal.
+    heard = [number for number in SIGNALS if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN]
+    old = {number: signal.signal(number, handle) for number in heard}
     try:
         yield
     finally:

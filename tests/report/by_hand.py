@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock
+
 from fa_bench.report.published import Entry
 from fa_bench.report.runs import find_runs, read_run
-from fa_bench.runs.rundir import LOCK
+from fa_bench.runs.ownership import HOLDER, LOCK
 
 T_2 = 4.302652729911275  # the 97.5 % quantile of Student's t with two degrees of freedom
 ANGLES = {
@@ -42,10 +43,8 @@ def write_run(root: Path, rule: str, seed: int, accuracy: float | None, metrics:
 @contextmanager
 def at_work(directory: Path, **said) -> Iterator[None]:
     """While it is open, a process runs in the directory."""
-    with (directory / LOCK).open("w") as lock:
-        json.dump({"pid": 1, "host": "here", **said}, lock)
-        lock.flush()
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(directory / LOCK):
+        (directory / HOLDER).write_text(json.dumps({"pid": 1, "host": "here", **said}))
         yield
 
 

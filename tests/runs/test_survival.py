@@ -20,7 +20,8 @@ import torch
 from fa_bench.cli import main
 from fa_bench.files import CONFIG, METRICS, RESULT
 from fa_bench.report import figures
-from fa_bench.runs import checkpoint, hashes, loop, rundir, train
+from fa_bench.runs import checkpoint, hashes, locks, loop, train
+from fa_bench.runs.ownership import HOLDER, LOCK
 from fa_bench.runs.stopping import Interrupted, raised
 from tests.data.files import write_cifar
 
@@ -63,7 +64,7 @@ def at_step(number: int, act: Callable[[], Any], monkeypatch: Patch) -> None:
     monkeypatch.setattr(train._Session, "_on_step", acting)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("rule", RULES, ids=["kp", "pfa", "wm", "brsf"])
 @pytest.mark.parametrize("step", [5, 8])  # the last batch of an epoch of five, and the middle of one
 def test_signal_writes_a_checkpoint_within_the_epoch(
@@ -213,10 +214,10 @@ def test_only_one_process_writes_a_directory(capsys: Capture) -> None:
         assert main(RUN) == 2
         said = capsys.readouterr().err
         assert re.search(rf"run: process {other.pid} on \S+ \(since .*\) writes here", said) and len(said.splitlines()) == 1
-        assert [path.name for path in Path("run").iterdir()] == [rundir.LOCK]
+        assert sorted(path.name for path in Path("run").iterdir()) == [HOLDER, LOCK]
         other.kill()
-    assert main(RUN) == 0 and rundir.holder(Path("run")) is None  # a killed process holds nothing
-    assert not (Path("run") / rundir.LOCK).exists()
+    assert main(RUN) == 0 and locks.holder(Path("run")) is None  # a killed process holds nothing
+    assert not (Path("run") / LOCK).exists()
 
 
 SWEEP = ["-m", *COMMON, "algorithm=kp,brsf", "seed=0,1", "output_dir=out"]

@@ -10,6 +10,7 @@ import re
 import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from fa_bench.config.registries import ALGORITHMS
 from fa_bench.files import METRICS
 from fa_bench.runs import checkpoint, events, loop
 from fa_bench.runs.events import HYPERPARAMETERS, Events
+from fa_bench.runs.ownership import NEW_EVENTS, record_events, recorded_events
 
 MLP = ["dataset=synthetic", "dataset.samples=80", "dataset.test_samples=16", "batch_size=16", "probe_size=8",
        "architecture.widths=[8,6]"]
@@ -110,12 +112,24 @@ def torn(file: Path) -> None:
 
 def beyond(file: Path) -> None:
     """Another file with records of later steps than the checkpoint's, a final number among them, and garbage behind them."""
-    with SummaryWriter(str(file.parent), filename_suffix=".later") as writer:
+    with another_file(file.parent) as writer:
         for step in (9, 10, 40):
             writer.add_scalar("loss/train", 99.0, step)
             writer.add_scalar("final/seconds", 99.0, step)
     with event_files(file.parent)[-1].open("ab") as stream:
         stream.write(b"\x07garbage" * 9)
+
+
+@contextmanager
+def another_file(folder: Path, **options: Any) -> Iterator[SummaryWriter]:
+    """A later event file in a run's directory, which the run has recorded as its own."""
+    with SummaryWriter(str(folder), filename_suffix=".later", **options) as writer:
+        yield writer
+    (written,) = folder.glob("*.later")
+    last = max(int(path.name.split(".")[3]) for path in folder.glob("events.out.*"))
+    own = f"events.out.tfevents.{last + 1:010d}.host.1.0"
+    written.rename(folder / own)
+    record_events(folder, [*recorded_events(folder), own])
 
 
 def test_curves_of_a_run_stopped_twice_are_those_of_one_never_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +168,7 @@ def test_a_kill_at_any_moment_of_rewriting_loses_nothing(job: Job, tmp_path: Pat
     """Every call that touches a file, one after the other, is the last one before the kill."""
     first = Events(tmp_path, job, 0)
     put(first, *range(9))
-    (tmp_path / ".events.1.tmp").write_bytes(b"left by another process")
+    (tmp_path / NEW_EVENTS).write_bytes(b"left by another process")
     kept = {tag: points[:7] for tag, points in curves(first.path).items()}
     walls = [event.wall_time for event in read(first.path) if event.summary.value and 0 < event.step <= 6]
 
@@ -186,7 +200,7 @@ def test_starts_in_old_files_are_taken_as_readers_take_them(job: Job, tmp_path: 
     first = Events(tmp_path, job, 0)
     put(first, *range(9))
     first.close()
-    with SummaryWriter(str(tmp_path), purge_step=4, filename_suffix=".later") as writer:
+    with another_file(tmp_path, purge_step=4) as writer:
         writer.add_scalar("loss/train", 0.25, 5)
     Events(tmp_path, job, 7).close()
     assert curves(tmp_path) == {"loss/train": [(step, pytest.approx(1 / (step + 1))) for step in range(4)] + [(5, 0.25)],

@@ -1,0 +1,136 @@
+"""Which files of a directory are a run's own: known by their full names, never by a pattern, and never through a link."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from fa_bench.errors import RunDirectoryError, names
+from fa_bench.files import CONFIG, LOG, METRICS, RESULT, temporary_name, write_text
+
+CHECKPOINTS, LAST, PREVIOUS = "checkpoints", "last.pt", "previous.pt"
+#: The lock, and who holds it.
+LOCK, HOLDER = ".lock", ".holder.json"
+#: The names of the event files that the run has made: TensorBoard wants them to have names of their own.
+EVENTS = ".events.json"
+#: An event file that is being written; a watching TensorBoard lists every name with "tfevents" in it.
+NEW_EVENTS = ".events.tmp"
+_WRITTEN = (CONFIG, METRICS, RESULT, HOLDER, EVENTS)
+TEMPORARIES = (NEW_EVENTS, *map(temporary_name, _WRITTEN))
+CHECKPOINT_TEMPORARIES = (temporary_name(LAST), temporary_name(PREVIOUS))
+#: What others put there unasked, such as Hydra on request, file managers and fa-bench-report: neither touched nor refused.
+_LEFT_ALONE = re.compile(r"\.hydra|(cli|fa_bench)\.log|\.DS_Store|Thumbs\.db|desktop\.ini|report(_[\w.-]+)?\.(md|csv|png)")
+_EVENT_NAME = re.compile(r"events\.out\.tfevents\.\d{10,}\.[^/\\]+\.\d+\.0")
+#: What a lock's file says: nothing, or who holds it, as earlier versions wrote and filelock does on file systems without locks.
+_LOCK_TEXT = re.compile(rb"\Z|\{\"pid\"|\d+\r?\n[^\n]+\n\d+\r?\n\Z")
+#: Temporary files that earlier versions named after their process; left where they are.
+_EARLIER = re.compile(rf"\.({'|'.join(map(re.escape, (CONFIG, METRICS, RESULT, LAST, 'events')))})\.\d+\.tmp")
+
+
+def own_files(directory: Path, keep: bool) -> Iterator[Path]:
+    """What a run removes as it starts, in order: checkpoints first, for those of other code must not outlive the config.
+
+    Args:
+        directory: the run's.
+        keep: whether the run goes on from its checkpoint; then only its result and what was half written go.
+    """
+    if not keep:
+        yield from (directory / CHECKPOINTS / name for name in (LAST, PREVIOUS))
+    yield from (directory / CHECKPOINTS / name for name in CHECKPOINT_TEMPORARIES)
+    yield from (directory / name for name in TEMPORARIES)
+    yield directory / RESULT
+    if not keep:
+        yield from (directory / name for name in (LOG, METRICS, *recorded_events(directory), EVENTS))
+
+
+def recorded_events(directory: Path) -> list[str]:
+    """The names of the event files that the run in `directory` recorded as its own, in the order in which it made them."""
+    try:
+        found = json.loads((directory / EVENTS).read_bytes())
+    except (OSError, ValueError):
+        return []
+    return [name for name in found if isinstance(name, str) and _EVENT_NAME.fullmatch(name)] if isinstance(found, list) else []
+
+
+def record_events(directory: Path, files: Iterable[str]) -> None:
+    """Record the names of a run's event files; to be called before they are made.
+
+    Raises:
+        OutputError: where that cannot be written.
+    """
+    write_text(directory / EVENTS, json.dumps(list(files)) + "\n")
+
+
+def check_own(directory: Path, is_own_events: Callable[[Path], bool] | None) -> None:
+    """Refuse a directory with anything in it that is not a run's, or that is a link where a run has a file.
+
+    Args:
+        directory: exists.
+        is_own_events: whether an event file is the run's, for a directory without a record, as earlier versions left it; None
+            where the directory is not known to be the run's.
+
+    Raises:
+        RunDirectoryError: naming what is there.
+    """
+    files = {LOCK, LOG, *_WRITTEN, *TEMPORARIES, *recorded_events(directory)}
+    foreign = []
+    try:
+        for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
+            if _LEFT_ALONE.fullmatch(entry.name):
+                continue
+            if entry.name == CHECKPOINTS:
+                _check_kind(Path(entry.path), folder=True)
+                foreign += _foreign_checkpoints(Path(entry.path))
+            elif entry.name in files:
+                _check_kind(Path(entry.path))
+            elif is_own_events is None or not _made_earlier(Path(entry.path), is_own_events):
+                foreign.append(entry.name)
+    except OSError as error:
+        if isinstance(error, RunDirectoryError):
+            raise
+        raise RunDirectoryError(f"{directory}: cannot be read ({error.strerror})") from None
+    if foreign:
+        shown = names(map(repr, foreign[:3])) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
+        raise RunDirectoryError(f"{directory}: holds {shown}, no part of a run; choose another directory, or move that away")
+    _check_lock(directory / LOCK)
+
+
+def _foreign_checkpoints(folder: Path) -> list[str]:
+    foreign = []
+    for name in sorted(os.listdir(folder)):
+        if name in (LAST, PREVIOUS, *CHECKPOINT_TEMPORARIES):
+            _check_kind(folder / name)
+        elif not _LEFT_ALONE.fullmatch(name) and not _EARLIER.fullmatch(name):
+            foreign.append(f"{CHECKPOINTS}/{name}")
+    return foreign
+
+
+def _check_kind(path: Path, folder: bool = False) -> None:
+    mode = path.lstat().st_mode
+    if stat.S_ISLNK(mode):
+        raise RunDirectoryError(f"{path}: a link; a run follows and removes none: remove it, or choose another directory")
+    if not (stat.S_ISDIR(mode) if folder else stat.S_ISREG(mode)):
+        raise RunDirectoryError(f"{path}: not a {'folder' if folder else 'file'}, as a run has there; choose another directory")
+
+
+def _check_lock(path: Path) -> None:
+    """Taking a lock empties its file: one with somebody's text, or another name elsewhere, is not taken."""
+    try:
+        if path.lstat().st_nlink == 1 and _LOCK_TEXT.match(path.read_bytes()[:4096]):
+            return
+    except OSError:  # none there, or, on Windows, one that is held
+        return
+    raise RunDirectoryError(f"{path}: not the lock of a run; choose another directory")
+
+
+def _made_earlier(path: Path, is_own_events: Callable[[Path], bool]) -> bool:
+    """Whether an earlier version of fa_bench left a file in a run's directory, which had no record of such names."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        return False
+    if _EARLIER.fullmatch(path.name):
+        return True
+    return _EVENT_NAME.fullmatch(path.name) is not None and (path.stat().st_size == 0 or is_own_events(path))

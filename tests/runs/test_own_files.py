@@ -1,0 +1,191 @@
+"""A run removes and overwrites its own files alone: everything else in the folders it is given stays as it was, byte by byte."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fa_bench.cli import main
+from fa_bench.errors import RunDirectoryError
+from fa_bench.files import CONFIG, LOG, RESULT, check_place
+from fa_bench.runs import hashes, ownership
+
+Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
+COMMON = ["dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16", "batch_size=16", "epochs=1", "probe_size=8",
+          "architecture.widths=[8]"]
+RUN = [*COMMON, "hydra.run.dir=run"]
+#: What may lie in somebody's folder; the last ones look like what a run, or an earlier version of fa_bench, writes.
+FOREIGN = ["notes.txt", ".draft.tmp", ".bashrc", "notes/deep/.draft.tmp", "checkpoints/best.pt", "checkpoints/.best.pt.tmp",
+           "my.log", "data/.x.tmp", "run.log.1", ".lock.txt", "events.out.tfevents.1700000000.host",
+           "events.out.tfevents.1700000000.host.1.0", ".metrics.jsonl.7.tmp", ".events.7.tmp", "checkpoints/.last.pt.7.tmp"]
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def put(name: str, text: str = "mine") -> Path:
+    path = Path("run", name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def bytes_below(folder: str | Path) -> dict[str, bytes]:
+    return {str(path): os.readlink(path).encode() if path.is_symlink() else path.read_bytes()
+            for path in sorted(Path(folder).rglob("*")) if path.is_symlink() or path.is_file()}
+
+
+def refused(command: list[str], capsys: Capture) -> str:
+    capsys.readouterr()
+    before = bytes_below(".")
+    assert main(command) == 2
+    said = capsys.readouterr().err.strip()
+    assert len(said.splitlines()) == 1 and bytes_below(".") == before, said
+    return said
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_folder_with_anything_foreign_in_it_is_refused_and_left_as_it_is(name: str, capsys: Capture) -> None:
+    put(name)
+    shown = name if name.startswith("checkpoints/") else name.split("/")[0]
+    said = refused(RUN, capsys)
+    assert "checkpoints but no config.yaml" in said if shown.startswith("checkpoints/") else f"run: holds '{shown}'" in said
+
+
+@pytest.mark.parametrize("name", [n for n in FOREIGN if "7.tmp" not in n])
+def test_foreign_files_in_a_run_of_ones_own_are_named_by_single_runs_and_sweeps(name: str, capsys: Capture) -> None:
+    assert main([*COMMON, "output_dir=o"]) == 0
+    (place,) = [path.parent for path in Path("o").rglob(RESULT)]
+    for path in place.iterdir():  # where `put` puts it
+        assert path.name in {CONFIG, LOG, RESULT, "metrics.jsonl", "checkpoints", ownership.EVENTS} or "tfevents" in path.name
+    put(f"../{place}/{name}")
+    for command in ([*COMMON, "output_dir=o"], [*COMMON, "output_dir=o", "resume=false"], ["-m", *COMMON, "output_dir=o"]):
+        assert "no part of a run; choose another directory, or move that away" in refused(command, capsys)
+
+
+def test_a_working_directory_with_files_is_no_run_directory(capsys: Capture) -> None:
+    put("../notes/deep/.draft.tmp")
+    assert "holds 'notes'" in refused([*COMMON, "hydra.run.dir=."], capsys)
+
+
+def test_what_others_put_there_unasked_stays(capsys: Capture) -> None:
+    kept = [put(name) for name in (".DS_Store", ".hydra/config.yaml", "cli.log", "report.md", "report_curves-a.png")]
+    for extra in ([], ["resume=true"], ["resume=false"]):
+        assert main([*RUN, *extra]) == 0 and all(path.read_text() == "mine" for path in kept)
+
+
+def test_hydras_own_records_and_log_do_not_hinder_a_run() -> None:
+    command = [*RUN, "hydra.output_subdir=.hydra", "hydra/job_logging=default"]
+    assert main(command) == 0 and main([*command, "resume=false"]) == 0 and Path("run/.hydra/config.yaml").exists()
+
+
+def test_starting_anew_removes_the_runs_own_files_alone(monkeypatch: Patch) -> None:
+    assert main(RUN) == 0
+    (events,) = Path("run").glob("events.out.*")
+    left = [put(f"{folder}{name}") for folder, names in (
+        ("", ownership.TEMPORARIES), ("checkpoints/", ownership.CHECKPOINT_TEMPORARIES)) for name in names]
+    before = Path("run/checkpoints/last.pt").stat().st_ino
+    assert main([*RUN, "resume=false"]) == 0
+    assert not any(path.exists() for path in left) and Path("run/checkpoints/last.pt").stat().st_ino != before
+    assert events.name not in (names := ownership.recorded_events(Path("run"))) and len(names) == 1
+
+
+@pytest.mark.parametrize("name", [LOG, RESULT, CONFIG, "metrics.jsonl", ownership.EVENTS, ownership.LOCK, ".result.json.tmp",
+                                  "checkpoints", "checkpoints/last.pt", "events"])
+@pytest.mark.parametrize("resume", ["true", "false"])
+def test_nothing_is_opened_or_removed_through_a_link(name: str, resume: str, tmp_path: Path, capsys: Capture) -> None:
+    assert main(RUN) == 0
+    link = next(Path("run").glob("events.out.*")) if name == "events" else Path("run", name)
+    elsewhere = Path("elsewhere")
+    link.rename(elsewhere) if link.exists() else elsewhere.write_text("theirs")
+    link.symlink_to(tmp_path / elsewhere)
+    said = refused([*RUN, f"resume={resume}"], capsys)
+    assert name == CONFIG or f"{link}: a link" in said
+    assert "a link" in said
+
+
+def test_links_that_lead_nowhere_and_pipes_are_refused(capsys: Capture) -> None:
+    Path("run").mkdir()
+    Path("run", LOG).symlink_to("nowhere")
+    assert "run.log: a link" in refused(RUN, capsys)
+    Path("run", LOG).unlink()
+    os.mkfifo(Path("run", LOG))
+    assert "run.log: not a file" in refused(RUN, capsys)
+
+
+def test_a_lock_that_is_somebodys_file_is_not_emptied(capsys: Capture) -> None:
+    put(ownership.LOCK, "their text")
+    assert ".lock: not the lock of a run" in refused(RUN, capsys)
+    put(ownership.LOCK, "")
+    os.link(put("../other", ""), "run/second")
+    os.replace("run/second", Path("run", ownership.LOCK))
+    assert ".lock: not the lock of a run" in refused(RUN, capsys)
+
+
+def test_a_copy_made_of_hard_links_stays_as_it_was() -> None:
+    assert main([*RUN, "epochs=2"]) == 0
+    for path in [path for path in Path("run").rglob("*") if path.is_file()]:
+        copy = Path("copy", path.relative_to("run"))
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        os.link(path, copy)
+    before = bytes_below("copy")
+    Path("run/checkpoints/last.pt").unlink()  # from the one before: an epoch is trained again
+    assert main([*RUN, "epochs=2", "resume=true"]) == 0 and bytes_below("copy") == before
+    assert main([*RUN, "epochs=2", "resume=false"]) == 0 and bytes_below("copy") == before
+
+
+def test_a_record_of_events_that_names_other_files_removes_none_of_them(capsys: Capture) -> None:
+    assert main(RUN) == 0
+    outside, beside = put("../outside"), Path("run", LOG)
+    own = ownership.recorded_events(Path("run"))
+    put(ownership.EVENTS, json.dumps([*own, "../outside", str(outside.absolute()), 7, "checkpoints", f"x/../{own[0]}"]))
+    assert ownership.recorded_events(Path("run")) == own
+    assert main([*RUN, "resume=false"]) == 0 and outside.read_text() == "mine" and beside.exists()
+
+
+def earlier(change: Callable[[], object], monkeypatch: Patch) -> None:
+    """A run as an earlier version left it: by other code, without a record of its event files."""
+    with monkeypatch.context() as patch:
+        patch.setattr(hashes, "_package_hash", lambda: "earlier code")
+        assert main(RUN) == 0
+    Path("run", ownership.EVENTS).unlink()
+    change()
+
+
+def test_what_an_earlier_version_left_is_known_by_what_it_says(monkeypatch: Patch, capsys: Capture) -> None:
+    earlier(lambda: [put(name) for name in (".events.7.tmp", "checkpoints/.last.pt.7.tmp")], monkeypatch)
+    put("events.out.tfevents.1700000000.host.1.0", "")
+    put(ownership.LOCK, json.dumps({"pid": 1}))
+    assert main([*RUN, "resume=null"]) == 0
+    assert Path("run/.events.7.tmp").read_text() == "mine"
+
+
+def test_event_files_of_others_in_an_earlier_versions_run_are_foreign(monkeypatch: Patch, capsys: Capture) -> None:
+    earlier(lambda: main([*COMMON, "seed=5", "hydra.run.dir=other"]), monkeypatch)
+    (other,) = Path("other").glob("events.out.*")
+    put(other.name).write_bytes(other.read_bytes())
+    assert f"holds '{other.name}'" in refused(RUN, capsys)
+
+
+@pytest.mark.parametrize("place", ["/", "//", "/.", "/..", "/tmp/../..", "up"])
+def test_the_root_is_refused(place: str) -> None:
+    """Of the function alone: what it refuses is tried by no command."""
+    Path("up").symlink_to("/")
+    with pytest.raises(RunDirectoryError, match="the root of the file system is no folder for runs"):
+        check_place(Path(place))
+
+
+@pytest.mark.parametrize("option", ["output_dir=''", "output_dir=", "output_dir='  '", "hydra.run.dir=''"])
+def test_an_empty_folder_name_is_refused(option: str, capsys: Capture) -> None:
+    assert "is empty; name a folder, such as outputs" in refused([*COMMON, option], capsys)
+
+
+@pytest.mark.parametrize("option", ["output_dir=''", "output_dir=null", "hydra.sweep.dir=''"])
+def test_an_empty_folder_name_is_refused_in_sweeps(option: str, capsys: Capture) -> None:
+    assert option.split("=")[0] in refused(["-m", *COMMON, option], capsys)

@@ -1,0 +1,170 @@
+"""Locks, and the processes that runs start: none outlives its use, none keeps what is another's."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fa_bench.cli import main
+from fa_bench.files import METRICS, RESULT
+from fa_bench.runs import locks, parent
+from fa_bench.runs.locks import holder
+from fa_bench.runs.ownership import HOLDER, LOCK
+from fa_bench.runs.stopping import Interrupted, raised
+
+Patch = pytest.MonkeyPatch
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+COMMON = ["dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16", "batch_size=16", "probe_size=8",
+          "architecture.widths=[8]"]
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@contextmanager
+def started(*command: str) -> Iterator[subprocess.Popen[str]]:
+    """A command of Python's in a process of its own, which is killed in the end."""
+    with subprocess.Popen([sys.executable, *command], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def until(found: Callable[[], Any], seconds: float = 60) -> Any:
+    """What `found` gives once that is true."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := found():
+            return value
+        time.sleep(0.02)
+    raise AssertionError("not within time")
+
+
+def test_a_process_forked_from_the_holder_does_not_keep_the_lock() -> None:
+    """As the workers of a data loader do, which outlive a killed run by seconds."""
+    holding = ("import os, time; from pathlib import Path; from fa_bench.runs import locks\n"
+               "with locks.hold(Path('run')):\n"
+               "    child = os.fork()\n"
+               "    print(child, flush=True) if child else None\n"
+               "    time.sleep(60)")
+    with started("-c", holding) as process:
+        assert process.stdout
+        child = int(process.stdout.readline())
+        try:
+            assert (holder(Path("run")) or {})["pid"] == process.pid
+            process.kill()
+            process.wait()
+            os.kill(child, 0)  # it lives
+            assert holder(Path("run")) is None
+            with locks.hold(Path("run")):
+                assert (holder(Path("run")) or {})["pid"] == os.getpid()
+        finally:
+            os.kill(child, signal.SIGKILL)
+    assert not list(Path("run").iterdir())
+
+
+def test_asking_who_holds_a_lock_follows_no_link() -> None:
+    Path("run").mkdir()
+    Path("theirs").write_text("theirs")
+    Path("run", LOCK).symlink_to(Path("theirs").absolute())
+    assert holder(Path("run")) is None and Path("theirs").read_text() == "theirs"
+
+
+def test_the_lock_is_tried_for_while_a_killed_process_ends(monkeypatch: Patch) -> None:
+    holding = ("import sys; from pathlib import Path; from fa_bench.runs import locks\n"
+               "with locks.hold(Path('run')): print('held', flush=True); sys.stdin.readline()")
+    with subprocess.Popen([sys.executable, "-c", holding], env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True) as other:
+        assert other.stdout and other.stdin and other.stdout.readline() == "held\n"
+        monkeypatch.setattr(locks, "PATIENCE", 60.0)
+        other.stdin.write("\n")
+        other.stdin.flush()
+        with locks.hold(Path("run")):
+            assert json.loads(Path("run", HOLDER).read_text())["pid"] == os.getpid()
+
+
+def test_workers_of_a_sweep_end_when_its_process_is_killed() -> None:
+    command = ["-m", "fa_bench.cli", "-m", *COMMON, "epochs=100000", "seed=0,1", "output_dir=out", "hydra/launcher=joblib",
+               "hydra.launcher.n_jobs=2"]
+    with started(*command) as process:
+        places = until(lambda: found if len(found := [p.parent for p in Path("out").rglob(METRICS)]) == 2 else None, 120)
+        pids = [(holder(place) or {})["pid"] for place in places]
+        assert process.pid not in pids
+        process.kill()
+        process.wait()
+    until(lambda: not any(holder(place) for place in places), 20)
+    for pid in pids:
+        until(lambda pid=pid: not alive(pid), 20)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("starter", ["this", "another"])
+def test_only_processes_that_multiprocessing_started_are_watched(starter: str) -> None:
+    threads: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parent.threading, "Thread", lambda **options: threads.append(options))
+        parent.end_with(os.getpid() if starter == "this" else os.getppid())
+    assert not threads
+
+
+def test_a_process_whose_parent_ended_before_it_looked_ends() -> None:
+    code = ("import multiprocessing; from fa_bench.runs import parent\n"
+            "multiprocessing.current_process().name = 'Worker'; parent.end_with(1 << 30); print('lives on')")
+    ran = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (1, ""), ran.stderr
+
+
+def test_a_hangup_stops_unless_it_is_ignored() -> None:
+    with pytest.raises(Interrupted) as caught, raised():
+        signal.raise_signal(signal.SIGHUP)
+    assert caught.value.code == 129
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with raised():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_needs_nothing_that_windows_lacks() -> None:
+    """Every module is imported, and a run is trained, by code whose imports of fcntl and resource fail."""
+    code = """
+import builtins, importlib, pkgutil, sys
+ask = builtins.__import__
+def refusing(name, globals=None, *arguments, **named):
+    if name in ("fcntl", "resource") and (globals or {}).get("__name__", "").split(".")[0] in ("fa_bench", "filelock"):
+        raise ModuleNotFoundError(name)
+    return ask(name, globals, *arguments, **named)
+builtins.__import__ = refusing
+import fa_bench
+for module in pkgutil.walk_packages(fa_bench.__path__, "fa_bench."):
+    if "__main__" not in module.name:
+        importlib.import_module(module.name)
+from fa_bench.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", code, *COMMON, "epochs=1", "hydra.run.dir=run"], env=ENVIRONMENT,
+                         capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(Path("run", RESULT).read_text())["peak_memory_bytes"] is None
+    assert main([*COMMON, "epochs=1", "hydra.run.dir=run"]) == 0
