@@ -114,6 +114,9 @@ def test_labels_that_are_no_class_are_named(name, label):
     logits = net(x)
     with pytest.raises(ValueError, match=rf"rule '{name}': label {label} is out of range: .* 3 classes, numbered from 0 to 2"):
         rule.backward(logits.square().sum(), logits, y)
+    logits = net(x)
+    with pytest.raises(ValueError, match=rf"label {label} is out of range"):  # where no scale has to be found, too
+        rule.backward(logits.square().sum(), logits, y, loss_scale=1.0)
     assert all(p.grad is None for p in [*net.parameters(), *rule.feedback_parameters()])
     y[2] = 2
     assert any(grad is not None and grad.any() for grad in rule_grads(net, rule, x, y).values())
