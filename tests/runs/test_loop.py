@@ -225,3 +225,14 @@ def test_angles_are_measured_once_for_a_step() -> None:
         fit(fa_bench.attach(make_model(), "fa", seed=0), load(), 2, probe_every=every,
             on_probe=lambda step, _, measured=measured: measured.append(step))
         assert measured == steps
+
+
+def test_an_evaluation_may_be_left_before_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten test images and four for validation, in batches of four; a training of one epoch evaluates both."""
+    monkeypatch.setattr(loop, "EVALUATION_BATCH", 1)
+    waits: list[None] = []
+    evaluated = loop.evaluate(make_model(), load().test, 4, lambda: waits.append(None))
+    assert len(waits) == 3 and evaluated == loop.evaluate(make_model(), load().test, 4)
+    waits.clear()
+    fit(fa_bench.attach(make_model(), "bp"), load(), 1, on_wait=lambda: waits.append(None))
+    assert len(waits) == 2, "batches of 16 here"
