@@ -195,9 +195,8 @@ class SharingRule(EdgeRule):
         return super().end_forward(model, args, output)
 
     def _forget(self) -> None:
-        if not recomputing():
-            for source in self._sources.values():
-                source.forget()
+        for source in self._sources.values():
+            source.forget()
 
     def put_in(self, sample_input: Any) -> Coverage:
         trace = self.trace(sample_input)

@@ -114,6 +114,9 @@ def test_labels_that_are_no_class_are_named(name, label):
     logits = net(x)
     with pytest.raises(ValueError, match=rf"rule '{name}': label {label} is out of range: .* 3 classes, numbered from 0 to 2"):
         rule.backward(logits.square().sum(), logits, y)
+    logits = net(x)
+    with pytest.raises(ValueError, match=rf"label {label} is out of range"):  # where no scale has to be found, too
+        rule.backward(logits.square().sum(), logits, y, loss_scale=1.0)
     assert all(p.grad is None for p in [*net.parameters(), *rule.feedback_parameters()])
     y[2] = 2
     assert any(grad is not None and grad.any() for grad in rule_grads(net, rule, x, y).values())
@@ -285,3 +288,18 @@ def test_magnitudes_of_a_separate_carrier_are_drawn_as_m_is_and_have_its_signs()
     m, k, bound = rule.feedback["1"]["M"], rule.feedback["1"]["K"], (6 / 1000) ** 0.5
     assert torch.equal(k.sign(), m.sign()) and 0.99 * bound < k.abs().max() <= bound
     assert abs(torch.corrcoef(torch.stack([k.abs().flatten(), m.abs().flatten()]))[0, 1].item()) < 0.1
+
+
+@pytest.mark.parametrize("name", ["predsim", "dgl", "asfp_lc"])
+@pytest.mark.parametrize("number", [0, 1])
+def test_an_auxiliary_parameter_that_is_frozen_leaves_the_others_their_gradients(name, number):
+    model = "mlp" if name != "asfp_lc" else "resnet20"
+    found = []
+    for freezes in (False, True):
+        net, rule, x, y = registered(model, name)
+        own = [key for key, _ in net.named_parameters() if "auxiliary" in key]
+        net.get_parameter(own[number]).requires_grad_(not freezes)
+        rule_grads(net, rule, x, y)
+        found.append({key: net.get_parameter(key).grad for key, _ in net.named_parameters() if key != own[number]})
+        assert (net.get_parameter(own[number]).grad is None) == freezes
+    assert_bitwise(*found)

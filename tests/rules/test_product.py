@@ -262,3 +262,10 @@ def test_bfloat16_autocast(name, net):
     for key, want in found[0].items():
         assert found[1][key].dtype == torch.float32 and want.any()
         assert (found[1][key] - want).norm() <= 0.05 * want.norm(), key
+
+
+@pytest.mark.parametrize(("ratio", "between"), [(1.0, 5), (1.55, 8), (2.3, 12), (0.1, 1), (0.01, 1)])
+def test_the_population_in_between_has_the_nearest_number_of_units(ratio, between):
+    """And one at least."""
+    _, rule = linear(5, 4, "pfa", ratio=ratio)
+    assert rule.feedback["0"]["B"].shape == (5, between) and rule.feedback["0"]["R"].shape == (between, 4)

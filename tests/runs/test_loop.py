@@ -216,3 +216,23 @@ def test_evaluation_averages_over_images_and_not_over_batches() -> None:
     # Sums of 600 float32 numbers in another order.
     assert loop.evaluate(model, split, BATCH) == pytest.approx(evaluate_by_hand(model, x, y), rel=1e-5)
     assert not model.training and loop.evaluate(model.train(), split, BATCH) and model.training
+
+
+def test_angles_are_measured_once_for_a_step() -> None:
+    """Three batches in an epoch, and the last one's angles are those of the end; none at the end twice."""
+    for every, steps in ((3, [0, 3, 6]), (2, [0, 2, 4, 6]), (4, [0, 4, 6]), (0, [6])):
+        measured: list[int] = []
+        fit(fa_bench.attach(make_model(), "fa", seed=0), load(), 2, probe_every=every,
+            on_probe=lambda step, _, measured=measured: measured.append(step))
+        assert measured == steps
+
+
+def test_an_evaluation_may_be_left_before_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten test images and four for validation, in batches of four; a training of one epoch evaluates both."""
+    monkeypatch.setattr(loop, "EVALUATION_BATCH", 1)
+    waits: list[None] = []
+    evaluated = loop.evaluate(make_model(), load().test, 4, lambda: waits.append(None))
+    assert len(waits) == 3 and evaluated == loop.evaluate(make_model(), load().test, 4)
+    waits.clear()
+    fit(fa_bench.attach(make_model(), "bp"), load(), 1, on_wait=lambda: waits.append(None))
+    assert len(waits) == 2, "batches of 16 here"
