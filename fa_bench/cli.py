@@ -25,6 +25,7 @@ from fa_bench.config.labels import differing, flat, label, plan
 from fa_bench.config.scale import scaled
 from fa_bench.errors import ConfigError, FaBenchError, HeldError, RunDirectoryError, printable
 from fa_bench.files import LOG, cannot_write
+from fa_bench.runs.data_checks import forget
 from fa_bench.runs.locks import holder
 from fa_bench.runs.parent import end_with
 from fa_bench.runs.rundir import RunDirectory, Stage
@@ -115,12 +116,14 @@ def _main(argv: list[str]) -> int:
     if arguments.cfg:
         return _hydra(argv)
     jobs = composer.check(grid)
+    forget()
     try:
         return _run(jobs, composer, argv, flags, arguments.multirun)
     except KeyboardInterrupt as error:
         kept = any(RunDirectory(place, job).checkpoint.exists() for job, place in jobs)
-        again = "the same command goes on from it" if arguments.multirun else "resume=true goes on from it"
-        print(f"fa-bench: interrupted; {f'there is a checkpoint: {again}' if kept else 'no checkpoint yet'}", file=sys.stderr)
+        same = "the same command without resume=false" if any(job.run.resume is False for job, _ in jobs) else "the same command"
+        print(f"fa-bench: interrupted; {f'checkpoint saved: rerun {same} to resume' if kept else 'no checkpoint yet'}",
+              file=sys.stderr)
         return _code(error)
 
 
@@ -288,7 +291,7 @@ def _job(config: DictConfig) -> None:
         return
     try:
         with shown(), raised():
-            run(job, directory, title=title, experiment=experiment, later_epochs=sum(epochs[number + 1:]), grid=not alone)
+            run(job, directory, title=title, experiment=experiment, later_epochs=sum(epochs[number + 1:]))
         return
     except HeldError as error:
         reason: Exception = error

@@ -42,7 +42,7 @@ RULES = {
     "pfa": ["algorithm.density=0.5", "algorithm.ratio=2", "optimizer.first_epoch_weight_decay=0.01"],
     "wm": ["algorithm.initial_steps=400"],
 }
-SINGLE = {name: [f"algorithm={name}", *options, *COMMON, "hydra.run.dir=run", "resume=true"] for name, options in RULES.items()}
+SINGLE = {name: [f"algorithm={name}", *options, *COMMON, "hydra.run.dir=run"] for name, options in RULES.items()}
 COMMANDS = {**SINGLE, "sweep": ["-m", "algorithm=kp,brsf,wm", "seed=0,1", *COMMON, "hydra.sweep.dir=sweep"]}
 #: What two runs of the same bits may differ in; the checkout may change while they run.
 MAY_DIFFER = ("seconds", "peak_memory_bytes", "git")

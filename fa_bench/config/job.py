@@ -44,8 +44,8 @@ class RunOptions(Options):
     device: str = option("auto", "auto (an accelerator where there is one), cpu, cuda, cuda:1, mps")
     data_dir: str = option("data", "folder of the datasets; for image_folder the dataset itself")
     output_dir: str = option("outputs", "folder of the run directories")
-    resume: bool | None = option(None, "true: go on from what the run's directory holds; false: start anew; null: a single run "
-                                       "starts anew, a grid goes on, and starts anew what other code made")
+    resume: bool | None = option(None, "null: resume from the run's directory, or restart where other code or other data "
+                                       "made it, or it is damaged; true: refuse these; false: restart")
     checkpoint_epochs: int = option(1, "epochs between two checkpoints; the last epoch has one in any case", minimum=1)
     checkpoint_minutes: float = option(10.0, "minutes after which a checkpoint is written within an epoch; 0: never", minimum=0)
     on_error: str = option("continue", "whether the other jobs of a grid run on after one has failed",

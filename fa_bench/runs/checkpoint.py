@@ -3,25 +3,45 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from fa_bench.errors import RunDirectoryError, StateError
+from fa_bench.config.job import first_line
+from fa_bench.errors import RunDirectoryError
 from fa_bench.files import atomic, temporary_name
 from fa_bench.mechanisms.rule import Rule
 from fa_bench.optim import Optimizers
 from fa_bench.process import random_state, restore_random_state
 from fa_bench.runs.loop import Progress
 
-VERSION = 2
+VERSION = 3
 
 
-def save(path: Path, before: Path, config_hash: str, progress: Progress, rule: Rule, optimizers: Optimizers) -> None:
+class Expected(NamedTuple):
+    """What a checkpoint must fit.
+
+    Attributes:
+        config_hash: of the run.
+        data_hash: of its data as they are now.
+        epochs: that it trains.
+        steps: batches in an epoch.
+    """
+
+    config_hash: str
+    data_hash: str
+    epochs: int
+    steps: int
+
+
+def save(
+    path: Path, before: Path, config_hash: str, data_hash: str, progress: Progress, rule: Rule, optimizers: Optimizers
+) -> None:
     """Write a checkpoint; the one that was at `path` is kept as `before`, and until the new one is whole, at `path` too.
 
     Raises:
@@ -30,6 +50,7 @@ def save(path: Path, before: Path, config_hash: str, progress: Progress, rule: R
     state = {
         "version": VERSION,
         "config_hash": config_hash,
+        "data_hash": data_hash,
         "progress": vars(progress),
         "model": rule.model.state_dict(),
         "rule": rule.state_dict(),
@@ -58,13 +79,13 @@ def _keep(path: Path, before: Path) -> None:
 
 
 def load(
-    paths: Iterable[Path], config_hash: str, rule: Rule, optimizers: Optimizers, warn: Callable[[str], Any]
+    paths: Iterable[Path], expected: Expected, rule: Rule, optimizers: Optimizers, warn: Callable[[str], Any]
 ) -> Progress:
     """Put the first whole checkpoint of `paths` back into a rule, its model and its optimizers; returns where the run stands.
 
     Args:
         paths: the checkpoint files, the newest first; those that are not there are passed over.
-        config_hash: of the run.
+        expected: what they must fit.
         rule: attached, to a model of this run.
         optimizers: of this run.
         warn: told of every checkpoint that cannot be used, where another one can.
@@ -77,15 +98,20 @@ def load(
         if not path.exists():
             continue
         try:
-            state = read(path, config_hash, next(rule.model.parameters()).device)
+            state = read(path, expected.config_hash, next(rule.model.parameters()).device)
             try:
+                if (data := state["data_hash"]) != expected.data_hash:
+                    raise RunDirectoryError(f"{path}: trained on other data (hash {data}; now {expected.data_hash})")
+                progress = _progress(state["progress"], expected)
                 rule.model.load_state_dict(state["model"])
                 rule.load_state_dict(state["rule"])
                 optimizers.load_state_dict(state["optimizers"])
                 restore_random_state(state["random"])
-                progress = Progress(**state["progress"])
-            except (KeyError, RuntimeError, StateError, TypeError, ValueError) as error:
-                raise RunDirectoryError(f"{path}: not a checkpoint of this run ({str(error).splitlines()[0]})") from None
+            except RunDirectoryError:
+                raise
+            except Exception as error:  # whatever states that were not saved so make their readers raise
+                reason = f"{type(error).__name__}: {first_line(error)}"
+                raise RunDirectoryError(f"{path}: not a checkpoint of this run ({reason})") from None
         except RunDirectoryError as error:
             faults.append(str(error))
             continue
@@ -93,6 +119,39 @@ def load(
             warn(f"{fault}; going on from {path}")
         return progress
     raise RunDirectoryError("; ".join(faults) or "no checkpoint")
+
+
+def _progress(saved: dict[str, Any], expected: Expected) -> Progress:
+    """Where a run stands, as saved; raises TypeError or ValueError for what no run saves."""
+    progress = Progress(**saved)
+    for name, most in (("epoch", expected.epochs), ("batch", expected.steps), ("step", None), ("samples", None)):
+        _require_whole(name, getattr(progress, name), most)
+    ended = progress.epoch == expected.epochs
+    if progress.step != progress.epoch * expected.steps + progress.batch or (ended and progress.batch):
+        raise ValueError(f"epoch {progress.epoch} and batch {progress.batch} are not step {progress.step} of "
+                         f"{expected.epochs} epochs of {expected.steps}")
+    for name, most in (("probed", progress.step), ("best_epoch", progress.epoch)):
+        if getattr(progress, name) is not None:
+            _require_whole(name, getattr(progress, name), most)
+    for name, most in (("seconds", math.inf), ("best_val", 1), ("test_at_best", 1)):
+        value: Any = getattr(progress, name)
+        if not (name != "seconds" if value is None else type(value) in (int, float) and 0 <= value <= most and value < math.inf):
+            raise ValueError(f"{name}={value!r}")
+    sums = (progress.loss_sum, progress.hits)
+    if not all((value is None and not progress.batch) or (isinstance(value, torch.Tensor) and not value.dim()) for value in sums):
+        raise ValueError("loss_sum and hits are no numbers")
+    for name, kind in (("angles", dict), ("diverged", dict), ("batches_hash", str)):
+        value = getattr(progress, name)
+        if not (isinstance(value, kind) or (value is None and kind is dict)):
+            raise ValueError(f"{name}={value!r}")
+    if progress.diverged is not None and not {"epoch", "step", "layer", "message"} <= progress.diverged.keys():
+        raise ValueError(f"diverged={progress.diverged!r}")
+    return progress
+
+
+def _require_whole(name: str, value: Any, most: int | None) -> None:
+    if type(value) is not int or value < 0 or (most is not None and value > most):
+        raise ValueError(f"{name}={value!r}{'' if most is None else f', of {most} at most'}")
 
 
 def read(path: Path, config_hash: str, device: torch.device | str) -> dict[str, Any]:

@@ -19,11 +19,10 @@ from fa_bench.mechanisms.rule import Rule
 from fa_bench.metrics.probe import Probe
 from fa_bench.metrics.probes.base import LayerProbes, Quantities
 from fa_bench.metrics.tensors import named_tensors
+from fa_bench.runs.epoch_lines import SCALARS, recorded_lines
 from fa_bench.runs.events import FINAL, Events
 from fa_bench.runs.hashes import code_hash
 from fa_bench.runs.loop import Angles, Progress
-
-_SCALARS = ("train_loss", "val_loss", "test_loss", "train_accuracy", "val_accuracy", "test_accuracy", "lr")
 
 
 class Recorder:
@@ -34,13 +33,14 @@ class Recorder:
         job: the run.
         progress: where the run stands; records of later epochs are dropped.
         probes: what else is measured of the layers.
+
+    Raises:
+        RunDirectoryError: as `recorded_lines`.
     """
 
     def __init__(self, directory: Path, job: Job, progress: Progress, probes: LayerProbes) -> None:
         self.directory, self.job, self.probes = directory, job, probes
-        path = directory / METRICS
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self.lines = lines[: progress.epoch]
+        self.lines = recorded_lines(directory / METRICS, progress.epoch)
         self._write_metrics()
         self.events = Events(directory, job, progress.step)
 
@@ -59,7 +59,7 @@ class Recorder:
             metrics = metrics | {"probes": self.measure_probes(progress)}
         self.lines.append(dump_json(metrics))
         self._write_metrics()
-        self.events.scalars({_tag(key): metrics[key] for key in _SCALARS if metrics[key] is not None}, progress.step)
+        self.events.scalars({_tag(key): metrics[key] for key in SCALARS if metrics[key] is not None}, progress.step)
 
     def flush(self) -> None:
         """Return once all records are on the disk; to be called before a checkpoint is written."""

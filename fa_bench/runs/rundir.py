@@ -18,11 +18,16 @@ from fa_bench.config.yaml_files import parse_yaml
 from fa_bench.errors import OutputError, RunDirectoryError
 from fa_bench.files import CONFIG, METRICS, RESULT, write_text
 from fa_bench.runs import locks
+from fa_bench.runs.epoch_lines import recorded_lines
 from fa_bench.runs.hashes import code_hash
 from fa_bench.runs.ownership import CHECKPOINTS, LAST, PREVIOUS, check_own, own_files
 
 #: How a run's config.yaml begins, and how its second line.
 HEADER, CODE_HEADER = "# config hash: ", "# code hash: "
+
+
+#: What a result has that is a number, or null.
+_NUMBERS = ("test_accuracy", "test_accuracy_at_best_val", "val_accuracy", "train_accuracy", "best_epoch", "seconds")
 
 
 class Stage(Enum):
@@ -75,16 +80,22 @@ class RunDirectory:
         """Whether a result with its record is there: of a run that trained to its last epoch, or diverged."""
         try:
             result = json.loads((self.path / RESULT).read_bytes())
-            lines = len((self.path / METRICS).read_bytes().splitlines()) if (self.path / METRICS).exists() else 0
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return False
         if not isinstance(result, dict) or result.get("config_hash") != self.job.config_hash:
             return False
-        if result.get("status") == "diverged":
+        if not all(result.get(key) is None or type(result[key]) in (int, float) for key in _NUMBERS):
+            return False
+        epochs, status = result.get("epoch"), result.get("status")
+        try:
+            recorded_lines(self.path / METRICS, epochs if type(epochs) is int else 0)
+        except RunDirectoryError:
+            return False
+        if status == "diverged":
             return True
         # Probes that it has not measured are measured at its end, without training.
         measured = set(self.job.run.probes) <= set(result.get("probes") or ())
-        return measured and result.get("status") == "finished" and result.get("epoch") == lines == scaled(self.job).run.epochs
+        return measured and status == "finished" and epochs == scaled(self.job).run.epochs
 
     @contextmanager
     def hold(self) -> Iterator[None]:

@@ -20,7 +20,7 @@ from fa_bench.config.labels import duration
 from fa_bench.config.scale import SCALES, scaled
 from fa_bench.data.base import Splits
 from fa_bench.errors import ConfigError, CoverageError, OptionError, OutputError, RunDirectoryError
-from fa_bench.files import LOG, RESULT, dump_json, write_text
+from fa_bench.files import LOG, METRICS, RESULT, dump_json, write_text
 from fa_bench.mechanisms.rule import Rule
 from fa_bench.memory import require, within_memory
 from fa_bench.metrics.probe import Probe
@@ -29,6 +29,8 @@ from fa_bench.optim import Optimizers
 from fa_bench.process import isolated, seed_everything, threads
 from fa_bench.runs import checkpoint
 from fa_bench.runs.batches import check_batches, probe_batch
+from fa_bench.runs.data_checks import compare
+from fa_bench.runs.epoch_lines import recorded_lines
 from fa_bench.runs.hashes import state_hash, weights_hash
 from fa_bench.runs.logs import log, log_file
 from fa_bench.runs.loop import Angles, Diverged, Loop, Progress
@@ -38,7 +40,7 @@ from fa_bench.runs.stopping import Interrupted, Stop, postponed
 
 
 def run(
-    job: Job, directory: Path, title: str = "", experiment: str | None = None, later_epochs: int = 0, grid: bool = False
+    job: Job, directory: Path, title: str = "", experiment: str | None = None, later_epochs: int = 0
 ) -> dict[str, Any]:
     """Train one job in its directory.
 
@@ -48,7 +50,6 @@ def run(
         title: what the progress bar says.
         experiment: the preset that the config came from, for the record.
         later_epochs: those of the runs behind this one, for an estimate of what they will cost.
-        grid: whether the run is one of several, which are taken up where an earlier start left them.
 
     Returns:
         The result, as in result.json; its status is finished or diverged.
@@ -60,27 +61,39 @@ def run(
     place = RunDirectory(directory, job)
     place.check()
     with place.hold(), isolated():
-        go_on = _goes_on(place, grid, title or str(directory))
+        place.check()  # again, for what came before the lock was ours
+        title = title or str(directory)
+        go_on = _goes_on(place, title)
         if go_on and place.stage is Stage.FINISHED and _whole(place):
-            log.info("%s is finished already: nothing to do", title or directory)
-            return json.loads((directory / RESULT).read_bytes())
+            result = json.loads((directory / RESULT).read_bytes())
+            holds, said = compare(job, result, lambda: load(scaled(job), prepare(job)).data_hash)
+            if holds:
+                log.info("%s is finished already: nothing to do%s", title, f"; {said}" if said else "")
+                return result
+            go_on = _anew(place, title, said)
         return _run(place, go_on, title, experiment, later_epochs)
 
 
-def _goes_on(place: RunDirectory, grid: bool, title: str) -> bool:
+def _goes_on(place: RunDirectory, title: str) -> bool:
     """Whether to take up what is in the directory.
 
     Raises:
-        RunDirectoryError: where a single run is to go on from what other code made.
+        RunDirectoryError: where resume=true asks for it, and other code made what is there.
     """
-    asked = place.job.run.resume
-    if place.stage is not Stage.STALE:
-        return grid if asked is None else asked
-    if asked and not grid:
-        raise RunDirectoryError(f"{place.path}: made by other code, which resume=true would not continue bit by bit; "
-                                "resume=false starts anew")
-    if asked is not False:
-        log.info("%s was made by other code: starting anew", title)
+    if place.job.run.resume is False:
+        return False
+    return place.stage is not Stage.STALE or _anew(place, title, "was made by other code")
+
+
+def _anew(place: RunDirectory, title: str, why: str) -> bool:
+    """False, for a run that is to start anew; what is there cannot be continued bit by bit.
+
+    Raises:
+        RunDirectoryError: where resume=true asks for that.
+    """
+    if place.job.run.resume:
+        raise RunDirectoryError(f"{place.path}: {why}, which resume=true would not continue bit by bit; resume=false starts anew")
+    log.info("%s %s: starting anew", title, why)
     return False
 
 
@@ -105,12 +118,15 @@ def _run(place: RunDirectory, go_on: bool, title: str, experiment: str | None, l
     resuming = go_on and (place.checkpoint.exists() or place.previous.exists())
     if resuming:
         try:
-            progress = checkpoint.load((place.checkpoint, place.previous), place.job.config_hash, rule, optimizers, told.append)
+            steps = splits.train.steps(job.run.batch_size, job.run.drop_last)
+            expected = checkpoint.Expected(place.job.config_hash, splits.data_hash, job.run.epochs, steps)
+            progress = checkpoint.load((place.checkpoint, place.previous), expected, rule, optimizers, told.append)
+            recorded_lines(place.path / METRICS, progress.epoch)
         except RunDirectoryError as error:
             if place.job.run.resume:
-                raise
+                raise RunDirectoryError(f"{error}; resume=false starts anew") from None
             # Whatever a checkpoint put into the model before it failed is left behind.
-            told, resuming = [f"{error}; starting anew"], False
+            told, resuming, progress = [f"{error}; starting anew"], False, Progress()
             splits, rule, optimizers, probe, initial = assemble(job, prepare(place.job))
             probes = _probes(job, splits, rule, probe)
     place.start(keep=resuming)
@@ -307,8 +323,8 @@ class _Session:
     def save(self) -> None:
         """Write a checkpoint, once everything that it counts as recorded is in the files."""
         self.recorder.flush()
-        checkpoint.save(self.place.checkpoint, self.place.previous, self.place.job.config_hash, self.progress, self.rule,
-                        self.optimizers)
+        checkpoint.save(self.place.checkpoint, self.place.previous, self.place.job.config_hash, self.splits.data_hash,
+                        self.progress, self.rule, self.optimizers)
         self._saved = time.monotonic()
 
     def fit(self, stop: Stop) -> Angles:

@@ -24,6 +24,7 @@ from fa_bench.mechanisms.rule import Rule
 from fa_bench.optim import SGD, Adam, Optimizers, Schedule
 from fa_bench.report import figures
 from fa_bench.runs import checkpoint
+from fa_bench.runs.checkpoint import Expected
 from fa_bench.runs.hashes import state_hash
 from fa_bench.runs.loop import Progress
 
@@ -121,11 +122,11 @@ def test_loaded_checkpoint_continues_bit_by_bit(rule: str, generators: None) -> 
     seed_all(1)
     whole, optimizers = make(rule)
     train(whole, optimizers, range(3))
-    checkpoint.save(last, before, "hash", Progress(epoch=3), whole, optimizers)
+    checkpoint.save(last, before, "hash", "data", Progress(epoch=3), whole, optimizers)
     losses = train(whole, optimizers, range(3, 6))
     seed_all(2)
     other, fresh = make(rule)
-    assert checkpoint.load([last], "hash", other, fresh, warn=pytest.fail).epoch == 3
+    assert checkpoint.load([last], Expected("hash", "data", 9, 0), other, fresh, warn=pytest.fail).epoch == 3
     assert train(other, fresh, range(3, 6)) == losses
     assert state_hash(other.model.state_dict()) == state_hash(whole.model.state_dict())
     assert state_hash([other.feedback, other.state_dict()]) == state_hash([whole.feedback, whole.state_dict()])
@@ -141,11 +142,11 @@ def test_every_global_generator_is_restored(generators: None) -> None:
     random.gauss(0, 1)
     np.random.standard_normal()
     rule, optimizers = make()
-    checkpoint.save(Path("a/last.pt"), Path("a/previous.pt"), "hash", Progress(), rule, optimizers)
+    checkpoint.save(Path("a/last.pt"), Path("a/previous.pt"), "hash", "data", Progress(), rule, optimizers)
     want = draw()
     seed_all(4)
     assert draw() != want
-    checkpoint.load([Path("a/last.pt")], "hash", rule, optimizers, warn=pytest.fail)
+    checkpoint.load([Path("a/last.pt")], Expected("hash", "data", 9, 0), rule, optimizers, warn=pytest.fail)
     assert draw() == want
 
 
@@ -159,8 +160,8 @@ def test_every_field_of_the_progress_is_restored() -> None:
     plain = vars(Progress())
     assert [name for name in fields if vars(progress)[name] == plain[name]] == [], "give every field a value of its own"
     rule, optimizers = make()
-    checkpoint.save(Path("a/last.pt"), Path("a/previous.pt"), "hash", progress, rule, optimizers)
-    loaded = checkpoint.load([Path("a/last.pt")], "hash", rule, optimizers, warn=pytest.fail)
+    checkpoint.save(Path("a/last.pt"), Path("a/previous.pt"), "hash", "data", progress, rule, optimizers)
+    loaded = checkpoint.load([Path("a/last.pt")], Expected("hash", "data", 9, 4), rule, optimizers, warn=pytest.fail)
     assert {name: getattr(loaded, name) for name in fields} == vars(progress)
 
 
@@ -168,16 +169,16 @@ def test_checkpoint_of_another_config_or_format_is_refused(monkeypatch: Patch) -
     """The next one is used where there is one, and the first one's fault is told."""
     rule, optimizers = make()
     paths = [Path("a/last.pt"), Path("a/previous.pt")]
-    checkpoint.save(paths[1], Path("a/older.pt"), "mine", Progress(epoch=1), rule, optimizers)
+    checkpoint.save(paths[1], Path("a/older.pt"), "mine", "data", Progress(epoch=1), rule, optimizers)
     for version, config, fault in ((checkpoint.VERSION, "other", "another config"), (checkpoint.VERSION + 1, "mine", "format")):
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, "VERSION", version)
-            checkpoint.save(paths[0], Path("a/older.pt"), config, Progress(epoch=2), rule, optimizers)
+            checkpoint.save(paths[0], Path("a/older.pt"), config, "data", Progress(epoch=2), rule, optimizers)
         warnings: list[str] = []
-        assert checkpoint.load(paths, "mine", rule, optimizers, warnings.append).epoch == 1
+        assert checkpoint.load(paths, Expected("mine", "data", 9, 0), rule, optimizers, warnings.append).epoch == 1
         assert len(warnings) == 1 and fault in warnings[0] and str(paths[0]) in warnings[0]
         with pytest.raises(RunDirectoryError, match=fault):
-            checkpoint.load(paths[:1], "mine", rule, optimizers, warn=pytest.fail)
+            checkpoint.load(paths[:1], Expected("mine", "data", 9, 0), rule, optimizers, warn=pytest.fail)
 
 
 def test_training_time_adds_up_over_the_parts_of_a_run(monkeypatch: Patch) -> None:
