@@ -16,7 +16,7 @@ from fa_bench.runs.sweep import Planned
 def not_finished(runs: Sequence[Run]) -> list[str]:
     """A line for each run that diverged, failed, was interrupted or is still running: how far it came, and its reason."""
     labels = group_labels(group_runs(runs))
-    return [f"{labels[run.result['group']]} seed {run.result['seed']}: {ending(run)}"
+    return [f"{labels[run.row]} seed {run.result['seed']}: {ending(run)}"
             f"{'' if (run.directory / RESULT).is_file() else f', no {RESULT}'} ({place(run.directory)})"
             for run in runs if not run.finished]
 

@@ -24,6 +24,7 @@ from fa_bench.config.scale import scaled
 from fa_bench.config.yaml_files import parse_yaml
 from fa_bench.errors import HeldError, OutputError, RunDirectoryError
 from fa_bench.files import CONFIG, LOG, METRICS, RESULT, TEMPORARY, write_text
+from fa_bench.records import CODE_HEADER, HEADER
 from fa_bench.runs.hashes import code_hash
 
 CHECKPOINTS, LAST, PREVIOUS = "checkpoints", "last.pt", "previous.pt"
@@ -32,8 +33,6 @@ EVENTS = "events.out.tfevents.*"
 LOCK = ".lock"
 #: How long to try for the lock, in seconds: whoever looks whether it is held, holds it for a moment.
 PATIENCE = 1.0
-#: How a run's config.yaml begins, and how its second line.
-HEADER, CODE_HEADER = "# config hash: ", "# code hash: "
 
 
 class Stage(Enum):
