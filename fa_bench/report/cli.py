@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fa_bench.errors import DataError, FaBenchError, printable
+from fa_bench.output import steady
 
 _DESCRIPTION = """\
 Compare the runs in folders: mean, standard deviation and 95 % interval per rule over the seeds, paired differences to bp, the
@@ -36,8 +37,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         there is nothing to report or it cannot be written, with one line on standard error; 130 after an interrupt. Of a live
         view: 0, whatever it showed, and after an interrupt too, which is how one ends it; 2 as above.
     """
+    with steady() as lost:
+        code = _guarded(list(sys.argv[1:] if argv is None else argv))
+        if reason := lost():
+            print(f"fa-bench-report: standard output: cannot be written ({reason})", file=sys.stderr)
+            return 2
+        return code
+
+
+def _guarded(argv: list[str]) -> int:
     try:
-        return _main(list(sys.argv[1:] if argv is None else argv))
+        return _main(argv)
     except (FaBenchError, OSError) as error:
         print(printable(f"fa-bench-report: {error}"), file=sys.stderr)
         return 2
