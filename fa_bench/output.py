@@ -126,5 +126,6 @@ def _spelled(char: str) -> str:
     letters = unicodedata.normalize("NFKD", char).encode("ascii", "ignore").decode()
     greek = re.fullmatch(r"GREEK (SMALL|CAPITAL) LETTER (\w+)", unicodedata.name(char, ""))
     if greek:
-        letters = greek[2].lower() if greek[1] == "SMALL" else greek[2].capitalize()
+        name = greek[2].replace("LAMDA", "LAMBDA")
+        letters = name.lower() if greek[1] == "SMALL" else name.capitalize()
     return PLAIN.get(char) or letters or char.encode("unicode_escape").decode()

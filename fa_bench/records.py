@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -207,7 +208,8 @@ def read_config(path: Path) -> Config:
         with path.open(encoding="utf-8") as file:
             header = [file.readline(500) for _ in range(2)][1]
     except ConfigError as error:
-        raise RecordError(path, str(error).removeprefix(f"{path}").lstrip(": ")) from None
+        problem = re.sub(r"^:(\d+)", r"line \1", str(error).removeprefix(str(path))).lstrip(": ")
+        raise RecordError(path, problem) from None
     except Exception as error:  # OmegaConf meets odd content with errors of many kinds
         raise RecordError(path, f"not readable as a config ({type(error).__name__})") from None
     if not isinstance(config, dict):

@@ -16,12 +16,14 @@ from fa_bench.files import RESULT, TEMPORARY, atomic
 from fa_bench.records import RecordError
 from fa_bench.report.runs import place
 from fa_bench.text import markdown as escaped
+from fa_bench.text import shortened
 
 if TYPE_CHECKING:
     from fa_bench.report.runs import Run
     from fa_bench.runs.sweep import Planned
 
 NAME = "report"
+MOST_OF_LINE = 1000  # characters of a line about a run
 LEGEND = """\
 Accuracies are in %, differences in percentage points, angles in degrees, times in seconds of training. Statistics are over the
 finished runs alone, n of them, one per seed: a run that diverged, failed, was interrupted or is still running is counted and
@@ -87,6 +89,8 @@ def write_report(
     layers = by_layer(runs)
     probed, columns = probe_table(layers, dict.fromkeys(name for run in runs if run.finished for name in run.probed))
     seeds, rows = missing_seeds(runs), unanswered(entries, runs)
+    left_out, unended, waiting, seeds = (
+        [shortened(line, MOST_OF_LINE) for line in lines] for lines in (left_out, unended, waiting, seeds))
 
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)

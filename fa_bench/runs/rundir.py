@@ -24,7 +24,7 @@ from fa_bench.config.scale import scaled
 from fa_bench.config.yaml_files import parse_yaml
 from fa_bench.errors import HeldError, OutputError, RunDirectoryError
 from fa_bench.files import CONFIG, LOG, METRICS, RESULT, TEMPORARY, write_text
-from fa_bench.records import CODE_HEADER, HEADER
+from fa_bench.records import CODE_HEADER, HEADER, RecordError, read_metrics, read_result
 from fa_bench.runs.hashes import code_hash
 
 CHECKPOINTS, LAST, PREVIOUS = "checkpoints", "last.pt", "previous.pt"
@@ -84,11 +84,10 @@ class RunDirectory:
     def _complete(self) -> bool:
         """Whether a result with its record is there: of a run that trained to its last epoch, or diverged."""
         try:
-            result = json.loads((self.path / RESULT).read_bytes())
-            lines = len((self.path / METRICS).read_bytes().splitlines()) if (self.path / METRICS).exists() else 0
-        except (OSError, ValueError):
+            result, lines = read_result(self.path / RESULT), len(read_metrics(self.path / METRICS))
+        except RecordError:
             return False
-        if not isinstance(result, dict) or result.get("config_hash") != self.job.config_hash:
+        if result is None or result.get("config_hash") != self.job.config_hash:
             return False
         if result.get("status") == "diverged":
             return True
