@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fa_bench.drawing import default_style
 from fa_bench.errors import DataError, printable
-from fa_bench.files import RESULT, TEMPORARY, atomic
+from fa_bench.files import RESULT, TEMPORARY, atomic, resolved
 from fa_bench.records import RecordError
 from fa_bench.report.runs import place
 from fa_bench.text import markdown as escaped
@@ -147,7 +147,7 @@ def _read(directories: list[Path]) -> _Found:
     found: dict[Path, Run | None] = {}
     faults: list[RecordError] = []
     lines: list[str] = []
-    called = {directory.resolve(): directory for directory in directories}
+    called = {resolved(directory): directory for directory in directories}
     for path, directory in called.items():
         try:
             found[path] = read_run(directory)
@@ -176,7 +176,7 @@ def _read(directories: list[Path]) -> _Found:
 
 def fault(error: RecordError) -> str:
     """A line on a record that cannot be used, the same wherever it lies."""
-    return f"{place(error.path)}: {error.problem}"
+    return f"{place(error.path.parent)}/{error.path.name}: {error.problem}"
 
 
 def _files(markdown: Path) -> set[str]:

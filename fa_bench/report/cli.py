@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fa_bench.errors import DataError, FaBenchError, printable
+from fa_bench.files import resolved
 from fa_bench.output import steady
 
 _DESCRIPTION = """\
@@ -98,7 +99,7 @@ def _main(argv: list[str]) -> int:
 def _common(folders: Sequence[Path]) -> Path:
     """The folder that several have in common, or the one there is."""
     try:
-        common = Path(os.path.commonpath([folder.resolve() for folder in folders]))
+        common = Path(os.path.commonpath([resolved(folder) for folder in folders]))
     except ValueError:  # on several drives
         common = Path(folders[0].anchor)
     if common == Path(common.anchor):

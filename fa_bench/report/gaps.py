@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fa_bench.files import RESULT
+from fa_bench.files import RESULT, resolved
 from fa_bench.report.groups import finished_by_seed, group_labels, group_runs, tasks
 from fa_bench.report.published import Entry
 from fa_bench.report.runs import Run, place
@@ -23,8 +23,8 @@ def not_finished(runs: Sequence[Run]) -> list[str]:
 
 def not_begun(directories: Iterable[Path], planned: Iterable[Planned]) -> list[str]:
     """A line for each run that a grid announced and that has no record yet."""
-    called = {run.directory.resolve(): run.label for run in planned}
-    found = ((called.get(directory.resolve()), place(directory)) for directory in directories)
+    called = {resolved(run.directory): run.label for run in planned}
+    found = ((called.get(resolved(directory)), place(directory)) for directory in directories)
     return [f"{name}: not begun ({where})" if name else f"not begun ({where})" for name, where in found]
 
 

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from fa_bench.config.labels import differing, duration, label
 from fa_bench.errors import DataError, printable
-from fa_bench.files import CONFIG, METRICS, RESULT
+from fa_bench.files import CONFIG, METRICS, RESULT, resolved
 from fa_bench.records import RecordError, disagreement, read_config, read_metrics, read_result
 from fa_bench.report.numbers import known, mean
 from fa_bench.report.runs import Run, find_runs, place
@@ -86,8 +86,8 @@ class Watcher:
             DataError: a folder is gone, or there is no run.
         """
         self.faults = []
-        planned = {run.directory.resolve(): run for run in find_planned(self.folders, self.faults)}
-        found = {directory.resolve(): directory for directory in find_runs(self.folders)}
+        planned = {resolved(run.directory): run for run in find_planned(self.folders, self.faults)}
+        found = {resolved(directory): directory for directory in find_runs(self.folders)}
         if not planned and not found:
             raise DataError(f"{', '.join(map(str, self.folders))}: no runs there or below")
         directories = [*planned, *(path for path in found if path not in planned)]

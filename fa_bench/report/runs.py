@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fa_bench.errors import DataError
-from fa_bench.files import CONFIG, METRICS, RESULT
+from fa_bench.files import CONFIG, METRICS, RESULT, resolved
 from fa_bench.records import HEADER, RecordError, disagreement, read_config, read_metrics, read_result
 from fa_bench.report.numbers import mean
 
@@ -33,7 +33,7 @@ class Run:
     @property
     def preset(self) -> str | None:
         """The preset that the run came from; of a result that does not record it, the folder that is named after it."""
-        return self.result["experiment"] if "experiment" in self.result else self.directory.resolve().parent.parent.name
+        return self.result["experiment"] if "experiment" in self.result else resolved(self.directory).parent.parent.name
 
     @property
     def epochs(self) -> int | None:
@@ -102,7 +102,7 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
             raise DataError(f"{path}: no such directory")
         for file in sorted(file for name in (RESULT, METRICS, CONFIG) for file in path.rglob(name)):
             if file.name != CONFIG or _starts_a_run(file):
-                found.setdefault(file.parent.resolve(), file.parent)
+                found.setdefault(resolved(file.parent), file.parent)
     return sorted(found.values())
 
 
@@ -117,4 +117,4 @@ def _starts_a_run(config: Path) -> bool:
 
 def place(directory: Path) -> str:
     """What to call a run's directory wherever it lies: preset, rule and seed, the last three folders of its path."""
-    return "/".join(directory.resolve().parts[-3:])
+    return "/".join(resolved(directory).parts[-3:])

@@ -12,7 +12,7 @@ from typing import Any
 
 from fa_bench.config.labels import counted
 from fa_bench.config.scale import SCALES
-from fa_bench.files import CONFIG, METRICS, RESULT
+from fa_bench.files import CONFIG, METRICS, RESULT, resolved
 from fa_bench.records import read_config, read_metrics
 from fa_bench.report.runs import Run, place
 from fa_bench.runs.rundir import holder
@@ -67,7 +67,7 @@ def without_result(directory: Path, others: Sequence[Run]) -> Run | None:
 
 
 def _group(directory: Path, config: dict[str, Any], others: Sequence[Run]) -> str:
-    folder, rule, own = directory.resolve().parent.name, config["algorithm"], counted(config)
+    folder, rule, own = resolved(directory).parent.name, config["algorithm"], counted(config)
     if re.fullmatch(rf"{re.escape(rule)}-[0-9a-f]{{8}}", folder):
         return folder
     for run in others:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fa_bench.errors import RunDirectoryError
-from fa_bench.files import dump_json, write_text
+from fa_bench.files import dump_json, resolved, write_text
 from fa_bench.records import RecordError, read_planned
 
 SWEEP = "sweep.json"
@@ -64,7 +64,7 @@ def find_planned(folders: Iterable[Path], faults: list[RecordError]) -> list[Pla
     """
     found: dict[Path, Planned] = {}
     for folder in map(Path, folders):
-        whole = folder.resolve()
+        whole = resolved(folder)
         for path in (*sorted(folder.rglob(SWEEP)), *(above / SWEEP for above in list(whole.parents)[:DEPTH])):
             try:
                 listed = read_sweep(path)
@@ -73,7 +73,7 @@ def find_planned(folders: Iterable[Path], faults: list[RecordError]) -> list[Pla
                     faults.append(error)
                 continue
             for run in listed:
-                place = run.directory.resolve()
+                place = resolved(run.directory)
                 if whole == place or whole in place.parents:
                     found.setdefault(place, run._replace(directory=folder / place.relative_to(whole)))
     return list(found.values())

@@ -14,6 +14,7 @@ import pytest
 from fa_bench.records import RecordError, read_config, read_metrics, read_result
 from fa_bench.report import figures
 from fa_bench.report.cli import main
+from fa_bench.runs.sweep import Planned, write_sweep
 from fa_bench.text import drawn, markdown
 
 from .by_hand import ANGLES, epoch_record, write_begun, write_group, write_run
@@ -194,6 +195,17 @@ def test_files_that_are_no_files_are_named_and_those_that_are_not_there_are_none
     (tmp_path / "result.json").mkdir()
     with pytest.raises(RecordError, match=r"result\.json: not a file"):
         read_result(tmp_path / "result.json")
+
+
+@pytest.mark.parametrize("name", ["result.json", "metrics.jsonl", "config.yaml", "sweep.json"])
+def test_a_link_that_leads_in_a_circle_ends_no_report(tmp_path, name):
+    directory = write_run(tmp_path, "fa", 0, 0.9)
+    write_run(tmp_path, "fa", 1, 0.8)
+    (directory / name).unlink(missing_ok=True)
+    (directory / name).symlink_to(name)
+    write_sweep(tmp_path, [], [Planned(tmp_path / "loop", "loop", 1)])
+    (tmp_path / "loop").symlink_to("loop")
+    assert main([str(tmp_path)]) == 1 and main(["--live", str(tmp_path)]) == 0
 
 
 # Versions of the code.
