@@ -25,6 +25,7 @@ from fa_bench.config.labels import differing, flat, label, plan
 from fa_bench.config.scale import scaled
 from fa_bench.errors import ConfigError, FaBenchError, HeldError, RunDirectoryError, printable
 from fa_bench.files import LOG, cannot_write
+from fa_bench.output import steady
 from fa_bench.runs.data_checks import forget
 from fa_bench.runs.locks import holder
 from fa_bench.runs.parent import end_with
@@ -52,18 +53,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 where every run finished; 1 where one failed or diverged; 2 for input that cannot be run, with one
         or two lines on standard error; 130 after an interrupt (SIGINT), 143 after SIGTERM, 129 after SIGHUP.
     """
+    with steady() as lost:
+        code = _guarded(list(sys.argv[1:] if argv is None else argv))
+        if reason := lost():
+            print(f"fa-bench: standard output: cannot be written ({reason})", file=sys.stderr)
+            return 2
+        return code
+
+
+def _guarded(argv: list[str]) -> int:
     try:
         with raised():
-            code = _main(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
-        return code
+            return _main(argv)
     except FaBenchError as error:
         print(printable(f"fa-bench: {error}"), file=sys.stderr)
         return 2
     except OSError as error:
-        if error.filename is None and sys.stdout is sys.__stdout__:
-            # Standard output is full or closed: what is left in its buffer goes nowhere, lest Python complain at its exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         print(printable(f"fa-bench: {cannot_write(error)}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
@@ -133,11 +138,13 @@ def _run(jobs: list[tuple[Job, Path]], composer: Composer, argv: list[str], flag
     from fa_bench.process import THREADS
 
     places = [place for _, place in jobs]
-    print(plan([job for job, _ in jobs], _common(places)), flush=True)
+    folders = _folders(jobs)
+    print(plan([job for job, _ in jobs], *folders), flush=True)
     print(_stages(jobs), end="", flush=True)
     keys = _differing([job for job, _ in jobs])
-    write_sweep(_common(places), ["fa-bench", *argv],
-                [Planned(place, _name(job, keys), scaled(job).run.epochs) for job, place in jobs])
+    for folder, members in folders.items():
+        write_sweep(folder, ["fa-bench", *argv],
+                    [Planned(place, _name(job, keys), scaled(job).run.epochs) for job, place in jobs if place in members])
     code = 0
     with tempfile.TemporaryDirectory() as scratch, raised(lambda number: _dismiss(places)), _environment({
         JOB_EPOCHS: json.dumps([scaled(job).run.epochs for job, _ in jobs]),
@@ -149,7 +156,7 @@ def _run(jobs: list[tuple[Job, Path]], composer: Composer, argv: list[str], flag
         for first, sweep in composer.sweeps:
             with _environment({JOB_FIRST: str(first)}):
                 code = _hydra([*sweep, *flags]) or code
-    return _report_grid(places) or code
+    return max(_report_grid(members, folder) for folder, members in folders.items()) or code
 
 
 @contextmanager
@@ -290,7 +297,7 @@ def _job(config: DictConfig) -> None:
         print(f"fa-bench: {title} is left out: a job failed, on_error=stop", file=sys.stderr)
         return
     try:
-        with shown(), raised():
+        with steady(), shown(), raised():
             run(job, directory, title=title, experiment=experiment, later_epochs=sum(epochs[number + 1:]))
         return
     except HeldError as error:
@@ -349,22 +356,47 @@ def _report_single(directory: Path) -> int:
     if found is None:
         return 1
     result = found.result
-    accuracy = "none" if result["test_accuracy"] is None else f"{result['test_accuracy']:.2%}"
-    print(f"{result['status']}: test accuracy {accuracy}, {result['seconds'] or 0:.1f} s of training, in {directory}")
-    return 0 if result["status"] == "finished" else 1
+    accuracy = "none" if result.get("test_accuracy") is None else f"{result['test_accuracy']:.2%}"
+    seconds = result.get("seconds") or 0
+    print(f"{result['status']}: test accuracy {accuracy}, {seconds:.1f} s of training, in {printable(directory)}")
+    return 0 if found.finished else 1
 
 
-def _report_grid(places: list[Path]) -> int:
+def _report_grid(places: list[Path], folder: Path) -> int:
     from fa_bench.report import write_report
-    from fa_bench.report.runs import read_run
 
-    written = write_report(places, _common(places))
-    print(f"\n{written.text}\n\nreport: {written.markdown}\ncurves: {written.figure}")
-    bad = {place: found.result["status"] if found else "no result" for place in places
-           if (found := read_run(place)) is None or found.result["status"] != "finished"}
+    written = write_report(places, folder)
+    print(f"\n{written.text}\n\nreport: {printable(written.markdown)}\ncurves: {printable(written.figure)}")
+    bad = {place: status for place in places if (status := _status(place)) != "finished"}
     for place, status in bad.items():
         print(printable(f"fa-bench: {status}: {place}"), file=sys.stderr)
     return 1 if bad else 0
+
+
+def _status(place: Path) -> str:
+    """How the run in a directory ended, in a word."""
+    from fa_bench.records import RecordError
+    from fa_bench.report.runs import read_run
+
+    try:
+        found = read_run(place)
+    except RecordError:  # the report says what is wrong with it
+        return "damaged record"
+    return found.result["status"] if found else "no result"
+
+
+def _folders(jobs: list[tuple[Job, Path]]) -> dict[Path, list[Path]]:
+    """Where the list of a grid's runs and the report on them go: folder -> the directories of its runs.
+
+    One folder for each `output_dir`, so that nothing is written beside those that somebody has chosen.
+    """
+    by_output: dict[str, list[Path]] = {}
+    for job, place in jobs:
+        by_output.setdefault(job.run.output_dir, []).append(place)
+    folders: dict[Path, list[Path]] = {}
+    for places in by_output.values():
+        folders.setdefault(_common(places), []).extend(places)
+    return folders
 
 
 def _common(places: list[Path]) -> Path:

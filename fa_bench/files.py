@@ -65,6 +65,11 @@ def write_with(path: Path, write: Callable[[Path], Any]) -> None:
         write(temporary)
 
 
+def resolved(path: Path) -> Path:
+    """The path without links, as far as they lead anywhere: `Path.resolve` raises for links that lead in a circle."""
+    return Path(os.path.realpath(path))
+
+
 def check_place(path: Path) -> None:
     """Refuse a directory that can neither be made nor written to, or is the root, before a run takes its time.
 

@@ -1,8 +1,11 @@
-"""Numbers, shapes and tables as plain text."""
+"""Numbers, shapes and tables as plain text, and text of others made safe for where it is shown."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Sequence
+
+from fa_bench.errors import printable
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 _NAMES = ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"))
@@ -40,3 +43,23 @@ def count(number: float) -> str:
         if number >= unit:
             return f"{number / unit:.3g} {name}"
     return f"{number:,.0f}"
+
+
+def shortened(text: str, most: int) -> str:
+    """The text, of at most so many characters."""
+    return text if len(text) <= most else f"{text[:most - 3]}..."
+
+
+def markdown(text: str) -> str:
+    """Text of others for one line, or one cell, of Markdown: it reads there as it is, whatever marks it has.
+
+    Control characters are escaped; HTML, emphasis, links, code, formulas, headings and lists stay plain text.
+    """
+    text = re.sub(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", printable(text))
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("://", ":\\//")
+    return re.sub(r"^(\s*)(\d*)([#+=.)-])", r"\1\2\\\3", text)
+
+
+def drawn(text: str) -> str:
+    """Text of others for a figure: one line without formulas, which matplotlib sees between two `$`."""
+    return printable(text).replace("$", r"\$")

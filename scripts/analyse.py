@@ -16,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from fa_bench.config.options import option_fields
 from fa_bench.config.registries import ANALYSES
-from fa_bench.errors import ConfigError, FaBenchError
+from fa_bench.errors import ConfigError, FaBenchError, printable
+from fa_bench.output import steady
 
 
 def _parsed(options: list[str]) -> DictConfig:
@@ -29,8 +30,21 @@ def _parsed(options: list[str]) -> DictConfig:
         raise ConfigError(f"{' '.join(options)}: cannot be read ({type(error).__name__})") from None
 
 
-def main() -> None:
-    """Run from the command line."""
+def main() -> int:
+    """Run from the command line; the exit code."""
+    with steady() as lost:
+        try:
+            _main()
+        except FaBenchError as error:
+            print(printable(f"analyse: {error}"), file=sys.stderr)
+            return 1
+        if reason := lost():
+            print(f"analyse: standard output: cannot be written ({reason})", file=sys.stderr)
+            return 1
+        return 0
+
+
+def _main() -> None:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("name", nargs="?")
     parser.add_argument("options", nargs="*")
@@ -42,21 +56,18 @@ def main() -> None:
         for name in ANALYSES:
             print(f"  {name:<22} {(inspect.getdoc(ANALYSES[name]) or '').splitlines()[0]}")
         return
-    try:
-        cls = ANALYSES[arguments.name]
-        if arguments.help:
-            print(f"{inspect.getdoc(cls)}\n")
-            for field in option_fields(cls):
-                print(f"  {field.name}={getattr(cls(), field.name)}  {field.metadata['help']}")
-            return
-        given = OmegaConf.to_container(_parsed(arguments.options))
-        analysis = cls.from_mapping(given)  # type: ignore[arg-type]
-        table, csv, png = analysis.write(arguments.out)
-    except FaBenchError as error:
-        sys.exit(f"analyse: {error}")
+    cls = ANALYSES[arguments.name]
+    if arguments.help:
+        print(f"{inspect.getdoc(cls)}\n")
+        for field in option_fields(cls):
+            print(f"  {field.name}={getattr(cls(), field.name)}  {field.metadata['help']}")
+        return
+    given = OmegaConf.to_container(_parsed(arguments.options))
+    analysis = cls.from_mapping(given)  # type: ignore[arg-type]
+    table, csv, png = analysis.write(arguments.out)
     print(analysis.summary(table).to_string(index=False))
     print(f"{csv}\n{png}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from fa_bench.config.options import Options
+from fa_bench.drawing import default_style
 from fa_bench.files import atomic
 
 if TYPE_CHECKING:
@@ -37,16 +38,16 @@ class Analysis(Options):
         Returns:
             The table, and the two paths.
         """
-        from matplotlib.figure import Figure
-
         table = self.table()
         directory.mkdir(parents=True, exist_ok=True)
-        figure = Figure(figsize=self.size, dpi=120, layout="constrained")
-        self.draw(figure, table)
         csv, png = directory / f"{self.name}.csv", directory / f"{self.name}.png"
         with atomic(csv) as temporary:
             table.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
-        with atomic(png) as temporary:
+        with default_style(), atomic(png) as temporary:
+            from matplotlib.figure import Figure
+
+            figure = Figure(figsize=self.size, dpi=120, layout="constrained")
+            self.draw(figure, table)
             # Without matplotlib's version, which would change the bytes where the picture did not change.
             figure.savefig(temporary, format="png", metadata={"Software": None})
         return table, csv, png

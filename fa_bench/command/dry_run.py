@@ -21,12 +21,13 @@ from fa_bench.config.scale import scaled
 from fa_bench.data.base import Split, Splits
 from fa_bench.data.fetch import nothing_fetched
 from fa_bench.errors import DataError, RunDirectoryError, names
-from fa_bench.files import CONFIG
+from fa_bench.files import CONFIG, METRICS
 from fa_bench.mechanisms.rule import Rule
 from fa_bench.metrics.arithmetic import step_multiplications
 from fa_bench.metrics.memory import memories
 from fa_bench.process import isolated
-from fa_bench.report.runs import read_metrics, read_run
+from fa_bench.records import read_metrics
+from fa_bench.report.runs import read_run
 from fa_bench.runs.locks import holder
 from fa_bench.runs.rundir import RunDirectory, Stage
 from fa_bench.runs.train import Parts, assemble, load, prepare
@@ -242,7 +243,7 @@ def found_in(place: Path, job: Job) -> str:
     except RunDirectoryError as error:
         return f"another config's run is there, and a run would be refused ({str(error).removeprefix(f'{place}: ')})"
     try:
-        run, epochs = read_run(place), len(read_metrics(place))
+        run, epochs = read_run(place), len(read_metrics(place / METRICS))
     except DataError as error:
         return f"unfinished: {error}"
     if run is None and not (place / CONFIG).exists():

@@ -69,10 +69,10 @@ def _choosers(key: str) -> list[str]:
 def label(rule: str, config: Flat, keys: Iterable[str]) -> str:
     """The rule and the config's values of `keys`: ``kp optimizer.lr=0.05``."""
     own = counted(config)
-    return " ".join([rule, *(f"{key}={_shown(own[key])}" for key in keys if key in own)])
+    return " ".join([rule, *(f"{key}={shown(own[key])}" for key in keys if key in own)])
 
 
-def plan(jobs: list[Job], place: Path) -> str:
+def plan(jobs: list[Job], *places: Path) -> str:
     """What a grid is about to run, in a few lines: the values of what its runs differ in, and what they share.
 
     What only some rules have, or have differently, is in each run's config.yaml.
@@ -83,10 +83,10 @@ def plan(jobs: list[Job], place: Path) -> str:
               for key in differing(config for config in configs if config["algorithm"] == rule)}
     trained = [scaled(job).run for job in jobs]
     runs, epochs = len(jobs), sum(run.epochs for run in trained)
-    lines = [f"{runs} run{'s' * (runs > 1)}, {epochs} epoch{'s' * (epochs > 1)}, below {place}"]
+    lines = [f"{runs} run{'s' * (runs > 1)}, {epochs} epoch{'s' * (epochs > 1)}, below {', '.join(map(str, places))}"]
     for key in [*shared, *sorted(within.difference(shared))]:
         having = configs if key in shared else map(counted, configs)
-        values = list(dict.fromkeys(_shown(config[key]) for config in having if key in config))
+        values = list(dict.fromkeys(shown(config[key]) for config in having if key in config))
         if key == "scale" and values == ["full"]:
             continue
         lines.append(f"  {key}: {', '.join(values)}")
@@ -101,7 +101,8 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """An option's value as one would type it: ``[a,b]``, ``null``, ``true``."""
     if isinstance(value, list):
-        return f"[{','.join(map(_shown, value))}]"
+        return f"[{','.join(map(shown, value))}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -10,14 +10,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from fa_bench.errors import DataError
-from fa_bench.files import RESULT, atomic, temporary_name
+from fa_bench.drawing import default_style
+from fa_bench.errors import DataError, printable
+from fa_bench.files import RESULT, atomic, resolved, temporary_name
+from fa_bench.records import RecordError
+from fa_bench.report.runs import place
+from fa_bench.text import markdown as escaped
+from fa_bench.text import shortened
 
 if TYPE_CHECKING:
     from fa_bench.report.runs import Run
     from fa_bench.runs.sweep import Planned
 
 NAME = "report"
+MOST_OF_LINE = 1000  # characters of a line about a run
 LEGEND = """\
 Accuracies are in %, differences in percentage points, angles in degrees, times in seconds of training. Statistics are over the
 finished runs alone, n of them, one per seed: a run that diverged, failed, was interrupted or is still running is counted and
@@ -44,34 +50,37 @@ class Report(NamedTuple):
 
 
 def write_report(
-    run_dirs: Iterable[Path], out_dir: Path, planned: Iterable[Planned] = (), timings: bool = True
+    run_dirs: Iterable[Path], out_dir: Path, planned: Iterable[Planned] = (), timings: bool = True, faults: Iterable[str] = ()
 ) -> Report:
     """Report on the runs in `run_dirs`: write report.md, tables as report*.csv and figures as report*.png into `out_dir`.
 
     Each file is replaced in one step, and those of an earlier report that this one does not have are removed. Equal runs give
     equal bytes, in whatever order and wherever they lie. Runs that did not finish are counted in their rows, left out of the
-    statistics and named, as are `planned` runs that have not begun, missing seeds and published rows.
+    statistics and named, as are `planned` runs that have not begun, missing seeds and published rows; runs with a record that is
+    damaged, or that no run writes, are left out and named with what is wrong.
 
     Args:
         run_dirs: the runs' directories, which need not hold a record yet.
         out_dir: where the report goes; made where it is not there.
         planned: runs that are to be there too, see `fa_bench.runs.sweep`.
         timings: whether to show measured seconds, the one thing in which two sweeps of the same runs differ.
+        faults: lines on records that were left out before.
 
     Raises:
-        DataError: no directory holds a run, or a record cannot be read.
+        DataError: no directory holds a run of which something can be said.
     """
     from fa_bench.report.against import COLUMNS, against_published
-    from fa_bench.report.figures import write_figures
     from fa_bench.report.gaps import missing_seeds, not_begun, not_finished, unanswered
     from fa_bench.report.layers import by_layer
     from fa_bench.report.probes import LEGEND as PROBED
     from fa_bench.report.probes import probe_table
     from fa_bench.report.published import published
+    from fa_bench.report.table import COLUMNS as OVERALL
     from fa_bench.report.table import TIMINGS, summarise, to_csv, to_markdown, to_text
 
     planned = list(planned)
-    runs, unreadable, lacking = _read([*map(Path, run_dirs), *(run.directory for run in planned)])
+    runs, left_out, unreadable, lacking = _read([*map(Path, run_dirs), *(run.directory for run in planned)])
+    left_out = [*faults, *left_out]
     entries = published()
     frame, against = summarise(runs, entries), against_published(entries, runs)
     if not timings:
@@ -80,20 +89,26 @@ def write_report(
     layers = by_layer(runs)
     probed, columns = probe_table(layers, dict.fromkeys(name for run in runs if run.finished for name in run.probed))
     seeds, rows = missing_seeds(runs), unanswered(entries, runs)
+    left_out, unended, waiting, seeds = (
+        [shortened(line, MOST_OF_LINE) for line in lines] for lines in (left_out, unended, waiting, seeds))
 
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     markdown = out_dir / f"{NAME}.md"
     earlier = _files(markdown)
-    figures = write_figures(runs, out_dir, NAME)
+    with default_style():
+        from fa_bench.report.figures import write_figures
+
+        figures = write_figures(runs, out_dir, NAME)
     tables = {f"{NAME}.csv": frame, f"{NAME}_layers.csv": layers} | (
         {f"{NAME}_published.csv": against} if len(against) else {})
     for name, table in tables.items():
         _write(out_dir / name, to_csv(table))
     sections = [
-        "# Report", to_markdown(frame), LEGEND,
+        "# Report", to_markdown(frame, {name: column for name, column in OVERALL.items() if name != "code_hash"}), LEGEND,
         *(["## Beside the published numbers", to_markdown(against, COLUMNS), _PUBLISHED] if len(against) else []),
         *(["## Probes", to_markdown(probed, columns), PROBED] if len(probed) else []),
+        *_listed("## Left out: records that are damaged or of another kind", left_out),
         *_listed("## Runs that did not finish", unended), *_listed("## Runs that have not begun", waiting),
         *_listed("## Missing seeds", seeds), *_listed("## Published, without a finished run here", rows),
         "## Tables", ", ".join(f"[{name}]({name})" for name in tables),
@@ -103,30 +118,64 @@ def write_report(
     for name in earlier - _files(markdown):
         (out_dir / name).unlink(missing_ok=True)
         (out_dir / temporary_name(name)).unlink(missing_ok=True)
-    said = [("not finished", unended), ("missing", _first(waiting)), ("missing", seeds)]
-    remarks = [f"\n{what}: {line}" for what, lines in said for line in lines]
+    said = [("left out", left_out), ("not finished", unended), ("missing", _first(waiting)), ("missing", seeds)]
+    remarks = [f"\n{printable(f'{what}: {line}')}" for what, lines in said for line in lines]
     if rows:
         remarks.append(f"\n{len(rows)} published rows of the preset have no finished run yet: see {markdown.name}")
-    if unended:
+    if unended or left_out:
         remarks.insert(0, "\nmeans are over the finished runs alone")
     return Report(to_text(frame) + ("\n" + "".join(remarks) if remarks else ""), markdown, figures[0],
-                  complete=not unended and not waiting)
+                  complete=not unended and not waiting and not left_out)
 
 
-def _read(directories: list[Path]) -> tuple[list[Run], list[str], list[Path]]:
-    """The runs in order, lines on directories of which no run can be made, and directories that hold no record."""
+class _Found(NamedTuple):
+    """The runs in order, lines on those whose records cannot be used, lines on directories of which no run can be made, and
+    directories that hold no record."""
+
+    runs: list[Run]
+    left_out: list[str]
+    unreadable: list[str]
+    lacking: list[Path]
+
+
+def _read(directories: list[Path]) -> _Found:
     from fa_bench.report.groups import in_order
     from fa_bench.report.runs import read_run
     from fa_bench.report.states import as_it_stands, begun, unreadable, without_result
 
-    found = {path.resolve(): (path, read_run(path)) for path in directories}
-    ended = [as_it_stands(run) for _, run in found.values() if run is not None]
-    others = {path: without_result(path, ended) for path, run in found.values() if run is None and begun(path)}
-    runs = in_order([*ended, *(run for run in others.values() if run is not None)])
+    found: dict[Path, Run | None] = {}
+    faults: list[RecordError] = []
+    lines: list[str] = []
+    called = {resolved(directory): directory for directory in directories}
+    for path, directory in called.items():
+        try:
+            found[path] = read_run(directory)
+        except RecordError as error:
+            faults.append(error)
+    ended = [as_it_stands(run) for run in found.values() if run is not None]
+    runs, lacking = list(ended), []
+    for path in [path for path, run in found.items() if run is None]:
+        if not begun(path):
+            lacking.append(called[path])
+            continue
+        try:
+            run = without_result(called[path], ended)
+            if run is None:
+                lines.append(unreadable(path))
+            else:
+                runs.append(run)
+        except RecordError as error:
+            faults.append(error)
+    if not runs and faults:
+        raise faults[0]
     if not runs:
         raise DataError(f"nothing to report: no {RESULT} in {', '.join(map(str, directories)) or 'an empty list of runs'}")
-    lines = sorted(unreadable(path) for path, run in others.items() if run is None)
-    return runs, lines, [path for path, run in found.values() if run is None and path not in others]
+    return _Found(in_order(runs), sorted(map(fault, faults)), sorted(lines), lacking)
+
+
+def fault(error: RecordError) -> str:
+    """A line on a record that cannot be used, the same wherever it lies."""
+    return f"{place(error.path.parent)}/{error.path.name}: {error.problem}"
 
 
 def _files(markdown: Path) -> set[str]:
@@ -140,7 +189,7 @@ def _first(lines: list[str], shown: int = 3) -> list[str]:
 
 
 def _listed(title: str, lines: list[str]) -> list[str]:
-    return [title, "\n".join(f"- {line}" for line in lines)] if lines else []
+    return [title, "\n".join(f"- {escaped(line)}" for line in lines)] if lines else []
 
 
 def _write(path: Path, text: str) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from fa_bench.errors import DataError, FaBenchError, printable
+from fa_bench.files import resolved
+from fa_bench.output import steady
 
 _DESCRIPTION = """\
 Compare the runs in folders: mean, standard deviation and 95 % interval per rule over the seeds, paired differences to bp, the
@@ -36,8 +38,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         there is nothing to report or it cannot be written, with one line on standard error; 130 after an interrupt. Of a live
         view: 0, whatever it showed, and after an interrupt too, which is how one ends it; 2 as above.
     """
+    with steady() as lost:
+        code = _guarded(list(sys.argv[1:] if argv is None else argv))
+        if reason := lost():
+            print(f"fa-bench-report: standard output: cannot be written ({reason})", file=sys.stderr)
+            return 2
+        return code
+
+
+def _guarded(argv: list[str]) -> int:
     try:
-        return _main(list(sys.argv[1:] if argv is None else argv))
+        return _main(argv)
     except (FaBenchError, OSError) as error:
         print(printable(f"fa-bench-report: {error}"), file=sys.stderr)
         return 2
@@ -69,18 +80,31 @@ def _main(argv: list[str]) -> int:
         watch(arguments.folders, sys.stdout, INTERVAL if arguments.interval is None else arguments.interval, arguments.once)
         return 0
 
-    from fa_bench.report import write_report
+    from fa_bench.records import RecordError
+    from fa_bench.report import fault, write_report
     from fa_bench.report.runs import find_runs
     from fa_bench.runs.sweep import find_planned
 
-    directories, planned = find_runs(arguments.folders), find_planned(arguments.folders)
+    faults: list[RecordError] = []
+    directories, planned = find_runs(arguments.folders), find_planned(arguments.folders, faults)
     if not directories:
         begun = f" ({len(planned)} announced, none begun)" if planned else ""
         raise DataError(f"{', '.join(map(str, arguments.folders))}: no runs there or below{begun}")
-    out = arguments.out or Path(os.path.commonpath([folder.resolve() for folder in arguments.folders]))
-    written = write_report(directories, out, planned, timings=not arguments.no_timings)
-    print(f"{written.text}\n\nreport: {written.markdown}\ncurves: {written.figure}")
+    written = write_report(directories, arguments.out or _common(arguments.folders), planned,
+                           timings=not arguments.no_timings, faults=[fault(error) for error in faults])
+    print(f"{written.text}\n\nreport: {printable(written.markdown)}\ncurves: {printable(written.figure)}")
     return 0 if written.complete else 1
+
+
+def _common(folders: Sequence[Path]) -> Path:
+    """The folder that several have in common, or the one there is."""
+    try:
+        common = Path(os.path.commonpath([resolved(folder) for folder in folders]))
+    except ValueError:  # on several drives
+        common = Path(folders[0].anchor)
+    if common == Path(common.anchor):
+        raise DataError(f"{', '.join(map(str, folders))}: no folder in common; say where the report goes, --out DIR")
+    return common
 
 
 def _check(arguments: argparse.Namespace) -> None:

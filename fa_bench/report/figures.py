@@ -12,8 +12,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from fa_bench.report.groups import CONTROL, Groups, finished_by_seed, group_labels, group_runs, tasks
 from fa_bench.report.numbers import known, mean, number, std
-from fa_bench.report.plot import Panel, Part, legend, look, new_figure, save, tidy, write_parts
+from fa_bench.report.plot import LEGEND_MOST, Panel, Part, legend, look, new_figure, save, tidy, write_parts
 from fa_bench.report.runs import Run
+from fa_bench.text import drawn, shortened
 
 DENSITY = "algorithm.density"
 COLUMNS = 4  # panels side by side where there is one for each layer
@@ -60,8 +61,11 @@ def write_figures(runs: Sequence[Run], out_dir: Path, name: str) -> list[Path]:
     overview = out_dir / f"{name}.png"
     write_parts([Part(title, groups, OVERVIEW) for title, groups in by_task.items()], overview, len(OVERVIEW))
     written = [overview]
+    slugs: dict[str, str] = {}
+    for title in by_task:  # titles that differ in marks alone must not share a file
+        slugs[title] = slug if (slug := _slug(title)) not in slugs.values() else f"{slug[:91]}-{_digest(title)}"
     for title, groups in by_task.items():
-        end = f"-{_slug(title)}" if len(by_task) > 1 else ""
+        end = f"-{slugs[title]}" if len(by_task) > 1 else ""
         panels = {"curves": CURVES, **{quantity: layer_panels(groups, quantity) for quantity in LAYERS}}
         for kind, shown in panels.items():
             if shown:
@@ -77,7 +81,11 @@ def write_figures(runs: Sequence[Run], out_dir: Path, name: str) -> list[Path]:
 def _slug(title: str) -> str:
     """A title as a part of a file's name, of at most 100 characters."""
     words = re.sub(r"[^A-Za-z0-9.]+", "-", title).strip("-")
-    return words if len(words) <= 100 else f"{words[:91]}-{hashlib.sha256(title.encode()).hexdigest()[:8]}"
+    return words if len(words) <= 100 else f"{words[:91]}-{_digest(title)}"
+
+
+def _digest(title: str) -> str:
+    return hashlib.sha256(title.encode(errors="backslashreplace")).hexdigest()[:8]
 
 
 def layer_panels(groups: Groups, quantity: str) -> list[Panel]:
@@ -101,9 +109,10 @@ def density_series(groups: Groups) -> dict[str, list[tuple[float, float, float]]
     series: dict[str, list[tuple[float, float, float]]] = {}
     for group, members in groups.items():
         accuracies = _final(members)
-        if DENSITY in members[0].config and accuracies:
+        density = members[0].config.get(DENSITY)
+        if isinstance(density, (int, float)) and density > 0 and accuracies:
             name = " ".join(word for word in labels[group].split(" ") if not word.startswith(f"{DENSITY}="))
-            series.setdefault(name, []).append((members[0].config[DENSITY], mean(accuracies), std(accuracies)))
+            series.setdefault(name, []).append((density, mean(accuracies), std(accuracies)))
     return {name: sorted(points) for name, points in series.items() if len({point[0] for point in points}) > 1}
 
 
@@ -117,7 +126,7 @@ def _write_density(by_task: Mapping[str, Groups], series: Mapping[str, Any], pat
     names = [CONTROL, *dict.fromkeys(name for found in series.values() for name in found)]
     for axes, (title, groups) in zip(figure.subplots(1, len(by_task), squeeze=False).flat, by_task.items(), strict=True):
         tidy(axes)
-        axes.set(title=title, xlabel="density of the feedback", ylabel="test accuracy (%)", xscale="log")
+        axes.set(title=drawn(title), xlabel="density of the feedback", ylabel="test accuracy (%)", xscale="log")
         for members in groups.values():
             if members[0].result["algorithm"] == CONTROL and (accuracies := _final(members)):
                 centre, spread = mean(accuracies), std(accuracies)
@@ -129,5 +138,5 @@ def _write_density(by_task: Mapping[str, Groups], series: Mapping[str, Any], pat
         axes.xaxis.set_major_locator(FixedLocator(sorted({point[0] for points in series[title].values() for point in points})))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    legend(figure, names)
+    legend(figure, [shortened(drawn(name), LEGEND_MOST) for name in names])
     save(figure, path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fa_bench.files import RESULT
+from fa_bench.files import RESULT, resolved
 from fa_bench.report.groups import finished_by_seed, group_labels, group_runs, tasks
 from fa_bench.report.published import Entry
 from fa_bench.report.runs import Run, place
@@ -16,15 +16,15 @@ from fa_bench.runs.sweep import Planned
 def not_finished(runs: Sequence[Run]) -> list[str]:
     """A line for each run that diverged, failed, was interrupted or is still running: how far it came, and its reason."""
     labels = group_labels(group_runs(runs))
-    return [f"{labels[run.result['group']]} seed {run.result['seed']}: {ending(run)}"
+    return [f"{labels[run.row]} seed {run.result['seed']}: {ending(run)}"
             f"{'' if (run.directory / RESULT).is_file() else f', no {RESULT}'} ({place(run.directory)})"
             for run in runs if not run.finished]
 
 
 def not_begun(directories: Iterable[Path], planned: Iterable[Planned]) -> list[str]:
     """A line for each run that a grid announced and that has no record yet."""
-    called = {run.directory.resolve(): run.label for run in planned}
-    found = ((called.get(directory.resolve()), place(directory)) for directory in directories)
+    called = {resolved(run.directory): run.label for run in planned}
+    found = ((called.get(resolved(directory)), place(directory)) for directory in directories)
     return [f"{name}: not begun ({where})" if name else f"not begun ({where})" for name, where in found]
 
 

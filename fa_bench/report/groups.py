@@ -21,13 +21,13 @@ def in_order(runs: Iterable[Run]) -> list[Run]:
 
     By dataset, architecture, the control, the floor, the label (numbers in it by value), seed.
     """
-    runs = sorted(runs, key=lambda run: (run.result["group"], run.result["seed"], json.dumps(run.result, sort_keys=True)))
+    runs = sorted(runs, key=lambda run: (run.row, run.result["seed"], json.dumps(run.result, sort_keys=True)))
     labels = group_labels(group_runs(runs))
 
     def key(run: Run) -> Any:
         task = [str(run.result.get(key)) for key in ("dataset", "architecture")]
         rank = {CONTROL: 0, FLOOR: 1}.get(run.result["algorithm"], 2)
-        return task, rank, _natural(labels[run.result["group"]]), run.result["group"]
+        return task, rank, _natural(labels[run.row]), run.row
 
     return sorted(runs, key=key)
 
@@ -39,25 +39,33 @@ def _natural(text: str) -> list[Any]:
 
 
 def group_runs(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """The runs of each group, that is of each config up to its seed, in the order in which the groups first appear."""
+    """The runs of each row: of each config up to its seed and of each version of the code, in the order of first appearance."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(run.result["group"], []).append(run)
+        groups.setdefault(run.row, []).append(run)
     return groups
 
 
 def group_labels(groups: Groups) -> dict[str, str]:
-    """What to call each group: its label; where several groups share it, with what their configs differ in.
+    """What to call each group: its label; where several groups share it, with what their configs differ in, and with the code
+    that ran them where that differs.
 
     A group that is still not told apart, for its config is not there or says nothing, goes by its own name.
     """
-    labels = {group: str(runs[0].result["label"]) for group, runs in groups.items()}
+    labels = {group: runs[0].result["label"] for group, runs in groups.items()}
     for name in [name for name, count in Counter(labels.values()).items() if count > 1]:
         configs = {group: groups[group][0].config for group, label in labels.items() if label == name}
         keys = differing(configs.values())
         labels |= {group: label(name, config, keys) for group, config in configs.items()}
+    for name in [name for name, count in Counter(labels.values()).items() if count > 1]:
+        codes = {group: groups[group][0].result.get("code_hash") for group, label in labels.items() if label == name}
+        if len(set(codes.values())) == len(codes):
+            length = next((n for n in (8, 16) if len({str(code)[:n] for code in codes.values()}) == len(codes)), None)
+            labels |= {group: f"{name} code={code[:length] if code else 'unknown'}" for group, code in codes.items()}
     shared = Counter(labels.values())
-    return {group: label if shared[label] == 1 else group for group, label in labels.items()}
+    names = Counter(runs[0].result["group"] for runs in groups.values())
+    own = {group: name if names[name := runs[0].result["group"]] == 1 else group for group, runs in groups.items()}
+    return {group: label if shared[label] == 1 else own[group] for group, label in labels.items()}
 
 
 def tasks(groups: Groups) -> dict[str, dict[str, Sequence[Run]]]:
@@ -99,15 +107,19 @@ def reference(algorithm: str, run: Run, groups: Groups) -> Reference:
     """The group of `algorithm` that `run` is to be compared with.
 
     It has the run's task. Each rule may have an optimizer of its own, so a single group fits whatever its optimizer. Among
-    several it is the one whose setting is the run's own or differs from it in fewest keys; of those that differ in as many,
-    the one with the best validation accuracy (last epoch, mean over the finished runs), and none where none has one.
+    several it is one that the same code ran, where there is such a one, and whose setting is the run's own or differs from it
+    in fewest keys; of those that differ in as many, the one with the best validation accuracy (last epoch, mean over the
+    finished runs), and none where none has one.
     """
     if run.result["algorithm"] == algorithm:
         return Reference()
     fitting = {group: members for group, members in groups.items()
                if members[0].result["algorithm"] == algorithm and _task(members[0]) == _task(run)}
-    if len(fitting) < 2:
-        return Reference(*fitting.values())
+    if not fitting:
+        return Reference()
+    if len(fitting) == 1:
+        (members,) = fitting.values()
+        return Reference(members, "", _other_code(algorithm, run, members))
     far = {group: _distance(run, members[0]) for group, members in fitting.items()}
     near = [group for group in fitting if far[group] == min(far.values())]
     chosen, how = near[0], ""
@@ -120,14 +132,22 @@ def reference(algorithm: str, run: Run, groups: Groups) -> Reference:
         how = f"{algorithm} by validation out of {len(near)} that fit as well"
     name = group_labels(groups)[chosen]
     lacking = "" if finished_by_seed(fitting[chosen]) else f"{name} has no finished run"
-    return Reference(fitting[chosen], name, "; ".join(filter(None, (how, lacking))))
+    code = _other_code(algorithm, run, fitting[chosen])
+    return Reference(fitting[chosen], name, "; ".join(filter(None, (how, lacking, code))))
 
 
-def _distance(run: Run, other: Run) -> tuple[int, int]:
-    """How far two runs' settings are apart: in optimizer and epochs, then in any key but the rule and its own options."""
+def _other_code(algorithm: str, run: Run, members: Sequence[Run]) -> str:
+    """A note where the reference's runs are not of the same code as `run`."""
+    same = run.result.get("code_hash") == members[0].result.get("code_hash")
+    return "" if same else f"the runs of {algorithm} are of other code"
+
+
+def _distance(run: Run, other: Run) -> tuple[bool, int, int]:
+    """How far two runs are apart: in code, in optimizer and epochs, then in any key but the rule and its own options."""
     keys = differing([{key: value for key, value in each.config.items() if key.split(".")[0] != "algorithm"}
                       for each in (run, other)])
-    return sum(run.result.get(key) != other.result.get(key) for key in ("optimizer", "epochs")), len(keys)
+    return (run.result.get("code_hash") != other.result.get("code_hash"),
+            sum(run.result.get(key) != other.result.get(key) for key in ("optimizer", "epochs")), len(keys))
 
 
 def finished_by_seed(runs: Iterable[Run]) -> dict[int, Run]:

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fa_bench.config.labels import differing, duration, label
-from fa_bench.errors import DataError
-from fa_bench.files import CONFIG, METRICS, RESULT
+from fa_bench.errors import DataError, printable
+from fa_bench.files import CONFIG, METRICS, RESULT, resolved
+from fa_bench.records import RecordError, disagreement, read_config, read_metrics, read_result
 from fa_bench.report.numbers import known, mean
-from fa_bench.report.runs import Run, find_runs, place, read_config, read_metrics, read_run
+from fa_bench.report.runs import Run, find_runs, place
 from fa_bench.report.states import DIVERGED, INTERRUPTED, RUNNING, epochs_of, reason, running
 from fa_bench.runs.locks import holder
 from fa_bench.runs.sweep import Planned, find_planned
@@ -70,19 +71,23 @@ class Watcher:
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self.folders = folders
+        self.faults: list[RecordError] = []
         self._read: dict[Path, tuple[Any, Run, dict[str, Any], str]] = {}
 
     def look(self, now: float) -> list[Line]:
         """A line for each run: announced ones in the order of their grids, then the others by their place.
 
+        Lists of a sweep's runs that cannot be used are in `faults` afterwards.
+
         Args:
             now: the time, in seconds since the epoch.
 
         Raises:
-            DataError: a folder is gone, there is no run, or a sweep.json cannot be read.
+            DataError: a folder is gone, or there is no run.
         """
-        planned = {run.directory.resolve(): run for run in find_planned(self.folders)}
-        found = {directory.resolve(): directory for directory in find_runs(self.folders)}
+        self.faults = []
+        planned = {resolved(run.directory): run for run in find_planned(self.folders, self.faults)}
+        found = {resolved(directory): directory for directory in find_runs(self.folders)}
         if not planned and not found:
             raise DataError(f"{', '.join(map(str, self.folders))}: no runs there or below")
         directories = [*planned, *(path for path in found if path not in planned)]
@@ -95,17 +100,28 @@ class Watcher:
         _estimate(lines)
         return lines
 
+    def said(self) -> list[str]:
+        """A line for each list of a sweep's runs that the last look could not use."""
+        return [printable(f"left out: {error}") for error in self.faults]
+
     def _facts(self, directory: Path) -> tuple[Run, dict[str, Any], str]:
         """The records (of a run without a result: an empty one), the config, and what cannot be read; again if a file changed."""
         stamp = [_stamp(directory / name) for name in (RESULT, METRICS, CONFIG)]
         if directory not in self._read or self._read[directory][0] != stamp:
-            config, fault = read_config(directory), ""
+            result: dict[str, Any] = {}
+            metrics: list[dict[str, Any]] = []
+            config: dict[str, Any] = {}
+            fault = ""
             try:
-                run = read_run(directory) or Run(directory, {}, read_metrics(directory))
-            except DataError as error:
-                run, fault = Run(directory, {}, []), str(error)
+                config = read_config(directory / CONFIG).values
+                metrics = read_metrics(directory / METRICS)
+                result = read_result(directory / RESULT) or {}
+                if result and (problem := disagreement(result, metrics)):
+                    raise RecordError(directory / METRICS, problem)
+            except RecordError as error:
+                result, fault = {}, f"{error.path.name}: {error.problem}"
             # Of the epochs the last will do: a long sweep's records would fill the memory.
-            self._read[directory] = stamp, Run(directory, run.result, run.metrics[-1:]), config, fault
+            self._read[directory] = stamp, Run(directory, result, metrics[-1:]), config, fault
         return self._read[directory][1:]
 
 
@@ -160,7 +176,7 @@ def _modified(path: Path) -> float:
 
 def _last_write(directory: Path) -> float:
     """When something in the directory, or the list of its checkpoints, last changed."""
-    return max((_modified(Path(entry.path)) for entry in os.scandir(directory)), default=0.0)
+    return max(map(_modified, directory.iterdir()), default=0.0)
 
 
 def _names(configs: dict[Path, dict[str, Any]]) -> dict[Path, str]:
@@ -227,7 +243,7 @@ def table(lines: Sequence[Line], width: int | None = None, height: int | None = 
     if width is not None:
         widths[0] = min(widths[0], max(width - sum(widths[1:8]) - 2 * 7, 16))
     text = ["  ".join(
-        _shortened(cell, size).ljust(size) if column in LEFT_ALIGNED else cell.rjust(size)
+        _without_middle(cell, size).ljust(size) if column in LEFT_ALIGNED else cell.rjust(size)
         for column, (cell, size) in enumerate(zip(row, widths, strict=True))).rstrip() for row in cells]
     if len(shown) < len(lines):
         hidden = Counter(line.state for line in lines) - Counter(line.state for line in shown)
@@ -240,12 +256,13 @@ def _cells(line: Line) -> tuple[str, ...]:
     def shown(value: Any, form: str, scale: float = 1) -> str:
         return "-" if value is None else format(scale * value, form)
 
-    return (line.name, line.state, f"{line.epoch}/{line.epochs or '?'}", shown(line.metrics.get("train_loss"), ".4f"),
+    return (printable(line.name), line.state, f"{line.epoch}/{line.epochs or '?'}", shown(line.metrics.get("train_loss"), ".4f"),
             shown(line.metrics.get("val_accuracy"), ".2f", 100), shown(line.metrics.get("test_accuracy"), ".2f", 100),
-            shown(line.pace, ".2f"), duration(line.left) if line.state == RUNNING and line.left is not None else "-", line.remark)
+            shown(line.pace, ".2f"), duration(line.left) if line.state == RUNNING and line.left is not None else "-",
+            printable(line.remark))
 
 
-def _shortened(text: str, size: int) -> str:
+def _without_middle(text: str, size: int) -> str:
     """The text without its middle where it is too long: rule and seed are at its ends."""
     head = size // 3
     return text if len(text) <= size else f"{text[:head]}…{text[head + 1 - size:]}"
@@ -260,15 +277,17 @@ def watch(folders: Iterable[Path], out: TextIO, interval: float, once: bool) -> 
     """
     watcher = Watcher(list(folders))
     if once or not out.isatty() or os.environ.get("TERM") == "dumb":
-        print("\n".join(table(watcher.look(time.time()))), file=out)
+        lines = table(watcher.look(time.time()))
+        print("\n".join([*lines, *watcher.said()]), file=out)
         return
     before = 0
     try:
-        while True:
+        while out.isatty():  # until its terminal is gone, too
             lines = watcher.look(time.time())
             width, height = shutil.get_terminal_size()
             hint = f"{time.strftime('%H:%M:%S')}, every {interval:g} s; Ctrl-C ends this view and nothing else"
-            text = [*table(lines, width - 1, height - 2), hint[:width - 1]]
+            below = [*watcher.said(), hint]
+            text = [*table(lines, width - 1, height - 1 - len(below)), *(line[:width - 1] for line in below)]
             # Up to the first line of what was shown before, and clear from there: what stood above stays.
             out.write((f"\x1b[{before}F\x1b[J" if before else "") + "\n".join(text) + "\n")
             out.flush()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from fa_bench.files import atomic
 from fa_bench.report.groups import Groups, finished_by_seed, group_labels, status_counts
 from fa_bench.report.numbers import mean, std
 from fa_bench.report.runs import Run
+from fa_bench.text import drawn, shortened
 
 # Six of Okabe and Ito's colours, and six found by search so that each pair of the twelve stays apart (CIE76 distance of 14
 # or more) under simulated protanopia, deuteranopia and tritanopia too. The second six are dashed besides.
@@ -25,7 +27,7 @@ COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9",
            "#C20078", "#332288", "#999933", "#8400CD", "#004D40", "#661100")
 STYLES = ("-", "--", ":", "-.")
 PER_STYLE = 6  # groups that share a line style
-LEGEND_WIDTH = 40  # characters
+LEGEND_WIDTH, LEGEND_MOST = 40, 200  # characters of a line, and of all lines of an entry
 MARKED_UP_TO = 12  # points of a line: a probe every few epochs shows as points joined, and a single one shows at all
 WIDTH, LINE = 13, 0.2  # inches: of a figure, of a line of its legend
 
@@ -62,7 +64,7 @@ def write_parts(parts: Sequence[Part], path: Path, columns: int) -> None:
     places = [figure] if len(parts) == 1 else figure.subfigures(len(parts), 1, height_ratios=heights, squeeze=False).flat
     for place, part, said in zip(places, parts, entries, strict=True):
         if len(parts) > 1:
-            place.suptitle(part.title, fontsize=11, fontweight="bold")
+            place.suptitle(drawn(part.title), fontsize=11, fontweight="bold")
         grid = list(place.subplots(math.ceil(len(part.panels) / columns), columns, squeeze=False).flat)
         for axes, panel in zip(grid, part.panels, strict=False):
             _draw(axes, panel, part.groups)
@@ -90,7 +92,8 @@ def legend(place: Any, entries: Sequence[str]) -> None:
 
 def save(figure: Figure, path: Path) -> None:
     """Write the figure in one step."""
-    with atomic(Path(path)) as temporary:
+    with atomic(Path(path)) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # names in scripts that the font lacks show as boxes
         # Matplotlib would write its version, so that the bytes changed with it though the picture did not.
         figure.savefig(temporary, format="png", metadata={"Software": None})
 
@@ -123,7 +126,7 @@ def _height(rows: int, entries: Sequence[str]) -> float:
 
 
 def _draw(axes: Axes, panel: Panel, groups: Groups) -> None:
-    axes.set(title=panel.title, xlabel="epoch", ylabel=panel.axis)
+    axes.set(title=drawn(panel.title), xlabel="epoch", ylabel=panel.axis)
     series = {index: points for index, members in enumerate(groups.values()) if (points := curve(members, panel.value))}
     if not series:
         axes.spines[["top", "right"]].set_visible(False)
@@ -151,5 +154,5 @@ def _legend_entries(groups: Groups) -> list[str]:
 
 def _legend_entry(label: str, members: Sequence[Run]) -> str:
     # Wrapped: the legend takes its width from the panels.
-    lines = textwrap.wrap(label, LEGEND_WIDTH, break_long_words=False, break_on_hyphens=False)
+    lines = textwrap.wrap(shortened(drawn(label), LEGEND_MOST), LEGEND_WIDTH, break_long_words=True, break_on_hyphens=False)
     return "\n".join([*lines, *([] if all(run.finished for run in members) else [f"({status_counts(members)})"])])

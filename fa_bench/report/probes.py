@@ -25,9 +25,10 @@ def probe_table(layers: pd.DataFrame, quantities: Iterable[str]) -> tuple[pd.Dat
     Returns:
         The table and how its columns are shown.
     """
-    columns = {"label": Column("rule"), "layer": Column("layer"), **{name: Column(name, ".4g") for name in quantities}}
+    columns = {name: Column(name, ".4g") for name in quantities} | {"label": Column("rule"), "layer": Column("layer")}
+    columns = {name: columns[name] for name in ("label", "layer", *columns)}
     rows: dict[tuple[str, str], dict[str, object]] = {}
-    for entry in layers[layers["quantity"].isin(list(columns))].to_dict("records"):
+    for entry in layers[layers["quantity"].isin(list(columns)[2:])].to_dict("records"):
         blank = {name: math.nan for name in columns} | {"label": entry["label"], "layer": entry["layer"]}
-        rows.setdefault((entry["group"], entry["layer"]), blank)[entry["quantity"]] = entry["mean"]
+        rows.setdefault((entry["label"], entry["layer"]), blank)[entry["quantity"]] = entry["mean"]
     return pd.DataFrame(list(rows.values()), columns=list(columns)), columns

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fa_bench.config.labels import flat
-from fa_bench.config.yaml_files import read_yaml
-from fa_bench.errors import DataError, names
-from fa_bench.files import CONFIG, METRICS, RESULT
+from fa_bench.errors import DataError
+from fa_bench.files import CONFIG, METRICS, RESULT, resolved
+from fa_bench.records import HEADER, RecordError, disagreement, read_config, read_metrics, read_result
 from fa_bench.report.numbers import mean
-from fa_bench.runs.rundir import HEADER
 
 FINISHED = "finished"
-_REQUIRED = ("status", "label", "group", "algorithm", "seed")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its directory, the content of `result.json`, and the lines of `metrics.jsonl`, one an epoch."""
+    """One run: its directory, the content of `result.json`, the lines of `metrics.jsonl`, one an epoch, and its config by the
+    keys of its command line, empty where there is none."""
 
     directory: Path
     result: dict[str, Any]
     metrics: list[dict[str, Any]]
+    config: dict[str, Any] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
@@ -36,17 +33,18 @@ class Run:
     @property
     def preset(self) -> str | None:
         """The preset that the run came from; of a result that does not record it, the folder that is named after it."""
-        return self.result["experiment"] if "experiment" in self.result else self.directory.resolve().parent.parent.name
+        return self.result["experiment"] if "experiment" in self.result else resolved(self.directory).parent.parent.name
 
     @property
     def epochs(self) -> int | None:
         """The epochs that the run trained, or was to train where that is not recorded."""
         return self.result.get("epoch") or self.result.get("epochs")
 
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        """The config by the keys of its command line; empty where there is none that can be read."""
-        return read_config(self.directory)
+    @property
+    def row(self) -> str:
+        """What the runs of one row of a report share: their group, and the code that ran them."""
+        code = self.result.get("code_hash")
+        return f"{self.result['group']}@{code}" if code else self.result["group"]
 
     @property
     def probed(self) -> dict[str, dict[str, Any]]:
@@ -80,19 +78,16 @@ def read_run(directory: Path) -> Run | None:
     """The run in `directory`, or None where it holds no `result.json`.
 
     Raises:
-        DataError: a record cannot be read or lacks a key that a report needs; the message names the file.
+        RecordError: a record cannot be read, or is not one that a run writes; the message names file and key.
     """
-    path = Path(directory) / RESULT
-    if not path.is_file():
+    directory = Path(directory)
+    result = read_result(directory / RESULT)
+    if result is None:
         return None
-    try:
-        result = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: unreadable: {error}") from error
-    missing = [key for key in _REQUIRED if not isinstance(result, dict) or key not in result]
-    if missing:
-        raise DataError(f"{path}: not a run's result: it lacks {names(missing)}")
-    return Run(path.parent, result, read_metrics(path.parent))
+    metrics, config = read_metrics(directory / METRICS), read_config(directory / CONFIG)
+    if problem := disagreement(result, metrics):
+        raise RecordError(directory / METRICS, problem)
+    return Run(directory, result, metrics, config.values)
 
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:
@@ -107,7 +102,7 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
             raise DataError(f"{path}: no such directory")
         for file in sorted(file for name in (RESULT, METRICS, CONFIG) for file in path.rglob(name)):
             if file.name != CONFIG or _starts_a_run(file):
-                found.setdefault(file.parent.resolve(), file.parent)
+                found.setdefault(resolved(file.parent), file.parent)
     return sorted(found.values())
 
 
@@ -122,38 +117,4 @@ def _starts_a_run(config: Path) -> bool:
 
 def place(directory: Path) -> str:
     """What to call a run's directory wherever it lies: preset, rule and seed, the last three folders of its path."""
-    return "/".join(directory.resolve().parts[-3:])
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """The config of the run in `directory` by the keys of its command line; empty where it holds none that can be read."""
-    from omegaconf import OmegaConf
-
-    path = directory / CONFIG
-    try:
-        config = OmegaConf.to_container(read_yaml(path), resolve=False)
-    except Exception:  # whatever a damaged file makes the parser say: labels must not cost the comparison
-        return {}
-    return flat(config) if isinstance(config, dict) else {}  # type: ignore[arg-type]
-
-
-def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """One record an epoch, in order; a torn last line is ignored, and of an epoch trained again the last one holds.
-
-    Raises:
-        DataError: a line before the last is not an epoch's record, or the file cannot be read.
-    """
-    path = directory / METRICS
-    try:
-        lines = path.read_bytes().splitlines() if path.is_file() else []
-    except OSError as error:
-        raise DataError(f"{path}: unreadable: {error}") from error
-    epochs: dict[int, dict[str, Any]] = {}
-    for index, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            epochs[record["epoch"]] = record
-        except (ValueError, KeyError, TypeError) as error:
-            if index < len(lines):
-                raise DataError(f"{path}: line {index} is not an epoch's record: {error}") from error
-    return [epochs[epoch] for epoch in sorted(epochs)]
+    return "/".join(resolved(directory).parts[-3:])

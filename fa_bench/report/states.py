@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -11,11 +12,15 @@ from typing import Any
 
 from fa_bench.config.labels import counted
 from fa_bench.config.scale import SCALES
-from fa_bench.files import CONFIG, METRICS, RESULT
-from fa_bench.report.runs import Run, place, read_config, read_metrics
+from fa_bench.files import CONFIG, METRICS, RESULT, resolved
+from fa_bench.records import read_config, read_metrics
+from fa_bench.report.runs import Run, place
 from fa_bench.runs.locks import holder
+from fa_bench.text import shortened
 
 RUNNING, INTERRUPTED, DIVERGED = "running", "interrupted", "diverged"
+#: Most characters of a failure's reason that are shown; the run's log has all of it.
+MOST_OF_REASON = 300
 
 
 def running(directory: Path) -> bool:
@@ -31,34 +36,38 @@ def begun(directory: Path) -> bool:
 def epochs_of(config: dict[str, Any]) -> int | None:
     """The epochs that a run of this config (by keys of the command line) trains at its scale; None where it does not say."""
     epochs, scale = config.get("epochs"), SCALES.get(str(config.get("scale", "full")))
-    return epochs if epochs is None or scale is None else scale.epochs_of(int(epochs))
+    return epochs if epochs is None or scale is None else scale.epochs_of(epochs)
 
 
 def as_it_stands(run: Run) -> Run:
     """The run, `running` where it had not finished and a process is at it again."""
     if run.finished or not running(run.directory):
         return run
-    return Run(run.directory, run.result | {"status": RUNNING, "error": None}, run.metrics)
+    return dataclasses.replace(run, result=run.result | {"status": RUNNING, "error": None})
 
 
 def without_result(directory: Path, others: Sequence[Run]) -> Run | None:
-    """A run that wrote no result, with what its config tells in the place of one; None where that cannot be read.
+    """A run that wrote no result, with what its config tells in the place of one; None where it has no config.
 
     It is `running` or `interrupted`, and belongs to the group of those of `others` that differ from it in the seed alone.
+
+    Raises:
+        RecordError: a record cannot be read, or is not one that a run writes.
     """
-    config = read_config(directory)
+    config, code = read_config(directory / CONFIG)
     if "algorithm" not in config or "seed" not in config:
         return None
-    metrics = read_metrics(directory)
+    metrics = read_metrics(directory / METRICS)
     result = {key: config.get(key) for key in ("algorithm", "architecture", "dataset", "optimizer", "seed")} | {
         "status": RUNNING if running(directory) else INTERRUPTED, "label": config["algorithm"],
         "group": _group(directory, config, others), "epochs": epochs_of(config), "epoch": metrics[-1]["epoch"] if metrics else 0,
+        "code_hash": code,
     }
-    return Run(directory, result, metrics)
+    return Run(directory, result, metrics, config)
 
 
 def _group(directory: Path, config: dict[str, Any], others: Sequence[Run]) -> str:
-    folder, rule, own = directory.resolve().parent.name, config["algorithm"], counted(config)
+    folder, rule, own = resolved(directory).parent.name, config["algorithm"], counted(config)
     if re.fullmatch(rf"{re.escape(rule)}-[0-9a-f]{{8}}", folder):
         return folder
     for run in others:
@@ -73,7 +82,8 @@ def reason(result: Mapping[str, Any]) -> str:
     error = result.get("error") or {}
     if _located(result):
         return f"in epoch {error['epoch']}{f', first in {layer}' if (layer := error.get('layer')) else ''}"
-    return ": ".join(str(error[key]).splitlines()[0] for key in ("type", "message") if error.get(key))
+    said = ": ".join(str(error[key]).strip().splitlines()[0] for key in ("type", "message") if str(error.get(key) or "").strip())
+    return shortened(said, MOST_OF_REASON)
 
 
 def ending(run: Run) -> str:
@@ -91,5 +101,5 @@ def _located(result: Mapping[str, Any]) -> bool:
 
 def unreadable(directory: Path) -> str:
     """A line for a directory of which no run can be made: it holds neither a result nor a config."""
-    metrics = read_metrics(directory)
+    metrics = read_metrics(directory / METRICS)
     return f"no {RESULT}, {metrics[-1]['epoch'] if metrics else 0} epochs done ({place(directory)})"

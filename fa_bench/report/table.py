@@ -8,13 +8,18 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from fa_bench.config.labels import differing, shown
+from fa_bench.errors import printable
 from fa_bench.report.groups import CONTROL, FLOOR, Groups, finished_by_seed, group_labels, group_runs, reference, status_counts
 from fa_bench.report.numbers import half_width, known, mean, std
 from fa_bench.report.published import Entry, answering, headline
 from fa_bench.report.runs import FINISHED, Run
 from fa_bench.report.states import ending
+from fa_bench.text import markdown, shortened
 
 BLANK = "-"
+#: Most characters of a cell that are shown; the CSV has all of it.
+MOST_OF_CELL = 500
 
 
 class Column(NamedTuple):
@@ -31,6 +36,7 @@ class Column(NamedTuple):
 COLUMNS = {
     "label": Column("rule"),
     "group": Column("group"),
+    "code_hash": Column("code"),
     "architecture": Column("architecture"),
     "dataset": Column("dataset"),
     "optimizer": Column("optimizer"),
@@ -39,12 +45,15 @@ COLUMNS = {
     "seeds": Column("seeds"),
     "status": Column("status"),
     "unfinished": Column("not finished"),
+    "val_accuracy": Column("validation accuracy (%)", ".2f"),
+    "val_accuracy_std": Column("std", ".2f"),
+    "val_accuracy_ci95": Column("± 95 %", ".2f"),
     "test_accuracy": Column("test accuracy (%)", ".2f"),
     "test_accuracy_std": Column("std", ".2f"),
     "test_accuracy_ci95": Column("± 95 %", ".2f"),
-    "best_val_accuracy": Column("test accuracy at best validation (%)", ".2f"),
-    "best_val_accuracy_std": Column("std", ".2f"),
-    "best_val_accuracy_ci95": Column("± 95 %", ".2f"),
+    "test_accuracy_at_best_val": Column("test accuracy at best validation (%)", ".2f"),
+    "test_accuracy_at_best_val_std": Column("std", ".2f"),
+    "test_accuracy_at_best_val_ci95": Column("± 95 %", ".2f"),
     "bp_difference": Column("paired difference to bp (points)", "+.2f"),
     "bp_difference_ci95": Column("± 95 %", ".2f"),
     "bp_difference_n": Column("pairs", ".0f"),
@@ -67,7 +76,7 @@ TIMINGS = [name for name, column in COLUMNS.items() if column.timing]
 
 
 def summarise(runs: Sequence[Run], published: Sequence[Entry] = ()) -> pd.DataFrame:
-    """One row per group, in order of first appearance; `COLUMNS` lists the columns.
+    """One row per group, in order of first appearance: a column for each key in which the configs differ, and `COLUMNS`.
 
     Accuracies are in %, differences in percentage points, angles in degrees, times in seconds of training. Statistics
     are over the `n` finished runs, one for each seed; `runs` and `status` count every run, and `unfinished` says of the
@@ -78,8 +87,12 @@ def summarise(runs: Sequence[Run], published: Sequence[Entry] = ()) -> pd.DataFr
     """
     groups = group_runs(runs)
     labels = group_labels(groups)
-    rows = [_row(labels[group], members, groups, published) for group, members in groups.items()]
-    return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"floor": object})
+    swept = [key for key in differing(members[0].config for members in groups.values()) if key not in COLUMNS]
+    rows = [_row(labels[group], members, groups, published) | {
+        key: shown(config[key]) for key in swept if key in (config := members[0].config)} for group, members in groups.items()]
+    first = list(COLUMNS).index("n")
+    columns = [*list(COLUMNS)[:first], *swept, *list(COLUMNS)[first:]]
+    return pd.DataFrame(rows, columns=columns).astype({"floor": object, **dict.fromkeys(swept, object)})
 
 
 def to_text(frame: pd.DataFrame) -> str:
@@ -102,7 +115,7 @@ def to_text(frame: pd.DataFrame) -> str:
         columns.append(("status", COLUMNS["status"].title, _cells(frame, "status")))
     if any(frame["note"]):
         columns.append(("note", COLUMNS["note"].title, _cells(frame, "note")))
-    padded = [_pad([title, *cells], right=name in COLUMNS and COLUMNS[name].format is not None)
+    padded = [_pad([title, *map(printable, cells)], right=name in COLUMNS and COLUMNS[name].format is not None)
               for name, title, cells in columns]
     lines = ["  ".join(cells).rstrip() for cells in zip(*padded, strict=True)]
     rule = "  ".join("-" * len(cells[0]) for cells in padded)
@@ -111,20 +124,24 @@ def to_text(frame: pd.DataFrame) -> str:
 
 def to_markdown(frame: pd.DataFrame, columns: Mapping[str, Column] = COLUMNS) -> str:
     """The table in Markdown: those of `columns` in which some row has something."""
-    table = [[column.title, "---" if column.format is None else "---:", *cells]
+    table = [[markdown(column.title), "---" if column.format is None else "---:",
+              *(cell if cell == BLANK or column.format else markdown(cell) for cell in cells)]
              for name, column in columns.items() if name in frame and set(cells := _cells(frame, name, columns)) - {BLANK}]
-    lines = [[cell.replace("|", "\\|") for cell in line] for line in zip(*table, strict=True)]
+    lines = zip(*table, strict=True)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def to_csv(frame: pd.DataFrame) -> str:
-    """The frame as CSV, numbers with ten digits, the same bytes on every platform."""
-    return frame.to_csv(index=False, float_format="%.10g", lineterminator="\n")
+    """The frame as CSV, numbers with ten digits and text on one line, the same bytes on every platform."""
+    frame = frame.rename(columns=printable)
+    plain = pd.DataFrame({name: column.map(lambda value: printable(value) if isinstance(value, str) else value)
+                          for name, column in frame.items()})
+    return plain.to_csv(index=False, float_format="%.10g", lineterminator="\n")
 
 
 def _row(label: str, members: Sequence[Run], groups: Groups, published: Sequence[Entry]) -> dict[str, Any]:
     finished = finished_by_seed(members)
-    final, best = _accuracies(members, "test_accuracy"), _accuracies(members, "test_accuracy_at_best_val")
+    final = _accuracies(members, "test_accuracy")
     control, floor = (reference(algorithm, members[0], groups) for algorithm in (CONTROL, FLOOR))
     control_final = _accuracies(control.runs, "test_accuracy")
     floor_mean = mean(_accuracies(floor.runs, "test_accuracy").values())
@@ -138,18 +155,14 @@ def _row(label: str, members: Sequence[Run], groups: Groups, published: Sequence
              f"{repeated} repeated run(s) not counted" if repeated else "", entry.remark(members) if entry else ""]
     return {
         "label": label,
-        **{key: members[0].result.get(key) for key in ("group", "architecture", "dataset", "optimizer")},
+        **{key: members[0].result.get(key) for key in ("group", "code_hash", "architecture", "dataset", "optimizer")},
         "n": len(finished),
         "runs": len(members),
         "seeds": " ".join(map(str, sorted(finished))),
         "status": status_counts(members),
         "unfinished": _unfinished(members),
-        "test_accuracy": final_mean,
-        "test_accuracy_std": std(final.values()),
-        "test_accuracy_ci95": half_width(final.values()),
-        "best_val_accuracy": mean(best.values()),
-        "best_val_accuracy_std": std(best.values()),
-        "best_val_accuracy_ci95": half_width(best.values()),
+        **_statistics("val_accuracy", members), **_statistics("test_accuracy", members),
+        **_statistics("test_accuracy_at_best_val", members),
         "bp_difference": mean(differences),
         "bp_difference_ci95": half_width(differences),
         "bp_difference_n": len(differences) if control.runs else math.nan,
@@ -179,6 +192,12 @@ def _accuracies(runs: Sequence[Run], key: str) -> dict[int, float]:
     return {seed: 100 * accuracy for seed, run in finished_by_seed(runs).items() for accuracy in known([run.result.get(key)])}
 
 
+def _statistics(key: str, runs: Sequence[Run]) -> dict[str, float]:
+    """Mean, standard deviation and interval of an accuracy of the finished runs, in %."""
+    values = _accuracies(runs, key).values()
+    return {key: mean(values), f"{key}_std": std(values), f"{key}_ci95": half_width(values)}
+
+
 def _over(seconds: float | None, epochs: int | None) -> float | None:
     return seconds / epochs if seconds is not None and epochs else None
 
@@ -192,7 +211,7 @@ def _cell(value: Any, form: str | None) -> str:
         return BLANK
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return str(value) if form is None else format(value, form)
+    return shortened(str(value), MOST_OF_CELL) if form is None else format(value, form)
 
 
 def _pad(cells: Sequence[str], right: bool) -> list[str]:

@@ -19,7 +19,7 @@ from fa_bench.mechanisms.rule import Rule
 from fa_bench.metrics.probe import Probe
 from fa_bench.metrics.probes.base import LayerProbes, Quantities
 from fa_bench.metrics.tensors import named_tensors
-from fa_bench.runs.epoch_lines import SCALARS, recorded_lines
+from fa_bench.records import SCALARS, recorded_lines
 from fa_bench.runs.events import FINAL, Events
 from fa_bench.runs.hashes import code_hash
 from fa_bench.runs.loop import Angles, Progress
@@ -35,7 +35,7 @@ class Recorder:
         probes: what else is measured of the layers.
 
     Raises:
-        RunDirectoryError: as `recorded_lines`.
+        RecordError: as `recorded_lines`.
     """
 
     def __init__(self, directory: Path, job: Job, progress: Progress, probes: LayerProbes) -> None:

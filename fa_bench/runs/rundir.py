@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,17 +16,10 @@ from fa_bench.config.scale import scaled
 from fa_bench.config.yaml_files import parse_yaml
 from fa_bench.errors import OutputError, RunDirectoryError
 from fa_bench.files import CONFIG, METRICS, RESULT, write_text
+from fa_bench.records import CODE_HEADER, HEADER, RecordError, read_result, recorded_lines
 from fa_bench.runs import locks
-from fa_bench.runs.epoch_lines import recorded_lines
 from fa_bench.runs.hashes import code_hash
 from fa_bench.runs.ownership import CHECKPOINTS, LAST, PREVIOUS, check_own, own_files
-
-#: How a run's config.yaml begins, and how its second line.
-HEADER, CODE_HEADER = "# config hash: ", "# code hash: "
-
-
-#: What a result has that is a number, or null.
-_NUMBERS = ("test_accuracy", "test_accuracy_at_best_val", "val_accuracy", "train_accuracy", "best_epoch", "seconds")
 
 
 class Stage(Enum):
@@ -79,17 +71,15 @@ class RunDirectory:
     def _complete(self) -> bool:
         """Whether a result with its record is there: of a run that trained to its last epoch, or diverged."""
         try:
-            result = json.loads((self.path / RESULT).read_bytes())
-        except (OSError, ValueError, RecursionError):
+            result = read_result(self.path / RESULT)
+        except RecordError:
             return False
-        if not isinstance(result, dict) or result.get("config_hash") != self.job.config_hash:
+        if result is None or result.get("config_hash") != self.job.config_hash:
             return False
-        if not all(result.get(key) is None or type(result[key]) in (int, float) for key in _NUMBERS):
-            return False
-        epochs, status = result.get("epoch"), result.get("status")
+        epochs, status = result.get("epoch"), result["status"]
         try:
-            recorded_lines(self.path / METRICS, epochs if type(epochs) is int else 0)
-        except RunDirectoryError:
+            recorded_lines(self.path / METRICS, epochs or 0)
+        except RecordError:
             return False
         if status == "diverged":
             return True

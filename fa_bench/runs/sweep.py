@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from fa_bench.errors import DataError, RunDirectoryError
-from fa_bench.files import dump_json, write_text
+from fa_bench.errors import RunDirectoryError
+from fa_bench.files import dump_json, resolved, write_text
+from fa_bench.records import RecordError, read_planned
 
 SWEEP = "sweep.json"
 #: A run lies this many folders below what its grid has in common, at most: preset, rule, seed.
@@ -36,7 +36,7 @@ def write_sweep(folder: Path, command: Sequence[str], runs: Iterable[Planned]) -
     path = Path(folder) / SWEEP
     try:
         known = read_sweep(path)
-    except DataError:
+    except RecordError:
         known = []
     # Normalised, so that a run is known again whatever its directory was called from.
     merged = {os.path.relpath(run.directory, folder): run for run in (*known, *runs)}
@@ -52,29 +52,28 @@ def read_sweep(path: Path) -> list[Planned]:
     """The runs that the sweep.json at `path` lists, in its order; none where there is no such file.
 
     Raises:
-        DataError: it cannot be read, or is not one of fa_bench.
+        RecordError: it cannot be read, or is not one of fa_bench.
     """
-    try:
-        content: Any = json.loads(path.read_bytes())
-        return [Planned(path.parent / str(run["directory"]), str(run["label"]), int(run["epochs"])) for run in content["runs"]]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not the list of a grid's runs ({type(error).__name__}: {error}); remove it") from None
+    return [Planned(path.parent / run["directory"], run["label"], run["epochs"]) for run in read_planned(path)]
 
 
-def find_planned(folders: Iterable[Path]) -> list[Planned]:
+def find_planned(folders: Iterable[Path], faults: list[RecordError]) -> list[Planned]:
     """The runs at and below `folders` that sweep.json files list, each once: files at, below and up to three folders above.
 
-    Raises:
-        DataError: a file cannot be read.
+    Files that cannot be read, or are not of fa_bench, are left out and added to `faults`.
     """
     found: dict[Path, Planned] = {}
     for folder in map(Path, folders):
-        whole = folder.resolve()
+        whole = resolved(folder)
         for path in (*sorted(folder.rglob(SWEEP)), *(above / SWEEP for above in list(whole.parents)[:DEPTH])):
-            for run in read_sweep(path):
-                place = run.directory.resolve()
+            try:
+                listed = read_sweep(path)
+            except RecordError as error:
+                if error.path not in [known.path for known in faults]:
+                    faults.append(error)
+                continue
+            for run in listed:
+                place = resolved(run.directory)
                 if whole == place or whole in place.parents:
                     found.setdefault(place, run._replace(directory=folder / place.relative_to(whole)))
     return list(found.values())

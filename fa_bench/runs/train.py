@@ -27,10 +27,10 @@ from fa_bench.metrics.probe import Probe
 from fa_bench.metrics.probes.base import LayerProbes, Subject
 from fa_bench.optim import Optimizers
 from fa_bench.process import isolated, seed_everything, threads
+from fa_bench.records import RecordError, recorded_lines
 from fa_bench.runs import checkpoint
 from fa_bench.runs.batches import check_batches, probe_batch
 from fa_bench.runs.data_checks import compare
-from fa_bench.runs.epoch_lines import recorded_lines
 from fa_bench.runs.hashes import state_hash, weights_hash
 from fa_bench.runs.logs import log, log_file
 from fa_bench.runs.loop import Angles, Diverged, Loop, Progress
@@ -122,7 +122,7 @@ def _run(place: RunDirectory, go_on: bool, title: str, experiment: str | None, l
             expected = checkpoint.Expected(place.job.config_hash, splits.data_hash, job.run.epochs, steps)
             progress = checkpoint.load((place.checkpoint, place.previous), expected, rule, optimizers, told.append)
             recorded_lines(place.path / METRICS, progress.epoch)
-        except RunDirectoryError as error:
+        except (RecordError, RunDirectoryError) as error:
             if place.job.run.resume:
                 raise RunDirectoryError(f"{error}; resume=false starts anew") from None
             # Whatever a checkpoint put into the model before it failed is left behind.

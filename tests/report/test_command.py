@@ -45,8 +45,9 @@ def test_report_of_two_folders_by_hand(tmp_path, capsys):
     want = {
         "n": "3", "seeds": "0 1 2", "runs": "3", "status": "3 finished", "unfinished": "",
         "test_accuracy": "97.33333333", "test_accuracy_std": "1.527525232",
-        "test_accuracy_ci95": "3.794583034", "best_val_accuracy": "97.33333333", "best_val_accuracy_std": "1.527525232",
-        "best_val_accuracy_ci95": "3.794583034", "bp_difference": "-0.6666666667", "bp_difference_ci95": "1.434217577",
+        "test_accuracy_ci95": "3.794583034", "test_accuracy_at_best_val": "97.33333333",
+        "test_accuracy_at_best_val_std": "1.527525232",
+        "test_accuracy_at_best_val_ci95": "3.794583034", "bp_difference": "-0.6666666667", "bp_difference_ci95": "1.434217577",
         "bp_difference_n": "3", "floor_accuracy": "91", "floor": "True", "weight_angle": "70", "delta_angle": "40",
         "norm_ratio": "1.5", "seconds": "2", "seconds_per_epoch": "1", "published": "", "note": "",
     }

@@ -75,7 +75,7 @@ def test_what_entries_of_shipped_presets_ask_of_a_config_can_be_in_one(preset) -
 
 
 def test_a_run_of_a_preset_finds_its_published_number(tmp_path) -> None:
-    write_group(tmp_path, "fa", [0.98, 0.99], experiment="pfa_fig2", group="dense", dataset="mnist", epochs=40, epoch=40)
+    write_group(tmp_path, "fa", [0.98, 0.99], experiment="pfa_fig2", group="dense", dataset="mnist", epochs=40)
     write_group(tmp_path, "fa", [0.98], experiment="pfa_fig2", group="sparse", dataset="mnist")
     write_group(tmp_path, "fa", [0.98], experiment=None, group="none", dataset="mnist")
     for run in runs_in(tmp_path):

@@ -15,7 +15,7 @@ from fa_bench.cli import main
 from fa_bench.config.job import conf_dir
 from fa_bench.config.yaml_files import MOST_BYTES, MOST_LEVELS, parse_yaml, read_yaml
 from fa_bench.errors import ConfigError, RunDirectoryError
-from fa_bench.report.runs import read_config
+from fa_bench.records import RecordError, read_config
 from fa_bench.runs import checkpoint
 
 MAKE = "touch PWNED"
@@ -174,7 +174,8 @@ def test_checkpoint_is_read_as_data(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["apply", "bomb", "deep", "torn", "no_text", "huge"])
 def test_a_runs_config_is_read_as_data(name: str, folder: Path) -> None:
     (folder / "config.yaml").write_bytes((folder / f"mine/experiment/{name}.yaml").read_bytes())
-    assert read_config(folder) == {}
+    with pytest.raises(RecordError, match=r"config\.yaml"):
+        read_config(folder / "config.yaml")
     assert not (folder / "PWNED").exists()
 
 

@@ -1,0 +1,265 @@
+"""Records that were edited, damaged or made by others: each is named and left out, and nothing of them acts where it is shown."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fa_bench.records import RecordError, read_config, read_metrics, read_result
+from fa_bench.report import figures
+from fa_bench.report.cli import main
+from fa_bench.runs.sweep import Planned, write_sweep
+from fa_bench.text import drawn, markdown
+
+from .by_hand import ANGLES, epoch_record, write_begun, write_group, write_run
+
+NESTED = "[" * 100_000 + "]" * 100_000
+
+
+def keys(file: str = "result.json", **values: Any) -> Callable[[Path], None]:
+    """Writes other values into a record."""
+    def edit(directory: Path) -> None:
+        path = directory / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return edit
+
+
+def text(file: str, content: str) -> Callable[[Path], None]:
+    """Writes another content."""
+    def edit(directory: Path) -> None:
+        (directory / file).write_text(content)
+
+    return edit
+
+
+def lines(*records: Any) -> Callable[[Path], None]:
+    return text("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+
+
+DAMAGED = {
+    "an accuracy in words": (keys(test_accuracy="high"),
+        r"result\.json: test_accuracy='high' \(allowed: a number from 0 to 1, or null\)"),
+    "an accuracy in per cent": (keys(val_accuracy=97), r"result\.json: val_accuracy=97 \(allowed: a number from 0 to 1"),
+    "an accuracy that is true": (keys(test_accuracy=True), r"test_accuracy=True"),
+    "a status": (keys(status="finsihed"),
+        r"status='finsihed' \(allowed: finished, diverged, failed, interrupted\); did you mean 'finished'\?"),
+    "a seed": (keys(seed="0"), r"seed='0' \(allowed: a whole number\)"),
+    "a label": (keys(label=["a"]), r"label=\['a'\] \(allowed: text, not empty\)"),
+    "seconds": (keys(seconds=-1), r"seconds=-1 \(allowed: a number from 0, or null\)"),
+    "angles": (keys(angles={"weight_angle": {"fc1": "steep"}}),
+        r"angles\.weight_angle\.fc1='steep' \(allowed: a number, or null\)"),
+    "no number a float holds": (keys(angles={"weight_angle": {"fc1": 10**400}}), r"angles\.weight_angle\.fc1=1000"),
+    "layers": (keys(feedback_layers=["fc1", 2]), r"feedback_layers\[1\]=2 \(allowed: text\)"),
+    "an error": (keys(status="diverged", error={"epoch": "third"}),
+        r"error\.epoch='third' \(allowed: a whole number from 0, or null\)"),
+    "deep nesting": (text("result.json", NESTED), r"result\.json: nested deeper than 20 levels"),
+    "nesting that JSON takes": (text("result.json", '{"a":' * 30 + "1" + "}" * 30),
+        r"result\.json: nested deeper than 20 levels"),
+    "no JSON": (text("result.json", "{"), r"result\.json: unreadable"),
+    "a list": (text("result.json", "[]"), r"result\.json: \[\] \(allowed: a mapping\)"),
+    "epochs that are not there": (keys(epoch=7),
+        r"metrics\.jsonl: holds the records of 2 epochs, but the run in result\.json has finished 7"),
+    "no record": (lines([1], epoch_record(2, 0.5, None)), r"metrics\.jsonl: line 1 is not an epoch's record"),
+    "an epoch": (lines({"epoch": "1"}), r"metrics\.jsonl: line 1: epoch='1' \(allowed: a whole number from 1\)"),
+    "a record's angles": (lines({"epoch": 1, "angles": {"weight_angle": [3]}}),
+        r"line 1: angles\.weight_angle=\[3\] \(allowed: a mapping\)"),
+    "a record's loss": (lines({"epoch": 1, "train_loss": "low"}), r"line 1: train_loss='low'"),
+    "deep records": (text("metrics.jsonl", f"{NESTED}\n{NESTED}\n"),
+        r"metrics\.jsonl: line 1 is not an epoch's record: nested deeper"),
+    "no YAML": (text("config.yaml", "a: ["), r"config\.yaml: line 1: not readable as YAML"),
+    "no mapping": (text("config.yaml", "- 1"), r"config\.yaml: not a run's config \(allowed: a mapping\)"),
+    "a config's seed": (text("config.yaml", "seed: first"), r"config\.yaml: seed='first' \(allowed: a whole number\)"),
+    "a config's epochs": (text("config.yaml", "epochs: [3]"), r"config\.yaml: epochs=\[3\] \(allowed: a whole number from 1\)"),
+    "a config with tags": (text("config.yaml", "a: !!python/name:os.system"), r"config\.yaml: line 1: tag !!python"),
+}
+
+
+@pytest.fixture(autouse=True)
+def drawn_quickly(request, monkeypatch):
+    if "figure" not in request.node.name:
+        monkeypatch.setattr(figures, "write_parts", lambda parts, path, columns: path.write_bytes(b""))
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_record_is_named_and_its_run_left_out(tmp_path, capsys, kind):
+    damage, said = DAMAGED[kind]
+    write_group(tmp_path, "fa", [0.9, 0.8])
+    damage(tmp_path / "fa-1")
+    assert main([str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert re.search(rf"^left out: \S*/fa-1/.*{said}", out, re.MULTILINE), out
+    (row,) = csv.DictReader((tmp_path / "report.csv").read_text().splitlines())
+    assert (row["n"], row["runs"], row["test_accuracy"]) == ("1", "1", "90")
+    assert "## Left out" in (tmp_path / "report.md").read_text()
+    assert main(["--live", "--once", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(said, shown) and "2 runs: 1 done, 1 failed" in shown
+
+
+def test_a_run_without_result_and_a_damaged_config_is_left_out(tmp_path, capsys):
+    write_group(tmp_path, "fa", [0.9])
+    text("config.yaml", "# config hash: 0\nalgorithm: [fa]\nseed: 1")(write_begun(tmp_path, "fa", 1, 1))
+    assert main([str(tmp_path)]) == 1
+    assert "config.yaml: algorithm=['fa'] (allowed: text, not empty)" in capsys.readouterr().out
+
+
+def test_where_every_run_is_damaged_the_first_one_is_the_error(tmp_path, capsys):
+    keys(seed=None)(write_run(tmp_path, "fa", 0, 0.9))
+    assert main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"fa-bench-report: {tmp_path}/fa-0/result.json: seed=None (allowed: a whole number)\n"
+
+
+@pytest.mark.parametrize("planned", [
+    "[]", "{", NESTED, '{"runs": [5]}',
+    '{"runs": [{"directory": "a"}]}', '{"runs": [{"directory": 5, "label": "a", "epochs": 1}]}',
+    '{"runs": [{"directory": "a\\u0000b", "label": "a", "epochs": 1}]}',
+    '{"runs": [{"directory": "a", "label": "", "epochs": 1}]}',
+    '{"runs": [{"directory": "a", "label": "a", "epochs": -1}]}',
+    '{"runs": [{"directory": "\\ud800", "label": "a", "epochs": 1}]}',
+])
+def test_a_damaged_list_of_runs_is_named_and_the_runs_are_reported(tmp_path, capsys, planned):
+    write_group(tmp_path, "fa", [0.9])
+    (tmp_path / "sweep.json").write_text(planned)
+    assert main([str(tmp_path)]) == 1
+    assert re.search(r"left out: \S*/sweep\.json: \S", capsys.readouterr().out)
+    assert main(["--live", str(tmp_path)]) == 0
+    assert re.search(r"1 run: 1 done\nleft out: \S*/sweep\.json: ", capsys.readouterr().out)
+
+
+EVIL = "\x1b[31mkp\u202e <script>alert(1)</script> # [a](http://b) | $\\frac{$ **x**\n# Heading"
+
+
+def test_what_records_say_is_shown_and_does_nothing(tmp_path, capsys):
+    write_run(tmp_path, "fa", 0, 0.9)
+    named = dict.fromkeys(("label", "group", "architecture", "optimizer"), EVIL)
+    write_run(tmp_path, "fa", 1, 0.9, probes={EVIL: {EVIL: 1.0}}, **named).rename(
+        tmp_path / "evil")
+    write_run(tmp_path, "kp", 0, None, status="diverged", error={"type": "E", "message": EVIL.replace("\n", " ")})
+    assert main([str(tmp_path)]) == 1
+    report, table = ((tmp_path / name).read_text() for name in ("report.md", "report.csv"))
+    assert main(["--live", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    for shown in (said, report, table):
+        assert "\x1b" not in shown and "\u202e" not in shown and r"\x1b" in shown
+    assert "<script>" not in report and "&lt;script&gt;" in report and "\n# Heading" not in report and "[a](" not in report
+    bars = {line.count("|") - line.count(r"\|") for line in report.split("\n\n")[1].splitlines()}
+    assert len(bars) == 1  # every row has the same cells
+
+
+def test_marks_of_markdown_and_of_formulas_are_escaped():
+    assert markdown("# a_b _c_ *d* `e` <f> [g] h|i ~j~ $k$ & l") == (
+        r"\# a_b \_c\_ \*d\* \`e\` &lt;f&gt; \[g\] h\|i \~j\~ \$k\$ &amp; l")
+    assert [markdown(text) for text in ("- a", "1. a", "2) a", "+ a", "a\nb", "3 finished, 1 diverged", "lr=0.1")] == [
+        r"\- a", r"1\. a", r"2\) a", r"\+ a", r"a\\nb", "3 finished, 1 diverged", "lr=0.1"]
+    assert drawn("a$b$\n") == r"a\$b\$\n"
+
+
+@pytest.mark.parametrize("sign", ["$\\frac{$", "a$b", "$", "結果", "\x1b[1m", "x" * 5000])
+def test_a_figure_takes_any_name(tmp_path, sign):
+    for number, lr in enumerate((sign, "0.1")):
+        run = write_run(tmp_path, "kp", 0, 0.9, group=f"kp-{number}", dataset=f"d{lr}",
+                        metrics=[epoch_record(1, 0.5, {"weight_angle": {f"fc2{sign}": 70.0}}), epoch_record(2, 0.5, None)])
+        config = {"algorithm": {"name": "kp", "density": 0.5}, "optimizer": {"name": "sgd", "lr": lr}, "seed": 0}
+        (run / "config.yaml").write_text(json.dumps(config))
+    assert main([str(tmp_path)]) == 0
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_titles_that_differ_in_marks_alone_have_figures_of_their_own_with_figure(tmp_path, monkeypatch):
+    drawn_for: list[str] = []
+    monkeypatch.setattr(figures, "write_parts", lambda parts, path, columns: drawn_for.append(path.name) or path.write_bytes(b""))
+    for number, name in enumerate(("a_b", "a-b", "a b")):
+        write_run(tmp_path, "kp", 0, 0.9, group=f"kp-{number}", dataset=name)
+    assert main([str(tmp_path)]) == 0
+    assert len([name for name in drawn_for if "curves" in name]) == 3 and len(drawn_for) == len(set(drawn_for))
+
+
+def test_what_later_versions_add_is_read(tmp_path):
+    directory = write_run(tmp_path, "fa", 0, 0.9, added={"a": [1]})
+    lines(epoch_record(1, 0.5, ANGLES) | {"added": "x"})(directory)
+    assert (read_result(directory / "result.json") or {})["added"] == {"a": [1]}
+    assert len(read_metrics(directory / "metrics.jsonl")) == 1
+    (directory / "config.yaml").write_text("# config hash: a\n# code hash: b\nadded: 1\n")
+    assert read_config(directory / "config.yaml") == ({"added": 1}, "b")
+
+
+def test_files_that_are_no_files_are_named_and_those_that_are_not_there_are_none(tmp_path):
+    assert read_result(tmp_path / "result.json") is None and read_metrics(tmp_path / "metrics.jsonl") == []
+    (tmp_path / "result.json").mkdir()
+    with pytest.raises(RecordError, match=r"result\.json: not a file"):
+        read_result(tmp_path / "result.json")
+
+
+@pytest.mark.parametrize("name", ["result.json", "metrics.jsonl", "config.yaml", "sweep.json"])
+def test_a_link_that_leads_in_a_circle_ends_no_report(tmp_path, name):
+    directory = write_run(tmp_path, "fa", 0, 0.9)
+    write_run(tmp_path, "fa", 1, 0.8)
+    (directory / name).unlink(missing_ok=True)
+    (directory / name).symlink_to(name)
+    write_sweep(tmp_path, [], [Planned(tmp_path / "loop", "loop", 1)])
+    (tmp_path / "loop").symlink_to("loop")
+    assert main([str(tmp_path)]) == 1 and main(["--live", str(tmp_path)]) == 0
+
+
+# Versions of the code.
+
+def test_runs_of_other_code_have_rows_of_their_own(tmp_path):
+    for code, accuracies in (("a" * 64, [0.9, 0.8]), ("b" * 64, [0.5, 0.4])):
+        for rule, less in (("bp", 0.0), ("fa", 0.1)):
+            for seed, accuracy in enumerate(accuracies):
+                directory = write_run(tmp_path / code[0], rule, seed, accuracy - less, code_hash=code)
+                assert directory.is_dir()
+    assert main([str(tmp_path)]) == 0
+    rows = {row["label"]: row for row in csv.DictReader((tmp_path / "report.csv").read_text().splitlines())}
+    assert {label: (row["n"], row["test_accuracy"], row["bp_difference"]) for label, row in rows.items()} == {
+        "bp code=aaaaaaaa": ("2", "85", ""), "bp code=bbbbbbbb": ("2", "45", ""),
+        "fa code=aaaaaaaa": ("2", "75", "-10"), "fa code=bbbbbbbb": ("2", "35", "-10")}
+    assert {row["code_hash"] for row in rows.values()} == {"a" * 64, "b" * 64}
+    layers = list(csv.DictReader((tmp_path / "report_layers.csv").read_text().splitlines()))
+    assert {row["label"] for row in layers} == set(rows) and {row["n"] for row in layers} == {"2"}
+
+
+def test_a_difference_to_runs_of_other_code_is_noted(tmp_path):
+    write_run(tmp_path, "bp", 0, 0.9, code_hash="a")
+    write_run(tmp_path, "fa", 0, 0.8, code_hash="b")
+    assert main([str(tmp_path)]) == 0
+    rows = {row["label"]: row for row in csv.DictReader((tmp_path / "report.csv").read_text().splitlines())}
+    assert rows["fa"]["note"] == "the runs of bp are of other code" and rows["bp"]["note"] == ""
+
+
+def test_a_run_without_result_is_in_the_row_of_its_code(tmp_path):
+    write_run(tmp_path, "kp", 0, 0.9, group="kp-0123abcd", code_hash="aa").rename(tmp_path / "x")
+    begun = write_begun(tmp_path / "kp-0123abcd", "kp", 1, 1, folder="seed1")
+    config = (begun / "config.yaml").read_text()
+    for code, want in (("aa", {"kp": "2"}), ("bb", {"kp code=aa": "1", "kp code=bb": "1"})):
+        (begun / "config.yaml").write_text(config.replace("\n", f"\n# code hash: {code}\n", 1))
+        assert main([str(tmp_path)]) == 1
+        found = csv.DictReader((tmp_path / "report.csv").read_text().splitlines())
+        assert {row["label"]: row["runs"] for row in found} == want
+
+
+# Columns.
+
+def test_the_csv_has_validation_accuracies_and_a_column_for_each_swept_key(tmp_path):
+    for number, (lr, widths) in enumerate(((0.1, [8]), (0.05, [8, 4]))):
+        for seed, val in enumerate((0.6, 0.7, 0.8)):
+            run = write_run(tmp_path, "kp", seed, 0.9, group=f"kp-{number}", val_accuracy=val, test_accuracy_at_best_val=0.85)
+            config = {"algorithm": {"name": "kp", "b_init": None}, "optimizer": {"name": "sgd", "lr": lr}, "seed": seed,
+                      "architecture": {"name": "mlp", "widths": widths}, "status": number, "x\ny": number}
+            (run / "config.yaml").write_text(json.dumps(config))
+    assert main([str(tmp_path)]) == 0
+    rows = list(csv.DictReader((tmp_path / "report.csv").read_text().splitlines()))
+    assert [(row["optimizer.lr"], row["architecture.widths"], row[r"x\ny"], row["status"]) for row in rows] == [
+        ("0.05", "[8,4]", "1", "3 finished"), ("0.1", "[8]", "0", "3 finished")]
+    assert "algorithm.b_init" not in rows[0] and "seed" not in rows[0] and "best_val_accuracy" not in rows[0]
+    # 60, 70, 80: std 10; half width 4.302652730 x 10 / sqrt 3 = 24.84137712.
+    assert (rows[0]["val_accuracy"], rows[0]["val_accuracy_std"], rows[0]["val_accuracy_ci95"]) == ("70", "10", "24.84137712")
+    assert (rows[0]["test_accuracy"], rows[0]["test_accuracy_at_best_val"]) == ("90", "85")
+
