@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fa_bench.mechanisms.loss_scale import is_unscaled
+from fa_bench.mechanisms.loss_scale import is_unscaled, measured_scale
 from tests.loops.chain import RULES, Chain, assert_same, attach, batch, gradients
 
 X, Y = batch(12)
@@ -262,3 +263,21 @@ def test_a_loss_that_is_no_mean_is_measured() -> None:
     assert not is_unscaled(F.cross_entropy(logits[:4], labels[:4]), labels)
     assert not is_unscaled(F.cross_entropy(logits, labels, ignore_index=1), labels)
     assert is_unscaled(F.cross_entropy(logits, labels, ignore_index=7), labels), "nothing is left out"
+
+
+def test_a_scale_belongs_to_its_own_backward_pass() -> None:
+    """Of a rule that needs no labels: a plain backward pass after one whose scale was known finds its own."""
+    model, rule = chain("drtp sign")
+    logits = model(X64)
+    rule.backward(F.cross_entropy(logits, Y), logits, Y)
+    model.zero_grad()
+    times(0.25)(model(X64), Y).backward()
+    assert_same(gradients(model), found("drtp sign", [(X64, Y, times(0.25))]), rel=1e-6)
+
+
+def test_an_infinite_scale_is_what_it_is() -> None:
+    """As a gradient scaler's overflow makes it, which leaves the update out."""
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 2, 0])
+    delta = (logits.softmax(1) - F.one_hot(labels, 3)) * math.inf
+    assert measured_scale("drtp", delta, logits, labels) == math.inf

@@ -10,6 +10,7 @@ from torch import nn
 
 import fa_bench
 from fa_bench.config.registries import ARCHITECTURES
+from fa_bench.mechanisms.sharing import matcher
 
 from . import nets
 from .helpers import (
@@ -280,3 +281,9 @@ def test_activations_that_were_made_in_place_are_shared(name):
         rule = fa_bench.attach(model, name, seed=0, sample_input=x, freeze_stem=False)
         found.append(rule_grads(model, rule, x, y))
     assert_bitwise(*found)
+
+
+def test_a_map_that_shrinks_along_one_side_alone_is_pooled_along_it():
+    x = torch.arange(32.0).reshape(1, 2, 4, 4)
+    matched = matcher((2, 4, 4), (4, 4, 2), "max_pool", None)(x)
+    assert torch.equal(matched, torch.cat([x, x], 1)[..., 1::2])
