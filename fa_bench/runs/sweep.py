@@ -7,11 +7,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from filelock import Timeout
+
 from fa_bench.errors import RunDirectoryError
 from fa_bench.files import dump_json, resolved, write_text
 from fa_bench.records import RecordError, read_planned
+from fa_bench.runs.locks import PATIENCE, locked
 
-SWEEP = "sweep.json"
+SWEEP, SWEEP_LOCK = "sweep.json", ".sweep.json.lock"
 #: A run lies this many folders below what its grid has in common, at most: preset, rule, seed.
 DEPTH = 3
 
@@ -28,22 +31,25 @@ def write_sweep(folder: Path, command: Sequence[str], runs: Iterable[Planned]) -
     """Enter `runs` into the sweep.json of `folder`, which is made where it is not there; the file is replaced in one step.
 
     Runs that an earlier grid entered stay; one with the same directory keeps its place and takes the new label and epochs.
-    `command` is the latest. A file that cannot be read is replaced: a grid must not fail for a list of names.
+    `command` is the latest. Sweeps that share a folder take turns.
 
     Raises:
-        RunDirectoryError: the folder or the file cannot be written.
+        RunDirectoryError: the folder or the file cannot be written, or a file of that name is not one of fa_bench, which is left
+            as it is.
     """
     path = Path(folder) / SWEEP
     try:
-        known = read_sweep(path)
-    except RecordError:
-        known = []
-    # Normalised, so that a run is known again whatever its directory was called from.
-    merged = {os.path.relpath(run.directory, folder): run for run in (*known, *runs)}
-    listed = [{"directory": directory, "label": run.label, "epochs": run.epochs} for directory, run in merged.items()]
-    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, dump_json({"command": list(command), "runs": listed}, indent=1) + "\n")
+        with locked(path.with_name(SWEEP_LOCK)):
+            known = read_sweep(path)
+            # Normalised, so that a run is known again whatever its directory was called from.
+            merged = {os.path.relpath(run.directory, folder): run for run in (*known, *runs)}
+            listed = [{"directory": directory, "label": run.label, "epochs": run.epochs} for directory, run in merged.items()]
+            write_text(path, dump_json({"command": list(command), "runs": listed}, indent=1) + "\n")
+    except RecordError as error:
+        raise RunDirectoryError(f"{error}; move it away") from None
+    except Timeout:
+        raise RunDirectoryError(f"{path}: another sweep has been writing it for {PATIENCE:g} s; try again") from None
     except OSError as error:
         raise RunDirectoryError(f"{path}: cannot be written: {error}") from error
 
@@ -54,6 +60,8 @@ def read_sweep(path: Path) -> list[Planned]:
     Raises:
         RecordError: it cannot be read, or is not one of fa_bench.
     """
+    if path.is_symlink():
+        raise RecordError(path, "a link; fa-bench follows none there")
     return [Planned(path.parent / run["directory"], run["label"], run["epochs"]) for run in read_planned(path)]
 
 

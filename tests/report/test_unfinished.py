@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from fa_bench.errors import RunDirectoryError
 from fa_bench.report import figures, write_report
 from fa_bench.report.cli import main
 from fa_bench.report.runs import find_runs
@@ -136,10 +137,11 @@ def test_announced_runs_are_found_from_below_and_above(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"runs": [{}]}', '{"runs": [{"directory": "a", "label": "b", "epochs": "c"}]}'])
-def test_a_damaged_list_is_named_and_a_grid_replaces_it(tmp_path, text):
+def test_a_damaged_list_is_named_and_left_as_it_is(tmp_path, text):
     (tmp_path / "sweep.json").write_text(text)
     faults = []
     assert find_planned([tmp_path], faults) == []
     assert re.search(r"sweep\.json: (not the list of a grid's runs|unreadable)", str(*faults))
-    write_sweep(tmp_path, [], [Planned(tmp_path / "a", "a", 1)])
-    assert len(find_planned([tmp_path], [])) == 1
+    with pytest.raises(RunDirectoryError, match="move it away"):
+        write_sweep(tmp_path, [], [Planned(tmp_path / "a", "a", 1)])
+    assert (tmp_path / "sweep.json").read_text() == text

@@ -189,3 +189,17 @@ def test_an_empty_folder_name_is_refused(option: str, capsys: Capture) -> None:
 @pytest.mark.parametrize("option", ["output_dir=''", "output_dir=null", "hydra.sweep.dir=''"])
 def test_an_empty_folder_name_is_refused_in_sweeps(option: str, capsys: Capture) -> None:
     assert option.split("=")[0] in refused(["-m", *COMMON, option], capsys)
+
+
+def test_a_sweep_json_of_others_is_left_as_it_is_and_what_a_kill_left_of_ones_own_goes(tmp_path: Path, capsys: Capture) -> None:
+    sweep = ["-m", *COMMON, "seed=0,1", "output_dir=out"]
+    assert main(sweep) == 0
+    (record,) = Path("out").rglob("sweep.json")
+    left = record.with_name(".sweep.json.tmp")
+    left.write_text("half")
+    assert main(sweep) == 0 and not left.exists() and not record.with_name(".sweep.json.lock").exists()
+    record.write_text('{"method": "grid"}')
+    assert "sweep.json: not the list of a grid's runs" in refused(sweep, capsys)
+    record.rename("theirs.json")
+    record.symlink_to(tmp_path / "theirs.json")
+    assert "sweep.json: a link" in refused(sweep, capsys)
