@@ -23,6 +23,7 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fa_bench.command.clock import pin
 from fa_bench.config.yaml_files import read_yaml
 from fa_bench.errors import ConfigError
 
@@ -35,10 +36,11 @@ _STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 
 
 class CheckedFiles(FileConfigSource):
-    """Hydra's source of config files, which reads them as plain data of a bounded size."""
+    """Hydra's source of config files, which reads them as plain data of a bounded size, all at the time of the command."""
 
     def load_config(self, config_path: str) -> ConfigResult:
         # Its name is the base's, so that Hydra's own registration of that one changes nothing.
+        pin()  # here, for Hydra registers its own at each of its starts, in workers too, and reads its configs after that
         path = Path(self.path, self._normalize_file_name(config_path)).resolve()
         if not path.exists():
             raise ConfigLoadError(f"Config not found : {path}")
