@@ -120,7 +120,7 @@ def _main(argv: list[str]) -> int:
     if not arguments.multirun:
         argv = [*composer.sweeps[0][1], *flags]  # with what a preset gives to its rule
     if arguments.cfg:
-        return _hydra(argv)
+        return 2 if _hydra(argv) else 0  # Hydra names a --package that is not there
     jobs = composer.check(grid)
     forget()
     try:

@@ -5,21 +5,26 @@ from __future__ import annotations
 import os
 from datetime import datetime
 
-from omegaconf import OmegaConf
+from hydra.core import utils
 
 #: When the command started; seen by jobs in other processes.
 STARTED = "FA_BENCH_STARTED"
 
 
-def now(pattern: str) -> str:
-    """The time at which the command started, by `datetime.strftime`'s pattern; the present time outside of a command."""
-    started = os.environ.get(STARTED)
-    return (datetime.fromisoformat(started) if started else datetime.now()).strftime(pattern)
+class Clock:
+    """The time as Hydra's resolver asks for it."""
+
+    @staticmethod
+    def now() -> datetime:
+        """When the command started; the present time outside of a command."""
+        started = os.environ.get(STARTED)
+        return datetime.fromisoformat(started) if started else datetime.now()
 
 
 def pin() -> None:
-    """Let ``${now:...}`` be `now` in every config composed from here on, until Hydra starts again and registers its own.
+    """Let Hydra's ``${now:...}`` ask `Clock` from here on in this process.
 
-    Hydra's own says another time in every config: a directory checked for a run would not be the one that it is given.
+    Hydra's own says another time in every config, so that a directory that was checked for a run would not be the one that it is
+    given. Hydra registers its resolver again and again, hence this and no resolver of our own.
     """
-    OmegaConf.register_new_resolver("now", now, replace=True)
+    utils.datetime = Clock  # type: ignore[misc,assignment]

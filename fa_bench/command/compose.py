@@ -28,6 +28,9 @@ from fa_bench.errors import ConfigError, FaBenchError, cut, first_line, names, n
 from fa_bench.files import check_place
 from fa_bench.runs.rundir import RunDirectory
 
+#: What Hydra calls the jobs of `fa_bench.cli`.
+JOB_NAME = "cli"
+
 
 class Composer:
     """One command line.
@@ -135,10 +138,13 @@ class Composer:
         return {o.key_or_group: listed(o.input_line) for o in self.parsed}
 
     def component(self, kind: str, choice: str) -> dict[str, Any]:
-        """The options that a choice of one group stands for, with the component's name."""
+        """The options that a choice of one group stands for, with the component's name; raises ConfigError where it has none."""
         with self._hydra():
-            config = self._compose([f"{kind}={choice}"])
-            return OmegaConf.to_container(config[kind], resolve=False)  # type: ignore[return-value]
+            values: Any = self._compose([f"{kind}={choice}"])[kind]
+            plain = OmegaConf.to_container(values, resolve=False) if OmegaConf.is_config(values) else values
+        if not isinstance(plain, dict) or plain.get("name") not in next(group for group in GROUPS if group.kind == kind):
+            raise ConfigError(f"{kind}={choice}: sets up no {kind}; its file needs `defaults: [/_schema/{kind}/NAME@_here_]`")
+        return {str(key): value for key, value in plain.items()}
 
     def check(self, grid: list[list[str]], directories: bool = True) -> list[tuple[Job, Path]]:
         """Every job with its directory; what those hold is looked at unless `directories` is false.
@@ -153,10 +159,14 @@ class Composer:
         with self._hydra():
             for number, overrides in enumerate(grid):
                 config = self._compose(overrides)
-                if number == 0:
-                    rehearse(config, self._multirun)
-                with _as_job(config, number if self._multirun else None):
-                    job, place = Job.from_config(config), _place(config, self._multirun)
+                # Hydra numbers the jobs of each part of a grid from 0.
+                own = number - max(first for first, _ in self.sweeps if first <= number) if self._multirun else None
+                with _as_job(config, own):
+                    job = Job.from_config(config)
+                if number == 0:  # as Hydra has it before there is a job
+                    rehearse(self._compose(overrides), overrides, self._multirun)
+                with _as_job(config, own):
+                    place = _place(config, self._multirun)
                 if place in seen:
                     raise ConfigError(f"two jobs of the grid are one run, {place}: "
                                       f"{' '.join(seen[place])} and {' '.join(overrides)}")
@@ -169,13 +179,14 @@ class Composer:
 
     @contextmanager
     def _hydra(self) -> Iterator[None]:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name="fa_bench"):
+        # The name is the one that Hydra takes from the module of the command line: `hydra.job.name` may be part of a path.
+        with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name=JOB_NAME):
             if self.config_dir:
                 # As Hydra's own --config-dir; an override of the search path would escape what lists the groups.
                 path = GlobalHydra.instance().config_loader().get_search_path()
                 path.prepend("command-line", f"file://{self.config_dir}", SearchPathQuery(provider="schema"))
                 GlobalHydra.instance().clear()
-                Hydra.create_main_hydra2("fa_bench", path)
+                Hydra.create_main_hydra2(JOB_NAME, path)
             yield
 
     def _compose(self, overrides: list[str]) -> DictConfig:
@@ -195,8 +206,7 @@ def _as_job(config: DictConfig, number: int | None) -> Iterator[None]:
     current = HydraConfig.instance()
     before = current.cfg
     if number is not None:
-        OmegaConf.set_readonly(config, False)
-        OmegaConf.set_struct(config, False)
+        OmegaConf.set_readonly(config.hydra, False)
         config.hydra.job.num = number
     current.set_config(config)
     try:

@@ -39,6 +39,8 @@ def parse(text: str) -> Override:
         raise ConfigError(f"cannot read '{shown}': nested too deeply") from None
     except (HydraException, ValueError) as error:
         raise ConfigError(_unread(text) or f"cannot read '{shown}': write key=value ({first_line(error)})") from None
+    if not override.key_or_group:
+        raise ConfigError(f"cannot read '{shown}': write key=value")
     if (values := count(override)) > MOST_JOBS:
         raise ConfigError(f"{shown}: more than {MOST_JOBS} values")
     if values == 0:

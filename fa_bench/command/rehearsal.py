@@ -15,23 +15,31 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
-from fa_bench.errors import ConfigError, first_line
+from fa_bench.config.options import value_text
+from fa_bench.errors import ConfigError, cut, first_line
 from fa_bench.runs.logs import root_kept
 
 _LOGS = ("job_logging", "hydra_logging")
 
 
-def rehearse(config: DictConfig, multirun: bool) -> None:
+def rehearse(config: DictConfig, overrides: list[str], multirun: bool) -> None:
     """Make Hydra's logs and callbacks of a composed config, and its sweeper and launcher for a grid, and leave them.
+
+    Args:
+        config: of one job, with the node ``hydra``.
+        overrides: that it was composed with.
+        multirun: whether it is a job of a grid.
 
     Raises:
         ConfigError: naming the section that Hydra cannot make its part of.
     """
     parts: list[tuple[str, Callable[[], Any]]] = [(name, lambda name=name: _set_up_logs(config, name)) for name in _LOGS]
-    parts += [("verbose", lambda: _check_verbose(config)), ("callbacks", lambda: Callbacks(config))]
+    parts += [("overrides", lambda: _check_record(config, overrides)), ("verbose", lambda: _check_verbose(config)),
+              ("callbacks", lambda: Callbacks(config))]
     if multirun:
-        parts += [("sweeper", lambda: _check_batches(config)), ("launcher", lambda: _launcher(config)),
-                  ("sweeper", lambda: _sweeper(config))]
+        # Hydra asks for it before there is any job.
+        parts += [("sweep.dir", lambda: config.hydra.sweep.dir), ("sweeper", lambda: _check_batches(config)),
+                  ("launcher", lambda: _launcher(config)), ("sweeper", lambda: _sweeper(config))]
     for name, make in parts:
         try:
             with root_kept(), contextlib.redirect_stderr(io.StringIO()):
@@ -44,9 +52,17 @@ def rehearse(config: DictConfig, multirun: bool) -> None:
 
 
 def _brief(config: DictConfig, name: str) -> str:
-    value = OmegaConf.to_container(config.hydra, resolve=False)[name]  # type: ignore[index,call-overload]
-    text = str(value)
-    return text if len(text) <= 100 else f"{text[:93]} [...]"
+    value: Any = OmegaConf.to_container(config.hydra, resolve=False)
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return cut(value_text(value), 100)
+
+
+def _check_record(config: DictConfig, overrides: list[str]) -> None:
+    """Hydra's record of the command line, from which it composes a grid's jobs anew."""
+    record: Any = OmegaConf.to_container(config.hydra.overrides, resolve=False)
+    if sorted(map(str, [*record["hydra"], *record["task"]])) != sorted(overrides):
+        raise ConfigError("hydra.overrides: Hydra's own record of the command line; leave it as it is")
 
 
 def _set_up_logs(config: DictConfig, name: str) -> None:
