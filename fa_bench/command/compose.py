@@ -47,9 +47,7 @@ class Composer:
 
     def __init__(self, config_name: str, config_dir: str | None, overrides: list[str]) -> None:
         self.config_name, self.overrides = config_name, overrides
-        self.config_dir = None if config_dir is None else Path(config_dir).resolve()
-        if self.config_dir and not self.config_dir.is_dir():
-            raise ConfigError(f"--config-dir {config_dir}: no such folder")
+        self.config_dir = None if config_dir is None else _config_dir(config_dir)
         install()
         self.parsed = [parse(text) for text in overrides]
         check_overrides(self.parsed)
@@ -198,6 +196,15 @@ class Composer:
             raise explained(self.config_name, overrides, error) from None
         check_config(config, self.plugins)
         return config
+
+
+def _config_dir(folder: str) -> Path:
+    try:
+        if (path := Path(folder).resolve()).is_dir():
+            return path
+    except (OSError, ValueError):  # a name that no file can have
+        pass
+    raise ConfigError(f"--config-dir {cut(folder, 200)}: no such folder")
 
 
 @contextmanager
