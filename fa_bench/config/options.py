@@ -163,7 +163,7 @@ def _checked(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> A
     choices, limits = metadata["choices"], metadata["limits"]
     if converted is _WRONG:
         if choices and get_origin(hint) is list:
-            wanted = f"=[{value}]" if isinstance(value, str) and value in choices else ""
+            wanted = f"=[{value}]" if value in choices else ""
             raise OptionError(name, f"={_brief(value)} is not a list (of {names(choices)})", wanted)
         raise OptionError(name, f"={_brief(value)} is not {f'one of {names(choices)}' if choices else type_name(hint)}",
                           _chosen_within(value, hint))
@@ -182,8 +182,7 @@ def _checked(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> A
 def _chosen_within(value: Any, hint: Any) -> str:
     """Where a group of options was given one of its own option's choices: that option and the value."""
     fields = option_fields(hint) if isinstance(hint, type) and issubclass(hint, Options) else []
-    return next((f".{field.name}={value}" for field in fields
-                 if isinstance(value, str) and value in (field.metadata["choices"] or ())), "")
+    return next((f".{field.name}={value}" for field in fields if value in (field.metadata["choices"] or ())), "")
 
 
 def _within(value: float, limits: Mapping[str, float]) -> bool:

@@ -130,6 +130,10 @@ def test_hydras_own_options_are_tried_before_a_grid_begins(
     assert list(folder.iterdir()) == []
 
 
+def test_several_folders_of_one_run_are_not_sent_to_a_grid(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "one value" in refused([*SMALL, "hydra.run.dir=a,b"], capsys)
+
+
 def test_what_hydra_can_use_is_taken(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["-m", *SMALL, "seed=0,1", "hydra.sweeper.max_batch_size=1", "hydra/job_logging=default", "hydra.verbose=[x]",
                  "hydra.sweep.dir=o/${hydra.job.name}"]) == 0
