@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -20,10 +21,12 @@ import hydra
 from omegaconf import DictConfig
 
 from fa_bench import __version__
-from fa_bench.config.job import Job, conf_dir, first_line, register_schemas
+from fa_bench.command.clock import STARTED
+from fa_bench.config.job import Job, conf_dir, register_schemas
 from fa_bench.config.labels import differing, flat, label, plan
+from fa_bench.config.plugins import blame
 from fa_bench.config.scale import scaled
-from fa_bench.errors import ConfigError, FaBenchError, HeldError, RunDirectoryError, printable
+from fa_bench.errors import ConfigError, FaBenchError, HeldError, RunDirectoryError, first_line, printable
 from fa_bench.files import LOG, cannot_write
 from fa_bench.output import steady
 from fa_bench.runs.data_checks import forget
@@ -63,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _guarded(argv: list[str]) -> int:
     try:
-        with raised():
+        with raised(), _environment({STARTED: datetime.now().isoformat()}):
             return _main(argv)
     except FaBenchError as error:
         print(printable(f"fa-bench: {error}"), file=sys.stderr)
@@ -74,6 +77,9 @@ def _guarded(argv: list[str]) -> int:
     except KeyboardInterrupt as error:
         print("fa-bench: interrupted", file=sys.stderr)
         return _code(error)
+    except SystemExit as error:  # argparse and Hydra leave none: a plugin's class that is checked, built or measured
+        print(printable(f"fa-bench: ended by sys.exit() ({blame(error)}), which is left to fa-bench"), file=sys.stderr)
+        return 1
 
 
 def _code(error: KeyboardInterrupt) -> int:
@@ -119,7 +125,7 @@ def _main(argv: list[str]) -> int:
     if not arguments.multirun:
         argv = [*composer.sweeps[0][1], *flags]  # with what a preset gives to its rule
     if arguments.cfg:
-        return _hydra(argv)
+        return 2 if _hydra(argv) else 0  # Hydra names a --package that is not there
     jobs = composer.check(grid)
     forget()
     try:
@@ -301,9 +307,9 @@ def _job(config: DictConfig) -> None:
             run(job, directory, title=title, experiment=experiment, later_epochs=sum(epochs[number + 1:]))
         return
     except HeldError as error:
-        reason: Exception = error
+        reason: BaseException = error
         logged = True
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # sys.exit() of a plugin ends its own job alone
         reason = error
         logged = (alone and isinstance(error, FaBenchError)) or _record(record_failure, job, directory, error, experiment)
     known = isinstance(reason, FaBenchError)

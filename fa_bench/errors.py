@@ -84,13 +84,39 @@ class StateError(FaBenchError, ValueError):
     """A saved state that is not one of this rule in this model."""
 
 
+#: Most characters of a message on the terminal, and of another program's or library's words in it.
+MOST_MESSAGE, MOST_SAID = 1500, 300
+
+
 def printable(text: object) -> str:
-    """A message as one line that any terminal takes: line ends and what is no text, as in odd file names, are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    """A message as one line that any terminal takes.
+
+    Line ends and what is no text, as in odd file names, are escaped; a message longer than `MOST_MESSAGE` is cut in its middle.
+    """
+    # Cut first too: escaping a message of many megabytes takes its time.
+    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut(str(text), MOST_MESSAGE))
+    return cut("".join(escaped), MOST_MESSAGE)
+
+
+def cut(text: str, most: int) -> str:
+    """The text, with the middle left out where it is longer than `most` characters: how it begins and how it ends stays."""
+    return text if len(text) <= most else f"{text[:most * 2 // 3]} [...] {text[-(most - most * 2 // 3 - 7):]}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, cut where it is long; its type's name where it has none, or cannot say it."""
+    try:
+        text = str(error).strip()
+    except Exception:  # an error of a user's own class
+        text = ""
+    return cut((text or type(error).__name__).splitlines()[0], MOST_SAID)
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """A hint of the form ``; did you mean 'fa'?``, or nothing where no name is close."""
+    if len(str(name)) > MOST_SAID:
+        return ""
+
     def likeness(other: str) -> tuple[float, int]:
         return difflib.SequenceMatcher(None, str(name), other).ratio(), -abs(len(str(name)) - len(other))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -77,11 +78,17 @@ def check_place(path: Path) -> None:
         RunDirectoryError: naming the part of the path that is in the way, and why.
     """
     try:
+        if "\0" in str(path):
+            raise ValueError("a zero byte")  # which `is_dir` takes for a folder that is not there
         # Also as the links on the way make it.
         if any(place == Path(place.anchor) for place in (Path(os.path.abspath(path)), path.resolve())):
             raise RunDirectoryError(f"{path}: the root of the file system is no folder for runs; choose another output_dir")
         for part in (path, *path.parents):
             if part.is_dir():
+                # Told by the system for a folder that is there alone, not for one below folders that are to be made.
+                longest = os.pathconf(part, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+                if any(len(os.fsencode(name)) > longest for name in path.relative_to(part).parts):
+                    raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
                 if not os.access(part, os.W_OK | os.X_OK):  # a file system that may only be read says so, too
                     raise RunDirectoryError(f"{part}: no permission to write there; choose another output_dir")
                 return
@@ -93,7 +100,7 @@ def check_place(path: Path) -> None:
         raise
     except (OSError, RuntimeError) as error:  # links that lead back to themselves are either, by the version of Python
         raise RunDirectoryError(f"{_cut(path)}: no possible folder ({getattr(error, 'strerror', None) or error})") from None
-    except ValueError as error:  # a zero byte
+    except ValueError as error:
         raise RunDirectoryError(f"{str(path)!r}: no possible folder ({error})") from None
 
 

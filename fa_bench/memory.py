@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fa_bench.errors import ConfigError, FaBenchError
+from fa_bench.errors import ConfigError, FaBenchError, first_line
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -69,8 +69,8 @@ def short(error: BaseException) -> str:
     """An error in one line: its type and the first line of its text, or that memory ran out."""
     if is_out_of_memory(error):
         return "out of memory; make batch_size or the architecture smaller"
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    kind, said = type(error).__name__, first_line(error)
+    return f"{kind}: {said}" if said != kind else kind
 
 
 def within_memory(build: F) -> F:

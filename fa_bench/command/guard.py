@@ -23,6 +23,7 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fa_bench.command.clock import pin
 from fa_bench.config.yaml_files import read_yaml
 from fa_bench.errors import ConfigError
 
@@ -35,10 +36,11 @@ _STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 
 
 class CheckedFiles(FileConfigSource):
-    """Hydra's source of config files, which reads them as plain data of a bounded size."""
+    """Hydra's source of config files, which reads them as plain data of a bounded size, all at the time of the command."""
 
     def load_config(self, config_path: str) -> ConfigResult:
         # Its name is the base's, so that Hydra's own registration of that one changes nothing.
+        pin()  # here, for every process that composes a config reads one: the workers of launchers too
         path = Path(self.path, self._normalize_file_name(config_path)).resolve()
         if not path.exists():
             raise ConfigLoadError(f"Config not found : {path}")
@@ -117,6 +119,9 @@ def check_config(config: DictConfig, plugins: list[str]) -> None:
     for path, key, value in _walk(plain, ""):
         if str(key) == "_target_":
             _check_target(path, value)
+        elif isinstance(value, str) and (own := re.search(r"\$\{(hydra\.[\w.]+)\}", value)) and not path.startswith("hydra."):
+            raise ConfigError(f"{path}={_shown(value)}: only Hydra's own options, such as hydra.run.dir and hydra.sweep.dir, may "
+                              f"refer to {own[1]}")
         elif path.startswith(_MADE + _LOGS):
             if isinstance(value, str) and "${" in _TEXT.sub("", value):
                 raise ConfigError(f"{path}={value}: nothing is filled in here but Hydra's own names and folders, for a config "
@@ -146,7 +151,7 @@ def check_config(config: DictConfig, plugins: list[str]) -> None:
 
 #: Most characters of a value, and most steps from one to the next, once what it refers to is put in.
 _MOST_TEXT, _MOST_STEPS = 100_000, 100
-_REFERENCE = re.compile(r"\$\{\s*(?:oc\.[\w.]+\s*:\s*)?([\w.\[\]@/-]+)")
+_REFERENCE = re.compile(r"\$\{\s*(?:oc\.[\w.]+\s*:\s*)?((?:hydra\s*:\s*)?[\w.\[\]@/-]+)")
 
 
 def _check_references(plain: Any) -> None:
@@ -166,7 +171,8 @@ def _check_references(plain: Any) -> None:
         elif isinstance(value, str):
             total += len(value)
             for match in _REFERENCE.finditer(value):
-                name = match[1].replace("[", ".").replace("]", "")
+                # ${hydra:job.num} is ${hydra.job.num}
+                name = re.sub(r"\s*:\s*", ".", match[1]).replace("[", ".").replace("]", "")
                 rest = name.lstrip(".")
                 if dots := len(name) - len(rest):
                     rest = ".".join([*path.split(".")[:-dots], rest])
@@ -235,5 +241,8 @@ def _check_log(path: str, key: str, value: Any) -> None:
 
 def _check_unset(hydra: dict[Any, Any], path: str, instead: str) -> None:
     section, key = path.split(".")
-    if value := (hydra.get(section) or {}).get(key):
+    values = hydra.get(section) or {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"hydra.{section}={_shown(values)}: not a group of options")
+    if value := values.get(key):
         raise ConfigError(f"hydra.{path}={value}: not possible here; {instead}")

@@ -5,11 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-import importlib
 import json
 import re
 import sys
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +16,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fa_bench.config.options import Options, as_plain, defaults, option, option_fields
+from fa_bench.config.plugins import blame, import_modules
 from fa_bench.config.registries import ALGORITHMS, ARCHITECTURES, DATASETS, GROUPS, OPTIMIZERS, PROBES
 from fa_bench.config.scale import SCALES
-from fa_bench.errors import ConfigError, OptionError, names, nearest
+from fa_bench.config.typed import unexpanded
+from fa_bench.errors import ConfigError, FaBenchError, OptionError, cut, first_line, names, nearest
 
 if TYPE_CHECKING:
     from fa_bench.data.base import Dataset
@@ -31,6 +31,12 @@ if TYPE_CHECKING:
 FEEDBACK_OPTIMIZER = "feedback_optimizer"
 #: The keys under which a preset lists the grid that it runs, and the options that it gives to rules; no parts of a run.
 GRID, RULES = "grid", "rules"
+
+
+#: Most threads: torch crashes while it starts some ten thousand.
+MOST_THREADS = 1024
+#: Devices; torch counts those of one machine in seven bits.
+DEVICE = r"auto|cpu|mps|cuda(:(0|[1-9][0-9]?|1[01][0-9]|12[0-7]))?"
 
 
 @dataclasses.dataclass(eq=False)
@@ -52,7 +58,8 @@ class RunOptions(Options):
                            choices=["continue", "stop"])
     on_divergence: str = option("stop", "whether a run ends where its loss or a weight is not finite",
                                 choices=["stop", "continue"])
-    threads: int = option(0, "CPU threads, on which the last bits of a result depend; 0: as many as torch takes", minimum=0)
+    threads: int = option(0, "CPU threads, on which the last bits of a result depend; 0: as many as torch takes", minimum=0,
+                          maximum=MOST_THREADS)
     deterministic: bool = option(False, "refuse operations whose result differs from run to run")
     probe_every: int = option(500, "steps between two measurements of angles; 0 for none but the last", minimum=0)
     probe_size: int = option(128, "samples in the fixed batch that angles are measured on", minimum=1)
@@ -67,9 +74,12 @@ class RunOptions(Options):
     def check(self) -> None:
         if not self.output_dir.strip():  # as of an unset variable: below it is the root
             raise OptionError("output_dir", f"={self.output_dir!r} is empty; name a folder, such as outputs")
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
-            raise OptionError("device", f"={self.device} is not one of auto, cpu, cuda, cuda:N, mps"
+        if not re.fullmatch(DEVICE, self.device):
+            raise OptionError("device", f"={cut(self.device, 100)} is not one of auto, cpu, cuda, cuda:N, mps"
                                         f"{nearest(self.device, ['auto', 'cpu', 'cuda', 'mps'])}")
+        for key in ("data_dir", "output_dir"):
+            if problem := unexpanded(key, getattr(self, key)):
+                raise OptionError(key, problem)
 
 
 #: What does not change a run's numbers: not part of its identity.
@@ -108,7 +118,7 @@ class Job:
         for key in plain:
             if key not in known:
                 allowed = [*known, *components, FEEDBACK_OPTIMIZER]
-                raise ConfigError(f"{key}: unknown key{nearest(key, allowed)} (allowed: {names(allowed)})")
+                raise ConfigError(f"{key or chr(39) * 2}: unknown key{nearest(key, allowed)} (allowed: {names(allowed)})")
         return cls(
             run=RunOptions.from_mapping(plain),
             feedback_optimizer=None if feedback is None else _component(FEEDBACK_OPTIMIZER, OPTIMIZERS, feedback),
@@ -155,51 +165,42 @@ class Job:
 
 def _component(key: str, group: Any, values: Any) -> Any:
     if not isinstance(values, Mapping) or "name" not in values:
-        raise ConfigError(f"{key}={values}: choose one of {names(group)}")
+        raise ConfigError(f"{key}={cut(str(values), 100)}: choose one of {names(group)}")
     values = dict(values)
     name = values.pop("name")
     try:
         cls = group[name]
     except ConfigError as error:
-        raise ConfigError(str(error).replace(f"{group.kind}={name}", f"{key}.name={name}", 1)) from None
+        raise ConfigError(str(error).replace(f"{group.kind}=", f"{key}.name=", 1)) from None
     try:
         return cls.from_mapping(values)
     except OptionError as error:
         raise error.under(key) from None
+    except FaBenchError:
+        raise
+    except (Exception, SystemExit) as error:  # a user's class, whose check may do anything
+        raise ConfigError(f"{key}={name}: its options cannot be checked ({blame(error)})") from None
 
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def import_plugins(modules: Any) -> None:
-    """Import a user's modules, looked for in the working directory too.
+    """Import a user's modules, looked for in the working directory too, and enter what they register.
 
     Raises:
         OptionError: where `modules` is no list of names.
-        ConfigError: for one that cannot be imported, with the file and the line at fault.
+        ConfigError: for one that cannot be imported, or registers what cannot be used, with the file and the line at fault.
     """
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    for module in RunOptions(plugins=modules).plugins:
-        try:
-            importlib.import_module(module)
-        except Exception as error:  # whatever a user's module makes of its import
-            raise ConfigError(f"plugins=[{module}]: cannot be imported from {Path.cwd()} "
-                              f"({type(error).__name__}: {first_line(error)}{_place(error)})") from None
-    register_schemas()
-
-
-def _place(error: Exception) -> str:
-    """Where a module's import failed, unless the error's text says so itself."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith("<frozen") and frame.filename != importlib.__file__]
-    return f", {own[-1].filename}:{own[-1].lineno}" if len(own) > 1 and not isinstance(error, SyntaxError) else ""
+    asked = RunOptions(plugins=modules).plugins
+    import_modules(asked)
+    try:
+        register_schemas()
+    except ConfigError:
+        for module in asked:
+            sys.modules.pop(module, None)  # so that the next command of this process finds the same fault
+        raise
 
 
 def conf_dir() -> Path:
@@ -215,6 +216,9 @@ def register_schemas() -> None:
     """Tell Hydra every component's options and defaults, in a group of their own that offers no choices.
 
     Once for a set of components: every job of a grid asks for it.
+
+    Raises:
+        ConfigError: for a component without usable defaults, which is dropped.
     """
     from hydra.core.config_store import ConfigStore
 
@@ -226,7 +230,13 @@ def register_schemas() -> None:
     store.store(group="_schema", name="run", node=defaults(RunOptions))
     for group in GROUPS:
         for name, cls in group.items():
-            store.store(group=f"_schema/{group.kind}", name=name, node={"name": name, **defaults(cls)})
+            try:
+                store.store(group=f"_schema/{group.kind}", name=name, node={"name": name, **defaults(cls)})
+            except (Exception, SystemExit) as error:  # a user's class
+                group.drop(name)
+                _registered.clear()
+                raise ConfigError(f"{group.kind}={name} ({cls.__module__}.{cls.__qualname__}): its options have no usable "
+                                  f"defaults ({blame(error)})") from None
     OmegaConf.register_new_resolver("fa_bench.run_dir", run_dir, replace=True)
     OmegaConf.register_new_resolver("by", by, replace=True)
 

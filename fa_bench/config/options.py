@@ -14,7 +14,7 @@ import typing
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
-from fa_bench.errors import OptionError, names, nearest
+from fa_bench.errors import OptionError, cut, names, nearest
 
 T = TypeVar("T", bound="Options")
 
@@ -73,8 +73,9 @@ class Options:
         allowed = [field.name for field in option_fields(cls)]
         for key in values:
             if key not in allowed:
-                raise OptionError(str(key), f"unknown option of {cls.name or cls.__name__}{nearest(key, allowed)} "
-                                            f"(options: {names(allowed) or 'none'})")
+                raise OptionError(cut(str(key), 100) or "''",
+                                  f"unknown option of {cls.name or cls.__name__}{nearest(str(key), allowed)} "
+                                  f"(options: {names(allowed) or 'none'})")
         return cls(**values)
 
 
@@ -127,8 +128,7 @@ _LARGEST = 10**18
 
 def _brief(value: Any) -> str:
     """A value in a message: cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."
+    return cut(repr(value), 100)
 
 
 def _convert(value: Any, hint: Any) -> Any:
@@ -163,12 +163,13 @@ def _checked(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> A
     choices, limits = metadata["choices"], metadata["limits"]
     if converted is _WRONG:
         if choices and get_origin(hint) is list:
-            raise OptionError(name, f"={value!r} is not a list (of {names(choices)})", f"=[{value}]" if value in choices else "")
+            wanted = f"=[{value}]" if value in choices else ""
+            raise OptionError(name, f"={_brief(value)} is not a list (of {names(choices)})", wanted)
         raise OptionError(name, f"={_brief(value)} is not {f'one of {names(choices)}' if choices else type_name(hint)}",
                           _chosen_within(value, hint))
     for item in converted if isinstance(converted, list) else [converted]:
         if choices is not None and item is not None and item not in choices:
-            raise OptionError(name, f"={item} is not one of {names(choices)}{nearest(str(item), choices)}")
+            raise OptionError(name, f"={cut(str(item), 100)} is not one of {names(choices)}{nearest(str(item), choices)}")
         if isinstance(item, float) and not math.isfinite(item):
             raise OptionError(name, f"={item} is not a finite number")
         if isinstance(item, int) and abs(item) >= _LARGEST:

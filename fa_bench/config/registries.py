@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from fa_bench.models.base import Architecture
     from fa_bench.optim import OptimizerOptions
 
-ALGORITHMS: Registry[Rule] = Registry("algorithm", "fa_bench.rules")
-ARCHITECTURES: Registry[Architecture] = Registry("architecture", "fa_bench.models")
-DATASETS: Registry[Dataset] = Registry("dataset", "fa_bench.data")
-OPTIMIZERS: Registry[OptimizerOptions] = Registry("optimizer", "fa_bench.optim")
+ALGORITHMS: Registry[Rule] = Registry("algorithm", "fa_bench.rules", "fa_bench.mechanisms.rule:Rule")
+ARCHITECTURES: Registry[Architecture] = Registry("architecture", "fa_bench.models", "fa_bench.models.base:Architecture")
+DATASETS: Registry[Dataset] = Registry("dataset", "fa_bench.data", "fa_bench.data.base:Dataset")
+OPTIMIZERS: Registry[OptimizerOptions] = Registry("optimizer", "fa_bench.optim", "fa_bench.optim:OptimizerOptions")
 GROUPS: tuple[Registry, ...] = (ALGORITHMS, ARCHITECTURES, DATASETS, OPTIMIZERS)
-PROBES: Registry[LayerProbe] = Registry("probe", "fa_bench.metrics.probes")
-ANALYSES: Registry[Analysis] = Registry("analysis", "fa_bench.analyses")
+PROBES: Registry[LayerProbe] = Registry("probe", "fa_bench.metrics.probes", "fa_bench.metrics.probes.base:LayerProbe")
+ANALYSES: Registry[Analysis] = Registry("analysis", "fa_bench.analyses", "fa_bench.analyses.base:Analysis")

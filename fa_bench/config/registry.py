@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Generic, TypeVar
 
 from fa_bench.config.options import Options
-from fa_bench.errors import ConfigError, names, nearest
+from fa_bench.errors import ConfigError, cut, names, nearest
 
 T = TypeVar("T", bound=Options)
 
@@ -19,10 +20,11 @@ class Registry(Mapping[str, "type[T]"], Generic[T]):
     Args:
         kind: the config group, for example ``algorithm``.
         package: the package whose modules hold the components, or the one module; imported at the first look-up.
+        base: the class that every component derives from, as ``module:Class``; imported when the first one is registered.
     """
 
-    def __init__(self, kind: str, package: str) -> None:
-        self.kind, self._package = kind, package
+    def __init__(self, kind: str, package: str, base: str) -> None:
+        self.kind, self._package, self._base = kind, package, base
         self._entries: dict[str, type[T]] = {}
         self._loaded = False
 
@@ -30,9 +32,18 @@ class Registry(Mapping[str, "type[T]"], Generic[T]):
         """Class decorator that enters a component under `name`.
 
         Raises:
-            ConfigError: where another class has the name already.
+            ConfigError: for what is not a class of this kind's components, a name that cannot be written on the command line, or
+                one that another class has already.
         """
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise ConfigError(f"a component of kind {self.kind} cannot be registered as {cut(repr(name), 100)}: write "
+                              "register('NAME') with a name of letters, digits, _ and -")
+
         def enter(cls: type[T]) -> type[T]:
+            module, _, base = self._base.partition(":")
+            if not isinstance(cls, type) or not issubclass(cls, getattr(importlib.import_module(module), base)):
+                raise ConfigError(f"{self.kind} '{name}' cannot be registered: {cut(repr(cls), 100)} is not a subclass of "
+                                  f"{module}.{base}")
             known = self._entries.get(name)
             if known is not None and known.__qualname__ != cls.__qualname__:
                 raise ConfigError(f"{self.kind} '{name}' is registered twice: {known.__module__} and {cls.__module__}")
@@ -41,17 +52,20 @@ class Registry(Mapping[str, "type[T]"], Generic[T]):
             return cls
         return enter
 
+    def drop(self, name: str) -> None:
+        """Take a component out."""
+        del self._entries[name]
+
     def __getitem__(self, name: str) -> type[T]:
         """The component called `name`; raises ConfigError with the nearest name where there is none."""
-        self._load()
-        if name not in self._entries:
-            raise ConfigError(f"{self.kind}={name}: no such {self.kind}{nearest(name, self._entries)} "
+        if name not in self:
+            raise ConfigError(f"{self.kind}={cut(str(name), 100)}: no such {self.kind}{nearest(name, self._entries)} "
                               f"(available: {names(sorted(self._entries))})")
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:
         self._load()
-        return name in self._entries
+        return isinstance(name, str) and name in self._entries  # a config may ask for a list, which no table can look up
 
     def __iter__(self) -> Iterator[str]:
         self._load()

@@ -1,0 +1,88 @@
+"""Overrides as text: parsed, counted and spelled out ahead of Hydra, with what to write where one cannot be read."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, RangeSweep
+from hydra.errors import HydraException
+
+from fa_bench.config.typed import quoted, unexpanded, word
+from fa_bench.errors import ConfigError, cut, first_line
+
+#: Most jobs of a grid, and most characters of an override: far above what anybody runs.
+MOST_JOBS, MOST_TEXT = 10_000, 20_000
+
+
+def listed(text: str) -> list[str]:
+    """The values of one override, as text; raises ConfigError where it cannot be read."""
+    override = parse(text)
+    return [str(value) for value in (override.sweep_iterator() if override.is_sweep_override() else [override.value()])]
+
+
+def parse(text: str) -> Override:
+    """One override.
+
+    Raises:
+        ConfigError: for one that cannot be read, with what to type where that can be told; for one that is too long, or names too
+            many values or none.
+    """
+    shown = cut(text, 100)
+    if len(text) > MOST_TEXT:
+        raise ConfigError(f"cannot read '{shown}': longer than {MOST_TEXT} characters")
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except RecursionError:
+        raise ConfigError(f"cannot read '{shown}': nested too deeply") from None
+    except (HydraException, ValueError) as error:
+        raise ConfigError(_unread(text) or f"cannot read '{shown}': write key=value ({first_line(error)})") from None
+    if not override.key_or_group:
+        raise ConfigError(f"cannot read '{shown}': write key=value")
+    if (values := count(override)) > MOST_JOBS:
+        raise ConfigError(f"{shown}: more than {MOST_JOBS} values")
+    if values == 0:
+        raise ConfigError(f"{shown}: no values")
+    return override
+
+
+def count(override: Override) -> float:
+    """How many values an override stands for, told without making them."""
+    value = override.value()
+    if isinstance(value, RangeSweep):
+        start, stop, step = value.start or 0, value.stop or 0, value.step
+        if not all(map(math.isfinite, (start, stop, step))) or step == 0:
+            return math.inf
+        return max(0.0, math.ceil((stop - start) / step))
+    if isinstance(value, (IntervalSweep, Glob)):
+        raise ConfigError(f"{cut(override.input_line or '', 100)}: name the values, or write range(start,stop,step)")
+    return len(value.list) if isinstance(value, ChoiceSweep) else 1
+
+
+def expanded(overrides: list[str]) -> list[list[str]]:
+    """The jobs that overrides with several values stand for."""
+    parsed = [parse(text) for text in overrides]
+    if (jobs := math.prod(map(count, parsed))) > MOST_JOBS:
+        swept = ' '.join(o.input_line or '' for o in parsed if o.is_sweep_override())
+        raise ConfigError(f"{cut(swept, 200)}: a grid of {jobs:.0f} jobs "
+                          f"(allowed: up to {MOST_JOBS})")
+    return [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
+
+
+def _unread(text: str) -> str:
+    """What to type in place of an override that cannot be read because its value needs quotes; empty where that is not why."""
+    key, found, value = text.partition("=")
+    if not found or not re.fullmatch(r"\+{0,2}[\w./@-]+", key) or not value.isprintable() or re.match(r"\s*[\[{'\"]", value):
+        return ""
+    if value.startswith("~"):
+        return f"{key}{unexpanded(key, value)}"
+    for parts in ([value] if "${" in value else value.split(","), [value]):
+        meant = f"{key}={','.join(map(quoted, parts))}"
+        try:
+            OverridesParser.create().parse_override(meant)
+        except (HydraException, ValueError, RecursionError):
+            continue
+        return f"cannot read '{cut(text, 100)}': the value needs quotes; write {cut(word(meant), 500)}"
+    return ""

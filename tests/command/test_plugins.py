@@ -1,0 +1,127 @@
+"""Plugins that misbehave: one line that names the module or the component, never silence, never a traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fa_bench.cli import main
+from fa_bench.config.job import import_plugins, register_schemas
+from fa_bench.config.registries import ALGORITHMS, GROUPS, PROBES
+from fa_bench.errors import ConfigError
+from fa_bench.runs.stopping import Interrupted
+
+SMALL = ["dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16", "architecture.widths=[8]", "epochs=1"]
+
+IMPORTS = """\
+import dataclasses
+from fa_bench.config.options import option
+from fa_bench.config.registries import ALGORITHMS, ARCHITECTURES, DATASETS, OPTIMIZERS, PROBES
+from fa_bench.mechanisms.edge import EdgeRule
+"""
+RULE = "@ALGORITHMS.register('odd_rule')\n@dataclasses.dataclass(eq=False)\nclass Odd(EdgeRule):\n    'A rule.'\n"
+
+#: What stands in the module, and what is said of it.
+BROKEN = {
+    "exit 0": ("import sys\nsys.exit(0)\n", ["odd_plugin", "SystemExit", "odd_plugin.py:2"]),
+    "exit with a text": ("raise SystemExit('bye')\n", ["odd_plugin", "SystemExit: bye", "odd_plugin.py:1"]),
+    "keyboard interrupt": ("raise KeyboardInterrupt\n", ["odd_plugin", "KeyboardInterrupt"]),
+    "generator exit": ("raise GeneratorExit\n", ["odd_plugin", "GeneratorExit"]),
+    "a BaseException": ("class Mine(BaseException): pass\nraise Mine('x' * 50000)\n", ["odd_plugin", "Mine: xxx", "plugin.py:2"]),
+    "a long error": ("raise ValueError('y' * 100000)\n", ["odd_plugin", "ValueError: yyy", "odd_plugin.py:1"]),
+    "an error that cannot be shown": (
+        "class Mute(Exception):\n    def __str__(self): raise RuntimeError\nraise Mute\n", ["odd_plugin", "Mute", "plugin.py:3"]),
+    "no class at all": (IMPORTS + "ALGORITHMS.register('odd_rule')(3)\n", ["'odd_rule'", "3 is not a subclass", "Rule"]),
+    "a function": (IMPORTS + "@ALGORITHMS.register('odd_rule')\ndef rule(): pass\n", ["'odd_rule'", "not a subclass", "Rule"]),
+    "a class that is no rule": (IMPORTS + "@ALGORITHMS.register('odd_rule')\nclass A: pass\n", ["'odd_rule'", "Rule", ":5"]),
+    "no architecture": (IMPORTS + RULE.replace("ALGORITHMS", "ARCHITECTURES"), ["architecture", "'odd_rule'", "Architecture"]),
+    "no dataset": (IMPORTS + "@DATASETS.register('odd_rule')\nclass A: pass\n", ["dataset", "'odd_rule'", "Dataset"]),
+    "no optimizer": (IMPORTS + "@OPTIMIZERS.register('odd_rule')\nclass A: pass\n", ["optimizer", "OptimizerOptions"]),
+    "no probe": (IMPORTS + "@PROBES.register('odd_rule')\nclass A: pass\n", ["probe", "'odd_rule'", "LayerProbe"]),
+    "no name": (IMPORTS + RULE.replace("'odd_rule'", "''"), ["algorithm", "''", "letters"]),
+    "a name that is a path": (IMPORTS + RULE.replace("odd_rule", "../x y"), ["'../x y'", "letters"]),
+    "a name that is none": (IMPORTS + RULE.replace("'odd_rule'", "3"), ["algorithm", "as 3", "letters"]),
+    "no call": (IMPORTS + RULE.replace("('odd_rule')", ""), ["algorithm", "register('NAME')"]),
+    "an option without default": (
+        IMPORTS + RULE.replace("eq=False", "eq=False, kw_only=True") + "    y: int\n", ["algorithm=odd_rule", "no usable"]),
+    "a default out of range": (IMPORTS + RULE + "    y: int = option(0, 'y', minimum=1)\n", ["algorithm=odd_rule", "y=0"]),
+    "a type that is not there": (IMPORTS + RULE + "    y: 'Foo' = option(1, 'y')\n", ["algorithm=odd_rule", "Foo"]),
+    "a default that is no data": (IMPORTS + RULE + "    y: object = option(object(), 'y')\n", ["algorithm=odd_rule", "object"]),
+    "a check that fails": (IMPORTS + RULE + "    def check(self): raise ValueError('c' * 20000)\n", ["ValueError: ccc"]),
+    "a check that exits": (IMPORTS + RULE + "    def check(self): raise SystemExit(0)\n", ["odd_rule", "SystemExit"]),
+}
+
+
+@pytest.fixture(autouse=True)
+def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    sys.modules.pop("odd_plugin", None)
+    for registry in (*GROUPS, PROBES):
+        if "odd_rule" in registry:
+            registry.drop("odd_rule")
+    register_schemas()
+
+
+@pytest.mark.parametrize("words", [["-m", "seed=0,1"], ["--help"]], ids=["grid", "help"])
+@pytest.mark.parametrize("name", BROKEN)
+def test_is_refused_in_a_line(name: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, named = BROKEN[name]
+    (tmp_path / "odd_plugin.py").write_text(text)
+    assert main([*words, *SMALL, "plugins=[odd_plugin]"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and len(said) < 2000
+    for part in named:
+        assert part in said
+    assert [path.name for path in tmp_path.iterdir()] == ["odd_plugin.py"]
+
+
+def test_the_next_command_finds_the_same_fault(tmp_path: Path) -> None:
+    (tmp_path / "odd_plugin.py").write_text(IMPORTS + RULE + "    y: int = option(0, 'y', minimum=1)\n")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="algorithm=odd_rule"):
+            import_plugins(["odd_plugin"])
+        assert "odd_rule" not in ALGORITHMS
+        import_plugins([])  # and a command without it is not hindered
+
+
+def test_a_signal_while_a_plugin_is_imported_is_no_fault_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "odd_plugin.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\n")
+    assert main([*SMALL, "plugins=[odd_plugin]"]) == 143
+    (tmp_path / "odd_plugin.py").write_text("from fa_bench.runs.stopping import Interrupted\nraise Interrupted(2)\n")
+    with pytest.raises(Interrupted):
+        import_plugins(["odd_plugin"])
+
+
+@pytest.mark.parametrize("grid", [False, True])
+@pytest.mark.parametrize("where", ["carrier(self, site)", "check(self)"])
+def test_a_rule_that_exits_ends_its_own_job_alone(
+    where: str, grid: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Its defaults are fine; the option that the command gives makes it exit.
+    body = f"    y: int = option(0, 'y')\n    def {where}:\n        if self.y: raise SystemExit(0)\n        return None\n"
+    (tmp_path / "odd_plugin.py").write_text(IMPORTS + RULE + body)
+    (tmp_path / "conf" / "algorithm").mkdir(parents=True)
+    (tmp_path / "conf" / "algorithm" / "odd.yaml").write_text("defaults:\n  - /_schema/algorithm/odd_rule@_here_\ny: 1\n")
+    choice = "algorithm=odd,fa" if grid else "algorithm=odd"
+    code = main([*(["-m"] if grid else []), "--config-dir", "conf", *SMALL, "plugins=[odd_plugin]", choice])
+    said = capsys.readouterr()
+    assert "SystemExit" in said.err and "Traceback" not in said.err
+    if where == "check(self)":
+        assert code == 2 and "algorithm=odd_rule" in said.err
+    else:
+        assert code == 1
+        assert len(list(tmp_path.rglob("result.json"))) == 1 + grid
+
+
+def test_a_dry_run_that_a_plugin_ends_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "odd_plugin.py").write_text(IMPORTS + RULE + "    def carrier(self, site): raise SystemExit(0)\n")
+    (tmp_path / "conf" / "algorithm").mkdir(parents=True)
+    (tmp_path / "conf" / "algorithm" / "odd.yaml").write_text("defaults:\n  - /_schema/algorithm/odd_rule@_here_\n")
+    assert main(["--dry-run", "--config-dir", "conf", *SMALL, "plugins=[odd_plugin]", "algorithm=odd"]) == 1
+    assert "SystemExit" in (said := capsys.readouterr().err) and "odd_plugin.py:9" in said
