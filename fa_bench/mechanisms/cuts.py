@@ -364,7 +364,8 @@ class CutRule(Rule):
             loss.backward()
         finally:
             self._target = self._loss_scale = None
-        if not self._delivered:
+            delivered, self._delivered = self._delivered, False
+        if not delivered:
             raise ValueError(f"rule '{self.name}': the loss comes from no training forward pass of the attached model")
 
     def _answers(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -193,7 +194,12 @@ class EdgeRule(Rule):
         return self._learned
 
     def shared_gradients(self) -> list[tuple[Tensor, Tensor]]:
-        return [(layer.learned[layer.carrier.follows].tensor, layer.weight) for layer in self._learning if layer.carrier.follows]
+        # A weight that is used elsewhere too has the gradient of all its uses.
+        uses = Counter(id(parameter) for _, parameter in self.model.named_parameters(remove_duplicate=False))
+        outside = {id(self.model.get_parameter(name)) for name in self.coverage.uncovered if name.endswith("weight")
+                   and name in dict(self.model.named_parameters(remove_duplicate=False))}
+        return [(layer.learned[layer.carrier.follows].tensor, layer.weight) for layer in self._learning
+                if layer.carrier.follows and uses[id(layer.weight)] == 1 and id(layer.weight) not in outside]
 
     def step(self) -> None:
         super().step()

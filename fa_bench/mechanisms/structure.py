@@ -57,7 +57,8 @@ class Structure:
                 break
         for path, module, key in self._frozen:
             parameter = module._parameters.get(key)
-            if parameter is not None and parameter.requires_grad:
+            made_of = [parameter] if parameter is not None else _made_of(module, key)
+            if any(one.requires_grad for one in made_of):
                 name = f"{path}.{key}" if path else key
                 raise CoverageError(f"'{name}' was frozen by the rule and learns now: it was replaced, or its requires_grad set, "
                                     f"since attach. {_AGAIN}")

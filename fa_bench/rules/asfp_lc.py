@@ -110,13 +110,16 @@ class ASFPLC(ASFP):
         try:
             super().end_forward(model, args, output)
         except BaseException:
-            self._local.end_forward(model, args, None)
+            output = None
             raise
-        training = self.mode.training
-        try:
-            return self._local.end_forward(model, args, output)
         finally:
-            self.mode.training = training
+            # Both count the passes, and have one mode: this one's, for the other began later.
+            training = self.mode.training
+            try:
+                delivered = self._local.end_forward(model, args, output)
+            finally:
+                self.mode.training = training
+        return delivered
 
     def roots(self, output: Any) -> list[Any]:
         return self._local.roots(output)

@@ -102,7 +102,8 @@ def test_cut_rules_bring_their_error_through_the_computation(name: str, how: str
 def test_detach_leaves_plain_layers_and_the_parametrization(name: str, how: str) -> None:
     model, rule = reparametrized(name, how)
     model.eval()
-    before = model(X).detach() if name in PLAIN else None
+    with torch.no_grad():
+        before = model(X) if name in PLAIN else None
     with rule.exact():
         exact = model(X).detach()
     rule.detach()
@@ -179,6 +180,22 @@ def test_detach_unfreezes_what_weight_norm_made_of_a_frozen_weight() -> None:
     assert not any(parameter.requires_grad for parameter in made)
     rule.detach()
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["frozen", "bp"])
+def test_a_frozen_weight_that_learns_by_what_weight_norm_made_of_it_is_refused(name: str) -> None:
+    """Its size and direction are parameters that nobody froze."""
+    model = Chain()
+    rule = attach(model, name, freeze_stem=True)
+    stem = next(module for module in model.modules() if isinstance(module, nn.Linear))
+    assert not stem.weight.requires_grad
+    old_weight_norm(stem)
+    with pytest.raises(CoverageError, match=r"weight' was frozen by the rule and learns now"):
+        model(batch(2)[0])
+    for parameter in (stem.weight_g, stem.weight_v):
+        parameter.requires_grad_(False)
+    model(batch(2)[0])
+    rule.detach()
 
 
 # ------------------------------------------------------------------------------------------------ quantisation

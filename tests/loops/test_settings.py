@@ -8,6 +8,7 @@ from torch import nn
 
 import fa_bench
 from fa_bench.errors import CoverageError, StateError
+from fa_bench.optim import SGD, Optimizers
 
 from .scripts import LEARNED, attached, data, net, sgd, steps
 
@@ -86,6 +87,34 @@ def test_tied_weights_are_noted():
     fixed[4].weight = fixed[2].weight
     assert "shares its weight" not in str(fa_bench.attach(fixed, "fa").coverage), "nothing follows it"
     assert "draws of their own" in str(attached("brsf")[1].coverage)
+
+
+@pytest.mark.parametrize("how", ["tied", "outside"])
+def test_the_runner_gives_feedback_the_gradient_of_its_own_layer_alone(how):
+    """A weight that is used twice has the gradient of both uses; the runner's fused step must not hand that to B."""
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+            self.b2 = nn.Linear(16, 16)
+            if how == "tied":
+                self.b2.weight = self.b.weight
+
+        def forward(self, x):
+            h = torch.relu(self.b(torch.relu(self.a(x))))
+            return self.c(torch.relu(self.b2(h) if how == "tied" else h @ self.b.weight.t()))
+
+    torch.manual_seed(0)
+    model = Twice().double()
+    rule = fa_bench.attach(model, "kp", allow_uncovered=True)
+    x, y = data()
+    optimizers = Optimizers(SGD(lr=0.1, momentum=0.0, weight_decay=0.0), rule, epochs=1)
+    logits = model(x)
+    rule.backward(nn.functional.cross_entropy(logits, y), logits, y)
+    before, own = model.b.feedback_B.detach().clone(), model.b.feedback_B.grad.clone()
+    assert not torch.allclose(own, model.b.weight.grad)
+    optimizers.step()
+    torch.testing.assert_close(model.b.feedback_B.detach(), before - 0.1 * own)
 
 
 @pytest.mark.parametrize("first", ["fa", "kp", "dfa", "dkp", "bp"])

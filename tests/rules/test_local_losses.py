@@ -132,6 +132,14 @@ def test_rules_that_need_no_labels_leave_them_to_the_loss(name, options):
 
 
 @pytest.mark.parametrize("name", LABELLED)
+def test_a_plain_backward_pass_after_one_with_labels_asks_for_them(name):
+    net, rule, x, y = registered(LABELLED[name], name)
+    rule_grads(net, rule, x, y)
+    with pytest.raises(ValueError, match="requires labels"):
+        F.cross_entropy(net(x), y).backward()
+
+
+@pytest.mark.parametrize("name", LABELLED)
 def test_labels_elsewhere_are_not_read(name):
     """No accelerator is made to wait; meta tensors stand for one, for they have no values to read."""
     _, rule, _, _ = registered(LABELLED[name], name)
