@@ -140,11 +140,15 @@ def _main(argv: list[str]) -> int:
 
 def _run(jobs: list[tuple[Job, Path]], composer: Composer, argv: list[str], flags: list[str], multirun: bool) -> int:
     if not multirun:
-        return _hydra(argv) or _report_single(jobs[0][1])
+        with _empty_removed(jobs[0][1]):
+            return _hydra(argv) or _report_single(jobs[0][1])
     from fa_bench.process import THREADS
+    from fa_bench.report.own import check
 
     places = [place for _, place in jobs]
     folders = _folders(jobs)
+    for folder in folders:
+        check(folder)
     print(plan([job for job, _ in jobs], *folders), flush=True)
     print(_stages(jobs), end="", flush=True)
     keys = _differing([job for job, _ in jobs])
@@ -313,8 +317,6 @@ def _job(config: DictConfig) -> None:
         reason = error
         logged = (alone and isinstance(error, FaBenchError)) or _record(record_failure, job, directory, error, experiment)
     known = isinstance(reason, FaBenchError)
-    if known and alone:
-        _remove_if_empty(directory)
     where = f" (traceback: {directory / LOG})" if logged else f" (in {directory}, where no log can be written)"
     print(printable(f"fa-bench: {counted}{reason if known else f'failed: {short(reason)}{where}'}"), file=sys.stderr)
     if failed:
@@ -345,14 +347,16 @@ def _differing(jobs: list[Job]) -> dict[str, list[str]]:
     return {rule: differing(found) for rule, found in configs.items()}
 
 
-def _remove_if_empty(directory: Path) -> None:
-    """Remove the directory that Hydra made for a run that never started, and empty parents below the working directory."""
+@contextmanager
+def _empty_removed(directory: Path) -> Iterator[None]:
+    """Remove what is made for a run in it and stays empty, for the run never started: its directory and parents of that."""
+    missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     try:
-        while directory != Path.cwd() and Path.cwd() in directory.absolute().parents:
-            directory.rmdir()
-            directory = directory.parent
-    except OSError:
-        return
+        yield
+    finally:
+        with suppress(OSError):  # something is in it
+            for folder in missing:
+                folder.rmdir()
 
 
 def _report_single(directory: Path) -> int:

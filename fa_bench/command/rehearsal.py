@@ -6,7 +6,9 @@ import contextlib
 import copy
 import io
 import logging.config
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.callbacks import Callbacks
@@ -16,7 +18,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
 from fa_bench.config.options import value_text
-from fa_bench.errors import ConfigError, cut, first_line
+from fa_bench.errors import ConfigError, RunDirectoryError, cut, first_line
 from fa_bench.runs.logs import root_kept
 
 _LOGS = ("job_logging", "hydra_logging")
@@ -38,13 +40,14 @@ def rehearse(config: DictConfig, overrides: list[str], multirun: bool) -> None:
               ("callbacks", lambda: Callbacks(config))]
     if multirun:
         # Hydra asks for it before there is any job.
-        parts += [("sweep.dir", lambda: config.hydra.sweep.dir), ("sweeper", lambda: _check_batches(config)),
+        parts += [("sweep.dir", lambda: _check_copy(Path(str(config.hydra.sweep.dir)) / "multirun.yaml")),
+                  ("sweeper", lambda: _check_batches(config)),
                   ("launcher", lambda: _launcher(config)), ("sweeper", lambda: _sweeper(config))]
     for name, make in parts:
         try:
             with root_kept(), contextlib.redirect_stderr(io.StringIO()):
                 make()
-        except ConfigError:
+        except (ConfigError, RunDirectoryError):
             raise
         except Exception as error:  # whatever the part makes of its options
             cause = error.__cause__ or error
@@ -92,6 +95,17 @@ def _check_batches(config: DictConfig) -> None:
     size = OmegaConf.select(config, "hydra.sweeper.max_batch_size")
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
         raise ConfigError(f"hydra.sweeper.max_batch_size={size}: write a whole number >= 1, or null for all jobs in one batch")
+
+
+def _check_copy(path: Path) -> None:
+    """Hydra writes its config of a grid there, whatever there is: only what it wrote for fa-bench may be replaced."""
+    if not os.path.lexists(path):
+        return
+    own = path.is_file() and not path.is_symlink()
+    text = path.read_text(encoding="utf-8", errors="replace") if own else ""
+    if not (text.startswith("hydra:\n") and "${fa_bench." in text):
+        raise RunDirectoryError(f"{path}: not written by a sweep of fa-bench, which would replace it; move it away, or choose "
+                                f"another output_dir")
 
 
 def _context(config: DictConfig) -> HydraContext:

@@ -5,7 +5,6 @@ Pandas, SciPy and matplotlib are imported when a report is written, so that read
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,6 +13,7 @@ from fa_bench.drawing import default_style
 from fa_bench.errors import DataError, printable
 from fa_bench.files import RESULT, atomic, resolved, temporary_name
 from fa_bench.records import RecordError
+from fa_bench.report.own import MARKDOWN, NAME, claim, record, turn, written
 from fa_bench.report.runs import place
 from fa_bench.text import markdown as escaped
 from fa_bench.text import shortened
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from fa_bench.report.runs import Run
     from fa_bench.runs.sweep import Planned
 
-NAME = "report"
 MOST_OF_LINE = 1000  # characters of a line about a run
 LEGEND = """\
 Accuracies are in %, differences in percentage points, angles in degrees, times in seconds of training. Statistics are over the
@@ -68,6 +67,7 @@ def write_report(
 
     Raises:
         DataError: no directory holds a run of which something can be said.
+        RunDirectoryError: a file in its way that no report wrote, which is left as it is, or another process that writes there.
     """
     from fa_bench.report.against import COLUMNS, against_published
     from fa_bench.report.gaps import missing_seeds, not_begun, not_finished, unanswered
@@ -93,31 +93,34 @@ def write_report(
         [shortened(line, MOST_OF_LINE) for line in lines] for lines in (left_out, unended, waiting, seeds))
 
     out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    markdown = out_dir / f"{NAME}.md"
-    earlier = _files(markdown)
-    with default_style():
-        from fa_bench.report.figures import write_figures
+    with turn(out_dir):
+        markdown = claim(out_dir / MARKDOWN)
+        earlier = written(out_dir)
+        with default_style():
+            from fa_bench.report.figures import write_figures
 
-        figures = write_figures(runs, out_dir, NAME)
-    tables = {f"{NAME}.csv": frame, f"{NAME}_layers.csv": layers} | (
-        {f"{NAME}_published.csv": against} if len(against) else {})
-    for name, table in tables.items():
-        _write(out_dir / name, to_csv(table))
-    sections = [
-        "# Report", to_markdown(frame, {name: column for name, column in OVERALL.items() if name != "code_hash"}), LEGEND,
-        *(["## Beside the published numbers", to_markdown(against, COLUMNS), _PUBLISHED] if len(against) else []),
-        *(["## Probes", to_markdown(probed, columns), PROBED] if len(probed) else []),
-        *_listed("## Left out: records that are damaged or of another kind", left_out),
-        *_listed("## Runs that did not finish", unended), *_listed("## Runs that have not begun", waiting),
-        *_listed("## Missing seeds", seeds), *_listed("## Published, without a finished run here", rows),
-        "## Tables", ", ".join(f"[{name}]({name})" for name in tables),
-        "## Figures", *(f"![{path.stem}]({path.name})" for path in figures),
-    ]
-    _write(markdown, "\n\n".join(section.strip() for section in sections) + "\n")
-    for name in earlier - _files(markdown):
-        (out_dir / name).unlink(missing_ok=True)
-        (out_dir / temporary_name(name)).unlink(missing_ok=True)
+            figures = write_figures(runs, out_dir, NAME)
+        tables = {f"{NAME}.csv": frame, f"{NAME}_layers.csv": layers} | (
+            {f"{NAME}_published.csv": against} if len(against) else {})
+        for name, table in tables.items():
+            _write(out_dir / name, to_csv(table))
+        sections = [
+            "# Report", to_markdown(frame, {name: column for name, column in OVERALL.items() if name != "code_hash"}), LEGEND,
+            *(["## Beside the published numbers", to_markdown(against, COLUMNS), _PUBLISHED] if len(against) else []),
+            *(["## Probes", to_markdown(probed, columns), PROBED] if len(probed) else []),
+            *_listed("## Left out: records that are damaged or of another kind", left_out),
+            *_listed("## Runs that did not finish", unended), *_listed("## Runs that have not begun", waiting),
+            *_listed("## Missing seeds", seeds), *_listed("## Published, without a finished run here", rows),
+            "## Tables", ", ".join(f"[{name}]({name})" for name in tables),
+            "## Figures", *(f"![{path.stem}]({path.name})" for path in figures),
+        ]
+        _write(markdown, "\n\n".join(section.strip() for section in sections) + "\n")
+        present = {markdown.name, *tables, *(path.name for path in figures)}
+        for name in earlier - present:
+            if not (out_dir / name).is_symlink():
+                (out_dir / name).unlink(missing_ok=True)
+            (out_dir / temporary_name(name)).unlink(missing_ok=True)
+        record(out_dir, present)
     said = [("left out", left_out), ("not finished", unended), ("missing", _first(waiting)), ("missing", seeds)]
     remarks = [f"\n{printable(f'{what}: {line}')}" for what, lines in said for line in lines]
     if rows:
@@ -178,12 +181,6 @@ def fault(error: RecordError) -> str:
     return f"{place(error.path.parent)}/{error.path.name}: {error.problem}"
 
 
-def _files(markdown: Path) -> set[str]:
-    """The tables and figures that a report.md shows, by name: those beside it that are its own."""
-    text = markdown.read_text(encoding="utf-8") if markdown.is_file() else ""
-    return set(re.findall(rf"\]\(({NAME}[\w.-]*\.(?:png|csv))\)", text))
-
-
 def _first(lines: list[str], shown: int = 3) -> list[str]:
     return lines if len(lines) <= shown + 1 else [*lines[:shown], f"{len(lines) - shown} more runs not begun"]
 
@@ -193,5 +190,5 @@ def _listed(title: str, lines: list[str]) -> list[str]:
 
 
 def _write(path: Path, text: str) -> None:
-    with atomic(path) as temporary:
+    with atomic(claim(path)) as temporary:
         temporary.write_bytes(text.encode())

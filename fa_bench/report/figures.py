@@ -12,6 +12,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from fa_bench.report.groups import CONTROL, Groups, finished_by_seed, group_labels, group_runs, tasks
 from fa_bench.report.numbers import known, mean, number, std
+from fa_bench.report.own import claim
 from fa_bench.report.plot import LEGEND_MOST, Panel, Part, legend, look, new_figure, save, tidy, write_parts
 from fa_bench.report.runs import Run
 from fa_bench.text import drawn, shortened
@@ -58,7 +59,7 @@ def write_figures(runs: Sequence[Run], out_dir: Path, name: str) -> list[Path]:
     their names where there are several.
     """
     by_task = tasks(group_runs(runs))
-    overview = out_dir / f"{name}.png"
+    overview = claim(out_dir / f"{name}.png")
     write_parts([Part(title, groups, OVERVIEW) for title, groups in by_task.items()], overview, len(OVERVIEW))
     written = [overview]
     slugs: dict[str, str] = {}
@@ -69,11 +70,11 @@ def write_figures(runs: Sequence[Run], out_dir: Path, name: str) -> list[Path]:
         panels = {"curves": CURVES, **{quantity: layer_panels(groups, quantity) for quantity in LAYERS}}
         for kind, shown in panels.items():
             if shown:
-                written.append(out_dir / f"{name}_{kind}{end}.png")
+                written.append(claim(out_dir / f"{name}_{kind}{end}.png"))
                 write_parts([Part(title, groups, shown)], written[-1], 2 if kind == "curves" else min(COLUMNS, len(shown)))
     series = {title: found for title, groups in by_task.items() if (found := density_series(groups))}
     if series:
-        written.append(out_dir / f"{name}_density.png")
+        written.append(claim(out_dir / f"{name}_density.png"))
         _write_density({title: by_task[title] for title in series}, series, written[-1])
     return written
 

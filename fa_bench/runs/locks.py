@@ -18,9 +18,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fa_bench.errors import HeldError, OutputError
+from fa_bench.errors import HeldError, OutputError, RunDirectoryError
 from fa_bench.files import write_text
-from fa_bench.runs.ownership import HOLDER, LOCK
+from fa_bench.runs.ownership import HOLDER, LOCK, check_lock
 
 #: How long to try for a lock, in seconds: whoever looks whether it is held holds it for a moment, and a killed process takes one.
 PATIENCE = 3.0
@@ -32,8 +32,10 @@ def locked(path: Path) -> Iterator[None]:
 
     Raises:
         Timeout: where another process holds it.
+        RunDirectoryError: where something else has its name.
         OSError: where it cannot be made.
     """
+    check_lock(path)
     lock = FileLock(path, timeout=PATIENCE, poll_interval=0.02)
     with lock:
         try:
@@ -60,6 +62,8 @@ def hold(directory: Path) -> Iterator[None]:
     except Timeout:
         raise HeldError(f"{directory}: {_in_words(_said(directory))} writes here; "
                         "wait for it, or choose another directory") from None
+    except RunDirectoryError:
+        raise
     except OSError as error:
         raise OutputError(f"{directory}: cannot be written ({error.strerror or error})") from None
     try:

@@ -23,7 +23,8 @@ _WRITTEN = (CONFIG, METRICS, RESULT, HOLDER, EVENTS)
 TEMPORARIES = (NEW_EVENTS, *map(temporary_name, _WRITTEN))
 CHECKPOINT_TEMPORARIES = (temporary_name(LAST), temporary_name(PREVIOUS))
 #: What others put there unasked, such as Hydra on request, file managers and fa-bench-report: neither touched nor refused.
-_LEFT_ALONE = re.compile(r"\.hydra|(cli|fa_bench)\.log|\.DS_Store|Thumbs\.db|desktop\.ini|report(_[\w.-]+)?\.(md|csv|png)")
+_LEFT_ALONE = re.compile(r"\.hydra|(cli|fa_bench)\.log|\.DS_Store|Thumbs\.db|desktop\.ini|"
+                         r"\.?report([_.][\w.-]+)?\.(md|csv|png|json|lock)(\.tmp)?")
 _EVENT_NAME = re.compile(r"events\.out\.tfevents\.\d{10,}\.[^/\\]+\.\d+\.0")
 #: What a lock's file says: nothing, or who holds it, as earlier versions wrote and filelock does on file systems without locks.
 _LOCK_TEXT = re.compile(rb"\Z|\{\"pid\"|\d+\r?\n[^\n]+\n\d+\r?\n\Z")
@@ -96,7 +97,7 @@ def check_own(directory: Path, is_own_events: Callable[[Path], bool] | None) -> 
     if foreign:
         shown = names(map(repr, foreign[:3])) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         raise RunDirectoryError(f"{directory}: holds {shown}, no part of a run; choose another directory, or move that away")
-    _check_lock(directory / LOCK)
+    check_lock(directory / LOCK)
 
 
 def _foreign_checkpoints(folder: Path) -> list[str]:
@@ -117,10 +118,11 @@ def _check_kind(path: Path, folder: bool = False) -> None:
         raise RunDirectoryError(f"{path}: not a {'folder' if folder else 'file'}, as a run has there; choose another directory")
 
 
-def _check_lock(path: Path) -> None:
+def check_lock(path: Path) -> None:
     """Taking a lock empties its file: one with somebody's text, or another name elsewhere, is not taken."""
     try:
-        if path.lstat().st_nlink == 1 and _LOCK_TEXT.match(path.read_bytes()[:4096]):
+        kind = path.lstat()
+        if stat.S_ISREG(kind.st_mode) and kind.st_nlink == 1 and _LOCK_TEXT.match(path.read_bytes()[:4096]):
             return
     except OSError:  # none there, or, on Windows, one that is held
         return

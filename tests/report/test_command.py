@@ -80,7 +80,8 @@ def test_reports_of_the_same_runs_are_equal_to_the_byte_whatever_the_order_and_t
     assert main([str(elsewhere / name) for name in "dcZab"] + ["--out", str(tmp_path / "two")]) == 1
     one, two = files(tmp_path / "one"), files(tmp_path / "two")
     assert one == two and set(one) == {
-        "report.md", "report.csv", "report_layers.csv", "report.png", "report_curves.png", "report_weight_angle.png"}
+        "report.md", "report.csv", "report_layers.csv", "report.png", "report_curves.png", "report_weight_angle.png",
+        ".report.json"}
     assert "1 repeated run(s) not counted" in one["report.csv"].decode()
 
 
@@ -112,7 +113,7 @@ def test_partial_sweeps_give_a_report_that_says_what_is_missing(tmp_path, capsys
     (["nowhere"], "nowhere: no such directory"),
     (["."], ".: no runs there or below"),
     ([".", "--to", "x"], "unrecognized arguments: --to x; see fa-bench-report --help"),
-    (["runs", "--out", "file"], "[Errno 17] File exists: 'file'"),
+    (["runs", "--out", "file"], "file: cannot be written (File exists)"),
     (["broken"], "broken/result.json: not a run's result: it lacks label, group, algorithm, seed"),
     (["unended"], "nothing to report: no result.json in unended"),
 ])

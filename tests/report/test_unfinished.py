@@ -108,7 +108,7 @@ def test_files_that_a_report_no_longer_has_go_and_others_stay(tmp_path):
     write_report(find_runs([tmp_path / "runs"]), tmp_path)
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {
         "report.md", "report.csv", "report_layers.csv", "report.png", "report_curves.png", "report_weight_angle.png",
-        "report_mine.png", "report_curves-old.png", "other.png"}
+        "report_mine.png", "report_curves-old.png", "other.png", ".report.json"}
 
 
 # The list of a grid's runs.
