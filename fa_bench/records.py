@@ -198,9 +198,10 @@ def recorded_lines(path: Path, epochs: int) -> list[str]:
     Raises:
         RecordError: naming the line that is missing or is not the record of its epoch.
     """
-    lines = (_content(path) or b"").splitlines() if epochs else []
-    if len(lines) < epochs:
-        raise RecordError(path, f"damaged ({len(lines)} of {epochs} epochs are there)")
+    content = _content(path) if epochs else b""
+    if content is None:
+        raise RecordError(path, "missing")
+    lines = content.splitlines()
     for number, line in enumerate(lines[:epochs], start=1):
         try:
             record = _json(line, path)
@@ -209,6 +210,8 @@ def recorded_lines(path: Path, epochs: int) -> list[str]:
             record = {}
         if record.get("epoch") != number or not record.keys() >= {*SCALARS}:
             raise RecordError(path, f"damaged (line {number} is not the record of epoch {number})")
+    if len(lines) < epochs:
+        raise RecordError(path, f"damaged ({len(lines)} of {epochs} epochs are there)")
     return [line.decode() for line in lines[:epochs]]
 
 

@@ -99,7 +99,7 @@ def test_script_for_slurm_hands_over_to_fa_bench(tmp_path: Path) -> None:
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "3"}
     environment["SLURM_CPUS_PER_TASK"] = "2"
     said = subprocess.run(["bash", "job.sh"], env=environment, capture_output=True, text=True, check=True).stdout
-    assert said == "2 algorithm=kp dataset=mnist seed=3 data_dir=data output_dir=outputs resume=true\n"
+    assert said == "2 algorithm=kp dataset=mnist seed=3 data_dir=data output_dir=outputs\n"
 
 
 # ------------------------------------------------------------------------------------------------ choose a rule

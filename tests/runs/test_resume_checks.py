@@ -104,7 +104,7 @@ def test_a_finished_run_without_its_metrics_is_trained_again(capsys: Capture) ->
     assert main(RUN) == 0
     whole = lines()
     Path("run", METRICS).unlink()
-    assert main(RUN) == 0 and lines() == whole and f"{METRICS}: cannot be read" in capsys.readouterr().out
+    assert main(RUN) == 0 and lines() == whole and f"{METRICS}: missing" in capsys.readouterr().out
 
 
 def test_text_in_the_place_of_a_results_number_is_mended() -> None:

@@ -272,10 +272,10 @@ def test_events_are_on_the_disk_before_a_checkpoint_says_so(monkeypatch: pytest.
         synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
         real(descriptor)
 
-    def saved(path: Path, before: Path, config_hash: str, progress: Any, *rest: Any) -> None:
+    def saved(path: Path, before: Path, config_hash: str, data_hash: str, progress: Any, *rest: Any) -> None:
         assert steps("run", "loss/train")[-1] == progress.step
         assert synced[-1] == str(event_files("run")[0].absolute())
-        save(path, before, config_hash, progress, *rest)
+        save(path, before, config_hash, data_hash, progress, *rest)
 
     monkeypatch.setattr(events.os, "fsync", fsync)
     monkeypatch.setattr(checkpoint, "save", saved)
