@@ -65,9 +65,14 @@ _MODULES = vars(torch.nn.modules.module)
 _HOOKS = [name for name, value in _MODULES.items() if name.startswith("_global_") and isinstance(value, dict)]
 
 
+def _flushes_denormals() -> bool:
+    """Whether numbers too small for a normal float32 are taken for zeros, which torch can set but not tell."""
+    return not bool(torch.full((1,), 2e-38).mul(0.1).ne(0))
+
+
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Whatever runs in it, the process is afterwards as it was: random state, precision, threads, determinism, hooks, memory."""
+    """Whatever runs in it, the process is as it was afterwards: random state, precision, threads, determinism, hooks, memory."""
     state = random_state()
     hooks = {name: _MODULES[name].copy() for name in _HOOKS}
     cudnn = torch.backends.cudnn
@@ -80,6 +85,7 @@ def isolated() -> Iterator[None]:
     }
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     flags = cudnn.benchmark, cudnn.deterministic
+    flushed = _flushes_denormals()
     error_state, workspace = np.geterr(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")
     try:
         yield
@@ -93,6 +99,7 @@ def isolated() -> Iterator[None]:
             restore(value)  # type: ignore[arg-type]
         torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
         cudnn.benchmark, cudnn.deterministic = flags
+        torch.set_flush_denormal(flushed)
         np.seterr(**error_state)
         if workspace is None:
             os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)

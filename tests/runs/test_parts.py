@@ -169,6 +169,7 @@ def test_residual_net_without_shortcuts() -> None:
 @pytest.mark.skipif(not torch.set_flush_denormal(False), reason="this processor cannot flush")
 def test_a_run_computes_without_denormal_numbers() -> None:
     """Probabilities below 1e-38 would cost many times the arithmetic of zeros."""
+    torch.set_flush_denormal(False)
     tiny = torch.full((8,), 1e-39)
     assert (tiny * 0.5 != 0).all()
     job = Job(RunOptions(device="cpu"), BP(), MLP(), Synthetic(), SGD(), None)
@@ -176,5 +177,10 @@ def test_a_run_computes_without_denormal_numbers() -> None:
         with isolated():
             prepare(job)
             assert (tiny * 0.5 == 0).all()
+        assert (tiny * 0.5 != 0).all(), "as it was before the run"
+        torch.set_flush_denormal(True)
+        with isolated():
+            pass
+        assert (tiny * 0.5 == 0).all()
     finally:
         torch.set_flush_denormal(False)
