@@ -22,7 +22,7 @@ class Synthetic(ArrayDataset):
     samples: int = option(2048, "training images, validation included", minimum=1)
     test_samples: int = option(512, "test images", minimum=1)
     classes: int = option(10, "number of classes", minimum=2)
-    channels: int = option(1, "channels of an image", minimum=1)
+    channels: int = option(1, "channels of an image", minimum=1, maximum=4096)
     size: int = option(8, "height and width in pixels", minimum=1)
     noise: float = option(0.2, "standard deviation of the noise, in units of the full range", minimum=0)
     data_seed: int = option(0, "seed of the images", minimum=0)

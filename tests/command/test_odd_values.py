@@ -42,6 +42,11 @@ def test_more_threads_than_torch_bears_are_refused(threads: int, capsys: pytest.
     assert "threads=" in refused([*SMALL, f"threads={threads}"], capsys)
 
 
+@pytest.mark.parametrize("key", ["channels", "samples", "size", "classes"])
+def test_more_than_fits_is_refused_before_anything_is_made_of_it(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"dataset.{key}" in refused([*SMALL, f"dataset.{key}={2**31}"], capsys)
+
+
 @pytest.mark.parametrize("device", [
     "cuda:99999999999999999999", "cuda:128", "cuda:256", "cuda:2147483648", "cuda:01", "cuda:", "cuda:-1", "cuda:٣", "cuda:0 ",
     "CPU", "mps:0", "cpu\n", "", "x" * 10_000,
