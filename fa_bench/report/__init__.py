@@ -14,7 +14,7 @@ from fa_bench.errors import DataError, printable
 from fa_bench.files import RESULT, atomic, resolved, temporary_name
 from fa_bench.records import RecordError
 from fa_bench.report.own import MARKDOWN, NAME, claim, record, turn, written
-from fa_bench.report.runs import place
+from fa_bench.report.runs import VERSIONS, place
 from fa_bench.text import markdown as escaped
 from fa_bench.text import shortened
 
@@ -105,7 +105,7 @@ def write_report(
         for name, table in tables.items():
             _write(out_dir / name, to_csv(table))
         sections = [
-            "# Report", to_markdown(frame, {name: column for name, column in OVERALL.items() if name != "code_hash"}), LEGEND,
+            "# Report", to_markdown(frame, {name: column for name, column in OVERALL.items() if name not in VERSIONS}), LEGEND,
             *(["## Beside the published numbers", to_markdown(against, COLUMNS), _PUBLISHED] if len(against) else []),
             *(["## Probes", to_markdown(probed, columns), PROBED] if len(probed) else []),
             *_listed("## Left out: records that are damaged or of another kind", left_out),
@@ -144,7 +144,7 @@ class _Found(NamedTuple):
 def _read(directories: list[Path]) -> _Found:
     from fa_bench.report.groups import in_order
     from fa_bench.report.runs import read_run
-    from fa_bench.report.states import as_it_stands, begun, unreadable, without_result
+    from fa_bench.report.states import as_it_stands, begun, unreadable, with_data, without_result
 
     found: dict[Path, Run | None] = {}
     faults: list[RecordError] = []
@@ -173,7 +173,7 @@ def _read(directories: list[Path]) -> _Found:
         raise faults[0]
     if not runs:
         raise DataError(f"nothing to report: no {RESULT} in {', '.join(map(str, directories)) or 'an empty list of runs'}")
-    return _Found(in_order(runs), sorted(map(fault, faults)), sorted(lines), lacking)
+    return _Found(in_order(with_data(runs)), sorted(map(fault, faults)), sorted(lines), lacking)
 
 
 def fault(error: RecordError) -> str:

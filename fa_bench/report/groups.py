@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from fa_bench.config.labels import DATA_DIR, counted, differing, label
 from fa_bench.report.numbers import known, mean
-from fa_bench.report.runs import FINISHED, Run
+from fa_bench.report.runs import FINISHED, VERSIONS, Run
 
 CONTROL, FLOOR = "bp", "frozen"
 Groups = Mapping[str, Sequence[Run]]
@@ -39,7 +39,7 @@ def _natural(text: str) -> list[Any]:
 
 
 def group_runs(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """The runs of each row: of each config up to its seed and of each version of the code, in the order of first appearance."""
+    """The runs of each row: of each config up to its seed, version of the code and data, in the order of first appearance."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.row, []).append(run)
@@ -48,7 +48,7 @@ def group_runs(runs: Iterable[Run]) -> dict[str, list[Run]]:
 
 def group_labels(groups: Groups) -> dict[str, str]:
     """What to call each group: its label; where several groups share it, with what their configs differ in, and with the code
-    that ran them where that differs.
+    that ran them and the data where those differ.
 
     A group that is still not told apart, for its config is not there or says nothing, goes by its own name.
     """
@@ -57,11 +57,13 @@ def group_labels(groups: Groups) -> dict[str, str]:
         configs = {group: groups[group][0].config for group, label in labels.items() if label == name}
         keys = differing(configs.values())
         labels |= {group: label(name, config, keys) for group, config in configs.items()}
-    for name in [name for name, count in Counter(labels.values()).items() if count > 1]:
-        codes = {group: groups[group][0].result.get("code_hash") for group, label in labels.items() if label == name}
-        if len(set(codes.values())) == len(codes):
-            length = next((n for n in (8, 16) if len({str(code)[:n] for code in codes.values()}) == len(codes)), None)
-            labels |= {group: f"{name} code={code[:length] if code else 'unknown'}" for group, code in codes.items()}
+    for key, word in VERSIONS.items():
+        for name in [name for name, count in Counter(labels.values()).items() if count > 1]:
+            hashes = {group: groups[group][0].result.get(key) for group, label in labels.items() if label == name}
+            several = set(hashes.values())
+            if len(several) > 1:
+                length = next((n for n in (8, 16) if len({str(one)[:n] for one in several}) == len(several)), None)
+                labels |= {group: f"{name} {word}={one[:length] if one else 'unknown'}" for group, one in hashes.items()}
     shared = Counter(labels.values())
     names = Counter(runs[0].result["group"] for runs in groups.values())
     own = {group: name if names[name := runs[0].result["group"]] == 1 else group for group, runs in groups.items()}
@@ -107,7 +109,7 @@ def reference(algorithm: str, run: Run, groups: Groups) -> Reference:
     """The group of `algorithm` that `run` is to be compared with.
 
     It has the run's task. Each rule may have an optimizer of its own, so a single group fits whatever its optimizer. Among
-    several it is one that the same code ran, where there is such a one, and whose setting is the run's own or differs from it
+    several it is one of the same code and data, where there is such a one, and whose setting is the run's own or differs from it
     in fewest keys; of those that differ in as many, the one with the best validation accuracy (last epoch, mean over the
     finished runs), and none where none has one.
     """
@@ -119,7 +121,7 @@ def reference(algorithm: str, run: Run, groups: Groups) -> Reference:
         return Reference()
     if len(fitting) == 1:
         (members,) = fitting.values()
-        return Reference(members, "", _other_code(algorithm, run, members))
+        return Reference(members, "", _other_version(algorithm, run, members))
     far = {group: _distance(run, members[0]) for group, members in fitting.items()}
     near = [group for group in fitting if far[group] == min(far.values())]
     chosen, how = near[0], ""
@@ -132,21 +134,21 @@ def reference(algorithm: str, run: Run, groups: Groups) -> Reference:
         how = f"{algorithm} by validation out of {len(near)} that fit as well"
     name = group_labels(groups)[chosen]
     lacking = "" if finished_by_seed(fitting[chosen]) else f"{name} has no finished run"
-    code = _other_code(algorithm, run, fitting[chosen])
+    code = _other_version(algorithm, run, fitting[chosen])
     return Reference(fitting[chosen], name, "; ".join(filter(None, (how, lacking, code))))
 
 
-def _other_code(algorithm: str, run: Run, members: Sequence[Run]) -> str:
-    """A note where the reference's runs are not of the same code as `run`."""
-    same = run.result.get("code_hash") == members[0].result.get("code_hash")
-    return "" if same else f"the runs of {algorithm} are of other code"
+def _other_version(algorithm: str, run: Run, members: Sequence[Run]) -> str:
+    """A note where the reference's runs are not of the same code or data as `run`."""
+    other = [word for key, word in VERSIONS.items() if run.result.get(key) != members[0].result.get(key)]
+    return f"the runs of {algorithm} are of other {' and '.join(other)}" if other else ""
 
 
-def _distance(run: Run, other: Run) -> tuple[bool, int, int]:
-    """How far two runs are apart: in code, in optimizer and epochs, then in any key but the rule and its own options."""
+def _distance(run: Run, other: Run) -> tuple[int, int, int]:
+    """How far two runs are apart: in code and data, in optimizer and epochs, then in any key but the rule and its own options."""
     keys = differing([{key: value for key, value in each.config.items() if key.split(".")[0] != "algorithm"}
                       for each in (run, other)])
-    return (run.result.get("code_hash") != other.result.get("code_hash"),
+    return (sum(run.result.get(key) != other.result.get(key) for key in VERSIONS),
             sum(run.result.get(key) != other.result.get(key) for key in ("optimizer", "epochs")), len(keys))
 
 

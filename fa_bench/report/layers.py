@@ -8,9 +8,9 @@ import pandas as pd
 
 from fa_bench.report.groups import finished_by_seed, group_labels, group_runs
 from fa_bench.report.numbers import half_width, known, mean, std
-from fa_bench.report.runs import Run
+from fa_bench.report.runs import VERSIONS, Run
 
-COLUMNS = ("label", "group", "code_hash", "architecture", "dataset", "layer", "quantity", "n", "mean", "std", "ci95")
+COLUMNS = ("label", "group", *VERSIONS, "architecture", "dataset", "layer", "quantity", "n", "mean", "std", "ci95")
 
 
 def by_layer(runs: Sequence[Run]) -> pd.DataFrame:
@@ -28,6 +28,6 @@ def by_layer(runs: Sequence[Run]) -> pd.DataFrame:
             for layer in dict.fromkeys(layer for run in finished for layer in run.layers(quantity)):
                 values = known(run.layers(quantity).get(layer) for run in finished)
                 if values:
-                    rows.append((labels[group], *(first.get(key) for key in COLUMNS[1:5]), layer, quantity,
+                    rows.append((labels[group], *(first.get(key) for key in COLUMNS[1:6]), layer, quantity,
                                  len(values), mean(values), std(values), half_width(values)))
     return pd.DataFrame(rows, columns=list(COLUMNS))

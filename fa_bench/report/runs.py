@@ -13,6 +13,8 @@ from fa_bench.records import HEADER, RecordError, disagreement, read_config, rea
 from fa_bench.report.numbers import mean
 
 FINISHED = "finished"
+#: What a result records of the version of the code and of the data: runs in which these differ are never averaged.
+VERSIONS = {"code_hash": "code", "data_hash": "data"}
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,8 @@ class Run:
 
     @property
     def row(self) -> str:
-        """What the runs of one row of a report share: their group, and the code that ran them."""
-        code = self.result.get("code_hash")
-        return f"{self.result['group']}@{code}" if code else self.result["group"]
+        """What the runs of one row of a report share: their group, and the hashes of the code that ran them and of their data."""
+        return "@".join([self.result["group"], *(value for key in VERSIONS if (value := self.result.get(key)))])
 
     @property
     def probed(self) -> dict[str, dict[str, Any]]:

@@ -46,6 +46,20 @@ def as_it_stands(run: Run) -> Run:
     return dataclasses.replace(run, result=run.result | {"status": RUNNING, "error": None})
 
 
+def with_data(runs: Sequence[Run]) -> list[Run]:
+    """The runs, those that ended before their data's hash was recorded with the one that the others of their row have."""
+    known: dict[str, set[str]] = {}
+    for run in runs:
+        if run.result.get("data_hash"):
+            known.setdefault(_without_data(run).row, set()).add(run.result["data_hash"])
+    return [run if run.result.get("data_hash") or len(hashes := known.get(run.row, ())) != 1
+            else dataclasses.replace(run, result=run.result | {"data_hash": next(iter(hashes))}) for run in runs]
+
+
+def _without_data(run: Run) -> Run:
+    return dataclasses.replace(run, result=run.result | {"data_hash": None})
+
+
 def without_result(directory: Path, others: Sequence[Run]) -> Run | None:
     """A run that wrote no result, with what its config tells in the place of one; None where it has no config.
 

@@ -13,7 +13,7 @@ from fa_bench.errors import printable
 from fa_bench.report.groups import CONTROL, FLOOR, Groups, finished_by_seed, group_labels, group_runs, reference, status_counts
 from fa_bench.report.numbers import half_width, known, mean, std
 from fa_bench.report.published import Entry, answering, headline
-from fa_bench.report.runs import FINISHED, Run
+from fa_bench.report.runs import FINISHED, VERSIONS, Run
 from fa_bench.report.states import ending
 from fa_bench.text import markdown, shortened
 
@@ -37,6 +37,7 @@ COLUMNS = {
     "label": Column("rule"),
     "group": Column("group"),
     "code_hash": Column("code"),
+    "data_hash": Column("data"),
     "architecture": Column("architecture"),
     "dataset": Column("dataset"),
     "optimizer": Column("optimizer"),
@@ -155,7 +156,7 @@ def _row(label: str, members: Sequence[Run], groups: Groups, published: Sequence
              f"{repeated} repeated run(s) not counted" if repeated else "", entry.remark(members) if entry else ""]
     return {
         "label": label,
-        **{key: members[0].result.get(key) for key in ("group", "code_hash", "architecture", "dataset", "optimizer")},
+        **{key: members[0].result.get(key) for key in ("group", *VERSIONS, "architecture", "dataset", "optimizer")},
         "n": len(finished),
         "runs": len(members),
         "seeds": " ".join(map(str, sorted(finished))),

@@ -123,5 +123,5 @@ def test_report_has_the_means_over_seeds(in_empty_folder: None) -> None:
         "| fa | input | 0.25 | - |", "| fa | fc1 | 0.625 | - |", "| fa | act1 | - | 0.3125 |"]
     assert "| rule | layer | readout | depth_utility |" in section and "| bp" not in section
     rows = Path("out/report_layers.csv").read_text().splitlines()
-    assert [row.split(",")[5:9] for row in rows if ",readout," in row] == [
+    assert [row.split(",")[6:10] for row in rows if ",readout," in row] == [
         ["input", "readout", "2", "0.25"], ["fc1", "readout", "2", "0.625"]]
