@@ -236,7 +236,9 @@ def test_feedback_of_a_layer_that_shares_does_not_learn_by_the_gradient_of_the_w
     (Adam(lr=0.1, schedule=Schedule(name="step", step_size=1)), None),
     (SGD(lr=0.1), Adam(lr=0.1, schedule=Schedule(name="multistep", milestones=[2]))),
     (AdamW(lr=0.1), SGD(lr=0.1, momentum=0.9, nesterov=True, schedule=Schedule(name="cosine"))),
-], ids=["sgd", "adam", "adam on feedback", "sgd on feedback"])
+    (SGD(lr=0.1, schedule=Schedule(name="step", step_size=1)),
+     SGD(lr=0.05, schedule=Schedule(name="step", step_size=2, gamma=0.3))),
+], ids=["sgd", "adam", "adam on feedback", "sgd on feedback", "two schedules"])
 def test_loaded_state_continues_bit_by_bit(options: OptimizerOptions, own: OptimizerOptions | None) -> None:
     """Moments, velocities and the schedules' epoch."""
     def train(rule: Rule, optimizers: Optimizers, epochs: range) -> None:
