@@ -42,6 +42,7 @@ def rehearse(config: DictConfig, overrides: list[str], multirun: bool) -> None:
         # Hydra asks for it before there is any job.
         parts += [("sweep.dir", lambda: _check_copy(Path(str(config.hydra.sweep.dir)) / "multirun.yaml")),
                   ("sweeper", lambda: _check_batches(config)),
+                  ("launcher", lambda: _check_jobs(config)),
                   ("launcher", lambda: _launcher(config)), ("sweeper", lambda: _sweeper(config))]
     for name, make in parts:
         try:
@@ -95,6 +96,13 @@ def _check_batches(config: DictConfig) -> None:
     size = OmegaConf.select(config, "hydra.sweeper.max_batch_size")
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
         raise ConfigError(f"hydra.sweeper.max_batch_size={size}: write a whole number >= 1, or null for all jobs in one batch")
+
+
+def _check_jobs(config: DictConfig) -> None:
+    """Launchers in several processes, such as joblib's, refuse a number of them once the sweep has begun."""
+    jobs = OmegaConf.select(config, "hydra.launcher.n_jobs")
+    if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, int) or jobs == 0):
+        raise ConfigError(f"hydra.launcher.n_jobs={jobs}: write a whole number >= 1, or -1 for one job a core")
 
 
 def _check_copy(path: Path) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+#: How far beyond 0 and 1 rounding may have brought a fraction, and the fraction below which 8 bits would leave four greys.
+_ROUNDING, _ALMOST_BLACK = 1e-3, 4 / 255
 _ALLOWED = "allowed: whole numbers from 0 to 255, fractions from 0 to 1, True and False"
 
 
@@ -82,17 +84,20 @@ def _eight_bits(images: np.ndarray, what: str, notes: list[str]) -> np.ndarray:
         if high == 1:
             raise ValueError(f"{found}, which is almost black; multiply by 255 or convert to bool")
         return images.astype(np.uint8, copy=False)
-    if low < 0 or high > 1:
+    if 0 < high < _ALMOST_BLACK:
+        raise ValueError(f"{found}, which 8 bits would make almost black; allowed fractions are from 0 to 1: multiply by 255 "
+                         "if they were divided twice")
+    if low < -_ROUNDING or high > 1 + _ROUNDING:
         rounded = low >= 0 and 1 < high <= 255
         mend = "use images.round().astype('uint8') if the range is 0 to 255" if rounded else \
             "rescale to [0, 1] by (images - low) / (high - low), with the same low and high for training and test images; " \
             "dataset.mean and dataset.std do the normalisation"
         raise ValueError(f"{found}; {_ALLOWED}; {mend}")
-    notes.append(f"{what}: {images.dtype} from 0 to 1, converted to 8 bits")
+    notes.append(f"{what}: {images.dtype} from {low:.3g} to {high:.3g}, converted to 8 bits")
     # One image at a time in float64: the whole would take eight times the memory of the result.
     result = np.empty(images.shape, np.uint8)
     for source, target in zip(images, result, strict=True):
-        target[...] = np.rint(source.astype(np.float64) * 255)
+        target[...] = np.rint(source.astype(np.float64).clip(0, 1) * 255)
     return result
 
 

@@ -47,6 +47,14 @@ def test_more_than_fits_is_refused_before_anything_is_made_of_it(key: str, capsy
     assert f"dataset.{key}" in refused([*SMALL, f"dataset.{key}={2**31}"], capsys)
 
 
+@pytest.mark.parametrize("jobs", ["0", "true", "1.5", "x"])
+def test_a_number_of_joblibs_processes_that_is_none_is_refused_before_the_sweep(
+    jobs: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["-m", *SMALL, "seed=0,1", "hydra/launcher=joblib", f"hydra.launcher.n_jobs={jobs}"]
+    assert "hydra.launcher.n_jobs" in refused(words, capsys) and not Path("outputs").exists()
+
+
 @pytest.mark.parametrize("device", [
     "cuda:99999999999999999999", "cuda:128", "cuda:256", "cuda:2147483648", "cuda:01", "cuda:", "cuda:-1", "cuda:٣", "cuda:0 ",
     "CPU", "mps:0", "cpu\n", "", "x" * 10_000,
