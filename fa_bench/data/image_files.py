@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -204,11 +205,18 @@ class StreamedSplit(Split):
         loader = torch.utils.data.DataLoader(
             _Files(self.paths, self.decode, key), batch_sampler=[chunk.tolist() for chunk in chunks], num_workers=workers,
             collate_fn=_collate, pin_memory=self.device.type == "cuda", generator=torch.Generator(),
+            multiprocessing_context=_start_method() if workers else None,
         )
         for images, indices in loader:
             if isinstance(images, str):
                 raise DataError(images)
             yield images.to(self.device, non_blocking=True), self.labels[indices].to(self.device, non_blocking=True)
+
+
+def _start_method() -> str:
+    """How workers are started: joblib's processes have a method of their own set, which starts none but joblib's."""
+    method, known = multiprocessing.get_start_method(), multiprocessing.get_all_start_methods()
+    return method if method in known else known[0]  # the first is the system's usual one
 
 
 class _Files:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fa_bench.errors import RunDirectoryError, names
 from fa_bench.files import CONFIG, LOG, METRICS, RESULT, temporary_name, write_text
+from fa_bench.records import HEADER
 
 CHECKPOINTS, LAST, PREVIOUS = "checkpoints", "last.pt", "previous.pt"
 #: The lock, and who holds it.
@@ -22,6 +23,8 @@ NEW_EVENTS = ".events.tmp"
 _WRITTEN = (CONFIG, METRICS, RESULT, HOLDER, EVENTS)
 TEMPORARIES = (NEW_EVENTS, *map(temporary_name, _WRITTEN))
 CHECKPOINT_TEMPORARIES = (temporary_name(LAST), temporary_name(PREVIOUS))
+#: What a start that was killed before it wrote the config leaves beside the lock, and how each of these files begins.
+_FIRST = {HOLDER: b'{"pid"', temporary_name(HOLDER): b'{"pid"', temporary_name(CONFIG): HEADER.encode()}
 #: What others put there unasked, such as Hydra on request, file managers and fa-bench-report: neither touched nor refused.
 _LEFT_ALONE = re.compile(r"\.hydra|(cli|fa_bench)\.log|\.DS_Store|Thumbs\.db|desktop\.ini|"
                          r"\.?report([_.][\w.-]+)?\.(md|csv|png|json|lock)(\.tmp)?")
@@ -88,6 +91,8 @@ def check_own(directory: Path, is_own_events: Callable[[Path], bool] | None) -> 
                 foreign += _foreign_checkpoints(Path(entry.path))
             elif entry.name in files:
                 _check_kind(Path(entry.path))
+                if is_own_events is None and not _comes_first(Path(entry.path)):
+                    foreign.append(entry.name)
             elif is_own_events is None or not _made_earlier(Path(entry.path), is_own_events):
                 foreign.append(entry.name)
     except OSError as error:
@@ -98,6 +103,14 @@ def check_own(directory: Path, is_own_events: Callable[[Path], bool] | None) -> 
         shown = names(map(repr, foreign[:3])) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         raise RunDirectoryError(f"{directory}: holds {shown}, no part of a run; choose another directory, or move that away")
     check_lock(directory / LOCK)
+
+
+def _comes_first(path: Path) -> bool:
+    """Whether a file with a name of a run's may be one in a directory without a config, which a run writes before the others."""
+    if path.name in (LOCK, CONFIG):  # the one is checked by its text, the other belongs to a run of another kind
+        return True
+    begins = _FIRST.get(path.name)
+    return begins is not None and begins.startswith(path.read_bytes()[:len(begins)])
 
 
 def _foreign_checkpoints(folder: Path) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from joblib import Parallel, delayed
 from PIL import Image
 from torchvision.transforms import functional as reference
 
@@ -81,6 +82,16 @@ def test_worker_processes_change_nothing(folder: Path) -> None:
 
 
 @FORK
+def test_workers_start_in_processes_of_joblib_too(folder: Path) -> None:
+    """Which have a way of their own to start processes, that multiprocessing's, and so the workers, do not fit."""
+    want = [y.tolist() for _, y in load(folder, memory_limit_gb=0).train.batches(4, seed=0)]
+    assert Parallel(n_jobs=2, backend="loky")([delayed(_labels_by_workers)(folder)] * 2) == [want, want]
+
+
+def _labels_by_workers(folder: Path) -> list[list[int]]:
+    return [y.tolist() for _, y in load(folder, memory_limit_gb=0, workers=1).train.batches(4, seed=0)]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_streaming_leaves_the_global_random_state_alone(folder: Path, workers: int) -> None:
     split = load(folder, memory_limit_gb=0, workers=workers).train

@@ -69,6 +69,21 @@ def test_foreign_files_in_a_run_of_ones_own_are_named_by_single_runs_and_sweeps(
         assert "no part of a run; choose another directory, or move that away" in refused(command, capsys)
 
 
+@pytest.mark.parametrize("name", [LOG, ownership.EVENTS, *ownership.TEMPORARIES, ownership.HOLDER])
+def test_a_name_that_runs_use_makes_no_run_without_its_config(name: str, capsys: Capture) -> None:
+    put(name)
+    for command in (RUN, [*RUN, "resume=false"], ["-m", *COMMON, "hydra.sweep.dir=run", "hydra.sweep.subdir=."]):
+        assert f"run: holds '{name}'" in refused(command, capsys)
+
+
+@pytest.mark.parametrize("text", ["", '{"pid": 1}'])
+def test_a_start_that_was_killed_before_it_wrote_the_config_is_started_again(text: str) -> None:
+    for name in (ownership.LOCK, ownership.HOLDER, f".{ownership.HOLDER}.tmp"):
+        put(name, text)
+    put(".config.yaml.tmp", text and "# config hash: 0123")
+    assert main(RUN) == 0 and not list(Path("run").glob(".*holder*")) and not list(Path("run").glob("*.tmp"))
+
+
 def test_a_working_directory_with_files_is_no_run_directory(capsys: Capture) -> None:
     put("../notes/deep/.draft.tmp")
     assert "holds 'notes'" in refused([*COMMON, "hydra.run.dir=."], capsys)
