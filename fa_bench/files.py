@@ -6,6 +6,8 @@ import errno
 import json
 import math
 import os
+import re
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,8 @@ from fa_bench.errors import OutputError, RunDirectoryError
 #: Files of a run's directory.
 CONFIG, LOG, METRICS, RESULT = "config.yaml", "run.log", "metrics.jsonl", "result.json"
 
+#: What a lock's file says: nothing, or who holds it, as earlier versions wrote and filelock does on file systems without locks.
+_LOCK_TEXT = re.compile(rb"\Z|\{\"pid\"|\d+\r?\n[^\n]+\n\d+\r?\n\Z")
 
 def temporary_name(name: str) -> str:
     """What a file is called while it is being written."""
@@ -69,6 +73,35 @@ def write_with(path: Path, write: Callable[[Path], Any]) -> None:
 def resolved(path: Path) -> Path:
     """The path without links, as far as they lead anywhere: `Path.resolve` raises for links that lead in a circle."""
     return Path(os.path.realpath(path))
+
+
+def check_lock(path: Path) -> None:
+    """Taking a lock empties its file: one with somebody's text, or another name elsewhere, is not taken."""
+    try:
+        kind = path.lstat()
+        if stat.S_ISREG(kind.st_mode) and kind.st_nlink == 1 and _LOCK_TEXT.match(path.read_bytes()[:4096]):
+            return
+    except OSError:  # none there, or, on Windows, one that is held
+        return
+    raise RunDirectoryError(f"{path}: not the lock of a run; choose another directory")
+
+
+def check_half_written(path: Path, begins: bytes) -> None:
+    """Refuse to write `path` for the first time where something else has its temporary name, which would be replaced.
+
+    Args:
+        path: the file to be written.
+        begins: how it begins; what a killed process left half written does, too. Empty: nothing of it was written yet.
+    """
+    temporary = path.with_name(temporary_name(path.name))
+    if os.path.lexists(path) or not os.path.lexists(temporary):
+        return
+    kind = temporary.lstat()
+    own = stat.S_ISREG(kind.st_mode) and kind.st_nlink == 1
+    if own and kind.st_size:
+        own = begins != b"" and begins.startswith(temporary.read_bytes()[:len(begins)])
+    if not own:
+        raise RunDirectoryError(f"{temporary}: not written by fa-bench, which would replace it; move it away")
 
 
 def check_place(path: Path) -> None:

@@ -9,8 +9,11 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from fa_bench.errors import DataError
+from fa_bench.errors import DataError, RunDirectoryError
+from fa_bench.files import check_lock
 
+#: Says, within a folder, that it is one of these, and may be removed.
+_MARK = ".made-by-fa-bench"
 log = logging.getLogger("fa_bench")
 
 
@@ -24,9 +27,15 @@ def workspace(path: Path) -> Iterator[Path]:
         DataError: where something else than a folder is at `path`.
         OSError: where the folder cannot be made or locked.
     """
-    with _locked(path.with_name(f"{path.name}.lock")):
+    lock = path.with_name(f"{path.name}.lock")
+    try:
+        check_lock(lock)
+    except RunDirectoryError:
+        raise DataError(f"{lock}: is no lock, but fa-bench would take it for one; remove or rename it") from None
+    with _locked(lock):
         _remove(path)
         path.mkdir()
+        (path / _MARK).touch()
         try:
             yield path
         finally:
@@ -39,6 +48,8 @@ def _remove(path: Path) -> None:
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise DataError(f"{path}: is no folder, but fa-bench unpacks and downloads there; remove or rename it")
     if path.exists():
+        if not (path / _MARK).exists() and any(path.iterdir()):
+            raise DataError(f"{path}: holds somebody's files, but fa-bench unpacks and downloads there; remove or rename it")
         shutil.rmtree(path)
 
 

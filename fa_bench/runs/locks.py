@@ -19,8 +19,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fa_bench.errors import HeldError, OutputError, RunDirectoryError
-from fa_bench.files import write_text
-from fa_bench.runs.ownership import HOLDER, LOCK, check_lock
+from fa_bench.files import check_lock, write_text
+from fa_bench.runs.ownership import HOLDER, LOCK
 
 #: How long to try for a lock, in seconds: whoever looks whether it is held holds it for a moment, and a killed process takes one.
 PATIENCE = 3.0

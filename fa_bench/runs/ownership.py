@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from fa_bench.errors import RunDirectoryError, names
-from fa_bench.files import CONFIG, LOG, METRICS, RESULT, temporary_name, write_text
+from fa_bench.files import CONFIG, LOG, METRICS, RESULT, check_lock, temporary_name, write_text
 from fa_bench.records import HEADER
 
 CHECKPOINTS, LAST, PREVIOUS = "checkpoints", "last.pt", "previous.pt"
@@ -27,10 +27,8 @@ CHECKPOINT_TEMPORARIES = (temporary_name(LAST), temporary_name(PREVIOUS))
 _FIRST = {HOLDER: b'{"pid"', temporary_name(HOLDER): b'{"pid"', temporary_name(CONFIG): HEADER.encode()}
 #: What others put there unasked, such as Hydra on request, file managers and fa-bench-report: neither touched nor refused.
 _LEFT_ALONE = re.compile(r"\.hydra|(cli|fa_bench)\.log|\.DS_Store|Thumbs\.db|desktop\.ini|"
-                         r"\.?report([_.][\w.-]+)?\.(md|csv|png|json|lock)(\.tmp)?")
+                         r"\.{0,2}report([_.][\w.-]+)?\.(md|csv|png|json|lock)(\.tmp)?")
 _EVENT_NAME = re.compile(r"events\.out\.tfevents\.\d{10,}\.[^/\\]+\.\d+\.0")
-#: What a lock's file says: nothing, or who holds it, as earlier versions wrote and filelock does on file systems without locks.
-_LOCK_TEXT = re.compile(rb"\Z|\{\"pid\"|\d+\r?\n[^\n]+\n\d+\r?\n\Z")
 #: Temporary files that earlier versions named after their process; left where they are.
 _EARLIER = re.compile(rf"\.({'|'.join(map(re.escape, (CONFIG, METRICS, RESULT, LAST, 'events')))})\.\d+\.tmp")
 
@@ -95,6 +93,8 @@ def check_own(directory: Path, is_own_events: Callable[[Path], bool] | None) -> 
                     foreign.append(entry.name)
             elif is_own_events is None or not _made_earlier(Path(entry.path), is_own_events):
                 foreign.append(entry.name)
+    except FileNotFoundError:  # another process has ended meanwhile; whoever goes on looks again with the lock
+        return
     except OSError as error:
         if isinstance(error, RunDirectoryError):
             raise
@@ -129,17 +129,6 @@ def _check_kind(path: Path, folder: bool = False) -> None:
         raise RunDirectoryError(f"{path}: a link; a run follows and removes none: remove it, or choose another directory")
     if not (stat.S_ISDIR(mode) if folder else stat.S_ISREG(mode)):
         raise RunDirectoryError(f"{path}: not a {'folder' if folder else 'file'}, as a run has there; choose another directory")
-
-
-def check_lock(path: Path) -> None:
-    """Taking a lock empties its file: one with somebody's text, or another name elsewhere, is not taken."""
-    try:
-        kind = path.lstat()
-        if stat.S_ISREG(kind.st_mode) and kind.st_nlink == 1 and _LOCK_TEXT.match(path.read_bytes()[:4096]):
-            return
-    except OSError:  # none there, or, on Windows, one that is held
-        return
-    raise RunDirectoryError(f"{path}: not the lock of a run; choose another directory")
 
 
 def _made_earlier(path: Path, is_own_events: Callable[[Path], bool]) -> bool:

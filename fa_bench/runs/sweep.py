@@ -10,7 +10,7 @@ from typing import NamedTuple
 from filelock import Timeout
 
 from fa_bench.errors import RunDirectoryError
-from fa_bench.files import dump_json, resolved, write_text
+from fa_bench.files import check_half_written, dump_json, resolved, write_text
 from fa_bench.records import RecordError, read_planned
 from fa_bench.runs.locks import PATIENCE, locked
 
@@ -41,6 +41,7 @@ def write_sweep(folder: Path, command: Sequence[str], runs: Iterable[Planned]) -
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.with_name(SWEEP_LOCK)):
+            check_half_written(path, b'{\n "command"')
             known = read_sweep(path)
             # Normalised, so that a run is known again whatever its directory was called from.
             merged = {os.path.relpath(run.directory, folder): run for run in (*known, *runs)}
@@ -48,6 +49,8 @@ def write_sweep(folder: Path, command: Sequence[str], runs: Iterable[Planned]) -
             write_text(path, dump_json({"command": list(command), "runs": listed}, indent=1) + "\n")
     except RecordError as error:
         raise RunDirectoryError(f"{error}; move it away") from None
+    except RunDirectoryError:
+        raise
     except Timeout:
         raise RunDirectoryError(f"{path}: another sweep has been writing it for {PATIENCE:g} s; try again") from None
     except OSError as error:

@@ -151,7 +151,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path, what:
         assert names(tmp_path / "set") == ["0.txt", "1.txt", "2.txt"]
     else:
         with fetching(tmp_path, "set", "files") as temporary:
-            assert names(temporary) == []
+            assert names(temporary) == [module._MARK]
     assert not any(left in name for name in names(tmp_path))
     assert (tmp_path / ".unpack-other" / "mine").read_text() == "mine"
 
@@ -185,9 +185,29 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     write_zip(tmp_path / "set.zip")
     (tmp_path / "precious").write_text("mine")
     (tmp_path / ".unpack-set.lock").symlink_to(tmp_path / "precious")
-    with pytest.raises(DataError, match="cannot be unpacked"):
+    with pytest.raises(DataError, match="is no lock"):
         unpack_zip(tmp_path / "set.zip", tmp_path / "set")
     assert (tmp_path / "precious").read_text() == "mine" and (tmp_path / ".unpack-set.lock").is_symlink()
+
+
+@pytest.mark.parametrize("kind", ["text", "hard link"])
+def test_a_lock_that_is_somebodys_file_is_not_taken(tmp_path: Path, kind: str) -> None:
+    write_zip(tmp_path / "set.zip")
+    (tmp_path / "precious").write_text("mine")
+    lock = tmp_path / ".unpack-set.lock"
+    lock.write_text("mine") if kind == "text" else os.link(tmp_path / "precious", lock)
+    with pytest.raises(DataError, match=r"\.unpack-set\.lock: is no lock"):
+        unpack_zip(tmp_path / "set.zip", tmp_path / "set")
+    assert lock.read_text() == "mine" and names(tmp_path) == [".unpack-set.lock", "precious", "set.zip"]
+
+
+def test_a_folder_that_holds_somebodys_files_is_not_removed(tmp_path: Path) -> None:
+    write_zip(tmp_path / "set.zip")
+    (tmp_path / ".unpack-set").mkdir()
+    (tmp_path / ".unpack-set" / "mine.txt").write_text("mine")
+    with pytest.raises(DataError, match=r"\.unpack-set: holds somebody's files"):
+        unpack_zip(tmp_path / "set.zip", tmp_path / "set")
+    assert (tmp_path / ".unpack-set" / "mine.txt").read_text() == "mine"
 
 
 def test_one_at_a_time_even_while_the_lock_is_removed_and_made_again(tmp_path: Path) -> None:
@@ -202,7 +222,7 @@ def test_one_at_a_time_even_while_the_lock_is_removed_and_made_again(tmp_path: P
                     most = max(most, inside)
                 (room / "x").write_text("x")
                 time.sleep(0.001)
-                assert names(room) == ["x"]
+                assert names(room) == [module._MARK, "x"]
                 with lock:
                     inside -= 1
 

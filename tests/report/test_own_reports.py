@@ -65,6 +65,26 @@ def test_a_report_without_a_record_is_known_by_its_links(tmp_path):
     assert "report.png" in own.written(tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", [".report.csv.tmp", ".report.md.tmp", ".report_layers.csv.tmp", "..report.json.tmp"])
+def test_somebodys_file_with_a_temporary_name_is_not_replaced(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(RunDirectoryError, match=f"{name}: not written by fa-bench"):
+        own.check(tmp_path)
+    run = write_run(tmp_path / "runs", "bp", 0, 0.9)
+    with pytest.raises(RunDirectoryError, match=f"{name}: not written by fa-bench"):
+        write_report([run], tmp_path)
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_what_a_killed_report_left_half_written_is_replaced(tmp_path):
+    run = write_run(tmp_path / "runs", "bp", 0, 0.9)
+    (tmp_path / "..report.json.tmp").write_text('["repo')
+    own.record(tmp_path, {"report.md", "report.csv"})
+    (tmp_path / ".report.csv.tmp").write_text("half")
+    write_report([run], tmp_path)
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
 @pytest.mark.parametrize("text", ["{", '["../x.csv"]', '["mine.csv"]', "{}", "[" * 100_000])
 def test_a_record_of_another_kind_is_left_alone(tmp_path, text):
     (tmp_path / ".report.json").write_text(text)
@@ -92,7 +112,7 @@ def test_a_lock_that_is_somebodys_file_is_not_emptied(tmp_path, capsys):
 
 @pytest.mark.parametrize(("name", "what"), [
     ("report.csv", "not written by a report"), ("multirun.yaml", "not written by a sweep"),
-    ("sweep.json", "sweep.json: "), (".sweep.json.lock", "lock")])
+    ("sweep.json", "sweep.json: "), (".sweep.json.tmp", "not written by fa-bench"), (".sweep.json.lock", "lock")])
 def test_a_sweep_is_refused_before_it_trains(tmp_path, monkeypatch, capsys, name, what):
     monkeypatch.chdir(tmp_path)
     folder = Path("o") if name == "multirun.yaml" else Path("o/synthetic-mlp")
