@@ -186,6 +186,27 @@ def test_labels_that_the_loss_leaves_out_are_not_trained_on(name):
         rule.backward(F.cross_entropy(logits, Y) + F.cross_entropy(other, Y), logits, Y, loss_scale=1.0)
 
 
+@pytest.mark.parametrize("name", ["dfa", "drtp"])
+def test_a_cut_that_was_without_gradients_once_is_only_missed_later(name):
+    """A cut that does not run is warned of, one that runs without gradients is refused: each pass is judged by itself."""
+    class Sometimes(Net):
+        how = ""
+
+        def forward(self, x):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.how != "blind"):
+                h = self.a(x) if self.how == "missed" else self.act(self.a(x))
+            return self.c(self.act2(self.b(h)))
+
+    model = Sometimes()
+    fa_bench.attach(model, name, seed=0, sample_input=X, cuts=["act", "act2"])
+    model.how = "blind"
+    with pytest.raises(CoverageError, match="'a' ran without gradients"):
+        model(X)
+    model.how = "missed"
+    with pytest.warns(UserWarning, match="cut 'act' did not run in a training pass"):
+        model(X)
+
+
 @pytest.mark.parametrize("name", ["fa", "dfa", "dgl", "asfp_lc", "forward_alignment"])
 def test_a_refused_pass_leaves_the_next_one_alone(name):
     class Blind(Net):

@@ -91,7 +91,8 @@ def fit_by_hand(rule: Rule, splits: Splits, epochs: int, drop_last: bool) -> lis
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize(("name", "options"), [
     ("bp", {}), ("kp", {}), ("pfa", {"density": 0.5, "ratio": 3.0}), ("wm", {"initial_steps": 0, "mirror_batch": 8}),
-], ids=["bp", "kp", "pfa", "wm"])
+    ("drtp", {"cuts": ["act"]}),
+], ids=["bp", "kp", "pfa", "wm", "drtp"])
 def test_loop_equals_one_written_by_hand(name: str, options: dict[str, Any], drop_last: bool) -> None:
     """Decay of the first epoch, schedule, order of the calls, a last batch that is smaller or dropped, evaluation mode."""
     splits, epochs = load(), 3
