@@ -58,8 +58,8 @@ def test_a_process_forked_from_the_holder_does_not_keep_the_lock() -> None:
     """As the workers of a data loader do, which outlive a killed run by seconds."""
     holding = ("import os, time; from pathlib import Path; from fa_bench.runs import locks\n"
                "with locks.hold(Path('run')):\n"
-               "    child = os.fork()\n"
-               "    print(child, flush=True) if child else None\n"
+               "    if not os.fork():\n"
+               "        print(os.getpid(), flush=True)\n"  # once it runs, what it inherited is closed
                "    time.sleep(60)")
     with started("-c", holding) as process:
         assert process.stdout
