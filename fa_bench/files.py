@@ -79,6 +79,8 @@ def check_lock(path: Path) -> None:
     """Taking a lock empties its file: one with somebody's text, or another name elsewhere, is not taken."""
     try:
         kind = path.lstat()
+        if kind.st_nlink == 0:  # its holder removes it this moment
+            return
         if stat.S_ISREG(kind.st_mode) and kind.st_nlink == 1 and _LOCK_TEXT.match(path.read_bytes()[:4096]):
             return
     except OSError:  # none there, or, on Windows, one that is held
