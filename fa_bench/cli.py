@@ -28,7 +28,7 @@ from fa_bench.config.plugins import blame
 from fa_bench.config.scale import scaled
 from fa_bench.errors import ConfigError, FaBenchError, HeldError, RunDirectoryError, first_line, printable
 from fa_bench.files import LOG, cannot_write
-from fa_bench.output import steady
+from fa_bench.output import exit_code, steady
 from fa_bench.runs.data_checks import forget
 from fa_bench.runs.locks import holder
 from fa_bench.runs.parent import end_with
@@ -56,12 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 where every run finished; 1 where one failed or diverged; 2 for input that cannot be run, with one
         or two lines on standard error; 130 after an interrupt (SIGINT), 143 after SIGTERM, 129 after SIGHUP.
     """
-    with steady() as lost:
-        code = _guarded(list(sys.argv[1:] if argv is None else argv))
-        if reason := lost():
-            print(f"fa-bench: standard output: cannot be written ({reason})", file=sys.stderr)
-            return 2
-        return code
+    return exit_code("fa-bench", lambda: _guarded(list(sys.argv[1:] if argv is None else argv)))
 
 
 def _guarded(argv: list[str]) -> int:

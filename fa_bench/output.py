@@ -66,6 +66,16 @@ def steady() -> Iterator[Callable[[], str]]:
         sys.stdout, sys.stderr = before
 
 
+def exit_code(command: str, run: Callable[[], int]) -> int:
+    """What a command line exits with: what `run` gives, with steady output; 2 where output was lost that somebody wants."""
+    with steady() as lost:
+        code = run()
+        if reason := lost():
+            print(f"{command}: standard output: cannot be written ({reason})", file=sys.stderr)
+            return 2
+        return code
+
+
 def _lost(stream: TextIO) -> str:
     stream.flush()
     raw = _raw(stream)

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from fa_bench.config.options import option_fields
 from fa_bench.config.registries import ANALYSES
 from fa_bench.errors import ConfigError, FaBenchError, printable
-from fa_bench.output import steady
+from fa_bench.output import exit_code
 
 
 def _parsed(options: list[str]) -> DictConfig:
@@ -32,16 +32,16 @@ def _parsed(options: list[str]) -> DictConfig:
 
 def main() -> int:
     """Run from the command line; the exit code."""
-    with steady() as lost:
-        try:
-            _main()
-        except FaBenchError as error:
-            print(printable(f"analyse: {error}"), file=sys.stderr)
-            return 1
-        if reason := lost():
-            print(f"analyse: standard output: cannot be written ({reason})", file=sys.stderr)
-            return 1
-        return 0
+    return exit_code("analyse", _guarded)
+
+
+def _guarded() -> int:
+    try:
+        _main()
+    except FaBenchError as error:
+        print(printable(f"analyse: {error}"), file=sys.stderr)
+        return 1
+    return 0
 
 
 def _main() -> None:

@@ -195,11 +195,11 @@ class EdgeRule(Rule):
 
     def shared_gradients(self) -> list[tuple[Tensor, Tensor]]:
         # A weight that is used elsewhere too has the gradient of all its uses.
-        uses = Counter(id(parameter) for _, parameter in self.model.named_parameters(remove_duplicate=False))
-        outside = {id(self.model.get_parameter(name)) for name in self.coverage.uncovered if name.endswith("weight")
-                   and name in dict(self.model.named_parameters(remove_duplicate=False))}
+        named = list(self.model.named_parameters(remove_duplicate=False))
+        uses = Counter(id(parameter) for _, parameter in named)
+        uses.update(id(parameter) for name, parameter in named if name in self.coverage.uncovered)
         return [(layer.learned[layer.carrier.follows].tensor, layer.weight) for layer in self._learning
-                if layer.carrier.follows and uses[id(layer.weight)] == 1 and id(layer.weight) not in outside]
+                if layer.carrier.follows and uses[id(layer.weight)] == 1]
 
     def step(self) -> None:
         super().step()

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from fa_bench.errors import DataError, FaBenchError, printable
 from fa_bench.files import resolved
-from fa_bench.output import steady
+from fa_bench.output import exit_code
 
 _DESCRIPTION = """\
 Compare the runs in folders: mean, standard deviation and 95 % interval per rule over the seeds, paired differences to bp, the
@@ -38,12 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         there is nothing to report or it cannot be written, with one line on standard error; 130 after an interrupt. Of a live
         view: 0, whatever it showed, and after an interrupt too, which is how one ends it; 2 as above.
     """
-    with steady() as lost:
-        code = _guarded(list(sys.argv[1:] if argv is None else argv))
-        if reason := lost():
-            print(f"fa-bench-report: standard output: cannot be written ({reason})", file=sys.stderr)
-            return 2
-        return code
+    return exit_code("fa-bench-report", lambda: _guarded(list(sys.argv[1:] if argv is None else argv)))
 
 
 def _guarded(argv: list[str]) -> int:

@@ -210,18 +210,18 @@ def test_a_link_that_leads_in_a_circle_ends_no_report(tmp_path, name):
 
 # Versions of the code.
 
-def test_runs_of_other_code_have_rows_of_their_own(tmp_path):
-    for code, accuracies in (("a" * 64, [0.9, 0.8]), ("b" * 64, [0.5, 0.4])):
+@pytest.mark.parametrize("word", ["code", "data"])
+def test_runs_of_other_code_or_data_have_rows_of_their_own(tmp_path, word):
+    for version, accuracies in (("a" * 64, [0.9, 0.8]), ("b" * 64, [0.5, 0.4])):
         for rule, less in (("bp", 0.0), ("fa", 0.1)):
             for seed, accuracy in enumerate(accuracies):
-                directory = write_run(tmp_path / code[0], rule, seed, accuracy - less, code_hash=code)
-                assert directory.is_dir()
+                write_run(tmp_path / version[0], rule, seed, accuracy - less, **{f"{word}_hash": version})
     assert main([str(tmp_path)]) == 0
     rows = {row["label"]: row for row in csv.DictReader((tmp_path / "report.csv").read_text().splitlines())}
     assert {label: (row["n"], row["test_accuracy"], row["bp_difference"]) for label, row in rows.items()} == {
-        "bp code=aaaaaaaa": ("2", "85", ""), "bp code=bbbbbbbb": ("2", "45", ""),
-        "fa code=aaaaaaaa": ("2", "75", "-10"), "fa code=bbbbbbbb": ("2", "35", "-10")}
-    assert {row["code_hash"] for row in rows.values()} == {"a" * 64, "b" * 64}
+        f"bp {word}=aaaaaaaa": ("2", "85", ""), f"bp {word}=bbbbbbbb": ("2", "45", ""),
+        f"fa {word}=aaaaaaaa": ("2", "75", "-10"), f"fa {word}=bbbbbbbb": ("2", "35", "-10")}
+    assert {row[f"{word}_hash"] for row in rows.values()} == {"a" * 64, "b" * 64}
     layers = list(csv.DictReader((tmp_path / "report_layers.csv").read_text().splitlines()))
     assert {row["label"] for row in layers} == set(rows) and {row["n"] for row in layers} == {"2"}
 
@@ -263,19 +263,6 @@ def test_the_csv_has_validation_accuracies_and_a_column_for_each_swept_key(tmp_p
     assert (rows[0]["val_accuracy"], rows[0]["val_accuracy_std"], rows[0]["val_accuracy_ci95"]) == ("70", "10", "24.84137712")
     assert (rows[0]["test_accuracy"], rows[0]["test_accuracy_at_best_val"]) == ("90", "85")
 
-
-
-def test_runs_of_other_data_have_rows_of_their_own(tmp_path):
-    for data, accuracies in (("a" * 64, [0.9, 0.8]), ("b" * 64, [0.5, 0.4])):
-        for rule, less in (("bp", 0.0), ("fa", 0.1)):
-            for seed, accuracy in enumerate(accuracies):
-                write_run(tmp_path / data[0], rule, seed, accuracy - less, code_hash="c", data_hash=data)
-    assert main([str(tmp_path)]) == 0
-    rows = {row["label"]: row for row in csv.DictReader((tmp_path / "report.csv").read_text().splitlines())}
-    assert {label: (row["n"], row["test_accuracy"], row["bp_difference"]) for label, row in rows.items()} == {
-        "bp data=aaaaaaaa": ("2", "85", ""), "bp data=bbbbbbbb": ("2", "45", ""),
-        "fa data=aaaaaaaa": ("2", "75", "-10"), "fa data=bbbbbbbb": ("2", "35", "-10")}
-    assert {row["data_hash"] for row in rows.values()} == {"a" * 64, "b" * 64}
 
 
 def test_a_run_that_ended_before_its_data_were_known_is_in_the_row_of_the_others(tmp_path):
