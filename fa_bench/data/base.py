@@ -18,7 +18,7 @@ from fa_bench.config.options import Options, option
 from fa_bench.data.array_checks import checked
 from fa_bench.data.crops import CROPS, Crop, PaddedCrop
 from fa_bench.draws import seed_for
-from fa_bench.errors import DataError, OptionError
+from fa_bench.errors import DataError, FaBenchError, OptionError
 from fa_bench.lazy import torch
 
 if TYPE_CHECKING:
@@ -310,6 +310,8 @@ class ArrayDataset(Dataset):
         notes: list[str] = []
         try:
             train_x, train_y, test_x, test_y, classes = checked(self.arrays(data_dir), notes)
+        except FaBenchError:
+            raise
         except ValueError as error:
             raise DataError(f"dataset={self.name}: {error}") from None
         digest = hashlib.sha256()
