@@ -23,6 +23,8 @@ _UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRA
             8: "ROTATE_90"}
 #: Of TIFF: bits a channel, and whether 0 is white.
 _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
+#: Of PNG: the factors by which Pillow scales grey levels of 2 and 4 bits, but not the level that is declared transparent.
+_GREY_STEPS = {"L;2": 85, "L;4": 17}
 
 
 @dataclasses.dataclass
@@ -91,9 +93,19 @@ class Decoder:
         with Image.open(source) as opened:
             # A camera's MPO holds its preview, or the other eye's picture, behind the picture.
             facts.frames = int(opened.format != "MPO" and getattr(opened, "is_animated", False))
+            raw, deep = _stored(opened)
+            tags = getattr(opened, "tag_v2", {})  # of a TIFF, which Pillow turns as it loads it
+            turned = tags.get(_ORIENTATION) in _UPRIGHT
             opened.load()
+            facts.deep = int(deep)
+            if opened.format == "PNG" and "transparency" in opened.info:
+                if deep and opened.mode == "RGB":
+                    raise DataError(f"{path}: colours of 16 bits, one of which is transparent; Pillow does not read these: "
+                                    "convert it to 8 bits, or to an alpha channel")
+                if raw in _GREY_STEPS:
+                    opened.info["transparency"] *= _GREY_STEPS[raw]
             image = upright(opened)
-            facts.turned = int(image is not opened)
+            facts.turned = int(turned or image is not opened)
             alpha = None
             if image.mode[0] in "IF":
                 facts.deep = 1
@@ -152,6 +164,13 @@ class CroppingDecoder(Decoder):
 
     def _bring(self, image: Any, rng: np.random.Generator | None) -> Any:
         return self.crop.decode_fixed(image) if rng is None else self.crop.decode_random(image, rng)
+
+
+def _stored(opened: Any) -> tuple[str, bool]:
+    """How the pixels of a file that is not yet loaded are stored: Pillow's raw mode, and whether with 16 bits a channel."""
+    arguments = opened.tile[0][3] if opened.tile else ""
+    raw, *more = arguments if isinstance(arguments, tuple) else (arguments,)
+    return str(raw), ";16" in str(raw) or (opened.format == "PPM" and more[:1] > [255])
 
 
 def upright(image: Any) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +49,19 @@ def load(folder: Path, limit: float = 1, **options: object):
     return DATASETS["image_folder"].from_mapping(options).load(folder, CPU)
 
 
+def png(levels: np.ndarray, bits: int, kind: int, *transparent: int) -> bytes:
+    """A PNG of levels (H, W, C), as Pillow cannot write it; `kind` is its colour type, `transparent` a level a channel."""
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    height, width, _ = levels.shape
+    digits = (levels.reshape(height, -1, 1) >> np.arange(bits)[::-1]) & 1
+    rows = np.packbits(digits.reshape(height, -1).astype(np.uint8), axis=1)
+    clear = chunk(b"tRNS", np.array(transparent, ">u2").tobytes()) if transparent else b""
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)) + clear
+            + chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))) + chunk(b"IEND", b""))
+
+
 def seen(splits) -> np.ndarray:
     """The training image as (H, W, C) of 0 to 255."""
     x, _ = next(splits.train.batches(1))
@@ -67,7 +82,7 @@ def test_a_picture_is_turned_upright(tmp_path: Path, way: int, kind: str, limit:
     expected = upright[:, 4:20]  # the centre of 16 rows and 24 columns
     assert np.abs(seen(splits).astype(int) - expected).max() <= (8 if kind == "jpg" else 0)
     assert [note for note in splits.notes if "EXIF" in note] == (
-        [] if way == 1 or kind == "tif" else [f"{tmp_path / 'train'}: images rotated by their EXIF orientation: 1"])
+        [] if way == 1 else [f"{tmp_path / 'train'}: images rotated by their EXIF orientation: 1"])
 
 
 def test_pictures_held_upright_and_across_have_one_size_once_turned(tmp_path: Path) -> None:
@@ -162,6 +177,37 @@ def test_16_bits_may_have_a_transparent_value_and_an_orientation(tmp_path: Path)
     expected = (deep >> 8)[::-1, ::-1].copy()
     expected[-1, -1] = 255
     assert (got == expected).all()
+
+
+@pytest.mark.parametrize("limit", [1, 0])
+@pytest.mark.parametrize(("bits", "level"), [(bits, level) for bits in (1, 2, 4) for level in (0, 1, 2**bits - 1)])
+def test_a_grey_level_of_few_bits_may_be_transparent(tmp_path: Path, bits: int, level: int, limit: float) -> None:
+    levels = np.arange(48).reshape(6, 8) % 2**bits
+    only(tmp_path, Image.fromarray(picture()))
+    (tmp_path / "train/a/0.png").write_bytes(png(levels[..., None], bits, 0, level))
+    splits = load(tmp_path, limit, channels=1, background=0.2)
+    assert (seen(splits)[..., 0] == np.where(levels == level, 51, levels * 255 // (2**bits - 1))).all()
+    assert splits.notes == [f"{tmp_path / 'train'}: transparent images composited on grey 0.2 (dataset.background): 1"]
+
+
+@pytest.mark.parametrize("limit", [1, 0])
+@pytest.mark.parametrize(("kind", "channels"), [(2, 3), (4, 2), (6, 4)])
+def test_16_bits_of_colour_or_with_alpha_are_counted(tmp_path: Path, kind: int, channels: int, limit: float) -> None:
+    deep = np.random.default_rng(0).integers(0, 65536, (6, 8, channels))
+    deep[..., 3 if channels == 4 else 1:] = 65535  # opaque; of three channels none is alpha
+    only(tmp_path, Image.fromarray(picture()))
+    (tmp_path / "train/a/0.png").write_bytes(png(deep, 16, kind))
+    splits = load(tmp_path, limit)
+    assert (seen(splits) == (deep[..., :3] if channels > 2 else deep[..., :1]) >> 8).all()
+    assert splits.notes == [f"{tmp_path / 'train'}: images reduced from 16 to 8 bits: 1"]
+
+
+def test_16_bits_of_colour_with_a_transparent_one_are_refused(tmp_path: Path) -> None:
+    deep = np.random.default_rng(0).integers(0, 65536, (6, 8, 3))
+    only(tmp_path, Image.fromarray(picture()))
+    (tmp_path / "train/a/0.png").write_bytes(png(deep, 16, 2, *deep[0, 0]))
+    with pytest.raises(DataError, match=r"train/a/0\.png: colours of 16 bits.*convert it"):
+        load(tmp_path)
 
 
 def test_16_bits_where_0_is_white_are_not_a_negative(tmp_path: Path) -> None:
