@@ -18,7 +18,7 @@ from fa_bench.config.options import Options, option
 from fa_bench.data.array_checks import checked
 from fa_bench.data.crops import CROPS, Crop, PaddedCrop
 from fa_bench.draws import seed_for
-from fa_bench.errors import DataError, FaBenchError, OptionError
+from fa_bench.errors import DataError, FaBenchError, OptionError, printable
 from fa_bench.lazy import torch
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Splits:
         classes: their names.
         input_shape: (C, H, W).
         data_hash: of all images and labels as stored, before the validation split.
-        notes: what of the source is left out or changed, in a sentence each.
+        notes: what of the source is left out or changed, in a sentence each; a line that any terminal takes.
     """
 
     train: Split
@@ -46,6 +46,9 @@ class Splits:
     input_shape: tuple[int, int, int]
     data_hash: str
     notes: list[str] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.notes = [printable(note) for note in self.notes]  # names of files and folders may have control characters
 
 
 class Split(abc.ABC):

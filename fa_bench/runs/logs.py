@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fa_bench.errors import OutputError
+from fa_bench.errors import OutputError, printable
 
 log = logging.getLogger("fa_bench")
 
@@ -19,7 +19,7 @@ class _Console(logging.Handler):
     """Log lines on standard output, above a progress bar; at most one epoch line a second and run."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
+        tqdm.write("\n".join(map(printable, self.format(record).splitlines())), file=sys.stdout)
 
 
 class _LogFile(logging.FileHandler):

@@ -237,6 +237,22 @@ def test_what_was_left_out_is_said_by_a_run_its_log_and_a_dry_run(
 UNREADABLE = ["images", "images/test/dog", "images/train/cat/deep"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+def test_names_with_control_characters_reach_no_terminal(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "train/cat/x.\x1b[31mt\nxt").touch()
+    image(folder / "train/\x1b]0;title\x07/0.png")
+    monkeypatch.chdir(tmp_path)
+    options = ["dataset=image_folder", f"data_dir={folder}", "dataset.validation=0", "architecture.widths=[4]", "epochs=1"]
+    for command in (["--dry-run", *options], [*options, "hydra.run.dir=run"]):
+        assert main(command) == 0
+        out = capsys.readouterr().out
+        assert "skipped 1 (.\\x1b[31mt\\nxt: 1)" in out and "no images of 1 of 3 classes (\\x1b]0;title\\x07)" in out
+        assert "\x1b" not in out
+    assert "\x1b" not in (tmp_path / "run/run.log").read_text(encoding="utf-8")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such permissions")
 @pytest.mark.parametrize("place", UNREADABLE)
 def test_an_unreadable_folder_is_named_with_exit_code_2(folder: Path, tmp_path: Path, place: str) -> None:
