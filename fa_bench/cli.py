@@ -72,8 +72,11 @@ def _guarded(argv: list[str]) -> int:
     except KeyboardInterrupt as error:
         print("fa-bench: interrupted", file=sys.stderr)
         return _code(error)
-    except SystemExit as error:  # argparse and Hydra leave none: a plugin's class that is checked, built or measured
-        print(printable(f"fa-bench: ended by sys.exit() ({blame(error)}), which is left to fa-bench"), file=sys.stderr)
+    except Exception:
+        raise
+    except BaseException as error:  # argparse and Hydra leave none: a plugin's class that is checked, built or measured
+        by = "sys.exit()" if isinstance(error, SystemExit) else "an error that is no Exception"
+        print(printable(f"fa-bench: ended by {by} ({blame(error)}), which is left to fa-bench"), file=sys.stderr)
         return 1
 
 
@@ -308,7 +311,9 @@ def _job(config: DictConfig) -> None:
     except HeldError as error:
         reason: BaseException = error
         logged = True
-    except (Exception, SystemExit) as error:  # sys.exit() of a plugin ends its own job alone
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever a plugin raises, by sys.exit() too, ends its own job alone
         reason = error
         logged = (alone and isinstance(error, FaBenchError)) or _record(record_failure, job, directory, error, experiment)
     known = isinstance(reason, FaBenchError)

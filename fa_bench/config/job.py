@@ -176,9 +176,9 @@ def _component(key: str, group: Any, values: Any) -> Any:
         return cls.from_mapping(values)
     except OptionError as error:
         raise error.under(key) from None
-    except FaBenchError:
+    except (FaBenchError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:  # a user's class, whose check may do anything
+    except BaseException as error:  # a user's class, whose check may do anything
         raise ConfigError(f"{key}={name}: its options cannot be checked ({blame(error)})") from None
 
 
@@ -232,7 +232,9 @@ def register_schemas() -> None:
         for name, cls in group.items():
             try:
                 store.store(group=f"_schema/{group.kind}", name=name, node={"name": name, **defaults(cls)})
-            except (Exception, SystemExit) as error:  # a user's class
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # a user's class
                 group.drop(name)
                 _registered.clear()
                 raise ConfigError(f"{group.kind}={name} ({cls.__module__}.{cls.__qualname__}): its options have no usable "

@@ -109,7 +109,8 @@ def _labels(given: Any, part: str, classes: int) -> np.ndarray:
         one_hot = "; labels.argmax(1) are the classes of one-hot ones" if labels.ndim == 2 and labels.shape[1] == classes else ""
         raise ValueError(f"{part} labels have shape {labels.shape}, not (n,){one_hot}")
     if labels.dtype.kind == "f":
-        wrong = np.flatnonzero(~(np.isfinite(labels) & (labels == np.rint(labels))))
+        # What 64 bits may not hold is no number of a class either.
+        wrong = np.flatnonzero(~((abs(labels) < 2**53) & (labels == np.rint(labels))))
         if len(wrong):
             raise ValueError(f"{part} image {wrong[0]} has label {labels[wrong[0]]:g}, which is no number of a class "
                              f"(allowed: 0 to {classes - 1})")

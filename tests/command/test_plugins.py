@@ -99,19 +99,20 @@ def test_a_signal_while_a_plugin_is_imported_is_no_fault_of_it(tmp_path: Path, c
 
 
 @pytest.mark.parametrize("grid", [False, True])
+@pytest.mark.parametrize("error", ["SystemExit", "GeneratorExit"])
 @pytest.mark.parametrize("where", ["carrier(self, site)", "check(self)"])
 def test_a_rule_that_exits_ends_its_own_job_alone(
-    where: str, grid: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    where: str, error: str, grid: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Its defaults are fine; the option that the command gives makes it exit.
-    body = f"    y: int = option(0, 'y')\n    def {where}:\n        if self.y: raise SystemExit(0)\n        return None\n"
+    body = f"    y: int = option(0, 'y')\n    def {where}:\n        if self.y: raise {error}(0)\n        return None\n"
     (tmp_path / "odd_plugin.py").write_text(IMPORTS + RULE + body)
     (tmp_path / "conf" / "algorithm").mkdir(parents=True)
     (tmp_path / "conf" / "algorithm" / "odd.yaml").write_text("defaults:\n  - /_schema/algorithm/odd_rule@_here_\ny: 1\n")
     choice = "algorithm=odd,fa" if grid else "algorithm=odd"
     code = main([*(["-m"] if grid else []), "--config-dir", "conf", *SMALL, "plugins=[odd_plugin]", choice])
     said = capsys.readouterr()
-    assert "SystemExit" in said.err and "Traceback" not in said.err
+    assert error in said.err and "Traceback" not in said.err
     if where == "check(self)":
         assert code == 2 and "algorithm=odd_rule" in said.err
     else:
@@ -119,9 +120,10 @@ def test_a_rule_that_exits_ends_its_own_job_alone(
         assert len(list(tmp_path.rglob("result.json"))) == 1 + grid
 
 
-def test_a_dry_run_that_a_plugin_ends_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "odd_plugin.py").write_text(IMPORTS + RULE + "    def carrier(self, site): raise SystemExit(0)\n")
+@pytest.mark.parametrize("error", ["SystemExit", "GeneratorExit"])
+def test_a_dry_run_that_a_plugin_ends_says_so(error: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "odd_plugin.py").write_text(IMPORTS + RULE + f"    def carrier(self, site): raise {error}(0)\n")
     (tmp_path / "conf" / "algorithm").mkdir(parents=True)
     (tmp_path / "conf" / "algorithm" / "odd.yaml").write_text("defaults:\n  - /_schema/algorithm/odd_rule@_here_\n")
     assert main(["--dry-run", "--config-dir", "conf", *SMALL, "plugins=[odd_plugin]", "algorithm=odd"]) == 1
-    assert "SystemExit" in (said := capsys.readouterr().err) and "odd_plugin.py:9" in said
+    assert error in (said := capsys.readouterr().err) and "odd_plugin.py:9" in said and "Traceback" not in said

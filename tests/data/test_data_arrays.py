@@ -95,6 +95,8 @@ BAD: dict[str, tuple[dict[str, object], str]] = {
     "one channel last": ({"x": np.zeros((6, 28, 28, 1), np.uint8)}, r"images\.transpose\(0, 3, 1, 2\)"),
     "other channels": ({"test_x": COLOUR}, r"training images of shape \(1, 5, 4\), test images of \(3, 5, 4\)"),
     "fractions": ({"y": Y + 0.5}, r"training image 0 has label 0\.5, which is no number of a class \(allowed: 0 to 2\)"),
+    "label beyond 64 bits": ({"y": np.where(Y == 2, 1e300, Y)}, r"training image 2 has label 1e\+300, which is no number"),
+    "label infinite": ({"y": np.where(Y == 2, np.inf, Y)}, r"training image 2 has label inf"),
     "label NaN": ({"test_y": np.where(Y == 2, np.nan, Y)}, r"test image 2 has label nan"),
     "names": ({"y": np.array(["a", "b", "c"] * 2)}, r"training labels are of type <U1, not numbers \(numpy\.unique\(labels, "),
     "one-hot": ({"y": np.eye(3)[Y]}, r"training labels have shape \(6, 3\), not \(n,\); labels\.argmax\(1\)"),
