@@ -45,6 +45,14 @@ class _Patient(io.FileIO):
             select.select([], [self.fileno()], [])  # somebody has made it non-blocking, and the reader is slow
 
 
+class _Open(io.TextIOWrapper):
+    """A text stream that stays open: what a plugin does to `sys.stdout` ends no run."""
+
+    def close(self) -> None:
+        """Write what waits to be written."""
+        self.flush()
+
+
 @contextmanager
 def steady() -> Iterator[Callable[[], str]]:
     """Within it standard output and error take any text, and go on when nobody reads it.
@@ -98,8 +106,8 @@ def _steadied(stream: TextIO | None, number: int) -> TextIO:
         return open(os.devnull, "w", encoding="utf-8", errors="replace")
     stream.flush()
     codecs.register_error(_ERRORS, _plain)
-    return io.TextIOWrapper(io.BufferedWriter(_Patient(number, "wb", closefd=False)), encoding=stream.encoding, errors=_ERRORS,
-                            line_buffering=True)
+    return _Open(io.BufferedWriter(_Patient(number, "wb", closefd=False)), encoding=stream.encoding, errors=_ERRORS,
+                 line_buffering=True)
 
 
 def _is_descriptor(stream: TextIO, number: int) -> bool:

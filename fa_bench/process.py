@@ -6,7 +6,7 @@ import gc
 import os
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -72,8 +72,12 @@ def _flushes_denormals() -> bool:
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Whatever runs in it, the process is as it was afterwards: random state, precision, threads, determinism, hooks, memory."""
-    state = random_state()
+    """Whatever runs in it, the process is as it was afterwards.
+
+    That is: random state, precision, threads, determinism, hooks, memory, and the working directory, to which the folders of a
+    grid's other runs are relative.
+    """
+    state, folder = random_state(), os.getcwd()
     hooks = {name: _MODULES[name].copy() for name in _HOOKS}
     cudnn = torch.backends.cudnn
     kept = {
@@ -90,6 +94,8 @@ def isolated() -> Iterator[None]:
     try:
         yield
     finally:
+        with suppress(OSError):  # somebody has removed it
+            os.chdir(folder)
         restore_random_state(state)
         for name, hook in hooks.items():
             current = _MODULES[name]

@@ -44,6 +44,11 @@ def test_a_closed_stream_takes_text_and_no_file_takes_its_place(tmp_path, redire
     assert (tmp_path / "file").read_text() == "whole" and (tmp_path / "rc").read_text() == "fine"
 
 
+def test_streams_that_a_plugin_closes_stay_open(tmp_path):
+    said = python("sys.stdout.close(); sys.stderr.close(); print('a'); print('b', file=sys.stderr)\nprint('c')", tmp_path)
+    assert (said.returncode, said.stdout, said.stderr) == (0, b"a\nc\n", b"b\n")
+
+
 def test_nobody_reads(tmp_path):
     code = "[print('x' * 1000, file=stream) for stream in (sys.stdout, sys.stderr) for _ in range(500)]; "
     code += "open('rc', 'w').write(lost() or 'fine')"

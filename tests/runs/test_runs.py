@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -261,6 +262,15 @@ def test_failing_job_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch, c
     assert statuses["bp"]["status"] == "finished"
     assert "failed" in capsys.readouterr().err
     assert "Traceback" in next(Path("outputs").glob("*/fa-*/seed0/run.log")).read_text()
+
+
+def test_a_run_that_leaves_the_working_directory_moves_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit = train._Session.fit
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr(train._Session, "fit", lambda *given: (os.chdir(tmp_path / "elsewhere"), fit(*given))[1])
+    here = Path.cwd()
+    assert main(["-m", *MLP, "algorithm=fa", "seed=0,1"]) == 0 and Path.cwd() == here
+    assert len(list(here.glob("outputs/*/fa-*/seed*/result.json"))) == 2 and not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_runs_in_one_process_do_not_affect_each_other() -> None:
