@@ -111,6 +111,40 @@ def test_workers_of_a_sweep_end_when_its_process_is_killed() -> None:
         until(lambda pid=pid: not alive(pid), 20)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc, and forks")
+def test_a_worker_whose_process_is_killed_as_it_starts_ends() -> None:
+    # Killed between the fork and the moment at which torch's watch in the worker asks for its parent, which is then another.
+    code = """
+import os, signal, time
+from pathlib import Path
+import numpy, torch
+from torch.utils.data._utils import worker
+from fa_bench.data.crops import PaddedCrop
+from fa_bench.data.image_files import StreamedSplit
+class Late(worker.ManagerWatchdog):
+    def __init__(self):
+        parent = os.getppid()
+        Path("worker.tmp").write_text(str(os.getpid()))
+        os.rename("worker.tmp", "worker")
+        while os.getppid() == parent:
+            time.sleep(0.01)
+        super().__init__()
+worker.ManagerWatchdog = Late
+decode, cpu = lambda path, rng: numpy.zeros((1, 2, 2), numpy.uint8), torch.device("cpu")
+split = StreamedSplit([Path("a")], torch.zeros(1, dtype=torch.int64), decode, 1, [0.0], [1.0], False, cpu, PaddedCrop())
+next(split.gather(iter([torch.tensor([0])]), None))
+"""
+    with started("-c", code) as process:
+        pid = int(until(lambda: Path("worker").exists() and Path("worker").read_text(), 60))
+        process.kill()
+        process.wait()
+    try:
+        until(lambda: not alive(pid), 20)
+    finally:
+        if alive(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
