@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,15 @@ def test_augmentation_differs_between_epochs_for_the_same_image() -> None:
     split = ResidentSplit(numbered(1).images, torch.zeros(1, dtype=torch.int64), [0.5] * 3, [0.5] * 3, True, CPU)
     seen = {next(split.batches(1, seed=0, epoch=epoch))[0].numpy().tobytes() for epoch in range(20)}
     assert len(seen) > 10
+
+
+@pytest.mark.parametrize("start", [1, 3, 5])
+def test_batches_from_the_middle_of_a_pass_are_those_of_the_whole_pass(start: int) -> None:
+    """Order and augmentation: what a run that goes on within an epoch is given."""
+    split = numbered(18, augment=True)
+    whole, rest = (list(split.batches(4, seed=3, epoch=2, start=first)) for first in (0, start))
+    assert len(whole) == 5 and len(rest) == 5 - start
+    assert all(torch.equal(a, b) for one, other in zip(whole[start:], rest, strict=True) for a, b in zip(one, other, strict=True))
 
 
 def test_augmentation_does_not_change_the_order() -> None:
@@ -160,6 +170,16 @@ def test_what_a_trial_holds_out_shrinks_as_its_training_images(validation: float
     assert (len(splits.train), len(splits.validation or ())) == (20 - held, held)
 
 
+def test_a_trial_takes_a_part_of_a_validation_split_that_the_dataset_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most as many images as of the test set, for both are evaluated after every epoch."""
+    dataset, whole = DATASETS["synthetic"].from_mapping({"samples": 50}), synthetic(validation=0)
+    own = dataclasses.replace(whole, validation=whole.train)
+    monkeypatch.setattr(dataset, "read", lambda *_: own)
+    splits = dataset.load(NOWHERE, CPU, (20, 8))
+    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [20, 8, 8]
+    assert len(dataset.load(NOWHERE, CPU).validation) == 50
+
+
 def test_validation_is_no_part_of_the_test_set() -> None:
     splits = synthetic(validation=0.5)
     assert not same_images(splits.validation.images, splits.test.images).any()
@@ -170,6 +190,7 @@ def test_labels_stay_with_their_images() -> None:
     for part in (splits.train, splits.validation):
         source = same_images(part.images, whole.train.images).int().argmax(1)
         assert torch.equal(part.labels, whole.train.labels[source])
+        assert source.tolist() == sorted(source.tolist())  # in the order in which they are stored
 
 
 def test_the_validation_split_follows_from_its_own_seed() -> None:

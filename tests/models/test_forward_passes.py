@@ -35,6 +35,8 @@ CASES: dict[str, tuple[str, dict[str, Any], Shape, Reference, dict[str, Any]]] =
     "conv2, 28x28": ("conv2", {}, MNIST, by_hand.conv2, {"padding": 1}),
     "conv2, 32x32": ("conv2", {}, CIFAR, by_hand.conv2, {"padding": 0}),
     "conv2, other size": ("conv2", {"channels": 4}, ODD, by_hand.conv2, {"padding": 1}),
+    "conv2, one side of 32": ("conv2", {"channels": 4}, (1, 32, 28), by_hand.conv2, {"padding": 1}),
+    "conv2, other side of 32": ("conv2", {"channels": 4}, (1, 28, 32), by_hand.conv2, {"padding": 1}),
     "conv2, odd maps": ("conv2", {"channels": 4}, (2, 7, 9), by_hand.conv2, {"padding": 1}),
     "conv2, padding=2": ("conv2", {"channels": 4, "padding": 2}, CIFAR, by_hand.conv2, {"padding": 2}),
     "asap_alexnet, 28x28": ("asap_alexnet", {"width": 8, "hidden": 32}, MNIST, by_hand.asap_alexnet, {}),

@@ -52,6 +52,18 @@ def test_outputs_are_those_of_torchvision(name: str) -> None:
     assert torch.equal(ours.eval()(x), theirs.eval()(x))
 
 
+@pytest.mark.parametrize("name", ["resnet18", "alexnet"])
+def test_a_first_convolution_for_grey_images_differs_in_its_channels_alone(name: str) -> None:
+    """The one has no bias, the other has."""
+    theirs = getattr(torchvision.models, name)(num_classes=7)
+    ours = ARCHITECTURES["torchvision"](model=name).build((1, 64, 64), 7)
+    first, *others = [(key, tensor.shape) for key, tensor in theirs.state_dict().items()]
+    key, (outputs, _, *kernel) = first
+    assert [(name, tensor.shape) for name, tensor in ours.state_dict().items()] == [(key, (outputs, 1, *kernel)), *others]
+    conv, other = ours.get_submodule(key.removesuffix(".weight")), theirs.get_submodule(key.removesuffix(".weight"))
+    assert (conv.stride, conv.padding) == (other.stride, other.padding)
+
+
 def test_normalisation_after_the_relu() -> None:
     """conv - ReLU - BN twice, plus the shortcut, nothing behind the sum, written out for one block with a projection."""
     torch.manual_seed(0)
