@@ -27,6 +27,21 @@ def test_one_rate_for_all_is_warned_of_where_the_rule_asks_for_another(name, sca
     assert all(moved) if scale else not any(moved)
 
 
+@pytest.mark.parametrize("name", ["dkp", "kp"])
+def test_feedback_whose_rate_is_zero_may_be_left_out_of_updates_by_hand(name):
+    """Its update would change nothing: dkp is direct feedback alignment then."""
+    model, rule = attached(name, b_lr_scale=0.0)
+    x, y = data()
+    for _ in range(3):
+        model.zero_grad()
+        logits = model(x)
+        rule.backward(nn.functional.cross_entropy(logits, y), logits, y)
+        with torch.no_grad():
+            for weight in rule.weight_parameters():
+                weight -= 0.1 * weight.grad
+        rule.step()
+
+
 @pytest.mark.parametrize("name", ["kp", "pfa", "fa", "dfa", "bp"])
 def test_groups_of_a_rule_without_a_rate_of_its_own(name):
     model, rule = attached(name)

@@ -96,6 +96,17 @@ def test_feedback_is_classes_by_features_and_keyed_by_cut():
     assert {layer: tuple(t["B"].shape) for layer, t in rule.feedback.items()} == want
 
 
+@pytest.mark.parametrize("widths", [(5, 5), (6, 5), (5, 6)], ids=str)
+def test_the_output_layer_is_compared_with_the_feedback_of_the_last_cut(widths):
+    """B of the last cut has the shape of the output layer's weight, that of an earlier one may have it too."""
+    first, last = widths
+    model = nn.Sequential(nn.Linear(4, first), nn.ReLU(), nn.Linear(first, last), nn.ReLU(), nn.Linear(last, 3))
+    rule = fa_bench.attach(model, "dfa", seed=0, cuts=["1", "3"])
+    assert list(rule.weight_pairs()) == ["4"]
+    feedback, weight = rule.weight_pairs()["4"]
+    assert torch.equal(feedback, rule.feedback["3"]["B"]) and torch.equal(weight, model[4].weight)
+
+
 def test_patterns_and_names_give_the_same_cuts():
     (one, by_name), (two, by_pattern) = attached(), attached(cuts=["act*"])
     assert set(by_name.feedback) == set(by_pattern.feedback) == {"act1", "act2"}

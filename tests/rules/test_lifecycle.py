@@ -194,6 +194,17 @@ def test_exact_is_backpropagation_and_ends_with_its_block(variant, how):
         assert_bitwise(after, rule_grads(twin, twin_rule, x, y))
 
 
+@pytest.mark.parametrize("variant", ["fa", "dfa-neuron"])
+def test_exact_within_exact_ends_with_the_outer_block(variant):
+    model, rule, x, y = start(variant, dtype=torch.float32)
+    want = bp_grads(nets.NETS[NET](dtype=torch.float32), x, y)
+    with rule.exact():
+        with rule.exact():
+            model(x)
+        assert_bitwise(rule_grads(model, rule, x, y), want)
+    assert not torch.equal(rule_grads(model, rule, x, y)["conv1.weight"], want["conv1.weight"])
+
+
 def test_exact_ends_after_an_error_too():
     model, rule, x, y = start("fa")
     want = rule_grads(model, rule, x, y)
