@@ -236,6 +236,18 @@ def test_blocks_hold_what_runs_between_their_ends() -> None:
         name for name, _ in net.named_parameters() if not name.startswith("fc.")}
 
 
+@pytest.mark.parametrize("name", ["kp", "dkp", "predsim"])
+def test_blocks_of_an_attached_net_are_those_of_the_plain_one(name: str) -> None:
+    """Learned feedback is no part of them; at a cut that no layer precedes in its block it would make one of its own."""
+    model = Conv2(channels=3, hidden=4).build((1, 6, 6), 3)
+    model.cut_points = model.blocks = ["act1", "act2", "pool", "act3"]
+    x = torch.rand(4, 1, 6, 6)
+    plain = blocks_of(model, x)
+    assert list(plain) == ["act1", "act2", "act3"]  # nothing lies between act2 and the pooling
+    fa_bench.attach(model, name, seed=0, sample_input=x, **({} if name == "kp" else {"cuts": ["act1", "pool", "act3"]}))
+    assert blocks_of(model, x) == plain
+
+
 def test_utility_of_a_block_is_the_accuracy_lost_without_its_training() -> None:
     """Class = sign of the brightness; the block begins as a map that throws it away and is trained to pass it on."""
     grey = torch.arange(0, 256, 8)

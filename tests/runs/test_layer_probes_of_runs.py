@@ -69,6 +69,20 @@ def test_probes_of_a_finished_run_are_measured_by_resuming_it(in_empty_folder: N
     assert main([*TINY, "probes=[readout]", "hydra.run.dir=run", "resume=true"]) == 0  # it has been measured
 
 
+def test_a_run_that_starts_anew_is_measured_and_not_what_its_checkpoint_held(in_empty_folder: None) -> None:
+    """The checkpoint is read before the records are found missing, and holds the model at the end."""
+    command = [*TINY, ALL, "probes_epochs=1", "hydra.run.dir=run"]
+
+    def probes() -> list[dict]:
+        return [json.loads(line)["probes"] for line in Path("run/metrics.jsonl").read_text().splitlines()]
+
+    assert main(command) == 0
+    whole = probes()
+    assert whole[0] != whole[1]
+    Path("run/metrics.jsonl").unlink()
+    assert main(command) == 0 and probes() == whole
+
+
 def test_a_diverged_run_has_no_probes(in_empty_folder: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Recorder, "measure_probes", None)
     for divergence in ("stop", "continue"):
