@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import multiprocessing
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -209,7 +207,7 @@ class StreamedSplit(Split):
             _Files(self.paths, self.decode, key), batch_sampler=[chunk.tolist() for chunk in chunks], num_workers=workers,
             collate_fn=_collate, pin_memory=self.device.type == "cuda", generator=torch.Generator(),
             multiprocessing_context=_start_method() if workers else None,
-            worker_init_fn=functools.partial(_end_with, os.getpid()),
+            worker_init_fn=_end_with_parent,
         )
         for images, indices in loader:
             if isinstance(images, str):
@@ -217,14 +215,15 @@ class StreamedSplit(Split):
             yield images.to(self.device, non_blocking=True), self.labels[indices].to(self.device, non_blocking=True)
 
 
-def _end_with(parent: int, worker: int) -> None:
+def _end_with_parent(worker: int) -> None:
     """Make a worker end with the process that started it; torch's own watch misses one that was killed before it first looked."""
-    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+    threading.Thread(target=_watch, daemon=True).start()
 
 
-def _watch(parent: int) -> None:
-    while os.getppid() == parent:  # on Windows for ever, where torch's watch asks the system for the process itself
-        time.sleep(0.5)
+def _watch() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
 
