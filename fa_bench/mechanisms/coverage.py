@@ -225,7 +225,7 @@ def check_model(model: Any) -> None:
             raise CoverageError(f"{where} has the rule '{rule.name}' already: call its detach() first")
         if (name := rule_of_part(module)) is not None:
             raise CoverageError(f"{where} is a part of another model that has the rule '{name}': call that rule's detach() first")
-        if hasattr(module, "carrier") and kind.startswith("Feedback"):
+        if hasattr(module, "pathway") and kind.startswith("Feedback"):
             raise CoverageError(f"{where} is a copy of a layer that has feedback: copy the layer after detach()")
 
 

@@ -14,19 +14,19 @@ import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fa_bench.config.options import option
-from fa_bench.draws import draw, seed_for
 from fa_bench.errors import CoverageError, names
 from fa_bench.lazy import torch
-from fa_bench.mechanisms.carry import recomputing
+from fa_bench.mechanisms.backward_context import recomputing
 from fa_bench.mechanisms.coverage import Coverage, Covered, foreign_weights, matching, outside_text
 from fa_bench.mechanisms.loss_scale import is_unscaled, measured_scale
 from fa_bench.mechanisms.rule import INPUT, OUTPUT, Rule
+from fa_bench.sampling import sample, seed_for
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fa_bench.mechanisms.trace import Trace
-    from fa_bench.mechanisms.updates import LearnedFeedback
+    from fa_bench.mechanisms.updates import LearnedTensor
 
 
 @dataclasses.dataclass(eq=False)
@@ -80,7 +80,7 @@ class CutRule(Rule):
         """What is sent to all cuts alike, (N, C): δ itself. Made once in a backward pass; arguments as for `signal`."""
         return delta
 
-    def signal(self, cut: str, kept: Kept, sent: Tensor, target: Tensor | None) -> Tensor:
+    def signal(self, cut: str, kept: CapturedActivation, sent: Tensor, target: Tensor | None) -> Tensor:
         """The error delivered at one cut, in the shape of the kept tensor: that of `project`.
 
         Args:
@@ -95,14 +95,14 @@ class CutRule(Rule):
         """The error that the output layer learns by, of the gradient of the loss at the logits: that gradient itself."""
         return delta
 
-    def project(self, cut: str, errors: Tensor, kept: Kept) -> Tensor:
+    def project(self, cut: str, errors: Tensor, kept: CapturedActivation) -> Tensor:
         """errors B in the shape of the kept tensor, with errors (N, C) and the cut's B (C, features)."""
         feedback = self.tensor(cut, "B")
         if errors.dtype != feedback.dtype:
             errors = errors.to(feedback.dtype)
         return self.in_shape(cut, errors.mm(feedback), kept)
 
-    def in_shape(self, cut: str, projected: Tensor, kept: Kept) -> Tensor:
+    def in_shape(self, cut: str, projected: Tensor, kept: CapturedActivation) -> Tensor:
         """An error (N, features) in the shape of the kept tensor."""
         if projected.dim() == len(kept.shape):
             return projected
@@ -112,16 +112,16 @@ class CutRule(Rule):
             raise CoverageError(f"cut '{cut}' has activations of shape {tuple(kept.shape[1:])}, and its feedback was made for "
                                 f"{projected.shape[1]} features: attach with a sample_input of the size trained on") from None
 
-    def learned_at(self, cut: str) -> list[LearnedFeedback]:
+    def learned_at(self, cut: str) -> list[LearnedTensor]:
         """The learned feedback of one cut, in the order of `answer`'s gradients."""
         return []
 
-    def feedback_gradients(self, cut: str, kept: Kept, delta: Tensor, target: Tensor | None) -> list[Tensor | None]:
+    def feedback_gradients(self, cut: str, kept: CapturedActivation, delta: Tensor, target: Tensor | None) -> list[Tensor | None]:
         """The gradients of `learned_at`, of the error at the logits and what was kept of the cut."""
         return []
 
     def answer(
-        self, cut: str, kept: Kept, sent: Tensor, delta: Tensor, target: Tensor | None, learns: bool
+        self, cut: str, kept: CapturedActivation, sent: Tensor, delta: Tensor, target: Tensor | None, learns: bool
     ) -> tuple[Tensor, list[Tensor | None]]:
         """The error delivered at one cut, and the gradients of its learned feedback where it `learns`; arguments as above."""
         error = self.signal(cut, kept, sent, target)
@@ -137,21 +137,21 @@ class CutRule(Rule):
             cut: the cut's module path, which also seeds the draw unless `seeded_by` is given.
             name: the tensor's name.
             shape: its shape, (C, ...).
-            init, density: as for `fa_bench.draws.draw`.
+            init, density: as for `fa_bench.sampling.draw`.
             columns: keep only so many leading columns.
         """
         from fa_bench.mechanisms.layers import put_tensor
 
-        tensor = draw(shape, init, seed_for(self.seed, seeded_by or cut, name), density)[:, :columns]
+        tensor = sample(shape, init, seed_for(self.seed, seeded_by or cut, name), density)[:, :columns]
         put_tensor(self._at[cut], name, tensor.to(next(self.model.parameters())).contiguous())
 
     # -------------------------------------------------------------------------------------------- life in a model
-    def put_in(self, sample_input: Any) -> Coverage:
+    def wire(self, sample_input: Any) -> Coverage:
         from fa_bench.mechanisms.cut_points import check_cuts
         from fa_bench.mechanisms.layers import weighted_layers
 
         self._at: dict[str, nn.Module] = {}
-        self._tape: dict[str, Kept] | None = None
+        self._tape: dict[str, CapturedActivation] | None = None
         self._target: Tensor | None = None
         self._loss_scale: float | None = None
         self._delivered = False
@@ -196,10 +196,10 @@ class CutRule(Rule):
     def watched_modules(self) -> dict[str, nn.Module]:
         return {**self._covered, **self._at}
 
-    def take_out(self) -> None:
+    def unwire(self) -> None:
         from fa_bench.mechanisms.layers import drop_tensors
 
-        for handle in getattr(self, "_cut_handles", ()):  # absent where `attach` failed before `put_in`
+        for handle in getattr(self, "_cut_handles", ()):  # absent where `attach` failed before `wire`
             handle.remove()
         self._cut_handles = []
         for module in self.model.modules():
@@ -288,7 +288,7 @@ class CutRule(Rule):
     def transporting_layers(self) -> dict[str, nn.Module]:
         return {} if self.modular else dict(self._covered)
 
-    def _require_cuts(self, tape: dict[str, Kept]) -> None:
+    def _require_cuts(self, tape: dict[str, CapturedActivation]) -> None:
         """Look at the cuts that a training pass did not meet: those that ran without gradients are refused, others warned of."""
         from fa_bench.mechanisms.layers import require_gradients
 
@@ -303,13 +303,13 @@ class CutRule(Rule):
                               f"was attached. Layers before it that did run received their error through later weights",
                               stacklevel=2)
 
-    def _delivered_to(self, logits: Tensor, tape: dict[str, Kept]) -> Tensor:
+    def _delivered_to(self, logits: Tensor, tape: dict[str, CapturedActivation]) -> Tensor:
         """The logits, from which the backward pass reaches all cuts and their learned feedback."""
         tensors = []
         for kept in tape.values():
             tensors.append(kept.tensor)
             kept.tensor = None
-        learned = [] if self.mode.hold else [one for cut in tape for one in self.learned_at(cut)]
+        learned = [] if self.mode.freeze_random else [one for cut in tape for one in self.learned_at(cut)]
         answer = functools.partial(self._answers, tape, learned, logits if self.scales else None)
         return self._function.apply(answer, len(tensors), self._reads_values, logits, *tensors, *(one.tensor for one in learned))
 
@@ -329,7 +329,7 @@ class CutRule(Rule):
             if cut in tape:
                 raise CoverageError(f"cut '{cut}' ran twice in a training pass, and once when the model was attached: "
                                     f"name a module that runs once in training")
-            tape[cut] = Kept(output, output.shape)
+            tape[cut] = CapturedActivation(output, output.shape)
             resting = [learned for learned in self._resting.get(cut, ()) if learned._rests] if self._resting else ()
             if resting and self._learns(output):
                 for learned in resting:
@@ -369,7 +369,7 @@ class CutRule(Rule):
             raise ValueError(f"rule '{self.name}': the loss comes from no training forward pass of the attached model")
 
     def _answers(
-        self, tape: dict[str, Kept], learned: list[LearnedFeedback], logits: Tensor | None, delta: Tensor,
+        self, tape: dict[str, CapturedActivation], learned: list[LearnedTensor], logits: Tensor | None, delta: Tensor,
         tensors: tuple[Tensor, ...],
     ) -> list[Tensor | None]:
         """The errors at the logits and at all cuts, and the gradients of learned feedback, once the backward pass has δ."""
@@ -467,7 +467,7 @@ def _made_of(result: Tensor, logits: Tensor | None) -> bool:
 
 
 @dataclasses.dataclass(slots=True)
-class Kept:
+class CapturedActivation:
     """What the hooks kept of one cut in one forward pass.
 
     Attributes:

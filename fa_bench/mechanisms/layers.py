@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fa_bench.errors import CoverageError
-from fa_bench.mechanisms.carry import Carry, Learn
+from fa_bench.mechanisms.backward_context import BackwardContext, FeedbackGradient
 from fa_bench.mechanisms.coverage import PREFIX
 from fa_bench.mechanisms.ops import (
     FeedbackConvFunction,
@@ -25,10 +25,10 @@ from fa_bench.mechanisms.ops import (
     Geometry,
     ProductLinearFunction,
 )
-from fa_bench.mechanisms.updates import LearnedFeedback
+from fa_bench.mechanisms.updates import LearnedTensor
 
 if TYPE_CHECKING:
-    from fa_bench.mechanisms.carriers import Carrier
+    from fa_bench.mechanisms.pathways import FeedbackPathway
 
 
 @dataclasses.dataclass
@@ -37,14 +37,14 @@ class Mode:
 
     Attributes:
         exact: forward passes are those of the plain model.
-        hold: forward passes draw nothing new, so that a probe leaves no trace.
+        freeze_random: forward passes sample nothing new, so that a probe leaves no trace.
         training: a forward pass of the whole model with gradients is under way.
         blind: layers that learn and ran without gradients in it, by path.
         ran: paths of the layers that ran with gradients in it.
     """
 
     exact: bool = False
-    hold: bool = False
+    freeze_random: bool = False
     training: bool = False
     blind: dict[str, nn.Module] = dataclasses.field(default_factory=dict)
     ran: set[str] = dataclasses.field(default_factory=set)
@@ -60,10 +60,10 @@ class FeedbackLayer(nn.Module):
         learned: the learned feedback tensors by name.
     """
 
-    carrier: Carrier
+    pathway: FeedbackPathway
     mode: Mode
     path: str
-    learned: dict[str, LearnedFeedback]
+    learned: dict[str, LearnedTensor]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         mode = self.mode
@@ -72,7 +72,7 @@ class FeedbackLayer(nn.Module):
                 if self.weight.requires_grad:
                     mode.blind[self.path] = self
                 else:
-                    self.carrier.passed(self, x)
+                    self.pathway.observe(self, x)
             return super().forward(x, *args, **kwargs)
         # Straight from the dictionary: a module's attribute look-up takes as long as a small matrix product's launch.
         weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
@@ -81,23 +81,23 @@ class FeedbackLayer(nn.Module):
                                 f"and its feedback cannot follow it: call rule.detach(), and attach before you reparametrize no "
                                 f"layer or after the weight is a parameter again")
         mode.ran.add(self.path)
-        carrier = self.carrier
-        if self.training and not mode.hold:
-            carrier.before_forward(self)
+        pathway = self.pathway
+        if self.training and not mode.freeze_random:
+            pathway.before_forward(self)
         # Where nobody asks for the error at the input (the first layer), a rule that only carries errors equals the plain layer.
-        if not (x.requires_grad or carrier.always):
+        if not (x.requires_grad or pathway.always_needed):
             return super().forward(x, *args, **kwargs)
-        carry = carrier.carry(self, x)
+        context = pathway.context(self, x)
         if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
             # Cast outside the Function: its backward then sees one dtype, and the casts are differentiated as usual.
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = _autocast(x, dtype), _autocast(weight, dtype)
-            carry = _autocast_carry(carry, self.weight.detach(), dtype)
+            context = _autocast_context(context, self.weight.detach(), dtype)
             bias = None if bias is None else _autocast(bias, dtype)
-        return self.apply_feedback(x, weight, bias, carry, *args, **kwargs)
+        return self.apply_feedback(x, weight, bias, context, *args, **kwargs)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        self.carrier.settle(self)
+        self.pathway.materialize(self)
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # In the order in which they were made, parameters or not: states and their hashes then do not depend on what learns.
         for name in tensors_of(self):
@@ -105,10 +105,10 @@ class FeedbackLayer(nn.Module):
                 destination[key] = destination.pop(key)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.carrier.settle(self)
+        self.pathway.materialize(self)
         super()._load_from_state_dict(*args, **kwargs)
 
-    def apply_feedback(self, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry) -> Tensor:
+    def apply_feedback(self, x: Tensor, weight: Tensor, bias: Tensor | None, context: BackwardContext) -> Tensor:
         """The layer's output, with what carries the error in its backward pass."""
         raise NotImplementedError
 
@@ -128,65 +128,69 @@ def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
-def _autocast_carry(carry: Carry, weight: Tensor, dtype: torch.dtype) -> Carry:
+def _autocast_context(context: BackwardContext, weight: Tensor, dtype: torch.dtype) -> BackwardContext:
     """`carry` with all tensors cast; what is made of the weight is made of it at full precision, where no small one is zero."""
-    made = _autocast(carry.make(weight), dtype) if carry.make else None
-    return carry._replace(
-        feedback=None if carry.feedback is None else _autocast(carry.feedback, dtype),
-        make=None if made is None else (lambda weight: made),
-        second=None if carry.second is None else _autocast(carry.second, dtype),
-        activation=carry.activation and _composed(lambda value: _autocast(value, dtype), carry.activation),
-        learn=_learn_from(carry, lambda value: _autocast(value, dtype)),
+    made = _autocast(context.from_weight(weight), dtype) if context.from_weight else None
+    return context._replace(
+        feedback=None if context.feedback is None else _autocast(context.feedback, dtype),
+        from_weight=None if made is None else (lambda weight: made),
+        second=None if context.second is None else _autocast(context.second, dtype),
+        activation=context.activation and _composed(lambda value: _autocast(value, dtype), context.activation),
+        gradients=_prepared_gradients(context, lambda value: _autocast(value, dtype)),
     )
 
 
-def _learn_from(carry: Carry, prepare: Callable[[Tensor], Tensor]) -> tuple[Learn, ...]:
+def _prepared_gradients(context: BackwardContext, prepare: Callable[[Tensor], Tensor]) -> tuple[FeedbackGradient, ...]:
     """`carry.learn`, with what stands in for the input in a gradient prepared as the input is."""
-    return tuple(learn._replace(activation=learn.activation and _composed(prepare, learn.activation)) for learn in carry.learn)
+    return tuple(gradient._replace(activation=gradient.activation and _composed(prepare, gradient.activation))
+                 for gradient in context.gradients)
 
 
 class FeedbackLinear(FeedbackLayer, nn.Linear):
     """nn.Linear with feedback."""
 
-    def apply_feedback(self, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry) -> Tensor:
-        function = FeedbackLinearFunction if carry.second is None else ProductLinearFunction
-        learned = [learn.learned.tensor for learn in carry.learn] if carry.learn else ()
+    def apply_feedback(self, x: Tensor, weight: Tensor, bias: Tensor | None, context: BackwardContext) -> Tensor:
+        function = FeedbackLinearFunction if context.second is None else ProductLinearFunction
+        learned = [gradient.learned.tensor for gradient in context.gradients] if context.gradients else ()
         if x.dim() == 2:
-            return function.apply(x, weight, bias, carry, *learned)
-        return function.apply(x.reshape(-1, x.shape[-1]), weight, bias, carry, *learned).view(*x.shape[:-1], len(weight))
+            return function.apply(x, weight, bias, context, *learned)
+        return function.apply(x.reshape(-1, x.shape[-1]), weight, bias, context, *learned).view(*x.shape[:-1], len(weight))
 
 
 class _FeedbackConv(FeedbackLayer):
-    def apply_feedback(self, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry) -> Tensor:
+    def apply_feedback(self, x: Tensor, weight: Tensor, bias: Tensor | None, context: BackwardContext) -> Tensor:
         def prepared(value: Tensor) -> tuple[Tensor, Geometry]:
             return padded(self, _batched(value, len(self.kernel_size)))
 
-        y = _convolve(*prepared(x), weight, bias, carry, lambda value: prepared(value)[0])
+        y = _convolve(*prepared(x), weight, bias, context, lambda value: prepared(value)[0])
         return y if x.dim() == y.dim() else y.squeeze(0)
 
 
 class _FeedbackConvTranspose(FeedbackLayer):
     def apply_feedback(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry, output_size: list[int] | None = None
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, context: BackwardContext, output_size: list[int] | None = None
     ) -> Tensor:
         dims = len(self.kernel_size)
         output_padding = self._output_padding(
             x, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
         )
         geometry = Geometry(self.stride, self.padding, self.dilation, True, tuple(output_padding), self.groups)
-        y = _convolve(_batched(x, dims), geometry, weight, bias, carry, lambda value: _batched(value, dims))
+        y = _convolve(_batched(x, dims), geometry, weight, bias, context, lambda value: _batched(value, dims))
         return y if x.dim() == y.dim() else y.squeeze(0)
 
 
 def _convolve(
-    x: Tensor, geometry: Geometry, weight: Tensor, bias: Tensor | None, carry: Carry, prepare: Callable[[Tensor], Tensor]
+    x: Tensor, geometry: Geometry, weight: Tensor, bias: Tensor | None, context: BackwardContext,
+    prepare: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """A convolution of a prepared input; `prepare` does the same to what stands in for the input in a gradient."""
-    if carry.activation is not None or carry.learn:
-        carry = carry._replace(
-            activation=carry.activation and _composed(prepare, carry.activation), learn=_learn_from(carry, prepare)
+    if context.activation is not None or context.gradients:
+        context = context._replace(
+            activation=context.activation and _composed(prepare, context.activation),
+            gradients=_prepared_gradients(context, prepare),
         )
-    return FeedbackConvFunction.apply(x, weight, bias, carry, geometry, *(learn.learned.tensor for learn in carry.learn))
+    learned = (gradient.learned.tensor for gradient in context.gradients)
+    return FeedbackConvFunction.apply(x, weight, bias, context, geometry, *learned)
 
 
 def _composed(prepare: Callable[[Tensor], Tensor], activation: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -266,15 +270,15 @@ def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in model.named_modules() if is_weighted(module)}
 
 
-def swap_in(module: nn.Module, path: str, carrier: Carrier, mode: Mode) -> None:
+def swap_in(module: nn.Module, path: str, pathway: FeedbackPathway, mode: Mode) -> None:
     """Turn a plain layer into its feedback class, in place, and the tensors that the carrier learns into parameters."""
     module.__class__ = SWAPS[type(module)]
-    module.carrier, module.mode, module.path = carrier, mode, path
-    module.learned = {name: register_learned(module, path, name, module) for name in carrier.learned}
-    if carrier.follows is not None:
-        module.learned[carrier.follows].follows = True
+    module.pathway, module.mode, module.path = pathway, mode, path
+    module.learned = {name: register_learned(module, path, name, module) for name in pathway.learned}
+    if pathway.follows is not None:
+        module.learned[pathway.follows].follows = True
         if not module.weight.requires_grad:
-            module.learned[carrier.follows].rest()
+            module.learned[pathway.follows].rest()
 
 
 def swap_out(module: nn.Module) -> None:
@@ -300,11 +304,11 @@ def put_tensor(module: nn.Module, name: str, tensor: Tensor | None) -> None:
     module.register_buffer(PREFIX + name, tensor)
 
 
-def register_learned(module: nn.Module, place: str, name: str, witness: nn.Module | None) -> LearnedFeedback:
-    """Turn the feedback tensor `name` of a module, a buffer so far, into a parameter; see `LearnedFeedback`."""
+def register_learned(module: nn.Module, place: str, name: str, witness: nn.Module | None) -> LearnedTensor:
+    """Turn the feedback tensor `name` of a module, a buffer so far, into a parameter; see `LearnedTensor`."""
     key = PREFIX + name
     module.register_parameter(key, nn.Parameter(module._buffers.pop(key)))
-    return LearnedFeedback(place, module, key, witness)
+    return LearnedTensor(place, module, key, witness)
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:

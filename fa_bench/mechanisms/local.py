@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.draws import seed_for
 from fa_bench.errors import CoverageError, StateError, names
 from fa_bench.lazy import nn, torch
 from fa_bench.mechanisms.coverage import AUXILIARY
-from fa_bench.mechanisms.cuts import CutRule, Kept
-from fa_bench.mechanisms.updates import LearnedFeedback
+from fa_bench.mechanisms.cuts import CapturedActivation, CutRule
+from fa_bench.mechanisms.updates import LearnedTensor
+from fa_bench.sampling import seed_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,22 +68,22 @@ class LocalRule(CutRule):
                 net = self.auxiliary(cut, shape, classes)
             self._auxiliary[cut] = Auxiliary(cut, self._at[cut], net.to(like.device, like.dtype), self._witness)
 
-    def take_out(self) -> None:
+    def unwire(self) -> None:
         for auxiliary in getattr(self, "_auxiliary", {}).values():
             auxiliary.unregister()
         self._auxiliary = {}
-        super().take_out()
+        super().unwire()
 
     def auxiliary_at(self, cut: str) -> torch_nn.Module:
         """The auxiliary layers of one cut, with the tensors that the model has now."""
         return self._auxiliary[cut].net()
 
     # -------------------------------------------------------------------------------------------- training
-    def learned_at(self, cut: str) -> list[LearnedFeedback]:
+    def learned_at(self, cut: str) -> list[LearnedTensor]:
         return self._auxiliary[cut].learned
 
     def answer(
-        self, cut: str, kept: Kept, sent: Tensor, delta: Tensor, target: Tensor | None, learns: bool
+        self, cut: str, kept: CapturedActivation, sent: Tensor, delta: Tensor, target: Tensor | None, learns: bool
     ) -> tuple[Tensor, list[Tensor | None]]:
         assert target is not None
         net, dtype = self.auxiliary_at(cut), next(self.model.parameters()).dtype
@@ -99,7 +99,7 @@ class LocalRule(CutRule):
         return error, [next(gradients) if tensor.requires_grad else None for tensor in learned]
 
     # -------------------------------------------------------------------------------------------- feedback, metrics
-    def learned_feedback(self) -> list[LearnedFeedback]:
+    def learned_feedback(self) -> list[LearnedTensor]:
         return [one for auxiliary in self._auxiliary.values() for one in auxiliary.learned]
 
     @property
@@ -145,7 +145,7 @@ class Auxiliary:
         self._net = net
         self.awaited = False
         self.tensors: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {}
-        self.learned: list[LearnedFeedback] = []
+        self.learned: list[LearnedTensor] = []
         for path, part in net.named_modules():
             for source in ("_parameters", "_buffers"):
                 for name, tensor in getattr(part, source).items():
@@ -154,7 +154,7 @@ class Auxiliary:
                     key = AUXILIARY + "_".join([*path.split("."), name] if path else [name])
                     if source == "_parameters":
                         module.register_parameter(key, tensor)
-                        self.learned.append(LearnedFeedback(cut, module, key, witness))
+                        self.learned.append(LearnedTensor(cut, module, key, witness))
                     else:
                         module.register_buffer(key, tensor)
                     self.tensors[key] = (getattr(module, source), getattr(part, source), name)

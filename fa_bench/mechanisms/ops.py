@@ -8,8 +8,8 @@ dimensions. Those of edge rules compute the forward pass of the plain layer. Bac
     error at the input     = g carried by `feedback`                    (backpropagation has the weight here)
 
 `feedback` has the weight's own layout, so that feedback = weight is backpropagation bit for bit, with no transpose anywhere.
-A layer passes its Function one `Carry` beside its own tensors, and then the learned feedback tensors of ``carry.learn``, one by
-one: as inputs they receive their gradients from autograd, and everything that watches gradients works on them.
+A layer passes its Function its own tensors, a `BackwardContext`, and the learned feedback tensors of ``context.gradients``
+one by one: because they are inputs, autograd accumulates their gradients, and everything that watches gradients works on them.
 Every wrapper counts here, for a small layer's arithmetic takes microseconds: few arguments, forward and setup in one method, and
 backward not marked ``once_differentiable``. Second derivatives through these Functions are those of the formulas above.
 """
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from fa_bench.mechanisms.product import gradient_of_second
 
 if TYPE_CHECKING:
-    from fa_bench.mechanisms.carry import Carry, Learn
+    from fa_bench.mechanisms.backward_context import BackwardContext, FeedbackGradient
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -41,24 +41,24 @@ class FeedbackLinearFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry, *learned: Tensor) -> Tensor:
-        ctx.carry = carry
-        feedback = weight if carry.make else carry.feedback
-        ctx.save_for_backward(*((feedback,) if carry.activation else (feedback, x)))
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, context: BackwardContext, *learned: Tensor) -> Tensor:
+        ctx.context = context
+        feedback = weight if context.from_weight else context.feedback
+        ctx.save_for_backward(*((feedback,) if context.activation else (feedback, x)))
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        carry: Carry = ctx.carry
+        context: BackwardContext = ctx.context
         feedback, *kept = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _, *needs_learned = ctx.needs_input_grad
-        e_in = g.mm(carry.make(feedback) if carry.make else feedback) if needs_x else None
-        x = _rows(carry.activation()) if carry.activation else kept[0]
+        e_in = g.mm(context.from_weight(feedback) if context.from_weight else feedback) if needs_x else None
+        x = _rows(context.activation()) if context.activation else kept[0]
         grad_weight = g.t().mm(x) if needs_weight else None
-        if not carry.learn:
+        if not context.gradients:
             return e_in, grad_weight, g.sum(0) if needs_bias else None, None
         gradients = learned_gradients(
-            carry.learn, needs_learned, grad_weight, of_activation=lambda activation: g.t().mm(_rows(activation)),
+            context.gradients, needs_learned, grad_weight, of_activation=lambda activation: g.t().mm(_rows(activation)),
             of_hop=lambda hop: g.mm(hop.to(g.dtype)).t().mm(x))
         return e_in, grad_weight, g.sum(0) if needs_bias else None, None, *gradients
 
@@ -72,9 +72,9 @@ class ProductLinearFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry, *learned: Tensor) -> Tensor:
-        ctx.save_for_backward(x, carry.feedback, carry.second)
-        ctx.learn = carry.learn
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, context: BackwardContext, *learned: Tensor) -> Tensor:
+        ctx.save_for_backward(x, context.feedback, context.second)
+        ctx.gradients = context.gradients
         return F.linear(x, weight, bias)
 
     @staticmethod
@@ -85,7 +85,7 @@ class ProductLinearFunction(torch.autograd.Function):
         e_in = between.mm(second) if needs_x else None
         grad_weight = g.t().mm(x) if needs_weight else None
         gradients = [between.t().mm(x) if needed else None for needed in needs_second]
-        for learn, gradient in zip(ctx.learn, gradients, strict=True):
+        for learn, gradient in zip(ctx.gradients, gradients, strict=True):
             learn.learned.received(gradient)
         return e_in, grad_weight, g.sum(0) if needs_bias else None, None, *gradients
 
@@ -110,38 +110,38 @@ class FeedbackConvFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry, geometry: Geometry, *learned: Tensor
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, context: BackwardContext, geometry: Geometry, *learned: Tensor
     ) -> Tensor:
-        feedback = weight if carry.make else carry.feedback
-        ctx.save_for_backward(*((feedback,) if carry.activation else (feedback, x)))
-        ctx.geometry, ctx.carry = geometry, carry
+        feedback = weight if context.from_weight else context.feedback
+        ctx.save_for_backward(*((feedback,) if context.activation else (feedback, x)))
+        ctx.geometry, ctx.context = geometry, context
         ctx.bias_sizes = None if bias is None else list(bias.shape)
         return torch.ops.aten.convolution(x, weight, bias, *geometry)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        carry: Carry = ctx.carry
+        context: BackwardContext = ctx.context
         feedback, *kept = ctx.saved_tensors
         needs, needs_learned = ctx.needs_input_grad[:3], ctx.needs_input_grad[5:]
-        if carry.make and needs[0]:
-            feedback = carry.make(feedback)
+        if context.from_weight and needs[0]:
+            feedback = context.from_weight(feedback)
         # Of the weight's argument only the shape enters the weight gradient, and of the input's only the shape enters the error,
         # so that one call serves all three.
-        x = carry.activation() if carry.activation else kept[0]
-        hop = any(needed and learn.hop is not None for learn, needed in zip(carry.learn, needs_learned, strict=True))
+        x = context.activation() if context.activation else kept[0]
+        hop = any(needed and learn.hop is not None for learn, needed in zip(context.gradients, needs_learned, strict=True))
         asked = [needs[0], needs[1] or hop, needs[2]]
         grads = torch.ops.aten.convolution_backward(g, x, feedback, ctx.bias_sizes, *ctx.geometry, asked)
         grad_weight = grads[1] if needs[1] else None
         gradients = learned_gradients(
-            carry.learn, needs_learned, grad_weight,
+            context.gradients, needs_learned, grad_weight,
             of_activation=lambda activation: weight_gradient(g, activation, feedback, ctx.geometry),
             of_hop=lambda hop: gradient_of_second(hop, grads[1], ctx.geometry.groups, ctx.geometry.transposed))
         return grads[0], grad_weight, grads[2], None, None, *gradients
 
 
 def learned_gradients(
-    learns: tuple[Learn, ...], needed: Sequence[bool], grad_weight: Tensor | None, of_activation: Callable[[Tensor], Tensor],
-    of_hop: Callable[[Tensor], Tensor],
+    learns: tuple[FeedbackGradient, ...], needed: Sequence[bool], grad_weight: Tensor | None,
+    of_activation: Callable[[Tensor], Tensor], of_hop: Callable[[Tensor], Tensor],
 ) -> list[Tensor | None]:
     """The gradients of learned feedback, see `Learn`.
 

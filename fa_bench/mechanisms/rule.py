@@ -11,7 +11,7 @@ from fa_bench.config.options import Options, option
 from fa_bench.errors import CoverageError, FaBenchError, StateError, names
 from fa_bench.lazy import torch
 from fa_bench.mechanisms.coverage import RULE_ATTRIBUTE, Coverage, check_model, computed_weights, outside_text
-from fa_bench.memory import short_cause
+from fa_bench.memory_limits import short_cause
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.layers import Mode
     from fa_bench.mechanisms.structure import Structure
     from fa_bench.mechanisms.trace import Trace
-    from fa_bench.mechanisms.updates import LearnedFeedback
+    from fa_bench.mechanisms.updates import LearnedTensor
     from fa_bench.mechanisms.uses import UsesOfWeights
 
 R = TypeVar("R", bound="Rule")
@@ -96,7 +96,7 @@ class Rule(_Attached, Options):
             if self.freeze_stem:
                 stem = model.get_submodule(self.trace(sample_input).order[0])
                 self.freeze(stem.parameters(recurse=False))
-            self.coverage = self.put_in(sample_input).noting_frozen(model)
+            self.coverage = self.wire(sample_input).noting_frozen(model)
             self.coverage.require(self.allow_uncovered, model)
             for learned in self.learned_feedback():
                 learned.lr_scale = self.feedback_lr_scale
@@ -145,7 +145,7 @@ class Rule(_Attached, Options):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self.take_out()
+        self.unwire()
         if self._structure is not None:
             self._structure.release()
         for parameter in self._frozen_now():
@@ -162,12 +162,12 @@ class Rule(_Attached, Options):
     def _frozen_now(self) -> list[nn.Parameter]:
         return self._structure.live() if self._structure is not None else self._frozen
 
-    def put_in(self, sample_input: Any) -> Coverage:
+    def wire(self, sample_input: Any) -> Coverage:
         """Change `self.model`; implemented by the mechanism."""
         raise NotImplementedError
 
-    def take_out(self) -> None:
-        """Undo what `put_in` did, also where it stopped half way."""
+    def unwire(self) -> None:
+        """Undo what `wire` did, also where it stopped half way."""
         raise NotImplementedError
 
     def watched_modules(self) -> dict[str, nn.Module]:
@@ -308,7 +308,7 @@ class Rule(_Attached, Options):
         """What really carries the error through `layer`, in the weight's layout, detached (edge rules)."""
         raise CoverageError(f"rule '{self.name}' carries no error backwards through layers such as '{layer}'")
 
-    def learned_feedback(self) -> list[LearnedFeedback]:
+    def learned_feedback(self) -> list[LearnedTensor]:
         """The learned feedback tensors with what is known of them."""
         return []
 
@@ -369,7 +369,7 @@ class Rule(_Attached, Options):
         """{layer: (module, side)}: where the rule delivers the error at each layer's activation; side is input or output."""
         return {layer: (consumer, INPUT) for layer, consumer in trace.consumer.items()}
 
-    def carried(self, layer: str, x: Tensor, g: Tensor, delta: Tensor) -> Tensor:
+    def input_error(self, layer: str, x: Tensor, g: Tensor, delta: Tensor) -> Tensor:
         """The error that the rule brings to the input of `layer` through it.
 
         Args:

@@ -14,12 +14,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.config.options import option
-from fa_bench.draws import INITIALISERS
 from fa_bench.errors import CoverageError, names
 from fa_bench.lazy import torch
-from fa_bench.mechanisms.carriers import Carrier, Fixed, Learned, Transport
-from fa_bench.mechanisms.carry import Carry, recomputing, reentrant
-from fa_bench.mechanisms.edge import EdgeRule, Site
+from fa_bench.mechanisms.backward_context import BackwardContext, recomputing, refuse_reentrant
+from fa_bench.mechanisms.edge import EdgeRule, LayerContext
+from fa_bench.mechanisms.pathways import FeedbackPathway, FixedFeedback, LearnedFeedback, TransposeFeedback
+from fa_bench.sampling import INITIALISERS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -61,7 +61,7 @@ class Source:
             CoverageError: where the layer that takes the activation first did not run in this pass.
         """
         if self._kept is None and recomputing():
-            return reentrant("asap")  # the first pass has it; see there
+            return refuse_reentrant("asap")  # the first pass has it; see there
         if self._kept is None:
             raise CoverageError(f"the activation that layers share is the input of '{self.consumer}', which did not run before "
                                 f"them in this forward pass with gradients: all layers that share must run, in the same order, "
@@ -122,7 +122,7 @@ def _feature_matcher(have: int, want: int, kind: str, mixing: Tensor | None) -> 
 
 
 @dataclasses.dataclass(eq=False)
-class Sharing(Carrier):
+class SharedActivationFeedback(FeedbackPathway):
     """Wraps another carrier: keeps this layer's input for others, and takes a shared one in place of its own.
 
     Attributes:
@@ -133,36 +133,36 @@ class Sharing(Carrier):
         kind: how one is brought to the other.
     """
 
-    inner: Carrier
+    inner: FeedbackPathway
     source: Source | None
     gives: Source | None
     shape: tuple[int, ...]
     wanted: tuple[int, ...]
     kind: str
 
-    always = True
+    always_needed = True
 
     def __post_init__(self) -> None:
-        self.learned, self.follows, self.tensors = self.inner.learned, self.inner.follows, self.inner.tensors
+        self.learned, self.follows, self.description = self.inner.learned, self.inner.follows, self.inner.description
 
-    def words(self) -> str:
-        return super().words() + (f"; shares the input of {self.source.consumer}" if self.source is not None else "")
+    def describe(self) -> str:
+        return super().describe() + (f"; shares the input of {self.source.consumer}" if self.source is not None else "")
 
-    def carry(self, layer: Any, x: Tensor) -> Carry:
+    def context(self, layer: Any, x: Tensor) -> BackwardContext:
         if self.gives is not None:
             self.gives.keep(x)
-        carry = self.inner.carry(layer, x)
-        if self.source is None or (layer.mode.hold and self.source.is_gone):
-            return carry  # a probe may ask what this layer alone carries
-        return self.shared(layer, carry, self.source.held(self.match(layer)))
+        context = self.inner.context(layer, x)
+        if self.source is None or (layer.mode.freeze_random and self.source.is_gone):
+            return context  # a probe may ask what this layer alone carries
+        return self.shared(layer, context, self.source.held(self.match(layer)))
 
     def match(self, layer: Any) -> Callable[[Tensor], Tensor]:
         """What brings the shared activation to the shape of this layer's input."""
         return matcher(self.shape, self.wanted, self.kind, layer._buffers.get("feedback_P"))
 
-    def shared(self, layer: Any, carry: Carry, activation: Callable[[], Tensor]) -> Carry:
+    def shared(self, layer: Any, context: BackwardContext, activation: Callable[[], Tensor]) -> BackwardContext:
         """Where the shared activation enters: here, the weight gradient."""
-        return carry._replace(activation=activation)
+        return context._replace(activation=activation)
 
     def effective(self, layer: Any) -> Tensor:
         return self.inner.effective(layer)
@@ -184,7 +184,7 @@ class SharingRule(EdgeRule):
     freeze_stem: bool = option(True, "the first layer keeps its initial weight and bias")
 
     #: The carrier that lets the shared activation in.
-    sharing = Sharing
+    sharing = SharedActivationFeedback
 
     def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         super().begin_forward(model, args, kwargs)
@@ -198,7 +198,7 @@ class SharingRule(EdgeRule):
         for source in self._sources.values():
             source.forget()
 
-    def put_in(self, sample_input: Any) -> Coverage:
+    def wire(self, sample_input: Any) -> Coverage:
         trace = self.trace(sample_input)
         groups = self.sharing_groups(self.model, trace)
         self._groups = {path: number for number, group in enumerate(groups, start=1) for path in group}
@@ -206,8 +206,8 @@ class SharingRule(EdgeRule):
         self._sources = {shared: Source(self._first[shared]) for shared in map(self.source_of, [*self._first][1:])}
         self._shapes = {path: tuple(shape[1:]) for path, shape in trace.input_shapes.items()}
         self._stem = trace.order[0]
-        self._by_weight = self.carried_by_weight(self.model)
-        return super().put_in(sample_input)
+        self._by_weight = self.weight_transport_layers(self.model)
+        return super().wire(sample_input)
 
     def sharing_groups(self, model: nn.Module, trace: Trace) -> list[list[str]]:
         """The layers that share, grouped by the activation that enters them, numbered from 1 on: the stem's output.
@@ -233,7 +233,7 @@ class SharingRule(EdgeRule):
         """Whether fully connected layers share, in a model with these convolutions."""
         return self.linear == "share" or (self.linear == "auto" and not convolutional)
 
-    def carried_by_weight(self, model: nn.Module) -> set[str]:
+    def weight_transport_layers(self, model: nn.Module) -> set[str]:
         """The layers whose error goes through their own weight: with `transport`, convolutions and layers that share."""
         from fa_bench.mechanisms.layers import weighted_layers
 
@@ -246,34 +246,34 @@ class SharingRule(EdgeRule):
         """The activation that stands in for activation `number` ≥ 2."""
         return 1 + self.k * ((number - 2) // self.k)
 
-    def carrier(self, site: Site) -> Carrier:
-        number, by_weight = self._groups.get(site.path), site.path in self._by_weight
-        if number is None and not by_weight and (self.transport or site.path != self._stem):
-            site.put("B", self.linear_b_init)
-            return Fixed()
-        inner: Carrier = Transport() if by_weight else Learned()
+    def pathway(self, layer: LayerContext) -> FeedbackPathway:
+        number, by_weight = self._groups.get(layer.path), layer.path in self._by_weight
+        if number is None and not by_weight and (self.transport or layer.path != self._stem):
+            layer.put("B", self.linear_b_init)
+            return FixedFeedback()
+        inner: FeedbackPathway = TransposeFeedback() if by_weight else LearnedFeedback()
         if not by_weight:
-            site.put("B", self.b_init)
+            layer.put("B", self.b_init)
         source = self.source_of(number) if number is not None and number > 1 else None
-        gives = self._sources.get(number) if number is not None and self._first[number] == site.path else None
+        gives = self._sources.get(number) if number is not None and self._first[number] == layer.path else None
         if source is None and gives is None:
             return inner
-        wanted = self._shapes[site.path]
+        wanted = self._shapes[layer.path]
         if source is None:
             return self.sharing(inner, None, gives, wanted, wanted, self.match)
         have = self._shapes[self._first[source]]
         if self.match == "random":
             channels = have[0] if len(have) == len(wanted) else math.prod(have)
-            site.put("P", "kaiming_uniform", shape=[wanted[0], channels, *[1] * (len(wanted) - 1)])
-        carrier = self.sharing(inner, self._sources[source], gives, have, wanted, self.match)
+            layer.put("P", "kaiming_uniform", shape=[wanted[0], channels, *[1] * (len(wanted) - 1)])
+        pathway = self.sharing(inner, self._sources[source], gives, have, wanted, self.match)
         try:
-            carrier.match(site.layer)
+            pathway.match(layer.module)
         except ValueError as error:
             raise CoverageError(f"rule '{self.name}' cannot bring the activation shared by '{self._first[source]}' to the shape "
-                                f"of the input of '{site.path}': {error}"
+                                f"of the input of '{layer.path}': {error}"
                                 + ("" if self.match == "random" else "; {match} changes channels and features to any number"),
                                 {} if self.match == "random" else {"match": "random"}) from None
-        return carrier
+        return pathway
 
 
 def _convolutions(model: nn.Module) -> set[str]:

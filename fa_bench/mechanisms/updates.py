@@ -27,7 +27,7 @@ _PATIENCE = 3
 _NOISE = 1e-5
 
 
-class LearnedFeedback:
+class LearnedTensor:
     """One learned feedback tensor of a module.
 
     Args:
@@ -180,8 +180,8 @@ _REPLACED = ("the optimizer trains tensors that the model no longer has: the lea
              "optimizer was made, as load_state_dict(assign=True) does. Make a new optimizer from model.parameters()")
 
 #: All learned tensors that received a gradient, and those of them that were not seen to be trained yet.
-_known: weakref.WeakSet[LearnedFeedback] = weakref.WeakSet()
-_awaiting: weakref.WeakSet[LearnedFeedback] = weakref.WeakSet()
+_known: weakref.WeakSet[LearnedTensor] = weakref.WeakSet()
+_awaiting: weakref.WeakSet[LearnedTensor] = weakref.WeakSet()
 #: How often a tensor began or went on to wait. An optimizer's step is looked at where this is not what it was at its last one.
 _waits = 0
 #: Where an optimizer keeps that number; it is not a part of its state.
@@ -189,7 +189,7 @@ _LOOKED_AT = "_fa_bench_looked_at"
 _hook: Any = None
 
 
-def _watch_optimizers(learned: LearnedFeedback) -> None:
+def _watch_optimizers(learned: LearnedTensor) -> None:
     global _hook, _waits
     _waits += 1
     _awaiting.add(learned)

@@ -6,9 +6,9 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from fa_bench.config.options import Options, option
-from fa_bench.draws import INITIALISERS, fill
 from fa_bench.errors import OptionError
 from fa_bench.lazy import nn
+from fa_bench.sampling import INITIALISERS, fill
 
 if TYPE_CHECKING:
     from torch import nn as torch_nn

@@ -37,7 +37,7 @@ class ASAP(SharingRule):
     pooling as channels are.
     """
 
-    def kept_inputs(self, model: nn.Module, trace: Trace) -> list[str]:
+    def saved_inputs(self, model: nn.Module, trace: Trace) -> list[str]:
         """The layers whose true inputs the updates need, one for each activation, in the order of execution.
 
         They are the first layers that take a shared activation, and those that take their own; the stem is fixed.

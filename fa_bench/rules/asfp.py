@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from fa_bench.config.registries import ALGORITHMS
 from fa_bench.errors import OptionError
-from fa_bench.mechanisms.carriers import learning
-from fa_bench.mechanisms.carry import Carry
-from fa_bench.mechanisms.sharing import Sharing, SharingRule
+from fa_bench.mechanisms.backward_context import BackwardContext
+from fa_bench.mechanisms.pathways import feedback_gradient
+from fa_bench.mechanisms.sharing import SharedActivationFeedback, SharingRule
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class FeedbackSharing(Sharing):
+class FeedbackPathSharing(SharedActivationFeedback):
     """The shared activation enters the gradient of B alone."""
 
     def __post_init__(self) -> None:
@@ -24,8 +24,8 @@ class FeedbackSharing(Sharing):
         if self.source is not None:
             self.follows = None
 
-    def shared(self, layer: Any, carry: Carry, activation: Callable[[], Tensor]) -> Carry:
-        return carry._replace(learn=learning(layer, "B", activation))
+    def shared(self, layer: Any, context: BackwardContext, activation: Callable[[], Tensor]) -> BackwardContext:
+        return context._replace(gradients=feedback_gradient(layer, "B", activation))
 
 
 @ALGORITHMS.register("asfp")
@@ -40,7 +40,7 @@ class ASFP(SharingRule):
     Choice: ``transport`` makes no sense here, for there is no B to learn, and is refused.
     """
 
-    sharing = FeedbackSharing
+    sharing = FeedbackPathSharing
 
     def check(self) -> None:
         if self.transport:

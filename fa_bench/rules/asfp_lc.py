@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import fa_bench
 from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS
-from fa_bench.draws import seed_for
 from fa_bench.lazy import nn, torch
 from fa_bench.mechanisms.auxiliary import normalising
 from fa_bench.mechanisms.coverage import batch_note
 from fa_bench.mechanisms.local import ModuleRule, cross_entropy, kind_of_map
 from fa_bench.rules.asfp import ASFP
+from fa_bench.sampling import seed_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from fa_bench.mechanisms.coverage import Coverage
     from fa_bench.mechanisms.trace import Trace
-    from fa_bench.mechanisms.updates import LearnedFeedback
+    from fa_bench.mechanisms.updates import LearnedTensor
 
 
 @dataclasses.dataclass(eq=False)
@@ -87,20 +87,20 @@ class ASFPLC(ASFP):
                                             "number in a tuple")
     pool: int = option(2, "side that a classifier averages a map to", minimum=1)
 
-    def put_in(self, sample_input: Any) -> Coverage:
+    def wire(self, sample_input: Any) -> Coverage:
         local = Classifiers(cuts=self.cuts, output=self.output, pool=self.pool, b_init=self.linear_b_init)
         # One mode for both: what measures the one measures the other.
         local.name, local.model, local.mode, local.seed = self.name, self.model, self.mode, self.seed
         local._frozen, local._structure, local._outside = self._frozen, None, {}
         local._passes, local._watch, local._unwatched = [], None, False
         self._local, local.part_of = local, self
-        local.put_in(sample_input)
-        return super().put_in(sample_input)
+        local.wire(sample_input)
+        return super().wire(sample_input)
 
-    def take_out(self) -> None:
+    def unwire(self) -> None:
         if (local := getattr(self, "_local", None)) is not None:
-            local.take_out()
-        super().take_out()
+            local.unwire()
+        super().unwire()
 
     def begin_forward(self, model: torch_nn.Module, args: Any, kwargs: Any) -> None:
         super().begin_forward(model, args, kwargs)
@@ -133,7 +133,7 @@ class ASFPLC(ASFP):
     def feedback(self) -> dict[str, dict[str, Tensor]]:
         return {**super().feedback, **self._local.feedback}
 
-    def learned_feedback(self) -> list[LearnedFeedback]:
+    def learned_feedback(self) -> list[LearnedTensor]:
         return [*super().learned_feedback(), *self._local.learned_feedback()]
 
     def notes(self) -> tuple[str, ...]:

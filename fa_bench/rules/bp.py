@@ -27,7 +27,7 @@ class BP(Rule):
         """{id of a parameter that does not learn: why}."""
         return {}
 
-    def put_in(self, sample_input: Any) -> Coverage:
+    def wire(self, sample_input: Any) -> Coverage:
         from fa_bench.mechanisms.layers import weighted_layers
 
         self._layers = weighted_layers(self.model)
@@ -39,7 +39,7 @@ class BP(Rule):
             for path, layer in self._layers.items()
         ), {})
 
-    def take_out(self) -> None:
+    def unwire(self) -> None:
         pass
 
     def watched_modules(self) -> dict[str, nn.Module]:

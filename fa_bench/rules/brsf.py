@@ -6,9 +6,9 @@ import dataclasses
 
 from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS
-from fa_bench.draws import INITIALISERS
-from fa_bench.mechanisms.carriers import Carrier, SignedMagnitude
-from fa_bench.mechanisms.edge import EdgeRule, Site
+from fa_bench.mechanisms.edge import EdgeRule, LayerContext
+from fa_bench.mechanisms.pathways import FeedbackPathway, SignedMagnitudeFeedback
+from fa_bench.sampling import INITIALISERS
 
 
 @ALGORITHMS.register("brsf")
@@ -29,7 +29,7 @@ class BRSF(EdgeRule):
     def notes(self) -> tuple[str, ...]:
         return ("M is drawn for every training forward pass: parts of a batch have draws of their own.",)
 
-    def carrier(self, site: Site) -> Carrier:
-        site.put("M", self.m_init, magnitude=True)
-        site.put_mask(self.density)
-        return SignedMagnitude(redraw=self.m_init, seed=site.tensor_seed("M"))
+    def pathway(self, layer: LayerContext) -> FeedbackPathway:
+        layer.put("M", self.m_init, magnitude=True)
+        layer.put_mask(self.density)
+        return SignedMagnitudeFeedback(resample=self.m_init, seed=layer.tensor_seed("M"))

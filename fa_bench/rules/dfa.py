@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS
-from fa_bench.draws import INITIALISERS
 from fa_bench.errors import CoverageError, OptionError
 from fa_bench.lazy import torch
-from fa_bench.mechanisms.cuts import CutRule, Kept
+from fa_bench.mechanisms.cuts import CapturedActivation, CutRule
 from fa_bench.mechanisms.rule import INPUT, OUTPUT
+from fa_bench.sampling import INITIALISERS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,12 +81,12 @@ class DFA(CutRule):
     def broadcast(self, delta: Tensor, target: Tensor | None) -> Tensor:
         return delta if self._gain == 1 else delta * self._gain
 
-    def signal(self, cut: str, kept: Kept, sent: Tensor, target: Tensor | None) -> Tensor:
+    def signal(self, cut: str, kept: CapturedActivation, sent: Tensor, target: Tensor | None) -> Tensor:
         if self.form == "kernel":
-            return self.carried(cut, kept.tensor, kept.tensor, sent, kept.output_shape)
+            return self.input_error(cut, kept.tensor, kept.tensor, sent, kept.output_shape)
         return self.project(cut, sent, kept)
 
-    def carried(
+    def input_error(
         self, layer: str, x: Tensor, g: Tensor, delta: Tensor, output_shape: tuple[int, ...] | None = None
     ) -> Tensor:
         """The kernel form's error at a layer's input; `output_shape` is the layer's, that of g unless given."""

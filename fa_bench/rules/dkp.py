@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS
-from fa_bench.draws import INITIALISERS, draw_mask, seed_for
-from fa_bench.mechanisms.cuts import CutRule, Kept
+from fa_bench.mechanisms.cuts import CapturedActivation, CutRule
+from fa_bench.sampling import INITIALISERS, sample_mask, seed_for
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fa_bench.mechanisms.updates import LearnedFeedback
+    from fa_bench.mechanisms.updates import LearnedTensor
 
 
 @ALGORITHMS.register("dkp")
@@ -51,26 +51,26 @@ class DKP(CutRule):
     def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:
         from fa_bench.mechanisms.layers import put_tensor, register_learned
 
-        self._learned: dict[str, list[LearnedFeedback]] = {}
+        self._learned: dict[str, list[LearnedTensor]] = {}
         for cut, shape in features.items():
             size = (classes, math.prod(shape))
             self.put(cut, "B", size, self.b_init, self.density)
             self._learned[cut] = [register_learned(self._at[cut], cut, "B", self._witness)]
             if self.density < 1:
-                mask = draw_mask(size, self.density, seed_for(self.seed, cut, "B"))
+                mask = sample_mask(size, self.density, seed_for(self.seed, cut, "B"))
                 put_tensor(self._at[cut], "mask", mask.to(self.tensor(cut, "B")))
 
     def tensor(self, cut: str, name: str) -> Tensor:
         return self._at[cut]._parameters["feedback_B"].detach() if name == "B" else super().tensor(cut, name)
 
-    def learned_at(self, cut: str) -> list[LearnedFeedback]:
+    def learned_at(self, cut: str) -> list[LearnedTensor]:
         return self._learned[cut]
 
-    def feedback_gradients(self, cut: str, kept: Kept, delta: Tensor, target: Tensor | None) -> list[Tensor | None]:
+    def feedback_gradients(self, cut: str, kept: CapturedActivation, delta: Tensor, target: Tensor | None) -> list[Tensor | None]:
         dtype = self.tensor(cut, "B").dtype
         return [delta.to(dtype).t().mm(kept.tensor.flatten(1).to(dtype))]
 
-    def learned_feedback(self) -> list[LearnedFeedback]:
+    def learned_feedback(self) -> list[LearnedTensor]:
         return [one for learned in self._learned.values() for one in learned]
 
     @property

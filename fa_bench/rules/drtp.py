@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS
-from fa_bench.draws import INITIALISERS
-from fa_bench.mechanisms.cuts import CutRule, Kept
+from fa_bench.mechanisms.cuts import CapturedActivation, CutRule
+from fa_bench.sampling import INITIALISERS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +48,7 @@ class DRTP(CutRule):
         for cut, shape in features.items():
             self.put(cut, "B", (classes, math.prod(shape)), self.b_init, self.density)
 
-    def signal(self, cut: str, kept: Kept, sent: Tensor, target: Tensor | None) -> Tensor:
+    def signal(self, cut: str, kept: CapturedActivation, sent: Tensor, target: Tensor | None) -> Tensor:
         factor = self.scale * self.loss_factor / max(len(sent), 1)
         if self.error_sign:
             return self.project(cut, sent.sign() * factor, kept)

@@ -6,9 +6,9 @@ import dataclasses
 
 from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS
-from fa_bench.draws import INITIALISERS
-from fa_bench.mechanisms.carriers import Carrier, Fixed
-from fa_bench.mechanisms.edge import EdgeRule, Site
+from fa_bench.mechanisms.edge import EdgeRule, LayerContext
+from fa_bench.mechanisms.pathways import FeedbackPathway, FixedFeedback
+from fa_bench.sampling import INITIALISERS
 
 
 @ALGORITHMS.register("fa")
@@ -29,7 +29,7 @@ class FA(EdgeRule):
                                        choices=[*INITIALISERS, "copy_w"])
     density: float = option(1.0, "fraction of B that is not zero (mask drawn once)", above=0, maximum=1)
 
-    def carrier(self, site: Site) -> Carrier:
-        linear = site.layer.weight.dim() == 2 and self.linear_b_init is not None
-        site.put("B", self.linear_b_init if linear else self.b_init, self.density)
-        return Fixed()
+    def pathway(self, layer: LayerContext) -> FeedbackPathway:
+        linear = layer.module.weight.dim() == 2 and self.linear_b_init is not None
+        layer.put("B", self.linear_b_init if linear else self.b_init, self.density)
+        return FixedFeedback()

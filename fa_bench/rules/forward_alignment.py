@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS
-from fa_bench.draws import INITIALISERS
 from fa_bench.errors import CoverageError
 from fa_bench.lazy import torch
-from fa_bench.mechanisms.carriers import Carrier, Transport
-from fa_bench.mechanisms.carry import Carry, recomputing, reentrant
+from fa_bench.mechanisms.backward_context import BackwardContext, recomputing, refuse_reentrant
 from fa_bench.mechanisms.coverage import batch_note
-from fa_bench.mechanisms.edge import EdgeRule, Site
+from fa_bench.mechanisms.edge import EdgeRule, LayerContext
+from fa_bench.mechanisms.pathways import FeedbackPathway, TransposeFeedback
+from fa_bench.sampling import INITIALISERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,28 +35,28 @@ class Pass:
         return lambda: self.random[path]
 
 
-class RandomForward(Transport):
+class RandomForward(TransposeFeedback):
     """The error goes through the weight; another activation enters the weight gradient."""
 
-    always = True
+    always_needed = True
 
     def __init__(self, rule: ForwardAlignment, first: bool) -> None:
         self.rule, self.first = rule, first
-        self.tensors = "the weight" + ("" if first else "; random C makes the activation in its gradient")
+        self.description = "the weight" + ("" if first else "; random C makes the activation in its gradient")
 
-    def carry(self, layer: Any, x: Tensor) -> Carry:
+    def context(self, layer: Any, x: Tensor) -> BackwardContext:
         current = self.rule.current
         if recomputing():
             # What is saved must be what the first pass saved; the activation is that pass's.
-            return Carry(self.effective(layer), activation=None if self.first else reentrant(self.rule.name))
-        if current is None and layer.mode.hold:
-            return Carry(self.effective(layer))  # a probe that asks what this layer alone carries
+            return BackwardContext(self.effective(layer), activation=None if self.first else refuse_reentrant(self.rule.name))
+        if current is None and layer.mode.freeze_random:
+            return BackwardContext(self.effective(layer))  # a probe that asks what this layer alone carries
         if current is None:
             raise CoverageError(f"layer '{layer.path}' ran outside a forward pass of the attached model: call the model itself")
-        self.passed(layer, x)
-        return Carry(self.effective(layer), activation=None if self.first else current.arrives(layer.path))
+        self.observe(layer, x)
+        return BackwardContext(self.effective(layer), activation=None if self.first else current.arrives(layer.path))
 
-    def passed(self, layer: Any, x: Tensor) -> None:
+    def observe(self, layer: Any, x: Tensor) -> None:
         if self.rule.current is not None:
             self.rule.current.true[layer.path] = x.detach()
 
@@ -81,7 +81,7 @@ class ForwardAlignment(EdgeRule):
 
     c_init: str = option("xavier_uniform", "initialiser of the random weights C", choices=list(INITIALISERS))
 
-    def put_in(self, sample_input: Any) -> Coverage:
+    def wire(self, sample_input: Any) -> Coverage:
         self.current: Pass | None = None
         trace = self.trace(sample_input)
         again = [path for path in trace.order if trace.calls[path] > 1]
@@ -89,13 +89,13 @@ class ForwardAlignment(EdgeRule):
             raise CoverageError(f"rule 'forward_alignment' needs layers that run once in a forward pass; '{again[0]}' runs "
                                 f"{trace.calls[again[0]]} times")
         self._first = set(trace.inputs[0])
-        coverage = super().put_in(sample_input)
-        self._random = [path for path, layer in self._layers.items() if isinstance(layer.carrier, RandomForward)]
+        coverage = super().wire(sample_input)
+        self._random = [path for path, layer in self._layers.items() if isinstance(layer.pathway, RandomForward)]
         return coverage
 
-    def carrier(self, site: Site) -> Carrier:
-        site.put("C", self.c_init)
-        return RandomForward(self, site.path in self._first)
+    def pathway(self, layer: LayerContext) -> FeedbackPathway:
+        layer.put("C", self.c_init)
+        return RandomForward(self, layer.path in self._first)
 
     # The second pass has no gradients, and within it neither does anything; nor in one that activation checkpointing repeats.
     def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:

@@ -6,9 +6,9 @@ import dataclasses
 
 from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS
-from fa_bench.draws import INITIALISERS
-from fa_bench.mechanisms.carriers import Carrier, SignedMagnitude
-from fa_bench.mechanisms.edge import EdgeRule, Site
+from fa_bench.mechanisms.edge import EdgeRule, LayerContext
+from fa_bench.mechanisms.pathways import FeedbackPathway, SignedMagnitudeFeedback
+from fa_bench.sampling import INITIALISERS
 
 
 @ALGORITHMS.register("frsf")
@@ -25,7 +25,7 @@ class FRSF(EdgeRule):
     m_init: str = option("xavier_uniform", "initialiser of the magnitudes M", choices=list(INITIALISERS))
     density: float = option(1.0, "fraction of B that is not zero (mask drawn once)", above=0, maximum=1)
 
-    def carrier(self, site: Site) -> Carrier:
-        site.put("M", self.m_init, magnitude=True)
-        site.put_mask(self.density)
-        return SignedMagnitude()
+    def pathway(self, layer: LayerContext) -> FeedbackPathway:
+        layer.put("M", self.m_init, magnitude=True)
+        layer.put_mask(self.density)
+        return SignedMagnitudeFeedback()

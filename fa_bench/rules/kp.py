@@ -6,9 +6,9 @@ import dataclasses
 
 from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS
-from fa_bench.draws import INITIALISERS
-from fa_bench.mechanisms.carriers import Carrier, Learned
-from fa_bench.mechanisms.edge import EdgeRule, Site
+from fa_bench.mechanisms.edge import EdgeRule, LayerContext
+from fa_bench.mechanisms.pathways import FeedbackPathway, LearnedFeedback
+from fa_bench.sampling import INITIALISERS
 
 
 @ALGORITHMS.register("kp")
@@ -30,10 +30,10 @@ class KP(EdgeRule):
                                        choices=[*INITIALISERS, "copy_w"])
     b_lr_scale: float = option(1.0, "learning rate of B relative to that of W", minimum=0)
 
-    def carrier(self, site: Site) -> Carrier:
-        linear = site.layer.weight.dim() == 2 and self.linear_b_init is not None
-        site.put("B", self.linear_b_init if linear else self.b_init)
-        return Learned()
+    def pathway(self, layer: LayerContext) -> FeedbackPathway:
+        linear = layer.module.weight.dim() == 2 and self.linear_b_init is not None
+        layer.put("B", self.linear_b_init if linear else self.b_init)
+        return LearnedFeedback()
 
     @property
     def feedback_lr_scale(self) -> float:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS
-from fa_bench.draws import INITIALISERS, draw, seed_for
 from fa_bench.lazy import nn
 from fa_bench.mechanisms.local import LocalRule, cross_entropy, flattening
+from fa_bench.sampling import INITIALISERS, sample, seed_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +45,7 @@ class LocalError(LocalRule):
         self.put(cut, "M", (classes, count), self.m_init)
         if self.separate:
             matrix = self.tensor(cut, "M")
-            magnitudes = draw((classes, count), self.m_init, seed_for(self.seed, cut, "K")).abs_()
+            magnitudes = sample((classes, count), self.m_init, seed_for(self.seed, cut, "K")).abs_()
             put_tensor(self._at[cut], "K", magnitudes.to(matrix).mul_(matrix.sign()))
         return nn.Sequential(layers)
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS
-from fa_bench.draws import INITIALISERS, draw
 from fa_bench.errors import CoverageError, OptionError
 from fa_bench.lazy import torch
-from fa_bench.mechanisms.carriers import Carrier, learning
-from fa_bench.mechanisms.carry import Carry
-from fa_bench.mechanisms.edge import Site
-from fa_bench.rules.pfa import Product, ProductRule
+from fa_bench.mechanisms.backward_context import BackwardContext
+from fa_bench.mechanisms.edge import LayerContext
+from fa_bench.mechanisms.pathways import FeedbackPathway, feedback_gradient
+from fa_bench.rules.pfa import ProductFeedback, ProductRule
+from fa_bench.sampling import INITIALISERS, sample
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 KINDS = ("pfa", "fa", "kp")
 
 
-class Mix(Carrier):
+class MixedFeedback(FeedbackPathway):
     """The error goes through a tensor whose entries come from B R, from F and from K, as the masks say.
 
     Args:
@@ -32,17 +32,17 @@ class Mix(Carrier):
         self.kinds = kinds
         self.learned = tuple(name for kind, name in (("pfa", "R"), ("kp", "K")) if kind in kinds)
         self.follows = "K" if "kp" in kinds else None
-        self.always = bool(self.learned)
-        self.tensors = " and ".join({"pfa": "B R", "fa": "F", "kp": "K"}[kind] for kind in kinds) + ", each where its mask is"
-        self._product = Product()
+        self.always_needed = bool(self.learned)
+        self.description = " and ".join({"pfa": "B R", "fa": "F", "kp": "K"}[kind] for kind in kinds) + ", each where its mask is"
+        self._product = ProductFeedback()
 
-    def carry(self, layer: Any, x: Tensor) -> Carry:
+    def context(self, layer: Any, x: Tensor) -> BackwardContext:
         learn = ()
         if "pfa" in self.kinds:
-            learn += learning(layer, "R", hop=layer._buffers["feedback_B"])
+            learn += feedback_gradient(layer, "R", hop=layer._buffers["feedback_B"])
         if "kp" in self.kinds:
-            learn += learning(layer, "K")
-        return self.carry_effective(layer, x, learn)
+            learn += feedback_gradient(layer, "K")
+        return self.effective_context(layer, x, learn)
 
     def effective(self, layer: Any) -> Tensor:
         return self.summed(layer, self.kinds)
@@ -97,28 +97,28 @@ class Mixed(ProductRule):
                                      "the fractions must sum to 1")
 
     def first(self, outputs: int, between: int, seed: int) -> Tensor:
-        return draw((outputs, between), "lecun_uniform", seed)
+        return sample((outputs, between), "lecun_uniform", seed)
 
-    def carrier(self, site: Site) -> Carrier:
+    def pathway(self, layer: LayerContext) -> FeedbackPathway:
         fractions = torch.tensor([getattr(self, kind) for kind in KINDS], dtype=torch.float64)
         kinds = tuple(kind for kind in KINDS if getattr(self, kind))
         if "pfa" in kinds:
-            self.put_path(site)
+            self.put_path(layer)
         if "fa" in kinds:
-            site.put("F", self.f_init)
+            layer.put("F", self.f_init)
         if "kp" in kinds:
-            site.put("K", self.k_init)
-        weight: Tensor = site.layer.weight
-        generator = torch.Generator().manual_seed(site.tensor_seed("kinds"))
+            layer.put("K", self.k_init)
+        weight: Tensor = layer.module.weight
+        generator = torch.Generator().manual_seed(layer.tensor_seed("kinds"))
         drawn = torch.multinomial(fractions, weight.numel(), replacement=True, generator=generator).view(weight.shape)
         for kind in kinds:
-            site.keep(f"mask_{kind}", (drawn == KINDS.index(kind)).to(weight))
-        return Mix(kinds)
+            layer.keep(f"mask_{kind}", (drawn == KINDS.index(kind)).to(weight))
+        return MixedFeedback(kinds)
 
     def direct_feedback(self, layer: str) -> Tensor:
         """m_fa F + m_kp K of a layer, in the weight's layout, detached: the synapses that answer a weight one to one."""
         self.effective_feedback(layer)
         found = self._layers[layer]
-        if not isinstance(found.carrier, Mix):
+        if not isinstance(found.pathway, MixedFeedback):
             raise CoverageError(f"rule '{self.name}' puts no feedback into layer '{layer}' (excluded, or the last one)")
-        return found.carrier.summed(found, tuple(kind for kind in found.carrier.kinds if kind != "pfa"))
+        return found.pathway.summed(found, tuple(kind for kind in found.pathway.kinds if kind != "pfa"))

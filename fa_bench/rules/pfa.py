@@ -7,33 +7,33 @@ from typing import TYPE_CHECKING, Any
 
 from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS
-from fa_bench.draws import INITIALISERS, draw
 from fa_bench.lazy import torch
-from fa_bench.mechanisms.carriers import Carrier, learning
-from fa_bench.mechanisms.carry import Carry
-from fa_bench.mechanisms.edge import EdgeRule, Site
+from fa_bench.mechanisms.backward_context import BackwardContext
+from fa_bench.mechanisms.edge import EdgeRule, LayerContext
+from fa_bench.mechanisms.pathways import FeedbackPathway, feedback_gradient
 from fa_bench.mechanisms.product import multiplied_out
+from fa_bench.sampling import INITIALISERS, sample
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Product(Carrier):
+class ProductFeedback(FeedbackPathway):
     """The error goes through B, fixed, and then through R, learned.
 
     Shapes: see `fa_bench.mechanisms.product`.
     """
 
     learned = ("R",)
-    always = True
-    tensors = "B and R"
+    always_needed = True
+    description = "B and R"
 
-    def carry(self, layer: Any, x: Tensor) -> Carry:
+    def context(self, layer: Any, x: Tensor) -> BackwardContext:
         first, second = layer._buffers["feedback_B"], layer._parameters["feedback_R"]
         if second.dim() == 2:
-            return Carry(first, second=second, learn=learning(layer, "R"))
+            return BackwardContext(first, second=second, gradients=feedback_gradient(layer, "R"))
         # In a convolution the product is made once, not at every pixel: ten times less work at a ratio of ten.
-        return self.carry_effective(layer, x, learning(layer, "R", hop=first))
+        return self.effective_context(layer, x, feedback_gradient(layer, "R", hop=first))
 
     def effective(self, layer: Any) -> Tensor:
         groups, transposed = getattr(layer, "groups", 1), getattr(layer, "transposed", False)
@@ -59,23 +59,23 @@ class ProductRule(EdgeRule):
         """Fraction of R that is not zero."""
         return 1.0
 
-    def put_path(self, site: Site) -> None:
+    def put_path(self, layer: LayerContext) -> None:
         """Draw B, R and the mask of R."""
-        layer: Any = site.layer
-        weight, groups = layer.weight, getattr(layer, "groups", 1)
-        transposed = getattr(layer, "transposed", False)
+        module: Any = layer.module
+        weight, groups = module.weight, getattr(module, "groups", 1)
+        transposed = getattr(module, "transposed", False)
         outputs = weight.shape[1] if transposed else len(weight) // groups
         between = max(round(self.ratio * outputs), 1)
-        seed = site.tensor_seed("B")
+        seed = layer.tensor_seed("B")
         first = torch.cat([self.first(outputs, between, seed + group) for group in range(groups)])
-        site.keep("B", first.to(weight))
+        layer.keep("B", first.to(weight))
         shape = [len(weight), between, *weight.shape[2:]] if transposed else [groups * between, *weight.shape[1:]]
-        site.put("R", self.r_init, self.r_density(), shape=shape)
-        site.put_mask(self.r_density(), seeded_by="R", shape=shape)
+        layer.put("R", self.r_init, self.r_density(), shape=shape)
+        layer.put_mask(self.r_density(), seeded_by="R", shape=shape)
 
-    def carrier(self, site: Site) -> Carrier:
-        self.put_path(site)
-        return Product()
+    def pathway(self, layer: LayerContext) -> FeedbackPathway:
+        self.put_path(layer)
+        return ProductFeedback()
 
 
 @ALGORITHMS.register("pfa")
@@ -98,7 +98,7 @@ class PFA(ProductRule):
     density: float = option(1.0, "fraction of B and of R that is not zero (masks drawn once)", above=0, maximum=1)
 
     def first(self, outputs: int, between: int, seed: int) -> Tensor:
-        return draw((outputs, between), "lecun_uniform", seed, self.density).div_(self.density**0.5)
+        return sample((outputs, between), "lecun_uniform", seed, self.density).div_(self.density**0.5)
 
     def r_density(self) -> float:
         return self.density

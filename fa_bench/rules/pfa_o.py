@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS
-from fa_bench.draws import draw
 from fa_bench.lazy import torch
 from fa_bench.rules.pfa import ProductRule
+from fa_bench.sampling import sample
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +30,6 @@ class PFAO(ProductRule):
     ratio: float = option(1.0, "expansion ratio: units of the population in between, over units of the layer's output", minimum=1)
 
     def first(self, outputs: int, between: int, seed: int) -> Tensor:
-        gaussian = draw((between, outputs), "normal_fan_out", seed)
+        gaussian = sample((between, outputs), "normal_fan_out", seed)
         q, r = torch.linalg.qr(gaussian.double())
         return (q * r.diagonal().sign()).t().to(gaussian.dtype)

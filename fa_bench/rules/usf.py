@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS
-from fa_bench.mechanisms.carriers import Carrier, Sign
-from fa_bench.mechanisms.edge import EdgeRule, Site
+from fa_bench.mechanisms.edge import EdgeRule, LayerContext
+from fa_bench.mechanisms.pathways import FeedbackPathway, SignFeedback
 
 #: name -> s from (fan_in, fan_out) with kernel positions, and whether the layer is a convolution
 SCALES: dict[str, Callable[[int, int, bool], float]] = {
@@ -37,6 +37,6 @@ class USF(EdgeRule):
     scale: str = option("xavier", "the scale s of the feedback", choices=list(SCALES))
     density: float = option(1.0, "fraction of B that is not zero (mask drawn once)", above=0, maximum=1)
 
-    def carrier(self, site: Site) -> Carrier:
-        site.put_mask(self.density)
-        return Sign(SCALES[self.scale](*site.fans, site.layer.weight.dim() > 2))
+    def pathway(self, layer: LayerContext) -> FeedbackPathway:
+        layer.put_mask(self.density)
+        return SignFeedback(SCALES[self.scale](*layer.fans, layer.module.weight.dim() > 2))

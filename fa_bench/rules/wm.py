@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS
-from fa_bench.draws import INITIALISERS, seed_for
 from fa_bench.errors import CoverageError
 from fa_bench.lazy import torch
-from fa_bench.mechanisms.carriers import Carrier, Fixed
-from fa_bench.mechanisms.edge import EdgeRule, Site
+from fa_bench.mechanisms.edge import EdgeRule, LayerContext
+from fa_bench.mechanisms.pathways import FeedbackPathway, FixedFeedback
+from fa_bench.sampling import INITIALISERS, seed_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +42,7 @@ class Noise(NamedTuple):
     shape: tuple[int, ...]
     seed: int
 
-    def draw(self, number: int, like: Tensor) -> Tensor:
+    def sample(self, number: int, like: Tensor) -> Tensor:
         """Noise number `number`, (batch, *shape), on the device and in the dtype of `like`."""
         generator = torch.Generator(like.device).manual_seed(seed_for(self.seed, number))
         x = torch.empty(self.batch, *self.shape, dtype=like.dtype, device=like.device)
@@ -52,7 +52,7 @@ class Noise(NamedTuple):
         return x.uniform_(-half_width, half_width, generator=generator)
 
 
-class Mirror(Fixed):
+class MirroredFeedback(FixedFeedback):
     """e_in = g B, where B is drawn towards W by what noise at the layer's input makes of its output.
 
     Args:
@@ -65,7 +65,7 @@ class Mirror(Fixed):
         geometry: how a convolution of the noise walks; None where the layer pads its input with zeros itself.
     """
 
-    tensors = "B, drawn towards W by noise"
+    description = "B, drawn towards W by noise"
 
     def __init__(
         self, noise: Noise, rate: float, decay: float, activation: str, block_bias: bool, positions: Tensor | None,
@@ -85,7 +85,7 @@ class Mirror(Fixed):
         self.draws += 1
         weight, feedback = layer.weight.detach(), layer._buffers["feedback_B"]
         bias = None if self.block_bias or layer.bias is None else layer.bias.detach()
-        x = self.noise.draw(self.draws, weight)
+        x = self.noise.sample(self.draws, weight)
         scale = self.rate / (self.noise.batch * self.noise.sigma**2 * SLOPES[self.activation])
         if self.positions is None:
             y = self._activated(torch.nn.functional.linear(x, weight, bias))
@@ -162,7 +162,7 @@ class WM(EdgeRule):
     def shortened(self, fraction: float) -> WM:
         return dataclasses.replace(self, initial_steps=round(fraction * self.initial_steps))
 
-    def put_in(self, sample_input: Any) -> Coverage:
+    def wire(self, sample_input: Any) -> Coverage:
         from fa_bench.mechanisms.layers import weighted_layers
 
         layers = weighted_layers(self.model)
@@ -177,43 +177,43 @@ class WM(EdgeRule):
         else:
             trace = self.trace(sample_input)
             self._shapes = {path: (trace.input_shapes[path], trace.output_shapes[path]) for path in trace.reached}
-        coverage = super().put_in(sample_input)
-        self._mirrored = [layer for layer in self._layers.values() if isinstance(layer.carrier, Mirror)]
+        coverage = super().wire(sample_input)
+        self._mirrored = [layer for layer in self._layers.values() if isinstance(layer.pathway, MirroredFeedback)]
         return coverage
 
     @property
     def initial_steps_left(self) -> int:
-        return max(self.initial_steps - self._mirrored[0].carrier.draws, 0) if self._mirrored else 0
+        return max(self.initial_steps - self._mirrored[0].pathway.draws, 0) if self._mirrored else 0
 
     def initial_phase(self) -> Iterator[None]:
         for _ in range(self.initial_steps_left):
             self._mirror(1)
             yield
 
-    def carrier(self, site: Site) -> Carrier:
-        site.put("B", self.b_init)
-        if site.path not in self._shapes:
-            return Fixed()
-        layer: Any = site.layer
-        shape, positions, geometry = (layer.weight.shape[1],), None, None
-        if hasattr(layer, "kernel_size"):
-            shape, positions, geometry = _driven(layer, *self._shapes[site.path])
+    def pathway(self, layer: LayerContext) -> FeedbackPathway:
+        layer.put("B", self.b_init)
+        if layer.path not in self._shapes:
+            return FixedFeedback()
+        module: Any = layer.module
+        shape, positions, geometry = (module.weight.shape[1],), None, None
+        if hasattr(module, "kernel_size"):
+            shape, positions, geometry = _driven(module, *self._shapes[layer.path])
             if not self.per_tap:
                 positions = positions.max().expand_as(positions)
-        noise = Noise(self.noise, self.sigma, self.mirror_batch, shape, site.tensor_seed("mirror"))
+        noise = Noise(self.noise, self.sigma, self.mirror_batch, shape, layer.tensor_seed("mirror"))
         decay = self.mirror_rate if self.mirror_decay is None else self.mirror_decay
-        return Mirror(noise, self.mirror_rate, decay, self.activation, self.block_bias, positions, geometry)
+        return MirroredFeedback(noise, self.mirror_rate, decay, self.activation, self.block_bias, positions, geometry)
 
     def step(self) -> None:
         super().step()
-        if not self.mode.hold:
+        if not self.mode.freeze_random:
             self._mirror(self.mirror_steps)
 
     def _mirror(self, steps: int) -> None:
         with torch.no_grad():
             for layer in self._mirrored:
                 for _ in range(steps):
-                    layer.carrier.mirror(layer)
+                    layer.pathway.mirror(layer)
 
 
 def _driven(

@@ -99,7 +99,7 @@ def test_a_signal_while_a_plugin_is_imported_is_no_fault_of_it(tmp_path: Path, c
 
 
 @pytest.mark.parametrize("grid", [False, True])
-@pytest.mark.parametrize("where", ["carrier(self, site)", "check(self)"])
+@pytest.mark.parametrize("where", ["pathway(self, layer)", "check(self)"])
 def test_a_rule_that_exits_ends_its_own_job_alone(
     where: str, grid: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -120,7 +120,7 @@ def test_a_rule_that_exits_ends_its_own_job_alone(
 
 
 def test_a_dry_run_that_a_plugin_ends_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "odd_plugin.py").write_text(IMPORTS + RULE + "    def carrier(self, site): raise SystemExit(0)\n")
+    (tmp_path / "odd_plugin.py").write_text(IMPORTS + RULE + "    def pathway(self, layer): raise SystemExit(0)\n")
     (tmp_path / "conf" / "algorithm").mkdir(parents=True)
     (tmp_path / "conf" / "algorithm" / "odd.yaml").write_text("defaults:\n  - /_schema/algorithm/odd_rule@_here_\n")
     assert main(["--dry-run", "--config-dir", "conf", *SMALL, "plugins=[odd_plugin]", "algorithm=odd"]) == 1

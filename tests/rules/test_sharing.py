@@ -125,7 +125,7 @@ def test_shared_input_equal_to_the_true_one_is_kolen_pollack():
     values = x
     for path, stage in plain.named_children():
         if path in ("fc3", "fc4", "fc5"):
-            model.get_submodule(path).carrier.match = lambda layer, h=values: lambda _: h.detach()
+            model.get_submodule(path).pathway.match = lambda layer, h=values: lambda _: h.detach()
         values = stage(values)
     got, want = rule_grads(model, rule, x, y), bp_grads(plain, x, y)
     assert_matches(got, want)

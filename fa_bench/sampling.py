@@ -41,13 +41,13 @@ def seed_for(*parts: Any) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
 
 
-def draw(shape: Sequence[int], init: str, seed: int, density: float = 1.0) -> Tensor:
+def sample(shape: Sequence[int], init: str, seed: int, density: float = 1.0) -> Tensor:
     """A float32 tensor on the CPU drawn by the initialiser `init`; with `density` below 1, a Bernoulli mask on it.
 
     The mask does not change the variance of what remains.
     """
     tensor = fill(torch.empty(*shape), init, torch.Generator().manual_seed(seed))
-    return tensor if density == 1 else tensor.mul_(draw_mask(shape, density, seed))
+    return tensor if density == 1 else tensor.mul_(sample_mask(shape, density, seed))
 
 
 def fill(tensor: Tensor, init: str, generator: torch.Generator | None = None) -> Tensor:
@@ -60,13 +60,13 @@ def fill(tensor: Tensor, init: str, generator: torch.Generator | None = None) ->
         return tensor.normal_(0.0, scale, generator=generator)
 
 
-def draw_mask(shape: Sequence[int], density: float, seed: int) -> Tensor:
+def sample_mask(shape: Sequence[int], density: float, seed: int) -> Tensor:
     """A float32 mask on the CPU whose entries are one with probability `density` and zero otherwise."""
     generator = torch.Generator().manual_seed(seed_for(seed, "mask"))
     return torch.empty(*shape).bernoulli_(density, generator=generator)
 
 
-def redraw_magnitudes(out: Tensor, init: str, seed: int) -> None:
+def resample_magnitudes(out: Tensor, init: str, seed: int) -> None:
     """Overwrite `out` with the absolute values of a fresh draw of the initialiser `init`, on its own device."""
     distribution, width = INITIALISERS[init]
     scale = width(*fans(out.shape))

@@ -11,10 +11,10 @@ from fa_bench.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fa_bench.mechanisms.updates import LearnedFeedback
+    from fa_bench.mechanisms.updates import LearnedTensor
 
 
-class Learn(NamedTuple):
+class FeedbackGradient(NamedTuple):
     """How the gradient of learned feedback is made: it equals the weight's, unless `activation` or `hop` (never both) is given.
 
     Attributes:
@@ -25,12 +25,12 @@ class Learn(NamedTuple):
             `fa_bench.mechanisms.product` for its layout.
     """
 
-    learned: LearnedFeedback
+    learned: LearnedTensor
     activation: Callable[[], Tensor] | None = None
     hop: Tensor | None = None
 
 
-class Carry(NamedTuple):
+class BackwardContext(NamedTuple):
     """What one forward pass hands to a layer's backward pass.
 
     Attributes:
@@ -42,10 +42,10 @@ class Carry(NamedTuple):
     """
 
     feedback: Tensor | None = None
-    make: Callable[[Tensor], Tensor] | None = None
+    from_weight: Callable[[Tensor], Tensor] | None = None
     second: Tensor | None = None
     activation: Callable[[], Tensor] | None = None
-    learn: tuple[Learn, ...] = ()
+    gradients: tuple[FeedbackGradient, ...] = ()
 
 
 def recomputing() -> bool:
@@ -53,8 +53,8 @@ def recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def reentrant(rule: str) -> Callable[..., Tensor]:
-    """What stands in the `Carry` of a repeated forward pass for that which the first one alone has.
+def refuse_reentrant(rule: str) -> Callable[..., Tensor]:
+    """What stands in the `BackwardContext` of a repeated forward pass for that which the first one alone has.
 
     It is called where the repeated pass is itself differentiated, as by reentrant checkpointing of the whole model; the first
     pass has no gradients there, and looks like an evaluation.

@@ -77,10 +77,11 @@ def memory_of(model: nn.Module, input_shape: tuple[int, ...], rule: ASAP | None 
         kept = [group[0] for group in trace.inputs[1:]]
         return Memory(parameters, _inputs(trace, kept) + watch.averaged() + logits, relus=watch.relus)
     sizes = {path: layer.weight.numel() for path, layer in weighted_layers(model).items()}
-    learned, by_weight = {path for group in rule.sharing_groups(model, trace) for path in group}, rule.carried_by_weight(model)
+    learned = {path for group in rule.sharing_groups(model, trace) for path in group}
+    by_weight = rule.weight_transport_layers(model)
     return Memory(
         parameters,
-        _inputs(trace, rule.kept_inputs(model, trace)) + logits,
+        _inputs(trace, rule.saved_inputs(model, trace)) + logits,
         sum(sizes[path] for path in trace.reached if path not in by_weight),
         sum(sizes[path] for path in learned - by_weight),
         watch.relus,

@@ -9,15 +9,15 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.draws import redraw_magnitudes, seed_for
 from fa_bench.lazy import torch
-from fa_bench.mechanisms.carry import Carry, Learn, recomputing, reentrant
+from fa_bench.mechanisms.backward_context import BackwardContext, FeedbackGradient, recomputing, refuse_reentrant
+from fa_bench.sampling import resample_magnitudes, seed_for
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Carrier:
+class FeedbackPathway:
     """How one layer obtains its effective feedback. Holds plain values; the tensors are the layer's: fixed ones its buffers,
     learned ones its parameters.
 
@@ -29,35 +29,35 @@ class Carrier:
 
     learned: tuple[str, ...] = ()
     follows: str | None = None
-    always = False
+    always_needed = False
     #: What carries the error, in words.
-    tensors = "tensors of its own"
+    description = "tensors of its own"
 
-    def words(self) -> str:
+    def describe(self) -> str:
         """What carries the error and which of it learns, in a few words for the table of `fa_bench.mechanisms.coverage`."""
-        if self.learned == (self.tensors,):
-            return f"learned {self.tensors}"
-        return self.tensors + (f" ({', '.join(self.learned)} learned)" if self.learned else "")
+        if self.learned == (self.description,):
+            return f"learned {self.description}"
+        return self.description + (f" ({', '.join(self.learned)} learned)" if self.learned else "")
 
     def effective(self, layer: Any) -> Tensor:
         """What carries the error now, in the weight's layout, detached."""
         raise NotImplementedError
 
-    def carry(self, layer: Any, x: Tensor) -> Carry:
+    def context(self, layer: Any, x: Tensor) -> BackwardContext:
         """What the layer's backward pass needs; `x` is the layer's input."""
-        return Carry(self.effective(layer))
+        return BackwardContext(self.effective(layer))
 
-    def carry_effective(self, layer: Any, x: Tensor, learn: tuple[Learn, ...]) -> Carry:
+    def effective_context(self, layer: Any, x: Tensor, gradients: tuple[FeedbackGradient, ...]) -> BackwardContext:
         """`effective`, where an error is carried: where learning alone asks for the pass, making it would be in vain."""
-        return Carry(self.effective(layer) if x.requires_grad else layer.weight.detach(), learn=learn)
+        return BackwardContext(self.effective(layer) if x.requires_grad else layer.weight.detach(), gradients=gradients)
 
     def before_forward(self, layer: Any) -> None:
         """Called at the start of every training forward."""
 
-    def passed(self, layer: Any, x: Tensor) -> None:
+    def observe(self, layer: Any, x: Tensor) -> None:
         """Called in a training forward of the model for a layer that runs without gradients, for it is not trained."""
 
-    def settle(self, layer: Any) -> None:
+    def materialize(self, layer: Any) -> None:
         """Bring the layer's tensors up to date; called before anybody reads them."""
 
     def after_step(self, layer: Any) -> None:
@@ -75,60 +75,60 @@ class Carrier:
         """Take back what `state` gave."""
 
 
-class Fixed(Carrier):
+class FixedFeedback(FeedbackPathway):
     """e_in = g B with B drawn once."""
 
-    tensors = "fixed B"
+    description = "fixed B"
 
     def effective(self, layer: Any) -> Tensor:
         # Straight from the dictionary: a module's attribute look-up takes as long as a small matrix product's launch.
         return layer._buffers["feedback_B"]
 
 
-class Learned(Fixed):
+class LearnedFeedback(FixedFeedback):
     """e_in = g B, and the gradient of B is the gradient of W, the same numbers."""
 
-    tensors = "B"
+    description = "B"
     learned = ("B",)
     follows = "B"
-    always = True
+    always_needed = True
 
     def effective(self, layer: Any) -> Tensor:
         return layer._parameters["feedback_B"].detach()
 
-    def carry(self, layer: Any, x: Tensor) -> Carry:
-        return Carry(layer._parameters["feedback_B"], learn=learning(layer, "B"))
+    def context(self, layer: Any, x: Tensor) -> BackwardContext:
+        return BackwardContext(layer._parameters["feedback_B"], gradients=feedback_gradient(layer, "B"))
 
 
-def learning(
+def feedback_gradient(
     layer: Any, name: str, activation: Callable[[], Tensor] | None = None, hop: Tensor | None = None
-) -> tuple[Learn, ...]:
-    """The entry of `Carry.learn` for the layer's learned feedback tensor `name`, see `Learn`; none while a probe runs."""
-    if layer.mode.hold:
+) -> tuple[FeedbackGradient, ...]:
+    """How the gradient of the learned feedback tensor `name` is computed; empty while a probe runs."""
+    if layer.mode.freeze_random:
         return ()
     learned = layer.learned[name]
     if learned._rests and layer.weight.requires_grad:
         learned.require_awake()
-    return (Learn(learned, activation, hop),)
+    return (FeedbackGradient(learned, activation, hop),)
 
 
-class Transport(Carrier):
+class TransposeFeedback(FeedbackPathway):
     """The true weight: backpropagation through this layer."""
 
-    tensors = "the weight"
+    description = "the weight"
 
     def effective(self, layer: Any) -> Tensor:
         return layer.weight.detach()
 
 
-class FromWeight(Carrier):
+class WeightDerivedFeedback(FeedbackPathway):
     """B is made of the weight, in the backward pass itself: there it goes from the cache into the product.
 
     The weight of the forward pass is meant; autograd refuses one that was changed in between, as for backpropagation.
     """
 
-    def carry(self, layer: Any, x: Tensor) -> Carry:
-        return Carry(make=functools.partial(self.made, layer))
+    def context(self, layer: Any, x: Tensor) -> BackwardContext:
+        return BackwardContext(from_weight=functools.partial(self.made, layer))
 
     def effective(self, layer: Any) -> Tensor:
         return self.made(layer, layer.weight.detach())
@@ -143,14 +143,14 @@ class FromWeight(Carrier):
         raise NotImplementedError
 
 
-class Sign(FromWeight):
+class SignFeedback(WeightDerivedFeedback):
     """B = s sign(W) of the current weight; sign(0) is 0.
 
     Args:
         scale: s, a positive number.
     """
 
-    tensors = "the signs of the weight"
+    description = "the signs of the weight"
 
     def __init__(self, scale: float) -> None:
         self.scale = scale
@@ -162,46 +162,46 @@ class Sign(FromWeight):
         return {"B": self.effective(layer)}
 
 
-class SignedMagnitude(FromWeight):
+class SignedMagnitudeFeedback(WeightDerivedFeedback):
     """B = |M| sign(W) of the current weight.
 
     Args:
-        redraw: initialiser that draws M anew at every training forward, or None to keep it.
+        resample: initialiser that draws M anew at every training forward, or None to keep it.
         seed: the layer's seed for redrawing; each draw is a pure function of it and of the draw's number.
     """
 
-    tensors = "the signs of the weight with magnitudes M"
+    description = "the signs of the weight with magnitudes M"
 
-    def __init__(self, redraw: str | None = None, seed: int = 0) -> None:
-        self.redraw, self.seed, self.draws = redraw, seed, 0
+    def __init__(self, resample: str | None = None, seed: int = 0) -> None:
+        self.resample, self.seed, self.draws = resample, seed, 0
         # The draw waits until somebody reads it: the first layer's magnitudes carry no error.
         self._due = False
         self._positive: tuple[int, int] | None = None
 
     def before_forward(self, layer: Any) -> None:
-        if self.redraw is not None and not recomputing():
+        if self.resample is not None and not recomputing():
             self.draws += 1
             self._due = True
 
-    def settle(self, layer: Any) -> None:
+    def materialize(self, layer: Any) -> None:
         if self._due:
             self._due = False
-            assert self.redraw is not None
-            redraw_magnitudes(layer.feedback_M, self.redraw, seed_for(self.seed, self.draws))
+            assert self.resample is not None
+            resample_magnitudes(layer.feedback_M, self.resample, seed_for(self.seed, self.draws))
             self._positive = _moment(layer.feedback_M)
 
-    def carry(self, layer: Any, x: Tensor) -> Carry:
-        if self.redraw is None:
-            return super().carry(layer, x)
+    def context(self, layer: Any, x: Tensor) -> BackwardContext:
+        if self.resample is None:
+            return super().context(layer, x)
         if recomputing():
-            return Carry(make=reentrant("brsf"))
+            return BackwardContext(from_weight=refuse_reentrant("brsf"))
         # By the backward pass another forward may have drawn M again. Handed over as it is: a tensor that autograd saves is
         # computed again under activation checkpointing, by then of another M.
         feedback = self.effective(layer)
-        return Carry(make=lambda weight: feedback)
+        return BackwardContext(from_weight=lambda weight: feedback)
 
     def full(self, layer: Any, signs: Tensor) -> Tensor:
-        self.settle(layer)
+        self.materialize(layer)
         return signs.mul_(self._magnitude(layer._buffers["feedback_M"]))
 
     def _magnitude(self, drawn: Tensor) -> Tensor:
