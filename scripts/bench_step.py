@@ -25,9 +25,9 @@ import fa_bench
 from fa_bench.config.registries import ALGORITHMS, ARCHITECTURES
 from fa_bench.config.specs import parse_spec
 from fa_bench.errors import CoverageError
-from fa_bench.mechanisms.backward_context import BackwardContext
 from fa_bench.mechanisms.layers import weighted_layers
 from fa_bench.mechanisms.ops import DeliverFunction, FeedbackLinearFunction
+from fa_bench.mechanisms.pathways import BackwardContext
 from fa_bench.metrics.arithmetic import multiplications
 from fa_bench.optim import SGD, Optimizers
 

@@ -28,6 +28,7 @@ from fa_bench.metrics.memory_traffic import memories
 from fa_bench.process import isolated
 from fa_bench.records import read_metrics
 from fa_bench.report.runs import read_run
+from fa_bench.rules.bp import BP
 from fa_bench.runs.locks import holder
 from fa_bench.runs.rundir import RunDirectory, Stage
 from fa_bench.runs.train import Parts, assemble, load, prepare
@@ -208,12 +209,12 @@ def _optimizers(job: Job, learned: bool) -> str:
 
 def _accesses(job: Job, model: torch.nn.Module, shape: tuple[int, ...], batch: int) -> list[tuple[str, str]]:
     """External memory accesses of Woo et al. 2021, of backpropagation and of the rule where they are defined."""
-    found = {name: sum(kept.accesses(batch)) for name, kept in memories(model, shape, job.fresh_algorithm()).items()}
-    rule, reference = job.algorithm.name, found["bp"]
-    if rule not in found:
-        return [("memory accesses", f"{count(reference)} a step for backpropagation; not defined for {rule}")]
-    ratio = found[rule] / reference
-    return [("memory accesses", f"{count(found[rule])} a step, {ratio:.2f} of backpropagation's {count(reference)}")]
+    reference, of_rule = (memory and sum(memory.accesses(batch)) for memory in memories(model, shape, job.fresh_algorithm()))
+    assert reference is not None
+    if of_rule is None:
+        undefined = "" if type(job.algorithm) is BP else f"; not defined for {job.algorithm.name}"
+        return [("memory accesses", f"{count(reference)} a step for backpropagation{undefined}")]
+    return [("memory accesses", f"{count(of_rule)} a step, {of_rule / reference:.2f} of backpropagation's {count(reference)}")]
 
 
 def _training(job: Job, trained: Job, splits: Splits) -> list[tuple[str, str]]:

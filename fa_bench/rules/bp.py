@@ -20,7 +20,7 @@ class BP(Rule):
 
     e_in = g W; gradient of W = gᵀ x; gradient of b = Σ g (Rumelhart, Hinton and Williams 1986; eqs 1-2 of Akrout et al. 2019).
 
-    The model is left as it is. Subclasses freeze a part of it.
+    The model is not changed. Subclasses freeze a part of it.
     """
 
     def frozen_parameters(self, sample_input: Any) -> dict[int, str]:
@@ -35,7 +35,7 @@ class BP(Rule):
         self.freeze(parameter for parameter in self.model.parameters() if id(parameter) in why)
         return Coverage(self.name, tuple(
             Covered(path, type(layer).__name__, tuple(layer.weight.shape),
-                    why.get(id(layer.weight), "goes on through the weight"))
+                    why.get(id(layer.weight), "passes through the weight"))
             for path, layer in self._layers.items()
         ), {})
 

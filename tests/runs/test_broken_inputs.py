@@ -218,7 +218,7 @@ def test_what_is_too_large_is_refused_before_it_is_allocated(
 def test_what_fits_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_limits, "available", lambda: 10**8)
     memory_limits.require(10**8, "this")
-    with pytest.raises(ConfigError, match=r"this: needs 0\.1 GB of memory, of which 0\.1 GB are left"):
+    with pytest.raises(ConfigError, match=r"this: needs 0\.1 GB of memory, but only 0\.1 GB is available"):
         memory_limits.require(10**8 + 1, "this")
 
     @memory_limits.within_memory

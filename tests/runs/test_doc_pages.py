@@ -22,6 +22,10 @@ from fa_bench.command.compose import Composer
 from fa_bench.command.dry_run import _bytes, _kept
 from fa_bench.config.job import register_schemas
 from fa_bench.config.registries import ALGORITHMS, ARCHITECTURES, DATASETS
+from fa_bench.mechanisms.cuts import CutRule
+from fa_bench.mechanisms.edge import EdgeRule
+from fa_bench.mechanisms.local import LocalRule
+from fa_bench.mechanisms.rule import Rule
 from fa_bench.metrics.arithmetic import step_multiplications
 from fa_bench.report import figures
 
@@ -40,18 +44,34 @@ def page(name: str) -> str:
     return (DOCS / f"{name}.md").read_text(encoding="utf-8")
 
 
-def made() -> dict[str, str]:
+def script() -> Any:
     spec = importlib.util.spec_from_file_location("make_docs", ROOT / "scripts" / "make_docs.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.pages()
+    return module
+
+
+def made() -> dict[str, str]:
+    return script().pages()
 
 
 # ------------------------------------------------------------------------------------------------ the rules' pages
 def test_pages_of_the_rules_are_what_the_script_makes() -> None:
     committed = {path.name: path.read_text(encoding="utf-8") for path in (DOCS / "rules").glob("*.md")}
     assert committed == made(), "run: python scripts/make_docs.py"
+
+
+def test_the_guide_to_rules_lists_every_method_that_may_be_overridden() -> None:
+    guide = script().guide()
+    assert page("add_a_rule") == guide, "run: python scripts/make_docs.py"
+    overridden = {name for cls in ALGORITHMS.values() for base in cls.__mro__ if base.__module__.startswith("fa_bench.rules")
+                  for name, member in vars(base).items()
+                  if not name.startswith("_") and (callable(member) or isinstance(member, property))}
+    inherited = {name for base in (Rule, EdgeRule, CutRule, LocalRule) for name, member in vars(base).items()
+                 if callable(member) or isinstance(member, property)}
+    assert overridden & inherited, "the rules override something"
+    assert not {name for name in overridden & inherited if f"| `{name}" not in guide}
 
 
 def test_every_rule_has_a_page_with_all_its_options() -> None:

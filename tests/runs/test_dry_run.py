@@ -63,8 +63,8 @@ def test_edge_rule(capsys: pytest.CaptureFixture[str]) -> None:
     config = yaml.safe_load(text.split("config\n")[1].split("\nmodel\n")[0])
     assert config["algorithm"]["name"] == "fa" and config["architecture"]["widths"] == [8, 6]
     assert "fa covers 3 layers, every weight\n" in text
-    assert row(text, "fc1", "Linear") == "8x64 frozen goes on through fixed B"
-    assert row(text, "fc2", "Linear", "6x8") == "goes on through fixed B"
+    assert row(text, "fc1", "Linear") == "8x64 frozen passes through fixed B"
+    assert row(text, "fc2", "Linear", "6x8") == "passes through fixed B"
     assert "\n  no error goes on from fc1: nothing" in text
     assert row(text, "fc2", "B") == "6x8 192 B not learned"
     parameters = 8 * 65 + 6 * 9 + 10 * 7
@@ -95,7 +95,7 @@ def test_cut_rule(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_learned_rule_with_an_optimizer_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     text = said([*TINY, "algorithm=kp", "optimizer@feedback_optimizer=adam"], capsys)
-    assert row(text, "fc2", "Linear", "6x8") == "goes on through learned B" and row(text, "fc2", "B").endswith("learned")
+    assert row(text, "fc2", "Linear", "6x8") == "passes through learned B" and row(text, "fc2", "B").endswith("learned")
     weights, feedback = 8 * 64 + 6 * 8 + 10 * 6, 4 * (8 * 64 + 6 * 8 + 10 * 6)
     assert row(text, "feedback").startswith(f"{format_bytes(feedback)}, of it learned {format_bytes(feedback)}")
     # A momentum for each parameter; two moments for each number of B, and the number of steps for each tensor.
