@@ -220,7 +220,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------------------ auxiliary layers
 #: Part of torch's message if batch normalisation gets only one value.
-_TOO_FEW = "Expected more than 1 value per channel"
+TOO_FEW = "Expected more than 1 value per channel"
 
 
 @contextmanager
@@ -239,7 +239,7 @@ def normalising(rule: str, what: str, cut: str, instead: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if _TOO_FEW not in str(error):
+        if TOO_FEW not in str(error):
             raise
         raise ValueError(f"rule '{rule}': the {what} at '{cut}' has batch normalisation, which needs at least two samples in a "
                          f"batch; {instead} ({error})") from error

@@ -1,4 +1,4 @@
-"""The second baseline, for convolutional nets: convolutions stay random."""
+"""The second floor, for convolutional nets: convolutions stay random."""
 
 from __future__ import annotations
 

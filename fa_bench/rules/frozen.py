@@ -1,4 +1,4 @@
-"""The first baseline of every comparison: hidden layers stay random."""
+"""The first floor of every comparison: hidden layers stay random."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Frozen(BP):
     """Only the output layer learns, by its true gradient; every other parameter keeps its initial value.
 
-    A rule that does not beat this baseline trains nothing useful below the output layer. Batch normalisation stays in training
+    A rule that does not beat this floor trains nothing useful below the output layer. Batch normalisation stays in training
     mode: its gains and biases are frozen, but its running statistics are updated. Frozen tensors do not decay.
     """
 
