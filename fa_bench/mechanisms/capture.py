@@ -95,8 +95,6 @@ class Capture:
         """Refuse cuts that ran without gradients in a training pass, and warn about those that did not run."""
         from fa_bench.mechanisms.layers import require_gradients
 
-        if len(tape) == len(self.modules) or recomputing():
-            return
         for cut in self.modules.keys() - tape.keys():
             if cut in self._without_gradients:
                 for path in self._feeds.get(cut, ()) if self.rule.side == OUTPUT else ():

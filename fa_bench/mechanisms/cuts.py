@@ -15,6 +15,7 @@ from fa_bench.mechanisms.coverage import Coverage, Covered, foreign_weights, out
 from fa_bench.mechanisms.delivery import Delivery
 from fa_bench.mechanisms.feedback_options import output_option
 from fa_bench.mechanisms.feedback_tensors import drop_tensors, feedback_tensor, put_tensor, tensors_of
+from fa_bench.mechanisms.pathways import recomputing
 from fa_bench.mechanisms.rule import INPUT, OUTPUT, Rule
 from fa_bench.sampling import sample, seed_for
 
@@ -116,7 +117,7 @@ class CutRule(Rule):
 
     def project(self, cut: str, errors: Tensor, captured: CapturedActivation) -> Tensor:
         """The product errors B in the shape of the activation, with errors (N, C) and the cut's B (C, features)."""
-        feedback = self.tensor(cut, "B")
+        feedback = feedback_tensor(self._cut_modules[cut], "B")
         if errors.dtype != feedback.dtype:
             errors = errors.to(feedback.dtype)
         return self.in_shape(cut, errors.mm(feedback), captured)
@@ -233,9 +234,14 @@ class CutRule(Rule):
             super().end_forward(model, args, output)
         finally:
             self._capture.end()
+        return self.connect(output, tape)
+
+    def connect(self, output: Any, tape: dict[str, CapturedActivation] | None) -> Any:
+        """The model's output with its logits connected to the cuts; None if there is nothing to connect."""
         if tape is None or output is None:
             return None
-        self._capture.check_missing(tape)
+        if len(tape) < len(self._cut_modules) and not recomputing():
+            self._capture.check_missing(tape)
         return self._delivery.connect(output, tape)
 
     def roots(self, output: Any) -> list[Any]:

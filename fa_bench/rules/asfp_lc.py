@@ -93,7 +93,6 @@ class ASFPLC(ASFP):
         # Both share one mode, so that a measurement covers both.
         local.name, local.model, local.mode, local.seed = self.name, self.model, self.mode, self.seed
         local._frozen, local._structure, local._outside = self._frozen, None, {}
-        local._passes, local._watch, local._unwatched = [], None, False
         self._local, local.part_of = local, self
         local.wire(sample_input)
         return super().wire(sample_input)
@@ -105,22 +104,16 @@ class ASFPLC(ASFP):
 
     def begin_forward(self, model: torch_nn.Module, args: Any, kwargs: Any) -> None:
         super().begin_forward(model, args, kwargs)
-        self._local.begin_forward(model, args, kwargs)
+        self._local._capture.begin()
 
     def end_forward(self, model: torch_nn.Module, args: Any, output: Any) -> Any:
+        capture = self._local._capture
+        tape = capture.tape
         try:
             super().end_forward(model, args, output)
-        except BaseException:
-            output = None
-            raise
         finally:
-            # Both count passes in the shared mode, and this one began first.
-            training = self.mode.training
-            try:
-                delivered = self._local.end_forward(model, args, output)
-            finally:
-                self.mode.training = training
-        return delivered
+            capture.end()
+        return self._local.connect(output, tape)
 
     def roots(self, output: Any) -> list[Any]:
         return self._local.roots(output)
