@@ -264,7 +264,6 @@ class CutRule(Rule):
     def error_points(self, trace: Trace) -> dict[str, tuple[str, str]]:
         if self.side == INPUT:
             return super().error_points(trace)
-        assert self._trace is not None
         return {layer: (cut, OUTPUT) for cut in self._cut_modules for layer in self._trace.feeds[cut]}
 
     def readouts(self) -> dict[str, Tensor]:
@@ -272,7 +271,6 @@ class CutRule(Rule):
 
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Only the output layer has a pair, if the feedback of the last cut has the shape of its weight."""
-        assert self._trace is not None
         weights = {path: self.model.get_submodule(path).weight.detach() for path in self._trace.outputs}
         tensors = self.feedback.get(list(self._cut_modules)[-1], {})
         return {path: (tensors["B"], w) for path, w in weights.items() if "B" in tensors and tensors["B"].shape == w.shape}

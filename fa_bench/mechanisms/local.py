@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.trace import Trace
 
 
+#: Part of torch's message if batch normalisation gets only one value.
+TOO_FEW = "Expected more than 1 value per channel"
 _NONE_IGNORED = -(1 << 62)
 
 
@@ -196,6 +198,18 @@ class ModuleRule(LocalRule):
 
     declared = "blocks"
     modular = True
+    #: What messages call an auxiliary net, and what they suggest for a batch that is too small for its batch normalisation.
+    net_name = "auxiliary net"
+    larger_batches = "use larger batches, or drop the last incomplete one"
+
+    def local_loss(self, cut: str, auxiliary: torch_nn.Module, activation: Tensor, target: Tensor) -> Tensor:
+        try:
+            return cross_entropy(auxiliary(activation), target)
+        except ValueError as error:
+            if TOO_FEW not in str(error):
+                raise
+            raise ValueError(f"rule '{self.name}': the {self.net_name} at '{cut}' has batch normalisation, which needs at "
+                             f"least two samples in a batch; {self.larger_batches} ({error})") from error
 
     def choose_cuts(self, cuts: tuple[str, ...], trace: Trace) -> tuple[str, ...]:
         last = {path for path, consumer in trace.consumer.items() if consumer in trace.outputs}
@@ -219,32 +233,6 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------ auxiliary layers
-#: Part of torch's message if batch normalisation gets only one value.
-TOO_FEW = "Expected more than 1 value per channel"
-
-
-@contextmanager
-def normalising(rule: str, what: str, cut: str, instead: str) -> Iterator[None]:
-    """Within it, torch's error about batch normalisation of one value names the auxiliary net and what to do.
-
-    Args:
-        rule: the rule's name.
-        what: the net, in the rule's words.
-        cut: the cut at which the net is.
-        instead: what to do.
-
-    Raises:
-        ValueError: with the rule, the net and what to do.
-    """
-    try:
-        yield
-    except ValueError as error:
-        if TOO_FEW not in str(error):
-            raise
-        raise ValueError(f"rule '{rule}': the {what} at '{cut}' has batch normalisation, which needs at least two samples in a "
-                         f"batch; {instead} ({error})") from error
-
-
 def cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
     """The mean cross-entropy of scores (N, C) with labels (N,). Every label counts: torch's own silently ignores -100."""
     return nn.functional.cross_entropy(scores, target, ignore_index=_NONE_IGNORED)

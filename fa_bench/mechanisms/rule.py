@@ -64,7 +64,6 @@ class Rule(Options):
             raise CoverageError(f"this '{self.name}' rule object is already attached to a model; create another one")
         check_model(model)
         self.model, self.mode, self.seed = model, Mode(self.name), seed
-        self._trace = None
         self._frozen, self._handles = [], []
         self._structure, self._outside = None, {}
         self._passes, self._watch, self._unwatched = [], None, True

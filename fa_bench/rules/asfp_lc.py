@@ -14,7 +14,7 @@ from fa_bench.lazy import nn, torch
 from fa_bench.mechanisms.coverage import batch_note
 from fa_bench.mechanisms.feedback_options import init_option, output_option
 from fa_bench.mechanisms.feedback_tensors import feedback_tensor
-from fa_bench.mechanisms.local import ModuleRule, cross_entropy, kind_of_map, normalising
+from fa_bench.mechanisms.local import ModuleRule, kind_of_map
 from fa_bench.rules.asfp import ASFP
 from fa_bench.sampling import seed_for
 
@@ -36,6 +36,7 @@ class Classifiers(ModuleRule):
         b_init: initialiser of the linear layer's fixed feedback.
     """
 
+    net_name = "local classifier"
     pool: int = option(2, "side to which a map is averaged", minimum=1)
     b_init: str = init_option("the linear layer's fixed feedback", "uniform_one")
 
@@ -53,11 +54,6 @@ class Classifiers(ModuleRule):
         fa_bench.attach(classifier, "fa", seed=seed_for(self.seed, cut, "classifier"), b_init=self.b_init,
                         sample_input=torch.zeros(2, *shape))
         return classifier
-
-    def local_loss(self, cut: str, auxiliary: torch_nn.Module, activation: Tensor, target: Tensor) -> Tensor:
-        with normalising(self.name, "local classifier", cut, "use larger batches, or drop the last incomplete one"):
-            scores = auxiliary(activation)
-        return cross_entropy(scores, target)
 
     @property
     def feedback(self) -> dict[str, dict[str, Tensor]]:

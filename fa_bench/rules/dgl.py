@@ -11,10 +11,9 @@ from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS
 from fa_bench.lazy import nn
 from fa_bench.mechanisms.coverage import batch_note
-from fa_bench.mechanisms.local import ModuleRule, cross_entropy, kind_of_map, normalising
+from fa_bench.mechanisms.local import ModuleRule, kind_of_map
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from torch import nn as torch_nn
 
 
@@ -43,6 +42,7 @@ class DGL(ModuleRule):
     name the last layer of each module; modules that feed the output layer belong to the last one.
     """
 
+    larger_batches = "use larger batches, drop the last incomplete one, or use auxiliary_net=linear, which has none"
     auxiliary_net: str = option("mlp_sr", "the auxiliary nets", choices=["mlp_sr", "mlp", "linear"])
 
     def auxiliary(self, cut: str, shape: tuple[int, ...], classes: int) -> torch_nn.Module:
@@ -69,9 +69,3 @@ class DGL(ModuleRule):
 
     def notes(self) -> tuple[str, ...]:
         return () if self.auxiliary_net == "linear" else (batch_note("batch normalisation in the auxiliary nets"),)
-
-    def local_loss(self, cut: str, auxiliary: torch_nn.Module, activation: Tensor, target: Tensor) -> Tensor:
-        instead = "use larger batches, drop the last incomplete one, or use auxiliary_net=linear, which has none"
-        with normalising(self.name, "auxiliary net", cut, instead):
-            scores = auxiliary(activation)
-        return cross_entropy(scores, target)
