@@ -48,7 +48,7 @@ class CutRule(Rule):
     #: Whether errors are computed from the labels; `loss_factor` is then the factor by which the loss was scaled.
     scales = False
     loss_factor = 1.0
-    #: The rule of which this one is a part and whose options it uses; None if it stands for itself.
+    #: The rule of which this one is a part and whose options it uses; None if it is not part of another rule.
     part_of: ClassVar[Rule | None] = None
     #: Whether all layers between two cuts form one module, which learns by backpropagation within the module. A layer then needs
     #: no cut of its own, and everything within a module is covered.

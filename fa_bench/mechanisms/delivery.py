@@ -1,4 +1,4 @@
-"""The backward pass of a cut rule: as soon as the error at the logits is known, every cut is given its own error.
+"""The backward pass of a cut rule: as soon as the error at the logits is known, an error is delivered to every cut.
 
 An autograd Function on the model's output, the identity in the forward pass, has all captured activations as inputs. So all parts
 of
@@ -45,7 +45,7 @@ class Delivery:
         """The model's output, with its logits connected to the captured activations.
 
         Raises:
-            CoverageError: if the model returns a loss, or several outputs of which none was chosen.
+            CoverageError: if the model returns a loss, or several outputs and none was chosen.
         """
         if isinstance(output, torch.Tensor):
             return self._connected(output, tape)

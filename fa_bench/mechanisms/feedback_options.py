@@ -24,7 +24,7 @@ def init_option(tensor: str, default: str | None = "xavier_uniform", can_copy: b
 
 def density_option(tensors: str = "B", masks: str = "mask") -> Any:
     """The fraction of the entries of feedback tensors that are not masked."""
-    return option(1.0, f"fraction of {tensors} that is not zero ({masks} drawn once)", above=0, maximum=1)
+    return option(1.0, f"fraction of {tensors} that is not zero (fixed random {masks})", above=0, maximum=1)
 
 
 def output_option() -> Any:

@@ -67,7 +67,7 @@ class MirroredFeedback(FixedFeedback):
         geometry: the geometry of the convolution of the noise; None if the layer pads its input with zeros itself.
     """
 
-    description = "B, drawn towards W by noise"
+    description = "B, which learns W from noise"
 
     def __init__(
         self, noise: Noise, rate: float, decay: float, activation: str, block_bias: bool, positions: Tensor | None,

@@ -78,7 +78,7 @@ def test_every_rule_has_a_page_with_all_its_options() -> None:
     pages = made()
     assert set(pages) == {"README.md", *(f"{name}.md" for name in ALGORITHMS)}
     assert sorted(re.findall(r"^- \[`(\w+)`\]\(\1\.md\): \S", pages["README.md"], re.M)) == sorted(ALGORITHMS)
-    assert "| `density` | `1.0` | > 0 and <= 1 | fraction of B that is not zero (mask drawn once) |\n" in pages["fa.md"]
+    assert "| `density` | `1.0` | > 0 and <= 1 | fraction of B that is not zero (fixed random mask) |\n" in pages["fa.md"]
     assert "| `form` | `neuron` | one of neuron, kernel, shared | how the output error is projected |\n" in pages["dfa.md"]
     assert "``" not in "".join(pages.values())
 
