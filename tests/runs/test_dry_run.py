@@ -123,7 +123,7 @@ def test_scale_is_respected(capsys: pytest.CaptureFixture[str]) -> None:
     assert row(text, "steps") == "2 an epoch, 2 in 1 epoch" and "(batch of 8)" in row(text, "multiplications")
     smaller = "epochs=1, batch_size=8, probe_size=4, algorithm.initial_steps=0"
     assert row(text, "scale=smoke") == f"trains with {smaller}; the figures are this trial's"
-    assert "B, drawn towards W by noise" in row(text, "fc2", "Linear")
+    assert "B, which learns W from noise" in row(text, "fc2", "Linear")
 
 
 def test_what_prepares_for_training_is_left_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
