@@ -286,7 +286,7 @@ def _job(config: DictConfig) -> None:
     if JOB_STARTER in os.environ:
         end_with(int(os.environ[JOB_STARTER]))
     register_schemas()  # a launcher may have put us into a process of our own
-    from fa_bench.memory import short
+    from fa_bench.memory_limits import short
     from fa_bench.runs.logs import shown
     from fa_bench.runs.train import record_failure, run
 

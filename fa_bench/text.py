@@ -28,7 +28,7 @@ def by_x(shape: Iterable[int]) -> str:
     return "x".join(map(str, shape)) or "1"
 
 
-def memory(size: float) -> str:
+def format_bytes(size: float) -> str:
     """A number of bytes in units of powers of a thousand: ``0 B``, ``2.68 MB``."""
     for unit in _UNITS:
         if round(size, 2 if size < 10 else 1 if size < 100 else 0) < 1000 or unit == _UNITS[-1]:

@@ -25,9 +25,9 @@ import fa_bench
 from fa_bench.config.registries import ALGORITHMS, ARCHITECTURES
 from fa_bench.config.specs import parse_spec
 from fa_bench.errors import CoverageError
-from fa_bench.mechanisms.carry import Carry
 from fa_bench.mechanisms.layers import weighted_layers
 from fa_bench.mechanisms.ops import DeliverFunction, FeedbackLinearFunction
+from fa_bench.mechanisms.pathways import BackwardContext
 from fa_bench.metrics.arithmetic import multiplications
 from fa_bench.optim import SGD, Optimizers
 
@@ -75,8 +75,8 @@ def make_written_out(rule: str, batch: int) -> Callable[[], None]:
 
     def fa() -> torch.Tensor:
         h = first(x.flatten(1)).relu()
-        h = FeedbackLinearFunction.apply(h, second.weight, second.bias, Carry(b2)).relu()
-        return FeedbackLinearFunction.apply(h, last.weight, last.bias, Carry(b3))
+        h = FeedbackLinearFunction.apply(h, second.weight, second.bias, BackwardContext(b2)).relu()
+        return FeedbackLinearFunction.apply(h, last.weight, last.bias, BackwardContext(b3))
 
     def dfa() -> torch.Tensor:
         h1 = first(x.flatten(1)).relu()

@@ -11,8 +11,8 @@ import numpy as np
 from fa_bench.analyses.base import Analysis
 from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS, ANALYSES
-from fa_bench.draws import seed_for
 from fa_bench.lazy import torch
+from fa_bench.sampling import seed_for
 
 if TYPE_CHECKING:
     import pandas as pd

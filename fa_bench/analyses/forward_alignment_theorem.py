@@ -12,8 +12,8 @@ import numpy as np
 from fa_bench.analyses.base import Analysis
 from fa_bench.config.options import option
 from fa_bench.config.registries import ANALYSES
-from fa_bench.draws import seed_for
 from fa_bench.errors import OptionError
+from fa_bench.sampling import seed_for
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from fa_bench.metrics.memory import Memory
+    from fa_bench.metrics.memory_traffic import Memory
 
 
 @ANALYSES.register("memory_accesses")
@@ -64,7 +64,7 @@ class MemoryAccesses(Analysis):
 
     def _counts(self, spec: str) -> dict[str, Memory]:
         from fa_bench.config.specs import component
-        from fa_bench.metrics.memory import memory_of
+        from fa_bench.metrics.memory_traffic import memory_of
 
         architecture = component(ARCHITECTURES, spec)
         shape = (self.input_shape[0], self.input_shape[1], self.input_shape[2])

@@ -11,9 +11,9 @@ import numpy as np
 from fa_bench.analyses.base import Analysis
 from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS, ANALYSES
-from fa_bench.draws import draw, seed_for
 from fa_bench.errors import OptionError, names
 from fa_bench.lazy import torch
+from fa_bench.sampling import sample, seed_for
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,7 +89,7 @@ class PFASpectrum(Analysis):
         from fa_bench.metrics.angles import weight_angle
 
         first: Tensor = rule.first(self.outputs, between, seed_for(self.seed, number, "B")).double()
-        weight = draw((self.outputs, self.inputs), "xavier_uniform", seed_for(self.seed, number, "W")).double()
+        weight = sample((self.outputs, self.inputs), "xavier_uniform", seed_for(self.seed, number, "W")).double()
         product = first @ first.t()
         return torch.linalg.eigvalsh(product).numpy(), weight_angle(product @ weight, weight)
 

@@ -140,8 +140,8 @@ def gradient_angles(parts: Parts) -> dict[str, dict[str, Any]]:
     Angles: ``whole``, of the rule as it is, and ``sharing``, with transport, in degrees; ``shares`` tells whether sharing changes
     the layer's gradient at all.
     """
-    from fa_bench.mechanisms.carriers import Fixed
     from fa_bench.mechanisms.layers import weighted_layers
+    from fa_bench.mechanisms.pathways import FixedFeedback
     from fa_bench.metrics.angles import weight_angle
 
     rule, x, y = parts.rule, parts.probe.x, parts.probe.y
@@ -149,7 +149,7 @@ def gradient_angles(parts: Parts) -> dict[str, dict[str, Any]]:
     # A copy of the plain model with the same sharing, in which the error goes by the weights.
     copied = copy.deepcopy(rule.model)
     plain = attached(copied).detach()
-    fixed = [path for path, layer in weighted_layers(rule.model).items() if type(layer.carrier) is Fixed]
+    fixed = [path for path, layer in weighted_layers(rule.model).items() if type(layer.pathway) is FixedFeedback]
     transport = dataclasses.replace(rule, transport=True, exclude=[*rule.exclude, *fixed])
     transport.attach(plain, seed=rule.seed, sample_input=x[:2])
     sharing = gradients(transport, x, y)

@@ -24,14 +24,15 @@ from fa_bench.errors import DataError, RunDirectoryError, names
 from fa_bench.files import CONFIG, METRICS
 from fa_bench.mechanisms.rule import Rule
 from fa_bench.metrics.arithmetic import step_multiplications
-from fa_bench.metrics.memory import memories
+from fa_bench.metrics.memory_traffic import memories
 from fa_bench.process import isolated
 from fa_bench.records import read_metrics
 from fa_bench.report.runs import read_run
+from fa_bench.rules.bp import BP
 from fa_bench.runs.locks import holder
 from fa_bench.runs.rundir import RunDirectory, Stage
 from fa_bench.runs.train import Parts, assemble, load, prepare
-from fa_bench.text import aligned, by_x, count, indented, memory
+from fa_bench.text import aligned, by_x, count, format_bytes, indented
 
 #: Configs of a grid, seeds apart, that are all shown; of more the first one stands for all.
 MOST = 6
@@ -163,7 +164,7 @@ def _feedback(rule: Rule) -> list[str]:
         for name, tensor in tensors.items():
             is_kept = (place, name) in kept
             how = "learned" if id(tensor) in learned else "not learned" if is_kept else "made of the weight when it is needed"
-            rows.append((place, name, by_x(tensor.shape), memory(_bytes([tensor])) if is_kept else "-", how))
+            rows.append((place, name, by_x(tensor.shape), format_bytes(_bytes([tensor])) if is_kept else "-", how))
     return aligned(rows, right=(3,)) if len(rows) > 1 else ["none"]
 
 
@@ -187,9 +188,9 @@ def _costs(job: Job, parts: Parts) -> list[tuple[str, str]]:
     rule.detach()
     return [
         ("parameters", f"{sum(parameter.numel() for parameter in parameters):,}, of them trained {trains:,}"),
-        ("weights", memory(_bytes(parameters))),
-        ("feedback", f"{memory(feedback)}, of it learned {memory(_bytes(learned))}"),
-        ("optimizer state", f"{memory(_bytes(state))} ({_optimizers(job, bool(learned))})"),
+        ("weights", format_bytes(_bytes(parameters))),
+        ("feedback", f"{format_bytes(feedback)}, of it learned {format_bytes(_bytes(learned))}"),
+        ("optimizer state", f"{format_bytes(_bytes(state))} ({_optimizers(job, bool(learned))})"),
         ("multiplications", f"{count(own)} a step, {own / exact:.2f} of backpropagation's {count(exact)} (batch of {batch})"),
         *_accesses(job, model, shape, batch),
     ]
@@ -208,12 +209,12 @@ def _optimizers(job: Job, learned: bool) -> str:
 
 def _accesses(job: Job, model: torch.nn.Module, shape: tuple[int, ...], batch: int) -> list[tuple[str, str]]:
     """External memory accesses of Woo et al. 2021, of backpropagation and of the rule where they are defined."""
-    found = {name: sum(kept.accesses(batch)) for name, kept in memories(model, shape, job.fresh_algorithm()).items()}
-    rule, reference = job.algorithm.name, found["bp"]
-    if rule not in found:
-        return [("memory accesses", f"{count(reference)} a step for backpropagation; not defined for {rule}")]
-    ratio = found[rule] / reference
-    return [("memory accesses", f"{count(found[rule])} a step, {ratio:.2f} of backpropagation's {count(reference)}")]
+    reference, of_rule = (memory and sum(memory.accesses(batch)) for memory in memories(model, shape, job.fresh_algorithm()))
+    assert reference is not None
+    if of_rule is None:
+        undefined = "" if type(job.algorithm) is BP else f"; not defined for {job.algorithm.name}"
+        return [("memory accesses", f"{count(reference)} a step for backpropagation{undefined}")]
+    return [("memory accesses", f"{count(of_rule)} a step, {of_rule / reference:.2f} of backpropagation's {count(reference)}")]
 
 
 def _training(job: Job, trained: Job, splits: Splits) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ import numpy as np
 from fa_bench.config.options import option
 from fa_bench.config.registries import DATASETS
 from fa_bench.data.base import ArrayDataset, std_option
-from fa_bench.memory import require
+from fa_bench.memory_limits import require
 
 
 @DATASETS.register("synthetic")

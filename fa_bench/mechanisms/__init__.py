@@ -1,1 +1,1 @@
-"""How a rule is put into a model: edge rules change a layer's own backward pass, cut rules deliver errors to cuts."""
+"""How rules work in a model: edge rules change the backward pass of layers, cut rules deliver errors to cuts."""

@@ -1,4 +1,4 @@
-"""What a rule covers, said in a table, and the models that no rule is put into."""
+"""What a rule covers, as a table, and the models to which no rule can be attached."""
 
 from __future__ import annotations
 
@@ -9,15 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import CoverageError, names, nearest
 from fa_bench.lazy import torch
+from fa_bench.mechanisms.feedback_tensors import PREFIX
 from fa_bench.text import aligned, by_x, indented
 
 if TYPE_CHECKING:
     from fa_bench.mechanisms.uses import Uses
-
-#: How the names of feedback tensors begin in the modules that have them.
-PREFIX = "feedback_"
-#: And those of the layers that local losses add.
-AUXILIARY = PREFIX + "auxiliary_"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +22,8 @@ class Covered:
 
     Attributes:
         layer, kind, shape: its layer's path and type, and its own shape.
-        feedback: words that go on from "its error": an edge rule says what carries it on to the layer below, a cut rule where
-            it comes from.
+        feedback: a phrase that continues "its error": an edge rule says what carries it to the layer below, a cut rule where it
+            comes from.
         learns: whether the weight is trained.
     """
 
@@ -45,11 +41,11 @@ class Coverage:
     Attributes:
         rule: the rule's name.
         covered: the covered layers, in the order of the model.
-        uncovered: weight name -> why it is not covered. Such a weight learns by its local gradient and carries the error on by
+        uncovered: weight name -> why it is not covered. Such a weight learns by its local gradient and passes the error on
             itself: weight transport, as far as an error passes it.
-        local: weight name -> where it is, for weights that carry no error on (an embedding, a position table): they learn by
-            their local gradient, and nothing is missing.
-        notes: what else to know about the rule in this model.
+        local: weight name -> where it is, for weights that pass no error on (an embedding, a position table): they learn by
+            their local gradient, and need no feedback.
+        notes: further notes on the rule in this model.
     """
 
     rule: str
@@ -59,33 +55,33 @@ class Coverage:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """A table: each covered layer, its weight and what its error does; then the weights that are not covered, and why."""
+        """A table of the covered layers with their weights and errors, and of the weights that are not covered, with reasons."""
         covered, uncovered = len(self.covered), len(self.uncovered)
-        left = f"{uncovered} weight{'s' * (uncovered != 1)} not covered" if uncovered else "every weight"
-        lines = [f"{self.rule} covers {covered} layer{'s' * (covered != 1)}, {left}"]
+        missing = f"{uncovered} weight{'s' * (uncovered != 1)} not covered" if uncovered else "every weight"
+        lines = [f"{self.rule} covers {covered} layer{'s' * (covered != 1)}, {missing}"]
         rows = [("layer", "type", "weight", "its error"), *(
             (c.layer, c.kind, by_x(c.shape) + ("" if c.learns else " frozen"), c.feedback) for c in self.covered)]
         lines += indented(aligned(rows))
         if self.local:
-            lines += indented(aligned([("carries no error on", "where"), *self.local.items()]))
+            lines += indented(aligned([("passes no error on", "where"), *self.local.items()]))
         if uncovered:
             lines += indented(aligned([("not covered", "why"), *self.uncovered.items()]))
-            lines.append("  What is not covered learns by its local gradient and carries the error by itself (weight transport).")
+            lines.append("  What is not covered learns by its local gradient and carries the error itself (weight transport).")
         lines += indented(self.notes)
         return "\n".join(lines)
 
-    def noting_frozen(self, model: Any) -> Coverage:
-        """The same, with the layers of `model` noted whose weights are not trained."""
+    def with_frozen(self, model: Any) -> Coverage:
+        """The same coverage, with the layers of `model` marked whose weights are frozen."""
         return dataclasses.replace(self, covered=tuple(
             dataclasses.replace(entry, learns=model.get_submodule(entry.layer).weight.requires_grad) for entry in self.covered
         ))
 
     def require(self, allowed: bool | list[str], model: Any) -> None:
-        """Refuse a rule that covers nothing, or that leaves weights uncovered which are not allowed to be.
+        """Raise an error if the rule covers nothing, or leaves weights uncovered that must not be.
 
         Args:
-            allowed: whether weights may be uncovered; or which: names, or patterns such as ``lstm.*``.
-            model: to say what else is in it.
+            allowed: whether weights may be uncovered; or which ones: names, or patterns such as ``lstm.*``.
+            model: the model, to explain why nothing is covered.
 
         Raises:
             CoverageError: naming the weights.
@@ -98,7 +94,7 @@ class Coverage:
             listed = "; ".join(f"{name} ({why})" for name, why in refused.items())
             raise CoverageError(
                 f"rule '{self.rule}' leaves weights uncovered: {listed}. To train them by their true local gradient, while they "
-                f"carry the error by themselves, pass {{allow_uncovered}}",
+                f"carry the error themselves (weight transport), pass {{allow_uncovered}}",
                 {"allow_uncovered": [*patterns, *refused] if len(refused) <= 4 else True})
 
 
@@ -106,33 +102,31 @@ COVERABLE = "nn.Linear, nn.Conv1d/2d/3d or nn.ConvTranspose1d/2d/3d of its own w
 
 
 def not_coverable(model: Any) -> str:
-    """A sentence or more on why no layer of the model can be covered, and what to do."""
-    nn = torch.nn
-    found = [f"it has no {COVERABLE}"]
+    """Why no layer of the model can be covered, and what to do, as one or more clauses."""
+    nn, reasons = torch.nn, [f"it has no {COVERABLE}"]
+    why = {
+        (nn.RNNBase, nn.RNNCellBase): "computes its gates in one function from its own weights: to have it covered, write it "
+                                      "with nn.Linear layers for its input and its state",
+        (nn.MultiheadAttention,): "computes its projections in one function from its own weights: to have them covered, write "
+                                  "them as nn.Linear layers",
+        (nn.Bilinear,): "multiplies two inputs by its weight, for which there is no feedback: to have it covered, write it with "
+                        "nn.Linear layers",
+        (nn.Embedding, nn.EmbeddingBag): "passes no error on and needs no feedback",
+    }
     for path, module in model.named_modules():
         where = f"'{path}' ({type(module).__name__})" if path else f"the model ({type(module).__name__})"
-        if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-            found.append(f"{where} computes its gates in one function, by its own weights: write it with nn.Linear layers "
-                         f"for its input and its state to have it covered")
-        elif isinstance(module, nn.MultiheadAttention):
-            found.append(f"{where} computes its projections in one function, by its own weights: write them as nn.Linear layers "
-                         f"to have them covered")
-        elif isinstance(module, nn.Bilinear):
-            found.append(f"{where} multiplies two inputs by its weight, for which there is no feedback: write it with nn.Linear "
-                         f"layers to have it covered")
-        elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            found.append(f"{where} passes no error on and needs no feedback")
-    return "; ".join(found)
+        reasons += [f"{where} {text}" for kinds, text in why.items() if isinstance(module, kinds)]
+    return "; ".join(reasons)
 
 
 def computed_weights(model: Any) -> str:
-    """A sentence on the layers whose weight is no parameter but computed from others; empty where there are none."""
-    found = [path for path, module in model.named_modules()
+    """A sentence on the layers whose weight is computed from other parameters; empty if there are none."""
+    paths = [path for path, module in model.named_modules()
              if "weight" not in module._parameters and isinstance(getattr(module, "weight", None), torch.Tensor)]
-    if not found:
+    if not paths:
         return ""
-    return (f"the weight of {names(found)} is computed, by pruning or a parametrization, and no rule covers it: make it a plain "
-            f"parameter first, with prune.remove, remove_weight_norm or remove_parametrizations of torch.nn.utils")
+    return (f"the weight of {names(paths)} is computed by pruning or a parametrization, and no rule covers it: first turn it "
+            f"into a plain parameter, with prune.remove, remove_weight_norm or remove_parametrizations of torch.nn.utils")
 
 
 def foreign_weights(model: Any, covered: set[int], uses: Uses | None = None) -> tuple[dict[str, str], dict[str, str]]:
@@ -143,7 +137,7 @@ def foreign_weights(model: Any, covered: set[int], uses: Uses | None = None) -> 
     Args:
         model: the model.
         covered: ids of parameters.
-        uses: what a sample forward showed of them, if there was one.
+        uses: how a forward pass of a sample used the weights, if there was one.
 
     Returns:
         (uncovered, local), as `Coverage` has them.
@@ -157,25 +151,25 @@ def foreign_weights(model: Any, covered: set[int], uses: Uses | None = None) -> 
             full, kind = f"{path}.{name}" if path else name, type(module).__name__
             looked_up = isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag))
             if id(parameter) in uses.local if uses is not None and id(parameter) in uses.seen else looked_up:
-                local[full] = f"in {_a(kind)}, looked up" if looked_up else f"in {_a(kind)}, only added to what it meets"
+                local[full] = f"in {_a(kind)}, looked up" if looked_up else f"in {_a(kind)}, only added to activations"
             else:
                 uncovered[full] = f"in {_a(kind)}"
     return uncovered, local
 
 
 def batch_note(what: str) -> str:
-    """A note for a rule whose signal depends on which samples are in a batch."""
-    return (f"{what[0].upper()}{what[1:]} depends on the batch: data-parallel ranks, and parts of a batch, differ from one pass "
-            f"over the whole batch.")
+    """A note for a rule whose error depends on which samples form a batch."""
+    return (f"{what[0].upper()}{what[1:]} depends on the batch: results on data-parallel ranks, and on micro-batches, differ "
+            f"from those of one pass over the whole batch.")
 
 
 def outside_text(use: str) -> str:
-    """Why a weight is not covered that is used outside its layer, see `fa_bench.mechanisms.uses.Uses`."""
-    return f"used outside its layer, by {use}: there it carries the error by itself"
+    """Why a weight that is used outside its layer is not covered, see `fa_bench.mechanisms.uses.Uses`."""
+    return f"used outside its layer, by {use}: there it carries the error itself"
 
 
 def is_weight(name: str, parameter: Any) -> bool:
-    """Whether a parameter of the model is a weight by its shape, and not feedback."""
+    """Whether a parameter of the model has the shape of a weight and is not feedback."""
     if name.startswith(PREFIX):
         return False
     return parameter.dim() == 2 or sum(size > 1 for size in parameter.shape) > 1
@@ -186,27 +180,27 @@ def _a(kind: str) -> str:
 
 
 def matching(patterns: Iterable[str], paths: Collection[str], option: str) -> set[str]:
-    """The paths that names or patterns such as ``layer*.conv1`` mean; ``*`` stands for any characters, dots included.
+    """The paths that match names or patterns such as ``layer*.conv1``; ``*`` matches any characters, dots included.
 
     Raises:
-        CoverageError: naming the option and the pattern that means nothing, with the nearest path.
+        CoverageError: naming the option and the pattern that matches nothing, with the nearest path.
     """
-    found: set[str] = set()
+    matched: set[str] = set()
     for pattern in patterns:
         matches = fnmatch.filter(paths, pattern)
         if not matches:
             raise CoverageError(f"{option}={pattern}: the model has no module of that name{nearest(pattern, paths)}")
-        found.update(matches)
-    return found
+        matched.update(matches)
+    return matched
 
 
 def check_model(model: Any) -> None:
-    """Refuse what a rule cannot be put into.
+    """Raise an error for a model to which no rule can be attached.
 
     Raises:
-        TypeError: where `model` is no module.
-        CoverageError: for a model that is wrapped for data-parallel training, compiled, has layers without a weight yet, or has a
-            rule already.
+        TypeError: if `model` is not a module.
+        CoverageError: for a model that is wrapped for data-parallel training, compiled, has layers without a weight yet, or
+            already has a rule.
     """
     from fa_bench.mechanisms.structure import rule_of_part
 
@@ -222,14 +216,14 @@ def check_model(model: Any) -> None:
         if kind == "OptimizedModule" or module._compiled_call_impl is not None:
             raise CoverageError(f"{where} is compiled: attach to the plain model, then compile it")
         if (rule := getattr(module, RULE_ATTRIBUTE, None)) is not None:
-            raise CoverageError(f"{where} has the rule '{rule.name}' already: call its detach() first")
+            raise CoverageError(f"{where} already has the rule '{rule.name}': call its detach() first")
         if (name := rule_of_part(module)) is not None:
-            raise CoverageError(f"{where} is a part of another model that has the rule '{name}': call that rule's detach() first")
-        if hasattr(module, "carrier") and kind.startswith("Feedback"):
-            raise CoverageError(f"{where} is a copy of a layer that has feedback: copy the layer after detach()")
+            raise CoverageError(f"{where} is part of another model with the rule '{name}': call that rule's detach() first")
+        if hasattr(module, "pathway") and kind.startswith("Feedback"):
+            raise CoverageError(f"{where} is a copy of a layer that has feedback: call detach() before copying")
 
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
-#: Where an attached model keeps its rule, so that a deep copy of the model has a copy of the rule.
+#: Attribute in which an attached model keeps its rule, so that a deep copy of the model has a copy of the rule.
 RULE_ATTRIBUTE = "_fa_bench_rule"

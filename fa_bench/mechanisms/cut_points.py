@@ -1,4 +1,4 @@
-"""Which modules a rule can cut at: what it refuses, and what it suggests for a model that declares no cut points."""
+"""Which modules a cut rule cuts: those that are named, what it refuses, and what it suggests if none are named."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import CoverageError, names
+from fa_bench.mechanisms.coverage import matching
 from fa_bench.mechanisms.rule import OUTPUT
 from fa_bench.mechanisms.trace import trace_model
 
@@ -16,17 +17,32 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.cuts import CutRule
     from fa_bench.mechanisms.trace import Trace
 
-#: Names up to so many are written out; more are put into patterns.
-_SHORT = 6
+#: At most this many names are written out; more are abbreviated by patterns.
+_MOST_NAMES = 6
+#: How many refusals a search for working options follows up.
 _TRIES = 4
 
 
+def named_cuts(rule: CutRule, sample_input: Any) -> tuple[str, ...]:
+    """The modules that the rule's option `cuts`, or else the model, names; in the order of the model's modules.
+
+    Raises:
+        CoverageError: if there are none, or a name matches no module.
+    """
+    paths = [path for path, _ in rule.model.named_modules() if path]
+    patterns = rule.cuts if rule.cuts is not None else getattr(rule.model, rule.declared, None)
+    if not patterns:
+        raise _none_named(rule, paths, sample_input)
+    matches = matching(patterns, paths, "cuts")
+    return tuple(path for path in paths if path in matches)
+
+
 def check_cuts(rule: CutRule, trace: Trace, cuts: tuple[str, ...]) -> None:
-    """Refuse cuts that the rule cannot cut at.
+    """Raise an error for cuts at which the rule cannot cut.
 
     Args:
-        rule: the rule, about to be put into its model.
-        trace: of the model, with `cuts` watched.
+        rule: the rule, which is being attached.
+        trace: the model's structure, with `cuts` watched.
         cuts: paths of modules.
 
     Raises:
@@ -35,23 +51,23 @@ def check_cuts(rule: CutRule, trace: Trace, cuts: tuple[str, ...]) -> None:
     if rule.output is None and len(trace.results) > 1:
         listed = names(f"{name} {shape}" for name, shape in trace.results.items())
         logits = [name for name, shape in trace.results.items() if len(shape) == 2] or list(trace.results)
-        raise CoverageError(f"rule '{rule.name}' takes its error from one output, and this model returns {listed}: say which, "
-                            "such as {output}", {"output": logits[0]})
+        raise CoverageError(f"rule '{rule.name}' takes its error from one output, but this model returns {listed}: choose "
+                            "one, for example {output}", {"output": logits[0]})
     if len(trace.result_shape) != 2:
-        raise CoverageError(f"rule '{rule.name}' needs logits of shape (N, C); this model gives {trace.result_shape}")
+        raise CoverageError(f"rule '{rule.name}' needs logits of shape (N, C); this model returns {trace.result_shape}")
     for cut, twin in trace.twins.items() if rule.side == OUTPUT else ():
         raise CoverageError(f"cut '{cut}' has the same output as cut '{twin}': name one of them (in patterns * crosses dots)")
     for cut in cuts:
         if trace.calls[cut] != 1:
             raise CoverageError(f"cut '{cut}' runs {trace.calls[cut]} times in a forward pass; name a module that runs once")
         if rule.side == OUTPUT and not trace.feeds[cut]:
-            raise CoverageError(f"cut '{cut}' has no layer with weights in front of it")
+            raise CoverageError(f"cut '{cut}' has no layer with weights before it")
         if rule.side == OUTPUT and set(trace.feeds[cut]) & set(trace.outputs):
-            raise CoverageError(f"cut '{cut}' lies behind the output layer '{trace.outputs[0]}'; cut hidden layers only")
+            raise CoverageError(f"cut '{cut}' is after the output layer '{trace.outputs[0]}'; cut hidden layers only")
 
 
-def none_declared(rule: CutRule, paths: list[str], sample_input: Any) -> CoverageError:
-    """The error for a model without cut points, with some that were tried where there is a sample to try them with."""
+def _none_named(rule: CutRule, paths: list[str], sample_input: Any) -> CoverageError:
+    """The error for a model without cut points; it suggests some that work if there is a sample to try them with."""
     model, shown = rule.model, [path for path in paths if not list(rule.model.get_submodule(path).children())]
     options: dict[str, Any] = {}
     if sample_input is not None:
@@ -65,17 +81,16 @@ def none_declared(rule: CutRule, paths: list[str], sample_input: Any) -> Coverag
 
 
 def working_options(rule: CutRule, sample_input: Any) -> dict[str, Any]:
-    """Options with which the rule can be attached to its model: ``cuts``, and whatever else its own refusals then suggest.
+    """Options with which the rule can be attached to its model: ``cuts``, and whatever its refusals suggest in addition.
 
-    Empty where none were found.
+    Empty if none are found.
     """
-    whole = rule.part_of or rule
     paths = [path for path, _ in rule.model.named_modules() if path]
     options: dict[str, Any] = {"cuts": patterns(_cuts(rule, sample_input), paths)}
     for _ in range(_TRIES if options["cuts"] else 0):
         try:
             twin = copy.deepcopy(rule.model)
-            dataclasses.replace(whole, **options).attach(twin, sample_input=sample_input, initial_phase=False)
+            dataclasses.replace(rule.part_of or rule, **options).attach(twin, sample_input=sample_input, initial_phase=False)
         except CoverageError as error:
             if not error.settings or options.items() >= error.settings.items():
                 break
@@ -86,11 +101,11 @@ def working_options(rule: CutRule, sample_input: Any) -> dict[str, Any]:
 
 
 def _cuts(rule: CutRule, sample_input: Any) -> list[str]:
-    """For every hidden layer the last module whose output depends on this layer and on as few others as can be."""
+    """For every hidden layer the last module whose output depends on this layer and on as few others as possible."""
     model = rule.model
-    every = tuple(path for path, _ in model.named_modules() if path)
+    paths = tuple(path for path, _ in model.named_modules() if path)
     with rule.exact():
-        trace = trace_model(model, sample_input, every, rule.output, alone=True)
+        trace = trace_model(model, sample_input, paths, rule.output, alone=True)
     if rule.modular:
         outputs = {*trace.outputs, *(path for path, consumer in trace.consumer.items() if consumer in trace.outputs)}
     else:
@@ -99,20 +114,20 @@ def _cuts(rule: CutRule, sample_input: Any) -> list[str]:
               and trace.alone[path] and outputs.isdisjoint(trace.alone[path])]
     chosen: dict[str, None] = {}
     for layer in trace.order:
-        own = [path for path in single if layer in trace.alone[path]]
-        if layer not in outputs and own:
-            fewest = min(len(trace.alone[path]) for path in own)
-            chosen[next(path for path in reversed(own) if len(trace.alone[path]) == fewest)] = None
+        candidates = [path for path in single if layer in trace.alone[path]]
+        if layer not in outputs and candidates:
+            fewest = min(len(trace.alone[path]) for path in candidates)
+            chosen[next(path for path in reversed(candidates) if len(trace.alone[path]) == fewest)] = None
     return list(chosen)
 
 
 def patterns(chosen: Collection[str], paths: Collection[str]) -> list[str]:
-    """Names of modules, many of them written as patterns that match no others of `paths`."""
-    if len(chosen) <= _SHORT:
+    """Names of modules; if there are many, patterns that match no other of `paths`."""
+    if len(chosen) <= _MOST_NAMES:
         return list(chosen)
-    found: dict[str, None] = {}
+    shortest: dict[str, None] = {}
     for path in chosen:
         parts = path.split(".")
-        tried = [f"*{'.'.join(parts[-number:])}" for number in range(1, len(parts))]
-        found[next((one for one in tried if set(fnmatch.filter(paths, one)) <= set(chosen)), path)] = None
-    return list(found)
+        candidates = [f"*{'.'.join(parts[-number:])}" for number in range(1, len(parts))]
+        shortest[next((one for one in candidates if set(fnmatch.filter(paths, one)) <= set(chosen)), path)] = None
+    return list(shortest)

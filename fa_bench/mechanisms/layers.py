@@ -1,202 +1,197 @@
-"""Layers whose backward pass carries the error by feedback; their class is swapped in place.
+"""Layers whose backward pass uses feedback in place of the weight; a layer's class is swapped in place.
 
-``module.__class__ = FeedbackLinear`` keeps names, hooks, optimizer references, tied and pretrained weights. Feedback
-tensors belong to the layer itself, as ``feedback_B`` and the like: fixed ones are its buffers, learned ones its parameters. So
-state_dict, ``.to()``, memory formats, deepcopy, and for learned ones optimizers, clipping and data parallelism treat them as
-they treat the weight.
+``module.__class__ = FeedbackLinear`` keeps names, hooks, optimizer references, and tied or pretrained weights.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fa_bench.errors import CoverageError
-from fa_bench.mechanisms.carry import Carry, Learn
-from fa_bench.mechanisms.coverage import PREFIX
+from fa_bench.mechanisms.feedback_tensors import PREFIX, drop_tensors, make_learned, tensors_of
 from fa_bench.mechanisms.ops import (
     FeedbackConvFunction,
     FeedbackLinearFunction,
     Geometry,
     ProductLinearFunction,
 )
-from fa_bench.mechanisms.updates import LearnedFeedback
-
-if TYPE_CHECKING:
-    from fa_bench.mechanisms.carriers import Carrier
+from fa_bench.mechanisms.pathways import BackwardContext, FeedbackPathway
+from fa_bench.mechanisms.updates import LearnedTensor
 
 
 @dataclasses.dataclass
 class Mode:
-    """What all layers and cuts of one attached model share.
+    """The state that all layers and cuts of one attached model share.
 
     Attributes:
+        rule: the rule's name.
         exact: forward passes are those of the plain model.
-        hold: forward passes draw nothing new, so that a probe leaves no trace.
-        training: a forward pass of the whole model with gradients is under way.
-        blind: layers that learn and ran without gradients in it, by path.
-        ran: paths of the layers that ran with gradients in it.
+        freeze_random: forward passes sample nothing new, so that a probe leaves no trace.
+        training: a forward pass of the whole model with gradients is running.
+        without_gradients: path -> trainable layer that ran without gradients in this pass.
+        with_gradients: paths of the layers that ran with gradients in this pass.
     """
 
+    rule: str
     exact: bool = False
-    hold: bool = False
+    freeze_random: bool = False
     training: bool = False
-    blind: dict[str, nn.Module] = dataclasses.field(default_factory=dict)
-    ran: set[str] = dataclasses.field(default_factory=set)
+    without_gradients: dict[str, nn.Module] = dataclasses.field(default_factory=dict)
+    with_gradients: set[str] = dataclasses.field(default_factory=set)
 
 
 class FeedbackLayer(nn.Module):
-    """Mixin in front of a plain layer class: the forward that puts the feedback into the graph.
+    """Mixin before a plain layer class whose forward pass puts the layer's feedback into the autograd graph.
 
     Attributes:
-        carrier: what makes the effective feedback of this layer from its feedback tensors.
+        pathway: computes the effective feedback of this layer from its feedback tensors.
         mode: shared by all layers of the attached model.
         path: the layer's name in the model.
         learned: the learned feedback tensors by name.
     """
 
-    carrier: Carrier
+    pathway: FeedbackPathway
     mode: Mode
     path: str
-    learned: dict[str, LearnedFeedback]
+    learned: dict[str, LearnedTensor]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         mode = self.mode
         if mode.exact or not torch.is_grad_enabled():
             if mode.training and not mode.exact:
                 if self.weight.requires_grad:
-                    mode.blind[self.path] = self
+                    mode.without_gradients[self.path] = self
                 else:
-                    self.carrier.passed(self, x)
+                    self.pathway.observe(self, x)
             return super().forward(x, *args, **kwargs)
-        # Straight from the dictionary: a module's attribute look-up takes as long as a small matrix product's launch.
+        # From the dictionary: attribute access on a module costs as much as launching a small matrix product.
         weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
         if weight is None:
-            raise CoverageError(f"the weight of layer '{self.path}' is computed since attach (by pruning or a parametrization), "
-                                f"and its feedback cannot follow it: call rule.detach(), and attach before you reparametrize no "
-                                f"layer or after the weight is a parameter again")
-        mode.ran.add(self.path)
-        carrier = self.carrier
-        if self.training and not mode.hold:
-            carrier.before_forward(self)
-        # Where nobody asks for the error at the input (the first layer), a rule that only carries errors equals the plain layer.
-        if not (x.requires_grad or carrier.always):
+            raise CoverageError(f"layer '{self.path}' was pruned or parametrized after attach: its weight is no longer a plain "
+                                f"parameter, and its feedback cannot follow it. Call rule.detach() before pruning or "
+                                f"parametrizing, and attach again once the weight is a parameter")
+        mode.with_gradients.add(self.path)
+        pathway = self.pathway
+        if self.training and not mode.freeze_random:
+            pathway.before_forward(self)
+        # Nothing asks for the error at the input of the first layer, so that feedback makes no difference there.
+        if not (x.requires_grad or pathway.always_needed):
             return super().forward(x, *args, **kwargs)
-        carry = carrier.carry(self, x)
+        context = pathway.context(self, x)
         if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
-            # Cast outside the Function: its backward then sees one dtype, and the casts are differentiated as usual.
+            # Cast outside the Function, so that its backward pass sees one dtype and the casts are differentiated as usual.
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = _autocast(x, dtype), _autocast(weight, dtype)
-            carry = _autocast_carry(carry, self.weight.detach(), dtype)
+            context = _autocast_context(context, self.weight.detach(), dtype)
             bias = None if bias is None else _autocast(bias, dtype)
-        return self.apply_feedback(x, weight, bias, carry, *args, **kwargs)
+        return self.apply_feedback(x, weight, bias, context, *args, **kwargs)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        self.carrier.settle(self)
+        self.pathway.materialize(self)
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # In the order in which they were made, parameters or not: states and their hashes then do not depend on what learns.
+        # Saved in the order in which they were made, so that a state and its hash do not depend on what is learned.
         for name in tensors_of(self):
             if (key := f"{prefix}{PREFIX}{name}") in destination:
                 destination[key] = destination.pop(key)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.carrier.settle(self)
+        self.pathway.materialize(self)
         super()._load_from_state_dict(*args, **kwargs)
 
-    def apply_feedback(self, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry) -> Tensor:
-        """The layer's output, with what carries the error in its backward pass."""
+    def apply_feedback(self, x: Tensor, weight: Tensor, bias: Tensor | None, context: BackwardContext) -> Tensor:
+        """The layer's output, computed so that its backward pass uses `context`."""
         raise NotImplementedError
 
     @property
     def qconfig(self) -> Any:
-        """Quantisation tools set this on every module; they do not know this class, and would quantise nothing."""
+        """Quantisation tools set this on every module; they would silently skip this class."""
         raise AttributeError("qconfig")
 
     @qconfig.setter
     def qconfig(self, value: Any) -> None:
-        raise CoverageError(f"layer '{self.path}' has feedback, which quantisation does not know: call rule.detach() first, "
+        raise CoverageError(f"layer '{self.path}' has feedback, which quantisation does not support: call rule.detach() first, "
                             f"then quantise")
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """As torch's autocast does: double precision stays."""
+    """The tensor in `dtype`, as torch's autocast casts it: double precision stays."""
     return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
-def _autocast_carry(carry: Carry, weight: Tensor, dtype: torch.dtype) -> Carry:
-    """`carry` with all tensors cast; what is made of the weight is made of it at full precision, where no small one is zero."""
-    made = _autocast(carry.make(weight), dtype) if carry.make else None
-    return carry._replace(
-        feedback=None if carry.feedback is None else _autocast(carry.feedback, dtype),
-        make=None if made is None else (lambda weight: made),
-        second=None if carry.second is None else _autocast(carry.second, dtype),
-        activation=carry.activation and _composed(lambda value: _autocast(value, dtype), carry.activation),
-        learn=_learn_from(carry, lambda value: _autocast(value, dtype)),
+def _autocast_context(context: BackwardContext, weight: Tensor, dtype: torch.dtype) -> BackwardContext:
+    """`context` with all tensors cast; feedback is derived from the weight at full precision, where no small weight is zero."""
+    derived = _autocast(context.from_weight(weight), dtype) if context.from_weight else None
+    return _prepared(context, lambda value: _autocast(value, dtype))._replace(
+        feedback=None if context.feedback is None else _autocast(context.feedback, dtype),
+        from_weight=None if derived is None else (lambda weight: derived),
+        second_hop=None if context.second_hop is None else _autocast(context.second_hop, dtype),
     )
 
 
-def _learn_from(carry: Carry, prepare: Callable[[Tensor], Tensor]) -> tuple[Learn, ...]:
-    """`carry.learn`, with what stands in for the input in a gradient prepared as the input is."""
-    return tuple(learn._replace(activation=learn.activation and _composed(prepare, learn.activation)) for learn in carry.learn)
+def _prepared(context: BackwardContext, prepare: Callable[[Tensor], Tensor]) -> BackwardContext:
+    """`context` with `prepare` applied to every activation that replaces the layer's input in a gradient."""
+    def composed(activation: Callable[[], Tensor] | None) -> Callable[[], Tensor] | None:
+        return activation and (lambda: prepare(activation()))
+
+    return context._replace(
+        activation=composed(context.activation),
+        gradients=tuple(gradient._replace(activation=composed(gradient.activation)) for gradient in context.gradients))
 
 
 class FeedbackLinear(FeedbackLayer, nn.Linear):
     """nn.Linear with feedback."""
 
-    def apply_feedback(self, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry) -> Tensor:
-        function = FeedbackLinearFunction if carry.second is None else ProductLinearFunction
-        learned = [learn.learned.tensor for learn in carry.learn] if carry.learn else ()
+    def apply_feedback(self, x: Tensor, weight: Tensor, bias: Tensor | None, context: BackwardContext) -> Tensor:
+        function = FeedbackLinearFunction if context.second_hop is None else ProductLinearFunction
+        learned = [gradient.learned.tensor for gradient in context.gradients] if context.gradients else ()
         if x.dim() == 2:
-            return function.apply(x, weight, bias, carry, *learned)
-        return function.apply(x.reshape(-1, x.shape[-1]), weight, bias, carry, *learned).view(*x.shape[:-1], len(weight))
+            return function.apply(x, weight, bias, context, *learned)
+        return function.apply(x.reshape(-1, x.shape[-1]), weight, bias, context, *learned).view(*x.shape[:-1], len(weight))
 
 
 class _FeedbackConv(FeedbackLayer):
-    def apply_feedback(self, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry) -> Tensor:
+    def apply_feedback(self, x: Tensor, weight: Tensor, bias: Tensor | None, context: BackwardContext) -> Tensor:
         def prepared(value: Tensor) -> tuple[Tensor, Geometry]:
             return padded(self, _batched(value, len(self.kernel_size)))
 
-        y = _convolve(*prepared(x), weight, bias, carry, lambda value: prepared(value)[0])
+        y = _convolve(*prepared(x), weight, bias, context, lambda value: prepared(value)[0])
         return y if x.dim() == y.dim() else y.squeeze(0)
 
 
 class _FeedbackConvTranspose(FeedbackLayer):
     def apply_feedback(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry, output_size: list[int] | None = None
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, context: BackwardContext, output_size: list[int] | None = None
     ) -> Tensor:
         dims = len(self.kernel_size)
         output_padding = self._output_padding(
             x, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
         )
         geometry = Geometry(self.stride, self.padding, self.dilation, True, tuple(output_padding), self.groups)
-        y = _convolve(_batched(x, dims), geometry, weight, bias, carry, lambda value: _batched(value, dims))
+        y = _convolve(_batched(x, dims), geometry, weight, bias, context, lambda value: _batched(value, dims))
         return y if x.dim() == y.dim() else y.squeeze(0)
 
 
 def _convolve(
-    x: Tensor, geometry: Geometry, weight: Tensor, bias: Tensor | None, carry: Carry, prepare: Callable[[Tensor], Tensor]
+    x: Tensor, geometry: Geometry, weight: Tensor, bias: Tensor | None, context: BackwardContext,
+    prepare: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """A convolution of a prepared input; `prepare` does the same to what stands in for the input in a gradient."""
-    if carry.activation is not None or carry.learn:
-        carry = carry._replace(
-            activation=carry.activation and _composed(prepare, carry.activation), learn=_learn_from(carry, prepare)
-        )
-    return FeedbackConvFunction.apply(x, weight, bias, carry, geometry, *(learn.learned.tensor for learn in carry.learn))
-
-
-def _composed(prepare: Callable[[Tensor], Tensor], activation: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    return lambda: prepare(activation())
+    """A convolution of a prepared input; `prepare` does the same to an activation that replaces the input in a gradient."""
+    if context.activation is not None or context.gradients:
+        context = _prepared(context, prepare)
+    learned = (gradient.learned.tensor for gradient in context.gradients)
+    return FeedbackConvFunction.apply(x, weight, bias, context, geometry, *learned)
 
 
 def padded(conv: Any, x: Tensor) -> tuple[Tensor, Geometry]:
     """The input of a plain convolution, (N, I, ...), and its geometry.
 
-    Padding other than symmetric zeros is put around the input, where autograd differentiates it exactly.
+    Padding other than symmetric zeros is applied to the input, where autograd differentiates it exactly.
     """
     dims, padding = len(conv.kernel_size), conv.padding
     if conv.padding_mode != "zeros":
@@ -213,68 +208,47 @@ def padded(conv: Any, x: Tensor) -> tuple[Tensor, Geometry]:
 
 
 def _batched(x: Tensor, dims: int) -> Tensor:
-    """A sample without a batch dimension, given one."""
+    """The input with a batch dimension, which is added to a single sample."""
     return x if x.dim() == dims + 2 else x.unsqueeze(0)
 
 
-class FeedbackConv1d(_FeedbackConv, nn.Conv1d):
-    """nn.Conv1d with feedback."""
+def _with_feedback(plain: type[nn.Module], mixin: type[FeedbackLayer]) -> type[FeedbackLayer]:
+    """``FeedbackConv2d`` and the like, as a global of this module, so that its layers can be pickled."""
+    name = f"Feedback{plain.__name__}"
+    return globals().setdefault(name, type(name, (mixin, plain), {"__module__": __name__, "__doc__": "With feedback."}))
 
 
-class FeedbackConv2d(_FeedbackConv, nn.Conv2d):
-    """nn.Conv2d with feedback."""
-
-
-class FeedbackConv3d(_FeedbackConv, nn.Conv3d):
-    """nn.Conv3d with feedback."""
-
-
-class FeedbackConvTranspose1d(_FeedbackConvTranspose, nn.ConvTranspose1d):
-    """nn.ConvTranspose1d with feedback."""
-
-
-class FeedbackConvTranspose2d(_FeedbackConvTranspose, nn.ConvTranspose2d):
-    """nn.ConvTranspose2d with feedback."""
-
-
-class FeedbackConvTranspose3d(_FeedbackConvTranspose, nn.ConvTranspose3d):
-    """nn.ConvTranspose3d with feedback."""
-
-
-#: Plain class -> its class with feedback. Only exact types are swapped: a subclass may do anything in its forward.
+#: Plain class -> its class with feedback. Only exact types are swapped: a subclass may do anything in its forward pass.
 SWAPS: dict[type[nn.Module], type[FeedbackLayer]] = {
     nn.Linear: FeedbackLinear,
-    nn.Conv1d: FeedbackConv1d,
-    nn.Conv2d: FeedbackConv2d,
-    nn.Conv3d: FeedbackConv3d,
-    nn.ConvTranspose1d: FeedbackConvTranspose1d,
-    nn.ConvTranspose2d: FeedbackConvTranspose2d,
-    nn.ConvTranspose3d: FeedbackConvTranspose3d,
+    **{plain: _with_feedback(plain, _FeedbackConv) for plain in (nn.Conv1d, nn.Conv2d, nn.Conv3d)},
+    **{plain: _with_feedback(plain, _FeedbackConvTranspose)
+       for plain in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)},
 }
 _PLAIN = {swapped: plain for plain, swapped in SWAPS.items()}
 CONVOLUTIONS = tuple(plain for plain in SWAPS if plain is not nn.Linear)
 
 
 def is_weighted(module: nn.Module) -> bool:
-    """Whether the module is a layer that feedback can be put into, plain or swapped already."""
+    """Whether the module is a layer that can have feedback, plain or already swapped."""
     weight = module._parameters.get("weight")
     return (type(module) in SWAPS or type(module) in _PLAIN) and isinstance(weight, nn.Parameter) and not weight.is_complex()
 
 
 def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every weighted layer by its path, in the order of definition; a shared module once."""
+    """Every weighted layer by its path, in the order of definition; a shared module appears once."""
     return {path: module for path, module in model.named_modules() if is_weighted(module)}
 
 
-def swap_in(module: nn.Module, path: str, carrier: Carrier, mode: Mode) -> None:
-    """Turn a plain layer into its feedback class, in place, and the tensors that the carrier learns into parameters."""
+def swap_in(module: nn.Module, path: str, pathway: FeedbackPathway, mode: Mode) -> None:
+    """Turn a plain layer into its feedback class, in place, and the tensors that the pathway learns into parameters."""
     module.__class__ = SWAPS[type(module)]
-    module.carrier, module.mode, module.path = carrier, mode, path
-    module.learned = {name: register_learned(module, path, name, module) for name in carrier.learned}
-    if carrier.follows is not None:
-        module.learned[carrier.follows].follows = True
+    module.pathway, module.mode, module.path = pathway, mode, path
+    module.learned = {name: LearnedTensor(path, module, make_learned(module, name), module) for name in pathway.learned}
+    if pathway.follows is not None:
+        module.learned[pathway.follows].follows = True
         if not module.weight.requires_grad:
-            module.learned[carrier.follows].rest()
+            module.learned[pathway.follows].freeze()
 
 
 def swap_out(module: nn.Module) -> None:
@@ -283,58 +257,23 @@ def swap_out(module: nn.Module) -> None:
     if cls in _PLAIN:
         module.__class__ = _PLAIN[cls]  # type: ignore[assignment]
     else:
-        # A parametrization made a class of its own from the feedback class: the same one, made from the plain class.
+        # A parametrization has derived a class from the feedback class: derive the same one from the plain class.
         plain = _PLAIN[cls.__bases__[0]]
         body = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
         module.__class__ = type(f"Parametrized{plain.__name__}", (plain,), body)
-    for name in ("carrier", "mode", "path", "learned"):
+    for name in ("pathway", "mode", "path", "learned"):
         module.__dict__.pop(name, None)
     drop_tensors(module)
 
 
-def put_tensor(module: nn.Module, name: str, tensor: Tensor | None) -> None:
-    """Make `tensor` the feedback tensor `name` of a module: a buffer, saved with the model's state_dict unless None."""
-    order = module.__dict__.setdefault(_NAMES, [])
-    if name not in order:
-        order.append(name)
-    module.register_buffer(PREFIX + name, tensor)
-
-
-def register_learned(module: nn.Module, place: str, name: str, witness: nn.Module | None) -> LearnedFeedback:
-    """Turn the feedback tensor `name` of a module, a buffer so far, into a parameter; see `LearnedFeedback`."""
-    key = PREFIX + name
-    module.register_parameter(key, nn.Parameter(module._buffers.pop(key)))
-    return LearnedFeedback(place, module, key, witness)
-
-
-def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """The feedback tensors of a module by name, live, in the order in which they were made."""
-    found = {}
-    for name in module.__dict__.get(_NAMES, ()):
-        key = PREFIX + name
-        tensor = module._parameters.get(key, module._buffers.get(key))
-        if tensor is not None:
-            found[name] = tensor
-    return found
-
-
-def drop_tensors(module: nn.Module) -> None:
-    """Remove every feedback tensor from a module."""
-    for name in module.__dict__.pop(_NAMES, ()):
-        delattr(module, PREFIX + name)
-
-
 def require_gradients(path: str, layer: nn.Module) -> None:
-    """Refuse a forward pass without gradients through a layer whose weight learns, within one of the model with gradients.
+    """Refuse a layer with a trainable weight that ran without gradients in a forward pass of the model with gradients.
 
     Raises:
         CoverageError: naming the layer and what to do.
     """
     if layer.weight.requires_grad:
-        raise CoverageError(f"layer '{path}' ran without gradients in a forward pass with gradients, although its weight learns: "
-                            f"activation checkpointing needs use_reentrant=False; a part of the model that is not trained, under "
-                            f"torch.no_grad(), needs requires_grad_(False)")
+        raise CoverageError(f"layer '{path}' ran without gradients in a training forward pass, although its weight is trainable: "
+                            f"activation checkpointing needs use_reentrant=False; parts that run under torch.no_grad() need "
+                            f"requires_grad_(False)")
 
-
-#: Where a module keeps the names of its feedback tensors.
-_NAMES = "_feedback_names"

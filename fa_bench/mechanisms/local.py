@@ -1,4 +1,4 @@
-"""Rules whose every cut has a loss of its own, made of the activation there, the labels, and layers that the rule holds."""
+"""Rules with a local loss at every cut, computed from the activation there, the labels, and auxiliary layers of the rule."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.draws import seed_for
 from fa_bench.errors import CoverageError, StateError, names
 from fa_bench.lazy import nn, torch
-from fa_bench.mechanisms.coverage import AUXILIARY
-from fa_bench.mechanisms.cuts import CutRule, Kept
-from fa_bench.mechanisms.updates import LearnedFeedback
+from fa_bench.mechanisms.cuts import CapturedActivation, CutRule
+from fa_bench.mechanisms.feedback_tensors import AUXILIARY_PREFIX
+from fa_bench.mechanisms.updates import LearnedTensor
+from fa_bench.sampling import seed_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,18 +23,20 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.trace import Trace
 
 
+#: Part of torch's message if batch normalisation gets only one value.
+TOO_FEW = "Expected more than 1 value per channel"
 _NONE_IGNORED = -(1 << 62)
 
 
 @dataclasses.dataclass(eq=False)
 class LocalRule(CutRule):
-    """A cut rule whose error at a cut is the gradient of a local loss there; subclasses give `auxiliary` and `local_loss`.
+    """A cut rule whose error at a cut is the gradient of a local loss; subclasses implement `auxiliary` and `local_loss`.
 
-    No error crosses a cut. The auxiliary layers are the rule's, but their parameters and buffers are registered in the module
-    at the cut too, as ``feedback_auxiliary_...``: so ``model.parameters()`` and ``model.state_dict()`` have them, and they follow
-    the model to its device and dtype. They are no modules of the model, for a container would run them.
-    ``rule.feedback_parameters()`` are the auxiliary parameters, ``rule.feedback`` shows them under their cut. Local losses are
-    multiplied by what the loss was multiplied by, and computed in the model's dtype under autocast.
+    No error crosses a cut. The auxiliary layers belong to the rule, but their parameters and buffers are also registered in the
+    module at the cut, as ``feedback_auxiliary_...``: so ``model.parameters()`` and ``model.state_dict()`` contain them, and they
+    follow the model to its device and dtype. They are not modules of the model, because a container would run them.
+    ``rule.feedback_parameters()`` are the auxiliary parameters; ``rule.feedback`` lists them under their cut. Local losses are
+    scaled like the loss, and computed in the model's dtype under autocast.
     """
 
     reads_values = True
@@ -46,7 +48,7 @@ class LocalRule(CutRule):
 
     # -------------------------------------------------------------------------------------------- for subclasses
     def auxiliary(self, cut: str, shape: tuple[int, ...], classes: int) -> torch_nn.Module:
-        """The auxiliary layers of one cut, on the CPU; torch's global generator is seeded for them and restored afterwards.
+        """The auxiliary layers of one cut, on the CPU; called with torch's global generator seeded, which is restored afterwards.
 
         Args:
             cut: the cut's module path.
@@ -66,40 +68,41 @@ class LocalRule(CutRule):
         for cut, shape in features.items():
             with _seeded(seed_for(self.seed, cut, "auxiliary")):
                 net = self.auxiliary(cut, shape, classes)
-            self._auxiliary[cut] = Auxiliary(cut, self._at[cut], net.to(like.device, like.dtype), self._witness)
+            net = net.to(like.device, like.dtype)
+            self._auxiliary[cut] = Auxiliary(cut, self._cut_modules[cut], net, self._witness)
 
-    def take_out(self) -> None:
+    def unwire(self) -> None:
         for auxiliary in getattr(self, "_auxiliary", {}).values():
             auxiliary.unregister()
         self._auxiliary = {}
-        super().take_out()
+        super().unwire()
 
     def auxiliary_at(self, cut: str) -> torch_nn.Module:
         """The auxiliary layers of one cut, with the tensors that the model has now."""
         return self._auxiliary[cut].net()
 
     # -------------------------------------------------------------------------------------------- training
-    def learned_at(self, cut: str) -> list[LearnedFeedback]:
+    def learned_at(self, cut: str) -> list[LearnedTensor]:
         return self._auxiliary[cut].learned
 
-    def answer(
-        self, cut: str, kept: Kept, sent: Tensor, delta: Tensor, target: Tensor | None, learns: bool
+    def error_and_gradients(
+        self, cut: str, captured: CapturedActivation, broadcast: Tensor, delta: Tensor, target: Tensor | None, learns: bool
     ) -> tuple[Tensor, list[Tensor | None]]:
         assert target is not None
         net, dtype = self.auxiliary_at(cut), next(self.model.parameters()).dtype
         learned = [one.tensor for one in self.learned_at(cut)] if learns else []
         required = [tensor for tensor in learned if tensor.requires_grad]
         with torch.enable_grad():
-            activation = kept.tensor.detach().to(dtype).requires_grad_(True)
+            activation = captured.tensor.detach().to(dtype).requires_grad_(True)
             loss = self.local_loss(cut, net, activation, target)
-            error, *found = torch.autograd.grad(loss, [activation, *required])
+            error, *gradients = torch.autograd.grad(loss, [activation, *required])
         if self.loss_factor != 1:
-            error, found = error * self.loss_factor, [gradient * self.loss_factor for gradient in found]
-        gradients = iter(found)
-        return error, [next(gradients) if tensor.requires_grad else None for tensor in learned]
+            error, gradients = error * self.loss_factor, [gradient * self.loss_factor for gradient in gradients]
+        following = iter(gradients)
+        return error, [next(following) if tensor.requires_grad else None for tensor in learned]
 
     # -------------------------------------------------------------------------------------------- feedback, metrics
-    def learned_feedback(self) -> list[LearnedFeedback]:
+    def learned_feedback(self) -> list[LearnedTensor]:
         return [one for auxiliary in self._auxiliary.values() for one in auxiliary.learned]
 
     @property
@@ -111,76 +114,76 @@ class LocalRule(CutRule):
         return {}
 
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """None: no error is carried through any layer."""
+        """None: no error passes through a layer."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing, for the model's state has it all; of a state that an earlier version saved, the auxiliary layers."""
+        """Load the auxiliary layers from a state that an earlier version saved; now the model's state contains them."""
         states = {cut: dict(auxiliary.net().state_dict()) for cut, auxiliary in self._auxiliary.items()} if state else {}
         self.require_entries(state, {cut: tensors for cut, tensors in states.items() if tensors})
         for cut, auxiliary in self._auxiliary.items():
             if cut in state:
                 auxiliary.load(state[cut])
             elif auxiliary.awaited:
-                raise StateError(f"the model's state has no auxiliary layers for cut '{cut}', and rule '{self.name}''s has none "
-                                 f"either")
+                raise StateError(f"neither the model's state nor that of rule '{self.name}' has the auxiliary layers of cut "
+                                 f"'{cut}'")
 
 
 class Auxiliary:
     """The auxiliary layers of one cut, whose parameters and buffers are those of the module at the cut.
 
     Args:
-        cut: its path.
-        module: the module there.
+        cut: the cut's path.
+        module: the module at the cut.
         net: the layers.
-        witness: the layer of the model whose weight tells whether there was an update.
+        witness: the layer of the model whose weight shows whether an update has happened.
 
     Attributes:
-        tensors: the tensors' names in the module -> where they are in the net.
+        tensors: name of a tensor in the module -> the dictionaries of module and net that hold it, and its name in the net.
         learned: the parameters.
-        awaited: whether the model was given a state without them, as earlier versions saved it.
+        awaited: whether the model has loaded a state without them, as earlier versions saved it.
     """
 
     def __init__(self, cut: str, module: torch_nn.Module, net: torch_nn.Module, witness: torch_nn.Module | None) -> None:
         self._net = net
         self.awaited = False
         self.tensors: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {}
-        self.learned: list[LearnedFeedback] = []
+        self.learned: list[LearnedTensor] = []
         for path, part in net.named_modules():
             for source in ("_parameters", "_buffers"):
                 for name, tensor in getattr(part, source).items():
                     if tensor is None:
                         continue
-                    key = AUXILIARY + "_".join([*path.split("."), name] if path else [name])
+                    key = AUXILIARY_PREFIX + "_".join([*path.split("."), name] if path else [name])
                     if source == "_parameters":
                         module.register_parameter(key, tensor)
-                        self.learned.append(LearnedFeedback(cut, module, key, witness))
+                        self.learned.append(LearnedTensor(cut, module, key, witness))
                     else:
                         module.register_buffer(key, tensor)
                     self.tensors[key] = (getattr(module, source), getattr(part, source), name)
         self._hook = module.register_load_state_dict_pre_hook(self._accept_older)
 
     def net(self) -> torch_nn.Module:
-        """The layers, with the tensors that the module has now: a state may have been assigned to it."""
-        for key, (mine, its, name) in self.tensors.items():
-            tensor = mine[key]
-            if its[name] is not tensor:
-                its[name] = tensor
+        """The layers, with the tensors that the module has now: loading a state may have replaced them."""
+        for key, (of_module, of_net, name) in self.tensors.items():
+            tensor = of_module[key]
+            if of_net[name] is not tensor:
+                of_net[name] = tensor
         return self._net
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take the tensors of a state of the net."""
+        """Load a state of the net."""
         self.net().load_state_dict(state)
         self.awaited = False
 
     def unregister(self) -> None:
-        """Take the tensors out of the module."""
+        """Remove the tensors from the module."""
         self._hook.remove()
-        for key, (mine, _, _) in self.tensors.items():
-            mine.pop(key, None)
+        for key, (of_module, _, _) in self.tensors.items():
+            of_module.pop(key, None)
 
     def _accept_older(self, module: Any, state: dict[str, Any], prefix: str, *others: Any) -> None:
-        """Let the model load a state without them: earlier versions saved the auxiliary layers in the rule's state."""
+        """Let the model load a state without the tensors: earlier versions saved them in the rule's state."""
         missing = [key for key in self.tensors if prefix + key not in state]
         self.awaited = len(missing) == len(self.tensors) > 0
         if self.awaited:
@@ -188,26 +191,38 @@ class Auxiliary:
 
 
 class ModuleRule(LocalRule):
-    """A local rule whose modules are the model's blocks and learn as wholes; the last one by the network's own loss.
+    """A local rule whose modules are the model's blocks, each trained as a whole; the last one by the network's own loss.
 
-    Where blocks that feed the output layer are named too, they belong to the last module.
+    Named blocks that feed the output layer belong to the last module.
     """
 
     declared = "blocks"
     modular = True
+    #: What messages call an auxiliary net, and what they suggest for a batch that is too small for its batch normalisation.
+    net_name = "auxiliary net"
+    larger_batches = "use larger batches, or drop the last incomplete one"
+
+    def local_loss(self, cut: str, auxiliary: torch_nn.Module, activation: Tensor, target: Tensor) -> Tensor:
+        try:
+            return cross_entropy(auxiliary(activation), target)
+        except ValueError as error:
+            if TOO_FEW not in str(error):
+                raise
+            raise ValueError(f"rule '{self.name}': the {self.net_name} at '{cut}' has batch normalisation, which needs at "
+                             f"least two samples in a batch; {self.larger_batches} ({error})") from error
 
     def choose_cuts(self, cuts: tuple[str, ...], trace: Trace) -> tuple[str, ...]:
         last = {path for path, consumer in trace.consumer.items() if consumer in trace.outputs}
         chosen = tuple(cut for cut in cuts if last.isdisjoint(trace.feeds.get(cut, ())))
         if not chosen:
-            raise CoverageError(f"rule '{self.name}' needs two modules or more: {names(cuts)} already feeds the output layer "
-                                f"{names(trace.outputs)}; name the ends of earlier ones in cuts or in model.blocks")
+            raise CoverageError(f"rule '{self.name}' needs at least two modules, but {names(cuts)} already feeds the output "
+                                f"layer {names(trace.outputs)}; name the ends of earlier modules in cuts or in model.blocks")
         return chosen
 
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """torch's global generator seeded, on the CPU, and as it was afterwards; those of other devices are not touched."""
+    """Seed torch's global CPU generator, and restore it afterwards; generators of other devices are not touched."""
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)
     try:
@@ -219,15 +234,15 @@ def _seeded(seed: int) -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------------------ auxiliary layers
 def cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
-    """The mean cross-entropy of scores (N, C) with labels (N,), every one of which counts: torch's own skips -100 silently."""
+    """The mean cross-entropy of scores (N, C) with labels (N,). Every label counts: torch's own silently ignores -100."""
     return nn.functional.cross_entropy(scores, target, ignore_index=_NONE_IGNORED)
 
 
 def kind_of_map(name: str, cut: str, shape: tuple[int, ...]) -> Any:
-    """``nn.Conv`` and the like for maps of this shape, (C, ...) of one to three spatial dimensions: ``nn.Conv2d`` ...
+    """The class `name` for maps of this shape, (C, ...) with one to three spatial dimensions: ``nn.Conv2d`` for Conv.
 
     Raises:
-        CoverageError: for maps of more dimensions.
+        CoverageError: for maps with more dimensions.
     """
     dims = len(shape) - 1
     if dims > 3:
@@ -236,9 +251,9 @@ def kind_of_map(name: str, cut: str, shape: tuple[int, ...]) -> Any:
 
 
 def reduced(shape: tuple[int, ...], limit: int) -> tuple[int, ...]:
-    """Size to which a map (C, ...) is averaged so as to have at most `limit` features: sizes are halved in turn, rounded up.
+    """The size to which a map (C, ...) is averaged to have at most `limit` features: sizes are halved in turn and rounded up.
 
-    Empty for flat activations (F,), which have none to average over.
+    Empty for flat activations (F,).
     """
     channels, *size = shape
     factors, turn = [1] * len(size), 0
@@ -253,7 +268,7 @@ def reduced(shape: tuple[int, ...], limit: int) -> tuple[int, ...]:
 
 
 def flattening(cut: str, shape: tuple[int, ...], limit: int) -> tuple[OrderedDict[str, torch_nn.Module], int]:
-    """What flattens an activation, maps averaged first to at most `limit` features; and the number of features it gives."""
+    """Layers that average a map to at most `limit` features and flatten it; and the number of features they return."""
     layers: OrderedDict[str, torch_nn.Module] = OrderedDict()
     size = reduced(shape, limit)
     if size != shape[1:]:

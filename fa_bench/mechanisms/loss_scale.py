@@ -1,7 +1,7 @@
-"""What a loss was multiplied by, for rules whose errors are made of the labels.
+"""The factor by which a loss was scaled, for rules that compute their errors from the labels.
 
-Gradient accumulation divides the loss of a part of a batch, and a gradient scaler multiplies it. An error made of δ, the gradient
-at the logits, follows by itself; one made of the labels has to be multiplied as well.
+Gradient accumulation divides the loss of a micro-batch, and a gradient scaler multiplies it. An error computed from δ, the
+gradient at the logits, scales automatically; one computed from the labels must be multiplied by the same factor.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from fa_bench.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Autograd nodes of losses: a loss that comes out of one of them was multiplied by nothing behind it.
+#: Autograd nodes of losses: a loss whose graph ends in one of them was not scaled.
 _LOSSES = {"NllLoss", "NllLoss2D", "CrossEntropyLoss", "MseLoss", "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits", "L1Loss",
            "SmoothL1Loss", "HuberLoss", "KlDiv", "SoftMarginLoss", "MultiMarginLoss", "MultilabelMarginLoss"}
 _MEAN = 1
 
 
 def is_unscaled(loss: Tensor, target: Tensor | None) -> bool:
-    """Whether `loss` is the mean of one of torch's losses over all samples, as far as its graph tells; almost no arithmetic.
+    """Whether `loss` is the unscaled mean of one of torch's losses over all samples, as far as its autograd graph shows.
 
     Args:
         loss: the loss.
-        target: the labels (N,), to which a loss of fewer samples, of ignored or of weighted ones is compared.
+        target: the labels (N,); a loss of fewer samples, or with ignored or weighted ones, is not the mean over them.
     """
     # This runs at every step, so that the usual case comes first.
     node: Any = loss.grad_fn
@@ -43,17 +43,17 @@ def is_unscaled(loss: Tensor, target: Tensor | None) -> bool:
 
 
 def measured_scale(rule: str, delta: Tensor, logits: Tensor, target: Tensor | None, last: float = 1.0) -> float:
-    """The c for which δ is c times the gradient of the mean cross-entropy.
+    """The factor c such that δ is c times the gradient of the mean cross-entropy.
 
     Args:
-        rule: its name, for the error.
+        rule: the rule's name, for the error message.
         delta: δ (N, C), the gradient of the loss at the logits.
         logits: (N, C).
-        target: the labels (N,); None: the class of each sample whose δ is the lowest, the only one below 0 for a cross-entropy.
-        last: the result where δ tells nothing, for the probability of every label is 1: what it was before.
+        target: the labels (N,); None: for each sample the class with the lowest δ, the only negative one for a cross-entropy.
+        last: the previous result, returned if δ is zero because every label has probability 1.
 
     Raises:
-        ValueError: where δ is no multiple of it.
+        ValueError: if δ is not a multiple of that gradient.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     with torch.enable_grad():
@@ -65,13 +65,13 @@ def measured_scale(rule: str, delta: Tensor, logits: Tensor, target: Tensor | No
     scale = (given * unit).sum().item() / size if size else last
     tolerance = 1e-3 if delta.dtype in (torch.float32, torch.float64) else 5e-2
     if not math.isfinite(scale):
-        return scale  # a gradient scaler will leave this update out
-    # Each entry of δ was rounded in units of its dtype before it was divided by the number of samples.
+        return scale  # a gradient scaler will skip this update
+    # Each entry of δ was rounded to its dtype before it was divided by the number of samples.
     rounding = 4 * torch.finfo(delta.dtype).eps * abs(scale) * delta.numel() ** 0.5 / max(len(delta), 1)
     if (given - scale * unit).norm().item() > tolerance * given.norm().item() + rounding:
-        raise ValueError(f"rule '{rule}' makes its errors of the labels and cannot tell what the loss was multiplied by: the "
-                         f"gradient at the logits is no multiple of that of the mean cross-entropy. Pass the number: "
+        raise ValueError(f"rule '{rule}' computes its errors from the labels and cannot infer the scale of the loss: the "
+                         f"gradient at the logits is not a multiple of that of the mean cross-entropy. Pass the scale: "
                          f"rule.backward(loss, logits, target, loss_scale=1.0), or loss_scale=1 / 4 for loss / 4")
-    # The usual scales are powers of two, and with one of them the result is the exact multiple.
+    # Scales are usually powers of two; rounding to one makes the result exact.
     power = 2.0 ** round(math.log2(scale)) if scale > 0 else 0.0
     return power if power and abs(scale / power - 1) < tolerance else scale

@@ -1,17 +1,18 @@
-"""The autograd Functions that every rule is made of: those of edge rules, and that of cut rules.
+"""The autograd Functions of edge rules and of cut rules.
 
 Shapes: N batch, O out features or channels, I in features or channels, K kernel positions, C classes; ``...`` any further
-dimensions. Those of edge rules compute the forward pass of the plain layer. Backward, with g the gradient at the layer's output:
+dimensions. The Functions of edge rules compute the forward pass of the plain layer. Their backward pass, with g the error at the
+layer's output:
 
     gradient of the weight = correlation of the true input with g       (as backpropagation)
     gradient of the bias   = g summed over batch and space              (as backpropagation)
-    error at the input     = g carried by `feedback`                    (backpropagation has the weight here)
+    error at the input     = g times `feedback`                         (backpropagation uses the weight here)
 
-`feedback` has the weight's own layout, so that feedback = weight is backpropagation bit for bit, with no transpose anywhere.
-A layer passes its Function one `Carry` beside its own tensors, and then the learned feedback tensors of ``carry.learn``, one by
-one: as inputs they receive their gradients from autograd, and everything that watches gradients works on them.
-Every wrapper counts here, for a small layer's arithmetic takes microseconds: few arguments, forward and setup in one method, and
-backward not marked ``once_differentiable``. Second derivatives through these Functions are those of the formulas above.
+`feedback` has the weight's layout, so that feedback = weight is bitwise identical to backpropagation, without a transpose.
+A layer passes its Function its own tensors, a `BackwardContext`, and the learned feedback tensors of ``context.gradients``
+one by one: because they are inputs, autograd accumulates their gradients, and everything that watches gradients works on them.
+A small layer's arithmetic takes microseconds, so that every wrapper counts: few arguments, forward and setup in one method, and
+backward not marked ``once_differentiable``. Second derivatives are those of the formulas above.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch.nn import functional as F
 from fa_bench.mechanisms.product import gradient_of_second
 
 if TYPE_CHECKING:
-    from fa_bench.mechanisms.carry import Carry, Learn
+    from fa_bench.mechanisms.pathways import BackwardContext, FeedbackGradient
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -41,40 +42,40 @@ class FeedbackLinearFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry, *learned: Tensor) -> Tensor:
-        ctx.carry = carry
-        feedback = weight if carry.make else carry.feedback
-        ctx.save_for_backward(*((feedback,) if carry.activation else (feedback, x)))
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, context: BackwardContext, *learned: Tensor) -> Tensor:
+        ctx.context = context
+        feedback = weight if context.from_weight else context.feedback
+        ctx.save_for_backward(*((feedback,) if context.activation else (feedback, x)))
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        carry: Carry = ctx.carry
-        feedback, *kept = ctx.saved_tensors
+        context: BackwardContext = ctx.context
+        feedback, *saved = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _, *needs_learned = ctx.needs_input_grad
-        e_in = g.mm(carry.make(feedback) if carry.make else feedback) if needs_x else None
-        x = _rows(carry.activation()) if carry.activation else kept[0]
+        e_in = g.mm(context.from_weight(feedback) if context.from_weight else feedback) if needs_x else None
+        x = _rows(context.activation()) if context.activation else saved[0]
         grad_weight = g.t().mm(x) if needs_weight else None
-        if not carry.learn:
+        if not context.gradients:
             return e_in, grad_weight, g.sum(0) if needs_bias else None, None
         gradients = learned_gradients(
-            carry.learn, needs_learned, grad_weight, of_activation=lambda activation: g.t().mm(_rows(activation)),
+            context.gradients, needs_learned, grad_weight, of_activation=lambda activation: g.t().mm(_rows(activation)),
             of_hop=lambda hop: g.mm(hop.to(g.dtype)).t().mm(x))
         return e_in, grad_weight, g.sum(0) if needs_bias else None, None, *gradients
 
 
 class ProductLinearFunction(torch.autograd.Function):
-    """y = x Wᵀ + b with the error carried in two hops, ē = g B and e_in = ē R; gradient of R = ēᵀ x.
+    """y = x Wᵀ + b with the error e_in = ē R, where ē = g B; gradient of R = ēᵀ x.
 
-    One after the other they cost less than B R does, unless the batch is larger than the layer.
+    Two products with the error cost less than computing B R, unless the batch is larger than the layer.
 
     Shapes: x (N, I), weight (O, I), bias (O) or None, first B (O, M), second R (M, I), y and g (N, O), ē (N, M).
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry, *learned: Tensor) -> Tensor:
-        ctx.save_for_backward(x, carry.feedback, carry.second)
-        ctx.learn = carry.learn
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, context: BackwardContext, *learned: Tensor) -> Tensor:
+        ctx.save_for_backward(x, context.feedback, context.second_hop)
+        ctx.gradients = context.gradients
         return F.linear(x, weight, bias)
 
     @staticmethod
@@ -85,13 +86,13 @@ class ProductLinearFunction(torch.autograd.Function):
         e_in = between.mm(second) if needs_x else None
         grad_weight = g.t().mm(x) if needs_weight else None
         gradients = [between.t().mm(x) if needed else None for needed in needs_second]
-        for learn, gradient in zip(ctx.learn, gradients, strict=True):
-            learn.learned.received(gradient)
+        for computed, gradient in zip(ctx.gradients, gradients, strict=True):
+            computed.learned.on_gradient(gradient)
         return e_in, grad_weight, g.sum(0) if needs_bias else None, None, *gradients
 
 
 class Geometry(NamedTuple):
-    """How a convolution walks over its input; `padding` is symmetric and filled with zeros."""
+    """The geometry of a convolution; `padding` is symmetric zero padding."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -102,100 +103,102 @@ class Geometry(NamedTuple):
 
 
 class FeedbackConvFunction(torch.autograd.Function):
-    """A convolution of one to three dimensions, plain or transposed, whose error is carried by `feedback`.
+    """A convolution of one to three dimensions, plain or transposed, whose backward pass uses `feedback`.
 
     Shapes: x (N, I, ...); weight and feedback (O, I/groups, K...), or (I, O/groups, K...) where transposed; bias (O) or
-    None; y and g (N, O, ...). e_in is the input gradient of the same convolution with `feedback` for the weight.
+    None; y and g (N, O, ...). e_in is the input gradient of the same convolution with `feedback` as its weight.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, carry: Carry, geometry: Geometry, *learned: Tensor
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, context: BackwardContext, geometry: Geometry, *learned: Tensor
     ) -> Tensor:
-        feedback = weight if carry.make else carry.feedback
-        ctx.save_for_backward(*((feedback,) if carry.activation else (feedback, x)))
-        ctx.geometry, ctx.carry = geometry, carry
+        feedback = weight if context.from_weight else context.feedback
+        ctx.save_for_backward(*((feedback,) if context.activation else (feedback, x)))
+        ctx.geometry, ctx.context = geometry, context
         ctx.bias_sizes = None if bias is None else list(bias.shape)
         return torch.ops.aten.convolution(x, weight, bias, *geometry)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        carry: Carry = ctx.carry
-        feedback, *kept = ctx.saved_tensors
+        context: BackwardContext = ctx.context
+        feedback, *saved = ctx.saved_tensors
         needs, needs_learned = ctx.needs_input_grad[:3], ctx.needs_input_grad[5:]
-        if carry.make and needs[0]:
-            feedback = carry.make(feedback)
-        # Of the weight's argument only the shape enters the weight gradient, and of the input's only the shape enters the error,
-        # so that one call serves all three.
-        x = carry.activation() if carry.activation else kept[0]
-        hop = any(needed and learn.hop is not None for learn, needed in zip(carry.learn, needs_learned, strict=True))
-        asked = [needs[0], needs[1] or hop, needs[2]]
-        grads = torch.ops.aten.convolution_backward(g, x, feedback, ctx.bias_sizes, *ctx.geometry, asked)
+        if context.from_weight and needs[0]:
+            feedback = context.from_weight(feedback)
+        # The weight gradient depends only on the shape of the weight argument, and the error only on the shape of the input, so
+        # that one call computes all three.
+        x = context.activation() if context.activation else saved[0]
+        through_product = any(
+            needed and one.first_hop is not None for one, needed in zip(context.gradients, needs_learned, strict=True))
+        mask = [needs[0], needs[1] or through_product, needs[2]]
+        grads = torch.ops.aten.convolution_backward(g, x, feedback, ctx.bias_sizes, *ctx.geometry, mask)
         grad_weight = grads[1] if needs[1] else None
         gradients = learned_gradients(
-            carry.learn, needs_learned, grad_weight,
+            context.gradients, needs_learned, grad_weight,
             of_activation=lambda activation: weight_gradient(g, activation, feedback, ctx.geometry),
             of_hop=lambda hop: gradient_of_second(hop, grads[1], ctx.geometry.groups, ctx.geometry.transposed))
         return grads[0], grad_weight, grads[2], None, None, *gradients
 
 
 def learned_gradients(
-    learns: tuple[Learn, ...], needed: Sequence[bool], grad_weight: Tensor | None, of_activation: Callable[[Tensor], Tensor],
-    of_hop: Callable[[Tensor], Tensor],
+    how: tuple[FeedbackGradient, ...], needed: Sequence[bool], grad_weight: Tensor | None,
+    of_activation: Callable[[Tensor], Tensor], of_hop: Callable[[Tensor], Tensor],
 ) -> list[Tensor | None]:
-    """The gradients of learned feedback, see `Learn`.
+    """The gradients of learned feedback tensors.
 
     Args:
-        learns: for each learned tensor, what makes its gradient.
-        needed: whether it is asked for.
-        grad_weight: the weight's gradient, None where the weight is frozen.
-        of_activation: the gradient that an activation makes in place of the input.
-        of_hop: the gradient of the second hop of a product, of the first.
+        how: how each gradient is computed.
+        needed: whether each is needed.
+        grad_weight: the weight's gradient; None if the weight is frozen.
+        of_activation: computes the weight gradient with an activation in place of the input.
+        of_hop: computes the gradient of the second factor of a product from the first factor.
     """
     gradients: list[Tensor | None] = []
-    for learn, is_needed in zip(learns, needed, strict=True):
+    for (learned, activation, first_hop), is_needed in zip(how, needed, strict=True):
         gradient = None
-        if is_needed and learn.activation is not None:
-            gradient = of_activation(learn.activation())
-        elif is_needed and learn.hop is not None:
-            gradient = of_hop(learn.hop)
+        if is_needed and activation is not None:
+            gradient = of_activation(activation())
+        elif is_needed and first_hop is not None:
+            gradient = of_hop(first_hop)
         elif is_needed and grad_weight is not None:
             gradient = shared(grad_weight)
         gradients.append(gradient)
-        learn.learned.received(gradient)
+        learned.on_gradient(gradient)
     return gradients
 
 
 def shared(gradient: Tensor) -> Tensor:
     """The same gradient for a second tensor, copied at the first write to either.
 
-    Writes are rare (SGD with Nesterov momentum, clipping, gradient scalers), and an alias would let them through to both; a copy
-    is 2.7 MB on the MLP, a tenth of its step.
+    Writes are rare (SGD with Nesterov momentum, clipping, gradient scalers), but must not reach both tensors, as they would with
+    an alias. A copy at every step would take 2.7 MB and a tenth of a step on the MLP.
     """
     return torch._lazy_clone(gradient)
 
 
 def weight_gradient(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """The weight gradient of a convolution, in the shape of `weight`, whose values do not matter."""
+    """The weight gradient of a convolution; only the shape of `weight` matters."""
     return torch.ops.aten.convolution_backward(g, x, weight, None, *geometry, [False, True, False])[1]
 
 
 class DeliverFunction(torch.autograd.Function):
-    """The identity on the logits z (N, C); its backward pass returns an error for them, one for each cut, and the gradients of
-    the learned feedback at the cuts.
+    """The identity on the logits z (N, C). Its backward pass returns the error at z, the error at each cut, and the gradients of
+    the learned feedback tensors.
 
-    Inputs: `answer`, called with δ = ∂L/∂z and the saved cut tensors, returns all of these; `cuts`, the number of cut tensors;
-    `keep`, whether their values are saved for `answer`; z; the cut tensors, (N, ...) each; then the learned feedback tensors.
+    Inputs: `errors`, a function of δ = ∂L/∂z and the saved cut tensors that returns all of these; `cuts`, the number of cut
+    tensors; `save_values`, whether their values are saved for `errors`; z; the cut tensors, (N, ...) each; the learned feedback
+    tensors.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, answer: Callable[..., list[Tensor | None]], cuts: int, keep: bool, logits: Tensor, *tensors: Tensor
+        ctx: Any, errors: Callable[..., list[Tensor | None]], cuts: int, save_values: bool, logits: Tensor, *tensors: Tensor
     ) -> Tensor:
-        ctx.answer = answer
-        ctx.save_for_backward(*(tensors[:cuts] if keep else ()))
+        ctx.errors = errors
+        ctx.save_for_backward(*(tensors[:cuts] if save_values else ()))
         return logits.detach()
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return None, None, None, *ctx.answer(delta, ctx.saved_tensors)
+        return None, None, None, *ctx.errors(delta, ctx.saved_tensors)

@@ -1,9 +1,10 @@
-"""The two hops of product feedback, ē = g B and e_in = ē R, as arithmetic on weights: B R, and the gradient of R.
+"""Product feedback, ē = g B and e_in = ē R, as operations on weights: the product B R, and the gradient of R.
 
-In a convolution B is the same at every pixel. So e_in is g carried by B R, and x correlated with ē is Bᵀ times x correlated with
-g: the large population in between never needs an image of its own.
+In a convolution B is the same at every pixel. So e_in is the input gradient of g with the weight B R, and the correlation of x
+with
+ē is Bᵀ times the correlation of x with g: the activity of the large intermediate population is never computed.
 
-Shapes, for M units in between a group's outputs and G groups: B (O, M), where a group's rows belong to its own part of R;
+Shapes, for M intermediate units per group and G groups: B (O, M), where a group's rows belong to its own part of R;
 R (G M, I/G, K...), the layout of a weight with G M outputs; transposed: weight (I, O/G, K...) and R (I, M, K...).
 """
 
@@ -21,7 +22,7 @@ def multiplied_out(first: Tensor, second: Tensor, groups: int, transposed: bool)
 
 
 def gradient_of_second(first: Tensor, gradient: Tensor, groups: int, transposed: bool) -> Tensor:
-    """That of R, in R's layout, from the weight's."""
+    """The gradient of R, in R's layout, from the weight's gradient."""
     mixing = first.view(groups, len(first) // groups, -1).transpose(1, 2)
     return _mix(mixing, gradient.to(first.dtype), transposed)
 

@@ -1,9 +1,8 @@
-"""Shared activations: which earlier activation stands in for a layer's input, brought to that input's shape.
+"""Shared activations: an earlier activation, brought to the shape of a layer's input, replaces it in gradients.
 
-The activations between weighted layers are counted along the order of execution: the stem makes number 1, which enters the
-next layers, and so on; layers that take the same activation, such as a block's first convolution and its projection, count
-once. With k layers to share, activation s = 1 + k ⌊(p - 2)/k⌋ stands in for activation p ≥ 2 (eqs 39-42 of Woo et al. 2021);
-the layers that take activation 1 have it themselves.
+The activations between weighted layers are numbered in the order of execution. The stem's output is number 1. Layers with the
+same input, such as a block's first convolution and its projection, count once. If k layers share, activation s = 1 + k ⌊(p -
+2)/k⌋ replaces activation p ≥ 2 (eqs 39-42 of Woo et al. 2021); layers whose input is activation 1 use it itself.
 """
 
 from __future__ import annotations
@@ -14,12 +13,20 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.config.options import option
-from fa_bench.draws import INITIALISERS
 from fa_bench.errors import CoverageError, names
 from fa_bench.lazy import torch
-from fa_bench.mechanisms.carriers import Carrier, Fixed, Learned, Transport
-from fa_bench.mechanisms.carry import Carry, recomputing, reentrant
-from fa_bench.mechanisms.edge import EdgeRule, Site
+from fa_bench.mechanisms.edge import EdgeRule, LayerContext
+from fa_bench.mechanisms.feedback_options import init_option
+from fa_bench.mechanisms.feedback_tensors import feedback_tensor
+from fa_bench.mechanisms.pathways import (
+    BackwardContext,
+    FeedbackPathway,
+    FixedFeedback,
+    LearnedFeedback,
+    TransposeFeedback,
+    recomputing,
+    refuse_reentrant,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -30,61 +37,61 @@ if TYPE_CHECKING:
 MATCHES = ("max_pool", "avg_pool", "random")
 
 
-class Source:
-    """The activation that is shared at present, as its first consumer saw it.
+class SharedActivation:
+    """An activation that other layers share, captured at the input of its first consumer.
 
     Args:
-        consumer: that layer's path.
+        consumer: the path of that layer.
     """
 
     def __init__(self, consumer: str) -> None:
         self.consumer = consumer
-        self._kept: tuple[Tensor, int] | None = None
+        self._captured: tuple[Tensor, int] | None = None
 
-    def keep(self, x: Tensor) -> None:
-        """Called at every forward pass, by the first layer that takes the activation."""
-        self._kept = x.detach(), x._version
+    def capture(self, x: Tensor) -> None:
+        """Called at every forward pass by the first layer that has the activation as its input."""
+        self._captured = x.detach(), x._version
 
     @property
-    def is_gone(self) -> bool:
-        """Whether no forward pass of the model is under way that has it."""
-        return self._kept is None
+    def is_missing(self) -> bool:
+        """Whether no forward pass that has computed the activation is running."""
+        return self._captured is None
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Called at both ends of a forward pass: an activation belongs to its own pass."""
-        self._kept = None
+        self._captured = None
 
-    def held(self, match: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
-        """What gives this forward's activation, matched, in the backward pass.
+    def in_backward(self, match: Callable[[Tensor], Tensor], rule: str) -> Callable[[], Tensor]:
+        """A function that returns this forward pass's activation, matched, for the backward pass.
 
         Raises:
-            CoverageError: where the layer that takes the activation first did not run in this pass.
+            CoverageError: if the first consumer of the activation did not run in this pass.
         """
-        if self._kept is None and recomputing():
-            return reentrant("asap")  # the first pass has it; see there
-        if self._kept is None:
+        if self._captured is None and recomputing():
+            return refuse_reentrant(rule)
+        if self._captured is None:
             raise CoverageError(f"the activation that layers share is the input of '{self.consumer}', which did not run before "
                                 f"them in this forward pass with gradients: all layers that share must run, in the same order, "
                                 f"by a call of the model (activation checkpointing needs use_reentrant=False)")
-        tensor, version = self._kept
+        tensor, version = self._captured
 
-        def give() -> Tensor:
+        def matched() -> Tensor:
             if tensor._version != version:
                 raise RuntimeError("a shared activation was changed in place between its first use and the backward pass")
             return match(tensor)
 
-        return give
+        return matched
 
 
 def matcher(shape: tuple[int, ...], wanted: tuple[int, ...], kind: str, mixing: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """What brings an activation of one shape (without the batch) to another.
+    """A function that brings an activation of one shape (without the batch) to another.
 
-    Copies are concatenated along channels (features) until there are enough; then pooling with kernel = stride = the ratio of the
-    sizes; ``random`` is one fixed random 1x1 convolution `mixing` with that stride in place of both. Where the number of
-    dimensions differs, the activation is flattened first.
+    Copies are concatenated along channels (features) until there are enough; then the map is pooled, with kernel and stride equal
+    to the ratio of the sizes. ``random`` replaces both by one fixed random 1x1 convolution `mixing` with that stride. If the
+    number of dimensions differs, the activation is flattened first.
 
     Raises:
-        ValueError: where whole ratios do not lead there.
+        ValueError: if the ratios are not whole numbers.
     """
     if len(shape) != len(wanted):
         inner = matcher((math.prod(shape),), wanted, kind, mixing)
@@ -94,9 +101,9 @@ def matcher(shape: tuple[int, ...], wanted: tuple[int, ...], kind: str, mixing: 
         return _feature_matcher(shape[0], wanted[0], kind, mixing)
     strides = [math.ceil(have / want) for have, want in zip(shape[1:], wanted[1:], strict=True)]
     if mixing is None and wanted[0] % shape[0]:
-        raise ValueError(f"{shape[0]} channels do not go into {wanted[0]} a whole number of times")
+        raise ValueError(f"{wanted[0]} channels are not a multiple of {shape[0]}")
     if any(math.ceil(have / stride) != want for have, stride, want in zip(shape[1:], strides, wanted[1:], strict=True)):
-        raise ValueError(f"pooling does not make {wanted[1:]} of {shape[1:]}")
+        raise ValueError(f"pooling does not reduce {shape[1:]} to {wanted[1:]}")
     copies = wanted[0] // shape[0]
     convolve = getattr(torch.nn.functional, f"conv{dims}d")
     pool = getattr(torch.nn.functional, f"max_pool{dims}d" if kind == "max_pool" else f"avg_pool{dims}d")
@@ -116,53 +123,53 @@ def _feature_matcher(have: int, want: int, kind: str, mixing: Tensor | None) -> 
     if want % have == 0:
         return (lambda x: x) if want == have else (lambda x: torch.cat([x] * (want // have), -1))
     if have % want:
-        raise ValueError(f"neither of {have} and {want} features goes into the other a whole number of times")
+        raise ValueError(f"neither of {have} and {want} features is a multiple of the other")
     pool: Any = torch.nn.functional.max_pool1d if kind == "max_pool" else torch.nn.functional.avg_pool1d
     return lambda x: pool(x.unsqueeze(-2), have // want).squeeze(-2)
 
 
 @dataclasses.dataclass(eq=False)
-class Sharing(Carrier):
-    """Wraps another carrier: keeps this layer's input for others, and takes a shared one in place of its own.
+class SharedActivationFeedback(FeedbackPathway):
+    """Wraps a pathway so that a shared activation replaces the layer's input in gradients, or the layer shares its input.
 
     Attributes:
-        inner: what carries the error.
-        source: the shared activation that stands in for this layer's input, or None.
-        gives: the shared activation that is this layer's input, or None.
+        inner: the pathway of the error.
+        source: the shared activation that replaces this layer's input, or None.
+        provides: the shared activation that is this layer's input, or None.
         shape, wanted: shapes, without the batch, of the shared activation and of this layer's input.
         kind: how one is brought to the other.
     """
 
-    inner: Carrier
-    source: Source | None
-    gives: Source | None
+    inner: FeedbackPathway
+    source: SharedActivation | None
+    provides: SharedActivation | None
     shape: tuple[int, ...]
     wanted: tuple[int, ...]
     kind: str
 
-    always = True
+    always_needed = True
 
     def __post_init__(self) -> None:
-        self.learned, self.follows, self.tensors = self.inner.learned, self.inner.follows, self.inner.tensors
+        self.learned, self.follows, self.description = self.inner.learned, self.inner.follows, self.inner.description
 
-    def words(self) -> str:
-        return super().words() + (f"; shares the input of {self.source.consumer}" if self.source is not None else "")
+    def describe(self) -> str:
+        return super().describe() + (f"; shares the input of {self.source.consumer}" if self.source is not None else "")
 
-    def carry(self, layer: Any, x: Tensor) -> Carry:
-        if self.gives is not None:
-            self.gives.keep(x)
-        carry = self.inner.carry(layer, x)
-        if self.source is None or (layer.mode.hold and self.source.is_gone):
-            return carry  # a probe may ask what this layer alone carries
-        return self.shared(layer, carry, self.source.held(self.match(layer)))
+    def context(self, layer: Any, x: Tensor) -> BackwardContext:
+        if self.provides is not None:
+            self.provides.capture(x)
+        context = self.inner.context(layer, x)
+        if self.source is None or (layer.mode.freeze_random and self.source.is_missing):
+            return context  # a probe runs this layer alone
+        return self.shared(layer, context, self.source.in_backward(self.match(layer), layer.mode.rule))
 
     def match(self, layer: Any) -> Callable[[Tensor], Tensor]:
-        """What brings the shared activation to the shape of this layer's input."""
-        return matcher(self.shape, self.wanted, self.kind, layer._buffers.get("feedback_P"))
+        """A function that brings the shared activation to the shape of this layer's input."""
+        return matcher(self.shape, self.wanted, self.kind, feedback_tensor(layer, "P"))
 
-    def shared(self, layer: Any, carry: Carry, activation: Callable[[], Tensor]) -> Carry:
-        """Where the shared activation enters: here, the weight gradient."""
-        return carry._replace(activation=activation)
+    def shared(self, layer: Any, context: BackwardContext, activation: Callable[[], Tensor]) -> BackwardContext:
+        """The context with the shared activation: here, it enters the weight gradient."""
+        return context._replace(activation=activation)
 
     def effective(self, layer: Any) -> Tensor:
         return self.inner.effective(layer)
@@ -170,71 +177,69 @@ class Sharing(Carrier):
 
 @dataclasses.dataclass(eq=False)
 class SharingRule(EdgeRule):
-    """What the rules with shared activations have in common; `sharing` says where the shared activation enters."""
+    """Base of the rules with shared activations; `sharing` is the pathway that says where the shared activation enters."""
 
     k: int = option(2, "how many layers share an activation (2 and 4 in the paper)", minimum=2)
-    match: str = option("max_pool", "how a shared activation gets a later one's shape: copies and max- or average-pooling, or "
-                                    "one fixed random 1x1 convolution", choices=list(MATCHES))
-    linear: str = option("auto", "fully connected layers: fa (own input, fixed feedback), share, or auto: share where the model "
-                                 "has no convolution", choices=["auto", "fa", "share"])
-    b_init: str = option("pytorch", "initialiser of learned B", choices=[*INITIALISERS, "copy_w"])
-    linear_b_init: str = option("uniform_one", "initialiser of the fixed B of fully connected layers", choices=list(INITIALISERS))
-    transport: bool = option(False, "convolutions and the layers that share carry the error by their weights; fully connected "
-                                    "layers that do not share keep their fixed feedback")
+    match: str = option("max_pool", "how a shared activation is brought to the shape of a later one: copies and max- or "
+                                    "average-pooling, or one fixed random 1x1 convolution", choices=list(MATCHES))
+    linear: str = option("auto", "fully connected layers: fa (own input, fixed feedback), share, or auto: share if the model has "
+                                 "no convolution", choices=["auto", "fa", "share"])
+    b_init: str = init_option("learned B", "pytorch", can_copy=True)
+    linear_b_init: str = init_option("the fixed B of fully connected layers", "uniform_one")
+    transport: bool = option(False, "convolutions and layers that share use their weights as feedback; fully connected layers "
+                                    "that do not share keep their fixed feedback")
     freeze_stem: bool = option(True, "the first layer keeps its initial weight and bias")
 
-    #: The carrier that lets the shared activation in.
-    sharing = Sharing
+    sharing = SharedActivationFeedback
 
     def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         super().begin_forward(model, args, kwargs)
-        self._forget()
+        self._clear_sources()
 
     def end_forward(self, model: nn.Module, args: Any, output: Any) -> Any:
-        self._forget()
+        self._clear_sources()
         return super().end_forward(model, args, output)
 
-    def _forget(self) -> None:
+    def _clear_sources(self) -> None:
         for source in self._sources.values():
-            source.forget()
+            source.clear()
 
-    def put_in(self, sample_input: Any) -> Coverage:
+    def wire(self, sample_input: Any) -> Coverage:
         trace = self.trace(sample_input)
         groups = self.sharing_groups(self.model, trace)
         self._groups = {path: number for number, group in enumerate(groups, start=1) for path in group}
         self._first = {number: group[0] for number, group in enumerate(groups, start=1)}
-        self._sources = {shared: Source(self._first[shared]) for shared in map(self.source_of, [*self._first][1:])}
+        self._sources = {shared: SharedActivation(self._first[shared]) for shared in map(self.source_of, [*self._first][1:])}
         self._shapes = {path: tuple(shape[1:]) for path, shape in trace.input_shapes.items()}
         self._stem = trace.order[0]
-        self._by_weight = self.carried_by_weight(self.model)
-        return super().put_in(sample_input)
+        self._transporting = self.weight_transport_layers(self.model)
+        return super().wire(sample_input)
 
     def sharing_groups(self, model: nn.Module, trace: Trace) -> list[list[str]]:
-        """The layers that share, grouped by the activation that enters them, numbered from 1 on: the stem's output.
+        """The layers that share, grouped by their input activation; the first group's input is activation 1, the stem's output.
 
         Raises:
-            CoverageError: where there are fewer than two such activations.
+            CoverageError: if there are fewer than two such activations.
         """
         convolutional = _convolutions(model)
         share_linear = self.shares_linear(convolutional)
         groups = [group for group in trace.inputs[1:] if share_linear or convolutional.issuperset(group)]
         if len(groups) < 2:
             sharers = names(path for group in groups for path in group) or "none"
-            # Where fully connected layers do not share yet and would be enough.
-            helps = not share_linear and len(trace.inputs) > 2
+            helps = not share_linear and len(trace.inputs) > 2  # fully connected layers would be enough
             raise CoverageError(
                 f"rule '{self.name}' has nothing to share in this model: after the first layer '{trace.order[0]}' it needs two "
-                f"activations that enter layers which share, and finds {len(groups)} (into {sharers}). "
+                f"activations that are inputs of layers which share, but there are {len(groups)} (inputs of {sharers}). "
                 + ("Pass {linear} to have fully connected layers share too" if helps else "It needs a deeper model"),
                 {"linear": "share"} if helps else {})
         return groups
 
     def shares_linear(self, convolutional: set[str]) -> bool:
-        """Whether fully connected layers share, in a model with these convolutions."""
+        """Whether fully connected layers share in a model with these convolutions."""
         return self.linear == "share" or (self.linear == "auto" and not convolutional)
 
-    def carried_by_weight(self, model: nn.Module) -> set[str]:
-        """The layers whose error goes through their own weight: with `transport`, convolutions and layers that share."""
+    def weight_transport_layers(self, model: nn.Module) -> set[str]:
+        """The layers that pass the error through their weight: with `transport`, convolutions and layers that share."""
         from fa_bench.mechanisms.layers import weighted_layers
 
         if not self.transport:
@@ -243,37 +248,37 @@ class SharingRule(EdgeRule):
         return set(weighted_layers(model)) if self.shares_linear(convolutional) else convolutional
 
     def source_of(self, number: int) -> int:
-        """The activation that stands in for activation `number` ≥ 2."""
+        """The activation that replaces activation `number` ≥ 2."""
         return 1 + self.k * ((number - 2) // self.k)
 
-    def carrier(self, site: Site) -> Carrier:
-        number, by_weight = self._groups.get(site.path), site.path in self._by_weight
-        if number is None and not by_weight and (self.transport or site.path != self._stem):
-            site.put("B", self.linear_b_init)
-            return Fixed()
-        inner: Carrier = Transport() if by_weight else Learned()
-        if not by_weight:
-            site.put("B", self.b_init)
+    def pathway(self, layer: LayerContext) -> FeedbackPathway:
+        number, transports = self._groups.get(layer.path), layer.path in self._transporting
+        if number is None and not transports and (self.transport or layer.path != self._stem):
+            layer.put("B", self.linear_b_init)
+            return FixedFeedback()
+        inner: FeedbackPathway = TransposeFeedback() if transports else LearnedFeedback()
+        if not transports:
+            layer.put("B", self.b_init)
         source = self.source_of(number) if number is not None and number > 1 else None
-        gives = self._sources.get(number) if number is not None and self._first[number] == site.path else None
-        if source is None and gives is None:
+        provides = self._sources.get(number) if number is not None and self._first[number] == layer.path else None
+        if source is None and provides is None:
             return inner
-        wanted = self._shapes[site.path]
+        wanted = self._shapes[layer.path]
         if source is None:
-            return self.sharing(inner, None, gives, wanted, wanted, self.match)
-        have = self._shapes[self._first[source]]
+            return self.sharing(inner, None, provides, wanted, wanted, self.match)
+        shape = self._shapes[self._first[source]]
         if self.match == "random":
-            channels = have[0] if len(have) == len(wanted) else math.prod(have)
-            site.put("P", "kaiming_uniform", shape=[wanted[0], channels, *[1] * (len(wanted) - 1)])
-        carrier = self.sharing(inner, self._sources[source], gives, have, wanted, self.match)
+            channels = shape[0] if len(shape) == len(wanted) else math.prod(shape)
+            layer.put("P", "kaiming_uniform", shape=[wanted[0], channels, *[1] * (len(wanted) - 1)])
+        pathway = self.sharing(inner, self._sources[source], provides, shape, wanted, self.match)
         try:
-            carrier.match(site.layer)
+            pathway.match(layer.module)
         except ValueError as error:
             raise CoverageError(f"rule '{self.name}' cannot bring the activation shared by '{self._first[source]}' to the shape "
-                                f"of the input of '{site.path}': {error}"
+                                f"of the input of '{layer.path}': {error}"
                                 + ("" if self.match == "random" else "; {match} changes channels and features to any number"),
                                 {} if self.match == "random" else {"match": "random"}) from None
-        return carrier
+        return pathway
 
 
 def _convolutions(model: nn.Module) -> set[str]:

@@ -1,4 +1,4 @@
-"""Whether an attached model still is the model that a rule was put into."""
+"""Whether an attached model still has the modules that it had at `attach`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 class Structure:
     """The modules of an attached model, and the parameters that the rule froze.
 
-    `check` runs before every training forward pass; as long as nothing was put in or taken out it costs one comparison of lists
-    for each module that has children.
+    `check` runs before every training forward pass. Unless a module was added or removed, it costs one comparison of lists for
+    each module that has children.
 
     Args:
         rule: the rule's name.
         model: the model, with the rule in it.
         watched: path -> module, for the layers and cuts that the rule relies on.
-        frozen: parameters that the rule keeps from learning.
+        frozen: parameters that the rule has frozen.
     """
 
     def __init__(self, rule: str, model: nn.Module, watched: dict[str, nn.Module], frozen: list[nn.Parameter]) -> None:
@@ -38,18 +38,18 @@ class Structure:
     def _accept(self) -> None:
         self._known = set(self._model.modules())
         for module in self._known:
-            # A number and not the rule itself: modules are copied and pickled, and a copy is no part of the model.
+            # A number rather than the rule: modules are copied and pickled, and a copy is not part of the model.
             module.__dict__[PART_ATTRIBUTE] = self._number, id(module)
         self._children = [(module._modules, list(module._modules.values())) for module in self._known if module._modules]
 
     def check(self, allow_new: bool) -> None:
-        """Refuse a model whose layers changed since `attach`.
+        """Raise an error if the model's layers have changed since `attach`.
 
         Args:
-            allow_new: whether modules with weights of their own may have come in.
+            allow_new: whether modules with weights of their own may have been added.
 
         Raises:
-            CoverageError: naming what changed, and what to do.
+            CoverageError: naming what changed and what to do.
         """
         for children, known in self._children:
             if list(children.values()) != known:
@@ -60,8 +60,8 @@ class Structure:
             made_of = [parameter] if parameter is not None else _made_of(module, key)
             if any(one.requires_grad for one in made_of):
                 name = f"{path}.{key}" if path else key
-                raise CoverageError(f"'{name}' was frozen by the rule and learns now: it was replaced, or its requires_grad set, "
-                                    f"since attach. {_AGAIN}")
+                raise CoverageError(f"'{name}' was frozen by the rule, but has since been replaced or had its requires_grad set. "
+                                    f"{_AGAIN}")
 
     def _compare(self, allow_new: bool) -> None:
         now = dict(self._model.named_modules())
@@ -69,27 +69,27 @@ class Structure:
         gone = [path for path, module in self._watched.items() if module not in present]
         if gone:
             replaced = [path for path in gone if path in now]
-            what = f"{names(replaced)} replaced" if replaced else f"{names(gone)} taken out"
-            raise CoverageError(f"the model was changed after attach ({what}), and the rule still has the old layer. {_AGAIN}")
+            what = f"{names(replaced)} replaced" if replaced else f"{names(gone)} removed"
+            raise CoverageError(f"the model was changed after attach ({what}), but the rule still uses the old layer. {_AGAIN}")
         new = [f"{path}.{key}" for path, module in now.items() if module not in self._known
                for key, parameter in module._parameters.items() if parameter is not None and is_weight(key, parameter)]
         if new and not allow_new:
-            raise CoverageError(f"the model was changed after attach: the weights {names(new)} came in, which the rule does not "
-                                f"cover. {_AGAIN}")
+            raise CoverageError(f"the model was changed after attach: the rule does not cover the new weights {names(new)}. "
+                                f"{_AGAIN}")
         self._accept()
 
     def release(self) -> None:
-        """Forget that the modules belong to the model."""
+        """Remove the mark that the modules belong to the model."""
         for module in (*self._known, *self._model.modules()):
             module.__dict__.pop(PART_ATTRIBUTE, None)
 
     def live(self) -> list[Any]:
-        """The frozen parameters as they are in the model now, those included that a reparametrization made of them."""
+        """The frozen parameters as they are in the model now, including those that a reparametrization has derived from them."""
         return [parameter for _, module, key in self._frozen for parameter in _made_of(module, key)]
 
 
 def _made_of(module: nn.Module, key: str) -> list[Any]:
-    """The parameter of that name; or, under pruning or a parametrization, the ones that it is computed from."""
+    """The parameter of that name, or, under pruning or a parametrization, the parameters from which it is computed."""
     if key in module._parameters:
         parameter = module._parameters[key]
         return [] if parameter is None else [parameter]
@@ -100,14 +100,14 @@ def _made_of(module: nn.Module, key: str) -> list[Any]:
 
 
 def rule_of_part(module: nn.Module) -> str | None:
-    """The name of the rule in the model that a module is a part of, while that rule is attached."""
+    """The name of the rule that is attached to the model to which a module belongs; None if there is none."""
     number, identity = module.__dict__.get(PART_ATTRIBUTE, (0, 0))
     structure = _attached.get(number)
     return structure.rule if structure is not None and identity == id(module) else None
 
 
-#: Where each module of an attached model has the number of its structure.
+#: Attribute in which each module of an attached model keeps the number of its `Structure`.
 PART_ATTRIBUTE = "_fa_bench_part_of"
 _attached: weakref.WeakValueDictionary[int, Structure] = weakref.WeakValueDictionary()
 _numbers = itertools.count(1)
-_AGAIN = "Call rule.detach(), then attach a rule again, and make the optimizer after that"
+_AGAIN = "Call rule.detach(), attach again, and then create the optimizer"

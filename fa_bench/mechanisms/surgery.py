@@ -1,4 +1,4 @@
-"""Putting a rule into a model."""
+"""Attaching a rule to a model."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ if TYPE_CHECKING:
 def attach(
     model: nn.Module, rule: str | Rule, *, seed: int = 0, sample_input: Any = None, **options: Any
 ) -> Rule:
-    """Put a learning rule into a model, in place.
+    """Attach a learning rule to a model, in place.
 
     Args:
-        model: any module: its Linear, Conv and ConvTranspose layers are covered. Move it to its device first, so that an
-            optimizer is given the feedback tensors that stay.
-        rule: a rule's name, such as ``"kp"``, or a rule object that is in no model yet.
-        seed: seed of the feedback tensors; drawn by (seed, layer, name), the global random state is not touched.
-        sample_input: one input batch (N, ...); needed by rules that cut the graph, unless the first layer is linear.
-        **options: the rule's options, where `rule` is a name.
+        model: any module: its Linear, Conv and ConvTranspose layers are covered. Move it to its device first, so that the
+            optimizer gets the final feedback tensors.
+        rule: a rule's name, such as ``"kp"``, or a rule object that is not attached yet.
+        seed: seed of the feedback tensors, which are sampled from (seed, layer, name); the global random state is not touched.
+        sample_input: one input batch (N, ...); needed by rules that cut the graph, unless the first layer is fully connected.
+        **options: the rule's options, if `rule` is a name.
 
     Returns:
-        The rule; see `fa_bench.mechanisms.rule.Rule` for what it does.
+        The rule; see `fa_bench.mechanisms.rule.Rule`.
 
     Raises:
         ConfigError: for an unknown rule, with the nearest name.
         OptionError: for an unknown or bad option.
-        CoverageError: where the rule would cover nothing, leave weights uncovered unasked, find no cut points, or meet a
-            model that is wrapped, compiled or has a rule already.
+        CoverageError: if the rule would cover nothing, leave weights uncovered, or find no cut points, or if the model is
+            wrapped, compiled or already has a rule.
     """
     if isinstance(rule, str):
         cls = ALGORITHMS[rule]
         if "rule" in options or "name" in options:
-            raise OptionError("name", f"give the rule once: attach(model, '{rule}')")
+            raise OptionError("name", f"pass the rule once: attach(model, '{rule}')")
         rule = cls.from_mapping(options)
     elif options:
-        raise OptionError(next(iter(options)), f"a rule object has its options already; give them to {type(rule).__name__}")
+        raise OptionError(next(iter(options)), f"a rule object already has its options; pass them to {type(rule).__name__}")
     return rule.attach(model, seed=seed, sample_input=sample_input)
 
 
 def attached_rule(model: nn.Module) -> Rule | None:
-    """The rule in a model, or None; a deep copy of an attached model has a copy of its rule."""
+    """The rule attached to a model, or None; a deep copy of an attached model has a copy of its rule."""
     return getattr(model, RULE_ATTRIBUTE, None)

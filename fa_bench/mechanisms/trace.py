@@ -1,7 +1,7 @@
-"""The order and neighbourhood of a model's layers, read from the autograd graph of one sample forward.
+"""The order and connections of a model's layers, read from the autograd graph of one forward pass of a sample.
 
-No layer is recognised by its type or place in the file: a layer *feeds* a tensor when the graph leads from the tensor
-back to the layer's output without passing another weighted layer.
+Connections are not inferred from types or names: a layer *feeds* a tensor if the graph leads from the tensor back to the layer's
+output without passing another weighted layer.
 """
 
 from __future__ import annotations
@@ -10,39 +10,44 @@ import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fa_bench.errors import CoverageError, names, nearest
-from fa_bench.mechanisms.layers import weighted_layers
+from fa_bench.errors import CoverageError, FaBenchError, names, nearest
+from fa_bench.mechanisms.coverage import not_coverable
+from fa_bench.mechanisms.layers import require_gradients, weighted_layers
 from fa_bench.mechanisms.uses import Uses, UsesOfWeights
+from fa_bench.memory_limits import short_cause
+
+if TYPE_CHECKING:
+    from fa_bench.mechanisms.rule import Rule
 
 
 @dataclasses.dataclass
 class Trace:
-    """What one forward pass showed.
+    """The structure of a model as one forward pass has shown it.
 
     Attributes:
         order: weighted layers in the order of execution.
-        outputs: weighted layers that feed the output that counts, or another one and no further layer.
-        reached: weighted layers whose input depends on any parameter, so that an error through them is asked for.
-        consumer: layer -> the first executed layer that its activation is an input of; absent for output layers.
-        inputs: weighted layers grouped by the activation that enters them, in the order of execution; those of the image first.
+        outputs: weighted layers that feed the output of the loss, or another output and no further layer.
+        reached: weighted layers whose input depends on a parameter, so that an error has to pass through them.
+        consumer: layer -> the first executed layer whose input is its activation; absent for output layers.
+        inputs: weighted layers grouped by their input, in the order of execution; those whose input is the image come first.
         calls: how often each watched module ran.
         feeds: watched module -> weighted layers that feed its output.
         alone: watched module, in the order of execution -> `feeds` as it would be if no other module were watched.
-        twins: watched module -> one watched before it that has the very same output, such as a block's last module.
-        behind: weighted layers that a watched output, or the model's, is reached from only or also through another layer.
+        twins: watched module -> a module watched before it with the same output tensor, such as a block's last module.
+        through_weights: weighted layers whose error comes, at least in part, through the weight of another layer.
         output_shapes, input_shapes: watched module or layer -> shape of its output, of its input.
-        learns: watched modules whose output depends on a parameter that is trained, without passing another one's output.
-        changed: watched modules and layers whose output was changed in place after they returned it.
+        learns: watched modules whose output depends on a trainable parameter, without passing another one's output.
+        changed: watched modules and layers whose output was changed in place after they had returned it.
         without_gradients: weighted layers that ran without gradients, under ``torch.no_grad()`` or reentrant checkpointing.
-        uses: what was done with the model's weights outside their own layers.
-        results: name -> shape of each output that a loss can be made of; a model that returns one tensor names it ``""``.
-        result_shape: shape of the one that counts: the output that was asked for, or the first one.
+        uses: how the model's weights were used outside their own layers.
+        results: name -> shape of each output from which a loss can be computed; the name of a single tensor is ``""``.
+        result_shape: shape of the output of the loss: the one asked for, or the first one.
     """
 
     order: list[str]
@@ -54,7 +59,7 @@ class Trace:
     feeds: dict[str, list[str]]
     alone: dict[str, set[str]]
     twins: dict[str, str]
-    behind: list[str]
+    through_weights: list[str]
     output_shapes: dict[str, tuple[int, ...]]
     input_shapes: dict[str, tuple[int, ...]]
     learns: set[str]
@@ -65,40 +70,54 @@ class Trace:
     result_shape: tuple[int, ...]
 
 
+class StepMemory(NamedTuple):
+    """The layers whose tensors a training step of a rule keeps or reads, for `fa_bench.metrics.memory_traffic`.
+
+    Attributes:
+        inputs: layers whose input is kept for the backward pass, one for each activation.
+        feedback: layers whose feedback tensor carries an error.
+        learned: those of them whose feedback is learned.
+    """
+
+    inputs: list[str]
+    feedback: list[str]
+    learned: list[str]
+
+
 def trace_model(
     model: nn.Module, sample: Any, watch: Iterable[str] = (), output: str | None = None, frozen: Iterable[Tensor] = (),
     alone: bool = False,
 ) -> Trace:
-    """Run the model once in evaluation mode and read its structure; no state of the model changes.
+    """Run the model once in evaluation mode and read its structure; the model does not change.
 
     Args:
         model: the plain model (or an attached one inside ``rule.exact()``).
         sample: one input batch, (N, ...); a tuple or list of several arguments, or a dictionary of them by name.
         watch: paths of further modules whose outputs matter.
-        output: name of the output that the loss is made of; None for the first.
-        frozen: parameters that are not trained, whatever their ``requires_grad`` says at the moment.
+        output: name of the output from which the loss is computed; None for the first.
+        frozen: parameters that are not trained, whatever their ``requires_grad`` says at present.
         alone: fill in `Trace.alone`.
 
     Raises:
-        CoverageError: where the model has no such output.
+        CoverageError: if the model has no such output.
     """
     layers, modules = weighted_layers(model), dict(model.named_modules())
     watched = {path: modules[path] for path in watch}
     seen: dict[str, _Seen] = {}
     calls: Counter[str] = Counter()
     node_of: dict[Any, str] = {}
-    blind: list[str] = []
+    without_gradients: list[str] = []
 
     def record(path: str):
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             calls[path] += 1
             if path in layers and not torch.is_grad_enabled():
-                blind.append(path)
+                without_gradients.append(path)
             y = next(tensors_in(output), None)
             if y is None:
                 return
             x = next(tensors_in(args), y)
-            # The nodes of this moment: a later in-place operation gives the tensor another one.
+            # The nodes as they are now: a later in-place operation gives the tensor another one.
             seen[path] = _Seen(tuple(x.shape), x.grad_fn, y, y.grad_fn, y._version)
             if path in layers and y.grad_fn is not None:
                 node_of[y.grad_fn] = path
@@ -127,11 +146,11 @@ def trace_model(
     first: dict[Any, str] = {}
     twins = {path: twin for path, node in ends.items() if node is not None and (twin := first.setdefault(node, path)) != path}
     walks = {path: _walk([node], node_of, ends.values()) for path, node in ends.items()}
-    # An output that is a watched one, such as a hidden state, has no way of its own to the layers in front of it.
-    _, behind = _walk(set(roots).difference(ends.values()), node_of, ends.values())
-    behind = behind.union(*(through for _, through in walks.values()))
+    # An output that is a watched one, such as a hidden state, has no path of its own to the layers before it.
+    _, later = _walk(set(roots).difference(ends.values()), node_of, ends.values())
+    later = later.union(*(through for _, through in walks.values()))
     chosen = chosen_result(results, output) if results or output is not None else None
-    # Of several outputs, such as hidden states, those that other layers go on from do not make an output layer.
+    # Of several outputs, such as hidden states, those that are inputs of other layers do not make an output layer.
     last = _walk([chosen.grad_fn] if chosen is not None and (output is not None or len(results) == 1) else [], node_of, ())[0]
     fed = _walk(roots, node_of, ())[0]
     last |= {path for path in fed if path not in consumer}
@@ -145,27 +164,61 @@ def trace_model(
         feeds={path: [p for p in order if p in fed] for path, (fed, _) in walks.items()},
         alone={path: _walk([seen[path].output_node], node_of, ())[0] for path in seen if path in watched} if alone else {},
         twins=twins,
-        behind=[path for path in order if path in behind],
+        through_weights=[path for path in order if path in later],
         output_shapes={path: tuple(record.output.shape) for path, record in seen.items()},
         input_shapes={path: record.input_shape for path, record in seen.items()},
         learns={path for path, node in ends.items() if trained & leaves(node, ends.values())},
         changed={path for path, record in seen.items() if record.output._version != record.version},
-        without_gradients=list(dict.fromkeys(blind)),
-        uses=uses.found(roots),
+        without_gradients=list(dict.fromkeys(without_gradients)),
+        uses=uses.result(roots),
         results={name: tuple(tensor.shape) for name, tensor in results.items()},
         result_shape=() if chosen is None else tuple(chosen.shape),
     )
 
 
+def trace_attached(rule: Rule, sample_input: Any, watch: Iterable[str], frozen: Iterable[Tensor]) -> Trace:
+    """`trace_model` for a rule that is being attached; without a sample, zeros serve if the first layer is fully connected.
+
+    Args:
+        rule: the rule, in its `exact` context.
+        sample_input, watch, frozen: as for `trace_model`.
+
+    Raises:
+        CoverageError: if there is no sample and none can be made up, or a trainable layer ran without gradients.
+    """
+    def traced(sample: Any) -> Trace:
+        output = getattr(rule, "output", None)
+        trace = trace_model(rule.model, sample, watch, None if output is None else str(output), frozen)
+        for path in trace.without_gradients:
+            require_gradients(path, rule.model.get_submodule(path))
+        return trace
+
+    if sample_input is not None:
+        return traced(sample_input)
+    path, first = next(iter(weighted_layers(rule.model).items()), ("", None))
+    if first is None:
+        raise CoverageError(f"rule '{rule.name}' covers no layer of this model: {not_coverable(rule.model)}")
+    needed = f"rule '{rule.name}' needs sample_input, one input batch, to see what follows layer '{path}'"
+    if not isinstance(first, nn.Linear):
+        raise CoverageError(needed)
+    try:
+        return traced(first.weight.new_zeros(2, first.in_features))
+    except FaBenchError:
+        raise
+    except Exception as error:  # the model may raise anything for an input that is not its own
+        raise CoverageError(f"{needed}; the model does not accept zeros of shape (2, {first.in_features}) "
+                            f"({short_cause(error)})") from None
+
+
 class Arguments(NamedTuple):
-    """What a forward pass is called with."""
+    """The arguments of a forward pass."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
 def arguments(sample: Any) -> Arguments:
-    """The arguments of a forward pass on a sample, see `trace_model`: copies, for a model may change what it is given."""
+    """The arguments of a forward pass of a sample, see `trace_model`: copies, because a model may change its inputs."""
     def detached(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.detach().clone()
@@ -177,7 +230,7 @@ def arguments(sample: Any) -> Arguments:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in a nest of tuples, lists, mappings and dataclasses (models may return any of them)."""
+    """Every tensor in nested tuples, lists, mappings and dataclasses (models may return any of them)."""
     if isinstance(value, Tensor):
         yield value
     elif (items := _items(value)) is not None:
@@ -186,7 +239,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def _items(value: Any) -> list[tuple[Any, Any]] | None:
-    """The keys, numbers or names in a mapping, a tuple or list, or a dataclass, and what is there; None for anything else."""
+    """(key, value) pairs of a mapping, a tuple or list, or a dataclass; None for anything else."""
     if isinstance(value, Mapping):
         return list(value.items())
     if isinstance(value, (tuple, list)):
@@ -197,7 +250,7 @@ def _items(value: Any) -> list[tuple[Any, Any]] | None:
 
 
 def replaced(value: Any, old: Tensor, new: Tensor) -> Any:
-    """The same nest with `new` in the place of `old`; dictionaries and dataclasses are changed in place, whatever their class."""
+    """The nested value with `new` in place of `old`; dictionaries and dataclasses are changed in place."""
     if value is old:
         return new
     if isinstance(value, dict):
@@ -214,13 +267,13 @@ def replaced(value: Any, old: Tensor, new: Tensor) -> Any:
 
 
 def named_results(result: Any, name: str = "") -> dict[str, Tensor]:
-    """The outputs of a model that a loss can be made of, by name: those that depend on a parameter, or else all floating ones.
+    """The outputs of a model from which a loss can be computed, by name: those that depend on a parameter, or else all floating
+    ones.
 
-    A name leads to the tensor: the key in a mapping, the number in a tuple or list, the field of a dataclass, joined by dots
-    where they are nested.
+    A name is the key in a mapping, the number in a tuple or list, or the field of a dataclass; nested names are joined by dots.
     """
-    found = dict(_named(result, name))
-    return {name: tensor for name, tensor in found.items() if tensor.requires_grad} or found
+    tensors = dict(_named(result, name))
+    return {name: tensor for name, tensor in tensors.items() if tensor.requires_grad} or tensors
 
 
 def _named(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
@@ -236,7 +289,7 @@ def chosen_result(results: dict[str, Tensor], output: str | None) -> Tensor:
     """The output called `output`, or the first one.
 
     Raises:
-        CoverageError: where there is none.
+        CoverageError: if there is none.
     """
     if results and (output is None or list(results) == [""]):  # a model may return several outputs in training alone
         return next(iter(results.values()))
@@ -249,7 +302,7 @@ def chosen_result(results: dict[str, Tensor], output: str | None) -> Tensor:
 
 
 class _Seen(NamedTuple):
-    """What one watched module did in the sample forward; nodes are those of the autograd graph."""
+    """One watched module in the forward pass of the sample; nodes are those of the autograd graph."""
 
     input_shape: tuple[int, ...]
     input_node: Any
@@ -259,9 +312,9 @@ class _Seen(NamedTuple):
 
 
 def _walk(roots: Iterable[Any], node_of: dict[Any, str], stops: Iterable[Any]) -> tuple[set[str], set[str]]:
-    """Layers met first on the ways down the graph from `roots`, and layers met behind those, not passing `stops`."""
+    """The layers met first on the paths down the graph from `roots`, and the layers met after those, without passing `stops`."""
     first: set[str] = set()
-    behind: set[str] = set()
+    later: set[str] = set()
     visited: set[tuple[Any, bool]] = set()
     starts = {root for root in roots if root is not None}
     stops = set(stops)
@@ -272,65 +325,58 @@ def _walk(roots: Iterable[Any], node_of: dict[Any, str], stops: Iterable[Any]) -
             continue
         visited.add((node, past_layer))
         if node in node_of:
-            (behind if past_layer else first).add(node_of[node])
+            (later if past_layer else first).add(node_of[node])
             past_layer = True
         stack.extend((following, past_layer) for following, _ in node.next_functions if following is not None)
-    return first, behind
+    return first, later
 
 
 def leaves(root: Any, stops: Iterable[Any] = ()) -> set[int]:
-    """Ids of the leaves, such as parameters, that the graph leads to from the node `root`, not passing `stops`."""
-    found: set[int] = set()
+    """Ids of the leaves, such as parameters, to which the graph leads from the node `root` without passing `stops`."""
+    ids: set[int] = set()
     visited, stack = set(stops), [] if root is None else [root]
     while stack:
         node = stack.pop()
         if (variable := getattr(node, "variable", None)) is not None:
-            found.add(id(variable))
+            ids.add(id(variable))
         for following, _ in node.next_functions:
             if following is not None and following not in visited:
                 visited.add(following)
                 stack.append(following)
-    return found
+    return ids
+
+
+@contextmanager
+def attributes_set(objects: Iterable[Any], attribute: str, value: Any) -> Iterator[None]:
+    """Set an attribute of every object to `value`, and restore each one's own value afterwards."""
+    before = [(one, getattr(one, attribute)) for one in objects]
+    for one, _ in before:
+        setattr(one, attribute, value)
+    try:
+        yield
+    finally:
+        for one, earlier in before:
+            setattr(one, attribute, earlier)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for every module, each one's own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    """A context in which every module is in evaluation mode."""
+    with attributes_set(model.modules(), "training", False):
+        model.eval()  # modules may override it
         yield
-    finally:
-        for module, training in modes:
-            module.training = training
+
+
+def all_require_grad(model: nn.Module) -> AbstractContextManager[None]:
+    """A context in which every floating-point parameter requires gradients, frozen ones too."""
+    return attributes_set([p for p in model.parameters() if p.is_floating_point()], "requires_grad", True)
 
 
 @contextmanager
 def without_side_effects(model: nn.Module) -> Iterator[None]:
-    """Forward passes that draw nothing and leave running statistics alone: dropout is off, a batch has its own statistics."""
-    changed: list[tuple[nn.Module, str]] = []
-    for module in model.modules():
-        if (isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ == "StochasticDepth") and module.training:
-            changed.append((module, "training"))
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
-            changed.append((module, "track_running_stats"))
-    for module, attribute in changed:
-        setattr(module, attribute, False)
-    try:
+    """A context without dropout in which batches are normalised by their own statistics, and running ones are not updated."""
+    dropouts = [m for m in model.modules()
+                if isinstance(m, nn.modules.dropout._DropoutNd) or type(m).__name__ == "StochasticDepth"]
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    with attributes_set(dropouts, "training", False), attributes_set(norms, "track_running_stats", False):
         yield
-    finally:
-        for module, attribute in changed:
-            setattr(module, attribute, True)
-
-
-@contextmanager
-def all_require_grad(model: nn.Module) -> Iterator[None]:
-    """Every parameter of floating type in the graph, frozen ones too; as before afterwards."""
-    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)

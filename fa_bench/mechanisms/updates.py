@@ -1,10 +1,10 @@
-"""Learned feedback, and whether an optimizer trains it.
+"""Learned feedback tensors, and whether an optimizer trains them.
 
-A learned tensor is a parameter of the model, so that an optimizer made after `attach` has it. One made before does not, and one
-made before ``load_state_dict(assign=True)`` trains tensors that the model no longer has. Both would go wrong silently: the rule
-would become feedback alignment, or nothing would learn. So the first update after `attach`, and the first one after a tensor was
-replaced, is looked at: by what the optimizers that step hold, and where the weights are updated by hand, by what changed until
-``rule.step()``. After that a check costs one comparison.
+A learned tensor is a parameter of the model, so that an optimizer created after `attach` trains it. An optimizer created earlier
+does not, and one created before ``load_state_dict(assign=True)`` trains tensors that the model no longer has. Both would fail
+silently: the rule would turn into feedback alignment, or nothing would be learned. So the first update after `attach`, and the
+first one after a tensor was replaced, is checked: against the parameter groups of the optimizers that step, or, if the weights
+are updated by hand, by what has changed when ``rule.step()`` is called. After that the check costs one comparison.
 """
 
 from __future__ import annotations
@@ -19,55 +19,57 @@ from fa_bench.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-#: Entries of a tensor that are compared before and after an update: those with the largest gradients.
+#: How many entries of a tensor are compared before and after an update: those with the largest gradients.
 _ENTRIES = 16
-#: Calls of `after_step` without an update after which updates by hand are not looked for any more; optimizers still are.
+#: After this many calls of `after_step` without an update, only optimizers are checked, no longer updates by hand.
 _PATIENCE = 3
-#: Gradients below this fraction of the entries are rounding noise, and an update by them changes nothing.
+#: Gradients below this fraction of the entries are rounding noise: an update by them changes nothing.
 _NOISE = 1e-5
 
 
-class LearnedFeedback:
+class LearnedTensor:
     """One learned feedback tensor of a module.
 
     Args:
-        place: the layer's or the cut's path.
-        module: has the tensor, as a parameter.
+        path: the path of the layer or cut.
+        module: the module that has the tensor as a parameter.
         key: the parameter's name in the module.
-        witness: a module whose weight learns beside it; that weight tells whether there was an update. None: nobody looks.
+        witness: a module whose weight is trained together with the tensor and shows whether an update has happened; None
+            disables the check.
     """
 
-    #: What its learning rate is, relative to that of the weights, and whether it follows the weight.
+    #: Its learning rate relative to that of the weights.
     lr_scale = 1.0
+    #: Whether its gradient is exactly that of the witness's weight.
     follows = False
 
-    def __init__(self, place: str, module: nn.Module, key: str, witness: nn.Module | None) -> None:
-        self.place, self.module, self.key, self.witness = place, module, key, witness
-        #: The tensor that was seen to be trained; until then the one that was there at first.
+    def __init__(self, path: str, module: nn.Module, key: str, witness: nn.Module | None) -> None:
+        self.path, self.module, self.key, self.witness = path, module, key, witness
+        #: The tensor that was last seen to be trained; until then the initial one.
         self._known = self.tensor
         self._trained = False
         self._before: _Before | None = None
         self._fault = ""
         self._grace = 0
         self._idle = 0
-        self._rests = False
+        self.is_frozen = False
 
-    def rest(self) -> None:
-        """Freeze the tensor, for nothing that learns gives it a gradient; whatever waits for one would wait in vain."""
-        self._rests = True
+    def freeze(self) -> None:
+        """Freeze the tensor, because what it learns from is frozen; DistributedDataParallel would wait for its gradient."""
+        self.is_frozen = True
         self.tensor.requires_grad_(False)
 
-    def require_awake(self) -> None:
-        """Called where the tensor would get a gradient.
+    def require_trainable(self) -> None:
+        """Called when the tensor would get a gradient.
 
         Raises:
-            StateError: where it rests although there is something to learn from now.
+            StateError: if `freeze` froze it and what it learns from is trainable now.
         """
-        if self._rests:
+        if self.is_frozen:
             if not self.tensor.requires_grad:
-                raise StateError(f"the learned feedback '{self.name}' was frozen by attach, for what it learns from was; that "
-                                 f"learns now: unfreeze it too (rule.feedback_parameters() has it), or attach again")
-            self._rests = False
+                raise StateError(f"the learned feedback '{self.name}' was frozen by attach because what it learns from was, but "
+                                 f"that is trainable now: unfreeze it too (it is in rule.feedback_parameters()), or attach again")
+            self.is_frozen = False
 
     @property
     def tensor(self) -> Tensor:
@@ -77,36 +79,36 @@ class LearnedFeedback:
     @property
     def name(self) -> str:
         """Its name in the model."""
-        return f"{self.place}.{self.key}" if self.place else self.key
+        return f"{self.path}.{self.key}" if self.path else self.key
 
     def _is_trained(self) -> bool:
         return self._trained and self.tensor is self._known
 
-    def received(self, gradient: Tensor | None) -> None:
+    def on_gradient(self, gradient: Tensor | None) -> None:
         """Called by the backward pass with the gradient that it returns for the tensor.
 
         Raises:
-            StateError: where the optimizer that stepped since the last backward pass does not train this tensor.
+            StateError: if an optimizer that has stepped since the last backward pass does not train this tensor.
         """
-        # This runs in every backward pass. Of what nobody updated so far optimizers alone are awaited, by their hook.
+        # This runs in every backward pass.
         if (self._trained or self._idle >= _PATIENCE) and not self._fault and self.module._parameters[self.key] is self._known:
             return
         if gradient is None or self.witness is None:
             return
         if not self.tensor.requires_grad:
-            return  # meant to stay as it is
+            return  # the user froze it
         self._require_no_fault()
         _watch_optimizers(self)
         weight, tensor = self.witness._parameters.get("weight"), self.tensor
-        looked_at = self._before is not None and self._before.tensor is tensor
-        if weight is not None and not looked_at:
+        is_recorded = self._before is not None and self._before.tensor is tensor
+        if weight is not None and not is_recorded:
             self._before = _Before(tensor, gradient, weight)
 
     def after_step(self) -> None:
         """Called after an update.
 
         Raises:
-            StateError: as `received`; and where the weight was updated by hand, and this tensor was not.
+            StateError: as `on_gradient`; also if the weight was updated by hand and this tensor was not.
         """
         if self._before is None and not self._fault:
             return
@@ -115,32 +117,32 @@ class LearnedFeedback:
         if before is None or self._is_trained():
             return
         if before.tensor_changed():
-            self.accept()
+            self.mark_trained()
         elif not before.weight_changed():
             self._idle += 1
         elif self.lr_scale and before.significant:
             self._fault = _LEFT_OUT
             self._require_no_fault()
 
-    def accept(self) -> None:
-        """Take the present tensor for trained."""
+    def mark_trained(self) -> None:
+        """Record that the present tensor is trained."""
         self._known, self._trained, self._fault = self.tensor, True, ""
 
-    def stepped(self, groups: dict[int, dict[str, Any]]) -> bool:
-        """Called after an optimizer made a step; whether it trains this tensor.
+    def on_optimizer_step(self, groups: dict[int, dict[str, Any]]) -> bool:
+        """Called after a step of an optimizer; returns whether it trains this tensor.
 
         Args:
-            groups: id of each tensor that it trains -> its group.
+            groups: id of each tensor that the optimizer trains -> its parameter group.
         """
         weight = None if self.witness is None else self.witness._parameters.get("weight")
-        mine, its = groups.get(id(self.tensor)), groups.get(id(weight))
-        if mine is not None:
-            self.accept()
-            if its is not None:
-                self._compare(mine, its)
+        group, weight_group = groups.get(id(self.tensor)), groups.get(id(weight))
+        if group is not None:
+            self.mark_trained()
+            if weight_group is not None:
+                self._compare(group, weight_group)
             return True
-        if its is not None:
-            # What was trained before may have an optimizer of its own, which steps before the weights' new one or after it.
+        if weight_group is not None:
+            # A tensor that was trained before may have an optimizer of its own, which steps before or after that of the weights.
             if not self._fault:
                 self._grace = 2 if self._is_trained() else 0
             self._fault = _LEFT_OUT
@@ -148,48 +150,49 @@ class LearnedFeedback:
             self._fault = _REPLACED
         return False
 
-    def _compare(self, mine: dict[str, Any], its: dict[str, Any]) -> None:
-        """Warn where the settings that an optimizer has for the tensor are not those that the rule asks for."""
-        wanted = self.lr_scale * float(its.get("lr", 0.0))
-        if abs(float(mine.get("lr", 0.0)) - wanted) > 1e-6 * wanted:
+    def _compare(self, group: dict[str, Any], weight_group: dict[str, Any]) -> None:
+        """Warn if the optimizer's settings for the tensor are not those that the rule asks for."""
+        lr, weight_lr = float(group.get("lr", 0.0)), float(weight_group.get("lr", 0.0))
+        if abs(lr - self.lr_scale * weight_lr) > 1e-6 * self.lr_scale * weight_lr:
             warnings.warn(
-                f"the rule wants {self.lr_scale:g} times the weights' learning rate for the learned feedback '{self.name}', and "
-                f"the optimizer has {mine['lr']:g} beside {its['lr']:g}: make it from rule.parameter_groups(lr={its['lr']:g})",
-                stacklevel=4)
-        elif self.follows and mine.get("weight_decay") != its.get("weight_decay"):
-            warnings.warn(f"the learned feedback '{self.name}' follows the weight only with the same weight decay, and the "
-                          f"optimizer has {mine.get('weight_decay')} beside {its.get('weight_decay')}", stacklevel=4)
+                f"the learned feedback '{self.name}' should have {self.lr_scale:g} times the learning rate of the weights, but "
+                f"the optimizer uses {lr:g} for it and {weight_lr:g} for the weights: create it from "
+                f"rule.parameter_groups(lr={weight_lr:g})", stacklevel=4)
+        elif self.follows and group.get("weight_decay") != weight_group.get("weight_decay"):
+            warnings.warn(f"the learned feedback '{self.name}' follows the weight only if both have the same weight decay, but "
+                          f"the optimizer uses {group.get('weight_decay')} for it and {weight_group.get('weight_decay')} for the "
+                          f"weight", stacklevel=4)
 
     def _require_no_fault(self) -> None:
-        if self._fault and not self.tensor.requires_grad:  # meant to stay as it is
+        if self._fault and not self.tensor.requires_grad:  # the user froze it
             self._fault = ""
         elif self._fault and self._grace:
             self._grace -= 1
         elif self._fault:
             fault = self._fault.format(self.name)
-            for other in {self, *_awaiting}:  # said once: the next update shows whether it was mended
+            for other in {self, *_awaiting}:  # raised once: the next update shows whether the user has fixed it
                 other._fault, other._before, other._idle = "", None, 0
             raise StateError(fault)
 
 
-_LEFT_OUT = ("the weights are updated, but not the learned feedback '{0}': the optimizer was made before attach, or holds a "
-             "tensor that the model no longer has. Make the optimizer after attach, from model.parameters(), or add the feedback "
-             "to it: optimizer.add_param_group({{'params': rule.feedback_parameters()}}). Feedback that is meant to stay as it "
-             "is needs requires_grad_(False)")
+_LEFT_OUT = ("the weights were updated, but the learned feedback '{0}' was not: the optimizer was created before attach, or "
+             "holds a tensor that the model no longer has. Create the optimizer after attach, from model.parameters(), or add "
+             "the feedback: optimizer.add_param_group({{'params': rule.feedback_parameters()}}). To keep feedback fixed, set "
+             "requires_grad_(False) on it")
 _REPLACED = ("the optimizer trains tensors that the model no longer has: the learned feedback '{0}' was replaced after the "
-             "optimizer was made, as load_state_dict(assign=True) does. Make a new optimizer from model.parameters()")
+             "optimizer was created, for example by load_state_dict(assign=True). Create a new optimizer from model.parameters()")
 
-#: All learned tensors that received a gradient, and those of them that were not seen to be trained yet.
-_known: weakref.WeakSet[LearnedFeedback] = weakref.WeakSet()
-_awaiting: weakref.WeakSet[LearnedFeedback] = weakref.WeakSet()
-#: How often a tensor began or went on to wait. An optimizer's step is looked at where this is not what it was at its last one.
+#: All learned tensors that have received a gradient, and those of them that have not been seen to be trained yet.
+_known: weakref.WeakSet[LearnedTensor] = weakref.WeakSet()
+_awaiting: weakref.WeakSet[LearnedTensor] = weakref.WeakSet()
+#: Counts the calls that made a tensor wait. An optimizer's step is checked only if the count has changed since its last step.
 _waits = 0
-#: Where an optimizer keeps that number; it is not a part of its state.
-_LOOKED_AT = "_fa_bench_looked_at"
+#: Attribute in which an optimizer keeps the count; it is not part of its state.
+_CHECKED_AT = "_fa_bench_checked_at"
 _hook: Any = None
 
 
-def _watch_optimizers(learned: LearnedFeedback) -> None:
+def _watch_optimizers(learned: LearnedTensor) -> None:
     global _hook, _waits
     _waits += 1
     _awaiting.add(learned)
@@ -201,50 +204,50 @@ def _watch_optimizers(learned: LearnedFeedback) -> None:
 
 
 def _after_optimizer_step(optimizer: Any, args: Any, kwargs: Any) -> None:
-    looked_at = optimizer.__dict__.get(_LOOKED_AT)
-    if looked_at == _waits:
+    checked_at = optimizer.__dict__.get(_CHECKED_AT)
+    if checked_at == _waits:
         return
-    optimizer.__dict__[_LOOKED_AT] = _waits
-    if looked_at is None:  # it may leave out what others train
+    optimizer.__dict__[_CHECKED_AT] = _waits
+    if checked_at is None:  # a new optimizer may leave out what others train
         _awaiting.update(_known)
     groups = {id(tensor): group for group in optimizer.param_groups for tensor in group["params"]}
     for learned in list(_awaiting):
         if learned.key not in learned.module._parameters:  # the rule was detached
             _known.discard(learned)
             _awaiting.discard(learned)
-        elif learned.stepped(groups) or (not learned._fault and learned._is_trained()):
+        elif learned.on_optimizer_step(groups) or (not learned._fault and learned._is_trained()):
             _awaiting.discard(learned)
 
 
 class _Before:
-    """A learned tensor and its weight as they were in a backward pass: entries of both, and autograd's count of writes."""
+    """A learned tensor and its witness's weight as they were in a backward pass: some entries of both, and their versions."""
 
     def __init__(self, tensor: Tensor, gradient: Tensor, weight: Tensor) -> None:
         with torch.no_grad():
             flat = gradient.detach().reshape(-1)
             self._where = flat.abs().topk(min(_ENTRIES, flat.numel())).indices
-            self._values, self._weights = tensor.reshape(-1)[self._where], _sample(weight)
+            self._values, self._weights = tensor.reshape(-1)[self._where], _subset(weight)
             self._gradients = flat[self._where]
         self.tensor, self._version = tensor, tensor._version
         self._weight, self._weight_version = weight, weight._version
 
     @property
     def significant(self) -> bool:
-        """Whether an update had anything to change: a gradient scaler leaves one out that is not finite."""
+        """Whether an update would have changed anything: a gradient scaler skips gradients that are not finite."""
         size = self._gradients.abs().max()
         return bool(torch.isfinite(self._gradients).all()) and bool(size > _NOISE * self._values.abs().max())
 
     def tensor_changed(self) -> bool:
-        # Fused optimizers, and writes into .data, are not counted.
+        # Autograd does not count writes by fused optimizers and writes to .data.
         return self.tensor._version != self._version or not torch.equal(
             self.tensor.detach().reshape(-1)[self._where].to(self._values), self._values)
 
     def weight_changed(self) -> bool:
         return self._weight._version != self._weight_version or not torch.equal(
-            _sample(self._weight).to(self._weights), self._weights)
+            _subset(self._weight).to(self._weights), self._weights)
 
 
-def _sample(tensor: Tensor) -> Tensor:
-    """A few thousand entries of a tensor, a copy."""
+def _subset(tensor: Tensor) -> Tensor:
+    """A copy of a few thousand entries of a tensor."""
     flat = tensor.detach().reshape(-1)
     return flat[:: max(1, flat.numel() // 4096)].clone()

@@ -1,7 +1,8 @@
-"""What a forward pass does with the model's weights outside their own layers, read while it runs and from its autograd graph.
+"""How a forward pass uses the model's weights outside their own layers, read while it runs and from its autograd graph.
 
-A rule changes what a layer does with its weight. A weight that a function uses elsewhere, ``F.linear(x, self.enc.weight.t())``
-in a tied decoder for example, carries the error through itself: that is weight transport, whatever the layer does.
+A rule changes how a layer uses its weight. If a function uses the weight elsewhere, for example ``F.linear(x,
+self.enc.weight.t())``
+in a tied decoder, the error passes through the weight there: that is weight transport, whatever the layer does.
 """
 
 from __future__ import annotations
@@ -15,25 +16,25 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-#: Autograd nodes that move a tensor's entries about without mixing them with another tensor's.
+#: Autograd nodes that rearrange a tensor's entries without mixing them with another tensor's.
 _MOVES = {"Expand", "Unsqueeze", "Squeeze", "View", "UnsafeView", "Slice", "Select", "Index", "IndexSelect", "Gather", "Repeat",
           "ToCopy", "Permute", "Transpose", "T", "Clone", "ReshapeAlias", "Narrow", "Flip", "Alias", "Detach", "Split", "Unbind"}
 #: Nodes in which the derivative towards another input does not depend on the tensor: sums, concatenations, look-ups.
 _ADDS = {"Add", "Sub", "Rsub", "Cat", "Stack", "Embedding", "EmbeddingBag", "Where", "Copy", "CopySlices"}
-#: Nodes that scale what they are given, also by a number.
+#: Nodes that scale their input.
 _SCALES = {"Mul", "Div", "Neg"}
-#: Functions that read a tensor's dtype, device or shape, not its entries.
+#: Functions that read a tensor's dtype, device or shape, but not its entries.
 _READS = {"to", "type_as", "view_as", "expand_as", "reshape_as", "broadcast_tensors"}
 _LOOK_UPS = (nn.Embedding, nn.EmbeddingBag)
 
 
 @dataclasses.dataclass(frozen=True)
 class Uses:
-    """What a forward pass did with parameters.
+    """How a forward pass used parameters.
 
     Attributes:
-        outside: weighted layer -> the function that used its weight outside the layer, and in which module.
-        local: ids of the parameters that only ever were added, concatenated or looked up: they carry no error on.
+        outside: weighted layer -> the function that used its weight outside the layer, and its module.
+        local: ids of the parameters that were only added, concatenated or looked up: no error passes through them.
         seen: ids of all parameters that the output depends on.
     """
 
@@ -43,7 +44,7 @@ class Uses:
 
 
 class UsesOfWeights(TorchFunctionMode):
-    """Watches one forward pass; `found` gives what it saw.
+    """Watches one forward pass; `result` says what it saw.
 
     Args:
         model: the model that runs.
@@ -57,15 +58,15 @@ class UsesOfWeights(TorchFunctionMode):
         self._layer_of = {id(layer.weight): path for path, layer in layers.items()}
         self._stored_at = {at: id(layer.weight) for layer in layers.values() if (at := _storage(layer.weight))}
         self._owners: dict[int, set[nn.Module]] = defaultdict(set)
-        # A look-up in a tied embedding carries no error on either.
+        # No error passes through a look-up in a tied embedding either.
         for module in (*layers.values(), *(module for module in model.modules() if isinstance(module, _LOOK_UPS))):
             self._owners[id(module.weight)].add(module)
         self._weight_of = {module: number for number, owners in self._owners.items() for module in owners}
         self._model = model
         self._running: list[tuple[str, nn.Module]] = []
-        #: The autograd nodes that the owners of each weight made.
-        self._own: dict[int, set[Any]] = defaultdict(set)
-        #: (layer, words, node): functions that took its weight; those that took its entries without being differentiated.
+        #: The autograd nodes that the owners of each weight have created.
+        self._nodes_of: dict[int, set[Any]] = defaultdict(set)
+        #: (layer, description, node): functions that used its weight; those that used its entries without differentiation.
         self._used: list[tuple[str, str, Any]] = []
         self._detached: list[tuple[str, str, Any]] = []
         self._handles: list[Any] = []
@@ -84,13 +85,13 @@ class UsesOfWeights(TorchFunctionMode):
         if self._running and self._running[-1][1] is module:  # the watch may begin within a module's call
             self._running.pop()
         if module in self._weight_of:
-            own = self._own[self._weight_of[module]]
+            nodes = self._nodes_of[self._weight_of[module]]
             inputs = {tensor.grad_fn for tensor in _tensors((args, kwargs))}
             stack = [tensor.grad_fn for tensor in _tensors(output)]
             while stack:
                 node = stack.pop()
-                if node is not None and node not in inputs and node not in own:
-                    own.add(node)
+                if node is not None and node not in inputs and node not in nodes:
+                    nodes.add(node)
                     stack.extend(following for following, _ in node.next_functions)
 
     def __exit__(self, *error: Any) -> None:
@@ -105,18 +106,18 @@ class UsesOfWeights(TorchFunctionMode):
             name = getattr(function, "__name__", str(function))
             for value in _tensors((args, kwargs)):
                 if isinstance(value, nn.Parameter):
-                    number, found = id(value), self._used
+                    number, uses = id(value), self._used
                 else:
                     # A view of a weight that is not differentiated: weight.detach(), weight.data.
-                    number, found = None if value.requires_grad else self._stored_at.get(_storage(value)), self._detached
+                    number, uses = None if value.requires_grad else self._stored_at.get(_storage(value)), self._detached
                 path, owners = self._layer_of.get(number), self._owners.get(number, ())
                 if path is not None and name not in _READS and not any(module in owners for _, module in self._running):
                     where = self._running[-1][0] if self._running else ""
-                    found.append((path, f"{name}() in {f'module {where!r}' if where else 'the model'}", node))
+                    uses.append((path, f"{name}() in {f'module {where!r}' if where else 'the model'}", node))
         return result
 
-    def found(self, roots: Iterable[Any]) -> Uses:
-        """What matters for the outputs whose autograd nodes are `roots`."""
+    def result(self, roots: Iterable[Any]) -> Uses:
+        """The uses on which the outputs with the autograd nodes `roots` depend."""
         consumers: dict[Any, set[Any]] = defaultdict(set)
         leaves: dict[Any, int] = {}
         stack, visited = list(roots), set(roots)
@@ -133,13 +134,13 @@ class UsesOfWeights(TorchFunctionMode):
         outside: dict[str, str] = {}
         for leaf, number in leaves.items():
             if (path := self._layer_of.get(number)) is not None and (
-                    by := _carrier(leaf, consumers, self._own[number])) is not None:
+                    by := _mixing_node(leaf, consumers, self._nodes_of[number])) is not None:
                 words = (words for used, words, node in self._used if used == path and node in visited)
                 outside[path] = next(words, f"{_kind(by)}() in the model")
         for path, words, node in self._detached:
             if node in visited and _kind(node) not in _ADDS:
                 outside.setdefault(path, words)
-        local = frozenset(number for leaf, number in leaves.items() if _carrier(leaf, consumers, set()) is None)
+        local = frozenset(number for leaf, number in leaves.items() if _mixing_node(leaf, consumers, set()) is None)
         return Uses(outside, local, frozenset(leaves.values()))
 
 
@@ -155,7 +156,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    """Where a tensor's entries are; 0 for one that has none, such as those on the meta device."""
+    """The address of a tensor's entries; 0 for a tensor without any, such as those on the meta device."""
     try:
         return tensor.untyped_storage().data_ptr()
     except (NotImplementedError, RuntimeError):
@@ -166,10 +167,10 @@ def _kind(node: Any) -> str:
     return type(node).__name__.rstrip("0123456789").removesuffix("Backward")
 
 
-def _carrier(leaf: Any, consumers: dict[Any, set[Any]], own: set[Any]) -> Any:
-    """The node in which a leaf of the graph meets another tensor, so that an error towards this one depends on the leaf.
+def _mixing_node(leaf: Any, consumers: dict[Any, set[Any]], excluded: set[Any]) -> Any:
+    """The node in which a leaf of the graph is combined with another tensor, so that the other's error depends on the leaf.
 
-    None where the leaf, moved about and by itself, is only added, concatenated or looked up; nodes in `own` are left out.
+    None if the leaf is only rearranged, added, concatenated or looked up; nodes in `excluded` are ignored.
     """
     stack, visited = [leaf], {leaf}
     while stack:
@@ -179,7 +180,7 @@ def _carrier(leaf: Any, consumers: dict[Any, set[Any]], own: set[Any]) -> Any:
                 continue
             visited.add(node)
             if kind not in _MOVES and kind not in _ADDS:
-                if node in own:
+                if node in excluded:
                     continue
                 if len({following for following, _ in node.next_functions if following is not None}) > 1:
                     return node
@@ -188,16 +189,16 @@ def _carrier(leaf: Any, consumers: dict[Any, set[Any]], own: set[Any]) -> Any:
 
 
 def _is_weight(root: Any) -> bool:
-    """Whether a node's result is made of parameters alone: itself a weight, such as a sum or concatenation of weights."""
+    """Whether a node's result is computed from parameters alone, such as a sum or concatenation of weights."""
     stack, visited = [root], {root}
     while stack:
         node = stack.pop()
         if hasattr(node, "variable"):
             continue
         kind, inputs = _kind(node), {following for following, _ in node.next_functions}
-        # A product of which one factor is not differentiated may well be one with data.
-        whole = (len(node.next_functions) == 1 or kind in ("Mm", "Bmm")) and None not in inputs
-        if kind.startswith("Embedding") or not (whole or kind in _MOVES or kind in _SCALES or kind in _ADDS):
+        # A product with a factor that is not differentiated may be one with data.
+        is_differentiated = (len(node.next_functions) == 1 or kind in ("Mm", "Bmm")) and None not in inputs
+        if kind.startswith("Embedding") or not (is_differentiated or kind in _MOVES or kind in _SCALES or kind in _ADDS):
             return False
         stack.extend(inputs - {None} - visited)
         visited |= inputs

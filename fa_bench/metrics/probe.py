@@ -126,9 +126,9 @@ class Probe:
         for path in (p for p in self.trace.order if delivered.tensors.get((p, INPUT)) is x):
             g = delivered.errors.get((path, OUTPUT))
             if g is not None:
-                carried = rule.carried(path, x, g, delivered.errors["", OUTPUT])
+                carried = rule.input_error(path, x, g, delivered.errors["", OUTPUT])
                 with rule.exact():
-                    exact = Rule.carried(rule, path, x, g, delivered.errors["", OUTPUT])
+                    exact = Rule.input_error(rule, path, x, g, delivered.errors["", OUTPUT])
                 error = error - carried + exact
         return error
 
@@ -191,7 +191,7 @@ def untouched(rule: Rule) -> Iterator[None]:
     model, mode = rule.model, rule.mode
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    held, mode.hold = mode.hold, True
+    held, mode.freeze_random = mode.freeze_random, True
     for parameter, _ in gradients:
         parameter.grad = None
     try:
@@ -199,7 +199,7 @@ def untouched(rule: Rule) -> Iterator[None]:
         with without_side_effects(model):
             yield
     finally:
-        mode.hold = held
+        mode.freeze_random = held
         for module, training in modes:
             module.training = training
         for parameter, gradient in gradients:

@@ -28,7 +28,7 @@ class ASAPAlexNet(Architecture):
     output_norm: bool = option(True, "batch normalisation of the logits, as in all nets of the paper")
 
     def make(self, input_shape: tuple[int, int, int], classes: int) -> torch_nn.Module:
-        from fa_bench.models.nets.alexnet import Stage, alexnet
+        from fa_bench.models.nets.alexnet import ConvStage, alexnet
 
-        stages = [Stage(self.width * factor, 5, padding=2, pool=2, ceil=True) for factor in (1, 2, 4)]
+        stages = [ConvStage(self.width * factor, 5, padding=2, pool=2, ceil=True) for factor in (1, 2, 4)]
         return alexnet(input_shape, classes, stages, [self.hidden] * 2, output_norm=self.output_norm)

@@ -1,4 +1,4 @@
-"""What every architecture is: options, and how to build a plain model from them."""
+"""The base of all architectures: options, and how to build a plain model from them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from fa_bench.config.options import Options, option
-from fa_bench.draws import INITIALISERS, fill
 from fa_bench.errors import OptionError
 from fa_bench.lazy import nn
+from fa_bench.sampling import INITIALISERS, fill
 
 if TYPE_CHECKING:
     from torch import nn as torch_nn
 
-#: Names that `init` had before it shared the initialisers of feedback; configs may still use them.
+#: Names of initialisers of weights before they shared a table with those of feedback; configs may still use them.
 OLD_NAMES = {"kaiming_normal": "kaiming_normal_fan_out"}
 
 
@@ -21,11 +21,11 @@ OLD_NAMES = {"kaiming_normal": "kaiming_normal_fan_out"}
 class Architecture(Options):
     """Base of the architectures. Models are plain PyTorch and know nothing of rules.
 
-    A model may name its cut points in an attribute ``cut_points``: the modules whose outputs are its hidden activations; and
-    its blocks in an attribute ``blocks``: the modules at the ends of its parts of one or more layers, first to last.
+    A model may name its cut points in an attribute ``cut_points``: the modules whose outputs are its hidden activations. It may
+    name its blocks, parts of one or more layers, in an attribute ``blocks``: the last module of each, in order.
     """
 
-    init: str = option("pytorch", "initialiser of the weights; all but pytorch, which is torch's own, set biases to zero",
+    init: str = option("pytorch", "initialiser of the weights; all except pytorch, PyTorch's default, set biases to zero",
                        choices=[*INITIALISERS, *OLD_NAMES])
     linear_init: str | None = option(None, "initialiser of the weights of fully connected layers; null: init",
                                      choices=list(INITIALISERS))
@@ -35,20 +35,20 @@ class Architecture(Options):
         self.init = OLD_NAMES.get(self.init, self.init)
 
     def build(self, input_shape: tuple[int, int, int], classes: int) -> torch_nn.Module:
-        """A model with weights drawn from torch's global random state.
+        """A model whose weights are sampled from torch's global random state.
 
         Args:
             input_shape: (C, H, W) of one image.
             classes: width of the output.
 
         Raises:
-            OptionError: where the options do not fit the data.
+            OptionError: if the options do not fit the data.
         """
         model = self.make(input_shape, classes)
         for module in model.modules():
             if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
                 init = self.linear_init if isinstance(module, nn.Linear) and self.linear_init is not None else self.init
-                if init != "pytorch":  # which `make` has drawn already
+                if init != "pytorch":  # `make` has sampled it already
                     fill(module.weight, init)
                     if module.bias is not None:
                         nn.init.zeros_(module.bias)
@@ -68,7 +68,7 @@ class StagedArchitecture(Architecture):
 
     def check(self) -> None:
         if not self.blocks:
-            raise OptionError("blocks", "=[] leaves no stage; give a number of blocks for each, such as [2,2,2,2]")
+            raise OptionError("blocks", "=[] leaves no stage; pass the number of blocks of each, for example [2,2,2,2]")
 
     @property
     def widths(self) -> list[int]:

@@ -29,14 +29,14 @@ class DKPAlexNet(Architecture):
     dropout: float = option(0.5, "rate of the two dropouts", minimum=0, below=1)
 
     def make(self, input_shape: tuple[int, int, int], classes: int) -> torch_nn.Module:
-        from fa_bench.models.nets.alexnet import Stage, alexnet
+        from fa_bench.models.nets.alexnet import ConvStage, alexnet
 
         w = self.width
         stages = [
-            Stage(w, 11, stride=4, padding=2, pool=3),
-            Stage(3 * w, 5, padding=2, pool=3),
-            Stage(6 * w, 3, padding=1),
-            Stage(4 * w, 3, padding=1),
-            Stage(4 * w, 3, padding=1, pool=3),
+            ConvStage(w, 11, stride=4, padding=2, pool=3),
+            ConvStage(3 * w, 5, padding=2, pool=3),
+            ConvStage(6 * w, 3, padding=1),
+            ConvStage(4 * w, 3, padding=1),
+            ConvStage(4 * w, 3, padding=1, pool=3),
         ]
         return alexnet(input_shape, classes, stages, [self.hidden] * 2, linear_norm=self.linear_norm, dropout=self.dropout)

@@ -8,24 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 from fa_bench.config.registries import ALGORITHMS
 from fa_bench.errors import OptionError
-from fa_bench.mechanisms.carriers import learning
-from fa_bench.mechanisms.carry import Carry
-from fa_bench.mechanisms.sharing import Sharing, SharingRule
+from fa_bench.mechanisms.pathways import BackwardContext, feedback_gradient
+from fa_bench.mechanisms.sharing import SharedActivationFeedback, SharingRule
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class FeedbackSharing(Sharing):
-    """The shared activation enters the gradient of B alone."""
+class FeedbackPathSharing(SharedActivationFeedback):
+    """The shared activation enters only the gradient of B."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.source is not None:
             self.follows = None
 
-    def shared(self, layer: Any, carry: Carry, activation: Callable[[], Tensor]) -> Carry:
-        return carry._replace(learn=learning(layer, "B", activation))
+    def shared(self, layer: Any, context: BackwardContext, activation: Callable[[], Tensor]) -> BackwardContext:
+        return context._replace(gradients=feedback_gradient(layer, "B", activation))
 
 
 @ALGORITHMS.register("asfp")
@@ -34,14 +33,14 @@ class ASFP(SharingRule):
     """Activation sharing in the feedback path (eqs 39-42 of Woo et al. 2021).
 
     e_in = g B; gradient of W = gᵀ x with the true input; gradient of B = gᵀ h̃ with the shared activation h̃ of `asap`, so that B
-    follows W only as far as the activations agree. What is shared, how it is matched, the frozen stem and the fully connected
-    layers are as for `asap`, and so are the options `k`, `match`, `linear`, `b_init` and `linear_b_init`.
+    follows W only as far as the activations agree. The shared activations, their matching, the frozen stem and the fully
+    connected layers are those of `asap`, and so are the options `k`, `match`, `linear`, `b_init` and `linear_b_init`.
 
-    Choice: ``transport`` makes no sense here, for there is no B to learn, and is refused.
+    Choice: ``transport``, which would leave no B to learn, is refused.
     """
 
-    sharing = FeedbackSharing
+    sharing = FeedbackPathSharing
 
     def check(self) -> None:
         if self.transport:
-            raise OptionError("transport", "=True leaves asfp no feedback to share in; use algorithm=asap or bp")
+            raise OptionError("transport", "=True leaves no learned feedback to share in; use asap or bp")

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import fa_bench
 from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS
-from fa_bench.draws import seed_for
 from fa_bench.lazy import nn, torch
-from fa_bench.mechanisms.auxiliary import normalising
 from fa_bench.mechanisms.coverage import batch_note
-from fa_bench.mechanisms.local import ModuleRule, cross_entropy, kind_of_map
+from fa_bench.mechanisms.feedback_options import init_option, output_option
+from fa_bench.mechanisms.feedback_tensors import feedback_tensor
+from fa_bench.mechanisms.local import ModuleRule, kind_of_map
 from fa_bench.rules.asfp import ASFP
+from fa_bench.sampling import seed_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,20 +24,21 @@ if TYPE_CHECKING:
 
     from fa_bench.mechanisms.coverage import Coverage
     from fa_bench.mechanisms.trace import Trace
-    from fa_bench.mechanisms.updates import LearnedFeedback
+    from fa_bench.mechanisms.updates import LearnedTensor
 
 
 @dataclasses.dataclass(eq=False)
 class Classifiers(ModuleRule):
-    """A classifier at the end of every block but the last: average, linear layer by feedback alignment, normalisation.
+    """A classifier at the end of every block except the last: pooling, a linear layer with feedback alignment, normalisation.
 
     Attributes:
-        pool: the side that a map is averaged to.
+        pool: side length to which a map is averaged.
         b_init: initialiser of the linear layer's fixed feedback.
     """
 
-    pool: int = option(2, "the side that a map is averaged to", minimum=1)
-    b_init: str = option("uniform_one", "initialiser of the linear layer's fixed feedback")
+    net_name = "local classifier"
+    pool: int = option(2, "side to which a map is averaged", minimum=1)
+    b_init: str = init_option("the linear layer's fixed feedback", "uniform_one")
 
     def auxiliary(self, cut: str, shape: tuple[int, ...], classes: int) -> torch_nn.Module:
         layers: OrderedDict[str, torch_nn.Module] = OrderedDict()
@@ -53,15 +55,10 @@ class Classifiers(ModuleRule):
                         sample_input=torch.zeros(2, *shape))
         return classifier
 
-    def local_loss(self, cut: str, auxiliary: torch_nn.Module, activation: Tensor, target: Tensor) -> Tensor:
-        with normalising(self.name, "local classifier", cut, "use larger batches, or drop the last incomplete one"):
-            scores = auxiliary(activation)
-        return cross_entropy(scores, target)
-
     @property
     def feedback(self) -> dict[str, dict[str, Tensor]]:
         classifiers: dict[str, Any] = {cut: self.auxiliary_at(cut) for cut in self._auxiliary}
-        return {cut: {**tensors, "B": classifiers[cut].fc.feedback_B} for cut, tensors in super().feedback.items()}
+        return {cut: {**tensors, "B": feedback_tensor(classifiers[cut].fc, "B")} for cut, tensors in super().feedback.items()}
 
 
 @ALGORITHMS.register("asfp_lc")
@@ -69,57 +66,50 @@ class Classifiers(ModuleRule):
 class ASFPLC(ASFP):
     """Activation sharing in the feedback path with local classifiers (ASFP + LC, Table 2 of Woo et al. 2021).
 
-    The model is a chain of blocks, and no error crosses from one to the next. Every block but the last ends in a classifier s =
-    BN(V p + c), with p its activation averaged to ``pool`` x ``pool`` and flattened, and learns by CE(s, labels); the last has
-    the network's own classifier. The classifier is a layer of feedback alignment: error at p = g B with a fixed B, uniform in
-    [-1, 1) (``linear_b_init``); V, c and BN learn with W's optimizer. Within a block the rule is `asfp`, with its options `k`,
-    `match`, `linear` and `b_init`: e_in = g B; gradient of W = gᵀ x; gradient of B = gᵀ h̃ with the shared activation h̃.
+    The model is a chain of blocks, and no error passes from one to the next. Every block except the last has a classifier s =
+    BN(V p + c), where p is the block's activation, averaged to ``pool`` x ``pool`` and flattened, and learns by CE(s, labels);
+    the last block uses the network's own classifier. The classifier learns by feedback alignment: the error at p is g B with a
+    fixed B, uniform in [-1, 1) (``linear_b_init``); V, c and BN learn with W's optimizer. Within a block the rule is `asfp`, with
+    its options `k`, `match`, `linear` and `b_init`: e_in = g B; gradient of W = gᵀ x; gradient of B = gᵀ h̃ with the shared
+    activation h̃.
 
-    Choices, for there is no code: blocks are the model's (``model.blocks``, or the modules in ``cuts`` that they end with):
-    residual blocks, and the stem, whose normalisation learns by a classifier of its own (a frozen stem without one has none);
-    activations are shared across the ends of blocks as in `asfp`; the classifier's normalisation uses the batch's own
-    statistics, since it serves in training only, and refuses a batch of one sample: it depends on the batch itself, and under
-    data parallelism each rank has the statistics of its own part.
+    Choices, since no code was published: the blocks are those of the model (``model.blocks``, or the modules in ``cuts`` with
+    which they end): residual blocks and the stem, whose normalisation learns by a classifier of its own (a frozen stem without
+    normalisation has none); activations are shared across blocks as in `asfp`. The classifier is only used in training, so that
+    its normalisation always uses the batch's own statistics: it refuses a batch of one sample, and under data parallelism each
+    rank has its own statistics.
     """
 
-    cuts: list[str] | None = option(None, "modules (names or patterns) that the blocks end with; null: the model's blocks")
-    output: str | int | None = option(None, "the output that the errors come from, where the model returns several: a key, or a "
-                                            "number in a tuple")
-    pool: int = option(2, "side that a classifier averages a map to", minimum=1)
+    cuts: list[str] | None = option(None, "modules (names or patterns) with which the blocks end; null: the model's blocks")
+    output: str | int | None = output_option()
+    pool: int = option(2, "side to which a classifier averages a map", minimum=1)
 
-    def put_in(self, sample_input: Any) -> Coverage:
+    def wire(self, sample_input: Any) -> Coverage:
         local = Classifiers(cuts=self.cuts, output=self.output, pool=self.pool, b_init=self.linear_b_init)
-        # One mode for both: what measures the one measures the other.
+        # Both share one mode, so that a measurement covers both.
         local.name, local.model, local.mode, local.seed = self.name, self.model, self.mode, self.seed
         local._frozen, local._structure, local._outside = self._frozen, None, {}
-        local._passes, local._watch, local._unwatched = [], None, False
         self._local, local.part_of = local, self
-        local.put_in(sample_input)
-        return super().put_in(sample_input)
+        local.wire(sample_input)
+        return super().wire(sample_input)
 
-    def take_out(self) -> None:
+    def unwire(self) -> None:
         if (local := getattr(self, "_local", None)) is not None:
-            local.take_out()
-        super().take_out()
+            local.unwire()
+        super().unwire()
 
     def begin_forward(self, model: torch_nn.Module, args: Any, kwargs: Any) -> None:
         super().begin_forward(model, args, kwargs)
-        self._local.begin_forward(model, args, kwargs)
+        self._local._capture.begin()
 
     def end_forward(self, model: torch_nn.Module, args: Any, output: Any) -> Any:
+        capture = self._local._capture
+        tape = capture.tape
         try:
             super().end_forward(model, args, output)
-        except BaseException:
-            output = None
-            raise
         finally:
-            # Both count the passes, and have one mode: this one's, for the other began later.
-            training = self.mode.training
-            try:
-                delivered = self._local.end_forward(model, args, output)
-            finally:
-                self.mode.training = training
-        return delivered
+            capture.end()
+        return self._local.connect(output, tape)
 
     def roots(self, output: Any) -> list[Any]:
         return self._local.roots(output)
@@ -133,7 +123,7 @@ class ASFPLC(ASFP):
     def feedback(self) -> dict[str, dict[str, Tensor]]:
         return {**super().feedback, **self._local.feedback}
 
-    def learned_feedback(self) -> list[LearnedFeedback]:
+    def learned_feedback(self) -> list[LearnedTensor]:
         return [*super().learned_feedback(), *self._local.learned_feedback()]
 
     def notes(self) -> tuple[str, ...]:
@@ -144,7 +134,7 @@ class ASFPLC(ASFP):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         classifiers = {}
-        if isinstance(state, Mapping) and "classifiers" in state:  # a state that an earlier version saved
+        if isinstance(state, Mapping) and "classifiers" in state:  # saved by an earlier version
             state = dict(state)
             classifiers = state.pop("classifiers")
         super().load_state_dict(state)

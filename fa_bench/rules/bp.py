@@ -20,14 +20,14 @@ class BP(Rule):
 
     e_in = g W; gradient of W = gᵀ x; gradient of b = Σ g (Rumelhart, Hinton and Williams 1986; eqs 1-2 of Akrout et al. 2019).
 
-    The model is left as it is. Subclasses freeze a part of it.
+    The model is not changed. Subclasses freeze a part of it.
     """
 
     def frozen_parameters(self, sample_input: Any) -> dict[int, str]:
         """{id of a parameter that does not learn: why}."""
         return {}
 
-    def put_in(self, sample_input: Any) -> Coverage:
+    def wire(self, sample_input: Any) -> Coverage:
         from fa_bench.mechanisms.layers import weighted_layers
 
         self._layers = weighted_layers(self.model)
@@ -35,11 +35,11 @@ class BP(Rule):
         self.freeze(parameter for parameter in self.model.parameters() if id(parameter) in why)
         return Coverage(self.name, tuple(
             Covered(path, type(layer).__name__, tuple(layer.weight.shape),
-                    why.get(id(layer.weight), "goes on through the weight"))
+                    why.get(id(layer.weight), "passes through the weight"))
             for path, layer in self._layers.items()
         ), {})
 
-    def take_out(self) -> None:
+    def unwire(self) -> None:
         pass
 
     def watched_modules(self) -> dict[str, nn.Module]:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fa_bench.config.registries import ALGORITHMS
 from fa_bench.errors import CoverageError
 from fa_bench.lazy import nn
 from fa_bench.rules.bp import BP
-
-if TYPE_CHECKING:
-    pass
 
 
 @ALGORITHMS.register("bp_fc")
@@ -19,8 +16,8 @@ if TYPE_CHECKING:
 class BPFullyConnected(BP):
     """Fully connected layers learn by backpropagation, convolutions stay random ("BP (FC only)", section 3.2 of the DKP paper).
 
-    Choice, where the paper is silent: gains and biases of the normalisation layers that a convolution feeds are frozen
-    too; those layers stay in training mode; frozen tensors do not decay. All fully connected layers learn, hidden ones too.
+    Choices not specified in the paper: gains and biases of normalisation layers that a convolution feeds are frozen, too; those
+    layers stay in training mode; frozen tensors do not decay. All fully connected layers learn, including hidden ones.
     """
 
     def frozen_parameters(self, sample_input: Any) -> dict[int, str]:
@@ -35,7 +32,7 @@ class BPFullyConnected(BP):
         frozen = [self._layers[path] for path in convolutions]
         feeds = self.trace(sample_input, watch=tuple(norms)).feeds if norms else {}
         frozen += [norms[path] for path, fed in feeds.items() if fed and convolutions.issuperset(fed)]
-        return {id(p): "moves nothing" for module in frozen for p in module.parameters(recurse=False)}
+        return {id(p): "trains nothing" for module in frozen for p in module.parameters(recurse=False)}
 
 
 def _norms() -> tuple[type[nn.Module], ...]:

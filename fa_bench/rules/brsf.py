@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 
-from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS
-from fa_bench.draws import INITIALISERS
-from fa_bench.mechanisms.carriers import Carrier, SignedMagnitude
-from fa_bench.mechanisms.edge import EdgeRule, Site
+from fa_bench.mechanisms.edge import LayerContext
+from fa_bench.mechanisms.pathways import FeedbackPathway, SignedMagnitudeFeedback
+from fa_bench.rules.frsf import FRSF
 
 
 @ALGORITHMS.register("brsf")
 @dataclasses.dataclass(eq=False)
-class BRSF(EdgeRule):
+class BRSF(FRSF):
     """Batchwise random magnitude sign-concordant feedback (Liao et al. 2016).
 
-    e_in = g B with B = |M| sign(W) of the current W, sign(0) = 0; M is drawn anew at every training forward by the
-    initialiser of the weights. ``rule.feedback`` holds the last draw; an evaluation forward draws nothing.
+    e_in = g B with B = |M| sign(W) of the current W, sign(0) = 0; a new M is sampled at every training forward pass.
+    ``rule.feedback`` has the last sample; evaluation samples nothing.
 
-    Choice: M is Xavier-uniform (``m_init``); ``density`` below 1 puts a mask, drawn once, on B. The draw number k of a layer is
-    a function of (seed, layer, k) alone, so that it disturbs no other random numbers and a resumed run draws the same.
+    Choices: M is Xavier-uniform (``m_init``); ``density`` below 1 masks B with one fixed mask. Sample k of a layer depends on
+    (seed, layer, k) only, so that no other random numbers are affected and a resumed run samples the same M.
     """
 
-    m_init: str = option("xavier_uniform", "initialiser of the magnitudes M", choices=list(INITIALISERS))
-    density: float = option(1.0, "fraction of B that is not zero (mask drawn once)", above=0, maximum=1)
-
     def notes(self) -> tuple[str, ...]:
-        return ("M is drawn for every training forward pass: parts of a batch have draws of their own.",)
+        return ("M is sampled at every training forward pass: each micro-batch has an M of its own.",)
 
-    def carrier(self, site: Site) -> Carrier:
-        site.put("M", self.m_init, magnitude=True)
-        site.put_mask(self.density)
-        return SignedMagnitude(redraw=self.m_init, seed=site.tensor_seed("M"))
+    def pathway(self, layer: LayerContext) -> FeedbackPathway:
+        super().pathway(layer)
+        return SignedMagnitudeFeedback(resample=self.m_init, seed=layer.tensor_seed("M"))

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS
-from fa_bench.draws import INITIALISERS
 from fa_bench.errors import CoverageError, OptionError
 from fa_bench.lazy import torch
-from fa_bench.mechanisms.cuts import CutRule, Kept
+from fa_bench.mechanisms.cuts import CapturedActivation, CutRule
+from fa_bench.mechanisms.feedback_options import density_option, init_option
+from fa_bench.mechanisms.feedback_tensors import feedback_tensor
 from fa_bench.mechanisms.rule import INPUT, OUTPUT
 
 if TYPE_CHECKING:
@@ -23,24 +24,24 @@ if TYPE_CHECKING:
 class DFA(CutRule):
     """Direct feedback alignment (Nøkland 2016; section 2 of Li and Benna 2024).
 
-    The error at the logits, δ = ∂L/∂z of shape (N, C), reaches every hidden activation directly and replaces whatever would
-    come from above; from there the derivatives down to the next weights are exact. The output layer has its true gradient.
-    B is fixed and does not decay. `form` chooses how δ is projected:
+    The error at the logits, δ = ∂L/∂z of shape (N, C), is projected directly to every hidden activation, where it replaces the
+    error of the layers above; the derivatives from there down to the next weights are exact. The output layer has its true
+    gradient. B is fixed and does not decay. `form` chooses the projection:
 
-    - neuron: at each cut, δ B with B of shape (C, features of the cut), one row of numbers for every neuron.
-    - kernel: at the input of each layer. Linear: δ B with B of shape (C, I). Convolution: δ is copied to every output
-      pixel and carried to the input by the input gradient of a convolution with B of shape (C, I, K...). Identity shortcuts
-      still add the error from above, so that this is a hybrid in residual nets, as in the code behind Li and Benna 2024.
-    - shared: one matrix, uniform in [-1, 1), for all cuts, of shape (C, features of the largest); each takes its leading
+    - neuron: at each cut, δ B with B of shape (C, features of the cut).
+    - kernel: at the input of each layer. Linear: δ B with B of shape (C, I). Convolution: δ is copied to every output pixel, and
+      the error is the input gradient of a convolution with B of shape (C, I, K...). Identity shortcuts still add the error from
+      above, so that the rule is a hybrid in residual nets, as in the code of Li and Benna 2024.
+    - shared: one matrix, uniform in [-1, 1), for all cuts, of shape (C, features of the largest cut); each cut uses its first
       columns, divided by √(features of the largest) with `normalise` (Launay et al. 2020).
 
-    Choice: B is Xavier-uniform for neuron and kernel (``b_init``), masked once where ``density`` is below 1; its fan_in is the
-    number of features, its fan_out C.
+    Choices: B is Xavier-uniform for neuron and kernel (``b_init``), with one fixed mask if ``density`` is below 1; its fan_in is
+    the number of features, its fan_out C.
     """
 
     form: str = option("neuron", "how the output error is projected", choices=["neuron", "kernel", "shared"])
-    b_init: str = option("xavier_uniform", "initialiser of B (forms neuron and kernel)", choices=list(INITIALISERS))
-    density: float = option(1.0, "fraction of B that is not zero (mask drawn once)", above=0, maximum=1)
+    b_init: str = init_option("B (forms neuron and kernel)")
+    density: float = density_option()
     normalise: bool = option(True, "divide the shared projection by the root of its size (form shared)")
 
     def check(self) -> None:
@@ -63,37 +64,38 @@ class DFA(CutRule):
         self._gain = 1 / math.sqrt(largest) if self.form == "shared" and self.normalise else 1.0
         for cut, shape in features.items():
             if self.form == "shared":
-                self.put(cut, "B", (classes, largest), "uniform_one", self.density, seeded_by="shared", columns=math.prod(shape))
+                self.put(cut, "B", "uniform_one", (classes, largest), self.density, "shared", columns=math.prod(shape))
             elif self.form == "kernel":
                 layer = self.model.get_submodule(cut)
                 if getattr(layer, "transposed", False):
-                    raise CoverageError(f"rule 'dfa' has no form=kernel for the transposed convolution '{cut}'; use form=neuron")
+                    raise CoverageError(f"rule '{self.name}' with form=kernel does not support the transposed convolution "
+                                        f"'{cut}'; use form=neuron")
                 kernel = getattr(layer, "kernel_size", ())
-                self.put(cut, "B", (classes, layer.in_channels if kernel else shape[-1], *kernel), self.b_init, self.density)
+                self.put(cut, "B", self.b_init, (classes, layer.in_channels if kernel else shape[-1], *kernel), self.density)
             else:
-                self.put(cut, "B", (classes, math.prod(shape)), self.b_init, self.density)
+                self.put(cut, "B", self.b_init, (classes, math.prod(shape)), self.density)
 
     @property
     def reads_values(self) -> bool:
-        """The kernel form asks a layer's input for its shape, by way of the layer's own padding."""
+        """The kernel form needs a layer's input, which the layer may pad."""
         return self.form == "kernel"
 
     def broadcast(self, delta: Tensor, target: Tensor | None) -> Tensor:
         return delta if self._gain == 1 else delta * self._gain
 
-    def signal(self, cut: str, kept: Kept, sent: Tensor, target: Tensor | None) -> Tensor:
+    def signal(self, cut: str, captured: CapturedActivation, broadcast: Tensor, target: Tensor | None) -> Tensor:
         if self.form == "kernel":
-            return self.carried(cut, kept.tensor, kept.tensor, sent, kept.output_shape)
-        return self.project(cut, sent, kept)
+            return self.input_error(cut, captured.tensor, captured.tensor, broadcast, captured.output_shape)
+        return self.project(cut, broadcast, captured)
 
-    def carried(
+    def input_error(
         self, layer: str, x: Tensor, g: Tensor, delta: Tensor, output_shape: tuple[int, ...] | None = None
     ) -> Tensor:
-        """The kernel form's error at a layer's input; `output_shape` is the layer's, that of g unless given."""
+        """The kernel form's error at a layer's input; `output_shape` is that of the layer, by default the shape of g."""
         from fa_bench.mechanisms.layers import padded
 
         module = self.model.get_submodule(layer)
-        feedback: Any = module.feedback_B
+        feedback = feedback_tensor(module, "B")
         delta = delta.to(feedback.dtype)
         if feedback.dim() == 2:
             return (delta @ feedback).view(len(x), *[1] * (x.dim() - 2), -1).expand(x.shape).to(x.dtype)

@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING
 from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS
 from fa_bench.lazy import nn
-from fa_bench.mechanisms.auxiliary import normalising
 from fa_bench.mechanisms.coverage import batch_note
-from fa_bench.mechanisms.local import ModuleRule, cross_entropy, kind_of_map
+from fa_bench.mechanisms.local import ModuleRule, kind_of_map
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from torch import nn as torch_nn
 
 
@@ -24,27 +22,27 @@ if TYPE_CHECKING:
 class DGL(ModuleRule):
     """Decoupled greedy learning (Belilovsky, Eickenberg and Oyallon 2020), all modules trained at once.
 
-    The network is a chain of modules, here the blocks that the model declares. Each but the last has an auxiliary net A behind it
-    and learns, with it, by true backpropagation of CE(A(a), labels), a the module's output; no error crosses from one module to
-    the next. The last module learns by the network's own classifier and loss. `auxiliary_net` says what A is, for a map a of
-    C channels and size H x W:
+    The network is a chain of modules, here the blocks that the model declares. Each module except the last has an auxiliary net A
+    after it, and both learn by true backpropagation of CE(A(a), labels), where a is the module's output; no error passes from one
+    module to the next. The last module learns by the network's own classifier and loss. `auxiliary_net` chooses A, for a map a
+    with C channels and size H x W:
 
-    - mlp_sr: average to ⌈H/4⌉ x ⌈W/4⌉; three times 1x1 convolution of C to C without bias, batch normalisation, ReLU; average to
-      2x2; three times linear 4C to 4C, batch normalisation, ReLU; linear to the classes.
+    - mlp_sr: average to ⌈H/4⌉ x ⌈W/4⌉; three times 1x1 convolution from C to C without bias, batch normalisation, ReLU; average
+    to
+      2x2; three times linear from 4C to 4C, batch normalisation, ReLU; linear to the classes.
     - mlp: the same without the convolutions.
     - linear: the two averages and the last layer.
 
     For a flat a of F features the layers are F wide, and mlp_sr is mlp. The auxiliary nets learn with W's optimizer. The paper's
     settings: SGD at 0.1 times 0.2 every 15 epochs, momentum 0.9, decay 5e-4, batches of 128, 50 epochs.
 
-    Choices: averages never enlarge a map, so that one of a single pixel has C features, not 4C. Batch normalisation in A uses
-    the batch's own statistics and keeps none, since A is only ever used in training; it refuses a batch of one sample, which
-    ``auxiliary_net=linear`` takes. In ``cuts`` as in ``model.blocks`` the modules are named by what they end with; those that
-    feed the output layer belong to the last one.
-
-    Batch normalisation in A depends on the batch itself: under data parallelism each rank has the statistics of its own part.
+    Choices: averages never enlarge a map, so that a map of a single pixel has C features, not 4C. A is only used in training, so
+    that its batch normalisation always uses the batch's own statistics: it refuses a batch of one sample, which
+    ``auxiliary_net=linear`` accepts, and under data parallelism each rank has its own statistics. ``cuts`` and ``model.blocks``
+    name the last layer of each module; modules that feed the output layer belong to the last one.
     """
 
+    larger_batches = "use larger batches, drop the last incomplete one, or use auxiliary_net=linear, which has none"
     auxiliary_net: str = option("mlp_sr", "the auxiliary nets", choices=["mlp_sr", "mlp", "linear"])
 
     def auxiliary(self, cut: str, shape: tuple[int, ...], classes: int) -> torch_nn.Module:
@@ -71,9 +69,3 @@ class DGL(ModuleRule):
 
     def notes(self) -> tuple[str, ...]:
         return () if self.auxiliary_net == "linear" else (batch_note("batch normalisation in the auxiliary nets"),)
-
-    def local_loss(self, cut: str, auxiliary: torch_nn.Module, activation: Tensor, target: Tensor) -> Tensor:
-        instead = "use larger batches, drop the last incomplete one, or take auxiliary_net=linear, which has none"
-        with normalising(self.name, "auxiliary net", cut, instead):
-            scores = auxiliary(activation)
-        return cross_entropy(scores, target)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS
-from fa_bench.draws import INITIALISERS
-from fa_bench.mechanisms.cuts import CutRule, Kept
+from fa_bench.mechanisms.cuts import CapturedActivation, CutRule
+from fa_bench.mechanisms.feedback_options import density_option, init_option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
 class DRTP(CutRule):
     """Direct random target projection (Frenkel, Lefebvre and Bol 2021).
 
-    The error at a cut is made of the labels alone: y B s / N, with y (N, C) the one-hot labels, B (C, features of the cut) fixed
-    and random, s the `scale` and N the batch size. The output layer has its true gradient. The error does not depend on the
-    network's output, so that a layer could be updated as soon as it has been evaluated, and never vanishes. B does not decay.
+    The error at a cut depends on the labels only: y B s / N, with y (N, C) the one-hot labels, B (C, features of the cut) fixed
+        and random, s the `scale` and N the batch size. The output layer has its true gradient. The error does not depend on the
+        network's output, so that a layer can be updated as soon as it has been evaluated; it never vanishes. B does not decay.
 
-    ``error_sign=true`` is sDFA: sign(δ) B s / N with δ = ∂L/∂z the error at the logits, whose sign is that of output minus
+    ``error_sign=true`` is sDFA: sign(δ) B s / N, where δ = ∂L/∂z is the error at the logits, whose sign is that of output minus
     target. With the cross-entropy it is -1 for the label and +1 for every other class, until a probability rounds to zero.
 
-    Choices: the error is divided by N, as that of the output layer is. The code behind the paper does so at the output only,
-    which is ``scale`` = N here. The sign is that code's; since B is symmetric about zero another would do as well. B is
-    Kaiming-uniform with the features of the cut for its fan (``b_init``), masked once where ``density`` is below 1. The signal
-    is multiplied by what the loss was multiplied by. The paper has tanh units and no batch normalisation; the cuts are `dfa`'s.
+    Choices: the error is divided by N, like that of the output layer. The paper's code does so at the output only, which is
+    ``scale`` = N here. The sign is that of the code; since B is symmetric about zero, it makes no difference. B is
+    Kaiming-uniform with the cut's features as its fan (``b_init``), with one fixed mask if ``density`` is below 1. The error is
+    scaled like the loss. The paper uses tanh units and no batch normalisation; the cuts are those of `dfa`.
     """
 
-    b_init: str = option("kaiming_uniform", "initialiser of B", choices=list(INITIALISERS))
-    density: float = option(1.0, "fraction of B that is not zero (mask drawn once)", above=0, maximum=1)
-    scale: float = option(1.0, "factor on the error at every cut, beside one over the batch size", above=0)
-    error_sign: bool = option(False, "project the sign of the output error in place of the labels (sDFA)")
+    b_init: str = init_option("B", "kaiming_uniform")
+    density: float = density_option()
+    scale: float = option(1.0, "factor of the error at every cut, in addition to one over the batch size", above=0)
+    error_sign: bool = option(False, "project the sign of the output error instead of the labels (sDFA)")
 
     scales = True
 
@@ -46,12 +46,12 @@ class DRTP(CutRule):
 
     def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:
         for cut, shape in features.items():
-            self.put(cut, "B", (classes, math.prod(shape)), self.b_init, self.density)
+            self.put(cut, "B", self.b_init, (classes, math.prod(shape)), self.density)
 
-    def signal(self, cut: str, kept: Kept, sent: Tensor, target: Tensor | None) -> Tensor:
-        factor = self.scale * self.loss_factor / max(len(sent), 1)
+    def signal(self, cut: str, captured: CapturedActivation, broadcast: Tensor, target: Tensor | None) -> Tensor:
+        factor = self.scale * self.loss_factor / max(len(broadcast), 1)
         if self.error_sign:
-            return self.project(cut, sent.sign() * factor, kept)
+            return self.project(cut, broadcast.sign() * factor, captured)
         assert target is not None
-        # The rows that the one-hot labels take out of B, at its precision under autocast too, for they do not depend on δ.
-        return self.in_shape(cut, self.tensor(cut, "B").index_select(0, target).mul_(factor), kept)
+        # The rows of B that the one-hot labels select, at B's precision even under autocast, since they do not depend on δ.
+        return self.in_shape(cut, self.tensor(cut, "B").index_select(0, target).mul_(factor), captured)

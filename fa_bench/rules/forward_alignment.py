@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS
-from fa_bench.draws import INITIALISERS
 from fa_bench.errors import CoverageError
 from fa_bench.lazy import torch
-from fa_bench.mechanisms.carriers import Carrier, Transport
-from fa_bench.mechanisms.carry import Carry, recomputing, reentrant
 from fa_bench.mechanisms.coverage import batch_note
-from fa_bench.mechanisms.edge import EdgeRule, Site
+from fa_bench.mechanisms.edge import EdgeRule, LayerContext
+from fa_bench.mechanisms.feedback_options import init_option
+from fa_bench.mechanisms.feedback_tensors import feedback_tensor
+from fa_bench.mechanisms.pathways import BackwardContext, FeedbackPathway, TransposeFeedback, recomputing, refuse_reentrant
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,38 +24,38 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Pass:
-    """One forward pass: the layers' true inputs, and those that arrive where random weights stand in for the layers' own."""
+    """The layers' inputs in one forward pass, and in its repetition with random weights in place of the layers' own."""
 
     true: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     random: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
-    def arrives(self, path: str) -> Callable[[], Tensor]:
-        """What gives the input that arrived at a layer, once the second pass is done."""
+    def random_input(self, path: str) -> Callable[[], Tensor]:
+        """A function that returns a layer's input in the second pass, once that pass has run."""
         return lambda: self.random[path]
 
 
-class RandomForward(Transport):
-    """The error goes through the weight; another activation enters the weight gradient."""
+class RandomForward(TransposeFeedback):
+    """The error passes through the weight; another activation enters the weight gradient."""
 
-    always = True
+    always_needed = True
 
     def __init__(self, rule: ForwardAlignment, first: bool) -> None:
         self.rule, self.first = rule, first
-        self.tensors = "the weight" + ("" if first else "; random C makes the activation in its gradient")
+        self.description = "the weight" + ("" if first else "; random C computes the activation in its gradient")
 
-    def carry(self, layer: Any, x: Tensor) -> Carry:
+    def context(self, layer: Any, x: Tensor) -> BackwardContext:
         current = self.rule.current
         if recomputing():
-            # What is saved must be what the first pass saved; the activation is that pass's.
-            return Carry(self.effective(layer), activation=None if self.first else reentrant(self.rule.name))
-        if current is None and layer.mode.hold:
-            return Carry(self.effective(layer))  # a probe that asks what this layer alone carries
+            # Must save the same tensors as the first pass, which has the activation.
+            return BackwardContext(self.effective(layer), activation=None if self.first else refuse_reentrant(self.rule.name))
+        if current is None and layer.mode.freeze_random:
+            return BackwardContext(self.effective(layer))  # a probe runs this layer alone
         if current is None:
             raise CoverageError(f"layer '{layer.path}' ran outside a forward pass of the attached model: call the model itself")
-        self.passed(layer, x)
-        return Carry(self.effective(layer), activation=None if self.first else current.arrives(layer.path))
+        self.observe(layer, x)
+        return BackwardContext(self.effective(layer), activation=None if self.first else current.random_input(layer.path))
 
-    def passed(self, layer: Any, x: Tensor) -> None:
+    def observe(self, layer: Any, x: Tensor) -> None:
         if self.rule.current is not None:
             self.rule.current.true[layer.path] = x.detach()
 
@@ -66,38 +65,38 @@ class RandomForward(Transport):
 class ForwardAlignment(EdgeRule):
     """Forward Alignment (appendix A of Woo et al. 2021, eqs 26-27).
 
-    e_in = g W, the true error; gradient of W = gᵀ h̃, where h̃ is what the layer's input would be if the layer in front of it,
-    with its true input h, had the random fixed weight C in place of its own W and no bias: h̃ = φ(C h), with whatever lies
-    between the two layers (normalisation by the batch's own statistics, activation, pooling, additions). The first layer has
-    its true input. The weights of the layer in front align with C, whose angle to W is logged as the weight angle.
+    e_in = g W, the true error; gradient of W = gᵀ h̃, where h̃ = φ(C h) is the input that the layer would have if the preceding
+    layer, with its true input h, had a fixed random weight C in place of W, and no bias. φ is everything between the two layers
+    (normalisation by the batch's own statistics, activation, pooling, additions). The first layer uses its true input. The
+    weights of the preceding layer align with C, whose angle to W is logged as the weight angle.
 
-    Choices, where the paper treats one hidden layer only: every layer but the first learns so, the output layer too
-    (``plain_last`` gives it its true input); C is drawn like the weights by ``c_init``, one for each layer, also where layers
-    share their weight. It costs a second forward pass.
+    Choices, since the paper treats one hidden layer only: every layer except the first learns like this, including the output
+    layer (with ``plain_last`` it uses its true input); C is sampled by ``c_init``, one for each layer, even if layers share their
+    weight. The rule costs a second forward pass.
 
-    In a model with batch normalisation the second pass depends on the batch itself: under data parallelism each rank has the
-    statistics of its own part.
+    In a model with batch normalisation the second pass depends on the batch: under data parallelism each rank has the statistics
+    of its own part.
     """
 
-    c_init: str = option("xavier_uniform", "initialiser of the random weights C", choices=list(INITIALISERS))
+    c_init: str = init_option("the random weights C")
 
-    def put_in(self, sample_input: Any) -> Coverage:
+    def wire(self, sample_input: Any) -> Coverage:
         self.current: Pass | None = None
         trace = self.trace(sample_input)
         again = [path for path in trace.order if trace.calls[path] > 1]
         if again:
-            raise CoverageError(f"rule 'forward_alignment' needs layers that run once in a forward pass; '{again[0]}' runs "
+            raise CoverageError(f"rule '{self.name}' needs layers that run once in a forward pass; '{again[0]}' runs "
                                 f"{trace.calls[again[0]]} times")
         self._first = set(trace.inputs[0])
-        coverage = super().put_in(sample_input)
-        self._random = [path for path, layer in self._layers.items() if isinstance(layer.carrier, RandomForward)]
+        coverage = super().wire(sample_input)
+        self._random = [path for path, layer in self._layers.items() if isinstance(layer.pathway, RandomForward)]
         return coverage
 
-    def carrier(self, site: Site) -> Carrier:
-        site.put("C", self.c_init)
-        return RandomForward(self, site.path in self._first)
+    def pathway(self, layer: LayerContext) -> FeedbackPathway:
+        layer.put("C", self.c_init)
+        return RandomForward(self, layer.path in self._first)
 
-    # The second pass has no gradients, and within it neither does anything; nor in one that activation checkpointing repeats.
+    # Neither the second pass itself nor a pass that activation checkpointing repeats starts a second pass.
     def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         super().begin_forward(model, args, kwargs)
         if self.mode.training and not recomputing():
@@ -113,7 +112,7 @@ class ForwardAlignment(EdgeRule):
                 self._run_again(current, *call)
 
     def _run_again(self, current: Pass, args: Any, kwargs: Any) -> None:
-        """A second forward pass in which every layer has its true input of the first one, and C."""
+        """A second forward pass in which every layer has its input of the first pass, and C in place of its weight."""
         from fa_bench.mechanisms.trace import without_side_effects
 
         def restart(path: str) -> Any:
@@ -125,13 +124,13 @@ class ForwardAlignment(EdgeRule):
         values: dict[str, Tensor] = {}
         for path in self._random:
             layer = self._layers[path]
-            values[f"{path}.weight"] = layer.feedback_C
+            values[f"{path}.weight"] = feedback_tensor(layer, "C")
             if layer.bias is not None:
                 values[f"{path}.bias"] = torch.zeros_like(layer.bias)
         handles = [self._layers[path].register_forward_pre_hook(restart(path)) for path in self._random]
         try:
             with torch.no_grad(), without_side_effects(self.model):
-                # A parameter that other layers share is replaced in this layer alone, which has a C of its own.
+                # A parameter that layers share is replaced in each of them by its own C.
                 torch.func.functional_call(self.model, values, args, kwargs, tie_weights=False)
         finally:
             for handle in handles:
@@ -142,5 +141,6 @@ class ForwardAlignment(EdgeRule):
         return (batch_note("batch normalisation in the second forward pass"),) if normalised else ()
 
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """C and W: what aligns here."""
-        return {path: (self._layers[path].feedback_C, self._layers[path].weight.detach()) for path in self._random}
+        """C and W, which align here."""
+        layers = {path: self._layers[path] for path in self._random}
+        return {path: (feedback_tensor(layer, "C"), layer.weight.detach()) for path, layer in layers.items()}

@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 class Frozen(BP):
     """Only the output layer learns, by its true gradient; every other parameter keeps its initial value.
 
-    A rule that does not beat this floor trains nothing worth having below the output layer. Batch normalisation stays in
-    training mode: its gains and biases are frozen, its running statistics are not. Frozen tensors do not decay.
+    A rule that does not beat this floor trains nothing useful below the output layer. Batch normalisation stays in training
+    mode: its gains and biases are frozen, but its running statistics are updated. Frozen tensors do not decay.
     """
 
     def frozen_parameters(self, sample_input: Any) -> dict[int, str]:
         outputs = self.trace(sample_input).outputs if sample_input is not None else list(self._layers)[-1:]
         learns = {id(p) for path in outputs for p in self._layers[path].parameters(recurse=False)}
-        return {id(p): "moves nothing" for p in self.model.parameters() if id(p) not in learns}
+        return {id(p): "trains nothing" for p in self.model.parameters() if id(p) not in learns}
 
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """None: no error is carried through any layer."""
+        """None: no error passes through a layer."""
         return {}

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS
-from fa_bench.draws import INITIALISERS, draw, seed_for
 from fa_bench.lazy import nn
+from fa_bench.mechanisms.feedback_options import init_option
 from fa_bench.mechanisms.local import LocalRule, cross_entropy, flattening
+from fa_bench.sampling import sample, seed_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,39 +22,37 @@ if TYPE_CHECKING:
 class LocalError(LocalRule):
     """Learning by local errors (Mostafa, Ramesh and Cauwenberghs 2018).
 
-    Every hidden activation a goes to a linear classifier M (C, features), fixed and random, and learns by its cross-entropy:
+    Every hidden activation a has a fixed random linear classifier M (C, features) and learns by its cross-entropy:
 
         s = a Mᵀ,    error at a = (softmax(s) - y) M / N,    y the one-hot labels.
 
-    From there the error goes through the layer's own nonlinearity and normalisation to its weights, and no further. The output
-    layer has its true gradient. M never learns and does not decay. ``separate=true`` carries the local error by |K| ∘ sign(M) in
-    place of M, K of M's shape and fixed and random too.
+    The error passes through the layer's nonlinearity and normalisation to its weights, and no further. The output layer has its
+    true gradient. M neither learns nor decays. With ``separate=true`` the local error uses |K| ∘ sign(M) in place of M, where K
+    is fixed and random, too, and has the shape of M.
 
-    Choices, where the paper gives no details: one classifier at every cut point; a map of more than `features` features is
-    averaged to at most so many first, its sizes halved in turn; M is Kaiming-uniform with the features for its fan
-    (``m_init``); no bias.
+    Choices not specified in the paper: one classifier at every cut point; a map with more than `features` features is first
+    averaged to at most that many, halving its sizes in turn; M is Kaiming-uniform with the features as its fan (``m_init``); no
+    bias.
     """
 
-    m_init: str = option("kaiming_uniform", "initialiser of the classifiers M", choices=list(INITIALISERS))
-    features: int = option(4096, "features of a map that a classifier takes at most; larger maps are averaged", minimum=1)
-    separate: bool = option(False, "carry the local error by magnitudes of its own with the signs of M")
+    m_init: str = init_option("the classifiers M", "kaiming_uniform")
+    features: int = option(4096, "largest number of features of a classifier; larger maps are averaged", minimum=1)
+    separate: bool = option(False, "the local error uses separate magnitudes with the signs of M")
 
     def auxiliary(self, cut: str, shape: tuple[int, ...], classes: int) -> torch_nn.Module:
-        from fa_bench.mechanisms.layers import put_tensor
-
         layers, count = flattening(cut, shape, self.features)
-        self.put(cut, "M", (classes, count), self.m_init)
+        self.put(cut, "M", self.m_init, (classes, count))
         if self.separate:
             matrix = self.tensor(cut, "M")
-            magnitudes = draw((classes, count), self.m_init, seed_for(self.seed, cut, "K")).abs_()
-            put_tensor(self._at[cut], "K", magnitudes.to(matrix).mul_(matrix.sign()))
+            magnitudes = sample((classes, count), self.m_init, seed_for(self.seed, cut, "K")).abs_()
+            self.put(cut, "K", magnitudes.to(matrix).mul_(matrix.sign()))
         return nn.Sequential(layers)
 
     def local_loss(self, cut: str, auxiliary: torch_nn.Module, activation: Tensor, target: Tensor) -> Tensor:
         features = auxiliary(activation)
         scores = features.mm(self.tensor(cut, "M").t())
         if self.separate:
-            # The value of one, the derivative of the other.
-            carrying = features.mm(self.tensor(cut, "K").t())
-            scores = carrying + (scores - carrying).detach()
+            # The value of a Mᵀ with the derivative of a Kᵀ.
+            surrogate = features.mm(self.tensor(cut, "K").t())
+            scores = surrogate + (scores - surrogate).detach()
         return cross_entropy(scores, target)

@@ -7,49 +7,50 @@ from typing import TYPE_CHECKING, Any
 
 from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS
-from fa_bench.draws import INITIALISERS, draw
 from fa_bench.lazy import torch
-from fa_bench.mechanisms.carriers import Carrier, learning
-from fa_bench.mechanisms.carry import Carry
-from fa_bench.mechanisms.edge import EdgeRule, Site
+from fa_bench.mechanisms.edge import EdgeRule, LayerContext
+from fa_bench.mechanisms.feedback_options import density_option, init_option
+from fa_bench.mechanisms.feedback_tensors import feedback_tensor
+from fa_bench.mechanisms.pathways import BackwardContext, FeedbackPathway, feedback_gradient
 from fa_bench.mechanisms.product import multiplied_out
+from fa_bench.sampling import sample
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Product(Carrier):
-    """The error goes through B, fixed, and then through R, learned.
+class ProductFeedback(FeedbackPathway):
+    """e_in = g B R with a fixed B and a learned R.
 
     Shapes: see `fa_bench.mechanisms.product`.
     """
 
     learned = ("R",)
-    always = True
-    tensors = "B and R"
+    always_needed = True
+    description = "B and R"
 
-    def carry(self, layer: Any, x: Tensor) -> Carry:
-        first, second = layer._buffers["feedback_B"], layer._parameters["feedback_R"]
+    def context(self, layer: Any, x: Tensor) -> BackwardContext:
+        first, second = feedback_tensor(layer, "B"), layer.learned["R"].tensor
         if second.dim() == 2:
-            return Carry(first, second=second, learn=learning(layer, "R"))
-        # In a convolution the product is made once, not at every pixel: ten times less work at a ratio of ten.
-        return self.carry_effective(layer, x, learning(layer, "R", hop=first))
+            return BackwardContext(first, second_hop=second, gradients=feedback_gradient(layer, "R"))
+        # In a convolution the product is computed once, not for every pixel: ten times less work at a ratio of ten.
+        return self.effective_context(layer, x, feedback_gradient(layer, "R", first_hop=first))
 
     def effective(self, layer: Any) -> Tensor:
         groups, transposed = getattr(layer, "groups", 1), getattr(layer, "transposed", False)
-        return multiplied_out(layer.feedback_B, layer.feedback_R.detach(), groups, transposed)
+        return multiplied_out(feedback_tensor(layer, "B"), feedback_tensor(layer, "R"), groups, transposed)
 
     def after_step(self, layer: Any) -> None:
-        if (mask := layer._buffers["feedback_mask"]) is not None:
-            layer.feedback_R.detach().mul_(mask)
+        if (mask := feedback_tensor(layer, "mask")) is not None:
+            feedback_tensor(layer, "R").mul_(mask)
 
 
 @dataclasses.dataclass(eq=False)
 class ProductRule(EdgeRule):
-    """What PFA and PFA-o share; subclasses draw B in `first`."""
+    """Base of PFA and PFA-o; subclasses sample B in `first`."""
 
-    ratio: float = option(10.0, "expansion ratio: units of the population in between, over units of the layer's output", above=0)
-    r_init: str = option("xavier_uniform", "initialiser of R", choices=list(INITIALISERS))
+    ratio: float = option(10.0, "expansion ratio: units of the intermediate population over units of the layer's output", above=0)
+    r_init: str = init_option("R")
 
     def first(self, outputs: int, between: int, seed: int) -> Tensor:
         """B of one group, (outputs, between), float32 on the CPU."""
@@ -59,23 +60,23 @@ class ProductRule(EdgeRule):
         """Fraction of R that is not zero."""
         return 1.0
 
-    def put_path(self, site: Site) -> None:
-        """Draw B, R and the mask of R."""
-        layer: Any = site.layer
-        weight, groups = layer.weight, getattr(layer, "groups", 1)
-        transposed = getattr(layer, "transposed", False)
+    def put_product(self, layer: LayerContext) -> None:
+        """Give the layer B, R and the mask of R."""
+        module: Any = layer.module
+        weight, groups = module.weight, getattr(module, "groups", 1)
+        transposed = getattr(module, "transposed", False)
         outputs = weight.shape[1] if transposed else len(weight) // groups
         between = max(round(self.ratio * outputs), 1)
-        seed = site.tensor_seed("B")
+        seed = layer.tensor_seed("B")
         first = torch.cat([self.first(outputs, between, seed + group) for group in range(groups)])
-        site.keep("B", first.to(weight))
+        layer.put("B", first)
         shape = [len(weight), between, *weight.shape[2:]] if transposed else [groups * between, *weight.shape[1:]]
-        site.put("R", self.r_init, self.r_density(), shape=shape)
-        site.put_mask(self.r_density(), seeded_by="R", shape=shape)
+        layer.put("R", self.r_init, self.r_density(), shape=shape)
+        layer.put_mask(self.r_density(), seeded_by="R", shape=shape)
 
-    def carrier(self, site: Site) -> Carrier:
-        self.put_path(site)
-        return Product()
+    def pathway(self, layer: LayerContext) -> FeedbackPathway:
+        self.put_product(layer)
+        return ProductFeedback()
 
 
 @ALGORITHMS.register("pfa")
@@ -83,22 +84,22 @@ class ProductRule(EdgeRule):
 class PFA(ProductRule):
     """Product feedback alignment (eqs 4-6 of Li and Benna 2024).
 
-    ē = g B and e_in = ē R: the error reaches the layer's input by way of a population of M = ``ratio`` x O units. B (O, M) is
+    ē = g B and e_in = ē R: the error reaches the layer's input through a population of M = ``ratio`` x O units. B (O, M) is
     fixed and random with E[B Bᵀ] = I: uniform with variance 1/M. R (M, I, K...; ``r_init``) learns with W's optimizer, learning
-    rate, momentum and decay by its own local gradient ēᵀ x (for convolutions the weight gradient of x and ē). Since that is Bᵀ
-    times the gradient of W, W approaches B R as the initial values decay: a weight decay that is large in the first epoch alone
-    (``optimizer.first_epoch_weight_decay``) brings that about. The angle between W and B R then is arctan √(1/ratio) and their
-    norm ratio √(1 + 1/ratio). ``density`` d below 1 puts masks, drawn once, on B (whose variance becomes 1/(M d)) and on R
-    (whose variance is not compensated); the angle then is arctan √(1/(ratio d)).
+    rate, momentum and decay by its own local gradient ēᵀ x (for convolutions, the weight gradient of x and ē). Since this is Bᵀ
+    times the gradient of W, W approaches B R as the initial values decay, for example by a large weight decay in the first epoch
+    (``optimizer.first_epoch_weight_decay``). The angle between W and B R is then arctan √(1/ratio) and their norm ratio
+    √(1 + 1/ratio). ``density`` d below 1 puts fixed masks on B (whose variance becomes 1/(M d)) and on R (whose variance is not
+    compensated); the angle is then arctan √(1/(ratio d)).
 
-    Choices: the paper's gain of B lost a square root; R's mask is applied again after every update, to R and not to its
-    momentum, as in the code behind the paper.
+    Choices: the paper's formula for the gain of B lacks a square root; R's mask is applied again after every update, to R but not
+    to its momentum, as in the paper's code.
     """
 
-    density: float = option(1.0, "fraction of B and of R that is not zero (masks drawn once)", above=0, maximum=1)
+    density: float = density_option("B and of R", "masks")
 
     def first(self, outputs: int, between: int, seed: int) -> Tensor:
-        return draw((outputs, between), "lecun_uniform", seed, self.density).div_(self.density**0.5)
+        return sample((outputs, between), "lecun_uniform", seed, self.density).div_(self.density**0.5)
 
     def r_density(self) -> float:
         return self.density

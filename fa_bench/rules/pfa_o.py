@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS
-from fa_bench.draws import draw
 from fa_bench.lazy import torch
 from fa_bench.rules.pfa import ProductRule
+from fa_bench.sampling import sample
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,16 +20,17 @@ if TYPE_CHECKING:
 class PFAO(ProductRule):
     """PFA-o: product feedback alignment with B Bᵀ = I exactly (Li and Benna 2024).
 
-    ē = g B, e_in = ē R, gradient of R = ēᵀ x, as `pfa`; B (O, M) has orthonormal rows, drawn once: the orthogonal factor of a
-    Gaussian matrix, signs made unique. W and B R then agree but for their initial values.
+    ē = g B, e_in = ē R, gradient of R = ēᵀ x, as in `pfa`; B (O, M) is fixed and has orthonormal rows: the orthogonal factor of a
+    Gaussian matrix, with unique signs. W and B R then differ only by their initial values.
 
-    Choices: R is drawn as `pfa`'s (``r_init``); ``ratio`` 1, a square orthogonal B, as in the code behind the paper, which says
-    only that M is at least O.
+    Choices: R is sampled as in `pfa` (``r_init``); ``ratio`` is 1, with a square orthogonal B, as in the paper's code; the paper
+    only says that M is at least O.
     """
 
-    ratio: float = option(1.0, "expansion ratio: units of the population in between, over units of the layer's output", minimum=1)
+    ratio: float = option(1.0, "expansion ratio: units of the intermediate population over units of the layer's output",
+        minimum=1)
 
     def first(self, outputs: int, between: int, seed: int) -> Tensor:
-        gaussian = draw((between, outputs), "normal_fan_out", seed)
+        gaussian = sample((between, outputs), "normal_fan_out", seed)
         q, r = torch.linalg.qr(gaussian.double())
         return (q * r.diagonal().sign()).t().to(gaussian.dtype)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch import nn as torch_nn
 
-#: Rows shorter than this do not vary.
+#: Rows shorter than this count as constant.
 _TINY = 1e-8
 
 
@@ -29,28 +29,28 @@ class PredSim(LocalRule):
 
         (1-β) CE(D(a), labels) + β mean of (S(K a) - S(y))²    over all N x N pairs of samples,
 
-    with β the option `beta`, D a linear decoder, K a convolution of 3x3 without bias that keeps the channels (for flat
-    activations a linear layer, features to features), y the one-hot labels, and S the cosines between the rows of its argument,
-    each centred on its own mean. Of a map of more than 3 channels and more than one row S takes each channel's standard
-    deviation over space, of other maps all numbers. D and K learn with W's optimizer; no error crosses a cut. ``loss=pred`` is
-    CE(D(a), labels) alone, ``loss=sim`` the similarity alone. The output layer's error is (1-β) times its true one with
-    predsim, the true one otherwise.
+    where β is the option `beta`, D a linear decoder, K a 3x3 convolution without bias that keeps the number of channels (for flat
+    activations, a linear layer that keeps the number of features), y the one-hot labels, and S the cosines between the rows of
+    its argument, each centred on its own mean. For a map with more than 3 channels and more than one row, S uses each channel's
+    standard deviation over space; for other maps, all values. D and K learn with W's optimizer; no error crosses a cut.
+    ``loss=pred`` is CE(D(a), labels) alone, ``loss=sim`` the similarity alone. The output layer's error is (1-β) times the true
+    one with predsim, and the true one otherwise.
 
-    D averages maps to at most `decoder_size` features, its weight starts at zero and its bias at torch's default, as in the code
-    behind the paper, as do the standard deviation's divisor (positions less one) and β. The paper's settings: Adam at 5e-4, times
-    0.25 at 50, 75, 88 and 94 % of the epochs, leaky ReLU, dropout, no decay.
+    D averages maps to at most `decoder_size` features; its weight is initially zero and its bias has torch's default; this, the
+    divisor of the standard deviation (positions less one) and β are those of the paper's code. The paper's settings: Adam at
+    5e-4, times 0.25 at 50, 75, 88 and 94 % of the epochs, leaky ReLU, dropout, no decay.
 
-    Choices: sizes that the decoder's pooling does not divide are averaged over windows that overlap. A sample whose K a does not
-    vary has similarity 0 to all and no gradient, where that code divides by zero. In half precision the cosines are computed in
-    single. A projection shortcut learns by the loss of
-    the activation behind the addition. Dropout behind a cut stays behind the loss.
+    Choices: sizes that the decoder's pooling does not divide are averaged over overlapping windows. A sample whose K a is
+    constant has similarity 0 to all others and no gradient; the paper's code divides by zero. In half precision the cosines are
+    computed in single precision. A projection shortcut learns by the loss of the activation after the addition. Dropout after a
+    cut does not affect its loss.
 
-    The similarity depends on the batch itself: under data parallelism each rank compares the samples of its own part.
+    The similarity depends on the batch: under data parallelism each rank compares the samples of its own part.
     """
 
     loss: str = option("predsim", "the local loss", choices=["predsim", "pred", "sim"])
     beta: float = option(0.99, "share of the similarity in the loss (predsim)", minimum=0, maximum=1)
-    decoder_size: int = option(4096, "features of a map that the decoder takes at most; larger maps are averaged", minimum=1)
+    decoder_size: int = option(4096, "largest number of features of the decoder; larger maps are averaged", minimum=1)
 
     def auxiliary(self, cut: str, shape: tuple[int, ...], classes: int) -> torch_nn.Module:
         self._classes = classes
@@ -87,8 +87,8 @@ class PredSim(LocalRule):
 def similarity(x: Tensor) -> Tensor:
     """Cosines between the centred rows of x, (N, F) or maps (N, C, ...), as (N, N); in single precision at least.
 
-    Rows too short for the numbers of x to tell their direction do not vary: half precision has none but 0 below 6e-8, and a
-    gradient that is divided by such a length overflows there.
+    Rows that are too short for their direction to be known count as constant: half precision has no numbers but 0 below 6e-8, and
+    a gradient that is divided by such a length overflows.
     """
     shortest = max(_TINY, torch.finfo(x.dtype).tiny)
     x, device = x.to(torch.promote_types(x.dtype, torch.float32)), x.device.type

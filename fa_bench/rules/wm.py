@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS
-from fa_bench.draws import INITIALISERS, seed_for
 from fa_bench.errors import CoverageError
 from fa_bench.lazy import torch
-from fa_bench.mechanisms.carriers import Carrier, Fixed
-from fa_bench.mechanisms.edge import EdgeRule, Site
+from fa_bench.mechanisms.edge import EdgeRule, LayerContext
+from fa_bench.mechanisms.feedback_options import init_option
+from fa_bench.mechanisms.feedback_tensors import feedback_tensor
+from fa_bench.mechanisms.pathways import FeedbackPathway, FixedFeedback
+from fa_bench.sampling import seed_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,14 +28,14 @@ SLOPES = {"linear": 1.0, "relu": 0.5, "tanh": 1.0, "sigmoid": 0.25}
 
 
 class Noise(NamedTuple):
-    """How one layer is driven in mirror mode.
+    """The noise at one layer's input in mirror mode.
 
     Attributes:
         kind: gaussian or uniform.
-        sigma: its standard deviation.
-        batch: samples of noise.
-        shape: of one sample.
-        seed: draw k is a pure function of it and k.
+        sigma: the standard deviation.
+        batch: N, the number of samples.
+        shape: shape of one sample.
+        seed: batch k of noise depends on the seed and k only.
     """
 
     kind: str
@@ -42,8 +44,8 @@ class Noise(NamedTuple):
     shape: tuple[int, ...]
     seed: int
 
-    def draw(self, number: int, like: Tensor) -> Tensor:
-        """Noise number `number`, (batch, *shape), on the device and in the dtype of `like`."""
+    def sample(self, number: int, like: Tensor) -> Tensor:
+        """Batch `number` of noise, (N, *shape), on the device and in the dtype of `like`."""
         generator = torch.Generator(like.device).manual_seed(seed_for(self.seed, number))
         x = torch.empty(self.batch, *self.shape, dtype=like.dtype, device=like.device)
         if self.kind == "gaussian":
@@ -52,20 +54,20 @@ class Noise(NamedTuple):
         return x.uniform_(-half_width, half_width, generator=generator)
 
 
-class Mirror(Fixed):
-    """e_in = g B, where B is drawn towards W by what noise at the layer's input makes of its output.
+class MirroredFeedback(FixedFeedback):
+    """e_in = g B, where B learns W from the layer's response to noise.
 
     Args:
-        noise: the noise.
+        noise: the noise at the layer's input.
         rate: η.
         decay: λ.
         activation: φ.
-        block_bias: whether b is left out.
-        positions: n_pos, (1, 1, K...); None for a linear layer.
-        geometry: how a convolution of the noise walks; None where the layer pads its input with zeros itself.
+        block_bias: whether b is omitted.
+        positions: n, (1, 1, K...); None for a linear layer.
+        geometry: the geometry of the convolution of the noise; None if the layer pads its input with zeros itself.
     """
 
-    tensors = "B, drawn towards W by noise"
+    description = "B, which learns W from noise"
 
     def __init__(
         self, noise: Noise, rate: float, decay: float, activation: str, block_bias: bool, positions: Tensor | None,
@@ -78,14 +80,14 @@ class Mirror(Fixed):
         self._scale: Tensor | None = None
 
     def mirror(self, layer: Any) -> None:
-        """One mirror step: B <- (1 - λ) B + η Ŵ with the next noise."""
+        """One mirror step with the next batch of noise: B <- (1 - λ) B + η Ŵ."""
         from fa_bench.mechanisms.layers import padded
         from fa_bench.mechanisms.ops import weight_gradient
 
         self.draws += 1
-        weight, feedback = layer.weight.detach(), layer._buffers["feedback_B"]
+        weight, feedback = layer.weight.detach(), feedback_tensor(layer, "B")
         bias = None if self.block_bias or layer.bias is None else layer.bias.detach()
-        x = self.noise.draw(self.draws, weight)
+        x = self.noise.sample(self.draws, weight)
         scale = self.rate / (self.noise.batch * self.noise.sigma**2 * SLOPES[self.activation])
         if self.positions is None:
             y = self._activated(torch.nn.functional.linear(x, weight, bias))
@@ -112,23 +114,23 @@ class Mirror(Fixed):
 class WM(EdgeRule):
     """Weight mirror (section 4 of Akrout et al. 2019).
 
-    e_in = g B; gradients of W and b are those of backpropagation with this error; B has no gradient, no optimizer and no decay of
-    its optimizer. After every update, and independent of data, each layer by itself takes ``mirror_steps`` mirror steps:
+    e_in = g B; gradients of W and b are those of backpropagation with this error; B has no gradient, no optimizer and none of the
+    optimizer's decay. After every update, and independently of the data, each layer takes ``mirror_steps`` mirror steps:
 
         x = noise at the layer's input, N samples, zero mean, deviation σ (``noise``, ``sigma``, N = ``mirror_batch``)
-        y = φ(W x + b)             φ = ``activation``; b is left out with ``block_bias``
-        Ŵ = Σ yᵀ x / (N σ² φ' n)   for a convolution the weight gradient of x and y
-        B <- (1 - λ) B + η Ŵ       η = ``mirror_rate``, λ = ``mirror_decay`` or, where that is null, η
+        y = φ(W x + b)             φ = ``activation``; b is omitted with ``block_bias``
+        Ŵ = Σ yᵀ x / (N σ² φ' n)   for a convolution, the weight gradient of x and y
+        B <- (1 - λ) B + η Ŵ       η = ``mirror_rate``, λ = ``mirror_decay`` or, if that is null, η
 
-    This is the paper's ΔB = η_B x yᵀ with the decay that it leaves open, and with the gain for which B's fixed point is W; with
-    another decay it is W η / λ. φ' is 1 for the linear map and tanh, 1/2 for ReLU, 1/4 for the sigmoid: with b left out exact for
-    ReLU, and for tanh and sigmoid while σ is small (σ ‖w‖ much below 1; the sigmoid's constant part then is noise of its own).
-    With b each row has its own factor instead, for ReLU and Gaussian noise 2 Φ(b / (σ ‖w‖)). n is 1 for a linear layer; for a
-    convolution it is the number of output positions where a tap of the kernel meets an input that is not padding, of this tap, or
-    with ``per_tap=false`` the largest of all taps, which leaves the taps at the kernel's border too small.
+    This is the paper's ΔB = η_B x yᵀ with the decay that it does not specify, and with the gain for which B's fixed point is W;
+    with another decay it is W η / λ. φ' is 1 for the linear map and tanh, 1/2 for ReLU, 1/4 for the sigmoid. Without b this is
+    exact for ReLU, and for tanh and sigmoid if σ is small (σ ‖w‖ much below 1; the sigmoid's constant part is then additional
+    noise). With b each row has its own factor, for ReLU and Gaussian noise 2 Φ(b / (σ ‖w‖)). n is 1 for a linear layer; for a
+    convolution it is the number of output positions at which a tap of the kernel meets an input that is not padding: of each tap
+    or, with ``per_tap=false``, the largest of all taps, which makes the taps at the kernel's border too small.
 
     ``mirror_decay=0`` is the mirror of the numpy code released with the paper, B <- B + η_B Σ yᵀ x: its normalisation has no
-    effect, and B grows without bound. η is η_B N σ² φ' n then. That code has η_B = 0.01, N = 128 and uniform noise of deviation
+    effect, and B grows without bound. η is then η_B N σ² φ' n. That code has η_B = 0.01, N = 128 and uniform noise of deviation
     0.1 / √12 through a sigmoid with biases:
 
         noise=uniform sigma=0.0288675 activation=sigmoid block_bias=false mirror_decay=0 mirror_rate=2.6667e-4
@@ -136,33 +138,33 @@ class WM(EdgeRule):
     For a fixed W, λ = η and Gaussian noise the angle between B and W goes to arctan √(η / (2 - η) · c (F + 1) / (N n)), F the
     fan-in, c = 1 for the linear map and 2 for ReLU, and the trace of B's first value to (1 - η)^steps.
 
-    Choices: the linear map alone is mirrored, so that BatchNorm between it and its activation does not matter (it is never
-    run); B drawn by ``b_init``; σ = 1, to which the linear map and ReLU are indifferent without b; η = 0.01; N = 128; one
-    mirror step to an update; and ``initial_steps=469`` before training, an epoch of MNIST in batches of 128, as in the code
+    Choices: only the linear map is mirrored, so that BatchNorm between it and its activation does not matter (it is never
+    run); B is sampled by ``b_init``; σ = 1, which has no effect on the linear map and on ReLU without b; η = 0.01; N = 128; one
+    mirror step per update; and ``initial_steps=469`` before training, an epoch of MNIST in batches of 128, as in the code
     released with the paper. The paper's runs mirrored ReLU without blocking biases; that code mirrors a sigmoid with uniform
-    noise, σ = 0.0289. Noise has the size of the layer's input in `sample_input`, which models with convolutions need. What
-    padding copies from the input (reflect, replicate, circular) gets noise of its own, for a copy's correlation would be taken
-    for a weight. A layer whose input nothing trainable precedes (without `sample_input`: the first one defined) carries no
-    error and is not mirrored: its B stays as drawn.
+    noise, σ = 0.0289. Noise has the size of the layer's input in `sample_input`, which models with convolutions need. Padding
+    that copies the input (reflect, replicate, circular) gets independent noise, because a copy's correlation would be mistaken
+    for a weight. A layer with nothing trainable before it (without `sample_input`: the first one defined) carries no error and is
+    not mirrored: its B keeps its initial value.
     """
 
-    b_init: str = option("xavier_uniform", "initialiser of B", choices=[*INITIALISERS, "copy_w"])
-    mirror_rate: float = option(0.01, "η: how far a mirror step draws B to what the noise shows", above=0, maximum=1)
-    mirror_decay: float | None = option(None, "λ: fraction of B that a mirror step takes away; null: mirror_rate; 0: none, as in "
-                                              "the code released with the paper", minimum=0, maximum=1)
+    b_init: str = init_option("B", can_copy=True)
+    mirror_rate: float = option(0.01, "η: how far a mirror step moves B towards its estimate of W", above=0, maximum=1)
+    mirror_decay: float | None = option(None, "λ: fraction by which a mirror step decays B; null: mirror_rate; 0: no decay, as "
+                                              "in the code released with the paper", minimum=0, maximum=1)
     mirror_steps: int = option(1, "mirror steps after every update", minimum=0)
-    initial_steps: int = option(469, "mirror steps when the rule is put into the model", minimum=0)
+    initial_steps: int = option(469, "mirror steps before training", minimum=0)
     mirror_batch: int = option(128, "samples of noise in a mirror step", minimum=1)
     noise: str = option("gaussian", "distribution of the noise", choices=["gaussian", "uniform"])
     sigma: float = option(1.0, "standard deviation of the noise", above=0)
-    activation: str = option("linear", "what follows the weight in the mirror", choices=list(SLOPES))
-    block_bias: bool = option(True, "leave the biases out of the mirror")
+    activation: str = option("linear", "activation after the weight in the mirror", choices=list(SLOPES))
+    block_bias: bool = option(True, "omit the biases in the mirror")
     per_tap: bool = option(True, "divide each tap of a kernel by its own number of positions")
 
     def shortened(self, fraction: float) -> WM:
         return dataclasses.replace(self, initial_steps=round(fraction * self.initial_steps))
 
-    def put_in(self, sample_input: Any) -> Coverage:
+    def wire(self, sample_input: Any) -> Coverage:
         from fa_bench.mechanisms.layers import weighted_layers
 
         layers = weighted_layers(self.model)
@@ -177,65 +179,65 @@ class WM(EdgeRule):
         else:
             trace = self.trace(sample_input)
             self._shapes = {path: (trace.input_shapes[path], trace.output_shapes[path]) for path in trace.reached}
-        coverage = super().put_in(sample_input)
-        self._mirrored = [layer for layer in self._layers.values() if isinstance(layer.carrier, Mirror)]
+        coverage = super().wire(sample_input)
+        self._mirrored = [layer for layer in self._layers.values() if isinstance(layer.pathway, MirroredFeedback)]
         return coverage
 
     @property
     def initial_steps_left(self) -> int:
-        return max(self.initial_steps - self._mirrored[0].carrier.draws, 0) if self._mirrored else 0
+        return max(self.initial_steps - self._mirrored[0].pathway.draws, 0) if self._mirrored else 0
 
     def initial_phase(self) -> Iterator[None]:
         for _ in range(self.initial_steps_left):
             self._mirror(1)
             yield
 
-    def carrier(self, site: Site) -> Carrier:
-        site.put("B", self.b_init)
-        if site.path not in self._shapes:
-            return Fixed()
-        layer: Any = site.layer
-        shape, positions, geometry = (layer.weight.shape[1],), None, None
-        if hasattr(layer, "kernel_size"):
-            shape, positions, geometry = _driven(layer, *self._shapes[site.path])
+    def pathway(self, layer: LayerContext) -> FeedbackPathway:
+        layer.put("B", self.b_init)
+        if layer.path not in self._shapes:
+            return FixedFeedback()
+        module: Any = layer.module
+        shape, positions, geometry = (module.weight.shape[1],), None, None
+        if hasattr(module, "kernel_size"):
+            shape, positions, geometry = _driven(module, *self._shapes[layer.path])
             if not self.per_tap:
                 positions = positions.max().expand_as(positions)
-        noise = Noise(self.noise, self.sigma, self.mirror_batch, shape, site.tensor_seed("mirror"))
+        noise = Noise(self.noise, self.sigma, self.mirror_batch, shape, layer.tensor_seed("mirror"))
         decay = self.mirror_rate if self.mirror_decay is None else self.mirror_decay
-        return Mirror(noise, self.mirror_rate, decay, self.activation, self.block_bias, positions, geometry)
+        return MirroredFeedback(noise, self.mirror_rate, decay, self.activation, self.block_bias, positions, geometry)
 
     def step(self) -> None:
         super().step()
-        if not self.mode.hold:
+        if not self.mode.freeze_random:
             self._mirror(self.mirror_steps)
 
     def _mirror(self, steps: int) -> None:
         with torch.no_grad():
             for layer in self._mirrored:
                 for _ in range(steps):
-                    layer.carrier.mirror(layer)
+                    layer.pathway.mirror(layer)
 
 
 def _driven(
     conv: Any, input_shape: tuple[int, ...], output_shape: tuple[int, ...]
 ) -> tuple[tuple[int, ...], Tensor, Geometry | None]:
-    """What drives a convolution in mirror mode: shape of one sample, n_pos of each tap (1, 1, K...), geometry of `Mirror`."""
+    """For a convolution in mirror mode: the shape of one sample of noise, n of each tap (1, 1, K...), the geometry."""
     from fa_bench.mechanisms.layers import padded
     from fa_bench.mechanisms.ops import Geometry, weight_gradient
 
     dims = len(conv.kernel_size)
     shape = tuple(input_shape[-dims - 1:])
-    ones, own = torch.ones(1, 1, *shape[1:], dtype=torch.float64), None
+    ones, noise_geometry = torch.ones(1, 1, *shape[1:], dtype=torch.float64), None
     if conv.transposed:
         extra = conv._output_padding(ones, list(output_shape[-dims:]), conv.stride, conv.padding, conv.kernel_size, dims,
                                      conv.dilation)
-        geometry = own = Geometry(conv.stride, conv.padding, conv.dilation, True, tuple(extra), conv.groups)
+        geometry = noise_geometry = Geometry(conv.stride, conv.padding, conv.dilation, True, tuple(extra), conv.groups)
     else:
         ones, geometry = padded(conv, ones)
         if conv.padding_mode != "zeros":
-            own, shape = geometry, (shape[0], *ones.shape[2:])
-    # The weight gradient of ones and ones counts.
+            noise_geometry, shape = geometry, (shape[0], *ones.shape[2:])
+    # The weight gradient of ones and ones counts positions.
     single, tap = geometry._replace(groups=1), ones.new_ones(1, 1, *conv.kernel_size)
     positions = weight_gradient(torch.ones_like(torch.ops.aten.convolution(ones, tap, None, *single)), ones, tap, single)
-    # A tap that meets nothing but padding: its Ŵ is 0, whatever it is divided by.
-    return shape, positions.clamp_min(1), own
+    # The Ŵ of a tap that only meets padding is 0, whatever it is divided by.
+    return shape, positions.clamp_min(1), noise_geometry

@@ -58,7 +58,7 @@ _WHY = ", of which batch normalisation has no statistics"
 
 
 def _takes_one(rule: Rule, splits: Splits) -> bool:
-    from fa_bench.mechanisms.auxiliary import TOO_FEW
+    from fa_bench.mechanisms.local import TOO_FEW
     from fa_bench.mechanisms.trace import tensors_in
     from fa_bench.metrics.probe import untouched
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.lazy import torch
-from fa_bench.mechanisms.coverage import AUXILIARY
+from fa_bench.mechanisms.feedback_tensors import AUXILIARY_PREFIX
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -51,7 +51,7 @@ def state_hash(state: Any) -> str:
 
 def weights_hash(model: nn.Module) -> str:
     """A hash of a model's state: weights, buffers and feedback, without the nets that local losses add; see `state_hash`."""
-    return state_hash({key: tensor for key, tensor in model.state_dict().items() if AUXILIARY not in key})
+    return state_hash({key: tensor for key, tensor in model.state_dict().items() if AUXILIARY_PREFIX not in key})
 
 
 def _update(digest: Any, value: Any) -> None:

@@ -22,7 +22,7 @@ from fa_bench.data.base import Splits
 from fa_bench.errors import ConfigError, CoverageError, OptionError, OutputError, RunDirectoryError
 from fa_bench.files import LOG, METRICS, RESULT, dump_json, write_text
 from fa_bench.mechanisms.rule import Rule
-from fa_bench.memory import require, within_memory
+from fa_bench.memory_limits import require, within_memory
 from fa_bench.metrics.probe import Probe
 from fa_bench.metrics.probes.base import LayerProbes, Subject
 from fa_bench.optim import Optimizers

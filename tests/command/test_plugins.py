@@ -100,7 +100,7 @@ def test_a_signal_while_a_plugin_is_imported_is_no_fault_of_it(tmp_path: Path, c
 
 @pytest.mark.parametrize("grid", [False, True])
 @pytest.mark.parametrize("error", ["SystemExit", "GeneratorExit"])
-@pytest.mark.parametrize("where", ["carrier(self, site)", "check(self)"])
+@pytest.mark.parametrize("where", ["pathway(self, layer)", "check(self)"])
 def test_a_rule_that_exits_ends_its_own_job_alone(
     where: str, error: str, grid: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,7 +122,7 @@ def test_a_rule_that_exits_ends_its_own_job_alone(
 
 @pytest.mark.parametrize("error", ["SystemExit", "GeneratorExit"])
 def test_a_dry_run_that_a_plugin_ends_says_so(error: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "odd_plugin.py").write_text(IMPORTS + RULE + f"    def carrier(self, site): raise {error}(0)\n")
+    (tmp_path / "odd_plugin.py").write_text(IMPORTS + RULE + f"    def pathway(self, layer): raise {error}(0)\n")
     (tmp_path / "conf" / "algorithm").mkdir(parents=True)
     (tmp_path / "conf" / "algorithm" / "odd.yaml").write_text("defaults:\n  - /_schema/algorithm/odd_rule@_here_\n")
     assert main(["--dry-run", "--config-dir", "conf", *SMALL, "plugins=[odd_plugin]", "algorithm=odd"]) == 1

@@ -154,7 +154,7 @@ def test_another_loss_is_right_or_refused_with_a_mend_that_works(variant: str, k
 def test_a_refused_loss_leaves_no_gradient(variant: str) -> None:
     model, rule = chain(variant, torch.float32)
     logits = model(X)
-    with pytest.raises(ValueError, match=r"no multiple of that of the mean cross-entropy"):
+    with pytest.raises(ValueError, match=r"not a multiple of that of the mean cross-entropy"):
         rule.backward(F.cross_entropy(logits, Y, label_smoothing=0.2), logits, Y)
     assert not gradients(model)
 

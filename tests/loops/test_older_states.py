@@ -64,7 +64,7 @@ def test_a_state_without_auxiliary_layers_anywhere_is_refused(name):
     own, _ = older(model, rule, name)
     fresh, other = attached(name)
     fresh.load_state_dict(own)
-    with pytest.raises(StateError, match="no auxiliary layers for cut '1'"):
+    with pytest.raises(StateError, match="has the auxiliary layers of cut '1'"):
         other.load_state_dict({})
     with pytest.raises(RuntimeError, match="feedback_auxiliary"):  # a part of them is a torn state, not an older one
         some = next(key for key in model.state_dict() if "feedback_auxiliary_" in key)

@@ -16,8 +16,8 @@ from fa_bench.metrics.angles import weight_angle
 from ..rules.helpers import assert_bitwise
 from .scripts import LEARNED, attached, data, net, sgd, state, steps
 
-LEFT_OUT = r"the weights are updated, but not the learned feedback '[\w.]+'.*Make the optimizer after attach"
-REPLACED = r"learned feedback '[\w.]+' was replaced after the optimizer was made.*Make a new optimizer"
+LEFT_OUT = r"the weights were updated, but the learned feedback '[\w.]+' was not.*Create the optimizer after attach"
+REPLACED = r"learned feedback '[\w.]+' was replaced after the optimizer was created.*Create a new optimizer"
 
 
 @pytest.mark.parametrize("name", LEARNED)

@@ -110,7 +110,7 @@ def both(model: Net, rule: Any, kind: str, parts: tuple[int, ...] = (0, 1), main
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_cut_rules_ask_which_output_and_suggest_one(name: str, kind: str) -> None:
     pack, _, first, second = PACKS[kind]
-    with pytest.raises(CoverageError, match=rf"returns {first} \(2, 3\), {second} \(2, 2\).*such as output='{first}'"):
+    with pytest.raises(CoverageError, match=rf"returns {first} \(2, 3\), {second} \(2, 2\).*for example output='{first}'"):
         attach(Net(pack), name)
 
 
@@ -241,7 +241,7 @@ def test_several_outputs_in_training_alone_need_a_name_then(name: str) -> None:
 
     model = Two()
     attach(model, name)
-    with pytest.raises(CoverageError, match=rf"rule '{name}' takes its error from one output, and this model returns.*output"):
+    with pytest.raises(CoverageError, match=rf"rule '{name}' takes its error from one output, but this model returns.*output"):
         model(X)
 
 

@@ -12,7 +12,7 @@ from fa_bench.optim import SGD, Optimizers
 
 from .scripts import LEARNED, attached, data, net, sgd, steps
 
-RATE = r"the rule wants {scale:g} times the weights' learning rate .*rule\.parameter_groups\(lr=0\.1\)"
+RATE = r"should have {scale:g} times the learning rate of the weights.*rule\.parameter_groups\(lr=0\.1\)"
 
 
 @pytest.mark.parametrize(("name", "scale"), [("dkp", 0.01), ("kp", 0.5), ("kp", 0.0)])
@@ -68,7 +68,7 @@ def test_a_decay_of_the_weights_alone_is_warned_of_where_feedback_follows():
 def test_a_second_optimizer_that_leaves_feedback_out_is_an_error(name, fused):
     model, rule = attached(name)
     steps(model, rule, torch.optim.SGD(model.parameters(), lr=0.1, fused=fused), 2)
-    with pytest.raises(StateError, match="the weights are updated, but not the learned feedback"):
+    with pytest.raises(StateError, match="the weights were updated, but the learned feedback"):
         steps(model, rule, torch.optim.SGD(rule.weight_parameters(), lr=0.1, fused=fused), 4)
 
 
@@ -101,7 +101,7 @@ def test_tied_weights_are_noted():
     fixed[4] = nn.Linear(16, 16).double()
     fixed[4].weight = fixed[2].weight
     assert "shares its weight" not in str(fa_bench.attach(fixed, "fa").coverage), "nothing follows it"
-    assert "draws of their own" in str(attached("brsf")[1].coverage)
+    assert "an M of its own" in str(attached("brsf")[1].coverage)
 
 
 @pytest.mark.parametrize("how", ["tied", "outside"])
@@ -142,7 +142,7 @@ def test_models_that_share_modules_have_one_rule(first, second):
     rule = fa_bench.attach(models[0], first, **options)
     kinds = [type(module) for module in models[0].modules()]
     for other in (models[1], shared):
-        with pytest.raises(CoverageError, match=rf"part of another model that has the rule '{first}'"):
+        with pytest.raises(CoverageError, match=rf"part of another model with the rule '{first}'"):
             fa_bench.attach(other, second, **({"cuts": ["0"]} if second == "dfa" else {}))
     assert [type(module) for module in models[0].modules()] == kinds
     steps(models[0], rule, sgd(rule.parameter_groups(lr=0.1)), 2)

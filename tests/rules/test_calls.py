@@ -44,7 +44,7 @@ def test_a_loss_from_no_training_pass_of_the_model_is_refused(name, loss):
             logits = model(x)
     else:
         logits = torch.zeros(len(y), 3, dtype=x.dtype, requires_grad=True)
-    with pytest.raises(ValueError, match=rf"rule '{name}': the loss comes from no training forward pass of the attached model"):
+    with pytest.raises(ValueError, match=rf"rule '{name}': the loss was not computed by a training forward pass"):
         rule.backward(F.cross_entropy(logits, y), logits, y)
     assert rule_grads(model, rule, x, y)["fc1.weight"].any()
 
@@ -69,12 +69,12 @@ def test_a_cut_that_runs_twice_or_never_is_refused(name):
 def test_a_rule_object_is_in_one_model(name):
     model, rule, x, y = attached(name)
     want, other = rule_grads(model, rule, x, y), nets.mlp()
-    with pytest.raises(CoverageError, match=rf"this '{name}' rule object is in a model already"):
+    with pytest.raises(CoverageError, match=rf"this '{name}' rule object is already attached to a model"):
         fa_bench.attach(other, rule, sample_input=x)
     assert fa_bench.attached_rule(other) is None and rule.model is model
     assert_bitwise(rule_grads(model, rule, x, y), want)
     rule.detach()
-    assert fa_bench.attach(other, rule, seed=0, sample_input=x).model is other, "taken out, it may be put into another"
+    assert fa_bench.attach(other, rule, seed=0, sample_input=x).model is other, "detached, it may be attached to another model"
     assert_bitwise(rule_grads(other, rule, x, y), want)
 
 

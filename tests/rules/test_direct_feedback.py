@@ -116,7 +116,7 @@ def test_patterns_and_names_give_the_same_cuts():
 
 def test_layer_without_a_cut_of_its_own_is_named_or_gets_its_local_gradient():
     """Only act2 cut: fc1's error comes through fc2's true weight. Refused by name, or by permission the exact local gradient."""
-    reason = r"fc1\.weight \(its error comes through another layer's weight: no cut between them\)"
+    reason = r"fc1\.weight \(no cut point between this layer and the next\)"
     with pytest.raises(fa_bench.errors.CoverageError, match=reason):
         attached(cuts=("act2",))
     model, rule = attached(cuts=("act2",), allow_uncovered=True)

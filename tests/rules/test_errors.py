@@ -97,8 +97,8 @@ def test_coverage_is_a_table_with_what_is_left_out_at_its_end():
     first, heads, head, *rest = str(rule.coverage).splitlines()
     assert first == "kp covers 1 layer, 2 weights not covered"
     assert heads.split() == ["layer", "type", "weight", "its", "error"] and len(rest) == 6
-    assert re.split("  +", head.strip()) == ["head", "Linear", "3x4 frozen", "goes on through learned B"]
-    assert rest[0].split() == ["carries", "no", "error", "on", "where"] and rest[1].split()[0] == "emb.weight"
+    assert re.split("  +", head.strip()) == ["head", "Linear", "3x4 frozen", "passes through learned B"]
+    assert rest[0].split() == ["passes", "no", "error", "on", "where"] and rest[1].split()[0] == "emb.weight"
     assert rest[2].split() == ["not", "covered", "why"] and rest[3].split()[0] == "attn.in_proj_weight"
 
 
@@ -187,7 +187,7 @@ def test_second_rule_on_an_attached_model_is_refused():
     """Two rules on one model would both claim its layers; after detach the second is welcome."""
     model = nets.mlp()
     rule = fa_bench.attach(model, "fa", seed=0)
-    with pytest.raises(LOUD, match=r"the model has the rule 'fa' already: call its detach\(\) first"):
+    with pytest.raises(LOUD, match=r"the model already has the rule 'fa': call its detach\(\) first"):
         fa_bench.attach(model, "kp", seed=0)
     rule.detach()
     fa_bench.attach(model, "kp", seed=0)
@@ -196,8 +196,8 @@ def test_second_rule_on_an_attached_model_is_refused():
 def test_what_cut_rules_take_no_error_from_is_refused_before_training():
     flat = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3), nn.Tanh())
     x = nets.batch("mlp", dtype=torch.float32)[0]
-    with pytest.raises(ValueError, match="cut '3' lies behind the output layer '2'; cut hidden layers only"):
+    with pytest.raises(ValueError, match="cut '3' is after the output layer '2'; cut hidden layers only"):
         fa_bench.attach(flat, "dfa", cuts=["1", "3"], sample_input=x)
-    with pytest.raises(ValueError, match=r"needs logits of shape \(N, C\); this model gives \(4, 3, 1\)"):
+    with pytest.raises(ValueError, match=r"needs logits of shape \(N, C\); this model returns \(4, 3, 1\)"):
         fa_bench.attach(nn.Sequential(*flat, nn.Unflatten(1, (3, 1))), "dfa", cuts=["1"], sample_input=x)
     assert not list(flat.buffers())

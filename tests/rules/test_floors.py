@@ -132,7 +132,7 @@ def test_frozen_without_a_sample_trains_the_layer_defined_last():
     model = nets.mlp()
     rule = fa_bench.attach(model, "frozen", seed=0)
     assert {key for key, parameter in model.named_parameters() if parameter.requires_grad} == {"fc3.weight", "fc3.bias"}
-    assert [entry.feedback for entry in rule.coverage.covered] == ["moves nothing"] * 2 + ["goes on through the weight"]
+    assert [entry.feedback for entry in rule.coverage.covered] == ["trains nothing"] * 2 + ["passes through the weight"]
 
 
 def test_bp_fc_trains_a_normalisation_of_the_image():

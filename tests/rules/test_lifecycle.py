@@ -10,7 +10,7 @@ from torch import nn
 import fa_bench
 from fa_bench.config.registries import ALGORITHMS
 from fa_bench.mechanisms.cuts import CutRule
-from fa_bench.mechanisms.layers import drop_tensors, put_tensor, tensors_of
+from fa_bench.mechanisms.feedback_tensors import drop_tensors, put_tensor, tensors_of
 
 from . import nets
 from .helpers import (
@@ -357,9 +357,9 @@ def test_step_after_exact_backpropagation_or_after_nothing_is_fine(variant):
 def test_a_rule_is_taken_out_once():
     _, rule, _, _ = start("kp")
     rule.detach()
-    with pytest.raises(fa_bench.errors.CoverageError, match="in no model"):
+    with pytest.raises(fa_bench.errors.CoverageError, match="is not attached"):
         rule.detach()
-    with pytest.raises(fa_bench.errors.CoverageError, match="in no model"):
+    with pytest.raises(fa_bench.errors.CoverageError, match="is not attached"):
         type(rule)().detach()
 
 

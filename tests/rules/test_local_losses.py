@@ -144,9 +144,9 @@ def test_labels_elsewhere_are_not_read(name):
     """No accelerator is made to wait; meta tensors stand for one, for they have no values to read."""
     _, rule, _, _ = registered(LABELLED[name], name)
     cuts = rule._local if name == "asfp_lc" else rule
-    cuts._check_labels(torch.empty(6, dtype=torch.long, device="meta"), 3)
+    cuts._delivery._check_labels(torch.empty(6, dtype=torch.long, device="meta"), 3)
     with pytest.raises(ValueError, match="label 7 is out of range"):
-        cuts._check_labels(torch.tensor([7]), 3)
+        cuts._delivery._check_labels(torch.tensor([7]), 3)
 
 
 def test_draws_belong_to_the_cut_not_to_the_order():

@@ -133,7 +133,7 @@ def test_only_r_and_k_learn_and_nothing_is_masked():
 def test_nothing_learns_while_the_probe_measures():
     model = nets.convnet()
     rule = fa_bench.attach(model, "mixed", seed=0, **THIRDS)
-    rule.mode.hold = True
+    rule.mode.freeze_random = True
     logits = model(nets.batch("conv")[0])
     rule.deliver(logits.square().sum(), logits, None)
     assert all(tensor.grad is None for tensor in rule.feedback_parameters())

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fa_bench
-from fa_bench.draws import draw, seed_for
 from fa_bench.metrics.angles import norm_ratio, weight_angle
+from fa_bench.sampling import sample, seed_for
 
 from . import nets
 from .helpers import array, assert_matches, backward, bp_grads, distance, rule_grads
@@ -156,7 +156,7 @@ def test_semi_orthogonal_b(ratio):
 def test_semi_orthogonal_b_is_the_factor_with_positive_diagonal():
     """Q Q'R of a Gaussian matrix is unique so; as LAPACK leaves the signs, all diagonals of R would be negative."""
     _, rule = linear(12, 20, "pfa_o", ratio=2.0)
-    gaussian = draw((24, 12), "normal_fan_out", seed_for(0, "0", "B"))
+    gaussian = sample((24, 12), "normal_fan_out", seed_for(0, "0", "B"))
     r = rule.feedback["0"]["B"].double() @ gaussian.double()
     assert r.tril(-1).abs().max() < 1e-5 and (r.diagonal() > 0).all()
 

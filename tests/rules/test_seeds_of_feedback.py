@@ -10,7 +10,7 @@ from torch import nn
 
 import fa_bench
 from fa_bench.config.registries import ALGORITHMS
-from fa_bench.draws import INITIALISERS, draw, redraw_magnitudes
+from fa_bench.sampling import INITIALISERS, resample_magnitudes, sample
 
 from . import nets
 from .helpers import QUICK, cut_options
@@ -103,8 +103,8 @@ def test_magnitudes_are_never_negative_and_signs_are_those_of_the_weight(name: s
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_redrawn_magnitudes_have_the_distribution_of_the_initialiser(init: str, dtype: torch.dtype) -> None:
     """Mean and mean square of |M|, of 40 000 numbers; those of the drawing with signs, whose absolute values are taken."""
-    drawn, want = torch.empty(200, 200, dtype=dtype), draw((200, 200), init, seed=1).abs()
-    redraw_magnitudes(drawn, init, seed=2)
+    drawn, want = torch.empty(200, 200, dtype=dtype), sample((200, 200), init, seed=1).abs()
+    resample_magnitudes(drawn, init, seed=2)
     assert drawn.min() >= 0
     # Standard errors: 0.38 % of the mean and 0.7 % of the mean square for normal numbers; five of them for the difference of two.
     assert drawn.mean().item() == pytest.approx(want.mean().item(), rel=0.03)
@@ -114,7 +114,7 @@ def test_redrawn_magnitudes_have_the_distribution_of_the_initialiser(init: str, 
 def test_no_redrawn_magnitude_is_zero() -> None:
     """A million uniform numbers of 16 bits: each of the 65 536 values comes up, but with a chance of exp(-15)."""
     drawn = torch.empty(1000, 1000)
-    redraw_magnitudes(drawn, "uniform_one", seed=3)
+    resample_magnitudes(drawn, "uniform_one", seed=3)
     assert 0 < drawn.min() < 1e-5 and 1 - 1e-5 < drawn.max() < 1
 
 

@@ -125,7 +125,7 @@ def test_shared_input_equal_to_the_true_one_is_kolen_pollack():
     values = x
     for path, stage in plain.named_children():
         if path in ("fc3", "fc4", "fc5"):
-            model.get_submodule(path).carrier.match = lambda layer, h=values: lambda _: h.detach()
+            model.get_submodule(path).pathway.match = lambda layer, h=values: lambda _: h.detach()
         values = stage(values)
     got, want = rule_grads(model, rule, x, y), bp_grads(plain, x, y)
     assert_matches(got, want)
@@ -261,7 +261,7 @@ def test_channels_that_do_not_go_into_each_other_are_refused():
         stages = [part for a, b in pairwise(widths) for part in (nn.Conv2d(a, b, 3, padding=1), nn.Tanh())]
         return nn.Sequential(*stages, nn.Flatten(), nn.Linear(216, 3))
 
-    with pytest.raises(fa_bench.errors.CoverageError, match=r"4 channels do not go into 6 a whole.*match='random'"):
+    with pytest.raises(fa_bench.errors.CoverageError, match=r"6 channels are not a multiple of 4; match='random'"):
         fa_bench.attach(build(), "asap", sample_input=x)
     model = build()
     rule_grads(model, fa_bench.attach(model, "asap", sample_input=x, match="random"), x, y)

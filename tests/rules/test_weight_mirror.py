@@ -13,7 +13,7 @@ from torch import nn
 import fa_bench
 from fa_bench.config.options import as_plain
 from fa_bench.metrics.angles import weight_angle
-from fa_bench.rules.wm import WM, Mirror, Noise
+from fa_bench.rules.wm import WM, MirroredFeedback, Noise
 
 from . import nets
 from .helpers import array, assert_matches, distance, feedback_arrays
@@ -34,12 +34,12 @@ class Gain(nn.Module):
 
 
 def behind_gain(layer: nn.Module, shape, dtype=torch.float64, **options):
-    """(the layer, its carrier, rule) with no mirror step made yet."""
+    """(the layer, its pathway, rule) with no mirror step made yet."""
     model = nn.Sequential(OrderedDict(gain=Gain(), layer=layer)).to(dtype)
     sample = torch.zeros(shape, dtype=dtype)
     rule = fa_bench.attach(model, "wm", seed=0, sample_input=sample, **{"initial_steps": 0} | options)
-    assert isinstance(model.layer.carrier, Mirror)
-    return model.layer, model.layer.carrier, rule
+    assert isinstance(model.layer.pathway, MirroredFeedback)
+    return model.layer, model.layer.pathway, rule
 
 
 # --- one step ------------------------------------------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ def test_two_mirror_steps_equal_the_loops(net, options):
     for layer in weighted(chain)[1:]:
         module = model.get_submodule(layer)
         for number in (1, 2):
-            noise = array(module.carrier.noise.draw(number, module.weight))
+            noise = array(module.pathway.noise.sample(number, module.weight))
             want[layer] = mirror_step(
                 stages[layer], array(module.weight), array(module.bias), want[layer], noise, **settings
             )
@@ -87,10 +87,10 @@ def test_mirror_of_the_released_code_by_the_settings_of_the_docstring():
     settings = dict(pair.split("=") for pair in re.search(r"^ +(noise=uniform .*)$", WM.__doc__, re.M)[1].split())
     options = WM.from_mapping({key: yaml.safe_load(value) for key, value in settings.items()})
     torch.manual_seed(0)
-    module, carrier, rule = behind_gain(nn.Linear(6, 5), (2, 6), **as_plain(options) | {"initial_steps": 0})
+    module, pathway, rule = behind_gain(nn.Linear(6, 5), (2, 6), **as_plain(options) | {"initial_steps": 0})
     want = array(module.feedback_B)
     for number in (1, 2, 3):
-        noise = array(carrier.noise.draw(number, module.weight))
+        noise = array(pathway.noise.sample(number, module.weight))
         assert noise.shape == (128, 6) and 0.045 < np.abs(noise).max() <= 0.05
         want = undecayed_step(array(module.weight), array(module.bias), want, noise)
         rule.step()
@@ -101,10 +101,10 @@ def test_mirror_of_the_released_code_by_the_settings_of_the_docstring():
 @pytest.mark.parametrize(("decay", "factor"), [(0.0, 8 * 0.2), (0.5, 0.4 * (1 - 0.5**8)), (None, 1 - 0.8**8)])
 def test_where_other_decays_lead(decay, factor, monkeypatch):
     """Noise that shows W itself, η = 0.2, eight steps from B = 0: ηW Σ (1 - λ)^k, which without decay grows for ever."""
-    module, carrier, rule = behind_gain(nn.Linear(6, 5), (2, 6), mirror_rate=0.2, mirror_decay=decay, b_init="zeros")
+    module, pathway, rule = behind_gain(nn.Linear(6, 5), (2, 6), mirror_rate=0.2, mirror_decay=decay, b_init="zeros")
     axes = torch.eye(6, dtype=torch.float64).mul(math.sqrt(6))
-    carrier.noise = carrier.noise._replace(batch=6)
-    monkeypatch.setattr(Noise, "draw", lambda self, number, like: axes)
+    pathway.noise = pathway.noise._replace(batch=6)
+    monkeypatch.setattr(Noise, "sample", lambda self, number, like: axes)
     for _ in range(8):
         rule.step()
     assert distance(module.feedback_B, factor * array(module.weight)) < 1e-12
@@ -132,11 +132,11 @@ def test_mean_over_white_noise_is_the_weight(layer, activation, monkeypatch):
     """
     build, shape = LAYERS[layer]
     torch.manual_seed(0)
-    module, carrier, rule = behind_gain(build(), shape, mirror_rate=1.0, activation=activation)
-    size = math.prod(carrier.noise.shape)
-    axes = torch.eye(size, dtype=torch.float64).mul(math.sqrt(size)).view(size, *carrier.noise.shape)
-    carrier.noise = carrier.noise._replace(batch=2 * size)
-    monkeypatch.setattr(Noise, "draw", lambda self, number, like: torch.cat([axes, -axes]))
+    module, pathway, rule = behind_gain(build(), shape, mirror_rate=1.0, activation=activation)
+    size = math.prod(pathway.noise.shape)
+    axes = torch.eye(size, dtype=torch.float64).mul(math.sqrt(size)).view(size, *pathway.noise.shape)
+    pathway.noise = pathway.noise._replace(batch=2 * size)
+    monkeypatch.setattr(Noise, "sample", lambda self, number, like: torch.cat([axes, -axes]))
     assert distance(module.feedback_B, array(module.weight)) > 0.1
     rule.step()
     # Sums of some hundred products of order 1.
@@ -157,20 +157,20 @@ def test_output_size_asked_for_in_the_forward_pass_counts(monkeypatch):
     model = Sized()
     rule = fa_bench.attach(model, "wm", sample_input=torch.zeros(1, 2, 4, dtype=torch.float64), initial_steps=0, mirror_rate=1.0)
     axes = torch.eye(8, dtype=torch.float64).mul(math.sqrt(8)).view(8, 2, 4)
-    carrier = model.up.carrier
-    carrier.noise = carrier.noise._replace(batch=8)
-    monkeypatch.setattr(Noise, "draw", lambda self, number, like: axes)
-    assert carrier.positions.flatten().tolist() == [3, 4, 4]  # output_size=[7], the default, would leave the last tap 3
+    pathway = model.up.pathway
+    pathway.noise = pathway.noise._replace(batch=8)
+    monkeypatch.setattr(Noise, "sample", lambda self, number, like: axes)
+    assert pathway.positions.flatten().tolist() == [3, 4, 4]  # output_size=[7], the default, would leave the last tap 3
     rule.step()
     assert distance(model.up.feedback_B, array(model.up.weight)) < 1e-12
 
 
 def test_one_count_for_all_taps_leaves_the_border_too_small(monkeypatch):
     """3x3 on 4x4, padding 1: a side tap meets the input at 12 of the 16 positions, a corner tap at 9."""
-    module, carrier, rule = behind_gain(nn.Conv2d(2, 3, 3, padding=1), (1, 2, 4, 4), mirror_rate=1.0, per_tap=False)
+    module, pathway, rule = behind_gain(nn.Conv2d(2, 3, 3, padding=1), (1, 2, 4, 4), mirror_rate=1.0, per_tap=False)
     axes = torch.eye(32, dtype=torch.float64).mul(math.sqrt(32)).view(32, 2, 4, 4)
-    carrier.noise = carrier.noise._replace(batch=32)
-    monkeypatch.setattr(Noise, "draw", lambda self, number, like: axes)
+    pathway.noise = pathway.noise._replace(batch=32)
+    monkeypatch.setattr(Noise, "sample", lambda self, number, like: axes)
     rule.step()
     shares = torch.tensor([[9, 12, 9], [12, 16, 12], [9, 12, 9]], dtype=torch.float64) / 16
     assert distance(module.feedback_B, array(module.weight * shares)) < 1e-12
@@ -232,8 +232,8 @@ def test_estimate_of_a_strided_convolution_has_the_weight_as_its_mean(activation
 @pytest.mark.parametrize("noise", ["gaussian", "uniform"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_noise_has_its_shape_law_and_dtype(noise, dtype):
-    module, carrier, _ = behind_gain(nn.Conv2d(2, 3, 3), (1, 2, 20, 10), dtype, noise=noise, sigma=0.5, mirror_batch=50)
-    x = carrier.noise.draw(1, module.weight)
+    module, pathway, _ = behind_gain(nn.Conv2d(2, 3, 3), (1, 2, 20, 10), dtype, noise=noise, sigma=0.5, mirror_batch=50)
+    x = pathway.noise.sample(1, module.weight)
     assert x.shape == (50, 2, 20, 10) and x.dtype == dtype
     # 20 000 numbers: standard errors 0.0035 of the mean, 0.5 % of the deviation; bfloat16 has 8 bits.
     assert abs(x.double().mean().item()) < 0.015
@@ -351,9 +351,9 @@ def test_no_mirror_step_is_taken_while_a_probe_holds_the_draws():
     model = nets.mlp()
     rule = fa_bench.attach(model, "wm", seed=0, initial_steps=0, sample_input=nets.batch("mlp")[0])
     before = model.fc2.feedback_B.clone()
-    rule.mode.hold = True
+    rule.mode.freeze_random = True
     rule.step()
     assert torch.equal(model.fc2.feedback_B, before) and rule.state_dict()["fc2"]["draws"] == 0
-    rule.mode.hold = False
+    rule.mode.freeze_random = False
     rule.step()
     assert not torch.equal(model.fc2.feedback_B, before)

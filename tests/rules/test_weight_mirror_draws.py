@@ -45,9 +45,9 @@ def test_forward_backward_and_held_steps_draw_nothing():
     model, rule = attached()
     before = snapshot(rule), rule.state_dict()
     rule_grads(model, rule, *nets.batch("conv"))
-    rule.mode.hold = True
+    rule.mode.freeze_random = True
     rule.step()
-    rule.mode.hold = False
+    rule.mode.freeze_random = False
     with rule.exact():
         rule_grads(model, rule, *nets.batch("conv"))
     assert_bitwise(snapshot(rule), before[0])
@@ -61,7 +61,8 @@ def test_draw_depends_on_seed_layer_and_number_alone():
     layers = [("conv2", 2), ("conv2", 1), ("fc1", 1)]
 
     def draws(net):
-        return [net.get_submodule(layer).carrier.noise.draw(number, net.conv1.weight).flatten()[:50] for layer, number in layers]
+        return [net.get_submodule(layer).pathway.noise.sample(number, net.conv1.weight).flatten()[:50]
+                for layer, number in layers]
 
     for one, two, three in zip(draws(model), draws(again), draws(other), strict=True):
         assert torch.equal(one, two) and not torch.equal(one, three)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from fa_bench import memory
+from fa_bench import memory_limits
 from fa_bench.cli import main
 from fa_bench.data.fetch import unpack_zip
 from fa_bench.errors import ConfigError, DataError, OptionError
@@ -216,12 +216,12 @@ def test_what_is_too_large_is_refused_before_it_is_allocated(
 
 
 def test_what_fits_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "available", lambda: 10**8)
-    memory.require(10**8, "this")
-    with pytest.raises(ConfigError, match=r"this: needs 0\.1 GB of memory, of which 0\.1 GB are left"):
-        memory.require(10**8 + 1, "this")
+    monkeypatch.setattr(memory_limits, "available", lambda: 10**8)
+    memory_limits.require(10**8, "this")
+    with pytest.raises(ConfigError, match=r"this: needs 0\.1 GB of memory, but only 0\.1 GB is available"):
+        memory_limits.require(10**8 + 1, "this")
 
-    @memory.within_memory
+    @memory_limits.within_memory
     def build(rows: int) -> torch.Tensor:
         return torch.nn.Linear(1000, rows, bias=False).weight
 
@@ -231,7 +231,7 @@ def test_what_fits_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_available_memory_is_a_plausible_number() -> None:
-    assert memory.available() is None or 10**6 < memory.available() < 10**15
+    assert memory_limits.available() is None or 10**6 < memory_limits.available() < 10**15
 
 
 def test_long_values_are_cut_in_messages() -> None:

@@ -22,6 +22,10 @@ from fa_bench.command.compose import Composer
 from fa_bench.command.dry_run import _bytes, _kept
 from fa_bench.config.job import register_schemas
 from fa_bench.config.registries import ALGORITHMS, ARCHITECTURES, DATASETS
+from fa_bench.mechanisms.cuts import CutRule
+from fa_bench.mechanisms.edge import EdgeRule
+from fa_bench.mechanisms.local import LocalRule
+from fa_bench.mechanisms.rule import Rule
 from fa_bench.metrics.arithmetic import step_multiplications
 from fa_bench.report import figures
 
@@ -40,12 +44,16 @@ def page(name: str) -> str:
     return (DOCS / f"{name}.md").read_text(encoding="utf-8")
 
 
-def made() -> dict[str, str]:
+def script() -> Any:
     spec = importlib.util.spec_from_file_location("make_docs", ROOT / "scripts" / "make_docs.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.pages()
+    return module
+
+
+def made() -> dict[str, str]:
+    return script().pages()
 
 
 # ------------------------------------------------------------------------------------------------ the rules' pages
@@ -54,11 +62,23 @@ def test_pages_of_the_rules_are_what_the_script_makes() -> None:
     assert committed == made(), "run: python scripts/make_docs.py"
 
 
+def test_the_guide_to_rules_lists_every_method_that_may_be_overridden() -> None:
+    guide = script().guide()
+    assert page("add_a_rule") == guide, "run: python scripts/make_docs.py"
+    overridden = {name for cls in ALGORITHMS.values() for base in cls.__mro__ if base.__module__.startswith("fa_bench.rules")
+                  for name, member in vars(base).items()
+                  if not name.startswith("_") and (callable(member) or isinstance(member, property))}
+    inherited = {name for base in (Rule, EdgeRule, CutRule, LocalRule) for name, member in vars(base).items()
+                 if callable(member) or isinstance(member, property)}
+    assert overridden & inherited, "the rules override something"
+    assert not {name for name in overridden & inherited if f"| `{name}" not in guide}
+
+
 def test_every_rule_has_a_page_with_all_its_options() -> None:
     pages = made()
     assert set(pages) == {"README.md", *(f"{name}.md" for name in ALGORITHMS)}
     assert sorted(re.findall(r"^- \[`(\w+)`\]\(\1\.md\): \S", pages["README.md"], re.M)) == sorted(ALGORITHMS)
-    assert "| `density` | `1.0` | > 0 and <= 1 | fraction of B that is not zero (mask drawn once) |\n" in pages["fa.md"]
+    assert "| `density` | `1.0` | > 0 and <= 1 | fraction of B that is not zero (fixed random mask) |\n" in pages["fa.md"]
     assert "| `form` | `neuron` | one of neuron, kernel, shared | how the output error is projected |\n" in pages["dfa.md"]
     assert "``" not in "".join(pages.values())
 

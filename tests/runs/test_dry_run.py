@@ -25,7 +25,7 @@ from fa_bench.metrics.arithmetic import at_batch, multiplications, step_multipli
 from fa_bench.models.conv2 import Conv2
 from fa_bench.report import figures
 from fa_bench.runs.rundir import RunDirectory
-from fa_bench.text import count, memory
+from fa_bench.text import count, format_bytes
 
 TINY = ["dataset=synthetic", "dataset.samples=80", "dataset.test_samples=16", "batch_size=16", "epochs=2", "probe_size=8",
         "architecture.widths=[8,6]", "device=cpu"]
@@ -63,15 +63,15 @@ def test_edge_rule(capsys: pytest.CaptureFixture[str]) -> None:
     config = yaml.safe_load(text.split("config\n")[1].split("\nmodel\n")[0])
     assert config["algorithm"]["name"] == "fa" and config["architecture"]["widths"] == [8, 6]
     assert "fa covers 3 layers, every weight\n" in text
-    assert row(text, "fc1", "Linear") == "8x64 frozen goes on through fixed B"
-    assert row(text, "fc2", "Linear", "6x8") == "goes on through fixed B"
+    assert row(text, "fc1", "Linear") == "8x64 frozen passes through fixed B"
+    assert row(text, "fc2", "Linear", "6x8") == "passes through fixed B"
     assert "\n  no error goes on from fc1: nothing" in text
     assert row(text, "fc2", "B") == "6x8 192 B not learned"
     parameters = 8 * 65 + 6 * 9 + 10 * 7
     assert row(text, "parameters") == f"{parameters}, of them trained {parameters - 8 * 65}"
-    assert row(text, "weights") == memory(4 * parameters)
+    assert row(text, "weights") == format_bytes(4 * parameters)
     assert row(text, "feedback").startswith("2.48 kB, of it learned 0 B") and 4 * (8 * 64 + 6 * 8 + 10 * 6) == 2480
-    assert row(text, "optimizer state") == f"{memory(4 * (parameters - 8 * 65))} (sgd)"
+    assert row(text, "optimizer state") == f"{format_bytes(4 * (parameters - 8 * 65))} (sgd)"
     # Forward all three, the error through two, and the gradients of two: the first layer is frozen.
     forward, errors, gradients = 8 * 64 + 6 * 8 + 10 * 6, 6 * 8 + 10 * 6, 6 * 8 + 10 * 6
     own, whole = 16 * (forward + 10 * 6 + gradients), 16 * (forward + errors + forward)
@@ -95,12 +95,12 @@ def test_cut_rule(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_learned_rule_with_an_optimizer_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     text = said([*TINY, "algorithm=kp", "optimizer@feedback_optimizer=adam"], capsys)
-    assert row(text, "fc2", "Linear", "6x8") == "goes on through learned B" and row(text, "fc2", "B").endswith("learned")
+    assert row(text, "fc2", "Linear", "6x8") == "passes through learned B" and row(text, "fc2", "B").endswith("learned")
     weights, feedback = 8 * 64 + 6 * 8 + 10 * 6, 4 * (8 * 64 + 6 * 8 + 10 * 6)
-    assert row(text, "feedback").startswith(f"{memory(feedback)}, of it learned {memory(feedback)}")
+    assert row(text, "feedback").startswith(f"{format_bytes(feedback)}, of it learned {format_bytes(feedback)}")
     # A momentum for each parameter; two moments for each number of B, and the number of steps for each tensor.
     state = 4 * (weights + 24) + 2 * feedback + 3 * 4
-    assert row(text, "optimizer state") == f"{memory(state)} (sgd; feedback: adam)"
+    assert row(text, "optimizer state") == f"{format_bytes(state)} (sgd; feedback: adam)"
     assert "which is not used" in said([*TINY, "algorithm=fa", "optimizer@feedback_optimizer=adam"], capsys)
 
 
@@ -123,7 +123,7 @@ def test_scale_is_respected(capsys: pytest.CaptureFixture[str]) -> None:
     assert row(text, "steps") == "2 an epoch, 2 in 1 epoch" and "(batch of 8)" in row(text, "multiplications")
     smaller = "epochs=1, batch_size=8, probe_size=4, algorithm.initial_steps=0"
     assert row(text, "scale=smoke") == f"trains with {smaller}; the figures are this trial's"
-    assert "B, drawn towards W by noise" in row(text, "fc2", "Linear")
+    assert "B, which learns W from noise" in row(text, "fc2", "Linear")
 
 
 def test_what_prepares_for_training_is_left_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,6 +250,6 @@ def test_polynomials_of_degree_two_are_met() -> None:
 
 
 def test_numbers_read_well() -> None:
-    assert [memory(size) for size in (0, 999, 1000, 131_072, 999_999, 2.68e6, 1e9)] == [
+    assert [format_bytes(size) for size in (0, 999, 1000, 131_072, 999_999, 2.68e6, 1e9)] == [
         "0 B", "999 B", "1 kB", "131 kB", "1 MB", "2.68 MB", "1 GB"]
     assert [count(number) for number in (0, 1797, 25_673_728, 3e9)] == ["0", "1,797", "25.7 million", "3 billion"]

@@ -290,7 +290,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (tmp_path / "my_rules.py").write_text(
         "import dataclasses\n"
         "from fa_bench.mechanisms.edge import EdgeRule\n"
-        "from fa_bench.mechanisms.carriers import Fixed\n"
+        "from fa_bench.mechanisms.pathways import FixedFeedback\n"
         "from fa_bench.config.options import option\n"
         "from fa_bench.config.registries import ALGORITHMS\n"
         "@ALGORITHMS.register('mine')\n"
@@ -298,9 +298,9 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "class Mine(EdgeRule):\n"
         "    'My very own rule.'\n"
         "    density: float = option(0.5, 'fraction of B that is not zero', above=0, maximum=1)\n"
-        "    def carrier(self, site):\n"
-        "        site.put('B', 'kaiming_uniform', self.density)\n"
-        "        return Fixed()\n")
+        "    def pathway(self, layer):\n"
+        "        layer.put('B', 'kaiming_uniform', self.density)\n"
+        "        return FixedFeedback()\n")
     for group in ("algorithm", "experiment"):
         (tmp_path / "mine" / group).mkdir(parents=True)
     (tmp_path / "mine" / "algorithm" / "mine.yaml").write_text("defaults:\n  - /_schema/algorithm/mine@_here_\n")

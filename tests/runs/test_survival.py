@@ -97,9 +97,9 @@ def test_error_behind_a_signal_is_an_interrupt() -> None:
 def test_signal_before_training_leaves_the_phase_half_done(monkeypatch: Patch) -> None:
     command = [*RUN, *RULES[2]]
     assert main([*command, "hydra.run.dir=whole"]) == 0
-    from fa_bench.rules.wm import Mirror
+    from fa_bench.rules.wm import MirroredFeedback
 
-    mirror, calls = Mirror.mirror, []
+    mirror, calls = MirroredFeedback.mirror, []
 
     def stopping(self: Any, layer: Any) -> None:
         calls.append(1)
@@ -107,7 +107,7 @@ def test_signal_before_training_leaves_the_phase_half_done(monkeypatch: Patch) -
             signal.raise_signal(signal.SIGTERM)
         mirror(self, layer)
 
-    monkeypatch.setattr(Mirror, "mirror", stopping)
+    monkeypatch.setattr(MirroredFeedback, "mirror", stopping)
     assert main(command) == 143
     before = len(calls)
     assert before < 20 and main([*command, "resume=true"]) == 0

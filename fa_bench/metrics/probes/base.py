@@ -77,8 +77,8 @@ class LayerProbe(Options):
     def measure(self, subject: Subject) -> Quantities:
         """{quantity: {layer or block: value}}, a quantity of the probe's name among them, others beginning with that name.
 
-        Whatever it does to the model, to gradients, modes and global random numbers is undone afterwards. ``rule.mode.hold`` is
-        set, so that forward passes draw nothing.
+        Whatever it does to the model, to gradients, modes and global random numbers is undone afterwards.
+        ``rule.mode.freeze_random`` is set, so that forward passes sample nothing new.
         """
         raise NotImplementedError
 
@@ -129,7 +129,7 @@ def as_before(rule: Rule) -> Iterator[None]:
     """Whatever happens within it to an attached model and to global random numbers is undone afterwards.
 
     That is parameters, learned feedback among them, buffers, gradients (none within it), ``requires_grad``, the modes of all
-    modules, and the state of every global random generator; ``rule.mode.hold`` is set.
+    modules, and the state of every global random generator; ``rule.mode.freeze_random`` is set.
     """
     from fa_bench.process import random_state, restore_random_state
 
@@ -138,14 +138,14 @@ def as_before(rule: Rule) -> Iterator[None]:
     tensors = [*model.parameters(), *model.buffers()]
     kept = [(tensor, tensor.detach().clone(), tensor.grad, tensor.requires_grad) for tensor in tensors]
     modes = [(module, module.training) for module in model.modules()]
-    held, drawn = mode.hold, random_state()
+    held, drawn = mode.freeze_random, random_state()
     for tensor in tensors:
         tensor.grad = None
-    mode.hold = True
+    mode.freeze_random = True
     try:
         yield
     finally:
-        mode.hold = held
+        mode.freeze_random = held
         restore_random_state(drawn)
         for module, training in modes:
             module.training = training

@@ -71,7 +71,8 @@ def blocks_of(model: torch_nn.Module, sample: Tensor) -> dict[str, list[str]]:
         model: an attached or plain model.
         sample: inputs (N, ...).
     """
-    from fa_bench.mechanisms.coverage import PREFIX, matching
+    from fa_bench.mechanisms.coverage import matching
+    from fa_bench.mechanisms.feedback_tensors import PREFIX
     from fa_bench.mechanisms.trace import evaluating
 
     modules = {path: module for path, module in model.named_modules() if path}

@@ -13,7 +13,7 @@ from fa_bench.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class ConvStage:
     """A convolution of square kernels and the max-pooling behind it.
 
     Attributes:
@@ -41,7 +41,7 @@ class Stage:
 def alexnet(
     input_shape: tuple[int, int, int],
     classes: int,
-    stages: Sequence[Stage],
+    stages: Sequence[ConvStage],
     hidden: Sequence[int],
     *,
     linear_norm: bool = True,

@@ -16,7 +16,7 @@ from fa_bench.config.registries import ALGORITHMS, ANALYSES, ARCHITECTURES
 from fa_bench.config.specs import component, parse_spec
 from fa_bench.errors import ConfigError, CoverageError, FaBenchError
 from fa_bench.mechanisms.trace import trace_model
-from fa_bench.metrics.memory import Memory, memory_of
+from fa_bench.metrics.memory_traffic import Memory, memory_of
 from fa_bench.rules.asap import ASAP
 
 # Channels x height x width of the stem's output and of the outputs of both convolutions of every block, by stage.
@@ -62,9 +62,10 @@ def test_kept_inputs_are_what_the_rule_in_the_model_keeps(k: int, options: dict[
     torch.manual_seed(0)
     net = ARCHITECTURES["resnet18"](width=1, blocks=[2, 2], **options).build((3, 8, 8), 3)
     x = torch.randn(2, 3, 8, 8)
-    kept = ASAP(k=k).kept_inputs(net, trace_model(net, x))
+    kept = ASAP(k=k).step_memory(net, trace_model(net, x)).inputs
     rule = fa_bench.attach(net, "asap", k=k, sample_input=x)
-    sources = {path for path, layer in net.named_modules() if getattr(getattr(layer, "carrier", None), "gives", None) is not None}
+    pathways = {path: getattr(layer, "pathway", None) for path, layer in net.named_modules()}
+    sources = {path for path, pathway in pathways.items() if getattr(pathway, "provides", None) is not None}
     assert set(kept) == sources | {"fc"} and not rule.coverage.uncovered
 
 

@@ -1,4 +1,4 @@
-"""What fits into memory: refused before it is asked for, since Linux promises memory it does not have."""
+"""Memory limits: what does not fit is refused before it is allocated, because Linux promises memory that it does not have."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fa_bench.errors import ConfigError, FaBenchError, first_line
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-#: Smaller requests are not looked at one by one.
+#: Smaller requests are not checked.
 _SMALL = 1 << 24
-#: torch's functions that make a tensor of a given size, as they are called by modules and rules.
+#: torch's functions that allocate a tensor of a given size, as modules and rules call them.
 _FACTORIES = ("empty", "zeros", "ones", "full", "rand", "randn", "eye")
 
 
 def available() -> int | None:
-    """Bytes of memory that this process may still take, by the machine and by the container it is in; None where unknown."""
+    """Bytes of memory that this process may still allocate, on its machine and in its container; None if unknown."""
     limits = []
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -38,17 +38,17 @@ def available() -> int | None:
 
 
 def require(needed: float, what: str) -> None:
-    """Refuse what does not fit.
+    """Raise an error if something does not fit into memory.
 
     Args:
         needed: bytes.
-        what: what needs them, and the option to make smaller.
+        what: what needs them, and the option to reduce.
 
     Raises:
-        ConfigError: naming both, and what there is.
+        ConfigError: naming what needs the memory, its size, and the size available.
     """
     if needed > _SMALL and (free := available()) is not None and needed > free:
-        raise ConfigError(f"{what}: needs {_size(needed)} of memory, of which {_size(free)} are left")
+        raise ConfigError(f"{what}: needs {_size(needed)} of memory, but only {_size(free)} is available")
 
 
 def _size(number: float) -> str:
@@ -56,27 +56,27 @@ def _size(number: float) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be had: Python's, numpy's, or that of one of torch's allocators."""
+    """Whether an error of Python, numpy or one of torch's allocators says that memory could not be allocated."""
     if isinstance(error, MemoryError):
         return True
     text = str(error)
     return type(error).__name__ == "OutOfMemoryError" or (isinstance(error, RuntimeError) and any(
-        said in text for said in ("can't allocate memory", "not enough memory", "out of memory", "Storage size calculation",
+        phrase in text for phrase in ("can't allocate memory", "not enough memory", "out of memory", "Storage size calculation",
                                   "would overflow", "numel: integer multiplication overflow", "Overflow when unpacking")))
 
 
 def short(error: BaseException) -> str:
-    """An error in one line: its type and the first line of its text, or that memory ran out."""
+    """An error in one line: its type and the first line of its message, or that memory ran out."""
     if is_out_of_memory(error):
         return "out of memory; make batch_size or the architecture smaller"
-    kind, said = type(error).__name__, first_line(error)
-    return f"{kind}: {said}" if said != kind else kind
+    kind, text = type(error).__name__, first_line(error)
+    return f"{kind}: {text}" if text != kind else kind
 
 
 def within_memory(build: F) -> F:
-    """Make a function that builds a run's parts end in a ConfigError where they do not fit into memory.
+    """Decorate a function that builds a run's parts: it raises a ConfigError if they do not fit into memory.
 
-    A model or feedback that is too large is refused before it is allocated; whatever else fails to be allocated, after.
+    A model or feedback that is too large is refused before it is allocated, anything else when its allocation fails.
     """
     @functools.wraps(build)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -103,7 +103,7 @@ def within_memory(build: F) -> F:
 
 
 def short_cause(error: BaseException) -> str:
-    """The first line of an error's text, at most 120 characters of it."""
+    """The first line of an error's message, at most 120 characters."""
     lines = str(error).strip().splitlines()
     return lines[0][:120] if lines else type(error).__name__
 

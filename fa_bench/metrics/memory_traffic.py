@@ -15,7 +15,6 @@ from fa_bench.mechanisms.trace import Trace, trace_model
 
 if TYPE_CHECKING:
     from fa_bench.mechanisms.rule import Rule
-    from fa_bench.rules.asap import ASAP
 
 _AVERAGES = ("mean", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "avg_pool2d", "avg_pool3d")
 _RELUS = ("relu", "leaky_relu", "hardtanh")
@@ -28,10 +27,10 @@ class Memory:
 
     Attributes:
         parameters: P, numbers in ``model.parameters()``.
-        activations: A, values a sample that are kept for the backward pass.
+        activations: A, values per sample that are kept for the backward pass.
         feedback: values of B that carry an error.
-        learned: those of them that learn.
-        relus: values a sample that come out of a ReLU.
+        learned: those of them that are learned.
+        relus: outputs of ReLUs per sample.
     """
 
     parameters: int
@@ -44,8 +43,8 @@ class Memory:
         """(reads, writes) of one step: 2P + A b and P + A b.
 
         The forward pass reads P and writes A b (eq 48), the backward pass reads P + A b and writes P (eq 49): 3P + 2 A b in all.
-        `strict` adds what the paper leaves out: reading B and writing what learns of it, and one bit for every output of a ReLU,
-        32 to a value, written in the forward and read in the backward pass.
+        `strict` adds what the paper omits: reading B and writing its learned part, and one bit for every output of a ReLU, 32 to
+        a value, written in the forward and read in the backward pass.
         """
         reads, writes = 2 * self.parameters + self.activations * batch, self.parameters + self.activations * batch
         if not strict:
@@ -54,50 +53,39 @@ class Memory:
         return reads + self.feedback + masks, writes + self.learned + masks
 
 
-def memory_of(model: nn.Module, input_shape: tuple[int, ...], rule: ASAP | None = None) -> Memory:
-    """Counts for a plain model, from one forward pass of one sample on the model's device; ``meta`` costs next to nothing.
+def memory_of(model: nn.Module, input_shape: tuple[int, ...], rule: Rule | None = None) -> Memory:
+    """Counts for a plain model, from one forward pass of one sample on the model's device; cheap on the device ``meta``.
 
-    Backpropagation keeps the output of every layer, counted once: of a weighted layer behind its normalisation, nonlinearity,
-    addition and max-pooling, which is what enters the next ones; of average pooling, which counts as a layer; and the logits. The
-    image is not counted. asap keeps its shared activations, the inputs of layers that take their own, and the logits.
+    Backpropagation keeps the output of every layer, counted once: of a weighted layer the activation after normalisation,
+        nonlinearity, addition and max-pooling, which is the input of the next layers; of average pooling, which counts as a
+        layer; and the logits. The image is not counted. A rule keeps what its `step_memory` says, and the logits.
 
     Args:
         model: a plain model.
         input_shape: shape of one input, without the batch.
-        rule: asap, in no model; None for backpropagation.
+        rule: a rule that is not attached and defines `step_memory`; None for backpropagation.
 
     Raises:
-        CoverageError: where asap has nothing to share in the model.
+        CoverageError: if the rule cannot be attached to the model.
     """
+    reference, of_rule = memories(model, input_shape, rule)
+    return of_rule or reference
+
+
+def memories(model: nn.Module, input_shape: tuple[int, ...], rule: Rule | None) -> tuple[Memory, Memory | None]:
+    """Counts of backpropagation in a plain model, and of a rule if it defines `step_memory`; arguments as for `memory_of`."""
     device = next(model.parameters()).device
     with _Watch() as watch:
         trace = trace_model(model, torch.zeros(1, *input_shape, device=device))
     parameters, logits = sum(p.numel() for p in model.parameters()), math.prod(trace.result_shape)
-    if rule is None:
-        kept = [group[0] for group in trace.inputs[1:]]
-        return Memory(parameters, _inputs(trace, kept) + watch.averaged() + logits, relus=watch.relus)
+    inputs = _inputs(trace, [group[0] for group in trace.inputs[1:]])
+    reference = Memory(parameters, inputs + watch.averaged() + logits, relus=watch.relus)
+    step = None if rule is None else rule.step_memory(model, trace)
+    if step is None:
+        return reference, None
     sizes = {path: layer.weight.numel() for path, layer in weighted_layers(model).items()}
-    learned, by_weight = {path for group in rule.sharing_groups(model, trace) for path in group}, rule.carried_by_weight(model)
-    return Memory(
-        parameters,
-        _inputs(trace, rule.kept_inputs(model, trace)) + logits,
-        sum(sizes[path] for path in trace.reached if path not in by_weight),
-        sum(sizes[path] for path in learned - by_weight),
-        watch.relus,
-    )
-
-
-def memories(model: nn.Module, input_shape: tuple[int, ...], rule: Rule) -> dict[str, Memory]:
-    """Backpropagation's counts in a plain model and, where the paper says what the rule keeps, the rule's, by name.
-
-    Args:
-        model, input_shape: as for `memory_of`.
-        rule: in no model.
-    """
-    from fa_bench.rules.asap import ASAP
-
-    found = {"bp": memory_of(model, input_shape)}
-    return found | {rule.name: memory_of(model, input_shape, rule)} if isinstance(rule, ASAP) else found
+    feedback, learned = (sum(sizes[path] for path in paths) for paths in (step.feedback, step.learned))
+    return reference, Memory(parameters, _inputs(trace, step.inputs) + logits, feedback, learned, watch.relus)
 
 
 def _inputs(trace: Trace, layers: list[str]) -> int:
@@ -105,7 +93,7 @@ def _inputs(trace: Trace, layers: list[str]) -> int:
 
 
 class _Watch(TorchDispatchMode):
-    """Notes what no layer's input shows: maps that are averaged, and the sizes of ReLUs."""
+    """Records what the inputs of layers do not show: maps that are averaged, and the sizes of ReLUs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +103,7 @@ class _Watch(TorchDispatchMode):
         self._alive: list[Tensor] = []
 
     def averaged(self) -> int:
-        """Values in maps that are averaged and enter no convolution besides."""
+        """Values in maps that are averaged and are not inputs of a convolution."""
         return sum(size for storage, size in self._averaged.items() if storage not in self._convolved)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

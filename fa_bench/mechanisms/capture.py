@@ -1,0 +1,146 @@
+"""The hooks of a cut rule: during a training forward pass they cut the graph and keep each cut's activation.
+
+The hook at a cut passes on a detached tensor, so that no error crosses the cut and nothing is computed in vain.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.errors import CoverageError
+from fa_bench.lazy import torch
+from fa_bench.mechanisms.pathways import recomputing
+from fa_bench.mechanisms.rule import OUTPUT
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from fa_bench.mechanisms.cuts import CutRule
+    from fa_bench.mechanisms.trace import Trace
+    from fa_bench.mechanisms.updates import LearnedTensor
+
+
+@dataclasses.dataclass(slots=True)
+class CapturedActivation:
+    """The activation at one cut in one forward pass.
+
+    Attributes:
+        tensor: the tensor before it was detached, (N, ...); `CutRule.signal` may read it only if the rule sets `reads_values`.
+        shape: its shape.
+        output_shape: for a cut at a module's input, the shape of the module's output.
+    """
+
+    tensor: Any
+    shape: torch.Size
+    output_shape: tuple[int, ...] = ()
+
+
+class Capture:
+    """Captures the activations at the cuts of an attached rule.
+
+    Args:
+        rule: the rule.
+        modules: cut -> module.
+        trace: the model's structure, with the cuts watched.
+        frozen: cut -> learned tensors there that are frozen because nothing trainable precedes the cut.
+
+    Attributes:
+        tape: cut -> activation captured in the forward pass that is running; None outside a training pass.
+    """
+
+    def __init__(
+        self, rule: CutRule, modules: dict[str, nn.Module], trace: Trace, frozen: dict[str, list[LearnedTensor]]
+    ) -> None:
+        self.rule, self.modules, self.frozen = rule, modules, frozen
+        self._feeds, self._changed_in_place = trace.feeds, trace.changed
+        self.tape: dict[str, CapturedActivation] | None = None
+        self._outer_tapes: list[dict[str, CapturedActivation] | None] = []
+        self._without_gradients: set[str] = set()
+        self._warned: set[str] = set()
+        self._handles: list[Any] = []
+        for cut, module in modules.items():
+            if rule.side == OUTPUT:
+                self._handles.append(module.register_forward_hook(functools.partial(self._at_output, cut)))
+            else:
+                self._handles.append(module.register_forward_pre_hook(functools.partial(self._at_input, cut)))
+                self._handles.append(module.register_forward_hook(functools.partial(self._after_input, cut)))
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    # A forward pass that is repeated within a backward pass (activation checkpointing) has a tape of its own: it must treat its
+    # tensors as the first pass did, but the errors come from the first pass's tape.
+    def begin(self) -> None:
+        """Called at the start of every forward pass of the model."""
+        self._outer_tapes.append(self.tape)
+        if not self.rule.mode.training:
+            self.tape = None
+        elif self.tape is not None and not recomputing():
+            raise CoverageError(f"the model calls itself in a training pass, and rule '{self.rule.name}' cannot tell its outputs "
+                                f"apart: call one of its modules instead")
+        else:
+            self.tape = {}
+            self._without_gradients.clear()
+
+    def end(self) -> None:
+        """Called at the end of every forward pass of the model, even if it failed."""
+        self.tape = self._outer_tapes.pop() if self._outer_tapes else None
+
+    def check_missing(self, tape: dict[str, CapturedActivation]) -> None:
+        """Refuse cuts that ran without gradients in a training pass, and warn about those that did not run."""
+        from fa_bench.mechanisms.layers import require_gradients
+
+        for cut in self.modules.keys() - tape.keys():
+            if cut in self._without_gradients:
+                for path in self._feeds.get(cut, ()) if self.rule.side == OUTPUT else ():
+                    require_gradients(path, self.rule.model.get_submodule(path))
+            elif cut not in self._warned:
+                self._warned.add(cut)
+                warnings.warn(f"rule '{self.rule.name}': cut '{cut}' did not run in a training pass, although it ran when the "
+                              f"model was attached. Layers before it that did run received their error through later weights",
+                              stacklevel=2)
+
+    def _at_output(self, cut: str, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        tape = self.tape
+        if tape is None:
+            if not torch.is_grad_enabled() or self.rule.mode.exact:
+                return None
+            if not recomputing():
+                raise CoverageError(f"cut '{cut}' ran outside a forward pass of the attached model: call the model itself")
+        if not isinstance(output, torch.Tensor):
+            raise CoverageError(f"cut '{cut}' returns a {type(output).__name__}; name a module that returns one tensor")
+        if not output.requires_grad:
+            self._without_gradients.add(cut)
+            return None
+        if tape is not None:
+            if cut in tape:
+                raise CoverageError(f"cut '{cut}' ran twice in a training pass, but once when the model was attached: "
+                                    f"name a module that runs once in training")
+            tape[cut] = CapturedActivation(output, output.shape)
+            frozen = [learned for learned in self.frozen.get(cut, ()) if learned.is_frozen] if self.frozen else ()
+            if frozen and self._depends_on_parameters(output):
+                for learned in frozen:
+                    learned.require_trainable()
+        passed_on = output.detach()
+        # The next module changes this output in place, but the rule needs the original.
+        return passed_on.clone() if cut in self._changed_in_place else passed_on
+
+    def _depends_on_parameters(self, output: Tensor) -> bool:
+        """Whether a cut's output depends on a trainable parameter, and not only on an input that requires its gradient."""
+        from fa_bench.mechanisms.trace import leaves
+
+        return not leaves(output.grad_fn).isdisjoint(id(parameter) for parameter in self.rule.model.parameters())
+
+    def _at_input(self, cut: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        passed_on = self._at_output(cut, module, (), args[0])
+        return None if passed_on is None else (passed_on, *args[1:])
+
+    def _after_input(self, cut: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        tape = self.tape
+        if tape is not None and cut in tape:
+            tape[cut].output_shape = tuple(output.shape)

@@ -1,0 +1,166 @@
+"""The backward pass of a cut rule: as soon as the error at the logits is known, an error is delivered to every cut.
+
+An autograd Function on the model's output, the identity in the forward pass, has all captured activations as inputs. So all parts
+of
+the model belong to one graph: loss scaling, several forward passes before a backward pass and a plain ``loss.backward()`` work as
+usual, and what is never differentiated is freed together with the output.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.errors import CoverageError, names
+from fa_bench.lazy import torch
+from fa_bench.mechanisms.loss_scale import is_unscaled, measured_scale
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fa_bench.mechanisms.capture import CapturedActivation
+    from fa_bench.mechanisms.cuts import CutRule
+    from fa_bench.mechanisms.updates import LearnedTensor
+
+
+class Delivery:
+    """Delivers the errors of an attached rule.
+
+    Args:
+        rule: the rule.
+    """
+
+    def __init__(self, rule: CutRule) -> None:
+        from fa_bench.mechanisms.ops import DeliverFunction
+
+        self.rule = rule
+        # Read at every step; imports and properties would add a hundredth to a small net's step.
+        self._function, self._reads_values, self._needs_target = DeliverFunction, rule.reads_values, rule.needs_target
+        self._target: Tensor | None = None
+        self._loss_scale: float | None = None
+        self._is_delivered = False
+
+    # -------------------------------------------------------------------------------------------- forward
+    def connect(self, output: Any, tape: dict[str, CapturedActivation]) -> Any:
+        """The model's output, with its logits connected to the captured activations.
+
+        Raises:
+            CoverageError: if the model returns a loss, or several outputs and none was chosen.
+        """
+        if isinstance(output, torch.Tensor):
+            return self._connected(output, tape)
+        from fa_bench.mechanisms.trace import chosen_result, named_results, replaced
+
+        rule, results = self.rule, named_results(output)
+        for name, result in results.items():
+            if result.dim() == 0 and (rule.output is None or _depends_on(result, results.get(rule.output))):
+                raise CoverageError(f"the model returns a loss ('{name}') that it has computed itself, and the error of rule "
+                                    f"'{rule.name}' cannot come from there: call it without labels, and compute the loss from "
+                                    f"its logits")
+        if rule.output is None and len(results) > 1:
+            raise CoverageError(f"rule '{rule.name}' takes its error from one output, but this model returns {names(results)}: "
+                                "choose one, for example {output}", {"output": next(iter(results))})
+        logits = chosen_result(results, rule.output)
+        return replaced(output, logits, self._connected(logits, tape))
+
+    def _connected(self, logits: Tensor, tape: dict[str, CapturedActivation]) -> Tensor:
+        tensors = []
+        for captured in tape.values():
+            tensors.append(captured.tensor)
+            captured.tensor = None
+        rule = self.rule
+        learned = [] if rule.mode.freeze_random else [one for cut in tape for one in rule.learned_at(cut)]
+        errors = functools.partial(self._errors, tape, learned, logits if rule.scales else None)
+        return self._function.apply(errors, len(tensors), self._reads_values, logits, *tensors, *(one.tensor for one in learned))
+
+    # -------------------------------------------------------------------------------------------- backward
+    def run(self, loss: Tensor, target: Tensor | None, loss_scale: float | None) -> None:
+        """The backward pass; arguments as for `Rule.backward`."""
+        self._target, self._is_delivered = target, False
+        if self.rule.scales:
+            self._loss_scale = 1.0 if loss_scale is None and is_unscaled(loss, target) else loss_scale
+        try:
+            loss.backward()
+        finally:
+            self._target = self._loss_scale = None
+            is_delivered, self._is_delivered = self._is_delivered, False
+        if not is_delivered:
+            raise ValueError(f"rule '{self.rule.name}': the loss was not computed by a training forward pass of the attached "
+                             f"model")
+
+    def _errors(
+        self, tape: dict[str, CapturedActivation], learned: list[LearnedTensor], logits: Tensor | None, delta: Tensor,
+        tensors: tuple[Tensor, ...],
+    ) -> list[Tensor | None]:
+        """The errors at the logits and at all cuts, and the gradients of learned tensors, computed from δ."""
+        device = delta.device.type
+        if torch.is_autocast_enabled(device):  # by the caller; a backward pass has the precision of its inputs
+            with torch.autocast(device, enabled=False):
+                return self._errors(tape, learned, logits, delta, tensors)
+        rule, target = self.rule, self._target
+        if delta.dim() != 2:
+            raise CoverageError(f"rule '{rule.name}' needs logits of shape (N, C); the model returned {tuple(delta.shape)}")
+        if self._needs_target:
+            self._check_target(delta, target)
+        if tensors:
+            for captured, tensor in zip(tape.values(), tensors, strict=True):
+                captured.tensor = tensor
+        self._is_delivered = True
+        errors: list[Tensor | None] = [rule.output_error(delta)]
+        gradients: list[Tensor | None] = []
+        try:
+            if logits is not None:
+                scale = self._loss_scale
+                rule.loss_factor = (
+                    measured_scale(rule.name, delta, logits.detach(), target, rule.loss_factor) if scale is None else scale)
+            broadcast = rule.broadcast(delta, target)
+            for cut, captured in tape.items():
+                error, gradients_at_cut = rule.error_and_gradients(cut, captured, broadcast, delta, target, bool(learned))
+                errors.append(error)
+                gradients += gradients_at_cut
+        except (IndexError, RuntimeError, ValueError):
+            if self._needs_target and target is not None:
+                self._check_labels(target, delta.shape[1])
+            raise
+        if tensors:
+            for captured in tape.values():
+                captured.tensor = None
+        if learned:
+            for one, gradient in zip(learned, gradients, strict=True):
+                one.on_gradient(gradient)
+        return errors + gradients
+
+    def _check_target(self, delta: Tensor, target: Tensor | None) -> None:
+        if self._is_delivered:
+            raise ValueError(f"rule '{self.rule.name}': the loss depends on two forward passes, but the labels belong to one of "
+                             f"them: call rule.backward for each")
+        if target is None or target.shape != delta.shape[:1] or target.is_floating_point():
+            raise ValueError(f"rule '{self.rule.name}' requires labels: call rule.backward(loss, logits, target) with class "
+                             f"indices of shape (N,)")
+
+    def _check_labels(self, target: Tensor, classes: int) -> None:
+        """Raise an error for labels outside [0, classes); called after something that uses the labels has failed.
+
+        On the CPU only: an accelerator that was given such a label no longer responds.
+        """
+        if target.device.type != "cpu" or not len(target):
+            return
+        low, high = (int(bound) for bound in target.aminmax())
+        if low < 0 or high >= classes:
+            raise ValueError(f"rule '{self.rule.name}': label {low if low < 0 else high} is out of range: this model has "
+                             f"{classes} classes, numbered from 0 to {classes - 1}; remove unlabelled samples from the batch")
+
+
+def _depends_on(result: Tensor, logits: Tensor | None) -> bool:
+    """Whether one output of a model was computed from another; True if the other is unknown."""
+    if logits is None:
+        return True
+    visited, stack = set(), [result.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is logits.grad_fn:
+            return True
+        if node is not None and node not in visited:
+            visited.add(node)
+            stack.extend(following for following, _ in node.next_functions)
+    return False

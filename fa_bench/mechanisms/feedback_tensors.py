@@ -1,0 +1,74 @@
+"""The feedback tensors of a module, by name: the only place that knows where a module stores them.
+
+The tensor `B` of a module is its buffer ``feedback_B`` if it is fixed and its parameter ``feedback_B`` if it is learned. So
+state_dict, ``.to()``, memory formats and deepcopy, and for learned ones optimizers, clipping and data parallelism, treat it like
+a weight.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.lazy import nn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch import nn as torch_nn
+
+#: Prefix of every feedback tensor's name in its module.
+PREFIX = "feedback_"
+#: Prefix of the tensors of the auxiliary layers that local losses add.
+AUXILIARY_PREFIX = PREFIX + "auxiliary_"
+#: Attribute in which a module keeps the names of its feedback tensors, in the order in which they were made.
+_NAMES = "_feedback_names"
+
+
+def feedback_tensor(module: torch_nn.Module, name: str) -> Any:
+    """The live feedback tensor `name` of a module, detached if it is learned; None if the module has none of that name."""
+    key = PREFIX + name
+    tensor = module._buffers.get(key)
+    if tensor is None and (learned := module._parameters.get(key)) is not None:
+        return learned.detach()
+    return tensor
+
+
+def fixed_tensor_reader(name: str) -> Any:
+    """A method that returns the fixed feedback tensor `name` of the module it is given.
+
+    For code that runs at every step: it costs one dictionary look-up, where ``module.feedback_B`` costs as much as launching a
+    small matrix product.
+    """
+    key = PREFIX + name
+    return lambda self, layer: layer._buffers[key]
+
+
+def put_tensor(module: torch_nn.Module, name: str, tensor: Tensor | None) -> None:
+    """Make `tensor` the fixed feedback tensor `name` of a module; None registers the name without a tensor."""
+    names = module.__dict__.setdefault(_NAMES, [])
+    if name not in names:
+        names.append(name)
+    module.register_buffer(PREFIX + name, tensor)
+
+
+def make_learned(module: torch_nn.Module, name: str) -> str:
+    """Turn the fixed feedback tensor `name` of a module into a learned one; returns the parameter's name in the module."""
+    key = PREFIX + name
+    module.register_parameter(key, nn.Parameter(module._buffers.pop(key)))
+    return key
+
+
+def tensors_of(module: torch_nn.Module) -> dict[str, Tensor]:
+    """The feedback tensors of a module by name, live and not detached, in the order in which they were made."""
+    tensors = {}
+    for name in module.__dict__.get(_NAMES, ()):
+        key = PREFIX + name
+        tensor = module._parameters.get(key, module._buffers.get(key))
+        if tensor is not None:
+            tensors[name] = tensor
+    return tensors
+
+
+def drop_tensors(module: torch_nn.Module) -> None:
+    """Remove every feedback tensor from a module."""
+    for name in module.__dict__.pop(_NAMES, ()):
+        delattr(module, PREFIX + name)

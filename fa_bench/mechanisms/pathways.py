@@ -1,0 +1,283 @@
+"""Feedback pathways: how a layer obtains the tensor that carries the error to the layer below, its effective feedback.
+
+Every effective feedback has the layout of the layer's weight: (O, I) for linear layers, (O, I/groups, K...) for convolutions. The
+forward pass asks the layer's pathway for a `BackwardContext`, which holds all that the backward pass needs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fa_bench.errors import CoverageError
+from fa_bench.lazy import torch
+from fa_bench.mechanisms.feedback_tensors import feedback_tensor, fixed_tensor_reader
+from fa_bench.sampling import resample_magnitudes, seed_for
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fa_bench.mechanisms.updates import LearnedTensor
+
+
+class FeedbackGradient(NamedTuple):
+    """How the gradient of a learned feedback tensor is computed: as the weight's unless `activation` or `first_hop` is given.
+
+    Attributes:
+        learned: the learned tensor. It is an input of the layer's autograd Function, so that autograd accumulates its gradient,
+            and hooks, gradient scalers and DistributedDataParallel see it. If the weight is frozen, a tensor that follows it gets
+            no gradient.
+        activation: returns the activation that replaces the layer's input in the gradient, in the input's shape.
+        first_hop: B of a product B R of which R is learned: then ē = g B replaces g in the gradient. See
+            `fa_bench.mechanisms.product` for its layout.
+    """
+
+    learned: LearnedTensor
+    activation: Callable[[], Tensor] | None = None
+    first_hop: Tensor | None = None
+
+
+class BackwardContext(NamedTuple):
+    """What one forward pass of a layer passes to its backward pass.
+
+    Attributes:
+        feedback: the effective feedback; for a linear layer with `second_hop`, the first factor of it.
+        from_weight: computes the effective feedback from the weight, in the backward pass; replaces `feedback`.
+        second_hop: the second factor of the effective feedback of a linear layer.
+        activation: returns the activation that replaces the layer's input in the weight gradient.
+        gradients: how the gradient of each learned tensor is computed.
+    """
+
+    feedback: Tensor | None = None
+    from_weight: Callable[[Tensor], Tensor] | None = None
+    second_hop: Tensor | None = None
+    activation: Callable[[], Tensor] | None = None
+    gradients: tuple[FeedbackGradient, ...] = ()
+
+
+def recomputing() -> bool:
+    """Whether this forward pass repeats an earlier one inside a backward pass, as activation checkpointing does."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def refuse_reentrant(rule: str) -> Callable[..., Tensor]:
+    """A stand-in, in the `BackwardContext` of a repeated forward pass, for what only the first pass has; calling it is an error.
+
+    It is called only if the repeated pass is itself differentiated, as in reentrant checkpointing of the whole model. The first
+    pass then ran without gradients and looked like an evaluation.
+    """
+    def refuse(*_: Any) -> Tensor:
+        raise CoverageError(f"rule '{rule}' cannot train by a forward pass that runs within a backward pass: activation "
+                            f"checkpointing needs use_reentrant=False")
+
+    return refuse
+
+
+class FeedbackPathway:
+    """How one layer obtains its effective feedback. It holds plain values only: the tensors belong to the layer.
+
+    Subclasses implement `effective`, or `context` and `effective` if the backward pass needs more than one tensor.
+
+    Attributes:
+        description: what carries the error, in a few words, for the coverage table.
+        learned: names of the tensors that the optimizer trains.
+        follows: which of these has exactly the gradient of the weight; None if none has.
+        always_needed: whether the layer needs `context` even if nothing asks for the error at its input.
+    """
+
+    description = "tensors of its own"
+    learned: tuple[str, ...] = ()
+    follows: str | None = None
+    always_needed = False
+
+    def describe(self) -> str:
+        """What carries the error and which part of it is learned, in a few words for the coverage table."""
+        if self.learned == (self.description,):
+            return f"learned {self.description}"
+        return self.description + (f" ({', '.join(self.learned)} learned)" if self.learned else "")
+
+    def effective(self, layer: Any) -> Tensor:
+        """The effective feedback as it is now, in the weight's layout, detached."""
+        raise NotImplementedError
+
+    def context(self, layer: Any, x: Tensor) -> BackwardContext:
+        """What the layer's backward pass needs; `x` is the layer's input."""
+        return BackwardContext(self.effective(layer))
+
+    def effective_context(self, layer: Any, x: Tensor, gradients: tuple[FeedbackGradient, ...]) -> BackwardContext:
+        """A context with `effective`, which is not computed if the backward pass only needs the gradients."""
+        return BackwardContext(self.effective(layer) if x.requires_grad else layer.weight.detach(), gradients=gradients)
+
+    def before_forward(self, layer: Any) -> None:
+        """Called at the start of every training forward pass."""
+
+    def observe(self, layer: Any, x: Tensor) -> None:
+        """Called with the input of a frozen layer that runs without gradients in a training forward pass of the model."""
+
+    def materialize(self, layer: Any) -> None:
+        """Bring the layer's tensors up to date; called before they are read from outside."""
+
+    def after_step(self, layer: Any) -> None:
+        """Called after every update if the layer has learned tensors."""
+
+    def derived(self, layer: Any) -> dict[str, Tensor]:
+        """Tensors that are computed rather than stored and still appear in ``rule.feedback``; writing to them has no effect."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs besides the tensors: plain values."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned."""
+
+
+class FixedFeedback(FeedbackPathway):
+    """e_in = g B with a fixed B."""
+
+    description = "fixed B"
+    effective = fixed_tensor_reader("B")
+
+
+class LearnedFeedback(FeedbackPathway):
+    """e_in = g B; the gradient of B is exactly the gradient of W."""
+
+    description = "B"
+    learned = ("B",)
+    follows = "B"
+    always_needed = True
+
+    def effective(self, layer: Any) -> Tensor:
+        return feedback_tensor(layer, "B")
+
+    def context(self, layer: Any, x: Tensor) -> BackwardContext:
+        return BackwardContext(layer.learned["B"].tensor, gradients=feedback_gradient(layer, "B"))
+
+
+def feedback_gradient(
+    layer: Any, name: str, activation: Callable[[], Tensor] | None = None, first_hop: Tensor | None = None
+) -> tuple[FeedbackGradient, ...]:
+    """How the gradient of the learned feedback tensor `name` is computed; empty while a probe runs.
+
+    Raises:
+        StateError: if the tensor was frozen because its weight was, and the weight is trained now.
+    """
+    if layer.mode.freeze_random:
+        return ()
+    learned = layer.learned[name]
+    if learned.is_frozen and layer.weight.requires_grad:
+        learned.require_trainable()
+    return (FeedbackGradient(learned, activation, first_hop),)
+
+
+class TransposeFeedback(FeedbackPathway):
+    """e_in = g W: backpropagation through this layer."""
+
+    description = "the weight"
+
+    def effective(self, layer: Any) -> Tensor:
+        return layer.weight.detach()
+
+
+class WeightDerivedFeedback(FeedbackPathway):
+    """B is computed from the weight inside the backward pass, where it goes from the cache straight into the product.
+
+    It is computed from the weight of the forward pass. As in backpropagation, autograd raises an error if that weight was changed
+    in place before the backward pass.
+    """
+
+    def context(self, layer: Any, x: Tensor) -> BackwardContext:
+        return BackwardContext(from_weight=functools.partial(self.derive, layer))
+
+    def effective(self, layer: Any) -> Tensor:
+        return self.derive(layer, layer.weight.detach())
+
+    def derive(self, layer: Any, weight: Tensor) -> Tensor:
+        """B computed from this weight, masked if the layer has a mask."""
+        feedback, mask = self.unmasked(layer, torch.sign(weight)), feedback_tensor(layer, "mask")
+        return feedback if mask is None else feedback.mul_(mask)
+
+    def unmasked(self, layer: Any, signs: Tensor) -> Tensor:
+        """B before the mask, computed from the signs of the weight, which may be overwritten."""
+        raise NotImplementedError
+
+
+class SignFeedback(WeightDerivedFeedback):
+    """B = s sign(W) of the current weight; sign(0) is 0.
+
+    Args:
+        scale: s, a positive number.
+    """
+
+    description = "the signs of the weight"
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def unmasked(self, layer: Any, signs: Tensor) -> Tensor:
+        return signs.mul_(self.scale)
+
+    def derived(self, layer: Any) -> dict[str, Tensor]:
+        return {"B": self.effective(layer)}
+
+
+class SignedMagnitudeFeedback(WeightDerivedFeedback):
+    """B = |M| sign(W) of the current weight.
+
+    Args:
+        resample: initialiser that samples a new M at every training forward pass; None keeps M.
+        seed: the layer's seed for new samples; sample k depends on the seed and k only.
+    """
+
+    description = "the signs of the weight with magnitudes M"
+
+    def __init__(self, resample: str | None = None, seed: int = 0) -> None:
+        self.resample, self.seed, self.draws = resample, seed, 0
+        # M is sampled only when it is read: the first layer's magnitudes carry no error.
+        self._is_due = False
+        self._known_positive: tuple[int, int] | None = None
+
+    def before_forward(self, layer: Any) -> None:
+        if self.resample is not None and not recomputing():
+            self.draws += 1
+            self._is_due = True
+
+    def materialize(self, layer: Any) -> None:
+        if self._is_due:
+            self._is_due = False
+            assert self.resample is not None
+            magnitudes = feedback_tensor(layer, "M")
+            resample_magnitudes(magnitudes, self.resample, seed_for(self.seed, self.draws))
+            self._known_positive = _version(magnitudes)
+
+    def context(self, layer: Any, x: Tensor) -> BackwardContext:
+        if self.resample is None:
+            return super().context(layer, x)
+        if recomputing():
+            return BackwardContext(from_weight=refuse_reentrant(layer.mode.rule))
+        # Another forward pass may sample a new M before this one's backward pass, so B is computed now. It is not saved by
+        # autograd: under activation checkpointing a saved tensor is recomputed, and then from another M.
+        feedback = self.effective(layer)
+        return BackwardContext(from_weight=lambda weight: feedback)
+
+    def unmasked(self, layer: Any, signs: Tensor) -> Tensor:
+        self.materialize(layer)
+        return signs.mul_(self._magnitudes(feedback_tensor(layer, "M")))
+
+    def _magnitudes(self, tensor: Tensor) -> Tensor:
+        """|M|; the absolute value is taken only if somebody has written a negative number into M."""
+        if self._known_positive != _version(tensor):
+            self._known_positive = None if bool((tensor < 0).any()) else _version(tensor)
+        return tensor.abs() if self._known_positive is None else tensor
+
+    def state(self) -> dict[str, Any]:
+        return {"seed": self.seed, "draws": self.draws}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.seed, self.draws, self._is_due = int(state["seed"]), int(state["draws"]), False
+
+
+def _version(tensor: Tensor) -> tuple[int, int]:
+    """Changes whenever the tensor is replaced or written to in a way that autograd counts."""
+    return tensor.data_ptr(), tensor._version
