@@ -35,6 +35,15 @@ _LOG_CLASSES = ("logging.StreamHandler", "logging.FileHandler", "logging.NullHan
 _STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 
 
+class _FileResult(ConfigResult):
+    """A file's config, with nothing filled in from a component of the same name.
+
+    Hydra 1.3 would merge a file with the ConfigStore's entry of its path (automatic schema matching, which Hydra 1.4 lacks).
+    """
+
+    is_schema_source = property(lambda self: True, lambda self, value: None)  # type: ignore[assignment]
+
+
 class CheckedFiles(FileConfigSource):
     """Hydra's source of config files, which reads them as plain data of a bounded size, all at the time of the command."""
 
@@ -61,7 +70,7 @@ class CheckedFiles(FileConfigSource):
             for key, last, value in _walk(OmegaConf.to_container(config, resolve=False), ""):
                 if str(last) == "_target_" and str(value) not in _made_by_hydra():
                     raise ConfigError(f"{path}: {_unwanted(key, value)}")
-        return ConfigResult(provider=self.provider, path=f"{self.scheme()}://{self.path}", config=config, header=header)
+        return _FileResult(provider=self.provider, path=f"{self.scheme()}://{self.path}", config=config, header=header)
 
 
 CheckedFiles.__name__ = FileConfigSource.__name__

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 
 from fa_bench.command.compose import Composer
 from fa_bench.config.job import FEEDBACK_OPTIMIZER, RunOptions
-from fa_bench.config.options import Options, limits_text, option_fields, value_text
+from fa_bench.config.options import Options, limits_text, option_fields, summary, value_text
 from fa_bench.config.registries import GROUPS
 
 _HEAD = """\
@@ -33,7 +32,7 @@ def usage(composer: Composer) -> str:
     lines = [_HEAD, "groups:"]
     for group in GROUPS:
         lines.append(f"  {group.kind}")
-        lines += [f"    {name:17s} {_summary(group[name]) if name in group else f'of {composer.config_dir}'}"
+        lines += [f"    {name:17s} {summary(group[name]) if name in group else f'of {composer.config_dir}'}"
                   for name in sorted({*choices[group.kind], *group})]
     lines += [f"  experiment       presets: {', '.join(choices['experiment'])}",
               f"  optimizer@{FEEDBACK_OPTIMIZER}   an optimizer of its own for learned feedback", "", "run options:"]
@@ -47,12 +46,6 @@ def usage(composer: Composer) -> str:
             title = f"{group.kind}={name}" + (f" ({component.name})" if component.name != name else "")
             lines += ["", f"{title}:", *_options(component.from_mapping(values), f"{group.kind}.")]
     return "\n".join(lines)
-
-
-def _summary(cls: type[Options]) -> str:
-    """The first sentence of a docstring, in one line."""
-    text = " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split())
-    return text if len(text) <= 100 else text[:97].rsplit(" ", 1)[0] + " ..."
 
 
 def _options(options: Options, prefix: str) -> Iterator[str]:

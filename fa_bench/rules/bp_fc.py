@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("bp_fc")
 @dataclasses.dataclass(eq=False)
 class BPFullyConnected(BP):
-    """Fully connected layers learn by backpropagation, convolutions stay random ("BP (FC only)", section 3.2 of the DKP paper).
+    """Floor for convolutional nets: fully connected layers learn by backpropagation, convolutions stay random.
+
+    "BP (FC only)", section 3.2 of the DKP paper.
 
     Choice, where the paper is silent: gains and biases of the normalisation layers that a convolution feeds are frozen
     too; those layers stay in training mode; frozen tensors do not decay. All fully connected layers learn, hidden ones too.

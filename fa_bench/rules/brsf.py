@@ -14,7 +14,9 @@ from fa_bench.mechanisms.edge import EdgeRule, Site
 @ALGORITHMS.register("brsf")
 @dataclasses.dataclass(eq=False)
 class BRSF(EdgeRule):
-    """Batchwise random magnitude sign-concordant feedback (Liao et al. 2016).
+    """Sign-concordant feedback with random magnitudes, new ones for every batch.
+
+    Liao et al. 2016.
 
     e_in = g B with B = |M| sign(W) of the current W, sign(0) = 0; M is drawn anew at every training forward by the
     initialiser of the weights. ``rule.feedback`` holds the last draw; an evaluation forward draws nothing.

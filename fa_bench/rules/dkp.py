@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("dkp")
 @dataclasses.dataclass(eq=False)
 class DKP(CutRule):
-    """Direct Kolen-Pollack (eqs 3, 7 and 8 of "Learning the connections in direct feedback alignment").
+    """Direct Kolen-Pollack: direct feedback that learns to read the activations out.
+
+    Eqs 3, 7 and 8 of "Learning the connections in direct feedback alignment".
 
     With δ = ∂L/∂z of shape (N, C) the error at the logits: the error at a cut is δ B, as in direct feedback alignment with one
     row of B (C, features of the cut) for every class, and B learns by

@@ -64,7 +64,9 @@ class RandomForward(Transport):
 @ALGORITHMS.register("forward_alignment")
 @dataclasses.dataclass(eq=False)
 class ForwardAlignment(EdgeRule):
-    """Forward Alignment (appendix A of Woo et al. 2021, eqs 26-27).
+    """Forward Alignment: random forward weights in the weight update, the true error.
+
+    Appendix A of Woo et al. 2021, eqs 26-27.
 
     e_in = g W, the true error; gradient of W = gᵀ h̃, where h̃ is what the layer's input would be if the layer in front of it,
     with its true input h, had the random fixed weight C in place of its own W and no bias: h̃ = φ(C h), with whatever lies

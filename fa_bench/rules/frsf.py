@@ -14,7 +14,9 @@ from fa_bench.mechanisms.edge import EdgeRule, Site
 @ALGORITHMS.register("frsf")
 @dataclasses.dataclass(eq=False)
 class FRSF(EdgeRule):
-    """Fixed random magnitude sign-concordant feedback (Liao et al. 2016).
+    """Sign-concordant feedback with fixed random magnitudes.
+
+    Liao et al. 2016.
 
     e_in = g B with B = |M| sign(W) of the current W, sign(0) = 0; M is drawn once by the initialiser of the weights.
 

@@ -14,7 +14,9 @@ from fa_bench.mechanisms.edge import EdgeRule, Site
 @ALGORITHMS.register("kp")
 @dataclasses.dataclass(eq=False)
 class KP(EdgeRule):
-    """Kolen-Pollack (Kolen and Pollack 1994; eqs 16-18 of Akrout et al. 2019).
+    """Kolen-Pollack: learned feedback with the gradient of the weight.
+
+    Kolen and Pollack 1994; eqs 16-18 of Akrout et al. 2019.
 
     e_in = g B; gradient of B = gradient of W, the same numbers; B is trained with W's optimizer, learning rate, momentum
     and decay. The gradients cancel in W - B, so that with decay λ, momentum m and rate lr, SGD shrinks the difference:

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("local_error")
 @dataclasses.dataclass(eq=False)
 class LocalError(LocalRule):
-    """Learning by local errors (Mostafa, Ramesh and Cauwenberghs 2018).
+    """Local errors: a fixed random classifier at every hidden activation.
+
+    Mostafa, Ramesh and Cauwenberghs 2018.
 
     Every hidden activation a goes to a linear classifier M (C, features), fixed and random, and learns by its cross-entropy:
 

@@ -59,7 +59,9 @@ class Mix(Carrier):
 @ALGORITHMS.register("mixed")
 @dataclasses.dataclass(eq=False)
 class Mixed(ProductRule):
-    """Synapses of three kinds in every layer, by PFA, FA and KP (the discussion and appendix B of Li and Benna 2024).
+    """Synapses by PFA, FA and KP mixed, so that the weight angle is that of the brain.
+
+    The discussion and appendix B of Li and Benna 2024.
 
     e_in = g E with E = m_pfa (B R) + m_fa F + m_kp K, entry by entry in the weight's layout. Each entry is of one kind, drawn
     once with the probabilities p = ``pfa``, f = ``fa``, k = ``kp``; the masks m say which. B, fixed, and R, learned by ēᵀ x with

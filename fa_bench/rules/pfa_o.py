@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("pfa_o")
 @dataclasses.dataclass(eq=False)
 class PFAO(ProductRule):
-    """PFA-o: product feedback alignment with B Bᵀ = I exactly (Li and Benna 2024).
+    """Product feedback alignment whose first hop is semi-orthogonal: B Bᵀ = I exactly.
+
+    Li and Benna 2024.
 
     ē = g B, e_in = ē R, gradient of R = ēᵀ x, as `pfa`; B (O, M) has orthonormal rows, drawn once: the orthogonal factor of a
     Gaussian matrix, signs made unique. W and B R then agree but for their initial values.

@@ -110,7 +110,9 @@ class Mirror(Fixed):
 @ALGORITHMS.register("wm")
 @dataclasses.dataclass(eq=False)
 class WM(EdgeRule):
-    """Weight mirror (section 4 of Akrout et al. 2019).
+    """Weight mirror: noise at each layer's input turns the feedback towards the weights.
+
+    Section 4 of Akrout et al. 2019.
 
     e_in = g B; gradients of W and b are those of backpropagation with this error; B has no gradient, no optimizer and no decay of
     its optimizer. After every update, and independent of data, each layer by itself takes ``mirror_steps`` mirror steps:

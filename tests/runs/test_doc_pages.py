@@ -147,12 +147,8 @@ def test_dataset_of_the_guide_works_in_the_package_and_as_a_plugin(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = page("add_a_dataset")
-    blocks = {kind: [re.sub(r"^   ", "", block, flags=re.M) if indent else block for indent, block in found]
-              for kind in ("python", "yaml") if (found := re.findall(rf"^( *)```{kind}\n(.*?)^ *```", text, re.S | re.M))}
-    (module, example), (config,) = blocks["python"], blocks["yaml"]
+    module, example = re.findall(r"^```python\n(.*?)^```", text, re.S | re.M)
     exec(compile(example, "add_a_dataset.md", "exec"), {})
-    Path("myconf/dataset").mkdir(parents=True)
-    Path("myconf/dataset/arrays.yaml").write_text(config)
     Path("arrays.py").write_text(module)
     lines = [shlex.split(line)[1:] for line in re.findall(r"^    (fa-bench .*)$", text, re.M)]
     assert len(lines) == 3
@@ -161,12 +157,11 @@ def test_dataset_of_the_guide_works_in_the_package_and_as_a_plugin(
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     try:
         for words in lines:
-            own = [] if "--config-dir" in words else ["--config-dir", "myconf", "plugins=[arrays]"]
-            assert main([*words, *own]) == 0
+            assert main([*words, *([] if "plugins=[arrays]" in words else ["plugins=[arrays]"])]) == 0
         said = capsys.readouterr().out
         assert "360 training, 40 validation, 100 test; 1x12x12, 2 classes" in said
         assert float(said.rsplit("test accuracy ", 1)[1].split("%")[0]) > 90
-        assert main(["dataset=arrays", "dataset.file=none.npz", "--config-dir", "myconf", "plugins=[arrays]"]) == 2
+        assert main(["dataset=arrays", "dataset.file=none.npz", "plugins=[arrays]"]) == 2
         assert "dataset=arrays: no data/none.npz" in capsys.readouterr().err
     finally:
         sys.modules.pop("arrays", None)

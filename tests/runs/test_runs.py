@@ -15,8 +15,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fa_bench.cli import main
-from fa_bench.config.job import conf_dir
-from fa_bench.config.registries import ALGORITHMS
+from fa_bench.config.registries import ALGORITHMS, OPTIMIZERS
 from fa_bench.files import METRICS, RESULT
 from fa_bench.report import figures
 from fa_bench.runs import loop, train
@@ -30,10 +29,6 @@ MLP = [*TINY, "architecture.widths=[8,6]"]
 def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(figures, "LAYERS", {})  # a report's figures have tests of their own, and take seconds
-
-
-def choices(group: str) -> list[str]:
-    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
 
 
 def result_in(folder: Path | str) -> dict[str, Any]:
@@ -50,7 +45,7 @@ def lines_in(folder: str) -> list[dict[str, Any]]:
     ["architecture=conv2", "architecture.channels=4", "architecture.hidden=8"],
     ["architecture=resnet20", "architecture.width=2", "architecture.blocks=1", "dataset.channels=3"],
 ], ids=["mlp", "conv2", "resnet20"])
-@pytest.mark.parametrize("algorithm", choices("algorithm"))
+@pytest.mark.parametrize("algorithm", list(ALGORITHMS))
 def test_every_rule_trains_every_architecture_or_says_how(
     algorithm: str, architecture: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -69,7 +64,7 @@ def test_torchvision_models_take_any_images() -> None:
     assert len(result_in("run")["angles"]["weight_angle"]) == 21
 
 
-@pytest.mark.parametrize("optimizer", choices("optimizer"))
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
 @pytest.mark.parametrize("schedule", [
     "name=constant", "name=step step_size=1", "name=multistep milestones=[1] gamma=0.5", "name=cosine min_lr=0.001",
 ])
@@ -293,7 +288,6 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "        return Fixed()\n")
     for group in ("algorithm", "experiment"):
         (tmp_path / "mine" / group).mkdir(parents=True)
-    (tmp_path / "mine" / "algorithm" / "mine.yaml").write_text("defaults:\n  - /_schema/algorithm/mine@_here_\n")
     (tmp_path / "mine" / "algorithm" / "thin.yaml").write_text("defaults:\n  - /_schema/algorithm/mine@_here_\ndensity: 0.25\n")
     (tmp_path / "mine" / "experiment" / "my_figure.yaml").write_text("# @package _global_\nepochs: 3\n")
     known = dict(ALGORITHMS.items())
