@@ -87,7 +87,7 @@ def test_commands_compose(name: str, line: str) -> None:
     words = [word.replace("$SLURM_ARRAY_TASK_ID", "3") for word in words if word != "--dry-run"]
     register_schemas()
     composer = Composer("config", None, [word for word in words if word != "-m"])
-    assert composer.check(composer.grid("-m" in words)[:1])
+    assert composer.check(composer.expand("-m" in words)[:1])
 
 
 def test_script_for_slurm_hands_over_to_fa_bench(tmp_path: Path) -> None:

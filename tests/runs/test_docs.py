@@ -41,7 +41,7 @@ def test_commands_of_the_readme_compose(line: str, tmp_path: Path, monkeypatch: 
     if words[:1] == ["-m"]:
         register_schemas()
         composer = Composer("config", None, words[1:])
-        assert len(composer.check(composer.grid(multirun=True))) > 1
+        assert len(composer.check(composer.expand(multirun=True))) > 1
     else:
         assert main([*words, *([] if {"--help", "--dry-run"} & {*words} else ["--cfg", "job"])]) == 0
 

@@ -27,7 +27,7 @@ def composed_runs(name: str) -> list[tuple[Settings, Settings, list[int]]]:
     composer = Composer("config", None, [f"experiment={name}"])
     seeds: dict[tuple[str, ...], list[int]] = {}
     firsts: list[list[str]] = []
-    for overrides in composer.grid(multirun=True):
+    for overrides in composer.expand(multirun=True):
         rest = tuple(override for override in overrides if not override.startswith(SEED))
         if rest not in seeds:
             firsts.append(overrides)
@@ -90,7 +90,7 @@ def test_the_usual_components() -> None:
     """Presets that choose no dataset, architecture or optimizer of their own rely on these."""
     register_schemas()
     composer = Composer("config", None, [])
-    [(job, _)] = composer.check(composer.grid(multirun=False), directories=False)
+    [(job, _)] = composer.check(composer.expand(multirun=False), directories=False)
     assert (job.algorithm.name, job.architecture.name, job.dataset.name, job.optimizer.name) == ("fa", "mlp", "digits", "sgd")
     assert job.feedback_optimizer is None
     assert flat(job.plain()) == default_settings(job)

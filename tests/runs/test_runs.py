@@ -305,10 +305,13 @@ PLUGIN = ["--config-dir", "mine", "plugins=[my_rules]"]
 def test_own_rule_is_explained_and_its_typos_too(plugin: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help", *PLUGIN]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"^    mine +My very own rule\.$", said, re.M) and "algorithm=mine:" in said and "my_figure" in said
+    assert "mine," in said and "my_figure" in said and len(said.splitlines()) <= 60
+    assert main(["--help", *PLUGIN, "algorithm", "experiment"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^  mine +My very own rule\.$", said, re.M) and re.search(r"^  quickstart +Six rules on real", said, re.M)
     assert main(["--help", *PLUGIN, "algorithm=mine"]) == 0
     said = capsys.readouterr().out
-    assert "algorithm.density=0.5" in said and "algorithm=fa" not in said.split("run options:")[1]
+    assert "algorithm.density=0.5" in said and "algorithm=mine: My very own rule." in said and "seed=" not in said
     assert main(["--help", *PLUGIN, "algorithm=thin"]) == 0
     assert "algorithm=thin (mine):" in (said := capsys.readouterr().out) and "algorithm.density=0.25" in said
     for words, named in (
@@ -337,7 +340,7 @@ def test_own_rule_from_a_plugin(plugin: None, tmp_path: Path) -> None:
 def test_help_and_composed_config_do_not_wait_for_torch() -> None:
     code = ("import sys; from fa_bench.cli import main; code = main(sys.argv[1:]); "
             "print('torch imported:', 'torch' in sys.modules); sys.exit(code)")
-    for arguments, expected in ((["--help"], "algorithm.b_init"), (["--cfg", "job", "algorithm=kp"], "name: kp")):
+    for arguments, expected in ((["--help", "algorithm=kp"], "algorithm.b_init"), (["--cfg", "job", "algorithm=kp"], "name: kp")):
         ran = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT)
         assert ran.returncode == 0, ran.stderr
         assert expected in ran.stdout and "torch imported: False" in ran.stdout
