@@ -20,6 +20,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
 from fa_bench.command.compose import Composer, folder_of
+from fa_bench.command.fit import check_fit
 from fa_bench.command.jobs import Task, interrupted, job_name
 from fa_bench.command.rehearsal import making
 from fa_bench.config.job import Job
@@ -57,6 +58,7 @@ def sweep(context: HydraContext, task: Any, config: DictConfig, arguments: list[
     composer = Composer(config.hydra.job.config_name, None, [*hydras, *arguments], context.config_loader)
     overrides = composer.expand(multirun=True, config=config)
     jobs = composer.check(overrides)
+    check_fit(job for job, _ in jobs)
     folders = _folders(jobs)
     for folder in folders:
         check(folder)
