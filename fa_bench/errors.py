@@ -112,6 +112,10 @@ def first_line(error: BaseException) -> str:
     return cut((text or type(error).__name__).splitlines()[0], MOST_SAID)
 
 
+#: From this share of common letters on a name is near another: 'cuda' to 'cud', but not 'compile' to 'optimizer'.
+NEAR = 0.65
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """A hint of the form ``; did you mean 'fa'?``, or nothing where no name is close."""
     if len(str(name)) > MOST_SAID:
@@ -121,7 +125,7 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
         return difflib.SequenceMatcher(None, str(name), other).ratio(), -abs(len(str(name)) - len(other))
 
     best = max(allowed, key=likeness, default="")
-    return f"; did you mean '{best}'?" if best and likeness(best)[0] >= 0.5 else ""
+    return f"; did you mean '{best}'?" if best and likeness(best)[0] >= NEAR else ""
 
 
 def names(allowed: Iterable[str]) -> str:

@@ -12,9 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-#: Threads that the process which starts the jobs of a grid has; seen by jobs in other processes.
-THREADS = "FA_BENCH_THREADS"
-
 
 def random_state() -> dict[str, Any]:
     """The state of every global random generator."""
@@ -45,18 +42,8 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def threads(asked: int) -> int:
-    """CPU threads of a run.
-
-    Args:
-        asked: the option `threads`; 0: as many as the process that started the grid has, for their number changes the order of
-            sums and so the last bits, but no more than there are cores.
-    """
-    given = int(os.environ.get(THREADS, 0))
-    return asked or (min(given, _cores()) if given else torch.get_num_threads())
-
-
-def _cores() -> int:
+def cores() -> int:
+    """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

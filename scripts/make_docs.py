@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from fa_bench.config.job import conf_dir
-from fa_bench.config.options import Options, limits_text, option_fields, type_name, value_text
+from fa_bench.config.options import Options, limits_text, option_fields, summary, type_name, value_text
 from fa_bench.config.registries import ALGORITHMS
 from fa_bench.mechanisms.cuts import CutRule
 from fa_bench.mechanisms.edge import EdgeRule
@@ -95,7 +95,7 @@ def _page(name: str) -> str:
         f"# `{name}`", "", _summary(name), "", f"Kind: {dict(KINDS)[_kind(name)]}. Source: [{source}](../../{source}). "
         f"{_presets(name)}[All rules](README.md).", "",
         f"    fa-bench algorithm={name}", f"    rule = fa_bench.attach(model, \"{name}\")", "",
-        _markdown(inspect.getdoc(cls) or ""), "", "## Options", "",
+        _markdown((inspect.getdoc(cls) or "").partition("\n\n")[2]), "", "## Options", "",
         "On the command line `algorithm.NAME=VALUE`, in Python keyword arguments of `attach`.", "",
         "| option | default | allowed | meaning |", "|---|---|---|---|", *_rows(cls), "",
     ]
@@ -109,8 +109,7 @@ def _markdown(docstring: str) -> str:
 
 
 def _summary(name: str) -> str:
-    """The comment at the head of the rule's YAML."""
-    return (conf_dir() / "algorithm" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+    return _markdown(summary(ALGORITHMS[name]))
 
 
 def _kind(name: str) -> type[Rule]:

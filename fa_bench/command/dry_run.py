@@ -55,7 +55,7 @@ def dry_run(config_name: str, config_dir: str | None, overrides: list[str], mult
     """
     with _nothing_written(), isolated():
         composer = Composer(config_name, config_dir, overrides)
-        jobs = composer.check(composer.grid(multirun), directories=False)
+        jobs = composer.check(composer.expand(multirun), directories=False)
         if not multirun:
             job, place = jobs[0]
             return "\n".join([_HEAD, "", *_section("config", _config(job)),

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+# Hydra reads every file through the source that is registered for files, and offers no public way to put another one there.
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.override_parser.types import Override
@@ -23,10 +24,10 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fa_bench.command.clock import pin
 from fa_bench.config.yaml_files import read_yaml
 from fa_bench.errors import ConfigError
 
+SWEEPER = "hydra_plugins.fa_bench_sweeper.FaBenchSweeper"
 #: The sections of which Hydra makes objects, and those of its logs.
 _MADE, _LOGS = ("hydra.launcher", "hydra.sweeper", "hydra.callbacks"), ("hydra.job_logging", "hydra.hydra_logging")
 #: What may be filled in within them: names and folders, which are text whatever a config says.
@@ -35,12 +36,19 @@ _LOG_CLASSES = ("logging.StreamHandler", "logging.FileHandler", "logging.NullHan
 _STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 
 
+class _FileResult(ConfigResult):
+    """A file's config, with nothing filled in from a component of the same name.
+
+    Hydra 1.3 would merge a file with the ConfigStore's entry of its path (automatic schema matching, which Hydra 1.4 lacks).
+    """
+
+    is_schema_source = property(lambda self: True, lambda self, value: None)  # type: ignore[assignment]
+
+
 class CheckedFiles(FileConfigSource):
-    """Hydra's source of config files, which reads them as plain data of a bounded size, all at the time of the command."""
+    """Hydra's source of config files, which reads them as plain data of a bounded size."""
 
     def load_config(self, config_path: str) -> ConfigResult:
-        # Its name is the base's, so that Hydra's own registration of that one changes nothing.
-        pin()  # here, for every process that composes a config reads one: the workers of launchers too
         path = Path(self.path, self._normalize_file_name(config_path)).resolve()
         if not path.exists():
             raise ConfigLoadError(f"Config not found : {path}")
@@ -61,9 +69,10 @@ class CheckedFiles(FileConfigSource):
             for key, last, value in _walk(OmegaConf.to_container(config, resolve=False), ""):
                 if str(last) == "_target_" and str(value) not in _made_by_hydra():
                     raise ConfigError(f"{path}: {_unwanted(key, value)}")
-        return ConfigResult(provider=self.provider, path=f"{self.scheme()}://{self.path}", config=config, header=header)
+        return _FileResult(provider=self.provider, path=f"{self.scheme()}://{self.path}", config=config, header=header)
 
 
+# So that Hydra's own registration of its source, in this process and in a launcher's, changes nothing.
 CheckedFiles.__name__ = FileConfigSource.__name__
 
 
@@ -129,15 +138,21 @@ def check_config(config: DictConfig, plugins: list[str]) -> None:
             if path.startswith(_LOGS):
                 _check_log(path, str(key), value)
     if isinstance(plain, dict) and "experiment" in plain:
-        raise ConfigError("experiment: a preset's file begins with the line '# @package _global_', and sets a mapping of keys")
+        raise ConfigError("experiment: the file must begin with the line '# @package _global_' and set a mapping of keys")
     hydra: Any = plain.get("hydra") if isinstance(plain, dict) else None
+    sweeper = hydra.get("sweeper") if isinstance(hydra, dict) else None
+    if isinstance(sweeper, dict) and sweeper.get("_target_") in _made_by_hydra() - {SWEEPER}:
+        raise ConfigError(f"hydra/sweeper={hydra['runtime']['choices'].get('hydra/sweeper')}: only fa-bench's own sweeper checks "
+                          "every job before the first one starts (allowed: fa_bench)")
+    if isinstance(sweeper, dict) and (extra := [key for key in sweeper if key != "_target_"]):
+        raise ConfigError(f"hydra.sweeper.{extra[0]}: fa-bench's sweeper has no options; list the values on the command line, or "
+                          "in an experiment's `grid`")
     for path, section in (("hydra", hydra), ("hydra.job", hydra.get("job") if isinstance(hydra, dict) else None)):
         if not isinstance(section, dict):
             raise ConfigError(f"{path}={section}: not a group of options")
     _check_unset(hydra, "job.env_set", "set environment variables in the shell, where they hold for all of the run")
-    _check_unset(hydra, "sweeper.params", "give a grid on the command line, or as `grid` of a preset")
     if hydra["mode"] is not None:
-        raise ConfigError(f"hydra.mode={hydra['mode']}: not possible here; -m on the command line runs a grid")
+        raise ConfigError(f"hydra.mode={hydra['mode']}: not possible here; pass -m (--multirun) for a sweep")
     if Path(folder := hydra["output_subdir"] or "hydra").name != folder:
         raise ConfigError(f"hydra.output_subdir={folder} is not the name of a folder in the run's directory")
     try:

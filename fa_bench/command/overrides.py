@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from fa_bench.config.typed import quoted, unexpanded, word
 from fa_bench.errors import ConfigError, cut, first_line
 
-#: Most jobs of a grid, and most characters of an override: far above what anybody runs.
+#: Most jobs of a sweep, and most characters of an override: far above what anybody runs.
 MOST_JOBS, MOST_TEXT = 10_000, 20_000
 
 
@@ -66,9 +66,10 @@ def expanded(overrides: list[str]) -> list[list[str]]:
     parsed = [parse(text) for text in overrides]
     if (jobs := math.prod(map(count, parsed))) > MOST_JOBS:
         swept = ' '.join(o.input_line or '' for o in parsed if o.is_sweep_override())
-        raise ConfigError(f"{cut(swept, 200)}: a grid of {jobs:.0f} jobs "
-                          f"(allowed: up to {MOST_JOBS})")
-    return [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
+        raise ConfigError(f"{cut(swept, 200)}: a sweep of {jobs:.0f} jobs (allowed: up to {MOST_JOBS})")
+    values = {override.get_key_element(): list(override.sweep_string_iterator()) if override.is_sweep_override()
+              else [override.get_value_element_as_str()] for override in parsed}
+    return [[f"{key}={value}" for key, value in zip(values, job, strict=True)] for job in itertools.product(*values.values())]
 
 
 def _unread(text: str) -> str:

@@ -213,9 +213,9 @@ _registered: dict[str, Any] = {}
 
 
 def register_schemas() -> None:
-    """Tell Hydra every component's options and defaults, in a group of their own that offers no choices.
+    """Make every registered component a choice of its config group; ``/_schema/KIND/NAME`` is the same for files to build on.
 
-    Once for a set of components: every job of a grid asks for it.
+    Nothing happens where the components are those of the last call: every job of a sweep calls this.
 
     Raises:
         ConfigError: for a component without usable defaults, which is dropped.
@@ -228,15 +228,22 @@ def register_schemas() -> None:
     _registered["known"] = known
     store = ConfigStore.instance()
     store.store(group="_schema", name="run", node=defaults(RunOptions))
+    for kind, name in _registered.pop("choices", ()):  # those of plugins that are no more
+        for folder in (store.repo[kind], store.repo["_schema"][kind]):
+            folder.pop(f"{name}.yaml", None)
+    choices = _registered["choices"] = []
     for group in GROUPS:
         for name, cls in group.items():
             try:
-                store.store(group=f"_schema/{group.kind}", name=name, node={"name": name, **defaults(cls)})
+                node = {"name": name, **defaults(cls)}
+                for folder in (group.kind, f"_schema/{group.kind}"):
+                    store.store(group=folder, name=name, node=node)
+                choices.append((group.kind, name))
             except KeyboardInterrupt:
                 raise
             except BaseException as error:  # a user's class
                 group.drop(name)
-                _registered.clear()
+                _registered.pop("known")
                 raise ConfigError(f"{group.kind}={name} ({cls.__module__}.{cls.__qualname__}): its options have no usable "
                                   f"defaults ({blame(error)})") from None
     OmegaConf.register_new_resolver("fa_bench.run_dir", run_dir, replace=True)

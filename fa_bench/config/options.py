@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import math
 import types
 import typing
@@ -77,6 +78,11 @@ class Options:
                                   f"unknown option of {cls.name or cls.__name__}{nearest(str(key), allowed)} "
                                   f"(options: {names(allowed) or 'none'})")
         return cls(**values)
+
+
+def summary(cls: type) -> str:
+    """The first paragraph of a component's docstring, in one line: what ``--help`` and the docs say of it."""
+    return " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split())
 
 
 def option_fields(cls: type[Options]) -> list[dataclasses.Field[Any]]:

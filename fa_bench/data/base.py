@@ -186,6 +186,8 @@ class Dataset(Options):
     channels: int = dataclasses.field(init=False, default=0)
     #: Whether data_dir is the dataset itself, and so a part of a run's identity.
     content_is_data_dir: ClassVar[bool] = False
+    #: Height and width of the stored images and the number of classes; None if only the files tell.
+    stored: ClassVar[tuple[int, int, int] | None] = None
 
     def check(self) -> None:
         if self.validation >= 1 and not self.validation.is_integer():
@@ -205,6 +207,13 @@ class Dataset(Options):
     def augments(self) -> bool:
         """Whether training batches are augmented."""
         return False
+
+    def shape(self) -> tuple[tuple[int, int, int], int] | None:
+        """(C, H, W) and the number of classes of what `load` gives; None if only the files tell."""
+        if self.stored is None:
+            return None
+        height, width, classes = self.stored
+        return (self.channels, *self.cropping().shape(height, width)), classes
 
     def cropping(self) -> Crop:
         """How batches are cropped and resized."""

@@ -20,6 +20,7 @@ class Digits(ArrayDataset):
     """
 
     channels: int = dataclasses.field(init=False, default=1)
+    stored = (8, 8, 10)
 
     def arrays(self, data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
         from sklearn.datasets import load_digits

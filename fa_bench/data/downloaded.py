@@ -106,6 +106,7 @@ class MNIST(Downloaded):
     std: list[float] = std_option(0.3081)
 
     channels: int = dataclasses.field(init=False, default=1)
+    stored = (28, 28, 10)
     torchvision_name = "MNIST"
     folder = "MNIST/raw"
     files = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -152,6 +153,7 @@ class CIFAR10(Downloaded):
     std: list[float] = std_option(0.2470, 0.2435, 0.2616)
 
     channels: int = dataclasses.field(init=False, default=3)
+    stored = (32, 32, 10)
     torchvision_name = "CIFAR10"
     folder = "cifar-10-batches-py"
     files = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")
@@ -184,6 +186,7 @@ class CIFAR100(CIFAR10):
     """
 
     std: list[float] = std_option(0.2023, 0.1994, 0.2010)
+    stored = (32, 32, 100)
 
     torchvision_name = "CIFAR100"
     folder = "cifar-100-python"
@@ -202,6 +205,7 @@ class SVHN(Downloaded):
     augment: bool = augment_option(False)
 
     channels: int = dataclasses.field(init=False, default=3)
+    stored = (32, 32, 10)
     torchvision_name = "SVHN"
     folder = "SVHN"
     files = ("train_32x32.mat", "test_32x32.mat")

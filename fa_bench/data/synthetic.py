@@ -28,6 +28,9 @@ class Synthetic(ArrayDataset):
     data_seed: int = option(0, "seed of the images", minimum=0)
     std: list[float] = std_option(0.25)
 
+    def shape(self) -> tuple[tuple[int, int, int], int]:
+        return (self.channels, self.size, self.size), self.classes
+
     def arrays(self, data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
         generator = np.random.default_rng(self.data_seed)
         shape = (self.channels, self.size, self.size)

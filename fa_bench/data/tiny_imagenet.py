@@ -28,6 +28,7 @@ class TinyImageNet(ImageFiles):
     std: list[float] = std_option(0.277, 0.269, 0.282)
 
     stored_size: ClassVar[int | None] = 64
+    stored = (64, 64, 200)
     folder: ClassVar[str] = "tiny-imagenet-200"
     url: ClassVar[str] = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
     md5: ClassVar[str] = "90528d7ca1a48142e341f4ef8d21d0de"

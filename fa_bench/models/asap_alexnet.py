@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 @ARCHITECTURES.register("asap_alexnet")
 @dataclasses.dataclass(eq=False)
 class ASAPAlexNet(Architecture):
-    """Three convolutions with max-pooling, then 4096-1024-1024-classes (appendix C of Woo et al. 2021 and the code behind it).
+    """AlexNet of the activation-sharing paper, for small images.
+
+    Three convolutions with max-pooling, then 4096-1024-1024-classes (appendix C of Woo et al. 2021 and the code behind it).
 
     5x5 kernels, padding 2, channels 64-128-256; batch normalisation and ReLU behind every hidden layer, and batch normalisation
     of the logits. Pooling rounds up, so that 28x28 and 32x32 images both end as 256 x 4 x 4. The paper's text has 3x3 kernels,

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 @ARCHITECTURES.register("conv2")
 @dataclasses.dataclass(eq=False)
 class Conv2(Architecture):
-    """conv1 - bn1 - act1 - conv2 - bn2 - act2 - pool - fc1 - bn3 - act3 - fc2 (Table 3 of the DKP paper).
+    """Two convolutions and two linear layers, of the direct Kolen-Pollack paper.
+
+    conv1 - bn1 - act1 - conv2 - bn2 - act2 - pool - fc1 - bn3 - act3 - fc2 (Table 3 of the DKP paper).
 
     3x3 kernels, stride 1, max-pooling by 2. The paper's 6272 features are 32 x 14 x 14, which is padding 1 on 28x28 images and
     padding 0 on 32x32 ones: ``padding=null`` chooses so, and 1 for any other size.

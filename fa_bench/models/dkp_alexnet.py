@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 @ARCHITECTURES.register("dkp_alexnet")
 @dataclasses.dataclass(eq=False)
 class DKPAlexNet(Architecture):
-    """torchvision's AlexNet with batch normalisation in front of every ReLU (section 3.2 of the DKP paper), for 224x224 images.
+    """AlexNet of the direct Kolen-Pollack paper, for 224x224 images.
+
+    torchvision's AlexNet with batch normalisation in front of every ReLU (section 3.2 of the DKP paper), for 224x224 images.
 
     Channels 64-192-384-256-256, then 9216-4096-4096-classes on 224x224 images; other sizes, from 63x63 on, give other numbers of
     features. The paper normalises in front of every activation but the output, the code behind it convolutions only

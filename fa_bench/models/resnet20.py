@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 @ARCHITECTURES.register("resnet20")
 @dataclasses.dataclass(eq=False)
 class ResNet20(Architecture):
-    """conv1 - bn1 - relu - layer1..3 of 3 blocks - average pool - fc (He et al. 2016, section 4.2).
+    """Residual net of 20 layers for small images.
+
+    conv1 - bn1 - relu - layer1..3 of 3 blocks - average pool - fc (He et al. 2016, section 4.2).
 
     Stages of 16, 32 and 64 channels, shortcuts without parameters: every second pixel, and zeros for the added channels.
     """

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 @ARCHITECTURES.register("resnet18")
 @dataclasses.dataclass(eq=False)
 class ResNet18(StagedArchitecture):
-    """ResNet-18 for small images: 3x3 stem, stages of 64-128-256-512 channels (appendix C of Woo et al. 2021).
+    """ResNet-18 for small images; shortcuts=false for the nets without shortcuts.
+
+    3x3 stem, stages of 64-128-256-512 channels (appendix C of Woo et al. 2021).
 
     Stem of stride 1 and padding 1 without pooling, blocks of two 3x3 convolutions, 1x1 convolutions with batch normalisation
     where the shape changes, average pooling over the map, and batch normalisation of the logits. ``shortcuts=false`` leaves out
@@ -37,6 +39,9 @@ class ResNet18(StagedArchitecture):
 @ARCHITECTURES.register("resnet34")
 @dataclasses.dataclass(eq=False)
 class ResNet34(ResNet18):
-    """ResNet-34 for small images: as resnet18, with 3, 4, 6 and 3 blocks (appendix C of Woo et al. 2021)."""
+    """ResNet-34 for small images; shortcuts=false for the nets without shortcuts.
+
+    As resnet18, with 3, 4, 6 and 3 blocks (appendix C of Woo et al. 2021).
+    """
 
     blocks: list[int] = option([3, 4, 6, 3], "blocks in each stage", minimum=1, maximum=1000)

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 @ARCHITECTURES.register("resnet18_imagenet")
 @dataclasses.dataclass(eq=False)
 class ResNet18ImageNet(StagedArchitecture):
-    """ResNet-18 for large images: 7x7 stem with pooling, stages of 64-128-256-512 channels (He et al. 2016).
+    """ResNet-18 for large images; bn=after for batch normalisation behind the ReLU.
+
+    7x7 stem with pooling, stages of 64-128-256-512 channels (He et al. 2016).
 
     ``bn=before`` is torchvision's net: the ReLU comes last, behind the sum. ``bn=after`` normalises the signals behind the ReLU,
     as Akrout et al. 2019 do; their appendix with the details is not available, so the block is read as conv - ReLU - BN twice,
@@ -37,7 +39,9 @@ class ResNet18ImageNet(StagedArchitecture):
 @ARCHITECTURES.register("resnet50_imagenet")
 @dataclasses.dataclass(eq=False)
 class ResNet50ImageNet(ResNet18ImageNet):
-    """ResNet-50 for large images: as resnet18_imagenet, with 3, 4, 6 and 3 bottleneck blocks (He et al. 2016).
+    """ResNet-50 for large images; bn=after for batch normalisation behind the ReLU.
+
+    As resnet18_imagenet, with 3, 4, 6 and 3 bottleneck blocks (He et al. 2016).
 
     A block is 1x1 - 3x3 - 1x1 convolutions, the last one with four times the stage's channels; the 3x3 one has the stride, as in
     torchvision.

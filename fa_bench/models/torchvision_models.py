@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 @ARCHITECTURES.register("torchvision")
 @dataclasses.dataclass(eq=False)
 class Torchvision(Architecture):
-    """Any classification model of torchvision by its name, with random weights, `classes` outputs and no auxiliary heads.
+    """Any classification model of torchvision: architecture.model=resnet18.
+
+    With random weights, `classes` outputs and no auxiliary heads.
 
     Images of other than three channels get a first convolution of their own. Cut rules need ``algorithm.cuts``.
     """

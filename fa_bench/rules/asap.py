@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("asap")
 @dataclasses.dataclass(eq=False)
 class ASAP(SharingRule):
-    """Activation sharing with asymmetric paths (Algorithm 1, eqs 39-42 of Woo et al. 2021).
+    """Activation sharing with asymmetric paths: an earlier activation enters the gradients of W and B.
+
+    Algorithm 1, eqs 39-42 of Woo et al. 2021.
 
     e_in = g B; gradient of W = gradient of B = gᵀ h̃ (for convolutions, the weight gradient of h̃ and g). h̃ is an earlier
     activation shared by ``k`` layers, brought to the shape of the true input x by ``match``: activation s = 1 + k ⌊(p - 2)/k⌋

@@ -30,7 +30,9 @@ class FeedbackPathSharing(SharedActivationFeedback):
 @ALGORITHMS.register("asfp")
 @dataclasses.dataclass(eq=False)
 class ASFP(SharingRule):
-    """Activation sharing in the feedback path (eqs 39-42 of Woo et al. 2021).
+    """Activation sharing in the feedback path: an earlier activation enters the gradient of B alone.
+
+    Eqs 39-42 of Woo et al. 2021.
 
     e_in = g B; gradient of W = gᵀ x with the true input; gradient of B = gᵀ h̃ with the shared activation h̃ of `asap`, so that B
     follows W only as far as the activations agree. The shared activations, their matching, the frozen stem and the fully

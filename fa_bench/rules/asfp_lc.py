@@ -64,7 +64,9 @@ class Classifiers(ModuleRule):
 @ALGORITHMS.register("asfp_lc")
 @dataclasses.dataclass(eq=False)
 class ASFPLC(ASFP):
-    """Activation sharing in the feedback path with local classifiers (ASFP + LC, Table 2 of Woo et al. 2021).
+    """Activation sharing in the feedback path, with a local classifier at the end of every block.
+
+    ASFP + LC, Table 2 of Woo et al. 2021.
 
     The model is a chain of blocks, and no error passes from one to the next. Every block except the last has a classifier s =
     BN(V p + c), where p is the block's activation, averaged to ``pool`` x ``pool`` and flattened, and learns by CE(s, labels);

@@ -14,7 +14,9 @@ from fa_bench.rules.bp import BP
 @ALGORITHMS.register("bp_fc")
 @dataclasses.dataclass(eq=False)
 class BPFullyConnected(BP):
-    """Fully connected layers learn by backpropagation, convolutions stay random ("BP (FC only)", section 3.2 of the DKP paper).
+    """Floor for convolutional nets: fully connected layers learn by backpropagation, convolutions stay random.
+
+    "BP (FC only)", section 3.2 of the DKP paper.
 
     Choices not specified in the paper: gains and biases of normalisation layers that a convolution feeds are frozen, too; those
     layers stay in training mode; frozen tensors do not decay. All fully connected layers learn, including hidden ones.

@@ -13,7 +13,9 @@ from fa_bench.rules.frsf import FRSF
 @ALGORITHMS.register("brsf")
 @dataclasses.dataclass(eq=False)
 class BRSF(FRSF):
-    """Batchwise random magnitude sign-concordant feedback (Liao et al. 2016).
+    """Sign-concordant feedback with random magnitudes, new ones for every batch.
+
+    Liao et al. 2016.
 
     e_in = g B with B = |M| sign(W) of the current W, sign(0) = 0; a new M is sampled at every training forward pass.
     ``rule.feedback`` has the last sample; evaluation samples nothing.

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("dfa")
 @dataclasses.dataclass(eq=False)
 class DFA(CutRule):
-    """Direct feedback alignment (Nøkland 2016; section 2 of Li and Benna 2024).
+    """Direct feedback alignment: the output error projected to every hidden activation.
+
+    Nøkland 2016; section 2 of Li and Benna 2024.
 
     The error at the logits, δ = ∂L/∂z of shape (N, C), is projected directly to every hidden activation, where it replaces the
     error of the layers above; the derivatives from there down to the next weights are exact. The output layer has its true

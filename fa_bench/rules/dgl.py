@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("dgl")
 @dataclasses.dataclass(eq=False)
 class DGL(ModuleRule):
-    """Decoupled greedy learning (Belilovsky, Eickenberg and Oyallon 2020), all modules trained at once.
+    """Decoupled greedy learning: blocks that learn by auxiliary classifiers of their own.
+
+    Belilovsky, Eickenberg and Oyallon 2020; all modules are trained at once.
 
     The network is a chain of modules, here the blocks that the model declares. Each module except the last has an auxiliary net A
     after it, and both learn by true backpropagation of CE(A(a), labels), where a is the module's output; no error passes from one

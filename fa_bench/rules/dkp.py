@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("dkp")
 @dataclasses.dataclass(eq=False)
 class DKP(CutRule):
-    """Direct Kolen-Pollack (eqs 3, 7 and 8 of "Learning the connections in direct feedback alignment").
+    """Direct Kolen-Pollack: direct feedback that learns to read the activations out.
+
+    Eqs 3, 7 and 8 of "Learning the connections in direct feedback alignment".
 
     δ = ∂L/∂z of shape (N, C) is the error at the logits. The error at a cut is δ B, as in direct feedback alignment, with B of
     shape (C, features of the cut), and B learns by

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("drtp")
 @dataclasses.dataclass(eq=False)
 class DRTP(CutRule):
-    """Direct random target projection (Frenkel, Lefebvre and Bol 2021).
+    """Direct random target projection: the labels, projected to every hidden activation.
+
+    Frenkel, Lefebvre and Bol 2021.
 
     The error at a cut depends on the labels only: y B s / N, with y (N, C) the one-hot labels, B (C, features of the cut) fixed
         and random, s the `scale` and N the batch size. The output layer has its true gradient. The error does not depend on the

@@ -13,7 +13,9 @@ from fa_bench.mechanisms.pathways import FeedbackPathway, FixedFeedback
 @ALGORITHMS.register("fa")
 @dataclasses.dataclass(eq=False)
 class FA(RandomFeedbackRule):
-    """Feedback alignment (Lillicrap et al. 2016; eq 3 of Akrout et al. 2019; section 2 of Li and Benna 2024).
+    """Feedback alignment: fixed random feedback.
+
+    Lillicrap et al. 2016; eq 3 of Akrout et al. 2019; section 2 of Li and Benna 2024.
 
     e_in = g B, with B random, fixed and independent of W, one for each weighted layer, including projection shortcuts.
     Gradients of W and b are those of backpropagation with this error. B has no gradient and does not decay.

@@ -63,7 +63,9 @@ class RandomForward(TransposeFeedback):
 @ALGORITHMS.register("forward_alignment")
 @dataclasses.dataclass(eq=False)
 class ForwardAlignment(EdgeRule):
-    """Forward Alignment (appendix A of Woo et al. 2021, eqs 26-27).
+    """Forward Alignment: random forward weights in the weight update, the true error.
+
+    Appendix A of Woo et al. 2021, eqs 26-27.
 
     e_in = g W, the true error; gradient of W = gᵀ h̃, where h̃ = φ(C h) is the input that the layer would have if the preceding
     layer, with its true input h, had a fixed random weight C in place of W, and no bias. φ is everything between the two layers

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("frozen")
 @dataclasses.dataclass(eq=False)
 class Frozen(BP):
-    """Only the output layer learns, by its true gradient; every other parameter keeps its initial value.
+    """Floor: only the output layer learns, by its true gradient; every other parameter keeps its initial value.
 
     A rule that does not beat this floor trains nothing useful below the output layer. Batch normalisation stays in training
     mode: its gains and biases are frozen, but its running statistics are updated. Frozen tensors do not decay.

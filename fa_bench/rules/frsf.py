@@ -13,7 +13,9 @@ from fa_bench.mechanisms.pathways import FeedbackPathway, SignedMagnitudeFeedbac
 @ALGORITHMS.register("frsf")
 @dataclasses.dataclass(eq=False)
 class FRSF(EdgeRule):
-    """Fixed random magnitude sign-concordant feedback (Liao et al. 2016).
+    """Sign-concordant feedback with fixed random magnitudes.
+
+    Liao et al. 2016.
 
     e_in = g B with B = |M| sign(W) of the current W, sign(0) = 0; M is sampled once.
 

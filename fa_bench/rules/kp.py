@@ -13,7 +13,9 @@ from fa_bench.mechanisms.pathways import FeedbackPathway, LearnedFeedback
 @ALGORITHMS.register("kp")
 @dataclasses.dataclass(eq=False)
 class KP(RandomFeedbackRule):
-    """Kolen-Pollack (Kolen and Pollack 1994; eqs 16-18 of Akrout et al. 2019).
+    """Kolen-Pollack: learned feedback with the gradient of the weight.
+
+    Kolen and Pollack 1994; eqs 16-18 of Akrout et al. 2019.
 
     e_in = g B; the gradient of B is exactly that of W; B is trained with W's optimizer, learning rate, momentum and decay. The
     gradients cancel in W - B, so that with decay λ, momentum m and rate lr, SGD shrinks the difference:

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("local_error")
 @dataclasses.dataclass(eq=False)
 class LocalError(LocalRule):
-    """Learning by local errors (Mostafa, Ramesh and Cauwenberghs 2018).
+    """Local errors: a fixed random classifier at every hidden activation.
+
+    Mostafa, Ramesh and Cauwenberghs 2018.
 
     Every hidden activation a has a fixed random linear classifier M (C, features) and learns by its cross-entropy:
 

@@ -62,7 +62,9 @@ class MixedFeedback(FeedbackPathway):
 @ALGORITHMS.register("mixed")
 @dataclasses.dataclass(eq=False)
 class Mixed(ProductRule):
-    """Three kinds of synapses in every layer, of PFA, FA and KP (discussion and appendix B of Li and Benna 2024).
+    """Synapses by PFA, FA and KP mixed, so that the weight angle is that of the brain.
+
+    The discussion and appendix B of Li and Benna 2024.
 
     e_in = g E with E = m_pfa (B R) + m_fa F + m_kp K, entry by entry in the weight's layout. Each entry is of one kind, sampled
     once with the probabilities p = ``pfa``, f = ``fa``, k = ``kp`` and encoded in the masks m. The fixed B and the learned R,

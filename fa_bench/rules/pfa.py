@@ -82,7 +82,9 @@ class ProductRule(EdgeRule):
 @ALGORITHMS.register("pfa")
 @dataclasses.dataclass(eq=False)
 class PFA(ProductRule):
-    """Product feedback alignment (eqs 4-6 of Li and Benna 2024).
+    """Product feedback alignment: the error in two hops, a fixed random one and a learned one.
+
+    Eqs 4-6 of Li and Benna 2024.
 
     ē = g B and e_in = ē R: the error reaches the layer's input through a population of M = ``ratio`` x O units. B (O, M) is
     fixed and random with E[B Bᵀ] = I: uniform with variance 1/M. R (M, I, K...; ``r_init``) learns with W's optimizer, learning

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("pfa_o")
 @dataclasses.dataclass(eq=False)
 class PFAO(ProductRule):
-    """PFA-o: product feedback alignment with B Bᵀ = I exactly (Li and Benna 2024).
+    """Product feedback alignment whose first hop is semi-orthogonal: B Bᵀ = I exactly.
+
+    Li and Benna 2024.
 
     ē = g B, e_in = ē R, gradient of R = ēᵀ x, as in `pfa`; B (O, M) is fixed and has orthonormal rows: the orthogonal factor of a
     Gaussian matrix, with unique signs. W and B R then differ only by their initial values.

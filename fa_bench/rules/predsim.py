@@ -23,7 +23,9 @@ _TINY = 1e-8
 @ALGORITHMS.register("predsim")
 @dataclasses.dataclass(eq=False)
 class PredSim(LocalRule):
-    """Local losses of Nøkland and Eidnes 2019.
+    """Local losses: a local classifier and a similarity of samples at every hidden activation.
+
+    Nøkland and Eidnes 2019.
 
     Every hidden activation a has the loss
 

@@ -24,7 +24,9 @@ SCALES: dict[str, Callable[[int, int, bool], float]] = {
 @ALGORITHMS.register("usf")
 @dataclasses.dataclass(eq=False)
 class USF(EdgeRule):
-    """Uniform sign-concordant feedback, "sign symmetry" (Liao et al. 2016; Xiao et al. 2018; SF of Li and Benna 2024).
+    """Uniform sign-concordant feedback ("sign symmetry"): the sign of the weight, scaled.
+
+    Liao et al. 2016; Xiao et al. 2018; SF of Li and Benna 2024.
 
     e_in = g B with B = s sign(W) of the current W, sign(0) = 0. `scale` chooses s:
     xavier √(2/(fan_in + fan_out)); pytorch 1/√(3 fan_in); xiao √(2/fan_out) for convolutions and 1/√fan_in for linear

@@ -112,7 +112,9 @@ class MirroredFeedback(FixedFeedback):
 @ALGORITHMS.register("wm")
 @dataclasses.dataclass(eq=False)
 class WM(EdgeRule):
-    """Weight mirror (section 4 of Akrout et al. 2019).
+    """Weight mirror: noise at each layer's input turns the feedback towards the weights.
+
+    Section 4 of Akrout et al. 2019.
 
     e_in = g B; gradients of W and b are those of backpropagation with this error; B has no gradient, no optimizer and none of the
     optimizer's decay. After every update, and independently of the data, each layer takes ``mirror_steps`` mirror steps:

@@ -26,7 +26,7 @@ from fa_bench.memory_limits import require, within_memory
 from fa_bench.metrics.probe import Probe
 from fa_bench.metrics.probes.base import LayerProbes, Subject
 from fa_bench.optim import Optimizers
-from fa_bench.process import isolated, seed_everything, threads
+from fa_bench.process import isolated, seed_everything
 from fa_bench.records import RecordError, recorded_lines
 from fa_bench.runs import checkpoint
 from fa_bench.runs.batches import check_batches, probe_batch
@@ -283,7 +283,7 @@ def prepare(job: Job) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(job.run.deterministic)
     torch.backends.cudnn.benchmark = not job.run.deterministic
-    torch.set_num_threads(threads(job.run.threads))
+    torch.set_num_threads(job.run.threads or torch.get_num_threads())
     seed_everything(job.run.seed)
     name = job.run.device
     if name == "auto":
@@ -303,6 +303,10 @@ def _build(job: Job, splits: Any) -> torch.nn.Module:
         return job.architecture.build(splits.input_shape, len(splits.classes))
     except OptionError as error:
         raise error.under("architecture") from None
+
+
+#: Seconds between two epochs that are shown off a terminal, the first and the last apart.
+SHOWN_EVERY = 10.0
 
 
 @dataclasses.dataclass
@@ -331,7 +335,7 @@ class _Session:
         """Train to the end; raises Interrupted, with everything whole, soon after `stop` asks for it."""
         run, progress = self.job.run, self.progress
         self._initial_phase(stop)
-        self._saved = self._started = time.monotonic()
+        self._saved = self._started = self._shown = time.monotonic()
         self._first = progress.epoch + 1
         steps = self.splits.train.steps(run.batch_size, run.drop_last)
         with tqdm(total=steps * run.epochs, initial=progress.step, desc=self.title, unit="step", disable=None,
@@ -367,8 +371,11 @@ class _Session:
         val = "" if metrics["val_accuracy"] is None else f"  val {metrics['val_accuracy']:.2%}"
         shown = f"train loss {metrics['train_loss']:.4f}{val}  test {metrics['test_accuracy']:.2%}"
         bar.set_postfix_str(shown, refresh=False)
-        # Off a terminal there is no bar: the log is what shows that the run is alive.
-        level = logging.INFO if bar.disable else logging.DEBUG
+        # Off a terminal there is no bar: the log shows that the run is alive.
+        now = time.monotonic()
+        due = progress.epoch in (self._first, run.epochs) or now - self._shown > SHOWN_EVERY
+        self._shown = now if due else self._shown
+        level = logging.INFO if bar.disable and due else logging.DEBUG
         log.log(level, "%s epoch %d/%d  %s", self.title, progress.epoch, run.epochs, shown)
         if progress.epoch == self._first and self.later_epochs:
             took = time.monotonic() - self._started

@@ -111,8 +111,9 @@ def test_a_long_word_is_cut(word: str, folder: Path, capsys: pytest.CaptureFixtu
 
 # ------------------------------------------------------------------------------------------------ Hydra's own
 @pytest.mark.parametrize(("word", "named"), [
-    ("hydra.sweeper.max_batch_size=0", ["hydra.sweeper.max_batch_size=0", ">= 1"]),
-    ("hydra.sweeper.max_batch_size=-1", ["hydra.sweeper.max_batch_size=-1", ">= 1"]),
+    ("hydra.sweeper.max_batch_size=1", ["hydra.sweeper.max_batch_size: unknown key"]),
+    ("+hydra.sweeper.max_batch_size=1", ["hydra.sweeper.max_batch_size: fa-bench's sweeper has no options"]),
+    ("hydra/sweeper=basic", ["hydra/sweeper=basic", "fa_bench"]), ("hydra/sweeper=bacis", ["hydra/sweeper=bacis", "'basic'"]),
     ("hydra.sweep.dir=a,b", ["hydra.sweep.dir=a,b", "one value"]),
     ("hydra.run.dir=a,b", ["hydra.run.dir=a,b", "one value"]),
     ("hydra.job.name=a,b", ["hydra.job.name=a,b", "one value"]),
@@ -129,7 +130,7 @@ def test_a_long_word_is_cut(word: str, folder: Path, capsys: pytest.CaptureFixtu
     ("hydra.overrides.task=[a]", ["hydra.overrides", "leave it"]), ("hydra.overrides.hydra=[a]", ["hydra.overrides", "leave it"]),
     ("~output_dir", ["output_dir"]), ("~hydra.sweep.dir", ["hydra.sweep.dir"]), ("~hydra.sweep.subdir", ["hydra.sweep.subdir"]),
     ("hydra/launcher=ray", ["hydra/launcher=ray", "pip install hydra-ray-launcher", "basic"]),
-    ("hydra/sweeper=optuna", ["hydra/sweeper=optuna", "pip install hydra-optuna-sweeper"]),
+    ("hydra/sweeper=optuna", ["hydra/sweeper=optuna", "available: basic, fa_bench"]),
     ("hydra/job_logging=colorlog", ["hydra/job_logging=colorlog", "pip install hydra-colorlog"]),
     ("hydra/launcher=submitit_lokal", ["hydra/launcher=submitit_lokal", "'submitit_local'"]),
     ("hydra/launcher=joblb", ["hydra/launcher=joblb", "'joblib'"]), ("hydra/lancher=joblib", ["hydra/lancher"]),
@@ -148,7 +149,7 @@ def test_several_folders_of_one_run_are_not_sent_to_a_grid(folder: Path, capsys:
 
 
 def test_what_hydra_can_use_is_taken(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["-m", *SMALL, "seed=0,1", "hydra.sweeper.max_batch_size=1", "hydra/job_logging=default", "hydra.verbose=[x]",
+    assert main(["-m", *SMALL, "seed=0,1", "hydra/job_logging=default", "hydra.verbose=[x]",
                  "hydra.sweep.dir=o/${hydra.job.name}"]) == 0
     assert len(list((folder / "o").rglob("result.json"))) == 2
 
@@ -167,7 +168,7 @@ def test_a_value_that_leads_back_to_itself_by_hydras_resolver_is_refused() -> No
     ("grid:\n  - {hydra.sweep.dir: 'a,b'}", "hydra.sweep.dir=a,b"), ("grid: '${nope}'", "grid"), ("rules: '${nope}'", "rules"),
     ("grid: {a: 1}", "grid={'a': 1}"), ("rules: {'': {}}", "rules."), ("rules: {fa: {'': 1}}", "rules.fa"),
     ("rules: {fa: {'a b': 1}}", "rules.fa"), ("rules: {1: {}}", "rules.1"), ("null: 3", "None"), ("hydra: 1", "experiment/odd"),
-    ("hydra:\n  sweeper: {max_batch_size: 0}", "hydra.sweeper.max_batch_size=0"),
+    ("hydra:\n  sweeper: {max_batch_size: 0}", "hydra.sweeper.max_batch_size"),
     ("hydra:\n  callbacks: {x: 1}", "hydra.callbacks"),
     ("output_dir: ['a']", "output_dir=['a']"), ("output_dir: '~/o'", "output_dir=~/o"), ("data_dir: '~'", "data_dir=~"),
     ("probes: [[readout]]", "probes=[['readout']]"), ("defaults:\n  - override /hydra/launcher: ray", "hydra-ray-launcher"),

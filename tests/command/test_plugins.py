@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fa_bench.cli import main
 from fa_bench.config.job import import_plugins, register_schemas
@@ -118,6 +119,47 @@ def test_a_rule_that_exits_ends_its_own_job_alone(
     else:
         assert code == 1
         assert len(list(tmp_path.rglob("result.json"))) == 1 + grid
+
+
+OPTIMIZER = """
+import torch
+from fa_bench.optim import OptimizerOptions
+@OPTIMIZERS.register('odd_rule')
+@dataclasses.dataclass(eq=False)
+class Plain(OptimizerOptions):
+    'Plain descent.'
+    def build(self, groups): return torch.optim.SGD(groups, lr=self.lr)
+"""
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_what_a_plugin_registers_is_a_choice_without_any_file(launcher: str, tmp_path: Path) -> None:
+    rule = "from fa_bench.rules.fa import FA\n" + RULE.replace("EdgeRule", "FA")
+    (tmp_path / "odd_plugin.py").write_text(IMPORTS + rule + OPTIMIZER)
+    words = ["-m", *SMALL, "plugins=[odd_plugin]", "algorithm=odd_rule,kp", "algorithm.plain_last=true",
+             "optimizer@feedback_optimizer=odd_rule", "feedback_optimizer.lr=0.5", f"hydra/launcher={launcher}"]
+    assert main([*words, *(["hydra.launcher.n_jobs=2"] if launcher == "joblib" else [])]) == 0
+    for path in (found := list(tmp_path.rglob("config.yaml"))):
+        config = yaml.safe_load(path.read_text())
+        assert config["feedback_optimizer"]["name"] == "odd_rule" and config["feedback_optimizer"]["lr"] == 0.5
+    assert len(found) == 2
+
+
+def test_a_file_of_a_components_name_stands_in_its_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Hydra 1.3 would fill it up with the component's own defaults."""
+    (tmp_path / "conf" / "algorithm").mkdir(parents=True)
+    (tmp_path / "conf" / "algorithm" / "thin.yaml").write_text("defaults:\n  - fa\ndensity: 0.25\n")
+    (tmp_path / "conf" / "algorithm" / "kp.yaml").write_text("defaults:\n  - thin\n")
+    assert main(["--config-dir", "conf", "algorithm=kp", "--cfg", "job", "--package", "algorithm"]) == 0
+    said = capsys.readouterr()
+    assert "name: fa" in said.out and "density: 0.25" in said.out and "b_lr_scale" not in said.out and said.err == ""
+
+
+def test_a_choice_goes_with_its_component(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "odd_plugin.py").write_text(IMPORTS + RULE)
+    assert main(["--cfg", "job", "plugins=[odd_plugin]", "algorithm=odd_rule"]) == 0
+    ALGORITHMS.drop("odd_rule")
+    assert main(["--cfg", "job", "algorithm=odd_rule"]) == 2 and "no such algorithm" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", ["SystemExit", "GeneratorExit"])

@@ -38,7 +38,7 @@ def jobs() -> dict[str, Job]:
     """The grid's jobs by where they lie below a sweep's folder."""
     register_schemas()
     composer = Composer("config", None, GRID)
-    return {str(place.relative_to("outputs")): job for job, place in composer.check(composer.grid(multirun=True))}
+    return {str(place.relative_to("outputs")): job for job, place in composer.check(composer.expand(multirun=True))}
 
 
 def train_all(folder: str, jobs: dict[str, Job], resume: bool = False) -> None:

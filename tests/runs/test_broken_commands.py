@@ -23,6 +23,10 @@ BROKEN = [
     ("+algoritm=kp", ["algoritm", "'algorithm'", "allowed"]),
     ("optimizer.lrr=0.1", ["optimizer.lrr", "'lr'", "allowed"]),
     ("+optimizer.lrr=0.1", ["optimizer.lrr", "'lr'", "options"]),
+    ("lr=0.1", ["lr: unknown key; did you mean 'optimizer.lr'?", "allowed"]),
+    ("density=0.5", ["density: unknown key; did you mean 'algorithm.density'?"]),
+    ("algorithm.lr=0.1", ["algorithm.lr: unknown key lr in algorithm; did you mean 'optimizer.lr'?"]),
+    ("--help algoritm", ["--help algoritm", "'algorithm'"]),
     ("algorithm.densty=0.5", ["algorithm.densty", "'density'"]),
     ("algorithm/foo=3", ["algorithm/foo", "'algorithm'"]),
     ("hydra.swep=1", ["hydra.swep", "'sweep'"]),
@@ -103,6 +107,12 @@ def test_ends_in_a_short_message_before_any_training(
     for part in named:
         assert part in said[0]
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("word", ["compile=true", "optimizer.foo=x", "algorithm=backprop", "--help foo"])
+def test_a_name_that_is_not_near_is_no_suggestion(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(word.split()) == 2
+    assert "did you mean" not in capsys.readouterr().err
 
 
 SMALL = ["dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16", "architecture.widths=[8]", "epochs=1"]

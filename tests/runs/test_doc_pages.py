@@ -107,7 +107,7 @@ def test_commands_compose(name: str, line: str) -> None:
     words = [word.replace("$SLURM_ARRAY_TASK_ID", "3") for word in words if word != "--dry-run"]
     register_schemas()
     composer = Composer("config", None, [word for word in words if word != "-m"])
-    assert composer.check(composer.grid("-m" in words)[:1])
+    assert composer.check(composer.expand("-m" in words)[:1])
 
 
 def test_script_for_slurm_hands_over_to_fa_bench(tmp_path: Path) -> None:
@@ -167,12 +167,8 @@ def test_dataset_of_the_guide_works_in_the_package_and_as_a_plugin(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = page("add_a_dataset")
-    blocks = {kind: [re.sub(r"^   ", "", block, flags=re.M) if indent else block for indent, block in found]
-              for kind in ("python", "yaml") if (found := re.findall(rf"^( *)```{kind}\n(.*?)^ *```", text, re.S | re.M))}
-    (module, example), (config,) = blocks["python"], blocks["yaml"]
+    module, example = re.findall(r"^```python\n(.*?)^```", text, re.S | re.M)
     exec(compile(example, "add_a_dataset.md", "exec"), {})
-    Path("myconf/dataset").mkdir(parents=True)
-    Path("myconf/dataset/arrays.yaml").write_text(config)
     Path("arrays.py").write_text(module)
     lines = [shlex.split(line)[1:] for line in re.findall(r"^    (fa-bench .*)$", text, re.M)]
     assert len(lines) == 3
@@ -181,12 +177,11 @@ def test_dataset_of_the_guide_works_in_the_package_and_as_a_plugin(
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     try:
         for words in lines:
-            own = [] if "--config-dir" in words else ["--config-dir", "myconf", "plugins=[arrays]"]
-            assert main([*words, *own]) == 0
+            assert main([*words, *([] if "plugins=[arrays]" in words else ["plugins=[arrays]"])]) == 0
         said = capsys.readouterr().out
         assert "360 training, 40 validation, 100 test; 1x12x12, 2 classes" in said
         assert float(said.rsplit("test accuracy ", 1)[1].split("%")[0]) > 90
-        assert main(["dataset=arrays", "dataset.file=none.npz", "--config-dir", "myconf", "plugins=[arrays]"]) == 2
+        assert main(["dataset=arrays", "dataset.file=none.npz", "plugins=[arrays]"]) == 2
         assert "dataset=arrays: no data/none.npz" in capsys.readouterr().err
     finally:
         sys.modules.pop("arrays", None)

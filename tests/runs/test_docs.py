@@ -41,7 +41,7 @@ def test_commands_of_the_readme_compose(line: str, tmp_path: Path, monkeypatch: 
     if words[:1] == ["-m"]:
         register_schemas()
         composer = Composer("config", None, words[1:])
-        assert len(composer.check(composer.grid(multirun=True))) > 1
+        assert len(composer.check(composer.expand(multirun=True))) > 1
     else:
         assert main([*words, *([] if {"--help", "--dry-run"} & {*words} else ["--cfg", "job"])]) == 0
 
@@ -59,7 +59,7 @@ def test_report_of_the_readme_is_a_command_and_reads_what_is_there(tmp_path: Pat
 
 def test_table_of_rules_is_complete() -> None:
     shown = set(re.findall(r"^\| `(\w+)` \|", README.split("## Rules")[1].split("\n## ")[0], re.M))
-    assert shown == {path.stem for path in (conf_dir() / "algorithm").glob("*.yaml")}
+    assert shown == set(ALGORITHMS)
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/training_loops.md"])
@@ -78,17 +78,13 @@ def test_presets_of_the_readme_are_those_there_are() -> None:
 def test_architecture_and_preset_of_contributing_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One file and one YAML, and one YAML: nothing else knows of them."""
+    """One file each: nothing else knows of them."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     architecture = re.search(r"^```python\n(.*?)^```", text, re.S | re.M)
     preset = re.search(r"^```yaml\n(# @package.*?)^```", text, re.S | re.M)
     assert architecture is not None and preset is not None
-    for group, name, content in (
-        ("architecture", "mynet", "defaults:\n  - /_schema/architecture/mynet@_here_\n"),
-        ("experiment", "mypreset", preset.group(1)),
-    ):
-        (tmp_path / "own" / group).mkdir(parents=True)
-        (tmp_path / "own" / group / f"{name}.yaml").write_text(content)
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    (tmp_path / "own" / "experiment" / "mypreset.yaml").write_text(preset.group(1))
     known = dict(ARCHITECTURES._entries)
     module = ModuleType("contributing_net")
     monkeypatch.setitem(sys.modules, module.__name__, module)

@@ -47,7 +47,7 @@ def preset(folder: Path, text: str) -> str:
 
 def jobs(folder: Path, *overrides: str) -> list[Job]:
     composer = Composer("config", str(folder / "own"), ["experiment=mine", *overrides])
-    return [job for job, _ in composer.check(composer.grid(multirun=True))]
+    return [job for job, _ in composer.check(composer.expand(multirun=True))]
 
 
 def test_each_part_of_a_grid_has_its_own_keys(folder: Path) -> None:
@@ -135,9 +135,9 @@ RULES = "rules: {fa: {density: 0.5}, usf: {density: 0.25}}\n"
 
 
 @pytest.mark.parametrize(("overrides", "expected"), [
-    ([], [("bp", 1.0, 0), ("bp", 1.0, 1), ("dfa", 1.0, 0), ("dfa", 1.0, 1), ("fa", 0.5, 0), ("fa", 0.5, 1)]),
+    ([], [("bp", 1.0, 0), ("bp", 1.0, 1), ("fa", 0.5, 0), ("fa", 0.5, 1), ("dfa", 1.0, 0), ("dfa", 1.0, 1)]),
     (["algorithm=fa"], [("fa", 0.5, 0), ("fa", 0.5, 1)]),
-    (["algorithm=usf,kp", "seed=3"], [("kp", 1.0, 3), ("usf", 0.25, 3)]),
+    (["algorithm=usf,kp", "seed=3"], [("usf", 0.25, 3), ("kp", 1.0, 3)]),
     (["algorithm=fa", "algorithm.density=0.1,0.2", "seed=0"], [("fa", 0.1, 0), ("fa", 0.2, 0)]),
 ])
 def test_a_preset_gives_options_to_rules(folder: Path, overrides: list[str], expected: list[tuple[str, float, int]]) -> None:
@@ -257,7 +257,7 @@ def test_initial_weights_of_the_asap_presets_are_those_of_its_code(name: str) ->
     """Fully connected layers Kaiming's, the same for all rules; Forward Alignment, of which there is no code, says its own."""
     register_schemas()
     composer = Composer("config", None, [f"experiment={name}"])
-    for job in [job for job, _ in composer.check(composer.grid(multirun=True))]:
+    for job in [job for job, _ in composer.check(composer.expand(multirun=True))]:
         own = name == "asap_fig6"
         assert job.architecture.linear_init == (None if own else "kaiming_uniform")
         assert job.architecture.init == ("kaiming_uniform" if own and job.architecture.activation == "identity" else "pytorch")
@@ -270,7 +270,7 @@ def test_every_preset_prints_its_plan_and_trains_at_smoke_scale(
     name: str, folder: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     composer = Composer("config", None, [f"experiment={name}", "scale=smoke", "seed=0", f"data_dir={data_dir}", "probe_size=4"])
-    composed = [job for job, _ in composer.check(composer.grid(multirun=True))]
+    composed = [job for job, _ in composer.check(composer.expand(multirun=True))]
     assert plan(composed, Path("here")).startswith(f"{len(composed)} runs, {len(composed)} epochs, below here\n  algorithm: ")
     assert_published_are_answered(name, composed)
     for number, job in enumerate(cover(composed)):

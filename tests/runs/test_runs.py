@@ -16,8 +16,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fa_bench.cli import main
-from fa_bench.config.job import conf_dir
-from fa_bench.config.registries import ALGORITHMS
+from fa_bench.config.registries import ALGORITHMS, OPTIMIZERS
 from fa_bench.files import METRICS, RESULT
 from fa_bench.report import figures
 from fa_bench.runs import loop, train
@@ -31,10 +30,6 @@ MLP = [*TINY, "architecture.widths=[8,6]"]
 def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(figures, "LAYERS", {})  # a report's figures have tests of their own, and take seconds
-
-
-def choices(group: str) -> list[str]:
-    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
 
 
 def result_in(folder: Path | str) -> dict[str, Any]:
@@ -51,7 +46,7 @@ def lines_in(folder: str) -> list[dict[str, Any]]:
     ["architecture=conv2", "architecture.channels=4", "architecture.hidden=8"],
     ["architecture=resnet20", "architecture.width=2", "architecture.blocks=1", "dataset.channels=3"],
 ], ids=["mlp", "conv2", "resnet20"])
-@pytest.mark.parametrize("algorithm", choices("algorithm"))
+@pytest.mark.parametrize("algorithm", list(ALGORITHMS))
 def test_every_rule_trains_every_architecture_or_says_how(
     algorithm: str, architecture: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,7 +65,7 @@ def test_torchvision_models_take_any_images() -> None:
     assert len(result_in("run")["angles"]["weight_angle"]) == 21
 
 
-@pytest.mark.parametrize("optimizer", choices("optimizer"))
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
 @pytest.mark.parametrize("schedule", [
     "name=constant", "name=step step_size=1", "name=multistep milestones=[1] gamma=0.5", "name=cosine min_lr=0.001",
 ])
@@ -303,7 +298,6 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "        return FixedFeedback()\n")
     for group in ("algorithm", "experiment"):
         (tmp_path / "mine" / group).mkdir(parents=True)
-    (tmp_path / "mine" / "algorithm" / "mine.yaml").write_text("defaults:\n  - /_schema/algorithm/mine@_here_\n")
     (tmp_path / "mine" / "algorithm" / "thin.yaml").write_text("defaults:\n  - /_schema/algorithm/mine@_here_\ndensity: 0.25\n")
     (tmp_path / "mine" / "experiment" / "my_figure.yaml").write_text("# @package _global_\nepochs: 3\n")
     known = dict(ALGORITHMS.items())
@@ -321,10 +315,13 @@ PLUGIN = ["--config-dir", "mine", "plugins=[my_rules]"]
 def test_own_rule_is_explained_and_its_typos_too(plugin: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help", *PLUGIN]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"^    mine +My very own rule\.$", said, re.M) and "algorithm=mine:" in said and "my_figure" in said
+    assert "mine," in said and "my_figure" in said and len(said.splitlines()) <= 60
+    assert main(["--help", *PLUGIN, "algorithm", "experiment"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^  mine +My very own rule\.$", said, re.M) and re.search(r"^  quickstart +Six rules on real", said, re.M)
     assert main(["--help", *PLUGIN, "algorithm=mine"]) == 0
     said = capsys.readouterr().out
-    assert "algorithm.density=0.5" in said and "algorithm=fa" not in said.split("run options:")[1]
+    assert "algorithm.density=0.5" in said and "algorithm=mine: My very own rule." in said and "seed=" not in said
     assert main(["--help", *PLUGIN, "algorithm=thin"]) == 0
     assert "algorithm=thin (mine):" in (said := capsys.readouterr().out) and "algorithm.density=0.25" in said
     for words, named in (
@@ -353,7 +350,7 @@ def test_own_rule_from_a_plugin(plugin: None, tmp_path: Path) -> None:
 def test_help_and_composed_config_do_not_wait_for_torch() -> None:
     code = ("import sys; from fa_bench.cli import main; code = main(sys.argv[1:]); "
             "print('torch imported:', 'torch' in sys.modules); sys.exit(code)")
-    for arguments, expected in ((["--help"], "algorithm.b_init"), (["--cfg", "job", "algorithm=kp"], "name: kp")):
+    for arguments, expected in ((["--help", "algorithm=kp"], "algorithm.b_init"), (["--cfg", "job", "algorithm=kp"], "name: kp")):
         ran = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT)
         assert ran.returncode == 0, ran.stderr
         assert expected in ran.stdout and "torch imported: False" in ran.stdout

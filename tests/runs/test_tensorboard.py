@@ -46,7 +46,7 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def job() -> Job:
     register_schemas()
     composer = Composer("config", None, ["algorithm=fa"])
-    return composer.check(composer.grid(multirun=False))[0][0]
+    return composer.check(composer.expand(multirun=False))[0][0]
 
 
 def event_files(folder: Path | str) -> list[Path]:

@@ -1,0 +1,29 @@
+"""Hydra's way to the sweeps of fa-bench: it looks for plugins in this package, and makes sweepers of classes here alone.
+
+Every command that uses Hydra in this environment imports this module, so fa_bench itself is imported only when it sweeps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+ConfigStore.instance().store(group="hydra/sweeper", name="fa_bench", provider="fa_bench",
+                             node={"_target_": "hydra_plugins.fa_bench_sweeper.FaBenchSweeper"})
+
+
+class FaBenchSweeper(Sweeper):
+    """Expands experiments, checks every job, gives all jobs to the launcher at once, and reports on them."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Run what `arguments`, overrides with several values, stand for; the exit code."""
+        from fa_bench.command.sweep import sweep
+
+        return sweep(self.hydra_context, self.task_function, self.config, arguments)

@@ -1,0 +1,64 @@
+"""A rule that does not fit its network is refused before a sweep starts, and no other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from fa_bench.cli import main
+from fa_bench.command import fit
+from fa_bench.config.job import Job
+from fa_bench.config.registries import ALGORITHMS, DATASETS
+from fa_bench.errors import CoverageError
+from fa_bench.runs.train import assemble, prepare
+
+SMALL = ["dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16", "architecture.widths=[8]", "epochs=1"]
+NETS = {
+    "no hidden layer": {"name": "mlp", "widths": []}, "one block": {"name": "mlp", "widths": [8]},
+    "two blocks": {"name": "mlp", "widths": [8, 6]}, "convolutions": {"name": "conv2", "channels": 4, "hidden": 8},
+}
+
+
+def test_a_sweep_with_such_a_job_never_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["-m", *SMALL, "algorithm=bp,dgl"]) == 2
+    assert "'dgl' needs two modules or more" in (said := capsys.readouterr().err) and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("rule", list(ALGORITHMS))
+def test_what_is_refused_is_what_a_run_refuses(rule: str, net: str) -> None:
+    job = Job.from_config(OmegaConf.create({
+        "algorithm": {"name": rule, **({"initial_steps": 0} if rule == "wm" else {})}, "architecture": NETS[net],
+        "dataset": {"name": "synthetic", "samples": 40, "test_samples": 8}, "optimizer": {"name": "sgd"}, "batch_size": 8}))
+
+    def refused(check: object) -> str:
+        try:
+            check()  # type: ignore[operator]
+        except CoverageError as error:
+            return str(error)
+        return ""
+
+    state = torch.get_rng_state()
+    early = refused(lambda: fit.check_fit([job]))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert early == refused(lambda: assemble(job, prepare(job)))
+
+
+def test_what_fails_for_another_reason_is_left_to_the_job() -> None:
+    job = Job.from_config(OmegaConf.create({
+        "algorithm": {"name": "fa"}, "architecture": {"name": "dkp_alexnet"}, "dataset": {"name": "digits"},
+        "optimizer": {"name": "sgd"}}))
+    fit.check_fit([job])  # images of 8x8 pixels are too small for it, which its run says by naming the option
+
+
+@pytest.mark.parametrize("name", ["digits", "synthetic"])
+def test_shapes_are_those_of_the_data(name: str, tmp_path: Path) -> None:
+    splits = DATASETS[name]().load(tmp_path, torch.device("cpu"))
+    assert DATASETS[name]().shape() == (splits.input_shape, len(splits.classes))

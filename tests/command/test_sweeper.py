@@ -1,0 +1,100 @@
+"""Hydra's sweeper for fa-bench: one pool for all jobs, each composed once before the sweep, nothing handed on by environment."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
+
+from fa_bench.cli import main
+from fa_bench.config.job import conf_dir
+from fa_bench.report import figures
+
+SMALL = ["dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16", "architecture.widths=[8]", "epochs=1"]
+TWO = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(figures, "LAYERS", {})
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    for name, text in {
+        "mine": "rules: {fa: {density: 0.5}, usf: {density: 0.25}}\n"
+                "grid: [{algorithm: 'bp,fa,usf'}, {algorithm: dfa, algorithm.density: '1.0,0.75'}]",
+        "other": "grid: [{algorithm: kp}]\nepochs: 2",
+    }.items():
+        (tmp_path / "own" / "experiment" / f"{name}.yaml").write_text(f"# @package _global_\n{text}\n")
+    return tmp_path
+
+
+def watched(name: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of jobs that Hydra's launcher of this class is given, start by start."""
+    cls: Any = Plugins.instance().class_name_to_class[name]
+    launch, launched = cls.launch, []
+
+    def count(self: Any, job_overrides: Any, initial_job_idx: int) -> Any:
+        launched.append(len(job_overrides))
+        return launch(self, job_overrides, initial_job_idx)
+
+    monkeypatch.setattr(cls, "launch", count)
+    return launched
+
+
+def test_an_experiment_whose_rules_have_options_runs_in_one_pool(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    launched = watched("hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher", monkeypatch)
+    before = dict(os.environ)
+    assert main(["-m", "--config-dir", "own", "experiment=mine", *SMALL, *TWO]) == 0
+    assert launched == [5]
+    found = [yaml.safe_load(path.read_text())["algorithm"] for path in folder.rglob("config.yaml")]
+    assert sorted((rule["name"], rule.get("density", 1.0)) for rule in found) == [
+        ("bp", 1.0), ("dfa", 0.75), ("dfa", 1.0), ("fa", 0.5), ("usf", 0.25)]
+    out = capfd.readouterr().out
+    assert all(f"[{number}/5]" in out for number in range(1, 6)) and "left, if the other runs take as long" in out
+    assert dict(os.environ) == before
+
+
+def test_each_job_is_composed_once_before_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cls: Any = type(GlobalHydra.instance().config_loader())
+    compose, composed = cls.load_configuration, []
+    monkeypatch.setattr(cls, "load_configuration", lambda self, *args, **named: (
+        composed.append(named["overrides"] if "overrides" in named else args[1]), compose(self, *args, **named))[1])
+    launched = watched("hydra._internal.core_plugins.basic_launcher.BasicLauncher", monkeypatch)
+    assert main(["-m", *SMALL, "algorithm=fa,bp", "seed=0,1"]) == 0
+    assert launched == [4]
+    assert len(composed) == 1 + 4 + 4  # the sweep's own config, each job's check, and the launcher's
+
+
+def test_several_experiments_are_all_expanded(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["-m", "--config-dir", "own", "experiment=mine,other", *SMALL]) == 0
+    assert len(list((folder / "outputs" / "mine").rglob("result.json"))) == 5
+    assert len(list((folder / "outputs" / "other").rglob("result.json"))) == 1
+    assert capsys.readouterr().out.startswith("6 runs, 6 epochs, below outputs\n")
+
+
+def test_an_experiment_chooses_the_launcher(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "own" / "experiment" / "two.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /hydra/launcher: joblib\nhydra: {launcher: {n_jobs: 2}}\n")
+    launched = watched("hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher", monkeypatch)
+    assert main(["-m", "--config-dir", "own", "experiment=two", *SMALL, "seed=0,1"]) == 0
+    assert launched == [2]
+
+
+def test_nothing_is_written_beside_the_chosen_folders(folder: Path) -> None:
+    assert main(["-m", *SMALL, "output_dir=a,b"]) == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["a", "b", "own"]
+    assert not list(folder.rglob("multirun.yaml"))
+
+
+def test_no_job_starts_where_the_last_one_cannot_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["-m", "--config-dir", "own", "experiment=mine", *SMALL, *TWO, "optimizer.lr=0.1,-1"]) == 2
+    assert "optimizer.lr=-1" in capsys.readouterr().err and not (folder / "outputs").exists()
