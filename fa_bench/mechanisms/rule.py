@@ -271,6 +271,9 @@ class Rule(_Attached, Options):
         """Bring the rule's errors to every layer: the backward pass alone."""
         loss.backward()
 
+    def begin_epoch(self, epoch: int) -> None:
+        """Called by the runner before every epoch, counted from 0, for rules that change as training goes on."""
+
     def step(self) -> None:
         """Whatever the rule does between updates; call it after ``optimizer.step()``.
 
