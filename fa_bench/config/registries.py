@@ -31,3 +31,8 @@ CALLBACKS: Registry[Callback] = Registry("callback", "fa_bench.callbacks", "fa_b
 LOGGERS: Registry[Logger] = Registry("logger", "fa_bench.loggers", "fa_bench.loggers.base:Logger")
 PROBES: Registry[Probe] = Registry("probe", "fa_bench.metrics.probes", "fa_bench.metrics.probes.base:Probe")
 ANALYSES: Registry[Analysis] = Registry("analysis", "fa_bench.analyses", "fa_bench.analyses.base:Analysis")
+
+register_rule, register_architecture, register_dataset = ALGORITHMS.register, ARCHITECTURES.register, DATASETS.register
+register_optimizer, register_objective, register_schedule = OPTIMIZERS.register, OBJECTIVES.register, SCHEDULES.register
+register_metric, register_probe = METRICS.register, PROBES.register
+register_callback, register_logger = CALLBACKS.register, LOGGERS.register
