@@ -32,7 +32,7 @@ def _parsed(options: list[str]) -> DictConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``fa-bench-analyse``; returns the exit code: 2 for input that cannot be run, with one line on standard error."""
+    """Entry point of ``fa-bench-analyse``; returns the exit code: 2 for input that cannot be run, with a line that says why."""
     return exit_code("fa-bench-analyse", lambda: _guarded(list(sys.argv[1:] if argv is None else argv)))
 
 

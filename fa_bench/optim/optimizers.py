@@ -49,33 +49,36 @@ class Optimizers:
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
         self.lengths = {"epoch": epochs, "step": epochs * steps_per_epoch}
-        self.set_rates("epoch", 0)
-        self.set_rates("step", 0)
+        self._by_step = any(part.schedule.per == "step" for part in self.options)
+        self._set_rates("epoch", 0)
+        self._set_rates("step", 0)
 
     @property
     def lr(self) -> float:
         """The learning rate of the weights now."""
         return self.optimizers[0].param_groups[0]["lr"]
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Set the weight decay and, by schedules that count epochs, the learning rates of this epoch, counted from 0."""
+    def begin_epoch(self, epoch: int, step: int = 0) -> None:
+        """Set the weight decay and the learning rates of this epoch, which begins at `step`; both are counted from 0."""
         for part, optimizer in zip(self.options, self.optimizers, strict=True):
             first = part.first_epoch_weight_decay
             for group in optimizer.param_groups:
                 group["weight_decay"] = first if epoch == 0 and first is not None else part.weight_decay
-        self.set_rates("epoch", epoch)
+        self._set_rates("epoch", epoch)
+        self._set_rates("step", step)
 
-    def set_rates(self, unit: str, done: int) -> None:
-        """Set the learning rates by the schedules that count in `unit`, ``epoch`` or ``step``, after `done` of them."""
+    def begin_step(self, step: int) -> None:
+        """Drop all gradients, and set the learning rates of schedules that count steps."""
+        self.zero_grad()
+        if self._by_step:
+            self._set_rates("step", step)
+
+    def _set_rates(self, unit: str, done: int) -> None:
+        """Set the learning rates of schedules that count in `unit`, ``epoch`` or ``step``, after `done` of them."""
         for part, optimizer in zip(self.options, self.optimizers, strict=True):
             if part.schedule.per == unit:
                 for group in optimizer.param_groups:
                     group["lr"] = part.schedule.at(group["initial_lr"], done, self.lengths[unit])
-
-    @property
-    def by_step(self) -> bool:
-        """Whether a learning rate changes from step to step."""
-        return any(part.schedule.per == "step" for part in self.options)
 
     def zero_grad(self) -> None:
         """Drop all gradients."""

@@ -111,7 +111,7 @@ class Trainer:
 
     def train_step(self, x: Tensor, y: Tensor) -> None:
         """One update of weights and learned feedback by a batch of inputs `x` and targets `y`."""
-        self.optimizers.zero_grad()
+        self.optimizers.begin_step(self.progress.step)
         for part_x, part_y, share in self._micro_batches(x, y):
             outputs = self.model(part_x)
             loss = self.objective.loss(outputs, part_y)
@@ -132,7 +132,7 @@ class Trainer:
     def _epoch(self) -> None:
         progress, options = self.progress, self.options
         self.model.train()
-        self.optimizers.begin_epoch(progress.epoch)
+        self.optimizers.begin_epoch(progress.epoch, progress.step)
         self.rule.begin_epoch(progress.epoch)
         if progress.batch == 0:
             progress.begin_epoch(next(self.model.parameters()).device)
@@ -145,8 +145,6 @@ class Trainer:
         ):
             if progress.batch == 0:
                 progress.batches_hash = chained(progress.batches_hash, x, y)
-            if self.optimizers.by_step:
-                self.optimizers.set_rates("step", progress.step)
             self.train_step(x, y)
             progress.step += 1
             progress.batch += 1

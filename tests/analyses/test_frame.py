@@ -60,7 +60,8 @@ def test_same_options_give_the_same_bytes(tmp_path: Path) -> None:
     (["shortcut_effect", "device=gpu"], "fa-bench-analyse: device=gpu is not one of auto"),
     (["qualitative_table", "rules=[fa]"], "fa-bench-analyse: rules=fa lacks bp"),
     (["qualitative_table", "optimizer=sdg"], "fa-bench-analyse: optimizer=sdg: no such optimizer; did you mean 'sgd'?"),
-    (["qualitative_table", "rules=[bp]", "optimizer=sgd:lr=1e30", "epochs=1"], "fa-bench-analyse: bp with seed 0 diverged: not finite"),
+    (["qualitative_table", "rules=[bp]", "optimizer=sgd:lr=1e30", "epochs=1"],
+     "fa-bench-analyse: bp with seed 0 diverged: not finite"),
     (["pfa_spectrum", "ratios=[1"], "fa-bench-analyse: ratios=[1: cannot be read"),
 ])
 def test_faults_end_in_one_line(

@@ -265,9 +265,9 @@ def test_failing_job_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch, c
 
 
 def test_a_run_that_leaves_the_working_directory_moves_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fit = train._Session.fit
+    fit = loop.Trainer.fit
     (tmp_path / "elsewhere").mkdir()
-    monkeypatch.setattr(train._Session, "fit", lambda *given: (os.chdir(tmp_path / "elsewhere"), fit(*given))[1])
+    monkeypatch.setattr(loop.Trainer, "fit", lambda *given: (os.chdir(tmp_path / "elsewhere"), fit(*given))[1])
     here = Path.cwd()
     assert main(["-m", *MLP, "algorithm=fa", "seed=0,1"]) == 0 and Path.cwd() == here
     assert len(list(here.glob("outputs/*/fa-*/seed*/result.json"))) == 2 and not list((tmp_path / "elsewhere").iterdir())
