@@ -1,20 +1,73 @@
-"""fa_bench: learning rules without weight transport, compared fairly."""
+"""fa_bench: benchmark learning rules that avoid weight transport.
+
+    rule = fa_bench.attach(model, "kp")                                      # in your own training loop
+    runs = fa_bench.run("algorithm=kp", "dataset=digits", seed=[0, 1, 2])     # in the runner
+
+Everything that a plugin needs is here: base classes, `option` to declare an option, and a decorator for each kind of component.
+"""
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fa_bench.api import run
+    from fa_bench.callbacks.base import Callback
+    from fa_bench.config.options import option
+    from fa_bench.config.registries import (
+        register_architecture,
+        register_callback,
+        register_dataset,
+        register_logger,
+        register_metric,
+        register_objective,
+        register_optimizer,
+        register_probe,
+        register_rule,
+        register_schedule,
+    )
+    from fa_bench.data.base import ArrayDataset, Dataset
+    from fa_bench.loggers.base import Logger
+    from fa_bench.mechanisms.cuts import CutRule
+    from fa_bench.mechanisms.edge import EdgeRule
+    from fa_bench.mechanisms.rule import Rule
     from fa_bench.mechanisms.surgery import attach, attached_rule
+    from fa_bench.metrics.alignment.base import Metric
+    from fa_bench.metrics.probes.base import Probe
+    from fa_bench.models.base import Architecture
+    from fa_bench.objectives.base import Objective
+    from fa_bench.optim.base import OptimizerOptions
+    from fa_bench.report.frames import load_results
+    from fa_bench.schedules.base import Schedule
 
-__all__ = ["__version__", "attach", "attached_rule"]
 __version__ = "0.1.0"
+
+#: Name -> the module that it comes from, imported at its first use: the command line starts without torch.
+_MODULES = {
+    "attach": "mechanisms.surgery", "attached_rule": "mechanisms.surgery", "run": "api", "load_results": "report.frames",
+    "option": "config.options",
+    "Rule": "mechanisms.rule", "EdgeRule": "mechanisms.edge", "CutRule": "mechanisms.cuts", "Architecture": "models.base",
+    "Dataset": "data.base", "ArrayDataset": "data.base", "OptimizerOptions": "optim.base", "Objective": "objectives.base",
+    "Schedule": "schedules.base", "Metric": "metrics.alignment.base", "Probe": "metrics.probes.base",
+    "Callback": "callbacks.base", "Logger": "loggers.base",
+    **dict.fromkeys(("register_rule", "register_architecture", "register_dataset", "register_optimizer", "register_objective",
+                     "register_schedule", "register_metric", "register_probe", "register_callback", "register_logger"),
+                    "config.registries"),
+}
+__all__ = [
+    "Architecture", "ArrayDataset", "Callback", "CutRule", "Dataset", "EdgeRule", "Logger", "Metric", "Objective",
+    "OptimizerOptions", "Probe", "Rule", "Schedule", "__version__", "attach", "attached_rule", "load_results", "option",
+    "register_architecture", "register_callback", "register_dataset", "register_logger", "register_metric", "register_objective",
+    "register_optimizer", "register_probe", "register_rule", "register_schedule", "run",
+]
 
 
 def __getattr__(name: str) -> object:
-    """`attach` and `attached_rule`, imported at their first use: the command line starts without torch."""
-    if name in ("attach", "attached_rule"):
-        from fa_bench.mechanisms import surgery
-
-        return getattr(surgery, name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"fa_bench.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'fa_bench' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return __all__

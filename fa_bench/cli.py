@@ -94,13 +94,13 @@ def _main(argv: list[str]) -> int:
         job, = composer.expand(multirun=False)  # with what an experiment gives to its rule
         return 2 if _hydra([*job, *flags]) else 0  # Hydra names a --package that does not exist
     forget()
-    with _hydras_errors():
+    with hydras_errors():
         task = Task(["fa-bench", *arguments.overrides, *flags])
-        return _sweep(composer, task) if arguments.multirun else _run(composer, task)
+        return sweep(composer, task) if arguments.multirun else run(composer, task)
 
 
-def _run(composer: Composer, task: Task) -> int:
-    """Run one job."""
+def run(composer: Composer, task: Task) -> int:
+    """Run one job; the exit code."""
     from hydra.core.utils import run_job
     from hydra.types import RunMode
 
@@ -108,6 +108,7 @@ def _run(composer: Composer, task: Task) -> int:
     from fa_bench.runs.logs import root_kept
 
     [(_, directory)] = jobs = composer.check(composer.expand(multirun=False))
+    task.directories.append(directory)
     config = composer.config
     assert config is not None
     config.hydra.mode = RunMode.RUN
@@ -124,8 +125,8 @@ def _run(composer: Composer, task: Task) -> int:
     return returned.return_value or _report(directory)
 
 
-def _sweep(composer: Composer, task: Task) -> int:
-    """Hand a sweep to Hydra's sweeper, which is fa-bench's own."""
+def sweep(composer: Composer, task: Task) -> int:
+    """Hand a sweep to Hydra's sweeper, which is fa-bench's own; the exit code."""
     from hydra.core.plugins import Plugins
     from hydra.types import RunMode
 
@@ -199,7 +200,7 @@ def _without(words: list[str], some: list[str]) -> list[str]:
 
 
 @contextmanager
-def _hydras_errors() -> Iterator[None]:
+def hydras_errors() -> Iterator[None]:
     """What fails within Hydra is said in a line, unless HYDRA_FULL_ERROR=1 asks for the traceback."""
     try:
         yield

@@ -16,7 +16,7 @@ from typing import Any
 from fa_bench.errors import OutputError, RunDirectoryError
 
 #: Files of a run's directory.
-CONFIG, LOG, METRICS, RESULT = "config.yaml", "run.log", "metrics.jsonl", "result.json"
+CONFIG, LOG, METRICS, CURVES, RESULT = "config.yaml", "run.log", "metrics.jsonl", "curves.csv", "result.json"
 
 #: What a lock's file says: nothing, or who holds it, as earlier versions wrote and filelock does on file systems without locks.
 _LOCK_TEXT = re.compile(rb"\Z|\{\"pid\"|\d+\r?\n[^\n]+\n\d+\r?\n\Z")

@@ -16,12 +16,17 @@ import torch
 from torch.nn import functional as F
 
 import fa_bench
+from fa_bench.config.job import RunOptions
 from fa_bench.config.registries import DATASETS
 from fa_bench.data.base import ResidentSplit, Splits
-from fa_bench.metrics.probe import Probe
+from fa_bench.metrics.meter import AlignmentMeter
 from fa_bench.models.mlp import MLP
-from fa_bench.optim import SGD, Optimizers
-from fa_bench.runs.loop import Loop, Progress
+from fa_bench.objectives.cross_entropy import CrossEntropy
+from fa_bench.optim.optimizers import Optimizers
+from fa_bench.optim.sgd import SGD
+from fa_bench.runs.callbacks import Alignment
+from fa_bench.runs.divergence import Divergence
+from fa_bench.runs.loop import Trainer
 
 BATCH = 64
 
@@ -57,10 +62,10 @@ def ours(split: ResidentSplit, probe_every: int) -> float:
     rule = fa_bench.attach(model, "bp")
     x, y = next(split.batches(128))
     splits = Splits(split, None, split.subset(torch.arange(1)), [str(c) for c in range(10)], (1, 28, 28), "")
-    loop = Loop(rule, Optimizers(SGD(lr=0.01), rule, 1), splits, BATCH, True, 0, Probe(rule, x, y), probe_every,
-                on_epoch=lambda progress, metrics: None)
+    trainer = Trainer(rule, Optimizers(SGD(lr=0.01), rule, 1), splits, CrossEntropy(), RunOptions(batch_size=BATCH, epochs=1),
+                      [Divergence(), Alignment(AlignmentMeter(rule, x, y), probe_every)])
     start = time.perf_counter()
-    loop.fit(Progress(), 1)
+    trainer.fit()
     return time.perf_counter() - start
 
 

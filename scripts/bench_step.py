@@ -29,7 +29,8 @@ from fa_bench.mechanisms.layers import weighted_layers
 from fa_bench.mechanisms.ops import DeliverFunction, FeedbackLinearFunction
 from fa_bench.mechanisms.pathways import BackwardContext
 from fa_bench.metrics.arithmetic import multiplications
-from fa_bench.optim import SGD, Optimizers
+from fa_bench.optim.optimizers import Optimizers
+from fa_bench.optim.sgd import SGD
 
 NETS = {"mlp": (1, 28, 28), "conv2": (1, 28, 28), "resnet20": (3, 32, 32)}
 PLAIN, AGAIN = "bp (plain)", "bp (A/A)"

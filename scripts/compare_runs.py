@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import io
 import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -51,6 +52,7 @@ def record(data_dir: str, rules_only: bool) -> dict[str, Any]:
             for sweep in out.rglob("sweep.json"):
                 for number, run in enumerate(json.loads(sweep.read_text())["runs"]):
                     found[f"{path.stem} {number}: {run['label']}"] = _read(Path(run["directory"]))
+            shutil.rmtree(out, ignore_errors=True)  # checkpoints of large nets take gigabytes
     return found
 
 

@@ -1,1 +1,1 @@
-"""Analyses that train no benchmark run: one file each, run by ``scripts/analyse.py``."""
+"""Analyses that train no benchmark run: one file each, run by ``fa-bench-analyse``."""

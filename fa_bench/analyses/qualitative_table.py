@@ -125,7 +125,7 @@ class QualitativeTable(Analysis):
         last: dict[str, Any] = {}
         parts = assemble(job, prepare(job))
         angles = fit(job, parts, on_epoch=lambda progress, metrics: last.update(metrics))
-        consumer = parts.probe.trace.consumer
+        consumer = parts.meter.trace.consumer
         paths = [angles["weight_angle"].get(consumer[layer], angles["delta_angle"].get(layer, math.nan)) for layer in consumer]
         direct = direct_angles(parts)
         return {**transport(parts.rule), "accuracy": 100 * last["test_accuracy"], "path": sum(paths) / len(paths),
@@ -214,7 +214,7 @@ def direct_angles(parts: Parts) -> list[float]:
     """Angles in degrees between the direct synapses and W, one for each hidden activation that has such synapses."""
     from fa_bench.metrics.angles import weight_angle
 
-    rule, trace = parts.rule, parts.probe.trace
+    rule, trace = parts.rule, parts.meter.trace
     pairs, held = rule.weight_pairs(), rule.feedback
     found = []
     for layer, (place, _) in rule.error_points(trace).items():

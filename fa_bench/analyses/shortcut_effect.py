@@ -144,7 +144,7 @@ def gradient_angles(parts: Parts) -> dict[str, dict[str, Any]]:
     from fa_bench.mechanisms.pathways import FixedFeedback
     from fa_bench.metrics.angles import weight_angle
 
-    rule, x, y = parts.rule, parts.probe.x, parts.probe.y
+    rule, x, y = parts.rule, parts.meter.x, parts.meter.y
     whole, true = gradients(rule, x, y), gradients(rule, x, y, exact=True)
     # A copy of the plain model with the same sharing, in which the error goes by the weights.
     copied = copy.deepcopy(rule.model)
@@ -154,7 +154,7 @@ def gradient_angles(parts: Parts) -> dict[str, dict[str, Any]]:
     transport.attach(plain, seed=rule.seed, sample_input=x[:2])
     sharing = gradients(transport, x, y)
     found: dict[str, dict[str, Any]] = {}
-    for layer in parts.probe.trace.order:
+    for layer in parts.meter.trace.order:
         if layer in whole and layer in sharing:
             angle = weight_angle(sharing[layer], true[layer])
             found[layer] = {"sharing": angle, "whole": weight_angle(whole[layer], true[layer]), "shares": angle > ROUNDING}
@@ -179,7 +179,7 @@ def gradients(rule: Rule, x: Tensor, y: Tensor, exact: bool = False) -> dict[str
     from contextlib import nullcontext
 
     from fa_bench.mechanisms.layers import weighted_layers
-    from fa_bench.metrics.probe import untouched
+    from fa_bench.metrics.meter import untouched
 
     with untouched(rule), rule.exact() if exact else nullcontext(), torch.enable_grad():
         logits = rule.model(x)

@@ -11,7 +11,7 @@ from fa_bench.errors import ConfigError, OptionError
 
 if TYPE_CHECKING:
     from fa_bench.config.job import Job
-    from fa_bench.runs.loop import Angles, Progress
+    from fa_bench.runs.loop import Progress
     from fa_bench.runs.train import Parts
 
 
@@ -27,6 +27,7 @@ def make_job(texts: Mapping[str, tuple[str, str]], **run: Any) -> Job:
         OptionError: for a bad value, with the analysis's option in front.
     """
     from fa_bench.config.job import Job, RunOptions
+    from fa_bench.objectives.cross_entropy import CrossEntropy
 
     parts: dict[str, Any] = {}
     for group in (ALGORITHMS, ARCHITECTURES, DATASETS, OPTIMIZERS):
@@ -35,22 +36,30 @@ def make_job(texts: Mapping[str, tuple[str, str]], **run: Any) -> Job:
             parts[group.kind] = component(group, text)
         except OptionError as error:
             raise error.under(key) from None
-    return Job(RunOptions(**run, probe_every=0), feedback_optimizer=None, **parts)
+    return Job(RunOptions(**run, probe_every=0), feedback_optimizer=None, objective=CrossEntropy(), **parts)
 
 
-def fit(job: Job, parts: Parts, on_epoch: Callable[[Progress, dict[str, Any]], None]) -> Angles:
-    """Train to the last epoch; returns the angles at the end.
+def fit(job: Job, parts: Parts, on_epoch: Callable[[Progress, dict[str, Any]], None]) -> dict[str, dict[str, float]]:
+    """Train to the last epoch; returns the alignment metrics at the end.
 
     Raises:
         ConfigError: where the run diverges.
     """
-    from fa_bench.runs.loop import Diverged, Loop, Progress
+    from fa_bench.callbacks.base import Callback
+    from fa_bench.runs.callbacks import Alignment
+    from fa_bench.runs.divergence import Diverged, Divergence
+    from fa_bench.runs.loop import Trainer
 
-    loop = Loop(parts.rule, parts.optimizers, parts.splits, job.run.batch_size, job.run.drop_last, job.run.seed, parts.probe,
-                job.run.probe_every, on_epoch)
+    class Watch(Callback):
+        def on_epoch_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+            on_epoch(trainer.progress, metrics)
+
+    trainer = Trainer(parts.rule, parts.optimizers, parts.splits, job.objective, job.run,
+                      [Divergence(), Alignment(parts.meter, job.run.probe_every), Watch()])
     for _ in parts.rule.initial_phase():
         pass
     try:
-        return loop.fit(Progress(), job.run.epochs)
+        trainer.fit()
     except Diverged as error:
         raise ConfigError(f"{parts.rule.name} with seed {job.run.seed} diverged: {error}; a lower lr may help") from None
+    return trainer.progress.angles or {}

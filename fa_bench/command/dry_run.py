@@ -152,8 +152,8 @@ def _others(rule: Rule) -> list[str]:
 
 def _ends(parts: Parts) -> list[str]:
     """The layers that could carry an error on and are not asked to: nothing that learns lies in front of them."""
-    reached, pairs = parts.probe.trace.reached, parts.rule.weight_pairs()
-    ends = [path for path in parts.probe.trace.order if path in pairs and path not in reached]
+    reached, pairs = parts.meter.trace.reached, parts.rule.weight_pairs()
+    ends = [path for path in parts.meter.trace.order if path in pairs and path not in reached]
     return [f"no error goes on from {names(ends)}: nothing in front of it could learn"] if ends else []
 
 
@@ -181,7 +181,7 @@ def _costs(job: Job, parts: Parts) -> list[tuple[str, str]]:
     parameters, learned = rule.weight_parameters(), rule.feedback_parameters()
     trains = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     feedback = _bytes(_kept(rule).values())
-    own, exact = step_multiplications(rule, shape, len(splits.classes), batch)
+    own, exact = step_multiplications(rule, job.objective, shape, len(splits.classes), batch)
     parts.optimizers.step()  # on the gradients that the counted steps left: it makes the optimizers' state
     state = [tensor for optimizer in parts.optimizers.optimizers for of_one in optimizer.state.values()
              for tensor in of_one.values() if isinstance(tensor, torch.Tensor)]

@@ -31,6 +31,7 @@ class Task:
         threads: CPU threads of the process that started the sweep, on which the rounding of results depends.
         starter: that process.
         failed: a file that exists once a job has failed.
+        directories: those of the jobs, once they were checked.
     """
 
     command: Sequence[str]
@@ -39,6 +40,7 @@ class Task:
     threads: int = 0
     starter: int = 0
     failed: Path | None = None
+    directories: list[Path] = dataclasses.field(default_factory=list)
 
     def __call__(self, config: DictConfig) -> int:
         """Run one job; in a sweep no error of it reaches the others.

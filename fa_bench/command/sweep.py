@@ -70,6 +70,7 @@ def sweep(context: HydraContext, task: Any, config: DictConfig, arguments: list[
     epochs = [scaled(job).run.epochs for job, _ in jobs]
     with tempfile.TemporaryDirectory() as scratch:
         assert isinstance(task, Task)
+        task.directories.extend(place for _, place in jobs)
         task = dataclasses.replace(task, epochs=epochs, keys=keys, threads=_threads(), starter=os.getpid(),
                                    failed=Path(scratch, "failed"))
         with making(config, "launcher"):

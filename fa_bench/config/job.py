@@ -17,7 +17,18 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fa_bench.config.options import Options, as_plain, defaults, option, option_fields
 from fa_bench.config.plugins import blame, import_modules
-from fa_bench.config.registries import ALGORITHMS, ARCHITECTURES, DATASETS, GROUPS, OPTIMIZERS, PROBES
+from fa_bench.config.registries import (
+    ALGORITHMS,
+    ARCHITECTURES,
+    CALLBACKS,
+    DATASETS,
+    GROUPS,
+    LOGGERS,
+    METRICS,
+    OBJECTIVES,
+    OPTIMIZERS,
+    PROBES,
+)
 from fa_bench.config.scale import SCALES
 from fa_bench.config.typed import unexpanded
 from fa_bench.errors import ConfigError, FaBenchError, OptionError, cut, first_line, names, nearest
@@ -26,7 +37,8 @@ if TYPE_CHECKING:
     from fa_bench.data.base import Dataset
     from fa_bench.mechanisms.rule import Rule
     from fa_bench.models.base import Architecture
-    from fa_bench.optim import OptimizerOptions
+    from fa_bench.objectives.base import Objective
+    from fa_bench.optim.base import OptimizerOptions
 
 FEEDBACK_OPTIMIZER = "feedback_optimizer"
 #: The keys under which a preset lists the grid that it runs, and the options that it gives to rules; no parts of a run.
@@ -47,6 +59,11 @@ class RunOptions(Options):
     epochs: int = option(20, "passes over the training data", minimum=1)
     batch_size: int = option(64, "samples in a batch", minimum=1)
     drop_last: bool = option(True, "leave out the last batch of an epoch where it is not full")
+    shuffle: bool = option(True, "draw a new order of the training images for every epoch; false: as they are stored")
+    accumulate: int = option(1, "micro-batches that a batch is split into, which takes less memory; their gradients are summed",
+                             minimum=1)
+    clip_norm: float | None = option(None, "norm to which larger gradients of weights and learned feedback together are "
+                                           "scaled down; null: no clipping", above=0)
     device: str = option("auto", "auto (an accelerator where there is one), cpu, cuda, cuda:1, mps")
     data_dir: str = option("data", "folder of the datasets; for image_folder the dataset itself")
     output_dir: str = option("outputs", "folder of the run directories")
@@ -63,10 +80,14 @@ class RunOptions(Options):
     deterministic: bool = option(False, "refuse operations whose result differs from run to run")
     probe_every: int = option(500, "steps between two measurements of angles; 0 for none but the last", minimum=0)
     probe_size: int = option(128, "samples in the fixed batch that angles are measured on", minimum=1)
+    metrics: list[str] | None = option(None, "alignment metrics to measure; null: all, those of plugins included",
+                                       choices=METRICS)
     histograms_every: int = option(0, "steps between two histograms of weights, feedback and gradients for TensorBoard; 0 for "
                                       "none", minimum=0)
     probes: list[str] = option([], "what else is measured of every layer; changes no other number", choices=PROBES)
     probes_epochs: int = option(0, "epochs between two measurements of `probes`; 0 for the end alone", minimum=0)
+    callbacks: list[str] = option([], "callbacks of plugins to run during training", choices=CALLBACKS)
+    loggers: list[str] = option(["tensorboard"], "where curves go, beside metrics.jsonl", choices=LOGGERS)
     scale: str = option("full", "full, or a trial of the same config: short (a tenth of the epochs, at most 10,000 training "
                                 "images) or smoke (one epoch of 24)", choices=list(SCALES))
     plugins: list[str] = option([], "modules to import first, such as one with rules of your own")
@@ -83,8 +104,8 @@ class RunOptions(Options):
 
 
 #: What does not change a run's numbers: not part of its identity.
-VOLATILE = ("resume", "output_dir", "data_dir", "plugins", "probes", "probes_epochs", "histograms_every", "checkpoint_epochs",
-            "checkpoint_minutes", "on_error", "threads")
+VOLATILE = ("resume", "output_dir", "data_dir", "plugins", "probes", "probes_epochs", "metrics", "loggers", "histograms_every",
+            "checkpoint_epochs", "checkpoint_minutes", "on_error", "threads")
 
 
 @dataclasses.dataclass
@@ -97,6 +118,7 @@ class Job:
     dataset: Dataset
     optimizer: OptimizerOptions
     feedback_optimizer: OptimizerOptions | None
+    objective: Objective
 
     @classmethod
     def from_config(cls, config: DictConfig) -> Job:
@@ -119,6 +141,11 @@ class Job:
             if key not in known:
                 allowed = [*known, *components, FEEDBACK_OPTIMIZER]
                 raise ConfigError(f"{key or chr(39) * 2}: unknown key{nearest(key, allowed)} (allowed: {names(allowed)})")
+        dataset, objective = components["dataset"], components["objective"]
+        if dataset.targets not in objective.targets:
+            able = [name for name, cls in OBJECTIVES.items() if dataset.targets in cls.targets]
+            raise ConfigError(f"objective={objective.name} takes {names(objective.targets)} as targets, and those of dataset="
+                              f"{dataset.name} are {dataset.targets} (objectives that take these: {names(able)})")
         return cls(
             run=RunOptions.from_mapping(plain),
             feedback_optimizer=None if feedback is None else _component(FEEDBACK_OPTIMIZER, OPTIMIZERS, feedback),
@@ -129,7 +156,7 @@ class Job:
         """The resolved config as plain containers, with nothing left out."""
         parts = {
             "algorithm": self.algorithm, "architecture": self.architecture, "dataset": self.dataset,
-            "optimizer": self.optimizer, FEEDBACK_OPTIMIZER: self.feedback_optimizer,
+            "optimizer": self.optimizer, FEEDBACK_OPTIMIZER: self.feedback_optimizer, "objective": self.objective,
         }
         named = {key: None if part is None else {"name": part.name, **as_plain(part)} for key, part in parts.items()}
         return {**as_plain(self.run), **named}

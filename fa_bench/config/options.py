@@ -54,6 +54,8 @@ class Options:
     """
 
     name: ClassVar[str] = ""
+    #: For components nested in others: those that `name` chooses among.
+    kinds: ClassVar[Collection[str]] = ()
 
     def __post_init__(self) -> None:
         for field in option_fields(type(self)):
@@ -63,6 +65,10 @@ class Options:
 
     def check(self) -> None:
         """Override to check what concerns several options at once; raise OptionError."""
+
+    def schema(self) -> dict[str, Any]:
+        """What a config says of these options by default, where they are nested in another component's."""
+        return as_plain(self)
 
     @classmethod
     def from_mapping(cls: type[T], values: Mapping[str, Any]) -> T:
@@ -92,13 +98,18 @@ def option_fields(cls: type[Options]) -> list[dataclasses.Field[Any]]:
 
 def defaults(cls: type[Options]) -> dict[str, Any]:
     """The plain default values, nested options as nested dicts: what Hydra composes with."""
-    return as_plain(cls())
+    def plain(value: Any) -> Any:
+        return value.schema() if isinstance(value, Options) else copy.deepcopy(value)
+
+    options = cls()
+    return {field.name: plain(getattr(options, field.name)) for field in option_fields(cls)}
 
 
 def as_plain(options: Options) -> dict[str, Any]:
-    """The options as plain containers."""
+    """The options as plain containers; a registered component among them with its name."""
     def plain(value: Any) -> Any:
-        return as_plain(value) if isinstance(value, Options) else copy.deepcopy(value)
+        named = {"name": value.name} if isinstance(value, Options) and value.name else {}
+        return named | as_plain(value) if isinstance(value, Options) else copy.deepcopy(value)
     return {field.name: plain(getattr(options, field.name)) for field in option_fields(type(options))}
 
 
@@ -186,9 +197,9 @@ def _checked(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> A
 
 
 def _chosen_within(value: Any, hint: Any) -> str:
-    """Where a group of options was given one of its own option's choices: that option and the value."""
-    fields = option_fields(hint) if isinstance(hint, type) and issubclass(hint, Options) else []
-    return next((f".{field.name}={value}" for field in fields if value in (field.metadata["choices"] or ())), "")
+    """Where a nested component was given the name of one of its kinds: its key ``name`` with that."""
+    known = isinstance(value, str) and isinstance(hint, type) and issubclass(hint, Options) and value in hint.kinds
+    return f".name={value}" if known else ""
 
 
 def _within(value: float, limits: Mapping[str, float]) -> bool:

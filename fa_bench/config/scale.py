@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fa_bench.config.job import Job
-    from fa_bench.optim import OptimizerOptions
+    from fa_bench.optim.base import OptimizerOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,4 @@ def scaled(job: Job) -> Job:
 
 
 def _optimizer(options: OptimizerOptions, scale: Scale) -> OptimizerOptions:
-    schedule = options.schedule
-    milestones = schedule.milestones and [scale.epochs_of(epoch) for epoch in schedule.milestones]
-    step_size = schedule.step_size and scale.epochs_of(schedule.step_size)
-    return dataclasses.replace(options, schedule=dataclasses.replace(schedule, milestones=milestones, step_size=step_size))
+    return dataclasses.replace(options, schedule=options.schedule.shortened(scale.epochs_of))

@@ -14,13 +14,16 @@ _ROUNDING, _ALMOST_BLACK = 1e-3, 4 / 255
 _ALLOWED = "allowed: whole numbers from 0 to 255, fractions from 0 to 1, True and False"
 
 
-def checked(arrays: Any, notes: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
+def checked(
+    arrays: Any, notes: list[str], values: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
     """Training images, uint8 (n, C, H, W), and labels, int64 (n,), test images and labels, class names; all contiguous.
 
     Args:
         arrays: the five; images uint8 or other whole numbers of 0 to 255, floats of 0 to 1, or bool, (n, C, H, W) or (n, H, W);
             labels whole numbers from 0, also as floats or (n, 1).
         notes: gets what was changed, in a sentence each.
+        values: whether the targets are numbers, (n,) or (n, O), in place of labels; they become float32 (n, O).
 
     Raises:
         ValueError: naming the array, what it is and what is allowed.
@@ -33,9 +36,13 @@ def checked(arrays: Any, notes: list[str]) -> tuple[np.ndarray, np.ndarray, np.n
         raise ValueError(f"the class names are {names!r:.40}, not a list of names")
     classes = [str(name) for name in names]
     train_x, test_x = (_images(images, part, notes) for images, part in ((train_x, "training"), (test_x, "test")))
-    train_y, test_y = (_labels(labels, part, len(classes)) for labels, part in ((train_y, "training"), (test_y, "test")))
-    check_labels(train_x, train_y, classes, "training")
-    check_labels(test_x, test_y, classes, "test")
+    read = _values if values else _labels
+    train_y, test_y = (read(labels, part, len(classes)) for labels, part in ((train_y, "training"), (test_y, "test")))
+    for x, y, part in ((train_x, train_y, "training"), (test_x, test_y, "test")):
+        if values and len(x) != len(y):
+            raise ValueError(f"{len(x)} {part} images have {len(y)} rows of targets, not one for each image")
+        if not values:
+            check_labels(x, y, classes, part)
     if train_x.shape[1:] != test_x.shape[1:]:
         raise ValueError(f"training images of shape {train_x.shape[1:]}, test images of {test_x.shape[1:]}")
     return train_x, train_y, test_x, test_y, classes
@@ -115,6 +122,16 @@ def _labels(given: Any, part: str, classes: int) -> np.ndarray:
             raise ValueError(f"{part} image {wrong[0]} has label {labels[wrong[0]]:g}, which is no number of a class "
                              f"(allowed: 0 to {classes - 1})")
     return np.ascontiguousarray(labels.astype(np.int64))
+
+
+def _values(given: Any, part: str, outputs: int) -> np.ndarray:
+    values = _array(given, f"{part} targets").astype(np.float32)
+    values = values[:, None] if values.ndim == 1 else values
+    if values.ndim != 2 or values.shape[1] != outputs:
+        raise ValueError(f"{part} targets have shape {values.shape}, not (n, {outputs}), a column for each of the outputs named")
+    if not np.isfinite(values).all():
+        raise ValueError(f"{part} targets have values that are not finite")
+    return np.ascontiguousarray(values)
 
 
 def _array(given: Any, what: str, text: str = "") -> np.ndarray:

@@ -19,6 +19,7 @@ from fa_bench.data.array_checks import checked
 from fa_bench.data.crops import CROPS, Crop, PaddedCrop
 from fa_bench.errors import DataError, FaBenchError, OptionError, printable
 from fa_bench.lazy import torch
+from fa_bench.objectives.base import CLASSES, VALUES
 from fa_bench.sampling import seed_for
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ class Split(abc.ABC):
         return whole + (rest > 0 and (not drop_last or whole == 0))
 
     def batches(
-        self, batch_size: int, *, seed: int | None = None, epoch: int = 0, drop_last: bool = False, start: int = 0
+        self, batch_size: int, *, seed: int | None = None, epoch: int = 0, drop_last: bool = False, start: int = 0,
+        shuffle: bool = True,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass over the samples: x float32 (N, C, H, W), normalised, and y int64 (N,), on the device.
 
@@ -92,9 +94,10 @@ class Split(abc.ABC):
             epoch: number of the pass.
             drop_last: leave out a last batch that is not full, unless it is the only one.
             start: batches to leave out at the beginning; the others are what they are without it.
+            shuffle: false: the stored order also with a seed.
         """
         indices = torch.arange(len(self))
-        if seed is not None:
+        if seed is not None and shuffle:
             indices = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed_for("order", seed, epoch)))
         steps = self.steps(batch_size, drop_last)
         chunks = (indices[i * batch_size : (i + 1) * batch_size] for i in range(start, steps))
@@ -184,6 +187,9 @@ class Dataset(Options):
 
     #: Channels of its images; 0 where only the files tell.
     channels: int = dataclasses.field(init=False, default=0)
+    #: What its targets are, of the kinds that `fa_bench.objectives.base` names: class indices, or numbers (n, O) of O outputs,
+    #: whose names take the place of the classes' names.
+    targets: ClassVar[str] = CLASSES
     #: Whether data_dir is the dataset itself, and so a part of a run's identity.
     content_is_data_dir: ClassVar[bool] = False
     #: Height and width of the stored images and the number of classes; None if only the files tell.
@@ -321,7 +327,7 @@ class ArrayDataset(Dataset):
     def read(self, data_dir: Path, device: torch.device) -> Splits:
         notes: list[str] = []
         try:
-            train_x, train_y, test_x, test_y, classes = checked(self.arrays(data_dir), notes)
+            train_x, train_y, test_x, test_y, classes = checked(self.arrays(data_dir), notes, values=self.targets == VALUES)
         except FaBenchError:
             raise
         except ValueError as error:

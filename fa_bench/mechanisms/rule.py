@@ -246,6 +246,9 @@ class Rule(Options):
         """The rule's backward pass."""
         loss.backward()
 
+    def begin_epoch(self, epoch: int) -> None:
+        """Called by the runner before every epoch, counted from 0, for rules that change as training goes on."""
+
     def step(self) -> None:
         """Called after ``optimizer.step()``: what the rule does between updates.
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from fa_bench.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: Below this norm a float32 gradient is rounding noise, and an angle with it means nothing.
 NORM_FLOOR = 1e-12

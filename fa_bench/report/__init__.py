@@ -75,8 +75,7 @@ def write_report(
     from fa_bench.report.probes import LEGEND as PROBED
     from fa_bench.report.probes import probe_table
     from fa_bench.report.published import published
-    from fa_bench.report.table import COLUMNS as OVERALL
-    from fa_bench.report.table import TIMINGS, summarise, to_csv, to_markdown, to_text
+    from fa_bench.report.table import TIMINGS, columns_of, summarise, to_csv, to_markdown, to_text
 
     planned = list(planned)
     runs, left_out, unreadable, lacking = _read([*map(Path, run_dirs), *(run.directory for run in planned)])
@@ -105,7 +104,7 @@ def write_report(
         for name, table in tables.items():
             _write(out_dir / name, to_csv(table))
         sections = [
-            "# Report", to_markdown(frame, {name: column for name, column in OVERALL.items() if name not in VERSIONS}), LEGEND,
+            "# Report", to_markdown(frame.drop(columns=[*VERSIONS]), columns_of(frame)), LEGEND,
             *(["## Beside the published numbers", to_markdown(against, COLUMNS), _PUBLISHED] if len(against) else []),
             *(["## Probes", to_markdown(probed, columns), PROBED] if len(probed) else []),
             *_listed("## Left out: records that are damaged or of another kind", left_out),

@@ -10,11 +10,12 @@ from typing import Any
 
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from fa_bench.metrics.alignment.base import declared
 from fa_bench.report.groups import CONTROL, Groups, finished_by_seed, group_labels, group_runs, tasks
 from fa_bench.report.numbers import known, mean, number, std
 from fa_bench.report.own import claim
 from fa_bench.report.plot import LEGEND_MOST, Panel, Part, legend, look, new_figure, save, tidy, write_parts
-from fa_bench.report.runs import Run
+from fa_bench.report.runs import Run, metrics_of
 from fa_bench.text import drawn, shortened
 
 DENSITY = "algorithm.density"
@@ -33,23 +34,19 @@ def _layer(quantity: str, layer: str) -> Callable[[Run, Mapping[str, Any]], floa
     return lambda run, line: number(((line.get("angles") or {}).get(quantity) or {}).get(layer))
 
 
-OVERVIEW = (
-    Panel("Test accuracy", "test accuracy (%)", _metric("test_accuracy", 100)),
-    Panel("Weight angle", "feedback to weight (degrees)", _layer_mean("weight_angle"), angle=True),
-    Panel("Delta angle", "error to true error (degrees)", _layer_mean("delta_angle"), angle=True),
-)
+def overview_panels(runs: Sequence[Run]) -> tuple[Panel, ...]:
+    """Test accuracy, and the mean over layers of every angle that has a column in tables."""
+    angles = [Panel(metric.title.capitalize(), f"{metric.title} (degrees)", _layer_mean(name), angle=True)
+              for name, metric in metrics_of(runs).items() if metric.column and metric.unit == "°"]
+    return (Panel("Test accuracy", "test accuracy (%)", _metric("test_accuracy", 100)), *angles)
+
+
 CURVES = (
     Panel("Test accuracy", "test accuracy (%)", _metric("test_accuracy", 100)),
     Panel("Training accuracy", "training accuracy (%)", _metric("train_accuracy", 100)),
     Panel("Test loss", "test loss", _metric("test_loss")),
     Panel("Training loss", "training loss", _metric("train_loss")),
 )
-#: Quantities of layers that have a figure, with the axis of its panels and whether they are angles.
-LAYERS = {
-    "weight_angle": ("weight angle (°)", True),
-    "norm_ratio": ("norm ratio", False),
-    "delta_angle": ("delta angle (°)", True),
-}
 
 
 def write_figures(runs: Sequence[Run], out_dir: Path, name: str) -> list[Path]:
@@ -60,15 +57,16 @@ def write_figures(runs: Sequence[Run], out_dir: Path, name: str) -> list[Path]:
     """
     by_task = tasks(group_runs(runs))
     overview = claim(out_dir / f"{name}.png")
-    write_parts([Part(title, groups, OVERVIEW) for title, groups in by_task.items()], overview, len(OVERVIEW))
+    panels = overview_panels(runs)
+    write_parts([Part(title, groups, panels) for title, groups in by_task.items()], overview, len(panels))
     written = [overview]
     slugs: dict[str, str] = {}
     for title in by_task:  # titles that differ in marks alone must not share a file
         slugs[title] = slug if (slug := _slug(title)) not in slugs.values() else f"{slug[:91]}-{_digest(title)}"
     for title, groups in by_task.items():
         end = f"-{slugs[title]}" if len(by_task) > 1 else ""
-        panels = {"curves": CURVES, **{quantity: layer_panels(groups, quantity) for quantity in LAYERS}}
-        for kind, shown in panels.items():
+        by_layer = {name: layer_panels(groups, name) for name, metric in metrics_of(runs).items() if metric.plot}
+        for kind, shown in {"curves": CURVES, **by_layer}.items():
             if shown:
                 written.append(claim(out_dir / f"{name}_{kind}{end}.png"))
                 write_parts([Part(title, groups, shown)], written[-1], 2 if kind == "curves" else min(COLUMNS, len(shown)))
@@ -91,7 +89,8 @@ def _digest(title: str) -> str:
 
 def layer_panels(groups: Groups, quantity: str) -> list[Panel]:
     """One panel for every layer in which some run has values of the quantity, in the order of execution."""
-    axis, angle = LAYERS[quantity]
+    metric = declared([quantity])[quantity]
+    axis = f"{metric.title} ({metric.unit})" if metric.unit else metric.title
     runs = [run for members in groups.values() for run in members]
     layers: dict[str, list[float]] = {}
     for run in runs:
@@ -101,7 +100,7 @@ def layer_panels(groups: Groups, quantity: str) -> list[Panel]:
     order = max((list(run.layers(quantity)) for run in runs), key=len, default=[])
     chosen = sorted((layer for layer, values in layers.items() if values),
                     key=lambda layer: order.index(layer) if layer in order else len(order))
-    return [Panel(layer, axis, _layer(quantity, layer), angle) for layer in chosen]
+    return [Panel(layer, axis, _layer(quantity, layer), metric.unit == "°") for layer in chosen]
 
 
 def density_series(groups: Groups) -> dict[str, list[tuple[float, float, float]]]:

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fa_bench.config import registries
 from fa_bench.errors import DataError
 from fa_bench.files import CONFIG, METRICS, RESULT, resolved
+from fa_bench.metrics.alignment.base import FEEDBACK, HIDDEN, Metric, declared
 from fa_bench.records import HEADER, RecordError, disagreement, read_config, read_metrics, read_result
 from fa_bench.report.numbers import mean
 
@@ -62,16 +64,16 @@ class Run:
         return self.quantities.get(quantity) or {}
 
     def layer_mean(self, quantity: str, angles: Mapping[str, Any] | None) -> float:
-        """Mean over layers of one quantity of an `angles` record, in its own unit (angles in degrees).
+        """Mean of one quantity of an `angles` record over the layers that its metric declares, in its own unit.
 
-        `weight_angle` and `norm_ratio` count where feedback really carries error (`feedback_layers`); delta angles at
-        every layer but the output layers, where each rule has the exact error. NaN where no such layer has a value.
+        NaN where no such layer has a value.
         """
         by_layer = (angles or {}).get(quantity) or {}
-        if quantity.startswith("delta"):
-            layers = [layer for layer in by_layer if layer not in (self.result.get("output_layers") or ())]
-        else:
+        over = declared([quantity])[quantity].layers
+        if over == FEEDBACK:
             layers = self.result.get("feedback_layers") or []
+        else:
+            layers = [layer for layer in by_layer if over != HIDDEN or layer not in (self.result.get("output_layers") or ())]
         return mean(by_layer.get(layer) for layer in layers)
 
 
@@ -119,3 +121,9 @@ def _starts_a_run(config: Path) -> bool:
 def place(directory: Path) -> str:
     """What to call a run's directory wherever it lies: preset, rule and seed, the last three folders of its path."""
     return "/".join(resolved(directory).parts[-3:])
+
+
+def metrics_of(runs: Iterable[Run]) -> dict[str, type[Metric]]:
+    """The alignment metrics that are registered, and others that some of the runs measured, by name and in their order."""
+    measured = {name for run in runs for line in (run.result, *run.metrics) for name in line.get("angles") or ()}
+    return declared({*registries.METRICS, *measured})

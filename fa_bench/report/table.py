@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
 
 from fa_bench.config.labels import differing, shown
+from fa_bench.config.registries import METRICS
 from fa_bench.errors import printable
+from fa_bench.metrics.alignment.base import Metric, declared
 from fa_bench.report.groups import CONTROL, FLOOR, Groups, finished_by_seed, group_labels, group_runs, reference, status_counts
 from fa_bench.report.numbers import half_width, known, mean, std
 from fa_bench.report.published import Entry, answering, headline
-from fa_bench.report.runs import FINISHED, VERSIONS, Run
+from fa_bench.report.runs import FINISHED, VERSIONS, Run, metrics_of
 from fa_bench.report.states import ending
 from fa_bench.text import markdown, shortened
 
@@ -31,6 +33,12 @@ class Column(NamedTuple):
     title: str
     format: str | None = None
     timing: bool = False
+
+
+def metric_columns(metrics: Mapping[str, type[Metric]]) -> dict[str, Column]:
+    """The columns of those alignment metrics that have one."""
+    return {name: Column(f"{metric.title} ({metric.unit})" if metric.unit else metric.title, ".1f" if metric.unit else ".2f")
+            for name, metric in metrics.items() if metric.column}
 
 
 COLUMNS = {
@@ -61,9 +69,7 @@ COLUMNS = {
     "bp_row": Column("paired with"),
     "floor_accuracy": Column(f"floor: {FLOOR} (%)", ".2f"),
     "floor": Column("beats floor"),
-    "weight_angle": Column("weight angle (°)", ".1f"),
-    "delta_angle": Column("delta angle (°)", ".1f"),
-    "norm_ratio": Column("norm ratio", ".2f"),
+    **metric_columns(declared(METRICS)),
     "seconds": Column("seconds", ".1f", timing=True),
     "seconds_per_epoch": Column("seconds an epoch", ".2f", timing=True),
     "published": Column("published (%)", ".2f"),
@@ -89,11 +95,21 @@ def summarise(runs: Sequence[Run], published: Sequence[Entry] = ()) -> pd.DataFr
     groups = group_runs(runs)
     labels = group_labels(groups)
     swept = [key for key in differing(members[0].config for members in groups.values()) if key not in COLUMNS]
-    rows = [_row(labels[group], members, groups, published) | {
+    metrics = metric_columns(metrics_of(runs))
+    rows = [_row(labels[group], members, groups, published, metrics) | {
         key: shown(config[key]) for key in swept if key in (config := members[0].config)} for group, members in groups.items()]
-    first = list(COLUMNS).index("n")
-    columns = [*list(COLUMNS)[:first], *swept, *list(COLUMNS)[first:]]
-    return pd.DataFrame(rows, columns=columns).astype({"floor": object, **dict.fromkeys(swept, object)})
+    first, timings = list(COLUMNS).index("n"), list(COLUMNS).index("seconds")
+    others = [name for name in metrics if name not in COLUMNS]
+    columns = [*list(COLUMNS)[:first], *swept, *list(COLUMNS)[first:timings], *others, *list(COLUMNS)[timings:]]
+    frame = pd.DataFrame(rows, columns=columns).astype({"floor": object, **dict.fromkeys(swept, object)})
+    frame.attrs["metrics"] = list(metrics)
+    return frame
+
+
+def columns_of(frame: pd.DataFrame) -> dict[str, Column]:
+    """How the frame's columns are shown, in its order: those of `COLUMNS`, and of alignment metrics of plugins."""
+    added = metric_columns(declared(name for name in frame.attrs.get("metrics", ()) if name not in COLUMNS))
+    return {name: column for name in frame if (column := {**COLUMNS, **added}.get(name)) is not None}
 
 
 def to_text(frame: pd.DataFrame) -> str:
@@ -107,8 +123,9 @@ def to_text(frame: pd.DataFrame) -> str:
     partly = any(status.partition(" ")[2] != FINISHED for status in frame["status"])
     if partly:
         columns.append(("in means", "in means", [f"{n} of {runs}" for n, runs in zip(frame["n"], frame["runs"], strict=True)]))
-    columns += [(name, COLUMNS[name].title, _cells(frame, name)) for name in ("weight_angle", "delta_angle", "seconds")
-                if name in frame]
+    angles = {name: column for name, column in columns_of(frame).items() if column.title.endswith("(°)")}
+    columns += [(name, column.title, _cells(frame, name, angles)) for name, column in angles.items()]
+    columns += [("seconds", COLUMNS["seconds"].title, _cells(frame, "seconds"))] if "seconds" in frame else []
     if frame["published"].notna().any():
         columns += [(name, title, _cells(frame, name)) for name, title in (
             ("published", COLUMNS["published"].title), ("published_difference", "difference"))]
@@ -116,7 +133,8 @@ def to_text(frame: pd.DataFrame) -> str:
         columns.append(("status", COLUMNS["status"].title, _cells(frame, "status")))
     if any(frame["note"]):
         columns.append(("note", COLUMNS["note"].title, _cells(frame, "note")))
-    padded = [_pad([title, *map(printable, cells)], right=name in COLUMNS and COLUMNS[name].format is not None)
+    formats = columns_of(frame)
+    padded = [_pad([title, *map(printable, cells)], right=name in formats and formats[name].format is not None)
               for name, title, cells in columns]
     lines = ["  ".join(cells).rstrip() for cells in zip(*padded, strict=True)]
     rule = "  ".join("-" * len(cells[0]) for cells in padded)
@@ -140,7 +158,9 @@ def to_csv(frame: pd.DataFrame) -> str:
     return plain.to_csv(index=False, float_format="%.10g", lineterminator="\n")
 
 
-def _row(label: str, members: Sequence[Run], groups: Groups, published: Sequence[Entry]) -> dict[str, Any]:
+def _row(
+    label: str, members: Sequence[Run], groups: Groups, published: Sequence[Entry], metrics: Iterable[str]
+) -> dict[str, Any]:
     finished = finished_by_seed(members)
     final = _accuracies(members, "test_accuracy")
     control, floor = (reference(algorithm, members[0], groups) for algorithm in (CONTROL, FLOOR))
@@ -168,8 +188,7 @@ def _row(label: str, members: Sequence[Run], groups: Groups, published: Sequence
         "bp_difference_ci95": half_width(differences),
         "bp_difference_n": len(differences) if control.runs else math.nan,
         "bp_row": control.label,
-        **{quantity: mean(run.layer_mean(quantity, run.result.get("angles")) for run in finished.values())
-           for quantity in ("weight_angle", "delta_angle", "norm_ratio")},
+        **{name: mean(run.layer_mean(name, run.result.get("angles")) for run in finished.values()) for name in metrics},
         "seconds": mean(run.result.get("seconds") for run in finished.values()),
         "seconds_per_epoch": mean(_over(run.result.get("seconds"), run.epochs) for run in finished.values()),
         "floor_accuracy": floor_mean,

@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fa_bench.config.job import first_line
-from fa_bench.errors import RunDirectoryError
+from fa_bench.callbacks.base import Callback
+from fa_bench.errors import RunDirectoryError, first_line
 from fa_bench.files import atomic, temporary_name
 from fa_bench.mechanisms.rule import Rule
-from fa_bench.optim import Optimizers
+from fa_bench.optim.optimizers import Optimizers
 from fa_bench.process import random_state, restore_random_state
 from fa_bench.runs.loop import Progress
 
-VERSION = 3
+VERSION = 4
 
 
 class Expected(NamedTuple):
@@ -40,7 +40,8 @@ class Expected(NamedTuple):
 
 
 def save(
-    path: Path, before: Path, config_hash: str, data_hash: str, progress: Progress, rule: Rule, optimizers: Optimizers
+    path: Path, before: Path, config_hash: str, data_hash: str, progress: Progress, rule: Rule, optimizers: Optimizers,
+    callbacks: Iterable[Callback] = (),
 ) -> None:
     """Write a checkpoint; the one that was at `path` is kept as `before`, and until the new one is whole, at `path` too.
 
@@ -55,6 +56,7 @@ def save(
         "model": rule.model.state_dict(),
         "rule": rule.state_dict(),
         "optimizers": optimizers.state_dict(),
+        "callbacks": {callback.name: state for callback in callbacks if (state := callback.state_dict())},
         "random": random_state(),
     }
     # Into memory first: a full disk is then found by a plain write, whose error says so.
@@ -79,7 +81,8 @@ def _keep(path: Path, before: Path) -> None:
 
 
 def load(
-    paths: Iterable[Path], expected: Expected, rule: Rule, optimizers: Optimizers, warn: Callable[[str], Any]
+    paths: Iterable[Path], expected: Expected, rule: Rule, optimizers: Optimizers, warn: Callable[[str], Any],
+    callbacks: Iterable[Callback] = (),
 ) -> Progress:
     """Put the first whole checkpoint of `paths` back into a rule, its model and its optimizers; returns where the run stands.
 
@@ -88,7 +91,8 @@ def load(
         expected: what they must fit.
         rule: attached, to a model of this run.
         optimizers: of this run.
-        warn: told of every checkpoint that cannot be used, where another one can.
+        warn: called with a line about every checkpoint that cannot be used, where another one can.
+        callbacks: of this run.
 
     Raises:
         RunDirectoryError: naming every checkpoint and why it cannot be used, where none can be.
@@ -106,6 +110,8 @@ def load(
                 rule.model.load_state_dict(state["model"])
                 rule.load_state_dict(state["rule"])
                 optimizers.load_state_dict(state["optimizers"])
+                for callback in callbacks:
+                    callback.load_state_dict(state["callbacks"].get(callback.name, {}))
                 restore_random_state(state["random"])
             except RunDirectoryError:
                 raise

@@ -27,6 +27,7 @@ from torch.utils.tensorboard.summary import custom_scalars, histogram
 
 from fa_bench.config.job import Job
 from fa_bench.files import writing
+from fa_bench.metrics.alignment.base import declared
 from fa_bench.runs.ownership import NEW_EVENTS, record_events, recorded_events
 
 #: Hyper-parameters of the HPARAMS tab: one set for all rules, so that their runs share a table.
@@ -253,7 +254,8 @@ def _layout(groups: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
     """
     layout: dict[str, dict[str, list[Any]]] = {"training": {}, "layers": {}}
     for group in groups:
-        title = group.replace("_", " ") + (" (°)" if "angle" in group else "")
+        metric = declared([group])[group]
+        title = f"{metric.title} ({metric.unit})" if metric.unit else metric.title
         layout["training" if group in _TRAINING else "layers"][title] = ["Multiline", [f"^{re.escape(group)}/"]]
     return {category: charts for category, charts in layout.items() if charts}
 

@@ -1,24 +1,26 @@
-"""The only training and evaluation loop. It names no rule."""
+"""The only training and evaluation loop. It names no rule, no loss, no metric and no logger."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from fa_bench.callbacks.base import Callback
+from fa_bench.config.job import RunOptions
 from fa_bench.data.base import Split, Splits
 from fa_bench.mechanisms.rule import Rule
 from fa_bench.mechanisms.trace import evaluating
-from fa_bench.metrics.probe import Probe
-from fa_bench.optim import Optimizers
+from fa_bench.objectives.base import Objective
+from fa_bench.optim.optimizers import Optimizers
 from fa_bench.runs.hashes import chained
 
+#: Samples of an evaluation batch at least: evaluation keeps no activations, so that large batches cost no more memory.
+EVALUATION_BATCH = 512
 Angles = dict[str, dict[str, float]]
 
 
@@ -32,8 +34,9 @@ class Progress:
         step: updates so far.
         seconds: training time so far, without evaluation and probes.
         loss_sum, hits, samples: over the present epoch's batches; the first two are scalars on the device.
-        probed: the step of the last measurement of angles.
-        angles: what it gave, where it was in the present epoch.
+        has_accuracy: whether targets are classes.
+        probed: the step of the last measurement of alignment metrics.
+        angles: its result, where it was in the present epoch.
         batches_hash: of the first batch of every epoch so far, as the model saw it.
         diverged: epoch, step and layer where the loss or a trained tensor first was not finite.
         best_epoch, best_val, test_at_best: the epoch (from 1) of the best validation accuracy, and what it had.
@@ -46,6 +49,7 @@ class Progress:
     loss_sum: Tensor | None = None
     hits: Tensor | None = None
     samples: int = 0
+    has_accuracy: bool = True
     probed: int | None = None
     angles: Angles | None = None
     batches_hash: str = ""
@@ -61,197 +65,152 @@ class Progress:
         self.loss_sum = torch.zeros((), device=device)
         self.hits = torch.zeros((), dtype=torch.long, device=device)
 
+    def means(self) -> tuple[float, float | None]:
+        """Loss and accuracy over the present epoch's batches; the accuracy is None where targets are numbers."""
+        assert self.loss_sum is not None and self.hits is not None
+        return (self.loss_sum / self.samples).item(), self.hits.item() / self.samples if self.has_accuracy else None
 
-class Diverged(Exception):
-    """The loss, or a trained tensor, is not finite."""
-
-    def __init__(self, epoch: int, step: int, layer: str | None) -> None:
-        where = f" (first in {layer})" if layer else ""
-        super().__init__(f"not finite in epoch {epoch} at step {step}{where}")
-        self.epoch, self.step, self.layer = epoch, step, layer
-
-
-def _nothing(*arguments: Any) -> None:
-    """A callback that is not needed."""
+    def end_epoch(self, metrics: dict[str, Any]) -> None:
+        """Count an epoch as finished, and remember it where its validation accuracy is the best so far."""
+        val = metrics["val_accuracy"]
+        if val is not None and (self.best_val is None or val > self.best_val):
+            self.best_epoch, self.best_val, self.test_at_best = self.epoch + 1, val, metrics["test_accuracy"]
+        self.epoch += 1
+        self.batch = 0
 
 
-@dataclasses.dataclass
-class Loop:
-    """Trains an attached model and reports to callbacks.
+class Trainer:
+    """Trains an attached model.
 
-    Attributes:
+    Args:
         rule: an attached rule; its model is trained.
         optimizers: for the weights and learned feedback.
         splits: the data.
-        batch_size, drop_last, seed: how training batches are made.
-        probe: measures angles, every `probe_every` steps (0 for the last step alone).
-        on_epoch: called with (progress, metrics of the epoch) when an epoch is complete.
-        on_probe: called with (step, angles).
-        on_step: called with the progress after every update, where a checkpoint may be written or the run be left by raising.
-        on_wait: called between batches of an evaluation, where the run may be left as from `on_step`.
-        go_on: train on where the loss or a weight stops being finite.
-        histograms_every: steps between two calls of `on_histograms`; 0 for none.
-        on_histograms: called with the step before its update, when the gradients of the next batch are there.
+        objective: the loss, and what counts as correct.
+        options: the run's options: epochs, batch size, seed, ...
+        callbacks: called at every moment that `fa_bench.callbacks.base.Callback` names, in this order.
+        progress: where the run stands, which may be within an epoch.
     """
 
-    rule: Rule
-    optimizers: Optimizers
-    splits: Splits
-    batch_size: int
-    drop_last: bool
-    seed: int
-    probe: Probe
-    probe_every: int
-    on_epoch: Callable[[Progress, dict[str, Any]], None]
-    on_probe: Callable[[int, Angles], None] = _nothing
-    on_step: Callable[[Progress], None] = _nothing
-    on_wait: Callable[[], None] = _nothing
-    go_on: bool = False
-    histograms_every: int = 0
-    on_histograms: Callable[[int], None] = _nothing
+    def __init__(
+        self, rule: Rule, optimizers: Optimizers, splits: Splits, objective: Objective, options: RunOptions,
+        callbacks: Iterable[Callback] = (), progress: Progress | None = None,
+    ) -> None:
+        self.rule, self.optimizers, self.splits, self.objective, self.options = rule, optimizers, splits, objective, options
+        self.model, self.callbacks, self.progress = rule.model, list(callbacks), progress or Progress()
+        # Only what is overridden is called: a step on a small net takes a few hundred microseconds.
+        self._called = {name: [getattr(callback, name) for callback in self.callbacks
+                               if getattr(type(callback), name) is not getattr(Callback, name)] for name in _MOMENTS}
 
-    def fit(self, progress: Progress, epochs: int) -> Angles:
-        """Train from `progress`, which may stand within an epoch, to the last epoch; returns the angles at the end.
+    def fit(self) -> None:
+        """Train to the last epoch."""
+        self._call("on_fit_start")
+        while self.progress.epoch < self.options.epochs:
+            self._epoch()
+        self._call("on_fit_end")
 
-        Raises:
-            Diverged: where a loss or a weight stopped being finite, unless `go_on`.
-        """
-        if self.probe_every and progress.probed is None:
-            self._measure(progress)
-        while progress.epoch < epochs:
-            self._epoch(progress, last=progress.epoch + 1 == epochs)
-        return progress.angles if progress.probed == progress.step and progress.angles else self.probe.measure()
+    def train_step(self, x: Tensor, y: Tensor) -> None:
+        """One update of weights and learned feedback by a batch of inputs `x` and targets `y`."""
+        self.optimizers.begin_step(self.progress.step)
+        for part_x, part_y, share in self._micro_batches(x, y):
+            outputs = self.model(part_x)
+            loss = self.objective.loss(outputs, part_y)
+            self._count(loss, part_y)
+            self._call("on_loss", part_x)
+            self.rule.backward(loss if share == 1 else loss * share, outputs, part_y, None if share == 1 else share)
+            self._count_correct(outputs, part_y)
+        self._call("on_gradients")
+        if self.options.clip_norm is not None:
+            self.optimizers.clip(self.options.clip_norm)
+        self.optimizers.step()
+        self.rule.step()
 
-    def _epoch(self, progress: Progress, last: bool) -> None:
-        model = self.rule.model
-        model.train()
-        self.optimizers.begin_epoch(progress.epoch)
-        lr = self.optimizers.lr
-        device = next(model.parameters()).device
-        check_every = 1 if device.type == "cpu" else CHECK_EVERY
+    def evaluate(self, split: Split | None) -> tuple[float | None, float | None]:
+        """Loss and accuracy, see `evaluate`."""
+        return evaluate(self.model, self.objective, split, self.options.batch_size, lambda: self._call("on_evaluation_batch"))
+
+    def _epoch(self) -> None:
+        progress, options = self.progress, self.options
+        self.model.train()
+        self.optimizers.begin_epoch(progress.epoch, progress.step)
+        self.rule.begin_epoch(progress.epoch)
         if progress.batch == 0:
-            progress.begin_epoch(device)
-        assert progress.loss_sum is not None and progress.hits is not None
+            progress.begin_epoch(next(self.model.parameters()).device)
+        lr = self.optimizers.lr
+        self._call("on_epoch_start")
         clock = time.perf_counter()
         for x, y in self.splits.train.batches(
-            self.batch_size, seed=self.seed, epoch=progress.epoch, drop_last=self.drop_last, start=progress.batch
+            options.batch_size, seed=options.seed, epoch=progress.epoch, drop_last=options.drop_last, start=progress.batch,
+            shuffle=options.shuffle,
         ):
             if progress.batch == 0:
                 progress.batches_hash = chained(progress.batches_hash, x, y)
-            self.optimizers.zero_grad()
-            logits = model(x)
-            loss = F.cross_entropy(logits, y)
-            progress.loss_sum += loss.detach() * len(y)
-            if progress.step % check_every == 0 and not math.isfinite(progress.loss_sum.item()):
-                # Before the update, which would spread it to all layers.
-                self._diverge(progress, x)
-            self.rule.backward(loss, logits, y)
-            if self.histograms_every and progress.step % self.histograms_every == 0:
-                progress.seconds += time.perf_counter() - clock
-                self.on_histograms(progress.step)
-                clock = time.perf_counter()
-            self.optimizers.step()
-            self.rule.step()
-            progress.hits += (logits.detach().argmax(1) == y).sum()
-            progress.samples += len(y)
+            self.train_step(x, y)
             progress.step += 1
             progress.batch += 1
             progress.seconds += time.perf_counter() - clock
-            if self.probe_every and progress.step % self.probe_every == 0:
-                self._measure(progress)
-            self.on_step(progress)
+            self._call("on_step_end")
             clock = time.perf_counter()
-        train_loss = (progress.loss_sum / progress.samples).item()
+        train_loss, train_accuracy = progress.means()
         progress.seconds += time.perf_counter() - clock
-        total = torch.stack([tensor.detach().sum() for tensor in self.optimizers.trained()]).sum()
-        if not (math.isfinite(train_loss) and torch.isfinite(total)):
-            self._diverge(progress, None)
-        if last and progress.probed != progress.step:
-            self._measure(progress)
-        metrics: dict[str, Any] = {
-            "epoch": progress.epoch + 1, "step": progress.step, "lr": lr,
-            "train_loss": train_loss, "train_accuracy": progress.hits.item() / progress.samples,
-        }
+        self._call("on_batches_end")
+        metrics: dict[str, Any] = {"epoch": progress.epoch + 1, "step": progress.step, "lr": lr, "train_loss": train_loss,
+                                   "train_accuracy": train_accuracy}
         for name, split in (("val", self.splits.validation), ("test", self.splits.test)):
-            metrics[f"{name}_loss"], metrics[f"{name}_accuracy"] = evaluate(model, split, self.batch_size, self.on_wait)
-        # From here on nothing can be left half done: until now a run that is left goes on at the end of this epoch's batches.
-        val = metrics["val_accuracy"]
-        if val is not None and (progress.best_val is None or val > progress.best_val):
-            progress.best_epoch, progress.best_val = progress.epoch + 1, val
-            progress.test_at_best = metrics["test_accuracy"]
-        self.optimizers.end_epoch()
-        progress.epoch += 1
-        progress.batch = 0
-        metrics["seconds"], metrics["angles"] = progress.seconds, progress.angles
-        self.on_epoch(progress, metrics)
+            metrics[f"{name}_loss"], metrics[f"{name}_accuracy"] = self.evaluate(split)
+        # From here on nothing can be left half done: a run that was left before resumes after this epoch's last batch.
+        progress.end_epoch(metrics)
+        metrics |= {"seconds": progress.seconds, "angles": progress.angles}
+        self._call("on_epoch_end", metrics)
 
-    def _measure(self, progress: Progress) -> None:
-        progress.angles, progress.probed = self.probe.measure(), progress.step
-        self.on_probe(progress.step, progress.angles)
-
-    def _diverge(self, progress: Progress, x: Tensor | None) -> None:
-        if progress.diverged is not None:
+    def _micro_batches(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """The parts that a batch is split into, each with its share of the samples."""
+        count = min(self.options.accumulate, len(y))
+        if count == 1:
+            yield x, y, 1
             return
-        found = Diverged(progress.epoch + 1, progress.step, self._first_hit(x))
-        progress.diverged = {"epoch": found.epoch, "step": found.step, "layer": found.layer, "message": str(found)}
-        if not self.go_on:
-            raise found
+        for part_x, part_y in zip(x.tensor_split(count), y.tensor_split(count), strict=True):
+            yield part_x, part_y, len(part_y) / len(y)
 
-    def _first_hit(self, x: Tensor | None) -> str | None:
-        """The first tensor that is not finite: a weight, in the model's order, learned feedback, or what `x` makes of a layer."""
-        feedback = [(f"{layer}.{name}", tensor) for layer, own in self.rule.feedback.items() for name, tensor in own.items()]
-        weights = {id(weight) for weight in self.rule.weight_parameters()}
-        named = [(name, tensor) for name, tensor in self.rule.model.named_parameters() if id(tensor) in weights]
-        for name, tensor in (*named, *feedback):
-            if not torch.isfinite(tensor).all():
-                return name
-        return None if x is None else first_not_finite(self.rule.model, x)
+    def _count(self, loss: Tensor, y: Tensor) -> None:
+        assert self.progress.loss_sum is not None
+        self.progress.loss_sum += loss.detach() * len(y)
+        self.progress.samples += len(y)
+
+    def _count_correct(self, outputs: Tensor, y: Tensor) -> None:
+        correct = self.objective.correct(outputs.detach(), y)
+        self.progress.has_accuracy = correct is not None
+        if correct is not None:
+            assert self.progress.hits is not None
+            self.progress.hits += correct.sum()
+
+    def _call(self, moment: str, *arguments: Any) -> None:
+        for callback in self._called[moment]:
+            callback(self, *arguments)
 
 
-@torch.no_grad()
-def first_not_finite(model: torch.nn.Module, x: Tensor) -> str | None:
-    """The first module whose output for `x` is not finite, in evaluation mode; None where there is none."""
-    found: list[str] = []
-
-    def look(name: str) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and not torch.isfinite(output).all():
-                found.append(name)
-        return hook
-
-    handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
-    try:
-        with evaluating(model):
-            model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0] if found else None
+_MOMENTS = [name for name in vars(Callback) if name.startswith("on_")]
 
 
 @torch.no_grad()
 def evaluate(
-    model: torch.nn.Module, split: Split | None, batch_size: int, on_wait: Callable[[], None] = _nothing
+    model: torch.nn.Module, objective: Objective, split: Split | None, batch_size: int,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> tuple[float | None, float | None]:
-    """Mean loss and accuracy (a fraction) over a whole split in evaluation mode; (None, None) without samples.
+    """Mean loss and accuracy (a fraction) over a whole split in evaluation mode.
 
-    `on_wait` is called before every batch.
+    (None, None) without samples; the accuracy is None where targets are numbers. `before_batch` is called before every batch.
     """
     if split is None or len(split) == 0:
         return None, None
     losses: list[Tensor] = []
     hits: list[Tensor] = []
-    # Evaluation keeps no activations, so that larger batches cost no more memory than training.
     with evaluating(model):
         for x, y in split.batches(max(batch_size, EVALUATION_BATCH)):
-            on_wait()
-            logits = model(x)
-            losses.append(F.cross_entropy(logits, y, reduction="sum"))
-            hits.append((logits.argmax(1) == y).sum())
-    return torch.stack(losses).sum().item() / len(split), int(torch.stack(hits).sum().item()) / len(split)
-
-
-#: Samples of an evaluation batch at least.
-EVALUATION_BATCH = 512
-#: Steps between two looks at the loss where looking makes an accelerator wait.
-CHECK_EVERY = 50
+            before_batch()
+            outputs = model(x)
+            losses.append(objective.loss(outputs, y, reduction="sum"))
+            if (correct := objective.correct(outputs, y)) is not None:
+                hits.append(correct.sum())
+    loss = torch.stack(losses).sum().item() / len(split)
+    return loss, int(torch.stack(hits).sum().item()) / len(split) if hits else None

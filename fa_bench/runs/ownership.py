@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from fa_bench.errors import RunDirectoryError, names
-from fa_bench.files import CONFIG, LOG, METRICS, RESULT, check_lock, temporary_name, write_text
+from fa_bench.files import CONFIG, CURVES, LOG, METRICS, RESULT, check_lock, temporary_name, write_text
 from fa_bench.records import HEADER
 
 CHECKPOINTS, LAST, PREVIOUS = "checkpoints", "last.pt", "previous.pt"
@@ -20,7 +20,7 @@ LOCK, HOLDER = ".lock", ".holder.json"
 EVENTS = ".events.json"
 #: An event file that is being written; a watching TensorBoard lists every name with "tfevents" in it.
 NEW_EVENTS = ".events.tmp"
-_WRITTEN = (CONFIG, METRICS, RESULT, HOLDER, EVENTS)
+_WRITTEN = (CONFIG, METRICS, CURVES, RESULT, HOLDER, EVENTS)
 TEMPORARIES = (NEW_EVENTS, *map(temporary_name, _WRITTEN))
 CHECKPOINT_TEMPORARIES = (temporary_name(LAST), temporary_name(PREVIOUS))
 #: What a start that was killed before it wrote the config leaves beside the lock, and how each of these files begins.
@@ -46,7 +46,7 @@ def own_files(directory: Path, keep: bool) -> Iterator[Path]:
     yield from (directory / name for name in TEMPORARIES)
     yield directory / RESULT
     if not keep:
-        yield from (directory / name for name in (LOG, METRICS, *recorded_events(directory), EVENTS))
+        yield from (directory / name for name in (LOG, METRICS, CURVES, *recorded_events(directory), EVENTS))
 
 
 def recorded_events(directory: Path) -> list[str]:

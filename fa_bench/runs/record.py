@@ -1,4 +1,4 @@
-"""What a run writes while it trains: metrics.jsonl, TensorBoard events, result.json."""
+"""What a run writes while it trains: metrics.jsonl, result.json, and its curves by the loggers that it was given."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fa_bench import __version__
 from fa_bench.config.job import Job
+from fa_bench.config.registries import LOGGERS
 from fa_bench.files import METRICS, RESULT, dump_json, write_text
-from fa_bench.mechanisms.rule import Rule
-from fa_bench.metrics.probe import Probe
-from fa_bench.metrics.probes.base import LayerProbes, Quantities
-from fa_bench.metrics.tensors import named_tensors
+from fa_bench.loggers.base import Logger
+from fa_bench.metrics.meter import AlignmentMeter
+from fa_bench.metrics.probes.base import Probes, Quantities
 from fa_bench.records import SCALARS, recorded_lines
-from fa_bench.runs.events import FINAL, Events
+from fa_bench.runs.events import FINAL
 from fa_bench.runs.hashes import code_hash
-from fa_bench.runs.loop import Angles, Progress
+from fa_bench.runs.loop import Progress
 
 
 class Recorder:
@@ -38,20 +40,24 @@ class Recorder:
         RecordError: as `recorded_lines`.
     """
 
-    def __init__(self, directory: Path, job: Job, progress: Progress, probes: LayerProbes) -> None:
-        self.directory, self.job, self.probes = directory, job, probes
+    def __init__(self, directory: Path, job: Job, progress: Progress, probes: Probes) -> None:
+        self.directory, self.probes = directory, probes
         self.lines = recorded_lines(directory / METRICS, progress.epoch)
         self._write_metrics()
-        self.events = Events(directory, job, progress.step)
+        self.loggers = make_loggers(job)
+        for logger in self.loggers:
+            logger.open(directory, job, progress.step)
 
-    def probe(self, step: int, angles: Angles) -> None:
-        """Record one measurement of angles."""
-        values = {f"{metric}/{layer}": value for metric, layers in angles.items() for layer, value in layers.items()}
-        self.events.scalars(values, step)
+    def layers(self, step: int, quantities: Quantities) -> None:
+        """Record numbers of layers, {quantity: {layer: value}}, at a step."""
+        values = {f"{quantity}/{layer}": value for quantity, layers in quantities.items() for layer, value in layers.items()}
+        for logger in self.loggers:
+            logger.scalars(values, step)
 
-    def histograms(self, step: int, rule: Rule) -> None:
-        """Record the distributions of a rule's tensors."""
-        self.events.histograms(named_tensors(rule), step)
+    def histograms(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        """Record distributions of tensors at a step."""
+        for logger in self.loggers:
+            logger.histograms(tensors, step)
 
     def epoch(self, progress: Progress, metrics: dict[str, Any]) -> None:
         """Record one epoch."""
@@ -59,36 +65,53 @@ class Recorder:
             metrics = metrics | {"probes": self.measure_probes(progress)}
         self.lines.append(dump_json(metrics))
         self._write_metrics()
-        self.events.scalars({_tag(key): metrics[key] for key in SCALARS if metrics[key] is not None}, progress.step)
+        values = {_tag(key): metrics[key] for key in SCALARS if metrics[key] is not None}
+        for logger in self.loggers:
+            logger.scalars(values, progress.step)
 
     def flush(self) -> None:
         """Return once all records are on the disk; to be called before a checkpoint is written."""
-        self.events.flush()
+        for logger in self.loggers:
+            logger.flush()
 
     def measure_probes(self, progress: Progress) -> Quantities:
         """Measure and record what the run's option `probes` asks for: {quantity: {layer: value}}."""
         found = self.probes.measure(progress.step)
-        self.probe(progress.step, {f"probe/{quantity}": layers for quantity, layers in found.items()})
+        self.layers(progress.step, {f"probe/{quantity}": layers for quantity, layers in found.items()})
         return found
 
     def _write_metrics(self) -> None:
         write_text(self.directory / METRICS, "".join(line + "\n" for line in self.lines))
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Write result.json, and how the run ended to TensorBoard."""
+        """Write result.json, and tell the loggers how the run ended."""
         try:
-            # In front of the result, which says that there is nothing more to do.
-            self.events.finish(result["status"], {key: result[key] for key in FINAL}, result["step"])
+            # Before the result, which says that there is nothing more to do.
+            for logger in self.loggers:
+                logger.finish(result["status"], {key: result[key] for key in FINAL}, result["step"])
         finally:
             write_text(self.directory / RESULT, dump_json(result, indent=1) + "\n")
 
     def close(self) -> None:
-        """Close the event file."""
-        self.events.close()
+        """Release the loggers."""
+        for logger in self.loggers:
+            logger.close()
 
     def last_metrics(self) -> dict[str, Any]:
         """The last epoch's line, or nothing."""
         return json.loads(self.lines[-1]) if self.lines else {}
+
+
+def make_loggers(job: Job) -> list[Logger]:
+    """The loggers of a run, which can work here.
+
+    Raises:
+        ConfigError: for one that cannot, with what to install.
+    """
+    loggers = [LOGGERS[name]() for name in dict.fromkeys(job.run.loggers)]
+    for logger in loggers:
+        logger.require()
+    return loggers
 
 
 def _tag(key: str) -> str:
@@ -106,7 +129,7 @@ def base_result(job: Job, experiment: str | None = None) -> dict[str, Any]:
     return {
         "status": "failed", "label": job.algorithm.name, "group": job.group, "experiment": experiment,
         "algorithm": job.algorithm.name, "architecture": job.architecture.name,
-        "dataset": job.dataset.name, "optimizer": job.optimizer.name,
+        "dataset": job.dataset.name, "optimizer": job.optimizer.name, "objective": job.objective.name,
         "seed": job.run.seed, "epochs": job.run.epochs, "epoch": 0, "step": 0,
         "test_accuracy": None, "test_accuracy_at_best_val": None, "best_epoch": None, "val_accuracy": None,
         "train_accuracy": None, "angles": {}, "probes": {}, "feedback_layers": [], "output_layers": [],
@@ -117,16 +140,16 @@ def base_result(job: Job, experiment: str | None = None) -> dict[str, Any]:
     }
 
 
-def progress_result(recorder: Recorder, progress: Progress, probe: Probe, angles: Angles | None) -> dict[str, Any]:
-    """The part of a result that training decides."""
+def progress_result(recorder: Recorder, progress: Progress, meter: AlignmentMeter, complete: bool) -> dict[str, Any]:
+    """The part of a result that training decides; `complete`: whether the last epoch was trained."""
     last = recorder.last_metrics()
     return {
         "epoch": progress.epoch, "step": progress.step, "seconds": progress.seconds,
         **{key: last.get(key) for key in ("test_accuracy", "val_accuracy", "train_accuracy")},
         "test_accuracy_at_best_val": progress.test_at_best, "best_epoch": progress.best_epoch,
-        "angles": angles if angles is not None else last.get("angles") or {},
-        "feedback_layers": probe.feedback_layers, "output_layers": probe.output_layers,
-        "peak_memory_bytes": peak_memory(next(probe.rule.model.parameters()).device),
+        "angles": (progress.angles if complete else last.get("angles")) or {},
+        "feedback_layers": meter.feedback_layers, "output_layers": meter.output_layers,
+        "peak_memory_bytes": peak_memory(next(meter.rule.model.parameters()).device),
     }
 
 

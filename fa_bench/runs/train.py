@@ -2,39 +2,41 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import logging
 import os
 import re
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
+from fa_bench.callbacks.base import Callback
 from fa_bench.config.job import Job
-from fa_bench.config.labels import duration
+from fa_bench.config.registries import CALLBACKS
 from fa_bench.config.scale import SCALES, scaled
 from fa_bench.data.base import Splits
 from fa_bench.errors import ConfigError, CoverageError, OptionError, OutputError, RunDirectoryError
 from fa_bench.files import LOG, METRICS, RESULT, dump_json, write_text
 from fa_bench.mechanisms.rule import Rule
 from fa_bench.memory_limits import require, within_memory
-from fa_bench.metrics.probe import Probe
-from fa_bench.metrics.probes.base import LayerProbes, Subject
-from fa_bench.optim import Optimizers
+from fa_bench.metrics.meter import AlignmentMeter
+from fa_bench.metrics.probes.base import Probes, Subject
+from fa_bench.optim.optimizers import Optimizers
 from fa_bench.process import isolated, seed_everything
 from fa_bench.records import RecordError, recorded_lines
 from fa_bench.runs import checkpoint
-from fa_bench.runs.batches import check_batches, probe_batch
+from fa_bench.runs.batches import check_batches, fixed_batch
+from fa_bench.runs.callbacks import Alignment, Checkpoints, Display, Histograms, Recording, StopOnSignal
 from fa_bench.runs.data_checks import compare
+from fa_bench.runs.divergence import Diverged, Divergence
 from fa_bench.runs.hashes import state_hash, weights_hash
 from fa_bench.runs.logs import log, log_file
-from fa_bench.runs.loop import Angles, Diverged, Loop, Progress
-from fa_bench.runs.record import Recorder, base_result, device_name, progress_result
+from fa_bench.runs.loop import Progress, Trainer
+from fa_bench.runs.record import Recorder, base_result, device_name, make_loggers, progress_result
 from fa_bench.runs.rundir import RunDirectory, Stage
 from fa_bench.runs.stopping import Interrupted, Stop, postponed
 
@@ -48,8 +50,8 @@ def run(
         job: the checked config.
         directory: where its records go; nothing in it changes until data, model and rule are ready.
         title: what the progress bar says.
-        experiment: the preset that the config came from, for the record.
-        later_epochs: those of the runs behind this one, for an estimate of what they will cost.
+        experiment: the experiment that the config came from, for the record.
+        later_epochs: epochs of the runs that follow, to estimate how long they will take.
 
     Returns:
         The result, as in result.json; its status is finished or diverged.
@@ -58,125 +60,162 @@ def run(
         FaBenchError: for input that cannot be run, and where another process writes the directory.
         Interrupted: after SIGINT or SIGTERM, when a checkpoint and the result were written, with status interrupted.
     """
-    place = RunDirectory(directory, job)
-    place.check()
-    with place.hold(), isolated():
-        place.check()  # again, for what came before the lock was ours
+    run_dir = RunDirectory(directory, job)
+    run_dir.check()
+    with run_dir.hold(), isolated():
+        run_dir.check()  # again, for what came before the lock was ours
         title = title or str(directory)
-        go_on = _goes_on(place, title)
-        if go_on and place.stage is Stage.FINISHED and _whole(place):
+        resume = _should_resume(run_dir, title)
+        if resume and run_dir.stage is Stage.FINISHED and _is_complete(run_dir):
             result = json.loads((directory / RESULT).read_bytes())
-            holds, said = compare(job, result, lambda: load(scaled(job), prepare(job)).data_hash)
-            if holds:
-                log.info("%s is finished already: nothing to do%s", title, f"; {said}" if said else "")
+            unchanged, reason = compare(job, result, lambda: load(scaled(job), prepare(job)).data_hash)
+            if unchanged:
+                log.info("%s is finished already: nothing to do%s", title, f"; {reason}" if reason else "")
                 return result
-            go_on = _anew(place, title, said)
-        return _run(place, go_on, title, experiment, later_epochs)
+            resume = _restart(run_dir, title, reason)
+        return _run(run_dir, resume, title, experiment, later_epochs)
 
 
-def _goes_on(place: RunDirectory, title: str) -> bool:
-    """Whether to take up what is in the directory.
+def _should_resume(run_dir: RunDirectory, title: str) -> bool:
+    """Whether to resume what is in the directory.
 
     Raises:
-        RunDirectoryError: where resume=true asks for it, and other code made what is there.
+        RunDirectoryError: where resume=true asks for it, and another version of the code produced what is there.
     """
-    if place.job.run.resume is False:
+    if run_dir.job.run.resume is False:
         return False
-    return place.stage is not Stage.STALE or _anew(place, title, "was made by other code")
+    return run_dir.stage is not Stage.STALE or _restart(run_dir, title, "was produced by a different version of the code")
 
 
-def _anew(place: RunDirectory, title: str, why: str) -> bool:
-    """False, for a run that is to start anew; what is there cannot be continued bit by bit.
+def _restart(run_dir: RunDirectory, title: str, why: str) -> bool:
+    """False, for a run that must restart: what is there cannot be resumed with bitwise identical results.
 
     Raises:
         RunDirectoryError: where resume=true asks for that.
     """
-    if place.job.run.resume:
-        raise RunDirectoryError(f"{place.path}: {why}, which resume=true would not continue bit by bit; resume=false starts anew")
-    log.info("%s %s: starting anew", title, why)
+    if run_dir.job.run.resume:
+        raise RunDirectoryError(f"{run_dir.path}: {why}, so that resume=true would not give bitwise identical results; "
+                                "resume=false restarts")
+    log.info("%s %s: restarting", title, why)
     return False
 
 
-def _whole(place: RunDirectory) -> bool:
+def _is_complete(run_dir: RunDirectory) -> bool:
     """Whether a finished run's checkpoint can be read, where it was kept."""
-    if place.checkpoint.exists():
+    if run_dir.checkpoint.exists():
         try:
-            checkpoint.read(place.checkpoint, place.job.config_hash, "cpu")
+            checkpoint.read(run_dir.checkpoint, run_dir.job.config_hash, "cpu")
         except RunDirectoryError as error:
             log.debug("%s", error)
             return False
     return True
 
 
-def _run(place: RunDirectory, go_on: bool, title: str, experiment: str | None, later_epochs: int) -> dict[str, Any]:
-    device = prepare(place.job)
-    job = scaled(place.job)  # as it is trained; what it is called and known by stays `place.job`
-    splits, rule, optimizers, probe, initial = assemble(job, device)
-    probes = _probes(job, splits, rule, probe)  # before a checkpoint is loaded: some keep the initial weights
-
-    progress, told = Progress(), []
-    resuming = go_on and (place.checkpoint.exists() or place.previous.exists())
+def _run(run_dir: RunDirectory, resume: bool, title: str, experiment: str | None, later_epochs: int) -> dict[str, Any]:
+    make_loggers(run_dir.job)  # before anything is read or trained: one whose package is missing is refused
+    device = prepare(run_dir.job)
+    job = scaled(run_dir.job)  # as it is trained; its name and identity stay those of `run_dir.job`
+    parts = assemble(job, device)
+    progress, warnings = Progress(), []
+    resuming = resume and (run_dir.checkpoint.exists() or run_dir.previous.exists())
     if resuming:
         try:
-            steps = splits.train.steps(job.run.batch_size, job.run.drop_last)
-            expected = checkpoint.Expected(place.job.config_hash, splits.data_hash, job.run.epochs, steps)
-            progress = checkpoint.load((place.checkpoint, place.previous), expected, rule, optimizers, told.append)
-            recorded_lines(place.path / METRICS, progress.epoch)
+            progress = _load(run_dir, job, parts, warnings)
         except (RecordError, RunDirectoryError) as error:
-            if place.job.run.resume:
-                raise RunDirectoryError(f"{error}; resume=false starts anew") from None
+            if run_dir.job.run.resume:
+                raise RunDirectoryError(f"{error}; resume=false restarts") from None
             # Whatever a checkpoint put into the model before it failed is left behind.
-            told, resuming, progress = [f"{error}; starting anew"], False, Progress()
-            splits, rule, optimizers, probe, initial = assemble(job, prepare(place.job))
-            probes = _probes(job, splits, rule, probe)
-    place.start(keep=resuming)
-    result = {**base_result(place.job, experiment), "epochs": job.run.epochs, "data_hash": splits.data_hash,
-              "device": device_name(device), "initial_weights_hash": initial}
-    with log_file(place.path / LOG):
-        for line in told:
-            log.warning("%s", line)
-        for line in splits.notes:
-            log.info("%s", line)
-        if resuming or (go_on and place.job.run.resume):
-            where = f"going on after epoch {progress.epoch}, batch {progress.batch}" if progress.batch else \
-                f"going on after epoch {progress.epoch}"
-            log.info("%s", where if resuming else "no checkpoint: starting at the beginning")
-        log.debug("%s", rule.coverage)
-        if job.feedback_optimizer is not None and not rule.feedback_parameters():
-            log.info("feedback_optimizer=%s is not used: %s learns no feedback", job.feedback_optimizer.name, rule.name)
-        recorder = Recorder(place.path, job, progress, probes)
-        session = _Session(job, place, rule, optimizers, splits, probe, recorder, progress, title or rule.name, later_epochs)
-        angles = None
-        try:
-            with postponed() as stop:
-                try:
-                    angles = session.fit(stop)
-                    if progress.diverged is None:
-                        result |= {"probes": recorder.measure_probes(progress), "status": "finished"}
-                    else:
-                        result |= _diverged(progress)
-                except Diverged:
-                    result |= _diverged(progress)
-                except BaseException as error:
-                    error = _explained(error, job)
-                    if isinstance(error, Interrupted):
-                        session.save()
-                    interrupted = isinstance(error, KeyboardInterrupt)
-                    result |= {"status": "interrupted" if interrupted else "failed", "error": _error(error)}
-                    raise error
-                finally:
-                    result |= progress_result(recorder, progress, probe, angles)
-                    result |= {"batches_hash": progress.batches_hash, "weights_hash": weights_hash(rule.model),
-                               "feedback_hash": state_hash([rule.feedback, rule.state_dict()]),
-                               "optimizer_hash": state_hash(optimizers.state_dict())}
-                    _finish(recorder, result)
-        finally:
-            recorder.close()
+            warnings, resuming, parts = [f"{error}; restarting"], False, assemble(job, prepare(run_dir.job))
+    run_dir.start(keep=resuming)
+    result = {**base_result(run_dir.job, experiment), "epochs": job.run.epochs, "data_hash": parts.splits.data_hash,
+              "device": device_name(device), "initial_weights_hash": parts.initial_weights_hash}
+    with ExitStack() as stack:
+        stack.enter_context(log_file(run_dir.path / LOG))
+        _log_beginning(job, parts, progress, warnings, resuming, resume and bool(run_dir.job.run.resume))
+        recorder = Recorder(run_dir.path, job, progress, parts.probes)
+        stack.callback(recorder.close)
+        stop = stack.enter_context(postponed())
+
+        def save() -> None:
+            recorder.flush()  # everything that the checkpoint counts as recorded is in the files
+            checkpoint.save(run_dir.checkpoint, run_dir.previous, run_dir.job.config_hash, parts.splits.data_hash,
+                            progress, parts.rule, parts.optimizers, parts.callbacks)
+
+        display = Display(title or parts.rule.name, later_epochs)
+        stack.callback(display.close)
+        trainer = Trainer(parts.rule, parts.optimizers, parts.splits, job.objective, job.run, [
+            Divergence(proceed=job.run.on_divergence == "continue"), *([Histograms(recorder, job.run.histograms_every)]
+                                                                       if job.run.histograms_every else []),
+            Alignment(parts.meter, job.run.probe_every, recorder.layers), *parts.callbacks, Recording(recorder),
+            Checkpoints(save, job.run.checkpoint_epochs, job.run.checkpoint_minutes), display, StopOnSignal(stop),
+        ], progress)
+        with _concluding(result, job, parts, recorder, progress, save):
+            _initial_phase(parts.rule, display.title, stop)
+            trainer.fit()
     return result
 
 
-def _probes(job: Job, splits: Splits, rule: Rule, probe: Probe) -> LayerProbes:
-    return LayerProbes(job.run.probes, job.run.probes_epochs, Subject(rule, splits, probe, job.run.batch_size))
+def _load(run_dir: RunDirectory, job: Job, parts: Parts, warnings: list[str]) -> Progress:
+    """Restore the newest usable checkpoint; raises RecordError or RunDirectoryError where there is none."""
+    steps = parts.splits.train.steps(job.run.batch_size, job.run.drop_last)
+    expected = checkpoint.Expected(run_dir.job.config_hash, parts.splits.data_hash, job.run.epochs, steps)
+    progress = checkpoint.load((run_dir.checkpoint, run_dir.previous), expected, parts.rule, parts.optimizers,
+                               warnings.append, parts.callbacks)
+    recorded_lines(run_dir.path / METRICS, progress.epoch)
+    return progress
+
+
+def _log_beginning(job: Job, parts: Parts, progress: Progress, warnings: list[str], resuming: bool, asked: bool) -> None:
+    for line in warnings:
+        log.warning("%s", line)
+    for line in parts.splits.notes:
+        log.info("%s", line)
+    if resuming or asked:
+        batch = f", batch {progress.batch}" if progress.batch else ""
+        log.info(f"resuming after epoch {progress.epoch}{batch}" if resuming else "no checkpoint: starting from the beginning")
+    log.debug("%s", parts.rule.coverage)
+    if job.feedback_optimizer is not None and not parts.rule.feedback_parameters():
+        log.info("feedback_optimizer=%s is not used: %s learns no feedback", job.feedback_optimizer.name, parts.rule.name)
+
+
+def _initial_phase(rule: Rule, title: str, stop: Stop) -> None:
+    """What the rule does before training."""
+    steps = rule.initial_steps_left
+    if steps:
+        log.info("%s: %d steps before training", title, steps)
+    for _ in tqdm(rule.initial_phase(), total=steps, desc=f"{title} before training", unit="step",
+                  disable=None if steps else True, leave=False):
+        stop.check()
+
+
+@contextmanager
+def _concluding(
+    result: dict[str, Any], job: Job, parts: Parts, recorder: Recorder, progress: Progress, save: Any
+) -> Iterator[None]:
+    """Completes `result` and writes it, however the training within it ends."""
+    complete = False
+    try:
+        yield
+        complete = True
+        if progress.diverged is None:
+            result |= {"probes": recorder.measure_probes(progress), "status": "finished"}
+        else:
+            result |= _diverged(progress)
+    except Diverged:
+        result |= _diverged(progress)
+    except BaseException as error:
+        error = _explained(error, job)
+        if isinstance(error, Interrupted):
+            save()
+        interrupted = isinstance(error, KeyboardInterrupt)
+        result |= {"status": "interrupted" if interrupted else "failed", "error": _error(error)}
+        raise error
+    finally:
+        result |= progress_result(recorder, progress, parts.meter, complete)
+        result |= {"batches_hash": progress.batches_hash, "weights_hash": weights_hash(parts.rule.model),
+                   "feedback_hash": state_hash([parts.rule.feedback, parts.rule.state_dict()]),
+                   "optimizer_hash": state_hash(parts.optimizers.state_dict())}
+        _finish(recorder, result)
 
 
 def _diverged(progress: Progress) -> dict[str, Any]:
@@ -211,8 +250,10 @@ class Parts(NamedTuple):
     splits: Splits
     rule: Rule
     optimizers: Optimizers
-    probe: Probe
-    initial_weights_hash: str = ""
+    meter: AlignmentMeter
+    probes: Probes
+    callbacks: list[Callback]
+    initial_weights_hash: str
 
 
 def load(job: Job, device: torch.device) -> Splits:
@@ -242,14 +283,19 @@ def assemble(job: Job, device: torch.device, splits: Splits | None = None) -> Pa
     if device.type == "cpu":
         require(4 * sum(weight.numel() for weight in model.parameters()), "the gradients of this architecture")
     initial = state_hash(model.state_dict())
-    x, y = probe_batch(splits, job.run.probe_size)
+    x, y = fixed_batch(splits, job.run.probe_size)
+    rule = job.fresh_algorithm()
     try:
-        rule = job.fresh_algorithm().attach(model, seed=job.run.seed, sample_input=x[:2], initial_phase=False)
+        rule.attach(model, seed=job.run.seed, sample_input=x[:2], initial_phase=False)
     except CoverageError as error:
         raise error.under("algorithm") from None
-    check_batches(rule, splits, job.run)
-    optimizers = Optimizers(job.optimizer, rule, job.run.epochs, job.feedback_optimizer)
-    return Parts(splits, rule, optimizers, Probe(rule, x, y), initial)
+    check_batches(rule, splits, job.objective, job.run)
+    steps = splits.train.steps(job.run.batch_size, job.run.drop_last)
+    optimizers = Optimizers(job.optimizer, rule, job.run.epochs, job.feedback_optimizer, steps)
+    meter = AlignmentMeter(rule, x, y, job.objective, job.run.metrics)
+    probes = Probes(job.run.probes, job.run.probes_epochs, Subject(rule, splits, meter, job.run.batch_size))
+    callbacks = [CALLBACKS[name]() for name in dict.fromkeys(job.run.callbacks)]
+    return Parts(splits, rule, optimizers, meter, probes, callbacks, initial)
 
 
 def record_failure(job: Job, directory: Path, error: BaseException, experiment: str | None = None) -> None:
@@ -257,12 +303,12 @@ def record_failure(job: Job, directory: Path, error: BaseException, experiment: 
 
     What an earlier start of the run left, such as a checkpoint, is kept.
     """
-    place = RunDirectory(directory, job)
-    place.check()
-    with place.hold():
-        written = (directory / RESULT).exists() and place.stage is not Stage.STALE
+    run_dir = RunDirectory(directory, job)
+    run_dir.check()
+    with run_dir.hold():
+        written = (directory / RESULT).exists() and run_dir.stage is not Stage.STALE
         if not written:
-            place.start(keep=True)
+            run_dir.start(keep=True)
         with log_file(directory / LOG):
             log.debug("failed: %s", error, exc_info=error)
         if not written:
@@ -303,84 +349,6 @@ def _build(job: Job, splits: Any) -> torch.nn.Module:
         return job.architecture.build(splits.input_shape, len(splits.classes))
     except OptionError as error:
         raise error.under("architecture") from None
-
-
-#: Seconds between two epochs that are shown off a terminal, the first and the last apart.
-SHOWN_EVERY = 10.0
-
-
-@dataclasses.dataclass
-class _Session:
-    """The training of one run, with its progress bar, checkpoints and log."""
-
-    job: Job
-    place: RunDirectory
-    rule: Rule
-    optimizers: Optimizers
-    splits: Splits
-    probe: Probe
-    recorder: Recorder
-    progress: Progress
-    title: str
-    later_epochs: int
-
-    def save(self) -> None:
-        """Write a checkpoint, once everything that it counts as recorded is in the files."""
-        self.recorder.flush()
-        checkpoint.save(self.place.checkpoint, self.place.previous, self.place.job.config_hash, self.splits.data_hash,
-                        self.progress, self.rule, self.optimizers)
-        self._saved = time.monotonic()
-
-    def fit(self, stop: Stop) -> Angles:
-        """Train to the end; raises Interrupted, with everything whole, soon after `stop` asks for it."""
-        run, progress = self.job.run, self.progress
-        self._initial_phase(stop)
-        self._saved = self._started = self._shown = time.monotonic()
-        self._first = progress.epoch + 1
-        steps = self.splits.train.steps(run.batch_size, run.drop_last)
-        with tqdm(total=steps * run.epochs, initial=progress.step, desc=self.title, unit="step", disable=None,
-                  leave=False, dynamic_ncols=True) as self._bar:
-            return Loop(
-                self.rule, self.optimizers, self.splits, run.batch_size, run.drop_last, run.seed, self.probe, run.probe_every,
-                on_epoch=self._on_epoch, on_probe=self.recorder.probe, on_step=lambda progress: self._on_step(stop),
-                on_wait=stop.check, go_on=run.on_divergence == "continue", histograms_every=run.histograms_every,
-                on_histograms=lambda step: self.recorder.histograms(step, self.rule),
-            ).fit(progress, run.epochs)
-
-    def _initial_phase(self, stop: Stop) -> None:
-        """What the rule does before training."""
-        steps = self.rule.initial_steps_left
-        if steps:
-            log.info("%s: %d steps before training", self.title, steps)
-        for _ in tqdm(self.rule.initial_phase(), total=steps, desc=f"{self.title} before training", unit="step",
-                      disable=None if steps else True, leave=False):
-            stop.check()
-
-    def _on_step(self, stop: Stop) -> None:
-        self._bar.update()
-        stop.check()
-        minutes = self.job.run.checkpoint_minutes
-        if minutes and time.monotonic() - self._saved > 60 * minutes:
-            self.save()
-
-    def _on_epoch(self, progress: Progress, metrics: dict[str, Any]) -> None:
-        run, bar = self.job.run, self._bar
-        self.recorder.epoch(progress, metrics)
-        if progress.epoch % run.checkpoint_epochs == 0 or progress.epoch == run.epochs:
-            self.save()
-        val = "" if metrics["val_accuracy"] is None else f"  val {metrics['val_accuracy']:.2%}"
-        shown = f"train loss {metrics['train_loss']:.4f}{val}  test {metrics['test_accuracy']:.2%}"
-        bar.set_postfix_str(shown, refresh=False)
-        # Off a terminal there is no bar: the log shows that the run is alive.
-        now = time.monotonic()
-        due = progress.epoch in (self._first, run.epochs) or now - self._shown > SHOWN_EVERY
-        self._shown = now if due else self._shown
-        level = logging.INFO if bar.disable and due else logging.DEBUG
-        log.log(level, "%s epoch %d/%d  %s", self.title, progress.epoch, run.epochs, shown)
-        if progress.epoch == self._first and self.later_epochs:
-            took = time.monotonic() - self._started
-            left = took * (run.epochs - self._first + self.later_epochs)
-            log.info("%s: %s an epoch; %s left, if the other runs take as long", self.title, duration(took), duration(left))
 
 
 def _error(error: BaseException) -> dict[str, str]:

@@ -1,15 +1,14 @@
-"""Every analysis through the script: a table, a figure, the same bytes again; and its faults in one line."""
+"""Every analysis through the command: a table, a figure, the same bytes again; and its faults in one line."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from matplotlib.image import imread
 
+from fa_bench.analyses.cli import main
 from fa_bench.config.registries import ANALYSES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,64 +25,56 @@ SMALL = {
 }
 
 
-def analyse(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    spec = importlib.util.spec_from_file_location("analyse", ROOT / "scripts" / "analyse.py")
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    monkeypatch.setattr(sys, "argv", ["analyse", *words])
-    return script.main()
-
-
 def test_every_analysis_is_tried_here_and_documented() -> None:
     text = (ROOT / "docs" / "analyses.md").read_text()
     assert set(SMALL) == set(ANALYSES)
-    assert all(f"analyse.py {name}" in text for name in ANALYSES)
+    assert all(f"fa-bench-analyse {name}" in text for name in ANALYSES)
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))
 def test_writes_table_and_figure(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    analyse(monkeypatch, name, *SMALL[name], "--out", str(tmp_path))
+    main([name, *SMALL[name], "--out", str(tmp_path)])
     assert capsys.readouterr().out.endswith(f"{tmp_path / name}.csv\n{tmp_path / name}.png\n")
     table = pd.read_csv(tmp_path / f"{name}.csv")
     assert len(table) > 1 and not table.isna().all(axis=None)
     assert imread(tmp_path / f"{name}.png").std() > 0.05, "the picture is not empty"
 
 
-def test_same_options_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_options_give_the_same_bytes(tmp_path: Path) -> None:
     written = []
     for folder in ("a", "b"):
-        analyse(monkeypatch, "pfa_spectrum", *SMALL["pfa_spectrum"], "--out", str(tmp_path / folder))
+        main(["pfa_spectrum", *SMALL["pfa_spectrum"], "--out", str(tmp_path / folder)])
         written.append([path.read_bytes() for path in sorted((tmp_path / folder).iterdir())])
     assert len(written[0]) == 2 and written[0] == written[1]
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["pfa_spectrun"], "analyse: analysis=pfa_spectrun: no such analysis; did you mean 'pfa_spectrum'?"),
-    (["pfa_spectrum", "draw=1"], "analyse: draw: unknown option of pfa_spectrum; did you mean 'draws'?"),
-    (["pfa_spectrum", "draws=0"], "analyse: draws=0 is out of range (allowed: >= 1)"),
-    (["pfa_spectrum", "draws"], "analyse: draws: options are written OPTION=VALUE"),
-    (["shortcut_effect", "rule=fa"], "analyse: rule=fa has no option transport"),
-    (["shortcut_effect", "rule=asap:j=3"], "analyse: rule.asap.j: unknown option of asap"),
-    (["shortcut_effect", "device=gpu"], "analyse: device=gpu is not one of auto"),
-    (["qualitative_table", "rules=[fa]"], "analyse: rules=fa lacks bp"),
-    (["qualitative_table", "optimizer=sdg"], "analyse: optimizer=sdg: no such optimizer; did you mean 'sgd'?"),
-    (["qualitative_table", "rules=[bp]", "optimizer=sgd:lr=1e30", "epochs=1"], "analyse: bp with seed 0 diverged: not finite"),
-    (["pfa_spectrum", "ratios=[1"], "analyse: ratios=[1: cannot be read"),
+    (["pfa_spectrun"], "fa-bench-analyse: analysis=pfa_spectrun: no such analysis; did you mean 'pfa_spectrum'?"),
+    (["pfa_spectrum", "draw=1"], "fa-bench-analyse: draw: unknown option of pfa_spectrum; did you mean 'draws'?"),
+    (["pfa_spectrum", "draws=0"], "fa-bench-analyse: draws=0 is out of range (allowed: >= 1)"),
+    (["pfa_spectrum", "draws"], "fa-bench-analyse: draws: options are written OPTION=VALUE"),
+    (["shortcut_effect", "rule=fa"], "fa-bench-analyse: rule=fa has no option transport"),
+    (["shortcut_effect", "rule=asap:j=3"], "fa-bench-analyse: rule.asap.j: unknown option of asap"),
+    (["shortcut_effect", "device=gpu"], "fa-bench-analyse: device=gpu is not one of auto"),
+    (["qualitative_table", "rules=[fa]"], "fa-bench-analyse: rules=fa lacks bp"),
+    (["qualitative_table", "optimizer=sdg"], "fa-bench-analyse: optimizer=sdg: no such optimizer; did you mean 'sgd'?"),
+    (["qualitative_table", "rules=[bp]", "optimizer=sgd:lr=1e30", "epochs=1"],
+     "fa-bench-analyse: bp with seed 0 diverged: not finite"),
+    (["pfa_spectrum", "ratios=[1"], "fa-bench-analyse: ratios=[1: cannot be read"),
 ])
 def test_faults_end_in_one_line(
-    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    assert analyse(monkeypatch, *words, "--out", str(tmp_path / "none")) == 1
+    assert main([*words, "--out", str(tmp_path / "none")]) == 2
     said = capsys.readouterr().err
     assert said.startswith(message) and said.count("\n") == 1 and not (tmp_path / "none").exists()
 
 
-def test_help_lists_every_option(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    analyse(monkeypatch, "pfa_spectrum", "--help")
+def test_help_lists_every_option(capsys: pytest.CaptureFixture) -> None:
+    main(["pfa_spectrum", "--help"])
     assert "  draws=100  " in capsys.readouterr().out
-    analyse(monkeypatch)
+    main([])
     listed = capsys.readouterr().out
     assert all(name in listed for name in ANALYSES)

@@ -11,7 +11,7 @@ import torch
 import fa_bench
 from fa_bench.analyses.qualitative_table import PROPERTIES, PUBLISHED, QualitativeTable, direct_angles, transport
 from fa_bench.metrics.angles import weight_angle
-from fa_bench.metrics.probe import Probe
+from fa_bench.metrics.meter import AlignmentMeter
 from fa_bench.models.mlp import MLP
 from fa_bench.runs.train import Parts
 
@@ -21,7 +21,7 @@ def parts_of(rule: str, **options) -> Parts:
     model = MLP(widths=[12, 7]).build((1, 3, 5), 4)
     x = torch.randn(6, 1, 3, 5)
     attached = fa_bench.attach(model, rule, sample_input=x, **options)
-    return Parts(None, attached, None, Probe(attached, x, torch.arange(6) % 4))  # type: ignore[arg-type]
+    return Parts(None, attached, None, AlignmentMeter(attached, x, torch.arange(6) % 4))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("rule", "options", "sign", "magnitude"), [

@@ -38,7 +38,7 @@ def test_sharing_swaps_the_activation_under_the_true_error(net: str) -> None:
     rule = fa_bench.attached_rule(plain)
     assert rule is not None
     with rule.exact():
-        F.cross_entropy(plain(parts.probe.x), parts.probe.y).backward()
+        F.cross_entropy(plain(parts.meter.x), parts.meter.y).backward()
     true, shared = (torch.nn.grad.conv2d_weight(seen[which], layer.weight.shape, seen["error"], padding=1)
                     for which in ("own", "shared"))
     found = gradient_angles(parts)["stages.layer1.1.conv1"]

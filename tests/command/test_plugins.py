@@ -41,7 +41,7 @@ BROKEN = {
     "no architecture": (IMPORTS + RULE.replace("ALGORITHMS", "ARCHITECTURES"), ["architecture", "'odd_rule'", "Architecture"]),
     "no dataset": (IMPORTS + "@DATASETS.register('odd_rule')\nclass A: pass\n", ["dataset", "'odd_rule'", "Dataset"]),
     "no optimizer": (IMPORTS + "@OPTIMIZERS.register('odd_rule')\nclass A: pass\n", ["optimizer", "OptimizerOptions"]),
-    "no probe": (IMPORTS + "@PROBES.register('odd_rule')\nclass A: pass\n", ["probe", "'odd_rule'", "LayerProbe"]),
+    "no probe": (IMPORTS + "@PROBES.register('odd_rule')\nclass A: pass\n", ["probe", "'odd_rule'", "Probe"]),
     "no name": (IMPORTS + RULE.replace("'odd_rule'", "''"), ["algorithm", "''", "letters"]),
     "a name that is a path": (IMPORTS + RULE.replace("odd_rule", "../x y"), ["'../x y'", "letters"]),
     "a name that is none": (IMPORTS + RULE.replace("'odd_rule'", "3"), ["algorithm", "as 3", "letters"]),
@@ -123,7 +123,7 @@ def test_a_rule_that_exits_ends_its_own_job_alone(
 
 OPTIMIZER = """
 import torch
-from fa_bench.optim import OptimizerOptions
+from fa_bench.optim.base import OptimizerOptions
 @OPTIMIZERS.register('odd_rule')
 @dataclasses.dataclass(eq=False)
 class Plain(OptimizerOptions):

@@ -8,7 +8,8 @@ from torch import nn
 
 import fa_bench
 from fa_bench.errors import CoverageError, StateError
-from fa_bench.optim import SGD, Optimizers
+from fa_bench.optim.optimizers import Optimizers
+from fa_bench.optim.sgd import SGD
 
 from .scripts import LEARNED, attached, data, net, sgd, steps
 

@@ -20,10 +20,11 @@ from fa_bench.config.registries import ALGORITHMS
 from fa_bench.data.base import ArrayDataset, ResidentSplit, Splits, some
 from fa_bench.errors import DataError, OptionError
 from fa_bench.metrics.angles import NORM_FLOOR, angles, mean_sample_angle, norm_ratio, weight_angle
-from fa_bench.metrics.probe import Probe
+from fa_bench.metrics.meter import AlignmentMeter
 from fa_bench.models.mlp import MLP
 from fa_bench.models.resnet20 import ResNet20
-from fa_bench.runs.batches import check_batches, probe_batch
+from fa_bench.objectives.cross_entropy import CrossEntropy
+from fa_bench.runs.batches import check_batches, fixed_batch
 from fa_bench.runs.loop import evaluate
 
 CPU = torch.device("cpu")
@@ -78,7 +79,7 @@ def test_true_gradient_norm_is_that_of_the_true_gradient_alone() -> None:
         (x, y), model = batch(10), net()
         F.cross_entropy(model(x), y).backward()
         expected = {layer: model.get_submodule(layer).weight.grad.norm().item() for layer in ("fc1", "fc2", "fc3")}
-        found = Probe(fa_bench.attach(model, name, seed=0, sample_input=x), x, y).measure()["true_gradient_norm"]
+        found = AlignmentMeter(fa_bench.attach(model, name, seed=0, sample_input=x), x, y).measure()["true_gradient_norm"]
         assert found == pytest.approx(expected, rel=1e-5), name
 
 
@@ -86,7 +87,7 @@ def test_where_no_error_arrives_angles_are_void_and_norms_are_zero() -> None:
     model, (x, y) = net(), batch(10)
     with torch.no_grad():
         model.fc3.weight.zero_()
-    found = Probe(fa_bench.attach(model, "fa", seed=0), x, y).measure()
+    found = AlignmentMeter(fa_bench.attach(model, "fa", seed=0), x, y).measure()
     assert math.isnan(found["weight_angle"]["fc3"]) and math.isnan(found["norm_ratio"]["fc3"])
     assert [math.isnan(found["delta_angle"][layer]) for layer in ("fc1", "fc2", "fc3")] == [True, True, False]
     assert found["true_gradient_norm"]["fc1"] == found["true_gradient_norm"]["fc2"] == 0 < found["true_gradient_norm"]["fc3"]
@@ -99,7 +100,7 @@ def test_batches_of_one_class_and_of_one_sample_can_be_measured_and_trained_on(n
         model = net()
         options = {"auxiliary_net": "linear"} if name == "dgl" else {}  # its others are normalised, see below
         rule = fa_bench.attach(model, name, seed=0, sample_input=x[:2], **options)
-        found = Probe(rule, x, y).measure()
+        found = AlignmentMeter(rule, x, y).measure()
         assert all(value > 0 for value in found["true_gradient_norm"].values())
         assert not any(math.isinf(value) for layers in found.values() for value in layers.values())
         assert all(math.isnan(angle) or 0 <= angle <= 180 for angle in found["delta_angle"].values())
@@ -113,11 +114,11 @@ def test_fixed_batch_is_the_first_one_unless_the_data_are_stored_by_class() -> N
     for labels, first in ((torch.arange(90) % 9, True), (torch.arange(90) // 10, False), (torch.zeros(90).long(), False)):
         train = ResidentSplit(images, labels, [0.5], [0.5], False, CPU)
         splits = Splits(train, None, train, [str(c) for c in range(9)], (1, 1, 1), "")
-        x, y = probe_batch(splits, 20)
+        x, y = fixed_batch(splits, 20)
         assert len(x) == len(y) == 20 and torch.equal(x, next(train.batches(20))[0]) == first
-        assert torch.equal(x, probe_batch(splits, 20)[0])
+        assert torch.equal(x, fixed_batch(splits, 20)[0])
         assert len(y.unique()) > 4 or not labels.any()
-        assert len(probe_batch(splits, 500)[1]) == 90 and len(probe_batch(splits, 1)[1]) == 1
+        assert len(fixed_batch(splits, 500)[1]) == 90 and len(fixed_batch(splits, 1)[1]) == 1
 
 
 @pytest.mark.parametrize(("per_class", "size", "first"), [
@@ -133,7 +134,7 @@ def test_fixed_batch_is_what_the_page_says(per_class: int, size: int, first: boo
     images = (torch.arange(len(labels)) % 256).to(torch.uint8).view(-1, 1, 1, 1)
     train = ResidentSplit(images, labels, [0.5], [0.5], False, CPU)
     splits = Splits(train, None, train, [str(c) for c in range(9)], (1, 1, 1), "")
-    x, y = probe_batch(splits, size)
+    x, y = fixed_batch(splits, size)
     want_x, want_y = next((train if first else some(train, size)).batches(size))
     assert torch.equal(x, want_x) and torch.equal(y, want_y)
     assert first == torch.equal(y, labels[:size])
@@ -168,7 +169,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_batch_normalisation_never_meets_a_batch_of_one(case: Case) -> None:
     splits = Splits(split(case.images), None, split(4), ["a", "b", "c"], (1, 4, 4), "")
-    check_batches(fa_bench.attach(net(), "fa", seed=0), splits, RunOptions(**case.options))
+    check_batches(fa_bench.attach(net(), "fa", seed=0), splits, CrossEntropy(), RunOptions(**case.options))
     small_maps = ResNet20(width=2, blocks=1).build((1, 4, 4), 3)  # maps of a pixel in the last stage
     large_maps = ResNet20(width=2, blocks=1).build((1, 16, 16), 3)
     for model, fails in ((net(batch_norm=True), True), (small_maps, True), (large_maps, False)):
@@ -179,10 +180,10 @@ def test_batch_normalisation_never_meets_a_batch_of_one(case: Case) -> None:
         before = {key: value.clone() for key, value in model.state_dict().items()}
         if fails and case.said:
             with pytest.raises(OptionError) as refused:
-                check_batches(rule, splits, RunOptions(**case.options))
+                check_batches(rule, splits, CrossEntropy(), RunOptions(**case.options))
             assert str(refused.value) == case.said
         else:
-            check_batches(rule, splits, RunOptions(**case.options))
+            check_batches(rule, splits, CrossEntropy(), RunOptions(**case.options))
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
@@ -190,7 +191,7 @@ def test_normalisation_in_a_rules_own_nets_counts() -> None:
     splits = Splits(split(33), None, split(4), ["a", "b", "c"], (1, 4, 4), "")
     rule = fa_bench.attach(net(), "dgl", seed=0, sample_input=next(splits.train.batches(2))[0])
     with pytest.raises(OptionError, match="drop_last=false"):
-        check_batches(rule, splits, RunOptions(batch_size=8, drop_last=False))
+        check_batches(rule, splits, CrossEntropy(), RunOptions(batch_size=8, drop_last=False))
 
 
 def test_a_ragged_batch_of_one_is_refused_before_the_run_starts_and_trained_where_it_can_be(
@@ -212,7 +213,7 @@ def test_a_ragged_batch_of_one_is_refused_before_the_run_starts_and_trained_wher
 # ------------------------------------------------------------------------------------------------ evaluation
 def test_evaluation_counts_every_sample_once_whatever_the_last_batch() -> None:
     model, data = net(batch_norm=True), split(513)  # batches of 512: the last one has one sample
-    loss, accuracy = evaluate(model, data, 8)
+    loss, accuracy = evaluate(model, CrossEntropy(), data, 8)
     x, y = next(data.batches(513))
     model.eval()
     with torch.no_grad():
@@ -225,20 +226,20 @@ def test_evaluation_of_one_class_one_sample_and_none() -> None:
     model = net()
     with torch.no_grad():
         model.fc3.bias.copy_(torch.tensor([100.0, 0.0, 0.0]))
-    assert evaluate(model, split(7, classes=1), 4) == (0.0, 1.0)
-    assert evaluate(model, split(1), 4) == (0.0, 1.0)
-    assert evaluate(model, split(0), 4) == evaluate(model, None, 4) == (None, None)
+    assert evaluate(model, CrossEntropy(), split(7, classes=1), 4) == (0.0, 1.0)
+    assert evaluate(model, CrossEntropy(), split(1), 4) == (0.0, 1.0)
+    assert evaluate(model, CrossEntropy(), split(0), 4) == evaluate(model, CrossEntropy(), None, 4) == (None, None)
 
 
 def test_evaluation_leaves_every_module_in_its_own_mode_also_where_it_fails() -> None:
     model = net(batch_norm=True).train()
     model.bn1.eval()
     modes = [module.training for module in model.modules()]
-    evaluate(model, split(5), 4)
+    evaluate(model, CrossEntropy(), split(5), 4)
     assert [module.training for module in model.modules()] == modes
     broken = ResidentSplit(torch.zeros(3, 1, 5, 5, dtype=torch.uint8), torch.zeros(3, dtype=torch.long), [0.5], [0.5], False, CPU)
     with pytest.raises(RuntimeError):
-        evaluate(model, broken, 4)
+        evaluate(model, CrossEntropy(), broken, 4)
     assert [module.training for module in model.modules()] == modes
 
 

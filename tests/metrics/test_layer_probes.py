@@ -16,9 +16,9 @@ import fa_bench
 from fa_bench.config.registries import PROBES
 from fa_bench.data.base import ResidentSplit, Splits
 from fa_bench.errors import ConfigError
-from fa_bench.metrics.probe import Probe
+from fa_bench.metrics.meter import AlignmentMeter
 from fa_bench.metrics.probes import base, readout
-from fa_bench.metrics.probes.base import LayerProbe, LayerProbes, Subject, as_before
+from fa_bench.metrics.probes.base import Probe, Probes, Subject, as_before
 from fa_bench.metrics.probes.depth_utility import blocks_of, refresh
 from fa_bench.metrics.probes.gradient_norm import norms_and_errors
 from fa_bench.models.conv2 import Conv2
@@ -43,7 +43,7 @@ def subject_of(model: nn.Module, name: str = "fa", train: ResidentSplit | None =
     x, y = next(train.batches(probe_size))
     rule = fa_bench.attach(model, name, seed=0, sample_input=x[:2], **options)
     splits = Splits(train, validation, test, ["a", "b", "c"], tuple(x.shape[1:]), "")
-    return Subject(rule, splits, Probe(rule, x, y), batch_size=8)
+    return Subject(rule, splits, AlignmentMeter(rule, x, y), batch_size=8)
 
 
 def mlp(**options: object) -> nn.Module:
@@ -52,7 +52,7 @@ def mlp(**options: object) -> nn.Module:
 
 
 def measured(name: str, subject: Subject) -> dict[str, dict[str, float]]:
-    return LayerProbes([name], 0, subject).measure(0)
+    return Probes([name], 0, subject).measure(0)
 
 
 # ------------------------------------------------------------------------------------------------ readout
@@ -87,7 +87,7 @@ def test_readout_reads_what_the_next_layer_takes() -> None:
     torch.manual_seed(0)
     model = Conv2(channels=3, hidden=4).build((1, 6, 6), 3)
     subject = subject_of(model)
-    seen = next(iter(readout._activations(subject, subject.splits.test, readout.activation_points(subject.probe.trace))))[0]
+    seen = next(iter(readout._activations(subject, subject.splits.test, readout.activation_points(subject.meter.trace))))[0]
     x, _ = next(subject.splits.test.batches(20))
     with torch.no_grad():
         first = model.act1(model.bn1(model.conv1(x)))
@@ -95,7 +95,7 @@ def test_readout_reads_what_the_next_layer_takes() -> None:
         np.testing.assert_allclose(seen["conv2"], first.flatten(1), atol=1e-6)
         np.testing.assert_allclose(seen["fc1"], pooled.flatten(1), atol=1e-6)
         np.testing.assert_allclose(seen[""], model(x), atol=1e-6)
-    assert readout.activation_points(subject.probe.trace) == {"conv1": "conv2", "conv2": "fc1", "fc1": "fc2", "fc2": ""}
+    assert readout.activation_points(subject.meter.trace) == {"conv1": "conv2", "conv2": "fc1", "fc1": "fc2", "fc2": ""}
 
 
 def test_activations_are_brought_to_a_bounded_number_of_features() -> None:
@@ -141,7 +141,7 @@ def test_gradient_norms_are_those_of_plain_autograd() -> None:
     subject = subject_of(mlp(batch_norm=True), "fa")
     found = measured("gradient_norm", subject)
     assert list(found) == ["gradient_norm", "gradient_norm_update", "gradient_norm_floor"]
-    model, x, y = subject.model, subject.probe.x, subject.probe.y
+    model, x, y = subject.model, subject.meter.x, subject.meter.y
     model.train()
     for quantity, exact in (("gradient_norm", True), ("gradient_norm_update", False)):
         model.zero_grad()
@@ -152,7 +152,7 @@ def test_gradient_norms_are_those_of_plain_autograd() -> None:
             assert found[quantity][layer] == pytest.approx(norm, rel=1e-5)
     assert found["gradient_norm_update"]["fc1"] != pytest.approx(found["gradient_norm"]["fc1"], rel=1e-2)
     model.zero_grad()
-    true = Probe(subject.rule, x, y).measure()["true_gradient_norm"]
+    true = AlignmentMeter(subject.rule, x, y).measure()["true_gradient_norm"]
     assert found["gradient_norm"] == pytest.approx(true, rel=1e-6)
 
 
@@ -259,7 +259,7 @@ def test_utility_of_a_block_is_the_accuracy_lost_without_its_training() -> None:
             model[layer].weight.copy_(torch.tensor(weight))
             model[layer].bias.zero_()
         model[5].bias.copy_(torch.tensor([0.1, 0.0, -9.0]))
-    probes = LayerProbes(["depth_utility"], 0, subject_of(model, train=data, test=data))
+    probes = Probes(["depth_utility"], 0, subject_of(model, train=data, test=data))
     with torch.no_grad():
         model[1].weight.fill_(1.0)
     # Without the first block all images are of class 0, which half of them are; the second is the identity that it began as.
@@ -272,19 +272,20 @@ def test_utility_of_untrained_blocks_is_zero_whatever_the_running_statistics(net
     torch.manual_seed(0)
     model = mlp(batch_norm=True) if net == "mlp" else ResNet20(width=2, blocks=1).build((1, 6, 6), 3)
     subject = subject_of(model, "frozen")
-    probes = LayerProbes(["depth_utility"], 0, subject)
+    probes = Probes(["depth_utility"], 0, subject)
     model.train()
-    model(5 * subject.probe.x + 1)  # running statistics of other inputs
+    model(5 * subject.meter.x + 1)  # running statistics of other inputs
     with torch.no_grad():
         (model.fc3 if net == "mlp" else model.fc).weight.normal_()
     assert set(probes.measure(0)["depth_utility"].values()) == {0.0}
 
 
 def test_utility_is_that_of_nets_whose_running_statistics_are_their_own() -> None:
+    from fa_bench.objectives.cross_entropy import CrossEntropy
     from fa_bench.runs.loop import evaluate
 
     subject = subject_of(mlp(batch_norm=True), "bp", train=random_split(60), test=random_split(200, seed=1))
-    probes, model = LayerProbes(["depth_utility"], 0, subject), subject.model
+    probes, model = Probes(["depth_utility"], 0, subject), subject.model
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -296,7 +297,7 @@ def test_utility_is_that_of_nets_whose_running_statistics_are_their_own() -> Non
         net = copy.deepcopy(model)
         net.load_state_dict({name: subject.initial[name] for name in reset}, strict=False)
         refresh(net, subject.training, subject.batch_size)
-        return evaluate(net, subject.scored, 8)[1]
+        return evaluate(net, CrossEntropy(), subject.scored, 8)[1]
 
     whole = accuracy([])
     for block, layers in (("act1", ("fc1", "bn1")), ("act2", ("fc2", "bn2"))):
@@ -316,14 +317,14 @@ def test_running_statistics_are_the_mean_over_the_batches() -> None:
 def test_a_net_without_blocks_is_refused_and_told_what_works() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
     with pytest.raises(ConfigError, match=r"^probes=\[depth_utility\]: Sequential declares no blocks .* architecture=mlp"):
-        LayerProbes(["depth_utility"], 0, subject_of(model, "bp"))
+        Probes(["depth_utility"], 0, subject_of(model, "bp"))
     model = mlp()
     del model.blocks  # cut points end blocks as well
     assert list(measured("depth_utility", subject_of(model))["depth_utility"]) == ["act1", "act2"]
 
 
 # ------------------------------------------------------------------------------------------------ no trace
-class Vandal(LayerProbe):
+class Vandal(Probe):
     """Changes whatever it can."""
 
     name = "vandal"
@@ -331,8 +332,8 @@ class Vandal(LayerProbe):
     def measure(self, subject: Subject) -> dict[str, dict[str, float]]:
         model = subject.model
         model.train()
-        logits = model(subject.probe.x)
-        subject.rule.deliver(F.cross_entropy(logits, subject.probe.y), logits, subject.probe.y)
+        logits = model(subject.meter.x)
+        subject.rule.deliver(F.cross_entropy(logits, subject.meter.y), logits, subject.meter.y)
         with torch.no_grad():
             for tensor in [*model.parameters(), *model.buffers(), *subject.rule.feedback_parameters()]:
                 tensor.requires_grad_(False).add_(1)
@@ -344,7 +345,7 @@ class Vandal(LayerProbe):
 def test_whatever_a_probe_does_is_undone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PROBES._entries, "vandal", Vandal)
     subject = subject_of(mlp(batch_norm=True), name)
-    rule, model, x, y = subject.rule, subject.model, subject.probe.x, subject.probe.y
+    rule, model, x, y = subject.rule, subject.model, subject.meter.x, subject.meter.y
     rule.backward(F.cross_entropy(logits := model(x), y), logits, y)
     model.bn1.eval()
     before = copy.deepcopy((model.state_dict(), rule.state_dict(), rule.feedback))
@@ -352,7 +353,7 @@ def test_whatever_a_probe_does_is_undone(name: str, monkeypatch: pytest.MonkeyPa
     gradients = [None if p.grad is None else p.grad.clone() for p in trained]
     flags, modes = [p.requires_grad for p in trained], [module.training for module in model.modules()]
     drawn = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-    LayerProbes(["vandal", "readout", "gradient_norm", "depth_utility"], 0, subject).measure(0)
+    Probes(["vandal", "readout", "gradient_norm", "depth_utility"], 0, subject).measure(0)
     torch.testing.assert_close((model.state_dict(), rule.state_dict(), rule.feedback), before, rtol=0, atol=0)
     assert [p.requires_grad for p in trained] == flags and [module.training for module in model.modules()] == modes
     for parameter, gradient in zip(trained, gradients, strict=True):
@@ -367,7 +368,7 @@ def test_a_draw_that_waited_is_not_taken_back() -> None:
     drawn = []
     for probed in (True, False):
         subject = subject_of(mlp(), "brsf")
-        subject.model.train()(subject.probe.x)
+        subject.model.train()(subject.meter.x)
         if probed:
             with as_before(subject.rule):
                 assert subject.rule.feedback

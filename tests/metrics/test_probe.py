@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import fa_bench
 from fa_bench.metrics.angles import angles, norm_ratio, weight_angle
-from fa_bench.metrics.probe import Probe
+from fa_bench.metrics.meter import AlignmentMeter
 from fa_bench.models.resnet20 import ResNet20
 
 RULES = [("bp", {}), ("fa", {}), ("usf", {}), ("brsf", {}), ("frsf", {}), ("kp", {}), ("dfa", {}), ("dfa", {"form": "kernel"}),
@@ -58,7 +58,7 @@ def errors_by_hand(model: nn.Sequential, carry: dict[str, Tensor], x: Tensor, y:
 def test_delta_angles_of_an_edge_rule_are_the_formula() -> None:
     model, (x, y) = mlp(), batch()
     rule = fa_bench.attach(model, "fa", seed=0)
-    got = Probe(rule, x, y).measure()
+    got = AlignmentMeter(rule, x, y).measure()
     weights = {name: model[int(name)].weight.detach() for name in ("2", "4")}
     ours = errors_by_hand(model, {name: rule.feedback[name]["B"] for name in weights}, x, y)
     true = errors_by_hand(model, weights, x, y)
@@ -74,7 +74,7 @@ def test_delta_angles_of_an_edge_rule_are_the_formula() -> None:
 def test_delta_angles_of_direct_feedback_are_the_formula(form: str) -> None:
     model, (x, y) = mlp(), batch()
     rule = fa_bench.attach(model, "dfa", seed=0, form=form)
-    got = Probe(rule, x, y).measure()
+    got = AlignmentMeter(rule, x, y).measure()
     weights = {name: model[int(name)].weight.detach() for name in ("2", "4")}
     true = errors_by_hand(model, weights, x, y)
     first, second = (rule.feedback[cut]["B"] for cut in (("1", "3") if form == "neuron" else ("2", "4")))
@@ -92,11 +92,11 @@ def test_one_step_equals_accumulated_where_only_one_step_differs() -> None:
     x, y = batch(64)
     x = x.view(-1, 1, 8, 8)
     rule = fa_bench.attach(model, "fa", seed=0, sample_input=x, b_init="copy_w")
-    same = Probe(rule, x, y).measure()
+    same = AlignmentMeter(rule, x, y).measure()
     assert max(same["delta_angle"].values()) < 1e-4 and max(same["delta_angle_one_step"].values()) < 1e-4
     with torch.no_grad():
         rule.feedback["fc"]["B"].normal_(generator=torch.Generator().manual_seed(0))
-    changed = Probe(rule, x, y).measure()
+    changed = AlignmentMeter(rule, x, y).measure()
     last = [layer for layer, value in changed["delta_angle_one_step"].items() if value > 1e-4]
     assert last == ["stages.layer3.0.conv2"]  # the layer whose activation enters fc; all others are exact in their last step
     assert all(changed["delta_angle"][layer] > 1 for layer in changed["delta_angle"] if layer != "fc")
@@ -120,7 +120,7 @@ def test_probe_leaves_no_trace(name: str, options: dict) -> None:
     modes = [m.training for m in model.modules()]
     flags = [p.requires_grad for p in model.parameters()]
     state = torch.get_rng_state()
-    probe = Probe(rule, x, y)
+    probe = AlignmentMeter(rule, x, y)
     first, second = probe.measure(), probe.measure()
     assert str(first) == str(second)
     assert torch.equal(torch.get_rng_state(), state)
@@ -137,7 +137,7 @@ def test_probe_leaves_no_trace(name: str, options: dict) -> None:
 @pytest.mark.parametrize("name", ["fa", "dfa"])
 def test_probe_keeps_no_tensor_alive(name: str) -> None:
     model, (x, y) = mlp(), batch()
-    probe = Probe(fa_bench.attach(model, name, seed=0), x, y)
+    probe = AlignmentMeter(fa_bench.attach(model, name, seed=0), x, y)
     probe.measure()
 
     def tensors() -> int:
@@ -153,7 +153,7 @@ def test_probe_keeps_no_tensor_alive(name: str) -> None:
 @pytest.mark.parametrize(("name", "options"), RULES, ids=IDS)
 def test_backpropagation_has_no_angle_and_every_metric_names_layers(name: str, options: dict) -> None:
     model, (x, y) = mlp(), batch()
-    got = Probe(fa_bench.attach(model, name, seed=0, **options), x, y).measure()
+    got = AlignmentMeter(fa_bench.attach(model, name, seed=0, **options), x, y).measure()
     assert list(got["true_gradient_norm"]) == ["0", "2", "4"] and min(got["true_gradient_norm"].values()) > 0
     if name == "bp":
         for metric in ("weight_angle", "delta_angle", "delta_angle_one_step"):
@@ -187,7 +187,7 @@ def test_output_angle_is_that_of_the_readout_to_the_logits(name):
     model = mlp()
     rule = fa_bench.attach(model, name, seed=0)
     x, y = batch()
-    measured = Probe(rule, x, y).measure()["output_angle"]
+    measured = AlignmentMeter(rule, x, y).measure()["output_angle"]
     with rule.exact():
         hidden = model[1](model[0](x))
         activations = {"0": hidden, "2": model[3](model[2](hidden))}
@@ -201,4 +201,4 @@ def test_output_angle_is_that_of_the_readout_to_the_logits(name):
 def test_rules_without_direct_feedback_have_no_output_angle():
     for name in ("fa", "kp", "local_error"):
         rule = fa_bench.attach(mlp(), name, seed=0)
-        assert Probe(rule, *batch()).measure()["output_angle"] == {}
+        assert AlignmentMeter(rule, *batch()).measure()["output_angle"] == {}

@@ -16,7 +16,8 @@ import fa_bench
 from fa_bench.config.registries import ALGORITHMS
 from fa_bench.data.base import ResidentSplit
 from fa_bench.metrics.angles import NORM_FLOOR, angles, mean_sample_angle, norm_ratio
-from fa_bench.metrics.probe import Probe
+from fa_bench.metrics.meter import AlignmentMeter
+from fa_bench.objectives.cross_entropy import CrossEntropy
 from fa_bench.runs.hashes import state_hash
 from fa_bench.runs.loop import evaluate
 from tests.rules import nets
@@ -50,7 +51,7 @@ def attached(name: str, noise: str = "none") -> tuple[nn.Sequential, Any]:
 
 
 def measured(rule: Any) -> str:
-    return str(Probe(rule, *batch()).measure())
+    return str(AlignmentMeter(rule, *batch()).measure())
 
 
 @pytest.mark.parametrize("noise", [noise for noise in NOISE if noise != "none"])
@@ -89,7 +90,7 @@ def test_everything_is_as_before_after_a_measurement(name: str, mode: str) -> No
         model.bn1.train()
         model.act2.train()
     before = all_that_may_change(model, rule)
-    Probe(rule, *batch()).measure()
+    AlignmentMeter(rule, *batch()).measure()
     assert all_that_may_change(model, rule) == before
 
 
@@ -102,7 +103,7 @@ def test_training_goes_on_after_a_measurement_as_without_it(name: str) -> None:
         optimizer = torch.optim.SGD(rule.parameter_groups(lr=0.1))
         for seed in range(3):
             if measures:
-                Probe(rule, *batch()).measure()
+                AlignmentMeter(rule, *batch()).measure()
             optimizer.zero_grad()
             logits = model(batch(seed)[0])
             rule.backward(F.cross_entropy(logits, batch(seed)[1]), logits, batch(seed)[1])
@@ -116,7 +117,7 @@ def test_training_goes_on_after_a_measurement_as_without_it(name: str) -> None:
 def test_dropout_of_a_model_in_evaluation_mode_stays_off_after_a_measurement(name: str) -> None:
     model, rule = attached(name, "Dropout")
     model.eval()
-    Probe(rule, *batch()).measure()
+    AlignmentMeter(rule, *batch()).measure()
     assert not any(module.training for module in model.modules())
 
 
@@ -141,7 +142,7 @@ def test_evaluation_restores_the_mode_of_every_module(name: str) -> None:
     images = torch.randint(256, (9, 7, 1, 1), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     split = ResidentSplit(images, torch.arange(9) % 3, [0.5], [0.5], False, torch.device("cpu"))
     before, state = {key: tensor.clone() for key, tensor in model.state_dict().items()}, torch.get_rng_state()
-    assert evaluate(model, split, 4) == evaluate(model, split, 4)
+    assert evaluate(model, CrossEntropy(), split, 4) == evaluate(model, CrossEntropy(), split, 4)
     assert [name for name, module in model.named_modules() if not module.training] == ["bn2"]
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
@@ -154,7 +155,7 @@ def test_weights_that_the_user_froze_stay_frozen() -> None:
     rule = fa_bench.attach(model, "kp", seed=0, sample_input=batch()[0])
     for _ in range(2):
         assert not model.fc1.weight.requires_grad and not model.fc1.bias.requires_grad and model.fc2.weight.requires_grad
-        Probe(rule, *batch()).measure()
+        AlignmentMeter(rule, *batch()).measure()
         assert model.fc1.weight.grad is None
 
 
@@ -167,7 +168,7 @@ def test_norms_are_those_of_the_gradients_of_backpropagation(name: str) -> None:
     model, rule = attached(name)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 5.0)
-    got = Probe(rule, *batch()).measure()["true_gradient_norm"]
+    got = AlignmentMeter(rule, *batch()).measure()["true_gradient_norm"]
     plain, (x, y) = net(), batch()
     F.cross_entropy(plain(x), y).backward()
     want = {path: plain.get_submodule(path).weight.grad.norm().item() for path in ("fc1", "fc2", "fc3")}
@@ -181,7 +182,7 @@ def test_one_step_replaces_the_part_of_every_layer_that_takes_the_activation() -
     rule = fa_bench.attach(model, "fa", seed=0, sample_input=x, b_init="copy_w")
     with torch.no_grad():
         rule.feedback["down"]["B"].normal_(generator=torch.Generator().manual_seed(0))
-    got = Probe(rule, x, y).measure()
+    got = AlignmentMeter(rule, x, y).measure()
     assert got["delta_angle"]["a2"] > 1
     assert got["delta_angle_one_step"]["a2"] == pytest.approx(got["delta_angle"]["a2"], abs=1e-6)
     # Below, the last step is true again.

@@ -24,19 +24,20 @@ def drawn(monkeypatch):
 
 def overview(root, path):
     groups = group_runs(in_order(runs_in(root)))
-    plot.write_parts([plot.Part(title, part, figures.OVERVIEW) for title, part in tasks(groups).items()], path, 3)
+    panels = figures.overview_panels(runs_in(root))
+    plot.write_parts([plot.Part(title, part, panels) for title, part in tasks(groups).items()], path, 3)
 
 
 def test_curve_is_mean_and_std_over_the_finished_seeds(tmp_path):
     write_run(tmp_path, "fa", 0, 0.9, metrics=[epoch_record(1, 0.2, None), epoch_record(2, 0.6, ANGLES)])
     write_run(tmp_path, "fa", 1, 0.9, metrics=[epoch_record(1, 0.4, None), epoch_record(2, None, None)])
     write_run(tmp_path, "fa", 2, 0.9, metrics=[epoch_record(1, 0.9, None)], status="diverged")
-    accuracy, weight, delta = (plot.curve(runs_in(tmp_path), panel.value) for panel in figures.OVERVIEW)
+    accuracy, weight, delta = (plot.curve(runs_in(tmp_path), panel.value) for panel in figures.overview_panels(runs_in(tmp_path)))
     assert accuracy[0] == pytest.approx((1, 30, 10 * 2**0.5))
     assert accuracy[1][:2] == pytest.approx((2, 60)) and blank(accuracy[1][2])
     assert [point[:2] for point in weight] == [(2, 70)] and [point[:2] for point in delta] == [(2, 40)]
     unfinished = [run for run in runs_in(tmp_path) if not run.finished]
-    assert plot.curve(unfinished, figures.OVERVIEW[0].value)[0][:2] == pytest.approx((1, 90))
+    assert plot.curve(unfinished, figures.overview_panels(unfinished)[0].value)[0][:2] == pytest.approx((1, 90))
 
 
 def test_twelve_rules_look_different():

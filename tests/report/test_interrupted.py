@@ -14,6 +14,7 @@ import pytest
 from fa_bench.cli import main
 from fa_bench.command.compose import Composer
 from fa_bench.config.job import Job, register_schemas
+from fa_bench.metrics.alignment.base import declared
 from fa_bench.report import figures
 from fa_bench.report.cli import main as report
 from fa_bench.report.table import COLUMNS, TIMINGS
@@ -30,7 +31,8 @@ class Stopped(KeyboardInterrupt):
 @pytest.fixture(autouse=True)
 def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(figures, "LAYERS", {"weight_angle": figures.LAYERS["weight_angle"]})  # one will do
+    weight_angle = declared(["weight_angle"])
+    monkeypatch.setattr(figures, "metrics_of", lambda runs: weight_angle)  # one will do
 
 
 @pytest.fixture

@@ -9,8 +9,11 @@ from torch import nn
 
 import fa_bench
 from fa_bench.metrics.angles import mean_sample_angle
-from fa_bench.metrics.probe import untouched
-from fa_bench.optim import SGD, AdamW, Optimizers, Schedule
+from fa_bench.metrics.meter import untouched
+from fa_bench.optim.adam import AdamW
+from fa_bench.optim.optimizers import Optimizers
+from fa_bench.optim.sgd import SGD
+from fa_bench.schedules.step import Step
 
 from . import nets
 from .helpers import array, arrays, assert_bitwise, assert_matches, backward, collect, distance, rule_grads, weights
@@ -99,7 +102,7 @@ def test_decay_acts_on_b(own):
 def test_optimizer_and_schedule_of_its_own():
     """The rate of B falls by 0.85 an epoch while that of W stays; decoupled decay by AdamW as well."""
     model, rule, x, y = attached()
-    own = AdamW(lr=0.1, weight_decay=0.5, schedule=Schedule(name="step", step_size=1, gamma=0.85))
+    own = AdamW(lr=0.1, weight_decay=0.5, schedule=Step(step_size=1, gamma=0.85))
     optimizers = Optimizers(SGD(lr=0.1), rule, 3, own)
     rates = []
     for epoch in range(3):
@@ -111,7 +114,6 @@ def test_optimizer_and_schedule_of_its_own():
         before = rule.feedback["act1"]["B"].clone()
         optimizers.step()
         torch.testing.assert_close(rule.feedback["act1"]["B"], before * (1 - rates[-1][1] * 0.5), rtol=1e-12, atol=1e-15)
-        optimizers.end_epoch()
     assert [rate for pair in rates for rate in pair] == pytest.approx([0.1, 0.1, 0.1, 0.085, 0.1, 0.07225])
 
 

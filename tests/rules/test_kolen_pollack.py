@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import fa_bench
-from fa_bench.optim import SGD, Optimizers
+from fa_bench.optim.optimizers import Optimizers
+from fa_bench.optim.sgd import SGD
 
 from . import nets
 from .helpers import assert_bitwise, bp_grads, copy_weights_into_feedback, layer_names, rule_grads, weights

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fa_bench
-from fa_bench.metrics.probe import Probe
+from fa_bench.metrics.meter import AlignmentMeter
 
 from .registered import registered
 
@@ -60,7 +60,7 @@ def test_angles_are_taken_where_a_classifier_delivers_its_error():
     model = nn.Sequential(*[part for _ in range(4) for part in (nn.Linear(6, 6), nn.Tanh())], nn.Linear(6, 3))
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     rule = fa_bench.attach(model, "asfp_lc", seed=0, sample_input=x, cuts=["3"])
-    probe = Probe(rule, x, torch.tensor([0, 1, 2, 0]))
+    probe = AlignmentMeter(rule, x, torch.tensor([0, 1, 2, 0]))
     assert probe.points == {"0": ("2", "input"), "2": ("3", "output"), "4": ("6", "input"), "6": ("8", "input")}
     found = probe.measure()["delta_angle"]
     assert set(found) == {"2", "4", "6", "8"} and found["2"] > 1 and found["8"] == 0

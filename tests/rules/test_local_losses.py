@@ -10,7 +10,7 @@ from torch import nn
 
 import fa_bench
 from fa_bench.mechanisms.local import reduced
-from fa_bench.metrics.probe import untouched
+from fa_bench.metrics.meter import untouched
 
 from . import nets
 from .helpers import REL, array, arrays, assert_bitwise, assert_matches, distance, feedback_arrays, rule_grads

@@ -61,8 +61,8 @@ def _multistep(milestones: list[int], gamma: float) -> Settings:
     return _keys("optimizer.schedule", name="multistep", milestones=milestones, gamma=gamma)
 
 
-CONSTANT = _keys("optimizer.schedule", name="constant", step_size=None, milestones=None)
-COSINE = _keys("optimizer.schedule", name="cosine", min_lr=0.0, step_size=None, milestones=None)
+CONSTANT = _keys("optimizer.schedule", name="constant")
+COSINE = _keys("optimizer.schedule", name="cosine", min_lr=0.0)
 PLAIN_MLP = _keys("architecture", activation="relu", batch_norm=False, output_norm=False)
 STAGES_18, STAGES_34 = [2, 2, 2, 2], [3, 4, 6, 3]
 ASAP_RULES = ("asap", "asfp", "asfp_lc")

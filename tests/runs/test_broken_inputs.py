@@ -19,7 +19,7 @@ from fa_bench import memory_limits
 from fa_bench.cli import main
 from fa_bench.data.fetch import unpack_zip
 from fa_bench.errors import ConfigError, DataError, OptionError
-from fa_bench.optim import SGD
+from fa_bench.optim.sgd import SGD
 from fa_bench.runs import train
 from tests.data.files import IDX_FILES, write_idx, write_mnist
 
@@ -167,7 +167,7 @@ def test_a_full_disk_under_one_job_leaves_the_others_to_run(
     def fit(*arguments: object) -> None:
         raise OSError(28, "No space left on device", "metrics.jsonl")
 
-    monkeypatch.setattr(train._Session, "fit", fit)
+    monkeypatch.setattr(train.Trainer, "fit", fit)
     monkeypatch.setattr(train, "record_failure", fit)
     assert main(["-m", *SMALL, "seed=0,1"]) != 0
     said = capsys.readouterr().err

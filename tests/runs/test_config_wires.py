@@ -71,7 +71,10 @@ def keys(options: type[Options], prefix: str = "") -> set[str]:
     found = set()
     for field in option_fields(options):
         value = getattr(options(), field.name)
-        found |= keys(type(value), f"{prefix}{field.name}.") if isinstance(value, Options) else {prefix + field.name}
+        if isinstance(value, Options):
+            found |= {f"{prefix}{field.name}.{key}" for key in value.schema()}
+        else:
+            found |= {prefix + field.name}
     return found
 
 
@@ -79,10 +82,12 @@ def keys(options: type[Options], prefix: str = "") -> set[str]:
 
 TOP = {
     "seed": (MODEL, (), "1"), "epochs": (BATCHES, (), "2"), "batch_size": (BATCHES, (), "8"),
-    "drop_last": (TRAINED, (), "false"), "probe_size": (RECORD, (), "3"), "scale": (BATCHES, (), "smoke"),
+    "drop_last": (TRAINED, (), "false"), "shuffle": (BATCHES, (), "false"), "clip_norm": (TRAINED, (), "0.01"),
+    "accumulate": (TRAINED, (), "2"),  # equal but for rounding
+    "probe_size": (RECORD, (), "3"), "scale": (BATCHES, (), "smoke"),
 }
 #: They change what happens around the numbers, or how often they are recorded, which other tests look at.
-NOT_NUMBERS = {"device", "on_divergence", "deterministic", "probe_every"}
+NOT_NUMBERS = {"callbacks", "device", "on_divergence", "deterministic", "probe_every"}
 
 DATASET = {
     "samples": (DATA, "46"), "test_samples": (DATA, "11"), "classes": (DATA, "4"), "channels": (DATA, "2"), "size": (DATA, "4"),
@@ -166,6 +171,11 @@ OPTIMIZER: dict[str, tuple[str, tuple[str, ...], str]] = {
     "schedule.step_size": ("any", ("schedule.name=step", "schedule.step_size=1"), "2"),
     "schedule.milestones": ("any", ("schedule.name=multistep", "schedule.milestones=[1]"), "[2]"),
     "schedule.min_lr": ("any", ("schedule.name=cosine",), "0.005"),
+    "schedule.per": ("any", ("schedule.name=cosine",), "step"),
+    "schedule.warmup": ("any", (), "1"),
+    "schedule.rise": ("any", ("schedule.name=one_cycle",), "0.6"),
+    "schedule.start": ("any", ("schedule.name=one_cycle",), "5"),
+    "schedule.end": ("any", ("schedule.name=one_cycle",), "2"),
     "momentum": ("sgd", (), "0.5"),
     "nesterov": ("sgd", (), "true"),
     "beta1": ("adam", (), "0.5"),

@@ -36,7 +36,7 @@ CONFIGURED = "{algorithm: {name: fa}, architecture: {name: mlp}, dataset: {name:
 @pytest.fixture(autouse=True)
 def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(figures, "LAYERS", {})
+    monkeypatch.setattr(figures, "metrics_of", lambda runs: {})
 
 
 def tree() -> dict[Path, tuple[int, bytes]]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fa_bench.runs.loop import first_not_finite
+from fa_bench.runs.divergence import first_not_finite
 
 
 def net() -> nn.Sequential:

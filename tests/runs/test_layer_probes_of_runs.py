@@ -22,7 +22,7 @@ ALL = "probes=[readout,gradient_norm,depth_utility]"
 @pytest.fixture
 def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(figures, "LAYERS", {})
+    monkeypatch.setattr(figures, "metrics_of", lambda runs: {})
 
 
 def result_in(folder: str) -> dict:
@@ -61,7 +61,7 @@ def test_probes_of_a_finished_run_are_measured_by_resuming_it(in_empty_folder: N
     assert main([*TINY, "hydra.run.dir=run"]) == 0 and result_in("run")["probes"] == {}
     assert main([*TINY, ALL, "hydra.run.dir=whole"]) == 0
     before = result_in("run")["test_accuracy"], Path("run/metrics.jsonl").read_text()
-    monkeypatch.setattr(loop.Loop, "_epoch", None)  # no epoch is trained again
+    monkeypatch.setattr(loop.Trainer, "_epoch", None)  # no epoch is trained again
     assert main([*TINY, ALL, "hydra.run.dir=run", "resume=true"]) == 0
     assert (result_in("run")["test_accuracy"], Path("run/metrics.jsonl").read_text()) == before
     assert result_in("run")["probes"] == result_in("whole")["probes"] and result_in("run")["status"] == "finished"
@@ -108,10 +108,10 @@ def test_probes_that_cannot_be_measured_are_named_before_training(
 
 def test_a_plugin_brings_a_probe(in_empty_folder: None, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("my_probes.py").write_text(
-        "from fa_bench.metrics.probes.base import LayerProbe\n"
+        "from fa_bench.metrics.probes.base import Probe\n"
         "from fa_bench.config.registries import PROBES\n"
         "@PROBES.register('largest')\n"
-        "class Largest(LayerProbe):\n"
+        "class Largest(Probe):\n"
         "    'Largest weight.'\n"
         "    def measure(self, subject):\n"
         "        return {self.name: {'fc1': subject.model.fc1.weight.max().item()}}\n")

@@ -13,14 +13,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fa_bench
+from fa_bench.callbacks.base import Callback
+from fa_bench.config.job import RunOptions
 from fa_bench.data.base import Splits
 from fa_bench.data.synthetic import Synthetic
 from fa_bench.mechanisms.rule import Rule
-from fa_bench.metrics.probe import Probe
-from fa_bench.optim import SGD, Optimizers, Schedule
+from fa_bench.metrics.meter import AlignmentMeter
+from fa_bench.objectives.cross_entropy import CrossEntropy
+from fa_bench.optim.optimizers import Optimizers
+from fa_bench.optim.sgd import SGD
 from fa_bench.runs import loop
+from fa_bench.runs.callbacks import Alignment
+from fa_bench.runs.divergence import Diverged, Divergence, first_not_finite
 from fa_bench.runs.hashes import chained
-from fa_bench.runs.loop import Loop, Progress
+from fa_bench.runs.loop import Progress, Trainer
+from fa_bench.schedules.step import Step
 
 BATCH, SEED, LR, GAMMA, DECAY, FIRST_DECAY, MOMENTUM = 16, 3, 0.1, 0.5, 0.02, 0.5, 0.8
 
@@ -43,16 +50,36 @@ def trained(rule: Rule) -> list[Tensor]:
     return list({id(tensor): tensor for tensor in [*rule.model.parameters(), *rule.feedback_parameters()]}.values())
 
 
-def fit(rule: Rule, splits: Splits, epochs: int, drop_last: bool = False, **more: Any) -> list[dict[str, Any]]:
+def nothing(*arguments: Any) -> None:
+    pass
+
+
+def fit(
+    rule: Rule, splits: Splits, epochs: int, drop_last: bool = False, probe_every: int = 0, on_probe: Any = nothing,
+    on_step: Any = nothing, on_wait: Any = nothing, on_gradients: Any = nothing, **more: Any
+) -> list[dict[str, Any]]:
     """Train with the package's loop; returns the metrics of every epoch."""
     options = SGD(lr=LR, momentum=MOMENTUM, weight_decay=DECAY, first_epoch_weight_decay=FIRST_DECAY,
-                  schedule=Schedule(name="step", step_size=1, gamma=GAMMA))
+                  schedule=Step(step_size=1, gamma=GAMMA))
     lines: list[dict[str, Any]] = []
-    Loop(
-        rule, Optimizers(options, rule, epochs), splits, batch_size=BATCH, drop_last=drop_last, seed=SEED,
-        probe=Probe(rule, *next(splits.test.batches(4))), on_epoch=lambda progress, metrics: lines.append(metrics),
-        **{"probe_every": 0, **more},
-    ).fit(Progress(), epochs)
+    run = RunOptions(batch_size=BATCH, drop_last=drop_last, seed=SEED, epochs=epochs, **more)
+    meter = AlignmentMeter(rule, *next(splits.test.batches(4)))
+
+    class Watch(Callback):
+        def on_step_end(self, trainer: Trainer) -> None:
+            on_step(trainer.progress)
+
+        def on_evaluation_batch(self, trainer: Trainer) -> None:
+            on_wait()
+
+        def on_gradients(self, trainer: Trainer) -> None:
+            on_gradients(trainer.progress.step)
+
+        def on_epoch_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+            lines.append(metrics)
+
+    Trainer(rule, Optimizers(options, rule, epochs), splits, CrossEntropy(), run,
+            [Divergence(), Alignment(meter, probe_every, on_probe), Watch()]).fit()
     return lines
 
 
@@ -141,7 +168,7 @@ def test_best_epoch_is_the_first_of_the_best_validation_accuracy(monkeypatch: py
     accuracies = iter([(0.5, 0.1), (0.7, 0.2), (0.7, 0.9), (0.6, 0.8)])
     splits, progress = load(), []
 
-    def evaluate(model: nn.Module, split: Any, *arguments: Any) -> tuple[float, float]:
+    def evaluate(model: nn.Module, objective: Any, split: Any, *arguments: Any) -> tuple[float, float]:
         if split is splits.validation:
             evaluate.now = next(accuracies)
         return 1.0, evaluate.now[0 if split is splits.validation else 1]
@@ -176,8 +203,8 @@ def test_histograms_see_the_gradients_of_the_step_before_its_update() -> None:
         assert torch.equal(weight, after[step]) and all(tensor.grad is not None for tensor in trained(rule))
 
     fit(rule, load(), 2, on_step=lambda progress: after.update({progress.step: weight.detach().clone()}),
-        histograms_every=2, on_histograms=look)
-    assert seen == [0, 2, 4]
+        on_gradients=look)
+    assert seen == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("kind", ["weight", "feedback"])
@@ -190,7 +217,7 @@ def test_number_that_the_last_step_made_infinite_is_a_divergence(kind: str) -> N
         if progress.step == 3:
             tensor.data[0, 0] = float("inf")
 
-    with pytest.raises(loop.Diverged) as caught:
+    with pytest.raises(Diverged) as caught:
         fit(rule, load(), 1, on_step=spoil)
     assert (caught.value.epoch, caught.value.step) == (1, 3)
     assert caught.value.layer is not None and caught.value.layer.startswith("fc2.")
@@ -202,10 +229,10 @@ def test_looking_for_the_first_infinite_output_changes_nothing() -> None:
         model.fc1.bias[0] = float("nan")
     x = torch.ones(3, 1, 2, 2)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    assert loop.first_not_finite(model, x) == "fc1" and loop.first_not_finite(make_model(), x) is None
+    assert first_not_finite(model, x) == "fc1" and first_not_finite(make_model(), x) is None
     assert model.training and model.bn.training and not model.fc1._forward_hooks
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0, equal_nan=True)
-    assert model.eval() is model and loop.first_not_finite(model, x) == "fc1" and not model.training
+    assert model.eval() is model and first_not_finite(model, x) == "fc1" and not model.training
 
 
 def test_evaluation_averages_over_images_and_not_over_batches() -> None:
@@ -215,8 +242,8 @@ def test_evaluation_averages_over_images_and_not_over_batches() -> None:
     split.labels[512:] = 0
     x, y = next(split.batches(600))
     # Sums of 600 float32 numbers in another order.
-    assert loop.evaluate(model, split, BATCH) == pytest.approx(evaluate_by_hand(model, x, y), rel=1e-5)
-    assert not model.training and loop.evaluate(model.train(), split, BATCH) and model.training
+    assert loop.evaluate(model, CrossEntropy(), split, BATCH) == pytest.approx(evaluate_by_hand(model, x, y), rel=1e-5)
+    assert not model.training and loop.evaluate(model.train(), CrossEntropy(), split, BATCH) and model.training
 
 
 def test_angles_are_measured_once_for_a_step() -> None:
@@ -232,8 +259,8 @@ def test_an_evaluation_may_be_left_before_every_batch(monkeypatch: pytest.Monkey
     """Ten test images and four for validation, in batches of four; a training of one epoch evaluates both."""
     monkeypatch.setattr(loop, "EVALUATION_BATCH", 1)
     waits: list[None] = []
-    evaluated = loop.evaluate(make_model(), load().test, 4, lambda: waits.append(None))
-    assert len(waits) == 3 and evaluated == loop.evaluate(make_model(), load().test, 4)
+    evaluated = loop.evaluate(make_model(), CrossEntropy(), load().test, 4, lambda: waits.append(None))
+    assert len(waits) == 3 and evaluated == loop.evaluate(make_model(), CrossEntropy(), load().test, 4)
     waits.clear()
     fit(fa_bench.attach(make_model(), "bp"), load(), 1, on_wait=lambda: waits.append(None))
     assert len(waits) == 2, "batches of 16 here"

@@ -14,7 +14,13 @@ from torch.nn import functional as F
 
 import fa_bench
 from fa_bench.mechanisms.rule import Rule
-from fa_bench.optim import SGD, Adam, AdamW, OptimizerOptions, Optimizers, Schedule
+from fa_bench.optim.adam import Adam, AdamW
+from fa_bench.optim.base import OptimizerOptions
+from fa_bench.optim.optimizers import Optimizers
+from fa_bench.optim.sgd import SGD
+from fa_bench.schedules.base import Schedule
+from fa_bench.schedules.decay import Cosine
+from fa_bench.schedules.step import MultiStep, Step
 from tests.rules import nets
 from tests.rules.helpers import cut_options
 
@@ -105,7 +111,7 @@ def test_every_option_is_in_the_steps(cls: type[OptimizerOptions], options: dict
 
 
 def plain(lr: float, later: float, first: float | None, **schedule: Any) -> SGD:
-    return SGD(lr=lr, momentum=0.0, weight_decay=later, first_epoch_weight_decay=first, schedule=Schedule(**schedule))
+    return SGD(lr=lr, momentum=0.0, weight_decay=later, first_epoch_weight_decay=first, schedule=Schedule.from_mapping(schedule))
 
 
 @pytest.mark.parametrize(("scale", "own", "of_weights", "of_feedback"), [
@@ -132,7 +138,6 @@ def test_decay_of_the_first_epoch_is_that_of_the_group(
                 torch.testing.assert_close(tensor.detach(), factors[min(epoch, 1)] * start, rtol=1e-12, atol=0)
             for tensor, start in zip(optimizers.trained(), saved, strict=True):
                 tensor.data.copy_(start)
-        optimizers.end_epoch()
 
 
 SCHEDULES = [
@@ -175,7 +180,6 @@ def rates(optimizers: Optimizers, rule: Rule, epochs: int) -> tuple[list[float],
             moved = torch.cat([(start - t.detach()).flatten() for start, t in zip(starts, tensors, strict=True)])
             assert moved.max() - moved.min() < 1e-12  # every tensor of a kind has the same rate, but for rounding
             found.append(moved.mean().item())
-        optimizers.end_epoch()
     return seen
 
 
@@ -232,12 +236,12 @@ def test_feedback_of_a_layer_that_shares_does_not_learn_by_the_gradient_of_the_w
 
 
 @pytest.mark.parametrize(("options", "own"), [
-    (SGD(lr=0.1, momentum=0.9, schedule=Schedule(name="cosine")), None),
-    (Adam(lr=0.1, schedule=Schedule(name="step", step_size=1)), None),
-    (SGD(lr=0.1), Adam(lr=0.1, schedule=Schedule(name="multistep", milestones=[2]))),
-    (AdamW(lr=0.1), SGD(lr=0.1, momentum=0.9, nesterov=True, schedule=Schedule(name="cosine"))),
-    (SGD(lr=0.1, schedule=Schedule(name="step", step_size=1)),
-     SGD(lr=0.05, schedule=Schedule(name="step", step_size=2, gamma=0.3))),
+    (SGD(lr=0.1, momentum=0.9, schedule=Cosine()), None),
+    (Adam(lr=0.1, schedule=Step(step_size=1)), None),
+    (SGD(lr=0.1), Adam(lr=0.1, schedule=MultiStep(milestones=[2]))),
+    (AdamW(lr=0.1), SGD(lr=0.1, momentum=0.9, nesterov=True, schedule=Cosine())),
+    (SGD(lr=0.1, schedule=Step(step_size=1)),
+     SGD(lr=0.05, schedule=Step(step_size=2, gamma=0.3))),
 ], ids=["sgd", "adam", "adam on feedback", "sgd on feedback", "two schedules"])
 def test_loaded_state_continues_bit_by_bit(options: OptimizerOptions, own: OptimizerOptions | None) -> None:
     """Moments, velocities and the schedules' epoch."""
@@ -246,7 +250,6 @@ def test_loaded_state_continues_bit_by_bit(options: OptimizerOptions, own: Optim
             optimizers.begin_epoch(epoch)
             give_gradients(optimizers, lambda tensor: torch.sin(7 * tensor))
             optimizers.step()
-            optimizers.end_epoch()
 
     whole = attached()
     optimizers = Optimizers(options, whole, 4, own)

@@ -18,10 +18,17 @@ from fa_bench.files import atomic, dump_json
 from fa_bench.models.conv2 import Conv2
 from fa_bench.models.mlp import MLP
 from fa_bench.models.resnet20 import ResNet20
-from fa_bench.optim import SGD, Adam, Optimizers, Schedule
+from fa_bench.objectives.cross_entropy import CrossEntropy
+from fa_bench.optim.adam import Adam
+from fa_bench.optim.optimizers import Optimizers
+from fa_bench.optim.sgd import SGD
 from fa_bench.process import isolated
 from fa_bench.rules.bp import BP
 from fa_bench.runs.train import prepare
+from fa_bench.schedules.base import Schedule
+from fa_bench.schedules.constant import Constant
+from fa_bench.schedules.decay import Cosine
+from fa_bench.schedules.step import MultiStep, Step
 
 
 def test_decay_of_the_first_epoch() -> None:
@@ -32,7 +39,6 @@ def test_decay_of_the_first_epoch() -> None:
         optimizers.begin_epoch(epoch)
         seen.append({group["weight_decay"] for group in optimizers.optimizers[0].param_groups})
         optimizers.step()
-        optimizers.end_epoch()
     assert seen == [{0.5}, {0.01}, {0.01}]
 
 
@@ -57,13 +63,12 @@ def settings_by_epoch(optimizers: Optimizers, epochs: int) -> list[list[tuple[fl
         optimizers.begin_epoch(epoch)
         seen.append([(group["lr"], group["weight_decay"]) for one in optimizers.optimizers for group in one.param_groups])
         optimizers.step()
-        optimizers.end_epoch()
     return seen
 
 
 def test_decays_and_schedules_of_weights_and_learned_feedback() -> None:
     """With a rate of its own feedback has the weights' schedule and decay; with an optimizer of its own both are that one's."""
-    slow, fast = (Schedule(name="step", step_size=size, gamma=0.5) for size in (2, 1))
+    slow, fast = (Step(step_size=size, gamma=0.5) for size in (2, 1))
     of_weights = SGD(lr=0.2, weight_decay=0.01, first_epoch_weight_decay=0.5, schedule=slow)
     scaled = fa_bench.attach(nn.Sequential(nn.Linear(3, 2)), "kp", b_lr_scale=0.5)
     assert settings_by_epoch(Optimizers(of_weights, scaled, 3), 3) == [
@@ -78,18 +83,17 @@ def test_decays_and_schedules_of_weights_and_learned_feedback() -> None:
 
 
 @pytest.mark.parametrize(("schedule", "expected"), [
-    (Schedule(), [1, 1, 1, 1]),
-    (Schedule(name="step", step_size=2, gamma=0.5), [1, 1, 0.5, 0.5]),
-    (Schedule(name="multistep", milestones=[1, 3], gamma=0.1), [1, 0.1, 0.1, 0.01]),
-    (Schedule(name="cosine", min_lr=0.2), [0.2 + 0.4 * (1 + math.cos(math.pi * t / 4)) for t in range(4)]),
+    (Constant(), [1, 1, 1, 1]),
+    (Step(step_size=2, gamma=0.5), [1, 1, 0.5, 0.5]),
+    (MultiStep(milestones=[1, 3], gamma=0.1), [1, 0.1, 0.1, 0.01]),
+    (Cosine(min_lr=0.2), [0.2 + 0.4 * (1 + math.cos(math.pi * t / 4)) for t in range(4)]),
 ])
 def test_schedules(schedule: Schedule, expected: list[float]) -> None:
     optimizers = Optimizers(SGD(lr=1.0, schedule=schedule), fa_bench.attach(nn.Sequential(nn.Linear(3, 2)), "bp"), epochs=4)
     seen = []
-    for _ in range(4):
+    for epoch in range(4):
+        optimizers.begin_epoch(epoch)
         seen.append(optimizers.lr)
-        optimizers.step()
-        optimizers.end_epoch()
     assert seen == pytest.approx(expected)
 
 
@@ -149,7 +153,7 @@ def test_json_has_no_nan() -> None:
 
 def test_options_name_what_is_allowed() -> None:
     with pytest.raises(OptionError, match=r"schedule\.gamma=2\.0 is out of range"):
-        SGD.from_mapping({"schedule": {"gamma": 2}})
+        SGD.from_mapping({"schedule": {"name": "step", "step_size": 1, "gamma": 2}})
     with pytest.raises(OptionError, match=r"nam: unknown option .* did you mean 'name'"):
         SGD.from_mapping({"schedule": {"nam": "step"}})
 
@@ -172,7 +176,7 @@ def test_a_run_computes_without_denormal_numbers() -> None:
     torch.set_flush_denormal(False)
     tiny = torch.full((8,), 1e-39)
     assert (tiny * 0.5 != 0).all()
-    job = Job(RunOptions(device="cpu"), BP(), MLP(), Synthetic(), SGD(), None)
+    job = Job(RunOptions(device="cpu"), BP(), MLP(), Synthetic(), SGD(), None, CrossEntropy())
     try:
         with isolated():
             prepare(job)

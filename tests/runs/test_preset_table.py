@@ -10,7 +10,7 @@ import pytest
 from fa_bench.command.compose import Composer
 from fa_bench.config.job import Job, RunOptions, conf_dir, register_schemas
 from fa_bench.config.labels import flat
-from fa_bench.config.options import defaults
+from fa_bench.config.options import as_plain, defaults
 from fa_bench.config.registries import GROUPS
 
 from .preset_table import PRESETS, Settings
@@ -39,8 +39,10 @@ def composed_runs(name: str) -> list[tuple[Settings, Settings, list[int]]]:
 
 def default_settings(job: Job) -> Settings:
     """The settings that the job would have if a preset chose its components and nothing else."""
-    chosen = {key: getattr(job, key) for key in ("algorithm", "architecture", "dataset", "optimizer", "feedback_optimizer")}
-    return flat(defaults(RunOptions) | {key: part and {"name": part.name} | defaults(type(part)) for key, part in chosen.items()})
+    kinds = [group.kind for group in GROUPS]
+    chosen = {key: getattr(job, key) for key in (*kinds, "feedback_optimizer")}
+    parts = {key: part and {"name": part.name} | as_plain(type(part)()) for key, part in chosen.items()}
+    return flat(defaults(RunOptions) | parts)
 
 
 def identity(settings: Settings, keys: list[str]) -> str:

@@ -21,12 +21,16 @@ from fa_bench.cli import main
 from fa_bench.errors import RunDirectoryError
 from fa_bench.files import METRICS, RESULT
 from fa_bench.mechanisms.rule import Rule
-from fa_bench.optim import SGD, Adam, Optimizers, Schedule
+from fa_bench.optim.adam import Adam
+from fa_bench.optim.optimizers import Optimizers
+from fa_bench.optim.sgd import SGD
 from fa_bench.report import figures
 from fa_bench.runs import checkpoint
 from fa_bench.runs.checkpoint import Expected
 from fa_bench.runs.hashes import state_hash
 from fa_bench.runs.loop import Progress
+from fa_bench.schedules.decay import Cosine
+from fa_bench.schedules.step import Step
 
 from .test_survival import LAST, RUN, at_step, recorded
 
@@ -48,7 +52,7 @@ def nothing_old_to_collect() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def in_empty_folder(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(figures, "LAYERS", {})
+    monkeypatch.setattr(figures, "metrics_of", lambda runs: {})
 
 
 @pytest.mark.parametrize(("rule", "step"), [("kp", 3), ("dfa", 4), ("kp", 5)])  # within an epoch, at its end, in the last one
@@ -78,8 +82,8 @@ def make(rule: str = "kp") -> tuple[Rule, Optimizers]:
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), Noisy(), nn.Linear(4, 3))
     options = {"cuts": ["2"]} if rule in ("dkp", "predsim") else {"initial_steps": 0, "mirror_batch": 4} if rule == "wm" else {}
     attached = fa_bench.attach(model, rule, seed=0, sample_input=torch.ones(2, 5), **options)
-    own = Adam(lr=0.02, schedule=Schedule(name="step", step_size=2))
-    return attached, Optimizers(SGD(lr=0.1, momentum=0.9, schedule=Schedule(name="cosine")), attached, 6, own)
+    own = Adam(lr=0.02, schedule=Step(step_size=2))
+    return attached, Optimizers(SGD(lr=0.1, momentum=0.9, schedule=Cosine()), attached, 6, own)
 
 
 def train(rule: Rule, optimizers: Optimizers, epochs: range) -> list[float]:
@@ -94,7 +98,6 @@ def train(rule: Rule, optimizers: Optimizers, epochs: range) -> list[float]:
         rule.backward(loss, logits, y)
         optimizers.step()
         rule.step()
-        optimizers.end_epoch()
         losses.append(loss.item())
     return losses
 
@@ -153,7 +156,8 @@ def test_every_global_generator_is_restored(generators: None) -> None:
 def test_every_field_of_the_progress_is_restored() -> None:
     progress = Progress(
         epoch=2, batch=3, step=11, seconds=4.5, loss_sum=torch.tensor(6.25), hits=torch.tensor(7), samples=24, probed=10,
-        angles={"weight_angle": {"fc1": 30.0}}, batches_hash="abc", best_epoch=1, best_val=0.5, test_at_best=0.25,
+        has_accuracy=False, angles={"weight_angle": {"fc1": 30.0}}, batches_hash="abc", best_epoch=1, best_val=0.5,
+        test_at_best=0.25,
         diverged={"epoch": 2, "step": 9, "layer": "fc1", "message": "m"},
     )
     fields = [field.name for field in dataclasses.fields(Progress)]

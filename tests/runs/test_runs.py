@@ -19,7 +19,7 @@ from fa_bench.cli import main
 from fa_bench.config.registries import ALGORITHMS, OPTIMIZERS
 from fa_bench.files import METRICS, RESULT
 from fa_bench.report import figures
-from fa_bench.runs import loop, train
+from fa_bench.runs import loop
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["dataset=synthetic", "dataset.samples=80", "dataset.test_samples=16", "batch_size=16", "epochs=1", "probe_size=8"]
@@ -29,7 +29,7 @@ MLP = [*TINY, "architecture.widths=[8,6]"]
 @pytest.fixture(autouse=True)
 def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(figures, "LAYERS", {})  # a report's figures have tests of their own, and take seconds
+    monkeypatch.setattr(figures, "metrics_of", lambda runs: {})  # a report's figures have tests of their own, and take seconds
 
 
 def result_in(folder: Path | str) -> dict[str, Any]:
@@ -166,14 +166,14 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(grid: bool, capsys:
 def test_interrupt_promises_a_checkpoint_only_where_there_is_one(
     epochs: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = loop.Loop._epoch
+    whole = loop.Trainer._epoch
 
-    def interrupted(self: Any, progress: Any, last: bool) -> Any:
-        if progress.epoch == epochs:
+    def interrupted(self: Any) -> Any:
+        if self.progress.epoch == epochs:
             raise Stopped
-        return whole(self, progress, last)
+        return whole(self)
 
-    monkeypatch.setattr(loop.Loop, "_epoch", interrupted)
+    monkeypatch.setattr(loop.Trainer, "_epoch", interrupted)
     assert main([*MLP, "epochs=2", "hydra.run.dir=run"]) == 130
     assert ("to resume" in (said := capsys.readouterr().err)) == Path("run/checkpoints/last.pt").exists() == (epochs > 0)
     assert "interrupted" in said and len(said.splitlines()) == 1
@@ -243,14 +243,14 @@ def test_grid_over_an_option_names_it_in_lines_and_rows(capsys: pytest.CaptureFi
 
 
 def test_failing_job_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    fit = train._Session.fit
+    fit = loop.Trainer.fit
 
-    def fail(session: Any, stop: Any) -> Any:
-        if session.job.algorithm.name == "fa":
+    def fail(trainer: Any) -> Any:
+        if trainer.rule.name == "fa":
             raise RuntimeError("out of luck")
-        return fit(session, stop)
+        return fit(trainer)
 
-    monkeypatch.setattr(train._Session, "fit", fail)
+    monkeypatch.setattr(loop.Trainer, "fit", fail)
     assert main(["-m", *MLP, "algorithm=fa,bp"]) == 1
     statuses = {path.parent.parent.name[:2]: result_in(path.parent) for path in Path("outputs").rglob(RESULT)}
     assert statuses["fa"]["status"] == "failed" and statuses["fa"]["error"]["message"] == "out of luck"
@@ -260,9 +260,9 @@ def test_failing_job_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch, c
 
 
 def test_a_run_that_leaves_the_working_directory_moves_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fit = train._Session.fit
+    fit = loop.Trainer.fit
     (tmp_path / "elsewhere").mkdir()
-    monkeypatch.setattr(train._Session, "fit", lambda *given: (os.chdir(tmp_path / "elsewhere"), fit(*given))[1])
+    monkeypatch.setattr(loop.Trainer, "fit", lambda *given: (os.chdir(tmp_path / "elsewhere"), fit(*given))[1])
     here = Path.cwd()
     assert main(["-m", *MLP, "algorithm=fa", "seed=0,1"]) == 0 and Path.cwd() == here
     assert len(list(here.glob("outputs/*/fa-*/seed*/result.json"))) == 2 and not list((tmp_path / "elsewhere").iterdir())

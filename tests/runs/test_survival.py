@@ -20,7 +20,8 @@ import torch
 from fa_bench.cli import main
 from fa_bench.files import CONFIG, METRICS, RESULT
 from fa_bench.report import figures
-from fa_bench.runs import checkpoint, hashes, locks, loop, train
+from fa_bench.runs import checkpoint, hashes, locks, loop
+from fa_bench.runs.callbacks import StopOnSignal
 from fa_bench.runs.ownership import HOLDER, LOCK
 from fa_bench.runs.stopping import Interrupted, raised
 from tests.data.files import write_cifar
@@ -40,7 +41,7 @@ TIMES = ("seconds", "peak_memory_bytes")
 @pytest.fixture(autouse=True)
 def in_empty_folder(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(figures, "LAYERS", {})
+    monkeypatch.setattr(figures, "metrics_of", lambda runs: {})
 
 
 def recorded(run: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -53,15 +54,15 @@ def recorded(run: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 def at_step(number: int, act: Callable[[], Any], monkeypatch: Patch) -> None:
     """Let `act` happen once, when update `number` is done."""
-    on_step, done = train._Session._on_step, []
+    on_step, done = StopOnSignal.on_step_end, []
 
-    def acting(session: Any, stop: Any) -> None:
-        if session.progress.step == number and not done:
+    def acting(callback: Any, trainer: Any) -> None:
+        if trainer.progress.step == number and not done:
             done.append(number)
             act()
-        on_step(session, stop)
+        on_step(callback, trainer)
 
-    monkeypatch.setattr(train._Session, "_on_step", acting)
+    monkeypatch.setattr(StopOnSignal, "on_step_end", acting)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
@@ -128,13 +129,13 @@ def test_augmented_run_goes_on_within_an_epoch(monkeypatch: Patch, tmp_path: Pat
 
 def test_checkpoints_every_few_epochs_and_minutes(monkeypatch: Patch) -> None:
     saved: list[tuple[int, int]] = []
-    save = train._Session.save
+    save = checkpoint.save
 
-    def saving(session: Any) -> None:
-        saved.append((session.progress.epoch, session.progress.batch))
-        save(session)
+    def saving(*arguments: Any) -> None:
+        saved.append((arguments[4].epoch, arguments[4].batch))
+        save(*arguments)
 
-    monkeypatch.setattr(train._Session, "save", saving)
+    monkeypatch.setattr(checkpoint, "save", saving)
     assert main([*RUN, "epochs=5", "checkpoint_epochs=2"]) == 0
     assert saved == [(2, 0), (4, 0), (5, 0)]
     saved.clear()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from fa_bench.data.base import Split, Splits
     from fa_bench.mechanisms.rule import Rule
-    from fa_bench.metrics.probe import Probe
+    from fa_bench.metrics.meter import AlignmentMeter
 
 #: Training images that a probe may learn from, and images that it scores on: at most, a fixed choice of them.
 TRAINING_IMAGES, SCORED_IMAGES = 2_000, 10_000
@@ -32,14 +32,14 @@ class Subject:
     Attributes:
         rule: an attached rule; its model is measured.
         splits: the data.
-        probe: holds the fixed batch (``x``, ``y``) and the model's structure (``trace``).
+        meter: holds the fixed batch (``x``, ``y``), the model's structure (``trace``) and the objective.
         batch_size: of training.
         initial: parameter name -> its value before training; empty where no probe asks for them.
     """
 
     rule: Rule
     splits: Splits
-    probe: Probe
+    meter: AlignmentMeter
     batch_size: int
     initial: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
@@ -65,7 +65,7 @@ class Subject:
 
 
 @dataclasses.dataclass(eq=False)
-class LayerProbe(Options):
+class Probe(Options):
     """Base of the probes, registered under a name in `fa_bench.config.registries.PROBES`."""
 
     #: Whether it needs ``subject.initial``.
@@ -83,7 +83,7 @@ class LayerProbe(Options):
         raise NotImplementedError
 
 
-class LayerProbes:
+class Probes:
     """The probes that a run asks for.
 
     Args:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fa_bench.config.registries import PROBES
 from fa_bench.errors import ConfigError
 from fa_bench.lazy import nn, torch
-from fa_bench.metrics.probes.base import LayerProbe, Quantities, Subject
+from fa_bench.metrics.probes.base import Probe, Quantities, Subject
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @PROBES.register("depth_utility")
 @dataclasses.dataclass(eq=False)
-class DepthUtility(LayerProbe):
+class DepthUtility(Probe):
     """How much accuracy (a fraction) is lost when a block of the trained net gets its initial values back, one block at a time.
 
     Blocks are those that the model declares: from the end of one to the end of the next, in the order of execution, all
@@ -38,19 +38,19 @@ class DepthUtility(LayerProbe):
     needs_initial = True
 
     def require(self, subject: Subject) -> None:
-        if not blocks_of(subject.model, subject.probe.x[:2]):
+        if not blocks_of(subject.model, subject.meter.x[:2]):
             raise ConfigError(f"{type(subject.model).__name__} declares no blocks that could be left untrained; name the modules "
                               "that they end with in model.blocks, as architecture=mlp, conv2 and the residual nets do")
 
     def measure(self, subject: Subject) -> Quantities:
         model, training, scored = subject.model, subject.training, subject.scored
-        blocks, parameters = blocks_of(model, subject.probe.x[:2]), dict(model.named_parameters(remove_duplicate=False))
+        blocks, parameters = blocks_of(model, subject.meter.x[:2]), dict(model.named_parameters(remove_duplicate=False))
 
         def accuracy() -> float:
             from fa_bench.runs.loop import evaluate
 
             refresh(model, training, subject.batch_size)
-            return evaluate(model, scored, subject.batch_size)[1] or 0.0
+            return evaluate(model, subject.meter.objective, scored, subject.batch_size)[1] or 0.0
 
         whole, utility = accuracy(), {}
         with torch.no_grad():

@@ -7,8 +7,8 @@ import math
 from typing import TYPE_CHECKING
 
 from fa_bench.config.registries import PROBES
-from fa_bench.lazy import nn, torch
-from fa_bench.metrics.probes.base import LayerProbe, Quantities, Subject
+from fa_bench.lazy import torch
+from fa_bench.metrics.probes.base import Probe, Quantities, Subject
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,10 +19,10 @@ GROUPS = 16
 
 @PROBES.register("gradient_norm")
 @dataclasses.dataclass(eq=False)
-class GradientNorm(LayerProbe):
+class GradientNorm(Probe):
     """Norms of the true gradient of each weight, of the rule's own, and what noise alone would make of the first.
 
-    All on the fixed batch of N samples with the mean cross-entropy L as loss, batch normalisation on the batch's statistics and
+    All on the fixed batch of N samples with the objective's mean loss L, batch normalisation on the batch's statistics and
     dropout off; Frobenius norms.
 
     - ``gradient_norm``: ‖g‖, g = ∂L/∂W by exact backpropagation.
@@ -43,18 +43,18 @@ class GradientNorm(LayerProbe):
     def measure(self, subject: Subject) -> Quantities:
         from fa_bench.mechanisms.layers import weighted_layers
         from fa_bench.mechanisms.trace import all_require_grad, tensors_in
-        from fa_bench.metrics.probe import untouched
+        from fa_bench.metrics.meter import untouched
 
-        rule, x, y = subject.rule, subject.probe.x, subject.probe.y
+        rule, x, y = subject.rule, subject.meter.x, subject.meter.y
         layers = weighted_layers(subject.model)
-        weights = {path: layers[path].weight for path in subject.probe.trace.order}
+        weights = {path: layers[path].weight for path in subject.meter.trace.order}
         with untouched(rule), torch.enable_grad():
             logits = next(tensors_in(subject.model(x)))
-            rule.deliver(nn.functional.cross_entropy(logits, y), logits, y)
+            rule.deliver(subject.meter.objective.loss(logits, y), logits, y)
             updates = {path: 0.0 if weight.grad is None else weight.grad.double().norm().item()
                        for path, weight in weights.items()}
             with rule.exact(), all_require_grad(subject.model):
-                losses = nn.functional.cross_entropy(next(tensors_in(subject.model(x))), y, reduction="none")
+                losses = subject.meter.objective.loss(next(tensors_in(subject.model(x))), y, reduction="none")
                 norms, floors = norms_and_errors(losses, list(weights.values()))
         return {self.name: dict(zip(weights, norms, strict=True)), f"{self.name}_update": updates,
                 f"{self.name}_floor": dict(zip(weights, floors, strict=True))}

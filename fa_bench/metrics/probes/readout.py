@@ -10,7 +10,7 @@ import numpy as np
 
 from fa_bench.config.registries import PROBES
 from fa_bench.lazy import nn, torch
-from fa_bench.metrics.probes.base import LayerProbe, Quantities, Subject
+from fa_bench.metrics.probes.base import Probe, Quantities, Subject
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +26,7 @@ FEATURES, RIDGE = 1024, 0.01
 
 @PROBES.register("readout")
 @dataclasses.dataclass(eq=False)
-class Readout(LayerProbe):
+class Readout(Probe):
     """Accuracy (a fraction) of a linear classifier of each layer's activation, beside one of the raw input, ``input``.
 
     A layer's activation is what the next layer takes: behind the layer's normalisation, nonlinearity, addition and pooling;
@@ -37,7 +37,7 @@ class Readout(LayerProbe):
     """
 
     def measure(self, subject: Subject) -> Quantities:
-        points = activation_points(subject.probe.trace)
+        points = activation_points(subject.meter.trace)
         images, labels = _collected(subject, subject.training, points)
         classes = len(subject.splits.classes)
         fitted = {point: fit(features, labels, classes) for point, features in images.items()}

@@ -1,46 +1,50 @@
 """Measures how far a rule's errors are from those of backpropagation, on a fixed batch, and leaves no trace.
 
-The delta angle of a layer is taken at the layer's activation: where the rule delivers the error there, for edge rules the
-input of the next weighted layer, for cut rules the cut. Its reference is
-
-- accumulated: the error of a full exact backward pass on the same batch and weights;
-- one-step: the error that exact derivatives give from the rule's own errors one step above.
-
-The output angle of a cut (Fig. 2 of the paper on direct Kolen-Pollack learning) is that between the logits and what its direct
-feedback B (C, features) reads out of its activation a: a Bᵀ.
-
-Batch normalisation uses the batch's statistics and leaves its running ones alone; dropout is off.
+The error of a layer is taken at its activation: where the rule delivers it, for edge rules at the input of the next weighted
+layer, for cut rules at the cut. Batch normalisation uses the batch's statistics and leaves its running ones alone; dropout is
+off.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from fa_bench.config.registries import METRICS
 from fa_bench.mechanisms.layers import weighted_layers
 from fa_bench.mechanisms.rule import INPUT, OUTPUT, Rule
 from fa_bench.mechanisms.trace import tensors_in, trace_model, without_side_effects
-from fa_bench.metrics.angles import mean_sample_angle, norm_ratio, weight_angle
+from fa_bench.metrics.alignment.base import declared
+from fa_bench.objectives.cross_entropy import CrossEntropy
+
+if TYPE_CHECKING:
+    from fa_bench.objectives.base import Objective
+
+Point = tuple[str, str]
 
 
-class Probe:
-    """Angles of an attached rule on one fixed batch.
+class AlignmentMeter:
+    """Measures alignment metrics of an attached rule on one fixed batch, and leaves no trace.
 
     Args:
         rule: an attached rule.
         x: inputs (N, ...).
-        y: labels (N,).
+        y: targets (N,), or (N, O) where they are numbers.
+        objective: what the model is trained to do; None: `CrossEntropy`.
+        metrics: names of those to measure; None: all that are registered.
     """
 
-    def __init__(self, rule: Rule, x: Tensor, y: Tensor) -> None:
-        self.rule, self.x, self.y = rule, x, y
+    def __init__(
+        self, rule: Rule, x: Tensor, y: Tensor, objective: Objective | None = None, metrics: Iterable[str] | None = None
+    ) -> None:
+        self.rule, self.x, self.y, self.objective = rule, x, y, objective or CrossEntropy()
+        self.metrics = [metric() for metric in declared(METRICS if metrics is None else metrics).values()]
         with rule.exact():
             self.trace = trace_model(rule.model, x[:2])
         self.points = rule.error_points(self.trace)
@@ -57,36 +61,64 @@ class Probe:
         return self.trace.outputs
 
     def measure(self) -> dict[str, dict[str, float]]:
-        """{metric: {layer: value}} in the order of execution; degrees, ratios and norms. NaN where void."""
-        rule = self.rule
-        with untouched(rule):
-            delivered = self._pass(lambda loss, logits: rule.deliver(loss, logits, self.y))
-            for parameter in rule.model.parameters():
-                parameter.grad = None  # the rule's own, which the true gradient would be added to
-            with rule.exact():
-                true = self._pass(lambda loss, logits: loss.backward())
-            norms = {path: _norm(layer.weight.grad) for path, layer in weighted_layers(rule.model).items()}
-            one_step = self._one_step(delivered)
-        pairs = rule.weight_pairs()
-        readouts = rule.readouts()
-        deltas: dict[str, float] = {layer: 0.0 for layer in self.output_layers}
-        steps = dict(deltas)
-        for layer, point in self.points.items():
-            if point in delivered.errors and point in true.errors:
-                # An angle to a gradient that is only rounding noise would be noise too: angles() makes it NaN.
-                deltas[layer] = mean_sample_angle(delivered.errors[point], true.errors[point])
-                steps[layer] = mean_sample_angle(delivered.errors[point], one_step[point])
-        logits = delivered.tensors["", OUTPUT].detach()
-        activations = {layer: (point[0], delivered.tensors[point].detach().flatten(1).to(logits.dtype))
-                       for layer, point in self.points.items() if point[0] in readouts and point in delivered.tensors}
-        outputs = {layer: mean_sample_angle(a @ readouts[cut].t(), logits) for layer, (cut, a) in activations.items()}
-        values = {
-            "weight_angle": {layer: weight_angle(*pair) for layer, pair in pairs.items()},
-            "norm_ratio": {layer: norm_ratio(*pair) for layer, pair in pairs.items()},
-            "delta_angle": deltas, "delta_angle_one_step": steps, "true_gradient_norm": norms,
-            "output_angle": outputs,
-        }
-        return {metric: {p: found[p] for p in self.trace.order if p in found} for metric, found in values.items()}
+        """{metric: {layer: value}}, the layers in the order of execution; NaN where a value is void."""
+        with untouched(self.rule):
+            passes = Passes(self)
+            values = {metric.name: metric.measure(passes) for metric in self.metrics}
+        return {name: {layer: found[layer] for layer in self.trace.order if layer in found} for name, found in values.items()}
+
+
+class Passes:
+    """Forward and backward passes of a rule and of backpropagation on the same batch, each made when it is first asked for.
+
+    Attributes:
+        rule: the attached rule.
+        trace: the model's structure.
+        points: layer -> where the rule delivers the error at its activation, see `Rule.error_points`.
+    """
+
+    def __init__(self, meter: AlignmentMeter) -> None:
+        self.rule, self.trace, self.points = meter.rule, meter.trace, meter.points
+        self._meter = meter
+
+    @functools.cached_property
+    def delivered(self) -> Record:
+        """Errors and tensors of a pass by the rule."""
+        record = self._pass(lambda loss, logits: self.rule.deliver(loss, logits, self._meter.y))
+        self._gradients = self._take_gradients()
+        return record
+
+    @functools.cached_property
+    def exact(self) -> Record:
+        """Errors and tensors of a pass by backpropagation."""
+        _ = self.delivered  # first: it has the logits that the rule trains by
+        with self.rule.exact():
+            record = self._pass(lambda loss, logits: loss.backward())
+        self._exact_gradients = self._take_gradients()
+        return record
+
+    @property
+    def gradients(self) -> dict[str, Tensor | None]:
+        """{layer: the gradient that the rule gives its weight}."""
+        _ = self.delivered
+        return self._gradients
+
+    @property
+    def exact_gradients(self) -> dict[str, Tensor | None]:
+        """{layer: the gradient of its weight by backpropagation}."""
+        _ = self.exact
+        return self._exact_gradients
+
+    @property
+    def logits(self) -> Tensor:
+        """The model's output for the batch, (N, C)."""
+        return self.delivered.tensors["", OUTPUT].detach()
+
+    def _take_gradients(self) -> dict[str, Tensor | None]:
+        found: dict[str, Any] = {path: layer.weight.grad for path, layer in weighted_layers(self.rule.model).items()}
+        for parameter in self.rule.model.parameters():
+            parameter.grad = None  # another pass would add to it
+        return found
 
     def _pass(self, backward: Any) -> Record:
         """One forward and backward; the errors at the points, and at the outputs of the layers whose inputs are points."""
@@ -99,17 +131,19 @@ class Probe:
         handles += [modules[path].register_forward_pre_hook(record.inputs(path), prepend=True) for path in layers]
         try:
             with torch.enable_grad():
-                logits = next(tensors_in(self.rule.model(self.x)))
+                logits = next(tensors_in(self.rule.model(self._meter.x)))
                 record.watch(("", OUTPUT), logits)
-                backward(F.cross_entropy(logits, self.y), logits)
+                backward(self._meter.objective.loss(logits, self._meter.y), logits)
         finally:
             # The tensors' hooks too: with them tensors and record hold each other, out of the garbage collector's sight.
             for handle in handles + record.handles:
                 handle.remove()
         return record
 
-    def _one_step(self, delivered: Record) -> dict[tuple[str, str], Tensor]:
+    @functools.cached_property
+    def one_step(self) -> dict[Point, Tensor]:
         """The exact errors at the points, one step below the rule's own errors."""
+        _, delivered = self.exact, self.delivered
         found = {point: self._one_step_at_input(point[0], delivered) for point in set(self.points.values())
                  if point[1] == INPUT and point in delivered.errors}
         if any(side == OUTPUT for _, side in self.points.values()):
@@ -132,10 +166,10 @@ class Probe:
                 error = error - carried + exact
         return error
 
-    def _one_step_at_outputs(self, delivered: Record) -> dict[tuple[str, str], Tensor]:
+    def _one_step_at_outputs(self, delivered: Record) -> dict[Point, Tensor]:
         """An exact backward pass of every part between the cuts at once, from the rule's errors at its upper end."""
         modules = dict(self.rule.model.named_modules())
-        leaves: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+        leaves: dict[Point, tuple[Tensor, Tensor]] = {}
 
         def split(path: str) -> Any:
             def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -148,7 +182,7 @@ class Probe:
         handles = [modules[path].register_forward_hook(split(path)) for path in cuts]
         try:
             with self.rule.exact(), torch.enable_grad():
-                logits = next(tensors_in(self.rule.model(self.x)))
+                logits = next(tensors_in(self.rule.model(self._meter.x)))
         finally:
             for handle in handles:
                 handle.remove()
@@ -163,11 +197,11 @@ class Probe:
 class Record:
     """Tensors and their gradients at (module, side) of one pass; ("", output) is the logits."""
 
-    tensors: dict[tuple[str, str], Tensor] = dataclasses.field(default_factory=dict)
-    errors: dict[tuple[str, str], Tensor] = dataclasses.field(default_factory=dict)
+    tensors: dict[Point, Tensor] = dataclasses.field(default_factory=dict)
+    errors: dict[Point, Tensor] = dataclasses.field(default_factory=dict)
     handles: list[Any] = dataclasses.field(default_factory=list)
 
-    def watch(self, point: tuple[str, str], tensor: Tensor) -> None:
+    def watch(self, point: Point, tensor: Tensor) -> None:
         """Keep a tensor, and its gradient once the backward pass has it whole."""
         def keep(gradient: Tensor) -> None:
             self.errors[point] = gradient.detach()
@@ -204,7 +238,3 @@ def untouched(rule: Rule) -> Iterator[None]:
             module.training = training
         for parameter, gradient in gradients:
             parameter.grad = gradient
-
-
-def _norm(gradient: Tensor | None) -> float:
-    return math.nan if gradient is None else gradient.double().norm().item()

@@ -1,8 +1,8 @@
 """Runs one analysis: a table as CSV and a figure as PNG.
 
-    python scripts/analyse.py                              # lists the analyses
-    python scripts/analyse.py NAME --help                  # its options
-    python scripts/analyse.py NAME OPTION=VALUE ... [--out outputs/analyses]
+    fa-bench-analyse                              # lists the analyses
+    fa-bench-analyse NAME --help                  # its options
+    fa-bench-analyse NAME OPTION=VALUE ... [--out outputs/analyses]
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -30,27 +31,27 @@ def _parsed(options: list[str]) -> DictConfig:
         raise ConfigError(f"{' '.join(options)}: cannot be read ({type(error).__name__})") from None
 
 
-def main() -> int:
-    """Run from the command line; the exit code."""
-    return exit_code("analyse", _guarded)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``fa-bench-analyse``; returns the exit code: 2 for input that cannot be run, with a line that says why."""
+    return exit_code("fa-bench-analyse", lambda: _guarded(list(sys.argv[1:] if argv is None else argv)))
 
 
-def _guarded() -> int:
+def _guarded(argv: list[str]) -> int:
     try:
-        _main()
+        _main(argv)
     except FaBenchError as error:
-        print(printable(f"analyse: {error}"), file=sys.stderr)
-        return 1
+        print(printable(f"fa-bench-analyse: {error}"), file=sys.stderr)
+        return 2
     return 0
 
 
-def _main() -> None:
+def _main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("name", nargs="?")
     parser.add_argument("options", nargs="*")
     parser.add_argument("--out", type=Path, default=Path("outputs/analyses"))
     parser.add_argument("--help", "-h", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.name is None:
         print(__doc__)
         for name in ANALYSES:
@@ -67,7 +68,3 @@ def _main() -> None:
     table, csv, png = analysis.write(arguments.out)
     print(analysis.summary(table).to_string(index=False))
     print(f"{csv}\n{png}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,8 @@
+"""``python -m fa_bench``: the command line."""
+
+import sys
+
+from fa_bench.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

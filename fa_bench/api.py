@@ -1,0 +1,48 @@
+"""The command line as a function, for notebooks and scripts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from fa_bench.config.labels import shown
+from fa_bench.report.runs import Run, read_run
+
+
+def run(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **options: Any) -> list[Run]:
+    """Train what the same words on the command line would, in the same directories.
+
+    Args:
+        *overrides: as on the command line, such as ``"algorithm=bp,fa"`` or ``"optimizer.lr=0.1"``.
+        config_dir: a folder of further configs, as ``--config-dir``.
+        **options: keys without a dot, such as ``seed=0``; a list is a sweep: ``seed=[0, 1, 2]``.
+
+    Returns:
+        The runs in their order, each with its directory, result, metrics of every epoch and config. One that failed or diverged
+        says so in its ``result["status"]``; one that left no result is left out. A finished run is not trained again.
+
+    Raises:
+        FaBenchError: for input that cannot be run, before anything is trained.
+        KeyboardInterrupt: after a signal; the same call resumes.
+    """
+    from fa_bench import cli
+    from fa_bench.command.compose import Composer
+    from fa_bench.command.jobs import Task
+    from fa_bench.config.job import register_schemas
+    from fa_bench.output import steady
+    from fa_bench.runs.data_checks import forget
+    from fa_bench.runs.stopping import raised
+
+    register_schemas()
+    words = [*overrides, *(f"{key}={','.join(map(shown, value)) if isinstance(value, (list, tuple, range)) else shown(value)}"
+                           for key, value in options.items())]
+    with steady(), raised(), cli.hydras_errors():
+        composer = Composer(cli.CONFIG_NAME, None if config_dir is None else str(config_dir), words)
+        several = any(override.is_sweep_override() or override.key_or_group == "experiment" for override in composer.parsed)
+        forget()
+        task = Task(["fa-bench", *(["-m"] if several else []), *words])
+        code = cli.sweep(composer, task) if several else cli.run(composer, task)
+    if code >= 128:
+        raise KeyboardInterrupt
+    return [found for directory in map(Path, task.directories) if (found := read_run(directory)) is not None]

@@ -1,0 +1,1 @@
+"""Callbacks that a run can be given by name; plugins register theirs."""

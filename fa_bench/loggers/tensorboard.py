@@ -1,0 +1,42 @@
+"""TensorBoard's event files, in the run's directory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fa_bench.config.registries import LOGGERS
+from fa_bench.loggers.base import Logger
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fa_bench.config.job import Job
+
+
+@LOGGERS.register("tensorboard")
+@dataclasses.dataclass(eq=False)
+class TensorBoard(Logger):
+    """One event file in the run's directory: curves, histograms, hyperparameters; ``tensorboard --logdir outputs``."""
+
+    def open(self, directory: Path, job: Job, step: int) -> None:
+        from fa_bench.runs.events import Events
+
+        self.events = Events(directory, job, step)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        self.events.scalars(values, step)
+
+    def histograms(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        self.events.histograms(tensors, step)
+
+    def flush(self) -> None:
+        self.events.flush()
+
+    def finish(self, status: str, numbers: Mapping[str, float | None], step: int) -> None:
+        self.events.finish(status, numbers, step)
+
+    def close(self) -> None:
+        self.events.close()

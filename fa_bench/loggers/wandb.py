@@ -1,0 +1,42 @@
+"""Weights & Biases."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.config.registries import LOGGERS
+from fa_bench.loggers.base import Logger, require_package
+
+if TYPE_CHECKING:
+    from fa_bench.config.job import Job
+
+
+@LOGGERS.register("wandb")
+@dataclasses.dataclass(eq=False)
+class Wandb(Logger):
+    """Weights & Biases: one run there for each run here, resumed with it; WANDB_PROJECT, WANDB_MODE and the like set it up."""
+
+    run: Any = dataclasses.field(init=False, default=None)
+
+    def require(self) -> None:
+        require_package(self.name, "wandb")
+
+    def open(self, directory: Path, job: Job, step: int) -> None:
+        import wandb
+
+        # A step that is logged again after a resume is dropped there with a warning: it has the same numbers.
+        self.run = wandb.init(id=f"{job.config_hash}-{job.run.seed}", resume="allow", dir=str(directory.parent),
+                              name=f"{job.group} seed {job.run.seed}", group=job.group, config=job.plain(), reinit=True)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        self.run.log(dict(values), step=step)
+
+    def finish(self, status: str, numbers: Mapping[str, float | None], step: int) -> None:
+        self.run.summary.update({"status": status, **{key: value for key, value in numbers.items() if value is not None}})
+
+    def close(self) -> None:
+        if self.run is not None:
+            self.run.finish()

@@ -1,0 +1,46 @@
+"""What every alignment metric is: one number for each layer, taken on a fixed batch, and how it is shown."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, ClassVar
+
+from fa_bench.config.options import Options
+from fa_bench.config.registries import METRICS
+
+if TYPE_CHECKING:
+    from fa_bench.metrics.meter import Passes
+
+#: Layers that a report averages over: those whose feedback carries an error, all but the output layers, or all.
+FEEDBACK, HIDDEN, ALL = "feedback", "hidden", "all"
+
+
+@dataclasses.dataclass(eq=False)
+class Metric(Options):
+    """Base of the alignment metrics, registered in `fa_bench.config.registries.METRICS`.
+
+    A run measures it every ``probe_every`` steps and at the end, and records it by its registered name in metrics.jsonl,
+    result.json and its loggers.
+    """
+
+    #: Its heading in tables and figures, and its unit: ``°`` or nothing.
+    title: ClassVar[str] = ""
+    unit: ClassVar[str] = ""
+    #: The layers that a report's mean is taken over: FEEDBACK, HIDDEN or ALL.
+    layers: ClassVar[str] = ALL
+    #: Whether the mean over layers is a column of reports, and whether reports plot it by layer; their order among the metrics.
+    column: ClassVar[bool] = True
+    plot: ClassVar[bool] = True
+    order: ClassVar[int] = 100
+
+    def measure(self, passes: Passes) -> dict[str, float]:
+        """{layer: value}, NaN where a value is void; `passes` has the errors and gradients of rule and backpropagation."""
+        raise NotImplementedError
+
+
+def declared(names: Iterable[str]) -> dict[str, type[Metric]]:
+    """The metrics of these names, in their order; one that is not registered, of a plugin that is not here, is shown by name."""
+    found = {name: METRICS[name] if name in METRICS else type(name, (Metric,), {"title": name.replace("_", " ")})
+             for name in names}
+    return dict(sorted(found.items(), key=lambda item: (item[1].order, item[0])))

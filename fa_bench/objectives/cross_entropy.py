@@ -1,0 +1,32 @@
+"""Cross-entropy of a softmax."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from fa_bench.config.options import option
+from fa_bench.config.registries import OBJECTIVES
+from fa_bench.lazy import nn
+from fa_bench.objectives.base import Objective
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: torch's own default, -100, would skip such a label without a word.
+_IGNORE_NOTHING = -(2**31)
+
+
+@OBJECTIVES.register("cross_entropy")
+@dataclasses.dataclass(eq=False)
+class CrossEntropy(Objective):
+    """Cross-entropy of the softmax of the outputs: L = -Σ_k q_k log softmax(z)_k, with q the label's one-hot row.
+
+    With `label_smoothing` s, q is (1 - s) times the one-hot row plus s/C for each of the C classes (Szegedy et al. 2016).
+    """
+
+    label_smoothing: float = option(0.0, "weight of the uniform distribution in the targets", minimum=0, maximum=1)
+
+    def loss(self, outputs: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+        return nn.functional.cross_entropy(outputs, target, reduction=reduction, ignore_index=_IGNORE_NOTHING,
+                                           label_smoothing=self.label_smoothing)

@@ -1,0 +1,26 @@
+"""Squared error."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from fa_bench.config.registries import OBJECTIVES
+from fa_bench.objectives.base import CLASSES, VALUES, Objective, one_hot, reduce
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@OBJECTIVES.register("mse")
+@dataclasses.dataclass(eq=False)
+class MSE(Objective):
+    """Half the squared error, L = ½ Σ_k (z_k - t_k)², of real targets t or of the label's one-hot row.
+
+    The sum over outputs and the factor ½ make the gradient at the outputs z - t, of the size that cross-entropy gives.
+    """
+
+    targets = (CLASSES, VALUES)
+
+    def loss(self, outputs: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+        return reduce((outputs - one_hot(target, outputs)).square().sum(1) / 2, reduction)

@@ -1,0 +1,28 @@
+"""Cross-entropy of one sigmoid a class."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from fa_bench.config.registries import OBJECTIVES
+from fa_bench.lazy import nn
+from fa_bench.objectives.base import CLASSES, VALUES, Objective, one_hot, reduce
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@OBJECTIVES.register("sigmoid_ce")
+@dataclasses.dataclass(eq=False)
+class SigmoidCE(Objective):
+    """Cross-entropy of one sigmoid a class, one against all: L = -Σ_k [t_k log σ(z_k) + (1 - t_k) log(1 - σ(z_k))].
+
+    t is the label's one-hot row, or real targets in [0, 1]. The gradient at the outputs is σ(z) - t.
+    """
+
+    targets = (CLASSES, VALUES)
+
+    def loss(self, outputs: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+        wanted = one_hot(target, outputs)
+        return reduce(nn.functional.binary_cross_entropy_with_logits(outputs, wanted, reduction="none").sum(1), reduction)

@@ -1,0 +1,1 @@
+"""Optimizers, and the pair of them that trains weights and learned feedback."""

@@ -1,0 +1,38 @@
+"""What every optimizer is."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from fa_bench.config.options import Options, option
+from fa_bench.errors import OptionError
+from fa_bench.lazy import torch
+from fa_bench.schedules.base import Schedule
+from fa_bench.schedules.constant import Constant
+
+
+@dataclasses.dataclass(eq=False)
+class OptimizerOptions(Options):
+    """Base of the optimizers. Decay applies to every trained tensor: weights, biases, normalisation, learned feedback."""
+
+    lr: float = option(0.05, "learning rate", above=0)
+    weight_decay: float = option(0.0, "weight decay per unit of learning rate", minimum=0)
+    first_epoch_weight_decay: float | None = option(None, "weight decay during the first epoch; null: as later", minimum=0)
+    schedule: Schedule = option(Constant(), "how the learning rate changes during training")
+
+    def check(self) -> None:
+        try:
+            self.schedule.check_rate(self.lr)
+        except OptionError as error:
+            raise error.under("schedule") from None
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The torch optimizer for parameter groups; each group may hold a ``lr`` of its own."""
+        raise NotImplementedError
+
+
+def fusible(groups: list[dict[str, Any]]) -> bool:
+    """Whether one kernel can update all tensors; on a CPU it is two to three times faster than one tensor at a time."""
+    tensors = [tensor for group in groups for tensor in group["params"]]
+    return all(tensor.is_floating_point() and tensor.device.type in ("cpu", "cuda") for tensor in tensors)

@@ -1,0 +1,67 @@
+"""Runs as pandas DataFrames, for notebooks and scripts."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.config.job import VOLATILE
+from fa_bench.records import RecordError
+from fa_bench.report.runs import Run, find_runs, read_run
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: Keys of a result that are columns; the others are hashes, versions and nested records.
+_COLUMNS = ("status", "label", "algorithm", "architecture", "dataset", "optimizer", "objective", "experiment", "seed", "epoch",
+            "test_accuracy", "test_accuracy_at_best_val", "val_accuracy", "train_accuracy", "best_epoch", "seconds",
+            "peak_memory_bytes", "code_hash", "data_hash", "weights_hash", "device")
+
+
+def load_results(*directories: str | os.PathLike[str], curves: bool = False) -> pd.DataFrame:
+    """The runs in directories, and below them, as a DataFrame.
+
+    Args:
+        *directories: output directories or run directories.
+        curves: one row a run and epoch, in place of one row a run.
+
+    Returns:
+        One row a run: its directory, status, components, seed, accuracies (fractions), seconds, the mean over layers of every
+        alignment metric, and every option of its config by the key of its command line, such as ``optimizer.lr``. With `curves`,
+        the directory, label and seed of the run, and what it recorded of every epoch: losses, accuracies, learning rate, seconds
+        so far, and the means of alignment metrics where they were measured. A run without a result has no row; one whose record
+        is damaged is left out with a warning.
+
+    Raises:
+        DataError: for a directory that does not exist.
+    """
+    import pandas as pd
+
+    rows: list[dict[str, Any]] = []
+    for directory in find_runs(map(Path, directories)):
+        try:
+            run = read_run(directory)
+        except RecordError as error:
+            warnings.warn(f"left out: {error}", stacklevel=2)
+            continue
+        if run is not None:
+            rows += _curves(run) if curves else [_row(run)]
+    return pd.DataFrame(rows)
+
+
+def _row(run: Run) -> dict[str, Any]:
+    options = {key: value for key, value in run.config.items() if key.split(".")[0] not in (*_COLUMNS, *VOLATILE) or "." in key}
+    return {"directory": str(run.directory), **{key: run.result.get(key) for key in _COLUMNS},
+            **_means(run, run.result.get("angles")), **options}
+
+
+def _curves(run: Run) -> list[dict[str, Any]]:
+    of_run = {"directory": str(run.directory), "label": run.result["label"], "seed": run.result["seed"]}
+    return [{**of_run, **{key: value for key, value in line.items() if key not in ("angles", "probes")},
+             **_means(run, line.get("angles"))} for line in run.metrics]
+
+
+def _means(run: Run, angles: dict[str, Any] | None) -> dict[str, float]:
+    return {name: run.layer_mean(name, angles) for name in angles or ()}

@@ -1,0 +1,156 @@
+"""The callbacks of every run: measuring, recording, checkpoints, the progress bar, and stopping on a signal."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from fa_bench.callbacks.base import Callback
+from fa_bench.config.labels import duration
+from fa_bench.metrics.meter import AlignmentMeter
+from fa_bench.metrics.tensors import named_tensors
+from fa_bench.runs.logs import log
+
+if TYPE_CHECKING:
+    from fa_bench.runs.loop import Trainer
+    from fa_bench.runs.record import Recorder
+    from fa_bench.runs.stopping import Stop
+
+#: Seconds between two lines of a run on a log that is no terminal.
+LINE_EVERY = 10.0
+
+
+@dataclasses.dataclass(eq=False)
+class Alignment(Callback):
+    """Measures the alignment metrics every `every` steps (0: never in between), and at the end of the last epoch."""
+
+    meter: AlignmentMeter
+    every: int
+    on_measured: Callable[[int, dict[str, dict[str, float]]], None] = lambda step, angles: None
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        if self.every and trainer.progress.probed is None:
+            self.measure(trainer)
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        if self.every and trainer.progress.step % self.every == 0:
+            self.measure(trainer)
+
+    def on_batches_end(self, trainer: Trainer) -> None:
+        progress = trainer.progress
+        if progress.epoch + 1 == trainer.options.epochs and progress.probed != progress.step:
+            self.measure(trainer)
+
+    def on_fit_end(self, trainer: Trainer) -> None:
+        if trainer.progress.probed != trainer.progress.step or not trainer.progress.angles:
+            trainer.progress.angles = self.meter.measure()  # of a run that was resumed after its last epoch
+
+    def measure(self, trainer: Trainer) -> None:
+        """Measure now."""
+        progress = trainer.progress
+        progress.angles, progress.probed = self.meter.measure(), progress.step
+        self.on_measured(progress.step, progress.angles)
+
+
+@dataclasses.dataclass(eq=False)
+class Histograms(Callback):
+    """Logs the distributions of weights, feedback and gradients every `every` steps."""
+
+    recorder: Recorder
+    every: int
+
+    def on_gradients(self, trainer: Trainer) -> None:
+        if trainer.progress.step % self.every == 0:
+            began = time.perf_counter()
+            self.recorder.histograms(named_tensors(trainer.rule), trainer.progress.step)
+            trainer.progress.seconds -= time.perf_counter() - began  # no part of the training time
+
+
+@dataclasses.dataclass(eq=False)
+class Recording(Callback):
+    """Writes every epoch's metrics."""
+
+    recorder: Recorder
+
+    def on_epoch_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        self.recorder.epoch(trainer.progress, metrics)
+
+
+@dataclasses.dataclass(eq=False)
+class Checkpoints(Callback):
+    """Calls `save` every so many epochs, after the last one, and within an epoch after so many minutes (0: never)."""
+
+    save: Callable[[], None]
+    epochs: int
+    minutes: float
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        self._saved = time.monotonic()
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        if self.minutes and time.monotonic() - self._saved > 60 * self.minutes:
+            self._save()
+
+    def on_epoch_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        if trainer.progress.epoch % self.epochs == 0 or trainer.progress.epoch == trainer.options.epochs:
+            self._save()
+
+    def _save(self) -> None:
+        self.save()
+        self._saved = time.monotonic()
+
+
+@dataclasses.dataclass(eq=False)
+class Display(Callback):
+    """A progress bar on a terminal; elsewhere a line now and then, which shows that the run is alive."""
+
+    title: str
+    later_epochs: int
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        options, progress = trainer.options, trainer.progress
+        steps = trainer.splits.train.steps(options.batch_size, options.drop_last)
+        self._bar = tqdm(total=steps * options.epochs, initial=progress.step, desc=self.title, unit="step", disable=None,
+                         leave=False, dynamic_ncols=True)
+        self._began, self._said, self._first = time.monotonic(), -LINE_EVERY, progress.epoch + 1
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        self._bar.update()
+
+    def on_epoch_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        epoch, epochs, bar = trainer.progress.epoch, trainer.options.epochs, self._bar
+        scores = [f"{name} {value:.2%}" for name in ("val", "test") if (value := metrics[f"{name}_accuracy"]) is not None]
+        shown = "  ".join([f"train loss {metrics['train_loss']:.4f}", *scores])
+        bar.set_postfix_str(shown, refresh=False)
+        now = time.monotonic()
+        due = bool(bar.disable) and (epoch == epochs or now - self._said >= LINE_EVERY)
+        if due:
+            self._said = now
+        log.log(logging.INFO if due else logging.DEBUG, "%s epoch %d/%d  %s", self.title, epoch, epochs, shown)
+        if epoch == self._first and self.later_epochs:
+            took = now - self._began
+            left = took * (epochs - self._first + self.later_epochs)
+            log.info("%s: %s an epoch; %s left, if the other runs take as long", self.title, duration(took), duration(left))
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if hasattr(self, "_bar"):
+            self._bar.close()
+
+
+@dataclasses.dataclass(eq=False)
+class StopOnSignal(Callback):
+    """Leaves the training by `Interrupted`, between two steps or two batches of an evaluation, once a signal asked for it."""
+
+    stop: Stop
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        self.stop.check()
+
+    def on_evaluation_batch(self, trainer: Trainer) -> None:
+        self.stop.check()

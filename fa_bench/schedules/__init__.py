@@ -1,0 +1,1 @@
+"""How learning rates change during training: one file a schedule."""

@@ -1,0 +1,17 @@
+"""A constant learning rate."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from fa_bench.config.registries import SCHEDULES
+from fa_bench.schedules.base import Schedule
+
+
+@SCHEDULES.register("constant")
+@dataclasses.dataclass(eq=False)
+class Constant(Schedule):
+    """The optimizer's learning rate throughout."""
+
+    def rate(self, lr: float, done: int, total: int) -> float:
+        return lr

@@ -1,0 +1,45 @@
+"""Learning rates that fall smoothly to the end of training."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from fa_bench.config.options import option
+from fa_bench.config.registries import SCHEDULES
+from fa_bench.errors import OptionError
+from fa_bench.schedules.base import Schedule
+
+
+@dataclasses.dataclass(eq=False)
+class _Decay(Schedule):
+    min_lr: float = option(0.0, "learning rate that the schedule approaches; the last epoch (or step) still has more", minimum=0)
+
+    def check_rate(self, lr: float) -> None:
+        if self.min_lr > lr:
+            raise OptionError("min_lr", f"={self.min_lr} is above lr={lr}")
+
+    def fraction(self, part: float) -> float:
+        """What is left of lr - min_lr after a part of the training, from 1 at 0 to 0 at 1."""
+        raise NotImplementedError
+
+    def rate(self, lr: float, done: int, total: int) -> float:
+        return self.min_lr + (lr - self.min_lr) * self.fraction(done / total)
+
+
+@SCHEDULES.register("cosine")
+@dataclasses.dataclass(eq=False)
+class Cosine(_Decay):
+    """Half a cosine from lr to `min_lr` (Loshchilov and Hutter 2017, eq 5, without restarts)."""
+
+    def fraction(self, part: float) -> float:
+        return (1 + math.cos(math.pi * part)) / 2
+
+
+@SCHEDULES.register("linear")
+@dataclasses.dataclass(eq=False)
+class Linear(_Decay):
+    """A straight line from lr to `min_lr`."""
+
+    def fraction(self, part: float) -> float:
+        return 1 - part

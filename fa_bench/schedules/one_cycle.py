@@ -1,0 +1,40 @@
+"""The one-cycle schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from fa_bench.config.options import option
+from fa_bench.config.registries import SCHEDULES
+from fa_bench.errors import OptionError
+from fa_bench.schedules.base import Schedule
+
+
+@SCHEDULES.register("one_cycle")
+@dataclasses.dataclass(eq=False)
+class OneCycle(Schedule):
+    """One cycle (Smith and Topin 2018): half a cosine up from lr/`start` to lr, then half a cosine down to lr/(`start` `end`).
+
+    The numbers are those of torch's OneCycleLR with its cosine form; momentum stays as it is.
+    """
+
+    per: str = option("step", "unit that the schedule and its warm-up count in", choices=["epoch", "step"])
+    rise: float = option(0.3, "part of the training during which the learning rate rises", above=0, below=1)
+    start: float = option(25.0, "lr over the learning rate at the beginning", minimum=1)
+    end: float = option(1e4, "the learning rate at the beginning over that at the end", minimum=1)
+
+    def check(self) -> None:
+        if self.warmup:
+            raise OptionError("warmup", f"={self.warmup}: one_cycle has a rise of its own, see schedule.rise")
+
+    def rate(self, lr: float, done: int, total: int) -> float:
+        low, last, top = lr / self.start, total - 1, self.rise * total - 1
+        if done <= top:
+            return _between(low, lr, done / top if top > 0 else 1.0)
+        return _between(lr, low / self.end, (done - top) / (last - top) if last > top else 1.0)
+
+
+def _between(first: float, last: float, part: float) -> float:
+    """A value on half a cosine from `first` to `last`."""
+    return last + (first - last) * (1 + math.cos(math.pi * part)) / 2

@@ -1,0 +1,62 @@
+"""Learning rates that fall in steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from fa_bench.config.options import option
+from fa_bench.config.registries import SCHEDULES
+from fa_bench.errors import OptionError
+from fa_bench.schedules.base import Schedule
+
+
+@dataclasses.dataclass(eq=False)
+class _Falling(Schedule):
+    gamma: float = option(0.1, "factor of each fall", above=0, maximum=1)
+
+    def falls(self, done: int) -> int:
+        """How often the rate has fallen so far."""
+        raise NotImplementedError
+
+    def rate(self, lr: float, done: int, total: int) -> float:
+        for _ in range(self.falls(done)):  # one factor at a time, as torch's schedulers multiply
+            lr *= self.gamma
+        return lr
+
+
+@SCHEDULES.register("step")
+@dataclasses.dataclass(eq=False)
+class Step(_Falling):
+    """The learning rate times `gamma` every `step_size` epochs (or steps)."""
+
+    step_size: int | None = option(None, "epochs (or steps) between two falls; needed", minimum=1)
+
+    def check(self) -> None:
+        if self.step_size is None:
+            raise OptionError("step_size", "is needed with schedule.name=step, such as step_size=30")
+
+    def falls(self, done: int) -> int:
+        assert self.step_size is not None
+        return done // self.step_size
+
+    def shortened(self, length: Callable[[int], int]) -> Step:
+        return dataclasses.replace(super().shortened(length), step_size=length(self.step_size or 1))
+
+
+@SCHEDULES.register("multistep")
+@dataclasses.dataclass(eq=False)
+class MultiStep(_Falling):
+    """The learning rate times `gamma` at each of the `milestones`."""
+
+    milestones: list[int] | None = option(None, "epochs (or steps) after which the rate falls; needed", minimum=1)
+
+    def check(self) -> None:
+        if self.milestones is None:
+            raise OptionError("milestones", "are needed with schedule.name=multistep, such as milestones=[60,80]")
+
+    def falls(self, done: int) -> int:
+        return sum(milestone <= done for milestone in self.milestones or ())
+
+    def shortened(self, length: Callable[[int], int]) -> MultiStep:
+        return dataclasses.replace(super().shortened(length), milestones=[length(m) for m in self.milestones or ()])
