@@ -18,8 +18,8 @@ MOST_SECONDS = 15.0
 def check_fit(jobs: Iterable[Job]) -> None:
     """Attach each rule to its network on the meta device, once a config, pairs of rule and architecture first.
 
-    Only what the rule itself refuses counts: a network that cannot be built or run there is left to the job, as is a dataset whose
-    shape only its files tell.
+    Only what the rule itself refuses counts: a network that cannot be built or run there is left to the job, and so is a dataset
+    whose shape only its files tell.
 
     Raises:
         CoverageError: naming the rule, the architecture and what is missing.

@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fa_bench.config.options import Options, option
-from fa_bench.errors import CoverageError, FaBenchError, StateError, names
+from fa_bench.errors import CoverageError, FaBenchError, StateError, first_line, names
 from fa_bench.lazy import torch
 from fa_bench.mechanisms.coverage import RULE_ATTRIBUTE, Coverage, check_model, computed_weights, outside_text
-from fa_bench.memory import short_cause
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -420,7 +419,7 @@ class Rule(_Attached, Options):
             raise
         except Exception as error:  # whatever the model says to an input that is not its own
             raise CoverageError(f"{needed}; zeros of shape (2, {first.in_features}) do not pass through the model "
-                                f"({short_cause(error)})") from None
+                                f"({first_line(error)})") from None
 
 
 def _entries(state: Any, path: str = "") -> set[str]:
