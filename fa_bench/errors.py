@@ -113,7 +113,7 @@ def first_line(error: BaseException) -> str:
 
 
 #: From this share of common letters on a name is near another: 'cuda' to 'cud', but not 'compile' to 'optimizer'.
-NEAR = 0.65
+NEAR = 0.6
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

@@ -96,16 +96,10 @@ def within_memory(build: F) -> F:
         except (MemoryError, RuntimeError, OverflowError, TypeError) as error:
             if isinstance(error, OverflowError) or is_out_of_memory(error):
                 raise ConfigError("the run does not fit into memory; make the architecture, the dataset or the feedback smaller "
-                                  f"({short_cause(error)})") from None
+                                  f"({first_line(error)})") from None
             raise
 
     return wrapped  # type: ignore[return-value]
-
-
-def short_cause(error: BaseException) -> str:
-    """The first line of an error's message, at most 120 characters."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:120] if lines else type(error).__name__
 
 
 def _sizes(args: Any) -> list[int]:

@@ -34,7 +34,7 @@ from fa_bench.runs.rundir import RunDirectory, Stage
 from fa_bench.runs.train import Parts, assemble, load, prepare
 from fa_bench.text import aligned, by_x, count, format_bytes, indented
 
-#: Configs of a grid, seeds apart, that are all shown; of more the first one stands for all.
+#: Configs of a sweep, seeds apart, that are all shown; of more only the first one is.
 MOST = 6
 _HEAD = "Dry run: nothing is trained, nothing is written."
 _CPU = torch.device("cpu")
@@ -43,12 +43,12 @@ _CPU = torch.device("cpu")
 def dry_run(config_name: str, config_dir: str | None, overrides: list[str], multirun: bool) -> str:
     """What a command line would run, as text.
 
-    One run: its config, model, feedback, sizes and costs, data and directory. A grid: its plan, its directories, and the same
+    One run: its config, model, feedback, sizes and costs, data and directory. A sweep: its plan, its directories, and the same
     for every config that differs in more than the seed, or for the first one where there are more than `MOST`.
 
     Args:
         config_name, config_dir, overrides: as for `fa_bench.command.compose.Composer`.
-        multirun: whether it is a grid.
+        multirun: whether it is a sweep.
 
     Raises:
         FaBenchError: for input that cannot be run; data that is missing too, for nothing is downloaded.
@@ -60,10 +60,10 @@ def dry_run(config_name: str, config_dir: str | None, overrides: list[str], mult
             job, place = jobs[0]
             return "\n".join([_HEAD, "", *_section("config", _config(job)),
                               *_sheet(job, _Loader()), *_section("output", [f"{place}: {found_in(place, job)}"])]).rstrip()
-        return "\n".join(_grid(jobs)).rstrip()
+        return "\n".join(_sweep(jobs)).rstrip()
 
 
-def _grid(jobs: Sequence[tuple[Job, Path]]) -> list[str]:
+def _sweep(jobs: Sequence[tuple[Job, Path]]) -> list[str]:
     places = [place for _, place in jobs]
     common = Path(os.path.commonpath([place.parent for place in places]))
     lines = [_HEAD, "", plan([job for job, _ in jobs], common), "", *_section("output", _places(jobs))]
@@ -99,7 +99,7 @@ def _nothing_written() -> Iterator[None]:
 
 
 class _Loader:
-    """Loads each dataset of a grid once."""
+    """Loads each dataset of a sweep once."""
 
     def __init__(self) -> None:
         self._key, self._splits = "", None
@@ -154,7 +154,7 @@ def _ends(parts: Parts) -> list[str]:
     """The layers that could carry an error on and are not asked to: nothing that learns lies in front of them."""
     reached, pairs = parts.meter.trace.reached, parts.rule.weight_pairs()
     ends = [path for path in parts.meter.trace.order if path in pairs and path not in reached]
-    return [f"no error goes on from {names(ends)}: nothing in front of it could learn"] if ends else []
+    return [f"{names(ends)} sends no error back: nothing before it learns"] if ends else []
 
 
 def _feedback(rule: Rule) -> list[str]:
@@ -187,9 +187,9 @@ def _costs(job: Job, parts: Parts) -> list[tuple[str, str]]:
              for tensor in of_one.values() if isinstance(tensor, torch.Tensor)]
     rule.detach()
     return [
-        ("parameters", f"{sum(parameter.numel() for parameter in parameters):,}, of them trained {trains:,}"),
+        ("parameters", f"{sum(parameter.numel() for parameter in parameters):,}, {trains:,} of them trained"),
         ("weights", format_bytes(_bytes(parameters))),
-        ("feedback", f"{format_bytes(feedback)}, of it learned {format_bytes(_bytes(learned))}"),
+        ("feedback", f"{format_bytes(feedback)}, {format_bytes(_bytes(learned))} of it learned"),
         ("optimizer state", f"{format_bytes(_bytes(state))} ({_optimizers(job, bool(learned))})"),
         ("multiplications", f"{count(own)} a step, {own / exact:.2f} of backpropagation's {count(exact)} (batch of {batch})"),
         *_accesses(job, model, shape, batch),
@@ -203,7 +203,7 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 def _optimizers(job: Job, learned: bool) -> str:
     if job.feedback_optimizer is None:
         return job.optimizer.name
-    unused = "" if learned else ", which is not used: no feedback is learned"
+    unused = "" if learned else ", unused: no feedback is learned"
     return f"{job.optimizer.name}; feedback: {job.feedback_optimizer.name}{unused}"
 
 
@@ -242,7 +242,7 @@ def found_in(place: Path, job: Job) -> str:
     try:
         RunDirectory(place, job).check()
     except RunDirectoryError as error:
-        return f"another config's run is there, and a run would be refused ({str(error).removeprefix(f'{place}: ')})"
+        return f"holds a run of another config; fa-bench would refuse it ({str(error).removeprefix(f'{place}: ')})"
     try:
         run, epochs = read_run(place), len(read_metrics(place / METRICS))
     except DataError as error:
@@ -252,7 +252,7 @@ def found_in(place: Path, job: Job) -> str:
     if (writer := holder(place)) is not None:
         return f"running: process {writer.get('pid')} on {writer.get('host')} writes it"
     if RunDirectory(place, job).stage is Stage.STALE:
-        return "stale: made by other code, and would start anew"
+        return "stale: produced by a different version of the code; would restart"
     if run is not None and run.finished:
         accuracy = run.result.get("test_accuracy")
         return f"finished{'' if accuracy is None else f': test accuracy {accuracy:.2%}'}"
@@ -261,7 +261,7 @@ def found_in(place: Path, job: Job) -> str:
 
 
 def _places(jobs: Sequence[tuple[Job, Path]]) -> list[str]:
-    """A grid's directories, counted by what is in them; those that hold something are named."""
+    """A sweep's directories, counted by what is in them; those that hold something are named."""
     found = {place: found_in(place, job) for job, place in jobs}
     counts = collections.Counter(text.split(":")[0].split(" (")[0] for text in found.values())
     named = [f"{place}: {text}" for place, text in found.items() if text != "nothing there yet"]

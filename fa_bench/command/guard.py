@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fa_bench.config.yaml_files import read_yaml
-from fa_bench.errors import ConfigError
+from fa_bench.errors import ConfigError, cut
 
 SWEEPER = "hydra_plugins.fa_bench_sweeper.FaBenchSweeper"
 #: The sections of which Hydra makes objects, and those of its logs.
@@ -129,7 +129,7 @@ def check_config(config: DictConfig, plugins: list[str]) -> None:
         if str(key) == "_target_":
             _check_target(path, value)
         elif isinstance(value, str) and (own := re.search(r"\$\{(hydra\.[\w.]+)\}", value)) and not path.startswith("hydra."):
-            raise ConfigError(f"{path}={_shown(value)}: only Hydra's own options, such as hydra.run.dir and hydra.sweep.dir, may "
+            raise ConfigError(f"{path}={cut(str(value), 80)}: only Hydra's own options, such as hydra.run.dir, may "
                               f"refer to {own[1]}")
         elif path.startswith(_MADE + _LOGS):
             if isinstance(value, str) and "${" in _TEXT.sub("", value):
@@ -178,7 +178,7 @@ def _check_references(plain: Any) -> None:
         if path in known:
             return known[path]
         if steps > _MOST_STEPS:
-            raise ConfigError(f"{path}={_shown(values[path])}: refers to itself, or through more than {_MOST_STEPS} others")
+            raise ConfigError(f"{path}={cut(str(values[path]), 80)}: refers to itself, or through more than {_MOST_STEPS} others")
         value = values[path]
         total = 1
         if isinstance(value, (dict, list)):
@@ -193,17 +193,12 @@ def _check_references(plain: Any) -> None:
                     rest = ".".join([*path.split(".")[:-dots], rest])
                 total += size(rest, steps + 1) if rest in values else 0
         if total > _MOST_TEXT:
-            raise ConfigError(f"{path}={_shown(value)}: longer than {_MOST_TEXT} characters once all is filled in")
+            raise ConfigError(f"{path}={cut(str(value), 80)}: longer than {_MOST_TEXT} characters once all is filled in")
         known[path] = total
         return total
 
     for path in values:
         size(path, 0)
-
-
-def _shown(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _walk(value: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
@@ -222,9 +217,9 @@ def _check_target(path: str, value: Any) -> None:
 
 def _unwanted(path: str, value: Any) -> str:
     if f".{path}".find(".hydra.") < 0 and not path.startswith("_target_"):
-        return (f"{path}={_shown(value)}: a config must not name code to run; components are chosen by name, such as "
-                "algorithm=fa, and modules by plugins=[...]")
-    return (f"{path}={_shown(value)}: Hydra makes only its own launchers, sweepers and callbacks, those of its plugins included "
+        return (f"{path}={cut(str(value), 80)}: a config must not name code to run; components are chosen by name, "
+                "such as algorithm=fa, and modules by plugins=[...]")
+    return (f"{path}={cut(str(value), 80)}: only launchers, sweepers and callbacks of Hydra and its plugins can be made "
             f"(allowed: {', '.join(sorted(_made_by_hydra()))})")
 
 
@@ -258,6 +253,6 @@ def _check_unset(hydra: dict[Any, Any], path: str, instead: str) -> None:
     section, key = path.split(".")
     values = hydra.get(section) or {}
     if not isinstance(values, dict):
-        raise ConfigError(f"hydra.{section}={_shown(values)}: not a group of options")
+        raise ConfigError(f"hydra.{section}={cut(str(values), 80)}: not a group of options")
     if value := values.get(key):
         raise ConfigError(f"hydra.{path}={value}: not possible here; {instead}")

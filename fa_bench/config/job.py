@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from fa_bench.optim.base import OptimizerOptions
 
 FEEDBACK_OPTIMIZER = "feedback_optimizer"
-#: The keys under which a preset lists the grid that it runs, and the options that it gives to rules; no parts of a run.
+#: The keys under which an experiment lists its sweep, and the options that it gives to rules; not part of a run.
 GRID, RULES = "grid", "rules"
 
 
@@ -58,26 +58,26 @@ class RunOptions(Options):
     seed: int = option(0, "seed of initial weights, data order, augmentation and feedback", minimum=0)
     epochs: int = option(20, "passes over the training data", minimum=1)
     batch_size: int = option(64, "samples in a batch", minimum=1)
-    drop_last: bool = option(True, "leave out the last batch of an epoch where it is not full")
+    drop_last: bool = option(True, "drop the last incomplete batch")
     shuffle: bool = option(True, "draw a new order of the training images for every epoch; false: as they are stored")
     accumulate: int = option(1, "micro-batches that a batch is split into, which takes less memory; their gradients are summed",
                              minimum=1)
     clip_norm: float | None = option(None, "norm to which larger gradients of weights and learned feedback together are "
                                            "scaled down; null: no clipping", above=0)
-    device: str = option("auto", "auto (an accelerator where there is one), cpu, cuda, cuda:1, mps")
+    device: str = option("auto", "auto (an accelerator if available), cpu, cuda, cuda:1, mps")
     data_dir: str = option("data", "folder of the datasets; for image_folder the dataset itself")
     output_dir: str = option("outputs", "folder of the run directories")
-    resume: bool | None = option(None, "null: resume from the run's directory, or restart where other code or other data "
-                                       "made it, or it is damaged; true: refuse these; false: restart")
-    checkpoint_epochs: int = option(1, "epochs between two checkpoints; the last epoch has one in any case", minimum=1)
+    resume: bool | None = option(None, "null: resume if possible, restart if code or data have changed or the run is damaged; "
+                                       "true: refuse these; false: restart")
+    checkpoint_epochs: int = option(1, "epochs between two checkpoints; the last epoch always has one", minimum=1)
     checkpoint_minutes: float = option(10.0, "minutes after which a checkpoint is written within an epoch; 0: never", minimum=0)
-    on_error: str = option("continue", "whether the other jobs of a grid run on after one has failed",
+    on_error: str = option("continue", "whether a sweep continues after a job has failed",
                            choices=["continue", "stop"])
-    on_divergence: str = option("stop", "whether a run ends where its loss or a weight is not finite",
+    on_divergence: str = option("stop", "whether a run ends when its loss or a weight is not finite",
                                 choices=["stop", "continue"])
-    threads: int = option(0, "CPU threads, on which the last bits of a result depend; 0: as many as torch takes", minimum=0,
+    threads: int = option(0, "number of CPU threads (0: PyTorch's default); changes rounding", minimum=0,
                           maximum=MOST_THREADS)
-    deterministic: bool = option(False, "refuse operations whose result differs from run to run")
+    deterministic: bool = option(False, "refuse nondeterministic operations")
     probe_every: int = option(500, "steps between two measurements of angles; 0 for none but the last", minimum=0)
     probe_size: int = option(128, "samples in the fixed batch that angles are measured on", minimum=1)
     metrics: list[str] | None = option(None, "alignment metrics to measure; null: all, those of plugins included",
@@ -103,7 +103,7 @@ class RunOptions(Options):
                 raise OptionError(key, problem)
 
 
-#: What does not change a run's numbers: not part of its identity.
+#: Keys that do not change a run's numbers: not part of its identity.
 VOLATILE = ("resume", "output_dir", "data_dir", "plugins", "probes", "probes_epochs", "metrics", "loggers", "histograms_every",
             "checkpoint_epochs", "checkpoint_minutes", "on_error", "threads")
 
@@ -278,7 +278,7 @@ def register_schemas() -> None:
 
 
 def by(group: str, table: Mapping[str, Any], otherwise: Any = None, *, _root_: DictConfig) -> Any:
-    """What a table of a preset says for the component chosen: ``${by:algorithm,{kp:0.03,fa:1e-4},0.01}``.
+    """The entry of an experiment's table for the chosen component: ``${by:algorithm,{kp:0.03,fa:1e-4},0.01}``.
 
     Raises:
         ConfigError: for an unknown group, or a component that does not exist.
@@ -292,7 +292,7 @@ def by(group: str, table: Mapping[str, Any], otherwise: Any = None, *, _root_: D
 
 
 def run_dir(*, _root_: DictConfig) -> str:
-    """The directory of a run below output_dir: preset or dataset and architecture, rule and hash, seed."""
+    """The directory of a run below output_dir: experiment or dataset and architecture, rule and hash, seed."""
     choices = OmegaConf.select(_root_, "hydra.runtime.choices.experiment")
     job = Job.from_config(_root_)
     collection = choices if isinstance(choices, str) else f"{job.dataset.name}-{job.architecture.name}"

@@ -73,7 +73,7 @@ def label(rule: str, config: Flat, keys: Iterable[str]) -> str:
 
 
 def plan(jobs: list[Job], *places: Path) -> str:
-    """What a grid is about to run, in a few lines: the values of what its runs differ in, and what they share.
+    """What a sweep is about to run, in a few lines: the values in which its runs differ, and what they share.
 
     What only some rules have, or have differently, is in each run's config.yaml.
     """
@@ -83,7 +83,7 @@ def plan(jobs: list[Job], *places: Path) -> str:
               for key in differing(config for config in configs if config["algorithm"] == rule)}
     trained = [scaled(job).run for job in jobs]
     runs, epochs = len(jobs), sum(run.epochs for run in trained)
-    lines = [f"{runs} run{'s' * (runs > 1)}, {epochs} epoch{'s' * (epochs > 1)}, below {', '.join(map(str, places))}"]
+    lines = [f"{runs} job{'s' * (runs > 1)} ({epochs} epoch{'s' * (epochs > 1)}); output: {', '.join(map(str, places))}"]
     for key in [*shared, *sorted(within.difference(shared))]:
         having = configs if key in shared else map(counted, configs)
         values = list(dict.fromkeys(shown(config[key]) for config in having if key in config))

@@ -143,11 +143,6 @@ _WRONG = object()
 _LARGEST = 10**18
 
 
-def _brief(value: Any) -> str:
-    """A value in a message: cut where it is long."""
-    return cut(repr(value), 100)
-
-
 def _convert(value: Any, hint: Any) -> Any:
     """The value as the hinted type, or _WRONG. Whole numbers pass as numbers; nothing else is converted."""
     if _is_union(hint):
@@ -181,8 +176,8 @@ def _checked(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> A
     if converted is _WRONG:
         if choices and get_origin(hint) is list:
             wanted = f"=[{value}]" if value in choices else ""
-            raise OptionError(name, f"={_brief(value)} is not a list (of {names(choices)})", wanted)
-        raise OptionError(name, f"={_brief(value)} is not {f'one of {names(choices)}' if choices else type_name(hint)}",
+            raise OptionError(name, f"={cut(repr(value), 100)} is not a list (of {names(choices)})", wanted)
+        raise OptionError(name, f"={cut(repr(value), 100)} is not {f'one of {names(choices)}' if choices else type_name(hint)}",
                           _chosen_within(value, hint))
     for item in converted if isinstance(converted, list) else [converted]:
         if choices is not None and item is not None and item not in choices:
@@ -190,7 +185,7 @@ def _checked(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> A
         if isinstance(item, float) and not math.isfinite(item):
             raise OptionError(name, f"={item} is not a finite number")
         if isinstance(item, int) and abs(item) >= _LARGEST:
-            raise OptionError(name, f"={_brief(item)} is out of range (allowed: whole numbers of at most 18 digits)")
+            raise OptionError(name, f"={cut(repr(item), 100)} is out of range (allowed: whole numbers of at most 18 digits)")
         if limits and isinstance(item, (int, float)) and not _within(item, limits):
             raise OptionError(name, f"={item} is out of range (allowed: {range_text(limits)})")
     return converted

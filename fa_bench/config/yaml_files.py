@@ -63,7 +63,7 @@ def _check(text: str, source: str) -> None:
         where = f"{source}:{event.start_mark.line + 1}"
         tag = getattr(event, "tag", None)
         if tag is not None and tag not in (*_PLAIN, "!"):
-            raise ConfigError(f"{where}: tag {_short(tag)}: a config is plain data, without tags")
+            raise ConfigError(f"{where}: tag {tag.replace('tag:yaml.org,2002:', '!!', 1)}: a config is plain data, without tags")
         if isinstance(event, yaml.AliasEvent):
             if (size := sizes.get(event.anchor, 0)) is None:
                 raise ConfigError(f"{where}: alias *{event.anchor} stands within what it means")
@@ -85,7 +85,3 @@ def _check(text: str, source: str) -> None:
                 sizes[event.anchor] = 1 + len(event.value) // 100
         if nodes > MOST_NODES:
             raise ConfigError(f"{where}: more than {MOST_NODES} values, aliases spelled out: no config")
-
-
-def _short(tag: str) -> str:
-    return tag.replace("tag:yaml.org,2002:", "!!", 1)

@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fa_bench.errors import CoverageError, FaBenchError, names, nearest
+from fa_bench.errors import CoverageError, FaBenchError, first_line, names, nearest
 from fa_bench.mechanisms.coverage import not_coverable
 from fa_bench.mechanisms.layers import require_gradients, weighted_layers
 from fa_bench.mechanisms.uses import Uses, UsesOfWeights
-from fa_bench.memory_limits import short_cause
 
 if TYPE_CHECKING:
     from fa_bench.mechanisms.rule import Rule
@@ -207,7 +206,7 @@ def trace_attached(rule: Rule, sample_input: Any, watch: Iterable[str], frozen: 
         raise
     except Exception as error:  # the model may raise anything for an input that is not its own
         raise CoverageError(f"{needed}; the model does not accept zeros of shape (2, {first.in_features}) "
-                            f"({short_cause(error)})") from None
+                            f"({first_line(error)})") from None
 
 
 class Arguments(NamedTuple):

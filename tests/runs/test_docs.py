@@ -71,7 +71,7 @@ def test_python_of_the_pages_runs(page: str) -> None:
 
 
 def test_presets_of_the_readme_are_those_there_are() -> None:
-    listed = README.split("Presets, `experiment=`:")[1].split("A preset says")[0]
+    listed = README.split("Experiments, `experiment=`:")[1].split("An experiment lists")[0]
     assert set(re.findall(r"`(\w+)`", listed)) == {path.stem for path in (conf_dir() / "experiment").glob("*.yaml")}
 
 
@@ -84,18 +84,18 @@ def test_architecture_and_preset_of_contributing_work(
     preset = re.search(r"^```yaml\n(# @package.*?)^```", text, re.S | re.M)
     assert architecture is not None and preset is not None
     (tmp_path / "own" / "experiment").mkdir(parents=True)
-    (tmp_path / "own" / "experiment" / "mypreset.yaml").write_text(preset.group(1))
+    (tmp_path / "own" / "experiment" / "myfigure.yaml").write_text(preset.group(1))
     known = dict(ARCHITECTURES._entries)
     module = ModuleType("contributing_net")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.chdir(tmp_path)
     try:
         exec(compile(architecture.group(1), "CONTRIBUTING.md", "exec"), module.__dict__)
-        assert main(["-m", "experiment=mypreset", "architecture=mynet", "scale=smoke", "seed=0", "--config-dir=own"]) == 0
+        assert main(["-m", "experiment=myfigure", "architecture=mynet", "scale=smoke", "seed=0", "--config-dir=own"]) == 0
     finally:
         ARCHITECTURES._entries.clear()
         ARCHITECTURES._entries.update(known)
-    assert capsys.readouterr().out.startswith("5 runs, 5 epochs, below outputs/mypreset\n  algorithm: bp, frozen, kp, fa\n")
+    assert capsys.readouterr().out.startswith("5 jobs (5 epochs); output: outputs/myfigure\n  algorithm: bp, frozen, kp, fa\n")
 
 
 def test_rule_of_the_guide_works(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,12 +65,12 @@ def test_edge_rule(capsys: pytest.CaptureFixture[str]) -> None:
     assert "fa covers 3 layers, every weight\n" in text
     assert row(text, "fc1", "Linear") == "8x64 frozen passes through fixed B"
     assert row(text, "fc2", "Linear", "6x8") == "passes through fixed B"
-    assert "\n  no error goes on from fc1: nothing" in text
+    assert "\n  fc1 sends no error back: nothing before it learns" in text
     assert row(text, "fc2", "B") == "6x8 192 B not learned"
     parameters = 8 * 65 + 6 * 9 + 10 * 7
-    assert row(text, "parameters") == f"{parameters}, of them trained {parameters - 8 * 65}"
+    assert row(text, "parameters") == f"{parameters}, {parameters - 8 * 65} of them trained"
     assert row(text, "weights") == format_bytes(4 * parameters)
-    assert row(text, "feedback").startswith("2.48 kB, of it learned 0 B") and 4 * (8 * 64 + 6 * 8 + 10 * 6) == 2480
+    assert row(text, "feedback").startswith("2.48 kB, 0 B of it learned") and 4 * (8 * 64 + 6 * 8 + 10 * 6) == 2480
     assert row(text, "optimizer state") == f"{format_bytes(4 * (parameters - 8 * 65))} (sgd)"
     # Forward all three, the error through two, and the gradients of two: the first layer is frozen.
     forward, errors, gradients = 8 * 64 + 6 * 8 + 10 * 6, 6 * 8 + 10 * 6, 6 * 8 + 10 * 6
@@ -86,7 +86,7 @@ def test_cut_rule(capsys: pytest.CaptureFixture[str]) -> None:
     text = said([*TINY, "algorithm=dfa"], capsys)
     assert row(text, "fc1", "Linear", "8x64") == "comes from the cut at act1"
     assert row(text, "fc3", "Linear", "10x6") == "is the true one (output layer)"
-    assert "no error goes on" not in text
+    assert "sends no error back" not in text
     assert row(text, "act2", "B") == "10x6 240 B not learned"
     own = 16 * (8 * 64 + 6 * 8 + 10 * 6) * 2 + 16 * 10 * (8 + 6)
     assert row(text, "multiplications").startswith(f"{count(own)} a step")
@@ -97,11 +97,11 @@ def test_learned_rule_with_an_optimizer_of_its_own(capsys: pytest.CaptureFixture
     text = said([*TINY, "algorithm=kp", "optimizer@feedback_optimizer=adam"], capsys)
     assert row(text, "fc2", "Linear", "6x8") == "passes through learned B" and row(text, "fc2", "B").endswith("learned")
     weights, feedback = 8 * 64 + 6 * 8 + 10 * 6, 4 * (8 * 64 + 6 * 8 + 10 * 6)
-    assert row(text, "feedback").startswith(f"{format_bytes(feedback)}, of it learned {format_bytes(feedback)}")
+    assert row(text, "feedback").startswith(f"{format_bytes(feedback)}, {format_bytes(feedback)} of it learned")
     # A momentum for each parameter; two moments for each number of B, and the number of steps for each tensor.
     state = 4 * (weights + 24) + 2 * feedback + 3 * 4
     assert row(text, "optimizer state") == f"{format_bytes(state)} (sgd; feedback: adam)"
-    assert "which is not used" in said([*TINY, "algorithm=fa", "optimizer@feedback_optimizer=adam"], capsys)
+    assert "unused" in said([*TINY, "algorithm=fa", "optimizer@feedback_optimizer=adam"], capsys)
 
 
 def test_asap_on_resnet20(capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,7 +138,7 @@ def test_what_prepares_for_training_is_left_out(monkeypatch: pytest.MonkeyPatch,
 def test_grid(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["-m", *TINY, "algorithm=fa,kp", "optimizer.lr=0.1,0.2", "seed=0,1"]
     text = said(words, capsys)
-    assert "\n8 runs, 16 epochs, below outputs/synthetic-mlp\n" in text and "\n  8 of 8: nothing there yet\n" in text
+    assert "\n8 jobs (16 epochs); output: outputs/synthetic-mlp\n" in text and "\n  8 of 8: nothing there yet\n" in text
     titles = re.findall(r"^(.*)\n=====", text, re.M)
     assert titles == [f"{rule} optimizer.lr={lr}" for rule in ("fa", "kp") for lr in (0.1, 0.2)]
     assert text.count("\nconfig\n") == 1 and text.count("\ncost\n") == 4
@@ -153,7 +153,7 @@ def test_directories_say_what_is_in_them(capsys: pytest.CaptureFixture[str]) -> 
     assert main([*TINY, "hydra.run.dir=run"]) == 0
     assert re.search(r"\n  run: finished: test accuracy \d+\.\d\d%$", said([*TINY, "hydra.run.dir=run"], capsys).rstrip())
     other = said([*TINY, "hydra.run.dir=run", "optimizer.lr=0.3"], capsys)
-    assert "\n  run: another config's run is there" in other and "optimizer.lr=0.05 there, 0.3 here" in other
+    assert "\n  run: holds a run of another config" in other and "optimizer.lr=0.05 there, 0.3 here" in other
 
 
 def test_states_of_a_directory() -> None:
@@ -170,7 +170,7 @@ def test_states_of_a_directory() -> None:
     (place / RESULT).write_text("{")
     assert found_in(place, job).startswith("unfinished: run/result.json: unreadable")
     (place / CONFIG).unlink()
-    assert found_in(place, job).startswith("another config's run is there, and a run would be refused (holds metrics.jsonl")
+    assert found_in(place, job).startswith("holds a run of another config; fa-bench would refuse it (holds metrics.jsonl")
 
 
 def test_grid_counts_its_directories(capsys: pytest.CaptureFixture[str]) -> None:

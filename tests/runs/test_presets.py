@@ -72,7 +72,7 @@ def test_grid_runs_all_parts_numbered_through_and_says_what_it_runs(folder: Path
     where = preset(folder, "epochs: 2\ngrid: [{algorithm: 'bp,kp'}, {algorithm: fa, algorithm.density: '1.0,0.5'}]")
     assert main(["-m", "experiment=mine", where]) == 0
     out = capsys.readouterr().out
-    assert "4 runs, 8 epochs, below outputs/mine\n  algorithm: bp, kp, fa\n" in out
+    assert "4 jobs (8 epochs); output: outputs/mine\n  algorithm: bp, kp, fa\n" in out
     assert "  algorithm.density: 1.0, 0.5\n" in out and "  epochs: 2\n" in out and "scale" not in out
     assert [out.count(f"[{number}/4]") > 0 for number in range(1, 6)] == [True] * 4 + [False]
     assert "[1/4] bp seed 0: " in out and "left, if the other runs take as long" in out
@@ -271,7 +271,7 @@ def test_every_preset_prints_its_plan_and_trains_at_smoke_scale(
 ) -> None:
     composer = Composer("config", None, [f"experiment={name}", "scale=smoke", "seed=0", f"data_dir={data_dir}", "probe_size=4"])
     composed = [job for job, _ in composer.check(composer.expand(multirun=True))]
-    assert plan(composed, Path("here")).startswith(f"{len(composed)} runs, {len(composed)} epochs, below here\n  algorithm: ")
+    assert plan(composed, Path("here")).startswith(f"{len(composed)} jobs ({len(composed)} epochs); output: here\n  algorithm: ")
     assert_published_are_answered(name, composed)
     for number, job in enumerate(cover(composed)):
         result = run(small(job), Path(f"run{number}"), title=name)
@@ -281,5 +281,5 @@ def test_every_preset_prints_its_plan_and_trains_at_smoke_scale(
 def test_a_preset_runs_as_one_command(folder: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["-m", "experiment=asap_fig6", "scale=smoke", "seed=0", f"data_dir={data_dir}"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("4 runs, 4 epochs, below outputs/asap_fig6\n  algorithm: bp, forward_alignment\n")
+    assert out.startswith("4 jobs (4 epochs); output: outputs/asap_fig6\n  algorithm: bp, forward_alignment\n")
     assert "report: outputs/asap_fig6/report.md" in out
