@@ -112,7 +112,8 @@ class Delivery:
             if logits is not None:
                 scale = self._loss_scale
                 rule.loss_factor = (
-                    measured_scale(rule.name, delta, logits.detach(), target, rule.loss_factor) if scale is None else scale)
+                    measured_scale(rule.name, delta, logits.detach(), target, rule.loss_factor, rule.objective)
+                    if scale is None else scale)
             broadcast = rule.broadcast(delta, target)
             for cut, captured in tape.items():
                 error, gradients_at_cut = rule.error_and_gradients(cut, captured, broadcast, delta, target, bool(learned))

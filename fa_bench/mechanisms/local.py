@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 #: Part of torch's message if batch normalisation gets only one value.
 TOO_FEW = "Expected more than 1 value per channel"
-_NONE_IGNORED = -(1 << 62)
 
 
 @dataclasses.dataclass(eq=False)
@@ -204,7 +203,7 @@ class ModuleRule(LocalRule):
 
     def local_loss(self, cut: str, auxiliary: torch_nn.Module, activation: Tensor, target: Tensor) -> Tensor:
         try:
-            return cross_entropy(auxiliary(activation), target)
+            return self.objective.loss(auxiliary(activation), target)
         except ValueError as error:
             if TOO_FEW not in str(error):
                 raise
@@ -233,11 +232,6 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------ auxiliary layers
-def cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
-    """The mean cross-entropy of scores (N, C) with labels (N,). Every label counts: torch's own silently ignores -100."""
-    return nn.functional.cross_entropy(scores, target, ignore_index=_NONE_IGNORED)
-
-
 def kind_of_map(name: str, cut: str, shape: tuple[int, ...]) -> Any:
     """The class `name` for maps of this shape, (C, ...) with one to three spatial dimensions: ``nn.Conv2d`` for Conv.
 

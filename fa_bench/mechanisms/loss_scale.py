@@ -10,9 +10,12 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.lazy import torch
+from fa_bench.objectives.cross_entropy import CrossEntropy
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from fa_bench.objectives.base import Objective
 
 #: Autograd nodes of losses: a loss whose graph ends in one of them was not scaled.
 _LOSSES = {"NllLoss", "NllLoss2D", "CrossEntropyLoss", "MseLoss", "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits", "L1Loss",
@@ -42,8 +45,10 @@ def is_unscaled(loss: Tensor, target: Tensor | None) -> bool:
     return not 0 <= ignored < 1 << 62 or not bool((target == ignored).any())
 
 
-def measured_scale(rule: str, delta: Tensor, logits: Tensor, target: Tensor | None, last: float = 1.0) -> float:
-    """The factor c such that δ is c times the gradient of the mean cross-entropy.
+def measured_scale(
+    rule: str, delta: Tensor, logits: Tensor, target: Tensor | None, last: float = 1.0, objective: Objective | None = None
+) -> float:
+    """The factor c such that δ is c times the gradient of the objective's mean loss.
 
     Args:
         rule: the rule's name, for the error message.
@@ -51,14 +56,16 @@ def measured_scale(rule: str, delta: Tensor, logits: Tensor, target: Tensor | No
         logits: (N, C).
         target: the labels (N,); None: for each sample the class with the lowest δ, the only negative one for a cross-entropy.
         last: the previous result, returned if δ is zero because every label has probability 1.
+        objective: what the model is trained to do; None: the mean cross-entropy.
 
     Raises:
         ValueError: if δ is not a multiple of that gradient.
     """
+    objective = objective or CrossEntropy()
     wide = torch.promote_types(logits.dtype, torch.float32)
     with torch.enable_grad():
         leaf = logits.to(wide).requires_grad_(True)
-        loss = torch.nn.functional.cross_entropy(leaf, delta.argmin(1) if target is None else target)
+        loss = objective.loss(leaf, delta.argmin(1) if target is None else target)
         unit = torch.autograd.grad(loss, leaf)[0].double()
     given = delta.double()
     size = unit.square().sum().item()
@@ -69,8 +76,9 @@ def measured_scale(rule: str, delta: Tensor, logits: Tensor, target: Tensor | No
     # Each entry of δ was rounded to its dtype before it was divided by the number of samples.
     rounding = 4 * torch.finfo(delta.dtype).eps * abs(scale) * delta.numel() ** 0.5 / max(len(delta), 1)
     if (given - scale * unit).norm().item() > tolerance * given.norm().item() + rounding:
+        name = f"the mean {objective.name.replace('_', '-')}"
         raise ValueError(f"rule '{rule}' computes its errors from the labels and cannot infer the scale of the loss: the "
-                         f"gradient at the logits is not a multiple of that of the mean cross-entropy. Pass the scale: "
+                         f"gradient at the logits is not a multiple of that of {name}. Pass the scale: "
                          f"rule.backward(loss, logits, target, loss_scale=1.0), or loss_scale=1 / 4 for loss / 4")
     # Scales are usually powers of two; rounding to one makes the result exact.
     power = 2.0 ** round(math.log2(scale)) if scale > 0 else 0.0

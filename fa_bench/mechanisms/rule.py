@@ -11,12 +11,14 @@ from fa_bench.config.options import Options, option
 from fa_bench.errors import CoverageError, StateError, names
 from fa_bench.lazy import torch
 from fa_bench.mechanisms.coverage import RULE_ATTRIBUTE, Coverage, check_model, computed_weights, outside_text
+from fa_bench.objectives.cross_entropy import CrossEntropy
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fa_bench.mechanisms.trace import StepMemory, Trace
     from fa_bench.mechanisms.updates import LearnedTensor
+    from fa_bench.objectives.base import Objective
 
 R = TypeVar("R", bound="Rule")
 
@@ -41,7 +43,8 @@ class Rule(Options):
 
     # -------------------------------------------------------------------------------------------- life in a model
     def attach(
-        self: R, model: nn.Module, seed: int = 0, sample_input: Any = None, initial_phase: bool = True
+        self: R, model: nn.Module, seed: int = 0, sample_input: Any = None, initial_phase: bool = True,
+        objective: Objective | None = None,
     ) -> R:
         """Attach the rule to `model`, in place.
 
@@ -51,6 +54,7 @@ class Rule(Options):
             sample_input: one input batch (N, ...), a tuple of several arguments, or a dictionary of them by name; for rules that
                 depend on the order of the layers.
             initial_phase: run the rule's initial phase now; otherwise the caller runs the method `initial_phase`.
+            objective: what the model is trained to do, for rules that use the labels; None: cross-entropy.
 
         Raises:
             CoverageError: naming the layers, if the rule cannot be attached.
@@ -63,7 +67,7 @@ class Rule(Options):
         if getattr(self, "model", None) is not None:
             raise CoverageError(f"this '{self.name}' rule object is already attached to a model; create another one")
         check_model(model)
-        self.model, self.mode, self.seed = model, Mode(self.name), seed
+        self.model, self.mode, self.seed, self.objective = model, Mode(self.name), seed, objective or CrossEntropy()
         self._frozen, self._handles = [], []
         self._structure, self._outside = None, {}
         self._passes, self._watch, self._unwatched = [], None, True

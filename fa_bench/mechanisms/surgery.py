@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.config.registries import ALGORITHMS
+from fa_bench.config.registries import ALGORITHMS, OBJECTIVES
 from fa_bench.errors import OptionError
 from fa_bench.mechanisms.coverage import RULE_ATTRIBUTE
 from fa_bench.mechanisms.rule import Rule
@@ -12,9 +12,12 @@ from fa_bench.mechanisms.rule import Rule
 if TYPE_CHECKING:
     from torch import nn
 
+    from fa_bench.objectives.base import Objective
+
 
 def attach(
-    model: nn.Module, rule: str | Rule, *, seed: int = 0, sample_input: Any = None, **options: Any
+    model: nn.Module, rule: str | Rule, *, seed: int = 0, sample_input: Any = None, objective: str | Objective = "cross_entropy",
+    **options: Any
 ) -> Rule:
     """Attach a learning rule to a model, in place.
 
@@ -24,13 +27,15 @@ def attach(
         rule: a rule's name, such as ``"kp"``, or a rule object that is not attached yet.
         seed: seed of the feedback tensors, which are sampled from (seed, layer, name); the global random state is not touched.
         sample_input: one input batch (N, ...); needed by rules that cut the graph, unless the first layer is fully connected.
+        objective: what the model is trained to do, for rules that compute errors or local losses from the labels: a name, such as
+            ``"mse"``, or an objective with options.
         **options: the rule's options, if `rule` is a name.
 
     Returns:
         The rule; see `fa_bench.mechanisms.rule.Rule`.
 
     Raises:
-        ConfigError: for an unknown rule, with the nearest name.
+        ConfigError: for an unknown rule or objective, with the nearest name.
         OptionError: for an unknown or bad option.
         CoverageError: if the rule would cover nothing, leave weights uncovered, or find no cut points, or if the model is
             wrapped, compiled or already has a rule.
@@ -42,7 +47,8 @@ def attach(
         rule = cls.from_mapping(options)
     elif options:
         raise OptionError(next(iter(options)), f"a rule object already has its options; pass them to {type(rule).__name__}")
-    return rule.attach(model, seed=seed, sample_input=sample_input)
+    goal = OBJECTIVES[objective]() if isinstance(objective, str) else objective
+    return rule.attach(model, seed=seed, sample_input=sample_input, objective=goal)
 
 
 def attached_rule(model: nn.Module) -> Rule | None:

@@ -90,7 +90,7 @@ class ASFPLC(ASFP):
         local = Classifiers(cuts=self.cuts, output=self.output, pool=self.pool, b_init=self.linear_b_init)
         # Both share one mode, so that a measurement covers both.
         local.name, local.model, local.mode, local.seed = self.name, self.model, self.mode, self.seed
-        local._frozen, local._structure, local._outside = self._frozen, None, {}
+        local.objective, local._frozen, local._structure, local._outside = self.objective, self._frozen, None, {}
         self._local, local.part_of = local, self
         local.wire(sample_input)
         return super().wire(sample_input)

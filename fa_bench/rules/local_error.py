@@ -9,7 +9,7 @@ from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS
 from fa_bench.lazy import nn
 from fa_bench.mechanisms.feedback_options import init_option
-from fa_bench.mechanisms.local import LocalRule, cross_entropy, flattening
+from fa_bench.mechanisms.local import LocalRule, flattening
 from fa_bench.sampling import sample, seed_for
 
 if TYPE_CHECKING:
@@ -57,4 +57,4 @@ class LocalError(LocalRule):
             # The value of a Mᵀ with the derivative of a Kᵀ.
             surrogate = features.mm(self.tensor(cut, "K").t())
             scores = surrogate + (scores - surrogate).detach()
-        return cross_entropy(scores, target)
+        return self.objective.loss(scores, target)

@@ -10,7 +10,7 @@ from fa_bench.config.options import option
 from fa_bench.config.registries import ALGORITHMS
 from fa_bench.lazy import nn, torch
 from fa_bench.mechanisms.coverage import batch_note
-from fa_bench.mechanisms.local import LocalRule, cross_entropy, flattening, kind_of_map
+from fa_bench.mechanisms.local import LocalRule, flattening, kind_of_map
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,7 +73,7 @@ class PredSim(LocalRule):
         functional: Any = nn.functional
         losses = []
         if self.loss != "sim":
-            losses.append(cross_entropy(auxiliary["decoder"](activation), target))
+            losses.append(self.objective.loss(auxiliary["decoder"](activation), target))
         if self.loss != "pred":
             labels = functional.one_hot(target, self._classes).to(activation.dtype)
             losses.append(functional.mse_loss(similarity(auxiliary["similarity"](activation)), similarity(labels)))

@@ -286,7 +286,7 @@ def assemble(job: Job, device: torch.device, splits: Splits | None = None) -> Pa
     x, y = fixed_batch(splits, job.run.probe_size)
     rule = job.fresh_algorithm()
     try:
-        rule.attach(model, seed=job.run.seed, sample_input=x[:2], initial_phase=False)
+        rule.attach(model, seed=job.run.seed, sample_input=x[:2], initial_phase=False, objective=job.objective)
     except CoverageError as error:
         raise error.under("algorithm") from None
     check_batches(rule, splits, job.objective, job.run)

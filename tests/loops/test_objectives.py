@@ -1,0 +1,57 @@
+"""Rules that use the labels follow the objective that they are attached with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fa_bench
+from fa_bench.errors import ConfigError
+from fa_bench.objectives.cross_entropy import CrossEntropy
+from fa_bench.objectives.mse import MSE
+from fa_bench.objectives.sigmoid_ce import SigmoidCE
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(8, 5, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 3
+
+
+@pytest.mark.parametrize("objective", [MSE(), SigmoidCE(), CrossEntropy(label_smoothing=0.2)], ids=lambda one: one.name)
+@pytest.mark.parametrize("name", ["drtp", "local_error"])
+def test_accumulated_losses_of_an_objective_equal_the_whole_batch(name, objective):
+    """The factor by which a loss was scaled is found for every objective, not for the cross-entropy alone."""
+    x, y = batch()
+    gradients = []
+    for parts in (1, 2):
+        net = model().double()
+        rule = fa_bench.attach(net, name, cuts=["1", "3"], objective=objective)
+        for part_x, part_y in zip(x.double().chunk(parts), y.chunk(parts), strict=True):
+            outputs = net(part_x)
+            rule.backward(objective.loss(outputs, part_y) / parts, outputs, part_y)
+        gradients.append([parameter.grad for parameter in net.parameters()])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("objective", ["mse", "sigmoid_ce"])
+def test_local_losses_are_the_objective(objective):
+    """local_error's hidden layers learn by the loss of a linear classifier, written out here."""
+    x, y = batch()
+    net = model()
+    rule = fa_bench.attach(net, "local_error", cuts=["1", "3"], objective=objective)
+    outputs = net(x)
+    rule.backward(rule.objective.loss(outputs, y), outputs, y)
+    plain = model()
+    hidden = plain[1](plain[0](x))
+    rule.objective.loss(hidden @ rule.feedback["1"]["M"].t(), y).backward()
+    torch.testing.assert_close(net[0].weight.grad, plain[0].weight.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_an_unknown_objective_is_named():
+    with pytest.raises(ConfigError, match="objective=mze: no such objective; did you mean 'mse'"):
+        fa_bench.attach(model(), "fa", objective="mze")
