@@ -50,7 +50,7 @@ def _try(job: Job) -> None:
         raise error.under("algorithm") from None
     except KeyboardInterrupt:
         raise
-    except BaseException:  # whatever a plugin raises
-        return  # the job itself says it
+    except BaseException:  # whatever a user's class raises: the job itself says it
+        return
     finally:
         torch.set_rng_state(state)
