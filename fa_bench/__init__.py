@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fa_bench.loggers.base import Logger
     from fa_bench.mechanisms.cuts import CutRule
     from fa_bench.mechanisms.edge import EdgeRule
+    from fa_bench.mechanisms.pathways import FeedbackPathway, FixedFeedback, LearnedFeedback
     from fa_bench.mechanisms.rule import Rule
     from fa_bench.mechanisms.surgery import attach, attached_rule
     from fa_bench.metrics.alignment.base import Metric
@@ -50,13 +51,15 @@ _MODULES = {
     "Rule": "mechanisms.rule", "EdgeRule": "mechanisms.edge", "CutRule": "mechanisms.cuts", "Architecture": "models.base",
     "Dataset": "data.base", "ArrayDataset": "data.base", "OptimizerOptions": "optim.base", "Objective": "objectives.base",
     "Schedule": "schedules.base", "Metric": "metrics.alignment.base", "Probe": "metrics.probes.base",
+    **dict.fromkeys(("FeedbackPathway", "FixedFeedback", "LearnedFeedback"), "mechanisms.pathways"),
     "Callback": "callbacks.base", "Logger": "loggers.base",
     **dict.fromkeys(("register_rule", "register_architecture", "register_dataset", "register_optimizer", "register_objective",
                      "register_schedule", "register_metric", "register_probe", "register_callback", "register_logger"),
                     "config.registries"),
 }
 __all__ = [
-    "Architecture", "ArrayDataset", "Callback", "CutRule", "Dataset", "EdgeRule", "Logger", "Metric", "Objective",
+    "Architecture", "ArrayDataset", "Callback", "CutRule", "Dataset", "EdgeRule", "FeedbackPathway", "FixedFeedback",
+    "LearnedFeedback", "Logger", "Metric", "Objective",
     "OptimizerOptions", "Probe", "Rule", "Schedule", "__version__", "attach", "attached_rule", "load_results", "option",
     "register_architecture", "register_callback", "register_dataset", "register_logger", "register_metric", "register_objective",
     "register_optimizer", "register_probe", "register_rule", "register_schedule", "run",

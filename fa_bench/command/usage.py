@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from fa_bench.command.compose import Composer
 from fa_bench.config.job import FEEDBACK_OPTIMIZER, RunOptions, conf_dir
 from fa_bench.config.options import Options, limits_text, option_fields, summary, value_text
-from fa_bench.config.registries import GROUPS
+from fa_bench.config.registries import GROUPS, NAMED, SCHEDULES
 from fa_bench.errors import ConfigError, cut, names, nearest
+
+if TYPE_CHECKING:
+    from fa_bench.config.registry import Registry
 
 _HEAD = """\
 usage: fa-bench [-m] [key=value ...]
@@ -27,6 +32,7 @@ more:
   fa-bench --help algorithm                   the choices of a group, a line each
   fa-bench --help algorithm=dfa               the options of a choice
   fa-bench --help run                         all run options
+  fa-bench --help schedule                    what an option names; also metric, probe, callback, logger
   fa-bench --help plugins=[my_rules] ...      the same with what a module of yours registers
   fa-bench --hydra-help                       Hydra's own flags (--multirun, --config-dir, ...)
 """
@@ -44,13 +50,13 @@ def usage(composer: Composer, topics: Sequence[str]) -> str:
         ConfigError: for an unknown topic or choice.
     """
     choices, chosen = composer.choices(), composer.chosen()
-    kinds = {group.kind: group for group in GROUPS}
+    kinds, named = ({registry.kind: registry for registry in registries} for registries in (GROUPS, NAMED))
     sections = []
     for topic in topics:
-        if topic not in (known := [*kinds, "experiment", "run"]):
+        if topic not in (known := [*kinds, "experiment", "run", *named]):
             raise ConfigError(f"--help {cut(topic, 100)}: no such topic{nearest(topic, known)} (allowed: {names(known)})")
         sections.append(["run options:", *_options(RunOptions(), "")] if topic == "run" else
-                        [f"{topic}:", *_lines(composer, topic, choices[topic])])
+                        [f"{topic}:", *(_named(named[topic]) if topic in named else _lines(composer, topic, choices[topic]))])
     for name in chosen.get("experiment", ()):
         if name not in choices["experiment"]:
             raise ConfigError(f"experiment={name}: no such experiment{nearest(name, choices['experiment'])}")
@@ -88,6 +94,17 @@ def _lines(composer: Composer, kind: str, choices: Sequence[str]) -> Iterator[st
         said = _comment(composer, name) if kind == "experiment" else summary(group[name]) if name in group else \
             f"of {composer.config_dir}"
         yield f"  {name:17s} {said if len(said) <= _WIDTH else textwrap.shorten(said, _WIDTH, placeholder=' ...')}"
+
+
+def _named(registry: Registry) -> Iterator[str]:
+    """The components of a table that options name, a line each, and the options that they have."""
+    prefix = "optimizer.schedule." if registry is SCHEDULES else ""
+    for name, cls in registry.items():
+        yield f"  {name:22s} {textwrap.shorten(summary(cls), _WIDTH, placeholder=' ...')}"
+        for field in option_fields(cls):
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            limits = limits_text(field)
+            yield f"      {prefix}{field.name}={value_text(default)}  {field.metadata['help']}{f' ({limits})' if limits else ''}"
 
 
 def _comment(composer: Composer, name: str) -> str:

@@ -43,6 +43,9 @@ def checked(
             raise ValueError(f"{len(x)} {part} images have {len(y)} rows of targets, not one for each image")
         if not values:
             check_labels(x, y, classes, part)
+            if len(lacking := sorted({*range(len(classes))} - {*y.tolist()})) and part == "training":
+                notes.append(f"no training image has the label of {', '.join(f'{k} ({classes[k]})' for k in lacking[:5])}"
+                             f"{' and others' if len(lacking) > 5 else ''}")
     if train_x.shape[1:] != test_x.shape[1:]:
         raise ValueError(f"training images of shape {train_x.shape[1:]}, test images of {test_x.shape[1:]}")
     return train_x, train_y, test_x, test_y, classes

@@ -236,8 +236,13 @@ class Rule(Options):
             logits: the output of the model from which the loss was computed, (N, C); for cut rules.
             target: the labels, (N,); for rules that compute their errors from them.
             loss_scale: the factor by which the loss was scaled, by gradient accumulation or a gradient scaler; None: rules that
-                compute their errors from the labels infer it, if the loss is the mean cross-entropy times a number.
+                compute their errors from the labels infer it, if the loss is the objective's mean times a number.
+
+        Raises:
+            CoverageError: if the rule is not attached to a model.
         """
+        if getattr(self, "model", None) is None:
+            raise CoverageError(f"this '{self.name}' rule object is not attached to a model: after detach, call loss.backward()")
         if self.mode.exact:
             loss.backward()
             return

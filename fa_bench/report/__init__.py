@@ -24,14 +24,15 @@ if TYPE_CHECKING:
 
 MOST_OF_LINE = 1000  # characters of a line about a run
 LEGEND = """\
-Accuracies are in %, differences in percentage points, angles in degrees, times in seconds of training. Statistics are over the
-finished runs alone, n of them, one per seed: a run that diverged, failed, was interrupted or is still running is counted and
-named in its row, and enters none. std is the sample standard deviation, ± 95 % half the width of the Student t interval of the
-mean. Weight angle and norm ratio are means over the layers whose feedback carries error, the delta angle over all but the output
-layers. Beats floor: the mean is above that of the `frozen` rule, which learns its output layer only. Differences to bp are of the
-same seed, and to the published number of the means. Where a task has several rows of bp, a row is paired with the one whose
-setting is its own or differs from it in fewest keys, and of several such with the best by validation accuracy (last epoch, mean
-over its finished runs); so with several rows of `frozen`.
+Accuracies are in %, differences in percentage points, angles in degrees, times in seconds of training. Choose between settings by
+the validation accuracy; the test accuracy is for the settings chosen. Statistics are over the finished runs alone, n of them, one
+per seed: a run that diverged, failed, was interrupted or is still running is counted and named in its row, and enters none. std
+is the sample standard deviation, ± 95 % half the width of the Student t interval of the mean. Weight angle and norm ratio are
+means over the layers whose feedback carries error, the delta angle over all but the output layers. Beats floor: the mean is above
+that of the `frozen` rule, which learns its output layer only. Differences to bp are of the same seed, and to the published number
+of the means. Where a task has several rows of bp, a row is paired with the one whose setting is its own or differs from it in
+fewest keys, and of several such with the best by validation accuracy (last epoch, mean over its finished runs); so with several
+rows of `frozen`.
 """
 _PUBLISHED = """\
 Ours is the mean of the last epoch over the finished runs, one per seed. Inside: whether it lies in the published range.

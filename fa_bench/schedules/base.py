@@ -48,9 +48,10 @@ class Schedule(Options):
         return dataclasses.replace(self, warmup=length(self.warmup) if self.warmup else 0)
 
     def schema(self) -> dict[str, Any]:
-        """This schedule's options, and those of all others as null: what a command line may set."""
+        """This schedule's name, and the options of all schedules: null, which is the default of the one that is chosen."""
         everything = {field.name: None for cls in SCHEDULES.values() for field in option_fields(cls)}
-        return {"name": self.name, **everything, **as_plain(self)}
+        defaults = {field.name: field.default for field in option_fields(type(self))}
+        return {"name": self.name, **everything, **{k: v for k, v in as_plain(self).items() if v != defaults[k]}}
 
     @classmethod
     def from_mapping(cls: type[S], values: Mapping[str, Any]) -> S:

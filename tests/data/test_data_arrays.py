@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from fa_bench.data.array_checks import checked
 from fa_bench.data.base import ArrayDataset
 from fa_bench.errors import DataError
 
@@ -158,3 +159,12 @@ def test_the_systems_errors_are_named() -> None:
     for reads in (lambda: Own().load(NOWHERE, CPU), lambda: Own().hash_of(NOWHERE)):
         with pytest.raises(DataError, match=r"^dataset=own: /nowhere/a\.npz: cannot be read \(Permission denied\)$"):
             reads()
+
+
+def test_a_class_without_a_training_image_is_named() -> None:
+    """As where labels count from 1 and names from 0."""
+    x, notes = np.full((4, 2, 2), 200, np.uint8), []
+    checked((x, np.array([1, 2, 1, 2]), x, np.array([1, 2, 1, 2]), ["a", "b", "c"]), notes)
+    assert notes == ["no training image has the label of 0 (a)"]
+    checked((x, np.arange(4) % 3, x, np.arange(4) % 3, ["a", "b", "c"]), more := [])
+    assert more == []

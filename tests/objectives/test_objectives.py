@@ -88,7 +88,7 @@ def test_a_run_trains_for_its_objective(objective: str, tmp_path: Path, monkeypa
     assert first["test_loss"] == pytest.approx(last["test_loss"], rel=1e-6)
     # An untrained model of ten classes gives each about 0: half a squared one, ten times log 2, and log 10.
     expected = {"mse": 0.5, "sigmoid_ce": 10 * math.log(2), "cross_entropy": math.log(10)}[objective]
-    assert expected * 0.8 < first["test_loss"] < expected + 0.5
+    assert expected * 0.8 < first["test_loss"] < expected + 1
     assert json.loads(Path("run/result.json").read_text())["objective"] == objective
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 import fa_bench
 from fa_bench.config.registries import ALGORITHMS
+from fa_bench.errors import CoverageError
 from fa_bench.mechanisms.cuts import CutRule
 from fa_bench.mechanisms.feedback_tensors import drop_tensors, put_tensor, tensors_of
 
@@ -438,3 +439,15 @@ def test_feedback_is_in_a_state_in_the_order_in_which_it_was_made(name, keys):
     layer = fa_bench.attach(nets.mlp(), name, seed=0).model.fc2
     found = [key.removeprefix("feedback_") for key in layer.state_dict() if key.startswith("feedback_")]
     assert found == keys
+
+
+@pytest.mark.parametrize("name", ["bp", "kp", "dfa"])
+def test_a_detached_rule_does_not_train(name):
+    """By backpropagation, silently, it would."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    rule = fa_bench.attach(model, name, **({"cuts": ["1"]} if name == "dfa" else {}))
+    rule.detach()
+    outputs = model(torch.ones(5, 3))
+    with pytest.raises(CoverageError, match=f"this '{name}' rule object is not attached to a model"):
+        rule.backward(outputs.sum(), outputs, torch.zeros(5, dtype=torch.long))
+    assert all(parameter.grad is None for parameter in model.parameters())

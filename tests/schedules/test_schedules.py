@@ -95,6 +95,16 @@ def test_schedules_count_epochs_or_steps_in_a_run(tmp_path: Path, monkeypatch: p
     assert lrs("b") == pytest.approx([0.1, 0.1, 0.05, 0.025])
 
 
+def test_a_schedule_has_its_own_defaults_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """one_cycle counts steps unless the config says epochs: four steps an epoch, three epochs."""
+    monkeypatch.chdir(tmp_path)
+    for per, wanted in (("null", 4), ("epoch", 1)):
+        schedule = OneCycle() if per == "null" else OneCycle(per=per)
+        assert main([*RUN, "optimizer.schedule.name=one_cycle", f"optimizer.schedule.per={per}", "epochs=3",
+                     f"hydra.run.dir=by-{per}"]) == 0
+        assert lrs(f"by-{per}") == pytest.approx([schedule.at(0.1, wanted * epoch, wanted * 3) for epoch in range(3)])
+
+
 def test_a_run_resumed_within_its_schedule_is_bitwise_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fa_bench.runs.callbacks import StopOnSignal
     from fa_bench.runs.stopping import Interrupted
