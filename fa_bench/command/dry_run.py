@@ -181,7 +181,7 @@ def _costs(job: Job, parts: Parts) -> list[tuple[str, str]]:
     parameters, learned = rule.weight_parameters(), rule.feedback_parameters()
     trains = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     feedback = _bytes(_kept(rule).values())
-    own, exact = step_multiplications(rule, job.objective, shape, len(splits.classes), batch)
+    own, exact = step_multiplications(rule, shape, len(splits.classes), batch)
     parts.optimizers.step()  # on the gradients that the counted steps left: it makes the optimizers' state
     state = [tensor for optimizer in parts.optimizers.optimizers for of_one in optimizer.state.values()
              for tensor in of_one.values() if isinstance(tensor, torch.Tensor)]

@@ -10,7 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from fa_bench.mechanisms.rule import Rule
-from fa_bench.objectives.base import Objective
 
 #: Samples in the batches that are really run to learn the count at any batch size.
 _BATCHES = (2, 3, 4)
@@ -46,16 +45,13 @@ def at_batch(counts: Sequence[int], batch: int) -> int:
     return two + beyond * (three - two) + beyond * (beyond - 1) // 2 * (four - 2 * three + two)
 
 
-def step_multiplications(
-    rule: Rule, objective: Objective, input_shape: tuple[int, ...], classes: int, batch: int
-) -> tuple[int, int]:
+def step_multiplications(rule: Rule, input_shape: tuple[int, ...], classes: int, batch: int) -> tuple[int, int]:
     """Multiplications of one training step without the optimizer's: (the rule's, backpropagation's in the same model).
 
     Runs small steps on random inputs: gradients are filled, running statistics and the rule's draws move on, weights stay.
 
     Args:
         rule: an attached rule.
-        objective: what it is trained for.
         input_shape: shape of one input, without the batch.
         classes: number of classes.
         batch: samples in the step that is asked for.
@@ -67,7 +63,7 @@ def step_multiplications(
         y = torch.arange(samples, device=device) % classes
         rule.model.zero_grad()
         logits = rule.model(x)
-        rule.backward(objective.loss(logits, y), logits, y)
+        rule.backward(rule.objective.loss(logits, y), logits, y)
         if not exact:
             rule.step()
 

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,6 @@ from fa_bench.mechanisms.layers import weighted_layers
 from fa_bench.mechanisms.rule import INPUT, OUTPUT, Rule
 from fa_bench.mechanisms.trace import tensors_in, trace_model, without_side_effects
 from fa_bench.metrics.alignment.base import declared
-from fa_bench.objectives.cross_entropy import CrossEntropy
-
-if TYPE_CHECKING:
-    from fa_bench.objectives.base import Objective
 
 Point = tuple[str, str]
 
@@ -36,14 +32,11 @@ class AlignmentMeter:
         rule: an attached rule.
         x: inputs (N, ...).
         y: targets (N,), or (N, O) where they are numbers.
-        objective: what the model is trained to do; None: `CrossEntropy`.
         metrics: names of those to measure; None: all that are registered.
     """
 
-    def __init__(
-        self, rule: Rule, x: Tensor, y: Tensor, objective: Objective | None = None, metrics: Iterable[str] | None = None
-    ) -> None:
-        self.rule, self.x, self.y, self.objective = rule, x, y, objective or CrossEntropy()
+    def __init__(self, rule: Rule, x: Tensor, y: Tensor, metrics: Iterable[str] | None = None) -> None:
+        self.rule, self.x, self.y = rule, x, y
         self.metrics = [metric() for metric in declared(METRICS if metrics is None else metrics).values()]
         with rule.exact():
             self.trace = trace_model(rule.model, x[:2])
@@ -133,7 +126,7 @@ class Passes:
             with torch.enable_grad():
                 logits = next(tensors_in(self.rule.model(self._meter.x)))
                 record.watch(("", OUTPUT), logits)
-                backward(self._meter.objective.loss(logits, self._meter.y), logits)
+                backward(self.rule.objective.loss(logits, self._meter.y), logits)
         finally:
             # The tensors' hooks too: with them tensors and record hold each other, out of the garbage collector's sight.
             for handle in handles + record.handles:

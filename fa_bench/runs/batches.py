@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from fa_bench.config.job import RunOptions
     from fa_bench.data.base import Splits
     from fa_bench.mechanisms.rule import Rule
-    from fa_bench.objectives.base import Objective
 
 
 def fixed_batch(splits: Splits, size: int) -> tuple[Tensor, Tensor]:
@@ -31,7 +30,7 @@ def fixed_batch(splits: Splits, size: int) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-def check_batches(rule: Rule, splits: Splits, objective: Objective, options: RunOptions) -> None:
+def check_batches(rule: Rule, splits: Splits, options: RunOptions) -> None:
     """Refuse a run in which batch normalisation meets a batch of one sample: it has no statistics, and torch stops there.
 
     A batch of one is tried only where there is going to be one; nets that can do with it pass, such as those whose normalised
@@ -56,14 +55,14 @@ def check_batches(rule: Rule, splits: Splits, objective: Objective, options: Run
         found = OptionError("probe_size", f"={options.probe_size} makes a probe batch of one image{_WHY}; take 2 or more")
     else:
         return
-    if not _takes_one(rule, splits, objective):
+    if not _takes_one(rule, splits):
         raise found
 
 
 _WHY = ", of which batch normalisation has no statistics"
 
 
-def _takes_one(rule: Rule, splits: Splits, objective: Objective) -> bool:
+def _takes_one(rule: Rule, splits: Splits) -> bool:
     from fa_bench.mechanisms.local import TOO_FEW
     from fa_bench.mechanisms.trace import tensors_in
     from fa_bench.metrics.meter import untouched
@@ -72,7 +71,7 @@ def _takes_one(rule: Rule, splits: Splits, objective: Objective) -> bool:
     try:
         with untouched(rule), torch.enable_grad():
             logits = next(tensors_in(rule.model(x)))
-            rule.deliver(objective.loss(logits, y), logits, y)
+            rule.deliver(rule.objective.loss(logits, y), logits, y)
     except ValueError as error:
         if TOO_FEW in str(error):
             return False

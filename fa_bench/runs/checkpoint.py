@@ -122,7 +122,7 @@ def load(
             faults.append(str(error))
             continue
         for fault in faults:
-            warn(f"{fault}; going on from {path}")
+            warn(f"{fault}; resuming from {path}")
         return progress
     raise RunDirectoryError("; ".join(faults) or "no checkpoint")
 

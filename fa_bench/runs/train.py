@@ -289,10 +289,10 @@ def assemble(job: Job, device: torch.device, splits: Splits | None = None) -> Pa
         rule.attach(model, seed=job.run.seed, sample_input=x[:2], initial_phase=False, objective=job.objective)
     except CoverageError as error:
         raise error.under("algorithm") from None
-    check_batches(rule, splits, job.objective, job.run)
+    check_batches(rule, splits, job.run)
     steps = splits.train.steps(job.run.batch_size, job.run.drop_last)
     optimizers = Optimizers(job.optimizer, rule, job.run.epochs, job.feedback_optimizer, steps)
-    meter = AlignmentMeter(rule, x, y, job.objective, job.run.metrics)
+    meter = AlignmentMeter(rule, x, y, job.run.metrics)
     probes = Probes(job.run.probes, job.run.probes_epochs, Subject(rule, splits, meter, job.run.batch_size))
     callbacks = [CALLBACKS[name]() for name in dict.fromkeys(job.run.callbacks)]
     return Parts(splits, rule, optimizers, meter, probes, callbacks, initial)

@@ -27,7 +27,7 @@ def test_a_sweep_with_such_a_job_never_starts(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["-m", *SMALL, "algorithm=bp,dgl"]) == 2
-    assert "'dgl' needs two modules or more" in (said := capsys.readouterr().err) and said.count("\n") == 1
+    assert "'dgl' needs at least two modules" in (said := capsys.readouterr().err) and said.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
@@ -36,7 +36,8 @@ def test_a_sweep_with_such_a_job_never_starts(
 def test_what_is_refused_is_what_a_run_refuses(rule: str, net: str) -> None:
     job = Job.from_config(OmegaConf.create({
         "algorithm": {"name": rule, **({"initial_steps": 0} if rule == "wm" else {})}, "architecture": NETS[net],
-        "dataset": {"name": "synthetic", "samples": 40, "test_samples": 8}, "optimizer": {"name": "sgd"}, "batch_size": 8}))
+        "dataset": {"name": "synthetic", "samples": 40, "test_samples": 8}, "optimizer": {"name": "sgd"},
+        "objective": {"name": "cross_entropy"}, "batch_size": 8}))
 
     def refused(check: object) -> str:
         try:
@@ -54,7 +55,7 @@ def test_what_is_refused_is_what_a_run_refuses(rule: str, net: str) -> None:
 def test_what_fails_for_another_reason_is_left_to_the_job() -> None:
     job = Job.from_config(OmegaConf.create({
         "algorithm": {"name": "fa"}, "architecture": {"name": "dkp_alexnet"}, "dataset": {"name": "digits"},
-        "optimizer": {"name": "sgd"}}))
+        "optimizer": {"name": "sgd"}, "objective": {"name": "cross_entropy"}}))
     fit.check_fit([job])  # images of 8x8 pixels are too small for it, which its run says by naming the option
 
 

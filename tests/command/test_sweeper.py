@@ -23,7 +23,7 @@ TWO = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(figures, "LAYERS", {})
+    monkeypatch.setattr(figures, "metrics_of", lambda runs: {})
     (tmp_path / "own" / "experiment").mkdir(parents=True)
     for name, text in {
         "mine": "rules: {fa: {density: 0.5}, usf: {density: 0.25}}\n"

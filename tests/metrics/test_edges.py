@@ -169,7 +169,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_batch_normalisation_never_meets_a_batch_of_one(case: Case) -> None:
     splits = Splits(split(case.images), None, split(4), ["a", "b", "c"], (1, 4, 4), "")
-    check_batches(fa_bench.attach(net(), "fa", seed=0), splits, CrossEntropy(), RunOptions(**case.options))
+    check_batches(fa_bench.attach(net(), "fa", seed=0), splits, RunOptions(**case.options))
     small_maps = ResNet20(width=2, blocks=1).build((1, 4, 4), 3)  # maps of a pixel in the last stage
     large_maps = ResNet20(width=2, blocks=1).build((1, 16, 16), 3)
     for model, fails in ((net(batch_norm=True), True), (small_maps, True), (large_maps, False)):
@@ -180,10 +180,10 @@ def test_batch_normalisation_never_meets_a_batch_of_one(case: Case) -> None:
         before = {key: value.clone() for key, value in model.state_dict().items()}
         if fails and case.said:
             with pytest.raises(OptionError) as refused:
-                check_batches(rule, splits, CrossEntropy(), RunOptions(**case.options))
+                check_batches(rule, splits, RunOptions(**case.options))
             assert str(refused.value) == case.said
         else:
-            check_batches(rule, splits, CrossEntropy(), RunOptions(**case.options))
+            check_batches(rule, splits, RunOptions(**case.options))
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
@@ -191,7 +191,7 @@ def test_normalisation_in_a_rules_own_nets_counts() -> None:
     splits = Splits(split(33), None, split(4), ["a", "b", "c"], (1, 4, 4), "")
     rule = fa_bench.attach(net(), "dgl", seed=0, sample_input=next(splits.train.batches(2))[0])
     with pytest.raises(OptionError, match="drop_last=false"):
-        check_batches(rule, splits, CrossEntropy(), RunOptions(batch_size=8, drop_last=False))
+        check_batches(rule, splits, RunOptions(batch_size=8, drop_last=False))
 
 
 def test_a_ragged_batch_of_one_is_refused_before_the_run_starts_and_trained_where_it_can_be(

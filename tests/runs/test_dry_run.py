@@ -30,7 +30,8 @@ from fa_bench.text import count, format_bytes
 TINY = ["dataset=synthetic", "dataset.samples=80", "dataset.test_samples=16", "batch_size=16", "epochs=2", "probe_size=8",
         "architecture.widths=[8,6]", "device=cpu"]
 RESNET = [*TINY[:-2], "architecture=resnet20", "architecture.width=4", "architecture.blocks=1", "dataset.channels=3"]
-CONFIGURED = "{algorithm: {name: fa}, architecture: {name: mlp}, dataset: {name: digits}, optimizer: {name: sgd}, epochs: 9}"
+CONFIGURED = ("{algorithm: {name: fa}, architecture: {name: mlp}, dataset: {name: digits}, optimizer: {name: sgd}, "
+              "objective: {name: cross_entropy}, epochs: 9}")
 
 
 @pytest.fixture(autouse=True)

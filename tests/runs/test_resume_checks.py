@@ -56,7 +56,7 @@ def test_a_run_goes_on_unless_it_is_told_to_start_anew(monkeypatch: Patch, capsy
     assert "interrupted; checkpoint saved: rerun the same command to resume" in capsys.readouterr().err
     assert main(RUN) == 0
     said = capsys.readouterr().out
-    assert "going on after epoch 2" in said and "epoch 1/3" not in said and lines() == lines("whole")
+    assert "resuming after epoch 2" in said and "epoch 1/3" not in said and lines() == lines("whole")
     assert main(RUN) == 0 and "is finished already: nothing to do" in capsys.readouterr().out
     stopped([*RUN, "resume=false"], monkeypatch)
     assert "rerun the same command without resume=false to resume" in capsys.readouterr().err
@@ -93,10 +93,10 @@ def test_damaged_metrics_are_named_and_the_run_starts_anew(kind: str, monkeypatc
     capsys.readouterr()
     assert main([*RUN, "resume=true"]) == 2 and path.read_bytes() == before
     said = capsys.readouterr().err.strip()
-    assert f"run/{METRICS}: damaged ({named}" in said and "resume=false starts anew" in said and len(said.splitlines()) == 1
+    assert f"run/{METRICS}: damaged ({named}" in said and "resume=false restarts" in said and len(said.splitlines()) == 1
     assert main(RUN) == 0
     said = capsys.readouterr().out
-    assert f"run/{METRICS}: damaged ({named}" in said and "starting anew" in said
+    assert f"run/{METRICS}: damaged ({named}" in said and "restarting" in said
     assert [line["epoch"] for line in lines()] == [1, 2, 3] and "epoch 1/3" in said
 
 
@@ -167,7 +167,7 @@ def test_other_images_are_noticed_when_a_run_is_resumed(monkeypatch: Patch, caps
     assert f"{LAST}: trained on other data" in said and len(said.splitlines()) == 1
     assert main(command) == 0
     said = capsys.readouterr().out
-    assert "trained on other data" in said and "starting anew" in said and "epoch 1/5" in said
+    assert "trained on other data" in said and "restarting" in said and "epoch 1/5" in said
 
 
 def test_other_images_make_a_finished_sweep_train_again(capsys: Capture) -> None:

@@ -80,7 +80,7 @@ def test_signal_writes_a_checkpoint_within_the_epoch(
     progress = torch.load(LAST, weights_only=True)["progress"]
     assert (progress["step"], progress["epoch"], progress["batch"]) == (step, (step - 1) // 5, (step - 1) % 5 + 1)
     assert main(command) == 0
-    assert f"going on after epoch {(step - 1) // 5}, batch" in capsys.readouterr().out
+    assert f"resuming after epoch {(step - 1) // 5}, batch" in capsys.readouterr().out
     assert recorded("run") == recorded("whole")
 
 
@@ -159,7 +159,7 @@ def test_torn_checkpoint_is_named_and_the_previous_one_used(capsys: Capture) -> 
     assert torch.load(LAST, weights_only=True)  # torch does not notice
     assert main([*RUN, "resume=true"]) == 0
     said = capsys.readouterr().out
-    assert re.search(rf"{LAST}: torn checkpoint .*; going on from \S+{PREVIOUS}", said) and "going on after epoch 2" in said
+    assert re.search(rf"{LAST}: torn checkpoint .*; resuming from \S+{PREVIOUS}", said) and "resuming after epoch 2" in said
     assert recorded("run") == whole
     for path in (LAST, PREVIOUS):
         Path(path).write_bytes(Path(path).read_bytes()[:-500])
@@ -258,7 +258,7 @@ def test_sweep_runs_anew_what_other_code_made(monkeypatch: Patch, capsys: Captur
         patch.setattr(hashes, "_package_hash", lambda: "other code")
         assert main(sweep) == 0
     said = capsys.readouterr().out
-    assert "of these: 2 stale" in said and said.count("was made by other code: starting anew") == 2 and "epoch 1/3" in said
+    assert "of these: 2 stale" in said and said.count("was produced by a different version of the code: restarting") == 2 and "epoch 1/3" in said
     for name, (result, lines) in results("outputs").items():
         assert lines == first[name][1] and result["code_hash"] != first[name][0]["code_hash"]
     run = next(Path("outputs").rglob(RESULT)).parent

@@ -32,7 +32,7 @@ class Subject:
     Attributes:
         rule: an attached rule; its model is measured.
         splits: the data.
-        meter: holds the fixed batch (``x``, ``y``), the model's structure (``trace``) and the objective.
+        meter: holds the fixed batch (``x``, ``y``) and the model's structure (``trace``).
         batch_size: of training.
         initial: parameter name -> its value before training; empty where no probe asks for them.
     """

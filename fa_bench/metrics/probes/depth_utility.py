@@ -50,7 +50,7 @@ class DepthUtility(Probe):
             from fa_bench.runs.loop import evaluate
 
             refresh(model, training, subject.batch_size)
-            return evaluate(model, subject.meter.objective, scored, subject.batch_size)[1] or 0.0
+            return evaluate(model, subject.rule.objective, scored, subject.batch_size)[1] or 0.0
 
         whole, utility = accuracy(), {}
         with torch.no_grad():

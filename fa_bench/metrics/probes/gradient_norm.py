@@ -50,11 +50,11 @@ class GradientNorm(Probe):
         weights = {path: layers[path].weight for path in subject.meter.trace.order}
         with untouched(rule), torch.enable_grad():
             logits = next(tensors_in(subject.model(x)))
-            rule.deliver(subject.meter.objective.loss(logits, y), logits, y)
+            rule.deliver(subject.rule.objective.loss(logits, y), logits, y)
             updates = {path: 0.0 if weight.grad is None else weight.grad.double().norm().item()
                        for path, weight in weights.items()}
             with rule.exact(), all_require_grad(subject.model):
-                losses = subject.meter.objective.loss(next(tensors_in(subject.model(x))), y, reduction="none")
+                losses = subject.rule.objective.loss(next(tensors_in(subject.model(x))), y, reduction="none")
                 norms, floors = norms_and_errors(losses, list(weights.values()))
         return {self.name: dict(zip(weights, norms, strict=True)), f"{self.name}_update": updates,
                 f"{self.name}_floor": dict(zip(weights, floors, strict=True))}
