@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,8 @@ import pytest
 import torch
 
 from fa_bench.config.registries import DATASETS
-from fa_bench.data.base import ResidentSplit, Splits
-from fa_bench.data.crops import crop_and_flip
+from fa_bench.data.base import ResidentSplit, Splits, some
+from fa_bench.data.crops import PaddedCrop, crop_and_flip
 from fa_bench.errors import OptionError
 
 CPU = torch.device("cpu")
@@ -279,3 +280,58 @@ def test_listing_the_datasets_imports_no_torch() -> None:
             "slow = {'torch', 'torchvision', 'sklearn', 'PIL', 'scipy'} & set(sys.modules); assert not slow, slow")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
+
+
+def test_synthetic_images_are_prototypes_with_noise_of_the_given_deviation() -> None:
+    """Prototypes are uniform in 0.2 to 0.8 of the full range and belong to classes that take turns."""
+    plain, noisy = (DATASETS["synthetic"](samples=60, test_samples=60, classes=4, size=20, noise=noise, validation=0)
+                    .load(NOWHERE, CPU) for noise in (0.0, 0.02))
+    for part, other in ((plain.train, noisy.train), (plain.test, noisy.test)):
+        assert part.labels.tolist() == other.labels.tolist() == [number % 4 for number in range(60)]
+        assert torch.equal(part.images, part.images[:4].repeat(15, 1, 1, 1))
+        difference = (other.images.double() - part.images) / 255
+        # 24,000 numbers: within 1 % at two standard errors; rounding to 8 bits, twice, adds a variance of 2 / (12 255^2).
+        assert difference.std().item() == pytest.approx(math.sqrt(0.02**2 + 2 / 12 / 255**2), rel=0.03)
+        assert abs(difference.mean().item()) < 5e-4
+    assert torch.equal(plain.train.images[:4], plain.test.images[:4]) and not torch.equal(noisy.train.images, noisy.test.images)
+    assert 51 <= plain.train.images.min() < 60 and 195 < plain.train.images.max() <= 204
+    large = DATASETS["synthetic"](samples=10, size=200, noise=0.0, validation=0).load(NOWHERE, CPU).train.images
+    # 400,000 numbers with a deviation of 44 around the middle of the range: rounding down would take away 0.5.
+    assert large.double().mean().item() == pytest.approx(127.5, abs=0.25)
+    strong = DATASETS["synthetic"](samples=60, noise=2.0).load(NOWHERE, CPU).train.images
+    assert ((strong == 0) | (strong == 255)).double().mean() > 0.5, "cut off at black and white, never wrapped around"
+
+
+def test_grey_levels_of_digits_are_sixteenths_of_the_full_range_rounded() -> None:
+    splits = DATASETS["digits"].from_mapping({"validation": 0}).load(NOWHERE, CPU)
+    assert splits.train.images.unique().tolist() == [int(np.round(level * 255 / 16)) for level in range(17)]
+
+
+def test_some_samples_are_a_fixed_choice_in_their_order() -> None:
+    split = numbered(40)
+    chosen = some(split, 10).labels.tolist()
+    assert len(chosen) == 10 and chosen == sorted(chosen) == some(numbered(40), 10).labels.tolist()
+    assert chosen not in (list(range(10)), list(range(30, 40))), "not those that are stored first"
+    assert some(split, 40) is split and some(split, 41) is split and len(some(split, 39)) == 39
+
+
+@pytest.mark.parametrize("values", [[0.25], [0.1, 0.2, 0.3]])
+def test_one_number_normalises_every_channel(values: list[float]) -> None:
+    dataset = DATASETS["synthetic"].from_mapping({"channels": 3, "mean": values, "std": values, "validation": 0})
+    x, _ = next(dataset.load(NOWHERE, CPU).test.batches(8))
+    plain, _ = next(dataclasses.replace(dataset, mean=[0.0], std=[1.0]).load(NOWHERE, CPU).test.batches(8))
+    one = torch.tensor(values * (3 // len(values))).view(3, 1, 1)
+    torch.testing.assert_close(x, (plain - one) / one, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_left_of_the_training_images_is_augmented_as_all_of_them_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some are held out, or left out of a trial."""
+    dataset = DATASETS["synthetic"].from_mapping({"samples": 40, "test_samples": 20, "validation": 10, "size": 6})
+    monkeypatch.setattr(type(dataset), "augments", property(lambda self: True))
+    monkeypatch.setattr(dataset, "cropping", PaddedCrop)
+    for splits in (dataset.load(NOWHERE, CPU), dataset.load(NOWHERE, CPU, (20, 10))):
+        plain = next(splits.train.batches(len(splits.train)))[0]
+        for seed in (0, 1):
+            x, _ = next(splits.train.batches(len(splits.train), seed=seed))
+            # 81 places and a flip: a few images of thirty may come out as they are stored.
+            assert same_images(x, plain).any(1).sum() < 4

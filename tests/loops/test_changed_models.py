@@ -177,3 +177,11 @@ def test_a_copy_of_a_part_is_no_part_of_the_model():
         fa_bench.attach(model[0], "fa")
     fa_bench.attach(copy.deepcopy(model[0]), "fa")
     assert rule.model is model
+
+
+def test_a_layer_that_was_taken_out_belongs_to_no_model_after_detach():
+    model, rule = attached("fa")
+    old, model[2] = model[2], nn.Identity()
+    rule.detach()
+    other = fa_bench.attach(nn.Sequential(old, nn.Linear(16, 3).double()), "kp")
+    assert rule.name == "fa" and list(other.feedback) == ["0", "1"]

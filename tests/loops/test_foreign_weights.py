@@ -137,9 +137,12 @@ def test_embeddings_and_position_tables_carry_no_error(name: str) -> None:
 
 @pytest.mark.parametrize(("table", "local"), [
     (lambda net, h: h + 0.5 * net.pos, True), (lambda net, h: torch.cat([net.pos.expand_as(h), h], 1), True),
+    (lambda net, h: torch.where(h > 0, h, net.pos), True), (lambda net, h: torch.stack([h, net.pos.expand_as(h)]).sum(0), True),
+    (lambda net, h: h - net.pos.flip(0), True),
     (lambda net, h: h * net.pos, False), (lambda net, h: h @ net.pos.t() @ net.pos, False),
     (lambda net, h: h @ (net.pos.tanh() - net.pos).t() @ net.pos.detach(), False),
-], ids=["scaled and added", "concatenated", "multiplied", "matrix product", "a weight made of it"])
+], ids=["scaled and added", "concatenated", "chosen", "stacked", "subtracted", "multiplied",
+        "matrix product", "a weight made of it"])
 @pytest.mark.parametrize("name", ["fa", "kp", "dfa", "asap"])
 def test_a_table_is_local_only_where_it_is_added(name: str, table: Callable[[Reader, Tensor], Tensor], local: bool) -> None:
     class Tabled(Reader):

@@ -313,3 +313,14 @@ def test_replaced_feedback_that_is_left_out_of_updates_by_hand_is_noticed():
     tensors[:] = rule.weight_parameters()
     with pytest.raises(StateError, match=LEFT_OUT):
         steps(model, rule, ByHand, 1)
+
+
+@pytest.mark.parametrize("name", ["dkp", "predsim", "dgl"])
+def test_an_optimizer_without_the_feedback_is_noticed_where_the_output_layer_is_frozen(name):
+    """A hidden layer's update shows it then."""
+    model = net()
+    model[4].requires_grad_(False)
+    optimizer = sgd(p for p in model.parameters() if p.requires_grad)
+    rule = fa_bench.attach(model, name, seed=0, **({"b_lr_scale": 1.0} if name == "dkp" else {}))
+    with pytest.raises(StateError, match=LEFT_OUT):
+        steps(model, rule, optimizer, 1)

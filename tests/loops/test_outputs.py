@@ -258,3 +258,19 @@ def test_an_output_that_nothing_trains_is_none_to_ask_about(name: str) -> None:
     rule.backward(F.cross_entropy(logits, Y), logits, Y)
     alone.backward(F.cross_entropy(its, Y), its, Y)
     assert_same(gradients(model), gradients(plain))
+
+
+def test_of_several_outputs_those_that_layers_go_on_from_make_no_output_layer() -> None:
+    """A hidden state beside the logits, whichever comes first."""
+    class States(nn.Module):
+        def __init__(self, first: bool) -> None:
+            super().__init__()
+            self.first, self.fc1, self.fc2, self.fc3 = first, nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            h = self.fc2(self.fc1(x).relu()).relu()
+            return (h, self.fc3(h)) if self.first else (self.fc3(h), h)
+
+    for first in (True, False):
+        rule = attach(States(first), "fa", sample_input=X[:2], plain_last=True)
+        assert [path for path, pair in rule.weight_pairs().items() if torch.equal(*pair)] == ["fc3"]

@@ -161,3 +161,33 @@ def test_complex_weights_are_not_covered():
 def test_an_empty_batch_of_more_dimensions():
     model, _ = attached("kp")
     assert model(data(2)[0][:0].reshape(0, 1, 8).expand(0, 7, 8)).shape == (0, 7, 3)
+
+
+@pytest.mark.parametrize(("factor", "warned"), [(1.0, False), (1 + 1e-9, False), (0.95, True), (1.01, True), (0.0, True)])
+def test_a_rate_that_is_nearly_the_one_asked_for_is_warned_of(factor, warned):
+    """Rounding alone is not."""
+    model, rule = attached("kp")
+    optimizer = sgd([{"params": rule.weight_parameters()}, {"params": rule.feedback_parameters(), "lr": 0.1 * factor}])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        steps(model, rule, optimizer, 1)
+    assert any("times the learning rate of the weights" in str(warning.message) for warning in caught) == warned
+
+
+@pytest.mark.parametrize("name", ["kp", "dkp"])
+def test_an_update_by_rounding_noise_is_no_sign_that_feedback_was_left_out(name):
+    """As of a net that has learned its data: the gradients are there, and adding them would change no number."""
+    for scale, fault in ((1e-13, False), (1.0, True)):
+        model, rule = attached(name)
+        x, y = data()
+        logits = model(x)
+        rule.backward(scale * nn.functional.cross_entropy(logits, y), logits, y)
+        assert all(tensor.grad.any() for tensor in rule.feedback_parameters())
+        with torch.no_grad():
+            for weight in rule.weight_parameters():
+                weight.mul_(1.01)
+        if fault:
+            with pytest.raises(StateError, match="but the learned feedback"):
+                rule.step()
+        else:
+            rule.step()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import fa_bench
 from fa_bench.cli import main
 from fa_bench.errors import CoverageError
+from fa_bench.mechanisms.cut_points import patterns
 from tests.loops.chain import CUT_RULES, gradients
 
 FLAT, IMAGES = torch.linspace(-1, 1, 96).reshape(12, 8), torch.linspace(-1, 1, 12 * 3 * 32 * 32).reshape(12, 3, 32, 32)
@@ -218,3 +220,13 @@ def test_the_command_line_trains_with_what_it_suggests(
     assert {override.split("=")[0] for override in suggested} == {f"algorithm.{option}" for option in options}, said
     assert main([*command, *SMALL, *suggested]) == 0
     assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_patterns_mean_the_modules_that_were_chosen_and_no_others() -> None:
+    """Up to six are written out; of more, a pattern that would match another module is not taken."""
+    chosen = ["stem.relu", *(f"layer{stage}.{block}.relu" for stage in (1, 2, 3) for block in (0, 1))]
+    paths = [*chosen, "head.relu", "layer1.0.conv", "layer1", "layer1.0"]
+    written = patterns(chosen, paths)
+    assert {path for path in paths if any(fnmatch(path, one) for one in written)} == set(chosen) and len(written) == 3
+    assert patterns(chosen, chosen) == ["*relu"]
+    assert patterns(chosen[:6], paths) == chosen[:6]

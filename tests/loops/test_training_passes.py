@@ -229,3 +229,17 @@ def test_a_refused_pass_leaves_the_next_one_alone(name):
     for one, its in ((model, rule), (other, whole)):
         train(one, its, 2)
     assert all(torch.equal(mine, its) for mine, its in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["fa", "asap", "dfa"])
+def test_lists_and_mappings_of_a_sample_stay_as_they_are(name):
+    """Of a model that takes things out of them."""
+    class Takes(Net):
+        def forward(self, parts, more):
+            return super().forward(parts.pop() + more.pop("x"))
+
+    x = X[:2].clone()
+    sample = {"parts": [x, x], "more": {"x": x}}
+    options = {"match": "random", "linear": "share"} if name == "asap" else {}
+    fa_bench.attach(Takes(), name, sample_input=sample, **options)
+    assert len(sample["parts"]) == 2 and list(sample["more"]) == ["x"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import fa_bench
 from fa_bench.config.registries import PROBES
 from fa_bench.data.base import ResidentSplit, Splits
 from fa_bench.errors import ConfigError
-from fa_bench.metrics.meter import AlignmentMeter
+from fa_bench.metrics.meter import AlignmentMeter, untouched
 from fa_bench.metrics.probes import base, readout
 from fa_bench.metrics.probes.base import Probe, Probes, Subject, as_before
 from fa_bench.metrics.probes.depth_utility import blocks_of, refresh
@@ -383,3 +384,102 @@ def test_what_a_failing_probe_did_is_undone() -> None:
         subject.model.fc1.weight.zero_()
         raise KeyboardInterrupt
     torch.testing.assert_close(subject.model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_running_statistics_are_those_of_full_batches_without_dropout() -> None:
+    """25 images in batches of 8: normalisation takes no batch of one. What stands in front of it passes everything on."""
+    model, data = mlp(batch_norm=True), random_split(25)
+    plain = copy.deepcopy(model)
+    model.fc1 = nn.Sequential(model.fc1, nn.Dropout(0.5))
+    refresh(model, data, 8)
+    refresh(plain, split(data.images[:24], data.labels[:24]), 8)
+    torch.testing.assert_close(model.bn1.running_mean, plain.bn1.running_mean)
+    torch.testing.assert_close(model.bn2.running_var, plain.bn2.running_var)
+
+
+def test_modules_that_a_net_calls_its_blocks_name_no_blocks() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks, self.cut_points = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]), ["blocks.0"]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.blocks[1](self.blocks[0](x).relu())
+
+    assert blocks_of(Net(), torch.zeros(2, 4)) == {"blocks.0": ["blocks.0.weight", "blocks.0.bias"]}
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_maps_of_every_number_of_dimensions_are_averaged(dims: int) -> None:
+    """1536 numbers, of which two neighbours along the first side make one."""
+    sides = {1: [192], 2: [12, 16], 3: [12, 4, 4]}[dims]
+    x = torch.rand(2, 8, *sides, generator=torch.Generator().manual_seed(0))
+    assert x[0].numel() == 1536
+    torch.testing.assert_close(readout.bounded(x), x.unflatten(2, (sides[0] // 2, 2)).mean(3).flatten(1))
+
+
+def test_draws_are_held_until_the_outermost_measurement_ends() -> None:
+    """A probe may measure angles on its way."""
+    subject = subject_of(mlp(batch_norm=True), "brsf")
+    rule, mode = subject.rule, subject.rule.mode
+    for outer in (as_before, untouched):
+        with outer(rule):
+            for inner in (as_before, untouched):
+                with inner(rule):
+                    assert mode.freeze_random
+                assert mode.freeze_random
+        assert not mode.freeze_random
+
+
+def test_probes_are_due_every_so_many_epochs() -> None:
+    for every, epochs in ((0, []), (1, [1, 2, 3, 4, 5, 6]), (2, [2, 4, 6]), (4, [4])):
+        probes = Probes(["gradient_norm"], every, subject_of(mlp()))
+        assert [epoch for epoch in range(1, 7) if probes.due(epoch)] == epochs
+        assert not any(Probes([], every, subject_of(mlp())).due(epoch) for epoch in range(1, 7))
+
+
+def test_probes_measure_once_after_an_update_and_again_after_the_next() -> None:
+    subject = subject_of(mlp(), "bp")
+    probes = Probes(["gradient_norm", "gradient_norm"], 0, subject)
+    assert len(probes.probes) == 1
+    first = probes.measure(0)
+    with torch.no_grad():
+        subject.model.fc1.weight.mul_(2)
+    assert probes.measure(0) is first
+    assert probes.measure(1)["gradient_norm"]["fc3"] != first["gradient_norm"]["fc3"]
+
+
+def test_a_layer_called_input_leaves_the_floor_a_name_of_its_own() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(OrderedDict(flat=nn.Flatten(), input=nn.Linear(36, 6), act=nn.ReLU(), out=nn.Linear(6, 3)))
+    subject = subject_of(model)
+    found = measured("readout", subject)["readout"]
+    assert list(found) == ["(input)", "input", "out"]
+    other = nn.Sequential(OrderedDict(zip(("flat", "fc", "act", "out"), model, strict=True)))
+    subject.rule.detach()
+    assert list(measured("readout", subject_of(other))["readout"].values()) == list(found.values())
+
+
+def test_probes_learn_from_2000_images_and_are_scored_on_10000() -> None:
+    """At most, as their pages say."""
+    subject = subject_of(mlp(), train=random_split(2001), test=random_split(10_001))
+    assert (len(subject.training), len(subject.scored)) == (2000, 10_000)
+
+
+def test_readout_of_sequences_is_of_their_mean_and_of_the_first_run_of_a_layer() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.again, self.out = nn.Linear(6, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x.flatten(1, 2)).tanh()  # six rows of six pixels each are a sequence
+            return self.out(self.again(self.again(h).tanh()).mean(1))
+
+    torch.manual_seed(0)
+    subject = subject_of(Twice())
+    points = readout.activation_points(subject.meter.trace)
+    seen = next(iter(readout._activations(subject, subject.splits.test, points)))[0]
+    x, _ = next(subject.splits.test.batches(20))
+    with torch.no_grad():
+        np.testing.assert_allclose(seen["again"], subject.model.first(x.flatten(1, 2)).tanh().mean(1), atol=1e-6)

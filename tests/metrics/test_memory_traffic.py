@@ -180,3 +180,8 @@ def test_every_kind_of_relu_has_its_bit() -> None:
     activations = [nn.ReLU(), nn.LeakyReLU(), nn.ReLU6(), nn.ReLU(inplace=True), nn.Tanh()]
     net = nn.Sequential(*[part for activation in activations for part in (nn.Linear(6, 6), activation)], nn.Linear(6, 2))
     assert memory_of(net, (6,)).relus == 4 * 6
+
+
+def test_masks_fill_the_last_number_of_32_bits_as_far_as_they_go() -> None:
+    for relus, batch, numbers in ((1, 1, 1), (32, 1, 1), (33, 1, 2), (11, 3, 2), (0, 5, 0)):
+        assert Memory(0, 0, relus=relus).accesses(batch, strict=True) == (numbers, numbers)

@@ -202,3 +202,23 @@ def test_rules_without_direct_feedback_have_no_output_angle():
     for name in ("fa", "kp", "local_error"):
         rule = fa_bench.attach(mlp(), name, seed=0)
         assert AlignmentMeter(rule, *batch()).measure()["output_angle"] == {}
+
+
+def test_layers_that_carry_an_error_and_those_of_the_output():
+    """In the order of execution: layers that an activation enters, and layers that nothing with weights follows."""
+    probe = AlignmentMeter(fa_bench.attach(mlp(), "fa", seed=0), *batch())
+    assert (probe.feedback_layers, probe.output_layers) == (["2", "4"], ["4"])
+
+    class Two(nn.Module):
+        """Two layers take the image, and two make the logits."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.right, self.left, self.up, self.down = nn.Linear(5, 3), nn.Linear(5, 3), nn.Linear(7, 5), nn.Linear(7, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = (self.up(x) + self.down(x)).tanh()
+            return self.left(h) + self.right(h)
+
+    probe = AlignmentMeter(fa_bench.attach(Two().double(), "fa", seed=0, sample_input=batch()[0]), *batch())
+    assert probe.output_layers == ["left", "right"] and not {"up", "down"} & {*probe.feedback_layers}

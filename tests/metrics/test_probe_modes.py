@@ -222,3 +222,11 @@ def test_norm_ratio_is_of_frobenius_norms_in_double_precision() -> None:
     assert norm_ratio(2 * ones, ones) == pytest.approx(2.0)
     assert norm_ratio(1e-30 * ones, ones) == pytest.approx(1e-30)
     assert norm_ratio(ones, 4 * ones[:1]) == pytest.approx(math.sqrt(24) / (4 * math.sqrt(8)))
+
+
+def test_weights_that_the_user_froze_have_no_true_gradient() -> None:
+    model, _ = attached("bp")
+    fa_bench.attached_rule(model).detach()
+    model.fc2.weight.requires_grad_(False)
+    norms = AlignmentMeter(fa_bench.attach(model, "fa", seed=0), *batch()).measure()["true_gradient_norm"]
+    assert list(norms) == ["fc1", "fc2", "fc3"] and math.isnan(norms["fc2"]) and norms["fc1"] > 0 < norms["fc3"]

@@ -1,5 +1,7 @@
 """Calls that go past a rule, or that it cannot serve: it says so, and what it did before goes on."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from torch import nn
 
 import fa_bench
 from fa_bench.errors import CoverageError
+from fa_bench.rules.fa import FA
 
 from . import nets
 from .helpers import assert_bitwise, rule_grads
@@ -98,3 +101,30 @@ def test_logits_may_be_changed_in_place(name):
         rule.backward(F.cross_entropy(logits, y), logits, y, loss_scale=0.5)
         found.append({key: parameter.grad for key, parameter in model.named_parameters()})
     assert_bitwise(*found)
+
+
+def test_a_rule_is_named_once_and_a_rule_object_has_its_options_already():
+    model = nets.mlp()
+    for call in (lambda: fa_bench.attach(model, "fa", name="kp"), lambda: fa_bench.attach(model, FA(), density=0.5)):
+        with pytest.raises(fa_bench.errors.OptionError, match=r"pass the rule once|already has its options; pass them to FA"):
+            call()
+    assert fa_bench.attached_rule(model) is None
+
+
+def test_a_copy_of_a_layer_with_feedback_is_refused():
+    """It has the class and the tensors of the rule that is in the original."""
+    model = nets.mlp()
+    rule = fa_bench.attach(model, "fa", seed=0)
+    other = nn.Sequential(copy.deepcopy(model.fc1), nn.Linear(5, 3))
+    with pytest.raises(CoverageError, match=r"'0' is a copy of a layer that has feedback: call detach\(\) before copying"):
+        fa_bench.attach(other, "fa")
+    rule.detach()
+    fa_bench.attach(nn.Sequential(copy.deepcopy(model.fc1).float(), nn.Linear(5, 3)), "fa")
+
+
+@pytest.mark.parametrize("name", CUT_RULES)
+def test_a_cut_in_front_of_the_first_layer_is_refused(name):
+    """No error could be of use there."""
+    model = nn.Sequential(nn.Tanh(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+    with pytest.raises(CoverageError, match="cut '0' has no layer with weights before it"):
+        fa_bench.attach(model, name, sample_input=torch.zeros(2, 4), cuts=["0", "2", "4"])

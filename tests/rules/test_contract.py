@@ -53,6 +53,7 @@ LAYERS = {
     "transposed1d": (lambda: nn.ConvTranspose1d(3, 4, 3, stride=2, output_padding=1), (2, 3, 5)),
     "transposed2d": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2), (2, 4, 5, 4)),
     "transposed2d-dilated": (lambda: nn.ConvTranspose2d(3, 5, 3, stride=2, dilation=2, output_padding=(1, 0)), (2, 3, 4, 5)),
+    "transposed2d-unbatched": (lambda: nn.ConvTranspose2d(3, 5, 3, stride=2), (3, 4, 5)),
     "transposed3d": (lambda: nn.ConvTranspose3d(2, 3, 2, stride=2, bias=False), (2, 2, 3, 2, 4)),
 }
 
@@ -239,3 +240,58 @@ def test_global_generator_and_model_are_not_disturbed_by_attach(name):
         rule_grads(model, rule, x, y)
         rule.step()
     assert torch.equal(torch.get_rng_state(), before), "a training pass draws from the rule's own generator"
+
+
+@pytest.mark.parametrize("name", ["fa", "kp", "usf"])
+@pytest.mark.parametrize("net", ["mlp_bn", "conv_bn"])
+def test_autocast_to_float16_is_to_float16(name, net):
+    """The dtype is what the caller's autocast has, in forward and backward."""
+    model, (x, y) = BUILD[net](dtype=torch.float32), nets.batch(net, dtype=torch.float32)
+    rule = fa_bench.attach(model, name, seed=0)
+    seen = []
+
+    def look(module, args, output):
+        seen.append(output.dtype)
+        output.register_hook(lambda error: seen.append(error.dtype))
+
+    for path in layer_names(model):
+        model.get_submodule(path).register_forward_hook(look)
+    with torch.autocast("cpu", dtype=torch.float16):
+        logits = model(x)
+        loss = F.cross_entropy(logits, y)
+    backward(rule, loss, logits, y)
+    assert set(seen) == {torch.float16} and len(seen) == 2 * len(layer_names(model))
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+
+
+def test_second_derivatives_are_those_of_the_formulas():
+    """Of y = W x and e = gᵀ B, with the loss Σ y²/2 and then Σ e: B 1 goes back through W, and to x by B again."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    model = nn.Sequential(nn.Linear(5, 4, bias=False)).double()
+    b = fa_bench.attach(model, "fa", seed=0).feedback["0"]["B"]
+    error, = torch.autograd.grad(model(x).square().sum() / 2, x, create_graph=True)
+    of_weight, of_x = torch.autograd.grad(error.sum(), [model[0].weight, x])
+    torch.testing.assert_close(of_weight, b.sum(1).outer(x.detach().sum(0)))
+    torch.testing.assert_close(of_x, (b.sum(1) @ b).expand(3, 5))
+    x = torch.randn(2, 3, 5, 6, dtype=torch.float64, requires_grad=True)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False)).double()
+    b = fa_bench.attach(model, "fa", seed=0).feedback["0"]["B"]
+    error, = torch.autograd.grad(model(x).square().sum() / 2, x, create_graph=True)
+    of_weight, = torch.autograd.grad(error.sum(), model[0].weight)
+    want = torch.nn.grad.conv2d_weight(x, b.shape, F.conv2d(torch.ones_like(x), b, padding=1), padding=1)
+    torch.testing.assert_close(of_weight, want.detach())
+
+
+@pytest.mark.parametrize("name", ["fa", "kp", "frsf", "pfa"])
+@pytest.mark.parametrize(("build", "last"), [
+    (lambda: nn.Conv2d(4, 6, 3), torch.channels_last), (lambda: nn.Conv3d(4, 6, 3), torch.channels_last_3d),
+    (lambda: nn.ConvTranspose2d(4, 6, 3), torch.channels_last),
+], ids=["2d", "3d", "transposed"])
+def test_feedback_has_the_memory_format_of_the_weight(name, build, last):
+    """Another one costs a copy at every step."""
+    for wanted in (last, torch.contiguous_format):
+        model = nn.Sequential(build()).to(memory_format=wanted)
+        rule = fa_bench.attach(model, name, seed=0)
+        found = [tensor for tensor in rule.feedback["0"].values() if tensor.dim() > 2]
+        assert found and all(tensor.is_contiguous(memory_format=wanted) for tensor in found)

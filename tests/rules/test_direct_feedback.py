@@ -1,6 +1,7 @@
 """dfa: signals by way of the output error only, at the declared cuts."""
 
 import math
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -337,3 +338,17 @@ def test_hint_of_cuts_names_no_module_that_runs_several_times():
     assert "relu" not in str(caught.value)
     rule = fa_bench.attach(Blocks(), "dfa", sample_input=torch.randn(2, 1, 4, 4), **caught.value.settings)
     assert not rule.coverage.uncovered
+
+
+def test_a_module_with_two_names_is_one_cut():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(OrderedDict(fc=nn.Linear(4, 5), act=nn.ReLU()))
+            self.act, self.head = self.body.act, nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.head(self.body(x))
+
+    rule = fa_bench.attach(Named(), "dfa", sample_input=torch.zeros(2, 4), cuts=["*act"])
+    assert list(rule.feedback) == ["body.act"]

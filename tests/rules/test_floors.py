@@ -121,7 +121,8 @@ def test_bp_fc_without_convolutions_is_bp_and_needs_no_sample():
 
 @pytest.mark.parametrize("norm", [
     lambda: torch.nn.BatchNorm2d(4), lambda: torch.nn.GroupNorm(2, 4), lambda: torch.nn.LayerNorm([4, 2, 2]),
-], ids=["batch", "group", "layer"])
+    lambda: torch.nn.InstanceNorm2d(4, affine=True),
+], ids=["batch", "group", "layer", "instance"])
 def test_bp_fc_freezes_every_kind_of_normalisation_behind_a_convolution(norm):
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), norm(), torch.nn.Flatten(), torch.nn.Linear(16, 3))
     fa_bench.attach(model, "bp_fc", seed=0, sample_input=torch.zeros(2, 1, 4, 4))

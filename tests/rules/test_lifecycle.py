@@ -1,6 +1,7 @@
 """Forward passes that must change nothing, copies, checkpoints, exact backpropagation and the way back to the plain model."""
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -315,7 +316,7 @@ def test_kp_writing_into_one_gradient_leaves_the_other(written):
     assert torch.equal(feedback.grad, before)
     (layer.weight if written == "W" else feedback).grad.mul_(3)
     assert torch.equal((feedback if written == "W" else layer.weight).grad, before)
-    torch.nn.utils.clip_grad_norm_([layer.weight, feedback], 1e-3)
+    nn.utils.clip_grad_norm_([layer.weight, feedback], 1e-3)
     norms = torch.stack([layer.weight.grad.norm(), feedback.grad.norm()])
     assert norms.norm().item() == pytest.approx(1e-3, rel=1e-3)
 
@@ -451,3 +452,41 @@ def test_a_detached_rule_does_not_train(name):
     with pytest.raises(CoverageError, match=f"this '{name}' rule object is not attached to a model"):
         rule.backward(outputs.sum(), outputs, torch.zeros(5, dtype=torch.long))
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_what_the_rule_froze_takes_part_until_the_outermost_exact_block_ends():
+    """And what the user froze neither there nor after detach."""
+    model, (x, y) = nets.convnet(batch_norm=True), nets.batch("conv")
+    model.conv1.bias.requires_grad_(False)
+    rule = fa_bench.attach(model, "fa", seed=0, sample_input=x, freeze_stem=True)
+    want = bp_grads(nets.convnet(batch_norm=True), x, y)["conv1.weight"]
+    with rule.exact():
+        with rule.exact():
+            model(x)
+        assert_matches({"w": rule_grads(model, rule, x, y)["conv1.weight"]}, {"w": want})
+        assert not model.conv1.bias.requires_grad
+    assert rule_grads(model, rule, x, y)["conv1.weight"] is None
+    rule.detach()
+    assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == ["conv1.bias"]
+
+
+@pytest.mark.parametrize("name", ["fa", "kp", "usf"])
+def test_a_layer_that_was_replaced_is_plain_after_detach_too(name):
+    model, x = nets.mlp(), nets.batch("mlp")[0]
+    rule = fa_bench.attach(model, name, seed=0)
+    old, model.fc2 = model.fc2, nn.Linear(5, 6).double()
+    rule.detach()
+    assert type(old) is nn.Linear and {*old.state_dict()} == {"weight", "bias"}
+    hidden = model.act1(model.fc1(x))
+    assert torch.equal(old(hidden), F.linear(hidden, old.weight, old.bias))
+
+
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant != "frozen"])
+def test_attach_leaves_its_sample_as_it_was(variant):
+    """Of a model that changes what it is given."""
+    name, options = VARIANTS[variant]
+    model = nn.Sequential(OrderedDict(first=nn.ReLU(inplace=True), **dict(nets.NETS[NET]().named_children())))
+    x = nets.batch(NET)[0]
+    before = x.clone()
+    fa_bench.attach(model, name, seed=0, sample_input=x, **cut_options(name, model, options))
+    assert torch.equal(x, before)

@@ -311,3 +311,10 @@ def test_an_auxiliary_parameter_that_is_frozen_leaves_the_others_their_gradients
         found.append({key: net.get_parameter(key).grad for key, _ in net.named_parameters() if key != own[number]})
         assert (net.get_parameter(own[number]).grad is None) == freezes
     assert_bitwise(*found)
+
+
+def test_magnitudes_of_a_separate_carrier_belong_to_their_cut():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    feedback = fa_bench.attach(model, "local_error", seed=0, cuts=["1", "3"], separate=True).feedback
+    assert not torch.equal(feedback["1"]["K"].abs(), feedback["3"]["K"].abs())
+    assert not torch.equal(feedback["1"]["M"].abs(), feedback["3"]["M"].abs())

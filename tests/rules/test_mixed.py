@@ -275,3 +275,10 @@ def test_fractions_for_the_78_degrees_of_the_brain(fractions, path, which):
     assert measured(rule, path)[which] == pytest.approx(78, abs=2)
     if which:
         assert measured(rule, path)[0] < 45, "while the error as a whole is carried well"
+
+
+def test_fractions_may_be_rounded():
+    """Thirds, as one writes them; a thousandth that is missing is no rounding."""
+    fa_bench.attach(nets.mlp(), "mixed", pfa=0.3333333, fa=0.3333333, kp=0.3333333)
+    with pytest.raises(OptionError, match=r"sum to 0\.999"):
+        fa_bench.attach(nets.mlp(), "mixed", pfa=0.333, fa=0.333, kp=0.333)

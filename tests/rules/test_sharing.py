@@ -287,3 +287,98 @@ def test_a_map_that_shrinks_along_one_side_alone_is_pooled_along_it():
     x = torch.arange(32.0).reshape(1, 2, 4, 4)
     matched = matcher((2, 4, 4), (4, 4, 2), "max_pool", None)(x)
     assert torch.equal(matched, torch.cat([x, x], 1)[..., 1::2])
+    assert torch.equal(matcher((2, 4, 4), (2, 4, 2), "max_pool", torch.eye(2).view(2, 2, 1, 1))(x), x[..., ::2])
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_maps_of_every_number_of_dimensions_are_matched(dims):
+    """4 pixels a side to 2, and 2 channels to 4: copies of the largest, or of the mean, of 2^d pixels; or every second pixel."""
+    x = torch.randn(3, 2, *[4] * dims, generator=torch.Generator().manual_seed(0))
+    blocks = x
+    for axis in range(2, 2 + dims):  # (..., 2, 2, ...): the last of the two lies within a window
+        blocks = blocks.unflatten(2 * (axis - 2) + 2, (2, 2))
+    within = [3 + 2 * axis for axis in range(dims)]
+    for kind, pooled in (("max_pool", blocks.amax(within)), ("avg_pool", blocks.mean(within))):
+        got = matcher((2, *[4] * dims), (4, *[2] * dims), kind, None)(x)
+        torch.testing.assert_close(got, torch.cat([pooled, pooled], 1))
+    mixing = torch.randn(5, 2, *[1] * dims, generator=torch.Generator().manual_seed(1))
+    every_second = x[(slice(None), slice(None), *[slice(None, None, 2)] * dims)]
+    got = matcher((2, *[4] * dims), (5, *[2] * dims), "max_pool", mixing)(x)
+    torch.testing.assert_close(got, torch.einsum("oi,ni...->no...", mixing.flatten(1), every_second))
+
+
+def test_what_stands_in_for_another_number_of_dimensions_is_flattened():
+    x = torch.randn(3, 2, 2, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(matcher((2, 2, 3), (12,), "max_pool", None)(x), x.flatten(1))
+    assert torch.equal(matcher((2, 2, 3), (24,), "max_pool", None)(x), x.flatten(1).repeat(1, 2))
+    assert torch.equal(matcher((2, 2, 3), (4,), "max_pool", None)(x), x.reshape(3, 4, 3).amax(2))
+    torch.testing.assert_close(matcher((2, 2, 3), (4,), "avg_pool", None)(x), x.reshape(3, 4, 3).mean(2))
+
+
+@pytest.mark.parametrize(("shape", "wanted"), [((2, 2, 2), (2, 4, 4)), ((2, 7, 8), (2, 5, 4)), ((2, 8, 7), (2, 4, 5))])
+def test_sizes_that_no_pooling_makes_are_refused(shape, wanted):
+    """Larger ones, and those that are no whole ratio of one side."""
+    for mixing in (None, torch.zeros(2, 2, 1, 1)):
+        with pytest.raises(ValueError, match="pooling does not reduce"):
+            matcher(shape, wanted, "max_pool", mixing)
+
+
+# torch itself warns, once, that an even kernel under padding='same' needs a padded copy of the input.
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("mode", ["circular", "reflect", "zeros"])
+@pytest.mark.parametrize("name", ["asap", "asfp"])
+def test_a_shared_activation_is_padded_as_the_layers_own_input_is(name, mode):
+    torch.manual_seed(0)
+    kernel, padding = ((2, 4), "same") if mode == "zeros" else (3, 1)  # the one pads more behind than in front
+    layers = [part for channels in (1, 2, 2, 2) for part in
+              (nn.Conv2d(channels, 2, kernel, padding=padding, padding_mode=mode), nn.Tanh())]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(2 * 5 * 6, 3)).double()
+    x, y = torch.randn(4, 1, 5, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 1])
+    rule = fa_bench.attach(model, name, seed=0, sample_input=x)
+    seen, errors = {}, {}
+    model[2].register_forward_pre_hook(lambda m, args: seen.__setitem__("h", args[0].detach()))
+    model[4].register_full_backward_hook(lambda m, gi, go: errors.__setitem__("g", go[0]))
+    rule_grads(model, rule, x, y)
+    twin = nn.Conv2d(2, 2, kernel, padding=padding, padding_mode=mode).double()
+    want, = torch.autograd.grad(twin(seen["h"]), twin.weight, errors["g"])
+    learned = model[4].feedback_B if name == "asfp" else model[4].weight
+    assert distance(learned.grad, array(want)) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["asap", "asfp", "forward_alignment"])
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("single", [False, True])
+def test_activations_that_stand_in_under_autocast(name, linear, single):
+    """Gradients in bfloat16 are those of single precision to its 8 bits, whatever precision nonlinearities return."""
+    class Single(nn.Tanh):
+        def forward(self, x):
+            return super().forward(x.float())
+
+    x, y = data(linear)
+    found = []
+    for autocast in (False, True):
+        model = chain_net(linear).float()
+        for path in [path for path, part in model.named_children() if single and isinstance(part, nn.Tanh)]:
+            model._modules[path] = Single()
+        rule = fa_bench.attach(model, name, seed=0, sample_input=x.float())
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            logits = model(x.float())
+            loss = F.cross_entropy(logits, y)
+        assert (logits.dtype == torch.bfloat16) == autocast
+        backward(rule, loss, logits, y)
+        found.append({key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None})
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 6
+    for key, want in found[0].items():
+        assert found[1][key].dtype == torch.float32
+        assert (found[1][key] - want).norm() <= 0.05 * want.norm(), key
+
+
+def test_sharing_among_fully_connected_layers_is_suggested_where_it_would_be_enough():
+    x = torch.zeros(2, 1, 6, 6)
+    for widths, suggested in (([32, 3], False), ([32, 8, 3], True)):
+        linear = [part for a, b in pairwise([2 * 6 * 6, *widths]) for part in (nn.ReLU(), nn.Linear(a, b))]
+        model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Flatten(), *(linear[:2] if not suggested else linear))
+        with pytest.raises(fa_bench.errors.CoverageError, match="nothing to share") as refused:
+            fa_bench.attach(model, "asap", sample_input=x)
+        assert refused.value.settings == ({"linear": "share"} if suggested else {})
+        assert ("deeper model" in str(refused.value)) != suggested

@@ -1,11 +1,14 @@
 """wm: which noise is drawn when, and which layers are mirrored."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import fa_bench
 from fa_bench.errors import CoverageError, OptionError
+from fa_bench.rules.wm import MirroredFeedback
 
 from . import nets
 from .helpers import arrays, assert_bitwise, assert_matches, feedback_tensors, rule_grads
@@ -98,6 +101,18 @@ def test_model_moved_to_another_dtype_is_mirrored_there():
     model.float()
     rule.step()
     assert all(tensor.dtype == torch.float32 for tensor in snapshot(rule).values())
+    model, rule = attached()
+    model.float()
+    rule.step()
+    model.double()
+    twin = copy.deepcopy(model)
+    for layer in twin.modules():  # as if nothing had been mirrored in single precision
+        if isinstance(pathway := getattr(layer, "pathway", None), MirroredFeedback):
+            pathway._scale = None
+    rule.step()
+    fa_bench.attached_rule(twin).step()
+    for key, tensor in twin.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], tensor, rtol=1e-13, atol=1e-13)
 
 
 # --- which layers --------------------------------------------------------------------------------------------------------------

@@ -83,3 +83,22 @@ def test_the_output_layer_is_the_one_that_runs_last_not_the_one_defined_last(nam
     rule = fa_bench.attach(nets.residual(), name, seed=0, sample_input=x, plain_last=True)
     assert layer_names(rule.model)[-1] != "head"
     assert [path for path, (effective, weight) in rule.weight_pairs().items() if torch.equal(effective, weight)] == ["head"]
+
+
+@pytest.mark.parametrize("name", ["fa", "kp"])
+def test_without_a_sample_the_output_layer_is_the_one_defined_last(name):
+    """A convolution in front tells no size of an image, and a layer defined last may run first."""
+    rule = fa_bench.attach(nets.convnet(batch_norm=True), name, seed=0, plain_last=True)
+    assert [path for path, (effective, weight) in rule.weight_pairs().items() if torch.equal(effective, weight)] == ["fc2"]
+
+    class Backwards(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last, self.first = torch.nn.Linear(5, 5), torch.nn.Linear(5, 5)
+
+        def forward(self, x):
+            return self.last(self.first(x).relu())
+
+    for sample, output in ((None, "first"), (torch.zeros(2, 5), "last")):
+        rule = fa_bench.attach(Backwards(), name, seed=0, plain_last=True, sample_input=sample)
+        assert [path for path, pair in rule.weight_pairs().items() if torch.equal(*pair)] == [output]

@@ -220,3 +220,20 @@ def test_nets_of_forward_alignment() -> None:
     assert [name for name, _ in full.named_children()][-2:] == ["fc4", "bn4"]
     assert sum(p.numel() for p in linear.parameters()) == 785 * 10 + 3 * 110
     assert sum(p.numel() for p in full.parameters()) == 785 * 10 + 3 * 110 + 4 * 20
+
+
+def test_torchvisions_models_are_made_for_the_size_of_the_images_and_without_auxiliary_heads() -> None:
+    with torch.device("meta"):
+        transformer = ARCHITECTURES["torchvision"](model="vit_b_16").build((3, 64, 64), 7)
+        assert transformer.encoder.pos_embedding.shape[1] == (64 // 16) ** 2 + 1
+        assert transformer(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
+        for name, size in (("inception_v3", 299), ("googlenet", 64)):
+            model = ARCHITECTURES["torchvision"](model=name).build((3, size, size), 7).train()
+            assert model(torch.zeros(2, 3, size, size)).shape == (2, 7), "and no tuple"
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 28), (1, 28, 5)])
+def test_images_with_one_side_that_is_too_small_are_said_to_be(shape: tuple[int, int, int]) -> None:
+    with pytest.raises(OptionError, match=rf"padding=0 leaves nothing of {shape[1]}x{shape[2]} images"):
+        ARCHITECTURES["conv2"](padding=0, channels=2).build(shape, 3)
+    ARCHITECTURES["conv2"](padding=1, channels=2).build(shape, 3)

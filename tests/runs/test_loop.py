@@ -264,3 +264,17 @@ def test_an_evaluation_may_be_left_before_every_batch(monkeypatch: pytest.Monkey
     waits.clear()
     fit(fa_bench.attach(make_model(), "bp"), load(), 1, on_wait=lambda: waits.append(None))
     assert len(waits) == 2, "batches of 16 here"
+
+
+def test_a_weight_that_is_not_finite_is_named_before_feedback_in_the_models_order() -> None:
+    for spoiled, named in ((("fc1", "fc2"), "fc1.weight"), (("fc2",), "fc2.weight")):
+        rule = fa_bench.attach(make_model(), "kp", seed=1)
+
+        def spoil(progress: Progress, rule: Rule = rule, spoiled: tuple[str, ...] = spoiled) -> None:
+            for layer in spoiled:
+                rule.model.get_submodule(layer).weight.data[0, 0] = float("nan")
+            rule.feedback["fc1"]["B"].data[0, 0] = float("inf")
+
+        with pytest.raises(Diverged, match=rf"first in {named}") as caught:
+            fit(rule, load(), 1, on_step=spoil)
+        assert caught.value.layer == named

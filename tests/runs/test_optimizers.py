@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fa_bench
+from fa_bench.errors import OptionError
 from fa_bench.mechanisms.rule import Rule
 from fa_bench.optim.adam import Adam, AdamW
 from fa_bench.optim.base import OptimizerOptions
@@ -272,3 +273,25 @@ def test_frozen_weights_are_not_trained() -> None:
     assert isinstance(stem, nn.Linear)
     ids = {id(tensor) for tensor in Optimizers(SGD(weight_decay=0.1), rule, 1).trained()}
     assert not ids & {id(stem.weight), id(stem.bias)} and ids >= {id(tensor) for tensor in rule.feedback_parameters()}
+
+
+@pytest.mark.parametrize(("make", "says"), [
+    (lambda: SGD(nesterov=True, momentum=0.0), r"nesterov=true needs momentum above 0"),
+    (lambda: SGD(lr=0.1, schedule=Cosine(min_lr=0.2)), r"schedule\.min_lr=0\.2 is above lr=0\.1"),
+    (lambda: Step(), r"step_size: is needed with schedule\.name=step"),
+    (lambda: MultiStep(), r"milestones: are needed with schedule\.name=multistep"),
+    (lambda: Schedule.from_mapping({"name": "step", "step_size": 1, "milestones": [1]}), r"milestones: is not an option of"),
+    (lambda: Schedule.from_mapping({"name": "cosine", "step_size": 1}), r"step_size: is not an option of"),
+])
+def test_settings_that_do_not_go_together_are_refused(make: Any, says: str) -> None:
+    with pytest.raises(OptionError, match=says):
+        make()
+    SGD(lr=0.1, schedule=Cosine(min_lr=0.1))
+
+
+def test_defaults_that_torch_has_too_are_torchs() -> None:
+    for options, made in ((Adam(), torch.optim.Adam), (AdamW(), torch.optim.AdamW)):
+        theirs = made([torch.zeros(1, requires_grad=True)]).defaults
+        assert (options.lr, (options.beta1, options.beta2), options.eps) == (theirs["lr"], theirs["betas"], theirs["eps"])
+    steps = torch.optim.lr_scheduler.StepLR(torch.optim.SGD([torch.zeros(1, requires_grad=True)]), 1)
+    assert Step(step_size=1).gamma == steps.gamma

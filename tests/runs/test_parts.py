@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import fa_bench
 from fa_bench.config.job import Job, RunOptions
+from fa_bench.config.labels import duration
 from fa_bench.data.synthetic import Synthetic
 from fa_bench.errors import OptionError
 from fa_bench.files import atomic, dump_json
@@ -24,6 +30,10 @@ from fa_bench.optim.optimizers import Optimizers
 from fa_bench.optim.sgd import SGD
 from fa_bench.process import isolated
 from fa_bench.rules.bp import BP
+from fa_bench.runs import callbacks, hashes
+from fa_bench.runs.hashes import chained, state_hash, weights_hash
+from fa_bench.runs.loop import Progress
+from fa_bench.runs.record import peak_memory
 from fa_bench.runs.train import prepare
 from fa_bench.schedules.base import Schedule
 from fa_bench.schedules.constant import Constant
@@ -188,3 +198,165 @@ def test_a_run_computes_without_denormal_numbers() -> None:
         assert (tiny * 0.5 == 0).all()
     finally:
         torch.set_flush_denormal(False)
+
+
+def process_state() -> dict[str, Any]:
+    """What a run may change of its process."""
+    cudnn, hooks = torch.backends.cudnn, vars(nn.modules.module)
+    return {
+        "dtype": torch.get_default_dtype(), "threads": torch.get_num_threads(), "gradients": torch.is_grad_enabled(),
+        "anomalies": torch.is_anomaly_enabled(), "products": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "warns": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "cudnn": cudnn.benchmark, "cudnn's determinism": cudnn.deterministic, "numpy": np.geterr(), "folder": os.getcwd(),
+        "workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+        "forward hooks": [*hooks["_global_forward_hooks"]], "backward hooks": [*hooks["_global_backward_hooks"]],
+        "torch's numbers": torch.get_rng_state().tolist(), "python's": random.getstate(),
+        "numpy's": str(np.random.get_state(legacy=False)),
+    }
+
+
+def test_the_process_is_as_before_behind_a_run_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the run, its model or a plugin has set; the next run of a grid begins in the same process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    (tmp_path / "elsewhere").mkdir()
+    before = process_state()
+    with pytest.raises(KeyError), isolated():
+        torch.set_default_dtype(torch.float64)
+        torch.set_num_threads(before["threads"] + 1)
+        torch.set_grad_enabled(False)
+        torch.set_anomaly_enabled(True)
+        torch.set_float32_matmul_precision("medium" if before["products"] != "medium" else "high")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = not before["cudnn"]
+        torch.backends.cudnn.deterministic = not before["cudnn's determinism"]
+        np.seterr(divide="raise")
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        nn.modules.module.register_module_forward_hook(lambda *_: None)
+        nn.modules.module.register_module_full_backward_hook(lambda *_: None)
+        torch.rand(3), np.random.rand(3), random.random()
+        os.chdir("elsewhere")
+        now = process_state()
+        assert [key for key in before if before[key] == now[key]] == []
+        raise KeyError
+    after = process_state()
+    assert [key for key in before if before[key] != after[key]] == []
+
+
+def test_warnings_of_what_is_not_deterministic_are_warnings_again_behind_a_run() -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with isolated():
+            torch.use_deterministic_algorithms(True)
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_what_a_run_sets_before_it_begins(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever an earlier run in the process left, and by the seed the same numbers."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    drawn = []
+    with isolated():
+        for left in (True, False):
+            torch.use_deterministic_algorithms(left)
+            torch.backends.cudnn.benchmark = left
+            torch.set_default_dtype(torch.float64 if left else torch.float32)
+            options = RunOptions(device="cpu", threads=1, seed=5, deterministic=deterministic)
+            job = Job(options, BP(), MLP(), Synthetic(), SGD(), None, CrossEntropy())
+            assert prepare(job) == torch.device("cpu") and torch.get_num_threads() == 1
+            assert torch.are_deterministic_algorithms_enabled() == deterministic != torch.backends.cudnn.benchmark
+            assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == deterministic
+            drawn.append((torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random(), torch.get_default_dtype()))
+    assert drawn[0] == drawn[1] and drawn[0][3] == torch.float32
+
+
+@pytest.mark.parametrize(("minutes", "elapsed", "saves"), [
+    (2.0, 119, False), (2.0, 121, True), (0.5, 31, True), (0.0, 1e6, False),
+])
+def test_checkpoints_of_every_so_many_minutes(
+    minutes: float, elapsed: float, saves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0 minutes: none between epochs."""
+    saved: list[bool] = []
+    keeping = callbacks.Checkpoints(lambda: saved.append(True), epochs=10, minutes=minutes)
+    times = iter([1000.0, 1000.0 + elapsed, 1000.0 + elapsed])
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: next(times))
+    keeping.on_fit_start(SimpleNamespace())  # type: ignore[arg-type]
+    keeping.on_step_end(SimpleNamespace())  # type: ignore[arg-type]
+    assert bool(saved) == saves
+
+
+def test_hashes_tell_states_apart_by_every_bit_and_by_their_layout() -> None:
+    zeros = torch.zeros(2, 3)
+    nudged = zeros.clone()
+    nudged[1, 2] = 1e-45
+    states = [
+        {"a": zeros}, {"b": zeros}, {"a": zeros.view(3, 2)}, {"a": zeros.view(6)}, {"a": zeros.int()}, {"a": nudged},
+        {"a": -zeros}, {"a": [zeros]}, {"a": {"a": zeros}}, {"a": zeros, "b": 1}, {"a": zeros, "b": 1.0}, {"a": zeros, "b": None},
+        {}, {"a": [1, 23]}, {"a": [12, 3]}, {"a": torch.zeros(0)},
+    ]
+    assert len({state_hash(state) for state in states}) == len(states)
+    columns = torch.arange(6.0).view(3, 2)
+    assert state_hash([columns.t()]) == state_hash((columns.t().contiguous(),)), "the same numbers, held otherwise"
+    one, two = torch.arange(3), torch.arange(3, 6)
+    assert chained(chained("", one), two) not in (chained(chained("", two), one), chained("", two), chained("", one, two))
+    assert chained("", one, two) != chained("", two, one)
+
+
+def test_the_hash_of_the_weights_leaves_out_the_nets_of_local_losses_alone() -> None:
+    def hashes(name: str) -> tuple[str, str]:
+        torch.manual_seed(0)
+        model = MLP(widths=[4, 4], batch_norm=True).build((1, 2, 2), 3)
+        rule = fa_bench.attach(model, name, seed=0, sample_input=torch.zeros(2, 1, 2, 2))
+        before = weights_hash(model)
+        with torch.no_grad():
+            for tensor in rule.feedback_parameters() or [model.bn1.running_mean]:
+                tensor.add_(1)
+        return before, weights_hash(model)
+
+    (bp, other), (local, after), (kp, moved) = (hashes(name) for name in ("bp", "predsim", "kp"))
+    assert bp == local == after and len({bp, other, kp, moved}) == 4
+
+
+def test_what_a_grid_will_take_is_estimated_from_its_first_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten seconds for epoch 3 of 5 leave two epochs of this run and four of the others; said once."""
+    said: list[str] = []
+    now = [1000.0]
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(callbacks.log, "info", lambda text, *values: said.append(text % values))
+    display = callbacks.Display("kp", later_epochs=4)
+    trainer: Any = SimpleNamespace(progress=Progress(epoch=2), options=RunOptions(epochs=5),
+                                   splits=SimpleNamespace(train=SimpleNamespace(steps=lambda *_: 1)))
+    display.on_fit_start(trainer)
+    now[0] = 1010.0
+    for trainer.progress.epoch in (3, 4):
+        display.on_epoch_end(trainer, {"val_accuracy": None, "train_loss": 1.0, "test_accuracy": 0.5})
+    display.close()
+    assert said == [f"kp: {duration(10)} an epoch; {duration(60)} left, if the other runs take as long"]
+
+
+def test_peak_memory_is_in_bytes() -> None:
+    """A process that has loaded torch has some hundred megabytes."""
+    found = peak_memory(torch.device("cpu"))
+    assert found is None or 5e7 < found < 1e12
+
+
+def test_the_hash_of_the_code_is_of_what_trains_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs stay what they are where only their reports change; contents and places of all other sources count."""
+    def hashed(**files: str) -> str:
+        for name, text in files.items():
+            path = tmp_path / f"{name.replace('__', '/')}.py"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        return hashes._package_hash.__wrapped__()
+
+    monkeypatch.setattr(hashes, "__file__", str(tmp_path / "runs" / "hashes.py"))
+    before = hashed(runs__hashes="a = 1", rules__report="b = 1", report__tables="c = 1", analyses__one="d = 1")
+    assert hashed(report__tables="c = 2", report__more="e = 1", analyses__one="d = 2") == before
+    found = [before, hashed(rules__report="b = 2"), hashed(runs__hashes="a = 2"), hashed(top="f = 1"), hashed(rules__more="")]
+    assert len(set(found)) == len(found)
+    (tmp_path / "rules" / "more.py").rename(tmp_path / "rules" / "moved.py")
+    assert hashed() not in found

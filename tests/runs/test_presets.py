@@ -178,6 +178,23 @@ def test_a_scaled_step_schedule_keeps_its_steps(folder: Path) -> None:
     assert scaled(jobs(folder, "scale=short")[0]).optimizer.schedule.step_size == 3
 
 
+def test_a_trial_is_smaller_in_every_part_and_never_larger(folder: Path) -> None:
+    """An epoch is left, and the optimizer of the feedback is scaled as that of the weights."""
+    preset(folder, "epochs: 200\nbatch_size: 6\nprobe_size: 3\n")
+    words = ["algorithm=kp", "optimizer.schedule.name=step", "optimizer.schedule.step_size=14",
+             "optimizer@feedback_optimizer=sgd", "feedback_optimizer.schedule.name=multistep",
+             "feedback_optimizer.schedule.milestones=[4,26,150]"]
+    small, tiny = (scaled(jobs(folder, *words, f"scale={scale}")[0]) for scale in ("short", "smoke"))
+    for job, step, milestones in ((small, 1, [1, 3, 15]), (tiny, 1, [1, 1, 1])):
+        assert job.feedback_optimizer is not None
+        assert job.optimizer.schedule.step_size == step
+        assert job.feedback_optimizer.schedule.milestones == milestones
+        assert (job.run.batch_size, job.run.probe_size) == (6, 3), "as they are, for they are small"
+    assert (small.run.epochs, tiny.run.epochs) == (20, 1)
+    large = scaled(jobs(folder, "batch_size=50", "probe_size=50", "scale=smoke")[0])
+    assert (large.run.batch_size, large.run.probe_size) == (8, 4) and large.feedback_optimizer is None
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(0.25, "0.25 s"), (14, "14 s"), (180, "3 min"), (7500, "2 h 05 min")])
 def test_durations_read_as_one_says_them(seconds: float, text: str) -> None:
     assert duration(seconds) == text

@@ -184,3 +184,12 @@ def test_other_images_make_a_finished_sweep_train_again(capsys: Capture) -> None
     assert len(now) == 1 and now != hashes
     shutil.rmtree("images")
     assert main(sweep) == 0 and capsys.readouterr().out.count("nothing to do; its data could not be compared (") == 2
+
+
+def test_the_result_of_a_stopped_run_is_that_of_its_last_epoch(monkeypatch: Patch) -> None:
+    """Accuracies and angles of the second epoch, in the middle of the third."""
+    stopped([*RUN, "probe_every=4"], monkeypatch)
+    result, last = json.loads(Path("run", RESULT).read_text()), lines()[-1]
+    assert result["status"] == "interrupted" and last["epoch"] == result["epoch"] == 2 and last["angles"]
+    for key in ("test_accuracy", "val_accuracy", "train_accuracy", "angles"):
+        assert result[key] == last[key], key

@@ -195,3 +195,20 @@ def test_training_time_adds_up_over_the_parts_of_a_run(monkeypatch: Patch) -> No
     lines = [json.loads(line) for line in Path("run", METRICS).read_text().splitlines()]
     assert lines[0]["seconds"] < 1000 < lines[1]["seconds"] < lines[2]["seconds"]
     assert json.loads(Path("run", RESULT).read_text())["seconds"] == lines[2]["seconds"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_checkpoint_before_the_last_is_kept(links: bool, monkeypatch: Patch) -> None:
+    """On file systems without links, too."""
+    def refuse(*paths: Path) -> None:
+        raise OSError("no links here")
+
+    if not links:
+        monkeypatch.setattr(checkpoint.os, "link", refuse)
+    rule, optimizers = make()
+    last, before = Path("a/last.pt"), Path("a/previous.pt")
+    for epoch in (1, 2, 3):
+        checkpoint.save(last, before, "hash", "data", Progress(epoch=epoch), rule, optimizers)
+        kept = {path: checkpoint.read(path, "hash", "cpu")["progress"]["epoch"] for path in (last, before) if path.exists()}
+        assert kept == ({last: 1} if epoch == 1 else {last: epoch, before: epoch - 1})
+    assert sorted(path.name for path in Path("a").iterdir()) == ["last.pt", "previous.pt"]
