@@ -172,3 +172,10 @@ def test_normalisation_of_a_dataset_can_be_set() -> None:
     splits = DATASETS["digits"].from_mapping({"mean": [0.0], "std": [1.0], "validation": 0}).load(Path("nowhere"), CPU)
     x, _ = next(splits.train.batches(2000))
     assert x.min() == 0 and math.isclose(float(x.max()), 1, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 2), (2, 1), (2, 2), (1, 9)])
+def test_a_box_has_a_pixel_at_least(height: int, width: int) -> None:
+    boxes = random_boxes(np.random.default_rng(0).random((500, DRAWS)), height, width)
+    assert (boxes[:, 2:] >= 1).all() and (boxes[:, :2] >= 0).all()
+    assert (boxes[:, 0] + boxes[:, 2] <= height).all() and (boxes[:, 1] + boxes[:, 3] <= width).all()

@@ -335,3 +335,12 @@ def test_what_is_left_of_the_training_images_is_augmented_as_all_of_them_are(mon
             x, _ = next(splits.train.batches(len(splits.train), seed=seed))
             # 81 places and a flip: a few images of thirty may come out as they are stored.
             assert same_images(x, plain).any(1).sum() < 4
+
+
+def test_a_validation_split_of_its_own_is_the_datasets_even_without_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the training images is held out beside it."""
+    dataset, whole = DATASETS["synthetic"].from_mapping({"samples": 50, "validation": 5}), synthetic(validation=0)
+    own = dataclasses.replace(whole, validation=whole.test.subset(torch.arange(0)))
+    monkeypatch.setattr(dataset, "read", lambda *_: own)
+    splits = dataset.load(NOWHERE, CPU)
+    assert (len(splits.train), len(splits.validation)) == (50, 0)

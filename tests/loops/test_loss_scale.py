@@ -281,3 +281,14 @@ def test_an_infinite_scale_is_what_it_is() -> None:
     labels = torch.tensor([0, 1, 2, 0])
     delta = (logits.softmax(1) - F.one_hot(labels, 3)) * math.inf
     assert measured_scale("drtp", delta, logits, labels) == math.inf
+
+
+@pytest.mark.parametrize("multiple", [1.0, 0.25, 64.0])
+def test_a_scale_is_found_in_what_rounding_leaves_of_small_errors(multiple: float) -> None:
+    """Probabilities near 1 in bfloat16 are good to 1/512, a third of what is missing to 1 here; δ is their difference to 1."""
+    labels = torch.arange(256) % 3
+    logits = 6 * F.one_hot(labels, 3).float() + 0.3 * torch.randn(256, 3, generator=torch.Generator().manual_seed(0))
+    delta = ((logits.softmax(1).bfloat16() - F.one_hot(labels, 3)) / 256 * multiple).bfloat16()
+    true = (logits.softmax(1) - F.one_hot(labels, 3)) / 256 * multiple
+    assert (delta.float() - true).norm() / true.norm() > 0.05
+    assert measured_scale("drtp", delta, logits, labels) == pytest.approx(multiple, rel=0.2)

@@ -191,3 +191,14 @@ def test_an_update_by_rounding_noise_is_no_sign_that_feedback_was_left_out(name)
                 rule.step()
         else:
             rule.step()
+
+
+@pytest.mark.parametrize(("of_weights", "of_feedback"), [(0.01, 0.0), (0.0, 0.01), (0.01, 0.02), (0.02, 0.02)])
+def test_another_decay_of_the_feedback_is_warned_of_whichever_is_larger(of_weights, of_feedback):
+    model, rule = attached("kp")
+    groups = [{"params": rule.weight_parameters(), "weight_decay": of_weights},
+              {"params": rule.feedback_parameters(), "weight_decay": of_feedback}]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        steps(model, rule, torch.optim.SGD(groups, lr=0.1), 1)
+    assert any("same weight decay" in str(warning.message) for warning in caught) == (of_weights != of_feedback)

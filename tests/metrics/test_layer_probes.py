@@ -483,3 +483,14 @@ def test_readout_of_sequences_is_of_their_mean_and_of_the_first_run_of_a_layer()
     x, _ = next(subject.splits.test.batches(20))
     with torch.no_grad():
         np.testing.assert_allclose(seen["again"], subject.model.first(x.flatten(1, 2)).tanh().mean(1), atol=1e-6)
+
+
+def test_weights_that_the_user_froze_have_a_gradient_norm_and_no_update() -> None:
+    found = []
+    for frozen in (False, True):
+        model = mlp()
+        model.fc1.weight.requires_grad_(not frozen)
+        found.append(measured("gradient_norm", subject_of(model)))
+        assert model.fc1.weight.requires_grad != frozen
+    assert found[1]["gradient_norm"] == pytest.approx(found[0]["gradient_norm"]) and found[1]["gradient_norm_update"]["fc1"] == 0
+    assert found[1]["gradient_norm_floor"] == pytest.approx(found[0]["gradient_norm_floor"])

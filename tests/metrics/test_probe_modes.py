@@ -230,3 +230,12 @@ def test_weights_that_the_user_froze_have_no_true_gradient() -> None:
     model.fc2.weight.requires_grad_(False)
     norms = AlignmentMeter(fa_bench.attach(model, "fa", seed=0), *batch()).measure()["true_gradient_norm"]
     assert list(norms) == ["fc1", "fc2", "fc3"] and math.isnan(norms["fc2"]) and norms["fc1"] > 0 < norms["fc3"]
+
+
+def test_metrics_name_layers_in_the_order_of_execution() -> None:
+    """The output layer is defined first."""
+    (x, y), model = nets.batch("residual"), nets.residual()
+    found = AlignmentMeter(fa_bench.attach(model, "fa", seed=0, sample_input=x), x, y).measure()
+    order = ["stem", "a1", "a2", "b1", "down", "head"]
+    for metric in ("weight_angle", "norm_ratio", "delta_angle", "delta_angle_one_step", "true_gradient_norm"):
+        assert found[metric] and list(found[metric]) == [layer for layer in order if layer in found[metric]]

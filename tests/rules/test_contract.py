@@ -1,5 +1,6 @@
 """What every rule keeps: feedback = weight is backpropagation to the last bit, for every layer, dtype and memory format."""
 
+import copy
 from collections import OrderedDict
 
 import pytest
@@ -295,3 +296,32 @@ def test_feedback_has_the_memory_format_of_the_weight(name, build, last):
         rule = fa_bench.attach(model, name, seed=0)
         found = [tensor for tensor in rule.feedback["0"].values() if tensor.dim() > 2]
         assert found and all(tensor.is_contiguous(memory_format=wanted) for tensor in found)
+
+
+@pytest.mark.parametrize("name", ["fa", "kp", "pfa"])
+@pytest.mark.parametrize(("build", "shape", "sizes"), [
+    (lambda: nn.ConvTranspose1d(3, 4, 3, stride=2, padding=1), (2, 3, 4), ([7], [8])),
+    (lambda: nn.ConvTranspose2d(3, 4, 3, stride=(2, 3)), (2, 3, 4, 3), ([9, 9], [10, 11])),
+], ids=["1d", "2d"])
+def test_a_transposed_convolution_gives_the_size_that_is_asked_for(name, build, shape, sizes):
+    """With the output and the gradient of the plain layer, whatever the size."""
+    torch.manual_seed(0)
+    plain, x = build().double(), torch.randn(shape, dtype=torch.float64)
+
+    class Sized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.size = copy.deepcopy(plain), None
+
+        def forward(self, x):
+            return self.up(x, output_size=self.size)
+
+    model = Sized()
+    fa_bench.attach(model, name, seed=0, sample_input=x)
+    for size in sizes:
+        model.size = size
+        y, want = model(x.requires_grad_()), plain(x, output_size=size)
+        assert list(y.shape[2:]) == size and torch.equal(y, want)
+        error = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=y.dtype)
+        got = torch.autograd.grad((y * error).sum(), model.up.weight)[0]
+        torch.testing.assert_close(got, torch.autograd.grad((want * error).sum(), plain.weight)[0])

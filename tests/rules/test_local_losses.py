@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fa_bench
-from fa_bench.mechanisms.local import reduced
+from fa_bench.mechanisms.local import _seeded, reduced
 from fa_bench.metrics.meter import untouched
 
 from . import nets
@@ -318,3 +318,25 @@ def test_magnitudes_of_a_separate_carrier_belong_to_their_cut():
     feedback = fa_bench.attach(model, "local_error", seed=0, cuts=["1", "3"], separate=True).feedback
     assert not torch.equal(feedback["1"]["K"].abs(), feedback["3"]["K"].abs())
     assert not torch.equal(feedback["1"]["M"].abs(), feedback["3"]["M"].abs())
+
+
+def test_auxiliary_layers_are_drawn_on_the_cpu_whatever_torchs_default_device():
+    """An accelerator would draw other numbers; meta, which stands for it here, draws none."""
+    before = torch.get_rng_state()
+    with torch.device("meta"), _seeded(3):
+        drawn = nn.Linear(4, 3).weight
+    assert torch.equal(torch.get_rng_state(), before)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        assert torch.equal(drawn, nn.Linear(4, 3).weight)
+
+
+@pytest.mark.parametrize("name", ["drtp", "local_error", "predsim", "dgl"])
+def test_labels_that_are_no_whole_numbers_are_refused(name):
+    """Made of them, an error would be that of the class that they round to."""
+    model, (x, y) = nets.mlp(), nets.batch("mlp")
+    rule = fa_bench.attach(model, name, seed=0, cuts=["act1"], sample_input=x, allow_uncovered=True)
+    logits = model(x)
+    with pytest.raises(ValueError, match=r"requires labels: .* with class indices"):
+        rule.backward(F.cross_entropy(logits, y), logits, y.double())
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -143,3 +143,17 @@ def test_half_precision_trains_with_a_dead_sample(how, dtype, inside):
     grads = [p.grad for p in [*model.parameters(), *rule.feedback_parameters()] if p.grad is not None]
     assert all(torch.isfinite(grad).all() for grad in grads)
     assert model.conv1.weight.grad.any() and rule.feedback["act1"]["similarity.weight"].grad.any()
+
+
+def test_the_loss_of_a_model_in_double_precision_is_in_double_precision():
+    """Similarities of the labels too: for four classes they are -1/3, which single precision rounds."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 4)).double()
+    rule = fa_bench.attach(model, "predsim", seed=0, cuts=["1"], loss="sim")
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 1, 0])
+    with torch.no_grad():
+        activation = model[1](model[0](x))
+    net = rule.auxiliary_at("1")
+    same = (y[:, None] == y).double()
+    want = (similarity(net["similarity"](activation)) - (4 * same - 1) / 3).square().mean()
+    assert rule.local_loss("1", net, activation, y).item() == pytest.approx(want.item(), rel=1e-14)

@@ -382,3 +382,24 @@ def test_sharing_among_fully_connected_layers_is_suggested_where_it_would_be_eno
             fa_bench.attach(model, "asap", sample_input=x)
         assert refused.value.settings == ({"linear": "share"} if suggested else {})
         assert ("deeper model" in str(refused.value)) != suggested
+
+
+def test_an_activation_that_a_layer_was_given_outside_the_model_is_not_shared():
+    """The layer that takes it first was called by itself, and does not run in the model's next pass."""
+    class Skips(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers, self.skips = nn.ModuleList(nn.Linear(4, 4) for _ in range(4)), False
+
+        def forward(self, x):
+            x = torch.tanh(self.layers[0](x))
+            if not self.skips:
+                x = torch.tanh(self.layers[1](x))
+            return self.layers[3](torch.tanh(self.layers[2](x)))
+
+    model, x = Skips(), torch.randn(2, 4)
+    fa_bench.attach(model, "asap", sample_input=x)
+    model.skips = True
+    model.layers[1](x)
+    with pytest.raises(fa_bench.errors.CoverageError, match=r"the input of 'layers\.1', which did not run before"):
+        model(x)

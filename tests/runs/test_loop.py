@@ -278,3 +278,18 @@ def test_a_weight_that_is_not_finite_is_named_before_feedback_in_the_models_orde
         with pytest.raises(Diverged, match=rf"first in {named}") as caught:
             fit(rule, load(), 1, on_step=spoil)
         assert caught.value.layer == named
+
+
+def test_test_accuracy_at_the_best_epoch_is_that_of_this_epoch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it was in others."""
+    of_epochs = iter([(0.5, 0.9), (0.7, 0.2), (0.6, 0.8)])
+    splits, progress, now = load(), [], [(0.0, 0.0)]
+
+    def evaluate(model: nn.Module, objective: Any, split: Any, *arguments: Any) -> tuple[float, float]:
+        if split is splits.validation:
+            now[0] = next(of_epochs)
+        return 1.0, now[0][split is splits.test]
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    fit(fa_bench.attach(make_model(), "bp"), splits, 3, on_step=lambda present: progress.append(present))
+    assert (progress[-1].best_epoch, progress[-1].best_val, progress[-1].test_at_best) == (2, 0.7, 0.2)

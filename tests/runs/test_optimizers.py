@@ -295,3 +295,16 @@ def test_defaults_that_torch_has_too_are_torchs() -> None:
         assert (options.lr, (options.beta1, options.beta2), options.eps) == (theirs["lr"], theirs["betas"], theirs["eps"])
     steps = torch.optim.lr_scheduler.StepLR(torch.optim.SGD([torch.zeros(1, requires_grad=True)]), 1)
     assert Step(step_size=1).gamma == steps.gamma
+
+
+def test_feedback_without_a_gradient_of_its_own_is_not_trained_by_that_of_the_weight() -> None:
+    """As after exact backpropagation, which gives feedback none."""
+    rule = attached()
+    optimizers = Optimizers(SGD(lr=0.1, momentum=0.0), rule, 1)
+    x, y = torch.randn(6, rule.model[0].in_features, dtype=torch.float64), torch.arange(6) % 2
+    before, others = copies(rule.feedback_parameters()), copies(weights(rule))
+    with rule.exact():
+        F.cross_entropy(rule.model(x), y).backward()
+    optimizers.step()
+    assert all(torch.equal(one, other) for one, other in zip(before, rule.feedback_parameters(), strict=True))
+    assert not all(torch.equal(one, other) for one, other in zip(others, weights(rule), strict=True))

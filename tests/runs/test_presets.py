@@ -191,6 +191,7 @@ def test_a_trial_is_smaller_in_every_part_and_never_larger(folder: Path) -> None
         assert job.feedback_optimizer.schedule.milestones == milestones
         assert (job.run.batch_size, job.run.probe_size) == (6, 3), "as they are, for they are small"
     assert (small.run.epochs, tiny.run.epochs) == (20, 1)
+    assert [scale and scale.train for scale in SCALES.values()] == [None, 10_000, 24], "as the option's help says"
     large = scaled(jobs(folder, "batch_size=50", "probe_size=50", "scale=smoke")[0])
     assert (large.run.batch_size, large.run.probe_size) == (8, 4) and large.feedback_optimizer is None
 

@@ -212,3 +212,23 @@ def test_the_checkpoint_before_the_last_is_kept(links: bool, monkeypatch: Patch)
         kept = {path: checkpoint.read(path, "hash", "cpu")["progress"]["epoch"] for path in (last, before) if path.exists()}
         assert kept == ({last: 1} if epoch == 1 else {last: epoch, before: epoch - 1})
     assert sorted(path.name for path in Path("a").iterdir()) == ["last.pt", "previous.pt"]
+
+
+@pytest.mark.parametrize(("epoch", "batch", "step", "fits"), [
+    (2, 3, 11, True), (9, 0, 36, True), (9, 1, 37, False), (2, 3, 12, False), (3, 0, 11, False), (2, 4, 12, True),
+    (2, 5, 13, False), (10, 0, 40, False),
+])
+def test_progress_that_no_run_makes_is_refused(epoch: int, batch: int, step: int, fits: bool) -> None:
+    """Nine epochs of four batches: none follows the last, and a step is what epochs and batches make together."""
+    rule, optimizers = make()
+    progress = Progress(epoch=epoch, batch=batch, step=step, loss_sum=torch.tensor(1.0), hits=torch.tensor(1), samples=8)
+    checkpoint.save(Path("a/last.pt"), Path("a/previous.pt"), "hash", "data", progress, rule, optimizers)
+
+    def load() -> Progress:
+        return checkpoint.load([Path("a/last.pt")], Expected("hash", "data", 9, 4), rule, optimizers, warn=pytest.fail)
+
+    if fits:
+        assert load().step == step
+    else:
+        with pytest.raises(RunDirectoryError, match="not a checkpoint of this run"):
+            load()
