@@ -30,7 +30,10 @@ def named_cuts(rule: CutRule, sample_input: Any) -> tuple[str, ...]:
         CoverageError: if there are none, or a name matches no module.
     """
     paths = [path for path, _ in rule.model.named_modules() if path]
-    patterns = rule.cuts if rule.cuts is not None else getattr(rule.model, rule.declared, None)
+    declared = getattr(rule.model, rule.declared, None)
+    # A model may have modules of that name, which declare nothing.
+    names_modules = isinstance(declared, (list, tuple)) and all(isinstance(name, str) for name in declared)
+    patterns = rule.cuts if rule.cuts is not None else declared if names_modules else None
     if not patterns:
         raise _none_named(rule, paths, sample_input)
     matches = matching(patterns, paths, "cuts")

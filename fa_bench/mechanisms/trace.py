@@ -377,5 +377,8 @@ def without_side_effects(model: nn.Module) -> Iterator[None]:
     dropouts = [m for m in model.modules()
                 if isinstance(m, nn.modules.dropout._DropoutNd) or type(m).__name__ == "StochasticDepth"]
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-    with attributes_set(dropouts, "training", False), attributes_set(norms, "track_running_stats", False):
+    # Instance normalisation updates its running statistics whatever that says; by a part of 0 they stay.
+    instances = [m for m in norms if isinstance(m, nn.modules.instancenorm._InstanceNorm)]
+    with attributes_set(dropouts, "training", False), attributes_set(norms, "track_running_stats", False), \
+            attributes_set(instances, "momentum", 0.0):
         yield

@@ -239,3 +239,17 @@ def test_metrics_name_layers_in_the_order_of_execution() -> None:
     order = ["stem", "a1", "a2", "b1", "down", "head"]
     for metric in ("weight_angle", "norm_ratio", "delta_angle", "delta_angle_one_step", "true_gradient_norm"):
         assert found[metric] and list(found[metric]) == [layer for layer in order if layer in found[metric]]
+
+
+@pytest.mark.parametrize("kind", [nn.InstanceNorm1d, nn.BatchNorm1d])
+def test_running_statistics_stay_as_they_are(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 3, 3), kind(3, track_running_stats=True), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3))
+    x = torch.randn(5, 2, 6)
+    rule = fa_bench.attach(model, "fa", seed=0, sample_input=x)
+    model(3 * x + 1)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    AlignmentMeter(rule, x, torch.arange(5) % 3).measure()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    model(x)
+    assert not torch.equal(model[1].running_mean, before["1.running_mean"]), "training moves them again"

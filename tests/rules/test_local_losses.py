@@ -340,3 +340,21 @@ def test_labels_that_are_no_whole_numbers_are_refused(name):
     with pytest.raises(ValueError, match=r"requires labels: .* with class indices"):
         rule.backward(F.cross_entropy(logits, y), logits, y.double())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["dgl", "asfp_lc"])
+def test_modules_called_blocks_declare_no_blocks(name):
+    """As in many transformers: a ModuleList of that name is no list of names."""
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(4, 5), nn.Linear(5, 5)])
+            self.head = nn.Linear(5, 3)
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = torch.tanh(block(x))
+            return self.head(x)
+
+    with pytest.raises(fa_bench.errors.CoverageError, match=f"rule '{name}' needs"):
+        fa_bench.attach(Net(), name, sample_input=torch.zeros(2, 4))
