@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -21,7 +22,9 @@ def parts_of(rule: str, **options) -> Parts:
     model = MLP(widths=[12, 7]).build((1, 3, 5), 4)
     x = torch.randn(6, 1, 3, 5)
     attached = fa_bench.attach(model, rule, sample_input=x, **options)
-    return Parts(None, attached, None, AlignmentMeter(attached, x, torch.arange(6) % 4))  # type: ignore[arg-type]
+    meter: Any = AlignmentMeter(attached, x, torch.arange(6) % 4)
+    nothing: Any = None
+    return Parts(nothing, attached, nothing, meter, nothing, [], "")
 
 
 @pytest.mark.parametrize(("rule", "options", "sign", "magnitude"), [
