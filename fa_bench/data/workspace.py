@@ -50,6 +50,11 @@ def _remove(path: Path) -> None:
     if path.exists():
         if not (path / _MARK).exists() and any(path.iterdir()):
             raise DataError(f"{path}: holds somebody's files, but fa-bench unpacks and downloads there; remove or rename it")
+        for entry in path.iterdir():  # the mark goes last: a removal that is killed leaves a folder that is known
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name != _MARK:
+                entry.unlink()
         shutil.rmtree(path)
 
 

@@ -248,3 +248,28 @@ def test_a_lock_file_that_was_replaced_meanwhile_is_no_lock(tmp_path: Path, monk
     monkeypatch.setattr(module, "_same", replaced)
     with module._locked(path):
         assert looked == [False, True]
+
+
+def test_a_removal_that_was_killed_leaves_a_folder_that_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is removed first, it is not the mark."""
+    import shutil
+
+    from fa_bench.data.workspace import workspace
+
+    class Killed(BaseException):
+        pass
+
+    def rmtree(path: Path, *arguments: object) -> None:
+        if Path(path) == tmp_path / ".unpack-x":
+            raise Killed
+        remove(path)
+
+    remove = shutil.rmtree
+    with monkeypatch.context() as patch, pytest.raises(Killed), workspace(tmp_path / ".unpack-x") as folder:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "image").write_text("x")
+        (folder / "file").write_text("x")
+        patch.setattr(shutil, "rmtree", rmtree)
+    assert [path.name for path in (tmp_path / ".unpack-x").iterdir()] == [".made-by-fa-bench"]
+    with workspace(tmp_path / ".unpack-x") as folder:
+        assert [path.name for path in folder.iterdir()] == [".made-by-fa-bench"]
