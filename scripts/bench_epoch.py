@@ -21,7 +21,6 @@ from fa_bench.config.registries import DATASETS
 from fa_bench.data.base import ResidentSplit, Splits
 from fa_bench.metrics.meter import AlignmentMeter
 from fa_bench.models.mlp import MLP
-from fa_bench.objectives.cross_entropy import CrossEntropy
 from fa_bench.optim.optimizers import Optimizers
 from fa_bench.optim.sgd import SGD
 from fa_bench.runs.callbacks import Alignment
@@ -62,7 +61,7 @@ def ours(split: ResidentSplit, probe_every: int) -> float:
     rule = fa_bench.attach(model, "bp")
     x, y = next(split.batches(128))
     splits = Splits(split, None, split.subset(torch.arange(1)), [str(c) for c in range(10)], (1, 28, 28), "")
-    trainer = Trainer(rule, Optimizers(SGD(lr=0.01), rule, 1), splits, CrossEntropy(), RunOptions(batch_size=BATCH, epochs=1),
+    trainer = Trainer(rule, Optimizers(SGD(lr=0.01), rule, 1), splits, RunOptions(batch_size=BATCH, epochs=1),
                       [Divergence(), Alignment(AlignmentMeter(rule, x, y), probe_every)])
     start = time.perf_counter()
     trainer.fit()

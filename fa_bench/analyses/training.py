@@ -54,7 +54,7 @@ def fit(job: Job, parts: Parts, on_epoch: Callable[[Progress, dict[str, Any]], N
         def on_epoch_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
             on_epoch(trainer.progress, metrics)
 
-    trainer = Trainer(parts.rule, parts.optimizers, parts.splits, job.objective, job.run,
+    trainer = Trainer(parts.rule, parts.optimizers, parts.splits, job.run,
                       [Divergence(), Alignment(parts.meter, job.run.probe_every), Watch()])
     for _ in parts.rule.initial_phase():
         pass

@@ -102,6 +102,11 @@ class Passes:
         _ = self.exact
         return self._exact_gradients
 
+    @functools.cached_property
+    def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """{layer: (effective feedback, weight)}; products and the like are computed once for all metrics."""
+        return self.rule.weight_pairs()
+
     @property
     def logits(self) -> Tensor:
         """The model's output for the batch, (N, C)."""

@@ -83,21 +83,21 @@ class Trainer:
     """Trains an attached model.
 
     Args:
-        rule: an attached rule; its model is trained.
+        rule: an attached rule; its model is trained for the rule's objective.
         optimizers: for the weights and learned feedback.
         splits: the data.
-        objective: the loss, and what counts as correct.
         options: the run's options: epochs, batch size, seed, ...
         callbacks: called at every moment that `fa_bench.callbacks.base.Callback` names, in this order.
         progress: where the run stands, which may be within an epoch.
     """
 
     def __init__(
-        self, rule: Rule, optimizers: Optimizers, splits: Splits, objective: Objective, options: RunOptions,
+        self, rule: Rule, optimizers: Optimizers, splits: Splits, options: RunOptions,
         callbacks: Iterable[Callback] = (), progress: Progress | None = None,
     ) -> None:
-        self.rule, self.optimizers, self.splits, self.objective, self.options = rule, optimizers, splits, objective, options
-        self.model, self.callbacks, self.progress = rule.model, list(callbacks), progress or Progress()
+        self.rule, self.optimizers, self.splits, self.options = rule, optimizers, splits, options
+        self.model, self.objective = rule.model, rule.objective
+        self.callbacks, self.progress = list(callbacks), progress or Progress()
         # Only what is overridden is called: a step on a small net takes a few hundred microseconds.
         self._called = {name: [getattr(callback, name) for callback in self.callbacks
                                if getattr(type(callback), name) is not getattr(Callback, name)] for name in _MOMENTS}

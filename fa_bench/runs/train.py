@@ -143,7 +143,7 @@ def _run(run_dir: RunDirectory, resume: bool, title: str, experiment: str | None
 
         display = Display(title or parts.rule.name, later_epochs)
         stack.callback(display.close)
-        trainer = Trainer(parts.rule, parts.optimizers, parts.splits, job.objective, job.run, [
+        trainer = Trainer(parts.rule, parts.optimizers, parts.splits, job.run, [
             Divergence(proceed=job.run.on_divergence == "continue"), *([Histograms(recorder, job.run.histograms_every)]
                                                                        if job.run.histograms_every else []),
             Alignment(parts.meter, job.run.probe_every, recorder.layers), *parts.callbacks, Recording(recorder),

@@ -78,7 +78,7 @@ def fit(
         def on_epoch_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
             lines.append(metrics)
 
-    Trainer(rule, Optimizers(options, rule, epochs), splits, CrossEntropy(), run,
+    Trainer(rule, Optimizers(options, rule, epochs), splits, run,
             [Divergence(), Alignment(meter, probe_every, on_probe), Watch()]).fit()
     return lines
 

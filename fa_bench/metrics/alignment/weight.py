@@ -21,7 +21,7 @@ class WeightAngle(Metric):
     title, unit, layers, order = "weight angle", "°", FEEDBACK, 1
 
     def measure(self, passes: Passes) -> dict[str, float]:
-        return {layer: weight_angle(*pair) for layer, pair in passes.rule.weight_pairs().items()}
+        return {layer: weight_angle(*pair) for layer, pair in passes.weight_pairs.items()}
 
 
 @METRICS.register("norm_ratio")
@@ -32,4 +32,4 @@ class NormRatio(Metric):
     title, layers, order = "norm ratio", FEEDBACK, 3
 
     def measure(self, passes: Passes) -> dict[str, float]:
-        return {layer: norm_ratio(*pair) for layer, pair in passes.rule.weight_pairs().items()}
+        return {layer: norm_ratio(*pair) for layer, pair in passes.weight_pairs.items()}
