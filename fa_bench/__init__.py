@@ -14,8 +14,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fa_bench.api import run
     from fa_bench.callbacks.base import Callback
-    from fa_bench.config.options import option
-    from fa_bench.config.registries import (
+    from fa_bench.data.base import ArrayDataset, Dataset
+    from fa_bench.loggers.base import Logger
+    from fa_bench.mechanisms.cut.rule import CutRule
+    from fa_bench.mechanisms.edge.pathways import FeedbackPathway, FixedFeedback, LearnedFeedback
+    from fa_bench.mechanisms.edge.rule import EdgeRule
+    from fa_bench.mechanisms.rule import Rule
+    from fa_bench.mechanisms.surgery import attach, attached_rule
+    from fa_bench.metrics.alignment.base import Metric
+    from fa_bench.metrics.probes.base import Probe
+    from fa_bench.models.base import Architecture
+    from fa_bench.objectives.base import Objective
+    from fa_bench.optim.base import OptimizerOptions
+    from fa_bench.registry.options import option
+    from fa_bench.registry.registries import (
         register_architecture,
         register_callback,
         register_dataset,
@@ -27,18 +39,6 @@ if TYPE_CHECKING:
         register_rule,
         register_schedule,
     )
-    from fa_bench.data.base import ArrayDataset, Dataset
-    from fa_bench.loggers.base import Logger
-    from fa_bench.mechanisms.cuts import CutRule
-    from fa_bench.mechanisms.edge import EdgeRule
-    from fa_bench.mechanisms.pathways import FeedbackPathway, FixedFeedback, LearnedFeedback
-    from fa_bench.mechanisms.rule import Rule
-    from fa_bench.mechanisms.surgery import attach, attached_rule
-    from fa_bench.metrics.alignment.base import Metric
-    from fa_bench.metrics.probes.base import Probe
-    from fa_bench.models.base import Architecture
-    from fa_bench.objectives.base import Objective
-    from fa_bench.optim.base import OptimizerOptions
     from fa_bench.report.frames import load_results
     from fa_bench.schedules.base import Schedule
 
@@ -47,15 +47,16 @@ __version__ = "0.1.0"
 #: Name -> the module that it comes from, imported at its first use: the command line starts without torch.
 _MODULES = {
     "attach": "mechanisms.surgery", "attached_rule": "mechanisms.surgery", "run": "api", "load_results": "report.frames",
-    "option": "config.options",
-    "Rule": "mechanisms.rule", "EdgeRule": "mechanisms.edge", "CutRule": "mechanisms.cuts", "Architecture": "models.base",
+    "option": "registry.options",
+    "Rule": "mechanisms.rule", "EdgeRule": "mechanisms.edge.rule", "CutRule": "mechanisms.cut.rule",
+    "Architecture": "models.base",
     "Dataset": "data.base", "ArrayDataset": "data.base", "OptimizerOptions": "optim.base", "Objective": "objectives.base",
     "Schedule": "schedules.base", "Metric": "metrics.alignment.base", "Probe": "metrics.probes.base",
-    **dict.fromkeys(("FeedbackPathway", "FixedFeedback", "LearnedFeedback"), "mechanisms.pathways"),
+    **dict.fromkeys(("FeedbackPathway", "FixedFeedback", "LearnedFeedback"), "mechanisms.edge.pathways"),
     "Callback": "callbacks.base", "Logger": "loggers.base",
     **dict.fromkeys(("register_rule", "register_architecture", "register_dataset", "register_optimizer", "register_objective",
                      "register_schedule", "register_metric", "register_probe", "register_callback", "register_logger"),
-                    "config.registries"),
+                    "registry.registries"),
 }
 __all__ = [
     "Architecture", "ArrayDataset", "Callback", "CutRule", "Dataset", "EdgeRule", "FeedbackPathway", "FixedFeedback",

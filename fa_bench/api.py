@@ -30,9 +30,9 @@ def run(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **opt
     from fa_bench.command.compose import Composer
     from fa_bench.command.jobs import Task
     from fa_bench.config.job import register_schemas
-    from fa_bench.output import steady
     from fa_bench.runs.data_checks import forget
-    from fa_bench.runs.stopping import raised
+    from fa_bench.utils.output import steady
+    from fa_bench.utils.stopping import raised
 
     register_schemas()
     words = [*overrides, *(f"{key}={','.join(map(shown, value)) if isinstance(value, (list, tuple, range)) else shown(value)}"

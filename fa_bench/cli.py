@@ -15,12 +15,12 @@ import hydra
 from fa_bench import __version__
 from fa_bench.command.jobs import Task, exit_code_of, interrupted
 from fa_bench.config.job import conf_dir, register_schemas
-from fa_bench.config.plugins import blame
 from fa_bench.errors import ConfigError, FaBenchError, RunDirectoryError, first_line, printable
-from fa_bench.files import cannot_write
-from fa_bench.output import exit_code
+from fa_bench.registry.plugins import blame
 from fa_bench.runs.data_checks import forget
-from fa_bench.runs.stopping import raised
+from fa_bench.utils.files import cannot_write
+from fa_bench.utils.output import exit_code
+from fa_bench.utils.stopping import raised
 
 if TYPE_CHECKING:
     from fa_bench.command.compose import Composer

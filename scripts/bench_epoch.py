@@ -17,12 +17,12 @@ from torch.nn import functional as F
 
 import fa_bench
 from fa_bench.config.job import RunOptions
-from fa_bench.config.registries import DATASETS
 from fa_bench.data.base import ResidentSplit, Splits
 from fa_bench.metrics.meter import AlignmentMeter
 from fa_bench.models.mlp import MLP
 from fa_bench.optim.optimizers import Optimizers
 from fa_bench.optim.sgd import SGD
+from fa_bench.registry.registries import DATASETS
 from fa_bench.runs.callbacks import Alignment
 from fa_bench.runs.divergence import Divergence
 from fa_bench.runs.loop import Trainer

@@ -22,15 +22,15 @@ import torch
 from torch.nn import functional as F
 
 import fa_bench
-from fa_bench.config.registries import ALGORITHMS, ARCHITECTURES
-from fa_bench.config.specs import parse_spec
 from fa_bench.errors import CoverageError
-from fa_bench.mechanisms.layers import weighted_layers
-from fa_bench.mechanisms.ops import DeliverFunction, FeedbackLinearFunction
-from fa_bench.mechanisms.pathways import BackwardContext
+from fa_bench.mechanisms.cut.function import DeliverFunction, FeedbackLinearFunction
+from fa_bench.mechanisms.edge.pathways import BackwardContext
+from fa_bench.mechanisms.weighted_layers import weighted_layers
 from fa_bench.metrics.arithmetic import multiplications
 from fa_bench.optim.optimizers import Optimizers
 from fa_bench.optim.sgd import SGD
+from fa_bench.registry.registries import ALGORITHMS, ARCHITECTURES
+from fa_bench.registry.specs import parse_spec
 
 NETS = {"mlp": (1, 28, 28), "conv2": (1, 28, 28), "resnet20": (3, 32, 32)}
 PLAIN, AGAIN = "bp (plain)", "bp (A/A)"

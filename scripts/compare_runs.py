@@ -22,7 +22,7 @@ from typing import Any
 
 from fa_bench.cli import main as fa_bench
 from fa_bench.config.job import conf_dir
-from fa_bench.config.registries import ALGORITHMS
+from fa_bench.registry.registries import ALGORITHMS
 
 SETTINGS = {
     "mlp sgd": ["architecture=mlp", "dataset=digits", "optimizer=sgd", "optimizer.weight_decay=0.001"],

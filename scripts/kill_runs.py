@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 import fa_bench.analyses  # noqa: F401  what commands import is imported once, here, and not in each of them
 from fa_bench import cli
-from fa_bench.files import METRICS, RESULT
 from fa_bench.runs import train  # noqa: F401
+from fa_bench.utils.files import METRICS, RESULT
 
 #: Small nets with batch normalisation; checkpoints also within epochs.
 COMMON = ["architecture.widths=[24,16]", "architecture.batch_norm=true", "batch_size=32", "epochs=4", "probe_every=25",

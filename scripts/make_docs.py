@@ -17,14 +17,14 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from fa_bench.config.job import conf_dir
-from fa_bench.config.options import Options, limits_text, option_fields, summary, type_name, value_text
-from fa_bench.config.registries import ALGORITHMS
-from fa_bench.mechanisms.cuts import CutRule
-from fa_bench.mechanisms.edge import EdgeRule
-from fa_bench.mechanisms.local import LocalRule, ModuleRule
-from fa_bench.mechanisms.pathways import FeedbackPathway
+from fa_bench.mechanisms.cut.local import LocalRule, ModuleRule
+from fa_bench.mechanisms.cut.rule import CutRule
+from fa_bench.mechanisms.edge.pathways import FeedbackPathway
+from fa_bench.mechanisms.edge.rule import EdgeRule
 from fa_bench.mechanisms.rule import Rule
-from fa_bench.sampling import INITIALISERS
+from fa_bench.registry.options import Options, limits_text, option_fields, summary, type_name, value_text
+from fa_bench.registry.registries import ALGORITHMS
+from fa_bench.utils.sampling import INITIALISERS
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "rules"

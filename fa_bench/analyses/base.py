@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from fa_bench.config.options import Options
-from fa_bench.drawing import default_style
-from fa_bench.files import atomic
+from fa_bench.registry.options import Options
+from fa_bench.utils.drawing import default_style
+from fa_bench.utils.files import atomic
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from fa_bench.config.options import option_fields
-from fa_bench.config.registries import ANALYSES
 from fa_bench.errors import ConfigError, FaBenchError, printable
-from fa_bench.output import exit_code
+from fa_bench.registry.options import option_fields
+from fa_bench.registry.registries import ANALYSES
+from fa_bench.utils.output import exit_code
 
 
 def _parsed(options: list[str]) -> DictConfig:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 
 from fa_bench.analyses.base import Analysis
-from fa_bench.config.options import option
-from fa_bench.config.registries import ANALYSES
 from fa_bench.errors import OptionError
-from fa_bench.sampling import seed_for
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ANALYSES
+from fa_bench.utils.sampling import seed_for
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -7,11 +7,11 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from fa_bench.analyses.base import Analysis
-from fa_bench.config.options import option
-from fa_bench.config.registries import ANALYSES, ARCHITECTURES
 from fa_bench.errors import CoverageError, OptionError
-from fa_bench.lazy import torch
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ANALYSES, ARCHITECTURES
 from fa_bench.rules.asap import ASAP
+from fa_bench.utils.lazy import torch
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,8 +63,8 @@ class MemoryAccesses(Analysis):
         return pd.DataFrame(rows)
 
     def _counts(self, spec: str) -> dict[str, Memory]:
-        from fa_bench.config.specs import component
         from fa_bench.metrics.memory_traffic import memory_of
+        from fa_bench.registry.specs import component
 
         architecture = component(ARCHITECTURES, spec)
         shape = (self.input_shape[0], self.input_shape[1], self.input_shape[2])

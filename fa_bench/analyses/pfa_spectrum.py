@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from fa_bench.analyses.base import Analysis
-from fa_bench.config.options import option
-from fa_bench.config.registries import ALGORITHMS, ANALYSES
 from fa_bench.errors import OptionError, names
-from fa_bench.lazy import torch
-from fa_bench.sampling import sample, seed_for
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ALGORITHMS, ANALYSES
+from fa_bench.utils.lazy import torch
+from fa_bench.utils.sampling import sample, seed_for
 
 if TYPE_CHECKING:
     import pandas as pd

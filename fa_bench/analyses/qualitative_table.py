@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fa_bench.analyses.base import Analysis
 from fa_bench.analyses.training import fit, make_job
-from fa_bench.config.options import option
-from fa_bench.config.registries import ANALYSES
 from fa_bench.errors import OptionError
-from fa_bench.lazy import torch
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ANALYSES
+from fa_bench.utils.lazy import torch
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -186,7 +186,7 @@ def transport(rule: Rule) -> dict[str, float]:
     change when they are doubled; ``phase``: when the rule takes its step. The rule's model is left as it is.
     """
     from fa_bench import attached_rule
-    from fa_bench.mechanisms.layers import weighted_layers
+    from fa_bench.mechanisms.weighted_layers import weighted_layers
 
     before = {name: tensor for name, tensor in carrying(rule).items() if tensor.any()}
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fa_bench.analyses.base import Analysis
 from fa_bench.analyses.training import fit, make_job
-from fa_bench.config.options import option
-from fa_bench.config.registries import ALGORITHMS, ANALYSES
-from fa_bench.config.specs import component
 from fa_bench.errors import OptionError
-from fa_bench.lazy import torch
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ALGORITHMS, ANALYSES
+from fa_bench.registry.specs import component
+from fa_bench.utils.lazy import torch
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -140,8 +140,8 @@ def gradient_angles(parts: Parts) -> dict[str, dict[str, Any]]:
     Angles: ``whole``, of the rule as it is, and ``sharing``, with transport, in degrees; ``shares`` tells whether sharing changes
     the layer's gradient at all.
     """
-    from fa_bench.mechanisms.layers import weighted_layers
-    from fa_bench.mechanisms.pathways import FixedFeedback
+    from fa_bench.mechanisms.edge.pathways import FixedFeedback
+    from fa_bench.mechanisms.weighted_layers import weighted_layers
     from fa_bench.metrics.angles import weight_angle
 
     rule, x, y = parts.rule, parts.meter.x, parts.meter.y
@@ -178,7 +178,7 @@ def gradients(rule: Rule, x: Tensor, y: Tensor, exact: bool = False) -> dict[str
     """{layer: weight gradient} of one batch, by the rule or by backpropagation; gradients and statistics stay as they are."""
     from contextlib import nullcontext
 
-    from fa_bench.mechanisms.layers import weighted_layers
+    from fa_bench.mechanisms.weighted_layers import weighted_layers
     from fa_bench.metrics.meter import untouched
 
     with untouched(rule), rule.exact() if exact else nullcontext(), torch.enable_grad():

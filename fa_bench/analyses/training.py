@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.config.registries import ALGORITHMS, ARCHITECTURES, DATASETS, OPTIMIZERS
-from fa_bench.config.specs import component
 from fa_bench.errors import ConfigError, OptionError
+from fa_bench.registry.registries import ALGORITHMS, ARCHITECTURES, DATASETS, OPTIMIZERS
+from fa_bench.registry.specs import component
 
 if TYPE_CHECKING:
     from fa_bench.config.job import Job

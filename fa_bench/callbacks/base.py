@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.config.options import Options
+from fa_bench.registry.options import Options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(eq=False)
 class Callback(Options):
-    """Base of the callbacks, registered in `fa_bench.config.registries.CALLBACKS`; override what is needed.
+    """Base of the callbacks, registered in `fa_bench.registry.registries.CALLBACKS`; override what is needed.
 
     A callback may read and change everything that the trainer has: ``trainer.rule``, its ``model``, ``optimizers``, ``splits``,
     ``options`` and ``progress`` (finished epochs, steps, seconds). Raising an error ends the run as failed.

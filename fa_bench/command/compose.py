@@ -24,11 +24,11 @@ from fa_bench.command.explain import explained, groups_of
 from fa_bench.command.guard import check_config, check_overrides, install
 from fa_bench.command.overrides import expanded, listed, parse
 from fa_bench.config.job import GRID, RULES, Job, conf_dir, import_plugins
-from fa_bench.config.registries import ALGORITHMS, GROUPS
-from fa_bench.config.typed import unexpanded
 from fa_bench.errors import ConfigError, FaBenchError, cut, first_line, names, nearest
-from fa_bench.files import check_place
+from fa_bench.registry.registries import ALGORITHMS, GROUPS
 from fa_bench.runs.rundir import RunDirectory
+from fa_bench.utils.files import check_place
+from fa_bench.utils.shell import unexpanded
 
 #: What Hydra calls the jobs of `fa_bench.cli`; `hydra.job.name` may be part of a path.
 JOB_NAME = "cli"

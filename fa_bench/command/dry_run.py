@@ -16,23 +16,23 @@ from omegaconf import OmegaConf
 from fa_bench.command.compose import Composer
 from fa_bench.config.job import Job
 from fa_bench.config.labels import differing, flat, label, plan
-from fa_bench.config.options import as_plain
 from fa_bench.config.scale import scaled
 from fa_bench.data.base import Split, Splits
 from fa_bench.data.fetch import nothing_fetched
 from fa_bench.errors import DataError, RunDirectoryError, names
-from fa_bench.files import CONFIG, METRICS
 from fa_bench.mechanisms.rule import Rule
 from fa_bench.metrics.arithmetic import step_multiplications
 from fa_bench.metrics.memory_traffic import memories
-from fa_bench.process import isolated
-from fa_bench.records import read_metrics
+from fa_bench.registry.options import as_plain
 from fa_bench.report.runs import read_run
 from fa_bench.rules.bp import BP
 from fa_bench.runs.locks import holder
+from fa_bench.runs.readers import read_metrics
 from fa_bench.runs.rundir import RunDirectory, Stage
 from fa_bench.runs.train import Parts, assemble, load, prepare
-from fa_bench.text import aligned, by_x, count, format_bytes, indented
+from fa_bench.utils.files import CONFIG, METRICS
+from fa_bench.utils.process import isolated
+from fa_bench.utils.text import aligned, by_x, count, format_bytes, indented
 
 #: Configs of a sweep, seeds apart, that are all shown; of more only the first one is.
 MOST = 6

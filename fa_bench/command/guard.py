@@ -24,8 +24,8 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fa_bench.config.yaml_files import read_yaml
 from fa_bench.errors import ConfigError, cut
+from fa_bench.utils.yaml_files import read_yaml
 
 SWEEPER = "hydra_plugins.fa_bench_sweeper.FaBenchSweeper"
 #: The sections of which Hydra makes objects, and those of its logs.

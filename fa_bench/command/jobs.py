@@ -13,11 +13,11 @@ from omegaconf import DictConfig
 from fa_bench.config.job import Job, register_schemas
 from fa_bench.config.labels import flat, label
 from fa_bench.errors import FaBenchError, HeldError, printable
-from fa_bench.files import LOG
-from fa_bench.output import steady
 from fa_bench.runs.parent import end_with
 from fa_bench.runs.rundir import RunDirectory
-from fa_bench.runs.stopping import Interrupted, raised
+from fa_bench.utils.files import LOG
+from fa_bench.utils.output import steady
+from fa_bench.utils.stopping import Interrupted, raised
 
 
 @dataclasses.dataclass
@@ -52,9 +52,9 @@ class Task:
             self._enter_worker()
         from hydra.core.hydra_config import HydraConfig
 
-        from fa_bench.memory_limits import short
         from fa_bench.runs.logs import shown
         from fa_bench.runs.train import run
+        from fa_bench.utils.memory_limits import short
 
         settings = HydraConfig.get()
         directory = Path(settings.runtime.output_dir)
@@ -90,7 +90,7 @@ class Task:
         """Make a launcher's process what the one that started the sweep is."""
         import torch
 
-        from fa_bench.process import cores
+        from fa_bench.utils.process import cores
 
         end_with(self.starter)
         register_schemas()

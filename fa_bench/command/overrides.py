@@ -10,8 +10,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 
-from fa_bench.config.typed import quoted, unexpanded, word
 from fa_bench.errors import ConfigError, cut, first_line
+from fa_bench.utils.shell import quoted, unexpanded, word
 
 #: Most jobs of a sweep, and most characters of an override: far above what anybody runs.
 MOST_JOBS, MOST_TEXT = 10_000, 20_000

@@ -10,8 +10,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from fa_bench.config.options import value_text
 from fa_bench.errors import ConfigError, FaBenchError, cut, first_line
+from fa_bench.registry.options import value_text
 from fa_bench.runs.logs import root_kept
 
 

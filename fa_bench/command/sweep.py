@@ -31,8 +31,8 @@ from fa_bench.report.own import check
 from fa_bench.runs.locks import holder
 from fa_bench.runs.logs import root_kept
 from fa_bench.runs.rundir import RunDirectory, Stage
-from fa_bench.runs.stopping import raised
 from fa_bench.runs.sweep import Planned, write_sweep
+from fa_bench.utils.stopping import raised
 
 #: Seconds that jobs in other processes are given to write their checkpoints.
 FAREWELL = 10.0
@@ -145,8 +145,8 @@ def _report(places: list[Path], folder: Path) -> int:
 
 def _status(place: Path) -> str:
     """How the run in a directory ended, in a word."""
-    from fa_bench.records import RecordError
     from fa_bench.report.runs import read_run
+    from fa_bench.runs.readers import RecordError
 
     try:
         found = read_run(place)

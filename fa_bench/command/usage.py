@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from fa_bench.command.compose import Composer
 from fa_bench.config.job import FEEDBACK_OPTIMIZER, RunOptions, conf_dir
-from fa_bench.config.options import Options, limits_text, option_fields, summary, value_text
-from fa_bench.config.registries import GROUPS, NAMED, SCHEDULES
 from fa_bench.errors import ConfigError, cut, names, nearest
+from fa_bench.registry.options import Options, limits_text, option_fields, summary, value_text
+from fa_bench.registry.registries import GROUPS, NAMED, SCHEDULES
 
 if TYPE_CHECKING:
-    from fa_bench.config.registry import Registry
+    from fa_bench.registry.registry import Registry
 
 _HEAD = """\
 usage: fa-bench [-m] [key=value ...]

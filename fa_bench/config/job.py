@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fa_bench.config.options import Options, as_plain, defaults, option, option_fields
-from fa_bench.config.plugins import blame, import_modules
-from fa_bench.config.registries import (
+from fa_bench.config.scale import SCALES
+from fa_bench.errors import ConfigError, FaBenchError, OptionError, cut, first_line, names, nearest
+from fa_bench.registry.options import Options, as_plain, defaults, option, option_fields
+from fa_bench.registry.plugins import blame, import_modules
+from fa_bench.registry.registries import (
     ALGORITHMS,
     ARCHITECTURES,
     CALLBACKS,
@@ -29,9 +31,7 @@ from fa_bench.config.registries import (
     OPTIMIZERS,
     PROBES,
 )
-from fa_bench.config.scale import SCALES
-from fa_bench.config.typed import unexpanded
-from fa_bench.errors import ConfigError, FaBenchError, OptionError, cut, first_line, names, nearest
+from fa_bench.utils.shell import unexpanded
 
 if TYPE_CHECKING:
     from fa_bench.data.base import Dataset

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.config.job import VOLATILE
-from fa_bench.config.registries import DATASETS
 from fa_bench.config.scale import scaled
+from fa_bench.registry.registries import DATASETS
 
 if TYPE_CHECKING:
     from fa_bench.config.job import Job

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
-from fa_bench.config.options import Options, option
 from fa_bench.data.array_checks import checked
 from fa_bench.data.crops import CROPS, Crop, PaddedCrop
 from fa_bench.errors import DataError, FaBenchError, OptionError, printable
-from fa_bench.lazy import torch
 from fa_bench.objectives.base import CLASSES, VALUES
-from fa_bench.sampling import seed_for
+from fa_bench.registry.options import Options, option
+from fa_bench.utils.lazy import torch
+from fa_bench.utils.sampling import seed_for
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fa_bench.config.registries import DATASETS
 from fa_bench.data.base import ArrayDataset
+from fa_bench.registry.registries import DATASETS
 
 
 @DATASETS.register("digits")

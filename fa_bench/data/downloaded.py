@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fa_bench.config.registries import DATASETS
 from fa_bench.data.array_checks import check_labels
 from fa_bench.data.base import ArrayDataset, CroppedDataset, augment_option, mean_option, std_option
 from fa_bench.data.fetch import fetching, has_md5, reason, unpack_tar
 from fa_bench.errors import DataError
-from fa_bench.lazy import torchvision
+from fa_bench.registry.registries import DATASETS
+from fa_bench.utils.lazy import torchvision
 
 
 @dataclasses.dataclass(eq=False)

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 
 from fa_bench.data.workspace import workspace
 from fa_bench.errors import DataError
-from fa_bench.lazy import torchvision
+from fa_bench.utils.lazy import torchvision
 
 #: An archive of images grows by less than this factor when it is unpacked, small ones aside (bytes).
 _MOST_GROWTH, _SMALL = 20, 1 << 24

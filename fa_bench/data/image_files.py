@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from fa_bench.config.options import option
 from fa_bench.data.base import CroppedDataset, ResidentSplit, Split, Splits
 from fa_bench.data.crops import Crop, PaddedCrop, ResizedCrop
 from fa_bench.data.decoding import CroppingDecoder, Decoder, Facts, quiet, regular, said, total, upright_size
 from fa_bench.data.listing import Listing
 from fa_bench.errors import DataError, OptionError
-from fa_bench.lazy import torch
+from fa_bench.registry.options import option
+from fa_bench.utils.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

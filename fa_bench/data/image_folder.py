@@ -7,11 +7,11 @@ from collections import Counter
 from pathlib import Path
 from typing import ClassVar
 
-from fa_bench.config.options import option
-from fa_bench.config.registries import DATASETS
 from fa_bench.data.image_files import ImageFiles
 from fa_bench.data.listing import Listing, class_listing, has_classes, is_hidden, train_classes
 from fa_bench.errors import DataError, OptionError
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import DATASETS
 
 #: What the folder of images to select by is called.
 VALIDATION = ("val", "valid", "validation")

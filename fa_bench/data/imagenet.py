@@ -6,11 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import ClassVar
 
-from fa_bench.config.registries import DATASETS
 from fa_bench.data.base import crop_option, mean_option, size_option, std_option
 from fa_bench.data.image_files import ImageFiles, workers_option
 from fa_bench.data.listing import EXTENSIONS, Listing, class_listing, visible_folders
 from fa_bench.errors import DataError
+from fa_bench.registry.registries import DATASETS
 
 SOURCE = "register at https://image-net.org/download.php for the images of ILSVRC 2012"
 

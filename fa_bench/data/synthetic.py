@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fa_bench.config.options import option
-from fa_bench.config.registries import DATASETS
 from fa_bench.data.base import ArrayDataset, std_option
-from fa_bench.memory_limits import require
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import DATASETS
+from fa_bench.utils.memory_limits import require
 
 
 @DATASETS.register("synthetic")

@@ -7,12 +7,12 @@ import os
 from pathlib import Path
 from typing import ClassVar
 
-from fa_bench.config.registries import DATASETS
 from fa_bench.data.base import mean_option, std_option
 from fa_bench.data.fetch import download, fetching, has_md5, unpack_zip
 from fa_bench.data.image_files import ImageFiles
 from fa_bench.data.listing import Listing, is_hidden, labelled_files
 from fa_bench.errors import DataError, nearest
+from fa_bench.registry.registries import DATASETS
 
 
 @DATASETS.register("tiny_imagenet")

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fa_bench.config.options import Options
 from fa_bench.errors import ConfigError
+from fa_bench.registry.options import Options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(eq=False)
 class Logger(Options):
-    """Base of the loggers, registered in `fa_bench.config.registries.LOGGERS`; override what is needed."""
+    """Base of the loggers, registered in `fa_bench.registry.registries.LOGGERS`; override what is needed."""
 
     def require(self) -> None:
         """Called before anything is trained; raise ConfigError, with what to install, where the logger cannot work."""

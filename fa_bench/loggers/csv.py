@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fa_bench.config.registries import LOGGERS
-from fa_bench.files import CURVES, write_text
 from fa_bench.loggers.base import Logger
+from fa_bench.registry.registries import LOGGERS
+from fa_bench.utils.files import CURVES, write_text
 
 if TYPE_CHECKING:
     from fa_bench.config.job import Job

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.config.labels import flat
-from fa_bench.config.registries import LOGGERS
 from fa_bench.loggers.base import Logger, require_package
+from fa_bench.registry.registries import LOGGERS
 
 if TYPE_CHECKING:
     from fa_bench.config.job import Job

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fa_bench.config.registries import LOGGERS
 from fa_bench.loggers.base import Logger
+from fa_bench.registry.registries import LOGGERS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,7 @@ class TensorBoard(Logger):
     """One event file in the run's directory: curves, histograms, hyperparameters; ``tensorboard --logdir outputs``."""
 
     def open(self, directory: Path, job: Job, step: int) -> None:
-        from fa_bench.runs.events import Events
+        from fa_bench.loggers.events import Events
 
         self.events = Events(directory, job, step)
 

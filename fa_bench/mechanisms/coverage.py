@@ -8,9 +8,9 @@ from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import CoverageError, names, nearest
-from fa_bench.lazy import torch
 from fa_bench.mechanisms.feedback_tensors import PREFIX
-from fa_bench.text import aligned, by_x, indented
+from fa_bench.utils.lazy import torch
+from fa_bench.utils.text import aligned, by_x, indented
 
 if TYPE_CHECKING:
     from fa_bench.mechanisms.uses import Uses
@@ -192,38 +192,3 @@ def matching(patterns: Iterable[str], paths: Collection[str], option: str) -> se
             raise CoverageError(f"{option}={pattern}: the model has no module of that name{nearest(pattern, paths)}")
         matched.update(matches)
     return matched
-
-
-def check_model(model: Any) -> None:
-    """Raise an error for a model to which no rule can be attached.
-
-    Raises:
-        TypeError: if `model` is not a module.
-        CoverageError: for a model that is wrapped for data-parallel training, compiled, has layers without a weight yet, or
-            already has a rule.
-    """
-    from fa_bench.mechanisms.structure import rule_of_part
-
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"attach needs an nn.Module, not {type(model).__name__}")
-    for path, module in model.named_modules():
-        where = f"the model's part '{path}'" if path else "the model"
-        kind = type(module).__name__
-        if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
-            raise CoverageError(f"{where} ({kind}) has no weight yet: run one forward pass, then attach")
-        if kind in _WRAPPERS and type(module).__module__.startswith("torch."):
-            raise CoverageError(f"{where} is wrapped in {kind}: attach to the plain model, then wrap it")
-        if kind == "OptimizedModule" or module._compiled_call_impl is not None:
-            raise CoverageError(f"{where} is compiled: attach to the plain model, then compile it")
-        if (rule := getattr(module, RULE_ATTRIBUTE, None)) is not None:
-            raise CoverageError(f"{where} already has the rule '{rule.name}': call its detach() first")
-        if (name := rule_of_part(module)) is not None:
-            raise CoverageError(f"{where} is part of another model with the rule '{name}': call that rule's detach() first")
-        if hasattr(module, "pathway") and kind.startswith("Feedback"):
-            raise CoverageError(f"{where} is a copy of a layer that has feedback: call detach() before copying")
-
-
-_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
-
-#: Attribute in which an attached model keeps its rule, so that a deep copy of the model has a copy of the rule.
-RULE_ATTRIBUTE = "_fa_bench_rule"

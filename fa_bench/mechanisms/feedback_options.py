@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fa_bench.config.options import option
-from fa_bench.sampling import INITIALISERS
+from fa_bench.registry.options import option
+from fa_bench.utils.sampling import INITIALISERS
 
 #: An "initialiser" of an edge rule's tensors that copies the layer's weight.
 COPY_WEIGHT = "copy_w"

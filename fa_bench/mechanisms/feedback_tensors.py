@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.lazy import nn
+from fa_bench.utils.lazy import nn
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.lazy import torch
 from fa_bench.objectives.cross_entropy import CrossEntropy
+from fa_bench.utils.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fa_bench.config.options import Options, option
 from fa_bench.errors import CoverageError, StateError, names
-from fa_bench.lazy import torch
-from fa_bench.mechanisms.coverage import RULE_ATTRIBUTE, Coverage, check_model, computed_weights, outside_text
+from fa_bench.mechanisms.coverage import Coverage, computed_weights, outside_text
+from fa_bench.mechanisms.structure import RULE_ATTRIBUTE, Structure, check_model
 from fa_bench.objectives.cross_entropy import CrossEntropy
+from fa_bench.registry.options import Options, option
+from fa_bench.utils.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -59,8 +60,7 @@ class Rule(Options):
         Raises:
             CoverageError: naming the layers, if the rule cannot be attached.
         """
-        from fa_bench.mechanisms.layers import Mode
-        from fa_bench.mechanisms.structure import Structure
+        from fa_bench.mechanisms.weighted_layers import Mode
 
         if torch.is_inference_mode_enabled():
             raise CoverageError("attach was called in torch.inference_mode(), whose tensors cannot be trained: call it outside")
@@ -191,7 +191,7 @@ class Rule(Options):
             return
         for path, layer in mode.without_gradients.items() if mode.without_gradients else ():
             if path not in mode.with_gradients:
-                from fa_bench.mechanisms.layers import require_gradients
+                from fa_bench.mechanisms.weighted_layers import require_gradients
 
                 require_gradients(path, layer)
         if watch is not None:

@@ -1,4 +1,4 @@
-"""Whether an attached model still has the modules that it had at `attach`."""
+"""Whether a rule can be attached to a model, and whether the model still has the modules that it had then."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import CoverageError, names
 from fa_bench.mechanisms.coverage import is_weight
+from fa_bench.utils.lazy import torch
 
 if TYPE_CHECKING:
     from torch import nn
@@ -106,6 +107,36 @@ def rule_of_part(module: nn.Module) -> str | None:
     return structure.rule if structure is not None and identity == id(module) else None
 
 
+def check_model(model: Any) -> None:
+    """Raise an error for a model to which no rule can be attached.
+
+    Raises:
+        TypeError: if `model` is not a module.
+        CoverageError: for a model that is wrapped for data-parallel training, compiled, has layers without a weight yet, or
+            already has a rule.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"attach needs an nn.Module, not {type(model).__name__}")
+    for path, module in model.named_modules():
+        where = f"the model's part '{path}'" if path else "the model"
+        kind = type(module).__name__
+        if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+            raise CoverageError(f"{where} ({kind}) has no weight yet: run one forward pass, then attach")
+        if kind in _WRAPPERS and type(module).__module__.startswith("torch."):
+            raise CoverageError(f"{where} is wrapped in {kind}: attach to the plain model, then wrap it")
+        if kind == "OptimizedModule" or module._compiled_call_impl is not None:
+            raise CoverageError(f"{where} is compiled: attach to the plain model, then compile it")
+        if (rule := getattr(module, RULE_ATTRIBUTE, None)) is not None:
+            raise CoverageError(f"{where} already has the rule '{rule.name}': call its detach() first")
+        if (name := rule_of_part(module)) is not None:
+            raise CoverageError(f"{where} is part of another model with the rule '{name}': call that rule's detach() first")
+        if hasattr(module, "pathway") and kind.startswith("Feedback"):
+            raise CoverageError(f"{where} is a copy of a layer that has feedback: call detach() before copying")
+
+
+_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
+#: Attribute in which an attached model keeps its rule, so that a deep copy of the model has a copy of the rule.
+RULE_ATTRIBUTE = "_fa_bench_rule"
 #: Attribute in which each module of an attached model keeps the number of its `Structure`.
 PART_ATTRIBUTE = "_fa_bench_part_of"
 _attached: weakref.WeakValueDictionary[int, Structure] = weakref.WeakValueDictionary()

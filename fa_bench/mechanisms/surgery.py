@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.config.registries import ALGORITHMS, OBJECTIVES
 from fa_bench.errors import OptionError
-from fa_bench.mechanisms.coverage import RULE_ATTRIBUTE
 from fa_bench.mechanisms.rule import Rule
+from fa_bench.mechanisms.structure import RULE_ATTRIBUTE
+from fa_bench.registry.registries import ALGORITHMS, OBJECTIVES
 
 if TYPE_CHECKING:
     from torch import nn

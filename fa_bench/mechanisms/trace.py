@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from fa_bench.errors import CoverageError, FaBenchError, first_line, names, nearest
 from fa_bench.mechanisms.coverage import not_coverable
-from fa_bench.mechanisms.layers import require_gradients, weighted_layers
 from fa_bench.mechanisms.uses import Uses, UsesOfWeights
+from fa_bench.mechanisms.weighted_layers import require_gradients, weighted_layers
 
 if TYPE_CHECKING:
     from fa_bench.mechanisms.rule import Rule

@@ -14,7 +14,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import StateError
-from fa_bench.lazy import torch
+from fa_bench.utils.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

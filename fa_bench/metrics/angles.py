@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from fa_bench.lazy import torch
+from fa_bench.utils.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fa_bench.mechanisms.layers import weighted_layers
 from fa_bench.mechanisms.trace import Trace, trace_model
+from fa_bench.mechanisms.weighted_layers import weighted_layers
 
 if TYPE_CHECKING:
     from fa_bench.mechanisms.rule import Rule

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fa_bench.config.registries import METRICS
-from fa_bench.mechanisms.layers import weighted_layers
 from fa_bench.mechanisms.rule import INPUT, OUTPUT, Rule
 from fa_bench.mechanisms.trace import tensors_in, trace_model, without_side_effects
+from fa_bench.mechanisms.weighted_layers import weighted_layers
 from fa_bench.metrics.alignment.base import declared
+from fa_bench.registry.registries import METRICS
 
 Point = tuple[str, str]
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fa_bench.mechanisms.layers import weighted_layers
 from fa_bench.mechanisms.rule import Rule
+from fa_bench.mechanisms.weighted_layers import weighted_layers
 
 
 def named_tensors(rule: Rule) -> dict[str, Tensor]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from fa_bench.config.options import Options, option
 from fa_bench.errors import OptionError
-from fa_bench.lazy import nn
-from fa_bench.sampling import INITIALISERS, fill
+from fa_bench.registry.options import Options, option
+from fa_bench.utils.lazy import nn
+from fa_bench.utils.sampling import INITIALISERS, fill
 
 if TYPE_CHECKING:
     from torch import nn as torch_nn

@@ -6,11 +6,11 @@ import dataclasses
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
-from fa_bench.config.options import option
-from fa_bench.config.registries import ARCHITECTURES
 from fa_bench.errors import OptionError
-from fa_bench.lazy import nn
 from fa_bench.models.base import Architecture
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ARCHITECTURES
+from fa_bench.utils.lazy import nn
 
 if TYPE_CHECKING:
     from torch import nn as torch_nn

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, ClassVar
 
-from fa_bench.config.options import option
-from fa_bench.config.registries import ARCHITECTURES
 from fa_bench.models.base import StagedArchitecture
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ARCHITECTURES
 
 if TYPE_CHECKING:
     from torch import nn as torch_nn

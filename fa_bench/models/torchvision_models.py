@@ -6,11 +6,11 @@ import dataclasses
 import inspect
 from typing import TYPE_CHECKING
 
-from fa_bench.config.options import option
-from fa_bench.config.registries import ARCHITECTURES
 from fa_bench.errors import OptionError, nearest
-from fa_bench.lazy import nn, torchvision
 from fa_bench.models.base import Architecture
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ARCHITECTURES
+from fa_bench.utils.lazy import nn, torchvision
 
 if TYPE_CHECKING:
     from torch import nn as torch_nn

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, ClassVar
 
-from fa_bench.config.options import Options
+from fa_bench.registry.options import Options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +19,7 @@ CLASSES, VALUES = "classes", "values"
 
 @dataclasses.dataclass(eq=False)
 class Objective(Options):
-    """Base of the objectives, registered in `fa_bench.config.registries.OBJECTIVES`."""
+    """Base of the objectives, registered in `fa_bench.registry.registries.OBJECTIVES`."""
 
     #: The kinds of targets that `loss` accepts.
     targets: ClassVar[tuple[str, ...]] = (CLASSES,)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from fa_bench.config.options import option
-from fa_bench.config.registries import OBJECTIVES
-from fa_bench.lazy import nn
 from fa_bench.objectives.base import Objective
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import OBJECTIVES
+from fa_bench.utils.lazy import nn
 
 if TYPE_CHECKING:
     from torch import Tensor

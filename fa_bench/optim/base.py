@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from fa_bench.config.options import Options, option
 from fa_bench.errors import OptionError
-from fa_bench.lazy import torch
+from fa_bench.registry.options import Options, option
 from fa_bench.schedules.base import Schedule
 from fa_bench.schedules.constant import Constant
+from fa_bench.utils.lazy import torch
 
 
 @dataclasses.dataclass(eq=False)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from fa_bench.config.options import option
-from fa_bench.config.registries import OPTIMIZERS
 from fa_bench.errors import OptionError
-from fa_bench.lazy import torch
 from fa_bench.optim.base import OptimizerOptions, fusible
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import OPTIMIZERS
+from fa_bench.utils.lazy import torch
 
 
 @OPTIMIZERS.register("sgd")

@@ -9,14 +9,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from fa_bench.drawing import default_style
 from fa_bench.errors import DataError, printable
-from fa_bench.files import RESULT, atomic, resolved, temporary_name
-from fa_bench.records import RecordError
 from fa_bench.report.own import MARKDOWN, NAME, claim, record, turn, written
 from fa_bench.report.runs import VERSIONS, place
-from fa_bench.text import markdown as escaped
-from fa_bench.text import shortened
+from fa_bench.runs.readers import RecordError
+from fa_bench.utils.drawing import default_style
+from fa_bench.utils.files import RESULT, atomic, resolved, temporary_name
+from fa_bench.utils.text import markdown as escaped
+from fa_bench.utils.text import shortened
 
 if TYPE_CHECKING:
     from fa_bench.report.runs import Run

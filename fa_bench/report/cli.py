@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from fa_bench.errors import DataError, FaBenchError, printable
-from fa_bench.files import resolved
-from fa_bench.output import exit_code
+from fa_bench.utils.files import resolved
+from fa_bench.utils.output import exit_code
 
 _DESCRIPTION = """\
 Compare the runs in folders: mean, standard deviation and 95 % interval per rule over the seeds, paired differences to bp, the
@@ -75,9 +75,9 @@ def _main(argv: list[str]) -> int:
         watch(arguments.folders, sys.stdout, INTERVAL if arguments.interval is None else arguments.interval, arguments.once)
         return 0
 
-    from fa_bench.records import RecordError
     from fa_bench.report import fault, write_report
     from fa_bench.report.runs import find_runs
+    from fa_bench.runs.readers import RecordError
     from fa_bench.runs.sweep import find_planned
 
     faults: list[RecordError] = []

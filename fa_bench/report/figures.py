@@ -16,7 +16,7 @@ from fa_bench.report.numbers import known, mean, number, std
 from fa_bench.report.own import claim
 from fa_bench.report.plot import LEGEND_MOST, Panel, Part, legend, look, new_figure, save, tidy, write_parts
 from fa_bench.report.runs import Run, metrics_of
-from fa_bench.text import drawn, shortened
+from fa_bench.utils.text import drawn, shortened
 
 DENSITY = "algorithm.density"
 COLUMNS = 4  # panels side by side where there is one for each layer

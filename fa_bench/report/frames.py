@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.config.job import VOLATILE
-from fa_bench.records import RecordError
 from fa_bench.report.runs import Run, find_runs, read_run
+from fa_bench.runs.readers import RecordError
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fa_bench.files import RESULT, resolved
 from fa_bench.report.groups import finished_by_seed, group_labels, group_runs, tasks
 from fa_bench.report.published import Entry
 from fa_bench.report.runs import Run, place
 from fa_bench.report.states import ending
 from fa_bench.runs.sweep import Planned
+from fa_bench.utils.files import RESULT, resolved
 
 
 def not_finished(runs: Sequence[Run]) -> list[str]:

@@ -14,13 +14,13 @@ from typing import Any, TextIO
 
 from fa_bench.config.labels import differing, duration, label
 from fa_bench.errors import DataError, printable
-from fa_bench.files import CONFIG, METRICS, RESULT, resolved
-from fa_bench.records import RecordError, disagreement, read_config, read_metrics, read_result
 from fa_bench.report.numbers import known, mean
 from fa_bench.report.runs import Run, find_runs, place
 from fa_bench.report.states import DIVERGED, INTERRUPTED, RUNNING, epochs_of, reason, running
 from fa_bench.runs.locks import holder
+from fa_bench.runs.readers import RecordError, disagreement, read_config, read_metrics, read_result
 from fa_bench.runs.sweep import Planned, find_planned
+from fa_bench.utils.files import CONFIG, METRICS, RESULT, resolved
 
 DONE, FAILED, STALLED, WAITING = "done", "failed", "stalled", "waiting"
 #: The states in the order in which they are counted, and in which runs are shown where not all fit.

@@ -12,8 +12,8 @@ from pathlib import Path
 from filelock import Timeout
 
 from fa_bench.errors import OutputError, RunDirectoryError
-from fa_bench.files import check_half_written, write_text, writing
-from fa_bench.runs.locks import PATIENCE, locked
+from fa_bench.utils.files import check_half_written, write_text, writing
+from fa_bench.utils.locks import PATIENCE, locked
 
 #: How the names of a report's files begin, and the names that every report has or may have.
 NAME = "report"

@@ -15,11 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, MultipleLocator
 
-from fa_bench.files import atomic
 from fa_bench.report.groups import Groups, finished_by_seed, group_labels, status_counts
 from fa_bench.report.numbers import mean, std
 from fa_bench.report.runs import Run
-from fa_bench.text import drawn, shortened
+from fa_bench.utils.files import atomic
+from fa_bench.utils.text import drawn, shortened
 
 # Six of Okabe and Ito's colours, and six found by search so that each pair of the twelve stays apart (CIE76 distance of 14
 # or more) under simulated protanopia, deuteranopia and tritanopia too. The second six are dashed besides.

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fa_bench.config import registries
 from fa_bench.errors import DataError
-from fa_bench.files import CONFIG, METRICS, RESULT, resolved
 from fa_bench.metrics.alignment.base import FEEDBACK, HIDDEN, Metric, declared
-from fa_bench.records import HEADER, RecordError, disagreement, read_config, read_metrics, read_result
+from fa_bench.registry import registries
 from fa_bench.report.numbers import mean
+from fa_bench.runs.readers import HEADER, RecordError, disagreement, read_config, read_metrics, read_result
+from fa_bench.utils.files import CONFIG, METRICS, RESULT, resolved
 
 FINISHED = "finished"
 #: What a result records of the version of the code and of the data: runs in which these differ are never averaged.

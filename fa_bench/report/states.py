@@ -12,11 +12,11 @@ from typing import Any
 
 from fa_bench.config.labels import counted
 from fa_bench.config.scale import SCALES
-from fa_bench.files import CONFIG, METRICS, RESULT, resolved
-from fa_bench.records import read_config, read_metrics
 from fa_bench.report.runs import Run, place
 from fa_bench.runs.locks import holder
-from fa_bench.text import shortened
+from fa_bench.runs.readers import read_config, read_metrics
+from fa_bench.utils.files import CONFIG, METRICS, RESULT, resolved
+from fa_bench.utils.text import shortened
 
 RUNNING, INTERRUPTED, DIVERGED = "running", "interrupted", "diverged"
 #: Most characters of a failure's reason that are shown; the run's log has all of it.

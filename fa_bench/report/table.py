@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from fa_bench.config.labels import differing, shown
-from fa_bench.config.registries import METRICS
 from fa_bench.errors import printable
 from fa_bench.metrics.alignment.base import Metric, declared
+from fa_bench.registry.registries import METRICS
 from fa_bench.report.groups import CONTROL, FLOOR, Groups, finished_by_seed, group_labels, group_runs, reference, status_counts
 from fa_bench.report.numbers import half_width, known, mean, std
 from fa_bench.report.published import Entry, answering, headline
 from fa_bench.report.runs import FINISHED, VERSIONS, Run, metrics_of
 from fa_bench.report.states import ending
-from fa_bench.text import markdown, shortened
+from fa_bench.utils.text import markdown, shortened
 
 BLANK = "-"
 #: Most characters of a cell that are shown; the CSV has all of it.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from fa_bench.config.registries import ALGORITHMS
-from fa_bench.mechanisms.sharing import SharingRule
+from fa_bench.mechanisms.edge.sharing import SharingRule
+from fa_bench.registry.registries import ALGORITHMS
 
 if TYPE_CHECKING:
     from torch import nn

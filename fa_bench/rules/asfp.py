@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.config.registries import ALGORITHMS
 from fa_bench.errors import OptionError
-from fa_bench.mechanisms.pathways import BackwardContext, feedback_gradient
-from fa_bench.mechanisms.sharing import SharedActivationFeedback, SharingRule
+from fa_bench.mechanisms.edge.pathways import BackwardContext, feedback_gradient
+from fa_bench.mechanisms.edge.sharing import SharedActivationFeedback, SharingRule
+from fa_bench.registry.registries import ALGORITHMS
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import fa_bench
-from fa_bench.config.options import option
-from fa_bench.config.registries import ALGORITHMS
-from fa_bench.lazy import nn, torch
 from fa_bench.mechanisms.coverage import batch_note
+from fa_bench.mechanisms.cut.local import ModuleRule, kind_of_map
 from fa_bench.mechanisms.feedback_options import init_option, output_option
 from fa_bench.mechanisms.feedback_tensors import feedback_tensor
-from fa_bench.mechanisms.local import ModuleRule, kind_of_map
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.rules.asfp import ASFP
-from fa_bench.sampling import seed_for
+from fa_bench.utils.lazy import nn, torch
+from fa_bench.utils.sampling import seed_for
 
 if TYPE_CHECKING:
     from torch import Tensor

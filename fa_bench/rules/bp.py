@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.config.registries import ALGORITHMS
 from fa_bench.mechanisms.coverage import Coverage, Covered
 from fa_bench.mechanisms.rule import Rule
+from fa_bench.registry.registries import ALGORITHMS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -28,7 +28,7 @@ class BP(Rule):
         return {}
 
     def wire(self, sample_input: Any) -> Coverage:
-        from fa_bench.mechanisms.layers import weighted_layers
+        from fa_bench.mechanisms.weighted_layers import weighted_layers
 
         self._layers = weighted_layers(self.model)
         why = self.frozen_parameters(sample_input)

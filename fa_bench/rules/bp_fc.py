@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from fa_bench.config.registries import ALGORITHMS
 from fa_bench.errors import CoverageError
-from fa_bench.lazy import nn
+from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.rules.bp import BP
+from fa_bench.utils.lazy import nn
 
 
 @ALGORITHMS.register("bp_fc")
@@ -23,7 +23,7 @@ class BPFullyConnected(BP):
     """
 
     def frozen_parameters(self, sample_input: Any) -> dict[int, str]:
-        from fa_bench.mechanisms.layers import CONVOLUTIONS
+        from fa_bench.mechanisms.weighted_layers import CONVOLUTIONS
 
         convolutions = {path for path, layer in self._layers.items() if isinstance(layer, CONVOLUTIONS)}
         if not convolutions:

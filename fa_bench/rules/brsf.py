@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from fa_bench.config.registries import ALGORITHMS
-from fa_bench.mechanisms.edge import LayerContext
-from fa_bench.mechanisms.pathways import FeedbackPathway, SignedMagnitudeFeedback
+from fa_bench.mechanisms.edge.pathways import FeedbackPathway, SignedMagnitudeFeedback
+from fa_bench.mechanisms.edge.rule import LayerContext
+from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.rules.frsf import FRSF
 
 

@@ -6,14 +6,14 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.config.options import option
-from fa_bench.config.registries import ALGORITHMS
 from fa_bench.errors import CoverageError, OptionError
-from fa_bench.lazy import torch
-from fa_bench.mechanisms.cuts import CapturedActivation, CutRule
+from fa_bench.mechanisms.cut.rule import CapturedActivation, CutRule
 from fa_bench.mechanisms.feedback_options import density_option, init_option
 from fa_bench.mechanisms.feedback_tensors import feedback_tensor
 from fa_bench.mechanisms.rule import INPUT, OUTPUT
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ALGORITHMS
+from fa_bench.utils.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +57,7 @@ class DFA(CutRule):
     def find_cuts(self, sample_input: Any) -> tuple[str, ...]:
         if self.form != "kernel":
             return super().find_cuts(sample_input)
-        from fa_bench.mechanisms.layers import weighted_layers
+        from fa_bench.mechanisms.weighted_layers import weighted_layers
 
         return tuple(weighted_layers(self.model))
 
@@ -94,7 +94,7 @@ class DFA(CutRule):
         self, layer: str, x: Tensor, g: Tensor, delta: Tensor, output_shape: tuple[int, ...] | None = None
     ) -> Tensor:
         """The kernel form's error at a layer's input; `output_shape` is that of the layer, by default the shape of g."""
-        from fa_bench.mechanisms.layers import padded
+        from fa_bench.mechanisms.edge.layers import padded
 
         module = self.model.get_submodule(layer)
         feedback = feedback_tensor(module, "B")

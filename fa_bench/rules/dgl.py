@@ -7,11 +7,11 @@ import math
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
-from fa_bench.config.options import option
-from fa_bench.config.registries import ALGORITHMS
-from fa_bench.lazy import nn
 from fa_bench.mechanisms.coverage import batch_note
-from fa_bench.mechanisms.local import ModuleRule, kind_of_map
+from fa_bench.mechanisms.cut.local import ModuleRule, kind_of_map
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ALGORITHMS
+from fa_bench.utils.lazy import nn
 
 if TYPE_CHECKING:
     from torch import nn as torch_nn

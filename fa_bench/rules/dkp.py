@@ -6,12 +6,12 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
-from fa_bench.config.options import option
-from fa_bench.config.registries import ALGORITHMS
-from fa_bench.mechanisms.cuts import CapturedActivation, CutRule
+from fa_bench.mechanisms.cut.rule import CapturedActivation, CutRule
 from fa_bench.mechanisms.feedback_options import density_option, init_option
 from fa_bench.mechanisms.feedback_tensors import make_learned
-from fa_bench.sampling import sample_mask, seed_for
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ALGORITHMS
+from fa_bench.utils.sampling import sample_mask, seed_for
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,10 +6,10 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
-from fa_bench.config.options import option
-from fa_bench.config.registries import ALGORITHMS
-from fa_bench.mechanisms.cuts import CapturedActivation, CutRule
+from fa_bench.mechanisms.cut.rule import CapturedActivation, CutRule
 from fa_bench.mechanisms.feedback_options import density_option, init_option
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ALGORITHMS
 
 if TYPE_CHECKING:
     from torch import Tensor

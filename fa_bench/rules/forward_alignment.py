@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.config.registries import ALGORITHMS
 from fa_bench.errors import CoverageError
-from fa_bench.lazy import torch
+from fa_bench.mechanisms.checkpointing import recomputing, refuse_reentrant
 from fa_bench.mechanisms.coverage import batch_note
-from fa_bench.mechanisms.edge import EdgeRule, LayerContext
+from fa_bench.mechanisms.edge.pathways import BackwardContext, FeedbackPathway, TransposeFeedback
+from fa_bench.mechanisms.edge.rule import EdgeRule, LayerContext
 from fa_bench.mechanisms.feedback_options import init_option
 from fa_bench.mechanisms.feedback_tensors import feedback_tensor
-from fa_bench.mechanisms.pathways import BackwardContext, FeedbackPathway, TransposeFeedback, recomputing, refuse_reentrant
+from fa_bench.registry.registries import ALGORITHMS
+from fa_bench.utils.lazy import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.config.registries import ALGORITHMS
+from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.rules.bp import BP
 
 if TYPE_CHECKING:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from fa_bench.config.registries import ALGORITHMS
-from fa_bench.mechanisms.edge import EdgeRule, LayerContext
+from fa_bench.mechanisms.edge.pathways import FeedbackPathway, SignedMagnitudeFeedback
+from fa_bench.mechanisms.edge.rule import EdgeRule, LayerContext
 from fa_bench.mechanisms.feedback_options import density_option, init_option
-from fa_bench.mechanisms.pathways import FeedbackPathway, SignedMagnitudeFeedback
+from fa_bench.registry.registries import ALGORITHMS
 
 
 @ALGORITHMS.register("frsf")

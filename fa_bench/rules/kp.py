@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from fa_bench.config.options import option
-from fa_bench.config.registries import ALGORITHMS
-from fa_bench.mechanisms.edge import LayerContext, RandomFeedbackRule
-from fa_bench.mechanisms.pathways import FeedbackPathway, LearnedFeedback
+from fa_bench.mechanisms.edge.pathways import FeedbackPathway, LearnedFeedback
+from fa_bench.mechanisms.edge.rule import LayerContext, RandomFeedbackRule
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ALGORITHMS
 
 
 @ALGORITHMS.register("kp")

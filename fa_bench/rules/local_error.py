@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from fa_bench.config.options import option
-from fa_bench.config.registries import ALGORITHMS
-from fa_bench.lazy import nn
+from fa_bench.mechanisms.cut.local import LocalRule, flattening
 from fa_bench.mechanisms.feedback_options import init_option
-from fa_bench.mechanisms.local import LocalRule, flattening
-from fa_bench.sampling import sample, seed_for
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ALGORITHMS
+from fa_bench.utils.lazy import nn
+from fa_bench.utils.sampling import sample, seed_for
 
 if TYPE_CHECKING:
     from torch import Tensor

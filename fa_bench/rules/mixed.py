@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.config.options import option
-from fa_bench.config.registries import ALGORITHMS
 from fa_bench.errors import CoverageError, OptionError
-from fa_bench.lazy import torch
-from fa_bench.mechanisms.edge import LayerContext
+from fa_bench.mechanisms.edge.pathways import BackwardContext, FeedbackPathway, feedback_gradient
+from fa_bench.mechanisms.edge.rule import LayerContext
 from fa_bench.mechanisms.feedback_options import init_option
 from fa_bench.mechanisms.feedback_tensors import feedback_tensor
-from fa_bench.mechanisms.pathways import BackwardContext, FeedbackPathway, feedback_gradient
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.rules.pfa import ProductFeedback, ProductRule
-from fa_bench.sampling import sample
+from fa_bench.utils.lazy import torch
+from fa_bench.utils.sampling import sample
 
 if TYPE_CHECKING:
     from torch import Tensor

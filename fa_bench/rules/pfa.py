@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.config.options import option
-from fa_bench.config.registries import ALGORITHMS
-from fa_bench.lazy import torch
-from fa_bench.mechanisms.edge import EdgeRule, LayerContext
+from fa_bench.mechanisms.edge.pathways import BackwardContext, FeedbackPathway, feedback_gradient
+from fa_bench.mechanisms.edge.product import multiplied_out
+from fa_bench.mechanisms.edge.rule import EdgeRule, LayerContext
 from fa_bench.mechanisms.feedback_options import density_option, init_option
 from fa_bench.mechanisms.feedback_tensors import feedback_tensor
-from fa_bench.mechanisms.pathways import BackwardContext, FeedbackPathway, feedback_gradient
-from fa_bench.mechanisms.product import multiplied_out
-from fa_bench.sampling import sample
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ALGORITHMS
+from fa_bench.utils.lazy import torch
+from fa_bench.utils.sampling import sample
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class ProductFeedback(FeedbackPathway):
     """e_in = g B R with a fixed B and a learned R.
 
-    Shapes: see `fa_bench.mechanisms.product`.
+    Shapes: see `fa_bench.mechanisms.edge.product`.
     """
 
     learned = ("R",)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from fa_bench.config.options import option
-from fa_bench.config.registries import ALGORITHMS
-from fa_bench.lazy import torch
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.rules.pfa import ProductRule
-from fa_bench.sampling import sample
+from fa_bench.utils.lazy import torch
+from fa_bench.utils.sampling import sample
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,11 +6,11 @@ import dataclasses
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.config.options import option
-from fa_bench.config.registries import ALGORITHMS
-from fa_bench.lazy import nn, torch
 from fa_bench.mechanisms.coverage import batch_note
-from fa_bench.mechanisms.local import LocalRule, flattening, kind_of_map
+from fa_bench.mechanisms.cut.local import LocalRule, flattening, kind_of_map
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ALGORITHMS
+from fa_bench.utils.lazy import nn, torch
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,11 +6,11 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-from fa_bench.config.options import option
-from fa_bench.config.registries import ALGORITHMS
-from fa_bench.mechanisms.edge import EdgeRule, LayerContext
+from fa_bench.mechanisms.edge.pathways import FeedbackPathway, SignFeedback
+from fa_bench.mechanisms.edge.rule import EdgeRule, LayerContext
 from fa_bench.mechanisms.feedback_options import density_option
-from fa_bench.mechanisms.pathways import FeedbackPathway, SignFeedback
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ALGORITHMS
 
 #: name -> computes s from (fan_in, fan_out), kernel positions counted, and whether the layer is a convolution
 SCALES: dict[str, Callable[[int, int, bool], float]] = {

@@ -7,21 +7,21 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fa_bench.config.options import option
-from fa_bench.config.registries import ALGORITHMS
 from fa_bench.errors import CoverageError
-from fa_bench.lazy import torch
-from fa_bench.mechanisms.edge import EdgeRule, LayerContext
+from fa_bench.mechanisms.edge.pathways import FeedbackPathway, FixedFeedback
+from fa_bench.mechanisms.edge.rule import EdgeRule, LayerContext
 from fa_bench.mechanisms.feedback_options import init_option
 from fa_bench.mechanisms.feedback_tensors import feedback_tensor
-from fa_bench.mechanisms.pathways import FeedbackPathway, FixedFeedback
-from fa_bench.sampling import seed_for
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ALGORITHMS
+from fa_bench.utils.lazy import torch
+from fa_bench.utils.sampling import seed_for
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fa_bench.mechanisms.coverage import Coverage
-    from fa_bench.mechanisms.ops import Geometry
+    from fa_bench.mechanisms.edge.ops import Geometry
 
 #: activation -> its φ'(0); that of ReLU is the mean of its slopes on both sides.
 SLOPES = {"linear": 1.0, "relu": 0.5, "tanh": 1.0, "sigmoid": 0.25}
@@ -81,8 +81,8 @@ class MirroredFeedback(FixedFeedback):
 
     def mirror(self, layer: Any) -> None:
         """One mirror step with the next batch of noise: B <- (1 - λ) B + η Ŵ."""
-        from fa_bench.mechanisms.layers import padded
-        from fa_bench.mechanisms.ops import weight_gradient
+        from fa_bench.mechanisms.edge.layers import padded
+        from fa_bench.mechanisms.edge.ops import weight_gradient
 
         self.draws += 1
         weight, feedback = layer.weight.detach(), feedback_tensor(layer, "B")
@@ -167,7 +167,7 @@ class WM(EdgeRule):
         return dataclasses.replace(self, initial_steps=round(fraction * self.initial_steps))
 
     def wire(self, sample_input: Any) -> Coverage:
-        from fa_bench.mechanisms.layers import weighted_layers
+        from fa_bench.mechanisms.weighted_layers import weighted_layers
 
         layers = weighted_layers(self.model)
         #: layer to be mirrored -> shapes of its input and output
@@ -224,8 +224,8 @@ def _driven(
     conv: Any, input_shape: tuple[int, ...], output_shape: tuple[int, ...]
 ) -> tuple[tuple[int, ...], Tensor, Geometry | None]:
     """For a convolution in mirror mode: the shape of one sample of noise, n of each tap (1, 1, K...), the geometry."""
-    from fa_bench.mechanisms.layers import padded
-    from fa_bench.mechanisms.ops import Geometry, weight_gradient
+    from fa_bench.mechanisms.edge.layers import padded
+    from fa_bench.mechanisms.edge.ops import Geometry, weight_gradient
 
     dims = len(conv.kernel_size)
     shape = tuple(input_shape[-dims - 1:])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fa_bench.errors import OptionError
-from fa_bench.lazy import torch
+from fa_bench.utils.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +63,7 @@ _WHY = ", of which batch normalisation has no statistics"
 
 
 def _takes_one(rule: Rule, splits: Splits) -> bool:
-    from fa_bench.mechanisms.local import TOO_FEW
+    from fa_bench.mechanisms.cut.local import TOO_FEW
     from fa_bench.mechanisms.trace import tensors_in
     from fa_bench.metrics.meter import untouched
 

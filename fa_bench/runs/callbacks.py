@@ -19,7 +19,7 @@ from fa_bench.runs.logs import log
 if TYPE_CHECKING:
     from fa_bench.runs.loop import Trainer
     from fa_bench.runs.record import Recorder
-    from fa_bench.runs.stopping import Stop
+    from fa_bench.utils.stopping import Stop
 
 #: Seconds between two lines of a run on a log that is no terminal.
 LINE_EVERY = 10.0

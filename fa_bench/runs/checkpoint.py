@@ -14,11 +14,11 @@ import torch
 
 from fa_bench.callbacks.base import Callback
 from fa_bench.errors import RunDirectoryError, first_line
-from fa_bench.files import atomic, temporary_name
 from fa_bench.mechanisms.rule import Rule
 from fa_bench.optim.optimizers import Optimizers
-from fa_bench.process import random_state, restore_random_state
 from fa_bench.runs.loop import Progress
+from fa_bench.utils.files import atomic, temporary_name
+from fa_bench.utils.process import random_state, restore_random_state
 
 VERSION = 4
 

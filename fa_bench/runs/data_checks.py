@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fa_bench.config.job import Job
-from fa_bench.config.options import as_plain
 from fa_bench.errors import DataError
+from fa_bench.registry.options import as_plain
 
 #: The hashes that this process has found, so that the finished runs of a grid read their data once.
 _hashes: dict[str, str] = {}

@@ -9,8 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.lazy import torch
 from fa_bench.mechanisms.feedback_tensors import AUXILIARY_PREFIX
+from fa_bench.utils.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -1,7 +1,4 @@
-"""Who writes a run's directory: one process at a time, by a lock that ends with the process, however it ends.
-
-The lock is filelock's, which other processes forked from its holder, such as those that read data, do not inherit.
-"""
+"""Which process writes a run's directory: one at a time, by a lock."""
 
 from __future__ import annotations
 
@@ -19,30 +16,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fa_bench.errors import HeldError, OutputError, RunDirectoryError
-from fa_bench.files import check_lock, write_text
 from fa_bench.runs.ownership import HOLDER, LOCK
-
-#: How long to try for a lock, in seconds: whoever looks whether it is held holds it for a moment, and a killed process takes one.
-PATIENCE = 3.0
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file at `path`, whose folder exists; it is removed in the end.
-
-    Raises:
-        Timeout: where another process holds it.
-        RunDirectoryError: where something else has its name.
-        OSError: where it cannot be made.
-    """
-    check_lock(path)
-    lock = FileLock(path, timeout=PATIENCE, poll_interval=0.02)
-    with lock:
-        try:
-            yield
-        finally:
-            with suppress(OSError):  # Windows removes no open file; one that stays is taken again
-                path.unlink()
+from fa_bench.utils.files import write_text
+from fa_bench.utils.locks import locked
 
 
 @contextmanager

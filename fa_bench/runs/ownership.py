@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fa_bench.errors import RunDirectoryError, names
-from fa_bench.files import CONFIG, CURVES, LOG, METRICS, RESULT, check_lock, temporary_name, write_text
-from fa_bench.records import HEADER
+from fa_bench.loggers.event_files import EVENT_NAME, EVENTS, NEW_EVENTS, recorded_events
+from fa_bench.runs.readers import HEADER
+from fa_bench.utils.files import CONFIG, CURVES, LOG, METRICS, RESULT, check_lock, temporary_name
 
 CHECKPOINTS, LAST, PREVIOUS = "checkpoints", "last.pt", "previous.pt"
 #: The lock, and who holds it.
 LOCK, HOLDER = ".lock", ".holder.json"
-#: The names of the event files that the run has made: TensorBoard wants them to have names of their own.
-EVENTS = ".events.json"
-#: An event file that is being written; a watching TensorBoard lists every name with "tfevents" in it.
-NEW_EVENTS = ".events.tmp"
 _WRITTEN = (CONFIG, METRICS, CURVES, RESULT, HOLDER, EVENTS)
 TEMPORARIES = (NEW_EVENTS, *map(temporary_name, _WRITTEN))
 CHECKPOINT_TEMPORARIES = (temporary_name(LAST), temporary_name(PREVIOUS))
@@ -28,7 +24,6 @@ _FIRST = {HOLDER: b'{"pid"', temporary_name(HOLDER): b'{"pid"', temporary_name(C
 #: What others put there unasked, such as Hydra on request, file managers and fa-bench-report: neither touched nor refused.
 _LEFT_ALONE = re.compile(r"\.hydra|(cli|fa_bench)\.log|\.DS_Store|Thumbs\.db|desktop\.ini|"
                          r"\.{0,2}report([_.][\w.-]+)?\.(md|csv|png|json|lock)(\.tmp)?")
-_EVENT_NAME = re.compile(r"events\.out\.tfevents\.\d{10,}\.[^/\\]+\.\d+\.0")
 #: Temporary files that earlier versions named after their process; left where they are.
 _EARLIER = re.compile(rf"\.({'|'.join(map(re.escape, (CONFIG, METRICS, RESULT, LAST, 'events')))})\.\d+\.tmp")
 
@@ -47,24 +42,6 @@ def own_files(directory: Path, keep: bool) -> Iterator[Path]:
     yield directory / RESULT
     if not keep:
         yield from (directory / name for name in (LOG, METRICS, CURVES, *recorded_events(directory), EVENTS))
-
-
-def recorded_events(directory: Path) -> list[str]:
-    """The names of the event files that the run in `directory` recorded as its own, in the order in which it made them."""
-    try:
-        found = json.loads((directory / EVENTS).read_bytes())
-    except (OSError, ValueError):
-        return []
-    return [name for name in found if isinstance(name, str) and _EVENT_NAME.fullmatch(name)] if isinstance(found, list) else []
-
-
-def record_events(directory: Path, files: Iterable[str]) -> None:
-    """Record the names of a run's event files; to be called before they are made.
-
-    Raises:
-        OutputError: where that cannot be written.
-    """
-    write_text(directory / EVENTS, json.dumps(list(files)) + "\n")
 
 
 def check_own(directory: Path, is_own_events: Callable[[Path], bool] | None) -> None:
@@ -137,4 +114,4 @@ def _made_earlier(path: Path, is_own_events: Callable[[Path], bool]) -> bool:
         return False
     if _EARLIER.fullmatch(path.name):
         return True
-    return _EVENT_NAME.fullmatch(path.name) is not None and (path.stat().st_size == 0 or is_own_events(path))
+    return EVENT_NAME.fullmatch(path.name) is not None and (path.stat().st_size == 0 or is_own_events(path))

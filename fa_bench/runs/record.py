@@ -16,15 +16,15 @@ from torch import Tensor
 
 from fa_bench import __version__
 from fa_bench.config.job import Job
-from fa_bench.config.registries import LOGGERS
-from fa_bench.files import METRICS, RESULT, dump_json, write_text
 from fa_bench.loggers.base import Logger
+from fa_bench.loggers.events import FINAL
 from fa_bench.metrics.meter import AlignmentMeter
 from fa_bench.metrics.probes.base import Probes, Quantities
-from fa_bench.records import SCALARS, recorded_lines
-from fa_bench.runs.events import FINAL
+from fa_bench.registry.registries import LOGGERS
 from fa_bench.runs.hashes import code_hash
 from fa_bench.runs.loop import Progress
+from fa_bench.runs.readers import SCALARS, recorded_lines
+from fa_bench.utils.files import METRICS, RESULT, dump_json, write_text
 
 
 class Recorder:

@@ -13,13 +13,13 @@ from omegaconf import OmegaConf
 from fa_bench.config.job import VOLATILE, Job
 from fa_bench.config.labels import flat
 from fa_bench.config.scale import scaled
-from fa_bench.config.yaml_files import parse_yaml
 from fa_bench.errors import OutputError, RunDirectoryError
-from fa_bench.files import CONFIG, METRICS, RESULT, write_text
-from fa_bench.records import CODE_HEADER, HEADER, RecordError, read_result, recorded_lines
 from fa_bench.runs import locks
 from fa_bench.runs.hashes import code_hash
 from fa_bench.runs.ownership import CHECKPOINTS, LAST, PREVIOUS, check_own, own_files
+from fa_bench.runs.readers import CODE_HEADER, HEADER, RecordError, read_result, recorded_lines
+from fa_bench.utils.files import CONFIG, METRICS, RESULT, write_text
+from fa_bench.utils.yaml_files import parse_yaml
 
 
 class Stage(Enum):
@@ -124,7 +124,7 @@ class RunDirectory:
 
     def _wrote(self, events: Path) -> bool:
         """Whether an event file is of this run, as what it says about the run shows."""
-        from fa_bench.runs.events import is_of
+        from fa_bench.loggers.events import is_of
 
         return is_of(events, self.job)
 

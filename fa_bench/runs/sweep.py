@@ -10,9 +10,9 @@ from typing import NamedTuple
 from filelock import Timeout
 
 from fa_bench.errors import RunDirectoryError
-from fa_bench.files import check_half_written, dump_json, resolved, write_text
-from fa_bench.records import RecordError, read_planned
-from fa_bench.runs.locks import PATIENCE, locked
+from fa_bench.runs.readers import RecordError, read_planned
+from fa_bench.utils.files import check_half_written, dump_json, resolved, write_text
+from fa_bench.utils.locks import PATIENCE, locked
 
 SWEEP, SWEEP_LOCK = "sweep.json", ".sweep.json.lock"
 #: A run lies this many folders below what its grid has in common, at most: preset, rule, seed.

@@ -16,18 +16,14 @@ from tqdm import tqdm
 
 from fa_bench.callbacks.base import Callback
 from fa_bench.config.job import Job
-from fa_bench.config.registries import CALLBACKS
 from fa_bench.config.scale import SCALES, scaled
 from fa_bench.data.base import Splits
 from fa_bench.errors import ConfigError, CoverageError, OptionError, OutputError, RunDirectoryError
-from fa_bench.files import LOG, METRICS, RESULT, dump_json, write_text
 from fa_bench.mechanisms.rule import Rule
-from fa_bench.memory_limits import require, within_memory
 from fa_bench.metrics.meter import AlignmentMeter
 from fa_bench.metrics.probes.base import Probes, Subject
 from fa_bench.optim.optimizers import Optimizers
-from fa_bench.process import isolated, seed_everything
-from fa_bench.records import RecordError, recorded_lines
+from fa_bench.registry.registries import CALLBACKS
 from fa_bench.runs import checkpoint
 from fa_bench.runs.batches import check_batches, fixed_batch
 from fa_bench.runs.callbacks import Alignment, Checkpoints, Display, Histograms, Recording, StopOnSignal
@@ -36,9 +32,13 @@ from fa_bench.runs.divergence import Diverged, Divergence
 from fa_bench.runs.hashes import state_hash, weights_hash
 from fa_bench.runs.logs import log, log_file
 from fa_bench.runs.loop import Progress, Trainer
+from fa_bench.runs.readers import RecordError, recorded_lines
 from fa_bench.runs.record import Recorder, base_result, device_name, make_loggers, progress_result
 from fa_bench.runs.rundir import RunDirectory, Stage
-from fa_bench.runs.stopping import Interrupted, Stop, postponed
+from fa_bench.utils.files import LOG, METRICS, RESULT, dump_json, write_text
+from fa_bench.utils.memory_limits import require, within_memory
+from fa_bench.utils.process import isolated, seed_everything
+from fa_bench.utils.stopping import Interrupted, Stop, postponed
 
 
 def run(

@@ -6,16 +6,16 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from fa_bench.config.options import Options, as_plain, option, option_fields
-from fa_bench.config.registries import SCHEDULES
 from fa_bench.errors import OptionError, names, nearest
+from fa_bench.registry.options import Options, as_plain, option, option_fields
+from fa_bench.registry.registries import SCHEDULES
 
 S = TypeVar("S", bound="Schedule")
 
 
 @dataclasses.dataclass(eq=False)
 class Schedule(Options):
-    """Base of the schedules, registered in `fa_bench.config.registries.SCHEDULES`.
+    """Base of the schedules, registered in `fa_bench.registry.registries.SCHEDULES`.
 
     A schedule is a function of what has been trained, so that a resumed run needs no state of it.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from fa_bench.config.registries import SCHEDULES
+from fa_bench.registry.registries import SCHEDULES
 from fa_bench.schedules.base import Schedule
 
 

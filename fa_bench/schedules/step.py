@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from fa_bench.config.options import option
-from fa_bench.config.registries import SCHEDULES
 from fa_bench.errors import OptionError
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import SCHEDULES
 from fa_bench.schedules.base import Schedule
 
 

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.image import imread
 
 from fa_bench.analyses.cli import main
-from fa_bench.config.registries import ANALYSES
+from fa_bench.registry.registries import ANALYSES
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {

@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from fa_bench.cli import main
 from fa_bench.command import fit
 from fa_bench.config.job import Job
-from fa_bench.config.registries import ALGORITHMS, DATASETS
 from fa_bench.errors import CoverageError
+from fa_bench.registry.registries import ALGORITHMS, DATASETS
 from fa_bench.runs.train import assemble, prepare
 
 SMALL = ["dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16", "architecture.widths=[8]", "epochs=1"]

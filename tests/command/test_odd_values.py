@@ -10,8 +10,8 @@ import pytest
 from fa_bench.cli import main
 from fa_bench.command.guard import check_config
 from fa_bench.config.job import MOST_THREADS, RunOptions
-from fa_bench.config.registries import ALGORITHMS
 from fa_bench.errors import MOST_MESSAGE, ConfigError, OptionError, cut, first_line, printable
+from fa_bench.registry.registries import ALGORITHMS
 
 SMALL = ["dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16", "architecture.widths=[8]", "epochs=1"]
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from fa_bench.cli import main
 from fa_bench.command.overrides import parse
-from fa_bench.config.typed import quoted, word
-from fa_bench.files import RESULT
+from fa_bench.utils.files import RESULT
+from fa_bench.utils.shell import quoted, word
 
 SMALL = ["dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16", "architecture.widths=[8]", "epochs=1"]
 

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import fa_bench
 from fa_bench.cli import main
-from fa_bench.config import registries
+from fa_bench.registry import registries
 
 PLUGIN = '''
 import dataclasses
@@ -193,7 +193,7 @@ def test_it_is_in_the_help(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_a_callback_goes_on_counting_in_a_resumed_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fa_bench.runs.callbacks import StopOnSignal
-    from fa_bench.runs.stopping import Interrupted
+    from fa_bench.utils.stopping import Interrupted
 
     with monkeypatch.context() as patch:
         def stop(callback, trainer) -> None:

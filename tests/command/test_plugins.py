@@ -11,17 +11,17 @@ import yaml
 
 from fa_bench.cli import main
 from fa_bench.config.job import import_plugins, register_schemas
-from fa_bench.config.registries import ALGORITHMS, GROUPS, PROBES
 from fa_bench.errors import ConfigError
-from fa_bench.runs.stopping import Interrupted
+from fa_bench.registry.registries import ALGORITHMS, GROUPS, PROBES
+from fa_bench.utils.stopping import Interrupted
 
 SMALL = ["dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16", "architecture.widths=[8]", "epochs=1"]
 
 IMPORTS = """\
 import dataclasses
-from fa_bench.config.options import option
-from fa_bench.config.registries import ALGORITHMS, ARCHITECTURES, DATASETS, OPTIMIZERS, PROBES
-from fa_bench.mechanisms.edge import EdgeRule
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ALGORITHMS, ARCHITECTURES, DATASETS, OPTIMIZERS, PROBES
+from fa_bench.mechanisms.edge.rule import EdgeRule
 """
 RULE = "@ALGORITHMS.register('odd_rule')\n@dataclasses.dataclass(eq=False)\nclass Odd(EdgeRule):\n    'A rule.'\n"
 
@@ -94,7 +94,7 @@ def test_the_next_command_finds_the_same_fault(tmp_path: Path) -> None:
 def test_a_signal_while_a_plugin_is_imported_is_no_fault_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "odd_plugin.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\n")
     assert main([*SMALL, "plugins=[odd_plugin]"]) == 143
-    (tmp_path / "odd_plugin.py").write_text("from fa_bench.runs.stopping import Interrupted\nraise Interrupted(2)\n")
+    (tmp_path / "odd_plugin.py").write_text("from fa_bench.utils.stopping import Interrupted\nraise Interrupted(2)\n")
     with pytest.raises(Interrupted):
         import_plugins(["odd_plugin"])
 

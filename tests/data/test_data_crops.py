@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as reference
 
-from fa_bench.config.registries import DATASETS
 from fa_bench.data.base import ResidentSplit
 from fa_bench.data.crops import (
     CROPS,
@@ -26,6 +25,7 @@ from fa_bench.data.crops import (
     resized_shape,
 )
 from fa_bench.errors import OptionError
+from fa_bench.registry.registries import DATASETS
 
 CPU = torch.device("cpu")
 #: float32 weights are good to 1e-6 of 255, and positions beside a border to a few times that.

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torchvision.datasets import cifar, mnist, svhn
 
-from fa_bench.config.registries import DATASETS
 from fa_bench.errors import DataError
+from fa_bench.registry.registries import DATASETS
 
 from .files import CIFAR_FILES, IDX_FILES, write_cifar, write_idx, write_mnist, write_svhn
 

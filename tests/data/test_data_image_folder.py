@@ -13,11 +13,11 @@ from joblib import Parallel, delayed
 from PIL import Image
 from torchvision.transforms import functional as reference
 
-from fa_bench.config.registries import DATASETS
 from fa_bench.data import image_files
 from fa_bench.data.base import ResidentSplit
 from fa_bench.data.image_files import StreamedSplit
 from fa_bench.errors import DataError, OptionError
+from fa_bench.registry.registries import DATASETS
 
 CPU = torch.device("cpu")
 #: Python 3.12 warns of every fork of a process with threads; torch's workers are forked on Linux up to 3.13.

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as reference
 
-from fa_bench.config.registries import DATASETS
 from fa_bench.data.crops import DRAWS, random_boxes
 from fa_bench.data.image_files import StreamedSplit
 from fa_bench.errors import DataError
-from fa_bench.sampling import seed_for
+from fa_bench.registry.registries import DATASETS
+from fa_bench.utils.sampling import seed_for
 
 from .files import IMAGENET_CLASSES, write_imagenet
 

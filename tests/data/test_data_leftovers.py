@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 
 from fa_bench.cli import main
-from fa_bench.config.registries import DATASETS
 from fa_bench.data import listing
 from fa_bench.errors import DataError
+from fa_bench.registry.registries import DATASETS
 
 CPU = torch.device("cpu")
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from fa_bench.config.registries import DATASETS
 from fa_bench.data.base import ResidentSplit, Splits, some
 from fa_bench.data.crops import PaddedCrop, crop_and_flip
 from fa_bench.errors import OptionError
+from fa_bench.registry.registries import DATASETS
 
 CPU = torch.device("cpu")
 NOWHERE = Path("no-such-folder")
@@ -274,7 +274,7 @@ def test_digits_hold_out_a_tenth_by_default() -> None:
 
 
 def test_listing_the_datasets_imports_no_torch() -> None:
-    code = ("import sys; from fa_bench.config.registries import DATASETS; from fa_bench.config.options import defaults; "
+    code = ("import sys; from fa_bench.registry.registries import DATASETS; from fa_bench.registry.options import defaults; "
             "[defaults(cls) for cls in DATASETS.values()]; "
             "assert {'cifar100', 'digits', 'imagenet', 'mnist', 'svhn', 'tiny_imagenet'} <= set(DATASETS); "
             "slow = {'torch', 'torchvision', 'sklearn', 'PIL', 'scipy'} & set(sys.modules); assert not slow, slow")

@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fa_bench.config.registries import DATASETS
 from fa_bench.data import tiny_imagenet as module
 from fa_bench.data.base import ResidentSplit
 from fa_bench.data.image_files import StreamedSplit
 from fa_bench.errors import DataError
+from fa_bench.registry.registries import DATASETS
 
 from .files import TINY, TINY_CLASSES, write_tiny_imagenet
 

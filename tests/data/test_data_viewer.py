@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fa_bench.config.registries import DATASETS
 from fa_bench.data import image_files
 from fa_bench.errors import DataError
+from fa_bench.registry.registries import DATASETS
 
 CPU = torch.device("cpu")
 #: How the upright picture is stored by a camera that notes each orientation (EXIF 2.32, 4.6.4 A): rows, columns.

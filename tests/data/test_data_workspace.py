@@ -18,11 +18,12 @@ import pytest
 import torch
 from torchvision.datasets import cifar
 
-from fa_bench.config.registries import DATASETS
 from fa_bench.data import workspace as module
 from fa_bench.data.fetch import fetching, unpack_tar, unpack_zip
 from fa_bench.data.workspace import workspace
 from fa_bench.errors import DataError
+from fa_bench.registry.registries import DATASETS
+from fa_bench.utils import locks
 
 from .files import CIFAR_FILES, write_cifar
 
@@ -236,7 +237,7 @@ def test_one_at_a_time_even_while_the_lock_is_removed_and_made_again(tmp_path: P
 
 def test_a_lock_file_that_was_replaced_meanwhile_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, looked = tmp_path / "w.lock", []
-    original = module._same
+    original = locks._is_same
 
     def replaced(place: Path, before: os.stat_result) -> bool:
         if not looked:  # another process removes the file and makes it again
@@ -245,8 +246,8 @@ def test_a_lock_file_that_was_replaced_meanwhile_is_no_lock(tmp_path: Path, monk
         looked.append(original(place, before))
         return looked[-1]
 
-    monkeypatch.setattr(module, "_same", replaced)
-    with module._locked(path):
+    monkeypatch.setattr(locks, "_is_same", replaced)
+    with locks.locked(path, wait=True):
         assert looked == [False, True]
 
 

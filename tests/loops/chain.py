@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fa_bench
-from fa_bench.config.registries import ALGORITHMS
+from fa_bench.registry.registries import ALGORITHMS
 
 RULES = list(ALGORITHMS)
 #: Rules that cut the graph: they take their error from one output of the model.

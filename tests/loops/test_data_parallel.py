@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fa_bench
-from fa_bench.config.registries import ALGORITHMS
+from fa_bench.registry.registries import ALGORITHMS
 
 from .scripts import data, net, sgd
 

@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import fa_bench
-from fa_bench.mechanisms.cuts import CutRule
-from fa_bench.mechanisms.edge import EdgeRule, LayerContext
+from fa_bench.mechanisms.cut.rule import CutRule
+from fa_bench.mechanisms.edge.pathways import FeedbackPathway, FixedFeedback, LearnedFeedback
+from fa_bench.mechanisms.edge.rule import EdgeRule, LayerContext
 from fa_bench.mechanisms.feedback_tensors import feedback_tensor, fixed_tensor_reader
-from fa_bench.mechanisms.pathways import FeedbackPathway, FixedFeedback, LearnedFeedback
 from fa_bench.mechanisms.rule import Rule
 
 PACKAGE = Path(fa_bench.__file__).parent

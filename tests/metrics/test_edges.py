@@ -16,16 +16,16 @@ from torch.nn import functional as F
 import fa_bench
 from fa_bench.cli import main
 from fa_bench.config.job import RunOptions
-from fa_bench.config.registries import ALGORITHMS
 from fa_bench.data.base import ArrayDataset, ResidentSplit, Splits, some
 from fa_bench.errors import DataError, OptionError
 from fa_bench.metrics.angles import NORM_FLOOR, angles, mean_sample_angle, norm_ratio, weight_angle
+from fa_bench.metrics.evaluation import evaluate
 from fa_bench.metrics.meter import AlignmentMeter
 from fa_bench.models.mlp import MLP
 from fa_bench.models.resnet20 import ResNet20
 from fa_bench.objectives.cross_entropy import CrossEntropy
+from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.runs.batches import check_batches, fixed_batch
-from fa_bench.runs.loop import evaluate
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fa_bench
-from fa_bench.config.registries import PROBES
 from fa_bench.data.base import ResidentSplit, Splits
 from fa_bench.errors import ConfigError
 from fa_bench.metrics.meter import AlignmentMeter, untouched
@@ -25,6 +24,7 @@ from fa_bench.metrics.probes.gradient_norm import norms_and_errors
 from fa_bench.models.conv2 import Conv2
 from fa_bench.models.mlp import MLP
 from fa_bench.models.resnet20 import ResNet20
+from fa_bench.registry.registries import PROBES
 
 CPU = torch.device("cpu")
 
@@ -282,8 +282,8 @@ def test_utility_of_untrained_blocks_is_zero_whatever_the_running_statistics(net
 
 
 def test_utility_is_that_of_nets_whose_running_statistics_are_their_own() -> None:
+    from fa_bench.metrics.evaluation import evaluate
     from fa_bench.objectives.cross_entropy import CrossEntropy
-    from fa_bench.runs.loop import evaluate
 
     subject = subject_of(mlp(batch_norm=True), "bp", train=random_split(60), test=random_split(200, seed=1))
     probes, model = Probes(["depth_utility"], 0, subject), subject.model

@@ -12,11 +12,11 @@ from torch import nn
 
 import fa_bench
 from fa_bench.analyses.memory_accesses import MemoryAccesses
-from fa_bench.config.registries import ALGORITHMS, ANALYSES, ARCHITECTURES
-from fa_bench.config.specs import component, parse_spec
 from fa_bench.errors import ConfigError, CoverageError, FaBenchError
 from fa_bench.mechanisms.trace import trace_model
 from fa_bench.metrics.memory_traffic import Memory, memory_of
+from fa_bench.registry.registries import ALGORITHMS, ANALYSES, ARCHITECTURES
+from fa_bench.registry.specs import component, parse_spec
 from fa_bench.rules.asap import ASAP
 
 # Channels x height x width of the stem's output and of the outputs of both convolutions of every block, by stage.

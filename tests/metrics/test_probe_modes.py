@@ -13,13 +13,13 @@ from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
 import fa_bench
-from fa_bench.config.registries import ALGORITHMS
 from fa_bench.data.base import ResidentSplit
 from fa_bench.metrics.angles import NORM_FLOOR, angles, mean_sample_angle, norm_ratio
+from fa_bench.metrics.evaluation import evaluate
 from fa_bench.metrics.meter import AlignmentMeter
 from fa_bench.objectives.cross_entropy import CrossEntropy
+from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.runs.hashes import state_hash
-from fa_bench.runs.loop import evaluate
 from tests.rules import nets
 from tests.rules.helpers import QUICK
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fa_bench.config.registries import ARCHITECTURES
+from fa_bench.registry.registries import ARCHITECTURES
 
 Shape = tuple[int, int, int]
 SMALL, LARGE = (3, 16, 16), (3, 64, 64)

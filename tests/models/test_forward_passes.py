@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fa_bench.config.registries import ARCHITECTURES
+from fa_bench.registry.registries import ARCHITECTURES
 
 from . import by_hand
 from .by_hand import ByHand

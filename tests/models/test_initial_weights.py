@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fa_bench.config.options import option_fields
-from fa_bench.config.registries import ARCHITECTURES
-from fa_bench.mechanisms.layers import weighted_layers
+from fa_bench.mechanisms.weighted_layers import weighted_layers
 from fa_bench.models.base import Architecture
+from fa_bench.registry.options import option_fields
+from fa_bench.registry.registries import ARCHITECTURES
 
 #: Small nets whose layers have fans that differ, with the shape of an image.
 NETS: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from fa_bench.cli import main
-from fa_bench.config.registries import OBJECTIVES
 from fa_bench.objectives.base import Objective
 from fa_bench.objectives.cross_entropy import CrossEntropy
 from fa_bench.objectives.mse import MSE
 from fa_bench.objectives.sigmoid_ce import SigmoidCE
+from fa_bench.registry.registries import OBJECTIVES
 
 OUTPUTS = torch.tensor([[0.5, -1.0, 2.0], [0.1, 0.2, -0.3], [3.0, 0.0, 1.0], [-2.0, 1.5, 0.7]], dtype=torch.float64)
 LABELS = torch.tensor([2, 0, 1, 1])

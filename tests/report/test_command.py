@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from fa_bench.errors import DataError
-from fa_bench.files import atomic
 from fa_bench.report import write_report
 from fa_bench.report.cli import main
 from fa_bench.report.runs import find_runs
 from fa_bench.report.table import COLUMNS
+from fa_bench.utils.files import atomic
 
 from .by_hand import epoch_record, write_group, write_run
 

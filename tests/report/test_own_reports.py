@@ -12,7 +12,7 @@ from fa_bench.cli import main as bench
 from fa_bench.errors import RunDirectoryError
 from fa_bench.report import own, write_report
 from fa_bench.report.cli import main
-from fa_bench.runs import locks
+from fa_bench.utils import locks
 
 from .by_hand import write_run
 

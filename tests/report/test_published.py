@@ -9,8 +9,8 @@ import math
 import pytest
 
 from fa_bench.config.job import conf_dir
-from fa_bench.config.registries import ALGORITHMS, ARCHITECTURES, DATASETS
 from fa_bench.errors import DataError
+from fa_bench.registry.registries import ALGORITHMS, ARCHITECTURES, DATASETS
 from fa_bench.report.against import against_published
 from fa_bench.report.gaps import unanswered
 from fa_bench.report.published import answering, published, read_entries

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from fa_bench.records import RecordError, read_config, read_metrics, read_result
 from fa_bench.report import figures
 from fa_bench.report.cli import main
+from fa_bench.runs.readers import RecordError, read_config, read_metrics, read_result
 from fa_bench.runs.sweep import Planned, write_sweep
-from fa_bench.text import drawn, markdown
+from fa_bench.utils.text import drawn, markdown
 
 from .by_hand import ANGLES, epoch_record, write_begun, write_group, write_run
 

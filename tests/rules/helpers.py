@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fa_bench.config.options import option_fields
-from fa_bench.config.registries import ALGORITHMS
+from fa_bench.registry.options import option_fields
+from fa_bench.registry.registries import ALGORITHMS
 
 from . import nets
 

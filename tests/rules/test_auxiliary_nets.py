@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fa_bench
-from fa_bench.mechanisms.local import TOO_FEW
+from fa_bench.mechanisms.cut.local import TOO_FEW
 from fa_bench.models.mlp import MLP
 from fa_bench.models.resnet20 import ResNet20
 

@@ -5,11 +5,11 @@ import re
 
 import pytest
 
-from fa_bench.config.options import option_fields
-from fa_bench.config.registries import ALGORITHMS
-from fa_bench.mechanisms.cuts import CutRule
-from fa_bench.mechanisms.edge import EdgeRule
+from fa_bench.mechanisms.cut.rule import CutRule
+from fa_bench.mechanisms.edge.rule import EdgeRule
 from fa_bench.mechanisms.rule import Rule
+from fa_bench.registry.options import option_fields
+from fa_bench.registry.registries import ALGORITHMS
 
 from .references import CASES, REFERENCES
 

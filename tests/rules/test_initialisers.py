@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import fa_bench
-from fa_bench.config.options import as_plain
-from fa_bench.config.registries import ARCHITECTURES
+from fa_bench.registry.options import as_plain
+from fa_bench.registry.registries import ARCHITECTURES
 
 # name: (deviation for fans (fan_in, fan_out), whether uniform). A uniform draw ends at sqrt(3) deviations.
 DRAWS = {

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import fa_bench
-from fa_bench.config.registries import ALGORITHMS
 from fa_bench.errors import CoverageError
-from fa_bench.mechanisms.cuts import CutRule
+from fa_bench.mechanisms.cut.rule import CutRule
 from fa_bench.mechanisms.feedback_tensors import drop_tensors, put_tensor, tensors_of
+from fa_bench.registry.registries import ALGORITHMS
 
 from . import nets
 from .helpers import (

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fa_bench
-from fa_bench.mechanisms.local import _seeded, reduced
+from fa_bench.mechanisms.cut.local import _seeded, reduced
 from fa_bench.metrics.meter import untouched
 
 from . import nets

@@ -10,7 +10,7 @@ from torch import nn
 
 import fa_bench
 from fa_bench.metrics.angles import norm_ratio, weight_angle
-from fa_bench.sampling import sample, seed_for
+from fa_bench.utils.sampling import sample, seed_for
 
 from . import nets
 from .helpers import array, assert_matches, backward, bp_grads, distance, rule_grads

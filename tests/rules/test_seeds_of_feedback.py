@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import fa_bench
-from fa_bench.config.registries import ALGORITHMS
-from fa_bench.sampling import INITIALISERS, resample_magnitudes, sample
+from fa_bench.registry.registries import ALGORITHMS
+from fa_bench.utils.sampling import INITIALISERS, resample_magnitudes, sample
 
 from . import nets
 from .helpers import QUICK, cut_options

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fa_bench
-from fa_bench.config.registries import ARCHITECTURES
-from fa_bench.mechanisms.sharing import matcher
+from fa_bench.mechanisms.edge.sharing import matcher
+from fa_bench.registry.registries import ARCHITECTURES
 
 from . import nets
 from .helpers import (

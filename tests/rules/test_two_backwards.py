@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fa_bench
-from fa_bench.config.registries import ALGORITHMS
+from fa_bench.registry.registries import ALGORITHMS
 
 from . import nets
 from .helpers import QUICK, array, cut_options, distance

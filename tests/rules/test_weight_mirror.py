@@ -11,8 +11,8 @@ import yaml
 from torch import nn
 
 import fa_bench
-from fa_bench.config.options import as_plain
 from fa_bench.metrics.angles import weight_angle
+from fa_bench.registry.options import as_plain
 from fa_bench.rules.wm import WM, MirroredFeedback, Noise
 
 from . import nets

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import fa_bench
 from fa_bench.cli import main
-from fa_bench.config.registries import ALGORITHMS, ARCHITECTURES
 from fa_bench.errors import ConfigError, CoverageError, OptionError
+from fa_bench.registry.registries import ALGORITHMS, ARCHITECTURES
 
 CIFAR, MNIST, IMAGENET = (3, 32, 32), (1, 28, 28), (3, 224, 224)
 # On torchvision's AlexNet: batch normalisation of 64 + 192 + 384 + 256 + 256 channels.

@@ -15,12 +15,12 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from fa_bench import memory_limits
 from fa_bench.cli import main
 from fa_bench.data.fetch import unpack_zip
 from fa_bench.errors import ConfigError, DataError, OptionError
 from fa_bench.optim.sgd import SGD
 from fa_bench.runs import train
+from fa_bench.utils import memory_limits
 from tests.data.files import IDX_FILES, write_idx, write_mnist
 
 SMALL = ["dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16", "architecture.widths=[8]", "epochs=1"]

@@ -15,8 +15,8 @@ import torch
 
 from fa_bench.command.compose import Composer
 from fa_bench.config.job import VOLATILE, Job, RunOptions, import_plugins
-from fa_bench.config.options import Options, option_fields
-from fa_bench.config.registries import ALGORITHMS, ARCHITECTURES, DATASETS, OPTIMIZERS
+from fa_bench.registry.options import Options, option_fields
+from fa_bench.registry.registries import ALGORITHMS, ARCHITECTURES, DATASETS, OPTIMIZERS
 from fa_bench.runs.train import run
 from tests.data.files import write_cifar
 

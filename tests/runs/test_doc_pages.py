@@ -21,12 +21,12 @@ from fa_bench.cli import main
 from fa_bench.command.compose import Composer
 from fa_bench.command.dry_run import _bytes, _kept
 from fa_bench.config.job import register_schemas
-from fa_bench.config.registries import ALGORITHMS, ARCHITECTURES, DATASETS
-from fa_bench.mechanisms.cuts import CutRule
-from fa_bench.mechanisms.edge import EdgeRule
-from fa_bench.mechanisms.local import LocalRule
+from fa_bench.mechanisms.cut.local import LocalRule
+from fa_bench.mechanisms.cut.rule import CutRule
+from fa_bench.mechanisms.edge.rule import EdgeRule
 from fa_bench.mechanisms.rule import Rule
 from fa_bench.metrics.arithmetic import step_multiplications
+from fa_bench.registry.registries import ALGORITHMS, ARCHITECTURES, DATASETS
 from fa_bench.report import figures
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,7 +15,7 @@ import fa_bench
 from fa_bench.cli import main
 from fa_bench.command.compose import Composer
 from fa_bench.config.job import conf_dir, register_schemas
-from fa_bench.config.registries import ALGORITHMS, ARCHITECTURES
+from fa_bench.registry.registries import ALGORITHMS, ARCHITECTURES
 from fa_bench.report import cli as report
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,16 +16,16 @@ import fa_bench
 from fa_bench.cli import main
 from fa_bench.command.dry_run import found_in
 from fa_bench.config.job import Job
-from fa_bench.config.registries import ALGORITHMS
 from fa_bench.data.fetch import fetching, unpack_zip
 from fa_bench.data.fetch import nothing_fetched as refusing
 from fa_bench.errors import DataError
-from fa_bench.files import CONFIG, METRICS, RESULT
 from fa_bench.metrics.arithmetic import at_batch, multiplications, step_multiplications
 from fa_bench.models.conv2 import Conv2
+from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.report import figures
 from fa_bench.runs.rundir import RunDirectory
-from fa_bench.text import count, format_bytes
+from fa_bench.utils.files import CONFIG, METRICS, RESULT
+from fa_bench.utils.text import count, format_bytes
 
 TINY = ["dataset=synthetic", "dataset.samples=80", "dataset.test_samples=16", "batch_size=16", "epochs=2", "probe_size=8",
         "architecture.widths=[8,6]", "device=cpu"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fa_bench.cli import main
-from fa_bench.config.registries import PROBES
+from fa_bench.registry.registries import PROBES
 from fa_bench.report import figures
 from fa_bench.runs import loop
 from fa_bench.runs.record import Recorder
@@ -109,7 +109,7 @@ def test_probes_that_cannot_be_measured_are_named_before_training(
 def test_a_plugin_brings_a_probe(in_empty_folder: None, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("my_probes.py").write_text(
         "from fa_bench.metrics.probes.base import Probe\n"
-        "from fa_bench.config.registries import PROBES\n"
+        "from fa_bench.registry.registries import PROBES\n"
         "@PROBES.register('largest')\n"
         "class Largest(Probe):\n"
         "    'Largest weight.'\n"

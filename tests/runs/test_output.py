@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 GRID = ["-m", "dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16", "architecture.widths=[8]", "epochs=1",
         "seed=0,1"]
-FAITHFUL = "import sys; from fa_bench.output import steady\nwith steady() as lost:\n    "
+FAITHFUL = "import sys; from fa_bench.utils.output import steady\nwith steady() as lost:\n    "
 
 
 def shell(command: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[bytes]:
@@ -69,7 +69,7 @@ def test_text_that_finds_no_room_is_said_to_be_lost(tmp_path):
 
 
 def test_streams_that_others_put_there_stay(capsys):
-    from fa_bench.output import steady
+    from fa_bench.utils.output import steady
 
     before = sys.stdout
     with steady() as lost:
@@ -105,7 +105,7 @@ def test_a_figure_is_drawn_whatever_the_backend_and_the_settings(tmp_path, backe
     code = """
 import os
 from pathlib import Path
-from fa_bench.drawing import default_style
+from fa_bench.utils.drawing import default_style
 with default_style():
     from fa_bench.report.plot import new_figure, save
     figure = new_figure(2.0)

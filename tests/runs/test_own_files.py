@@ -11,8 +11,9 @@ import pytest
 
 from fa_bench.cli import main
 from fa_bench.errors import RunDirectoryError
-from fa_bench.files import CONFIG, LOG, RESULT, check_place
+from fa_bench.loggers import event_files
 from fa_bench.runs import hashes, ownership
+from fa_bench.utils.files import CONFIG, LOG, RESULT, check_place
 
 Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
 COMMON = ["dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16", "batch_size=16", "epochs=1", "probe_size=8",
@@ -63,13 +64,13 @@ def test_foreign_files_in_a_run_of_ones_own_are_named_by_single_runs_and_sweeps(
     assert main([*COMMON, "output_dir=o"]) == 0
     (place,) = [path.parent for path in Path("o").rglob(RESULT)]
     for path in place.iterdir():  # where `put` puts it
-        assert path.name in {CONFIG, LOG, RESULT, "metrics.jsonl", "checkpoints", ownership.EVENTS} or "tfevents" in path.name
+        assert path.name in {CONFIG, LOG, RESULT, "metrics.jsonl", "checkpoints", event_files.EVENTS} or "tfevents" in path.name
     put(f"../{place}/{name}")
     for command in ([*COMMON, "output_dir=o"], [*COMMON, "output_dir=o", "resume=false"], ["-m", *COMMON, "output_dir=o"]):
         assert "no part of a run; choose another directory, or move that away" in refused(command, capsys)
 
 
-@pytest.mark.parametrize("name", [LOG, ownership.EVENTS, *ownership.TEMPORARIES, ownership.HOLDER])
+@pytest.mark.parametrize("name", [LOG, event_files.EVENTS, *ownership.TEMPORARIES, ownership.HOLDER])
 def test_a_name_that_runs_use_makes_no_run_without_its_config(name: str, capsys: Capture) -> None:
     put(name)
     for command in (RUN, [*RUN, "resume=false"], ["-m", *COMMON, "hydra.sweep.dir=run", "hydra.sweep.subdir=."]):
@@ -108,10 +109,10 @@ def test_starting_anew_removes_the_runs_own_files_alone(monkeypatch: Patch) -> N
     assert main([*RUN, "resume=false"]) == 0
     assert not any(path.exists() for path in left) and Path("run/checkpoints/last.pt").stat().st_ino != before
     # Within a second, the new event file may have the old one's name.
-    assert ownership.recorded_events(Path("run")) == [path.name for path in Path("run").glob("events.out.*")]
+    assert event_files.recorded_events(Path("run")) == [path.name for path in Path("run").glob("events.out.*")]
 
 
-@pytest.mark.parametrize("name", [LOG, RESULT, CONFIG, "metrics.jsonl", ownership.EVENTS, ownership.LOCK, ".result.json.tmp",
+@pytest.mark.parametrize("name", [LOG, RESULT, CONFIG, "metrics.jsonl", event_files.EVENTS, ownership.LOCK, ".result.json.tmp",
                                   "checkpoints", "checkpoints/last.pt", "events"])
 @pytest.mark.parametrize("resume", ["true", "false"])
 def test_nothing_is_opened_or_removed_through_a_link(name: str, resume: str, tmp_path: Path, capsys: Capture) -> None:
@@ -158,9 +159,9 @@ def test_a_copy_made_of_hard_links_stays_as_it_was() -> None:
 def test_a_record_of_events_that_names_other_files_removes_none_of_them(capsys: Capture) -> None:
     assert main(RUN) == 0
     outside, beside = put("../outside"), Path("run", LOG)
-    own = ownership.recorded_events(Path("run"))
-    put(ownership.EVENTS, json.dumps([*own, "../outside", str(outside.absolute()), 7, "checkpoints", f"x/../{own[0]}"]))
-    assert ownership.recorded_events(Path("run")) == own
+    own = event_files.recorded_events(Path("run"))
+    put(event_files.EVENTS, json.dumps([*own, "../outside", str(outside.absolute()), 7, "checkpoints", f"x/../{own[0]}"]))
+    assert event_files.recorded_events(Path("run")) == own
     assert main([*RUN, "resume=false"]) == 0 and outside.read_text() == "mine" and beside.exists()
 
 
@@ -169,7 +170,7 @@ def earlier(change: Callable[[], object], monkeypatch: Patch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(hashes, "_package_hash", lambda: "earlier code")
         assert main(RUN) == 0
-    Path("run", ownership.EVENTS).unlink()
+    Path("run", event_files.EVENTS).unlink()
     change()
 
 

@@ -20,7 +20,6 @@ from fa_bench.config.job import Job, RunOptions
 from fa_bench.config.labels import duration
 from fa_bench.data.synthetic import Synthetic
 from fa_bench.errors import OptionError
-from fa_bench.files import atomic, dump_json
 from fa_bench.models.conv2 import Conv2
 from fa_bench.models.mlp import MLP
 from fa_bench.models.resnet20 import ResNet20
@@ -28,7 +27,6 @@ from fa_bench.objectives.cross_entropy import CrossEntropy
 from fa_bench.optim.adam import Adam
 from fa_bench.optim.optimizers import Optimizers
 from fa_bench.optim.sgd import SGD
-from fa_bench.process import isolated
 from fa_bench.rules.bp import BP
 from fa_bench.runs import callbacks, hashes
 from fa_bench.runs.hashes import chained, state_hash, weights_hash
@@ -39,6 +37,8 @@ from fa_bench.schedules.base import Schedule
 from fa_bench.schedules.constant import Constant
 from fa_bench.schedules.decay import Cosine
 from fa_bench.schedules.step import MultiStep, Step
+from fa_bench.utils.files import atomic, dump_json
+from fa_bench.utils.process import isolated
 
 
 def test_decay_of_the_first_epoch() -> None:

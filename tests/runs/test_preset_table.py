@@ -10,8 +10,8 @@ import pytest
 from fa_bench.command.compose import Composer
 from fa_bench.config.job import Job, RunOptions, conf_dir, register_schemas
 from fa_bench.config.labels import flat
-from fa_bench.config.options import as_plain, defaults
-from fa_bench.config.registries import GROUPS
+from fa_bench.registry.options import as_plain, defaults
+from fa_bench.registry.registries import GROUPS
 
 from .preset_table import PRESETS, Settings
 

@@ -16,10 +16,10 @@ from fa_bench.cli import main
 from fa_bench.command.compose import Composer
 from fa_bench.config.job import Job, conf_dir, register_schemas
 from fa_bench.config.labels import duration, flat, plan
-from fa_bench.config.options import option_fields
 from fa_bench.config.scale import SCALES, scaled
 from fa_bench.errors import ConfigError
-from fa_bench.mechanisms.layers import weighted_layers
+from fa_bench.mechanisms.weighted_layers import weighted_layers
+from fa_bench.registry.options import option_fields
 from fa_bench.report.published import published
 from fa_bench.runs.train import run
 

@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 
 from fa_bench.cli import main
-from fa_bench.files import METRICS, RESULT
 from fa_bench.runs import locks, parent
 from fa_bench.runs.locks import holder
 from fa_bench.runs.ownership import HOLDER, LOCK
-from fa_bench.runs.stopping import Interrupted, raised
+from fa_bench.utils import locks as utils_locks
+from fa_bench.utils.files import METRICS, RESULT
+from fa_bench.utils.stopping import Interrupted, raised
 
 Patch = pytest.MonkeyPatch
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,7 +91,7 @@ def test_the_lock_is_tried_for_while_a_killed_process_ends(monkeypatch: Patch) -
     with subprocess.Popen([sys.executable, "-c", holding], env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           text=True) as other:
         assert other.stdout and other.stdin and other.stdout.readline() == "held\n"
-        monkeypatch.setattr(locks, "PATIENCE", 60.0)
+        monkeypatch.setattr(utils_locks, "PATIENCE", 60.0)
         other.stdin.write("\n")
         other.stdin.flush()
         with locks.hold(Path("run")):

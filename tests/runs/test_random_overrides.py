@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from fa_bench.cli import main
 from fa_bench.config.job import FEEDBACK_OPTIMIZER, RunOptions
-from fa_bench.config.options import Options, option_fields
-from fa_bench.config.registries import ALGORITHMS, ARCHITECTURES, DATASETS, OPTIMIZERS
 from fa_bench.errors import FaBenchError
-from fa_bench.files import RESULT
+from fa_bench.registry.options import Options, option_fields
+from fa_bench.registry.registries import ALGORITHMS, ARCHITECTURES, DATASETS, OPTIMIZERS
+from fa_bench.utils.files import RESULT
 
 #: How many examples, and whether by a fixed seed: FA_BENCH_EXAMPLES=5000 for a longer search by hand, with new seeds.
 EXAMPLES = int(os.environ.get("FA_BENCH_EXAMPLES", "0"))

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from fa_bench.cli import main
-from fa_bench.files import METRICS, RESULT
 from fa_bench.runs import loop
+from fa_bench.utils.files import METRICS, RESULT
 
 Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
 RUN = ["dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16", "batch_size=16", "epochs=3", "probe_size=8",

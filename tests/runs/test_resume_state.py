@@ -19,7 +19,6 @@ from torch.nn import functional as F
 import fa_bench
 from fa_bench.cli import main
 from fa_bench.errors import RunDirectoryError
-from fa_bench.files import METRICS, RESULT
 from fa_bench.mechanisms.rule import Rule
 from fa_bench.optim.adam import Adam
 from fa_bench.optim.optimizers import Optimizers
@@ -31,6 +30,7 @@ from fa_bench.runs.hashes import state_hash
 from fa_bench.runs.loop import Progress
 from fa_bench.schedules.decay import Cosine
 from fa_bench.schedules.step import Step
+from fa_bench.utils.files import METRICS, RESULT
 
 from .test_survival import LAST, RUN, at_step, recorded
 

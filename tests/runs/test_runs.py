@@ -16,10 +16,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fa_bench.cli import main
-from fa_bench.config.registries import ALGORITHMS, OPTIMIZERS
-from fa_bench.files import METRICS, RESULT
+from fa_bench.registry.registries import ALGORITHMS, OPTIMIZERS
 from fa_bench.report import figures
 from fa_bench.runs import loop
+from fa_bench.utils.files import METRICS, RESULT
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["dataset=synthetic", "dataset.samples=80", "dataset.test_samples=16", "batch_size=16", "epochs=1", "probe_size=8"]
@@ -284,10 +284,10 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A module with a rule, and a folder with its config and those of a variant and a preset; nothing stays."""
     (tmp_path / "my_rules.py").write_text(
         "import dataclasses\n"
-        "from fa_bench.mechanisms.edge import EdgeRule\n"
-        "from fa_bench.mechanisms.pathways import FixedFeedback\n"
-        "from fa_bench.config.options import option\n"
-        "from fa_bench.config.registries import ALGORITHMS\n"
+        "from fa_bench.mechanisms.edge.rule import EdgeRule\n"
+        "from fa_bench.mechanisms.edge.pathways import FixedFeedback\n"
+        "from fa_bench.registry.options import option\n"
+        "from fa_bench.registry.registries import ALGORITHMS\n"
         "@ALGORITHMS.register('mine')\n"
         "@dataclasses.dataclass(eq=False)\n"
         "class Mine(EdgeRule):\n"

@@ -13,10 +13,10 @@ from omegaconf import OmegaConf
 
 from fa_bench.cli import main
 from fa_bench.config.job import conf_dir
-from fa_bench.config.yaml_files import MOST_BYTES, MOST_LEVELS, parse_yaml, read_yaml
 from fa_bench.errors import ConfigError, RunDirectoryError
-from fa_bench.records import RecordError, read_config
 from fa_bench.runs import checkpoint
+from fa_bench.runs.readers import RecordError, read_config
+from fa_bench.utils.yaml_files import MOST_BYTES, MOST_LEVELS, parse_yaml, read_yaml
 
 MAKE = "touch PWNED"
 LOG = "{version: 1, root: {handlers: [x]}, handlers: {x: {%s}}}"

@@ -18,12 +18,12 @@ import pytest
 import torch
 
 from fa_bench.cli import main
-from fa_bench.files import CONFIG, METRICS, RESULT
 from fa_bench.report import figures
 from fa_bench.runs import checkpoint, hashes, locks, loop
 from fa_bench.runs.callbacks import StopOnSignal
 from fa_bench.runs.ownership import HOLDER, LOCK
-from fa_bench.runs.stopping import Interrupted, raised
+from fa_bench.utils.files import CONFIG, METRICS, RESULT
+from fa_bench.utils.stopping import Interrupted, raised
 from tests.data.files import write_cifar
 
 Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch

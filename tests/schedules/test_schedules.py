@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fa_bench.cli import main
-from fa_bench.config.registries import SCHEDULES
 from fa_bench.errors import OptionError
+from fa_bench.registry.registries import SCHEDULES
 from fa_bench.schedules.base import Schedule
 from fa_bench.schedules.constant import Constant
 from fa_bench.schedules.decay import Cosine, Linear
@@ -107,7 +107,7 @@ def test_a_schedule_has_its_own_defaults_in_a_run(tmp_path: Path, monkeypatch: p
 
 def test_a_run_resumed_within_its_schedule_is_bitwise_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fa_bench.runs.callbacks import StopOnSignal
-    from fa_bench.runs.stopping import Interrupted
+    from fa_bench.utils.stopping import Interrupted
 
     monkeypatch.chdir(tmp_path)
     command = [*RUN, "algorithm=kp", "optimizer.schedule.name=one_cycle", "epochs=3"]

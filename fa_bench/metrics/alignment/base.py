@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar
 
-from fa_bench.config.options import Options
-from fa_bench.config.registries import METRICS
+from fa_bench.registry.options import Options
+from fa_bench.registry.registries import METRICS
 
 if TYPE_CHECKING:
     from fa_bench.metrics.meter import Passes
@@ -18,7 +18,7 @@ FEEDBACK, HIDDEN, ALL = "feedback", "hidden", "all"
 
 @dataclasses.dataclass(eq=False)
 class Metric(Options):
-    """Base of the alignment metrics, registered in `fa_bench.config.registries.METRICS`.
+    """Base of the alignment metrics, registered in `fa_bench.registry.registries.METRICS`.
 
     A run measures it every ``probe_every`` steps and at the end, and records it by its registered name in metrics.jsonl,
     result.json and its loggers.

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from fa_bench.config.registries import METRICS
 from fa_bench.metrics.alignment.base import HIDDEN, Metric
 from fa_bench.metrics.angles import mean_sample_angle
+from fa_bench.registry.registries import METRICS
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,8 +6,8 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
-from fa_bench.config.registries import METRICS
 from fa_bench.metrics.alignment.base import Metric
+from fa_bench.registry.registries import METRICS
 
 if TYPE_CHECKING:
     from fa_bench.metrics.meter import Passes

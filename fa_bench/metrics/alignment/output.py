@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from fa_bench.config.registries import METRICS
 from fa_bench.metrics.alignment.base import Metric
 from fa_bench.metrics.angles import mean_sample_angle
+from fa_bench.registry.registries import METRICS
 
 if TYPE_CHECKING:
     from fa_bench.metrics.meter import Passes

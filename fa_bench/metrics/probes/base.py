@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
-from fa_bench.config.options import Options
-from fa_bench.config.registries import PROBES
 from fa_bench.errors import ConfigError
-from fa_bench.lazy import torch
+from fa_bench.registry.options import Options
+from fa_bench.registry.registries import PROBES
+from fa_bench.utils.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -66,7 +66,7 @@ class Subject:
 
 @dataclasses.dataclass(eq=False)
 class Probe(Options):
-    """Base of the probes, registered under a name in `fa_bench.config.registries.PROBES`."""
+    """Base of the probes, registered under a name in `fa_bench.registry.registries.PROBES`."""
 
     #: Whether it needs ``subject.initial``.
     needs_initial: ClassVar[bool] = False
@@ -131,7 +131,7 @@ def as_before(rule: Rule) -> Iterator[None]:
     That is parameters, learned feedback among them, buffers, gradients (none within it), ``requires_grad``, the modes of all
     modules, and the state of every global random generator; ``rule.mode.freeze_random`` is set.
     """
-    from fa_bench.process import random_state, restore_random_state
+    from fa_bench.utils.process import random_state, restore_random_state
 
     model, mode = rule.model, rule.mode
     _ = rule.feedback  # reading it brings it up to date, so that what is put back is not an older draw

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from fa_bench.config.registries import PROBES
 from fa_bench.errors import ConfigError
-from fa_bench.lazy import nn, torch
 from fa_bench.metrics.probes.base import Probe, Quantities, Subject
+from fa_bench.registry.registries import PROBES
+from fa_bench.utils.lazy import nn, torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +47,7 @@ class DepthUtility(Probe):
         blocks, parameters = blocks_of(model, subject.meter.x[:2]), dict(model.named_parameters(remove_duplicate=False))
 
         def accuracy() -> float:
-            from fa_bench.runs.loop import evaluate
+            from fa_bench.metrics.evaluation import evaluate
 
             refresh(model, training, subject.batch_size)
             return evaluate(model, subject.rule.objective, scored, subject.batch_size)[1] or 0.0

@@ -6,9 +6,9 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
-from fa_bench.config.registries import PROBES
-from fa_bench.lazy import torch
 from fa_bench.metrics.probes.base import Probe, Quantities, Subject
+from fa_bench.registry.registries import PROBES
+from fa_bench.utils.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,8 +41,8 @@ class GradientNorm(Probe):
     """
 
     def measure(self, subject: Subject) -> Quantities:
-        from fa_bench.mechanisms.layers import weighted_layers
         from fa_bench.mechanisms.trace import all_require_grad, tensors_in
+        from fa_bench.mechanisms.weighted_layers import weighted_layers
         from fa_bench.metrics.meter import untouched
 
         rule, x, y = subject.rule, subject.meter.x, subject.meter.y

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fa_bench.config.registries import PROBES
-from fa_bench.lazy import nn, torch
 from fa_bench.metrics.probes.base import Probe, Quantities, Subject
+from fa_bench.registry.registries import PROBES
+from fa_bench.utils.lazy import nn, torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +58,7 @@ def activation_points(trace: Trace) -> dict[str, str]:
 def _activations(subject: Subject, split: Split, points: dict[str, str]) -> Any:
     """({point: features (n, F)}, labels (n,)) of each batch, as arrays."""
     from fa_bench.mechanisms.trace import tensors_in
-    from fa_bench.runs.loop import EVALUATION_BATCH
+    from fa_bench.metrics.evaluation import EVALUATION_BATCH
 
     model = subject.model
     found: dict[str, np.ndarray] = {}
@@ -100,7 +100,7 @@ def bounded(x: Tensor, features_last: bool = False) -> Tensor:
     Maps (N, C, ...) are averaged over space to the size that leaves few enough numbers. With `features_last`, (N, ..., F), the
     mean over all positions is taken. What is still too much is averaged over neighbouring features.
     """
-    from fa_bench.mechanisms.local import reduced
+    from fa_bench.mechanisms.cut.local import reduced
 
     functional: Any = nn.functional
     dims = x.dim() - 2

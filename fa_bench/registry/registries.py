@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fa_bench.config.registry import Registry
+from fa_bench.registry.registry import Registry
 
 if TYPE_CHECKING:
     from fa_bench.analyses.base import Analysis

@@ -12,21 +12,20 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.config.options import option
 from fa_bench.errors import CoverageError, names
-from fa_bench.lazy import torch
-from fa_bench.mechanisms.edge import EdgeRule, LayerContext
-from fa_bench.mechanisms.feedback_options import init_option
-from fa_bench.mechanisms.feedback_tensors import feedback_tensor
-from fa_bench.mechanisms.pathways import (
+from fa_bench.mechanisms.checkpointing import recomputing, refuse_reentrant
+from fa_bench.mechanisms.edge.pathways import (
     BackwardContext,
     FeedbackPathway,
     FixedFeedback,
     LearnedFeedback,
     TransposeFeedback,
-    recomputing,
-    refuse_reentrant,
 )
+from fa_bench.mechanisms.edge.rule import EdgeRule, LayerContext
+from fa_bench.mechanisms.feedback_options import init_option
+from fa_bench.mechanisms.feedback_tensors import feedback_tensor
+from fa_bench.registry.options import option
+from fa_bench.utils.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -240,7 +239,7 @@ class SharingRule(EdgeRule):
 
     def weight_transport_layers(self, model: nn.Module) -> set[str]:
         """The layers that pass the error through their weight: with `transport`, convolutions and layers that share."""
-        from fa_bench.mechanisms.layers import weighted_layers
+        from fa_bench.mechanisms.weighted_layers import weighted_layers
 
         if not self.transport:
             return set()
@@ -283,6 +282,6 @@ class SharingRule(EdgeRule):
 
 def _convolutions(model: nn.Module) -> set[str]:
     """The paths of a model's convolutions."""
-    from fa_bench.mechanisms.layers import CONVOLUTIONS, weighted_layers
+    from fa_bench.mechanisms.weighted_layers import CONVOLUTIONS, weighted_layers
 
     return {path for path, layer in weighted_layers(model).items() if isinstance(layer, CONVOLUTIONS)}

@@ -11,14 +11,14 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import CoverageError
-from fa_bench.lazy import torch
-from fa_bench.mechanisms.pathways import recomputing
+from fa_bench.mechanisms.checkpointing import recomputing
 from fa_bench.mechanisms.rule import OUTPUT
+from fa_bench.utils.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from fa_bench.mechanisms.cuts import CutRule
+    from fa_bench.mechanisms.cut.rule import CutRule
     from fa_bench.mechanisms.trace import Trace
     from fa_bench.mechanisms.updates import LearnedTensor
 
@@ -93,7 +93,7 @@ class Capture:
 
     def check_missing(self, tape: dict[str, CapturedActivation]) -> None:
         """Refuse cuts that ran without gradients in a training pass, and warn about those that did not run."""
-        from fa_bench.mechanisms.layers import require_gradients
+        from fa_bench.mechanisms.weighted_layers import require_gradients
 
         for cut in self.modules.keys() - tape.keys():
             if cut in self._without_gradients:

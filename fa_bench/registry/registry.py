@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Generic, TypeVar
 
-from fa_bench.config.options import Options
 from fa_bench.errors import ConfigError, cut, names, nearest
+from fa_bench.registry.options import Options
 
 T = TypeVar("T", bound=Options)
 

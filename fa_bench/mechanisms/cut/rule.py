@@ -1,6 +1,6 @@
 """Cut rules: the second mechanism, which cuts the graph at named modules and delivers an error to each of them directly.
 
-`fa_bench.mechanisms.cut_points` says which modules can be cut, `capture` holds the hooks that cut, `delivery` the backward pass.
+`cut_points` says which modules can be cut, `capture` holds the hooks that cut, `delivery` the backward pass.
 """
 
 from __future__ import annotations
@@ -8,16 +8,16 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fa_bench.config.options import option
 from fa_bench.errors import CoverageError, names
-from fa_bench.mechanisms.capture import Capture, CapturedActivation
+from fa_bench.mechanisms.checkpointing import recomputing
 from fa_bench.mechanisms.coverage import Coverage, Covered, foreign_weights, outside_text
-from fa_bench.mechanisms.delivery import Delivery
+from fa_bench.mechanisms.cut.capture import Capture, CapturedActivation
+from fa_bench.mechanisms.cut.delivery import Delivery
 from fa_bench.mechanisms.feedback_options import output_option
 from fa_bench.mechanisms.feedback_tensors import drop_tensors, feedback_tensor, put_tensor, tensors_of
-from fa_bench.mechanisms.pathways import recomputing
 from fa_bench.mechanisms.rule import INPUT, OUTPUT, Rule
-from fa_bench.sampling import sample, seed_for
+from fa_bench.registry.options import option
+from fa_bench.utils.sampling import sample, seed_for
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -152,8 +152,8 @@ class CutRule(Rule):
 
     # -------------------------------------------------------------------------------------------- life in a model
     def wire(self, sample_input: Any) -> Coverage:
-        from fa_bench.mechanisms.cut_points import check_cuts
-        from fa_bench.mechanisms.layers import weighted_layers
+        from fa_bench.mechanisms.cut.cut_points import check_cuts
+        from fa_bench.mechanisms.weighted_layers import weighted_layers
 
         self._cut_modules: dict[str, nn.Module] = {}
         named = self.find_cuts(sample_input)
@@ -215,7 +215,7 @@ class CutRule(Rule):
         Raises:
             CoverageError: if neither the option nor the model names any.
         """
-        from fa_bench.mechanisms.cut_points import named_cuts
+        from fa_bench.mechanisms.cut.cut_points import named_cuts
 
         return named_cuts(self, sample_input)
 

@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import custom_scalars, histogram
 
 from fa_bench.config.job import Job
-from fa_bench.files import writing
+from fa_bench.loggers.event_files import NEW_EVENTS, record_events, recorded_events
 from fa_bench.metrics.alignment.base import declared
-from fa_bench.runs.ownership import NEW_EVENTS, record_events, recorded_events
+from fa_bench.utils.files import writing
 
 #: Hyper-parameters of the HPARAMS tab: one set for all rules, so that their runs share a table.
 HYPERPARAMETERS: dict[str, Callable[[Job], str | float]] = {

@@ -14,7 +14,7 @@ from fa_bench.mechanisms.rule import OUTPUT
 from fa_bench.mechanisms.trace import trace_model
 
 if TYPE_CHECKING:
-    from fa_bench.mechanisms.cuts import CutRule
+    from fa_bench.mechanisms.cut.rule import CutRule
     from fa_bench.mechanisms.trace import Trace
 
 #: At most this many names are written out; more are abbreviated by patterns.

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import CoverageError, StateError, names
-from fa_bench.lazy import nn, torch
-from fa_bench.mechanisms.cuts import CapturedActivation, CutRule
+from fa_bench.mechanisms.cut.rule import CapturedActivation, CutRule
 from fa_bench.mechanisms.feedback_tensors import AUXILIARY_PREFIX
 from fa_bench.mechanisms.updates import LearnedTensor
-from fa_bench.sampling import seed_for
+from fa_bench.utils.lazy import nn, torch
+from fa_bench.utils.sampling import seed_for
 
 if TYPE_CHECKING:
     from torch import Tensor

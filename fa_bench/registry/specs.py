@@ -9,9 +9,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from fa_bench.config.options import Options
-from fa_bench.config.registry import Registry
 from fa_bench.errors import ConfigError, OptionError
+from fa_bench.registry.options import Options
+from fa_bench.registry.registry import Registry
 
 T = TypeVar("T", bound=Options)
 

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fa_bench.mechanisms.product import gradient_of_second
+from fa_bench.mechanisms.edge.product import gradient_of_second
 
 if TYPE_CHECKING:
-    from fa_bench.mechanisms.pathways import BackwardContext, FeedbackGradient
+    from fa_bench.mechanisms.edge.pathways import BackwardContext, FeedbackGradient
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -180,25 +180,3 @@ def shared(gradient: Tensor) -> Tensor:
 def weight_gradient(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """The weight gradient of a convolution; only the shape of `weight` matters."""
     return torch.ops.aten.convolution_backward(g, x, weight, None, *geometry, [False, True, False])[1]
-
-
-class DeliverFunction(torch.autograd.Function):
-    """The identity on the logits z (N, C). Its backward pass returns the error at z, the error at each cut, and the gradients of
-    the learned feedback tensors.
-
-    Inputs: `errors`, a function of δ = ∂L/∂z and the saved cut tensors that returns all of these; `cuts`, the number of cut
-    tensors; `save_values`, whether their values are saved for `errors`; z; the cut tensors, (N, ...) each; the learned feedback
-    tensors.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, errors: Callable[..., list[Tensor | None]], cuts: int, save_values: bool, logits: Tensor, *tensors: Tensor
-    ) -> Tensor:
-        ctx.errors = errors
-        ctx.save_for_backward(*(tensors[:cuts] if save_values else ()))
-        return logits.detach()
-
-    @staticmethod
-    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return None, None, None, *ctx.errors(delta, ctx.saved_tensors)

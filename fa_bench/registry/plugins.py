@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fa_bench.errors import ConfigError, cut, first_line
-from fa_bench.runs.stopping import Interrupted
+from fa_bench.utils.stopping import Interrupted
 
 
 def import_modules(modules: Iterable[str]) -> None:

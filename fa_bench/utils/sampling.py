@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fa_bench.lazy import torch
+from fa_bench.utils.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

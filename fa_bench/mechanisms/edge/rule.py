@@ -8,15 +8,15 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.config.options import option
 from fa_bench.errors import CoverageError, names, nearest
-from fa_bench.lazy import torch
 from fa_bench.mechanisms.coverage import Coverage, Covered, foreign_weights, matching, not_coverable, outside_text
+from fa_bench.mechanisms.edge.pathways import FeedbackPathway, TransposeFeedback
 from fa_bench.mechanisms.feedback_options import COPY_WEIGHT, init_option
 from fa_bench.mechanisms.feedback_tensors import drop_tensors, put_tensor, tensors_of
-from fa_bench.mechanisms.pathways import FeedbackPathway, TransposeFeedback
 from fa_bench.mechanisms.rule import Rule
-from fa_bench.sampling import fans, sample, sample_mask, seed_for
+from fa_bench.registry.options import option
+from fa_bench.utils.lazy import torch
+from fa_bench.utils.sampling import fans, sample, sample_mask, seed_for
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -121,7 +121,8 @@ class EdgeRule(Rule):
         raise NotImplementedError
 
     def wire(self, sample_input: Any) -> Coverage:
-        from fa_bench.mechanisms.layers import swap_in, weighted_layers
+        from fa_bench.mechanisms.edge.layers import swap_in
+        from fa_bench.mechanisms.weighted_layers import weighted_layers
 
         self._layers: dict[str, Any] = {}
         self._learning: list[Any] = []
@@ -181,7 +182,7 @@ class EdgeRule(Rule):
         return dict(self._layers)
 
     def unwire(self) -> None:
-        from fa_bench.mechanisms.layers import FeedbackLayer, swap_out
+        from fa_bench.mechanisms.edge.layers import FeedbackLayer, swap_out
 
         self._learned = []
         for layer in {*self.model.modules(), *getattr(self, "_layers", {}).values()}:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,36 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fa_bench.errors import CoverageError
-from fa_bench.mechanisms.feedback_tensors import PREFIX, drop_tensors, make_learned, tensors_of
-from fa_bench.mechanisms.ops import (
+from fa_bench.mechanisms.edge.ops import (
     FeedbackConvFunction,
     FeedbackLinearFunction,
     Geometry,
     ProductLinearFunction,
 )
-from fa_bench.mechanisms.pathways import BackwardContext, FeedbackPathway
+from fa_bench.mechanisms.edge.pathways import BackwardContext, FeedbackPathway
+from fa_bench.mechanisms.feedback_tensors import PREFIX, drop_tensors, make_learned, tensors_of
 from fa_bench.mechanisms.updates import LearnedTensor
-
-
-@dataclasses.dataclass
-class Mode:
-    """The state that all layers and cuts of one attached model share.
-
-    Attributes:
-        rule: the rule's name.
-        exact: forward passes are those of the plain model.
-        freeze_random: forward passes sample nothing new, so that a probe leaves no trace.
-        training: a forward pass of the whole model with gradients is running.
-        without_gradients: path -> trainable layer that ran without gradients in this pass.
-        with_gradients: paths of the layers that ran with gradients in this pass.
-    """
-
-    rule: str
-    exact: bool = False
-    freeze_random: bool = False
-    training: bool = False
-    without_gradients: dict[str, nn.Module] = dataclasses.field(default_factory=dict)
-    with_gradients: set[str] = dataclasses.field(default_factory=set)
+from fa_bench.mechanisms.weighted_layers import WEIGHTED, Mode
 
 
 class FeedbackLayer(nn.Module):
@@ -144,7 +123,7 @@ def _prepared(context: BackwardContext, prepare: Callable[[Tensor], Tensor]) -> 
         gradients=tuple(gradient._replace(activation=composed(gradient.activation)) for gradient in context.gradients))
 
 
-class FeedbackLinear(FeedbackLayer, nn.Linear):
+class _FeedbackLinear(FeedbackLayer):
     """nn.Linear with feedback."""
 
     def apply_feedback(self, x: Tensor, weight: Tensor, bias: Tensor | None, context: BackwardContext) -> Tensor:
@@ -212,32 +191,16 @@ def _batched(x: Tensor, dims: int) -> Tensor:
     return x if x.dim() == dims + 2 else x.unsqueeze(0)
 
 
-def _with_feedback(plain: type[nn.Module], mixin: type[FeedbackLayer]) -> type[FeedbackLayer]:
-    """``FeedbackConv2d`` and the like, as a global of this module, so that its layers can be pickled."""
+def _with_feedback(plain: type[nn.Module]) -> type[FeedbackLayer]:
+    """``FeedbackLinear`` and the like, as a global of this module, so that its layers can be pickled."""
+    mixin = _FeedbackLinear if plain is nn.Linear else _FeedbackConvTranspose if "Transpose" in plain.__name__ else _FeedbackConv
     name = f"Feedback{plain.__name__}"
-    return globals().setdefault(name, type(name, (mixin, plain), {"__module__": __name__, "__doc__": "With feedback."}))
+    body = {"__module__": __name__, "__doc__": "With feedback.", "plain_class": plain}
+    return globals().setdefault(name, type(name, (mixin, plain), body))
 
 
-#: Plain class -> its class with feedback. Only exact types are swapped: a subclass may do anything in its forward pass.
-SWAPS: dict[type[nn.Module], type[FeedbackLayer]] = {
-    nn.Linear: FeedbackLinear,
-    **{plain: _with_feedback(plain, _FeedbackConv) for plain in (nn.Conv1d, nn.Conv2d, nn.Conv3d)},
-    **{plain: _with_feedback(plain, _FeedbackConvTranspose)
-       for plain in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)},
-}
-_PLAIN = {swapped: plain for plain, swapped in SWAPS.items()}
-CONVOLUTIONS = tuple(plain for plain in SWAPS if plain is not nn.Linear)
-
-
-def is_weighted(module: nn.Module) -> bool:
-    """Whether the module is a layer that can have feedback, plain or already swapped."""
-    weight = module._parameters.get("weight")
-    return (type(module) in SWAPS or type(module) in _PLAIN) and isinstance(weight, nn.Parameter) and not weight.is_complex()
-
-
-def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every weighted layer by its path, in the order of definition; a shared module appears once."""
-    return {path: module for path, module in model.named_modules() if is_weighted(module)}
+#: Plain class -> its class with feedback.
+SWAPS: dict[type[nn.Module], type[FeedbackLayer]] = {plain: _with_feedback(plain) for plain in WEIGHTED}
 
 
 def swap_in(module: nn.Module, path: str, pathway: FeedbackPathway, mode: Mode) -> None:
@@ -254,26 +217,13 @@ def swap_in(module: nn.Module, path: str, pathway: FeedbackPathway, mode: Mode) 
 def swap_out(module: nn.Module) -> None:
     """Turn a feedback layer back into the plain one and drop its feedback tensors."""
     cls = type(module)
-    if cls in _PLAIN:
-        module.__class__ = _PLAIN[cls]  # type: ignore[assignment]
+    if "plain_class" in vars(cls):
+        module.__class__ = cls.plain_class  # type: ignore[attr-defined]
     else:
         # A parametrization has derived a class from the feedback class: derive the same one from the plain class.
-        plain = _PLAIN[cls.__bases__[0]]
+        plain = cls.__bases__[0].plain_class
         body = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
         module.__class__ = type(f"Parametrized{plain.__name__}", (plain,), body)
     for name in ("pathway", "mode", "path", "learned"):
         module.__dict__.pop(name, None)
     drop_tensors(module)
-
-
-def require_gradients(path: str, layer: nn.Module) -> None:
-    """Refuse a layer with a trainable weight that ran without gradients in a forward pass of the model with gradients.
-
-    Raises:
-        CoverageError: naming the layer and what to do.
-    """
-    if layer.weight.requires_grad:
-        raise CoverageError(f"layer '{path}' ran without gradients in a training forward pass, although its weight is trainable: "
-                            f"activation checkpointing needs use_reentrant=False; parts that run under torch.no_grad() need "
-                            f"requires_grad_(False)")
-

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fa_bench.errors import ConfigError, DataError, FaBenchError, names, nearest, printable
-from fa_bench.files import RESULT
+from fa_bench.utils.files import RESULT
 
 #: How a run's config.yaml begins, and how its second line.
 HEADER, CODE_HEADER = "# config hash: ", "# code hash: "
@@ -224,7 +224,7 @@ def read_config(path: Path) -> Config:
     from omegaconf import OmegaConf
 
     from fa_bench.config.labels import flat
-    from fa_bench.config.yaml_files import read_yaml
+    from fa_bench.utils.yaml_files import read_yaml
 
     if not path.exists():
         return Config({}, None)

@@ -12,14 +12,14 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import CoverageError, names
-from fa_bench.lazy import torch
 from fa_bench.mechanisms.loss_scale import is_unscaled, measured_scale
+from fa_bench.utils.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fa_bench.mechanisms.capture import CapturedActivation
-    from fa_bench.mechanisms.cuts import CutRule
+    from fa_bench.mechanisms.cut.capture import CapturedActivation
+    from fa_bench.mechanisms.cut.rule import CutRule
     from fa_bench.mechanisms.updates import LearnedTensor
 
 
@@ -31,7 +31,7 @@ class Delivery:
     """
 
     def __init__(self, rule: CutRule) -> None:
-        from fa_bench.mechanisms.ops import DeliverFunction
+        from fa_bench.mechanisms.cut.function import DeliverFunction
 
         self.rule = rule
         # Read at every step; imports and properties would add a hundredth to a small net's step.

@@ -10,10 +10,10 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fa_bench.errors import CoverageError
-from fa_bench.lazy import torch
+from fa_bench.mechanisms.checkpointing import recomputing, refuse_reentrant
 from fa_bench.mechanisms.feedback_tensors import feedback_tensor, fixed_tensor_reader
-from fa_bench.sampling import resample_magnitudes, seed_for
+from fa_bench.utils.lazy import torch
+from fa_bench.utils.sampling import resample_magnitudes, seed_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +30,7 @@ class FeedbackGradient(NamedTuple):
             no gradient.
         activation: returns the activation that replaces the layer's input in the gradient, in the input's shape.
         first_hop: B of a product B R of which R is learned: then ē = g B replaces g in the gradient. See
-            `fa_bench.mechanisms.product` for its layout.
+            `fa_bench.mechanisms.edge.product` for its layout.
     """
 
     learned: LearnedTensor
@@ -54,24 +54,6 @@ class BackwardContext(NamedTuple):
     second_hop: Tensor | None = None
     activation: Callable[[], Tensor] | None = None
     gradients: tuple[FeedbackGradient, ...] = ()
-
-
-def recomputing() -> bool:
-    """Whether this forward pass repeats an earlier one inside a backward pass, as activation checkpointing does."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def refuse_reentrant(rule: str) -> Callable[..., Tensor]:
-    """A stand-in, in the `BackwardContext` of a repeated forward pass, for what only the first pass has; calling it is an error.
-
-    It is called only if the repeated pass is itself differentiated, as in reentrant checkpointing of the whole model. The first
-    pass then ran without gradients and looked like an evaluation.
-    """
-    def refuse(*_: Any) -> Tensor:
-        raise CoverageError(f"rule '{rule}' cannot train by a forward pass that runs within a backward pass: activation "
-                            f"checkpointing needs use_reentrant=False")
-
-    return refuse
 
 
 class FeedbackPathway:

@@ -1,0 +1,30 @@
+"""Activation checkpointing, which repeats a forward pass inside the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.errors import CoverageError
+from fa_bench.utils.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def recomputing() -> bool:
+    """Whether this forward pass repeats an earlier one inside a backward pass, as activation checkpointing does."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def refuse_reentrant(rule: str) -> Callable[..., Tensor]:
+    """A stand-in, in the `BackwardContext` of a repeated forward pass, for what only the first pass has; calling it is an error.
+
+    It is called only if the repeated pass is itself differentiated, as in reentrant checkpointing of the whole model. The first
+    pass then ran without gradients and looked like an evaluation.
+    """
+    def refuse(*_: Any) -> Tensor:
+        raise CoverageError(f"rule '{rule}' cannot train by a forward pass that runs within a backward pass: activation "
+                            f"checkpointing needs use_reentrant=False")
+
+    return refuse

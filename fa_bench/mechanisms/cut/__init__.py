@@ -1,0 +1,1 @@
+"""Cut rules: errors delivered at chosen modules, none passed between them."""

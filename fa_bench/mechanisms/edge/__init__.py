@@ -1,0 +1,1 @@
+"""Edge rules: a feedback pathway for every layer."""

@@ -1,0 +1,62 @@
+"""The layers with weights that rules work on, and the state that those of one attached model share."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import nn
+
+from fa_bench.errors import CoverageError
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+#: Only these exact types: a subclass may do anything in its forward pass.
+WEIGHTED = (nn.Linear, *CONVOLUTIONS)
+
+
+@dataclasses.dataclass
+class Mode:
+    """The state that all layers and cuts of one attached model share.
+
+    Attributes:
+        rule: the rule's name.
+        exact: forward passes are those of the plain model.
+        freeze_random: forward passes sample nothing new, so that a probe leaves no trace.
+        training: a forward pass of the whole model with gradients is running.
+        without_gradients: path -> trainable layer that ran without gradients in this pass.
+        with_gradients: paths of the layers that ran with gradients in this pass.
+    """
+
+    rule: str
+    exact: bool = False
+    freeze_random: bool = False
+    training: bool = False
+    without_gradients: dict[str, nn.Module] = dataclasses.field(default_factory=dict)
+    with_gradients: set[str] = dataclasses.field(default_factory=set)
+
+
+def is_weighted(module: nn.Module) -> bool:
+    """Whether the module is a layer that can have feedback, plain or already swapped."""
+    weight = module._parameters.get("weight")
+    return _plain_class(type(module)) in WEIGHTED and isinstance(weight, nn.Parameter) and not weight.is_complex()
+
+
+def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every weighted layer by its path, in the order of definition; a shared module appears once."""
+    return {path: module for path, module in model.named_modules() if is_weighted(module)}
+
+
+def _plain_class(cls: type) -> type:
+    """The class itself, or, of a class with feedback, the one that it was derived from."""
+    return cls.__dict__.get("plain_class", cls)
+
+
+def require_gradients(path: str, layer: nn.Module) -> None:
+    """Refuse a layer with a trainable weight that ran without gradients in a forward pass of the model with gradients.
+
+    Raises:
+        CoverageError: naming the layer and what to do.
+    """
+    if layer.weight.requires_grad:
+        raise CoverageError(f"layer '{path}' ran without gradients in a training forward pass, although its weight is trainable: "
+                            f"activation checkpointing needs use_reentrant=False; parts that run under torch.no_grad() need "
+                            f"requires_grad_(False)")

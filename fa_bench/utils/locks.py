@@ -1,0 +1,75 @@
+"""A lock on a file for one process at a time, which ends with the process, however it ends.
+
+The lock is filelock's, which processes forked from its holder, such as data workers, do not inherit.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from fa_bench.utils.files import check_lock
+
+#: How long to try for a lock, in seconds: whoever checks a lock holds it for a moment, and a killed process takes one to end.
+PATIENCE = 3.0
+log = logging.getLogger("fa_bench")
+
+
+@contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
+    """Hold the lock file at `path`, whose folder exists; the file is removed at the end.
+
+    Args:
+        path: the lock file.
+        wait: wait until the lock is free rather than for `PATIENCE` seconds.
+
+    Raises:
+        Timeout: if another process holds the lock.
+        RunDirectoryError: if `path` is something else than a lock.
+        OSError: if the file cannot be created.
+    """
+    check_lock(path)
+    lock, end, warned = FileLock(path, poll_interval=0.02), time.monotonic() + PATIENCE, False
+    while True:
+        # Between opening and locking, another process may remove the file and a third one create it again. That did not happen
+        # if the inode is the same before and after: it cannot be reused while the file is open here.
+        with _opened(path) as before:
+            try:
+                lock.acquire(timeout=(-1 if warned else 0) if wait else max(end - time.monotonic(), 0))
+            except Timeout:
+                if not wait:
+                    raise
+                log.info("waiting for another process, which holds %s", path)
+                warned = True
+                continue
+            if _is_same(path, before):
+                break
+        lock.release()
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows cannot remove a file that another process has open
+            path.unlink()
+        lock.release()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[os.stat_result]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0), 0o666)
+    try:
+        yield os.fstat(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_same(path: Path, before: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.stat(path, follow_symlinks=False), before)
+    except FileNotFoundError:
+        return False
