@@ -23,7 +23,8 @@ from torch.nn import functional as F
 
 import fa_bench
 from fa_bench.errors import CoverageError
-from fa_bench.mechanisms.cut.function import DeliverFunction, FeedbackLinearFunction
+from fa_bench.mechanisms.cut.function import DeliverFunction
+from fa_bench.mechanisms.edge.ops import FeedbackLinearFunction
 from fa_bench.mechanisms.edge.pathways import BackwardContext
 from fa_bench.mechanisms.weighted_layers import weighted_layers
 from fa_bench.metrics.arithmetic import multiplications

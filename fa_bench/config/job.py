@@ -185,6 +185,15 @@ class Job:
         del identity["seed"]
         return f"{self.algorithm.name}-{_hash(identity)[:8]}"
 
+    @property
+    def plugin_modules(self) -> list[str]:
+        """The modules outside this package that decide the run's numbers: those that `plugins` names, and its components'."""
+        optimizers = [optimizer for optimizer in (self.optimizer, self.feedback_optimizer) if optimizer is not None]
+        components = [self.algorithm, self.architecture, self.dataset, self.objective, *optimizers,
+                      *(optimizer.schedule for optimizer in optimizers)]
+        modules = [cls.__module__ for cls in (*map(type, components), *(CALLBACKS[name] for name in self.run.callbacks))]
+        return list(dict.fromkeys([*self.run.plugins, *(name for name in modules if name.partition(".")[0] != "fa_bench")]))
+
     def fresh_algorithm(self) -> Rule:
         """A rule object of this job's options that is in no model."""
         return copy.deepcopy(self.algorithm)

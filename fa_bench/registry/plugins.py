@@ -1,8 +1,10 @@
-"""Modules of a user's own: imported where the command line names them, and never trusted to behave."""
+"""Plugins: modules that the command line names, and those that installed distributions offer. They are not trusted to behave."""
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.metadata
 import sys
 import traceback
 from collections.abc import Iterable
@@ -12,21 +14,42 @@ from fa_bench.errors import ConfigError, cut, first_line
 from fa_bench.utils.stopping import Interrupted
 
 
+#: The entry points by which an installed distribution offers its module: ``[project.entry-points."fa_bench.plugins"]``.
+ENTRY_POINTS = "fa_bench.plugins"
+
+
 def import_modules(modules: Iterable[str]) -> None:
-    """Import modules, looked for in the working directory too.
+    """Import modules, which may also be in the working directory.
 
     Raises:
-        ConfigError: for one that cannot be imported, with the file and the line at fault.
+        ConfigError: if one cannot be imported, with the file and the line at fault.
     """
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     for module in modules:
-        try:
-            importlib.import_module(module)
-        except Interrupted:
-            raise
-        except BaseException as error:  # sys.exit() too: whatever a user's module makes of its import
-            raise ConfigError(f"plugins=[{cut(module, 200)}]: cannot be imported from {Path.cwd()} ({blame(error)})") from None
+        _import(module, f"plugins=[{cut(module, 200)}]: cannot be imported from {Path.cwd()}")
+
+
+@functools.cache
+def import_installed() -> None:
+    """Import the plugins that installed distributions offer.
+
+    Raises:
+        ConfigError: if one cannot be imported, with its distribution and the file and the line at fault.
+    """
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        dist = entry.dist.name if entry.dist else "an unknown distribution"
+        _import(entry.module, f"the plugin {entry.module} of the installed distribution {dist} cannot be imported, uninstall it or "
+                              "install another version")
+
+
+def _import(module: str, failure: str) -> None:
+    try:
+        importlib.import_module(module)
+    except Interrupted:
+        raise
+    except BaseException as error:  # sys.exit() too: a user's module may do anything when it is imported
+        raise ConfigError(f"{failure} ({blame(error)})") from None
 
 
 def blame(error: BaseException) -> str:

@@ -10,12 +10,13 @@ from typing import Generic, TypeVar
 
 from fa_bench.errors import ConfigError, cut, names, nearest
 from fa_bench.registry.options import Options
+from fa_bench.registry.plugins import import_installed
 
 T = TypeVar("T", bound=Options)
 
 
 class Registry(Mapping[str, "type[T]"], Generic[T]):
-    """The components of one config group, found by importing one package.
+    """The components of one config group, found by importing one package and the installed plugins.
 
     Args:
         kind: the config group, for example ``algorithm``.
@@ -81,3 +82,4 @@ class Registry(Mapping[str, "type[T]"], Generic[T]):
             package = importlib.import_module(self._package)
             for module in pkgutil.iter_modules(getattr(package, "__path__", ()), f"{self._package}."):
                 importlib.import_module(module.name)
+        import_installed()

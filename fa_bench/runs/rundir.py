@@ -62,7 +62,7 @@ class RunDirectory:
             return Stage.NEW
         if not lines or lines[0] != f"{HEADER}{self.job.config_hash}":
             return Stage.NEW
-        if lines[1:2] != [f"{CODE_HEADER}{code_hash(self.job.run.plugins)}"]:
+        if lines[1:2] != [f"{CODE_HEADER}{code_hash(self.job.plugin_modules)}"]:
             return Stage.STALE
         if self._complete():
             return Stage.FINISHED
@@ -154,5 +154,5 @@ class RunDirectory:
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written ({error.strerror or error})") from None
         text = OmegaConf.to_yaml(OmegaConf.create(self.job.plain()))
-        code = code_hash(self.job.run.plugins)
+        code = code_hash(self.job.plugin_modules)
         write_text(self.path / CONFIG, f"{HEADER}{self.job.config_hash}\n{CODE_HEADER}{code}\n{text}")
