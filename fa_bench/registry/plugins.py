@@ -13,7 +13,6 @@ from pathlib import Path
 from fa_bench.errors import ConfigError, cut, first_line
 from fa_bench.utils.stopping import Interrupted
 
-
 #: The entry points by which an installed distribution offers its module: ``[project.entry-points."fa_bench.plugins"]``.
 ENTRY_POINTS = "fa_bench.plugins"
 
@@ -39,8 +38,8 @@ def import_installed() -> None:
     """
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         dist = entry.dist.name if entry.dist else "an unknown distribution"
-        _import(entry.module, f"the plugin {entry.module} of the installed distribution {dist} cannot be imported, uninstall it or "
-                              "install another version")
+        _import(entry.module, f"the plugin {entry.module} of the installed distribution {dist} cannot be imported, update or "
+                              "uninstall it")
 
 
 def _import(module: str, failure: str) -> None:

@@ -44,8 +44,8 @@ def test_the_components_of_an_installed_plugin_need_no_name(tmp_path: Path) -> N
     assert "offered" in listed.stdout, listed.stderr
     first = run(tmp_path, site, "-m", "fa_bench", *SMALL, "output_dir=out")
     assert first.returncode == 0, first.stderr
-    attached = run(tmp_path, site, "-c", "import fa_bench, torch; print(fa_bench.attach(torch.nn.Sequential(torch.nn.Linear(2, 2), "
-                                         "torch.nn.Linear(2, 2)), 'offered').name)")
+    code = "import fa_bench, torch; model = torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in '12'])"
+    attached = run(tmp_path, site, "-c", f"{code}; print(fa_bench.attach(model, 'offered').name)")
     assert attached.stdout == "offered\n", attached.stderr
 
     # The plugin's source is part of the code that a run's numbers come from.
