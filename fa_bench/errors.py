@@ -128,6 +128,6 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     return f"; did you mean '{best}'?" if best and likeness(best)[0] >= NEAR else ""
 
 
-def names(allowed: Iterable[str]) -> str:
+def names(allowed: Iterable[object]) -> str:
     """The allowed names as one readable list."""
     return ", ".join(str(name) for name in allowed)

@@ -26,4 +26,5 @@ class FaBenchSweeper(Sweeper):
         """Run what `arguments`, overrides with several values, stand for; the exit code."""
         from fa_bench.command.sweep import sweep
 
+        assert self.hydra_context is not None and self.config is not None
         return sweep(self.hydra_context, self.task_function, self.config, arguments)

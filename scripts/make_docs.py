@@ -120,8 +120,8 @@ def _presets(name: str) -> str:
     """The experiments whose grid names the rule."""
     experiments = []
     for path in sorted((conf_dir() / "experiment").glob("*.yaml")):
-        parts = OmegaConf.to_container(OmegaConf.load(path), resolve=False)["grid"]  # type: ignore[index]
-        if any(name in str(part.get("algorithm", "")).split(",") for part in parts):
+        config: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        if any(name in str(part.get("algorithm", "")).split(",") for part in config["grid"]):
             experiments.append(f"`{path.stem}`")
     return f"Experiments: {', '.join(experiments)}. " if experiments else ""
 

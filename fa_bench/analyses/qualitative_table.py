@@ -164,7 +164,7 @@ class QualitativeTable(Analysis):
             colours.append(["#F6D5C3" if differs else "white" for differs in apart])
         units = table.drop_duplicates("property").set_index("property")["unit"]
         drawn = axes.table(cells, cellColours=colours, rowLabels=[f"{name} ({units[name]})" for name in PROPERTIES],
-                           colLabels=rules, cellLoc="center", bbox=(0.24, 0, 0.76, 0.95))
+                           colLabels=rules, cellLoc="center", bbox=(0.24, 0, 0.76, 0.95))  # pyright: ignore[reportArgumentType]
         drawn.auto_set_font_size(False)
         drawn.set_fontsize(8)
         agreed = table["agrees"].dropna()
@@ -212,15 +212,16 @@ def transport(rule: Rule) -> dict[str, float]:
 
 def direct_angles(parts: Parts) -> list[float]:
     """Angles in degrees between the direct synapses and W, one for each hidden activation that has such synapses."""
+    from fa_bench.mechanisms.weighted_layers import weighted_layers
     from fa_bench.metrics.angles import weight_angle
 
-    rule, trace = parts.rule, parts.meter.trace
+    rule, trace, layers = parts.rule, parts.meter.trace, weighted_layers(parts.rule.model)
     pairs, held = rule.weight_pairs(), rule.feedback
     found = []
     for layer, (place, _) in rule.error_points(trace).items():
         if (path := trace.consumer.get(layer)) is None:
             continue
-        weight = rule.model.get_submodule(path).weight.detach()
+        weight = layers[path].weight.detach()
         tensors = list(held[place].values()) if held.get(place) else [pairs[path][0]] if path in pairs else []
         angles = [weight_angle(tensor, weight) for tensor in tensors if tensor.shape == weight.shape]
         found += [min(angles)] if angles else []

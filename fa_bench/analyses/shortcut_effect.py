@@ -141,10 +141,12 @@ def gradient_angles(parts: Parts) -> dict[str, dict[str, Any]]:
     the layer's gradient at all.
     """
     from fa_bench.mechanisms.edge.pathways import FixedFeedback
+    from fa_bench.mechanisms.edge.sharing import SharingRule
     from fa_bench.mechanisms.weighted_layers import weighted_layers
     from fa_bench.metrics.angles import weight_angle
 
     rule, x, y = parts.rule, parts.meter.x, parts.meter.y
+    assert isinstance(rule, SharingRule)
     whole, true = gradients(rule, x, y), gradients(rule, x, y, exact=True)
     # A copy of the plain model with the same sharing, in which the error goes by the weights.
     copied = copy.deepcopy(rule.model)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import ConfigError, OptionError
-from fa_bench.registry.registries import ALGORITHMS, ARCHITECTURES, DATASETS, OPTIMIZERS
+from fa_bench.registry.registries import GROUPS, OBJECTIVES
 from fa_bench.registry.specs import component
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def make_job(texts: Mapping[str, tuple[str, str]], **run: Any) -> Job:
     from fa_bench.objectives.cross_entropy import CrossEntropy
 
     parts: dict[str, Any] = {}
-    for group in (ALGORITHMS, ARCHITECTURES, DATASETS, OPTIMIZERS):
+    for group in (group for group in GROUPS if group is not OBJECTIVES):
         key, text = texts[group.kind]
         try:
             parts[group.kind] = component(group, text)

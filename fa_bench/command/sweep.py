@@ -64,6 +64,7 @@ def sweep(context: HydraContext, task: Any, config: DictConfig, arguments: list[
         check(folder)
     folder_of(config, "hydra.sweep.dir")  # a launcher's own files lie there, before there is a job
     # All jobs have the times that were checked.
+    assert composer.config is not None
     OmegaConf.copy_cache(from_config=composer.config, to_config=config)
     config.hydra.sweep.dir = composer.config.hydra.sweep.dir
     keys = _differing(jobs)

@@ -51,7 +51,7 @@ def differing(configs: Iterable[Flat]) -> list[str]:
     return [key for key in dict.fromkeys(key for config in configs for key in config) if _differs(key, configs)]
 
 
-def _differs(key: str, configs: list[Flat]) -> bool:
+def _differs(key: str, configs: Iterable[Flat]) -> bool:
     alike: dict[str, set[str]] = {}
     for config in configs:
         if key in config:

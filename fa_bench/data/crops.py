@@ -183,8 +183,8 @@ def resize_and_crop(images: Tensor, shorter: int, size: tuple[int, int]) -> Tens
     Returns:
         float32 (N, C, *size), not rounded.
     """
-    zero, weights = torch.zeros(1, device=images.device), []
-    for whole, resized, part in zip(images.shape[2:], resized_shape(*images.shape[2:], shorter), size, strict=True):
+    (height, width), zero, weights = images.shape[2:], torch.zeros(1, device=images.device), []
+    for whole, resized, part in zip((height, width), resized_shape(height, width, shorter), size, strict=True):
         weights.append(_interpolation(zero, zero + whole, whole, resized, part, centre(resized, part)))
     return _apply(images, *weights)
 

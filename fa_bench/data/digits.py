@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,7 @@ class Digits(ArrayDataset):
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
-        bunch = load_digits()
+        bunch: Any = load_digits()
         images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
         train, test = train_test_split(np.arange(len(images)), test_size=0.2, stratify=bunch.target, random_state=0)
         return images[train], bunch.target[train], images[test], bunch.target[test], [str(name) for name in bunch.target_names]

@@ -160,9 +160,11 @@ class CIFAR10(Downloaded):
     archives = "cifar-10-python.tar.gz"
 
     def _fetch(self, root: Path, missing: list[str]) -> None:
+        from torchvision.datasets.utils import download_url
+
         # Not by torchvision, which would let a member of the archive land anywhere.
         make = self._torchvision
-        torchvision.datasets.utils.download_url(make.url, str(root), make.filename, make.tgz_md5)
+        download_url(make.url, str(root), make.filename, make.tgz_md5)
         unpack_tar(root / make.filename, root)
 
     def _unpack(self, dataset: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -19,7 +19,6 @@ from pathlib import Path, PurePosixPath
 
 from fa_bench.data.workspace import workspace
 from fa_bench.errors import DataError
-from fa_bench.utils.lazy import torchvision
 
 #: An archive of images grows by less than this factor when it is unpacked, small ones aside (bytes).
 _MOST_GROWTH, _SMALL = 20, 1 << 24
@@ -94,7 +93,9 @@ def download(url: str, md5: str, path: Path) -> None:
 
 def has_md5(path: Path, md5: str) -> bool:
     """Whether a file is there and has this MD5."""
-    return torchvision.datasets.utils.check_integrity(str(path), md5)
+    from torchvision.datasets.utils import check_integrity
+
+    return check_integrity(str(path), md5)
 
 
 def unpack_zip(archive: Path, folder: Path) -> None:

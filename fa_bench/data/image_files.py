@@ -203,8 +203,9 @@ class StreamedSplit(Split):
     def gather(self, chunks: Iterator[Tensor], key: int | None) -> Iterator[tuple[Tensor, Tensor]]:
         # More processes than cores only slow each other down, and torch warns of them.
         workers = min(self.workers, os.cpu_count() or 1, len(getattr(os, "sched_getaffinity", lambda _: range(1024))(0)))
+        files: Any = _Files(self.paths, self.decode, key)  # no torch Dataset: this module does not import torch
         loader = torch.utils.data.DataLoader(
-            _Files(self.paths, self.decode, key), batch_sampler=[chunk.tolist() for chunk in chunks], num_workers=workers,
+            files, batch_sampler=[chunk.tolist() for chunk in chunks], num_workers=workers,
             collate_fn=_collate, pin_memory=self.device.type == "cuda", generator=torch.Generator(),
             multiprocessing_context=_start_method() if workers else None,
             worker_init_fn=_end_with_parent,

@@ -4,6 +4,9 @@ A run that goes on from a checkpoint does not leave the readers to purge what an
 files are read, what holds is written into a new file that takes their place, and training appends to that.
 """
 
+# The classes of protobuf modules are created at import.
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import itertools

@@ -28,8 +28,8 @@ class MLflow(Logger):
     def open(self, directory: Path, job: Job, step: int) -> None:
         import mlflow
 
-        self.client = mlflow.MlflowClient()
-        experiment = mlflow.set_experiment("fa_bench").experiment_id
+        self.client = mlflow.MlflowClient()  # pyright: ignore[reportAttributeAccessIssue]
+        experiment = mlflow.set_experiment("fa_bench").experiment_id  # pyright: ignore[reportAttributeAccessIssue]
         self.run = self.client.create_run(experiment, run_name=f"{job.group} seed {job.run.seed}").info.run_id
         for key, value in flat(job.plain()).items():
             self.client.log_param(self.run, key, value)

@@ -28,8 +28,9 @@ class Wandb(Logger):
         import wandb
 
         # A step that is logged again after a resume is dropped there with a warning: it has the same numbers.
-        self.run = wandb.init(id=f"{job.config_hash}-{job.run.seed}", resume="allow", dir=str(directory.parent),
-                              name=f"{job.group} seed {job.run.seed}", group=job.group, config=job.plain(), reinit=True)
+        self.run = wandb.init(  # pyright: ignore[reportAttributeAccessIssue]
+            id=f"{job.config_hash}-{job.run.seed}", resume="allow", dir=str(directory.parent),
+            name=f"{job.group} seed {job.run.seed}", group=job.group, config=job.plain(), reinit=True)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         self.run.log(dict(values), step=step)

@@ -53,7 +53,9 @@ def put_tensor(module: torch_nn.Module, name: str, tensor: Tensor | None) -> Non
 def make_learned(module: torch_nn.Module, name: str) -> str:
     """Turn the fixed feedback tensor `name` of a module into a learned one; returns the parameter's name in the module."""
     key = PREFIX + name
-    module.register_parameter(key, nn.Parameter(module._buffers.pop(key)))
+    tensor = module._buffers.pop(key)
+    assert tensor is not None
+    module.register_parameter(key, nn.Parameter(tensor))
     return key
 
 

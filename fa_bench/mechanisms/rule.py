@@ -198,7 +198,7 @@ class Rule(Options):
             self._unwatched = False
             self.check_uses(watch.result(self.roots(output)).outside)
 
-    def transporting_layers(self) -> dict[str, nn.Module]:
+    def transporting_layers(self) -> dict[str, Any]:
         """The layers through whose weight no error may pass outside the layer, by path."""
         return {}
 

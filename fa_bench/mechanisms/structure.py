@@ -119,8 +119,8 @@ def check_model(model: Any) -> None:
         raise TypeError(f"attach needs an nn.Module, not {type(model).__name__}")
     for path, module in model.named_modules():
         where = f"the model's part '{path}'" if path else "the model"
-        kind = type(module).__name__
-        if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        nn, kind, tensors = torch.nn, type(module).__name__, (*module._parameters.values(), *module._buffers.values())
+        if any(isinstance(one, (nn.UninitializedParameter, nn.UninitializedBuffer)) for one in tensors):
             raise CoverageError(f"{where} ({kind}) has no weight yet: run one forward pass, then attach")
         if kind in _WRAPPERS and type(module).__module__.startswith("torch."):
             raise CoverageError(f"{where} is wrapped in {kind}: attach to the plain model, then wrap it")

@@ -84,7 +84,7 @@ class StepMemory(NamedTuple):
 
 
 def trace_model(
-    model: nn.Module, sample: Any, watch: Iterable[str] = (), output: str | None = None, frozen: Iterable[Tensor] = (),
+    model: nn.Module, sample: Any, watch: Iterable[str] = (), output: str | int | None = None, frozen: Iterable[Tensor] = (),
     alone: bool = False,
 ) -> Trace:
     """Run the model once in evaluation mode and read its structure; the model does not change.
@@ -186,8 +186,7 @@ def trace_attached(rule: Rule, sample_input: Any, watch: Iterable[str], frozen: 
         CoverageError: if there is no sample and none can be made up, or a trainable layer ran without gradients.
     """
     def traced(sample: Any) -> Trace:
-        output = getattr(rule, "output", None)
-        trace = trace_model(rule.model, sample, watch, None if output is None else str(output), frozen)
+        trace = trace_model(rule.model, sample, watch, getattr(rule, "output", None), frozen)
         for path in trace.without_gradients:
             require_gradients(path, rule.model.get_submodule(path))
         return trace
@@ -284,7 +283,7 @@ def _named(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
             yield from _named(item, f"{name}.{key}" if name else str(key))
 
 
-def chosen_result(results: dict[str, Tensor], output: str | None) -> Tensor:
+def chosen_result(results: dict[str, Tensor], output: str | int | None) -> Tensor:
     """The output called `output`, or the first one.
 
     Raises:
@@ -292,12 +291,13 @@ def chosen_result(results: dict[str, Tensor], output: str | None) -> Tensor:
     """
     if results and (output is None or list(results) == [""]):  # a model may return several outputs in training alone
         return next(iter(results.values()))
-    if output not in results:
+    name = "" if output is None else str(output)
+    if name not in results:
         allowed = [name for name in results if name]
-        given = f"output='{output}': " if output is not None else ""
-        raise CoverageError(f"{given}the model has no such output{nearest(output or '', allowed)} (outputs: "
+        given = f"output='{name}': " if output is not None else ""
+        raise CoverageError(f"{given}the model has no such output{nearest(name, allowed)} (outputs: "
                             f"{names(allowed) or 'one tensor, which needs no name' if results else 'no tensor'})")
-    return results[output]
+    return results[name]
 
 
 class _Seen(NamedTuple):

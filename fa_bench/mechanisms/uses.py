@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from fa_bench.mechanisms.weighted_layers import WeightedLayer
+
 #: Autograd nodes that rearrange a tensor's entries without mixing them with another tensor's.
 _MOVES = {"Expand", "Unsqueeze", "Squeeze", "View", "UnsafeView", "Slice", "Select", "Index", "IndexSelect", "Gather", "Repeat",
           "ToCopy", "Permute", "Transpose", "T", "Clone", "ReshapeAlias", "Narrow", "Flip", "Alias", "Detach", "Split", "Unbind"}
@@ -51,7 +53,7 @@ class UsesOfWeights(TorchFunctionMode):
         layers: its weighted layers by path.
     """
 
-    def __init__(self, model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    def __init__(self, model: nn.Module, layers: dict[str, WeightedLayer]) -> None:
         super().__init__()
         # A weight that is computed, by pruning or a parametrization, is a new tensor every time.
         layers = {path: layer for path, layer in layers.items() if layer._parameters.get("weight") is not None}
@@ -109,7 +111,8 @@ class UsesOfWeights(TorchFunctionMode):
                     number, uses = id(value), self._used
                 else:
                     # A view of a weight that is not differentiated: weight.detach(), weight.data.
-                    number, uses = None if value.requires_grad else self._stored_at.get(_storage(value)), self._detached
+                    number = 0 if value.requires_grad else self._stored_at.get(_storage(value), 0)
+                    uses = self._detached
                 path, owners = self._layer_of.get(number), self._owners.get(number, ())
                 if path is not None and name not in _READS and not any(module in owners for _, module in self._running):
                     where = self._running[-1][0] if self._running else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TypeAlias, TypeGuard
 
 from torch import nn
 
@@ -11,6 +12,8 @@ from fa_bench.errors import CoverageError
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 #: Only these exact types: a subclass may do anything in its forward pass.
 WEIGHTED = (nn.Linear, *CONVOLUTIONS)
+#: The static type of a weighted layer, plain or with feedback.
+WeightedLayer: TypeAlias = nn.Linear | nn.modules.conv._ConvNd
 
 
 @dataclasses.dataclass
@@ -34,13 +37,13 @@ class Mode:
     with_gradients: set[str] = dataclasses.field(default_factory=set)
 
 
-def is_weighted(module: nn.Module) -> bool:
+def is_weighted(module: nn.Module) -> TypeGuard[WeightedLayer]:
     """Whether the module is a layer that can have feedback, plain or already swapped."""
     weight = module._parameters.get("weight")
     return _plain_class(type(module)) in WEIGHTED and isinstance(weight, nn.Parameter) and not weight.is_complex()
 
 
-def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
+def weighted_layers(model: nn.Module) -> dict[str, WeightedLayer]:
     """Every weighted layer by its path, in the order of definition; a shared module appears once."""
     return {path: module for path, module in model.named_modules() if is_weighted(module)}
 

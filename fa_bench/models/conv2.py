@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import OptionError
 from fa_bench.models.base import Architecture
@@ -37,7 +37,7 @@ class Conv2(Architecture):
         pooled = [(size + 2 * (2 * padding - 2)) // 2 for size in (height, width)]
         if min(pooled) < 1:
             raise OptionError("padding", f"={padding} leaves nothing of {height}x{width} images")
-        model = nn.Sequential(OrderedDict(
+        model: Any = nn.Sequential(OrderedDict(
             conv1=nn.Conv2d(colours, self.channels, 3, padding=padding),
             bn1=nn.BatchNorm2d(self.channels),
             act1=nn.ReLU(),

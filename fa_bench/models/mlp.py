@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fa_bench.models.base import Architecture
 from fa_bench.registry.options import option
@@ -52,6 +52,6 @@ class MLP(Architecture):
         parts[f"fc{len(self.widths) + 1}"] = nn.Linear(width, classes)
         if self.output_norm:
             parts[f"bn{len(self.widths) + 1}"] = nn.BatchNorm1d(classes)
-        model = nn.Sequential(parts)
+        model: Any = nn.Sequential(parts)
         model.cut_points = model.blocks = [name for name in parts if name.startswith("act")]
         return model

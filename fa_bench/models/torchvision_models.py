@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import OptionError, nearest
 from fa_bench.models.base import Architecture
@@ -48,7 +48,8 @@ class Torchvision(Architecture):
 
 
 def _replace_first_convolution(model: torch_nn.Module, channels: int) -> None:
-    path, old = next((path, m) for path, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    first: tuple[str, Any] = next((path, m) for path, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    path, old = first
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, nn.Conv2d(
         channels, old.out_channels, old.kernel_size, old.stride, old.padding, old.dilation, old.groups, old.bias is not None

@@ -32,7 +32,7 @@ class Optimizers:
         weights = [p for p in rule.weight_parameters() if p.requires_grad]
         learned = rule.feedback_parameters()
         scale = rule.feedback_lr_scale
-        parts = [(options, [{"params": weights}])]
+        parts: list[tuple[OptimizerOptions, list[dict[str, Any]]]] = [(options, [{"params": weights}])]
         if learned and feedback_options is not None:
             parts.append((feedback_options, [{"params": learned}]))
         elif learned and scale != 1:

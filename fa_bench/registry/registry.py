@@ -6,13 +6,15 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from fa_bench.errors import ConfigError, cut, names, nearest
 from fa_bench.registry.options import Options
 from fa_bench.registry.plugins import import_installed
 
 T = TypeVar("T", bound=Options)
+#: A class that is registered: the decorator returns it as it is, with its own type.
+C = TypeVar("C", bound="type[Options]")
 
 
 class Registry(Mapping[str, "type[T]"], Generic[T]):
@@ -26,10 +28,10 @@ class Registry(Mapping[str, "type[T]"], Generic[T]):
 
     def __init__(self, kind: str, package: str, base: str) -> None:
         self.kind, self._package, self._base = kind, package, base
-        self._entries: dict[str, type[T]] = {}
+        self._entries: dict[str, Any] = {}
         self._loaded = False
 
-    def register(self, name: str) -> Callable[[type[T]], type[T]]:
+    def register(self, name: str) -> Callable[[C], C]:
         """Class decorator that enters a component under `name`.
 
         Raises:
@@ -40,7 +42,7 @@ class Registry(Mapping[str, "type[T]"], Generic[T]):
             raise ConfigError(f"a component of kind {self.kind} cannot be registered as {cut(repr(name), 100)}: write "
                               "register('NAME') with a name of letters, digits, _ and -")
 
-        def enter(cls: type[T]) -> type[T]:
+        def enter(cls: C) -> C:
             module, _, base = self._base.partition(":")
             if not isinstance(cls, type) or not issubclass(cls, getattr(importlib.import_module(module), base)):
                 raise ConfigError(f"{self.kind} '{name}' cannot be registered: {cut(repr(cls), 100)} is not a subclass of "

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 # Figure objects, not pyplot: a notebook's or script's own backend and figures stay as they are.
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, MultipleLocator
 
@@ -76,9 +77,7 @@ def write_parts(parts: Sequence[Part], path: Path, columns: int) -> None:
 
 def new_figure(height: float) -> Figure:
     """A figure of the common width and of `height` inches."""
-    figure = Figure(figsize=(WIDTH, height), dpi=120, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1)
-    return figure
+    return Figure(figsize=(WIDTH, height), dpi=120, layout=ConstrainedLayoutEngine(w_pad=0.1))
 
 
 def legend(place: Any, entries: Sequence[str]) -> None:
@@ -105,7 +104,7 @@ def tidy(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def look(index: int) -> dict[str, str]:
+def look(index: int) -> dict[str, Any]:
     """Colour and line style of the line number `index`."""
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index // PER_STYLE % len(STYLES)]}
 

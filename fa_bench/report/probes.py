@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import pandas as pd
 
@@ -27,8 +28,9 @@ def probe_table(layers: pd.DataFrame, quantities: Iterable[str]) -> tuple[pd.Dat
     """
     columns = {name: Column(name, ".4g") for name in quantities} | {"label": Column("rule"), "layer": Column("layer")}
     columns = {name: columns[name] for name in ("label", "layer", *columns)}
-    rows: dict[tuple[str, str], dict[str, object]] = {}
-    for entry in layers[layers["quantity"].isin(list(columns)[2:])].to_dict("records"):
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    entries: Any = layers[layers["quantity"].isin(list(columns)[2:])]
+    for entry in entries.to_dict("records"):
         blank = {name: math.nan for name in columns} | {"label": entry["label"], "layer": entry["layer"]}
         rows.setdefault((entry["label"], entry["layer"]), blank)[entry["quantity"]] = entry["mean"]
     return pd.DataFrame(list(rows.values()), columns=list(columns)), columns

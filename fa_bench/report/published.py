@@ -164,7 +164,8 @@ def _entries(common: Mapping[str, Any], key: str, value: Any) -> Iterator[Entry]
 
     rule, *options = key.split()
     chosen = dict(pair.split("=", 1) for pair in options)
-    typed = {name: OmegaConf.create(f"v: {text}")["v"] for name, text in chosen.items()}
+    create: Any = OmegaConf.create
+    typed = {name: create(f"v: {text}")["v"] for name, text in chosen.items()}
     where = {**common["where"], **typed}
     plain = {**common, "rule": rule, "where": where, "presets": tuple(common.get("presets", ()))}
     by_layer = value if isinstance(value, dict) and not {"low", "high"} & set(value) else {"": value}

@@ -87,7 +87,7 @@ class ASFPLC(ASFP):
     pool: int = option(2, "side to which a classifier averages a map", minimum=1)
 
     def wire(self, sample_input: Any) -> Coverage:
-        local = Classifiers(cuts=self.cuts, output=self.output, pool=self.pool, b_init=self.linear_b_init)
+        local: Any = Classifiers(cuts=self.cuts, output=self.output, pool=self.pool, b_init=self.linear_b_init)
         # Both share one mode, so that a measurement covers both.
         local.name, local.model, local.mode, local.seed = self.name, self.model, self.mode, self.seed
         local.objective, local._frozen, local._structure, local._outside = self.objective, self._frozen, None, {}

@@ -68,7 +68,7 @@ class DFA(CutRule):
             if self.form == "shared":
                 self.put(cut, "B", "uniform_one", (classes, largest), self.density, "shared", columns=math.prod(shape))
             elif self.form == "kernel":
-                layer = self.model.get_submodule(cut)
+                layer: Any = self.model.get_submodule(cut)
                 if getattr(layer, "transposed", False):
                     raise CoverageError(f"rule '{self.name}' with form=kernel does not support the transposed convolution "
                                         f"'{cut}'; use form=neuron")

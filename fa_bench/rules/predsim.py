@@ -69,7 +69,7 @@ class PredSim(LocalRule):
                 parts["similarity"] = kind_of_map("Conv", cut, shape)(shape[0], shape[0], 3, padding=1, bias=False)
         return parts
 
-    def local_loss(self, cut: str, auxiliary: torch_nn.Module, activation: Tensor, target: Tensor) -> Tensor:
+    def local_loss(self, cut: str, auxiliary: Any, activation: Tensor, target: Tensor) -> Tensor:
         functional: Any = nn.functional
         losses = []
         if self.loss != "sim":

@@ -182,12 +182,13 @@ class WM(EdgeRule):
             trace = self.trace(sample_input)
             self._shapes = {path: (trace.input_shapes[path], trace.output_shapes[path]) for path in trace.reached}
         coverage = super().wire(sample_input)
-        self._mirrored = [layer for layer in self._layers.values() if isinstance(layer.pathway, MirroredFeedback)]
+        pathways = [(layer, layer.pathway) for layer in self._layers.values()]
+        self._mirrored = [(layer, pathway) for layer, pathway in pathways if isinstance(pathway, MirroredFeedback)]
         return coverage
 
     @property
     def initial_steps_left(self) -> int:
-        return max(self.initial_steps - self._mirrored[0].pathway.draws, 0) if self._mirrored else 0
+        return max(self.initial_steps - self._mirrored[0][1].draws, 0) if self._mirrored else 0
 
     def initial_phase(self) -> Iterator[None]:
         for _ in range(self.initial_steps_left):
@@ -215,9 +216,9 @@ class WM(EdgeRule):
 
     def _mirror(self, steps: int) -> None:
         with torch.no_grad():
-            for layer in self._mirrored:
+            for layer, pathway in self._mirrored:
                 for _ in range(steps):
-                    layer.pathway.mirror(layer)
+                    pathway.mirror(layer)
 
 
 def _driven(

@@ -31,7 +31,7 @@ class _Patient(io.FileIO):
 
     failure: OSError | None = None
 
-    def write(self, data: bytes) -> int:  # type: ignore[override]
+    def write(self, data: Any, /) -> int:
         while True:
             try:
                 written = super().write(data)

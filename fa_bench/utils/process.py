@@ -15,7 +15,8 @@ import torch
 
 def random_state() -> dict[str, Any]:
     """The state of every global random generator."""
-    kind, words, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    numpy_state: Any = np.random.get_state(legacy=True)
+    kind, words, position, has_gauss, gauss = numpy_state
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],

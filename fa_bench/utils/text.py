@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable, Sequence
 
 from fa_bench.errors import printable
 
-_UNITS = ("B", "kB", "MB", "GB", "TB")
 _NAMES = ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"))
 
 
@@ -30,11 +29,11 @@ def by_x(shape: Iterable[int]) -> str:
 
 def format_bytes(size: float) -> str:
     """A number of bytes in units of powers of a thousand: ``0 B``, ``2.68 MB``."""
-    for unit in _UNITS:
-        if round(size, 2 if size < 10 else 1 if size < 100 else 0) < 1000 or unit == _UNITS[-1]:
-            break
+    for unit in ("B", "kB", "MB", "GB"):
+        if round(size, 2 if size < 10 else 1 if size < 100 else 0) < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.3g} {unit}"
         size /= 1000
-    return f"{size:.0f} B" if unit == "B" else f"{size:.3g} {unit}"
+    return f"{size:.3g} TB"
 
 
 def count(number: float) -> str:

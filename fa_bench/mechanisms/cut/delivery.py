@@ -53,7 +53,7 @@ class Delivery:
 
         rule, results = self.rule, named_results(output)
         for name, result in results.items():
-            if result.dim() == 0 and (rule.output is None or _depends_on(result, results.get(rule.output))):
+            if result.dim() == 0 and (rule.output is None or _depends_on(result, results.get(str(rule.output)))):
                 raise CoverageError(f"the model returns a loss ('{name}') that it has computed itself, and the error of rule "
                                     f"'{rule.name}' cannot come from there: call it without labels, and compute the loss from "
                                     f"its logits")

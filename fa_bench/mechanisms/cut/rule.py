@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from fa_bench.mechanisms.trace import Trace
     from fa_bench.mechanisms.updates import LearnedTensor
+    from fa_bench.mechanisms.weighted_layers import WeightedLayer
 
 
 @dataclasses.dataclass(eq=False)
@@ -175,7 +176,7 @@ class CutRule(Rule):
         self._capture, self._delivery = Capture(self, self._cut_modules, trace, frozen), Delivery(self)
         return self._coverage_of(layers, trace)
 
-    def _coverage_of(self, layers: dict[str, nn.Module], trace: Trace) -> Coverage:
+    def _coverage_of(self, layers: dict[str, WeightedLayer], trace: Trace) -> Coverage:
         covered = tuple(
             Covered(path, type(layers[path]).__name__, tuple(layers[path].weight.shape), self._error_source(path, trace))
             for path in trace.order if self.side == INPUT or self.modular or path not in trace.through_weights
@@ -248,7 +249,7 @@ class CutRule(Rule):
         nodes = [captured.tensor.grad_fn for captured in (self._capture.tape or {}).values() if captured.tensor is not None]
         return [*super().roots(output), *(node for node in nodes if node is not None)]
 
-    def transporting_layers(self) -> dict[str, nn.Module]:
+    def transporting_layers(self) -> dict[str, Any]:
         return {} if self.modular else dict(self._covered)
 
     def deliver(
@@ -271,6 +272,6 @@ class CutRule(Rule):
 
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Only the output layer has a pair, if the feedback of the last cut has the shape of its weight."""
-        weights = {path: self.model.get_submodule(path).weight.detach() for path in self._trace.outputs}
+        weights = {path: self._covered[path].weight.detach() for path in self._trace.outputs}
         tensors = self.feedback.get(list(self._cut_modules)[-1], {})
         return {path: (tensors["B"], w) for path, w in weights.items() if "B" in tensors and tensors["B"].shape == w.shape}

@@ -35,6 +35,8 @@ class FeedbackLayer(nn.Module):
         learned: the learned feedback tensors by name.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
     pathway: FeedbackPathway
     mode: Mode
     path: str
@@ -135,6 +137,8 @@ class _FeedbackLinear(FeedbackLayer):
 
 
 class _FeedbackConv(FeedbackLayer):
+    kernel_size: tuple[int, ...]
+
     def apply_feedback(self, x: Tensor, weight: Tensor, bias: Tensor | None, context: BackwardContext) -> Tensor:
         def prepared(value: Tensor) -> tuple[Tensor, Geometry]:
             return padded(self, _batched(value, len(self.kernel_size)))
@@ -144,6 +148,13 @@ class _FeedbackConv(FeedbackLayer):
 
 
 class _FeedbackConvTranspose(FeedbackLayer):
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    _output_padding: Callable[..., list[int]]
+
     def apply_feedback(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, context: BackwardContext, output_size: list[int] | None = None
     ) -> Tensor:
@@ -203,15 +214,17 @@ def _with_feedback(plain: type[nn.Module]) -> type[FeedbackLayer]:
 SWAPS: dict[type[nn.Module], type[FeedbackLayer]] = {plain: _with_feedback(plain) for plain in WEIGHTED}
 
 
-def swap_in(module: nn.Module, path: str, pathway: FeedbackPathway, mode: Mode) -> None:
+def swap_in(module: nn.Module, path: str, pathway: FeedbackPathway, mode: Mode) -> FeedbackLayer:
     """Turn a plain layer into its feedback class, in place, and the tensors that the pathway learns into parameters."""
     module.__class__ = SWAPS[type(module)]
+    assert isinstance(module, FeedbackLayer)
     module.pathway, module.mode, module.path = pathway, mode, path
     module.learned = {name: LearnedTensor(path, module, make_learned(module, name), module) for name in pathway.learned}
     if pathway.follows is not None:
         module.learned[pathway.follows].follows = True
         if not module.weight.requires_grad:
             module.learned[pathway.follows].freeze()
+    return module
 
 
 def swap_out(module: nn.Module) -> None:

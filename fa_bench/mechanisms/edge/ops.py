@@ -174,7 +174,7 @@ def shared(gradient: Tensor) -> Tensor:
     Writes are rare (SGD with Nesterov momentum, clipping, gradient scalers), but must not reach both tensors, as they would with
     an alias. A copy at every step would take 2.7 MB and a tenth of a step on the MLP.
     """
-    return torch._lazy_clone(gradient)
+    return torch._lazy_clone(gradient)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def weight_gradient(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

@@ -21,8 +21,10 @@ from fa_bench.utils.sampling import fans, sample, sample_mask, seed_for
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from fa_bench.mechanisms.edge.layers import FeedbackLayer
     from fa_bench.mechanisms.trace import Trace
     from fa_bench.mechanisms.updates import LearnedTensor
+    from fa_bench.mechanisms.weighted_layers import WeightedLayer
 
 
 @dataclasses.dataclass
@@ -37,7 +39,7 @@ class LayerContext:
     """
 
     path: str
-    module: Any
+    module: WeightedLayer
     seed: int
     is_output: bool
 
@@ -124,8 +126,8 @@ class EdgeRule(Rule):
         from fa_bench.mechanisms.edge.layers import swap_in
         from fa_bench.mechanisms.weighted_layers import weighted_layers
 
-        self._layers: dict[str, Any] = {}
-        self._learning: list[Any] = []
+        self._layers: dict[str, FeedbackLayer] = {}
+        self._learning: list[FeedbackLayer] = []
         self._learned: list[LearnedTensor] = []
         layers = weighted_layers(self.model)
         if not layers:
@@ -142,8 +144,7 @@ class EdgeRule(Rule):
             kind = type(layer).__name__
             context = LayerContext(path, layer, self.seed, path in outputs)
             pathway = TransposeFeedback() if path in plain else self.pathway(context)
-            swap_in(layer, path, pathway, self.mode)
-            self._layers[path] = layer
+            self._layers[path] = layer = swap_in(layer, path, pathway, self.mode)
             if pathway.learned:
                 self._learning.append(layer)
                 self._learned.extend(layer.learned.values())
@@ -178,7 +179,7 @@ class EdgeRule(Rule):
     def watched_modules(self) -> dict[str, nn.Module]:
         return dict(self._layers)
 
-    def transporting_layers(self) -> dict[str, nn.Module]:
+    def transporting_layers(self) -> dict[str, Any]:
         return dict(self._layers)
 
     def unwire(self) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -96,6 +97,6 @@ def alexnet(
     parts[f"fc{last}"] = nn.Linear(width, classes)
     if output_norm:
         parts[f"bn{last}"] = nn.BatchNorm1d(classes)
-    model = nn.Sequential(parts)
+    model: Any = nn.Sequential(parts)
     model.cut_points = model.blocks = ends
     return model
