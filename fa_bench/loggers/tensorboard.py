@@ -22,7 +22,7 @@ class TensorBoard(Logger):
     """One event file in the run's directory: curves, histograms, hyperparameters; ``tensorboard --logdir outputs``."""
 
     def open(self, directory: Path, job: Job, step: int) -> None:
-        from fa_bench.loggers.events import Events
+        from fa_bench.loggers.events.writer import Events
 
         self.events = Events(directory, job, step)
 

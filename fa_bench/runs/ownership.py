@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fa_bench.errors import RunDirectoryError, names
-from fa_bench.loggers.event_files import EVENT_NAME, EVENTS, NEW_EVENTS, recorded_events
+from fa_bench.loggers.events.files import EVENT_NAME, EVENTS, NEW_EVENTS, recorded_events
 from fa_bench.runs.readers import HEADER
 from fa_bench.utils.files import CONFIG, CURVES, LOG, METRICS, RESULT, check_lock, temporary_name
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from fa_bench import __version__
 from fa_bench.config.job import Job
 from fa_bench.loggers.base import Logger
-from fa_bench.loggers.events import FINAL
+from fa_bench.loggers.events.writer import FINAL
 from fa_bench.metrics.meter import AlignmentMeter
 from fa_bench.metrics.probes.base import Probes, Quantities
 from fa_bench.registry.registries import LOGGERS

@@ -124,7 +124,7 @@ class RunDirectory:
 
     def _wrote(self, events: Path) -> bool:
         """Whether an event file is of this run, as what it says about the run shows."""
-        from fa_bench.loggers.events import is_of
+        from fa_bench.loggers.events.writer import is_of
 
         return is_of(events, self.job)
 

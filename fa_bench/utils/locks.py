@@ -9,10 +9,10 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 
 from fa_bench.utils.files import check_lock
 
@@ -38,8 +38,9 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
     lock, end, warned = FileLock(path, poll_interval=0.02), time.monotonic() + PATIENCE, False
     while True:
         # Between opening and locking, another process may remove the file and a third one create it again. That did not happen
-        # if the inode is the same before and after: it cannot be reused while the file is open here.
-        with _opened(path) as before:
+        # if the inode is the same before and after: it cannot be reused while the file is open here. A soft lock, for systems
+        # without locks on files, is held by whoever creates the file.
+        with nullcontext() if isinstance(lock, SoftFileLock) else _opened(path) as before:
             try:
                 lock.acquire(timeout=(-1 if warned else 0) if wait else max(end - time.monotonic(), 0))
             except Timeout:
@@ -48,7 +49,7 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
                 log.info("waiting for another process, which holds %s", path)
                 warned = True
                 continue
-            if _is_same(path, before):
+            if before is None or _is_same(path, before):
                 break
         lock.release()
     try:

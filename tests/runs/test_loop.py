@@ -18,6 +18,7 @@ from fa_bench.config.job import RunOptions
 from fa_bench.data.base import Splits
 from fa_bench.data.synthetic import Synthetic
 from fa_bench.mechanisms.rule import Rule
+from fa_bench.metrics import evaluation
 from fa_bench.metrics.meter import AlignmentMeter
 from fa_bench.objectives.cross_entropy import CrossEntropy
 from fa_bench.optim.optimizers import Optimizers
@@ -257,7 +258,7 @@ def test_angles_are_measured_once_for_a_step() -> None:
 
 def test_an_evaluation_may_be_left_before_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten test images and four for validation, in batches of four; a training of one epoch evaluates both."""
-    monkeypatch.setattr(loop, "EVALUATION_BATCH", 1)
+    monkeypatch.setattr(evaluation, "EVALUATION_BATCH", 1)
     waits: list[None] = []
     evaluated = loop.evaluate(make_model(), CrossEntropy(), load().test, 4, lambda: waits.append(None))
     assert len(waits) == 3 and evaluated == loop.evaluate(make_model(), CrossEntropy(), load().test, 4)

@@ -11,7 +11,7 @@ import pytest
 
 from fa_bench.cli import main
 from fa_bench.errors import RunDirectoryError
-from fa_bench.loggers import event_files
+from fa_bench.loggers.events import files as event_files
 from fa_bench.runs import hashes, ownership
 from fa_bench.utils.files import CONFIG, LOG, RESULT, check_place
 

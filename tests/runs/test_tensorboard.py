@@ -26,10 +26,11 @@ from torch.utils.tensorboard import SummaryWriter
 from fa_bench.cli import main
 from fa_bench.command.compose import Composer
 from fa_bench.config.job import Job, register_schemas
-from fa_bench.loggers.event_files import NEW_EVENTS, record_events, recorded_events
-from fa_bench.loggers.events import HYPERPARAMETERS, Events
+from fa_bench.loggers.events import writer as events
+from fa_bench.loggers.events.files import NEW_EVENTS, record_events, recorded_events
+from fa_bench.loggers.events.writer import HYPERPARAMETERS, Events
 from fa_bench.registry.registries import ALGORITHMS
-from fa_bench.runs import checkpoint, events, loop
+from fa_bench.runs import checkpoint, loop
 from fa_bench.utils.files import METRICS
 
 MLP = ["dataset=synthetic", "dataset.samples=80", "dataset.test_samples=16", "batch_size=16", "probe_size=8",

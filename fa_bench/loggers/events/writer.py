@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import custom_scalars, histogram
 
 from fa_bench.config.job import Job
-from fa_bench.loggers.event_files import NEW_EVENTS, record_events, recorded_events
+from fa_bench.loggers.events.files import NEW_EVENTS, record_events, recorded_events
 from fa_bench.metrics.alignment.base import declared
 from fa_bench.utils.files import writing
 
