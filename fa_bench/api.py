@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fa_bench.config.labels import shown
+from fa_bench.errors import format_value
 from fa_bench.report.runs import Run, read_run
 
 
@@ -30,17 +30,18 @@ def run(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **opt
     from fa_bench.command.compose import Composer
     from fa_bench.command.jobs import Task
     from fa_bench.config.job import register_schemas
-    from fa_bench.runs.data_checks import forget
-    from fa_bench.utils.output import steady
-    from fa_bench.utils.stopping import raised
+    from fa_bench.runs.hashes import clear_cache
+    from fa_bench.utils.output import resilient_output
+    from fa_bench.utils.stopping import interrupt_on_signals
 
     register_schemas()
-    words = [*overrides, *(f"{key}={','.join(map(shown, value)) if isinstance(value, (list, tuple, range)) else shown(value)}"
-                           for key, value in options.items())]
-    with steady(), raised(), cli.hydras_errors():
+    words = list(overrides)
+    for key, value in options.items():
+        words.append(f"{key}={','.join(map(format_value, value if isinstance(value, (list, tuple, range)) else [value]))}")
+    with resilient_output(), interrupt_on_signals(), cli.hydras_errors():
         composer = Composer(cli.CONFIG_NAME, None if config_dir is None else str(config_dir), words)
         several = any(override.is_sweep_override() or override.key_or_group == "experiment" for override in composer.parsed)
-        forget()
+        clear_cache()
         task = Task(["fa-bench", *(["-m"] if several else []), *words])
         code = cli.sweep(composer, task) if several else cli.run(composer, task)
     if code >= 128:

@@ -15,12 +15,11 @@ import hydra
 from fa_bench import __version__
 from fa_bench.command.jobs import Task, exit_code_of, interrupted
 from fa_bench.config.job import conf_dir, register_schemas
-from fa_bench.errors import ConfigError, FaBenchError, RunDirectoryError, first_line, printable
-from fa_bench.registry.plugins import blame
-from fa_bench.runs.data_checks import forget
-from fa_bench.utils.files import cannot_write
+from fa_bench.errors import ConfigError, FaBenchError, RunDirectoryError, describe_error, printable
+from fa_bench.runs.hashes import clear_cache
+from fa_bench.utils.files import write_failure
 from fa_bench.utils.output import exit_code
-from fa_bench.utils.stopping import raised
+from fa_bench.utils.stopping import interrupt_on_signals
 
 if TYPE_CHECKING:
     from fa_bench.command.compose import Composer
@@ -40,19 +39,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _guarded(argv: list[str]) -> int:
     try:
-        with raised():
+        with interrupt_on_signals():
             return _main(argv)
     except FaBenchError as error:
         said, code = str(error), 2
     except OSError as error:
-        said, code = cannot_write(error), 2
+        said, code = write_failure(error), 2
     except KeyboardInterrupt as error:
         said, code = "interrupted", exit_code_of(error)
     except Exception:
         raise
     except BaseException as error:  # argparse and Hydra leave none: a plugin's class that is checked, built or measured
         by = "sys.exit()" if isinstance(error, SystemExit) else "an error that is no Exception"
-        said, code = f"ended by {by} ({blame(error)}), which is left to fa-bench", 1
+        said, code = f"ended by {by} ({describe_error(error, locate=True)}), which is left to fa-bench", 1
     print(printable(f"fa-bench: {said}"), file=sys.stderr)
     return code
 
@@ -93,7 +92,7 @@ def _main(argv: list[str]) -> int:
     if arguments.cfg:
         job, = composer.expand(multirun=False)  # with what an experiment gives to its rule
         return 2 if _hydra([*job, *flags]) else 0  # Hydra names a --package that does not exist
-    forget()
+    clear_cache()
     with hydras_errors():
         task = Task(["fa-bench", *arguments.overrides, *flags])
         return sweep(composer, task) if arguments.multirun else run(composer, task)
@@ -105,7 +104,7 @@ def run(composer: Composer, task: Task) -> int:
     from hydra.types import RunMode
 
     from fa_bench.command.rehearsal import check_parts
-    from fa_bench.runs.logs import root_kept
+    from fa_bench.runs.logs import preserve_root_logger
 
     [(_, directory)] = jobs = composer.check(composer.expand(multirun=False))
     task.directories.append(directory)
@@ -115,7 +114,7 @@ def run(composer: Composer, task: Task) -> int:
     check_parts(config)
     context = _context(composer, config)
     try:
-        with _empty_removed(directory), root_kept():
+        with _empty_removed(directory), preserve_root_logger():
             context.callbacks.on_run_start(config=config, config_name=composer.config_name)
             returned = run_job(task_function=task, config=config, job_dir_key="hydra.run.dir",
                                job_subdir_key=None, hydra_context=context)
@@ -207,22 +206,22 @@ def hydras_errors() -> Iterator[None]:
     except FaBenchError:
         raise
     except OSError as error:
-        raise RunDirectoryError(cannot_write(error)) from None
+        raise RunDirectoryError(write_failure(error)) from None
     except Exception as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        raise ConfigError(f"Hydra failed ({type(error).__name__}: {first_line(error)}); "
+        raise ConfigError(f"Hydra failed ({describe_error(error)}); "
                           "HYDRA_FULL_ERROR=1 shows where") from None
 
 
 def _hydra(argv: list[str]) -> int:
     """Let Hydra show configs, itself, or completions; the exit code."""
-    from fa_bench.runs.logs import root_kept
+    from fa_bench.runs.logs import preserve_root_logger
 
     argv_before, traced = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv, os.environ["HYDRA_FULL_ERROR"] = ["fa-bench", *argv], "1"  # Hydra raises its errors, and prints no traceback
     try:
-        with root_kept():
+        with preserve_root_logger():
             hydra.main(config_path=str(conf_dir()), config_name=CONFIG_NAME, version_base="1.3")(Task([]))()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1

@@ -1,45 +1,51 @@
-"""Errors that a user can mend: each names the key or layer, the value, what is allowed and the nearest name."""
+"""Errors that users can fix, and the text of messages: names, values and other errors, short enough for one line.
+
+Each error names the key, layer or file, the value, what is allowed and the nearest name.
+"""
 
 from __future__ import annotations
 
 import difflib
+import importlib
+import traceback
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 
 class FaBenchError(Exception):
-    """Base of every error that is the input's fault; the command line prints it without a traceback."""
+    """Base of every error caused by the input; the command line prints it without a traceback."""
 
 
 class OptionError(FaBenchError, ValueError):
     """An option of a component is unknown, of the wrong type or out of range.
 
-    `path` is the option's name within its component; the config layer puts the component's key in front of it. `meant` is what
-    to write behind the path in its place, such as ``.name=cosine``.
+    `path` is the option's name within its component; `with_prefix` adds the component's key. `suggestion` is what should follow
+    the path instead, such as ``.name=cosine``.
     """
 
-    def __init__(self, path: str, problem: str, meant: str = "") -> None:
-        super().__init__(path, problem, meant)
-        self.path, self.problem, self.meant = path, problem, meant
+    def __init__(self, path: str, problem: str, suggestion: str = "") -> None:
+        super().__init__(path, problem, suggestion)
+        self.path, self.problem, self.suggestion = path, problem, suggestion
 
     def __str__(self) -> str:
-        said = f"{self.path}{self.problem}" if self.problem.startswith("=") else f"{self.path}: {self.problem}"
-        return f"{said}; did you mean {self.path}{self.meant}?" if self.meant else said
+        message = f"{self.path}{'' if self.problem.startswith('=') else ': '}{self.problem}"
+        return f"{message}; did you mean {self.path}{self.suggestion}?" if self.suggestion else message
 
-    def under(self, prefix: str) -> OptionError:
-        """The same error with the path of the enclosing component in front."""
-        return OptionError(f"{prefix}.{self.path}" if prefix else self.path, self.problem, self.meant)
+    def with_prefix(self, prefix: str) -> OptionError:
+        """The same error with the enclosing component's path prepended."""
+        return OptionError(f"{prefix}.{self.path}" if prefix else self.path, self.problem, self.suggestion)
 
 
 class ConfigError(FaBenchError, ValueError):
-    """A command line or config that cannot be run."""
+    """The command line or config is invalid."""
 
 
 class CoverageError(FaBenchError, ValueError):
-    """A rule would cover nothing, leave weights uncovered without being asked to, or cannot be put into this model.
+    """A rule would cover nothing, would leave weights uncovered without permission, or cannot be attached to this model.
 
-    Where `text` has the name of one of `settings` in braces, the message shows what to write there: ``cuts=['act1']``, an
-    argument of `attach`; once `under` was called, ``algorithm.cuts='[act1]'``, an argument of the command line.
+    Each name of `settings` that appears in braces in `text` is replaced by what the user should write: ``cuts=['act1']``, an
+    argument of `attach`, or, after `with_prefix`, ``algorithm.cuts='[act1]'``, an override on the command line.
     """
 
     def __init__(self, text: str, settings: Mapping[str, Any] | None = None, prefix: str = "") -> None:
@@ -47,87 +53,108 @@ class CoverageError(FaBenchError, ValueError):
         self.text, self.settings, self.prefix = text, dict(settings or {}), prefix
 
     def __str__(self) -> str:
-        said = self.text
+        message = self.text
         for name, value in self.settings.items():
-            said = said.replace(f"{{{name}}}", f"{self.prefix}.{name}={_override(value)}" if self.prefix else f"{name}={value!r}")
-        return said
+            typed = f"'{format_value(value)}'" if isinstance(value, (list, tuple)) else format_value(value)
+            message = message.replace(f"{{{name}}}", f"{self.prefix}.{name}={typed}" if self.prefix else f"{name}={value!r}")
+        return message
 
-    def under(self, prefix: str) -> CoverageError:
-        """The same error for someone who sets the options on the command line, below the key `prefix`."""
+    def with_prefix(self, prefix: str) -> CoverageError:
+        """The same error for a user who sets the options on the command line, below the key `prefix`."""
         return CoverageError(self.text, self.settings, prefix)
 
 
-def _override(value: Any) -> str:
-    """A value as the command line takes it, from any shell."""
-    if isinstance(value, (list, tuple)):
-        return f"'[{','.join(map(str, value))}]'"
-    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
-
-
 class DataError(FaBenchError, OSError):
-    """A dataset that is missing, unreadable or unfit for its options."""
+    """A dataset is missing, unreadable or incompatible with its options."""
 
 
 class RunDirectoryError(FaBenchError, OSError):
-    """An output directory that holds another run, or a checkpoint that is not this run's."""
+    """An output directory belongs to another run, or a checkpoint is not usable by this run."""
 
 
-class HeldError(RunDirectoryError):
-    """A run's directory that another process is writing."""
+class DirectoryLockedError(RunDirectoryError):
+    """A run directory is locked by another process."""
 
 
 class OutputError(FaBenchError, OSError):
-    """A file that cannot be written: a full disk, a place that may only be read."""
+    """A file cannot be written: the disk is full, or the location is read-only."""
 
 
 class StateError(FaBenchError, ValueError):
-    """A saved state that is not one of this rule in this model."""
+    """A saved state does not belong to this rule in this model."""
 
 
-#: Most characters of a message on the terminal, and of another program's or library's words in it.
-MOST_MESSAGE, MOST_SAID = 1500, 300
+#: Maximum length of a message on the terminal, and of the part that quotes another program or library.
+MAX_MESSAGE, MAX_QUOTE = 1500, 300
+
+
+def truncate(text: str, limit: int) -> str:
+    """The text in at most `limit` characters: its middle is replaced by ``[...]`` if it is longer."""
+    return text if len(text) <= limit else f"{text[:limit * 2 // 3]} [...] {text[-(limit - limit * 2 // 3 - 7):]}"
 
 
 def printable(text: object) -> str:
-    """A message as one line that any terminal takes.
+    """A message as one line that is safe on any terminal.
 
-    Line ends and what is no text, as in odd file names, are escaped; a message longer than `MOST_MESSAGE` is cut in its middle.
+    Line ends and unprintable characters, as in odd file names, are escaped; the length is limited to `MAX_MESSAGE`.
     """
-    # Cut first too: escaping a message of many megabytes takes its time.
-    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut(str(text), MOST_MESSAGE))
-    return cut("".join(escaped), MOST_MESSAGE)
-
-
-def cut(text: str, most: int) -> str:
-    """The text, with the middle left out where it is longer than `most` characters: how it begins and how it ends stays."""
-    return text if len(text) <= most else f"{text[:most * 2 // 3]} [...] {text[-(most - most * 2 // 3 - 7):]}"
+    # Truncated before escaping too: escaping a message of many megabytes would be slow.
+    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in truncate(str(text), MAX_MESSAGE))
+    return truncate("".join(escaped), MAX_MESSAGE)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, cut where it is long; its type's name where it has none, or cannot say it."""
+    """The first line of an error's message, truncated; its type's name if it has no message or cannot be converted to text."""
     try:
         text = str(error).strip()
-    except Exception:  # an error of a user's own class
+    except Exception:  # a user's own exception class
         text = ""
-    return cut((text or type(error).__name__).splitlines()[0], MOST_SAID)
+    return truncate((text or type(error).__name__).splitlines()[0], MAX_QUOTE)
 
 
-#: From this share of common letters on a name is near another: 'cuda' to 'cud', but not 'compile' to 'optimizer'.
+def describe_error(error: BaseException, locate: bool = False) -> str:
+    """An error in one line: ``TypeError: its message``.
+
+    Args:
+        error: the error.
+        locate: append the file and line of the innermost frame that is in neither fa_bench nor the import system, for errors
+            in a user's code.
+    """
+    kind, message = type(error).__name__, first_line(error)
+    description = kind if message == kind else f"{kind}: {message}"
+    if not locate or isinstance(error, SyntaxError):  # a syntax error's message contains its location
+        return description
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_user_code(frame.filename)]
+    return f"{description}, {frames[-1].filename}:{frames[-1].lineno}" if frames else description
+
+
+def _is_user_code(file: str) -> bool:
+    return not file.startswith("<frozen") and file != importlib.__file__ and Path(__file__).parent not in Path(file).parents
+
+
+#: Minimum similarity of a suggested name: 'cuda' is suggested for 'cud', but 'optimizer' is not for 'compile'.
 NEAR = 0.6
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
-    """A hint of the form ``; did you mean 'fa'?``, or nothing where no name is close."""
-    if len(str(name)) > MOST_SAID:
+    """A hint of the form ``; did you mean 'fa'?``; empty if no name is similar."""
+    if len(str(name)) > MAX_QUOTE:
         return ""
 
-    def likeness(other: str) -> tuple[float, int]:
+    def similarity(other: str) -> tuple[float, int]:
         return difflib.SequenceMatcher(None, str(name), other).ratio(), -abs(len(str(name)) - len(other))
 
-    best = max(allowed, key=likeness, default="")
-    return f"; did you mean '{best}'?" if best and likeness(best)[0] >= NEAR else ""
+    best = max(allowed, key=similarity, default="")
+    return f"; did you mean '{best}'?" if best and similarity(best)[0] >= NEAR else ""
 
 
 def names(allowed: Iterable[object]) -> str:
-    """The allowed names as one readable list."""
-    return ", ".join(str(name) for name in allowed)
+    """The allowed names, separated by commas."""
+    return ", ".join(map(str, allowed))
+
+
+def format_value(value: Any) -> str:
+    """An option's value as it is typed on the command line: ``[a,b]``, ``null``, ``true``."""
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(format_value, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

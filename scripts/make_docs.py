@@ -17,12 +17,13 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from fa_bench.config.job import conf_dir
+from fa_bench.errors import format_value
 from fa_bench.mechanisms.cut.local import LocalRule, ModuleRule
 from fa_bench.mechanisms.cut.rule import CutRule
 from fa_bench.mechanisms.edge.pathways import FeedbackPathway
 from fa_bench.mechanisms.edge.rule import EdgeRule
 from fa_bench.mechanisms.rule import Rule
-from fa_bench.registry.options import Options, limits_text, option_fields, summary, type_name, value_text
+from fa_bench.registry.options import Options, limits_text, option_fields, summary, type_name
 from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.utils.sampling import INITIALISERS
 
@@ -130,8 +131,8 @@ def _rows(cls: type[Options]) -> list[str]:
     hints, values = typing.get_type_hints(cls), cls()
     return [
         "| " + " | ".join(cell.replace("|", "\\|") for cell in (
-            f"`{field.name}`", f"`{value_text(getattr(values, field.name))}`", limits_text(field) or type_name(hints[field.name]),
-            field.metadata["help"].replace("*", "\\*"))) + " |"
+            f"`{field.name}`", f"`{format_value(getattr(values, field.name))}`",
+            limits_text(field) or type_name(hints[field.name]), field.metadata["help"].replace("*", "\\*"))) + " |"
         for field in option_fields(cls)
     ]
 

@@ -35,7 +35,7 @@ def make_job(texts: Mapping[str, tuple[str, str]], **run: Any) -> Job:
         try:
             parts[group.kind] = component(group, text)
         except OptionError as error:
-            raise error.under(key) from None
+            raise error.with_prefix(key) from None
     return Job(RunOptions(**run, probe_every=0), feedback_optimizer=None, objective=CrossEntropy(), **parts)
 
 

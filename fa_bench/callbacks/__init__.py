@@ -1,1 +1,1 @@
-"""Callbacks that a run can be given by name; plugins register theirs."""
+"""Callbacks that plugins register and runs select by name."""

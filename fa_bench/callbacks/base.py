@@ -1,4 +1,4 @@
-"""What a callback is: code that the training loop calls at fixed moments."""
+"""The base class of callbacks: code that the training loop calls at fixed points."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(eq=False)
 class Callback(Options):
-    """Base of the callbacks, registered in `fa_bench.registry.registries.CALLBACKS`; override what is needed.
+    """Base of the callbacks, registered in `fa_bench.registry.registries.CALLBACKS`; all methods are optional.
 
-    A callback may read and change everything that the trainer has: ``trainer.rule``, its ``model``, ``optimizers``, ``splits``,
+    A callback may read and change every attribute of the trainer: ``trainer.rule``, its ``model``, ``optimizers``, ``splits``,
     ``options`` and ``progress`` (finished epochs, steps, seconds). Raising an error ends the run as failed.
     """
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Before the first step, also of a resumed run."""
+        """Before the first step, also in a resumed run."""
 
     def on_epoch_start(self, trainer: Trainer) -> None:
-        """Before the first step of an epoch that this process trains; ``trainer.progress.epoch`` counts from 0."""
+        """Before the first step of an epoch in this process; ``trainer.progress.epoch`` counts from 0."""
 
     def on_loss(self, trainer: Trainer, x: Tensor) -> None:
         """After a forward pass on the inputs `x`, before the backward pass; ``trainer.progress.loss_sum`` includes its loss."""
 
     def on_gradients(self, trainer: Trainer) -> None:
-        """When all gradients of a step are there, before they are clipped and used."""
+        """After all gradients of a step are computed, before they are clipped and used."""
 
     def on_step_end(self, trainer: Trainer) -> None:
         """After the update of weights and feedback."""
@@ -43,13 +43,13 @@ class Callback(Options):
         """Before every batch of an evaluation."""
 
     def on_epoch_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """After the evaluation; ``trainer.progress.epoch`` counts this epoch. What is added to `metrics` must be JSON."""
+        """After the evaluation; ``trainer.progress.epoch`` counts this epoch. Values added to `metrics` must be JSON."""
 
     def on_fit_end(self, trainer: Trainer) -> None:
         """After the last epoch."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, in plain containers and tensors: saved with every checkpoint."""
+        """The state that a resumed run needs, in plain containers and tensors; saved in every checkpoint."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

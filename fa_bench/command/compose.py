@@ -24,11 +24,11 @@ from fa_bench.command.explain import explained, groups_of
 from fa_bench.command.guard import check_config, check_overrides, install
 from fa_bench.command.overrides import expanded, listed, parse
 from fa_bench.config.job import GRID, RULES, Job, conf_dir, import_plugins
-from fa_bench.errors import ConfigError, FaBenchError, cut, first_line, names, nearest
+from fa_bench.errors import ConfigError, FaBenchError, first_line, names, nearest, truncate
 from fa_bench.registry.registries import ALGORITHMS, GROUPS
 from fa_bench.runs.rundir import RunDirectory
-from fa_bench.utils.files import check_place
-from fa_bench.utils.shell import unexpanded
+from fa_bench.utils.files import check_writable
+from fa_bench.utils.shell import expansion_problem
 
 #: What Hydra calls the jobs of `fa_bench.cli`; `hydra.job.name` may be part of a path.
 JOB_NAME = "cli"
@@ -86,7 +86,7 @@ class Composer:
         swept = [override for override in self.parsed if override.is_sweep_override()]
         check_swept(self.parsed)
         if swept and not multirun:
-            raise ConfigError(f"{cut(swept[0].input_line or '', 200)} is a sweep; pass -m (--multirun)")
+            raise ConfigError(f"{truncate(swept[0].input_line or '', 200)} is a sweep; pass -m (--multirun)")
         if config is None:
             config = self.compose(self.overrides, RunMode.MULTIRUN)
         if not any(override.key_or_group == "experiment" for override in swept):
@@ -170,7 +170,7 @@ class Composer:
                 raise ConfigError(f"two jobs of the sweep are one run, {place}: {' '.join(first)} and {' '.join(overrides)}")
             checked[place] = job
             if directories:
-                check_place(place)
+                check_writable(place)
                 RunDirectory(place, job).check()
             self.config = config
         return [(job, place) for place, job in checked.items()]
@@ -221,7 +221,7 @@ def _config_dir(folder: str) -> Path:
             return path
     except (OSError, ValueError):  # a name that no file can have
         pass
-    raise ConfigError(f"--config-dir {cut(folder, 200)}: no such folder")
+    raise ConfigError(f"--config-dir {truncate(folder, 200)}: no such folder")
 
 
 @contextmanager
@@ -252,12 +252,12 @@ def folder_of(config: DictConfig, key: str) -> str:
         text: Any = OmegaConf.to_container(config, resolve=False)
         for part in key.split("."):
             text = text.get(part)
-        raise ConfigError(f"{key}={cut(str(text), 100)}: {first_line(error)}") from None
+        raise ConfigError(f"{key}={truncate(str(text), 100)}: {first_line(error)}") from None
     if not isinstance(value, (str, int, float)) or isinstance(value, bool):
-        raise ConfigError(f"{key}={'null' if value is None else cut(str(value), 100)}: not the name of a folder")
+        raise ConfigError(f"{key}={'null' if value is None else truncate(str(value), 100)}: not the name of a folder")
     if not str(value).strip():
         raise ConfigError(f"{key} is empty; name a folder, such as outputs/run")
-    if problem := unexpanded(key, str(value)):
+    if problem := expansion_problem(key, str(value)):
         raise ConfigError(f"{key}{problem}")
     return str(value)
 
@@ -266,8 +266,8 @@ def check_swept(overrides: Iterable[Override]) -> None:
     """Refuse several values of Hydra's own options, which Hydra refuses once a sweep has begun; raises ConfigError."""
     for override in overrides:
         if override.is_sweep_override() and override.is_hydra_override():
-            raise ConfigError(f"{cut(override.input_line or '', 200)}: Hydra's own options are the same for all jobs of a sweep; "
-                              "write one value")
+            raise ConfigError(f"{truncate(override.input_line or '', 200)}: Hydra's own options are the same for all jobs of a "
+                              "sweep; write one value")
 
 
 def _given(config: DictConfig, key: str, where: str) -> Any:
@@ -294,7 +294,7 @@ def _read_grid(config: DictConfig, where: str) -> list[dict[str, str]]:
     if grid is None:
         return []
     if not isinstance(grid, list) or not all(isinstance(part, dict) and part for part in grid):
-        raise ConfigError(f"{where}: {GRID}={cut(str(grid), 200)}: write a list of mappings, such as "
+        raise ConfigError(f"{where}: {GRID}={truncate(str(grid), 200)}: write a list of mappings, such as "
                           "[{algorithm: 'bp,fa', seed: '0,1'}]")
     for part in grid:
         for key, values in part.items():
@@ -308,11 +308,11 @@ def _read_rules(config: DictConfig, where: str) -> dict[str, dict[str, str]]:
     if rules is None:
         return {}
     if not isinstance(rules, dict) or not all(isinstance(options, dict) for options in rules.values()):
-        raise ConfigError(f"{where}: {RULES}={cut(str(rules), 200)}: write a mapping from rules to options, such as "
+        raise ConfigError(f"{where}: {RULES}={truncate(str(rules), 200)}: write a mapping from rules to options, such as "
                           "{fa: {density: 0.5}}")
     for name in rules:
         if name not in ALGORITHMS:
-            raise ConfigError(f"{where}: {RULES}.{cut(str(name), 100)}: no such algorithm{nearest(str(name), ALGORITHMS)} "
+            raise ConfigError(f"{where}: {RULES}.{truncate(str(name), 100)}: no such algorithm{nearest(str(name), ALGORITHMS)} "
                               f"(available: {names(ALGORITHMS)})")
     return {str(name): {f"algorithm.{key}": _override(f"{where}: {RULES}.{name}", f"algorithm.{key}", json.dumps(value))
                         for key, value in options.items()} for name, options in rules.items()}

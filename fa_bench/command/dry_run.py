@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from fa_bench.command.compose import Composer
 from fa_bench.config.job import Job
-from fa_bench.config.labels import differing, flat, label, plan
+from fa_bench.config.labels import differing_keys, flatten, label, sweep_summary
 from fa_bench.config.scale import scaled
 from fa_bench.data.base import Split, Splits
 from fa_bench.data.fetch import nothing_fetched
@@ -26,13 +26,13 @@ from fa_bench.metrics.memory_traffic import memories
 from fa_bench.registry.options import as_plain
 from fa_bench.report.runs import read_run
 from fa_bench.rules.bp import BP
-from fa_bench.runs.locks import holder
+from fa_bench.runs.locks import lock_holder
 from fa_bench.runs.readers import read_metrics
-from fa_bench.runs.rundir import RunDirectory, Stage
+from fa_bench.runs.rundir import RunDirectory, RunState
 from fa_bench.runs.train import Parts, assemble, load, prepare
 from fa_bench.utils.files import CONFIG, METRICS
 from fa_bench.utils.process import isolated
-from fa_bench.utils.text import aligned, by_x, count, format_bytes, indented
+from fa_bench.utils.text import align_columns, format_bytes, format_count, format_shape, indent
 
 #: Configs of a sweep, seeds apart, that are all shown; of more only the first one is.
 MOST = 6
@@ -66,7 +66,7 @@ def dry_run(config_name: str, config_dir: str | None, overrides: list[str], mult
 def _sweep(jobs: Sequence[tuple[Job, Path]]) -> list[str]:
     places = [place for _, place in jobs]
     common = Path(os.path.commonpath([place.parent for place in places]))
-    lines = [_HEAD, "", plan([job for job, _ in jobs], common), "", *_section("output", _places(jobs))]
+    lines = [_HEAD, "", sweep_summary([job for job, _ in jobs], common), "", *_section("output", _places(jobs))]
     distinct: dict[str, Job] = {}
     for job, place in jobs:
         distinct.setdefault(str(place.parent / job.group), job)
@@ -84,7 +84,8 @@ def _sweep(jobs: Sequence[tuple[Job, Path]]) -> list[str]:
 def _title(job: Job, jobs: Sequence[Job]) -> str:
     """The rule, and what its configs differ in."""
     rule = job.algorithm.name
-    return label(rule, flat(job.plain()), differing(flat(other.plain()) for other in jobs if other.algorithm.name == rule))
+    keys = differing_keys(flatten(other.plain()) for other in jobs if other.algorithm.name == rule)
+    return label(rule, flatten(job.plain()), keys)
 
 
 @contextlib.contextmanager
@@ -115,7 +116,7 @@ class _Loader:
 
 # ------------------------------------------------------------------------------------------------ one config
 def _section(title: str, lines: Sequence[str]) -> list[str]:
-    return [title, *indented(lines), ""]
+    return [title, *indent(lines), ""]
 
 
 def _config(job: Job) -> list[str]:
@@ -131,8 +132,8 @@ def _sheet(job: Job, loader: _Loader) -> list[str]:
     return [
         *_section("model", [*str(parts.rule.coverage).splitlines(), *_others(parts.rule), *_ends(parts)]),
         *_section("feedback", _feedback(parts.rule)),
-        *_section("cost", aligned(_costs(trained, parts))),
-        *_section("training", aligned(_training(job, trained, splits))),
+        *_section("cost", align_columns(_costs(trained, parts))),
+        *_section("training", align_columns(_training(job, trained, splits))),
     ]
 
 
@@ -146,7 +147,7 @@ def _others(rule: Rule) -> list[str]:
         if own and path not in covered:
             key = type(module).__name__, any(parameter.requires_grad for parameter in own)
             found.setdefault(key, []).append(sum(parameter.numel() for parameter in own))
-    return [f"and {len(sizes)} {kind} with {count(sum(sizes))} parameters{'' if learns else ', frozen'}"
+    return [f"and {len(sizes)} {kind} with {format_count(sum(sizes))} parameters{'' if learns else ', frozen'}"
             for (kind, learns), sizes in found.items()]
 
 
@@ -164,8 +165,8 @@ def _feedback(rule: Rule) -> list[str]:
         for name, tensor in tensors.items():
             is_kept = (place, name) in kept
             how = "learned" if id(tensor) in learned else "not learned" if is_kept else "made of the weight when it is needed"
-            rows.append((place, name, by_x(tensor.shape), format_bytes(_bytes([tensor])) if is_kept else "-", how))
-    return aligned(rows, right=(3,)) if len(rows) > 1 else ["none"]
+            rows.append((place, name, format_shape(tensor.shape), format_bytes(_bytes([tensor])) if is_kept else "-", how))
+    return align_columns(rows, right=(3,)) if len(rows) > 1 else ["none"]
 
 
 def _kept(rule: Rule) -> dict[tuple[str, str], torch.Tensor]:
@@ -191,7 +192,8 @@ def _costs(job: Job, parts: Parts) -> list[tuple[str, str]]:
         ("weights", format_bytes(_bytes(parameters))),
         ("feedback", f"{format_bytes(feedback)}, {format_bytes(_bytes(learned))} of it learned"),
         ("optimizer state", f"{format_bytes(_bytes(state))} ({_optimizers(job, bool(learned))})"),
-        ("multiplications", f"{count(own)} a step, {own / exact:.2f} of backpropagation's {count(exact)} (batch of {batch})"),
+        ("multiplications", f"{format_count(own)} a step, {own / exact:.2f} of backpropagation's {format_count(exact)} "
+                            f"(batch of {batch})"),
         *_accesses(job, model, shape, batch),
     ]
 
@@ -213,16 +215,17 @@ def _accesses(job: Job, model: torch.nn.Module, shape: tuple[int, ...], batch: i
     assert reference is not None
     if of_rule is None:
         undefined = "" if type(job.algorithm) is BP else f"; not defined for {job.algorithm.name}"
-        return [("memory accesses", f"{count(reference)} a step for backpropagation{undefined}")]
-    return [("memory accesses", f"{count(of_rule)} a step, {of_rule / reference:.2f} of backpropagation's {count(reference)}")]
+        return [("memory accesses", f"{format_count(reference)} a step for backpropagation{undefined}")]
+    return [("memory accesses", f"{format_count(of_rule)} a step, {of_rule / reference:.2f} of backpropagation's "
+                                f"{format_count(reference)}")]
 
 
 def _training(job: Job, trained: Job, splits: Splits) -> list[tuple[str, str]]:
     steps, epochs = splits.train.steps(trained.run.batch_size, trained.run.drop_last), trained.run.epochs
     parts: dict[str, Split | None] = {"training": splits.train, "validation": splits.validation, "test": splits.test}
-    images = ", ".join(f"{count(len(split)) if split is not None else 'no'} {name}" for name, split in parts.items())
+    images = ", ".join(f"{format_count(len(split)) if split is not None else 'no'} {name}" for name, split in parts.items())
     rows = [
-        ("images", f"{images}; {by_x(splits.input_shape)}, {len(splits.classes)} classes"),
+        ("images", f"{images}; {format_shape(splits.input_shape)}, {len(splits.classes)} classes"),
         *(("data", note) for note in splits.notes),
         ("steps", f"{steps:,} an epoch, {steps * epochs:,} in {epochs} epoch{'s' * (epochs > 1)}"),
     ]
@@ -249,9 +252,9 @@ def found_in(place: Path, job: Job) -> str:
         return f"unfinished: {error}"
     if run is None and not (place / CONFIG).exists():
         return "nothing there yet"
-    if (writer := holder(place)) is not None:
+    if (writer := lock_holder(place)) is not None:
         return f"running: process {writer.get('pid')} on {writer.get('host')} writes it"
-    if RunDirectory(place, job).stage is Stage.STALE:
+    if RunDirectory(place, job).state is RunState.STALE:
         return "stale: produced by a different version of the code; would restart"
     if run is not None and run.finished:
         accuracy = run.result.get("test_accuracy")

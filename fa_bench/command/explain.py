@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from fa_bench.command.overrides import parse
 from fa_bench.config.job import GRID, RULES
-from fa_bench.errors import ConfigError, cut, names, nearest
+from fa_bench.errors import ConfigError, names, nearest, truncate
 
 #: Choices of Hydra's own groups that come with packages of their own: where from.
 _PACKAGES = {
@@ -52,7 +52,7 @@ def explained(loader: ConfigLoader, config_name: str, overrides: list[str], erro
                 for name in map(str, wanted if isinstance(wanted, list) else [wanted]):
                     if name not in groups[key]:
                         hint = _install(key, name) or nearest(name, [*groups[key], *_PACKAGES.get(key, ())])
-                        return ConfigError(f"{key}={cut(name, 100)}: no such {key}{hint} (available: {names(groups[key])})")
+                        return ConfigError(f"{key}={truncate(name, 100)}: no such {key}{hint} (available: {names(groups[key])})")
         # Keys are looked up in the config that the chosen groups make.
         chosen = [o.input_line or "" for o in parsed if o.key_or_group in groups]
         base = loader.load_configuration(config_name, chosen, run_mode=RunMode.RUN)
@@ -103,6 +103,6 @@ def _install(group: str, name: str) -> str:
 def _said(error: Exception) -> str:
     """An error's first line, with the next one where that is but a heading, and with what to install."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = cut(" ".join(lines[: 2 if len(lines) > 1 and lines[0].endswith(":") else 1]), 400) or type(error).__name__
+    said = truncate(" ".join(lines[: 2 if len(lines) > 1 and lines[0].endswith(":") else 1]), 400) or type(error).__name__
     hints = [_install(group, name) for group, packages in _PACKAGES.items() for name in packages if f"{group}/{name}'" in said]
     return said + next(iter(hints), "")

@@ -47,7 +47,7 @@ def _try(job: Job) -> None:
         sample = torch.zeros(2, *shape[0], device="meta")
         job.fresh_algorithm().attach(model, seed=job.run.seed, sample_input=sample, initial_phase=False)
     except CoverageError as error:
-        raise error.under("algorithm") from None
+        raise error.with_prefix("algorithm") from None
     except KeyboardInterrupt:
         raise
     except BaseException:  # whatever a user's class raises: the job itself says it

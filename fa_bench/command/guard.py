@@ -24,7 +24,7 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fa_bench.errors import ConfigError, cut
+from fa_bench.errors import ConfigError, truncate
 from fa_bench.utils.yaml_files import read_yaml
 
 SWEEPER = "hydra_plugins.fa_bench_sweeper.FaBenchSweeper"
@@ -129,7 +129,7 @@ def check_config(config: DictConfig, plugins: list[str]) -> None:
         if str(key) == "_target_":
             _check_target(path, value)
         elif isinstance(value, str) and (own := re.search(r"\$\{(hydra\.[\w.]+)\}", value)) and not path.startswith("hydra."):
-            raise ConfigError(f"{path}={cut(str(value), 80)}: only Hydra's own options, such as hydra.run.dir, may "
+            raise ConfigError(f"{path}={truncate(str(value), 80)}: only Hydra's own options, such as hydra.run.dir, may "
                               f"refer to {own[1]}")
         elif path.startswith(_MADE + _LOGS):
             if isinstance(value, str) and "${" in _TEXT.sub("", value):
@@ -178,7 +178,8 @@ def _check_references(plain: Any) -> None:
         if path in known:
             return known[path]
         if steps > _MOST_STEPS:
-            raise ConfigError(f"{path}={cut(str(values[path]), 80)}: refers to itself, or through more than {_MOST_STEPS} others")
+            raise ConfigError(f"{path}={truncate(str(values[path]), 80)}: refers to itself, or through more than "
+                              f"{_MOST_STEPS} others")
         value = values[path]
         total = 1
         if isinstance(value, (dict, list)):
@@ -193,7 +194,7 @@ def _check_references(plain: Any) -> None:
                     rest = ".".join([*path.split(".")[:-dots], rest])
                 total += size(rest, steps + 1) if rest in values else 0
         if total > _MOST_TEXT:
-            raise ConfigError(f"{path}={cut(str(value), 80)}: longer than {_MOST_TEXT} characters once all is filled in")
+            raise ConfigError(f"{path}={truncate(str(value), 80)}: longer than {_MOST_TEXT} characters once all is filled in")
         known[path] = total
         return total
 
@@ -217,9 +218,9 @@ def _check_target(path: str, value: Any) -> None:
 
 def _unwanted(path: str, value: Any) -> str:
     if f".{path}".find(".hydra.") < 0 and not path.startswith("_target_"):
-        return (f"{path}={cut(str(value), 80)}: a config must not name code to run; components are chosen by name, "
+        return (f"{path}={truncate(str(value), 80)}: a config must not name code to run; components are chosen by name, "
                 "such as algorithm=fa, and modules by plugins=[...]")
-    return (f"{path}={cut(str(value), 80)}: only launchers, sweepers and callbacks of Hydra and its plugins can be made "
+    return (f"{path}={truncate(str(value), 80)}: only launchers, sweepers and callbacks of Hydra and its plugins can be made "
             f"(allowed: {', '.join(sorted(_made_by_hydra()))})")
 
 
@@ -253,6 +254,6 @@ def _check_unset(hydra: dict[Any, Any], path: str, instead: str) -> None:
     section, key = path.split(".")
     values = hydra.get(section) or {}
     if not isinstance(values, dict):
-        raise ConfigError(f"hydra.{section}={cut(str(values), 80)}: not a group of options")
+        raise ConfigError(f"hydra.{section}={truncate(str(values), 80)}: not a group of options")
     if value := values.get(key):
         raise ConfigError(f"hydra.{path}={value}: not possible here; {instead}")

@@ -11,13 +11,13 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from fa_bench.config.job import Job, register_schemas
-from fa_bench.config.labels import flat, label
-from fa_bench.errors import FaBenchError, HeldError, printable
-from fa_bench.runs.parent import end_with
+from fa_bench.config.labels import flatten, label
+from fa_bench.errors import DirectoryLockedError, FaBenchError, printable
+from fa_bench.runs.parent import exit_with_parent
 from fa_bench.runs.rundir import RunDirectory
 from fa_bench.utils.files import LOG
-from fa_bench.utils.output import steady
-from fa_bench.utils.stopping import Interrupted, raised
+from fa_bench.utils.output import resilient_output
+from fa_bench.utils.stopping import Interrupted, interrupt_on_signals
 
 
 @dataclasses.dataclass
@@ -52,9 +52,9 @@ class Task:
             self._enter_worker()
         from hydra.core.hydra_config import HydraConfig
 
-        from fa_bench.runs.logs import shown
+        from fa_bench.runs.logs import console_log
         from fa_bench.runs.train import run
-        from fa_bench.utils.memory_limits import short
+        from fa_bench.utils.memory_limits import describe_failure
 
         settings = HydraConfig.get()
         directory = Path(settings.runtime.output_dir)
@@ -68,10 +68,10 @@ class Task:
             print(f"fa-bench: {title} skipped: a job failed, on_error=stop", file=sys.stderr)
             return 1
         try:
-            with steady(), shown(), raised():
+            with resilient_output(), console_log(), interrupt_on_signals():
                 run(job, directory, title=title, experiment=experiment, later_epochs=sum(self.epochs[number + 1:]))
             return 0
-        except HeldError as error:
+        except DirectoryLockedError as error:
             reason: BaseException = error
             logged = True
         except KeyboardInterrupt:
@@ -81,7 +81,8 @@ class Task:
             logged = (not self.epochs and isinstance(error, FaBenchError)) or _recorded(job, directory, error, experiment)
         known = isinstance(reason, FaBenchError)
         where = f" (traceback: {directory / LOG})" if logged else f" (in {directory}, where no log can be written)"
-        print(printable(f"fa-bench: {counted}{reason if known else f'failed: {short(reason)}{where}'}"), file=sys.stderr)
+        message = reason if known else f"failed: {describe_failure(reason)}{where}"
+        print(printable(f"fa-bench: {counted}{message}"), file=sys.stderr)
         if stops and self.failed is not None:
             self.failed.touch()
         return 2 if known else 1
@@ -92,14 +93,14 @@ class Task:
 
         from fa_bench.utils.process import cores
 
-        end_with(self.starter)
+        exit_with_parent(self.starter)
         register_schemas()
         torch.set_num_threads(min(self.threads, cores()))
 
 
 def job_name(job: Job, keys: Mapping[str, Sequence[str]]) -> str:
     """What to call a job: its rule, the values of what the rule's jobs differ in, and its seed."""
-    return f"{label(job.algorithm.name, flat(job.plain()), keys.get(job.algorithm.name, ()))} seed {job.run.seed}"
+    return f"{label(job.algorithm.name, flatten(job.plain()), keys.get(job.algorithm.name, ()))} seed {job.run.seed}"
 
 
 def interrupted(jobs: Sequence[tuple[Job, Path]], error: KeyboardInterrupt) -> int:

@@ -10,8 +10,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 
-from fa_bench.errors import ConfigError, cut, first_line
-from fa_bench.utils.shell import quoted, unexpanded, word
+from fa_bench.errors import ConfigError, first_line, truncate
+from fa_bench.utils.shell import expansion_problem, hydra_quote, shell_quote
 
 #: Most jobs of a sweep, and most characters of an override: far above what anybody runs.
 MOST_JOBS, MOST_TEXT = 10_000, 20_000
@@ -30,7 +30,7 @@ def parse(text: str) -> Override:
         ConfigError: for one that cannot be read, with what to type where that can be told; for one that is too long, or names too
             many values or none.
     """
-    shown = cut(text, 100)
+    shown = truncate(text, 100)
     if len(text) > MOST_TEXT:
         raise ConfigError(f"cannot read '{shown}': longer than {MOST_TEXT} characters")
     try:
@@ -57,7 +57,7 @@ def count(override: Override) -> float:
             return math.inf
         return max(0.0, math.ceil((stop - start) / step))
     if isinstance(value, (IntervalSweep, Glob)):
-        raise ConfigError(f"{cut(override.input_line or '', 100)}: name the values, or write range(start,stop,step)")
+        raise ConfigError(f"{truncate(override.input_line or '', 100)}: name the values, or write range(start,stop,step)")
     return len(value.list) if isinstance(value, ChoiceSweep) else 1
 
 
@@ -66,7 +66,7 @@ def expanded(overrides: list[str]) -> list[list[str]]:
     parsed = [parse(text) for text in overrides]
     if (jobs := math.prod(map(count, parsed))) > MOST_JOBS:
         swept = ' '.join(o.input_line or '' for o in parsed if o.is_sweep_override())
-        raise ConfigError(f"{cut(swept, 200)}: a sweep of {jobs:.0f} jobs (allowed: up to {MOST_JOBS})")
+        raise ConfigError(f"{truncate(swept, 200)}: a sweep of {jobs:.0f} jobs (allowed: up to {MOST_JOBS})")
     values = {override.get_key_element(): list(override.sweep_string_iterator()) if override.is_sweep_override()
               else [override.get_value_element_as_str()] for override in parsed}
     return [[f"{key}={value}" for key, value in zip(values, job, strict=True)] for job in itertools.product(*values.values())]
@@ -78,12 +78,12 @@ def _unread(text: str) -> str:
     if not found or not re.fullmatch(r"\+{0,2}[\w./@-]+", key) or not value.isprintable() or re.match(r"\s*[\[{'\"]", value):
         return ""
     if value.startswith("~"):
-        return f"{key}{unexpanded(key, value)}"
+        return f"{key}{expansion_problem(key, value)}"
     for parts in ([value] if "${" in value else value.split(","), [value]):
-        meant = f"{key}={','.join(map(quoted, parts))}"
+        meant = f"{key}={','.join(map(hydra_quote, parts))}"
         try:
             OverridesParser.create().parse_override(meant)
         except (HydraException, ValueError, RecursionError):
             continue
-        return f"cannot read '{cut(text, 100)}': the value needs quotes; write {cut(word(meant), 500)}"
+        return f"cannot read '{truncate(text, 100)}': the value needs quotes; write {truncate(shell_quote(meant), 500)}"
     return ""

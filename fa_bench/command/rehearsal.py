@@ -10,23 +10,22 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from fa_bench.errors import ConfigError, FaBenchError, cut, first_line
-from fa_bench.registry.options import value_text
-from fa_bench.runs.logs import root_kept
+from fa_bench.errors import ConfigError, FaBenchError, first_line, format_value, truncate
+from fa_bench.runs.logs import preserve_root_logger
 
 
 @contextlib.contextmanager
 def making(config: DictConfig, name: str) -> Iterator[None]:
     """Within it Hydra makes the part of its section `name`; raises ConfigError, naming the section, where it cannot."""
     try:
-        with root_kept(), contextlib.redirect_stderr(io.StringIO()):
+        with preserve_root_logger(), contextlib.redirect_stderr(io.StringIO()):
             yield
     except FaBenchError:
         raise
     except Exception as error:  # whatever the part makes of its options
-        value = value_text(OmegaConf.to_container(config, resolve=False)["hydra"].get(name))  # type: ignore[call-overload,index]
+        value = format_value(OmegaConf.to_container(config, resolve=False)["hydra"].get(name))  # type: ignore[call-overload,index]
         said = first_line(error.__cause__ or error)
-        raise ConfigError(f"hydra.{name}={cut(value, 100)}: Hydra cannot use it ({said})") from None
+        raise ConfigError(f"hydra.{name}={truncate(value, 100)}: Hydra cannot use it ({said})") from None
 
 
 def check_parts(config: DictConfig) -> None:

@@ -24,15 +24,15 @@ from fa_bench.command.fit import check_fit
 from fa_bench.command.jobs import Task, interrupted, job_name
 from fa_bench.command.rehearsal import making
 from fa_bench.config.job import Job
-from fa_bench.config.labels import differing, flat, plan
+from fa_bench.config.labels import differing_keys, flatten, sweep_summary
 from fa_bench.config.scale import scaled
 from fa_bench.errors import printable
 from fa_bench.report.own import check
-from fa_bench.runs.locks import holder
-from fa_bench.runs.logs import root_kept
-from fa_bench.runs.rundir import RunDirectory, Stage
-from fa_bench.runs.sweep import Planned, write_sweep
-from fa_bench.utils.stopping import raised
+from fa_bench.runs.locks import lock_holder
+from fa_bench.runs.logs import preserve_root_logger
+from fa_bench.runs.rundir import RunDirectory, RunState
+from fa_bench.runs.sweep import PlannedRun, write_sweep
+from fa_bench.utils.stopping import interrupt_on_signals
 
 #: Seconds that jobs in other processes are given to write their checkpoints.
 FAREWELL = 10.0
@@ -76,12 +76,12 @@ def sweep(context: HydraContext, task: Any, config: DictConfig, arguments: list[
                                    failed=Path(scratch, "failed"))
         with making(config, "launcher"):
             launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=config)
-        print(plan([job for job, _ in jobs], *folders) + _found(jobs), flush=True)
+        print(sweep_summary([job for job, _ in jobs], *folders) + _found(jobs), flush=True)
         for folder, members in folders.items():
-            write_sweep(folder, task.command, [Planned(place, job_name(job, keys), count)
+            write_sweep(folder, task.command, [PlannedRun(place, job_name(job, keys), count)
                                                for (job, place), count in zip(jobs, epochs, strict=True) if place in members])
         try:
-            with raised(lambda number: _dismiss([place for _, place in jobs])), root_kept():
+            with interrupt_on_signals(lambda number: _dismiss([place for _, place in jobs])), preserve_root_logger():
                 for returned in launcher.launch(overrides, initial_job_idx=0):
                     _ = returned.return_value  # raises what a job raised
         except KeyboardInterrupt as error:
@@ -104,8 +104,9 @@ def _end_workers() -> None:
 
 def _found(jobs: Jobs) -> str:
     """A line on what an earlier start of the sweep left, or nothing."""
-    counts = Counter(RunDirectory(place, job).stage for job, place in jobs if job.run.resume is not False)
-    found = [f"{counts[stage]} {stage.value}" for stage in (Stage.FINISHED, Stage.UNFINISHED, Stage.STALE) if counts[stage]]
+    counts = Counter(RunDirectory(place, job).state for job, place in jobs if job.run.resume is not False)
+    states = (RunState.FINISHED, RunState.UNFINISHED, RunState.STALE)
+    found = [f"{counts[state]} {state.value}" for state in states if counts[state]]
     return f"\n  of these: {', '.join(found)}" if found else ""
 
 
@@ -114,7 +115,7 @@ def _dismiss(places: Sequence[Path]) -> None:
     until = time.monotonic() + FAREWELL
     asked: set[int] = set()
     while time.monotonic() < until:
-        holders = [about for about in map(holder, places) if about and about.get("host") == platform.node()]
+        holders = [about for about in map(lock_holder, places) if about and about.get("host") == platform.node()]
         others = {int(about["pid"]) for about in holders if about.get("pid") not in (None, os.getpid())}
         if not others:
             return
@@ -129,8 +130,8 @@ def _differing(jobs: Jobs) -> dict[str, list[str]]:
     """Rule -> the keys in which its jobs differ."""
     configs: dict[str, list[dict[str, Any]]] = {}
     for job, _ in jobs:
-        configs.setdefault(job.algorithm.name, []).append(flat(job.plain()))
-    return {rule: differing(found) for rule, found in configs.items()}
+        configs.setdefault(job.algorithm.name, []).append(flatten(job.plain()))
+    return {rule: differing_keys(found) for rule, found in configs.items()}
 
 
 def _report(places: list[Path], folder: Path) -> int:

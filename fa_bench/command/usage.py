@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from fa_bench.command.compose import Composer
 from fa_bench.config.job import FEEDBACK_OPTIMIZER, RunOptions, conf_dir
-from fa_bench.errors import ConfigError, cut, names, nearest
-from fa_bench.registry.options import Options, limits_text, option_fields, summary, value_text
+from fa_bench.errors import ConfigError, format_value, names, nearest, truncate
+from fa_bench.registry.options import Options, limits_text, option_fields, summary
 from fa_bench.registry.registries import GROUPS, NAMED, SCHEDULES
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def usage(composer: Composer, topics: Sequence[str]) -> str:
     sections = []
     for topic in topics:
         if topic not in (known := [*kinds, "experiment", "run", *named]):
-            raise ConfigError(f"--help {cut(topic, 100)}: no such topic{nearest(topic, known)} (allowed: {names(known)})")
+            raise ConfigError(f"--help {truncate(topic, 100)}: no such topic{nearest(topic, known)} (allowed: {names(known)})")
         sections.append(["run options:", *_options(RunOptions(), "")] if topic == "run" else
                         [f"{topic}:", *(_named(named[topic]) if topic in named else _lines(composer, topic, choices[topic]))])
     for name in chosen.get("experiment", ()):
@@ -82,7 +82,7 @@ def _page(choices: dict[str, list[str]]) -> str:
     defaults = RunOptions()
     for name in _USED:
         said = textwrap.shorten(fields[name].metadata["help"], 80, placeholder=" ...")
-        lines.append(f"  {f'{name}={value_text(getattr(defaults, name))}':22s}{said}")
+        lines.append(f"  {f'{name}={format_value(getattr(defaults, name))}':22s}{said}")
     lines += [f"  {'optimizer.lr=0.05':22s}learning rate; every component's options are NAME.OPTION=VALUE", "", _MORE]
     return "\n".join(lines).rstrip()
 
@@ -104,7 +104,8 @@ def _named(registry: Registry) -> Iterator[str]:
         for field in option_fields(cls):
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             limits = limits_text(field)
-            yield f"      {prefix}{field.name}={value_text(default)}  {field.metadata['help']}{f' ({limits})' if limits else ''}"
+            text = f"{field.metadata['help']}{f' ({limits})' if limits else ''}"
+            yield f"      {prefix}{field.name}={format_value(default)}  {text}"
 
 
 def _comment(composer: Composer, name: str) -> str:
@@ -123,5 +124,5 @@ def _options(options: Options, prefix: str) -> Iterator[str]:
             yield from _options(value, f"{prefix}{field.name}.")
             continue
         limits = limits_text(field)
-        yield f"  {prefix}{field.name}={value_text(value)}"
+        yield f"  {prefix}{field.name}={format_value(value)}"
         yield f"      {field.metadata['help']}{f' ({limits})' if limits else ''}"

@@ -1,1 +1,1 @@
-"""From YAML to a checked job: options declared once, tables of components, and what a job is called."""
+"""From YAML to a checked job, its identity and its label."""

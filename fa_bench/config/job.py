@@ -1,4 +1,4 @@
-"""From options to a checked job: schemas for Hydra, composition, validation, identity, output directory."""
+"""Jobs: schemas for Hydra, checks of composed configs, identity and output directory of a run."""
 
 from __future__ import annotations
 
@@ -16,14 +16,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fa_bench.config.scale import SCALES
-from fa_bench.errors import ConfigError, FaBenchError, OptionError, cut, first_line, names, nearest
+from fa_bench.errors import ConfigError, FaBenchError, OptionError, describe_error, first_line, names, nearest, truncate
 from fa_bench.registry.options import Options, as_plain, defaults, option, option_fields
-from fa_bench.registry.plugins import blame, import_modules
+from fa_bench.registry.plugins import import_modules
 from fa_bench.registry.registries import (
-    ALGORITHMS,
-    ARCHITECTURES,
     CALLBACKS,
-    DATASETS,
     GROUPS,
     LOGGERS,
     METRICS,
@@ -31,7 +28,7 @@ from fa_bench.registry.registries import (
     OPTIMIZERS,
     PROBES,
 )
-from fa_bench.utils.shell import unexpanded
+from fa_bench.utils.shell import expansion_problem
 
 if TYPE_CHECKING:
     from fa_bench.data.base import Dataset
@@ -41,13 +38,11 @@ if TYPE_CHECKING:
     from fa_bench.optim.base import OptimizerOptions
 
 FEEDBACK_OPTIMIZER = "feedback_optimizer"
-#: The keys under which an experiment lists its sweep, and the options that it gives to rules; not part of a run.
+#: The keys of an experiment's sweep and of its options for rules; not part of a run's config.
 GRID, RULES = "grid", "rules"
-
-
-#: Most threads: torch crashes while it starts some ten thousand.
-MOST_THREADS = 1024
-#: Devices; torch counts those of one machine in seven bits.
+#: torch crashes when it starts about ten thousand threads.
+MAX_THREADS = 1024
+#: Allowed devices; torch limits their index to seven bits.
 DEVICE = r"auto|cpu|mps|cuda(:(0|[1-9][0-9]?|1[01][0-9]|12[0-7]))?"
 
 
@@ -59,58 +54,57 @@ class RunOptions(Options):
     epochs: int = option(20, "passes over the training data", minimum=1)
     batch_size: int = option(64, "samples in a batch", minimum=1)
     drop_last: bool = option(True, "drop the last incomplete batch")
-    shuffle: bool = option(True, "draw a new order of the training images for every epoch; false: as they are stored")
-    accumulate: int = option(1, "micro-batches that a batch is split into, which takes less memory; their gradients are summed",
-                             minimum=1)
-    clip_norm: float | None = option(None, "norm to which larger gradients of weights and learned feedback together are "
-                                           "scaled down; null: no clipping", above=0)
+    shuffle: bool = option(True, "shuffle the training images in every epoch")
+    accumulate: int = option(1, "micro-batches that a batch is split into to save memory; their gradients are summed", minimum=1)
+    clip_norm: float | None = option(None, "maximum norm of the gradients of weights and learned feedback together, which "
+                                           "are scaled down if necessary; null: no clipping", above=0)
     device: str = option("auto", "auto (an accelerator if available), cpu, cuda, cuda:1, mps")
-    data_dir: str = option("data", "folder of the datasets; for image_folder the dataset itself")
+    data_dir: str = option("data", "folder of the datasets; for image_folder, of the dataset itself")
     output_dir: str = option("outputs", "folder of the run directories")
     resume: bool | None = option(None, "null: resume if possible, restart if code or data have changed or the run is damaged; "
                                        "true: refuse these; false: restart")
-    checkpoint_epochs: int = option(1, "epochs between two checkpoints; the last epoch always has one", minimum=1)
-    checkpoint_minutes: float = option(10.0, "minutes after which a checkpoint is written within an epoch; 0: never", minimum=0)
+    checkpoint_epochs: int = option(1, "epochs between checkpoints; there is always one after the last epoch", minimum=1)
+    checkpoint_minutes: float = option(10.0, "minutes between checkpoints within an epoch; 0: never", minimum=0)
     on_error: str = option("continue", "whether a sweep continues after a job has failed",
                            choices=["continue", "stop"])
-    on_divergence: str = option("stop", "whether a run ends when its loss or a weight is not finite",
+    on_divergence: str = option("stop", "whether a run stops when its loss or a weight is not finite",
                                 choices=["stop", "continue"])
     threads: int = option(0, "number of CPU threads (0: PyTorch's default); changes rounding", minimum=0,
-                          maximum=MOST_THREADS)
+                          maximum=MAX_THREADS)
     deterministic: bool = option(False, "refuse nondeterministic operations")
-    probe_every: int = option(500, "steps between two measurements of angles; 0 for none but the last", minimum=0)
-    probe_size: int = option(128, "samples in the fixed batch that angles are measured on", minimum=1)
-    metrics: list[str] | None = option(None, "alignment metrics to measure; null: all, those of plugins included",
+    probe_every: int = option(500, "steps between measurements of angles; 0: only at the end", minimum=0)
+    probe_size: int = option(128, "samples in the batch that angles are measured on", minimum=1)
+    metrics: list[str] | None = option(None, "alignment metrics to measure; null: all, including those of plugins",
                                        choices=METRICS)
-    histograms_every: int = option(0, "steps between two histograms of weights, feedback and gradients for TensorBoard; 0 for "
-                                      "none", minimum=0)
-    probes: list[str] = option([], "what else is measured of every layer; changes no other number", choices=PROBES)
-    probes_epochs: int = option(0, "epochs between two measurements of `probes`; 0 for the end alone", minimum=0)
-    callbacks: list[str] = option([], "callbacks of plugins to run during training", choices=CALLBACKS)
-    loggers: list[str] = option(["tensorboard"], "where curves go, beside metrics.jsonl", choices=LOGGERS)
+    histograms_every: int = option(0, "steps between histograms of weights, feedback and gradients for TensorBoard; 0: never",
+                                      minimum=0)
+    probes: list[str] = option([], "further measurements of every layer; they do not affect other results", choices=PROBES)
+    probes_epochs: int = option(0, "epochs between measurements of `probes`; 0: only at the end", minimum=0)
+    callbacks: list[str] = option([], "callbacks of plugins to call during training", choices=CALLBACKS)
+    loggers: list[str] = option(["tensorboard"], "loggers of curves, in addition to metrics.jsonl", choices=LOGGERS)
     scale: str = option("full", "full, or a trial of the same config: short (a tenth of the epochs, at most 10,000 training "
                                 "images) or smoke (one epoch of 24)", choices=list(SCALES))
-    plugins: list[str] = option([], "modules to import first, such as one with rules of your own")
+    plugins: list[str] = option([], "modules to import first, such as one that registers your own rules")
 
     def check(self) -> None:
-        if not self.output_dir.strip():  # as of an unset variable: below it is the root
+        if not self.output_dir.strip():  # such as an unset variable
             raise OptionError("output_dir", f"={self.output_dir!r} is empty; name a folder, such as outputs")
         if not re.fullmatch(DEVICE, self.device):
-            raise OptionError("device", f"={cut(self.device, 100)} is not one of auto, cpu, cuda, cuda:N, mps"
+            raise OptionError("device", f"={truncate(self.device, 100)} is not one of auto, cpu, cuda, cuda:N, mps"
                                         f"{nearest(self.device, ['auto', 'cpu', 'cuda', 'mps'])}")
         for key in ("data_dir", "output_dir"):
-            if problem := unexpanded(key, getattr(self, key)):
+            if problem := expansion_problem(key, getattr(self, key)):
                 raise OptionError(key, problem)
 
 
-#: Keys that do not change a run's numbers: not part of its identity.
+#: Keys that do not affect a run's results and are not part of its identity.
 VOLATILE = ("resume", "output_dir", "data_dir", "plugins", "probes", "probes_epochs", "metrics", "loggers", "histograms_every",
             "checkpoint_epochs", "checkpoint_minutes", "on_error", "threads")
 
 
 @dataclasses.dataclass
 class Job:
-    """One run, checked: its top-level options and its components."""
+    """The checked config of one run: its top-level options and its components."""
 
     run: RunOptions
     algorithm: Rule
@@ -122,7 +116,7 @@ class Job:
 
     @classmethod
     def from_config(cls, config: DictConfig) -> Job:
-        """Check a composed config and build the components' options.
+        """Check a composed config and create its components.
 
         Raises:
             ConfigError: for an unknown key or component, with the nearest name.
@@ -143,9 +137,9 @@ class Job:
                 raise ConfigError(f"{key or chr(39) * 2}: unknown key{nearest(key, allowed)} (allowed: {names(allowed)})")
         dataset, objective = components["dataset"], components["objective"]
         if dataset.targets not in objective.targets:
-            able = [name for name, cls in OBJECTIVES.items() if dataset.targets in cls.targets]
-            raise ConfigError(f"objective={objective.name} takes {names(objective.targets)} as targets, and those of dataset="
-                              f"{dataset.name} are {dataset.targets} (objectives that take these: {names(able)})")
+            allowed = [name for name, cls in OBJECTIVES.items() if dataset.targets in cls.targets]
+            raise ConfigError(f"objective={objective.name} requires {names(objective.targets)} as targets, but those of dataset="
+                              f"{dataset.name} are {dataset.targets} (allowed objectives: {names(allowed)})")
         return cls(
             run=RunOptions.from_mapping(plain),
             feedback_optimizer=None if feedback is None else _component(FEEDBACK_OPTIMIZER, OPTIMIZERS, feedback),
@@ -153,7 +147,7 @@ class Job:
         )
 
     def plain(self) -> dict[str, Any]:
-        """The resolved config as plain containers, with nothing left out."""
+        """The complete config as plain containers."""
         parts = {
             "algorithm": self.algorithm, "architecture": self.architecture, "dataset": self.dataset,
             "optimizer": self.optimizer, FEEDBACK_OPTIMIZER: self.feedback_optimizer, "objective": self.objective,
@@ -162,7 +156,7 @@ class Job:
         return {**as_plain(self.run), **named}
 
     def identity(self) -> dict[str, Any]:
-        """The part of the config that decides the run's numbers."""
+        """The part of the config that determines the run's results."""
         plain = self.plain()
         for key in VOLATILE:
             if key != "data_dir" or not self.dataset.content_is_data_dir:
@@ -180,14 +174,14 @@ class Job:
 
     @property
     def group(self) -> str:
-        """Name of the runs that differ from this one in the seed alone."""
+        """The name shared by the runs that differ from this one only in the seed."""
         identity = self.identity()
         del identity["seed"]
         return f"{self.algorithm.name}-{_hash(identity)[:8]}"
 
     @property
     def plugin_modules(self) -> list[str]:
-        """The modules outside this package that decide the run's numbers: those that `plugins` names, and its components'."""
+        """The modules outside this package that the run's results depend on: those of `plugins` and of its components."""
         optimizers = [optimizer for optimizer in (self.optimizer, self.feedback_optimizer) if optimizer is not None]
         components = [self.algorithm, self.architecture, self.dataset, self.objective, *optimizers,
                       *(optimizer.schedule for optimizer in optimizers)]
@@ -195,13 +189,13 @@ class Job:
         return list(dict.fromkeys([*self.run.plugins, *(name for name in modules if name.partition(".")[0] != "fa_bench")]))
 
     def fresh_algorithm(self) -> Rule:
-        """A rule object of this job's options that is in no model."""
+        """A new rule with this job's options, not attached to a model."""
         return copy.deepcopy(self.algorithm)
 
 
 def _component(key: str, group: Any, values: Any) -> Any:
     if not isinstance(values, Mapping) or "name" not in values:
-        raise ConfigError(f"{key}={cut(str(values), 100)}: choose one of {names(group)}")
+        raise ConfigError(f"{key}={truncate(str(values), 100)}: choose one of {names(group)}")
     values = dict(values)
     name = values.pop("name")
     try:
@@ -211,11 +205,11 @@ def _component(key: str, group: Any, values: Any) -> Any:
     try:
         return cls.from_mapping(values)
     except OptionError as error:
-        raise error.under(key) from None
+        raise error.with_prefix(key) from None
     except (FaBenchError, KeyboardInterrupt):
         raise
-    except BaseException as error:  # a user's class, whose check may do anything
-        raise ConfigError(f"{key}={name}: its options cannot be checked ({blame(error)})") from None
+    except BaseException as error:  # the check of a user's class may raise anything
+        raise ConfigError(f"{key}={name}: its options cannot be checked ({describe_error(error, locate=True)})") from None
 
 
 def _hash(value: Any) -> str:
@@ -223,24 +217,24 @@ def _hash(value: Any) -> str:
 
 
 def import_plugins(modules: Any) -> None:
-    """Import a user's modules, looked for in the working directory too, and enter what they register.
+    """Import a user's modules, also from the working directory, and register their components.
 
     Raises:
-        OptionError: where `modules` is no list of names.
-        ConfigError: for one that cannot be imported, or registers what cannot be used, with the file and the line at fault.
+        OptionError: if `modules` is not a list of names.
+        ConfigError: if a module cannot be imported or registers an unusable component, with the file and the line of the error.
     """
-    asked = RunOptions(plugins=modules).plugins
-    import_modules(asked)
+    plugins = RunOptions(plugins=modules).plugins
+    import_modules(plugins)
     try:
         register_schemas()
     except ConfigError:
-        for module in asked:
-            sys.modules.pop(module, None)  # so that the next command of this process finds the same fault
+        for module in plugins:
+            sys.modules.pop(module, None)  # so that the next command in this process reports the same error
         raise
 
 
 def conf_dir() -> Path:
-    """The shipped configs: inside the package where it was installed from a wheel, beside it in a checkout."""
+    """The folder of the shipped configs: inside an installed package, beside the package in a checkout."""
     package = Path(__file__).resolve().parents[1]
     return next(path for path in (package / "conf", package.parent / "conf") if path.is_dir())
 
@@ -249,9 +243,9 @@ _registered: dict[str, Any] = {}
 
 
 def register_schemas() -> None:
-    """Make every registered component a choice of its config group; ``/_schema/KIND/NAME`` is the same for files to build on.
+    """Add every component to its config group, and as ``/_schema/KIND/NAME`` for configs that extend it.
 
-    Nothing happens where the components are those of the last call: every job of a sweep calls this.
+    Does nothing if the components have not changed since the last call, as every job of a sweep calls this.
 
     Raises:
         ConfigError: for a component without usable defaults, which is dropped.
@@ -264,7 +258,7 @@ def register_schemas() -> None:
     _registered["known"] = known
     store = ConfigStore.instance()
     store.store(group="_schema", name="run", node=defaults(RunOptions))
-    for kind, name in _registered.pop("choices", ()):  # those of plugins that are no more
+    for kind, name in _registered.pop("choices", ()):  # plugins may be gone
         for folder in (store.repo[kind], store.repo["_schema"][kind]):
             folder.pop(f"{name}.yaml", None)
     choices = _registered["choices"] = []
@@ -281,13 +275,13 @@ def register_schemas() -> None:
                 group.drop(name)
                 _registered.pop("known")
                 raise ConfigError(f"{group.kind}={name} ({cls.__module__}.{cls.__qualname__}): its options have no usable "
-                                  f"defaults ({blame(error)})") from None
+                                  f"defaults ({describe_error(error, locate=True)})") from None
     OmegaConf.register_new_resolver("fa_bench.run_dir", run_dir, replace=True)
     OmegaConf.register_new_resolver("by", by, replace=True)
 
 
 def by(group: str, table: Mapping[str, Any], otherwise: Any = None, *, _root_: DictConfig) -> Any:
-    """The entry of an experiment's table for the chosen component: ``${by:algorithm,{kp:0.03,fa:1e-4},0.01}``.
+    """The entry of an experiment's table for the selected component: ``${by:algorithm,{kp:0.03,fa:1e-4},0.01}``.
 
     Raises:
         ConfigError: for an unknown group, or a component that does not exist.
@@ -301,11 +295,9 @@ def by(group: str, table: Mapping[str, Any], otherwise: Any = None, *, _root_: D
 
 
 def run_dir(*, _root_: DictConfig) -> str:
-    """The directory of a run below output_dir: experiment or dataset and architecture, rule and hash, seed."""
-    choices = OmegaConf.select(_root_, "hydra.runtime.choices.experiment")
+    """A run's directory below output_dir, ``EXPERIMENT/RULE-HASH/seedSEED``, with ``DATASET-ARCHITECTURE`` if no experiment."""
+    experiment = OmegaConf.select(_root_, "hydra.runtime.choices.experiment")
     job = Job.from_config(_root_)
-    collection = choices if isinstance(choices, str) else f"{job.dataset.name}-{job.architecture.name}"
+    collection = experiment if isinstance(experiment, str) else f"{job.dataset.name}-{job.architecture.name}"
     return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', collection)}/{job.group}/seed{job.run.seed}"
 
-
-__all__ = ["ALGORITHMS", "ARCHITECTURES", "DATASETS", "OPTIMIZERS", "Job", "RunOptions", "conf_dir", "run_dir"]

@@ -1,4 +1,4 @@
-"""What to call runs that are compared: the rule, and whatever else their configs differ in, as one would type it."""
+"""Labels of runs that are compared: the rule, and the options in which their configs differ."""
 
 from __future__ import annotations
 
@@ -8,59 +8,61 @@ from typing import TYPE_CHECKING, Any
 
 from fa_bench.config.job import VOLATILE
 from fa_bench.config.scale import scaled
+from fa_bench.errors import format_value
 from fa_bench.registry.registries import DATASETS
 
 if TYPE_CHECKING:
     from fa_bench.config.job import Job
 
 NAME = ".name"
-#: The folder that is the dataset itself for some datasets, and of no account for the others.
+#: The option that determines the data of some datasets, and only locates those of others.
 DATA_DIR = "data_dir"
 Flat = Mapping[str, Any]
 
 
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A config by the keys of its command line, ``optimizer.lr``; a component's name has its group's own, ``optimizer``."""
-    found: dict[str, Any] = {}
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A config with the keys of the command line, ``optimizer.lr``; the key of a component's name is its group, ``optimizer``."""
+    flat: dict[str, Any] = {}
     for key, value in config.items():
         path = f"{prefix}.{key}" if prefix else str(key)
         if not isinstance(value, Mapping):
-            found[path] = value
+            flat[path] = value
             continue
-        inner = flat(value, path)
+        inner = flatten(value, path)
         if not prefix and path + NAME in inner:
-            found[path] = inner.pop(path + NAME)
-        found |= inner
-    return found
+            flat[path] = inner.pop(path + NAME)
+        flat |= inner
+    return flat
 
 
-def counted(config: Flat) -> dict[str, Any]:
-    """What of a config decides its numbers, the seed apart: `data_dir` where the dataset is what lies there."""
+def result_options(config: Flat) -> dict[str, Any]:
+    """The options of a config that determine its results, except the seed; with `data_dir` if it determines the data."""
     dataset = config.get("dataset")
-    own_folder = dataset in DATASETS and DATASETS[str(dataset)].content_is_data_dir
+    includes_data_dir = dataset in DATASETS and DATASETS[str(dataset)].content_is_data_dir
     return {key: value for key, value in config.items()
-            if key.split(".")[0] not in ("seed", *VOLATILE) or (key == DATA_DIR and own_folder)}
+            if key.split(".")[0] not in ("seed", *VOLATILE) or (key == DATA_DIR and includes_data_dir)}
 
 
-def differing(configs: Iterable[Flat]) -> list[str]:
-    """The keys in which these configs differ, seed and what changes no numbers apart.
+def differing_keys(configs: Iterable[Flat]) -> list[str]:
+    """The keys of `result_options` in which these configs differ.
 
-    An option counts only where configs with the same component have it differently: sgd and adam differ in ``optimizer`` alone.
+    An option counts only if it differs between configs with the same component: sgd and adam differ in ``optimizer`` alone.
     """
-    configs = [counted(config) for config in configs]
+    configs = [result_options(config) for config in configs]
     return [key for key in dict.fromkeys(key for config in configs for key in config) if _differs(key, configs)]
 
 
 def _differs(key: str, configs: Iterable[Flat]) -> bool:
-    alike: dict[str, set[str]] = {}
+    values: dict[str, set[str]] = {}
     for config in configs:
         if key in config:
-            alike.setdefault(repr([config.get(chooser) for chooser in _choosers(key)]), set()).add(repr(config[key]))
-    return any(len(values) > 1 for values in alike.values())
+            components = repr([config.get(name) for name in _component_keys(key)])
+            values.setdefault(components, set()).add(repr(config[key]))
+    return any(len(different) > 1 for different in values.values())
 
 
-def _choosers(key: str) -> list[str]:
-    """The keys that choose the components which `key` is an option of."""
+def _component_keys(key: str) -> list[str]:
+    """The keys that select the components that have the option `key`."""
     parts = key.split(".")
     groups = [".".join(parts[:depth]) for depth in range(1, len(parts))]
     return [name for name in (group if "." not in group else group + NAME for group in groups) if name != key]
@@ -68,25 +70,22 @@ def _choosers(key: str) -> list[str]:
 
 def label(rule: str, config: Flat, keys: Iterable[str]) -> str:
     """The rule and the config's values of `keys`: ``kp optimizer.lr=0.05``."""
-    own = counted(config)
-    return " ".join([rule, *(f"{key}={shown(own[key])}" for key in keys if key in own)])
+    options = result_options(config)
+    return " ".join([rule, *(f"{key}={format_value(options[key])}" for key in keys if key in options)])
 
 
-def plan(jobs: list[Job], *places: Path) -> str:
-    """What a sweep is about to run, in a few lines: the values in which its runs differ, and what they share.
-
-    What only some rules have, or have differently, is in each run's config.yaml.
-    """
-    configs = [flat(job.plain()) for job in jobs]
+def sweep_summary(jobs: list[Job], *directories: Path) -> str:
+    """A few lines about a sweep: its main options, and the others in which runs of the same rule differ."""
+    configs = [flatten(job.plain()) for job in jobs]
     shared = ("algorithm", "architecture", "dataset", "optimizer", "epochs", "batch_size", "scale", "seed")
-    within = {key for rule in {job.algorithm.name for job in jobs}
-              for key in differing(config for config in configs if config["algorithm"] == rule)}
+    differing = {key for rule in {job.algorithm.name for job in jobs}
+                 for key in differing_keys(config for config in configs if config["algorithm"] == rule)}
     trained = [scaled(job).run for job in jobs]
     runs, epochs = len(jobs), sum(run.epochs for run in trained)
-    lines = [f"{runs} job{'s' * (runs > 1)} ({epochs} epoch{'s' * (epochs > 1)}); output: {', '.join(map(str, places))}"]
-    for key in [*shared, *sorted(within.difference(shared))]:
-        having = configs if key in shared else map(counted, configs)
-        values = list(dict.fromkeys(shown(config[key]) for config in having if key in config))
+    lines = [f"{runs} job{'s' * (runs > 1)} ({epochs} epoch{'s' * (epochs > 1)}); output: {', '.join(map(str, directories))}"]
+    for key in [*shared, *sorted(differing.difference(shared))]:
+        options = configs if key in shared else map(result_options, configs)
+        values = list(dict.fromkeys(format_value(config[key]) for config in options if key in config))
         if key == "scale" and values == ["full"]:
             continue
         lines.append(f"  {key}: {', '.join(values)}")
@@ -94,15 +93,8 @@ def plan(jobs: list[Job], *places: Path) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A length of time as one would say it: ``14 s``, ``3 min``, ``2 h 05 min``."""
+    """A duration as text: ``14 s``, ``3 min``, ``2 h 05 min``."""
     minutes = round(seconds / 60)
     if seconds < 100:
         return f"{seconds:.2g} s"
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def shown(value: Any) -> str:
-    """An option's value as one would type it: ``[a,b]``, ``null``, ``true``."""
-    if isinstance(value, list):
-        return f"[{','.join(map(shown, value))}]"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,4 +1,4 @@
-"""Trials: the same config with fewer epochs and less data."""
+"""Scales: trials of a config with fewer epochs and less data."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """How a run is made smaller.
+    """How a run is reduced.
 
     Attributes:
-        epochs: fraction of the epochs, and of those at which a schedule changes the learning rate; one epoch is left. Of what a
-            rule does before training, too.
-        train, test: samples at most.
-        batch_size, probe_size: at most.
+        epochs: fraction of the epochs (at least one remains), of the lengths in schedules and of a rule's phase before training.
+        train, test: maximum numbers of samples.
+        batch_size, probe_size: maximum sizes.
     """
 
     epochs: float
@@ -28,7 +27,7 @@ class Scale:
     probe_size: int
 
     def epochs_of(self, epochs: int) -> int:
-        """What is left of a number of epochs."""
+        """The reduced number of epochs."""
         return max(round(self.epochs * epochs), 1)
 
 
@@ -40,7 +39,7 @@ SCALES: dict[str, Scale | None] = {
 
 
 def scaled(job: Job) -> Job:
-    """The job as it is trained at its scale; the job itself where that is ``full``."""
+    """The job as it is trained at its scale; the job itself if that is ``full``."""
     scale = SCALES[job.run.scale]
     if scale is None:
         return job

@@ -11,7 +11,8 @@ import numpy as np
 from fa_bench.data.base import ArrayDataset, std_option
 from fa_bench.registry.options import option
 from fa_bench.registry.registries import DATASETS
-from fa_bench.utils.memory_limits import require
+from fa_bench.utils.memory_limits import require_memory
+from fa_bench.utils.text import format_shape
 
 
 @DATASETS.register("synthetic")
@@ -36,8 +37,8 @@ class Synthetic(ArrayDataset):
         shape = (self.channels, self.size, self.size)
         # Float64 images and noise, and one more for what is rounded, at a time.
         count = max(self.samples, self.test_samples, self.classes)
-        require(3 * 8 * count * math.prod(shape), f"dataset=synthetic: {count} images of {self.channels}x{self.size}x{self.size} "
-                                                  "(dataset.samples, dataset.classes, dataset.channels, dataset.size)")
+        require_memory(3 * 8 * count * math.prod(shape), f"dataset=synthetic: {count} images of {format_shape(shape)} "
+                                                         "(dataset.samples, dataset.classes, dataset.channels, dataset.size)")
         prototypes = generator.uniform(0.2, 0.8, (self.classes, *shape))
 
         def draw(count: int) -> tuple[np.ndarray, np.ndarray]:

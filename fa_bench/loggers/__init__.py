@@ -1,1 +1,1 @@
-"""Where a run's curves go, beside its own records: one file a logger."""
+"""Loggers of a run's curves, one file each."""

@@ -1,4 +1,4 @@
-"""What a logger is: it receives a run's curves while they grow."""
+"""The base class of loggers, which receive a run's curves during training."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(eq=False)
 class Logger(Options):
-    """Base of the loggers, registered in `fa_bench.registry.registries.LOGGERS`; override what is needed."""
+    """Base of the loggers, registered in `fa_bench.registry.registries.LOGGERS`; all methods are optional."""
 
     def require(self) -> None:
-        """Called before anything is trained; raise ConfigError, with what to install, where the logger cannot work."""
+        """Called before training; raise ConfigError, with what to install, if the logger cannot work."""
 
     def open(self, directory: Path, job: Job, step: int) -> None:
-        """Begin: the run's directory, which exists, and the step that it resumes from; what was logged of later steps is void."""
+        """Start logging to the run's directory, which exists; values logged after `step`, from which it resumes, are void."""
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Log numbers at a step; tags such as ``loss/train`` or ``weight_angle/fc1``. After a resume a step may come again."""
+        """Log numbers at a step; tags such as ``loss/train`` or ``weight_angle/fc1``. After a resume, steps may repeat."""
 
     def histograms(self, tensors: Mapping[str, Tensor], step: int) -> None:
         """Log distributions of tensors at a step."""
 
     def flush(self) -> None:
-        """Return once everything is on the disk: called before a checkpoint is written."""
+        """Called before a checkpoint is written; return when everything is on disk."""
 
     def finish(self, status: str, numbers: Mapping[str, float | None], step: int) -> None:
-        """The run ended: finished, diverged, interrupted or failed, with its final accuracies and seconds."""
+        """Called when the run ends: finished, diverged, interrupted or failed, with its final accuracies and seconds."""
 
     def close(self) -> None:
-        """Release everything, also after an error."""
+        """Release all resources; also called after an error."""
 
 
 def require_package(logger: str, package: str) -> None:
@@ -47,4 +47,4 @@ def require_package(logger: str, package: str) -> None:
     from importlib.util import find_spec
 
     if find_spec(package) is None:
-        raise ConfigError(f"loggers=[{logger}]: needs a package of its own: pip install {package}")
+        raise ConfigError(f"loggers=[{logger}]: requires an optional package: pip install {package}")

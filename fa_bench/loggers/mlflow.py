@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.config.labels import flat
+from fa_bench.config.labels import flatten
 from fa_bench.loggers.base import Logger, require_package
 from fa_bench.registry.registries import LOGGERS
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @LOGGERS.register("mlflow")
 @dataclasses.dataclass(eq=False)
 class MLflow(Logger):
-    """MLflow tracking: a run there for each start of a run here; MLFLOW_TRACKING_URI and the like set it up."""
+    """MLflow tracking: one MLflow run for each start of a run; configured by MLFLOW_TRACKING_URI and similar variables."""
 
     client: Any = dataclasses.field(init=False, default=None)
 
@@ -31,7 +31,7 @@ class MLflow(Logger):
         self.client = mlflow.MlflowClient()  # pyright: ignore[reportAttributeAccessIssue]
         experiment = mlflow.set_experiment("fa_bench").experiment_id  # pyright: ignore[reportAttributeAccessIssue]
         self.run = self.client.create_run(experiment, run_name=f"{job.group} seed {job.run.seed}").info.run_id
-        for key, value in flat(job.plain()).items():
+        for key, value in flatten(job.plain()).items():
             self.client.log_param(self.run, key, value)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:

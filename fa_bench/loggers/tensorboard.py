@@ -1,4 +1,4 @@
-"""TensorBoard's event files, in the run's directory."""
+"""Curves for TensorBoard."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class TensorBoard(Logger):
     """One event file in the run's directory: curves, histograms, hyperparameters; ``tensorboard --logdir outputs``."""
 
     def open(self, directory: Path, job: Job, step: int) -> None:
-        from fa_bench.loggers.events.writer import Events
+        from fa_bench.loggers.events.writer import EventFile
 
-        self.events = Events(directory, job, step)
+        self.events = EventFile(directory, job, step)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         self.events.scalars(values, step)

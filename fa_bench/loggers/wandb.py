@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @LOGGERS.register("wandb")
 @dataclasses.dataclass(eq=False)
 class Wandb(Logger):
-    """Weights & Biases: one run there for each run here, resumed with it; WANDB_PROJECT, WANDB_MODE and the like set it up."""
+    """Weights & Biases: one run for each run, resumed with it; configured by WANDB_PROJECT, WANDB_MODE and similar variables."""
 
     run: Any = dataclasses.field(init=False, default=None)
 
@@ -27,7 +27,7 @@ class Wandb(Logger):
     def open(self, directory: Path, job: Job, step: int) -> None:
         import wandb
 
-        # A step that is logged again after a resume is dropped there with a warning: it has the same numbers.
+        # wandb drops steps that repeat after a resume, with a warning; they have the same values.
         self.run = wandb.init(  # pyright: ignore[reportAttributeAccessIssue]
             id=f"{job.config_hash}-{job.run.seed}", resume="allow", dir=str(directory.parent),
             name=f"{job.group} seed {job.run.seed}", group=job.group, config=job.plain(), reinit=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fa_bench.errors import CoverageError, names, nearest
 from fa_bench.mechanisms.feedback_tensors import PREFIX
 from fa_bench.utils.lazy import torch
-from fa_bench.utils.text import aligned, by_x, indented
+from fa_bench.utils.text import align_columns, format_shape, indent
 
 if TYPE_CHECKING:
     from fa_bench.mechanisms.uses import Uses
@@ -60,14 +60,14 @@ class Coverage:
         missing = f"{uncovered} weight{'s' * (uncovered != 1)} not covered" if uncovered else "every weight"
         lines = [f"{self.rule} covers {covered} layer{'s' * (covered != 1)}, {missing}"]
         rows = [("layer", "type", "weight", "its error"), *(
-            (c.layer, c.kind, by_x(c.shape) + ("" if c.learns else " frozen"), c.feedback) for c in self.covered)]
-        lines += indented(aligned(rows))
+            (c.layer, c.kind, format_shape(c.shape) + ("" if c.learns else " frozen"), c.feedback) for c in self.covered)]
+        lines += indent(align_columns(rows))
         if self.local:
-            lines += indented(aligned([("passes no error on", "where"), *self.local.items()]))
+            lines += indent(align_columns([("passes no error on", "where"), *self.local.items()]))
         if uncovered:
-            lines += indented(aligned([("not covered", "why"), *self.uncovered.items()]))
+            lines += indent(align_columns([("not covered", "why"), *self.uncovered.items()]))
             lines.append("  What is not covered learns by its local gradient and carries the error itself (weight transport).")
-        lines += indented(self.notes)
+        lines += indent(self.notes)
         return "\n".join(lines)
 
     def with_frozen(self, model: Any) -> Coverage:

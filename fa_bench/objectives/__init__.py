@@ -1,1 +1,1 @@
-"""What networks are trained to do: one file an objective."""
+"""Training objectives, one file each."""

@@ -1,4 +1,4 @@
-"""What every objective is: the loss of a network's outputs, and whether they are right.
+"""The base class of objectives, which define the loss and the accuracy of a network's outputs.
 
 Shapes: N batch, C classes, O outputs.
 """
@@ -29,23 +29,23 @@ class Objective(Options):
 
         Args:
             outputs: of the network, (N, C) or (N, O).
-            target: class indices (N,), or numbers (N, O), as `targets` says.
-            reduction: ``mean`` or ``sum`` over the samples, a scalar; ``none``: the loss of every sample, (N,).
+            target: class indices (N,) or numbers (N, O), depending on `targets`.
+            reduction: ``mean`` or ``sum`` over the samples, for a scalar; ``none`` for the loss of each sample, (N,).
         """
         raise NotImplementedError
 
     def correct(self, outputs: Tensor, target: Tensor) -> Tensor | None:
-        """Which samples are classified correctly, bool (N,); None where the targets are numbers and there is no accuracy."""
+        """Which samples are classified correctly, bool (N,); None if the targets are numbers."""
         return None if target.is_floating_point() else outputs.argmax(1) == target
 
 
 def reduce(losses: Tensor, reduction: str) -> Tensor:
-    """The losses of the samples, (N,), reduced as `Objective.loss` says."""
+    """The losses of the samples, (N,), reduced as in `Objective.loss`."""
     return losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses
 
 
 def one_hot(target: Tensor, like: Tensor) -> Tensor:
-    """Targets in the shape and precision of the outputs `like`, (N, C): class indices as one-hot rows, numbers as they are."""
+    """Targets with the shape and dtype of the outputs `like`, (N, C): class indices as one-hot rows, numbers unchanged."""
     if target.is_floating_point():
         return target.to(like.dtype)
     return like.new_zeros(like.shape).scatter_(1, target.unsqueeze(1), 1)

@@ -13,7 +13,7 @@ from fa_bench.utils.lazy import nn
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: torch's own default, -100, would skip such a label without a word.
+#: torch's default, -100, would silently skip samples with this label.
 _IGNORE_NOTHING = -(2**31)
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class MSE(Objective):
     """Half the squared error, L = ½ Σ_k (z_k - t_k)², of real targets t or of the label's one-hot row.
 
-    The sum over outputs and the factor ½ make the gradient at the outputs z - t, of the size that cross-entropy gives.
+    With the sum over outputs and the factor ½, the gradient at the outputs is z - t, as large as that of cross-entropy.
     """
 
     targets = (CLASSES, VALUES)

@@ -1,4 +1,4 @@
-"""Cross-entropy of one sigmoid a class."""
+"""Cross-entropy of one sigmoid per class."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @OBJECTIVES.register("sigmoid_ce")
 @dataclasses.dataclass(eq=False)
 class SigmoidCE(Objective):
-    """Cross-entropy of one sigmoid a class, one against all: L = -Σ_k [t_k log σ(z_k) + (1 - t_k) log(1 - σ(z_k))].
+    """Cross-entropy of one sigmoid per class, one against all: L = -Σ_k [t_k log σ(z_k) + (1 - t_k) log(1 - σ(z_k))].
 
     t is the label's one-hot row, or real targets in [0, 1]. The gradient at the outputs is σ(z) - t.
     """
@@ -24,5 +24,5 @@ class SigmoidCE(Objective):
     targets = (CLASSES, VALUES)
 
     def loss(self, outputs: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
-        wanted = one_hot(target, outputs)
-        return reduce(nn.functional.binary_cross_entropy_with_logits(outputs, wanted, reduction="none").sum(1), reduction)
+        losses = nn.functional.binary_cross_entropy_with_logits(outputs, one_hot(target, outputs), reduction="none")
+        return reduce(losses.sum(1), reduction)

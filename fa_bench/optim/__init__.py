@@ -1,1 +1,1 @@
-"""Optimizers, and the pair of them that trains weights and learned feedback."""
+"""Optimizers, one file each, and the pair that trains weights and learned feedback."""

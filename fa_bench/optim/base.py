@@ -1,4 +1,4 @@
-"""What every optimizer is."""
+"""The base class of optimizers."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from fa_bench.utils.lazy import torch
 
 @dataclasses.dataclass(eq=False)
 class OptimizerOptions(Options):
-    """Base of the optimizers. Decay applies to every trained tensor: weights, biases, normalisation, learned feedback."""
+    """Base of the optimizers. Weight decay applies to all trained tensors: weights, biases, normalisation, learned feedback."""
 
     lr: float = option(0.05, "learning rate", above=0)
     weight_decay: float = option(0.0, "weight decay per unit of learning rate", minimum=0)
-    first_epoch_weight_decay: float | None = option(None, "weight decay during the first epoch; null: as later", minimum=0)
+    first_epoch_weight_decay: float | None = option(None, "weight decay in the first epoch; null: the same", minimum=0)
     schedule: Schedule = option(Constant(), "how the learning rate changes during training")
 
     def check(self) -> None:
         try:
             self.schedule.check_rate(self.lr)
         except OptionError as error:
-            raise error.under("schedule") from None
+            raise error.with_prefix("schedule") from None
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """The torch optimizer for parameter groups; each group may hold a ``lr`` of its own."""
+        """The torch optimizer for parameter groups; each group may have its own ``lr``."""
         raise NotImplementedError
 
 
 def fusible(groups: list[dict[str, Any]]) -> bool:
-    """Whether one kernel can update all tensors; on a CPU it is two to three times faster than one tensor at a time."""
+    """Whether torch's fused update supports the tensors; on a CPU it is two to three times faster."""
     tensors = [tensor for group in groups for tensor in group["params"]]
     return all(tensor.is_floating_point() and tensor.device.type in ("cpu", "cuda") for tensor in tensors)

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 class Optimizers:
-    """What trains the weights, and learned feedback: in the same parameter group, or with an optimizer of its own.
+    """Trains the weights and the learned feedback, in the same parameter group or with separate optimizers.
 
     Args:
         options: the optimizer of the weights.
-        rule: an attached rule; its learned feedback is trained too.
+        rule: an attached rule, which may have learned feedback.
         epochs: length of the run, for the schedules.
         feedback_options: the optimizer of the learned feedback; None: that of the weights.
         steps_per_epoch: for schedules that count steps.
@@ -38,11 +38,11 @@ class Optimizers:
         elif learned and scale != 1:
             parts[0][1].append({"params": learned, "lr": options.lr * scale})
         else:
-            # One group for both: every rule that relies on equal updates of W and B relies on equal settings.
+            # One group for both: rules that rely on equal updates of W and B rely on equal settings.
             weights += learned
         self.options = [part for part, _ in parts]
         self.optimizers = [part.build(groups) for part, groups in parts]
-        # A fused update only reads gradients, and so one tensor serves both; asked for as two, it would be copied at every step.
+        # A fused update only reads gradients, so that W and B can share one tensor, which is not copied at every step.
         fused = all(optimizer.defaults.get("fused") for optimizer in self.optimizers)
         self._shared = rule.shared_gradients() if fused else []
         for optimizer in self.optimizers:
@@ -50,44 +50,42 @@ class Optimizers:
                 group["initial_lr"] = group["lr"]
         self.lengths = {"epoch": epochs, "step": epochs * steps_per_epoch}
         self._by_step = any(part.schedule.per == "step" for part in self.options)
-        self._set_rates("epoch", 0)
-        self._set_rates("step", 0)
+        self._set_rates(epoch=0, step=0)
 
     @property
     def lr(self) -> float:
-        """The learning rate of the weights now."""
+        """The current learning rate of the weights."""
         return self.optimizers[0].param_groups[0]["lr"]
 
     def begin_epoch(self, epoch: int, step: int = 0) -> None:
-        """Set the weight decay and the learning rates of this epoch, which begins at `step`; both are counted from 0."""
+        """Set the weight decay and the learning rates of this epoch, which begins at `step`; both count from 0."""
         for part, optimizer in zip(self.options, self.optimizers, strict=True):
             first = part.first_epoch_weight_decay
             for group in optimizer.param_groups:
                 group["weight_decay"] = first if epoch == 0 and first is not None else part.weight_decay
-        self._set_rates("epoch", epoch)
-        self._set_rates("step", step)
+        self._set_rates(epoch=epoch, step=step)
 
     def begin_step(self, step: int) -> None:
-        """Drop all gradients, and set the learning rates of schedules that count steps."""
+        """Reset all gradients, and set the learning rates of schedules that count steps."""
         self.zero_grad()
         if self._by_step:
-            self._set_rates("step", step)
+            self._set_rates(step=step)
 
-    def _set_rates(self, unit: str, done: int) -> None:
-        """Set the learning rates of schedules that count in `unit`, ``epoch`` or ``step``, after `done` of them."""
+    def _set_rates(self, **done: int) -> None:
+        """Set the learning rates of schedules that count in these units, ``epoch`` or ``step``, after so many of them."""
         for part, optimizer in zip(self.options, self.optimizers, strict=True):
-            if part.schedule.per == unit:
+            if (unit := part.schedule.per) in done:
                 for group in optimizer.param_groups:
-                    group["lr"] = part.schedule.at(group["initial_lr"], done, self.lengths[unit])
+                    group["lr"] = part.schedule.at(group["initial_lr"], done[unit], self.lengths[unit])
 
     def zero_grad(self) -> None:
-        """Drop all gradients."""
+        """Reset all gradients."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
-    def clip(self, most: float) -> None:
-        """Scale all gradients, those of weights and learned feedback alike, so that their norm is at most `most`."""
-        torch.nn.utils.clip_grad_norm_(self.trained(), most)
+    def clip(self, max_norm: float) -> None:
+        """Scale the gradients of weights and learned feedback so that their common norm is at most `max_norm`."""
+        torch.nn.utils.clip_grad_norm_(self.trained(), max_norm)
 
     def step(self) -> None:
         """Update the weights, then the learned feedback."""
@@ -98,7 +96,7 @@ class Optimizers:
             optimizer.step()
 
     def trained(self) -> Iterable[Tensor]:
-        """Every tensor that is trained."""
+        """All trained tensors."""
         return (tensor for optimizer in self.optimizers for group in optimizer.param_groups for tensor in group["params"])
 
     def state_dict(self) -> dict[str, Any]:
@@ -106,6 +104,6 @@ class Optimizers:
         return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
-        for mine, theirs in zip(self.optimizers, state["optimizers"], strict=True):
-            mine.load_state_dict(theirs)
+        """Restore what `state_dict` returned."""
+        for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(optimizer_state)

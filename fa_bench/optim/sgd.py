@@ -15,7 +15,7 @@ from fa_bench.utils.lazy import torch
 @OPTIMIZERS.register("sgd")
 @dataclasses.dataclass(eq=False)
 class SGD(OptimizerOptions):
-    """Stochastic gradient descent; decay is coupled (added to the gradient before momentum)."""
+    """Stochastic gradient descent; weight decay is coupled (added to the gradient before momentum)."""
 
     momentum: float = option(0.9, "momentum", minimum=0, below=1)
     nesterov: bool = option(False, "Nesterov momentum")
@@ -23,7 +23,7 @@ class SGD(OptimizerOptions):
     def check(self) -> None:
         super().check()
         if self.nesterov and self.momentum == 0:
-            raise OptionError("nesterov", "=true needs momentum above 0")
+            raise OptionError("nesterov", "=true requires momentum above 0")
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov,

@@ -1,1 +1,1 @@
-"""What components are made of: their options, and the tables in which they are registered."""
+"""Options of components, and the tables in which components are registered."""

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import inspect
 import math
+import operator
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
-from fa_bench.errors import OptionError, cut, names, nearest
+from fa_bench.errors import OptionError, names, nearest, truncate
 
 T = TypeVar("T", bound="Options")
 
@@ -33,10 +35,10 @@ def option(
     """Declare one option of a component.
 
     Args:
-        default: its default; lists and nested options are copied for each instance.
-        help: one sentence for ``--help``, units included.
-        choices: the allowed strings, of every item of a list; a registry is looked up when a value is checked.
-        minimum, above, maximum, below: the range (closed, open, closed, open), applied to every item of a list.
+        default: lists and nested options are copied for each instance.
+        help: one sentence for ``--help``, with units.
+        choices: the allowed strings, for a list those of its items; a registry is read when a value is checked.
+        minimum, above, maximum, below: the range (closed, open, closed, open), for a list that of its items.
     """
     limits = {"minimum": minimum, "above": above, "maximum": maximum, "below": below}
     metadata = {"help": help, "choices": choices, "limits": {k: v for k, v in limits.items() if v is not None}}
@@ -47,14 +49,14 @@ def option(
 
 @dataclasses.dataclass(eq=False)
 class Options:
-    """Base of every component: checks types, choices and ranges of its fields when it is made.
+    """Base of every component: checks types, choices and ranges of its fields when it is created.
 
     Raises:
         OptionError: naming the option, the value and what is allowed.
     """
 
     name: ClassVar[str] = ""
-    #: For components nested in others: those that `name` chooses among.
+    #: The names that a component nested in another one can have.
     kinds: ClassVar[Collection[str]] = ()
 
     def __post_init__(self) -> None:
@@ -64,10 +66,10 @@ class Options:
         self.check()
 
     def check(self) -> None:
-        """Override to check what concerns several options at once; raise OptionError."""
+        """Override to check combinations of options; raise OptionError."""
 
     def schema(self) -> dict[str, Any]:
-        """What a config says of these options by default, where they are nested in another component's."""
+        """The default values of these options as a component nested in another one."""
         return as_plain(self)
 
     @classmethod
@@ -80,14 +82,14 @@ class Options:
         allowed = [field.name for field in option_fields(cls)]
         for key in values:
             if key not in allowed:
-                raise OptionError(cut(str(key), 100) or "''",
+                raise OptionError(truncate(str(key), 100) or "''",
                                   f"unknown option of {cls.name or cls.__name__}{nearest(str(key), allowed)} "
                                   f"(options: {names(allowed) or 'none'})")
         return cls(**values)
 
 
 def summary(cls: type) -> str:
-    """The first paragraph of a component's docstring, in one line: what ``--help`` and the docs say of it."""
+    """The first paragraph of a component's docstring, in one line, for ``--help`` and the docs."""
     return " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split())
 
 
@@ -97,7 +99,7 @@ def option_fields(cls: type[Options]) -> list[dataclasses.Field[Any]]:
 
 
 def defaults(cls: type[Options]) -> dict[str, Any]:
-    """The plain default values, nested options as nested dicts: what Hydra composes with."""
+    """The plain default values for Hydra's schema, nested options as nested dicts."""
     def plain(value: Any) -> Any:
         return value.schema() if isinstance(value, Options) else copy.deepcopy(value)
 
@@ -106,7 +108,7 @@ def defaults(cls: type[Options]) -> dict[str, Any]:
 
 
 def as_plain(options: Options) -> dict[str, Any]:
-    """The options as plain containers; a registered component among them with its name."""
+    """The options as plain containers; nested components include their name."""
     def plain(value: Any) -> Any:
         named = {"name": value.name} if isinstance(value, Options) and value.name else {}
         return named | as_plain(value) if isinstance(value, Options) else copy.deepcopy(value)
@@ -114,7 +116,7 @@ def as_plain(options: Options) -> dict[str, Any]:
 
 
 def type_name(hint: Any) -> str:
-    """A type as a user would say it: ``a number``, ``true or false``, ``a list (a name each)`` ..."""
+    """A type for users: ``a number``, ``true or false``, ``a list (a name each)`` ..."""
     if _is_union(hint):
         return " or ".join(type_name(arg) for arg in get_args(hint))
     if get_origin(hint) is list:
@@ -125,13 +127,7 @@ def type_name(hint: Any) -> str:
     return plain.get(hint, str(hint))
 
 
-_HINTS: dict[type, dict[str, Any]] = {}
-
-
-def _hints(cls: type) -> dict[str, Any]:
-    if cls not in _HINTS:
-        _HINTS[cls] = typing.get_type_hints(cls)
-    return _HINTS[cls]
+_hints = functools.cache(typing.get_type_hints)
 
 
 def _is_union(hint: Any) -> bool:
@@ -139,12 +135,15 @@ def _is_union(hint: Any) -> bool:
 
 
 _WRONG = object()
-#: Whole numbers as large do not fit into 64 bits with room for arithmetic.
+#: Larger integers do not fit into 64 bits with room for arithmetic.
 _LARGEST = 10**18
+#: How the bounds of a range are written and compared.
+_BOUNDS = {"minimum": (">=", operator.ge), "above": (">", operator.gt),
+           "maximum": ("<=", operator.le), "below": ("<", operator.lt)}
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    """The value as the hinted type, or _WRONG. Whole numbers pass as numbers; nothing else is converted."""
+    """The value as the hinted type, or _WRONG. Integers are converted to float if necessary; nothing else is converted."""
     if _is_union(hint):
         for arg in get_args(hint):
             if (converted := _convert(value, arg)) is not _WRONG:
@@ -171,51 +170,37 @@ def _checked(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> A
     try:
         converted = _convert(value, hint)
     except OptionError as error:
-        raise error.under(name) from None
+        raise error.with_prefix(name) from None
     choices, limits = metadata["choices"], metadata["limits"]
     if converted is _WRONG:
         if choices and get_origin(hint) is list:
-            wanted = f"=[{value}]" if value in choices else ""
-            raise OptionError(name, f"={cut(repr(value), 100)} is not a list (of {names(choices)})", wanted)
-        raise OptionError(name, f"={cut(repr(value), 100)} is not {f'one of {names(choices)}' if choices else type_name(hint)}",
-                          _chosen_within(value, hint))
+            suggestion = f"=[{value}]" if value in choices else ""
+            raise OptionError(name, f"={truncate(repr(value), 100)} is not a list (of {names(choices)})", suggestion)
+        allowed = f"one of {names(choices)}" if choices else type_name(hint)
+        raise OptionError(name, f"={truncate(repr(value), 100)} is not {allowed}", _name_suggestion(value, hint))
     for item in converted if isinstance(converted, list) else [converted]:
         if choices is not None and item is not None and item not in choices:
-            raise OptionError(name, f"={cut(str(item), 100)} is not one of {names(choices)}{nearest(str(item), choices)}")
+            raise OptionError(name, f"={truncate(str(item), 100)} is not one of {names(choices)}{nearest(str(item), choices)}")
         if isinstance(item, float) and not math.isfinite(item):
             raise OptionError(name, f"={item} is not a finite number")
         if isinstance(item, int) and abs(item) >= _LARGEST:
-            raise OptionError(name, f"={cut(repr(item), 100)} is out of range (allowed: whole numbers of at most 18 digits)")
-        if limits and isinstance(item, (int, float)) and not _within(item, limits):
-            raise OptionError(name, f"={item} is out of range (allowed: {range_text(limits)})")
+            raise OptionError(name, f"={truncate(repr(item), 100)} is out of range (allowed: whole numbers of at most 18 digits)")
+        if isinstance(item, (int, float)) and not all(_BOUNDS[key][1](item, bound) for key, bound in limits.items()):
+            raise OptionError(name, f"={item} is out of range (allowed: {_range_text(limits)})")
     return converted
 
 
-def _chosen_within(value: Any, hint: Any) -> str:
-    """Where a nested component was given the name of one of its kinds: its key ``name`` with that."""
-    known = isinstance(value, str) and isinstance(hint, type) and issubclass(hint, Options) and value in hint.kinds
-    return f".name={value}" if known else ""
-
-
-def _within(value: float, limits: Mapping[str, float]) -> bool:
-    low, above = limits.get("minimum"), limits.get("above")
-    high, below = limits.get("maximum"), limits.get("below")
-    return (value == value and (low is None or value >= low) and (above is None or value > above)
-            and (high is None or value <= high) and (below is None or value < below))
+def _name_suggestion(value: Any, hint: Any) -> str:
+    """``.name=VALUE`` if the value of a nested component is the name of one of its kinds, otherwise empty."""
+    is_kind = isinstance(value, str) and isinstance(hint, type) and issubclass(hint, Options) and value in hint.kinds
+    return f".name={value}" if is_kind else ""
 
 
 def limits_text(field: dataclasses.Field[Any]) -> str:
-    """What an option's values are limited to, ``one of a, b`` or ``> 0 and <= 1``; empty where its type says it all."""
+    """The allowed values of an option, ``one of a, b`` or ``> 0 and <= 1``; empty if its type implies them."""
     choices, limits = field.metadata["choices"], field.metadata["limits"]
-    return "; ".join(filter(None, [choices and f"one of {names(choices)}", limits and range_text(limits)]))
+    return "; ".join(filter(None, [choices and f"one of {names(choices)}", _range_text(limits)]))
 
 
-def value_text(value: Any) -> str:
-    """A value as one would write it in YAML."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def range_text(limits: Mapping[str, float]) -> str:
-    """A range as text, for example ``> 0 and <= 1``."""
-    signs = {"minimum": ">=", "above": ">", "maximum": "<=", "below": "<"}
-    return " and ".join(f"{signs[key]} {bound:g}" for key, bound in limits.items())
+def _range_text(limits: Mapping[str, float]) -> str:
+    return " and ".join(f"{_BOUNDS[key][0]} {bound:g}" for key, bound in limits.items())

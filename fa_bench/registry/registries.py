@@ -1,4 +1,4 @@
-"""The tables of components: one for each config group, and those that options name."""
+"""The tables of components: one for each config group, and one for each kind that options name."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CALLBACKS: Registry[Callback] = Registry("callback", "fa_bench.callbacks", "fa_b
 LOGGERS: Registry[Logger] = Registry("logger", "fa_bench.loggers", "fa_bench.loggers.base:Logger")
 PROBES: Registry[Probe] = Registry("probe", "fa_bench.metrics.probes", "fa_bench.metrics.probes.base:Probe")
 ANALYSES: Registry[Analysis] = Registry("analysis", "fa_bench.analyses", "fa_bench.analyses.base:Analysis")
-#: Components that an option names, such as ``metrics=[weight_angle]``; of a schedule ``optimizer.schedule.name``.
+#: Components named by an option, such as ``metrics=[weight_angle]`` or ``optimizer.schedule.name=cosine``.
 NAMED: tuple[Registry, ...] = (SCHEDULES, METRICS, PROBES, CALLBACKS, LOGGERS)
 
 register_rule, register_architecture, register_dataset = ALGORITHMS.register, ARCHITECTURES.register, DATASETS.register

@@ -1,4 +1,4 @@
-"""Names of components: a table that lists what there is when a name is missed."""
+"""Tables of components by name, with an error that lists the available names."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
-from fa_bench.errors import ConfigError, cut, names, nearest
+from fa_bench.errors import ConfigError, names, nearest, truncate
 from fa_bench.registry.options import Options
 from fa_bench.registry.plugins import import_installed
 
 T = TypeVar("T", bound=Options)
-#: A class that is registered: the decorator returns it as it is, with its own type.
+#: A registered class, which the decorator returns unchanged, with its own type.
 C = TypeVar("C", bound="type[Options]")
 
 
 class Registry(Mapping[str, "type[T]"], Generic[T]):
-    """The components of one config group, found by importing one package and the installed plugins.
+    """The components of one config group, loaded by importing a package and the installed plugins.
 
     Args:
         kind: the config group, for example ``algorithm``.
-        package: the package whose modules hold the components, or the one module; imported at the first look-up.
-        base: the class that every component derives from, as ``module:Class``; imported when the first one is registered.
+        package: the package (or module) that contains the components; imported at the first look-up.
+        base: the base class of the components, as ``module:Class``; imported when the first one is registered.
     """
 
     def __init__(self, kind: str, package: str, base: str) -> None:
@@ -32,20 +32,19 @@ class Registry(Mapping[str, "type[T]"], Generic[T]):
         self._loaded = False
 
     def register(self, name: str) -> Callable[[C], C]:
-        """Class decorator that enters a component under `name`.
+        """Class decorator that registers a component as `name`.
 
         Raises:
-            ConfigError: for what is not a class of this kind's components, a name that cannot be written on the command line, or
-                one that another class has already.
+            ConfigError: if the class has the wrong base, or the name is invalid on the command line or already in use.
         """
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            raise ConfigError(f"a component of kind {self.kind} cannot be registered as {cut(repr(name), 100)}: write "
+            raise ConfigError(f"a component of kind {self.kind} cannot be registered as {truncate(repr(name), 100)}: write "
                               "register('NAME') with a name of letters, digits, _ and -")
 
-        def enter(cls: C) -> C:
+        def register_class(cls: C) -> C:
             module, _, base = self._base.partition(":")
             if not isinstance(cls, type) or not issubclass(cls, getattr(importlib.import_module(module), base)):
-                raise ConfigError(f"{self.kind} '{name}' cannot be registered: {cut(repr(cls), 100)} is not a subclass of "
+                raise ConfigError(f"{self.kind} '{name}' cannot be registered: {truncate(repr(cls), 100)} is not a subclass of "
                                   f"{module}.{base}")
             known = self._entries.get(name)
             if known is not None and known.__qualname__ != cls.__qualname__:
@@ -53,22 +52,22 @@ class Registry(Mapping[str, "type[T]"], Generic[T]):
             cls.name = name
             self._entries[name] = cls
             return cls
-        return enter
+        return register_class
 
     def drop(self, name: str) -> None:
-        """Take a component out."""
+        """Remove a component."""
         del self._entries[name]
 
     def __getitem__(self, name: str) -> type[T]:
-        """The component called `name`; raises ConfigError with the nearest name where there is none."""
+        """The component called `name`; raises ConfigError with the nearest name if there is none."""
         if name not in self:
-            raise ConfigError(f"{self.kind}={cut(str(name), 100)}: no such {self.kind}{nearest(name, self._entries)} "
+            raise ConfigError(f"{self.kind}={truncate(str(name), 100)}: no such {self.kind}{nearest(name, self._entries)} "
                               f"(available: {names(sorted(self._entries))})")
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:
         self._load()
-        return isinstance(name, str) and name in self._entries  # a config may ask for a list, which no table can look up
+        return isinstance(name, str) and name in self._entries  # a config may contain a list here, which is not hashable
 
     def __iter__(self) -> Iterator[str]:
         self._load()

@@ -1,4 +1,4 @@
-"""Components named in one word with their options: NAME or NAME:OPTION=VALUE,..."""
+"""Components written as one word with their options: NAME or NAME:OPTION=VALUE,..."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     """The name and the options of ``resnet18:width=8,blocks=[1,1]``; values are read as on the command line.
 
     Raises:
-        ConfigError: for an option without a value, or without a name in front.
+        ConfigError: for an option without a value, or without a component's name before it.
     """
     name, _, rest = spec.partition(":")
     if "=" in name:
-        raise ConfigError(f"{spec}: no NAME:OPTION=VALUE,OPTION=VALUE; within a list, put what has commas in quotes")
-    # Commas within brackets belong to a value.
+        raise ConfigError(f"{spec}: write NAME:OPTION=VALUE,OPTION=VALUE; within a list, quote specs that contain commas")
+    # Commas within brackets are part of a value.
     words = re.split(r",(?![^\[]*\])", rest) if rest else []
     for word in words:
         if not re.fullmatch(r"[\w.]+=.+", word):
-            raise ConfigError(f"{spec}: '{word}' is no OPTION=VALUE; write NAME:OPTION=VALUE,OPTION=VALUE")
+            raise ConfigError(f"{spec}: '{word}' is not OPTION=VALUE; write NAME:OPTION=VALUE,OPTION=VALUE")
     try:
         options = OmegaConf.to_container(OmegaConf.from_dotlist(words))
     except (OmegaConfBaseException, YAMLError):
@@ -39,10 +39,10 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
 
 
 def component(registry: Registry[T], spec: str) -> T:
-    """The component that a spec means.
+    """The component that a spec describes.
 
     Raises:
-        ConfigError: for a name that is not in the registry, with the nearest one, or what `parse_spec` refuses.
+        ConfigError: for a name that is not registered, with the nearest one, and as `parse_spec`.
         OptionError: for an unknown or bad option.
     """
     name, options = parse_spec(spec)
@@ -50,4 +50,4 @@ def component(registry: Registry[T], spec: str) -> T:
     try:
         return cls.from_mapping(options)
     except OptionError as error:
-        raise error.under(name) from None
+        raise error.with_prefix(name) from None

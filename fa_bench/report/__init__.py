@@ -9,18 +9,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from fa_bench.errors import DataError, printable
+from fa_bench.errors import DataError, printable, truncate
 from fa_bench.report.own import MARKDOWN, NAME, claim, record, turn, written
 from fa_bench.report.runs import VERSIONS, place
 from fa_bench.runs.readers import RecordError
 from fa_bench.utils.drawing import default_style
 from fa_bench.utils.files import RESULT, atomic, resolved, temporary_name
-from fa_bench.utils.text import markdown as escaped
-from fa_bench.utils.text import shortened
+from fa_bench.utils.text import escape_markdown
 
 if TYPE_CHECKING:
     from fa_bench.report.runs import Run
-    from fa_bench.runs.sweep import Planned
+    from fa_bench.runs.sweep import PlannedRun
 
 MOST_OF_LINE = 1000  # characters of a line about a run
 LEGEND = """\
@@ -50,7 +49,7 @@ class Report(NamedTuple):
 
 
 def write_report(
-    run_dirs: Iterable[Path], out_dir: Path, planned: Iterable[Planned] = (), timings: bool = True, faults: Iterable[str] = ()
+    run_dirs: Iterable[Path], out_dir: Path, planned: Iterable[PlannedRun] = (), timings: bool = True, faults: Iterable[str] = ()
 ) -> Report:
     """Report on the runs in `run_dirs`: write report.md, tables as report*.csv and figures as report*.png into `out_dir`.
 
@@ -90,7 +89,7 @@ def write_report(
     probed, columns = probe_table(layers, dict.fromkeys(name for run in runs if run.finished for name in run.probed))
     seeds, rows = missing_seeds(runs), unanswered(entries, runs)
     left_out, unended, waiting, seeds = (
-        [shortened(line, MOST_OF_LINE) for line in lines] for lines in (left_out, unended, waiting, seeds))
+        [truncate(line, MOST_OF_LINE) for line in lines] for lines in (left_out, unended, waiting, seeds))
 
     out_dir = Path(out_dir)
     with turn(out_dir):
@@ -186,7 +185,7 @@ def _first(lines: list[str], shown: int = 3) -> list[str]:
 
 
 def _listed(title: str, lines: list[str]) -> list[str]:
-    return [title, "\n".join(f"- {escaped(line)}" for line in lines)] if lines else []
+    return [title, "\n".join(f"- {escape_markdown(line)}" for line in lines)] if lines else []
 
 
 def _write(path: Path, text: str) -> None:

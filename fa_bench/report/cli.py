@@ -78,10 +78,10 @@ def _main(argv: list[str]) -> int:
     from fa_bench.report import fault, write_report
     from fa_bench.report.runs import find_runs
     from fa_bench.runs.readers import RecordError
-    from fa_bench.runs.sweep import find_planned
+    from fa_bench.runs.sweep import find_planned_runs
 
     faults: list[RecordError] = []
-    directories, planned = find_runs(arguments.folders), find_planned(arguments.folders, faults)
+    directories, planned = find_runs(arguments.folders), find_planned_runs(arguments.folders, faults)
     if not directories:
         begun = f" ({len(planned)} announced, none begun)" if planned else ""
         raise DataError(f"{', '.join(map(str, arguments.folders))}: no runs there or below{begun}")

@@ -10,13 +10,14 @@ from typing import Any
 
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from fa_bench.errors import truncate
 from fa_bench.metrics.alignment.base import declared
 from fa_bench.report.groups import CONTROL, Groups, finished_by_seed, group_labels, group_runs, tasks
 from fa_bench.report.numbers import known, mean, number, std
 from fa_bench.report.own import claim
 from fa_bench.report.plot import LEGEND_MOST, Panel, Part, legend, look, new_figure, save, tidy, write_parts
 from fa_bench.report.runs import Run, metrics_of
-from fa_bench.utils.text import drawn, shortened
+from fa_bench.utils.text import escape_mathtext
 
 DENSITY = "algorithm.density"
 COLUMNS = 4  # panels side by side where there is one for each layer
@@ -126,7 +127,7 @@ def _write_density(by_task: Mapping[str, Groups], series: Mapping[str, Any], pat
     names = [CONTROL, *dict.fromkeys(name for found in series.values() for name in found)]
     for axes, (title, groups) in zip(figure.subplots(1, len(by_task), squeeze=False).flat, by_task.items(), strict=True):
         tidy(axes)
-        axes.set(title=drawn(title), xlabel="density of the feedback", ylabel="test accuracy (%)", xscale="log")
+        axes.set(title=escape_mathtext(title), xlabel="density of the feedback", ylabel="test accuracy (%)", xscale="log")
         for members in groups.values():
             if members[0].result["algorithm"] == CONTROL and (accuracies := _final(members)):
                 centre, spread = mean(accuracies), std(accuracies)
@@ -138,5 +139,5 @@ def _write_density(by_task: Mapping[str, Groups], series: Mapping[str, Any], pat
         axes.xaxis.set_major_locator(FixedLocator(sorted({point[0] for points in series[title].values() for point in points})))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    legend(figure, [shortened(drawn(name), LEGEND_MOST) for name in names])
+    legend(figure, [truncate(escape_mathtext(name), LEGEND_MOST) for name in names])
     save(figure, path)

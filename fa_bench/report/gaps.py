@@ -9,7 +9,7 @@ from fa_bench.report.groups import finished_by_seed, group_labels, group_runs, t
 from fa_bench.report.published import Entry
 from fa_bench.report.runs import Run, place
 from fa_bench.report.states import ending
-from fa_bench.runs.sweep import Planned
+from fa_bench.runs.sweep import PlannedRun
 from fa_bench.utils.files import RESULT, resolved
 
 
@@ -21,7 +21,7 @@ def not_finished(runs: Sequence[Run]) -> list[str]:
             for run in runs if not run.finished]
 
 
-def not_begun(directories: Iterable[Path], planned: Iterable[Planned]) -> list[str]:
+def not_begun(directories: Iterable[Path], planned: Iterable[PlannedRun]) -> list[str]:
     """A line for each run that a grid announced and that has no record yet."""
     called = {resolved(run.directory): run.label for run in planned}
     found = ((called.get(resolved(directory)), place(directory)) for directory in directories)

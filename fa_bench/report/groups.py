@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fa_bench.config.labels import DATA_DIR, counted, differing, label
+from fa_bench.config.labels import DATA_DIR, differing_keys, label, result_options
 from fa_bench.report.numbers import known, mean
 from fa_bench.report.runs import FINISHED, VERSIONS, Run
 
@@ -55,7 +55,7 @@ def group_labels(groups: Groups) -> dict[str, str]:
     labels = {group: runs[0].result["label"] for group, runs in groups.items()}
     for name in [name for name, count in Counter(labels.values()).items() if count > 1]:
         configs = {group: groups[group][0].config for group, label in labels.items() if label == name}
-        keys = differing(configs.values())
+        keys = differing_keys(configs.values())
         labels |= {group: label(name, config, keys) for group, config in configs.items()}
     for key, word in VERSIONS.items():
         for name in [name for name, count in Counter(labels.values()).items() if count > 1]:
@@ -82,7 +82,7 @@ def tasks(groups: Groups) -> dict[str, dict[str, Sequence[Run]]]:
     titles = {key: f"{run.result.get('dataset')}, {run.result.get('architecture')}" for key, run in firsts.items()}
     for name in [name for name, count in Counter(titles.values()).items() if count > 1]:
         configs = {key: _task(firsts[key]) for key, title in titles.items() if title == name}
-        keys = differing(configs.values())
+        keys = differing_keys(configs.values())
         titles |= {key: label(name, config, keys) for key, config in configs.items()}
     titled: dict[str, dict[str, Sequence[Run]]] = {}
     for key, members in found.items():
@@ -93,7 +93,7 @@ def tasks(groups: Groups) -> dict[str, dict[str, Sequence[Run]]]:
 def _task(run: Run) -> dict[str, Any]:
     """What of a run's config decides what is learned and by which network."""
     own = {key: run.result.get(key) for key in ("dataset", "architecture")}
-    return own | {key: value for key, value in counted(run.config).items() if key.split(".")[0] in (*own, DATA_DIR)}
+    return own | {key: value for key, value in result_options(run.config).items() if key.split(".")[0] in (*own, DATA_DIR)}
 
 
 class Reference(NamedTuple):
@@ -146,7 +146,7 @@ def _other_version(algorithm: str, run: Run, members: Sequence[Run]) -> str:
 
 def _distance(run: Run, other: Run) -> tuple[int, int, int]:
     """How far two runs are apart: in code and data, in optimizer and epochs, then in any key but the rule and its own options."""
-    keys = differing([{key: value for key, value in each.config.items() if key.split(".")[0] != "algorithm"}
+    keys = differing_keys([{key: value for key, value in each.config.items() if key.split(".")[0] != "algorithm"}
                       for each in (run, other)])
     return (sum(run.result.get(key) != other.result.get(key) for key in VERSIONS),
             sum(run.result.get(key) != other.result.get(key) for key in ("optimizer", "epochs")), len(keys))

@@ -12,14 +12,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-from fa_bench.config.labels import differing, duration, label
+from fa_bench.config.labels import differing_keys, duration, label
 from fa_bench.errors import DataError, printable
 from fa_bench.report.numbers import known, mean
 from fa_bench.report.runs import Run, find_runs, place
 from fa_bench.report.states import DIVERGED, INTERRUPTED, RUNNING, epochs_of, reason, running
-from fa_bench.runs.locks import holder
-from fa_bench.runs.readers import RecordError, disagreement, read_config, read_metrics, read_result
-from fa_bench.runs.sweep import Planned, find_planned
+from fa_bench.runs.locks import lock_holder
+from fa_bench.runs.readers import RecordError, inconsistency, read_config, read_metrics, read_result
+from fa_bench.runs.sweep import PlannedRun, find_planned_runs
 from fa_bench.utils.files import CONFIG, METRICS, RESULT, resolved
 
 DONE, FAILED, STALLED, WAITING = "done", "failed", "stalled", "waiting"
@@ -86,7 +86,7 @@ class Watcher:
             DataError: a folder is gone, or there is no run.
         """
         self.faults = []
-        planned = {resolved(run.directory): run for run in find_planned(self.folders, self.faults)}
+        planned = {resolved(run.directory): run for run in find_planned_runs(self.folders, self.faults)}
         found = {resolved(directory): directory for directory in find_runs(self.folders)}
         if not planned and not found:
             raise DataError(f"{', '.join(map(str, self.folders))}: no runs there or below")
@@ -95,7 +95,7 @@ class Watcher:
         names = _names({path: config for path, (_, config, _) in facts.items() if path not in planned})
         lines = []
         for path, (run, config, fault) in facts.items():
-            announced = planned.get(path, Planned(path, names.get(path, ""), 0))
+            announced = planned.get(path, PlannedRun(path, names.get(path, ""), 0))
             lines.append(_line(announced, run, config, fault, now))
         _estimate(lines)
         return lines
@@ -116,7 +116,7 @@ class Watcher:
                 config = read_config(directory / CONFIG).values
                 metrics = read_metrics(directory / METRICS)
                 result = read_result(directory / RESULT) or {}
-                if result and (problem := disagreement(result, metrics)):
+                if result and (problem := inconsistency(result, metrics)):
                     raise RecordError(directory / METRICS, problem)
             except RecordError as error:
                 result, fault = {}, f"{error.path.name}: {error.problem}"
@@ -133,7 +133,7 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     return status.st_mtime_ns, status.st_size
 
 
-def _line(planned: Planned, run: Run, config: dict[str, Any], fault: str, now: float) -> Line:
+def _line(planned: PlannedRun, run: Run, config: dict[str, Any], fault: str, now: float) -> Line:
     directory, last = run.directory, run.metrics[-1] if run.metrics else {}
     status, epoch = run.result.get("status"), last.get("epoch", 0)
     line = Line(planned.label, WAITING, epoch, planned.epochs or run.result.get("epochs") or epochs_of(config), last)
@@ -162,7 +162,7 @@ def _line(planned: Planned, run: Run, config: dict[str, Any], fault: str, now: f
 def _started(directory: Path) -> float:
     """When the process that holds the lock started, as it says there; 0 where it does not."""
     try:
-        return datetime.fromisoformat((holder(directory) or {})["started"]).timestamp()
+        return datetime.fromisoformat((lock_holder(directory) or {})["started"]).timestamp()
     except (OSError, ValueError, KeyError, TypeError):
         return 0.0
 
@@ -184,7 +184,7 @@ def _names(configs: dict[Path, dict[str, Any]]) -> dict[Path, str]:
     by_rule: dict[str, list[dict[str, Any]]] = {}
     for config in configs.values():
         by_rule.setdefault(str(config.get("algorithm")), []).append(config)
-    keys = {rule: differing(found) for rule, found in by_rule.items()}
+    keys = {rule: differing_keys(found) for rule, found in by_rule.items()}
     names = {path: f"{label(config['algorithm'], config, keys[config['algorithm']])} seed {config.get('seed')}"
              if "algorithm" in config else place(path) for path, config in configs.items()}
     count = Counter(names.values())

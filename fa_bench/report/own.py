@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import Timeout
 
 from fa_bench.errors import OutputError, RunDirectoryError
-from fa_bench.utils.files import check_half_written, write_text, writing
+from fa_bench.utils.files import check_temporary, output_errors, write_text
 from fa_bench.utils.locks import PATIENCE, locked
 
 #: How the names of a report's files begin, and the names that every report has or may have.
@@ -33,7 +33,7 @@ def turn(folder: Path) -> Iterator[None]:
         RunDirectoryError: another process does.
         OutputError: it cannot be written.
     """
-    with writing(folder):
+    with output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     lock = locked(folder / LOCK)
     try:
@@ -83,7 +83,7 @@ def claim(path: Path) -> Path:
 
 def record(folder: Path, names: set[str]) -> None:
     """Record which files in `folder` are a report's."""
-    check_half_written(folder / RECORD, b'["report')
+    check_temporary(folder / RECORD, b'["report')
     write_text(folder / RECORD, json.dumps(sorted(names)) + "\n")
 
 
@@ -93,7 +93,7 @@ def check(folder: Path) -> None:
     Raises:
         RunDirectoryError: naming a file in the report's way that no report wrote.
     """
-    check_half_written(folder / RECORD, b'["report')
+    check_temporary(folder / RECORD, b'["report')
     own = written(folder)
     for name in _ALWAYS:
         _check(folder / name, own)
@@ -101,7 +101,7 @@ def check(folder: Path) -> None:
 
 def _check(path: Path, own: set[str]) -> None:
     if path.name not in own:
-        check_half_written(path, b"")
+        check_temporary(path, b"")
     if os.path.lexists(path) and (path.is_symlink() or not path.is_file() or path.name not in own):
         raise RunDirectoryError(f"{path}: not written by a report of fa-bench, which would replace it; move it away")
 

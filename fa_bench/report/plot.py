@@ -16,11 +16,12 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, MultipleLocator
 
+from fa_bench.errors import truncate
 from fa_bench.report.groups import Groups, finished_by_seed, group_labels, status_counts
 from fa_bench.report.numbers import mean, std
 from fa_bench.report.runs import Run
 from fa_bench.utils.files import atomic
-from fa_bench.utils.text import drawn, shortened
+from fa_bench.utils.text import escape_mathtext
 
 # Six of Okabe and Ito's colours, and six found by search so that each pair of the twelve stays apart (CIE76 distance of 14
 # or more) under simulated protanopia, deuteranopia and tritanopia too. The second six are dashed besides.
@@ -65,7 +66,7 @@ def write_parts(parts: Sequence[Part], path: Path, columns: int) -> None:
     places = [figure] if len(parts) == 1 else figure.subfigures(len(parts), 1, height_ratios=heights, squeeze=False).flat
     for place, part, said in zip(places, parts, entries, strict=True):
         if len(parts) > 1:
-            place.suptitle(drawn(part.title), fontsize=11, fontweight="bold")
+            place.suptitle(escape_mathtext(part.title), fontsize=11, fontweight="bold")
         grid = list(place.subplots(math.ceil(len(part.panels) / columns), columns, squeeze=False).flat)
         for axes, panel in zip(grid, part.panels, strict=False):
             _draw(axes, panel, part.groups)
@@ -125,7 +126,7 @@ def _height(rows: int, entries: Sequence[str]) -> float:
 
 
 def _draw(axes: Axes, panel: Panel, groups: Groups) -> None:
-    axes.set(title=drawn(panel.title), xlabel="epoch", ylabel=panel.axis)
+    axes.set(title=escape_mathtext(panel.title), xlabel="epoch", ylabel=panel.axis)
     series = {index: points for index, members in enumerate(groups.values()) if (points := curve(members, panel.value))}
     if not series:
         axes.spines[["top", "right"]].set_visible(False)
@@ -153,5 +154,6 @@ def _legend_entries(groups: Groups) -> list[str]:
 
 def _legend_entry(label: str, members: Sequence[Run]) -> str:
     # Wrapped: the legend takes its width from the panels.
-    lines = textwrap.wrap(shortened(drawn(label), LEGEND_MOST), LEGEND_WIDTH, break_long_words=True, break_on_hyphens=False)
+    label = truncate(escape_mathtext(label), LEGEND_MOST)
+    lines = textwrap.wrap(label, LEGEND_WIDTH, break_long_words=True, break_on_hyphens=False)
     return "\n".join([*lines, *([] if all(run.finished for run in members) else [f"({status_counts(members)})"])])

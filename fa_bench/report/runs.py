@@ -11,7 +11,7 @@ from fa_bench.errors import DataError
 from fa_bench.metrics.alignment.base import FEEDBACK, HIDDEN, Metric, declared
 from fa_bench.registry import registries
 from fa_bench.report.numbers import mean
-from fa_bench.runs.readers import HEADER, RecordError, disagreement, read_config, read_metrics, read_result
+from fa_bench.runs.readers import HEADER, RecordError, inconsistency, read_config, read_metrics, read_result
 from fa_bench.utils.files import CONFIG, METRICS, RESULT, resolved
 
 FINISHED = "finished"
@@ -88,7 +88,7 @@ def read_run(directory: Path) -> Run | None:
     if result is None:
         return None
     metrics, config = read_metrics(directory / METRICS), read_config(directory / CONFIG)
-    if problem := disagreement(result, metrics):
+    if problem := inconsistency(result, metrics):
         raise RecordError(directory / METRICS, problem)
     return Run(directory, result, metrics, config.values)
 

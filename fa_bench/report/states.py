@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fa_bench.config.labels import counted
+from fa_bench.config.labels import result_options
 from fa_bench.config.scale import SCALES
+from fa_bench.errors import truncate
 from fa_bench.report.runs import Run, place
-from fa_bench.runs.locks import holder
+from fa_bench.runs.locks import lock_holder
 from fa_bench.runs.readers import read_config, read_metrics
 from fa_bench.utils.files import CONFIG, METRICS, RESULT, resolved
-from fa_bench.utils.text import shortened
 
 RUNNING, INTERRUPTED, DIVERGED = "running", "interrupted", "diverged"
 #: Most characters of a failure's reason that are shown; the run's log has all of it.
@@ -25,7 +25,7 @@ MOST_OF_REASON = 300
 
 def running(directory: Path) -> bool:
     """Whether a process is at work in the run's directory. Makes no file, keeps no lock."""
-    return holder(directory) is not None
+    return lock_holder(directory) is not None
 
 
 def begun(directory: Path) -> bool:
@@ -81,11 +81,11 @@ def without_result(directory: Path, others: Sequence[Run]) -> Run | None:
 
 
 def _group(directory: Path, config: dict[str, Any], others: Sequence[Run]) -> str:
-    folder, rule, own = resolved(directory).parent.name, config["algorithm"], counted(config)
+    folder, rule, own = resolved(directory).parent.name, config["algorithm"], result_options(config)
     if re.fullmatch(rf"{re.escape(rule)}-[0-9a-f]{{8}}", folder):
         return folder
     for run in others:
-        if counted(run.config) == own:
+        if result_options(run.config) == own:
             return run.result["group"]
     # Not the group's true name, which only a checked config gives, but one that such runs of a rule share.
     return f"{rule}-{hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode()).hexdigest()[:8]}"
@@ -97,7 +97,7 @@ def reason(result: Mapping[str, Any]) -> str:
     if _located(result):
         return f"in epoch {error['epoch']}{f', first in {layer}' if (layer := error.get('layer')) else ''}"
     said = ": ".join(str(error[key]).strip().splitlines()[0] for key in ("type", "message") if str(error.get(key) or "").strip())
-    return shortened(said, MOST_OF_REASON)
+    return truncate(said, MOST_OF_REASON)
 
 
 def ending(run: Run) -> str:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from fa_bench.config.labels import differing, shown
-from fa_bench.errors import printable
+from fa_bench.config.labels import differing_keys
+from fa_bench.errors import format_value, printable, truncate
 from fa_bench.metrics.alignment.base import Metric, declared
 from fa_bench.registry.registries import METRICS
 from fa_bench.report.groups import CONTROL, FLOOR, Groups, finished_by_seed, group_labels, group_runs, reference, status_counts
@@ -17,7 +17,7 @@ from fa_bench.report.numbers import half_width, known, mean, std
 from fa_bench.report.published import Entry, answering, headline
 from fa_bench.report.runs import FINISHED, VERSIONS, Run, metrics_of
 from fa_bench.report.states import ending
-from fa_bench.utils.text import markdown, shortened
+from fa_bench.utils.text import escape_markdown
 
 BLANK = "-"
 #: Most characters of a cell that are shown; the CSV has all of it.
@@ -94,10 +94,11 @@ def summarise(runs: Sequence[Run], published: Sequence[Entry] = ()) -> pd.DataFr
     """
     groups = group_runs(runs)
     labels = group_labels(groups)
-    swept = [key for key in differing(members[0].config for members in groups.values()) if key not in COLUMNS]
+    swept = [key for key in differing_keys(members[0].config for members in groups.values()) if key not in COLUMNS]
     metrics = metric_columns(metrics_of(runs))
     rows = [_row(labels[group], members, groups, published, metrics) | {
-        key: shown(config[key]) for key in swept if key in (config := members[0].config)} for group, members in groups.items()]
+        key: format_value(config[key]) for key in swept if key in (config := members[0].config)}
+        for group, members in groups.items()]
     first, timings = list(COLUMNS).index("n"), list(COLUMNS).index("seconds")
     others = [name for name in metrics if name not in COLUMNS]
     columns = [*list(COLUMNS)[:first], *swept, *list(COLUMNS)[first:timings], *others, *list(COLUMNS)[timings:]]
@@ -143,8 +144,8 @@ def to_text(frame: pd.DataFrame) -> str:
 
 def to_markdown(frame: pd.DataFrame, columns: Mapping[str, Column] = COLUMNS) -> str:
     """The table in Markdown: those of `columns` in which some row has something."""
-    table = [[markdown(column.title), "---" if column.format is None else "---:",
-              *(cell if cell == BLANK or column.format else markdown(cell) for cell in cells)]
+    table = [[escape_markdown(column.title), "---" if column.format is None else "---:",
+              *(cell if cell == BLANK or column.format else escape_markdown(cell) for cell in cells)]
              for name, column in columns.items() if name in frame and set(cells := _cells(frame, name, columns)) - {BLANK}]
     lines = zip(*table, strict=True)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -231,7 +232,7 @@ def _cell(value: Any, form: str | None) -> str:
         return BLANK
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return shortened(str(value), MOST_OF_CELL) if form is None else format(value, form)
+    return truncate(str(value), MOST_OF_CELL) if form is None else format(value, form)
 
 
 def _pad(cells: Sequence[str], right: bool) -> list[str]:

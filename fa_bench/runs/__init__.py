@@ -1,1 +1,1 @@
-"""One run, from its first batch to its last file: train, record, checkpoint, stop and go on."""
+"""Runs: training, records, checkpoints, stopping and resuming."""

@@ -1,4 +1,4 @@
-"""The batch that a run is measured on, and whether every batch is one that the model can be trained and measured on."""
+"""The batch that alignment metrics are measured on, and a check that every batch can be trained and measured on."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def fixed_batch(splits: Splits, size: int) -> tuple[Tensor, Tensor]:
-    """The fixed batch that a run is measured on: at most `size` training images (N, C, H, W) and their targets, not augmented.
+    """The batch that alignment metrics are measured on: at most `size` training images (N, C, H, W), not augmented, and targets.
 
-    The first ones as they are stored; or, where these hold less than half the classes that so many could, for the data are
-    stored class by class, a choice with a fixed seed.
+    These are the first images as stored, or a sample with a fixed seed if the first ones contain less than half as many classes
+    as possible because the data are stored class by class.
     """
     from fa_bench.data.base import some
 
@@ -31,38 +31,36 @@ def fixed_batch(splits: Splits, size: int) -> tuple[Tensor, Tensor]:
 
 
 def check_batches(rule: Rule, splits: Splits, options: RunOptions) -> None:
-    """Refuse a run in which batch normalisation meets a batch of one sample: it has no statistics, and torch stops there.
+    """Refuse a run in which batch normalisation, also of the rule's auxiliary nets, would receive a single sample.
 
-    A batch of one is tried only where there is going to be one; nets that can do with it pass, such as those whose normalised
-    maps have several pixels. The rule's auxiliary nets count too.
+    torch raises an error then, as there are no statistics. If such a batch would occur, one is tried: nets that accept it
+    pass, such as those whose normalised maps have several pixels.
 
     Raises:
-        OptionError: naming the option that makes such a batch, and what to set instead.
+        OptionError: naming the option that leads to such a batch, and what to set instead.
     """
     images, size = len(splits.train), min(options.batch_size, len(splits.train))
-    ragged = 0 if options.drop_last else images % size
+    last = 0 if options.drop_last else images % size
     smallest = size // min(options.accumulate, size)
+    why = ", for which batch normalisation has no statistics"
     if size == 1:
-        found = OptionError("batch_size", f"={options.batch_size} makes batches of one image ({images} for training){_WHY}; "
-                                          "take 2 or more")
-    elif ragged == 1:
-        found = OptionError("drop_last", f"=false leaves a last batch of one: {images} training images in batches of "
-                                         f"{options.batch_size}{_WHY}; take drop_last=true or another batch_size")
+        error = OptionError("batch_size", f"={options.batch_size} makes batches of one image ({images} for training){why}; "
+                                          "use 2 or more")
+    elif last == 1:
+        error = OptionError("drop_last", f"=false leaves a last batch of one: {images} training images in batches of "
+                                         f"{options.batch_size}{why}; use drop_last=true or another batch_size")
     elif smallest == 1:
-        found = OptionError("accumulate", f"={options.accumulate} splits batches of {size} into single images{_WHY}; take "
+        error = OptionError("accumulate", f"={options.accumulate} splits batches of {size} into single images{why}; use "
                                           f"{size // 2} at most")
     elif min(options.probe_size, images) == 1:
-        found = OptionError("probe_size", f"={options.probe_size} makes a probe batch of one image{_WHY}; take 2 or more")
+        error = OptionError("probe_size", f"={options.probe_size} makes a probe batch of one image{why}; use 2 or more")
     else:
         return
-    if not _takes_one(rule, splits):
-        raise found
+    if not _accepts_single_sample(rule, splits):
+        raise error
 
 
-_WHY = ", of which batch normalisation has no statistics"
-
-
-def _takes_one(rule: Rule, splits: Splits) -> bool:
+def _accepts_single_sample(rule: Rule, splits: Splits) -> bool:
     from fa_bench.mechanisms.cut.local import TOO_FEW
     from fa_bench.mechanisms.trace import tensors_in
     from fa_bench.metrics.meter import untouched

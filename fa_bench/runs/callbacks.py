@@ -1,4 +1,4 @@
-"""The callbacks of every run: measuring, recording, checkpoints, the progress bar, and stopping on a signal."""
+"""The callbacks of every run: measurements, checkpoints, the progress bar, and stopping on a signal."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from fa_bench.runs.logs import log
 if TYPE_CHECKING:
     from fa_bench.runs.loop import Trainer
     from fa_bench.runs.record import Recorder
-    from fa_bench.utils.stopping import Stop
+    from fa_bench.utils.stopping import StopRequest
 
-#: Seconds between two lines of a run on a log that is no terminal.
+#: Seconds between two lines of a run whose log is not a terminal.
 LINE_EVERY = 10.0
 
 
 @dataclasses.dataclass(eq=False)
 class Alignment(Callback):
-    """Measures the alignment metrics every `every` steps (0: never in between), and at the end of the last epoch."""
+    """Measures the alignment metrics every `every` steps (0: never), and at the end of the last epoch."""
 
     meter: AlignmentMeter
     every: int
@@ -48,7 +48,7 @@ class Alignment(Callback):
 
     def on_fit_end(self, trainer: Trainer) -> None:
         if trainer.progress.probed != trainer.progress.step or not trainer.progress.angles:
-            trainer.progress.angles = self.meter.measure()  # of a run that was resumed after its last epoch
+            trainer.progress.angles = self.meter.measure()  # the run was resumed after its last epoch
 
     def measure(self, trainer: Trainer) -> None:
         """Measure now."""
@@ -66,24 +66,14 @@ class Histograms(Callback):
 
     def on_gradients(self, trainer: Trainer) -> None:
         if trainer.progress.step % self.every == 0:
-            began = time.perf_counter()
+            start = time.perf_counter()
             self.recorder.histograms(named_tensors(trainer.rule), trainer.progress.step)
-            trainer.progress.seconds -= time.perf_counter() - began  # no part of the training time
-
-
-@dataclasses.dataclass(eq=False)
-class Recording(Callback):
-    """Writes every epoch's metrics."""
-
-    recorder: Recorder
-
-    def on_epoch_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        self.recorder.epoch(trainer.progress, metrics)
+            trainer.progress.seconds -= time.perf_counter() - start  # not part of the training time
 
 
 @dataclasses.dataclass(eq=False)
 class Checkpoints(Callback):
-    """Calls `save` every so many epochs, after the last one, and within an epoch after so many minutes (0: never)."""
+    """Calls `save` every `epochs` epochs, after the last epoch, and every `minutes` minutes within an epoch (0: never)."""
 
     save: Callable[[], None]
     epochs: int
@@ -107,7 +97,7 @@ class Checkpoints(Callback):
 
 @dataclasses.dataclass(eq=False)
 class Display(Callback):
-    """A progress bar on a terminal; elsewhere a line now and then, which shows that the run is alive."""
+    """A progress bar on a terminal; otherwise a line at most every `LINE_EVERY` seconds."""
 
     title: str
     later_epochs: int
@@ -117,7 +107,7 @@ class Display(Callback):
         steps = trainer.splits.train.steps(options.batch_size, options.drop_last)
         self._bar = tqdm(total=steps * options.epochs, initial=progress.step, desc=self.title, unit="step", disable=None,
                          leave=False, dynamic_ncols=True)
-        self._began, self._said, self._first = time.monotonic(), -LINE_EVERY, progress.epoch + 1
+        self._start, self._last_line, self._first = time.monotonic(), -LINE_EVERY, progress.epoch + 1
 
     def on_step_end(self, trainer: Trainer) -> None:
         self._bar.update()
@@ -125,17 +115,17 @@ class Display(Callback):
     def on_epoch_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         epoch, epochs, bar = trainer.progress.epoch, trainer.options.epochs, self._bar
         scores = [f"{name} {value:.2%}" for name in ("val", "test") if (value := metrics[f"{name}_accuracy"]) is not None]
-        shown = "  ".join([f"train loss {metrics['train_loss']:.4f}", *scores])
-        bar.set_postfix_str(shown, refresh=False)
+        summary = "  ".join([f"train loss {metrics['train_loss']:.4f}", *scores])
+        bar.set_postfix_str(summary, refresh=False)
         now = time.monotonic()
-        due = bool(bar.disable) and (epoch == epochs or now - self._said >= LINE_EVERY)
+        due = bool(bar.disable) and (epoch == epochs or now - self._last_line >= LINE_EVERY)
         if due:
-            self._said = now
-        log.log(logging.INFO if due else logging.DEBUG, "%s epoch %d/%d  %s", self.title, epoch, epochs, shown)
+            self._last_line = now
+        log.log(logging.INFO if due else logging.DEBUG, "%s epoch %d/%d  %s", self.title, epoch, epochs, summary)
         if epoch == self._first and self.later_epochs:
-            took = now - self._began
-            left = took * (epochs - self._first + self.later_epochs)
-            log.info("%s: %s an epoch; %s left, if the other runs take as long", self.title, duration(took), duration(left))
+            seconds = now - self._start
+            remaining = seconds * (epochs - self._first + self.later_epochs)
+            log.info("%s: %s per epoch; about %s remaining", self.title, duration(seconds), duration(remaining))
 
     def close(self) -> None:
         """Remove the bar."""
@@ -145,9 +135,9 @@ class Display(Callback):
 
 @dataclasses.dataclass(eq=False)
 class StopOnSignal(Callback):
-    """Leaves the training by `Interrupted`, between two steps or two batches of an evaluation, once a signal asked for it."""
+    """Raises `Interrupted` between two training steps or evaluation batches if a signal requested a stop."""
 
-    stop: Stop
+    stop: StopRequest
 
     def on_step_end(self, trainer: Trainer) -> None:
         self.stop.check()

@@ -1,4 +1,4 @@
-"""Where training stops being finite, and what was not finite first."""
+"""Detection of training that diverges, and of the first tensor that is not finite."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fa_bench.mechanisms.trace import evaluating
 if TYPE_CHECKING:
     from fa_bench.runs.loop import Trainer
 
-#: Steps between two looks at the loss where looking makes an accelerator wait.
+#: Steps between two checks of the loss on an accelerator, which each check synchronises.
 CHECK_EVERY = 50
 
 
@@ -32,7 +32,7 @@ class Diverged(Exception):
 
 @dataclasses.dataclass(eq=False)
 class Divergence(Callback):
-    """Records the first loss, weight or feedback that is not finite, and ends the run there by `Diverged` unless `proceed`."""
+    """Records the first loss, weight or feedback that is not finite, and then raises `Diverged` unless `proceed` is true."""
 
     proceed: bool = False
 
@@ -43,7 +43,7 @@ class Divergence(Callback):
         progress = trainer.progress
         assert progress.loss_sum is not None
         if progress.step % self._every == 0 and not math.isfinite(progress.loss_sum.item()):
-            # Before the update, which would spread it to all layers.
+            # Before the update, which would spread non-finite values to all layers.
             self._diverged(trainer, x)
 
     def on_batches_end(self, trainer: Trainer) -> None:
@@ -55,39 +55,39 @@ class Divergence(Callback):
         progress = trainer.progress
         if progress.diverged is not None:
             return
-        found = Diverged(progress.epoch + 1, progress.step, first_culprit(trainer.rule, x))
-        progress.diverged = {"epoch": found.epoch, "step": found.step, "layer": found.layer, "message": str(found)}
+        error = Diverged(progress.epoch + 1, progress.step, first_nonfinite(trainer.rule, x))
+        progress.diverged = {"epoch": error.epoch, "step": error.step, "layer": error.layer, "message": str(error)}
         if not self.proceed:
-            raise found
+            raise error
 
 
-def first_culprit(rule: Rule, x: Tensor | None) -> str | None:
+def first_nonfinite(rule: Rule, x: Tensor | None) -> str | None:
     """The first tensor that is not finite: a weight, in the model's order, learned feedback, or a layer's output for `x`."""
-    feedback = [(f"{layer}.{name}", tensor) for layer, own in rule.feedback.items() for name, tensor in own.items()]
+    feedback = [(f"{layer}.{name}", tensor) for layer, tensors in rule.feedback.items() for name, tensor in tensors.items()]
     weights = {id(weight) for weight in rule.weight_parameters()}
     named = [(name, tensor) for name, tensor in rule.model.named_parameters() if id(tensor) in weights]
     for name, tensor in (*named, *feedback):
         if not torch.isfinite(tensor).all():
             return name
-    return None if x is None else first_not_finite(rule.model, x)
+    return None if x is None else first_nonfinite_output(rule.model, x)
 
 
 @torch.no_grad()
-def first_not_finite(model: torch.nn.Module, x: Tensor) -> str | None:
-    """The first module whose output for `x` is not finite, in evaluation mode; None where there is none."""
-    found: list[str] = []
+def first_nonfinite_output(model: torch.nn.Module, x: Tensor) -> str | None:
+    """The first module whose output for `x` is not finite, in evaluation mode; None if there is none."""
+    nonfinite: list[str] = []
 
-    def look(name: str) -> Callable[..., None]:
+    def make_hook(name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor) and not torch.isfinite(output).all():
-                found.append(name)
+                nonfinite.append(name)
         return hook
 
-    handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
+    handles = [module.register_forward_hook(make_hook(name)) for name, module in model.named_modules() if name]
     try:
         with evaluating(model):
             model(x)
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else None
+    return nonfinite[0] if nonfinite else None

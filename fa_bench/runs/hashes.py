@@ -1,28 +1,35 @@
-"""Hashes by which runs are compared: of code, of weights and other state, of the batches that trained."""
+"""Hashes by which runs are compared: of the code, of weights and other state, and of training batches."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fa_bench.config.job import Job
+from fa_bench.errors import DataError
 from fa_bench.mechanisms.feedback_tensors import AUXILIARY_PREFIX
+from fa_bench.registry.options import as_plain
 from fa_bench.utils.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-#: Hexadecimal digits of every hash that is shown.
+#: Hexadecimal digits of every hash.
 DIGITS = 16
-#: Parts of the package that read runs and train none: changing them makes no run stale.
+#: Packages that only read runs: changing them makes no run stale.
 READERS = ("report", "analyses")
+#: Data hashes computed by this process, so that the finished runs of a sweep read their data only once.
+_data_hashes: dict[str, str] = {}
+clear_cache = _data_hashes.clear
 
 
 def code_hash(plugins: Iterable[str] = ()) -> str:
-    """A hash of the sources that decide a run's numbers: this package's, and those of the plugins, which are imported."""
+    """A hash of the sources that determine a run's results: those of this package and of the plugins, which are imported."""
     files = [Path(path) for path in (getattr(sys.modules.get(name), "__file__", None) for name in plugins) if path]
     digest = hashlib.sha256(_package_hash().encode())
     for file in files:
@@ -43,14 +50,14 @@ def _package_hash() -> str:
 
 
 def state_hash(state: Any) -> str:
-    """A hash of nested containers of tensors and plain values, such as a state dict; equal for equal bits."""
+    """A hash of nested containers of tensors and plain values, such as a state dict; equal if they are bitwise identical."""
     digest = hashlib.sha256()
     _update(digest, state)
     return digest.hexdigest()[:DIGITS]
 
 
 def weights_hash(model: nn.Module) -> str:
-    """A hash of a model's state: weights, buffers and feedback, without the nets that local losses add; see `state_hash`."""
+    """The `state_hash` of a model: weights, buffers and feedback, without the auxiliary nets of local losses."""
     return state_hash({key: tensor for key, tensor in model.state_dict().items() if AUXILIARY_PREFIX not in key})
 
 
@@ -70,9 +77,9 @@ def _update(digest: Any, value: Any) -> None:
         digest.update(repr(value).encode())
 
 
-def chained(before: str, *tensors: Tensor) -> str:
-    """The hash of a sequence that grew by these tensors; `before` is that of the sequence so far, empty at first."""
-    digest = hashlib.sha256(before.encode())
+def chained(previous: str, *tensors: Tensor) -> str:
+    """The hash of a sequence of tensors, extended by these; `previous` is the hash of the sequence so far, empty at first."""
+    digest = hashlib.sha256(previous.encode())
     for tensor in tensors:
         digest.update(_bytes(tensor))
     return digest.hexdigest()[:DIGITS]
@@ -80,3 +87,24 @@ def chained(before: str, *tensors: Tensor) -> str:
 
 def _bytes(tensor: Tensor) -> Any:
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def compare_data(job: Job, result: dict[str, Any], read_hash: Callable[[], str]) -> tuple[bool, str]:
+    """Whether a finished run's result is valid for the current data, and a remark for the log, which may be empty.
+
+    Data that cannot be read do not invalidate a result; the remark then says so.
+
+    Args:
+        job: the run.
+        result: its result.json.
+        read_hash: loads the data and returns their hash; raises DataError if they are missing or broken.
+    """
+    data = [job.dataset.name, as_plain(job.dataset), str(Path(job.run.data_dir).resolve()), job.run.scale]
+    key = json.dumps(data, sort_keys=True)
+    try:
+        now = _data_hashes[key] = _data_hashes.get(key) or read_hash()
+    except DataError as error:
+        return True, f"its data could not be compared ({error})"
+    if now == result.get("data_hash"):
+        return True, ""
+    return False, f"was trained on different data (hash {result.get('data_hash')}; now {now})"

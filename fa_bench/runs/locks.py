@@ -1,4 +1,4 @@
-"""Which process writes a run's directory: one at a time, by a lock."""
+"""The lock of a run directory, which lets only one process write it."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fa_bench.errors import HeldError, OutputError, RunDirectoryError
+from fa_bench.errors import DirectoryLockedError
 from fa_bench.runs.ownership import HOLDER, LOCK
-from fa_bench.utils.files import write_text
+from fa_bench.utils.files import output_errors, write_text
 from fa_bench.utils.locks import locked
 
 
 @contextmanager
-def hold(directory: Path) -> Iterator[None]:
-    """Be the only process that writes a directory, which is made where it is not there.
+def lock_directory(directory: Path) -> Iterator[None]:
+    """Hold the lock of a run directory, which is created if it does not exist.
 
     Raises:
-        HeldError: naming the process that writes it.
-        OutputError: where the directory cannot be made or written.
+        DirectoryLockedError: naming the process that holds the lock.
+        OutputError: if the directory cannot be created or written.
     """
     about = {"pid": os.getpid(), "host": platform.node(), "command": " ".join(sys.argv),
              "started": datetime.now().astimezone().isoformat(timespec="seconds")}
     lock = locked(directory / LOCK)
-    try:
+    with output_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        lock.__enter__()
-    except Timeout:
-        raise HeldError(f"{directory}: {_in_words(_said(directory))} writes here; "
-                        "wait for it, or choose another directory") from None
-    except RunDirectoryError:
-        raise
-    except OSError as error:
-        raise OutputError(f"{directory}: cannot be written ({error.strerror or error})") from None
+        try:
+            lock.__enter__()
+        except Timeout:
+            holder = _read_holder(directory)
+            process = "another process" if not holder else (
+                f"process {holder.get('pid')} on {holder.get('host')} (since {holder.get('started')}: {holder.get('command')})")
+            raise DirectoryLockedError(f"{directory}: directory is locked by {process}; "
+                                       "wait for it, or choose another directory") from None
     try:
         write_text(directory / HOLDER, json.dumps(about))
         yield
@@ -51,8 +51,8 @@ def hold(directory: Path) -> Iterator[None]:
         lock.__exit__(None, None, None)
 
 
-def holder(directory: Path) -> dict[str, Any] | None:
-    """Who writes a run's directory: pid, host, command, started; None where nobody does."""
+def lock_holder(directory: Path) -> dict[str, Any] | None:
+    """The process that holds a run directory's lock: pid, host, command, started; None if the directory is not locked."""
     path = directory / LOCK
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
@@ -60,23 +60,17 @@ def holder(directory: Path) -> dict[str, Any] | None:
         with FileLock(path, timeout=0):
             return None
     except Timeout:
-        return _said(directory)
-    except PermissionError:  # somebody else's: what it says is all there is
-        return _said(directory) or None
+        return _read_holder(directory)
+    except PermissionError:  # another user's lock cannot be tried
+        return _read_holder(directory) or None
     except OSError:
         return None
 
 
-def _said(directory: Path) -> dict[str, Any]:
-    """What the holder says of itself; nothing in the moment before it does."""
+def _read_holder(directory: Path) -> dict[str, Any]:
+    """The holder's description of itself; empty if it has not written it yet."""
     try:
         about = json.loads((directory / HOLDER).read_bytes())
     except (OSError, ValueError):
         return {}
     return about if isinstance(about, dict) else {}
-
-
-def _in_words(about: dict[str, Any]) -> str:
-    if not about:
-        return "another process"
-    return f"process {about.get('pid')} on {about.get('host')} (since {about.get('started')}: {about.get('command')})"

@@ -1,4 +1,4 @@
-"""The log of a run: whole in its own file, and in short on the terminal."""
+"""The log of a run: complete in its own file, abbreviated on the terminal."""
 
 from __future__ import annotations
 
@@ -10,49 +10,44 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fa_bench.errors import OutputError, printable
+from fa_bench.errors import printable
+from fa_bench.utils.files import output_errors
 
 log = logging.getLogger("fa_bench")
 
 
 class _Console(logging.Handler):
-    """Log lines on standard output, above a progress bar; at most one epoch line a second and run."""
+    """Writes log lines to standard output, above a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write("\n".join(map(printable, self.format(record).splitlines())), file=sys.stdout)
 
 
 class _LogFile(logging.FileHandler):
-    """A log that a full disk does not turn into tracebacks: what else is written says so."""
-
     def handleError(self, record: logging.LogRecord) -> None:
-        """Say nothing."""
-
-
-class log_file:
-    """While it is open, the log goes to a file, whole, and to the terminal, in short."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self.file = _LogFile(path, encoding="utf-8", errors="backslashreplace")
-        except OSError as error:
-            raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from None
-        self.file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-
-    def __enter__(self) -> None:
-        log.setLevel(logging.DEBUG)
-        log.addHandler(self.file)
-
-    def __exit__(self, *exception: object) -> None:
-        log.removeHandler(self.file)
-        with suppress(OSError):
-            self.file.close()
+        """Ignore a full disk, which would print a traceback for every line; writing the other files reports it."""
 
 
 @contextmanager
-def shown() -> Iterator[None]:
-    """Within it the log's short form is shown on the terminal."""
-    before = log.level, log.propagate
+def log_file(path: Path) -> Iterator[None]:
+    """Within the block, the complete log is written to a file; raises OutputError if it cannot be opened."""
+    with output_errors(path):
+        handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.setLevel(logging.DEBUG)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        with suppress(OSError):
+            handler.close()
+
+
+@contextmanager
+def console_log() -> Iterator[None]:
+    """Within the block, the abbreviated log is shown on the terminal."""
+    previous = log.level, log.propagate
     console = None if any(isinstance(handler, _Console) for handler in log.handlers) else _Console(level=logging.INFO)
     if console:
         log.addHandler(console)
@@ -63,21 +58,21 @@ def shown() -> Iterator[None]:
     finally:
         if console:
             log.removeHandler(console)
-        log.level, log.propagate = before
+        log.level, log.propagate = previous
 
 
 @contextmanager
-def root_kept() -> Iterator[None]:
-    """Whatever a config of Hydra's sets up for logs within it, the process's own are afterwards as they were."""
+def preserve_root_logger() -> Iterator[None]:
+    """Restore the root logger after the block, in which a config of Hydra may change its handlers and level."""
     root = logging.getLogger()
-    before, level = list(root.handlers), root.level
+    previous, level = list(root.handlers), root.level
     try:
         yield
     finally:
-        for handler in [handler for handler in root.handlers if handler not in before]:
+        for handler in [handler for handler in root.handlers if handler not in previous]:
             root.removeHandler(handler)
             handler.close()
-        for handler in before:
+        for handler in previous:
             if handler not in root.handlers:
                 root.addHandler(handler)
         root.setLevel(level)

@@ -1,4 +1,4 @@
-"""The only training and evaluation loop. It names no rule, no loss, no metric and no logger."""
+"""The training loop. It knows no rule, loss, metric or logger by name."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ Angles = dict[str, dict[str, float]]
 
 @dataclasses.dataclass
 class Progress:
-    """Where a run stands between two updates; saved with its checkpoint.
+    """The progress of a run between two updates; saved in its checkpoints.
 
     Attributes:
         epoch: finished epochs.
-        batch: batches of the present epoch that have trained.
+        batch: finished batches of the current epoch.
         step: updates so far.
-        seconds: training time so far, without evaluation and probes.
-        loss_sum, hits, samples: over the present epoch's batches; the first two are scalars on the device.
+        seconds: training time so far, without evaluation and measurements.
+        loss_sum, hits, samples: over the current epoch's batches; the first two are scalars on the device.
         has_accuracy: whether targets are classes.
         probed: the step of the last measurement of alignment metrics.
-        angles: its result, where it was in the present epoch.
-        batches_hash: of the first batch of every epoch so far, as the model saw it.
-        diverged: epoch, step and layer where the loss or a trained tensor first was not finite.
-        best_epoch, best_val, test_at_best: the epoch (from 1) of the best validation accuracy, and what it had.
+        angles: its result, if it was in the current epoch.
+        batches_hash: of the first batch of every epoch so far, as the model received it.
+        diverged: epoch, step and layer at which the loss or a trained tensor first was not finite.
+        best_epoch, best_val, test_at_best: the epoch (from 1) with the best validation accuracy, and its accuracies.
     """
 
     epoch: int = 0
@@ -56,19 +56,19 @@ class Progress:
     test_at_best: float | None = None
 
     def begin_epoch(self, device: torch.device) -> None:
-        """Forget what concerned the epoch before."""
+        """Reset the attributes of the current epoch."""
         self.batch, self.samples, self.angles = 0, 0, None
-        # Sums stay on the device: reading one would make every step wait.
+        # The sums stay on the device: reading them would synchronise every step.
         self.loss_sum = torch.zeros((), device=device)
         self.hits = torch.zeros((), dtype=torch.long, device=device)
 
     def means(self) -> tuple[float, float | None]:
-        """Loss and accuracy over the present epoch's batches; the accuracy is None where targets are numbers."""
+        """Mean loss and accuracy over the current epoch's batches; the accuracy is None if targets are not classes."""
         assert self.loss_sum is not None and self.hits is not None
         return (self.loss_sum / self.samples).item(), self.hits.item() / self.samples if self.has_accuracy else None
 
     def end_epoch(self, metrics: dict[str, Any]) -> None:
-        """Count an epoch as finished, and remember it where its validation accuracy is the best so far."""
+        """Count the epoch as finished, and record whether its validation accuracy is the best so far."""
         val = metrics["val_accuracy"]
         if val is not None and (self.best_val is None or val > self.best_val):
             self.best_epoch, self.best_val, self.test_at_best = self.epoch + 1, val, metrics["test_accuracy"]
@@ -84,8 +84,8 @@ class Trainer:
         optimizers: for the weights and learned feedback.
         splits: the data.
         options: the run's options: epochs, batch size, seed, ...
-        callbacks: called at every moment that `fa_bench.callbacks.base.Callback` names, in this order.
-        progress: where the run stands, which may be within an epoch.
+        callbacks: called in this order by each hook of `fa_bench.callbacks.base.Callback`.
+        progress: of the run, which may be within an epoch.
     """
 
     def __init__(
@@ -95,9 +95,9 @@ class Trainer:
         self.rule, self.optimizers, self.splits, self.options = rule, optimizers, splits, options
         self.model, self.objective = rule.model, rule.objective
         self.callbacks, self.progress = list(callbacks), progress or Progress()
-        # Only what is overridden is called: a step on a small net takes a few hundred microseconds.
-        self._called = {name: [getattr(callback, name) for callback in self.callbacks
-                               if getattr(type(callback), name) is not getattr(Callback, name)] for name in _MOMENTS}
+        # Only overridden hooks are called: a step of a small net takes only a few hundred microseconds.
+        self._hooks = {name: [getattr(callback, name) for callback in self.callbacks
+                              if getattr(type(callback), name) is not getattr(Callback, name)] for name in _HOOKS}
 
     def fit(self) -> None:
         """Train to the last epoch."""
@@ -155,13 +155,13 @@ class Trainer:
                                    "train_accuracy": train_accuracy}
         for name, split in (("val", self.splits.validation), ("test", self.splits.test)):
             metrics[f"{name}_loss"], metrics[f"{name}_accuracy"] = self.evaluate(split)
-        # From here on nothing can be left half done: a run that was left before resumes after this epoch's last batch.
+        # A run interrupted before this point resumes after the epoch's last batch.
         progress.end_epoch(metrics)
         metrics |= {"seconds": progress.seconds, "angles": progress.angles}
         self._call("on_epoch_end", metrics)
 
     def _micro_batches(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """The parts that a batch is split into, each with its share of the samples."""
+        """The parts that a batch is split into, each with its fraction of the samples."""
         count = min(self.options.accumulate, len(y))
         if count == 1:
             yield x, y, 1
@@ -181,9 +181,9 @@ class Trainer:
             assert self.progress.hits is not None
             self.progress.hits += correct.sum()
 
-    def _call(self, moment: str, *arguments: Any) -> None:
-        for callback in self._called[moment]:
-            callback(self, *arguments)
+    def _call(self, hook: str, *arguments: Any) -> None:
+        for method in self._hooks[hook]:
+            method(self, *arguments)
 
 
-_MOMENTS = [name for name in vars(Callback) if name.startswith("on_")]
+_HOOKS = [name for name in vars(Callback) if name.startswith("on_")]

@@ -1,4 +1,4 @@
-"""The processes that a launcher starts for a grid's jobs end when the process that started the grid does, even by a kill."""
+"""Worker processes of a sweep exit when the process that started the sweep ends, even by a kill."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ import threading
 import time
 from multiprocessing.connection import wait
 
-#: Seconds between two looks at the parent, where there is nothing to wait for.
+#: Seconds between two checks of the parent, if there is no sentinel to wait for.
 _INTERVAL = 0.2
-_watched: set[int] = set()
+_watching: set[int] = set()
 
 
-def end_with(starter: int) -> None:
-    """End this process as soon as its parent has ended; within the process that started the grid, and in one that no
-    multiprocessing started, such as a job of Slurm, nothing happens.
+def exit_with_parent(starter: int) -> None:
+    """Exit this process as soon as its parent has ended.
 
-    What is cut short is as after a kill: the next start goes on from the last checkpoint.
+    Does nothing in the process that started the sweep, and in a process that multiprocessing did not start, such as a Slurm
+    job. The exit is like a kill: the next start resumes from the last checkpoint.
 
     Args:
-        starter: the number of the process that started the grid.
+        starter: the pid of the process that started the sweep.
     """
-    if os.getpid() == starter or os.getpid() in _watched or multiprocessing.current_process().name == "MainProcess":
+    if os.getpid() == starter or os.getpid() in _watching or multiprocessing.current_process().name == "MainProcess":
         return
-    _watched.add(os.getpid())
+    _watching.add(os.getpid())
     parent = multiprocessing.parent_process()
-    if parent is None and os.getppid() != starter:  # it has ended already; joblib's processes have no record of their parent
+    if parent is None and os.getppid() != starter:  # it has ended already; joblib's processes do not record their parent
         os._exit(1)
     threading.Thread(target=_watch, args=(None if parent is None else parent.sentinel, starter), daemon=True).start()
 

@@ -1,4 +1,4 @@
-"""What a run writes while it trains: metrics.jsonl, result.json, and its curves by the loggers that it was given."""
+"""The records of a run: metrics.jsonl, result.json, and curves, which its loggers write."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fa_bench import __version__
+from fa_bench.callbacks.base import Callback
 from fa_bench.config.job import Job
 from fa_bench.loggers.base import Logger
 from fa_bench.loggers.events.writer import FINAL
@@ -22,19 +23,19 @@ from fa_bench.metrics.meter import AlignmentMeter
 from fa_bench.metrics.probes.base import Probes, Quantities
 from fa_bench.registry.registries import LOGGERS
 from fa_bench.runs.hashes import code_hash
-from fa_bench.runs.loop import Progress
+from fa_bench.runs.loop import Progress, Trainer
 from fa_bench.runs.readers import SCALARS, recorded_lines
 from fa_bench.utils.files import METRICS, RESULT, dump_json, write_text
 
 
-class Recorder:
-    """Writes one run's records into its directory.
+class Recorder(Callback):
+    """Writes a run's records to its directory.
 
     Args:
         directory: the run's directory, which exists.
         job: the run.
-        progress: where the run stands; records of later epochs are dropped.
-        probes: what else is measured of the layers.
+        progress: of the run; records of later epochs are dropped.
+        probes: further measurements of the layers.
 
     Raises:
         RecordError: as `recorded_lines`.
@@ -49,7 +50,7 @@ class Recorder:
             logger.open(directory, job, progress.step)
 
     def layers(self, step: int, quantities: Quantities) -> None:
-        """Record numbers of layers, {quantity: {layer: value}}, at a step."""
+        """Record values of layers, {quantity: {layer: value}}, at a step."""
         values = {f"{quantity}/{layer}": value for quantity, layers in quantities.items() for layer, value in layers.items()}
         for logger in self.loggers:
             logger.scalars(values, step)
@@ -59,8 +60,8 @@ class Recorder:
         for logger in self.loggers:
             logger.histograms(tensors, step)
 
-    def epoch(self, progress: Progress, metrics: dict[str, Any]) -> None:
-        """Record one epoch."""
+    def on_epoch_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        progress = trainer.progress
         if self.probes.due(progress.epoch):
             metrics = metrics | {"probes": self.measure_probes(progress)}
         self.lines.append(dump_json(metrics))
@@ -70,23 +71,23 @@ class Recorder:
             logger.scalars(values, progress.step)
 
     def flush(self) -> None:
-        """Return once all records are on the disk; to be called before a checkpoint is written."""
+        """Return when all records are on disk; must be called before a checkpoint is written."""
         for logger in self.loggers:
             logger.flush()
 
     def measure_probes(self, progress: Progress) -> Quantities:
-        """Measure and record what the run's option `probes` asks for: {quantity: {layer: value}}."""
-        found = self.probes.measure(progress.step)
-        self.layers(progress.step, {f"probe/{quantity}": layers for quantity, layers in found.items()})
-        return found
+        """Measure and record the probes of the run's option `probes`: {quantity: {layer: value}}."""
+        quantities = self.probes.measure(progress.step)
+        self.layers(progress.step, {f"probe/{quantity}": layers for quantity, layers in quantities.items()})
+        return quantities
 
     def _write_metrics(self) -> None:
         write_text(self.directory / METRICS, "".join(line + "\n" for line in self.lines))
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Write result.json, and tell the loggers how the run ended."""
+        """Write result.json, and pass the run's final status and metrics to the loggers."""
         try:
-            # Before the result, which says that there is nothing more to do.
+            # Before the result, which marks the run as complete.
             for logger in self.loggers:
                 logger.finish(result["status"], {key: result[key] for key in FINAL}, result["step"])
         finally:
@@ -98,15 +99,15 @@ class Recorder:
             logger.close()
 
     def last_metrics(self) -> dict[str, Any]:
-        """The last epoch's line, or nothing."""
+        """The last epoch's record; empty if there is none."""
         return json.loads(self.lines[-1]) if self.lines else {}
 
 
 def make_loggers(job: Job) -> list[Logger]:
-    """The loggers of a run, which can work here.
+    """The loggers of a run.
 
     Raises:
-        ConfigError: for one that cannot, with what to install.
+        ConfigError: if a logger's package is missing, with what to install.
     """
     loggers = [LOGGERS[name]() for name in dict.fromkeys(job.run.loggers)]
     for logger in loggers:
@@ -115,16 +116,15 @@ def make_loggers(job: Job) -> list[Logger]:
 
 
 def _tag(key: str) -> str:
-    """train_loss is loss/train."""
-    kind, _, what = key.rpartition("_")
-    return f"{what}/{kind}" if kind else key
+    """The tag of a metric: loss/train for train_loss."""
+    split, _, metric = key.rpartition("_")
+    return f"{metric}/{split}" if split else key
 
 
 def base_result(job: Job, experiment: str | None = None) -> dict[str, Any]:
-    """What is known of a run before it trains, with every key that a result has.
+    """The result of a run that has not trained yet, with every key that a result has.
 
-    The preset is recorded here and not in the config: what it says is in the config already, and a name must not make equal
-    configs different runs.
+    The experiment's name is recorded here and not in the config, so that equal configs are the same run whatever they are called.
     """
     return {
         "status": "failed", "label": job.algorithm.name, "group": job.group, "experiment": experiment,
@@ -141,7 +141,7 @@ def base_result(job: Job, experiment: str | None = None) -> dict[str, Any]:
 
 
 def progress_result(recorder: Recorder, progress: Progress, meter: AlignmentMeter, complete: bool) -> dict[str, Any]:
-    """The part of a result that training decides; `complete`: whether the last epoch was trained."""
+    """The entries of a result that depend on training; `complete`: whether the last epoch was trained."""
     last = recorder.last_metrics()
     return {
         "epoch": progress.epoch, "step": progress.step, "seconds": progress.seconds,
@@ -154,7 +154,7 @@ def progress_result(recorder: Recorder, progress: Progress, meter: AlignmentMete
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Most memory in use so far, in bytes: of the accelerator's allocator, or of this process; None where Windows tells none."""
+    """Peak memory so far, in bytes: of the accelerator's allocator, or of this process; None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -166,7 +166,7 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def device_name(device: torch.device) -> str:
-    """The device in words."""
+    """A description of the device."""
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
     return f"{device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
@@ -174,7 +174,7 @@ def device_name(device: torch.device) -> str:
 
 @lru_cache(maxsize=1)
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
+    """Versions of the packages that results depend on."""
     from importlib.metadata import version
 
     packages = ("torch", "torchvision", "numpy", "hydra-core", "omegaconf")
@@ -183,7 +183,7 @@ def versions() -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def git_state() -> dict[str, Any]:
-    """Commit of the checkout that fa_bench runs from and whether it has changes; both None where it is installed."""
+    """The commit of the checkout that fa_bench runs from, and whether it has changes; both None if it is installed."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:

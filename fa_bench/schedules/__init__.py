@@ -1,1 +1,1 @@
-"""How learning rates change during training: one file a schedule."""
+"""Learning-rate schedules, one file per family."""

@@ -11,7 +11,7 @@ from fa_bench.schedules.base import Schedule
 @SCHEDULES.register("constant")
 @dataclasses.dataclass(eq=False)
 class Constant(Schedule):
-    """The optimizer's learning rate throughout."""
+    """The optimizer's learning rate, unchanged."""
 
     def rate(self, lr: float, done: int, total: int) -> float:
         return lr

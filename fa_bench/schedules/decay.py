@@ -1,4 +1,4 @@
-"""Learning rates that fall smoothly to the end of training."""
+"""Learning rates that decay smoothly until the end of training."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fa_bench.schedules.base import Schedule
 
 @dataclasses.dataclass(eq=False)
 class _Decay(Schedule):
-    min_lr: float = option(0.0, "learning rate that the schedule approaches; the last epoch (or step) still has more", minimum=0)
+    min_lr: float = option(0.0, "learning rate that the schedule approaches after the last epoch (or step)", minimum=0)
 
     def check_rate(self, lr: float) -> None:
         if self.min_lr > lr:
             raise OptionError("min_lr", f"={self.min_lr} is above lr={lr}")
 
     def fraction(self, part: float) -> float:
-        """What is left of lr - min_lr after a part of the training, from 1 at 0 to 0 at 1."""
+        """The remaining fraction of lr - min_lr after a fraction `part` of the training, from 1 at 0 to 0 at 1."""
         raise NotImplementedError
 
     def rate(self, lr: float, done: int, total: int) -> float:

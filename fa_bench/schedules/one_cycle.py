@@ -16,17 +16,17 @@ from fa_bench.schedules.base import Schedule
 class OneCycle(Schedule):
     """One cycle (Smith and Topin 2018): half a cosine up from lr/`start` to lr, then half a cosine down to lr/(`start` `end`).
 
-    The numbers are those of torch's OneCycleLR with its cosine form; momentum stays as it is.
+    The rates are those of torch's OneCycleLR with cosine annealing; the momentum is constant.
     """
 
     per: str = option("step", "unit that the schedule and its warm-up count in", choices=["epoch", "step"])
-    rise: float = option(0.3, "part of the training during which the learning rate rises", above=0, below=1)
-    start: float = option(25.0, "lr over the learning rate at the beginning", minimum=1)
-    end: float = option(1e4, "the learning rate at the beginning over that at the end", minimum=1)
+    rise: float = option(0.3, "fraction of the training during which the learning rate rises", above=0, below=1)
+    start: float = option(25.0, "ratio of lr to the initial learning rate", minimum=1)
+    end: float = option(1e4, "ratio of the initial learning rate to the final one", minimum=1)
 
     def check(self) -> None:
         if self.warmup:
-            raise OptionError("warmup", f"={self.warmup}: one_cycle has a rise of its own, see schedule.rise")
+            raise OptionError("warmup", f"={self.warmup}: one_cycle has its own warm-up, see schedule.rise")
 
     def rate(self, lr: float, done: int, total: int) -> float:
         low, last, top = lr / self.start, total - 1, self.rise * total - 1

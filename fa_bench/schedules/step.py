@@ -1,4 +1,4 @@
-"""Learning rates that fall in steps."""
+"""Learning rates that are reduced in steps."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from fa_bench.schedules.base import Schedule
 
 
 @dataclasses.dataclass(eq=False)
-class _Falling(Schedule):
-    gamma: float = option(0.1, "factor of each fall", above=0, maximum=1)
+class _StepDecay(Schedule):
+    gamma: float = option(0.1, "factor of each reduction", above=0, maximum=1)
 
-    def falls(self, done: int) -> int:
-        """How often the rate has fallen so far."""
+    def reductions(self, done: int) -> int:
+        """How often the rate has been reduced."""
         raise NotImplementedError
 
     def rate(self, lr: float, done: int, total: int) -> float:
-        for _ in range(self.falls(done)):  # one factor at a time, as torch's schedulers multiply
+        for _ in range(self.reductions(done)):  # one factor at a time, for the rounding of torch's schedulers
             lr *= self.gamma
         return lr
 
 
 @SCHEDULES.register("step")
 @dataclasses.dataclass(eq=False)
-class Step(_Falling):
+class Step(_StepDecay):
     """The learning rate times `gamma` every `step_size` epochs (or steps)."""
 
-    step_size: int | None = option(None, "epochs (or steps) between two falls; needed", minimum=1)
+    step_size: int | None = option(None, "epochs (or steps) between reductions; required", minimum=1)
 
     def check(self) -> None:
         if self.step_size is None:
-            raise OptionError("step_size", "is needed with schedule.name=step, such as step_size=30")
+            raise OptionError("step_size", "is required for schedule.name=step, such as step_size=30")
 
-    def falls(self, done: int) -> int:
+    def reductions(self, done: int) -> int:
         assert self.step_size is not None
         return done // self.step_size
 
@@ -46,16 +46,16 @@ class Step(_Falling):
 
 @SCHEDULES.register("multistep")
 @dataclasses.dataclass(eq=False)
-class MultiStep(_Falling):
+class MultiStep(_StepDecay):
     """The learning rate times `gamma` at each of the `milestones`."""
 
-    milestones: list[int] | None = option(None, "epochs (or steps) after which the rate falls; needed", minimum=1)
+    milestones: list[int] | None = option(None, "epochs (or steps) after which the rate is reduced; required", minimum=1)
 
     def check(self) -> None:
         if self.milestones is None:
-            raise OptionError("milestones", "are needed with schedule.name=multistep, such as milestones=[60,80]")
+            raise OptionError("milestones", "are required for schedule.name=multistep, such as milestones=[60,80]")
 
-    def falls(self, done: int) -> int:
+    def reductions(self, done: int) -> int:
         return sum(milestone <= done for milestone in self.milestones or ())
 
     def shortened(self, length: Callable[[int], int]) -> MultiStep:

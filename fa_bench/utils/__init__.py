@@ -1,1 +1,1 @@
-"""What the other packages share and nothing of which knows of learning rules."""
+"""Utilities shared by the other packages; they know nothing of learning rules."""

@@ -1,4 +1,4 @@
-"""Matplotlib as it comes, whatever a notebook, a shell or a matplotlibrc has set: figures are written, never shown."""
+"""Matplotlib with its default settings, whatever a notebook, a shell or a matplotlibrc configured; figures are never shown."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from contextlib import contextmanager, suppress
 
 @contextmanager
 def default_style() -> Iterator[None]:
-    """Within it figures look alike on every machine; settings and backend of the process are afterwards as they were.
+    """Within the block, figures look the same on every machine; the process's settings and backend are restored afterwards.
 
-    Modules that import matplotlib at their head are imported within it, or after it.
+    Modules that import matplotlib at their top must be imported within the block, or after it.
     """
     _load()
     import matplotlib.style
@@ -22,7 +22,7 @@ def default_style() -> Iterator[None]:
 
 
 def _load() -> None:
-    """Import matplotlib, which refuses to be imported where MPLBACKEND names a backend that is not installed."""
+    """Import matplotlib even if MPLBACKEND names a backend that is not installed, which makes the import fail."""
     if "matplotlib" in sys.modules:
         return
     backend = os.environ.pop("MPLBACKEND", None)
@@ -30,7 +30,7 @@ def _load() -> None:
         import matplotlib
 
         if backend:
-            with suppress(ValueError):  # one that is not there: nothing here needs it
+            with suppress(ValueError):  # not installed, and not needed here
                 matplotlib.rcParams["backend"] = backend
     finally:
         if backend is not None:

@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the old one or the new one, never a part."""
+"""Atomic writes, so that a reader sees the old file or the new one and never a part; checks of where runs may write."""
 
 from __future__ import annotations
 
@@ -8,30 +8,31 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fa_bench.errors import OutputError, RunDirectoryError
+from fa_bench.errors import FaBenchError, OutputError, RunDirectoryError, printable, truncate
 
-#: Files of a run's directory.
+#: Files of a run directory.
 CONFIG, LOG, METRICS, CURVES, RESULT = "config.yaml", "run.log", "metrics.jsonl", "curves.csv", "result.json"
 
-#: What a lock's file says: nothing, or who holds it, as earlier versions wrote and filelock does on file systems without locks.
-_LOCK_TEXT = re.compile(rb"\Z|\{\"pid\"|\d+\r?\n[^\n]+\n\d+\r?\n\Z")
+#: Content of a lock file: empty, or the lock holder, which filelock writes on file systems without locks.
+_LOCK_TEXT = re.compile(rb"\Z|\d+\r?\n[^\n]+\n\d+\r?\n\Z")
+
 
 def temporary_name(name: str) -> str:
-    """What a file is called while it is being written."""
+    """The name of a file while it is being written."""
     return f".{name}.tmp"
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Within it whatever hinders writing `path` becomes an OutputError that names it and the reason."""
+def output_errors(path: Path) -> Iterator[None]:
+    """Turn any OSError within the block into an OutputError that names `path` and the reason."""
     try:
         yield
-    except OutputError:
+    except FaBenchError:
         raise
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
@@ -39,20 +40,21 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; it takes the place of `path` once the block ends well.
+    """A temporary path beside `path` to write to; it replaces `path` when the block ends without an error.
 
-    The name follows from that of `path`, so that what a killed process left is replaced: one process at a time may write `path`.
+    Its name depends only on that of `path`, so that what a killed process left is replaced: only one process at a time may
+    write `path`.
 
     Raises:
-        OutputError: where the file cannot be written; the old one is still there.
+        OutputError: if the file cannot be written; the old one is unchanged.
     """
     temporary = path.with_name(temporary_name(path.name))
-    with writing(path):
+    with output_errors(path):
         try:
-            temporary.unlink(missing_ok=True)  # a link in its place would lead elsewhere
+            temporary.unlink(missing_ok=True)  # if it is a link, writing would follow it
             yield temporary
-            with temporary.open("rb+") as written:  # Windows syncs no file that is open for reading alone
-                os.fsync(written.fileno())
+            with temporary.open("rb+") as file:  # Windows cannot sync a file opened read-only
+                os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -64,92 +66,80 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_with(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` produce a file, atomically."""
-    with atomic(path) as temporary:
-        write(temporary)
-
-
 def resolved(path: Path) -> Path:
-    """The path without links, as far as they lead anywhere: `Path.resolve` raises for links that lead in a circle."""
+    """The path with links resolved as far as possible; `Path.resolve` would raise an error for circular links."""
     return Path(os.path.realpath(path))
 
 
 def check_lock(path: Path) -> None:
-    """Taking a lock empties its file: one with somebody's text, or another name elsewhere, is not taken."""
+    """Refuse a path that is not a lock file: locking truncates the file, which must not have other content or another link."""
     try:
-        kind = path.lstat()
-        if kind.st_nlink == 0:  # its holder removes it this moment
+        status = path.lstat()
+        if status.st_nlink == 0:  # the lock holder is removing it right now
             return
-        if stat.S_ISREG(kind.st_mode) and kind.st_nlink == 1 and _LOCK_TEXT.match(path.read_bytes()[:4096]):
+        if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and _LOCK_TEXT.match(path.read_bytes()[:4096]):
             return
-    except OSError:  # none there, or, on Windows, one that is held
+    except OSError:  # it does not exist or, on Windows, is locked
         return
-    raise RunDirectoryError(f"{path}: not the lock of a run; choose another directory")
+    raise RunDirectoryError(f"{path}: not a lock file; choose another directory")
 
 
-def check_half_written(path: Path, begins: bytes) -> None:
-    """Refuse to write `path` for the first time where something else has its temporary name, which would be replaced.
+def check_temporary(path: Path, prefix: bytes) -> None:
+    """Refuse to create `path` if a file that fa-bench did not write has its temporary name, as it would be replaced.
 
     Args:
         path: the file to be written.
-        begins: how it begins; what a killed process left half written does, too. Empty: nothing of it was written yet.
+        prefix: its first bytes, also those of a part that a killed process has written; empty if it was never begun.
     """
     temporary = path.with_name(temporary_name(path.name))
     if os.path.lexists(path) or not os.path.lexists(temporary):
         return
-    kind = temporary.lstat()
-    own = stat.S_ISREG(kind.st_mode) and kind.st_nlink == 1
-    if own and kind.st_size:
-        own = begins != b"" and begins.startswith(temporary.read_bytes()[:len(begins)])
-    if not own:
+    status = temporary.lstat()
+    is_ours = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+    if is_ours and status.st_size:
+        is_ours = prefix != b"" and prefix.startswith(temporary.read_bytes()[:len(prefix)])
+    if not is_ours:
         raise RunDirectoryError(f"{temporary}: not written by fa-bench, which would replace it; move it away")
 
 
-def check_place(path: Path) -> None:
-    """Refuse a directory that can neither be made nor written to, or is the root, before a run takes its time.
+def check_writable(path: Path) -> None:
+    """Refuse, before training, a directory that cannot be created or written to, and the root of the file system.
 
     Raises:
-        RunDirectoryError: naming the part of the path that is in the way, and why.
+        RunDirectoryError: naming the part of the path that is the obstacle, and why.
     """
     try:
         if "\0" in str(path):
-            raise ValueError("a zero byte")  # which `is_dir` takes for a folder that is not there
-        # Also as the links on the way make it.
-        if any(place == Path(place.anchor) for place in (Path(os.path.abspath(path)), path.resolve())):
-            raise RunDirectoryError(f"{path}: the root of the file system is no folder for runs; choose another output_dir")
+            raise OSError("it contains a zero byte")  # `is_dir` would only say that there is no such directory
+        if any(each == Path(each.anchor) for each in (Path(os.path.abspath(path)), path.resolve())):
+            raise RunDirectoryError(f"{path}: runs cannot be written to the root of the file system; choose another output_dir")
         for part in (path, *path.parents):
             if part.is_dir():
-                # Told by the system for a folder that is there alone, not for one below folders that are to be made.
+                # The system checks the lengths of names only in existing directories.
                 longest = os.pathconf(part, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
                 if any(len(os.fsencode(name)) > longest for name in path.relative_to(part).parts):
                     raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
-                if not os.access(part, os.W_OK | os.X_OK):  # a file system that may only be read says so, too
+                if not os.access(part, os.W_OK | os.X_OK):  # also fails on a read-only file system
                     raise RunDirectoryError(f"{part}: no permission to write there; choose another output_dir")
                 return
             if part.is_symlink():
-                raise RunDirectoryError(f"{part}: a link that leads nowhere; remove it, or choose another output_dir")
+                raise RunDirectoryError(f"{part}: a broken link; remove it, or choose another output_dir")
             if part.exists():
-                raise RunDirectoryError(f"{part}: a file, and no folder for runs; choose another output_dir")
+                raise RunDirectoryError(f"{part}: a file, not a directory; choose another output_dir")
     except RunDirectoryError:
         raise
-    except (OSError, RuntimeError) as error:  # links that lead back to themselves are either, by the version of Python
-        raise RunDirectoryError(f"{_cut(path)}: no possible folder ({getattr(error, 'strerror', None) or error})") from None
-    except ValueError as error:
-        raise RunDirectoryError(f"{str(path)!r}: no possible folder ({error})") from None
+    except (OSError, RuntimeError, ValueError) as error:  # for circular links, the type depends on the version of Python
+        reason = getattr(error, "strerror", None) or error
+        raise RunDirectoryError(f"{truncate(printable(path), 200)}: not a valid directory ({reason})") from None
 
 
-def _cut(path: Path) -> str:
-    return text if len(text := str(path)) <= 200 else f"{text[:197]}..."
-
-
-def cannot_write(error: OSError, path: Path | None = None) -> str:
-    """One line about an operating system's error: the path (its own, or `path`) and the reason."""
-    return f"{error.filename or path or 'output'}: cannot be written ({error.strerror or error})"
+def write_failure(error: OSError) -> str:
+    """One line about an operating system's error: the path and the reason."""
+    return f"{error.filename or 'output'}: cannot be written ({error.strerror or error})"
 
 
 def dump_json(value: Any, indent: int | None = None) -> str:
-    """JSON with null where a number is not finite: JSON has no NaN."""
+    """JSON in which numbers that are not finite are null, since JSON has no NaN."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 

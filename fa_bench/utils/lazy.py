@@ -1,8 +1,7 @@
 """Slow modules, imported at their first use.
 
-Rules, architectures and datasets declare their options in the file that implements them, and the command line reads
-those options for ``--help`` and for checking. It should not wait seconds for torch to do so: files that declare
-options take torch from here.
+The command line reads the options of rules, architectures and datasets from the files that implement them. Those files take
+torch from here, so that ``--help`` and the checks of a command do not wait seconds for its import.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 
 class LazyModule(ModuleType):
-    """Stands for a module and imports it when the first attribute is asked for."""
+    """A placeholder that imports its module when an attribute is first accessed."""
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(importlib.import_module(self.__name__), name)

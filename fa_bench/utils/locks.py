@@ -1,6 +1,6 @@
-"""A lock on a file for one process at a time, which ends with the process, however it ends.
+"""A lock on a file for one process at a time, which ends with the process, even by a kill.
 
-The lock is filelock's, which processes forked from its holder, such as data workers, do not inherit.
+The lock is filelock's; processes forked by its holder, such as data workers, do not inherit it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from filelock import FileLock, SoftFileLock, Timeout
 
 from fa_bench.utils.files import check_lock
 
-#: How long to try for a lock, in seconds: whoever checks a lock holds it for a moment, and a killed process takes one to end.
+#: Seconds to try for a lock: a process that checks a lock holds it for a moment, and a killed one takes a moment to end.
 PATIENCE = 3.0
 log = logging.getLogger("fa_bench")
 
@@ -31,7 +31,7 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
 
     Raises:
         Timeout: if another process holds the lock.
-        RunDirectoryError: if `path` is something else than a lock.
+        RunDirectoryError: if `path` exists and is not a lock file.
         OSError: if the file cannot be created.
     """
     check_lock(path)
@@ -71,6 +71,6 @@ def _opened(path: Path) -> Iterator[os.stat_result]:
 
 def _is_same(path: Path, before: os.stat_result) -> bool:
     try:
-        return os.path.samestat(os.stat(path, follow_symlinks=False), before)
+        return os.path.samestat(path.lstat(), before)
     except FileNotFoundError:
         return False

@@ -1,4 +1,4 @@
-"""Standard output and error that never end a training: whatever they are, what is written there is shown as far as it can be."""
+"""Standard output and error that never end a run, even if they are closed, full or lack characters."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-#: What is written in the place of signs that an encoding lacks. Letters lose their marks, Greek ones are named, others numbered.
-PLAIN = {"±": "+/-", "°": "deg", "ᵀ": "^T", "×": "x", "…": "~", "√": "sqrt", "≤": "<=", "≥": ">=", "·": "*", "→": "->", "‖": "||",
+#: ASCII replacements for symbols that an encoding lacks. Letters lose their accents, Greek letters are spelled out, and other
+#: characters are escaped.
+ASCII = {"±": "+/-", "°": "deg", "ᵀ": "^T", "×": "x", "…": "~", "√": "sqrt", "≤": "<=", "≥": ">=", "·": "*", "→": "->", "‖": "||",
          "–": "-", "ø": "o", "Ø": "O"}
 _ERRORS = "fa_bench.plain"
-#: Where the place is full, the text is lost to somebody who wants it; otherwise nobody reads any more.
+#: Errors by which wanted output is lost; after any other error, such as a broken pipe, nobody reads it.
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
-class _Patient(io.FileIO):
-    """A file descriptor whose writes never fail: once nobody reads, or there is no room, they go nowhere.
+class _ResilientFile(io.FileIO):
+    """A file descriptor whose writes never fail: after the first error, they are discarded.
 
     Attributes:
-        failure: why text was lost that somebody wants; None where none was.
+        failure: the error by which wanted output was lost; None if none was.
     """
 
     failure: OSError | None = None
@@ -38,76 +39,76 @@ class _Patient(io.FileIO):
             except OSError as error:
                 if error.errno in _FULL:
                     self.failure = error
-                _to_nowhere(self.fileno())
+                _redirect_to_null(self.fileno())
                 return len(data)
             if written is not None:
                 return written
-            select.select([], [self.fileno()], [])  # somebody has made it non-blocking, and the reader is slow
+            select.select([], [self.fileno()], [])  # it is non-blocking, and the reader is slow
 
 
-class _Open(io.TextIOWrapper):
-    """A text stream that stays open: what a plugin does to `sys.stdout` ends no run."""
+class _UnclosableStream(io.TextIOWrapper):
+    """A text stream that cannot be closed, since a plugin might close `sys.stdout`."""
 
     def close(self) -> None:
-        """Write what waits to be written."""
+        """Flush, but stay open."""
         self.flush()
 
 
 @contextmanager
-def steady() -> Iterator[Callable[[], str]]:
-    """Within it standard output and error take any text, and go on when nobody reads it.
+def resilient_output() -> Iterator[Callable[[], str]]:
+    """Within the block, standard output and error accept any text, and writing to them never fails.
 
-    Where they are closed, text goes nowhere. Where an encoding lacks a character, `PLAIN` has what stands for it. Streams that
-    others have put there, a notebook's say, stay as they are.
+    Output to a closed stream is discarded, and characters that the encoding lacks are replaced as `ASCII` says. Streams that
+    another program has installed, such as a notebook's, are left alone.
 
-    Gives a function that says why what was written to standard output so far is lost to somebody who wants it; empty where
-    nothing is.
+    Yields:
+        A function that returns why wanted text on standard output was lost; empty if none was.
     """
-    before = sys.stdout, sys.stderr
-    own = [_steadied(stream, number) for number, stream in enumerate(before, start=1)]
-    sys.stdout, sys.stderr = own
+    original = sys.stdout, sys.stderr
+    streams = [_resilient(stream, number) for number, stream in enumerate(original, start=1)]
+    sys.stdout, sys.stderr = streams
     try:
-        yield lambda: _lost(own[0])
+        yield lambda: _failure(streams[0])
     finally:
-        for stream in own:
+        for stream in streams:
             stream.flush()
-        sys.stdout, sys.stderr = before
+        sys.stdout, sys.stderr = original
 
 
 def exit_code(command: str, run: Callable[[], int]) -> int:
-    """What a command line exits with: what `run` gives, with steady output; 2 where output was lost that somebody wants."""
-    with steady() as lost:
+    """The exit code of a command: what `run` returns under `resilient_output`, or 2 if wanted output was lost."""
+    with resilient_output() as failure:
         code = run()
-        if reason := lost():
+        if reason := failure():
             print(f"{command}: standard output: cannot be written ({reason})", file=sys.stderr)
             return 2
         return code
 
 
-def _lost(stream: TextIO) -> str:
+def _failure(stream: TextIO) -> str:
     stream.flush()
     raw = _raw(stream)
-    return str(raw.failure.strerror) if isinstance(raw, _Patient) and raw.failure else ""
+    return str(raw.failure.strerror) if isinstance(raw, _ResilientFile) and raw.failure else ""
 
 
 def _raw(stream: TextIO) -> Any:
-    """What a text stream writes to in the end; None where that is no file descriptor."""
+    """The raw stream below a text stream; None if there is none."""
     buffer = getattr(stream, "buffer", None)
     return getattr(buffer, "raw", buffer)
 
 
-def _steadied(stream: TextIO | None, number: int) -> TextIO:
-    # A console of Windows has a kind of its own, which knows nothing of pipes and takes every character.
+def _resilient(stream: TextIO | None, number: int) -> TextIO:
+    # The console of Windows has a stream class of its own, which has neither broken pipes nor missing characters.
     if stream is not None and (type(_raw(stream)) is not io.FileIO or not _is_descriptor(stream, number)):
         return stream
-    if stream is None:  # Python found it closed
+    if stream is None:  # it was closed when Python started
         if not _is_open(number):
-            _to_nowhere(number)  # lest the next file that is opened become standard output, of child processes too
+            _redirect_to_null(number)  # otherwise the next file opened would become standard output, for child processes too
         return open(os.devnull, "w", encoding="utf-8", errors="replace")
     stream.flush()
-    codecs.register_error(_ERRORS, _plain)
-    return _Open(io.BufferedWriter(_Patient(number, "wb", closefd=False)), encoding=stream.encoding, errors=_ERRORS,
-                 line_buffering=True)
+    codecs.register_error(_ERRORS, _to_ascii)
+    return _UnclosableStream(io.BufferedWriter(_ResilientFile(number, "wb", closefd=False)), encoding=stream.encoding,
+                             errors=_ERRORS, line_buffering=True)
 
 
 def _is_descriptor(stream: TextIO, number: int) -> bool:
@@ -125,25 +126,24 @@ def _is_open(number: int) -> bool:
     return True
 
 
-def _to_nowhere(number: int) -> None:
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    if nowhere == number:
+def _redirect_to_null(number: int) -> None:
+    null = os.open(os.devnull, os.O_WRONLY)
+    if null == number:
         os.set_inheritable(number, True)
         return
-    os.dup2(nowhere, number)
-    os.close(nowhere)
+    os.dup2(null, number)
+    os.close(null)
 
 
-def _plain(error: UnicodeError) -> tuple[str, int]:
+def _to_ascii(error: UnicodeError) -> tuple[str, int]:
     assert isinstance(error, UnicodeEncodeError)
-    text = error.object[error.start:error.end]
-    return "".join(map(_spelled, text)), error.end
+    return "".join(map(_spell_out, error.object[error.start:error.end])), error.end
 
 
-def _spelled(char: str) -> str:
+def _spell_out(char: str) -> str:
     letters = unicodedata.normalize("NFKD", char).encode("ascii", "ignore").decode()
     greek = re.fullmatch(r"GREEK (SMALL|CAPITAL) LETTER (\w+)", unicodedata.name(char, ""))
     if greek:
         name = greek[2].replace("LAMDA", "LAMBDA")
         letters = name.lower() if greek[1] == "SMALL" else name.capitalize()
-    return PLAIN.get(char) or letters or char.encode("unicode_escape").decode()
+    return ASCII.get(char) or letters or char.encode("unicode_escape").decode()

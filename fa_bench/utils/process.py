@@ -1,4 +1,4 @@
-"""The state of the process that runs share: set before each of them, and given back behind it."""
+"""Process-wide state that runs share, such as random generators: restored after each run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Take back what `random_state` gave."""
+    """Restore what `random_state` returned."""
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
@@ -48,27 +48,25 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-#: Global hooks of modules, which a model or a plugin may register and forget.
+#: Global module hooks, which a model or a plugin may leave registered.
 _MODULES = vars(torch.nn.modules.module)
 _HOOKS = [name for name, value in _MODULES.items() if name.startswith("_global_") and isinstance(value, dict)]
 
 
 def _flushes_denormals() -> bool:
-    """Whether numbers too small for a normal float32 are taken for zeros, which torch can set but not tell."""
+    """Whether denormal float32 numbers are flushed to zero, a setting that torch cannot report."""
     return not bool(torch.full((1,), 2e-38).mul(0.1).ne(0))
 
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Whatever runs in it, the process is as it was afterwards.
-
-    That is: random state, precision, threads, determinism, hooks, memory, and the working directory, to which the folders of a
-    grid's other runs are relative.
+    """Restore the state of the process after the block: random state, precision, threads, determinism, hooks, memory, and
+    the working directory, to which the run directories of a sweep are relative.
     """
     state, folder = random_state(), os.getcwd()
     hooks = {name: _MODULES[name].copy() for name in _HOOKS}
     cudnn = torch.backends.cudnn
-    kept = {
+    settings = {
         torch.set_default_dtype: torch.get_default_dtype(),
         torch.set_num_threads: torch.get_num_threads(),
         torch.set_grad_enabled: torch.is_grad_enabled(),
@@ -82,14 +80,14 @@ def isolated() -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # somebody has removed it
+        with suppress(OSError):  # it has been removed
             os.chdir(folder)
         restore_random_state(state)
         for name, hook in hooks.items():
             current = _MODULES[name]
             current.clear()
             current.update(hook)
-        for restore, value in kept.items():
+        for restore, value in settings.items():
             restore(value)  # type: ignore[arg-type]
         torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
         cudnn.benchmark, cudnn.deterministic = flags
@@ -97,7 +95,7 @@ def isolated() -> Iterator[None]:
         np.seterr(**error_state)
         if workspace is None:
             os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
-        # A model and its rule hold each other; their memory would be the next run's peak.
+        # A model and its rule refer to each other; uncollected, they would count towards the next run's peak memory.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

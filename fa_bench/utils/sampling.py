@@ -1,4 +1,4 @@
-"""Random tensors: the table of initialisers, and seeds that depend on names only."""
+"""Random tensors: the table of initialisers, and seeds derived from names."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def fans(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def seed_for(*parts: Any) -> int:
-    """A seed derived from a run's seed, a layer's path and a tensor's name, so that it does not depend on order or rank."""
+    """A seed derived from a run's seed and names, such as a layer's path and a tensor's name, independent of order and rank."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
 
 
@@ -86,12 +86,12 @@ def resample_magnitudes(out: Tensor, init: str, seed: int) -> None:
     initialiser = INITIALISERS[init]
     scale = initialiser.scale(*fans(out.shape))
     if initialiser.is_uniform and out.device.type == "cpu":
-        # This runs at every step, and torch's generator is serial on a CPU: take numpy's raw bits, four 16-bit numbers a word.
-        # The 65536 magnitudes are the centres of equal intervals of (0, scale): none is zero, and their mean is exact.
+        # This runs at every step, and torch's generator is serial on a CPU. numpy's raw 64-bit words give four 16-bit numbers
+        # each; they select centres of equal intervals of (0, scale), so that no magnitude is zero and their mean is exact.
         words = -(-out.numel() // 4)
         bits = np.random.SFC64(seed).random_raw(words).view(np.int16)[: out.numel()]
         step = scale / 65536
-        # Numbers from -32768 to 32767, shifted and scaled in one pass.
+        # Shifts and scales the numbers, from -32768 to 32767, in one pass.
         torch.add(out.new_tensor(32768.5 * step), torch.from_numpy(bits).view(out.shape), alpha=step, out=out)
         return
     generator = torch.Generator(out.device).manual_seed(seed)

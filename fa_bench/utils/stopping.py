@@ -1,4 +1,4 @@
-"""How a run is asked to stop: SIGINT, SIGTERM and SIGHUP wait for a moment at which the run's state is whole."""
+"""SIGINT, SIGTERM and SIGHUP during a run: handled once the run's state is consistent, or turned into an exception."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-#: A terminal that is closed sends the last one, which Windows lacks.
+#: SIGHUP is sent when the terminal is closed; Windows lacks it.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked to stop."""
+    """A signal requested a stop."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -22,78 +22,78 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def code(self) -> int:
-        """The exit code, as shells count: 130 after SIGINT, 143 after SIGTERM, 129 after SIGHUP."""
+        """The exit code by the convention of shells: 130 after SIGINT, 143 after SIGTERM, 129 after SIGHUP."""
         return 128 + self.number
 
     def __str__(self) -> str:
         return f"stopped by {signal.Signals(self.number).name}"
 
 
-class Stop:
-    """A wish to stop.
+class StopRequest:
+    """Whether a signal has requested a stop.
 
     Attributes:
-        number: the signal that came first; None before one came.
+        number: the first signal received; None if there was none.
     """
 
     number: int | None = None
 
     def check(self) -> None:
-        """Raise Interrupted where a signal has come."""
+        """Raise Interrupted if a signal was received."""
         if self.number is not None:
             raise Interrupted(self.number)
 
 
 @contextmanager
-def postponed() -> Iterator[Stop]:
-    """Within it a first signal does nothing but set what is yielded; a second SIGINT raises at once.
+def deferred_signals() -> Iterator[StopRequest]:
+    """Within the block, the first signal only sets the StopRequest; a second SIGINT raises Interrupted immediately.
 
-    A signal that nothing asked for is raised at the end.
+    If the block ends without having checked the request, Interrupted is raised then.
     """
-    stop = Stop()
+    request = StopRequest()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if stop.number is not None and number == signal.SIGINT:
+        if request.number is not None and number == signal.SIGINT:
             raise Interrupted(number)
-        stop.number = stop.number or number
+        request.number = request.number or number
 
-    with _handling(handle):
-        yield stop
-    stop.check()
+    with _signal_handler(handle):
+        yield request
+    request.check()
 
 
 @contextmanager
-def raised(before: Callable[[int], Any] = lambda number: None) -> Iterator[None]:
-    """Within it each of `SIGNALS` raises Interrupted, after `before` was called with the signal.
+def interrupt_on_signals(on_signal: Callable[[int], Any] = lambda number: None) -> Iterator[None]:
+    """Within the block, each of `SIGNALS` raises Interrupted, after `on_signal` was called with its number.
 
-    An error behind a signal becomes Interrupted, too: what a signal cuts short, such as an import, may fail in its own way.
+    Any error after a signal becomes Interrupted too: code that is cut short, such as an import, may fail in its own way.
     """
-    stop = Stop()
+    request = StopRequest()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        stop.number = number
-        before(number)
+        request.number = number
+        on_signal(number)
         raise Interrupted(number)
 
-    with _handling(handle):
+    with _signal_handler(handle):
         try:
             yield
         except Exception:
-            stop.check()
+            request.check()
             raise
 
 
 @contextmanager
-def _handling(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def _signal_handler(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
-        # Python lets the main thread alone set handlers; whoever runs jobs in others stops them by their own means.
+        # Python sets handlers in the main thread only; a program that runs jobs in other threads stops them by other means.
         yield
         return
-    # nohup has SIGHUP ignored: the run is to outlive its terminal.
-    heard = [number for number in SIGNALS if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN]
-    old = {number: signal.signal(number, handle) for number in heard}
+    # nohup ignores SIGHUP: the run is to outlive its terminal.
+    handled = [number for number in SIGNALS if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, handle) for number in handled}
     try:
         yield
     finally:
-        for number, handler in old.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

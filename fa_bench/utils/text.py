@@ -1,4 +1,4 @@
-"""Numbers, shapes and tables as plain text, and text of others made safe for where it is shown."""
+"""Numbers, shapes and tables as plain text; arbitrary text escaped for Markdown and figures."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from fa_bench.errors import printable
 _NAMES = ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"))
 
 
-def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
-    """One line a row, cells in columns two blanks apart; the columns numbered in `right` end flush, the others begin so."""
+def align_columns(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
+    """One line per row, with columns separated by two spaces; the columns whose indices are in `right` are right-aligned."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.rjust(width) if column in right else cell.ljust(width)
                       for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
 
 
-def indented(lines: Iterable[str], by: int = 2) -> list[str]:
-    """The lines, moved to the right."""
+def indent(lines: Iterable[str], by: int = 2) -> list[str]:
+    """The lines, indented by `by` spaces; empty lines stay empty."""
     return [" " * by + line if line else line for line in lines]
 
 
-def by_x(shape: Iterable[int]) -> str:
-    """A shape as one would say it, ``512x784``; ``1`` for a single number."""
+def format_shape(shape: Iterable[int]) -> str:
+    """A shape as text, ``512x784``; ``1`` for a scalar."""
     return "x".join(map(str, shape)) or "1"
 
 
 def format_bytes(size: float) -> str:
-    """A number of bytes in units of powers of a thousand: ``0 B``, ``2.68 MB``."""
+    """A size in bytes with a decimal unit: ``0 B``, ``2.68 MB``."""
     for unit in ("B", "kB", "MB", "GB"):
         if round(size, 2 if size < 10 else 1 if size < 100 else 0) < 1000:
             return f"{size:.0f} B" if unit == "B" else f"{size:.3g} {unit}"
@@ -36,29 +36,24 @@ def format_bytes(size: float) -> str:
     return f"{size:.3g} TB"
 
 
-def count(number: float) -> str:
-    """A number to be read, not to be computed with: ``1,797``, ``25.7 million``."""
+def format_count(number: float) -> str:
+    """A number for humans: ``1,797``, ``25.7 million``."""
     for unit, name in _NAMES:
         if number >= unit:
             return f"{number / unit:.3g} {name}"
     return f"{number:,.0f}"
 
 
-def shortened(text: str, most: int) -> str:
-    """The text, of at most so many characters."""
-    return text if len(text) <= most else f"{text[:most - 3]}..."
+def escape_markdown(text: str) -> str:
+    """Arbitrary text for one line, or one table cell, of Markdown, where it is rendered literally.
 
-
-def markdown(text: str) -> str:
-    """Text of others for one line, or one cell, of Markdown: it reads there as it is, whatever marks it has.
-
-    Control characters are escaped; HTML, emphasis, links, code, formulas, headings and lists stay plain text.
+    Control characters, HTML, emphasis, links, code, formulas, headings and lists are escaped.
     """
     text = re.sub(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", printable(text))
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("://", ":\\//")
     return re.sub(r"^(\s*)(\d*)([#+=.)-])", r"\1\2\\\3", text)
 
 
-def drawn(text: str) -> str:
-    """Text of others for a figure: one line without formulas, which matplotlib sees between two `$`."""
+def escape_mathtext(text: str) -> str:
+    """Arbitrary text for a figure: one line in which matplotlib finds no formula."""
     return printable(text).replace("$", r"\$")

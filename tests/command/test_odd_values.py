@@ -9,8 +9,8 @@ import pytest
 
 from fa_bench.cli import main
 from fa_bench.command.guard import check_config
-from fa_bench.config.job import MOST_THREADS, RunOptions
-from fa_bench.errors import MOST_MESSAGE, ConfigError, OptionError, cut, first_line, printable
+from fa_bench.config.job import MAX_THREADS, RunOptions
+from fa_bench.errors import MAX_MESSAGE, ConfigError, OptionError, first_line, printable, truncate
 from fa_bench.registry.registries import ALGORITHMS
 
 SMALL = ["dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16", "architecture.widths=[8]", "epochs=1"]
@@ -25,7 +25,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert main(arguments) == 2
     said = capsys.readouterr().err
-    assert 1 <= said.count("\n") <= 2 and len(said) <= MOST_MESSAGE + 20 and "Traceback" not in said
+    assert 1 <= said.count("\n") <= 2 and len(said) <= MAX_MESSAGE + 20 and "Traceback" not in said
     return said.strip()
 
 
@@ -36,9 +36,9 @@ def test_a_number_that_is_none_names_its_option(key: str, value: object) -> None
         RunOptions(**{key: value})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("threads", [MOST_THREADS + 1, 100_000, 2**31, 2**63])
+@pytest.mark.parametrize("threads", [MAX_THREADS + 1, 100_000, 2**31, 2**63])
 def test_more_threads_than_torch_bears_are_refused(threads: int, capsys: pytest.CaptureFixture[str]) -> None:
-    assert RunOptions(threads=MOST_THREADS).threads == MOST_THREADS
+    assert RunOptions(threads=MAX_THREADS).threads == MAX_THREADS
     assert "threads=" in refused([*SMALL, f"threads={threads}"], capsys)
 
 
@@ -89,8 +89,8 @@ def test_messages_are_cut_wherever_they_come_from() -> None:
         def __str__(self) -> str:
             raise RuntimeError
 
-    assert cut("abc", 3) == "abc" and len(cut("x" * 10**6, 100)) == 100
-    assert len(printable("\x1b" * 10**6)) <= MOST_MESSAGE and "\x1b" not in printable("\x1b[31m")
+    assert truncate("abc", 3) == "abc" and len(truncate("x" * 10**6, 100)) == 100
+    assert len(printable("\x1b" * 10**6)) <= MAX_MESSAGE and "\x1b" not in printable("\x1b[31m")
     assert printable("a" * 10**5 + "end").endswith("end")
     assert first_line(Mute()) == "Mute" and len(first_line(ValueError("x" * 10**5))) <= 300
     assert first_line(ValueError("\n\na\nb")) == "a" and first_line(ValueError()) == "ValueError"

@@ -166,7 +166,7 @@ def test_without_a_sample_nothing_is_suggested_that_was_not_tried(name: str) -> 
 def test_the_suggested_output(name: str) -> None:
     error = refusal(seeded(TwoHeads), name, cuts=["body.1", "body.3", "body.5"][: 2 if name in ("dgl", "asfp_lc") else 3])
     assert as_keywords(error) == {"output": "one"}
-    assert as_overrides(str(error.under("algorithm"))) == ["algorithm.output=one"]
+    assert as_overrides(str(error.with_prefix("algorithm"))) == ["algorithm.output=one"]
     fa_bench.attach(seeded(TwoHeads), name, cuts=["body.1", "body.3"], output="one", allow_uncovered=True)
 
 

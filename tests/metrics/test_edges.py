@@ -150,19 +150,19 @@ class Case:
     said: str | None
 
 
-WHY = ", of which batch normalisation has no statistics"
+WHY = ", for which batch normalisation has no statistics"
 CASES = [
     Case(33, {"batch_size": 8, "drop_last": False},
          f"drop_last=false leaves a last batch of one: 33 training images in batches of 8{WHY}; "
-         "take drop_last=true or another batch_size"),
+         "use drop_last=true or another batch_size"),
     Case(33, {"batch_size": 8, "drop_last": True}, None),
     Case(34, {"batch_size": 8, "drop_last": False}, None),
     Case(33, {"batch_size": 1},
-         f"batch_size=1 makes batches of one image (33 for training){WHY}; take 2 or more"),
+         f"batch_size=1 makes batches of one image (33 for training){WHY}; use 2 or more"),
     Case(1, {"batch_size": 8, "drop_last": True},
-         f"batch_size=8 makes batches of one image (1 for training){WHY}; take 2 or more"),
+         f"batch_size=8 makes batches of one image (1 for training){WHY}; use 2 or more"),
     Case(33, {"batch_size": 8, "probe_size": 1},
-         f"probe_size=1 makes a probe batch of one image{WHY}; take 2 or more"),
+         f"probe_size=1 makes a probe batch of one image{WHY}; use 2 or more"),
 ]
 
 

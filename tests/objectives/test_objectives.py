@@ -127,7 +127,7 @@ def test_numbers_as_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     Path("plane_data.py").write_text(PLUGIN)
     command = ["plugins=[plane_data]", "dataset=plane", "architecture.widths=[16]", "epochs=8", "threads=1", "hydra.run.dir=run"]
     assert main([*command, "algorithm=fa"]) == 2
-    assert "objective=cross_entropy takes classes as targets" in (said := capsys.readouterr().err) and "mse" in said
+    assert "objective=cross_entropy requires classes as targets" in (said := capsys.readouterr().err) and "mse" in said
     assert main([*command, "objective=mse", "algorithm=fa"]) == 0
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["test_accuracy"] is None and lines[-1]["train_accuracy"] is None

@@ -19,7 +19,7 @@ from fa_bench.report import figures
 from fa_bench.report.cli import main as report
 from fa_bench.report.table import COLUMNS, TIMINGS
 from fa_bench.runs import loop, train
-from fa_bench.runs.sweep import Planned, write_sweep
+from fa_bench.runs.sweep import PlannedRun, write_sweep
 
 GRID = ["algorithm=bp,kp", "seed=0,1", "dataset=digits", "epochs=2", "probe_every=0", "architecture.widths=[8,6]", "probe_size=8"]
 
@@ -73,7 +73,7 @@ def test_interrupted_and_resumed_sweep_gives_the_report_of_a_whole_one(
         return evaluate(*arguments)
 
     monkeypatch.setattr(loop, "evaluate", interrupted)
-    write_sweep(Path("parts"), [], [Planned(Path("parts", place), place, 2) for place in jobs])
+    write_sweep(Path("parts"), [], [PlannedRun(Path("parts", place), place, 2) for place in jobs])
     with pytest.raises(Stopped):
         train_all("parts", jobs)
     monkeypatch.setattr(loop, "evaluate", evaluate)

@@ -17,7 +17,7 @@ import pytest
 from fa_bench.errors import DataError
 from fa_bench.report import live
 from fa_bench.report.cli import main
-from fa_bench.runs.sweep import Planned, write_sweep
+from fa_bench.runs.sweep import PlannedRun, write_sweep
 
 from .by_hand import at_work, write_begun, write_run
 
@@ -49,7 +49,7 @@ def sweep(tmp_path):
         return run
 
     names = ("bp", "fa", "dfa", "drtp", "kp", "wm", "pfa", "usf")
-    write_sweep(tmp_path, ["fa-bench"], [Planned(tmp_path / f"{name}-seed0", f"{name} seed 0", 40) for name in names])
+    write_sweep(tmp_path, ["fa-bench"], [PlannedRun(tmp_path / f"{name}-seed0", f"{name} seed 0", 40) for name in names])
     write_run(tmp_path, "bp", 0, 0.9821, metrics=[record(40, 88.0, 0.0021, 0.9813, 0.9821)]).rename(tmp_path / "bp-seed0")
     write_run(tmp_path, "fa", 0, None, metrics=[record(2, 4.4, 8.1, 0.098, 0.097)], status="diverged",
               error={"type": "Diverged", "message": "not finite", "epoch": 3, "layer": "fc1"}).rename(tmp_path / "fa-seed0")
@@ -133,7 +133,7 @@ def test_what_changed_is_read_again_and_what_cannot_be_read_is_said(tmp_path):
 
 
 def test_nothing_runs_or_nothing_is_known(tmp_path):
-    write_sweep(tmp_path, [], [Planned(tmp_path / "a", "a seed 0", 2)])
+    write_sweep(tmp_path, [], [PlannedRun(tmp_path / "a", "a seed 0", 2)])
     watcher = live.Watcher([tmp_path])
     assert live.summary(watcher.look(NOW)) == "1 run: 1 waiting; none runs now"
     (tmp_path / "a").mkdir()

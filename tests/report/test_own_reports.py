@@ -107,7 +107,7 @@ def test_a_lock_that_is_somebodys_file_is_not_emptied(tmp_path, capsys):
     write_run(tmp_path, "bp", 0, 0.9)
     (tmp_path / ".report.lock").write_text("mine")
     assert main([str(tmp_path)]) == 2
-    assert "not the lock of a run" in capsys.readouterr().err and (tmp_path / ".report.lock").read_text() == "mine"
+    assert "not a lock file" in capsys.readouterr().err and (tmp_path / ".report.lock").read_text() == "mine"
 
 
 @pytest.mark.parametrize(("name", "what"), [

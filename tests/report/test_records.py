@@ -14,8 +14,8 @@ import pytest
 from fa_bench.report import figures
 from fa_bench.report.cli import main
 from fa_bench.runs.readers import RecordError, read_config, read_metrics, read_result
-from fa_bench.runs.sweep import Planned, write_sweep
-from fa_bench.utils.text import drawn, markdown
+from fa_bench.runs.sweep import PlannedRun, write_sweep
+from fa_bench.utils.text import escape_markdown, escape_mathtext
 
 from .by_hand import ANGLES, epoch_record, write_begun, write_group, write_run
 
@@ -52,31 +52,31 @@ DAMAGED = {
         r"status='finsihed' \(allowed: finished, diverged, failed, interrupted\); did you mean 'finished'\?"),
     "a seed": (keys(seed="0"), r"seed='0' \(allowed: a whole number\)"),
     "a label": (keys(label=["a"]), r"label=\['a'\] \(allowed: text, not empty\)"),
-    "seconds": (keys(seconds=-1), r"seconds=-1 \(allowed: a number from 0, or null\)"),
+    "seconds": (keys(seconds=-1), r"seconds=-1 \(allowed: a number >= 0, or null\)"),
     "angles": (keys(angles={"weight_angle": {"fc1": "steep"}}),
         r"angles\.weight_angle\.fc1='steep' \(allowed: a number, or null\)"),
     "no number a float holds": (keys(angles={"weight_angle": {"fc1": 10**400}}), r"angles\.weight_angle\.fc1=1000"),
     "layers": (keys(feedback_layers=["fc1", 2]), r"feedback_layers\[1\]=2 \(allowed: text\)"),
     "an error": (keys(status="diverged", error={"epoch": "third"}),
-        r"error\.epoch='third' \(allowed: a whole number from 0, or null\)"),
+        r"error\.epoch='third' \(allowed: a whole number >= 0, or null\)"),
     "deep nesting": (text("result.json", NESTED), r"result\.json: nested deeper than 20 levels"),
     "nesting that JSON takes": (text("result.json", '{"a":' * 30 + "1" + "}" * 30),
         r"result\.json: nested deeper than 20 levels"),
     "no JSON": (text("result.json", "{"), r"result\.json: unreadable"),
     "a list": (text("result.json", "[]"), r"result\.json: \[\] \(allowed: a mapping\)"),
     "epochs that are not there": (keys(epoch=7),
-        r"metrics\.jsonl: holds the records of 2 epochs, but the run in result\.json has finished 7"),
+        r"metrics\.jsonl: has records of 2 epochs, but result\.json says that the run finished 7"),
     "no record": (lines([1], epoch_record(2, 0.5, None)), r"metrics\.jsonl: line 1 is not an epoch's record"),
-    "an epoch": (lines({"epoch": "1"}), r"metrics\.jsonl: line 1: epoch='1' \(allowed: a whole number from 1\)"),
+    "an epoch": (lines({"epoch": "1"}), r"metrics\.jsonl: line 1: epoch='1' \(allowed: a whole number >= 1\)"),
     "a record's angles": (lines({"epoch": 1, "angles": {"weight_angle": [3]}}),
         r"line 1: angles\.weight_angle=\[3\] \(allowed: a mapping\)"),
     "a record's loss": (lines({"epoch": 1, "train_loss": "low"}), r"line 1: train_loss='low'"),
     "deep records": (text("metrics.jsonl", f"{NESTED}\n{NESTED}\n"),
         r"metrics\.jsonl: line 1 is not an epoch's record: nested deeper"),
-    "no YAML": (text("config.yaml", "a: ["), r"config\.yaml: line 1: not readable as YAML"),
+    "no YAML": (text("config.yaml", "a: ["), r"config\.yaml: line 1: invalid YAML"),
     "no mapping": (text("config.yaml", "- 1"), r"config\.yaml: not a run's config \(allowed: a mapping\)"),
     "a config's seed": (text("config.yaml", "seed: first"), r"config\.yaml: seed='first' \(allowed: a whole number\)"),
-    "a config's epochs": (text("config.yaml", "epochs: [3]"), r"config\.yaml: epochs=\[3\] \(allowed: a whole number from 1\)"),
+    "a config's epochs": (text("config.yaml", "epochs: [3]"), r"config\.yaml: epochs=\[3\] \(allowed: a whole number >= 1\)"),
     "a config with tags": (text("config.yaml", "a: !!python/name:os.system"), r"config\.yaml: line 1: tag !!python"),
 }
 
@@ -154,11 +154,11 @@ def test_what_records_say_is_shown_and_does_nothing(tmp_path, capsys):
 
 
 def test_marks_of_markdown_and_of_formulas_are_escaped():
-    assert markdown("# a_b _c_ *d* `e` <f> [g] h|i ~j~ $k$ & l") == (
+    assert escape_markdown("# a_b _c_ *d* `e` <f> [g] h|i ~j~ $k$ & l") == (
         r"\# a_b \_c\_ \*d\* \`e\` &lt;f&gt; \[g\] h\|i \~j\~ \$k\$ &amp; l")
-    assert [markdown(text) for text in ("- a", "1. a", "2) a", "+ a", "a\nb", "3 finished, 1 diverged", "lr=0.1")] == [
+    assert [escape_markdown(text) for text in ("- a", "1. a", "2) a", "+ a", "a\nb", "3 finished, 1 diverged", "lr=0.1")] == [
         r"\- a", r"1\. a", r"2\) a", r"\+ a", r"a\\nb", "3 finished, 1 diverged", "lr=0.1"]
-    assert drawn("a$b$\n") == r"a\$b\$\n"
+    assert escape_mathtext("a$b$\n") == r"a\$b\$\n"
 
 
 @pytest.mark.parametrize("sign", ["$\\frac{$", "a$b", "$", "結果", "\x1b[1m", "x" * 5000])
@@ -203,7 +203,7 @@ def test_a_link_that_leads_in_a_circle_ends_no_report(tmp_path, name):
     write_run(tmp_path, "fa", 1, 0.8)
     (directory / name).unlink(missing_ok=True)
     (directory / name).symlink_to(name)
-    write_sweep(tmp_path, [], [Planned(tmp_path / "loop", "loop", 1)])
+    write_sweep(tmp_path, [], [PlannedRun(tmp_path / "loop", "loop", 1)])
     (tmp_path / "loop").symlink_to("loop")
     assert main([str(tmp_path)]) == 1 and main(["--live", str(tmp_path)]) == 0
 

@@ -133,8 +133,8 @@ def test_configs_that_say_nothing_leave_the_group_s_name(tmp_path):
      ["rule dataset=image_folder", "rule dataset=mnist"]),
 ])
 def test_labels(one, other, want):
-    configs = [labels.flat(one), labels.flat(other)]
-    assert [labels.label("rule", config, labels.differing(configs)) for config in configs] == want
+    configs = [labels.flatten(one), labels.flatten(other)]
+    assert [labels.label("rule", config, labels.differing_keys(configs)) for config in configs] == want
 
 
 # Statistics.

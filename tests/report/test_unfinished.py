@@ -16,7 +16,7 @@ from fa_bench.report.cli import main
 from fa_bench.report.runs import find_runs
 from fa_bench.report.states import running
 from fa_bench.runs.ownership import LOCK
-from fa_bench.runs.sweep import Planned, find_planned, read_sweep, write_sweep
+from fa_bench.runs.sweep import PlannedRun, find_planned_runs, read_sweep, write_sweep
 
 from .by_hand import at_work, epoch_record, write_begun, write_group, write_run
 
@@ -82,8 +82,8 @@ def test_asking_for_the_lock_neither_makes_nor_keeps_it(tmp_path):
 
 def test_runs_that_a_grid_announced_and_that_have_not_begun_are_named(tmp_path, capsys):
     write_group(tmp_path, "bp", [0.9], metrics=[])
-    planned = [Planned(tmp_path / "bp-0", "bp seed 0", 2), *(
-        Planned(tmp_path / "kp-0b" / f"seed{seed}", f"kp seed {seed}", 2) for seed in range(9))]
+    planned = [PlannedRun(tmp_path / "bp-0", "bp seed 0", 2), *(
+        PlannedRun(tmp_path / "kp-0b" / f"seed{seed}", f"kp seed {seed}", 2) for seed in range(9))]
     write_sweep(tmp_path, ["fa-bench", "-m"], planned)
     assert main([str(tmp_path)]) == 1
     text, said = (tmp_path / "report.md").read_text(), capsys.readouterr().out
@@ -111,28 +111,31 @@ def test_files_that_a_report_no_longer_has_go_and_others_stay(tmp_path):
         "report_mine.png", "report_curves-old.png", "other.png", ".report.json"}
 
 
-# The list of a grid's runs.
+# The list of a sweep's runs.
 
 def test_a_second_grid_keeps_what_the_first_one_announced(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = Path("outputs", "preset")
-    write_sweep(folder, ["fa-bench", "a"], [Planned(folder / "x" / "seed0", "x seed 0", 2), Planned(folder / "y", "y seed 0", 3)])
+    first = [PlannedRun(folder / "x" / "seed0", "x seed 0", 2), PlannedRun(folder / "y", "y seed 0", 3)]
+    write_sweep(folder, ["fa-bench", "a"], first)
     first = json.loads((folder / "sweep.json").read_text())
     assert first == {"command": ["fa-bench", "a"], "runs": [
         {"directory": "x/seed0", "label": "x seed 0", "epochs": 2}, {"directory": "y", "label": "y seed 0", "epochs": 3}]}
     again = tmp_path / "outputs" / "preset"  # the same, called from elsewhere
-    write_sweep(again, ["fa-bench", "b"], [Planned(again / "z", "z seed 0", 4), Planned(again / "x" / "seed0", "x more", 5)])
+    more = [PlannedRun(again / "z", "z seed 0", 4), PlannedRun(again / "x" / "seed0", "x more", 5)]
+    write_sweep(again, ["fa-bench", "b"], more)
     assert read_sweep(folder / "sweep.json") == [
-        Planned(folder / "x/seed0", "x more", 5), Planned(folder / "y", "y seed 0", 3), Planned(folder / "z", "z seed 0", 4)]
+        PlannedRun(folder / "x/seed0", "x more", 5), PlannedRun(folder / "y", "y seed 0", 3),
+        PlannedRun(folder / "z", "z seed 0", 4)]
     assert json.loads((folder / "sweep.json").read_text())["command"] == ["fa-bench", "b"]
     assert [path.name for path in folder.iterdir()] == ["sweep.json"]
 
 
 def test_announced_runs_are_found_from_below_and_above(tmp_path):
-    write_sweep(tmp_path / "a", [], [Planned(tmp_path / "a" / "b" / name / "seed0", name, 1) for name in ("kp", "fa")])
+    write_sweep(tmp_path / "a", [], [PlannedRun(tmp_path / "a" / "b" / name / "seed0", name, 1) for name in ("kp", "fa")])
     for folder, want in ((tmp_path, ["kp", "fa"]), (tmp_path / "a" / "b", ["kp", "fa"]), (tmp_path / "a" / "b" / "fa", ["fa"]),
                          (tmp_path / "a" / "b" / "fa" / "seed0", ["fa"]), (tmp_path / "a" / "b" / "f", [])):
-        found = find_planned([folder], [])
+        found = find_planned_runs([folder], [])
         assert [run.label for run in found] == want and all(folder in (run.directory, *run.directory.parents) for run in found)
 
 
@@ -140,8 +143,8 @@ def test_announced_runs_are_found_from_below_and_above(tmp_path):
 def test_a_damaged_list_is_named_and_left_as_it_is(tmp_path, text):
     (tmp_path / "sweep.json").write_text(text)
     faults = []
-    assert find_planned([tmp_path], faults) == []
-    assert re.search(r"sweep\.json: (not the list of a grid's runs|unreadable)", str(*faults))
+    assert find_planned_runs([tmp_path], faults) == []
+    assert re.search(r"sweep\.json: (not the list of a sweep's runs|unreadable)", str(*faults))
     with pytest.raises(RunDirectoryError, match="move it away"):
-        write_sweep(tmp_path, [], [Planned(tmp_path / "a", "a", 1)])
+        write_sweep(tmp_path, [], [PlannedRun(tmp_path / "a", "a", 1)])
     assert (tmp_path / "sweep.json").read_text() == text

@@ -137,7 +137,7 @@ def test_an_archive_with_odd_members_is_refused(kind: int | str, named: str, fol
 # ------------------------------------------------------------------------------------------------ places
 @pytest.mark.parametrize("grid", [[], ["-m"]])
 @pytest.mark.parametrize(("place", "named"), [
-    ("file", "file: a file"), ("file/below", "file: a file"), ("dangling", "leads nowhere"), ("dangling/x", "leads nowhere"),
+    ("file", "file: a file"), ("file/below", "file: a file"), ("dangling", "broken link"), ("dangling/x", "broken link"),
     ("loop", "loop"), ("/dev/null", "/dev/null: a file"), ("/dev/full", "/dev/full: a file"), ("/proc/x", "/proc"),
     ("n" * 300, "File name too long"), ("d/" * 3000, "File name too long"),
 ])
@@ -216,12 +216,12 @@ def test_what_is_too_large_is_refused_before_it_is_allocated(
 
 
 def test_what_fits_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_limits, "available", lambda: 10**8)
-    memory_limits.require(10**8, "this")
-    with pytest.raises(ConfigError, match=r"this: needs 0\.1 GB of memory, but only 0\.1 GB is available"):
-        memory_limits.require(10**8 + 1, "this")
+    monkeypatch.setattr(memory_limits, "available_memory", lambda: 10**8)
+    memory_limits.require_memory(10**8, "this")
+    with pytest.raises(ConfigError, match=r"this: needs 100 MB of memory, but only 100 MB is available"):
+        memory_limits.require_memory(10**8 + 1, "this")
 
-    @memory_limits.within_memory
+    @memory_limits.within_memory()
     def build(rows: int) -> torch.Tensor:
         return torch.nn.Linear(1000, rows, bias=False).weight
 
@@ -231,7 +231,7 @@ def test_what_fits_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_available_memory_is_a_plausible_number() -> None:
-    assert memory_limits.available() is None or 10**6 < memory_limits.available() < 10**15
+    assert memory_limits.available_memory() is None or 10**6 < memory_limits.available_memory() < 10**15
 
 
 def test_long_values_are_cut_in_messages() -> None:

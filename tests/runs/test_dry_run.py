@@ -25,7 +25,7 @@ from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.report import figures
 from fa_bench.runs.rundir import RunDirectory
 from fa_bench.utils.files import CONFIG, METRICS, RESULT
-from fa_bench.utils.text import count, format_bytes
+from fa_bench.utils.text import format_bytes, format_count
 
 TINY = ["dataset=synthetic", "dataset.samples=80", "dataset.test_samples=16", "batch_size=16", "epochs=2", "probe_size=8",
         "architecture.widths=[8,6]", "device=cpu"]
@@ -76,7 +76,7 @@ def test_edge_rule(capsys: pytest.CaptureFixture[str]) -> None:
     # Forward all three, the error through two, and the gradients of two: the first layer is frozen.
     forward, errors, gradients = 8 * 64 + 6 * 8 + 10 * 6, 6 * 8 + 10 * 6, 6 * 8 + 10 * 6
     own, whole = 16 * (forward + 10 * 6 + gradients), 16 * (forward + errors + forward)
-    counted = f"{count(own)} a step, {own / whole:.2f} of backpropagation's {count(whole)} (batch of 16)"
+    counted = f"{format_count(own)} a step, {own / whole:.2f} of backpropagation's {format_count(whole)} (batch of 16)"
     assert row(text, "multiplications") == counted
     assert row(text, "steps") == "4 an epoch, 8 in 2 epochs"
     assert row(text, "images") == "72 training, 8 validation, 16 test; 1x8x8, 10 classes"
@@ -90,7 +90,7 @@ def test_cut_rule(capsys: pytest.CaptureFixture[str]) -> None:
     assert "sends no error back" not in text
     assert row(text, "act2", "B") == "10x6 240 B not learned"
     own = 16 * (8 * 64 + 6 * 8 + 10 * 6) * 2 + 16 * 10 * (8 + 6)
-    assert row(text, "multiplications").startswith(f"{count(own)} a step")
+    assert row(text, "multiplications").startswith(f"{format_count(own)} a step")
     assert row(text, "memory accesses").endswith("for backpropagation; not defined for dfa")
 
 
@@ -160,7 +160,7 @@ def test_directories_say_what_is_in_them(capsys: pytest.CaptureFixture[str]) -> 
 def test_states_of_a_directory() -> None:
     job, place = Job.from_config(OmegaConf.create(yaml.safe_load(CONFIGURED))), Path("run")
     assert found_in(place, job) == "nothing there yet"
-    RunDirectory(place, job).start(keep=False)
+    RunDirectory(place, job).start(resume=False)
     assert found_in(place, job) == "unfinished: without a result after 0 of 9 epochs"
     (place / METRICS).write_text('{"epoch": 1}\n{"epoch": 2}\n')
     result = {"status": "interrupted", "label": "fa", "group": "fa", "algorithm": "fa", "seed": 0}
@@ -171,7 +171,7 @@ def test_states_of_a_directory() -> None:
     (place / RESULT).write_text("{")
     assert found_in(place, job).startswith("unfinished: run/result.json: unreadable")
     (place / CONFIG).unlink()
-    assert found_in(place, job).startswith("holds a run of another config; fa-bench would refuse it (holds metrics.jsonl")
+    assert found_in(place, job).startswith("holds a run of another config; fa-bench would refuse it (contains metrics.jsonl")
 
 
 def test_grid_counts_its_directories(capsys: pytest.CaptureFixture[str]) -> None:
@@ -253,4 +253,4 @@ def test_polynomials_of_degree_two_are_met() -> None:
 def test_numbers_read_well() -> None:
     assert [format_bytes(size) for size in (0, 999, 1000, 131_072, 999_999, 2.68e6, 1e9)] == [
         "0 B", "999 B", "1 kB", "131 kB", "1 MB", "2.68 MB", "1 GB"]
-    assert [count(number) for number in (0, 1797, 25_673_728, 3e9)] == ["0", "1,797", "25.7 million", "3 billion"]
+    assert [format_count(number) for number in (0, 1797, 25_673_728, 3e9)] == ["0", "1,797", "25.7 million", "3 billion"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fa_bench.runs.divergence import first_not_finite
+from fa_bench.runs.divergence import first_nonfinite_output
 
 
 def net() -> nn.Sequential:
@@ -27,8 +27,8 @@ def test_every_module_gets_its_own_mode_back(root: bool, others: dict[str, bool]
     x = torch.full((5, 4), float("nan"))
     if fails:  # a batch that the model cannot take
         with pytest.raises(RuntimeError):
-            first_not_finite(model, x[:, :3])
+            first_nonfinite_output(model, x[:, :3])
     else:
-        assert first_not_finite(model, x) == "0"
+        assert first_nonfinite_output(model, x) == "0"
     assert {path: module.training for path, module in model.named_modules()} == before
     assert not any(module._forward_hooks for module in model.modules())

@@ -25,7 +25,7 @@ from fa_bench.optim.optimizers import Optimizers
 from fa_bench.optim.sgd import SGD
 from fa_bench.runs import loop
 from fa_bench.runs.callbacks import Alignment
-from fa_bench.runs.divergence import Diverged, Divergence, first_not_finite
+from fa_bench.runs.divergence import Diverged, Divergence, first_nonfinite_output
 from fa_bench.runs.hashes import chained
 from fa_bench.runs.loop import Progress, Trainer
 from fa_bench.schedules.step import Step
@@ -230,10 +230,10 @@ def test_looking_for_the_first_infinite_output_changes_nothing() -> None:
         model.fc1.bias[0] = float("nan")
     x = torch.ones(3, 1, 2, 2)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    assert first_not_finite(model, x) == "fc1" and first_not_finite(make_model(), x) is None
+    assert first_nonfinite_output(model, x) == "fc1" and first_nonfinite_output(make_model(), x) is None
     assert model.training and model.bn.training and not model.fc1._forward_hooks
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0, equal_nan=True)
-    assert model.eval() is model and first_not_finite(model, x) == "fc1" and not model.training
+    assert model.eval() is model and first_nonfinite_output(model, x) == "fc1" and not model.training
 
 
 def test_evaluation_averages_over_images_and_not_over_batches() -> None:

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 GRID = ["-m", "dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16", "architecture.widths=[8]", "epochs=1",
         "seed=0,1"]
-FAITHFUL = "import sys; from fa_bench.utils.output import steady\nwith steady() as lost:\n    "
+FAITHFUL = "import sys; from fa_bench.utils.output import resilient_output\nwith resilient_output() as lost:\n    "
 
 
 def shell(command: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[bytes]:
@@ -69,10 +69,10 @@ def test_text_that_finds_no_room_is_said_to_be_lost(tmp_path):
 
 
 def test_streams_that_others_put_there_stay(capsys):
-    from fa_bench.utils.output import steady
+    from fa_bench.utils.output import resilient_output
 
     before = sys.stdout
-    with steady() as lost:
+    with resilient_output() as lost:
         assert sys.stdout is before and lost() == ""
 
 

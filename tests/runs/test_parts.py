@@ -335,7 +335,7 @@ def test_what_a_grid_will_take_is_estimated_from_its_first_epoch(monkeypatch: py
     for trainer.progress.epoch in (3, 4):
         display.on_epoch_end(trainer, {"val_accuracy": None, "train_loss": 1.0, "test_accuracy": 0.5})
     display.close()
-    assert said == [f"kp: {duration(10)} an epoch; {duration(60)} left, if the other runs take as long"]
+    assert said == [f"kp: {duration(10)} per epoch; about {duration(60)} remaining"]
 
 
 def test_peak_memory_is_in_bytes() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from fa_bench.command.compose import Composer
 from fa_bench.config.job import Job, RunOptions, conf_dir, register_schemas
-from fa_bench.config.labels import flat
+from fa_bench.config.labels import flatten
 from fa_bench.registry.options import as_plain, defaults
 from fa_bench.registry.registries import GROUPS
 
@@ -34,7 +34,7 @@ def composed_runs(name: str) -> list[tuple[Settings, Settings, list[int]]]:
         seeds.setdefault(rest, []).extend(int(text.removeprefix(SEED)) for text in overrides if text.startswith(SEED))
     jobs = [job for job, _ in composer.check(firsts, directories=False)]
     assert [job.run.seed for job in jobs] == [numbers[0] for numbers in seeds.values()]
-    return [(flat(job.plain()), default_settings(job), numbers) for job, numbers in zip(jobs, seeds.values(), strict=True)]
+    return [(flatten(job.plain()), default_settings(job), numbers) for job, numbers in zip(jobs, seeds.values(), strict=True)]
 
 
 def default_settings(job: Job) -> Settings:
@@ -42,7 +42,7 @@ def default_settings(job: Job) -> Settings:
     kinds = [group.kind for group in GROUPS]
     chosen = {key: getattr(job, key) for key in (*kinds, "feedback_optimizer")}
     parts = {key: part and {"name": part.name} | as_plain(type(part)()) for key, part in chosen.items()}
-    return flat(defaults(RunOptions) | parts)
+    return flatten(defaults(RunOptions) | parts)
 
 
 def identity(settings: Settings, keys: list[str]) -> str:
@@ -95,7 +95,7 @@ def test_the_usual_components() -> None:
     [(job, _)] = composer.check(composer.expand(multirun=False), directories=False)
     assert (job.algorithm.name, job.architecture.name, job.dataset.name, job.optimizer.name) == ("fa", "mlp", "digits", "sgd")
     assert job.feedback_optimizer is None
-    assert flat(job.plain()) == default_settings(job)
+    assert flatten(job.plain()) == default_settings(job)
 
 
 def test_a_choice_is_the_component_of_its_name_with_its_defaults() -> None:

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from fa_bench.cli import main
 from fa_bench.command.compose import Composer
 from fa_bench.config.job import Job, conf_dir, register_schemas
-from fa_bench.config.labels import duration, flat, plan
+from fa_bench.config.labels import duration, flatten, sweep_summary
 from fa_bench.config.scale import SCALES, scaled
 from fa_bench.errors import ConfigError
 from fa_bench.mechanisms.weighted_layers import weighted_layers
@@ -256,7 +256,7 @@ def assert_published_are_answered(name: str, composed: list[Job]) -> None:
             continue
         found = []
         for job in composed:
-            config = flat(job.plain())
+            config = flatten(job.plain())
             run = SimpleNamespace(preset=name, config=config, result={key: config[key] for key in ("algorithm", *GROUP_KEYS)})
             found += [job] if entry.answers(run) else []  # type: ignore[arg-type]
         assert found, entry
@@ -289,7 +289,8 @@ def test_every_preset_prints_its_plan_and_trains_at_smoke_scale(
 ) -> None:
     composer = Composer("config", None, [f"experiment={name}", "scale=smoke", "seed=0", f"data_dir={data_dir}", "probe_size=4"])
     composed = [job for job, _ in composer.check(composer.expand(multirun=True))]
-    assert plan(composed, Path("here")).startswith(f"{len(composed)} jobs ({len(composed)} epochs); output: here\n  algorithm: ")
+    summary = sweep_summary(composed, Path("here"))
+    assert summary.startswith(f"{len(composed)} jobs ({len(composed)} epochs); output: here\n  algorithm: ")
     assert_published_are_answered(name, composed)
     for number, job in enumerate(cover(composed)):
         result = run(small(job), Path(f"run{number}"), title=name)

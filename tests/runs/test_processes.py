@@ -17,11 +17,11 @@ import pytest
 
 from fa_bench.cli import main
 from fa_bench.runs import locks, parent
-from fa_bench.runs.locks import holder
+from fa_bench.runs.locks import lock_holder
 from fa_bench.runs.ownership import HOLDER, LOCK
 from fa_bench.utils import locks as utils_locks
 from fa_bench.utils.files import METRICS, RESULT
-from fa_bench.utils.stopping import Interrupted, raised
+from fa_bench.utils.stopping import Interrupted, interrupt_on_signals
 
 Patch = pytest.MonkeyPatch
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,7 +58,7 @@ def until(found: Callable[[], Any], seconds: float = 60) -> Any:
 def test_a_process_forked_from_the_holder_does_not_keep_the_lock() -> None:
     """As the workers of a data loader do, which outlive a killed run by seconds."""
     holding = ("import os, time; from pathlib import Path; from fa_bench.runs import locks\n"
-               "with locks.hold(Path('run')):\n"
+               "with locks.lock_directory(Path('run')):\n"
                "    if not os.fork():\n"
                "        print(os.getpid(), flush=True)\n"  # once it runs, what it inherited is closed
                "    time.sleep(60)")
@@ -66,13 +66,13 @@ def test_a_process_forked_from_the_holder_does_not_keep_the_lock() -> None:
         assert process.stdout
         child = int(process.stdout.readline())
         try:
-            assert (holder(Path("run")) or {})["pid"] == process.pid
+            assert (lock_holder(Path("run")) or {})["pid"] == process.pid
             process.kill()
             process.wait()
             os.kill(child, 0)  # it lives
-            assert holder(Path("run")) is None
-            with locks.hold(Path("run")):
-                assert (holder(Path("run")) or {})["pid"] == os.getpid()
+            assert lock_holder(Path("run")) is None
+            with locks.lock_directory(Path("run")):
+                assert (lock_holder(Path("run")) or {})["pid"] == os.getpid()
         finally:
             os.kill(child, signal.SIGKILL)
     assert not list(Path("run").iterdir())
@@ -82,19 +82,19 @@ def test_asking_who_holds_a_lock_follows_no_link() -> None:
     Path("run").mkdir()
     Path("theirs").write_text("theirs")
     Path("run", LOCK).symlink_to(Path("theirs").absolute())
-    assert holder(Path("run")) is None and Path("theirs").read_text() == "theirs"
+    assert lock_holder(Path("run")) is None and Path("theirs").read_text() == "theirs"
 
 
 def test_the_lock_is_tried_for_while_a_killed_process_ends(monkeypatch: Patch) -> None:
     holding = ("import sys; from pathlib import Path; from fa_bench.runs import locks\n"
-               "with locks.hold(Path('run')): print('held', flush=True); sys.stdin.readline()")
+               "with locks.lock_directory(Path('run')): print('held', flush=True); sys.stdin.readline()")
     with subprocess.Popen([sys.executable, "-c", holding], env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           text=True) as other:
         assert other.stdout and other.stdin and other.stdout.readline() == "held\n"
         monkeypatch.setattr(utils_locks, "PATIENCE", 60.0)
         other.stdin.write("\n")
         other.stdin.flush()
-        with locks.hold(Path("run")):
+        with locks.lock_directory(Path("run")):
             assert json.loads(Path("run", HOLDER).read_text())["pid"] == os.getpid()
 
 
@@ -103,11 +103,11 @@ def test_workers_of_a_sweep_end_when_its_process_is_killed() -> None:
                "hydra.launcher.n_jobs=2"]
     with started(*command) as process:
         places = until(lambda: found if len(found := [p.parent for p in Path("out").rglob(METRICS)]) == 2 else None, 120)
-        pids = [(holder(place) or {})["pid"] for place in places]
+        pids = [(lock_holder(place) or {})["pid"] for place in places]
         assert process.pid not in pids
         process.kill()
         process.wait()
-    until(lambda: not any(holder(place) for place in places), 20)
+    until(lambda: not any(lock_holder(place) for place in places), 20)
     for pid in pids:
         until(lambda pid=pid: not alive(pid), 20)
 
@@ -158,7 +158,7 @@ def test_only_processes_that_multiprocessing_started_are_watched(starter: str) -
     threads: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parent.threading, "Thread", lambda **options: threads.append(options))
-        parent.end_with(os.getpid() if starter == "this" else os.getppid())
+        parent.exit_with_parent(os.getpid() if starter == "this" else os.getppid())
     assert not threads
 
 
@@ -170,12 +170,12 @@ def test_a_process_whose_parent_ended_before_it_looked_ends() -> None:
 
 
 def test_a_hangup_stops_unless_it_is_ignored() -> None:
-    with pytest.raises(Interrupted) as caught, raised():
+    with pytest.raises(Interrupted) as caught, interrupt_on_signals():
         signal.raise_signal(signal.SIGHUP)
     assert caught.value.code == 129
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with raised():
+        with interrupt_on_signals():
             signal.raise_signal(signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)

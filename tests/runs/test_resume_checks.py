@@ -57,7 +57,7 @@ def test_a_run_goes_on_unless_it_is_told_to_start_anew(monkeypatch: Patch, capsy
     assert main(RUN) == 0
     said = capsys.readouterr().out
     assert "resuming after epoch 2" in said and "epoch 1/3" not in said and lines() == lines("whole")
-    assert main(RUN) == 0 and "is finished already: nothing to do" in capsys.readouterr().out
+    assert main(RUN) == 0 and "is already finished; nothing to do" in capsys.readouterr().out
     stopped([*RUN, "resume=false"], monkeypatch)
     assert "rerun the same command without resume=false to resume" in capsys.readouterr().err
     assert main([*RUN, "resume=false"]) == 0
@@ -164,10 +164,10 @@ def test_other_images_are_noticed_when_a_run_is_resumed(monkeypatch: Patch, caps
     capsys.readouterr()
     assert main([*command, "resume=true"]) == 2
     said = capsys.readouterr().err.strip()
-    assert f"{LAST}: trained on other data" in said and len(said.splitlines()) == 1
+    assert f"{LAST}: trained on different data" in said and len(said.splitlines()) == 1
     assert main(command) == 0
     said = capsys.readouterr().out
-    assert "trained on other data" in said and "restarting" in said and "epoch 1/5" in said
+    assert "trained on different data" in said and "restarting" in said and "epoch 1/5" in said
 
 
 def test_other_images_make_a_finished_sweep_train_again(capsys: Capture) -> None:
@@ -175,11 +175,11 @@ def test_other_images_make_a_finished_sweep_train_again(capsys: Capture) -> None
     sweep = ["-m", *FOLDER, "epochs=1", "seed=0,1", "output_dir=out"]
     assert main(sweep) == 0
     hashes = {json.loads(path.read_text())["data_hash"] for path in Path("out").rglob(RESULT)}
-    assert main(sweep) == 0 and capsys.readouterr().out.count("is finished already: nothing to do") == 2
+    assert main(sweep) == 0 and capsys.readouterr().out.count("is already finished; nothing to do") == 2
     images(9)
     assert main(sweep) == 0
     said = capsys.readouterr().out
-    assert said.count("was trained on other data (hash") == 2 and "is finished already" not in said
+    assert said.count("was trained on different data (hash") == 2 and "is already finished" not in said
     now = {json.loads(path.read_text())["data_hash"] for path in Path("out").rglob(RESULT)}
     assert len(now) == 1 and now != hashes
     shutil.rmtree("images")

@@ -16,7 +16,7 @@ from fa_bench.config.job import conf_dir
 from fa_bench.errors import ConfigError, RunDirectoryError
 from fa_bench.runs import checkpoint
 from fa_bench.runs.readers import RecordError, read_config
-from fa_bench.utils.yaml_files import MOST_BYTES, MOST_LEVELS, parse_yaml, read_yaml
+from fa_bench.utils.yaml_files import MAX_BYTES, MAX_DEPTH, parse_yaml, read_yaml
 
 MAKE = "touch PWNED"
 LOG = "{version: 1, root: {handlers: [x]}, handlers: {x: {%s}}}"
@@ -54,7 +54,7 @@ EVIL = {
     "plugins": ("plugins: [evil]", ["plugins=[evil]", "command line"]),
     "no_header": None,
     "bomb": ("a0: &a0 [x]\n" + "\n".join(f"a{n + 1}: &a{n + 1} [{','.join([f'*a{n}'] * 9)}]" for n in range(9)), ["aliases"]),
-    "self_alias": ("seed: &a [*a]", ["*a", "within"]),
+    "self_alias": ("seed: &a [*a]", ["*a", "contains it"]),
     "text_bomb": ("\n".join(f"k{n}: ${{k{n + 1}}}${{k{n + 1}}}" for n in range(40)) + "\nk40: x", ["longer than"]),
     "select_bomb": ("\n".join(f"k{n}: ${{oc.select:k{n + 1}}}${{.k{n + 1}}}" for n in range(40)) + "\nk40: x", ["longer than"]),
     "loop": ("a: ${b}\nb: ${a}", ["refers to itself"]),
@@ -65,7 +65,7 @@ EVIL = {
     "torn": ("seed: [1", ["torn.yaml:2", "YAML"]),
     "twice": ("seed: 1\nseed: 2", ["twice.yaml:3", "seed"]),
     "no_text": (b"seed: \xff\xfe", ["no_text.yaml", "UTF-8"]),
-    "huge": ("#" * MOST_BYTES, ["huge.yaml", "larger"]),
+    "huge": ("#" * MAX_BYTES, ["huge.yaml", "larger"]),
     "unset": ("output_dir: ${oc.env:FA_BENCH_NOT_SET}", ["output_dir", "FA_BENCH_NOT_SET"]),
     "many": ("grid: [{seed: 'range(0,1000000000)'}]", ["range(0,1000000000)", "more than"]),
     "product": ("grid: [{seed: 'range(0,1000)', epochs: 'range(1,1000)'}]", ["999000 jobs"]),
@@ -187,5 +187,5 @@ def test_everything_shipped_is_within_the_bounds() -> None:
 def test_plain_yaml_reads_as_omegaconf_reads_it() -> None:
     text = "a: &x {b: [1, 2.5, null, true, 1e-3, '5']}\nc: *x\nd: {<<: *x, e: '${a.b}'}\n" + "f: " + "[" * 38 + "]" * 38
     assert parse_yaml(text, "here") == OmegaConf.create(text)
-    with pytest.raises(ConfigError, match=f"here:1: nested deeper than {MOST_LEVELS}"):
-        parse_yaml("[" * (MOST_LEVELS + 1), "here")
+    with pytest.raises(ConfigError, match=f"here:1: nested deeper than {MAX_DEPTH}"):
+        parse_yaml("[" * (MAX_DEPTH + 1), "here")

@@ -23,7 +23,7 @@ from fa_bench.runs import checkpoint, hashes, locks, loop
 from fa_bench.runs.callbacks import StopOnSignal
 from fa_bench.runs.ownership import HOLDER, LOCK
 from fa_bench.utils.files import CONFIG, METRICS, RESULT
-from fa_bench.utils.stopping import Interrupted, raised
+from fa_bench.utils.stopping import Interrupted, interrupt_on_signals
 from tests.data.files import write_cifar
 
 Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
@@ -85,13 +85,13 @@ def test_signal_writes_a_checkpoint_within_the_epoch(
 
 
 def test_error_behind_a_signal_is_an_interrupt() -> None:
-    with pytest.raises(Interrupted) as caught, raised():
+    with pytest.raises(Interrupted) as caught, interrupt_on_signals():
         try:
             signal.raise_signal(signal.SIGTERM)
         except BaseException:  # as of an import that is left half way
             raise AttributeError("half a module") from None
     assert caught.value.code == 143
-    with pytest.raises(AttributeError), raised():
+    with pytest.raises(AttributeError), interrupt_on_signals():
         raise AttributeError("an error of its own")
 
 
@@ -159,7 +159,8 @@ def test_torn_checkpoint_is_named_and_the_previous_one_used(capsys: Capture) -> 
     assert torch.load(LAST, weights_only=True)  # torch does not notice
     assert main([*RUN, "resume=true"]) == 0
     said = capsys.readouterr().out
-    assert re.search(rf"{LAST}: torn checkpoint .*; resuming from \S+{PREVIOUS}", said) and "resuming after epoch 2" in said
+    assert re.search(rf"{LAST}: corrupt checkpoint: checksum mismatch in .*; resuming from \S+{PREVIOUS}", said)
+    assert "resuming after epoch 2" in said
     assert recorded("run") == whole
     for path in (LAST, PREVIOUS):
         Path(path).write_bytes(Path(path).read_bytes()[:-500])
@@ -207,17 +208,18 @@ def test_full_disk_leaves_the_last_checkpoint(moment: str, monkeypatch: Patch, c
 
 
 def test_only_one_process_writes_a_directory(capsys: Capture) -> None:
-    holding = ("import sys, time; from pathlib import Path; from fa_bench.runs.rundir import RunDirectory\n"
-               "with RunDirectory(Path('run'), None).hold(): print('held', flush=True); time.sleep(60)")
+    holding = ("import sys, time; from pathlib import Path; from fa_bench.runs.locks import lock_directory\n"
+               "with lock_directory(Path('run')): print('held', flush=True); time.sleep(60)")
     with subprocess.Popen([sys.executable, "-c", holding], cwd=Path.cwd(), env={**os.environ, "PYTHONPATH": str(ROOT)},
                           stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout and other.stdout.readline() == "held\n"
         assert main(RUN) == 2
         said = capsys.readouterr().err
-        assert re.search(rf"run: process {other.pid} on \S+ \(since .*\) writes here", said) and len(said.splitlines()) == 1
+        assert re.search(rf"run: directory is locked by process {other.pid} on \S+ \(since .*\); ", said)
+        assert len(said.splitlines()) == 1
         assert sorted(path.name for path in Path("run").iterdir()) == [HOLDER, LOCK]
         other.kill()
-    assert main(RUN) == 0 and locks.holder(Path("run")) is None  # a killed process holds nothing
+    assert main(RUN) == 0 and locks.lock_holder(Path("run")) is None  # a killed process holds nothing
     assert not (Path("run") / LOCK).exists()
 
 
@@ -244,10 +246,10 @@ def test_sweep_started_again_runs_what_is_unfinished(monkeypatch: Patch, capsys:
     assert "rerun the same command to resume" in capsys.readouterr().err
     assert main(SWEEP) == 0
     said = capsys.readouterr().out
-    assert "of these: 1 finished, 1 unfinished" in said and "[1/4] kp seed 0 is finished already" in said
+    assert "of these: 1 finished, 1 unfinished" in said and "[1/4] kp seed 0 is already finished" in said
     assert "[1/4] kp seed 0 epoch" not in said and "[2/4] kp seed 1 epoch 1/3" not in said and "[2/4] kp seed 1 epoch 2/3" in said
     assert results("out") == results("whole")
-    assert main(SWEEP) == 0 and capsys.readouterr().out.count("is finished already") == 4
+    assert main(SWEEP) == 0 and capsys.readouterr().out.count("is already finished") == 4
 
 
 def test_sweep_runs_anew_what_other_code_made(monkeypatch: Patch, capsys: Capture) -> None:
@@ -258,7 +260,7 @@ def test_sweep_runs_anew_what_other_code_made(monkeypatch: Patch, capsys: Captur
         patch.setattr(hashes, "_package_hash", lambda: "other code")
         assert main(sweep) == 0
     said = capsys.readouterr().out
-    assert "of these: 2 stale" in said and "epoch 1/3" in said
+    assert "of these: 2 from a different version" in said and "epoch 1/3" in said
     assert said.count("was produced by a different version of the code: restarting") == 2
     for name, (result, lines) in results("outputs").items():
         assert lines == first[name][1] and result["code_hash"] != first[name][0]["code_hash"]
@@ -331,7 +333,7 @@ def test_operation_without_a_deterministic_form_is_named(monkeypatch: Patch, cap
     at_step(1, lambda: torch.ones(3).put_(torch.tensor([0]), torch.ones(1)), monkeypatch)
     assert main([*RUN, "deterministic=true"]) == 2
     said = capsys.readouterr().err
-    assert "deterministic=true: the operation put_ has no deterministic form" in said and "deterministic=false" in said
+    assert "deterministic=true: put_ has no deterministic implementation" in said and "deterministic=false" in said
     assert len(said.splitlines()) == 1
 
 

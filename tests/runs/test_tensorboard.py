@@ -28,7 +28,7 @@ from fa_bench.command.compose import Composer
 from fa_bench.config.job import Job, register_schemas
 from fa_bench.loggers.events import writer as events
 from fa_bench.loggers.events.files import NEW_EVENTS, record_events, recorded_events
-from fa_bench.loggers.events.writer import HYPERPARAMETERS, Events
+from fa_bench.loggers.events.writer import HYPERPARAMETERS, EventFile
 from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.runs import checkpoint, loop
 from fa_bench.utils.files import METRICS
@@ -96,7 +96,7 @@ def charts(folder: Path | str) -> dict[str, list[str]]:
     return {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
 
 
-def put(recorded: Events, *at: int) -> None:
+def put(recorded: EventFile, *at: int) -> None:
     for step in at:
         recorded.scalars({"loss/train": 1 / (step + 1), "weight_angle/fc1": 90.0 - step}, step)
 
@@ -167,7 +167,7 @@ def test_curves_of_a_run_stopped_twice_are_those_of_one_never_stopped(monkeypatc
 
 def test_a_kill_at_any_moment_of_rewriting_loses_nothing(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call that touches a file, one after the other, is the last one before the kill."""
-    first = Events(tmp_path, job, 0)
+    first = EventFile(tmp_path, job, 0)
     put(first, *range(9))
     (tmp_path / NEW_EVENTS).write_bytes(b"left by another process")
     kept = {tag: points[:7] for tag, points in curves(first.path).items()}
@@ -188,8 +188,8 @@ def test_a_kill_at_any_moment_of_rewriting_loses_nothing(job: Job, tmp_path: Pat
             with monkeypatch.context() as patch:
                 patch.setattr(events.os, name, killing(getattr(os, name), after))
                 with pytest.raises(Killed):
-                    Events(tmp_path, job, 6)
-            Events(tmp_path, job, 6).close()
+                    EventFile(tmp_path, job, 6)
+            EventFile(tmp_path, job, 6).close()
             assert curves(tmp_path) == kept, (name, after)
             assert [event.wall_time for event in read(tmp_path) if event.summary.value and event.step > 0] == walls
             assert len(event_files(tmp_path)) == 1
@@ -198,21 +198,21 @@ def test_a_kill_at_any_moment_of_rewriting_loses_nothing(job: Job, tmp_path: Pat
 
 def test_starts_in_old_files_are_taken_as_readers_take_them(job: Job, tmp_path: Path) -> None:
     """SummaryWriter resumes with a start that makes them forget the steps behind it."""
-    first = Events(tmp_path, job, 0)
+    first = EventFile(tmp_path, job, 0)
     put(first, *range(9))
     first.close()
     with another_file(tmp_path, purge_step=4) as writer:
         writer.add_scalar("loss/train", 0.25, 5)
-    Events(tmp_path, job, 7).close()
+    EventFile(tmp_path, job, 7).close()
     assert curves(tmp_path) == {"loss/train": [(step, pytest.approx(1 / (step + 1))) for step in range(4)] + [(5, 0.25)],
                                 "weight_angle/fc1": [(step, 90 - step) for step in range(4)]}
 
 
 def test_steps_that_are_run_again_are_recorded_once(job: Job, tmp_path: Path) -> None:
-    first = Events(tmp_path, job, 0)
+    first = EventFile(tmp_path, job, 0)
     put(first, 0, 2, 4)
     first.close()
-    again = Events(tmp_path, job, 4)
+    again = EventFile(tmp_path, job, 4)
     put(again, 4, 6)
     again.close()
     assert steps(tmp_path, "loss/train") == steps(tmp_path, "weight_angle/fc1") == [0, 2, 4, 6]
@@ -227,14 +227,14 @@ def test_watching_tensorboard_shows_no_point_twice(accumulator: Any, job: Job, t
         watching.Reload()
         return [point.step for point in (watching.Scalars if accumulator is EventAccumulator else watching.Tensors)("loss/train")]
 
-    first = Events(tmp_path, job, 0)
+    first = EventFile(tmp_path, job, 0)
     put(first, *range(8))
     assert shown() == list(range(8))  # without flush: what is recorded can be seen
-    second = Events(tmp_path, job, 4)
+    second = EventFile(tmp_path, job, 4)
     assert shown() == [0, 1, 2, 3, 4]
     put(second, 5, 6, 9)
     assert shown() == [0, 1, 2, 3, 4, 5, 6, 9]
-    third = Events(tmp_path, job, 6)
+    third = EventFile(tmp_path, job, 6)
     put(third, 7)
     assert shown() == [0, 1, 2, 3, 4, 5, 6, 7]
     third.finish("finished", FINAL, 7)
@@ -246,9 +246,9 @@ def test_watching_tensorboard_shows_no_point_twice(accumulator: Any, job: Job, t
 def test_emptied_files_go_once_tensorboard_had_time_to_leave_them(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Events(tmp_path, job, 0).close()
+    EventFile(tmp_path, job, 0).close()
     monkeypatch.setattr(events, "_PATIENCE", 0.0)
-    recorded = Events(tmp_path, job, 1)
+    recorded = EventFile(tmp_path, job, 1)
     assert len(event_files(tmp_path)) == 2
     recorded.flush()
     assert event_files(tmp_path) == [recorded.path]
@@ -259,7 +259,7 @@ def test_names_follow_one_another_whatever_the_clock_says(job: Job, tmp_path: Pa
     names = []
     for now in (2_000_000_000.0, 2_000_000_000.0, 1_000_000_000.0):
         monkeypatch.setattr(events.time, "time", lambda now=now: now)
-        recorded = Events(tmp_path, job, 1)
+        recorded = EventFile(tmp_path, job, 1)
         names.append(recorded.path.name)
         recorded.close()
     assert names == sorted(names) and len(set(names)) == 3
@@ -307,7 +307,7 @@ def test_all_rules_share_one_table(job: Job, tmp_path: Path) -> None:
     experiments, types = set(), set()
     for each in (dataclasses.replace(job, algorithm=rule()) for _, rule in ALGORITHMS.items()):
         (tmp_path / each.algorithm.name).mkdir()
-        recorded = Events(tmp_path / each.algorithm.name, each, 0)
+        recorded = EventFile(tmp_path / each.algorithm.name, each, 0)
         (start,) = contents(recorded.path.parent, metadata.SESSION_START_INFO_TAG)  # while it runs
         (experiment,) = contents(recorded.path.parent, metadata.EXPERIMENT_TAG)
         recorded.close()
@@ -325,7 +325,7 @@ def test_all_rules_share_one_table(job: Job, tmp_path: Path) -> None:
     ("interrupted", []),
 ])
 def test_end_of_a_run(status: str, shown: list[int], job: Job, tmp_path: Path) -> None:
-    recorded = Events(tmp_path, job, 0)
+    recorded = EventFile(tmp_path, job, 0)
     put(recorded, 1)
     recorded.finish(status, FINAL, 1)
 
@@ -336,7 +336,7 @@ def test_end_of_a_run(status: str, shown: list[int], job: Job, tmp_path: Path) -
     final = {"final/test_accuracy": [(1, 0.5)], "final/seconds": [(1, 1.0)]} if status == "finished" else {}
     assert ends() == shown
     assert {tag: points for tag, points in curves(tmp_path).items() if tag.startswith("final/")} == final
-    again = Events(tmp_path, job, 1)
+    again = EventFile(tmp_path, job, 1)
     assert ends() == [] and set(curves(tmp_path)) == {"loss/train", "weight_angle/fc1"}
     again.finish("finished", FINAL, 1)
     assert ends() == [api_pb2.STATUS_SUCCESS] and len(contents(tmp_path, metadata.SESSION_START_INFO_TAG)) == 1
@@ -365,7 +365,7 @@ def test_histograms_come_on_request_and_change_no_number(rule: str) -> None:
 
 
 def test_histograms_of_odd_tensors(job: Job, tmp_path: Path) -> None:
-    recorded = Events(tmp_path, job, 0)
+    recorded = EventFile(tmp_path, job, 0)
     recorded.histograms({"weight/some": torch.tensor([1.0, math.nan, math.inf, 2.0]), "weight/none": torch.tensor([math.nan]),
                          "weight/zeros": torch.zeros(3), "feedback/mask": torch.tensor([True, False]),
                          "weight/half": torch.ones(2, dtype=torch.bfloat16)}, 3)

@@ -64,12 +64,12 @@ def test_every_schedule_is_tried_here() -> None:
 
 @pytest.mark.parametrize(("values", "said"), [
     ({"name": "cosin"}, "name=cosin is not one of constant, cosine"),
-    ({"name": "step"}, "step_size: is needed"),
-    ({"name": "multistep"}, "milestones: are needed"),
+    ({"name": "step"}, "step_size: is required"),
+    ({"name": "multistep"}, "milestones: are required"),
     ({"name": "cosine", "step_size": 3}, "step_size: is not an option of schedule.name=cosine, but of step"),
     ({"milestones": [3]}, "milestones: is not an option of schedule.name=constant, but of multistep"),
     ({"name": "step", "step_sise": 3}, "step_sise: unknown option of a schedule; did you mean 'step_size'?"),
-    ({"name": "one_cycle", "warmup": 2}, "warmup=2: one_cycle has a rise of its own"),
+    ({"name": "one_cycle", "warmup": 2}, "warmup=2: one_cycle has its own warm-up"),
 ])
 def test_faults_are_named(values: dict, said: str) -> None:
     with pytest.raises(OptionError) as refused:

@@ -1,1 +1,1 @@
-"""TensorBoard event files: the writer, and the record of the files that a run has made."""
+"""TensorBoard event files: the writer, and the record of a run's files."""

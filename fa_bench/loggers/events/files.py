@@ -1,4 +1,4 @@
-"""The record of the event files that a run has made, by which it knows them."""
+"""The record of a run's event files, by which the run recognises them."""
 
 from __future__ import annotations
 
@@ -9,26 +9,22 @@ from pathlib import Path
 
 from fa_bench.utils.files import write_text
 
-#: The names of the event files that the run has made: TensorBoard wants them to have names of their own.
+#: The record: TensorBoard requires a unique name for every event file.
 EVENTS = ".events.json"
-#: An event file that is being written; a watching TensorBoard lists every name with "tfevents" in it.
+#: An event file that is being written; its name lacks "tfevents", by which TensorBoard finds files.
 NEW_EVENTS = ".events.tmp"
 EVENT_NAME = re.compile(r"events\.out\.tfevents\.\d{10,}\.[^/\\]+\.\d+\.0")
 
 
 def recorded_events(directory: Path) -> list[str]:
-    """The names of the event files that the run in `directory` recorded as its own, in the order in which it made them."""
+    """The recorded names of the event files of the run in `directory`, oldest first."""
     try:
-        found = json.loads((directory / EVENTS).read_bytes())
+        names = json.loads((directory / EVENTS).read_bytes())
     except (OSError, ValueError):
         return []
-    return [name for name in found if isinstance(name, str) and EVENT_NAME.fullmatch(name)] if isinstance(found, list) else []
+    return [name for name in names if isinstance(name, str) and EVENT_NAME.fullmatch(name)] if isinstance(names, list) else []
 
 
 def record_events(directory: Path, files: Iterable[str]) -> None:
-    """Record the names of a run's event files; to be called before they are made.
-
-    Raises:
-        OutputError: where that cannot be written.
-    """
+    """Record the names of a run's event files, before the files are created; raises OutputError if that fails."""
     write_text(directory / EVENTS, json.dumps(list(files)) + "\n")
