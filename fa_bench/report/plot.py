@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, MultipleLocator
+from matplotlib.ticker import MaxNLocator
 
 from fa_bench.errors import truncate
 from fa_bench.report.groups import Groups, finished_by_seed, group_labels, status_counts
@@ -144,7 +144,7 @@ def _draw(axes: Axes, panel: Panel, groups: Groups) -> None:
     if panel.angle:
         axes.axhline(90, color="0.6", linewidth=1, linestyle=(0, (1, 3)))
         axes.set_ylim(-3, max(95, 5 + max(point[1] for points in series.values() for point in points)))
-        axes.yaxis.set_major_locator(MultipleLocator(30))
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 1.5, 3, 4.5, 6, 10]))  # ticks at 30 or 45 degrees
 
 
 def _legend_entries(groups: Groups) -> list[str]:

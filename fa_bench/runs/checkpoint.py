@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import re
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,6 +17,7 @@ from fa_bench.callbacks.base import Callback
 from fa_bench.errors import RunDirectoryError, describe_error
 from fa_bench.mechanisms.rule import Rule
 from fa_bench.optim.optimizers import Optimizers
+from fa_bench.runs.hashes import DIGITS
 from fa_bench.runs.loop import Progress
 from fa_bench.utils.files import atomic, temporary_name
 from fa_bench.utils.process import random_state, restore_random_state
@@ -134,7 +136,16 @@ def _progress(saved: dict[str, Any], expected: Expected) -> Progress:
     def is_sum(value: Any) -> bool:
         return (isinstance(value, torch.Tensor) and not value.dim()) or (value is None and not progress.batch)
 
-    checks: dict[str, Callable[[Any], bool]] = {
+    def is_angles(value: Any) -> bool:
+        return isinstance(value, dict) and all(
+            isinstance(layers, dict) and all(type(angle) is float for angle in layers.values()) for layers in value.values())
+
+    def is_divergence(value: Any) -> bool:
+        kinds = {"epoch": int, "step": int, "layer": (str, type(None)), "message": str}
+        return isinstance(value, dict) and value.keys() == kinds.keys() and all(
+            isinstance(value[key], kind) for key, kind in kinds.items())
+
+    checks: dict[str, Callable[[Any], Any]] = {
         "epoch": lambda value: is_count(value, expected.epochs),
         "batch": lambda value: is_count(value, expected.steps if progress.epoch < expected.epochs else 0),
         "step": lambda value: is_count(value) and value == progress.epoch * expected.steps + progress.batch,
@@ -142,10 +153,9 @@ def _progress(saved: dict[str, Any], expected: Expected) -> Progress:
         "probed": lambda value: value is None or is_count(value, progress.step),
         "best_epoch": lambda value: value is None or is_count(value, progress.epoch),
         "seconds": is_number, **dict.fromkeys(("best_val", "test_at_best"), lambda value: value is None or is_number(value, 1)),
-        "loss_sum": is_sum, "hits": is_sum, "angles": lambda value: value is None or isinstance(value, dict),
-        "diverged": lambda value: value is None or (
-            isinstance(value, dict) and {"epoch", "step", "layer", "message"} <= value.keys()),
-        "batches_hash": lambda value: isinstance(value, str),
+        "loss_sum": is_sum, "hits": is_sum, "angles": lambda value: value is None or is_angles(value),
+        "diverged": lambda value: value is None or is_divergence(value),
+        "batches_hash": lambda value: isinstance(value, str) and re.fullmatch(rf"(?:[0-9a-f]{{{DIGITS}}})?", value),
     }
     for name, is_valid in checks.items():
         if not is_valid(value := getattr(progress, name)):

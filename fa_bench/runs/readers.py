@@ -22,6 +22,8 @@ HEADER, CODE_HEADER = "# config hash: ", "# code hash: "
 STATUSES = ("finished", "diverged", "failed", "interrupted")
 #: Limits on the nesting depth, the bytes of a file, and the characters of a value in a message.
 MAX_DEPTH, MAX_BYTES, MAX_VALUE = 20, 2**30, 60
+#: The largest finite number of a record: no run measures larger ones, and the statistics and axes of a report would overflow.
+MAX_NUMBER = 1e100
 
 Check = Callable[[str, Any], None]
 
@@ -105,7 +107,7 @@ def _is_int(value: Any, minimum: int = -(2**63)) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, float) or _is_int(value)
+    return (isinstance(value, float) and not MAX_NUMBER < abs(value) < math.inf) or _is_int(value)
 
 
 def _is_fraction(value: Any) -> bool:
@@ -121,8 +123,8 @@ _A_LIST = _value("a list", lambda value: isinstance(value, list))
 _A_MAPPING = _value("a mapping", lambda value: isinstance(value, dict))
 _TEXT = _value("text", lambda value: isinstance(value, str))
 _NAME = _value("text, not empty", lambda value: isinstance(value, str) and value.strip() != "")
-_NUMBER = _nullable(_value("a number, or null", _is_number))
-_TIME = _nullable(_value("a number >= 0, or null", lambda value: _is_number(value) and not value < 0))
+_NUMBER = _nullable(_value(f"a number of at most {MAX_NUMBER:g}, or null", _is_number))
+_TIME = _nullable(_value(f"a number from 0 to {MAX_NUMBER:g}, or null", lambda value: _is_number(value) and not value < 0))
 _FRACTION = _nullable(_value("a number from 0 to 1, or null", _is_fraction))
 _SEED = _value("a whole number", _is_int)
 _COUNT = _nullable(_value("a whole number >= 0, or null", lambda value: _is_int(value, 0)))
@@ -278,9 +280,10 @@ def inconsistency(result: Mapping[str, Any], metrics: list[dict[str, Any]]) -> s
     A result without its number of epochs is not compared.
     """
     epochs = result.get("epoch")
-    if result["status"] != "finished" or not epochs or len(metrics) == epochs:
+    if result["status"] != "finished" or not epochs or [record["epoch"] for record in metrics] == list(range(1, epochs + 1)):
         return ""
-    return f"has records of {len(metrics)} epochs, but {RESULT} says that the run finished {epochs}"
+    last = f", the last of epoch {metrics[-1]['epoch']}" if metrics and metrics[-1]["epoch"] != len(metrics) else ""
+    return f"has records of {len(metrics)} epochs{last}, but {RESULT} says that the run finished {epochs}"
 
 
 def _read(path: Path) -> bytes | None:

@@ -14,7 +14,7 @@ from fa_bench.config.scale import scaled
 from fa_bench.errors import RunDirectoryError
 from fa_bench.runs.hashes import code_hash
 from fa_bench.runs.ownership import CHECKPOINTS, LAST, PREVIOUS, refuse_foreign_files, removable_files
-from fa_bench.runs.readers import CODE_HEADER, HEADER, RecordError, read_result, recorded_lines
+from fa_bench.runs.readers import CODE_HEADER, HEADER, RecordError, inconsistency, read_metrics, read_result, recorded_lines
 from fa_bench.utils.files import CONFIG, METRICS, RESULT, output_errors, write_text
 from fa_bench.utils.yaml_files import parse_yaml
 
@@ -63,6 +63,8 @@ class RunDirectory:
             if result is None or result.get("config_hash") != self.job.config_hash:
                 return False
             recorded_lines(self.path / METRICS, result.get("epoch") or 0)
+            if inconsistency(result, read_metrics(self.path / METRICS)):
+                return False
         except RecordError:
             return False
         if result["status"] == "diverged":

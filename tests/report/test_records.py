@@ -52,9 +52,9 @@ DAMAGED = {
         r"status='finsihed' \(allowed: finished, diverged, failed, interrupted\); did you mean 'finished'\?"),
     "a seed": (keys(seed="0"), r"seed='0' \(allowed: a whole number\)"),
     "a label": (keys(label=["a"]), r"label=\['a'\] \(allowed: text, not empty\)"),
-    "seconds": (keys(seconds=-1), r"seconds=-1 \(allowed: a number >= 0, or null\)"),
+    "seconds": (keys(seconds=-1), r"seconds=-1 \(allowed: a number from 0 to 1e\+100, or null\)"),
     "angles": (keys(angles={"weight_angle": {"fc1": "steep"}}),
-        r"angles\.weight_angle\.fc1='steep' \(allowed: a number, or null\)"),
+        r"angles\.weight_angle\.fc1='steep' \(allowed: a number of at most 1e\+100, or null\)"),
     "no number a float holds": (keys(angles={"weight_angle": {"fc1": 10**400}}), r"angles\.weight_angle\.fc1=1000"),
     "layers": (keys(feedback_layers=["fc1", 2]), r"feedback_layers\[1\]=2 \(allowed: text\)"),
     "an error": (keys(status="diverged", error={"epoch": "third"}),
@@ -66,6 +66,14 @@ DAMAGED = {
     "a list": (text("result.json", "[]"), r"result\.json: \[\] \(allowed: a mapping\)"),
     "epochs that are not there": (keys(epoch=7),
         r"metrics\.jsonl: has records of 2 epochs, but result\.json says that the run finished 7"),
+    "another epoch than the last": (
+        lambda run: (keys(epoch=2)(run), lines(epoch_record(1, 0.5, None), epoch_record(10**18, 0.5, None))(run)),
+        r"records of 2 epochs, the last of epoch 10+, but result\.json says that the run finished 2"),
+    "a loss beyond all scales": (lines({**epoch_record(1, 0.5, None), "test_loss": 1e308}, epoch_record(2, 0.5, None)),
+        r"line 1: test_loss=1e\+308 \(allowed: a number of at most 1e\+100, or null\)"),
+    "an angle beyond all scales": (lines(
+        epoch_record(1, 0.5, None), {**epoch_record(2, 0.5, None), "angles": {"weight_angle": {"fc1": -1e308}}}),
+        r"line 2: angles\.weight_angle\.fc1=-1e\+308"),
     "no record": (lines([1], epoch_record(2, 0.5, None)), r"metrics\.jsonl: line 1 is not an epoch's record"),
     "an epoch": (lines({"epoch": "1"}), r"metrics\.jsonl: line 1: epoch='1' \(allowed: a whole number >= 1\)"),
     "a record's angles": (lines({"epoch": 1, "angles": {"weight_angle": [3]}}),
@@ -170,6 +178,17 @@ def test_a_figure_takes_any_name(tmp_path, sign):
         (run / "config.yaml").write_text(json.dumps(config))
     assert main([str(tmp_path)]) == 0
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("number", [1e100, -1e100, 1e-300, float("inf")])
+def test_a_figure_takes_every_number_that_is_allowed(tmp_path, number):
+    write_group(tmp_path, "fa", [0.9, 0.8])
+    write_group(tmp_path, "bp", [0.9])
+    lines({**epoch_record(1, 0.5, None), "test_loss": number, "train_loss": number, "val_loss": number},
+          {**epoch_record(2, 0.5, None), "angles": {"weight_angle": {"fc1": number}, "norm_ratio": {"fc1": number}}})(
+        tmp_path / "fa-1")
+    keys(angles={"weight_angle": {"fc1": number}, "norm_ratio": {"fc1": number}})(tmp_path / "fa-1")
+    assert main([str(tmp_path)]) == 0
 
 
 def test_titles_that_differ_in_marks_alone_have_figures_of_their_own_with_figure(tmp_path, monkeypatch):

@@ -107,6 +107,16 @@ def test_a_finished_run_without_its_metrics_is_trained_again(capsys: Capture) ->
     assert main(RUN) == 0 and lines() == whole and f"{METRICS}: missing" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("extra", [4, 10**18])
+def test_a_finished_run_with_more_records_than_epochs_is_trained_again(extra: int, capsys: Capture) -> None:
+    assert main(RUN) == 0
+    original = lines()
+    path = Path("run", METRICS)
+    path.write_text(path.read_text() + json.dumps({**original[-1], "epoch": extra}) + "\n")
+    assert main(RUN) == 0 and lines() == original
+    assert main(RUN) == 0 and "damaged" not in capsys.readouterr().out
+
+
 def test_text_in_the_place_of_a_results_number_is_mended() -> None:
     assert main(RUN) == 0
     path = Path("run", RESULT)
@@ -116,8 +126,9 @@ def test_text_in_the_place_of_a_results_number_is_mended() -> None:
 
 FORGED = {"epoch": [-1, 4, 1.5, "2", True], "batch": [-1, 99, None], "step": [7, -8, None], "samples": ["x"],
           "seconds": [None, -1.0], "best_epoch": [3, 0.5], "best_val": [7.0, float("nan"), "x"], "loss_sum": [1.0],
-          "angles": [3], "batches_hash": [None],
-          "diverged": [{}, 3], "probed": [1000], "more": [1]}
+          "angles": [3, {"weight_angle": 1}, {"weight_angle": {"fc1": "x"}}], "batches_hash": [None, "zz"],
+          "diverged": [{}, 3, *({"epoch": 1, "step": 2, "layer": None, "message": "m"} | forged
+                                for forged in ({"layer": 3}, {"message": 4}, {"epoch": "1"}))], "probed": [1000], "more": [1]}
 
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in FORGED.items() for value in values])
