@@ -57,7 +57,7 @@ def test_an_experiment_whose_rules_have_options_runs_in_one_pool(
     assert sorted((rule["name"], rule.get("density", 1.0)) for rule in found) == [
         ("bp", 1.0), ("dfa", 0.75), ("dfa", 1.0), ("fa", 0.5), ("usf", 0.25)]
     out = capfd.readouterr().out
-    assert all(f"[{number}/5]" in out for number in range(1, 6)) and "left, if the other runs take as long" in out
+    assert all(f"[{number}/5]" in out for number in range(1, 6)) and " remaining" in out
     assert not [name for name in os.environ if name.startswith(("FA_BENCH", "HYDRA"))]
 
 

@@ -136,9 +136,9 @@ def test_specs() -> None:
     ("resnet19", r"architecture=resnet19: no such architecture; did you mean 'resnet1?8'"),
     ("resnet18:widht=3", r"resnet18\.widht: unknown option .* did you mean 'width'"),
     ("resnet18:width=0", r"resnet18\.width=0 is out of range"),
-    ("resnet18:width", r"resnet18:width: 'width' is no OPTION=VALUE"),
+    ("resnet18:width", r"resnet18:width: 'width' is not OPTION=VALUE"),
     ("resnet18:blocks=[1", r"resnet18:blocks=\[1: the options cannot be read"),
-    ("shortcuts=false", r"shortcuts=false: no NAME:OPTION=VALUE.*quotes"),
+    ("shortcuts=false", r"shortcuts=false: write NAME:OPTION=VALUE.*quote"),
 ])
 def test_bad_specs_are_answered_in_one_line(spec: str, said: str) -> None:
     with pytest.raises(FaBenchError, match=said) as caught:

@@ -276,10 +276,10 @@ def test_frozen_weights_are_not_trained() -> None:
 
 
 @pytest.mark.parametrize(("make", "says"), [
-    (lambda: SGD(nesterov=True, momentum=0.0), r"nesterov=true needs momentum above 0"),
+    (lambda: SGD(nesterov=True, momentum=0.0), r"nesterov=true requires momentum above 0"),
     (lambda: SGD(lr=0.1, schedule=Cosine(min_lr=0.2)), r"schedule\.min_lr=0\.2 is above lr=0\.1"),
-    (lambda: Step(), r"step_size: is needed with schedule\.name=step"),
-    (lambda: MultiStep(), r"milestones: are needed with schedule\.name=multistep"),
+    (lambda: Step(), r"step_size: is required for schedule\.name=step"),
+    (lambda: MultiStep(), r"milestones: are required for schedule\.name=multistep"),
     (lambda: Schedule.from_mapping({"name": "step", "step_size": 1, "milestones": [1]}), r"milestones: is not an option of"),
     (lambda: Schedule.from_mapping({"name": "cosine", "step_size": 1}), r"step_size: is not an option of"),
 ])

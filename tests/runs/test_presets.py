@@ -75,7 +75,7 @@ def test_grid_runs_all_parts_numbered_through_and_says_what_it_runs(folder: Path
     assert "4 jobs (8 epochs); output: outputs/mine\n  algorithm: bp, kp, fa\n" in out
     assert "  algorithm.density: 1.0, 0.5\n" in out and "  epochs: 2\n" in out and "scale" not in out
     assert [out.count(f"[{number}/4]") > 0 for number in range(1, 6)] == [True] * 4 + [False]
-    assert "[1/4] bp seed 0: " in out and "left, if the other runs take as long" in out
+    assert "[1/4] bp seed 0: " in out and " remaining" in out
     assert len(list(Path("outputs/mine").glob("*/seed0/result.json"))) == 4
 
 

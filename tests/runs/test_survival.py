@@ -261,7 +261,7 @@ def test_sweep_runs_anew_what_other_code_made(monkeypatch: Patch, capsys: Captur
         assert main(sweep) == 0
     said = capsys.readouterr().out
     assert "of these: 2 from a different version" in said and "epoch 1/3" in said
-    assert said.count("was produced by a different version of the code: restarting") == 2
+    assert said.count("was produced by a different version of the code; restarting") == 2
     for name, (result, lines) in results("outputs").items():
         assert lines == first[name][1] and result["code_hash"] != first[name][0]["code_hash"]
     run = next(Path("outputs").rglob(RESULT)).parent
