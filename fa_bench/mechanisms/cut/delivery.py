@@ -12,6 +12,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import CoverageError, names
+from fa_bench.mechanisms.graph import nodes_from
 from fa_bench.mechanisms.loss_scale import is_unscaled, measured_scale
 from fa_bench.utils.lazy import torch
 
@@ -154,14 +155,4 @@ class Delivery:
 
 def _depends_on(result: Tensor, logits: Tensor | None) -> bool:
     """Whether one output of a model was computed from another; True if the other is unknown."""
-    if logits is None:
-        return True
-    visited, stack = set(), [result.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is logits.grad_fn:
-            return True
-        if node is not None and node not in visited:
-            visited.add(node)
-            stack.extend(following for following, _ in node.next_functions)
-    return False
+    return logits is None or result.grad_fn is logits.grad_fn or logits.grad_fn in nodes_from([result.grad_fn])

@@ -26,7 +26,7 @@ from fa_bench.mechanisms.weighted_layers import WEIGHTED, Mode
 
 
 class FeedbackLayer(nn.Module):
-    """Mixin before a plain layer class whose forward pass puts the layer's feedback into the autograd graph.
+    """Mixin for a plain layer class; its forward pass puts the layer's feedback into the autograd graph.
 
     Attributes:
         pathway: computes the effective feedback of this layer from its feedback tensors.
@@ -61,7 +61,7 @@ class FeedbackLayer(nn.Module):
         pathway = self.pathway
         if self.training and not mode.freeze_random:
             pathway.before_forward(self)
-        # Nothing asks for the error at the input of the first layer, so that feedback makes no difference there.
+        # No error is needed at the input of the first layer, so its feedback has no effect.
         if not (x.requires_grad or pathway.always_needed):
             return super().forward(x, *args, **kwargs)
         context = pathway.context(self, x)
@@ -171,7 +171,7 @@ def _convolve(
     x: Tensor, geometry: Geometry, weight: Tensor, bias: Tensor | None, context: BackwardContext,
     prepare: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """A convolution of a prepared input; `prepare` does the same to an activation that replaces the input in a gradient."""
+    """A convolution of a prepared input; `prepare` prepares an activation that replaces the input in a gradient likewise."""
     if context.activation is not None or context.gradients:
         context = _prepared(context, prepare)
     learned = (gradient.learned.tensor for gradient in context.gradients)
@@ -233,7 +233,7 @@ def swap_out(module: nn.Module) -> None:
     if "plain_class" in vars(cls):
         module.__class__ = cls.plain_class  # type: ignore[attr-defined]
     else:
-        # A parametrization has derived a class from the feedback class: derive the same one from the plain class.
+        # A parametrization has derived a class from the feedback class: derive the same class from the plain one.
         plain = cls.__bases__[0].plain_class
         body = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
         module.__class__ = type(f"Parametrized{plain.__name__}", (plain,), body)

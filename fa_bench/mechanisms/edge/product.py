@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def multiplied_out(first: Tensor, second: Tensor, groups: int, transposed: bool) -> Tensor:
+def effective_product(first: Tensor, second: Tensor, groups: int, transposed: bool) -> Tensor:
     """B R, in the weight's layout."""
     return _mix(first.view(groups, len(first) // groups, -1), second, transposed)
 
