@@ -76,7 +76,7 @@ class StepMemory(NamedTuple):
     Attributes:
         inputs: layers whose input is kept for the backward pass, one for each activation.
         feedback: layers whose feedback tensor carries an error.
-        learned: those of them whose feedback is learned.
+        learned: those with learned feedback.
     """
 
     inputs: list[str]
@@ -247,8 +247,8 @@ def replaced(value: Any, old: Tensor, new: Tensor) -> Any:
 
 
 def named_results(result: Any, name: str = "") -> dict[str, Tensor]:
-    """The outputs of a model from which a loss can be computed, by name: those that depend on a parameter, or else all floating
-    ones.
+    """The outputs of a model from which a loss can be computed, by name: those that require gradients or, without any, all
+    floating-point ones.
 
     A name is the key in a mapping, the number in a tuple or list, or the field of a dataclass; nested names are joined by dots.
     """

@@ -1,4 +1,4 @@
-"""The hooks of a cut rule: during a training forward pass they cut the graph and keep each cut's activation.
+"""The hooks of a cut rule, which cut the graph during a training forward pass and capture the activation at each cut.
 
 The hook at a cut returns a detached tensor, so no error crosses the cut and autograd does no unnecessary work.
 """

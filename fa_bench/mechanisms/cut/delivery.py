@@ -1,9 +1,8 @@
-"""The backward pass of a cut rule: as soon as the error at the logits is known, an error is delivered to every cut.
+"""The backward pass of a cut rule: once the error at the logits is known, an error is delivered to every cut.
 
 An autograd Function on the model's output, the identity in the forward pass, has all captured activations as inputs. So all parts
-of
-the model belong to one graph: loss scaling, several forward passes before a backward pass and a plain ``loss.backward()`` work as
-usual, and what is never differentiated is freed together with the output.
+of the model belong to one graph: loss scaling, several forward passes before a backward pass and a plain ``loss.backward()`` work
+as usual, and a graph that is never differentiated is freed together with the output.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class FeedbackLayer(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.pathway.materialize(self)
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # Saved in the order in which they were made, so that a state and its hash do not depend on what is learned.
+        # Saved in the order of creation, so that a state and its hash do not depend on which tensors are learned.
         for name in tensors_of(self):
             if (key := f"{prefix}{PREFIX}{name}") in destination:
                 destination[key] = destination.pop(key)
@@ -148,21 +148,13 @@ class _FeedbackConv(FeedbackLayer):
 
 
 class _FeedbackConvTranspose(FeedbackLayer):
-    kernel_size: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-    _output_padding: Callable[..., list[int]]
-
     def apply_feedback(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, context: BackwardContext, output_size: list[int] | None = None
     ) -> Tensor:
-        dims = len(self.kernel_size)
-        output_padding = self._output_padding(
-            x, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
-        )
-        geometry = Geometry(self.stride, self.padding, self.dilation, True, tuple(output_padding), self.groups)
+        conv: Any = self
+        dims = len(conv.kernel_size)
+        output_padding = conv._output_padding(x, output_size, conv.stride, conv.padding, conv.kernel_size, dims, conv.dilation)
+        geometry = Geometry(conv.stride, conv.padding, conv.dilation, True, tuple(output_padding), conv.groups)
         y = _convolve(_batched(x, dims), geometry, weight, bias, context, lambda value: _batched(value, dims))
         return y if x.dim() == y.dim() else y.squeeze(0)
 

@@ -140,7 +140,7 @@ class LearnedFeedback(FeedbackPathway):
 def feedback_gradient(
     layer: Any, name: str, activation: Callable[[], Tensor] | None = None, first_hop: Tensor | None = None
 ) -> tuple[FeedbackGradient, ...]:
-    """How the gradient of the learned feedback tensor `name` is computed; empty while a probe runs.
+    """How the gradient of the learned feedback tensor `name` is computed; empty while `Mode.freeze_random` is set.
 
     Raises:
         StateError: if the tensor was frozen because its weight was, and the weight is trained now.

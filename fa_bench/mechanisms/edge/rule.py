@@ -119,7 +119,7 @@ class EdgeRule(Rule):
     plain_last: bool = option(False, "the output layer uses its true weight as feedback")
 
     def pathway(self, layer: LayerContext) -> FeedbackPathway:
-        """Put the layer's feedback tensors in place with `layer.put` and return the pathway that uses them."""
+        """Create the layer's feedback tensors with `layer.put` and return the pathway that uses them."""
         raise NotImplementedError
 
     def wire(self, sample_input: Any) -> Coverage:
