@@ -1,4 +1,4 @@
-"""What a rule covers, as a table, and the models to which no rule can be attached."""
+"""Which weights of a model a rule covers, and why it does not cover the others."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Covered:
 
     Attributes:
         layer, kind, shape: its layer's path and type, and its own shape.
-        feedback: a phrase that continues "its error": an edge rule says what carries it to the layer below, a cut rule where it
-            comes from.
+        feedback: completes the sentence "its error ...": for an edge rule, how it passes to the layer below; for a cut rule,
+            where it comes from.
         learns: whether the weight is trained.
     """
 
@@ -42,7 +42,7 @@ class Coverage:
         rule: the rule's name.
         covered: the covered layers, in the order of the model.
         uncovered: weight name -> why it is not covered. Such a weight learns by its local gradient and passes the error on
-            itself: weight transport, as far as an error passes it.
+            itself: weight transport, if an error passes through it.
         local: weight name -> where it is, for weights that pass no error on (an embedding, a position table): they learn by
             their local gradient, and need no feedback.
         notes: further notes on the rule in this model.
@@ -66,7 +66,7 @@ class Coverage:
             lines += indent(align_columns([("passes no error on", "where"), *self.local.items()]))
         if uncovered:
             lines += indent(align_columns([("not covered", "why"), *self.uncovered.items()]))
-            lines.append("  What is not covered learns by its local gradient and carries the error itself (weight transport).")
+            lines.append("  Uncovered weights learn by their local gradient and carry the error themselves (weight transport).")
         lines += indent(self.notes)
         return "\n".join(lines)
 
@@ -77,7 +77,7 @@ class Coverage:
         ))
 
     def require(self, allowed: bool | list[str], model: Any) -> None:
-        """Raise an error if the rule covers nothing, or leaves weights uncovered that must not be.
+        """Raise an error if the rule covers nothing, or if weights are uncovered that must be covered.
 
         Args:
             allowed: whether weights may be uncovered; or which ones: names, or patterns such as ``lstm.*``.
@@ -98,7 +98,7 @@ class Coverage:
                 {"allow_uncovered": [*patterns, *refused] if len(refused) <= 4 else True})
 
 
-COVERABLE = "nn.Linear, nn.Conv1d/2d/3d or nn.ConvTranspose1d/2d/3d of its own with a plain weight"
+COVERABLE = "nn.Linear, nn.Conv1d/2d/3d or nn.ConvTranspose1d/2d/3d with a plain weight"
 
 
 def not_coverable(model: Any) -> str:
@@ -120,7 +120,7 @@ def not_coverable(model: Any) -> str:
 
 
 def computed_weights(model: Any) -> str:
-    """A sentence on the layers whose weight is computed from other parameters; empty if there are none."""
+    """A sentence that names the layers whose weight is computed from other parameters; empty if there are none."""
     paths = [path for path, module in model.named_modules()
              if "weight" not in module._parameters and isinstance(getattr(module, "weight", None), torch.Tensor)]
     if not paths:

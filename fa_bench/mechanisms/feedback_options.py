@@ -1,4 +1,4 @@
-"""The options that several rules have: each is worded and limited here only."""
+"""Options that several rules share, with their help and limits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def init_option(tensor: str, default: str | None = "xavier_uniform", can_copy: b
     """The initialiser of a feedback tensor.
 
     Args:
-        tensor: what it initialises, as the help names it.
+        tensor: the tensor, as the help calls it.
         default: the default initialiser.
         can_copy: whether the tensor may be a copy of the weight.
     """
@@ -23,7 +23,7 @@ def init_option(tensor: str, default: str | None = "xavier_uniform", can_copy: b
 
 
 def density_option(tensors: str = "B", masks: str = "mask") -> Any:
-    """The fraction of the entries of feedback tensors that are not masked."""
+    """The fraction of the entries of feedback tensors that is not masked."""
     return option(1.0, f"fraction of {tensors} that is not zero (fixed random {masks})", above=0, maximum=1)
 
 

@@ -1,4 +1,4 @@
-"""The feedback tensors of a module, by name: the only place that knows where a module stores them.
+"""The feedback tensors of a module, by name; only this file knows where a module stores them.
 
 The tensor `B` of a module is its buffer ``feedback_B`` if it is fixed and its parameter ``feedback_B`` if it is learned. So
 state_dict, ``.to()``, memory formats and deepcopy, and for learned ones optimizers, clipping and data parallelism, treat it like
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 PREFIX = "feedback_"
 #: Prefix of the tensors of the auxiliary layers that local losses add.
 AUXILIARY_PREFIX = PREFIX + "auxiliary_"
-#: Attribute in which a module keeps the names of its feedback tensors, in the order in which they were made.
+#: Attribute in which a module keeps the names of its feedback tensors, in the order of creation.
 _NAMES = "_feedback_names"
 
 
@@ -60,7 +60,7 @@ def make_learned(module: torch_nn.Module, name: str) -> str:
 
 
 def tensors_of(module: torch_nn.Module) -> dict[str, Tensor]:
-    """The feedback tensors of a module by name, live and not detached, in the order in which they were made."""
+    """The feedback tensors of a module by name, live and not detached, in the order of creation."""
     tensors = {}
     for name in module.__dict__.get(_NAMES, ()):
         key = PREFIX + name

@@ -1,4 +1,4 @@
-"""The factor by which a loss was scaled, for rules that compute their errors from the labels.
+"""The factor by which the loss was scaled, for rules that compute errors from the labels.
 
 Gradient accumulation divides the loss of a micro-batch, and a gradient scaler multiplies it. An error computed from δ, the
 gradient at the logits, scales automatically; one computed from the labels must be multiplied by the same factor.
@@ -24,13 +24,13 @@ _MEAN = 1
 
 
 def is_unscaled(loss: Tensor, target: Tensor | None) -> bool:
-    """Whether `loss` is the unscaled mean of one of torch's losses over all samples, as far as its autograd graph shows.
+    """Whether `loss` is the unscaled mean of one of torch's losses over all samples, judging by its autograd graph.
 
     Args:
         loss: the loss.
         target: the labels (N,); a loss of fewer samples, or with ignored or weighted ones, is not the mean over them.
     """
-    # This runs at every step, so that the usual case comes first.
+    # This runs at every step, so the usual case comes first.
     node: Any = loss.grad_fn
     name = type(node).__name__
     if name != "NllLossBackward0":

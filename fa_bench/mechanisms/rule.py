@@ -1,4 +1,4 @@
-"""The base of all rules: options, life in a model, and the interface that training loops and metrics use."""
+"""The base class of all rules: options, attaching, and the interface for training loops and metrics."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fa_bench.errors import CoverageError, StateError, names
 from fa_bench.mechanisms.coverage import Coverage, computed_weights, outside_text
+from fa_bench.mechanisms.graph import tensors_in
 from fa_bench.mechanisms.structure import RULE_ATTRIBUTE, Structure, check_model
 from fa_bench.objectives.cross_entropy import CrossEntropy
 from fa_bench.registry.options import Options, option
@@ -39,10 +40,10 @@ class Rule(Options):
     freeze_stem: bool = option(False, "the first layer keeps its initial weight and bias")
 
     def shortened(self: R, fraction: float) -> R:
-        """The rule for a short trial run: its initial phase is shortened to `fraction` of its length."""
+        """The rule for a short trial run, with its initial phase shortened to `fraction` of its length."""
         return self
 
-    # -------------------------------------------------------------------------------------------- life in a model
+    # -------------------------------------------------------------------------------------------- attach and detach
     def attach(
         self: R, model: nn.Module, seed: int = 0, sample_input: Any = None, initial_phase: bool = True,
         objective: Objective | None = None,
@@ -69,8 +70,8 @@ class Rule(Options):
         check_model(model)
         self.model, self.mode, self.seed, self.objective = model, Mode(self.name), seed, objective or CrossEntropy()
         self._frozen, self._handles = [], []
-        self._structure, self._outside = None, {}
-        self._passes, self._watch, self._unwatched = [], None, True
+        self._structure, self._uses_outside = None, {}
+        self._passes, self._uses_watch, self._uses_unchecked = [], None, True
         try:
             if self.freeze_stem:
                 stem = model.get_submodule(self.trace(sample_input).order[0])
@@ -94,21 +95,21 @@ class Rule(Options):
 
     def _other_causes(self, error: CoverageError, model: nn.Module) -> list[str]:
         """Further possible causes of an error that its message does not mention."""
-        outside = {f"'{path}.weight' is": outside_text(use) for path, use in self._outside.items()}
+        outside = {f"'{path}.weight' is": outside_text(use) for path, use in self._uses_outside.items()}
         causes = [computed_weights(model), *(f"{what} {why}" for what, why in outside.items() if why not in error.text)]
         return [cause for cause in causes if cause]
 
     @property
     def initial_steps_left(self) -> int:
-        """How many steps `initial_phase` has left."""
+        """The number of steps that remain in `initial_phase`."""
         return 0
 
     def initial_phase(self) -> Iterator[None]:
-        """What the rule does before training, as a generator of its steps; it continues from a loaded state."""
+        """The rule's work before training, as a generator with one item per step; it continues from a loaded state."""
         return iter(())
 
     def detach(self) -> nn.Module:
-        """Remove the rule: the model is the plain model again, with its present weights. Returns the model.
+        """Remove the rule and return the model, which is the plain model again, with its current weights.
 
         Raises:
             CoverageError: if the rule is not attached.
@@ -139,14 +140,14 @@ class Rule(Options):
                 self._frozen.append(parameter)
 
     def _frozen_now(self) -> list[nn.Parameter]:
-        return self._structure.live() if self._structure is not None else self._frozen
+        return self._structure.current_parameters() if self._structure is not None else self._frozen
 
     def wire(self, sample_input: Any) -> Coverage:
         """Wire the rule into `self.model` and return what it covers; implemented by the mechanism."""
         raise NotImplementedError
 
     def unwire(self) -> None:
-        """Undo `wire`, even if it failed half way."""
+        """Undo `wire`, also after an error in it."""
         raise NotImplementedError
 
     def watched_modules(self) -> dict[str, nn.Module]:
@@ -172,10 +173,10 @@ class Rule(Options):
         self._passes.append(mode.training)
         if training:
             self._check_structure()
-            if self._unwatched and self._watch is None and (layers := self.transporting_layers()):
+            if self._uses_unchecked and self._uses_watch is None and (layers := self.transporting_layers()):
                 from fa_bench.mechanisms.uses import UsesOfWeights
 
-                self._watch = UsesOfWeights(model, layers).__enter__()
+                self._uses_watch = UsesOfWeights(model, layers).__enter__()
         mode.training = training
 
     def end_forward(self, model: nn.Module, args: Any, output: Any) -> Any:
@@ -184,10 +185,10 @@ class Rule(Options):
         mode.training = self._passes.pop() if self._passes else False
         if self._passes:  # the model called itself
             return
-        watch, self._watch = self._watch, None
+        watch, self._uses_watch = self._uses_watch, None
         if watch is not None:
             watch.__exit__(None, None, None)
-        if output is None:  # it failed
+        if output is None:  # the forward pass failed
             return
         for path, layer in mode.without_gradients.items() if mode.without_gradients else ():
             if path not in mode.with_gradients:
@@ -195,7 +196,7 @@ class Rule(Options):
 
                 require_gradients(path, layer)
         if watch is not None:
-            self._unwatched = False
+            self._uses_unchecked = False
             self.check_uses(watch.result(self.roots(output)).outside)
 
     def transporting_layers(self) -> dict[str, Any]:
@@ -203,9 +204,7 @@ class Rule(Options):
         return {}
 
     def roots(self, output: Any) -> list[Any]:
-        """The autograd nodes from which a backward pass reaches the model."""
-        from fa_bench.mechanisms.trace import tensors_in
-
+        """The autograd nodes from which a backward pass starts in the model."""
         return [tensor.grad_fn for tensor in tensors_in(output) if tensor.grad_fn is not None]
 
     def _check_structure(self) -> None:
@@ -213,16 +212,16 @@ class Rule(Options):
             self._structure.check(bool(self.allow_uncovered))
 
     def check_uses(self, outside: dict[str, str]) -> None:
-        """Refuse weights that the first training pass used outside their layers; `attach` has only seen an evaluation pass."""
+        """Refuse weights that the first training pass used outside their layers; `attach` traced an evaluation pass only."""
         new = {f"{path}.weight": outside_text(use) for path, use in outside.items()}
         if new.keys() - self.coverage.uncovered.keys():
             coverage = dataclasses.replace(self.coverage, uncovered=self.coverage.uncovered | new)
-            self._unwatched = True  # check the next pass, too
+            self._uses_unchecked = True  # so that the next pass is checked, too
             coverage.require(self.allow_uncovered, self.model)
-            self.coverage, self._unwatched = coverage, False
+            self.coverage, self._uses_unchecked = coverage, False
 
     def notes(self) -> tuple[str, ...]:
-        """Further notes on the rule in its model, for the coverage table."""
+        """Notes below the coverage table."""
         return ()
 
     # -------------------------------------------------------------------------------------------- training
@@ -256,13 +255,13 @@ class Rule(Options):
         loss.backward()
 
     def begin_epoch(self, epoch: int) -> None:
-        """Called by the runner before every epoch, counted from 0, for rules that change as training goes on."""
+        """Called by the runner before every epoch, counted from 0, for rules that change during training."""
 
     def step(self) -> None:
-        """Called after ``optimizer.step()``: what the rule does between updates.
+        """Do the rule's own work between updates; called after ``optimizer.step()``.
 
         Raises:
-            StateError: if the update has left out learned feedback; see `fa_bench.mechanisms.updates`.
+            StateError: if the update did not train learned feedback; see `fa_bench.mechanisms.updates`.
         """
         for learned in self.learned_feedback():
             learned.after_step()
@@ -273,15 +272,15 @@ class Rule(Options):
 
         Parameters that the rule has frozen get gradients, too.
         """
-        from fa_bench.mechanisms.trace import attributes_set
+        from fa_bench.mechanisms.trace import set_temporarily
 
-        with attributes_set([self.mode], "exact", True), attributes_set(self._frozen_now(), "requires_grad", True):
+        with set_temporarily([self.mode], "exact", True), set_temporarily(self._frozen_now(), "requires_grad", True):
             yield
 
     # -------------------------------------------------------------------------------------------- feedback
     @property
     def feedback(self) -> dict[str, dict[str, Tensor]]:
-        """{layer or cut: {name: tensor}}; the tensors are live: writing to them takes effect."""
+        """{layer or cut: {name: tensor}}; the tensors are live: changing them in place takes effect."""
         return {}
 
     def effective_feedback(self, layer: str) -> Tensor:
@@ -328,9 +327,9 @@ class Rule(Options):
         """
         self.require_entries(state, self.state_dict())
 
-    def require_entries(self, state: dict[str, Any], like: dict[str, Any]) -> None:
-        """Raise a StateError if `state` does not have the entries of `like`."""
-        expected, given = _entries(like), _entries(state)
+    def require_entries(self, state: dict[str, Any], expected_state: dict[str, Any]) -> None:
+        """Raise a StateError if `state` does not have the entries of `expected_state`."""
+        expected, given = _entries(expected_state), _entries(state)
         differences = {"missing": expected - given, "unknown": given - expected}
         faults = [f"{what}: {names(sorted(entries))}" for what, entries in differences.items() if entries]
         if faults:
@@ -363,7 +362,7 @@ class Rule(Options):
             return torch.autograd.grad(self.model.get_submodule(layer)(x), x, g)[0]
 
     def step_memory(self, model: nn.Module, trace: Trace) -> StepMemory | None:
-        """What a training step of the rule keeps in memory, for a plain model; None if it is not defined."""
+        """Which tensors of a plain model a training step of the rule keeps in memory; None if undefined."""
         return None
 
     # -------------------------------------------------------------------------------------------- structure
@@ -373,7 +372,7 @@ class Rule(Options):
 
         with self.exact():
             trace = trace_attached(self, sample_input, watch, self._frozen_now())
-        self._outside = trace.uses.outside
+        self._uses_outside = trace.uses.outside
         return trace
 
 

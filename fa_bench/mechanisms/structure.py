@@ -1,4 +1,4 @@
-"""Whether a rule can be attached to a model, and whether the model still has the modules that it had then."""
+"""Whether a rule can be attached to a model, and whether the model's modules have changed since then."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Structure:
         ids = {id(parameter) for parameter in frozen}
         self._frozen = [(path, module, key) for path, module in model.named_modules()
                         for key, parameter in module._parameters.items() if id(parameter) in ids]
-        self._accept()
+        self._record()
 
-    def _accept(self) -> None:
+    def _record(self) -> None:
         self._known = set(self._model.modules())
         for module in self._known:
             # A number rather than the rule: modules are copied and pickled, and a copy is not part of the model.
@@ -47,7 +47,7 @@ class Structure:
         """Raise an error if the model's layers have changed since `attach`.
 
         Args:
-            allow_new: whether modules with weights of their own may have been added.
+            allow_new: whether modules with weights may have been added.
 
         Raises:
             CoverageError: naming what changed and what to do.
@@ -58,38 +58,39 @@ class Structure:
                 break
         for path, module, key in self._frozen:
             parameter = module._parameters.get(key)
-            made_of = [parameter] if parameter is not None else _made_of(module, key)
-            if any(one.requires_grad for one in made_of):
+            parameters = [parameter] if parameter is not None else _underlying(module, key)
+            if any(one.requires_grad for one in parameters):
                 name = f"{path}.{key}" if path else key
                 raise CoverageError(f"'{name}' was frozen by the rule, but has since been replaced or had its requires_grad set. "
-                                    f"{_AGAIN}")
+                                    f"{_REATTACH}")
 
     def _compare(self, allow_new: bool) -> None:
         now = dict(self._model.named_modules())
         present = set(now.values())
-        gone = [path for path, module in self._watched.items() if module not in present]
-        if gone:
-            replaced = [path for path in gone if path in now]
-            what = f"{names(replaced)} replaced" if replaced else f"{names(gone)} removed"
-            raise CoverageError(f"the model was changed after attach ({what}), but the rule still uses the old layer. {_AGAIN}")
+        missing = [path for path, module in self._watched.items() if module not in present]
+        if missing:
+            replaced = [path for path in missing if path in now]
+            what = f"{names(replaced)} replaced" if replaced else f"{names(missing)} removed"
+            raise CoverageError(f"the model was changed after attach ({what}), but the rule still uses the old layer. "
+                                f"{_REATTACH}")
         new = [f"{path}.{key}" for path, module in now.items() if module not in self._known
                for key, parameter in module._parameters.items() if parameter is not None and is_weight(key, parameter)]
         if new and not allow_new:
             raise CoverageError(f"the model was changed after attach: the rule does not cover the new weights {names(new)}. "
-                                f"{_AGAIN}")
-        self._accept()
+                                f"{_REATTACH}")
+        self._record()
 
     def release(self) -> None:
         """Remove the mark that the modules belong to the model."""
         for module in (*self._known, *self._model.modules()):
             module.__dict__.pop(PART_ATTRIBUTE, None)
 
-    def live(self) -> list[Any]:
-        """The frozen parameters as they are in the model now, including those that a reparametrization has derived from them."""
-        return [parameter for _, module, key in self._frozen for parameter in _made_of(module, key)]
+    def current_parameters(self) -> list[Any]:
+        """The frozen parameters that the model has now; under a reparametrization, those from which they are computed."""
+        return [parameter for _, module, key in self._frozen for parameter in _underlying(module, key)]
 
 
-def _made_of(module: nn.Module, key: str) -> list[Any]:
+def _underlying(module: nn.Module, key: str) -> list[Any]:
     """The parameter of that name, or, under pruning or a parametrization, the parameters from which it is computed."""
     if key in module._parameters:
         parameter = module._parameters[key]
@@ -100,8 +101,8 @@ def _made_of(module: nn.Module, key: str) -> list[Any]:
     return [parameter for name, parameter in module._parameters.items() if name in (f"{key}_orig", f"{key}_g", f"{key}_v")]
 
 
-def rule_of_part(module: nn.Module) -> str | None:
-    """The name of the rule that is attached to the model to which a module belongs; None if there is none."""
+def rule_around(module: nn.Module) -> str | None:
+    """The name of the rule attached to the model that contains a module; None if there is none."""
     number, identity = module.__dict__.get(PART_ATTRIBUTE, (0, 0))
     structure = _attached.get(number)
     return structure.rule if structure is not None and identity == id(module) else None
@@ -128,7 +129,7 @@ def check_model(model: Any) -> None:
             raise CoverageError(f"{where} is compiled: attach to the plain model, then compile it")
         if (rule := getattr(module, RULE_ATTRIBUTE, None)) is not None:
             raise CoverageError(f"{where} already has the rule '{rule.name}': call its detach() first")
-        if (name := rule_of_part(module)) is not None:
+        if (name := rule_around(module)) is not None:
             raise CoverageError(f"{where} is part of another model with the rule '{name}': call that rule's detach() first")
         if hasattr(module, "pathway") and kind.startswith("Feedback"):
             raise CoverageError(f"{where} is a copy of a layer that has feedback: call detach() before copying")
@@ -141,4 +142,4 @@ RULE_ATTRIBUTE = "_fa_bench_rule"
 PART_ATTRIBUTE = "_fa_bench_part_of"
 _attached: weakref.WeakValueDictionary[int, Structure] = weakref.WeakValueDictionary()
 _numbers = itertools.count(1)
-_AGAIN = "Call rule.detach(), attach again, and then create the optimizer"
+_REATTACH = "Call rule.detach(), attach again, and then create the optimizer"

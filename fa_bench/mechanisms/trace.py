@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fa_bench.errors import CoverageError, FaBenchError, first_line, names, nearest
 from fa_bench.mechanisms.coverage import not_coverable
+from fa_bench.mechanisms.graph import items_in, leaves, tensors_in
 from fa_bench.mechanisms.uses import Uses, UsesOfWeights
 from fa_bench.mechanisms.weighted_layers import require_gradients, weighted_layers
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Trace:
-    """The structure of a model as one forward pass has shown it.
+    """The structure of a model, read from one forward pass.
 
     Attributes:
         order: weighted layers in the order of execution.
@@ -37,12 +38,12 @@ class Trace:
         inputs: weighted layers grouped by their input, in the order of execution; those whose input is the image come first.
         calls: how often each watched module ran.
         feeds: watched module -> weighted layers that feed its output.
-        alone: watched module, in the order of execution -> `feeds` as it would be if no other module were watched.
-        twins: watched module -> a module watched before it with the same output tensor, such as a block's last module.
+        feeds_alone: watched module, in the order of execution -> `feeds` if no other module were watched.
+        same_output: watched module -> a module watched before it with the same output tensor, such as a block's last module.
         through_weights: weighted layers whose error comes, at least in part, through the weight of another layer.
         output_shapes, input_shapes: watched module or layer -> shape of its output, of its input.
-        learns: watched modules whose output depends on a trainable parameter, without passing another one's output.
-        changed: watched modules and layers whose output was changed in place after they had returned it.
+        trainable: watched modules whose output depends on a trainable parameter, without passing another one's output.
+        changed_in_place: watched modules and layers whose output was changed in place after they returned it.
         without_gradients: weighted layers that ran without gradients, under ``torch.no_grad()`` or reentrant checkpointing.
         uses: how the model's weights were used outside their own layers.
         results: name -> shape of each output from which a loss can be computed; the name of a single tensor is ``""``.
@@ -56,13 +57,13 @@ class Trace:
     inputs: list[list[str]]
     calls: Counter[str]
     feeds: dict[str, list[str]]
-    alone: dict[str, set[str]]
-    twins: dict[str, str]
+    feeds_alone: dict[str, set[str]]
+    same_output: dict[str, str]
     through_weights: list[str]
     output_shapes: dict[str, tuple[int, ...]]
     input_shapes: dict[str, tuple[int, ...]]
-    learns: set[str]
-    changed: set[str]
+    trainable: set[str]
+    changed_in_place: set[str]
     without_gradients: list[str]
     uses: Uses
     results: dict[str, tuple[int, ...]]
@@ -75,7 +76,7 @@ class StepMemory(NamedTuple):
     Attributes:
         inputs: layers whose input is kept for the backward pass, one for each activation.
         feedback: layers whose feedback tensor carries an error.
-        learned: those of them whose feedback is learned.
+        learned: those with learned feedback.
     """
 
     inputs: list[str]
@@ -87,22 +88,22 @@ def trace_model(
     model: nn.Module, sample: Any, watch: Iterable[str] = (), output: str | int | None = None, frozen: Iterable[Tensor] = (),
     alone: bool = False,
 ) -> Trace:
-    """Run the model once in evaluation mode and read its structure; the model does not change.
+    """Run the model once in evaluation mode and read its structure; the model is not changed.
 
     Args:
         model: the plain model (or an attached one inside ``rule.exact()``).
         sample: one input batch, (N, ...); a tuple or list of several arguments, or a dictionary of them by name.
         watch: paths of further modules whose outputs matter.
-        output: name of the output from which the loss is computed; None for the first.
-        frozen: parameters that are not trained, whatever their ``requires_grad`` says at present.
-        alone: fill in `Trace.alone`.
+        output: name of the output from which the loss is computed; None: the first.
+        frozen: parameters that are not trained, even if they require gradients now.
+        alone: fill in `Trace.feeds_alone`.
 
     Raises:
         CoverageError: if the model has no such output.
     """
     layers, modules = weighted_layers(model), dict(model.named_modules())
     watched = {path: modules[path] for path in watch}
-    seen: dict[str, _Seen] = {}
+    seen: dict[str, _Call] = {}
     calls: Counter[str] = Counter()
     node_of: dict[Any, str] = {}
     without_gradients: list[str] = []
@@ -116,8 +117,8 @@ def trace_model(
             if y is None:
                 return
             x = next(tensors_in(args), y)
-            # The nodes as they are now: a later in-place operation gives the tensor another one.
-            seen[path] = _Seen(tuple(x.shape), x.grad_fn, y, y.grad_fn, y._version)
+            # The current nodes: a later in-place operation gives the tensor another one.
+            seen[path] = _Call(tuple(x.shape), x.grad_fn, y, y.grad_fn, y._version)
             if path in layers and y.grad_fn is not None:
                 node_of[y.grad_fn] = path
         return hook
@@ -141,15 +142,16 @@ def trace_model(
         groups.setdefault(seen[path].input_node, []).append(path)
         for fed in _walk([seen[path].input_node], node_of, ())[0]:
             consumer.setdefault(fed, path)
-    ends = {path: seen[path].output_node for path in watched if path in seen}
+    output_nodes = {path: seen[path].output_node for path in watched if path in seen}
     first: dict[Any, str] = {}
-    twins = {path: twin for path, node in ends.items() if node is not None and (twin := first.setdefault(node, path)) != path}
-    walks = {path: _walk([node], node_of, ends.values()) for path, node in ends.items()}
-    # An output that is a watched one, such as a hidden state, has no path of its own to the layers before it.
-    _, later = _walk(set(roots).difference(ends.values()), node_of, ends.values())
+    same_output = {path: earlier for path, node in output_nodes.items()
+                   if node is not None and (earlier := first.setdefault(node, path)) != path}
+    walks = {path: _walk([node], node_of, output_nodes.values()) for path, node in output_nodes.items()}
+    # An output of the model that is also that of a watched module, such as a hidden state, is not followed any further.
+    _, later = _walk(set(roots).difference(output_nodes.values()), node_of, output_nodes.values())
     later = later.union(*(through for _, through in walks.values()))
     chosen = chosen_result(results, output) if results or output is not None else None
-    # Of several outputs, such as hidden states, those that are inputs of other layers do not make an output layer.
+    # A layer that feeds one of several outputs, such as a hidden state, and further layers is not an output layer.
     last = _walk([chosen.grad_fn] if chosen is not None and (output is not None or len(results) == 1) else [], node_of, ())[0]
     fed = _walk(roots, node_of, ())[0]
     last |= {path for path in fed if path not in consumer}
@@ -161,13 +163,13 @@ def trace_model(
         inputs=list(groups.values()),
         calls=calls,
         feeds={path: [p for p in order if p in fed] for path, (fed, _) in walks.items()},
-        alone={path: _walk([seen[path].output_node], node_of, ())[0] for path in seen if path in watched} if alone else {},
-        twins=twins,
+        feeds_alone={path: _walk([seen[path].output_node], node_of, ())[0] for path in seen if path in watched} if alone else {},
+        same_output=same_output,
         through_weights=[path for path in order if path in later],
         output_shapes={path: tuple(record.output.shape) for path, record in seen.items()},
         input_shapes={path: record.input_shape for path, record in seen.items()},
-        learns={path for path, node in ends.items() if trained & leaves(node, ends.values())},
-        changed={path for path, record in seen.items() if record.output._version != record.version},
+        trainable={path for path, node in output_nodes.items() if trained & leaves(node, output_nodes.values())},
+        changed_in_place={path for path, record in seen.items() if record.output._version != record.version},
         without_gradients=list(dict.fromkeys(without_gradients)),
         uses=uses.result(roots),
         results={name: tuple(tensor.shape) for name, tensor in results.items()},
@@ -176,14 +178,14 @@ def trace_model(
 
 
 def trace_attached(rule: Rule, sample_input: Any, watch: Iterable[str], frozen: Iterable[Tensor]) -> Trace:
-    """`trace_model` for a rule that is being attached; without a sample, zeros serve if the first layer is fully connected.
+    """`trace_model` for a rule that is being attached; without a sample, zeros replace it if the first layer is fully connected.
 
     Args:
         rule: the rule, in its `exact` context.
         sample_input, watch, frozen: as for `trace_model`.
 
     Raises:
-        CoverageError: if there is no sample and none can be made up, or a trainable layer ran without gradients.
+        CoverageError: if there is no sample and zeros cannot replace it, or if a trainable layer ran without gradients.
     """
     def traced(sample: Any) -> Trace:
         trace = trace_model(rule.model, sample, watch, getattr(rule, "output", None), frozen)
@@ -203,7 +205,7 @@ def trace_attached(rule: Rule, sample_input: Any, watch: Iterable[str], frozen: 
         return traced(first.weight.new_zeros(2, first.in_features))
     except FaBenchError:
         raise
-    except Exception as error:  # the model may raise anything for an input that is not its own
+    except Exception as error:  # a model may raise any exception for an input that it was not made for
         raise CoverageError(f"{needed}; the model does not accept zeros of shape (2, {first.in_features}) "
                             f"({first_line(error)})") from None
 
@@ -227,26 +229,6 @@ def arguments(sample: Any) -> Arguments:
     return Arguments(tuple(map(detached, sample)) if isinstance(sample, (tuple, list)) else (detached(sample),), {})
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists, mappings and dataclasses (models may return any of them)."""
-    if isinstance(value, Tensor):
-        yield value
-    elif (items := _items(value)) is not None:
-        for _, item in items:
-            yield from tensors_in(item)
-
-
-def _items(value: Any) -> list[tuple[Any, Any]] | None:
-    """(key, value) pairs of a mapping, a tuple or list, or a dataclass; None for anything else."""
-    if isinstance(value, Mapping):
-        return list(value.items())
-    if isinstance(value, (tuple, list)):
-        return list(enumerate(value))
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
-    return None
-
-
 def replaced(value: Any, old: Tensor, new: Tensor) -> Any:
     """The nested value with `new` in place of `old`; dictionaries and dataclasses are changed in place."""
     if value is old:
@@ -257,7 +239,7 @@ def replaced(value: Any, old: Tensor, new: Tensor) -> Any:
     elif isinstance(value, (tuple, list)):
         items = [replaced(item, old, new) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    elif (named := _items(value)) is not None:
+    elif (named := items_in(value)) is not None:
         for name, item in named:
             if (changed := replaced(item, old, new)) is not item:
                 object.__setattr__(value, name, changed)  # frozen ones too
@@ -265,8 +247,8 @@ def replaced(value: Any, old: Tensor, new: Tensor) -> Any:
 
 
 def named_results(result: Any, name: str = "") -> dict[str, Tensor]:
-    """The outputs of a model from which a loss can be computed, by name: those that depend on a parameter, or else all floating
-    ones.
+    """The outputs of a model from which a loss can be computed, by name: those that require gradients or, without any, all
+    floating-point ones.
 
     A name is the key in a mapping, the number in a tuple or list, or the field of a dataclass; nested names are joined by dots.
     """
@@ -279,7 +261,7 @@ def _named(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
         if value.is_floating_point():
             yield name, value
     else:
-        for key, item in _items(value) or ():
+        for key, item in items_in(value) or ():
             yield from _named(item, f"{name}.{key}" if name else str(key))
 
 
@@ -289,7 +271,7 @@ def chosen_result(results: dict[str, Tensor], output: str | int | None) -> Tenso
     Raises:
         CoverageError: if there is none.
     """
-    if results and (output is None or list(results) == [""]):  # a model may return several outputs in training alone
+    if results and (output is None or list(results) == [""]):  # a model may return several outputs in training feeds_alone
         return next(iter(results.values()))
     name = "" if output is None else str(output)
     if name not in results:
@@ -300,7 +282,7 @@ def chosen_result(results: dict[str, Tensor], output: str | int | None) -> Tenso
     return results[name]
 
 
-class _Seen(NamedTuple):
+class _Call(NamedTuple):
     """One watched module in the forward pass of the sample; nodes are those of the autograd graph."""
 
     input_shape: tuple[int, ...]
@@ -330,24 +312,9 @@ def _walk(roots: Iterable[Any], node_of: dict[Any, str], stops: Iterable[Any]) -
     return first, later
 
 
-def leaves(root: Any, stops: Iterable[Any] = ()) -> set[int]:
-    """Ids of the leaves, such as parameters, to which the graph leads from the node `root` without passing `stops`."""
-    ids: set[int] = set()
-    visited, stack = set(stops), [] if root is None else [root]
-    while stack:
-        node = stack.pop()
-        if (variable := getattr(node, "variable", None)) is not None:
-            ids.add(id(variable))
-        for following, _ in node.next_functions:
-            if following is not None and following not in visited:
-                visited.add(following)
-                stack.append(following)
-    return ids
-
-
 @contextmanager
-def attributes_set(objects: Iterable[Any], attribute: str, value: Any) -> Iterator[None]:
-    """Set an attribute of every object to `value`, and restore each one's own value afterwards."""
+def set_temporarily(objects: Iterable[Any], attribute: str, value: Any) -> Iterator[None]:
+    """A context in which an attribute of every object has this value."""
     before = [(one, getattr(one, attribute)) for one in objects]
     for one, _ in before:
         setattr(one, attribute, value)
@@ -361,14 +328,14 @@ def attributes_set(objects: Iterable[Any], attribute: str, value: Any) -> Iterat
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """A context in which every module is in evaluation mode."""
-    with attributes_set(model.modules(), "training", False):
+    with set_temporarily(model.modules(), "training", False):
         model.eval()  # modules may override it
         yield
 
 
 def all_require_grad(model: nn.Module) -> AbstractContextManager[None]:
     """A context in which every floating-point parameter requires gradients, frozen ones too."""
-    return attributes_set([p for p in model.parameters() if p.is_floating_point()], "requires_grad", True)
+    return set_temporarily([p for p in model.parameters() if p.is_floating_point()], "requires_grad", True)
 
 
 @contextmanager
@@ -377,8 +344,8 @@ def without_side_effects(model: nn.Module) -> Iterator[None]:
     dropouts = [m for m in model.modules()
                 if isinstance(m, nn.modules.dropout._DropoutNd) or type(m).__name__ == "StochasticDepth"]
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-    # Instance normalisation updates its running statistics whatever that says; by a part of 0 they stay.
+    # Instance normalisation ignores that and updates its running statistics; with momentum 0 they do not change.
     instances = [m for m in norms if isinstance(m, nn.modules.instancenorm._InstanceNorm)]
-    with attributes_set(dropouts, "training", False), attributes_set(norms, "track_running_stats", False), \
-            attributes_set(instances, "momentum", 0.0):
+    with set_temporarily(dropouts, "training", False), set_temporarily(norms, "track_running_stats", False), \
+            set_temporarily(instances, "momentum", 0.0):
         yield

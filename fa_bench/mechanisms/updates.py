@@ -34,8 +34,8 @@ class LearnedTensor:
         path: the path of the layer or cut.
         module: the module that has the tensor as a parameter.
         key: the parameter's name in the module.
-        witness: a module whose weight is trained together with the tensor and shows whether an update has happened; None
-            disables the check.
+        witness: a module whose weight is trained together with the tensor, which shows whether an update has happened;
+            None disables the check.
     """
 
     #: Its learning rate relative to that of the weights.
@@ -48,7 +48,7 @@ class LearnedTensor:
         #: The tensor that was last seen to be trained; until then the initial one.
         self._known = self.tensor
         self._trained = False
-        self._before: _Before | None = None
+        self._snapshot: _Snapshot | None = None
         self._fault = ""
         self._grace = 0
         self._idle = 0
@@ -100,9 +100,9 @@ class LearnedTensor:
         self._require_no_fault()
         _watch_optimizers(self)
         weight, tensor = self.witness._parameters.get("weight"), self.tensor
-        is_recorded = self._before is not None and self._before.tensor is tensor
+        is_recorded = self._snapshot is not None and self._snapshot.tensor is tensor
         if weight is not None and not is_recorded:
-            self._before = _Before(tensor, gradient, weight)
+            self._snapshot = _Snapshot(tensor, gradient, weight)
 
     def after_step(self) -> None:
         """Called after an update.
@@ -110,18 +110,18 @@ class LearnedTensor:
         Raises:
             StateError: as `on_gradient`; also if the weight was updated by hand and this tensor was not.
         """
-        if self._before is None and not self._fault:
+        if self._snapshot is None and not self._fault:
             return
-        before, self._before = self._before, None
+        snapshot, self._snapshot = self._snapshot, None
         self._require_no_fault()
-        if before is None or self._is_trained():
+        if snapshot is None or self._is_trained():
             return
-        if before.tensor_changed():
+        if snapshot.tensor_changed():
             self.mark_trained()
-        elif not before.weight_changed():
+        elif not snapshot.weight_changed():
             self._idle += 1
-        elif self.lr_scale and before.significant:
-            self._fault = _LEFT_OUT
+        elif self.lr_scale and snapshot.significant:
+            self._fault = _NOT_TRAINED
             self._require_no_fault()
 
     def mark_trained(self) -> None:
@@ -129,7 +129,7 @@ class LearnedTensor:
         self._known, self._trained, self._fault = self.tensor, True, ""
 
     def on_optimizer_step(self, groups: dict[int, dict[str, Any]]) -> bool:
-        """Called after a step of an optimizer; returns whether it trains this tensor.
+        """Called after a step of an optimizer; whether it trains this tensor.
 
         Args:
             groups: id of each tensor that the optimizer trains -> its parameter group.
@@ -145,13 +145,13 @@ class LearnedTensor:
             # A tensor that was trained before may have an optimizer of its own, which steps before or after that of the weights.
             if not self._fault:
                 self._grace = 2 if self._is_trained() else 0
-            self._fault = _LEFT_OUT
+            self._fault = _NOT_TRAINED
         elif self.tensor is not self._known and id(self._known) in groups:
             self._fault = _REPLACED
         return False
 
     def _compare(self, group: dict[str, Any], weight_group: dict[str, Any]) -> None:
-        """Warn if the optimizer's settings for the tensor are not those that the rule asks for."""
+        """Warn if the optimizer's settings for the tensor are not those that the rule needs."""
         lr, weight_lr = float(group.get("lr", 0.0)), float(weight_group.get("lr", 0.0))
         if abs(lr - self.lr_scale * weight_lr) > 1e-6 * self.lr_scale * weight_lr:
             warnings.warn(
@@ -170,32 +170,32 @@ class LearnedTensor:
             self._grace -= 1
         elif self._fault:
             fault = self._fault.format(self.name)
-            for other in {self, *_awaiting}:  # raised once: the next update shows whether the user has fixed it
-                other._fault, other._before, other._idle = "", None, 0
+            for other in {self, *_unchecked}:  # raised once: the next update shows whether the user has fixed it
+                other._fault, other._snapshot, other._idle = "", None, 0
             raise StateError(fault)
 
 
-_LEFT_OUT = ("the weights were updated, but the learned feedback '{0}' was not: the optimizer was created before attach, or "
+_NOT_TRAINED = ("the weights were updated, but the learned feedback '{0}' was not: the optimizer was created before attach, or "
              "holds a tensor that the model no longer has. Create the optimizer after attach, from model.parameters(), or add "
              "the feedback: optimizer.add_param_group({{'params': rule.feedback_parameters()}}). To keep feedback fixed, set "
              "requires_grad_(False) on it")
 _REPLACED = ("the optimizer trains tensors that the model no longer has: the learned feedback '{0}' was replaced after the "
              "optimizer was created, for example by load_state_dict(assign=True). Create a new optimizer from model.parameters()")
 
-#: All learned tensors that have received a gradient, and those of them that have not been seen to be trained yet.
+#: All learned tensors that have received a gradient, and those that no optimizer has been seen to train yet.
 _known: weakref.WeakSet[LearnedTensor] = weakref.WeakSet()
-_awaiting: weakref.WeakSet[LearnedTensor] = weakref.WeakSet()
-#: Counts the calls that made a tensor wait. An optimizer's step is checked only if the count has changed since its last step.
-_waits = 0
+_unchecked: weakref.WeakSet[LearnedTensor] = weakref.WeakSet()
+#: How often a check was requested. An optimizer's step is checked only if this has changed since its last step.
+_checks_requested = 0
 #: Attribute in which an optimizer keeps the count; it is not part of its state.
 _CHECKED_AT = "_fa_bench_checked_at"
 _hook: Any = None
 
 
 def _watch_optimizers(learned: LearnedTensor) -> None:
-    global _hook, _waits
-    _waits += 1
-    _awaiting.add(learned)
+    global _hook, _checks_requested
+    _checks_requested += 1
+    _unchecked.add(learned)
     _known.add(learned)
     if _hook is None:
         from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -205,35 +205,35 @@ def _watch_optimizers(learned: LearnedTensor) -> None:
 
 def _after_optimizer_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     checked_at = optimizer.__dict__.get(_CHECKED_AT)
-    if checked_at == _waits:
+    if checked_at == _checks_requested:
         return
-    optimizer.__dict__[_CHECKED_AT] = _waits
-    if checked_at is None:  # a new optimizer may leave out what others train
-        _awaiting.update(_known)
+    optimizer.__dict__[_CHECKED_AT] = _checks_requested
+    if checked_at is None:  # a new optimizer may lack tensors that others train
+        _unchecked.update(_known)
     groups = {id(tensor): group for group in optimizer.param_groups for tensor in group["params"]}
-    for learned in list(_awaiting):
+    for learned in list(_unchecked):
         if learned.key not in learned.module._parameters:  # the rule was detached
             _known.discard(learned)
-            _awaiting.discard(learned)
+            _unchecked.discard(learned)
         elif learned.on_optimizer_step(groups) or (not learned._fault and learned._is_trained()):
-            _awaiting.discard(learned)
+            _unchecked.discard(learned)
 
 
-class _Before:
-    """A learned tensor and its witness's weight as they were in a backward pass: some entries of both, and their versions."""
+class _Snapshot:
+    """Some entries and the versions of a learned tensor and of its witness's weight, recorded in a backward pass."""
 
     def __init__(self, tensor: Tensor, gradient: Tensor, weight: Tensor) -> None:
         with torch.no_grad():
             flat = gradient.detach().reshape(-1)
             self._where = flat.abs().topk(min(_ENTRIES, flat.numel())).indices
-            self._values, self._weights = tensor.reshape(-1)[self._where], _subset(weight)
+            self._values, self._weights = tensor.reshape(-1)[self._where], _sampled(weight)
             self._gradients = flat[self._where]
         self.tensor, self._version = tensor, tensor._version
         self._weight, self._weight_version = weight, weight._version
 
     @property
     def significant(self) -> bool:
-        """Whether an update would have changed anything: a gradient scaler skips gradients that are not finite."""
+        """Whether an update by this gradient changes anything: a gradient scaler skips gradients that are not finite."""
         size = self._gradients.abs().max()
         return bool(torch.isfinite(self._gradients).all()) and bool(size > _NOISE * self._values.abs().max())
 
@@ -244,10 +244,10 @@ class _Before:
 
     def weight_changed(self) -> bool:
         return self._weight._version != self._weight_version or not torch.equal(
-            _subset(self._weight).to(self._weights), self._weights)
+            _sampled(self._weight).to(self._weights), self._weights)
 
 
-def _subset(tensor: Tensor) -> Tensor:
+def _sampled(tensor: Tensor) -> Tensor:
     """A copy of a few thousand entries of a tensor."""
     flat = tensor.detach().reshape(-1)
     return flat[:: max(1, flat.numel() // 4096)].clone()

@@ -1,27 +1,27 @@
-"""How a forward pass uses the model's weights outside their own layers, read while it runs and from its autograd graph.
+"""How a forward pass uses the model's weights outside their layers, observed while it runs and in its autograd graph.
 
-A rule changes how a layer uses its weight. If a function uses the weight elsewhere, for example ``F.linear(x,
-self.enc.weight.t())``
-in a tied decoder, the error passes through the weight there: that is weight transport, whatever the layer does.
+A rule changes how a layer uses its weight. If a function uses the weight elsewhere, as ``F.linear(x, self.enc.weight.t())`` does
+in a tied decoder, the error passes through the weight there, which is weight transport regardless of the rule.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from fa_bench.mechanisms.graph import nodes_from, tensors_in
 from fa_bench.mechanisms.weighted_layers import WeightedLayer
 
 #: Autograd nodes that rearrange a tensor's entries without mixing them with another tensor's.
 _MOVES = {"Expand", "Unsqueeze", "Squeeze", "View", "UnsafeView", "Slice", "Select", "Index", "IndexSelect", "Gather", "Repeat",
           "ToCopy", "Permute", "Transpose", "T", "Clone", "ReshapeAlias", "Narrow", "Flip", "Alias", "Detach", "Split", "Unbind"}
-#: Nodes in which the derivative towards another input does not depend on the tensor: sums, concatenations, look-ups.
+#: Nodes whose derivative with respect to another input does not depend on the tensor: sums, concatenations, look-ups.
 _ADDS = {"Add", "Sub", "Rsub", "Cat", "Stack", "Embedding", "EmbeddingBag", "Where", "Copy", "CopySlices"}
 #: Nodes that scale their input.
 _SCALES = {"Mul", "Div", "Neg"}
@@ -46,7 +46,7 @@ class Uses:
 
 
 class UsesOfWeights(TorchFunctionMode):
-    """Watches one forward pass; `result` says what it saw.
+    """Watches one forward pass; `result` returns the uses.
 
     Args:
         model: the model that runs.
@@ -74,27 +74,22 @@ class UsesOfWeights(TorchFunctionMode):
         self._handles: list[Any] = []
 
     def __enter__(self) -> UsesOfWeights:
-        def enters(path: str):
+        def enter_module(path: str):
             return lambda module, args: self._running.append((path, module))
 
         for path, module in self._model.named_modules():
             if not isinstance(module, torch.jit.ScriptModule):
-                self._handles.append(module.register_forward_pre_hook(enters(path), prepend=True))
-                self._handles.append(module.register_forward_hook(self._leaves, prepend=True, with_kwargs=True))
+                self._handles.append(module.register_forward_pre_hook(enter_module(path), prepend=True))
+                self._handles.append(module.register_forward_hook(self._exit_module, prepend=True, with_kwargs=True))
         return super().__enter__()
 
-    def _leaves(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self._running and self._running[-1][1] is module:  # the watch may begin within a module's call
+    def _exit_module(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self._running and self._running[-1][1] is module:  # watching may begin within a module's call
             self._running.pop()
         if module in self._weight_of:
             nodes = self._nodes_of[self._weight_of[module]]
-            inputs = {tensor.grad_fn for tensor in _tensors((args, kwargs))}
-            stack = [tensor.grad_fn for tensor in _tensors(output)]
-            while stack:
-                node = stack.pop()
-                if node is not None and node not in inputs and node not in nodes:
-                    nodes.add(node)
-                    stack.extend(following for following, _ in node.next_functions)
+            inputs = {tensor.grad_fn for tensor in tensors_in((args, kwargs))}
+            nodes.update(nodes_from([tensor.grad_fn for tensor in tensors_in(output)], inputs | nodes))
 
     def __exit__(self, *error: Any) -> None:
         for handle in self._handles:
@@ -103,10 +98,10 @@ class UsesOfWeights(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        node = next((tensor.grad_fn for tensor in _tensors(result) if tensor.grad_fn is not None), None)
+        node = next((tensor.grad_fn for tensor in tensors_in(result) if tensor.grad_fn is not None), None)
         if node is not None:
             name = getattr(function, "__name__", str(function))
-            for value in _tensors((args, kwargs)):
+            for value in tensors_in((args, kwargs)):
                 if isinstance(value, nn.Parameter):
                     number, uses = id(value), self._used
                 else:
@@ -122,40 +117,22 @@ class UsesOfWeights(TorchFunctionMode):
     def result(self, roots: Iterable[Any]) -> Uses:
         """The uses on which the outputs with the autograd nodes `roots` depend."""
         consumers: dict[Any, set[Any]] = defaultdict(set)
-        leaves: dict[Any, int] = {}
-        stack, visited = list(roots), set(roots)
-        while stack:
-            node = stack.pop()
-            if (variable := getattr(node, "variable", None)) is not None:
-                leaves[node] = id(variable)
+        nodes = dict.fromkeys(nodes_from(roots))
+        leaves = {node: id(node.variable) for node in nodes if hasattr(node, "variable")}
+        for node in nodes:
             for following, _ in node.next_functions:
-                if following is not None:
-                    consumers[following].add(node)
-                    if following not in visited:
-                        visited.add(following)
-                        stack.append(following)
+                consumers[following].add(node)
         outside: dict[str, str] = {}
         for leaf, number in leaves.items():
             if (path := self._layer_of.get(number)) is not None and (
-                    by := _mixing_node(leaf, consumers, self._nodes_of[number])) is not None:
-                words = (words for used, words, node in self._used if used == path and node in visited)
-                outside[path] = next(words, f"{_kind(by)}() in the model")
-        for path, words, node in self._detached:
-            if node in visited and _kind(node) not in _ADDS:
-                outside.setdefault(path, words)
+                    mixing := _mixing_node(leaf, consumers, self._nodes_of[number])) is not None:
+                descriptions = (text for layer, text, node in self._used if layer == path and node in nodes)
+                outside[path] = next(descriptions, f"{_kind(mixing)}() in the model")
+        for path, description, node in self._detached:
+            if node in nodes and _kind(node) not in _ADDS:
+                outside.setdefault(path, description)
         local = frozenset(number for leaf, number in leaves.items() if _mixing_node(leaf, consumers, set()) is None)
         return Uses(outside, local, frozenset(leaves.values()))
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors among a function's arguments, in lists and dictionaries too."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -10,7 +10,7 @@ from torch import nn
 from fa_bench.errors import CoverageError
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-#: Only these exact types: a subclass may do anything in its forward pass.
+#: Only these exact types: the forward pass of a subclass may differ.
 WEIGHTED = (nn.Linear, *CONVOLUTIONS)
 #: The static type of a weighted layer, plain or with feedback.
 WeightedLayer: TypeAlias = nn.Linear | nn.modules.conv._ConvNd
@@ -23,7 +23,7 @@ class Mode:
     Attributes:
         rule: the rule's name.
         exact: forward passes are those of the plain model.
-        freeze_random: forward passes sample nothing new, so that a probe leaves no trace.
+        freeze_random: forward passes sample no new random tensors, so that measuring does not change the run.
         training: a forward pass of the whole model with gradients is running.
         without_gradients: path -> trainable layer that ran without gradients in this pass.
         with_gradients: paths of the layers that ran with gradients in this pass.
@@ -49,7 +49,7 @@ def weighted_layers(model: nn.Module) -> dict[str, WeightedLayer]:
 
 
 def _plain_class(cls: type) -> type:
-    """The class itself, or, of a class with feedback, the one that it was derived from."""
+    """The class itself or, for a class with feedback, its plain class."""
     return cls.__dict__.get("plain_class", cls)
 
 

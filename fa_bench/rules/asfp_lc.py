@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import fa_bench
 from fa_bench.mechanisms.coverage import batch_note
-from fa_bench.mechanisms.cut.local import ModuleRule, kind_of_map
+from fa_bench.mechanisms.cut.local import ModuleRule, map_module
 from fa_bench.mechanisms.feedback_options import init_option, output_option
 from fa_bench.mechanisms.feedback_tensors import feedback_tensor
 from fa_bench.registry.options import option
@@ -46,7 +46,7 @@ class Classifiers(ModuleRule):
         for length in size:
             features *= length
         if size != shape[1:]:
-            layers["pool"] = kind_of_map("AdaptiveAvgPool", cut, shape)(size)
+            layers["pool"] = map_module("AdaptiveAvgPool", cut, shape)(size)
         layers["flatten"] = nn.Flatten()
         layers["fc"] = nn.Linear(features, classes)
         layers["bn"] = nn.BatchNorm1d(classes, track_running_stats=False)
@@ -76,7 +76,7 @@ class ASFPLC(ASFP):
     activation h̃.
 
     Choices, since no code was published: the blocks are those of the model (``model.blocks``, or the modules in ``cuts`` with
-    which they end): residual blocks and the stem, whose normalisation learns by a classifier of its own (a frozen stem without
+    which they end): residual blocks and the stem, whose normalisation learns by its own classifier (a frozen stem without
     normalisation has none); activations are shared across blocks as in `asfp`. The classifier is only used in training, so that
     its normalisation always uses the batch's own statistics: it refuses a batch of one sample, and under data parallelism each
     rank has its own statistics.
@@ -90,7 +90,7 @@ class ASFPLC(ASFP):
         local: Any = Classifiers(cuts=self.cuts, output=self.output, pool=self.pool, b_init=self.linear_b_init)
         # Both share one mode, so that a measurement covers both.
         local.name, local.model, local.mode, local.seed = self.name, self.model, self.mode, self.seed
-        local.objective, local._frozen, local._structure, local._outside = self.objective, self._frozen, None, {}
+        local.objective, local._frozen, local._structure, local._uses_outside = self.objective, self._frozen, None, {}
         self._local, local.part_of = local, self
         local.wire(sample_input)
         return super().wire(sample_input)

@@ -25,7 +25,7 @@ class BRSF(FRSF):
     """
 
     def notes(self) -> tuple[str, ...]:
-        return ("M is sampled at every training forward pass: each micro-batch has an M of its own.",)
+        return ("M is sampled at every training forward pass: each micro-batch has its own M.",)
 
     def pathway(self, layer: LayerContext) -> FeedbackPathway:
         super().pathway(layer)

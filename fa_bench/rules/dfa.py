@@ -105,8 +105,8 @@ class DFA(CutRule):
         copied = delta.view(*delta.shape, *[1] * len(pixels)).expand(*delta.shape, *pixels)
         with torch.enable_grad():
             leaf = x.detach().to(feedback.dtype).requires_grad_(True)
-            inside, geometry = padded(module, leaf)
+            padded_input, geometry = padded(module, leaf)
             error = torch.ops.aten.convolution_backward(
-                copied, inside.detach(), feedback, None, *geometry._replace(groups=1), [True, False, False]
+                copied, padded_input.detach(), feedback, None, *geometry._replace(groups=1), [True, False, False]
             )[0]
-            return (error if inside is leaf else torch.autograd.grad(inside, leaf, error)[0]).to(x.dtype)
+            return (error if padded_input is leaf else torch.autograd.grad(padded_input, leaf, error)[0]).to(x.dtype)

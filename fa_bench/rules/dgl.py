@@ -8,7 +8,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 from fa_bench.mechanisms.coverage import batch_note
-from fa_bench.mechanisms.cut.local import ModuleRule, kind_of_map
+from fa_bench.mechanisms.cut.local import ModuleRule, map_module
 from fa_bench.registry.options import option
 from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.utils.lazy import nn
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("dgl")
 @dataclasses.dataclass(eq=False)
 class DGL(ModuleRule):
-    """Decoupled greedy learning: blocks that learn by auxiliary classifiers of their own.
+    """Decoupled greedy learning: blocks that each learn by an auxiliary classifier.
 
     Belilovsky, Eickenberg and Oyallon 2020; all modules are trained at once.
 
@@ -30,8 +30,7 @@ class DGL(ModuleRule):
     with C channels and size H x W:
 
     - mlp_sr: average to ⌈H/4⌉ x ⌈W/4⌉; three times 1x1 convolution from C to C without bias, batch normalisation, ReLU; average
-    to
-      2x2; three times linear from 4C to 4C, batch normalisation, ReLU; linear to the classes.
+      to 2x2; three times linear from 4C to 4C, batch normalisation, ReLU; linear to the classes.
     - mlp: the same without the convolutions.
     - linear: the two averages and the last layer.
 
@@ -51,7 +50,7 @@ class DGL(ModuleRule):
         layers: OrderedDict[str, torch_nn.Module] = OrderedDict()
         channels, size = shape[0], shape[1:]
         if size:
-            pool, conv, norm = (kind_of_map(name, cut, shape) for name in ("AdaptiveAvgPool", "Conv", "BatchNorm"))
+            pool, conv, norm = (map_module(name, cut, shape) for name in ("AdaptiveAvgPool", "Conv", "BatchNorm"))
             size = tuple(math.ceil(length / 4) for length in size)
             layers["pool1"] = pool(size)
             for number in (1, 2, 3) if self.auxiliary_net == "mlp_sr" else ():

@@ -34,7 +34,7 @@ class DKP(CutRule):
     So B is a linear readout of a, trained on the network's output error, and a Bᵀ aligns with the logits. At the last hidden
     activation the gradient of B is that of the output layer's weight.
 
-    B needs a much lower learning rate than W, or training diverges. It has an optimizer, a schedule and a decay of its own with
+    B needs a much lower learning rate than W, or training diverges. It gets its own optimizer, schedule and decay with
     ``optimizer@feedback_optimizer=sgd feedback_optimizer.lr=1e-4 ...``; otherwise it shares W's, and `b_lr_scale` sets its rate
     relative to W's (0: direct feedback alignment). Weight decay acts on B as on W. The paper's settings: for the net with two
     convolutions, SGD with Nesterov momentum 0.9 and decay 1e-6 for both, W at lr 1e-2, B at lr 1e-4 times 0.85 per epoch; for
@@ -47,7 +47,7 @@ class DKP(CutRule):
     """
 
     b_init: str = init_option("B", "kaiming_uniform")
-    b_lr_scale: float = option(0.01, "learning rate of B relative to that of W, where B has no optimizer of its own", minimum=0)
+    b_lr_scale: float = option(0.01, "learning rate of B relative to that of W, unless B has its own optimizer", minimum=0)
     density: float = density_option()
 
     reads_values = True

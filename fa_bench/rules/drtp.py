@@ -23,7 +23,7 @@ class DRTP(CutRule):
     Frenkel, Lefebvre and Bol 2021.
 
     The error at a cut depends on the labels only: y B s / N, with y (N, C) the one-hot labels, B (C, features of the cut) fixed
-        and random, s the `scale` and N the batch size. The output layer has its true gradient. The error does not depend on the
+    and random, s the `scale` and N the batch size. The output layer has its true gradient. The error does not depend on the
         network's output, so that a layer can be updated as soon as it has been evaluated; it never vanishes. B does not decay.
 
     ``error_sign=true`` is sDFA: sign(δ) B s / N, where δ = ∂L/∂z is the error at the logits, whose sign is that of output minus

@@ -47,10 +47,10 @@ class RandomForward(TransposeFeedback):
     def context(self, layer: Any, x: Tensor) -> BackwardContext:
         current = self.rule.current
         if recomputing():
-            # Must save the same tensors as the first pass, which has the activation.
+            # The context must hold the same tensors as that of the first pass, which has the activation.
             return BackwardContext(self.effective(layer), activation=None if self.first else refuse_reentrant(self.rule.name))
         if current is None and layer.mode.freeze_random:
-            return BackwardContext(self.effective(layer))  # a probe runs this layer alone
+            return BackwardContext(self.effective(layer))  # a metric runs this layer alone
         if current is None:
             raise CoverageError(f"layer '{layer.path}' ran outside a forward pass of the attached model: call the model itself")
         self.observe(layer, x)
@@ -77,8 +77,8 @@ class ForwardAlignment(EdgeRule):
     layer (with ``plain_last`` it uses its true input); C is sampled by ``c_init``, one for each layer, even if layers share their
     weight. The rule costs a second forward pass.
 
-    In a model with batch normalisation the second pass depends on the batch: under data parallelism each rank has the statistics
-    of its own part.
+    In a model with batch normalisation the second pass depends on the batch: under data parallelism each rank uses the
+    statistics of its part.
     """
 
     c_init: str = init_option("the random weights C")
@@ -86,13 +86,13 @@ class ForwardAlignment(EdgeRule):
     def wire(self, sample_input: Any) -> Coverage:
         self.current: Pass | None = None
         trace = self.trace(sample_input)
-        again = [path for path in trace.order if trace.calls[path] > 1]
-        if again:
-            raise CoverageError(f"rule '{self.name}' needs layers that run once in a forward pass; '{again[0]}' runs "
-                                f"{trace.calls[again[0]]} times")
+        repeated = [path for path in trace.order if trace.calls[path] > 1]
+        if repeated:
+            raise CoverageError(f"rule '{self.name}' needs layers that run once in a forward pass; '{repeated[0]}' runs "
+                                f"{trace.calls[repeated[0]]} times")
         self._first = set(trace.inputs[0])
         coverage = super().wire(sample_input)
-        self._random = [path for path, layer in self._layers.items() if isinstance(layer.pathway, RandomForward)]
+        self._random_layers = [path for path, layer in self._layers.items() if isinstance(layer.pathway, RandomForward)]
         return coverage
 
     def pathway(self, layer: LayerContext) -> FeedbackPathway:
@@ -112,9 +112,9 @@ class ForwardAlignment(EdgeRule):
             current, self.current = self.current, None
             call, self._call = self._call, ((), {})
             if output is not None:
-                self._run_again(current, *call)
+                self._run_second_pass(current, *call)
 
-    def _run_again(self, current: Pass, args: Any, kwargs: Any) -> None:
+    def _run_second_pass(self, current: Pass, args: Any, kwargs: Any) -> None:
         """A second forward pass in which every layer has its input of the first pass, and C in place of its weight."""
         from fa_bench.mechanisms.trace import without_side_effects
 
@@ -125,12 +125,12 @@ class ForwardAlignment(EdgeRule):
             return hook
 
         values: dict[str, Tensor] = {}
-        for path in self._random:
+        for path in self._random_layers:
             layer = self._layers[path]
             values[f"{path}.weight"] = feedback_tensor(layer, "C")
             if layer.bias is not None:
                 values[f"{path}.bias"] = torch.zeros_like(layer.bias)
-        handles = [self._layers[path].register_forward_pre_hook(restart(path)) for path in self._random]
+        handles = [self._layers[path].register_forward_pre_hook(restart(path)) for path in self._random_layers]
         try:
             with torch.no_grad(), without_side_effects(self.model):
                 # A parameter that layers share is replaced in each of them by its own C.
@@ -145,5 +145,5 @@ class ForwardAlignment(EdgeRule):
 
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
         """C and W, which align here."""
-        layers = {path: self._layers[path] for path in self._random}
+        layers = {path: self._layers[path] for path in self._random_layers}
         return {path: (feedback_tensor(layer, "C"), layer.weight.detach()) for path, layer in layers.items()}

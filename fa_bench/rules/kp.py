@@ -22,7 +22,7 @@ class KP(RandomFeedbackRule):
     ‖W - B‖ ≈ ‖W(0) - B(0)‖ exp(-Σ lr λ/(1-m)). This does not hold for Adam with coupled decay, but it does for AdamW.
 
     Choices: B is sampled as in FA (``b_init``, and ``linear_b_init`` for fully connected layers). The first layer's B carries no
-    error, but is trained all the same. Optional deviation: with ``b_lr_scale`` other than 1, B has a learning rate of its own,
+    error, but is trained all the same. Optional deviation: with ``b_lr_scale`` other than 1, B has its own learning rate,
     and the difference no longer vanishes exactly.
     """
 

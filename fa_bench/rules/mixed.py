@@ -19,7 +19,7 @@ from fa_bench.utils.sampling import sample
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Kinds of synapses -> the tensor that holds their feedback; that of PFA is a product.
+#: Kind of synapse -> the tensor with its feedback, which is a product for PFA.
 TENSORS = {"pfa": "B R", "fa": "F", "kp": "K"}
 KINDS = tuple(TENSORS)
 
@@ -48,9 +48,9 @@ class MixedFeedback(FeedbackPathway):
         return self.effective_context(layer, x, gradients)
 
     def effective(self, layer: Any) -> Tensor:
-        return self.summed(layer, self.kinds)
+        return self.masked_sum(layer, self.kinds)
 
-    def summed(self, layer: Any, kinds: tuple[str, ...]) -> Tensor:
+    def masked_sum(self, layer: Any, kinds: tuple[str, ...]) -> Tensor:
         """E restricted to the synapses of these kinds; all other entries are zero."""
         total = torch.zeros_like(layer.weight, requires_grad=False)
         for kind in kinds:
@@ -71,7 +71,7 @@ class Mixed(ProductRule):
     with gradient ēᵀ x and ē = g B, are those of `pfa` (M = ``ratio`` x O); F is fixed; K has the gradient of W; their
     initialisers are ``f_init``, ``k_init`` and ``r_init``.
 
-    Neither learned gradient is masked: R's is PFA's own, and K's is that of W, of which only the entries under K's mask ever
+    Neither learned gradient is masked: R's is that of PFA, and K's is that of W, although only the entries under K's mask
     carry an error. So with decay B R and K approach W everywhere, as in `pfa` and `kp`. Then, with λ = 1/ratio, and r the norm
     ratio and ρ the cosine of F to W over FA's entries (0 unless W aligns itself to F there, as in FA), the angle of E to W is
 
@@ -126,4 +126,4 @@ class Mixed(ProductRule):
         module = self._layers[layer]
         if not isinstance(module.pathway, MixedFeedback):
             raise CoverageError(f"layer '{layer}' has no feedback of rule '{self.name}' (excluded, or the last one)")
-        return module.pathway.summed(module, tuple(kind for kind in module.pathway.kinds if kind != "pfa"))
+        return module.pathway.masked_sum(module, tuple(kind for kind in module.pathway.kinds if kind != "pfa"))

@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.mechanisms.edge.pathways import BackwardContext, FeedbackPathway, feedback_gradient
-from fa_bench.mechanisms.edge.product import multiplied_out
+from fa_bench.mechanisms.edge.product import effective_product
 from fa_bench.mechanisms.edge.rule import EdgeRule, LayerContext
 from fa_bench.mechanisms.feedback_options import density_option, init_option
 from fa_bench.mechanisms.feedback_tensors import feedback_tensor
@@ -38,7 +38,7 @@ class ProductFeedback(FeedbackPathway):
 
     def effective(self, layer: Any) -> Tensor:
         groups, transposed = getattr(layer, "groups", 1), getattr(layer, "transposed", False)
-        return multiplied_out(feedback_tensor(layer, "B"), feedback_tensor(layer, "R"), groups, transposed)
+        return effective_product(feedback_tensor(layer, "B"), feedback_tensor(layer, "R"), groups, transposed)
 
     def after_step(self, layer: Any) -> None:
         if (mask := feedback_tensor(layer, "mask")) is not None:

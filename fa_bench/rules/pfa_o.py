@@ -30,7 +30,7 @@ class PFAO(ProductRule):
     """
 
     ratio: float = option(1.0, "expansion ratio: units of the intermediate population over units of the layer's output",
-        minimum=1)
+                          minimum=1)
 
     def first(self, outputs: int, between: int, seed: int) -> Tensor:
         gaussian = sample((between, outputs), "normal_fan_out", seed)

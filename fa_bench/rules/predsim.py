@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.mechanisms.coverage import batch_note
-from fa_bench.mechanisms.cut.local import LocalRule, flattening, kind_of_map
+from fa_bench.mechanisms.cut.local import LocalRule, flattening, map_module
 from fa_bench.registry.options import option
 from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.utils.lazy import nn, torch
@@ -47,7 +47,7 @@ class PredSim(LocalRule):
     computed in single precision. A projection shortcut learns by the loss of the activation after the addition. Dropout after a
     cut does not affect its loss.
 
-    The similarity depends on the batch: under data parallelism each rank compares the samples of its own part.
+    The similarity depends on the batch: under data parallelism each rank compares only its own samples.
     """
 
     loss: str = option("predsim", "the local loss", choices=["predsim", "pred", "sim"])
@@ -66,7 +66,7 @@ class PredSim(LocalRule):
             if len(shape) == 1:
                 parts["similarity"] = nn.Linear(shape[0], shape[0], bias=False)
             else:
-                parts["similarity"] = kind_of_map("Conv", cut, shape)(shape[0], shape[0], 3, padding=1, bias=False)
+                parts["similarity"] = map_module("Conv", cut, shape)(shape[0], shape[0], 3, padding=1, bias=False)
         return parts
 
     def local_loss(self, cut: str, auxiliary: Any, activation: Tensor, target: Tensor) -> Tensor:

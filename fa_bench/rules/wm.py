@@ -137,7 +137,7 @@ class WM(EdgeRule):
 
         noise=uniform sigma=0.0288675 activation=sigmoid block_bias=false mirror_decay=0 mirror_rate=2.6667e-4
 
-    For a fixed W, λ = η and Gaussian noise the angle between B and W goes to arctan √(η / (2 - η) · c (F + 1) / (N n)), F the
+    For a fixed W, λ = η and Gaussian noise the angle between B and W tends to arctan √(η / (2 - η) · c (F + 1) / (N n)), F the
     fan-in, c = 1 for the linear map and 2 for ReLU, and the trace of B's first value to (1 - η)^steps.
 
     Choices: only the linear map is mirrored, so that BatchNorm between it and its activation does not matter (it is never
@@ -202,7 +202,7 @@ class WM(EdgeRule):
         module: Any = layer.module
         shape, positions, geometry = (module.weight.shape[1],), None, None
         if hasattr(module, "kernel_size"):
-            shape, positions, geometry = _driven(module, *self._shapes[layer.path])
+            shape, positions, geometry = _noise_geometry(module, *self._shapes[layer.path])
             if not self.per_tap:
                 positions = positions.max().expand_as(positions)
         noise = Noise(self.noise, self.sigma, self.mirror_batch, shape, layer.tensor_seed("mirror"))
@@ -221,7 +221,7 @@ class WM(EdgeRule):
                     pathway.mirror(layer)
 
 
-def _driven(
+def _noise_geometry(
     conv: Any, input_shape: tuple[int, ...], output_shape: tuple[int, ...]
 ) -> tuple[tuple[int, ...], Tensor, Geometry | None]:
     """For a convolution in mirror mode: the shape of one sample of noise, n of each tap (1, 1, K...), the geometry."""
@@ -232,15 +232,15 @@ def _driven(
     shape = tuple(input_shape[-dims - 1:])
     ones, noise_geometry = torch.ones(1, 1, *shape[1:], dtype=torch.float64), None
     if conv.transposed:
-        extra = conv._output_padding(ones, list(output_shape[-dims:]), conv.stride, conv.padding, conv.kernel_size, dims,
+        output_padding = conv._output_padding(ones, list(output_shape[-dims:]), conv.stride, conv.padding, conv.kernel_size, dims,
                                      conv.dilation)
-        geometry = noise_geometry = Geometry(conv.stride, conv.padding, conv.dilation, True, tuple(extra), conv.groups)
+        geometry = noise_geometry = Geometry(conv.stride, conv.padding, conv.dilation, True, tuple(output_padding), conv.groups)
     else:
         ones, geometry = padded(conv, ones)
         if conv.padding_mode != "zeros":
             noise_geometry, shape = geometry, (shape[0], *ones.shape[2:])
     # The weight gradient of ones and ones counts positions.
-    single, tap = geometry._replace(groups=1), ones.new_ones(1, 1, *conv.kernel_size)
-    positions = weight_gradient(torch.ones_like(torch.ops.aten.convolution(ones, tap, None, *single)), ones, tap, single)
-    # The Ŵ of a tap that only meets padding is 0, whatever it is divided by.
+    ungrouped, tap = geometry._replace(groups=1), ones.new_ones(1, 1, *conv.kernel_size)
+    positions = weight_gradient(torch.ones_like(torch.ops.aten.convolution(ones, tap, None, *ungrouped)), ones, tap, ungrouped)
+    # The Ŵ of a tap that meets only padding is 0, so the divisor has no effect.
     return shape, positions.clamp_min(1), noise_geometry

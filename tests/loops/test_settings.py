@@ -102,7 +102,7 @@ def test_tied_weights_are_noted():
     fixed[4] = nn.Linear(16, 16).double()
     fixed[4].weight = fixed[2].weight
     assert "shares its weight" not in str(fa_bench.attach(fixed, "fa").coverage), "nothing follows it"
-    assert "an M of its own" in str(attached("brsf")[1].coverage)
+    assert "each micro-batch has its own M" in str(attached("brsf")[1].coverage)
 
 
 @pytest.mark.parametrize("how", ["tied", "outside"])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fa_bench
-from fa_bench.mechanisms.cut.local import _seeded, reduced
+from fa_bench.mechanisms.cut.local import _seeded, pooled_size
 from fa_bench.metrics.meter import untouched
 
 from . import nets
@@ -280,7 +280,7 @@ def test_classifiers_read_no_more_than_so_many_features():
     ((9, 2, 2), 8, (1, 1)), ((4, 9), 20, (5,)), ((2, 4, 4, 4), 70, (2, 4, 4)), ((5000,), 4096, ()),
 ])
 def test_size_that_maps_are_averaged_to(shape, limit, want):
-    assert reduced(shape, limit) == want
+    assert pooled_size(shape, limit) == want
 
 
 def test_separate_feedback_has_the_signs_of_the_classifier_and_magnitudes_of_its_own():

@@ -1,6 +1,6 @@
-"""The hooks of a cut rule: during a training forward pass they cut the graph and keep each cut's activation.
+"""The hooks of a cut rule, which cut the graph during a training forward pass and capture the activation at each cut.
 
-The hook at a cut passes on a detached tensor, so that no error crosses the cut and nothing is computed in vain.
+The hook at a cut returns a detached tensor, so no error crosses the cut and autograd does no unnecessary work.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import CoverageError
 from fa_bench.mechanisms.checkpointing import recomputing
+from fa_bench.mechanisms.graph import leaves
 from fa_bench.mechanisms.rule import OUTPUT
 from fa_bench.utils.lazy import torch
 
@@ -55,7 +56,7 @@ class Capture:
         self, rule: CutRule, modules: dict[str, nn.Module], trace: Trace, frozen: dict[str, list[LearnedTensor]]
     ) -> None:
         self.rule, self.modules, self.frozen = rule, modules, frozen
-        self._feeds, self._changed_in_place = trace.feeds, trace.changed
+        self._feeds, self._changed_in_place = trace.feeds, trace.changed_in_place
         self.tape: dict[str, CapturedActivation] | None = None
         self._outer_tapes: list[dict[str, CapturedActivation] | None] = []
         self._without_gradients: set[str] = set()
@@ -73,8 +74,8 @@ class Capture:
         for handle in self._handles:
             handle.remove()
 
-    # A forward pass that is repeated within a backward pass (activation checkpointing) has a tape of its own: it must treat its
-    # tensors as the first pass did, but the errors come from the first pass's tape.
+    # A forward pass that is repeated within a backward pass (activation checkpointing) has its own tape: it must treat
+    # its tensors as the first pass did, but the errors come from the first pass's tape.
     def begin(self) -> None:
         """Called at the start of every forward pass of the model."""
         self._outer_tapes.append(self.tape)
@@ -127,13 +128,11 @@ class Capture:
                 for learned in frozen:
                     learned.require_trainable()
         passed_on = output.detach()
-        # The next module changes this output in place, but the rule needs the original.
+        # The next module changes this output in place, and the rule needs the original.
         return passed_on.clone() if cut in self._changed_in_place else passed_on
 
     def _depends_on_parameters(self, output: Tensor) -> bool:
         """Whether a cut's output depends on a trainable parameter, and not only on an input that requires its gradient."""
-        from fa_bench.mechanisms.trace import leaves
-
         return not leaves(output.grad_fn).isdisjoint(id(parameter) for parameter in self.rule.model.parameters())
 
     def _at_input(self, cut: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -1,4 +1,4 @@
-"""Which modules a cut rule cuts: those that are named, what it refuses, and what it suggests if none are named."""
+"""At which modules a cut rule cuts: those that are named, which ones it refuses, and which it suggests if none are named."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.trace import Trace
 
 #: At most this many names are written out; more are abbreviated by patterns.
-_MOST_NAMES = 6
-#: How many refusals a search for working options follows up.
-_TRIES = 4
+_MAX_NAMES = 6
+#: How many attempts a search for working options makes.
+_MAX_ATTEMPTS = 4
 
 
 def named_cuts(rule: CutRule, sample_input: Any) -> tuple[str, ...]:
@@ -35,7 +35,7 @@ def named_cuts(rule: CutRule, sample_input: Any) -> tuple[str, ...]:
     names_modules = isinstance(declared, (list, tuple)) and all(isinstance(name, str) for name in declared)
     patterns = rule.cuts if rule.cuts is not None else declared if names_modules else None
     if not patterns:
-        raise _none_named(rule, paths, sample_input)
+        raise _no_cut_points(rule, paths, sample_input)
     matches = matching(patterns, paths, "cuts")
     return tuple(path for path in paths if path in matches)
 
@@ -58,8 +58,8 @@ def check_cuts(rule: CutRule, trace: Trace, cuts: tuple[str, ...]) -> None:
                             "one, for example {output}", {"output": logits[0]})
     if len(trace.result_shape) != 2:
         raise CoverageError(f"rule '{rule.name}' needs logits of shape (N, C); this model returns {trace.result_shape}")
-    for cut, twin in trace.twins.items() if rule.side == OUTPUT else ():
-        raise CoverageError(f"cut '{cut}' has the same output as cut '{twin}': name one of them (in patterns * crosses dots)")
+    for cut, same in trace.same_output.items() if rule.side == OUTPUT else ():
+        raise CoverageError(f"cut '{cut}' has the same output as cut '{same}': name one of them (in patterns * crosses dots)")
     for cut in cuts:
         if trace.calls[cut] != 1:
             raise CoverageError(f"cut '{cut}' runs {trace.calls[cut]} times in a forward pass; name a module that runs once")
@@ -69,31 +69,31 @@ def check_cuts(rule: CutRule, trace: Trace, cuts: tuple[str, ...]) -> None:
             raise CoverageError(f"cut '{cut}' is after the output layer '{trace.outputs[0]}'; cut hidden layers only")
 
 
-def _none_named(rule: CutRule, paths: list[str], sample_input: Any) -> CoverageError:
+def _no_cut_points(rule: CutRule, paths: list[str], sample_input: Any) -> CoverageError:
     """The error for a model without cut points; it suggests some that work if there is a sample to try them with."""
-    model, shown = rule.model, [path for path in paths if not list(rule.model.get_submodule(path).children())]
+    model, modules = rule.model, [path for path in paths if not list(rule.model.get_submodule(path).children())]
     options: dict[str, Any] = {}
     if sample_input is not None:
-        calls = rule.trace(sample_input, watch=tuple(shown)).calls
-        shown, options = [path for path in shown if calls[path] == 1], working_options(rule, sample_input)
+        calls = rule.trace(sample_input, watch=tuple(modules)).calls
+        modules, options = [path for path in modules if calls[path] == 1], working_options(rule, sample_input)
     example = f", for example {' and '.join(f'{{{name}}}' for name in options)}" if options else ""
-    more = ", ..." if len(shown) > 12 else ""
+    more = ", ..." if len(modules) > 12 else ""
     return CoverageError(
         f"rule '{rule.name}' needs cut points and {type(model).__name__} declares none: name the modules whose outputs receive "
-        f"the error with cuts{example}, or set model.{rule.declared} (modules: {names(shown[:12])}{more})", options)
+        f"the error with cuts{example}, or set model.{rule.declared} (modules: {names(modules[:12])}{more})", options)
 
 
 def working_options(rule: CutRule, sample_input: Any) -> dict[str, Any]:
-    """Options with which the rule can be attached to its model: ``cuts``, and whatever its refusals suggest in addition.
+    """Options with which the rule can be attached to its model: ``cuts``, and those that its errors suggest in addition.
 
     Empty if none are found.
     """
     paths = [path for path, _ in rule.model.named_modules() if path]
-    options: dict[str, Any] = {"cuts": patterns(_cuts(rule, sample_input), paths)}
-    for _ in range(_TRIES if options["cuts"] else 0):
+    options: dict[str, Any] = {"cuts": patterns(_suggested_cuts(rule, sample_input), paths)}
+    for _ in range(_MAX_ATTEMPTS if options["cuts"] else 0):
         try:
-            twin = copy.deepcopy(rule.model)
-            dataclasses.replace(rule.part_of or rule, **options).attach(twin, sample_input=sample_input, initial_phase=False)
+            copied = copy.deepcopy(rule.model)
+            dataclasses.replace(rule.part_of or rule, **options).attach(copied, sample_input=sample_input, initial_phase=False)
         except CoverageError as error:
             if not error.settings or options.items() >= error.settings.items():
                 break
@@ -103,8 +103,8 @@ def working_options(rule: CutRule, sample_input: Any) -> dict[str, Any]:
     return {}
 
 
-def _cuts(rule: CutRule, sample_input: Any) -> list[str]:
-    """For every hidden layer the last module whose output depends on this layer and on as few others as possible."""
+def _suggested_cuts(rule: CutRule, sample_input: Any) -> list[str]:
+    """For every hidden layer, the last module whose output depends on this layer and on as few others as possible."""
     model = rule.model
     paths = tuple(path for path, _ in model.named_modules() if path)
     with rule.exact():
@@ -113,20 +113,20 @@ def _cuts(rule: CutRule, sample_input: Any) -> list[str]:
         outputs = {*trace.outputs, *(path for path, consumer in trace.consumer.items() if consumer in trace.outputs)}
     else:
         outputs = set(trace.outputs)
-    single = [path for path in trace.alone if trace.calls[path] == 1 and path not in trace.twins
-              and trace.alone[path] and outputs.isdisjoint(trace.alone[path])]
+    single = [path for path in trace.feeds_alone if trace.calls[path] == 1 and path not in trace.same_output
+              and trace.feeds_alone[path] and outputs.isdisjoint(trace.feeds_alone[path])]
     chosen: dict[str, None] = {}
     for layer in trace.order:
-        candidates = [path for path in single if layer in trace.alone[path]]
+        candidates = [path for path in single if layer in trace.feeds_alone[path]]
         if layer not in outputs and candidates:
-            fewest = min(len(trace.alone[path]) for path in candidates)
-            chosen[next(path for path in reversed(candidates) if len(trace.alone[path]) == fewest)] = None
+            fewest = min(len(trace.feeds_alone[path]) for path in candidates)
+            chosen[next(path for path in reversed(candidates) if len(trace.feeds_alone[path]) == fewest)] = None
     return list(chosen)
 
 
 def patterns(chosen: Collection[str], paths: Collection[str]) -> list[str]:
     """Names of modules; if there are many, patterns that match no other of `paths`."""
-    if len(chosen) <= _MOST_NAMES:
+    if len(chosen) <= _MAX_NAMES:
         return list(chosen)
     shortest: dict[str, None] = {}
     for path in chosen:

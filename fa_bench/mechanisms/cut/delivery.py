@@ -1,9 +1,8 @@
-"""The backward pass of a cut rule: as soon as the error at the logits is known, an error is delivered to every cut.
+"""The backward pass of a cut rule: once the error at the logits is known, an error is delivered to every cut.
 
 An autograd Function on the model's output, the identity in the forward pass, has all captured activations as inputs. So all parts
-of
-the model belong to one graph: loss scaling, several forward passes before a backward pass and a plain ``loss.backward()`` work as
-usual, and what is never differentiated is freed together with the output.
+of the model belong to one graph: loss scaling, several forward passes before a backward pass and a plain ``loss.backward()`` work
+as usual, and a graph that is never differentiated is freed together with the output.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import CoverageError, names
+from fa_bench.mechanisms.graph import nodes_from
 from fa_bench.mechanisms.loss_scale import is_unscaled, measured_scale
 from fa_bench.utils.lazy import torch
 
@@ -154,14 +154,4 @@ class Delivery:
 
 def _depends_on(result: Tensor, logits: Tensor | None) -> bool:
     """Whether one output of a model was computed from another; True if the other is unknown."""
-    if logits is None:
-        return True
-    visited, stack = set(), [result.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is logits.grad_fn:
-            return True
-        if node is not None and node not in visited:
-            visited.add(node)
-            stack.extend(following for following, _ in node.next_functions)
-    return False
+    return logits is None or result.grad_fn is logits.grad_fn or logits.grad_fn in nodes_from([result.grad_fn])

@@ -60,7 +60,7 @@ class LocalRule(CutRule):
         """The loss at one cut, a scalar; `activation` is (N, ...), `target` (N,)."""
         raise NotImplementedError
 
-    # -------------------------------------------------------------------------------------------- life in a model
+    # -------------------------------------------------------------------------------------------- attach and detach
     def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:
         self._auxiliary: dict[str, Auxiliary] = {}
         like = next(self.model.parameters())
@@ -97,8 +97,8 @@ class LocalRule(CutRule):
             error, *gradients = torch.autograd.grad(loss, [activation, *required])
         if self.loss_factor != 1:
             error, gradients = error * self.loss_factor, [gradient * self.loss_factor for gradient in gradients]
-        following = iter(gradients)
-        return error, [next(following) if tensor.requires_grad else None for tensor in learned]
+        remaining = iter(gradients)
+        return error, [next(remaining) if tensor.requires_grad else None for tensor in learned]
 
     # -------------------------------------------------------------------------------------------- feedback, metrics
     def learned_feedback(self) -> list[LearnedTensor]:
@@ -123,7 +123,7 @@ class LocalRule(CutRule):
         for cut, auxiliary in self._auxiliary.items():
             if cut in state:
                 auxiliary.load(state[cut])
-            elif auxiliary.awaited:
+            elif auxiliary.is_missing:
                 raise StateError(f"neither the model's state nor that of rule '{self.name}' has the auxiliary layers of cut "
                                  f"'{cut}'")
 
@@ -140,12 +140,12 @@ class Auxiliary:
     Attributes:
         tensors: name of a tensor in the module -> the dictionaries of module and net that hold it, and its name in the net.
         learned: the parameters.
-        awaited: whether the model has loaded a state without them, as earlier versions saved it.
+        is_missing: whether the model has loaded a state without these tensors, which earlier versions saved elsewhere.
     """
 
     def __init__(self, cut: str, module: torch_nn.Module, net: torch_nn.Module, witness: torch_nn.Module | None) -> None:
         self._net = net
-        self.awaited = False
+        self.is_missing = False
         self.tensors: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {}
         self.learned: list[LearnedTensor] = []
         for path, part in net.named_modules():
@@ -160,7 +160,7 @@ class Auxiliary:
                     else:
                         module.register_buffer(key, tensor)
                     self.tensors[key] = (getattr(module, source), getattr(part, source), name)
-        self._hook = module.register_load_state_dict_pre_hook(self._accept_older)
+        self._hook = module.register_load_state_dict_pre_hook(self._accept_older_state)
 
     def net(self) -> torch_nn.Module:
         """The layers, with the tensors that the module has now: loading a state may have replaced them."""
@@ -173,7 +173,7 @@ class Auxiliary:
     def load(self, state: dict[str, Any]) -> None:
         """Load a state of the net."""
         self.net().load_state_dict(state)
-        self.awaited = False
+        self.is_missing = False
 
     def unregister(self) -> None:
         """Remove the tensors from the module."""
@@ -181,11 +181,11 @@ class Auxiliary:
         for key, (of_module, _, _) in self.tensors.items():
             of_module.pop(key, None)
 
-    def _accept_older(self, module: Any, state: dict[str, Any], prefix: str, *others: Any) -> None:
+    def _accept_older_state(self, module: Any, state: dict[str, Any], prefix: str, *others: Any) -> None:
         """Let the model load a state without the tensors: earlier versions saved them in the rule's state."""
         missing = [key for key in self.tensors if prefix + key not in state]
-        self.awaited = len(missing) == len(self.tensors) > 0
-        if self.awaited:
+        self.is_missing = len(missing) == len(self.tensors) > 0
+        if self.is_missing:
             state.update({prefix + key: self.tensors[key][0][key].detach() for key in missing})
 
 
@@ -197,7 +197,7 @@ class ModuleRule(LocalRule):
 
     declared = "blocks"
     modular = True
-    #: What messages call an auxiliary net, and what they suggest for a batch that is too small for its batch normalisation.
+    #: For error messages: the name of an auxiliary net, and what to do if a batch is too small for its batch normalisation.
     net_name = "auxiliary net"
     larger_batches = "use larger batches, or drop the last incomplete one"
 
@@ -232,7 +232,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------ auxiliary layers
-def kind_of_map(name: str, cut: str, shape: tuple[int, ...]) -> Any:
+def map_module(name: str, cut: str, shape: tuple[int, ...]) -> Any:
     """The class `name` for maps of this shape, (C, ...) with one to three spatial dimensions: ``nn.Conv2d`` for Conv.
 
     Raises:
@@ -244,28 +244,28 @@ def kind_of_map(name: str, cut: str, shape: tuple[int, ...]) -> Any:
     return getattr(nn, f"{name}{dims}d")
 
 
-def reduced(shape: tuple[int, ...], limit: int) -> tuple[int, ...]:
+def pooled_size(shape: tuple[int, ...], limit: int) -> tuple[int, ...]:
     """The size to which a map (C, ...) is averaged to have at most `limit` features: sizes are halved in turn and rounded up.
 
     Empty for flat activations (F,).
     """
     channels, *size = shape
-    factors, turn = [1] * len(size), 0
+    factors, axis = [1] * len(size), 0
 
     def halved() -> list[int]:
         return [math.ceil(length / factor) for length, factor in zip(size, factors, strict=True)]
 
     while channels * math.prod(halved()) > limit and max(halved(), default=1) > 1:
-        factors[turn] *= 2
-        turn = (turn + 1) % len(size)
+        factors[axis] *= 2
+        axis = (axis + 1) % len(size)
     return tuple(halved())
 
 
 def flattening(cut: str, shape: tuple[int, ...], limit: int) -> tuple[OrderedDict[str, torch_nn.Module], int]:
     """Layers that average a map to at most `limit` features and flatten it; and the number of features they return."""
     layers: OrderedDict[str, torch_nn.Module] = OrderedDict()
-    size = reduced(shape, limit)
+    size = pooled_size(shape, limit)
     if size != shape[1:]:
-        layers["pool"] = kind_of_map("AdaptiveAvgPool", cut, shape)(size)
+        layers["pool"] = map_module("AdaptiveAvgPool", cut, shape)(size)
     layers["flatten"] = nn.Flatten()
     return layers, shape[0] * math.prod(size)

@@ -49,10 +49,10 @@ class CutRule(Rule):
     #: Whether errors are computed from the labels; `loss_factor` is then the factor by which the loss was scaled.
     scales = False
     loss_factor = 1.0
-    #: The rule of which this one is a part and whose options it uses; None if it is not part of another rule.
+    #: The rule that this one belongs to, and whose options it uses; None if it is a rule by itself.
     part_of: ClassVar[Rule | None] = None
-    #: Whether all layers between two cuts form one module, which learns by backpropagation within the module. A layer then needs
-    #: no cut of its own, and everything within a module is covered.
+    #: Whether all layers between two cuts form one module, which learns by backpropagation within itself. Not every layer then
+    #: needs a cut, and all weights of a module are covered.
     modular = False
 
     @property
@@ -67,7 +67,7 @@ class CutRule(Rule):
 
     # -------------------------------------------------------------------------------------------- for subclasses
     def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:
-        """Put the feedback tensors of all cuts in place, with `put`.
+        """Create the feedback tensors of all cuts, with `put`.
 
         Args:
             features: cut -> shape of its activation without the batch.
@@ -87,7 +87,7 @@ class CutRule(Rule):
             shape: the tensor's shape, (C, ...).
             density: fraction of the entries that are not masked.
             seeded_by: the path that seeds the tensor; default: the cut.
-            columns: keep only the first so many columns.
+            columns: keep only this many columns, the first ones.
         """
         if isinstance(value, str):
             value = sample(shape, value, seed_for(self.seed, seeded_by or cut, name), density)[:, :columns]
@@ -98,7 +98,7 @@ class CutRule(Rule):
         return feedback_tensor(self._cut_modules[cut], name)
 
     def broadcast(self, delta: Tensor, target: Tensor | None) -> Tensor:
-        """What all cuts receive alike, (N, C): δ itself. Computed once in a backward pass; arguments as for `signal`."""
+        """What is sent to all cuts, (N, C): by default δ. Computed once per backward pass; arguments as for `signal`."""
         return delta
 
     def signal(self, cut: str, captured: CapturedActivation, broadcast: Tensor, target: Tensor | None) -> Tensor:
@@ -151,7 +151,7 @@ class CutRule(Rule):
         error = self.signal(cut, captured, broadcast, target)
         return error, self.feedback_gradients(cut, captured, delta, target) if learns else []
 
-    # -------------------------------------------------------------------------------------------- life in a model
+    # -------------------------------------------------------------------------------------------- attach and detach
     def wire(self, sample_input: Any) -> Coverage:
         from fa_bench.mechanisms.cut.cut_points import check_cuts
         from fa_bench.mechanisms.weighted_layers import weighted_layers
@@ -170,7 +170,7 @@ class CutRule(Rule):
         self._witness = next((layers[path] for path in (*trace.outputs, *trace.order) if layers[path].weight.requires_grad), None)
         shapes = trace.output_shapes if self.side == OUTPUT else trace.input_shapes
         self.make_feedback({cut: shapes[cut][1:] for cut in cuts}, trace.result_shape[-1])
-        frozen = {cut: self.learned_at(cut) for cut in cuts if cut not in trace.learns}
+        frozen = {cut: self.learned_at(cut) for cut in cuts if cut not in trace.trainable}
         for learned in (one for at_cut in frozen.values() for one in at_cut):
             learned.freeze()
         self._capture, self._delivery = Capture(self, self._cut_modules, trace, frozen), Delivery(self)
@@ -186,7 +186,7 @@ class CutRule(Rule):
         ids = {id(parameter) for entry in covered for parameter in layers[entry.layer].parameters(recurse=False)}
         uncovered, local = foreign_weights(self.model, ids, trace.uses)
         for path in layers.keys() - set(trace.order):
-            uncovered[f"{path}.weight"] = "its layer did not run in the sample forward"
+            uncovered[f"{path}.weight"] = "its layer did not run in the forward pass of the sample"
         for path in trace.through_weights if self.side == OUTPUT else ():
             uncovered[f"{path}.weight"] = "no cut point between this layer and the next"
         for path, use in trace.uses.outside.items():
@@ -221,7 +221,7 @@ class CutRule(Rule):
         return named_cuts(self, sample_input)
 
     def choose_cuts(self, cuts: tuple[str, ...], trace: Trace) -> tuple[str, ...]:
-        """Those of the named cuts at which the rule cuts; `trace` watched them."""
+        """The named cuts at which the rule cuts; `trace` watched all of them."""
         return cuts
 
     # -------------------------------------------------------------------------------------------- every pass

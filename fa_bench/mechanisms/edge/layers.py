@@ -26,7 +26,7 @@ from fa_bench.mechanisms.weighted_layers import WEIGHTED, Mode
 
 
 class FeedbackLayer(nn.Module):
-    """Mixin before a plain layer class whose forward pass puts the layer's feedback into the autograd graph.
+    """Mixin for a plain layer class; its forward pass puts the layer's feedback into the autograd graph.
 
     Attributes:
         pathway: computes the effective feedback of this layer from its feedback tensors.
@@ -61,7 +61,7 @@ class FeedbackLayer(nn.Module):
         pathway = self.pathway
         if self.training and not mode.freeze_random:
             pathway.before_forward(self)
-        # Nothing asks for the error at the input of the first layer, so that feedback makes no difference there.
+        # No error is needed at the input of the first layer, so its feedback has no effect.
         if not (x.requires_grad or pathway.always_needed):
             return super().forward(x, *args, **kwargs)
         context = pathway.context(self, x)
@@ -76,7 +76,7 @@ class FeedbackLayer(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.pathway.materialize(self)
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # Saved in the order in which they were made, so that a state and its hash do not depend on what is learned.
+        # Saved in the order of creation, so that a state and its hash do not depend on which tensors are learned.
         for name in tensors_of(self):
             if (key := f"{prefix}{PREFIX}{name}") in destination:
                 destination[key] = destination.pop(key)
@@ -148,21 +148,13 @@ class _FeedbackConv(FeedbackLayer):
 
 
 class _FeedbackConvTranspose(FeedbackLayer):
-    kernel_size: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-    _output_padding: Callable[..., list[int]]
-
     def apply_feedback(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, context: BackwardContext, output_size: list[int] | None = None
     ) -> Tensor:
-        dims = len(self.kernel_size)
-        output_padding = self._output_padding(
-            x, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
-        )
-        geometry = Geometry(self.stride, self.padding, self.dilation, True, tuple(output_padding), self.groups)
+        conv: Any = self
+        dims = len(conv.kernel_size)
+        output_padding = conv._output_padding(x, output_size, conv.stride, conv.padding, conv.kernel_size, dims, conv.dilation)
+        geometry = Geometry(conv.stride, conv.padding, conv.dilation, True, tuple(output_padding), conv.groups)
         y = _convolve(_batched(x, dims), geometry, weight, bias, context, lambda value: _batched(value, dims))
         return y if x.dim() == y.dim() else y.squeeze(0)
 
@@ -171,7 +163,7 @@ def _convolve(
     x: Tensor, geometry: Geometry, weight: Tensor, bias: Tensor | None, context: BackwardContext,
     prepare: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """A convolution of a prepared input; `prepare` does the same to an activation that replaces the input in a gradient."""
+    """A convolution of a prepared input; `prepare` prepares an activation that replaces the input in a gradient likewise."""
     if context.activation is not None or context.gradients:
         context = _prepared(context, prepare)
     learned = (gradient.learned.tensor for gradient in context.gradients)
@@ -233,7 +225,7 @@ def swap_out(module: nn.Module) -> None:
     if "plain_class" in vars(cls):
         module.__class__ = cls.plain_class  # type: ignore[attr-defined]
     else:
-        # A parametrization has derived a class from the feedback class: derive the same one from the plain class.
+        # A parametrization has derived a class from the feedback class: derive the same class from the plain one.
         plain = cls.__bases__[0].plain_class
         body = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
         module.__class__ = type(f"Parametrized{plain.__name__}", (plain,), body)

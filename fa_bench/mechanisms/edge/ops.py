@@ -11,8 +11,8 @@ layer's output:
 `feedback` has the weight's layout, so that feedback = weight is bitwise identical to backpropagation, without a transpose.
 A layer passes its Function its own tensors, a `BackwardContext`, and the learned feedback tensors of ``context.gradients``
 one by one: because they are inputs, autograd accumulates their gradients, and everything that watches gradients works on them.
-A small layer's arithmetic takes microseconds, so that every wrapper counts: few arguments, forward and setup in one method, and
-backward not marked ``once_differentiable``. Second derivatives are those of the formulas above.
+The arithmetic of a small layer takes microseconds, so wrappers are costly: Functions have few arguments, forward and setup in one
+method, and a backward that is not marked ``once_differentiable``. Second derivatives are those of the formulas above.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class FeedbackGradient(NamedTuple):
             and hooks, gradient scalers and DistributedDataParallel see it. If the weight is frozen, a tensor that follows it gets
             no gradient.
         activation: returns the activation that replaces the layer's input in the gradient, in the input's shape.
-        first_hop: B of a product B R of which R is learned: then ē = g B replaces g in the gradient. See
+        first_hop: B, if the learned tensor is R of a product B R: then ē = g B replaces g in the gradient. See
             `fa_bench.mechanisms.edge.product` for its layout.
     """
 
@@ -42,9 +42,9 @@ class BackwardContext(NamedTuple):
     """What one forward pass of a layer passes to its backward pass.
 
     Attributes:
-        feedback: the effective feedback; for a linear layer with `second_hop`, the first factor of it.
+        feedback: the effective feedback; for a linear layer with `second_hop`, its first factor.
         from_weight: computes the effective feedback from the weight, in the backward pass; replaces `feedback`.
-        second_hop: the second factor of the effective feedback of a linear layer.
+        second_hop: the second factor of a linear layer's effective feedback.
         activation: returns the activation that replaces the layer's input in the weight gradient.
         gradients: how the gradient of each learned tensor is computed.
     """
@@ -65,16 +65,16 @@ class FeedbackPathway:
         description: what carries the error, in a few words, for the coverage table.
         learned: names of the tensors that the optimizer trains.
         follows: which of these has exactly the gradient of the weight; None if none has.
-        always_needed: whether the layer needs `context` even if nothing asks for the error at its input.
+        always_needed: whether the layer needs `context` even if no error is needed at its input.
     """
 
-    description = "tensors of its own"
+    description = "its own tensors"
     learned: tuple[str, ...] = ()
     follows: str | None = None
     always_needed = False
 
     def describe(self) -> str:
-        """What carries the error and which part of it is learned, in a few words for the coverage table."""
+        """What carries the error and which tensors are learned, in a few words, for the coverage table."""
         if self.learned == (self.description,):
             return f"learned {self.description}"
         return self.description + (f" ({', '.join(self.learned)} learned)" if self.learned else "")
@@ -140,7 +140,7 @@ class LearnedFeedback(FeedbackPathway):
 def feedback_gradient(
     layer: Any, name: str, activation: Callable[[], Tensor] | None = None, first_hop: Tensor | None = None
 ) -> tuple[FeedbackGradient, ...]:
-    """How the gradient of the learned feedback tensor `name` is computed; empty while a probe runs.
+    """How the gradient of the learned feedback tensor `name` is computed; empty while `Mode.freeze_random` is set.
 
     Raises:
         StateError: if the tensor was frozen because its weight was, and the weight is trained now.
@@ -163,7 +163,7 @@ class TransposeFeedback(FeedbackPathway):
 
 
 class WeightDerivedFeedback(FeedbackPathway):
-    """B is computed from the weight inside the backward pass, where it goes from the cache straight into the product.
+    """B is computed from the weight in the backward pass, just before it is multiplied, while it is in the cache.
 
     It is computed from the weight of the forward pass. As in backpropagation, autograd raises an error if that weight was changed
     in place before the backward pass.
@@ -248,7 +248,7 @@ class SignedMagnitudeFeedback(WeightDerivedFeedback):
         return signs.mul_(self._magnitudes(feedback_tensor(layer, "M")))
 
     def _magnitudes(self, tensor: Tensor) -> Tensor:
-        """|M|; the absolute value is taken only if somebody has written a negative number into M."""
+        """|M|; the absolute value is computed only if M has negative entries, which is checked after each change of M."""
         if self._known_positive != _version(tensor):
             self._known_positive = None if bool((tensor < 0).any()) else _version(tensor)
         return tensor.abs() if self._known_positive is None else tensor

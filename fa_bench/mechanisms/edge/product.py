@@ -1,8 +1,7 @@
 """Product feedback, ē = g B and e_in = ē R, as operations on weights: the product B R, and the gradient of R.
 
 In a convolution B is the same at every pixel. So e_in is the input gradient of g with the weight B R, and the correlation of x
-with
-ē is Bᵀ times the correlation of x with g: the activity of the large intermediate population is never computed.
+with ē is Bᵀ times the correlation of x with g: the activity of the large intermediate population is never computed.
 
 Shapes, for M intermediate units per group and G groups: B (O, M), where a group's rows belong to its own part of R;
 R (G M, I/G, K...), the layout of a weight with G M outputs; transposed: weight (I, O/G, K...) and R (I, M, K...).
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def multiplied_out(first: Tensor, second: Tensor, groups: int, transposed: bool) -> Tensor:
+def effective_product(first: Tensor, second: Tensor, groups: int, transposed: bool) -> Tensor:
     """B R, in the weight's layout."""
     return _mix(first.view(groups, len(first) // groups, -1), second, transposed)
 

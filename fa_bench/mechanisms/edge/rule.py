@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import CoverageError, names, nearest
-from fa_bench.mechanisms.coverage import Coverage, Covered, foreign_weights, matching, not_coverable, outside_text
+from fa_bench.mechanisms.coverage import Coverage, Covered, foreign_weights, matching, outside_text
 from fa_bench.mechanisms.edge.pathways import FeedbackPathway, TransposeFeedback
 from fa_bench.mechanisms.feedback_options import COPY_WEIGHT, init_option
 from fa_bench.mechanisms.feedback_tensors import drop_tensors, put_tensor, tensors_of
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class LayerContext:
-    """One layer for which `EdgeRule.pathway` makes the feedback.
+    """One layer, for which `EdgeRule.pathway` creates the feedback.
 
     Attributes:
         path: the layer's name in the model.
@@ -119,7 +119,7 @@ class EdgeRule(Rule):
     plain_last: bool = option(False, "the output layer uses its true weight as feedback")
 
     def pathway(self, layer: LayerContext) -> FeedbackPathway:
-        """Put the layer's feedback tensors in place with `layer.put` and return the pathway that uses them."""
+        """Create the layer's feedback tensors with `layer.put` and return the pathway that uses them."""
         raise NotImplementedError
 
     def wire(self, sample_input: Any) -> Coverage:
@@ -131,7 +131,7 @@ class EdgeRule(Rule):
         self._learned: list[LearnedTensor] = []
         layers = weighted_layers(self.model)
         if not layers:
-            raise CoverageError(f"rule '{self.name}' covers no layer of this model: {not_coverable(self.model)}")
+            return Coverage(self.name, (), {})  # refused by `Coverage.require`
         trace = self._trace_if_possible(sample_input)
         outputs = trace.outputs if trace is not None and sample_input is not None else list(layers)[-1:]
         plain = set(layers) - matching(self.include, layers, "include") | matching(self.exclude, layers, "exclude")
@@ -148,8 +148,8 @@ class EdgeRule(Rule):
             if pathway.learned:
                 self._learning.append(layer)
                 self._learned.extend(layer.learned.values())
-            idle = "" if trace is None or path in trace.order else "; did not run in the sample forward"
-            covered.append(Covered(path, kind, tuple(layer.weight.shape), f"passes through {pathway.describe()}{idle}"))
+            not_run = "" if trace is None or path in trace.order else "; did not run in the forward pass of the sample"
+            covered.append(Covered(path, kind, tuple(layer.weight.shape), f"passes through {pathway.describe()}{not_run}"))
         ids = {id(parameter) for layer in layers.values() for parameter in layer.parameters(recurse=False)}
         uncovered, local = foreign_weights(self.model, ids, trace.uses if trace is not None else None)
         if trace is not None:
@@ -157,7 +157,7 @@ class EdgeRule(Rule):
         return Coverage(self.name, tuple(covered), uncovered, local, self.notes() + self._notes_on_tied_weights())
 
     def _trace_if_possible(self, sample_input: Any) -> Trace | None:
-        """The model's structure; None if there is no sample and none can be made up: then the first training pass shows it."""
+        """The model's structure; None if there is no sample and zeros cannot replace it (the first training pass is checked)."""
         try:
             return self.trace(sample_input)
         except CoverageError:

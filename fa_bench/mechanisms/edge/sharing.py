@@ -159,7 +159,7 @@ class SharedActivationFeedback(FeedbackPathway):
             self.provides.capture(x)
         context = self.inner.context(layer, x)
         if self.source is None or (layer.mode.freeze_random and self.source.is_missing):
-            return context  # a probe runs this layer alone
+            return context  # a metric runs this layer alone
         return self.shared(layer, context, self.source.in_backward(self.match(layer), layer.mode.rule))
 
     def match(self, layer: Any) -> Callable[[Tensor], Tensor]:
@@ -176,7 +176,7 @@ class SharedActivationFeedback(FeedbackPathway):
 
 @dataclasses.dataclass(eq=False)
 class SharingRule(EdgeRule):
-    """Base of the rules with shared activations; `sharing` is the pathway that says where the shared activation enters."""
+    """Base of the rules with shared activations; `sharing` is the pathway, which decides where the shared activation enters."""
 
     k: int = option(2, "how many layers share an activation (2 and 4 in the paper)", minimum=2)
     match: str = option("max_pool", "how a shared activation is brought to the shape of a later one: copies and max- or "
@@ -224,13 +224,13 @@ class SharingRule(EdgeRule):
         share_linear = self.shares_linear(convolutional)
         groups = [group for group in trace.inputs[1:] if share_linear or convolutional.issuperset(group)]
         if len(groups) < 2:
-            sharers = names(path for group in groups for path in group) or "none"
-            helps = not share_linear and len(trace.inputs) > 2  # fully connected layers would be enough
+            sharing_layers = names(path for group in groups for path in group) or "none"
+            would_suffice = not share_linear and len(trace.inputs) > 2  # fully connected layers would be enough
             raise CoverageError(
                 f"rule '{self.name}' has nothing to share in this model: after the first layer '{trace.order[0]}' it needs two "
-                f"activations that are inputs of layers which share, but there are {len(groups)} (inputs of {sharers}). "
-                + ("Pass {linear} to have fully connected layers share too" if helps else "It needs a deeper model"),
-                {"linear": "share"} if helps else {})
+                f"activations that are inputs of layers which share, but there are {len(groups)} (inputs of {sharing_layers}). "
+                + ("Pass {linear} to have fully connected layers share too" if would_suffice else "It needs a deeper model"),
+                {"linear": "share"} if would_suffice else {})
         return groups
 
     def shares_linear(self, convolutional: set[str]) -> bool:

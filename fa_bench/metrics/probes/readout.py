@@ -100,14 +100,14 @@ def bounded(x: Tensor, features_last: bool = False) -> Tensor:
     Maps (N, C, ...) are averaged over space to the size that leaves few enough numbers. With `features_last`, (N, ..., F), the
     mean over all positions is taken. What is still too much is averaged over neighbouring features.
     """
-    from fa_bench.mechanisms.cut.local import reduced
+    from fa_bench.mechanisms.cut.local import pooled_size
 
     functional: Any = nn.functional
     dims = x.dim() - 2
     if dims > 0 and features_last:
         x = x.flatten(1, -2).mean(1)
     elif 0 < dims <= 3:
-        size = reduced(tuple(x.shape[1:]), FEATURES)
+        size = pooled_size(tuple(x.shape[1:]), FEATURES)
         x = x if size == tuple(x.shape[2:]) else getattr(functional, f"adaptive_avg_pool{dims}d")(x, size)
     x = x.flatten(1)
     return x if x.shape[1] <= FEATURES else functional.adaptive_avg_pool1d(x.unsqueeze(1), FEATURES).squeeze(1)
