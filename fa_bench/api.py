@@ -34,12 +34,13 @@ def run(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **opt
     from fa_bench.utils.stopping import interrupt_on_signals
 
     register_schemas()
-    arguments = [*overrides, *(f"{key}={','.join(map(shown, value)) if isinstance(value, (list, tuple, range)) else shown(value)}"
-                               for key, value in options.items())]
-    with steady(), raised(), cli.hydra_errors():
+    arguments = list(overrides)
+    for key, value in options.items():
+        arguments.append(f"{key}={','.join(map(format_value, value if isinstance(value, (list, tuple, range)) else [value]))}")
+    with resilient_output(), interrupt_on_signals(), cli.hydra_errors():
         composer = Composer(cli.CONFIG_NAME, None if config_dir is None else str(config_dir), arguments)
         is_sweep = any(override.is_sweep_override() or override.key_or_group == "experiment" for override in composer.parsed)
-        forget()
+        clear_cache()
         task = Task(["fa-bench", *(["-m"] if is_sweep else []), *arguments])
         code = cli.sweep(composer, task) if is_sweep else cli.run(composer, task)
     if code >= 128:

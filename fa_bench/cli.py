@@ -44,14 +44,14 @@ def _with_errors_printed(argv: list[str]) -> int:
     except FaBenchError as error:
         message, code = str(error), 2
     except OSError as error:
-        message, code = cannot_write(error), 2
+        message, code = write_failure(error), 2
     except KeyboardInterrupt as error:
         message, code = "interrupted", exit_code_of(error)
     except Exception:
         raise
     except BaseException as error:  # raised by a plugin's class; argparse's and Hydra's have been handled
         kind = "sys.exit()" if isinstance(error, SystemExit) else "an error that is not an Exception"
-        message, code = f"terminated by {kind} in a plugin ({blame(error)}); plugins must raise ordinary errors", 1
+        message, code = f"a plugin was terminated by {kind} ({describe_error(error, locate=True)})", 1
     print(printable(f"fa-bench: {message}"), file=sys.stderr)
     return code
 
@@ -94,7 +94,7 @@ def _main(argv: list[str]) -> int:
     if arguments.cfg:
         job, = composer.expand(multirun=False)  # with the options that an experiment sets for its rule
         return 2 if _run_hydra([*job, *flags]) else 0  # Hydra reports a --package that does not exist
-    forget()
+    clear_cache()
     with hydra_errors():
         task = Task(["fa-bench", *arguments.overrides, *flags])
         return sweep(composer, task) if arguments.multirun else run(composer, task)
@@ -106,7 +106,7 @@ def run(composer: Composer, task: Task) -> int:
     from hydra.types import RunMode
 
     from fa_bench.command.hydra_sections import check_sections
-    from fa_bench.runs.logs import root_kept
+    from fa_bench.runs.logs import preserve_root_logger
 
     [(_, directory)] = jobs = composer.check(composer.expand(multirun=False))
     task.directories.append(directory)
@@ -116,7 +116,7 @@ def run(composer: Composer, task: Task) -> int:
     check_sections(config)
     context = _context(composer, config)
     try:
-        with _removed_if_empty(directory), root_kept():
+        with _removed_if_empty(directory), preserve_root_logger():
             context.callbacks.on_run_start(config=config, config_name=composer.config_name)
             job_return = run_job(task_function=task, config=config, job_dir_key="hydra.run.dir",
                                job_subdir_key=None, hydra_context=context)
@@ -202,13 +202,13 @@ def hydra_errors() -> Iterator[None]:
     except Exception as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        raise ConfigError(f"Hydra failed ({type(error).__name__}: {first_line(error)}); "
+        raise ConfigError(f"Hydra failed ({describe_error(error)}); "
                           "set HYDRA_FULL_ERROR=1 for the traceback") from None
 
 
 def _run_hydra(argv: list[str]) -> int:
     """Run Hydra's command line, which prints configs, information or completions; the exit code."""
-    from fa_bench.runs.logs import root_kept
+    from fa_bench.runs.logs import preserve_root_logger
 
     argv_before, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv, os.environ["HYDRA_FULL_ERROR"] = ["fa-bench", *argv], "1"  # Hydra then raises its errors

@@ -63,7 +63,7 @@ class Composer:
     ) -> None:
         self.config_name, self.overrides = config_name, overrides
         if config_dir is not None and not os.path.isdir(config_dir):
-            raise ConfigError(f"--config-dir {cut(config_dir, 200)}: no such folder")
+            raise ConfigError(f"--config-dir {truncate(config_dir, 200)}: no such folder")
         self.config_dir = None if config_dir is None else Path(config_dir).resolve()
         install()
         self.loader = loader or _loader(self.config_dir)
@@ -180,7 +180,7 @@ class Composer:
                 raise ConfigError(f"two jobs of the sweep are one run, {run_dir}: {' '.join(first)} and {' '.join(overrides)}")
             checked[run_dir] = job
             if directories:
-                check_place(run_dir)
+                check_writable(run_dir)
                 RunDirectory(run_dir, job).check()
             self.config = config
         return [(job, run_dir) for run_dir, job in checked.items()]
@@ -261,8 +261,8 @@ def _parse_all(overrides: list[str]) -> list[Override]:
     parsed = [parse(text) for text in overrides]
     for override in parsed:
         if override.is_sweep_override() and override.is_hydra_override():
-            raise ConfigError(f"{cut(override.input_line or '', 200)}: Hydra's own options are the same for all jobs of a sweep; "
-                              "pass one value")
+            raise ConfigError(f"{truncate(override.input_line or '', 200)}: Hydra's own options are the same for all jobs of a "
+                              "sweep; pass one value")
     return parsed
 
 
@@ -290,7 +290,7 @@ def _read_grid(config: DictConfig, where: str) -> list[dict[str, str]]:
     if grid is None:
         return []
     if not isinstance(grid, list) or not all(isinstance(part, dict) and part for part in grid):
-        raise ConfigError(f"{where}: {GRID}={cut(str(grid), 200)}: must be a list of mappings, such as "
+        raise ConfigError(f"{where}: {GRID}={truncate(str(grid), 200)}: must be a list of mappings, such as "
                           "[{algorithm: 'bp,fa', seed: '0,1'}]")
     for part in grid:
         for key, values in part.items():
@@ -304,7 +304,7 @@ def _read_rules(config: DictConfig, where: str) -> dict[str, dict[str, str]]:
     if rules is None:
         return {}
     if not isinstance(rules, dict) or not all(isinstance(options, dict) for options in rules.values()):
-        raise ConfigError(f"{where}: {RULES}={cut(str(rules), 200)}: must map rules to options, such as "
+        raise ConfigError(f"{where}: {RULES}={truncate(str(rules), 200)}: must map rules to options, such as "
                           "{fa: {density: 0.5}}")
     for name in rules:
         if name not in ALGORITHMS:

@@ -65,7 +65,7 @@ def dry_run(config_name: str, config_dir: str | None, overrides: list[str], mult
 
 def _sweep(jobs: Sequence[tuple[Job, Path]]) -> list[str]:
     common = Path(os.path.commonpath([run_dir.parent for _, run_dir in jobs]))
-    lines = [_HEAD, "", plan([job for job, _ in jobs], common), "", *_section("output", _directories(jobs))]
+    lines = [_HEAD, "", sweep_summary([job for job, _ in jobs], common), "", *_section("output", _directories(jobs))]
     distinct: dict[str, Job] = {}
     for job, run_dir in jobs:
         distinct.setdefault(str(run_dir.parent / job.group), job)
@@ -141,7 +141,7 @@ def _uncovered(rule: Rule) -> list[str]:
         if parameters and path not in covered:
             key = type(module).__name__, any(parameter.requires_grad for parameter in parameters)
             sizes_of.setdefault(key, []).append(sum(parameter.numel() for parameter in parameters))
-    return [f"and {len(sizes)} {kind} with {count(sum(sizes))} parameters{'' if learns else ', frozen'}"
+    return [f"and {len(sizes)} {kind} with {format_count(sum(sizes))} parameters{'' if learns else ', frozen'}"
             for (kind, learns), sizes in sizes_of.items()]
 
 
@@ -159,8 +159,8 @@ def _feedback(rule: Rule) -> list[str]:
         for name, tensor in tensors.items():
             is_stored = (path, name) in stored
             kind = "learned" if id(tensor) in learned else "fixed" if is_stored else "computed from the weight when needed"
-            rows.append((path, name, by_x(tensor.shape), format_bytes(_bytes([tensor])) if is_stored else "-", kind))
-    return aligned(rows, right=(3,)) if len(rows) > 1 else ["none"]
+            rows.append((path, name, format_shape(tensor.shape), format_bytes(_bytes([tensor])) if is_stored else "-", kind))
+    return align_columns(rows, right=(3,)) if len(rows) > 1 else ["none"]
 
 
 def _stored_feedback(rule: Rule) -> dict[tuple[str, str], torch.Tensor]:
@@ -186,8 +186,8 @@ def _costs(job: Job, parts: Parts) -> list[tuple[str, str]]:
         ("weights", format_bytes(_bytes(parameters))),
         ("feedback", f"{format_bytes(feedback)}, {format_bytes(_bytes(learned))} of it learned"),
         ("optimizer state", f"{format_bytes(_bytes(state))} ({_optimizers(job, bool(learned))})"),
-        ("multiplications", f"{count(of_rule)} a step, {of_rule / of_backprop:.2f} of backpropagation's "
-                            f"{count(of_backprop)} (batch of {batch})"),
+        ("multiplications", f"{format_count(of_rule)} a step, {of_rule / of_backprop:.2f} of backpropagation's "
+                            f"{format_count(of_backprop)} (batch of {batch})"),
         *_accesses(job, model, shape, batch),
     ]
 
@@ -245,9 +245,9 @@ def describe(run_dir: Path, job: Job) -> str:
         return f"unfinished: {error}"
     if run is None and not (run_dir / CONFIG).exists():
         return "empty"
-    if (owner := holder(run_dir)) is not None:
+    if (owner := lock_holder(run_dir)) is not None:
         return f"running: locked by process {owner.get('pid')} on {owner.get('host')}"
-    if RunDirectory(run_dir, job).stage is Stage.STALE:
+    if RunDirectory(run_dir, job).state is RunState.STALE:
         return "stale: produced by a different version of the code; would restart"
     if run is not None and run.finished:
         accuracy = run.result.get("test_accuracy")

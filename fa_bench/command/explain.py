@@ -51,7 +51,7 @@ def explain(loader: ConfigLoader, config_name: str, overrides: list[str], error:
                 for name in map(str, value if isinstance(value, list) else [value]):
                     if name not in groups[key]:
                         hint = _install_hint(key, name) or nearest(name, [*groups[key], *_PACKAGES.get(key, ())])
-                        return ConfigError(f"{key}={cut(name, 100)}: no such {key}{hint} (available: {names(groups[key])})")
+                        return ConfigError(f"{key}={truncate(name, 100)}: no such {key}{hint} (available: {names(groups[key])})")
         # Keys are looked up in the config with the chosen groups.
         chosen = [o.input_line or "" for o in parsed if o.key_or_group in groups]
         base = loader.load_configuration(config_name, chosen, run_mode=RunMode.RUN)
@@ -102,6 +102,6 @@ def _install_hint(group: str, name: str) -> str:
 def _summary(error: Exception) -> str:
     """The first line of an error, or two if the first is a heading, and what to install."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = cut(" ".join(lines[: 2 if len(lines) > 1 and lines[0].endswith(":") else 1]), 400) or type(error).__name__
+    text = truncate(" ".join(lines[: 2 if len(lines) > 1 and lines[0].endswith(":") else 1]), 400) or type(error).__name__
     choices = [(group, name) for group, packages in _PACKAGES.items() for name in packages if f"{group}/{name}'" in text]
     return text + (_install_hint(*choices[0]) if choices else "")

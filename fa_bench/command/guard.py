@@ -60,7 +60,7 @@ class CheckedFiles(FileConfigSource):
     def __init__(self, provider: str, path: str) -> None:
         super().__init__(provider, path)
         if provider.startswith("hydra.searchpath") and not os.path.isdir(self.path):
-            raise ConfigError(f"hydra.searchpath=[{cut(path, 200)}]: no such folder")
+            raise ConfigError(f"hydra.searchpath=[{truncate(path, 200)}]: no such folder")
 
     def load_config(self, config_path: str) -> ConfigResult:
         path = Path(self.path, self._normalize_file_name(config_path)).resolve()
@@ -80,8 +80,8 @@ class CheckedPackages(ImportlibResourcesConfigSource):
 
     def __init__(self, provider: str, path: str) -> None:
         if provider.startswith("hydra.searchpath"):
-            raise ConfigError(f"hydra.searchpath=[{cut(path, 200)}]: packages would be imported, and configs must not run code; "
-                              "name folders")
+            raise ConfigError(f"hydra.searchpath=[{truncate(path, 200)}]: packages would be imported, but configs must not run "
+                              "code; name folders")
         super().__init__(provider, path)
 
 
@@ -108,7 +108,7 @@ def check_config(config: DictConfig, plugins: list[str]) -> None:
     plain: Any = OmegaConf.to_container(config, resolve=False)
     _check_lengths(plain)
     for path, key, value in _walk(plain):
-        text, shown = value if isinstance(value, str) else "", cut(str(value), 80)
+        text, shown = value if isinstance(value, str) else "", truncate(str(value), 80)
         if key == "_target_" and not (path.startswith(_INSTANTIATED) and str(value) in _hydra_classes()):
             raise ConfigError(f"{path}={shown}: configs must not name code to run; " + (
                 f"allowed are the launchers, sweepers and callbacks of Hydra and its plugins ({', '.join(_hydra_classes())})"
@@ -127,7 +127,7 @@ def check_config(config: DictConfig, plugins: list[str]) -> None:
     hydra: Any = plain.get("hydra")
     for path, section in (("hydra", hydra), ("hydra.job", hydra.get("job") if isinstance(hydra, dict) else None)):
         if not isinstance(section, dict):
-            raise ConfigError(f"{path}={cut(str(section), 80)}: not a mapping of options")
+            raise ConfigError(f"{path}={truncate(str(section), 80)}: not a mapping of options")
     if isinstance(sweeper := hydra.get("sweeper"), dict):
         if sweeper.get("_target_") != SWEEPER:
             raise ConfigError(f"hydra/sweeper={hydra['runtime']['choices'].get('hydra/sweeper')}: not supported; only fa-bench's "
@@ -161,7 +161,7 @@ def _check_lengths(plain: Any) -> None:
             return lengths[path]
         value, total = values[path], 1
         if steps > _MOST_STEPS:
-            raise ConfigError(f"{path}={cut(str(value), 80)}: refers to itself, or through more than {_MOST_STEPS} others")
+            raise ConfigError(f"{path}={truncate(str(value), 80)}: refers to itself, or through more than {_MOST_STEPS} others")
         if isinstance(value, (dict, list)):
             total += sum(length(f"{path}.{key}", steps + 1) for key in (value if isinstance(value, dict) else range(len(value))))
         elif isinstance(value, str):
@@ -174,7 +174,7 @@ def _check_lengths(plain: Any) -> None:
                     target = ".".join([*path.split(".")[:-dots], target])
                 total += length(target, steps + 1) if target in values else 0
         if total > _MOST_TEXT:
-            raise ConfigError(f"{path}={cut(str(value), 80)}: longer than {_MOST_TEXT} characters with interpolations resolved")
+            raise ConfigError(f"{path}={truncate(str(value), 80)}: longer than {_MOST_TEXT} characters once resolved")
         lengths[path] = total
         return total
 

@@ -23,9 +23,9 @@ def errors_named(config: DictConfig, name: str) -> Iterator[None]:
     except FaBenchError:
         raise
     except Exception as error:
-        value = value_text(OmegaConf.to_container(config, resolve=False)["hydra"].get(name))  # type: ignore[call-overload,index]
+        value = format_value(OmegaConf.to_container(config, resolve=False)["hydra"].get(name))  # type: ignore[call-overload,index]
         reason = first_line(error.__cause__ or error)
-        raise ConfigError(f"hydra.{name}={cut(value, 100)}: Hydra cannot use it ({reason})") from None
+        raise ConfigError(f"hydra.{name}={truncate(value, 100)}: Hydra cannot use it ({reason})") from None
 
 
 def check_sections(config: DictConfig) -> None:

@@ -76,9 +76,10 @@ class Task:
         except BaseException as error:  # a plugin may raise anything, even sys.exit(); only its own job ends
             is_known = isinstance(error, FaBenchError)
             # A failed run is recorded in its directory, unless another process is writing there, or nothing has started.
-            logged = isinstance(error, HeldError) or (not self.epochs and is_known) or _record(job, directory, error, experiment)
+            unrecorded = isinstance(error, DirectoryLockedError) or (is_known and not self.epochs)
+            logged = unrecorded or _record(job, directory, error, experiment)
             where = f"traceback: {directory / LOG}" if logged else f"in {directory}, where no log can be written"
-            message = error if is_known else f"failed: {short(error)} ({where})"
+            message = error if is_known else f"failed: {describe_failure(error)} ({where})"
         print(printable(f"fa-bench: {prefix}{message}"), file=sys.stderr)
         if marker:
             marker.touch()
@@ -90,14 +91,14 @@ class Task:
 
         from fa_bench.utils.process import cores
 
-        end_with(self.parent_pid)
+        exit_with_parent(self.parent_pid)
         register_schemas()
         torch.set_num_threads(min(self.threads, cores()))
 
 
 def job_name(job: Job, keys: Mapping[str, Sequence[str]]) -> str:
     """The display name of a job: its rule, the values in which the rule's jobs differ, and its seed."""
-    return f"{label(job.algorithm.name, flat(job.plain()), keys.get(job.algorithm.name, ()))} seed {job.run.seed}"
+    return f"{label(job.algorithm.name, flatten(job.plain()), keys.get(job.algorithm.name, ()))} seed {job.run.seed}"
 
 
 def report_interrupt(jobs: Sequence[tuple[Job, Path]], error: KeyboardInterrupt) -> int:

@@ -28,7 +28,7 @@ def parse(text: str) -> Override:
     Raises:
         ConfigError: if it cannot be parsed, is too long, or has too many values or none; with what to type instead if known.
     """
-    short = cut(text, 100)
+    short = truncate(text, 100)
     if len(text) > MOST_TEXT:
         raise ConfigError(f"cannot read '{short}': longer than {MOST_TEXT} characters")
     try:
@@ -63,7 +63,7 @@ def expand(overrides: list[Override]) -> list[list[str]]:
     """The overrides of every job of a sweep."""
     if (jobs := math.prod(map(count_values, overrides))) > MOST_JOBS:
         swept = " ".join(o.input_line or "" for o in overrides if o.is_sweep_override())
-        raise ConfigError(f"{cut(swept, 200)}: a sweep of {jobs:.0f} jobs (allowed: up to {MOST_JOBS})")
+        raise ConfigError(f"{truncate(swept, 200)}: a sweep of {jobs:.0f} jobs (allowed: up to {MOST_JOBS})")
     values = {override.get_key_element(): list(override.sweep_string_iterator()) if override.is_sweep_override()
               else [override.get_value_element_as_str()] for override in overrides}
     return [[f"{key}={value}" for key, value in zip(values, job, strict=True)] for job in itertools.product(*values.values())]

@@ -70,8 +70,8 @@ def sweep(context: HydraContext, task: Any, config: DictConfig, arguments: list[
     config.hydra.sweep.dir = composer.config.hydra.sweep.dir
     configs: dict[str, list[dict[str, Any]]] = {}
     for job, _ in jobs:
-        configs.setdefault(job.algorithm.name, []).append(flat(job.plain()))
-    keys = {rule: differing(of_rule) for rule, of_rule in configs.items()}
+        configs.setdefault(job.algorithm.name, []).append(flatten(job.plain()))
+    keys = {rule: differing_keys(of_rule) for rule, of_rule in configs.items()}
     epochs = [scaled(job).run.epochs for job, _ in jobs]
     with tempfile.TemporaryDirectory() as scratch:
         assert isinstance(task, Task)
@@ -80,12 +80,12 @@ def sweep(context: HydraContext, task: Any, config: DictConfig, arguments: list[
                                    failure_marker=Path(scratch, "failed"))
         with errors_named(config, "launcher"):
             launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=config)
-        print(f"Running {plan([job for job, _ in jobs], *folders)}{_earlier_runs(jobs)}", flush=True)
+        print(f"Running {sweep_summary([job for job, _ in jobs], *folders)}{_earlier_runs(jobs)}", flush=True)
         for folder, members in folders.items():
-            write_sweep(folder, task.command, [Planned(run_dir, job_name(job, keys), count)
+            write_sweep(folder, task.command, [PlannedRun(run_dir, job_name(job, keys), count)
                                                for (job, run_dir), count in zip(jobs, epochs, strict=True) if run_dir in members])
         try:
-            with raised(lambda number: _stop_jobs(run_dir for _, run_dir in jobs)), root_kept():
+            with interrupt_on_signals(lambda number: _stop_jobs(run_dir for _, run_dir in jobs)), preserve_root_logger():
                 for returned in launcher.launch(overrides, initial_job_idx=0):
                     _ = returned.return_value  # raises the job's error
         except KeyboardInterrupt as error:
@@ -98,9 +98,9 @@ def sweep(context: HydraContext, task: Any, config: DictConfig, arguments: list[
 
 def _earlier_runs(jobs: Jobs) -> str:
     """A line on the state of runs that an earlier start of the sweep left, or nothing."""
-    counts = Counter(RunDirectory(run_dir, job).stage for job, run_dir in jobs if job.run.resume is not False)
-    states = [f"{counts[stage]} {stage.value}" for stage in (Stage.FINISHED, Stage.UNFINISHED, Stage.STALE) if counts[stage]]
-    return f"\n  of these: {', '.join(states)}" if states else ""
+    counts = Counter(RunDirectory(run_dir, job).state for job, run_dir in jobs if job.run.resume is not False)
+    states = [state for state in (RunState.FINISHED, RunState.UNFINISHED, RunState.STALE) if counts[state]]
+    return f"\n  of these: {', '.join(f'{counts[state]} {state.value}' for state in states)}" if states else ""
 
 
 def _stop_jobs(run_dirs: Iterable[Path]) -> None:
@@ -108,7 +108,7 @@ def _stop_jobs(run_dirs: Iterable[Path]) -> None:
     run_dirs, deadline = list(run_dirs), time.monotonic() + SHUTDOWN_SECONDS
     asked: set[int] = set()
     while time.monotonic() < deadline:
-        owners = [owner for owner in map(holder, run_dirs) if owner and owner.get("host") == platform.node()]
+        owners = [owner for owner in map(lock_holder, run_dirs) if owner and owner.get("host") == platform.node()]
         pids = {int(owner["pid"]) for owner in owners if owner.get("pid") not in (None, os.getpid())}
         if not pids:
             return

@@ -83,7 +83,7 @@ def _page(choices: dict[str, list[str]]) -> str:
     defaults = RunOptions()
     for name in _COMMON:
         text = textwrap.shorten(fields[name].metadata["help"], 80, placeholder=" ...")
-        lines.append(f"  {f'{name}={value_text(getattr(defaults, name))}':22s}{text}")
+        lines.append(f"  {f'{name}={format_value(getattr(defaults, name))}':22s}{text}")
     lines += [f"  {'optimizer.lr=0.05':22s}learning rate; options of components are GROUP.OPTION=VALUE", "", _MORE]
     return "\n".join(lines).rstrip()
 
@@ -104,7 +104,7 @@ def _components(registry: Registry) -> Iterator[str]:
         yield f"  {name:22s} {textwrap.shorten(summary(cls), _WIDTH, placeholder=' ...')}"
         for field in option_fields(cls):
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            yield f"      {prefix}{field.name}={value_text(default)}  {_help(field)}"
+            yield f"      {prefix}{field.name}={format_value(default)}  {_help(field)}"
 
 
 def _comment(composer: Composer, name: str) -> str:
@@ -122,7 +122,7 @@ def _options(options: Options, prefix: str) -> Iterator[str]:
         if isinstance(value, Options):
             yield from _options(value, f"{prefix}{field.name}.")
             continue
-        yield f"  {prefix}{field.name}={value_text(value)}"
+        yield f"  {prefix}{field.name}={format_value(value)}"
         yield f"      {_help(field)}"
 
 

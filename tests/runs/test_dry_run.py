@@ -159,7 +159,7 @@ def test_directories_say_what_is_in_them(capsys: pytest.CaptureFixture[str]) -> 
 def test_states_of_a_directory() -> None:
     job, place = Job.from_config(OmegaConf.create(yaml.safe_load(CONFIGURED))), Path("run")
     assert describe(place, job) == "empty"
-    RunDirectory(place, job).start(keep=False)
+    RunDirectory(place, job).start(resume=False)
     assert describe(place, job) == "unfinished: without a result after 0 of 9 epochs"
     (place / METRICS).write_text('{"epoch": 1}\n{"epoch": 2}\n')
     result = {"status": "interrupted", "label": "fa", "group": "fa", "algorithm": "fa", "seed": 0}
@@ -170,7 +170,7 @@ def test_states_of_a_directory() -> None:
     (place / RESULT).write_text("{")
     assert describe(place, job).startswith("unfinished: run/result.json: unreadable")
     (place / CONFIG).unlink()
-    assert describe(place, job).startswith("belongs to another config; fa-bench would refuse it (holds metrics.jsonl")
+    assert describe(place, job).startswith("belongs to another config; fa-bench would refuse it (contains metrics.jsonl")
 
 
 def test_grid_counts_its_directories(capsys: pytest.CaptureFixture[str]) -> None:
