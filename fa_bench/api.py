@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 from fa_bench.errors import format_value
@@ -11,19 +10,19 @@ from fa_bench.report.runs import Run, read_run
 
 
 def run(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **options: Any) -> list[Run]:
-    """Train what the same words on the command line would, in the same directories.
+    """Run what ``fa-bench`` with the same arguments would run, in the same directories.
 
     Args:
         *overrides: as on the command line, such as ``"algorithm=bp,fa"`` or ``"optimizer.lr=0.1"``.
-        config_dir: a folder of further configs, as ``--config-dir``.
+        config_dir: a folder of additional configs, as ``--config-dir``.
         **options: keys without a dot, such as ``seed=0``; a list is a sweep: ``seed=[0, 1, 2]``.
 
     Returns:
-        The runs in their order, each with its directory, result, metrics of every epoch and config. One that failed or diverged
-        says so in its ``result["status"]``; one that left no result is left out. A finished run is not trained again.
+        The runs in the order of the jobs, each with its directory, result, config and metrics of every epoch. Runs without a
+        result are omitted; ``result["status"]`` shows which failed or diverged. Finished runs are not trained again.
 
     Raises:
-        FaBenchError: for input that cannot be run, before anything is trained.
+        FaBenchError: for invalid input, before any training.
         KeyboardInterrupt: after a signal; the same call resumes.
     """
     from fa_bench import cli
@@ -35,15 +34,15 @@ def run(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **opt
     from fa_bench.utils.stopping import interrupt_on_signals
 
     register_schemas()
-    words = list(overrides)
+    arguments = list(overrides)
     for key, value in options.items():
-        words.append(f"{key}={','.join(map(format_value, value if isinstance(value, (list, tuple, range)) else [value]))}")
-    with resilient_output(), interrupt_on_signals(), cli.hydras_errors():
-        composer = Composer(cli.CONFIG_NAME, None if config_dir is None else str(config_dir), words)
-        several = any(override.is_sweep_override() or override.key_or_group == "experiment" for override in composer.parsed)
+        arguments.append(f"{key}={','.join(map(format_value, value if isinstance(value, (list, tuple, range)) else [value]))}")
+    with resilient_output(), interrupt_on_signals(), cli.hydra_errors():
+        composer = Composer(cli.CONFIG_NAME, None if config_dir is None else str(config_dir), arguments)
+        is_sweep = any(override.is_sweep_override() or override.key_or_group == "experiment" for override in composer.parsed)
         clear_cache()
-        task = Task(["fa-bench", *(["-m"] if several else []), *words])
-        code = cli.sweep(composer, task) if several else cli.run(composer, task)
+        task = Task(["fa-bench", *(["-m"] if is_sweep else []), *arguments])
+        code = cli.sweep(composer, task) if is_sweep else cli.run(composer, task)
     if code >= 128:
         raise KeyboardInterrupt
-    return [found for directory in map(Path, task.directories) if (found := read_run(directory)) is not None]
+    return [run for run in map(read_run, task.directories) if run is not None]

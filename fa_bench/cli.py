@@ -1,4 +1,4 @@
-"""The command line: read it, check every job, and let Hydra run them."""
+"""The command line: parse it, check every job, and run the jobs with Hydra."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import hydra
 
 from fa_bench import __version__
-from fa_bench.command.jobs import Task, exit_code_of, interrupted
+from fa_bench.command.jobs import Task, exit_code_of, report_interrupt
 from fa_bench.config.job import conf_dir, register_schemas
 from fa_bench.errors import ConfigError, FaBenchError, RunDirectoryError, describe_error, printable
 from fa_bench.runs.hashes import clear_cache
@@ -31,28 +31,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``fa-bench``.
 
     Returns:
-        The exit code: 0 if every run finished; 1 if one failed or diverged; 2 for input that cannot be run, with one
-        or two lines on standard error; 130 after an interrupt (SIGINT), 143 after SIGTERM, 129 after SIGHUP.
+        The exit code: 0 if every run finished; 1 if one failed or diverged; 2 for invalid input, with one or two lines on
+        standard error; 130 after an interrupt (SIGINT), 143 after SIGTERM, 129 after SIGHUP.
     """
-    return exit_code("fa-bench", lambda: _guarded(list(sys.argv[1:] if argv is None else argv)))
+    return exit_code("fa-bench", lambda: _with_errors_printed(list(sys.argv[1:] if argv is None else argv)))
 
 
-def _guarded(argv: list[str]) -> int:
+def _with_errors_printed(argv: list[str]) -> int:
     try:
         with interrupt_on_signals():
             return _main(argv)
     except FaBenchError as error:
-        said, code = str(error), 2
+        message, code = str(error), 2
     except OSError as error:
-        said, code = write_failure(error), 2
+        message, code = write_failure(error), 2
     except KeyboardInterrupt as error:
-        said, code = "interrupted", exit_code_of(error)
+        message, code = "interrupted", exit_code_of(error)
     except Exception:
         raise
-    except BaseException as error:  # argparse and Hydra leave none: a plugin's class that is checked, built or measured
-        by = "sys.exit()" if isinstance(error, SystemExit) else "an error that is no Exception"
-        said, code = f"ended by {by} ({describe_error(error, locate=True)}), which is left to fa-bench", 1
-    print(printable(f"fa-bench: {said}"), file=sys.stderr)
+    except BaseException as error:  # raised by a plugin's class; argparse's and Hydra's have been handled
+        kind = "sys.exit()" if isinstance(error, SystemExit) else "an error that is not an Exception"
+        message, code = f"a plugin was terminated by {kind} ({describe_error(error, locate=True)})", 1
+    print(printable(f"fa-bench: {message}"), file=sys.stderr)
     return code
 
 
@@ -63,37 +63,39 @@ def _main(argv: list[str]) -> int:
         return 0
     arguments = _parse(argv)
     if arguments.hydra_help:
-        return _hydra(["--hydra-help"])  # the same text whatever a config says
+        return _run_hydra(["--hydra-help"])  # without the config, which does not change the text
 
     from fa_bench.command.compose import Composer
 
-    words = [] if arguments.shell_completion else arguments.overrides
+    overrides = [] if arguments.shell_completion else arguments.overrides
     name, folder = arguments.config_name or CONFIG_NAME, arguments.config_dir
     if arguments.help:
         from fa_bench.command.usage import usage
 
-        print(usage(Composer(name, folder, [word for word in words if "=" in word]), [word for word in words if "=" not in word]))
+        print(usage(Composer(name, folder, [o for o in overrides if "=" in o]), [o for o in overrides if "=" not in o]))
         return 0
     if arguments.dry_run:
         from fa_bench.command.dry_run import dry_run
 
-        print(dry_run(name, folder, words, arguments.multirun))
+        print(dry_run(name, folder, overrides, arguments.multirun))
         return 0
-    composer = Composer(name, folder, words)
-    # Overrides first: a flag with an optional value would take the one behind it.
-    flags = _without(argv, arguments.overrides)
+    composer = Composer(name, folder, overrides)
+    # Overrides are passed before flags: a flag with an optional value would take the override after it.
+    flags = list(argv)
+    for override in arguments.overrides:
+        flags.remove(override)
     if arguments.shell_completion:
         if not all(re.fullmatch(r"(install|uninstall|query)=(bash|zsh|fish)", word) for word in arguments.overrides or [""]):
-            raise ConfigError("--shell-completion: write install=bash (or zsh, fish), uninstall=bash or query=bash")
+            raise ConfigError("--shell-completion: pass install=bash (or zsh, fish), uninstall=bash or query=bash")
         os.environ.setdefault("COMP_LINE", "fa-bench ")
     if arguments.shell_completion or arguments.info:
-        composer.compose([o.input_line or "" for o in composer.parsed if not o.is_sweep_override()])  # checked
-        return _hydra([*arguments.overrides, *flags])
+        composer.compose([o.input_line or "" for o in composer.parsed if not o.is_sweep_override()])  # for its checks
+        return _run_hydra([*arguments.overrides, *flags])
     if arguments.cfg:
-        job, = composer.expand(multirun=False)  # with what an experiment gives to its rule
-        return 2 if _hydra([*job, *flags]) else 0  # Hydra names a --package that does not exist
+        job, = composer.expand(multirun=False)  # with the options that an experiment sets for its rule
+        return 2 if _run_hydra([*job, *flags]) else 0  # Hydra reports a --package that does not exist
     clear_cache()
-    with hydras_errors():
+    with hydra_errors():
         task = Task(["fa-bench", *arguments.overrides, *flags])
         return sweep(composer, task) if arguments.multirun else run(composer, task)
 
@@ -103,7 +105,7 @@ def run(composer: Composer, task: Task) -> int:
     from hydra.core.utils import run_job
     from hydra.types import RunMode
 
-    from fa_bench.command.rehearsal import check_parts
+    from fa_bench.command.hydra_sections import check_sections
     from fa_bench.runs.logs import preserve_root_logger
 
     [(_, directory)] = jobs = composer.check(composer.expand(multirun=False))
@@ -111,33 +113,31 @@ def run(composer: Composer, task: Task) -> int:
     config = composer.config
     assert config is not None
     config.hydra.mode = RunMode.RUN
-    check_parts(config)
+    check_sections(config)
     context = _context(composer, config)
     try:
-        with _empty_removed(directory), preserve_root_logger():
+        with _removed_if_empty(directory), preserve_root_logger():
             context.callbacks.on_run_start(config=config, config_name=composer.config_name)
-            returned = run_job(task_function=task, config=config, job_dir_key="hydra.run.dir",
+            job_return = run_job(task_function=task, config=config, job_dir_key="hydra.run.dir",
                                job_subdir_key=None, hydra_context=context)
-            context.callbacks.on_run_end(config=config, config_name=composer.config_name, job_return=returned)
+            context.callbacks.on_run_end(config=config, config_name=composer.config_name, job_return=job_return)
     except KeyboardInterrupt as error:
-        return interrupted(jobs, error)
-    return returned.return_value or _report(directory)
+        return report_interrupt(jobs, error)
+    return job_return.return_value or _print_result(directory)
 
 
 def sweep(composer: Composer, task: Task) -> int:
-    """Hand a sweep to Hydra's sweeper, which is fa-bench's own; the exit code."""
+    """Run a sweep by Hydra's sweeper, which is fa-bench's own; the exit code."""
     from hydra.core.plugins import Plugins
     from hydra.types import RunMode
 
-    from fa_bench.command.compose import check_swept
-    from fa_bench.command.rehearsal import check_parts, making
+    from fa_bench.command.hydra_sections import check_sections, errors_named
 
-    check_swept(composer.parsed)
     config = composer.compose(mode=RunMode.MULTIRUN)
     config.hydra.mode = RunMode.MULTIRUN
-    check_parts(config)
+    check_sections(config)
     context = _context(composer, config)
-    with making(config, "sweeper"):
+    with errors_named(config, "sweeper"):
         sweeper = Plugins.instance().instantiate_sweeper(config=config, hydra_context=context, task_function=task)
     context.callbacks.on_multirun_start(config=config, config_name=composer.config_name)
     code = sweeper.sweep([o.input_line or "" for o in composer.parsed if not o.is_hydra_override()])
@@ -146,61 +146,53 @@ def sweep(composer: Composer, task: Task) -> int:
 
 
 def _context(composer: Composer, config: Any) -> Any:
-    """What Hydra's launchers and jobs are given."""
-    # A context needs the callbacks that a config asks for, and nothing public makes them.
+    """The context of Hydra's launchers and jobs."""
+    # It needs the config's callbacks, and Hydra has no public way to create them.
     from hydra._internal.callbacks import Callbacks
     from hydra.types import HydraContext
 
-    from fa_bench.command.rehearsal import making
+    from fa_bench.command.hydra_sections import errors_named
 
-    with making(config, "callbacks"):
+    with errors_named(config, "callbacks"):
         return HydraContext(config_loader=composer.loader, callbacks=Callbacks(config))
 
 
 def _parse(argv: list[str]) -> Any:
-    # Hydra's flags are declared nowhere else, and their help is Hydra's.
+    # The only declaration of Hydra's flags.
     from hydra._internal.utils import get_args_parser
 
     parser = get_args_parser()
-    parser.add_argument("--dry-run", action="store_true", help="say what would be run; train and write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="show what would run; train and write nothing")
 
     def refuse(message: str) -> NoReturn:
         raise ConfigError(f"{message}; see fa-bench --help")
 
     parser.error = refuse  # type: ignore[method-assign]
-    # Abbreviations would read --experiment=quickstart as a flag of Hydra's that begins like it.
+    # With abbreviations, --experiment=quickstart would be one of Hydra's flags with that prefix.
     parser.allow_abbrev = False
     arguments, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
-        meant = unknown[0].lstrip("-")
-        hint = f"; did you mean '{meant}'?" if "=" in meant else ""
+        override = unknown[0].lstrip("-")
+        hint = f"; did you mean '{override}'?" if "=" in override else ""
         refuse(f"{unknown[0]}: no such flag{hint}")
-    for flag, given, instead in (("--config-path", arguments.config_path, "add a folder of configs by --config-dir"),
-                                 ("--experimental-rerun", arguments.experimental_rerun, "repeat the run's options")):
+    for flag, given, instead in (("--config-path", arguments.config_path, "add a folder of configs with --config-dir"),
+                                 ("--experimental-rerun", arguments.experimental_rerun, "pass the run's options again")):
         if given is not None:
             refuse(f"{flag}: not supported, {instead}")
     modes = [flag for flag, given in (("--multirun", arguments.multirun), ("--run", arguments.run), ("--cfg", arguments.cfg),
                                       ("--info", arguments.info), ("--shell-completion", arguments.shell_completion)) if given]
-    if arguments.dry_run:  # of one run or of a sweep: it goes with --multirun
+    if arguments.dry_run:  # compatible with --multirun
         modes = ["--dry-run", *(mode for mode in modes if mode != "--multirun")]
     if len(modes) > 1:
-        refuse(f"{' and '.join(modes)} do not go together")
+        refuse(f"{' and '.join(modes)} cannot be used together")
     if arguments.resolve and not arguments.cfg:
-        refuse("--resolve goes with --cfg")
+        refuse("--resolve requires --cfg")
     return arguments
 
 
-def _without(words: list[str], some: list[str]) -> list[str]:
-    """`words` without one occurrence of each of `some`."""
-    left = list(words)
-    for word in some:
-        left.remove(word)
-    return left
-
-
 @contextmanager
-def hydras_errors() -> Iterator[None]:
-    """What fails within Hydra is said in a line, unless HYDRA_FULL_ERROR=1 asks for the traceback."""
+def hydra_errors() -> Iterator[None]:
+    """Turn errors within Hydra into one line, unless HYDRA_FULL_ERROR=1 asks for the traceback."""
     try:
         yield
     except FaBenchError:
@@ -211,15 +203,15 @@ def hydras_errors() -> Iterator[None]:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         raise ConfigError(f"Hydra failed ({describe_error(error)}); "
-                          "HYDRA_FULL_ERROR=1 shows where") from None
+                          "set HYDRA_FULL_ERROR=1 for the traceback") from None
 
 
-def _hydra(argv: list[str]) -> int:
-    """Let Hydra show configs, itself, or completions; the exit code."""
+def _run_hydra(argv: list[str]) -> int:
+    """Run Hydra's command line, which prints configs, information or completions; the exit code."""
     from fa_bench.runs.logs import preserve_root_logger
 
-    argv_before, traced = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv, os.environ["HYDRA_FULL_ERROR"] = ["fa-bench", *argv], "1"  # Hydra raises its errors, and prints no traceback
+    argv_before, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv, os.environ["HYDRA_FULL_ERROR"] = ["fa-bench", *argv], "1"  # Hydra then raises its errors
     try:
         with preserve_root_logger():
             hydra.main(config_path=str(conf_dir()), config_name=CONFIG_NAME, version_base="1.3")(Task([]))()
@@ -228,33 +220,32 @@ def _hydra(argv: list[str]) -> int:
     finally:
         sys.argv = argv_before
         os.environ.pop("HYDRA_FULL_ERROR")
-        os.environ |= {} if traced is None else {"HYDRA_FULL_ERROR": traced}
+        os.environ |= {} if full_error is None else {"HYDRA_FULL_ERROR": full_error}
     return 0
 
 
 @contextmanager
-def _empty_removed(directory: Path) -> Iterator[None]:
-    """Remove what is made for a run and stays empty, as the run never started: its directory and parents of that."""
+def _removed_if_empty(directory: Path) -> Iterator[None]:
+    """Remove a run directory and its new parents if they are empty at the end, because the run did not start."""
     missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     try:
         yield
     finally:
-        with suppress(OSError):  # something is in it
+        with suppress(OSError):  # not empty
             for folder in missing:
                 folder.rmdir()
 
 
-def _report(directory: Path) -> int:
+def _print_result(directory: Path) -> int:
     from fa_bench.report.runs import read_run
 
-    found = read_run(directory)
-    if found is None:
+    run = read_run(directory)
+    if run is None:
         return 1
-    result = found.result
-    accuracy = "none" if result.get("test_accuracy") is None else f"{result['test_accuracy']:.2%}"
-    seconds = result.get("seconds") or 0
-    print(f"{result['status']}: test accuracy {accuracy}, {seconds:.1f} s of training, in {printable(directory)}")
-    return 0 if found.finished else 1
+    accuracy = run.result.get("test_accuracy")
+    print(f"{run.result['status']}: test accuracy {'none' if accuracy is None else f'{accuracy:.2%}'}, "
+          f"{run.result.get('seconds') or 0:.1f} s of training; run directory: {printable(directory)}")
+    return 0 if run.finished else 1
 
 
 if __name__ == "__main__":

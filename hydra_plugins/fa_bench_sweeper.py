@@ -1,6 +1,6 @@
-"""Hydra's way to the sweeps of fa-bench: it looks for plugins in this package, and makes sweepers of classes here alone.
+"""The sweeper as a Hydra plugin: Hydra looks for plugins in this package only.
 
-Every command that uses Hydra in this environment imports this module, so fa_bench itself is imported only when it sweeps.
+Every program that uses Hydra in this environment imports this module, so fa_bench itself is imported only when a sweep starts.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ ConfigStore.instance().store(group="hydra/sweeper", name="fa_bench", provider="f
 
 
 class FaBenchSweeper(Sweeper):
-    """Expands experiments, checks every job, gives all jobs to the launcher at once, and reports on them."""
+    """Expands experiments, checks every job, passes all jobs to the launcher at once, and writes the report."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Run what `arguments`, overrides with several values, stand for; the exit code."""
+        """Run the sweep over `arguments`, the overrides; the exit code."""
         from fa_bench.command.sweep import sweep
 
         assert self.hydra_context is not None and self.config is not None

@@ -1,1 +1,1 @@
-"""The command line behind ``fa-bench``: compose, refuse, explain, and say what would be run."""
+"""The command line ``fa-bench``."""

@@ -1,28 +1,31 @@
-"""Composes a command line's jobs, so that every one is checked before the first one starts."""
+"""Compose the jobs of a command line, so that all of them are checked before the first one starts."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hydra import initialize_config_dir
+from hydra import version
+
+# The public way to create a loader knows no folder beside the primary one.
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.config_search_path import ConfigSearchPath
-from hydra.core.global_hydra import GlobalHydra
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
-from hydra.core.plugins import Plugins
-from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.core.utils import JobRuntime, setup_globals
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fa_bench.command.explain import explained, groups_of
-from fa_bench.command.guard import check_config, check_overrides, install
-from fa_bench.command.overrides import expanded, listed, parse
+from fa_bench.command.explain import explain, list_groups
+from fa_bench.command.guard import check_config, install
+from fa_bench.command.overrides import expand, parse, values_of
 from fa_bench.config.job import GRID, RULES, Job, conf_dir, import_plugins
 from fa_bench.errors import ConfigError, FaBenchError, first_line, names, nearest, truncate
 from fa_bench.registry.registries import ALGORITHMS, GROUPS
@@ -30,25 +33,27 @@ from fa_bench.runs.rundir import RunDirectory
 from fa_bench.utils.files import check_writable
 from fa_bench.utils.shell import expansion_problem
 
-#: What Hydra calls the jobs of `fa_bench.cli`; `hydra.job.name` may be part of a path.
+#: Hydra's name for the jobs of `fa_bench.cli`; `hydra.job.name` may be part of a path.
 JOB_NAME = "cli"
 
 
 class Composer:
-    """One command line.
+    """Composes the configs of one command line.
 
     Args:
         config_name: name of the primary config.
-        config_dir: a user's folder of further configs, or None.
-        overrides: the command line's overrides.
-        loader: what Hydra composes with, where it runs already.
+        config_dir: a user's folder of additional configs, or None.
+        overrides: the overrides of the command line.
+        loader: Hydra's config loader, if Hydra is running already.
 
     Attributes:
-        config: the config of the job that was checked last; None before.
+        config: the config of the last job that was checked; None before.
+        parsed: the parsed overrides.
+        plugins: the modules named on the command line; a config file must not name others.
 
     Raises:
         ConfigError: for overrides that cannot be parsed, a folder that does not exist, or a plugin that cannot be imported.
-        OptionError: for plugins that are not a list.
+        OptionError: if `plugins` is not a list.
     """
 
     config: DictConfig | None = None
@@ -57,12 +62,12 @@ class Composer:
         self, config_name: str, config_dir: str | None, overrides: list[str], loader: ConfigLoader | None = None
     ) -> None:
         self.config_name, self.overrides = config_name, overrides
-        self.config_dir = None if config_dir is None else _config_dir(config_dir)
+        if config_dir is not None and not os.path.isdir(config_dir):
+            raise ConfigError(f"--config-dir {truncate(config_dir, 200)}: no such folder")
+        self.config_dir = None if config_dir is None else Path(config_dir).resolve()
         install()
         self.loader = loader or _loader(self.config_dir)
-        self.parsed = [parse(text) for text in overrides]
-        check_overrides(self.parsed)
-        #: The modules that the command line names: a config file must not name any.
+        self.parsed = _parse_all(overrides)
         self.plugins: list[str] = []
         for override in self.parsed:
             if override.key_or_group == "plugins" and not override.is_delete():
@@ -76,15 +81,14 @@ class Composer:
         """The overrides of every job.
 
         Args:
-            multirun: whether it is a sweep.
-            config: what `compose` gave for the whole command line, where it was called before.
+            multirun: whether this is a sweep.
+            config: the result of `compose` for the whole command line, if available.
 
         Raises:
-            ConfigError: for what cannot be composed, and for an experiment with a sweep, or several values, without -m.
+            ConfigError: for configs that cannot be composed, and for a sweep without -m.
         """
         self._multirun = multirun
         swept = [override for override in self.parsed if override.is_sweep_override()]
-        check_swept(self.parsed)
         if swept and not multirun:
             raise ConfigError(f"{truncate(swept[0].input_line or '', 200)} is a sweep; pass -m (--multirun)")
         if config is None:
@@ -96,54 +100,53 @@ class Composer:
         return [job for line in lines for job in self._jobs(line, self.compose(line, RunMode.MULTIRUN))]
 
     def _jobs(self, overrides: list[str], config: DictConfig) -> list[list[str]]:
-        """The jobs of one experiment, or of none; `config` is what its overrides make where they name one value."""
+        """The jobs of at most one experiment; `config` is composed from the overrides with a single value."""
         where = f"experiment={config.hydra.runtime.choices.get('experiment')}"
-        grid, options = _read_grid(config, where), _read_rules(config, where)
+        grid, rule_options = _read_grid(config, where), _read_rules(config, where)
         if grid and not self._multirun:
             keys = dict.fromkeys(key for part in grid for key in part)
             raise ConfigError(f"{where} sweeps {names(keys)}; pass -m (--multirun)")
-        usual = str(config.hydra.runtime.choices.get("algorithm"))
+        default_rule = str(config.hydra.runtime.choices.get("algorithm"))
         jobs = []
         for part in self._parts(grid, overrides) if grid else [overrides]:
-            parsed = [parse(text) for text in part]
-            check_swept(parsed)
+            parsed = _parse_all(part)
             given = {override.key_or_group for override in parsed}
-            for job in expanded(part):
-                rule = next((text.partition("=")[2] for text in job if text.startswith("algorithm=")), usual)
-                jobs.append([*job, *(text for key, text in options.get(rule, {}).items() if key not in given)])
+            for job in expand(parsed):
+                rule = next((text.partition("=")[2] for text in job if text.startswith("algorithm=")), default_rule)
+                jobs.append([*job, *(text for key, text in rule_options.get(rule, {}).items() if key not in given)])
         return jobs
 
     def _parts(self, grid: list[dict[str, str]], overrides: list[str]) -> list[list[str]]:
-        """The parts of an experiment's sweep as overrides, where the command line's values replace the experiment's.
+        """The parts of an experiment's sweep as overrides; values on the command line replace the experiment's.
 
-        Of a component that parts differ in, such as the rule, each part takes those of the command line's values that it has;
-        a part left without any is dropped, and values that no part has go to the first one.
+        If the parts differ in a component, such as the rule, each part keeps those of the command line's values that it lists; a
+        part without any is dropped, and values that no part lists go to the first one.
         """
         given = self.chosen()
         kinds = [group.kind for group in GROUPS if group.kind in given and any(group.kind in part for part in grid)]
-        values_of = [{key: listed(f"{key}={value}") for key, value in part.items()} for part in grid]
+        listed = [{kind: values_of(parse(f"{kind}={part[kind]}")) for kind in kinds if kind in part} for part in grid]
         parts = []
-        for number, (part, own) in enumerate(zip(grid, values_of, strict=True)):
-            taken: dict[str, str] = {}
+        for number, part in enumerate(grid):
+            selected: dict[str, str] = {}
             for kind in kinds:
-                elsewhere = {value for other in values_of for value in other.get(kind, ())}
-                values = [v for v in given[kind] if v in own.get(kind, ()) or (number == 0 and v not in elsewhere)]
-                taken[kind] = f"{kind}={','.join(values)}" if values else ""
-            if all(taken.values()):
+                anywhere = {value for values in listed for value in values.get(kind, ())}
+                values = [v for v in given[kind] if v in listed[number].get(kind, ()) or (number == 0 and v not in anywhere)]
+                selected[kind] = f"{kind}={','.join(values)}" if values else ""
+            if all(selected.values()):
                 added = [f"{key}={value}" for key, value in part.items() if key not in given]
-                parts.append([*added, *(taken.get(parse(text).key_or_group, text) for text in overrides)])
+                parts.append([*added, *(selected.get(parse(text).key_or_group, text) for text in overrides)])
         return parts or [overrides]
 
     def choices(self) -> dict[str, list[str]]:
-        """The groups of components and experiments with their choices, those of the user's folder included."""
-        return groups_of(self.loader)
+        """The groups of components and experiments with their choices, including those of the user's folder."""
+        return list_groups(self.loader)
 
     def chosen(self) -> dict[str, list[str]]:
-        """Key -> the values that the command line gives it."""
-        return {o.key_or_group: listed(o.input_line or "") for o in self.parsed}
+        """The values on the command line, by key."""
+        return {override.key_or_group: values_of(override) for override in self.parsed}
 
     def component(self, kind: str, choice: str) -> dict[str, Any]:
-        """The options that a choice of one group stands for, with the component's name; raises ConfigError where it has none."""
+        """The options of a choice of one group, with the component's name; raises ConfigError if it names no component."""
         values: Any = self.compose([f"{kind}={choice}"])[kind]
         plain = OmegaConf.to_container(values, resolve=False) if OmegaConf.is_config(values) else values
         if not isinstance(plain, dict) or plain.get("name") not in next(group for group in GROUPS if group.kind == kind):
@@ -151,82 +154,72 @@ class Composer:
         return {str(key): value for key, value in plain.items()}
 
     def check(self, jobs: list[list[str]], directories: bool = True) -> list[tuple[Job, Path]]:
-        """Every job with its directory; what those hold is looked at unless `directories` is false.
+        """Check every job.
+
+        Args:
+            jobs: the overrides of each.
+            directories: whether to check what is in the run directories.
+
+        Returns:
+            Every job with its run directory.
 
         Raises:
-            ConfigError: for an unknown key, and where two jobs are the same run.
+            ConfigError: for an unknown key, and if two jobs are the same run.
             OptionError: for a bad value.
-            RunDirectoryError: where a directory holds another config's run, or cannot be made.
+            RunDirectoryError: if a directory holds another config's run, or cannot be created.
         """
         checked: dict[Path, Job] = {}
         for number, overrides in enumerate(jobs):
             config = self.compose(overrides)
             if self._multirun:
                 config.hydra.job.num = number
-            with _as_hydra(config):
-                job, place = Job.from_config(config), _place(config, self._multirun)
-            if place in checked:
-                first = jobs[list(checked).index(place)]
-                raise ConfigError(f"two jobs of the sweep are one run, {place}: {' '.join(first)} and {' '.join(overrides)}")
-            checked[place] = job
+            with _as_hydra_config(config):
+                job, run_dir = Job.from_config(config), _run_dir(config, self._multirun)
+            if run_dir in checked:
+                first = jobs[list(checked).index(run_dir)]
+                raise ConfigError(f"two jobs of the sweep are one run, {run_dir}: {' '.join(first)} and {' '.join(overrides)}")
+            checked[run_dir] = job
             if directories:
-                check_writable(place)
-                RunDirectory(place, job).check()
+                check_writable(run_dir)
+                RunDirectory(run_dir, job).check()
             self.config = config
-        return [(job, place) for place, job in checked.items()]
+        return [(job, run_dir) for run_dir, job in checked.items()]
 
     def compose(self, overrides: list[str] | None = None, mode: RunMode = RunMode.RUN) -> DictConfig:
-        """The config of one job, or in `RunMode.MULTIRUN` what the overrides with one value make; of the whole command line
-        where none are given."""
+        """The config of one job, or with `RunMode.MULTIRUN` of a sweep from its overrides with a single value.
+
+        Without `overrides`, of the whole command line.
+        """
         overrides = self.overrides if overrides is None else overrides
         try:
             config = self.loader.load_configuration(self.config_name, overrides, run_mode=mode, from_shell=False)
         except FaBenchError:
             raise
-        except Exception as error:  # Hydra meets odd overrides with errors of many kinds
-            raise explained(self.loader, self.config_name, overrides, error) from None
+        except Exception as error:  # Hydra raises errors of many kinds
+            raise explain(self.loader, self.config_name, overrides, error) from None
         check_config(config, self.plugins)
         record: Any = OmegaConf.to_container(config.hydra.overrides, resolve=False)
         if sorted(map(str, [*record["hydra"], *record["task"]])) != sorted(overrides):
-            raise ConfigError("hydra.overrides: Hydra's own record of the command line; leave it as it is")
-        if self.config is not None:  # ${now:...} is one time for all jobs, as it is for Hydra's own
+            raise ConfigError("hydra.overrides: Hydra's own record of the command line must not be changed")
+        if self.config is not None:  # ${now:...} is the same time in all jobs, as in Hydra's own
             OmegaConf.copy_cache(from_config=self.config, to_config=config)
         return config
 
 
-class _Folder(SearchPathPlugin):
-    """Puts a user's folder of configs where Hydra's --config-dir has it: an override of the search path lists no groups."""
-
-    path: Path | None = None
-
-    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        if self.path is not None:
-            search_path.append("command-line", f"file://{self.path}")
-
-
 def _loader(folder: Path | None) -> ConfigLoader:
-    """What composes configs of the shipped folder, and of a user's."""
-    Plugins.instance().register(_Folder)
-    _Folder.path = folder
-    try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name=JOB_NAME):
-            return GlobalHydra.instance().config_loader()
-    finally:
-        _Folder.path = None
-
-
-def _config_dir(folder: str) -> Path:
-    try:
-        if (path := Path(folder).resolve()).is_dir():
-            return path
-    except (OSError, ValueError):  # a name that no file can have
-        pass
-    raise ConfigError(f"--config-dir {truncate(folder, 200)}: no such folder")
+    """Hydra's config loader for the shipped configs and a user's folder."""
+    setup_globals()
+    version.setbase("1.3")
+    JobRuntime.instance().set("name", JOB_NAME)
+    search_path = create_config_search_path(str(conf_dir()))
+    if folder is not None:  # as Hydra's --config-dir does; an override of the search path would not list the folder's groups
+        search_path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
+    return ConfigLoaderImpl(search_path)
 
 
 @contextmanager
-def _as_hydra(config: DictConfig) -> Iterator[None]:
-    """Within it ``${hydra:...}`` means this config, as it does while Hydra runs it."""
+def _as_hydra_config(config: DictConfig) -> Iterator[None]:
+    """Resolve ``${hydra:...}`` in this config, as while Hydra runs it."""
     current = HydraConfig.instance()
     before = current.cfg
     current.set_config(config)
@@ -234,16 +227,17 @@ def _as_hydra(config: DictConfig) -> Iterator[None]:
         yield
     finally:
         current.cfg = before
-        OmegaConf.set_readonly(config.hydra, False)  # Hydra's own config is never written to
+        OmegaConf.set_readonly(config.hydra, False)  # set_config makes it read-only
 
 
-def _place(config: DictConfig, multirun: bool) -> Path:
-    """The directory that Hydra will give to a job."""
+def _run_dir(config: DictConfig, multirun: bool) -> Path:
+    """The directory that Hydra will use for a job."""
     keys = ("hydra.sweep.dir", "hydra.sweep.subdir") if multirun else ("hydra.run.dir",)
     return Path(*(folder_of(config, key) for key in keys))
 
 
 def folder_of(config: DictConfig, key: str) -> str:
+    """The folder name under `key`; raises ConfigError if it is missing, empty or has shell variables."""
     try:
         value = OmegaConf.select(config, key)
     except FaBenchError:
@@ -262,16 +256,18 @@ def folder_of(config: DictConfig, key: str) -> str:
     return str(value)
 
 
-def check_swept(overrides: Iterable[Override]) -> None:
-    """Refuse several values of Hydra's own options, which Hydra refuses once a sweep has begun; raises ConfigError."""
-    for override in overrides:
+def _parse_all(overrides: list[str]) -> list[Override]:
+    """Parse overrides; raises ConfigError for a sweep over one of Hydra's options, which Hydra would refuse after the start."""
+    parsed = [parse(text) for text in overrides]
+    for override in parsed:
         if override.is_sweep_override() and override.is_hydra_override():
             raise ConfigError(f"{truncate(override.input_line or '', 200)}: Hydra's own options are the same for all jobs of a "
-                              "sweep; write one value")
+                              "sweep; pass one value")
+    return parsed
 
 
-def _given(config: DictConfig, key: str, where: str) -> Any:
-    """What an experiment says under `key`, as plain containers."""
+def _read(config: DictConfig, key: str, where: str) -> Any:
+    """An experiment's setting `key` as plain containers."""
     try:
         value = config.get(key)
     except OmegaConfBaseException as error:
@@ -280,7 +276,7 @@ def _given(config: DictConfig, key: str, where: str) -> Any:
 
 
 def _override(where: str, key: str, value: str) -> str:
-    """An override that an experiment makes, once it can be read; raises ConfigError, naming the experiment."""
+    """An experiment's setting as an override; raises ConfigError, naming the experiment, if it cannot be parsed."""
     try:
         parse(text := f"{key}={value}")
     except ConfigError as error:
@@ -289,12 +285,12 @@ def _override(where: str, key: str, value: str) -> str:
 
 
 def _read_grid(config: DictConfig, where: str) -> list[dict[str, str]]:
-    """An experiment's sweep: a list of parts, each a mapping from keys to the values that a sweep of them would list."""
-    grid = _given(config, GRID, where)
+    """The parts of an experiment's sweep, each with its values as on the command line, by key."""
+    grid = _read(config, GRID, where)
     if grid is None:
         return []
     if not isinstance(grid, list) or not all(isinstance(part, dict) and part for part in grid):
-        raise ConfigError(f"{where}: {GRID}={truncate(str(grid), 200)}: write a list of mappings, such as "
+        raise ConfigError(f"{where}: {GRID}={truncate(str(grid), 200)}: must be a list of mappings, such as "
                           "[{algorithm: 'bp,fa', seed: '0,1'}]")
     for part in grid:
         for key, values in part.items():
@@ -303,12 +299,12 @@ def _read_grid(config: DictConfig, where: str) -> list[dict[str, str]]:
 
 
 def _read_rules(config: DictConfig, where: str) -> dict[str, dict[str, str]]:
-    """What an experiment gives to rules: rule -> key of an option -> override."""
-    rules = _given(config, RULES, where)
+    """The overrides that an experiment sets for single rules, by rule and key."""
+    rules = _read(config, RULES, where)
     if rules is None:
         return {}
     if not isinstance(rules, dict) or not all(isinstance(options, dict) for options in rules.values()):
-        raise ConfigError(f"{where}: {RULES}={truncate(str(rules), 200)}: write a mapping from rules to options, such as "
+        raise ConfigError(f"{where}: {RULES}={truncate(str(rules), 200)}: must map rules to options, such as "
                           "{fa: {density: 0.5}}")
     for name in rules:
         if name not in ALGORITHMS:

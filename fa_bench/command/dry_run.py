@@ -1,4 +1,4 @@
-"""``fa-bench --dry-run``: what a command would run and what that takes, without training and without writing anything."""
+"""``fa-bench --dry-run``: show what a command would run and its costs, without training or writing anything."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fa_bench.config.job import Job
 from fa_bench.config.labels import differing_keys, flatten, label, sweep_summary
 from fa_bench.config.scale import scaled
 from fa_bench.data.base import Split, Splits
-from fa_bench.data.fetch import nothing_fetched
+from fa_bench.data.fetch import downloads_refused
 from fa_bench.errors import DataError, RunDirectoryError, names
 from fa_bench.mechanisms.rule import Rule
 from fa_bench.metrics.arithmetic import step_multiplications
@@ -34,55 +34,54 @@ from fa_bench.utils.files import CONFIG, METRICS
 from fa_bench.utils.process import isolated
 from fa_bench.utils.text import align_columns, format_bytes, format_count, format_shape, indent
 
-#: Configs of a sweep, seeds apart, that are all shown; of more only the first one is.
-MOST = 6
-_HEAD = "Dry run: nothing is trained, nothing is written."
+#: Most configs of a sweep, not counting seeds, that are all shown; of more, only the first one is.
+MOST_CONFIGS = 6
+_HEAD = "Dry run: nothing is trained or written."
 _CPU = torch.device("cpu")
 
 
 def dry_run(config_name: str, config_dir: str | None, overrides: list[str], multirun: bool) -> str:
-    """What a command line would run, as text.
+    """Describe what a command line would run.
 
-    One run: its config, model, feedback, sizes and costs, data and directory. A sweep: its plan, its directories, and the same
-    for every config that differs in more than the seed, or for the first one where there are more than `MOST`.
+    For a run: its config, model, feedback, sizes and costs, data and directory. For a sweep: an overview, its directories, and
+    the same details of every config, not counting seeds, or of the first one if there are more than `MOST_CONFIGS`.
 
     Args:
         config_name, config_dir, overrides: as for `fa_bench.command.compose.Composer`.
-        multirun: whether it is a sweep.
+        multirun: whether this is a sweep.
 
     Raises:
-        FaBenchError: for input that cannot be run; data that is missing too, for nothing is downloaded.
+        FaBenchError: for invalid input, and for missing data, since nothing is downloaded.
     """
     with _nothing_written(), isolated():
         composer = Composer(config_name, config_dir, overrides)
         jobs = composer.check(composer.expand(multirun), directories=False)
         if not multirun:
-            job, place = jobs[0]
-            return "\n".join([_HEAD, "", *_section("config", _config(job)),
-                              *_sheet(job, _Loader()), *_section("output", [f"{place}: {found_in(place, job)}"])]).rstrip()
+            (job, run_dir), = jobs
+            return "\n".join([_HEAD, "", *_section("config", _config(job)), *_details(job, {}),
+                              *_section("output", [f"{run_dir}: {describe(run_dir, job)}"])]).rstrip()
         return "\n".join(_sweep(jobs)).rstrip()
 
 
 def _sweep(jobs: Sequence[tuple[Job, Path]]) -> list[str]:
-    places = [place for _, place in jobs]
-    common = Path(os.path.commonpath([place.parent for place in places]))
-    lines = [_HEAD, "", sweep_summary([job for job, _ in jobs], common), "", *_section("output", _places(jobs))]
+    common = Path(os.path.commonpath([run_dir.parent for _, run_dir in jobs]))
+    lines = [_HEAD, "", sweep_summary([job for job, _ in jobs], common), "", *_section("output", _directories(jobs))]
     distinct: dict[str, Job] = {}
-    for job, place in jobs:
-        distinct.setdefault(str(place.parent / job.group), job)
-    shown = list(distinct.values())[:1 if len(distinct) > MOST else None]
-    loader = _Loader()
+    for job, run_dir in jobs:
+        distinct.setdefault(str(run_dir.parent / job.group), job)
+    shown = list(distinct.values())[:1 if len(distinct) > MOST_CONFIGS else None]
+    cache: dict[str, Splits] = {}
     for number, job in enumerate(shown):
         lines += [_title(job, list(distinct.values())), "=" * 80, ""]
         lines += _section("config", _config(job)) if number == 0 else []
-        lines += _sheet(job, loader)
+        lines += _details(job, cache)
     if len(shown) < len(distinct):
-        lines.append(f"{len(distinct) - 1} more configs; --dry-run without -m, or of at most {MOST} configs, shows each")
+        lines.append(f"{len(distinct) - 1} more configs; --dry-run shows each config of a sweep of at most {MOST_CONFIGS}")
     return lines
 
 
 def _title(job: Job, jobs: Sequence[Job]) -> str:
-    """The rule, and what its configs differ in."""
+    """The rule, and the values in which its configs differ."""
     rule = job.algorithm.name
     keys = differing_keys(flatten(other.plain()) for other in jobs if other.algorithm.name == rule)
     return label(rule, flatten(job.plain()), keys)
@@ -90,28 +89,23 @@ def _title(job: Job, jobs: Sequence[Job]) -> str:
 
 @contextlib.contextmanager
 def _nothing_written() -> Iterator[None]:
-    """No downloads, and no compiled files beside a user's plugins."""
+    """Prevent downloads, and bytecode files of a user's plugins."""
     before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
-        with nothing_fetched():
+        with downloads_refused():
             yield
     finally:
         sys.dont_write_bytecode = before
 
 
-class _Loader:
-    """Loads each dataset of a sweep once."""
-
-    def __init__(self) -> None:
-        self._key, self._splits = "", None
-
-    def __call__(self, job: Job) -> Splits:
-        plain = job.plain()
-        key = json.dumps([plain[part] for part in ("dataset", "data_dir", "scale")], sort_keys=True)
-        if self._splits is None or key != self._key:
-            self._splits = None  # so that two never are in memory at once
-            self._key, self._splits = key, load(job, _CPU)
-        return self._splits
+def _load(job: Job, cache: dict[str, Splits]) -> Splits:
+    """The job's dataset; `cache` holds the last one, so that a sweep loads each once, but never two are in memory."""
+    plain = job.plain()
+    key = json.dumps([plain[part] for part in ("dataset", "data_dir", "scale")], sort_keys=True)
+    if key not in cache:
+        cache.clear()
+        cache[key] = load(job, _CPU)
+    return cache[key]
 
 
 # ------------------------------------------------------------------------------------------------ one config
@@ -123,57 +117,57 @@ def _config(job: Job) -> list[str]:
     return OmegaConf.to_yaml(OmegaConf.create(job.plain())).splitlines()
 
 
-def _sheet(job: Job, loader: _Loader) -> list[str]:
-    """Model, feedback, costs and data of one config, as it is trained at its scale."""
-    prepare(job)  # refuses a device that is not there
+def _details(job: Job, cache: dict[str, Splits]) -> list[str]:
+    """Model, feedback, costs and data of one config, as trained at its scale."""
+    prepare(job)  # raises if the device does not exist
     trained = scaled(job)
-    splits = loader(trained)
+    splits = _load(trained, cache)
     parts = assemble(trained, _CPU, splits)
     return [
-        *_section("model", [*str(parts.rule.coverage).splitlines(), *_others(parts.rule), *_ends(parts)]),
+        *_section("model", [*str(parts.rule.coverage).splitlines(), *_uncovered(parts.rule), *_without_error(parts)]),
         *_section("feedback", _feedback(parts.rule)),
         *_section("cost", align_columns(_costs(trained, parts))),
         *_section("training", align_columns(_training(job, trained, splits))),
     ]
 
 
-def _others(rule: Rule) -> list[str]:
-    """The modules whose parameters are no covered weight's: normalisation and the like."""
+def _uncovered(rule: Rule) -> list[str]:
+    """Counts of modules with parameters that are not covered, such as normalisation layers."""
     covered = {entry.layer for entry in rule.coverage.covered}
-    found: dict[tuple[str, bool], list[int]] = {}
+    sizes_of: dict[tuple[str, bool], list[int]] = {}
     learned = {id(tensor) for tensor in rule.feedback_parameters()}
     for path, module in rule.model.named_modules():
-        own = [parameter for parameter in module.parameters(recurse=False) if id(parameter) not in learned]
-        if own and path not in covered:
-            key = type(module).__name__, any(parameter.requires_grad for parameter in own)
-            found.setdefault(key, []).append(sum(parameter.numel() for parameter in own))
+        parameters = [parameter for parameter in module.parameters(recurse=False) if id(parameter) not in learned]
+        if parameters and path not in covered:
+            key = type(module).__name__, any(parameter.requires_grad for parameter in parameters)
+            sizes_of.setdefault(key, []).append(sum(parameter.numel() for parameter in parameters))
     return [f"and {len(sizes)} {kind} with {format_count(sum(sizes))} parameters{'' if learns else ', frozen'}"
-            for (kind, learns), sizes in found.items()]
+            for (kind, learns), sizes in sizes_of.items()]
 
 
-def _ends(parts: Parts) -> list[str]:
-    """The layers that could carry an error on and are not asked to: nothing that learns lies in front of them."""
+def _without_error(parts: Parts) -> list[str]:
+    """A line on the layers with feedback that need not pass an error on, because no layer before them learns."""
     reached, pairs = parts.meter.trace.reached, parts.rule.weight_pairs()
-    ends = [path for path in parts.meter.trace.order if path in pairs and path not in reached]
-    return [f"{names(ends)} sends no error back: nothing before it learns"] if ends else []
+    first = [path for path in parts.meter.trace.order if path in pairs and path not in reached]
+    return [f"{names(first)} sends no error back: nothing before it learns"] if first else []
 
 
 def _feedback(rule: Rule) -> list[str]:
-    kept, learned = _kept(rule), {id(tensor) for tensor in rule.feedback_parameters()}
+    stored, learned = _stored_feedback(rule), {id(tensor) for tensor in rule.feedback_parameters()}
     rows = [("at", "tensor", "shape", "memory", "")]
-    for place, tensors in rule.feedback.items():
+    for path, tensors in rule.feedback.items():
         for name, tensor in tensors.items():
-            is_kept = (place, name) in kept
-            how = "learned" if id(tensor) in learned else "not learned" if is_kept else "made of the weight when it is needed"
-            rows.append((place, name, format_shape(tensor.shape), format_bytes(_bytes([tensor])) if is_kept else "-", how))
+            is_stored = (path, name) in stored
+            kind = "learned" if id(tensor) in learned else "fixed" if is_stored else "computed from the weight when needed"
+            rows.append((path, name, format_shape(tensor.shape), format_bytes(_bytes([tensor])) if is_stored else "-", kind))
     return align_columns(rows, right=(3,)) if len(rows) > 1 else ["none"]
 
 
-def _kept(rule: Rule) -> dict[tuple[str, str], torch.Tensor]:
-    """The feedback tensors that the rule keeps, by place and name; others it makes anew each time they are asked for."""
-    now, again = rule.feedback, rule.feedback
-    return {(place, name): tensor for place, tensors in now.items() for name, tensor in tensors.items()
-            if again[place][name] is tensor}
+def _stored_feedback(rule: Rule) -> dict[tuple[str, str], torch.Tensor]:
+    """The feedback tensors that the rule stores, by module and name; others are computed at each access."""
+    first, second = rule.feedback, rule.feedback
+    return {(path, name): tensor for path, tensors in first.items() for name, tensor in tensors.items()
+            if second[path][name] is tensor}
 
 
 def _costs(job: Job, parts: Parts) -> list[tuple[str, str]]:
@@ -181,19 +175,19 @@ def _costs(job: Job, parts: Parts) -> list[tuple[str, str]]:
     batch, shape = min(job.run.batch_size, len(splits.train)), splits.input_shape
     parameters, learned = rule.weight_parameters(), rule.feedback_parameters()
     trains = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    feedback = _bytes(_kept(rule).values())
-    own, exact = step_multiplications(rule, shape, len(splits.classes), batch)
-    parts.optimizers.step()  # on the gradients that the counted steps left: it makes the optimizers' state
-    state = [tensor for optimizer in parts.optimizers.optimizers for of_one in optimizer.state.values()
-             for tensor in of_one.values() if isinstance(tensor, torch.Tensor)]
+    feedback = _bytes(_stored_feedback(rule).values())
+    of_rule, of_backprop = step_multiplications(rule, shape, len(splits.classes), batch)
+    parts.optimizers.step()  # creates the optimizers' state, with the gradients of the counted steps
+    state = [tensor for optimizer in parts.optimizers.optimizers for entry in optimizer.state.values()
+             for tensor in entry.values() if isinstance(tensor, torch.Tensor)]
     rule.detach()
     return [
         ("parameters", f"{sum(parameter.numel() for parameter in parameters):,}, {trains:,} of them trained"),
         ("weights", format_bytes(_bytes(parameters))),
         ("feedback", f"{format_bytes(feedback)}, {format_bytes(_bytes(learned))} of it learned"),
         ("optimizer state", f"{format_bytes(_bytes(state))} ({_optimizers(job, bool(learned))})"),
-        ("multiplications", f"{format_count(own)} a step, {own / exact:.2f} of backpropagation's {format_count(exact)} "
-                            f"(batch of {batch})"),
+        ("multiplications", f"{format_count(of_rule)} a step, {of_rule / of_backprop:.2f} of backpropagation's "
+                            f"{format_count(of_backprop)} (batch of {batch})"),
         *_accesses(job, model, shape, batch),
     ]
 
@@ -205,12 +199,11 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 def _optimizers(job: Job, learned: bool) -> str:
     if job.feedback_optimizer is None:
         return job.optimizer.name
-    unused = "" if learned else ", unused: no feedback is learned"
-    return f"{job.optimizer.name}; feedback: {job.feedback_optimizer.name}{unused}"
+    return f"{job.optimizer.name}; feedback: {job.feedback_optimizer.name}{'' if learned else ', unused: no feedback is learned'}"
 
 
 def _accesses(job: Job, model: torch.nn.Module, shape: tuple[int, ...], batch: int) -> list[tuple[str, str]]:
-    """External memory accesses of Woo et al. 2021, of backpropagation and of the rule where they are defined."""
+    """External memory accesses (Woo et al. 2021) of backpropagation, and of the rule if they are defined for it."""
     reference, of_rule = (memory and sum(memory.accesses(batch)) for memory in memories(model, shape, job.fresh_algorithm()))
     assert reference is not None
     if of_rule is None:
@@ -234,27 +227,27 @@ def _training(job: Job, trained: Job, splits: Splits) -> list[tuple[str, str]]:
         smaller = [f"{key}={getattr(trained.run, key)}" for key in keys if getattr(trained.run, key) != getattr(job.run, key)]
         before, after = as_plain(job.algorithm), as_plain(trained.algorithm)
         smaller += [f"algorithm.{key}={after[key]}" for key in after if after[key] != before[key]]
-        said = f"trains with {', '.join(smaller) or 'the options above'}; the figures are this trial's"
-        rows.append((f"scale={job.run.scale}", said))
+        text = f"trains with {', '.join(smaller) or 'the options above'}; all numbers above are of this trial"
+        rows.append((f"scale={job.run.scale}", text))
     return rows
 
 
 # ------------------------------------------------------------------------------------------------ directories
-def found_in(place: Path, job: Job) -> str:
-    """What lies in a run's directory, in words: nothing yet, finished, unfinished, or another config's run."""
+def describe(run_dir: Path, job: Job) -> str:
+    """The state of a run directory as text: empty, finished, unfinished, or of another config."""
     try:
-        RunDirectory(place, job).check()
+        RunDirectory(run_dir, job).check()
     except RunDirectoryError as error:
-        return f"holds a run of another config; fa-bench would refuse it ({str(error).removeprefix(f'{place}: ')})"
+        return f"belongs to another config; fa-bench would refuse it ({str(error).removeprefix(f'{run_dir}: ')})"
     try:
-        run, epochs = read_run(place), len(read_metrics(place / METRICS))
+        run, epochs = read_run(run_dir), len(read_metrics(run_dir / METRICS))
     except DataError as error:
         return f"unfinished: {error}"
-    if run is None and not (place / CONFIG).exists():
-        return "nothing there yet"
-    if (writer := lock_holder(place)) is not None:
-        return f"running: process {writer.get('pid')} on {writer.get('host')} writes it"
-    if RunDirectory(place, job).state is RunState.STALE:
+    if run is None and not (run_dir / CONFIG).exists():
+        return "empty"
+    if (owner := lock_holder(run_dir)) is not None:
+        return f"running: locked by process {owner.get('pid')} on {owner.get('host')}"
+    if RunDirectory(run_dir, job).state is RunState.STALE:
         return "stale: produced by a different version of the code; would restart"
     if run is not None and run.finished:
         accuracy = run.result.get("test_accuracy")
@@ -263,9 +256,9 @@ def found_in(place: Path, job: Job) -> str:
     return f"unfinished: {status} after {epochs} of {scaled(job).run.epochs} epochs"
 
 
-def _places(jobs: Sequence[tuple[Job, Path]]) -> list[str]:
-    """A sweep's directories, counted by what is in them; those that hold something are named."""
-    found = {place: found_in(place, job) for job, place in jobs}
-    counts = collections.Counter(text.split(":")[0].split(" (")[0] for text in found.values())
-    named = [f"{place}: {text}" for place, text in found.items() if text != "nothing there yet"]
-    return [*(f"{number} of {len(jobs)}: {text}" for text, number in counts.items()), *named]
+def _directories(jobs: Sequence[tuple[Job, Path]]) -> list[str]:
+    """The run directories of a sweep, counted by state; those that are not empty are listed."""
+    states = {run_dir: describe(run_dir, job) for job, run_dir in jobs}
+    counts = collections.Counter(text.split(":")[0].split(" (")[0] for text in states.values())
+    used = [f"{run_dir}: {text}" for run_dir, text in states.items() if text != "empty"]
+    return [*(f"{number} of {len(jobs)}: {text}" for text, number in counts.items()), *used]

@@ -1,4 +1,4 @@
-"""Whether the rules of a sweep fit its networks: tried on tensors without memory, before the first job starts."""
+"""Check that the rules of a sweep fit its networks, on the meta device, before the first job starts."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ import torch
 from fa_bench.config.job import Job
 from fa_bench.errors import CoverageError
 
-#: Seconds after which the configs that are left are not tried: what does not fit is then said by the job itself.
+#: Time limit in seconds; configs that are not checked within it fail in their job if the rule does not fit.
 MOST_SECONDS = 15.0
 
 
 def check_fit(jobs: Iterable[Job]) -> None:
-    """Attach each rule to its network on the meta device, once a config, pairs of rule and architecture first.
+    """Attach each rule to its network on the meta device, once per config, first one of each pair of rule and architecture.
 
-    Only what the rule itself refuses counts: a network that cannot be built or run there is left to the job, and so is a dataset
-    whose shape only its files tell.
+    Only coverage errors are raised; others are left to the job. Datasets whose shape is known only from their files are skipped.
 
     Raises:
         CoverageError: naming the rule, the architecture and what is missing.
     """
-    until = time.monotonic() + MOST_SECONDS
+    deadline = time.monotonic() + MOST_SECONDS
     first: dict[tuple[str, ...], Job] = {}
     others: dict[tuple[str, ...], Job] = {}
     for job in jobs:
@@ -32,12 +31,12 @@ def check_fit(jobs: Iterable[Job]) -> None:
             first.setdefault((job.algorithm.name, job.architecture.name), job)
             others.setdefault((str(plain["algorithm"]), str(plain["architecture"]), str(shape)), job)
     for job in {id(job): job for job in (*first.values(), *others.values())}.values():
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             return
-        _try(job)
+        _attach(job)
 
 
-def _try(job: Job) -> None:
+def _attach(job: Job) -> None:
     shape = job.dataset.shape()
     assert shape is not None
     state = torch.get_rng_state()
@@ -50,7 +49,7 @@ def _try(job: Job) -> None:
         raise error.with_prefix("algorithm") from None
     except KeyboardInterrupt:
         raise
-    except BaseException:  # whatever a user's class raises: the job itself says it
+    except BaseException:  # of a user's class: the job itself will report it
         return
     finally:
         torch.set_rng_state(state)

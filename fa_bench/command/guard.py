@@ -1,21 +1,22 @@
-"""Configs are data: what would run code of a config's choice is refused before Hydra runs.
+"""Configs are data: a config that would make Hydra run code of the config's choice is refused before Hydra runs.
 
-Hydra makes launcher, sweeper and callbacks of the classes that ``_target_`` names, imports the packages of its search path, and
-hands its log settings to `logging.config`, which calls what they name. A config that came from somewhere could so run anything.
+Hydra instantiates launcher, sweeper and callbacks from the classes that ``_target_`` names, imports the packages of its search
+path, and passes its logging sections to `logging.config`, which calls what they name. A downloaded config could run anything.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Hydra reads every file through the source that is registered for files, and offers no public way to put another one there.
+# Hydra reads every file through the source that is registered for files, and offers no public way to replace it.
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.core_plugins.importlib_resources_config_source import ImportlibResourcesConfigSource
 from hydra._internal.sources_registry import SourcesRegistry
-from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.experimental.callback import Callback
 from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
@@ -28,18 +29,26 @@ from fa_bench.errors import ConfigError, truncate
 from fa_bench.utils.yaml_files import read_yaml
 
 SWEEPER = "hydra_plugins.fa_bench_sweeper.FaBenchSweeper"
-#: The sections of which Hydra makes objects, and those of its logs.
-_MADE, _LOGS = ("hydra.launcher", "hydra.sweeper", "hydra.callbacks"), ("hydra.job_logging", "hydra.hydra_logging")
-#: What may be filled in within them: names and folders, which are text whatever a config says.
+#: The sections that Hydra instantiates, and the logging sections.
+_INSTANTIATED = ("hydra.launcher", "hydra.sweeper", "hydra.callbacks")
+_LOGS = ("hydra.job_logging", "hydra.hydra_logging")
+#: The only interpolations allowed in them: names and folders, which are plain text whatever a config contains.
 _TEXT = re.compile(r"\$\{hydra\.(job|sweep|run|runtime)\.(name|id|num|dir|subdir|output_dir|override_dirname)\}")
-_LOG_CLASSES = ("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler", "logging.Formatter")
-_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
+#: Allowed values of logging keys, and of any logging value with a scheme, such as ext://.
+_LOG_VALUES = {
+    "class": ("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler", "logging.Formatter"), "()": (),
+    "filename": ("${hydra.runtime.output_dir}/${hydra.job.name}.log",),
+}
+_LOG_SCHEMES = ("ext://sys.stdout", "ext://sys.stderr")
+#: Most characters of a value with its interpolations resolved, and most interpolations followed one after another.
+_MOST_TEXT, _MOST_STEPS = 100_000, 100
+_REFERENCE = re.compile(r"\$\{\s*(?:oc\.[\w.]+\s*:\s*)?((?:hydra\s*:\s*)?[\w.\[\]@/-]+)")
 
 
 class _FileResult(ConfigResult):
-    """A file's config, with nothing filled in from a component of the same name.
+    """The config of one file.
 
-    Hydra 1.3 would merge a file with the ConfigStore's entry of its path (automatic schema matching, which Hydra 1.4 lacks).
+    Hydra 1.3 would merge a file with the ConfigStore's entry of the same path (automatic schema matching, removed in Hydra 1.4).
     """
 
     is_schema_source = property(lambda self: True, lambda self, value: None)  # type: ignore[assignment]
@@ -47,6 +56,11 @@ class _FileResult(ConfigResult):
 
 class CheckedFiles(FileConfigSource):
     """Hydra's source of config files, which reads them as plain data of a bounded size."""
+
+    def __init__(self, provider: str, path: str) -> None:
+        super().__init__(provider, path)
+        if provider.startswith("hydra.searchpath") and not os.path.isdir(self.path):
+            raise ConfigError(f"hydra.searchpath=[{truncate(path, 200)}]: no such folder")
 
     def load_config(self, config_path: str) -> ConfigResult:
         path = Path(self.path, self._normalize_file_name(config_path)).resolve()
@@ -58,202 +72,130 @@ class CheckedFiles(FileConfigSource):
                 header = ConfigSource._get_header_dict(file.read(512))
             except ValueError as error:
                 raise ConfigError(f"{path}: {error}") from None
-        if OmegaConf.is_dict(config):
-            try:
-                check_search_path(OmegaConf.select(config, "hydra.searchpath"), str(path))
-            except ConfigError:
-                raise
-            except Exception as error:  # an interpolation of any kind
-                raise ConfigError(f"{path}: hydra.searchpath: {str(error).splitlines()[0]}") from None
-            # Here already, for such a key may not fit the schema of what it stands in, and Hydra would say but that.
-            for key, last, value in _walk(OmegaConf.to_container(config, resolve=False), ""):
-                if str(last) == "_target_" and str(value) not in _made_by_hydra():
-                    raise ConfigError(f"{path}: {_unwanted(key, value)}")
         return _FileResult(provider=self.provider, path=f"{self.scheme()}://{self.path}", config=config, header=header)
 
 
-# So that Hydra's own registration of its source, in this process and in a launcher's, changes nothing.
-CheckedFiles.__name__ = FileConfigSource.__name__
+class CheckedPackages(ImportlibResourcesConfigSource):
+    """Hydra's source of configs in Python packages, which it imports: the search path must not name any."""
+
+    def __init__(self, provider: str, path: str) -> None:
+        if provider.startswith("hydra.searchpath"):
+            raise ConfigError(f"hydra.searchpath=[{truncate(path, 200)}]: packages would be imported, but configs must not run "
+                              "code; name folders")
+        super().__init__(provider, path)
+
+
+# Hydra registers its own sources again later, in launchers' processes too, but keeps a source that has the same name.
+CheckedFiles.__name__, CheckedPackages.__name__ = FileConfigSource.__name__, ImportlibResourcesConfigSource.__name__
 
 
 def install() -> None:
-    """Let Hydra read every config file through `CheckedFiles`, from here on in this process."""
+    """Register `CheckedFiles` and `CheckedPackages` with Hydra in this process."""
     Plugins.instance()  # registers Hydra's own sources first
-    SourcesRegistry.instance().types["file"] = CheckedFiles
-
-
-def check_search_path(folders: Any, source: str) -> None:
-    """Refuse a search path with anything but folders: Hydra imports the packages in it.
-
-    Raises:
-        ConfigError: naming `source`, or what is wrong.
-    """
-    if folders is None:
-        return
-    if isinstance(folders, str) or not (isinstance(folders, list) or OmegaConf.is_list(folders)):
-        raise ConfigError(f"{source}: hydra.searchpath={folders} is not a list of folders")
-    for folder in folders:
-        scheme, found, _ = str(folder).partition("://")
-        if found and scheme != "file":
-            raise ConfigError(f"{source}: hydra.searchpath={folder}: only folders (file://...) may be searched, for a config "
-                              "must not run code")
-        place = str(folder).removeprefix("file://")
-        if not Path(place).is_dir():
-            raise ConfigError(f"{source}: hydra.searchpath={folder}: no such folder")
-
-
-def check_overrides(overrides: list[Override]) -> None:
-    """Refuse what a command line must not say, before anything is composed.
-
-    Raises:
-        ConfigError: naming the override.
-    """
-    for override in overrides:
-        if override.get_key_element().lstrip("+~") == "hydra.searchpath" and not override.is_delete():
-            check_search_path(override.value(), "command line")
+    SourcesRegistry.instance().types |= {source.scheme(): source for source in (CheckedFiles, CheckedPackages)}
 
 
 def check_config(config: DictConfig, plugins: list[str]) -> None:
-    """Refuse a composed config that would make Hydra run code, or other jobs than those that were checked.
+    """Refuse a composed config that would make Hydra run code, or jobs other than those that were checked.
 
     Args:
-        config: as Hydra's compose returns it, with the node ``hydra``.
-        plugins: the modules that the command line names, which alone are imported.
+        config: as composed by Hydra, with the node ``hydra``.
+        plugins: the modules named on the command line, the only ones that may be imported.
 
     Raises:
         ConfigError: naming the key, its value and what is allowed.
     """
-    plain = OmegaConf.to_container(config, resolve=False)
-    _check_references(plain)
-    for path, key, value in _walk(plain, ""):
-        if str(key) == "_target_":
-            _check_target(path, value)
-        elif isinstance(value, str) and (own := re.search(r"\$\{(hydra\.[\w.]+)\}", value)) and not path.startswith("hydra."):
-            raise ConfigError(f"{path}={truncate(str(value), 80)}: only Hydra's own options, such as hydra.run.dir, may "
-                              f"refer to {own[1]}")
-        elif path.startswith(_MADE + _LOGS):
-            if isinstance(value, str) and "${" in _TEXT.sub("", value):
-                raise ConfigError(f"{path}={value}: nothing is filled in here but Hydra's own names and folders, for a config "
-                                  "must not run code")
-            if path.startswith(_LOGS):
-                _check_log(path, str(key), value)
-    if isinstance(plain, dict) and "experiment" in plain:
+    plain: Any = OmegaConf.to_container(config, resolve=False)
+    _check_lengths(plain)
+    for path, key, value in _walk(plain):
+        text, shown = value if isinstance(value, str) else "", truncate(str(value), 80)
+        if key == "_target_" and not (path.startswith(_INSTANTIATED) and str(value) in _hydra_classes()):
+            raise ConfigError(f"{path}={shown}: configs must not name code to run; " + (
+                f"allowed are the launchers, sweepers and callbacks of Hydra and its plugins ({', '.join(_hydra_classes())})"
+                if path.startswith("hydra.") else "choose components by name (algorithm=fa) and modules by plugins=[...]"))
+        if not path.startswith("hydra.") and (match := re.search(r"\$\{(hydra\.[\w.]+)\}", text)):
+            raise ConfigError(f"{path}={shown}: only Hydra's own options, such as hydra.run.dir, may refer to {match[1]}")
+        if path.startswith(_INSTANTIATED + _LOGS) and "${" in _TEXT.sub("", text):
+            raise ConfigError(f"{path}={shown}: only Hydra's own names and folders may be interpolated here, since configs must "
+                              "not run code")
+        allowed = _LOG_VALUES.get(str(key), _LOG_SCHEMES if "://" in text else None)
+        if path.startswith(_LOGS) and allowed is not None and value not in allowed:
+            raise ConfigError(f"{path}={shown}: logs must not call other code or write other files (allowed: "
+                              f"{', '.join(allowed) or 'nothing'})")
+    if "experiment" in plain:
         raise ConfigError("experiment: the file must begin with the line '# @package _global_' and set a mapping of keys")
-    hydra: Any = plain.get("hydra") if isinstance(plain, dict) else None
-    sweeper = hydra.get("sweeper") if isinstance(hydra, dict) else None
-    if isinstance(sweeper, dict) and sweeper.get("_target_") in _made_by_hydra() - {SWEEPER}:
-        raise ConfigError(f"hydra/sweeper={hydra['runtime']['choices'].get('hydra/sweeper')}: only fa-bench's own sweeper checks "
-                          "every job before the first one starts (allowed: fa_bench)")
-    if isinstance(sweeper, dict) and (extra := [key for key in sweeper if key != "_target_"]):
-        raise ConfigError(f"hydra.sweeper.{extra[0]}: fa-bench's sweeper has no options; list the values on the command line, or "
-                          "in an experiment's `grid`")
+    hydra: Any = plain.get("hydra")
     for path, section in (("hydra", hydra), ("hydra.job", hydra.get("job") if isinstance(hydra, dict) else None)):
         if not isinstance(section, dict):
-            raise ConfigError(f"{path}={section}: not a group of options")
-    _check_unset(hydra, "job.env_set", "set environment variables in the shell, where they hold for all of the run")
+            raise ConfigError(f"{path}={truncate(str(section), 80)}: not a mapping of options")
+    if isinstance(sweeper := hydra.get("sweeper"), dict):
+        if sweeper.get("_target_") != SWEEPER:
+            raise ConfigError(f"hydra/sweeper={hydra['runtime']['choices'].get('hydra/sweeper')}: not supported; only fa-bench's "
+                              "own sweeper checks all jobs before the first one starts (allowed: fa_bench)")
+        if extra := [key for key in sweeper if key != "_target_"]:
+            raise ConfigError(f"hydra.sweeper.{extra[0]}: fa-bench's sweeper has no options; list the values on the command line "
+                              "or in an experiment's `grid`")
+    if hydra["job"].get("env_set"):
+        raise ConfigError("hydra.job.env_set: not supported; set environment variables in the shell, so that they hold for the "
+                          "whole run")
     if hydra["mode"] is not None:
-        raise ConfigError(f"hydra.mode={hydra['mode']}: not possible here; pass -m (--multirun) for a sweep")
+        raise ConfigError(f"hydra.mode={hydra['mode']}: not supported; pass -m (--multirun) for a sweep")
     if Path(folder := hydra["output_subdir"] or "hydra").name != folder:
-        raise ConfigError(f"hydra.output_subdir={folder} is not the name of a folder in the run's directory")
+        raise ConfigError(f"hydra.output_subdir={folder}: not the name of a folder in the run directory")
     try:
-        named = config.get("plugins") or []
+        modules = config.get("plugins") or []
     except OmegaConfBaseException:
-        return  # nothing is imported: the job's check says what is wrong
-    if OmegaConf.is_list(named) and (unasked := [name for name in named if name not in plugins]):
-        raise ConfigError(f"plugins=[{unasked[0]}] stands in a config file: modules are imported only where the command line "
-                          f"names them; add plugins=[{unasked[0]}] to it")
+        return  # nothing is imported: the check of the job reports what is wrong
+    if OmegaConf.is_list(modules) and (unnamed := [name for name in modules if name not in plugins]):
+        raise ConfigError(f"plugins=[{unnamed[0]}]: set by a config file, but only the command line may name modules to import; "
+                          f"add plugins=[{unnamed[0]}] to it")
 
 
-#: Most characters of a value, and most steps from one to the next, once what it refers to is put in.
-_MOST_TEXT, _MOST_STEPS = 100_000, 100
-_REFERENCE = re.compile(r"\$\{\s*(?:oc\.[\w.]+\s*:\s*)?((?:hydra\s*:\s*)?[\w.\[\]@/-]+)")
-
-
-def _check_references(plain: Any) -> None:
+def _check_lengths(plain: Any) -> None:
     """Refuse values that refer to values that refer to values ... until they fill the memory."""
-    values = {full: value for full, _, value in _walk(plain, "")}
-    known: dict[str, int] = {}
+    values = {path: value for path, _, value in _walk(plain)}
+    lengths: dict[str, int] = {}
 
-    def size(path: str, steps: int) -> int:
-        if path in known:
-            return known[path]
+    def length(path: str, steps: int) -> int:
+        if path in lengths:
+            return lengths[path]
+        value, total = values[path], 1
         if steps > _MOST_STEPS:
-            raise ConfigError(f"{path}={truncate(str(values[path]), 80)}: refers to itself, or through more than "
-                              f"{_MOST_STEPS} others")
-        value = values[path]
-        total = 1
+            raise ConfigError(f"{path}={truncate(str(value), 80)}: refers to itself, or through more than {_MOST_STEPS} others")
         if isinstance(value, (dict, list)):
-            total += sum(size(f"{path}.{key}", steps + 1) for key in (value if isinstance(value, dict) else range(len(value))))
+            total += sum(length(f"{path}.{key}", steps + 1) for key in (value if isinstance(value, dict) else range(len(value))))
         elif isinstance(value, str):
             total += len(value)
             for match in _REFERENCE.finditer(value):
-                # ${hydra:job.num} is ${hydra.job.num}
+                # ${hydra:job.num} means ${hydra.job.num}; leading dots are relative to this value's parents.
                 name = re.sub(r"\s*:\s*", ".", match[1]).replace("[", ".").replace("]", "")
-                rest = name.lstrip(".")
-                if dots := len(name) - len(rest):
-                    rest = ".".join([*path.split(".")[:-dots], rest])
-                total += size(rest, steps + 1) if rest in values else 0
+                target = name.lstrip(".")
+                if dots := len(name) - len(target):
+                    target = ".".join([*path.split(".")[:-dots], target])
+                total += length(target, steps + 1) if target in values else 0
         if total > _MOST_TEXT:
-            raise ConfigError(f"{path}={truncate(str(value), 80)}: longer than {_MOST_TEXT} characters once all is filled in")
-        known[path] = total
+            raise ConfigError(f"{path}={truncate(str(value), 80)}: longer than {_MOST_TEXT} characters once resolved")
+        lengths[path] = total
         return total
 
     for path in values:
-        size(path, 0)
+        length(path, 0)
 
 
-def _walk(value: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
-    """(full key, last key, value) of everything below `value`."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in items:
-        full = f"{path}.{key}" if path else str(key)
-        yield full, key, item
-        yield from _walk(item, full)
-
-
-def _check_target(path: str, value: Any) -> None:
-    if not path.startswith(_MADE) or str(value) not in _made_by_hydra():
-        raise ConfigError(_unwanted(path, value))
-
-
-def _unwanted(path: str, value: Any) -> str:
-    if f".{path}".find(".hydra.") < 0 and not path.startswith("_target_"):
-        return (f"{path}={truncate(str(value), 80)}: a config must not name code to run; components are chosen by name, "
-                "such as algorithm=fa, and modules by plugins=[...]")
-    return (f"{path}={truncate(str(value), 80)}: only launchers, sweepers and callbacks of Hydra and its plugins can be made "
-            f"(allowed: {', '.join(sorted(_made_by_hydra()))})")
+def _walk(value: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(full key, last key, value) of everything in nested dicts and lists."""
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield f"{prefix}{key}", key, item
+        yield from _walk(item, f"{prefix}{key}.")
 
 
 @functools.cache
-def _made_by_hydra() -> frozenset[str]:
-    """The classes that Hydra and its plugins define, as a config names them."""
+def _hydra_classes() -> list[str]:
+    """The launchers, sweepers and callbacks that Hydra and its plugins define, as configs name them."""
     import hydra.experimental.callbacks  # noqa: F401  (defines Hydra's own)
 
-    def below(base: type) -> Iterator[type]:
-        for cls in base.__subclasses__():
-            yield cls
-            yield from below(cls)
-
-    found = [*Plugins.instance().discover(Launcher), *Plugins.instance().discover(Sweeper), *below(Callback)]
-    return frozenset(f"{cls.__module__}.{cls.__qualname__}" for cls in found
-                     if cls.__module__.partition(".")[0] in ("hydra", "hydra_plugins"))
-
-
-def _check_log(path: str, key: str, value: Any) -> None:
-    allowed = {"class": _LOG_CLASSES, "()": ()}.get(key)
-    if allowed is not None and value not in allowed:
-        raise ConfigError(f"{path}={value}: a log must not call code of a config's choice"
-                          f"{f' (allowed: {chr(44).join(allowed)})' if allowed else ''}")
-    if isinstance(value, str) and "://" in value and value not in _STREAMS:
-        raise ConfigError(f"{path}={value}: a log must not call code of a config's choice (allowed: {', '.join(_STREAMS)})")
-    if key == "filename" and value != "${hydra.runtime.output_dir}/${hydra.job.name}.log":
-        raise ConfigError(f"{path}={value}: Hydra's log lies in the run's directory; leave its name as it is")
-
-
-def _check_unset(hydra: dict[Any, Any], path: str, instead: str) -> None:
-    section, key = path.split(".")
-    values = hydra.get(section) or {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"hydra.{section}={truncate(str(values), 80)}: not a group of options")
-    if value := values.get(key):
-        raise ConfigError(f"hydra.{path}={value}: not possible here; {instead}")
+    classes: list[type] = [*Plugins.instance().discover(Launcher), *Plugins.instance().discover(Sweeper), Callback]
+    for cls in classes:  # the list grows meanwhile
+        classes += cls.__subclasses__() if issubclass(cls, Callback) else ()
+    return sorted(f"{cls.__module__}.{cls.__qualname__}" for cls in classes
+                  if cls.__module__.partition(".")[0] in ("hydra", "hydra_plugins") and cls is not Callback)

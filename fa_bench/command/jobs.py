@@ -1,4 +1,4 @@
-"""One job as Hydra's launchers call it, in this process or in another."""
+"""One job, called by Hydra's launchers in this process or in another."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ from fa_bench.utils.stopping import Interrupted, interrupt_on_signals
 
 @dataclasses.dataclass
 class Task:
-    """What Hydra calls with a job's config; a launcher pickles it for jobs in other processes.
+    """The function that Hydra calls with a job's config; a launcher pickles it for jobs in other processes.
 
     Attributes:
         command: the command line, for the record of a sweep.
-        epochs: those of every job of the sweep; empty for a single run.
-        keys: rule -> the keys in which its jobs differ.
-        threads: CPU threads of the process that started the sweep, on which the rounding of results depends.
-        starter: that process.
-        failed: a file that exists once a job has failed.
-        directories: those of the jobs, once they were checked.
+        epochs: of every job of the sweep; empty for a single run.
+        keys: by rule, the keys in which its jobs differ.
+        threads: CPU threads of the process that started the sweep; results depend on it by rounding.
+        parent_pid: that process.
+        failure_marker: a file that exists once a job has failed.
+        directories: the run directories of the checked jobs.
     """
 
     command: Sequence[str]
     epochs: Sequence[int] = ()
     keys: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     threads: int = 0
-    starter: int = 0
-    failed: Path | None = None
+    parent_pid: int = 0
+    failure_marker: Path | None = None
     directories: list[Path] = dataclasses.field(default_factory=list)
 
     def __call__(self, config: DictConfig) -> int:
-        """Run one job; in a sweep no error of it reaches the others.
+        """Run one job; in a sweep, its errors do not affect the other jobs.
 
         Returns:
-            0; 1 for a run that failed, 2 for input that cannot be run.
+            0; 1 if the run failed, 2 for invalid input.
         """
-        if self.epochs and os.getpid() != self.starter:
-            self._enter_worker()
+        if self.epochs and os.getpid() != self.parent_pid:
+            self._set_up_worker()
         from hydra.core.hydra_config import HydraConfig
 
         from fa_bench.runs.logs import console_log
@@ -61,64 +61,62 @@ class Task:
         job = Job.from_config(config)
         experiment = settings.runtime.choices.get("experiment")
         number = settings.job.num if self.epochs else 0
-        counted = f"[{number + 1}/{len(self.epochs)}] " if self.epochs else ""
-        title = f"{counted}{job_name(job, self.keys)}"
-        stops = self.failed is not None and job.run.on_error == "stop"
-        if stops and self.failed is not None and self.failed.exists():
+        prefix = f"[{number + 1}/{len(self.epochs)}] " if self.epochs else ""
+        title = f"{prefix}{job_name(job, self.keys)}"
+        marker = self.failure_marker if job.run.on_error == "stop" else None
+        if marker and marker.exists():
             print(f"fa-bench: {title} skipped: a job failed, on_error=stop", file=sys.stderr)
             return 1
         try:
             with resilient_output(), console_log(), interrupt_on_signals():
                 run(job, directory, title=title, experiment=experiment, later_epochs=sum(self.epochs[number + 1:]))
             return 0
-        except DirectoryLockedError as error:
-            reason: BaseException = error
-            logged = True
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # whatever a plugin raises, by sys.exit() too, ends its own job alone
-            reason = error
-            logged = (not self.epochs and isinstance(error, FaBenchError)) or _recorded(job, directory, error, experiment)
-        known = isinstance(reason, FaBenchError)
-        where = f" (traceback: {directory / LOG})" if logged else f" (in {directory}, where no log can be written)"
-        message = reason if known else f"failed: {describe_failure(reason)}{where}"
-        print(printable(f"fa-bench: {counted}{message}"), file=sys.stderr)
-        if stops and self.failed is not None:
-            self.failed.touch()
-        return 2 if known else 1
+        except BaseException as error:  # a plugin may raise anything, even sys.exit(); only its own job ends
+            is_known = isinstance(error, FaBenchError)
+            # A failed run is recorded in its directory, unless another process is writing there, or nothing has started.
+            unrecorded = isinstance(error, DirectoryLockedError) or (is_known and not self.epochs)
+            logged = unrecorded or _record(job, directory, error, experiment)
+            where = f"traceback: {directory / LOG}" if logged else f"in {directory}, where no log can be written"
+            message = error if is_known else f"failed: {describe_failure(error)} ({where})"
+        print(printable(f"fa-bench: {prefix}{message}"), file=sys.stderr)
+        if marker:
+            marker.touch()
+        return 2 if is_known else 1
 
-    def _enter_worker(self) -> None:
-        """Make a launcher's process what the one that started the sweep is."""
+    def _set_up_worker(self) -> None:
+        """Prepare a launcher's process as the one that started the sweep."""
         import torch
 
         from fa_bench.utils.process import cores
 
-        exit_with_parent(self.starter)
+        exit_with_parent(self.parent_pid)
         register_schemas()
         torch.set_num_threads(min(self.threads, cores()))
 
 
 def job_name(job: Job, keys: Mapping[str, Sequence[str]]) -> str:
-    """What to call a job: its rule, the values of what the rule's jobs differ in, and its seed."""
+    """The display name of a job: its rule, the values in which the rule's jobs differ, and its seed."""
     return f"{label(job.algorithm.name, flatten(job.plain()), keys.get(job.algorithm.name, ()))} seed {job.run.seed}"
 
 
-def interrupted(jobs: Sequence[tuple[Job, Path]], error: KeyboardInterrupt) -> int:
-    """Say how to resume jobs that were interrupted; the exit code, as shells count: 130 after SIGINT, 143 after SIGTERM."""
-    saved = any(RunDirectory(place, job).checkpoint.exists() for job, place in jobs)
-    same = "the same command without resume=false" if any(job.run.resume is False for job, _ in jobs) else "the same command"
-    how = f"checkpoint saved: rerun {same} to resume" if saved else "no checkpoint yet"
-    print(f"fa-bench: interrupted; {how}", file=sys.stderr)
+def report_interrupt(jobs: Sequence[tuple[Job, Path]], error: KeyboardInterrupt) -> int:
+    """Print how to resume interrupted jobs; the exit code."""
+    saved = any(RunDirectory(run_dir, job).checkpoint.exists() for job, run_dir in jobs)
+    without = " without resume=false" if any(job.run.resume is False for job, _ in jobs) else ""
+    print("fa-bench: Interrupted. " + (f"Checkpoint saved; rerun the same command{without} to resume" if saved else
+                                       "No checkpoint was saved yet"), file=sys.stderr)
     return exit_code_of(error)
 
 
 def exit_code_of(error: KeyboardInterrupt) -> int:
-    """What the process that a signal stopped exits with."""
+    """The exit code of a process stopped by a signal, as in shells: 130 after SIGINT, 143 after SIGTERM."""
     return error.code if isinstance(error, Interrupted) else 130
 
 
-def _recorded(job: Job, directory: Path, error: BaseException, experiment: str | None) -> bool:
-    """Whether a failure could be recorded: on a full disk the other jobs must have their turn all the same."""
+def _record(job: Job, directory: Path, error: BaseException, experiment: str | None) -> bool:
+    """Record a failure; whether that succeeded: on a full disk, the other jobs continue."""
     from fa_bench.runs.train import record_failure
 
     try:

@@ -1,4 +1,4 @@
-"""Overrides as text: parsed, counted and spelled out ahead of Hydra, with what to write where one cannot be read."""
+"""Parse and expand overrides before Hydra does, with a suggestion for those that cannot be parsed."""
 
 from __future__ import annotations
 
@@ -17,39 +17,37 @@ from fa_bench.utils.shell import expansion_problem, hydra_quote, shell_quote
 MOST_JOBS, MOST_TEXT = 10_000, 20_000
 
 
-def listed(text: str) -> list[str]:
-    """The values of one override, as text; raises ConfigError where it cannot be read."""
-    override = parse(text)
+def values_of(override: Override) -> list[str]:
+    """The values of an override, as text."""
     return [str(value) for value in (override.sweep_iterator() if override.is_sweep_override() else [override.value()])]
 
 
 def parse(text: str) -> Override:
-    """One override.
+    """Parse one override.
 
     Raises:
-        ConfigError: for one that cannot be read, with what to type where that can be told; for one that is too long, or names too
-            many values or none.
+        ConfigError: if it cannot be parsed, is too long, or has too many values or none; with what to type instead if known.
     """
-    shown = truncate(text, 100)
+    short = truncate(text, 100)
     if len(text) > MOST_TEXT:
-        raise ConfigError(f"cannot read '{shown}': longer than {MOST_TEXT} characters")
+        raise ConfigError(f"cannot read '{short}': longer than {MOST_TEXT} characters")
     try:
         override = OverridesParser.create().parse_override(text)
     except RecursionError:
-        raise ConfigError(f"cannot read '{shown}': nested too deeply") from None
+        raise ConfigError(f"cannot read '{short}': nested too deeply") from None
     except (HydraException, ValueError) as error:
-        raise ConfigError(_unread(text) or f"cannot read '{shown}': write key=value ({first_line(error)})") from None
+        raise ConfigError(_quoting_hint(text) or f"cannot read '{short}': write key=value ({first_line(error)})") from None
     if not override.key_or_group:
-        raise ConfigError(f"cannot read '{shown}': write key=value")
-    if (values := count(override)) > MOST_JOBS:
-        raise ConfigError(f"{shown}: more than {MOST_JOBS} values")
+        raise ConfigError(f"cannot read '{short}': write key=value")
+    if (values := count_values(override)) > MOST_JOBS:
+        raise ConfigError(f"{short}: more than {MOST_JOBS} values")
     if values == 0:
-        raise ConfigError(f"{shown}: no values")
+        raise ConfigError(f"{short}: no values")
     return override
 
 
-def count(override: Override) -> float:
-    """How many values an override stands for, told without making them."""
+def count_values(override: Override) -> float:
+    """The number of values of an override, computed without expanding it."""
     value = override.value()
     if isinstance(value, RangeSweep):
         start, stop, step = value.start or 0, value.stop or 0, value.step
@@ -61,19 +59,18 @@ def count(override: Override) -> float:
     return len(value.list) if isinstance(value, ChoiceSweep) else 1
 
 
-def expanded(overrides: list[str]) -> list[list[str]]:
-    """The jobs that overrides with several values stand for."""
-    parsed = [parse(text) for text in overrides]
-    if (jobs := math.prod(map(count, parsed))) > MOST_JOBS:
-        swept = ' '.join(o.input_line or '' for o in parsed if o.is_sweep_override())
+def expand(overrides: list[Override]) -> list[list[str]]:
+    """The overrides of every job of a sweep."""
+    if (jobs := math.prod(map(count_values, overrides))) > MOST_JOBS:
+        swept = " ".join(o.input_line or "" for o in overrides if o.is_sweep_override())
         raise ConfigError(f"{truncate(swept, 200)}: a sweep of {jobs:.0f} jobs (allowed: up to {MOST_JOBS})")
     values = {override.get_key_element(): list(override.sweep_string_iterator()) if override.is_sweep_override()
-              else [override.get_value_element_as_str()] for override in parsed}
+              else [override.get_value_element_as_str()] for override in overrides}
     return [[f"{key}={value}" for key, value in zip(values, job, strict=True)] for job in itertools.product(*values.values())]
 
 
-def _unread(text: str) -> str:
-    """What to type in place of an override that cannot be read because its value needs quotes; empty where that is not why."""
+def _quoting_hint(text: str) -> str:
+    """The message for an override whose value needs quotes; empty if that is not the problem."""
     key, found, value = text.partition("=")
     if not found or not re.fullmatch(r"\+{0,2}[\w./@-]+", key) or not value.isprintable() or re.match(r"\s*[\[{'\"]", value):
         return ""

@@ -1,4 +1,4 @@
-"""A sweep: every job checked, all jobs given to the launcher at once, and a report on what they gave."""
+"""A sweep: check every job, pass all jobs to the launcher at once, and write a report."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
 from fa_bench.command.compose import Composer, folder_of
 from fa_bench.command.fit import check_fit
-from fa_bench.command.jobs import Task, interrupted, job_name
-from fa_bench.command.rehearsal import making
+from fa_bench.command.hydra_sections import errors_named
+from fa_bench.command.jobs import Task, job_name, report_interrupt
 from fa_bench.config.job import Job
 from fa_bench.config.labels import differing_keys, flatten, sweep_summary
 from fa_bench.config.scale import scaled
@@ -34,139 +35,122 @@ from fa_bench.runs.rundir import RunDirectory, RunState
 from fa_bench.runs.sweep import PlannedRun, write_sweep
 from fa_bench.utils.stopping import interrupt_on_signals
 
-#: Seconds that jobs in other processes are given to write their checkpoints.
-FAREWELL = 10.0
+#: Seconds to wait for jobs in other processes to write their checkpoints after a signal.
+SHUTDOWN_SECONDS = 10.0
 Jobs = Sequence[tuple[Job, Path]]
 
 
 def sweep(context: HydraContext, task: Any, config: DictConfig, arguments: list[str]) -> int:
-    """Expand, check and run a sweep, and report on it.
+    """Expand, check and run a sweep, and write its report.
 
     Args:
-        context: Hydra's, with what composes configs.
-        task: what each job calls, a `Task`.
-        config: the sweep's, composed of the overrides with one value.
-        arguments: the overrides but Hydra's own.
+        context: Hydra's, with the config loader.
+        task: the function that runs a job, a `Task`.
+        config: of the sweep, composed from the overrides with a single value.
+        arguments: the overrides, without those of Hydra's own options.
 
     Returns:
-        0 where every run finished; 1 where one did not; 130 or more after a signal.
+        0 if every run finished, else 1; 130 or more after a signal.
 
     Raises:
-        FaBenchError: before the first job starts, for one that cannot be run.
+        FaBenchError: before the first job starts, if one of them cannot be run.
     """
-    hydras: Any = OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False)
-    composer = Composer(config.hydra.job.config_name, None, [*hydras, *arguments], context.config_loader)
+    hydra_overrides: Any = OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False)
+    composer = Composer(config.hydra.job.config_name, None, [*hydra_overrides, *arguments], context.config_loader)
     overrides = composer.expand(multirun=True, config=config)
     jobs = composer.check(overrides)
     check_fit(job for job, _ in jobs)
     folders = _folders(jobs)
     for folder in folders:
         check(folder)
-    folder_of(config, "hydra.sweep.dir")  # a launcher's own files lie there, before there is a job
-    # All jobs have the times that were checked.
     assert composer.config is not None
+    folder_of(config, "hydra.sweep.dir")  # a launcher may write its own files there before the first job
+    # ${now:...} is the same time in all jobs.
     OmegaConf.copy_cache(from_config=composer.config, to_config=config)
     config.hydra.sweep.dir = composer.config.hydra.sweep.dir
-    keys = _differing(jobs)
-    epochs = [scaled(job).run.epochs for job, _ in jobs]
-    with tempfile.TemporaryDirectory() as scratch:
-        assert isinstance(task, Task)
-        task.directories.extend(place for _, place in jobs)
-        task = dataclasses.replace(task, epochs=epochs, keys=keys, threads=_threads(), starter=os.getpid(),
-                                   failed=Path(scratch, "failed"))
-        with making(config, "launcher"):
-            launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=config)
-        print(sweep_summary([job for job, _ in jobs], *folders) + _found(jobs), flush=True)
-        for folder, members in folders.items():
-            write_sweep(folder, task.command, [PlannedRun(place, job_name(job, keys), count)
-                                               for (job, place), count in zip(jobs, epochs, strict=True) if place in members])
-        try:
-            with interrupt_on_signals(lambda number: _dismiss([place for _, place in jobs])), preserve_root_logger():
-                for returned in launcher.launch(overrides, initial_job_idx=0):
-                    _ = returned.return_value  # raises what a job raised
-        except KeyboardInterrupt as error:
-            return interrupted(jobs, error)
-        _end_workers()
-    return max(_report(members, folder) for folder, members in folders.items())
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
-
-
-def _end_workers() -> None:
-    """End the processes that joblib keeps for later: they would run the next sweep in this one's working directory."""
-    if (loky := sys.modules.get("joblib.externals.loky")) is not None:
-        loky.get_reusable_executor(reuse=True).shutdown(wait=True)
-
-
-def _found(jobs: Jobs) -> str:
-    """A line on what an earlier start of the sweep left, or nothing."""
-    counts = Counter(RunDirectory(place, job).state for job, place in jobs if job.run.resume is not False)
-    states = (RunState.FINISHED, RunState.UNFINISHED, RunState.STALE)
-    found = [f"{counts[state]} {state.value}" for state in states if counts[state]]
-    return f"\n  of these: {', '.join(found)}" if found else ""
-
-
-def _dismiss(places: Sequence[Path]) -> None:
-    """Ask jobs in other processes of this machine to write their checkpoints, and wait for them."""
-    until = time.monotonic() + FAREWELL
-    asked: set[int] = set()
-    while time.monotonic() < until:
-        holders = [about for about in map(lock_holder, places) if about and about.get("host") == platform.node()]
-        others = {int(about["pid"]) for about in holders if about.get("pid") not in (None, os.getpid())}
-        if not others:
-            return
-        for pid in others - asked:
-            with suppress(OSError):
-                os.kill(pid, signal.SIGTERM)
-        asked |= others
-        time.sleep(0.1)
-
-
-def _differing(jobs: Jobs) -> dict[str, list[str]]:
-    """Rule -> the keys in which its jobs differ."""
     configs: dict[str, list[dict[str, Any]]] = {}
     for job, _ in jobs:
         configs.setdefault(job.algorithm.name, []).append(flatten(job.plain()))
-    return {rule: differing_keys(found) for rule, found in configs.items()}
+    keys = {rule: differing_keys(of_rule) for rule, of_rule in configs.items()}
+    epochs = [scaled(job).run.epochs for job, _ in jobs]
+    with tempfile.TemporaryDirectory() as scratch:
+        assert isinstance(task, Task)
+        task.directories.extend(run_dir for _, run_dir in jobs)
+        task = dataclasses.replace(task, epochs=epochs, keys=keys, threads=torch.get_num_threads(), parent_pid=os.getpid(),
+                                   failure_marker=Path(scratch, "failed"))
+        with errors_named(config, "launcher"):
+            launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=config)
+        print(f"Running {sweep_summary([job for job, _ in jobs], *folders)}{_earlier_runs(jobs)}", flush=True)
+        for folder, members in folders.items():
+            write_sweep(folder, task.command, [PlannedRun(run_dir, job_name(job, keys), count)
+                                               for (job, run_dir), count in zip(jobs, epochs, strict=True) if run_dir in members])
+        try:
+            with interrupt_on_signals(lambda number: _stop_jobs(run_dir for _, run_dir in jobs)), preserve_root_logger():
+                for returned in launcher.launch(overrides, initial_job_idx=0):
+                    _ = returned.return_value  # raises the job's error
+        except KeyboardInterrupt as error:
+            return report_interrupt(jobs, error)
+        # joblib would keep its processes for later sweeps, which may have another working directory.
+        if (loky := sys.modules.get("joblib.externals.loky")) is not None:
+            loky.get_reusable_executor(reuse=True).shutdown(wait=True)
+    return max(_write_report(members, folder) for folder, members in folders.items())
 
 
-def _report(places: list[Path], folder: Path) -> int:
+def _earlier_runs(jobs: Jobs) -> str:
+    """A line on the state of runs that an earlier start of the sweep left, or nothing."""
+    counts = Counter(RunDirectory(run_dir, job).state for job, run_dir in jobs if job.run.resume is not False)
+    states = [state for state in (RunState.FINISHED, RunState.UNFINISHED, RunState.STALE) if counts[state]]
+    return f"\n  of these: {', '.join(f'{counts[state]} {state.value}' for state in states)}" if states else ""
+
+
+def _stop_jobs(run_dirs: Iterable[Path]) -> None:
+    """Ask jobs in other processes of this machine to write their checkpoints, and wait for them."""
+    run_dirs, deadline = list(run_dirs), time.monotonic() + SHUTDOWN_SECONDS
+    asked: set[int] = set()
+    while time.monotonic() < deadline:
+        owners = [owner for owner in map(lock_holder, run_dirs) if owner and owner.get("host") == platform.node()]
+        pids = {int(owner["pid"]) for owner in owners if owner.get("pid") not in (None, os.getpid())}
+        if not pids:
+            return
+        for pid in pids - asked:
+            with suppress(OSError):
+                os.kill(pid, signal.SIGTERM)
+        asked |= pids
+        time.sleep(0.1)
+
+
+def _write_report(run_dirs: list[Path], folder: Path) -> int:
     from fa_bench.report import write_report
 
-    written = write_report(places, folder)
-    print(f"\n{written.text}\n\nreport: {printable(written.markdown)}\ncurves: {printable(written.figure)}")
-    bad = {place: status for place in places if (status := _status(place)) != "finished"}
-    for place, status in bad.items():
-        print(printable(f"fa-bench: {status}: {place}"), file=sys.stderr)
-    return 1 if bad else 0
+    report = write_report(run_dirs, folder)
+    print(f"\n{report.text}\n\nreport: {printable(report.markdown)}\ncurves: {printable(report.figure)}")
+    failed = {run_dir: status for run_dir in run_dirs if (status := _status(run_dir)) != "finished"}
+    for run_dir, status in failed.items():
+        print(printable(f"fa-bench: {status}: {run_dir}"), file=sys.stderr)
+    return 1 if failed else 0
 
 
-def _status(place: Path) -> str:
-    """How the run in a directory ended, in a word."""
+def _status(run_dir: Path) -> str:
     from fa_bench.report.runs import read_run
     from fa_bench.runs.readers import RecordError
 
     try:
-        found = read_run(place)
-    except RecordError:  # the report says what is wrong with it
+        run = read_run(run_dir)
+    except RecordError:  # the report explains it
         return "damaged record"
-    return found.result["status"] if found else "no result"
+    return run.result["status"] if run else "no result"
 
 
 def _folders(jobs: Jobs) -> dict[Path, list[Path]]:
-    """Where the list of a sweep's runs and the report on them go: folder -> the directories of its runs.
+    """The folders for sweep.json and the report, each with its run directories.
 
-    One folder for each `output_dir`, so that nothing is written beside those that somebody has chosen.
+    One for each `output_dir`, so that nothing is written outside the folders that the user has chosen.
     """
     by_output: dict[str, list[Path]] = {}
-    for job, place in jobs:
-        by_output.setdefault(job.run.output_dir, []).append(place)
+    for job, run_dir in jobs:
+        by_output.setdefault(job.run.output_dir, []).append(run_dir)
     folders: dict[Path, list[Path]] = {}
-    for places in by_output.values():
-        common = Path(os.path.commonpath(places))
-        folders.setdefault(common.parent if len(places) == 1 else common, []).extend(places)
+    for run_dirs in by_output.values():
+        common = Path(os.path.commonpath(run_dirs))
+        folders.setdefault(common.parent if len(run_dirs) == 1 else common, []).extend(run_dirs)
     return folders

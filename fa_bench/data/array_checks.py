@@ -1,4 +1,4 @@
-"""Arrays of images and labels as a dataset gives them: brought to 8 bits where that is unambiguous, else refused.
+"""Check the arrays of a dataset, and convert images to 8 bits if that is unambiguous.
 
 Shapes: n images, C channels, H and W pixels.
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-#: How far beyond 0 and 1 rounding may have brought a fraction, and the fraction below which 8 bits would leave four greys.
+#: Tolerance of fractions beyond 0 and 1 for rounding, and the maximum below which 8 bits would leave at most four greys.
 _ROUNDING, _ALMOST_BLACK = 1e-3, 4 / 255
 _ALLOWED = "allowed: whole numbers from 0 to 255, fractions from 0 to 1, True and False"
 
@@ -17,16 +17,19 @@ _ALLOWED = "allowed: whole numbers from 0 to 255, fractions from 0 to 1, True an
 def checked(
     arrays: Any, notes: list[str], values: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
-    """Training images, uint8 (n, C, H, W), and labels, int64 (n,), test images and labels, class names; all contiguous.
+    """Check and convert training images and labels, test images and labels, and class names.
 
     Args:
-        arrays: the five; images uint8 or other whole numbers of 0 to 255, floats of 0 to 1, or bool, (n, C, H, W) or (n, H, W);
-            labels whole numbers from 0, also as floats or (n, 1).
-        notes: gets what was changed, in a sentence each.
-        values: whether the targets are numbers, (n,) or (n, O), in place of labels; they become float32 (n, O).
+        arrays: the five; images are whole numbers from 0 to 255, floats from 0 to 1, or bool, (n, C, H, W) or (n, H, W); labels
+            are whole numbers from 0, also as floats or (n, 1).
+        notes: a sentence on each conversion is appended.
+        values: whether the targets are numbers, (n,) or (n, O), instead of labels; they become float32 (n, O).
+
+    Returns:
+        The five, contiguous, with images uint8 (n, C, H, W) and labels int64 (n,).
 
     Raises:
-        ValueError: naming the array, what it is and what is allowed.
+        ValueError: naming the array, its value and what is allowed.
     """
     if not isinstance(arrays, (tuple, list)) or len(arrays) != 5:
         raise ValueError("arrays() should return training images and labels, test images and labels, class names; it returned "
@@ -44,7 +47,7 @@ def checked(
         if not values:
             check_labels(x, y, classes, part)
             if len(lacking := sorted({*range(len(classes))} - {*y.tolist()})) and part == "training":
-                notes.append(f"no training image has the label of {', '.join(f'{k} ({classes[k]})' for k in lacking[:5])}"
+                notes.append(f"no training image has label {', '.join(f'{k} ({classes[k]})' for k in lacking[:5])}"
                              f"{' and others' if len(lacking) > 5 else ''}")
     if train_x.shape[1:] != test_x.shape[1:]:
         raise ValueError(f"training images of shape {train_x.shape[1:]}, test images of {test_x.shape[1:]}")
@@ -52,7 +55,7 @@ def checked(
 
 
 def check_labels(images: np.ndarray, labels: np.ndarray, classes: list[str], part: str) -> None:
-    """Raise ValueError where there is not one label of a class, 0 to len(classes) - 1, for each image."""
+    """Raise ValueError unless there is one label from 0 to len(classes) - 1 for each image."""
     if len(images) != len(labels):
         raise ValueError(f"{len(images)} {part} images have {len(labels)} labels, not one label for each image")
     wrong = np.flatnonzero((labels < 0) | (labels >= len(classes)))
@@ -73,7 +76,7 @@ def _images(given: Any, part: str, notes: list[str]) -> np.ndarray:
         raise ValueError(f"{part} images have shape {shape} (allowed: (n, channels, height, width), or (n, height, width) "
                          "for grey)")
     _, first, second, last = images.shape
-    # Three columns beside more rows and "channels", or one beside a square: images whose channels come last.
+    # Channels come last if there are 3 columns but more rows and "channels", or 1 or 4 columns next to a square.
     if first > 4 and second > 4 and (last == 3 or (last in (1, 4) and first == second)):
         raise ValueError(f"{part} images have shape {shape}, which looks like (n, height, width, channels); "
                          "use images.transpose(0, 3, 1, 2)")
@@ -84,27 +87,27 @@ def _eight_bits(images: np.ndarray, what: str, notes: list[str]) -> np.ndarray:
     if images.dtype == np.bool_:
         return images.astype(np.uint8) * np.uint8(255)
     low, high = images.min(), images.max()
-    found = f"{what} are {images.dtype} from {low:.4g} to {high:.4g}"
+    problem = f"{what} are {images.dtype} from {low:.4g} to {high:.4g}"
     if not np.isfinite(low) or not np.isfinite(high):
         raise ValueError(f"{what} are {images.dtype} with values that are not finite; {_ALLOWED}")
     if images.dtype.kind in "iu":
         if low < 0 or high > 255:
             bits = "; for 16-bit images use images >> 8" if images.dtype == np.uint16 else ""
-            raise ValueError(f"{found}; {_ALLOWED}{bits}")
+            raise ValueError(f"{problem}; {_ALLOWED}{bits}")
         if high == 1:
-            raise ValueError(f"{found}, which is almost black; multiply by 255 or convert to bool")
+            raise ValueError(f"{problem}, which is almost black; multiply by 255 or convert to bool")
         return images.astype(np.uint8, copy=False)
     if 0 < high < _ALMOST_BLACK:
-        raise ValueError(f"{found}, which 8 bits would make almost black; allowed fractions are from 0 to 1: multiply by 255 "
+        raise ValueError(f"{problem}, which 8 bits would make almost black; allowed fractions are from 0 to 1: multiply by 255 "
                          "if they were divided twice")
     if low < -_ROUNDING or high > 1 + _ROUNDING:
         rounded = low >= 0 and 1 < high <= 255
-        mend = "use images.round().astype('uint8') if the range is 0 to 255" if rounded else \
+        hint = "use images.round().astype('uint8') if the range is 0 to 255" if rounded else \
             "rescale to [0, 1] by (images - low) / (high - low), with the same low and high for training and test images; " \
             "dataset.mean and dataset.std do the normalisation"
-        raise ValueError(f"{found}; {_ALLOWED}; {mend}")
+        raise ValueError(f"{problem}; {_ALLOWED}; {hint}")
     notes.append(f"{what}: {images.dtype} from {low:.3g} to {high:.3g}, converted to 8 bits")
-    # One image at a time in float64: the whole would take eight times the memory of the result.
+    # One image at a time in float64, since all of them would take eight times the memory of the result.
     result = np.empty(images.shape, np.uint8)
     for source, target in zip(images, result, strict=True):
         target[...] = np.rint(source.astype(np.float64).clip(0, 1) * 255)
@@ -112,17 +115,16 @@ def _eight_bits(images: np.ndarray, what: str, notes: list[str]) -> np.ndarray:
 
 
 def _labels(given: Any, part: str, classes: int) -> np.ndarray:
-    labels = _array(given, f"{part} labels", text=" (numpy.unique(labels, return_inverse=True)[1] are numbers of names)")
+    labels = _array(given, f"{part} labels", text=" (numpy.unique(labels, return_inverse=True)[1] converts names)")
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.ndim != 1:
-        one_hot = "; labels.argmax(1) are the classes of one-hot ones" if labels.ndim == 2 and labels.shape[1] == classes else ""
+        one_hot = "; use labels.argmax(1) if they are one-hot" if labels.ndim == 2 and labels.shape[1] == classes else ""
         raise ValueError(f"{part} labels have shape {labels.shape}, not (n,){one_hot}")
     if labels.dtype.kind == "f":
-        # What 64 bits may not hold is no number of a class either.
         wrong = np.flatnonzero(~((abs(labels) < 2**53) & (labels == np.rint(labels))))
         if len(wrong):
-            raise ValueError(f"{part} image {wrong[0]} has label {labels[wrong[0]]:g}, which is no number of a class "
+            raise ValueError(f"{part} image {wrong[0]} has label {labels[wrong[0]]:g}, which is not a class index "
                              f"(allowed: 0 to {classes - 1})")
     return np.ascontiguousarray(labels.astype(np.int64))
 
@@ -131,7 +133,7 @@ def _values(given: Any, part: str, outputs: int) -> np.ndarray:
     values = _array(given, f"{part} targets").astype(np.float32)
     values = values[:, None] if values.ndim == 1 else values
     if values.ndim != 2 or values.shape[1] != outputs:
-        raise ValueError(f"{part} targets have shape {values.shape}, not (n, {outputs}), a column for each of the outputs named")
+        raise ValueError(f"{part} targets have shape {values.shape}, not (n, {outputs}), with a column for each named output")
     if not np.isfinite(values).all():
         raise ValueError(f"{part} targets have values that are not finite")
     return np.ascontiguousarray(values)
@@ -142,7 +144,7 @@ def _array(given: Any, what: str, text: str = "") -> np.ndarray:
     try:
         array = np.asarray(given)
     except (ValueError, TypeError, RuntimeError) as error:  # rows of several lengths, a tensor on another device
-        raise ValueError(f"{what} are no array ({str(error).splitlines()[0]:.100})") from None
+        raise ValueError(f"{what} are not an array ({str(error).splitlines()[0]:.100})") from None
     if array.dtype.kind not in "biuf":
         hint = text if array.dtype.kind in "US" else ""
         raise ValueError(f"{what} are of type {array.dtype}, not numbers{hint}")

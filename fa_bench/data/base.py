@@ -1,4 +1,4 @@
-"""What every dataset is, and the split that lives on the device.
+"""The base classes of datasets, and splits that stay on the device.
 
 Shapes: N batch, C channels, H and W pixels. Images are stored as uint8 and reach the model normalised, as float32.
 """
@@ -30,14 +30,14 @@ T = TypeVar("T")
 
 @dataclasses.dataclass
 class Splits:
-    """A dataset, loaded.
+    """A loaded dataset.
 
     Attributes:
-        train, validation, test: the splits; validation is None where nothing is held out.
+        train, validation, test: the splits; validation is None if nothing is held out.
         classes: their names.
         input_shape: (C, H, W).
         data_hash: of all images and labels as stored, before the validation split.
-        notes: what of the source is left out or changed, in a sentence each; a line that any terminal takes.
+        notes: a printable sentence on each part of the source that is skipped or changed.
     """
 
     train: Split
@@ -49,11 +49,11 @@ class Splits:
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.notes = [printable(note) for note in self.notes]  # names of files and folders may have control characters
+        self.notes = [printable(note) for note in self.notes]  # file names may contain control characters
 
 
 class Split(abc.ABC):
-    """Samples that can be walked through in batches."""
+    """Samples that can be iterated over in batches."""
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -65,9 +65,9 @@ class Split(abc.ABC):
 
     @abc.abstractmethod
     def gather(self, chunks: Iterator[Tensor], key: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each chunk of indices the images, uint8 (N, C, H, W), and labels, int64 (N,), on the device.
+        """For each chunk of indices, the images, uint8 (N, C, H, W), and labels, int64 (N,), on the device.
 
-        `key` seeds what is random in reading itself; None for reading without augmentation.
+        `key` seeds augmentation while reading; None: no augmentation.
         """
 
     mean: list[float]
@@ -78,8 +78,8 @@ class Split(abc.ABC):
 
     def steps(self, batch_size: int, drop_last: bool = False) -> int:
         """Number of batches in one pass."""
-        whole, rest = divmod(len(self), batch_size)
-        return whole + (rest > 0 and (not drop_last or whole == 0))
+        full, rest = divmod(len(self), batch_size)
+        return full + (rest > 0 and (not drop_last or full == 0))
 
     def batches(
         self, batch_size: int, *, seed: int | None = None, epoch: int = 0, drop_last: bool = False, start: int = 0,
@@ -89,12 +89,12 @@ class Split(abc.ABC):
 
         Args:
             batch_size: samples in a batch; the last may have fewer.
-            seed: None for the stored order without augmentation; else shuffled and augmented, as a function of
-                (seed, epoch) alone, with random numbers of its own.
+            seed: None for the stored order without augmentation; else the samples are shuffled and augmented, as a function of
+                (seed, epoch) only.
             epoch: number of the pass.
-            drop_last: leave out a last batch that is not full, unless it is the only one.
-            start: batches to leave out at the beginning; the others are what they are without it.
-            shuffle: false: the stored order also with a seed.
+            drop_last: drop the last incomplete batch, unless it is the only one.
+            start: number of batches to skip at the beginning; the others do not depend on it.
+            shuffle: false for the stored order also with a seed.
         """
         indices = torch.arange(len(self))
         if seed is not None and shuffle:
@@ -109,7 +109,7 @@ class Split(abc.ABC):
         key = seed_for("read", seed, epoch) if augments else None
         for number, (images, labels) in enumerate(self.gather(chunks, key), start):
             if augments:
-                # A seed for each batch: a run that goes on in the middle of an epoch need not draw what came before.
+                # A seed for each batch, so that a run can be resumed in the middle of an epoch.
                 images = self.crop.random(images, generator.manual_seed(seed_for("augment", seed, epoch, number)))
             else:
                 images = self.crop.fixed(images)
@@ -124,7 +124,7 @@ class ResidentSplit(Split):
         labels: int64 (n,).
         mean, std: of each channel, in units of the full range.
         augment: crop and flip training batches.
-        device: where to keep them.
+        device: of the samples.
         crop: how batches are cropped and resized; None for PaddedCrop at the stored size.
     """
 
@@ -150,7 +150,7 @@ class ResidentSplit(Split):
 
 
 def mean_option(*default: float) -> Any:
-    """The option `mean` of a dataset, with the numbers that its source or a paper gives."""
+    """The option `mean` of a dataset, with the values of its source or a paper."""
     return option([*default], "mean of each channel in units of the full range, or one number for all", minimum=0, maximum=1)
 
 
@@ -161,38 +161,38 @@ def std_option(*default: float) -> Any:
 
 def augment_option(default: bool) -> Any:
     """The option `augment` of a dataset."""
-    return option(default, "crop training images at random, as `crop` says, and flip half of them horizontally")
+    return option(default, "crop training images at random (see `crop`), and flip half of them horizontally")
 
 
 def crop_option(default: str) -> Any:
     """The option `crop` of a dataset."""
-    return option(default, "padded: resized to `size`, augmented by crops with 4 pixels of padding; resized: 8 to 100 % of an "
-                           "image resized to `size`, for evaluation the centre out of 256/224 of `size`", choices=list(CROPS))
+    return option(default, "padded: resize to `size`, augment by crops with 4 pixels of padding; resized: resize a random 8 to "
+                           "100 % of each image to `size`, for evaluation the centre of 256/224 of `size`", choices=list(CROPS))
 
 
 def size_option(default: int | None) -> Any:
     """The option `size` of a dataset."""
-    return option(default, "height and width that images are brought to; null: as they are stored", minimum=1)
+    return option(default, "height and width to resize images to; null: as stored", minimum=1)
 
 
 @dataclasses.dataclass(eq=False)
 class Dataset(Options):
     """Base of the datasets."""
 
-    validation: float = option(0.1, "fraction (below 1) or number (1 and more) of training images held out to select by; 0: none",
-                               minimum=0)
+    validation: float = option(0.1, "fraction (below 1) or number (1 or more) of training images to hold out for validation; 0: "
+                                    "none", minimum=0)
     validation_seed: int = option(0, "seed of the validation split, the same for every run seed", minimum=0)
     mean: list[float] = mean_option(0.5)
     std: list[float] = std_option(0.5)
 
-    #: Channels of its images; 0 where only the files tell.
+    #: Channels of its images; 0 if unknown before reading.
     channels: int = dataclasses.field(init=False, default=0)
-    #: What its targets are, of the kinds that `fa_bench.objectives.base` names: class indices, or numbers (n, O) of O outputs,
-    #: whose names take the place of the classes' names.
+    #: The kind of its targets (`fa_bench.objectives.base`): class indices, or numbers (n, O) of O outputs, whose names replace
+    #: those of the classes.
     targets: ClassVar[str] = CLASSES
-    #: Whether data_dir is the dataset itself, and so a part of a run's identity.
+    #: Whether data_dir is the dataset itself, and therefore part of a run's identity.
     content_is_data_dir: ClassVar[bool] = False
-    #: Height and width of the stored images and the number of classes; None if only the files tell.
+    #: Height and width of the stored images and the number of classes; None if unknown before reading.
     stored: ClassVar[tuple[int, int, int] | None] = None
 
     def check(self) -> None:
@@ -202,11 +202,11 @@ class Dataset(Options):
             self.per_channel(key, self.channels or max(len(getattr(self, key)), 1))
 
     def per_channel(self, key: str, channels: int) -> list[float]:
-        """The option `mean` or `std` with a number for each of `channels`; raises OptionError where it has another number."""
+        """The option `mean` or `std` with a number for each of `channels`; raises OptionError if it has a wrong length."""
         values = getattr(self, key)
         if len(values) not in (1, channels):
-            one = "1 number" if channels == 1 else f"1 or {channels} numbers, one for each channel"
-            raise OptionError(key, f"={values} should have {one}")
+            allowed = "1 number" if channels == 1 else f"1 or {channels} numbers, one for each channel"
+            raise OptionError(key, f"={values} should have {allowed}")
         return [*values] * (channels // len(values))
 
     @property
@@ -215,7 +215,7 @@ class Dataset(Options):
         return False
 
     def shape(self) -> tuple[tuple[int, int, int], int] | None:
-        """(C, H, W) and the number of classes of what `load` gives; None if only the files tell."""
+        """(C, H, W) and the number of classes after `load`; None if unknown before reading."""
         if self.stored is None:
             return None
         height, width, classes = self.stored
@@ -226,20 +226,20 @@ class Dataset(Options):
         return Crop()
 
     def load(self, data_dir: Path, device: torch.device, at_most: tuple[int, int] | None = None) -> Splits:
-        """Read the dataset, downloading it where that is possible and needed.
+        """Read the dataset, after downloading it if needed and possible.
 
         Args:
             data_dir: the folder of the datasets.
-            device: where samples that fit are kept.
-            at_most: training and test images that a trial is made of, drawn with a fixed seed; None: all. A number of held-out
-                images then shrinks as the training images do.
+            device: of samples that fit in memory.
+            at_most: numbers of training and test images of a trial, sampled with a fixed seed; None: all. A number of held-out
+                images is then reduced in proportion.
 
         Raises:
             DataError: naming the missing or unreadable file, or the split without images.
-            OptionError: where an option does not fit the data.
+            OptionError: if an option does not fit the data.
         """
-        splits = self._reading(lambda: self.read(data_dir, device))
-        whole = len(splits.train)
+        splits = self._with_data_errors(lambda: self.read(data_dir, device))
+        total = len(splits.train)
         if at_most is not None:
             train, test = at_most
             splits = dataclasses.replace(
@@ -248,12 +248,12 @@ class Dataset(Options):
         for part, split in (("training", splits.train), ("test", splits.test)):
             if not len(split):
                 raise DataError(f"dataset={self.name}: there are no {part} images")
-        return splits if splits.validation is not None else self._hold_out(splits, whole)
+        return splits if splits.validation is not None else self._hold_out(splits, total)
 
-    def _hold_out(self, splits: Splits, whole: int) -> Splits:
-        """The splits with a part of the training images for validation; `whole` is how many there are in the whole dataset."""
+    def _hold_out(self, splits: Splits, total: int) -> Splits:
+        """Hold out training images for validation; `total` is the number of training images in the complete dataset."""
         train = splits.train
-        held = round(self.validation * len(train) / (1 if self.validation < 1 else whole))
+        held = round(self.validation * len(train) / (1 if self.validation < 1 else total))
         if self.validation > 0:
             held = max(held, 1)
         if held >= len(train):
@@ -266,36 +266,36 @@ class Dataset(Options):
         return dataclasses.replace(splits, train=train.subset(rest), validation=train.subset(validation))
 
     def hash_of(self, data_dir: Path) -> str:
-        """The `data_hash` that `load` gives, of all that is trained and tested on, without keeping or decoding images.
+        """The `data_hash` of `load`, without keeping or decoding images.
 
-        Files of images that this process has read before and that did not change since are not read again.
+        Image files that this process has read before are not read again unless they have changed.
 
         Raises:
-            FaBenchError: as `load` does.
+            FaBenchError: as `load`.
         """
-        return self._reading(lambda: self.content_hash(data_dir))
+        return self._with_data_errors(lambda: self.content_hash(data_dir))
 
     def content_hash(self, data_dir: Path) -> str:
-        """What `hash_of` gives; implemented where it takes less than reading the dataset."""
+        """The result of `hash_of`; overridden if it can be computed faster than by reading the dataset."""
         return self.read(data_dir, torch.device("cpu")).data_hash
 
-    def _reading(self, read: Callable[[], T]) -> T:
-        """What `read` gives, with the system's errors as DataError: a folder or file that may not be read, say."""
+    def _with_data_errors(self, read: Callable[[], T]) -> T:
+        """Call `read`, and turn errors of the system, such as missing permissions, into DataError."""
         try:
             return read()
         except DataError:
             raise
         except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            raise DataError(f"dataset={self.name}: {where}cannot be read ({error.strerror or error})") from None
+            file = f"{error.filename}: " if error.filename else ""
+            raise DataError(f"dataset={self.name}: {file}cannot be read ({error.strerror or error})") from None
 
     def read(self, data_dir: Path, device: torch.device) -> Splits:
-        """The dataset, with no validation split unless it has one of its own; implemented by each dataset."""
+        """The dataset, without a validation split unless the source has one; implemented by each dataset."""
         raise NotImplementedError
 
 
 def some(split: Split, number: int) -> Split:
-    """At most `number` samples of a split in their order, drawn with a fixed seed: the same in every run."""
+    """At most `number` samples of a split in their order, sampled with a fixed seed: the same in every run."""
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed_for("trial")))
     return split if len(split) <= number else split.subset(order[:number].sort().values)
 
@@ -321,7 +321,7 @@ class ArrayDataset(Dataset):
     """Base of the datasets that are read as arrays and fit on the device."""
 
     def arrays(self, data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
-        """Training images and labels, test images and labels, class names; `fa_bench.data.array_checks` says what is taken."""
+        """Training images and labels, test images and labels, class names; see `fa_bench.data.array_checks` for valid values."""
         raise NotImplementedError
 
     def read(self, data_dir: Path, device: torch.device) -> Splits:

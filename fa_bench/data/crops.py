@@ -1,4 +1,4 @@
-"""How images are brought to the size a model sees: whole batches at a time, on the device, or one image being decoded.
+"""Crop and resize images to the size of the model's input: in batches on the device, or one by one while decoding.
 
 Shapes: N batch, C channels, H and W pixels.
 """
@@ -16,33 +16,33 @@ from fa_bench.utils.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: What a random resized crop draws for one image: tries of area and aspect ratio, a place, a flip.
+#: Random numbers of a random resized crop of one image: tries of area and aspect ratio, a position, a flip.
 TRIES = 10
 DRAWS = 2 * TRIES + 3
-#: Evaluation resizes the shorter side to this many times what it crops: 256 for 224.
+#: For evaluation, the shorter side is resized to this many times the crop: 256 for 224.
 MARGIN = 256 / 224
 
 
 @dataclasses.dataclass
 class Crop:
-    """Images as they are; the base of the others.
+    """Leaves images as they are; the base of the other crops.
 
     Attributes:
-        size: height and width that images are brought to; None for the stored ones.
+        size: height and width of the result; None: as stored.
     """
 
     size: int | None = None
 
     def shape(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of what comes out of images of `height` and `width`."""
+        """Height and width of the result for images of `height` and `width`."""
         return (height, width) if self.size is None else (self.size, self.size)
 
     def random(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """A training batch (N, C, H, W), augmented; each image as its own draws from `generator` (CPU) say."""
+        """A training batch (N, C, H, W), each image augmented by random numbers from `generator` (CPU)."""
         return self.fixed(images)
 
     def fixed(self, images: Tensor) -> Tensor:
-        """A batch (N, C, H, W) without augmentation; uint8, or float32 in the same units of 0 to 255."""
+        """A batch (N, C, H, W) without augmentation; uint8, or float32 from 0 to 255."""
         return images
 
 
@@ -79,7 +79,7 @@ class ResizedCrop(Crop):
         draws = rng.random((1, DRAWS))
         top, left, height, width = random_boxes(draws, image.height, image.width)[0].tolist()
         out = self.shape(image.height, image.width)
-        # Cropped first: resize(box=...) would look beyond the box at its border.
+        # Cropped first, because resize(box=...) would use pixels outside of the box.
         image = image.crop((left, top, left + width, top + height)).resize(out[::-1], Image.Resampling.BILINEAR)
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draws[0, -1] < 0.5 else image
 
@@ -89,32 +89,32 @@ class ResizedCrop(Crop):
 
         target = self.shape(image.height, image.width)
         height, width = resized_shape(image.height, image.width, margin(min(target)))
-        top, left = (centre(whole, part) for whole, part in zip((height, width), target, strict=True))
+        top, left = (centre(length, part) for length, part in zip((height, width), target, strict=True))
         image = image.resize((width, height), Image.Resampling.BILINEAR)
         return image.crop((left, top, left + target[1], top + target[0]))
 
 
-#: What `dataset.crop` chooses from.
+#: The choices of `dataset.crop`.
 CROPS: dict[str, type[Crop]] = {"padded": PaddedCrop, "resized": ResizedCrop}
 
 
 def margin(size: int) -> int:
-    """What the shorter side is resized to where `size` pixels of it are cropped."""
+    """The length of the shorter side before `size` pixels of it are cropped for evaluation."""
     return round(size * MARGIN)
 
 
 def resized_shape(height: int, width: int, shorter: int) -> tuple[int, int]:
-    """Height and width with the shorter side brought to `shorter`, the longer rounded down, as torchvision does."""
+    """Height and width after resizing the shorter side to `shorter`; the longer is rounded down, as in torchvision."""
     return (shorter, shorter * width // height) if height <= width else (shorter * height // width, shorter)
 
 
-def centre(whole: int, part: int) -> int:
-    """Where a part in the middle begins; halves go to the even number, as in torchvision."""
-    return round((whole - part) / 2)
+def centre(length: int, part: int) -> int:
+    """The start of a centred part; halves are rounded to even, as in torchvision."""
+    return round((length - part) / 2)
 
 
 def crop_and_flip(images: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
-    """Each image of a batch (N, C, H, W) cropped at a random place of itself padded with zeros, and flipped with chance 1/2."""
+    """Pad each image of a batch (N, C, H, W) with zeros, crop it at a random position, and flip it with probability 1/2."""
     n, channels, height, width = images.shape
     device = images.device
     rows = torch.randint(2 * padding + 1, (n, 1), generator=generator).to(device) + torch.arange(height, device=device)
@@ -122,15 +122,15 @@ def crop_and_flip(images: Tensor, generator: torch.Generator, padding: int = 4) 
     flipped = torch.randint(2, (n, 1), generator=generator, dtype=torch.bool).to(device)
     columns = torch.where(flipped, columns.flip(1), columns)
     padded = torch.nn.functional.pad(images, (padding,) * 4)
-    # One gather with flat positions that all channels share: several times faster than indexing by rows and columns.
-    places = (rows[:, :, None] * padded.shape[3] + columns[:, None, :]).view(n, 1, -1).expand(-1, channels, -1)
-    return padded.flatten(2).gather(2, places).view(images.shape)
+    # One gather with flat positions shared by all channels is several times faster than indexing by rows and columns.
+    positions = (rows[:, :, None] * padded.shape[3] + columns[:, None, :]).view(n, 1, -1).expand(-1, channels, -1)
+    return padded.flatten(2).gather(2, positions).view(images.shape)
 
 
 def random_boxes(draws: np.ndarray, height: int, width: int) -> np.ndarray:
     """Boxes of random resized crops: area uniform in 8 % to 100 %, aspect ratio log-uniform in 3/4 to 4/3.
 
-    The first of ten tries that fits; where none does, the largest centred box with a ratio in that range.
+    The first of ten tries that fits; if none does, the largest centred box with an aspect ratio in that range.
 
     Args:
         draws: uniform in [0, 1), (N, DRAWS); the last, for the flip, is not used here.
@@ -154,7 +154,7 @@ def random_boxes(draws: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def crop_and_resize(images: Tensor, boxes: np.ndarray, flips: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """Each image cropped to its box, resized with bilinear interpolation and antialiasing, and flipped where asked.
+    """Crop each image to its box, resize it with bilinear interpolation and antialiasing, and flip it if asked.
 
     Args:
         images: uint8 or floating (N, C, H, W).
@@ -163,7 +163,7 @@ def crop_and_resize(images: Tensor, boxes: np.ndarray, flips: np.ndarray, size: 
         size: height and width of the result.
 
     Returns:
-        float32 (N, C, *size), not rounded.
+        float32 (N, C, *size), unrounded.
     """
     top, left, height, width = torch.from_numpy(boxes).to(images.device, torch.float32).T
     rows = _interpolation(top, height, images.shape[2], size[0], size[0])
@@ -173,7 +173,7 @@ def crop_and_resize(images: Tensor, boxes: np.ndarray, flips: np.ndarray, size: 
 
 
 def resize_and_crop(images: Tensor, shorter: int, size: tuple[int, int]) -> Tensor:
-    """The shorter side of all images resized to `shorter`, bilinear with antialiasing, and the centre cropped.
+    """Resize the shorter side of all images to `shorter`, bilinear with antialiasing, and crop the centre.
 
     Args:
         images: uint8 or floating (N, C, H, W).
@@ -181,23 +181,23 @@ def resize_and_crop(images: Tensor, shorter: int, size: tuple[int, int]) -> Tens
         size: height and width of the result.
 
     Returns:
-        float32 (N, C, *size), not rounded.
+        float32 (N, C, *size), unrounded.
     """
     (height, width), zero, weights = images.shape[2:], torch.zeros(1, device=images.device), []
-    for whole, resized, part in zip((height, width), resized_shape(height, width, shorter), size, strict=True):
-        weights.append(_interpolation(zero, zero + whole, whole, resized, part, centre(resized, part)))
+    for length, resized, part in zip((height, width), resized_shape(height, width, shorter), size, strict=True):
+        weights.append(_interpolation(zero, zero + length, length, resized, part, centre(resized, part)))
     return _apply(images, *weights)
 
 
-def _interpolation(start: Tensor, length: Tensor, whole: int, resized: int, part: int, first: int = 0) -> Tensor:
-    """Weights (N, part, whole) that resize pixels start to start + length, both (N,), to `resized` and keep `part` from `first`.
+def _interpolation(start: Tensor, length: Tensor, total: int, resized: int, part: int, first: int = 0) -> Tensor:
+    """Weights (N, part, total) that resize pixels start to start + length, both (N,), to `resized` and keep `part` from `first`.
 
-    A triangle as wide as two pixels of the coarser grid, cut off at the crop's border: what it is cut from is not looked at.
+    A triangle as wide as two pixels of the coarser grid; pixels outside of start to start + length have no weight.
     """
     start, length = start[:, None, None], length[:, None, None]
     scale = length / resized
     centres = start + (torch.arange(first, first + part, device=start.device)[:, None] + 0.5) * scale
-    pixels = torch.arange(whole, device=start.device)
+    pixels = torch.arange(total, device=start.device)
     weights = (1 - (pixels + 0.5 - centres).abs() / scale.clamp(min=1)).clamp(min=0)
     weights = weights * ((pixels >= start) & (pixels < start + length))
     return weights / weights.sum(2, keepdim=True)

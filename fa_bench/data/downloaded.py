@@ -1,4 +1,4 @@
-"""Datasets that torchvision reads, and downloads where they are missing."""
+"""Datasets that torchvision reads and downloads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from fa_bench.data.array_checks import check_labels
 from fa_bench.data.base import ArrayDataset, CroppedDataset, augment_option, mean_option, std_option
-from fa_bench.data.fetch import fetching, has_md5, reason, unpack_tar
+from fa_bench.data.fetch import download, fetching, has_md5, reason, unpack_tar
 from fa_bench.errors import DataError
 from fa_bench.registry.registries import DATASETS
 from fa_bench.utils.lazy import torchvision
@@ -20,13 +20,13 @@ from fa_bench.utils.lazy import torchvision
 
 @dataclasses.dataclass(eq=False)
 class Downloaded(ArrayDataset, CroppedDataset):
-    """Base: `data_dir` is torchvision's root folder."""
+    """Base; `data_dir` is torchvision's root folder."""
 
-    #: Name of the class in torchvision.datasets; folder below data_dir; files in it.
+    #: Name of the class in torchvision.datasets; folder in data_dir; files in that folder.
     torchvision_name: ClassVar[str]
     folder: ClassVar[str]
     files: ClassVar[tuple[str, ...]]
-    #: Pattern of the archives that hold them, below data_dir; None where the files themselves are downloaded.
+    #: Pattern of their archives in data_dir; None if the files themselves are downloaded.
     archives: ClassVar[str | None] = None
 
     def arrays(self, data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
@@ -38,26 +38,26 @@ class Downloaded(ArrayDataset, CroppedDataset):
             (train_x, train_y), (test_x, test_y), classes = self._unpack(train), self._unpack(test), self._classes(train)
             check_labels(train_x, train_y, classes, "training")
             check_labels(test_x, test_y, classes, "test")
-        except Exception as error:  # torchvision's readers meet damage with assertions and errors of many kinds
-            if broken := [name for name in self.files if not self._whole(folder / name)]:
-                raise DataError(f"dataset={self.name}: {folder / broken[0]} is damaged or cut off; delete "
-                                f"{', '.join(broken)} there to download {'it' if len(broken) == 1 else 'them'} again") from None
+        except Exception as error:  # of many kinds, if files are damaged
+            if damaged := [name for name in self.files if not self._is_intact(folder / name)]:
+                raise DataError(f"dataset={self.name}: {folder / damaged[0]} is damaged or cut off; delete "
+                                f"{', '.join(damaged)} there to download {'it' if len(damaged) == 1 else 'them'} again") from None
             raise DataError(f"dataset={self.name}: {folder} is damaged ({reason(error)}); "
                             f"delete it to download it again (files: {', '.join(self.files)})") from None
         return train_x, train_y, test_x, test_y, classes
 
     def _download(self, data_dir: Path, missing: list[str]) -> None:
-        """Download beside the folder and move whole files into it, so that none in it is ever half written."""
+        """Download into a temporary folder and move complete files into place, so that no file is ever incomplete."""
         folder = data_dir / self.folder
         archives = sorted(data_dir.glob(self.archives)) if self.archives else []
-        hashes = self._archive_hashes()
-        broken = [path for path in archives if path.name in hashes and not has_md5(path, hashes[path.name])]
-        where = f"{', '.join(missing)} in {folder}"
-        if broken:
-            where += f" ({broken[0]} is damaged or cut off, delete it: its MD5 is not {hashes[broken[0].name]})"
-        with fetching(data_dir, self.name, where) as temporary:
-            missing = [name for name in missing if not (folder / name).is_file()]  # another run may have been faster
-            # torchvision unpacks an archive that is there already, without a network.
+        hashes = self._hashes()
+        damaged = [path for path in archives if path.name in hashes and not has_md5(path, hashes[path.name])]
+        description = f"{', '.join(missing)} in {folder}"
+        if damaged:
+            description += f" ({damaged[0]} is damaged or cut off, delete it: its MD5 is not {hashes[damaged[0].name]})"
+        with fetching(data_dir, self.name, description) as temporary:
+            missing = [name for name in missing if not (folder / name).is_file()]  # another process may have downloaded some
+            # torchvision unpacks existing archives without a network.
             for archive in archives:
                 target = temporary / archive.relative_to(data_dir)
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ class Downloaded(ArrayDataset, CroppedDataset):
         return getattr(torchvision.datasets, self.torchvision_name)
 
     def _fetch(self, root: Path, missing: list[str]) -> None:
-        """Let torchvision download and unpack what is missing below `root`."""
+        """Download and unpack the missing files into `root`."""
         self._open(root, "train", download=True)
 
     def _open(self, root: Path, part: str, download: bool = False) -> Any:
@@ -87,13 +87,13 @@ class Downloaded(ArrayDataset, CroppedDataset):
     def _classes(self, dataset: Any) -> list[str]:
         return list(dataset.classes)
 
-    def _archive_hashes(self) -> dict[str, str]:
-        """MD5 by the name of an archive."""
-        return {}
-
-    def _whole(self, path: Path) -> bool:
-        """Whether a file is what it should be, as far as can be told from itself."""
+    def _hashes(self) -> dict[str, str]:
+        """The MD5 of archives and files, by name."""
         raise NotImplementedError
+
+    def _is_intact(self, path: Path) -> bool:
+        """Whether a file is complete and unchanged, as far as can be checked."""
+        return has_md5(path, self._hashes()[path.name])
 
 
 @DATASETS.register("mnist")
@@ -115,10 +115,10 @@ class MNIST(Downloaded):
     def _unpack(self, dataset: Any) -> tuple[np.ndarray, np.ndarray]:
         return dataset.data.numpy()[:, None], dataset.targets.numpy()
 
-    def _archive_hashes(self) -> dict[str, str]:
-        return dict(self._torchvision.resources)
+    def _hashes(self) -> dict[str, str]:
+        return dict(self._torchvision.resources)  # of the archives only
 
-    def _whole(self, path: Path) -> bool:
+    def _is_intact(self, path: Path) -> bool:
         """Two zeros, 8 for bytes, the number of axes, the length of each in four bytes, and that many bytes."""
         with path.open("rb") as file:
             head = file.read(16)
@@ -160,23 +160,17 @@ class CIFAR10(Downloaded):
     archives = "cifar-10-python.tar.gz"
 
     def _fetch(self, root: Path, missing: list[str]) -> None:
-        from torchvision.datasets.utils import download_url
-
-        # Not by torchvision, which would let a member of the archive land anywhere.
-        make = self._torchvision
-        download_url(make.url, str(root), make.filename, make.tgz_md5)
-        unpack_tar(root / make.filename, root)
+        # torchvision does not check where the members of the archive would land.
+        archive = root / self._torchvision.filename
+        download(self._torchvision.url, self._torchvision.tgz_md5, archive)
+        unpack_tar(archive, root)
 
     def _unpack(self, dataset: Any) -> tuple[np.ndarray, np.ndarray]:
         return dataset.data.transpose(0, 3, 1, 2), np.asarray(dataset.targets)
 
-    def _archive_hashes(self) -> dict[str, str]:
-        return {self._torchvision.filename: self._torchvision.tgz_md5}
-
-    def _whole(self, path: Path) -> bool:
-        make = self._torchvision
-        hashes = {**dict([*make.train_list, *make.test_list]), make.meta["filename"]: make.meta["md5"]}
-        return has_md5(path, hashes[path.name])
+    def _hashes(self) -> dict[str, str]:
+        cls = self._torchvision
+        return dict([(cls.filename, cls.tgz_md5), *cls.train_list, *cls.test_list, (cls.meta["filename"], cls.meta["md5"])])
 
 
 @DATASETS.register("cifar100")
@@ -226,5 +220,5 @@ class SVHN(Downloaded):
     def _classes(self, dataset: Any) -> list[str]:
         return [str(digit) for digit in range(10)]
 
-    def _whole(self, path: Path) -> bool:
-        return has_md5(path, {name: md5 for _, name, md5 in self._torchvision.split_list.values()}[path.name])
+    def _hashes(self) -> dict[str, str]:
+        return {name: md5 for _, name, md5 in self._torchvision.split_list.values()}

@@ -1,16 +1,19 @@
-"""Fetching files and unpacking archives so that nothing is ever half there."""
+"""Download files and unpack archives so that an interruption never leaves an incomplete dataset.
+
+torchvision downloads the files, since it has the sources and checksums of most of these datasets; pooch would replace a single
+call, and provides neither locks between processes nor checks of archive members.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import logging
 import os
+import socket
 import stat
 import sys
 import tarfile
-import urllib.request
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -20,43 +23,47 @@ from pathlib import Path, PurePosixPath
 from fa_bench.data.workspace import workspace
 from fa_bench.errors import DataError
 
-#: An archive of images grows by less than this factor when it is unpacked, small ones aside (bytes).
+#: Seconds after which a silent server counts as unreachable.
+_TIMEOUT = 60.0
+#: An archive of images may grow by at most this factor when it is unpacked, plus a number of bytes.
 _MOST_GROWTH, _SMALL = 20, 1 << 24
 
 log = logging.getLogger("fa_bench")
-_refusing = False
+_refuse_downloads = False
 
 
 @contextlib.contextmanager
-def nothing_fetched() -> Iterator[None]:
-    """Within it what is missing is refused in place of being downloaded or unpacked: nothing is written."""
-    global _refusing
-    before, _refusing = _refusing, True
+def downloads_refused() -> Iterator[None]:
+    """Raise DataError within the block instead of downloading or unpacking missing files: nothing is written."""
+    global _refuse_downloads
+    before, _refuse_downloads = _refuse_downloads, True
     try:
         yield
     finally:
-        _refusing = before
+        _refuse_downloads = before
 
 
 @contextlib.contextmanager
 def fetching(data_dir: Path, dataset: str, missing: str) -> Iterator[Path]:
-    """A temporary folder in `data_dir` to download into; torchvision's progress bars show on a terminal alone.
+    """A temporary folder in `data_dir` to download into; torchvision's progress bars are shown only on a terminal.
 
-    Where another process downloads the same dataset, it is waited for: what is missing may be there within the block.
+    If another process is downloading the same dataset, this waits for it: the missing files may exist within the block.
 
     Args:
-        data_dir: made where it is missing.
+        data_dir: created if it does not exist.
         dataset: name of the dataset.
-        missing: what is missing, and where it belongs.
+        missing: the missing files and where they belong, as text.
 
     Raises:
-        DataError: where the block fails for want of a network, of space or of the right bytes, and within `nothing_fetched`.
+        DataError: if the block fails for lack of a network or space, or by a wrong checksum, and within `downloads_refused`.
     """
-    if _refusing:
+    if _refuse_downloads:
         raise DataError(f"dataset={dataset}: missing {missing}, and a dry run downloads nothing; put the files there, "
-                        "set data_dir, or let a run download them")
+                        "set data_dir, or start a run to download them")
     log.info("dataset=%s: downloading %s", dataset, missing)
     bar = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_TIMEOUT)  # torchvision sets none, and would wait forever
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with workspace(data_dir / f".download-{dataset}") as temporary, bar, contextlib.redirect_stdout(io.StringIO()):
@@ -65,48 +72,41 @@ def fetching(data_dir: Path, dataset: str, missing: str) -> Iterator[Path]:
         raise
     except (RuntimeError, OSError, ValueError, EOFError, HTTPException) as error:
         with contextlib.suppress(OSError):
-            data_dir.rmdir()  # only where it is empty: made for this download
+            data_dir.rmdir()  # fails unless it is empty
         raise DataError(f"dataset={dataset}: missing {missing}, and the download failed ({reason(error)}); "
                         "put the files there, or set data_dir") from None
+    finally:
+        socket.setdefaulttimeout(timeout)
 
 
 def download(url: str, md5: str, path: Path) -> None:
-    """Download one file with a progress bar.
+    """Download one file with a progress bar, within `fetching`.
 
     Raises:
-        OSError, HTTPException: where the server cannot be reached, says no or falls silent for a minute.
-        ValueError: where the bytes that came have another MD5.
+        OSError, HTTPException: if the server cannot be reached, refuses or stops responding.
+        RuntimeError: if the file has another MD5.
     """
-    from tqdm import tqdm
+    from torchvision.datasets.utils import download_url
 
-    digest, request = hashlib.md5(usedforsecurity=False), urllib.request.Request(url, headers={"User-Agent": "fa_bench"})
-    with urllib.request.urlopen(request, timeout=60) as response, path.open("wb") as file:
-        total = int(response.headers.get("Content-Length") or 0) or None
-        with tqdm(total=total, desc=path.name, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-            while block := response.read(1 << 20):
-                file.write(block)
-                digest.update(block)
-                bar.update(len(block))
-    if digest.hexdigest() != md5:
-        raise ValueError(f"what came from {url} is cut off or changed: its MD5 is {digest.hexdigest()}, not {md5}")
+    download_url(url, str(path.parent), path.name, md5)
 
 
 def has_md5(path: Path, md5: str) -> bool:
-    """Whether a file is there and has this MD5."""
+    """Whether a file exists and has this MD5."""
     from torchvision.datasets.utils import check_integrity
 
     return check_integrity(str(path), md5)
 
 
 def unpack_zip(archive: Path, folder: Path) -> None:
-    """Unpack the top folder `folder.name` of a zip archive as `folder`, which appears once everything is in it.
+    """Unpack the top-level folder `folder.name` of a zip archive as `folder`, which appears once it is complete.
 
     Raises:
-        DataError: naming the archive, where it is damaged, or where a member would land outside of the folder, and within
-            `nothing_fetched`.
+        DataError: naming the archive, if it is damaged, or has members outside of the folder, links or devices, and within
+            `downloads_refused`.
     """
-    if _refusing:
-        raise DataError(f"{archive}: not unpacked yet, and a dry run writes nothing; unpack it, or let a run do so")
+    if _refuse_downloads:
+        raise DataError(f"{archive}: not unpacked yet, and a dry run writes nothing; unpack it, or start a run to do so")
     from tqdm import tqdm
 
     try:
@@ -114,53 +114,41 @@ def unpack_zip(archive: Path, folder: Path) -> None:
             members = opened.infolist()
             for member in members:
                 path = PurePosixPath(member.filename.replace("\\", "/"))
-                kind = stat.S_IFMT(member.external_attr >> 16)
-                problem = None
                 if path.is_absolute() or ".." in path.parts or not path.parts or ":" in path.parts[0]:
-                    problem = f"would land outside of {folder.parent}"
-                elif kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-                    problem = "is a link or a device, and no file"
-                if problem:
-                    raise DataError(f"{archive}: its member '{member.filename}' {problem}; "
-                                    "nothing was unpacked: get the archive anew from a source you trust")
-            unpacked = sum(member.file_size for member in members)
-            if unpacked > _MOST_GROWTH * archive.stat().st_size + _SMALL:
-                raise DataError(f"{archive}: would grow to {unpacked / 1e9:.3g} GB, more than images do; "
-                                "nothing was unpacked: get the archive anew from a source you trust")
+                    raise _unsafe(f"{archive}: its member '{member.filename}' would land outside of {folder.parent}")
+                if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+                    raise _unsafe(f"{archive}: its member '{member.filename}' is a link or a device")
+            size = sum(member.file_size for member in members)
+            if size > _MOST_GROWTH * archive.stat().st_size + _SMALL:
+                raise _unsafe(f"{archive}: would grow to {size / 1e9:.3g} GB, more than images do")
             with workspace(folder.with_name(f".unpack-{folder.name}")) as temporary:
-                if folder.is_dir():  # another run unpacked it while this one waited
+                if folder.is_dir():  # unpacked by another process in the meantime
                     return
                 for member in tqdm(members, desc=f"unpacking {archive.name}", unit="file", disable=None, leave=False):
                     opened.extract(member, temporary)
-                made = temporary / folder.name
-                if not made.is_dir():
-                    raise DataError(f"{archive}: holds no folder {folder.name}; delete it to download it again")
-                try:
-                    os.replace(made, folder)
-                except OSError:
-                    if not folder.is_dir():  # else another run was faster
-                        raise
+                if not (temporary / folder.name).is_dir():
+                    raise DataError(f"{archive}: contains no folder {folder.name}; delete it to download it again")
+                os.replace(temporary / folder.name, folder)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise DataError(f"{archive}: damaged ({reason(error)}); delete it to download it again") from None
     except DataError:
         raise
     except OSError as error:
-        if folder.is_dir():  # another run unpacked it and removed the archive
-            return
-        raise DataError(f"{archive}: cannot be unpacked ({reason(error)})") from None
+        if not folder.is_dir():  # else another process has unpacked it, and may have removed the archive
+            raise DataError(f"{archive}: cannot be unpacked ({reason(error)})") from None
 
 
 def unpack_tar(archive: Path, folder: Path) -> None:
-    """Unpack a tar archive, compressed or not, into `folder`; its checksum is no reason to trust its members.
+    """Unpack a tar archive, compressed or not, into `folder`, whatever its checksum without links and devices.
 
     Raises:
-        DataError: naming the archive, where a member would land outside of the folder, or is a link or a device.
-        OSError: where it cannot be read or its members not be written.
-        ValueError: where it is damaged.
+        DataError: naming the archive, if it has members outside of the folder, links or devices.
+        OSError: if it cannot be read or its members cannot be written.
+        ValueError: if it is damaged.
     """
     if not hasattr(tarfile, "data_filter"):
-        raise DataError(f"{archive}: this Python is too old to unpack it safely; take a newer patch release of it, or unpack the "
-                        f"archive by hand into {folder.parent}")
+        raise DataError(f"{archive}: this Python is too old to unpack it safely; update it to a newer patch release, or unpack "
+                        f"the archive by hand into {folder.parent}")
 
     def only_files(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
         if not (member.isreg() or member.isdir()):
@@ -171,14 +159,16 @@ def unpack_tar(archive: Path, folder: Path) -> None:
         with tarfile.open(archive) as opened:
             opened.extractall(folder, filter=only_files)
     except tarfile.FilterError as error:
-        kind = "is a link or a device, and no file" if isinstance(error, tarfile.SpecialFileError) else \
-            "would land outside of the folder"
-        raise DataError(f"{archive.name}: its member '{error.tarinfo.name}' {kind}; "
-                        "nothing was unpacked: get the archive anew from a source you trust") from None
+        problem = "is a link or a device" if isinstance(error, tarfile.SpecialFileError) else "would land outside of the folder"
+        raise _unsafe(f"{archive.name}: its member '{error.tarinfo.name}' {problem}") from None
     except (tarfile.TarError, zlib.error, EOFError) as error:
         raise ValueError(f"{archive.name} is damaged: {reason(error)}") from None
 
 
+def _unsafe(problem: str) -> DataError:
+    return DataError(f"{problem}; nothing was unpacked: download the archive again from a source you trust")
+
+
 def reason(error: Exception) -> str:
-    """The last line of an error's text: torchvision puts the cause there."""
+    """The last line of an error's text, where torchvision puts the cause."""
     return (str(error).strip() or type(error).__name__).splitlines()[-1]

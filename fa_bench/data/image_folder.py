@@ -1,4 +1,4 @@
-"""A folder of images, one folder for each class."""
+"""A user's images, in one folder for each class."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from fa_bench.errors import DataError, OptionError
 from fa_bench.registry.options import option
 from fa_bench.registry.registries import DATASETS
 
-#: What the folder of images to select by is called.
+#: Names of the folder of validation images.
 VALIDATION = ("val", "valid", "validation")
 
 
 @DATASETS.register("image_folder")
 @dataclasses.dataclass(eq=False)
 class ImageFolder(ImageFiles):
-    """`data_dir` holds train/ and test/ (or val/), each with one folder of images for each class; docs/own_images.md.
+    """`data_dir` contains train/ and test/ (or val/), each with one folder of images for each class; docs/own_images.md.
 
-    With all three, val/ is the validation set. What fits into memory is decoded once and stays on the device; larger sets, and
-    all with crop=resized, stream through workers. Every image is decoded before training starts.
+    With all three, val/ is the validation set. Datasets that fit in memory are decoded once and stay on the device; larger ones,
+    and all with crop=resized, are streamed. Every image is decoded before training starts.
     """
 
     channels: int = option(3, "3 for colour, 1 for grey", minimum=1, maximum=3)
-    background: float = option(1.0, "grey that shows through transparent pixels, 0: black to 1: white", minimum=0, maximum=1)
+    background: float = option(1.0, "grey level behind transparent pixels, from 0 (black) to 1 (white)", minimum=0, maximum=1)
 
     content_is_data_dir: ClassVar[bool] = True
 
@@ -38,35 +38,36 @@ class ImageFolder(ImageFiles):
 
     def listing(self, data_dir: Path) -> Listing:
         if not data_dir.is_dir():
-            raise DataError(f"data_dir={data_dir}: no such folder; it should hold train/ and test/ (or val/)")
-        held = sorted(path.name for path in data_dir.iterdir() if not is_hidden(path.name) and path.is_dir())
-        present = [name for name in VALIDATION if name in held]
-        if "train" not in held or not {"test", *VALIDATION} & {*held}:
-            raise DataError(f"data_dir={data_dir}: holds no {'train/' if 'train' not in held else 'test/ or val/'} folder"
-                            f"{', only ' + ', '.join(f'{name}/' for name in held[:5]) if held else ''}")
+            raise DataError(f"data_dir={data_dir}: no such folder; it should contain train/ and test/ (or val/)")
+        folders = sorted(path.name for path in data_dir.iterdir() if not is_hidden(path.name) and path.is_dir())
+        present = [name for name in VALIDATION if name in folders]
+        if "train" not in folders or not {"test", *VALIDATION} & {*folders}:
+            raise DataError(f"data_dir={data_dir}: contains no {'train/' if 'train' not in folders else 'test/ or val/'} folder"
+                            f"{', only ' + ', '.join(f'{name}/' for name in folders[:5]) if folders else ''}")
         if len(present) > 1:
-            raise DataError(f"data_dir={data_dir}: holds {' and '.join(f'{name}/' for name in present)}, which mean the same; "
-                            "join or rename them")
+            raise DataError(f"data_dir={data_dir}: contains {' and '.join(f'{name}/' for name in present)}, which mean the "
+                            "same; merge or rename them")
         train, notes = data_dir / "train", []
         classes = [folder.name for folder in train_classes(train, Counter())]
-        labelled = [name for name in ("test", *present) if name in held and has_classes(data_dir / name, classes)]
+        labelled = [name for name in ("test", *present) if name in folders and has_classes(data_dir / name, classes)]
         if not labelled:
-            some = data_dir / ("test" if "test" in held else present[0])
+            first = data_dir / ("test" if "test" in folders else present[0])
             names = ", ".join([*classes[:3], "..."] if len(classes) > 3 else classes)
-            raise DataError(f"{some}: holds no folder named like a class of {train} ({names}); sort its images into such folders")
-        # Labelled images in either are the test set where the other has none.
+            raise DataError(f"{first}: contains no folder named like a class of {train} ({names}); sort its images into such "
+                            "folders")
+        # If only one of them has labelled images, it is the test set.
         test, validation = data_dir / labelled[0], data_dir / labelled[1] if len(labelled) > 1 else None
         for name in ("test", *present):
-            if name in held and name not in labelled:
-                notes.append(f"{data_dir / name}: skipped, as it has no folder named like a class of {train}")
+            if name in folders and name not in labelled:
+                notes.append(f"{data_dir / name}: skipped, because it has no folder named like a class of {train}")
         if test.name != "test":
             notes.append(f"{test}: used as the test set")
         if validation is not None and self.validation > 0:
             notes.append(f"{validation}: used as the validation set; no training images are held out")
         if validation is not None and self.validation == 0:
-            notes.append(f"{validation}: skipped, since dataset.validation=0")
+            notes.append(f"{validation}: skipped, because dataset.validation=0")
             validation = None
-        if others := [name for name in held if name not in ("train", "test", *present)]:
+        if others := [name for name in folders if name not in ("train", "test", *present)]:
             notes.append(f"{data_dir}: skipped {', '.join(f'{name}/' for name in others[:5])}{', ...' * (len(others) > 5)}")
-        found = class_listing(train, test, validation)
-        return dataclasses.replace(found, notes=notes + found.notes)
+        listing = class_listing(train, test, validation)
+        return dataclasses.replace(listing, notes=notes + listing.notes)

@@ -18,10 +18,10 @@ SOURCE = "register at https://image-net.org/download.php for the images of ILSVR
 @DATASETS.register("imagenet")
 @dataclasses.dataclass(eq=False)
 class ImageNet(ImageFiles):
-    """ImageNet: 1,281,167 and 50,000 colour photographs in 1,000 classes (Russakovsky et al. 2015), which nobody may hand on.
+    """ImageNet: 1,281,167 and 50,000 colour photographs in 1,000 classes (Russakovsky et al. 2015), not redistributable.
 
-    `data_dir`/imagenet holds train/ and val/, each with one folder of images for each class; val/ serves as the test set.
-    Subsets with fewer classes work too.
+    `data_dir`/imagenet contains train/ and val/, each with one folder of images for each class; val/ is the test set. Subsets
+    with fewer classes work too.
     """
 
     crop: str = crop_option("resized")
@@ -30,18 +30,18 @@ class ImageNet(ImageFiles):
     std: list[float] = std_option(0.229, 0.224, 0.225)
     workers: int = workers_option(8)
 
-    #: Reading 150 GB takes longer than is right before every run; subsets are read.
+    #: Reading all 150 GB before every run would take too long; subsets are read.
     reads_all: ClassVar[float] = 4e9
 
     def listing(self, data_dir: Path) -> Listing:
         root = data_dir / "imagenet"
         if missing := [name for name in ("train", "val") if not (root / name).is_dir()]:
             raise DataError(f"dataset=imagenet: no {' and no '.join(f'{name}/' for name in missing)} in {root}, and ImageNet "
-                            f"cannot be downloaded for you: {SOURCE}, and unpack them there, one folder for each class; "
+                            f"cannot be downloaded automatically: {SOURCE}, and unpack them there, one folder for each class; "
                             "or set data_dir")
         for name in ("train", "val"):
             if not visible_folders(root / name):
                 loose = sum(path.suffix.lower() in EXTENSIONS for path in (root / name).iterdir())
-                raise DataError(f"dataset=imagenet: {root / name} holds no folders, one for each class, but {loose} loose "
-                                "images; sort them into folders named as those of their classes, such as n01440764")
+                raise DataError(f"dataset=imagenet: {root / name} contains no folders, one for each class, but {loose} loose "
+                                "images; sort them into folders named after their classes, such as n01440764")
         return class_listing(root / "train", root / "val")

@@ -1,4 +1,4 @@
-"""Made-up images, for trials and tests."""
+"""Artificial images, for trials and tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fa_bench.utils.text import format_shape
 @DATASETS.register("synthetic")
 @dataclasses.dataclass(eq=False)
 class Synthetic(ArrayDataset):
-    """One random prototype for each class, plus Gaussian noise: no real data, and no result worth reporting."""
+    """One random prototype for each class, plus Gaussian noise; results on it are not worth reporting."""
 
     samples: int = option(2048, "training images, validation included", minimum=1)
     test_samples: int = option(512, "test images", minimum=1)
@@ -35,15 +35,15 @@ class Synthetic(ArrayDataset):
     def arrays(self, data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
         generator = np.random.default_rng(self.data_seed)
         shape = (self.channels, self.size, self.size)
-        # Float64 images and noise, and one more for what is rounded, at a time.
+        # In float64, at the same time: images, noise and the rounded result.
         count = max(self.samples, self.test_samples, self.classes)
         require_memory(3 * 8 * count * math.prod(shape), f"dataset=synthetic: {count} images of {format_shape(shape)} "
                                                          "(dataset.samples, dataset.classes, dataset.channels, dataset.size)")
         prototypes = generator.uniform(0.2, 0.8, (self.classes, *shape))
 
-        def draw(count: int) -> tuple[np.ndarray, np.ndarray]:
+        def sample(count: int) -> tuple[np.ndarray, np.ndarray]:
             labels = np.arange(count) % self.classes
             images = prototypes[labels] + self.noise * generator.standard_normal((count, *shape))
             return np.round(255 * images.clip(0, 1)).astype(np.uint8), labels
 
-        return *draw(self.samples), *draw(self.test_samples), [str(c) for c in range(self.classes)]
+        return *sample(self.samples), *sample(self.test_samples), [str(c) for c in range(self.classes)]

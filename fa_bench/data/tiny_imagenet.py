@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections import Counter
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,8 +21,8 @@ from fa_bench.registry.registries import DATASETS
 class TinyImageNet(ImageFiles):
     """Tiny ImageNet: 100,000 and 10,000 colour photographs of 64x64 pixels in 200 classes (Le and Yang 2015).
 
-    Its labelled validation images serve as the test set: the labels of its test images are not public. The images are decoded
-    once and stay on the device, 1.35e9 bytes, where memory_limit_gb allows.
+    Its labelled validation images are the test set, because the labels of its test images are not public. The images are decoded
+    once and stay on the device, 1.35e9 bytes, if memory_limit_gb allows it.
     """
 
     mean: list[float] = mean_option(0.480, 0.448, 0.398)
@@ -40,18 +41,18 @@ class TinyImageNet(ImageFiles):
         for part in ("wnids.txt", "train", "val/images", "val/val_annotations.txt"):
             if not (root / part).exists():
                 raise DataError(f"dataset={self.name}: {root / part} is missing; delete {root} to download it again")
-        # Sorted, as datasets of class folders have them.
+        # Sorted, as in datasets of class folders.
         classes = sorted((root / "wnids.txt").read_text(encoding="utf-8", errors="replace").split())
-        train = labelled_files(root / "train", classes)
+        train = labelled_files([root / "train" / name for name in classes], Counter())
         return Listing(classes, {"train": (root / "train", train), "test": (root / "val", annotated(root / "val", classes))})
 
     def _download(self, data_dir: Path, root: Path) -> None:
-        """Fetch the archive where it is missing, and unpack it; an interruption leaves the archive or nothing."""
+        """Download the archive if it is missing, and unpack it; an interruption leaves the archive or nothing."""
         archive = data_dir / f"{self.folder}.zip"
-        fetched = not archive.is_file()
-        if fetched:
+        downloads = not archive.is_file()
+        if downloads:
             with fetching(data_dir, self.name, f"{root} (or {archive}, from {self.url})") as temporary:
-                if not archive.is_file() and not root.is_dir():  # else another run was faster
+                if not archive.is_file() and not root.is_dir():  # else another process has downloaded it
                     download(self.url, self.md5, temporary / archive.name)
                     os.replace(temporary / archive.name, archive)
         elif not has_md5(archive, self.md5):
@@ -59,19 +60,17 @@ class TinyImageNet(ImageFiles):
                             "delete it to download it again")
         if not root.is_dir():
             unpack_zip(archive, root)
-        if fetched:
+        if downloads:
             archive.unlink(missing_ok=True)
 
 
 def annotated(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
-    """(file, label) of the images in `folder`/images, as val_annotations.txt beside it says: name, class, box in each line.
-
-    The files stay where they are, so that there is nothing to interrupt.
+    """(file, label) of the images in `folder`/images, read from `folder`/val_annotations.txt: name, class and box in each line.
 
     Raises:
-        DataError: naming the line, or the image that has none.
+        DataError: naming the line, or an image without a line.
     """
-    source, found = folder / "val_annotations.txt", {}
+    source, label_of = folder / "val_annotations.txt", {}
     labels = {name: label for label, name in enumerate(classes)}
     images = {name for name in os.listdir(folder / "images") if not is_hidden(name)}
     for number, line in enumerate(source.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
@@ -84,8 +83,8 @@ def annotated(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
         if name not in images:
             raise DataError(f"{source}:{number}: no image '{name}' in {folder / 'images'}; "
                             f"delete {folder.parent} to download it again")
-        found[name] = labels[kind]
-    if unlabelled := sorted(images - set(found)):
+        label_of[name] = labels[kind]
+    if unlabelled := sorted(images - set(label_of)):
         raise DataError(f"{source}: no line for {unlabelled[0]} and {len(unlabelled) - 1} others of {folder / 'images'}; "
                         f"delete {folder.parent} to download it again")
-    return [(folder / "images" / name, found[name]) for name in sorted(found)]
+    return [(folder / "images" / name, label_of[name]) for name in sorted(label_of)]

@@ -1,4 +1,4 @@
-"""The net with two convolutions of the direct Kolen-Pollack paper."""
+"""The network with two convolutions of the direct Kolen-Pollack paper."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Conv2(Architecture):
 
     conv1 - bn1 - act1 - conv2 - bn2 - act2 - pool - fc1 - bn3 - act3 - fc2 (Table 3 of the DKP paper).
 
-    3x3 kernels, stride 1, max-pooling by 2. The paper's 6272 features are 32 x 14 x 14, which is padding 1 on 28x28 images and
-    padding 0 on 32x32 ones: ``padding=null`` chooses so, and 1 for any other size.
+    3x3 kernels, stride 1, max-pooling by 2. The paper's 6272 features, 32 x 14 x 14, follow from padding 1 for 28x28 images and
+    padding 0 for 32x32 ones, which ``padding=null`` selects; it is 1 for any other size.
     """
 
     channels: int = option(32, "channels of both convolutions", minimum=1)
@@ -36,7 +36,7 @@ class Conv2(Architecture):
         padding = self.padding if self.padding is not None else int((height, width) != (32, 32))
         pooled = [(size + 2 * (2 * padding - 2)) // 2 for size in (height, width)]
         if min(pooled) < 1:
-            raise OptionError("padding", f"={padding} leaves nothing of {height}x{width} images")
+            raise OptionError("padding", f"={padding}: {height}x{width} images are too small")
         model: Any = nn.Sequential(OrderedDict(
             conv1=nn.Conv2d(colours, self.channels, 3, padding=padding),
             bn1=nn.BatchNorm2d(self.channels),

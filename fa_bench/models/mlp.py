@@ -1,4 +1,4 @@
-"""Fully connected nets."""
+"""Fully connected networks."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ ACTIVATIONS = {
 class MLP(Architecture):
     """fc1 - (bn1) - act1 - fc2 - ... - fcK, shaped to the data; 784-512-512-10 on MNIST (section 3 of Li and Benna 2024).
 
-    The DKP paper's alignment net has five such layers, with batch normalisation and widths that are not given; here
-    ``widths=[512,512,512,512] batch_norm=true``. Forward Alignment's nets (appendix A of Woo et al. 2021), whose input width the
-    paper leaves out, are ``widths=[10,10,10]`` with ``activation=identity``, or with ``batch_norm=true output_norm=true``.
+    The net for alignment in the DKP paper has five such layers with batch normalisation; the paper does not give its widths, and
+    here it is ``widths=[512,512,512,512] batch_norm=true``. The nets of Forward Alignment (appendix A of Woo et al. 2021, which
+    does not give the input width) are ``widths=[10,10,10]`` with ``activation=identity``, or with
+    ``batch_norm=true output_norm=true``.
     """
 
     widths: list[int] = option([512, 512], "neurons of each hidden layer", minimum=1)
-    activation: str = option("relu", "what follows each hidden layer", choices=list(ACTIVATIONS))
-    batch_norm: bool = option(False, "batch normalisation in front of every activation")
+    activation: str = option("relu", "activation function of the hidden layers", choices=list(ACTIVATIONS))
+    batch_norm: bool = option(False, "batch normalisation before every activation")
     output_norm: bool = option(False, "batch normalisation of the logits, as in the nets of Woo et al. 2021")
 
     def make(self, input_shape: tuple[int, int, int], classes: int) -> torch_nn.Module:

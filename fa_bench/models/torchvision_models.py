@@ -1,4 +1,4 @@
-"""torchvision's classification models."""
+"""Classification models of torchvision."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Torchvision(Architecture):
 
     With random weights, `classes` outputs and no auxiliary heads.
 
-    Images of other than three channels get a first convolution of their own. Cut rules need ``algorithm.cuts``.
+    For images without three channels the first convolution is replaced. Cut rules need ``algorithm.cuts``.
     """
 
     model: str = option("resnet18", "the model's name in torchvision.models")
@@ -32,12 +32,12 @@ class Torchvision(Architecture):
         models = torchvision.models
         available = models.list_models(module=models)
         if self.model not in available:
-            raise OptionError("model", f"={self.model} is no classification model of torchvision{nearest(self.model, available)}"
-                                       f" (for example {', '.join(available[:8])}, ...)")
+            raise OptionError("model", f"={self.model}: no such classification model of torchvision"
+                                       f"{nearest(self.model, available)} (for example {', '.join(available[:8])}, ...)")
         accepted = inspect.signature(models.get_model_builder(self.model)).parameters
         extra: dict[str, object] = {"num_classes": classes}
         if self.model in ("googlenet", "inception_v3"):
-            # Their auxiliary heads return a tuple in training, and their own initialiser takes minutes.
+            # With auxiliary heads they would return a tuple in training, and their own initialiser takes minutes.
             extra |= {"aux_logits": False, "init_weights": False}
         if "image_size" in accepted or self.model.startswith("vit"):
             extra["image_size"] = input_shape[1]

@@ -127,7 +127,7 @@ def test_a_long_word_is_cut(word: str, folder: Path, capsys: pytest.CaptureFixtu
     ("hydra.job_logging={version: 1, root: 1}", ["hydra.job_logging="]),
     ("+hydra.job_logging.root={level: NOPE}", ["hydra.job_logging="]),
     ("~hydra/job_logging", ["hydra.job_logging"]), ("hydra.verbose=1", ["hydra.verbose=1"]),
-    ("hydra.overrides.task=[a]", ["hydra.overrides", "leave it"]), ("hydra.overrides.hydra=[a]", ["hydra.overrides", "leave it"]),
+    ("hydra.overrides.task=[a]", ["hydra.overrides", "must not"]), ("hydra.overrides.hydra=[a]", ["hydra.overrides", "must not"]),
     ("~output_dir", ["output_dir"]), ("~hydra.sweep.dir", ["hydra.sweep.dir"]), ("~hydra.sweep.subdir", ["hydra.sweep.subdir"]),
     ("hydra/launcher=ray", ["hydra/launcher=ray", "pip install hydra-ray-launcher", "basic"]),
     ("hydra/sweeper=optuna", ["hydra/sweeper=optuna", "available: basic, fa_bench"]),

@@ -77,7 +77,7 @@ def test_several_experiments_are_all_expanded(folder: Path, capsys: pytest.Captu
     assert main(["-m", "--config-dir", "own", "experiment=mine,other", *SMALL]) == 0
     assert len(list((folder / "outputs" / "mine").rglob("result.json"))) == 5
     assert len(list((folder / "outputs" / "other").rglob("result.json"))) == 1
-    assert capsys.readouterr().out.startswith("6 jobs (6 epochs); output: outputs\n")
+    assert capsys.readouterr().out.startswith("Running 6 jobs (6 epochs); output: outputs\n")
 
 
 def test_an_experiment_chooses_the_launcher(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

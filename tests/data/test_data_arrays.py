@@ -86,7 +86,7 @@ BAD: dict[str, tuple[dict[str, object], str]] = {
     "0 and 1": ({"x": (X > 100).astype(np.uint8)}, r"training images are uint8 from 0 to 1, .*multiply by 255"),
     "text": ({"x": np.full(X.shape, "a")}, r"training images are of type <U1, not numbers"),
     "complex": ({"x": X * 1j}, r"of type complex128"),
-    "rows of several lengths": ({"x": [[1], [1, 2]]}, r"training images are no array \(.*inhomogeneous"),
+    "rows of several lengths": ({"x": [[1], [1, 2]]}, r"training images are not an array \(.*inhomogeneous"),
     "objects": ({"x": np.array([None] * 6)}, r"of type object"),
     "flat": ({"x": X.reshape(6, -1)}, r"training images have shape \(6, 20\) \(allowed: \(n, channels, height, width\)"),
     "five axes": ({"x": X[None]}, r"training images have shape \(1, 6, 1, 5, 4\)"),
@@ -95,12 +95,12 @@ BAD: dict[str, tuple[dict[str, object], str]] = {
     "channels last": ({"x": np.zeros((6, 8, 9, 3), np.uint8)}, r"shape \(6, 8, 9, 3\), .*images\.transpose\(0, 3, 1, 2\)"),
     "one channel last": ({"x": np.zeros((6, 28, 28, 1), np.uint8)}, r"images\.transpose\(0, 3, 1, 2\)"),
     "other channels": ({"test_x": COLOUR}, r"training images of shape \(1, 5, 4\), test images of \(3, 5, 4\)"),
-    "fractions": ({"y": Y + 0.5}, r"training image 0 has label 0\.5, which is no number of a class \(allowed: 0 to 2\)"),
-    "label beyond 64 bits": ({"y": np.where(Y == 2, 1e300, Y)}, r"training image 2 has label 1e\+300, which is no number"),
+    "fractions": ({"y": Y + 0.5}, r"training image 0 has label 0\.5, which is not a class index \(allowed: 0 to 2\)"),
+    "label beyond 64 bits": ({"y": np.where(Y == 2, 1e300, Y)}, r"training image 2 has label 1e\+300, which is not"),
     "label infinite": ({"y": np.where(Y == 2, np.inf, Y)}, r"training image 2 has label inf"),
     "label NaN": ({"test_y": np.where(Y == 2, np.nan, Y)}, r"test image 2 has label nan"),
     "names": ({"y": np.array(["a", "b", "c"] * 2)}, r"training labels are of type <U1, not numbers \(numpy\.unique\(labels, "),
-    "one-hot": ({"y": np.eye(3)[Y]}, r"training labels have shape \(6, 3\), not \(n,\); labels\.argmax\(1\)"),
+    "one-hot": ({"y": np.eye(3)[Y]}, r"training labels have shape \(6, 3\), not \(n,\); use labels\.argmax\(1\)"),
     "from 1": ({"y": Y + 1}, r"training image 2 has label 3, out of range .*they count from 1: subtract 1"),
     "too many": ({"y": np.r_[Y, 0]}, r"6 training images have 7 labels"),
     "number of classes": ({"classes": 3}, r"the class names are 3, not a list"),
@@ -165,6 +165,6 @@ def test_a_class_without_a_training_image_is_named() -> None:
     """As where labels count from 1 and names from 0."""
     x, notes = np.full((4, 2, 2), 200, np.uint8), []
     checked((x, np.array([1, 2, 1, 2]), x, np.array([1, 2, 1, 2]), ["a", "b", "c"]), notes)
-    assert notes == ["no training image has the label of 0 (a)"]
+    assert notes == ["no training image has label 0 (a)"]
     checked((x, np.arange(4) % 3, x, np.arange(4) % 3, ["a", "b", "c"]), more := [])
     assert more == []

@@ -159,8 +159,8 @@ def test_resized_crops_leave_the_stored_images_and_the_order_alone() -> None:
     ("svhn", {"std": [0.5, 0.0, 0.5]}, r"std=0\.0 is out of range"),
     ("tiny_imagenet", {"mean": []}, r"mean=\[\] should have 1 or 3 numbers"),
     ("synthetic", {"mean": [0.5, 0.5]}, r"mean=\[0\.5, 0\.5\] should have 1 number"),
-    ("imagenet", {"size": None}, r"size=null does not go with crop=resized"),
-    ("image_folder", {"crop": "resized"}, r"size=null does not go with crop=resized"),
+    ("imagenet", {"size": None}, r"size=null is not possible with crop=resized"),
+    ("image_folder", {"crop": "resized"}, r"size=null is not possible with crop=resized"),
 ])
 def test_options_that_cannot_be_are_named_before_data_is_read(dataset: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(OptionError, match=message):

@@ -132,7 +132,7 @@ def test_an_image_that_cannot_be_decoded_is_named(
 def test_missing_folders_are_named_with_what_to_do(data_dir: Path, missing: list[str]) -> None:
     for part in missing:
         (data_dir / "imagenet" / part).rename(data_dir / f"elsewhere-{part}")
-    with pytest.raises(DataError, match="cannot be downloaded for you") as caught:
+    with pytest.raises(DataError, match="cannot be downloaded automatically") as caught:
         load(data_dir)
     text = str(caught.value)
     assert [f"no {part}/" in text for part in ("train", "val")] == [part in missing for part in ("train", "val")]
@@ -145,14 +145,14 @@ def test_images_that_are_not_sorted_into_classes_are_named(data_dir: Path) -> No
         path.rename(val / f"ILSVRC2012_val_{number:08}.JPEG")
     for name in IMAGENET_CLASSES:
         (val / name).rmdir()
-    with pytest.raises(DataError, match="holds no folders, one for each class, but 4 loose images") as caught:
+    with pytest.raises(DataError, match="contains no folders, one for each class, but 4 loose images") as caught:
         load(data_dir)
     assert str(val) in str(caught.value)
 
 
 def test_a_class_of_val_that_train_lacks_is_named(data_dir: Path) -> None:
     (data_dir / "imagenet" / "val" / IMAGENET_CLASSES[0]).rename(data_dir / "imagenet" / "val" / "n99999999")
-    with pytest.raises(DataError, match=r"holds classes that .* does not: n99999999"):
+    with pytest.raises(DataError, match=r"contains classes that .* does not: n99999999"):
         load(data_dir)
 
 

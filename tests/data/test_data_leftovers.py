@@ -148,7 +148,7 @@ def test_val_beside_an_unlabelled_test_is_the_test_set(folder: Path) -> None:
             image(folder / name)
         splits = load(folder)
         assert len(splits.test) == 2 and splits.validation is None
-        assert splits.notes == [f"{folder / 'test'}: skipped, as it has no folder named like a class of {folder / 'train'}",
+        assert splits.notes == [f"{folder / 'test'}: skipped, because it has no folder named like a class of {folder / 'train'}",
                                 f"{folder / 'val'}: used as the test set"]
 
 
@@ -166,7 +166,7 @@ def test_with_all_three_val_is_the_validation_set(folder: Path, name: str) -> No
     streamed = load(folder, validation=0.1, memory_limit_gb=0)
     assert len(streamed.validation) == 3 and streamed.data_hash == splits.data_hash
     none = load(folder, validation=0)
-    assert none.validation is None and none.notes == [f"{folder / name}: skipped, since dataset.validation=0"]
+    assert none.validation is None and none.notes == [f"{folder / name}: skipped, because dataset.validation=0"]
     trial = DATASETS["image_folder"].from_mapping({"workers": 0}).load(folder, CPU, (3, 1))
     assert (len(trial.train), len(trial.validation), len(trial.test)) == (3, 1, 1)
 
@@ -175,7 +175,7 @@ def test_val_without_labels_is_left_out(folder: Path) -> None:
     image(folder / "val/0.png")
     splits = load(folder, validation=0.25)
     assert (len(splits.train), len(splits.validation)) == (3, 1)
-    assert splits.notes == [f"{folder / 'val'}: skipped, as it has no folder named like a class of {folder / 'train'}"]
+    assert splits.notes == [f"{folder / 'val'}: skipped, because it has no folder named like a class of {folder / 'train'}"]
 
 
 def test_folders_of_other_names_are_named(folder: Path) -> None:
@@ -185,18 +185,18 @@ def test_folders_of_other_names_are_named(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("make", "message"), [
-    (lambda f: (image(f / "val/cat/0.png"), image(f / "valid/cat/0.png")), r"holds val/ and valid/, which mean the same"),
-    (lambda f: (f / "test").rename(f / "Test"), r"holds no test/ or val/ folder, only Test/, train/"),
-    (lambda f: (f / "test/cat").rename(f / "test/Cat"), r"holds classes that .*train does not: Cat; did you mean 'cat'\?"),
-    (lambda f: (f / "train/bird").mkdir(), r"train/bird: holds no images \(\.apng, "),
+    (lambda f: (image(f / "val/cat/0.png"), image(f / "valid/cat/0.png")), r"contains val/ and valid/, which mean the same"),
+    (lambda f: (f / "test").rename(f / "Test"), r"contains no test/ or val/ folder, only Test/, train/"),
+    (lambda f: (f / "test/cat").rename(f / "test/Cat"), r"contains classes that .*train does not: Cat; did you mean 'cat'\?"),
+    (lambda f: (f / "train/bird").mkdir(), r"train/bird: contains no images \(\.apng, "),
     (lambda f: ((f / "train/bird").mkdir(), (f / "train/bird/1.heic").touch()),
-     r"train/bird: holds no images \(skipped \.heic: 1\)"),
-    (lambda f: [p.unlink() for p in f.glob("test/*/*")], r"test: holds no images in folders of the classes of .*train"),
+     r"train/bird: contains no images \(skipped \.heic: 1\)"),
+    (lambda f: [p.unlink() for p in f.glob("test/*/*")], r"test: contains no images in folders of the classes of .*train"),
     (lambda f: ((f / "test").rename(f / "moved"), image(f / "test/0.png")),
-     r"test: holds no folder named like a class of .*train \(cat, dog\); sort its images into such folders"),
+     r"test: contains no folder named like a class of .*train \(cat, dog\); sort its images into such folders"),
     (lambda f: [p.rename(f / "train" / f"{p.parent.name}-{p.name}") for p in f.glob("train/*/*")] and
      [p.rmdir() for p in f.glob("train/*") if p.is_dir()],
-     r"train: holds no folders, one for each class \(skipped outside the class folders: 4\)"),
+     r"train: contains no folders, one for each class \(skipped outside the class folders: 4\)"),
     (lambda f: image(f / "train" / unicodedata.normalize("NFD", "é") / "0.png") and
      image(f / "train" / unicodedata.normalize("NFC", "é") / "0.png"), "two classes look the same"),
 ])

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -18,8 +19,9 @@ import pytest
 import torch
 from torchvision.datasets import cifar
 
+from fa_bench.data import fetch
 from fa_bench.data import workspace as module
-from fa_bench.data.fetch import fetching, unpack_tar, unpack_zip
+from fa_bench.data.fetch import download, fetching, unpack_tar, unpack_zip
 from fa_bench.data.workspace import workspace
 from fa_bench.errors import DataError
 from fa_bench.registry.registries import DATASETS
@@ -93,6 +95,16 @@ def test_a_python_without_the_filter_unpacks_nothing(tmp_path: Path, monkeypatch
     monkeypatch.delattr(tarfile, "data_filter")
     with pytest.raises(DataError, match="this Python is too old"):
         unpack_tar(tmp_path / "a.tar.gz", tmp_path / "out")
+
+
+def test_a_silent_server_counts_as_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "_TIMEOUT", 0.2)
+    monkeypatch.setenv("no_proxy", "*")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/x"
+        with pytest.raises(DataError, match=r"failed \(.*timed out"), fetching(tmp_path / "data", "set", "x") as temporary:
+            download(url, "0" * 32, temporary / "x")
+    assert socket.getdefaulttimeout() is None and names(tmp_path) == []
 
 
 # ------------------------------------------------------------------------------------------------ left by a kill
@@ -176,7 +188,7 @@ def test_what_is_no_folder_of_ours_is_left_alone(tmp_path: Path, kind: str) -> N
         (tmp_path / ".unpack-set").symlink_to(tmp_path / "precious")
     else:
         (tmp_path / ".unpack-set").write_text("mine")
-    with pytest.raises(DataError, match=r"\.unpack-set: is no folder.*remove or rename it"):
+    with pytest.raises(DataError, match=r"\.unpack-set: not a folder.*remove or rename it"):
         unpack_zip(tmp_path / "set.zip", tmp_path / "set")
     assert (tmp_path / "precious" / "file").read_text() == "mine"
     assert names(tmp_path) == [".unpack-set", "precious", "set.zip"]
@@ -186,7 +198,7 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     write_zip(tmp_path / "set.zip")
     (tmp_path / "precious").write_text("mine")
     (tmp_path / ".unpack-set.lock").symlink_to(tmp_path / "precious")
-    with pytest.raises(DataError, match="is no lock"):
+    with pytest.raises(DataError, match="not a lock file"):
         unpack_zip(tmp_path / "set.zip", tmp_path / "set")
     assert (tmp_path / "precious").read_text() == "mine" and (tmp_path / ".unpack-set.lock").is_symlink()
 
@@ -197,7 +209,7 @@ def test_a_lock_that_is_somebodys_file_is_not_taken(tmp_path: Path, kind: str) -
     (tmp_path / "precious").write_text("mine")
     lock = tmp_path / ".unpack-set.lock"
     lock.write_text("mine") if kind == "text" else os.link(tmp_path / "precious", lock)
-    with pytest.raises(DataError, match=r"\.unpack-set\.lock: is no lock"):
+    with pytest.raises(DataError, match=r"\.unpack-set\.lock: not a lock file"):
         unpack_zip(tmp_path / "set.zip", tmp_path / "set")
     assert lock.read_text() == "mine" and names(tmp_path) == [".unpack-set.lock", "precious", "set.zip"]
 
@@ -206,7 +218,7 @@ def test_a_folder_that_holds_somebodys_files_is_not_removed(tmp_path: Path) -> N
     write_zip(tmp_path / "set.zip")
     (tmp_path / ".unpack-set").mkdir()
     (tmp_path / ".unpack-set" / "mine.txt").write_text("mine")
-    with pytest.raises(DataError, match=r"\.unpack-set: holds somebody's files"):
+    with pytest.raises(DataError, match=r"\.unpack-set: contains other files"):
         unpack_zip(tmp_path / "set.zip", tmp_path / "set")
     assert (tmp_path / ".unpack-set" / "mine.txt").read_text() == "mine"
 

@@ -22,7 +22,7 @@ from fa_bench.metrics.angles import NORM_FLOOR, angles, mean_sample_angle, norm_
 from fa_bench.metrics.evaluation import evaluate
 from fa_bench.metrics.meter import AlignmentMeter
 from fa_bench.models.mlp import MLP
-from fa_bench.models.resnet20 import ResNet20
+from fa_bench.models.resnet import ResNet20
 from fa_bench.objectives.cross_entropy import CrossEntropy
 from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.runs.batches import check_batches, fixed_batch

@@ -23,7 +23,7 @@ from fa_bench.metrics.probes.depth_utility import blocks_of, refresh
 from fa_bench.metrics.probes.gradient_norm import norms_and_errors
 from fa_bench.models.conv2 import Conv2
 from fa_bench.models.mlp import MLP
-from fa_bench.models.resnet20 import ResNet20
+from fa_bench.models.resnet import ResNet20
 from fa_bench.registry.registries import PROBES
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import fa_bench
 from fa_bench.metrics.angles import angles, norm_ratio, weight_angle
 from fa_bench.metrics.meter import AlignmentMeter
-from fa_bench.models.resnet20 import ResNet20
+from fa_bench.models.resnet import ResNet20
 
 RULES = [("bp", {}), ("fa", {}), ("usf", {}), ("brsf", {}), ("frsf", {}), ("kp", {}), ("dfa", {}), ("dfa", {"form": "kernel"}),
          ("dfa", {"form": "shared"}), ("dkp", {}), ("drtp", {}), ("local_error", {}), ("predsim", {}), ("dgl", {}),

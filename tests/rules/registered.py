@@ -8,7 +8,7 @@ from torch import Tensor
 import fa_bench
 from fa_bench.models.conv2 import Conv2
 from fa_bench.models.mlp import MLP
-from fa_bench.models.resnet20 import ResNet20
+from fa_bench.models.resnet import ResNet20
 
 MODELS = {
     "mlp": lambda: MLP(widths=[9, 8, 7]),

@@ -8,7 +8,7 @@ from torch import nn
 import fa_bench
 from fa_bench.mechanisms.cut.local import TOO_FEW
 from fa_bench.models.mlp import MLP
-from fa_bench.models.resnet20 import ResNet20
+from fa_bench.models.resnet import ResNet20
 
 from .helpers import rule_grads
 

@@ -95,7 +95,8 @@ def test_architecture_and_preset_of_contributing_work(
     finally:
         ARCHITECTURES._entries.clear()
         ARCHITECTURES._entries.update(known)
-    assert capsys.readouterr().out.startswith("5 jobs (5 epochs); output: outputs/myfigure\n  algorithm: bp, frozen, kp, fa\n")
+    out = capsys.readouterr().out
+    assert out.startswith("Running 5 jobs (5 epochs); output: outputs/myfigure\n  algorithm: bp, frozen, kp, fa\n")
 
 
 def test_rule_of_the_guide_works(monkeypatch: pytest.MonkeyPatch) -> None:

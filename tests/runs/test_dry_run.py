@@ -14,10 +14,9 @@ from omegaconf import OmegaConf
 
 import fa_bench
 from fa_bench.cli import main
-from fa_bench.command.dry_run import found_in
+from fa_bench.command.dry_run import describe
 from fa_bench.config.job import Job
-from fa_bench.data.fetch import fetching, unpack_zip
-from fa_bench.data.fetch import nothing_fetched as refusing
+from fa_bench.data.fetch import downloads_refused, fetching, unpack_zip
 from fa_bench.errors import DataError
 from fa_bench.metrics.arithmetic import at_batch, multiplications, step_multiplications
 from fa_bench.models.conv2 import Conv2
@@ -67,7 +66,7 @@ def test_edge_rule(capsys: pytest.CaptureFixture[str]) -> None:
     assert row(text, "fc1", "Linear") == "8x64 frozen passes through fixed B"
     assert row(text, "fc2", "Linear", "6x8") == "passes through fixed B"
     assert "\n  fc1 sends no error back: nothing before it learns" in text
-    assert row(text, "fc2", "B") == "6x8 192 B not learned"
+    assert row(text, "fc2", "B") == "6x8 192 B fixed"
     parameters = 8 * 65 + 6 * 9 + 10 * 7
     assert row(text, "parameters") == f"{parameters}, {parameters - 8 * 65} of them trained"
     assert row(text, "weights") == format_bytes(4 * parameters)
@@ -80,7 +79,7 @@ def test_edge_rule(capsys: pytest.CaptureFixture[str]) -> None:
     assert row(text, "multiplications") == counted
     assert row(text, "steps") == "4 an epoch, 8 in 2 epochs"
     assert row(text, "images") == "72 training, 8 validation, 16 test; 1x8x8, 10 classes"
-    assert re.search(r"^output\n  outputs/synthetic-mlp/fa-\w{8}/seed0: nothing there yet$", text, re.M)
+    assert re.search(r"^output\n  outputs/synthetic-mlp/fa-\w{8}/seed0: empty$", text, re.M)
 
 
 def test_cut_rule(capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,7 +87,7 @@ def test_cut_rule(capsys: pytest.CaptureFixture[str]) -> None:
     assert row(text, "fc1", "Linear", "8x64") == "comes from the cut at act1"
     assert row(text, "fc3", "Linear", "10x6") == "is the true one (output layer)"
     assert "sends no error back" not in text
-    assert row(text, "act2", "B") == "10x6 240 B not learned"
+    assert row(text, "act2", "B") == "10x6 240 B fixed"
     own = 16 * (8 * 64 + 6 * 8 + 10 * 6) * 2 + 16 * 10 * (8 + 6)
     assert row(text, "multiplications").startswith(f"{format_count(own)} a step")
     assert row(text, "memory accesses").endswith("for backpropagation; not defined for dfa")
@@ -116,14 +115,14 @@ def test_asap_on_resnet20(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_feedback_that_is_made_of_the_weight_takes_no_memory(capsys: pytest.CaptureFixture[str]) -> None:
     text = said([*TINY, "algorithm=usf"], capsys)
-    assert row(text, "fc2", "B", "6x8") == "- made of the weight when it is needed" and row(text, "feedback").startswith("0 B")
+    assert row(text, "fc2", "B", "6x8") == "- computed from the weight when needed" and row(text, "feedback").startswith("0 B")
 
 
 def test_scale_is_respected(capsys: pytest.CaptureFixture[str]) -> None:
     text = said([*TINY, "scale=smoke", "algorithm=wm"], capsys)
     assert row(text, "steps") == "2 an epoch, 2 in 1 epoch" and "(batch of 8)" in row(text, "multiplications")
     smaller = "epochs=1, batch_size=8, probe_size=4, algorithm.initial_steps=0"
-    assert row(text, "scale=smoke") == f"trains with {smaller}; the figures are this trial's"
+    assert row(text, "scale=smoke") == f"trains with {smaller}; all numbers above are of this trial"
     assert "B, which learns W from noise" in row(text, "fc2", "Linear")
 
 
@@ -139,7 +138,7 @@ def test_what_prepares_for_training_is_left_out(monkeypatch: pytest.MonkeyPatch,
 def test_grid(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["-m", *TINY, "algorithm=fa,kp", "optimizer.lr=0.1,0.2", "seed=0,1"]
     text = said(words, capsys)
-    assert "\n8 jobs (16 epochs); output: outputs/synthetic-mlp\n" in text and "\n  8 of 8: nothing there yet\n" in text
+    assert "\n8 jobs (16 epochs); output: outputs/synthetic-mlp\n" in text and "\n  8 of 8: empty\n" in text
     titles = re.findall(r"^(.*)\n=====", text, re.M)
     assert titles == [f"{rule} optimizer.lr={lr}" for rule in ("fa", "kp") for lr in (0.1, 0.2)]
     assert text.count("\nconfig\n") == 1 and text.count("\ncost\n") == 4
@@ -154,30 +153,30 @@ def test_directories_say_what_is_in_them(capsys: pytest.CaptureFixture[str]) -> 
     assert main([*TINY, "hydra.run.dir=run"]) == 0
     assert re.search(r"\n  run: finished: test accuracy \d+\.\d\d%$", said([*TINY, "hydra.run.dir=run"], capsys).rstrip())
     other = said([*TINY, "hydra.run.dir=run", "optimizer.lr=0.3"], capsys)
-    assert "\n  run: holds a run of another config" in other and "optimizer.lr=0.05 there, 0.3 here" in other
+    assert "\n  run: belongs to another config" in other and "optimizer.lr=0.05 there, 0.3 here" in other
 
 
 def test_states_of_a_directory() -> None:
     job, place = Job.from_config(OmegaConf.create(yaml.safe_load(CONFIGURED))), Path("run")
-    assert found_in(place, job) == "nothing there yet"
+    assert describe(place, job) == "empty"
     RunDirectory(place, job).start(resume=False)
-    assert found_in(place, job) == "unfinished: without a result after 0 of 9 epochs"
+    assert describe(place, job) == "unfinished: without a result after 0 of 9 epochs"
     (place / METRICS).write_text('{"epoch": 1}\n{"epoch": 2}\n')
     result = {"status": "interrupted", "label": "fa", "group": "fa", "algorithm": "fa", "seed": 0}
     (place / RESULT).write_text(json.dumps(result))
-    assert found_in(place, job) == "unfinished: interrupted after 2 of 9 epochs"
+    assert describe(place, job) == "unfinished: interrupted after 2 of 9 epochs"
     (place / RESULT).write_text(json.dumps(result | {"status": "finished"}))
-    assert found_in(place, job) == "finished"
+    assert describe(place, job) == "finished"
     (place / RESULT).write_text("{")
-    assert found_in(place, job).startswith("unfinished: run/result.json: unreadable")
+    assert describe(place, job).startswith("unfinished: run/result.json: unreadable")
     (place / CONFIG).unlink()
-    assert found_in(place, job).startswith("holds a run of another config; fa-bench would refuse it (contains metrics.jsonl")
+    assert describe(place, job).startswith("belongs to another config; fa-bench would refuse it (contains metrics.jsonl")
 
 
 def test_grid_counts_its_directories(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(TINY) == 0
     text = said(["-m", *TINY, "seed=0,1"], capsys)
-    assert "\n  1 of 2: finished\n  1 of 2: nothing there yet\n" in text and re.search(r"/seed0: finished: test accuracy", text)
+    assert "\n  1 of 2: finished\n  1 of 2: empty\n" in text and re.search(r"/seed0: finished: test accuracy", text)
 
 
 @pytest.mark.parametrize(("words", "named"), [
@@ -209,7 +208,7 @@ def test_nothing_is_written_beside_plugins_either(
 
 
 def test_archives_are_not_unpacked(tmp_path: Path) -> None:
-    with refusing():
+    with downloads_refused():
         with pytest.raises(DataError, match="downloads nothing"), fetching(tmp_path / "data", "mnist", "files"):
             raise AssertionError("not reached")
         with pytest.raises(DataError, match="not unpacked yet"):

@@ -22,7 +22,7 @@ from fa_bench.data.synthetic import Synthetic
 from fa_bench.errors import OptionError
 from fa_bench.models.conv2 import Conv2
 from fa_bench.models.mlp import MLP
-from fa_bench.models.resnet20 import ResNet20
+from fa_bench.models.resnet import ResNet20
 from fa_bench.objectives.cross_entropy import CrossEntropy
 from fa_bench.optim.adam import Adam
 from fa_bench.optim.optimizers import Optimizers

@@ -157,7 +157,7 @@ def test_rules_of_a_preset_without_a_grid(folder: Path, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize(("text", "said"), [
     ("{pfa_0: {density: 0.5}}", r"experiment=mine: rules\.pfa_0: no such algorithm; did you mean 'pfa_o'"),
-    ("[fa]", r"experiment=mine: rules=\['fa'\]: write a mapping"),
+    ("[fa]", r"experiment=mine: rules=\['fa'\]: must map"),
     ("{fa: {densty: 0.5}}", r"algorithm\.densty: unknown key densty in algorithm; did you mean 'density'"),
 ])
 def test_rules_of_a_preset_are_checked(folder: Path, text: str, said: str) -> None:
@@ -300,5 +300,5 @@ def test_every_preset_prints_its_plan_and_trains_at_smoke_scale(
 def test_a_preset_runs_as_one_command(folder: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["-m", "experiment=asap_fig6", "scale=smoke", "seed=0", f"data_dir={data_dir}"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("4 jobs (4 epochs); output: outputs/asap_fig6\n  algorithm: bp, forward_alignment\n")
+    assert out.startswith("Running 4 jobs (4 epochs); output: outputs/asap_fig6\n  algorithm: bp, forward_alignment\n")
     assert "report: outputs/asap_fig6/report.md" in out

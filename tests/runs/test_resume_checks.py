@@ -53,7 +53,7 @@ def stopped(command: list[str], monkeypatch: Patch) -> None:
 def test_a_run_goes_on_unless_it_is_told_to_start_anew(monkeypatch: Patch, capsys: Capture) -> None:
     assert main([*RUN, "hydra.run.dir=whole"]) == 0
     stopped(RUN, monkeypatch)
-    assert "interrupted; checkpoint saved: rerun the same command to resume" in capsys.readouterr().err
+    assert "Interrupted. Checkpoint saved; rerun the same command to resume" in capsys.readouterr().err
     assert main(RUN) == 0
     said = capsys.readouterr().out
     assert "resuming after epoch 2" in said and "epoch 1/3" not in said and lines() == lines("whole")

@@ -32,7 +32,7 @@ EVIL = {
     "own_tag": ("seed: !mine 5", ["own_tag.yaml:2", "!mine"]),
     "target": (f"algorithm: {{_target_: os.system, command: {MAKE}}}", ["algorithm._target_=os.system"]),
     "target_deep": ("optimizer: {schedule: {milestones: [{_target_: os.system}]}}", ["milestones.0._target_=os.system"]),
-    "launcher": (f"hydra: {{launcher: {{_target_: os.system, command: {MAKE}}}}}", ["hydra.launcher._target_=os.system"]),
+    "launcher": ("hydra: {launcher: {_target_: os.system}}", ["hydra.launcher._target_=os.system"]),
     "sweeper": (f"hydra: {{sweeper: {{_target_: os.system, command: {MAKE}}}}}", ["hydra.sweeper._target_=os.system"]),
     "callback": (f"hydra: {{callbacks: {{x: {{_target_: os.system, command: {MAKE}}}}}}}", ["hydra.callbacks.x._target_=os"]),
     # A name below Hydra's package may still lead to any module that one of Hydra's imports.
@@ -120,6 +120,7 @@ def test_preset_is_refused_before_anything_of_it_runs(name: str, folder: Path, c
     ["--config-dir", "mine", "--config-name", "called", "--cfg", "hydra"],
     ["--config-dir", "mine", "--config-name", "called", "--shell-completion", "query=bash"],
     ["hydra.searchpath=[pkg://evil]"],
+    ["hydra.searchpath=[nowhere]"],
     ["+hydra.callbacks.x._target_=os.system", f"+hydra.callbacks.x.command='{MAKE}'"],
     ["hydra.launcher._target_=os.system"],
     ["-m", "hydra.sweeper._target_=os.system", "seed=0,1"],

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-#: What runs beside a block's convolutions: every second pixel and zeros for the added channels; a 1x1 convolution with batch
-#: normalisation where the shape changes; nothing, not even where it does not.
+#: Shortcuts: every second pixel, and zeros for the added channels; a 1x1 convolution with batch normalisation if the shape
+#: changes; no shortcut at all.
 SHORTCUTS = ("pad", "project", "none")
 
 
@@ -18,15 +18,15 @@ class Block(nn.Module):
     """conv1 - bn1 - relu1 - ... - convK - bnK, plus the shortcut, - reluK.
 
     Maps (N, C_in, H, W) to (N, C_out, H/stride, W/stride). With `norm_after` it is conv1 - relu1 - bn1 - ... - convK - reluK -
-    bnK, plus the shortcut, and nothing behind the sum.
+    bnK, plus the shortcut, and nothing after the sum.
 
     Args:
         channels_in: C_in.
         channels: of the convolutions; the last number is C_out.
         kernels: of the convolutions: (3, 3), or (1, 3, 1) for a bottleneck.
-        stride: that of the first 3x3 convolution, and of the shortcut.
+        stride: of the first 3x3 convolution and the shortcut.
         shortcut: one of SHORTCUTS.
-        norm_after: whether normalisation comes behind the ReLU.
+        norm_after: whether batch normalisation comes after the ReLU.
     """
 
     def __init__(
@@ -69,10 +69,10 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A stem of the first width, stages of blocks that halve the image from the second on, and one linear layer.
+    """A stem, stages of blocks, which halve the image from the second stage on, and one linear layer.
 
-    Maps (N, C, H, W) to logits (N, classes). Its cut points are the activations: the stem's, and one behind every convolution of
-    a block, the last one behind the sum. Its blocks are the stem and the residual blocks.
+    Maps (N, C, H, W) to logits (N, classes). Its cut points are the activations: that of the stem, and one after every
+    convolution of a block, the last one after the sum. Its blocks are the stem and the residual blocks.
 
     Args:
         colours: C.
@@ -80,9 +80,9 @@ class ResNet(nn.Module):
         widths: channels of the stages.
         blocks: blocks in each stage.
         shortcut: one of SHORTCUTS.
-        large: for large images: a 7x7 stem of stride 2 with max-pooling by 2, in place of a 3x3 stem of stride 1.
-        bottleneck: blocks of 1x1, 3x3 and 1x1 convolutions, the last one four times as wide, in place of two 3x3 ones.
-        norm_after: batch normalisation behind the ReLUs in place of in front of them.
+        large: for large images: a 7x7 stem of stride 2 with max-pooling by 2, instead of a 3x3 stem of stride 1.
+        bottleneck: blocks of 1x1, 3x3 and 1x1 convolutions, the last one four times as wide, instead of two 3x3 ones.
+        norm_after: batch normalisation after the ReLUs instead of before them.
         output_norm: batch normalisation of the logits.
     """
 

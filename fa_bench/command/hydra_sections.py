@@ -1,4 +1,4 @@
-"""Hydra's own parts, tried before anything is written: what it could not use would end a sweep once it had begun."""
+"""Check Hydra's own sections before anything is written: with wrong values, Hydra would fail in the middle of a sweep."""
 
 from __future__ import annotations
 
@@ -15,44 +15,44 @@ from fa_bench.runs.logs import preserve_root_logger
 
 
 @contextlib.contextmanager
-def making(config: DictConfig, name: str) -> Iterator[None]:
-    """Within it Hydra makes the part of its section `name`; raises ConfigError, naming the section, where it cannot."""
+def errors_named(config: DictConfig, name: str) -> Iterator[None]:
+    """Raise ConfigError, naming Hydra's section `name`, if Hydra cannot use that section within the block."""
     try:
         with preserve_root_logger(), contextlib.redirect_stderr(io.StringIO()):
             yield
     except FaBenchError:
         raise
-    except Exception as error:  # whatever the part makes of its options
+    except Exception as error:
         value = format_value(OmegaConf.to_container(config, resolve=False)["hydra"].get(name))  # type: ignore[call-overload,index]
-        said = first_line(error.__cause__ or error)
-        raise ConfigError(f"hydra.{name}={truncate(value, 100)}: Hydra cannot use it ({said})") from None
+        reason = first_line(error.__cause__ or error)
+        raise ConfigError(f"hydra.{name}={truncate(value, 100)}: Hydra cannot use it ({reason})") from None
 
 
-def check_parts(config: DictConfig) -> None:
-    """Try what Hydra looks at only in its jobs; raises ConfigError, naming the section.
+def check_sections(config: DictConfig) -> None:
+    """Check the sections that Hydra only reads in its jobs; raises ConfigError, naming the section.
 
     Args:
-        config: composed, with the node ``hydra``.
+        config: as composed by Hydra, with the node ``hydra``.
     """
     for name in ("job_logging", "hydra_logging"):
-        with making(config, name):
-            _set_up_log(config.hydra[name])
+        with errors_named(config, name):
+            _configure_logging(config.hydra[name])
     verbose = config.hydra.verbose
     if not isinstance(verbose, (bool, str)) and not (
             OmegaConf.is_list(verbose) and all(isinstance(name, str) for name in verbose)):
-        raise ConfigError(f"hydra.verbose={verbose}: write true, false or a list of loggers")
-    # Launchers in several processes, such as joblib's, refuse a number of them once the sweep has begun.
+        raise ConfigError(f"hydra.verbose={verbose}: must be true, false or a list of loggers")
+    # Launchers with several processes, such as joblib's, would refuse the number when the sweep has started.
     jobs = OmegaConf.select(config, "hydra.launcher.n_jobs")
     if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, int) or jobs == 0):
-        raise ConfigError(f"hydra.launcher.n_jobs={jobs}: write a whole number >= 1, or -1 for one job a core")
+        raise ConfigError(f"hydra.launcher.n_jobs={jobs}: must be a whole number >= 1, or -1 for one job per core")
 
 
-def _set_up_log(section: DictConfig | None) -> None:
+def _configure_logging(section: DictConfig | None) -> None:
     plain: Any = OmegaConf.to_container(section, resolve=False) if section is not None else None
-    if plain is None or plain["root"] is None:  # as Hydra asks
+    if plain is None or plain["root"] is None:  # Hydra's condition
         return
     for handler in (plain.get("handlers") or {}).values():
-        if handler.pop("filename", None):  # in a directory that does not exist yet
+        if handler.pop("filename", None):  # its directory does not exist yet
             handler["class"] = "logging.NullHandler"
             handler.pop("mode", None)
     logging.config.dictConfig(plain | {"disable_existing_loggers": False})

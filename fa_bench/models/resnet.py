@@ -1,0 +1,125 @@
+"""Residual networks for small and large images."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, ClassVar
+
+from fa_bench.errors import OptionError
+from fa_bench.models.base import Architecture
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ARCHITECTURES
+
+if TYPE_CHECKING:
+    from torch import nn as torch_nn
+
+
+@ARCHITECTURES.register("resnet20")
+@dataclasses.dataclass(eq=False)
+class ResNet20(Architecture):
+    """ResNet-20 for small images.
+
+    conv1 - bn1 - relu - layer1..3 of 3 blocks - average pool - fc (He et al. 2016, section 4.2).
+
+    Stages of 16, 32 and 64 channels; shortcuts without parameters, with every second pixel and zeros for the added channels.
+    """
+
+    width: int = option(16, "channels of the first stage", minimum=1)
+    blocks: int = option(3, "blocks in each of the three stages", minimum=1, maximum=1000)
+    shortcuts: bool = option(True, "add each block's input to its output; false: a plain net with the same layers")
+
+    def make(self, input_shape: tuple[int, int, int], classes: int) -> torch_nn.Module:
+        from fa_bench.models.nets.resnet import ResNet
+
+        shortcut = "pad" if self.shortcuts else "none"
+        return ResNet(input_shape[0], classes, [self.width, 2 * self.width, 4 * self.width], [self.blocks] * 3, shortcut)
+
+
+@dataclasses.dataclass(eq=False)
+class StagedArchitecture(Architecture):
+    """Base of the residual nets whose stages double their channels; subclasses declare how many blocks each stage has."""
+
+    width: int = option(64, "channels of the first stage; they double from stage to stage", minimum=1)
+    blocks: list[int] = option([2, 2, 2, 2], "blocks in each stage", minimum=1, maximum=1000)
+
+    def check(self) -> None:
+        if not self.blocks:
+            raise OptionError("blocks", "=[]: there must be a stage; pass the number of blocks in each, for example [2,2,2,2]")
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each stage."""
+        return [self.width * 2**stage for stage in range(len(self.blocks))]
+
+
+@ARCHITECTURES.register("resnet18")
+@dataclasses.dataclass(eq=False)
+class ResNet18(StagedArchitecture):
+    """ResNet-18 for small images; shortcuts=false for the nets without shortcuts.
+
+    3x3 stem, stages of 64-128-256-512 channels (appendix C of Woo et al. 2021).
+
+    Stem of stride 1 and padding 1 without pooling, blocks of two 3x3 convolutions, 1x1 convolutions with batch normalisation
+    where the shape changes, average pooling over the map, and batch normalisation of the logits. ``shortcuts=false`` omits the
+    identities and the 1x1 convolutions: the paper's "nsc" nets. Convolutions have no bias, as in the paper's nets for
+    backpropagation; in its nets for the other rules they have one, which the normalisation cancels.
+    """
+
+    shortcuts: bool = option(True, "add shortcuts to the blocks' convolutions")
+    output_norm: bool = option(True, "batch normalisation of the logits, as in all nets of the paper")
+
+    def make(self, input_shape: tuple[int, int, int], classes: int) -> torch_nn.Module:
+        from fa_bench.models.nets.resnet import ResNet
+
+        shortcut = "project" if self.shortcuts else "none"
+        return ResNet(input_shape[0], classes, self.widths, self.blocks, shortcut, output_norm=self.output_norm)
+
+
+@ARCHITECTURES.register("resnet34")
+@dataclasses.dataclass(eq=False)
+class ResNet34(ResNet18):
+    """ResNet-34 for small images; shortcuts=false for the nets without shortcuts.
+
+    As resnet18, with 3, 4, 6 and 3 blocks (appendix C of Woo et al. 2021).
+    """
+
+    blocks: list[int] = option([3, 4, 6, 3], "blocks in each stage", minimum=1, maximum=1000)
+
+
+@ARCHITECTURES.register("resnet18_imagenet")
+@dataclasses.dataclass(eq=False)
+class ResNet18ImageNet(StagedArchitecture):
+    """ResNet-18 for large images; bn=after for batch normalisation after the ReLU.
+
+    7x7 stem with pooling, stages of 64-128-256-512 channels (He et al. 2016).
+
+    ``bn=before`` is torchvision's net: the ReLU comes last, after the sum. ``bn=after`` normalises after the ReLU, as Akrout et
+    al. 2019 do. Their appendix with the details is not available; here a block is conv - ReLU - BN twice, plus the shortcut, with
+    nothing after the sum, and projections are 1x1 convolution - BN.
+    """
+
+    bn: str = option("before", "batch normalisation before or after the ReLU", choices=["before", "after"])
+
+    bottleneck: ClassVar[bool] = False
+
+    def make(self, input_shape: tuple[int, int, int], classes: int) -> torch_nn.Module:
+        from fa_bench.models.nets.resnet import ResNet
+
+        return ResNet(input_shape[0], classes, self.widths, self.blocks, "project",
+                      large=True, bottleneck=self.bottleneck, norm_after=self.bn == "after")
+
+
+@ARCHITECTURES.register("resnet50_imagenet")
+@dataclasses.dataclass(eq=False)
+class ResNet50ImageNet(ResNet18ImageNet):
+    """ResNet-50 for large images; bn=after for batch normalisation after the ReLU.
+
+    As resnet18_imagenet, with 3, 4, 6 and 3 bottleneck blocks (He et al. 2016).
+
+    A block has 1x1 - 3x3 - 1x1 convolutions, the last one with four times the stage's channels; the 3x3 convolution has the
+    stride, as in torchvision.
+    """
+
+    blocks: list[int] = option([3, 4, 6, 3], "blocks in each stage", minimum=1, maximum=1000)
+
+    bottleneck: ClassVar[bool] = True
