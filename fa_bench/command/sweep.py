@@ -27,7 +27,7 @@ from fa_bench.config.job import Job
 from fa_bench.config.labels import differing_keys, flatten, sweep_summary
 from fa_bench.config.scale import scaled
 from fa_bench.errors import printable
-from fa_bench.report.own import check
+from fa_bench.report.files import check_folder
 from fa_bench.runs.locks import lock_holder
 from fa_bench.runs.logs import preserve_root_logger
 from fa_bench.runs.rundir import RunDirectory, RunState
@@ -61,7 +61,7 @@ def sweep(context: HydraContext, task: Any, config: DictConfig, arguments: list[
     check_fit(job for job, _ in jobs)
     folders = _folders(jobs)
     for folder in folders:
-        check(folder)
+        check_folder(folder)
     folder_of(config, "hydra.sweep.dir")  # a launcher's own files lie there, before there is a job
     # All jobs have the times that were checked.
     assert composer.config is not None
