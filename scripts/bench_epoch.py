@@ -1,8 +1,8 @@
-"""Times one epoch of the MLP by the training loop against a bare loop over float tensors in memory, in one process.
+"""Compares the time of one epoch of the MLP in the training loop with that of a bare loop over float tensors, in one process.
 
     python scripts/bench_epoch.py --data-dir FOLDER [--samples 60000] [--rounds 5] [--threads 2]
 
-Without MNIST in FOLDER, random images of its shape serve: the arithmetic is the same.
+Without --data-dir, random images of MNIST's shape are used: the arithmetic is the same.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BATCH = 64
 
 
 def load(data_dir: str | None, samples: int) -> ResidentSplit:
-    """MNIST's training images, or random ones."""
+    """MNIST's training images, or random images."""
     if data_dir is not None:
         split = DATASETS["mnist"](validation=0.0).load(Path(data_dir), torch.device("cpu")).train
         assert isinstance(split, ResidentSplit)
@@ -41,7 +41,7 @@ def load(data_dir: str | None, samples: int) -> ResidentSplit:
 
 
 def bare(split: ResidentSplit) -> float:
-    """Seconds of an epoch that slices shuffled float tensors and does nothing else."""
+    """Seconds of an epoch that trains on slices of shuffled float tensors and does nothing else."""
     x, y = next(split.batches(len(split)))
     model = MLP().build((1, 28, 28), 10)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
@@ -56,7 +56,7 @@ def bare(split: ResidentSplit) -> float:
 
 
 def ours(split: ResidentSplit, probe_every: int) -> float:
-    """Seconds of an epoch of fa_bench's loop, evaluation left out and probes included."""
+    """Seconds of an epoch of fa_bench's loop, without evaluation, with measurements of alignment."""
     model = MLP().build((1, 28, 28), 10)
     rule = fa_bench.attach(model, "bp")
     x, y = next(split.batches(128))
@@ -69,7 +69,7 @@ def ours(split: ResidentSplit, probe_every: int) -> float:
 
 
 def main() -> None:
-    """Print the ratio."""
+    """Print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir")
     parser.add_argument("--samples", type=int, default=60000)
@@ -82,8 +82,8 @@ def main() -> None:
     pairs = []
     for _ in range(arguments.rounds):
         pairs.append((bare(split), ours(split, 0), ours(split, arguments.probe_every)))
-        print("bare {:.2f} s, loop {:.2f} s, loop with probes {:.2f} s".format(*pairs[-1]), flush=True)
-    for label, column in (("loop / bare", 1), (f"loop with probes every {arguments.probe_every} steps / bare", 2)):
+        print("bare {:.2f} s, loop {:.2f} s, loop with measurements {:.2f} s".format(*pairs[-1]), flush=True)
+    for label, column in (("loop / bare", 1), (f"loop with measurements every {arguments.probe_every} steps / bare", 2)):
         print(f"{label}: {statistics.median(pair[column] / pair[0] for pair in pairs):.3f} (median of {arguments.rounds})")
 
 

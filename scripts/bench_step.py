@@ -1,10 +1,10 @@
-"""Times one training step of every rule as a ratio to plain backpropagation, in one process.
+"""Compares the time of one training step of every rule with that of plain backpropagation, in one process.
 
-Each round times one block of steps of every rule in turn, so that a drift of the machine's speed meets all of them; the
-ratio is taken round by round, and the table shows its median and quartiles. The row A/A is backpropagation against itself; the
-rows "written out" are the MLP's forward pass as a dozen lines without any library: what eager PyTorch itself asks for the rule.
-A step is: drop gradients, forward, loss, rule.backward, optimizer.step, rule.step; the columns leave the optimizer out and in.
-The column "arithmetic" counts the multiplications of matrix products and convolutions in the same step, as a ratio too.
+Each round times one block of steps of every rule in turn, so that a drift of the machine's speed affects all of them. Ratios are
+computed for each round; the table shows their medians and quartiles. The row A/A compares backpropagation with itself; the rows
+"written out" are the MLP's forward pass in a dozen lines without fa_bench: the cost of the rule in eager PyTorch. A step zeroes
+the gradients and calls the model, the loss, rule.backward, optimizer.step and rule.step; one column excludes the optimizer. The
+column "arithmetic" is the ratio of the multiplications in matrix products and convolutions of the same step.
 
     python scripts/bench_step.py [--nets mlp conv2 resnet20] [--rules fa kp wm:mirror_steps=0 ...] [--rounds 30] [--threads 2]
 """
@@ -38,7 +38,7 @@ PLAIN, AGAIN = "bp (plain)", "bp (A/A)"
 
 
 def make_step(net: str, rule_name: str | None, batch: int, with_optimizer: bool) -> Callable[[], None]:
-    """A function that trains one step; `rule_name` None is the plain model with loss.backward()."""
+    """A function that trains one step; with `rule_name` None the plain model, with loss.backward()."""
     torch.manual_seed(0)
     shape = NETS[net]
     model = ARCHITECTURES[net]().build(shape, 10)
@@ -64,7 +64,7 @@ def make_step(net: str, rule_name: str | None, batch: int, with_optimizer: bool)
 
 
 def make_written_out(rule: str, batch: int) -> Callable[[], None]:
-    """One step of the default MLP, without optimizer, with nothing between the lines: the floor of bp, fa or dfa."""
+    """One step of the default MLP without optimizer and without fa_bench: the least time of bp, fa or dfa."""
     torch.manual_seed(0)
     model = ARCHITECTURES["mlp"]().build(NETS["mlp"], 10)
     first, second, last = weighted_layers(model).values()
@@ -95,7 +95,7 @@ def make_written_out(rule: str, batch: int) -> Callable[[], None]:
 
 
 def compare(steps: dict[str, Callable[[], None]], rounds: int, block: int) -> dict[str, list[float]]:
-    """Ratios to PLAIN of every entry, one a round."""
+    """Ratios of every entry's time to that of PLAIN, one per round."""
     for step in steps.values():
         for _ in range(3):
             step()
@@ -103,14 +103,14 @@ def compare(steps: dict[str, Callable[[], None]], rounds: int, block: int) -> di
     order = list(steps)
     for number in range(rounds):
         seconds = {}
-        # Backwards every other round: what runs after what must not favour one of them.
+        # In reverse order every other round, so that the order favours none.
         for name in order if number % 2 == 0 else reversed(order):
             start = time.perf_counter()
             for _ in range(block):
                 steps[name]()
             seconds[name] = time.perf_counter() - start
-        for name, took in seconds.items():
-            ratios[name].append(took / seconds[PLAIN])
+        for name, duration in seconds.items():
+            ratios[name].append(duration / seconds[PLAIN])
     return ratios
 
 
@@ -154,8 +154,8 @@ def bench(net: str, arguments: argparse.Namespace) -> None:
         columns.append(compare(steps, arguments.rounds, block))
     for name, ratios in columns[0].items():
         if name != PLAIN:
-            whole = _text(columns[1][name]) if name in columns[1] else "-"
-            print(f"| {net} | {name} | {arithmetic[name]:.2f} | {_text(ratios)} | {whole} |", flush=True)
+            with_optimizer = _text(columns[1][name]) if name in columns[1] else "-"
+            print(f"| {net} | {name} | {arithmetic[name]:.2f} | {_text(ratios)} | {with_optimizer} |", flush=True)
 
 
 def _text(ratios: list[float]) -> str:
@@ -164,7 +164,7 @@ def _text(ratios: list[float]) -> str:
 
 
 def reexec_with_malloc_settings() -> None:
-    """Start again with glibc told to keep freed blocks: otherwise page faults, not arithmetic, decide the ratios."""
+    """Restart with glibc configured to keep freed memory: otherwise page faults rather than arithmetic determine the ratios."""
     settings = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
     if any(os.environ.get(key) != value for key, value in settings.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **settings})

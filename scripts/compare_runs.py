@@ -1,11 +1,11 @@
-"""Compares what two versions of the code compute: hashes and metrics of short deterministic runs of every rule and experiment.
+"""Compares two versions of the code by hashes and metrics of short deterministic runs of every rule and experiment.
 
     python scripts/compare_runs.py record before.json [--data-dir DIR] [--rules-only]
     python scripts/compare_runs.py compare before.json after.json
 
 `record` trains every rule on an MLP (SGD and Adam), a small convolutional net and a narrow ResNet-20, and every experiment at
-``scale=smoke`` with seed 0, with the version of fa_bench that Python imports. It needs no data of its own; experiments on a
-dataset that is not in DIR are recorded as failed. `compare` prints every run that differs and exits with 1 if there is one.
+``scale=smoke`` with seed 0, using the version of fa_bench that Python imports. Experiments whose dataset is not in DIR are
+recorded as failed. `compare` prints every run that differs and exits with 1 if there is one.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ HASHES = ("status", "initial_weights_hash", "batches_hash", "weights_hash", "fee
 
 def record(data_dir: str, rules_only: bool) -> dict[str, Any]:
     """{run: its hashes and metrics}."""
-    found: dict[str, Any] = {}
+    runs: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for setting, overrides in SETTINGS.items():
-            for rule in ALGORITHMS:  # each by itself: some refuse a network
+            for rule in ALGORITHMS:  # in separate runs, because some refuse a network
                 out = Path(scratch, setting.replace(" ", "-"), rule)
                 _run([f"algorithm={rule}", *overrides, "epochs=2", f"output_dir={out}", *COMMON])
                 results = list(out.rglob("result.json"))
-                found[f"{setting} {rule}"] = _read(results[0].parent) if results else "refused"
+                runs[f"{setting} {rule}"] = _read(results[0].parent) if results else "refused"
                 print(f"{setting} {rule}", file=sys.stderr)
         for path in [] if rules_only else sorted((conf_dir() / "experiment").glob("*.yaml")):
             out = Path(scratch, path.stem)
@@ -51,14 +51,14 @@ def record(data_dir: str, rules_only: bool) -> dict[str, Any]:
             print(path.stem, file=sys.stderr)
             for sweep in out.rglob("sweep.json"):
                 for number, run in enumerate(json.loads(sweep.read_text())["runs"]):
-                    found[f"{path.stem} {number}: {run['label']}"] = _read(Path(run["directory"]))
+                    runs[f"{path.stem} {number}: {run['label']}"] = _read(Path(run["directory"]))
             shutil.rmtree(out, ignore_errors=True)  # checkpoints of large nets take gigabytes
-    return found
+    return runs
 
 
 def _run(argv: list[str]) -> None:
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         fa_bench(argv)
 
 
@@ -75,10 +75,10 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """A line for each run that differs."""
     lines = [f"{run}: only {'before' if run in before else 'after'}" for run in sorted(before.keys() ^ after.keys())]
     for run in sorted(before.keys() & after.keys()):
-        one, other = before[run], after[run]
-        if one != other:
-            keys = [key for key in one if one[key] != other.get(key)] if isinstance(one, dict) and isinstance(other, dict) else []
-            lines.append(f"{run}: {', '.join(keys) if keys else f'{one} before, {other} after'}")
+        old, new = before[run], after[run]
+        if old != new:
+            keys = [key for key in old if old[key] != new.get(key)] if isinstance(old, dict) and isinstance(new, dict) else []
+            lines.append(f"{run}: {', '.join(keys) if keys else f'{old} before, {new} after'}")
     return lines
 
 

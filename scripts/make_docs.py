@@ -1,8 +1,8 @@
-"""Writes docs/rules, one page for each rule from its docstring and options, their index, and the tables in docs/add_a_rule.md.
+"""Writes docs/rules, with one page per rule from its docstring and options and an index, and the tables in docs/add_a_rule.md.
 
     python scripts/make_docs.py
 
-A test compares the committed pages with the output; run it after a change to a docstring or to an option.
+A test compares the committed pages with the output; run the script after changing a docstring or an option.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ MARK = "<!-- The rest is written by scripts/make_docs.py. -->\n"
 FINAL = {"attach", "detach", "freeze", "exact", "backward", "trace", "hook_model", "check_uses", "feedback_parameters",
          "parameter_groups", "weight_parameters", "require_entries", "put", "put_feedback", "in_shape", "connect", "auxiliary_at",
          "describe", "effective_context"}
-#: Kinds of rules, the more special first, and what they change.
+#: Kinds of rules, more specific ones first, and how they differ from backpropagation.
 KINDS: tuple[tuple[type[Rule], str], ...] = (
-    (ModuleRule, "blocks with losses of their own"),
+    (ModuleRule, "blocks with separate losses"),
     (LocalRule, "a loss at every hidden activation"),
     (CutRule, "errors delivered directly"),
-    (EdgeRule, "an error that each layer passes on through feedback of its own"),
+    (EdgeRule, "errors passed through separate feedback in each layer"),
     (Rule, "backpropagation"),
 )
 
@@ -94,7 +94,7 @@ def _page(name: str) -> str:
     source = Path(inspect.getfile(cls)).resolve().relative_to(ROOT).as_posix()
     lines = [
         f"# `{name}`", "", _summary(name), "", f"Kind: {dict(KINDS)[_kind(name)]}. Source: [{source}](../../{source}). "
-        f"{_presets(name)}[All rules](README.md).", "",
+        f"{_experiments(name)}[All rules](README.md).", "",
         f"    fa-bench algorithm={name}", f"    rule = fa_bench.attach(model, \"{name}\")", "",
         _markdown((inspect.getdoc(cls) or "").partition("\n\n")[2]), "", "## Options", "",
         "On the command line `algorithm.NAME=VALUE`, in Python keyword arguments of `attach`.", "",
@@ -104,7 +104,7 @@ def _page(name: str) -> str:
 
 
 def _markdown(docstring: str) -> str:
-    """The docstring as Markdown: code in single backticks, and without any in equations on lines of their own."""
+    """The docstring as Markdown: code in single backticks, and no backticks in equations on separate lines."""
     return "\n".join(line.replace("``", "") if line.startswith("    ") else re.sub(r"``(.+?)``", r"`\1`", line)
                      for line in docstring.splitlines())
 
@@ -117,7 +117,7 @@ def _kind(name: str) -> type[Rule]:
     return next(kind for kind, _ in KINDS if issubclass(ALGORITHMS[name], kind))
 
 
-def _presets(name: str) -> str:
+def _experiments(name: str) -> str:
     """The experiments whose grid names the rule."""
     experiments = []
     for path in sorted((conf_dir() / "experiment").glob("*.yaml")):

@@ -1,4 +1,4 @@
-"""What every analysis is: options, a table, a figure."""
+"""The base class of analyses: options, a table, a figure."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ class Analysis(Options):
     size: ClassVar[tuple[float, float]] = (10, 4.5)
 
     def table(self) -> pd.DataFrame:
-        """What was computed, one row for each thing: it becomes the CSV."""
+        """The results, which become the CSV."""
         raise NotImplementedError
 
     def summary(self, table: pd.DataFrame) -> pd.DataFrame:
-        """What the terminal shows of a table; all of it, unless an analysis has many rows."""
+        """The part of the table that the terminal shows: all of it, unless there are many rows."""
         return table
 
-    def draw(self, figure: Figure, table: pd.DataFrame) -> None:
-        """Draw the table into an empty figure."""
+    def plot(self, figure: Figure, table: pd.DataFrame) -> None:
+        """Plot the table in an empty figure."""
         raise NotImplementedError
 
     def write(self, directory: Path) -> tuple[pd.DataFrame, Path, Path]:
-        """Compute, and write NAME.csv and NAME.png into `directory`; equal options give equal bytes.
+        """Compute the table, and write NAME.csv and NAME.png into `directory`; equal options give equal bytes.
 
         Returns:
             The table, and the two paths.
@@ -47,7 +47,7 @@ class Analysis(Options):
             from matplotlib.figure import Figure
 
             figure = Figure(figsize=self.size, dpi=120, layout="constrained")
-            self.draw(figure, table)
-            # Without matplotlib's version, which would change the bytes where the picture did not change.
+            self.plot(figure, table)
+            # Without matplotlib's version, which would change the bytes of equal pictures.
             figure.savefig(temporary, format="png", metadata={"Software": None})
         return table, csv, png

@@ -1,4 +1,4 @@
-"""The correlation of forward and feedback weights in the brain, and the angle that it is."""
+"""The correlation of forward and feedback weights in the brain, as an angle."""
 
 from __future__ import annotations
 
@@ -22,30 +22,31 @@ if TYPE_CHECKING:
 @ANALYSES.register("brain_correlation")
 @dataclasses.dataclass(eq=False)
 class BrainCorrelation(Analysis):
-    """Angle between forward and feedback weights against how many pairs are reciprocal (appendix B of Li and Benna 2024).
+    """Angle between forward and feedback weights for a fraction of reciprocal pairs (appendix B of Li and Benna 2024).
 
-    Of the connected pairs of neurons a fraction p is connected both ways, and over those the weights have the correlation R;
-    where there is no way back the feedback weight is zero. Over all pairs, for weights of mean zero, the correlation is R √p, and
+    A fraction p of the connected pairs of neurons is connected in both directions, and the weights of these pairs have the
+    correlation R; for the other pairs the feedback weight is zero. For weights of mean zero, the correlation over all pairs is
+    R √p, and
 
-        cos(angle) = R √p        [derived: the covariance is p R, and the feedback's variance is p times its own]
+        cos(angle) = R √p        [derived: the covariance is p R, and the variance of the feedback is multiplied by p]
 
-    The paper drew matrices: p = 0.31 and R = 0.36, as measured in cortex, gave it R ≈ 0.2 and 78 degrees; so does the formula.
-    Here matrices are drawn too: W Gaussian, F = R W + √(1 - R²) noise where a Bernoulli mask of p has a one, else 0. With means
-    that are not zero, as synapses of one sign have them, the angle is another one.
+    The paper sampled matrices with p = 0.31 and R = 0.36, as measured in cortex, and found a correlation of 0.2 and 78 degrees,
+    in agreement with the formula. Here matrices are sampled, too: W Gaussian, F = R W + √(1 - R²) noise where a Bernoulli mask
+    with probability p is one, else 0. For weights with nonzero mean, such as synapses of one sign, the angle differs.
 
-    The rule `mixed` reaches the point by synapses of three kinds: p = k + f and R = k / (k + f), of its fractions k of KP and f
-    of FA. Its row has those of the rule's defaults.
+    The rule `mixed` reaches the same point with three kinds of synapses: p = k + f and R = k / (k + f) for its fractions k of KP
+    and f of FA. Its row uses the rule's defaults.
     """
 
     size: ClassVar[tuple[float, float]] = (10, 4)
 
-    reciprocal: float = option(0.31, "fraction of connected pairs that are connected both ways, in the brain", above=0, maximum=1)
-    correlation: float = option(0.36, "correlation of the weights over those pairs, in the brain", minimum=0, maximum=1)
-    fractions: list[float] = option([0.05, *(k / 10 for k in range(1, 11))], "p: fractions of reciprocal pairs to draw",
+    reciprocal: float = option(0.31, "fraction of connected pairs that are reciprocal, in the brain", above=0, maximum=1)
+    correlation: float = option(0.36, "correlation of the weights over these pairs, in the brain", minimum=0, maximum=1)
+    fractions: list[float] = option([0.05, *(k / 10 for k in range(1, 11))], "p: fractions of reciprocal pairs to sample",
                                     above=0, maximum=1)
-    correlations: list[float] = option([0.2, 0.36, 0.6, 1.0], "R: correlations to draw at every fraction", minimum=0, maximum=1)
-    neurons: int = option(200, "neurons on either side: matrices of this size squared", minimum=2)
-    draws: int = option(10, "matrices drawn at each point", minimum=1)
+    correlations: list[float] = option([0.2, 0.36, 0.6, 1.0], "R: correlations for every fraction", minimum=0, maximum=1)
+    neurons: int = option(200, "neurons on each side: matrices have this size squared", minimum=2)
+    draws: int = option(10, "matrices sampled for each point", minimum=1)
     seed: int = option(0, "seed of the matrices", minimum=0)
 
     def table(self) -> pd.DataFrame:
@@ -60,17 +61,17 @@ class BrainCorrelation(Analysis):
     def _row(self, kind: str, p: float, r: float) -> dict[str, Any]:
         from fa_bench.metrics.angles import angles
 
-        whole = [draw_pair(self.neurons**2, p, r, seed_for(self.seed, p, r, number)) for number in range(self.draws)]
-        forward, feedback = (torch.from_numpy(np.stack(side)) for side in zip(*whole, strict=True))
-        found = angles(feedback, forward)
+        pairs = [sample_pair(self.neurons**2, p, r, seed_for(self.seed, p, r, number)) for number in range(self.draws)]
+        forward, feedback = (torch.from_numpy(np.stack(side)) for side in zip(*pairs, strict=True))
+        sampled = angles(feedback, forward)
         return {
             "point": kind, "reciprocal": p, "correlation": r, "overall": r * math.sqrt(p),
-            "overall_drawn": float(np.mean([np.corrcoef(*pair)[0, 1] for pair in whole])),
+            "overall_drawn": float(np.mean([np.corrcoef(*pair)[0, 1] for pair in pairs])),
             "angle": math.degrees(math.acos(r * math.sqrt(p))),
-            "angle_drawn": found.mean().item(), "angle_drawn_std": found.std(correction=0).item(),
+            "angle_drawn": sampled.mean().item(), "angle_drawn_std": sampled.std(correction=0).item(),
         }
 
-    def draw(self, figure: Figure, table: pd.DataFrame) -> None:
+    def plot(self, figure: Figure, table: pd.DataFrame) -> None:
         from fa_bench.report.plot import COLOURS
 
         left, right = figure.subplots(1, 2)
@@ -82,7 +83,7 @@ class BrainCorrelation(Analysis):
             left.errorbar(part["reciprocal"], part["angle_drawn"], part["angle_drawn_std"], fmt="o", ms=4, color=colour,
                           label=f"R = {r:g}")
         right.plot(smooth, np.degrees(np.arccos(smooth)), color=COLOURS[0], lw=1, label="arccos")
-        right.plot(table["overall_drawn"], table["angle_drawn"], "o", ms=4, color=COLOURS[1], label="drawn")
+        right.plot(table["overall_drawn"], table["angle_drawn"], "o", ms=4, color=COLOURS[1], label="sampled")
         for axes, column in ((left, "reciprocal"), (right, "overall")):
             for kind, marker, colour in (("brain", "*", "#C20078"), ("mixed", "D", "#E69F00")):
                 point = table[table["point"] == kind].iloc[0]
@@ -90,12 +91,12 @@ class BrainCorrelation(Analysis):
                           label=f"{kind}: {point['angle']:.1f}°")
             axes.set(ylabel="angle between W and feedback (degrees)", ylim=(-3, 93))
             axes.legend(frameon=False, fontsize=8)
-        left.set(title="Lines: arccos(R √p); points: drawn", xlabel="p: fraction of pairs connected both ways")
+        left.set(title="Lines: arccos(R √p); points: sampled", xlabel="p: fraction of reciprocal pairs")
         right.set(title="Over all connected pairs", xlabel="correlation over all pairs, R √p")
 
 
-def draw_pair(pairs: int, reciprocal: float, correlation: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Forward and feedback weights of `pairs` connected pairs of neurons, (pairs,) each; no way back is a zero."""
+def sample_pair(pairs: int, reciprocal: float, correlation: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Forward and feedback weights of `pairs` connected pairs of neurons, (pairs,) each; 0 for missing feedback."""
     generator = np.random.default_rng(seed)
     forward, noise = generator.standard_normal((2, pairs))
     feedback = correlation * forward + math.sqrt(1 - correlation**2) * noise

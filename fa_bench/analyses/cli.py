@@ -27,12 +27,12 @@ def _parsed(options: list[str]) -> DictConfig:
             raise ConfigError(f"{word}: options are written OPTION=VALUE")
     try:
         return OmegaConf.from_dotlist(options)
-    except Exception as error:  # whatever the parser of values makes of them
+    except Exception as error:  # the parser raises many kinds
         raise ConfigError(f"{' '.join(options)}: cannot be read ({type(error).__name__})") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``fa-bench-analyse``; returns the exit code: 2 for input that cannot be run, with a line that says why."""
+    """Entry point of ``fa-bench-analyse``; returns the exit code: 2 for invalid input, with an error message of one line."""
     return exit_code("fa-bench-analyse", lambda: _guarded(list(sys.argv[1:] if argv is None else argv)))
 
 
@@ -63,8 +63,7 @@ def _main(argv: list[str]) -> None:
         for field in option_fields(cls):
             print(f"  {field.name}={getattr(cls(), field.name)}  {field.metadata['help']}")
         return
-    given = OmegaConf.to_container(_parsed(arguments.options))
-    analysis = cls.from_mapping(given)  # type: ignore[arg-type]
+    analysis = cls.from_mapping(OmegaConf.to_container(_parsed(arguments.options)))  # type: ignore[arg-type]
     table, csv, png = analysis.write(arguments.out)
     print(analysis.summary(table).to_string(index=False))
     print(f"{csv}\n{png}")

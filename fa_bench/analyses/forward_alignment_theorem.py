@@ -1,10 +1,10 @@
-"""The theorem of Forward Alignment: where the error of a linear net goes, with its conditions and without."""
+"""The theorem of Forward Alignment: the error of a linear net over time, with and without the theorem's conditions."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -31,7 +31,7 @@ class Linear(NamedTuple):
 
 
 def trajectory(net: Linear, lr: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """W and A before every update, without end, where each takes the mean over inputs x of mean zero and covariance Σ.
+    """W and A before each of infinitely many updates, which are means over inputs x with mean zero and covariance Σ.
 
     W <- W + η E Σ Cᵀ and A <- A + η Wᵀ E Σ with E = T - W A (eqs 26 and 27 of Woo et al. 2021; with Σ = I eqs 28 and 29).
     """
@@ -47,36 +47,36 @@ def trajectory(net: Linear, lr: float) -> Iterator[tuple[np.ndarray, np.ndarray]
 class ForwardAlignmentTheorem(Analysis):
     """‖E‖ over time in the linear net of the theorem (appendix A.1 of Woo et al. 2021, eqs 25-38).
 
-    y = W A x learns y = T x, with E = T - W A and the continuous dynamics Ẇ = E Cᵀ, Ȧ = Wᵀ E. The theorem: E → 0 as t → ∞ (the
-    print says t → 0) if k = A Cᵀ - ½ Wᵀ W is zero, C has full column rank, and the input is white. V = ‖E Cᵀ‖² is its Lyapunov
-    function. The cases, each with the same T, C and start but for what it breaks:
+    y = W A x learns y = T x, with E = T - W A and the continuous dynamics Ẇ = E Cᵀ, Ȧ = Wᵀ E. The theorem states that E → 0 as
+    t → ∞ (t → 0 in print) if k = A Cᵀ - ½ Wᵀ W is zero, C has full column rank, and the input is white. V = ‖E Cᵀ‖² is its
+    Lyapunov function. All cases have the same T, C and initial values, except for the condition that they break:
 
-    - theorem: all hold. W = M Cᵀ with a small random M, and A = ½ C Mᵀ M, which is k = 0 [derived];
-    - k_random: A with Gaussian numbers added; k_negative: A - ``k`` C, which makes the hidden activation the opposite of C x;
-    - rank_enough: C of rank O, below the inputs; rank_small: C of rank O - 1;
+    - theorem: all conditions hold. W = M Cᵀ with a small random M, and A = ½ C Mᵀ M, so that k = 0 [derived];
+    - k_random: Gaussian numbers are added to A; k_negative: A - ``k`` C, which inverts the sign of the hidden activation C x;
+    - rank_enough: C has rank O, less than the inputs; rank_small: C has rank O - 1;
     - coloured: a covariance Σ with eigenvalues between 1 and ``condition``, divided by their mean; Ẇ = E Σ Cᵀ, Ȧ = Wᵀ E Σ.
 
-    [derived] What the proof uses of k = 0 is its symmetric part, and that is all that lasts: k's antisymmetric part is not
-    constant (eq. 33 needs WᵀẆ to be symmetric), while sym(A Cᵀ) - ½ Wᵀ W is, for every Σ: add to both sides of eq. 32 their
-    transposes. And a W that starts in the row space of Cᵀ stays there: a C of lower rank than T leaves an error.
+    [derived] The proof uses only the symmetric part of k = 0, and only this part is conserved: the antisymmetric part of k is not
+    constant (eq. 33 requires WᵀẆ to be symmetric), but sym(A Cᵀ) - ½ Wᵀ W is, for every Σ (add the transposes to both sides of
+    eq. 32). A W that starts in the row space of Cᵀ stays there, so a C of lower rank than T leaves an error.
 
     Rows: case, seed, time t = steps x ``lr``, ‖E‖ / ‖T‖, V / V(0), norms of the symmetric and antisymmetric parts of k.
     """
 
     size: ClassVar[tuple[float, float]] = (13, 4)
 
-    cases: list[str] = option(["theorem", "k_random", "k_negative", "rank_enough", "rank_small", "coloured"], "what to break",
+    cases: list[str] = option(["theorem", "k_random", "k_negative", "rank_enough", "rank_small", "coloured"], "cases to run",
                               choices=["theorem", "k_random", "k_negative", "rank_enough", "rank_small", "coloured"])
     inputs: int = option(6, "I: inputs, more than outputs", minimum=2)
     hidden: int = option(9, "H: hidden units, at least as many as inputs", minimum=2)
     outputs: int = option(4, "O: outputs", minimum=2)
     start: float = option(0.1, "standard deviation of M", minimum=0)
-    k: float = option(1.0, "how far A is moved by k_random (standard deviation) and k_negative (factor of C)", above=0)
+    k: float = option(1.0, "change of A in k_random (standard deviation) and k_negative (factor of C)", above=0)
     condition: float = option(100.0, "largest over smallest eigenvalue of the coloured input's covariance", minimum=1)
-    lr: float = option(0.01, "η: the step of the discrete process, in units of time", above=0)
-    time: float = option(100.0, "how long each runs", above=0)
-    records: int = option(100, "rows of each run at most, evenly along the logarithm of time", minimum=2)
-    seeds: int = option(5, "draws of T, C, M and what else is random", minimum=1)
+    lr: float = option(0.01, "η: the step of the discrete dynamics, in units of time", above=0)
+    time: float = option(100.0, "duration of each run", above=0)
+    records: int = option(100, "most rows per run, equally spaced in the logarithm of time", minimum=2)
+    seeds: int = option(5, "seeds of T, C, M and all other random numbers", minimum=1)
 
     def check(self) -> None:
         if not self.outputs < self.inputs <= self.hidden:
@@ -85,29 +85,26 @@ class ForwardAlignmentTheorem(Analysis):
             raise OptionError("time", f"={self.time:g} is less than one step of lr={self.lr:g}")
 
     def net(self, case: str, seed: int) -> Linear:
-        """T, W, A, C and Σ at the start of a case."""
+        """T, Σ, C and the initial W and A of a case."""
         generator = np.random.default_rng(seed_for("forward_alignment_theorem", seed))
         teacher = generator.standard_normal((self.outputs, self.inputs))
         c = generator.standard_normal((self.hidden, self.inputs)) / math.sqrt(self.inputs)
         m = self.start * generator.standard_normal((self.outputs, self.inputs))
         other = generator.standard_normal(c.shape)
         axes = np.linalg.qr(generator.standard_normal((self.inputs, self.inputs)))[0]
-        reduced: dict[str, Callable[[], np.ndarray]] = {
-            "rank_enough": lambda: of_rank(c, self.outputs), "rank_small": lambda: of_rank(c, self.outputs - 1),
-        }
-        c = reduced.get(case, lambda: c)()
-        moved = {"k_random": self.k * other, "k_negative": -self.k * c}.get(case, 0)
+        if case.startswith("rank_"):
+            c = of_rank(c, self.outputs - (case == "rank_small"))
+        shift = {"k_random": self.k * other, "k_negative": -self.k * c}.get(case, 0)
         covariance = np.eye(self.inputs)
         if case == "coloured":
             eigenvalues = np.geomspace(1, self.condition, self.inputs)
             covariance = axes * (eigenvalues / eigenvalues.mean()) @ axes.T
-        return Linear(teacher, m @ c.T, c @ m.T @ m / 2 + moved, c, covariance)
+        return Linear(teacher, m @ c.T, c @ m.T @ m / 2 + shift, c, covariance)
 
     def table(self) -> pd.DataFrame:
         import pandas as pd
 
         steps = round(self.time / self.lr)
-        # Evenly along the logarithm of time, for the first moments matter as much as the end.
         at = {0, *np.geomspace(1, steps, self.records).round().astype(int).tolist()}
         rows: list[dict[str, Any]] = []
         for case in self.cases:
@@ -127,7 +124,7 @@ class ForwardAlignmentTheorem(Analysis):
         return pd.DataFrame(rows)
 
     def summary(self, table: pd.DataFrame) -> pd.DataFrame:
-        """Of each case the errors at the end, the highest V, and how far the parts of k went from where they were."""
+        """The final errors, the highest V, and the first and last norms of the parts of k, for each case."""
         import pandas as pd
 
         rows: list[dict[str, Any]] = []
@@ -140,7 +137,7 @@ class ForwardAlignmentTheorem(Analysis):
                 rows[-1] |= {f"{name}_first": runs[0][name].iloc[0], f"{name}_last": runs[0][name].iloc[-1]}
         return pd.DataFrame(rows)
 
-    def draw(self, figure: Figure, table: pd.DataFrame) -> None:
+    def plot(self, figure: Figure, table: pd.DataFrame) -> None:
         from fa_bench.report.plot import COLOURS
 
         panels = figure.subplots(1, 3)

@@ -1,4 +1,4 @@
-"""Figure 11 of the activation-sharing paper: external memory accesses of backpropagation and of asap."""
+"""External memory accesses of backpropagation and of asap (Figure 11 of the activation-sharing paper)."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 class MemoryAccesses(Analysis):
     """External memory accesses of one training step (eqs 48 and 49, Fig. 11 of Woo et al. 2021).
 
-    One row for every architecture, rule and batch size b: parameters P, activations A a sample that are kept, reads 2P + A b,
-    writes P + A b, their total 3P + 2 A b, and its ratio to backpropagation's. The paper does not say its batch size. A value of
-    k that keeps the same activations as a smaller one, for want of layers, has no row, and none has where asap has nothing to
-    share. How a shared activation is brought to a later one's shape makes no difference.
+    One row per architecture, rule and batch size b: parameters P, activations A that are kept per sample, reads 2P + A b, writes
+    P + A b, their total 3P + 2 A b, and its ratio to backpropagation's. The paper does not give its batch size. A value of k that
+    keeps the same activations as a smaller one, because there are too few layers, has no row, and neither has a net in which asap
+    has nothing to share. How a shared activation is resized makes no difference.
     """
 
-    architectures: list[str] = option(["asap_alexnet", "resnet18", "resnet34"], "NAME or NAME:OPTION=VALUE,... each; within the "
-                                      "list in quotes where there are commas")
+    architectures: list[str] = option(["asap_alexnet", "resnet18", "resnet34"], "NAME or NAME:OPTION=VALUE,..., in quotes within "
+                                      "the list if it has commas")
     k: list[int] = option([2, 4], "layers that share an activation in asap", minimum=2)
-    batch: list[int] = option([1, 128], "samples in a batch", minimum=1)
+    batch: list[int] = option([1, 128], "batch sizes", minimum=1)
     input_shape: list[int] = option([3, 32, 32], "channels, height and width of an image", minimum=1)
     classes: int = option(10, "number of classes", minimum=2)
-    strict: bool = option(False, "count too what the paper leaves out: B, and one bit for every ReLU")
+    strict: bool = option(False, "also count what the paper omits: B, and one bit per output of a ReLU")
 
     def check(self) -> None:
         if len(self.input_shape) != 3:
@@ -63,22 +63,22 @@ class MemoryAccesses(Analysis):
         return pd.DataFrame(rows)
 
     def _counts(self, spec: str) -> dict[str, Memory]:
-        from fa_bench.metrics.memory_traffic import memory_of
+        from fa_bench.metrics.memory_traffic import memories
         from fa_bench.registry.specs import component
 
         architecture = component(ARCHITECTURES, spec)
         shape = (self.input_shape[0], self.input_shape[1], self.input_shape[2])
         with torch.device("meta"):
             model = architecture.build(shape, self.classes)
-        counts = {"bp": memory_of(model, shape)}
+        counts = {"bp": memories(model, shape)[0]}
         for k in sorted(set(self.k)):
             with contextlib.suppress(CoverageError):
-                memory = memory_of(model, shape, ASAP(k=k))
-                if memory not in counts.values():
+                memory = memories(model, shape, ASAP(k=k))[1]
+                if memory is not None and memory not in counts.values():
                     counts[f"asap k={k}"] = memory
         return counts
 
-    def draw(self, figure: Figure, table: pd.DataFrame) -> None:
+    def plot(self, figure: Figure, table: pd.DataFrame) -> None:
         from fa_bench.report.plot import COLOURS
 
         rules, batches = list(dict.fromkeys(table["rule"])), list(dict.fromkeys(table["batch"]))
@@ -87,15 +87,15 @@ class MemoryAccesses(Analysis):
         for axes, batch in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches, strict=True):
             for number, rule in enumerate(rules):
                 rows = table[(table["rule"] == rule) & (table["batch"] == batch)]
-                places = [names.index(name) + (number - (len(rules) - 1) / 2) * width for name in rows["architecture"]]
+                positions = [names.index(name) + (number - (len(rules) - 1) / 2) * width for name in rows["architecture"]]
                 colour = COLOURS[number % len(COLOURS)]
                 reads, writes = rows["reads"] / 1e6, rows["writes"] / 1e6
-                axes.bar(places, reads, width * 0.95, color=colour, label=f"{rule}, reads")
-                axes.bar(places, writes, width * 0.95, bottom=reads, color=colour, alpha=0.5, label=f"{rule}, writes")
+                axes.bar(positions, reads, width * 0.95, color=colour, label=f"{rule}, reads")
+                axes.bar(positions, writes, width * 0.95, bottom=reads, color=colour, alpha=0.5, label=f"{rule}, writes")
                 if rule != "bp":
-                    for place, total, ratio in zip(places, reads + writes, rows["ratio"], strict=True):
-                        axes.annotate(f"{ratio:.2f}", (place, total), ha="center", va="bottom", fontsize=8)
+                    for position, total, ratio in zip(positions, reads + writes, rows["ratio"], strict=True):
+                        axes.annotate(f"{ratio:.2f}", (position, total), ha="center", va="bottom", fontsize=8)
             axes.set_xticks(range(len(names)), [name.replace(":", "\n") for name in names])
             axes.set_title(f"batch of {batch}" + (", strict count" if self.strict else ""))
-            axes.set_ylabel("memory accesses a step (millions)")
+            axes.set_ylabel("memory accesses per step (millions)")
         figure.axes[-1].legend(fontsize=8)

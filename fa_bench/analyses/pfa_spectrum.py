@@ -1,4 +1,4 @@
-"""The first hop of product feedback alignment: spectrum of B Bᵀ, and how far B Bᵀ W is from W."""
+"""The first step of product feedback alignment: spectrum of B Bᵀ, and angle of B Bᵀ W to W."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ if TYPE_CHECKING:
 @ANALYSES.register("pfa_spectrum")
 @dataclasses.dataclass(eq=False)
 class PFASpectrum(Analysis):
-    """Eigenvalues of B Bᵀ against the expansion ratio, and the angle of B Bᵀ W to W (Fig. 3 of Li and Benna 2024).
+    """Eigenvalues of B Bᵀ for several expansion ratios, and the angle of B Bᵀ W to W (Fig. 3 of Li and Benna 2024).
 
-    B (O, M) is the rule's own draw: M = ratio x O units in between, entries of variance 1/M. With λ = O/M, and O and M large, the
-    eigenvalues v of B Bᵀ have the density of Marchenko and Pastur (eq. 8, with the square roots that its print lost)
+    B (O, M) is sampled by the rule: M = ratio x O intermediate units, entries of variance 1/M. With λ = O/M, for large O and M
+    the eigenvalues v of B Bᵀ have the Marchenko-Pastur density (eq. 8, with the square roots that are missing in print)
 
         μ(v) = √((λ₊ - v)(v - λ₋)) / (2π λ v) on [λ₋, λ₊], λ± = (1 ± √λ)²
 
     with mean 1 and standard deviation √λ; for λ > 1 a fraction 1 - 1/λ of them is zero [derived]. W and R learn by gᵀ x and
-    Bᵀ gᵀ x, so that B R becomes B Bᵀ W: its angle to W, for W (O, I) that knows nothing of B, is arctan √λ [derived: tr(B Bᵀ)/O
-    is 1, and tr((B Bᵀ)²)/O is 1 + λ]. W is drawn anew with every B.
+    Bᵀ gᵀ x, so that B R becomes B Bᵀ W. For W (O, I) independent of B its angle to W is arctan √λ [derived: tr(B Bᵀ)/O is 1, and
+    tr((B Bᵀ)²)/O is 1 + λ]. A new W is sampled with every B.
 
-    Rows are long: quantity, ratio, λ, and for the density the middle of the bin; what was measured over all draws (and
-    eigenvalues), its standard deviation over them, and what is predicted.
+    The table is in long format: quantity, ratio, λ, and for the density the middle of the bin; the measured mean over all samples
+    (and eigenvalues), its standard deviation over them, and the prediction.
     """
 
     size: ClassVar[tuple[float, float]] = (13, 4)
 
-    outputs: int = option(100, "O: units of the layer's output", minimum=2)
-    inputs: int = option(256, "I: units of its input, columns of W", minimum=1)
+    outputs: int = option(100, "O: output units of the layer", minimum=2)
+    inputs: int = option(256, "I: input units, columns of W", minimum=1)
     ratios: list[float] = option([round(10 ** (k / 5), 4) for k in range(11)], "expansion ratios M/O", above=0)
-    draws: int = option(100, "draws of B and W at each ratio", minimum=1)
-    histograms: list[float] = option([1.0, 10.0, 100.0], "those of the ratios whose eigenvalues are counted in bins", above=0)
+    draws: int = option(100, "samples of B and W for each ratio", minimum=1)
+    histograms: list[float] = option([1.0, 10.0, 100.0], "ratios whose eigenvalues are counted in bins", above=0)
     bins: int = option(30, "bins of a histogram, from λ₋ to λ₊", minimum=1)
     seed: int = option(0, "seed of B and W", minimum=0)
 
@@ -62,8 +62,8 @@ class PFASpectrum(Analysis):
             rule: Any = ALGORITHMS["pfa"].from_mapping({"ratio": ratio})
             between = max(round(ratio * self.outputs), 1)
             law = MarchenkoPastur(self.outputs / between)
-            found = [self._measure(rule, between, number) for number in range(self.draws)]
-            values, angles = np.concatenate([each[0] for each in found]), np.array([each[1] for each in found])
+            samples = [self._measure(rule, between, number) for number in range(self.draws)]
+            values, angles = np.concatenate([sample[0] for sample in samples]), np.array([sample[1] for sample in samples])
 
             def row(quantity: str, measured: float, predicted: float, spread: float = math.nan, v: float = math.nan,
                     ratio: float = ratio, law: MarchenkoPastur = law) -> None:
@@ -85,7 +85,7 @@ class PFASpectrum(Analysis):
         return pd.DataFrame(rows)
 
     def _measure(self, rule: Any, between: int, number: int) -> tuple[np.ndarray, float]:
-        """Eigenvalues of B Bᵀ, ascending, (O,), and the angle of B Bᵀ W to W in degrees, of one draw."""
+        """Eigenvalues of B Bᵀ, ascending, (O,), and the angle of B Bᵀ W to W in degrees, for one sample of B and W."""
         from fa_bench.metrics.angles import weight_angle
 
         first: Tensor = rule.first(self.outputs, between, seed_for(self.seed, number, "B")).double()
@@ -94,10 +94,10 @@ class PFASpectrum(Analysis):
         return torch.linalg.eigvalsh(product).numpy(), weight_angle(product @ weight, weight)
 
     def summary(self, table: pd.DataFrame) -> pd.DataFrame:
-        """All but the bins."""
+        """All rows except the bins."""
         return table.loc[table["quantity"] != "density"].drop(columns="eigenvalue")
 
-    def draw(self, figure: Figure, table: pd.DataFrame) -> None:
+    def plot(self, figure: Figure, table: pd.DataFrame) -> None:
         from fa_bench.report.plot import COLOURS
 
         spectrum, density, angle = figure.subplots(1, 3)
@@ -123,19 +123,19 @@ class PFASpectrum(Analysis):
             axes.legend(frameon=False, fontsize=8)
 
 
-#: Below this an eigenvalue of B Bᵀ in double precision is zero but for rounding.
+#: An eigenvalue of B Bᵀ below this in double precision is zero up to rounding.
 ZERO = 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
 class MarchenkoPastur:
-    """The limit of the eigenvalues of B Bᵀ for B (O, M) with independent entries of mean 0 and variance 1/M, O/M = `ratio`."""
+    """Limiting distribution of the eigenvalues of B Bᵀ, B (O, M) with independent entries of variance 1/M, O/M = `ratio`."""
 
     ratio: float
 
     @property
     def low(self) -> float:
-        """λ₋, the smallest eigenvalue that is not zero."""
+        """λ₋, the smallest nonzero eigenvalue."""
         return (1 - math.sqrt(self.ratio)) ** 2
 
     @property
@@ -145,25 +145,17 @@ class MarchenkoPastur:
 
     @property
     def zero_fraction(self) -> float:
-        """The fraction of eigenvalues that are zero: B has at most M rows that are independent."""
+        """The fraction of zero eigenvalues: B has at most M independent rows."""
         return max(0.0, 1 - 1 / self.ratio)
 
-    def density(self, v: np.ndarray) -> np.ndarray:
-        """μ(v), without the zeros; 0 outside [λ₋, λ₊]."""
-        v = np.asarray(v, dtype=float)
-        inside = (v > self.low) & (v < self.high)
-        at = np.where(inside, v, 1.0)
-        root = np.sqrt(np.clip((self.high - at) * (at - self.low), 0, None))
-        return np.where(inside, root / (2 * math.pi * self.ratio * at), 0.0)
-
     def below(self, v: np.ndarray) -> np.ndarray:
-        """The integral of μ up to v, without the zeros.
+        """The integral of μ up to v, without the point mass at zero.
 
-        Along v = 1 + λ - 2 √λ cos θ, where the integrand 2 sin² θ / (π v) has no singularity, not even for λ = 1.
+        Computed over θ with v = 1 + λ - 2 √λ cos θ, where the integrand 2 sin² θ / (π v) has no singularity, even for λ = 1.
         """
         theta = np.linspace(0, math.pi, 4097)
         middle = (theta[1:] + theta[:-1]) / 2
-        places = 1 + self.ratio - 2 * math.sqrt(self.ratio) * np.cos(middle)
-        parts = 2 * np.sin(middle) ** 2 / (math.pi * places) * (theta[1] - theta[0])
+        values = 1 + self.ratio - 2 * math.sqrt(self.ratio) * np.cos(middle)
+        parts = 2 * np.sin(middle) ** 2 / (math.pi * values) * (theta[1] - theta[0])
         at = np.arccos(np.clip((1 + self.ratio - np.asarray(v)) / (2 * math.sqrt(self.ratio)), -1, 1))
         return np.interp(at, theta, np.concatenate([[0.0], parts.cumsum()]))

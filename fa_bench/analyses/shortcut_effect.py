@@ -1,4 +1,4 @@
-"""Why shortcuts help activation sharing: the angle of its weight changes to those of backpropagation, with and without them."""
+"""Why shortcuts help activation sharing: angles of its weight changes to backpropagation's, with and without shortcuts."""
 
 from __future__ import annotations
 
@@ -31,35 +31,35 @@ if TYPE_CHECKING:
 class ShortcutEffect(Analysis):
     """The shortcut effect, measured (appendix E of Woo et al. 2021, eqs 43-47).
 
-    Layer l + 3 has the input h_{l+2} = φ(W_{l+2} h_{l+1} + b_{l+2}), plus h_l where there is a shortcut, and so backpropagation
-    changes its weight by δ φ(...), plus δ h_l. ASAP, which shares h_l, changes it by δ h_l in both nets: with the shortcut that
-    is a part of backpropagation's change. The paper draws this; here it is measured. Both nets are trained by ASAP, and between
-    epochs the gradients of ASAP and of backpropagation are taken on the same batch and weights, and their angle at each layer:
+    Layer l + 3 has the input h_{l+2} = φ(W_{l+2} h_{l+1} + b_{l+2}), plus h_l if there is a shortcut, so that backpropagation
+    changes its weight by δ φ(...), plus δ h_l. ASAP shares h_l and changes it by δ h_l in both nets: with a shortcut this is a
+    part of backpropagation's change. The paper shows this in a sketch; here it is measured. Both nets are trained by ASAP.
+    Between epochs the gradients of ASAP and of backpropagation are computed for the same batch and weights, and their angles in
+    each layer:
 
-    - ``whole``: ASAP as it trains, whose δ comes through B;
-    - ``sharing``: with backpropagation's own δ (``transport``, in fully connected layers too), which is what eqs 44, 46 and 47
-      compare.
+    - ``whole``: ASAP as in training, with its δ through B;
+    - ``sharing``: with backpropagation's δ (``transport``, also in fully connected layers), as compared in eqs 44, 46 and 47.
 
-    The effect is one of layers whose input is a block's sum, such as the first convolution of the next block, and not of those
-    inside a block. ``shares`` marks layers whose shared activation is not their own input; for the others sharing makes no angle.
-    Layers that ASAP does not train (the stem) have no row. Rows: net, seed, epoch, layer, the two angles in degrees, and the test
-    accuracy in % then.
+    The effect occurs in layers whose input is the sum of a block, such as the first convolution of the next block, and not in
+    those inside a block. ``shares`` marks layers whose shared activation is not their own input; for the others sharing has no
+    effect. Layers that ASAP does not train (the stem) have no row. Rows: net, seed, epoch, layer, the two angles in degrees, and
+    the test accuracy in % at that time.
     """
 
     size: ClassVar[tuple[float, float]] = (13, 4.5)
 
-    with_shortcuts: str = option("resnet20:width=8,blocks=2", "the net with shortcuts, NAME:OPTION=VALUE,...")
-    without_shortcuts: str = option("resnet20:width=8,blocks=2,shortcuts=false", "the net without, NAME:OPTION=VALUE,...")
-    rule: str = option("asap", "rule that shares activations, NAME:OPTION=VALUE,...; it needs the option transport")
+    with_shortcuts: str = option("resnet20:width=8,blocks=2", "net with shortcuts, NAME:OPTION=VALUE,...")
+    without_shortcuts: str = option("resnet20:width=8,blocks=2,shortcuts=false", "net without shortcuts, NAME:OPTION=VALUE,...")
+    rule: str = option("asap", "rule with shared activations and the option transport, NAME:OPTION=VALUE,...")
     dataset: str = option("digits", "dataset, NAME:OPTION=VALUE,...")
-    data_dir: str = option("data", "folder of the datasets")
+    data_dir: str = option("data", "folder of datasets")
     optimizer: str = option("sgd:lr=0.03,momentum=0.9,weight_decay=0.0005", "optimizer, NAME:OPTION=VALUE,...")
     epochs: int = option(6, "epochs of training", minimum=1)
-    every: int = option(3, "epochs between two measurements, besides one before the first and one after the last", minimum=1)
-    batch_size: int = option(64, "samples in a batch of training", minimum=1)
-    probe_size: int = option(128, "samples in the batch that the angles are taken on", minimum=2)
+    every: int = option(3, "epochs between two measurements; also measured before the first and after the last epoch", minimum=1)
+    batch_size: int = option(64, "batch size of training", minimum=1)
+    probe_size: int = option(128, "size of the batch for the angles", minimum=2)
     seeds: int = option(2, "seeds, from 0", minimum=1)
-    device: str = option("auto", "auto (an accelerator where there is one), cpu, cuda, cuda:1, mps")
+    device: str = option("auto", "auto (an accelerator if there is one), cpu, cuda, cuda:1, mps")
 
     def check(self) -> None:
         self.job("with_shortcuts", 0)
@@ -68,7 +68,7 @@ class ShortcutEffect(Analysis):
             raise OptionError("rule", f"={self.rule} has no option transport (asap has)")
 
     def job(self, net: str, seed: int) -> Job:
-        """The run of one net: `net` is the option that names it."""
+        """The job of one net: `net` is the option that names it."""
         keys = {"algorithm": "rule", "architecture": net, "dataset": "dataset", "optimizer": "optimizer"}
         return make_job(
             {group: (key, getattr(self, key)) for group, key in keys.items()}, seed=seed, epochs=self.epochs,
@@ -87,7 +87,7 @@ class ShortcutEffect(Analysis):
         return pd.DataFrame(rows)
 
     def _train(self, net: str, seed: int, bar: Any) -> list[dict[str, Any]]:
-        """Train one net and measure in between."""
+        """Train one net and measure it between epochs."""
         from fa_bench.runs.train import assemble, prepare
 
         job = self.job(net, seed)
@@ -95,8 +95,8 @@ class ShortcutEffect(Analysis):
         rows: list[dict[str, Any]] = []
 
         def measure(epoch: int, accuracy: float) -> None:
-            for layer, found in gradient_angles(parts).items():
-                rows.append({"net": net, "seed": seed, "epoch": epoch, "layer": layer, **found, "test_accuracy": 100 * accuracy})
+            for layer, angles in gradient_angles(parts).items():
+                rows.append({"net": net, "seed": seed, "epoch": epoch, "layer": layer, **angles, "test_accuracy": 100 * accuracy})
 
         def on_epoch(progress: Progress, metrics: dict[str, Any]) -> None:
             bar.update()
@@ -108,13 +108,13 @@ class ShortcutEffect(Analysis):
         return rows
 
     def summary(self, table: pd.DataFrame) -> pd.DataFrame:
-        """At the end, mean over the seeds: one row for each layer, one column for each net and angle."""
+        """Final means over the seeds: one row per layer, one column per net and angle."""
         last = table[(table["epoch"] == table["epoch"].max()) & table["shares"]]
         wide = last.pivot_table(index="layer", columns="net", values=["sharing", "whole"], sort=False)
         wide.columns = [f"{angle}_{net}" for angle, net in wide.columns]
         return wide.round(1).reset_index()
 
-    def draw(self, figure: Figure, table: pd.DataFrame) -> None:
+    def plot(self, figure: Figure, table: pd.DataFrame) -> None:
         from fa_bench.report.plot import COLOURS
 
         panels = figure.subplots(1, 2, sharey=True)
@@ -135,11 +135,12 @@ class ShortcutEffect(Analysis):
 
 
 def gradient_angles(parts: Parts) -> dict[str, dict[str, Any]]:
-    """{layer: angles} of the rule's weight gradients to backpropagation's on the probe's batch; the model stays as it is.
+    """{layer: angles} of the rule's weight gradients to backpropagation's on the fixed batch; the model does not change.
 
-    Angles: ``whole``, of the rule as it is, and ``sharing``, with transport, in degrees; ``shares`` tells whether sharing changes
-    the layer's gradient at all.
+    ``whole`` for the rule as it is, ``sharing`` with transport, in degrees; ``shares`` is whether sharing changes the layer's
+    gradient at all.
     """
+    from fa_bench import attached_rule
     from fa_bench.mechanisms.edge.pathways import FixedFeedback
     from fa_bench.mechanisms.edge.sharing import SharingRule
     from fa_bench.mechanisms.weighted_layers import weighted_layers
@@ -148,42 +149,34 @@ def gradient_angles(parts: Parts) -> dict[str, dict[str, Any]]:
     rule, x, y = parts.rule, parts.meter.x, parts.meter.y
     assert isinstance(rule, SharingRule)
     whole, true = gradients(rule, x, y), gradients(rule, x, y, exact=True)
-    # A copy of the plain model with the same sharing, in which the error goes by the weights.
-    copied = copy.deepcopy(rule.model)
-    plain = attached(copied).detach()
+    # A copy of the plain model with the same sharing, in which the error passes through the weights.
+    copied = attached_rule(copy.deepcopy(rule.model))
+    assert copied is not None
+    plain = copied.detach()
     fixed = [path for path, layer in weighted_layers(rule.model).items() if type(layer.pathway) is FixedFeedback]
     transport = dataclasses.replace(rule, transport=True, exclude=[*rule.exclude, *fixed])
     transport.attach(plain, seed=rule.seed, sample_input=x[:2])
     sharing = gradients(transport, x, y)
-    found: dict[str, dict[str, Any]] = {}
+    angles: dict[str, dict[str, Any]] = {}
     for layer in parts.meter.trace.order:
         if layer in whole and layer in sharing:
             angle = weight_angle(sharing[layer], true[layer])
-            found[layer] = {"sharing": angle, "whole": weight_angle(whole[layer], true[layer]), "shares": angle > ROUNDING}
-    return found
+            angles[layer] = {"sharing": angle, "whole": weight_angle(whole[layer], true[layer]), "shares": angle > ROUNDING}
+    return angles
 
 
-#: Degrees: an angle below this between two gradients in single precision is none.
+#: Degrees: a smaller angle between two gradients in single precision is rounding.
 ROUNDING = 0.1
 
 
-def attached(model: Any) -> Rule:
-    """The rule that a model has."""
-    from fa_bench import attached_rule
-
-    rule = attached_rule(model)
-    assert rule is not None
-    return rule
-
-
 def gradients(rule: Rule, x: Tensor, y: Tensor, exact: bool = False) -> dict[str, Tensor]:
-    """{layer: weight gradient} of one batch, by the rule or by backpropagation; gradients and statistics stay as they are."""
+    """{layer: weight gradient} for one batch, by the rule or by backpropagation, without side effects."""
     from contextlib import nullcontext
 
     from fa_bench.mechanisms.weighted_layers import weighted_layers
-    from fa_bench.metrics.meter import untouched
+    from fa_bench.metrics.meter import measurement_mode
 
-    with untouched(rule), rule.exact() if exact else nullcontext(), torch.enable_grad():
+    with measurement_mode(rule), rule.exact() if exact else nullcontext(), torch.enable_grad():
         logits = rule.model(x)
         rule.backward(torch.nn.functional.cross_entropy(logits, y), logits, y)
         layers = weighted_layers(rule.model)

@@ -1,4 +1,4 @@
-"""Runs that an analysis trains in its own process, without a directory of records."""
+"""Runs that an analysis trains in its own process, without a run directory."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def make_job(texts: Mapping[str, tuple[str, str]], **run: Any) -> Job:
     """A job from one string for each config group, ``NAME:OPTION=VALUE,...``.
 
     Args:
-        texts: config group -> (the analysis's option that says it, the string).
+        texts: config group -> (the analysis's option, its value).
         **run: top-level options.
 
     Raises:
         ConfigError: for an unknown component.
-        OptionError: for a bad value, with the analysis's option in front.
+        OptionError: for an invalid value, prefixed with the analysis's option.
     """
     from fa_bench.config.job import Job, RunOptions
     from fa_bench.objectives.cross_entropy import CrossEntropy
@@ -40,10 +40,10 @@ def make_job(texts: Mapping[str, tuple[str, str]], **run: Any) -> Job:
 
 
 def fit(job: Job, parts: Parts, on_epoch: Callable[[Progress, dict[str, Any]], None]) -> dict[str, dict[str, float]]:
-    """Train to the last epoch; returns the alignment metrics at the end.
+    """Train to the last epoch; returns the final alignment metrics.
 
     Raises:
-        ConfigError: where the run diverges.
+        ConfigError: the run diverged.
     """
     from fa_bench.callbacks.base import Callback
     from fa_bench.runs.callbacks import Alignment

@@ -28,7 +28,7 @@ from fa_bench.config.job import Job
 from fa_bench.config.labels import differing_keys, flatten, sweep_summary
 from fa_bench.config.scale import scaled
 from fa_bench.errors import printable
-from fa_bench.report.own import check
+from fa_bench.report.files import check_folder
 from fa_bench.runs.locks import lock_holder
 from fa_bench.runs.logs import preserve_root_logger
 from fa_bench.runs.rundir import RunDirectory, RunState
@@ -62,7 +62,7 @@ def sweep(context: HydraContext, task: Any, config: DictConfig, arguments: list[
     check_fit(job for job, _ in jobs)
     folders = _folders(jobs)
     for folder in folders:
-        check(folder)
+        check_folder(folder)
     assert composer.config is not None
     folder_of(config, "hydra.sweep.dir")  # a launcher may write its own files there before the first job
     # ${now:...} is the same time in all jobs.

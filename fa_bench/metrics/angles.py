@@ -10,14 +10,14 @@ from fa_bench.utils.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Below this norm a float32 gradient is rounding noise, and an angle with it means nothing.
+#: A float32 gradient with a norm below this is rounding noise, and its angle is meaningless.
 NORM_FLOOR = 1e-12
 
 
 def angles(u: Tensor, v: Tensor) -> Tensor:
-    """Angles between the rows of two (N, F) tensors, (N,) in double precision; NaN where a row is at the numeric floor.
+    """Angles between the rows of two (N, F) tensors, (N,) in double precision; NaN for a norm below `NORM_FLOOR`.
 
-    2 atan2(‖û - v̂‖, ‖û + v̂‖) keeps its precision near 0 and 180 degrees, where the arc cosine loses half the digits.
+    2 atan2(‖û - v̂‖, ‖û + v̂‖) is precise near 0 and 180 degrees, where the arc cosine loses half of the digits.
     """
     u, v = u.double(), v.double()
     norm_u, norm_v = u.norm(dim=1, keepdim=True), v.norm(dim=1, keepdim=True)
@@ -39,6 +39,5 @@ def norm_ratio(feedback: Tensor, weight: Tensor) -> float:
 
 
 def mean_sample_angle(errors: Tensor, true_errors: Tensor) -> float:
-    """Angle between two errors (N, ...) of each sample, flattened, averaged over the samples where it is not void."""
-    degrees = angles(errors.flatten(1), true_errors.flatten(1))
-    return degrees.nanmean().item()
+    """Angle between two errors (N, ...) of each sample, flattened; mean over the samples for which it is defined."""
+    return angles(errors.flatten(1), true_errors.flatten(1)).nanmean().item()

@@ -1,4 +1,4 @@
-"""How many multiplications a training step takes: those of matrix products and convolutions, counted while they run."""
+"""The number of multiplications of a training step: those of matrix products and convolutions, counted while they run."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch.utils.flop_counter import flop_registry
 
 from fa_bench.mechanisms.rule import Rule
 
-#: Samples in the batches that are really run to learn the count at any batch size.
+#: Sizes of the batches that are run to determine the count at any batch size.
 _BATCHES = (2, 3, 4)
 
 
 class Counter(TorchDispatchMode):
-    """Counts multiplications; torch's own FlopCounterMode hooks modules, which a gradient within a backward pass refuses."""
+    """Counts multiplications. FlopCounterMode of torch hooks modules and fails if gradients are computed in a backward pass."""
 
     total = 0
 
@@ -28,17 +28,17 @@ class Counter(TorchDispatchMode):
 
 
 def multiplications(step: Callable[[], None]) -> int:
-    """How many multiplications the matrix products and convolutions of one step have."""
+    """The number of multiplications in the matrix products and convolutions of one step."""
     with Counter() as counter:
         step()
     return counter.total
 
 
 def at_batch(counts: Sequence[int], batch: int) -> int:
-    """The count at a batch of `batch` samples, from those at 2, 3 and 4.
+    """The count for a batch of `batch` samples, from those for 2, 3 and 4.
 
-    Exact where the count is a polynomial of the batch size of degree two at most: products with the batch grow with it,
-    similarities of its samples with its square, and what a rule does on noise of its own not at all.
+    Exact if the count is a polynomial of the batch size of degree at most two: products with the batch grow linearly,
+    similarities between samples quadratically, and steps on a rule's own noise are constant.
     """
     two, three, four = counts
     beyond = batch - _BATCHES[0]
@@ -46,15 +46,15 @@ def at_batch(counts: Sequence[int], batch: int) -> int:
 
 
 def step_multiplications(rule: Rule, input_shape: tuple[int, ...], classes: int, batch: int) -> tuple[int, int]:
-    """Multiplications of one training step without the optimizer's: (the rule's, backpropagation's in the same model).
+    """Multiplications of one training step without the optimizer: (with the rule, with backpropagation in the same model).
 
-    Runs small steps on random inputs: gradients are filled, running statistics and the rule's draws move on, weights stay.
+    Runs small steps on random inputs, which change gradients, running statistics and random feedback, but no weights.
 
     Args:
         rule: an attached rule.
         input_shape: shape of one input, without the batch.
         classes: number of classes.
-        batch: samples in the step that is asked for.
+        batch: the batch size of the step.
     """
     device = next(rule.model.parameters()).device
 
@@ -70,5 +70,5 @@ def step_multiplications(rule: Rule, input_shape: tuple[int, ...], classes: int,
     rule.model.train()
     with rule.exact():
         reference = [multiplications(lambda n=samples: step(n, exact=True)) for samples in _BATCHES]
-    own = [multiplications(lambda n=samples: step(n, exact=False)) for samples in _BATCHES]
-    return at_batch(own, batch), at_batch(reference, batch)
+    with_rule = [multiplications(lambda n=samples: step(n, exact=False)) for samples in _BATCHES]
+    return at_batch(with_rule, batch), at_batch(reference, batch)

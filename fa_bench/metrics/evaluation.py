@@ -11,7 +11,7 @@ from fa_bench.data.base import Split
 from fa_bench.mechanisms.trace import evaluating
 from fa_bench.objectives.base import Objective
 
-#: Samples of an evaluation batch at least: evaluation keeps no activations, so that large batches cost no more memory.
+#: Least batch size of evaluation: it keeps no activations, so that larger batches hardly need more memory.
 EVALUATION_BATCH = 512
 
 
@@ -22,7 +22,7 @@ def evaluate(
 ) -> tuple[float | None, float | None]:
     """Mean loss and accuracy (a fraction) over a whole split in evaluation mode.
 
-    (None, None) without samples; the accuracy is None where targets are numbers. `before_batch` is called before every batch.
+    (None, None) without samples; the accuracy is None if targets are numbers. `before_batch` is called before every batch.
     """
     if split is None or len(split) == 0:
         return None, None

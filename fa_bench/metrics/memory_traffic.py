@@ -23,13 +23,13 @@ _BITS = 32
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What a training step reads from and writes to memory; values, not bytes.
+    """Numbers of values (not bytes) that a training step reads from and writes to memory.
 
     Attributes:
-        parameters: P, numbers in ``model.parameters()``.
+        parameters: P, the size of ``model.parameters()``.
         activations: A, values per sample that are kept for the backward pass.
-        feedback: values of B that carry an error.
-        learned: those of them that are learned.
+        feedback: values of feedback tensors that carry an error.
+        learned: those that are learned.
         relus: outputs of ReLUs per sample.
     """
 
@@ -42,9 +42,9 @@ class Memory:
     def accesses(self, batch: int, strict: bool = False) -> tuple[int, int]:
         """(reads, writes) of one step: 2P + A b and P + A b.
 
-        The forward pass reads P and writes A b (eq 48), the backward pass reads P + A b and writes P (eq 49): 3P + 2 A b in all.
-        `strict` adds what the paper omits: reading B and writing its learned part, and one bit for every output of a ReLU, 32 to
-        a value, written in the forward and read in the backward pass.
+        The forward pass reads P and writes A b (eq 48), the backward pass reads P + A b and writes P (eq 49): 3P + 2 A b.
+        `strict` adds what the paper omits: reading B and writing its learned part; and one bit for every output of a ReLU, 32 in
+        a value, written in the forward pass and read in the backward pass.
         """
         reads, writes = 2 * self.parameters + self.activations * batch, self.parameters + self.activations * batch
         if not strict:
@@ -53,27 +53,23 @@ class Memory:
         return reads + self.feedback + masks, writes + self.learned + masks
 
 
-def memory_of(model: nn.Module, input_shape: tuple[int, ...], rule: Rule | None = None) -> Memory:
-    """Counts for a plain model, from one forward pass of one sample on the model's device; cheap on the device ``meta``.
+def memories(model: nn.Module, input_shape: tuple[int, ...], rule: Rule | None = None) -> tuple[Memory, Memory | None]:
+    """Counts for backpropagation in a plain model, and for a rule if it defines `step_memory`.
 
-    Backpropagation keeps the output of every layer, counted once: of a weighted layer the activation after normalisation,
-        nonlinearity, addition and max-pooling, which is the input of the next layers; of average pooling, which counts as a
-        layer; and the logits. The image is not counted. A rule keeps what its `step_memory` says, and the logits.
+    From one forward pass of one sample on the model's device; cheap on the device ``meta``.
+
+    Backpropagation keeps the output of every layer, counted once: for a weighted layer the activation after normalisation,
+    nonlinearity, addition and max-pooling, which is the input of the next layers; for average pooling, which counts as a layer,
+    its input; and the logits. The image is not counted. A rule keeps what its `step_memory` returns, and the logits.
 
     Args:
         model: a plain model.
         input_shape: shape of one input, without the batch.
-        rule: a rule that is not attached and defines `step_memory`; None for backpropagation.
+        rule: a rule that is not attached.
 
     Raises:
         CoverageError: if the rule cannot be attached to the model.
     """
-    reference, of_rule = memories(model, input_shape, rule)
-    return of_rule or reference
-
-
-def memories(model: nn.Module, input_shape: tuple[int, ...], rule: Rule | None) -> tuple[Memory, Memory | None]:
-    """Counts of backpropagation in a plain model, and of a rule if it defines `step_memory`; arguments as for `memory_of`."""
     device = next(model.parameters()).device
     with _Watch() as watch:
         trace = trace_model(model, torch.zeros(1, *input_shape, device=device))
@@ -93,7 +89,7 @@ def _inputs(trace: Trace, layers: list[str]) -> int:
 
 
 class _Watch(TorchDispatchMode):
-    """Records what the inputs of layers do not show: maps that are averaged, and the sizes of ReLUs."""
+    """Counts what the inputs of layers do not reveal: maps that are averaged, and outputs of ReLUs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +108,7 @@ class _Watch(TorchDispatchMode):
         if operation in _RELUS:
             self.relus += out.numel()
         elif operation == "convolution" or (operation in _AVERAGES and args[0].dim() > 2 and out.numel() < args[0].numel()):
-            self._alive.append(args[0])  # so that no other tensor gets its storage
+            self._alive.append(args[0])  # no other tensor may reuse its storage
             storage = args[0].untyped_storage()._cdata
             if operation == "convolution":
                 self._convolved.add(storage)

@@ -1,15 +1,14 @@
-"""Measures how far a rule's errors are from those of backpropagation, on a fixed batch, and leaves no trace.
+"""Measures how far a rule's errors are from those of backpropagation, on a fixed batch and without side effects.
 
-The error of a layer is taken at its activation: where the rule delivers it, for edge rules at the input of the next weighted
-layer, for cut rules at the cut. Batch normalisation uses the batch's statistics and leaves its running ones alone; dropout is
-off.
+The error of a layer is taken at its activation, where the rule delivers it: for edge rules at the input of the next weighted
+layer, for cut rules at the cut. Batch normalisation uses the statistics of the batch and keeps its running ones; dropout is off.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,22 +16,23 @@ import torch
 from torch import Tensor, nn
 
 from fa_bench.mechanisms.rule import INPUT, OUTPUT, Rule
-from fa_bench.mechanisms.trace import tensors_in, trace_model, without_side_effects
+from fa_bench.mechanisms.trace import set_temporarily, tensors_in, trace_model, without_side_effects
 from fa_bench.mechanisms.weighted_layers import weighted_layers
 from fa_bench.metrics.alignment.base import declared
 from fa_bench.registry.registries import METRICS
 
 Point = tuple[str, str]
+LOGITS: Point = ("", OUTPUT)
 
 
 class AlignmentMeter:
-    """Measures alignment metrics of an attached rule on one fixed batch, and leaves no trace.
+    """Measures alignment metrics of an attached rule on one fixed batch, without side effects.
 
     Args:
         rule: an attached rule.
         x: inputs (N, ...).
-        y: targets (N,), or (N, O) where they are numbers.
-        metrics: names of those to measure; None: all that are registered.
+        y: targets (N,), or (N, O) if they are numbers.
+        metrics: names of the metrics; None: all that are registered.
     """
 
     def __init__(self, rule: Rule, x: Tensor, y: Tensor, metrics: Iterable[str] | None = None) -> None:
@@ -44,9 +44,8 @@ class AlignmentMeter:
 
     @property
     def feedback_layers(self) -> list[str]:
-        """Layers whose feedback carries an error: those that another layer's activation enters."""
-        consumers = set(self.trace.consumer.values())
-        return [layer for layer in self.trace.order if layer in consumers]
+        """Layers whose feedback carries an error, projection shortcuts included: all but those whose input is the image."""
+        return self.trace.reached
 
     @property
     def output_layers(self) -> list[str]:
@@ -54,15 +53,16 @@ class AlignmentMeter:
         return self.trace.outputs
 
     def measure(self) -> dict[str, dict[str, float]]:
-        """{metric: {layer: value}}, the layers in the order of execution; NaN where a value is void."""
-        with untouched(self.rule):
+        """{metric: {layer: value}}, the layers in the order of execution; NaN for an undefined value."""
+        with measurement_mode(self.rule):
             passes = Passes(self)
             values = {metric.name: metric.measure(passes) for metric in self.metrics}
-        return {name: {layer: found[layer] for layer in self.trace.order if layer in found} for name, found in values.items()}
+        return {name: {layer: of_layer[layer] for layer in self.trace.order if layer in of_layer}
+                for name, of_layer in values.items()}
 
 
 class Passes:
-    """Forward and backward passes of a rule and of backpropagation on the same batch, each made when it is first asked for.
+    """Forward and backward passes of a rule and of backpropagation on the same batch, each run when it is first needed.
 
     Attributes:
         rule: the attached rule.
@@ -76,97 +76,87 @@ class Passes:
 
     @functools.cached_property
     def delivered(self) -> Record:
-        """Errors and tensors of a pass by the rule."""
-        record = self._pass(lambda loss, logits: self.rule.deliver(loss, logits, self._meter.y))
-        self._gradients = self._take_gradients()
-        return record
+        """Errors and tensors of a pass with the rule."""
+        return self._pass(lambda loss, logits: self.rule.deliver(loss, logits, self._meter.y))
 
     @functools.cached_property
     def exact(self) -> Record:
-        """Errors and tensors of a pass by backpropagation."""
-        _ = self.delivered  # first: it has the logits that the rule trains by
+        """Errors and tensors of a pass with backpropagation."""
+        _ = self.delivered  # comes first, as in training
         with self.rule.exact():
-            record = self._pass(lambda loss, logits: loss.backward())
-        self._exact_gradients = self._take_gradients()
-        return record
+            return self._pass(lambda loss, logits: loss.backward())
 
     @property
     def gradients(self) -> dict[str, Tensor | None]:
-        """{layer: the gradient that the rule gives its weight}."""
-        _ = self.delivered
-        return self._gradients
+        """{layer: the gradient that the rule computes for its weight}."""
+        return self.delivered.gradients
 
     @property
     def exact_gradients(self) -> dict[str, Tensor | None]:
         """{layer: the gradient of its weight by backpropagation}."""
-        _ = self.exact
-        return self._exact_gradients
+        return self.exact.gradients
 
     @functools.cached_property
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """{layer: (effective feedback, weight)}; products and the like are computed once for all metrics."""
+        """{layer: (effective feedback, weight)}, computed once for all metrics."""
         return self.rule.weight_pairs()
 
     @property
     def logits(self) -> Tensor:
         """The model's output for the batch, (N, C)."""
-        return self.delivered.tensors["", OUTPUT].detach()
+        return self.delivered.tensors[LOGITS].detach()
 
-    def _take_gradients(self) -> dict[str, Tensor | None]:
-        found: dict[str, Any] = {path: layer.weight.grad for path, layer in weighted_layers(self.rule.model).items()}
-        for parameter in self.rule.model.parameters():
-            parameter.grad = None  # another pass would add to it
-        return found
-
-    def _pass(self, backward: Any) -> Record:
-        """One forward and backward; the errors at the points, and at the outputs of the layers whose inputs are points."""
-        record = Record()
-        modules = dict(self.rule.model.named_modules())
+    def _pass(self, backward: Callable[[Tensor, Tensor], Any]) -> Record:
+        """One forward and backward pass: records the points, and the outputs of all layers if points are inputs of layers."""
+        record, model = Record(), self.rule.model
+        modules = dict(model.named_modules())
         cuts = {module for module, side in self.points.values() if side == OUTPUT}
-        layers = {path for path in self.trace.order if any(side == INPUT for _, side in self.points.values())}
-        # In front of the rule's own hooks, which replace what they cut.
+        layers = set(self.trace.order) if any(side == INPUT for _, side in self.points.values()) else set()
+        # Before the rule's own hooks, which replace the tensors at cuts.
         handles = [modules[path].register_forward_hook(record.outputs(path), prepend=True) for path in cuts | layers]
         handles += [modules[path].register_forward_pre_hook(record.inputs(path), prepend=True) for path in layers]
         try:
             with torch.enable_grad():
-                logits = next(tensors_in(self.rule.model(self._meter.x)))
-                record.watch(("", OUTPUT), logits)
+                logits = next(tensors_in(model(self._meter.x)))
+                record.watch(LOGITS, logits)
                 backward(self.rule.objective.loss(logits, self._meter.y), logits)
         finally:
-            # The tensors' hooks too: with them tensors and record hold each other, out of the garbage collector's sight.
+            # Tensors and record would keep each other alive through the tensors' hooks, unseen by the garbage collector.
             for handle in handles + record.handles:
                 handle.remove()
+        record.gradients = {path: layer.weight.grad for path, layer in weighted_layers(model).items()}
+        for parameter in model.parameters():
+            parameter.grad = None  # the next pass would add to it
         return record
 
     @functools.cached_property
     def one_step(self) -> dict[Point, Tensor]:
-        """The exact errors at the points, one step below the rule's own errors."""
+        """The errors at the points that exact derivatives would give, starting from the rule's own errors one layer above."""
         _, delivered = self.exact, self.delivered
-        found = {point: self._one_step_at_input(point[0], delivered) for point in set(self.points.values())
-                 if point[1] == INPUT and point in delivered.errors}
+        errors = {point: self._one_step_at_input(point[0]) for point in set(self.points.values())
+                  if point[1] == INPUT and point in delivered.errors}
         if any(side == OUTPUT for _, side in self.points.values()):
-            found.update(self._one_step_at_outputs(delivered))
-        return found
+            errors.update(self._one_step_at_outputs())
+        return errors
 
-    def _one_step_at_input(self, layer: str, delivered: Record) -> Tensor:
-        """The rule's error with the part that every consumer of this tensor brought replaced by its exact part.
+    def _one_step_at_input(self, layer: str) -> Tensor:
+        """The rule's error, with the part that each consumer of this tensor contributes replaced by its exact part.
 
-        What came to the tensor by other ways, such as an identity shortcut, was exact already.
+        Parts that reach the tensor in other ways, such as through an identity shortcut, are exact already.
         """
-        rule, x = self.rule, delivered.tensors[layer, INPUT]
-        error = delivered.errors[layer, INPUT]
+        rule, delivered = self.rule, self.delivered
+        x, error, delta = delivered.tensors[layer, INPUT], delivered.errors[layer, INPUT], delivered.errors[LOGITS]
         for path in (p for p in self.trace.order if delivered.tensors.get((p, INPUT)) is x):
             g = delivered.errors.get((path, OUTPUT))
             if g is not None:
-                carried = rule.input_error(path, x, g, delivered.errors["", OUTPUT])
+                contributed = rule.input_error(path, x, g, delta)
                 with rule.exact():
-                    exact = Rule.input_error(rule, path, x, g, delivered.errors["", OUTPUT])
-                error = error - carried + exact
+                    error = error - contributed + Rule.input_error(rule, path, x, g, delta)
         return error
 
-    def _one_step_at_outputs(self, delivered: Record) -> dict[Point, Tensor]:
-        """An exact backward pass of every part between the cuts at once, from the rule's errors at its upper end."""
-        modules = dict(self.rule.model.named_modules())
+    def _one_step_at_outputs(self) -> dict[Point, Tensor]:
+        """One exact backward pass through all parts between cuts, each starting from the rule's errors at its upper end."""
+        delivered, modules = self.delivered, dict(self.rule.model.named_modules())
         leaves: dict[Point, tuple[Tensor, Tensor]] = {}
 
         def split(path: str) -> Any:
@@ -184,29 +174,28 @@ class Passes:
         finally:
             for handle in handles:
                 handle.remove()
-        torch.autograd.backward(
-            [logits, *(kept for kept, _ in leaves.values())],
-            [delivered.errors["", OUTPUT], *(delivered.errors[point] for point in leaves)],
-        )
+        torch.autograd.backward([logits, *(output for output, _ in leaves.values())],
+                                [delivered.errors[LOGITS], *(delivered.errors[point] for point in leaves)])
         return {point: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for point, (_, leaf) in leaves.items()}
 
 
 @dataclasses.dataclass
 class Record:
-    """Tensors and their gradients at (module, side) of one pass; ("", output) is the logits."""
+    """One pass: tensors and their gradients at (module, side), and the gradients of the weights by layer."""
 
     tensors: dict[Point, Tensor] = dataclasses.field(default_factory=dict)
     errors: dict[Point, Tensor] = dataclasses.field(default_factory=dict)
     handles: list[Any] = dataclasses.field(default_factory=list)
+    gradients: dict[str, Tensor | None] = dataclasses.field(default_factory=dict)
 
     def watch(self, point: Point, tensor: Tensor) -> None:
-        """Keep a tensor, and its gradient once the backward pass has it whole."""
-        def keep(gradient: Tensor) -> None:
+        """Record a tensor, and its gradient once the backward pass has accumulated it."""
+        def hook(gradient: Tensor) -> None:
             self.errors[point] = gradient.detach()
 
         if tensor.requires_grad:
             self.tensors[point] = tensor
-            self.handles.append(tensor.register_hook(keep))
+            self.handles.append(tensor.register_hook(hook))
 
     def inputs(self, path: str) -> Any:
         """A forward pre-hook that watches a module's input."""
@@ -218,21 +207,14 @@ class Record:
 
 
 @contextmanager
-def untouched(rule: Rule) -> Iterator[None]:
-    """Training mode on batch statistics without dropout; gradients, running statistics and draws as before afterwards."""
-    model, mode = rule.model, rule.mode
-    modes = [(module, module.training) for module in model.modules()]
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    held, mode.freeze_random = mode.freeze_random, True
-    for parameter, _ in gradients:
-        parameter.grad = None
-    try:
-        model.train()
+def measurement_mode(rule: Rule) -> Iterator[None]:
+    """A context for passes without side effects: training mode with the batch's statistics, without dropout or new samples.
+
+    Gradients are None within it; afterwards they, the modes of modules and running statistics are as before.
+    """
+    model = rule.model
+    with set_temporarily([rule.mode], "freeze_random", True), set_temporarily(model.parameters(), "grad", None), \
+            set_temporarily(model.modules(), "training", True):
+        model.train()  # modules may override it
         with without_side_effects(model):
             yield
-    finally:
-        mode.freeze_random = held
-        for module, training in modes:
-            module.training = training
-        for parameter, gradient in gradients:
-            parameter.grad = gradient

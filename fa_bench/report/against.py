@@ -1,4 +1,4 @@
-"""Every published number that the runs answer to, beside theirs."""
+"""Published numbers compared with those of the runs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 
 from fa_bench.report.groups import group_labels, group_runs
-from fa_bench.report.numbers import half_width, mean, std
-from fa_bench.report.published import Entry, answering, compare
+from fa_bench.report.numbers import half_width, mean, number, std
+from fa_bench.report.published import Entry, compare, matching_entries
 from fa_bench.report.runs import Run
 from fa_bench.report.table import Column
 
@@ -38,39 +38,34 @@ COLUMNS = {
 
 
 def against_published(entries: Sequence[Entry], runs: Sequence[Run]) -> pd.DataFrame:
-    """One row per group, published number and layer, in the order of the groups and of the file; `COLUMNS` lists the columns.
+    """One row per group, published number and layer, in the order of the groups and of the file, with the columns `COLUMNS`.
 
-    Of several numbers for one quantity, layer and epoch the first in the file counts, such as that of a figure before what the
-    text says of it. Where the paper has a range, `inside` says whether our mean lies in it, and there is no difference.
+    Of several numbers for one quantity, layer and epoch the first in the file counts. If the paper gives a range, `inside` says
+    whether our mean lies in it, and there is no difference.
     """
     groups = group_runs(runs)
     labels = group_labels(groups)
     rows: list[dict[str, Any]] = []
     for group, members in groups.items():
-        taken: set[tuple[str, str, int | None]] = set()
-        for entry in answering(entries, members):
+        compared: set[tuple[str, str, int | None]] = set()
+        for entry in matching_entries(entries, members):
             layers = list(dict.fromkeys(layer for run in members for layer in run.layers(entry.quantity)))
             for layer, values in compare(entry, members, layers):
-                if values and (entry.quantity, layer, entry.at) not in taken:
-                    taken.add((entry.quantity, layer, entry.at))
+                if values and (entry.quantity, layer, entry.at) not in compared:
+                    compared.add((entry.quantity, layer, entry.at))
                     rows.append({"label": labels[group], "layer": layer, **_row(entry, members, values)})
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"inside": object})
 
 
 def _row(entry: Entry, members: Sequence[Run], values: Sequence[float]) -> dict[str, Any]:
     ours = mean(values)
-    ranged = not math.isnan(entry.low)
     return {
         "quantity": entry.quantity, "unit": entry.unit, "n": len(values),
         "ours": ours, "ours_std": std(values), "ours_ci95": half_width(values),
-        "published": entry.value, "published_low": _finite(entry.low), "published_high": _finite(entry.high),
+        "published": entry.value, "published_low": number(entry.low), "published_high": number(entry.high),
         "published_spread": entry.spread, "spread_kind": "" if math.isnan(entry.spread) else entry.spread_kind,
         "published_n": math.nan if entry.n is None else entry.n,
-        "difference": ours - entry.value, "inside": entry.low <= ours <= entry.high if ranged else None,
+        "difference": ours - entry.value, "inside": entry.low <= ours <= entry.high if not math.isnan(entry.low) else None,
         "source": entry.source, "row": entry.row,
         "note": "; ".join(filter(None, (entry.remark(members), entry.conditions))),
     }
-
-
-def _finite(bound: float) -> float:
-    return bound if math.isfinite(bound) else math.nan

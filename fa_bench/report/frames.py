@@ -1,4 +1,4 @@
-"""Runs as pandas DataFrames, for notebooks and scripts."""
+"""Runs as pandas data frames, for notebooks and scripts."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from fa_bench.runs.readers import RecordError
 if TYPE_CHECKING:
     import pandas as pd
 
-#: Keys of a result that are columns; the others are hashes, versions and nested records.
+#: Keys of a result that become columns; the others are hashes, versions and nested records.
 _COLUMNS = ("status", "label", "algorithm", "architecture", "dataset", "optimizer", "objective", "experiment", "seed", "epoch",
             "test_accuracy", "test_accuracy_at_best_val", "val_accuracy", "train_accuracy", "best_epoch", "seconds",
             "peak_memory_bytes", "code_hash", "data_hash", "weights_hash", "device")
 
 
 def load_results(*directories: str | os.PathLike[str], curves: bool = False) -> pd.DataFrame:
-    """The runs in directories, and below them, as a DataFrame.
+    """The runs in and below directories as a data frame.
 
     Args:
         *directories: output directories or run directories.
-        curves: one row a run and epoch, in place of one row a run.
+        curves: one row per run and epoch instead of one row per run.
 
     Returns:
-        One row a run: its directory, status, components, seed, accuracies (fractions), seconds, the mean over layers of every
-        alignment metric, and every option of its config by the key of its command line, such as ``optimizer.lr``. With `curves`,
-        the directory, label and seed of the run, and what it recorded of every epoch: losses, accuracies, learning rate, seconds
-        so far, and the means of alignment metrics where they were measured. A run without a result has no row; one whose record
-        is damaged is left out with a warning.
+        One row per run: its directory, status, components, seed, accuracies (fractions), seconds, the mean over layers of every
+        alignment metric, and every option of its config by command-line key, such as ``optimizer.lr``. With `curves`, the run's
+        directory, label and seed, and its record of the epoch: losses, accuracies, learning rate, seconds so far, and the means
+        of the alignment metrics that were measured. A run without a result has no row; one with a damaged record is skipped with
+        a warning.
 
     Raises:
         DataError: for a directory that does not exist.
@@ -44,7 +44,7 @@ def load_results(*directories: str | os.PathLike[str], curves: bool = False) -> 
         try:
             run = read_run(directory)
         except RecordError as error:
-            warnings.warn(f"left out: {error}", stacklevel=2)
+            warnings.warn(f"skipped: {error}", stacklevel=2)
             continue
         if run is not None:
             rows += _curves(run) if curves else [_row(run)]
@@ -58,8 +58,8 @@ def _row(run: Run) -> dict[str, Any]:
 
 
 def _curves(run: Run) -> list[dict[str, Any]]:
-    of_run = {"directory": str(run.directory), "label": run.result["label"], "seed": run.result["seed"]}
-    return [{**of_run, **{key: value for key, value in line.items() if key not in ("angles", "probes")},
+    identity = {"directory": str(run.directory), "label": run.result["label"], "seed": run.result["seed"]}
+    return [{**identity, **{key: value for key, value in line.items() if key not in ("angles", "probes")},
              **_means(run, line.get("angles"))} for line in run.metrics]
 
 

@@ -1,11 +1,11 @@
-"""Runs in groups that differ in the seed alone, groups in tasks that can be compared, and all in an order of their own."""
+"""Groups of runs that differ only in the seed, tasks of groups that can be compared, and the order of both in reports."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fa_bench.config.labels import DATA_DIR, differing_keys, label, result_options
@@ -17,9 +17,9 @@ Groups = Mapping[str, Sequence[Run]]
 
 
 def in_order(runs: Iterable[Run]) -> list[Run]:
-    """The runs in an order that follows from their records alone, so that a report does not depend on where they lie.
+    """The runs in an order that depends only on their records, so that a report does not depend on where they lie.
 
-    By dataset, architecture, the control, the floor, the label (numbers in it by value), seed.
+    Sorted by dataset, architecture, the control, the floor, the label (numbers in it by value), and seed.
     """
     runs = sorted(runs, key=lambda run: (run.row, run.result["seed"], json.dumps(run.result, sort_keys=True)))
     labels = group_labels(group_runs(runs))
@@ -33,13 +33,13 @@ def in_order(runs: Iterable[Run]) -> list[Run]:
 
 
 def _natural(text: str) -> list[Any]:
-    """A sort key in which numbers count by their value: words and numbers take turns."""
+    """A sort key that compares numbers in a text by value: words and numbers alternate."""
     parts = re.split(r"(\d+(?:\.\d+)?(?:e[-+]?\d+)?)", text)
     return [float(part) if index % 2 else part for index, part in enumerate(parts)]
 
 
 def group_runs(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """The runs of each row: of each config up to its seed, version of the code and data, in the order of first appearance."""
+    """The runs of each row (one config without the seed, version of the code, and data), in the order of first appearance."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.row, []).append(run)
@@ -47,58 +47,64 @@ def group_runs(runs: Iterable[Run]) -> dict[str, list[Run]]:
 
 
 def group_labels(groups: Groups) -> dict[str, str]:
-    """What to call each group: its label; where several groups share it, with what their configs differ in, and with the code
-    that ran them and the data where those differ.
+    """A distinct label for each group.
 
-    A group that is still not told apart, for its config is not there or says nothing, goes by its own name.
+    Groups with the same label are distinguished by the keys in which their configs differ, then by the hashes of code and data.
+    If neither distinguishes a group, because its config is missing or empty, its label is its group name.
     """
-    labels = {group: runs[0].result["label"] for group, runs in groups.items()}
-    for name in [name for name, count in Counter(labels.values()).items() if count > 1]:
-        configs = {group: groups[group][0].config for group, label in labels.items() if label == name}
-        keys = differing_keys(configs.values())
-        labels |= {group: label(name, config, keys) for group, config in configs.items()}
+    labels = _distinguished({group: runs[0].result["label"] for group, runs in groups.items()},
+                            lambda group: groups[group][0].config)
     for key, word in VERSIONS.items():
-        for name in [name for name, count in Counter(labels.values()).items() if count > 1]:
+        for name in _duplicates(labels):
             hashes = {group: groups[group][0].result.get(key) for group, label in labels.items() if label == name}
-            several = set(hashes.values())
-            if len(several) > 1:
-                length = next((n for n in (8, 16) if len({str(one)[:n] for one in several}) == len(several)), None)
-                labels |= {group: f"{name} {word}={one[:length] if one else 'unknown'}" for group, one in hashes.items()}
-    shared = Counter(labels.values())
+            distinct = set(hashes.values())
+            if len(distinct) > 1:
+                length = next((n for n in (8, 16) if len({str(value)[:n] for value in distinct}) == len(distinct)), None)
+                labels |= {group: f"{name} {word}={value[:length] if value else 'unknown'}" for group, value in hashes.items()}
+    duplicates = _duplicates(labels)
     names = Counter(runs[0].result["group"] for runs in groups.values())
-    own = {group: name if names[name := runs[0].result["group"]] == 1 else group for group, runs in groups.items()}
-    return {group: label if shared[label] == 1 else own[group] for group, label in labels.items()}
+    group_names = {group: name if names[name := runs[0].result["group"]] == 1 else group for group, runs in groups.items()}
+    return {group: group_names[group] if label in duplicates else label for group, label in labels.items()}
+
+
+def _duplicates(labels: Mapping[str, str]) -> list[str]:
+    return [name for name, count in Counter(labels.values()).items() if count > 1]
+
+
+def _distinguished(labels: dict[str, str], config_of: Callable[[str], Mapping[str, Any]]) -> dict[str, str]:
+    """The labels; to equal ones, the values of the keys in which their configs differ are added."""
+    for name in _duplicates(labels):
+        configs = {key: config_of(key) for key, label in labels.items() if label == name}
+        keys = differing_keys(configs.values())
+        labels = labels | {key: label(name, config, keys) for key, config in configs.items()}
+    return labels
 
 
 def tasks(groups: Groups) -> dict[str, dict[str, Sequence[Run]]]:
-    """The groups by what they learn: by dataset (and its folder, where it is one) and architecture with their options.
+    """{title: groups} for each task: a dataset (with its folder if that is the data) and an architecture, with their options.
 
-    Title -> groups, in order. A title names dataset and architecture, and options in which tasks of these names differ.
+    A title names dataset and architecture, and the options in which tasks with the same names differ.
     """
-    found: dict[str, dict[str, Sequence[Run]]] = {}
+    by_task: dict[str, dict[str, Sequence[Run]]] = {}
     for group, members in groups.items():
-        found.setdefault(repr(sorted(_task(members[0]).items(), key=str)), {})[group] = members
-    firsts = {key: next(iter(members.values()))[0] for key, members in found.items()}
-    titles = {key: f"{run.result.get('dataset')}, {run.result.get('architecture')}" for key, run in firsts.items()}
-    for name in [name for name, count in Counter(titles.values()).items() if count > 1]:
-        configs = {key: _task(firsts[key]) for key, title in titles.items() if title == name}
-        keys = differing_keys(configs.values())
-        titles |= {key: label(name, config, keys) for key, config in configs.items()}
-    titled: dict[str, dict[str, Sequence[Run]]] = {}
-    for key, members in found.items():
-        titled.setdefault(titles[key], {}).update(members)  # where a config cannot be read, nothing may tell two tasks apart
-    return titled
+        by_task.setdefault(repr(sorted(_task(members[0]).items(), key=str)), {})[group] = members
+    first = {key: next(iter(members.values()))[0] for key, members in by_task.items()}
+    titles = _distinguished({key: f"{run.result.get('dataset')}, {run.result.get('architecture')}" for key, run in first.items()},
+                            lambda key: _task(first[key]))
+    by_title: dict[str, dict[str, Sequence[Run]]] = {}
+    for key, members in by_task.items():
+        by_title.setdefault(titles[key], {}).update(members)  # without readable configs, two tasks may have the same title
+    return by_title
 
 
 def _task(run: Run) -> dict[str, Any]:
-    """What of a run's config decides what is learned and by which network."""
-    own = {key: run.result.get(key) for key in ("dataset", "architecture")}
-    return own | {key: value for key, value in result_options(run.config).items() if key.split(".")[0] in (*own, DATA_DIR)}
+    """The part of a run's config that defines its task."""
+    names = {key: run.result.get(key) for key in ("dataset", "architecture")}
+    return names | {key: value for key, value in result_options(run.config).items() if key.split(".")[0] in (*names, DATA_DIR)}
 
 
 class Reference(NamedTuple):
-    """The runs that a row is compared with, empty where there are none; their label where the task has several such groups;
-    and what a reader has to know about the choice, or why there is none."""
+    """The runs that a row is compared with, if any; their label if the task has several such groups; and a note on the choice."""
 
     runs: Sequence[Run] = ()
     label: str = ""
@@ -106,46 +112,46 @@ class Reference(NamedTuple):
 
 
 def reference(algorithm: str, run: Run, groups: Groups) -> Reference:
-    """The group of `algorithm` that `run` is to be compared with.
+    """The group of `algorithm` in the task of `run` that `run` is compared with.
 
-    It has the run's task. Each rule may have an optimizer of its own, so a single group fits whatever its optimizer. Among
-    several it is one of the same code and data, where there is such a one, and whose setting is the run's own or differs from it
-    in fewest keys; of those that differ in as many, the one with the best validation accuracy (last epoch, mean over the
-    finished runs), and none where none has one.
+    A single group is used whatever its optimizer, because each rule may have its own. Of several, those with the same code and
+    data are preferred, then those whose settings differ from the run's in the fewest keys, then the one with the best validation
+    accuracy (last epoch, mean over the finished runs); without validation accuracies, none of these is chosen.
     """
     if run.result["algorithm"] == algorithm:
         return Reference()
-    fitting = {group: members for group, members in groups.items()
-               if members[0].result["algorithm"] == algorithm and _task(members[0]) == _task(run)}
-    if not fitting:
+    candidates = {group: members for group, members in groups.items()
+                  if members[0].result["algorithm"] == algorithm and _task(members[0]) == _task(run)}
+    if not candidates:
         return Reference()
-    if len(fitting) == 1:
-        (members,) = fitting.values()
-        return Reference(members, "", _other_version(algorithm, run, members))
-    far = {group: _distance(run, members[0]) for group, members in fitting.items()}
-    near = [group for group in fitting if far[group] == min(far.values())]
-    chosen, how = near[0], ""
-    if len(near) > 1:
-        validation = {group: mean(other.result.get("val_accuracy") for other in finished_by_seed(fitting[group]).values())
-                      for group in near}
+    if len(candidates) == 1:
+        (members,) = candidates.values()
+        return Reference(members, "", _version_note(algorithm, run, members))
+    distances = {group: _distance(run, members[0]) for group, members in candidates.items()}
+    nearest = [group for group in candidates if distances[group] == min(distances.values())]
+    chosen, choice = nearest[0], ""
+    if len(nearest) > 1:
+        validation = {group: mean(other.result.get("val_accuracy") for other in finished_by_seed(candidates[group]).values())
+                      for group in nearest}
         if not known(validation.values()):
-            return Reference(note=f"several {algorithm} groups fit, and none has a validation accuracy to choose by")
-        chosen = max(near, key=lambda group: known([validation[group]]))
-        how = f"{algorithm} by validation out of {len(near)} that fit as well"
+            return Reference(note=f"{len(nearest)} rows of {algorithm} match equally well, and none has a validation accuracy "
+                                  "to choose by")
+        chosen = max(nearest, key=lambda group: known([validation[group]]))
+        choice = f"{algorithm} chosen by validation accuracy from {len(nearest)} equally close rows"
     name = group_labels(groups)[chosen]
-    lacking = "" if finished_by_seed(fitting[chosen]) else f"{name} has no finished run"
-    code = _other_version(algorithm, run, fitting[chosen])
-    return Reference(fitting[chosen], name, "; ".join(filter(None, (how, lacking, code))))
+    missing = "" if finished_by_seed(candidates[chosen]) else f"{name} has no finished run"
+    version = _version_note(algorithm, run, candidates[chosen])
+    return Reference(candidates[chosen], name, "; ".join(filter(None, (choice, missing, version))))
 
 
-def _other_version(algorithm: str, run: Run, members: Sequence[Run]) -> str:
-    """A note where the reference's runs are not of the same code or data as `run`."""
+def _version_note(algorithm: str, run: Run, members: Sequence[Run]) -> str:
+    """A note if the reference's runs have other code or data than `run`."""
     other = [word for key, word in VERSIONS.items() if run.result.get(key) != members[0].result.get(key)]
-    return f"the runs of {algorithm} are of other {' and '.join(other)}" if other else ""
+    return f"the runs of {algorithm} used different {' and '.join(other)}" if other else ""
 
 
 def _distance(run: Run, other: Run) -> tuple[int, int, int]:
-    """How far two runs are apart: in code and data, in optimizer and epochs, then in any key but the rule and its own options."""
+    """The numbers of differences: in code and data, in optimizer and epochs, and in all keys but the rule and its options."""
     keys = differing_keys([{key: value for key, value in each.config.items() if key.split(".")[0] != "algorithm"}
                       for each in (run, other)])
     return (sum(run.result.get(key) != other.result.get(key) for key in VERSIONS),
@@ -153,11 +159,11 @@ def _distance(run: Run, other: Run) -> tuple[int, int, int]:
 
 
 def finished_by_seed(runs: Iterable[Run]) -> dict[int, Run]:
-    """The finished run of each seed: the last one given, because counting a repeated seed twice understates the spread."""
+    """The finished run of each seed; of several the last one, because counting a seed twice would understate the spread."""
     return {run.result["seed"]: run for run in runs if run.finished}
 
 
 def status_counts(runs: Iterable[Run]) -> str:
-    """How many runs ended how, for example ``2 finished, 1 diverged``."""
+    """The number of runs with each status, for example ``2 finished, 1 diverged``."""
     counts = Counter(run.result["status"] for run in runs)
     return ", ".join(f"{counts[status]} {status}" for status in sorted(counts, key=lambda s: (s != FINISHED, s)))

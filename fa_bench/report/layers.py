@@ -1,22 +1,29 @@
-"""What every layer has at the end: angles, norm ratios and what probes measured, over the seeds."""
+"""Measurements of every layer at the end of training, over the seeds: angles, norm ratios and results of probes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import pandas as pd
 
 from fa_bench.report.groups import finished_by_seed, group_labels, group_runs
 from fa_bench.report.numbers import half_width, known, mean, std
 from fa_bench.report.runs import VERSIONS, Run
+from fa_bench.report.table import Column
 
 COLUMNS = ("label", "group", *VERSIONS, "architecture", "dataset", "layer", "quantity", "n", "mean", "std", "ci95")
+PROBES_LEGEND = """\
+Means over the finished runs at the end of training, one per seed; standard deviations are in report_layers.csv. Accuracies and
+differences of accuracies (`readout`, `depth_utility`) are fractions. docs/probes.md explains each quantity.
+"""
 
 
 def by_layer(runs: Sequence[Run]) -> pd.DataFrame:
     """One row per group, quantity and layer: mean, sample std and half the 95 % interval over the finished runs' last values.
 
-    Angles are in degrees, probes' accuracies fractions; a layer in which no run has a value has no row.
+    Angles are in degrees, probes' accuracies are fractions. A layer without a value has no row.
     """
     groups = group_runs(runs)
     labels = group_labels(groups)
@@ -31,3 +38,23 @@ def by_layer(runs: Sequence[Run]) -> pd.DataFrame:
                     rows.append((labels[group], *(first.get(key) for key in COLUMNS[1:6]), layer, quantity,
                                  len(values), mean(values), std(values), half_width(values)))
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def probe_table(layers: pd.DataFrame, quantities: Iterable[str]) -> tuple[pd.DataFrame, dict[str, Column]]:
+    """One row per group and layer, one column for each of `quantities`; empty if no run has any.
+
+    Args:
+        layers: a frame from `by_layer`.
+        quantities: names of quantities that probes measured.
+
+    Returns:
+        The table and the format of its columns.
+    """
+    quantities = [name for name in quantities if name not in ("label", "layer")]
+    columns = {"label": Column("rule"), "layer": Column("layer"), **{name: Column(name, ".4g") for name in quantities}}
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    entries: Any = layers[layers["quantity"].isin(quantities)]
+    for entry in entries.to_dict("records"):
+        blank = {"label": entry["label"], "layer": entry["layer"], **dict.fromkeys(quantities, math.nan)}
+        rows.setdefault((entry["label"], entry["layer"]), blank)[entry["quantity"]] = entry["mean"]
+    return pd.DataFrame(list(rows.values()), columns=list(columns)), columns

@@ -1,53 +1,58 @@
-"""A sweep while it runs: one line a run, shown again every few seconds. Nothing is written."""
+"""The live view of a sweep: one line per run, updated every few seconds. Nothing is written."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from fa_bench.config.labels import differing_keys, duration, label
 from fa_bench.errors import DataError, printable
 from fa_bench.report.numbers import known, mean
-from fa_bench.report.runs import Run, find_runs, place
-from fa_bench.report.states import DIVERGED, INTERRUPTED, RUNNING, epochs_of, reason, running
+from fa_bench.report.runs import FINISHED, Run, find_runs, short_path
+from fa_bench.report.states import DIVERGED, INTERRUPTED, RUNNING, current_status, epochs_of, reason
 from fa_bench.runs.locks import lock_holder
 from fa_bench.runs.readers import RecordError, inconsistency, read_config, read_metrics, read_result
 from fa_bench.runs.sweep import PlannedRun, find_planned_runs
 from fa_bench.utils.files import CONFIG, METRICS, RESULT, resolved
+from fa_bench.utils.text import align_columns
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 DONE, FAILED, STALLED, WAITING = "done", "failed", "stalled", "waiting"
-#: The states in the order in which they are counted, and in which runs are shown where not all fit.
-STATES = (RUNNING, STALLED, FAILED, DIVERGED, INTERRUPTED, WAITING, DONE)
-#: The states of runs that will not change unless somebody starts them again.
+#: State -> its colour on a terminal; in the order in which they are counted, and in which runs are shown if not all fit.
+STATES = {RUNNING: "green", STALLED: "yellow", FAILED: "red", DIVERGED: "red", INTERRUPTED: "yellow", WAITING: "dim",
+          DONE: "blue"}
+#: The states of runs that will not change unless they are started again.
 ENDED = {DONE, FAILED, DIVERGED}
-#: A run is taken for stalled that has written nothing for this many of its epochs and for QUIET seconds; in its first epoch, of
-#: which nobody knows how long it takes, for FIRST_EPOCH seconds.
+#: A run counts as stalled if it has written nothing for as long as this many of its epochs and for QUIET seconds; in its first
+#: epoch, whose duration is unknown, for FIRST_EPOCH seconds.
 QUIET_EPOCHS, QUIET, FIRST_EPOCH = 5, 600.0, 3600.0
 TITLES = ("run", "state", "epoch", "train loss", "val %", "test %", "s/epoch", "left", "")
-LEFT_ALIGNED = (0, 1, 8)
+NUMBERS = range(2, 8)  # the columns of numbers
+MIN_NAME = 16  # characters of a run's name on a narrow terminal
 
 
 @dataclasses.dataclass
 class Line:
-    """What is known of one run.
+    """The state of one run.
 
     Attributes:
-        name: what it is called.
-        state: one of `STATES`, or whatever else its result says.
-        epoch, epochs: those done and those to do; None where not known.
+        name: its label and seed.
+        state: one of `STATES`, or another status from its result.
+        epoch, epochs: epochs completed, and in total; None if unknown.
         metrics: the record of the last epoch.
-        pace: training seconds an epoch, as recorded; evaluation apart.
-        overhead: for a run at work, the wall-clock time of an epoch as a multiple of `pace`.
-        since: for a run at work, seconds since its last epoch ended, or since it started.
+        pace: recorded training seconds per epoch, without evaluation.
+        overhead: of a running run, the wall-clock time of an epoch as a multiple of `pace`.
+        since: of a running run, seconds since its last epoch ended, or since it started.
         remark: the reason of a failure and the like.
-        left: seconds to go; None where not known.
+        remaining: seconds; None if unknown.
     """
 
     name: str
@@ -59,11 +64,11 @@ class Line:
     overhead: float | None = None
     since: float = 0.0
     remark: str = ""
-    left: float | None = None
+    remaining: float | None = None
 
 
 class Watcher:
-    """Looks at the runs at and below some folders, and at those that their sweep.json files announce.
+    """Reads the runs at and below some folders, and those that their sweep.json files announce.
 
     Args:
         folders: existing folders.
@@ -71,58 +76,54 @@ class Watcher:
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self.folders = folders
-        self.faults: list[RecordError] = []
-        self._read: dict[Path, tuple[Any, Run, dict[str, Any], str]] = {}
+        self.errors: list[RecordError] = []
+        self._cache: dict[Path, tuple[Any, Run, str]] = {}
 
     def look(self, now: float) -> list[Line]:
-        """A line for each run: announced ones in the order of their grids, then the others by their place.
+        """A line for each run: announced ones in the order of their sweeps, then the others sorted by path.
 
-        Lists of a sweep's runs that cannot be used are in `faults` afterwards.
+        `errors` has the sweep.json files that could not be used.
 
         Args:
             now: the time, in seconds since the epoch.
 
         Raises:
-            DataError: a folder is gone, or there is no run.
+            DataError: a folder does not exist any more, or there is no run.
         """
-        self.faults = []
-        planned = {resolved(run.directory): run for run in find_planned_runs(self.folders, self.faults)}
-        found = {resolved(directory): directory for directory in find_runs(self.folders)}
-        if not planned and not found:
-            raise DataError(f"{', '.join(map(str, self.folders))}: no runs there or below")
-        directories = [*planned, *(path for path in found if path not in planned)]
-        facts = {directory: self._facts(directory) for directory in directories}
-        names = _names({path: config for path, (_, config, _) in facts.items() if path not in planned})
-        lines = []
-        for path, (run, config, fault) in facts.items():
-            announced = planned.get(path, PlannedRun(path, names.get(path, ""), 0))
-            lines.append(_line(announced, run, config, fault, now))
+        self.errors = []
+        planned = {resolved(run.directory): run for run in find_planned_runs(self.folders, self.errors)}
+        runs = {path: self._read(path) for path in dict.fromkeys([*planned, *map(resolved, find_runs(self.folders))])}
+        if not runs:
+            raise DataError(f"{', '.join(map(str, self.folders))}: no runs found")
+        names = _names({path: run.config for path, (run, _) in runs.items() if path not in planned})
+        lines = [_line(planned.get(path) or PlannedRun(path, names[path], 0), run, problem, now)
+                 for path, (run, problem) in runs.items()]
         _estimate(lines)
         return lines
 
-    def said(self) -> list[str]:
-        """A line for each list of a sweep's runs that the last look could not use."""
-        return [printable(f"left out: {error}") for error in self.faults]
+    def notes(self) -> list[str]:
+        """A line for each sweep.json that the last `look` could not use."""
+        return [printable(f"excluded: {error}") for error in self.errors]
 
-    def _facts(self, directory: Path) -> tuple[Run, dict[str, Any], str]:
-        """The records (of a run without a result: an empty one), the config, and what cannot be read; again if a file changed."""
+    def _read(self, directory: Path) -> tuple[Run, str]:
+        """The records (an empty result if there is none) and the problem with a damaged one; cached until a file changes."""
         stamp = [_stamp(directory / name) for name in (RESULT, METRICS, CONFIG)]
-        if directory not in self._read or self._read[directory][0] != stamp:
+        if directory not in self._cache or self._cache[directory][0] != stamp:
             result: dict[str, Any] = {}
             metrics: list[dict[str, Any]] = []
             config: dict[str, Any] = {}
-            fault = ""
+            problem = ""
             try:
                 config = read_config(directory / CONFIG).values
                 metrics = read_metrics(directory / METRICS)
                 result = read_result(directory / RESULT) or {}
-                if result and (problem := inconsistency(result, metrics)):
-                    raise RecordError(directory / METRICS, problem)
+                if result and (mismatch := inconsistency(result, metrics)):
+                    raise RecordError(directory / METRICS, mismatch)
             except RecordError as error:
-                result, fault = {}, f"{error.path.name}: {error.problem}"
-            # Of the epochs the last will do: a long sweep's records would fill the memory.
-            self._read[directory] = stamp, Run(directory, result, metrics[-1:]), config, fault
-        return self._read[directory][1:]
+                result, problem = {}, f"{error.path.name}: {error.problem}"
+            # Only the last epoch is needed: the records of a long sweep would fill the memory.
+            self._cache[directory] = stamp, Run(directory, result, metrics[-1:], config), problem
+        return self._cache[directory][1:]
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
@@ -133,34 +134,33 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     return status.st_mtime_ns, status.st_size
 
 
-def _line(planned: PlannedRun, run: Run, config: dict[str, Any], fault: str, now: float) -> Line:
+def _line(planned: PlannedRun, run: Run, problem: str, now: float) -> Line:
     directory, last = run.directory, run.metrics[-1] if run.metrics else {}
-    status, epoch = run.result.get("status"), last.get("epoch", 0)
-    line = Line(planned.label, WAITING, epoch, planned.epochs or run.result.get("epochs") or epochs_of(config), last)
+    epoch, state = last.get("epoch", 0), current_status(directory, run.result)
+    line = Line(planned.label, state, epoch, planned.epochs or run.result.get("epochs") or epochs_of(run.config), last)
     line.pace = last["seconds"] / epoch if last.get("seconds") and epoch else None
-    if status == "finished":
+    if state == FINISHED:
         line.state = DONE
-    elif running(directory):
-        line.state = RUNNING
+    elif state == RUNNING:
         started = max(_started(directory), _modified(directory / CONFIG))
         ended = _modified(directory / METRICS)
         line.since = now - max(ended, started)
         if line.pace and ended > started:
-            # What it took since this start, and so too little for epochs of an earlier one: never less than the training itself.
+            # Only the time since this start, and too little if earlier starts trained some epochs: at least the training time.
             line.overhead = max((ended - started) / epoch / line.pace, 1.0)
-        quiet = now - _last_write(directory)
+        quiet = now - max(map(_modified, directory.iterdir()), default=0.0)
         if quiet > (max(QUIET, QUIET_EPOCHS * line.pace * (line.overhead or 1)) if line.pace else FIRST_EPOCH):
             line.state, line.remark = STALLED, f"nothing written for {duration(quiet)}"
-    elif status is not None or fault:
-        line.state, line.remark = status or FAILED, reason(run.result)
-    elif last or config:
-        line.state = INTERRUPTED
-    line.remark = fault or line.remark
+    elif run.result:
+        line.remark = reason(run.result)
+    elif problem or not (last or run.config):
+        line.state = FAILED if problem else WAITING
+    line.remark = problem or line.remark
     return line
 
 
 def _started(directory: Path) -> float:
-    """When the process that holds the lock started, as it says there; 0 where it does not."""
+    """When the process that holds the lock started, by its own record; 0 if unknown."""
     try:
         return datetime.fromisoformat((lock_holder(directory) or {})["started"]).timestamp()
     except (OSError, ValueError, KeyError, TypeError):
@@ -174,35 +174,30 @@ def _modified(path: Path) -> float:
         return 0.0
 
 
-def _last_write(directory: Path) -> float:
-    """When something in the directory, or the list of its checkpoints, last changed."""
-    return max(map(_modified, directory.iterdir()), default=0.0)
-
-
 def _names(configs: dict[Path, dict[str, Any]]) -> dict[Path, str]:
-    """What to call runs that no sweep.json names: rule, what the runs of the rule differ in, and seed; else their place."""
+    """Names of runs that no sweep.json lists: rule, the keys in which the rule's runs differ, and seed; else the path."""
     by_rule: dict[str, list[dict[str, Any]]] = {}
     for config in configs.values():
         by_rule.setdefault(str(config.get("algorithm")), []).append(config)
-    keys = {rule: differing_keys(found) for rule, found in by_rule.items()}
+    keys = {rule: differing_keys(of_rule) for rule, of_rule in by_rule.items()}
     names = {path: f"{label(config['algorithm'], config, keys[config['algorithm']])} seed {config.get('seed')}"
-             if "algorithm" in config else place(path) for path, config in configs.items()}
+             if "algorithm" in config else short_path(path) for path, config in configs.items()}
     count = Counter(names.values())
-    return {path: name if count[name] == 1 else f"{name} ({place(path)})" for path, name in names.items()}
+    return {path: name if count[name] == 1 else f"{name} ({short_path(path)})" for path, name in names.items()}
 
 
 def _estimate(lines: Sequence[Line]) -> None:
-    """Fill in the seconds to go: of running runs, and of waiting ones by the pace of their rule's others, else of all."""
+    """Fill in the remaining seconds of running and waiting runs; unknown paces are the mean of the same row's, else of all."""
     overheads = known(line.overhead for line in lines)
     overhead = mean(overheads) if overheads else 1.0
     for line in lines:
         if line.state not in (RUNNING, WAITING) or not line.epochs:
             continue
-        alike = known(other.pace for other in lines if _row(other) == _row(line)) or known(other.pace for other in lines)
-        pace = line.pace or (mean(alike) if alike else None)
+        paces = known(other.pace for other in lines if _row(other) == _row(line)) or known(other.pace for other in lines)
+        pace = line.pace or (mean(paces) if paces else None)
         if pace is not None:
             epoch = pace * (line.overhead or overhead)
-            line.left = (line.epochs - line.epoch) * epoch - min(max(line.since, 0.0), epoch)
+            line.remaining = (line.epochs - line.epoch) * epoch - min(max(line.since, 0.0), epoch)
 
 
 def _row(line: Line) -> str:
@@ -210,90 +205,94 @@ def _row(line: Line) -> str:
 
 
 def summary(lines: Sequence[Line]) -> str:
-    """The sweep in a line: how many runs stand how, and the time left with as many at a time as run now."""
+    """The sweep in a line: the number of runs in each state, and the time left with as many at a time as run now."""
     counts = Counter(line.state for line in lines)
-    order = [*STATES, *sorted(set(counts).difference(STATES))]
-    said = f"{len(lines)} run{'s' * (len(lines) > 1)}: " + ", ".join(
-        f"{counts[state]} {state}" for state in sorted(counts, key=lambda state: (state != DONE, order.index(state))))
-    open_runs = [line for line in lines if line.state in (RUNNING, WAITING)]
+    order = [DONE, *STATES, *sorted(set(counts).difference(STATES))]
+    text = f"{len(lines)} run{'s' * (len(lines) > 1)}: " + ", ".join(
+        f"{counts[state]} {state}" for state in sorted(counts, key=order.index))
+    unfinished = [line for line in lines if line.state in (RUNNING, WAITING)]
     workers = counts[RUNNING]
-    if not open_runs:
-        return said
+    if not unfinished:
+        return text
     if not workers:
-        return f"{said}; none runs now"
-    left = [line.left for line in open_runs if line.left is not None]
-    if len(left) < len(open_runs):
-        return f"{said}; time left not known before the first epoch ends"
-    return f"{said}; about {duration(max(sum(left) / workers, *left))} left, {workers} at a time"
+        return f"{text}; none is running"
+    remaining = [line.remaining for line in unfinished if line.remaining is not None]
+    if len(remaining) < len(unfinished):
+        return f"{text}; time left unknown until the first epoch ends"
+    return f"{text}; about {duration(max(sum(remaining) / workers, *remaining))} left, {workers} at a time"
 
 
-def table(lines: Sequence[Line], width: int | None = None, height: int | None = None) -> list[str]:
-    """The lines of the view: titles, one line a run, and the sweep's.
+def plain_text(lines: Sequence[Line]) -> list[str]:
+    """The view as plain text: titles, one line per run, and the summary."""
+    return [*align_columns([TITLES, *map(_cells, lines)], NUMBERS), summary(lines)]
+
+
+def table(lines: Sequence[Line], width: int, height: int) -> Table:
+    """The view for a terminal.
 
     Args:
         lines: the runs.
-        width: columns that a line may take; None for as many as it needs.
-        height: lines in all; None for as many as there are runs. Of more runs those are left out that need least attention.
+        width: columns of the terminal. Long names lose their middle, because rule and seed are at the ends; remarks are cut.
+        height: lines in all. If not all runs fit, those that need the least attention are only counted.
     """
-    room = len(lines) if height is None else max(height - 3, 1)
-    ranked = sorted(range(len(lines)), key=lambda index: STATES.index(state) if (state := lines[index].state) in STATES else 0)
+    from rich.table import Table
+    from rich.text import Text
+
+    room = len(lines) if len(lines) <= height - 2 else max(height - 3, 1)
+    order = list(STATES)
+    ranked = sorted(range(len(lines)), key=lambda index: order.index(state) if (state := lines[index].state) in order else 0)
     shown = [lines[index] for index in sorted(ranked[:room])]
-    cells = [TITLES, *map(_cells, shown)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(TITLES))]
-    if width is not None:
-        widths[0] = min(widths[0], max(width - sum(widths[1:8]) - 2 * 7, 16))
-    text = ["  ".join(
-        _without_middle(cell, size).ljust(size) if column in LEFT_ALIGNED else cell.rjust(size)
-        for column, (cell, size) in enumerate(zip(row, widths, strict=True))).rstrip() for row in cells]
-    if len(shown) < len(lines):
-        hidden = Counter(line.state for line in lines) - Counter(line.state for line in shown)
-        text.append(f"not shown: {', '.join(f'{count} {state}' for state, count in hidden.items())}")
-    text.append(summary(lines))
-    return text if width is None else [line if len(line) <= width else f"{line[:width - 1]}…" for line in text]
+    hidden = Counter(line.state for line in lines) - Counter(line.state for line in shown)
+    footer = [f"not shown: {', '.join(f'{count} {state}' for state, count in hidden.items())}"] * bool(hidden) + [summary(lines)]
+    view = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", caption_justify="left", caption_style="",
+                 caption=Text("\n".join(footer), no_wrap=True, overflow="ellipsis"))
+    for column, title in enumerate(TITLES):
+        # The column of remarks is the one to shrink.
+        view.add_column(title, justify="right" if column in NUMBERS else "left", no_wrap=bool(title), overflow="ellipsis")
+    size = max((width - 60) // 2, MIN_NAME)
+    for line in shown:
+        name, state, *others = _cells(line)
+        name = name if len(name) <= size else f"{name[:size // 3]}…{name[size // 3 + 1 - size:]}"
+        view.add_row(Text(name), Text(state, style=STATES.get(state, "")), *(Text(cell, no_wrap=True) for cell in others))
+    return view
 
 
 def _cells(line: Line) -> tuple[str, ...]:
-    def shown(value: Any, form: str, scale: float = 1) -> str:
+    def formatted(value: Any, form: str, scale: float = 1) -> str:
         return "-" if value is None else format(scale * value, form)
 
-    return (printable(line.name), line.state, f"{line.epoch}/{line.epochs or '?'}", shown(line.metrics.get("train_loss"), ".4f"),
-            shown(line.metrics.get("val_accuracy"), ".2f", 100), shown(line.metrics.get("test_accuracy"), ".2f", 100),
-            shown(line.pace, ".2f"), duration(line.left) if line.state == RUNNING and line.left is not None else "-",
-            printable(line.remark))
-
-
-def _without_middle(text: str, size: int) -> str:
-    """The text without its middle where it is too long: rule and seed are at its ends."""
-    head = size // 3
-    return text if len(text) <= size else f"{text[:head]}…{text[head + 1 - size:]}"
+    return (printable(line.name), line.state, f"{line.epoch}/{line.epochs or '?'}",
+            formatted(line.metrics.get("train_loss"), ".4f"), formatted(line.metrics.get("val_accuracy"), ".2f", 100),
+            formatted(line.metrics.get("test_accuracy"), ".2f", 100), formatted(line.pace, ".2f"),
+            duration(line.remaining) if line.state == RUNNING and line.remaining is not None else "-", printable(line.remark))
 
 
 def watch(folders: Iterable[Path], out: TextIO, interval: float, once: bool) -> None:
-    """Show the runs at and below `folders` on `out`: again every `interval` seconds until all have ended or Ctrl-C is
-    pressed; a single time, in plain text and whole, with `once` or where `out` is no terminal.
+    """Show the runs at and below `folders` on `out`, updated every `interval` seconds until all have ended or Ctrl-C is pressed;
+    only once, in plain text and unabridged, with `once` or if `out` is not a terminal.
 
     Raises:
         DataError: as `Watcher.look`.
     """
     watcher = Watcher(list(folders))
     if once or not out.isatty() or os.environ.get("TERM") == "dumb":
-        lines = table(watcher.look(time.time()))
-        print("\n".join([*lines, *watcher.said()]), file=out)
+        print("\n".join([*plain_text(watcher.look(time.time())), *watcher.notes()]), file=out)
         return
-    before = 0
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.text import Text
+
+    console = Console(file=out, force_terminal=True, highlight=False)
     try:
-        while out.isatty():  # until its terminal is gone, too
-            lines = watcher.look(time.time())
-            width, height = shutil.get_terminal_size()
-            hint = f"{time.strftime('%H:%M:%S')}, every {interval:g} s; Ctrl-C ends this view and nothing else"
-            below = [*watcher.said(), hint]
-            text = [*table(lines, width - 1, height - 1 - len(below)), *(line[:width - 1] for line in below)]
-            # Up to the first line of what was shown before, and clear from there: what stood above stays.
-            out.write((f"\x1b[{before}F\x1b[J" if before else "") + "\n".join(text) + "\n")
-            out.flush()
-            before = len(text)
-            if all(line.state in ENDED for line in lines):
-                return
-            time.sleep(interval)
+        with Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False) as live:
+            console.show_cursor()  # a view that is killed must not leave it hidden
+            while out.isatty():  # also ends if the terminal is gone
+                lines = watcher.look(time.time())
+                hint = f"{time.strftime('%H:%M:%S')}, every {interval:g} s; Ctrl-C ends only this view"
+                notes = [Text(note, no_wrap=True, overflow="ellipsis") for note in (*watcher.notes(), hint)]
+                live.update(Group(table(lines, console.width, console.height - len(notes)), *notes), refresh=True)
+                if all(line.state in ENDED for line in lines):
+                    return
+                time.sleep(interval)
     except KeyboardInterrupt:
-        out.write("\n")
+        pass

@@ -1,4 +1,4 @@
-"""The statistics of a report: of the known values, with NaN where there are too few."""
+"""Statistics over the known values; NaN if there are too few."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ CONFIDENCE = 0.95
 
 
 def number(value: Any) -> float:
-    """A recorded value as a float; NaN where it is null or not finite."""
+    """A recorded value as a float; NaN if it is null or not finite."""
     return float(value) if value is not None and math.isfinite(value) else math.nan
 
 
 def known(values: Iterable[Any]) -> list[float]:
-    """The values that were recorded: null and not-finite ones are left out."""
+    """The recorded values without null and non-finite ones."""
     return [value for value in map(number, values) if not math.isnan(value)]
 
 
 def mean(values: Iterable[Any]) -> float:
-    """Mean of the known values; NaN where there is none."""
+    """Mean of the known values; NaN if there are none."""
     present = known(values)
     return statistics.fmean(present) if present else math.nan
 
 
 def std(values: Iterable[Any]) -> float:
-    """Sample standard deviation (ddof=1) of the known values; NaN where there are fewer than two."""
+    """Sample standard deviation (ddof=1) of the known values; NaN for fewer than two."""
     present = known(values)
     return statistics.stdev(present) if len(present) > 1 else math.nan
 
 
 def half_width(values: Iterable[Any]) -> float:
     """Half the width of the 95 % Student t interval of the mean, in the values' unit; NaN for fewer than two values."""
-    from scipy.special import stdtrit  # slow to import, and reading runs does without
+    from scipy.special import stdtrit  # slow to import, and not needed to read runs
 
     present = known(values)
     if len(present) < 2:

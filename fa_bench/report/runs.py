@@ -1,4 +1,4 @@
-"""Run directories as a report reads them: the records of each run, whether or not it came to an end."""
+"""The records of runs as a report reads them, finished or not."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from fa_bench.runs.readers import HEADER, RecordError, inconsistency, read_confi
 from fa_bench.utils.files import CONFIG, METRICS, RESULT, resolved
 
 FINISHED = "finished"
-#: What a result records of the version of the code and of the data: runs in which these differ are never averaged.
+#: Keys of a result that identify the version of the code and of the data: runs that differ in them are never averaged.
 VERSIONS = {"code_hash": "code", "data_hash": "data"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its directory, the content of `result.json`, the lines of `metrics.jsonl`, one an epoch, and its config by the
-    keys of its command line, empty where there is none."""
+    """One run: its directory, `result.json`, the lines of `metrics.jsonl` (one per epoch), and its config by command-line keys,
+    empty if there is none."""
 
     directory: Path
     result: dict[str, Any]
@@ -35,28 +35,28 @@ class Run:
         return self.result["status"] == FINISHED
 
     @property
-    def preset(self) -> str | None:
-        """The preset that the run came from; of a result that does not record it, the folder that is named after it."""
+    def experiment(self) -> str | None:
+        """The experiment that the run belongs to; older results do not record it, and the folder with its name serves."""
         return self.result["experiment"] if "experiment" in self.result else resolved(self.directory).parent.parent.name
 
     @property
     def epochs(self) -> int | None:
-        """The epochs that the run trained, or was to train where that is not recorded."""
+        """The epochs that the run trained, or was to train if that is not recorded."""
         return self.result.get("epoch") or self.result.get("epochs")
 
     @property
     def row(self) -> str:
-        """What the runs of one row of a report share: their group, and the hashes of the code that ran them and of their data."""
+        """Key of the run's row in a report: its group, and the hashes of the code and of the data."""
         return "@".join([self.result["group"], *(value for key in VERSIONS if (value := self.result.get(key)))])
 
     @property
     def probed(self) -> dict[str, dict[str, Any]]:
-        """What the run's probes measured at its end: {quantity: {layer or block: value}}."""
+        """Results of the run's probes at its end: {quantity: {layer or block: value}}."""
         return self.result.get("probes") or {}
 
     @property
     def quantities(self) -> dict[str, dict[str, Any]]:
-        """Everything that the run measured of its layers at its end: {quantity: {layer: value}}."""
+        """All measurements of layers at the end of the run: {quantity: {layer: value}}."""
         return {**(self.result.get("angles") or {}), **self.probed}
 
     def layers(self, quantity: str) -> dict[str, Any]:
@@ -66,7 +66,7 @@ class Run:
     def layer_mean(self, quantity: str, angles: Mapping[str, Any] | None) -> float:
         """Mean of one quantity of an `angles` record over the layers that its metric declares, in its own unit.
 
-        NaN where no such layer has a value.
+        NaN if no such layer has a value.
         """
         by_layer = (angles or {}).get(quantity) or {}
         over = declared([quantity])[quantity].layers
@@ -78,10 +78,10 @@ class Run:
 
 
 def read_run(directory: Path) -> Run | None:
-    """The run in `directory`, or None where it holds no `result.json`.
+    """The run in `directory`, or None if there is no `result.json`.
 
     Raises:
-        RecordError: a record cannot be read, or is not one that a run writes; the message names file and key.
+        RecordError: a record is damaged or was not written by a run; the message names file and key.
     """
     directory = Path(directory)
     result = read_result(directory / RESULT)
@@ -97,20 +97,20 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
     """The run directories at and below `paths`, with or without a result, each once, sorted.
 
     Raises:
-        DataError: one of `paths` is no directory.
+        DataError: one of `paths` is not a directory.
     """
-    found: dict[Path, Path] = {}
+    directories: dict[Path, Path] = {}
     for path in map(Path, paths):
         if not path.is_dir():
             raise DataError(f"{path}: no such directory")
         for file in sorted(file for name in (RESULT, METRICS, CONFIG) for file in path.rglob(name)):
-            if file.name != CONFIG or _starts_a_run(file):
-                found.setdefault(resolved(file.parent), file.parent)
-    return sorted(found.values())
+            if file.name != CONFIG or _is_a_runs_config(file):
+                directories.setdefault(resolved(file.parent), file.parent)
+    return sorted(directories.values())
 
 
-def _starts_a_run(config: Path) -> bool:
-    """Whether this config.yaml is a run's, and not one that commands are composed from."""
+def _is_a_runs_config(config: Path) -> bool:
+    """Whether a config.yaml belongs to a run, rather than to a folder of configs for the command line."""
     try:
         with config.open(encoding="utf-8") as file:
             return file.read(len(HEADER)) == HEADER
@@ -118,12 +118,12 @@ def _starts_a_run(config: Path) -> bool:
         return False
 
 
-def place(directory: Path) -> str:
-    """What to call a run's directory wherever it lies: preset, rule and seed, the last three folders of its path."""
+def short_path(directory: Path) -> str:
+    """The last three folders of a run directory's path, usually experiment, rule and seed: independent of where it lies."""
     return "/".join(resolved(directory).parts[-3:])
 
 
 def metrics_of(runs: Iterable[Run]) -> dict[str, type[Metric]]:
-    """The alignment metrics that are registered, and others that some of the runs measured, by name and in their order."""
+    """All registered alignment metrics, and further ones that some of the runs measured, by name and in their order."""
     measured = {name for run in runs for line in (run.result, *run.metrics) for name in line.get("angles") or ()}
     return declared({*registries.METRICS, *measured})

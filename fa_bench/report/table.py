@@ -14,20 +14,20 @@ from fa_bench.metrics.alignment.base import Metric, declared
 from fa_bench.registry.registries import METRICS
 from fa_bench.report.groups import CONTROL, FLOOR, Groups, finished_by_seed, group_labels, group_runs, reference, status_counts
 from fa_bench.report.numbers import half_width, known, mean, std
-from fa_bench.report.published import Entry, answering, headline
+from fa_bench.report.published import Entry, headline, matching_entries
 from fa_bench.report.runs import FINISHED, VERSIONS, Run, metrics_of
-from fa_bench.report.states import ending
-from fa_bench.utils.text import escape_markdown
+from fa_bench.report.states import describe_status
+from fa_bench.utils.text import align_columns, escape_markdown
 
 BLANK = "-"
-#: Most characters of a cell that are shown; the CSV has all of it.
-MOST_OF_CELL = 500
+#: Most characters of a cell in text and Markdown; the CSV has all of it.
+MAX_CELL = 500
 
 
 class Column(NamedTuple):
-    """How a column of the frame is shown: its title with the unit, and a number format, or None for words.
+    """How a column is shown: its title with the unit, and a number format, None for text.
 
-    `timing`: it holds measured seconds, which differ from one time to the next that the same runs are run.
+    `timing`: it has measured seconds, which differ whenever the same runs are repeated.
     """
 
     title: str
@@ -36,7 +36,7 @@ class Column(NamedTuple):
 
 
 def metric_columns(metrics: Mapping[str, type[Metric]]) -> dict[str, Column]:
-    """The columns of those alignment metrics that have one."""
+    """The columns of the alignment metrics that have one."""
     return {name: Column(f"{metric.title} ({metric.unit})" if metric.unit else metric.title, ".1f" if metric.unit else ".2f")
             for name, metric in metrics.items() if metric.column}
 
@@ -50,7 +50,7 @@ COLUMNS = {
     "dataset": Column("dataset"),
     "optimizer": Column("optimizer"),
     "n": Column("n", ".0f"),
-    "runs": Column("of runs", ".0f"),
+    "runs": Column("runs", ".0f"),
     "seeds": Column("seeds"),
     "status": Column("status"),
     "unfinished": Column("not finished"),
@@ -71,26 +71,26 @@ COLUMNS = {
     "floor": Column("beats floor"),
     **metric_columns(declared(METRICS)),
     "seconds": Column("seconds", ".1f", timing=True),
-    "seconds_per_epoch": Column("seconds an epoch", ".2f", timing=True),
+    "seconds_per_epoch": Column("seconds per epoch", ".2f", timing=True),
     "published": Column("published (%)", ".2f"),
     "published_std": Column("std", ".2f"),
     "published_difference": Column("difference to published (points)", "+.2f"),
     "published_source": Column("published in"),
     "note": Column("note"),
 }
-#: All in a report that differs between two sweeps of the same runs.
+#: The only part of a report that differs between two sweeps of the same runs.
 TIMINGS = [name for name, column in COLUMNS.items() if column.timing]
 
 
 def summarise(runs: Sequence[Run], published: Sequence[Entry] = ()) -> pd.DataFrame:
     """One row per group, in order of first appearance: a column for each key in which the configs differ, and `COLUMNS`.
 
-    Accuracies are in %, differences in percentage points, angles in degrees, times in seconds of training. Statistics
-    are over the `n` finished runs, one for each seed; `runs` and `status` count every run, and `unfinished` says of the
-    others how each stands: diverged, failed, interrupted and running ones enter no statistic. `*_std` is the sample standard
-    deviation, `*_ci95` half the width of the 95 % Student t interval of the mean; both are NaN for one seed. A group is
-    compared with the `bp` and the `frozen` group of its own task that `groups.reference` chooses, `bp_row` where there are
-    several; without one these columns are blank, as are those of published numbers where none of `published` answers to it.
+    Accuracies are in %, differences in percentage points, angles in degrees, times in seconds of training. Statistics cover the
+    `n` finished runs, one per seed. `runs` and `status` count all runs; `unfinished` describes those that diverged, failed, were
+    interrupted or are running, which are excluded from the statistics. `*_std` is the sample standard deviation, `*_ci95` half
+    the width of the 95 % Student t interval of the mean; both are NaN for one seed. A group is compared with the `bp` and
+    `frozen` groups of its task that `groups.reference` chooses (`bp_row` names one of several). Columns of references and
+    published numbers are blank if there are none.
     """
     groups = group_runs(runs)
     labels = group_labels(groups)
@@ -108,42 +108,39 @@ def summarise(runs: Sequence[Run], published: Sequence[Entry] = ()) -> pd.DataFr
 
 
 def columns_of(frame: pd.DataFrame) -> dict[str, Column]:
-    """How the frame's columns are shown, in its order: those of `COLUMNS`, and of alignment metrics of plugins."""
+    """How the frame's columns are shown, in its order: those in `COLUMNS` and the alignment metrics of plugins."""
     added = metric_columns(declared(name for name in frame.attrs.get("metrics", ()) if name not in COLUMNS))
     return {name: column for name in frame if (column := {**COLUMNS, **added}.get(name)) is not None}
 
 
 def to_text(frame: pd.DataFrame) -> str:
-    """The table for a terminal: one line per group; how many runs its means are of, statuses and notes where that says more."""
+    """The table for a terminal, one line per group; numbers of runs, statuses and notes only if some group needs them."""
+    formats = columns_of(frame)
     means, stds = _cells(frame, "test_accuracy"), _cells(frame, "test_accuracy_std")
     width = max(map(len, means), default=0)
-    accuracy = [centre if centre == BLANK else f"{centre.rjust(width)} ± {spread}"
-                for centre, spread in zip(means, stds, strict=True)]
-    columns = [("label", COLUMNS["label"].title, _cells(frame, "label")),
-               ("accuracy", "test accuracy % (mean ± std)", accuracy)]
-    partly = any(status.partition(" ")[2] != FINISHED for status in frame["status"])
-    if partly:
-        columns.append(("in means", "in means", [f"{n} of {runs}" for n, runs in zip(frame["n"], frame["runs"], strict=True)]))
-    angles = {name: column for name, column in columns_of(frame).items() if column.title.endswith("(°)")}
-    columns += [(name, column.title, _cells(frame, name, angles)) for name, column in angles.items()]
-    columns += [("seconds", COLUMNS["seconds"].title, _cells(frame, "seconds"))] if "seconds" in frame else []
+    accuracies = [mean if mean == BLANK else f"{mean.rjust(width)} ± {std}" for mean, std in zip(means, stds, strict=True)]
+    incomplete = any(status.partition(" ")[2] != FINISHED for status in frame["status"])
+    numbers = [name for name, column in formats.items() if column.title.endswith("(°)") or name == "seconds"]
+    # Title, cells, whether they are numbers.
+    columns = [(COLUMNS["label"].title, _cells(frame, "label"), False), ("test accuracy % (mean ± std)", accuracies, False)]
+    if incomplete:
+        columns.append(("in means", [f"{n} of {runs}" for n, runs in zip(frame["n"], frame["runs"], strict=True)], False))
+    columns += [(formats[name].title, _cells(frame, name, formats), True) for name in numbers]
     if frame["published"].notna().any():
-        columns += [(name, title, _cells(frame, name)) for name, title in (
-            ("published", COLUMNS["published"].title), ("published_difference", "difference"))]
-    if partly:
-        columns.append(("status", COLUMNS["status"].title, _cells(frame, "status")))
-    if any(frame["note"]):
-        columns.append(("note", COLUMNS["note"].title, _cells(frame, "note")))
-    formats = columns_of(frame)
-    padded = [_pad([title, *map(printable, cells)], right=name in formats and formats[name].format is not None)
-              for name, title, cells in columns]
-    lines = ["  ".join(cells).rstrip() for cells in zip(*padded, strict=True)]
-    rule = "  ".join("-" * len(cells[0]) for cells in padded)
-    return "\n".join([lines[0], rule, *lines[1:]])
+        columns += [(COLUMNS["published"].title, _cells(frame, "published"), True),
+                    ("difference", _cells(frame, "published_difference"), True)]
+    columns += [(COLUMNS[name].title, _cells(frame, name), False)
+                for name, needed in (("status", incomplete), ("note", any(frame["note"]))) if needed]
+    table = []
+    for title, cells, _ in columns:
+        cells = [title, *map(printable, cells)]
+        table.append([title, "-" * max(map(len, cells)), *cells[1:]])
+    right = [index for index, (*_, is_number) in enumerate(columns) if is_number]
+    return "\n".join(align_columns(list(zip(*table, strict=True)), right))
 
 
 def to_markdown(frame: pd.DataFrame, columns: Mapping[str, Column] = COLUMNS) -> str:
-    """The table in Markdown: those of `columns` in which some row has something."""
+    """The table in Markdown: those of `columns` that are not blank in every row."""
     table = [[escape_markdown(column.title), "---" if column.format is None else "---:",
               *(cell if cell == BLANK or column.format else escape_markdown(cell) for cell in cells)]
              for name, column in columns.items() if name in frame and set(cells := _cells(frame, name, columns)) - {BLANK}]
@@ -152,7 +149,7 @@ def to_markdown(frame: pd.DataFrame, columns: Mapping[str, Column] = COLUMNS) ->
 
 
 def to_csv(frame: pd.DataFrame) -> str:
-    """The frame as CSV, numbers with ten digits and text on one line, the same bytes on every platform."""
+    """The frame as CSV with ten digits per number and text on one line: the same bytes on every platform."""
     frame = frame.rename(columns=printable)
     plain = pd.DataFrame({name: column.map(lambda value: printable(value) if isinstance(value, str) else value)
                           for name, column in frame.items()})
@@ -171,10 +168,11 @@ def _row(
     final_mean = mean(final.values())
     beats = None if math.isnan(final_mean) or math.isnan(floor_mean) else final_mean > floor_mean
     repeated = sum(run.finished for run in members) - len(finished)
-    entry, ours = headline(answering(published, members), members)
+    entry, ours = headline(matching_entries(published, members), members)
     notes = [f"does not beat {FLOOR}" if beats is False else "", control.note,
              f"floor: {floor.label}" if floor.label else "", floor.note,
-             f"{repeated} repeated run(s) not counted" if repeated else "", entry.remark(members) if entry else ""]
+             f"{repeated} run{'s' * (repeated > 1)} with a repeated seed not counted" if repeated else "",
+             entry.remark(members) if entry else ""]
     return {
         "label": label,
         **{key: members[0].result.get(key) for key in ("group", *VERSIONS, "architecture", "dataset", "optimizer")},
@@ -203,13 +201,13 @@ def _row(
 
 
 def _unfinished(runs: Sequence[Run]) -> str:
-    """How many of the runs have not finished, and how each stands: ``1 of 3: seed 2 diverged in epoch 3, first in fc1``."""
-    said = [f"seed {run.result['seed']} {ending(run)}" for run in runs if not run.finished]
-    return f"{len(said)} of {len(runs)}: {'; '.join(said)}" if said else ""
+    """The runs that have not finished: ``1 of 3: seed 2 diverged in epoch 3, first in fc1``."""
+    unfinished = [f"seed {run.result['seed']} {describe_status(run)}" for run in runs if not run.finished]
+    return f"{len(unfinished)} of {len(runs)}: {'; '.join(unfinished)}" if unfinished else ""
 
 
 def _accuracies(runs: Sequence[Run], key: str) -> dict[int, float]:
-    """The known accuracies of the finished runs in %, by seed."""
+    """The finished runs' known accuracies in %, by seed."""
     return {seed: 100 * accuracy for seed, run in finished_by_seed(runs).items() for accuracy in known([run.result.get(key)])}
 
 
@@ -232,9 +230,4 @@ def _cell(value: Any, form: str | None) -> str:
         return BLANK
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return truncate(str(value), MOST_OF_CELL) if form is None else format(value, form)
-
-
-def _pad(cells: Sequence[str], right: bool) -> list[str]:
-    width = max(map(len, cells))
-    return [cell.rjust(width) if right else cell.ljust(width) for cell in cells]
+    return truncate(str(value), MAX_CELL) if form is None else format(value, form)

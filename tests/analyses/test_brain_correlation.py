@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fa_bench.analyses.brain_correlation import BrainCorrelation, draw_pair
+from fa_bench.analyses.brain_correlation import BrainCorrelation, sample_pair
 
 
 def test_the_brains_point_and_mixed_are_78_degrees() -> None:
@@ -21,7 +21,7 @@ def test_the_brains_point_and_mixed_are_78_degrees() -> None:
 
 
 def test_drawn_pairs_have_the_fraction_and_the_correlation() -> None:
-    forward, feedback = draw_pair(40_000, 0.3, 0.5, seed=1)
+    forward, feedback = sample_pair(40_000, 0.3, 0.5, seed=1)
     both = feedback != 0
     assert both.mean() == pytest.approx(0.3, abs=0.01)
     assert np.corrcoef(forward[both], feedback[both])[0, 1] == pytest.approx(0.5, abs=0.03)

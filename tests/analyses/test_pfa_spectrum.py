@@ -9,19 +9,25 @@ from fa_bench.analyses.pfa_spectrum import MarchenkoPastur, PFASpectrum
 from fa_bench.errors import OptionError
 
 
+def density(law: MarchenkoPastur, v: np.ndarray) -> np.ndarray:
+    """μ(v), without the point mass at zero."""
+    root = np.sqrt(np.clip((law.high - v) * (v - law.low), 0, None))
+    return root / (2 * np.pi * law.ratio * v)
+
+
 @pytest.mark.parametrize("ratio", [0.01, 0.1, 1.0, 4.0])
 def test_density_has_the_mass_mean_and_variance_of_the_law(ratio: float) -> None:
     law = MarchenkoPastur(ratio)
     # Midpoints in u = √v: for λ = 1 the density has a root singularity at 0.
     edges = np.linspace(np.sqrt(law.low), np.sqrt(law.high), 200_001)
     v, weight = ((edges[1:] + edges[:-1]) / 2) ** 2, np.diff(edges**2)
-    mass, mean, square = ((law.density(v) * v**power * weight).sum() for power in range(3))
+    mass, mean, square = ((density(law, v) * v**power * weight).sum() for power in range(3))
     assert mass == pytest.approx(1 - law.zero_fraction, abs=1e-4)
     assert mean == pytest.approx(1, abs=1e-4)
     assert square - mean**2 == pytest.approx(ratio, rel=1e-3)
     middle = (law.low + law.high) / 2
     assert law.below(np.array([law.low, middle, law.high])) == pytest.approx(
-        [0, (law.density(v) * weight)[v <= middle].sum(), 1 - law.zero_fraction], abs=1e-4
+        [0, (density(law, v) * weight)[v <= middle].sum(), 1 - law.zero_fraction], abs=1e-4
     )
 
 

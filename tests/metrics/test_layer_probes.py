@@ -16,10 +16,10 @@ from torch.nn import functional as F
 import fa_bench
 from fa_bench.data.base import ResidentSplit, Splits
 from fa_bench.errors import ConfigError
-from fa_bench.metrics.meter import AlignmentMeter, untouched
+from fa_bench.metrics.meter import AlignmentMeter, measurement_mode
 from fa_bench.metrics.probes import base, readout
-from fa_bench.metrics.probes.base import Probe, Probes, Subject, as_before
-from fa_bench.metrics.probes.depth_utility import blocks_of, refresh
+from fa_bench.metrics.probes.base import Probe, Probes, Subject, state_restored
+from fa_bench.metrics.probes.depth_utility import blocks_of, estimate_running_statistics
 from fa_bench.metrics.probes.gradient_norm import norms_and_errors
 from fa_bench.models.conv2 import Conv2
 from fa_bench.models.mlp import MLP
@@ -297,7 +297,7 @@ def test_utility_is_that_of_nets_whose_running_statistics_are_their_own() -> Non
     def accuracy(reset: list[str]) -> float:
         net = copy.deepcopy(model)
         net.load_state_dict({name: subject.initial[name] for name in reset}, strict=False)
-        refresh(net, subject.training, subject.batch_size)
+        estimate_running_statistics(net, subject.training, subject.batch_size)
         return evaluate(net, CrossEntropy(), subject.scored, 8)[1]
 
     whole = accuracy([])
@@ -308,7 +308,7 @@ def test_utility_is_that_of_nets_whose_running_statistics_are_their_own() -> Non
 
 def test_running_statistics_are_the_mean_over_the_batches() -> None:
     model, data = mlp(batch_norm=True), random_split(24)
-    refresh(model, data, 8)
+    estimate_running_statistics(model, data, 8)
     inputs = torch.stack([model.fc1(x.flatten(1)) for x, _ in data.batches(8)])
     torch.testing.assert_close(model.bn1.running_mean, inputs.mean(1).mean(0))
     torch.testing.assert_close(model.bn1.running_var, inputs.var(1).mean(0))
@@ -371,7 +371,7 @@ def test_a_draw_that_waited_is_not_taken_back() -> None:
         subject = subject_of(mlp(), "brsf")
         subject.model.train()(subject.meter.x)
         if probed:
-            with as_before(subject.rule):
+            with state_restored(subject.rule):
                 assert subject.rule.feedback
         drawn.append([subject.rule.feedback[layer]["M"].clone() for layer in ("fc1", "fc2", "fc3")])
     assert all(torch.equal(one, other) for one, other in zip(*drawn, strict=True))
@@ -380,7 +380,7 @@ def test_a_draw_that_waited_is_not_taken_back() -> None:
 def test_what_a_failing_probe_did_is_undone() -> None:
     subject = subject_of(mlp())
     before = copy.deepcopy(subject.model.state_dict())
-    with pytest.raises(KeyboardInterrupt), as_before(subject.rule), torch.no_grad():
+    with pytest.raises(KeyboardInterrupt), state_restored(subject.rule), torch.no_grad():
         subject.model.fc1.weight.zero_()
         raise KeyboardInterrupt
     torch.testing.assert_close(subject.model.state_dict(), before, rtol=0, atol=0)
@@ -391,8 +391,8 @@ def test_running_statistics_are_those_of_full_batches_without_dropout() -> None:
     model, data = mlp(batch_norm=True), random_split(25)
     plain = copy.deepcopy(model)
     model.fc1 = nn.Sequential(model.fc1, nn.Dropout(0.5))
-    refresh(model, data, 8)
-    refresh(plain, split(data.images[:24], data.labels[:24]), 8)
+    estimate_running_statistics(model, data, 8)
+    estimate_running_statistics(plain, split(data.images[:24], data.labels[:24]), 8)
     torch.testing.assert_close(model.bn1.running_mean, plain.bn1.running_mean)
     torch.testing.assert_close(model.bn2.running_var, plain.bn2.running_var)
 
@@ -422,9 +422,9 @@ def test_draws_are_held_until_the_outermost_measurement_ends() -> None:
     """A probe may measure angles on its way."""
     subject = subject_of(mlp(batch_norm=True), "brsf")
     rule, mode = subject.rule, subject.rule.mode
-    for outer in (as_before, untouched):
+    for outer in (state_restored, measurement_mode):
         with outer(rule):
-            for inner in (as_before, untouched):
+            for inner in (state_restored, measurement_mode):
                 with inner(rule):
                     assert mode.freeze_random
                 assert mode.freeze_random
@@ -458,6 +458,17 @@ def test_a_layer_called_input_leaves_the_floor_a_name_of_its_own() -> None:
     other = nn.Sequential(OrderedDict(zip(("flat", "fc", "act", "out"), model, strict=True)))
     subject.rule.detach()
     assert list(measured("readout", subject_of(other))["readout"].values()) == list(found.values())
+
+
+def test_a_hidden_layer_called_input_is_not_mixed_up_with_the_images() -> None:
+    found = []
+    for name in ("input", "fc2"):
+        torch.manual_seed(0)
+        layers = {"flat": nn.Flatten(), "fc1": nn.Linear(36, 6), "act1": nn.ReLU(), name: nn.Linear(6, 5), "act2": nn.ReLU(),
+                  "out": nn.Linear(5, 3)}
+        found.append(measured("readout", subject_of(nn.Sequential(OrderedDict(layers))))["readout"])
+    assert list(found[0]) == ["(input)", "fc1", "input", "out"] and list(found[1]) == ["input", "fc1", "fc2", "out"]
+    assert list(found[0].values()) == list(found[1].values())
 
 
 def test_probes_learn_from_2000_images_and_are_scored_on_10000() -> None:

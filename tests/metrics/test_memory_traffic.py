@@ -14,13 +14,19 @@ import fa_bench
 from fa_bench.analyses.memory_accesses import MemoryAccesses
 from fa_bench.errors import ConfigError, CoverageError, FaBenchError
 from fa_bench.mechanisms.trace import trace_model
-from fa_bench.metrics.memory_traffic import Memory, memory_of
+from fa_bench.metrics.memory_traffic import Memory, memories
 from fa_bench.registry.registries import ALGORITHMS, ANALYSES, ARCHITECTURES
 from fa_bench.registry.specs import component, parse_spec
 from fa_bench.rules.asap import ASAP
 
 # Channels x height x width of the stem's output and of the outputs of both convolutions of every block, by stage.
 MAPS = (64 * 32 * 32, 128 * 16 * 16, 256 * 8 * 8, 512 * 4 * 4)
+
+
+def memory_of(net: nn.Module, shape: tuple[int, ...], rule: Any = None) -> Memory:
+    memory = memories(net, shape, rule)[rule is not None]
+    assert memory is not None
+    return memory
 
 
 def counted(name: str, k: int = 0, **options: Any) -> Memory:

@@ -205,7 +205,7 @@ def test_rules_without_direct_feedback_have_no_output_angle():
 
 
 def test_layers_that_carry_an_error_and_those_of_the_output():
-    """In the order of execution: layers that an activation enters, and layers that nothing with weights follows."""
+    """In the order of execution: layers whose input depends on a weight, and layers that nothing with weights follows."""
     probe = AlignmentMeter(fa_bench.attach(mlp(), "fa", seed=0), *batch())
     assert (probe.feedback_layers, probe.output_layers) == (["2", "4"], ["4"])
 
@@ -221,4 +221,31 @@ def test_layers_that_carry_an_error_and_those_of_the_output():
             return self.left(h) + self.right(h)
 
     probe = AlignmentMeter(fa_bench.attach(Two().double(), "fa", seed=0, sample_input=batch()[0]), *batch())
-    assert probe.output_layers == ["left", "right"] and not {"up", "down"} & {*probe.feedback_layers}
+    assert probe.output_layers == ["left", "right"] == probe.feedback_layers
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_projection_shortcut_carries_an_error(pooled: bool) -> None:
+    """Whether it has the same input as the block's first layer or, as in ResNet-D, an average of it."""
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv, self.projection = nn.Conv2d(1, 2, 1), nn.Conv2d(2, 2, 2, stride=2), nn.Conv2d(2, 2, 1)
+            self.pool, self.fc = nn.AvgPool2d(2) if pooled else nn.Identity(), nn.Linear(2 * 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.stem(x).relu()
+            return self.fc((self.conv(h) + self.projection(self.pool(h))[:, :, :2, :2]).relu().flatten(1))
+
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(6, 1, 4, 4)
+    meter = AlignmentMeter(fa_bench.attach(model, "fa", seed=0, sample_input=x), x, torch.arange(6) % 3)
+    assert meter.feedback_layers == ["conv", "projection", "fc"]
+    errors = []
+    for zeroed in (False, True):
+        with torch.no_grad():
+            model.projection.feedback_B.mul_(not zeroed)
+        model.zero_grad()
+        F.cross_entropy(model(x), torch.arange(6) % 3).backward()
+        errors.append(model.stem.weight.grad.clone())
+    assert not torch.allclose(*errors), "the stem's gradient comes in part through the projection's feedback"

@@ -19,9 +19,9 @@ ANGLES = {
     "norm_ratio": {"fc1": 9.0, "fc2": 1.0, "fc3": 2.0},
     "delta_angle": {"fc1": 30.0, "fc2": 50.0, "fc3": 0.0},
 }
-#: A published number that bp's runs answer to, of the preset a_table, whose runs these are.
+#: A published number for bp's runs, of the experiment a_table, whose runs these are.
 ENTRY = Entry("A Paper", "Table 1", "BP", "digits", "mlp", "bp", "test_accuracy", "%", value=98.5, spread=0.25, n=4,
-              presets=("a_table",))
+              experiments=("a_table",))
 
 
 def write_run(root: Path, rule: str, seed: int, accuracy: float | None, metrics: list | None = None, **changes) -> Path:
@@ -41,10 +41,10 @@ def write_run(root: Path, rule: str, seed: int, accuracy: float | None, metrics:
 
 
 @contextmanager
-def at_work(directory: Path, **said) -> Iterator[None]:
+def at_work(directory: Path, **holder) -> Iterator[None]:
     """While it is open, a process runs in the directory."""
     with FileLock(directory / LOCK):
-        (directory / HOLDER).write_text(json.dumps({"pid": 1, "host": "here", **said}))
+        (directory / HOLDER).write_text(json.dumps({"pid": 1, "host": "here", **holder}))
         yield
 
 

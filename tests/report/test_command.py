@@ -82,7 +82,7 @@ def test_reports_of_the_same_runs_are_equal_to_the_byte_whatever_the_order_and_t
     assert one == two and set(one) == {
         "report.md", "report.csv", "report_layers.csv", "report.png", "report_curves.png", "report_weight_angle.png",
         ".report.json"}
-    assert "1 repeated run(s) not counted" in one["report.csv"].decode()
+    assert "1 run with a repeated seed not counted" in one["report.csv"].decode()
 
 
 def test_partial_sweeps_give_a_report_that_says_what_is_missing(tmp_path, capsys):
@@ -100,18 +100,18 @@ def test_partial_sweeps_give_a_report_that_says_what_is_missing(tmp_path, capsys
     text = (tmp_path / "runs" / "report.md").read_text()
     assert "- kp seed 4: interrupted after 2 of 40 epochs, no result.json (pfa_fig2/kp-0a/seed4)\n" in text
     assert "- fa seed 1: diverged after 1 of 2 epochs, Diverged: not finite in epoch 3 (" in text
-    assert "- fa: no finished run of seed 1, 2\n" in text
-    unanswered = text.split("## Published, without a finished run here")[1]
-    assert "- pfa_o: Li and Benna 2024, Fig. 2a, last epoch (MNIST, 784-512-512-10)\n" in unanswered
-    assert "- bp:" not in unanswered and "DKP" not in unanswered
+    assert "- fa: no finished run with seed 1, 2\n" in text
+    without_run = text.split("## Published rows without a finished run")[1]
+    assert "- pfa_o: Li and Benna 2024, Fig. 2a, last epoch (MNIST, 784-512-512-10)\n" in without_run
+    assert "- bp:" not in without_run and "DKP" not in without_run
     said = capsys.readouterr().out
-    assert "not finished: kp seed 4" in said and "missing: fa: no finished run of seed 1, 2" in said
+    assert "not finished: kp seed 4" in said and "missing: fa: no finished run with seed 1, 2" in said
 
 
 @pytest.mark.parametrize(("words", "said"), [
     ([], "the following arguments are required: DIR; see fa-bench-report --help"),
     (["nowhere"], "nowhere: no such directory"),
-    (["."], ".: no runs there or below"),
+    (["."], ".: no runs found"),
     ([".", "--to", "x"], "unrecognized arguments: --to x; see fa-bench-report --help"),
     (["runs", "--out", "file"], "file: cannot be written (File exists)"),
     (["broken"], "broken/result.json: not a run's result: it lacks label, group, algorithm, seed"),

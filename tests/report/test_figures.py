@@ -41,9 +41,9 @@ def test_curve_is_mean_and_std_over_the_finished_seeds(tmp_path):
 
 
 def test_twelve_rules_look_different():
-    looks = [plot.look(index) for index in range(12)]
+    looks = [plot.line_style(index) for index in range(12)]
     assert len({look["color"] for look in looks}) == 12
-    assert len({tuple(plot.look(index).values()) for index in range(24)}) == 24
+    assert len({tuple(plot.line_style(index).values()) for index in range(24)}) == 24
 
 
 def test_figure_shows_each_group_and_says_where_there_is_no_data(tmp_path, drawn):

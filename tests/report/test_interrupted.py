@@ -81,9 +81,9 @@ def test_interrupted_and_resumed_sweep_gives_the_report_of_a_whole_one(
     monkeypatch.setattr(figures, "write_figures", lambda runs, out_dir, name: [out_dir / "report.png"])
     assert report(["parts", "--out", "between"]) == 1
     assert [(row["n"], row["runs"], row["status"]) for row in rows("between")] == [("1", "2", "1 finished, 1 interrupted")]
-    assert Path("between/report.md").read_text().count(": not begun (") == 2
+    assert Path("between/report.md").read_text().count(": not started (") == 2
     assert report(["--live", "parts"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "4 runs: 1 done, 1 interrupted, 2 waiting; none runs now"
+    assert capsys.readouterr().out.splitlines()[-1] == "4 runs: 1 done, 1 interrupted, 2 waiting; none is running"
 
     train_all("parts", jobs, resume=True)
     for folder in ("whole", "parts"):  # with seconds and pictures, and without
@@ -103,7 +103,7 @@ def test_interrupted_and_resumed_sweep_gives_the_report_of_a_whole_one(
     assert b"seconds" not in bare["report.csv"] and b"| seconds" not in bare["report.md"]
 
 
-def test_a_grid_announces_its_runs_before_the_first_one_and_keeps_those_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_announces_its_runs_before_the_first_one_and_keeps_those_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
     announced = []
 
     def stopped(*arguments: Any, **keywords: Any) -> Any:

@@ -13,6 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from fa_bench.errors import DataError
 from fa_bench.report import live
@@ -78,12 +79,12 @@ def test_every_state_and_the_time_left(sweep):
     assert lines["fa"].remark == "in epoch 3, first in fc1" and lines["wm"].remark == "nothing written for 33 min"
     assert lines["dfa"].remark == "OutOfMemoryError: tried to allocate 2 GiB"
     assert (lines["kp"].epoch, lines["kp"].epochs, lines["kp"].pace) == (10, 40, pytest.approx(2.4))
-    assert lines["kp"].left == pytest.approx(30 * 3 - 1)
+    assert lines["kp"].remaining == pytest.approx(30 * 3 - 1)
     # No epoch yet: as long as the others train on average, 2.2, 2.2, 2, 2.4 and 3 s, times what they take beside: 3 s for 2.4 s
     # of kp, nothing of wm, in all 1.125.
     epoch = (2.2 + 2.2 + 2 + 2.4 + 3) / 5 * 1.125
-    assert lines["pfa"].left == pytest.approx(40 * epoch - epoch)  # four seconds in: its first epoch is as good as over
-    assert lines["usf"].left == pytest.approx(40 * epoch)
+    assert lines["pfa"].remaining == pytest.approx(40 * epoch - epoch)  # four seconds in: its first epoch is as good as over
+    assert lines["usf"].remaining == pytest.approx(40 * epoch)
     assert live.summary(list(lines.values())) == (
         "8 runs: 1 done, 2 running, 1 stalled, 1 failed, 1 diverged, 1 interrupted, 1 waiting; "
         f"about {live.duration((89 + 79 * epoch) / 2)} left, 2 at a time")
@@ -94,11 +95,11 @@ def test_a_run_taken_up_again_is_not_thought_faster_than_its_training(tmp_path):
     with at_work(run, started=at(3.0)):
         written(run, 1.0, started=500.0)
         (line,) = live.Watcher([tmp_path]).look(NOW)
-    assert line.overhead == 1 and line.left == pytest.approx(30 * 2 - 1)
+    assert line.overhead == 1 and line.remaining == pytest.approx(30 * 2 - 1)
 
 
 def test_the_example_of_the_readme_is_what_is_shown(sweep):
-    shown = live.table(live.Watcher([sweep]).look(NOW))
+    shown = live.plain_text(live.Watcher([sweep]).look(NOW))
     print(*(f"    {line}" for line in shown), sep="\n")
     readme = (ROOT / "README.md").read_text()
     assert "\n".join(f"    {line}" for line in shown) in readme
@@ -135,26 +136,35 @@ def test_what_changed_is_read_again_and_what_cannot_be_read_is_said(tmp_path):
 def test_nothing_runs_or_nothing_is_known(tmp_path):
     write_sweep(tmp_path, [], [PlannedRun(tmp_path / "a", "a seed 0", 2)])
     watcher = live.Watcher([tmp_path])
-    assert live.summary(watcher.look(NOW)) == "1 run: 1 waiting; none runs now"
+    assert live.summary(watcher.look(NOW)) == "1 run: 1 waiting; none is running"
     (tmp_path / "a").mkdir()
     with at_work(tmp_path / "a", started="?"):
         lines = watcher.look(time.time())
-        assert live.summary(lines) == "1 run: 1 running; time left not known before the first epoch ends"
-        assert live.table(lines)[1].split() == ["a", "seed", "0", "running", "0/2", "-", "-", "-", "-", "-"]
+        assert live.summary(lines) == "1 run: 1 running; time left unknown until the first epoch ends"
+        assert live.plain_text(lines)[1].split() == ["a", "seed", "0", "running", "0/2", "-", "-", "-", "-", "-"]
         assert watcher.look(time.time() + live.FIRST_EPOCH + 60)[0].state == "stalled"
     (tmp_path / "sweep.json").unlink()
-    with pytest.raises(DataError, match="no runs there or below"):
+    with pytest.raises(DataError, match="no runs found"):
         watcher.look(NOW)
 
 
 def test_a_narrow_and_low_terminal_shows_what_matters(sweep):
     lines = live.Watcher([sweep]).look(NOW)
-    text = live.table(lines, width=70, height=7)
+    text = rendered(lines, width=70, height=7)
     assert len(text) == 7 and all(len(line) <= 70 for line in text)
     assert [line.split()[0] for line in text[1:-2]] == ["dfa", "kp", "wm", "pfa"]
-    assert text[-2] == "not shown: 1 done, 1 diverged, 1 interrupted, 1 waiting"
+    assert text[-2].rstrip() == "not shown: 1 done, 1 diverged, 1 interrupted, 1 waiting"
     lines[0].name = "bp algorithm.density=0.25 optimizer.lr=0.1 seed 0"
-    assert re.match(r"bp algo\S*…\S* seed 0  done", live.table(lines, width=90)[1])
+    text = rendered(lines, width=110, height=10)
+    assert len(text) == 10 and re.match(r"bp algo\S*…\S* seed 0  done", text[1])
+    lines[0].name, lines[0].remark = "[bold]bp[/bold] seed 0", "[red]"
+    assert rendered(lines, width=110, height=10)[1].startswith("[bold]bp[/bold] seed 0  done"), "names are no markup"
+
+
+def rendered(lines: list[live.Line], width: int, height: int) -> list[str]:
+    console = Console(file=io.StringIO(), width=width, height=height)
+    console.print(live.table(lines, width, height))
+    return console.file.getvalue().splitlines()
 
 
 class Terminal(io.StringIO):
@@ -163,7 +173,9 @@ class Terminal(io.StringIO):
 
 
 def test_on_a_terminal_it_is_shown_again_in_place_until_all_have_ended(tmp_path, monkeypatch):
-    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for key, value in (("TERM", "xterm"), ("COLUMNS", "100"), ("LINES", "30")):
+        monkeypatch.setenv(key, value)
     run = write_begun(tmp_path, "kp", 0, epochs=1)
     slept = []
 
@@ -174,9 +186,14 @@ def test_on_a_terminal_it_is_shown_again_in_place_until_all_have_ended(tmp_path,
     monkeypatch.setattr(live.time, "sleep", sleep)
     out = Terminal()
     live.watch([run], out, interval=7, once=False)
-    before, after = out.getvalue().split("\x1b[4F\x1b[J")
-    assert slept == [7] and before.splitlines()[2] == "1 run: 1 interrupted" and after.splitlines()[2] == "1 run: 1 done"
-    assert re.fullmatch(r"\d\d:\d\d:\d\d, every 7 s; Ctrl-C ends this view and nothing else", before.splitlines()[3])
+    assert slept == [7]
+    # Four lines, then the cursor goes to the first of them, clearing each.
+    before, after, *_ = re.split(r"\r\x1b\[2K(?:\x1b\[1A\x1b\[2K){3}", out.getvalue())
+    text = [[re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", line).rstrip() for line in part.splitlines()] for part in (before, after)]
+    assert [lines[2] for lines in text] == ["1 run: 1 interrupted", "1 run: 1 done"]
+    assert re.fullmatch(r"\d\d:\d\d:\d\d, every 7 s; Ctrl-C ends only this view", text[0][3])
+    assert "\x1b[33minterrupted" in before and "\x1b[34mdone" in after, "states are coloured"
+    assert out.getvalue().rindex("\x1b[?25h") > out.getvalue().rindex("\x1b[?25l"), "the cursor is shown"
 
 
 def test_ctrl_c_ends_the_view_with_zero_and_nothing_is_written(tmp_path, monkeypatch):
@@ -202,14 +219,14 @@ def test_off_a_terminal_and_once_it_is_plain_text(tmp_path, capsys, words):
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (["--once"], "--once goes with --live"),
-    (["--interval=3"], "--interval goes with --live"),
-    (["--live", "--out=x"], "--out does not go with --live, which writes nothing"),
-    (["--live", "--no-timings"], "--no-timings does not go with --live, which writes nothing"),
-    (["--live", "--interval=0.1"], "--interval=0.1 is not within 0.5 to 3600 seconds"),
-    (["--live", "--interval=nan"], "--interval=nan is not within 0.5 to 3600 seconds"),
+    (["--once"], "--once requires --live"),
+    (["--interval=3"], "--interval requires --live"),
+    (["--live", "--out=x"], "--out cannot be combined with --live, which writes nothing"),
+    (["--live", "--no-timings"], "--no-timings cannot be combined with --live, which writes nothing"),
+    (["--live", "--interval=0.1"], "--interval=0.1 is out of range (allowed: 0.5 to 3600 seconds)"),
+    (["--live", "--interval=nan"], "--interval=nan is out of range (allowed: 0.5 to 3600 seconds)"),
     (["--live", "--interval=x"], "argument --interval: invalid float value: 'x'; see fa-bench-report --help"),
-    (["--live"], ".: no runs there or below"),
+    (["--live"], ".: no runs found"),
 ])
 def test_errors_take_one_line(tmp_path, monkeypatch, capsys, words, said):
     monkeypatch.chdir(tmp_path)

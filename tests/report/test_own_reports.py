@@ -10,7 +10,7 @@ from filelock import FileLock
 
 from fa_bench.cli import main as bench
 from fa_bench.errors import RunDirectoryError
-from fa_bench.report import own, write_report
+from fa_bench.report import files, write_report
 from fa_bench.report.cli import main
 from fa_bench.utils import locks
 
@@ -39,7 +39,7 @@ def test_somebodys_file_is_not_replaced(tmp_path, capsys, name, kind):
     after = bytes_below(tmp_path)
     assert {key: after[key] for key in before} == before
     with pytest.raises(RunDirectoryError, match="not written by a report"):
-        own.check(out)
+        files.check_folder(out)
 
 
 def test_its_own_files_are_replaced_and_removed(tmp_path):
@@ -47,7 +47,7 @@ def test_its_own_files_are_replaced_and_removed(tmp_path):
     first = write_report(sorted(tmp_path.iterdir()), tmp_path / "out")
     (tmp_path / "out/report_old.csv").write_text("of an earlier report\n")
     (tmp_path / "out/report_mine.csv").write_text("mine\n")
-    own.record(tmp_path / "out", {*own.written(tmp_path / "out"), "report_old.csv"})
+    files.write_record(tmp_path / "out", {*files.recorded_files(tmp_path / "out"), "report_old.csv"})
     first.markdown.write_text("edited")
     write_report(sorted(path for path in tmp_path.iterdir() if path.name != "out"), tmp_path / "out")
     assert first.markdown.read_text().startswith("# Report")
@@ -60,16 +60,16 @@ def test_a_report_without_a_record_is_known_by_its_links(tmp_path):
     runs = sorted(tmp_path.iterdir())
     write_report(runs, tmp_path / "out")
     (tmp_path / "out/.report.json").unlink()
-    own.check(tmp_path / "out")
+    files.check_folder(tmp_path / "out")
     write_report(runs, tmp_path / "out")
-    assert "report.png" in own.written(tmp_path / "out")
+    assert "report.png" in files.recorded_files(tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", [".report.csv.tmp", ".report.md.tmp", ".report_layers.csv.tmp", "..report.json.tmp"])
 def test_somebodys_file_with_a_temporary_name_is_not_replaced(tmp_path, name):
     (tmp_path / name).write_text("mine")
     with pytest.raises(RunDirectoryError, match=f"{name}: not written by fa-bench"):
-        own.check(tmp_path)
+        files.check_folder(tmp_path)
     run = write_run(tmp_path / "runs", "bp", 0, 0.9)
     with pytest.raises(RunDirectoryError, match=f"{name}: not written by fa-bench"):
         write_report([run], tmp_path)
@@ -79,7 +79,7 @@ def test_somebodys_file_with_a_temporary_name_is_not_replaced(tmp_path, name):
 def test_what_a_killed_report_left_half_written_is_replaced(tmp_path):
     run = write_run(tmp_path / "runs", "bp", 0, 0.9)
     (tmp_path / "..report.json.tmp").write_text('["repo')
-    own.record(tmp_path, {"report.md", "report.csv"})
+    files.write_record(tmp_path, {"report.md", "report.csv"})
     (tmp_path / ".report.csv.tmp").write_text("half")
     write_report([run], tmp_path)
     assert not list(tmp_path.glob(".*.tmp"))
@@ -89,12 +89,12 @@ def test_what_a_killed_report_left_half_written_is_replaced(tmp_path):
 def test_a_record_of_another_kind_is_left_alone(tmp_path, text):
     (tmp_path / ".report.json").write_text(text)
     with pytest.raises(RunDirectoryError, match=r"\.report\.json: not the record of a report's files"):
-        own.check(tmp_path)
+        files.check_folder(tmp_path)
     assert (tmp_path / ".report.json").read_text() == text
 
 
 def test_reports_take_turns(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(own, "locked", locks.locked)
+    monkeypatch.setattr(files, "locked", locks.locked)
     monkeypatch.setattr(locks, "PATIENCE", 0.1)
     write_run(tmp_path, "bp", 0, 0.9)
     with FileLock(tmp_path / ".report.lock"):

@@ -1,4 +1,4 @@
-"""The published numbers: the file itself, which runs they answer to, and how they stand beside ours."""
+"""The published numbers: the file itself, which runs they match, and the comparison with ours."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from fa_bench.config.job import conf_dir
 from fa_bench.errors import DataError
 from fa_bench.registry.registries import ALGORITHMS, ARCHITECTURES, DATASETS
 from fa_bench.report.against import against_published
-from fa_bench.report.gaps import unanswered
-from fa_bench.report.published import answering, published, read_entries
+from fa_bench.report.gaps import published_without_run
+from fa_bench.report.published import matching_entries, published, read_entries
 from fa_bench.report.table import summarise
 
 from .by_hand import ENTRY, blank, epoch_record, runs_in, write_group, write_run
 
 ENTRIES = published()
-PRESETS = {"pfa_fig2", "pfa_fig4", "pfa_fig5", "pfa_fig6", "dkp_table1", "dkp_table2", "asap_table1", "asap_table2",
+EXPERIMENTS = {"pfa_fig2", "pfa_fig4", "pfa_fig5", "pfa_fig6", "dkp_table1", "dkp_table2", "asap_table1", "asap_table2",
            "asap_table4", "asap_table5", "asap_fig6", "wm_fig3", "wm_fig4"}
 
 
@@ -27,8 +27,8 @@ def found(**wanted) -> list:
     return [entry for entry in ENTRIES if all(getattr(entry, key) == value for key, value in wanted.items())]
 
 
-def test_every_preset_with_published_numbers_is_there() -> None:
-    assert {preset for entry in ENTRIES for preset in entry.presets} == PRESETS
+def test_every_experiment_with_published_numbers_is_there() -> None:
+    assert {experiment for entry in ENTRIES for experiment in entry.experiments} == EXPERIMENTS
 
 
 def test_entries_are_of_rules_and_values_that_can_be() -> None:
@@ -60,9 +60,9 @@ def test_some_values_as_printed(wanted, value, spread) -> None:
     assert entry.value == pytest.approx(value) and entry.spread == pytest.approx(spread, nan_ok=True)
 
 
-@pytest.mark.parametrize("preset", sorted(PRESETS & {path.stem for path in (conf_dir() / "experiment").glob("*.yaml")}))
-def test_what_entries_of_shipped_presets_ask_of_a_config_can_be_in_one(preset) -> None:
-    for entry in (entry for entry in ENTRIES if preset in entry.presets):
+@pytest.mark.parametrize("experiment", sorted(EXPERIMENTS & {path.stem for path in (conf_dir() / "experiment").glob("*.yaml")}))
+def test_what_entries_of_shipped_experiments_ask_of_a_config_can_be_in_one(experiment) -> None:
+    for entry in (entry for entry in ENTRIES if experiment in entry.experiments):
         for key, wanted in entry.where.items():
             for value in wanted if isinstance(wanted, list) else [wanted]:
                 if key in ("dataset", "architecture"):
@@ -74,7 +74,7 @@ def test_what_entries_of_shipped_presets_ask_of_a_config_can_be_in_one(preset) -
                     assert all(key.partition(".")[2] in {field.name for field in dataclasses.fields(cls)} for cls in classes)
 
 
-def test_a_run_of_a_preset_finds_its_published_number(tmp_path) -> None:
+def test_a_run_of_an_experiment_finds_its_published_number(tmp_path) -> None:
     write_group(tmp_path, "fa", [0.98, 0.99], experiment="pfa_fig2", group="dense", dataset="mnist", epochs=40)
     write_group(tmp_path, "fa", [0.98], experiment="pfa_fig2", group="sparse", dataset="mnist")
     write_group(tmp_path, "fa", [0.98], experiment=None, group="none", dataset="mnist")
@@ -89,13 +89,13 @@ def test_a_run_of_a_preset_finds_its_published_number(tmp_path) -> None:
     assert all(blank(rows[group]["published"]) for group in ("sparse", "none"))
 
 
-def test_older_results_go_by_the_folder_of_their_preset(tmp_path) -> None:
+def test_older_results_go_by_the_folder_of_their_experiment(tmp_path) -> None:
     run = write_run(tmp_path / "a_table" / "bp-0a", "bp", 0, 0.97)
     result = json.loads((run / "result.json").read_text())
     del result["experiment"]
     (run / "result.json").write_text(json.dumps(result))
     (old,) = runs_in(tmp_path)
-    assert old.preset == "a_table" and ENTRY.answers(old)
+    assert old.experiment == "a_table" and ENTRY.matches(old)
 
 
 @pytest.mark.parametrize(("where", "fits"), [
@@ -107,7 +107,7 @@ def test_what_an_entry_asks_of_a_config(tmp_path, where, fits) -> None:
     run = write_run(tmp_path, "bp", 0, 0.97)
     (run / "config.yaml").write_text("architecture: {name: mlp, widths: [8]}\noptimizer: {name: sgd, lr: 1e-1}\n")
     entry = dataclasses.replace(ENTRY, where=where)
-    assert answering([entry], runs_in(tmp_path)) == ([entry] if fits else [])
+    assert matching_entries([entry], runs_in(tmp_path)) == ([entry] if fits else [])
 
 
 def test_numbers_beside_ours(tmp_path) -> None:
@@ -137,7 +137,7 @@ def test_numbers_beside_ours(tmp_path) -> None:
 def test_ranges_have_two_ends(tmp_path, bounds, low, high, inside) -> None:
     """The runs' layers have 89, 80 and 60 degrees."""
     write_group(tmp_path, "bp", [0.97, 0.98])
-    text = ("- {paper: P, table: T, dataset: d, architecture: a, quantity: weight_angle, unit: degrees, presets: [a_table],\n"
+    text = ("- {paper: P, table: T, dataset: d, architecture: a, quantity: weight_angle, unit: degrees, experiments: [a_table],\n"
             f"   rows: [{{row: R, values: {{bp: {{'*': {bounds}}}}}}}]}}\n")
     (tmp_path / "p.yaml").write_text(text)
     rows = against_published(read_entries(tmp_path / "p.yaml"), runs_in(tmp_path)).to_dict("records")
@@ -152,7 +152,7 @@ def test_range_of_the_whole_network(tmp_path, bounds, inside) -> None:
     """The runs have 97.5 % on average."""
     write_group(tmp_path, "bp", [0.97, 0.98])
     (tmp_path / "p.yaml").write_text(
-        "- {paper: P, table: T, dataset: d, architecture: a, quantity: test_accuracy, unit: '%', presets: [a_table],\n"
+        "- {paper: P, table: T, dataset: d, architecture: a, quantity: test_accuracy, unit: '%', experiments: [a_table],\n"
         f"   rows: [{{row: R, values: {{bp: {bounds}}}}}]}}\n")
     (row,) = against_published(read_entries(tmp_path / "p.yaml"), runs_in(tmp_path)).to_dict("records")
     assert (row["layer"], row["inside"]) == ("", inside)
@@ -166,7 +166,7 @@ def test_a_number_of_an_epoch_is_compared_with_that_epoch(tmp_path) -> None:
     assert [row["ours"] for row in rows] == [50, 70]
     (row,) = summarise(runs_in(tmp_path), entries).to_dict("records")
     assert row["published_difference"] == pytest.approx(-10)
-    assert len(unanswered(entries, runs_in(tmp_path))) == 0 and len(unanswered(entries[:1], runs_in(tmp_path))) == 1
+    assert [len(published_without_run(of, runs_in(tmp_path))) for of in (entries, entries[:1])] == [0, 1]
 
 
 def test_a_standard_error_is_no_standard_deviation(tmp_path) -> None:

@@ -102,10 +102,10 @@ def test_a_damaged_record_is_named_and_its_run_left_out(tmp_path, capsys, kind):
     damage(tmp_path / "fa-1")
     assert main([str(tmp_path)]) == 1
     out = capsys.readouterr().out
-    assert re.search(rf"^left out: \S*/fa-1/.*{said}", out, re.MULTILINE), out
+    assert re.search(rf"^excluded: \S*/fa-1/.*{said}", out, re.MULTILINE), out
     (row,) = csv.DictReader((tmp_path / "report.csv").read_text().splitlines())
     assert (row["n"], row["runs"], row["test_accuracy"]) == ("1", "1", "90")
-    assert "## Left out" in (tmp_path / "report.md").read_text()
+    assert "## Excluded" in (tmp_path / "report.md").read_text()
     assert main(["--live", "--once", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert re.search(said, shown) and "2 runs: 1 done, 1 failed" in shown
@@ -136,9 +136,9 @@ def test_a_damaged_list_of_runs_is_named_and_the_runs_are_reported(tmp_path, cap
     write_group(tmp_path, "fa", [0.9])
     (tmp_path / "sweep.json").write_text(planned)
     assert main([str(tmp_path)]) == 1
-    assert re.search(r"left out: \S*/sweep\.json: \S", capsys.readouterr().out)
+    assert re.search(r"excluded: \S*/sweep\.json: \S", capsys.readouterr().out)
     assert main(["--live", str(tmp_path)]) == 0
-    assert re.search(r"1 run: 1 done\nleft out: \S*/sweep\.json: ", capsys.readouterr().out)
+    assert re.search(r"1 run: 1 done\nexcluded: \S*/sweep\.json: ", capsys.readouterr().out)
 
 
 EVIL = "\x1b[31mkp\u202e <script>alert(1)</script> # [a](http://b) | $\\frac{$ **x**\n# Heading"
@@ -250,7 +250,7 @@ def test_a_difference_to_runs_of_other_code_is_noted(tmp_path):
     write_run(tmp_path, "fa", 0, 0.8, code_hash="b")
     assert main([str(tmp_path)]) == 0
     rows = {row["label"]: row for row in csv.DictReader((tmp_path / "report.csv").read_text().splitlines())}
-    assert rows["fa"]["note"] == "the runs of bp are of other code" and rows["bp"]["note"] == ""
+    assert rows["fa"]["note"] == "the runs of bp used different code" and rows["bp"]["note"] == ""
 
 
 def test_a_run_without_result_is_in_the_row_of_its_code(tmp_path):

@@ -203,7 +203,7 @@ def test_among_several_references_the_optimizer_decides_or_validation(tmp_path):
     table = rows(tmp_path)
     assert table["fa"]["bp_difference"] == pytest.approx(-2.5) and table["fa"]["bp_row"] == "bp-0a"
     assert table["kp"]["bp_difference"] == pytest.approx(4.5) and table["kp"]["bp_row"] == "bp-adam"
-    assert table["kp"]["note"] == "bp by validation out of 2 that fit as well" and table["fa"]["note"] == ""
+    assert table["kp"]["note"] == "bp chosen by validation accuracy from 2 equally close rows" and table["fa"]["note"] == ""
 
 
 def test_among_several_references_without_validation_none_is_taken(tmp_path):
@@ -212,7 +212,7 @@ def test_among_several_references_without_validation_none_is_taken(tmp_path):
     write_group(tmp_path, "kp", [0.95])
     row = rows(tmp_path)["kp"]
     assert blank(row["bp_difference"]) and blank(row["bp_difference_n"]) and row["bp_row"] == ""
-    assert row["note"] == "several bp groups fit, and none has a validation accuracy to choose by"
+    assert row["note"] == "2 rows of bp match equally well, and none has a validation accuracy to choose by"
 
 
 def test_a_row_is_paired_with_bp_at_its_own_setting_even_where_that_did_not_finish(tmp_path):
@@ -281,7 +281,7 @@ def test_a_repeated_seed_counts_once(tmp_path):
     write_run(tmp_path / "2", "fa", 1, 0.94)
     row = rows(tmp_path)["fa"]
     assert row["n"] == 2 and row["test_accuracy"] == pytest.approx(92)
-    assert row["status"] == "3 finished" and row["note"] == "1 repeated run(s) not counted"
+    assert row["status"] == "3 finished" and row["note"] == "1 run with a repeated seed not counted"
 
 
 def test_angles_are_means_over_the_layers_that_they_say_something_about(tmp_path):

@@ -14,7 +14,7 @@ from fa_bench.errors import RunDirectoryError
 from fa_bench.report import figures, write_report
 from fa_bench.report.cli import main
 from fa_bench.report.runs import find_runs
-from fa_bench.report.states import running
+from fa_bench.report.states import current_status
 from fa_bench.runs.ownership import LOCK
 from fa_bench.runs.sweep import PlannedRun, find_planned_runs, read_sweep, write_sweep
 
@@ -41,7 +41,7 @@ def test_a_run_without_result_has_its_place_in_the_row_of_its_group_and_in_no_me
     assert row["unfinished"] == "1 of 2: seed 1 interrupted after 3 of 40 epochs" and not report.complete
     kp = report.text.splitlines()[2].split()
     assert kp[:7] == ["kp", "90.00", "±", "-", "1", "of", "2"] and kp[-4:] == ["1", "finished,", "1", "interrupted"]
-    assert "means are over the finished runs alone\nnot finished: kp seed 1: interrupted after 3 of 40" in report.text
+    assert "Means are over the finished runs only.\nnot finished: kp seed 1: interrupted after 3 of 40" in report.text
     with at_work(begun):
         write_report(find_runs([tmp_path]), tmp_path)
     assert table(tmp_path)["kp"]["status"] == "1 finished, 1 running"
@@ -72,27 +72,28 @@ def test_a_run_taken_up_again_is_running_and_a_finished_one_finished(tmp_path):
 
 
 def test_asking_for_the_lock_neither_makes_nor_keeps_it(tmp_path):
-    assert not running(tmp_path) and not (tmp_path / LOCK).exists()
+    assert current_status(tmp_path, {}) == "interrupted" and not (tmp_path / LOCK).exists()
     with at_work(tmp_path):
-        assert running(tmp_path)
-    assert not running(tmp_path)
+        assert current_status(tmp_path, {}) == "running"
+        assert current_status(tmp_path, {"status": "finished"}) == "finished"
+    assert current_status(tmp_path, {"status": "diverged"}) == "diverged"
     with FileLock(tmp_path / LOCK, timeout=0):  # nothing holds it: this would raise
         pass
 
 
-def test_runs_that_a_grid_announced_and_that_have_not_begun_are_named(tmp_path, capsys):
+def test_runs_that_a_sweep_announced_and_that_have_not_started_are_named(tmp_path, capsys):
     write_group(tmp_path, "bp", [0.9], metrics=[])
     planned = [PlannedRun(tmp_path / "bp-0", "bp seed 0", 2), *(
         PlannedRun(tmp_path / "kp-0b" / f"seed{seed}", f"kp seed {seed}", 2) for seed in range(9))]
     write_sweep(tmp_path, ["fa-bench", "-m"], planned)
     assert main([str(tmp_path)]) == 1
     text, said = (tmp_path / "report.md").read_text(), capsys.readouterr().out
-    section = text.split("## Runs that have not begun\n\n")[1].split("\n\n")[0].splitlines()
-    assert len(section) == 9 and section[8] == f"- kp seed 8: not begun ({tmp_path.name}/kp-0b/seed8)"
-    assert said.count("missing: kp seed") == 3 and "missing: 6 more runs not begun" in said
+    section = text.split("## Runs that have not started\n\n")[1].split("\n\n")[0].splitlines()
+    assert len(section) == 9 and section[8] == f"- kp seed 8: not started ({tmp_path.name}/kp-0b/seed8)"
+    assert said.count("missing: kp seed") == 3 and "missing: 6 more runs not started" in said
     for seed in range(9):
         write_run(tmp_path / "kp-0b", "kp", seed, 0.8, metrics=[]).rename(tmp_path / "kp-0b" / f"seed{seed}")
-    assert main([str(tmp_path)]) == 0 and "not begun" not in (tmp_path / "report.md").read_text()
+    assert main([str(tmp_path)]) == 0 and "not started" not in (tmp_path / "report.md").read_text()
 
 
 def test_files_that_a_report_no_longer_has_go_and_others_stay(tmp_path):
@@ -113,15 +114,15 @@ def test_files_that_a_report_no_longer_has_go_and_others_stay(tmp_path):
 
 # The list of a sweep's runs.
 
-def test_a_second_grid_keeps_what_the_first_one_announced(tmp_path, monkeypatch):
+def test_a_second_sweep_keeps_what_the_first_one_announced(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder = Path("outputs", "preset")
+    folder = Path("outputs", "experiment")
     first = [PlannedRun(folder / "x" / "seed0", "x seed 0", 2), PlannedRun(folder / "y", "y seed 0", 3)]
     write_sweep(folder, ["fa-bench", "a"], first)
     first = json.loads((folder / "sweep.json").read_text())
     assert first == {"command": ["fa-bench", "a"], "runs": [
         {"directory": "x/seed0", "label": "x seed 0", "epochs": 2}, {"directory": "y", "label": "y seed 0", "epochs": 3}]}
-    again = tmp_path / "outputs" / "preset"  # the same, called from elsewhere
+    again = tmp_path / "outputs" / "experiment"  # the same, called from elsewhere
     more = [PlannedRun(again / "z", "z seed 0", 4), PlannedRun(again / "x" / "seed0", "x more", 5)]
     write_sweep(again, ["fa-bench", "b"], more)
     assert read_sweep(folder / "sweep.json") == [

@@ -9,7 +9,7 @@ from torch import nn
 
 import fa_bench
 from fa_bench.metrics.angles import mean_sample_angle
-from fa_bench.metrics.meter import untouched
+from fa_bench.metrics.meter import measurement_mode
 from fa_bench.optim.adam import AdamW
 from fa_bench.optim.optimizers import Optimizers
 from fa_bench.optim.sgd import SGD
@@ -152,7 +152,7 @@ def test_mask_holds_and_gradients_add_up():
 
 def test_probing_gives_b_no_gradient():
     model, rule, x, y = attached()
-    with untouched(rule):
+    with measurement_mode(rule):
         logits = model(x)
         rule.deliver(F.cross_entropy(logits, y), logits, y)
     assert all(tensors["B"].grad is None for tensors in rule.feedback.values())

@@ -10,7 +10,7 @@ from torch import nn
 
 import fa_bench
 from fa_bench.mechanisms.cut.local import _seeded, pooled_size
-from fa_bench.metrics.meter import untouched
+from fa_bench.metrics.meter import measurement_mode
 
 from . import nets
 from .helpers import REL, array, arrays, assert_bitwise, assert_matches, distance, feedback_arrays, rule_grads
@@ -80,7 +80,7 @@ def test_probing_and_evaluation_leave_no_trace(name):
     rule_grads(net, rule, x, y)
     before = {key: None if grad is None else grad.clone() for key, grad in trained_grads(rule).items()}
     state = copy.deepcopy(rule.state_dict())
-    with untouched(rule):
+    with measurement_mode(rule):
         logits = net(x)
         rule.deliver(F.cross_entropy(logits, y), logits, y)
     net.eval()

@@ -96,7 +96,7 @@ def test_a_diverged_run_has_no_probes(in_empty_folder: None, monkeypatch: pytest
     (["probes=readout"], "probes='readout' is not a list (of depth_utility, gradient_norm, readout); did you mean "
                          "probes=[readout]?"),
     (["probes=[depth_utility]", "architecture=torchvision", "architecture.model=squeezenet1_0", "dataset.size=32"],
-     "probes=[depth_utility]: SqueezeNet declares no blocks that could be left untrained; name the modules that they end with in "
+     "probes=[depth_utility]: SqueezeNet declares no blocks that could be left untrained; name the modules that end them in "
      "model.blocks, as architecture=mlp, conv2 and the residual nets do"),
 ])
 def test_probes_that_cannot_be_measured_are_named_before_training(

@@ -252,7 +252,7 @@ def assert_published_are_answered(name: str, composed: list[Job]) -> None:
     """Every published number of the preset has a job in its grid and, where it is of layers, such layers in that job's net."""
     for entry in published():
         # Curves of k = 4 are in another figure than Table 1: algorithm=asap algorithm.k=2,4.
-        if name not in entry.presets or entry.where.get("algorithm.k") == 4:
+        if name not in entry.experiments or entry.where.get("algorithm.k") == 4:
             continue
         found = []
         for job in composed:

@@ -1,1 +1,1 @@
-"""How well a rule's errors and feedback agree with those of backpropagation: one file a kind of metric."""
+"""How well a rule's errors and feedback agree with those of backpropagation."""

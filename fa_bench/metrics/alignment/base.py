@@ -1,4 +1,4 @@
-"""What every alignment metric is: one number for each layer, taken on a fixed batch, and how it is shown."""
+"""The base class of alignment metrics: one number for each layer, measured on a fixed batch, and how reports show it."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ FEEDBACK, HIDDEN, ALL = "feedback", "hidden", "all"
 class Metric(Options):
     """Base of the alignment metrics, registered in `fa_bench.registry.registries.METRICS`.
 
-    A run measures it every ``probe_every`` steps and at the end, and records it by its registered name in metrics.jsonl,
+    A run measures it every ``probe_every`` steps and at the end, and records it under its registered name in metrics.jsonl,
     result.json and its loggers.
     """
 
-    #: Its heading in tables and figures, and its unit: ``°`` or nothing.
+    #: Its heading in tables and figures, and its unit: ``°`` or empty.
     title: ClassVar[str] = ""
     unit: ClassVar[str] = ""
-    #: The layers that a report's mean is taken over: FEEDBACK, HIDDEN or ALL.
+    #: The layers that a report averages over: FEEDBACK, HIDDEN or ALL.
     layers: ClassVar[str] = ALL
-    #: Whether the mean over layers is a column of reports, and whether reports plot it by layer; their order among the metrics.
+    #: Whether the mean over layers is a column of reports, whether reports plot it by layer, and its rank among the metrics.
     column: ClassVar[bool] = True
     plot: ClassVar[bool] = True
     order: ClassVar[int] = 100
 
     def measure(self, passes: Passes) -> dict[str, float]:
-        """{layer: value}, NaN where a value is void; `passes` has the errors and gradients of rule and backpropagation."""
+        """{layer: value}, NaN if undefined; `passes` has the errors and gradients of the rule and of backpropagation."""
         raise NotImplementedError
 
 
 def declared(names: Iterable[str]) -> dict[str, type[Metric]]:
-    """The metrics of these names, in their order; one that is not registered, of a plugin that is not here, is shown by name."""
-    found = {name: METRICS[name] if name in METRICS else type(name, (Metric,), {"title": name.replace("_", " ")})
-             for name in names}
-    return dict(sorted(found.items(), key=lambda item: (item[1].order, item[0])))
+    """The metrics of these names, in their order; one that is not registered, for lack of its plugin, is titled by its name."""
+    metrics = {name: METRICS[name] if name in METRICS else type(name, (Metric,), {"title": name.replace("_", " ")})
+               for name in names}
+    return dict(sorted(metrics.items(), key=lambda item: (item[1].order, item[0])))

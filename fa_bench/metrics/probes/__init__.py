@@ -1,1 +1,1 @@
-"""Probes of a trained net's layers that a run may ask for, one a file; `base` says what a probe is."""
+"""Optional measurements of a trained net's layers: one file a probe; `base` defines what a probe is."""

@@ -1,4 +1,4 @@
-"""What a probe of layers is, and how a run measures those that its option ``probes`` names, leaving no trace."""
+"""The base class of probes, and how a run measures the probes that its option ``probes`` names, without side effects."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.rule import Rule
     from fa_bench.metrics.meter import AlignmentMeter
 
-#: Training images that a probe may learn from, and images that it scores on: at most, a fixed choice of them.
+#: Most training images that a probe may learn from, and most images that it is scored on: a fixed subset.
 TRAINING_IMAGES, SCORED_IMAGES = 2_000, 10_000
 
 Quantities = dict[str, dict[str, float]]
@@ -33,8 +33,8 @@ class Subject:
         rule: an attached rule; its model is measured.
         splits: the data.
         meter: holds the fixed batch (``x``, ``y``) and the model's structure (``trace``).
-        batch_size: of training.
-        initial: parameter name -> its value before training; empty where no probe asks for them.
+        batch_size: the batch size of training.
+        initial: parameter name -> its value before training; empty unless a probe needs it.
     """
 
     rule: Rule
@@ -45,7 +45,7 @@ class Subject:
 
     @property
     def model(self) -> nn.Module:
-        """The model, the rule in it."""
+        """The model with the rule attached."""
         return self.rule.model
 
     @property
@@ -57,11 +57,11 @@ class Subject:
 
     @property
     def scored(self) -> Split:
-        """The images that accuracies are measured on: of validation where there is one, else of the test set."""
+        """The images that accuracies are measured on: validation images if there are any, else test images."""
         from fa_bench.data.base import some
 
-        held = self.splits.validation
-        return some(held if held is not None and len(held) else self.splits.test, SCORED_IMAGES)
+        validation = self.splits.validation
+        return some(validation if validation is not None and len(validation) else self.splits.test, SCORED_IMAGES)
 
 
 @dataclasses.dataclass(eq=False)
@@ -72,27 +72,27 @@ class Probe(Options):
     needs_initial: ClassVar[bool] = False
 
     def require(self, subject: Subject) -> None:
-        """Called before training; raise ConfigError, with what would work, where the probe makes no sense for the subject."""
+        """Called before training; raises ConfigError, with a remedy, if the probe cannot measure the subject."""
 
     def measure(self, subject: Subject) -> Quantities:
-        """{quantity: {layer or block: value}}, a quantity of the probe's name among them, others beginning with that name.
+        """{quantity: {layer or block: value}}; one quantity has the probe's name, further ones begin with it.
 
-        Whatever it does to the model, to gradients, modes and global random numbers is undone afterwards.
-        ``rule.mode.freeze_random`` is set, so that forward passes sample nothing new.
+        Changes to the model, gradients, modes and global random numbers are undone afterwards. ``rule.mode.freeze_random`` is
+        set, so that forward passes sample nothing new.
         """
         raise NotImplementedError
 
 
 class Probes:
-    """The probes that a run asks for.
+    """The probes of a run.
 
     Args:
-        names: of the probes.
-        every: epochs between two measurements; 0: at the end alone.
+        names: names of probes.
+        every: epochs between two measurements; 0: only at the end.
         subject: what they measure, before training.
 
     Raises:
-        ConfigError: for a probe that makes no sense here, with what would work.
+        ConfigError: for a probe that cannot measure the subject, with a remedy.
     """
 
     def __init__(self, names: Iterable[str], every: int, subject: Subject) -> None:
@@ -114,44 +114,41 @@ class Probes:
         return bool(self.probes) and self.every > 0 and epoch % self.every == 0
 
     def measure(self, step: int) -> Quantities:
-        """What all probes give now, after update number `step`; measured once for a step."""
+        """The values of all probes after update number `step`; measured once for each step."""
         if self._last is None or self._last[0] != step:
-            found: Quantities = {}
+            values: Quantities = {}
             for probe in self.probes:
-                with as_before(self.subject.rule):
-                    found |= probe.measure(self.subject)
-            self._last = step, found
+                with state_restored(self.subject.rule):
+                    values |= probe.measure(self.subject)
+            self._last = step, values
         return self._last[1]
 
 
 @contextmanager
-def as_before(rule: Rule) -> Iterator[None]:
-    """Whatever happens within it to an attached model and to global random numbers is undone afterwards.
+def state_restored(rule: Rule) -> Iterator[None]:
+    """A context whose changes to an attached model and to global random numbers are undone afterwards.
 
-    That is parameters, learned feedback among them, buffers, gradients (none within it), ``requires_grad``, the modes of all
-    modules, and the state of every global random generator; ``rule.mode.freeze_random`` is set.
+    Restored are parameters, learned feedback included, buffers, gradients (None within it), ``requires_grad``, the modes of all
+    modules, and every global random generator; ``rule.mode.freeze_random`` is set within it.
     """
+    from fa_bench.mechanisms.trace import set_temporarily
     from fa_bench.utils.process import random_state, restore_random_state
 
-    model, mode = rule.model, rule.mode
-    _ = rule.feedback  # reading it brings it up to date, so that what is put back is not an older draw
+    model = rule.model
+    _ = rule.feedback  # sampled when it is read: the values to restore are those after that
     tensors = [*model.parameters(), *model.buffers()]
-    kept = [(tensor, tensor.detach().clone(), tensor.grad, tensor.requires_grad) for tensor in tensors]
+    saved = [(tensor, tensor.detach().clone(), tensor.requires_grad) for tensor in tensors]
     modes = [(module, module.training) for module in model.modules()]
-    held, drawn = mode.freeze_random, random_state()
-    for tensor in tensors:
-        tensor.grad = None
-    mode.freeze_random = True
+    generators = random_state()
     try:
-        yield
+        with set_temporarily([rule.mode], "freeze_random", True), set_temporarily(tensors, "grad", None):
+            yield
     finally:
-        mode.freeze_random = held
-        restore_random_state(drawn)
+        restore_random_state(generators)
         for module, training in modes:
             module.training = training
         with torch.no_grad():
-            for tensor, value, gradient, required in kept:
+            for tensor, value, requires_grad in saved:
                 if not torch.equal(tensor, value):
                     tensor.copy_(value)
-                tensor.grad = gradient
-                tensor.requires_grad_(required)
+                tensor.requires_grad_(requires_grad)

@@ -1,9 +1,10 @@
-"""How much of the classes a linear readout of each layer finds."""
+"""How well a linear classifier reads the classes from each layer."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -18,76 +19,74 @@ if TYPE_CHECKING:
     from fa_bench.data.base import Split
     from fa_bench.mechanisms.trace import Trace
 
-#: The row of the raw input: a layer that does not beat it has learned nothing.
+#: The row of the raw images: a layer that is no better has learned nothing useful.
 FLOOR = "input"
-#: Features of an activation that the readout takes at most, and its regularisation, see `fit`.
+#: Most features of an activation that the readout takes, and its regularisation, see `fit`.
 FEATURES, RIDGE = 1024, 0.01
+#: Where activations are read besides the inputs of layers: at the model's input and output. No layer can have these paths.
+MODEL_INPUT, MODEL_OUTPUT = ".", ""
 
 
 @PROBES.register("readout")
 @dataclasses.dataclass(eq=False)
 class Readout(Probe):
-    """Accuracy (a fraction) of a linear classifier of each layer's activation, beside one of the raw input, ``input``.
+    """Accuracy (a fraction) of a linear classifier of each layer's activation, and of the raw images, ``input``.
 
-    A layer's activation is what the next layer takes: behind the layer's normalisation, nonlinearity, addition and pooling;
-    that of the output layer is the logits. Layers that are added up have the same. The model is in evaluation mode.
+    A layer's activation is the input of the next layer: after the layer's normalisation, nonlinearity, addition and pooling; for
+    the output layer it is the logits. Layers whose outputs are added share one. The model is in evaluation mode.
 
-    The classifier (`fit`) learns from at most 2,000 training images as they are stored, and is scored on at most 10,000 of the
-    validation images, of the test set where there are none. At most 1024 features enter (`bounded`).
+    The classifier (`fit`) is trained on at most 2,000 training images, not augmented, and scored on at most 10,000 validation
+    images, or test images if there is no validation split. It takes at most 1024 features (`bounded`).
     """
 
     def measure(self, subject: Subject) -> Quantities:
         points = activation_points(subject.meter.trace)
-        images, labels = _collected(subject, subject.training, points)
-        classes = len(subject.splits.classes)
-        fitted = {point: fit(features, labels, classes) for point, features in images.items()}
+        batches = list(_activations(subject, subject.training, points))
+        labels, classes = np.concatenate([y for _, y in batches]), len(subject.splits.classes)
+        fitted = {point: fit(np.concatenate([activations[point] for activations, _ in batches]), labels, classes)
+                  for point in batches[0][0]}
         hits, scored = dict.fromkeys(fitted, 0), subject.scored
         for activations, y in _activations(subject, scored, points):
             for point, features in activations.items():
                 hits[point] += int((fitted[point].classify(features) == y).sum())
-        found = {point: math.nan if fitted[point].void else hit / len(scored) for point, hit in hits.items()}
-        floor = FLOOR if FLOOR not in points else f"({FLOOR})"
-        return {self.name: {floor: found[FLOOR]} | {layer: found[point] for layer, point in points.items()}}
+        accuracy = {point: math.nan if fitted[point].void else count / len(scored) for point, count in hits.items()}
+        floor = f"({FLOOR})" if FLOOR in points else FLOOR
+        return {self.name: {floor: accuracy[MODEL_INPUT]} | {layer: accuracy[point] for layer, point in points.items()}}
 
 
 def activation_points(trace: Trace) -> dict[str, str]:
-    """{layer: the layer that takes its activation}, in the order of execution; the empty path for the model's output."""
-    return {layer: trace.consumer.get(layer, "") for layer in trace.order if layer in trace.consumer or layer in trace.outputs}
+    """{layer: the layer whose input is its activation}, in the order of execution; MODEL_OUTPUT for output layers."""
+    return {layer: trace.consumer.get(layer, MODEL_OUTPUT) for layer in trace.order
+            if layer in trace.consumer or layer in trace.outputs}
 
 
-def _activations(subject: Subject, split: Split, points: dict[str, str]) -> Any:
-    """({point: features (n, F)}, labels (n,)) of each batch, as arrays."""
+def _activations(subject: Subject, split: Split, points: dict[str, str]) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+    """({point: features (n, F)}, labels (n,)) of each batch."""
     from fa_bench.mechanisms.trace import tensors_in
     from fa_bench.metrics.evaluation import EVALUATION_BATCH
 
     model = subject.model
-    found: dict[str, np.ndarray] = {}
+    activations: dict[str, np.ndarray] = {}
 
-    def keep(point: str) -> Any:
+    def recorder(point: str) -> Any:
         def hook(module: Any, args: Any) -> None:
-            if point not in found:  # a layer that runs several times takes the activation at its first run
-                found[point] = _array(bounded(args[0], isinstance(module, nn.Linear)))
+            if point not in activations:  # of a layer that runs several times, the first input
+                activations[point] = _array(bounded(args[0], isinstance(module, nn.Linear)))
         return hook
 
-    consumers = dict.fromkeys(point for point in points.values() if point)
-    handles = [model.get_submodule(path).register_forward_pre_hook(keep(path)) for path in consumers]
+    consumers = dict.fromkeys(point for point in points.values() if point != MODEL_OUTPUT)
+    handles = [model.get_submodule(path).register_forward_pre_hook(recorder(path)) for path in consumers]
     model.eval()
     try:
         with torch.no_grad():
             for x, y in split.batches(max(subject.batch_size, EVALUATION_BATCH)):
-                found.clear()
-                found[FLOOR] = _array(bounded(x))
-                found[""] = _array(bounded(next(tensors_in(model(x)))))
-                yield dict(found), y.cpu().numpy()
+                activations.clear()
+                activations[MODEL_INPUT] = _array(bounded(x))
+                activations[MODEL_OUTPUT] = _array(bounded(next(tensors_in(model(x)))))
+                yield dict(activations), y.cpu().numpy()
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _collected(subject: Subject, split: Split, points: dict[str, str]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    batches = list(_activations(subject, split, points))
-    arrays = {point: np.concatenate([activations[point] for activations, _ in batches]) for point in batches[0][0]}
-    return arrays, np.concatenate([y for _, y in batches])
 
 
 def _array(features: Tensor) -> np.ndarray:
@@ -97,8 +96,8 @@ def _array(features: Tensor) -> np.ndarray:
 def bounded(x: Tensor, features_last: bool = False) -> Tensor:
     """An activation (N, ...) as (N, F) with F at most `FEATURES`.
 
-    Maps (N, C, ...) are averaged over space to the size that leaves few enough numbers. With `features_last`, (N, ..., F), the
-    mean over all positions is taken. What is still too much is averaged over neighbouring features.
+    Maps (N, C, ...) are averaged over space down to a size that fits. With `features_last`, (N, ..., F), the mean over all
+    positions is taken. If there are still too many features, neighbouring ones are averaged.
     """
     from fa_bench.mechanisms.cut.local import pooled_size
 
@@ -114,7 +113,7 @@ def bounded(x: Tensor, features_last: bool = False) -> Tensor:
 
 
 class Linear(NamedTuple):
-    """A fitted classifier: scores are x W + b, W (F, C) and b (C,); void where the features were not finite."""
+    """A fitted classifier: scores are x W + b, W (F, C) and b (C,); void if the features were not finite."""
 
     weight: np.ndarray
     bias: np.ndarray
@@ -126,10 +125,10 @@ class Linear(NamedTuple):
 
 
 def fit(features: np.ndarray, labels: np.ndarray, classes: int) -> Linear:
-    """Ridge regression of one-hot targets, in double precision by a Cholesky factorisation: no random numbers.
+    """Ridge regression of one-hot targets, in double precision by a Cholesky factorisation, without random numbers.
 
-    W minimises ‖Y - X W - 1 bᵀ‖² + λ ‖W‖² with b free and λ = 0.01 n v: n samples, v the mean variance of the features, so that
-    the scale of an activation does not matter. Features that do not vary give W = 0 and the most frequent class.
+    W minimises ‖Y - X W - 1 bᵀ‖² + λ ‖W‖² with b not regularised and λ = 0.01 n v for n samples and v the mean variance of the
+    features, so that the scale of an activation does not matter. Constant features give W = 0 and the most frequent class.
 
     Args:
         features: X, (n, F).

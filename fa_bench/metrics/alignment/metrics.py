@@ -1,0 +1,105 @@
+"""The alignment metrics: how well a rule's feedback and errors agree with the weights and errors of backpropagation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from fa_bench.metrics.alignment.base import FEEDBACK, HIDDEN, Metric
+from fa_bench.metrics.angles import mean_sample_angle, norm_ratio, weight_angle
+from fa_bench.registry.registries import METRICS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fa_bench.metrics.meter import Passes, Point
+
+
+@METRICS.register("weight_angle")
+@dataclasses.dataclass(eq=False)
+class WeightAngle(Metric):
+    """Angle between the effective feedback and the weight (metric 1 of Li and Benna 2024, Fig. 2), in degrees."""
+
+    title, unit, layers, order = "weight angle", "°", FEEDBACK, 1
+
+    def measure(self, passes: Passes) -> dict[str, float]:
+        return {layer: weight_angle(*pair) for layer, pair in passes.weight_pairs.items()}
+
+
+@METRICS.register("delta_angle")
+@dataclasses.dataclass(eq=False)
+class DeltaAngle(Metric):
+    """Angle between the rule's error at a layer's activation and that of backpropagation, mean over the batch, in degrees.
+
+    The reference is the error of a full exact backward pass on the same batch and weights.
+    """
+
+    title, unit, layers, order = "delta angle", "°", HIDDEN, 2
+
+    def measure(self, passes: Passes) -> dict[str, float]:
+        return _delta_angles(passes, passes.exact.errors)
+
+
+@METRICS.register("norm_ratio")
+@dataclasses.dataclass(eq=False)
+class NormRatio(Metric):
+    """Frobenius norm of the effective feedback over that of the weight."""
+
+    title, layers, order = "norm ratio", FEEDBACK, 3
+
+    def measure(self, passes: Passes) -> dict[str, float]:
+        return {layer: norm_ratio(*pair) for layer, pair in passes.weight_pairs.items()}
+
+
+@METRICS.register("delta_angle_one_step")
+@dataclasses.dataclass(eq=False)
+class OneStepDeltaAngle(Metric):
+    """Angle between the rule's error and the one that exact derivatives give from the rule's errors one layer above."""
+
+    title, unit, layers, column, plot, order = "delta angle, one step", "°", HIDDEN, False, False, 4
+
+    def measure(self, passes: Passes) -> dict[str, float]:
+        return _delta_angles(passes, passes.one_step)
+
+
+def _delta_angles(passes: Passes, reference: Mapping[Point, Tensor]) -> dict[str, float]:
+    """{layer: degrees}: 0 at the output layers, where every rule has the exact error."""
+    angles = {layer: 0.0 for layer in passes.trace.outputs}
+    for layer, point in passes.points.items():
+        if point in passes.delivered.errors and point in passes.exact.errors:
+            # NaN if the gradient is only rounding noise: the angle would be noise, too.
+            angles[layer] = mean_sample_angle(passes.delivered.errors[point], reference[point])
+    return angles
+
+
+@METRICS.register("true_gradient_norm")
+@dataclasses.dataclass(eq=False)
+class TrueGradientNorm(Metric):
+    """Frobenius norm of the exact gradient of the weight: if it is near 0, the angles at this layer are meaningless."""
+
+    title, column, plot, order = "true gradient norm", False, False, 5
+
+    def measure(self, passes: Passes) -> dict[str, float]:
+        return {layer: math.nan if gradient is None else gradient.double().norm().item()
+                for layer, gradient in passes.exact_gradients.items()}
+
+
+@METRICS.register("output_angle")
+@dataclasses.dataclass(eq=False)
+class OutputAngle(Metric):
+    """Angle between the logits and a Bᵀ, with a the activation at a cut and B (C, features) its direct feedback, in degrees.
+
+    Fig. 2 of the paper on direct Kolen-Pollack learning; only for rules with direct feedback.
+    """
+
+    title, unit, column, plot, order = "output angle", "°", False, False, 6
+
+    def measure(self, passes: Passes) -> dict[str, float]:
+        readouts, logits, angles = passes.rule.readouts(), passes.logits, {}
+        for layer, point in passes.points.items():
+            if point[0] in readouts and point in passes.delivered.tensors:
+                activation = passes.delivered.tensors[point].detach().flatten(1).to(logits.dtype)
+                angles[layer] = mean_sample_angle(activation @ readouts[point[0]].t(), logits)
+        return angles

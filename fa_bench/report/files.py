@@ -1,0 +1,114 @@
+"""Which files of a folder a report may replace: those that reports wrote there, listed by name in a record in the folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import Timeout
+
+from fa_bench.errors import OutputError, RunDirectoryError
+from fa_bench.utils.files import check_temporary, output_errors, write_text
+from fa_bench.utils.locks import PATIENCE, locked
+
+#: How the names of a report's files begin, and the files that every report has or may have.
+NAME = "report"
+MARKDOWN = f"{NAME}.md"
+_COMMON_FILES = (MARKDOWN, f"{NAME}.csv", f"{NAME}_layers.csv", f"{NAME}_published.csv", f"{NAME}.png")
+#: The record: the names of the files that reports wrote in its folder. Without one, the links in report.md serve.
+RECORD, LOCK = f".{NAME}.json", f".{NAME}.lock"
+_FILE_NAME = re.compile(rf"{NAME}(_[\w.-]+)?\.(md|csv|png)")
+_FIRST_LINE = "# Report\n"
+
+
+@contextmanager
+def report_lock(folder: Path) -> Iterator[None]:
+    """Make `folder` if necessary, and be the only process that writes a report into it.
+
+    Raises:
+        RunDirectoryError: another process is writing one.
+        OutputError: the folder cannot be written.
+    """
+    with output_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    lock = locked(folder / LOCK)
+    try:
+        lock.__enter__()
+    except Timeout:
+        raise RunDirectoryError(f"{folder}: another report has been written there for {PATIENCE:g} s; try again") from None
+    except RunDirectoryError:
+        raise
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written ({error.strerror or error})") from None
+    try:
+        yield
+    finally:
+        lock.__exit__(None, None, None)
+
+
+def recorded_files(folder: Path) -> set[str]:
+    """The names of the files in `folder` that reports wrote there.
+
+    Raises:
+        RunDirectoryError: the file with the record's name is no such record.
+    """
+    path = folder / RECORD
+    if not os.path.lexists(path):
+        return _linked_files(folder / MARKDOWN)
+    try:
+        names = json.loads(path.read_bytes()) if path.is_file() and not path.is_symlink() else None
+    except (OSError, ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) and _FILE_NAME.fullmatch(name) for name in names):
+        raise RunDirectoryError(f"{path}: not the record of a report's files; move it away")
+    return set(names)
+
+
+def register(path: Path) -> Path:
+    """Record `path` as a report's file before it is written; returns `path`.
+
+    Raises:
+        RunDirectoryError: a file that no report wrote is in the way.
+    """
+    names = recorded_files(path.parent)
+    _check(path, names)
+    if path.name not in names or not (path.parent / RECORD).exists():
+        write_record(path.parent, {*names, path.name})
+    return path
+
+
+def write_record(folder: Path, names: set[str]) -> None:
+    """Record which files in `folder` are a report's."""
+    check_temporary(folder / RECORD, b'["report')
+    write_text(folder / RECORD, json.dumps(sorted(names)) + "\n")
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder into which a report could not be written, before the runs that it is to cover start.
+
+    Raises:
+        RunDirectoryError: a file that no report wrote is in the way.
+    """
+    check_temporary(folder / RECORD, b'["report')
+    names = recorded_files(folder)
+    for name in _COMMON_FILES:
+        _check(folder / name, names)
+
+
+def _check(path: Path, names: set[str]) -> None:
+    if path.name not in names:
+        check_temporary(path, b"")
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_file() or path.name not in names):
+        raise RunDirectoryError(f"{path}: not written by a report of fa-bench, which would replace it; move it away")
+
+
+def _linked_files(markdown: Path) -> set[str]:
+    """report.md and the tables and figures that it links to, as written by versions that kept no record."""
+    if markdown.is_symlink() or not markdown.is_file():
+        return set()
+    text = markdown.read_text(encoding="utf-8", errors="replace")
+    return {MARKDOWN, *re.findall(rf"\]\(({NAME}[\w.-]*\.(?:png|csv))\)", text)} if text.startswith(_FIRST_LINE) else set()
