@@ -30,7 +30,7 @@ from fa_bench.config.job import GRID, RULES, Job, conf_dir, import_plugins
 from fa_bench.errors import ConfigError, FaBenchError, first_line, names, nearest, truncate
 from fa_bench.registry.registries import ALGORITHMS, GROUPS
 from fa_bench.runs.rundir import RunDirectory
-from fa_bench.utils.files import check_writable
+from fa_bench.utils.files import check_writable, refuse_root
 from fa_bench.utils.shell import expansion_problem
 
 #: Hydra's name for the jobs of `fa_bench.cli`; `hydra.job.name` may be part of a path.
@@ -174,11 +174,14 @@ class Composer:
             if self._multirun:
                 config.hydra.job.num = number
             with _as_hydra_config(config):
-                job, run_dir = Job.from_config(config), _run_dir(config, self._multirun)
+                job, folders = Job.from_config(config), _hydra_folders(config, self._multirun)
+            run_dir = Path(*folders.values())
             if run_dir in checked:
                 first = jobs[list(checked).index(run_dir)]
                 raise ConfigError(f"two jobs of the sweep are one run, {run_dir}: {' '.join(first)} and {' '.join(overrides)}")
             checked[run_dir] = job
+            for key, folder in {"output_dir": job.run.output_dir, **folders}.items():
+                refuse_root(Path(folder), key)
             if directories:
                 check_writable(run_dir)
                 RunDirectory(run_dir, job).check()
@@ -230,10 +233,10 @@ def _as_hydra_config(config: DictConfig) -> Iterator[None]:
         OmegaConf.set_readonly(config.hydra, False)  # set_config makes it read-only
 
 
-def _run_dir(config: DictConfig, multirun: bool) -> Path:
-    """The directory that Hydra will use for a job."""
+def _hydra_folders(config: DictConfig, multirun: bool) -> dict[str, str]:
+    """The parts of the directory that Hydra will use for a job, by key."""
     keys = ("hydra.sweep.dir", "hydra.sweep.subdir") if multirun else ("hydra.run.dir",)
-    return Path(*(folder_of(config, key) for key in keys))
+    return {key: folder_of(config, key) for key in keys}
 
 
 def folder_of(config: DictConfig, key: str) -> str:

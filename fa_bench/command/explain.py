@@ -49,6 +49,8 @@ def explain(loader: ConfigLoader, config_name: str, overrides: list[str], error:
             if key in groups and not override.is_delete():
                 value = override.value()
                 for name in map(str, value if isinstance(value, list) else [value]):
+                    if name not in groups[key] and key == "hydra/sweeper":
+                        return ConfigError(other_sweeper(name))
                     if name not in groups[key]:
                         hint = _install_hint(key, name) or nearest(name, [*groups[key], *_PACKAGES.get(key, ())])
                         return ConfigError(f"{key}={truncate(name, 100)}: no such {key}{hint} (available: {names(groups[key])})")
@@ -62,6 +64,12 @@ def explain(loader: ConfigLoader, config_name: str, overrides: list[str], error:
         if key and (problem := unknown_key(key, base, [group for group in groups if group not in hydra_groups])):
             return ConfigError(problem)
     return ConfigError(_summary(error))
+
+
+def other_sweeper(name: str) -> str:
+    """The message for a sweeper that is not fa-bench's own."""
+    return (f"hydra/sweeper={truncate(name, 100)}: not supported; only fa-bench's own sweeper checks all jobs before the first "
+            "one starts (allowed: fa_bench)")
 
 
 def unknown_key(key: str, config: DictConfig, groups: list[str]) -> str:

@@ -25,6 +25,7 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fa_bench.command.explain import other_sweeper
 from fa_bench.errors import ConfigError, truncate
 from fa_bench.utils.yaml_files import read_yaml
 
@@ -130,8 +131,7 @@ def check_config(config: DictConfig, plugins: list[str]) -> None:
             raise ConfigError(f"{path}={truncate(str(section), 80)}: not a mapping of options")
     if isinstance(sweeper := hydra.get("sweeper"), dict):
         if sweeper.get("_target_") != SWEEPER:
-            raise ConfigError(f"hydra/sweeper={hydra['runtime']['choices'].get('hydra/sweeper')}: not supported; only fa-bench's "
-                              "own sweeper checks all jobs before the first one starts (allowed: fa_bench)")
+            raise ConfigError(other_sweeper(str(hydra["runtime"]["choices"].get("hydra/sweeper"))))
         if extra := [key for key in sweeper if key != "_target_"]:
             raise ConfigError(f"hydra.sweeper.{extra[0]}: fa-bench's sweeper has no options; list the values on the command line "
                               "or in an experiment's `grid`")

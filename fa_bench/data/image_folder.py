@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from fa_bench.data.image_files import ImageFiles
-from fa_bench.data.listing import Listing, class_listing, has_classes, is_hidden, train_classes
+from fa_bench.data.listing import Listing, class_listing, has_classes, skip_notes, train_classes, visible_folders
 from fa_bench.errors import DataError, OptionError
 from fa_bench.registry.options import option
 from fa_bench.registry.registries import DATASETS
@@ -39,7 +39,8 @@ class ImageFolder(ImageFiles):
     def listing(self, data_dir: Path) -> Listing:
         if not data_dir.is_dir():
             raise DataError(f"data_dir={data_dir}: no such folder; it should contain train/ and test/ (or val/)")
-        folders = sorted(path.name for path in data_dir.iterdir() if not is_hidden(path.name) and path.is_dir())
+        skipped: Counter[str] = Counter()
+        folders = [path.name for path in visible_folders(data_dir, skipped)]
         present = [name for name in VALIDATION if name in folders]
         if "train" not in folders or not {"test", *VALIDATION} & {*folders}:
             raise DataError(f"data_dir={data_dir}: contains no {'train/' if 'train' not in folders else 'test/ or val/'} folder"
@@ -47,7 +48,7 @@ class ImageFolder(ImageFiles):
         if len(present) > 1:
             raise DataError(f"data_dir={data_dir}: contains {' and '.join(f'{name}/' for name in present)}, which mean the "
                             "same; merge or rename them")
-        train, notes = data_dir / "train", []
+        train, notes = data_dir / "train", skip_notes(data_dir, skipped)
         classes = [folder.name for folder in train_classes(train, Counter())]
         labelled = [name for name in ("test", *present) if name in folders and has_classes(data_dir / name, classes)]
         if not labelled:

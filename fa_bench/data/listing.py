@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -13,9 +14,10 @@ from fa_bench.errors import DataError, nearest
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".png", ".apng", ".bmp", ".ppm", ".pgm", ".pbm",
                         ".pnm", ".tif", ".tiff", ".webp", ".gif", ".avif"})
-#: Folders without a leading dot that systems and network drives create for thumbnails or deleted files.
-_SYSTEM = frozenset({"__macosx", "__pycache__", "$recycle.bin", "system volume information", "lost+found", "@eadir", "#recycle",
-                     "@recycle"})
+#: Folders without a leading dot that systems and network drives create for thumbnails, snapshots or deleted files.
+_SYSTEM = re.compile(r"__macosx|__pycache__|\$recycle\.bin|(?-i:RECYCLER)|system volume information|found\.\d{3}|lost\+found|"
+                     r"network trash folder|temporary items|[@#]recycle|@eadir|@tmp|[#~]snapshot|@recently-snapshot",
+                     re.IGNORECASE)
 
 HIDDEN = "hidden or system"
 LOOSE = "outside the class folders"
@@ -38,7 +40,7 @@ class Listing:
 
 def is_hidden(name: str) -> bool:
     """Whether a file or folder is hidden or created by a system, so that viewers do not show it."""
-    return name.startswith(".") or name.lower() in _SYSTEM
+    return name.startswith(".") or _SYSTEM.fullmatch(name) is not None
 
 
 def visible_folders(root: Path, skipped: Counter[str] | None = None) -> list[Path]:
@@ -137,7 +139,7 @@ def class_listing(train: Path, test: Path, validation: Path | None = None) -> Li
     folders = train_classes(train, skipped)
     classes = [folder.name for folder in folders]
     files = labelled_files(folders, skipped)
-    parts, notes = {"train": (train, files)}, _notes(train, skipped)
+    parts, notes = {"train": (train, files)}, skip_notes(train, skipped)
     for part, root in (("test", test), ("validation", validation)):
         if root is not None:
             parts[part] = root, _evaluation(train, root, classes, notes)
@@ -163,7 +165,7 @@ def _evaluation(train: Path, root: Path, classes: list[str], notes: list[str]) -
         raise DataError(f"{root}: contains classes that {train} does not: {', '.join(unknown[:5])}{hint}")
     if not files:
         raise DataError(f"{root}: contains no images in folders of the classes of {train}{_hint(skipped)}")
-    notes += _notes(root, skipped)
+    notes += skip_notes(root, skipped)
     if missing:
         some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         notes.append(f"{root}: no images of {len(missing)} of {len(classes)} classes ({some})")
@@ -181,7 +183,8 @@ def plain_name(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _notes(root: Path, skipped: Counter[str]) -> list[str]:
+def skip_notes(root: Path, skipped: Counter[str]) -> list[str]:
+    """A sentence on what was skipped in a folder, if anything was."""
     return [f"{root}: skipped {skipped.total():,} ({_counted(skipped)})"] if skipped else []
 
 

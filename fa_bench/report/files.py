@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import Timeout
 
 from fa_bench.errors import OutputError, RunDirectoryError
-from fa_bench.utils.files import check_temporary, output_errors, write_text
+from fa_bench.utils.files import check_lock, check_temporary, output_errors, write_text
 from fa_bench.utils.locks import PATIENCE, locked
 
 #: How the names of a report's files begin, and the files that every report has or may have.
@@ -93,6 +93,7 @@ def check_folder(folder: Path) -> None:
     Raises:
         RunDirectoryError: a file that no report wrote is in the way.
     """
+    check_lock(folder / LOCK)
     check_temporary(folder / RECORD, b'["report')
     names = recorded_files(folder)
     for name in _COMMON_FILES:

@@ -190,11 +190,15 @@ def _estimate(lines: Sequence[Line]) -> None:
     """Fill in the remaining seconds of running and waiting runs; unknown paces are the mean of the same row's, else of all."""
     overheads = known(line.overhead for line in lines)
     overhead = mean(overheads) if overheads else 1.0
+    paces: dict[str | None, list[float]] = {}
+    for line in lines:
+        for row in (_row(line), None):
+            paces.setdefault(row, []).extend(known([line.pace]))
+    means = {row: mean(values) for row, values in paces.items() if values}
     for line in lines:
         if line.state not in (RUNNING, WAITING) or not line.epochs:
             continue
-        paces = known(other.pace for other in lines if _row(other) == _row(line)) or known(other.pace for other in lines)
-        pace = line.pace or (mean(paces) if paces else None)
+        pace = line.pace or means.get(_row(line), means.get(None))
         if pace is not None:
             epoch = pace * (line.overhead or overhead)
             line.remaining = (line.epochs - line.epoch) * epoch - min(max(line.since, 0.0), epoch)

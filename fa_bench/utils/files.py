@@ -102,8 +102,18 @@ def check_temporary(path: Path, prefix: bytes) -> None:
         raise RunDirectoryError(f"{temporary}: not written by fa-bench, which would replace it; move it away")
 
 
+def refuse_root(path: Path, key: str) -> None:
+    """Refuse the root of the file system as a folder for runs.
+
+    Raises:
+        RunDirectoryError: naming the key that gives the path.
+    """
+    if any(each == Path(each.anchor) for each in (Path(os.path.abspath(path)), resolved(path))):
+        raise RunDirectoryError(f"{key}={path}: the root of the file system, where runs cannot be written; choose another folder")
+
+
 def check_writable(path: Path) -> None:
-    """Refuse, before training, a directory that cannot be created or written to, and the root of the file system.
+    """Refuse, before training, a directory that cannot be created or written to.
 
     Raises:
         RunDirectoryError: naming the part of the path that is the obstacle, and why.
@@ -111,8 +121,7 @@ def check_writable(path: Path) -> None:
     try:
         if "\0" in str(path):
             raise OSError("it contains a zero byte")  # `is_dir` would only say that there is no such directory
-        if any(each == Path(each.anchor) for each in (Path(os.path.abspath(path)), path.resolve())):
-            raise RunDirectoryError(f"{path}: runs cannot be written to the root of the file system; choose another output_dir")
+        path.resolve()  # raises an error for circular links
         for part in (path, *path.parents):
             if part.is_dir():
                 # The system checks the lengths of names only in existing directories.

@@ -11,7 +11,9 @@ import subprocess
 import sys
 import unicodedata
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +58,13 @@ LEFT = {
     "Windows thumbnails": (lambda f: (f / "train/cat/Thumbs.db").write_bytes(b"x"), ".db: 1"),
     "Windows folder": (lambda f: (f / "train/cat/desktop.ini").write_bytes(b"x"), ".ini: 1"),
     "Windows trash": (lambda f: image(f / "train/$RECYCLE.BIN/S-1/0.png"), "hidden or system: 1"),
+    "trash of Windows XP": (lambda f: image(f / "train/cat/RECYCLER/S-1/0.png"), "hidden or system: 1"),
+    "recovered by Windows": (lambda f: image(f / "train/cat/FOUND.000/0.png"), "hidden or system: 1"),
+    "macOS on network drives": (lambda f: image(f / "train/cat/Network Trash Folder/0.png"), "hidden or system: 1"),
+    "macOS on old drives": (lambda f: image(f / "train/cat/Temporary Items/0.png"), "hidden or system: 1"),
+    "snapshots": (lambda f: image(f / "train/cat/#snapshot/0.png"), "hidden or system: 1"),
+    "snapshots of QNAP": (lambda f: image(f / "train/cat/@Recently-Snapshot/0.png"), "hidden or system: 1"),
+    "snapshots of NetApp": (lambda f: image(f / "train/cat/~snapshot/0.png"), "hidden or system: 1"),
     "Synology": (lambda f: image(f / "train/cat/@eaDir/0.png/SYNOPHOTO_THUMB_XL.png"), "hidden or system: 1"),
     "a telephone's format": (lambda f: (f / "train/cat/2.HEIC").write_bytes(b"x"), ".heic: 1"),
     "a camera's raw format": (lambda f: (f / "train/cat/2.CR2").write_bytes(b"x"), ".cr2: 1"),
@@ -82,6 +91,24 @@ def test_what_a_viewer_does_not_show_is_left_out_and_counted(folder: Path, name:
     assert splits.classes == ["cat", "dog"] and (len(splits.train), len(splits.test)) == (4, 2)
     assert splits.notes == [f"{root}: skipped 1 ({counted})"]
     assert splits.data_hash == before.data_hash
+
+
+@pytest.mark.parametrize(("add", "counted"), [
+    (lambda f: image(f / "loose.png"), "outside the class folders: 1"),
+    (lambda f: (f / ".DS_Store").write_bytes(b"Bud1"), "hidden or system: 1"),
+    (lambda f: image(f / "__MACOSX/train/cat/0.png"), "hidden or system: 1"),
+])
+def test_what_is_beside_train_is_counted(folder: Path, add: Callable[[Path], Any], counted: str) -> None:
+    add(folder)
+    splits = load(folder)
+    assert len(splits.train) == 4 and splits.notes == [f"{folder}: skipped 1 ({counted})"]
+
+
+def test_a_class_may_be_called_recycled(folder: Path) -> None:
+    for part in ("train", "test"):
+        image(folder / part / "recycled/0.png")
+    splits = load(folder)
+    assert "recycled" in splits.classes and splits.notes == []
 
 
 @pytest.mark.parametrize("name", ["2.jfif", "2.JPE", "2.PNG", "2.Jpeg", "2.apng", "2.bmp", "2.gif", "2.pjpeg", "deep/down/2.png"])
@@ -181,7 +208,7 @@ def test_val_without_labels_is_left_out(folder: Path) -> None:
 def test_folders_of_other_names_are_named(folder: Path) -> None:
     image(folder / "extra/cat/0.png")
     (folder / "labels.csv").write_text("x")
-    assert load(folder).notes == [f"{folder}: skipped extra/"]
+    assert load(folder).notes == [f"{folder}: skipped 1 (outside the class folders: 1)", f"{folder}: skipped extra/"]
 
 
 @pytest.mark.parametrize(("make", "message"), [

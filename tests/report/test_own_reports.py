@@ -76,6 +76,13 @@ def test_somebodys_file_with_a_temporary_name_is_not_replaced(tmp_path, name):
     assert (tmp_path / name).read_text() == "mine"
 
 
+def test_somebodys_file_with_the_locks_name_is_refused_before_the_runs_start(tmp_path):
+    (tmp_path / ".report.lock").write_text("mine")
+    with pytest.raises(RunDirectoryError, match=r"\.report\.lock: not a lock file"):
+        files.check_folder(tmp_path)
+    assert (tmp_path / ".report.lock").read_text() == "mine"
+
+
 def test_what_a_killed_report_left_half_written_is_replaced(tmp_path):
     run = write_run(tmp_path / "runs", "bp", 0, 0.9)
     (tmp_path / "..report.json.tmp").write_text('["repo')

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 
 from fa_bench.cli import main
+from fa_bench.command.compose import Composer
 from fa_bench.errors import RunDirectoryError
 from fa_bench.loggers.events import files as event_files
 from fa_bench.runs import ownership
-from fa_bench.utils.files import CONFIG, LOG, RESULT, check_writable
+from fa_bench.utils.files import CONFIG, LOG, RESULT
 
 Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
 COMMON = ["dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16", "batch_size=16", "epochs=1", "probe_size=8",
@@ -165,12 +167,16 @@ def test_a_record_of_events_that_names_other_files_removes_none_of_them(capsys: 
     assert main([*RUN, "resume=false"]) == 0 and outside.read_text() == "mine" and beside.exists()
 
 
-@pytest.mark.parametrize("place", ["/", "//", "/.", "/..", "/tmp/../..", "up"])
-def test_the_root_is_refused(place: str) -> None:
-    """Of the function alone: what it refuses is tried by no command."""
+@pytest.mark.parametrize("place", ["/", "//", "/.", "/..", "/tmp/../..", "up", "/proc/self/root"])
+@pytest.mark.parametrize(("multirun", "key"), [(False, "output_dir"), (False, "hydra.run.dir"), (True, "output_dir"),
+                                               (True, "hydra.sweep.dir")])
+def test_the_root_is_refused(place: str, multirun: bool, key: str) -> None:
+    """By the check of the jobs alone, which writes nothing; no command is tried."""
     Path("up").symlink_to("/")
-    with pytest.raises(RunDirectoryError, match="cannot be written to the root of the file system"):
-        check_writable(Path(place))
+    composer = Composer("config", None, [*COMMON, f"{key}={place}"])
+    jobs = composer.expand(multirun)
+    with pytest.raises(RunDirectoryError, match=rf"^{re.escape(key)}={re.escape(str(Path(place)))}: the root of the file system"):
+        composer.check(jobs, directories=False)
 
 
 @pytest.mark.parametrize("option", ["output_dir=''", "output_dir=", "output_dir='  '", "hydra.run.dir=''"])

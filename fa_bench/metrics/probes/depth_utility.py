@@ -117,7 +117,8 @@ def estimate_running_statistics(model: torch_nn.Module, split: Split, batch_size
     model.eval()
     if not norms:
         return
-    with torch.no_grad(), set_temporarily(norms, "momentum", None), set_temporarily(norms, "training", True):  # None: a plain mean
+    # Without a momentum, the statistics are a plain mean.
+    with torch.no_grad(), set_temporarily(norms, "momentum", None), set_temporarily(norms, "training", True):
         for norm in norms:
             norm.reset_running_stats()
         for x, _ in split.batches(batch_size, drop_last=True):
