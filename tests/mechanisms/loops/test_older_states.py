@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fa_bench.errors import StateError
+from tests.rules.helpers import assert_bitwise
 
-from ..rules.helpers import assert_bitwise
 from .scripts import LEARNED, attached, sgd, state, steps
 
 AUXILIARY = ("predsim", "dgl", "asfp_lc")

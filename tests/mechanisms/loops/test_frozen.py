@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.loops.chain import RULES, Chain, assert_same, attach, batch, state, train
+from tests.mechanisms.loops.chain import RULES, Chain, assert_same, attach, batch, state, train
 
 X, Y = batch()
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fa_bench
 from fa_bench.errors import CoverageError
 from fa_bench.mechanisms.coverage import is_weight
-from tests.loops.chain import CUT_RULES, RULES, attach, gradients
+from tests.mechanisms.loops.chain import CUT_RULES, RULES, attach, gradients
 
 TOKENS = torch.arange(60).reshape(12, 5) % 11
 Y = torch.arange(12) % 3

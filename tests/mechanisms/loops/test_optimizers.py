@@ -12,8 +12,8 @@ from torch.nn import functional as F
 import fa_bench
 from fa_bench.errors import StateError
 from fa_bench.metrics.angles import weight_angle
+from tests.rules.helpers import assert_bitwise
 
-from ..rules.helpers import assert_bitwise
 from .scripts import LEARNED, attached, data, net, sgd, state, steps
 
 LEFT_OUT = r"the weights were updated, but the learned feedback '[\w.]+' was not.*Create the optimizer after attach"

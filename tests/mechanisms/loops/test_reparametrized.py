@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from fa_bench.errors import CoverageError
-from tests.loops.chain import CUT_RULES, EDGE_RULES, RULES, Chain, assert_same, attach, batch, gradients, state, train
+from tests.mechanisms.loops.chain import CUT_RULES, EDGE_RULES, RULES, Chain, assert_same, attach, batch, gradients, state, train
 
 X, Y = batch()
 # They leave the layers as they are.

@@ -19,7 +19,7 @@ import fa_bench
 from fa_bench.cli import main
 from fa_bench.errors import CoverageError
 from fa_bench.mechanisms.cut.cut_points import patterns
-from tests.loops.chain import CUT_RULES, gradients
+from tests.mechanisms.loops.chain import CUT_RULES, gradients
 
 FLAT, IMAGES = torch.linspace(-1, 1, 96).reshape(12, 8), torch.linspace(-1, 1, 12 * 3 * 32 * 32).reshape(12, 3, 32, 32)
 Y = torch.arange(12) % 3

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fa_bench
 from fa_bench.errors import CoverageError
-from tests.loops.chain import CUT_RULES, RULES, assert_same, attach, batch, gradients, state, train
+from tests.mechanisms.loops.chain import CUT_RULES, RULES, assert_same, attach, batch, gradients, state, train
 
 X, Y = batch()
 # They leave the model as it is, or cover whole modules.

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fa_bench.errors import CoverageError
-from tests.loops.chain import CUT_RULES, EDGE_RULES, RULES, Chain, assert_same, attach, batch, gradients
+from tests.mechanisms.loops.chain import CUT_RULES, EDGE_RULES, RULES, Chain, assert_same, attach, batch, gradients
 
 X, Y = batch()
 

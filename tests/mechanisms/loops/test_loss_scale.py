@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fa_bench.mechanisms.loss_scale import is_unscaled, measured_scale
-from tests.loops.chain import RULES, Chain, assert_same, attach, batch, gradients
+from tests.mechanisms.loops.chain import RULES, Chain, assert_same, attach, batch, gradients
 
 X, Y = batch(12)
 #: name -> (rule, options)

@@ -13,7 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.utils.checkpoint import checkpoint
 
 from fa_bench.errors import CoverageError
-from tests.loops.chain import RULES, Chain, assert_same, attach, batch, gradients, part, state, train
+from tests.mechanisms.loops.chain import RULES, Chain, assert_same, attach, batch, gradients, part, state, train
 
 X, Y = batch()
 

@@ -13,7 +13,7 @@ from fa_bench.config.labels import flatten
 from fa_bench.registry.options import as_plain, defaults
 from fa_bench.registry.registries import GROUPS
 
-from .preset_table import PRESETS, Settings
+from .settings_table import PRESETS, Settings
 
 SEED = "seed="
 
