@@ -257,8 +257,8 @@ def assert_published_are_answered(name: str, composed: list[Job]) -> None:
         found = []
         for job in composed:
             config = flatten(job.plain())
-            run = SimpleNamespace(preset=name, config=config, result={key: config[key] for key in ("algorithm", *GROUP_KEYS)})
-            found += [job] if entry.answers(run) else []  # type: ignore[arg-type]
+            run = SimpleNamespace(experiment=name, config=config, result={key: config[key] for key in ("algorithm", *GROUP_KEYS)})
+            found += [job] if entry.matches(run) else []  # type: ignore[arg-type]
         assert found, entry
         if entry.layer:
             with torch.device("meta"):

@@ -150,12 +150,12 @@ def test_resumed_run_has_the_bits_of_one_never_stopped(rule: list[str], monkeypa
 def test_resuming_a_finished_run_says_so_and_changes_nothing(grid: bool, capsys: pytest.CaptureFixture[str]) -> None:
     command = [*MLP, "algorithm=kp", "epochs=2", "resume=true", *(["-m"] if grid else [])]
     assert main(command) == 0
-    assert "finished already" not in capsys.readouterr().out
+    assert "already finished" not in capsys.readouterr().out
     run = next(Path("outputs").rglob(RESULT)).parent
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in run.rglob("*") if path.is_file()}
     assert main(command) == 0
     said = capsys.readouterr().out
-    assert "finished already: nothing to do" in said and "epoch 1/2" not in said
+    assert "already finished; nothing to do" in said and "epoch 1/2" not in said
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in run.rglob("*") if path.is_file()} == before
     (run / RESULT).unlink()  # as when it was killed between the last checkpoint and the result
     assert main(command) == 0

@@ -75,7 +75,7 @@ def test_signal_writes_a_checkpoint_within_the_epoch(
     assert main([*command, "hydra.run.dir=whole"]) == 0
     at_step(step, lambda: signal.raise_signal(number), monkeypatch)
     assert main(command) == code
-    assert "checkpoint saved: rerun the same command to resume" in capsys.readouterr().err
+    assert "Checkpoint saved; rerun the same command to resume" in capsys.readouterr().err
     assert json.loads(Path("run", RESULT).read_text())["status"] == "interrupted"
     progress = torch.load(LAST, weights_only=True)["progress"]
     assert (progress["step"], progress["epoch"], progress["batch"]) == (step, (step - 1) // 5, (step - 1) % 5 + 1)
