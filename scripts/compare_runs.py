@@ -50,8 +50,8 @@ def record(data_dir: str, rules_only: bool) -> dict[str, Any]:
             _run(["-m", f"experiment={path.stem}", "seed=0", f"data_dir={data_dir}", f"output_dir={out}", *COMMON])
             print(path.stem, file=sys.stderr)
             for sweep in out.rglob("sweep.json"):
-                for number, run in enumerate(json.loads(sweep.read_text())["runs"]):
-                    runs[f"{path.stem} {number}: {run['label']}"] = _read(Path(run["directory"]))
+                for run in json.loads(sweep.read_text())["runs"]:
+                    runs[f"{path.stem}: {run['label']}"] = _read(sweep.parent / run["directory"])
             shutil.rmtree(out, ignore_errors=True)  # checkpoints of large nets take gigabytes
     return runs
 
