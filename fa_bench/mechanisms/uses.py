@@ -103,9 +103,9 @@ class UsesOfWeights(TorchFunctionMode):
             name = getattr(function, "__name__", str(function))
             for value in tensors_in((args, kwargs)):
                 if isinstance(value, nn.Parameter):
-                    number, uses = id(value), self._used
+                    number, uses = id(value), self._used if value.requires_grad else self._detached
                 else:
-                    # A view of a weight that is not differentiated: weight.detach(), weight.data.
+                    # A view of a weight that is not differentiated: weight.detach(), weight.data, one of a frozen weight.
                     number = 0 if value.requires_grad else self._stored_at.get(_storage(value), 0)
                     uses = self._detached
                 path, owners = self._layer_of.get(number), self._owners.get(number, ())

@@ -215,6 +215,20 @@ def test_every_tensor_is_trained_by_the_gradient_that_the_rule_gave_it(name: str
             torch.testing.assert_close(tensor.detach(), expected, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("own", [None, plain(LR, 0.0, None)], ids=["one optimizer", "two optimizers"])
+def test_clipping_scales_weights_and_feedback_by_their_common_norm(own: SGD | None) -> None:
+    """n gradients of one have the norm √n; torch adds 1e-6 to it before it divides."""
+    rule = attached("kp")
+    optimizers = Optimizers(plain(LR, 0.0, None), rule, 1, own)
+    tensors = [*weights(rule), *rule.feedback_parameters()]
+    norm = math.sqrt(sum(tensor.numel() for tensor in tensors))
+    for largest, clipped in ((2.0, 2.0 / norm), (2 * norm, 1.0)):
+        give_gradients(optimizers, torch.ones_like)
+        optimizers.clip(largest)
+        for tensor in tensors:
+            torch.testing.assert_close(tensor.grad, torch.full_like(tensor, clipped), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("name", ["asfp", "asfp_lc"])
 def test_feedback_of_a_layer_that_shares_does_not_learn_by_the_gradient_of_the_weight(name: str) -> None:
     """Its gradient is gᵀ h̃ with the shared activation h̃, not gᵀ x, and so is its step."""

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 import fa_bench
 
@@ -32,6 +33,21 @@ def test_frozen_takes_the_layer_that_runs_last_not_the_one_registered_last():
     model, (x, y) = nets.residual(), nets.batch("residual")
     grads = rule_grads(model, fa_bench.attach(model, "frozen", seed=0, sample_input=x), x, y)
     assert learning(grads) == {"head.weight", "head.bias"}
+
+
+def test_frozen_trains_all_layers_whose_outputs_are_added_to_the_logits():
+    class TwoHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.one, self.two = nn.Linear(7, 5), nn.Linear(5, nets.CLASSES), nn.Linear(5, nets.CLASSES)
+
+        def forward(self, x):
+            hidden = self.fc1(x).tanh()
+            return self.one(hidden) + self.two(hidden)
+
+    model, (x, y) = TwoHeads().double(), nets.batch("mlp")
+    grads = rule_grads(model, fa_bench.attach(model, "frozen", seed=0, sample_input=x), x, y)
+    assert learning(grads) == {"one.weight", "one.bias", "two.weight", "two.bias"}
 
 
 def test_bp_fc_trains_every_fully_connected_layer_and_no_convolution():

@@ -52,6 +52,24 @@ def test_direct_feedback(draw):
     check(rule.feedback["1"]["B"], deviation(900, 10), uniform)
 
 
+@pytest.mark.parametrize("draw", DRAWS)
+def test_direct_feedback_of_the_kernel_form(draw):
+    """B is (classes, inputs of the layer): fan_in is the number of inputs, fan_out the number of classes."""
+    model = nn.Sequential(nn.Linear(900, 5), nn.ReLU(), nn.Linear(5, 10))
+    rule = fa_bench.attach(model, "dfa", seed=0, form="kernel", b_init=draw)
+    deviation, uniform = DRAWS[draw]
+    check(rule.feedback["0"]["B"], deviation(900, 10), uniform)
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_random_weights_of_forward_alignment(draw):
+    """C has the shape of the weight, 250 x 40."""
+    model = nn.Sequential(nn.Linear(40, 250), nn.ReLU(), nn.Linear(250, 3))
+    rule = fa_bench.attach(model, "forward_alignment", seed=0, c_init=draw)
+    deviation, uniform = DRAWS[draw]
+    check(rule.feedback["0"]["C"], deviation(40, 250), uniform)
+
+
 @pytest.mark.parametrize("name", ["brsf", "frsf"])
 @pytest.mark.parametrize("draw", DRAWS)
 def test_magnitudes(name, draw):

@@ -58,6 +58,18 @@ def test_rates_are_those_of_torch(schedule: Schedule, build) -> None:
     assert rates(schedule, 10, lr=0.2) == pytest.approx(seen, rel=1e-9, abs=1e-12)
 
 
+def test_a_short_trial_shortens_everything_that_a_schedule_counts() -> None:
+    """To a tenth, and to one at least; no warm-up stays none, and fractions of the training stay as they are."""
+    length, total = (lambda number: max(round(number / 10), 1)), 10
+    for schedule, wanted in [
+        (Constant(warmup=30), Constant(warmup=3)), (Step(step_size=20, warmup=40), Step(step_size=2, warmup=4)),
+        (MultiStep(milestones=[30, 60], warmup=3), MultiStep(milestones=[3, 6], warmup=1)),
+        (MultiStep(milestones=[2, 60]), MultiStep(milestones=[1, 6])), (Cosine(warmup=20), Cosine(warmup=2)),
+        (Linear(), Linear()), (OneCycle(rise=0.4), OneCycle(rise=0.4)),
+    ]:
+        assert rates(schedule.shortened(length), total) == rates(wanted, total)
+
+
 def test_every_schedule_is_tried_here() -> None:
     assert set(SCHEDULES) == {"constant", "step", "multistep", "cosine", "linear", "one_cycle"}
 

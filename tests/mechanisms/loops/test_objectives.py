@@ -52,6 +52,37 @@ def test_local_losses_are_the_objective(objective):
     torch.testing.assert_close(net[0].weight.grad, plain[0].weight.grad, rtol=1e-5, atol=1e-7)
 
 
+#: Rules with a trained classifier after a cut -> their options, and the names of the classifier's last parameters.
+CLASSIFIERS = {
+    "predsim": ({"loss": "pred"}, "decoder.out"), "dgl": ({"auxiliary_net": "linear"}, "out"),
+    "asfp_lc": ({"match": "random", "freeze_stem": False}, "bn"),
+}
+
+
+@pytest.mark.parametrize("objective", [MSE(), SigmoidCE(), CrossEntropy(label_smoothing=0.6)], ids=lambda one: one.name)
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_trained_classifiers_learn_by_the_objective_with_its_options(name, objective):
+    """The gradient of a bias b of the scores s is the mean of dL/ds over the batch: z - t, σ(z) - t or softmax(z) - q.
+
+    In double precision; sums of eight numbers round at 1e-15.
+    """
+    x, y = batch()
+    x, net, (options, last) = x.double(), model().double(), CLASSIFIERS[name]
+    rule = fa_bench.attach(net, name, cuts=["1", "3"], sample_input=x, objective=objective, **options)
+    outputs = net(x)
+    rule.backward(objective.loss(outputs, y), outputs, y)
+    tensors, hidden = rule.feedback["1"], torch.tanh(x @ net[0].weight.t() + net[0].bias).detach()
+    if name == "asfp_lc":
+        scores = hidden @ tensors["fc.weight"].t() + tensors["fc.bias"]
+        scores = (scores - scores.mean(0)) / (scores.var(0, unbiased=False) + 1e-5).sqrt() * tensors["bn.weight"]
+    else:
+        scores = hidden @ tensors[f"{last}.weight"].t()
+    scores, labels = scores + tensors[f"{last}.bias"], torch.eye(3, dtype=torch.float64)[y]
+    errors = {"mse": scores - labels, "sigmoid_ce": scores.sigmoid() - labels,
+              "cross_entropy": scores.softmax(1) - (0.4 * labels + 0.2)}[objective.name]
+    torch.testing.assert_close(tensors[f"{last}.bias"].grad, errors.mean(0), rtol=1e-10, atol=1e-12)
+
+
 def test_an_unknown_objective_is_named():
     with pytest.raises(ConfigError, match="objective=mze: no such objective; did you mean 'mse'"):
         fa_bench.attach(model(), "fa", objective="mze")

@@ -235,6 +235,42 @@ def test_without_a_sample_the_first_training_forward_refuses_every_time(name: st
                 {key: tensor for key, tensor in before.items() if key not in drawn})
 
 
+class TrainingOnly(nn.Module):
+    """8-8-8-3; only in training is the first layer's weight used twice, before the first activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.enc, self.mid, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.act, self.act2 = nn.ReLU(), nn.ReLU()
+        self.cut_points = self.blocks = ["act", "act2"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.enc(x)
+        h = F.linear(h, self.enc.weight) if self.training else h
+        return self.out(self.act2(self.mid(self.act(h))))
+
+
+@pytest.mark.parametrize("name", COVERING)
+def test_a_use_that_only_training_has_is_refused_by_the_first_training_pass(name: str) -> None:
+    """Also in a part of the model that is cut off from its output."""
+    model = TrainingOnly()
+    rule = attach(model, name, freeze_stem=False)
+    with pytest.raises(CoverageError, match=r"enc\.weight \(used outside its layer, by linear\(\) in the model"):
+        train(model, rule, X, Y)
+
+
+@pytest.mark.parametrize("name", ["fa", "kp"])
+def test_a_frozen_weight_carries_the_error_outside_its_layer_too(name: str) -> None:
+    """To the bias of its own layer, which learns."""
+    model = Autoencoding()
+    model.conv.weight.requires_grad_(False)
+    rule = attach(model, name)
+    with pytest.raises(CoverageError, match=r"conv\.weight \(used outside its layer, by conv_transpose1d\(\)"):
+        train(model, rule, X, Y)
+
+
 @pytest.mark.parametrize("name", ["fa", "kp", "mixed"])
 def test_with_allowance_the_first_training_forward_notes_it_and_trains(name: str) -> None:
     model = Autoencoding()
