@@ -23,6 +23,10 @@ _PACKAGES = {
 }
 
 
+#: Other libraries' names for options.
+_SYNONYMS = {"learning_rate": "lr", "num_epochs": "epochs", "wd": "weight_decay", "bs": "batch_size"}
+
+
 def list_groups(loader: ConfigLoader) -> dict[str, list[str]]:
     """The groups of components and experiments, with their choices."""
     return {group: loader.get_group_options(group) for group in loader.list_groups("") if not group.startswith(("_", "hydra"))}
@@ -53,6 +57,8 @@ def explain(loader: ConfigLoader, config_name: str, overrides: list[str], error:
                         return ConfigError(other_sweeper(name))
                     if name not in groups[key]:
                         hint = _install_hint(key, name) or nearest(name, [*groups[key], *_PACKAGES.get(key, ())])
+                        if not hint and key not in hydra_groups and key != "experiment":
+                            hint = "; if a plugin provides it, pass plugins=[MODULE]"
                         return ConfigError(f"{key}={truncate(name, 100)}: no such {key}{hint} (available: {names(groups[key])})")
         # Keys are looked up in the config with the chosen groups.
         chosen = [o.input_line or "" for o in parsed if o.key_or_group in groups]
@@ -97,6 +103,7 @@ def _same_name_hint(last: str, config: DictConfig) -> str:
             elif str(name) == last:
                 yield f"{prefix}{name}"
 
+    last = _SYNONYMS.get(last, last)
     matches = [key for key in keys(config, "") if key.split(".")[0] not in ("hydra", GRID, RULES)][:3]
     return f"; did you mean {' or '.join(map(repr, matches))}?" if matches else ""
 

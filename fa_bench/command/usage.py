@@ -32,7 +32,7 @@ more:
   fa-bench --help algorithm                   the choices of a group
   fa-bench --help algorithm=dfa               the options of a choice
   fa-bench --help run                         all run options
-  fa-bench --help schedule                    values of an option; also metric, probe, callback, logger
+  fa-bench --help schedule                    schedules with their options; also: metric, probe, callback, logger
   fa-bench --help plugins=[my_rules] ...      include the components that your module registers
   fa-bench --hydra-help                       Hydra's own flags (--multirun, --config-dir, ...)
 """
@@ -70,6 +70,9 @@ def usage(composer: Composer, topics: Sequence[str]) -> str:
             component = group[values.pop("name")]
             title = f"{kind}={name}" + (f" ({component.name})" if component.name != name else "")
             sections.append([f"{title}: {summary(component)}", *_options(component.from_mapping(values), f"{kind}.")])
+    for kind, registry in named.items():
+        for name in chosen.get(kind, ()):
+            sections.append([f"{kind}={name}: {summary(registry[name])}", *_own_options(registry, name)])
     return "\n\n".join("\n".join(section) for section in sections) if sections else _page(choices)
 
 
@@ -99,12 +102,19 @@ def _choices(composer: Composer, kind: str, choices: Sequence[str]) -> Iterator[
 
 def _components(registry: Registry) -> Iterator[str]:
     """The components of a registry that is no config group, with their options."""
-    prefix = "optimizer.schedule." if registry is SCHEDULES else ""
+    if not registry:
+        yield "  none is registered; pass plugins=[MODULE] to list those of a module"
     for name, cls in registry.items():
         yield f"  {name:22s} {textwrap.shorten(summary(cls), _WIDTH, placeholder=' ...')}"
-        for field in option_fields(cls):
-            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            yield f"      {prefix}{field.name}={format_value(default)}  {_help(field)}"
+        yield from _own_options(registry, name)
+
+
+def _own_options(registry: Registry, name: str) -> Iterator[str]:
+    """The options of a component that is named by an option: those of schedules have keys, those of others follow the name."""
+    prefix = "optimizer.schedule." if registry is SCHEDULES else f"{name}:"
+    for field in option_fields(registry[name]):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        yield f"      {prefix}{field.name}={format_value(default)}  {_help(field)}"
 
 
 def _comment(composer: Composer, name: str) -> str:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,10 @@ from fa_bench.registry.registries import (
     OBJECTIVES,
     OPTIMIZERS,
     PROBES,
+    SCHEDULES,
 )
+from fa_bench.registry.registry import Registry
+from fa_bench.registry.specs import component, parse_spec
 from fa_bench.utils.shell import expansion_problem
 
 if TYPE_CHECKING:
@@ -80,8 +84,10 @@ class RunOptions(Options):
                                       minimum=0)
     probes: list[str] = option([], "further measurements of every layer; they do not affect other results", choices=PROBES)
     probes_epochs: int = option(0, "epochs between measurements of `probes`; 0: only at the end", minimum=0)
-    callbacks: list[str] = option([], "callbacks of plugins to call during training", choices=CALLBACKS)
-    loggers: list[str] = option(["tensorboard"], "loggers of curves, in addition to metrics.jsonl", choices=LOGGERS)
+    callbacks: list[str] = option([], "callbacks of plugins to call during training, each as NAME or 'NAME:OPTION=VALUE,...'",
+                                  choices=CALLBACKS, with_options=True)
+    loggers: list[str] = option(["tensorboard"], "loggers of curves, in addition to metrics.jsonl; options as for callbacks",
+                                choices=LOGGERS, with_options=True)
     scale: str = option("full", "full, or a trial of the same config: short (a tenth of the epochs, at most 10,000 training "
                                 "images) or smoke (one epoch of 24)", choices=list(SCALES))
     plugins: list[str] = option([], "modules to import first, such as one that registers your own rules")
@@ -95,6 +101,14 @@ class RunOptions(Options):
         for key in ("data_dir", "output_dir"):
             if problem := expansion_problem(key, getattr(self, key)):
                 raise OptionError(key, problem)
+        registries: dict[str, Registry[Any]] = {"callbacks": CALLBACKS, "loggers": LOGGERS}
+        for key, registry in registries.items():
+            try:
+                chosen = [component(registry, spec).name for spec in getattr(self, key)]
+            except OptionError as error:
+                raise error.with_prefix(key) from None
+            if repeated := [name for name, count in Counter(chosen).items() if count > 1]:
+                raise OptionError(key, f"lists {repeated[0]} twice")
 
 
 #: Keys that do not affect a run's results and are not part of its identity.
@@ -185,7 +199,8 @@ class Job:
         optimizers = [optimizer for optimizer in (self.optimizer, self.feedback_optimizer) if optimizer is not None]
         components = [self.algorithm, self.architecture, self.dataset, self.objective, *optimizers,
                       *(optimizer.schedule for optimizer in optimizers)]
-        modules = [cls.__module__ for cls in (*map(type, components), *(CALLBACKS[name] for name in self.run.callbacks))]
+        callbacks = [CALLBACKS[parse_spec(spec)[0]] for spec in self.run.callbacks]
+        modules = [cls.__module__ for cls in (*map(type, components), *callbacks)]
         return list(dict.fromkeys([*self.run.plugins, *(name for name in modules if name.partition(".")[0] != "fa_bench")]))
 
     def fresh_algorithm(self) -> Rule:
@@ -252,7 +267,8 @@ def register_schemas() -> None:
     """
     from hydra.core.config_store import ConfigStore
 
-    known = tuple(tuple(group.items()) for group in GROUPS)
+    # Schedules are part of the defaults of optimizers.
+    known = tuple(tuple(registry.items()) for registry in (*GROUPS, SCHEDULES))
     if known == _registered.get("known"):
         return
     _registered["known"] = known

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fa_bench.errors import ConfigError, truncate
 from fa_bench.mechanisms.rule import INPUT, OUTPUT, Rule
 from fa_bench.mechanisms.trace import set_temporarily, tensors_in, trace_model, without_side_effects
 from fa_bench.mechanisms.weighted_layers import weighted_layers
@@ -57,6 +58,10 @@ class AlignmentMeter:
         with measurement_mode(self.rule):
             passes = Passes(self)
             values = {metric.name: metric.measure(passes) for metric in self.metrics}
+        for name, of_layer in values.items():
+            if not isinstance(of_layer, dict) or not all(isinstance(value, (int, float)) for value in of_layer.values()):
+                raise ConfigError(f"metric {name}: its measure must return a dict with a number for each layer, not "
+                                  f"{truncate(repr(of_layer), 100)}")
         return {name: {layer: of_layer[layer] for layer in self.trace.order if layer in of_layer}
                 for name, of_layer in values.items()}
 

@@ -27,6 +27,7 @@ def option(
     help: str,
     *,
     choices: Collection[str] | None = None,
+    with_options: bool = False,
     minimum: float | None = None,
     above: float | None = None,
     maximum: float | None = None,
@@ -38,10 +39,12 @@ def option(
         default: lists and nested options are copied for each instance.
         help: one sentence for ``--help``, with units.
         choices: the allowed strings, for a list those of its items; a registry is read when a value is checked.
+        with_options: whether an item of a list of components may have options, as ``NAME:OPTION=VALUE``.
         minimum, above, maximum, below: the range (closed, open, closed, open), for a list that of its items.
     """
     limits = {"minimum": minimum, "above": above, "maximum": maximum, "below": below}
-    metadata = {"help": help, "choices": choices, "limits": {k: v for k, v in limits.items() if v is not None}}
+    metadata = {"help": help, "choices": choices, "with_options": with_options,
+                "limits": {k: v for k, v in limits.items() if v is not None}}
     if isinstance(default, (list, dict)) or dataclasses.is_dataclass(default):
         return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -116,11 +119,12 @@ def as_plain(options: Options) -> dict[str, Any]:
 
 
 def type_name(hint: Any) -> str:
-    """A type for users: ``a number``, ``true or false``, ``a list (a name each)`` ..."""
+    """A type for users: ``a number``, ``true or false``, ``a list of names`` ..."""
     if _is_union(hint):
         return " or ".join(type_name(arg) for arg in get_args(hint))
     if get_origin(hint) is list:
-        return f"a list ({type_name(get_args(hint)[0])} each)"
+        plural = {int: "whole numbers", float: "numbers", str: "names"}
+        return f"a list of {plural.get(get_args(hint)[0], 'values')}"
     if isinstance(hint, type) and issubclass(hint, Options):
         return "a group of options"
     plain = {int: "a whole number", float: "a number", bool: "true or false", str: "a name", type(None): "null"}
@@ -173,14 +177,16 @@ def _checked(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> A
         raise error.with_prefix(name) from None
     choices, limits = metadata["choices"], metadata["limits"]
     if converted is _WRONG:
-        if choices and get_origin(hint) is list:
-            suggestion = f"=[{value}]" if value in choices else ""
-            raise OptionError(name, f"={truncate(repr(value), 100)} is not a list (of {names(choices)})", suggestion)
+        if any(get_origin(kind) is list for kind in (hint, *get_args(hint))):
+            is_item = isinstance(value, str) and value in choices if choices else isinstance(value, str)
+            items = f" (of {names(choices)})" if choices else ""
+            raise OptionError(name, f"={truncate(repr(value), 100)} is not a list{items}", f"=[{value}]" if is_item else "")
         allowed = f"one of {names(choices)}" if choices else type_name(hint)
         raise OptionError(name, f"={truncate(repr(value), 100)} is not {allowed}", _name_suggestion(value, hint))
     for item in converted if isinstance(converted, list) else [converted]:
-        if choices is not None and item is not None and item not in choices:
-            raise OptionError(name, f"={truncate(str(item), 100)} is not one of {names(choices)}{nearest(str(item), choices)}")
+        chosen = item.partition(":")[0] if metadata["with_options"] and isinstance(item, str) else item
+        if choices is not None and item is not None and chosen not in choices:
+            raise OptionError(name, f"={truncate(str(item), 100)} is not one of {names(choices)}{nearest(str(chosen), choices)}")
         if isinstance(item, float) and not math.isfinite(item):
             raise OptionError(name, f"={item} is not a finite number")
         if isinstance(item, int) and abs(item) >= _LARGEST:

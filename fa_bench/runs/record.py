@@ -22,6 +22,7 @@ from fa_bench.loggers.events.writer import FINAL
 from fa_bench.metrics.meter import AlignmentMeter
 from fa_bench.metrics.probes.base import Probes, Quantities
 from fa_bench.registry.registries import LOGGERS
+from fa_bench.registry.specs import component
 from fa_bench.runs.hashes import code_hash
 from fa_bench.runs.loop import Progress, Trainer
 from fa_bench.runs.readers import SCALARS, recorded_lines
@@ -109,7 +110,7 @@ def make_loggers(job: Job) -> list[Logger]:
     Raises:
         ConfigError: if a logger's package is missing, with what to install.
     """
-    loggers = [LOGGERS[name]() for name in dict.fromkeys(job.run.loggers)]
+    loggers = [component(LOGGERS, spec) for spec in job.run.loggers]
     for logger in loggers:
         logger.require()
     return loggers

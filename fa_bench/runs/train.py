@@ -23,6 +23,7 @@ from fa_bench.metrics.meter import AlignmentMeter
 from fa_bench.metrics.probes.base import Probes, Subject
 from fa_bench.optim.optimizers import Optimizers
 from fa_bench.registry.registries import CALLBACKS
+from fa_bench.registry.specs import component
 from fa_bench.runs import checkpoint
 from fa_bench.runs.batches import check_batches, fixed_batch
 from fa_bench.runs.callbacks import Alignment, Checkpoints, Display, Histograms, StopOnSignal
@@ -281,7 +282,7 @@ def assemble(job: Job, device: torch.device, splits: Splits | None = None) -> Pa
     optimizers = Optimizers(job.optimizer, rule, job.run.epochs, job.feedback_optimizer, steps)
     meter = AlignmentMeter(rule, x, y, job.run.metrics)
     probes = Probes(job.run.probes, job.run.probes_epochs, Subject(rule, splits, meter, job.run.batch_size))
-    callbacks = [CALLBACKS[name]() for name in dict.fromkeys(job.run.callbacks)]
+    callbacks = [component(CALLBACKS, spec) for spec in job.run.callbacks]
     return Parts(splits, rule, optimizers, meter, probes, callbacks, initial)
 
 

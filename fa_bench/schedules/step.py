@@ -34,7 +34,7 @@ class Step(_StepDecay):
 
     def check(self) -> None:
         if self.step_size is None:
-            raise OptionError("step_size", "is required for schedule.name=step, such as step_size=30")
+            raise OptionError("step_size", "is required for schedule.name=step", "=30")
 
     def reductions(self, done: int) -> int:
         assert self.step_size is not None

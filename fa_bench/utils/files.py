@@ -108,6 +108,8 @@ def refuse_root(path: Path, key: str) -> None:
     Raises:
         RunDirectoryError: naming the key that gives the path.
     """
+    if "\0" in str(path):
+        return  # `check_writable` refuses it
     if any(each == Path(each.anchor) for each in (Path(os.path.abspath(path)), resolved(path))):
         raise RunDirectoryError(f"{key}={path}: the root of the file system, where runs cannot be written; choose another folder")
 
