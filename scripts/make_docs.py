@@ -59,8 +59,8 @@ def _index() -> str:
         lines += [f"- [`{name}`]({name}.md): {_summary(name)}" for name in ALGORITHMS if _kind(name) is kind] + [""]
     lines += ["## Initialisers", "",
               "Of weights (`architecture.init`, `architecture.linear_init`) and of feedback (`algorithm.b_init` and the like). "
-              "U(a) is uniform in [-a, a), N(0, v) is normal with variance v; the fans include kernel positions. With `copy_w`, which "
-              "edge rules accept, feedback starts as a copy of the weight.", "",
+              "U(a) is uniform in [-a, a), N(0, v) is normal with variance v; the fans include kernel positions. With `copy_w`, "
+              "which edge rules accept, feedback starts as a copy of the weight.", "",
               "| initialiser | distribution |", "|---|---|",
               *(f"| `{name}` | {initialiser.law} |" for name, initialiser in INITIALISERS.items()), ""]
     return "\n".join(lines)
