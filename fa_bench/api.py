@@ -19,7 +19,8 @@ def run(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **opt
 
     Returns:
         The runs in the order of the jobs, each with its directory, result, config and metrics of every epoch. Runs without a
-        result are omitted; ``result["status"]`` shows which failed or diverged. Finished runs are not trained again.
+        result are omitted; ``result["status"]`` shows which failed, diverged or were stopped. Finished runs are not trained
+        again.
 
     Raises:
         FaBenchError: for invalid input, before any training.

@@ -31,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``fa-bench``.
 
     Returns:
-        The exit code: 0 if every run finished; 1 if one failed or diverged; 2 for invalid input, with one or two lines on
-        standard error; 130 after an interrupt (SIGINT), 143 after SIGTERM, 129 after SIGHUP.
+        The exit code: 0 if every run finished or was stopped by a callback; 1 if one failed or diverged; 2 for invalid input,
+        with one or two lines on standard error; 130 after an interrupt (SIGINT), 143 after SIGTERM, 129 after SIGHUP.
     """
     return exit_code("fa-bench", lambda: _with_errors_printed(list(sys.argv[1:] if argv is None else argv)))
 
@@ -238,14 +238,17 @@ def _removed_if_empty(directory: Path) -> Iterator[None]:
 
 def _print_result(directory: Path) -> int:
     from fa_bench.report.runs import read_run
+    from fa_bench.report.states import STOPPED, describe_status
+    from fa_bench.runs.readers import SUCCESSES
 
     run = read_run(directory)
     if run is None:
         return 1
     accuracy = run.result.get("test_accuracy")
-    print(f"{run.result['status']}: test accuracy {'none' if accuracy is None else f'{accuracy:.2%}'}, "
+    status = describe_status(run) if run.result["status"] == STOPPED else run.result["status"]
+    print(f"{printable(status)}: test accuracy {'none' if accuracy is None else f'{accuracy:.2%}'}, "
           f"{run.result.get('seconds') or 0:.1f} s of training; run directory: {printable(directory)}")
-    return 0 if run.finished else 1
+    return 0 if run.result["status"] in SUCCESSES else 1
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from fa_bench.metrics.arithmetic import step_multiplications
 from fa_bench.metrics.memory_traffic import memories
 from fa_bench.registry.options import as_plain
 from fa_bench.report.runs import read_run
+from fa_bench.report.states import describe_status
 from fa_bench.rules.bp import BP
 from fa_bench.runs.locks import lock_holder
 from fa_bench.runs.readers import read_metrics
@@ -253,6 +254,8 @@ def describe(run_dir: Path, job: Job) -> str:
         accuracy = run.result.get("test_accuracy")
         return f"finished{'' if accuracy is None else f': test accuracy {accuracy:.2%}'}"
     status = "without a result" if run is None else run.result["status"]
+    if run is not None and RunDirectory(run_dir, job).state is RunState.FINISHED:  # diverged, or stopped by a callback
+        return f"{status}: {describe_status(run).removeprefix(status).strip()}"
     return f"unfinished: {status} after {epochs} of {scaled(job).run.epochs} epochs"
 
 

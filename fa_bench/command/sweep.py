@@ -31,6 +31,7 @@ from fa_bench.errors import printable
 from fa_bench.report.files import check_folder
 from fa_bench.runs.locks import lock_holder
 from fa_bench.runs.logs import preserve_root_logger
+from fa_bench.runs.readers import SUCCESSES
 from fa_bench.runs.rundir import RunDirectory, RunState
 from fa_bench.runs.sweep import PlannedRun, write_sweep
 from fa_bench.utils.stopping import interrupt_on_signals
@@ -50,7 +51,7 @@ def sweep(context: HydraContext, task: Any, config: DictConfig, arguments: list[
         arguments: the overrides, without those of Hydra's own options.
 
     Returns:
-        0 if every run finished, else 1; 130 or more after a signal.
+        0 if every run finished or was stopped by a callback, else 1; 130 or more after a signal.
 
     Raises:
         FaBenchError: before the first job starts, if one of them cannot be run.
@@ -124,7 +125,7 @@ def _write_report(run_dirs: list[Path], folder: Path) -> int:
 
     report = write_report(run_dirs, folder)
     print(f"\n{report.text}\n\nreport: {printable(report.markdown)}\ncurves: {printable(report.figure)}")
-    failed = {run_dir: status for run_dir in run_dirs if (status := _status(run_dir)) != "finished"}
+    failed = {run_dir: status for run_dir in run_dirs if (status := _status(run_dir)) not in SUCCESSES}
     for run_dir, status in failed.items():
         print(printable(f"fa-bench: {status}: {run_dir}"), file=sys.stderr)
     return 1 if failed else 0

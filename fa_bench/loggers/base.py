@@ -36,7 +36,7 @@ class Logger(Options):
         """Called before a checkpoint is written; return when everything is on disk."""
 
     def finish(self, status: str, numbers: Mapping[str, float | None], step: int) -> None:
-        """Called when the run ends: finished, diverged, interrupted or failed, with its final accuracies and seconds."""
+        """Called when the run ends: finished, stopped, diverged, interrupted or failed, with its final accuracies and seconds."""
 
     def close(self) -> None:
         """Release all resources; also called after an error."""

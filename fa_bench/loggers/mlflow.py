@@ -42,4 +42,4 @@ class MLflow(Logger):
         for key, value in numbers.items():
             if value is not None:
                 self.client.log_metric(self.run, f"final/{key}", value, step=step)
-        self.client.set_terminated(self.run, "FINISHED" if status == "finished" else "FAILED")
+        self.client.set_terminated(self.run, "FINISHED" if status in ("finished", "stopped") else "FAILED")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fa_bench.errors import DataError, printable, truncate
 from fa_bench.report.files import MARKDOWN, NAME, recorded_files, register, report_lock, write_record
 from fa_bench.report.runs import VERSIONS, short_path
-from fa_bench.runs.readers import RecordError
+from fa_bench.runs.readers import SUCCESSES, RecordError
 from fa_bench.utils.drawing import default_style
 from fa_bench.utils.files import CONFIG, METRICS, RESULT, atomic, resolved, temporary_name
 from fa_bench.utils.text import escape_markdown
@@ -25,7 +25,8 @@ MAX_LINE = 1000  # characters of a line about a run
 LEGEND = """\
 Accuracies are in %, differences in percentage points, angles in degrees, times in seconds of training. Choose settings by their
 validation accuracy and compare the chosen ones by their test accuracy. The statistics of a row cover its n finished runs, one per
-seed. Runs that diverged, failed, were interrupted or are still running are listed in their row but excluded from the statistics.
+seed. Runs that diverged, failed, were stopped by a callback, were interrupted or are still running are listed in their row but
+excluded from the statistics.
 std is the sample standard deviation; ± 95 % is half the width of the Student t confidence interval of the mean. Weight angle and
 norm ratio are means over the layers whose feedback carries an error; the delta angle is a mean over all layers but the output
 layers. A rule beats the floor if its mean is above that of `frozen`, which trains only the output layer. Differences to bp are
@@ -40,7 +41,7 @@ Ours is the mean over the finished runs in the last epoch, one per seed. Inside:
 
 class Report(NamedTuple):
     """A report that was written: its table for a terminal, the paths of report.md and of the overview figure, and whether all
-    runs that were found or planned have finished."""
+    runs that were found or planned have finished or were stopped by a callback."""
 
     text: str
     markdown: Path
@@ -126,8 +127,9 @@ def write_report(
         notes.append(f"{len(without_run)} published rows of the experiment have no finished run yet: see {markdown.name}")
     if unfinished or excluded:
         notes.insert(0, "Means are over the finished runs only.")
+    have_ended = all(run.result["status"] in SUCCESSES for run in runs)
     return Report("\n".join([to_text(frame), *([""] if notes else []), *notes]), markdown, figures[0],
-                  complete=not unfinished and not not_started and not excluded)
+                  complete=have_ended and not (unidentified or not_started or excluded))
 
 
 class _Records(NamedTuple):

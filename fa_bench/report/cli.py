@@ -19,7 +19,8 @@ floor, angles, and the published numbers of the experiments, as report.md, repor
 figures. A sweep may be incomplete: the report lists what is missing. With --live, watch a running sweep; nothing is written.
 """
 _CODES = """\
-exit code: 0 if all runs have finished; 1 if some have not, or are excluded from the report; 2 if there is nothing to report.
+exit code: 0 if all runs have finished or were stopped by a callback; 1 if some have not, or are excluded from the report; 2 if
+there is nothing to report.
 The live view exits with 0 whatever the states of the runs, also after Ctrl-C.
 """
 INTERVAL, MIN_INTERVAL, MAX_INTERVAL = 5.0, 0.5, 3600.0  # seconds between two updates of the live view
@@ -34,9 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``fa-bench-report``.
 
     Returns:
-        The exit code: 0 if all runs that were found or announced have finished; 1 if some have not, or are excluded; 2 if there
-        is nothing to report or it cannot be written, with one line on standard error; 130 after an interrupt. The live view
-        returns 0, also after an interrupt, which is the way to end it, or 2 as above.
+        The exit code: 0 if all runs that were found or announced have finished or were stopped by a callback; 1 if some have not,
+        or are excluded; 2 if there is nothing to report or it cannot be written, with one line on standard error; 130 after an
+        interrupt. The live view returns 0, also after an interrupt, which is the way to end it, or 2 as above.
     """
     return exit_code("fa-bench-report", lambda: _guarded(list(sys.argv[1:] if argv is None else argv)))
 

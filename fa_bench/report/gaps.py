@@ -15,7 +15,7 @@ from fa_bench.utils.files import METRICS, RESULT, resolved
 
 
 def unfinished_runs(runs: Sequence[Run]) -> list[str]:
-    """A line for each run that diverged, failed, was interrupted or is running: the epochs it completed, and the reason."""
+    """A line for each run that has not finished (stopped, diverged, failed, ...): the epochs it completed, and the reason."""
     labels = group_labels(group_runs(runs))
     return [f"{labels[run.row]} seed {run.result['seed']}: {describe_status(run)}"
             f"{'' if (run.directory / RESULT).is_file() else f', no {RESULT}'} ({short_path(run.directory)})"

@@ -15,7 +15,7 @@ from fa_bench.config.labels import differing_keys, duration, label
 from fa_bench.errors import DataError, printable
 from fa_bench.report.numbers import known, mean
 from fa_bench.report.runs import FINISHED, Run, find_runs, short_path
-from fa_bench.report.states import DIVERGED, INTERRUPTED, RUNNING, current_status, epochs_of, reason
+from fa_bench.report.states import DIVERGED, INTERRUPTED, RUNNING, STOPPED, current_status, epochs_of, reason
 from fa_bench.runs.locks import lock_holder
 from fa_bench.runs.readers import RecordError, inconsistency, read_config, read_metrics, read_result
 from fa_bench.runs.sweep import PlannedRun, find_planned_runs
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 DONE, FAILED, STALLED, WAITING = "done", "failed", "stalled", "waiting"
 #: State -> its colour on a terminal; in the order in which they are counted, and in which runs are shown if not all fit.
 STATES = {RUNNING: "green", STALLED: "yellow", FAILED: "red", DIVERGED: "red", INTERRUPTED: "yellow", WAITING: "dim",
-          DONE: "blue"}
+          STOPPED: "blue", DONE: "blue"}
 #: The states of runs that will not change unless they are started again.
-ENDED = {DONE, FAILED, DIVERGED}
+ENDED = {DONE, STOPPED, FAILED, DIVERGED}
 #: A run counts as stalled if it has written nothing for as long as this many of its epochs and for QUIET seconds; in its first
 #: epoch, whose duration is unknown, for FIRST_EPOCH seconds.
 QUIET_EPOCHS, QUIET, FIRST_EPOCH = 5, 600.0, 3600.0

@@ -21,7 +21,7 @@ from fa_bench.runs.locks import lock_holder
 from fa_bench.runs.readers import read_config, read_metrics
 from fa_bench.utils.files import CONFIG, METRICS, resolved
 
-RUNNING, INTERRUPTED, DIVERGED = "running", "interrupted", "diverged"
+RUNNING, INTERRUPTED, DIVERGED, STOPPED = "running", "interrupted", "diverged", "stopped"
 #: Most characters of the reason of a failure; the run's log has all of it.
 MAX_REASON = 300
 
@@ -92,11 +92,14 @@ def _group(directory: Path, config: dict[str, Any], others: Sequence[Run]) -> st
 
 
 def reason(result: Mapping[str, Any]) -> str:
-    """Why a run did not finish: where it diverged, ``in epoch 3, first in fc1``, or its exception; empty if not recorded."""
+    """Why a run did not finish: where it diverged, ``in epoch 3, first in fc1``, why it was stopped, or its exception.
+
+    Empty if not recorded.
+    """
     error = result.get("error") or {}
     if _diverged_in_known_epoch(result):
         return f"in epoch {error['epoch']}{f', first in {layer}' if (layer := error.get('layer')) else ''}"
-    parts = (str(error.get(key) or "").strip() for key in ("type", "message"))
+    parts = (str(error.get(key) or "").strip() for key in ("type", "message")[result.get("status") == STOPPED:])
     return truncate(": ".join(part.splitlines()[0] for part in parts if part), MAX_REASON)
 
 

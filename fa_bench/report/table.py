@@ -86,9 +86,9 @@ def summarise(runs: Sequence[Run], published: Sequence[Entry] = ()) -> pd.DataFr
     """One row per group, in order of first appearance: a column for each key in which the configs differ, and `COLUMNS`.
 
     Accuracies are in %, differences in percentage points, angles in degrees, times in seconds of training. Statistics cover the
-    `n` finished runs, one per seed. `runs` and `status` count all runs; `unfinished` describes those that diverged, failed, were
-    interrupted or are running, which are excluded from the statistics. `*_std` is the sample standard deviation, `*_ci95` half
-    the width of the 95 % Student t interval of the mean; both are NaN for one seed. A group is compared with the `bp` and
+    `n` finished runs, one per seed. `runs` and `status` count all runs; `unfinished` describes the others (stopped, diverged,
+    failed, interrupted, running), which are excluded from the statistics. `*_std` is the sample standard deviation, `*_ci95`
+    half the width of the 95 % Student t interval of the mean; both are NaN for one seed. A group is compared with the `bp` and
     `frozen` groups of its task that `groups.reference` chooses (`bp_row` names one of several). Columns of references and
     published numbers are blank if there are none.
     """

@@ -27,7 +27,7 @@ LINE_EVERY = 10.0
 
 @dataclasses.dataclass(eq=False)
 class Alignment(Callback):
-    """Measures the alignment metrics every `every` steps (0: never), and at the end of the last epoch."""
+    """Measures the alignment metrics every `every` steps (0: never), and when training ends."""
 
     meter: AlignmentMeter
     every: int
@@ -47,8 +47,13 @@ class Alignment(Callback):
             self.measure(trainer)
 
     def on_fit_end(self, trainer: Trainer) -> None:
-        if trainer.progress.probed != trainer.progress.step or not trainer.progress.angles:
-            trainer.progress.angles = self.meter.measure()  # the run was resumed after its last epoch
+        progress = trainer.progress
+        if progress.stopped is not None and progress.probed != progress.step:
+            self.measure(trainer)
+        elif progress.probed != progress.step or not progress.angles:
+            # The run was resumed after its last epoch, or stopped by a callback without which it may be resumed: then it must not
+            # record what an uninterrupted run does not measure.
+            progress.angles = self.meter.measure()
 
     def measure(self, trainer: Trainer) -> None:
         """Measure now."""
@@ -73,7 +78,10 @@ class Histograms(Callback):
 
 @dataclasses.dataclass(eq=False)
 class Checkpoints(Callback):
-    """Calls `save` every `epochs` epochs, after the last epoch, and every `minutes` minutes within an epoch (0: never)."""
+    """Calls `save` every `epochs` epochs, after the last epoch, and every `minutes` minutes within an epoch (0: never).
+
+    It must come after all callbacks that may request a stop in `on_epoch_end`.
+    """
 
     save: Callable[[], None]
     epochs: int
@@ -87,7 +95,8 @@ class Checkpoints(Callback):
             self._save()
 
     def on_epoch_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        if trainer.progress.epoch % self.epochs == 0 or trainer.progress.epoch == trainer.options.epochs:
+        is_last = trainer.progress.epoch == trainer.options.epochs or trainer.stop_request is not None
+        if is_last or trainer.progress.epoch % self.epochs == 0:
             self._save()
 
     def _save(self) -> None:

@@ -140,10 +140,9 @@ def _progress(saved: dict[str, Any], expected: Expected) -> Progress:
         return isinstance(value, dict) and all(
             isinstance(layers, dict) and all(type(angle) is float for angle in layers.values()) for layers in value.values())
 
-    def is_divergence(value: Any) -> bool:
-        kinds = {"epoch": int, "step": int, "layer": (str, type(None)), "message": str}
-        return isinstance(value, dict) and value.keys() == kinds.keys() and all(
-            isinstance(value[key], kind) for key, kind in kinds.items())
+    def is_record(value: Any, **kinds: Any) -> bool:
+        return value is None or (isinstance(value, dict) and value.keys() == kinds.keys() and all(
+            isinstance(value[key], kind) for key, kind in kinds.items()))
 
     checks: dict[str, Callable[[Any], Any]] = {
         "epoch": lambda value: is_count(value, expected.epochs),
@@ -154,7 +153,8 @@ def _progress(saved: dict[str, Any], expected: Expected) -> Progress:
         "best_epoch": lambda value: value is None or is_count(value, progress.epoch),
         "seconds": is_number, **dict.fromkeys(("best_val", "test_at_best"), lambda value: value is None or is_number(value, 1)),
         "loss_sum": is_sum, "hits": is_sum, "angles": lambda value: value is None or is_angles(value),
-        "diverged": lambda value: value is None or is_divergence(value),
+        "diverged": lambda value: is_record(value, epoch=int, step=int, layer=(str, type(None)), message=str),
+        "stopped": lambda value: is_record(value, reason=str, callback=(str, type(None))),
         "batches_hash": lambda value: isinstance(value, str) and re.fullmatch(rf"(?:[0-9a-f]{{{DIGITS}}})?", value),
     }
     for name, is_valid in checks.items():

@@ -36,6 +36,7 @@ class Progress:
         angles: its result, if it was in the current epoch.
         batches_hash: of the first batch of every epoch so far, as the model received it.
         diverged: epoch, step and layer at which the loss or a trained tensor first was not finite.
+        stopped: reason and callback of the first request to stop by a callback of the run's config.
         best_epoch, best_val, test_at_best: the epoch (from 1) with the best validation accuracy, and its accuracies.
     """
 
@@ -51,6 +52,7 @@ class Progress:
     angles: Angles | None = None
     batches_hash: str = ""
     diverged: dict[str, Any] | None = None
+    stopped: dict[str, Any] | None = None
     best_epoch: int | None = None
     best_val: float | None = None
     test_at_best: float | None = None
@@ -86,25 +88,55 @@ class Trainer:
         options: the run's options: epochs, batch size, seed, ...
         callbacks: called in this order by each hook of `fa_bench.callbacks.base.Callback`.
         progress: of the run, which may be within an epoch.
+        external: those of `callbacks` that are not part of the run's config. A stop that they request is not saved in
+            checkpoints, so that the run can be resumed without them.
     """
 
     def __init__(
         self, rule: Rule, optimizers: Optimizers, splits: Splits, options: RunOptions,
-        callbacks: Iterable[Callback] = (), progress: Progress | None = None,
+        callbacks: Iterable[Callback] = (), progress: Progress | None = None, external: Iterable[Callback] = (),
     ) -> None:
         self.rule, self.optimizers, self.splits, self.options = rule, optimizers, splits, options
         self.model, self.objective = rule.model, rule.objective
         self.callbacks, self.progress = list(callbacks), progress or Progress()
         # Only overridden hooks are called: a step of a small net takes only a few hundred microseconds.
-        self._hooks = {name: [getattr(callback, name) for callback in self.callbacks
+        self._hooks = {name: [(callback, getattr(callback, name)) for callback in self.callbacks
                               if getattr(type(callback), name) is not getattr(Callback, name)] for name in _HOOKS}
+        self._external, self._external_stop = list(external), None
+        self._calling: Callback | None = None
 
     def fit(self) -> None:
-        """Train to the last epoch."""
+        """Train to the last epoch, or to the end of the epoch in which a callback requests a stop."""
         self._call("on_fit_start")
-        while self.progress.epoch < self.options.epochs:
+        progress = self.progress
+        while progress.epoch < self.options.epochs and (progress.batch or self.stop_request is None):
             self._epoch()
         self._call("on_fit_end")
+
+    def stop(self, reason: str) -> None:
+        """End the training early. Called by a callback's hook; calls after the first have no effect.
+
+        An epoch that has begun is finished: its remaining steps, its evaluation, the hooks `on_epoch_end` of all callbacks and a
+        checkpoint; then `on_fit_end` is called. Called before the first epoch, it prevents that. In the last epoch, it has no
+        effect: the run finishes.
+
+        Args:
+            reason: recorded in the result, whose status is `stopped`.
+
+        Raises:
+            ValueError: if the reason is not text, or empty.
+        """
+        if not isinstance(reason, str) or not reason.strip():
+            raise ValueError(f"trainer.stop({reason!r}): pass the reason as text")
+        if self._calling in self._external:
+            self._external_stop = self._external_stop or {"reason": reason, "callback": None}
+        else:
+            self.progress.stopped = self.progress.stopped or {"reason": reason, "callback": getattr(self._calling, "name", None)}
+
+    @property
+    def stop_request(self) -> dict[str, Any] | None:
+        """The reason to stop, and the callback that requested it (None: not part of the config), which precedes others."""
+        return self.progress.stopped or self._external_stop
 
     def train_step(self, x: Tensor, y: Tensor) -> None:
         """One update of weights and learned feedback by a batch of inputs `x` and targets `y`."""
@@ -182,7 +214,8 @@ class Trainer:
             self.progress.hits += correct.sum()
 
     def _call(self, hook: str, *arguments: Any) -> None:
-        for method in self._hooks[hook]:
+        for callback, method in self._hooks[hook]:
+            self._calling = callback
             method(self, *arguments)
 
 

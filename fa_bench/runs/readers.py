@@ -19,7 +19,9 @@ from fa_bench.utils.files import RESULT
 #: The beginning of the first line of a run's config.yaml, and of the second.
 HEADER, CODE_HEADER = "# config hash: ", "# code hash: "
 #: How a run may have ended.
-STATUSES = ("finished", "diverged", "failed", "interrupted")
+STATUSES = ("finished", "stopped", "diverged", "failed", "interrupted")
+#: The statuses of runs that ended well: after their last epoch, or because a callback stopped them.
+SUCCESSES = STATUSES[:2]
 #: Limits on the nesting depth, the bytes of a file, and the characters of a value in a message.
 MAX_DEPTH, MAX_BYTES, MAX_VALUE = 20, 2**30, 60
 #: The largest finite number of a record: no run measures larger ones, and the statistics and axes of a report would overflow.
@@ -141,7 +143,7 @@ _RESULT = _object({
     "seconds": _TIME, "peak_memory_bytes": _TIME, "angles": _QUANTITIES, "probes": _QUANTITIES,
     "feedback_layers": _LAYERS, "output_layers": _LAYERS,
     "error": _nullable(_object({"type": _nullable(_TEXT), "message": _nullable(_TEXT), "epoch": _COUNT, "step": _COUNT,
-                                "layer": _nullable(_TEXT)})),
+                                "layer": _nullable(_TEXT), "callback": _nullable(_TEXT)})),
 })
 _REQUIRED = ("status", "label", "group", "algorithm", "seed")
 _RECORD = _object({
@@ -198,11 +200,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [epochs[epoch] for epoch in sorted(epochs)]
 
 
-def recorded_lines(path: Path, epochs: int) -> list[str]:
+def recorded_lines(path: Path, epochs: int, complete: bool = False) -> list[str]:
     """The first `epochs` lines of a run's `metrics.jsonl`, which a resumed run continues.
 
     Raises:
-        RecordError: naming the line that is missing or is not the record of its epoch.
+        RecordError: naming the line that is missing or is not the record of its epoch; with `complete`, also if there are more.
     """
     content = _read(path) if epochs else b""
     if content is None:
@@ -216,7 +218,7 @@ def recorded_lines(path: Path, epochs: int) -> list[str]:
             record = {}
         if record.get("epoch") != number or not record.keys() >= {*SCALARS}:
             raise RecordError(path, f"damaged (line {number} is not the record of epoch {number})")
-    if len(lines) < epochs:
+    if len(lines) < epochs or (complete and len(lines) > epochs):
         raise RecordError(path, f"damaged ({len(lines)} of {epochs} epochs found)")
     return [line.decode() for line in lines[:epochs]]
 
@@ -275,15 +277,16 @@ def read_sweep(path: Path) -> list[PlannedRun]:
 
 
 def inconsistency(result: Mapping[str, Any], metrics: list[dict[str, Any]]) -> str:
-    """How the `result.json` and `metrics.jsonl` of a finished run contradict each other; empty if they do not.
+    """How the `result.json` and `metrics.jsonl` of a finished or stopped run contradict each other; empty if they do not.
 
     A result without its number of epochs is not compared.
     """
-    epochs = result.get("epoch")
-    if result["status"] != "finished" or not epochs or [record["epoch"] for record in metrics] == list(range(1, epochs + 1)):
+    epochs, status = result.get("epoch"), result["status"]
+    if status not in SUCCESSES or not epochs or [line["epoch"] for line in metrics] == list(range(1, epochs + 1)):
         return ""
     last = f", the last of epoch {metrics[-1]['epoch']}" if metrics and metrics[-1]["epoch"] != len(metrics) else ""
-    return f"has records of {len(metrics)} epochs{last}, but {RESULT} says that the run finished {epochs}"
+    ended = "stopped after" if status == "stopped" else "finished"
+    return f"has records of {len(metrics)} epochs{last}, but {RESULT} says that the run {ended} {epochs}"
 
 
 def _read(path: Path) -> bytes | None:

@@ -142,7 +142,7 @@ def base_result(job: Job, experiment: str | None = None) -> dict[str, Any]:
 
 
 def progress_result(recorder: Recorder, progress: Progress, meter: AlignmentMeter, complete: bool) -> dict[str, Any]:
-    """The entries of a result that depend on training; `complete`: whether the last epoch was trained."""
+    """The entries of a result that depend on training; `complete`: whether training ended, with a last measurement."""
     last = recorder.last_metrics()
     return {
         "epoch": progress.epoch, "step": progress.step, "seconds": progress.seconds,

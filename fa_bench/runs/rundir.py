@@ -14,7 +14,7 @@ from fa_bench.config.scale import scaled
 from fa_bench.errors import RunDirectoryError
 from fa_bench.runs.hashes import code_hash
 from fa_bench.runs.ownership import CHECKPOINTS, LAST, PREVIOUS, refuse_foreign_files, removable_files
-from fa_bench.runs.readers import CODE_HEADER, HEADER, RecordError, inconsistency, read_metrics, read_result, recorded_lines
+from fa_bench.runs.readers import CODE_HEADER, HEADER, RecordError, read_result, recorded_lines
 from fa_bench.utils.files import CONFIG, METRICS, RESULT, output_errors, write_text
 from fa_bench.utils.yaml_files import parse_yaml
 
@@ -57,20 +57,23 @@ class RunDirectory:
         return RunState.UNFINISHED if self.checkpoint.exists() or self.previous.exists() else RunState.NEW
 
     def _is_complete(self) -> bool:
-        """Whether there are the result and records of a run that trained to its last epoch, or diverged."""
+        """Whether there are the result and records of a run that is not to be trained further.
+
+        It trained to its last epoch, diverged, or was stopped by a callback of its config, whose name the result then has.
+        """
         try:
             result = read_result(self.path / RESULT)
             if result is None or result.get("config_hash") != self.job.config_hash:
                 return False
-            recorded_lines(self.path / METRICS, result.get("epoch") or 0)
-            if inconsistency(result, read_metrics(self.path / METRICS)):
-                return False
+            recorded_lines(self.path / METRICS, result.get("epoch") or 0, complete=True)
         except RecordError:
             return False
         if result["status"] == "diverged":
             return True
         # Probes that were added to the config are measured without training.
         has_probes = set(self.job.run.probes) <= set(result.get("probes") or ())
+        if result["status"] == "stopped":
+            return has_probes and (result.get("error") or {}).get("callback") is not None
         return has_probes and result["status"] == "finished" and result.get("epoch") == scaled(self.job).run.epochs
 
     def check(self) -> None:

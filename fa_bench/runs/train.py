@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +42,8 @@ from fa_bench.utils.stopping import Interrupted, StopRequest, deferred_signals
 
 
 def run(
-    job: Job, directory: Path, title: str = "", experiment: str | None = None, later_epochs: int = 0
+    job: Job, directory: Path, title: str = "", experiment: str | None = None, later_epochs: int = 0,
+    callbacks: Iterable[Callback] = (),
 ) -> dict[str, Any]:
     """Train one job in its directory.
 
@@ -52,9 +53,13 @@ def run(
         title: of the progress bar.
         experiment: the experiment that the config came from, for the record.
         later_epochs: epochs of the runs that follow, to estimate the remaining time.
+        callbacks: further callbacks, called after those of the config. They are not part of the run's identity: they must not
+            change the training, and their state is not saved. A run that they stop can be resumed without them, with the result
+            of an uninterrupted run; one that a callback of its config stopped is not trained again. If both request a stop, that
+            of the config decides.
 
     Returns:
-        The result, as in result.json; its status is finished or diverged.
+        The result, as in result.json; its status is finished, diverged or stopped.
 
     Raises:
         FaBenchError: if the input cannot be run, or another process has locked the directory.
@@ -72,10 +77,11 @@ def run(
             result = json.loads((directory / RESULT).read_bytes())
             is_unchanged, remark = compare_data(job, result, lambda: load(scaled(job), prepare(job)).data_hash)
             if is_unchanged:
-                log.info("%s is already finished; nothing to do%s", title, f"; {remark}" if remark else "")
+                state = f"was stopped ({result['error']['message']})" if result["status"] == "stopped" else "is already finished"
+                log.info("%s %s; nothing to do%s", title, state, f"; {remark}" if remark else "")
                 return result
             resume = _restart(run_dir, title, remark)
-        return _run(run_dir, resume, title, experiment, later_epochs)
+        return _run(run_dir, resume, title, experiment, later_epochs, list(callbacks))
 
 
 def _restart(run_dir: RunDirectory, title: str, reason: str) -> bool:
@@ -102,7 +108,9 @@ def _is_readable(run_dir: RunDirectory) -> bool:
     return True
 
 
-def _run(run_dir: RunDirectory, resume: bool, title: str, experiment: str | None, later_epochs: int) -> dict[str, Any]:
+def _run(
+    run_dir: RunDirectory, resume: bool, title: str, experiment: str | None, later_epochs: int, external: list[Callback]
+) -> dict[str, Any]:
     make_loggers(run_dir.job)  # refuses a logger whose package is missing, before anything is read or trained
     device = prepare(run_dir.job)
     job = scaled(run_dir.job)  # as it is trained; its identity remains that of `run_dir.job`
@@ -137,10 +145,10 @@ def _run(run_dir: RunDirectory, resume: bool, title: str, experiment: str | None
         histograms = [Histograms(recorder, job.run.histograms_every)] if job.run.histograms_every else []
         trainer = Trainer(parts.rule, parts.optimizers, parts.splits, job.run, [
             Divergence(proceed=job.run.on_divergence == "continue"), *histograms,
-            Alignment(parts.meter, job.run.probe_every, recorder.layers), *parts.callbacks, recorder,
+            Alignment(parts.meter, job.run.probe_every, recorder.layers), *parts.callbacks, *external, recorder,
             Checkpoints(save, job.run.checkpoint_epochs, job.run.checkpoint_minutes), display, StopOnSignal(stop),
-        ], progress)
-        with _recording_outcome(result, job, parts, recorder, progress, save):
+        ], progress, external)
+        with _recording_outcome(result, job, parts, recorder, trainer, save):
             _initial_phase(parts.rule, title, stop)
             trainer.fit()
     return result
@@ -181,17 +189,23 @@ def _initial_phase(rule: Rule, title: str, stop: StopRequest) -> None:
 
 @contextmanager
 def _recording_outcome(
-    result: dict[str, Any], job: Job, parts: Parts, recorder: Recorder, progress: Progress, save: Any
+    result: dict[str, Any], job: Job, parts: Parts, recorder: Recorder, trainer: Trainer, save: Any
 ) -> Iterator[None]:
     """Complete `result` and write it, however the training in the block ends."""
-    complete, raised = False, None
+    progress, complete, raised = trainer.progress, False, None
     try:
         yield
         complete = True
-        if progress.diverged is None:
-            result |= {"probes": recorder.measure_probes(progress), "status": "finished"}
-        else:
+        request = trainer.stop_request if progress.epoch < job.run.epochs else None
+        if progress.diverged is not None:
             result |= _diverged(progress)
+        elif request is not None:
+            result |= _stopped(progress, request)
+        else:
+            result |= {"status": "finished"}
+        # A run that can be resumed must not record what an uninterrupted one does not measure.
+        if result["status"] == "finished" or (result["status"] == "stopped" and progress.stopped is not None):
+            result |= {"probes": recorder.measure_probes(progress)}
     except Diverged:
         result |= _diverged(progress)
     except BaseException as error:
@@ -218,6 +232,12 @@ def _diverged(progress: Progress) -> dict[str, Any]:
     assert progress.diverged is not None
     log.warning("diverged: %s", progress.diverged["message"])
     return {"status": "diverged", "error": {"type": "Diverged", **progress.diverged}}
+
+
+def _stopped(progress: Progress, request: dict[str, Any]) -> dict[str, Any]:
+    log.info("stopped after epoch %d: %s", progress.epoch, request["reason"])
+    return {"status": "stopped", "error": {"type": "Stopped", "message": request["reason"], "epoch": progress.epoch,
+                                           "step": progress.step, "callback": request["callback"]}}
 
 
 def _explain(error: BaseException, job: Job) -> BaseException:

@@ -321,7 +321,8 @@ def test_all_rules_share_one_table(job: Job, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("status", "shown"), [
-    ("finished", [api_pb2.STATUS_SUCCESS]), ("diverged", [api_pb2.STATUS_FAILURE]), ("failed", [api_pb2.STATUS_FAILURE]),
+    ("finished", [api_pb2.STATUS_SUCCESS]), ("stopped", [api_pb2.STATUS_SUCCESS]),
+    ("diverged", [api_pb2.STATUS_FAILURE]), ("failed", [api_pb2.STATUS_FAILURE]),
     ("interrupted", []),
 ])
 def test_end_of_a_run(status: str, shown: list[int], job: Job, tmp_path: Path) -> None:
@@ -333,7 +334,7 @@ def test_end_of_a_run(status: str, shown: list[int], job: Job, tmp_path: Path) -
         found = contents(tmp_path, metadata.SESSION_END_INFO_TAG)
         return [metadata.parse_session_end_info_plugin_data(end).status for end in found]
 
-    final = {"final/test_accuracy": [(1, 0.5)], "final/seconds": [(1, 1.0)]} if status == "finished" else {}
+    final = {"final/test_accuracy": [(1, 0.5)], "final/seconds": [(1, 1.0)]} if status in ("finished", "stopped") else {}
     assert ends() == shown
     assert {tag: points for tag, points in curves(tmp_path).items() if tag.startswith("final/")} == final
     again = EventFile(tmp_path, job, 1)

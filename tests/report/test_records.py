@@ -49,7 +49,7 @@ DAMAGED = {
     "an accuracy in per cent": (keys(val_accuracy=97), r"result\.json: val_accuracy=97 \(allowed: a number from 0 to 1"),
     "an accuracy that is true": (keys(test_accuracy=True), r"test_accuracy=True"),
     "a status": (keys(status="finsihed"),
-        r"status='finsihed' \(allowed: finished, diverged, failed, interrupted\); did you mean 'finished'\?"),
+        r"status='finsihed' \(allowed: finished, stopped, diverged, failed, interrupted\); did you mean 'finished'\?"),
     "a seed": (keys(seed="0"), r"seed='0' \(allowed: a whole number\)"),
     "a label": (keys(label=["a"]), r"label=\['a'\] \(allowed: text, not empty\)"),
     "seconds": (keys(seconds=-1), r"seconds=-1 \(allowed: a number from 0 to 1e\+100, or null\)"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ def nothing(*arguments: Any) -> None:
 
 def fit(
     rule: Rule, splits: Splits, epochs: int, drop_last: bool = False, probe_every: int = 0, on_probe: Any = nothing,
-    on_step: Any = nothing, on_wait: Any = nothing, on_gradients: Any = nothing, **more: Any
+    on_step: Any = nothing, on_wait: Any = nothing, on_gradients: Any = nothing, callbacks_after: Iterable[Callback] = (),
+    **more: Any
 ) -> list[dict[str, Any]]:
     """Train with the package's loop; returns the metrics of every epoch."""
     options = SGD(lr=LR, momentum=MOMENTUM, weight_decay=DECAY, first_epoch_weight_decay=FIRST_DECAY,
@@ -80,7 +82,7 @@ def fit(
             lines.append(metrics)
 
     Trainer(rule, Optimizers(options, rule, epochs), splits, run,
-            [Divergence(), Alignment(meter, probe_every, on_probe), Watch()]).fit()
+            [Divergence(), Alignment(meter, probe_every, on_probe), Watch(), *callbacks_after]).fit()
     return lines
 
 

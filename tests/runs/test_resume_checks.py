@@ -128,7 +128,8 @@ FORGED = {"epoch": [-1, 4, 1.5, "2", True], "batch": [-1, 99, None], "step": [7,
           "seconds": [None, -1.0], "best_epoch": [3, 0.5], "best_val": [7.0, float("nan"), "x"], "loss_sum": [1.0],
           "angles": [3, {"weight_angle": 1}, {"weight_angle": {"fc1": "x"}}], "batches_hash": [None, "zz"],
           "diverged": [{}, 3, *({"epoch": 1, "step": 2, "layer": None, "message": "m"} | forged
-                                for forged in ({"layer": 3}, {"message": 4}, {"epoch": "1"}))], "probed": [1000], "more": [1]}
+                                for forged in ({"layer": 3}, {"message": 4}, {"epoch": "1"}))],
+          "stopped": [{}, {"reason": 1, "callback": None}, {"reason": "r", "callback": 1}], "probed": [1000], "more": [1]}
 
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in FORGED.items() for value in values])

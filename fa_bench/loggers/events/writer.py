@@ -55,7 +55,8 @@ FINAL = ("test_accuracy", "test_accuracy_at_best_val", "seconds")
 _METRICS = ("accuracy/val", "accuracy/test", "loss/train", *(f"final/{key}" for key in FINAL))
 #: TensorBoard's status of a run. An interrupted run has none, because it may be resumed and a running TensorBoard keeps the
 #: first status.
-_STATUS = {"finished": api_pb2.STATUS_SUCCESS, "diverged": api_pb2.STATUS_FAILURE, "failed": api_pb2.STATUS_FAILURE}
+_STATUS = {"finished": api_pb2.STATUS_SUCCESS, "stopped": api_pb2.STATUS_SUCCESS, "diverged": api_pb2.STATUS_FAILURE,
+           "failed": api_pb2.STATUS_FAILURE}
 #: Seconds after which a running TensorBoard, which reloads every five by default, has finished with an emptied file.
 _PATIENCE = 60
 #: The groups of curves that are not per layer.
@@ -143,11 +144,11 @@ class EventFile:
         """Record how the run ended, and close the file.
 
         Args:
-            status: finished, diverged, interrupted or failed.
-            numbers: the `FINAL` values, written only for a finished run: another may be resumed, and would write them twice.
+            status: finished, stopped, diverged, interrupted or failed.
+            numbers: the `FINAL` values, written only if training has ended: another run would write them again when resumed.
             step: the last step.
         """
-        if status == "finished":
+        if status in ("finished", "stopped"):
             self.scalars({f"final/{key}": value for key in FINAL if (value := numbers[key]) is not None}, step)
         if status in _STATUS:
             end = plugin_data_pb2.SessionEndInfo(status=_STATUS[status], end_time_secs=time.time())
