@@ -6,6 +6,7 @@ path, and passes its logging sections to `logging.config`, which calls what they
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import re
@@ -16,6 +17,7 @@ from typing import Any
 # Hydra reads every file through the source that is registered for files, and offers no public way to replace it.
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.core_plugins.importlib_resources_config_source import ImportlibResourcesConfigSource
+from hydra._internal.core_plugins.structured_config_source import StructuredConfigSource
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.plugins import Plugins
 from hydra.experimental.callback import Callback
@@ -85,15 +87,34 @@ class CheckedPackages(ImportlibResourcesConfigSource):
                               "code; name folders")
         super().__init__(provider, path)
 
+    def load_config(self, config_path: str) -> ConfigResult:
+        return copy.deepcopy(self._load(config_path))
 
+    @functools.cache  # noqa: B019: sources live as long as the process, and Hydra's own configs do not change
+    def _load(self, config_path: str) -> ConfigResult:
+        return super().load_config(config_path)
+
+    def __deepcopy__(self, memo: Any) -> CheckedPackages:
+        return self  # Hydra copies every source for every config; this one is immutable
+
+
+class SharedStore(StructuredConfigSource):
+    """Hydra's source of the ConfigStore, which copies what it loads: Hydra would copy the whole store for every config."""
+
+    def __deepcopy__(self, memo: Any) -> SharedStore:
+        return self
+
+
+_SOURCES = {CheckedFiles: FileConfigSource, CheckedPackages: ImportlibResourcesConfigSource, SharedStore: StructuredConfigSource}
 # Hydra registers its own sources again later, in launchers' processes too, but keeps a source that has the same name.
-CheckedFiles.__name__, CheckedPackages.__name__ = FileConfigSource.__name__, ImportlibResourcesConfigSource.__name__
+for _source, _replaced in _SOURCES.items():
+    _source.__name__ = _replaced.__name__
 
 
 def install() -> None:
-    """Register `CheckedFiles` and `CheckedPackages` with Hydra in this process."""
+    """Register the sources of this module with Hydra in this process."""
     Plugins.instance()  # registers Hydra's own sources first
-    SourcesRegistry.instance().types |= {source.scheme(): source for source in (CheckedFiles, CheckedPackages)}
+    SourcesRegistry.instance().types |= {source.scheme(): source for source in _SOURCES}
 
 
 def check_config(config: DictConfig, plugins: list[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import io
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,11 @@ def read_yaml(path: Path) -> Any:
 
 def parse_yaml(text: str, source: str) -> Any:
     """Like `read_yaml`, for a text; errors name it `source`."""
+    return copy.deepcopy(_parse(text, source))
+
+
+@functools.lru_cache(maxsize=256)  # every job of a sweep is composed from the same files
+def _parse(text: str, source: str) -> Any:
     try:
         _check(text, source)
         return OmegaConf.load(io.StringIO(text))
