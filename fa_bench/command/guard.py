@@ -90,7 +90,7 @@ class CheckedPackages(ImportlibResourcesConfigSource):
     def load_config(self, config_path: str) -> ConfigResult:
         return copy.deepcopy(self._load(config_path))
 
-    @functools.cache  # noqa: B019: sources live as long as the process, and Hydra's own configs do not change
+    @functools.cache  # noqa: B019 (sources live as long as the process; Hydra's own configs do not change)
     def _load(self, config_path: str) -> ConfigResult:
         return super().load_config(config_path)
 

@@ -31,9 +31,9 @@ from fa_bench.errors import printable
 from fa_bench.report.files import check_folder
 from fa_bench.runs.locks import lock_holder
 from fa_bench.runs.logs import preserve_root_logger
-from fa_bench.runs.readers import SUCCESSES
+from fa_bench.runs.readers import SUCCESSES, RecordError
 from fa_bench.runs.rundir import RunDirectory, RunState
-from fa_bench.runs.sweep import PlannedRun, write_sweep
+from fa_bench.runs.sweep import PlannedRun, find_planned_runs, write_sweep
 from fa_bench.utils.stopping import interrupt_on_signals
 
 #: Seconds to wait for jobs in other processes to write their checkpoints after a signal.
@@ -121,9 +121,13 @@ def _stop_jobs(run_dirs: Iterable[Path]) -> None:
 
 
 def _write_report(run_dirs: list[Path], folder: Path) -> int:
+    """Report on all runs in the folder, and print the table of the sweep's own."""
     from fa_bench.report import write_report
+    from fa_bench.report.runs import find_runs
 
-    report = write_report(run_dirs, folder)
+    unusable: list[RecordError] = []
+    planned = find_planned_runs([folder], unusable)
+    report = write_report([*run_dirs, *find_runs([folder])], folder, planned, unusable=unusable, shown=run_dirs)
     print(f"\n{report.text}\n\nreport: {printable(report.markdown)}\ncurves: {printable(report.figure)}")
     failed = {run_dir: status for run_dir in run_dirs if (status := _status(run_dir)) not in SUCCESSES}
     for run_dir, status in failed.items():
@@ -133,7 +137,6 @@ def _write_report(run_dirs: list[Path], folder: Path) -> int:
 
 def _status(run_dir: Path) -> str:
     from fa_bench.report.runs import read_run
-    from fa_bench.runs.readers import RecordError
 
     try:
         run = read_run(run_dir)
@@ -145,13 +148,26 @@ def _status(run_dir: Path) -> str:
 def _folders(jobs: Jobs) -> dict[Path, list[Path]]:
     """The folders for sweep.json and the report, each with its run directories.
 
-    One for each `output_dir`, so that nothing is written outside the folders that the user has chosen.
+    One for each `output_dir`, so that nothing is written outside the folders that the user has chosen: the folder of the
+    experiment, or of dataset and architecture, however many groups of runs it has; `output_dir` if the sweep spans several of
+    these. In directories that are laid out otherwise, the lowest common folder.
     """
-    by_output: dict[str, list[Path]] = {}
+    by_output: dict[str, list[tuple[Job, Path]]] = {}
     for job, run_dir in jobs:
-        by_output.setdefault(job.run.output_dir, []).append(run_dir)
+        by_output.setdefault(job.run.output_dir, []).append((job, run_dir))
     folders: dict[Path, list[Path]] = {}
-    for run_dirs in by_output.values():
-        common = Path(os.path.commonpath(run_dirs))
-        folders.setdefault(common.parent if len(run_dirs) == 1 else common, []).extend(run_dirs)
+    for output_dir, members in by_output.items():
+        run_dirs = [run_dir for _, run_dir in members]
+        collections = {run_dir.parent.parent for run_dir in run_dirs}
+        if all(_is_standard(job, run_dir) for job, run_dir in members):
+            folder = next(iter(collections)) if len(collections) == 1 else Path(output_dir)
+        else:
+            folder = run_dirs[0].parent if len(run_dirs) == 1 else Path(os.path.commonpath(run_dirs))
+        folders.setdefault(folder, []).extend(run_dirs)
     return folders
+
+
+def _is_standard(job: Job, run_dir: Path) -> bool:
+    """Whether the directory is that of the default config: `output_dir`/collection/group/seed."""
+    return (run_dir.name, run_dir.parent.name) == (f"seed{job.run.seed}", job.group) and len(run_dir.parents) > 2 and (
+        Path(os.path.abspath(run_dir.parents[2])) == Path(os.path.abspath(job.run.output_dir)))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from fa_bench.config.job import VOLATILE
+from fa_bench.config.job import VOLATILE, RunOptions
 from fa_bench.config.scale import scaled
 from fa_bench.errors import format_value
 from fa_bench.registry.registries import DATASETS
@@ -17,7 +18,11 @@ if TYPE_CHECKING:
 NAME = ".name"
 #: The option that determines the data of some datasets, and only locates those of others.
 DATA_DIR = "data_dir"
+#: Groups whose options have short keys in labels, and the names that these would otherwise share with options of the run.
+_SHORTENED = ("algorithm", "optimizer")
+_RUN_OPTIONS = {field.name for field in dataclasses.fields(RunOptions)}
 Flat = Mapping[str, Any]
+Key = TypeVar("Key", bound=Hashable)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -68,10 +73,39 @@ def _component_keys(key: str) -> list[str]:
     return [name for name in (group if "." not in group else group + NAME for group in groups) if name != key]
 
 
+def short_key(key: str, config: Flat) -> str:
+    """A key as labels show it: without the prefix of the rule's options and the optimizer's, ``lr`` for ``optimizer.lr``.
+
+    The whole key stays if that would be ambiguous within the config. It does not depend on other configs, so that a run has the
+    same label beside any others.
+    """
+    group, _, name = key.partition(".")
+    if group not in _SHORTENED or not name or name == "name" or name in config or name in _RUN_OPTIONS:
+        return key
+    return key if any(f"{other}.{name}" in config for other in _SHORTENED if other != group) else name
+
+
 def label(rule: str, config: Flat, keys: Iterable[str]) -> str:
-    """The rule and the config's values of `keys`: ``kp optimizer.lr=0.05``."""
+    """The rule and the config's values of `keys`: ``kp lr=0.05``."""
     options = result_options(config)
-    return " ".join([rule, *(f"{key}={format_value(options[key])}" for key in keys if key in options)])
+    return " ".join([rule, *(f"{short_key(key, config)}={format_value(options[key])}" for key in keys if key in options)])
+
+
+def distinct_labels(names: Mapping[Key, str], configs: Mapping[Key, Flat]) -> dict[Key, str]:
+    """The names; to equal ones, the values of the keys in which their configs differ are added.
+
+    This is the form of all labels of runs that are compared: in reports, figures, the live view and the log of a sweep. Keys in
+    which only runs with other names differ are not added.
+    """
+    by_name: dict[str, list[Key]] = {}
+    for key, name in names.items():
+        by_name.setdefault(name, []).append(key)
+    labels = dict(names)
+    for name, members in by_name.items():
+        if len(members) > 1:
+            keys = differing_keys(configs[key] for key in members)
+            labels |= {key: label(name, configs[key], keys) for key in members}
+    return labels
 
 
 def sweep_summary(jobs: list[Job], *directories: Path) -> str:

@@ -5,12 +5,14 @@ Pandas, SciPy and matplotlib are imported when a report is written, so that read
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from fa_bench.errors import DataError, printable, truncate
-from fa_bench.report.files import MARKDOWN, NAME, recorded_files, register, report_lock, write_record
+from fa_bench.errors import DataError, names, printable, truncate
+from fa_bench.report.files import MARKDOWN, NAME, RUNS, recorded_files, register, report_lock, write_record
+from fa_bench.report.references import BEST, NEAREST
 from fa_bench.report.runs import VERSIONS, short_path
 from fa_bench.runs.readers import SUCCESSES, RecordError
 from fa_bench.utils.drawing import default_style
@@ -22,17 +24,34 @@ if TYPE_CHECKING:
     from fa_bench.runs.sweep import PlannedRun
 
 MAX_LINE = 1000  # characters of a line about a run
+MAX_SHOWN = 4  # lines of a kind below the terminal's table
 LEGEND = """\
 Accuracies are in %, differences in percentage points, angles in degrees, times in seconds of training. Choose settings by their
 validation accuracy and compare the chosen ones by their test accuracy. The statistics of a row cover its n finished runs, one per
 seed. Runs that diverged, failed, were stopped by a callback, were interrupted or are still running are listed in their row but
 excluded from the statistics.
-std is the sample standard deviation; ± 95 % is half the width of the Student t confidence interval of the mean. Weight angle and
-norm ratio are means over the layers whose feedback carries an error; the delta angle is a mean over all layers but the output
-layers. A rule beats the floor if its mean is above that of `frozen`, which trains only the output layer. Differences to bp are
-paired by seed; differences to published numbers are between means. If a task has several rows of bp, a row is paired with the one
-whose settings differ from its own in the fewest keys; among several such rows, the one with the best validation accuracy (last
-epoch, mean over its finished runs) is used. Rows of `frozen` are chosen in the same way.
+std is the sample standard deviation; ± 95 % is half the width of the Student t interval of the mean, for two seeds the range of
+the values instead. Weight angle and norm ratio are means over the layers whose feedback carries an error; the delta angle is a
+mean over all layers but the output layers. A rule beats the floor if its mean is above that of `frozen`, which trains only the
+output layer. Differences to bp are paired by seed. Cohen's d_z is their mean divided by their standard deviation. p is that of
+the two-sided paired t test; p (Holm) is corrected by Holm's method for all rows of the task, without those of bp and frozen. All
+three need three pairs. Differences to published numbers are between means.
+"""
+_REFERENCES = {
+    BEST: """\
+If a task has several rows of bp, all its rows are compared with the one that has the best validation accuracy (last epoch, mean
+over its finished runs) among those with the same code and data as the row, preferably with as many epochs and at the same scale.
+Rows with runs that diverged are not chosen. Rows of `frozen` are chosen in the same way.
+""",
+    NEAREST: """\
+If a task has several rows of bp, a row is paired with the one whose settings differ from its own in the fewest keys; among
+several such rows, the one with the best validation accuracy (last epoch, mean over its finished runs) is used. Rows of `frozen`
+are chosen in the same way.
+""",
+}
+_BEST_LEGEND = """\
+For each rule and remaining setting, the value with the best validation accuracy (last epoch, mean over the finished runs) was
+chosen; of equal ones, the smaller. Values with runs that diverged count as tried, but are not chosen.
 """
 _PUBLISHED_LEGEND = """\
 Ours is the mean over the finished runs in the last epoch, one per seed. Inside: whether it is in the published range.
@@ -51,63 +70,85 @@ class Report(NamedTuple):
 
 def write_report(
     run_dirs: Iterable[Path], out_dir: Path, planned: Iterable[PlannedRun] = (), timings: bool = True,
-    unusable: Iterable[RecordError] = (),
+    unusable: Iterable[RecordError] = (), best: Sequence[str] = (), reference: str = BEST, aggregate: bool = False,
+    shown: Iterable[Path] | None = None,
 ) -> Report:
-    """Report on the runs in `run_dirs`: write report.md, tables as report*.csv and figures as report*.png into `out_dir`.
+    """Report on the runs in `run_dirs`: write report.md, tables as report*.csv, report.json, report.tex and runs.csv, and figures
+    as report*.png into `out_dir`.
 
     Each file is replaced atomically; files of an earlier report that are not part of this one are removed. Equal runs give equal
-    bytes, in any order and in any folders. Runs that have not finished are counted in their rows, excluded from the statistics
-    and listed; so are `planned` runs that have not started, missing seeds and published rows without a run. Runs with a damaged
-    or foreign record are excluded and listed with the problem.
+    bytes, in any order and in any folders, but for the directories in runs.csv. Runs that have not finished are counted in their
+    rows, excluded from the statistics and listed; so are `planned` runs that have not started, missing seeds of these, and
+    published rows without a run. Runs with a damaged or foreign record are excluded and listed with the problem.
 
     Args:
         run_dirs: the runs' directories, with or without records.
         out_dir: where the report is written; created if necessary.
-        planned: further runs of the sweep, see `fa_bench.runs.sweep`.
+        planned: the runs that sweeps announced, see `fa_bench.runs.sweep`.
         timings: whether to include measured seconds, the only difference between two sweeps of the same runs.
         unusable: further damaged records to list.
+        best: keys whose values are chosen by validation accuracy for each rule; the chosen rows are compared. See `best`.
+        reference: how rows of bp and the floor are chosen, `references.BEST` or `references.NEAREST`.
+        aggregate: whether to compare the rules over all tasks, see `aggregate`.
+        shown: the directories of the runs in the terminal's table; all if None.
 
     Raises:
-        DataError: no directory has a run to report on.
+        DataError: no directory has a run to report on, or `best` has a key that is unknown or does not differ.
         RunDirectoryError: a file that no report wrote is in the way, or another process is writing a report there.
     """
     from fa_bench.report.against import COLUMNS, against_published
-    from fa_bench.report.gaps import missing_seeds, published_without_run, runs_not_started, unfinished_runs
+    from fa_bench.report.aggregate import AGGREGATE_COLUMNS, AGGREGATE_LEGEND, over_tasks
+    from fa_bench.report.best import choose_best
+    from fa_bench.report.export import RUN_TIMINGS, runs_table, to_json, to_latex
+    from fa_bench.report.gaps import published_without_run
     from fa_bench.report.layers import PROBES_LEGEND, by_layer, probe_table
     from fa_bench.report.published import published
-    from fa_bench.report.table import TIMINGS, columns_of, summarise, to_csv, to_markdown, to_text
+    from fa_bench.report.table import TIMINGS, TRIED_COLUMNS, Column, columns_of, summarise, to_csv, to_markdown, to_text
 
-    planned = list(planned)
-    runs, errors, unidentified, missing = _read([*map(Path, run_dirs), *(run.directory for run in planned)])
+    out_dir, planned = Path(out_dir), list(planned)
+    records = _read([*map(Path, run_dirs), *(run.directory for run in planned)])
+    runs = records.runs
+    choice = choose_best(runs, best) if best else None
+    compared = choice.runs if choice else runs
     entries = published()
-    frame, against = summarise(runs, entries), against_published(entries, runs)
+    frame = summarise(compared, entries, reference, chosen=choice.chosen if choice else None)
+    against = against_published(entries, compared)
+    all_runs = runs_table(runs, out_dir)
     if not timings:
-        frame = frame.drop(columns=TIMINGS)
-    layers = by_layer(runs)
-    probes, probe_columns = probe_table(layers, dict.fromkeys(name for run in runs if run.finished for name in run.probed))
-    excluded, unfinished, not_started, seeds = ([truncate(line, MAX_LINE) for line in lines] for lines in (
-        [*map(_describe, unusable), *sorted(map(_describe, errors))], [*unidentified, *unfinished_runs(runs)],
-        runs_not_started(missing, planned), missing_seeds(runs)))
+        frame, all_runs = frame.drop(columns=TIMINGS), all_runs.drop(columns=RUN_TIMINGS)
+    layers = by_layer(compared)
+    probes, probe_columns = probe_table(layers, dict.fromkeys(name for run in compared if run.finished for name in run.probed))
+    totals, left_out = over_tasks(compared) if aggregate else (None, [])
+    warnings = [*(choice.warnings if choice else ()), *left_out]
+    gaps = _gaps(records._replace(errors=[*unusable, *records.errors]), planned)
     without_run = published_without_run(entries, runs)
 
-    out_dir = Path(out_dir)
     with report_lock(out_dir):
         markdown = register(out_dir / MARKDOWN)
         earlier = recorded_files(out_dir)
         with default_style():
             from fa_bench.report.figures import write_figures
 
-            figures = write_figures(runs, out_dir, NAME)
-        tables = {f"{NAME}.csv": frame, f"{NAME}_layers.csv": layers} | (
-            {f"{NAME}_published.csv": against} if len(against) else {})
-        for name, table in tables.items():
-            _write(out_dir / name, to_csv(table))
+            figures = write_figures(compared, out_dir, NAME)
+        tables = {f"{NAME}.csv": to_csv(frame), f"{NAME}.json": to_json(frame), f"{NAME}.tex": to_latex(frame),
+                  RUNS: to_csv(all_runs), f"{NAME}_layers.csv": to_csv(layers)}
+        tables |= {f"{NAME}_published.csv": to_csv(against)} if len(against) else {}
+        tables |= {f"{NAME}_tried.csv": to_csv(choice.tried)} if choice else {}
+        tables |= {f"{NAME}_aggregate.csv": to_csv(totals)} if totals is not None else {}
+        for name, text in tables.items():
+            _write(out_dir / name, text)
         sections = [
-            "# Report", to_markdown(frame.drop(columns=[*VERSIONS]), columns_of(frame)), LEGEND,
+            "# Report", to_markdown(frame.drop(columns=[*VERSIONS]), columns_of(frame)), LEGEND, _REFERENCES[reference],
+            *_list("## Warnings", warnings),
+            *([f"## Values tried: {escape_markdown(names(best))}",
+               to_markdown(choice.tried, {name: TRIED_COLUMNS.get(name, Column(name)) for name in choice.tried}),
+               _BEST_LEGEND] if choice else []),
+            *(["## Over all tasks", to_markdown(totals, AGGREGATE_COLUMNS), AGGREGATE_LEGEND] if totals is not None else []),
             *(["## Comparison with published numbers", to_markdown(against, COLUMNS), _PUBLISHED_LEGEND] if len(against) else []),
             *(["## Probes", to_markdown(probes, probe_columns), PROBES_LEGEND] if len(probes) else []),
-            *_list("## Excluded: damaged or foreign records", excluded), *_list("## Runs that have not finished", unfinished),
-            *_list("## Runs that have not started", not_started), *_list("## Missing seeds", seeds),
+            *_list("## Excluded: damaged or foreign records", gaps.excluded),
+            *_list("## Runs that have not finished", gaps.unfinished),
+            *_list("## Runs that have not started", gaps.not_started), *_list("## Missing seeds", gaps.seeds),
             *_list("## Published rows without a finished run", without_run),
             "## Tables", ", ".join(f"[{name}]({name})" for name in tables),
             "## Figures", *(f"![{path.stem}]({path.name})" for path in figures),
@@ -119,39 +160,78 @@ def write_report(
                 (out_dir / name).unlink(missing_ok=True)
             (out_dir / temporary_name(name)).unlink(missing_ok=True)
         write_record(out_dir, present)
-    if len(not_started) > 4:
-        not_started = [*not_started[:3], f"{len(not_started) - 3} more runs not started"]
-    notes = [printable(f"{kind}: {line}") for kind, lines in (
-        ("excluded", excluded), ("not finished", unfinished), ("missing", not_started), ("missing", seeds)) for line in lines]
+    have_ended = all(run.result["status"] in SUCCESSES for run in records.runs)
+    complete = have_ended and not (records.unidentified or gaps.not_started or gaps.excluded)
+    notes = [f"warning: {warning}" for warning in warnings]
+    if shown is not None:
+        own = records.only(shown)
+        gaps, more = _gaps(own, planned), len(records.runs) - len(own.runs)
+        if own.runs:
+            frame = summarise(own.runs, entries, reference, context=records.runs)
+        if more:
+            notes.append(f"The report covers {more} more run{'s' * (more > 1)} of earlier sweeps in the same folder.")
+    notes += _notes(gaps)
     if without_run:
         notes.append(f"{len(without_run)} published rows of the experiment have no finished run yet: see {markdown.name}")
-    if unfinished or excluded:
-        notes.insert(0, "Means are over the finished runs only.")
-    have_ended = all(run.result["status"] in SUCCESSES for run in runs)
-    return Report("\n".join([to_text(frame), *([""] if notes else []), *notes]), markdown, figures[0],
-                  complete=have_ended and not (unidentified or not_started or excluded))
+    notes = [printable(note) for note in notes]
+    return Report("\n".join([to_text(frame), *([""] if notes else []), *notes]), markdown, figures[0], complete)
+
+
+class _Gaps(NamedTuple):
+    """Lines about what a report lacks."""
+
+    excluded: list[str]
+    unfinished: list[str]
+    not_started: list[str]
+    seeds: list[str]
+
+
+def _gaps(records: _Records, planned: Sequence[PlannedRun]) -> _Gaps:
+    from fa_bench.report.gaps import missing_seeds, runs_not_started, unfinished_runs, unidentified_run
+
+    lines = (sorted(map(_describe, records.errors)),
+             [*sorted(map(unidentified_run, records.unidentified)), *unfinished_runs(records.runs)],
+             runs_not_started(records.missing, planned), missing_seeds(records.runs, planned))
+    return _Gaps(*([truncate(line, MAX_LINE) for line in of_kind] for of_kind in lines))
+
+
+def _notes(gaps: _Gaps) -> list[str]:
+    """Lines for the terminal, of a kind with many runs that have not started the first ones."""
+    not_started = gaps.not_started
+    if len(not_started) > MAX_SHOWN:
+        not_started = [*not_started[:MAX_SHOWN - 1], f"{len(not_started) - MAX_SHOWN + 1} more runs not started"]
+    kinds = (("excluded", gaps.excluded), ("not finished", gaps.unfinished), ("missing", not_started), ("missing", gaps.seeds))
+    notes = [f"{kind}: {line}" for kind, lines in kinds for line in lines]
+    return ["Means are over the finished runs only.", *notes] if gaps.unfinished or gaps.excluded else notes
 
 
 class _Records(NamedTuple):
-    """The runs in order, records that cannot be used, lines about directories whose run cannot be identified, and directories
-    without a record."""
+    """The runs in order, records that cannot be used, directories whose run cannot be identified, and directories without a
+    record."""
 
     runs: list[Run]
     errors: list[RecordError]
-    unidentified: list[str]
+    unidentified: list[Path]
     missing: list[Path]
+
+    def only(self, directories: Iterable[Path]) -> _Records:
+        """The records of these directories."""
+        wanted = {resolved(Path(directory)) for directory in directories}
+        return _Records([run for run in self.runs if resolved(run.directory) in wanted],
+                        [error for error in self.errors if resolved(error.path.parent) in wanted],
+                        *([path for path in paths if resolved(path) in wanted] for paths in (self.unidentified, self.missing)))
 
 
 def _read(directories: list[Path]) -> _Records:
-    from fa_bench.report.gaps import unidentified_run
-    from fa_bench.report.groups import in_order
+    from fa_bench.report.groups import group_labels, group_runs, in_order
     from fa_bench.report.runs import read_run
     from fa_bench.report.states import run_without_result, with_current_status, with_data_hash
 
     runs: list[Run] = []
     errors: list[RecordError] = []
     without_result: list[Path] = []
-    unidentified, missing = [], []
+    unidentified: list[Path] = []
+    missing: list[Path] = []
     for path, directory in {resolved(directory): directory for directory in directories}.items():
         try:
             if (run := read_run(directory)) is not None:
@@ -168,14 +248,18 @@ def _read(directories: list[Path]) -> _Records:
             if (run := run_without_result(directory, with_result)) is not None:
                 runs.append(run)
             else:
-                unidentified.append(unidentified_run(directory))
+                unidentified.append(directory)
         except RecordError as error:
             errors.append(error)
     if not runs and errors:
         raise errors[0]
     if not runs:
         raise DataError(f"nothing to report: no {RESULT} in {', '.join(map(str, directories)) or 'an empty list of runs'}")
-    return _Records(in_order(with_data_hash(runs)), errors, sorted(unidentified), missing)
+    ordered = in_order(with_data_hash(runs))
+    # Every part of the report, whichever runs it covers, shows these labels.
+    labels = group_labels(group_runs(ordered))
+    ordered = [dataclasses.replace(run, result=run.result | {"label": labels[run.row]}) for run in ordered]
+    return _Records(ordered, errors, unidentified, missing)
 
 
 def _describe(error: RecordError) -> str:

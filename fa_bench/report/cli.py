@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import NoReturn
 
 from fa_bench.errors import DataError, FaBenchError, printable
+from fa_bench.report.files import covered_directories
+from fa_bench.report.references import BEST, CHOICES
 from fa_bench.utils.files import resolved
 from fa_bench.utils.output import exit_code
 
 _DESCRIPTION = """\
 Compare the runs in folders: mean, standard deviation and 95 % interval per rule over the seeds, paired differences to bp, the
-floor, angles, and the published numbers of the experiments, as report.md, report.csv and report.png, with further tables and
-figures. A sweep may be incomplete: the report lists what is missing. With --live, watch a running sweep; nothing is written.
+floor, angles, and the published numbers of the experiments, as report.md, report.csv, .json, .tex and .png, with further tables
+and figures; runs.csv has one row per run. A sweep may be incomplete: the report lists what is missing. With --live, watch a
+running sweep; nothing is written.
 """
 _CODES = """\
 exit code: 0 if all runs have finished or were stopped by a callback; 1 if some have not, or are excluded from the report; 2 if
@@ -59,6 +62,13 @@ def _main(argv: list[str]) -> int:
     parser.add_argument("--out", metavar="DIR", type=Path, help="where to write the report (default: the common folder of DIR)")
     parser.add_argument("--no-timings", action="store_true",
                         help="omit measured seconds, so that two sweeps of the same runs give the same bytes")
+    parser.add_argument("--best", metavar="KEY[,KEY]",
+                        help="choose the values of these keys by validation accuracy for each rule, and compare the chosen ones: "
+                             "--best optimizer.lr")
+    parser.add_argument("--reference", choices=CHOICES,
+                        help="compare with the best rows of bp and frozen (default), or with those at the nearest settings")
+    parser.add_argument("--aggregate", action="store_true",
+                        help="compare the rules over all tasks: interquartile mean with a bootstrap interval")
     live = parser.add_argument_group("a running sweep")
     live.add_argument("--live", action="store_true", help="show the state, epoch, last numbers and remaining time of every run, "
                                                           "repeatedly until all have ended or Ctrl-C; once if not on a terminal")
@@ -76,6 +86,7 @@ def _main(argv: list[str]) -> int:
         return 0
 
     from fa_bench.report import write_report
+    from fa_bench.report.best import parse_keys
     from fa_bench.report.runs import find_runs
     from fa_bench.runs.readers import RecordError
     from fa_bench.runs.sweep import find_planned_runs
@@ -85,8 +96,13 @@ def _main(argv: list[str]) -> int:
     if not directories:
         announced = f" ({len(planned)} announced, none started)" if planned else ""
         raise DataError(f"{', '.join(map(str, arguments.folders))}: no runs found{announced}")
-    report = write_report(directories, arguments.out or _common(arguments.folders), planned,
-                          timings=not arguments.no_timings, unusable=unusable)
+    out_dir = arguments.out or _common(arguments.folders)
+    if arguments.out is None:
+        _check_wider(out_dir, directories)
+    report = write_report(
+        directories, out_dir, planned, timings=not arguments.no_timings, unusable=unusable,
+        best=() if arguments.best is None else parse_keys(arguments.best), reference=arguments.reference or BEST,
+        aggregate=arguments.aggregate)
     print(f"{report.text}\n\nreport: {printable(report.markdown)}\ncurves: {printable(report.figure)}")
     return 0 if report.complete else 1
 
@@ -102,11 +118,24 @@ def _common(folders: Sequence[Path]) -> Path:
     return common
 
 
+def _check_wider(folder: Path, directories: Sequence[Path]) -> None:
+    """Refuse to replace a report that also covers other runs."""
+    covered = {resolved(directory) for directory in directories}
+    others = [directory for directory in covered_directories(folder) if resolved(directory) not in covered]
+    if others:
+        raise DataError(f"{folder}: has a report that covers {len(others)} further run{'s' * (len(others) > 1)}; choose another "
+                        "folder with --out DIR")
+
+
 def _check(arguments: argparse.Namespace) -> None:
     for flag, given in (("--interval", arguments.interval is not None), ("--once", arguments.once)):
         if given and not arguments.live:
             raise DataError(f"{flag} requires --live")
-    for flag, given in (("--out", arguments.out is not None), ("--no-timings", arguments.no_timings)):
+    if arguments.best is not None and not arguments.best.replace(",", " ").split():
+        raise DataError("--best: no key, such as --best optimizer.lr")
+    for flag, given in (("--out", arguments.out is not None), ("--no-timings", arguments.no_timings),
+                        ("--best", arguments.best is not None), ("--reference", arguments.reference is not None),
+                        ("--aggregate", arguments.aggregate)):
         if given and arguments.live:
             raise DataError(f"{flag} cannot be combined with --live, which writes nothing")
     if arguments.interval is not None and not MIN_INTERVAL <= arguments.interval <= MAX_INTERVAL:

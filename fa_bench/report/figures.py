@@ -10,6 +10,7 @@ from typing import Any
 
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from fa_bench.config.labels import short_key
 from fa_bench.errors import truncate
 from fa_bench.metrics.alignment.base import declared
 from fa_bench.report.files import register
@@ -112,7 +113,8 @@ def density_series(groups: Groups) -> dict[str, list[tuple[float, float, float]]
         accuracies = _accuracies(members)
         density = members[0].config.get(DENSITY)
         if isinstance(density, (int, float)) and density > 0 and accuracies:
-            name = " ".join(word for word in labels[group].split(" ") if not word.startswith(f"{DENSITY}="))
+            key = short_key(DENSITY, members[0].config)
+            name = " ".join(word for word in labels[group].split(" ") if not word.startswith(f"{key}="))
             series.setdefault(name, []).append((density, mean(accuracies), std(accuracies)))
     return {name: sorted(points) for name, points in series.items() if len({point[0] for point in points}) > 1}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -17,11 +18,12 @@ from fa_bench.utils.locks import PATIENCE, locked
 
 #: How the names of a report's files begin, and the files that every report has or may have.
 NAME = "report"
-MARKDOWN = f"{NAME}.md"
-_COMMON_FILES = (MARKDOWN, f"{NAME}.csv", f"{NAME}_layers.csv", f"{NAME}_published.csv", f"{NAME}.png")
+MARKDOWN, RUNS = f"{NAME}.md", "runs.csv"
+_COMMON_FILES = (MARKDOWN, RUNS, *(f"{NAME}{end}" for end in (
+    ".csv", ".json", ".tex", "_layers.csv", "_published.csv", "_tried.csv", "_aggregate.csv", ".png")))
 #: The record: the names of the files that reports wrote in its folder. Without one, the links in report.md serve.
 RECORD, LOCK = f".{NAME}.json", f".{NAME}.lock"
-_FILE_NAME = re.compile(rf"{NAME}(_[\w.-]+)?\.(md|csv|png)")
+_FILE_NAME = re.compile(rf"{NAME}(_[\w.-]+)?\.(md|csv|png|json|tex)|{re.escape(RUNS)}")
 _FIRST_LINE = "# Report\n"
 
 
@@ -68,6 +70,18 @@ def recorded_files(folder: Path) -> set[str]:
     return set(names)
 
 
+def covered_directories(folder: Path) -> list[Path]:
+    """The run directories of the report in `folder`, by its runs.csv, as far as they still exist; empty without a report."""
+    try:
+        if RUNS not in recorded_files(folder) or (folder / RUNS).is_symlink():
+            return []
+        with (folder / RUNS).open(encoding="utf-8", newline="") as file:
+            directories = [folder / row["directory"] for row in csv.DictReader(file) if row.get("directory")]
+    except (OSError, ValueError, csv.Error):  # not readable: the report is written anew
+        return []
+    return [directory for directory in directories if directory.is_dir()]
+
+
 def register(path: Path) -> Path:
     """Record `path` as a report's file before it is written; returns `path`.
 
@@ -112,4 +126,6 @@ def _linked_files(markdown: Path) -> set[str]:
     if markdown.is_symlink() or not markdown.is_file():
         return set()
     text = markdown.read_text(encoding="utf-8", errors="replace")
-    return {MARKDOWN, *re.findall(rf"\]\(({NAME}[\w.-]*\.(?:png|csv))\)", text)} if text.startswith(_FIRST_LINE) else set()
+    if not text.startswith(_FIRST_LINE):
+        return set()
+    return {MARKDOWN, *re.findall(rf"\]\(({NAME}[\w.-]*\.(?:png|csv|json|tex)|{re.escape(RUNS)})\)", text)}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fa_bench.report.groups import finished_by_seed, group_labels, group_runs, tasks
+from fa_bench.report.groups import finished_by_seed, group_labels, group_runs
 from fa_bench.report.published import Entry
 from fa_bench.report.runs import Run, short_path
 from fa_bench.report.states import describe_status
@@ -35,15 +36,28 @@ def runs_not_started(directories: Iterable[Path], planned: Iterable[PlannedRun])
             for directory in directories]
 
 
-def missing_seeds(runs: Sequence[Run]) -> list[str]:
-    """A line for each row without finished runs of seeds that another row of its task has."""
-    lines, labels = [], group_labels(group_runs(runs))
-    for groups in tasks(group_runs(runs)).values():
-        seeds = {group: set(finished_by_seed(members)) for group, members in groups.items()}
-        all_seeds = set().union(*seeds.values())
-        lines += [f"{labels[group]}: no finished run with seed {', '.join(map(str, sorted(all_seeds - of_group)))}"
-                  for group, of_group in seeds.items() if all_seeds - of_group]
-    return lines
+def missing_seeds(runs: Sequence[Run], planned: Iterable[PlannedRun]) -> list[str]:
+    """A line for each row without finished runs of seeds that a sweep announced for it.
+
+    A row's announced runs are those of its own directories, and those without a record beside them.
+    """
+    groups = group_runs(runs)
+    labels = group_labels(groups)
+    by_directory = {resolved(run.directory): run for run in runs}
+    by_parent: dict[Path, set[str]] = {}
+    for directory, run in by_directory.items():
+        by_parent.setdefault(directory.parent, set()).add(run.row)
+    seeds: dict[str, set[int]] = {}
+    for each in planned:
+        directory = resolved(each.directory)
+        run, beside = by_directory.get(directory), by_parent.get(directory.parent, set())
+        if run is not None:
+            seeds.setdefault(run.row, set()).add(run.result["seed"])
+        elif len(beside) == 1 and (match := re.search(r" seed (\d+)$", each.label)):
+            seeds.setdefault(next(iter(beside)), set()).add(int(match[1]))
+    missing = {group: sorted(seeds.get(group, set()) - set(finished_by_seed(members))) for group, members in groups.items()}
+    return [f"{labels[group]}: no finished run with seed {', '.join(map(str, of_group))}"
+            for group, of_group in missing.items() if of_group]
 
 
 def published_without_run(entries: Iterable[Entry], runs: Sequence[Run]) -> list[str]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from fa_bench.config.labels import DATA_DIR, differing_keys, label, result_options
-from fa_bench.report.numbers import known, mean
+from fa_bench.config.labels import DATA_DIR, distinct_labels, result_options
+from fa_bench.report.numbers import mean
 from fa_bench.report.runs import FINISHED, VERSIONS, Run
+from fa_bench.report.states import DIVERGED
 
 CONTROL, FLOOR = "bp", "frozen"
 Groups = Mapping[str, Sequence[Run]]
@@ -27,12 +29,12 @@ def in_order(runs: Iterable[Run]) -> list[Run]:
     def key(run: Run) -> Any:
         task = [str(run.result.get(key)) for key in ("dataset", "architecture")]
         rank = {CONTROL: 0, FLOOR: 1}.get(run.result["algorithm"], 2)
-        return task, rank, _natural(labels[run.row]), run.row
+        return task, rank, natural_key(labels[run.row]), run.row
 
     return sorted(runs, key=key)
 
 
-def _natural(text: str) -> list[Any]:
+def natural_key(text: str) -> list[Any]:
     """A sort key that compares numbers in a text by value: words and numbers alternate."""
     parts = re.split(r"(\d+(?:\.\d+)?(?:e[-+]?\d+)?)", text)
     return [float(part) if index % 2 else part for index, part in enumerate(parts)]
@@ -52,8 +54,8 @@ def group_labels(groups: Groups) -> dict[str, str]:
     Groups with the same label are distinguished by the keys in which their configs differ, then by the hashes of code and data.
     If neither distinguishes a group, because its config is missing or empty, its label is its group name.
     """
-    labels = _distinguished({group: runs[0].result["label"] for group, runs in groups.items()},
-                            lambda group: groups[group][0].config)
+    labels = distinct_labels({group: runs[0].result["label"] for group, runs in groups.items()},
+                             {group: runs[0].config for group, runs in groups.items()})
     for key, word in VERSIONS.items():
         for name in _duplicates(labels):
             hashes = {group: groups[group][0].result.get(key) for group, label in labels.items() if label == name}
@@ -71,15 +73,6 @@ def _duplicates(labels: Mapping[str, str]) -> list[str]:
     return [name for name, count in Counter(labels.values()).items() if count > 1]
 
 
-def _distinguished(labels: dict[str, str], config_of: Callable[[str], Mapping[str, Any]]) -> dict[str, str]:
-    """The labels; to equal ones, the values of the keys in which their configs differ are added."""
-    for name in _duplicates(labels):
-        configs = {key: config_of(key) for key, label in labels.items() if label == name}
-        keys = differing_keys(configs.values())
-        labels = labels | {key: label(name, config, keys) for key, config in configs.items()}
-    return labels
-
-
 def tasks(groups: Groups) -> dict[str, dict[str, Sequence[Run]]]:
     """{title: groups} for each task: a dataset (with its folder if that is the data) and an architecture, with their options.
 
@@ -87,14 +80,19 @@ def tasks(groups: Groups) -> dict[str, dict[str, Sequence[Run]]]:
     """
     by_task: dict[str, dict[str, Sequence[Run]]] = {}
     for group, members in groups.items():
-        by_task.setdefault(repr(sorted(_task(members[0]).items(), key=str)), {})[group] = members
+        by_task.setdefault(task_key(members[0]), {})[group] = members
     first = {key: next(iter(members.values()))[0] for key, members in by_task.items()}
-    titles = _distinguished({key: f"{run.result.get('dataset')}, {run.result.get('architecture')}" for key, run in first.items()},
-                            lambda key: _task(first[key]))
+    names = {key: f"{run.result.get('dataset')}, {run.result.get('architecture')}" for key, run in first.items()}
+    titles = distinct_labels(names, {key: _task(run) for key, run in first.items()})
     by_title: dict[str, dict[str, Sequence[Run]]] = {}
     for key, members in by_task.items():
         by_title.setdefault(titles[key], {}).update(members)  # without readable configs, two tasks may have the same title
     return by_title
+
+
+def task_key(run: Run) -> str:
+    """The same text for runs of the same task."""
+    return repr(sorted(_task(run).items(), key=str))
 
 
 def _task(run: Run) -> dict[str, Any]:
@@ -103,64 +101,22 @@ def _task(run: Run) -> dict[str, Any]:
     return names | {key: value for key, value in result_options(run.config).items() if key.split(".")[0] in (*names, DATA_DIR)}
 
 
-class Reference(NamedTuple):
-    """The runs that a row is compared with, if any; their label if the task has several such groups; and a note on the choice."""
-
-    runs: Sequence[Run] = ()
-    label: str = ""
-    note: str = ""
-
-
-def reference(algorithm: str, run: Run, groups: Groups) -> Reference:
-    """The group of `algorithm` in the task of `run` that `run` is compared with.
-
-    A single group is used whatever its optimizer, because each rule may have its own. Of several, those with the same code and
-    data are preferred, then those whose settings differ from the run's in the fewest keys, then the one with the best validation
-    accuracy (last epoch, mean over the finished runs); without validation accuracies, none of these is chosen.
-    """
-    if run.result["algorithm"] == algorithm:
-        return Reference()
-    candidates = {group: members for group, members in groups.items()
-                  if members[0].result["algorithm"] == algorithm and _task(members[0]) == _task(run)}
-    if not candidates:
-        return Reference()
-    if len(candidates) == 1:
-        (members,) = candidates.values()
-        return Reference(members, "", _version_note(algorithm, run, members))
-    distances = {group: _distance(run, members[0]) for group, members in candidates.items()}
-    nearest = [group for group in candidates if distances[group] == min(distances.values())]
-    chosen, choice = nearest[0], ""
-    if len(nearest) > 1:
-        validation = {group: mean(other.result.get("val_accuracy") for other in finished_by_seed(candidates[group]).values())
-                      for group in nearest}
-        if not known(validation.values()):
-            return Reference(note=f"{len(nearest)} rows of {algorithm} match equally well, and none has a validation accuracy "
-                                  "to choose by")
-        chosen = max(nearest, key=lambda group: known([validation[group]]))
-        choice = f"{algorithm} chosen by validation accuracy from {len(nearest)} equally close rows"
-    name = group_labels(groups)[chosen]
-    missing = "" if finished_by_seed(candidates[chosen]) else f"{name} has no finished run"
-    version = _version_note(algorithm, run, candidates[chosen])
-    return Reference(candidates[chosen], name, "; ".join(filter(None, (choice, missing, version))))
-
-
-def _version_note(algorithm: str, run: Run, members: Sequence[Run]) -> str:
-    """A note if the reference's runs have other code or data than `run`."""
-    other = [word for key, word in VERSIONS.items() if run.result.get(key) != members[0].result.get(key)]
-    return f"the runs of {algorithm} used different {' and '.join(other)}" if other else ""
-
-
-def _distance(run: Run, other: Run) -> tuple[int, int, int]:
-    """The numbers of differences: in code and data, in optimizer and epochs, and in all keys but the rule and its options."""
-    keys = differing_keys([{key: value for key, value in each.config.items() if key.split(".")[0] != "algorithm"}
-                      for each in (run, other)])
-    return (sum(run.result.get(key) != other.result.get(key) for key in VERSIONS),
-            sum(run.result.get(key) != other.result.get(key) for key in ("optimizer", "epochs")), len(keys))
-
-
 def finished_by_seed(runs: Iterable[Run]) -> dict[int, Run]:
     """The finished run of each seed; of several the last one, because counting a seed twice would understate the spread."""
     return {run.result["seed"]: run for run in runs if run.finished}
+
+
+def validation_accuracy(members: Iterable[Run]) -> float:
+    """The validation accuracy of a group by which settings are chosen: in the last epoch, mean over the finished runs, in %.
+
+    Rounded to 10 digits, so that ties do not depend on the order of the seeds. NaN if none is known, or if a run diverged: the
+    others would be chosen by their luck.
+    """
+    members = list(members)
+    if any(run.result["status"] == DIVERGED for run in members):
+        return math.nan
+    accuracy = mean(run.result.get("val_accuracy") for run in finished_by_seed(members).values())
+    return round(100 * accuracy, 10)
 
 
 def status_counts(runs: Iterable[Run]) -> str:

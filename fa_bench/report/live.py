@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from fa_bench.config.labels import differing_keys, duration, label
+from fa_bench.config.labels import distinct_labels, duration
 from fa_bench.errors import DataError, printable
 from fa_bench.report.numbers import known, mean
 from fa_bench.report.runs import FINISHED, Run, find_runs, short_path
@@ -176,12 +176,10 @@ def _modified(path: Path) -> float:
 
 def _names(configs: dict[Path, dict[str, Any]]) -> dict[Path, str]:
     """Names of runs that no sweep.json lists: rule, the keys in which the rule's runs differ, and seed; else the path."""
-    by_rule: dict[str, list[dict[str, Any]]] = {}
-    for config in configs.values():
-        by_rule.setdefault(str(config.get("algorithm")), []).append(config)
-    keys = {rule: differing_keys(of_rule) for rule, of_rule in by_rule.items()}
-    names = {path: f"{label(config['algorithm'], config, keys[config['algorithm']])} seed {config.get('seed')}"
-             if "algorithm" in config else short_path(path) for path, config in configs.items()}
+    rules = {path: str(config["algorithm"]) for path, config in configs.items() if "algorithm" in config}
+    labels = distinct_labels(rules, configs)
+    names = {path: f"{labels[path]} seed {config.get('seed')}" if path in labels else short_path(path)
+             for path, config in configs.items()}
     count = Counter(names.values())
     return {path: name if count[name] == 1 else f"{name} ({short_path(path)})" for path, name in names.items()}
 

@@ -12,9 +12,11 @@ from fa_bench.config.labels import differing_keys
 from fa_bench.errors import format_value, printable, truncate
 from fa_bench.metrics.alignment.base import Metric, declared
 from fa_bench.registry.registries import METRICS
-from fa_bench.report.groups import CONTROL, FLOOR, Groups, finished_by_seed, group_labels, group_runs, reference, status_counts
-from fa_bench.report.numbers import half_width, known, mean, std
+from fa_bench.report.best import Chosen, abridged
+from fa_bench.report.groups import CONTROL, FLOOR, finished_by_seed, group_runs, status_counts, tasks
+from fa_bench.report.numbers import Paired, half_width, holm, known, mean, paired, std, value_range
 from fa_bench.report.published import Entry, headline, matching_entries
+from fa_bench.report.references import BEST, Reference, References
 from fa_bench.report.runs import FINISHED, VERSIONS, Run, metrics_of
 from fa_bench.report.states import describe_status
 from fa_bench.utils.text import align_columns, escape_markdown
@@ -22,6 +24,8 @@ from fa_bench.utils.text import align_columns, escape_markdown
 BLANK = "-"
 #: Most characters of a cell in text and Markdown; the CSV has all of it.
 MAX_CELL = 500
+#: Characters of a line of the terminal's table, if possible, and the most lines of notes below it.
+WIDTH, MAX_NOTES = 120, 12
 
 
 class Column(NamedTuple):
@@ -41,6 +45,11 @@ def metric_columns(metrics: Mapping[str, type[Metric]]) -> dict[str, Column]:
             for name, metric in metrics.items() if metric.column}
 
 
+def _accuracy_columns(name: str, title: str) -> dict[str, Column]:
+    return {name: Column(title, ".2f"), f"{name}_std": Column("std", ".2f"), f"{name}_ci95": Column("± 95 %", ".2f"),
+            f"{name}_low": Column("lowest", ".2f"), f"{name}_high": Column("highest", ".2f")}
+
+
 COLUMNS = {
     "label": Column("rule"),
     "group": Column("group"),
@@ -49,25 +58,26 @@ COLUMNS = {
     "architecture": Column("architecture"),
     "dataset": Column("dataset"),
     "optimizer": Column("optimizer"),
+    "epochs": Column("epochs", ".0f"),
     "n": Column("n", ".0f"),
     "runs": Column("runs", ".0f"),
     "seeds": Column("seeds"),
     "status": Column("status"),
     "unfinished": Column("not finished"),
-    "val_accuracy": Column("validation accuracy (%)", ".2f"),
-    "val_accuracy_std": Column("std", ".2f"),
-    "val_accuracy_ci95": Column("± 95 %", ".2f"),
-    "test_accuracy": Column("test accuracy (%)", ".2f"),
-    "test_accuracy_std": Column("std", ".2f"),
-    "test_accuracy_ci95": Column("± 95 %", ".2f"),
-    "test_accuracy_at_best_val": Column("test accuracy at best validation (%)", ".2f"),
-    "test_accuracy_at_best_val_std": Column("std", ".2f"),
-    "test_accuracy_at_best_val_ci95": Column("± 95 %", ".2f"),
+    **_accuracy_columns("val_accuracy", "validation accuracy (%)"),
+    **_accuracy_columns("test_accuracy", "test accuracy (%)"),
+    **_accuracy_columns("test_accuracy_at_best_val", "test accuracy at best validation (%)"),
     "bp_difference": Column("paired difference to bp (points)", "+.2f"),
     "bp_difference_ci95": Column("± 95 %", ".2f"),
+    "bp_difference_low": Column("lowest", "+.2f"),
+    "bp_difference_high": Column("highest", "+.2f"),
     "bp_difference_n": Column("pairs", ".0f"),
+    "bp_difference_dz": Column("effect size (Cohen's d_z)", "+.2f"),
+    "bp_difference_p": Column("p (paired t test)", ".2g"),
+    "bp_difference_p_holm": Column("p (Holm)", ".2g"),
     "bp_row": Column("paired with"),
     "floor_accuracy": Column(f"floor: {FLOOR} (%)", ".2f"),
+    "floor_row": Column("floor's row"),
     "floor": Column("beats floor"),
     **metric_columns(declared(METRICS)),
     "seconds": Column("seconds", ".1f", timing=True),
@@ -76,34 +86,58 @@ COLUMNS = {
     "published_std": Column("std", ".2f"),
     "published_difference": Column("difference to published (points)", "+.2f"),
     "published_source": Column("published in"),
+    "tried": Column("values tried", ".0f"),
+    "chosen": Column("chosen"),
     "note": Column("note"),
 }
+#: The columns of the values that `best.choose_best` tried, beside those of its keys.
+TRIED_COLUMNS = {"task": Column("task"), **{name: COLUMNS[name] for name in ("label", "n", "status", "val_accuracy", "chosen")}}
+#: The ends of ranges, which tables show in place of the intervals of two values.
+_ENDS = ("_low", "_high")
 #: The only part of a report that differs between two sweeps of the same runs.
 TIMINGS = [name for name, column in COLUMNS.items() if column.timing]
 
 
-def summarise(runs: Sequence[Run], published: Sequence[Entry] = ()) -> pd.DataFrame:
+def summarise(
+    runs: Sequence[Run], published: Sequence[Entry] = (), reference: str = BEST, context: Sequence[Run] | None = None,
+    chosen: Mapping[str, Chosen] | None = None,
+) -> pd.DataFrame:
     """One row per group, in order of first appearance: a column for each key in which the configs differ, and `COLUMNS`.
 
     Accuracies are in %, differences in percentage points, angles in degrees, times in seconds of training. Statistics cover the
     `n` finished runs, one per seed. `runs` and `status` count all runs; `unfinished` describes the others (stopped, diverged,
-    failed, interrupted, running), which are excluded from the statistics. `*_std` is the sample standard deviation, `*_ci95`
-    half the width of the 95 % Student t interval of the mean; both are NaN for one seed. A group is compared with the `bp` and
-    `frozen` groups of its task that `groups.reference` chooses (`bp_row` names one of several). Columns of references and
-    published numbers are blank if there are none.
+    failed, interrupted, running), which are excluded from the statistics. `*_std` is the sample standard deviation, `*_ci95` half
+    the width of the 95 % Student t interval of the mean, NaN for fewer than three seeds; `*_low` and `*_high` are the lowest and
+    the highest value, NaN for one seed. A group is compared with the groups of `bp` (`bp_row`) and `frozen` (`floor_row`) that
+    `references.References` chooses. Columns of references and published numbers are blank if there are none.
+
+    Args:
+        runs: the runs.
+        published: entries to compare with.
+        reference: `references.BEST` or `references.NEAREST`.
+        context: all runs of the report, if `runs` are a part of them: references are chosen, and p values corrected, among these.
+        chosen: what was chosen, by row, see `best.choose_best`.
     """
+    everything = group_runs(runs if context is None else context)
+    references = References(everything, reference)
     groups = group_runs(runs)
-    labels = group_labels(groups)
     swept = [key for key in differing_keys(members[0].config for members in groups.values()) if key not in COLUMNS]
     metrics = metric_columns(metrics_of(runs))
-    rows = [_row(labels[group], members, groups, published, metrics) | {
-        key: format_value(config[key]) for key in swept if key in (config := members[0].config)}
-        for group, members in groups.items()]
+    comparisons = {group: _compare(members, references) for group, members in (everything | groups).items()}
+    corrected: dict[str, float] = {}
+    for of_task in tasks(everything).values():
+        corrected |= holm({group: comparisons[group].difference.p for group, members in of_task.items()
+                           if members[0].result["algorithm"] not in (CONTROL, FLOOR)})
+    rows = [_row(references.labels[group], members, comparisons[group], published, metrics, (chosen or {}).get(group))
+            | {"bp_difference_p_holm": corrected.get(group, math.nan)}
+            | {key: config[key] for key in swept if key in (config := members[0].config)}
+            for group, members in groups.items()]
     first, timings = list(COLUMNS).index("n"), list(COLUMNS).index("seconds")
     others = [name for name in metrics if name not in COLUMNS]
     columns = [*list(COLUMNS)[:first], *swept, *list(COLUMNS)[first:timings], *others, *list(COLUMNS)[timings:]]
-    frame = pd.DataFrame(rows, columns=columns).astype({"floor": object, **dict.fromkeys(swept, object)})
-    frame.attrs["metrics"] = list(metrics)
+    frame = pd.DataFrame({name: pd.Series([row.get(name, math.nan) for row in rows],
+                                          dtype=object if name in ("floor", *swept) else None) for name in columns})
+    frame.attrs |= {"metrics": list(metrics), "swept": swept}
     return frame
 
 
@@ -114,68 +148,144 @@ def columns_of(frame: pd.DataFrame) -> dict[str, Column]:
 
 
 def to_text(frame: pd.DataFrame) -> str:
-    """The table for a terminal, one line per group; numbers of runs, statuses and notes only if some group needs them."""
+    """The table for a terminal, one line per group, and the groups' notes below it.
+
+    Numbers of runs and statuses are shown only if some group needs them. If the table would be wider than `WIDTH`, titles are
+    shortened, and then statuses are omitted.
+    """
     formats = columns_of(frame)
-    means, stds = _cells(frame, "test_accuracy"), _cells(frame, "test_accuracy_std")
-    width = max(map(len, means), default=0)
-    accuracies = [mean if mean == BLANK else f"{mean.rjust(width)} ± {std}" for mean, std in zip(means, stds, strict=True)]
     incomplete = any(status.partition(" ")[2] != FINISHED for status in frame["status"])
-    numbers = [name for name, column in formats.items() if column.title.endswith("(°)") or name == "seconds"]
-    # Title, cells, whether they are numbers.
-    columns = [(COLUMNS["label"].title, _cells(frame, "label"), False), ("test accuracy % (mean ± std)", accuracies, False)]
-    if incomplete:
-        columns.append(("in means", [f"{n} of {runs}" for n, runs in zip(frame["n"], frame["runs"], strict=True)], False))
-    columns += [(formats[name].title, _cells(frame, name, formats), True) for name in numbers]
+    counts = [f"{n} of {runs}" for n, runs in zip(frame["n"], frame["runs"], strict=True)]
+    columns = [
+        _TextColumn(COLUMNS["label"].title, _cells(frame, "label")),
+        _TextColumn("val %", _cells(frame, "val_accuracy"), is_number=True),
+        _TextColumn("test accuracy % (mean ± std)", with_std(frame, "test_accuracy"), short="test % (± std)"),
+        _TextColumn("in means", counts) if incomplete else _TextColumn("n", _cells(frame, "n"), is_number=True),
+        *(_TextColumn(formats[name].title, _cells(frame, name, formats), is_number=True,
+                      short=formats[name].title.replace(" angle (°)", " °"))
+          for name, column in formats.items() if column.title.endswith("(°)") or name == "seconds")]
     if frame["published"].notna().any():
-        columns += [(COLUMNS["published"].title, _cells(frame, "published"), True),
-                    ("difference", _cells(frame, "published_difference"), True)]
-    columns += [(COLUMNS[name].title, _cells(frame, name), False)
-                for name, needed in (("status", incomplete), ("note", any(frame["note"]))) if needed]
+        columns += [_TextColumn(COLUMNS["published"].title, _cells(frame, "published"), is_number=True, short="published"),
+                    _TextColumn("difference", _cells(frame, "published_difference"), is_number=True)]
+    if incomplete:
+        columns.append(_TextColumn("status", _cells(frame, "status")))
+    lines = _aligned(columns)
+    if len(lines[0]) > WIDTH or len(lines[1]) > WIDTH:
+        lines = _aligned([column._replace(title=column.short or column.title) for column in columns])
+    if max(map(len, lines)) > WIDTH and incomplete:
+        lines = _aligned([column._replace(title=column.short or column.title) for column in columns[:-1]])
+    return "\n".join([*lines, *_notes(frame)])
+
+
+class _TextColumn(NamedTuple):
+    """A column of the terminal's table, and its title if there is little room."""
+
+    title: str
+    cells: Sequence[str]
+    is_number: bool = False
+    short: str = ""
+
+
+def _aligned(columns: Sequence[_TextColumn]) -> list[str]:
     table = []
-    for title, cells, _ in columns:
+    for title, cells, *_ in columns:
         cells = [title, *map(printable, cells)]
         table.append([title, "-" * max(map(len, cells)), *cells[1:]])
-    right = [index for index, (*_, is_number) in enumerate(columns) if is_number]
-    return "\n".join(align_columns(list(zip(*table, strict=True)), right))
+    right = [index for index, column in enumerate(columns) if column.is_number]
+    return align_columns(list(zip(*table, strict=True)), right)
+
+
+def _notes(frame: pd.DataFrame) -> list[str]:
+    """The rows' notes, each once with the labels of its rows."""
+    labels: dict[str, list[str]] = {}
+    for label, note in zip(frame["label"], frame["note"], strict=True):
+        for part in note.split("; ") if note else ():
+            labels.setdefault(part, []).append(label)
+    lines = [f"{'all rows' if len(frame) == len(rows) > 1 else abridged(rows)}: {part}" for part, rows in labels.items()]
+    if len(lines) > MAX_NOTES:
+        lines[MAX_NOTES - 1:] = [f"{len(lines) - MAX_NOTES + 1} more notes: see the report"]
+    return ["", *(printable(f"note: {line}") for line in lines)] if lines else []
 
 
 def to_markdown(frame: pd.DataFrame, columns: Mapping[str, Column] = COLUMNS) -> str:
-    """The table in Markdown: those of `columns` that are not blank in every row."""
-    table = [[escape_markdown(column.title), "---" if column.format is None else "---:",
-              *(cell if cell == BLANK or column.format else escape_markdown(cell) for cell in cells)]
-             for name, column in columns.items() if name in frame and set(cells := _cells(frame, name, columns)) - {BLANK}]
+    """The table in Markdown: those of `columns` that are not blank in every row; the range of two values is shown in the place
+    of their interval."""
+    shown = {name: _with_ranges(frame, name, columns) if f"{name.removesuffix('_ci95')}_low" in frame and name.endswith("_ci95")
+             else _cells(frame, name, columns) for name in columns if name in frame and not name.endswith(_ENDS)}
+    table = [[escape_markdown(columns[name].title), "---" if columns[name].format is None else "---:",
+              *(cell if cell == BLANK or columns[name].format else escape_markdown(cell) for cell in cells)]
+             for name, cells in shown.items() if set(cells) - {BLANK}]
     lines = zip(*table, strict=True)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def to_csv(frame: pd.DataFrame) -> str:
-    """The frame as CSV with ten digits per number and text on one line: the same bytes on every platform."""
-    frame = frame.rename(columns=printable)
-    plain = pd.DataFrame({name: column.map(lambda value: printable(value) if isinstance(value, str) else value)
-                          for name, column in frame.items()})
+    """The frame as CSV with ten digits per number and text on one line: the same bytes on every platform.
+
+    Values of configs are written as they are typed on the command line.
+    """
+    swept = frame.attrs.get("swept", ())
+    plain = pd.DataFrame({printable(name): column.map(_typed if name in swept else _one_line) for name, column in frame.items()})
     return plain.to_csv(index=False, float_format="%.10g", lineterminator="\n")
 
 
+def _one_line(value: Any) -> Any:
+    return printable(value) if isinstance(value, str) else value
+
+
+def _typed(value: Any) -> Any:
+    return math.nan if isinstance(value, float) and math.isnan(value) else printable(format_value(value))
+
+
+def with_std(frame: pd.DataFrame, name: str) -> list[str]:
+    """The cells ``97.13 ± 0.16`` of an accuracy; without the standard deviation for one seed."""
+    means, stds = _cells(frame, name), _cells(frame, f"{name}_std")
+    width = max(map(len, means), default=0)
+    return [mean if mean == BLANK else f"{mean.rjust(width)}{'' if std == BLANK else f' ± {std}'}"
+            for mean, std in zip(means, stds, strict=True)]
+
+
+def _with_ranges(frame: pd.DataFrame, name: str, columns: Mapping[str, Column]) -> list[str]:
+    """The cells of an interval; where there is none, the range of the values."""
+    low, high = (_cells(frame, name.removesuffix("_ci95") + end, columns) for end in _ENDS)
+    return [f"{a} to {b}" if cell == BLANK and a != BLANK else cell
+            for cell, a, b in zip(_cells(frame, name, columns), low, high, strict=True)]
+
+
+class _Comparison(NamedTuple):
+    """A row's references, and its paired differences to bp in percentage points."""
+
+    control: Reference
+    floor: Reference
+    difference: Paired
+
+
+def _compare(members: Sequence[Run], references: References) -> _Comparison:
+    control, floor = (references.of(algorithm, members[0]) for algorithm in (CONTROL, FLOOR))
+    return _Comparison(control, floor, paired(_accuracies(members, "test_accuracy"), _accuracies(control.runs, "test_accuracy")))
+
+
 def _row(
-    label: str, members: Sequence[Run], groups: Groups, published: Sequence[Entry], metrics: Iterable[str]
+    label: str, members: Sequence[Run], comparison: _Comparison, published: Sequence[Entry], metrics: Iterable[str],
+    chosen: Chosen | None,
 ) -> dict[str, Any]:
     finished = finished_by_seed(members)
     final = _accuracies(members, "test_accuracy")
-    control, floor = (reference(algorithm, members[0], groups) for algorithm in (CONTROL, FLOOR))
-    control_final = _accuracies(control.runs, "test_accuracy")
+    control, floor, difference = comparison
     floor_mean = mean(_accuracies(floor.runs, "test_accuracy").values())
-    differences = [final[seed] - control_final[seed] for seed in final if seed in control_final]
     final_mean = mean(final.values())
     beats = None if math.isnan(final_mean) or math.isnan(floor_mean) else final_mean > floor_mean
     repeated = sum(run.finished for run in members) - len(finished)
     entry, ours = headline(matching_entries(published, members), members)
-    notes = [f"does not beat {FLOOR}" if beats is False else "", control.note,
-             f"floor: {floor.label}" if floor.label else "", floor.note,
+    notes = [f"does not beat {FLOOR}" if beats is False else "", control.note, floor.note,
+             chosen.note if chosen else "",
              f"{repeated} run{'s' * (repeated > 1)} with a repeated seed not counted" if repeated else "",
+             "2 seeds: the range in place of a 95 % interval" if len(final) == 2 else "",
+             _pairs_note(final, control, difference),
              entry.remark(members) if entry else ""]
     return {
         "label": label,
-        **{key: members[0].result.get(key) for key in ("group", *VERSIONS, "architecture", "dataset", "optimizer")},
+        **{key: members[0].result.get(key) for key in ("group", *VERSIONS, "architecture", "dataset", "optimizer", "epochs")},
         "n": len(finished),
         "runs": len(members),
         "seeds": " ".join(map(str, sorted(finished))),
@@ -183,21 +293,35 @@ def _row(
         "unfinished": _unfinished(members),
         **_statistics("val_accuracy", members), **_statistics("test_accuracy", members),
         **_statistics("test_accuracy_at_best_val", members),
-        "bp_difference": mean(differences),
-        "bp_difference_ci95": half_width(differences),
-        "bp_difference_n": len(differences) if control.runs else math.nan,
+        "bp_difference": difference.mean,
+        "bp_difference_ci95": difference.half_width,
+        "bp_difference_low": difference.low,
+        "bp_difference_high": difference.high,
+        "bp_difference_n": difference.n if control.runs else math.nan,
+        "bp_difference_dz": difference.effect,
+        "bp_difference_p": difference.p,
         "bp_row": control.label,
         **{name: mean(run.layer_mean(name, run.result.get("angles")) for run in finished.values()) for name in metrics},
         "seconds": mean(run.result.get("seconds") for run in finished.values()),
         "seconds_per_epoch": mean(_over(run.result.get("seconds"), run.epochs) for run in finished.values()),
         "floor_accuracy": floor_mean,
+        "floor_row": floor.label,
         "floor": beats,
         "published": entry.value if entry else math.nan,
         "published_std": entry.std if entry else math.nan,
         "published_difference": ours - entry.value if entry else math.nan,
         "published_source": entry.source if entry else "",
+        "tried": chosen.tried if chosen else math.nan,
+        "chosen": chosen.values if chosen else "",
         "note": "; ".join(filter(None, notes)),
     }
+
+
+def _pairs_note(final: Mapping[int, float], control: Reference, difference: Paired) -> str:
+    """A note if only some of the row's seeds have a partner."""
+    if not final or difference.n == len(final) or not finished_by_seed(control.runs):
+        return ""
+    return f"{difference.n} of {len(final)} seeds are paired with {control.label}"
 
 
 def _unfinished(runs: Sequence[Run]) -> str:
@@ -214,7 +338,9 @@ def _accuracies(runs: Sequence[Run], key: str) -> dict[int, float]:
 def _statistics(key: str, runs: Sequence[Run]) -> dict[str, float]:
     """Mean, standard deviation and interval of an accuracy of the finished runs, in %."""
     values = _accuracies(runs, key).values()
-    return {key: mean(values), f"{key}_std": std(values), f"{key}_ci95": half_width(values)}
+    low, high = value_range(values)
+    return {key: mean(values), f"{key}_std": std(values), f"{key}_ci95": half_width(values),
+            f"{key}_low": low, f"{key}_high": high}
 
 
 def _over(seconds: float | None, epochs: int | None) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from fa_bench.report.runs import find_runs, read_run
 from fa_bench.runs.ownership import HOLDER, LOCK
 
 T_2 = 4.302652729911275  # the 97.5 % quantile of Student's t with two degrees of freedom
+TWO_SEEDS = "2 seeds: the range in place of a 95 % interval"  # the note of a row with two
 ANGLES = {
     "weight_angle": {"fc1": 89.0, "fc2": 80.0, "fc3": 60.0},
     "norm_ratio": {"fc1": 9.0, "fc2": 1.0, "fc3": 2.0},
@@ -37,6 +39,20 @@ def write_run(root: Path, rule: str, seed: int, accuracy: float | None, metrics:
     (directory / "result.json").write_text(json.dumps(result))
     lines = metrics if metrics is not None else [epoch_record(1, 0.5, ANGLES), epoch_record(2, accuracy, None)]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return directory
+
+
+def write_set(root: Path, rule: str, seed: int, test: float | None, val: float | None = 0.9, lr: float | None = 0.1,
+              config: dict | None = None, **changes) -> Path:
+    """One run with a config: the learning rate and further options, by which its group is named."""
+    options = {"algorithm": {"name": rule}, "architecture": {"name": changes.get("architecture", "mlp")},
+               "dataset": {"name": changes.get("dataset", "digits")},
+               "optimizer": {"name": "sgd", **({} if lr is None else {"lr": lr})}, "epochs": changes.get("epochs", 2),
+               **(config or {})}
+    name = f"{rule}-{hashlib.sha256(json.dumps([options, changes.get('code_hash')]).encode()).hexdigest()[:8]}"
+    directory = write_run(root, rule, seed, test, **{"val_accuracy": val, "group": name, **changes})
+    directory = directory.rename(directory.with_name(f"{name}-{seed}"))
+    (directory / "config.yaml").write_text("# config hash: 0a\n" + json.dumps({"seed": seed, **options}))
     return directory
 
 

@@ -16,6 +16,7 @@ from fa_bench.report import write_report
 from fa_bench.report.cli import main
 from fa_bench.report.runs import find_runs
 from fa_bench.report.table import COLUMNS
+from fa_bench.runs.sweep import PlannedRun, write_sweep
 from fa_bench.utils.files import atomic
 
 from .by_hand import epoch_record, write_group, write_run
@@ -23,6 +24,10 @@ from .by_hand import epoch_record, write_group, write_run
 
 def rows(folder: Path, name: str = "report") -> dict[str, dict[str, str]]:
     return {row["label"]: row for row in csv.DictReader((folder / f"{name}.csv").read_text().splitlines())}
+
+
+def without_directory(runs: bytes) -> list[str]:
+    return [line.partition(",")[2] for line in runs.decode().splitlines()]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -79,9 +84,11 @@ def test_reports_of_the_same_runs_are_equal_to_the_byte_whatever_the_order_and_t
     assert main([str(runs / name) for name in "abcdf"] + ["--out", str(tmp_path / "one")]) == 1
     assert main([str(elsewhere / name) for name in "dcZab"] + ["--out", str(tmp_path / "two")]) == 1
     one, two = files(tmp_path / "one"), files(tmp_path / "two")
+    runs_one, runs_two = (without_directory(folder.pop("runs.csv")) for folder in (one, two))
+    assert runs_one == runs_two and len(runs_one) == 1 + 10
     assert one == two and set(one) == {
-        "report.md", "report.csv", "report_layers.csv", "report.png", "report_curves.png", "report_weight_angle.png",
-        ".report.json"}
+        "report.md", "report.csv", "report.json", "report.tex", "report_layers.csv", "report.png", "report_curves.png",
+        "report_weight_angle.png", ".report.json"}
     assert "1 run with a repeated seed not counted" in one["report.csv"].decode()
 
 
@@ -96,16 +103,21 @@ def test_partial_sweeps_give_a_report_that_says_what_is_missing(tmp_path, capsys
     (started / "config.yaml").write_text("# config hash: 0a\n" + json.dumps(
         {"seed": 4, "epochs": 40, "algorithm": {"name": "kp"}}))
     (started / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n')
+    write_sweep(tmp_path / "runs", [], [  # seed 2 is no gap of fa's: no sweep announced it
+        PlannedRun(tmp_path / "runs" / f"fa-{seed}", f"fa seed {seed}", 2) for seed in (0, 1)])
+    write_run(tmp_path / "runs" / "fa", "fa", 5, 0.9, **of)
+    planned = [PlannedRun(tmp_path / "runs" / "fa" / f"seed{seed}", f"fa seed {seed}", 2) for seed in (3,)]
+    write_sweep(tmp_path / "runs", [], planned)
     assert main([str(tmp_path / "runs")]) == 1
     text = (tmp_path / "runs" / "report.md").read_text()
     assert "- kp seed 4: interrupted after 2 of 40 epochs, no result.json (pfa_fig2/kp-0a/seed4)\n" in text
     assert "- fa seed 1: diverged after 1 of 2 epochs, Diverged: not finite in epoch 3 (" in text
-    assert "- fa: no finished run with seed 1, 2\n" in text
+    assert "- fa: no finished run with seed 1, 3\n" in text and "bp: no finished" not in text
     without_run = text.split("## Published rows without a finished run")[1]
     assert "- pfa_o: Li and Benna 2024, Fig. 2a, last epoch (MNIST, 784-512-512-10)\n" in without_run
     assert "- bp:" not in without_run and "DKP" not in without_run
     said = capsys.readouterr().out
-    assert "not finished: kp seed 4" in said and "missing: fa: no finished run with seed 1, 2" in said
+    assert "not finished: kp seed 4" in said and "missing: fa: no finished run with seed 1, 3" in said
 
 
 @pytest.mark.parametrize(("words", "said"), [

@@ -115,7 +115,7 @@ def test_without_an_announcement_runs_are_named_after_their_configs(tmp_path):
     (bare / "metrics.jsonl").write_text('{"epoch": 1}\n')
     lines = live.Watcher([tmp_path]).look(NOW)
     assert {line.name: line.epochs for line in lines} == {
-        "kp optimizer.lr=1 seed 0": 40, "kp optimizer.lr=2 seed 0": 40, "kp optimizer.lr=2 seed 1": 40,
+        "kp lr=1 seed 0": 40, "kp lr=2 seed 0": 40, "kp lr=2 seed 1": 40,
         f"fa seed 0 ({'/'.join(tmp_path.parts[-2:])}/one)": 1, f"fa seed 0 ({'/'.join(tmp_path.parts[-2:])}/two)": 1,
         f"{'/'.join(tmp_path.parts[-2:])}/bare": None}
     assert live.summary(lines) == "6 runs: 6 interrupted"

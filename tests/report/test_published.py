@@ -16,7 +16,7 @@ from fa_bench.report.gaps import published_without_run
 from fa_bench.report.published import matching_entries, published, read_entries
 from fa_bench.report.table import summarise
 
-from .by_hand import ENTRY, blank, epoch_record, runs_in, write_group, write_run
+from .by_hand import ENTRY, TWO_SEEDS, blank, epoch_record, runs_in, write_group, write_run
 
 ENTRIES = published()
 EXPERIMENTS = {"pfa_fig2", "pfa_fig4", "pfa_fig5", "pfa_fig6", "dkp_table1", "dkp_table2", "asap_table1", "asap_table2",
@@ -83,7 +83,7 @@ def test_a_run_of_an_experiment_finds_its_published_number(tmp_path) -> None:
         (run.directory / "config.yaml").write_text(json.dumps({"algorithm": {"name": "fa", "density": density}}))
     rows = {row["group"]: row for row in summarise(runs_in(tmp_path), ENTRIES).to_dict("records")}
     dense = rows["dense"]
-    assert (dense["published"], dense["published_std"], dense["note"]) == (98.234, 0.057, "")
+    assert (dense["published"], dense["published_std"], dense["note"]) == (98.234, 0.057, TWO_SEEDS)
     assert dense["published_difference"] == pytest.approx(98.5 - 98.234)
     assert dense["published_source"] == "Li and Benna 2024, Fig. 2a"
     assert all(blank(rows[group]["published"]) for group in ("sparse", "none"))

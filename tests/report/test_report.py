@@ -10,16 +10,17 @@ import pytest
 from fa_bench.config import labels
 from fa_bench.errors import DataError
 from fa_bench.report.groups import group_labels, group_runs, tasks
-from fa_bench.report.numbers import half_width
+from fa_bench.report.numbers import half_width, value_range
+from fa_bench.report.references import BEST, NEAREST
 from fa_bench.report.runs import find_runs, read_run
 from fa_bench.report.table import summarise, to_markdown, to_text
 
-from .by_hand import ENTRY, T_2, blank, epoch_record, runs_in, write_group, write_run
+from .by_hand import ENTRY, T_2, TWO_SEEDS, blank, epoch_record, runs_in, write_group, write_run, write_set
 
 
-def rows(root: Path) -> dict:
+def rows(root: Path, reference: str = BEST) -> dict:
     """The summary's rows as dicts, by label."""
-    return {row["label"]: row for row in summarise(runs_in(root)).to_dict("records")}
+    return {row["label"]: row for row in summarise(runs_in(root), reference=reference).to_dict("records")}
 
 
 # Reading.
@@ -106,10 +107,10 @@ def test_groups_that_share_a_label_show_what_their_configs_differ_in(tmp_path):
     (bp / "config.yaml").write_text(json.dumps({**common, "optimizer": {"name": "sgd", "lr": 7.0}}))
     assert list(group_labels(group_runs(runs_in(tmp_path))).values()) == [
         "bp",
-        "kp optimizer=sgd optimizer.lr=0.05 feedback_optimizer=null",
-        "kp optimizer=sgd optimizer.lr=0.1 feedback_optimizer=null",
-        "kp optimizer=adam optimizer.lr=1e-05 feedback_optimizer=adam"]
-    assert "kp optimizer=sgd optimizer.lr=0.1 feedback_optimizer=null" in rows(tmp_path)
+        "kp optimizer=sgd lr=0.05 feedback_optimizer=null",
+        "kp optimizer=sgd lr=0.1 feedback_optimizer=null",
+        "kp optimizer=adam lr=1e-05 feedback_optimizer=adam"]
+    assert "kp optimizer=sgd lr=0.1 feedback_optimizer=null" in rows(tmp_path)
 
 
 def test_configs_that_say_nothing_leave_the_group_s_name(tmp_path):
@@ -152,8 +153,9 @@ def test_accuracy_mean_std_and_interval(tmp_path):
 
 
 def test_interval_of_few_values():
-    assert half_width([1.0, 3.0]) == pytest.approx(12.706204736)  # t(1) = 12.706, std = sqrt 2, n = 2
-    assert blank(half_width([1.0])) and blank(half_width([])) and blank(half_width([1.0, None, float("inf")]))
+    assert blank(half_width([1.0, 3.0])) and value_range([1.0, 3.0]) == (1, 3)  # not 12.7 standard errors
+    assert blank(value_range([1.0])[0])
+    assert blank(half_width([1.0])) and blank(half_width([])) and blank(half_width([1.0, 2.0, None, float("inf")]))
 
 
 def test_difference_to_bp_is_paired_by_seed(tmp_path):
@@ -171,7 +173,7 @@ def test_without_bp_or_frozen_their_columns_are_blank(tmp_path):
     write_group(tmp_path, "fa", [0.9, 0.8])
     row = rows(tmp_path)["fa"]
     assert all(blank(row[key]) for key in ("bp_difference", "bp_difference_ci95", "bp_difference_n", "floor"))
-    assert row["note"] == ""
+    assert row["note"] == TWO_SEEDS and row["bp_row"] == row["floor_row"] == ""
 
 
 def test_floor(tmp_path):
@@ -180,8 +182,9 @@ def test_floor(tmp_path):
     write_group(tmp_path, "dfa", [0.91, 0.91])
     table = rows(tmp_path)
     assert table["fa"]["floor"] is True and table["fa"]["note"] == ""
-    assert table["dfa"]["floor"] is False and table["dfa"]["note"] == "does not beat frozen"
-    assert blank(table["frozen"]["floor"]) and table["frozen"]["note"] == ""
+    assert table["dfa"]["floor"] is False and table["dfa"]["note"] == f"does not beat frozen; {TWO_SEEDS}"
+    assert blank(table["frozen"]["floor"]) and table["frozen"]["note"] == TWO_SEEDS
+    assert [table[rule]["floor_row"] for rule in ("fa", "dfa", "frozen")] == ["frozen", "frozen", ""]
 
 
 @pytest.mark.parametrize("elsewhere", [{"dataset": "mnist"}, {"architecture": "cnn"}])
@@ -193,39 +196,38 @@ def test_references_are_of_the_same_task(tmp_path, elsewhere):
     assert blank(row["bp_difference"]) and blank(row["floor"])
 
 
-def test_among_several_references_the_optimizer_decides_or_validation(tmp_path):
+def test_among_several_references_the_nearest_are_taken_on_request_or_by_validation(tmp_path):
     # Both bp rows are as near to kp's: the one with 0.80 on validation counts, though the other one's test accuracy is higher.
     write_group(tmp_path, "bp", [0.97, 0.97], val_accuracy=0.7)
     write_group(tmp_path, "bp", [0.90, 0.90], val_accuracy=0.8, optimizer="adam", group="bp-adam")
-    write_run(tmp_path, "bp", 2, 0.99, val_accuracy=0.99, status="diverged", seconds=3.0)  # not finished: it chooses nothing
     write_group(tmp_path, "fa", [0.95, 0.94], optimizer="sgd")
     write_group(tmp_path, "kp", [0.95, 0.94], optimizer="lion")
-    table = rows(tmp_path)
+    table = rows(tmp_path, NEAREST)
     assert table["fa"]["bp_difference"] == pytest.approx(-2.5) and table["fa"]["bp_row"] == "bp-0a"
     assert table["kp"]["bp_difference"] == pytest.approx(4.5) and table["kp"]["bp_row"] == "bp-adam"
-    assert table["kp"]["note"] == "bp chosen by validation accuracy from 2 equally close rows" and table["fa"]["note"] == ""
+    assert table["kp"]["note"] == f"bp chosen by validation accuracy from 2 equally close rows; {TWO_SEEDS}"
+    assert table["fa"]["note"] == TWO_SEEDS
 
 
-def test_among_several_references_without_validation_none_is_taken(tmp_path):
+@pytest.mark.parametrize("choice", [BEST, NEAREST])
+def test_among_several_references_without_validation_none_is_taken(tmp_path, choice):
     for number in range(2):
         write_group(tmp_path, "bp", [0.97], group=f"bp-{number}", seconds=1.0 + number)
     write_group(tmp_path, "kp", [0.95])
-    row = rows(tmp_path)["kp"]
+    row = rows(tmp_path, choice)["kp"]
     assert blank(row["bp_difference"]) and blank(row["bp_difference_n"]) and row["bp_row"] == ""
     assert row["note"] == "2 rows of bp match equally well, and none has a validation accuracy to choose by"
 
 
-def test_a_row_is_paired_with_bp_at_its_own_setting_even_where_that_did_not_finish(tmp_path):
-    for number, lr in enumerate([0.1, 9.0]):
+def test_the_nearest_reference_is_that_at_the_row_s_own_setting_even_where_it_did_not_finish(tmp_path):
+    for lr in (0.1, 9.0):
         for rule in ("bp", "fa"):
-            run = write_run(tmp_path, rule, 0, 0.9, group=f"{rule}-{number}", val_accuracy=0.9,
-                            status="diverged" if rule == "bp" and lr == 9 else "finished")
-            (run / "config.yaml").write_text(json.dumps({"algorithm": {"name": rule}, "optimizer": {"name": "sgd", "lr": lr}}))
-    table = rows(tmp_path)
-    assert table["fa optimizer.lr=0.1"]["bp_difference"] == 0
-    other = table["fa optimizer.lr=9.0"]
-    assert blank(other["bp_difference"]) and other["bp_difference_n"] == 0 and other["bp_row"] == "bp optimizer.lr=9.0"
-    assert other["note"] == "bp optimizer.lr=9.0 has no finished run"
+            write_set(tmp_path, rule, 0, 0.9, lr=lr, status="diverged" if rule == "bp" and lr == 9 else "finished")
+    table = rows(tmp_path, NEAREST)
+    assert table["fa lr=0.1"]["bp_difference"] == 0
+    other = table["fa lr=9.0"]
+    assert blank(other["bp_difference"]) and other["bp_difference_n"] == 0 and other["bp_row"] == "bp lr=9.0"
+    assert other["note"] == "bp lr=9.0 has no finished run"
 
 
 def test_a_folder_of_images_is_a_task_of_its_own_and_known_by_its_name(tmp_path):
@@ -281,7 +283,7 @@ def test_a_repeated_seed_counts_once(tmp_path):
     write_run(tmp_path / "2", "fa", 1, 0.94)
     row = rows(tmp_path)["fa"]
     assert row["n"] == 2 and row["test_accuracy"] == pytest.approx(92)
-    assert row["status"] == "3 finished" and row["note"] == "1 run with a repeated seed not counted"
+    assert row["status"] == "3 finished" and row["note"] == f"1 run with a repeated seed not counted; {TWO_SEEDS}"
 
 
 def test_angles_are_means_over_the_layers_that_they_say_something_about(tmp_path):
@@ -298,13 +300,13 @@ def test_angles_are_means_over_the_layers_that_they_say_something_about(tmp_path
 # Tables as text.
 
 def test_terminal_table(tmp_path):
-    write_group(tmp_path, "bp", [0.97, 0.98, 0.99], angles=None)
+    write_group(tmp_path, "bp", [0.97, 0.98, 0.99], angles=None, val_accuracy=0.965)
     write_group(tmp_path, "fa", [1.0])
     assert to_text(summarise(runs_in(tmp_path))).splitlines() == [
-        "rule  test accuracy % (mean ± std)  weight angle (°)  delta angle (°)  seconds",
-        "----  ----------------------------  ----------------  ---------------  -------",
-        "bp     98.00 ± 1.00                                -                -      2.0",
-        "fa    100.00 ± -                                70.0             40.0      2.0",
+        "rule  val %  test accuracy % (mean ± std)  n  weight angle (°)  delta angle (°)  seconds",
+        "----  -----  ----------------------------  -  ----------------  ---------------  -------",
+        "bp    96.50   98.00 ± 1.00                 3                 -                -      2.0",
+        "fa        -  100.00                        1              70.0             40.0      2.0",
     ]
 
 
@@ -312,11 +314,11 @@ def test_terminal_table_says_what_did_not_finish_and_what_misses_its_floor(tmp_p
     write_group(tmp_path, "frozen", [0.9])
     write_group(tmp_path, "fa", [0.8])
     write_group(tmp_path, "kp", [None], status="diverged")
-    header, _, fa, frozen, kp = to_text(summarise(runs_in(tmp_path))).splitlines()
-    assert header.split()[-2:] == ["status", "note"] and "in means" in header and fa.split()[4:7] == ["1", "of", "1"]
-    assert fa.endswith("1 finished  does not beat frozen")
-    assert frozen.split()[-3:] == ["1", "finished", "-"]
-    assert kp.split() == ["kp", "-", "0", "of", "1", "-", "-", "-", "1", "diverged", "-"]
+    header, _, fa, frozen, kp, *notes = to_text(summarise(runs_in(tmp_path))).splitlines()
+    assert header.split()[-1] == "status" and "in means" in header and fa.split()[3:6] == ["1", "of", "1"]
+    assert fa.endswith("1 finished") and frozen.endswith("1 finished")
+    assert kp.split() == ["kp", "-", "-", "0", "of", "1", "-", "-", "-", "1", "diverged"]
+    assert notes == ["", "note: fa: does not beat frozen"]
 
 
 def test_terminal_table_shows_published_numbers_where_there_are_some(tmp_path):
@@ -333,5 +335,5 @@ def test_markdown_has_every_column_with_something_in_it_and_keeps_its_cells_apar
     head, rule, _, fa, _ = to_markdown(summarise(runs_in(tmp_path))).splitlines()
     assert len({len(line.replace("\\|", "").split("|")) for line in (head, rule, fa)}) == 1
     assert "std" not in head and "published" not in head
-    assert fa == (r"| a\|b | fa-0a | mlp | digits | sgd | 1 | 1 | 0 | 1 finished | 96.00 | 96.00 | -1.00 | 1 "
-                  "| 50.00 | yes | 70.0 | 40.0 | 1.50 | 2.0 | 1.00 |")
+    assert fa == (r"| a\|b | fa-0a | mlp | digits | sgd | 2 | 1 | 1 | 0 | 1 finished | 96.00 | 96.00 | -1.00 | 1 | bp "
+                  "| 50.00 | frozen | yes | 70.0 | 40.0 | 1.50 | 2.0 | 1.00 |")

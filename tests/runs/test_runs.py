@@ -234,10 +234,10 @@ def test_grid_shares_data_and_weights_and_ends_with_a_table(capsys: pytest.Captu
 def test_grid_over_an_option_names_it_in_lines_and_rows(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["-m", *MLP, "algorithm=bp,kp", "optimizer.lr=0.05,0.1", "seed=0,1"]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert [line for line in said if line.startswith("[6/8] kp optimizer.lr=0.05 seed 1 epoch 1/1")]
-    assert [line for line in said if line.startswith("kp optimizer.lr=0.1 ")]
+    assert [line for line in said if line.startswith("[6/8] kp lr=0.05 seed 1 epoch 1/1")]
+    assert [line for line in said if line.startswith("kp lr=0.1 ")]
     for name in ("report.csv", "report.md"):
-        assert "bp optimizer.lr=0.05" in (Path("outputs/synthetic-mlp") / name).read_text()
+        assert "bp lr=0.05" in (Path("outputs/synthetic-mlp") / name).read_text()
     assert main(["-m", *MLP, "algorithm=bp,kp", "seed=2"]) == 0
     assert "[2/2] kp seed 2 epoch" in capsys.readouterr().out
 

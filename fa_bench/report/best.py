@@ -1,0 +1,247 @@
+"""The best setting of each rule: chosen by validation accuracy among the values of some keys that were tried."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeGuard
+
+import pandas as pd
+
+from fa_bench.config.labels import differing_keys, result_options
+from fa_bench.errors import DataError, format_value, names, nearest
+from fa_bench.report.groups import (
+    Groups,
+    finished_by_seed,
+    group_labels,
+    group_runs,
+    natural_key,
+    status_counts,
+    tasks,
+    validation_accuracy,
+)
+from fa_bench.report.runs import VERSIONS, Run
+from fa_bench.report.states import DIVERGED
+
+#: Keys that no setting is chosen by, and why.
+_REFUSED = {
+    "algorithm": "the rules are what is compared",
+    "seed": "runs of different seeds are averaged",
+    "dataset": "it is part of the task",
+    "architecture": "it is part of the task",
+}
+UNSET = "-"
+
+
+class Chosen(NamedTuple):
+    """What was chosen for a rule and its remaining setting.
+
+    `values` are those of the keys, as text; `tried` is the number of values that have any run, and `note` the remarks on it.
+    """
+
+    values: str
+    tried: int
+    note: str
+
+
+class Best(NamedTuple):
+    """The runs with the chosen settings; what was chosen, by row; rules and settings for which nothing could be chosen, and
+    unequal budgets, as warnings; and every value that was tried, one per row of a table."""
+
+    runs: list[Run]
+    chosen: dict[str, Chosen]
+    warnings: list[str]
+    tried: pd.DataFrame
+
+
+def parse_keys(text: str) -> list[str]:
+    """The keys of ``--best optimizer.lr,optimizer.weight_decay``, each once."""
+    return list(dict.fromkeys(word for part in text.split(",") if (word := part.strip())))
+
+
+def choose_best(runs: Sequence[Run], keys: Sequence[str]) -> Best:
+    """Choose the values of `keys` for each rule and remaining setting.
+
+    The remaining setting consists of the other keys in which the rule's configs differ, the task, and the versions of code and
+    data. The value with the highest validation accuracy (last epoch, mean over the finished runs) is chosen; of equal ones, the
+    smaller. A value with a run that diverged counts as tried, but is never chosen; neither is one without a validation accuracy,
+    unless it is the only one.
+
+    Args:
+        runs: runs in the order of the report.
+        keys: command-line keys of the config.
+
+    Raises:
+        DataError: a key is unknown or does not differ within any rule, or nothing can be chosen.
+    """
+    groups = group_runs(runs)
+    labels = group_labels(groups)
+    swept = _swept_keys(groups)
+    _check(keys, swept, groups)
+    chosen: dict[str, Chosen] = {}
+    warnings, rows = [], []
+    for title, of_task in tasks(groups).items():
+        for cell in _cells(of_task, keys, swept):
+            accuracies = {group: validation_accuracy(members) for group, members in cell.items()}
+            best = _choose(cell, accuracies)
+            rows += [_tried_row(labels[group], members, keys, title, accuracies[group], group == best)
+                     for group, members in cell.items()]
+            if best is None:
+                warnings.append(_nothing_chosen(cell, keys, title))
+            else:
+                chosen[best] = Chosen(_text(cell[best][0], keys), len(cell), _remarks(best, cell, keys))
+    if not chosen:
+        raise DataError("; ".join(warnings))
+    warnings += [warning for title, of_task in tasks({group: groups[group] for group in groups if group in chosen}).items()
+                 if (warning := _unequal(title, of_task, chosen, labels, keys))]
+    for of_task in tasks({group: groups[group] for group in groups if group in chosen}).values():
+        for group, note in _budget_notes(of_task, chosen).items():
+            chosen[group] = chosen[group]._replace(note="; ".join(filter(None, (chosen[group].note, note))))
+    table = pd.DataFrame(rows, columns=["task", "label", *keys, "n", "status", "val_accuracy", "chosen"])
+    return Best([run for run in runs if run.row in chosen], chosen, warnings, table)
+
+
+def _swept_keys(groups: Groups) -> dict[str, list[str]]:
+    """{rule: the keys in which the rule's configs differ}."""
+    configs: dict[str, list[Mapping[str, Any]]] = {}
+    for members in groups.values():
+        configs.setdefault(members[0].result["algorithm"], []).append(members[0].config)
+    return {rule: differing_keys(of_rule) for rule, of_rule in configs.items()}
+
+
+def _check(keys: Sequence[str], swept: Mapping[str, Sequence[str]], groups: Groups) -> None:
+    differing = [key for key in dict.fromkeys(key for of_rule in swept.values() for key in of_rule)
+                 if key.split(".")[0] not in _REFUSED or key.startswith("algorithm.")]
+    there = f"keys that differ between runs of a rule: {names(differing) or 'none'}"
+    all_keys = {key: members[0].config[key] for members in groups.values() for key in result_options(members[0].config)}
+    for key in keys:
+        group = key if key in _REFUSED else key.partition(".")[0]
+        if group in _REFUSED and (group == key or group != "algorithm"):
+            raise DataError(f"--best {key}: not a key to choose by, {_REFUSED[group]}; {there}")
+        if key not in differing and key in all_keys:
+            values = list(dict.fromkeys(format_value(members[0].config[key]) for members in groups.values()
+                                        if key in members[0].config))
+            same = f"{key}={values[0]} in all runs" if len(values) == 1 else "it differs only between rules"
+            raise DataError(f"--best {key}: nothing to choose, {same}; {there}")
+        if key not in differing:
+            whole = next((other for other in (*differing, *all_keys) if other.endswith(f".{key}")), None)
+            hint = f"; did you mean '{whole}'?" if whole else nearest(key, [*differing, *all_keys])
+            raise DataError(f"--best {key}: no run has this key{hint}; {there}".replace("?;", "?"))
+
+
+def _cells(groups: Groups, keys: Sequence[str], swept: Mapping[str, Sequence[str]]) -> list[dict[str, Sequence[Run]]]:
+    """The groups of a task by rule and remaining setting, each with its smallest values first."""
+    cells: dict[str, dict[str, Sequence[Run]]] = {}
+    for group, members in groups.items():
+        run = members[0]
+        rest = [(key, run.config.get(key)) for key in swept[run.result["algorithm"]] if key not in keys]
+        versions = [run.result.get(key) for key in VERSIONS]
+        cells.setdefault(repr((run.result["algorithm"], versions, rest)), {})[group] = members
+    return [dict(sorted(cell.items(), key=lambda item: _order(item[1][0], keys))) for cell in cells.values()]
+
+
+def _order(run: Run, keys: Sequence[str]) -> list[Any]:
+    """A sort key by the values: numbers by value and before text."""
+    values = [run.config.get(key) for key in keys]
+    return [(0, float(value), []) if _is_number(value) else (1, 0.0, natural_key(format_value(value))) for value in values]
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _choose(cell: Groups, accuracies: Mapping[str, float]) -> str | None:
+    """The first group with the highest validation accuracy; the only one also without it, if it has a finished run."""
+    if len(cell) == 1:
+        (group, members), = cell.items()
+        diverged = any(run.result["status"] == DIVERGED for run in members)
+        return group if finished_by_seed(members) and not diverged else None
+    choosable = [group for group in cell if not math.isnan(accuracies[group])]
+    return max(choosable, key=lambda group: accuracies[group], default=None)
+
+
+def _text(run: Run, keys: Sequence[str]) -> str:
+    return " ".join(f"{key}={format_value(run.config[key])}" for key in keys if key in run.config)
+
+
+def _tried_row(
+    name: str, members: Sequence[Run], keys: Sequence[str], title: str, accuracy: float, is_chosen: bool
+) -> dict[str, Any]:
+    config = members[0].config
+    return {"task": title, "label": name, **{key: format_value(config[key]) if key in config else UNSET for key in keys},
+            "n": len(finished_by_seed(members)), "status": status_counts(members), "val_accuracy": accuracy, "chosen": is_chosen}
+
+
+def _nothing_chosen(cell: Groups, keys: Sequence[str], title: str) -> str:
+    """A line about a rule for which no value could be chosen."""
+    runs = [run for members in cell.values() for run in members]
+    rule, statuses = runs[0].result["algorithm"], status_counts(runs)
+    reason = ("no validation accuracy to choose by"
+              if all(run.finished for run in runs) else f"none can be chosen ({statuses})")
+    values = f"{len(cell)} value{'s' * (len(cell) > 1)} of {names(keys)}"
+    return f"{rule} is not compared ({title}): {values} tried, {reason}"
+
+
+def _remarks(best: str, cell: Groups, keys: Sequence[str]) -> str:
+    """Remarks on a choice: a value at an edge of those tried, few seeds, values that could not be chosen."""
+    remarks = []
+    for key in keys:
+        tried = sorted({value for members in cell.values() if _is_number(value := members[0].config.get(key))})
+        chosen = cell[best][0].config.get(key)
+        if len(tried) > 1 and _is_number(chosen) and chosen in (tried[0], tried[-1]):
+            edge = "smallest" if chosen == tried[0] else "largest"
+            remarks.append(f"{key}={format_value(chosen)} is the {edge} of {len(tried)} values tried")
+    diverged = sum(any(run.result["status"] == DIVERGED for run in members) for members in cell.values())
+    if diverged:
+        remarks.append(f"{diverged} of {len(cell)} values diverged")
+    seeds = [len(finished_by_seed(members)) for members in cell.values()
+             if not any(run.result["status"] == DIVERGED for run in members)]
+    if min(seeds) < max(seeds):
+        remarks.append(f"the values have {min(seeds)} to {max(seeds)} finished seeds")
+    return "; ".join(remarks)
+
+
+def _budgets(groups: Groups, chosen: Mapping[str, Chosen]) -> dict[str, dict[str, int]]:
+    """{what: {group: number}} of values, seeds and epochs."""
+    return {
+        "values": {group: chosen[group].tried for group in groups},
+        "seeds": {group: len(finished_by_seed(members)) for group, members in groups.items()},
+        "epochs": {group: epochs for group, members in groups.items() if (epochs := members[0].epochs)},
+    }
+
+
+def _budget_notes(groups: Groups, chosen: Mapping[str, Chosen]) -> dict[str, str]:
+    """For each row of a task whose rows had unequal budgets, its own among them."""
+    notes: dict[str, list[str]] = {}
+    for what, counts in _budgets(groups, chosen).items():
+        if len(set(counts.values())) > 1:
+            for group, count in counts.items():
+                unit = what[:-1] if count == 1 else what
+                notes.setdefault(group, []).append(f"{count} {unit} (others {_others(counts, group)})")
+    return {group: f"unequal budgets: {', '.join(parts)}" for group, parts in notes.items()}
+
+
+def _others(counts: Mapping[str, int], group: str) -> str:
+    others = sorted({count for other, count in counts.items() if other != group})
+    return str(others[0]) if len(others) == 1 else f"{others[0]} to {others[-1]}"
+
+
+def _unequal(
+    title: str, groups: Groups, chosen: Mapping[str, Chosen], labels: Mapping[str, str], keys: Sequence[str]
+) -> str:
+    """A line on what was unequal among the compared rows of a task; empty if nothing was."""
+    parts = []
+    for what, counts in _budgets(groups, chosen).items():
+        if len(set(counts.values())) > 1:
+            name = f"values of {names(keys)}" if what == "values" else what
+            by_count: dict[int, list[str]] = {}
+            for group, count in counts.items():
+                by_count.setdefault(count, []).append(labels[group])
+            parts.append(f"{name}: " + ", ".join(f"{count} ({abridged(by_count[count])})" for count in sorted(by_count)))
+    return f"unequal budgets ({title}): {'; '.join(parts)}" if parts else ""
+
+
+def abridged(items: Iterable[str], most: int = 6) -> str:
+    """The names, of many the first ones and the number of the others."""
+    items = list(items)
+    return names(items if len(items) <= most else [*items[:most - 1], f"{len(items) - most + 1} more"])

@@ -1,0 +1,130 @@
+"""The rows of a report for other programs: LaTeX, JSON, and a table with one row per run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fa_bench.config.labels import differing_keys
+from fa_bench.errors import printable
+from fa_bench.report.groups import group_labels, group_runs
+from fa_bench.report.numbers import number
+from fa_bench.report.runs import VERSIONS, Run, metrics_of
+from fa_bench.report.states import reason
+from fa_bench.report.table import COLUMNS, with_std
+from fa_bench.utils.files import resolved
+
+#: Characters that have a meaning in LaTeX.
+_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
+          ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}", **{char: f"\\{char}" for char in "&%$#_{}"}}
+_ACCURACIES = ("train_accuracy", "val_accuracy", "test_accuracy", "test_accuracy_at_best_val")
+_LOSSES = ("train_loss", "val_loss", "test_loss")
+#: Columns of `runs_table` that have measured seconds.
+RUN_TIMINGS = ["seconds", "seconds_per_epoch"]
+
+
+def escape_latex(text: str) -> str:
+    """Arbitrary text that LaTeX prints literally, in any encoding: characters beyond ASCII become ``U+00E9``."""
+    return "".join(_LATEX.get(char, char if char.isascii() else f"U+{ord(char):04X}") for char in printable(text))
+
+
+def to_latex(frame: pd.DataFrame) -> str:
+    """The main columns as a LaTeX tabular for the package booktabs, with plain ASCII text; columns that are blank in every row
+    are omitted.
+
+    Args:
+        frame: from `table.summarise`.
+    """
+    columns = {
+        "rule": ("l", [escape_latex(label) for label in frame["label"]]),
+        r"$n$": ("r", [str(n) for n in frame["n"]]),
+        r"validation (\%)": ("r", _math(with_std(frame, "val_accuracy"))),
+        r"test (\%)": ("r", _math(with_std(frame, "test_accuracy"))),
+        "difference to bp": ("r", [_difference(row) for row in frame.to_dict("records")]),
+        r"$p$ (Holm)": ("r", [_number(value, ".2g") for value in frame["bp_difference_p_holm"]]),
+        "beats floor": ("l", ["--" if pd.isna(beats) else "yes" if beats else "no" for beats in frame["floor"]]),
+    }
+    shown = {title: column for title, column in columns.items() if set(column[1]) - {"--"}}
+    lines = [" & ".join(cells) + r" \\" for cells in zip(*(cells for _, cells in shown.values()), strict=True)]
+    return "\n".join([
+        r"% Requires \usepackage{booktabs}. Accuracies are mean and standard deviation over n seeds; differences are in",
+        "% percentage points, paired by seed, with half the 95 % t interval (for two seeds: the range).",
+        rf"\begin{{tabular}}{{{''.join(align for align, _ in shown.values())}}}", r"\toprule",
+        " & ".join(shown) + r" \\", r"\midrule", *lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def _math(cells: Sequence[str]) -> list[str]:
+    return ["--" if cell == "-" else f"${cell.strip().replace('±', chr(92) + 'pm')}$" for cell in cells]
+
+
+def _number(value: float, form: str) -> str:
+    if math.isnan(value):
+        return "--"
+    mantissa, _, exponent = format(value, form).partition("e")
+    return f"${mantissa} \\times 10^{{{int(exponent)}}}$" if exponent else f"${mantissa}$"
+
+
+def _difference(row: Mapping[Any, Any]) -> str:
+    centre, half, low, high = (row[f"bp_difference{end}"] for end in ("", "_ci95", "_low", "_high"))
+    if math.isnan(centre):
+        return "--"
+    if not math.isnan(half):
+        return f"${centre:+.2f} \\pm {half:.2f}$"
+    return f"${centre:+.2f}$" if math.isnan(low) else f"${centre:+.2f}$ (${low:+.2f}$ to ${high:+.2f}$)"
+
+
+def to_json(frame: pd.DataFrame) -> str:
+    """The rows as a list of objects with typed values: numbers, booleans, text, and lists of seeds; null for what is blank."""
+    counts = {name for name, column in COLUMNS.items() if column.format == ".0f"}
+    rows = [{name: _plain(row[name], name in counts) for name in frame} for row in frame.to_dict("records")]
+    for row in rows:
+        row["seeds"] = [int(seed) for seed in (row["seeds"] or "").split()]
+    return json.dumps(rows, indent=1, allow_nan=False) + "\n"
+
+
+def _plain(value: Any, is_count: bool) -> Any:
+    if hasattr(value, "item"):  # a number of numpy
+        value = value.item()
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, is_count=False) for item in value]
+    if isinstance(value, float):
+        return None if not math.isfinite(value) else int(value) if is_count else value
+    return None if value == "" else value
+
+
+def runs_table(runs: Sequence[Run], folder: Path) -> pd.DataFrame:
+    """One row per run, in the given order, finished or not.
+
+    Columns: the directory relative to `folder`, the label, status and seed, a column for each key in which the configs differ,
+    accuracies in % and losses of the last epoch, the means over layers of the alignment metrics, epochs, seconds of training, and
+    hashes. `reason` is why a run did not finish. Values that a run did not record are blank.
+    """
+    labels = group_labels(group_runs(runs))
+    names = ("algorithm", "architecture", "dataset", "optimizer", "experiment")
+    swept = [key for key in differing_keys(run.config for run in runs) if key not in names]
+    metrics = metrics_of(runs)
+    rows = [{
+        "directory": Path(os.path.relpath(resolved(run.directory), resolved(folder))).as_posix(), "label": labels[run.row],
+        "status": run.result["status"], "seed": run.result["seed"], **{key: run.result.get(key) for key in names},
+        **{key: run.config[key] for key in swept if key in run.config},
+        **{key: 100 * number(run.result.get(key)) for key in _ACCURACIES},
+        **{key: number(run.metrics[-1].get(key)) if run.metrics else math.nan for key in _LOSSES},
+        **{name: run.layer_mean(name, run.result.get("angles")) for name in metrics},
+        "epoch": run.metrics[-1]["epoch"] if run.metrics else run.result.get("epoch"), "epochs": run.result.get("epochs"),
+        "best_epoch": run.result.get("best_epoch"),
+        "seconds": number(run.result.get("seconds")),
+        "seconds_per_epoch": number(run.result.get("seconds")) / run.epochs if run.epochs else math.nan,
+        "group": run.result["group"], **{key: run.result.get(key) for key in (*VERSIONS, "weights_hash")},
+        "reason": reason(run.result) if not run.finished else "",
+    } for run in runs]
+    columns = list(dict.fromkeys(["directory", "label", "status", "seed", *names, *swept, *(key for row in rows for key in row)]))
+    frame = pd.DataFrame({name: pd.Series([row.get(name, math.nan) for row in rows],
+                                          dtype=object if name in swept else None) for name in columns})
+    frame.attrs["swept"] = swept
+    return frame

@@ -1,0 +1,119 @@
+"""Which rows of bp and of the floor the other rows of a task are compared with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from fa_bench.config.labels import differing_keys
+from fa_bench.report.groups import Groups, finished_by_seed, group_labels, task_key, validation_accuracy
+from fa_bench.report.runs import VERSIONS, Run
+
+#: How a reference is chosen if a task has several rows of its rule: by validation accuracy, or by its settings.
+BEST, NEAREST = "best", "nearest"
+CHOICES = (BEST, NEAREST)
+
+
+class Reference(NamedTuple):
+    """The runs that a row is compared with, if any; their label; and a note on the choice."""
+
+    runs: Sequence[Run] = ()
+    label: str = ""
+    note: str = ""
+
+
+class References:
+    """The rows of bp and of the floor among some groups.
+
+    A reference is a row of the same task. Rows with the same code and data as the compared one are preferred to others, which are
+    used with a note. Of several, `BEST` takes the one with the best validation accuracy (last epoch, mean over its finished
+    runs), because a reference is to be trained as well as it can be; preferably among those with as many epochs and at the same
+    scale, and never one with runs that diverged. `NEAREST` takes the one whose settings differ from the row's in the fewest keys;
+    of several of these, the one with the best validation accuracy.
+
+    Args:
+        groups: all groups that may be references.
+        choice: `BEST` or `NEAREST`.
+    """
+
+    def __init__(self, groups: Groups, choice: str = BEST) -> None:
+        self.choice = choice
+        self.labels = group_labels(groups)
+        self._validation = {group: validation_accuracy(members) for group, members in groups.items()}
+        self._by_rule: dict[tuple[str, str], dict[str, Sequence[Run]]] = {}
+        for group, members in groups.items():
+            self._by_rule.setdefault((members[0].result["algorithm"], task_key(members[0])), {})[group] = members
+
+    def of(self, algorithm: str, run: Run) -> Reference:
+        """The reference of the rule `algorithm` for the row of `run`; empty for a row of that rule itself."""
+        rows = self._by_rule.get((algorithm, task_key(run)), {})
+        if run.result["algorithm"] == algorithm or not rows:
+            return Reference()
+        rows = _fewest(rows, {group: _other_versions(run, members[0]) for group, members in rows.items()})
+        group, note = self._best(algorithm, run, rows) if self.choice == BEST else self._nearest(algorithm, run, rows)
+        if group is None:
+            return Reference(note=note)
+        notes = [note, "" if finished_by_seed(rows[group]) else f"{self.labels[group]} has no finished run",
+                 _other(algorithm, run, rows[group][0])]
+        return Reference(rows[group], self.labels[group], "; ".join(filter(None, notes)))
+
+    def _best(self, algorithm: str, run: Run, rows: Groups) -> tuple[str | None, str]:
+        if len(rows) == 1:
+            return next(iter(rows)), ""
+        finished = {group: members for group, members in rows.items() if finished_by_seed(members)}
+        choosable = {group: members for group, members in finished.items() if not math.isnan(self._validation[group])}
+        if not finished:
+            return None, f"none of {len(rows)} rows of {algorithm} has a finished run"
+        if len(finished) == 1:
+            return next(iter(finished)), ""
+        if not choosable:
+            group, note = self._nearest(algorithm, run, finished)
+            return group, note or f"{algorithm} chosen by its settings: no row of it can be chosen by validation accuracy"
+        return self._most_accurate(_fewest(choosable, {group: _other_length(run, members[0])
+                                                       for group, members in choosable.items()})), ""
+
+    def _nearest(self, algorithm: str, run: Run, rows: Groups) -> tuple[str | None, str]:
+        nearest = _fewest(rows, {group: _distance(run, members[0]) for group, members in rows.items()})
+        if len(nearest) == 1:
+            return next(iter(nearest)), ""
+        choosable = {group: members for group, members in nearest.items() if not math.isnan(self._validation[group])}
+        if not choosable:
+            return None, f"{len(nearest)} rows of {algorithm} match equally well, and none has a validation accuracy to choose by"
+        return (self._most_accurate(choosable),
+                f"{algorithm} chosen by validation accuracy from {len(nearest)} equally close rows")
+
+    def _most_accurate(self, rows: Groups) -> str:
+        """The first of those with the highest validation accuracy."""
+        return max(rows, key=lambda group: self._validation[group])
+
+
+def _fewest(rows: Groups, distances: Mapping[str, tuple[int, ...]]) -> dict[str, Sequence[Run]]:
+    least = min(distances.values())
+    return {group: members for group, members in rows.items() if distances[group] == least}
+
+
+def _other_versions(run: Run, other: Run) -> tuple[int]:
+    return (sum(run.result.get(key) != other.result.get(key) for key in VERSIONS),)
+
+
+def _other_length(run: Run, other: Run) -> tuple[int]:
+    return ((run.result.get("epochs") != other.result.get("epochs"))
+            + (run.config.get("scale", "full") != other.config.get("scale", "full")),)
+
+
+def _other(algorithm: str, run: Run, reference: Run) -> str:
+    """A note if the reference's runs have other code, data or epochs than `run`."""
+    words = [word for key, word in VERSIONS.items() if run.result.get(key) != reference.result.get(key)]
+    notes = [f"the runs of {algorithm} used different {' and '.join(words)}"] if words else []
+    epochs = reference.result.get("epochs")
+    if epochs and run.result.get("epochs") and epochs != run.result["epochs"]:
+        notes.append(f"{algorithm} trained {epochs} epochs, this row {run.result['epochs']}")
+    return "; ".join(notes)
+
+
+def _distance(run: Run, other: Run) -> tuple[int, int]:
+    """The numbers of differences: in optimizer and epochs, and in all keys but the rule and its options."""
+    keys = differing_keys([{key: value for key, value in each.config.items() if key.split(".")[0] != "algorithm"}
+                           for each in (run, other)])
+    return sum(run.result.get(key) != other.result.get(key) for key in ("optimizer", "epochs")), len(keys)
