@@ -4,8 +4,8 @@
 
 Every trial starts a command in an empty folder, kills it after a random time (SIGKILL, SIGTERM or SIGINT) and starts the same
 command again, until it ends by itself. The script compares the hashes of weights, feedback, optimizer state and batches, the
-lines of metrics.jsonl and the result without timings, and all points of the curves in TensorBoard's file. It exits with 1 if any
-differ.
+lines of metrics.jsonl and angles.jsonl, the result without timings, and all points of the curves in TensorBoard's file. It exits
+with 1 if any differ.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tqdm import tqdm
 import fa_bench.analyses  # noqa: F401  modules that commands import are imported once, here
 from fa_bench import cli
 from fa_bench.runs import train  # noqa: F401
-from fa_bench.utils.files import METRICS, RESULT
+from fa_bench.utils.files import ANGLES, METRICS, RESULT
 
 #: Small nets with batch normalisation; checkpoints also within epochs.
 COMMON = ["architecture.widths=[24,16]", "architecture.batch_norm=true", "batch_size=32", "epochs=4", "probe_every=25",
@@ -92,6 +92,7 @@ def records(folder: Path) -> dict[str, Any]:
         runs[str(run.relative_to(folder))] = {
             "result": {key: value for key, value in result.items() if key not in MAY_DIFFER},
             "metrics": [{key: value for key, value in line.items() if key not in MAY_DIFFER} for line in lines],
+            "angles": (run / ANGLES).read_text().splitlines(),
             "curves": {tag: [(event.step, repr(event.value)) for event in curves.Scalars(tag)]
                        for tag in curves.Tags()["scalars"] if not tag.endswith(MAY_DIFFER)},
         }

@@ -36,7 +36,7 @@ def make_job(texts: Mapping[str, tuple[str, str]], **run: Any) -> Job:
             parts[group.kind] = component(group, text)
         except OptionError as error:
             raise error.with_prefix(key) from None
-    return Job(RunOptions(**run, probe_every=0), feedback_optimizer=None, objective=CrossEntropy(), **parts)
+    return Job(RunOptions(**run), feedback_optimizer=None, objective=CrossEntropy(), **parts)
 
 
 def fit(job: Job, parts: Parts, on_epoch: Callable[[Progress, dict[str, Any]], None]) -> dict[str, dict[str, float]]:
@@ -55,7 +55,7 @@ def fit(job: Job, parts: Parts, on_epoch: Callable[[Progress, dict[str, Any]], N
             on_epoch(trainer.progress, metrics)
 
     trainer = Trainer(parts.rule, parts.optimizers, parts.splits, job.run,
-                      [Divergence(), Alignment(parts.meter, job.run.probe_every), Watch()])
+                      [Divergence(), Alignment(parts.meter, every=0), Watch()])
     for _ in parts.rule.initial_phase():
         pass
     try:

@@ -76,7 +76,8 @@ class RunOptions(Options):
     threads: int = option(0, "number of CPU threads (0: PyTorch's default); changes rounding", minimum=0,
                           maximum=MAX_THREADS)
     deterministic: bool = option(False, "refuse nondeterministic operations")
-    probe_every: int = option(500, "steps between measurements of angles; 0: only at the end", minimum=0)
+    probe_every: int | None = option(None, "steps between measurements of angles; 0: only at the end; null: at least 20 "
+                                           "measurements in a run, at most 500 steps apart", minimum=0)
     probe_size: int = option(128, "samples in the batch that angles are measured on", minimum=1)
     metrics: list[str] | None = option(None, "alignment metrics to measure; null: all, including those of plugins",
                                        choices=METRICS)

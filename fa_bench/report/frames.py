@@ -20,35 +20,43 @@ _COLUMNS = ("status", "label", "algorithm", "architecture", "dataset", "optimize
             "peak_memory_bytes", "code_hash", "data_hash", "weights_hash", "device")
 
 
-def load_results(*directories: str | os.PathLike[str], curves: bool = False) -> pd.DataFrame:
+#: Columns of the frame of measurements.
+_MEASURED = ("directory", "label", "seed", "step", "epoch", "metric", "layer", "value")
+
+
+def load_results(*directories: str | os.PathLike[str], curves: bool = False, angles: bool = False) -> pd.DataFrame:
     """The runs in and below directories as a data frame.
 
     Args:
         *directories: output directories or run directories.
         curves: one row per run and epoch instead of one row per run.
+        angles: one row per run, measurement, alignment metric and layer.
 
     Returns:
         One row per run: its directory, status, components, seed, accuracies (fractions), seconds, the mean over layers of every
         alignment metric, and every option of its config by command-line key, such as ``optimizer.lr``. With `curves`, the run's
         directory, label and seed, and its record of the epoch: losses, accuracies, learning rate, seconds so far, and the means
-        of the alignment metrics that were measured. A run without a result has no row; one with a damaged record is skipped with
+        of the alignment metrics that were measured. With `angles`, the run's directory, label and seed, step, epoch (a fraction),
+        metric, layer and value (NaN if undefined). A run without a result has no row; one with a damaged record is skipped with
         a warning.
 
     Raises:
         DataError: for a directory that does not exist.
+        ValueError: for both `curves` and `angles`.
     """
     import pandas as pd
 
-    rows: list[dict[str, Any]] = []
+    if curves and angles:
+        raise ValueError("load_results(curves=True, angles=True): two frames; choose one of them")
+    rows: list[Any] = []
     for directory in find_runs(map(Path, directories)):
         try:
             run = read_run(directory)
+            if run is not None:
+                rows += _angles(run) if angles else _curves(run) if curves else [_row(run)]
         except RecordError as error:
             warnings.warn(f"skipped: {error}", stacklevel=2)
-            continue
-        if run is not None:
-            rows += _curves(run) if curves else [_row(run)]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=_MEASURED).astype({"value": float}) if angles else pd.DataFrame(rows)
 
 
 def _row(run: Run) -> dict[str, Any]:
@@ -61,6 +69,12 @@ def _curves(run: Run) -> list[dict[str, Any]]:
     identity = {"directory": str(run.directory), "label": run.result["label"], "seed": run.result["seed"]}
     return [{**identity, **{key: value for key, value in line.items() if key not in ("angles", "probes")},
              **_means(run, line.get("angles"))} for line in run.metrics]
+
+
+def _angles(run: Run) -> list[tuple[Any, ...]]:
+    identity = str(run.directory), run.result["label"], run.result["seed"]
+    return [(*identity, line["step"], line["epoch"], metric, layer, value) for line in run.measurements
+            for metric, layers in (line["angles"] or {}).items() for layer, value in (layers or {}).items()]
 
 
 def _means(run: Run, angles: dict[str, Any] | None) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from fa_bench.errors import DataError
 from fa_bench.metrics.alignment.base import FEEDBACK, HIDDEN, Metric, declared
 from fa_bench.registry import registries
 from fa_bench.report.numbers import mean
-from fa_bench.runs.readers import HEADER, RecordError, inconsistency, read_config, read_metrics, read_result
-from fa_bench.utils.files import CONFIG, METRICS, RESULT, resolved
+from fa_bench.runs.readers import HEADER, RecordError, inconsistency, read_config, read_measurements, read_metrics, read_result
+from fa_bench.utils.files import ANGLES, CONFIG, METRICS, RESULT, resolved
 
 FINISHED = "finished"
 #: Keys of a result that identify the version of the code and of the data: runs that differ in them are never averaged.
@@ -28,6 +29,18 @@ class Run:
     result: dict[str, Any]
     metrics: list[dict[str, Any]]
     config: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def measurements(self) -> list[dict[str, Any]]:
+        """The lines of `angles.jsonl`, one per measurement of the alignment metrics: step, epoch (a fraction) and angles,
+        {metric: {layer: value}}. Empty for a run of an older version.
+
+        The file, the largest of a run's records, is read at the first access.
+
+        Raises:
+            RecordError: it is damaged.
+        """
+        return read_measurements(self.directory / ANGLES)
 
     @property
     def finished(self) -> bool:

@@ -23,6 +23,16 @@ if TYPE_CHECKING:
 
 #: Seconds between two lines of a run whose log is not a terminal.
 LINE_EVERY = 10.0
+#: The least number of automatic measurements in a run that has as many steps, and the most steps between two of them.
+MEASUREMENTS, MAX_INTERVAL = 20, 500
+
+
+def probe_interval(probe_every: int | None, steps: int) -> int:
+    """The steps between two measurements in a run of `steps` steps, by the run's option `probe_every` (None: automatic).
+
+    The automatic interval gives 20 to 40 measurements, or more if they would be further apart than `MAX_INTERVAL` steps.
+    """
+    return min(max(steps // MEASUREMENTS, 1), MAX_INTERVAL) if probe_every is None else probe_every
 
 
 @dataclasses.dataclass(eq=False)
@@ -59,6 +69,7 @@ class Alignment(Callback):
         """Measure now."""
         progress = trainer.progress
         progress.angles, progress.probed = self.meter.measure(), progress.step
+        progress.measurements += 1
         self.on_measured(progress.step, progress.angles)
 
 

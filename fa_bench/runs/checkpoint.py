@@ -148,7 +148,7 @@ def _progress(saved: dict[str, Any], expected: Expected) -> Progress:
         "epoch": lambda value: is_count(value, expected.epochs),
         "batch": lambda value: is_count(value, expected.steps if progress.epoch < expected.epochs else 0),
         "step": lambda value: is_count(value) and value == progress.epoch * expected.steps + progress.batch,
-        "samples": is_count,
+        "samples": is_count, "measurements": is_count,
         "probed": lambda value: value is None or is_count(value, progress.step),
         "best_epoch": lambda value: value is None or is_count(value, progress.epoch),
         "seconds": is_number, **dict.fromkeys(("best_val", "test_at_best"), lambda value: value is None or is_number(value, 1)),

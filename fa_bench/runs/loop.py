@@ -32,7 +32,8 @@ class Progress:
         seconds: training time so far, without evaluation and measurements.
         loss_sum, hits, samples: over the current epoch's batches; the first two are scalars on the device.
         has_accuracy: whether targets are classes.
-        probed: the step of the last measurement of alignment metrics.
+        probed: the step of the last recorded measurement of alignment metrics.
+        measurements: the number of recorded measurements.
         angles: its result, if it was in the current epoch.
         batches_hash: of the first batch of every epoch so far, as the model received it.
         diverged: epoch, step and layer at which the loss or a trained tensor first was not finite.
@@ -49,6 +50,7 @@ class Progress:
     samples: int = 0
     has_accuracy: bool = True
     probed: int | None = None
+    measurements: int = 0
     angles: Angles | None = None
     batches_hash: str = ""
     diverged: dict[str, Any] | None = None

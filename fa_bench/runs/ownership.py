@@ -11,12 +11,12 @@ from pathlib import Path
 from fa_bench.errors import RunDirectoryError, names
 from fa_bench.loggers.events.files import EVENTS, NEW_EVENTS, recorded_events
 from fa_bench.runs.readers import HEADER
-from fa_bench.utils.files import CONFIG, CURVES, LOG, METRICS, RESULT, check_lock, temporary_name
+from fa_bench.utils.files import ANGLES, CONFIG, CURVES, LOG, METRICS, RESULT, check_lock, temporary_name
 
 CHECKPOINTS, LAST, PREVIOUS = "checkpoints", "last.pt", "previous.pt"
 #: The lock, and the description of the process that holds it.
 LOCK, HOLDER = ".lock", ".holder.json"
-_WRITTEN = (CONFIG, METRICS, CURVES, RESULT, HOLDER, EVENTS)
+_WRITTEN = (CONFIG, METRICS, ANGLES, CURVES, RESULT, HOLDER, EVENTS)
 TEMPORARIES = (NEW_EVENTS, *map(temporary_name, _WRITTEN))
 CHECKPOINT_TEMPORARIES = (temporary_name(LAST), temporary_name(PREVIOUS))
 #: Files that may remain, beside the lock, from a run that was killed before it wrote its config, and how each begins.
@@ -39,7 +39,7 @@ def removable_files(directory: Path, resume: bool) -> Iterator[Path]:
     yield from (directory / name for name in TEMPORARIES)
     yield directory / RESULT
     if not resume:
-        yield from (directory / name for name in (LOG, METRICS, CURVES, *recorded_events(directory), EVENTS))
+        yield from (directory / name for name in (LOG, METRICS, ANGLES, CURVES, *recorded_events(directory), EVENTS))
 
 
 def refuse_foreign_files(directory: Path, is_own_run: bool) -> None:

@@ -150,6 +150,11 @@ _RECORD = _object({
     "epoch": _EPOCH, **_ACCURACIES, **dict.fromkeys(("train_loss", "val_loss", "test_loss", "lr"), _NUMBER), "seconds": _TIME,
     "angles": _QUANTITIES, "probes": _QUANTITIES,
 })
+_MEASUREMENT = _object({
+    "step": _value("a whole number >= 0", lambda value: _is_int(value, 0)),
+    "epoch": _value("a number >= 0", lambda value: _is_number(value) and 0 <= value < math.inf), "angles": _QUANTITIES,
+})
+_MEASUREMENT_KEYS = ("step", "epoch", "angles")
 #: The keys of every epoch's record, beside its number.
 SCALARS = ("train_loss", "val_loss", "test_loss", "train_accuracy", "val_accuracy", "test_accuracy", "lr")
 _CONFIG = _object({
@@ -221,6 +226,47 @@ def recorded_lines(path: Path, epochs: int, complete: bool = False) -> list[str]
     if len(lines) < epochs or (complete and len(lines) > epochs):
         raise RecordError(path, f"damaged ({len(lines)} of {epochs} epochs found)")
     return [line.decode() for line in lines[:epochs]]
+
+
+def read_measurements(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `angles.jsonl`, one per measurement in the order of steps; empty if there is no such file.
+
+    Each has the keys step, epoch (step / steps per epoch) and angles, {metric: {layer: value}}; undefined values are None.
+
+    Raises:
+        RecordError: a line is not a measurement, a value is invalid, the steps do not increase, or the file cannot be read.
+    """
+    records: list[dict[str, Any]] = []
+    for number, line in enumerate((_read(path) or b"").splitlines(), start=1):
+        try:
+            record = _parse_json(line, path)
+            if not isinstance(record, dict) or not record.keys() >= {*_MEASUREMENT_KEYS}:
+                raise RecordError(path, f"allowed: a mapping with {names(map(repr, _MEASUREMENT_KEYS))}")
+        except RecordError as error:
+            raise RecordError(path, f"line {number} is not a measurement: {error.problem}") from None
+        _check(_MEASUREMENT, record, path, f"line {number}: ")
+        if records and record["step"] <= (before := records[-1]["step"]):
+            raise RecordError(path, f"line {number}: step={record['step']} (allowed: a step after {before})")
+        records.append(record)
+    return records
+
+
+def recorded_measurements(path: Path, count: int, step: int | None) -> list[str]:
+    """The first `count` lines of a run's `angles.jsonl`, the last of `step`, which a resumed run continues.
+
+    Raises:
+        RecordError: as `read_measurements`, or if lines are missing or others than those that the run wrote.
+    """
+    if count == 0:
+        return []
+    if not path.exists():
+        raise RecordError(path, "missing")
+    records = read_measurements(path)[:count]
+    if len(records) < count:
+        raise RecordError(path, f"damaged ({len(records)} of {count} measurements found)")
+    if records[-1]["step"] != step:
+        raise RecordError(path, f"damaged (line {count} is not the measurement at step {step})")
+    return [line.decode() for line in (_read(path) or b"").splitlines()[:count]]
 
 
 def read_config(path: Path) -> Config:

@@ -1,4 +1,4 @@
-"""The records of a run: metrics.jsonl, result.json, and curves, which its loggers write."""
+"""The records of a run: metrics.jsonl, angles.jsonl, result.json, and curves, which its loggers write."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from fa_bench.registry.registries import LOGGERS
 from fa_bench.registry.specs import component
 from fa_bench.runs.hashes import code_hash
 from fa_bench.runs.loop import Progress, Trainer
-from fa_bench.runs.readers import SCALARS, recorded_lines
-from fa_bench.utils.files import METRICS, RESULT, dump_json, write_text
+from fa_bench.runs.readers import SCALARS, recorded_lines, recorded_measurements
+from fa_bench.utils.files import ANGLES, METRICS, RESULT, dump_json, write_text
 
 
 class Recorder(Callback):
@@ -37,18 +37,27 @@ class Recorder(Callback):
         job: the run.
         progress: of the run; records of later epochs are dropped.
         probes: further measurements of the layers.
+        steps: the steps of an epoch.
 
     Raises:
-        RecordError: as `recorded_lines`.
+        RecordError: as `recorded_lines` and `recorded_measurements`.
     """
 
-    def __init__(self, directory: Path, job: Job, progress: Progress, probes: Probes) -> None:
-        self.directory, self.probes = directory, probes
+    def __init__(self, directory: Path, job: Job, progress: Progress, probes: Probes, steps: int) -> None:
+        self.directory, self.probes, self.steps = directory, probes, steps
         self.lines = recorded_lines(directory / METRICS, progress.epoch)
+        self.measurements = recorded_measurements(directory / ANGLES, progress.measurements, progress.probed)
+        self._written = -1
         self._write_metrics()
+        self._write_measurements()
         self.loggers = make_loggers(job)
         for logger in self.loggers:
             logger.open(directory, job, progress.step)
+
+    def measured(self, step: int, angles: Quantities) -> None:
+        """Record a measurement of the alignment metrics, {metric: {layer: value}}, at a step."""
+        self.measurements.append(dump_json({"step": step, "epoch": step / self.steps, "angles": angles}))
+        self.layers(step, angles)
 
     def layers(self, step: int, quantities: Quantities) -> None:
         """Record values of layers, {quantity: {layer: value}}, at a step."""
@@ -67,12 +76,14 @@ class Recorder(Callback):
             metrics = metrics | {"probes": self.measure_probes(progress)}
         self.lines.append(dump_json(metrics))
         self._write_metrics()
+        self._write_measurements()
         values = {_tag(key): metrics[key] for key in SCALARS if metrics[key] is not None}
         for logger in self.loggers:
             logger.scalars(values, progress.step)
 
     def flush(self) -> None:
         """Return when all records are on disk; must be called before a checkpoint is written."""
+        self._write_measurements()
         for logger in self.loggers:
             logger.flush()
 
@@ -85,9 +96,16 @@ class Recorder(Callback):
     def _write_metrics(self) -> None:
         write_text(self.directory / METRICS, "".join(line + "\n" for line in self.lines))
 
+    def _write_measurements(self) -> None:
+        """Write angles.jsonl, once an epoch and before a checkpoint: measurements may be a few steps apart."""
+        if self._written != len(self.measurements):
+            write_text(self.directory / ANGLES, "".join(line + "\n" for line in self.measurements))
+            self._written = len(self.measurements)
+
     def finish(self, result: dict[str, Any]) -> None:
         """Write result.json, and pass the run's final status and metrics to the loggers."""
         try:
+            self._write_measurements()
             # Before the result, which marks the run as complete.
             for logger in self.loggers:
                 logger.finish(result["status"], {key: result[key] for key in FINAL}, result["step"])

@@ -14,8 +14,8 @@ from fa_bench.config.scale import scaled
 from fa_bench.errors import RunDirectoryError
 from fa_bench.runs.hashes import code_hash
 from fa_bench.runs.ownership import CHECKPOINTS, LAST, PREVIOUS, refuse_foreign_files, removable_files
-from fa_bench.runs.readers import CODE_HEADER, HEADER, RecordError, read_result, recorded_lines
-from fa_bench.utils.files import CONFIG, METRICS, RESULT, output_errors, write_text
+from fa_bench.runs.readers import CODE_HEADER, HEADER, RecordError, read_measurements, read_result, recorded_lines
+from fa_bench.utils.files import ANGLES, CONFIG, METRICS, RESULT, output_errors, write_text
 from fa_bench.utils.yaml_files import parse_yaml
 
 
@@ -66,10 +66,13 @@ class RunDirectory:
             if result is None or result.get("config_hash") != self.job.config_hash:
                 return False
             recorded_lines(self.path / METRICS, result.get("epoch") or 0, complete=True)
+            measurements = read_measurements(self.path / ANGLES)
         except RecordError:
             return False
         if result["status"] == "diverged":
             return True
+        if not measurements or measurements[-1]["step"] != result.get("step"):
+            return False
         # Probes that were added to the config are measured without training.
         has_probes = set(self.job.run.probes) <= set(result.get("probes") or ())
         if result["status"] == "stopped":
@@ -95,7 +98,7 @@ class RunDirectory:
                 raise RunDirectoryError(f"{self.path}: belongs to a run with another config ({self._difference(text)}); "
                                         "choose another hydra.run.dir, or remove it")
         elif not os.path.lexists(config):
-            records = [name for name in (METRICS, RESULT, CHECKPOINTS) if os.path.lexists(self.path / name)]
+            records = [name for name in (METRICS, ANGLES, RESULT, CHECKPOINTS) if os.path.lexists(self.path / name)]
             if records:
                 raise RunDirectoryError(f"{self.path}: contains {', '.join(records)} but no {CONFIG}; choose another directory")
         refuse_foreign_files(self.path, is_own_run)

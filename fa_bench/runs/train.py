@@ -26,16 +26,16 @@ from fa_bench.registry.registries import CALLBACKS
 from fa_bench.registry.specs import component
 from fa_bench.runs import checkpoint
 from fa_bench.runs.batches import check_batches, fixed_batch
-from fa_bench.runs.callbacks import Alignment, Checkpoints, Display, Histograms, StopOnSignal
+from fa_bench.runs.callbacks import Alignment, Checkpoints, Display, Histograms, StopOnSignal, probe_interval
 from fa_bench.runs.divergence import Diverged, Divergence
 from fa_bench.runs.hashes import compare_data, state_hash, weights_hash
 from fa_bench.runs.locks import lock_directory
 from fa_bench.runs.logs import log, log_file
 from fa_bench.runs.loop import Progress, Trainer
-from fa_bench.runs.readers import RecordError, recorded_lines
+from fa_bench.runs.readers import RecordError, recorded_lines, recorded_measurements
 from fa_bench.runs.record import Recorder, base_result, device_name, make_loggers, progress_result
 from fa_bench.runs.rundir import RunDirectory, RunState
-from fa_bench.utils.files import LOG, METRICS, RESULT, dump_json, write_text
+from fa_bench.utils.files import ANGLES, LOG, METRICS, RESULT, dump_json, write_text
 from fa_bench.utils.memory_limits import require_memory, within_memory
 from fa_bench.utils.process import isolated, seed_everything
 from fa_bench.utils.stopping import Interrupted, StopRequest, deferred_signals
@@ -131,7 +131,8 @@ def _run(
     with ExitStack() as stack:
         stack.enter_context(log_file(run_dir.path / LOG))
         _log_start(job, parts, progress, warnings, resuming, resume and bool(run_dir.job.run.resume))
-        recorder = Recorder(run_dir.path, job, progress, parts.probes)
+        steps = parts.splits.train.steps(job.run.batch_size, job.run.drop_last)
+        recorder = Recorder(run_dir.path, job, progress, parts.probes, steps)
         stack.callback(recorder.close)
         stop = stack.enter_context(deferred_signals())
 
@@ -143,9 +144,10 @@ def _run(
         display = Display(title, later_epochs)
         stack.callback(display.close)
         histograms = [Histograms(recorder, job.run.histograms_every)] if job.run.histograms_every else []
+        probe_every = probe_interval(job.run.probe_every, steps * job.run.epochs)
         trainer = Trainer(parts.rule, parts.optimizers, parts.splits, job.run, [
             Divergence(proceed=job.run.on_divergence == "continue"), *histograms,
-            Alignment(parts.meter, job.run.probe_every, recorder.layers), *parts.callbacks, *external, recorder,
+            Alignment(parts.meter, probe_every, recorder.measured), *parts.callbacks, *external, recorder,
             Checkpoints(save, job.run.checkpoint_epochs, job.run.checkpoint_minutes), display, StopOnSignal(stop),
         ], progress, external)
         with _recording_outcome(result, job, parts, recorder, trainer, save):
@@ -161,6 +163,7 @@ def _load(run_dir: RunDirectory, job: Job, parts: Parts, warnings: list[str]) ->
     progress = checkpoint.load((run_dir.checkpoint, run_dir.previous), expected, parts.rule, parts.optimizers,
                                warnings.append, parts.callbacks)
     recorded_lines(run_dir.path / METRICS, progress.epoch)
+    recorded_measurements(run_dir.path / ANGLES, progress.measurements, progress.probed)
     return progress
 
 

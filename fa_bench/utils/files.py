@@ -17,6 +17,7 @@ from fa_bench.errors import FaBenchError, OutputError, RunDirectoryError, printa
 
 #: Files of a run directory.
 CONFIG, LOG, METRICS, CURVES, RESULT = "config.yaml", "run.log", "metrics.jsonl", "curves.csv", "result.json"
+ANGLES = "angles.jsonl"
 
 #: Content of a lock file: empty, or the lock holder, which filelock writes on file systems without locks.
 _LOCK_TEXT = re.compile(rb"\Z|\d+\r?\n[^\n]+\n\d+\r?\n\Z")

@@ -316,8 +316,7 @@ WM_PAPER: dict[str, Preset] = {
 #: No paper's: the project's own first sweep, on digits that need no download.
 QUICKSTART = Preset([{"algorithm": ["bp", "frozen", "fa", "usf", "dfa", "kp"], "seed": [0, 1, 2]}], {
     "dataset": "digits", "dataset.validation": 0.1, "dataset.validation_seed": 0, "dataset.mean": [0.5], "dataset.std": [0.5],
-    "architecture": "mlp", "architecture.init": "pytorch", "epochs": 30, "batch_size": 64, "drop_last": True, "probe_every": 66,
-    "threads": 1,
+    "architecture": "mlp", "architecture.init": "pytorch", "epochs": 30, "batch_size": 64, "drop_last": True, "threads": 1,
     "optimizer.lr": 0.05, "optimizer.weight_decay": 1e-3, **CONSTANT,
 }, [({"algorithm": ("fa", "dfa", "kp")}, {"algorithm.b_init": "xavier_uniform"})])
 

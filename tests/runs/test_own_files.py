@@ -65,7 +65,8 @@ def test_foreign_files_in_a_run_of_ones_own_are_named_by_single_runs_and_sweeps(
     assert main([*COMMON, "output_dir=o"]) == 0
     (place,) = [path.parent for path in Path("o").rglob(RESULT)]
     for path in place.iterdir():  # where `put` puts it
-        assert path.name in {CONFIG, LOG, RESULT, "metrics.jsonl", "checkpoints", event_files.EVENTS} or "tfevents" in path.name
+        own = {CONFIG, LOG, RESULT, "metrics.jsonl", "angles.jsonl", "checkpoints", event_files.EVENTS}
+        assert path.name in own or "tfevents" in path.name
     put(f"../{place}/{name}")
     for command in ([*COMMON, "output_dir=o"], [*COMMON, "output_dir=o", "resume=false"], ["-m", *COMMON, "output_dir=o"]):
         assert "which no run wrote; choose another directory, or move that away" in refused(command, capsys)
@@ -114,8 +115,8 @@ def test_starting_anew_removes_the_runs_own_files_alone(monkeypatch: Patch) -> N
     assert event_files.recorded_events(Path("run")) == [path.name for path in Path("run").glob("events.out.*")]
 
 
-@pytest.mark.parametrize("name", [LOG, RESULT, CONFIG, "metrics.jsonl", event_files.EVENTS, ownership.LOCK, ".result.json.tmp",
-                                  "checkpoints", "checkpoints/last.pt", "events"])
+@pytest.mark.parametrize("name", [LOG, RESULT, CONFIG, "metrics.jsonl", "angles.jsonl", event_files.EVENTS, ownership.LOCK,
+                                  ".result.json.tmp", "checkpoints", "checkpoints/last.pt", "events"])
 @pytest.mark.parametrize("resume", ["true", "false"])
 def test_nothing_is_opened_or_removed_through_a_link(name: str, resume: str, tmp_path: Path, capsys: Capture) -> None:
     assert main(RUN) == 0

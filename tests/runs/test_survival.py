@@ -22,7 +22,7 @@ from fa_bench.report import figures
 from fa_bench.runs import checkpoint, hashes, locks, loop
 from fa_bench.runs.callbacks import StopOnSignal
 from fa_bench.runs.ownership import HOLDER, LOCK
-from fa_bench.utils.files import CONFIG, METRICS, RESULT
+from fa_bench.utils.files import ANGLES, CONFIG, METRICS, RESULT
 from fa_bench.utils.stopping import Interrupted, interrupt_on_signals
 from tests.data.files import write_cifar
 
@@ -45,11 +45,13 @@ def in_empty_folder(tmp_path: Path, monkeypatch: Patch) -> None:
 
 
 def recorded(run: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The result and the epochs' lines, without times."""
+    """The result, with the lines of the measurements, and the epochs' lines, without times."""
     def timeless(record: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in record.items() if key not in TIMES}
     result, lines = (Path(run) / name for name in (RESULT, METRICS))
-    return timeless(json.loads(result.read_text())), [timeless(json.loads(line)) for line in lines.read_text().splitlines()]
+    measurements = {"measurements": Path(run, ANGLES).read_text().splitlines()}
+    epochs = [timeless(json.loads(line)) for line in lines.read_text().splitlines()]
+    return timeless(json.loads(result.read_text())) | measurements, epochs
 
 
 def at_step(number: int, act: Callable[[], Any], monkeypatch: Patch) -> None:
