@@ -126,7 +126,7 @@ def _check(keys: Sequence[str], swept: Mapping[str, Sequence[str]], groups: Grou
         if key not in differing:
             whole = next((other for other in (*differing, *all_keys) if other.endswith(f".{key}")), None)
             hint = f"; did you mean '{whole}'?" if whole else nearest(key, [*differing, *all_keys])
-            raise DataError(f"--best {key}: no run has this key{hint}; {there}".replace("?;", "?"))
+            raise DataError(f"--best {key}: no run has this key{hint}{f' K{there[1:]}' if hint else f'; {there}'}")
 
 
 def _cells(groups: Groups, keys: Sequence[str], swept: Mapping[str, Sequence[str]]) -> list[dict[str, Sequence[Run]]]:

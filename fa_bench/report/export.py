@@ -20,9 +20,10 @@ from fa_bench.report.states import reason
 from fa_bench.report.table import COLUMNS, with_std
 from fa_bench.utils.files import resolved
 
-#: Characters that have a meaning in LaTeX.
+#: Characters that have a meaning in LaTeX; [ and * have one after the end of a row.
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
-          ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}", **{char: f"\\{char}" for char in "&%$#_{}"}}
+          ">": r"\textgreater{}", "|": r"\textbar{}", '"': "''", "[": "{[}", "*": "{*}",
+          **{char: f"\\{char}" for char in "&%$#_{}"}}
 _ACCURACIES = ("train_accuracy", "val_accuracy", "test_accuracy", "test_accuracy_at_best_val")
 _LOSSES = ("train_loss", "val_loss", "test_loss")
 #: Columns of `runs_table` that have measured seconds.

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 _COLUMNS = ("status", "label", "algorithm", "architecture", "dataset", "optimizer", "objective", "experiment", "seed", "epoch",
             "test_accuracy", "test_accuracy_at_best_val", "val_accuracy", "train_accuracy", "best_epoch", "seconds",
             "peak_memory_bytes", "code_hash", "data_hash", "weights_hash", "device")
+#: Columns that are numbers even if no run has recorded any.
+_NUMBERS = ("test_accuracy", "test_accuracy_at_best_val", "val_accuracy", "train_accuracy", "best_epoch", "seconds",
+            "peak_memory_bytes", "train_loss", "val_loss", "test_loss", "lr")
 
 
 #: Columns of the frame of measurements.
@@ -37,8 +40,8 @@ def load_results(*directories: str | os.PathLike[str], curves: bool = False, ang
         alignment metric, and every option of its config by command-line key, such as ``optimizer.lr``. With `curves`, the run's
         directory, label and seed, and its record of the epoch: losses, accuracies, learning rate, seconds so far, and the means
         of the alignment metrics that were measured. With `angles`, the run's directory, label and seed, step, epoch (a fraction),
-        metric, layer and value (NaN if undefined). A run without a result has no row; one with a damaged record is skipped with
-        a warning.
+        metric, layer and value (NaN if undefined). Columns of numbers are of a numeric type, with NaN for what is not recorded. A
+        run without a result has no row; one with a damaged record is skipped with a warning.
 
     Raises:
         DataError: for a directory that does not exist.
@@ -56,7 +59,17 @@ def load_results(*directories: str | os.PathLike[str], curves: bool = False, ang
                 rows += _angles(run) if angles else _curves(run) if curves else [_row(run)]
         except RecordError as error:
             warnings.warn(f"skipped: {error}", stacklevel=2)
-    return pd.DataFrame(rows, columns=_MEASURED).astype({"value": float}) if angles else pd.DataFrame(rows)
+    return _typed(pd.DataFrame(rows, columns=_MEASURED if angles else None))
+
+
+def _typed(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with a numeric type for every column that has only numbers and blanks, and for those that always are numbers."""
+    for name, column in frame.items():
+        present = column.dropna()
+        are_numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in present)
+        if are_numbers and column.dtype == object and (len(present) or name in _NUMBERS):
+            frame[name] = column.astype(float)
+    return frame
 
 
 def _row(run: Run) -> dict[str, Any]:

@@ -1,0 +1,255 @@
+"""The best setting of each rule by validation accuracy, and references that are as good as they can be."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from fa_bench.errors import DataError
+from fa_bench.report import figures, write_report
+from fa_bench.report.best import choose_best, parse_keys
+from fa_bench.report.cli import main
+from fa_bench.report.groups import in_order
+from fa_bench.report.references import NEAREST
+from fa_bench.report.runs import find_runs
+from fa_bench.report.table import summarise
+
+from .by_hand import TWO_SEEDS, blank, runs_in, write_run, write_set
+
+
+@pytest.fixture(autouse=True)
+def drawn_quickly(monkeypatch):
+    monkeypatch.setattr(figures, "write_parts", lambda parts, path, columns: path.write_bytes(b""))
+
+
+def chosen(root: Path, *keys: str) -> dict[str, str]:
+    """{rule: what was chosen for it}, for rules with one remaining setting."""
+    best = choose_best(in_order(runs_in(root)), keys or ["optimizer.lr"])
+    return {run.result["algorithm"]: best.chosen[run.row].values for run in best.runs}
+
+
+def rows(folder: Path, name: str = "report.csv") -> dict[str, dict[str, str]]:
+    return {row["label"]: row for row in csv.DictReader((folder / name).read_text().splitlines())}
+
+
+def write_values(root: Path, rule: str, by_lr: dict[float, list[tuple[float | None, float]]], **changes) -> None:
+    """Runs of a rule: {learning rate: [(validation, test accuracy) of each seed]}."""
+    for lr, seeds in by_lr.items():
+        for seed, (val, test) in enumerate(seeds):
+            write_set(root, rule, seed, test, val, lr, **changes)
+
+
+def study(root: Path) -> None:
+    """bp is best at 0.1 and fa at 0.02 by validation; by test accuracy, both would be at 0.02."""
+    write_values(root, "bp", {0.02: [(0.80, 0.99)] * 3, 0.1: [(0.90, 0.91), (0.92, 0.92), (0.94, 0.93)],
+                              0.5: [(0.85, 0.5)] * 3})
+    write_values(root, "fa", {0.02: [(0.90, 0.90), (0.90, 0.92), (0.90, 0.91)], 0.1: [(0.7, 0.7)] * 3, 0.5: [(0.1, 0.1)] * 3})
+
+
+def test_each_rule_has_the_value_with_the_best_validation_accuracy(tmp_path, capsys):
+    study(tmp_path)
+    assert main([str(tmp_path), "--best", "optimizer.lr"]) == 0
+    table = rows(tmp_path)
+    bp, fa = table["bp lr=0.1"], table["fa lr=0.02"]
+    assert len(table) == 2 and (bp["tried"], bp["chosen"]) == ("3", "optimizer.lr=0.1") == ("3", bp["chosen"])
+    assert (bp["val_accuracy"], bp["test_accuracy"], bp["note"]) == ("92", "92", "")
+    # -1, 0, -2: mean -1
+    assert (fa["test_accuracy"], fa["bp_difference"], fa["bp_row"]) == ("91", "-1", "bp lr=0.1")
+    assert fa["note"] == "optimizer.lr=0.02 is the smallest of 3 values tried"
+    tried = list(csv.DictReader((tmp_path / "report_tried.csv").read_text().splitlines()))
+    assert [(row["optimizer.lr"], row["val_accuracy"], row["chosen"]) for row in tried] == [
+        ("0.02", "80", "False"), ("0.1", "92", "True"), ("0.5", "85", "False"),
+        ("0.02", "90", "True"), ("0.1", "70", "False"), ("0.5", "10", "False")]
+    said = capsys.readouterr().out
+    assert "note: fa lr=0.02: optimizer.lr=0.02 is the smallest" in said and "warning" not in said
+    assert "## Values tried: optimizer.lr\n" in (tmp_path / "report.md").read_text()
+    assert len(rows(tmp_path, "runs.csv")) == 6  # all runs, chosen or not
+    assert main([str(tmp_path)]) == 0 and not (tmp_path / "report_tried.csv").exists()
+
+
+def test_ties_go_to_the_smaller_value_also_if_only_rounding_differs(tmp_path):
+    write_values(tmp_path, "fa", {10.0: [(0.9, 0.1)] * 3, 9.0: [(0.8, 0.1), (0.9, 0.1), (1.0, 0.1)], 0.5: [(0.1, 0.9)]})
+    assert chosen(tmp_path) == {"fa": "optimizer.lr=9.0"}
+
+
+def test_a_value_that_diverged_counts_as_tried_and_is_never_chosen(tmp_path):
+    write_values(tmp_path, "fa", {0.1: [(0.8, 0.8)] * 3, 0.2: [(0.99, 0.99)] * 2})
+    write_set(tmp_path, "fa", 2, None, None, 0.2, status="diverged")
+    write_values(tmp_path, "kp", {0.1: [(None, 0.1)], 0.2: [(None, 0.1)]}, status="diverged")
+    write_values(tmp_path, "usf", {0.1: [(0.5, 0.5)]}, status="diverged")
+    best = choose_best(in_order(runs_in(tmp_path)), ["optimizer.lr"])
+    (fa,) = best.chosen.values()
+    assert fa.values == "optimizer.lr=0.1" and fa.tried == 2
+    assert fa.note == "optimizer.lr=0.1 is the smallest of 2 values tried; 1 of 2 values diverged"
+    assert best.warnings == [
+        "kp is not compared (digits, mlp): 2 values of optimizer.lr tried, none can be chosen (2 diverged)",
+        "usf is not compared (digits, mlp): 1 value of optimizer.lr tried, none can be chosen (1 diverged)"]
+
+
+def test_without_validation_only_a_single_value_is_chosen(tmp_path):
+    write_values(tmp_path, "fa", {0.1: [(None, 0.9)], 0.2: [(None, 0.8)]})
+    write_values(tmp_path, "bp", {0.1: [(None, 0.9)]})
+    best = choose_best(in_order(runs_in(tmp_path)), ["optimizer.lr"])
+    assert [choice.values for choice in best.chosen.values()] == ["optimizer.lr=0.1"]
+    assert best.warnings[0] == (
+        "fa is not compared (digits, mlp): 2 values of optimizer.lr tried, no validation accuracy to choose by")
+    for path in tmp_path.glob("bp-*/result.json"):
+        path.unlink()
+    with pytest.raises(DataError, match="fa is not compared"):
+        choose_best([run for run in runs_in(tmp_path) if run is not None], ["optimizer.lr"])
+
+
+def test_unequal_budgets_are_said_in_the_rows_and_in_a_warning(tmp_path):
+    write_values(tmp_path, "bp", {0.1: [(0.9, 0.9)] * 3, 0.2: [(0.8, 0.9)] * 3, 0.05: [(0.7, 0.9)] * 3}, epochs=4, epoch=4,
+                 metrics=[{"epoch": epoch} for epoch in range(1, 5)])
+    write_values(tmp_path, "fa", {0.05: [(0.8, 0.9)] * 2, 0.1: [(0.9, 0.9)] * 2, 0.2: [(0.8, 0.9)]})
+    write_values(tmp_path, "kp", {0.1: [(0.9, 0.9)] * 3})
+    report = write_report(find_runs([tmp_path]), tmp_path, best=["optimizer.lr"])
+    warning = ("unequal budgets (digits, mlp): values of optimizer.lr: 1 (kp), 3 (bp lr=0.1, fa lr=0.1); "
+               "seeds: 2 (fa lr=0.1), 3 (bp lr=0.1, kp); epochs: 2 (fa lr=0.1, kp), 4 (bp lr=0.1)")
+    assert f"\nwarning: {warning}\n" in f"{report.text}\n" and "## Warnings\n" in report.markdown.read_text()
+    table = rows(tmp_path)
+    assert table["bp lr=0.1"]["note"] == "unequal budgets: 3 values (others 1 to 3), 3 seeds (others 2 to 3), 4 epochs (others 2)"
+    assert table["fa lr=0.1"]["note"] == (
+        "bp trained 4 epochs, this row 2; the values have 1 to 2 finished seeds; "
+        f"unequal budgets: 3 values (others 1 to 3), 2 seeds (others 3), 2 epochs (others 2 to 4); {TWO_SEEDS}")
+    assert "1 value (others 3)" in table["kp"]["note"]
+
+
+def test_several_keys_are_chosen_together_and_others_remain(tmp_path):
+    for decay, density, lr, val in ((0.0, 1.0, 0.1, 0.7), (0.0, 1.0, 0.2, 0.8), (0.1, 1.0, 0.1, 0.9), (0.1, 0.5, 0.2, 0.6),
+                                    (0.0, 0.5, 0.1, 0.65)):
+        write_set(tmp_path, "fa", 0, val, val, lr, config={
+            "algorithm": {"name": "fa", "density": density}, "optimizer": {"name": "sgd", "lr": lr, "weight_decay": decay}})
+    best = choose_best(in_order(runs_in(tmp_path)), parse_keys(" optimizer.lr,optimizer.weight_decay,optimizer.lr"))
+    assert {run.config["algorithm.density"]: best.chosen[run.row][:2] for run in best.runs} == {
+        1.0: ("optimizer.lr=0.1 optimizer.weight_decay=0.1", 3), 0.5: ("optimizer.lr=0.1 optimizer.weight_decay=0.0", 2)}
+
+
+def test_tasks_and_versions_of_the_code_are_chosen_for_separately(tmp_path):
+    for dataset, code, good in (("digits", "a", 0.1), ("mnist", "a", 0.2), ("digits", "b", 0.2)):
+        for lr in (0.1, 0.2):
+            write_set(tmp_path, "fa", 0, 0.5, 0.9 if lr == good else 0.8, lr, dataset=dataset, code_hash=code)
+    best = choose_best(in_order(runs_in(tmp_path)), ["optimizer.lr"])
+    assert {(run.result["dataset"], run.result["code_hash"]): run.config["optimizer.lr"] for run in best.runs} == {
+        ("digits", "a"): 0.1, ("mnist", "a"): 0.2, ("digits", "b"): 0.2}
+
+
+@pytest.mark.parametrize(("key", "said"), [
+    ("optimizer.lrr", "no run has this key; did you mean 'optimizer.lr'? K"),
+    ("lr", "no run has this key; did you mean 'optimizer.lr'? K"),
+    ("gamma", "no run has this key; k"),
+    ("optimizer", "nothing to choose, optimizer=sgd in all runs; k"),
+    ("algorithm.density", "nothing to choose, it differs only between rules; k"),
+    ("seed", "not a key to choose by, runs of different seeds are averaged; k"),
+    ("dataset.size", "not a key to choose by, it is part of the task; k"),
+])
+def test_keys_that_nothing_can_be_chosen_by_are_refused_before_anything_is_written(tmp_path, capsys, key, said):
+    for number, rule in enumerate(("fa", "kp")):
+        for lr in (0.1, 0.2):
+            write_set(tmp_path, rule, 0, 0.9, lr=lr, config={"algorithm": {"name": rule, "density": number}})
+    assert main([str(tmp_path), "--best", key]) == 2
+    there = "eys that differ between runs of a rule: optimizer.lr"
+    assert capsys.readouterr().err == f"fa-bench-report: --best {key}: {said}{there}\n"
+    assert not (tmp_path / "report.md").exists()
+
+
+def test_best_needs_a_key(tmp_path, capsys):
+    assert main([str(tmp_path), "--best", ","]) == 2
+    assert capsys.readouterr().err == "fa-bench-report: --best: no key, such as --best optimizer.lr\n"
+
+
+# References.
+
+def by_label(root: Path, **options) -> dict:
+    return {row["label"]: row for row in summarise(in_order(runs_in(root)), **options).to_dict("records")}
+
+
+def test_references_are_the_best_of_their_rule_at_every_setting_of_the_others(tmp_path):
+    study(tmp_path)
+    write_values(tmp_path, "frozen", {0.02: [(0.6, 0.95)], 0.1: [(0.5, 0.1)]})
+    table = by_label(tmp_path)
+    for lr, difference in ((0.02, -1), (0.1, -22), (0.5, -82)):
+        row = table[f"fa lr={lr}"]
+        assert row["bp_difference"] == pytest.approx(difference) and row["bp_row"] == "bp lr=0.1"
+        assert (row["floor_accuracy"], row["floor_row"], row["floor"]) == (95, "frozen lr=0.02", False)
+    nearest = by_label(tmp_path, reference=NEAREST)
+    assert nearest["fa lr=0.02"]["bp_difference"] == pytest.approx(-8) and nearest["fa lr=0.02"]["bp_row"] == "bp lr=0.02"
+    assert nearest["fa lr=0.1"]["floor"] is True and nearest["fa lr=0.1"]["floor_row"] == "frozen lr=0.1"
+
+
+def test_a_reference_that_diverged_is_not_the_best(tmp_path):
+    write_values(tmp_path, "bp", {0.1: [(0.8, 0.8)] * 2, 0.2: [(0.9, 0.9)] * 2})
+    write_set(tmp_path, "bp", 2, None, None, 0.2, status="diverged")
+    write_values(tmp_path, "fa", {0.2: [(0.7, 0.7)] * 2})
+    assert by_label(tmp_path)["fa"]["bp_row"] == "bp lr=0.1"
+
+
+def test_references_have_the_same_code_and_preferably_as_many_epochs(tmp_path):
+    for code, epochs, val in (("a", 2, 0.5), ("a", 9, 0.9), ("b", 2, 0.99)):
+        write_set(tmp_path, "bp", 0, val, val, epochs=epochs, code_hash=code)
+    for code, epochs in (("a", 2), ("a", 5), ("c", 2)):
+        write_set(tmp_path, "fa", 0, 0.4, 0.4, epochs=epochs, code_hash=code)
+    table = {(row["code_hash"], row["epochs"]): (row["floor_accuracy"], round(row["bp_difference"]), row["note"])
+             for row in by_label(tmp_path).values() if row["label"].startswith("fa")}
+    assert [table[key][1:] for key in (("a", 2), ("a", 5), ("c", 2))] == [
+        (-10, ""), (-50, "bp trained 9 epochs, this row 5"), (-59, "the runs of bp used different code")]
+
+
+def test_without_validation_the_nearest_reference_is_taken_with_a_note(tmp_path):
+    write_values(tmp_path, "bp", {0.1: [(None, 0.8)], 0.2: [(None, 0.9)]})
+    write_values(tmp_path, "fa", {0.1: [(None, 0.7)]})
+    row = by_label(tmp_path)["fa"]
+    assert row["bp_row"] == "bp lr=0.1" and row["bp_difference"] == pytest.approx(-10)
+    assert row["note"] == "bp chosen by its settings: no row of it can be chosen by validation accuracy"
+    for path in tmp_path.glob("bp-*/result.json"):
+        path.write_text(path.read_text().replace('"finished"', '"failed"'))
+    row = by_label(tmp_path)["fa"]
+    assert blank(row["bp_difference"]) and row["note"] == "none of 2 rows of bp has a finished run"
+
+
+def test_seeds_without_a_partner_are_noted(tmp_path):
+    for seed, accuracy in ((0, 0.9), (1, 0.8), (2, 0.7)):
+        write_set(tmp_path, "bp", seed, accuracy)
+    for seed, accuracy in ((1, 0.7), (2, 0.65), (3, 0.1)):
+        write_set(tmp_path, "fa", seed, accuracy)
+    row = by_label(tmp_path)["fa"]
+    # -10 and -5
+    assert (row["bp_difference"], row["bp_difference_low"], row["bp_difference_high"]) == pytest.approx((-7.5, -10, -5))
+    assert row["bp_difference_n"] == 2 and blank(row["bp_difference_ci95"]) and blank(row["bp_difference_p"])
+    assert row["note"] == "2 of 3 seeds are paired with bp"
+
+
+def test_p_values_are_corrected_over_the_rows_of_a_task_without_the_references(tmp_path):
+    by_rule = {"bp": (0.90, 0.90, 0.90), "frozen": (0.5, 0.51, 0.53), "fa": (0.89, 0.88, 0.84), "kp": (0.89, 0.885, 0.88)}
+    for dataset in ("digits", "mnist"):
+        for rule, accuracies in by_rule.items():
+            if (dataset, rule) != ("mnist", "kp"):
+                for seed, accuracy in enumerate(accuracies):
+                    write_set(tmp_path, rule, seed, accuracy, dataset=dataset)
+    table = {(row["dataset"], row["label"].split()[0]): row for row in by_label(tmp_path).values()}
+    fa, kp = table["digits", "fa"], table["digits", "kp"]
+    # fa: -1, -2, -6: p = 1 - sqrt(27 / 41), see test_statistics. kp: -1, -1.5, -2: mean -1.5, std 0.5, t^2 = 27,
+    # p = 1 - sqrt(27 / 29) = 0.0351. Holm: kp's p is doubled, fa's is not.
+    assert fa["bp_difference_p"] == fa["bp_difference_p_holm"] == pytest.approx(1 - (27 / 41) ** 0.5)
+    assert kp["bp_difference_p"] == pytest.approx(1 - (27 / 29) ** 0.5)
+    assert kp["bp_difference_p_holm"] == pytest.approx(2 * (1 - (27 / 29) ** 0.5)) and kp["bp_difference_dz"] == pytest.approx(-3)
+    assert table["mnist", "fa"]["bp_difference_p_holm"] == table["mnist", "fa"]["bp_difference_p"]
+    assert all(blank(table["digits", rule]["bp_difference_p_holm"]) for rule in ("bp", "frozen"))
+    assert not blank(table["digits", "frozen"]["bp_difference_p"])
+
+
+def test_a_report_by_default_does_not_replace_a_wider_one(tmp_path, capsys):
+    study(tmp_path)
+    fa = sorted(map(str, tmp_path.glob("fa-*")))
+    assert main([str(tmp_path)]) == 0 and main(fa) == 2
+    assert "has a report that covers 9 further runs; choose another folder with --out DIR" in capsys.readouterr().err
+    assert main([*fa, "--out", str(tmp_path / "out")]) == 0 and len(rows(tmp_path)) == 6
+
+
+def test_a_run_without_config_is_a_setting_of_its_own(tmp_path):
+    study(tmp_path)
+    write_run(tmp_path, "kp", 0, 0.9, val_accuracy=0.9)
+    assert chosen(tmp_path) == {"bp": "optimizer.lr=0.1", "fa": "optimizer.lr=0.02", "kp": ""}
