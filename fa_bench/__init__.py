@@ -2,6 +2,7 @@
 
     rule = fa_bench.attach(model, "kp")                                      # in your own training loop
     runs = fa_bench.run("algorithm=kp", "dataset=digits", seed=[0, 1, 2])     # in the runner
+    study = fa_bench.tune("algorithm=bp,kp", "dataset=digits", budget=20)     # a search for hyperparameters
 
 Everything that a plugin needs is here: base classes, `option` to declare an option, and a decorator for each kind of component.
 """
@@ -12,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fa_bench.api import run
+    from fa_bench.api import run, tune
     from fa_bench.callbacks.base import Callback
     from fa_bench.data.base import ArrayDataset, Dataset
     from fa_bench.loggers.base import Logger
@@ -46,7 +47,8 @@ __version__ = "0.1.0"
 
 #: Name -> the module that it comes from, imported at its first use: the command line starts without torch.
 _MODULES = {
-    "attach": "mechanisms.surgery", "attached_rule": "mechanisms.surgery", "run": "api", "load_results": "report.frames",
+    "attach": "mechanisms.surgery", "attached_rule": "mechanisms.surgery", "run": "api", "tune": "api",
+    "load_results": "report.frames",
     "option": "registry.options",
     "Rule": "mechanisms.rule", "EdgeRule": "mechanisms.edge.rule", "CutRule": "mechanisms.cut.rule",
     "Architecture": "models.base",
@@ -63,7 +65,7 @@ __all__ = [
     "LearnedFeedback", "Logger", "Metric", "Objective",
     "OptimizerOptions", "Probe", "Rule", "Schedule", "__version__", "attach", "attached_rule", "load_results", "option",
     "register_architecture", "register_callback", "register_dataset", "register_logger", "register_metric", "register_objective",
-    "register_optimizer", "register_probe", "register_rule", "register_schedule", "run",
+    "register_optimizer", "register_probe", "register_rule", "register_schedule", "run", "tune",
 ]
 
 

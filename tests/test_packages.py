@@ -10,8 +10,8 @@ import fa_bench
 
 ROOT = Path(fa_bench.__file__).parent
 #: From top to bottom: each imports from those that follow.
-ORDER = ("__main__", "api", "cli", "command", "analyses", "report", "runs", "loggers", "callbacks", "metrics", "config", "rules",
-         "mechanisms", "models", "data", "objectives", "optim", "schedules", "registry", "utils", "errors")
+ORDER = ("__main__", "api", "tuning", "cli", "command", "analyses", "report", "runs", "loggers", "callbacks", "metrics",
+         "config", "rules", "mechanisms", "models", "data", "objectives", "optim", "schedules", "registry", "utils", "errors")
 
 
 def imported(tree: ast.AST) -> Iterator[str]:

@@ -10,7 +10,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from fa_bench.command.overrides import parse
-from fa_bench.config.job import GRID, RULES
+from fa_bench.config.job import GRID, RULES, TUNE
 from fa_bench.errors import ConfigError, names, nearest, truncate
 
 #: Choices of Hydra's own groups that need another package.
@@ -104,7 +104,7 @@ def _same_name_hint(last: str, config: DictConfig) -> str:
                 yield f"{prefix}{name}"
 
     last = _SYNONYMS.get(last, last)
-    matches = [key for key in keys(config, "") if key.split(".")[0] not in ("hydra", GRID, RULES)][:3]
+    matches = [key for key in keys(config, "") if key.split(".")[0] not in ("hydra", GRID, RULES, TUNE)][:3]
     return f"; did you mean {' or '.join(map(repr, matches))}?" if matches else ""
 
 

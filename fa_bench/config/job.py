@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from fa_bench.optim.base import OptimizerOptions
 
 FEEDBACK_OPTIMIZER = "feedback_optimizer"
-#: The keys of an experiment's sweep and of its options for rules; not part of a run's config.
-GRID, RULES = "grid", "rules"
+#: The keys of an experiment's sweep, of its options for rules and of its tuning; not part of a run's config.
+GRID, RULES, TUNE = "grid", "rules", "tune"
 #: torch crashes when it starts about ten thousand threads.
 MAX_THREADS = 1024
 #: Allowed devices; torch limits their index to seven bits.
@@ -139,7 +139,7 @@ class Job:
         """
         try:
             plain = {str(k): OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v
-                     for k, v in config.items() if k not in ("hydra", GRID, RULES)}
+                     for k, v in config.items() if k not in ("hydra", GRID, RULES, TUNE)}
         except OmegaConfBaseException as error:
             raise ConfigError(f"{error.full_key or 'config'}: {first_line(error)}") from None
         import_plugins(plain.get("plugins", []))

@@ -17,6 +17,8 @@ class Adam(OptimizerOptions):
     """Adam with coupled weight decay, under which the W - B of Kolen-Pollack does not converge: use adamw for it."""
 
     torch_class: ClassVar[str] = "Adam"
+    search_space = {**OptimizerOptions.search_space, "lr": "tag(log,interval(1e-5,1e-1))"}
+
     lr: float = option(1e-3, "learning rate", above=0)
     beta1: float = option(0.9, "decay rate of the first moment", minimum=0, below=1)
     beta2: float = option(0.999, "decay rate of the second moment", minimum=0, below=1)

@@ -16,6 +16,8 @@ from fa_bench.utils.lazy import torch
 class OptimizerOptions(Options):
     """Base of the optimizers. Weight decay applies to all trained tensors: weights, biases, normalisation, learned feedback."""
 
+    search_space = {"lr": "tag(log,interval(1e-3,1))", "weight_decay": "choice(0,1e-5,1e-4,1e-3,1e-2)"}
+
     lr: float = option(0.05, "learning rate", above=0)
     weight_decay: float = option(0.0, "weight decay per unit of learning rate", minimum=0)
     first_epoch_weight_decay: float | None = option(None, "weight decay in the first epoch; null: the same", minimum=0)

@@ -61,6 +61,8 @@ class Options:
     name: ClassVar[str] = ""
     #: The names that a component nested in another one can have.
     kinds: ClassVar[Collection[str]] = ()
+    #: The values that fa-bench-tune searches by default: option -> a sweep as on the command line, ``choice(0,1e-4)``.
+    search_space: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
         for field in option_fields(type(self)):

@@ -20,9 +20,7 @@ _COLUMNS = ("status", "label", "algorithm", "architecture", "dataset", "optimize
             "peak_memory_bytes", "code_hash", "data_hash", "weights_hash", "device")
 #: Columns that are numbers even if no run has recorded any.
 _NUMBERS = ("test_accuracy", "test_accuracy_at_best_val", "val_accuracy", "train_accuracy", "best_epoch", "seconds",
-            "peak_memory_bytes", "train_loss", "val_loss", "test_loss", "lr")
-
-
+            "peak_memory_bytes", "train_loss", "val_loss", "test_loss", "lr", "value")
 #: Columns of the frame of measurements.
 _MEASURED = ("directory", "label", "seed", "step", "epoch", "metric", "layer", "value")
 

@@ -41,6 +41,8 @@ class DFA(CutRule):
     the number of features, its fan_out C.
     """
 
+    search_space = {"b_init": "choice(xavier_uniform,kaiming_uniform,pytorch)"}
+
     form: str = option("neuron", "how the output error is projected", choices=["neuron", "kernel", "shared"])
     b_init: str = init_option("B (forms neuron and kernel)")
     density: float = density_option()

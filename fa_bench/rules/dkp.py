@@ -46,6 +46,8 @@ class DKP(CutRule):
     normalisation.
     """
 
+    search_space = {"b_lr_scale": "tag(log,interval(1e-3,1))"}
+
     b_init: str = init_option("B", "kaiming_uniform")
     b_lr_scale: float = option(0.01, "learning rate of B relative to that of W, unless B has its own optimizer", minimum=0)
     density: float = density_option()

@@ -35,6 +35,8 @@ class DRTP(CutRule):
     scaled like the loss. The paper uses tanh units and no batch normalisation; the cuts are those of `dfa`.
     """
 
+    search_space = {"scale": "tag(log,interval(0.1,100))"}
+
     b_init: str = init_option("B", "kaiming_uniform")
     density: float = density_option()
     scale: float = option(1.0, "factor of the error at every cut, in addition to one over the batch size", above=0)

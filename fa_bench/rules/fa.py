@@ -26,6 +26,8 @@ class FA(RandomFeedbackRule):
     mask.
     """
 
+    search_space = {"b_init": "choice(xavier_uniform,kaiming_uniform,pytorch)"}
+
     density: float = density_option()
 
     def pathway(self, layer: LayerContext) -> FeedbackPathway:

@@ -50,6 +50,8 @@ class PredSim(LocalRule):
     The similarity depends on the batch: under data parallelism each rank compares only its own samples.
     """
 
+    search_space = {"beta": "choice(0.5,0.9,0.99,1)"}
+
     loss: str = option("predsim", "the local loss", choices=["predsim", "pred", "sim"])
     beta: float = option(0.99, "share of the similarity in the loss (predsim)", minimum=0, maximum=1)
     decoder_size: int = option(4096, "largest number of features of the decoder; larger maps are averaged", minimum=1)

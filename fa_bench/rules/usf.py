@@ -36,6 +36,8 @@ class USF(EdgeRule):
     below 1 masks B with one fixed mask. With ``plain_last`` the output layer uses its true weight, as in Xiao et al.
     """
 
+    search_space = {"scale": "choice(xavier,pytorch,xiao)"}
+
     scale: str = option("xavier", "the scale s of the feedback", choices=list(SCALES))
     density: float = density_option()
 

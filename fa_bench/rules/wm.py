@@ -150,6 +150,8 @@ class WM(EdgeRule):
     not mirrored: its B keeps its initial value.
     """
 
+    search_space = {"mirror_rate": "tag(log,interval(1e-3,0.1))"}
+
     b_init: str = init_option("B", can_copy=True)
     mirror_rate: float = option(0.01, "η: how far a mirror step moves B towards its estimate of W", above=0, maximum=1)
     mirror_decay: float | None = option(None, "λ: fraction by which a mirror step decays B; null: mirror_rate; 0: no decay, as "

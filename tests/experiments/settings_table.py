@@ -320,4 +320,9 @@ QUICKSTART = Preset([{"algorithm": ["bp", "frozen", "fa", "usf", "dfa", "kp"], "
     "optimizer.lr": 0.05, "optimizer.weight_decay": 1e-3, **CONSTANT,
 }, [({"algorithm": ("fa", "dfa", "kp")}, {"algorithm.b_init": "xavier_uniform"})])
 
-PRESETS: dict[str, Preset] = {**ASAP_PAPER, **PFA_PAPER, **DKP_PAPER, **WM_PAPER, "quickstart": QUICKSTART}
+#: The default configs of a study of five rules, in which fa-bench-tune searches learning rate and weight decay.
+TUNE_DIGITS = Preset([{"algorithm": ["bp", "frozen", "fa", "kp", "dfa"], "seed": [0, 1, 2]}], QUICKSTART.common | {
+    "epochs": 10, "probe_every": 0, "optimizer.weight_decay": 0.0}, QUICKSTART.cases)
+
+PRESETS: dict[str, Preset] = {**ASAP_PAPER, **PFA_PAPER, **DKP_PAPER, **WM_PAPER, "quickstart": QUICKSTART,
+                              "tune_digits": TUNE_DIGITS}

@@ -1,0 +1,113 @@
+"""The options of a study: those of the command line, and those of an experiment's section ``tune``."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, QuotedString
+from hydra.errors import HydraException
+
+from fa_bench.command.overrides import parse
+from fa_bench.config.job import TUNE
+from fa_bench.errors import ConfigError, OptionError, format_value, names, nearest, truncate
+from fa_bench.registry.options import Options, option, option_fields
+from fa_bench.tuning.optuna_parts import PRUNERS, SAMPLERS
+
+SPACE = "space"
+
+
+@dataclasses.dataclass(eq=False)
+class TuneOptions(Options):
+    """The options of a study."""
+
+    budget: int = option(20, "trials of each rule; the first one is its default config", minimum=1)
+    tune_seeds: int | list[int] = option(1, "number of seeds of each trial, chosen above the largest of `seeds`; a list: these "
+                                            "seeds", minimum=0)
+    seeds: list[int] = option([0, 1, 2], "seeds of the final runs", minimum=0)
+    final_epochs: int | None = option(None, "epochs of the final runs; null: those of the trials", minimum=1)
+    sampler: str = option("tpe", "how optuna proposes values", choices=list(SAMPLERS))
+    pruner: str = option("none", "how optuna stops bad trials early", choices=list(PRUNERS))
+    study_seed: int = option(0, "seed of the sampler", minimum=0, maximum=2**32 - 1)
+    jobs: int = option(1, "processes; each tunes one rule at a time, and the result does not depend on their number", minimum=1,
+                       maximum=1024)
+    name: str | None = option(  # type: ignore[assignment, misc]
+        None, "folder of the study in output_dir; null: the experiment, or dataset and architecture, and '-tune'")
+
+    def check(self) -> None:
+        if not self.seeds:
+            raise OptionError("seeds", "=[]: name at least one seed")
+        for key in ("seeds", "tune_seeds"):
+            seeds = getattr(self, key)
+            if isinstance(seeds, list) and (repeated := [seed for seed in seeds if seeds.count(seed) > 1]):
+                raise OptionError(key, f" lists {repeated[0]} twice")
+        if self.tune_seeds in (0, []):
+            raise OptionError("tune_seeds", f"={format_value(self.tune_seeds)}: a trial needs at least one seed")
+        if overlap := sorted({*self.trial_seeds} & {*self.seeds}):
+            raise OptionError("tune_seeds", f"={format_value(self.tune_seeds)}: seed {overlap[0]} is one of `seeds`; values must "
+                                            "not be chosen by the seeds of the final runs (write "
+                                            f"tune_seeds=[{max(self.seeds) + 1}])")
+        if self.name is not None and (not re.fullmatch(r"[A-Za-z0-9._-]+", self.name) or not self.name.strip(".")):
+            raise OptionError("name", f"={truncate(self.name, 100)}: write a folder's name of letters, digits, '.', '_' and '-'")
+
+    @property
+    def trial_seeds(self) -> list[int]:
+        """The seeds of each trial."""
+        if isinstance(self.tune_seeds, list):
+            return self.tune_seeds
+        first = max(self.seeds) + 1
+        return list(range(first, first + self.tune_seeds))
+
+
+OWN_KEYS = tuple(field.name for field in option_fields(TuneOptions))
+
+
+def parse_override(text: str) -> Override:
+    """Parse an override, which may be a range of values, as no other command accepts.
+
+    Raises:
+        ConfigError: as `fa_bench.command.overrides.parse`.
+    """
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except (HydraException, ValueError, RecursionError):
+        return parse(text)  # raises its error
+    return override if override.is_sweep_override() and override.key_or_group else parse(text)
+
+
+def plain_value(override: Override) -> Any:
+    """The value of an override as plain Python; a list of those of a sweep."""
+    value = list(override.sweep_iterator()) if override.is_sweep_override() else override.value()
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, QuotedString):
+            return value.text
+        return [plain(item) for item in value] if isinstance(value, list) else value
+    return plain(value)
+
+
+def own_options(section: Mapping[str, Any], overrides: list[Override]) -> TuneOptions:
+    """The options of a study from an experiment's section and the command line, whose values win.
+
+    Raises:
+        ConfigError: for an unknown key of the section.
+        OptionError: for a bad value.
+    """
+    values = {key: value for key, value in section.items() if key != SPACE}
+    for key in values:
+        if key not in OWN_KEYS:
+            allowed = [*OWN_KEYS, SPACE]
+            raise ConfigError(f"{TUNE}.{truncate(str(key), 100)}: unknown key{nearest(str(key), allowed)} "
+                              f"(allowed: {names(allowed)})")
+    for override in overrides:
+        if override.is_add() or override.is_delete():
+            raise ConfigError(f"{truncate(override.input_line or '', 100)}: write {override.key_or_group}=VALUE")
+        values[override.key_or_group] = plain_value(override)
+    if isinstance(values.get("seeds"), int) and not isinstance(values["seeds"], bool):
+        values["seeds"] = [values["seeds"]]
+    if isinstance(values.get("name"), (int, float)):
+        values["name"] = str(values["name"])
+    return TuneOptions.from_mapping(values)

@@ -1,0 +1,63 @@
+"""Optuna: its samplers and pruners by name. It is an extra of fa_bench, imported when a study is made."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.errors import ConfigError
+
+if TYPE_CHECKING:
+    from optuna.pruners import BasePruner
+    from optuna.samplers import BaseSampler
+
+#: name -> (class in optuna.samplers, its further arguments, the package that it needs)
+SAMPLERS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "tpe": ("TPESampler", {}, ""),
+    "random": ("RandomSampler", {}, ""),
+    "qmc": ("QMCSampler", {"scramble": True, "warn_independent_sampling": False, "warn_asynchronous_seeding": False}, ""),
+    "cmaes": ("CmaEsSampler", {"warn_independent_sampling": False}, "cmaes"),
+    "gp": ("GPSampler", {"deterministic_objective": True}, ""),
+}
+#: name -> (class in optuna.pruners, its arguments)
+PRUNERS: dict[str, tuple[str, dict[str, Any]]] = {"none": ("NopPruner", {})}
+
+
+def require_optuna(sampler: str) -> None:
+    """Refuse to tune without optuna, or without the package that the sampler needs.
+
+    Raises:
+        ConfigError: with what to install.
+    """
+    if importlib.util.find_spec("optuna") is None:
+        raise ConfigError("fa-bench-tune needs optuna: pip install 'fa_bench[tune]'")
+    package = SAMPLERS[sampler][2]
+    if package and importlib.util.find_spec(package) is None:
+        raise ConfigError(f"sampler={sampler} needs another package: pip install {package}")
+
+
+def make_sampler(name: str, seed: int) -> BaseSampler:
+    """The sampler `name` with its own seed."""
+    import optuna
+
+    cls, arguments, _ = SAMPLERS[name]
+    return _quietly(lambda: getattr(optuna.samplers, cls)(seed=seed, **arguments))
+
+
+def make_pruner(name: str) -> BasePruner:
+    """The pruner `name`."""
+    import optuna
+
+    cls, arguments = PRUNERS[name]
+    return _quietly(lambda: getattr(optuna.pruners, cls)(**arguments))
+
+
+def _quietly(make: Callable[[], Any]) -> Any:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return make()

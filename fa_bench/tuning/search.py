@@ -1,0 +1,93 @@
+"""The search: asks for trials, runs them, here or in workers, and counts them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
+
+from fa_bench.errors import printable
+from fa_bench.tuning.plan import Plan
+from fa_bench.tuning.space import shown
+from fa_bench.tuning.store import Finished, RuleStudy
+from fa_bench.tuning.trials import DONE, TrialRun, run_trial
+
+Report = Callable[[RuleStudy, Finished], None]
+
+
+def search(plan: Plan, studies: Sequence[RuleStudy], report: Report) -> None:
+    """Run trials until each rule has as many as the budget. Each rule's trials follow one another, whatever the number of jobs.
+
+    Args:
+        plan: of the study.
+        studies: those of the rules.
+        report: called after every trial.
+
+    Raises:
+        Interrupted: after a signal.
+        FaBenchError: if a default config cannot be run, or files cannot be read or written.
+    """
+    unfinished = [study for study in studies if len(study.finished) < plan.options.budget]
+    if plan.options.jobs == 1 or len(unfinished) < 2:
+        for study in unfinished:
+            while len(study.finished) < plan.options.budget:
+                trial, values = study.ask()
+                report(study, study.tell(trial, values, run_trial(trial_run(plan, study, values))))
+        return
+    _in_workers(plan, unfinished, report)
+
+
+def _in_workers(plan: Plan, unfinished: list[RuleStudy], report: Report) -> None:
+    import torch
+
+    from fa_bench.tuning.workers import workers
+
+    with workers(min(plan.options.jobs, len(unfinished)), torch.get_num_threads()) as started:
+        idle = list(range(min(plan.options.jobs, len(unfinished))))
+        waiting, running = list(unfinished), dict[int, tuple[RuleStudy, Any, dict[str, Any]]]()
+        while waiting or running:
+            while waiting and idle:
+                study, worker = waiting.pop(0), idle.pop(0)
+                trial, values = study.ask()
+                running[worker] = study, trial, values
+                started.start(worker, trial_run(plan, study, values))
+            for worker, outcome in started.results(list(running)):
+                study, trial, values = running.pop(worker)
+                report(study, study.tell(trial, values, outcome))
+                idle.append(worker)
+                if len(study.finished) < plan.options.budget:
+                    waiting.append(study)
+
+
+def trial_run(plan: Plan, study: RuleStudy, values: dict[str, Any]) -> TrialRun:
+    """The runs of the study's next trial."""
+    number = len(study.finished)
+    runs = [plan.trial(study.plan, values, seed) for seed in plan.options.trial_seeds]
+    return TrialRun(f"{study.plan.rule} trial {number}", [(job.plain(), directory) for job, directory in runs], plan.experiment,
+                    is_default=number == 0)
+
+
+@contextmanager
+def progress(plan: Plan, studies: Sequence[RuleStudy]) -> Iterator[Report]:
+    """A progress bar over all trials on a terminal, and one line for each trial."""
+    total = plan.options.budget * len(studies)
+    done = sum(len(study.finished) for study in studies)
+    # Bars are drawn on standard error; a line that is written through the bar stays above it.
+    with tqdm(total=total, initial=done, desc="trials", unit="trial", disable=None, leave=False, dynamic_ncols=True) as bar:
+        def report(study: RuleStudy, finished: Finished) -> None:
+            bar.update()
+            count = sum(len(each.finished) for each in studies)
+            tqdm.write(printable(f"[{count}/{total}] {_line(study.plan.rule, finished)}"), file=sys.stdout)
+            sys.stdout.flush()
+        yield report
+
+
+def _line(rule: str, finished: Finished) -> str:
+    outcome = finished.outcome
+    reason = f" ({outcome.reason})" if outcome.reason else ""
+    result = f"val {outcome.value:.2%}" if outcome.state == DONE else f"{outcome.state}{reason}"
+    values = " ".join(f"{key}={shown(value)}" for key, value in finished.values.items())
+    return f"{rule} trial {finished.number}{' (default)' * (finished.number == 0)}: {result}  {values}"

@@ -1,0 +1,176 @@
+"""One optuna study for each rule: what it proposes next, and its finished trials on disk.
+
+The trials that are stored are the finished ones only. A study that is started again repeats optuna's proposals from the first
+trial on, with the same seed and the stored results, and so reaches the state that it had: a process that was killed at any
+moment proposes the same values again, whose runs resume from their checkpoints. A trial cannot be counted twice or be lost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.errors import RunDirectoryError
+from fa_bench.tuning.options import TuneOptions
+from fa_bench.tuning.optuna_parts import make_pruner, make_sampler
+from fa_bench.tuning.plan import RulePlan
+from fa_bench.tuning.trials import DIVERGED, FAILED, PRUNED, Outcome
+from fa_bench.utils.files import output_errors
+from fa_bench.utils.sampling import seed_for
+
+if TYPE_CHECKING:
+    from optuna import Study, Trial
+    from optuna.storages.journal import JournalStorage
+    from optuna.trial import FrozenTrial
+
+JOURNAL = "study.journal"
+#: The value of a trial that diverged or failed: the worst accuracy.
+WORST = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A finished trial.
+
+    Attributes:
+        number: from 0; trial 0 is the default config.
+        values: of the rule's space, by key.
+        outcome: how it ended.
+    """
+
+    number: int
+    values: dict[str, Any]
+    outcome: Outcome
+
+
+class RuleStudy:
+    """The trials of one rule.
+
+    Args:
+        plan: the rule.
+        options: of the study.
+        storage: from `open_journal`.
+
+    Raises:
+        RunDirectoryError: if the stored trials are not those that this study proposes.
+    """
+
+    def __init__(self, plan: RulePlan, options: TuneOptions, storage: JournalStorage) -> None:
+        import optuna
+
+        self.plan, self.finished = plan, list[Finished]()
+        self._distributions = {key: one.distribution for key, one in plan.space.items()}
+        self._study: Study = optuna.create_study(
+            study_name=plan.rule, direction="maximize", pruner=make_pruner(options.pruner),
+            sampler=make_sampler(options.sampler, seed_for("tune", options.study_seed, plan.rule) % 2**32))
+        make = optuna.load_study if plan.rule in optuna.get_all_study_names(storage) else _create
+        self._stored: Study = make(study_name=plan.rule, storage=storage)
+        for stored in self._stored.get_trials(deepcopy=False):
+            self._repeat(stored)
+
+    def ask(self) -> tuple[Trial, dict[str, Any]]:
+        """The next trial, and its values by key."""
+        default, number = self.plan.default, len(self.finished)
+        distributions = self._distributions
+        if number == 0:
+            # A default outside of the space is no value that the sampler could have proposed: it does not learn from it.
+            distributions = {key: each for key, each in distributions.items() if self.plan.space[key].contains(default[key])}
+            self._study.enqueue_trial({key: default[key] for key in distributions})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of experimental parts
+            trial = self._study.ask(fixed_distributions=distributions)
+        assert trial.number == number
+        return trial, {**default, **trial.params} if number == 0 else dict(trial.params)
+
+    def tell(self, trial: Trial, values: Mapping[str, Any], outcome: Outcome) -> Finished:
+        """Count a trial as finished, and store it."""
+        from optuna.trial import TrialState
+
+        state = TrialState.PRUNED if outcome.state == PRUNED else TrialState.COMPLETE
+        self._tell(trial, outcome)
+        told = self._study.get_trials(deepcopy=False)[trial.number]
+        stored = _frozen(told, state, {"values": dict(values), "outcome": dataclasses.asdict(outcome)})
+        with output_errors(Path(JOURNAL)):
+            self._stored.add_trial(stored)
+        self.finished.append(Finished(trial.number, dict(values), outcome))
+        return self.finished[-1]
+
+    def _tell(self, trial: Trial, outcome: Outcome) -> None:
+        from optuna.trial import TrialState
+
+        for step, value in enumerate(outcome.reported, start=1):
+            trial.report(value, step)
+        for key, value in outcome.system.items():
+            self._study._storage.set_trial_system_attr(trial._trial_id, key, value)
+        if outcome.state == PRUNED:
+            self._study.tell(trial, state=TrialState.PRUNED)
+        else:
+            self._study.tell(trial, WORST if outcome.value is None else outcome.value)
+
+    def _repeat(self, stored: FrozenTrial) -> None:
+        """Propose and count a stored trial again.
+
+        Raises:
+            RunDirectoryError: if it is not the one that is proposed.
+        """
+        trial, values = self.ask()
+        attributes = stored.user_attrs
+        if stored.params != trial.params or attributes.get("values") != json.loads(json.dumps(values)):
+            raise RunDirectoryError(f"{JOURNAL}: trial {stored.number} of {self.plan.rule} has other values than this study "
+                                    "proposes; the file was changed, or written on a machine that rounds differently: choose "
+                                    "another name=NAME")
+        outcome = Outcome(**attributes["outcome"])
+        self._tell(trial, outcome)
+        self.finished.append(Finished(trial.number, values, outcome))
+
+    @property
+    def best(self) -> Finished | None:
+        """The trial with the best validation accuracy, the earlier one of equals; None if every trial diverged or failed."""
+        usable = [trial for trial in self.finished if trial.outcome.state not in (DIVERGED, FAILED, PRUNED)]
+        return max(usable, key=lambda trial: (trial.outcome.value or WORST, -trial.number), default=None)
+
+
+def _create(study_name: str, storage: JournalStorage) -> Study:
+    import optuna
+
+    return optuna.create_study(study_name=study_name, storage=storage, direction="maximize")
+
+
+def _frozen(told: FrozenTrial, state: Any, attributes: dict[str, Any]) -> FrozenTrial:
+    from optuna.trial import create_trial
+
+    return create_trial(state=state, value=told.value, params=told.params, distributions=told.distributions,
+                        user_attrs=attributes, system_attrs=told.system_attrs, intermediate_values=told.intermediate_values)
+
+
+def open_journal(directory: Path) -> JournalStorage:
+    """The storage of a study, which this process alone writes: it holds the lock of the study's folder.
+
+    A last line that a full disk cut short is removed: its trial is run again.
+    """
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    path = directory / JOURNAL
+    with output_errors(path), open(path, "ab+") as file:
+        file.seek(0)
+        content = file.read()
+        if content and not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)
+            os.fsync(file.fileno())
+    return JournalStorage(JournalFileBackend(str(path), lock_obj=_NoLock()))  # type: ignore[arg-type]
+
+
+class _NoLock:
+    """In the place of optuna's lock, which a killed process would leave behind."""
+
+    def acquire(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        pass

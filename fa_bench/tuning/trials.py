@@ -1,0 +1,92 @@
+"""The runs of a trial, in this process or in a worker."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from fa_bench.config.job import Job
+from fa_bench.errors import FaBenchError, first_line, printable
+from fa_bench.utils.output import resilient_output
+
+#: The states of a trial.
+DONE, PRUNED, DIVERGED, FAILED = "done", "pruned", "diverged", "failed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a trial ended.
+
+    Attributes:
+        state: done, pruned, diverged or failed.
+        value: its validation accuracy after the last epoch, a fraction, the mean over the seeds; None if it diverged or failed.
+        epochs: trained, over all seeds.
+        seconds: of training, over all seeds.
+        reason: why it diverged or failed, or was pruned.
+        reported: the validation accuracies after each epoch, if they were given to a pruner.
+        system: what the pruner recorded in the trial.
+    """
+
+    state: str
+    value: float | None = None
+    epochs: int = 0
+    seconds: float = 0.0
+    reason: str = ""
+    reported: Sequence[float] = ()
+    system: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrialRun:
+    """The runs of one trial, as they are sent to a worker.
+
+    Attributes:
+        title: of the trial.
+        configs: the plain config of each seed's run, and its directory.
+        experiment: for the records.
+        is_default: whether it is the rule's default config, whose errors are errors of the study.
+    """
+
+    title: str
+    configs: Sequence[tuple[dict[str, Any], Path]]
+    experiment: str | None
+    is_default: bool
+
+
+def run_trial(trial: TrialRun) -> Outcome:
+    """Run a trial's seeds one after another until one diverges or fails; runs that have finished are not repeated.
+
+    Raises:
+        Interrupted: after a signal; the unfinished run resumes from its checkpoint.
+        FaBenchError: if the rule's default config cannot be run.
+        OSError: for data that cannot be read and folders that cannot be written, which are no result of the trial's values.
+    """
+    from fa_bench.runs.train import record_failure, run
+    from fa_bench.utils.memory_limits import describe_failure
+
+    values: list[float] = []
+    epochs, seconds = 0, 0.0
+    for config, directory in trial.configs:
+        job = Job.from_config(OmegaConf.create(config))
+        try:
+            with resilient_output():
+                result = run(job, directory, title=f"{trial.title} seed {job.run.seed}", experiment=trial.experiment)
+        except (KeyboardInterrupt, OSError):
+            raise
+        except BaseException as error:  # a plugin may raise anything, even sys.exit(); only its own trial fails
+            is_known = isinstance(error, FaBenchError)
+            if is_known and trial.is_default:
+                raise
+            reason = first_line(error) if is_known else describe_failure(error)
+            record_failure(job, directory, error, trial.experiment)
+            return Outcome(FAILED, None, epochs, seconds, printable(f"seed {job.run.seed}: {reason}"))
+        epochs, seconds = epochs + result["epoch"], seconds + (result["seconds"] or 0)
+        if result["status"] != "finished":
+            error = result["error"] or {}
+            return Outcome(DIVERGED, None, epochs, seconds, printable(f"seed {job.run.seed}: {error.get('message') or ''}"))
+        values.append(result["val_accuracy"])
+    return Outcome(DONE, sum(values) / len(values), epochs, seconds)

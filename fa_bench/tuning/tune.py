@@ -1,0 +1,143 @@
+"""A study from its command line to its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fa_bench.errors import DataError, OptionError
+from fa_bench.tuning.folder import (
+    FIGURE,
+    MARKDOWN,
+    SECONDS,
+    TABLE,
+    TRIAL_TABLE,
+    VECTOR,
+    check_budget,
+    identity,
+    study_folder,
+)
+from fa_bench.tuning.plan import Plan, describe, make_plan
+from fa_bench.utils.files import atomic
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fa_bench.tuning.store import RuleStudy
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """A finished study.
+
+    Attributes:
+        table: one row a rule, as tune.csv.
+        trials: one row a trial, as trials.csv, with the seconds of training.
+        directory: the study's folder.
+        text: the table for a terminal.
+        code: the exit code: 0 if all final runs finished, else 1.
+    """
+
+    table: pd.DataFrame
+    trials: pd.DataFrame
+    directory: Path
+    text: str
+    code: int
+
+
+def tune(overrides: Sequence[str], config_dir: str | None = None) -> TuneResult:
+    """Tune, train the best configs with the final seeds, and write the tables.
+
+    Args:
+        overrides: of the command line.
+        config_dir: a user's folder of configs, or None.
+
+    Raises:
+        FaBenchError: for invalid input, before the first trial; for files that cannot be read or written.
+        Interrupted: after a signal; the same call resumes.
+    """
+    from fa_bench.tuning.search import progress, search
+    from fa_bench.tuning.store import RuleStudy, open_journal
+
+    plan = prepared(overrides, config_dir)
+    with study_folder(plan, identity(plan, _data_hash(plan))):
+        storage = open_journal(plan.directory)
+        studies = [RuleStudy(each, plan.options, storage) for each in plan.rules]
+        check_budget(plan.options.budget, {study.plan.rule: len(study.finished) for study in studies}, plan.directory)
+        done = sum(len(study.finished) for study in studies)
+        print(describe(plan) + (f"\n  of the trials, {done} are finished" if done else ""), flush=True)
+        with progress(plan, studies) as report:
+            search(plan, studies, report)
+        return _finish(plan, studies)
+
+
+def prepared(overrides: Sequence[str], config_dir: str | None) -> Plan:
+    """The checked plan of a study.
+
+    Raises:
+        FaBenchError: for invalid input.
+    """
+    from fa_bench.tuning.final import check_final
+    from fa_bench.tuning.optuna_parts import require_optuna
+
+    plan = make_plan(overrides, config_dir)
+    require_optuna(plan.options.sampler)
+    check_final(plan)
+    return plan
+
+
+def _data_hash(plan: Plan) -> str:
+    """The hash of the study's data, which must have a validation split.
+
+    Raises:
+        OptionError: without one.
+        DataError: if the data cannot be read, or have no validation split of their own.
+    """
+    from fa_bench.config.scale import scaled
+    from fa_bench.runs.train import load, prepare
+    from fa_bench.utils.process import isolated
+
+    job = plan.rules[0].job
+    if getattr(job.dataset, "validation", None) == 0:
+        raise OptionError("dataset.validation", "=0: trials are compared by their validation accuracy; hold out images with "
+                                                "dataset.validation=0.1")
+    with isolated():
+        splits = load(scaled(job), prepare(job))
+    if splits.validation is None or not len(splits.validation):
+        raise DataError(f"dataset={job.dataset.name} has no validation split, by which trials are compared")
+    return splits.data_hash
+
+
+def _finish(plan: Plan, studies: Sequence[RuleStudy]) -> TuneResult:
+    from fa_bench.report.runs import read_run
+    from fa_bench.report.table import to_csv
+    from fa_bench.tuning.final import run_final, tuned_job, write_experiment
+    from fa_bench.tuning.results import markdown, result_table, short, to_text, trial_table
+    from fa_bench.utils.drawing import default_style
+
+    tuned = {study.plan.rule: tuned_job(plan, study.plan, study.best.values) for study in studies if study.best is not None}
+    code, runs = 1, []
+    if tuned:
+        write_experiment(plan, tuned)
+        code, directories = run_final(plan)
+        runs = [run for run in map(read_run, directories) if run is not None]
+    if code >= 128:  # a signal, which has been reported
+        raise KeyboardInterrupt
+    table, trials = result_table(plan, studies, tuned, runs), trial_table(plan, studies)
+    directory = plan.directory
+    _write(directory / TABLE, to_csv(table))
+    _write(directory / TRIAL_TABLE, to_csv(trials.drop(columns="seconds")))
+    _write(directory / SECONDS, to_csv(trials.filter(["rule", "trial", "seconds"])))
+    with default_style():
+        from fa_bench.tuning.figure import write_figure
+
+        write_figure(studies, directory / FIGURE, directory / VECTOR)
+    _write(directory / MARKDOWN, markdown(plan, studies, table))
+    return TuneResult(table, trials, directory, to_text(short(table, studies)), code)
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic(path) as temporary:
+        temporary.write_bytes(text.encode())
