@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from fa_bench.errors import DataError, names, printable, truncate
-from fa_bench.report.files import MARKDOWN, NAME, RUNS, recorded_files, register, report_lock, write_record
+from fa_bench.report.files import MARKDOWN, NAME, PAGE, RUNS, recorded_files, register, report_lock, write_record
+from fa_bench.report.quantities import Selection
 from fa_bench.report.references import BEST, NEAREST
 from fa_bench.report.runs import VERSIONS, short_path
 from fa_bench.runs.readers import SUCCESSES, RecordError
@@ -20,6 +21,8 @@ from fa_bench.utils.files import CONFIG, METRICS, RESULT, atomic, resolved, temp
 from fa_bench.utils.text import escape_markdown
 
 if TYPE_CHECKING:
+    from fa_bench.report.figures import Picture
+    from fa_bench.report.html import Table
     from fa_bench.report.runs import Run
     from fa_bench.runs.sweep import PlannedRun
 
@@ -71,10 +74,10 @@ class Report(NamedTuple):
 def write_report(
     run_dirs: Iterable[Path], out_dir: Path, planned: Iterable[PlannedRun] = (), timings: bool = True,
     unusable: Iterable[RecordError] = (), best: Sequence[str] = (), reference: str = BEST, aggregate: bool = False,
-    shown: Iterable[Path] | None = None,
+    shown: Iterable[Path] | None = None, selection: Selection = Selection(),  # noqa: B008
 ) -> Report:
-    """Report on the runs in `run_dirs`: write report.md, tables as report*.csv, report.json, report.tex and runs.csv, and figures
-    as report*.png into `out_dir`.
+    """Report on the runs in `run_dirs`: write report.md, tables as report*.csv, report.json, report.tex and runs.csv, figures as
+    report*.png, and report.html, which has tables and figures on one page, into `out_dir`.
 
     Each file is replaced atomically; files of an earlier report that are not part of this one are removed. Equal runs give equal
     bytes, in any order and in any folders, but for the directories in runs.csv. Runs that have not finished are counted in their
@@ -91,9 +94,11 @@ def write_report(
         reference: how rows of bp and the floor are chosen, `references.BEST` or `references.NEAREST`.
         aggregate: whether to compare the rules over all tasks, see `aggregate`.
         shown: the directories of the runs in the terminal's table; all if None.
+        selection: what the figures show, and their formats; the tables are complete.
 
     Raises:
-        DataError: no directory has a run to report on, or `best` has a key that is unknown or does not differ.
+        DataError: no directory has a run to report on, `best` has a key that is unknown or does not differ, or the selection does
+            not exist in the runs.
         RunDirectoryError: a file that no report wrote is in the way, or another process is writing a report there.
     """
     from fa_bench.report.against import COLUMNS, against_published
@@ -101,9 +106,10 @@ def write_report(
     from fa_bench.report.best import choose_best
     from fa_bench.report.export import RUN_TIMINGS, runs_table, to_json, to_latex
     from fa_bench.report.gaps import published_without_run
+    from fa_bench.report.html import Table, to_html
     from fa_bench.report.layers import PROBES_LEGEND, by_layer, probe_table
     from fa_bench.report.published import published
-    from fa_bench.report.table import TIMINGS, TRIED_COLUMNS, Column, columns_of, summarise, to_csv, to_markdown, to_text
+    from fa_bench.report.table import TIMINGS, TRIED_COLUMNS, Column, columns_of, summarise, to_csv, to_text
 
     out_dir, planned = Path(out_dir), list(planned)
     records = _read([*map(Path, run_dirs), *(run.directory for run in planned)])
@@ -122,6 +128,19 @@ def write_report(
     warnings = [*(choice.warnings if choice else ()), *left_out]
     gaps = _gaps(records._replace(errors=[*unusable, *records.errors]), planned)
     without_run = published_without_run(entries, runs)
+    selection.checked(runs)
+    lists = {"Excluded: damaged or foreign records": gaps.excluded, "Runs that have not finished": gaps.unfinished,
+             "Runs that have not started": gaps.not_started, "Missing seeds": gaps.seeds,
+             "Published rows without a finished run": without_run}
+    shown_tables = [Table("", frame.drop(columns=[*VERSIONS]), columns_of(frame), LEGEND + _REFERENCES[reference])]
+    if choice:
+        columns = {name: TRIED_COLUMNS.get(name, Column(name)) for name in choice.tried}
+        shown_tables.append(Table(f"Values tried: {names(best)}", choice.tried, columns, _BEST_LEGEND))
+    if totals is not None:
+        shown_tables.append(Table("Over all tasks", totals, AGGREGATE_COLUMNS, AGGREGATE_LEGEND))
+    shown_tables += [table for table in (
+        Table("Comparison with published numbers", against, COLUMNS, _PUBLISHED_LEGEND),
+        Table("Probes", probes, probe_columns, PROBES_LEGEND)) if len(table.frame)]
 
     with report_lock(out_dir):
         markdown = register(out_dir / MARKDOWN)
@@ -129,7 +148,7 @@ def write_report(
         with default_style():
             from fa_bench.report.figures import write_figures
 
-            figures = write_figures(compared, out_dir, NAME)
+            pictures = write_figures(compared, out_dir, NAME, selection, swept=runs)
         tables = {f"{NAME}.csv": to_csv(frame), f"{NAME}.json": to_json(frame), f"{NAME}.tex": to_latex(frame),
                   RUNS: to_csv(all_runs), f"{NAME}_layers.csv": to_csv(layers)}
         tables |= {f"{NAME}_published.csv": to_csv(against)} if len(against) else {}
@@ -138,23 +157,14 @@ def write_report(
         for name, text in tables.items():
             _write(out_dir / name, text)
         sections = [
-            "# Report", to_markdown(frame.drop(columns=[*VERSIONS]), columns_of(frame)), LEGEND, _REFERENCES[reference],
-            *_list("## Warnings", warnings),
-            *([f"## Values tried: {escape_markdown(names(best))}",
-               to_markdown(choice.tried, {name: TRIED_COLUMNS.get(name, Column(name)) for name in choice.tried}),
-               _BEST_LEGEND] if choice else []),
-            *(["## Over all tasks", to_markdown(totals, AGGREGATE_COLUMNS), AGGREGATE_LEGEND] if totals is not None else []),
-            *(["## Comparison with published numbers", to_markdown(against, COLUMNS), _PUBLISHED_LEGEND] if len(against) else []),
-            *(["## Probes", to_markdown(probes, probe_columns), PROBES_LEGEND] if len(probes) else []),
-            *_list("## Excluded: damaged or foreign records", gaps.excluded),
-            *_list("## Runs that have not finished", gaps.unfinished),
-            *_list("## Runs that have not started", gaps.not_started), *_list("## Missing seeds", gaps.seeds),
-            *_list("## Published rows without a finished run", without_run),
-            "## Tables", ", ".join(f"[{name}]({name})" for name in tables),
-            "## Figures", *(f"![{path.stem}]({path.name})" for path in figures),
+            "# Report", *_sections(shown_tables[:1]), *_list("## Warnings", warnings), *_sections(shown_tables[1:]),
+            *(part for title, lines in lists.items() for part in _list(f"## {title}", lines)),
+            "## Tables", ", ".join(f"[{name}]({name})" for name in [PAGE, *tables]),
+            "## Figures", *map(_link, pictures),
         ]
         _write(markdown, "\n\n".join(section.strip() for section in sections) + "\n")
-        present = {markdown.name, *tables, *(path.name for path in figures)}
+        _write(out_dir / PAGE, to_html(shown_tables, {"Warnings": warnings, **lists}, runs, pictures, timings))
+        present = {markdown.name, PAGE, *tables, *(path.name for picture in pictures for path in picture.paths)}
         for name in earlier - present:
             if not (out_dir / name).is_symlink():
                 (out_dir / name).unlink(missing_ok=True)
@@ -174,7 +184,7 @@ def write_report(
     if without_run:
         notes.append(f"{len(without_run)} published rows of the experiment have no finished run yet: see {markdown.name}")
     notes = [printable(note) for note in notes]
-    return Report("\n".join([to_text(frame), *([""] if notes else []), *notes]), markdown, figures[0], complete)
+    return Report("\n".join([to_text(frame), *([""] if notes else []), *notes]), markdown, pictures[0].paths[0], complete)
 
 
 class _Gaps(NamedTuple):
@@ -265,6 +275,21 @@ def _read(directories: list[Path]) -> _Records:
 def _describe(error: RecordError) -> str:
     """A line about a damaged record that does not depend on where it lies."""
     return f"{short_path(error.path.parent)}/{error.path.name}: {error.problem}"
+
+
+def _sections(tables: Iterable[Table]) -> list[str]:
+    from fa_bench.report.table import to_markdown
+
+    parts = [(f"## {escape_markdown(table.title)}" if table.title else "", to_markdown(table.frame, table.columns), table.legend)
+             for table in tables]
+    return [part for of_table in parts for part in of_table if part]
+
+
+def _link(picture: Picture) -> str:
+    """The figure in Markdown: shown in the first format that can be, with links to its further files."""
+    shown, *others = sorted(picture.paths, key=lambda path: path.suffix == ".pdf")
+    links = [f"[{path.name}]({path.name})" for path in others]
+    return " ".join([f"{'!' * (shown.suffix != '.pdf')}[{shown.stem}]({shown.name})", *links])
 
 
 def _list(title: str, lines: list[str]) -> list[str]:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from fa_bench.errors import DataError, FaBenchError, printable
+from fa_bench.errors import DataError, FaBenchError, names, printable
 from fa_bench.report.files import covered_directories
+from fa_bench.report.quantities import FORMATS, POSITIONS, Selection
 from fa_bench.report.references import BEST, CHOICES
 from fa_bench.utils.files import resolved
 from fa_bench.utils.output import exit_code
@@ -69,6 +70,16 @@ def _main(argv: list[str]) -> int:
                         help="compare with the best rows of bp and frozen (default), or with those at the nearest settings")
     parser.add_argument("--aggregate", action="store_true",
                         help="compare the rules over all tasks: interquartile mean with a bootstrap interval")
+    figures = parser.add_argument_group("figures", "what they show; the tables stay complete")
+    figures.add_argument("--format", metavar="LIST", type=_words, default=FORMATS[:1],
+                         help=f"formats of the files, separated by commas: {names(FORMATS)} (default: {FORMATS[0]})")
+    figures.add_argument("--rules", metavar="LIST", type=_words, default=(), help="only these rules, separated by commas")
+    figures.add_argument("--metric", metavar="NAME", default="",
+                         help="only this quantity: an accuracy or loss such as val_accuracy, or an alignment metric such as "
+                              "weight_angle")
+    figures.add_argument("--x", metavar="X", default="",
+                         help=f"plot curves against {', '.join(list(POSITIONS)[:-1])} or {list(POSITIONS)[-1]}, or final values "
+                              "against this swept key only, such as optimizer.lr")
     live = parser.add_argument_group("a running sweep")
     live.add_argument("--live", action="store_true", help="show the state, epoch, last numbers and remaining time of every run, "
                                                           "repeatedly until all have ended or Ctrl-C; once if not on a terminal")
@@ -91,6 +102,7 @@ def _main(argv: list[str]) -> int:
     from fa_bench.runs.readers import RecordError
     from fa_bench.runs.sweep import find_planned_runs
 
+    selection = Selection(arguments.format, arguments.rules, arguments.metric, arguments.x)
     unusable: list[RecordError] = []
     directories, planned = find_runs(arguments.folders), find_planned_runs(arguments.folders, unusable)
     if not directories:
@@ -102,9 +114,14 @@ def _main(argv: list[str]) -> int:
     report = write_report(
         directories, out_dir, planned, timings=not arguments.no_timings, unusable=unusable,
         best=() if arguments.best is None else parse_keys(arguments.best), reference=arguments.reference or BEST,
-        aggregate=arguments.aggregate)
+        aggregate=arguments.aggregate, selection=selection)
     print(f"{report.text}\n\nreport: {printable(report.markdown)}\ncurves: {printable(report.figure)}")
     return 0 if report.complete else 1
+
+
+def _words(text: str) -> tuple[str, ...]:
+    """The different words of a list separated by commas."""
+    return tuple(dict.fromkeys(word for part in text.split(",") if (word := part.strip())))
 
 
 def _common(folders: Sequence[Path]) -> Path:
@@ -133,11 +150,17 @@ def _check(arguments: argparse.Namespace) -> None:
             raise DataError(f"{flag} requires --live")
     if arguments.best is not None and not arguments.best.replace(",", " ").split():
         raise DataError("--best: no key, such as --best optimizer.lr")
+    selects = {"--format": arguments.format != FORMATS[:1], "--rules": arguments.rules, "--metric": arguments.metric,
+               "--x": arguments.x}
     for flag, given in (("--out", arguments.out is not None), ("--no-timings", arguments.no_timings),
                         ("--best", arguments.best is not None), ("--reference", arguments.reference is not None),
-                        ("--aggregate", arguments.aggregate)):
+                        ("--aggregate", arguments.aggregate), *selects.items()):
         if given and arguments.live:
             raise DataError(f"{flag} cannot be combined with --live, which writes nothing")
+    if not arguments.format:
+        raise DataError(f"--format is empty (allowed: {names(FORMATS)})")
+    if arguments.x == "seconds" and arguments.no_timings:
+        raise DataError("--x seconds cannot be combined with --no-timings, which omits them")
     if arguments.interval is not None and not MIN_INTERVAL <= arguments.interval <= MAX_INTERVAL:
         allowed = f"{MIN_INTERVAL:g} to {MAX_INTERVAL:g} seconds"
         raise DataError(f"--interval={arguments.interval:g} is out of range (allowed: {allowed})")

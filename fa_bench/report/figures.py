@@ -1,146 +1,229 @@
-"""The figures of a report: the overview, curves, quantities by layer, and accuracy against density."""
+"""The figures of a report: the overview, curves, quantities by layer, and final values against the swept settings."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.figure import Figure
 
-from fa_bench.config.labels import short_key
-from fa_bench.errors import truncate
-from fa_bench.metrics.alignment.base import declared
+from fa_bench.config.labels import label
+from fa_bench.metrics.alignment.base import Metric, declared
 from fa_bench.report.files import register
-from fa_bench.report.groups import CONTROL, Groups, finished_by_seed, group_labels, group_runs, tasks
-from fa_bench.report.numbers import known, mean, number, std
-from fa_bench.report.plot import MAX_LEGEND, Panel, Part, add_legend, line_style, new_figure, save, style_axes, write_parts
-from fa_bench.report.runs import Run, metrics_of
-from fa_bench.utils.text import escape_mathtext
-
-DENSITY = "algorithm.density"
-COLUMNS = 4  # panels per row if there is one for each layer
-
-
-def _metric(key: str, scale: float = 1) -> Callable[[Run, Mapping[str, Any]], float]:
-    return lambda run, line: scale * number(line.get(key))
-
-
-def _layer_mean(quantity: str) -> Callable[[Run, Mapping[str, Any]], float]:
-    return lambda run, line: run.layer_mean(quantity, line.get("angles"))
-
-
-def _layer(quantity: str, layer: str) -> Callable[[Run, Mapping[str, Any]], float]:
-    return lambda run, line: number(((line.get("angles") or {}).get(quantity) or {}).get(layer))
-
-
-def overview_panels(runs: Sequence[Run]) -> tuple[Panel, ...]:
-    """Test accuracy, and the mean over layers of every angle that has a column in tables."""
-    angles = [Panel(metric.title.capitalize(), f"{metric.title} (degrees)", _layer_mean(name), angle=True)
-              for name, metric in metrics_of(runs).items() if metric.column and metric.unit == "°"]
-    return (Panel("Test accuracy", "test accuracy (%)", _metric("test_accuracy", 100)), *angles)
-
-
-CURVES = (
-    Panel("Test accuracy", "test accuracy (%)", _metric("test_accuracy", 100)),
-    Panel("Training accuracy", "training accuracy (%)", _metric("train_accuracy", 100)),
-    Panel("Test loss", "test loss", _metric("test_loss")),
-    Panel("Training loss", "training loss", _metric("train_loss")),
+from fa_bench.report.groups import CONTROL, FLOOR, Groups, by_rule, group_labels, group_runs, natural_key, swept_keys, tasks
+from fa_bench.report.numbers import known
+from fa_bench.report.plot import (
+    STYLES,
+    Line,
+    Panel,
+    Part,
+    curves_figure,
+    fix_layout,
+    inline_svg,
+    legend_entry,
+    rule_style,
+    save,
+    setting_style,
 )
+from fa_bench.report.quantities import (
+    POSITIONS,
+    Quantity,
+    Selection,
+    best,
+    in_layer,
+    layer_mean,
+    measurements,
+    quantity,
+    scalar,
+)
+from fa_bench.report.runs import Run, metrics_of
+from fa_bench.report.settings import DENSITY, setting_figure
+
+COLUMNS = 4  # panels per row if there is one for each layer or rule
+MAX_GROUPS, MAX_SETTINGS = 12, 4  # lines of a panel, and settings of a rule among them; more have a panel for each rule
+MAX_SHARED = 10  # settings in a legend of all panels; if the rules have more, each panel has its own legend
+CURVES = ("test_accuracy", "val_accuracy", "train_accuracy", "test_loss", "val_loss", "train_loss")
+BEST = "Each rule at its best setting by validation accuracy (last epoch); all settings are in the figures of curves."
 
 
-def write_figures(runs: Sequence[Run], out_dir: Path, name: str) -> list[Path]:
-    """Write every figure that the runs have data for, the overview `name`.png first; returns their paths.
+class Picture(NamedTuple):
+    """A figure of a report: its title, its files, and itself as an SVG element."""
+
+    title: str
+    paths: list[Path]
+    svg: str
+
+
+def write_figures(
+    runs: Sequence[Run], out_dir: Path, name: str, selection: Selection = Selection(),  # noqa: B008
+    swept: Sequence[Run] | None = None,
+) -> list[Picture]:
+    """Write every figure that the runs have data for and `selection` asks for, the overview `name`.png first.
 
     The overview has all tasks (`groups.tasks`). Each task has its own figures of curves and layers; if there are several tasks,
-    the names of these files include the task.
+    the names of these files include the task. Final values against settings are those of `swept`, by default all `runs`.
+
+    Raises:
+        DataError: a part of the selection does not exist in the runs.
     """
-    by_task = tasks(group_runs(runs))
-    overview = register(out_dir / f"{name}.png")
-    panels = overview_panels(runs)
-    write_parts([Part(title, groups, panels) for title, groups in by_task.items()], overview, len(panels))
-    written = [overview]
+    pictures = []
+    swept = selection.checked(runs if swept is None else swept)
+    for suffix, title, figure in report_figures(selection.of(runs), selection, swept):
+        stem = f"{name}_{suffix}" if suffix else name
+        for form in selection.formats:
+            register(out_dir / f"{stem}.{form}")
+        fix_layout(figure)
+        pictures.append(Picture(title, save(figure, out_dir / f"{stem}.png", selection.formats), inline_svg(figure, stem)))
+    return pictures
+
+
+def report_figures(runs: Sequence[Run], selection: Selection, swept: Sequence[Run]) -> Iterator[tuple[str, str, Figure]]:
+    """(end of the file name, title, figure) of every figure of a report; the overview comes first, without an end."""
+    by_task, metrics = tasks(group_runs(runs)), metrics_of(runs)
+    only = quantity(selection.metric, metrics) if selection.metric else None
+    x = selection.position
+    yield "", "Overview", overview(by_task, [only] if only else overview_quantities(metrics), x)
+    final = only or scalar(CURVES[0])
+    for key in swept_keys(group_runs(swept)) if selection.x in ("", *POSITIONS) else [selection.x]:
+        if (figure := setting_figure(tasks(group_runs(swept)), key, final)) is not None:
+            yield "density" if key == DENSITY else _slug(key), f"{final.title} against {key}", figure
     slugs: dict[str, str] = {}
     for title in by_task:  # titles that differ only in punctuation must not share a file
         slugs[title] = slug if (slug := _slug(title)) not in slugs.values() else f"{slug[:91]}-{_digest(title)}"
     for title, groups in by_task.items():
-        end = f"-{slugs[title]}" if len(by_task) > 1 else ""
-        by_layer = {name: layer_panels(groups, name) for name, metric in metrics_of(runs).items() if metric.plot}
-        for kind, panels in {"curves": CURVES, **by_layer}.items():
-            if panels:
-                written.append(register(out_dir / f"{name}_{kind}{end}.png"))
-                write_parts([Part(title, groups, panels)], written[-1], 2 if kind == "curves" else min(COLUMNS, len(panels)))
-    series = {title: lines for title, groups in by_task.items() if (lines := density_series(groups))}
-    if series:
-        written.append(register(out_dir / f"{name}_density.png"))
-        _write_density({title: by_task[title] for title in series}, series, written[-1])
-    return written
+        end, of = (f"-{slugs[title]}", f": {title}") if len(by_task) > 1 else ("", "")
+        for kind, heading, figure in task_figures(title, groups, metrics, only, x):
+            yield f"{kind}{end}", f"{heading}{of}", figure
+
+
+def task_figures(
+    title: str, groups: Groups, metrics: Mapping[str, type[Metric]], only: Quantity | None, x: str
+) -> Iterator[tuple[str, str, Figure]]:
+    """The figures of one task: its curves, and each alignment metric by layer."""
+    curves = [only] if only else [each for name in CURVES if has_data(groups, each := scalar(name)) or name == CURVES[0]]
+    if is_large(groups):
+        for number, each in enumerate(curves):
+            yield f"curves_{each.name}" if number else "curves", each.title, curves_figure([rules_part(title, groups, each, x)])
+    elif only is None:  # otherwise the overview has the only curves
+        yield "curves", "Curves", curves_figure([lines_part(title, groups, curves, x, 3)])
+    for name, metric in metrics.items():
+        if (only.name == name if only else metric.plot) and (figure := layers_figure(title, groups, name, x)) is not None:
+            yield name, f"{metric.title.capitalize()} by layer", figure
+
+
+def overview_quantities(metrics: Mapping[str, type[Metric]]) -> list[Quantity]:
+    """Test accuracy, and the mean over layers of every angle that has a column in tables."""
+    return [scalar("test_accuracy"),
+            *(layer_mean(name, metric) for name, metric in metrics.items() if metric.column and metric.unit == "°")]
+
+
+def overview(by_task: Mapping[str, Groups], quantities: Sequence[Quantity], x: str) -> Figure:
+    """All tasks below each other, a panel for each quantity; of large sweeps, each rule's best setting."""
+    return curves_figure([lines_part(title, _chosen(groups), quantities, x, len(quantities), group_labels(groups))
+                          for title, groups in by_task.items()],
+                         BEST if any(map(is_large, by_task.values())) else "")
+
+
+def layers_figure(title: str, groups: Groups, name: str, x: str) -> Figure | None:
+    """An alignment metric, a panel for each layer; of large sweeps, each rule's best setting. None if there are no values."""
+    layers = layer_quantities(groups, name)
+    return curves_figure([lines_part(title, _chosen(groups), layers, x, min(COLUMNS, len(layers)), group_labels(groups))],
+                         BEST if is_large(groups) else "") if layers else None
+
+
+def layer_quantities(groups: Groups, name: str) -> list[Quantity]:
+    """The metric in every layer for which some run has values of it, in the order of execution."""
+    runs = [run for members in groups.values() for run in members]
+    layers: dict[str, bool] = {}
+    for run in runs:
+        for record in measurements(run):
+            for layer, value in ((record.get("angles") or {}).get(name) or {}).items():
+                layers[layer] = layers.get(layer, False) or bool(known([value]))
+    order = max((list(run.layers(name)) for run in runs), key=len, default=[])
+    ordered = sorted((layer for layer, has_values in layers.items() if has_values),
+                     key=lambda layer: order.index(layer) if layer in order else len(order))
+    return [in_layer(name, declared([name])[name], layer) for layer in ordered]
+
+
+def has_data(groups: Groups, of: Quantity) -> bool:
+    """Whether some run has a value of the quantity in some epoch."""
+    return any(known([of.value(run, line)]) for members in groups.values() for run in members for line in run.metrics)
+
+
+def is_large(groups: Groups) -> bool:
+    """Whether one panel cannot show a line for each group."""
+    return len(groups) > MAX_GROUPS or any(len(members) > MAX_SETTINGS for members in by_rule(groups).values())
+
+
+def _chosen(groups: Groups) -> Groups:
+    """The groups; of a large sweep, each rule's best one, or all if no validation accuracy is known."""
+    if not is_large(groups):
+        return groups
+    chosen: dict[str, Sequence[Run]] = {}
+    for members in by_rule(groups).values():
+        chosen |= {group: members[group]} if (group := best(members)) is not None else members
+    return {group: groups[group] for group in groups if group in chosen}
+
+
+def _settings(groups: Groups) -> dict[str, str]:
+    """{group: its values of the keys that some rule sweeps}; the rest of its label where these do not distinguish it."""
+    keys, labels, settings = swept_keys(groups), group_labels(groups), {}
+    for rule, members in by_rule(groups).items():
+        texts = {group: label("", runs[0].config, keys).strip() for group, runs in members.items()}
+        settings |= texts if len(set(texts.values())) == len(texts) else {
+            group: labels[group].removeprefix(rule).strip() for group in members}
+    return settings
+
+
+def lines_part(
+    title: str, groups: Groups, quantities: Sequence[Quantity], x: str, columns: int, labels: Mapping[str, str] | None = None
+) -> Part:
+    """A panel for each quantity, with a line for each group: its rule's colour and marker, and a line style for its setting."""
+    rules, labels, settings = by_rule(groups), labels or group_labels(groups), _settings(groups)
+    shared = sorted(set(settings.values()), key=natural_key)
+    are_several = any(len(members) > 1 for members in rules.values())
+    lines = []
+    for members in rules.values():
+        for index, group in enumerate(members):
+            style = rule_style(members[group][0].result["algorithm"])
+            if are_several:
+                style |= {"linestyle": STYLES[shared.index(settings[group]) if len(shared) <= len(STYLES) else index]}
+            lines.append(Line(labels[group], groups[group], style))
+    return Part(title, [Panel(each.title, each, lines, x) for each in quantities], columns,
+                [(legend_entry(line.label, line.members), line.style) for line in lines])
+
+
+def rules_part(title: str, groups: Groups, of: Quantity, x: str) -> Part:
+    """A panel for each rule with a line for each of its settings, and the best of the control and the floor as references."""
+    settings, rules = _settings(groups), by_rule(groups)
+    shared = sorted(set(settings.values()), key=natural_key)
+    references = {rule: rules[rule][group] for rule in (CONTROL, FLOOR)
+                  if rule in rules and (group := best(rules[rule])) is not None}
+    thin = {rule: rule_style(rule) | {"linewidth": 0.9, "marker": "", "color": "0.35" if rule == CONTROL else "0.66"}
+            for rule in references}
+    common = len(shared) <= MAX_SHARED
+    panels = []
+    for rule, members in rules.items():
+        order = shared if common else sorted((settings[group] for group in members), key=natural_key)
+        lines = [Line(f"{name} (best setting)", runs, thin[name]) for name, runs in references.items() if name != rule]
+        lines += [Line(settings[group] or rule, members[group], setting_style(rule, order.index(settings[group]), len(order)))
+                  for group in members]
+        panels.append(Panel(rule, of, lines, x, legend=not common, markers=False))
+    legend: list[tuple[str, Mapping[str, Any]]] = [(f"{rule} (best setting)", thin[rule]) for rule in references]
+    if common:
+        legend += [(legend_entry(setting or "single setting"), setting_style(CONTROL, index, len(shared)) | {"marker": ""})
+                   for index, setting in enumerate(shared)]
+    return Part(f"{title}: {of.title.lower()}", panels, min(COLUMNS, len(panels)), legend, same_axes=True)
 
 
 def _slug(title: str) -> str:
     """A title as part of a file name, with at most 100 characters."""
-    words = re.sub(r"[^A-Za-z0-9.]+", "-", title).strip("-")
+    words = re.sub(r"[^A-Za-z0-9._]+", "-", title).strip("-")
     return words if len(words) <= 100 else f"{words[:91]}-{_digest(title)}"
 
 
 def _digest(title: str) -> str:
     return hashlib.sha256(title.encode(errors="backslashreplace")).hexdigest()[:8]
-
-
-def layer_panels(groups: Groups, quantity: str) -> list[Panel]:
-    """One panel for every layer for which some run has values of the quantity, in the order of execution."""
-    metric = declared([quantity])[quantity]
-    axis = f"{metric.title} ({metric.unit})" if metric.unit else metric.title
-    runs = [run for members in groups.values() for run in members]
-    layers: dict[str, list[float]] = {}
-    for run in runs:
-        for line in run.metrics:
-            for layer, value in ((line.get("angles") or {}).get(quantity) or {}).items():
-                layers.setdefault(layer, []).extend(known([value]))
-    order = max((list(run.layers(quantity)) for run in runs), key=len, default=[])
-    ordered = sorted((layer for layer, values in layers.items() if values),
-                     key=lambda layer: order.index(layer) if layer in order else len(order))
-    return [Panel(layer, axis, _layer(quantity, layer), metric.unit == "°") for layer in ordered]
-
-
-def density_series(groups: Groups) -> dict[str, list[tuple[float, float, float]]]:
-    """{rule: [(density of the feedback, mean and std of the test accuracy in %)]} for rules with several densities."""
-    labels = group_labels(groups)
-    series: dict[str, list[tuple[float, float, float]]] = {}
-    for group, members in groups.items():
-        accuracies = _accuracies(members)
-        density = members[0].config.get(DENSITY)
-        if isinstance(density, (int, float)) and density > 0 and accuracies:
-            key = short_key(DENSITY, members[0].config)
-            name = " ".join(word for word in labels[group].split(" ") if not word.startswith(f"{key}="))
-            series.setdefault(name, []).append((density, mean(accuracies), std(accuracies)))
-    return {name: sorted(points) for name, points in series.items() if len({point[0] for point in points}) > 1}
-
-
-def _accuracies(members: Sequence[Run]) -> list[float]:
-    return [100 * value for value in known(run.result.get("test_accuracy") for run in finished_by_seed(members).values())]
-
-
-def _write_density(by_task: Mapping[str, Groups], series: Mapping[str, Any], path: Path) -> None:
-    """Accuracy against density, one panel per task; the control has no density and is a horizontal line."""
-    figure = new_figure(4.0)
-    names = [CONTROL, *dict.fromkeys(name for lines in series.values() for name in lines)]
-    for axes, (title, groups) in zip(figure.subplots(1, len(by_task), squeeze=False).flat, by_task.items(), strict=True):
-        style_axes(axes)
-        axes.set(title=escape_mathtext(title), xlabel="density of the feedback", ylabel="test accuracy (%)", xscale="log")
-        for members in groups.values():
-            if members[0].result["algorithm"] == CONTROL and (accuracies := _accuracies(members)):
-                centre, spread = mean(accuracies), std(accuracies)
-                axes.axhline(centre, linewidth=1.6, **line_style(0))
-                axes.axhspan(centre - spread, centre + spread, color=line_style(0)["color"], alpha=0.1, linewidth=0)
-        for name, points in series[title].items():
-            x, means, stds = zip(*points, strict=True)
-            style = line_style(names.index(name))
-            axes.errorbar(x, means, yerr=stds, linewidth=1.6, marker="o", markersize=3, capsize=2, **style)
-        axes.xaxis.set_major_locator(FixedLocator(sorted({point[0] for points in series[title].values() for point in points})))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    add_legend(figure, [truncate(escape_mathtext(name), MAX_LEGEND) for name in names])
-    save(figure, path)

@@ -18,12 +18,12 @@ from fa_bench.utils.locks import PATIENCE, locked
 
 #: How the names of a report's files begin, and the files that every report has or may have.
 NAME = "report"
-MARKDOWN, RUNS = f"{NAME}.md", "runs.csv"
-_COMMON_FILES = (MARKDOWN, RUNS, *(f"{NAME}{end}" for end in (
+MARKDOWN, PAGE, RUNS = f"{NAME}.md", f"{NAME}.html", "runs.csv"
+_COMMON_FILES = (MARKDOWN, PAGE, RUNS, *(f"{NAME}{end}" for end in (
     ".csv", ".json", ".tex", "_layers.csv", "_published.csv", "_tried.csv", "_aggregate.csv", ".png")))
 #: The record: the names of the files that reports wrote in its folder. Without one, the links in report.md serve.
 RECORD, LOCK = f".{NAME}.json", f".{NAME}.lock"
-_FILE_NAME = re.compile(rf"{NAME}(_[\w.-]+)?\.(md|csv|png|json|tex)|{re.escape(RUNS)}")
+_FILE_NAME = re.compile(rf"{NAME}(_[\w.-]+)?\.(md|html|csv|png|svg|pdf|json|tex)|{re.escape(RUNS)}")
 _FIRST_LINE = "# Report\n"
 
 
@@ -128,4 +128,5 @@ def _linked_files(markdown: Path) -> set[str]:
     text = markdown.read_text(encoding="utf-8", errors="replace")
     if not text.startswith(_FIRST_LINE):
         return set()
-    return {MARKDOWN, *re.findall(rf"\]\(({NAME}[\w.-]*\.(?:png|csv|json|tex)|{re.escape(RUNS)})\)", text)}
+    endings = "png|svg|pdf|csv|html|json|tex"
+    return {MARKDOWN, *re.findall(rf"\]\(({NAME}[\w.-]*\.(?:{endings})|{re.escape(RUNS)})\)", text)}

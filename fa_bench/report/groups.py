@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fa_bench.config.labels import DATA_DIR, distinct_labels, result_options
+from fa_bench.config.labels import DATA_DIR, differing_keys, distinct_labels, result_options
 from fa_bench.report.numbers import mean
 from fa_bench.report.runs import FINISHED, VERSIONS, Run
 from fa_bench.report.states import DIVERGED
@@ -93,6 +93,21 @@ def tasks(groups: Groups) -> dict[str, dict[str, Sequence[Run]]]:
 def task_key(run: Run) -> str:
     """The same text for runs of the same task."""
     return repr(sorted(_task(run).items(), key=str))
+
+
+def by_rule(groups: Groups) -> dict[str, dict[str, Sequence[Run]]]:
+    """{rule: its groups}, in the order of first appearance."""
+    rules: dict[str, dict[str, Sequence[Run]]] = {}
+    for group, members in groups.items():
+        rules.setdefault(members[0].result["algorithm"], {})[group] = members
+    return rules
+
+
+def swept_keys(groups: Groups) -> list[str]:
+    """The keys, apart from those of the task, in which the configs of groups of the same rule differ."""
+    keys = (key for part in tasks(groups).values() for members in by_rule(part).values()
+            for key in differing_keys(runs[0].config for runs in members.values()))
+    return list(dict.fromkeys(keys))
 
 
 def _task(run: Run) -> dict[str, Any]:

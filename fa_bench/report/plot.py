@@ -1,101 +1,217 @@
-"""Plots of curves over the epochs: panels with one line per group of runs, in figures of one style."""
+"""The style of figures: how rules and settings look, panels of curves, readable axes, and files of equal bytes."""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import math
+import re
 import textwrap
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 # Figure objects, not pyplot: the backend and figures of a notebook or script stay as they are.
+import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from fa_bench.errors import truncate
-from fa_bench.report.groups import Groups, finished_by_seed, group_labels, status_counts
-from fa_bench.report.numbers import mean, std
+from fa_bench.errors import names, truncate
+from fa_bench.report.groups import CONTROL, FLOOR, status_counts
+from fa_bench.report.numbers import known
+from fa_bench.report.quantities import ACCURACY, ANGLE, FORMATS, LOSS, POSITIONS, Quantity, curve
 from fa_bench.report.runs import Run
+from fa_bench.report.states import DIVERGED
 from fa_bench.utils.files import atomic
 from fa_bench.utils.text import escape_mathtext
 
 # Six of Okabe and Ito's colours, and six found by search so that each pair of the twelve differs (CIE76 distance of at least 14)
-# also under simulated protanopia, deuteranopia and tritanopia. The second six are dashed.
+# also under simulated protanopia, deuteranopia and tritanopia; with the floor's grey it is at least 13.
 COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9",
            "#C20078", "#332288", "#999933", "#8400CD", "#004D40", "#661100")
+GREY = "#A8A8A8"
 STYLES = ("-", "--", ":", "-.")
-PER_STYLE = 6  # groups that share a line style
-LEGEND_WIDTH, MAX_LEGEND = 40, 200  # characters of a line of an entry, and of the whole entry
-MAX_MARKED = 12  # points of a line with markers: sparse measurements show as points, and a single one is visible
+_MARKERS = "osD^vPXp<>*"
+#: The rules that have one of `COLOURS[1:]` with a solid line, and those that have it with dashes; relatives share a colour.
+_SOLID = ("fa", "dfa", "kp", "wm", "usf", "pfa", "dkp", "asap", "drtp", "brsf", "frsf")
+_DASHED = ("forward_alignment", "dgl", "local_error", "mixed", "bp_fc", "pfa_o", "predsim", "asfp", "asfp_lc")
+LEGEND_WIDTH, MAX_LEGEND, MAX_ENTRIES = 40, 200, 60  # characters of a line of an entry, of an entry; entries
+MAX_MARKED, MARKERS = 12, 8  # points of a line that all have markers, and markers of a longer line
 WIDTH, LINE = 13, 0.2  # inches: width of a figure, height of a line of its legend
+TAIL, FAR, LOG = 4, 3, 50  # lines among which one can be far off, by how many interquartile ranges; ratio of losses on a log axis
 
-Value = Callable[[Run, Mapping[str, Any]], float]
+
+def rule_style(rule: str) -> dict[str, Any]:
+    """Colour, line style and marker of a rule: the same in every figure, also for the rules of plugins."""
+    if rule == CONTROL:
+        return {"color": COLOURS[0], "linestyle": "-", "marker": "o"}
+    if rule == FLOOR:
+        return {"color": GREY, "linestyle": "-", "marker": "s"}
+    for table, style, shift in ((_SOLID, STYLES[0], 0), (_DASHED, STYLES[1], 5)):
+        if rule in table:
+            index = table.index(rule)
+            return {"color": COLOURS[1 + index], "linestyle": style, "marker": _MARKERS[(index + shift) % len(_MARKERS)]}
+    digest = hashlib.sha256(rule.encode(errors="backslashreplace")).digest()
+    return {"color": COLOURS[1 + digest[0] % 11], "linestyle": STYLES[2 + digest[1] % 2],
+            "marker": _MARKERS[digest[2] % len(_MARKERS)]}
+
+
+def setting_style(rule: str, index: int, count: int) -> dict[str, Any]:
+    """The style of one of a rule's settings: the rule's colour, light for the first and full for the last one."""
+    style = rule_style(rule)
+    lightness = 0 if count < 2 else 0.6 * (1 - index / (count - 1))
+    red, green, blue = (channel + lightness * (1 - channel) for channel in to_rgb(style["color"]))
+    return style | {"color": to_hex((red, green, blue)), "linestyle": STYLES[index % len(STYLES)]}
+
+
+class Line(NamedTuple):
+    """One line of a panel: its label, runs that differ only in the seed, and its style."""
+
+    label: str
+    members: Sequence[Run]
+    style: Mapping[str, Any]
 
 
 class Panel(NamedTuple):
-    """One panel: its title, its axis label with the unit, and the value that it reads from a run's record of an epoch."""
+    """One panel of curves: its title, what it shows along what position of the runs, and its lines.
+
+    `legend`: it has a legend of its own. `markers`: curves have markers; single points always have.
+    """
 
     title: str
-    axis: str
-    value: Value
-    angle: bool = False
+    quantity: Quantity
+    lines: Sequence[Line]
+    x: str = "epoch"
+    legend: bool = False
+    markers: bool = True
 
 
 class Part(NamedTuple):
-    """One part of a figure, with its own legend: its title, the groups of runs it shows, and its panels."""
+    """One part of a figure: its title, panels in rows of `columns`, and the entries of its legend: labels and styles.
+
+    `same_axes`: small multiples of one quantity, whose panels have the same range and labels at the left and lower edges only.
+    """
 
     title: str
-    groups: Groups
     panels: Sequence[Panel]
+    columns: int
+    legend: Sequence[tuple[str, Mapping[str, Any]]]
+    same_axes: bool = False
 
 
-def write_parts(parts: Sequence[Part], path: Path, columns: int) -> None:
-    """Write a PNG of parts below each other, each with its panels in rows of `columns` and its legend beside them.
+class ReportFigure(Figure):
+    """A figure that notebooks show without pyplot."""
 
-    One line per group: the mean over seeds, with a band of ± one sample standard deviation. Lines cover the finished runs of a
-    group, or all its runs if none has finished; the legend gives the statuses unless all have finished. Titles are shown if there
-    are several parts. Equal runs give equal bytes, and `path` is replaced atomically.
+    def _repr_png_(self) -> bytes:
+        return rendered(self, "png", "")
+
+
+def curves_figure(parts: Sequence[Part], note: str = "") -> Figure:
+    """A figure of parts below each other, each with its legend beside its panels.
+
+    Each line is the mean over seeds, with a band of ± one sample standard deviation. Crosses at the lower edge mark runs that
+    diverged, in their last epoch. Titles are shown if there are several parts, and below the last one a note on the choice.
     """
-    legends = [_legend_entries(part.groups) for part in parts]
-    heights = [_height(math.ceil(len(part.panels) / columns), entries) for part, entries in zip(parts, legends, strict=True)]
+    heights = [_height(part) for part in parts]
     figure = new_figure(sum(heights))
     subfigures = [figure] if len(parts) == 1 else figure.subfigures(len(parts), 1, height_ratios=heights, squeeze=False).flat
-    for subfigure, part, entries in zip(subfigures, parts, legends, strict=True):
+    for subfigure, part in zip(subfigures, parts, strict=True):
         if len(parts) > 1:
             subfigure.suptitle(escape_mathtext(part.title), fontsize=11, fontweight="bold")
-        grid = list(subfigure.subplots(math.ceil(len(part.panels) / columns), columns, squeeze=False).flat)
-        for axes, panel in zip(grid, part.panels, strict=False):
-            _plot(axes, panel, part.groups)
+        grid = list(subfigure.subplots(math.ceil(len(part.panels) / part.columns), part.columns, squeeze=False).flat)
+        series = [[(line, points) for line in panel.lines if (points := curve(line.members, panel.quantity, panel.x))]
+                  for panel in part.panels]
+        everything = [line for lines in series for line in lines] if part.same_axes else None
+        for axes, panel, lines in zip(grid, part.panels, series, strict=False):
+            _plot(axes, panel, lines, everything or lines)
+        if part.same_axes:
+            label_edges(grid, len(part.panels), part.columns)
         for axes in grid[len(part.panels):]:
             axes.set_axis_off()
-        add_legend(subfigure, entries)
-    save(figure, path)
+        add_legend(subfigure, part.legend)
+    if note:
+        figure.supxlabel(note, fontsize=9, color="0.35")
+    return figure
 
 
 def new_figure(height: float) -> Figure:
     """A figure of the common width and a height in inches."""
-    return Figure(figsize=(WIDTH, height), dpi=120, layout=ConstrainedLayoutEngine(w_pad=0.1))
+    return ReportFigure(figsize=(WIDTH, height), dpi=120, layout=ConstrainedLayoutEngine(w_pad=0.1))
 
 
-def add_legend(figure: Any, entries: Sequence[str]) -> None:
-    """Add the legend beside the panels of a figure or subfigure: one line per entry, with the line styles in order."""
+def legend_entry(label: str, members: Sequence[Run] = ()) -> str:
+    """A label in lines of the legend's width, which the legend takes from the panels, with statuses if some run is unfinished."""
+    lines = textwrap.wrap(truncate(escape_mathtext(label), MAX_LEGEND), LEGEND_WIDTH, break_on_hyphens=False)
+    return "\n".join(lines + [f"({status_counts(members)})"] * any(not run.finished for run in members))
+
+
+def add_legend(figure: Any, entries: Sequence[tuple[str, Mapping[str, Any]]], title: str = "mean ± std over seeds") -> None:
+    """Add the legend beside the panels of a figure or subfigure, with one line per entry."""
+    shown = list(entries[:MAX_ENTRIES])
+    if len(entries) > len(shown):
+        shown.append((f"and {len(entries) - len(shown)} more", {"color": "none"}))
     figure.legend(
-        handles=[Line2D([], [], linewidth=2, **line_style(index)) for index in range(len(entries))], labels=entries,
-        loc="outside right center", frameon=False, fontsize=9, handlelength=2.8,
-        title="mean ± std over seeds", title_fontsize=9, alignment="left",
+        handles=[Line2D([], [], **{"linewidth": 2, "markersize": 5, **style}) for _, style in shown],
+        labels=[label for label, _ in shown], loc="outside right center", frameon=False, fontsize=9, handlelength=3.2,
+        title=title, title_fontsize=9, alignment="left",
     )
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write the figure atomically."""
-    with atomic(Path(path)) as temporary, warnings.catch_warnings():
+def save(figure: Figure, path: Path, formats: Iterable[str] = FORMATS[:1]) -> list[Path]:
+    """Write the figure atomically, in each format beside `path` with its ending; returns the paths."""
+    paths = [path.with_name(f"{path.name.removesuffix('.png')}.{name}") for name in formats]
+    for target in paths:
+        with atomic(target) as temporary:
+            temporary.write_bytes(rendered(figure, target.suffix[1:], target.stem))
+    return paths
+
+
+def fix_layout(figure: Figure) -> None:
+    """Determine the layout once, for all formats."""
+    with _quiet():
+        figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # characters that the font lacks show as boxes
-        # Without matplotlib's version, which would change the bytes of equal pictures.
-        figure.savefig(temporary, format="png", metadata={"Software": None})
+        yield
+
+
+def rendered(figure: Figure, form: str, name: str) -> bytes:
+    """The figure in one of `FORMATS`. Equal figures of equal names give equal bytes: no dates, versions or random ids."""
+    # Text stays text in SVG, to be searched; ids depend on the name, so that one page can have several figures.
+    settings: Any = {"svg.hashsalt": name or "figure", "svg.fonttype": "none", "font.family": "sans-serif"}
+    metadata = {"png": ("Software",), "svg": ("Date", "Creator"), "pdf": ("CreationDate", "Creator", "Producer")}[form]
+    buffer = io.BytesIO()
+    with _quiet(), matplotlib.rc_context(settings):
+        # Not `savefig`, which draws each figure twice.
+        canvas: Any = {"png": FigureCanvasAgg, "svg": FigureCanvasSVG, "pdf": FigureCanvasPdf}[form](figure)
+        getattr(canvas, f"print_{form}")(buffer, metadata=dict.fromkeys(metadata))
+    return buffer.getvalue()
+
+
+def inline_svg(figure: Figure, name: str) -> str:
+    """The figure as an SVG element for a page: without the ids that no part of it refers to, which would not be unique."""
+    text = rendered(figure, "svg", name).decode()
+    text = text[text.index("<svg"):]
+    used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', text))
+    text = re.sub(r' id="([^"]+)"', lambda match: match.group() if match[1] in used else "", text)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    # A hundredth of a point is precise enough, and halves the size of a page.
+    return re.sub(r' (d|x|y|transform)="[^"]*"', lambda match: re.sub(r"(\.\d\d)\d+", r"\1", match.group()), text)
 
 
 def style_axes(axes: Axes) -> None:
@@ -105,52 +221,122 @@ def style_axes(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def line_style(index: int) -> dict[str, Any]:
-    """Colour and style of the line with this index."""
-    return {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index // PER_STYLE % len(STYLES)]}
+def label_edges(grid: Sequence[Axes], count: int, columns: int) -> None:
+    """Of `count` panels in rows, label the axes at the left and lower edges only, with small ticks."""
+    for index, axes in enumerate(grid[:count]):
+        axes.tick_params(labelsize=8)
+        axes.set_ylabel(axes.get_ylabel() if index % columns == 0 else "")
+        axes.set_xlabel(axes.get_xlabel() if index + columns >= count else "")
 
 
-def curve(members: Sequence[Run], value: Value) -> list[tuple[int, float, float]]:
-    """Epoch, mean over seeds and standard deviation, for the epochs in which some run has a value."""
-    by_epoch: dict[int, list[float]] = {}
-    for run in list(finished_by_seed(members).values()) or members:
-        for line in run.metrics:
-            by_epoch.setdefault(line["epoch"], []).append(value(run, line))
-    points = ((epoch, mean(values), std(values)) for epoch, values in sorted(by_epoch.items()))
-    return [point for point in points if not math.isnan(point[1])]
+class Range(NamedTuple):
+    """A readable range of an axis, whether it is logarithmic, and whether it leaves out a line with this typical value."""
+
+    low: float
+    high: float
+    log: bool
+    limit: float
+
+    def is_outside(self, value: float, kind: str) -> bool:
+        return value < self.limit if kind == ACCURACY else value > self.limit
 
 
-def _height(rows: int, entries: Sequence[str]) -> float:
+def typical(values: Sequence[float]) -> float:
+    """The value by which a curve is far from others or not: the median of its second half."""
+    return median(values[len(values) // 2:])
+
+
+def readable_range(lines: Sequence[Sequence[float]], centres: Sequence[float], kind: str) -> Range:
+    """The range that shows these lines of values, except those far below the others (accuracies) or above (losses).
+
+    A line, with the value in `centres`, is far off if it is three interquartile ranges from the quartile of all lines, and at
+    least 6 points of accuracy or a factor of 30 of loss. Losses of very different sizes have a logarithmic axis.
+    """
+    positive = [value for values in lines for value in values if value > 0]
+    log = kind == LOSS and bool(positive) and max(positive) > LOG * min(positive)
+    limit = -math.inf if kind == ACCURACY else math.inf
+    if len(lines) >= TAIL and kind == ACCURACY:
+        quarter, _, half = quantiles(sorted(centres), n=4, method="inclusive")
+        limit = quarter - FAR * max(half - quarter, 2)
+    elif len(lines) >= TAIL and log:
+        quarter, _, half = quantiles([math.log10(max(value, min(positive))) for value in centres], n=4, method="inclusive")
+        limit = 10 ** min(half + FAR * max(half - quarter, 0.5), 300)
+    limits = Range(0, 1, log, limit)
+    shown = [value for values, centre in zip(lines, centres, strict=True) if not limits.is_outside(centre, kind)
+             for value in values if not log or value > 0]
+    low, high = min(shown, default=0.0), max(shown, default=1.0)
+    if log:
+        return limits._replace(low=low / 1.3, high=high * 1.3)
+    margin = 0.05 * (high - low) or 0.05 * abs(high) or 1
+    low, high = low - margin, high + margin
+    return limits._replace(low=max(low, -2.0), high=min(high, 102.0)) if kind == ACCURACY else limits._replace(low=low, high=high)
+
+
+def apply_range(axes: Axes, limits: Range, labels: Sequence[str], centres: Sequence[float], kind: str) -> None:
+    """Set the axis to the range, with a note on the lines with these labels and centres that it leaves out."""
+    if limits.log:
+        axes.set_yscale("log")
+        axes.set_ylabel(f"{axes.get_ylabel()}, logarithmic")
+    axes.set_ylim(limits.low, limits.high)
+    off = [f"{truncate(label, 30)} ({centre:.3g})" for label, centre in zip(labels, centres, strict=True)
+           if limits.is_outside(centre, kind)]
+    if off:
+        text = f"{names(off[:2])}{f' and {len(off) - 2} more' if len(off) > 2 else ''}"
+        below = kind == ACCURACY
+        axes.text(0.99, 0.08 if below else 0.97, escape_mathtext(f"{'▼ below' if below else '▲ above'} the axis: {text}"),
+                  transform=axes.transAxes, fontsize=7.5, ha="right", va="bottom" if below else "top", color="#A00000", zorder=5,
+                  bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1})
+
+
+def cross(axes: Axes, x: Any, colour: str, shift: float = 0) -> None:
+    """Mark a divergence at `x` on the lower edge; `shift` is to the right, in points."""
+    axes.annotate("✕", (x, 0), xycoords=axes.get_xaxis_transform(), xytext=(shift, 4), textcoords="offset points", color=colour,
+                  ha="center", va="center", fontsize=11, fontweight="bold", annotation_clip=False, zorder=6)
+
+
+def _height(part: Part) -> float:
     # The legend has one column: for a large sweep the figure becomes taller; more columns would squeeze the panels.
-    return max(4.0 if rows == 1 else 2.6 * rows, 0.6 + LINE * sum(1 + entry.count("\n") for entry in entries))
+    rows = math.ceil(len(part.panels) / part.columns)
+    lines = sum(1 + entry.count("\n") for entry, _ in part.legend[:MAX_ENTRIES])
+    return max(4.0 if rows == 1 else 2.6 * rows, 0.8 + LINE * lines)
 
 
-def _plot(axes: Axes, panel: Panel, groups: Groups) -> None:
-    axes.set(title=escape_mathtext(panel.title), xlabel="epoch", ylabel=panel.axis)
-    series = {index: points for index, members in enumerate(groups.values()) if (points := curve(members, panel.value))}
+Curve = list[tuple[float, float, float]]
+
+
+def _plot(axes: Axes, panel: Panel, series: Sequence[tuple[Line, Curve]], in_range: Sequence[tuple[Line, Curve]]) -> None:
+    """Plot the series of a panel; the vertical range is that of `in_range`."""
+    axes.set_title(escape_mathtext(panel.title), fontsize=11)
+    axes.set(xlabel=POSITIONS[panel.x], ylabel=panel.quantity.axis)
     if not series:
         axes.spines[["top", "right"]].set_visible(False)
         axes.set(xticks=[], yticks=[])
         axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center", va="center", color="0.4")
         return
     style_axes(axes)
-    for index, points in series.items():
-        epochs, means, stds = zip(*points, strict=True)
-        style = line_style(index)
-        axes.plot(epochs, means, linewidth=1.6, marker="o" if len(points) <= MAX_MARKED else "", markersize=3, **style)
-        axes.fill_between(epochs, [m - s for m, s in zip(means, stds, strict=True)],
-                          [m + s for m, s in zip(means, stds, strict=True)], color=style["color"], alpha=0.2, linewidth=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    if panel.angle:
+    for line, points in series:
+        x, means, stds = (list(column) for column in zip(*points, strict=True))
+        style: dict[str, Any] = {"linewidth": 1.6, "markersize": 3.5, **line.style}
+        if not panel.markers and len(points) > 1:
+            style["marker"] = ""
+        every = 1 if len(points) <= MAX_MARKED else math.ceil(len(points) / MARKERS)
+        axes.plot(x, means, markevery=every, label=line.label, **style)
+        if known(stds):
+            low, high = ([m + sign * s for m, s in zip(means, stds, strict=True)] for sign in (-1, 1))
+            axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=panel.x != "seconds", min_n_ticks=1))
+    kind, means = panel.quantity.kind, [[point[1] for point in points] for _, points in in_range]
+    if kind == ANGLE:
         axes.axhline(90, color="0.6", linewidth=1, linestyle=(0, (1, 3)))
-        axes.set_ylim(-3, max(95, 5 + max(point[1] for points in series.values() for point in points)))
+        axes.set_ylim(-3, max(95, 5 + max(max(values) for values in means)))
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 1.5, 3, 4.5, 6, 10]))  # ticks at 30 or 45 degrees
-
-
-def _legend_entries(groups: Groups) -> list[str]:
-    labels, entries = group_labels(groups), []
-    for group, members in groups.items():
-        # Wrapped, because the legend takes its width from the panels.
-        lines = textwrap.wrap(truncate(escape_mathtext(labels[group]), MAX_LEGEND), LEGEND_WIDTH, break_on_hyphens=False)
-        entries.append("\n".join(lines + [f"({status_counts(members)})"] * any(not run.finished for run in members)))
-    return entries
+    else:
+        limits = readable_range(means, list(map(typical, means)), kind)
+        apply_range(axes, limits, [line.label for line, _ in series],
+                    [typical([mean for _, mean, _ in points]) for _, points in series], kind)
+    ended = {(line.style["color"], run.metrics[-1].get(panel.x)) for line in panel.lines for run in line.members
+             if run.result["status"] == DIVERGED and run.metrics}
+    for colour, x in sorted(end for end in ended if end[1] is not None):
+        cross(axes, x, colour)
+    if panel.legend:
+        axes.legend(fontsize=6.5, loc="best", framealpha=0.7, ncols=1 + (len(panel.lines) > 8))

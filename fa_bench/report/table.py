@@ -348,10 +348,10 @@ def _over(seconds: float | None, epochs: int | None) -> float | None:
 
 
 def _cells(frame: pd.DataFrame, name: str, columns: Mapping[str, Column] = COLUMNS) -> list[str]:
-    return [_cell(value, columns[name].format) for value in frame[name]]
+    return [cell(value, columns[name].format) for value in frame[name]]
 
 
-def _cell(value: Any, form: str | None) -> str:
+def cell(value: Any, form: str | None) -> str:
     if pd.isna(value) or value == "":
         return BLANK
     if isinstance(value, bool):

@@ -92,3 +92,12 @@ def runs_in(root: Path) -> list:
 
 def blank(value: object) -> bool:
     return value is None or value != value
+
+
+def without_pixels(monkeypatch) -> None:
+    """Figures of reports are made, but their files are empty."""
+    from fa_bench.report import figures, plot
+
+    monkeypatch.setattr(figures, "fix_layout", lambda figure: None)
+    monkeypatch.setattr(plot, "rendered", lambda figure, form, name: b"")
+    monkeypatch.setattr(figures, "inline_svg", lambda figure, name: "<svg></svg>")

@@ -87,8 +87,8 @@ def test_reports_of_the_same_runs_are_equal_to_the_byte_whatever_the_order_and_t
     runs_one, runs_two = (without_directory(folder.pop("runs.csv")) for folder in (one, two))
     assert runs_one == runs_two and len(runs_one) == 1 + 10
     assert one == two and set(one) == {
-        "report.md", "report.csv", "report.json", "report.tex", "report_layers.csv", "report.png", "report_curves.png",
-        "report_weight_angle.png", ".report.json"}
+        "report.md", "report.html", "report.csv", "report.json", "report.tex", "report_layers.csv", "report.png",
+        "report_curves.png", "report_weight_angle.png", ".report.json"}
     assert "1 run with a repeated seed not counted" in one["report.csv"].decode()
 
 

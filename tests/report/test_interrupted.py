@@ -24,6 +24,10 @@ from fa_bench.runs.sweep import PlannedRun, write_sweep
 GRID = ["algorithm=bp,kp", "seed=0,1", "dataset=digits", "epochs=2", "probe_every=0", "architecture.widths=[8,6]", "probe_size=8"]
 
 
+def no_figures(runs: Any, out_dir: Path, name: str, selection: Any, swept: Any) -> list[figures.Picture]:
+    return [figures.Picture("", [out_dir / "report.png"], "<svg></svg>")]
+
+
 class Stopped(KeyboardInterrupt):
     """Stands for a user's interrupt."""
 
@@ -78,7 +82,7 @@ def test_interrupted_and_resumed_sweep_gives_the_report_of_a_whole_one(
         train_all("parts", jobs)
     monkeypatch.setattr(loop, "evaluate", evaluate)
 
-    monkeypatch.setattr(figures, "write_figures", lambda runs, out_dir, name: [out_dir / "report.png"])
+    monkeypatch.setattr(figures, "write_figures", no_figures)
     assert report(["parts", "--out", "between"]) == 1
     assert [(row["n"], row["runs"], row["status"]) for row in rows("between")] == [("1", "2", "1 finished, 1 interrupted")]
     assert Path("between/report.md").read_text().count(": not started (") == 2
@@ -89,11 +93,12 @@ def test_interrupted_and_resumed_sweep_gives_the_report_of_a_whole_one(
     for folder in ("whole", "parts"):  # with seconds and pictures, and without
         monkeypatch.setattr(figures, "write_figures", draw)
         assert report([folder, "--out", f"{folder}-report"]) == 0
-        monkeypatch.setattr(figures, "write_figures", lambda runs, out_dir, name: [out_dir / "report.png"])
+        monkeypatch.setattr(figures, "write_figures", no_figures)
         assert report([folder, "--out", f"{folder}-bare", "--no-timings"]) == 0
     whole, parts = files("whole-report"), files("parts-report")
     same = {"report.png", "report_curves.png", "report_weight_angle.png", "report_layers.csv"}
-    assert set(whole) == {*same, "report.md", "report.csv", "report.json", "report.tex", "runs.csv", ".report.json"}
+    others = {f"report.{ending}" for ending in ("md", "html", "csv", "json", "tex")}
+    assert set(whole) == {*same, *others, "runs.csv", ".report.json"}
     assert {name for name in whole if whole[name] == parts.get(name)} >= same
     timeless = [[{key: value for key, value in row.items() if key not in TIMINGS} for row in rows(f"{folder}-report")]
                 for folder in ("whole", "parts")]
@@ -102,7 +107,7 @@ def test_interrupted_and_resumed_sweep_gives_the_report_of_a_whole_one(
     in_parts = files("parts-bare")
     assert in_parts.pop("runs.csv").replace(b"../parts/", b"../whole/") == bare.pop("runs.csv")
     assert bare == in_parts and set(bare) == {
-        "report.md", "report.csv", "report.json", "report.tex", "report_layers.csv", ".report.json"}
+        "report.md", "report.html", "report.csv", "report.json", "report.tex", "report_layers.csv", ".report.json"}
     assert b"seconds" not in bare["report.csv"] and b"| seconds" not in bare["report.md"]
 
 

@@ -11,19 +11,19 @@ import pytest
 from filelock import FileLock
 
 from fa_bench.errors import RunDirectoryError
-from fa_bench.report import figures, write_report
+from fa_bench.report import write_report
 from fa_bench.report.cli import main
 from fa_bench.report.runs import find_runs
 from fa_bench.report.states import current_status
 from fa_bench.runs.ownership import LOCK
 from fa_bench.runs.sweep import PlannedRun, find_planned_runs, read_sweep, write_sweep
 
-from .by_hand import at_work, epoch_record, write_begun, write_group, write_run
+from .by_hand import at_work, epoch_record, without_pixels, write_begun, write_group, write_run
 
 
 @pytest.fixture(autouse=True)
 def drawn_quickly(monkeypatch):
-    monkeypatch.setattr(figures, "write_parts", lambda parts, path, columns: path.write_bytes(b""))
+    without_pixels(monkeypatch)
 
 
 def table(out: Path) -> dict[str, dict[str, str]]:
@@ -109,7 +109,8 @@ def test_files_that_a_report_no_longer_has_go_and_others_stay(tmp_path):
     write_report(find_runs([tmp_path / "runs"]), tmp_path)
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {
         "report.md", "report.csv", "report_layers.csv", "report.png", "report_curves.png", "report_weight_angle.png",
-        "report_mine.png", "report_curves-old.png", "other.png", ".report.json", "report.json", "report.tex", "runs.csv"}
+        "report_mine.png", "report_curves-old.png", "other.png", ".report.json", "report.json", "report.tex", "runs.csv",
+        "report.html"}
 
 
 # The list of a sweep's runs.

@@ -1,0 +1,145 @@
+"""report.html: one self-contained page with the tables, figures, configs and warnings of a report."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fa_bench.config.labels import result_options
+from fa_bench.errors import format_value, printable, truncate
+from fa_bench.report.groups import Groups, group_labels, group_runs, status_counts
+from fa_bench.report.numbers import number
+from fa_bench.report.runs import Run
+from fa_bench.report.states import describe_status
+from fa_bench.report.table import BLANK, MAX_CELL, Column, cell
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fa_bench.report.figures import Picture
+
+_STYLE, _SCRIPT = (Path(__file__).with_name(f"page.{ending}") for ending in ("css", "js"))
+_SEEDS = {
+    "seed": Column("seed", ".0f"), "status": Column("status"), "epoch": Column("epoch", ".0f"),
+    "val_accuracy": Column("validation accuracy (%)", ".2f"), "test_accuracy": Column("test accuracy (%)", ".2f"),
+    "seconds": Column("seconds", ".1f", timing=True),
+}
+
+
+class Table(NamedTuple):
+    """A table of a report: its title (empty for the summary), rows, the format of its columns, and an explanation."""
+
+    title: str
+    frame: pd.DataFrame
+    columns: Mapping[str, Column]
+    legend: str = ""
+
+
+def to_html(
+    tables: Iterable[Table], lists: Mapping[str, Sequence[str]], runs: Sequence[Run], pictures: Iterable[Picture], timings: bool
+) -> str:
+    """The page: works without a network or other files, on phones, and in light and dark. Equal runs give equal bytes.
+
+    Args:
+        tables: the first one is the summary.
+        lists: {title: lines} of what is excluded or missing; empty ones are omitted.
+        runs: the runs whose configs and statuses are listed.
+        pictures: the figures.
+        timings: whether to include measured seconds.
+    """
+    style, script = _STYLE.read_text(encoding="utf-8"), _SCRIPT.read_text(encoding="utf-8")
+    # The page's own script alone may run, whatever the labels and messages of runs contain.
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    groups = group_runs(runs)
+    summary, *others = (_table(table) for table in tables)
+    parts = [
+        "<!DOCTYPE html>", '<html lang="en">', "<head>", '<meta charset="utf-8">', "<title>Report</title>",
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">', f"<style>\n{style}</style>", "</head>", "<body>",
+        "<h1>Report</h1>", f"<p>{len(groups)} rows, {len(runs)} runs: {_text(status_counts(runs))}.</p>",
+        *(_warnings(title, lines) for title, lines in lists.items() if lines),
+        summary, '<section id="figures"><h2>Figures</h2>', *map(_figure, pictures), "</section>", *others, _runs(groups, timings),
+        f"<script>{script}</script>", "</body>", "</html>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _text(value: object) -> str:
+    return escape(printable(value))
+
+
+def _warnings(title: str, lines: Sequence[str]) -> str:
+    items = "\n".join(f"<li>{_text(line)}</li>" for line in lines)
+    return f'<section class="warning"><h2>{_text(title)} ({len(lines)})</h2>\n<ul>\n{items}\n</ul></section>'
+
+
+def _figure(picture: Picture) -> str:
+    title = _text(picture.title)
+    svg = picture.svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+    return f'<figure><figcaption>{title}</figcaption>\n<div class="scroll">{svg.strip()}</div></figure>'
+
+
+def _table(table: Table) -> str:
+    """A section with the columns of the table that are not blank in every row."""
+    columns: list[tuple[Column, list[str]]] = []
+    for name, column in table.columns.items():
+        if name in table.frame:
+            cells = [cell(value, column.format) for value in table.frame[name]]
+            if set(cells) - {BLANK}:
+                columns.append((column, cells))
+    legend = f"<details><summary>Explanation</summary><p>{_text(table.legend)}</p></details>" if table.legend else ""
+    return "\n".join([f"<section><h2>{_text(table.title or 'Summary')}</h2>", _filter(), _grid(columns), legend, "</section>"])
+
+
+def _filter() -> str:
+    return '<p class="filter"><label>Filter: <input type="search"></label> <output></output></p>'
+
+
+def _grid(columns: Sequence[tuple[Column, Sequence[str]]]) -> str:
+    numeric = [' class="number"' if column.format else "" for column, _ in columns]
+    head = "".join(f'<th scope="col"{kind}><button type="button">{_text(column.title)}</button></th>'
+                   for kind, (column, _) in zip(numeric, columns, strict=True))
+    rows = ("".join(f"<td{kind}>{_text(each)}</td>" for kind, each in zip(numeric, row, strict=True))
+            for row in zip(*(cells for _, cells in columns), strict=True))
+    body = "\n".join(f"<tr>{row}</tr>" for row in rows)
+    return f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+
+
+def _runs(groups: Groups, timings: bool) -> str:
+    """The configs: what all have in common once, and for each group the rest, with the statuses of its runs."""
+    configs = {group: {key: format_value(value) for key, value in result_options(runs[0].config).items()}
+               for group, runs in groups.items()}
+    first = next(iter(configs.values()), {})
+    shared = {key: value for key, value in first.items() if all(config.get(key) == value for config in configs.values())}
+    labels = group_labels(groups)
+    parts = ['<section id="runs"><h2>Configs and runs</h2>']
+    if shared:
+        parts.append(f"<details><summary>Options that all runs share ({len(shared)})</summary>{_options(shared)}</details>")
+    parts += [_filter(), '<div class="groups">']
+    for group, runs in groups.items():
+        rest = {key: value for key, value in configs[group].items() if key not in shared}
+        columns = {name: column for name, column in _SEEDS.items() if timings or not column.timing}
+        values = [[_seed_value(name, run) for run in runs] for name in columns]
+        cells = [(column, [cell(value, column.format) for value in column_values])
+                 for column, column_values in zip(columns.values(), values, strict=True)]
+        parts.append(f"<details><summary>{_text(labels[group])} <small>{_text(status_counts(runs))}</small></summary>"
+                     f"{_options(rest)}\n{_grid(cells)}</details>")
+    return "\n".join([*parts, "</div></section>"])
+
+
+def _seed_value(name: str, run: Run) -> Any:
+    if name == "status":
+        return "finished" if run.finished else truncate(describe_status(run), MAX_CELL)
+    value = run.result.get(name)
+    return 100 * number(value) if name.endswith("accuracy") else value
+
+
+def _options(options: Mapping[str, str]) -> str:
+    pairs = "".join(f"<div><dt>{_text(key)}</dt><dd>{_text(truncate(value, MAX_CELL))}</dd></div>"
+                    for key, value in options.items())
+    return f"<dl>{pairs}</dl>" if options else ""

@@ -1,0 +1,172 @@
+"""What figures show: quantities of runs' records, their curves over the seeds, and what a user selects of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from fa_bench.errors import DataError, names, nearest
+from fa_bench.metrics.alignment.base import Metric
+from fa_bench.report.groups import finished_by_seed, group_runs, swept_keys, validation_accuracy
+from fa_bench.report.numbers import known, mean, number, std
+from fa_bench.report.runs import Run
+
+ACCURACY, LOSS, ANGLE = "accuracy", "loss", "angle"
+#: The formats of figures, and the positions along a run that curves can be plotted against, with their axis labels.
+FORMATS = ("png", "svg", "pdf")
+POSITIONS = {"epoch": "epoch", "step": "step", "seconds": "seconds of training"}
+_SCALARS = {
+    "test_accuracy": "test accuracy", "val_accuracy": "validation accuracy", "train_accuracy": "training accuracy",
+    "test_loss": "test loss", "val_loss": "validation loss", "train_loss": "training loss",
+}
+
+Value = Callable[[Run, Mapping[str, Any]], float]
+
+
+class Quantity(NamedTuple):
+    """A number in the records of a run: its name, title, axis label with unit, kind, and how to read it from a record.
+
+    `measured`: it comes from the alignment metrics, which are measured at other steps than the ends of epochs, too.
+    """
+
+    name: str
+    title: str
+    axis: str
+    value: Value
+    kind: str = ""
+    measured: bool = False
+
+    def final(self, run: Run) -> float:
+        """The value at the end of a run; NaN if it is unknown."""
+        return self.value(run, {**(run.metrics[-1] if run.metrics else {}), **run.result})
+
+
+class Selection(NamedTuple):
+    """What figures are to show, and in which formats of `FORMATS`.
+
+    Attributes:
+        formats: of the files.
+        rules: the rules to show; empty for all.
+        metric: the name of the quantity to show; empty for those that a report shows by default.
+        x: a position along the runs (`POSITIONS`), or the key of a swept option; empty for epochs and every swept option.
+    """
+
+    formats: tuple[str, ...] = FORMATS[:1]
+    rules: tuple[str, ...] = ()
+    metric: str = ""
+    x: str = ""
+
+    @property
+    def position(self) -> str:
+        """What curves are plotted against."""
+        return self.x if self.x in POSITIONS else "epoch"
+
+    def of(self, runs: Sequence[Run]) -> list[Run]:
+        """The runs of the selected rules."""
+        return [run for run in runs if not self.rules or run.result["algorithm"] in self.rules]
+
+    def checked(self, runs: Sequence[Run]) -> list[Run]:
+        """The runs of the selected rules.
+
+        Raises:
+            DataError: a part of the selection does not exist in the runs; the message names it and what is allowed.
+        """
+        for name in self.formats:
+            _require("format", name, FORMATS)
+        rules = dict.fromkeys(run.result["algorithm"] for run in runs)
+        for name in self.rules:
+            _require("rules", name, rules)
+        selected = self.of(runs)
+        if self.metric:
+            _require("metric", self.metric, [*_SCALARS, *measured_metrics(selected)])
+        if self.x:
+            _require("x", self.x, [*POSITIONS, *swept_keys(group_runs(selected))])
+        return selected
+
+
+def _require(flag: str, name: str, allowed: Iterable[str]) -> None:
+    if name not in (allowed := list(allowed)):
+        raise DataError(f"{flag}={name!r} is not available (allowed: {names(allowed)}){nearest(name, allowed)}")
+
+
+def measured_metrics(runs: Iterable[Run]) -> list[str]:
+    """The names of the alignment metrics that some run measured, in their order of appearance."""
+    return list(dict.fromkeys(name for run in runs for record in (run.result, *measurements(run))
+                              for name, layers in (record.get("angles") or {}).items() if layers))
+
+
+def scalar(name: str) -> Quantity:
+    """An accuracy, in %, or a loss."""
+    title, is_accuracy = _SCALARS[name], name.endswith("accuracy")
+    scale = 100 if is_accuracy else 1
+    return Quantity(name, title.capitalize(), f"{title} (%)" if is_accuracy else title,
+                    lambda run, record: scale * number(record.get(name)), ACCURACY if is_accuracy else LOSS)
+
+
+def layer_mean(name: str, metric: type[Metric]) -> Quantity:
+    """An alignment metric, averaged over the layers that it declares."""
+    return _measured(name, metric.title.capitalize(), metric, lambda run, record: run.layer_mean(name, record.get("angles")))
+
+
+def in_layer(name: str, metric: type[Metric], layer: str) -> Quantity:
+    """An alignment metric in one layer."""
+    return _measured(name, layer, metric,
+                     lambda run, record: number(((record.get("angles") or {}).get(name) or {}).get(layer)))
+
+
+def _measured(name: str, title: str, metric: type[Metric], value: Value) -> Quantity:
+    axis = f"{metric.title} ({'degrees' if metric.unit == '°' else metric.unit})" if metric.unit else metric.title
+    return Quantity(name, title, axis, value, ANGLE if metric.unit == "°" else "", measured=True)
+
+
+def quantity(name: str, metrics: Mapping[str, type[Metric]]) -> Quantity:
+    """The quantity of this name: one of the scalars of every epoch, or one of `metrics`."""
+    return scalar(name) if name in _SCALARS else layer_mean(name, metrics[name])
+
+
+def measurements(run: Run) -> list[dict[str, Any]]:
+    """Every measurement of the alignment metrics: step, epoch (a fraction within one) and `angles`."""
+    return list(getattr(run, "measurements", ())) or [line for line in run.metrics if line.get("angles")]
+
+
+def curve(members: Sequence[Run], of: Quantity, x: str = "epoch") -> list[tuple[float, float, float]]:
+    """Position, mean over seeds and standard deviation, wherever some run has a value.
+
+    The curve covers the finished runs of a group, or all its runs if none has finished.
+    """
+    at: dict[float, tuple[list[float], list[float]]] = {}
+    for run in list(finished_by_seed(members).values()) or members:
+        for record in measurements(run) if of.measured and x != "seconds" else run.metrics:
+            value = of.value(run, record)
+            if not math.isnan(value) and not math.isnan(position := number(record.get(x))):
+                positions, values = at.setdefault(record["step"] if x == "step" else record["epoch"], ([], []))
+                positions.append(position)
+                values.append(value)
+    return [(mean(positions), mean(values), std(values)) for _, (positions, values) in sorted(at.items())]
+
+
+class Point(NamedTuple):
+    """A group of runs at one value of a setting: the mean over its finished runs, the sample standard deviation (NaN for one),
+    the validation accuracy by which settings are chosen, and the numbers of finished and of diverged runs."""
+
+    x: Any
+    mean: float
+    std: float
+    validation: float
+    n: int
+    diverged: int
+
+
+def point(x: Any, members: Sequence[Run], of: Quantity) -> Point:
+    """The final values of a group."""
+    finished = finished_by_seed(members).values()
+    values = known(of.final(run) for run in finished)
+    return Point(x, mean(values), std(values), validation_accuracy(members), len(values),
+                 sum(run.result["status"] == "diverged" for run in members))
+
+
+def best(groups: Mapping[str, Sequence[Run]]) -> str | None:
+    """The group with the best validation accuracy; the only one if there is one; None if no validation accuracy is known."""
+    scores = {group: score for group, members in groups.items() if not math.isnan(score := validation_accuracy(members))}
+    return max(scores, key=lambda group: scores[group]) if scores else next(iter(groups), None) if len(groups) == 1 else None
