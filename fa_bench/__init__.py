@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         register_schedule,
     )
     from fa_bench.report.frames import load_results
+    from fa_bench.report.plots import plot_curves, plot_layers, plot_setting
     from fa_bench.schedules.base import Schedule
 
 __version__ = "0.1.0"
@@ -49,6 +50,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "attach": "mechanisms.surgery", "attached_rule": "mechanisms.surgery", "run": "api", "tune": "api",
     "load_results": "report.frames",
+    **dict.fromkeys(("plot_curves", "plot_layers", "plot_setting"), "report.plots"),
     "option": "registry.options",
     "Rule": "mechanisms.rule", "EdgeRule": "mechanisms.edge.rule", "CutRule": "mechanisms.cut.rule",
     "Architecture": "models.base",
@@ -64,6 +66,7 @@ __all__ = [
     "Architecture", "ArrayDataset", "Callback", "CutRule", "Dataset", "EdgeRule", "FeedbackPathway", "FixedFeedback",
     "LearnedFeedback", "Logger", "Metric", "Objective",
     "OptimizerOptions", "Probe", "Rule", "Schedule", "__version__", "attach", "attached_rule", "load_results", "option",
+    "plot_curves", "plot_layers", "plot_setting",
     "register_architecture", "register_callback", "register_dataset", "register_logger", "register_metric", "register_objective",
     "register_optimizer", "register_probe", "register_rule", "register_schedule", "run", "tune",
 ]

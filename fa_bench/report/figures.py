@@ -103,15 +103,22 @@ def task_figures(
     title: str, groups: Groups, metrics: Mapping[str, type[Metric]], only: Quantity | None, x: str
 ) -> Iterator[tuple[str, str, Figure]]:
     """The figures of one task: its curves, and each alignment metric by layer."""
+    if only is None or is_large(groups):  # otherwise the overview has the only curves
+        for part in curve_parts(title, groups, only, x):
+            of = part.panels[0].quantity
+            is_first = of.name == CURVES[0] or of == only
+            yield ("curves" if is_first else f"curves_{of.name}", of.title if part.same_axes else "Curves", curves_figure([part]))
+    for name, metric in metrics.items():
+        if (only.name == name if only else metric.plot) and (parts := layers_parts(title, groups, name, x)):
+            yield name, f"{metric.title.capitalize()} by layer", curves_figure(parts, BEST if is_large(groups) else "")
+
+
+def curve_parts(title: str, groups: Groups, only: Quantity | None, x: str) -> list[Part]:
+    """The curves of a task: of a small one all accuracies and losses side by side, of a large one a part for each."""
     curves = [only] if only else [each for name in CURVES if has_data(groups, each := scalar(name)) or name == CURVES[0]]
     if is_large(groups):
-        for number, each in enumerate(curves):
-            yield f"curves_{each.name}" if number else "curves", each.title, curves_figure([rules_part(title, groups, each, x)])
-    elif only is None:  # otherwise the overview has the only curves
-        yield "curves", "Curves", curves_figure([lines_part(title, groups, curves, x, 3)])
-    for name, metric in metrics.items():
-        if (only.name == name if only else metric.plot) and (figure := layers_figure(title, groups, name, x)) is not None:
-            yield name, f"{metric.title.capitalize()} by layer", figure
+        return [rules_part(title, groups, each, x) for each in curves]
+    return [lines_part(title, groups, curves, x, min(3, len(curves)))]
 
 
 def overview_quantities(metrics: Mapping[str, type[Metric]]) -> list[Quantity]:
@@ -127,11 +134,11 @@ def overview(by_task: Mapping[str, Groups], quantities: Sequence[Quantity], x: s
                          BEST if any(map(is_large, by_task.values())) else "")
 
 
-def layers_figure(title: str, groups: Groups, name: str, x: str) -> Figure | None:
-    """An alignment metric, a panel for each layer; of large sweeps, each rule's best setting. None if there are no values."""
+def layers_parts(title: str, groups: Groups, name: str, x: str) -> list[Part]:
+    """An alignment metric, a panel for each layer; of large sweeps, each rule's best setting. Empty if there are no values."""
     layers = layer_quantities(groups, name)
-    return curves_figure([lines_part(title, _chosen(groups), layers, x, min(COLUMNS, len(layers)), group_labels(groups))],
-                         BEST if is_large(groups) else "") if layers else None
+    columns = min(COLUMNS, len(layers))
+    return [lines_part(title, _chosen(groups), layers, x, columns, group_labels(groups))] if layers else []
 
 
 def layer_quantities(groups: Groups, name: str) -> list[Quantity]:

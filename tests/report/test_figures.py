@@ -116,7 +116,7 @@ def test_each_layer_has_a_panel_in_the_order_of_execution(tmp_path):
     layers = figures.layer_quantities(groups, "weight_angle")
     assert [layer.title for layer in layers] == ["fc2", "fc3"] and {layer.kind for layer in layers} == {"angle"}
     assert [[point[:2] for point in curve(runs, layers[0])] for runs in groups.values()] == [[], [(1, 70)]]
-    assert figures.layers_figure("a", groups, "norm_ratio", "epoch") is None
+    assert figures.layers_parts("a", groups, "norm_ratio", "epoch") == []
 
 
 def test_few_settings_share_a_panel_many_have_one_for_each_rule(tmp_path):
