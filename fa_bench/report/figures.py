@@ -16,6 +16,7 @@ from fa_bench.report.files import register
 from fa_bench.report.groups import CONTROL, FLOOR, Groups, by_rule, group_labels, group_runs, natural_key, swept_keys, tasks
 from fa_bench.report.numbers import known
 from fa_bench.report.plot import (
+    FILLS,
     STYLES,
     Line,
     Panel,
@@ -197,7 +198,8 @@ def lines_part(
         for index, group in enumerate(members):
             style = rule_style(members[group][0].result["algorithm"])
             if are_several:
-                style |= {"linestyle": STYLES[shared.index(settings[group]) if len(shared) <= len(STYLES) else index]}
+                number = shared.index(settings[group]) if len(shared) <= len(STYLES) else index
+                style |= {"linestyle": STYLES[number], "fillstyle": FILLS[number]}
             lines.append(Line(labels[group], groups[group], style))
     return Part(title, [Panel(each.title, each, lines, x) for each in quantities], columns,
                 [(legend_entry(line.label, line.members), line.style) for line in lines])

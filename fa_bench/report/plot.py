@@ -41,6 +41,7 @@ COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9",
            "#C20078", "#332288", "#999933", "#8400CD", "#004D40", "#661100")
 GREY = "#A8A8A8"
 STYLES = ("-", "--", ":", "-.")
+FILLS = ("full", "none", "left", "right")  # of markers, with the line style of the same index
 _MARKERS = "osD^vPXp<>*"
 #: The rules that have one of `COLOURS[1:]` with a solid line, and those that have it with dashes; relatives share a colour.
 _SOLID = ("fa", "dfa", "kp", "wm", "usf", "pfa", "dkp", "asap", "drtp", "brsf", "frsf")
@@ -178,9 +179,10 @@ def save(figure: Figure, path: Path, formats: Iterable[str] = FORMATS[:1]) -> li
 
 def fix_layout(figure: Figure) -> None:
     """Determine the layout once, for all formats."""
-    with _quiet():
-        figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+    if (engine := figure.get_layout_engine()) is not None:
+        with _quiet():
+            engine.execute(figure)
+        figure.set_layout_engine("none")
 
 
 @contextmanager

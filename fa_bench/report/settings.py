@@ -213,7 +213,7 @@ def _draw(axes: Axes, line: Series, places: Mapping[str, float], style: Mapping[
     best_point = line.best
     for x, each in placed:
         if each.diverged:
-            cross(axes, x, style["color"], shift)
+            cross(axes, x, style["color"], 2.5 * shift)
         if each is best_point and len(placed) > 1 and limits.low <= each.mean <= limits.high:
             axes.plot([x], [each.mean], transform=moved, marker="o", markersize=11, markerfacecolor="none",
                       markeredgecolor=style["color"], markeredgewidth=1.4, linestyle="", zorder=3)
