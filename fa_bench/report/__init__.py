@@ -245,7 +245,9 @@ def _read(directories: list[Path]) -> _Records:
     for path, directory in {resolved(directory): directory for directory in directories}.items():
         try:
             if (run := read_run(directory)) is not None:
-                runs.append(with_current_status(run))
+                run = with_current_status(run)
+                _ = run.measurements  # read now, so that a damaged file excludes the run
+                runs.append(run)
             elif any((path / name).is_file() for name in (RESULT, METRICS, CONFIG)):
                 without_result.append(directory)
             else:

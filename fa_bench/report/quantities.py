@@ -126,8 +126,8 @@ def quantity(name: str, metrics: Mapping[str, type[Metric]]) -> Quantity:
 
 
 def measurements(run: Run) -> list[dict[str, Any]]:
-    """Every measurement of the alignment metrics: step, epoch (a fraction within one) and `angles`."""
-    return list(getattr(run, "measurements", ())) or [line for line in run.metrics if line.get("angles")]
+    """Every measurement of the alignment metrics; of runs of older versions, the last one of each epoch."""
+    return run.measurements or [line for line in run.metrics if line.get("angles")]
 
 
 def curve(members: Sequence[Run], of: Quantity, x: str = "epoch") -> list[tuple[float, float, float]]:

@@ -36,7 +36,8 @@ class Killed(KeyboardInterrupt):
 def no_figures_of_final_runs() -> Iterator[None]:
     """The report on the final runs is tested elsewhere, and its figures take seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "write_figures", lambda runs, folder, name: [register(folder / f"{name}.png")])
+        patch.setattr(figures, "write_figures", lambda runs, folder, name, *_, **__: [
+            figures.Picture("", [register(folder / f"{name}.png")], "<svg></svg>")])
         yield
 
 

@@ -1,0 +1,126 @@
+"""report.html: complete, self-contained, and harmless whatever the records say."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+
+from fa_bench.report import html
+from fa_bench.report.cli import main
+
+from .by_hand import ANGLES, epoch_record, write_group, write_run
+
+EVIL = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&"
+VOID = {"meta", "input", "br", "hr", "img", "link"}
+
+
+class Page(HTMLParser):
+    """The elements of a page: (name, attributes), and texts by the name of the element that they are in."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.texts, self.open, self.errors = [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.errors.append(tag)
+
+    def handle_data(self, data):
+        if data.strip() and self.open:
+            self.texts.append((self.open[-1], data.strip()))
+
+    def of(self, *names):
+        return [text for name, text in self.texts if name in names]
+
+
+def page_of(root, *flags):
+    main([str(root / "runs"), "--out", str(root / "out"), *flags])
+    text = (root / "out" / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert not page.errors and not page.open  # every element is closed
+    return page, text
+
+
+def test_the_page_has_the_tables_figures_configs_and_statuses(tmp_path):
+    for lr in (0.1, 0.2):
+        for seed in (0, 1):
+            run = write_run(tmp_path / "runs", "kp", seed, 0.9 + lr / 10 + seed / 100, group=f"kp-{lr}", label=f"kp lr={lr}",
+                            metrics=[epoch_record(1, 0.5, ANGLES)])
+            (run / "config.yaml").write_text(json.dumps({
+                "seed": seed, "algorithm": {"name": "kp"}, "optimizer": {"name": "sgd", "lr": lr, "momentum": 0.9}}))
+    write_run(tmp_path / "runs", "fa", 0, None, status="diverged", error={"epoch": 3, "layer": "fc1"}, metrics=[])
+    page, _ = page_of(tmp_path)
+    assert page.of("h1", "h2") == ["Report", "Runs that have not finished (1)", "Summary", "Figures", "Configs and runs"]
+    assert "3 rows, 5 runs: 4 finished, 1 diverged." in page.of("p")
+    assert page.of("figcaption") == ["Overview", "Test accuracy against optimizer.lr", "Curves", "Weight angle by layer",
+                                     "Delta angle by layer", "Norm ratio by layer"]
+    assert sum(name == "svg" for name, _ in page.elements) == 6
+    assert page.of("summary") == ["Explanation", "fa", "kp lr=0.1", "kp lr=0.2"]
+    assert "diverged in epoch 3, first in fc1" in page.of("td") and "92.00" in page.of("td")
+    options = list(zip(page.of("dt"), page.of("dd"), strict=True))
+    assert options.count(("optimizer.momentum", "0.9")) == 2 and ("optimizer.lr", "0.2") in options
+
+
+def test_options_that_all_runs_share_are_listed_once(tmp_path):
+    for lr in (0.1, 0.2):
+        run = write_run(tmp_path / "runs", "kp", 0, 0.9, group=f"kp-{lr}", metrics=[])
+        config = {"seed": 0, "algorithm": {"name": "kp"}, "optimizer": {"lr": lr, "momentum": 0.9}}
+        (run / "config.yaml").write_text(json.dumps(config))
+    page, _ = page_of(tmp_path)
+    assert list(zip(page.of("dt"), page.of("dd"), strict=True)) == [
+        ("algorithm", "kp"), ("optimizer.momentum", "0.9"), ("optimizer.lr", "0.1"), ("optimizer.lr", "0.2")]
+    assert "Options that all runs share (2)" in page.of("summary")
+
+
+def test_texts_of_records_do_nothing(tmp_path):
+    write_run(tmp_path / "runs", "fa", 0, 0.9, label=f"fa {EVIL}", dataset=EVIL)
+    write_run(tmp_path / "runs", "kp", 0, None, status="failed", error={"type": EVIL, "message": EVIL}, metrics=[])
+    page, text = page_of(tmp_path)
+    assert [name for name, _ in page.elements].count("script") == 1 and not any(name == "img" for name, _ in page.elements)
+    assert not any(key.startswith("on") for _, attributes in page.elements for key in attributes)
+    assert any(f"fa {EVIL}" in cell for cell in page.of("td"))
+    (policy,) = [attributes["content"] for _, attributes in page.elements if "http-equiv" in attributes]
+    script = re.search(r"<script>(.*?)</script>", text, flags=re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+
+
+def test_the_page_refers_to_nothing_outside_itself_and_ids_are_unique(tmp_path):
+    write_group(tmp_path / "runs", "bp", [0.9, 0.8], metrics=[epoch_record(1, 0.5, ANGLES), epoch_record(2, 0.6, ANGLES)])
+    page, _ = page_of(tmp_path)
+    links = [value for _, attributes in page.elements for key, value in attributes.items()
+             if key in ("src", "href", "xlink:href", "srcset", "data")]
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert links and all(link.startswith("#") and link[1:] in ids for link in links)
+    assert len(ids) == len(set(ids))
+    assert not any(name in ("link", "iframe", "object") for name, _ in page.elements)
+
+
+def test_seconds_are_omitted_on_request(tmp_path):
+    write_group(tmp_path / "runs", "bp", [0.9])
+    assert any("seconds" in title for title in page_of(tmp_path)[0].of("button"))
+    assert not any("seconds" in title for title in page_of(tmp_path, "--no-timings")[0].of("button"))
+
+
+def test_a_filter_is_followed_by_what_it_filters_and_every_column_can_be_sorted(tmp_path):
+    write_group(tmp_path / "runs", "bp", [0.9])
+    page, text = page_of(tmp_path)
+    assert len(re.findall(r'<output></output></p>\n<div class="(?:scroll|groups)">', text)) == text.count('class="filter"') == 2
+    names = [name for name, _ in page.elements]
+    assert names.count("th") == names.count("button") > 5
+    # What the script looks for is there.
+    script = html._SCRIPT.read_text()
+    assert all(f'"{name}"' in script for name in ("table", ".filter", "input", "output", ".groups", "tbody", "button"))
