@@ -28,6 +28,7 @@ class Task:
         command: the command line, for the record of a sweep.
         epochs: of every job of the sweep; empty for a single run.
         keys: by rule, the keys in which its jobs differ.
+        swept: the keys in which all jobs differ, and whether they are numbers.
         threads: CPU threads of the process that started the sweep; results depend on it by rounding.
         parent_pid: that process.
         failure_marker: a file that exists once a job has failed.
@@ -37,6 +38,7 @@ class Task:
     command: Sequence[str]
     epochs: Sequence[int] = ()
     keys: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    swept: Mapping[str, bool] = dataclasses.field(default_factory=dict)
     threads: int = 0
     parent_pid: int = 0
     failure_marker: Path | None = None
@@ -69,7 +71,8 @@ class Task:
             return 1
         try:
             with resilient_output(), console_log(), interrupt_on_signals():
-                run(job, directory, title=title, experiment=experiment, later_epochs=sum(self.epochs[number + 1:]))
+                run(job, directory, title=title, experiment=experiment, later_epochs=sum(self.epochs[number + 1:]),
+                    swept=self.swept)
             return 0
         except KeyboardInterrupt:
             raise

@@ -25,10 +25,11 @@ from fa_bench.command.fit import check_fit
 from fa_bench.command.hydra_sections import errors_named
 from fa_bench.command.jobs import Task, job_name, report_interrupt
 from fa_bench.config.job import Job
-from fa_bench.config.labels import differing_keys, flatten, sweep_summary
+from fa_bench.config.labels import differing_keys, flatten, sweep_summary, swept_keys
 from fa_bench.config.scale import scaled
 from fa_bench.errors import printable
 from fa_bench.report.files import check_folder
+from fa_bench.report.mean_curves import check_mean_curves, write_mean_curves
 from fa_bench.runs.locks import lock_holder
 from fa_bench.runs.logs import preserve_root_logger
 from fa_bench.runs.readers import SUCCESSES, RecordError
@@ -64,6 +65,7 @@ def sweep(context: HydraContext, task: Any, config: DictConfig, arguments: list[
     folders = _folders(jobs)
     for folder in folders:
         check_folder(folder)
+        check_mean_curves(folder)
     assert composer.config is not None
     folder_of(config, "hydra.sweep.dir")  # a launcher may write its own files there before the first job
     # ${now:...} is the same time in all jobs.
@@ -73,12 +75,13 @@ def sweep(context: HydraContext, task: Any, config: DictConfig, arguments: list[
     for job, _ in jobs:
         configs.setdefault(job.algorithm.name, []).append(flatten(job.plain()))
     keys = {rule: differing_keys(of_rule) for rule, of_rule in configs.items()}
+    swept = swept_keys(config for of_rule in configs.values() for config in of_rule)
     epochs = [scaled(job).run.epochs for job, _ in jobs]
     with tempfile.TemporaryDirectory() as scratch:
         assert isinstance(task, Task)
         task.directories.extend(run_dir for _, run_dir in jobs)
-        task = dataclasses.replace(task, epochs=epochs, keys=keys, threads=torch.get_num_threads(), parent_pid=os.getpid(),
-                                   failure_marker=Path(scratch, "failed"))
+        task = dataclasses.replace(task, epochs=epochs, keys=keys, swept=swept, threads=torch.get_num_threads(),
+                                   parent_pid=os.getpid(), failure_marker=Path(scratch, "failed"))
         with errors_named(config, "launcher"):
             launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=config)
         print(f"Running {sweep_summary([job for job, _ in jobs], *folders)}{_earlier_runs(jobs)}", flush=True)
@@ -129,6 +132,8 @@ def _write_report(run_dirs: list[Path], folder: Path) -> int:
     planned = find_planned_runs([folder], unusable)
     report = write_report([*run_dirs, *find_runs([folder])], folder, planned, unusable=unusable, shown=run_dirs)
     print(f"\n{report.text}\n\nreport: {printable(report.markdown)}\ncurves: {printable(report.figure)}")
+    for line in write_mean_curves([*run_dirs, *find_runs([folder])], folder):
+        print(printable(line))
     failed = {run_dir: status for run_dir in run_dirs if (status := _status(run_dir)) not in SUCCESSES}
     for run_dir, status in failed.items():
         print(printable(f"fa-bench: {status}: {run_dir}"), file=sys.stderr)

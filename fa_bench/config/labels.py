@@ -57,6 +57,13 @@ def differing_keys(configs: Iterable[Flat]) -> list[str]:
     return [key for key in dict.fromkeys(key for config in configs for key in config) if _differs(key, configs)]
 
 
+def swept_keys(configs: Iterable[Flat]) -> dict[str, bool]:
+    """The keys in which configs differ, and whether all configs that have the key have a number there."""
+    configs = list(configs)
+    return {key: all(isinstance(config[key], (int, float)) and not isinstance(config[key], bool)
+                     for config in configs if key in config) for key in differing_keys(configs)}
+
+
 def _differs(key: str, configs: Iterable[Flat]) -> bool:
     values: dict[str, set[str]] = {}
     for config in configs:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 class Logger(Options):
     """Base of the loggers, registered in `fa_bench.registry.registries.LOGGERS`; all methods are optional."""
 
+    #: The keys in which the runs of the sweep differ, and whether they are numbers; set before `open`, empty for a single run.
+    swept: Mapping[str, bool] = dataclasses.field(init=False, default_factory=dict)
+
     def require(self) -> None:
         """Called before training; raise ConfigError, with what to install, if the logger cannot work."""
 

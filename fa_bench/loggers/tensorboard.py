@@ -24,7 +24,7 @@ class TensorBoard(Logger):
     def open(self, directory: Path, job: Job, step: int) -> None:
         from fa_bench.loggers.events.writer import EventFile
 
-        self.events = EventFile(directory, job, step)
+        self.events = EventFile(directory, job, step, self.swept)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         self.events.scalars(values, step)

@@ -80,6 +80,8 @@ def _main(argv: list[str]) -> int:
     figures.add_argument("--x", metavar="X", default="",
                          help=f"plot curves against {', '.join(list(POSITIONS)[:-1])} or {list(POSITIONS)[-1]}, or final values "
                               "against this swept key only, such as optimizer.lr")
+    parser.add_argument("--tensorboard", action="store_true",
+                        help="also write mean curves over the seeds for TensorBoard: the folder tensorboard beside the report")
     live = parser.add_argument_group("a running sweep")
     live.add_argument("--live", action="store_true", help="show the state, epoch, last numbers and remaining time of every run, "
                                                           "repeatedly until all have ended or Ctrl-C; once if not on a terminal")
@@ -116,6 +118,11 @@ def _main(argv: list[str]) -> int:
         best=() if arguments.best is None else parse_keys(arguments.best), reference=arguments.reference or BEST,
         aggregate=arguments.aggregate, selection=selection)
     print(f"{report.text}\n\nreport: {printable(report.markdown)}\ncurves: {printable(report.figure)}")
+    if arguments.tensorboard:
+        from fa_bench.report.mean_curves import write_mean_curves
+
+        for line in write_mean_curves(directories, out_dir):
+            print(printable(line))
     return 0 if report.complete else 1
 
 
@@ -154,7 +161,7 @@ def _check(arguments: argparse.Namespace) -> None:
                "--x": arguments.x}
     for flag, given in (("--out", arguments.out is not None), ("--no-timings", arguments.no_timings),
                         ("--best", arguments.best is not None), ("--reference", arguments.reference is not None),
-                        ("--aggregate", arguments.aggregate), *selects.items()):
+                        ("--aggregate", arguments.aggregate), ("--tensorboard", arguments.tensorboard), *selects.items()):
         if given and arguments.live:
             raise DataError(f"{flag} cannot be combined with --live, which writes nothing")
     if not arguments.format:

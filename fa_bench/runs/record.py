@@ -38,12 +38,15 @@ class Recorder(Callback):
         progress: of the run; records of later epochs are dropped.
         probes: further measurements of the layers.
         steps: the steps of an epoch.
+        swept: the keys in which the runs of the sweep differ, for the loggers.
 
     Raises:
         RecordError: as `recorded_lines` and `recorded_measurements`.
     """
 
-    def __init__(self, directory: Path, job: Job, progress: Progress, probes: Probes, steps: int) -> None:
+    def __init__(
+        self, directory: Path, job: Job, progress: Progress, probes: Probes, steps: int, swept: Mapping[str, bool]
+    ) -> None:
         self.directory, self.probes, self.steps = directory, probes, steps
         self.lines = recorded_lines(directory / METRICS, progress.epoch)
         self.measurements = recorded_measurements(directory / ANGLES, progress.measurements, progress.probed)
@@ -52,6 +55,7 @@ class Recorder(Callback):
         self._write_measurements()
         self.loggers = make_loggers(job)
         for logger in self.loggers:
+            logger.swept = swept
             logger.open(directory, job, progress.step)
 
     def measured(self, step: int, angles: Quantities) -> None:
@@ -77,7 +81,7 @@ class Recorder(Callback):
         self.lines.append(dump_json(metrics))
         self._write_metrics()
         self._write_measurements()
-        values = {_tag(key): metrics[key] for key in SCALARS if metrics[key] is not None}
+        values = {tag_of(key): metrics[key] for key in SCALARS if metrics[key] is not None}
         for logger in self.loggers:
             logger.scalars(values, progress.step)
 
@@ -134,7 +138,7 @@ def make_loggers(job: Job) -> list[Logger]:
     return loggers
 
 
-def _tag(key: str) -> str:
+def tag_of(key: str) -> str:
     """The tag of a metric: loss/train for train_loss."""
     split, _, metric = key.rpartition("_")
     return f"{metric}/{split}" if split else key

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ from fa_bench.utils.stopping import Interrupted, StopRequest, deferred_signals
 
 def run(
     job: Job, directory: Path, title: str = "", experiment: str | None = None, later_epochs: int = 0,
-    callbacks: Iterable[Callback] = (),
+    callbacks: Iterable[Callback] = (), swept: Mapping[str, bool] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Train one job in its directory.
 
@@ -57,6 +58,7 @@ def run(
             change the training, and their state is not saved. A run that they stop can be resumed without them, with the result
             of an uninterrupted run; one that a callback of its config stopped is not trained again. If both request a stop, that
             of the config decides.
+        swept: the keys in which the runs of the sweep differ, for the loggers; see `fa_bench.config.labels.swept_keys`.
 
     Returns:
         The result, as in result.json; its status is finished, diverged or stopped.
@@ -81,7 +83,7 @@ def run(
                 log.info("%s %s; nothing to do%s", title, state, f"; {remark}" if remark else "")
                 return result
             resume = _restart(run_dir, title, remark)
-        return _run(run_dir, resume, title, experiment, later_epochs, list(callbacks))
+        return _run(run_dir, resume, title, experiment, later_epochs, list(callbacks), swept)
 
 
 def _restart(run_dir: RunDirectory, title: str, reason: str) -> bool:
@@ -109,7 +111,8 @@ def _is_readable(run_dir: RunDirectory) -> bool:
 
 
 def _run(
-    run_dir: RunDirectory, resume: bool, title: str, experiment: str | None, later_epochs: int, external: list[Callback]
+    run_dir: RunDirectory, resume: bool, title: str, experiment: str | None, later_epochs: int, external: list[Callback],
+    swept: Mapping[str, bool],
 ) -> dict[str, Any]:
     make_loggers(run_dir.job)  # refuses a logger whose package is missing, before anything is read or trained
     device = prepare(run_dir.job)
@@ -132,7 +135,7 @@ def _run(
         stack.enter_context(log_file(run_dir.path / LOG))
         _log_start(job, parts, progress, warnings, resuming, resume and bool(run_dir.job.run.resume))
         steps = parts.splits.train.steps(job.run.batch_size, job.run.drop_last)
-        recorder = Recorder(run_dir.path, job, progress, parts.probes, steps)
+        recorder = Recorder(run_dir.path, job, progress, parts.probes, steps, swept)
         stack.callback(recorder.close)
         stop = stack.enter_context(deferred_signals())
 

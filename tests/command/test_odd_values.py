@@ -29,7 +29,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return said.strip()
 
 
-@pytest.mark.parametrize("key", ["threads", "seed", "probe_every"])
+@pytest.mark.parametrize("key", ["threads", "seed", "probe_size"])
 @pytest.mark.parametrize("value", [-1, 10**30, 1.5, "1", [1], [[1]], {"a": 1}, None, True, float("nan")])
 def test_a_number_that_is_none_names_its_option(key: str, value: object) -> None:
     with pytest.raises(OptionError, match=f"^{key}="):

@@ -28,7 +28,8 @@ from fa_bench.command.compose import Composer
 from fa_bench.config.job import Job, register_schemas
 from fa_bench.loggers.events import writer as events
 from fa_bench.loggers.events.files import NEW_EVENTS, record_events, recorded_events
-from fa_bench.loggers.events.writer import HYPERPARAMETERS, EventFile
+from fa_bench.loggers.events.hparams import HYPERPARAMETERS
+from fa_bench.loggers.events.writer import EventFile
 from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.runs import checkpoint, loop
 from fa_bench.utils.files import METRICS
@@ -312,12 +313,36 @@ def test_all_rules_share_one_table(job: Job, tmp_path: Path) -> None:
         (experiment,) = contents(recorded.path.parent, metadata.EXPERIMENT_TAG)
         recorded.close()
         values = metadata.parse_session_start_info_plugin_data(start).hparams
-        assert values["algorithm"].string_value == each.algorithm.name and values["lr"].number_value == each.optimizer.lr
+        assert values["algorithm"].string_value == each.algorithm.name
+        assert values["optimizer.lr"].number_value == each.optimizer.lr
         types.add(tuple(sorted((key, value.WhichOneof("kind")) for key, value in values.items())))
         experiments.add(experiment)
     assert len(types) == len(experiments) == 1
     table = metadata.parse_experiment_plugin_data(experiments.pop())
     assert {info.name for info in table.hparam_infos} == {key for key, _ in types.pop()} == set(HYPERPARAMETERS)
+
+
+def test_every_key_that_differs_in_a_sweep_is_in_the_table_of_its_runs(tmp_path: Path) -> None:
+    """Read by the plugin's own backend, which takes the columns from any one of the runs."""
+    assert main(["-m", *MLP, "epochs=1", "algorithm=fa,pfa", "optimizer.lr=0.1,0.2", "architecture.batch_norm=true,false",
+                 "output_dir=o"]) == 0
+    columns: set[str] = set()
+    names: list[str] = []
+    for directory in Path("o").glob("*/*/seed*"):
+        (experiment,) = contents(directory, metadata.EXPERIMENT_TAG)
+        (start,) = contents(directory, metadata.SESSION_START_INFO_TAG)
+        session = metadata.parse_session_start_info_plugin_data(start)
+        infos = metadata.parse_experiment_plugin_data(experiment).hparam_infos
+        shown = {info.name for info in infos if info.differs}
+        assert shown == {"algorithm", "architecture", "architecture.batch_norm", "dataset", "optimizer.lr", "seed"}
+        assert {info.name for info in infos} == {*HYPERPARAMETERS, "architecture.batch_norm"} == set(session.hparams)
+        columns.add(repr(sorted((info.name, info.type) for info in infos)))
+        names.append(session.group_name)
+        assert directory.parent.name in session.group_name
+        rule, rate, normalised = (session.hparams[key] for key in ("algorithm", "optimizer.lr", "architecture.batch_norm"))
+        assert session.group_name.startswith(f"{rule.string_value} ") and f"lr={rate.number_value} " in session.group_name
+        assert f"batch_norm={normalised.string_value} " in session.group_name and " seed 0 (" in session.group_name
+    assert len(columns) == 1 and len(set(names)) == 8
 
 
 @pytest.mark.parametrize(("status", "shown"), [

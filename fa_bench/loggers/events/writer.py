@@ -16,8 +16,9 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,38 +26,23 @@ from google.protobuf.message import DecodeError
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from torch.utils.tensorboard.summary import custom_scalars, histogram
 
 from fa_bench.config.job import Job
+from fa_bench.config.labels import flatten, label
 from fa_bench.loggers.events.files import NEW_EVENTS, record_events, recorded_events
+from fa_bench.loggers.events.hparams import STATUS, end_of_session, start_of_session
 from fa_bench.metrics.alignment.base import declared
 from fa_bench.utils.files import output_errors
 
-#: Hyperparameters of the HPARAMS tab: the same for all rules, so that their runs share a table.
-HYPERPARAMETERS: dict[str, Callable[[Job], str | float]] = {
-    "algorithm": lambda job: job.algorithm.name,
-    "architecture": lambda job: job.architecture.name,
-    "dataset": lambda job: job.dataset.name,
-    "optimizer": lambda job: job.optimizer.name,
-    "lr": lambda job: job.optimizer.lr,
-    "weight_decay": lambda job: job.optimizer.weight_decay,
-    "batch_size": lambda job: job.run.batch_size,
-    "epochs": lambda job: job.run.epochs,
-    "seed": lambda job: job.run.seed,
-}
-#: The hyperparameters whose columns the table shows by default.
-_DEFAULT_COLUMNS = ("algorithm", "architecture", "dataset", "lr", "seed")
+#: The content of a file's first event.
+FILE_VERSION = "brain.Event:2"
 #: Final values of a finished run, which have no curve of their own.
 FINAL = ("test_accuracy", "test_accuracy_at_best_val", "seconds")
 #: The table's other columns: the latest values of curves, and the final values.
 _METRICS = ("accuracy/val", "accuracy/test", "loss/train", *(f"final/{key}" for key in FINAL))
-#: TensorBoard's status of a run. An interrupted run has none, because it may be resumed and a running TensorBoard keeps the
-#: first status.
-_STATUS = {"finished": api_pb2.STATUS_SUCCESS, "stopped": api_pb2.STATUS_SUCCESS, "diverged": api_pb2.STATUS_FAILURE,
-           "failed": api_pb2.STATUS_FAILURE}
 #: Seconds after which a running TensorBoard, which reloads every five by default, has finished with an emptied file.
 _PATIENCE = 60
 #: The groups of curves that are not per layer.
@@ -71,14 +57,15 @@ class EventFile:
         directory: the run's directory, which exists.
         job: the run.
         step: the step that the run resumes from; events of later steps are dropped. With 0, all events are dropped.
+        swept: the keys in which the runs of the sweep differ, see `fa_bench.config.labels.swept_keys`.
     """
 
-    def __init__(self, directory: Path, job: Job, step: int) -> None:
+    def __init__(self, directory: Path, job: Job, step: int, swept: Mapping[str, bool] = MappingProxyType({})) -> None:
         old = [path for name in recorded_events(directory) if (path := directory / name).exists()]
         points = _read_points(old, step) if step else {}
         #: The last step of every tag; the points are in the order of their steps.
         self._last = {tag: at for at, tag in points}
-        self._groups = _groups(tag for (_, tag), (_, value) in points.items() if value.HasField("simple_value"))
+        self._groups = chart_groups(tag for (_, tag), (_, value) in points.items() if value.HasField("simple_value"))
         start = min((wall for wall, _ in points.values()), default=time.time())
         self.path = directory / _name(old)
         temporary = directory / NEW_EVENTS
@@ -88,7 +75,7 @@ class EventFile:
             try:
                 with temporary.open("wb") as file:
                     writer = RecordWriter(file)
-                    for event in itertools.chain(_head(job, start, self._groups), _events(points)):
+                    for event in itertools.chain(_head(job, swept, start, self._groups), _events(points)):
                         writer.write(event.SerializeToString())
                     file.flush()
                     os.fsync(file.fileno())
@@ -108,10 +95,10 @@ class EventFile:
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Record numbers at a step, in the order given. Tags that already have this step, or a later one, are skipped."""
         new = self._new(values, step)
-        groups = dict.fromkeys([*self._groups, *_groups(new)])
+        groups = dict.fromkeys([*self._groups, *chart_groups(new)])
         if len(groups) > len(self._groups):
             self._groups = list(groups)
-            self._write(custom_scalars(_layout(groups)), step)
+            self._write(custom_scalars(chart_layout(groups)), step)
         self._write(Summary(value=[Summary.Value(tag=tag, simple_value=values[tag]) for tag in new]), step)
 
     def histograms(self, tensors: Mapping[str, Tensor], step: int) -> None:
@@ -150,9 +137,8 @@ class EventFile:
         """
         if status in ("finished", "stopped"):
             self.scalars({f"final/{key}": value for key in FINAL if (value := numbers[key]) is not None}, step)
-        if status in _STATUS:
-            end = plugin_data_pb2.SessionEndInfo(status=_STATUS[status], end_time_secs=time.time())
-            self._write(_hparams(metadata.SESSION_END_INFO_TAG, session_end_info=end), step)
+        if status in STATUS:
+            self._write(end_of_session(status, time.time()), step)
         self.flush()
         self.close()
 
@@ -201,29 +187,17 @@ def _is_point(value: Any) -> bool:
     return not value.tag.startswith("final/") and (value.HasField("simple_value") or value.HasField("histo"))
 
 
-def _head(job: Job, start: float, groups: list[str]) -> Iterator[Event]:
+def _head(job: Job, swept: Mapping[str, bool], start: float, groups: list[str]) -> Iterator[Event]:
     """The first events of a file; the session start at step 0 makes a running TensorBoard discard earlier files."""
-    session = plugin_data_pb2.SessionStartInfo(start_time_secs=start)
-    infos = []
-    for key, read in HYPERPARAMETERS.items():
-        if isinstance(value := read(job), str):
-            session.hparams[key].string_value, kind = value, api_pb2.DATA_TYPE_STRING
-        else:
-            session.hparams[key].number_value, kind = value, api_pb2.DATA_TYPE_FLOAT64
-        infos.append(api_pb2.HParamInfo(name=key, type=kind, differs=key in _DEFAULT_COLUMNS))
-    metrics = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in _METRICS]
-    experiment = api_pb2.Experiment(hparam_infos=infos, metric_infos=metrics)
-    yield Event(wall_time=start, file_version="brain.Event:2")
+    config = flatten(job.plain())
+    # With the group's name, as runs of other sweeps may have the same label.
+    name = f"{label(job.algorithm.name, config, [key for key in swept if key != 'algorithm'])} seed {job.run.seed} ({job.group})"
+    yield Event(wall_time=start, file_version=FILE_VERSION)
     yield Event(wall_time=start, session_log=SessionLog(status=SessionLog.START))
-    yield Event(wall_time=start, summary=_hparams(metadata.EXPERIMENT_TAG, experiment=experiment))
-    yield Event(wall_time=start, summary=_hparams(metadata.SESSION_START_INFO_TAG, session_start_info=session))
+    for summary in start_of_session(name, config, swept, _METRICS, start):
+        yield Event(wall_time=start, summary=summary)
     if groups:
-        yield Event(wall_time=start, summary=custom_scalars(_layout(groups)))
-
-
-def _hparams(tag: str, **content: Any) -> Summary:
-    plugin = metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(**content))
-    return Summary(value=[Summary.Value(tag=tag, metadata=plugin, tensor=metadata.NULL_TENSOR)])
+        yield Event(wall_time=start, summary=custom_scalars(chart_layout(groups)))
 
 
 def _events(points: Points) -> Iterator[Event]:
@@ -232,12 +206,12 @@ def _events(points: Points) -> Iterator[Event]:
         yield Event(wall_time=wall, step=step, summary=Summary(value=[value for _, (_, value) in group]))
 
 
-def _groups(tags: Iterable[str]) -> list[str]:
+def chart_groups(tags: Iterable[str]) -> list[str]:
     """The groups of curves that have a chart, such as "loss" for loss/train."""
     return list(dict.fromkeys(tag.partition("/")[0] for tag in tags if "/" in tag and not tag.startswith("final/")))
 
 
-def _layout(groups: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
+def chart_layout(groups: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
     """The custom layout: for each metric a chart with all layers, and for loss and accuracy a chart with all splits.
 
     Charts select tags by a pattern: TensorBoard merges the layouts of all runs, and with lists of layers there would be a
