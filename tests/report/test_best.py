@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
 
+import fa_bench
 from fa_bench.errors import DataError
 from fa_bench.report import figures, write_report
 from fa_bench.report.best import choose_best, parse_keys
@@ -253,3 +255,24 @@ def test_a_run_without_config_is_a_setting_of_its_own(tmp_path):
     study(tmp_path)
     write_run(tmp_path, "kp", 0, 0.9, val_accuracy=0.9)
     assert chosen(tmp_path) == {"bp": "optimizer.lr=0.1", "fa": "optimizer.lr=0.02", "kp": ""}
+
+
+def test_three_lines_of_pandas_on_the_page_find_the_best_rates(tmp_path, monkeypatch):
+    study(tmp_path / "outputs" / "digits-mlp")
+    write_set(tmp_path / "outputs" / "digits-mlp", "fa", 9, None, 0.99, 0.1, status="diverged")
+    page = (Path(__file__).resolve().parents[2] / "docs" / "reports.md").read_text()
+    (lines,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert lines.count("\n") == 3
+    monkeypatch.chdir(tmp_path)
+    variables = {"fa_bench": fa_bench}
+    exec(compile(lines, "reports.md", "exec"), variables)
+    assert dict(variables["best"]) == {"bp": 0.1, "fa": 0.02}
+    assert variables["table"].loc["bp", 0.1] == pytest.approx(0.92)
+
+
+def test_columns_of_numbers_are_numbers_also_if_nothing_is_recorded(tmp_path):
+    write_set(tmp_path, "fa", 0, None, None, config={"clip_norm": None, "a": True}, status="failed", seconds=None)
+    write_set(tmp_path, "fa", 1, None, None, config={"clip_norm": 2, "a": True}, status="failed", seconds=None)
+    frame = fa_bench.load_results(tmp_path)
+    assert {frame[name].dtype.kind for name in ("val_accuracy", "test_accuracy", "seconds", "clip_norm", "optimizer.lr")} == {"f"}
+    assert frame["seed"].dtype.kind == "i" and frame["a"].dtype.kind == "b"
