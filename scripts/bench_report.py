@@ -1,7 +1,7 @@
 """Times a report on many runs, part by part, with its peak memory; the runs' records are made by hand, nothing is trained.
 
 The records are those of a sweep: every rule at every learning rate with every seed, with curves and angles of every epoch and
-layer. Each part is timed in the process that also writes the report.
+layer. Each part is timed in the process that also writes the report, in CPU seconds: other processes hardly change them.
 
     python scripts/bench_report.py [--rules 10] [--settings 10] [--seeds 10] [--epochs 20] [--layers 5] [--folder DIR]
 """
@@ -78,9 +78,9 @@ def measure(folder: Path, out_dir: Path) -> None:
     from fa_bench.utils.drawing import default_style
 
     def timed(name: str, function: Callable[[], Any]) -> Any:
-        start = time.perf_counter()
+        start = time.process_time()
         value = function()
-        print(f"{name:32} {time.perf_counter() - start:7.2f} s", flush=True)
+        print(f"{name:32} {time.process_time() - start:7.2f} s", flush=True)
         return value
 
     directories = timed("find the runs", lambda: find_runs([folder]))

@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,10 @@ SUCCESSES = STATUSES[:2]
 MAX_DEPTH, MAX_BYTES, MAX_VALUE = 20, 2**30, 60
 #: The largest finite number of a record: no run measures larger ones, and the statistics and axes of a report would overflow.
 MAX_NUMBER = 1e100
+
+#: A config's line with its seed, and the seed with which configs that differ in it alone are parsed.
+_SEED_LINE, _TEMPLATE_SEED = re.compile(r"^seed: (0|[1-9]\d{0,17})$", re.MULTILINE), 10**17 + 3
+_COMMENTS = re.compile(r"\A(#.*\n)+")
 
 Check = Callable[[str, Any], None]
 
@@ -275,28 +280,57 @@ def read_config(path: Path) -> Config:
     Raises:
         RecordError: it cannot be read, is not a mapping, or has an invalid value.
     """
-    from omegaconf import OmegaConf
-
-    from fa_bench.config.labels import flatten
-    from fa_bench.utils.yaml_files import read_yaml
+    from fa_bench.utils.yaml_files import read_text
 
     if not path.exists():
         return Config({}, None)
     try:
-        config = OmegaConf.to_container(read_yaml(path), resolve=False)
-        with path.open(encoding="utf-8") as file:
-            second_line = [file.readline(500) for _ in range(2)][1]
+        text = read_text(path)
+        values = _config_but_seed(text) or _flat_config(text, str(path))
     except ConfigError as error:
         problem = re.sub(r"^:(\d+)", r"line \1", str(error).removeprefix(str(path))).lstrip(": ")
         raise RecordError(path, problem) from None
     except Exception as error:  # OmegaConf raises many types for odd content
         raise RecordError(path, f"not readable as a config ({type(error).__name__})") from None
-    if not isinstance(config, dict):
+    if values is None:
         raise RecordError(path, "not a run's config (allowed: a mapping)")
-    values = flatten(config)  # type: ignore[arg-type]
     _check(_CONFIG, values, path)
+    second_line = text.partition("\n")[2].partition("\n")[0]
     has_code_hash = second_line.startswith(CODE_HEADER)
     return Config(values, second_line.removeprefix(CODE_HEADER).strip() or None if has_code_hash else None)
+
+
+def _flat_config(text: str, source: str) -> dict[str, Any] | None:
+    """The config in a text, flattened; None if it is not a mapping."""
+    from omegaconf import OmegaConf
+
+    from fa_bench.config.labels import flatten
+    from fa_bench.utils.yaml_files import parse_yaml
+
+    config = OmegaConf.to_container(parse_yaml(text, source), resolve=False)
+    return flatten(config) if isinstance(config, dict) else None  # type: ignore[arg-type]
+
+
+def _config_but_seed(text: str) -> dict[str, Any] | None:
+    """The config in a text, parsed once for all seeds, because parsing takes most of the time of a report on many runs.
+
+    None if the text has no line with a seed, or cannot be read; without it, the error would name another line.
+    """
+    found = _SEED_LINE.search(text)
+    if found is None:
+        return None
+    body = _COMMENTS.sub("", text)  # the hashes at the top differ between seeds
+    values = _parsed_template(_SEED_LINE.sub(f"seed: {_TEMPLATE_SEED}", body, count=1))
+    # If that line is no key of the config, but part of a text in it, the seed is another one.
+    return values | {"seed": int(found[1])} if values and values.get("seed") == _TEMPLATE_SEED else None
+
+
+@lru_cache(maxsize=256)
+def _parsed_template(text: str) -> dict[str, Any] | None:
+    try:
+        return _flat_config(text, "")
+    except Exception:  # the text itself is read next, with the error that belongs to it
+        return None
 
 
 def read_sweep(path: Path) -> list[PlannedRun]:

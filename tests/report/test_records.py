@@ -289,3 +289,19 @@ def test_a_run_that_ended_before_its_data_were_known_is_in_the_row_of_the_others
     assert main([str(tmp_path)]) == 1
     rows = list(csv.DictReader((tmp_path / "report.csv").read_text().splitlines()))
     assert [(row["label"], row["n"], row["runs"]) for row in rows] == [("kp", "2", "3")]
+
+
+@pytest.mark.parametrize(("text", "want"), [
+    ("# config hash: 0a\n# code hash: c0de\nseed: 3\nepochs: 2\n", {"seed": 3, "epochs": 2}),
+    ("# config hash: 0b\n# code hash: c0de\nseed: 14\nepochs: 2\n", {"seed": 14, "epochs": 2}),
+    ("epochs: 2\nseed: 0\n", {"epochs": 2, "seed": 0}),
+    ('label: "a\nseed: 5\nb"\nseed: 6\n', {"label": "a seed: 5 b", "seed": 6}),  # part of a text
+    ('label: "a\nseed: 5\nb"\n', {"label": "a seed: 5 b"}),
+    ("seed: 012\n", {"seed": 10}),  # octal in YAML
+])
+def test_configs_that_differ_in_the_seed_are_read_like_any_other(tmp_path, text, want):
+    for _ in range(2):  # the second time, it was parsed before
+        (tmp_path / "config.yaml").write_text(text)
+        config = read_config(tmp_path / "config.yaml")
+        assert config.values == want and config.code_hash == ("c0de" if "c0de" in text else None)
+    assert list(config.values) == list(want)
