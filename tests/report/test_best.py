@@ -10,7 +10,7 @@ import pytest
 
 import fa_bench
 from fa_bench.errors import DataError
-from fa_bench.report import figures, write_report
+from fa_bench.report import write_report
 from fa_bench.report.best import choose_best, parse_keys
 from fa_bench.report.cli import main
 from fa_bench.report.groups import in_order
@@ -18,12 +18,12 @@ from fa_bench.report.references import NEAREST
 from fa_bench.report.runs import find_runs
 from fa_bench.report.table import summarise
 
-from .by_hand import TWO_SEEDS, blank, runs_in, write_run, write_set
+from .by_hand import TWO_SEEDS, blank, runs_in, without_pixels, write_run, write_set
 
 
 @pytest.fixture(autouse=True)
 def drawn_quickly(monkeypatch):
-    monkeypatch.setattr(figures, "write_parts", lambda parts, path, columns: path.write_bytes(b""))
+    without_pixels(monkeypatch)
 
 
 def chosen(root: Path, *keys: str) -> dict[str, str]:

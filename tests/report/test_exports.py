@@ -12,7 +12,7 @@ import pytest
 
 from fa_bench.cli import main as bench
 from fa_bench.config.labels import flatten, short_key
-from fa_bench.report import figures, write_report
+from fa_bench.report import write_report
 from fa_bench.report.aggregate import over_tasks
 from fa_bench.report.cli import main
 from fa_bench.report.export import escape_latex, to_json, to_latex
@@ -20,12 +20,12 @@ from fa_bench.report.groups import in_order
 from fa_bench.report.runs import find_runs
 from fa_bench.report.table import WIDTH, summarise, to_csv, to_markdown, to_text
 
-from .by_hand import T_2, runs_in, write_set
+from .by_hand import T_2, runs_in, without_pixels, write_set
 
 
 @pytest.fixture(autouse=True)
 def drawn_quickly(monkeypatch):
-    monkeypatch.setattr(figures, "write_parts", lambda parts, path, columns: path.write_bytes(b""))
+    without_pixels(monkeypatch)
 
 
 def write_three(root: Path) -> None:
