@@ -14,6 +14,7 @@ import fa_bench
 from fa_bench.cli import main
 from fa_bench.metrics.meter import AlignmentMeter
 from fa_bench.report import figures
+from fa_bench.runs import checkpoint
 from fa_bench.runs.callbacks import probe_interval
 from fa_bench.runs.readers import RecordError, read_measurements, recorded_measurements
 from fa_bench.utils.files import ANGLES, RESULT
@@ -124,6 +125,19 @@ def test_record_of_a_resumed_run_is_that_of_an_uninterrupted_one(step: int, monk
     path = Path("run", ANGLES)
     path.write_text(path.read_text() + '{"step": 500, "epoch": 125.0, "angles": {}}\n')
     assert main(command) == 0 and path.read_bytes() == Path("whole", ANGLES).read_bytes()
+
+
+def test_a_checkpoint_within_an_epoch_comes_after_the_measurements_that_it_counts(monkeypatch: Patch) -> None:
+    """So that a kill at any later moment leaves a record that the run can continue."""
+    save, found = checkpoint.save, []
+
+    def saving(*arguments: Any) -> None:
+        found.append((arguments[4].measurements, len(steps())))
+        save(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save", saving)
+    assert main([*RUN, "epochs=1", "checkpoint_minutes=1e-9"]) == 0
+    assert found == [(2, 2), (3, 3), (4, 4), (5, 5), (5, 5)]
 
 
 LINE = {"step": 3, "epoch": 0.5, "angles": {"weight_angle": {"fc1": 90.0, "fc2": None}}}
