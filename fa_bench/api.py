@@ -67,7 +67,6 @@ def tune(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **op
         FaBenchError: for invalid input, before any training.
         KeyboardInterrupt: after a signal; the same call resumes.
     """
-    from fa_bench import cli
     from fa_bench.config.job import register_schemas
     from fa_bench.runs.hashes import clear_cache
     from fa_bench.tuning.tune import tune as run_study
@@ -75,8 +74,8 @@ def tune(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **op
     from fa_bench.utils.stopping import interrupt_on_signals
 
     register_schemas()
-    with resilient_output(), interrupt_on_signals(), cli.hydra_errors():
-        clear_cache()
+    clear_cache()
+    with resilient_output(), interrupt_on_signals():
         return run_study([*overrides, *_as_overrides(options)], None if config_dir is None else str(config_dir))
 
 

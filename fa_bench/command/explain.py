@@ -9,7 +9,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from fa_bench.command.overrides import parse
+from fa_bench.command.overrides import parse, values_of
 from fa_bench.config.job import GRID, RULES, TUNE
 from fa_bench.errors import ConfigError, names, nearest, truncate
 
@@ -52,7 +52,7 @@ def explain(loader: ConfigLoader, config_name: str, overrides: list[str], error:
             key = override.key_or_group
             if key in groups and not override.is_delete():
                 value = override.value()
-                for name in map(str, value if isinstance(value, list) else [value]):
+                for name in values_of(override) if not isinstance(value, list) else map(str, value):
                     if name not in groups[key] and key == "hydra/sweeper":
                         return ConfigError(other_sweeper(name))
                     if name not in groups[key]:
@@ -61,7 +61,8 @@ def explain(loader: ConfigLoader, config_name: str, overrides: list[str], error:
                             hint = "; if a plugin provides it, pass plugins=[MODULE]"
                         return ConfigError(f"{key}={truncate(name, 100)}: no such {key}{hint} (available: {names(groups[key])})")
         # Keys are looked up in the config with the chosen groups.
-        chosen = [o.input_line or "" for o in parsed if o.key_or_group in groups]
+        chosen = [f"{o.get_key_element()}={values_of(o)[0]}" if o.is_sweep_override() else o.input_line or ""
+                  for o in parsed if o.key_or_group in groups]
         base = loader.load_configuration(config_name, chosen, run_mode=RunMode.RUN)
     except Exception:
         return ConfigError(_summary(error))

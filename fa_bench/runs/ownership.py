@@ -22,7 +22,7 @@ CHECKPOINT_TEMPORARIES = (temporary_name(LAST), temporary_name(PREVIOUS))
 #: Files that may remain, beside the lock, from a run that was killed before it wrote its config, and how each begins.
 _EARLY_FILES = {HOLDER: b'{"pid"', temporary_name(HOLDER): b'{"pid"', temporary_name(CONFIG): HEADER.encode()}
 #: Files of Hydra (on request), file managers and fa-bench-report, which a run neither touches nor refuses.
-_IGNORED = re.compile(r"\.hydra|(cli|fa_bench)\.log|\.DS_Store|Thumbs\.db|desktop\.ini|"
+IGNORED = re.compile(r"\.hydra|(cli|fa_bench)\.log|\.DS_Store|Thumbs\.db|desktop\.ini|"
                       r"\.{0,2}report([_.][\w.-]+)?\.(md|csv|png|json|lock)(\.tmp)?")
 
 
@@ -56,7 +56,7 @@ def refuse_foreign_files(directory: Path, is_own_run: bool) -> None:
     foreign = []
     try:
         for path in sorted(directory.iterdir()):
-            if _IGNORED.fullmatch(path.name):
+            if IGNORED.fullmatch(path.name):
                 continue
             if path.name == CHECKPOINTS:
                 _check_kind(path, is_folder=True)
@@ -93,7 +93,7 @@ def _foreign_checkpoints(folder: Path) -> list[str]:
     for name in sorted(os.listdir(folder)):
         if name in (LAST, PREVIOUS, *CHECKPOINT_TEMPORARIES):
             _check_kind(folder / name)
-        elif not _IGNORED.fullmatch(name):
+        elif not IGNORED.fullmatch(name):
             foreign.append(f"{CHECKPOINTS}/{name}")
     return foreign
 

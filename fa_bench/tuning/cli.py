@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fa_bench import __version__
-from fa_bench.cli import hydra_errors
 from fa_bench.command.jobs import exit_code_of
 from fa_bench.config.job import register_schemas
 from fa_bench.errors import ConfigError, FaBenchError, format_value, printable
@@ -51,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _guarded(argv: list[str]) -> int:
     try:
-        with interrupt_on_signals(), hydra_errors():
+        with interrupt_on_signals():
             return _main(argv)
     except FaBenchError as error:
         message, code = str(error), 2

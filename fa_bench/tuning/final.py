@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,8 @@ def check_final(plan: Plan) -> None:
         path.parent.mkdir()
         path.write_text(experiment_text(plan, jobs, plan.directory), encoding="utf-8")
         composer = _composer(plan, Path(scratch))
-        texts = {next(text for text in job if text.startswith(f"{ALGORITHM}=")): job for job in composer.expand(multirun=True)}
+        # One seed of each config is enough.
+        texts = {tuple(text for text in job if not text.startswith(f"{SEED}=")): job for job in composer.expand(multirun=True)}
         checked = [job for job, _ in composer.check(list(texts.values()), directories=False)]
     for each in plan.rules:
         if jobs[each.rule].group not in [job.group for job in checked]:
@@ -109,12 +111,18 @@ def write_experiment(plan: Plan, jobs: Mapping[str, Job]) -> Path:
 def run_final(plan: Plan) -> tuple[int, list[Path]]:
     """Run the experiment of the final runs as a sweep; its exit code, and the directories of the runs.
 
+    With several jobs, it uses Hydra's joblib launcher if that is installed and the command line names no other.
+
     Raises:
         FaBenchError: if a run cannot start.
     """
-    task = Task(["fa-bench", *final_arguments(plan)])
+    task, jobs = Task(["fa-bench", *final_arguments(plan)]), plan.options.jobs
+    launcher = []
+    if jobs > 1 and not any(override.key_or_group == "hydra/launcher" for override in plan.composer.parsed) and (
+            importlib.util.find_spec("hydra_plugins.hydra_joblib_launcher") is not None):
+        launcher = ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={jobs}"]
     with cli.hydra_errors():
-        code = cli.sweep(_composer(plan, plan.directory), task)
+        code = cli.sweep(_composer(plan, plan.directory, launcher), task)
     return code, task.directories
 
 
@@ -129,8 +137,8 @@ def _overrides(plan: Plan) -> list[str]:
     return [f"experiment={FINAL}", *kept]
 
 
-def _composer(plan: Plan, folder: Path) -> Composer:
-    return Composer(cli.CONFIG_NAME, str(folder), _overrides(plan))
+def _composer(plan: Plan, folder: Path, launcher: Sequence[str] = ()) -> Composer:
+    return Composer(cli.CONFIG_NAME, str(folder), [*_overrides(plan), *launcher])
 
 
 def tuned_job(plan: Plan, rule: RulePlan, values: Mapping[str, Any]) -> Job:

@@ -15,7 +15,7 @@ from fa_bench.config.labels import flatten, result_options
 from fa_bench.errors import ConfigError, RunDirectoryError, format_value, names, truncate
 from fa_bench.runs.hashes import code_hash
 from fa_bench.runs.locks import lock_directory
-from fa_bench.runs.ownership import HOLDER, LOCK
+from fa_bench.runs.ownership import HOLDER, IGNORED, LOCK
 from fa_bench.tuning.plan import TRIALS, Plan
 from fa_bench.tuning.store import JOURNAL
 from fa_bench.utils.files import dump_json, temporary_name, write_text
@@ -30,10 +30,8 @@ MARKDOWN, TABLE, TRIAL_TABLE, SECONDS, FIGURE, VECTOR = (
 REPORTS = (MARKDOWN, TABLE, TRIAL_TABLE, SECONDS, FIGURE, VECTOR)
 _FILES = (STUDY, JOURNAL, *REPORTS)
 _FOLDERS = (TRIALS, EXPERIMENT, FINAL)
-#: Files of a sweep's lists and of file managers, and those that a process leaves that is killed before it writes `STUDY`.
-_IGNORED = (".DS_Store", "Thumbs.db", "desktop.ini", "sweep.json", ".sweep.json.lock", ".sweep.json.tmp")
+#: Files that a process leaves that is killed before it writes `STUDY`.
 _EARLY = (LOCK, HOLDER, temporary_name(HOLDER), temporary_name(STUDY))
-_FIRST = '{\n "study": '
 
 
 def identity(plan: Plan, data_hash: str) -> dict[str, Any]:
@@ -86,7 +84,7 @@ def check_folder(directory: Path, study: Mapping[str, Any]) -> None:
     path = directory / STUDY
     is_study = os.path.lexists(path)
     known = {*_FILES, *_FOLDERS, *map(temporary_name, _FILES), *_EARLY} if is_study else {*_EARLY}
-    foreign = sorted(name for name in os.listdir(directory) if name not in known and name not in _IGNORED)
+    foreign = sorted(name for name in os.listdir(directory) if name not in known and not IGNORED.fullmatch(name))
     if foreign:
         listed = names(map(repr, foreign[:3])) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         raise RunDirectoryError(f"{directory}: contains {listed}, which no study wrote; choose another name=NAME, or move that "

@@ -22,7 +22,14 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "gp": ("GPSampler", {"deterministic_objective": True}, ""),
 }
 #: name -> (class in optuna.pruners, its arguments)
-PRUNERS: dict[str, tuple[str, dict[str, Any]]] = {"none": ("NopPruner", {})}
+PRUNERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "none": ("NopPruner", {}),
+    "median": ("MedianPruner", {}),
+    "percentile": ("PercentilePruner", {"percentile": 25.0}),
+    "successive_halving": ("SuccessiveHalvingPruner", {}),
+    "hyperband": ("HyperbandPruner", {}),
+}
+NO_PRUNER = "none"
 
 
 def require_optuna(sampler: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from fa_bench.command.compose import Composer
 from fa_bench.command.fit import check_fit
 from fa_bench.command.overrides import parse
-from fa_bench.config.job import GRID, TUNE, VOLATILE, Job
-from fa_bench.errors import ConfigError, OptionError, format_value, names, truncate
+from fa_bench.config.job import GRID, RULES, TUNE, VOLATILE, Job, RunOptions
+from fa_bench.errors import ConfigError, OptionError, format_value, names, nearest, truncate
 from fa_bench.objectives.base import CLASSES
 from fa_bench.registry.options import option_fields
 from fa_bench.registry.registries import ALGORITHMS, GROUPS
@@ -106,6 +107,7 @@ def make_plan(overrides: Sequence[str], config_dir: str | None, config_name: str
     others = [override for override in parsed if not any(override is other for other in (*own, *swept, *of_rules))]
     _refuse(others)
     composer = Composer(config_name, config_dir, [_text(override) for override in others])
+    _known([*others, *swept], composer.choices())
     config = composer.compose(mode=RunMode.MULTIRUN)
     section = _section(config)
     options = own_options(section, own)
@@ -157,6 +159,16 @@ def _refuse(overrides: Sequence[Override]) -> None:
             raise ConfigError(f"{typed}: a study compares rules on one task; start one study for each {key}")
         if key in ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"):
             raise ConfigError(f"{typed}: a study chooses the directories of its runs; write output_dir=FOLDER name=NAME")
+
+
+def _known(overrides: Sequence[Override], groups: Collection[str]) -> None:
+    """Refuse an unknown key without a dot, which may be meant for fa-bench or for the study."""
+    known = [*OWN_KEYS, *(field.name for field in option_fields(RunOptions)), *groups, "experiment", GRID, RULES, TUNE]
+    for override in overrides:
+        key = override.key_or_group
+        if not override.is_add() and not re.search(r"[.@/]", key) and key not in known:
+            raise ConfigError(f"{truncate(key, 100)}: unknown key{nearest(key, known)} (keys of a study: {names(OWN_KEYS)}; "
+                              "others are those of fa-bench)")
 
 
 def _searchable(overrides: Sequence[Override]) -> None:

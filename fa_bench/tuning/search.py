@@ -10,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from fa_bench.errors import printable
+from fa_bench.tuning.optuna_parts import NO_PRUNER
 from fa_bench.tuning.plan import Plan
 from fa_bench.tuning.space import shown
 from fa_bench.tuning.store import Finished, RuleStudy
@@ -67,7 +68,7 @@ def trial_run(plan: Plan, study: RuleStudy, values: dict[str, Any]) -> TrialRun:
     number = len(study.finished)
     runs = [plan.trial(study.plan, values, seed) for seed in plan.options.trial_seeds]
     return TrialRun(f"{study.plan.rule} trial {number}", [(job.plain(), directory) for job, directory in runs], plan.experiment,
-                    is_default=number == 0)
+                    is_default=number == 0, rivals=None if plan.options.pruner == NO_PRUNER else study.rivals)
 
 
 @contextmanager

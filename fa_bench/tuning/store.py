@@ -15,10 +15,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.errors import RunDirectoryError
+from fa_bench.errors import FaBenchError, RunDirectoryError, describe_error
 from fa_bench.tuning.options import TuneOptions
 from fa_bench.tuning.optuna_parts import make_pruner, make_sampler
-from fa_bench.tuning.plan import RulePlan
+from fa_bench.tuning.plan import Plan, RulePlan
+from fa_bench.tuning.pruning import Rivals
 from fa_bench.tuning.trials import DIVERGED, FAILED, PRUNED, Outcome
 from fa_bench.utils.files import output_errors
 from fa_bench.utils.sampling import seed_for
@@ -63,7 +64,7 @@ class RuleStudy:
     def __init__(self, plan: RulePlan, options: TuneOptions, storage: JournalStorage) -> None:
         import optuna
 
-        self.plan, self.finished = plan, list[Finished]()
+        self.plan, self.finished, self._pruner = plan, list[Finished](), options.pruner
         self._distributions = {key: one.distribution for key, one in plan.space.items()}
         self._study: Study = optuna.create_study(
             study_name=plan.rule, direction="maximize", pruner=make_pruner(options.pruner),
@@ -86,6 +87,14 @@ class RuleStudy:
             trial = self._study.ask(fixed_distributions=distributions)
         assert trial.number == number
         return trial, {**default, **trial.params} if number == 0 else dict(trial.params)
+
+    @property
+    def rivals(self) -> Rivals:
+        """The finished trials, with which a pruner compares the next one."""
+        from optuna.trial import TrialState
+
+        ended = (TrialState.COMPLETE, TrialState.PRUNED)
+        return Rivals(self._pruner, self.plan.rule, self._study.get_trials(states=ended))
 
     def tell(self, trial: Trial, values: Mapping[str, Any], outcome: Outcome) -> Finished:
         """Count a trial as finished, and store it."""
@@ -133,6 +142,22 @@ class RuleStudy:
         """The trial with the best validation accuracy, the earlier one of equals; None if every trial diverged or failed."""
         usable = [trial for trial in self.finished if trial.outcome.state not in (DIVERGED, FAILED, PRUNED)]
         return max(usable, key=lambda trial: (trial.outcome.value or WORST, -trial.number), default=None)
+
+
+def stored_studies(plan: Plan) -> list[RuleStudy]:
+    """The studies of all rules, with their stored trials.
+
+    Raises:
+        RunDirectoryError: if the file with the trials is damaged or has other trials.
+    """
+    try:
+        storage = open_journal(plan.directory)
+        return [RuleStudy(each, plan.options, storage) for each in plan.rules]
+    except (FaBenchError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # optuna raises many kinds for odd content
+        raise RunDirectoryError(f"{plan.directory / JOURNAL}: damaged, or not written by a study ({describe_error(error)}); "
+                                "choose another name=NAME") from None
 
 
 def _create(study_name: str, storage: JournalStorage) -> Study:

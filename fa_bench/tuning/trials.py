@@ -11,6 +11,8 @@ from omegaconf import OmegaConf
 
 from fa_bench.config.job import Job
 from fa_bench.errors import FaBenchError, first_line, printable
+from fa_bench.runs.readers import SUCCESSES
+from fa_bench.tuning.pruning import Judge, Pruning, Rivals, accuracies
 from fa_bench.utils.output import resilient_output
 
 #: The states of a trial.
@@ -23,7 +25,8 @@ class Outcome:
 
     Attributes:
         state: done, pruned, diverged or failed.
-        value: its validation accuracy after the last epoch, a fraction, the mean over the seeds; None if it diverged or failed.
+        value: its validation accuracy after the last epoch, a fraction, the mean over the seeds that were trained; None if it
+            diverged or failed.
         epochs: trained, over all seeds.
         seconds: of training, over all seeds.
         reason: why it diverged or failed, or was pruned.
@@ -49,12 +52,14 @@ class TrialRun:
         configs: the plain config of each seed's run, and its directory.
         experiment: for the records.
         is_default: whether it is the rule's default config, whose errors are errors of the study.
+        rivals: what a pruner compares the trial with; None without a pruner.
     """
 
     title: str
     configs: Sequence[tuple[dict[str, Any], Path]]
     experiment: str | None
     is_default: bool
+    rivals: Rivals | None = None
 
 
 def run_trial(trial: TrialRun) -> Outcome:
@@ -68,25 +73,43 @@ def run_trial(trial: TrialRun) -> Outcome:
     from fa_bench.runs.train import record_failure, run
     from fa_bench.utils.memory_limits import describe_failure
 
+    judge = None if trial.rivals is None else Judge(trial.rivals)
     values: list[float] = []
+    reported: list[float] = []
     epochs, seconds = 0, 0.0
+    state, reason = DONE, ""
     for config, directory in trial.configs:
         job = Job.from_config(OmegaConf.create(config))
         try:
             with resilient_output():
-                result = run(job, directory, title=f"{trial.title} seed {job.run.seed}", experiment=trial.experiment)
+                result = run(job, directory, title=f"{trial.title} seed {job.run.seed}", experiment=trial.experiment,
+                             callbacks=[] if judge is None else [Pruning(judge, directory, len(reported))])
         except (KeyboardInterrupt, OSError):
             raise
         except BaseException as error:  # a plugin may raise anything, even sys.exit(); only its own trial fails
             is_known = isinstance(error, FaBenchError)
             if is_known and trial.is_default:
                 raise
-            reason = first_line(error) if is_known else describe_failure(error)
             record_failure(job, directory, error, trial.experiment)
-            return Outcome(FAILED, None, epochs, seconds, printable(f"seed {job.run.seed}: {reason}"))
-        epochs, seconds = epochs + result["epoch"], seconds + (result["seconds"] or 0)
-        if result["status"] != "finished":
-            error = result["error"] or {}
-            return Outcome(DIVERGED, None, epochs, seconds, printable(f"seed {job.run.seed}: {error.get('message') or ''}"))
-        values.append(result["val_accuracy"])
-    return Outcome(DONE, sum(values) / len(values), epochs, seconds)
+            state, reason = FAILED, first_line(error) if is_known else describe_failure(error)
+        else:
+            epochs, seconds = epochs + result["epoch"], seconds + (result["seconds"] or 0)
+            if judge is not None:
+                reported += accuracies(directory, result["epoch"])
+            state, reason = _state(result)
+            if state in (DONE, PRUNED):
+                values.append(result["val_accuracy"])
+        if state != DONE:
+            reason = printable(f"seed {job.run.seed}: {reason}")
+            break
+    value = sum(values) / len(values) if state in (DONE, PRUNED) else None
+    return Outcome(state, value, epochs, seconds, reason, reported, {} if judge is None else judge.system)
+
+
+def _state(result: dict[str, Any]) -> tuple[str, str]:
+    """The state of a trial after one of its runs has ended, and why it ends with that run, if it does."""
+    error = result["error"] or {}
+    if result["status"] == "stopped" and error.get("callback") is None:
+        return PRUNED, f"after epoch {result['epoch']}"
+    # A callback of the config may stop a run early: that is a part of what is tuned.
+    return (DONE, "") if result["status"] in SUCCESSES else (DIVERGED, str(error.get("message") or ""))

@@ -14,13 +14,13 @@ from fa_bench.tuning.folder import (
     SECONDS,
     TABLE,
     TRIAL_TABLE,
-    VECTOR,
     check_budget,
     identity,
     study_folder,
 )
 from fa_bench.tuning.plan import Plan, describe, make_plan
 from fa_bench.utils.files import atomic
+from fa_bench.utils.stopping import Interrupted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,12 +59,11 @@ def tune(overrides: Sequence[str], config_dir: str | None = None) -> TuneResult:
         Interrupted: after a signal; the same call resumes.
     """
     from fa_bench.tuning.search import progress, search
-    from fa_bench.tuning.store import RuleStudy, open_journal
+    from fa_bench.tuning.store import stored_studies
 
     plan = prepared(overrides, config_dir)
     with study_folder(plan, identity(plan, _data_hash(plan))):
-        storage = open_journal(plan.directory)
-        studies = [RuleStudy(each, plan.options, storage) for each in plan.rules]
+        studies = stored_studies(plan)
         check_budget(plan.options.budget, {study.plan.rule: len(study.finished) for study in studies}, plan.directory)
         done = sum(len(study.finished) for study in studies)
         print(describe(plan) + (f"\n  of the trials, {done} are finished" if done else ""), flush=True)
@@ -123,8 +122,8 @@ def _finish(plan: Plan, studies: Sequence[RuleStudy]) -> TuneResult:
         write_experiment(plan, tuned)
         code, directories = run_final(plan)
         runs = [run for run in map(read_run, directories) if run is not None]
-    if code >= 128:  # a signal, which has been reported
-        raise KeyboardInterrupt
+    if code >= 128:  # the sweep has reported the signal
+        raise Interrupted(code - 128)
     table, trials = result_table(plan, studies, tuned, runs), trial_table(plan, studies)
     directory = plan.directory
     _write(directory / TABLE, to_csv(table))
@@ -133,7 +132,7 @@ def _finish(plan: Plan, studies: Sequence[RuleStudy]) -> TuneResult:
     with default_style():
         from fa_bench.tuning.figure import write_figure
 
-        write_figure(studies, directory / FIGURE, directory / VECTOR)
+        write_figure(studies, directory / FIGURE)
     _write(directory / MARKDOWN, markdown(plan, studies, table))
     return TuneResult(table, trials, directory, to_text(short(table, studies)), code)
 

@@ -20,7 +20,7 @@ from fa_bench.report import figures
 from fa_bench.report.files import register
 from fa_bench.report.runs import find_runs, read_run
 from fa_bench.runs import train
-from fa_bench.tuning import search, tune
+from fa_bench.tuning import final, plan, search, tune
 from fa_bench.tuning.cli import main
 from fa_bench.tuning.folder import check_folder
 from fa_bench.tuning.store import RuleStudy
@@ -33,11 +33,13 @@ class Killed(KeyboardInterrupt):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def no_figures_of_final_runs() -> Iterator[None]:
-    """The report on the final runs is tested elsewhere, and its figures take seconds."""
+def what_other_tests_cover_is_left_out() -> Iterator[None]:
+    """The figures of the report on the final runs, and checks of the plan (tests/tuning/test_plan.py), take seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "write_figures", lambda runs, folder, name, *_, **__: [
-            figures.Picture("", [register(folder / f"{name}.png")], "<svg></svg>")])
+        patch.setattr(final, "check_final", lambda plan: None)
+        patch.setattr(plan, "check_fit", lambda jobs: None)
+        patch.setattr(figures, "write_figures", lambda runs, folder, name, *others, **named: [
+            figures.Picture("", [register(folder / f"{name}.png")], "")])
         yield
 
 
@@ -220,6 +222,28 @@ def test_two_jobs_give_the_trials_of_one(finished: Path, tmp_path: Path, monkeyp
     assert results(Path("outputs/study")) == results(finished / "outputs" / "study")
 
 
+@pytest.mark.usefixtures("only_trials")
+def test_pruned_trials_count_and_a_killed_study_prunes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Successive halving records in each trial which rungs it reached."""
+    monkeypatch.chdir(tmp_path)
+    words = [word for word in STUDY if not word.startswith(("algorithm", "budget", "epochs"))]
+    words = [*words, "algorithm=bp", "budget=6", "epochs=4", "pruner=successive_halving"]
+    assert main(words) == 0
+    states = [trial.state for trial in stored_trials(Path("outputs/study"))["bp"]]
+    assert len(states) == 6 and TrialState.PRUNED in states and states[0] == TrialState.COMPLETE
+    first = states.index(TrialState.PRUNED)
+    for install in (_before_tell(first + 1), _in_run(1)):
+        with pytest.MonkeyPatch.context() as patch:
+            install(patch)
+            assert main([*words, "output_dir=other"]) == 130
+    assert main([*words, "output_dir=other"]) == 0
+    assert results(Path("other/study")) == results(Path("outputs/study"))
+    there, here = (stored_trials(Path(folder, "study"))["bp"] for folder in ("outputs", "other"))
+    assert [trial.intermediate_values for trial in there] == [trial.intermediate_values for trial in here]
+    assert [trial.system_attrs for trial in there] == [trial.system_attrs for trial in here]
+    assert len(there[first].intermediate_values) < 4
+
+
 # ------------------------------------------------------------------------------------------------ failures
 def test_trials_that_diverge_or_fail_count_and_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -274,6 +298,8 @@ def test_the_key_that_differs_is_named(finished: Path, path: list[str], value: A
 
 def test_foreign_files_are_refused(copy: Path) -> None:
     described = json.loads((copy / "tune.json").read_text())["study"]
+    (copy / "report.md").write_text("as fa-bench-report writes it")
+    check_folder(copy, described)
     (copy / "notes.txt").write_text("mine")
     with pytest.raises(RunDirectoryError, match=r"contains 'notes.txt', which no study wrote"):
         check_folder(copy, described)
@@ -299,4 +325,7 @@ def test_changed_trials_are_found(copy: Path, capsys: pytest.CaptureFixture[str]
     journal.write_text(text.replace("0.05", "0.06"))
     assert main(STUDY) == 2
     assert "trial 0 of bp has other values than this study proposes" in capsys.readouterr().err
+    journal.write_text("no JSON\n")
+    assert main(STUDY) == 2
+    assert "study.journal: damaged, or not written by a study (JSONDecodeError" in capsys.readouterr().err
 
