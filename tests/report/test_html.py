@@ -124,3 +124,21 @@ def test_a_filter_is_followed_by_what_it_filters_and_every_column_can_be_sorted(
     # What the script looks for is there.
     script = html._SCRIPT.read_text()
     assert all(f'"{name}"' in script for name in ("table", ".filter", "input", "output", ".groups", "tbody", "button"))
+
+
+def test_flags_select_figures_and_formats_and_are_checked_before_anything_is_written(tmp_path, capsys):
+    for rule in ("bp", "kp"):
+        write_group(tmp_path / "runs", rule, [0.9])
+    runs, out = str(tmp_path / "runs"), tmp_path / "out"
+    for flags, said in (
+        (["--rules", "kpp"], "rules='kpp' is not available (allowed: bp, kp); did you mean 'kp'?"),
+        (["--metric", "accuracy"], "metric='accuracy' is not available"), (["--format", "pngs"], "did you mean 'png'"),
+        (["--format", ","], "--format is empty"), (["--x", "seconds", "--no-timings"], "cannot be combined"),
+        (["--live", "--rules", "kp"], "--rules cannot be combined with --live"),
+    ):
+        assert main([runs, *(() if "--live" in flags else ("--out", str(out))), *flags]) == 2
+        assert said in (error := capsys.readouterr().err) and error.count("\n") == 1 and not out.exists()
+    assert main([runs, "--out", str(out), "--rules", "kp", "--metric", "test_accuracy", "--format", "pdf,svg"]) == 0
+    assert {path.name for path in out.glob("report.*")} >= {"report.pdf", "report.svg"} and not list(out.glob("*.png"))
+    assert "![report](report.svg) [report.pdf](report.pdf)" in (out / "report.md").read_text()
+    assert len((out / "report.csv").read_text().splitlines()) == 3  # tables stay complete
