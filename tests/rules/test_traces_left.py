@@ -69,3 +69,27 @@ def test_local_classifiers_have_magnitudes_of_their_own_only_if_asked(separate: 
     if separate:
         for tensors in rule.feedback.values():
             assert torch.equal(tensors["K"].sign(), tensors["M"].sign()) and not torch.equal(tensors["K"], tensors["M"])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_optimizers_groups_are_the_weights_and_what_is_learned(variant: str) -> None:
+    """Without learned feedback there is no second group."""
+    model, rule, _, _ = start(variant)
+    learned = [id(tensor) for tensor in rule.feedback_parameters()]
+    groups = [([id(tensor) for tensor in group["params"]], group["lr"]) for group in rule.parameter_groups(0.3)]
+    weights = [id(parameter) for parameter in model.parameters() if id(parameter) not in learned]
+    assert groups == [(weights, 0.3), *([(learned, 0.3 * rule.feedback_lr_scale)] if learned else [])]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_sample_that_requires_gradients_is_any_sample(variant: str) -> None:
+    """It is only looked at: neither do its errors count, nor does it get gradients."""
+    name, options = VARIANTS[variant]
+    found = []
+    for requires in (False, True):
+        model, (x, _) = nets.NETS["conv_bn"](), nets.batch("conv_bn")
+        sample = x.requires_grad_(requires)
+        rule = fa_bench.attach(model, name, seed=0, sample_input=sample, **cut_options(name, model, options))
+        found.append((str(rule.coverage), sorted(rule.feedback), sorted(rule.weight_pairs())))
+        assert sample.grad is None
+    assert found[0] == found[1]
