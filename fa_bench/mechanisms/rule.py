@@ -337,11 +337,11 @@ class Rule(Options):
 
     # -------------------------------------------------------------------------------------------- for the metrics
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """{layer: (effective feedback, weight)}, both in the weight's layout, for layers that have both."""
+        """{layer: (effective feedback, weight)}, both detached and in the weight's layout, for layers that have both."""
         return {}
 
     def readouts(self) -> dict[str, Tensor]:
-        """{cut: B (C, features)}: direct feedback, with which a Bᵀ estimates the logits from the cut's activation a."""
+        """{cut: B (C, features), detached}: direct feedback, with which a Bᵀ estimates the logits from the cut's activation a."""
         return {}
 
     def error_points(self, trace: Trace) -> dict[str, tuple[str, str]]:

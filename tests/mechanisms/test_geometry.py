@@ -131,3 +131,36 @@ def test_convolutions(case):
 @given(linears())
 def test_linears(case):
     check(*case)
+
+
+class Sized(nn.Module):
+    """One layer, called with the size of its output if there is one."""
+
+    def __init__(self, layer: nn.Module, size: list[int] | None) -> None:
+        super().__init__()
+        self.layer, self.size = layer, size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) if self.size is None else self.layer(x, output_size=self.size)
+
+
+@pytest.mark.parametrize("needs_error", [False, True], ids=["image", "activation"])
+@pytest.mark.parametrize("lead", [(), (1,), (4,)], ids=["one sample", "batch of one", "batch"])
+@pytest.mark.parametrize("kind", ["plain", "transposed", "sized"])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_calls_of_convolutions(dims, kind, lead, needs_error):
+    """Samples without a batch dimension, and sizes asked for, with and without an error at the input."""
+    torch.manual_seed(0)
+    layer = (CONV if kind == "plain" else TRANSPOSED)[dims](2, 3, 3, stride=2).double()
+    plain = Sized(layer, [10] * dims if kind == "sized" else None)
+    model, x = copy.deepcopy(plain), torch.randn(*lead, 2, *[4 if kind != "plain" else 7] * dims, dtype=torch.float64)
+    rule, found = fa_bench.attach(model, "fa", seed=0), []
+    with torch.no_grad():
+        rule.feedback["layer"]["B"].copy_(layer.weight)
+    for net in (plain, model):
+        leaf = x.clone().requires_grad_(needs_error)
+        y = net(leaf)
+        loss = (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)).sum()
+        loss.backward() if net is plain else rule.backward(loss, y, None)
+        found.append([y, leaf.grad, *(parameter.grad for parameter in net.parameters())])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)

@@ -99,6 +99,20 @@ def test_readout_reads_what_the_next_layer_takes() -> None:
     assert readout.activation_points(subject.meter.trace) == {"conv1": "conv2", "conv2": "fc1", "fc1": "fc2", "fc2": ""}
 
 
+def test_every_layer_has_the_accuracy_of_its_classifier() -> None:
+    """The images and the logits, too; seven test images make one batch, and thirty-one training images as well."""
+    torch.manual_seed(1)
+    subject = subject_of(mlp(), train=random_split(31), test=random_split(7, seed=1))
+    points = readout.activation_points(subject.meter.trace)
+    (train, labels), = readout._activations(subject, subject.splits.train, points)
+    (test, wanted), = readout._activations(subject, subject.splits.test, points)
+    found = measured("readout", subject)["readout"]
+    assert list(found) == ["input", "fc1", "fc2", "fc3"]
+    for layer, accuracy in found.items():
+        point = readout.MODEL_INPUT if layer == "input" else points[layer]
+        assert accuracy == (readout.fit(train[point], labels, 3).classify(test[point]) == wanted).mean() > 0
+
+
 def test_activations_are_brought_to_a_bounded_number_of_features() -> None:
     x = torch.arange(2 * 8 * 16 * 16.0).view(2, 8, 16, 16)  # 2048 numbers: one side is halved
     torch.testing.assert_close(readout.bounded(x), F.avg_pool2d(x, (2, 1)).flatten(1))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fa_bench
+from fa_bench.errors import ConfigError
 from fa_bench.metrics.angles import angles, norm_ratio, weight_angle
 from fa_bench.metrics.meter import AlignmentMeter
 from fa_bench.models.resnet import ResNet20
@@ -249,3 +250,19 @@ def test_a_projection_shortcut_carries_an_error(pooled: bool) -> None:
         F.cross_entropy(model(x), torch.arange(6) % 3).backward()
         errors.append(model.stem.weight.grad.clone())
     assert not torch.allclose(*errors), "the stem's gradient comes in part through the projection's feedback"
+
+
+def test_a_meter_measures_the_metrics_that_are_named_alone() -> None:
+    rule = fa_bench.attach(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), "fa", seed=0)
+    x, y = torch.randn(5, 4), torch.arange(5) % 2
+    for named in (["norm_ratio"], ["weight_angle", "delta_angle"], []):
+        assert list(AlignmentMeter(rule, x, y, named).measure()) == named
+
+
+@pytest.mark.parametrize("value", [None, 3.0, [1.0], {"2": "x"}, {"0": 1.0, "2": None}], ids=str)
+def test_a_metric_returns_a_number_for_each_layer(value: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = fa_bench.attach(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), "fa", seed=0)
+    meter = AlignmentMeter(rule, torch.randn(5, 4), torch.arange(5) % 2, ["norm_ratio"])
+    monkeypatch.setattr(type(meter.metrics[0]), "measure", lambda self, passes: value)
+    with pytest.raises(ConfigError, match="metric norm_ratio: its measure must return a dict with a number for each layer"):
+        meter.measure()

@@ -237,3 +237,20 @@ def test_images_with_one_side_that_is_too_small_are_said_to_be(shape: tuple[int,
     with pytest.raises(OptionError, match=rf"padding=0: {shape[1]}x{shape[2]} images are too small"):
         ARCHITECTURES["conv2"](padding=0, channels=2).build(shape, 3)
     ARCHITECTURES["conv2"](padding=1, channels=2).build(shape, 3)
+
+
+@pytest.mark.parametrize("colours", [1, 3, 5])
+def test_torchvisions_net_is_its_own_but_for_the_first_convolution(colours: int) -> None:
+    """Which is replaced only for images without three colours, and otherwise begins as torchvision has it."""
+    torch.manual_seed(0)
+    theirs = torchvision.models.squeezenet1_1(num_classes=7)
+    torch.manual_seed(0)
+    ours = ARCHITECTURES["torchvision"](model="squeezenet1_1").build((colours, 32, 32), 7)
+    first, wanted = dict(ours.named_modules())["features.0"], dict(theirs.named_modules())["features.0"]
+    assert isinstance(first, nn.Conv2d) and isinstance(wanted, nn.Conv2d)
+    for key in ("out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
+        assert getattr(first, key) == getattr(wanted, key)
+    assert first.in_channels == colours and (first.bias is None) == (wanted.bias is None)
+    states = [{key: value for key, value in net.state_dict().items() if colours == 3 or not key.startswith("features.0.")}
+              for net in (ours, theirs)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)

@@ -21,6 +21,7 @@ from fa_bench.optim.optimizers import Optimizers
 from fa_bench.optim.sgd import SGD
 from fa_bench.schedules.base import Schedule
 from fa_bench.schedules.decay import Cosine
+from fa_bench.schedules.one_cycle import OneCycle
 from fa_bench.schedules.step import MultiStep, Step
 from tests.rules import nets
 from tests.rules.helpers import cut_options
@@ -322,3 +323,16 @@ def test_feedback_without_a_gradient_of_its_own_is_not_trained_by_that_of_the_we
     optimizers.step()
     assert all(torch.equal(one, other) for one, other in zip(before, rule.feedback_parameters(), strict=True))
     assert not all(torch.equal(one, other) for one, other in zip(others, weights(rule), strict=True))
+
+
+def test_a_schedule_that_counts_steps_begins_at_its_first_rate() -> None:
+    """As soon as the optimizers exist, in an epoch that begins at no other step, and in each step."""
+    schedule = OneCycle()
+    optimizers = Optimizers(SGD(lr=0.1, schedule=schedule), attached(), 2, steps_per_epoch=5)
+    assert optimizers.lr == schedule.at(0.1, 0, 10)
+    optimizers.begin_epoch(1, step=5)
+    assert optimizers.lr == schedule.at(0.1, 5, 10)
+    optimizers.begin_epoch(0)
+    assert optimizers.lr == schedule.at(0.1, 0, 10)
+    optimizers.begin_step(7)
+    assert optimizers.lr == schedule.at(0.1, 7, 10)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 import fa_bench
+from fa_bench.errors import CoverageError
 
 from . import nets
 from .helpers import EDGE_RULES, LOUD, layer_names
@@ -106,6 +107,14 @@ def test_coverage_is_a_table_with_what_is_left_out_at_its_end():
 def test_compiled_model_is_refused(name):
     with pytest.raises(LOUD, match=r"(?i)compile"):
         fa_bench.attach(torch.compile(nets.mlp()), name, seed=0)
+
+
+@pytest.mark.parametrize("part", ["", "fc2"])
+def test_model_compiled_in_place_is_refused(part):
+    model = nets.mlp()
+    model.get_submodule(part).compile(backend="eager")
+    with pytest.raises(CoverageError, match=(f"the model's part '{part}'" if part else "the model") + " is compiled"):
+        fa_bench.attach(model, "fa", seed=0)
 
 
 @pytest.mark.parametrize("name", ["bp", "fa", "kp"])

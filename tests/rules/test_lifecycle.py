@@ -405,8 +405,9 @@ def test_foreign_state_is_refused_by_name(variant):
     state = rule.state_dict()
     with pytest.raises(fa_bench.errors.StateError, match=r"unknown: .*nowhere\.draws"):
         rule.load_state_dict(state | {"nowhere": {"draws": 1}})
-    with pytest.raises(fa_bench.errors.StateError, match=r"unknown: list"):
-        rule.load_state_dict([1])
+    for foreign in ([1], ["classifiers"], 3, "classifiers", None):
+        with pytest.raises(fa_bench.errors.StateError, match=rf"unknown: {type(foreign).__name__}"):
+            rule.load_state_dict(foreign)
     for path, values in state.items():
         with pytest.raises(fa_bench.errors.StateError, match=rf"missing: {path}\."):
             rule.load_state_dict({key: value for key, value in state.items() if key != path})

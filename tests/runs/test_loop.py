@@ -155,6 +155,22 @@ def test_parts_of_a_batch_count_by_their_numbers_of_images(name: str, options: d
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("accumulate", "sizes"), [
+    (1, [16, 16, 8]), (2, [8, 8, 8, 8, 4, 4]), (3, [6, 5, 5, 6, 5, 5, 3, 3, 2]), (12, 2 * [*4 * [2], *8 * [1]] + 8 * [1]),
+])
+def test_a_batch_is_split_into_as_many_parts_as_it_has_images_at_most(accumulate: int, sizes: list[int]) -> None:
+    seen: list[int] = []
+
+    class Watch(Callback):
+        def on_loss(self, trainer: Trainer, x: Tensor) -> None:
+            seen.append(len(x))
+
+    model = make_model()
+    del model.bn
+    fit(fa_bench.attach(model, "bp"), load(), 1, accumulate=accumulate, callbacks_after=[Watch()])
+    assert seen == sizes
+
+
 def test_rule_steps_after_the_optimizer() -> None:
     """The entries that pfa's mask removes from R are zero again after every update."""
     rule = fa_bench.attach(make_model(), "pfa", seed=1, density=0.5)

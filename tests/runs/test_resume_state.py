@@ -9,6 +9,7 @@ import random
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -232,3 +233,46 @@ def test_progress_that_no_run_makes_is_refused(epoch: int, batch: int, step: int
     else:
         with pytest.raises(RunDirectoryError, match="not a checkpoint of this run"):
             load()
+
+
+DIVERGED, STOPPED = {"epoch": 1, "step": 2, "layer": None, "message": "m"}, {"reason": "r", "callback": None}
+RATES = {"accepted": [None, 0, 0.0, 0.5, 1, 1.0], "refused": [1.01, -0.01, float("nan"), float("inf"), "x", True]}
+SUMS = {"accepted": [torch.tensor(1.0), torch.tensor(3)], "refused": [torch.zeros(1), 1.0, None]}
+#: Values of one field in epoch 3 of 9, after 3 of its 4 batches, with the others as they were.
+FIELDS: dict[str, dict[str, list[Any]]] = {
+    "samples": {"accepted": [0, 8, 10**9], "refused": [-1, 1.0, True, None]},
+    "probed": {"accepted": [None, 0, 11], "refused": [12, -1, 3.0, True]},
+    "best_epoch": {"accepted": [None, 1, 2], "refused": [3, -1, 1.0, True]},
+    "seconds": {"accepted": [0, 0.0, 7, 1e9], "refused": [-0.1, float("inf"), float("nan"), True, "1", None]},
+    "best_val": RATES, "test_at_best": RATES, "loss_sum": SUMS, "hits": SUMS,
+    "angles": {"accepted": [None, {}, {"a": {}}, {"a": {"b": 1.0, "c": float("nan")}, "d": {"b": 2.0}}],
+               "refused": [[], {"a": 1.0}, {"a": {"b": 1}}, {"a": {"b": 1.0, "c": "x"}}, {"a": {"b": 1.0}, "d": None}]},
+    "diverged": {"accepted": [None, DIVERGED, DIVERGED | {"layer": "fc"}],
+                 "refused": [{}, [], DIVERGED | {"more": 1}, {"reason": "r"},
+                             *(DIVERGED | {key: 1.5} for key in DIVERGED), DIVERGED | {"message": None}]},
+    "stopped": {"accepted": [None, STOPPED, STOPPED | {"callback": "c"}],
+                "refused": [{}, {"reason": "r"}, STOPPED | {"more": 1}, *(STOPPED | {key: 1.5} for key in STOPPED)]},
+    "batches_hash": {"accepted": ["", "0123456789abcdef"],
+                     "refused": [None, "0123456789abcde", "0123456789abcdeg", "0123456789abcdef0", "0123456789ABCDEF", "\n"]},
+}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_field_of_a_saved_progress_is_checked(field: str) -> None:
+    """At the limits of what a run saves, too."""
+    rule, optimizers = make()
+    last, expected = Path("a/last.pt"), Expected("hash", "data", 9, 4)
+    base = Progress(epoch=2, batch=3, step=11, loss_sum=torch.tensor(1.0), hits=torch.tensor(1), samples=8)
+
+    def load(value: Any, base: Progress = base) -> Progress:
+        progress = dataclasses.replace(base, **{field: value})
+        checkpoint.save(last, Path("a/previous.pt"), "hash", "data", progress, rule, optimizers)
+        return checkpoint.load([last], expected, rule, optimizers, warn=pytest.fail)
+
+    for value in FIELDS[field]["accepted"]:
+        load(value)
+    for value in FIELDS[field]["refused"]:
+        with pytest.raises(RunDirectoryError, match=rf"not a checkpoint of this run \(ValueError: {field}="):
+            load(value)
+    if field in ("loss_sum", "hits"):
+        assert getattr(load(None, Progress(epoch=2, step=8)), field) is None, "no batch has been summed yet"

@@ -268,10 +268,12 @@ class CutRule(Rule):
         return {layer: (cut, OUTPUT) for cut in self._cut_modules for layer in self._trace.feeds[cut]}
 
     def readouts(self) -> dict[str, Tensor]:
-        return {} if self.side == INPUT else {cut: tensors["B"] for cut, tensors in self.feedback.items() if "B" in tensors}
+        return {} if self.side == INPUT else {
+            cut: tensors["B"].detach() for cut, tensors in self.feedback.items() if "B" in tensors}
 
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Only the output layer has a pair, if the feedback of the last cut has the shape of its weight."""
         weights = {path: self._covered[path].weight.detach() for path in self._trace.outputs}
         tensors = self.feedback.get(list(self._cut_modules)[-1], {})
-        return {path: (tensors["B"], w) for path, w in weights.items() if "B" in tensors and tensors["B"].shape == w.shape}
+        return {path: (tensors["B"].detach(), w) for path, w in weights.items()
+                if "B" in tensors and tensors["B"].shape == w.shape}

@@ -202,3 +202,24 @@ def test_another_decay_of_the_feedback_is_warned_of_whichever_is_larger(of_weigh
         warnings.simplefilter("always")
         steps(model, rule, torch.optim.SGD(groups, lr=0.1), 1)
     assert any("same weight decay" in str(warning.message) for warning in caught) == (of_weights != of_feedback)
+
+
+class SignDescent(torch.optim.Optimizer):
+    """An optimizer without a learning rate."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for tensor in group["params"]:
+                if tensor.grad is not None:
+                    tensor.sub_(tensor.grad.sign(), alpha=0.01)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_an_optimizer_without_rates_has_no_wrong_ones(name):
+    """Warnings are errors here."""
+    model, rule = attached(name)
+    steps(model, rule, SignDescent(model.parameters()), 2)

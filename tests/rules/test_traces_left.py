@@ -1,0 +1,95 @@
+"""What rules give away is detached, and they leave nothing behind, whatever the order of the model's modules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fa_bench
+from fa_bench.mechanisms.cut.rule import CutRule
+
+from . import nets
+from .helpers import cut_options, rule_grads
+from .registered import registered
+from .test_lifecycle import VARIANTS, start
+
+ORDER = ["fc1", "act1", "fc2", "act2", "fc3"]
+
+
+class Rotated(nn.Module):
+    """7-5-6-3; the modules run in `ORDER` and are registered from another one on."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        of_net = dict(nets.mlp().named_children())
+        for name in (*ORDER[first:], *ORDER[:first]):
+            self.add_module(name, of_net[name])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for name in ORDER:
+            x = self.get_submodule(name)(x)
+        return x
+
+
+def traces(model: nn.Module) -> dict[str, tuple]:
+    """Of every module: its class, what it holds, its hooks, and which parameters are trained."""
+    return {path: (type(module), sorted(vars(module)), [*module._parameters], [*module._buffers],
+                   [len(hooks) for name, hooks in vars(module).items() if name.endswith("_hooks")],
+                   [p.requires_grad for p in module.parameters(recurse=False)])
+            for path, module in model.named_modules()}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_detached_model_is_the_plain_one_wherever_its_last_module_runs(variant: str) -> None:
+    name, options = VARIANTS[variant]
+    x, y = nets.batch("mlp_tanh")
+    for first in range(len(ORDER)):
+        model = Rotated(first)
+        before = traces(model)
+        rule = fa_bench.attach(model, name, seed=0, sample_input=x, **cut_options(name, nets.mlp(), options))
+        rule_grads(model, rule, x, y)
+        assert traces(model) != before or variant == "bp"
+        rule.detach()
+        assert traces(model) == before, f"{ORDER[first - 1]} is registered last"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_pairs_and_readouts_are_detached(variant: str) -> None:
+    _, rule, _, _ = start(variant)
+    shown = [tensor for pair in rule.weight_pairs().values() for tensor in pair] + list(rule.readouts().values())
+    shown += [rule.effective_feedback(layer) for layer in rule.weight_pairs() if not isinstance(rule, CutRule)]
+    assert not any(tensor.requires_grad for tensor in shown)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_local_classifiers_have_magnitudes_of_their_own_only_if_asked(separate: bool) -> None:
+    _, rule, _, _ = registered("mlp", "local_error", separate=separate)
+    assert [set(tensors) for tensors in rule.feedback.values()] == 3 * [{"M", "K"} if separate else {"M"}]
+    if separate:
+        for tensors in rule.feedback.values():
+            assert torch.equal(tensors["K"].sign(), tensors["M"].sign()) and not torch.equal(tensors["K"], tensors["M"])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_optimizers_groups_are_the_weights_and_what_is_learned(variant: str) -> None:
+    """Without learned feedback there is no second group."""
+    model, rule, _, _ = start(variant)
+    learned = [id(tensor) for tensor in rule.feedback_parameters()]
+    groups = [([id(tensor) for tensor in group["params"]], group["lr"]) for group in rule.parameter_groups(0.3)]
+    weights = [id(parameter) for parameter in model.parameters() if id(parameter) not in learned]
+    assert groups == [(weights, 0.3), *([(learned, 0.3 * rule.feedback_lr_scale)] if learned else [])]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_sample_that_requires_gradients_is_any_sample(variant: str) -> None:
+    """It is only looked at: neither do its errors count, nor does it get gradients."""
+    name, options = VARIANTS[variant]
+    found = []
+    for requires in (False, True):
+        model, (x, _) = nets.NETS["conv_bn"](), nets.batch("conv_bn")
+        sample = x.requires_grad_(requires)
+        rule = fa_bench.attach(model, name, seed=0, sample_input=sample, **cut_options(name, model, options))
+        found.append((str(rule.coverage), sorted(rule.feedback), sorted(rule.weight_pairs())))
+        assert sample.grad is None
+    assert found[0] == found[1]
