@@ -1,4 +1,4 @@
-"""One thread for the small tensors here: two threads only wait for each other on a shared machine."""
+"""One thread for the small tensors here, where two only wait for each other; no pixels in reports that are not the subject."""
 
 import pytest
 import torch
@@ -12,3 +12,15 @@ def one_thread():
         patch.setenv("OMP_NUM_THREADS", "1")  # for the processes that tests start
         yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def without_pixels(request, monkeypatch):
+    """Figures of sweeps' reports are made, but not rendered, which takes most of the time of a small sweep."""
+    if "report" in request.path.parts:
+        return
+    from fa_bench.report import figures, plot
+
+    monkeypatch.setattr(figures, "fix_layout", lambda figure: None)
+    monkeypatch.setattr(plot, "rendered", lambda figure, form, name: b"")
+    monkeypatch.setattr(figures, "inline_svg", lambda figure, name: "<svg></svg>")
