@@ -43,11 +43,11 @@ def fixed_tensor_reader(name: str) -> Any:
 
 
 def put_tensor(module: torch_nn.Module, name: str, tensor: Tensor | None) -> None:
-    """Make `tensor` the fixed feedback tensor `name` of a module; None registers the name without a tensor."""
+    """Make `tensor`, detached, the fixed feedback tensor `name` of a module; None registers the name without a tensor."""
     names = module.__dict__.setdefault(_NAMES, [])
     if name not in names:
         names.append(name)
-    module.register_buffer(PREFIX + name, tensor)
+    module.register_buffer(PREFIX + name, None if tensor is None else tensor.detach())
 
 
 def make_learned(module: torch_nn.Module, name: str) -> str:

@@ -61,6 +61,19 @@ def test_put_takes_a_ready_tensor_and_brings_it_to_the_models_dtype(rule: Rule, 
     torch.testing.assert_close(model[0].weight.grad, hidden.t() @ x)
 
 
+@pytest.mark.parametrize(("rule", "where"), [(ReadyEdge(), "2"), (ReadyCut(cuts=["1"]), "1")])
+def test_a_ready_tensor_is_put_without_its_graph(rule: Rule, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scale = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    full = torch.full
+    monkeypatch.setattr(torch, "full", lambda *args, **kwargs: full(*args, **kwargs) * scale)
+    model, x = net(), torch.randn(6, 4)
+    fa_bench.attach(model, rule, sample_input=x)
+    monkeypatch.undo()
+    logits = model(x)
+    rule.backward(F.cross_entropy(logits, torch.arange(6) % 3), logits)
+    assert not rule.feedback[where]["B"].requires_grad and scale.grad is None
+
+
 def test_a_tensor_is_live_if_it_is_fixed_and_detached_if_it_is_learned() -> None:
     fixed, learned = net(), net()
     rule = ReadyEdge()

@@ -102,7 +102,7 @@ class LayerContext:
             last = torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
             in_last = weight.is_contiguous(memory_format=last) and not weight.is_contiguous()
             tensor = tensor.contiguous(memory_format=last if in_last else torch.contiguous_format)
-        put_tensor(self.module, name, None if tensor is None else tensor.detach())
+        put_tensor(self.module, name, tensor)
 
 
 @dataclasses.dataclass(eq=False)

@@ -1,0 +1,76 @@
+"""Defaults and ranges of what has no page of its own in the docs: changing one changes runs, so it is written down twice."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING
+
+from fa_bench.registry.options import Options, option_fields
+from fa_bench.registry.registries import ARCHITECTURES, OBJECTIVES, OPTIMIZERS, SCHEDULES
+
+SIGNS = {"minimum": ">=", "above": ">", "maximum": "<=", "below": "<"}
+
+RECORDED = {
+    "lr 0.001 > 0": "adam adamw",
+    "weight_decay 0.0 >= 0": "adam adamw sgd",
+    "first_epoch_weight_decay None >= 0": "adam adamw sgd",
+    "schedule constant": "adam adamw sgd",
+    "beta1 0.9 >= 0 < 1": "adam adamw",
+    "beta2 0.999 >= 0 < 1": "adam adamw",
+    "eps 1e-08 > 0": "adam adamw",
+    "lr 0.05 > 0": "sgd",
+    "momentum 0.9 >= 0 < 1": "sgd",
+    "nesterov False": "sgd",
+    "per epoch epoch|step": "constant cosine linear multistep step",
+    "warmup 0 >= 0": "constant cosine linear multistep one_cycle step",
+    "min_lr 0.0 >= 0": "cosine linear",
+    "gamma 0.1 > 0 <= 1": "multistep step",
+    "milestones None >= 1": "multistep",
+    "per step epoch|step": "one_cycle",
+    "rise 0.3 > 0 < 1": "one_cycle",
+    "start 25.0 >= 1": "one_cycle",
+    "end 10000.0 >= 1": "one_cycle",
+    "step_size None >= 1": "step",
+    "label_smoothing 0.0 >= 0 <= 1": "cross_entropy",
+    "init pytorch": "asap_alexnet conv2 dkp_alexnet mlp resnet18 "
+                    "resnet18_imagenet resnet20 resnet34 resnet50_imagenet torchvision",
+    "linear_init None": "asap_alexnet conv2 dkp_alexnet mlp resnet18 "
+                        "resnet18_imagenet resnet20 resnet34 resnet50_imagenet torchvision",
+    "width 64 >= 1": "asap_alexnet dkp_alexnet resnet18 resnet18_imagenet resnet34 resnet50_imagenet",
+    "hidden 1024 >= 1": "asap_alexnet",
+    "output_norm True": "asap_alexnet resnet18 resnet34",
+    "channels 32 >= 1": "conv2",
+    "hidden 128 >= 1": "conv2",
+    "padding None >= 0 <= 2": "conv2",
+    "hidden 4096 >= 1": "dkp_alexnet",
+    "linear_norm True": "dkp_alexnet",
+    "dropout 0.5 >= 0 < 1": "dkp_alexnet",
+    "widths [512, 512] >= 1": "mlp",
+    "activation relu relu|leaky_relu|tanh|sigmoid|gelu|identity": "mlp",
+    "batch_norm False": "mlp",
+    "output_norm False": "mlp",
+    "blocks [2, 2, 2, 2] >= 1 <= 1000": "resnet18 resnet18_imagenet",
+    "shortcuts True": "resnet18 resnet20 resnet34",
+    "bn before before|after": "resnet18_imagenet resnet50_imagenet",
+    "width 16 >= 1": "resnet20",
+    "blocks 3 >= 1 <= 1000": "resnet20",
+    "blocks [3, 4, 6, 3] >= 1 <= 1000": "resnet34 resnet50_imagenet",
+    "model resnet18": "torchvision",
+}
+
+
+def described() -> dict[str, str]:
+    """{option, default, range or choices: the components that have it so}; the table of initialisers is not repeated."""
+    found: dict[str, list[str]] = {}
+    for registry in (OPTIMIZERS, SCHEDULES, OBJECTIVES, ARCHITECTURES):
+        for name, cls in registry.items():
+            for field in option_fields(cls) if cls.__module__.startswith("fa_bench.") else ():  # other tests register more
+                default = field.default if field.default_factory is MISSING else field.default_factory()
+                default = default.name if isinstance(default, Options) else default
+                limits = [f"{SIGNS[key]} {value}" for key, value in field.metadata["limits"].items()]
+                choices = "" if field.name.endswith("init") else "|".join(field.metadata["choices"] or ())
+                found.setdefault(" ".join([field.name, str(default), *limits, choices]).strip(), []).append(name)
+    return {option: " ".join(sorted(names)) for option, names in found.items()}
+
+
+def test_defaults_and_ranges_are_those_on_record() -> None:
+    assert described() == RECORDED
