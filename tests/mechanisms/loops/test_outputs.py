@@ -274,3 +274,10 @@ def test_of_several_outputs_those_that_layers_go_on_from_make_no_output_layer() 
     for first in (True, False):
         rule = attach(States(first), "fa", sample_input=X[:2], plain_last=True)
         assert [path for path, pair in rule.weight_pairs().items() if torch.equal(*pair)] == ["fc3"]
+
+
+@pytest.mark.parametrize("name", CUT_RULES)
+def test_a_number_names_the_output_that_its_text_names(name: str) -> None:
+    first, second = (attach(Net(PACKS["tuple"][0]), name, output=output) for output in (1, "1"))
+    assert [getattr(rule, "_local", rule).output for rule in (first, second)] == ["1", "1"]
+    assert str(first.coverage) == str(second.coverage)
