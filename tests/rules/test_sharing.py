@@ -326,15 +326,15 @@ def test_sizes_that_no_pooling_makes_are_refused(shape, wanted):
 # torch itself warns, once, that an even kernel under padding='same' needs a padded copy of the input.
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("mode", ["circular", "reflect", "zeros"])
-@pytest.mark.parametrize("name", ["asap", "asfp"])
-def test_a_shared_activation_is_padded_as_the_layers_own_input_is(name, mode):
+@pytest.mark.parametrize(("name", "options"), [("asap", {}), ("asap", {"transport": True}), ("asfp", {})])
+def test_a_shared_activation_is_padded_as_the_layers_own_input_is(name, options, mode):
     torch.manual_seed(0)
     kernel, padding = ((2, 4), "same") if mode == "zeros" else (3, 1)  # the one pads more behind than in front
     layers = [part for channels in (1, 2, 2, 2) for part in
               (nn.Conv2d(channels, 2, kernel, padding=padding, padding_mode=mode), nn.Tanh())]
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(2 * 5 * 6, 3)).double()
     x, y = torch.randn(4, 1, 5, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 1])
-    rule = fa_bench.attach(model, name, seed=0, sample_input=x)
+    rule = fa_bench.attach(model, name, seed=0, sample_input=x, **options)
     seen, errors = {}, {}
     model[2].register_forward_pre_hook(lambda m, args: seen.__setitem__("h", args[0].detach()))
     model[4].register_full_backward_hook(lambda m, gi, go: errors.__setitem__("g", go[0]))

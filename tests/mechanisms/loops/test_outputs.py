@@ -281,3 +281,28 @@ def test_a_number_names_the_output_that_its_text_names(name: str) -> None:
     first, second = (attach(Net(PACKS["tuple"][0]), name, output=output) for output in (1, "1"))
     assert [getattr(rule, "_local", rule).output for rule in (first, second)] == ["1", "1"]
     assert str(first.coverage) == str(second.coverage)
+
+
+@pytest.mark.parametrize("name", CUT_RULES)
+def test_a_scalar_beside_the_named_output_is_refused_only_if_it_was_computed_from_it(name: str) -> None:
+    """A penalty of a weight may be; without the named output nobody knows, and it is refused."""
+    class Penalised(Chain):
+        scalar, named = "weight", True
+
+        def forward(self, x: Tensor) -> Any:
+            if not self.training:
+                return {"logits": super().forward(x)}
+            logits = super().forward(x)
+            weight = next(parameter for parameter in self.parameters() if parameter.requires_grad)
+            scalar = (logits if self.scalar == "logits" else weight).square().mean()
+            return {"logits" if self.named else "others": logits, "scalar": scalar}
+
+    model, plain = Penalised(), Chain()
+    rule, alone = attach(model, name, output="logits"), attach(plain, name)
+    logits, its = model(X)["logits"], plain(X)
+    rule.backward(F.cross_entropy(logits, Y), logits, Y)
+    alone.backward(F.cross_entropy(its, Y), its, Y)
+    assert_same(gradients(model), gradients(plain))
+    for model.scalar, model.named in (("logits", True), ("weight", False)):
+        with pytest.raises(CoverageError, match=r"returns a loss \('scalar'\)"):
+            model(X)
