@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import fa_bench
 from fa_bench.errors import ConfigError
 from fa_bench.metrics.angles import angles, norm_ratio, weight_angle
-from fa_bench.metrics.meter import AlignmentMeter
+from fa_bench.metrics.meter import AlignmentMeter, Passes, measurement_mode
 from fa_bench.models.resnet import ResNet20
 
 RULES = [("bp", {}), ("fa", {}), ("usf", {}), ("brsf", {}), ("frsf", {}), ("kp", {}), ("dfa", {}), ("dfa", {"form": "kernel"}),
@@ -266,3 +266,37 @@ def test_a_metric_returns_a_number_for_each_layer(value: object, monkeypatch: py
     monkeypatch.setattr(type(meter.metrics[0]), "measure", lambda self, passes: value)
     with pytest.raises(ConfigError, match="metric norm_ratio: its measure must return a dict with a number for each layer"):
         meter.measure()
+
+
+SHARED = [(name, {"match": "random", "linear": "share"} | ({"cuts": ["1"]} if name == "asfp_lc" else {}))
+          for name in ("asap", "asfp", "asfp_lc")]
+
+
+@pytest.mark.parametrize(("name", "options"), [*RULES, *SHARED, ("forward_alignment", {}), ("pfa", {}), ("mixed", {})], ids=str)
+def test_measured_gradients_are_those_of_training(name: str, options: dict) -> None:
+    """Shared activations included; brsf is measured with the magnitudes that it has, and trains with new ones."""
+    x, y = batch()
+    rule = fa_bench.attach(mlp(), name, seed=0, sample_input=x, **options)
+    with measurement_mode(rule):
+        measured = dict(Passes(AlignmentMeter(rule, x, y)).gradients)
+    logits = rule.model(x)
+    rule.backward(F.cross_entropy(logits, y), logits, y)
+    trained = {path: rule.model.get_submodule(path).weight.grad for path in measured}
+    assert {path for path, gradient in measured.items() if gradient is None} == {p for p, g in trained.items() if g is None}
+    for path, gradient in measured.items():
+        if gradient is not None and (name != "brsf" or path == "4"):
+            torch.testing.assert_close(gradient, trained[path], rtol=1e-12, atol=1e-15)
+
+
+def test_a_layer_that_feeds_the_output_and_others_is_an_output_layer() -> None:
+    class Ladder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2, self.fc3 = nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.fc2(self.fc1(x).relu())
+            return y + self.fc3(y.relu())
+
+    rule = fa_bench.attach(Ladder(), "fa", seed=0)
+    assert AlignmentMeter(rule, torch.randn(3, 4), torch.arange(3)).output_layers == ["fc2", "fc3"]

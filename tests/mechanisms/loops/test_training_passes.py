@@ -229,6 +229,9 @@ def test_a_refused_pass_leaves_the_next_one_alone(name):
     for one, its in ((model, rule), (other, whole)):
         train(one, its, 2)
     assert all(torch.equal(mine, its) for mine, its in zip(model.parameters(), other.parameters(), strict=True))
+    model.blind = True
+    with pytest.raises(CoverageError, match="'a' ran without gradients"):  # what ran with gradients before does not count
+        model(X)
 
 
 @pytest.mark.parametrize("name", ["fa", "asap", "dfa"])
