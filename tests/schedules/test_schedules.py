@@ -133,3 +133,12 @@ def test_a_run_resumed_within_its_schedule_is_bitwise_the_same(tmp_path: Path, m
     assert main([*command, "hydra.run.dir=parts"]) == 0
     results = [json.loads(Path(name, "result.json").read_text()) for name in ("whole", "parts")]
     assert all(results[0][key] == results[1][key] for key in ("weights_hash", "feedback_hash", "optimizer_hash"))
+
+
+@pytest.mark.parametrize(("schedule", "given"), [
+    (Constant(), {}), (OneCycle(), {}), (OneCycle(per="epoch"), {"per": "epoch"}),
+    (Step(step_size=3, warmup=2), {"step_size": 3, "warmup": 2}),
+])
+def test_a_configs_schedule_shows_what_differs_from_its_defaults(schedule: Schedule, given: dict) -> None:
+    """So that the name of another schedule alone selects that one's defaults."""
+    assert {key: value for key, value in schedule.schema().items() if value is not None} == {"name": schedule.name} | given
