@@ -1,7 +1,16 @@
 """One thread for the small tensors here, where two only wait for each other; no pixels in reports that are not the subject."""
 
+import gc
+
 import pytest
 import torch
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen_modules():
+    """Leave what has been imported and collected out of later garbage collections: every run makes a full one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
