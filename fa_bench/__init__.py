@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fa_bench.api import run, tune
     from fa_bench.callbacks.base import Callback
     from fa_bench.data.base import ArrayDataset, Dataset
+    from fa_bench.errors import FaBenchError
     from fa_bench.loggers.base import Logger
     from fa_bench.mechanisms.cut.rule import CutRule
     from fa_bench.mechanisms.edge.pathways import FeedbackPathway, FixedFeedback, LearnedFeedback
@@ -49,7 +50,7 @@ __version__ = "0.1.0"
 #: Name -> the module that it comes from, imported at its first use: the command line starts without torch.
 _MODULES = {
     "attach": "mechanisms.surgery", "attached_rule": "mechanisms.surgery", "run": "api", "tune": "api",
-    "load_results": "report.frames",
+    "load_results": "report.frames", "FaBenchError": "errors",
     **dict.fromkeys(("plot_curves", "plot_layers", "plot_setting"), "report.plots"),
     "option": "registry.options",
     "Rule": "mechanisms.rule", "EdgeRule": "mechanisms.edge.rule", "CutRule": "mechanisms.cut.rule",
@@ -63,8 +64,8 @@ _MODULES = {
                     "registry.registries"),
 }
 __all__ = [
-    "Architecture", "ArrayDataset", "Callback", "CutRule", "Dataset", "EdgeRule", "FeedbackPathway", "FixedFeedback",
-    "LearnedFeedback", "Logger", "Metric", "Objective",
+    "Architecture", "ArrayDataset", "Callback", "CutRule", "Dataset", "EdgeRule", "FaBenchError", "FeedbackPathway",
+    "FixedFeedback", "LearnedFeedback", "Logger", "Metric", "Objective",
     "OptimizerOptions", "Probe", "Rule", "Schedule", "__version__", "attach", "attached_rule", "load_results", "option",
     "plot_curves", "plot_layers", "plot_setting",
     "register_architecture", "register_callback", "register_dataset", "register_logger", "register_metric", "register_objective",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numbers
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.errors import format_value
+from fa_bench.errors import ConfigError, FaBenchError, OptionError, format_value, truncate
 from fa_bench.report.runs import Run, read_run
+from fa_bench.utils.shell import hydra_quote
 
 if TYPE_CHECKING:
     from fa_bench.tuning.tune import TuneResult
@@ -16,15 +19,19 @@ if TYPE_CHECKING:
 def run(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **options: Any) -> list[Run]:
     """Run what ``fa-bench`` with the same arguments would run, in the same directories.
 
+        runs = fa_bench.run("optimizer.lr=0.1,0.01", algorithm=["bp", "fa"], seed=[0, 1])     # 8 runs
+
     Args:
-        *overrides: as on the command line, such as ``"algorithm=bp,fa"`` or ``"optimizer.lr=0.1"``.
+        *overrides: as on the command line, such as ``"algorithm=bp,fa"`` or ``"optimizer.lr=0.1"``. A sweep needs no ``-m``.
         config_dir: a folder of additional configs, as ``--config-dir``.
-        **options: keys without a dot, such as ``seed=0``; a list is a sweep: ``seed=[0, 1, 2]``.
+        **options: the same as keywords, such as ``seed=0``; a key with a dot as ``**{"optimizer.lr": 0.1}``. A list, a range or
+            an array is a sweep: ``seed=[0, 1, 2]``; a list within it is one value: ``probes=[["readout"]]``.
 
     Returns:
-        The runs in the order of the jobs, each with its directory, result, config and metrics of every epoch. Runs without a
-        result are omitted; ``result["status"]`` shows which failed, diverged or were stopped. Finished runs are not trained
-        again.
+        The runs in the order of the jobs, each with its directory, result, config and metrics of every epoch. A run that fails
+        or diverges does not raise: ``run.finished`` and ``run.result["status"]`` tell, and ``run.log`` in its directory has the
+        traceback. Runs without a result, such as those that ``on_error=stop`` skipped, are omitted. Finished runs are not
+        trained again.
 
     Raises:
         FaBenchError: for invalid input, before any training.
@@ -38,14 +45,18 @@ def run(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **opt
     from fa_bench.utils.output import resilient_output
     from fa_bench.utils.stopping import interrupt_on_signals
 
+    arguments = _arguments("run", overrides, options)
     register_schemas()
-    arguments = [*overrides, *_as_overrides(options)]
-    with resilient_output(), interrupt_on_signals(), cli.hydra_errors():
+    with resilient_output(), interrupt_on_signals(), cli.hydra_errors(), _sweeps_explained(options):
         composer = Composer(cli.CONFIG_NAME, None if config_dir is None else str(config_dir), arguments)
         is_sweep = any(override.is_sweep_override() or override.key_or_group == "experiment" for override in composer.parsed)
         clear_cache()
-        task = Task(["fa-bench", *(["-m"] if is_sweep else []), *arguments])
+        errors: list[FaBenchError] = []
+        # A sweep records the errors of its jobs, which do not affect each other.
+        task = Task(["fa-bench", *(["-m"] if is_sweep else []), *arguments], errors=None if is_sweep else errors)
         code = cli.sweep(composer, task) if is_sweep else cli.run(composer, task)
+        for error in errors:
+            raise error
     if code >= 128:
         raise KeyboardInterrupt
     return [run for run in map(read_run, task.directories) if run is not None]
@@ -57,11 +68,13 @@ def tune(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **op
     Args:
         *overrides: as on the command line, such as ``"algorithm=bp,fa"`` or ``"optimizer.lr=tag(log,interval(1e-3,1))"``.
         config_dir: a folder of additional configs, as ``--config-dir``.
-        **options: keys without a dot, such as ``budget=20`` or ``seeds=[0, 1, 2]``. With ``jobs`` above 1, call this only under
-            ``if __name__ == "__main__":`` in a script, since processes are started.
+        **options: the same as keywords, such as ``budget=20`` or ``seeds=[0, 1, 2]``; a key with a dot as
+            ``**{"optimizer.lr": [0.1, 0.01]}``, where a list holds the values to choose from. With ``jobs`` above 1, call this
+            only under ``if __name__ == "__main__":`` in a script, since processes are started.
 
     Returns:
-        The study: `table` has one row a rule and `trials` one row a trial, as data frames; `directory` is the study's folder.
+        The study, which displays as its table: `table` has one row a rule and `trials` one row a trial, as data frames;
+        `directory` is the study's folder.
 
     Raises:
         FaBenchError: for invalid input, before any training.
@@ -73,12 +86,68 @@ def tune(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **op
     from fa_bench.utils.output import resilient_output
     from fa_bench.utils.stopping import interrupt_on_signals
 
+    arguments = _arguments("tune", overrides, options)
     register_schemas()
     clear_cache()
-    with resilient_output(), interrupt_on_signals():
-        return run_study([*overrides, *_as_overrides(options)], None if config_dir is None else str(config_dir))
+    with resilient_output(), interrupt_on_signals(), _sweeps_explained(options):
+        return run_study(arguments, None if config_dir is None else str(config_dir))
 
 
-def _as_overrides(options: Mapping[str, Any]) -> list[str]:
-    return [f"{key}={','.join(map(format_value, value if isinstance(value, (list, tuple, range)) else [value]))}"
-            for key, value in options.items()]
+def _arguments(function: str, overrides: Sequence[Any], options: Mapping[str, Any]) -> list[str]:
+    """The arguments of a call as overrides of the command line.
+
+    Raises:
+        ConfigError: an override is not a string, or a value cannot be written as one.
+    """
+    for each in overrides:
+        if not isinstance(each, str):
+            star = "**" if isinstance(each, Mapping) else "*" if isinstance(each, (list, tuple)) else ""
+            hint = f"; unpack it: fa_bench.{function}({star}{truncate(repr(each), 200)})" if star else ""
+            raise ConfigError(f"{truncate(repr(each), 200)} is not an override, a string such as 'seed=0'{hint}")
+        if each.startswith("-"):
+            raise ConfigError(f"{each}: fa_bench.{function} has no flags; leave -m out, and pass --config-dir as config_dir=")
+    return [*overrides, *(f"{key}={_sweep(key, value)}" for key, value in options.items())]
+
+
+def _sweep(key: str, value: Any) -> str:
+    if hasattr(value, "tolist"):  # arrays of NumPy, pandas and torch
+        value = value.tolist()
+    if not isinstance(value, (list, tuple, range)):
+        return _value(key, value)
+    if not value:
+        raise ConfigError(f"{key}={value!r} is a sweep without values; for a value that is an empty list, {_nested(key, value)}")
+    return ",".join(_value(key, each) for each in value)
+
+
+def _value(key: str, value: Any) -> str:
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(_value(key, each) for each in value)}]"
+    if isinstance(value, os.PathLike):
+        return hydra_quote(str(os.fspath(value)))
+    if value is None or isinstance(value, (str, numbers.Real)):
+        return format_value(value)
+    hint = "; pass a list" if isinstance(value, (set, frozenset)) else ""
+    if isinstance(value, Mapping):
+        hint = f"; pass its keys one by one: **{({f'{key}.{name}': each for name, each in value.items()})!r}"
+    raise ConfigError(f"{key}={truncate(repr(value), 200)}: {type(value).__name__} is not a type of values "
+                      f"(allowed: a text, a number, True, False, None, a path, a list of these){hint}")
+
+
+@contextmanager
+def _sweeps_explained(options: Mapping[str, Any]) -> Iterator[None]:
+    """Say how to pass one list if a list, which is a sweep, was given to an option whose values are lists."""
+    try:
+        yield
+    except OptionError as error:
+        value = options.get(error.path)
+        if not isinstance(value, (list, tuple)) or "is not a list" not in error.problem:
+            raise
+        raise OptionError(error.path, f"={value!r} is a sweep; for one value that is a list, "
+                                      f"{_nested(error.path, value)}") from None
+
+
+def _nested(key: str, value: Any) -> str:
+    """How to pass a list as one value."""
+    return f"pass **{{{key!r}: {[value]!r}}}" if "." in key else f"pass {key}={[value]!r}"

@@ -33,6 +33,7 @@ class Task:
         parent_pid: that process.
         failure_marker: a file that exists once a job has failed.
         directories: the run directories of the checked jobs.
+        errors: collects the errors of invalid input, which are printed otherwise; for a run within a user's program.
     """
 
     command: Sequence[str]
@@ -43,6 +44,7 @@ class Task:
     parent_pid: int = 0
     failure_marker: Path | None = None
     directories: list[Path] = dataclasses.field(default_factory=list)
+    errors: list[FaBenchError] | None = None
 
     def __call__(self, config: DictConfig) -> int:
         """Run one job; in a sweep, its errors do not affect the other jobs.
@@ -78,6 +80,9 @@ class Task:
             raise
         except BaseException as error:  # a plugin may raise anything, even sys.exit(); only its own job ends
             is_known = isinstance(error, FaBenchError)
+            if isinstance(error, FaBenchError) and self.errors is not None:
+                self.errors.append(error)
+                return 2
             # A failed run is recorded in its directory, unless another process is writing there, or nothing has started.
             unrecorded = isinstance(error, DirectoryLockedError) or (is_known and not self.epochs)
             logged = unrecorded or _record(job, directory, error, experiment)

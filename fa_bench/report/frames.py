@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.config.job import VOLATILE
-from fa_bench.report.runs import Run, find_runs, read_run
+from fa_bench.report.runs import Run, Runs, read_run, runs_in
 from fa_bench.runs.readers import RecordError
 
 if TYPE_CHECKING:
@@ -25,11 +23,11 @@ _NUMBERS = ("test_accuracy", "test_accuracy_at_best_val", "val_accuracy", "train
 _MEASURED = ("directory", "label", "seed", "step", "epoch", "metric", "layer", "value")
 
 
-def load_results(*directories: str | os.PathLike[str], curves: bool = False, angles: bool = False) -> pd.DataFrame:
-    """The runs in and below directories as a data frame.
+def load_results(*runs: Runs, curves: bool = False, angles: bool = False) -> pd.DataFrame:
+    """Runs as a data frame.
 
     Args:
-        *directories: output directories or run directories.
+        *runs: directories with runs, or runs, as `fa_bench.run` returns them; each run is counted once.
         curves: one row per run and epoch instead of one row per run.
         angles: one row per run, measurement, alignment metric and layer.
 
@@ -43,21 +41,25 @@ def load_results(*directories: str | os.PathLike[str], curves: bool = False, ang
 
     Raises:
         DataError: for a directory that does not exist.
-        ValueError: for both `curves` and `angles`.
+        ValueError: for no directory and no run; for both `curves` and `angles`.
+        TypeError: for anything that is neither a directory nor a run.
     """
     import pandas as pd
 
     if curves and angles:
         raise ValueError("load_results(curves=True, angles=True): two frames; choose one of them")
+    if not runs:
+        raise ValueError("load_results(): pass a directory, such as 'outputs', or runs")
     rows: list[Any] = []
-    for directory in find_runs(map(Path, directories)):
+    for item in runs_in(runs):
         try:
-            run = read_run(directory)
+            run = item if isinstance(item, Run) else read_run(item)
             if run is not None:
                 rows += _angles(run) if angles else _curves(run) if curves else [_row(run)]
         except RecordError as error:
             warnings.warn(f"skipped: {error}", stacklevel=2)
-    return _typed(pd.DataFrame(rows, columns=_MEASURED if angles else None))
+    columns = _MEASURED if angles else None if rows else ("directory", *(("label", "seed", "epoch") if curves else _COLUMNS))
+    return _typed(pd.DataFrame(rows, columns=columns))
 
 
 def _typed(frame: pd.DataFrame) -> pd.DataFrame:

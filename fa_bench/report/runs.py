@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,6 +30,11 @@ class Run:
     result: dict[str, Any]
     metrics: list[dict[str, Any]]
     config: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        accuracy = self.result.get("test_accuracy")
+        state = self.result["status"] + ("" if accuracy is None else f", test accuracy {accuracy:.2%}")
+        return f"<Run {self.result['label']} seed {self.result['seed']}: {state}; {self.directory}>"
 
     @cached_property
     def measurements(self) -> list[dict[str, Any]]:
@@ -120,6 +126,34 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
             if file.name != CONFIG or _is_a_runs_config(file):
                 directories.setdefault(resolved(file.parent), file.parent)
     return sorted(directories.values())
+
+
+#: A directory of runs, a run, or several of either, as `fa_bench.run` returns them.
+Runs = str | os.PathLike[str] | Run | Iterable["str | os.PathLike[str] | Run"]
+
+
+def runs_in(sources: Iterable[Runs]) -> list[Run | Path]:
+    """The runs and the run directories at and below directories, each once, in the order given.
+
+    Raises:
+        DataError: a directory does not exist.
+        TypeError: a source is neither a directory nor a run.
+    """
+    found: dict[Path, Run | Path] = {}
+    for source in sources:
+        single = isinstance(source, (str, os.PathLike, Run))
+        if not single and (not isinstance(source, Iterable) or hasattr(source, "columns")):
+            hint = "; pass its column, frame['directory']" if hasattr(source, "columns") else ""
+            raise TypeError(f"{type(source).__name__} is neither a directory nor a run, nor a list of these{hint}")
+        for item in [source] if single else source:
+            if isinstance(item, Run):
+                found.setdefault(resolved(item.directory), item)
+            elif isinstance(item, (str, os.PathLike)):
+                for directory in find_runs([Path(item)]):
+                    found.setdefault(resolved(directory), directory)
+            else:
+                raise TypeError(f"{type(item).__name__}, an item of a list, is neither a directory nor a run")
+    return list(found.values())
 
 
 def _is_a_runs_config(config: Path) -> bool:

@@ -46,6 +46,9 @@ class TuneResult:
     text: str
     code: int
 
+    def __repr__(self) -> str:
+        return f"{self.text}\n\ntuning: {self.directory / MARKDOWN}"
+
 
 def tune(overrides: Sequence[str], config_dir: str | None = None) -> TuneResult:
     """Tune, train the best configs with the final seeds, and write the tables.

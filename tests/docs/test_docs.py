@@ -6,17 +6,20 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import fa_bench
+from fa_bench.api import _arguments
 from fa_bench.cli import main
 from fa_bench.command.compose import Composer
 from fa_bench.config.job import conf_dir, register_schemas
 from fa_bench.registry.registries import ALGORITHMS, ARCHITECTURES
 from fa_bench.report import cli as report
+from fa_bench.tuning.tune import prepared
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -67,7 +70,22 @@ def test_python_of_the_pages_runs(page: str) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
     assert blocks
     for code in blocks:
-        exec(compile(code, page, "exec"), {})
+        if "fa_bench.run(" not in code:
+            exec(compile(code, page, "exec"), {})
+
+
+def test_calls_of_the_readme_run_and_tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runs of one seed at the smallest scale; the study is checked, as with --dry-run."""
+    [code] = [block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "fa_bench.run(" in block]
+    run = fa_bench.run
+    monkeypatch.chdir(tmp_path)
+    small = {"scale": "smoke", "threads": 1, "seed": [0]}
+    monkeypatch.setattr(fa_bench, "run", lambda *overrides, **options: run(*overrides, **{**options, **small}))
+    monkeypatch.setattr(fa_bench, "tune", lambda *overrides, **options: prepared(_arguments("tune", overrides, options), None))
+    shown: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), shown)
+    assert [run.result["algorithm"] for run in shown["runs"]] == ["bp"] * 2 + ["fa"] * 2 and len(shown["frame"]) == 4
+    assert [rule.rule for rule in shown["study"].rules] == ["bp", "fa"] and shown["study"].options.budget == 20
 
 
 def test_presets_of_the_readme_are_those_there_are() -> None:

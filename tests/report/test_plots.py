@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
@@ -37,6 +38,37 @@ def test_directories_and_runs_give_the_same_figures(sweep):
         figure = fa_bench.plot_curves(*source)
         assert isinstance(figure, Figure) and legend(figure) == ["bp lr=0.1", "bp lr=0.2", "kp lr=0.1", "kp lr=0.2"]
         assert [axes.get_title() for axes in figure.axes] == ["Test accuracy"]
+
+
+def test_rules_can_be_one_text(sweep):
+    for rules in ("kp", ["kp"]):
+        assert legend(fa_bench.plot_curves(sweep, rules=rules)) == ["kp lr=0.1", "kp lr=0.2"]
+    assert legend(fa_bench.plot_curves(sweep, rules="bp, kp")) == legend(fa_bench.plot_curves(sweep))
+
+
+@pytest.mark.parametrize(("source", "message"), [
+    (lambda root: 3, "^int is neither a directory nor a run, nor a list of these$"),
+    (lambda root: [root, None], "^NoneType, an item of a list, is neither"),
+    (lambda root: fa_bench.load_results(root), r"^DataFrame is neither .*; pass its column, frame\['directory'\]$"),
+])
+def test_what_is_no_source_of_runs_is_named(sweep, source, message):
+    for function in (fa_bench.plot_curves, fa_bench.load_results):
+        with pytest.raises(TypeError, match=message):
+            function(source(sweep))
+
+
+def test_results_of_runs_and_of_their_directory_are_the_same(sweep):
+    for options in ({}, {"curves": True}, {"angles": True}):
+        frame = fa_bench.load_results(sweep, **options)
+        for source in ([runs_in(sweep)], runs_in(sweep), [str(sweep), sweep]):
+            pd.testing.assert_frame_equal(fa_bench.load_results(*source, **options), frame)
+
+
+def test_results_of_no_runs_have_columns_and_no_source_is_refused(tmp_path):
+    assert fa_bench.load_results(tmp_path).groupby("algorithm")["test_accuracy"].mean().empty
+    assert list(fa_bench.load_results(tmp_path, curves=True)) == ["directory", "label", "seed", "epoch"]
+    with pytest.raises(ValueError, match="pass a directory"):
+        fa_bench.load_results()
 
 
 def test_angles_are_shown_at_every_measurement_before_the_first_step_too(sweep):
