@@ -74,7 +74,7 @@ class Task:
         try:
             with resilient_output(), console_log(), interrupt_on_signals():
                 run(job, directory, title=title, experiment=experiment, later_epochs=sum(self.epochs[number + 1:]),
-                    swept=self.swept)
+                    swept=self.swept, brief=number > 0)
             return 0
         except KeyboardInterrupt:
             raise

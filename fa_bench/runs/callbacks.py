@@ -117,17 +117,25 @@ class Checkpoints(Callback):
 
 @dataclasses.dataclass(eq=False)
 class Display(Callback):
-    """A progress bar on a terminal; otherwise a line at most every `LINE_EVERY` seconds."""
+    """A progress bar on a terminal; otherwise a line at most every `LINE_EVERY` seconds.
+
+    Attributes:
+        title: of the run.
+        later_epochs: epochs of the runs that follow, for the estimate of the remaining time.
+        brief: print the last epoch only, unless the run takes longer than `LINE_EVERY` seconds: a sweep may have hundreds.
+    """
 
     title: str
     later_epochs: int
+    brief: bool = False
 
     def on_fit_start(self, trainer: Trainer) -> None:
         options, progress = trainer.options, trainer.progress
         steps = trainer.splits.train.steps(options.batch_size, options.drop_last)
         self._bar = tqdm(total=steps * options.epochs, initial=progress.step, desc=self.title, unit="step", disable=None,
                          leave=False, dynamic_ncols=True)
-        self._start, self._last_line, self._first = time.monotonic(), -LINE_EVERY, progress.epoch + 1
+        self._start, self._first = time.monotonic(), progress.epoch + 1
+        self._last_line = self._start if self.brief else -LINE_EVERY
 
     def on_step_end(self, trainer: Trainer) -> None:
         self._bar.update()
@@ -142,8 +150,8 @@ class Display(Callback):
         if due:
             self._last_line = now
         log.log(logging.INFO if due else logging.DEBUG, "%s epoch %d/%d  %s", self.title, epoch, epochs, summary)
-        if epoch == self._first and self.later_epochs:
-            seconds = now - self._start
+        seconds = now - self._start
+        if epoch == self._first and self.later_epochs and (seconds >= LINE_EVERY or not self.brief):
             remaining = seconds * (epochs - self._first + self.later_epochs)
             log.info("%s: %s per epoch; about %s remaining", self.title, duration(seconds), duration(remaining))
 

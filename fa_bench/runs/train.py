@@ -44,7 +44,7 @@ from fa_bench.utils.stopping import Interrupted, StopRequest, deferred_signals
 
 def run(
     job: Job, directory: Path, title: str = "", experiment: str | None = None, later_epochs: int = 0,
-    callbacks: Iterable[Callback] = (), swept: Mapping[str, bool] = MappingProxyType({}),
+    callbacks: Iterable[Callback] = (), swept: Mapping[str, bool] = MappingProxyType({}), brief: bool = False,
 ) -> dict[str, Any]:
     """Train one job in its directory.
 
@@ -59,6 +59,7 @@ def run(
             of an uninterrupted run; one that a callback of its config stopped is not trained again. If both request a stop, that
             of the config decides.
         swept: the keys in which the runs of the sweep differ, for the loggers; see `fa_bench.config.labels.swept_keys`.
+        brief: print fewer lines; see `fa_bench.runs.callbacks.Display`.
 
     Returns:
         The result, as in result.json; its status is finished, diverged or stopped.
@@ -83,7 +84,7 @@ def run(
                 log.info("%s %s; nothing to do%s", title, state, f"; {remark}" if remark else "")
                 return result
             resume = _restart(run_dir, title, remark)
-        return _run(run_dir, resume, title, experiment, later_epochs, list(callbacks), swept)
+        return _run(run_dir, resume, title, experiment, later_epochs, list(callbacks), swept, brief)
 
 
 def _restart(run_dir: RunDirectory, title: str, reason: str) -> bool:
@@ -112,7 +113,7 @@ def _is_readable(run_dir: RunDirectory) -> bool:
 
 def _run(
     run_dir: RunDirectory, resume: bool, title: str, experiment: str | None, later_epochs: int, external: list[Callback],
-    swept: Mapping[str, bool],
+    swept: Mapping[str, bool], brief: bool,
 ) -> dict[str, Any]:
     make_loggers(run_dir.job)  # refuses a logger whose package is missing, before anything is read or trained
     device = prepare(run_dir.job)
@@ -144,7 +145,7 @@ def _run(
             checkpoint.save(run_dir.checkpoint, run_dir.previous, run_dir.job.config_hash, parts.splits.data_hash,
                             progress, parts.rule, parts.optimizers, parts.callbacks)
 
-        display = Display(title, later_epochs)
+        display = Display(title, later_epochs, brief)
         stack.callback(display.close)
         histograms = [Histograms(recorder, job.run.histograms_every)] if job.run.histograms_every else []
         probe_every = probe_interval(job.run.probe_every, steps * job.run.epochs)

@@ -92,12 +92,13 @@ def test_minutes_count_from_the_last_checkpoint(monkeypatch: pytest.MonkeyPatch)
     assert saved == [61.0, 122.0, 150.0, 211.0]
 
 
-def shown(monkeypatch: pytest.MonkeyPatch, times: list[float], epoch: int = 0) -> tuple[Display, list[Any]]:
+def shown(monkeypatch: pytest.MonkeyPatch, times: list[float], epoch: int = 0, **options: Any) -> tuple[Display, list[Any]]:
     """A display without a terminal, whose epochs after `epoch` end at these times; and its lines, with their levels."""
     now, lines = [0.0], []
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(callbacks.log, "log", lambda level, text, *values: lines.append((level, text % values)))
-    display, of_run = Display("fa", 0), trainer(epochs=4, epoch=epoch, step=4 * epoch)
+    monkeypatch.setattr(callbacks.log, "info", lambda text, *values: lines.append((logging.INFO, text % values)))
+    display, of_run = Display("fa", **{"later_epochs": 0, **options}), trainer(epochs=4, epoch=epoch, step=4 * epoch)
     display.on_fit_start(of_run)
     metrics = {"train_loss": 1.0, "val_accuracy": None, "test_accuracy": 0.25}
     for of_run.progress.epoch, now[0] in enumerate(times, start=epoch + 1):
@@ -111,6 +112,16 @@ def test_lines_without_a_terminal_come_first_last_and_after_some_seconds(monkeyp
     display.close()
     assert [level for level, _ in lines] == [logging.INFO, logging.DEBUG, logging.INFO, logging.INFO]
     assert lines[0][1] == "fa epoch 1/4  train loss 1.0000  test 25.00%"
+
+
+def test_a_later_run_of_a_sweep_has_one_line_unless_it_takes_some_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(times: list[float]) -> list[str]:
+        _, lines = shown(monkeypatch, times, later_epochs=8, brief=True)
+        return [text.split("  ")[0] for level, text in lines if level == logging.INFO]
+
+    assert said([1, 2, 3, 4]) == ["fa epoch 4/4"]
+    assert said([LINE_EVERY, LINE_EVERY + 1, 3 * LINE_EVERY, 3 * LINE_EVERY + 1]) == [
+        "fa epoch 1/4", "fa: 10 s per epoch; about 2 min remaining", "fa epoch 3/4", "fa epoch 4/4"]
 
 
 def test_the_bar_counts_the_steps_of_the_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
