@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import pytest
 
 NOTEBOOK = Path(__file__).resolve().parents[2] / "docs" / "notebook.ipynb"
@@ -45,11 +45,15 @@ def test_the_notebook_is_committed_without_outputs() -> None:
     assert names("".join(parameters["source"])) == names(SMALL)
 
 
+def test_links_of_the_notebook_lead_somewhere() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", NOTEBOOK.read_text(encoding="utf-8"))
+    assert links and all((NOTEBOOK.parent / link).is_file() for link in links)
+
+
 def test_every_cell_of_the_notebook_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(matplotlib, "get_backend", lambda: "agg")
     variables: dict[str, Any] = {"__name__": "__main__"}
     shown = {}
     for cell in code_cells():

@@ -258,6 +258,7 @@ def test_sweep_runs_anew_what_other_code_made(monkeypatch: Patch, capsys: Captur
     sweep = ["-m", *COMMON, "algorithm=kp", "seed=0,1"]
     assert main(sweep) == 0
     first = results("outputs")
+    capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr(hashes, "_package_hash", lambda: "other code")
         assert main(sweep) == 0
