@@ -8,16 +8,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, QuotedString
+from hydra.core.override_parser.types import IntervalSweep, Override, QuotedString
 from hydra.errors import HydraException
 
-from fa_bench.command.overrides import parse
+from fa_bench.command.overrides import MOST_JOBS, count_values, parse
 from fa_bench.config.job import TUNE
 from fa_bench.errors import ConfigError, OptionError, format_value, names, nearest, truncate
 from fa_bench.registry.options import Options, option, option_fields
 from fa_bench.tuning.optuna_parts import PRUNERS, SAMPLERS
 
 SPACE = "space"
+#: How values to search may begin, beside a list.
+_FUNCTION = re.compile(r"\s*(tag|interval|range|int|float|choice|sort|shuffle)\(")
 
 
 @dataclasses.dataclass(eq=False)
@@ -43,15 +45,16 @@ class TuneOptions(Options):
         for key in ("seeds", "tune_seeds"):
             seeds = getattr(self, key)
             if isinstance(seeds, list) and (repeated := [seed for seed in seeds if seeds.count(seed) > 1]):
-                raise OptionError(key, f" lists {repeated[0]} twice")
+                raise OptionError(key, f"={format_value(seeds)}: lists {repeated[0]} twice")
         if self.tune_seeds in (0, []):
             raise OptionError("tune_seeds", f"={format_value(self.tune_seeds)}: a trial needs at least one seed")
         if overlap := sorted({*self.trial_seeds} & {*self.seeds}):
             raise OptionError("tune_seeds", f"={format_value(self.tune_seeds)}: seed {overlap[0]} is one of `seeds`; values must "
                                             "not be chosen by the seeds of the final runs (write "
                                             f"tune_seeds=[{max(self.seeds) + 1}])")
-        if self.name is not None and (not re.fullmatch(r"[A-Za-z0-9._-]+", self.name) or not self.name.strip(".")):
-            raise OptionError("name", f"={truncate(self.name, 100)}: write a folder's name of letters, digits, '.', '_' and '-'")
+        if self.name is not None and (not re.fullmatch(r"[A-Za-z0-9._][A-Za-z0-9._-]*", self.name) or not self.name.strip(".")):
+            raise OptionError("name", f"={truncate(self.name, 100)}: write a folder's name of letters, digits, '.', '_' and "
+                                      "'-', which does not begin with '-'")
 
     @property
     def trial_seeds(self) -> list[int]:
@@ -74,8 +77,15 @@ def parse_override(text: str) -> Override:
     try:
         override = OverridesParser.create().parse_override(text)
     except (HydraException, ValueError, RecursionError):
+        if _FUNCTION.match(text.partition("=")[2]):  # quotes would not help
+            raise ConfigError(f"cannot read '{truncate(text, 200)}': write a list such as 0.1,0.2, interval(LOW,HIGH), "
+                              "tag(log,interval(LOW,HIGH)), int(interval(LOW,HIGH)) or range(START,STOP,STEP)") from None
         return parse(text)  # raises its error
-    return override if override.is_sweep_override() and override.key_or_group else parse(text)
+    if not (override.is_sweep_override() and override.key_or_group):
+        return parse(text)
+    if not isinstance(override.value(), IntervalSweep) and count_values(override) > MOST_JOBS:
+        raise ConfigError(f"{truncate(text, 200)}: more than {MOST_JOBS} values")
+    return override
 
 
 def plain_value(override: Override) -> Any:
@@ -105,7 +115,13 @@ def own_options(section: Mapping[str, Any], overrides: list[Override]) -> TuneOp
     for override in overrides:
         if override.is_add() or override.is_delete():
             raise ConfigError(f"{truncate(override.input_line or '', 100)}: write {override.key_or_group}=VALUE")
+        if isinstance(override.value(), IntervalSweep):
+            raise ConfigError(f"{truncate(override.input_line or '', 100)}: {override.key_or_group} is an option of the study, "
+                              "which is not searched; write its value")
         values[override.key_or_group] = plain_value(override)
+    for key in ("seeds", "tune_seeds"):
+        if isinstance(value := values.get(key, 0), (str, bool, float)) or value is None:
+            raise OptionError(key, f"={truncate(format_value(value), 100)}: write seeds, such as {key}=3 or {key}=[3,4]")
     if isinstance(values.get("seeds"), int) and not isinstance(values["seeds"], bool):
         values["seeds"] = [values["seeds"]]
     if isinstance(values.get("name"), (int, float)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from fa_bench.command.compose import Composer
 from fa_bench.command.fit import check_fit
 from fa_bench.command.overrides import parse
 from fa_bench.config.job import GRID, RULES, TUNE, VOLATILE, Job, RunOptions
+from fa_bench.config.labels import flatten
 from fa_bench.errors import ConfigError, OptionError, format_value, names, nearest, truncate
 from fa_bench.objectives.base import CLASSES
 from fa_bench.registry.options import option_fields
@@ -25,6 +27,9 @@ from fa_bench.tuning.space import Dimension, as_typed, declared, dimension, valu
 from fa_bench.utils.files import check_writable, refuse_root
 
 ALGORITHM, SEED, OUTPUT = "algorithm", "seed", "output_dir"
+#: Keys that cannot be searched, and those of the dataset that can, because they affect only the training images.
+_SAME = ("epochs", "scale", "device", *VOLATILE)
+_AUGMENTATION = ("dataset.augment",)
 #: Folder of the trials' runs within that of the study.
 TRIALS = "trials"
 
@@ -152,6 +157,10 @@ def _refuse(overrides: Sequence[Override]) -> None:
     """Refuse keys that a study sets itself, and sweeps over components other than rules."""
     for override in overrides:
         key, typed = override.key_or_group, truncate(override.input_line or "", 200)
+        if key == ALGORITHM and isinstance(value := override.value(), list):
+            raise ConfigError(f"{typed}: write {ALGORITHM}={','.join(map(str, value))} to tune several rules")
+        if key.startswith(f"{TUNE}.") and key.partition(".")[2] in OWN_KEYS:
+            raise ConfigError(f"{typed}: on the command line, write {key.partition('.')[2]}=VALUE")
         if key == SEED:
             raise ConfigError(f"{typed}: a study has two sets of seeds; write tune_seeds=... (of the trials) and seeds=... (of "
                               "the final runs)")
@@ -174,8 +183,11 @@ def _known(overrides: Sequence[Override], groups: Collection[str]) -> None:
 def _searchable(overrides: Sequence[Override]) -> None:
     """Refuse to search keys that must be equal for all trials, or that do not affect results."""
     for override in overrides:
-        if override.is_add() or override.is_delete() or _key(override) in ("epochs", "scale", *VOLATILE):
-            raise ConfigError(f"{truncate(_text(override), 200)}: {_key(override)} cannot be searched; it is the same for all "
+        key = _key(override)
+        # Accuracies on different data cannot be compared.
+        if override.is_add() or override.is_delete() or key in _SAME or (
+                key.startswith("dataset.") and key not in _AUGMENTATION):
+            raise ConfigError(f"{truncate(_text(override), 200)}: {key} cannot be searched; it is the same for all "
                               "trials")
 
 
@@ -254,7 +266,8 @@ def _defaults(job: Job, space: Mapping[str, Dimension]) -> dict[str, Any]:
         try:
             values[key] = value_at(job, key)
         except (KeyError, TypeError):
-            raise ConfigError(f"{key}={each.text}: {job.algorithm.name} with {job.optimizer.name} has no option {key}") from None
+            raise ConfigError(f"{key}={each.text}: {job.algorithm.name} with {job.optimizer.name} has no option {key}"
+                              f"{nearest(key, flatten(job.plain()))}") from None
     return values
 
 
@@ -276,6 +289,9 @@ def _check(plan: Plan) -> None:
                           "epochs=N")
     seed = plan.options.trial_seeds[0]
     for each in plan.rules:
+        if getattr(each.job.dataset, "validation", None) == 0:
+            raise OptionError("dataset.validation", "=0: trials are compared by their validation accuracy; hold out images with "
+                                                    "dataset.validation=0.1")
         if each.job.dataset.targets != CLASSES:
             raise ConfigError(f"dataset={each.job.dataset.name}: its targets are numbers, but trials are compared by their "
                               "accuracy")
@@ -284,9 +300,18 @@ def _check(plan: Plan) -> None:
                 try:
                     Job.from_config(_with_value(each.job, one.key, value))
                 except OptionError as error:
-                    raise ConfigError(f"{error} (searched as {one.key}={one.text}, by {one.source})") from None
+                    raise ConfigError(f"{error} (searched as {one.key}={one.text}, by {one.source}{_whole(one, each)})"
+                                      ) from None
         plan.trial(each, {key: one.extremes()[-1] for key, one in each.space.items()}, seed)
     check_fit(each.job for each in plan.rules)
+
+
+def _whole(one: Dimension, plan: RulePlan) -> str:
+    """What to write for a range of whole numbers, if the option has whole numbers and the range does not."""
+    is_range = not one.choices and one.step is None and not isinstance(one.low, int)
+    if not is_range or type(plan.default[one.key]) is not int:
+        return ""
+    return f"; write {dataclasses.replace(one, low=math.ceil(one.low), high=math.floor(one.high)).text} for whole numbers"
 
 
 def _with_value(job: Job, key: str, value: Any) -> DictConfig:

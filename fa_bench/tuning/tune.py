@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fa_bench.errors import DataError, OptionError
+from fa_bench.errors import DataError
 from fa_bench.tuning.folder import (
     FIGURE,
     MARKDOWN,
@@ -94,17 +94,13 @@ def _data_hash(plan: Plan) -> str:
     """The hash of the study's data, which must have a validation split.
 
     Raises:
-        OptionError: without one.
-        DataError: if the data cannot be read, or have no validation split of their own.
+        DataError: if the data cannot be read, or have no validation split.
     """
     from fa_bench.config.scale import scaled
     from fa_bench.runs.train import load, prepare
     from fa_bench.utils.process import isolated
 
     job = plan.rules[0].job
-    if getattr(job.dataset, "validation", None) == 0:
-        raise OptionError("dataset.validation", "=0: trials are compared by their validation accuracy; hold out images with "
-                                                "dataset.validation=0.1")
     with isolated():
         splits = load(scaled(job), prepare(job))
     if splits.validation is None or not len(splits.validation):

@@ -1,0 +1,56 @@
+"""Input that a study refuses before it trains, with what to write instead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fa_bench.config.job import register_schemas
+from fa_bench.errors import FaBenchError
+from fa_bench.tuning.plan import make_plan
+
+SMALL = ("algorithm=bp,fa", "dataset=synthetic", "dataset.samples=100", "architecture.widths=[4]", "epochs=1")
+
+
+@pytest.fixture(autouse=True)
+def schemas() -> None:
+    register_schemas()
+
+
+def refusal(tmp_path: Path, *overrides: str) -> str:
+    given = {text.partition("=")[0] for text in overrides}
+    common = [text for text in SMALL if text.partition("=")[0] not in given]
+    with pytest.raises(FaBenchError) as caught:
+        make_plan([*common, f"output_dir={tmp_path}", *overrides], None)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("override", "expected"), [
+    ("seeds=interval(0,3)", "seeds=interval(0,3): seeds is an option of the study"),
+    ("seeds=", "seeds=: write seeds, such as seeds=3"),
+    ("seeds=range(0,1000000000)", "more than 10000 values"),
+    ("tune_seeds=true", "tune_seeds=true: write seeds"),
+    ("tune_seeds=[5,5]", "tune_seeds=[5,5]: lists 5 twice"),
+    ("name=-x", "does not begin with '-'"),
+    ("algorithm=[bp,fa]", "write algorithm=bp,fa"),
+    ("tune.budget=5", "write budget=VALUE"),
+    ("optimizer.lr=choice()", "write a list such as 0.1,0.2"),
+    ("optimizer.lr=tag(log,0.1,1)", "tag(log,interval(LOW,HIGH))"),
+    ("optimizer.lr=range(0,1000000000)", "more than 10000 values"),
+    ("optimizer.lrr=interval(0.1,1)", "did you mean 'optimizer.lr'?"),
+    ("batch_size=interval(16,64.5)", "write int(interval(16,64)) for whole numbers"),
+    ("dataset.validation=0", "hold out images with dataset.validation=0.1"),
+    ("dataset.validation=0.1,0.2", "dataset.validation cannot be searched"),
+    ("device=cpu,cuda", "device cannot be searched"),
+])
+def test_refused_with_a_hint(tmp_path: Path, override: str, expected: str) -> None:
+    message = refusal(tmp_path, override)
+    assert expected in message
+    assert len(message.splitlines()) <= 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_suggested_range_of_whole_numbers_works(tmp_path: Path) -> None:
+    plan = make_plan([*SMALL, f"output_dir={tmp_path}", "batch_size=int(interval(16,64))"], None)
+    assert plan.rules[0].space["batch_size"].text == "int(interval(16,64))"
