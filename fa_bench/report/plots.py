@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fa_bench.errors import DataError, names, nearest
-from fa_bench.report.groups import Groups, group_runs, in_order, swept_keys, tasks
+from fa_bench.errors import DataError, names
+from fa_bench.report.groups import Groups, group_runs, in_order, nearest_key, swept_keys, tasks
 from fa_bench.report.quantities import POSITIONS, Selection, measured_metrics, quantity
 from fa_bench.report.runs import Run, find_runs, metrics_of, read_run
 from fa_bench.utils.drawing import default_style
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 Runs = str | os.PathLike[str] | Run | Iterable["str | os.PathLike[str] | Run"]
 
 
-def plot_curves(*runs: Runs, rules: Sequence[str] = (), metric: str = "", x: str = "epoch") -> Figure:
+def plot_curves(*runs: Runs, rules: str | Sequence[str] = (), metric: str = "", x: str = "epoch") -> Figure:
     """Accuracies and losses of training, or one quantity, along the runs: mean ± standard deviation over the seeds.
 
     Args:
         *runs: directories with runs, or runs.
-        rules: the rules to show; empty for all.
+        rules: a rule or the rules to show; empty for all.
         metric: an accuracy (shown in %), a loss, or an alignment metric (mean over its layers); empty for all accuracies and
             losses. Of a large sweep, one quantity is shown, by default ``test_accuracy``, with a panel for each rule.
         x: ``epoch``, ``step`` or ``seconds``.
@@ -38,7 +38,7 @@ def plot_curves(*runs: Runs, rules: Sequence[str] = (), metric: str = "", x: str
     """
     if x not in POSITIONS:
         raise DataError(f"x={x!r} is not available (allowed: {names(POSITIONS)})")
-    by_task, found = _tasks(runs, Selection(rules=tuple(rules), metric=metric, x=x))
+    by_task, found = _tasks(runs, Selection(rules=_names(rules), metric=metric, x=x))
     with default_style():
         from fa_bench.report.figures import curve_parts
         from fa_bench.report.plot import curves_figure
@@ -47,13 +47,13 @@ def plot_curves(*runs: Runs, rules: Sequence[str] = (), metric: str = "", x: str
         return curves_figure([part for title, groups in by_task.items() for part in curve_parts(title, groups, only, x)[:1]])
 
 
-def plot_setting(*runs: Runs, x: str = "", rules: Sequence[str] = (), metric: str = "test_accuracy") -> Figure:
+def plot_setting(*runs: Runs, x: str = "", rules: str | Sequence[str] = (), metric: str = "test_accuracy") -> Figure:
     """The final value of a quantity against a swept setting: one line per rule, with the best setting by validation ringed.
 
     Args:
         *runs: directories with runs, or runs.
         x: the key of the setting, such as ``optimizer.lr``; it can be omitted if only one is swept.
-        rules: the rules to show; empty for all.
+        rules: a rule or the rules to show; empty for all.
         metric: an accuracy (shown in %), a loss, or an alignment metric (mean over its layers).
 
     Returns:
@@ -62,11 +62,11 @@ def plot_setting(*runs: Runs, x: str = "", rules: Sequence[str] = (), metric: st
     Raises:
         DataError: as `plot_curves`; no or several settings are swept and `x` is empty.
     """
-    by_task, found = _tasks(runs, Selection(rules=tuple(rules), metric=metric))
+    by_task, found = _tasks(runs, Selection(rules=_names(rules), metric=metric))
     keys = swept_keys(group_runs(found))
     if x not in keys and (x or len(keys) != 1):
         problem = f"x={x!r} is not swept" if x else f"choose x: {'several settings are' if keys else 'no setting is'} swept"
-        raise DataError(f"{problem} (swept within a rule: {names(keys) or 'none'}){nearest(x, keys) if x else ''}")
+        raise DataError(f"{problem} (swept within a rule: {names(keys) or 'none'}){nearest_key(x, keys) if x else ''}")
     with default_style():
         from fa_bench.report.settings import setting_figure
 
@@ -75,13 +75,13 @@ def plot_setting(*runs: Runs, x: str = "", rules: Sequence[str] = (), metric: st
     return figure
 
 
-def plot_layers(*runs: Runs, metric: str = "weight_angle", rules: Sequence[str] = (), x: str = "epoch") -> Figure:
+def plot_layers(*runs: Runs, metric: str = "weight_angle", rules: str | Sequence[str] = (), x: str = "epoch") -> Figure:
     """An alignment metric of every layer along the runs, a panel for each layer; of large sweeps, each rule's best setting.
 
     Args:
         *runs: directories with runs, or runs.
         metric: an alignment metric, such as ``weight_angle`` (degrees) or ``norm_ratio``.
-        rules: the rules to show; empty for all.
+        rules: a rule or the rules to show; empty for all.
         x: ``epoch``, ``step`` or ``seconds``.
 
     Returns:
@@ -92,7 +92,7 @@ def plot_layers(*runs: Runs, metric: str = "weight_angle", rules: Sequence[str] 
     """
     if x not in POSITIONS:
         raise DataError(f"x={x!r} is not available (allowed: {names(POSITIONS)})")
-    by_task, found = _tasks(runs, Selection(rules=tuple(rules), x=x))
+    by_task, found = _tasks(runs, Selection(rules=_names(rules), x=x))
     if metric not in (measured := measured_metrics(found)):
         raise DataError(f"metric={metric!r} has no values by layer (measured: {names(measured) or 'none'})")
     with default_style():
@@ -100,6 +100,10 @@ def plot_layers(*runs: Runs, metric: str = "weight_angle", rules: Sequence[str] 
         from fa_bench.report.plot import curves_figure
 
         return curves_figure([part for title, groups in by_task.items() for part in layers_parts(title, groups, metric, x)])
+
+
+def _names(rules: str | Sequence[str]) -> tuple[str, ...]:
+    return (rules,) if isinstance(rules, str) and rules else tuple(rules)
 
 
 def _tasks(runs: Iterable[Runs], selection: Selection) -> tuple[dict[str, Groups], list[Run]]:
