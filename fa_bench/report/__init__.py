@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from fa_bench.errors import DataError, names, printable, truncate
-from fa_bench.report.files import MARKDOWN, NAME, PAGE, RUNS, recorded_files, register, report_lock, write_record
+from fa_bench.report.files import MARKDOWN, NAME, PAGE, RUNS, check_file, recorded_files, register, report_lock, write_record
 from fa_bench.report.quantities import Selection
 from fa_bench.report.references import BEST, NEAREST
 from fa_bench.report.runs import VERSIONS, short_path
@@ -145,15 +145,17 @@ def write_report(
     with report_lock(out_dir):
         markdown = register(out_dir / MARKDOWN)
         earlier = recorded_files(out_dir)
-        with default_style():
-            from fa_bench.report.figures import write_figures
-
-            pictures = write_figures(compared, out_dir, NAME, selection, swept=runs)
         tables = {f"{NAME}.csv": to_csv(frame), f"{NAME}.json": to_json(frame), f"{NAME}.tex": to_latex(frame),
                   RUNS: to_csv(all_runs), f"{NAME}_layers.csv": to_csv(layers)}
         tables |= {f"{NAME}_published.csv": to_csv(against)} if len(against) else {}
         tables |= {f"{NAME}_tried.csv": to_csv(choice.tried)} if choice else {}
         tables |= {f"{NAME}_aggregate.csv": to_csv(totals)} if totals is not None else {}
+        for name in (PAGE, *tables):  # before the figures are written, so that a refused report leaves none
+            check_file(out_dir / name, earlier)
+        with default_style():
+            from fa_bench.report.figures import write_figures
+
+            pictures = write_figures(compared, out_dir, NAME, selection, swept=runs)
         for name, text in tables.items():
             _write(out_dir / name, text)
         sections = [

@@ -9,16 +9,17 @@ from typing import Any, NamedTuple, TypeGuard
 import pandas as pd
 
 from fa_bench.config.labels import differing_keys, result_options
-from fa_bench.errors import DataError, format_value, names, nearest
+from fa_bench.errors import DataError, format_value, names
 from fa_bench.report.groups import (
     Groups,
     finished_by_seed,
     group_labels,
     group_runs,
-    natural_key,
+    nearest_key,
     status_counts,
     tasks,
     validation_accuracy,
+    value_key,
 )
 from fa_bench.report.runs import VERSIONS, Run
 from fa_bench.report.states import DIVERGED
@@ -124,8 +125,7 @@ def _check(keys: Sequence[str], swept: Mapping[str, Sequence[str]], groups: Grou
             same = f"{key}={values[0]} in all runs" if len(values) == 1 else "it differs only between rules"
             raise DataError(f"--best {key}: nothing to choose, {same}; {there}")
         if key not in differing:
-            whole = next((other for other in (*differing, *all_keys) if other.endswith(f".{key}")), None)
-            hint = f"; did you mean '{whole}'?" if whole else nearest(key, [*differing, *all_keys])
+            hint = nearest_key(key, [*differing, *all_keys])
             raise DataError(f"--best {key}: no run has this key{hint}{f' K{there[1:]}' if hint else f'; {there}'}")
 
 
@@ -137,13 +137,11 @@ def _cells(groups: Groups, keys: Sequence[str], swept: Mapping[str, Sequence[str
         rest = [(key, run.config.get(key)) for key in swept[run.result["algorithm"]] if key not in keys]
         versions = [run.result.get(key) for key in VERSIONS]
         cells.setdefault(repr((run.result["algorithm"], versions, rest)), {})[group] = members
-    return [dict(sorted(cell.items(), key=lambda item: _order(item[1][0], keys))) for cell in cells.values()]
 
+    def order(group: str) -> list[Any]:
+        return [value_key(groups[group][0].config.get(key)) for key in keys]
 
-def _order(run: Run, keys: Sequence[str]) -> list[Any]:
-    """A sort key by the values: numbers by value and before text."""
-    values = [run.config.get(key) for key in keys]
-    return [(0, float(value), []) if _is_number(value) else (1, 0.0, natural_key(format_value(value))) for value in values]
+    return [{group: cell[group] for group in sorted(cell, key=order)} for cell in cells.values()]
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

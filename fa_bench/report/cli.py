@@ -73,7 +73,7 @@ def _main(argv: list[str]) -> int:
     figures = parser.add_argument_group("figures", "what they show; the tables stay complete")
     figures.add_argument("--format", metavar="LIST", type=_words, default=FORMATS[:1],
                          help=f"formats of the files, separated by commas: {names(FORMATS)} (default: {FORMATS[0]})")
-    figures.add_argument("--rules", metavar="LIST", type=_words, default=(), help="only these rules, separated by commas")
+    figures.add_argument("--rules", metavar="LIST", type=_words, help="only these rules, separated by commas")
     figures.add_argument("--metric", metavar="NAME", default="",
                          help="only this quantity: an accuracy or loss such as val_accuracy, or an alignment metric such as "
                               "weight_angle")
@@ -104,7 +104,7 @@ def _main(argv: list[str]) -> int:
     from fa_bench.runs.readers import RecordError
     from fa_bench.runs.sweep import find_planned_runs
 
-    selection = Selection(arguments.format, arguments.rules, arguments.metric, arguments.x)
+    selection = Selection(arguments.format, arguments.rules or (), arguments.metric, arguments.x)
     unusable: list[RecordError] = []
     directories, planned = find_runs(arguments.folders), find_planned_runs(arguments.folders, unusable)
     if not directories:
@@ -157,7 +157,7 @@ def _check(arguments: argparse.Namespace) -> None:
             raise DataError(f"{flag} requires --live")
     if arguments.best is not None and not arguments.best.replace(",", " ").split():
         raise DataError("--best: no key, such as --best optimizer.lr")
-    selects = {"--format": arguments.format != FORMATS[:1], "--rules": arguments.rules, "--metric": arguments.metric,
+    selects = {"--format": arguments.format != FORMATS[:1], "--rules": arguments.rules is not None, "--metric": arguments.metric,
                "--x": arguments.x}
     for flag, given in (("--out", arguments.out is not None), ("--no-timings", arguments.no_timings),
                         ("--best", arguments.best is not None), ("--reference", arguments.reference is not None),
@@ -166,6 +166,8 @@ def _check(arguments: argparse.Namespace) -> None:
             raise DataError(f"{flag} cannot be combined with --live, which writes nothing")
     if not arguments.format:
         raise DataError(f"--format is empty (allowed: {names(FORMATS)})")
+    if arguments.rules == ():
+        raise DataError("--rules: no rule, such as --rules bp,kp")
     if arguments.x == "seconds" and arguments.no_timings:
         raise DataError("--x seconds cannot be combined with --no-timings, which omits them")
     if arguments.interval is not None and not MIN_INTERVAL <= arguments.interval <= MAX_INTERVAL:

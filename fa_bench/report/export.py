@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from fa_bench.utils.files import resolved
 
 #: Characters that have a meaning in LaTeX; [ and * have one after the end of a row.
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
-          ">": r"\textgreater{}", "|": r"\textbar{}", '"': "''", "[": "{[}", "*": "{*}",
+          ">": r"\textgreater{}", "`": r"\textasciigrave{}", "|": r"\textbar{}", '"': "''", "[": "{[}", "*": "{*}",
           **{char: f"\\{char}" for char in "&%$#_{}"}}
 _ACCURACIES = ("train_accuracy", "val_accuracy", "test_accuracy", "test_accuracy_at_best_val")
 _LOSSES = ("train_loss", "val_loss", "test_loss")
@@ -32,7 +33,8 @@ RUN_TIMINGS = ["seconds", "seconds_per_epoch"]
 
 def escape_latex(text: str) -> str:
     """Arbitrary text that LaTeX prints literally, in any encoding: characters beyond ASCII become ``U+00E9``."""
-    return "".join(_LATEX.get(char, char if char.isascii() else f"U+{ord(char):04X}") for char in printable(text))
+    escaped = "".join(_LATEX.get(char, char if char.isascii() else f"U+{ord(char):04X}") for char in printable(text))
+    return re.sub("-(?=-)", "-{}", escaped)  # two hyphens would become a dash
 
 
 def to_latex(frame: pd.DataFrame) -> str:

@@ -89,7 +89,7 @@ def register(path: Path) -> Path:
         RunDirectoryError: a file that no report wrote is in the way.
     """
     names = recorded_files(path.parent)
-    _check(path, names)
+    check_file(path, names)
     if path.name not in names or not (path.parent / RECORD).exists():
         write_record(path.parent, {*names, path.name})
     return path
@@ -111,10 +111,15 @@ def check_folder(folder: Path) -> None:
     check_temporary(folder / RECORD, b'["report')
     names = recorded_files(folder)
     for name in _COMMON_FILES:
-        _check(folder / name, names)
+        check_file(folder / name, names)
 
 
-def _check(path: Path, names: set[str]) -> None:
+def check_file(path: Path, names: set[str]) -> None:
+    """Refuse to replace `path` if it exists and is not among the report's files `names`.
+
+    Raises:
+        RunDirectoryError: naming the file.
+    """
     if path.name not in names:
         check_temporary(path, b"")
     if os.path.lexists(path) and (path.is_symlink() or not path.is_file() or path.name not in names):

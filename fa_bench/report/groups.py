@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fa_bench.config.labels import DATA_DIR, differing_keys, distinct_labels, result_options
+from fa_bench.errors import format_value, nearest
 from fa_bench.report.numbers import mean
 from fa_bench.report.runs import FINISHED, VERSIONS, Run
 from fa_bench.report.states import DIVERGED
@@ -38,6 +39,19 @@ def natural_key(text: str) -> list[Any]:
     """A sort key that compares numbers in a text by value: words and numbers alternate."""
     parts = re.split(r"(\d+(?:\.\d+)?(?:e[-+]?\d+)?)", text)
     return [float(part) if index % 2 else part for index, part in enumerate(parts)]
+
+
+def value_key(value: Any) -> tuple[int, float, list[Any]]:
+    """A sort key for the values of an option: numbers by value and before text."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return (0, float(value), []) if is_number else (1, 0.0, natural_key(format_value(value)))
+
+
+def nearest_key(name: str, allowed: Iterable[str]) -> str:
+    """A hint of the form ``; did you mean 'optimizer.lr'?``, also for the short name that labels show, ``lr``."""
+    allowed = list(allowed)
+    whole = next((key for key in allowed if key.endswith(f".{name}")), None)
+    return f"; did you mean '{whole}'?" if whole else nearest(name, allowed)
 
 
 def group_runs(runs: Iterable[Run]) -> dict[str, list[Run]]:

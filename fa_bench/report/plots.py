@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from fa_bench.errors import DataError, names, nearest
-from fa_bench.report.groups import Groups, group_runs, in_order, swept_keys, tasks
+from fa_bench.errors import DataError, names
+from fa_bench.report.groups import Groups, group_runs, in_order, nearest_key, swept_keys, tasks
 from fa_bench.report.quantities import POSITIONS, Selection, measured_metrics, quantity
 from fa_bench.report.runs import Run, Runs, metrics_of, read_run, runs_in
 from fa_bench.utils.drawing import default_style
@@ -61,7 +61,7 @@ def plot_setting(*runs: Runs, x: str = "", rules: str | Sequence[str] = (), metr
     keys = swept_keys(group_runs(found))
     if x not in keys and (x or len(keys) != 1):
         problem = f"x={x!r} is not swept" if x else f"choose x: {'several settings are' if keys else 'no setting is'} swept"
-        raise DataError(f"{problem} (swept within a rule: {names(keys) or 'none'}){nearest(x, keys) if x else ''}")
+        raise DataError(f"{problem} (swept within a rule: {names(keys) or 'none'}){nearest_key(x, keys) if x else ''}")
     with default_style():
         from fa_bench.report.settings import setting_figure
 

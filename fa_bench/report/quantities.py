@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fa_bench.errors import DataError, names, nearest
+from fa_bench.errors import DataError, names, printable
 from fa_bench.metrics.alignment.base import Metric
-from fa_bench.report.groups import finished_by_seed, group_runs, swept_keys, validation_accuracy
+from fa_bench.report.groups import finished_by_seed, group_runs, nearest_key, swept_keys, validation_accuracy
 from fa_bench.report.numbers import known, mean, number, std
 from fa_bench.report.runs import Run
 
@@ -87,7 +87,7 @@ class Selection(NamedTuple):
 
 def _require(flag: str, name: str, allowed: Iterable[str]) -> None:
     if name not in (allowed := list(allowed)):
-        raise DataError(f"{flag}={name!r} is not available (allowed: {names(allowed)}){nearest(name, allowed)}")
+        raise DataError(printable(f"{flag}={name!r} is not available (allowed: {names(allowed)}){nearest_key(name, allowed)}"))
 
 
 def measured_metrics(runs: Iterable[Run]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from matplotlib.transforms import ScaledTranslation
 
 from fa_bench.config.labels import differing_keys, short_key
 from fa_bench.errors import format_value, truncate
-from fa_bench.report.groups import CONTROL, FLOOR, Groups, by_rule, natural_key
+from fa_bench.report.groups import CONTROL, FLOOR, Groups, by_rule, natural_key, value_key
 from fa_bench.report.plot import (
     GREY,
     Range,
@@ -34,13 +35,17 @@ DENSITY = "algorithm.density"
 _NAMES = {DENSITY: "density of the feedback", "optimizer.lr": "learning rate (optimizer.lr)"}
 MAX_RULES, MAX_PANELS = 12, 6  # more rules have a panel each; more combinations of other settings are chosen from
 MAX_RANKED, MAX_TICKS = 8, 14  # values in a row of panels with ranks above them, and labelled values
+LOGARITHMIC, CLOSEST = 8, 0.05  # ratio of values from which an axis is logarithmic; fraction of a linear axis between two values
 RANKS = ("1st", "2nd", "3rd")
 LEGEND = "mean ± std over seeds\nring: best by validation\n✕: some run diverged"
 CHOSEN = "the other settings chosen by validation accuracy"
 
 
 class Series(NamedTuple):
-    """The points of one rule in order of the setting; a rule without the setting has one point, whose x is None."""
+    """The points of one rule in order of the setting; a rule without the setting has one point, whose x is None.
+
+    A null value of the setting is the text ``null``.
+    """
 
     rule: str
     points: list[Point]
@@ -67,7 +72,9 @@ def series_by_panel(groups: Groups, key: str, of: Quantity) -> dict[str, list[Se
         for group, config in configs.items():
             others = {short_key(name, config): format_value(config[name]) for name in keys if name in config} | {
                 VERSIONS[name]: str(groups[group][0].result.get(name))[:8] for name in versions}
-            rows.append((rule, group, config.get(key), others))
+            # A null value is a category like text; only a rule without the key has no place on the axis.
+            x = "null" if key in config and config[key] is None else config.get(key)
+            rows.append((rule, group, x, others))
             values.setdefault(rule, set()).add(repr(config.get(key)))
     if all(len(of_rule) < 2 for of_rule in values.values()):
         return {}
@@ -85,7 +92,7 @@ def _series(rows: Sequence[tuple[str, str, Any, dict[str, str]]], groups: Groups
     for rule, group, x, _ in rows:
         at.setdefault(rule, {}).setdefault(repr(x), (x, {}))[1][group] = groups[group]
     return [Series(rule, sorted((point(x, members[best(members) or next(iter(members))], of) for x, members in cells.values()),
-                                key=lambda each: natural_key(_text(each.x)))) for rule, cells in at.items()]
+                                key=lambda each: value_key(each.x))) for rule, cells in at.items()]
 
 
 def setting_figure(by_task: Mapping[str, Groups], key: str, of: Quantity) -> Figure | None:
@@ -151,8 +158,8 @@ def _plot(axes: Axes, key: str, of: Quantity, series: Sequence[Series], backgrou
     axes.set(xlabel=_NAMES.get(key, key), ylabel=of.axis)
     every = [*series, *background]
     values = {repr(each.x): each.x for line in every for each in line.points if each.x is not None}
-    numeric = all(map(_is_number, values.values()))
-    ordered = sorted(values.values()) if numeric else sorted(values.values(), key=lambda value: natural_key(_text(value)))
+    ordered = sorted(values.values(), key=value_key)
+    numeric = all(map(_is_number, ordered)) and not _are_crowded(ordered)
     places = {repr(x): float(x) if numeric else float(index) for index, x in enumerate(ordered)}
     _scale(axes, ordered, numeric)
     known = [(line.rule, each) for line in every for each in line.points if not math.isnan(each.mean)]
@@ -173,9 +180,18 @@ def _plot(axes: Axes, key: str, of: Quantity, series: Sequence[Series], backgrou
     return 0
 
 
+def _are_crowded(ordered: Sequence[float]) -> bool:
+    """Whether values would cover each other on a linear axis, and a logarithmic one cannot show them because some are not
+    positive: weight decays of 0, 1e-5 and 1e-3."""
+    gaps = [high - low for low, high in itertools.pairwise(ordered)]
+    positive = [value for value in ordered if value > 0]
+    return (len(positive) < len(ordered) and bool(positive) and positive[-1] >= LOGARITHMIC * positive[0]
+            and min(gaps) < CLOSEST * (ordered[-1] - ordered[0]))
+
+
 def _scale(axes: Axes, ordered: Sequence[Any], numeric: bool) -> None:
     """Ticks at the values, on a logarithmic axis if they span a factor of eight."""
-    if numeric and ordered[0] > 0 and ordered[-1] >= 8 * ordered[0]:
+    if numeric and ordered[0] > 0 and ordered[-1] >= LOGARITHMIC * ordered[0]:
         factor = (ordered[-1] / ordered[0]) ** 0.08
         axes.set_xscale("log")
         axes.set_xlim(ordered[0] / factor, ordered[-1] * factor)

@@ -280,6 +280,7 @@ def _row(
     notes = [f"does not beat {FLOOR}" if beats is False else "", control.note, floor.note,
              chosen.note if chosen else "",
              f"{repeated} run{'s' * (repeated > 1)} with a repeated seed not counted" if repeated else "",
+             *(_missing_note(members, key) for key in ("test_accuracy", "val_accuracy")),
              "2 seeds: the range in place of a 95 % interval" if len(final) == 2 else "",
              _pairs_note(final, control, difference),
              entry.remark(members) if entry else ""]
@@ -322,6 +323,12 @@ def _pairs_note(final: Mapping[int, float], control: Reference, difference: Pair
     if not final or difference.n == len(final) or not finished_by_seed(control.runs):
         return ""
     return f"{difference.n} of {len(final)} seeds are paired with {control.label}"
+
+
+def _missing_note(members: Sequence[Run], key: str) -> str:
+    """A note if only some of the finished runs have a value: the statistics cover fewer than n."""
+    present, n = len(_accuracies(members, key)), len(finished_by_seed(members))
+    return f"{present} of {n} finished runs have a {COLUMNS[key].title.removesuffix(' (%)')}" if 0 < present < n else ""
 
 
 def _unfinished(runs: Sequence[Run]) -> str:

@@ -1,0 +1,124 @@
+"""Reports on sweeps that are out of the ordinary: settings that are null, zero or negative, runs without an accuracy."""
+
+from __future__ import annotations
+
+import matplotlib.figure
+import pytest
+
+import fa_bench
+from fa_bench.errors import DataError, RunDirectoryError
+from fa_bench.report import write_report
+from fa_bench.report.cli import main
+from fa_bench.report.export import escape_latex
+from fa_bench.report.groups import group_runs
+from fa_bench.report.quantities import scalar
+from fa_bench.report.runs import find_runs
+from fa_bench.report.settings import series_by_panel
+from fa_bench.report.table import summarise
+from tests.report.by_hand import runs_in, write_set
+
+RATES = (0.1, 0.01)
+
+
+def swept(root, values, key="clip_norm", rules=("bp", "fa")):
+    """One run per rule and value of a key outside the optimizer; the first value is the best."""
+    for rule in rules:
+        for index, value in enumerate(values):
+            write_set(root, rule, 0, 0.9 - 0.1 * index, 0.9 - 0.1 * index, config={key: value})
+
+
+def axes_of(figure: matplotlib.figure.Figure):
+    return figure.axes[0]
+
+
+def ticks(axes):
+    return [text.get_text() for text in axes.get_xticklabels()]
+
+
+def test_a_null_setting_is_a_category_with_a_ring_and_a_rank(tmp_path):
+    swept(tmp_path, (None, 1.0, 5.0))
+    figure = fa_bench.plot_setting(str(tmp_path))
+    axes = axes_of(figure)
+    assert ticks(axes) == ["1", "5", "null"]
+    rings = [line for line in axes.lines if line.get_markersize() == 11]
+    assert [line.get_xdata()[0] for line in rings] == [2.0, 2.0]  # at null, the last of three places
+    legend = [text.get_text() for text in figure.legends[-1].texts]
+    assert legend[-2:] == ["bp: 90.00 at null", "fa: 90.00 at null"]
+
+
+def test_a_rule_without_the_setting_is_still_a_level_line(tmp_path):
+    swept(tmp_path, (None, 1.0), "algorithm.extra", rules=("fa",))
+    write_set(tmp_path, "bp", 0, 0.9)
+    panels = series_by_panel(group_runs(runs_in(tmp_path)), "algorithm.extra", scalar("test_accuracy"))
+    assert {series.rule: [point.x for point in series.points] for series in panels[""]} == {"bp": [None], "fa": [1.0, "null"]}
+
+
+@pytest.mark.parametrize(("values", "places"), [
+    ((0.0, 1e-6, 1e-5, 1e-3), [0, 1, 2, 3]),  # on a linear axis the first three are one point
+    ((0.0, 0.5, 1.0), [0.0, 0.5, 1.0]),
+    ((0.0, 0.1, 1.0), [0.0, 0.1, 1.0]),  # a tenth of the axis apart
+])
+def test_values_with_zero_do_not_cover_each_other(tmp_path, values, places):
+    swept(tmp_path, values, "noise")
+    axes = axes_of(fa_bench.plot_setting(str(tmp_path)))
+    assert (axes.get_xscale(), list(axes.get_xticks())) == ("linear", pytest.approx(places))
+    assert ticks(axes) == [f"{value:g}" for value in values]
+
+
+def test_points_at_negative_values_are_in_order(tmp_path):
+    swept(tmp_path, (1.0, -2.0, 0.5, -1.0), "noise", rules=("fa",))
+    panels = series_by_panel(group_runs(runs_in(tmp_path)), "noise", scalar("test_accuracy"))
+    assert [point.x for series in panels[""] for point in series.points] == [-2.0, -1.0, 0.5, 1.0]
+
+
+def test_a_note_says_that_finished_runs_lack_an_accuracy(tmp_path):
+    for seed, (test, val) in enumerate(((0.9, 0.9), (None, 0.8), (0.7, float("nan")), (0.8, 0.7))):
+        write_set(tmp_path, "fa", seed, test, val)
+    row = summarise(runs_in(tmp_path)).iloc[0]
+    assert row["n"] == 4 and row["test_accuracy"] == pytest.approx(80)
+    assert row["note"] == ("3 of 4 finished runs have a test accuracy; "
+                           "3 of 4 finished runs have a validation accuracy")
+
+
+def test_no_note_where_no_run_or_every_run_has_the_accuracy(tmp_path):
+    for seed in range(3):
+        write_set(tmp_path, "fa", seed, 0.9, None)
+    assert summarise(runs_in(tmp_path))["note"].tolist() == [""]
+
+
+def test_a_foreign_file_is_refused_before_figures_are_written(tmp_path):
+    swept(tmp_path / "runs", (1.0,))
+    out_dir = tmp_path / "out"
+    out_dir.mkdir()
+    (out_dir / "report.csv").write_text("mine")
+    with pytest.raises(RunDirectoryError, match=r"report\.csv: not written by a report"):
+        write_report(find_runs([tmp_path / "runs"]), out_dir)
+    assert not list(out_dir.glob("*.png")) and (out_dir / "report.csv").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--x", "lr"], "did you mean 'optimizer.lr'?"),
+    (["--rules", ","], "--rules: no rule, such as --rules bp,kp"),
+    (["--rules", ""], "--rules: no rule, such as --rules bp,kp"),
+])
+def test_flags_that_name_nothing_are_refused(tmp_path, capsys, flags, message):
+    for rate in RATES:
+        write_set(tmp_path / "runs", "fa", 0, 0.9, lr=rate)
+    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out"), *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_plots_take_one_rule_as_text_and_the_short_name_gives_a_hint(tmp_path):
+    for rule in ("bp", "fa"):
+        for rate in RATES:
+            write_set(tmp_path, rule, 0, 0.9, lr=rate)
+    legend = fa_bench.plot_setting(str(tmp_path), rules="fa").legends[0]
+    assert [text.get_text() for text in legend.texts][-1].startswith("fa: ")
+    assert not any(text.get_text().startswith("bp") for text in legend.texts)
+    with pytest.raises(DataError, match=r"x='lr' is not swept .*; did you mean 'optimizer\.lr'"):
+        fa_bench.plot_setting(str(tmp_path), x="lr")
+
+
+def test_latex_prints_backticks_and_hyphens_literally():
+    assert escape_latex("`a`---b-c") == r"\textasciigrave{}a\textasciigrave{}-{}-{}-b-c"
