@@ -89,8 +89,11 @@ MAX_MESSAGE, MAX_QUOTE = 1500, 300
 
 
 def truncate(text: str, limit: int) -> str:
-    """The text in at most `limit` characters: its middle is replaced by ``[...]`` if it is longer."""
-    return text if len(text) <= limit else f"{text[:limit * 2 // 3]} [...] {text[-(limit - limit * 2 // 3 - 7):]}"
+    """The text in at most `limit` characters, 9 or more: its middle is replaced by ``[...]`` if it is longer."""
+    if len(text) <= limit:
+        return text
+    end = max(limit - limit * 2 // 3 - 7, 1)
+    return f"{text[:limit - 7 - end]} [...] {text[-end:]}"
 
 
 def printable(text: object) -> str:

@@ -244,7 +244,7 @@ def _rank(axes: Axes, series: Sequence[Series], places: Mapping[str, float], of:
                       if each.x is not None and repr(each.x) == name and not math.isnan(each.mean))
         for row, (_, rule) in enumerate(here[:rows]):
             colour = rule_style(rule)["color"]
-            axes.annotate(truncate(escape_mathtext(rule), 18), (place, 1), xycoords=axes.get_xaxis_transform(), ha="center",
+            axes.annotate(escape_mathtext(truncate(rule, 18)), (place, 1), xycoords=axes.get_xaxis_transform(), ha="center",
                           xytext=(0, 4 + 10 * (rows - 1 - row)), textcoords="offset points", fontsize=8,
                           color="0.45" if colour == GREY else colour, annotation_clip=False)
     for row, label in enumerate(RANKS[:rows]):

@@ -6,7 +6,7 @@ import matplotlib.figure
 import pytest
 
 import fa_bench
-from fa_bench.errors import DataError, RunDirectoryError
+from fa_bench.errors import DataError, RunDirectoryError, truncate
 from fa_bench.report import write_report
 from fa_bench.report.cli import main
 from fa_bench.report.export import escape_latex
@@ -118,6 +118,20 @@ def test_plots_take_one_rule_as_text_and_the_short_name_gives_a_hint(tmp_path):
     assert not any(text.get_text().startswith("bp") for text in legend.texts)
     with pytest.raises(DataError, match=r"x='lr' is not swept .*; did you mean 'optimizer\.lr'"):
         fa_bench.plot_setting(str(tmp_path), x="lr")
+
+
+def test_long_names_of_rules_and_values_are_shortened(tmp_path):
+    rule = "a_rule_with_a_long_name"
+    swept(tmp_path, ("x" * 30, "y" * 30), rules=(rule, "fa"))
+    axes = axes_of(fa_bench.plot_setting(str(tmp_path)))
+    assert ticks(axes) == [f"{'x' * 12} [...] x", f"{'y' * 12} [...] y"]
+    assert "a_rule_wit [...] e" in [text.get_text() for text in axes.texts]
+
+
+@pytest.mark.parametrize("limit", [9, 18, 20, 21, 22, 40])
+def test_truncated_text_has_as_many_characters_as_allowed(limit):
+    text = "".join(map(str, range(40)))
+    assert len(truncate(text, limit)) == limit and truncate(text, limit).endswith(text[-1])
 
 
 def test_latex_prints_backticks_and_hyphens_literally():
