@@ -362,8 +362,12 @@ def inconsistency(result: Mapping[str, Any], metrics: list[dict[str, Any]]) -> s
     A result without its number of epochs is not compared.
     """
     epochs, status = result.get("epoch"), result["status"]
-    if status not in SUCCESSES or not epochs or [line["epoch"] for line in metrics] == list(range(1, epochs + 1)):
+    if status not in SUCCESSES or not epochs:
         return ""
+    if [line["epoch"] for line in metrics] == list(range(1, epochs + 1)):
+        pairs = {key: (metrics[-1].get(key), result.get(key)) for key in ("test_accuracy", "val_accuracy")}
+        return next((f"{key}={line} in the last epoch, but {key}={final} in {RESULT}" for key, (line, final) in pairs.items()
+                     if line is not None and final is not None and line != final and not math.isnan(line)), "")
     last = f", the last of epoch {metrics[-1]['epoch']}" if metrics and metrics[-1]["epoch"] != len(metrics) else ""
     ended = "stopped after" if status == "stopped" else "finished"
     return f"has records of {len(metrics)} epochs{last}, but {RESULT} says that the run {ended} {epochs}"

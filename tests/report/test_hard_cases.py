@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import matplotlib.figure
+import numpy as np
 import pytest
 
 import fa_bench
@@ -12,9 +13,10 @@ from fa_bench.report.cli import main
 from fa_bench.report.export import escape_latex
 from fa_bench.report.groups import group_runs
 from fa_bench.report.quantities import scalar
-from fa_bench.report.runs import find_runs
+from fa_bench.report.runs import find_runs, read_run
 from fa_bench.report.settings import series_by_panel
 from fa_bench.report.table import summarise
+from fa_bench.runs.readers import RecordError
 from tests.report.by_hand import runs_in, write_set
 
 RATES = (0.1, 0.01)
@@ -41,7 +43,7 @@ def test_a_null_setting_is_a_category_with_a_ring_and_a_rank(tmp_path):
     axes = axes_of(figure)
     assert ticks(axes) == ["1", "5", "null"]
     rings = [line for line in axes.lines if line.get_markersize() == 11]
-    assert [line.get_xdata()[0] for line in rings] == [2.0, 2.0]  # at null, the last of three places
+    assert [np.asarray(line.get_xdata()).tolist() for line in rings] == [[2.0], [2.0]]  # at null, the last of three places
     legend = [text.get_text() for text in figure.legends[-1].texts]
     assert legend[-2:] == ["bp: 90.00 at null", "fa: 90.00 at null"]
 
@@ -132,6 +134,13 @@ def test_long_names_of_rules_and_values_are_shortened(tmp_path):
 def test_truncated_text_has_as_many_characters_as_allowed(limit):
     text = "".join(map(str, range(40)))
     assert len(truncate(text, limit)) == limit and truncate(text, limit).endswith(text[-1])
+
+
+def test_a_run_whose_records_have_different_accuracies_is_refused(tmp_path):
+    lines = [{"epoch": 1, "test_accuracy": 0.5}, {"epoch": 2, "test_accuracy": 0.7}]
+    directory = write_set(tmp_path, "fa", 0, 0.9, metrics=lines, epoch=2)
+    with pytest.raises(RecordError, match=r"test_accuracy=0\.7 in the last epoch, but test_accuracy=0\.9 in result\.json"):
+        read_run(directory)
 
 
 def test_latex_prints_backticks_and_hyphens_literally():
