@@ -26,7 +26,7 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def without_pixels(request, monkeypatch):
     """Figures of sweeps' reports are made, but not rendered, which takes most of the time of a small sweep."""
-    if "report" in request.path.parts:
+    if {"report", "tuning"} & {*request.path.parts}:
         return
     from fa_bench.report import figures, plot
 
