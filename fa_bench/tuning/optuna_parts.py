@@ -39,7 +39,7 @@ def require_optuna(sampler: str) -> None:
         ConfigError: with what to install.
     """
     if importlib.util.find_spec("optuna") is None:
-        raise ConfigError("fa-bench-tune needs optuna: pip install optuna")
+        raise ConfigError("tuning needs optuna: pip install optuna")
     package = SAMPLERS[sampler][2]
     if package and importlib.util.find_spec(package) is None:
         raise ConfigError(f"sampler={sampler} needs another package: pip install {package}")

@@ -156,7 +156,7 @@ def test_data_without_a_validation_split_are_refused(capsys: pytest.CaptureFixtu
 def test_without_optuna_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(optuna_parts.importlib.util, "find_spec", lambda name: None)
     assert main(SMALL) == 2
-    assert capsys.readouterr().err == "fa-bench-tune: fa-bench-tune needs optuna: pip install optuna\n"
+    assert capsys.readouterr().err == "fa-bench-tune: tuning needs optuna: pip install optuna\n"
 
 
 def test_a_dry_run_shows_the_study_and_writes_nothing(capsys: pytest.CaptureFixture) -> None:
