@@ -95,8 +95,12 @@ def check_folder(directory: Path, study: Mapping[str, Any]) -> None:
             if not (stat.S_ISDIR(mode) if is_folder else stat.S_ISREG(mode)):
                 raise RunDirectoryError(f"{directory / name}: not a {'folder' if is_folder else 'file'} that a study wrote; "
                                         "choose another name=NAME")
-    if is_study and (difference := _difference(_read(path), study)):
-        raise RunDirectoryError(f"{directory}: belongs to another study ({difference}); choose another name=NAME")
+    if is_study and (difference := _difference(stored := _read(path), study)):
+        mend = "choose another name=NAME"
+        if difference.startswith("tune_seeds="):  # a number of seeds is counted from the largest of `seeds`
+            seeds = truncate(format_value(stored.get("tune_seeds")), 80)
+            mend += f", or pass tune_seeds={seeds} and other seeds=... to keep its trials"
+        raise RunDirectoryError(f"{directory}: belongs to another study ({difference}); {mend}")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -105,7 +109,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         study = None
     if not isinstance(study, dict):
-        raise RunDirectoryError(f"{path}: not the description of a study; move it away")
+        raise RunDirectoryError(f"{path}: not the description of a study; choose another name=NAME")
     return study
 
 

@@ -188,6 +188,8 @@ def open_journal(directory: Path) -> JournalStorage:
         if content and not content.endswith(b"\n"):
             file.truncate(content.rfind(b"\n") + 1)
             os.fsync(file.fileno())
+        if lines := content[:content.rfind(b"\n") + 1].splitlines():
+            json.loads(lines[-1])  # optuna ignores a last line that is not JSON, but cannot read what it writes after that
     return JournalStorage(JournalFileBackend(str(path), lock_obj=_NoLock()))  # type: ignore[arg-type]
 
 

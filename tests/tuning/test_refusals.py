@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from fa_bench.config.job import register_schemas
-from fa_bench.errors import FaBenchError
+from fa_bench.errors import FaBenchError, RunDirectoryError
+from fa_bench.tuning.folder import STUDY, check_folder
 from fa_bench.tuning.plan import make_plan
+from fa_bench.tuning.store import JOURNAL, stored_studies
 
 SMALL = ("algorithm=bp,fa", "dataset=synthetic", "dataset.samples=100", "architecture.widths=[4]", "epochs=1")
 
@@ -54,3 +57,20 @@ def test_refused_with_a_hint(tmp_path: Path, override: str, expected: str) -> No
 def test_suggested_range_of_whole_numbers_works(tmp_path: Path) -> None:
     plan = make_plan([*SMALL, f"output_dir={tmp_path}", "batch_size=int(interval(16,64))"], None)
     assert plan.rules[0].space["batch_size"].text == "int(interval(16,64))"
+
+
+def test_other_seeds_of_trials_say_how_to_keep_the_trials(tmp_path: Path) -> None:
+    (tmp_path / STUDY).write_text(json.dumps({"study": {"tune_seeds": [3]}}))
+    with pytest.raises(RunDirectoryError, match=r"tune_seeds=\[3\] there, \[5\] here.*pass tune_seeds=\[3\]"):
+        check_folder(tmp_path, {"tune_seeds": [5]})
+    check_folder(tmp_path, {"tune_seeds": [3]})
+
+
+def test_a_last_line_of_the_journal_that_is_no_json_is_refused(tmp_path: Path) -> None:
+    plan = make_plan([*SMALL, f"output_dir={tmp_path}"], None)
+    plan.directory.mkdir()
+    stored_studies(plan)
+    with open(plan.directory / JOURNAL, "ab") as file:
+        file.write(b"garbage{\n")
+    with pytest.raises(RunDirectoryError, match=f"{JOURNAL}: damaged"):
+        stored_studies(plan)
