@@ -24,7 +24,7 @@ class DRTP(CutRule):
 
     The error at a cut depends on the labels only: y B s / N, with y (N, C) the one-hot labels, B (C, features of the cut) fixed
     and random, s the `scale` and N the batch size. The output layer has its true gradient. The error does not depend on the
-        network's output, so that a layer can be updated as soon as it has been evaluated; it never vanishes. B does not decay.
+    network's output, so that a layer can be updated as soon as it has been evaluated; it never vanishes. B does not decay.
 
     ``error_sign=true`` is sDFA: sign(δ) B s / N, where δ = ∂L/∂z is the error at the logits, whose sign is that of output minus
     target. With the cross-entropy it is -1 for the label and +1 for every other class, until a probability rounds to zero.
@@ -32,7 +32,8 @@ class DRTP(CutRule):
     Choices: the error is divided by N, like that of the output layer. The paper's code does so at the output only, which is
     ``scale`` = N here. The sign is that of the code; since B is symmetric about zero, it makes no difference. B is
     Kaiming-uniform with the cut's features as its fan (``b_init``), with one fixed mask if ``density`` is below 1. The error is
-    scaled like the loss. The paper uses tanh units and no batch normalisation; the cuts are those of `dfa`.
+    scaled like the loss. The paper uses tanh units and no batch normalisation: with unbounded units such as ReLU activations grow
+    without end, because the error never vanishes (``architecture.activation=tanh``). The cuts are those of `dfa`.
     """
 
     search_space = {"scale": "tag(log,interval(0.1,100))"}

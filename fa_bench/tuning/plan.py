@@ -324,8 +324,9 @@ def describe(plan: Plan) -> str:
     """What a study will do, for the terminal."""
     options, count = plan.options, len(plan.rules)
     lines = [f"Tuning {count} rule{'s' * (count > 1)}: {options.budget * count} trials ({options.budget} of each) of "
-             f"{plan.epochs} epoch{'s' * (plan.epochs > 1)} (seeds {names(options.trial_seeds)}); then "
-             f"{count * len(options.seeds)} final runs (seeds {names(options.seeds)}); output: {plan.directory}",
+             f"{plan.epochs} epoch{'s' * (plan.epochs > 1)}, with seed{'s' * (len(options.trial_seeds) > 1)} "
+             f"{names(options.trial_seeds)}; then {count * len(options.seeds)} final runs, with seed"
+             f"{'s' * (len(options.seeds) > 1)} {names(options.seeds)}; output: {plan.directory}",
              f"  sampler: {options.sampler}, seed {options.study_seed}; pruner: {options.pruner}"]
     common = [key for key in plan.rules[0].space
               if len({each.space[key].text if key in each.space else "" for each in plan.rules}) == 1]

@@ -162,7 +162,7 @@ def test_without_optuna_one_line_says_what_to_install(monkeypatch: pytest.Monkey
 def test_a_dry_run_shows_the_study_and_writes_nothing(capsys: pytest.CaptureFixture) -> None:
     assert main(["--dry-run", *SMALL, "budget=3", "seeds=0,1"]) == 0
     out = capsys.readouterr().out
-    assert "Tuning 2 rules: 6 trials (3 of each) of 2 epochs (seeds 2); then 4 final runs (seeds 0, 1)" in out
+    assert "Tuning 2 rules: 6 trials (3 of each) of 2 epochs, with seed 2; then 4 final runs, with seeds 0, 1" in out
     assert f"  optimizer.lr: {LR}\n  optimizer.weight_decay: {DECAY}" in out
     assert not Path("outputs").exists()
 
