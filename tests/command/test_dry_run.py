@@ -140,7 +140,7 @@ def test_grid(capsys: pytest.CaptureFixture[str]) -> None:
     text = said(words, capsys)
     assert "\n8 jobs (16 epochs); output: outputs/synthetic-mlp\n" in text and "\n  8 of 8: empty\n" in text
     titles = re.findall(r"^(.*)\n=====", text, re.M)
-    assert titles == [f"{rule} optimizer.lr={lr}" for rule in ("fa", "kp") for lr in (0.1, 0.2)]
+    assert titles == [f"{rule} lr={lr}" for rule in ("fa", "kp") for lr in (0.1, 0.2)]
     assert text.count("\nconfig\n") == 1 and text.count("\ncost\n") == 4
 
 
