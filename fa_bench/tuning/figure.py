@@ -9,59 +9,93 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from fa_bench.report.plot import add_legend, fix_layout, new_figure, rule_style, save, style_axes
+from fa_bench.errors import truncate
+from fa_bench.report.groups import CONTROL
+from fa_bench.report.plot import (
+    LINE,
+    Range,
+    add_legend,
+    apply_range,
+    fix_layout,
+    new_figure,
+    readable_range,
+    rule_style,
+    save,
+    style_axes,
+)
+from fa_bench.report.quantities import ACCURACY
 from fa_bench.tuning.store import RuleStudy
 from fa_bench.tuning.trials import DONE
 from fa_bench.utils.text import escape_mathtext
 
 LR = "optimizer.lr"
+#: Panels in a row, and the points of accuracy below the best trials that the panels of learning rates show.
+COLUMNS, SHOWN = 4, 10.0
 
 
 def write_figure(studies: Sequence[RuleStudy], path: Path) -> None:
     """Write the figure as PNG, and as SVG beside it; equal trials give equal bytes."""
-    figure = new_figure(4.0)
-    with_lr = any(LR in study.plan.space for study in studies)
-    axes = list(figure.subplots(1, 1 + with_lr, squeeze=False).flat)
-    if with_lr:
-        _plot_rates(axes[0], studies)
-    _plot_best(axes[-1], studies)
+    with_lr = [study for study in studies if LR in study.plan.space]
+    rows, columns = -(-(len(with_lr) + 1) // COLUMNS), min(len(with_lr) + 1, COLUMNS)
+    figure = new_figure(max(4.0, 2.6 * rows, 0.8 + LINE * len(studies)))
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    curves = [_best_so_far(study) for study in studies]
+    centres = [values[-1] if values else 0.0 for _, values in curves]
+    limits = readable_range([values for _, values in curves], centres, ACCURACY)
+    reference = next((best for study, best in zip(studies, centres, strict=True) if study.plan.rule == CONTROL and best), None)
+    rates = [trial.values[LR] for study in with_lr for trial in study.finished if LR in trial.values]
+    for axes, study in zip(grid, with_lr, strict=False):
+        _plot_rates(axes, study, limits, reference)
+        axes.set_xlim(min(rates, default=0.1) / 1.5, max(rates, default=1.0) * 1.5)
+    axes = grid[len(with_lr)]
+    style_axes(axes)
+    axes.set_title("Best so far", fontsize=11)
+    axes.set(xlabel="trials", ylabel="validation accuracy (%)")
+    for study, (numbers, values) in zip(studies, curves, strict=True):
+        axes.step(numbers, values, where="post", linewidth=1.6, markersize=3, **_style(study))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    apply_range(axes, limits, [study.plan.rule for study in studies], centres, ACCURACY)
+    for axes in grid[len(with_lr) + 1:]:
+        axes.set_axis_off()
     add_legend(figure, [(escape_mathtext(study.plan.rule), _style(study)) for study in studies], "rule")
     fix_layout(figure)
     save(figure, path, ("png", "svg"))
 
 
-def _plot_rates(axes: Axes, studies: Sequence[RuleStudy]) -> None:
+def _plot_rates(axes: Axes, study: RuleStudy, limits: Range, reference: float | None) -> None:
+    """All trials of a rule against the learning rate: the chosen one in a ring, those below the axis as triangles on its edge."""
     style_axes(axes)
-    axes.set(title="All trials; the chosen one in a ring", xlabel="learning rate", ylabel="validation accuracy (%)", xscale="log")
-    for study in studies:
-        style: dict[str, Any] = _style(study) | {"linestyle": ""}
-        colour = style["color"]
-        usable = [trial for trial in study.finished if trial.outcome.state == DONE]
-        axes.plot(*_points(usable), markersize=4, alpha=0.7, **style)
-        others = [trial.values[LR] for trial in study.finished if trial.outcome.state != DONE and LR in trial.values]
-        # Trials without an accuracy are crosses on the lower edge.
-        axes.plot(others, [0.02] * len(others), "x", color=colour, markersize=5, transform=axes.get_xaxis_transform())
-        if study.best is not None:
-            axes.plot(*_points([study.best]), "o", color=colour, markersize=11, fillstyle="none", markeredgewidth=1.6)
+    axes.set_title(escape_mathtext(truncate(study.plan.rule, 40)), fontsize=11)
+    axes.set(xlabel="learning rate", ylabel="validation accuracy (%)", xscale="log")
+    style: dict[str, Any] = _style(study)
+    points = [(trial.values[LR], 100 * (trial.outcome.value or 0) if trial.outcome.state == DONE else None)
+              for trial in study.finished if LR in trial.values]
+    best = 100 * (study.best.outcome.value or 0) if study.best is not None else 0.0
+    low = limits.low - SHOWN if not limits.is_outside(best, ACCURACY) else best - 2 * SHOWN
+    above = [(rate, value) for rate, value in points if value is not None and value >= low]
+    style["linestyle"] = ""
+    axes.plot([rate for rate, _ in above], [value for _, value in above], markersize=5, alpha=0.8, **style)
+    for marker, rates in (("v", [rate for rate, value in points if value is not None and value < low]),
+                          ("x", [rate for rate, value in points if value is None])):
+        style["marker"] = marker
+        axes.plot(rates, [0.03] * len(rates), markersize=6, transform=axes.get_xaxis_transform(), **style)
+    if study.best is not None and LR in study.best.values:
+        style["marker"] = "o"
+        axes.plot([study.best.values[LR]], [best], markersize=12, fillstyle="none", markeredgewidth=1.6, **style)
+    if reference is not None and study.plan.rule != CONTROL:
+        axes.axhline(reference, color="0.5", linewidth=0.9, linestyle=":")
+    axes.set_ylim(max(low, -2.0), min(max(limits.high, best + 2), 102.0))
 
 
-def _points(trials: Sequence[Any]) -> Any:
-    present = [trial for trial in trials if LR in trial.values]
-    return [trial.values[LR] for trial in present], [100 * trial.outcome.value for trial in present]
-
-
-def _plot_best(axes: Axes, studies: Sequence[RuleStudy]) -> None:
-    style_axes(axes)
-    axes.set(title="Best so far", xlabel="trials", ylabel="validation accuracy (%)")
-    for study in studies:
-        numbers, best = [], []
-        for trial in study.finished:
-            value = 100 * (trial.outcome.value or 0) if trial.outcome.state == DONE else 0
-            if value or best:
-                numbers.append(trial.number + 1)
-                best.append(max([value, *best[-1:]]))
-        axes.step(numbers, best, where="post", linewidth=1.6, markersize=3, **_style(study))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+def _best_so_far(study: RuleStudy) -> tuple[list[int], list[float]]:
+    """Numbers of trials, and the best validation accuracy in % up to each of them, from the first that has one."""
+    numbers, best = list[int](), list[float]()
+    for trial in study.finished:
+        value = 100 * (trial.outcome.value or 0) if trial.outcome.state == DONE else 0
+        if value or best:
+            numbers.append(trial.number + 1)
+            best.append(max([value, *best[-1:]]))
+    return numbers, best
 
 
 def _style(study: RuleStudy) -> dict[str, Any]:
