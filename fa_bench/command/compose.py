@@ -260,9 +260,17 @@ def folder_of(config: DictConfig, key: str) -> str:
 
 
 def _parse_all(overrides: list[str]) -> list[Override]:
-    """Parse overrides; raises ConfigError for a sweep over one of Hydra's options, which Hydra would refuse after the start."""
+    """Parse overrides; raises ConfigError for what Hydra would refuse only after the start, or take for something else.
+
+    Hydra refuses sweeps over its own options, and merges the configs of a list of components.
+    """
     parsed = [parse(text) for text in overrides]
+    kinds = [group.kind for group in GROUPS]
     for override in parsed:
+        value = override.value()
+        if isinstance(value, list) and override.key_or_group in kinds and len(value) != 1:
+            raise ConfigError(f"{truncate(override.input_line or '', 200)}: a run has one {override.key_or_group}; for a sweep "
+                              f"write -m {override.key_or_group}={','.join(map(str, value)) or 'NAME,NAME'}")
         if override.is_sweep_override() and override.is_hydra_override():
             raise ConfigError(f"{truncate(override.input_line or '', 200)}: Hydra's own options are the same for all jobs of a "
                               "sweep; pass one value")

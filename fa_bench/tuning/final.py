@@ -26,7 +26,7 @@ from fa_bench.utils.files import output_errors, write_text
 #: The first lines of the experiment, by which it is recognised as written by a study.
 _HEAD = "# @package _global_\n# Written by fa-bench-tune: "
 #: Keys that a config file must not or need not set.
-_OMITTED = (SEED, OUTPUT, "plugins")
+_OMITTED = (SEED, OUTPUT, "plugins", "resume")
 _GROUPS = tuple(group.kind for group in GROUPS if group.kind != ALGORITHM)
 
 
