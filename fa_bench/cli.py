@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -34,25 +34,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 if every run finished or was stopped by a callback; 1 if one failed or diverged; 2 for invalid input,
         with one or two lines on standard error; 130 after an interrupt (SIGINT), 143 after SIGTERM, 129 after SIGHUP.
     """
-    return exit_code("fa-bench", lambda: _with_errors_printed(list(sys.argv[1:] if argv is None else argv)))
+    words = list(sys.argv[1:] if argv is None else argv)
+    return exit_code("fa-bench", lambda: with_errors_printed("fa-bench", lambda: _main(words)))
 
 
-def _with_errors_printed(argv: list[str]) -> int:
+def with_errors_printed(program: str, function: Callable[[], int], interrupted: str = "interrupted") -> int:
+    """The exit code of `function`; errors of the input, of files and of plugins, and signals, end in a line and a code."""
     try:
         with interrupt_on_signals():
-            return _main(argv)
+            return function()
     except FaBenchError as error:
         message, code = str(error), 2
     except OSError as error:
         message, code = write_failure(error), 2
     except KeyboardInterrupt as error:
-        message, code = "interrupted", exit_code_of(error)
+        message, code = interrupted, exit_code_of(error)
     except Exception:
         raise
     except BaseException as error:  # raised by a plugin's class; argparse's and Hydra's have been handled
         kind = "sys.exit()" if isinstance(error, SystemExit) else "an error that is not an Exception"
         message, code = f"a plugin was terminated by {kind} ({describe_error(error, locate=True)})", 1
-    print(printable(f"fa-bench: {message}"), file=sys.stderr)
+    print(printable(f"{program}: {message}"), file=sys.stderr)
     return code
 
 

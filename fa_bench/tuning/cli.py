@@ -8,15 +8,13 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fa_bench import __version__
-from fa_bench.command.jobs import exit_code_of
+from fa_bench.cli import with_errors_printed
 from fa_bench.config.job import register_schemas
-from fa_bench.errors import ConfigError, FaBenchError, format_value, printable
+from fa_bench.errors import ConfigError, format_value, printable
 from fa_bench.registry.options import limits_text, option_fields
 from fa_bench.runs.hashes import clear_cache
 from fa_bench.tuning.options import TuneOptions
-from fa_bench.utils.files import write_failure
 from fa_bench.utils.output import exit_code
-from fa_bench.utils.stopping import interrupt_on_signals
 
 _HEAD = """\
 usage: fa-bench-tune [key=value ...]
@@ -45,21 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 if every final run finished; 1 if one failed or diverged; 2 for invalid input, with one or two lines on
         standard error; 130 after an interrupt (SIGINT), 143 after SIGTERM, 129 after SIGHUP.
     """
-    return exit_code("fa-bench-tune", lambda: _guarded(list(sys.argv[1:] if argv is None else argv)))
-
-
-def _guarded(argv: list[str]) -> int:
-    try:
-        with interrupt_on_signals():
-            return _main(argv)
-    except FaBenchError as error:
-        message, code = str(error), 2
-    except OSError as error:
-        message, code = write_failure(error), 2
-    except KeyboardInterrupt as error:
-        message, code = "Interrupted. Rerun the same command to resume", exit_code_of(error)
-    print(printable(f"fa-bench-tune: {message}"), file=sys.stderr)
-    return code
+    words = list(sys.argv[1:] if argv is None else argv)
+    return exit_code("fa-bench-tune", lambda: with_errors_printed(
+        "fa-bench-tune", lambda: _main(words), "Interrupted. Rerun the same command to resume"))
 
 
 class _Parser(argparse.ArgumentParser):

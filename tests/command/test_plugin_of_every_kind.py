@@ -12,6 +12,17 @@ import fa_bench
 from fa_bench.cli import main
 from fa_bench.registry import registries
 
+SCHEDULE = '''
+@fa_bench.register_schedule("inverse")
+@dataclasses.dataclass(eq=False)
+class Inverse(fa_bench.Schedule):
+    """lr / (1 + slope t)."""
+
+    slope: float = fa_bench.option(1.0, "slope", minimum=0)
+
+    def rate(self, lr, done, total):
+        return lr / (1 + self.slope * done)
+'''
 PLUGIN = '''
 import dataclasses
 
@@ -70,16 +81,7 @@ class Hinge(fa_bench.Objective):
         return nn.functional.multi_margin_loss(outputs, target, margin=self.margin, reduction=reduction)
 
 
-@fa_bench.register_schedule("inverse")
-@dataclasses.dataclass(eq=False)
-class Inverse(fa_bench.Schedule):
-    """lr / (1 + slope t)."""
-
-    slope: float = fa_bench.option(1.0, "slope", minimum=0)
-
-    def rate(self, lr, done, total):
-        return lr / (1 + self.slope * done)
-
+''' + SCHEDULE + '''
 
 @fa_bench.register_optimizer("signs")
 @dataclasses.dataclass(eq=False)

@@ -9,21 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from .test_plugin_of_every_kind import SCHEDULE
+
 ROOT = Path(__file__).parents[2]
 SMALL = ["dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16", "architecture.widths=[8]", "epochs=2",
          "batch_size=16", "device=cpu", "output_dir=out"]
 PLUGIN = '''
 import dataclasses
 import fa_bench
-
-@fa_bench.register_schedule("inverse")
-@dataclasses.dataclass(eq=False)
-class Inverse(fa_bench.Schedule):
-    """lr / (1 + slope t)."""
-    slope: float = fa_bench.option(1.0, "slope", minimum=0)
-
-    def rate(self, lr, done, total):
-        return lr / (1 + self.slope * done)
+''' + SCHEDULE + '''
 
 @fa_bench.register_callback("counting")
 @dataclasses.dataclass(eq=False)
