@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 from fa_bench.config.job import VOLATILE, RunOptions
 from fa_bench.config.scale import scaled
@@ -60,8 +60,12 @@ def differing_keys(configs: Iterable[Flat]) -> list[str]:
 def swept_keys(configs: Iterable[Flat]) -> dict[str, bool]:
     """The keys in which configs differ, and whether all configs that have the key have a number there."""
     configs = list(configs)
-    return {key: all(isinstance(config[key], (int, float)) and not isinstance(config[key], bool)
-                     for config in configs if key in config) for key in differing_keys(configs)}
+    return {key: all(is_number(config[key]) for config in configs if key in config) for key in differing_keys(configs)}
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value of a config or record is a number; booleans, which Python counts as numbers, are not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _differs(key: str, configs: Iterable[Flat]) -> bool:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import pandas as pd
 
-from fa_bench.config.labels import differing_keys, result_options
+from fa_bench.config.labels import differing_keys, is_number, result_options
 from fa_bench.errors import DataError, format_value, names
 from fa_bench.report.groups import (
     Groups,
@@ -93,9 +93,8 @@ def choose_best(runs: Sequence[Run], keys: Sequence[str]) -> Best:
                 chosen[best] = Chosen(_text(cell[best][0], keys), len(cell), _remarks(best, cell, keys))
     if not chosen:
         raise DataError("; ".join(warnings))
-    warnings += [warning for title, of_task in tasks({group: groups[group] for group in groups if group in chosen}).items()
-                 if (warning := _unequal(title, of_task, chosen, labels, keys))]
-    for of_task in tasks({group: groups[group] for group in groups if group in chosen}).values():
+    for title, of_task in tasks({group: groups[group] for group in groups if group in chosen}).items():
+        warnings += filter(None, [_unequal(title, of_task, chosen, labels, keys)])
         for group, note in _budget_notes(of_task, chosen).items():
             chosen[group] = chosen[group]._replace(note="; ".join(filter(None, (chosen[group].note, note))))
     table = pd.DataFrame(rows, columns=["task", "label", *keys, "n", "status", "val_accuracy", "chosen"])
@@ -144,10 +143,6 @@ def _cells(groups: Groups, keys: Sequence[str], swept: Mapping[str, Sequence[str
     return [{group: cell[group] for group in sorted(cell, key=order)} for cell in cells.values()]
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _choose(cell: Groups, accuracies: Mapping[str, float]) -> str | None:
     """The first group with the highest validation accuracy; the only one also without it, if it has a finished run."""
     if len(cell) == 1:
@@ -184,9 +179,9 @@ def _remarks(best: str, cell: Groups, keys: Sequence[str]) -> str:
     """Remarks on a choice: a value at an edge of those tried, few seeds, values that could not be chosen."""
     remarks = []
     for key in keys:
-        tried = sorted({value for members in cell.values() if _is_number(value := members[0].config.get(key))})
+        tried = sorted({value for members in cell.values() if is_number(value := members[0].config.get(key))})
         chosen = cell[best][0].config.get(key)
-        if len(tried) > 1 and _is_number(chosen) and chosen in (tried[0], tried[-1]):
+        if len(tried) > 1 and is_number(chosen) and chosen in (tried[0], tried[-1]):
             edge = "smallest" if chosen == tried[0] else "largest"
             remarks.append(f"{key}={format_value(chosen)} is the {edge} of {len(tried)} values tried")
     diverged = sum(any(run.result["status"] == DIVERGED for run in members) for members in cell.values())

@@ -6,6 +6,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.config.job import VOLATILE
+from fa_bench.config.labels import is_number
 from fa_bench.report.runs import Run, Runs, read_run, runs_in
 from fa_bench.runs.readers import RecordError
 
@@ -66,7 +67,7 @@ def _typed(frame: pd.DataFrame) -> pd.DataFrame:
     """The frame with a numeric type for every column that has only numbers and blanks, and for those that always are numbers."""
     for name, column in frame.items():
         present = column.dropna()
-        are_numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in present)
+        are_numbers = all(map(is_number, present))
         if are_numbers and column.dtype == object and (len(present) or name in _NUMBERS):
             frame[name] = column.astype(float)
     return frame

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fa_bench.config.labels import DATA_DIR, differing_keys, distinct_labels, result_options
+from fa_bench.config.labels import DATA_DIR, differing_keys, distinct_labels, is_number, result_options
 from fa_bench.errors import format_value, nearest
 from fa_bench.report.numbers import mean
 from fa_bench.report.runs import FINISHED, VERSIONS, Run
@@ -43,8 +43,7 @@ def natural_key(text: str) -> list[Any]:
 
 def value_key(value: Any) -> tuple[int, float, list[Any]]:
     """A sort key for the values of an option: numbers by value and before text."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return (0, float(value), []) if is_number else (1, 0.0, natural_key(format_value(value)))
+    return (0, float(value), []) if is_number(value) else (1, 0.0, natural_key(format_value(value)))
 
 
 def nearest_key(name: str, allowed: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
-from fa_bench.config.labels import differing_keys, short_key
+from fa_bench.config.labels import differing_keys, is_number, short_key
 from fa_bench.errors import format_value, truncate
 from fa_bench.report.groups import CONTROL, FLOOR, Groups, by_rule, natural_key, value_key
 from fa_bench.report.plot import (
@@ -145,11 +145,7 @@ def _summary(series: Series, of: Quantity) -> str:
 
 
 def _text(x: Any) -> str:
-    return f"{x:g}" if _is_number(x) else format_value(x)
-
-
-def _is_number(x: Any) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool)
+    return f"{x:g}" if is_number(x) else format_value(x)
 
 
 def _plot(axes: Axes, key: str, of: Quantity, series: Sequence[Series], background: Sequence[Series], columns: int) -> int:
@@ -159,7 +155,7 @@ def _plot(axes: Axes, key: str, of: Quantity, series: Sequence[Series], backgrou
     every = [*series, *background]
     values = {repr(each.x): each.x for line in every for each in line.points if each.x is not None}
     ordered = sorted(values.values(), key=value_key)
-    numeric = all(map(_is_number, ordered)) and not _are_crowded(ordered)
+    numeric = all(map(is_number, ordered)) and not _are_crowded(ordered)
     places = {repr(x): float(x) if numeric else float(index) for index, x in enumerate(ordered)}
     _scale(axes, ordered, numeric)
     known = [(line.rule, each) for line in every for each in line.points if not math.isnan(each.mean)]

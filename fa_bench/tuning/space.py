@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, QuotedString, RangeSweep
 
+from fa_bench.config.labels import is_number
 from fa_bench.errors import ConfigError, format_value, truncate
 from fa_bench.registry.options import option_fields
 from fa_bench.tuning.options import parse_override
@@ -73,10 +74,10 @@ class Dimension:
 
     def position(self, value: Any) -> float | None:
         """Where a value lies in a range, from 0 to 1; None if it is not in it, or among choices that are not numbers."""
-        if not _is_number(value):
+        if not is_number(value):
             return None
         if self.choices:
-            ordered = sorted(choice for choice in self.choices if _is_number(choice))
+            ordered = sorted(choice for choice in self.choices if is_number(choice))
             if len(ordered) < max(len(self.choices), 2) or value not in ordered:
                 return None
             return ordered.index(value) / (len(ordered) - 1)
@@ -88,8 +89,8 @@ class Dimension:
     def contains(self, value: Any) -> bool:
         """Whether a value can be proposed."""
         if self.choices:
-            return any(choice == value and _is_number(choice) == _is_number(value) for choice in self.choices)
-        if not _is_number(value) or not self.low <= value <= self.high:
+            return any(choice == value and is_number(choice) == is_number(value) for choice in self.choices)
+        if not is_number(value) or not self.low <= value <= self.high:
             return False
         steps = (value - self.low) / self.step if self.step else 0.0
         is_whole = isinstance(self.low, float) or isinstance(self.high, float) or float(value).is_integer()
@@ -221,7 +222,3 @@ def limits_at(job: Job, key: str) -> dict[str, float]:
     for part in path:
         node = getattr(node, part)
     return next((field.metadata["limits"] for field in option_fields(type(node)) if field.name == name), {})
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
