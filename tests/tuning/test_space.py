@@ -10,6 +10,8 @@ from fa_bench.errors import ConfigError
 from fa_bench.registry.registries import ALGORITHMS, OPTIMIZERS
 from fa_bench.tuning.options import parse_override
 from fa_bench.tuning.space import Dimension, declared, dimension
+from fa_bench.tuning.store import Finished, RuleStudy
+from fa_bench.tuning.trials import Outcome
 
 
 def parsed(text: str) -> Dimension:
@@ -95,3 +97,12 @@ def test_declared_spaces_are_of_options_and_contain_the_defaults() -> None:
                 for value in one.extremes():
                     cls.from_mapping({key.removeprefix("x."): value})
     assert found > 6
+
+
+def test_of_equal_trials_the_earlier_is_the_best_and_one_that_diverged_or_was_pruned_never() -> None:
+    outcomes = [Outcome("done", 0.5), Outcome("done", 0.75), Outcome("pruned", 0.9), Outcome("diverged"), Outcome("done", 0.75)]
+    study = RuleStudy.__new__(RuleStudy)
+    study.finished = [Finished(number, {}, outcome) for number, outcome in enumerate(outcomes)]
+    assert study.best is study.finished[1]
+    study.finished = study.finished[2:4]
+    assert study.best is None
