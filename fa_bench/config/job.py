@@ -21,6 +21,7 @@ from fa_bench.errors import ConfigError, FaBenchError, OptionError, describe_err
 from fa_bench.registry.options import Options, as_plain, defaults, option, option_fields
 from fa_bench.registry.plugins import import_modules
 from fa_bench.registry.registries import (
+    ARCHITECTURES,
     CALLBACKS,
     GROUPS,
     LOGGERS,
@@ -155,6 +156,12 @@ class Job:
             allowed = [name for name, cls in OBJECTIVES.items() if dataset.targets in cls.targets]
             raise ConfigError(f"objective={objective.name} requires {names(objective.targets)} as targets, but those of dataset="
                               f"{dataset.name} are {dataset.targets} (allowed objectives: {names(allowed)})")
+        architecture, task = components["architecture"], (dataset.inputs, dataset.targets)
+        if task not in architecture.tasks:
+            allowed = [name for name, cls in ARCHITECTURES.items() if task in cls.tasks]
+            raise ConfigError(f"architecture={architecture.name} is not made for dataset={dataset.name}, whose inputs are "
+                              f"{dataset.inputs} and whose targets are {dataset.targets} (allowed architectures: "
+                              f"{names(allowed) or 'none'})")
         return cls(
             run=RunOptions.from_mapping(plain),
             feedback_optimizer=None if feedback is None else _component(FEEDBACK_OPTIMIZER, OPTIMIZERS, feedback),

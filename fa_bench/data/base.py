@@ -17,7 +17,7 @@ import numpy as np
 from fa_bench.data.array_checks import checked
 from fa_bench.data.crops import CROPS, Crop, PaddedCrop
 from fa_bench.errors import DataError, FaBenchError, OptionError, printable
-from fa_bench.objectives.base import CLASSES, VALUES
+from fa_bench.registry.kinds import CLASSES, IMAGES, VALUES
 from fa_bench.registry.options import Options, option
 from fa_bench.utils.lazy import torch
 from fa_bench.utils.sampling import seed_for
@@ -187,7 +187,9 @@ class Dataset(Options):
 
     #: Channels of its images; 0 if unknown before reading.
     channels: int = dataclasses.field(init=False, default=0)
-    #: The kind of its targets (`fa_bench.objectives.base`): class indices, or numbers (n, O) of O outputs, whose names replace
+    #: The kind of its inputs (`fa_bench.registry.kinds`).
+    inputs: ClassVar[str] = IMAGES
+    #: The kind of its targets: class indices, or numbers (n, O) of O outputs, whose names replace
     #: those of the classes.
     targets: ClassVar[str] = CLASSES
     #: Whether data_dir is the dataset itself, and therefore part of a run's identity.

@@ -34,7 +34,7 @@ class ASAPAlexNet(Architecture):
     hidden: int = option(1024, "neurons of the two hidden fully connected layers", minimum=1)
     output_norm: bool = option(True, "batch normalisation of the logits, as in all nets of the paper")
 
-    def make(self, input_shape: tuple[int, int, int], classes: int) -> torch_nn.Module:
+    def make(self, input_shape: tuple[int, ...], classes: int) -> torch_nn.Module:
         stages = [ConvStage(self.width * factor, 5, padding=2, pool=2, ceil=True) for factor in (1, 2, 4)]
         return alexnet(input_shape, classes, stages, [self.hidden] * 2, output_norm=self.output_norm)
 
@@ -56,7 +56,7 @@ class DKPAlexNet(Architecture):
     linear_norm: bool = option(True, "batch normalisation after the hidden fully connected layers too")
     dropout: float = option(0.5, "rate of the two dropouts", minimum=0, below=1)
 
-    def make(self, input_shape: tuple[int, int, int], classes: int) -> torch_nn.Module:
+    def make(self, input_shape: tuple[int, ...], classes: int) -> torch_nn.Module:
         w = self.width
         stages = [
             ConvStage(w, 11, stride=4, padding=2, pool=3),
@@ -95,7 +95,7 @@ class ConvStage:
 
 
 def alexnet(
-    input_shape: tuple[int, int, int],
+    input_shape: tuple[int, ...],
     classes: int,
     stages: Sequence[ConvStage],
     hidden: Sequence[int],

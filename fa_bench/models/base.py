@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
+from fa_bench.registry.kinds import CLASSES, IMAGES, VALUES
 from fa_bench.registry.options import Options, option
 from fa_bench.utils.lazy import nn
 from fa_bench.utils.sampling import INITIALISERS, fill
@@ -24,6 +25,9 @@ class Architecture(Options):
     list its blocks, parts with one or more layers, in an attribute ``blocks``: the last module of each, in order.
     """
 
+    #: The kinds of inputs and targets (`fa_bench.registry.kinds`) that its models are made for.
+    tasks: ClassVar[tuple[tuple[str, str], ...]] = ((IMAGES, CLASSES), (IMAGES, VALUES))
+
     init: str = option("pytorch", "initialiser of the weights; all except pytorch, PyTorch's default, set biases to zero",
                        choices=[*INITIALISERS, *OLD_NAMES])
     linear_init: str | None = option(None, "initialiser of the weights of fully connected layers; null: init",
@@ -33,12 +37,12 @@ class Architecture(Options):
         super().__post_init__()
         self.init = OLD_NAMES.get(self.init, self.init)
 
-    def build(self, input_shape: tuple[int, int, int], classes: int) -> torch_nn.Module:
+    def build(self, input_shape: tuple[int, ...], classes: int) -> torch_nn.Module:
         """A model whose weights are sampled from torch's global random state.
 
         Args:
-            input_shape: (C, H, W) of one image.
-            classes: number of outputs.
+            input_shape: of one sample: (C, H, W) for images, (F,) for features, (T,) for tokens.
+            classes: number of outputs of a sample or position; for tokens also the size of the vocabulary.
 
         Raises:
             OptionError: if the options do not fit the data.
@@ -53,6 +57,6 @@ class Architecture(Options):
                         nn.init.zeros_(module.bias)
         return model
 
-    def make(self, input_shape: tuple[int, int, int], classes: int) -> torch_nn.Module:
+    def make(self, input_shape: tuple[int, ...], classes: int) -> torch_nn.Module:
         """The model with torch's initial values; implemented by each architecture."""
         raise NotImplementedError

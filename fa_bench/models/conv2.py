@@ -31,7 +31,7 @@ class Conv2(Architecture):
     hidden: int = option(128, "neurons of the hidden fully connected layer", minimum=1)
     padding: int | None = option(None, "padding of both convolutions; null: 0 for 32x32 images, else 1", minimum=0, maximum=2)
 
-    def make(self, input_shape: tuple[int, int, int], classes: int) -> torch_nn.Module:
+    def make(self, input_shape: tuple[int, ...], classes: int) -> torch_nn.Module:
         colours, height, width = input_shape
         padding = self.padding if self.padding is not None else int((height, width) != (32, 32))
         pooled = [(size + 2 * (2 * padding - 2)) // 2 for size in (height, width)]

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.models.base import Architecture
+from fa_bench.registry.kinds import CLASSES, FEATURES, IMAGES, VALUES
 from fa_bench.registry.options import option
 from fa_bench.registry.registries import ARCHITECTURES
 from fa_bench.utils.lazy import nn
@@ -36,12 +37,14 @@ class MLP(Architecture):
     ``batch_norm=true output_norm=true``.
     """
 
+    tasks = ((IMAGES, CLASSES), (IMAGES, VALUES), (FEATURES, CLASSES), (FEATURES, VALUES))
+
     widths: list[int] = option([512, 512], "neurons of each hidden layer", minimum=1)
     activation: str = option("relu", "activation function of the hidden layers", choices=list(ACTIVATIONS))
     batch_norm: bool = option(False, "batch normalisation before every activation")
     output_norm: bool = option(False, "batch normalisation of the logits, as in the nets of Woo et al. 2021")
 
-    def make(self, input_shape: tuple[int, int, int], classes: int) -> torch_nn.Module:
+    def make(self, input_shape: tuple[int, ...], classes: int) -> torch_nn.Module:
         parts: OrderedDict[str, torch_nn.Module] = OrderedDict(flatten=nn.Flatten())
         width = math.prod(input_shape)
         for number, units in enumerate(self.widths, start=1):

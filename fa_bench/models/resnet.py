@@ -28,7 +28,7 @@ class ResNet20(Architecture):
     blocks: int = option(3, "blocks in each of the three stages", minimum=1, maximum=1000)
     shortcuts: bool = option(True, "add each block's input to its output; false: a plain net with the same layers")
 
-    def make(self, input_shape: tuple[int, int, int], classes: int) -> torch_nn.Module:
+    def make(self, input_shape: tuple[int, ...], classes: int) -> torch_nn.Module:
         from fa_bench.models.nets.resnet import ResNet
 
         shortcut = "pad" if self.shortcuts else "none"
@@ -68,7 +68,7 @@ class ResNet18(StagedArchitecture):
     shortcuts: bool = option(True, "add shortcuts to the blocks' convolutions")
     output_norm: bool = option(True, "batch normalisation of the logits, as in all nets of the paper")
 
-    def make(self, input_shape: tuple[int, int, int], classes: int) -> torch_nn.Module:
+    def make(self, input_shape: tuple[int, ...], classes: int) -> torch_nn.Module:
         from fa_bench.models.nets.resnet import ResNet
 
         shortcut = "project" if self.shortcuts else "none"
@@ -102,7 +102,7 @@ class ResNet18ImageNet(StagedArchitecture):
 
     bottleneck: ClassVar[bool] = False
 
-    def make(self, input_shape: tuple[int, int, int], classes: int) -> torch_nn.Module:
+    def make(self, input_shape: tuple[int, ...], classes: int) -> torch_nn.Module:
         from fa_bench.models.nets.resnet import ResNet
 
         return ResNet(input_shape[0], classes, self.widths, self.blocks, "project",

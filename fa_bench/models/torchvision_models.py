@@ -28,7 +28,7 @@ class Torchvision(Architecture):
 
     model: str = option("resnet18", "the model's name in torchvision.models")
 
-    def make(self, input_shape: tuple[int, int, int], classes: int) -> torch_nn.Module:
+    def make(self, input_shape: tuple[int, ...], classes: int) -> torch_nn.Module:
         models = torchvision.models
         available = models.list_models(module=models)
         if self.model not in available:

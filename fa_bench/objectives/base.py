@@ -8,20 +8,17 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, ClassVar
 
+from fa_bench.registry.kinds import CLASSES
 from fa_bench.registry.options import Options
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Kinds of targets: class indices, int64 (N,), and real numbers, float32 (N, O).
-CLASSES, VALUES = "classes", "values"
-
-
 @dataclasses.dataclass(eq=False)
 class Objective(Options):
     """Base of the objectives, registered in `fa_bench.registry.registries.OBJECTIVES`."""
 
-    #: The kinds of targets that `loss` accepts.
+    #: The kinds of targets (`fa_bench.registry.kinds`) that `loss` accepts.
     targets: ClassVar[tuple[str, ...]] = (CLASSES,)
 
     def loss(self, outputs: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from fa_bench.objectives.base import CLASSES, VALUES, Objective, one_hot, reduce
+from fa_bench.objectives.base import Objective, one_hot, reduce
+from fa_bench.registry.kinds import CLASSES, VALUES
 from fa_bench.registry.registries import OBJECTIVES
 from fa_bench.utils.lazy import nn
 

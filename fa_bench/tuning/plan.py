@@ -19,7 +19,7 @@ from fa_bench.command.overrides import parse
 from fa_bench.config.job import GRID, RULES, TUNE, VOLATILE, Job, RunOptions
 from fa_bench.config.labels import flatten
 from fa_bench.errors import ConfigError, OptionError, format_value, names, nearest, truncate
-from fa_bench.objectives.base import CLASSES
+from fa_bench.registry.kinds import CLASSES
 from fa_bench.registry.options import option_fields
 from fa_bench.registry.registries import ALGORITHMS, GROUPS
 from fa_bench.tuning.options import OWN_KEYS, SPACE, TuneOptions, own_options, parse_override

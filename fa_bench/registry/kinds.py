@@ -1,0 +1,11 @@
+"""The kinds of inputs and targets, by which datasets, architectures and objectives are matched.
+
+Shapes: N batch, T positions of a sequence, F features, O outputs; C channels, H and W pixels of images.
+"""
+
+from __future__ import annotations
+
+#: Kinds of inputs: float32 (N, C, H, W); float32 (N, F); int64 (N, T), numbers of a vocabulary's tokens.
+IMAGES, FEATURES, TOKENS = "images", "features", "tokens"
+#: Kinds of targets: class indices, int64 (N,); real numbers, float32 (N, O); a class for each position, int64 (N, T).
+CLASSES, VALUES, POSITIONS = "classes", "values", "positions"
