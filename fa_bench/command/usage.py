@@ -94,10 +94,11 @@ def _page(choices: dict[str, list[str]]) -> str:
 def _choices(composer: Composer, kind: str, choices: Sequence[str]) -> Iterator[str]:
     """The choices of a group, one per line."""
     group = next((group for group in GROUPS if group.kind == kind), {})
+    width = max(17, *map(len, choices))
     for name in sorted(choices):
         text = _comment(composer, name) if kind == "experiment" else summary(group[name]) if name in group else \
             f"from {composer.config_dir}"
-        yield f"  {name:17s} {textwrap.shorten(text, _WIDTH, placeholder=' ...')}"
+        yield f"  {name:{width}s} {textwrap.shorten(text, _WIDTH, placeholder=' ...')}"
 
 
 def _components(registry: Registry) -> Iterator[str]:

@@ -16,6 +16,16 @@ if TYPE_CHECKING:
 #: Former names of initialisers, which old configs may use.
 OLD_NAMES = {"kaiming_normal": "kaiming_normal_fan_out"}
 
+#: Activation functions by name, as makers of modules: torch is imported when the first one is made.
+ACTIVATIONS = {
+    "relu": lambda: nn.ReLU(),
+    "leaky_relu": lambda: nn.LeakyReLU(0.01),
+    "tanh": lambda: nn.Tanh(),
+    "sigmoid": lambda: nn.Sigmoid(),
+    "gelu": lambda: nn.GELU(),
+    "identity": lambda: nn.Identity(),
+}
+
 
 @dataclasses.dataclass(eq=False)
 class Architecture(Options):

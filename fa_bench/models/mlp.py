@@ -7,7 +7,7 @@ import math
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.models.base import Architecture
+from fa_bench.models.base import ACTIVATIONS, Architecture
 from fa_bench.registry.kinds import CLASSES, FEATURES, IMAGES, VALUES
 from fa_bench.registry.options import option
 from fa_bench.registry.registries import ARCHITECTURES
@@ -15,15 +15,6 @@ from fa_bench.utils.lazy import nn
 
 if TYPE_CHECKING:
     from torch import nn as torch_nn
-
-ACTIVATIONS = {
-    "relu": lambda: nn.ReLU(),
-    "leaky_relu": lambda: nn.LeakyReLU(0.01),
-    "tanh": lambda: nn.Tanh(),
-    "sigmoid": lambda: nn.Sigmoid(),
-    "gelu": lambda: nn.GELU(),
-    "identity": lambda: nn.Identity(),
-}
 
 
 @ARCHITECTURES.register("mlp")

@@ -35,6 +35,27 @@ class ResNet20(Architecture):
         return ResNet(input_shape[0], classes, [self.width, 2 * self.width, 4 * self.width], [self.blocks] * 3, shortcut)
 
 
+@ARCHITECTURES.register("resnet_cifar_small")
+@dataclasses.dataclass(eq=False)
+class ResNetCifarSmall(Architecture):
+    """ResNet-20, -32, -44, -56, -110 ... for small images: resnet20 with any depth of 6n + 2.
+
+    n blocks in each of the three stages (He et al. 2016, section 4.2).
+    """
+
+    depth: int = option(32, "layers with weights on the longest path, 6n + 2 for n blocks in each stage", minimum=8, maximum=6002)
+    width: int = option(16, "channels of the first stage", minimum=1)
+    shortcuts: bool = option(True, "add each block's input to its output; false: a plain net with the same layers")
+
+    def check(self) -> None:
+        if self.depth % 6 != 2:
+            raise OptionError("depth", f"={self.depth} is not 6n + 2, as 20, 32, 44, 56 and 110 are",
+                              f"={6 * round((self.depth - 2) / 6) + 2}")
+
+    def make(self, input_shape: tuple[int, ...], classes: int) -> torch_nn.Module:
+        return ResNet20(width=self.width, blocks=(self.depth - 2) // 6, shortcuts=self.shortcuts).make(input_shape, classes)
+
+
 @dataclasses.dataclass(eq=False)
 class StagedArchitecture(Architecture):
     """Base of the residual nets whose stages double their channels; subclasses declare how many blocks each stage has."""

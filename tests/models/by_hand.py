@@ -6,6 +6,7 @@ module is called, and batch normalisation is written out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -40,6 +41,11 @@ class ByHand:
 
     def conv(self, name: str, x: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
         return F.conv2d(x, self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias"), stride, padding)
+
+    def layer_norm(self, name: str, x: Tensor) -> Tensor:
+        """Layer normalisation over the last axis."""
+        mean, var = x.mean(-1, keepdim=True), x.var(-1, correction=0, keepdim=True)
+        return (x - mean) / (var + 1e-5).sqrt() * self.tensors[f"{name}.weight"] + self.tensors[f"{name}.bias"]
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         return x @ self.tensors[f"{name}.weight"].T + self.tensors[f"{name}.bias"]
@@ -183,3 +189,109 @@ def resnet_imagenet(net: ByHand, x: Tensor, blocks: Sequence[int], bottleneck: b
             y = net.norm(f"{name}.{last}", relu(y) if bn == "after" else y) + skipped
             x = y if bn == "after" else relu(y)
     return net.linear("fc", x.mean((2, 3)))
+
+
+def vgg(net: ByHand, x: Tensor, convolutions: str, activation: str, batch_norm: bool = False) -> Tensor:
+    """One character for a convolution: p with max-pooling after it, v without padding, . for any other."""
+    for number, kind in enumerate(convolutions, start=1):
+        x = net.conv(f"conv{number}", x, padding=0 if kind == "v" else 1)
+        x = ACTIVATIONS[activation](net.norm(f"bn{number}", x) if batch_norm else x)
+        x = F.max_pool2d(x, 2) if kind == "p" else x
+    return net.linear(f"fc{len(convolutions) + 1}", x.flatten(1))
+
+
+def residual_mlp(net: ByHand, x: Tensor, blocks: int, activation: str = "gelu", final_norm: bool = True) -> Tensor:
+    """Blocks x + MLP(LN(x))."""
+    x = net.linear("embed", x.flatten(1))
+    for block in range(blocks):
+        name = f"layers.{block}"
+        y = ACTIVATIONS[activation](net.linear(f"{name}.fc1", net.layer_norm(f"{name}.norm", x)))
+        x = x + net.linear(f"{name}.fc2", y)
+    return net.linear("head", net.layer_norm("final_norm", x) if final_norm else x)
+
+
+def attention(net: ByHand, name: str, x: Tensor, heads: int, causal: bool, dropout: float) -> Tensor:
+    """Softmax of q k / √d in every head; later positions have no weight if causal (Vaswani et al. 2017, section 3.2)."""
+    size = x.shape[2] // heads
+    q, k, v = (net.linear(f"{name}.{part}", x) for part in "qkv")
+    parts = [slice(head * size, (head + 1) * size) for head in range(heads)]
+    scores = torch.stack([q[..., part] @ k[..., part].mT / size**0.5 for part in parts], 1)
+    if causal:
+        scores = scores.masked_fill(torch.arange(x.shape[1]) > torch.arange(x.shape[1])[:, None], -torch.inf)
+    weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
+    weights = net.dropout(weights, dropout)
+    results = [weights[:, head] @ v[..., part] for head, part in enumerate(parts)]
+    return net.dropout(net.linear(f"{name}.out", torch.cat(results, 2)), dropout)
+
+
+def transformer_block(
+    net: ByHand, name: str, x: Tensor, heads: int, activation: str, causal: bool, post: bool, dropout: float
+) -> Tensor:
+    def mlp(x: Tensor) -> Tensor:
+        hidden = net.dropout(ACTIVATIONS[activation](net.linear(f"{name}.fc1", x)), dropout)
+        return net.dropout(net.linear(f"{name}.fc2", hidden), dropout)
+
+    if post:
+        x = net.layer_norm(f"{name}.norm1", x + attention(net, f"{name}.attn", x, heads, causal, dropout))
+        return net.layer_norm(f"{name}.norm2", x + mlp(x))
+    x = x + attention(net, f"{name}.attn", net.layer_norm(f"{name}.norm1", x), heads, causal, dropout)
+    return x + mlp(net.layer_norm(f"{name}.norm2", x))
+
+
+def vit_mini(net: ByHand, x: Tensor, patch: int, blocks: int, heads: int, activation: str = "gelu") -> Tensor:
+    """Dosovitskiy et al. 2021: patches from left to right and top to bottom, a class token before them."""
+    weight, bias = net.tensors["embed.patches.weight"].flatten(1), net.tensors["embed.patches.bias"]
+    cut = [x[:, :, top : top + patch, left : left + patch].flatten(1) @ weight.T + bias
+           for top in range(0, x.shape[2], patch) for left in range(0, x.shape[3], patch)]
+    x = torch.stack([net.tensors["embed.token"][0, 0].expand(len(x), -1), *cut], 1) + net.tensors["embed.positions"]
+    for block in range(blocks):
+        x = transformer_block(net, f"layers.{block}", x, heads, activation, causal=False, post=False, dropout=0.0)
+    return net.linear("head", net.layer_norm("final_norm", x)[:, 0])
+
+
+def decoder(
+    net: ByHand, x: Tensor, depth: int, heads: int, activation: str = "gelu", post: bool = False, sinusoidal: bool = False,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Launay et al. 2020 with post and sinusoidal; positions as in section 3.5 of Vaswani et al. 2017, rounded to float32."""
+    tokens = net.tensors["embed.tokens.weight"]
+    length, width = x.shape[1], tokens.shape[1]
+    if sinusoidal:
+        positions = torch.tensor([[(math.sin, math.cos)[column % 2](place / 10000 ** (2 * (column // 2) / width))
+                                   for column in range(width)] for place in range(length)])
+    else:
+        positions = net.tensors["embed.positions"][:length]
+    x = net.dropout(tokens[x] + positions, dropout)
+    for block in range(depth):
+        x = transformer_block(net, f"layers.{block}", x, heads, activation, causal=True, post=post, dropout=dropout)
+    return net.linear("head", x if post else net.layer_norm("final_norm", x))
+
+
+def recurrent(net: ByHand, x: Tensor, cell: str, layers: int = 1, scan: str = "") -> Tensor:
+    """Hochreiter and Schmidhuber 1997 with forget gates, Cho et al. 2014 as in cuDNN, Elman 1990; gates in PyTorch's order."""
+    if scan == "rows":
+        steps = [x[:, :, row].flatten(1) for row in range(x.shape[2])]
+    elif scan == "pixels":
+        steps = [x[:, :, row, column] for row in range(x.shape[2]) for column in range(x.shape[3])]
+    else:
+        steps = list(net.tensors["read.weight"][x].unbind(1))
+    sigmoid, tanh = torch.sigmoid, torch.tanh
+    for layer in range(layers):
+        w, u, b, c = (net.tensors[f"rnn.{kind}_l{layer}"] for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        h = memory = torch.zeros(len(x), u.shape[1], dtype=u.dtype)
+        states = []
+        for step in steps:
+            inner, outer = step @ w.T + b, h @ u.T + c
+            if cell == "lstm":
+                i, f, g, o = (inner + outer).chunk(4, 1)
+                memory = sigmoid(f) * memory + sigmoid(i) * tanh(g)
+                h = sigmoid(o) * tanh(memory)
+            elif cell == "gru":
+                (r, z, n), (r_h, z_h, n_h) = inner.chunk(3, 1), outer.chunk(3, 1)
+                update = sigmoid(z + z_h)
+                h = (1 - update) * tanh(n + sigmoid(r + r_h) * n_h) + update * h
+            else:
+                h = tanh(inner + outer)
+            states.append(h)
+        steps = states
+    return net.linear("head", steps[-1] if scan else torch.stack(steps, 1))

@@ -32,6 +32,20 @@ ALEXNET, GAINS = 61_100_840, 2 * 1152
     # The direct Kolen-Pollack paper's five layers with batch normalisation, and the hidden layers of Forward Alignment.
     ("mlp", {"widths": [512] * 4, "batch_norm": True}, MNIST, 10, 785 * 512 + 3 * 513 * 512 + 5130 + 8 * 512),
     ("mlp", {"widths": [10] * 3, "activation": "identity"}, MNIST, 10, 7850 + 330),
+    # He et al. 2016, Table 6, has them in millions: 0.27, 0.46, 0.66, 0.85, 1.7. Six convolutions of every width more or less.
+    *[("resnet_cifar_small", {"depth": depth}, CIFAR, 10,
+       269_722 + (depth - 20) // 6 * sum(2 * 9 * c * c + 4 * c for c in (16, 32, 64))) for depth in (20, 32, 44, 56)],
+    ("resnet_cifar_small", {"depth": 110}, CIFAR, 10, 1_727_962),
+    # The 13 convolutions have 14,714,688 parameters with biases, as in torchvision's vgg16.
+    ("vgg", {"depth": 16}, CIFAR, 10, 14_714_688 + 5130),
+    ("vgg", {"depth": 16, "batch_norm": True}, CIFAR, 10, 14_728_266),
+    ("vgg", {}, (3, 64, 64), 200, 3584 + 295_168 + 1_180_160 + 2_359_808 + (512 * 4 * 4 + 1) * 200),
+    ("vgg", {"depth": 7}, (3, 64, 64), 200, 4_576_384 + (512 * 5 * 5 + 1) * 200),
+    ("residual_mlp", {}, CIFAR, 10, 3073 * 256 + 4 * (512 + 257 * 1024 + 1025 * 256) + 512 + 2570),
+    ("residual_mlp", {"final_norm": False, "blocks": 8}, CIFAR, 10, 3073 * 256 + 8 * (512 + 257 * 1024 + 1025 * 256) + 2570),
+    ("vit_mini", {}, CIFAR, 10, 49 * 128 + 66 * 128 + 4 * (512 + 4 * 129 * 128 + 129 * 512 + 513 * 128) + 256 + 1290),
+    ("lstm", {"layers": 2}, MNIST, 10, 4 * 128 * (28 + 128 + 2 + 2 * 128 + 2) + 1290),
+    ("lstm", {"cell": "gru", "scan": "pixels"}, (3, 5, 4), 10, 3 * 128 * (3 + 128 + 2) + 1290),
 ])
 def test_published_sizes(name: str, options: dict[str, Any], shape: tuple[int, int, int], classes: int, parameters: int) -> None:
     with torch.device("meta"):
@@ -132,6 +146,8 @@ TINY: dict[str, tuple[str, dict[str, Any], int]] = {
     "resnet50_imagenet, bn=after": ("resnet50_imagenet", {"width": 2, "blocks": [1, 1], "bn": "after"}, 32),
     "dkp mlp": ("mlp", {"widths": [5] * 4, "batch_norm": True}, 8),
     "forward alignment mlp": ("mlp", {"widths": [6] * 3, "activation": "identity"}, 8),
+    "residual_mlp": ("residual_mlp", {"width": 6, "blocks": 2}, 4),
+    "vgg": ("vgg", {"width": 2}, 16),
 }
 # The mirror's steps before training take seconds, and test nothing here.
 FAST = {"wm": {"initial_steps": 1, "mirror_batch": 2}}

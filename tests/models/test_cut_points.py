@@ -11,10 +11,12 @@ from torch import nn
 
 from fa_bench.registry.registries import ARCHITECTURES
 
-Shape = tuple[int, int, int]
+Shape = tuple[int, ...]
 SMALL, LARGE = (3, 16, 16), (3, 64, 64)
 STAGES = [f"stages.layer{number}.0" for number in (1, 2, 3)]
 TWO = {"width": 2, "blocks": [1, 1]}
+LAYERS = ["layers.0", "layers.1"]
+INNER = [[f"{block}.attn", *(f"{block}.attn.{layer}" for layer in "qkv")] for block in LAYERS]
 
 #: (architecture, options, image) -> cut points, blocks.
 NAMED: list[tuple[str, dict[str, Any], Shape, list[str], list[str]]] = [
@@ -34,6 +36,18 @@ NAMED: list[tuple[str, dict[str, Any], Shape, list[str], list[str]]] = [
      ["pool", *(end for block in STAGES[:2] for end in (block, f"{block}.bn1"))], ["pool", *STAGES[:2]]),
     ("resnet50_imagenet", TWO, LARGE, ["pool", *(f"{block}.relu{number}" for block in STAGES[:2] for number in (1, 2, 3))],
      ["pool", *STAGES[:2]]),
+    ("vgg", {"depth": 7, "width": 2}, (3, 32, 32), *[["pool1", "act2", "pool3", "act4", "pool5", "act6"]] * 2),
+    # The final LayerNorm replaces the last block.
+    ("residual_mlp", {"width": 4, "blocks": 2}, SMALL,
+     ["embed", "layers.0", "layers.0.act", "layers.1.act", "final_norm"], LAYERS),
+    ("residual_mlp", {"width": 4, "blocks": 2, "final_norm": False}, SMALL,
+     ["embed", "layers.0", "layers.0.act", "layers.1", "layers.1.act"], LAYERS),
+    *((name, {"width": 4, blocks: 2}, shape,
+       ["embed", "layers.0", *INNER[0], "layers.0.act", *INNER[1], "layers.1.act", "final_norm"], LAYERS)
+      for name, blocks, shape in (("vit_mini", "blocks", SMALL), ("decoder", "depth", (5,)))),
+    ("decoder", {"width": 4, "depth": 2, "norm": "post"}, (5,),
+     ["embed", *(path for block, inner in zip(LAYERS, INNER, strict=True)
+                 for path in (*inner[1:], f"{block}.norm1", f"{block}.act", f"{block}.norm2"))], LAYERS),
 ]
 
 
@@ -50,3 +64,17 @@ def test_cut_points_and_blocks(
         model = ARCHITECTURES[name](**options).build(shape, 3)
     assert matched(model, model.cut_points) == cut_points
     assert matched(model, model.blocks) == blocks
+
+
+def test_cuts_of_launay_are_patterns_of_a_decoder() -> None:
+    """Three in a block, "micro", or its output, "macro"; with dropout, the cut at the activation is behind it."""
+    model = ARCHITECTURES["decoder"](width=4, depth=2, norm="post", dropout=0.1).build((5,), 3)
+    assert matched(model, ["*.norm1", "*.act", "*.norm2"]) == [f"{block}.{name}" for block in LAYERS
+                                                              for name in ("norm1", "act", "norm2")]
+    block = model.get_submodule("layers.1")
+    assert [type(module).__name__ for module in block.act] == ["GELU", "Dropout"]
+    outputs = []
+    for path in ("layers.1", "layers.1.norm2"):
+        model.get_submodule(path).register_forward_hook(lambda module, args, output: outputs.append(output))
+    model(torch.zeros(1, 5, dtype=torch.int64))
+    assert outputs[0] is outputs[1]

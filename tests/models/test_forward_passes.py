@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fa_bench.models.nets.transformer import PatchEmbedding
 from fa_bench.registry.registries import ARCHITECTURES
 
 from . import by_hand
@@ -62,6 +64,26 @@ CASES: dict[str, tuple[str, dict[str, Any], Shape, Reference, dict[str, Any]]] =
                             {"blocks": blocks, "bottleneck": bottleneck, "bn": bn})
        for name, blocks, bottleneck in (("resnet18_imagenet", [2, 2, 2, 2], False), ("resnet50_imagenet", [3, 4, 6, 3], True))
        for bn, chosen in (("before", {}), ("after", {"bn": "after"}))},
+    "resnet_cifar_small": ("resnet_cifar_small", {"depth": 26, "width": 4, "shortcuts": False}, ODD, by_hand.resnet20,
+                           {"blocks": 4, "shortcuts": False}),
+    "vgg": ("vgg", {"width": 4}, CIFAR, by_hand.vgg, {"convolutions": "pppp", "activation": "gelu"}),
+    "vgg, depth=7": ("vgg", {"depth": 7, "width": 4}, (3, 36, 44), by_hand.vgg, {"convolutions": "p.pvpv", "activation": "gelu"}),
+    "vgg, depth=9": ("vgg", {"depth": 9, "width": 4, "activation": "tanh"}, CIFAR, by_hand.vgg,
+                     {"convolutions": "p.p.p.p.", "activation": "tanh"}),
+    "vgg, depth=16": ("vgg", {"depth": 16, "width": 4}, (3, 32, 64), by_hand.vgg,
+                      {"convolutions": ".p.p..p..p..p", "activation": "relu"}),
+    "vgg, batch_norm=true": ("vgg", {"width": 4, "batch_norm": True}, ODD, by_hand.vgg,
+                             {"convolutions": "pppp", "activation": "gelu", "batch_norm": True}),
+    "residual_mlp": ("residual_mlp", {}, CIFAR, by_hand.residual_mlp, {"blocks": 4}),
+    "residual_mlp, final_norm=false": (
+        "residual_mlp", {"width": 6, "blocks": 2, "expansion": 1.5, "activation": "tanh", "final_norm": False}, (2, 4, 3),
+        by_hand.residual_mlp, {"blocks": 2, "activation": "tanh", "final_norm": False}),
+    "vit_mini": ("vit_mini", {"width": 12}, CIFAR, by_hand.vit_mini, {"patch": 4, "blocks": 4, "heads": 4}),
+    "vit_mini, patch=2": ("vit_mini", {"width": 6, "patch": 2, "blocks": 1, "heads": 3, "activation": "relu"}, (2, 4, 6),
+                          by_hand.vit_mini, {"patch": 2, "blocks": 1, "heads": 3, "activation": "relu"}),
+    **{f"lstm, cell={cell}, scan={scan}": ("lstm", {"width": 5, "layers": 2, "cell": cell, "scan": scan}, (2, 4, 3),
+                                           by_hand.recurrent, {"cell": cell, "layers": 2, "scan": scan})
+       for cell in ("lstm", "gru", "rnn") for scan in ("rows", "pixels")},
 }
 
 
@@ -75,6 +97,11 @@ def build(architecture: str, options: dict[str, Any], shape: Shape) -> nn.Module
             nn.init.normal_(module.bias)
             nn.init.normal_(module.running_mean)
             nn.init.uniform_(module.running_var, 0.5, 2.0)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+        elif isinstance(module, PatchEmbedding):
+            nn.init.normal_(module.token)
         elif isinstance(getattr(module, "bias", None), nn.Parameter):
             nn.init.normal_(module.bias)
     return net
@@ -122,6 +149,11 @@ def stages(widths: list[int], blocks: list[int], kernels: tuple[int, ...], facto
     return shapes
 
 
+def chain(*channels: int) -> list[tuple[int, ...]]:
+    """Shapes of the weights of 3x3 convolutions."""
+    return [(out, before, 3, 3) for before, out in itertools.pairwise(channels)]
+
+
 DOUBLING = [64, 128, 256, 512]
 BASIC, BOTTLENECK = (3, 3), (1, 3, 1)
 STEM, LARGE_STEM = [(64, 3, 3, 3)], [(64, 3, 7, 7)]
@@ -141,6 +173,14 @@ PUBLISHED: list[tuple[str, dict[str, Any], Shape, list[tuple[int, ...]]]] = [
     ("resnet34", {}, CIFAR, [*STEM, *stages(DOUBLING, [3, 4, 6, 3], BASIC, 1, True), (10, 512)]),
     ("resnet18_imagenet", {}, (3, 224, 224), [*LARGE_STEM, *stages(DOUBLING, [2] * 4, BASIC, 1, True), (10, 512)]),
     ("resnet50_imagenet", {}, (3, 224, 224), [*LARGE_STEM, *stages(DOUBLING, [3, 4, 6, 3], BOTTLENECK, 4, True), (10, 2048)]),
+    ("resnet_cifar_small", {"depth": 56}, CIFAR, [(16, 3, 3, 3), *stages([16, 32, 64], [9] * 3, BASIC, 1, False), (10, 64)]),
+    ("vgg", {}, CIFAR, [*chain(3, 128, 256, 512, 512), (10, 2048)]),
+    ("vgg", {"depth": 7}, CIFAR, [*chain(3, 128, 128, 256, 256, 512, 512), (10, 512)]),
+    ("vgg", {"depth": 9}, CIFAR, [*chain(3, 128, 128, 256, 256, 512, 512, 512, 512), (10, 2048)]),
+    ("vgg", {"depth": 16}, CIFAR, [*chain(3, 64, 64, 128, 128, *[256] * 3, *[512] * 6), (10, 512)]),
+    ("residual_mlp", {}, CIFAR, [(256, 3072), *[(1024, 256), (256, 1024)] * 4, (10, 256)]),
+    ("vit_mini", {}, CIFAR,
+     [(1, 1, 128), (65, 128), (128, 3, 4, 4), *[*[(128, 128)] * 4, (512, 128), (128, 512)] * 4, (10, 128)]),
 ]
 
 

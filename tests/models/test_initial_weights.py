@@ -15,8 +15,8 @@ from fa_bench.models.base import Architecture
 from fa_bench.registry.options import option_fields
 from fa_bench.registry.registries import ARCHITECTURES
 
-#: Small nets whose layers have fans that differ, with the shape of an image.
-NETS: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
+#: Small nets whose layers have fans that differ, with the shape of an image, or the length of a sequence.
+NETS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "mlp": ({"widths": [90, 30], "batch_norm": True, "output_norm": True}, (1, 10, 16)),
     "conv2": ({"channels": 24, "hidden": 40}, (3, 28, 28)),
     "asap_alexnet": ({"width": 24, "hidden": 40}, (3, 32, 32)),
@@ -26,6 +26,18 @@ NETS: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
     "resnet34": ({"width": 24, "blocks": [1, 1, 1]}, (3, 32, 32)),
     "resnet18_imagenet": ({"width": 24, "blocks": [1, 1, 1]}, (3, 64, 64)),
     "resnet50_imagenet": ({"width": 24, "blocks": [1, 1]}, (3, 64, 64)),
+    "resnet_cifar_small": ({"width": 24, "depth": 8}, (3, 32, 32)),
+    "vgg": ({"width": 24, "batch_norm": True}, (3, 32, 32)),
+    "residual_mlp": ({"width": 24, "blocks": 1}, (3, 8, 8)),
+    "vit_mini": ({"width": 24, "blocks": 1}, (3, 8, 8)),
+    "decoder": ({"width": 24, "depth": 1}, (30,)),
+    "lstm": ({"width": 24}, (30,)),
+}
+#: Weights that are not those of linear layers and convolutions, with their standard deviation, which `init` leaves.
+OTHERS: dict[str, dict[str, float]] = {
+    "vit_mini": {"embed.token": 0.0, "embed.positions": 0.02},
+    "decoder": {"embed.tokens.weight": 0.02, "embed.positions": 0.02},
+    "lstm": {"read.weight": 1.0, **{f"rnn.weight_{kind}_l0": 1 / math.sqrt(3 * 24) for kind in ("ih", "hh")}},
 }
 CLASSES = 20
 
@@ -82,7 +94,8 @@ def test_initial_weights(name: str, init: str) -> None:
     net = build(name, init)
     deviation, uniform = DRAWS[init]
     layers = weighted_layers(net)
-    assert len(layers) == sum(parameter.dim() > 1 for parameter in net.parameters())
+    others = {name for name, parameter in net.named_parameters() if parameter.dim() > 1} - {f"{path}.weight" for path in layers}
+    assert others == OTHERS.get(name, {}).keys()
     for layer in layers:
         module = net.get_submodule(layer)
         positions = math.prod(module.weight.shape[2:])
@@ -99,12 +112,32 @@ def test_initial_weights(name: str, init: str) -> None:
 @pytest.mark.parametrize("init", DRAWS)
 @pytest.mark.parametrize("name", NETS)
 def test_normalisation_begins_as_identity(name: str, init: str) -> None:
-    norms = [module for module in build(name, init).modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    assert norms
+    norms = [module for module in build(name, init).modules()
+             if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.LayerNorm)]
+    assert norms or name == "lstm"
     for norm in norms:
         assert (norm.weight == 1).all() and (norm.bias == 0).all()
+        if isinstance(norm, nn.LayerNorm):
+            assert norm.eps == 1e-5
+            continue
         assert (norm.running_mean == 0).all() and (norm.running_var == 1).all()
         assert (norm.eps, norm.momentum) == (1e-5, 0.1)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_embeddings_positions_and_recurrent_weights_have_their_own_distribution(name: str) -> None:
+    """The same one for every initialiser. Tolerance: five standard errors of the deviation of a normal draw."""
+    weights, other = dict(build(name, "pytorch").named_parameters()), dict(build(name, "uniform_one").named_parameters())
+    for key, deviation in OTHERS[name].items():
+        value = weights[key].detach()
+        assert value.std().item() == pytest.approx(deviation, rel=5 / math.sqrt(2 * value.numel()))
+        assert torch.equal(value, other[key])
+
+
+def test_tokens_begin_as_large_as_sinusoids() -> None:
+    torch.manual_seed(0)
+    net = ARCHITECTURES["decoder"](width=24, depth=1, positions="sinusoidal").build((30,), CLASSES)
+    assert net.embed.tokens.weight.std().item() == pytest.approx(1, rel=5 / math.sqrt(2 * 24 * CLASSES))
 
 
 def test_layers_are_drawn_independently() -> None:

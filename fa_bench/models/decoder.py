@@ -1,0 +1,75 @@
+"""Decoder-only transformers, language models."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.errors import OptionError
+from fa_bench.models.transformer import TransformerArchitecture
+from fa_bench.registry.kinds import POSITIONS, TOKENS
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ARCHITECTURES
+from fa_bench.utils.lazy import nn
+
+if TYPE_CHECKING:
+    from torch import nn as torch_nn
+
+
+@ARCHITECTURES.register("decoder")
+@dataclasses.dataclass(eq=False)
+class Decoder(TransformerArchitecture):
+    """Decoder-only transformer, for the next token at every position.
+
+    embed - causal blocks - (final_norm) - head; tokens (N, T) to logits (N, T, V).
+
+    The net of Launay et al. 2020 (arXiv 2006.12878) is ``depth=6 width=512 heads=8 norm=post positions=sinusoidal
+    activation=relu`` on sequences of 128 tokens. Its initial weights differ: in their code, embedding and head are uniform and
+    all blocks start with the same weights. Here, token embeddings and learned positions are initialised from N(0, 0.02²), as in
+    GPT-2, and token embeddings from N(0, 1) if positions are sinusoidal (Vaswani et al. 2017, section 3.5); `init` and
+    `linear_init` apply to all linear layers, including q, k, v and out of the attention. Embedding and head do not share
+    weights.
+
+    The modules of a block are attn (with q, k, v, out), norm1, fc1, act, fc2, norm2. With ``norm=post``, the paper's cuts are
+    ``[*.norm1,*.act,*.norm2]`` ("micro") and ``[*.norm2]`` ("macro"). The model's own cut points are the outputs of embed, q,
+    k, v and act and, with ``norm=post``, of norm1 and norm2; with ``norm=pre``, of attn and of every block, where the final
+    LayerNorm replaces the last block.
+    """
+
+    tasks = ((TOKENS, POSITIONS),)
+
+    depth: int = option(4, "transformer blocks", minimum=1, maximum=1000)
+    context: int | None = option(None, "tokens of the longest sequence; null: those of the data's sequences", minimum=1)
+    norm: str = option("pre", "LayerNorm before attention, MLP and head (pre), or after each sum (post)", choices=["pre", "post"])
+    positions: str = option("learned", "vectors of the positions", choices=["learned", "sinusoidal"])
+    dropout: float = option(0.1, "rate for embeddings, attention weights, hidden activations and outputs in blocks",
+                            minimum=0, below=1)
+
+    def check(self) -> None:
+        super().check()
+        if self.positions == "sinusoidal" and self.width % 2:
+            raise OptionError("width", f"={self.width} is odd: positions=sinusoidal requires an even width")
+
+    def make(self, input_shape: tuple[int, ...], classes: int) -> torch_nn.Module:
+        from fa_bench.models.nets.transformer import Block, TokenEmbedding
+
+        [length] = input_shape
+        context = length if self.context is None else self.context
+        if context < length:
+            raise OptionError("context", f"={context} is shorter than the data's sequences of {length} tokens")
+        blocks = (Block(self.width, self.heads, self.hidden, self.activation, dropout=self.dropout, causal=True,
+                        post_norm=self.norm == "post") for _ in range(self.depth))
+        parts: OrderedDict[str, torch_nn.Module] = OrderedDict(
+            embed=TokenEmbedding(classes, context, self.width, self.positions == "learned", self.dropout),
+            layers=nn.Sequential(*blocks),
+        )
+        if self.norm == "pre":
+            parts["final_norm"] = nn.LayerNorm(self.width)
+        parts["head"] = nn.Linear(self.width, classes)
+        model: Any = nn.Sequential(parts)
+        model.blocks = [f"layers.{number}" for number in range(self.depth)]
+        ends = ["layers.*.norm1", "layers.*.norm2"] if self.norm == "post" else [
+            "layers.*.attn", *model.blocks[:-1], "final_norm"]
+        model.cut_points = ["embed", "layers.*.attn.q", "layers.*.attn.k", "layers.*.attn.v", "layers.*.act", *ends]
+        return model

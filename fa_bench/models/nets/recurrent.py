@@ -1,0 +1,55 @@
+"""Recurrent nets on sequences of tokens and on images read step by step.
+
+Shapes: N batch, T steps, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+#: Name -> the module.
+CELLS: dict[str, Any] = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
+
+
+class Recurrent(nn.Module):
+    """input - rnn - (last step -) head.
+
+    Args:
+        read: makes the steps (N, T, features) from an input.
+        features: of a step.
+        cell: one of CELLS.
+        layers: recurrent layers.
+        width: D, the hidden state's.
+        dropout: rate between the layers.
+        classes: outputs.
+        last: whether the head sees the last step only, (N, classes), instead of every one, (N, T, classes).
+    """
+
+    def __init__(
+        self, read: nn.Module, features: int, cell: str, layers: int, width: int, dropout: float, classes: int, last: bool
+    ) -> None:
+        super().__init__()
+        self.last = last
+        self.read = read
+        self.rnn = CELLS[cell](features, width, layers, batch_first=True, dropout=dropout)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states, _ = self.rnn(self.read(x))
+        return self.head(states[:, -1] if self.last else states)
+
+
+class Rows(nn.Module):
+    """The rows of an image from top to bottom, (N, C, H, W) to (N, H, C W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(2)
+
+
+class Pixels(nn.Module):
+    """The pixels of an image row by row, (N, C, H, W) to (N, H W, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(2).transpose(1, 2)
