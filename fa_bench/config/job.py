@@ -9,7 +9,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fa_bench.config.scale import SCALES
 from fa_bench.errors import ConfigError, FaBenchError, OptionError, describe_error, first_line, names, nearest, truncate
-from fa_bench.registry.options import Options, as_plain, defaults, option, option_fields
+from fa_bench.registry.options import Options, as_plain, defaults, identifying, option, option_fields
 from fa_bench.registry.plugins import import_modules
 from fa_bench.registry.registries import (
     ARCHITECTURES,
@@ -170,16 +170,19 @@ class Job:
 
     def plain(self) -> dict[str, Any]:
         """The complete config as plain containers."""
+        return self._plain(as_plain)
+
+    def _plain(self, convert: Callable[[Options], dict[str, Any]]) -> dict[str, Any]:
         parts = {
             "algorithm": self.algorithm, "architecture": self.architecture, "dataset": self.dataset,
             "optimizer": self.optimizer, FEEDBACK_OPTIMIZER: self.feedback_optimizer, "objective": self.objective,
         }
-        named = {key: None if part is None else {"name": part.name, **as_plain(part)} for key, part in parts.items()}
-        return {**as_plain(self.run), **named}
+        named = {key: None if part is None else {"name": part.name, **convert(part)} for key, part in parts.items()}
+        return {**convert(self.run), **named}
 
     def identity(self) -> dict[str, Any]:
         """The part of the config that determines the run's results."""
-        plain = self.plain()
+        plain = self._plain(identifying)
         for key in VOLATILE:
             if key != "data_dir" or not self.dataset.content_is_data_dir:
                 del plain[key]

@@ -46,6 +46,7 @@ class Coverage:
         local: weight name -> where it is, for weights that pass no error on (an embedding, a position table): they learn by
             their local gradient, and need no feedback.
         notes: further notes on the rule in this model.
+        transport: where errors that the rule itself defines pass through weights: ``within blocks``, ``after 'norm'``.
     """
 
     rule: str
@@ -53,6 +54,7 @@ class Coverage:
     uncovered: dict[str, str]
     local: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    transport: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """A table of the covered layers with their weights and errors, and of the weights that are not covered, with reasons."""
@@ -67,7 +69,7 @@ class Coverage:
         if uncovered:
             lines += indent(align_columns([("not covered", "why"), *self.uncovered.items()]))
             lines.append("  Uncovered weights learn by their local gradient and carry the error themselves (weight transport).")
-        lines += indent(self.notes)
+        lines += indent([*self.notes, *(f"Weight transport {where}." for where in self.transport)])
         return "\n".join(lines)
 
     def with_frozen(self, model: Any) -> Coverage:

@@ -27,6 +27,24 @@ def density_option(tensors: str = "B", masks: str = "mask") -> Any:
     return option(1.0, f"fraction of {tensors} that is not zero (fixed random {masks})", above=0, maximum=1)
 
 
+def within_option() -> Any:
+    """How far a cut rule's errors are passed on exactly."""
+    return option("layer", "where errors are exact: up to the next weights (layer), or in whole blocks between cuts, which "
+                           "transports weights within each (block)", choices=["layer", "block"], identifying=False)
+
+
+def error_at_option() -> Any:
+    """The module from whose output a cut rule's errors come."""
+    return option(None, "the module whose output has the error that cuts receive, such as the one before a vocabulary layer; "
+                        "layers after it learn by backpropagation; null: the model's output", identifying=False)
+
+
+def positions_option() -> Any:
+    """Whether the positions of a cut share their feedback if the errors have no positions."""
+    return option("own", "feedback of a cut's tokens or pixels if the output has none: each its own part of B, or one matrix for "
+                         "all", choices=["own", "shared"], identifying=False)
+
+
 def output_option() -> Any:
     """The output of the model from which a cut rule's errors come."""
     return option(None, "the output from which the errors come, if the model returns several: a key, or a number in a tuple; "

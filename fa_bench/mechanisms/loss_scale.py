@@ -28,18 +28,18 @@ def is_unscaled(loss: Tensor, target: Tensor | None) -> bool:
 
     Args:
         loss: the loss.
-        target: the labels (N,); a loss of fewer samples, or with ignored or weighted ones, is not the mean over them.
+        target: the labels (N,) or (N, P...); a loss of fewer, or with ignored or weighted ones, is not the mean over them.
     """
     # This runs at every step, so the usual case comes first.
     node: Any = loss.grad_fn
     name = type(node).__name__
-    if name != "NllLossBackward0":
+    if name not in ("NllLossBackward0", "NllLoss2DBackward0"):
         return name.rstrip("0123456789").removesuffix("Backward") in _LOSSES and getattr(node, "_saved_reduction", _MEAN) == _MEAN
     if node._saved_reduction != _MEAN or node._saved_weight is not None:
         return False
     if target is None:
         return True
-    if node._saved_target is not target and len(node._saved_self) != len(target):
+    if node._saved_target is not target and node._saved_target.numel() != target.numel():
         return False
     ignored = node._saved_ignore_index
     return not 0 <= ignored < 1 << 62 or not bool((target == ignored).any())
@@ -52,20 +52,23 @@ def measured_scale(
 
     Args:
         rule: the rule's name, for the error message.
-        delta: δ (N, C), the gradient of the loss at the logits.
-        logits: (N, C).
-        target: the labels (N,); None: for each sample the class with the lowest δ, the only negative one for a cross-entropy.
+        delta: δ, the gradient of the loss at the logits, in their shape.
+        logits: (N, C), or with positions (N, T, C), (N, C, H, W) or (N, C, D, H, W).
+        target: the labels (N,) or (N, P...); None: for each sample or position the class with the lowest δ, the only negative
+            one for a cross-entropy.
         last: the previous result, returned if δ is zero because every label has probability 1.
         objective: what the model is trained to do; None: the mean cross-entropy.
 
     Raises:
         ValueError: if δ is not a multiple of that gradient.
     """
-    objective = objective or CrossEntropy()
+    from fa_bench.mechanisms.cut.positions import class_axis, mean_loss
+
+    objective, axis = objective or CrossEntropy(), class_axis(logits.shape)
     wide = torch.promote_types(logits.dtype, torch.float32)
     with torch.enable_grad():
         leaf = logits.to(wide).requires_grad_(True)
-        loss = objective.loss(leaf, delta.argmin(1) if target is None else target)
+        loss = mean_loss(objective, leaf, delta.argmin(axis) if target is None else target)
         unit = torch.autograd.grad(loss, leaf)[0].double()
     given = delta.double()
     size = unit.square().sum().item()
@@ -74,7 +77,7 @@ def measured_scale(
     if not math.isfinite(scale):
         return scale  # a gradient scaler will skip this update
     # Each entry of δ was rounded to its dtype before it was divided by the number of samples.
-    rounding = 4 * torch.finfo(delta.dtype).eps * abs(scale) * delta.numel() ** 0.5 / max(len(delta), 1)
+    rounding = 4 * torch.finfo(delta.dtype).eps * abs(scale) * delta.numel() ** 0.5 / max(delta.numel() // delta.shape[axis], 1)
     if (given - scale * unit).norm().item() > tolerance * given.norm().item() + rounding:
         name = f"the mean {objective.name.replace('_', '-')}"
         raise ValueError(f"rule '{rule}' computes its errors from the labels and cannot infer the scale of the loss: the "

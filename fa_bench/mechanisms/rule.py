@@ -344,6 +344,10 @@ class Rule(Options):
         """{cut: B (C, features), detached}: direct feedback, with which a Bᵀ estimates the logits from the cut's activation a."""
         return {}
 
+    def readout_rows(self, cut: str, activation: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows a (M, features) of a cut's activation and the logits (M, C) that a Bᵀ estimates, one for each position."""
+        return activation.flatten(1), logits
+
     def error_points(self, trace: Trace) -> dict[str, tuple[str, str]]:
         """{layer: (module, side)}: where the rule delivers the error of each layer's activation; side is input or output."""
         return {layer: (consumer, INPUT) for layer, consumer in trace.consumer.items()}

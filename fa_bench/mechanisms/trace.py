@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fa_bench.errors import CoverageError, FaBenchError, first_line, names, nearest
-from fa_bench.mechanisms.coverage import not_coverable
+from fa_bench.mechanisms.coverage import is_weight, not_coverable
 from fa_bench.mechanisms.graph import items_in, leaves, tensors_in
 from fa_bench.mechanisms.uses import Uses, UsesOfWeights
 from fa_bench.mechanisms.weighted_layers import require_gradients, weighted_layers
@@ -41,6 +41,13 @@ class Trace:
         feeds_alone: watched module, in the order of execution -> `feeds` if no other module were watched.
         same_output: watched module -> a module watched before it with the same output tensor, such as a block's last module.
         through_weights: weighted layers whose error comes, at least in part, through the weight of another layer.
+        through_below, through_beyond: these and, likewise, paths of embeddings and ids of parameters that belong to no layer:
+            those whose error comes from a watched module, and from the model's outputs without passing a watched module.
+        beyond: weighted layers between the outputs and the watched modules.
+        beyond_leaves, below_leaves: ids of the parameters there, and of those below the watched modules without look-ups.
+        after_tables: watched modules whose output depends on an embedding, not through a layer.
+        tables: paths of embeddings and ids of parameters that belong to no layer.
+        kinds: watched module -> type of its output if it is not a tensor.
         output_shapes, input_shapes: watched module or layer -> shape of its output, of its input.
         trainable: watched modules whose output depends on a trainable parameter, without passing another one's output.
         changed_in_place: watched modules and layers whose output was changed in place after they returned it.
@@ -60,6 +67,14 @@ class Trace:
     feeds_alone: dict[str, set[str]]
     same_output: dict[str, str]
     through_weights: list[str]
+    through_below: set[Any]
+    through_beyond: set[Any]
+    beyond: set[str]
+    beyond_leaves: set[int]
+    below_leaves: set[int]
+    after_tables: set[str]
+    tables: list[Any]
+    kinds: dict[str, str]
     output_shapes: dict[str, tuple[int, ...]]
     input_shapes: dict[str, tuple[int, ...]]
     trainable: set[str]
@@ -102,10 +117,16 @@ def trace_model(
         CoverageError: if the model has no such output.
     """
     layers, modules = weighted_layers(model), dict(model.named_modules())
+    embeddings = {path: module for path, module in modules.items() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))}
+    owned = {id(p) for m in (*layers.values(), *embeddings.values()) for p in m.parameters(recurse=False)}
+    tables: list[Any] = [*embeddings, *(id(p) for name, p in model.named_parameters()
+                                        if id(p) not in owned and is_weight(name.rpartition(".")[2], p))]
     watched = {path: modules[path] for path in watch}
     seen: dict[str, _Call] = {}
     calls: Counter[str] = Counter()
     node_of: dict[Any, str] = {}
+    look_ups: dict[Any, str] = {}
+    kinds: dict[str, str] = {}
     without_gradients: list[str] = []
 
     def record(path: str):
@@ -113,8 +134,14 @@ def trace_model(
             calls[path] += 1
             if path in layers and not torch.is_grad_enabled():
                 without_gradients.append(path)
+            if not isinstance(output, Tensor):
+                kinds[path] = type(output).__name__
             y = next(tensors_in(output), None)
             if y is None:
+                return
+            if path in embeddings:
+                look_ups[y.grad_fn] = path
+            if path not in watched and path not in layers:
                 return
             x = next(tensors_in(args), y)
             # The current nodes: a later in-place operation gives the tensor another one.
@@ -123,7 +150,7 @@ def trace_model(
                 node_of[y.grad_fn] = path
         return hook
 
-    handles = [m.register_forward_hook(record(p), prepend=True) for p, m in {**watched, **layers}.items()]
+    handles = [m.register_forward_hook(record(p), prepend=True) for p, m in {**watched, **layers, **embeddings}.items()]
     args, kwargs = arguments(sample)
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad} - set(map(id, frozen))
     try:
@@ -146,14 +173,19 @@ def trace_model(
     first: dict[Any, str] = {}
     same_output = {path: earlier for path, node in output_nodes.items()
                    if node is not None and (earlier := first.setdefault(node, path)) != path}
-    walks = {path: _walk([node], node_of, output_nodes.values()) for path, node in output_nodes.items()}
+    def tabled(roots: Iterable[Any], stops: Iterable[Any]) -> tuple[set[Any], set[Any]]:
+        return _walk(roots, node_of, stops, look_ups, set(tables))
+
+    walks = {path: tabled([node], output_nodes.values()) for path, node in output_nodes.items()}
     # An output of the model that is also that of a watched module, such as a hidden state, is not followed any further.
-    _, later = _walk(set(roots).difference(output_nodes.values()), node_of, output_nodes.values())
-    later = later.union(*(through for _, through in walks.values()))
+    ends = set(roots).difference(output_nodes.values())
+    first_beyond, through_beyond = tabled(ends, output_nodes.values())
+    through_below = set().union(*(through for _, through in walks.values()))
+    later = through_below | through_beyond
     chosen = chosen_result(results, output) if results or output is not None else None
     # A layer that feeds one of several outputs, such as a hidden state, and further layers is not an output layer.
     last = _walk([chosen.grad_fn] if chosen is not None and (output is not None or len(results) == 1) else [], node_of, ())[0]
-    fed = _walk(roots, node_of, ())[0]
+    fed, used = _walk(roots, node_of, ())[0], uses.result(roots)
     last |= {path for path in fed if path not in consumer}
     return Trace(
         order=order,
@@ -163,15 +195,23 @@ def trace_model(
         inputs=list(groups.values()),
         calls=calls,
         feeds={path: [p for p in order if p in fed] for path, (fed, _) in walks.items()},
-        feeds_alone={path: _walk([seen[path].output_node], node_of, ())[0] for path in seen if path in watched} if alone else {},
+        feeds_alone={path: tabled([seen[path].output_node], ())[0] for path in seen if path in watched} if alone else {},
         same_output=same_output,
         through_weights=[path for path in order if path in later],
+        through_below=through_below,
+        through_beyond=through_beyond,
+        beyond={path for path in order if path in first_beyond | through_beyond},
+        beyond_leaves=set().union(*(leaves(node, output_nodes.values()) for node in ends)),
+        below_leaves=set().union(*(leaves(node, (*output_nodes.values(), *look_ups)) for node in output_nodes.values())),
+        after_tables={path for path, (met, _) in walks.items() if not met.isdisjoint({*embeddings, *used.local})},
+        tables=tables,
+        kinds=kinds,
         output_shapes={path: tuple(record.output.shape) for path, record in seen.items()},
         input_shapes={path: record.input_shape for path, record in seen.items()},
         trainable={path for path, node in output_nodes.items() if trained & leaves(node, output_nodes.values())},
         changed_in_place={path for path, record in seen.items() if record.output._version != record.version},
         without_gradients=list(dict.fromkeys(without_gradients)),
-        uses=uses.result(roots),
+        uses=used,
         results={name: tuple(tensor.shape) for name, tensor in results.items()},
         result_shape=() if chosen is None else tuple(chosen.shape),
     )
@@ -292,10 +332,16 @@ class _Call(NamedTuple):
     version: int
 
 
-def _walk(roots: Iterable[Any], node_of: dict[Any, str], stops: Iterable[Any]) -> tuple[set[str], set[str]]:
-    """The layers met first on the paths down the graph from `roots`, and the layers met after those, without passing `stops`."""
-    first: set[str] = set()
-    later: set[str] = set()
+def _walk(
+    roots: Iterable[Any], node_of: dict[Any, str], stops: Iterable[Any], look_ups: Mapping[Any, str] | None = None,
+    parameters: Collection[Any] = (),
+) -> tuple[set[Any], set[Any]]:
+    """The layers met first on the paths down the graph from `roots`, and the layers met after those, without passing `stops`.
+
+    Likewise embeddings, whose nodes are `look_ups`, and the ids of those of `parameters` that are met.
+    """
+    first: set[Any] = set()
+    later: set[Any] = set()
     visited: set[tuple[Any, bool]] = set()
     starts = {root for root in roots if root is not None}
     stops = set(stops)
@@ -305,6 +351,11 @@ def _walk(roots: Iterable[Any], node_of: dict[Any, str], stops: Iterable[Any]) -
         if (node, past_layer) in visited or (node in stops and node not in starts):
             continue
         visited.add((node, past_layer))
+        if look_ups is not None:
+            table = look_ups.get(node) or id(getattr(node, "variable", None))
+            if node in look_ups or table in parameters:
+                (later if past_layer else first).add(table)
+                continue
         if node in node_of:
             (later if past_layer else first).add(node_of[node])
             past_layer = True

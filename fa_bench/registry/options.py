@@ -32,6 +32,7 @@ def option(
     above: float | None = None,
     maximum: float | None = None,
     below: float | None = None,
+    identifying: bool = True,
 ) -> Any:
     """Declare one option of a component.
 
@@ -41,9 +42,11 @@ def option(
         choices: the allowed strings, for a list those of its items; a registry is read when a value is checked.
         with_options: whether an item of a list of components may have options, as ``NAME:OPTION=VALUE``.
         minimum, above, maximum, below: the range (closed, open, closed, open), for a list that of its items.
+        identifying: whether the default is part of a run's identity; False for an option that was added to a component that
+            runs had used before, so that their hashes stay the same.
     """
     limits = {"minimum": minimum, "above": above, "maximum": maximum, "below": below}
-    metadata = {"help": help, "choices": choices, "with_options": with_options,
+    metadata = {"help": help, "choices": choices, "with_options": with_options, "identifying": identifying,
                 "limits": {k: v for k, v in limits.items() if v is not None}}
     if isinstance(default, (list, dict)) or dataclasses.is_dataclass(default):
         return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
@@ -118,6 +121,18 @@ def as_plain(options: Options) -> dict[str, Any]:
         named = {"name": value.name} if isinstance(value, Options) and value.name else {}
         return named | as_plain(value) if isinstance(value, Options) else copy.deepcopy(value)
     return {field.name: plain(getattr(options, field.name)) for field in option_fields(type(options))}
+
+
+def identifying(options: Options) -> dict[str, Any]:
+    """`as_plain` without options at their default that are not part of a run's identity."""
+    plain = as_plain(options)
+    for field in option_fields(type(options)):
+        value = getattr(options, field.name)
+        if isinstance(value, Options):
+            plain[field.name] = ({"name": value.name} if value.name else {}) | identifying(value)
+        elif not field.metadata["identifying"] and value == field.default:
+            del plain[field.name]
+    return plain
 
 
 def type_name(hint: Any) -> str:

@@ -278,6 +278,7 @@ def _row(
     repeated = sum(run.finished for run in members) - len(finished)
     entry, ours = headline(matching_entries(published, members), members)
     notes = [f"does not beat {FLOOR}" if beats is False else "", control.note, floor.note,
+             *(f"weight transport {where}" for where in members[0].result.get("weight_transport") or ()),
              chosen.note if chosen else "",
              f"{repeated} run{'s' * (repeated > 1)} with a repeated seed not counted" if repeated else "",
              *(_missing_note(members, key) for key in ("test_accuracy", "val_accuracy")),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import CoverageError, OptionError
 from fa_bench.mechanisms.cut.rule import CapturedActivation, CutRule
-from fa_bench.mechanisms.feedback_options import density_option, init_option
+from fa_bench.mechanisms.feedback_options import density_option, error_at_option, init_option, positions_option, within_option
 from fa_bench.mechanisms.feedback_tensors import feedback_tensor
 from fa_bench.mechanisms.rule import INPUT, OUTPUT
 from fa_bench.registry.options import option
@@ -37,6 +37,23 @@ class DFA(CutRule):
     - shared: one matrix, uniform in [-1, 1), for all cuts, of shape (C, features of the largest cut); each cut uses its first
       columns, divided by √(features of the largest) with `normalise` (Launay et al. 2020).
 
+    Outputs with positions, such as tokens (N, T, C) or pixels (N, C, H, W): positions are a second batch axis. The error at
+    position t of a cut (N, T, F) or (N, F, H, W) is δ_t B, with one B (C, F) for all positions. At a cut with fewer positions
+    (a whole fraction along each axis) each gets the sum of the δ_t that it covers, and one with more gets copies. If only the cut
+    has positions, B has all of its features (C, T F); with ``positions=shared`` it is (C, F), and all positions get the same δ B.
+
+    ``error_at=MODULE`` takes δ at that module's output h instead, so that B is (features of h, F). Layers after the module, such
+    as the vocabulary layer, learn by exact backpropagation, and h has its exact error: the weights after it carry this error.
+
+    ``within=block`` has cuts only at the ends of the model's blocks (or at `cuts`), and all layers between two cuts learn by
+    exact backpropagation from the upper one. That is weight transport within blocks; coverage and reports say so. By default
+    (``within=layer``) a weight needs a cut between itself and the next one, and an embedding needs one, too.
+
+    Both are the settings of Launay et al. 2020 for transformers, with the error in front of the vocabulary layer and cuts at the
+    end of each block ("macro") or also inside it ("micro"): ``algorithm=dfa algorithm.form=shared algorithm.within=block
+    algorithm.error_at=MODULE``, where MODULE is the last block or normalisation, and for "micro" `cuts` such as
+    ``algorithm.cuts='[*norm1,*act,*norm2]'``.
+
     Choices: B is Xavier-uniform for neuron and kernel (``b_init``), with one fixed mask if ``density`` is below 1; its fan_in is
     the number of features, its fan_out C.
     """
@@ -47,8 +64,15 @@ class DFA(CutRule):
     b_init: str = init_option("B (forms neuron and kernel)")
     density: float = density_option()
     normalise: bool = option(True, "divide the shared projection by the root of its size (form shared)")
+    within: str = within_option()
+    error_at: str | None = error_at_option()
+    positions: str = positions_option()
 
     def check(self) -> None:
+        for name in ("within", "error_at", "positions") if self.form == "kernel" else ():
+            if (value := getattr(self, name)) not in ("layer", None, "own"):
+                raise OptionError(name, f"={value}: form=kernel delivers its error at the input of every layer and takes only "
+                                        f"{'null' if name == 'error_at' else 'layer' if name == 'within' else 'own'}")
         if self.form == "kernel" and self.cuts is not None:
             raise OptionError("cuts", "form=kernel delivers its error at the input of every layer and takes no cuts")
 

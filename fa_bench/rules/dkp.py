@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING
 
 from fa_bench.mechanisms.cut.rule import CapturedActivation, CutRule
-from fa_bench.mechanisms.feedback_options import density_option, init_option
+from fa_bench.mechanisms.feedback_options import density_option, error_at_option, init_option, positions_option, within_option
 from fa_bench.mechanisms.feedback_tensors import make_learned
 from fa_bench.registry.options import option
 from fa_bench.registry.registries import ALGORITHMS
@@ -34,6 +34,10 @@ class DKP(CutRule):
     So B is a linear readout of a, trained on the network's output error, and a Bᵀ aligns with the logits. At the last hidden
     activation the gradient of B is that of the output layer's weight.
 
+    If δ has positions (tokens, pixels), B (C, F) is the same for all, and its gradient is the sum of δᵀ a over samples and
+    positions. The options `within`, `error_at` and `positions` are those of `dfa`; with `error_at`, a Bᵀ aligns with the output
+    of that module, and with ``positions=shared`` the gradient of B is δᵀ times the sum of a over its positions.
+
     B needs a much lower learning rate than W, or training diverges. It gets its own optimizer, schedule and decay with
     ``optimizer@feedback_optimizer=sgd feedback_optimizer.lr=1e-4 ...``; otherwise it shares W's, and `b_lr_scale` sets its rate
     relative to W's (0: direct feedback alignment). Weight decay acts on B as on W. The paper's settings: for the net with two
@@ -51,6 +55,9 @@ class DKP(CutRule):
     b_init: str = init_option("B", "kaiming_uniform")
     b_lr_scale: float = option(0.01, "learning rate of B relative to that of W, unless B has its own optimizer", minimum=0)
     density: float = density_option()
+    within: str = within_option()
+    error_at: str | None = error_at_option()
+    positions: str = positions_option()
 
     reads_values = True
 
@@ -73,7 +80,10 @@ class DKP(CutRule):
         self, cut: str, captured: CapturedActivation, delta: Tensor, target: Tensor | None
     ) -> list[Tensor | None]:
         dtype = self.tensor(cut, "B").dtype
-        return [delta.to(dtype).t().mm(captured.tensor.flatten(1).to(dtype))]
+        activation = captured.tensor
+        if self._layouts:
+            delta, activation = self._layouts[cut].pairs(delta.to(dtype), activation.to(dtype))
+        return [delta.to(dtype).t().mm(activation.flatten(1).to(dtype))]
 
     def learned_feedback(self) -> list[LearnedTensor]:
         return [one for learned in self._learned.values() for one in learned]

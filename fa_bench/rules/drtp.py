@@ -6,10 +6,12 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
+from fa_bench.mechanisms.cut.positions import IGNORED
 from fa_bench.mechanisms.cut.rule import CapturedActivation, CutRule
-from fa_bench.mechanisms.feedback_options import density_option, init_option
+from fa_bench.mechanisms.feedback_options import density_option, init_option, within_option
 from fa_bench.registry.options import option
 from fa_bench.registry.registries import ALGORITHMS
+from fa_bench.utils.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +31,12 @@ class DRTP(CutRule):
     ``error_sign=true`` is sDFA: sign(δ) B s / N, where δ = ∂L/∂z is the error at the logits, whose sign is that of output minus
     target. With the cross-entropy it is -1 for the label and +1 for every other class, until a probability rounds to zero.
 
+    If the model's output has positions (tokens, pixels), each label is projected to its own position, with B (C, F) the same for
+    all, and N is the number of labels: positions labelled -100 are not part of the loss and get no error. At a cut with fewer
+    positions, each gets the sum of the errors of those that it covers. ``within=block`` cuts the model's blocks only, and lets
+    the layers of each learn by backpropagation from its end, as in `dfa`. There is no ``error_at``: labels have no error at a
+    hidden layer.
+
     Choices: the error is divided by N, like that of the output layer. The paper's code does so at the output only, which is
     ``scale`` = N here. The sign is that of the code; since B is symmetric about zero, it makes no difference. B is
     Kaiming-uniform with the cut's features as its fan (``b_init``), with one fixed mask if ``density`` is below 1. The error is
@@ -42,6 +50,7 @@ class DRTP(CutRule):
     density: float = density_option()
     scale: float = option(1.0, "factor of the error at every cut, in addition to one over the batch size", above=0)
     error_sign: bool = option(False, "project the sign of the output error instead of the labels (sDFA)")
+    within: str = within_option()
 
     scales = True
 
@@ -54,9 +63,24 @@ class DRTP(CutRule):
             self.put(cut, "B", self.b_init, (classes, math.prod(shape)), self.density)
 
     def signal(self, cut: str, captured: CapturedActivation, broadcast: Tensor, target: Tensor | None) -> Tensor:
+        if self._layouts:
+            return self._at_positions(cut, captured, broadcast, target)
         factor = self.scale * self.loss_factor / max(len(broadcast), 1)
         if self.error_sign:
             return self.project(cut, broadcast.sign() * factor, captured)
         assert target is not None
         # The rows of B that the one-hot labels select, at B's precision even under autocast, since they do not depend on δ.
         return self.in_shape(cut, self.tensor(cut, "B").index_select(0, target).mul_(factor), captured)
+
+    def _at_positions(self, cut: str, captured: CapturedActivation, broadcast: Tensor, target: Tensor | None) -> Tensor:
+        """The signal for an output with positions; those without a label have no error and do not count."""
+        labelled = target != IGNORED if target is not None else broadcast.ne(0).any(-1)
+        feedback = self.tensor(cut, "B")
+        count = labelled.sum().clamp_min(1).to(torch.promote_types(feedback.dtype, torch.float32))
+        factor = self.scale * self.loss_factor / count
+        if self.error_sign:
+            return self.project(cut, broadcast.sign() * factor, captured)
+        assert target is not None
+        rows = feedback.index_select(0, target.where(labelled, 0).flatten()).unflatten(0, target.shape)
+        rows = rows * (labelled * factor).to(feedback.dtype).unsqueeze(-1)
+        return self.in_shape(cut, self._layouts[cut].matched(rows, captured.shape), captured)

@@ -32,6 +32,9 @@ class LocalError(LocalRule):
     true gradient. M neither learns nor decays. With ``separate=true`` the local error uses |K| ∘ sign(M) in place of M, where K
     is fixed and random, too, and has the shape of M.
 
+    If the model's output has positions, such as tokens, a cut must have the same ones: M (C, F) classifies each of them by its
+    own label.
+
     Choices not specified in the paper: one classifier at every cut point; a map with more than `features` features is first
     averaged to at most that many, halving its sizes in turn; M is Kaiming-uniform with the features as its fan (``m_init``); no
     bias.
@@ -57,4 +60,4 @@ class LocalError(LocalRule):
             # The value of a Mᵀ with the derivative of a Kᵀ.
             surrogate = features.mm(self.tensor(cut, "K").t())
             scores = surrogate + (scores - surrogate).detach()
-        return self.objective.loss(scores, target)
+        return self.loss_of(scores, target)

@@ -6,6 +6,7 @@ import dataclasses
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+from fa_bench.errors import CoverageError
 from fa_bench.mechanisms.coverage import batch_note
 from fa_bench.mechanisms.cut.local import LocalRule, flattening, map_module
 from fa_bench.registry.options import option
@@ -47,6 +48,9 @@ class PredSim(LocalRule):
     computed in single precision. A projection shortcut learns by the loss of the activation after the addition. Dropout after a
     cut does not affect its loss.
 
+    If the model's output has positions, such as tokens, each has its own label and its own loss by D; the similarity compares
+    samples by one label each, so that ``loss=pred`` is the only choice.
+
     The similarity depends on the batch: under data parallelism each rank compares only its own samples.
     """
 
@@ -57,6 +61,9 @@ class PredSim(LocalRule):
     decoder_size: int = option(4096, "largest number of features of the decoder; larger maps are averaged", minimum=1)
 
     def auxiliary(self, cut: str, shape: tuple[int, ...], classes: int) -> torch_nn.Module:
+        if self._layouts and self.loss != "pred":
+            raise CoverageError(f"rule '{self.name}' compares samples by their labels, and the outputs of this model have a "
+                                "label for each position: use {loss}", {"loss": "pred"})
         self._classes = classes
         parts = nn.ModuleDict()
         if self.loss != "sim":
@@ -75,7 +82,7 @@ class PredSim(LocalRule):
         functional: Any = nn.functional
         losses = []
         if self.loss != "sim":
-            losses.append(self.objective.loss(auxiliary["decoder"](activation), target))
+            losses.append(self.loss_of(auxiliary["decoder"](activation), target))
         if self.loss != "pred":
             labels = functional.one_hot(target, self._classes).to(activation.dtype)
             losses.append(functional.mse_loss(similarity(auxiliary["similarity"](activation)), similarity(labels)))

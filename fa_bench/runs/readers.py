@@ -146,7 +146,7 @@ _RESULT = _object({
                     _nullable(_TEXT)),
     **dict.fromkeys(("epochs", "epoch", "step", "best_epoch"), _COUNT), **_ACCURACIES,
     "seconds": _TIME, "peak_memory_bytes": _TIME, "angles": _QUANTITIES, "probes": _QUANTITIES,
-    "feedback_layers": _LAYERS, "output_layers": _LAYERS,
+    "feedback_layers": _LAYERS, "output_layers": _LAYERS, "weight_transport": _LAYERS,
     "error": _nullable(_object({"type": _nullable(_TEXT), "message": _nullable(_TEXT), "epoch": _COUNT, "step": _COUNT,
                                 "layer": _nullable(_TEXT), "callback": _nullable(_TEXT)})),
 })

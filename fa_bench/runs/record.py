@@ -156,6 +156,7 @@ def base_result(job: Job, experiment: str | None = None) -> dict[str, Any]:
         "seed": job.run.seed, "epochs": job.run.epochs, "epoch": 0, "step": 0,
         "test_accuracy": None, "test_accuracy_at_best_val": None, "best_epoch": None, "val_accuracy": None,
         "train_accuracy": None, "angles": {}, "probes": {}, "feedback_layers": [], "output_layers": [],
+        "weight_transport": [],
         "seconds": None, "peak_memory_bytes": None,
         "config_hash": job.config_hash, "code_hash": code_hash(job.plugin_modules), "data_hash": None,
         "initial_weights_hash": None, "batches_hash": None, "weights_hash": None, "feedback_hash": None, "optimizer_hash": None,

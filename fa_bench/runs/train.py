@@ -131,7 +131,8 @@ def _run(
             warnings, resuming, parts = [f"{error}; restarting"], False, assemble(job, prepare(run_dir.job))
     run_dir.start(resuming)
     result = {**base_result(run_dir.job, experiment), "epochs": job.run.epochs, "data_hash": parts.splits.data_hash,
-              "device": device_name(device), "initial_weights_hash": parts.initial_weights_hash}
+              "device": device_name(device), "initial_weights_hash": parts.initial_weights_hash,
+              "weight_transport": list(parts.rule.coverage.transport)}
     with ExitStack() as stack:
         stack.enter_context(log_file(run_dir.path / LOG))
         _log_start(job, parts, progress, warnings, resuming, resume and bool(run_dir.job.run.resume))

@@ -222,8 +222,10 @@ RULES: dict[str, dict[str, str]] = {
     "usf": {"scale": "none", "density": "0.5"}, "brsf": {"m_init": "pytorch", "density": "0.5"},
     "frsf": {"m_init": "pytorch", "density": "0.5"},
     "pfa": {"ratio": "2", "r_init": "pytorch", "density": "0.5"}, "pfa_o": {"ratio": "2", "r_init": "pytorch"},
-    "dfa": {"b_init": "pytorch", "density": "0.5", "form": "shared", "freeze_stem": "true"},
-    "dkp": {"b_init": "pytorch", "density": "0.5", "b_lr_scale": "0.5"}, "local_error": {"m_init": "pytorch", "separate": "true"},
+    "dfa": {"b_init": "pytorch", "density": "0.5", "form": "shared", "freeze_stem": "true",
+            "error_at": "act2"},
+    "dkp": {"error_at": "act2", "b_init": "pytorch", "density": "0.5", "b_lr_scale": "0.5"},
+    "local_error": {"m_init": "pytorch", "separate": "true"},
     "predsim": {"beta": "0.5", "loss": "pred", **CUT, "freeze_stem": "true"}, "dgl": {"auxiliary_net": "linear"},
     "wm": {"initial_steps": "2", "mirror_steps": "2", "mirror_rate": "0.1", "mirror_batch": "8"},
 }
@@ -233,6 +235,14 @@ RULES: dict[str, dict[str, str]] = {
 def test_options_of_rules(name: str, key: str) -> None:
     cuts = ("algorithm.allow_uncovered=true",) if key == "cuts" else ()
     assert_changes(TRAINED, (*HIDDEN, f"algorithm={name}", *cuts), (f"algorithm.{key}={RULES[name][key]}",))
+
+
+def test_options_added_to_a_rule_leave_the_identity_of_older_runs() -> None:
+    """At their default they are no part of it, so that the hash is that of a config without them; otherwise they are."""
+    job, other = composed("algorithm=dfa"), composed("algorithm=dfa", "algorithm.within=block")
+    assert not {"within", "error_at", "positions"} & job.identity()["algorithm"].keys()
+    assert job.plain()["algorithm"]["within"] == "layer" and other.identity()["algorithm"]["within"] == "block"
+    assert job.config_hash != other.config_hash and job.identity()["algorithm"]["form"] == "neuron"
 
 
 def test_every_rule_is_the_one_that_was_chosen() -> None:

@@ -519,3 +519,15 @@ def test_weights_that_the_user_froze_have_a_gradient_norm_and_no_update() -> Non
         assert model.fc1.weight.requires_grad != frozen
     assert found[1]["gradient_norm"] == pytest.approx(found[0]["gradient_norm"]) and found[1]["gradient_norm_update"]["fc1"] == 0
     assert found[1]["gradient_norm_floor"] == pytest.approx(found[0]["gradient_norm_floor"])
+
+
+@pytest.mark.parametrize(("name", "y", "message"), [
+    ("readout", torch.zeros(10, 4, dtype=torch.long), "one class from each sample, .* classes of positions"),
+    ("readout", torch.zeros(10, 3), "one class from each sample, .* numbers"),
+    ("depth_utility", torch.zeros(10, 3), "accuracies, .* numbers"),
+])
+def test_targets_that_a_probe_cannot_score_are_refused_before_training(name: str, y: Tensor, message: str) -> None:
+    subject = subject_of(nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.ReLU(), nn.Linear(5, 3)))
+    subject.meter.y = y
+    with pytest.raises(ConfigError, match=rf"probes=\[{name}\]: .*{message}"):
+        Probes([name], 0, subject)

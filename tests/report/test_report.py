@@ -337,3 +337,13 @@ def test_markdown_has_every_column_with_something_in_it_and_keeps_its_cells_apar
     assert "std" not in head and "published" not in head
     assert fa == (r"| a\|b | fa-0a | mlp | digits | sgd | 2 | 1 | 1 | 0 | 1 finished | 96.00 | 96.00 | -1.00 | 1 | bp "
                   "| 50.00 | frozen | yes | 70.0 | 40.0 | 1.50 | 2.0 | 1.00 |")
+
+
+def test_rows_whose_rule_transports_weights_by_design_say_so(tmp_path):
+    """As their results record it: the report knows no rule."""
+    write_group(tmp_path, "kp", [0.9, 0.9, 0.9], weight_transport=[])
+    write_group(tmp_path, "dgl", [0.9, 0.9, 0.9], weight_transport=["within blocks", "after 'norm'"])
+    table = rows(tmp_path)
+    assert table["dgl"]["note"] == "weight transport within blocks; weight transport after 'norm'" and table["kp"]["note"] == ""
+    frame = summarise(runs_in(tmp_path))
+    assert "note: dgl: weight transport within blocks" in to_text(frame) and "weight transport after 'norm'" in to_markdown(frame)

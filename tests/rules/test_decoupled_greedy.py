@@ -48,7 +48,7 @@ def test_modules_of_the_users_own_by_their_ends():
     net, rule, x, y = registered("mlp", "dgl", cuts=["act2", "act3"])
     assert list(rule.feedback) == ["act2"]
     said = {entry.layer: entry.feedback for entry in rule.coverage.covered}
-    assert "cut at act2" in said["fc2"] and all("within its module" in said[layer] for layer in ("fc1", "fc3"))
+    assert "cut at act2" in said["fc2"] and all("within its block (weight transport)" in said[layer] for layer in ("fc1", "fc3"))
     assert rule_grads(net, rule, x, y)["fc1.weight"].any()
     with pytest.raises(fa_bench.errors.CoverageError, match="fc1"):
         registered("mlp", "predsim", cuts=["act2", "act3"])

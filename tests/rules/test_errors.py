@@ -207,6 +207,6 @@ def test_what_cut_rules_take_no_error_from_is_refused_before_training():
     x = nets.batch("mlp", dtype=torch.float32)[0]
     with pytest.raises(ValueError, match="cut '3' is after the output layer '2'; cut hidden layers only"):
         fa_bench.attach(flat, "dfa", cuts=["1", "3"], sample_input=x)
-    with pytest.raises(ValueError, match=r"needs logits of shape \(N, C\); this model returns \(4, 3, 1\)"):
-        fa_bench.attach(nn.Sequential(*flat, nn.Unflatten(1, (3, 1))), "dfa", cuts=["1"], sample_input=x)
+    with pytest.raises(ValueError, match=r"needs outputs of shape \(N, C\), .*; this model returns \(12,\)"):
+        fa_bench.attach(nn.Sequential(*flat, nn.Flatten(0)), "dfa", cuts=["1"], sample_input=x)
     assert not list(flat.buffers())

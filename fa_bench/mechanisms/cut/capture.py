@@ -62,12 +62,15 @@ class Capture:
         self._without_gradients: set[str] = set()
         self._warned: set[str] = set()
         self._handles: list[Any] = []
+        self._connected = False
         for cut, module in modules.items():
             if rule.side == OUTPUT:
                 self._handles.append(module.register_forward_hook(functools.partial(self._at_output, cut)))
             else:
                 self._handles.append(module.register_forward_pre_hook(functools.partial(self._at_input, cut)))
                 self._handles.append(module.register_forward_hook(functools.partial(self._after_input, cut)))
+        if rule.error_at is not None:  # after the hook of a cut at the same module
+            self._handles.append(rule.model.get_submodule(rule.error_at).register_forward_hook(self._at_origin))
 
     def remove(self) -> None:
         """Remove the hooks."""
@@ -86,11 +89,18 @@ class Capture:
                                 f"apart: call one of its modules instead")
         else:
             self.tape = {}
+            self._connected = False
             self._without_gradients.clear()
 
     def end(self) -> None:
         """Called at the end of every forward pass of the model, even if it failed."""
         self.tape = self._outer_tapes.pop() if self._outer_tapes else None
+
+    def require_connected(self) -> None:
+        """Raise an error if the module in the option ``error_at`` did not run in the training pass that ends."""
+        if not self._connected and not recomputing():
+            raise CoverageError(f"error_at={self.rule.error_at}: this module did not run in a training pass, although it ran "
+                                f"when the model was attached")
 
     def check_missing(self, tape: dict[str, CapturedActivation]) -> None:
         """Refuse cuts that ran without gradients in a training pass, and warn about those that did not run."""
@@ -119,6 +129,9 @@ class Capture:
             self._without_gradients.add(cut)
             return None
         if tape is not None:
+            if self._connected:
+                raise CoverageError(f"cut '{cut}' ran after '{self.rule.error_at}' in a training pass, but before it when the "
+                                    f"model was attached")
             if cut in tape:
                 raise CoverageError(f"cut '{cut}' ran twice in a training pass, but once when the model was attached: "
                                     f"name a module that runs once in training")
@@ -130,6 +143,19 @@ class Capture:
         passed_on = output.detach()
         # The next module changes this output in place, and the rule needs the original.
         return passed_on.clone() if cut in self._changed_in_place else passed_on
+
+    def _at_origin(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Connect the output of the module in ``error_at`` to the cuts before it."""
+        tape = self.tape
+        if tape is None:
+            return None
+        if not isinstance(output, torch.Tensor) or self._connected:
+            what = "ran twice" if self._connected else f"returned a {type(output).__name__}"
+            raise CoverageError(f"error_at={self.rule.error_at}: this module {what} in a training pass; name one that runs once "
+                                f"and returns one tensor")
+        connected = self.rule.connect(output, tape, self.rule.error_at)
+        self._connected = True
+        return connected
 
     def _depends_on_parameters(self, output: Tensor) -> bool:
         """Whether a cut's output depends on a trainable parameter, and not only on an input that requires its gradient."""

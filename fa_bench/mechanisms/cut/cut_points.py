@@ -8,10 +8,11 @@ import fnmatch
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.errors import CoverageError, names
+from fa_bench.errors import CoverageError, names, nearest
 from fa_bench.mechanisms.coverage import matching
 from fa_bench.mechanisms.rule import OUTPUT
 from fa_bench.mechanisms.trace import trace_model
+from fa_bench.registry.options import option_fields
 
 if TYPE_CHECKING:
     from fa_bench.mechanisms.cut.rule import CutRule
@@ -56,17 +57,57 @@ def check_cuts(rule: CutRule, trace: Trace, cuts: tuple[str, ...]) -> None:
         logits = [name for name, shape in trace.results.items() if len(shape) == 2] or list(trace.results)
         raise CoverageError(f"rule '{rule.name}' takes its error from one output, but this model returns {listed}: choose "
                             "one, for example {output}", {"output": logits[0]})
-    if len(trace.result_shape) != 2:
-        raise CoverageError(f"rule '{rule.name}' needs logits of shape (N, C); this model returns {trace.result_shape}")
+    if not 2 <= len(trace.result_shape) <= 5:
+        raise CoverageError(f"rule '{rule.name}' needs outputs of shape (N, C), (N, T, C), (N, C, H, W) or (N, C, D, H, W); this "
+                            f"model returns {trace.result_shape}")
+    if rule.error_at is not None:
+        _check_origin(rule.error_at, trace, cuts)
     for cut, same in trace.same_output.items() if rule.side == OUTPUT else ():
-        raise CoverageError(f"cut '{cut}' has the same output as cut '{same}': name one of them (in patterns * crosses dots)")
+        if cut in cuts and same in cuts:
+            raise CoverageError(f"cut '{cut}' has the same output as cut '{same}': name one of them (in patterns * crosses dots)")
     for cut in cuts:
         if trace.calls[cut] != 1:
             raise CoverageError(f"cut '{cut}' runs {trace.calls[cut]} times in a forward pass; name a module that runs once")
-        if rule.side == OUTPUT and not trace.feeds[cut]:
+        if rule.side == OUTPUT and cut in trace.kinds:
+            raise CoverageError(f"cut '{cut}' returns a {trace.kinds[cut]}; name a module that returns one tensor")
+        if rule.side == OUTPUT and not trace.feeds[cut] and cut not in trace.after_tables:
             raise CoverageError(f"cut '{cut}' has no layer with weights before it")
         if rule.side == OUTPUT and set(trace.feeds[cut]) & set(trace.outputs):
             raise CoverageError(f"cut '{cut}' is after the output layer '{trace.outputs[0]}'; cut hidden layers only")
+
+
+def named_origin(rule: CutRule) -> tuple[str, ...]:
+    """The module in the option ``error_at``, if it is set.
+
+    Raises:
+        CoverageError: if the model has no such module.
+    """
+    if rule.error_at is None:
+        return ()
+    paths = [path for path, _ in rule.model.named_modules() if path]
+    if rule.error_at not in paths:
+        raise CoverageError(f"error_at={rule.error_at}: the model has no module of that name{nearest(rule.error_at, paths)}")
+    return (rule.error_at,)
+
+
+def _check_origin(origin: str, trace: Trace, cuts: tuple[str, ...]) -> None:
+    """Raise an error for a module from whose output no error can be taken, or if cuts run after it."""
+    if trace.calls[origin] != 1:
+        raise CoverageError(f"error_at={origin}: this module runs {trace.calls[origin]} times in a forward pass; name one that "
+                            f"runs once")
+    if origin in trace.kinds or origin not in trace.output_shapes:
+        raise CoverageError(f"error_at={origin}: this module returns a {trace.kinds.get(origin, 'value')}; name one that returns "
+                            f"one tensor")
+    if not 2 <= len(trace.output_shapes[origin]) <= 5:
+        raise CoverageError(f"error_at={origin}: its output has the shape {trace.output_shapes[origin]}; name a module with "
+                            f"outputs (N, F), (N, T, F) or (N, F, H, W)")
+    order = list(trace.output_shapes)
+    late = [cut for cut in cuts if cut in order and order.index(cut) > order.index(origin)]
+    if late and (trace.same_output.get(origin) == late[0] or trace.same_output.get(late[0]) == origin):
+        raise CoverageError(f"error_at={origin}: the cut {late[0]} has the same output: use {{error_at}}", {"error_at": late[0]})
+    if late:
+        raise CoverageError(f"error_at={origin}: the cut{'s' * (len(late) > 1)} {names(late)} run{'s' * (len(late) == 1)} after "
+                            f"this module, and would not get its error: leave them out of the cuts")
 
 
 def _no_cut_points(rule: CutRule, paths: list[str], sample_input: Any) -> CoverageError:
@@ -90,14 +131,18 @@ def working_options(rule: CutRule, sample_input: Any) -> dict[str, Any]:
     """
     paths = [path for path, _ in rule.model.named_modules() if path]
     options: dict[str, Any] = {"cuts": patterns(_suggested_cuts(rule, sample_input), paths)}
+    has_blocks = any(field.name == "within" for field in option_fields(type(rule.part_of or rule)))
     for _ in range(_MAX_ATTEMPTS if options["cuts"] else 0):
         try:
             copied = copy.deepcopy(rule.model)
             dataclasses.replace(rule.part_of or rule, **options).attach(copied, sample_input=sample_input, initial_phase=False)
         except CoverageError as error:
-            if not error.settings or options.items() >= error.settings.items():
+            settings = error.settings
+            if "allow_uncovered" in settings and has_blocks and not rule.modular and "within" not in options:
+                settings = {"within": "block"}  # an honest name for what uncovered weights would do
+            if not settings or options.items() >= settings.items():
                 break
-            options |= error.settings
+            options |= settings
         else:
             return options
     return {}
@@ -113,9 +158,15 @@ def _suggested_cuts(rule: CutRule, sample_input: Any) -> list[str]:
         outputs = {*trace.outputs, *(path for path, consumer in trace.consumer.items() if consumer in trace.outputs)}
     else:
         outputs = set(trace.outputs)
+    # Tables that are only looked up or added need a cut between them and the first layer; within a block they do not.
+    tables = [] if rule.modular else [table for table in trace.tables if isinstance(table, str) or table in trace.uses.local]
     single = [path for path in trace.feeds_alone if trace.calls[path] == 1 and path not in trace.same_output
               and trace.feeds_alone[path] and outputs.isdisjoint(trace.feeds_alone[path])]
     chosen: dict[str, None] = {}
+    for table in tables:  # the first module after all of the tables that are added to it
+        candidates = [path for path in single if table in trace.feeds_alone[path] <= set(tables)]
+        if candidates:
+            chosen[max(candidates, key=lambda path: len(trace.feeds_alone[path]))] = None
     for layer in trace.order:
         candidates = [path for path in single if layer in trace.feeds_alone[path]]
         if layer not in outputs and candidates:

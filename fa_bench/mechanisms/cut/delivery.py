@@ -11,6 +11,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import CoverageError, names
+from fa_bench.mechanisms.cut.positions import IGNORED
 from fa_bench.mechanisms.graph import nodes_from
 from fa_bench.mechanisms.loss_scale import is_unscaled, measured_scale
 from fa_bench.utils.lazy import torch
@@ -98,10 +99,12 @@ class Delivery:
             with torch.autocast(device, enabled=False):
                 return self._errors(tape, learned, logits, delta, tensors)
         rule, target = self.rule, self._target
-        if delta.dim() != 2:
-            raise CoverageError(f"rule '{rule.name}' needs logits of shape (N, C); the model returned {tuple(delta.shape)}")
+        if delta.dim() != rule.error_dims:
+            raise CoverageError(f"rule '{rule.name}' was attached to a model with outputs of {rule.error_dims} dimensions; now "
+                                f"they have the shape {tuple(delta.shape)}")
+        rows = delta if delta.dim() == 2 else delta.movedim(rule.error_axis, -1)
         if self._needs_target:
-            self._check_target(delta, target)
+            self._check_target(rows, target)
         if tensors:
             for captured, tensor in zip(tape.values(), tensors, strict=True):
                 captured.tensor = tensor
@@ -114,14 +117,14 @@ class Delivery:
                 rule.loss_factor = (
                     measured_scale(rule.name, delta, logits.detach(), target, rule.loss_factor, rule.objective)
                     if scale is None else scale)
-            broadcast = rule.broadcast(delta, target)
+            broadcast = rule.broadcast(rows, target)
             for cut, captured in tape.items():
-                error, gradients_at_cut = rule.error_and_gradients(cut, captured, broadcast, delta, target, bool(learned))
+                error, gradients_at_cut = rule.error_and_gradients(cut, captured, broadcast, rows, target, bool(learned))
                 errors.append(error)
                 gradients += gradients_at_cut
         except (IndexError, RuntimeError, ValueError):
             if self._needs_target and target is not None:
-                self._check_labels(target, delta.shape[1])
+                self._check_labels(target, rows.shape[-1])
             raise
         if tensors:
             for captured in tape.values():
@@ -131,20 +134,25 @@ class Delivery:
                 one.on_gradient(gradient)
         return errors + gradients
 
-    def _check_target(self, delta: Tensor, target: Tensor | None) -> None:
+    def _check_target(self, rows: Tensor, target: Tensor | None) -> None:
         if self._is_delivered:
             raise ValueError(f"rule '{self.rule.name}': the loss depends on two forward passes, but the labels belong to one of "
                              f"them: call rule.backward for each")
-        if target is None or target.shape != delta.shape[:1] or target.is_floating_point():
+        if target is None or target.shape != rows.shape[:-1] or target.is_floating_point():
+            shape = "(N,)" if rows.dim() == 2 else f"{tuple(rows.shape[:-1])}, one for each position"
             raise ValueError(f"rule '{self.rule.name}' requires labels: call rule.backward(loss, logits, target) with class "
-                             f"indices of shape (N,)")
+                             f"indices of shape {shape}")
 
     def _check_labels(self, target: Tensor, classes: int) -> None:
         """Raise an error for labels outside [0, classes); called after something that uses the labels has failed.
 
         On the CPU only: an accelerator that was given such a label no longer responds.
         """
-        if target.device.type != "cpu" or not len(target):
+        if target.device.type != "cpu":
+            return
+        if target.dim() > 1:
+            target = target[target != IGNORED]
+        if not target.numel():
             return
         low, high = (int(bound) for bound in target.aminmax())
         if low < 0 or high >= classes:

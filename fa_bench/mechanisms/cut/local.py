@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import CoverageError, StateError, names
+from fa_bench.mechanisms.cut.positions import class_axis, mean_loss
 from fa_bench.mechanisms.cut.rule import CapturedActivation, CutRule
 from fa_bench.mechanisms.feedback_tensors import AUXILIARY_PREFIX
 from fa_bench.mechanisms.updates import LearnedTensor
@@ -36,9 +37,13 @@ class LocalRule(CutRule):
     follow the model to its device and dtype. They are not modules of the model, because a container would run them.
     ``rule.feedback_parameters()`` are the auxiliary parameters; ``rule.feedback`` lists them under their cut. Local losses are
     scaled like the loss, and computed in the model's dtype under autocast.
+
+    If the output has positions, each cut must have the same ones, and they count as samples: the auxiliary layers see activations
+    (M, F) with M = N times the number of positions.
     """
 
     reads_values = True
+    same_positions = True
     scales = True
 
     @property
@@ -57,8 +62,22 @@ class LocalRule(CutRule):
         raise NotImplementedError
 
     def local_loss(self, cut: str, auxiliary: torch_nn.Module, activation: Tensor, target: Tensor) -> Tensor:
-        """The loss at one cut, a scalar; `activation` is (N, ...), `target` (N,)."""
+        """The loss at one cut, a scalar, with `loss_of`.
+
+        Args:
+            cut: the cut's module path.
+            auxiliary: its auxiliary layers.
+            activation: (N, ...); (M, F) if the output has positions.
+            target: the labels, (N,) or (N, P...).
+        """
         raise NotImplementedError
+
+    def loss_of(self, scores: Tensor, target: Tensor) -> Tensor:
+        """The objective's mean loss of scores (N, C), or (M, C) for labels (N, P...), in which positions count as samples."""
+        if target.dim() > 1:
+            scores = scores.unflatten(0, target.shape)
+            scores = scores.movedim(-1, class_axis(scores.shape))
+        return mean_loss(self.objective, scores, target)
 
     # -------------------------------------------------------------------------------------------- attach and detach
     def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:
@@ -93,7 +112,8 @@ class LocalRule(CutRule):
         required = [tensor for tensor in learned if tensor.requires_grad]
         with torch.enable_grad():
             activation = captured.tensor.detach().to(dtype).requires_grad_(True)
-            loss = self.local_loss(cut, net, activation, target)
+            rows = self._layouts[cut].rows(activation).flatten(0, -2) if self._layouts else activation
+            loss = self.local_loss(cut, net, rows, target)
             error, *gradients = torch.autograd.grad(loss, [activation, *required])
         if self.loss_factor != 1:
             error, gradients = error * self.loss_factor, [gradient * self.loss_factor for gradient in gradients]
@@ -195,15 +215,14 @@ class ModuleRule(LocalRule):
     Named blocks that feed the output layer belong to the last module.
     """
 
-    declared = "blocks"
-    modular = True
+    within = "block"
     #: For error messages: the name of an auxiliary net, and what to do if a batch is too small for its batch normalisation.
     net_name = "auxiliary net"
     larger_batches = "use larger batches, or drop the last incomplete one"
 
     def local_loss(self, cut: str, auxiliary: torch_nn.Module, activation: Tensor, target: Tensor) -> Tensor:
         try:
-            return self.objective.loss(auxiliary(activation), target)
+            return self.loss_of(auxiliary(activation), target)
         except ValueError as error:
             if TOO_FEW not in str(error):
                 raise

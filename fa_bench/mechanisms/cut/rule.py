@@ -8,11 +8,12 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fa_bench.errors import CoverageError, names
+from fa_bench.errors import CoverageError
 from fa_bench.mechanisms.checkpointing import recomputing
-from fa_bench.mechanisms.coverage import Coverage, Covered, foreign_weights, outside_text
+from fa_bench.mechanisms.coverage import Coverage
 from fa_bench.mechanisms.cut.capture import Capture, CapturedActivation
 from fa_bench.mechanisms.cut.delivery import Delivery
+from fa_bench.mechanisms.cut.positions import Layout, class_axis, layout_of, layouts_of
 from fa_bench.mechanisms.feedback_options import output_option
 from fa_bench.mechanisms.feedback_tensors import drop_tensors, feedback_tensor, put_tensor, tensors_of
 from fa_bench.mechanisms.rule import INPUT, OUTPUT, Rule
@@ -42,8 +43,13 @@ class CutRule(Rule):
         super().__post_init__()
         self.output = None if self.output is None else str(self.output)
 
-    #: The model's attribute that names the cuts unless the option does.
-    declared = "cut_points"
+    #: The options of rules that have them: how far errors are exact (`within_option`), the module from whose output the error
+    #: comes (`error_at_option`), and whether positions that the error does not have share a matrix (`positions_option`).
+    within: str = dataclasses.field(default="layer", init=False)
+    error_at: str | None = dataclasses.field(default=None, init=False)
+    positions: str = dataclasses.field(default="own", init=False)
+    #: Whether the positions of cuts must be those of the output.
+    same_positions = False
     #: Whether `signal` or `feedback_gradients` reads captured activations, which are then kept until the backward pass.
     reads_values = False
     #: Whether errors are computed from the labels; `loss_factor` is then the factor by which the loss was scaled.
@@ -51,9 +57,19 @@ class CutRule(Rule):
     loss_factor = 1.0
     #: The rule that this one belongs to, and whose options it uses; None if it is a rule by itself.
     part_of: ClassVar[Rule | None] = None
-    #: Whether all layers between two cuts form one module, which learns by backpropagation within itself. Not every layer then
-    #: needs a cut, and all weights of a module are covered.
-    modular = False
+
+    @property
+    def modular(self) -> bool:
+        """Whether all layers between two cuts form one block, which learns by backpropagation within itself.
+
+        Not every layer then needs a cut, and all weights of a block are covered.
+        """
+        return self.within == "block"
+
+    @property
+    def declared(self) -> str:
+        """The model's attribute that names the cuts unless the option does."""
+        return "blocks" if self.modular else "cut_points"
 
     @property
     def side(self) -> str:
@@ -70,7 +86,7 @@ class CutRule(Rule):
         """Create the feedback tensors of all cuts, with `put`.
 
         Args:
-            features: cut -> shape of its activation without the batch.
+            features: cut -> shape of its activation without the batch; (F,) if all positions share a matrix.
             classes: C, the width of the logits.
         """
 
@@ -98,7 +114,8 @@ class CutRule(Rule):
         return feedback_tensor(self._cut_modules[cut], name)
 
     def broadcast(self, delta: Tensor, target: Tensor | None) -> Tensor:
-        """What is sent to all cuts, (N, C): by default δ. Computed once per backward pass; arguments as for `signal`."""
+        """What is sent to all cuts, in the shape of δ, which it is by default. Computed once per backward pass; arguments as for
+        `signal`."""
         return delta
 
     def signal(self, cut: str, captured: CapturedActivation, broadcast: Tensor, target: Tensor | None) -> Tensor:
@@ -107,8 +124,9 @@ class CutRule(Rule):
         Args:
             cut: the cut's module path.
             captured: the cut's activation.
-            broadcast: what `broadcast` returned for δ, the gradient of the loss at the logits, (N, C).
-            target: the labels, (N,), if ``rule.backward`` was given them.
+            broadcast: what `broadcast` returned for δ, the gradient of the loss at the logits, (N, C); for outputs with positions
+                (N, P..., C), with the class axis last.
+            target: the labels, (N,) or (N, P...), if ``rule.backward`` was given them.
         """
         return self.project(cut, broadcast, captured)
 
@@ -117,14 +135,19 @@ class CutRule(Rule):
         return delta
 
     def project(self, cut: str, errors: Tensor, captured: CapturedActivation) -> Tensor:
-        """The product errors B in the shape of the activation, with errors (N, C) and the cut's B (C, features)."""
+        """The product errors B in the shape of the activation, with errors (N, C) or (N, P..., C), and B (C, features)."""
         feedback = feedback_tensor(self._cut_modules[cut], "B")
         if errors.dtype != feedback.dtype:
             errors = errors.to(feedback.dtype)
-        return self.in_shape(cut, errors.mm(feedback), captured)
+        if not self._layouts:
+            return self.in_shape(cut, errors.mm(feedback), captured)
+        errors = self._layouts[cut].matched(errors, captured.shape)
+        return self.in_shape(cut, errors.flatten(0, -2).mm(feedback).unflatten(0, errors.shape[:-1]), captured)
 
     def in_shape(self, cut: str, projected: Tensor, captured: CapturedActivation) -> Tensor:
-        """An error (N, features) in the shape of the activation."""
+        """An error (N, features), or (N, P..., F) at the positions of the cut, in the shape of the activation."""
+        if self._layouts:
+            return self._layouts[cut].restored(projected, captured.shape)
         if projected.dim() == len(captured.shape):
             return projected
         try:
@@ -153,15 +176,18 @@ class CutRule(Rule):
 
     # -------------------------------------------------------------------------------------------- attach and detach
     def wire(self, sample_input: Any) -> Coverage:
-        from fa_bench.mechanisms.cut.cut_points import check_cuts
+        from fa_bench.mechanisms.cut.coverage import cut_coverage
+        from fa_bench.mechanisms.cut.cut_points import check_cuts, named_origin
         from fa_bench.mechanisms.weighted_layers import weighted_layers
 
         self._cut_modules: dict[str, nn.Module] = {}
+        self._layouts: dict[str, Layout] = {}
+        origin = named_origin(self)
         named = self.find_cuts(sample_input)
-        trace = self.trace(sample_input, watch=named)
+        trace = self.trace(sample_input, watch=(*named, *origin))
         cuts = self.choose_cuts(named, trace)
         if cuts != named:
-            trace = self.trace(sample_input, watch=cuts)
+            trace = self.trace(sample_input, watch=(*cuts, *origin))
         check_cuts(self, trace, cuts)
         self._trace = trace
         self._cut_modules = {cut: self.model.get_submodule(cut) for cut in cuts}
@@ -169,37 +195,27 @@ class CutRule(Rule):
         self._covered = {path: layers[path] for path in trace.order}
         self._witness = next((layers[path] for path in (*trace.outputs, *trace.order) if layers[path].weight.requires_grad), None)
         shapes = trace.output_shapes if self.side == OUTPUT else trace.input_shapes
-        self.make_feedback({cut: shapes[cut][1:] for cut in cuts}, trace.result_shape[-1])
+        at_cuts = {cut: shapes[cut] for cut in cuts}
+        classes = self._lay_out(at_cuts, trace, layers)
+        self.make_feedback({cut: (shape[self._layouts[cut].axis],) if self._layouts else shape[1:]
+                            for cut, shape in at_cuts.items()}, classes)
         frozen = {cut: self.learned_at(cut) for cut in cuts if cut not in trace.trainable}
         for learned in (one for at_cut in frozen.values() for one in at_cut):
             learned.freeze()
         self._capture, self._delivery = Capture(self, self._cut_modules, trace, frozen), Delivery(self)
-        return self._coverage_of(layers, trace)
+        return cut_coverage(self, layers, trace, self._cut_modules)
 
-    def _coverage_of(self, layers: dict[str, WeightedLayer], trace: Trace) -> Coverage:
-        covered = tuple(
-            Covered(path, type(layers[path]).__name__, tuple(layers[path].weight.shape), self._error_source(path, trace))
-            for path in trace.order if self.side == INPUT or self.modular or path not in trace.through_weights
-        )
-        if self.modular:
-            return Coverage(self.name, covered, {}, notes=self.notes())
-        ids = {id(parameter) for entry in covered for parameter in layers[entry.layer].parameters(recurse=False)}
-        uncovered, local = foreign_weights(self.model, ids, trace.uses)
-        for path in layers.keys() - set(trace.order):
-            uncovered[f"{path}.weight"] = "its layer did not run in the forward pass of the sample"
-        for path in trace.through_weights if self.side == OUTPUT else ():
-            uncovered[f"{path}.weight"] = "no cut point between this layer and the next"
-        for path, use in trace.uses.outside.items():
-            uncovered[f"{path}.weight"] = outside_text(use)
-        return Coverage(self.name, covered, uncovered, local, self.notes())
-
-    def _error_source(self, path: str, trace: Trace) -> str:
-        cuts = [cut for cut in self._cut_modules if path in trace.feeds[cut]] if self.side == OUTPUT else []
-        if cuts:
-            return f"comes from the cut at {names(cuts)}"
-        if self.modular and path in trace.through_weights:
-            return "comes by backpropagation within its module"
-        return "is the true one (output layer)" if path in trace.outputs else "comes from the cut at its consumer's input"
+    def _lay_out(self, cuts: dict[str, tuple[int, ...]], trace: Trace, layers: dict[str, WeightedLayer]) -> int:
+        """Choose the axes of the errors and of the cuts with these shapes; returns the size of the errors' class axis, C."""
+        shape = trace.result_shape if self.error_at is None else trace.output_shapes[self.error_at]
+        axis = class_axis(shape) if self.error_at is None else layout_of(self.error_at, shape, (), trace, layers).axis
+        if self.side == INPUT and len(shape) > 2:
+            raise CoverageError(f"rule '{self.name}' with form=kernel needs outputs of shape (N, C), not {shape}: use "
+                                f"form=neuron")
+        if self.side == OUTPUT:
+            self._layouts = layouts_of(cuts, shape, axis, self.positions == "shared", self.same_positions, trace, layers)
+        self.error_axis, self.error_dims = axis, len(shape)
+        return shape[axis]
 
     def watched_modules(self) -> dict[str, nn.Module]:
         return {**self._covered, **self._cut_modules}
@@ -237,9 +253,12 @@ class CutRule(Rule):
             self._capture.end()
         return self.connect(output, tape)
 
-    def connect(self, output: Any, tape: dict[str, CapturedActivation] | None) -> Any:
-        """The model's output with its logits connected to the cuts; None if there is nothing to connect."""
+    def connect(self, output: Any, tape: dict[str, CapturedActivation] | None, at: str | None = None) -> Any:
+        """The output of the model, or of the module `at`, connected to the cuts if errors come from there; None otherwise."""
         if tape is None or output is None:
+            return None
+        if self.error_at != at:
+            self._capture.require_connected()
             return None
         if len(tape) < len(self._cut_modules) and not recomputing():
             self._capture.check_missing(tape)
@@ -268,11 +287,19 @@ class CutRule(Rule):
         return {layer: (cut, OUTPUT) for cut in self._cut_modules for layer in self._trace.feeds[cut]}
 
     def readouts(self) -> dict[str, Tensor]:
-        return {} if self.side == INPUT else {
+        return {} if self.side == INPUT or self.error_at is not None else {
             cut: tensors["B"].detach() for cut, tensors in self.feedback.items() if "B" in tensors}
 
+    def readout_rows(self, cut: str, activation: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._layouts:
+            return super().readout_rows(cut, activation, logits)
+        outputs, rows = self._layouts[cut].pairs(logits if logits.dim() == 2 else logits.movedim(self.error_axis, -1), activation)
+        return rows, outputs
+
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Only the output layer has a pair, if the feedback of the last cut has the shape of its weight."""
+        """Only the output layer has a pair, if errors come from there and the feedback of the last cut has its weight's shape."""
+        if self.error_at is not None:
+            return {}
         weights = {path: self._covered[path].weight.detach() for path in self._trace.outputs}
         tensors = self.feedback.get(list(self._cut_modules)[-1], {})
         return {path: (tensors["B"].detach(), w) for path, w in weights.items()

@@ -100,6 +100,6 @@ class OutputAngle(Metric):
         readouts, logits, angles = passes.rule.readouts(), passes.logits, {}
         for layer, point in passes.points.items():
             if point[0] in readouts and point in passes.delivered.tensors:
-                activation = passes.delivered.tensors[point].detach().flatten(1).to(logits.dtype)
-                angles[layer] = mean_sample_angle(activation @ readouts[point[0]].t(), logits)
+                rows, outputs = passes.rule.readout_rows(point[0], passes.delivered.tensors[point].detach(), logits)
+                angles[layer] = mean_sample_angle(rows.to(logits.dtype) @ readouts[point[0]].t(), outputs)
         return angles

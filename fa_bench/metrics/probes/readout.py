@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fa_bench.errors import ConfigError
 from fa_bench.metrics.probes.base import Probe, Quantities, Subject
 from fa_bench.registry.registries import PROBES
 from fa_bench.utils.lazy import nn, torch
@@ -38,6 +39,12 @@ class Readout(Probe):
     The classifier (`fit`) is trained on at most 2,000 training images, not augmented, and scored on at most 10,000 validation
     images, or test images if there is no validation split. It takes at most 1024 features (`bounded`).
     """
+
+    def require(self, subject: Subject) -> None:
+        y = subject.meter.y
+        if y.dim() != 1 or y.is_floating_point():
+            raise ConfigError("it reads one class from each sample, and the targets of this dataset are "
+                              f"{'numbers' if y.is_floating_point() else 'classes of positions'}; leave this probe out")
 
     def measure(self, subject: Subject) -> Quantities:
         points = activation_points(subject.meter.trace)

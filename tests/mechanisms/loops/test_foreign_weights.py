@@ -80,12 +80,12 @@ class Reader(nn.Module):
             torch.manual_seed(1)
             self.emb, self.pos = nn.Embedding(11, 8), nn.Parameter(0.1 * torch.randn(5, 8))
             self.fc, self.fc2, self.out = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 3)
-        self.core = core or nn.Identity()
+        self.embedded, self.core = nn.Identity(), core or nn.Identity()
         self.act, self.act2 = nn.ReLU(), nn.ReLU()
-        self.cut_points = self.blocks = ["act", "act2"]
+        self.cut_points, self.blocks = ["embedded", "act", "act2"], ["act", "act2"]
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        h = self.emb(tokens) + self.pos
+        h = self.embedded(self.emb(tokens) + self.pos)
         h = self.core(h if mask is None else h * mask.unsqueeze(-1))
         h = h[0] if isinstance(h, tuple) else h
         return self.out(self.act2(self.fc2(self.act(self.fc(h.mean(1))))))
@@ -147,7 +147,7 @@ def test_embeddings_and_position_tables_carry_no_error(name: str) -> None:
 def test_a_table_is_local_only_where_it_is_added(name: str, table: Callable[[Reader, Tensor], Tensor], local: bool) -> None:
     class Tabled(Reader):
         def forward(self, tokens: Tensor, mask: Any = None) -> Tensor:
-            return self.out(self.act2(self.fc2(self.act(self.fc(table(self, self.emb(tokens)).mean(1))))))
+            return self.out(self.act2(self.fc2(self.act(self.fc(self.embedded(table(self, self.emb(tokens))).mean(1))))))
 
     if local:
         assert "pos" in attach(Tabled(), name, sample_input=TOKENS[:2]).coverage.local
@@ -164,13 +164,13 @@ class Speaker(nn.Module):
         self.by_function = by_function
         self.emb, self.fc, self.fc2 = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 8)
         self.head = nn.Linear(8, 11, bias=False)
-        self.act, self.act2 = nn.ReLU(), nn.ReLU()
+        self.embedded, self.act, self.act2 = nn.Identity(), nn.ReLU(), nn.ReLU()
         self.head.weight = self.emb.weight
-        self.cut_points = self.blocks = ["act", "act2"]
+        self.cut_points, self.blocks = [*([] if by_function else ["embedded"]), "act", "act2"], ["act", "act2"]
 
     def forward(self, tokens: Tensor) -> Tensor:
         h = F.embedding(tokens, self.head.weight) if self.by_function else self.emb(tokens)
-        return self.head(self.act2(self.fc2(self.act(self.fc(h.mean(1))))))
+        return self.head(self.act2(self.fc2(self.act(self.fc(self.embedded(h).mean(1))))))
 
 
 @pytest.mark.parametrize("by_function", [False, True], ids=["module", "function"])

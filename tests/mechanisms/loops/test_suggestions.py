@@ -89,7 +89,7 @@ def refusal(model: nn.Module, name: str, **options: Any) -> CoverageError:
 
 def as_keywords(error: CoverageError) -> dict[str, Any]:
     """What a reader of the message types: name=value wherever it says so."""
-    written = re.findall(r"\b(cuts|allow_uncovered|output|linear|match)=(\[[^\]]*\]|'[^']*'|True)", str(error))
+    written = re.findall(r"\b(cuts|allow_uncovered|output|linear|match|within|loss)=(\[[^\]]*\]|'[^']*'|True)", str(error))
     assert dict(written).keys() == error.settings.keys(), str(error)
     return {option: eval(value) for option, value in written}
 
@@ -149,9 +149,9 @@ def test_the_first_suggestion_is_whole_and_leaves_the_model_as_it_was(name: str,
 
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_cuts_that_would_not_do_are_not_suggested(name: str) -> None:
-    """Logits of shape (N, T, C), of which no cut makes (N, C)."""
+    """Outputs with four axes of positions, one more than errors can have."""
     options = {"linear": "share", "match": "random"} if name == "asfp_lc" else {}
-    error = refusal(seeded(lambda: mlp(16, 16, 16)), name, sample_input=torch.zeros(2, 5, 8), **options)
+    error = refusal(seeded(lambda: mlp(16, 16, 16)), name, sample_input=torch.zeros(2, 5, 1, 1, 1, 8), **options)
     assert error.settings == {} and "cuts=" not in str(error)
 
 

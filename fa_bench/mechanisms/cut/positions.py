@@ -1,0 +1,190 @@
+"""Outputs with positions, a second batch axis: tokens of a sequence or pixels of a map; and how their errors reach a cut.
+
+The error at an output, δ, is handled as rows: its class axis comes last, (N, C) or (N, P..., C). Shapes: N batch, C classes (or
+features of the module of ``error_at``), F features of a cut, P... positions: one axis for sequences, two or three for maps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from fa_bench.errors import CoverageError
+from fa_bench.registry.kinds import POSITIONS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fa_bench.mechanisms.trace import Trace
+    from fa_bench.mechanisms.weighted_layers import WeightedLayer
+    from fa_bench.objectives.base import Objective
+
+Shape = tuple[int, ...]
+#: The label of positions that are not part of the loss: torch's default.
+IGNORED = -100
+
+
+def class_axis(shape: Shape) -> int:
+    """The class axis of an output: (N, C), sequences (N, T, C), maps (N, C, H, W) and (N, C, D, H, W)."""
+    return 2 if len(shape) == 3 else 1
+
+
+def positions_of(shape: Shape, axis: int) -> Shape:
+    """The sizes of all axes but the batch and `axis`."""
+    return shape[1:axis] + shape[axis + 1:]
+
+
+def mean_loss(objective: Objective, outputs: Tensor, target: Tensor) -> Tensor:
+    """The objective's mean loss; one for a single class per sample takes every position of the outputs for a sample.
+
+    Args:
+        objective: the objective.
+        outputs: (N, C), (N, T, C), (N, C, H, W) or (N, C, D, H, W).
+        target: the labels, (N,) or (N, P...); numbers in the outputs' shape.
+    """
+    if outputs.dim() > 2 and POSITIONS not in objective.targets and not target.is_floating_point():
+        outputs, target = outputs.movedim(class_axis(outputs.shape), -1).flatten(0, -2), target.flatten()
+    return objective.loss(outputs, target)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The axes of a cut's activation (N, ...) if one matrix B (C, F) serves all of its positions.
+
+    Positions of the cut need not be those of the error: along each axis one number must be a whole multiple of the other. Where
+    the cut has fewer, an error is the sum over the positions that it covers; where it has more, each gets a copy. A cut without
+    positions gets the sum over all, and an error without positions goes to all.
+
+    Attributes:
+        cut: the cut's path, for error messages.
+        axis: the axis of the features.
+    """
+
+    cut: str
+    axis: int
+
+    def rows(self, activation: Tensor) -> Tensor:
+        """An activation as (N, P..., F)."""
+        return activation.movedim(self.axis, -1)
+
+    def restored(self, rows: Tensor, shape: Shape) -> Tensor:
+        """An error (N, P..., F) in the shape of the activation, with copies where the cut has more positions."""
+        wanted = positions_of(shape, self.axis)
+        for axis, (given, size) in enumerate(zip(rows.shape[1:-1], wanted, strict=True), 1):
+            if given == 1 != size:
+                rows = rows.expand(*rows.shape[:axis], size, *rows.shape[axis + 1:])
+            elif given < size:
+                rows = rows.repeat_interleave(size // given, axis)
+        return rows.movedim(-1, self.axis)
+
+    def matched(self, errors: Tensor, shape: Shape) -> Tensor:
+        """Errors (N, P..., C) at the positions of an activation of this shape, which may have more of them: see `restored`.
+
+        Raises:
+            CoverageError: if their numbers do not match.
+        """
+        given, wanted = tuple(errors.shape[1:-1]), positions_of(shape, self.axis)
+        if given == wanted:
+            return errors
+        if not matches(given, wanted) or errors.shape[0] != shape[0]:
+            raise CoverageError(mismatch(self.cut, shape, given))
+        if not given:
+            return errors.view(errors.shape[0], *[1] * len(wanted), errors.shape[-1])
+        return summed(errors, wanted)
+
+    def pairs(self, errors: Tensor, activation: Tensor) -> tuple[Tensor, Tensor]:
+        """Errors (M, C) and activations (M, F) whose product over M sums over samples and positions: aᵀ δ at every position.
+
+        Positions that share an error are added up first.
+        """
+        errors = self.matched(errors, tuple(activation.shape))
+        rows = summed(self.rows(activation), tuple(errors.shape[1:-1]))
+        return errors.flatten(0, -2), rows.flatten(0, -2)
+
+
+def summed(x: Tensor, sizes: Shape) -> Tensor:
+    """A tensor (N, P..., X) summed to `sizes` positions: along each axis that has more, over equally many neighbours; without
+    sizes, over all positions."""
+    if not sizes:
+        return x.flatten(1, -2).sum(1) if x.dim() > 2 else x
+    for axis, size in enumerate(sizes, 1):
+        if x.shape[axis] > size:
+            x = x.unflatten(axis, (size, x.shape[axis] // size)).sum(axis + 1)
+    return x
+
+
+def matches(given: Shape, wanted: Shape) -> bool:
+    """Whether errors at the positions `given` can be brought to the positions `wanted`."""
+    if not given or not wanted:
+        return True
+    return len(given) == len(wanted) and all(a > 0 and b > 0 and max(a, b) % min(a, b) == 0
+                                             for a, b in zip(given, wanted, strict=True))
+
+
+def mismatch(cut: str, shape: Shape, positions: Shape) -> str:
+    """Why the errors of an output with these positions cannot be brought to a cut."""
+    return (f"cut '{cut}' has activations of shape {tuple(shape)}, which do not fit errors at {positions} positions: the batch "
+            f"comes first, and along each axis of positions one size must be a whole multiple of the other; name another module")
+
+
+def feature_axis(shape: Shape, positions: Shape, last: tuple[WeightedLayer, Shape] | None) -> int:
+    """The axis of an activation's features, (N, P..., F) or (N, F, P...).
+
+    It is the one that has the width of the layer before and leaves the positions of the output. If sizes allow both or disagree,
+    it is where that layer has its features: the last axis, or the first one of a convolution.
+
+    Args:
+        shape: of the activation.
+        positions: of the output.
+        last: the last weighted layer before, and the shape of its output.
+    """
+    if len(shape) == 2:
+        return 1
+    ends = {1, len(shape) - 1}
+    fitting = {axis for axis in ends if positions and positions_of(shape, axis) == positions} or ends
+    if last is None:
+        return max(fitting)
+    layer, layer_shape = last
+    channels = getattr(layer, "out_channels", None)
+    width = layer_shape[-1] if channels is None else channels
+    wide = {axis for axis in ends if shape[axis] == width} or ends
+    usual = 1 if channels is not None and len(layer_shape) == len(shape) else len(shape) - 1
+    return usual if usual in (fitting & wide) or not fitting & wide else max(fitting & wide)
+
+
+def layout_of(path: str, shape: Shape, positions: Shape, trace: Trace, layers: dict[str, WeightedLayer]) -> Layout:
+    """The layout of a watched module's output, with the arguments of `layouts_of`; `positions` are those of the errors."""
+    before = trace.feeds.get(path)
+    last = (layers[before[-1]], trace.output_shapes[before[-1]]) if before else None
+    return Layout(path, feature_axis(shape, positions, last))
+
+
+def layouts_of(
+    cuts: dict[str, Shape], errors: Shape, axis: int, shared: bool, same: bool, trace: Trace, layers: dict[str, WeightedLayer]
+) -> dict[str, Layout]:
+    """{cut: layout} of the cuts whose B (C, F) serves all positions; those of the others have all features of the activation.
+
+    Args:
+        cuts: cut -> shape of its activation.
+        errors: shape of the tensor from which the error comes.
+        axis: its class axis.
+        shared: whether B is shared by positions that the errors do not have.
+        same: whether positions must be those of the errors.
+        trace: the model's structure, with the cuts watched.
+        layers: the model's weighted layers.
+
+    Raises:
+        CoverageError: for a cut to whose positions the errors cannot be brought.
+    """
+    positions, layouts = positions_of(errors, axis), {}
+    if not positions and not shared:
+        return {}
+    for cut, shape in cuts.items():
+        layout = layouts[cut] = layout_of(cut, shape, positions, trace, layers)
+        own = positions_of(shape, layout.axis)
+        if shape[0] != errors[0] or not matches(positions, own):
+            raise CoverageError(mismatch(cut, shape, positions))
+        if same and own != positions:
+            raise CoverageError(f"cut '{cut}' has activations of shape {shape}, and the output has labels at {positions} "
+                                f"positions: a local loss needs the same positions at both; name another module")
+    return layouts

@@ -1,0 +1,299 @@
+"""Cut rules whose error comes from a named module (error_at), and whose blocks learn by backpropagation (within=block)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fa_bench
+from fa_bench.errors import CoverageError, OptionError
+from fa_bench.metrics.meter import AlignmentMeter
+
+from .helpers import REL, array, assert_matches, collect, distance
+
+VOCABULARY, WIDTH, T = 7, 4, 5
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.q(x) @ self.k(x).transpose(1, 2) / math.sqrt(WIDTH)
+        return self.out(scores.softmax(-1) @ self.v(x))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.norm1 = Attention(), nn.LayerNorm(WIDTH)
+        self.wide, self.act, self.narrow, self.norm2 = nn.Linear(WIDTH, 6), nn.ReLU(), nn.Linear(6, WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(x + self.attn(x))
+        return self.norm2(x + self.narrow(self.act(self.wide(x))))
+
+
+class Transformer(nn.Module):
+    """Two blocks with normalisation after the additions, as in the code of Launay et al. 2020."""
+
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        self.embed, self.place = nn.Embedding(VOCABULARY, WIDTH), nn.Parameter(0.1 * torch.randn(T, WIDTH))
+        self.drop, self.layers, self.head = nn.Dropout(0.0), nn.ModuleList([Block(), Block()]), nn.Linear(WIDTH, VOCABULARY)
+        self.blocks = ["layers.0", "layers.1"]
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.drop(self.embed(x) + self.place)
+        for layer in self.layers:
+            h = layer(h)
+        return self.head(h)
+
+
+def transformer(**options: Any) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Transformer(**options).double()
+
+
+def words() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return (torch.randint(VOCABULARY, (3, T), generator=generator), torch.randint(VOCABULARY, (3, T), generator=generator))
+
+
+def loss_of(logits: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+
+def train(model: Any, rule: Any) -> dict[str, Tensor | None]:
+    x, y = words()
+    logits = model(x)
+    rule.backward(loss_of(logits, y), logits, y)
+    return collect(model)
+
+
+def projected(errors: Tensor, b: Tensor) -> Tensor:
+    """δ B at every position, in loops."""
+    signal = torch.zeros(*errors.shape[:2], b.shape[1], dtype=b.dtype)
+    for n in range(errors.shape[0]):
+        for t in range(errors.shape[1]):
+            for c in range(b.shape[0]):
+                signal[n, t] += errors[n, t, c] * b[c]
+    return signal
+
+
+MACRO = {"cuts": None, "error_at": "layers.1"}
+MICRO = {"cuts": ["*norm1", "*act", "*norm2"], "error_at": "layers.1.norm2"}
+
+
+@pytest.mark.parametrize("options", [MACRO, MICRO, {**MACRO, "error_at": None}], ids=["macro", "micro", "macro, logits"])
+@pytest.mark.parametrize("name", ["dfa", "dkp"])
+def test_the_settings_of_launay_et_al(name: str, options: dict[str, Any]):
+    """A forward pass that is detached at each cut, and backward passes from δ B at each."""
+    model, plain, (x, y) = transformer(), transformer(), words()
+    form = {"form": "shared"} if name == "dfa" else {}
+    rule = fa_bench.attach(model, name, seed=0, sample_input=x, within="block", **options, **form)
+    feedback = {cut: tensors["B"].detach().clone() for cut, tensors in rule.feedback.items()}
+    rows = WIDTH if options["error_at"] else VOCABULARY
+    assert all(b.shape[0] == rows for b in feedback.values()) and len(feedback) == (6 if options is MICRO else 2)
+    if form and options["error_at"]:  # the leading columns of one matrix
+        widest = max(feedback.values(), key=lambda b: b.shape[1])
+        assert all(torch.equal(b, widest[:, :b.shape[1]]) for b in feedback.values())
+    got = train(model, rule)
+
+    outputs: dict[str, Tensor] = {}
+
+    def detached(cut: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            outputs[cut] = output
+            return output.detach().requires_grad_(True)
+        return hook
+
+    for cut in feedback:
+        plain.get_submodule(cut).register_forward_hook(detached(cut))
+    ends: list[Tensor] = []
+    plain.head.register_forward_pre_hook(lambda module, args: ends.append(args[0]))
+    logits = plain(x)
+    errors = torch.autograd.grad(loss_of(logits, y), [ends[0], logits], retain_graph=True)
+    delta = errors[0] if options["error_at"] else errors[1]
+    loss_of(logits, y).backward()  # the layers after the last cut
+    gain = 1 / math.sqrt(max(b.shape[1] for b in feedback.values())) if form else 1.0
+    for cut, output in outputs.items():
+        output.backward(projected(delta, feedback[cut]) * gain)
+    assert_matches(got, {key: array(grad) for key, grad in collect(plain).items() if grad is not None})
+    if name == "dkp":
+        for cut, output in outputs.items():
+            want = sum(torch.outer(delta[n, t], output[n, t]) for n in range(3) for t in range(T))
+            assert distance(rule.feedback[cut]["B"].grad, array(want)) < REL
+
+
+def test_without_a_cut_there_the_module_has_its_exact_error():
+    """The second block learns by backpropagation, the first one from δ B."""
+    model, (x, y) = transformer(), words()
+    rule = fa_bench.attach(model, "dfa", seed=0, sample_input=x, within="block", cuts=["layers.0"], error_at="layers.1")
+    got = train(model, rule)
+    exact = transformer()
+    loss_of(exact(x), y).backward()
+    wanted = collect(exact)
+    for key in ("head.weight", "layers.1.norm2.weight", "layers.1.attn.q.weight"):
+        assert distance(got[key], array(wanted[key])) < REL
+    assert distance(got["layers.0.attn.q.weight"], array(wanted["layers.0.attn.q.weight"])) > 1e-2
+    said = {entry.layer: entry.feedback for entry in rule.coverage.covered}
+    assert said["layers.1.narrow"] == "is the true one at layers.1"
+
+
+def test_coverage_says_where_weights_are_transported():
+    (x, _), model = words(), transformer()
+    rule = fa_bench.attach(model, "dfa", sample_input=x, within="block", error_at="layers.1")
+    said = {entry.layer: entry.feedback for entry in rule.coverage.covered}
+    assert said["layers.0.wide"] == said["layers.1.attn.q"] == "comes by backpropagation within its block (weight transport)"
+    assert said["layers.0.narrow"] == "comes from the cut at layers.0" and said["head"] == "is the true one (output layer)"
+    assert said["layers.0.attn.out"].startswith("comes from the cut at layers.0, in part by backpropagation within its block")
+    assert rule.coverage.transport == ("within blocks", "after 'layers.1'") and not rule.coverage.uncovered
+    assert "Weight transport within blocks." in str(rule.coverage) and "Weight transport after 'layers.1'." in str(rule.coverage)
+    layerwise = fa_bench.attach(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), "dfa", cuts=["1"], within="block")
+    assert layerwise.coverage.transport == (), "one layer in each block"
+
+
+def test_within_layer_an_embedding_needs_a_cut_of_its_own():
+    cuts = ["*.q", "*.k", "*.v", "*.attn", "*.act", "*.narrow"]
+    (x, _), why = words(), r"embed\.weight \(no cut point between it and the next layer\)"
+    with pytest.raises(CoverageError, match=why):
+        fa_bench.attach(transformer(), "dfa", sample_input=x, cuts=cuts)
+    with pytest.raises(CoverageError, match=why) as refused:
+        fa_bench.attach(transformer(tied=True), "dfa", sample_input=x, cuts=cuts)
+    assert "head.weight (" not in str(refused.value)
+    for tied in (False, True):
+        model = transformer(tied=tied)
+        rule = fa_bench.attach(model, "dfa", sample_input=x, cuts=["drop", *cuts])
+        assert not rule.coverage.uncovered and train(model, rule)["place"] is not None
+    frozen = transformer()
+    frozen.embed.weight.requires_grad_(False)
+    frozen.place.requires_grad_(False)
+    assert not fa_bench.attach(frozen, "dfa", sample_input=x, cuts=cuts).coverage.uncovered
+
+
+def test_a_position_table_alone_misses_its_cut_by_name():
+    cuts = ["embed", "*.q", "*.k", "*.v", "*.attn", "*.act", "*.narrow"]
+    with pytest.raises(CoverageError, match=r"uncovered: place \(no cut point between it and the next layer\)\."):
+        fa_bench.attach(transformer(), "dfa", sample_input=words()[0], cuts=cuts)
+
+
+@pytest.mark.parametrize("name", ["dfa", "dkp", "drtp", "local_error"])
+def test_suggested_cuts_work_on_a_transformer(name: str):
+    model, (x, _) = transformer(), words()
+    with pytest.raises(CoverageError, match="needs cut points") as refused:
+        fa_bench.attach(model, name, sample_input=x)
+    assert "within" not in refused.value.settings, "a cut at every layer does"
+    rule = fa_bench.attach(model, name, sample_input=x, **refused.value.settings)
+    assert not rule.coverage.uncovered and all(grad is not None for grad in train(model, rule).values())
+
+
+class Functional(Transformer):
+    """Mixes by a parameter of its own, which no rule covers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.eye(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.drop(self.embed(x) + self.place) @ self.mix @ self.layers[0].wide.weight.t()
+        return self.head(self.layers[0](self.layers[0].narrow(h)))
+
+
+def test_functional_uses_of_weights_are_no_fault_within_a_block():
+    (x, y) = words()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, plain = Functional().double(), Functional().double()
+    plain.load_state_dict(model.state_dict())
+    rule = fa_bench.attach(model, "dfa", sample_input=x, within="block", cuts=["layers.0"])
+    assert not rule.coverage.uncovered and rule.coverage.transport == ("within blocks",)
+    assert "Learning by backpropagation within a block: mix." in str(rule.coverage)
+    train(model, rule)
+    body = plain.layers[0](plain.layers[0].narrow(plain.drop(plain.embed(x) + plain.place) @ plain.mix
+                                                  @ plain.layers[0].wide.weight.t()))
+    z = plain.head(body)
+    delta = torch.autograd.grad(loss_of(z, y), z, retain_graph=True)[0]
+    body.backward(projected(delta, rule.feedback["layers.0"]["B"]))
+    assert distance(model.mix.grad, array(plain.mix.grad)) < REL
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"error_at": "layers.1.norm3"}, r"error_at=layers\.1\.norm3: the model has no module of that name; did you mean"),
+    ({"error_at": "layers.0"}, r"error_at=layers\.0: the cut layers\.1 runs after this module"),
+    ({"error_at": "layers.1.norm2"}, r"the cut layers\.1 has the same output: use error_at='layers\.1'"),
+    ({"error_at": "twice"}, r"error_at=twice: this module runs 2 times"),
+    ({"error_at": "pair", "cuts": ["layers.0"]}, r"error_at=pair: this module returns a tuple"),
+], ids=str)
+def test_modules_from_which_no_error_can_be_taken(options: dict[str, Any], message: str):
+    class Pair(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return x, x
+
+    class Odd(Transformer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.twice, self.pair = nn.Identity(), Pair()
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.twice(self.twice(self.embed(x)))
+            return self.head(self.pair(self.layers[1](self.layers[0](h)))[0])
+
+    with pytest.raises(CoverageError, match=message):
+        fa_bench.attach(Odd(), "dfa", sample_input=words()[0], within="block", **options)
+
+
+def test_a_module_that_does_not_run_in_training_is_named():
+    class Skips(Transformer):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.layers[0](self.drop(self.embed(x)))
+            return self.head(h if self.training else self.layers[1](h))
+
+    model = Skips()
+    fa_bench.attach(model, "dfa", sample_input=words()[0], within="block", cuts=["layers.0"], error_at="layers.1")
+    with pytest.raises(CoverageError, match=r"error_at=layers\.1: this module did not run in a training pass"):
+        model(words()[0])
+
+
+@pytest.mark.parametrize("option", ["within=block", "error_at=1", "positions=shared"])
+def test_the_kernel_form_has_no_such_options(option: str):
+    name, value = option.split("=")
+    with pytest.raises(OptionError, match=rf"{name}={value}: form=kernel"):
+        fa_bench.attach(nn.Sequential(nn.Linear(2, 2)), "dfa", form="kernel", **{name: value})
+
+
+@pytest.mark.parametrize("options", [{}, {"error_at": "layers.1"}], ids=str)
+def test_alignment_metrics_of_blocks(options: dict[str, Any]):
+    (x, y), model = words(), transformer()
+
+    class Flat(fa_bench.objectives.cross_entropy.CrossEntropy):
+        def loss(self, outputs: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+            return loss_of(outputs, target)
+
+    rule = fa_bench.attach(model, "dkp", sample_input=x, within="block", objective=Flat(), **options)
+    values = AlignmentMeter(rule, x, y).measure()
+    assert 0 < values["delta_angle"]["layers.0.narrow"] < 180 and values["delta_angle"]["head"] == 0
+    assert bool(values["output_angle"]) == (not options) and set(values["weight_angle"]) == (set() if options else {"head"})
+
+
+def test_detaching_leaves_backpropagation():
+    model, (x, y) = transformer(), words()
+    rule = fa_bench.attach(model, "dfa", sample_input=x, within="block", error_at="layers.1")
+    with rule.exact():
+        loss_of(model(x), y).backward()
+    inside = collect(model)
+    rule.detach()
+    model.zero_grad(set_to_none=True)
+    loss_of(model(x), y).backward()
+    assert all(torch.equal(grad, inside[key]) for key, grad in collect(model).items() if grad is not None)
+    with torch.no_grad():
+        assert torch.equal(model(x), transformer()(x))

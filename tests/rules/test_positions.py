@@ -1,0 +1,398 @@
+"""Cut rules on outputs with positions: tokens (N, T, C) and pixels (N, C, H, W), whose errors reach each position of a cut."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fa_bench
+from fa_bench.errors import CoverageError
+from fa_bench.mechanisms.cut.positions import IGNORED, feature_axis
+from fa_bench.metrics.meter import AlignmentMeter
+from fa_bench.objectives.base import Objective
+from fa_bench.registry.kinds import POSITIONS
+
+from . import nets
+from .helpers import REL, array, arrays, assert_bitwise, assert_matches, collect, distance
+from .reference import describe, gradients
+
+N, T, C = 3, 4, 3
+CUTS = {"cuts": ["act1", "act2"]}
+BROADCASTING = ("dfa", "dkp", "drtp")
+
+
+class TokenLoss(Objective):
+    """The mean cross-entropy over all labelled positions."""
+
+    name = "token_loss"
+    targets = (POSITIONS,)
+
+    def loss(self, outputs: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+        return F.cross_entropy(outputs.movedim(-1, 1), target, reduction=reduction, ignore_index=IGNORED)
+
+
+def tokens(length: int = T, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(N, length, 7, dtype=torch.float64, generator=generator),
+            torch.randint(C, (N, length), generator=generator))
+
+
+def attached(name: str, model: nn.Module | None = None, x: Tensor | None = None, **options: Any) -> tuple[Any, Any]:
+    model = nets.mlp() if model is None else model
+    options = options if "cuts" in options else CUTS | options
+    return model, fa_bench.attach(model, name, seed=0, sample_input=tokens()[0] if x is None else x, objective=TokenLoss(),
+                                  **options)
+
+
+def step(model: Any, rule: Any, x: Tensor, y: Tensor, scale: float = 1.0) -> dict[str, Tensor | None]:
+    model.zero_grad(set_to_none=True)
+    logits = model(x)
+    rule.backward(TokenLoss().loss(logits, y) * scale, logits, y)
+    return collect(model)
+
+
+# ------------------------------------------------------------------------------------------------ tokens
+def test_dfa_over_tokens_equals_the_loops_over_all_tokens():
+    """The layers act on each token alone, so that the loops over samples take the tokens for samples."""
+    model, rule = attached("dfa")
+    (x, y), plain = tokens(), nets.mlp()
+    inject = {cut: array(rule.feedback[cut]["B"]) for cut in ("act1", "act2")}
+    assert {cut: b.shape for cut, b in inject.items()} == {"act1": (C, 5), "act2": (C, 6)}
+    want = gradients(describe(plain), arrays(plain), array(x.flatten(0, 1)), y.flatten().numpy(), inject=inject)
+    assert_matches(step(model, rule, x, y), want)
+
+
+def test_dkp_adds_the_gradient_of_b_over_samples_and_tokens():
+    model, rule = attached("dkp")
+    x, y = tokens()
+    seen: dict[str, Tensor] = {}
+    handle = model.act1.register_forward_hook(lambda module, args, output: seen.update(a=output.detach()), prepend=True)
+    step(model, rule, x, y)
+    handle.remove()
+    plain = nets.mlp()
+    z = plain(x)
+    delta = torch.autograd.grad(TokenLoss().loss(z, y), z)[0]
+    want = torch.zeros(C, 5, dtype=torch.float64)
+    for n in range(N):
+        for t in range(T):
+            for c in range(C):
+                want[c] += delta[n, t, c] * seen["a"][n, t]
+    assert distance(rule.feedback["act1"]["B"].grad, want) < REL
+
+
+@pytest.mark.parametrize("sign", [False, True])
+def test_drtp_projects_the_label_of_every_token(sign: bool):
+    """At act2 (N, T, 6) the error is B[label] over the number of labels; the bias of fc2 collects it through tanh."""
+    model, rule = attached("drtp", error_sign=sign, scale=2.0)
+    x, y = tokens()
+    y[0, 1] = y[2, 3] = IGNORED
+    got, plain = step(model, rule, x, y), nets.mlp()
+    b, want = rule.feedback["act2"]["B"], torch.zeros(6, dtype=torch.float64)
+    hidden = plain.act2(plain.fc2(plain.act1(plain.fc1(x)))).detach()
+    for n in range(N):
+        for t in range(T):
+            if (label := int(y[n, t])) == IGNORED:
+                continue
+            row = b.sum(0) - 2 * b[label] if sign else b[label]
+            want += 2.0 * row / (N * T - 2) * (1 - hidden[n, t] ** 2)
+    assert distance(got["fc2.bias"], want) < REL
+
+
+@pytest.mark.parametrize("name", [*BROADCASTING, "local_error", "predsim", "dgl"])
+def test_tokens_are_samples_and_one_token_is_the_plain_rule(name: str):
+    """Each token its own sequence, or without the axis of tokens: the same numbers, up to the order of sums over the batch."""
+    options = {"loss": "pred"} if name == "predsim" else {"auxiliary_net": "linear"} if name == "dgl" else {}
+    x, y = tokens()
+    one, rule = attached(name, x=x.flatten(0, 1).unsqueeze(1), **options)
+    got = step(one, rule, x.flatten(0, 1).unsqueeze(1), y.flatten().unsqueeze(1))
+    model = nets.mlp()
+    plain = fa_bench.attach(model, name, seed=0, sample_input=x.flatten(0, 1), **CUTS, **options)
+    logits = model(x.flatten(0, 1))
+    plain.backward(F.cross_entropy(logits, y.flatten()), logits, y.flatten())
+    assert {cut: {key: b.shape for key, b in tensors.items()} for cut, tensors in rule.feedback.items()} == \
+        {cut: {key: b.shape for key, b in tensors.items()} for cut, tensors in plain.feedback.items()}
+    learned = [parameter.grad for parameter in plain.feedback_parameters()]
+    for a, b in zip((parameter.grad for parameter in rule.feedback_parameters()), learned, strict=True):
+        assert distance(a, b) < 1e-12
+    assert_matches(got, {key: grad for key, grad in collect(model).items() if grad is not None}, rel=1e-12)
+    several, rule = attached(name, **options)
+    assert_matches(step(several, rule, x, y), {key: grad for key, grad in got.items() if grad is not None}, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", BROADCASTING)
+def test_permuted_tokens_have_permuted_signals(name: str):
+    model, rule = attached(name)
+    (x, y), order, signals = tokens(), torch.tensor([2, 0, 3, 1]), []
+    handle = model.act1.register_forward_hook(lambda module, args, output: output.register_hook(signals.append) and None,
+                                              prepend=True)
+    step(model, rule, x, y)
+    step(model, rule, x[:, order], y[:, order])
+    handle.remove()
+    assert torch.allclose(signals[1], signals[0][:, order], rtol=1e-12) and not torch.allclose(signals[1], signals[0])
+
+
+@pytest.mark.parametrize("name", [*BROADCASTING, "local_error"])
+def test_sequences_of_another_length_use_the_same_feedback(name: str):
+    """Attached with 4 tokens, trained with 6: as if attached with 6."""
+    x, y = tokens(6)
+    (one, rule), (two, other) = attached(name), attached(name, x=x)
+    assert_bitwise(step(one, rule, x, y), step(two, other, x, y))
+
+
+@pytest.mark.parametrize("name", [*BROADCASTING, "local_error"])
+def test_accumulated_and_scaled_losses(name: str):
+    """Half the loss of each half of the batch is the loss of the batch, also with the scale to be found in the errors."""
+    x, y = tokens()
+    x, y = torch.cat([x, x.flip(1)]), torch.cat([y, y.flip(1)])
+    (one, rule), (two, other) = attached(name), attached(name)
+    want = step(one, rule, x, y)
+    for part in (slice(0, 3), slice(3, 6)):
+        logits = two(x[part])
+        other.backward(TokenLoss().loss(logits, y[part]) / 2, logits, y[part])
+    assert_matches(collect(two), {key: grad for key, grad in want.items() if grad is not None})
+    assert_matches(step(two, other, x, y, 1024.0), {key: 1024 * grad for key, grad in want.items() if grad is not None})
+
+
+@pytest.mark.parametrize("name", [*BROADCASTING, "local_error"])
+def test_autocast_to_bfloat16(name: str):
+    """Half precision has 8 bits: gradients agree to some percent."""
+    model = nets.mlp().float()
+    x, y = tokens()
+    _, rule = attached(name, model, x.float())
+    want = step(model, rule, x.float(), y)
+    model.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(x.float())
+        loss = TokenLoss().loss(logits, y)
+    rule.backward(loss, logits, y)
+    for key, grad in collect(model).items():
+        assert grad is not None and grad.dtype == torch.float32 and distance(grad, want[key]) < 0.1, key
+
+
+def test_the_default_objective_takes_tokens_for_samples():
+    x, y = tokens()
+    (one, rule), two = attached("drtp"), nets.mlp()
+    other = fa_bench.attach(two, "drtp", seed=0, sample_input=x, **CUTS)
+    want = step(one, rule, x, y)
+    logits = two(x)
+    other.backward(F.cross_entropy(logits.flatten(0, 1), y.flatten()) * 3.0, logits, y)
+    assert_matches(collect(two), {key: 3 * grad for key, grad in want.items() if grad is not None})
+
+
+def test_wrong_labels_are_named():
+    model, rule = attached("drtp")
+    x, y = tokens()
+    with pytest.raises(ValueError, match=r"class indices of shape \(3, 4\), one for each position"):
+        logits = model(x)
+        rule.backward(logits.sum(), logits, y[:, 0])
+    y[1, 2] = 9
+    with pytest.raises(ValueError, match="label 9 is out of range"):
+        logits = model(x)
+        rule.backward(logits.sum(), logits, y, loss_scale=1.0)
+
+
+def test_similarities_of_tokens_are_refused():
+    with pytest.raises(CoverageError, match="label for each position: use loss='pred'") as refused:
+        attached("predsim")
+    attached("predsim", **refused.value.settings)
+
+
+# ------------------------------------------------------------------------------------------------ pixels, and unequal positions
+class Pixels(nn.Module):
+    """Convolutions at full and half resolution; the output has a class for every pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.act1 = nn.Conv2d(2, 4, 2, stride=2), nn.Tanh()
+        self.up, self.act2 = nn.ConvTranspose2d(4, 5, 2, stride=2), nn.Tanh()
+        self.head = nn.Conv2d(5, C, 1)
+        self.cut_points = ["act1", "act2"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.act2(self.up(self.act1(self.down(x)))))
+
+
+def pixels(size: tuple[int, int] = (4, 6)) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, 2, *size, dtype=torch.float64, generator=generator), torch.randint(C, (2, *size), generator=generator)
+
+
+def pixel_net() -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Pixels().double()
+
+
+def test_pixels_and_the_coarser_map_get_their_errors():
+    """At act1 each of 2 x 3 cells has the sum of the errors of its 2 x 2 pixels."""
+    (x, y), model, plain = pixels(), pixel_net(), pixel_net()
+    rule = fa_bench.attach(model, "dkp", seed=0, sample_input=x)
+    b1, b2 = (rule.feedback[cut]["B"] for cut in ("act1", "act2"))
+    assert b1.shape == (C, 4) and b2.shape == (C, 5)
+    logits = model(x)
+    rule.backward(F.cross_entropy(logits, y), logits, y)
+    low = plain.act1(plain.down(x))
+    high = plain.act2(plain.up(low.detach()))
+    z = plain.head(high.detach())
+    F.cross_entropy(z, y).backward()
+    delta = torch.autograd.grad(F.cross_entropy(z2 := plain.head(high), y), z2)[0]
+    at_high, at_low, gradient = torch.zeros_like(high), torch.zeros_like(low), torch.zeros_like(b1)
+    for n in range(2):
+        for row in range(4):
+            for column in range(6):
+                at_high[n, :, row, column] = delta[n, :, row, column] @ b2
+                at_low[n, :, row // 2, column // 2] += delta[n, :, row, column] @ b1
+                gradient += torch.outer(delta[n, :, row, column], low.detach()[n, :, row // 2, column // 2])
+    high.backward(at_high.detach())
+    low.backward(at_low.detach())
+    assert_matches(collect(model), {key: array(grad) for key, grad in collect(plain).items() if grad is not None})
+    assert distance(b1.grad, gradient.detach()) < REL
+
+
+def test_drtp_adds_the_labels_that_a_coarser_position_covers():
+    (x, y), model, plain = pixels(), pixel_net(), pixel_net()
+    rule = fa_bench.attach(model, "drtp", seed=0, sample_input=x)
+    logits = model(x)
+    rule.backward(F.cross_entropy(logits, y), logits, y)
+    low, b = plain.act1(plain.down(x)), rule.feedback["act1"]["B"]
+    error = torch.zeros_like(low)
+    for n in range(2):
+        for row in range(4):
+            for column in range(6):
+                error[n, :, row // 2, column // 2] += b[int(y[n, row, column])] / y.numel()
+    low.backward(error.detach())
+    assert distance(model.down.weight.grad, plain.down.weight.grad) < REL
+
+
+class Pooled(nn.Module):
+    """`inner` between two layers on tokens (N, T, F), with the head at each of T // ratio tokens."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.first, self.act, self.inner, self.head = nn.Linear(7, 6), nn.Tanh(), inner, nn.Linear(6, C)
+        self.cut_points = ["act"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(self.act(self.first(x))))
+
+
+class Pairs(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, ::2] + x[:, 1::2]
+
+
+def test_a_finer_cut_gets_copies():
+    x = tokens()[0]
+    model = Pooled(Pairs()).double()
+    rule = fa_bench.attach(model, "dkp", seed=0, sample_input=x, objective=TokenLoss())
+    signals, captured = [], []
+    model.act.register_forward_hook(lambda module, args, out: captured.append(out.detach()) or (out.register_hook(signals.append)
+                                    and None), prepend=True)
+    logits, y = model(x), torch.tensor([[0, 1], [2, 2], [1, 0]])
+    delta = torch.autograd.grad(TokenLoss().loss(logits, y), logits, retain_graph=True)[0]
+    rule.backward(TokenLoss().loss(logits, y), logits, y)
+    b = rule.feedback["act"]["B"]
+    gradient = torch.zeros_like(b)
+    for t in range(T):
+        assert distance(signals[-1][:, t], (delta[:, t // 2] @ b).detach()) < REL
+        gradient += delta[:, t // 2].t() @ captured[-1][:, t]
+    assert distance(b.grad, gradient) < REL
+
+
+class Reversed(nn.Module):
+    def __init__(self, keep: int) -> None:
+        super().__init__()
+        self.keep = keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :self.keep].flip(1)
+
+
+def test_positions_that_do_not_match_are_refused_by_name():
+    with pytest.raises(CoverageError, match=r"cut 'act' .* shape \(3, 4, 6\).*errors at \(3,\) positions.*multiple"):
+        fa_bench.attach(Pooled(Reversed(3)), "dfa", sample_input=tokens()[0].float())
+    model = Pooled(Reversed(4)).double()
+    rule = fa_bench.attach(model, "dfa", sample_input=tokens()[0])
+    logits = model(tokens(7)[0])
+    with pytest.raises(CoverageError, match=r"cut 'act' .*\(3, 7, 6\).*errors at \(4,\) positions"):
+        rule.backward(logits.sum(), logits)
+    with pytest.raises(CoverageError, match=r"cut 'act' .*labels at \(2,\) positions: a local loss needs the same"):
+        fa_bench.attach(Pooled(Pairs()).double(), "local_error", sample_input=tokens()[0], objective=TokenLoss())
+
+
+@pytest.mark.parametrize(("shape", "positions", "layer", "output", "axis"), [
+    ((2, 5, 7), (5,), nn.Linear(3, 7), (2, 5, 7), 2), ((2, 7, 5), (5,), nn.Conv1d(3, 7, 1), (2, 7, 5), 1),
+    ((2, 5, 5), (5,), nn.Linear(3, 5), (2, 5, 5), 2), ((2, 5, 5), (5,), nn.Conv1d(3, 5, 1), (2, 5, 5), 1),
+    ((2, 5, 5), (), nn.Conv2d(3, 5, 1), (2, 5, 5, 1), 2), ((2, 4, 4, 4), (4, 4), nn.Conv2d(3, 4, 1), (2, 4, 4, 4), 1),
+    ((2, 4, 4, 4), (4, 4), nn.Linear(3, 4), (2, 4, 4, 4), 3), ((2, 4, 6, 8), (4, 6), nn.Conv2d(3, 8, 1), (2, 8, 4, 6), 3),
+    ((2, 8, 2, 3), (4, 6), nn.Conv2d(3, 8, 1), (2, 8, 2, 3), 1), ((2, 2, 3, 8), (4, 6), nn.Linear(3, 8), (2, 2, 3, 8), 3),
+    ((2, 4, 3), (3,), nn.Linear(3, 3), (2, 4, 3), 2), ((2, 8, 16), (8,), nn.Linear(3, 8), (2, 8, 8), 2),
+    ((2, 9), (5,), nn.Linear(3, 9), (2, 9), 1),
+], ids=str)
+def test_the_axis_of_features(shape: Any, positions: Any, layer: Any, output: Any, axis: int):
+    assert feature_axis(shape, positions, (layer, output)) == axis
+
+
+# ------------------------------------------------------------------------------------------------ positions of the cut alone
+class Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
+@pytest.mark.parametrize("name", ["dfa", "dkp"])
+def test_positions_shared_sends_one_signal_to_all_tokens(name: str):
+    x, y = tokens()[0], torch.tensor([0, 2, 1])
+    models = [Pooled(Mean()).double() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    own, shared = (fa_bench.attach(model, name, seed=0, sample_input=x, positions=positions)
+                   for model, positions in zip(models, ("own", "shared"), strict=True))
+    assert own.feedback["act"]["B"].shape == (C, T * 6) and shared.feedback["act"]["B"].shape == (C, 6)
+    with torch.no_grad():
+        own.feedback["act"]["B"].copy_(shared.feedback["act"]["B"].repeat(1, T))
+    for model, rule in zip(models, (own, shared), strict=True):
+        logits = model(x)
+        rule.backward(F.cross_entropy(logits, y), logits, y)
+    assert_matches(collect(models[1]), {key: grad for key, grad in collect(models[0]).items() if grad is not None})
+    if name == "dkp":
+        parts = own.feedback["act"]["B"].grad.unflatten(1, (T, 6))
+        assert distance(shared.feedback["act"]["B"].grad, parts.sum(1)) < REL
+    logits = models[1](tokens(6)[0])  # any number of tokens
+    shared.backward(F.cross_entropy(logits, y), logits, y)
+
+
+def test_regression_has_the_error_of_its_outputs():
+    x, target = nets.batch("mlp")[0], torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3)
+    model = nets.mlp()
+    rule = fa_bench.attach(model, "dfa", seed=0, sample_input=x, **CUTS)
+    out = model(x)
+    rule.backward((out - target).square().sum() / 8, out)
+    plain, b = nets.mlp(), rule.feedback["act2"]["B"]
+    hidden = plain.act2(plain.fc2(plain.act1(plain.fc1(x)))).detach()
+    want = (((out.detach() - target) / 4) @ b * (1 - hidden ** 2)).sum(0)
+    assert distance(model.fc2.bias.grad, want) < REL
+
+
+# ------------------------------------------------------------------------------------------------ metrics
+@pytest.mark.parametrize("name", [*BROADCASTING, "local_error"])
+def test_alignment_metrics_on_tokens(name: str):
+    _, rule = attached(name)
+    x, y = tokens()
+    values = AlignmentMeter(rule, x, y).measure()
+    assert set(values["delta_angle"]) == {"fc1", "fc2", "fc3"} and 0 < values["delta_angle"]["fc1"] < 180
+    assert set(values["output_angle"]) == (set() if name == "local_error" else {"fc1", "fc2"})
+    assert set(values["weight_angle"]) == (set() if name == "local_error" else {"fc3"})
+
+
+def test_the_output_angle_is_that_of_each_token():
+    _, rule = attached("dfa")
+    x, y = tokens()
+    plain = copy.deepcopy(nets.mlp())
+    a = plain.act1(plain.fc1(x))
+    cosines = F.cosine_similarity(a @ rule.feedback["act1"]["B"].t(), plain(x), dim=-1)
+    want = torch.rad2deg(cosines.acos()).mean().item()
+    assert AlignmentMeter(rule, x, y, ["output_angle"]).measure()["output_angle"]["fc1"] == pytest.approx(want, rel=1e-9)
