@@ -50,9 +50,9 @@ class DFA(CutRule):
     (``within=layer``) a weight needs a cut between itself and the next one, and an embedding needs one, too.
 
     Both are the settings of Launay et al. 2020 for transformers, with the error in front of the vocabulary layer and cuts at the
-    end of each block ("macro") or also inside it ("micro"): ``algorithm=dfa algorithm.form=shared algorithm.within=block
-    algorithm.error_at=MODULE``, where MODULE is the last block or normalisation, and for "micro" `cuts` such as
-    ``algorithm.cuts='[*norm1,*act,*norm2]'``.
+    end of each block ("macro") or also inside it ("micro"): ``algorithm=dfa algorithm.form=shared algorithm.within=block`` with
+    ``algorithm.error_at=MODULE``, the last block or normalisation, and for "micro" also
+    ``algorithm.cuts='[*norm1,*act,*norm2]'``, by the names of the model's own modules.
 
     Choices: B is Xavier-uniform for neuron and kernel (``b_init``), with one fixed mask if ``density`` is below 1; its fan_in is
     the number of features, its fan_out C.
