@@ -202,7 +202,8 @@ def trace_model(
         through_beyond=through_beyond,
         beyond={path for path in order if path in first_beyond | through_beyond},
         beyond_leaves=set().union(*(leaves(node, output_nodes.values()) for node in ends)),
-        below_leaves=set().union(*(leaves(node, (*output_nodes.values(), *look_ups)) for node in output_nodes.values())),
+        below_leaves=set().union(*(leaves(node, (*output_nodes.values(), *look_ups)) for node in output_nodes.values()
+                                    if node not in look_ups)),
         after_tables={path for path, (met, _) in walks.items() if not met.isdisjoint({*embeddings, *used.local})},
         tables=tables,
         kinds=kinds,

@@ -245,6 +245,12 @@ def test_options_added_to_a_rule_leave_the_identity_of_older_runs() -> None:
     assert job.config_hash != other.config_hash and job.identity()["algorithm"]["form"] == "neuron"
 
 
+def test_results_record_where_a_rule_transports_weights(tmp_path: Path) -> None:
+    words = (*BASE, *HIDDEN, "threads=1", "epochs=1")
+    for number, (option, where) in enumerate({"algorithm.error_at=act2": ["after 'act2'"], "algorithm.form=neuron": []}.items()):
+        assert run(composed(*words, "algorithm=dfa", option), tmp_path / str(number))["weight_transport"] == where
+
+
 def test_every_rule_is_the_one_that_was_chosen() -> None:
     """No two rules give the same numbers; where all layers are fully connected, bp_fc is bp."""
     chosen = {name: (*HIDDEN, f"algorithm={name}") for name in sorted(ALGORITHMS) if name != "bp_fc"}

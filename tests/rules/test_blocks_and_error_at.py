@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -225,6 +226,68 @@ def test_functional_uses_of_weights_are_no_fault_within_a_block():
     delta = torch.autograd.grad(loss_of(z, y), z, retain_graph=True)[0]
     body.backward(projected(delta, rule.feedback["layers.0"]["B"]))
     assert distance(model.mix.grad, array(plain.mix.grad)) < REL
+
+
+def chain(*widths: int) -> Any:
+    torch.manual_seed(0)
+    layers = [part for pair in itertools.pairwise(widths) for part in (nn.Linear(*pair), nn.ReLU())]
+    return nn.Sequential(*layers[:-1]).double()
+
+
+def test_layers_after_the_module_learn_by_backpropagation():
+    model, plain, x, y = chain(4, 4, 4, 4, 4), chain(4, 4, 4, 4, 4), torch.eye(4).double(), torch.tensor([0, 1, 2, 3])
+    rule = fa_bench.attach(model, "dfa", sample_input=x, cuts=["1"], error_at="3")
+    said = {entry.layer: entry.feedback for entry in rule.coverage.covered}
+    assert said["4"] == "comes by backpropagation after 3" and said["2"] == "is the true one at 3"
+    assert not rule.coverage.uncovered and rule.coverage.transport == ("after '3'",)
+    assert rule.weight_pairs() == {} == rule.readouts(), "B (4, 4) is for the error at 3, not for the logits"
+    for net, backward in ((model, lambda loss, z: rule.backward(loss, z, y)), (plain, lambda loss, z: loss.backward())):
+        logits = net(x)
+        backward(F.cross_entropy(logits, y), logits)
+    for key in ("2.weight", "4.weight", "6.weight"):
+        assert torch.equal(collect(model)[key], collect(plain)[key])
+    with pytest.raises(CoverageError, match=r"4\.weight \(no cut point"):
+        fa_bench.attach(chain(4, 4, 4, 4, 4), "dfa", sample_input=x, cuts=["1", "3"])
+
+
+class Tied(nn.Module):
+    """Its vocabulary layer is the embedding's weight, or a layer that is used by a function, too."""
+
+    def __init__(self, layer: bool) -> None:
+        super().__init__()
+        self.embed, self.drop = nn.Embedding(VOCABULARY, WIDTH), nn.Identity()
+        self.fc, self.act = nn.Linear(WIDTH, WIDTH), nn.ReLU()
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY) if layer else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.act(self.fc(self.drop(self.embed(x)))))
+        return F.linear(h, self.embed.weight) if self.head is None else self.head(h) + F.linear(h, self.head.weight)
+
+
+@pytest.mark.parametrize("layer", [False, True])
+def test_functional_uses_after_the_module_are_no_fault(layer: bool):
+    model, (x, y) = Tied(layer), words()
+    cuts = ["drop", "act"]
+    with pytest.raises(CoverageError, match=r"'act' is after the output layer"):  # the function is no layer
+        fa_bench.attach(model, "dfa", sample_input=x, cuts=cuts)
+    rule = fa_bench.attach(model, "dfa", sample_input=x, cuts=cuts, error_at="norm")
+    assert not rule.coverage.uncovered
+    logits = model(x)
+    rule.backward(loss_of(logits, y), logits, y)
+
+
+def test_a_weight_that_a_function_uses_within_a_block_is_transported():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.fc, self.act, self.head = nn.Linear(4, 4), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.stem(x)
+            return self.head(self.act(self.fc(h) + F.linear(h, self.fc.weight)))
+
+    rule = fa_bench.attach(Twice(), "dfa", sample_input=torch.ones(2, 4), cuts=["stem", "act"], within="block")
+    assert rule.coverage.transport == ("within blocks",)
 
 
 @pytest.mark.parametrize(("options", "message"), [

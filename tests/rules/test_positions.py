@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import fa_bench
 from fa_bench.errors import CoverageError
 from fa_bench.mechanisms.cut.positions import IGNORED, feature_axis
+from fa_bench.mechanisms.loss_scale import is_unscaled, measured_scale
 from fa_bench.metrics.meter import AlignmentMeter
 from fa_bench.objectives.base import Objective
 from fa_bench.registry.kinds import POSITIONS
@@ -184,13 +185,30 @@ def test_the_default_objective_takes_tokens_for_samples():
     assert_matches(collect(two), {key: 3 * grad for key, grad in want.items() if grad is not None})
 
 
+@pytest.mark.parametrize("size", [(N, T, C), (N, C, 2, 3)], ids=str)
+def test_the_scale_is_measured_without_labels(size: tuple[int, ...]):
+    """The label of a cross-entropy is the class with the only negative error, along the class axis."""
+    logits = torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    rows = logits if len(size) == 3 else logits.movedim(1, -1)
+    delta = torch.autograd.grad(3.0 * F.cross_entropy(rows.flatten(0, -2), torch.arange(rows.numel() // C) % C), logits)[0]
+    assert measured_scale("drtp", delta, logits.detach(), None) == pytest.approx(3, rel=1e-9)
+
+
+def test_whether_a_loss_of_tokens_was_scaled():
+    logits, y = torch.randn(N, T, C, requires_grad=True), tokens()[1]
+    assert is_unscaled(F.cross_entropy(logits.flatten(0, 1), y.flatten()), y) and is_unscaled(TokenLoss().loss(logits, y), y)
+    assert not is_unscaled(F.cross_entropy(logits[:, :2].flatten(0, 1), y[:, :2].flatten()), y)
+    for other in ({"ignore_index": int(y[0, 0])}, {"weight": torch.ones(C)}, {"reduction": "sum"}):
+        assert not is_unscaled(F.cross_entropy(logits.movedim(-1, 1), y, **other), y)
+
+
 def test_wrong_labels_are_named():
     model, rule = attached("drtp")
     x, y = tokens()
     with pytest.raises(ValueError, match=r"class indices of shape \(3, 4\), one for each position"):
         logits = model(x)
         rule.backward(logits.sum(), logits, y[:, 0])
-    y[1, 2] = 9
+    y[1, 2], y[0, 0] = 9, IGNORED
     with pytest.raises(ValueError, match="label 9 is out of range"):
         logits = model(x)
         rule.backward(logits.sum(), logits, y, loss_scale=1.0)
@@ -267,6 +285,20 @@ def test_drtp_adds_the_labels_that_a_coarser_position_covers():
                 error[n, :, row // 2, column // 2] += b[int(y[n, row, column])] / y.numel()
     low.backward(error.detach())
     assert distance(model.down.weight.grad, plain.down.weight.grad) < REL
+
+
+def test_a_local_loss_of_pixels_is_that_of_their_own_labels():
+    (x, y), model, plain = pixels(), pixel_net(), pixel_net()
+    rule = fa_bench.attach(model, "local_error", seed=0, sample_input=x, cuts=["act2"], allow_uncovered=True)
+    logits = model(x)
+    rule.backward(F.cross_entropy(logits, y), logits, y)
+    matrix = rule.feedback["act2"]["M"]
+    assert matrix.shape == (C, 5)
+    high = plain.act2(plain.up(plain.act1(plain.down(x))))
+    loss = sum(F.cross_entropy(matrix @ high[n, :, row, column], y[n, row, column])
+               for n in range(2) for row in range(4) for column in range(6)) / y.numel()
+    loss.backward()
+    assert distance(model.up.weight.grad, plain.up.weight.grad) < REL
 
 
 class Pooled(nn.Module):

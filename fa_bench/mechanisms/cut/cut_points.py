@@ -72,7 +72,7 @@ def check_cuts(rule: CutRule, trace: Trace, cuts: tuple[str, ...]) -> None:
             raise CoverageError(f"cut '{cut}' returns a {trace.kinds[cut]}; name a module that returns one tensor")
         if rule.side == OUTPUT and not trace.feeds[cut] and cut not in trace.after_tables:
             raise CoverageError(f"cut '{cut}' has no layer with weights before it")
-        if rule.side == OUTPUT and set(trace.feeds[cut]) & set(trace.outputs):
+        if rule.side == OUTPUT and rule.error_at is None and set(trace.feeds[cut]) & set(trace.outputs):
             raise CoverageError(f"cut '{cut}' is after the output layer '{trace.outputs[0]}'; cut hidden layers only")
 
 

@@ -269,7 +269,8 @@ class CutRule(Rule):
         return [*super().roots(output), *(node for node in nodes if node is not None)]
 
     def transporting_layers(self) -> dict[str, Any]:
-        return {} if self.modular else dict(self._covered)
+        beyond = set() if self.error_at is None else self._trace.beyond
+        return {} if self.modular else {path: layer for path, layer in self._covered.items() if path not in beyond}
 
     def deliver(
         self, loss: Tensor, logits: Tensor | None, target: Tensor | None, loss_scale: float | None = None
