@@ -100,19 +100,15 @@ class Coverage:
                 {"allow_uncovered": [*patterns, *refused] if len(refused) <= 4 else True})
 
 
-COVERABLE = "nn.Linear, nn.Conv1d/2d/3d or nn.ConvTranspose1d/2d/3d with a plain weight"
+COVERABLE = "nn.Linear, nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d, attention, recurrent or bilinear module with plain weights"
 
 
 def not_coverable(model: Any) -> str:
     """Why no layer of the model can be covered, and what to do, as one or more clauses."""
     nn, reasons = torch.nn, [f"it has no {COVERABLE}"]
+    compounds = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear)
     why = {
-        (nn.RNNBase, nn.RNNCellBase): "computes its gates in one function from its own weights: to have it covered, write it "
-                                      "with nn.Linear layers for its input and its state",
-        (nn.MultiheadAttention,): "computes its projections in one function from its own weights: to have them covered, write "
-                                  "them as nn.Linear layers",
-        (nn.Bilinear,): "multiplies two inputs by its weight, for which there is no feedback: to have it covered, write it with "
-                        "nn.Linear layers",
+        compounds: "is a class of its own, or has weights that are computed from other parameters",
         (nn.Embedding, nn.EmbeddingBag): "passes no error on and needs no feedback",
     }
     for path, module in model.named_modules():
@@ -147,8 +143,8 @@ def foreign_weights(model: Any, covered: set[int], uses: Uses | None = None) -> 
     uncovered: dict[str, str] = {}
     local: dict[str, str] = {}
     for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in covered or not is_weight(name, parameter):
+        for name, parameter in module._parameters.items():
+            if parameter is None or id(parameter) in covered or not is_weight(name, parameter):
                 continue
             full, kind = f"{path}.{name}" if path else name, type(module).__name__
             looked_up = isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag))

@@ -61,6 +61,7 @@ class Rule(Options):
         Raises:
             CoverageError: naming the layers, if the rule cannot be attached.
         """
+        from fa_bench.mechanisms.compound.expansion import expand
         from fa_bench.mechanisms.weighted_layers import Mode
 
         if torch.is_inference_mode_enabled():
@@ -69,6 +70,7 @@ class Rule(Options):
             raise CoverageError(f"this '{self.name}' rule object is already attached to a model; create another one")
         check_model(model)
         self.model, self.mode, self.seed, self.objective = model, Mode(self.name), seed, objective or CrossEntropy()
+        expand(model, self.mode)
         self._frozen, self._handles = [], []
         self._structure, self._uses_outside = None, {}
         self._passes, self._uses_watch, self._uses_unchecked = [], None, True
@@ -122,10 +124,13 @@ class Rule(Options):
         return model
 
     def _remove(self) -> None:
+        from fa_bench.mechanisms.compound.expansion import contract
+
         for handle in self._handles:
             handle.remove()
         self._handles = []
         self.unwire()
+        contract(self.model)
         if self._structure is not None:
             self._structure.release()
         for parameter in self._frozen_now():

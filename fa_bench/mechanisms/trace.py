@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from fa_bench.errors import CoverageError, FaBenchError, first_line, names, nearest
+from fa_bench.mechanisms.compound.expansion import layerwise
 from fa_bench.mechanisms.coverage import is_weight, not_coverable
 from fa_bench.mechanisms.graph import items_in, leaves, tensors_in
 from fa_bench.mechanisms.uses import Uses, UsesOfWeights
-from fa_bench.mechanisms.weighted_layers import require_gradients, weighted_layers
+from fa_bench.mechanisms.weighted_layers import Mode, require_gradients, weighted_layers
 
 if TYPE_CHECKING:
     from fa_bench.mechanisms.rule import Rule
@@ -116,6 +117,13 @@ def trace_model(
     Raises:
         CoverageError: if the model has no such output.
     """
+    with layerwise(model, Mode("")):
+        return _traced(model, sample, watch, output, frozen, alone)
+
+
+def _traced(
+    model: nn.Module, sample: Any, watch: Iterable[str], output: str | int | None, frozen: Iterable[Tensor], alone: bool
+) -> Trace:
     layers, modules = weighted_layers(model), dict(model.named_modules())
     embeddings = {path: module for path, module in modules.items() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))}
     owned = {id(p) for m in (*layers.values(), *embeddings.values()) for p in m.parameters(recurse=False)}

@@ -77,6 +77,13 @@ class LearnedTensor:
         return self.module._parameters[self.key]  # type: ignore[return-value]
 
     @property
+    def _weight(self) -> nn.Parameter | None:
+        """The weight that is trained together with the tensor, unless it is computed."""
+        from fa_bench.mechanisms.weighted_layers import weight_parameter
+
+        return None if self.witness is None else weight_parameter(self.witness)
+
+    @property
     def name(self) -> str:
         """Its name in the model."""
         return f"{self.path}.{self.key}" if self.path else self.key
@@ -99,7 +106,7 @@ class LearnedTensor:
             return  # the user froze it
         self._require_no_fault()
         _watch_optimizers(self)
-        weight, tensor = self.witness._parameters.get("weight"), self.tensor
+        weight, tensor = self._weight, self.tensor
         is_recorded = self._snapshot is not None and self._snapshot.tensor is tensor
         if weight is not None and not is_recorded:
             self._snapshot = _Snapshot(tensor, gradient, weight)
@@ -134,7 +141,7 @@ class LearnedTensor:
         Args:
             groups: id of each tensor that the optimizer trains -> its parameter group.
         """
-        weight = None if self.witness is None else self.witness._parameters.get("weight")
+        weight = self._weight
         group, weight_group = groups.get(id(self.tensor)), groups.get(id(weight))
         if group is not None:
             self.mark_trained()

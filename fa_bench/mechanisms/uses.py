@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from fa_bench.mechanisms.compound.base import Compound
 from fa_bench.mechanisms.graph import nodes_from, tensors_in
-from fa_bench.mechanisms.weighted_layers import WeightedLayer
+from fa_bench.mechanisms.weighted_layers import WeightedLayer, weight_parameter
 
 #: Autograd nodes that rearrange a tensor's entries without mixing them with another tensor's.
 _MOVES = {"Expand", "Unsqueeze", "Squeeze", "View", "UnsafeView", "Slice", "Select", "Index", "IndexSelect", "Gather", "Repeat",
@@ -56,14 +57,23 @@ class UsesOfWeights(TorchFunctionMode):
     def __init__(self, model: nn.Module, layers: dict[str, WeightedLayer]) -> None:
         super().__init__()
         # A weight that is computed, by pruning or a parametrization, is a new tensor every time.
-        layers = {path: layer for path, layer in layers.items() if layer._parameters.get("weight") is not None}
-        self._layer_of = {id(layer.weight): path for path, layer in layers.items()}
-        self._stored_at = {at: id(layer.weight) for layer in layers.values() if (at := _storage(layer.weight))}
+        weights = {path: weight for path, layer in layers.items() if (weight := weight_parameter(layer)) is not None}
+        self._layer_of = {id(weight): path for path, weight in weights.items()}
+        self._stored_at = {at: id(weight) for weight in weights.values() if (at := _storage(weight))}
         self._owners: dict[int, set[nn.Module]] = defaultdict(set)
+        for path, weight in weights.items():
+            self._owners[id(weight)].add(layers[path])
+            # A compound module may use the weights of its layers in a fused function.
+            if isinstance(parent := model.get_submodule(path.rpartition(".")[0]), Compound):
+                self._owners[id(weight)].add(parent)
         # No error passes through a look-up in a tied embedding either.
-        for module in (*layers.values(), *(module for module in model.modules() if isinstance(module, _LOOK_UPS))):
-            self._owners[id(module.weight)].add(module)
-        self._weight_of = {module: number for number, owners in self._owners.items() for module in owners}
+        for module in model.modules():
+            if isinstance(module, _LOOK_UPS):
+                self._owners[id(module.weight)].add(module)
+        self._weights_of: dict[nn.Module, set[int]] = defaultdict(set)
+        for number, owners in self._owners.items():
+            for module in owners:
+                self._weights_of[module].add(number)
         self._model = model
         self._running: list[tuple[str, nn.Module]] = []
         #: The autograd nodes that the owners of each weight have created.
@@ -86,8 +96,8 @@ class UsesOfWeights(TorchFunctionMode):
     def _exit_module(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._running and self._running[-1][1] is module:  # watching may begin within a module's call
             self._running.pop()
-        if module in self._weight_of:
-            nodes = self._nodes_of[self._weight_of[module]]
+        for number in self._weights_of.get(module, ()):
+            nodes = self._nodes_of[number]
             inputs = {tensor.grad_fn for tensor in tensors_in((args, kwargs))}
             nodes.update(nodes_from([tensor.grad_fn for tensor in tensors_in(output)], inputs | nodes))
 

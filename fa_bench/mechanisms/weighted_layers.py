@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import TypeAlias, TypeGuard
 
-from torch import nn
+from torch import Tensor, nn
 
 from fa_bench.errors import CoverageError
+from fa_bench.mechanisms.compound.projection import Projection
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 #: Only these exact types: the forward pass of a subclass may differ.
-WEIGHTED = (nn.Linear, *CONVOLUTIONS)
+WEIGHTED = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, Projection, *CONVOLUTIONS)
 #: The static type of a weighted layer, plain or with feedback.
-WeightedLayer: TypeAlias = nn.Linear | nn.modules.conv._ConvNd
+WeightedLayer: TypeAlias = nn.Linear | Projection | nn.modules.conv._ConvNd
 
 
 @dataclasses.dataclass
@@ -24,6 +25,7 @@ class Mode:
         rule: the rule's name.
         exact: forward passes are those of the plain model.
         freeze_random: forward passes sample no new random tensors, so that measuring does not change the run.
+        layerwise: compound modules call one layer for each of their weights; otherwise they may use fused kernels.
         training: a forward pass of the whole model with gradients is running.
         without_gradients: path -> trainable layer that ran without gradients in this pass.
         with_gradients: paths of the layers that ran with gradients in this pass.
@@ -32,6 +34,7 @@ class Mode:
     rule: str
     exact: bool = False
     freeze_random: bool = False
+    layerwise: bool = False
     training: bool = False
     without_gradients: dict[str, nn.Module] = dataclasses.field(default_factory=dict)
     with_gradients: set[str] = dataclasses.field(default_factory=set)
@@ -39,8 +42,34 @@ class Mode:
 
 def is_weighted(module: nn.Module) -> TypeGuard[WeightedLayer]:
     """Whether the module is a layer that can have feedback, plain or already swapped."""
-    weight = module._parameters.get("weight")
-    return _plain_class(type(module)) in WEIGHTED and isinstance(weight, nn.Parameter) and not weight.is_complex()
+    if _plain_class(type(module)) not in WEIGHTED:
+        return False
+    weight = weight_parameter(module)
+    return isinstance(weight, nn.Parameter) and not weight.is_complex()
+
+
+def weight_parameter(layer: nn.Module) -> nn.Parameter | None:
+    """The parameter that is a layer's weight; None if its weight is computed from others, such as by pruning."""
+    return layer.parameter if isinstance(layer, Projection) else layer._parameters.get("weight")
+
+
+def weight_gradient(layer: WeightedLayer) -> Tensor | None:
+    """The gradient of a layer's weight, in the weight's shape."""
+    parameter = weight_parameter(layer)
+    return None if parameter is None or parameter.grad is None else parameter.grad.view_as(layer.weight)
+
+
+def weight_name(path: str, layer: nn.Module) -> str:
+    """The name of the layer's weight in the model."""
+    parent = path.rpartition(".")[0] if isinstance(layer, Projection) else path
+    name = layer.weight_name if isinstance(layer, Projection) else "weight"
+    return f"{parent}.{name}" if parent else name
+
+
+def kind_of(layer: nn.Module) -> str:
+    """The type of a layer, as coverage tables name it: for a layer of a compound module, the type of that module."""
+    plain = _plain_class(type(layer.owner if isinstance(layer, Projection) else layer))
+    return "Linear" if issubclass(plain, nn.Linear) else plain.__name__
 
 
 def weighted_layers(model: nn.Module) -> dict[str, WeightedLayer]:

@@ -13,16 +13,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fa_bench.errors import CoverageError
+from fa_bench.mechanisms.compound.projection import Projection
 from fa_bench.mechanisms.edge.ops import (
     FeedbackConvFunction,
     FeedbackLinearFunction,
     Geometry,
     ProductLinearFunction,
 )
-from fa_bench.mechanisms.edge.pathways import BackwardContext, FeedbackPathway
+from fa_bench.mechanisms.edge.pathways import BackwardContext, FeedbackGradient, FeedbackPathway
 from fa_bench.mechanisms.feedback_tensors import PREFIX, drop_tensors, make_learned, tensors_of
 from fa_bench.mechanisms.updates import LearnedTensor
-from fa_bench.mechanisms.weighted_layers import WEIGHTED, Mode
+from fa_bench.mechanisms.weighted_layers import WEIGHTED, Mode, weight_parameter
 
 
 class FeedbackLayer(nn.Module):
@@ -54,9 +55,7 @@ class FeedbackLayer(nn.Module):
         # From the dictionary: attribute access on a module costs as much as launching a small matrix product.
         weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
         if weight is None:
-            raise CoverageError(f"layer '{self.path}' was pruned or parametrized after attach: its weight is no longer a plain "
-                                f"parameter, and its feedback cannot follow it. Call rule.detach() before pruning or "
-                                f"parametrizing, and attach again once the weight is a parameter")
+            weight, bias = self._weight_and_bias()
         mode.with_gradients.add(self.path)
         pathway = self.pathway
         if self.training and not mode.freeze_random:
@@ -72,6 +71,18 @@ class FeedbackLayer(nn.Module):
             context = _autocast_context(context, self.weight.detach(), dtype)
             bias = None if bias is None else _autocast(bias, dtype)
         return self.apply_feedback(x, weight, bias, context, *args, **kwargs)
+
+    def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and the bias of a layer that does not have them as its own parameters.
+
+        Raises:
+            CoverageError: if the weight is computed.
+        """
+        if weight_parameter(self) is None:
+            raise CoverageError(f"layer '{self.path}' was pruned or parametrized after attach: its weight is no longer a plain "
+                                f"parameter, and its feedback cannot follow it. Call rule.detach() before pruning or "
+                                f"parametrizing, and attach again once the weight is a parameter")
+        return self.weight, self.bias
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.pathway.materialize(self)
@@ -130,10 +141,35 @@ class _FeedbackLinear(FeedbackLayer):
 
     def apply_feedback(self, x: Tensor, weight: Tensor, bias: Tensor | None, context: BackwardContext) -> Tensor:
         function = FeedbackLinearFunction if context.second_hop is None else ProductLinearFunction
-        learned = [gradient.learned.tensor for gradient in context.gradients] if context.gradients else ()
+        learned = [gradient.input for gradient in context.gradients] if context.gradients else ()
         if x.dim() == 2:
             return function.apply(x, weight, bias, context, *learned)
         return function.apply(x.reshape(-1, x.shape[-1]), weight, bias, context, *learned).view(*x.shape[:-1], len(weight))
+
+
+class _FeedbackProjection(_FeedbackLinear):
+    """One weight of a compound module, with feedback."""
+
+    def apply_feedback(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, context: BackwardContext, rows: slice | None = None
+    ) -> Tensor:
+        if rows is None:
+            return super().apply_feedback(x, weight, bias, context)
+        return super().apply_feedback(x, weight[rows], None if bias is None else bias[rows], _rows_of(context, weight, rows))
+
+
+def _rows_of(context: BackwardContext, weight: Tensor, rows: slice) -> BackwardContext:
+    """`context` for some outputs of a linear layer with the weight (O, I)."""
+    feedback = context.from_weight(weight.detach()) if context.from_weight else context.feedback
+    assert feedback is not None
+
+    def of_rows(gradient: FeedbackGradient) -> FeedbackGradient:
+        if gradient.first_hop is not None:
+            return gradient._replace(first_hop=gradient.first_hop[rows])
+        return gradient if context.second_hop is not None else gradient._replace(rows=rows)
+
+    return context._replace(
+        feedback=feedback.detach()[rows], from_weight=None, gradients=tuple(map(of_rows, context.gradients)))
 
 
 class _FeedbackConv(FeedbackLayer):
@@ -166,7 +202,7 @@ def _convolve(
     """A convolution of a prepared input; `prepare` prepares an activation that replaces the input in a gradient likewise."""
     if context.activation is not None or context.gradients:
         context = _prepared(context, prepare)
-    learned = (gradient.learned.tensor for gradient in context.gradients)
+    learned = (gradient.input for gradient in context.gradients)
     return FeedbackConvFunction.apply(x, weight, bias, context, geometry, *learned)
 
 
@@ -196,7 +232,12 @@ def _batched(x: Tensor, dims: int) -> Tensor:
 
 def _with_feedback(plain: type[nn.Module]) -> type[FeedbackLayer]:
     """``FeedbackLinear`` and the like, as a global of this module, so that its layers can be pickled."""
-    mixin = _FeedbackLinear if plain is nn.Linear else _FeedbackConvTranspose if "Transpose" in plain.__name__ else _FeedbackConv
+    if plain is Projection:
+        mixin = _FeedbackProjection
+    elif issubclass(plain, nn.Linear):
+        mixin = _FeedbackLinear
+    else:
+        mixin = _FeedbackConvTranspose if "Transpose" in plain.__name__ else _FeedbackConv
     name = f"Feedback{plain.__name__}"
     body = {"__module__": __name__, "__doc__": "With feedback.", "plain_class": plain}
     return globals().setdefault(name, type(name, (mixin, plain), body))

@@ -155,7 +155,7 @@ def learned_gradients(
         of_hop: computes the gradient of the second factor of a product from the first factor.
     """
     gradients: list[Tensor | None] = []
-    for (learned, activation, first_hop), is_needed in zip(how, needed, strict=True):
+    for (learned, activation, first_hop, _), is_needed in zip(how, needed, strict=True):
         gradient = None
         if is_needed and activation is not None:
             gradient = of_activation(activation())

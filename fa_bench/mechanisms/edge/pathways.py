@@ -31,11 +31,18 @@ class FeedbackGradient(NamedTuple):
         activation: returns the activation that replaces the layer's input in the gradient, in the input's shape.
         first_hop: B, if the learned tensor is R of a product B R: then ē = g B replaces g in the gradient. See
             `fa_bench.mechanisms.edge.product` for its layout.
+        rows: the layer's outputs that this call computes, if the tensor has a row for each of them; None for all.
     """
 
     learned: LearnedTensor
     activation: Callable[[], Tensor] | None = None
     first_hop: Tensor | None = None
+    rows: slice | None = None
+
+    @property
+    def input(self) -> Tensor:
+        """The tensor, or its rows, as the input of the autograd Function."""
+        return self.learned.tensor if self.rows is None else self.learned.tensor[self.rows]
 
 
 class BackwardContext(NamedTuple):

@@ -74,7 +74,7 @@ class LayerContext:
         if not isinstance(value, str):
             self._store(name, value.to(weight))
             return
-        shape = weight.shape if shape is None else shape
+        shape = tuple(weight.shape) if shape is None else shape
         if value == COPY_WEIGHT:
             tensor = weight.clone()
             if density < 1:
@@ -92,7 +92,7 @@ class LayerContext:
             shape: the mask's shape; default: that of the weight.
         """
         weight = self.module.weight
-        shape = weight.shape if shape is None else shape
+        shape = tuple(weight.shape) if shape is None else shape
         self._store("mask", sample_mask(shape, density, self.tensor_seed(seeded_by)).to(weight) if density < 1 else None)
 
     def _store(self, name: str, tensor: Tensor | None) -> None:
@@ -124,8 +124,9 @@ class EdgeRule(Rule):
 
     def wire(self, sample_input: Any) -> Coverage:
         from fa_bench.mechanisms.edge.layers import swap_in
-        from fa_bench.mechanisms.weighted_layers import weighted_layers
+        from fa_bench.mechanisms.weighted_layers import kind_of, weight_name, weighted_layers
 
+        self.mode.layerwise = True
         self._layers: dict[str, FeedbackLayer] = {}
         self._learning: list[FeedbackLayer] = []
         self._learned: list[LearnedTensor] = []
@@ -141,7 +142,7 @@ class EdgeRule(Rule):
                                 f"'{self.name}' no layer (layers: {names(layers)})")
         covered = []
         for path, layer in layers.items():
-            kind = type(layer).__name__
+            kind = kind_of(layer)
             context = LayerContext(path, layer, self.seed, path in outputs)
             pathway = TransposeFeedback() if path in plain else self.pathway(context)
             self._layers[path] = layer = swap_in(layer, path, pathway, self.mode)
@@ -153,7 +154,7 @@ class EdgeRule(Rule):
         ids = {id(parameter) for layer in layers.values() for parameter in layer.parameters(recurse=False)}
         uncovered, local = foreign_weights(self.model, ids, trace.uses if trace is not None else None)
         if trace is not None:
-            uncovered |= {f"{path}.weight": outside_text(use) for path, use in trace.uses.outside.items()}
+            uncovered |= {weight_name(path, layers[path]): outside_text(use) for path, use in trace.uses.outside.items()}
         return Coverage(self.name, tuple(covered), uncovered, local, self.notes() + self._notes_on_tied_weights())
 
     def _trace_if_possible(self, sample_input: Any) -> Trace | None:
@@ -167,12 +168,14 @@ class EdgeRule(Rule):
 
     def _notes_on_tied_weights(self) -> tuple[str, ...]:
         """Notes on the learned feedback of weights that several layers share."""
+        from fa_bench.mechanisms.weighted_layers import weight_parameter
+
         owners: dict[int, list[str]] = {}
         for path, module in self.model.named_modules():
-            if module._parameters.get("weight") is not None:
-                owners.setdefault(id(module.weight), []).append(path)
-        learning = [path for path, layer in self._layers.items() if layer.pathway.follows]
-        tied = {path: [other for other in owners[id(self._layers[path].weight)] if other != path] for path in learning}
+            if (weight := weight_parameter(module)) is not None:
+                owners.setdefault(id(weight), []).append(path)
+        learning = {path: weight_parameter(layer) for path, layer in self._layers.items() if layer.pathway.follows}
+        tied = {path: [other for other in owners[id(weight)] if other != path] for path, weight in learning.items()}
         return tuple(f"'{path}' shares its weight with {names(others)}: the weight's gradient is the sum of theirs, and learned "
                      f"feedback follows the layer's own part." for path, others in tied.items() if others)
 
@@ -209,12 +212,15 @@ class EdgeRule(Rule):
         return self._learned
 
     def shared_gradients(self) -> list[tuple[Tensor, Tensor]]:
+        from fa_bench.mechanisms.weighted_layers import weight_parameter
+
         # A weight that is also used elsewhere has the gradient of all its uses.
         parameters = list(self.model.named_parameters(remove_duplicate=False))
         uses = Counter(id(parameter) for _, parameter in parameters)
         uses.update(id(parameter) for name, parameter in parameters if name in self.coverage.uncovered)
-        return [(layer.learned[layer.pathway.follows].tensor, layer.weight) for layer in self._learning
-                if layer.pathway.follows and uses[id(layer.weight)] == 1]
+        followed = [(layer.learned[layer.pathway.follows].tensor, weight_parameter(layer)) for layer in self._learning
+                    if layer.pathway.follows]
+        return [(tensor, weight) for tensor, weight in followed if weight is not None and uses[id(weight)] == 1]
 
     def step(self) -> None:
         super().step()

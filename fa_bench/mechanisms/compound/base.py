@@ -1,0 +1,82 @@
+"""The base class of compound modules."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from fa_bench.mechanisms.compound.projection import Projection
+
+if TYPE_CHECKING:
+    from fa_bench.mechanisms.weighted_layers import Mode
+
+#: Plain class -> its compound class.
+COMPOUNDS: dict[type[nn.Module], type[Compound]] = {}
+
+
+class Compound(nn.Module):
+    """Mixin for a plain module with several weights; subclasses implement `projections` and `layerwise_forward`.
+
+    The forward pass calls one layer for each weight if ``rule_mode.layerwise`` is set and gradients are enabled; otherwise it
+    is that of the plain class, which may be a fused kernel.
+
+    Attributes:
+        rule_mode: shared by all layers of the attached model.
+    """
+
+    rule_mode: Mode
+    plain_class: ClassVar[type[nn.Module]]
+
+    def projections(self) -> dict[str, Projection]:
+        """The layers of its weights, by the names that they get as children; other children have weights of their own."""
+        return {}
+
+    def layerwise_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward pass, by calls of the children."""
+        raise NotImplementedError
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        mode = self.rule_mode
+        # Without gradients in a training pass of the model, the layers must notice that.
+        if mode.layerwise and (torch.is_grad_enabled() or mode.training):
+            return self.layerwise_forward(*args, **kwargs)
+        return super().forward(*args, **kwargs)
+
+
+def compound(*plain_classes: type[nn.Module]) -> Any:
+    """Class decorator: the mixin that makes compound modules of these plain classes.
+
+    The classes ``CompoundLSTM`` and the like are globals of the mixin's module, so that models can be pickled.
+    """
+    def register(mixin: type[Compound]) -> type[Compound]:
+        for plain in plain_classes:
+            name = f"Compound{plain.__name__}"
+            body = {"__module__": mixin.__module__, "__doc__": mixin.__doc__, "plain_class": plain}
+            cls = type(name, (mixin, plain), body)
+            setattr(sys.modules[mixin.__module__], name, cls)
+            COMPOUNDS[plain] = cls
+        return mixin
+    return register
+
+
+class Substitute(TorchFunctionMode):
+    """A context in which calls of some of PyTorch's functions are replaced.
+
+    A fused function is replaced by its composition of layers, while the checks of arguments around it stay PyTorch's.
+
+    Args:
+        **replacements: name of a function -> what is called in its place, with the same arguments.
+    """
+
+    def __init__(self, **replacements: Callable[..., Any]) -> None:
+        super().__init__()
+        self.replacements = replacements
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        replacement = self.replacements.get(getattr(function, "__name__", ""))
+        return (replacement or function)(*args, **(kwargs or {}))

@@ -1,0 +1,64 @@
+"""One weight of a compound module, as a linear layer.
+
+Shapes: N batch, O out, I in; ``...`` any further dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Projection(nn.Module):
+    """y = x Wᵀ + b with a weight and a bias of a compound module, which keeps them as its parameters.
+
+    The model has it as a child of the compound module while a rule is attached: hooks, feedback and metrics treat it like a
+    linear layer, and the model's state_dict does not contain it, except for its feedback.
+
+    Args:
+        owner: the compound module.
+        weight: the name of its weight, (O, I); a weight with more dimensions, (O, I1, I2), is flattened to (O, I1 I2).
+        bias: the name of its bias, (O,); None if there is none.
+        bias_rows: the part of the bias that belongs to this weight; None for all of it.
+    """
+
+    def __init__(self, owner: nn.Module, weight: str, bias: str | None, bias_rows: slice | None = None) -> None:
+        super().__init__()
+        self.__dict__["owner"] = owner  # not a child: the owner contains this module
+        self.weight_name, self.bias_name, self.bias_rows = weight, bias, bias_rows
+
+    owner: nn.Module
+
+    @property
+    def parameter(self) -> nn.Parameter | None:
+        """The owner's weight; None if it is computed from other parameters, such as by pruning."""
+        return self.owner._parameters.get(self.weight_name)
+
+    @property
+    def weight(self) -> Any:
+        """The weight as (O, I)."""
+        parameter = self.parameter
+        return parameter if parameter is None or parameter.dim() == 2 else parameter.flatten(1)
+
+    @property
+    def bias(self) -> Any:
+        """The bias, (O,), or None."""
+        bias = None if self.bias_name is None else self.owner._parameters.get(self.bias_name)
+        return bias if bias is None or self.bias_rows is None else bias[self.bias_rows]
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The feedback of this layer, and the owner's parameters that it uses."""
+        yield from super().named_parameters(*args, **kwargs)
+        for name, key in (("weight", self.weight_name), ("bias", self.bias_name)):
+            if key is not None and (parameter := self.owner._parameters.get(key)) is not None:
+                yield name, parameter
+
+    def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:
+        """The output, (..., O), for x (..., I); with `rows`, that of these rows of the weight only."""
+        weight, bias = self.weight, self.bias
+        if rows is None:
+            return F.linear(x, weight, bias)
+        return F.linear(x, weight[rows], None if bias is None else bias[rows])

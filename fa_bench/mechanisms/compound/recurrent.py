@@ -1,0 +1,168 @@
+"""Recurrent modules, and bilinear ones, as compositions of linear layers.
+
+Shapes: N batch, T steps, I inputs, H hidden units, G gates times H; R the sum of the lengths of all sequences in a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from fa_bench.mechanisms.compound.base import Compound, Substitute, compound
+from fa_bench.mechanisms.compound.projection import Projection
+
+#: (h,), or (h, c) of an LSTM; each (N, H).
+State: TypeAlias = tuple[Tensor, ...]
+
+
+def lstm_step(from_input: Tensor, from_state: Tensor, state: State) -> State:
+    """c' = σ(f) c + σ(i) tanh(g), h' = σ(o) tanh(c'), with i, f, g, o = W x + b + U h + d."""
+    i, f, g, o = (from_input + from_state).chunk(4, dim=-1)
+    c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def gru_step(from_input: Tensor, from_state: Tensor, state: State) -> State:
+    """h' = n + σ(z) (h - n), with n = tanh(n_x + σ(r) n_h), r = r_x + r_h, z = z_x + z_h."""
+    (r_x, z_x, n_x), (r_h, z_h, n_h) = from_input.chunk(3, dim=-1), from_state.chunk(3, dim=-1)
+    n = (n_x + (r_x + r_h).sigmoid() * n_h).tanh()
+    return ((state[0] - n) * (z_x + z_h).sigmoid() + n,)
+
+
+def tanh_step(from_input: Tensor, from_state: Tensor, state: State) -> State:
+    """h' = tanh(W x + b + U h + d)."""
+    return ((from_input + from_state).tanh(),)
+
+
+def relu_step(from_input: Tensor, from_state: Tensor, state: State) -> State:
+    """h' = relu(W x + b + U h + d)."""
+    return ((from_input + from_state).relu(),)
+
+
+#: The name of PyTorch's fused function -> one step.
+STEPS = {"lstm": lstm_step, "gru": gru_step, "rnn_tanh": tanh_step, "rnn_relu": relu_step}
+
+
+@compound(nn.LSTM, nn.GRU, nn.RNN)
+class CompoundRecurrent(Compound):
+    """A recurrent module with the layers ``ih_l0``, ``hh_l0``, ... (and ``hr_l0``, the projection of an LSTM's output).
+
+    The error passes through ``hh_l0`` in every time step; the derivatives of the gates are exact.
+    """
+
+    def projections(self) -> dict[str, Projection]:
+        module: Any = self
+        found: dict[str, Projection] = {}
+        for suffix in self._suffixes():
+            for part in ("ih", "hh", *(("hr",) if module.proj_size else ())):
+                bias = f"bias_{part}_{suffix}" if module.bias and part != "hr" else None
+                found[f"{part}_{suffix}"] = Projection(self, f"weight_{part}_{suffix}", bias)
+        return found
+
+    def _suffixes(self) -> list[str]:
+        module: Any = self
+        directions = ("", "_reverse") if module.bidirectional else ("",)
+        return [f"l{number}{direction}" for number in range(module.num_layers) for direction in directions]
+
+    def layerwise_forward(self, *args: Any, **kwargs: Any) -> Any:
+        with Substitute(**dict.fromkeys(STEPS, self._run)):
+            return self.plain_class.forward(self, *args, **kwargs)
+
+    def _run(self, x: Tensor, second: Any, third: Any, *_: Any) -> tuple[Tensor, ...]:
+        """In place of the fused function: the outputs, and the final states, (layers and directions, N, H) each.
+
+        Its arguments are either x (T, N, I) or, with ``batch_first``, (N, T, I), and the initial state; or, for sequences of
+        several lengths, x (R, I), the number of sequences in each step, and the initial state.
+        """
+        module: Any = self
+        if isinstance(second, Tensor) and second.dtype == torch.int64 and second.dim() == 1:
+            sizes, initial = second.tolist(), third
+            return self._layers(x, sizes, initial)
+        x = x.transpose(0, 1) if module.batch_first else x
+        y, *final = self._layers(x.flatten(0, 1), [x.shape[1]] * len(x), second)
+        y = y.view(len(x), x.shape[1], y.shape[-1])
+        return y.transpose(0, 1) if module.batch_first else y, *final
+
+    def _layers(self, x: Tensor, sizes: list[int], initial: Any) -> tuple[Tensor, ...]:
+        """All layers: x (R, I), steps in order; `sizes`, the number of sequences in each step."""
+        module: Any = self
+        states: list[Tensor] = [initial] if isinstance(initial, Tensor) else list(initial)
+        finals: list[State] = []
+        suffixes = self._suffixes()
+        directions = 2 if module.bidirectional else 1
+        for number in range(module.num_layers):
+            if number and module.dropout and self.training:
+                x = nn.functional.dropout(x, module.dropout)
+            outputs = []
+            for suffix in suffixes[number * directions : (number + 1) * directions]:
+                state = tuple(each[len(finals)] for each in states)
+                y, final = self._direction(x, sizes, state, suffix)
+                outputs.append(y)
+                finals.append(final)
+            x = torch.cat(outputs, -1) if directions == 2 else outputs[0]
+        return x, *(torch.stack(parts) for parts in zip(*finals, strict=True))
+
+    def _direction(self, x: Tensor, sizes: list[int], initial: State, suffix: str) -> tuple[Tensor, State]:
+        """One layer in one direction; sequences end or begin where the number of sequences changes."""
+        module: Any = self
+        step = STEPS["lstm" if isinstance(self, nn.LSTM) else "gru" if isinstance(self, nn.GRU) else f"rnn_{module.nonlinearity}"]
+        ih, hh, hr = (getattr(module, f"{part}_{suffix}", None) for part in ("ih", "hh", "hr"))
+        assert ih is not None and hh is not None
+        from_input = ih(x).split(sizes)
+        is_reverse = suffix.endswith("_reverse")
+        outputs: list[Tensor] = []
+        ended: list[State] = []
+        state = tuple(each[: sizes[-1]] for each in initial) if is_reverse else initial
+        for number in range(len(sizes) - 1, -1, -1) if is_reverse else range(len(sizes)):
+            size, current = sizes[number], len(state[0])
+            if size > current:
+                state = tuple(torch.cat([each, start[current:size]]) for each, start in zip(state, initial, strict=True))
+            elif size < current:
+                ended.append(tuple(each[size:] for each in state))
+                state = tuple(each[:size] for each in state)
+            state = step(from_input[number], hh(state[0]), state)
+            if hr is not None:
+                state = (hr(state[0]), *state[1:])
+            outputs.append(state[0])
+        final = tuple(torch.cat(parts) for parts in zip(*[state, *reversed(ended)], strict=True))
+        return torch.cat(outputs[::-1] if is_reverse else outputs), final
+
+
+@compound(nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+class CompoundCell(Compound):
+    """A recurrent cell with the layers ``ih`` and ``hh``."""
+
+    def projections(self) -> dict[str, Projection]:
+        module: Any = self
+        return {part: Projection(self, f"weight_{part}", f"bias_{part}" if module.bias else None) for part in ("ih", "hh")}
+
+    def layerwise_forward(self, *args: Any, **kwargs: Any) -> Any:
+        module: Any = self
+
+        def replacement(step: Any) -> Any:
+            def run(x: Tensor, hidden: Tensor | Sequence[Tensor], *_: Any) -> Any:
+                state = (hidden,) if isinstance(hidden, Tensor) else tuple(hidden)
+                after = step(module.ih(x), module.hh(state[0]), state)
+                return after if len(after) == 2 else after[0]
+            return run
+
+        with Substitute(**{f"{name}_cell": replacement(step) for name, step in STEPS.items()}):
+            return self.plain_class.forward(self, *args, **kwargs)
+
+
+@compound(nn.Bilinear)
+class CompoundBilinear(Compound):
+    """y_o = Σ_ij x1_i A_oij x2_j + b_o as the layer ``product`` of the outer product of x1 (..., I1) and x2 (..., I2).
+
+    The layer's weight is A, (O, I1, I2), flattened to (O, I1 I2). Its feedback gives the error of the outer product, from which
+    that of x1 and x2 follows by exact derivatives.
+    """
+
+    def projections(self) -> dict[str, Projection]:
+        return {"product": Projection(self, "weight", "bias" if self._parameters.get("bias") is not None else None)}
+
+    def layerwise_forward(self, input1: Tensor, input2: Tensor) -> Tensor:
+        return self.product((input1.unsqueeze(-1) * input2.unsqueeze(-2)).flatten(-2))  # type: ignore[operator]
