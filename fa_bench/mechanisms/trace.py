@@ -10,7 +10,7 @@ import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -398,6 +398,10 @@ def all_require_grad(model: nn.Module) -> AbstractContextManager[None]:
     return set_temporarily([p for p in model.parameters() if p.is_floating_point()], "requires_grad", True)
 
 
+#: Attributes in which attention and recurrent modules, PyTorch's and others', keep the rate of their dropout.
+_DROPOUT_RATES = ("dropout", "dropout_p", "attention_dropout")
+
+
 @contextmanager
 def without_side_effects(model: nn.Module) -> Iterator[None]:
     """A context without dropout in which batches are normalised by their own statistics, and running ones are not updated."""
@@ -406,6 +410,11 @@ def without_side_effects(model: nn.Module) -> Iterator[None]:
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
     # Instance normalisation ignores that and updates its running statistics; with momentum 0 they do not change.
     instances = [m for m in norms if isinstance(m, nn.modules.instancenorm._InstanceNorm)]
-    with set_temporarily(dropouts, "training", False), set_temporarily(norms, "track_running_stats", False), \
-            set_temporarily(instances, "momentum", 0.0):
+    with ExitStack() as stack:
+        stack.enter_context(set_temporarily(dropouts, "training", False))
+        stack.enter_context(set_temporarily(norms, "track_running_stats", False))
+        stack.enter_context(set_temporarily(instances, "momentum", 0.0))
+        for name in _DROPOUT_RATES:
+            rates = [m for m in model.modules() if isinstance(getattr(m, name, None), float)]
+            stack.enter_context(set_temporarily(rates, name, 0.0))
         yield

@@ -26,6 +26,7 @@ class Mode:
         exact: forward passes are those of the plain model.
         freeze_random: forward passes sample no new random tensors, so that measuring does not change the run.
         layerwise: compound modules call one layer for each of their weights; otherwise they may use fused kernels.
+        always_layerwise: they do so without gradients, too.
         training: a forward pass of the whole model with gradients is running.
         without_gradients: path -> trainable layer that ran without gradients in this pass.
         with_gradients: paths of the layers that ran with gradients in this pass.
@@ -35,6 +36,7 @@ class Mode:
     exact: bool = False
     freeze_random: bool = False
     layerwise: bool = False
+    always_layerwise: bool = False
     training: bool = False
     without_gradients: dict[str, nn.Module] = dataclasses.field(default_factory=dict)
     with_gradients: set[str] = dataclasses.field(default_factory=set)
@@ -61,8 +63,17 @@ def weight_gradient(layer: WeightedLayer) -> Tensor | None:
 
 def weight_name(path: str, layer: nn.Module) -> str:
     """The name of the layer's weight in the model."""
+    return _parameter_name(path, layer, layer.weight_name if isinstance(layer, Projection) else "weight")
+
+
+def bias_name(path: str, layer: nn.Module) -> str | None:
+    """The name of the layer's bias in the model, which other layers of a compound module may share; None if it has none."""
+    name = layer.bias_name if isinstance(layer, Projection) else "bias"
+    return _parameter_name(path, layer, name) if name is not None and getattr(layer, "bias", None) is not None else None
+
+
+def _parameter_name(path: str, layer: nn.Module, name: str) -> str:
     parent = path.rpartition(".")[0] if isinstance(layer, Projection) else path
-    name = layer.weight_name if isinstance(layer, Projection) else "weight"
     return f"{parent}.{name}" if parent else name
 
 

@@ -116,7 +116,8 @@ class ForwardAlignment(EdgeRule):
 
     def _run_second_pass(self, current: Pass, args: Any, kwargs: Any) -> None:
         """A second forward pass in which every layer has its input of the first pass, and C in place of its weight."""
-        from fa_bench.mechanisms.trace import without_side_effects
+        from fa_bench.mechanisms.trace import set_temporarily, without_side_effects
+        from fa_bench.mechanisms.weighted_layers import bias_name, weight_name, weight_parameter
 
         def restart(path: str) -> Any:
             def hook(module: nn.Module, args: Any) -> Any:
@@ -127,12 +128,15 @@ class ForwardAlignment(EdgeRule):
         values: dict[str, Tensor] = {}
         for path in self._random_layers:
             layer = self._layers[path]
-            values[f"{path}.weight"] = feedback_tensor(layer, "C")
-            if layer.bias is not None:
-                values[f"{path}.bias"] = torch.zeros_like(layer.bias)
+            weight = weight_parameter(layer)
+            values[weight_name(path, layer)] = feedback_tensor(layer, "C").view(weight.shape if weight is not None else ())
+            if (bias := bias_name(path, layer)) is not None:
+                # Layers of a compound module may share one bias.
+                zeroed = values.setdefault(bias, self.model.get_parameter(bias).detach().clone())
+                zeroed[getattr(layer, "bias_rows", None) or slice(None)] = 0
         handles = [self._layers[path].register_forward_pre_hook(restart(path)) for path in self._random_layers]
         try:
-            with torch.no_grad(), without_side_effects(self.model):
+            with torch.no_grad(), without_side_effects(self.model), set_temporarily([self.mode], "always_layerwise", True):
                 # A parameter that layers share is replaced in each of them by its own C.
                 torch.func.functional_call(self.model, values, args, kwargs, tie_weights=False)
         finally:

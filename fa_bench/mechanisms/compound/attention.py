@@ -83,7 +83,7 @@ class CompoundAttention(Compound):
             if mask is not None:
                 mask = mask.unsqueeze(0) if len(mask) == 1 else mask.view(batch, module.num_heads, *mask.shape[1:])
             attended = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal).flatten(0, 1)
-        output = self.out_proj(attended.transpose(0, 1).reshape(length * batch, self.embed_dim)).view(length, batch, -1)
+        output = self.out_proj(attended.transpose(0, 1).reshape(length, batch, self.embed_dim))
         if not is_batched:
             return output.squeeze(1), None if weights is None else weights.squeeze(0)
         return output.transpose(0, 1) if first else output, weights

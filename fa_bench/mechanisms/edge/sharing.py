@@ -82,16 +82,23 @@ class SharedActivation:
         return matched
 
 
-def matcher(shape: tuple[int, ...], wanted: tuple[int, ...], kind: str, mixing: Tensor | None) -> Callable[[Tensor], Tensor]:
+def matcher(
+    shape: tuple[int, ...], wanted: tuple[int, ...], kind: str, mixing: Tensor | None, features_last: bool = False
+) -> Callable[[Tensor], Tensor]:
     """A function that brings an activation of one shape (without the batch) to another.
 
     Copies are concatenated along channels (features) until there are enough; then the map is pooled, with kernel and stride equal
     to the ratio of the sizes. ``random`` replaces both by one fixed random 1x1 convolution `mixing` with that stride. If the
-    number of dimensions differs, the activation is flattened first.
+    number of dimensions differs, the activation is flattened first. With `features_last`, as in fully connected layers, the
+    features at every position of a sequence are matched.
 
     Raises:
-        ValueError: if the ratios are not whole numbers.
+        ValueError: if the ratios are not whole numbers, or the positions differ.
     """
+    if features_last and wanted[1:]:
+        if shape[:-1] != wanted[:-1]:
+            raise ValueError(f"its positions {shape[:-1]} are not {wanted[:-1]}")
+        return _feature_matcher(shape[-1], wanted[-1], kind, mixing)
     if len(shape) != len(wanted):
         inner = matcher((math.prod(shape),), wanted, kind, mixing)
         return lambda x: inner(x.flatten(1))
@@ -164,7 +171,7 @@ class SharedActivationFeedback(FeedbackPathway):
 
     def match(self, layer: Any) -> Callable[[Tensor], Tensor]:
         """A function that brings the shared activation to the shape of this layer's input."""
-        return matcher(self.shape, self.wanted, self.kind, feedback_tensor(layer, "P"))
+        return matcher(self.shape, self.wanted, self.kind, feedback_tensor(layer, "P"), layer.weight.dim() == 2)
 
     def shared(self, layer: Any, context: BackwardContext, activation: Callable[[], Tensor]) -> BackwardContext:
         """The context with the shared activation: here, it enters the weight gradient."""
@@ -206,6 +213,10 @@ class SharingRule(EdgeRule):
     def wire(self, sample_input: Any) -> Coverage:
         trace = self.trace(sample_input)
         groups = self.sharing_groups(self.model, trace)
+        repeated = [path for group in groups for path in group if trace.calls[path] > 1]
+        if repeated:
+            raise CoverageError(f"rule '{self.name}' shares one activation with each layer, so that a layer must run once in a "
+                                f"forward pass; {names(repeated)} runs {trace.calls[repeated[0]]} times")
         self._groups = {path: number for number, group in enumerate(groups, start=1) for path in group}
         self._first = {number: group[0] for number, group in enumerate(groups, start=1)}
         self._sources = {shared: SharedActivation(self._first[shared]) for shared in map(self.source_of, [*self._first][1:])}
@@ -267,8 +278,11 @@ class SharingRule(EdgeRule):
             return self.sharing(inner, None, provides, wanted, wanted, self.match)
         shape = self._shapes[self._first[source]]
         if self.match == "random":
-            channels = shape[0] if len(shape) == len(wanted) else math.prod(shape)
-            layer.put("P", "kaiming_uniform", shape=[wanted[0], channels, *[1] * (len(wanted) - 1)])
+            if layer.is_linear and wanted[1:]:
+                size = [wanted[-1], shape[-1]]
+            else:
+                size = [wanted[0], shape[0] if len(shape) == len(wanted) else math.prod(shape), *[1] * (len(wanted) - 1)]
+            layer.put("P", "kaiming_uniform", shape=size)
         pathway = self.sharing(inner, self._sources[source], provides, shape, wanted, self.match)
         try:
             pathway.match(layer.module)
