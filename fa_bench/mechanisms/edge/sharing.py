@@ -82,6 +82,10 @@ class SharedActivation:
         return matched
 
 
+class PositionsDiffer(Exception):
+    """Two activations have features at positions that do not correspond, such as those of tokens and those of windows."""
+
+
 def matcher(
     shape: tuple[int, ...], wanted: tuple[int, ...], kind: str, mixing: Tensor | None, features_last: bool = False
 ) -> Callable[[Tensor], Tensor]:
@@ -93,11 +97,12 @@ def matcher(
     features at every position of a sequence are matched.
 
     Raises:
-        ValueError: if the ratios are not whole numbers, or the positions differ.
+        ValueError: if the ratios are not whole numbers.
+        PositionsDiffer: with `features_last`, if the positions do not correspond.
     """
     if features_last and wanted[1:]:
         if shape[:-1] != wanted[:-1]:
-            raise ValueError(f"its positions {shape[:-1]} are not {wanted[:-1]}")
+            raise PositionsDiffer
         return _feature_matcher(shape[-1], wanted[-1], kind, mixing)
     if len(shape) != len(wanted):
         inner = matcher((math.prod(shape),), wanted, kind, mixing)
@@ -222,8 +227,14 @@ class SharingRule(EdgeRule):
         self._sources = {shared: SharedActivation(self._first[shared]) for shared in map(self.source_of, [*self._first][1:])}
         self._shapes = {path: tuple(shape[1:]) for path, shape in trace.input_shapes.items()}
         self._stem = trace.order[0]
+        self._unmatched: list[str] = []
         self._transporting = self.weight_transport_layers(self.model)
-        return super().wire(sample_input)
+        coverage = super().wire(sample_input)
+        if not self._unmatched:
+            return coverage
+        return dataclasses.replace(coverage, notes=(*coverage.notes, (
+            f"The positions of the activation that they would share are not those of {names(self._unmatched)}: these layers use "
+            f"their own input.")))
 
     def sharing_groups(self, model: nn.Module, trace: Trace) -> list[list[str]]:
         """The layers that share, grouped by their input activation; the first group's input is activation 1, the stem's output.
@@ -286,6 +297,9 @@ class SharingRule(EdgeRule):
         pathway = self.sharing(inner, self._sources[source], provides, shape, wanted, self.match)
         try:
             pathway.match(layer.module)
+        except PositionsDiffer:
+            self._unmatched.append(layer.path)
+            return inner if provides is None else self.sharing(inner, None, provides, wanted, wanted, self.match)
         except ValueError as error:
             raise CoverageError(f"rule '{self.name}' cannot bring the activation shared by '{self._first[source]}' to the shape "
                                 f"of the input of '{layer.path}': {error}"
