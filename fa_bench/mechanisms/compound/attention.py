@@ -17,7 +17,7 @@ from fa_bench.mechanisms.compound.projection import Projection
 
 
 @compound(nn.MultiheadAttention)
-class CompoundAttention(Compound):
+class AttentionLayers(Compound):
     """Attention with the layers ``in_proj`` (or ``q_proj``, ``k_proj`` and ``v_proj``) and ``out_proj``.
 
     Self-attention projects its input once by the whole ``in_proj_weight``; attention to other keys and values projects each

@@ -47,7 +47,7 @@ STEPS = {"lstm": lstm_step, "gru": gru_step, "rnn_tanh": tanh_step, "rnn_relu": 
 
 
 @compound(nn.LSTM, nn.GRU, nn.RNN)
-class CompoundRecurrent(Compound):
+class RecurrentLayers(Compound):
     """A recurrent module with the layers ``ih_l0``, ``hh_l0``, ... (and ``hr_l0``, the projection of an LSTM's output).
 
     The error passes through ``hh_l0`` in every time step; the derivatives of the gates are exact.
@@ -132,7 +132,7 @@ class CompoundRecurrent(Compound):
 
 
 @compound(nn.LSTMCell, nn.GRUCell, nn.RNNCell)
-class CompoundCell(Compound):
+class CellLayers(Compound):
     """A recurrent cell with the layers ``ih`` and ``hh``."""
 
     def projections(self) -> dict[str, Projection]:
@@ -154,7 +154,7 @@ class CompoundCell(Compound):
 
 
 @compound(nn.Bilinear)
-class CompoundBilinear(Compound):
+class BilinearLayers(Compound):
     """y_o = Σ_ij x1_i A_oij x2_j + b_o as the layer ``product`` of the outer product of x1 (..., I1) and x2 (..., I2).
 
     The layer's weight is A, (O, I1, I2), flattened to (O, I1 I2). Its feedback gives the error of the outer product, from which

@@ -12,7 +12,7 @@ from fa_bench.mechanisms.compound.base import Compound, Substitute, compound
 
 
 @compound(ShiftedWindowAttention)
-class CompoundWindowAttention(Compound):
+class WindowAttentionLayers(Compound):
     """torchvision's attention in windows, which passes the weights of its layers ``qkv`` and ``proj`` to a function."""
 
     def layerwise_forward(self, x: Tensor) -> Tensor:
