@@ -1,0 +1,126 @@
+"""Naive references for attention, LSTM and bilinear modules: plain loops over scalars, float64, one sample at a time.
+
+Nothing here uses torch's autograd or fa_bench. Index legend: o output, i input, t time step or query, s key.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+Vector = list[float]
+
+
+class Layer:
+    """y = W x + b, whose backward pass uses E in place of W; gradients add up over calls.
+
+    Args:
+        weight: W (O, I).
+        bias: b (O,).
+        feedback: E (O, I).
+    """
+
+    def __init__(self, weight: np.ndarray, bias: np.ndarray, feedback: np.ndarray) -> None:
+        self.weight, self.bias, self.feedback = weight, bias, feedback
+        self.grad_weight, self.grad_bias = np.zeros_like(weight), np.zeros_like(bias)
+
+    def forward(self, x: Vector, rows: range | None = None) -> Vector:
+        rows = rows or range(len(self.weight))
+        return [self.bias[o] + sum(self.weight[o, i] * x[i] for i in range(len(x))) for o in rows]
+
+    def backward(self, x: Vector, g: Vector, rows: range | None = None) -> Vector:
+        """The error at x, from the error g at the outputs `rows`."""
+        rows = rows or range(len(self.weight))
+        for o, error in zip(rows, g, strict=True):
+            self.grad_bias[o] += error
+            for i in range(len(x)):
+                self.grad_weight[o, i] += error * x[i]
+        return [sum(error * self.feedback[o, i] for o, error in zip(rows, g, strict=True)) for i in range(len(x))]
+
+
+def added(*vectors: Vector) -> Vector:
+    return [sum(entries) for entries in zip(*vectors, strict=True)]
+
+
+def attention(
+    projections: Layer, output: Layer, queries: list[Vector], keys: list[Vector], values: list[Vector], heads: int,
+    errors: list[Vector],
+) -> tuple[list[Vector], list[Vector], list[Vector]]:
+    """The errors at queries, keys and values, from the errors at the outputs of attention without masks.
+
+    Args:
+        projections: W (3E, E), the rows of queries, keys and values.
+        output: W (E, E).
+    """
+    features = len(output.weight)
+    size = features // heads
+    of_q, of_k, of_v = (range(number * features, (number + 1) * features) for number in range(3))
+    q = [projections.forward(x, of_q) for x in queries]
+    k = [projections.forward(x, of_k) for x in keys]
+    v = [projections.forward(x, of_v) for x in values]
+    g_q, g_k, g_v = ([[0.0] * features for _ in sequence] for sequence in (q, k, v))
+    for t, error in enumerate(errors):
+        context, attended = [0.0] * features, []
+        for head in range(heads):
+            part = range(head * size, (head + 1) * size)
+            scores = [sum(q[t][f] * k[s][f] for f in part) / math.sqrt(size) for s in range(len(k))]
+            total = sum(math.exp(score) for score in scores)
+            weights = [math.exp(score) / total for score in scores]
+            attended.append(weights)
+            for f in part:
+                context[f] = sum(weights[s] * v[s][f] for s in range(len(v)))
+        g_context = output.backward(context, error)
+        for head, weights in enumerate(attended):
+            part = range(head * size, (head + 1) * size)
+            g_weights = [sum(g_context[f] * v[s][f] for f in part) for s in range(len(v))]
+            mean = sum(weight * g for weight, g in zip(weights, g_weights, strict=True))
+            for s, weight in enumerate(weights):
+                g_score = weight * (g_weights[s] - mean) / math.sqrt(size)
+                for f in part:
+                    g_v[s][f] += weight * g_context[f]
+                    g_q[t][f] += g_score * k[s][f]
+                    g_k[s][f] += g_score * q[t][f]
+    return ([projections.backward(x, g, of_q) for x, g in zip(queries, g_q, strict=True)],
+            [projections.backward(x, g, of_k) for x, g in zip(keys, g_k, strict=True)],
+            [projections.backward(x, g, of_v) for x, g in zip(values, g_v, strict=True)])
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def lstm(ih: Layer, hh: Layer, inputs: list[Vector], errors: list[Vector]) -> list[Vector]:
+    """The errors at the inputs of all time steps, from the errors at all outputs h; states start at zero."""
+    size = len(hh.weight) // 4
+    h, c = [0.0] * size, [0.0] * size
+    steps = []
+    for x in inputs:
+        z = added(ih.forward(x), hh.forward(h))
+        i, f, g, o = ([squash(z[part * size + j]) for j in range(size)]
+                      for part, squash in enumerate((sigmoid, sigmoid, math.tanh, sigmoid)))
+        new_c = [f[j] * c[j] + i[j] * g[j] for j in range(size)]
+        steps.append((x, h, c, i, f, g, o, new_c))
+        h, c = [o[j] * math.tanh(new_c[j]) for j in range(size)], new_c
+    g_h, g_c, at_inputs = [0.0] * size, [0.0] * size, []
+    for (x, h, c, i, f, g, o, new_c), error in zip(reversed(steps), reversed(errors), strict=True):
+        g_h = added(g_h, error)
+        g_z = [0.0] * (4 * size)
+        for j in range(size):
+            tanh = math.tanh(new_c[j])
+            g_c[j] += g_h[j] * o[j] * (1 - tanh**2)
+            g_z[j] = g_c[j] * g[j] * i[j] * (1 - i[j])
+            g_z[size + j] = g_c[j] * c[j] * f[j] * (1 - f[j])
+            g_z[2 * size + j] = g_c[j] * i[j] * (1 - g[j] ** 2)
+            g_z[3 * size + j] = g_h[j] * tanh * o[j] * (1 - o[j])
+            g_c[j] *= f[j]
+        g_h = hh.backward(h, g_z)
+        at_inputs.insert(0, ih.backward(x, g_z))
+    return at_inputs
+
+
+def bilinear(product: Layer, x1: Vector, x2: Vector, error: Vector) -> tuple[Vector, Vector]:
+    """The errors at x1 and x2 of y_o = Σ_ij x1_i A_oij x2_j + b_o; `product` has A as (O, I1 I2)."""
+    outer = product.backward([a * b for a in x1 for b in x2], error)
+    return ([sum(outer[i * len(x2) + j] * x2[j] for j in range(len(x2))) for i in range(len(x1))],
+            [sum(outer[i * len(x2) + j] * x1[i] for i in range(len(x1))) for j in range(len(x2))])
