@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fa_bench.errors import ConfigError, truncate
 from fa_bench.mechanisms.rule import INPUT, OUTPUT, Rule
 from fa_bench.mechanisms.trace import set_temporarily, tensors_in, trace_model, without_side_effects
-from fa_bench.mechanisms.weighted_layers import weighted_layers
+from fa_bench.mechanisms.weighted_layers import weight_gradient, weighted_layers
 from fa_bench.metrics.alignment.base import declared
 from fa_bench.registry.registries import METRICS
 
@@ -119,17 +119,18 @@ class Passes:
         layers = set(self.trace.order) if any(side == INPUT for _, side in self.points.values()) else set()
         # Before the rule's own hooks, which replace the tensors at cuts.
         handles = [modules[path].register_forward_hook(record.outputs(path), prepend=True) for path in cuts | layers]
-        handles += [modules[path].register_forward_pre_hook(record.inputs(path), prepend=True) for path in layers]
+        handles += [modules[path].register_forward_pre_hook(record.inputs(path), prepend=True, with_kwargs=True)
+                    for path in layers]
         try:
             with torch.enable_grad():
                 logits = next(tensors_in(model(self._meter.x)))
-                record.watch(LOGITS, logits)
+                record.watch(LOGITS, logits, modules[""])
                 backward(self.rule.objective.loss(logits, self._meter.y), logits)
         finally:
             # Tensors and record would keep each other alive through the tensors' hooks, unseen by the garbage collector.
             for handle in handles + record.handles:
                 handle.remove()
-        record.gradients = {path: layer.weight.grad for path, layer in weighted_layers(model).items()}
+        record.gradients = {path: weight_gradient(layer) for path, layer in weighted_layers(model).items()}
         for parameter in model.parameters():
             parameter.grad = None  # the next pass would add to it
         return record
@@ -149,15 +150,22 @@ class Passes:
 
         Parts that reach the tensor in other ways, such as through an identity shortcut, are exact already.
         """
-        rule, delivered = self.rule, self.delivered
-        x, error, delta = delivered.tensors[layer, INPUT], delivered.errors[layer, INPUT], delivered.errors[LOGITS]
-        for path in (p for p in self.trace.order if delivered.tensors.get((p, INPUT)) is x):
-            g = delivered.errors.get((path, OUTPUT))
-            if g is not None:
-                contributed = rule.input_error(path, x, g, delta)
-                with rule.exact():
-                    error = error - contributed + Rule.input_error(rule, path, x, g, delta)
-        return error
+        rule, delivered, delta = self.rule, self.delivered, self.delivered.errors[LOGITS]
+
+        def of_call(call: Call) -> Tensor:
+            error = call.error
+            assert error is not None
+            for path in self.trace.order:
+                calls = zip(delivered.calls.get((path, INPUT), ()), delivered.calls.get((path, OUTPUT), ()), strict=False)
+                for before, after in calls:
+                    if before.tensor is call.tensor and after.error is not None:
+                        g = before.of_all_outputs(after.error)
+                        contributed = rule.input_error(path, call.tensor, g, delta)
+                        with rule.exact():
+                            error = error - contributed + Rule.input_error(rule, path, call.tensor, g, delta)
+            return error
+
+        return joined([call.by_sample(of_call(call)) for call in delivered.calls[layer, INPUT] if call.error is not None])
 
     def _one_step_at_outputs(self) -> dict[Point, Tensor]:
         """One exact backward pass through all parts between cuts, each starting from the rule's errors at its upper end."""
@@ -185,30 +193,85 @@ class Passes:
 
 
 @dataclasses.dataclass
-class Record:
-    """One pass: tensors and their gradients at (module, side), and the gradients of the weights by layer."""
+class Call:
+    """A tensor at a module's input or output in one call of the module, and its gradient once there is one.
 
-    tensors: dict[Point, Tensor] = dataclasses.field(default_factory=dict)
-    errors: dict[Point, Tensor] = dataclasses.field(default_factory=dict)
+    Attributes:
+        batch_axis: the axis of the samples.
+        rows, outputs: the outputs that the call computed, if not all of the layer's, and their number.
+    """
+
+    tensor: Tensor
+    error: Tensor | None = None
+    batch_axis: int = 0
+    rows: slice | None = None
+    outputs: int = 0
+
+    def by_sample(self, tensor: Tensor) -> Tensor:
+        """A tensor of this call's shape with the samples along its first axis."""
+        return tensor.movedim(self.batch_axis, 0) if tensor.dim() > 2 else tensor
+
+    def of_all_outputs(self, g: Tensor) -> Tensor:
+        """The error at the outputs of the call as one at all outputs of the layer."""
+        if self.rows is None:
+            return g
+        padded = g.new_zeros(*g.shape[:-1], self.outputs)
+        padded[..., self.rows] = g
+        return padded
+
+
+def joined(tensors: list[Tensor]) -> Tensor:
+    """The tensors of several calls, (N, ...) each, as one, (N, features), if each has all samples, else (rows, features)."""
+    if len(tensors) == 1:
+        return tensors[0]
+    if len({len(tensor) for tensor in tensors}) == 1:
+        return torch.cat([tensor.flatten(1) for tensor in tensors], 1)
+    return torch.cat([tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors])
+
+
+@dataclasses.dataclass
+class Record:
+    """One pass: tensors and their gradients at (module, side), and the gradients of the weights by layer.
+
+    A module may run several times in a pass, such as the layer of a recurrent module in every time step.
+    """
+
+    calls: dict[Point, list[Call]] = dataclasses.field(default_factory=dict)
     handles: list[Any] = dataclasses.field(default_factory=list)
     gradients: dict[str, Tensor | None] = dataclasses.field(default_factory=dict)
 
-    def watch(self, point: Point, tensor: Tensor) -> None:
+    @functools.cached_property
+    def tensors(self) -> dict[Point, Tensor]:
+        """The tensors of all calls at a point, joined; those that require gradients."""
+        found = {point: [call.by_sample(call.tensor) for call in calls if call.tensor.requires_grad]
+                 for point, calls in self.calls.items()}
+        return {point: joined(tensors) for point, tensors in found.items() if tensors}
+
+    @functools.cached_property
+    def errors(self) -> dict[Point, Tensor]:
+        """The gradients at a point, joined; those that the pass has computed."""
+        found = {point: [call.by_sample(call.error) for call in calls if call.error is not None]
+                 for point, calls in self.calls.items()}
+        return {point: joined(errors) for point, errors in found.items() if errors}
+
+    def watch(self, point: Point, tensor: Tensor, module: nn.Module, rows: slice | None = None) -> None:
         """Record a tensor, and its gradient once the backward pass has accumulated it."""
+        call = Call(tensor, None, getattr(module, "batch_axis", 0), rows, getattr(module, "out_features", 0))
+        self.calls.setdefault(point, []).append(call)
+
         def hook(gradient: Tensor) -> None:
-            self.errors[point] = gradient.detach()
+            call.error = gradient.detach()
 
         if tensor.requires_grad:
-            self.tensors[point] = tensor
             self.handles.append(tensor.register_hook(hook))
 
     def inputs(self, path: str) -> Any:
         """A forward pre-hook that watches a module's input."""
-        return lambda module, args: self.watch((path, INPUT), args[0])
+        return lambda module, args, kwargs: self.watch((path, INPUT), args[0], module, kwargs.get("rows"))
 
     def outputs(self, path: str) -> Any:
         """A forward hook that watches a module's output."""
-        return lambda module, args, output: self.watch((path, OUTPUT), next(tensors_in(output)))
+        return lambda module, args, output: self.watch((path, OUTPUT), next(tensors_in(output)), module)
 
 
 @contextmanager
@@ -219,7 +282,7 @@ def measurement_mode(rule: Rule) -> Iterator[None]:
     """
     model = rule.model
     with set_temporarily([rule.mode], "freeze_random", True), set_temporarily(model.parameters(), "grad", None), \
-            set_temporarily(model.modules(), "training", True):
+            set_temporarily([rule.mode], "layerwise", True), set_temporarily(model.modules(), "training", True):
         model.train()  # modules may override it
         with without_side_effects(model):
             yield

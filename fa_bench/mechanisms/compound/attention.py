@@ -24,6 +24,7 @@ class AttentionLayers(Compound):
     argument by its own rows of it.
     """
 
+    batch_axis = 1
     embed_dim: int
     in_proj: Any
     out_proj: Any

@@ -31,6 +31,8 @@ class Compound(nn.Module):
 
     rule_mode: Mode
     plain_class: ClassVar[type[nn.Module]]
+    #: The axis of the samples in the inputs and outputs of its layers.
+    batch_axis: ClassVar[int] = 0
 
     def projections(self) -> dict[str, Projection]:
         """The layers of its weights, by the names that they get as children; other children have weights of their own."""

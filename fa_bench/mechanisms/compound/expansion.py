@@ -39,6 +39,8 @@ def expand(model: nn.Module, mode: Mode) -> None:
         children = dict(module._modules)
         module._modules.clear()
         module._modules.update({**projections, **children})
+        for child in module._modules.values():
+            child.__dict__["batch_axis"] = cls.batch_axis
 
 
 def contract(model: nn.Module) -> None:
@@ -47,6 +49,8 @@ def contract(model: nn.Module) -> None:
         if isinstance(module, Compound):
             for name in module.projections():
                 module._modules.pop(name, None)
+            for child in module._modules.values():
+                child.__dict__.pop("batch_axis", None)  # type: ignore[union-attr]
             module.__dict__.pop("rule_mode", None)
             cls = type(module)
             module.__class__ = vars(cls).get("plain_class") or _replanted(cls)  # type: ignore[assignment]

@@ -44,6 +44,11 @@ class Projection(nn.Module):
         return parameter if parameter is None or parameter.dim() == 2 else parameter.flatten(1)
 
     @property
+    def out_features(self) -> int:
+        """O."""
+        return len(self.weight)
+
+    @property
     def bias(self) -> Any:
         """The bias, (O,), or None."""
         bias = None if self.bias_name is None else self.owner._parameters.get(self.bias_name)

@@ -5,7 +5,8 @@ Shapes: N batch, T steps, I inputs, H hidden units, G gates times H; R the sum o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -16,6 +17,8 @@ from fa_bench.mechanisms.compound.projection import Projection
 
 #: (h,), or (h, c) of an LSTM; each (N, H).
 State: TypeAlias = tuple[Tensor, ...]
+#: One step: the gates' parts from the input and from the state, and the state, to the next state.
+Step: TypeAlias = Callable[[Tensor, Tensor, State], State]
 
 
 def lstm_step(from_input: Tensor, from_state: Tensor, state: State) -> State:
@@ -53,6 +56,8 @@ class RecurrentLayers(Compound):
     The error passes through ``hh_l0`` in every time step; the derivatives of the gates are exact.
     """
 
+    batch_axis = 1
+
     def projections(self) -> dict[str, Projection]:
         module: Any = self
         found: dict[str, Projection] = {}
@@ -68,10 +73,10 @@ class RecurrentLayers(Compound):
         return [f"l{number}{direction}" for number in range(module.num_layers) for direction in directions]
 
     def layerwise_forward(self, *args: Any, **kwargs: Any) -> Any:
-        with Substitute(**dict.fromkeys(STEPS, self._run)):
+        with Substitute(**{name: functools.partial(self._run, step) for name, step in STEPS.items()}):
             return self.plain_class.forward(self, *args, **kwargs)
 
-    def _run(self, x: Tensor, second: Any, third: Any, *_: Any) -> tuple[Tensor, ...]:
+    def _run(self, step: Step, x: Tensor, second: Any, third: Any, *_: Any) -> tuple[Tensor, ...]:
         """In place of the fused function: the outputs, and the final states, (layers and directions, N, H) each.
 
         Its arguments are either x (T, N, I) or, with ``batch_first``, (N, T, I), and the initial state; or, for sequences of
@@ -80,14 +85,12 @@ class RecurrentLayers(Compound):
         module: Any = self
         if isinstance(second, Tensor) and second.dtype == torch.int64 and second.dim() == 1:
             sizes, initial = second.tolist(), third
-            return self._layers(x, sizes, initial)
-        x = x.transpose(0, 1) if module.batch_first else x
-        y, *final = self._layers(x.flatten(0, 1), [x.shape[1]] * len(x), second)
-        y = y.view(len(x), x.shape[1], y.shape[-1])
+            return self._layers(step, x, sizes, initial)
+        y, *final = self._layers(step, x.transpose(0, 1) if module.batch_first else x, None, second)
         return y.transpose(0, 1) if module.batch_first else y, *final
 
-    def _layers(self, x: Tensor, sizes: list[int], initial: Any) -> tuple[Tensor, ...]:
-        """All layers: x (R, I), steps in order; `sizes`, the number of sequences in each step."""
+    def _layers(self, step: Step, x: Tensor, sizes: list[int] | None, initial: Any) -> tuple[Tensor, ...]:
+        """All layers: x is (T, N, I) or, with `sizes`, the number of sequences in each step, (R, I), steps in order."""
         module: Any = self
         states: list[Tensor] = [initial] if isinstance(initial, Tensor) else list(initial)
         finals: list[State] = []
@@ -99,19 +102,22 @@ class RecurrentLayers(Compound):
             outputs = []
             for suffix in suffixes[number * directions : (number + 1) * directions]:
                 state = tuple(each[len(finals)] for each in states)
-                y, final = self._direction(x, sizes, state, suffix)
+                y, final = self._direction(step, x, sizes, state, suffix)
                 outputs.append(y)
                 finals.append(final)
             x = torch.cat(outputs, -1) if directions == 2 else outputs[0]
         return x, *(torch.stack(parts) for parts in zip(*finals, strict=True))
 
-    def _direction(self, x: Tensor, sizes: list[int], initial: State, suffix: str) -> tuple[Tensor, State]:
+    def _direction(
+        self, step: Step, x: Tensor, sizes: list[int] | None, initial: State, suffix: str
+    ) -> tuple[Tensor, State]:
         """One layer in one direction; sequences end or begin where the number of sequences changes."""
         module: Any = self
-        step = STEPS["lstm" if isinstance(self, nn.LSTM) else "gru" if isinstance(self, nn.GRU) else f"rnn_{module.nonlinearity}"]
         ih, hh, hr = (getattr(module, f"{part}_{suffix}", None) for part in ("ih", "hh", "hr"))
         assert ih is not None and hh is not None
-        from_input = ih(x).split(sizes)
+        from_input = ih(x).unbind() if sizes is None else ih(x).split(sizes)
+        join = torch.stack if sizes is None else torch.cat
+        sizes = [len(part) for part in from_input]
         is_reverse = suffix.endswith("_reverse")
         outputs: list[Tensor] = []
         ended: list[State] = []
@@ -128,7 +134,7 @@ class RecurrentLayers(Compound):
                 state = (hr(state[0]), *state[1:])
             outputs.append(state[0])
         final = tuple(torch.cat(parts) for parts in zip(*[state, *reversed(ended)], strict=True))
-        return torch.cat(outputs[::-1] if is_reverse else outputs), final
+        return join(outputs[::-1] if is_reverse else outputs), final
 
 
 @compound(nn.LSTMCell, nn.GRUCell, nn.RNNCell)
