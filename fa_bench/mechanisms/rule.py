@@ -97,7 +97,7 @@ class Rule(Options):
 
     def _other_causes(self, error: CoverageError, model: nn.Module) -> list[str]:
         """Further possible causes of an error that its message does not mention."""
-        outside = {f"'{path}.weight' is": outside_text(use) for path, use in self._uses_outside.items()}
+        outside = {f"'{weight}' is": outside_text(use) for weight, use in self._uses_outside.items()}
         causes = [computed_weights(model), *(f"{what} {why}" for what, why in outside.items() if why not in error.text)]
         return [cause for cause in causes if cause]
 
@@ -218,12 +218,17 @@ class Rule(Options):
 
     def check_uses(self, outside: dict[str, str]) -> None:
         """Refuse weights that the first training pass used outside their layers; `attach` traced an evaluation pass only."""
-        new = {f"{path}.weight": outside_text(use) for path, use in outside.items()}
+        new = {self._weight_name(path): outside_text(use) for path, use in outside.items()}
         if new.keys() - self.coverage.uncovered.keys():
             coverage = dataclasses.replace(self.coverage, uncovered=self.coverage.uncovered | new)
             self._uses_unchecked = True  # so that the next pass is checked, too
             coverage.require(self.allow_uncovered, self.model)
             self.coverage, self._uses_unchecked = coverage, False
+
+    def _weight_name(self, path: str) -> str:
+        from fa_bench.mechanisms.weighted_layers import weight_name
+
+        return weight_name(path, self.model.get_submodule(path))
 
     def notes(self) -> tuple[str, ...]:
         """Notes below the coverage table."""
@@ -381,7 +386,7 @@ class Rule(Options):
 
         with self.exact():
             trace = trace_attached(self, sample_input, watch, self._frozen_now())
-        self._uses_outside = trace.uses.outside
+        self._uses_outside = {self._weight_name(path): use for path, use in trace.uses.outside.items()}
         return trace
 
 

@@ -28,14 +28,14 @@ class BP(Rule):
         return {}
 
     def wire(self, sample_input: Any) -> Coverage:
-        from fa_bench.mechanisms.weighted_layers import weighted_layers
+        from fa_bench.mechanisms.weighted_layers import kind_of, weight_parameter, weighted_layers
 
         self._layers = weighted_layers(self.model)
         why = self.frozen_parameters(sample_input)
         self.freeze(parameter for parameter in self.model.parameters() if id(parameter) in why)
         return Coverage(self.name, tuple(
-            Covered(path, type(layer).__name__, tuple(layer.weight.shape),
-                    why.get(id(layer.weight), "passes through the weight"))
+            Covered(path, kind_of(layer), tuple(layer.weight.shape),
+                    why.get(id(weight_parameter(layer)), "passes through the weight"))
             for path, layer in self._layers.items()
         ), {})
 

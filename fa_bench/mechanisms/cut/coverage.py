@@ -24,12 +24,14 @@ def cut_coverage(rule: CutRule, layers: dict[str, WeightedLayer], trace: Trace, 
         trace: the model's structure, with the cuts and the module in ``error_at`` watched.
         cuts: the cuts.
     """
+    from fa_bench.mechanisms.weighted_layers import kind_of, weight_name
+
     beyond = trace.beyond if rule.error_at is not None else set()
     # Errors are exact beyond the module in error_at; without one, from the outputs down to the last cut, too.
     passed = trace.through_below if rule.error_at is not None else trace.through_below | trace.through_beyond
     through = [path for path in trace.order if path in passed and path not in beyond]
     covered = tuple(
-        Covered(path, type(layers[path]).__name__, tuple(layers[path].weight.shape), _source(rule, path, trace, cuts, through))
+        Covered(path, kind_of(layers[path]), tuple(layers[path].weight.shape), _source(rule, path, trace, cuts, through))
         for path in trace.order if rule.side == INPUT or rule.modular or path not in through
     )
     ids = {id(parameter) for entry in covered for parameter in layers[entry.layer].parameters(recurse=False)}
@@ -47,9 +49,9 @@ def cut_coverage(rule: CutRule, layers: dict[str, WeightedLayer], trace: Trace, 
             transport = ("within blocks", *transport)
         return Coverage(rule.name, covered, {}, local, (*rule.notes(), *notes), transport)
     for path in layers.keys() - set(trace.order):
-        uncovered[f"{path}.weight"] = "its layer did not run in the forward pass of the sample"
+        uncovered[weight_name(path, layers[path])] = "its layer did not run in the forward pass of the sample"
     if rule.side == OUTPUT:
-        uncovered |= {f"{path}.weight": "no cut point between this layer and the next" for path in through}
+        uncovered |= {weight_name(path, layers[path]): "no cut point between this layer and the next" for path in through}
         for name, parameter in parameters.items():
             table = name.rpartition(".")[0] if name.rpartition(".")[0] in trace.tables else id(parameter)
             is_table = isinstance(table, str) or name in local
@@ -58,7 +60,7 @@ def cut_coverage(rule: CutRule, layers: dict[str, WeightedLayer], trace: Trace, 
                 uncovered[name] = "no cut point between it and the next layer"
     for path, use in trace.uses.outside.items():
         if path not in beyond:
-            uncovered[f"{path}.weight"] = outside_text(use)
+            uncovered[weight_name(path, layers[path])] = outside_text(use)
     return Coverage(rule.name, covered, uncovered, local, rule.notes(), transport)
 
 
