@@ -44,7 +44,10 @@ class Mode:
 
 def is_weighted(module: nn.Module) -> TypeGuard[WeightedLayer]:
     """Whether the module is a layer that can have feedback, plain or already swapped."""
-    if _plain_class(type(module)) not in WEIGHTED:
+    plain = _plain_class(type(module))
+    # Only attention has such a layer, and calls it only as a compound module, which gives its layers this attribute.
+    is_used = plain is not nn.modules.linear.NonDynamicallyQuantizableLinear or "batch_axis" in module.__dict__
+    if plain not in WEIGHTED or not is_used:
         return False
     weight = weight_parameter(module)
     return isinstance(weight, nn.Parameter) and not weight.is_complex()

@@ -59,12 +59,16 @@ class TwoHeads(nn.Module):
         return {"one": self.one(h), "two": self.two(h)}
 
 
+class OwnLSTM(nn.LSTM):
+    """A user's subclass, which no rule covers."""
+
+
 class Recurrent(nn.Module):
-    """An LSTM in front of four linear layers; no cut points."""
+    """An own LSTM in front of four linear layers; no cut points."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.lstm, self.body = nn.LSTM(8, 8, batch_first=True), mlp(16, 16, 16)
+        self.lstm, self.body = OwnLSTM(8, 8, batch_first=True), mlp(16, 16, 16)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(self.lstm(x.unsqueeze(1))[0].mean(1))
@@ -187,7 +191,7 @@ def test_the_suggested_allowance(name: str, layers: int) -> None:
     class Stacked(Recurrent):
         def __init__(self) -> None:
             super().__init__()
-            self.lstm = nn.LSTM(8, 8, num_layers=layers // 2, batch_first=True)
+            self.lstm = OwnLSTM(8, 8, num_layers=layers // 2, batch_first=True)
 
     cuts = {"cuts": ["body.1", "body.3", "body.5"]} if name in CUT_RULES else {}
     rule = attached_as_suggested(Stacked, FLAT, name, **cuts)
