@@ -341,3 +341,34 @@ def test_forward_alignment_and_others_leave_the_measured_model_alone(name: str) 
         rule.backward((y * errors(y)).sum())
         rule.step()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_compiled_models_train_by_the_rule() -> None:
+    model = made(lambda: nn.Sequential(Attends(False), nn.Linear(3, 4), Recurs(nn.LSTM(5, 3)))).float()
+    attach(model, "fa", sample_input=X.float())
+    found = gradients(model)
+    compiled: Any = torch.compile(model, backend="aot_eager")
+    for key, gradient in gradients(compiled).items():
+        assert torch.allclose(gradient, found[key.removeprefix("_orig_mod.")], rtol=1e-5, atol=1e-6)
+
+
+def test_cuts_within_a_compound_module() -> None:
+    model = made(lambda: Attends(False))
+    rule: Any = attach(model, "dfa", sample_input=X, cuts=["first", "core.in_proj", "core.out_proj"], seed=3)
+    y = model(X)
+    delta = errors(y)
+    rule.backward((y * delta).sum(), y)
+    with torch.no_grad():
+        h: Any = model.first(X)  # type: ignore[operator]
+        g = delta @ rule.feedback["core.in_proj"]["B"]
+        wanted = g.flatten(0, 1).t() @ h.flatten(0, 1)
+    assert torch.allclose(model.core.in_proj_weight.grad, wanted, rtol=1e-9)  # type: ignore[union-attr, arg-type]
+
+
+def test_weights_of_a_user_s_function_are_found() -> None:
+    class Tied(Recurs):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) @ self.core.weight_hh_l0[:2]  # type: ignore[index]
+
+    with pytest.raises(CoverageError, match=r"core.weight_hh_l0 \(used outside its layer"):
+        attach(made(lambda: Tied(nn.LSTM(5, 3))), "fa", sample_input=X)

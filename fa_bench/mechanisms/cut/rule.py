@@ -176,6 +176,7 @@ class CutRule(Rule):
 
     # -------------------------------------------------------------------------------------------- attach and detach
     def wire(self, sample_input: Any) -> Coverage:
+        from fa_bench.mechanisms.compound.base import Compound
         from fa_bench.mechanisms.cut.coverage import cut_coverage
         from fa_bench.mechanisms.cut.cut_points import check_cuts, named_origin
         from fa_bench.mechanisms.weighted_layers import weighted_layers
@@ -191,6 +192,9 @@ class CutRule(Rule):
         check_cuts(self, trace, cuts)
         self._trace = trace
         self._cut_modules = {cut: self.model.get_submodule(cut) for cut in cuts}
+        # A fused kernel would not call the layers at which it cuts.
+        parents = [self.model.get_submodule(cut.rpartition(".")[0]) for cut in cuts]
+        self.mode.layerwise = any(isinstance(parent, Compound) for parent in parents)
         layers = weighted_layers(self.model)
         self._covered = {path: layers[path] for path in trace.order}
         self._witness = next((layers[path] for path in (*trace.outputs, *trace.order) if layers[path].weight.requires_grad), None)

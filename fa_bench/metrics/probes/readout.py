@@ -69,7 +69,8 @@ def activation_points(trace: Trace) -> dict[str, str]:
 
 def _activations(subject: Subject, split: Split, points: dict[str, str]) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
     """({point: features (n, F)}, labels (n,)) of each batch."""
-    from fa_bench.mechanisms.trace import tensors_in
+    from fa_bench.mechanisms.compound.projection import Projection
+    from fa_bench.mechanisms.trace import set_temporarily, tensors_in
     from fa_bench.metrics.evaluation import EVALUATION_BATCH
 
     model = subject.model
@@ -77,15 +78,19 @@ def _activations(subject: Subject, split: Split, points: dict[str, str]) -> Iter
 
     def recorder(point: str) -> Any:
         def hook(module: Any, args: Any) -> None:
-            if point not in activations:  # of a layer that runs several times, the first input
-                activations[point] = _array(bounded(args[0], isinstance(module, nn.Linear)))
+            # Of a layer that runs several times, the first input; in a recurrent module that is its initial state, so the last.
+            in_compound = isinstance(module, Projection)
+            if point not in activations or in_compound:
+                x = args[0].movedim(getattr(module, "batch_axis", 0), 0) if args[0].dim() > 2 else args[0]
+                activations[point] = _array(bounded(x, isinstance(module, nn.Linear) or in_compound))
         return hook
 
     consumers = dict.fromkeys(point for point in points.values() if point != MODEL_OUTPUT)
     handles = [model.get_submodule(path).register_forward_pre_hook(recorder(path)) for path in consumers]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), set_temporarily([subject.rule.mode], "layerwise", True), \
+                set_temporarily([subject.rule.mode], "always_layerwise", True):
             for x, y in split.batches(max(subject.batch_size, EVALUATION_BATCH)):
                 activations.clear()
                 activations[MODEL_INPUT] = _array(bounded(x))
