@@ -242,8 +242,9 @@ class Rule(Options):
 
         Args:
             loss: the scalar loss, scaled or not.
-            logits: the output of the model from which the loss was computed, (N, C); for cut rules.
-            target: the labels, (N,); for rules that compute their errors from them.
+            logits: the output of the model from which the loss was computed, (N, C), or (N, T, C) or (N, C, H, W) if it has
+                positions; for cut rules.
+            target: the labels, (N,), or one for each position; for rules that compute their errors from them.
             loss_scale: the factor by which the loss was scaled, by gradient accumulation or a gradient scaler; None: rules that
                 compute their errors from the labels infer it, if the loss is the objective's mean times a number.
 

@@ -343,6 +343,7 @@ def test_forward_alignment_and_others_leave_the_measured_model_alone(name: str) 
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 def test_compiled_models_train_by_the_rule() -> None:
     model = made(lambda: nn.Sequential(Attends(False), nn.Linear(3, 4), Recurs(nn.LSTM(5, 3)))).float()
     attach(model, "fa", sample_input=X.float())

@@ -10,12 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fa_bench
 from fa_bench.errors import CoverageError, OptionError
 from fa_bench.metrics.meter import AlignmentMeter
 
-from .helpers import REL, array, assert_matches, collect, distance
+from .helpers import REL, array, assert_bitwise, assert_matches, collect, distance
 
 VOCABULARY, WIDTH, T = 7, 4, 5
 
@@ -360,3 +361,30 @@ def test_detaching_leaves_backpropagation():
     assert all(torch.equal(grad, inside[key]) for key, grad in collect(model).items() if grad is not None)
     with torch.no_grad():
         assert torch.equal(model(x), transformer()(x))
+
+
+class Checkpointed(Transformer):
+    """Each layer is computed again in the backward pass, or all of the model."""
+
+    by_layer = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.by_layer:
+            return checkpoint(super().forward, x, use_reentrant=False)
+        h = self.drop(self.embed(x) + self.place)
+        for layer in self.layers:
+            h = checkpoint(layer, h, use_reentrant=False)
+        return self.head(h)
+
+
+@pytest.mark.parametrize("options", [MACRO, MICRO, {**MACRO, "cuts": ["layers.0"]}], ids=["macro", "micro", "no cut there"])
+@pytest.mark.parametrize("by_layer", [True, False])
+@pytest.mark.parametrize("name", ["dfa", "dkp"])
+def test_activation_checkpointing_around_the_module(name: str, by_layer: bool, options: dict[str, Any]):
+    gradients = []
+    for model in (transformer(), Checkpointed().double()):
+        model.by_layer = by_layer
+        model.load_state_dict(transformer().state_dict())
+        rule = fa_bench.attach(model, name, seed=0, sample_input=words()[0], within="block", **options)
+        gradients.append(train(model, rule) | {f"B {n}": b.grad for n, b in enumerate(rule.feedback_parameters())})
+    assert_bitwise(*gradients)

@@ -148,7 +148,9 @@ class Capture:
         """Connect the output of the module in ``error_at`` to the cuts before it."""
         tape = self.tape
         if tape is None:
-            return None
+            # A repeated pass must save the same tensors as the first one, in which this output required its gradient.
+            repeated = recomputing() and not self.rule.mode.exact and torch.is_grad_enabled()
+            return output.detach().requires_grad_() if repeated and not output.requires_grad else None
         if not isinstance(output, torch.Tensor) or self._connected:
             what = "ran twice" if self._connected else f"returned a {type(output).__name__}"
             raise CoverageError(f"error_at={self.rule.error_at}: this module {what} in a training pass; name one that runs once "

@@ -37,6 +37,9 @@ class Delivery:
         self.rule = rule
         # Read at every step; imports and properties would add a hundredth to a small net's step.
         self._function, self._reads_values, self._needs_target = DeliverFunction, rule.reads_values, rule.needs_target
+        # Activation checkpointing that contains the module in error_at does not run this Function again, and would miss what
+        # it has saved.
+        self._keeps_values = self._reads_values and rule.error_at is not None
         self._target: Tensor | None = None
         self._loss_scale: float | None = None
         self._is_delivered = False
@@ -68,11 +71,12 @@ class Delivery:
         tensors = []
         for captured in tape.values():
             tensors.append(captured.tensor)
-            captured.tensor = None
+            captured.tensor = captured.tensor.detach() if self._keeps_values else None
         rule = self.rule
         learned = [] if rule.mode.freeze_random else [one for cut in tape for one in rule.learned_at(cut)]
         errors = functools.partial(self._errors, tape, learned, logits if rule.scales else None)
-        return self._function.apply(errors, len(tensors), self._reads_values, logits, *tensors, *(one.tensor for one in learned))
+        saves = self._reads_values and not self._keeps_values
+        return self._function.apply(errors, len(tensors), saves, logits, *tensors, *(one.tensor for one in learned))
 
     # -------------------------------------------------------------------------------------------- backward
     def run(self, loss: Tensor, target: Tensor | None, loss_scale: float | None) -> None:
