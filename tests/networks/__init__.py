@@ -1,0 +1,1 @@
+"""Rules on published networks of other packages."""
