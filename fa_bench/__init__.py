@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fa_bench.metrics.probes.base import Probe
     from fa_bench.models.base import Architecture
     from fa_bench.objectives.base import Objective
+    from fa_bench.objectives.scores import Score
     from fa_bench.optim.base import OptimizerOptions
     from fa_bench.registry.options import option
     from fa_bench.registry.registries import (
@@ -55,7 +56,7 @@ _MODULES = {
     "option": "registry.options",
     "Rule": "mechanisms.rule", "EdgeRule": "mechanisms.edge.rule", "CutRule": "mechanisms.cut.rule",
     "Architecture": "models.base",
-    "Dataset": "data.base", "ArrayDataset": "data.base", "OptimizerOptions": "optim.base", "Objective": "objectives.base",
+    "Dataset": "data.base", "ArrayDataset": "data.base", "OptimizerOptions": "optim.base", "Objective": "objectives.base", "Score": "objectives.scores",
     "Schedule": "schedules.base", "Metric": "metrics.alignment.base", "Probe": "metrics.probes.base",
     **dict.fromkeys(("FeedbackPathway", "FixedFeedback", "LearnedFeedback"), "mechanisms.edge.pathways"),
     "Callback": "callbacks.base", "Logger": "loggers.base",
@@ -66,7 +67,7 @@ _MODULES = {
 __all__ = [
     "Architecture", "ArrayDataset", "Callback", "CutRule", "Dataset", "EdgeRule", "FaBenchError", "FeedbackPathway",
     "FixedFeedback", "LearnedFeedback", "Logger", "Metric", "Objective",
-    "OptimizerOptions", "Probe", "Rule", "Schedule", "__version__", "attach", "attached_rule", "load_results", "option",
+    "OptimizerOptions", "Probe", "Rule", "Schedule", "Score", "__version__", "attach", "attached_rule", "load_results", "option",
     "plot_curves", "plot_layers", "plot_setting",
     "register_architecture", "register_callback", "register_dataset", "register_logger", "register_metric", "register_objective",
     "register_optimizer", "register_probe", "register_rule", "register_schedule", "run", "tune",

@@ -246,9 +246,8 @@ def _print_result(directory: Path) -> int:
     run = read_run(directory)
     if run is None:
         return 1
-    accuracy = run.result.get("test_accuracy")
     status = describe_status(run) if run.result["status"] == STOPPED else run.result["status"]
-    print(f"{printable(status)}: test accuracy {'none' if accuracy is None else f'{accuracy:.2%}'}, "
+    print(f"{printable(status)}: {run.test_score or f'test {run.primary.title} none'}, "
           f"{run.result.get('seconds') or 0:.1f} s of training; run directory: {printable(directory)}")
     return 0 if run.result["status"] in SUCCESSES else 1
 

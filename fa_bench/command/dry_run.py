@@ -177,7 +177,7 @@ def _costs(job: Job, parts: Parts) -> list[tuple[str, str]]:
     parameters, learned = rule.weight_parameters(), rule.feedback_parameters()
     trains = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     feedback = _bytes(_stored_feedback(rule).values())
-    of_rule, of_backprop = step_multiplications(rule, shape, len(splits.classes), batch)
+    of_rule, of_backprop = step_multiplications(rule, shape, len(splits.classes), batch, splits.inputs, splits.targets)
     parts.optimizers.step()  # creates the optimizers' state, with the gradients of the counted steps
     state = [tensor for optimizer in parts.optimizers.optimizers for entry in optimizer.state.values()
              for tensor in entry.values() if isinstance(tensor, torch.Tensor)]
@@ -189,7 +189,7 @@ def _costs(job: Job, parts: Parts) -> list[tuple[str, str]]:
         ("optimizer state", f"{format_bytes(_bytes(state))} ({_optimizers(job, bool(learned))})"),
         ("multiplications", f"{format_count(of_rule)} a step, {of_rule / of_backprop:.2f} of backpropagation's "
                             f"{format_count(of_backprop)} (batch of {batch})"),
-        *_accesses(job, model, shape, batch),
+        *_accesses(job, model, splits, batch),
     ]
 
 
@@ -203,9 +203,10 @@ def _optimizers(job: Job, learned: bool) -> str:
     return f"{job.optimizer.name}; feedback: {job.feedback_optimizer.name}{'' if learned else ', unused: no feedback is learned'}"
 
 
-def _accesses(job: Job, model: torch.nn.Module, shape: tuple[int, ...], batch: int) -> list[tuple[str, str]]:
+def _accesses(job: Job, model: torch.nn.Module, splits: Splits, batch: int) -> list[tuple[str, str]]:
     """External memory accesses (Woo et al. 2021) of backpropagation, and of the rule if they are defined for it."""
-    reference, of_rule = (memory and sum(memory.accesses(batch)) for memory in memories(model, shape, job.fresh_algorithm()))
+    counts = memories(model, splits.input_shape, job.fresh_algorithm(), splits.inputs)
+    reference, of_rule = (memory and sum(memory.accesses(batch)) for memory in counts)
     assert reference is not None
     if of_rule is None:
         undefined = "" if type(job.algorithm) is BP else f"; not defined for {job.algorithm.name}"
@@ -251,8 +252,7 @@ def describe(run_dir: Path, job: Job) -> str:
     if RunDirectory(run_dir, job).state is RunState.STALE:
         return "stale: produced by a different version of the code; would restart"
     if run is not None and run.finished:
-        accuracy = run.result.get("test_accuracy")
-        return f"finished{'' if accuracy is None else f': test accuracy {accuracy:.2%}'}"
+        return ": ".join(filter(None, ("finished", run.test_score)))
     status = "without a result" if run is None else run.result["status"]
     if run is not None and RunDirectory(run_dir, job).state is RunState.FINISHED:  # diverged, or stopped by a callback
         return f"{status}: {describe_status(run).removeprefix(status).strip()}"

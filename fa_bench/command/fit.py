@@ -9,6 +9,7 @@ import torch
 
 from fa_bench.config.job import Job
 from fa_bench.errors import CoverageError
+from fa_bench.registry.kinds import TOKENS
 
 #: Time limit in seconds; configs that are not checked within it fail in their job if the rule does not fit.
 MOST_SECONDS = 15.0
@@ -43,8 +44,10 @@ def _attach(job: Job) -> None:
     try:
         with torch.device("meta"):
             model = job.architecture.build(*shape)
-        sample = torch.zeros(2, *shape[0], device="meta")
-        job.fresh_algorithm().attach(model, seed=job.run.seed, sample_input=sample, initial_phase=False)
+        dtype = torch.int64 if job.dataset.inputs == TOKENS else torch.float32
+        sample = torch.zeros(2, *shape[0], device="meta", dtype=dtype)
+        job.fresh_algorithm().attach(model, seed=job.run.seed, sample_input=sample, initial_phase=False,
+                                     objective=job.objective)
     except CoverageError as error:
         raise error.with_prefix("algorithm") from None
     except KeyboardInterrupt:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.rule import Rule
     from fa_bench.models.base import Architecture
     from fa_bench.objectives.base import Objective
+    from fa_bench.objectives.scores import Score
     from fa_bench.optim.base import OptimizerOptions
 
 FEEDBACK_OPTIMIZER = "feedback_optimizer"
@@ -162,11 +163,19 @@ class Job:
             raise ConfigError(f"architecture={architecture.name} is not made for dataset={dataset.name}, whose inputs are "
                               f"{dataset.inputs} and whose targets are {dataset.targets} (allowed architectures: "
                               f"{names(allowed) or 'none'})")
+        output, of_rule = objective.output, getattr(components["algorithm"], "output", None)
+        if output is not None and of_rule is not None and str(output) != str(of_rule):
+            raise OptionError("algorithm.output", f"={of_rule} is not objective.output={output}, which is trained; set only one")
         return cls(
             run=RunOptions.from_mapping(plain),
             feedback_optimizer=None if feedback is None else _component(FEEDBACK_OPTIMIZER, OPTIMIZERS, feedback),
             **components,
         )
+
+    @property
+    def scores(self) -> tuple[Score, ...]:
+        """What runs of this job are scored by; the first is the primary score."""
+        return tuple(self.objective.scores[self.dataset.targets])
 
     def plain(self) -> dict[str, Any]:
         """The complete config as plain containers."""
@@ -215,8 +224,11 @@ class Job:
         return list(dict.fromkeys([*self.run.plugins, *(name for name in modules if name.partition(".")[0] != "fa_bench")]))
 
     def fresh_algorithm(self) -> Rule:
-        """A new rule with this job's options, not attached to a model."""
-        return copy.deepcopy(self.algorithm)
+        """A new rule with this job's options, not attached to a model; its errors come from the output that is trained."""
+        rule: Any = copy.deepcopy(self.algorithm)
+        if hasattr(rule, "output") and rule.output is None:
+            rule.output = self.objective.output
+        return rule
 
 
 def _component(key: str, group: Any, values: Any) -> Any:

@@ -38,6 +38,7 @@ class Splits:
         input_shape: (C, H, W).
         data_hash: of all images and labels as stored, before the validation split.
         notes: a printable sentence on each part of the source that is skipped or changed.
+        inputs, targets: their kinds (`fa_bench.registry.kinds`).
     """
 
     train: Split
@@ -47,6 +48,8 @@ class Splits:
     input_shape: tuple[int, int, int]
     data_hash: str
     notes: list[str] = dataclasses.field(default_factory=list)
+    inputs: str = IMAGES
+    targets: str = CLASSES
 
     def __post_init__(self) -> None:
         self.notes = [printable(note) for note in self.notes]  # file names may contain control characters
@@ -75,6 +78,8 @@ class Split(abc.ABC):
     augment: bool
     device: torch.device
     crop: Crop
+    #: Of text, the characters of a token on average in this split.
+    characters: float | None = None
 
     def steps(self, batch_size: int, drop_last: bool = False) -> int:
         """Number of batches in one pass."""
@@ -241,6 +246,7 @@ class Dataset(Options):
             OptionError: if an option does not fit the data.
         """
         splits = self._with_data_errors(lambda: self.read(data_dir, device))
+        splits.inputs, splits.targets = self.inputs, self.targets
         total = len(splits.train)
         if at_most is not None:
             train, test = at_most

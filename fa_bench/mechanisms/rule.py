@@ -312,6 +312,11 @@ class Rule(Options):
         learned = self.feedback_parameters()
         return [*groups, {"params": learned, "lr": lr * self.feedback_lr_scale}] if learned else groups
 
+    @property
+    def loss_output(self) -> str | int | None:
+        """The name of the model's output from which the loss is computed: an option of the objective, or of the rule."""
+        return self.objective.output if self.objective.output is not None else getattr(self, "output", None)
+
     def weight_parameters(self) -> list[nn.Parameter]:
         """The parameters of the plain model: ``model.parameters()`` without the learned feedback."""
         learned = {id(tensor) for tensor in self.feedback_parameters()}

@@ -331,6 +331,11 @@ def chosen_result(results: dict[str, Tensor], output: str | int | None) -> Tenso
     return results[name]
 
 
+def loss_output(result: Any, output: str | int | None) -> Tensor:
+    """The tensor of a model's result from which the loss is computed: see `chosen_result`."""
+    return result if isinstance(result, Tensor) else chosen_result(named_results(result), output)
+
+
 class _Call(NamedTuple):
     """One watched module in the forward pass of the sample; nodes are those of the autograd graph."""
 

@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from fa_bench.mechanisms.rule import Rule
+from fa_bench.mechanisms.trace import loss_output
+from fa_bench.registry.kinds import CLASSES, IMAGES, TOKENS, VALUES
 
 #: Sizes of the batches that are run to determine the count at any batch size.
 _BATCHES = (2, 3, 4)
@@ -45,7 +47,9 @@ def at_batch(counts: Sequence[int], batch: int) -> int:
     return two + beyond * (three - two) + beyond * (beyond - 1) // 2 * (four - 2 * three + two)
 
 
-def step_multiplications(rule: Rule, input_shape: tuple[int, ...], classes: int, batch: int) -> tuple[int, int]:
+def step_multiplications(
+    rule: Rule, input_shape: tuple[int, ...], classes: int, batch: int, inputs: str = IMAGES, targets: str = CLASSES
+) -> tuple[int, int]:
     """Multiplications of one training step without the optimizer: (with the rule, with backpropagation in the same model).
 
     Runs small steps on random inputs, which change gradients, running statistics and random feedback, but no weights.
@@ -53,16 +57,21 @@ def step_multiplications(rule: Rule, input_shape: tuple[int, ...], classes: int,
     Args:
         rule: an attached rule.
         input_shape: shape of one input, without the batch.
-        classes: number of classes.
+        classes: number of classes, of outputs, or of tokens.
         batch: the batch size of the step.
+        inputs, targets: their kinds (`fa_bench.registry.kinds`).
     """
     device = next(rule.model.parameters()).device
 
     def step(samples: int, exact: bool) -> None:
-        x = torch.randn(samples, *input_shape, device=device)
-        y = torch.arange(samples, device=device) % classes
+        shape = samples, *input_shape
+        x = torch.randint(classes, shape, device=device) if inputs == TOKENS else torch.randn(shape, device=device)
+        if targets == VALUES:
+            y = torch.randn(samples, classes, device=device)
+        else:
+            y = torch.arange(samples, device=device) % classes if targets == CLASSES else x % classes
         rule.model.zero_grad()
-        logits = rule.model(x)
+        logits = loss_output(rule.model(x), rule.loss_output)
         rule.backward(rule.objective.loss(logits, y), logits, y)
         if not exact:
             rule.step()

@@ -1,14 +1,15 @@
-"""Loss and accuracy over a whole split."""
+"""Loss and scores over a whole split."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fa_bench.data.base import Split
-from fa_bench.mechanisms.trace import evaluating
+from fa_bench.mechanisms.trace import evaluating, loss_output
 from fa_bench.objectives.base import Objective
 
 #: Least batch size of evaluation: it keeps no activations, so that larger batches hardly need more memory.
@@ -19,21 +20,34 @@ EVALUATION_BATCH = 512
 def evaluate(
     model: torch.nn.Module, objective: Objective, split: Split | None, batch_size: int,
     before_batch: Callable[[], None] = lambda: None,
-) -> tuple[float | None, float | None]:
-    """Mean loss and accuracy (a fraction) over a whole split in evaluation mode.
+) -> dict[str, float]:
+    """Mean loss and scores over a whole split in evaluation mode, by name: ``loss``, ``accuracy`` (a fraction).
 
-    (None, None) without samples; the accuracy is None if targets are numbers. `before_batch` is called before every batch.
+    Empty without samples. `before_batch` is called before every batch.
     """
     if split is None or len(split) == 0:
-        return None, None
+        return {}
     losses: list[Tensor] = []
-    hits: list[Tensor] = []
+    sums: dict[str, Tensor] = {}
+    count: Any = 0
     with evaluating(model):
         for x, y in split.batches(max(batch_size, EVALUATION_BATCH)):
             before_batch()
-            outputs = model(x)
+            outputs = loss_output(model(x), objective.output)
             losses.append(objective.loss(outputs, y, reduction="sum"))
-            if (correct := objective.correct(outputs, y)) is not None:
-                hits.append(correct.sum())
-    loss = torch.stack(losses).sum().item() / len(split)
-    return loss, int(torch.stack(hits).sum().item()) / len(split) if hits else None
+            count = count + objective.counted(y)
+            add(sums, objective.sums(outputs, y))
+    count = int(count)
+    return with_scores(torch.stack(losses).sum().item() / max(count, 1), objective, sums, count, split)
+
+
+def add(sums: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
+    """Add the sums of a batch to those of earlier ones, in place."""
+    for name, value in more.items():
+        sums[name] = sums[name] + value if name in sums else value
+
+
+def with_scores(loss: float, objective: Objective, sums: Mapping[str, Tensor], count: int, split: Split) -> dict[str, float]:
+    """The mean loss and the scores, by name, from sums over `count` targets of a split."""
+    values = {name: value.tolist() for name, value in sums.items()}
+    return {"loss": loss, **(objective.scored(values, loss, count, split.characters) if count else {})}

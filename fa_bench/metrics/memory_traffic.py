@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fa_bench.mechanisms.trace import Trace, trace_model
 from fa_bench.mechanisms.weighted_layers import weighted_layers
+from fa_bench.registry.kinds import IMAGES, TOKENS
 
 if TYPE_CHECKING:
     from fa_bench.mechanisms.rule import Rule
@@ -53,7 +54,9 @@ class Memory:
         return reads + self.feedback + masks, writes + self.learned + masks
 
 
-def memories(model: nn.Module, input_shape: tuple[int, ...], rule: Rule | None = None) -> tuple[Memory, Memory | None]:
+def memories(
+    model: nn.Module, input_shape: tuple[int, ...], rule: Rule | None = None, inputs: str = IMAGES
+) -> tuple[Memory, Memory | None]:
     """Counts for backpropagation in a plain model, and for a rule if it defines `step_memory`.
 
     From one forward pass of one sample on the model's device; cheap on the device ``meta``.
@@ -66,16 +69,17 @@ def memories(model: nn.Module, input_shape: tuple[int, ...], rule: Rule | None =
         model: a plain model.
         input_shape: shape of one input, without the batch.
         rule: a rule that is not attached.
+        inputs: their kind (`fa_bench.registry.kinds`).
 
     Raises:
         CoverageError: if the rule cannot be attached to the model.
     """
-    device = next(model.parameters()).device
+    device, dtype = next(model.parameters()).device, torch.int64 if inputs == TOKENS else torch.float32
     with _Watch() as watch:
-        trace = trace_model(model, torch.zeros(1, *input_shape, device=device))
+        trace = trace_model(model, torch.zeros(1, *input_shape, device=device, dtype=dtype))
     parameters, logits = sum(p.numel() for p in model.parameters()), math.prod(trace.result_shape)
-    inputs = _inputs(trace, [group[0] for group in trace.inputs[1:]])
-    reference = Memory(parameters, inputs + watch.averaged() + logits, relus=watch.relus)
+    kept = _inputs(trace, [group[0] for group in trace.inputs[1:]])
+    reference = Memory(parameters, kept + watch.averaged() + logits, relus=watch.relus)
     step = None if rule is None else rule.step_memory(model, trace)
     if step is None:
         return reference, None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fa_bench.errors import ConfigError, truncate
 from fa_bench.mechanisms.rule import INPUT, OUTPUT, Rule
-from fa_bench.mechanisms.trace import set_temporarily, tensors_in, trace_model, without_side_effects
+from fa_bench.mechanisms.trace import loss_output, set_temporarily, tensors_in, trace_model, without_side_effects
 from fa_bench.mechanisms.weighted_layers import weight_gradient, weighted_layers
 from fa_bench.metrics.alignment.base import declared
 from fa_bench.registry.registries import METRICS
@@ -40,7 +40,7 @@ class AlignmentMeter:
         self.rule, self.x, self.y = rule, x, y
         self.metrics = [metric() for metric in declared(METRICS if metrics is None else metrics).values()]
         with rule.exact():
-            self.trace = trace_model(rule.model, x[:2])
+            self.trace = trace_model(rule.model, x[:2], output=rule.loss_output)
         self.points = rule.error_points(self.trace)
 
     @property
@@ -123,7 +123,7 @@ class Passes:
                     for path in layers]
         try:
             with torch.enable_grad():
-                logits = next(tensors_in(model(self._meter.x)))
+                logits = loss_output(model(self._meter.x), self.rule.loss_output)
                 record.watch(LOGITS, logits, modules[""])
                 backward(self.rule.objective.loss(logits, self._meter.y), logits)
         finally:
@@ -183,7 +183,7 @@ class Passes:
         handles = [modules[path].register_forward_hook(split(path)) for path in cuts]
         try:
             with self.rule.exact(), torch.enable_grad():
-                logits = next(tensors_in(self.rule.model(self._meter.x)))
+                logits = loss_output(self.rule.model(self._meter.x), self.rule.loss_output)
         finally:
             for handle in handles:
                 handle.remove()

@@ -1,18 +1,23 @@
-"""The base class of objectives, which define the loss and the accuracy of a network's outputs.
+"""The base class of objectives, which define the loss and the scores of a network's outputs.
 
-Shapes: N batch, C classes, O outputs.
+Shapes: N batch, T positions, C classes, O outputs.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from fa_bench.registry.kinds import CLASSES
-from fa_bench.registry.options import Options
+from fa_bench.objectives.scores import ACCURACY, R2, RMSE, Score
+from fa_bench.registry.kinds import CLASSES, POSITIONS, VALUES
+from fa_bench.registry.options import Options, option
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
 
 @dataclasses.dataclass(eq=False)
 class Objective(Options):
@@ -20,20 +25,69 @@ class Objective(Options):
 
     #: The kinds of targets (`fa_bench.registry.kinds`) that `loss` accepts.
     targets: ClassVar[tuple[str, ...]] = (CLASSES,)
+    #: The scores for each kind of targets. The first one is the primary score, by which epochs and settings are chosen.
+    scores: ClassVar[Mapping[str, tuple[Score, ...]]] = {
+        CLASSES: (ACCURACY,), POSITIONS: (ACCURACY,), VALUES: (R2, RMSE)}
+
+    output: str | int | None = option(
+        None, "the output of the model that is trained, if it returns several: a key, or a number in a tuple",
+        identifying=False)
 
     def loss(self, outputs: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
         """The loss of a batch; implemented by each objective.
 
         Args:
-            outputs: of the network, (N, C) or (N, O).
-            target: class indices (N,) or numbers (N, O), depending on `targets`.
-            reduction: ``mean`` or ``sum`` over the samples, for a scalar; ``none`` for the loss of each sample, (N,).
+            outputs: of the network, (N, C), (N, O) or (N, T, C).
+            target: class indices (N,), numbers (N, O) or class indices of positions (N, T), depending on `targets`.
+            reduction: ``mean`` or ``sum`` over the targets that count, for a scalar; ``none`` for the loss of each sample, (N,),
+                whose mean is that of ``mean``.
         """
         raise NotImplementedError
 
+    def counted(self, target: Tensor) -> int | Tensor:
+        """The number of targets that count; the mean loss is over these."""
+        return len(target)
+
     def correct(self, outputs: Tensor, target: Tensor) -> Tensor | None:
-        """Which samples are classified correctly, bool (N,); None if the targets are numbers."""
-        return None if target.is_floating_point() else outputs.argmax(1) == target
+        """Which samples are classified correctly, bool (N,) or (N, T); None if the targets are numbers."""
+        return None if target.is_floating_point() else outputs.argmax(-1) == target
+
+    def predicted(self, outputs: Tensor) -> Tensor:
+        """The predicted numbers for outputs (N, O), in the unit of the targets."""
+        return outputs
+
+    def sums(self, outputs: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Sums over the targets of a batch that count, from which `scored` computes the scores of all batches together.
+
+        The loss and the number of targets are summed without being named here.
+        """
+        if (correct := self.correct(outputs, target)) is not None:
+            return {"correct": correct.sum()}
+        wide = target.double() if target.device.type != "mps" else target  # which has no float64
+        errors = self.predicted(outputs).to(wide.dtype) - wide
+        return {"error_squares": errors.square().sum(), "target_sums": wide.sum(0), "target_squares": wide.square().sum(0)}
+
+    def scored(self, sums: Mapping[str, Any], loss: float, count: int, characters: float | None = None) -> dict[str, float]:
+        """The scores of a split by name; those that cannot be computed are absent.
+
+        R² is 1 - Σ (prediction - target)² / Σ (target - mean)², with both sums over all samples and outputs and the mean of each
+        output over the same split: predicting that mean scores 0. RMSE is over all samples and outputs.
+
+        Args:
+            sums: of `sums` over all batches, as numbers or lists of numbers.
+            loss: the mean loss.
+            count: the number of targets that count.
+            characters: of text, the characters of a token on average in this split.
+        """
+        if "correct" in sums:
+            return {ACCURACY.name: sums["correct"] / count}
+        outputs = len(sums["target_sums"])
+        around_mean = sum(square - total * total / count
+                          for square, total in zip(sums["target_squares"], sums["target_sums"], strict=True))
+        # Constant targets leave only the rounding of their squares.
+        varies = around_mean > 1e-12 * sum(sums["target_squares"])
+        return {**({R2.name: 1 - sums["error_squares"] / around_mean} if varies else {}),
+                RMSE.name: math.sqrt(sums["error_squares"] / (count * outputs))}
 
 
 def reduce(losses: Tensor, reduction: str) -> Tensor:

@@ -27,3 +27,6 @@ class SigmoidCE(Objective):
     def loss(self, outputs: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
         losses = nn.functional.binary_cross_entropy_with_logits(outputs, one_hot(target, outputs), reduction="none")
         return reduce(losses.sum(1), reduction)
+
+    def predicted(self, outputs: Tensor) -> Tensor:
+        return outputs.sigmoid()

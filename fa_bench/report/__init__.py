@@ -29,31 +29,32 @@ if TYPE_CHECKING:
 MAX_LINE = 1000  # characters of a line about a run
 MAX_SHOWN = 4  # lines of a kind below the terminal's table
 LEGEND = """\
-Accuracies are in %, differences in percentage points, angles in degrees, times in seconds of training. Choose settings by their
-validation accuracy and compare the chosen ones by their test accuracy. The statistics of a row cover its n finished runs, one per
-seed. Runs that diverged, failed, were stopped by a callback, were interrupted or are still running are listed in their row but
-excluded from the statistics.
+Accuracies are in %, their differences in percentage points, other scores and their differences in their own unit, angles in
+degrees, times in seconds of training. Choose settings by their validation score and compare the chosen ones by their test score.
+The statistics of a row cover its n finished runs, one per seed. Runs that diverged, failed, were stopped by a callback, were
+interrupted or are still running are listed in their row but excluded from the statistics.
 std is the sample standard deviation; ± 95 % is half the width of the Student t interval of the mean, for two seeds the range of
 the values instead. Weight angle and norm ratio are means over the layers whose feedback carries an error; the delta angle is a
-mean over all layers but the output layers. A rule beats the floor if its mean is above that of `frozen`, which trains only the
-output layer. Differences to bp are paired by seed. Cohen's d_z is their mean divided by their standard deviation. p is that of
-the two-sided paired t test; p (Holm) is corrected by Holm's method for all rows of the task, without those of bp and frozen. All
-three need three pairs. Differences to published numbers are between means.
+mean over all layers but the output layers. A rule beats the floor if its mean is better than that of `frozen`, which trains only
+the output layer: higher accuracies and R², lower errors, perplexities and bits. Differences to bp are paired by seed. Cohen's d_z
+is their mean divided by their standard deviation. p is that of the two-sided paired t test; p (Holm) is corrected by Holm's
+method for all rows of the task, without those of bp and frozen. All three need three pairs. Differences to published numbers are
+between means.
 """
 _REFERENCES = {
     BEST: """\
-If a task has several rows of bp, all its rows are compared with the one that has the best validation accuracy (last epoch, mean
+If a task has several rows of bp, all its rows are compared with the one that has the best validation score (last epoch, mean
 over its finished runs) among those with the same code and data as the row, preferably with as many epochs and at the same scale.
 Rows with runs that diverged are not chosen. Rows of `frozen` are chosen in the same way.
 """,
     NEAREST: """\
 If a task has several rows of bp, a row is paired with the one whose settings differ from its own in the fewest keys; among
-several such rows, the one with the best validation accuracy (last epoch, mean over its finished runs) is used. Rows of `frozen`
+several such rows, the one with the best validation score (last epoch, mean over its finished runs) is used. Rows of `frozen`
 are chosen in the same way.
 """,
 }
 _BEST_LEGEND = """\
-For each rule and remaining setting, the value with the best validation accuracy (last epoch, mean over the finished runs) was
+For each rule and remaining setting, the value with the best validation score (last epoch, mean over the finished runs) was
 chosen; of equal ones, the smaller. Values with runs that diverged count as tried, but are not chosen.
 """
 _PUBLISHED_LEGEND = """\
@@ -90,7 +91,7 @@ def write_report(
         planned: the runs that sweeps announced, see `fa_bench.runs.sweep`.
         timings: whether to include measured seconds, the only difference between two sweeps of the same runs.
         unusable: further damaged records to list.
-        best: keys whose values are chosen by validation accuracy for each rule; the chosen rows are compared. See `best`.
+        best: keys whose values are chosen by the validation score for each rule; the chosen rows are compared. See `best`.
         reference: how rows of bp and the floor are chosen, `references.BEST` or `references.NEAREST`.
         aggregate: whether to compare the rules over all tasks, see `aggregate`.
         shown: the directories of the runs in the terminal's table; all if None.
@@ -109,7 +110,17 @@ def write_report(
     from fa_bench.report.html import Table, to_html
     from fa_bench.report.layers import PROBES_LEGEND, by_layer, probe_table
     from fa_bench.report.published import published
-    from fa_bench.report.table import TIMINGS, TRIED_COLUMNS, Column, columns_of, summarise, to_csv, to_text
+    from fa_bench.report.table import (
+        TIMINGS,
+        TRIED_COLUMNS,
+        Column,
+        columns_of,
+        primary_scores,
+        score_columns,
+        summarise,
+        to_csv,
+        to_text,
+    )
 
     out_dir, planned = Path(out_dir), list(planned)
     records = _read([*map(Path, run_dirs), *(run.directory for run in planned)])
@@ -134,7 +145,9 @@ def write_report(
              "Published rows without a finished run": without_run}
     shown_tables = [Table("", frame.drop(columns=[*VERSIONS]), columns_of(frame), LEGEND + _REFERENCES[reference])]
     if choice:
-        columns = {name: TRIED_COLUMNS.get(name, Column(name)) for name in choice.tried}
+        known = TRIED_COLUMNS | {key: column for score in primary_scores(choice.tried)
+                                 for key, column in score_columns(score).items()}
+        columns = {name: known.get(name, Column(name)) for name in choice.tried}
         shown_tables.append(Table(f"Values tried: {names(best)}", choice.tried, columns, _BEST_LEGEND))
     if totals is not None:
         shown_tables.append(Table("Over all tasks", totals, AGGREGATE_COLUMNS, AGGREGATE_LEGEND))

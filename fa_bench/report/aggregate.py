@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import pandas as pd
 
 from fa_bench.errors import names
-from fa_bench.report.groups import finished_by_seed, group_labels, group_runs, tasks, validation_accuracy
+from fa_bench.objectives.scores import ACCURACY
+from fa_bench.report.groups import finished_by_seed, group_labels, group_runs, tasks, validation_merit
 from fa_bench.report.numbers import bootstrap_interval, interquartile_mean, known, mean
 from fa_bench.report.runs import Run
 from fa_bench.report.table import Column
@@ -26,7 +27,7 @@ AGGREGATE_COLUMNS = {
 AGGREGATE_LEGEND = """\
 The interquartile mean is over the test accuracies of all tasks and seeds, without the lowest and the highest quarter. Its
 interval is the 95 % percentile interval of a stratified bootstrap (10,000 resamples of the seeds within each task, fixed seed),
-as in rliable (Agarwal et al. 2021). If a rule has several rows in a task, the one with the best validation accuracy is used.
+as in rliable (Agarwal et al. 2021). If a rule has several rows in a task, the one with the best validation score is used.
 """
 
 
@@ -34,10 +35,18 @@ def over_tasks(runs: Sequence[Run]) -> tuple[pd.DataFrame, list[str]]:
     """One row per rule with finished runs in every task: statistics over the test accuracies (%) of all tasks and seeds.
 
     Returns:
-        The table, and a line for each rule that was left out because it lacks a task.
+        The table, and a line for each task that was left out because its score is no accuracy, and for each rule because it lacks
+        a task.
     """
     groups = group_runs(runs)
-    labels, by_task = group_labels(groups), tasks(groups)
+    labels, left_out = group_labels(groups), []
+    by_task = {}
+    for title, of_task in tasks(groups).items():
+        primary = next(iter(of_task.values()))[0].primary
+        if primary == ACCURACY:
+            by_task[title] = of_task
+        else:
+            left_out.append(f"{title} is not in the aggregate: its score is no accuracy ({primary.title})")
     used: dict[str, dict[str, str]] = {}  # {rule: {task: group}}
     for title, of_task in by_task.items():
         for group, members in of_task.items():
@@ -45,7 +54,7 @@ def over_tasks(runs: Sequence[Run]) -> tuple[pd.DataFrame, list[str]]:
             current = used.setdefault(rule, {}).get(title)
             if _accuracies(members) and (current is None or _rank(members) > _rank(groups[current])):
                 used[rule][title] = group
-    rows, left_out = [], []
+    rows = []
     for rule, chosen in used.items():
         if lacking := [title for title in by_task if title not in chosen]:
             left_out.append(f"{rule} is not in the aggregate: no finished run in {names(lacking)}")
@@ -60,8 +69,8 @@ def over_tasks(runs: Sequence[Run]) -> tuple[pd.DataFrame, list[str]]:
 
 
 def _rank(members: Sequence[Run]) -> float:
-    accuracy = validation_accuracy(members)
-    return -math.inf if math.isnan(accuracy) else accuracy
+    merit = validation_merit(members)
+    return -math.inf if math.isnan(merit) else merit
 
 
 def _accuracies(members: Sequence[Run]) -> list[float]:

@@ -1,4 +1,4 @@
-"""The best setting of each rule: chosen by validation accuracy among the values of some keys that were tried."""
+"""The best setting of each rule: chosen by the primary validation score among the values of some keys that were tried."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from fa_bench.report.groups import (
     nearest_key,
     status_counts,
     tasks,
-    validation_accuracy,
+    validation_merit,
+    validation_score,
     value_key,
 )
 from fa_bench.report.runs import VERSIONS, Run
@@ -64,8 +65,8 @@ def choose_best(runs: Sequence[Run], keys: Sequence[str]) -> Best:
     """Choose the values of `keys` for each rule and remaining setting.
 
     The remaining setting consists of the other keys in which the rule's configs differ, the task, and the versions of code and
-    data. The value with the highest validation accuracy (last epoch, mean over the finished runs) is chosen; of equal ones, the
-    smaller. A value with a run that diverged counts as tried, but is never chosen; neither is one without a validation accuracy,
+    data. The value with the best primary validation score (last epoch, mean over the finished runs) is chosen; of equal ones, the
+    smaller. A value with a run that diverged counts as tried, but is never chosen; neither is one without that score,
     unless it is the only one.
 
     Args:
@@ -83,10 +84,8 @@ def choose_best(runs: Sequence[Run], keys: Sequence[str]) -> Best:
     warnings, rows = [], []
     for title, of_task in tasks(groups).items():
         for cell in _cells(of_task, keys, swept):
-            accuracies = {group: validation_accuracy(members) for group, members in cell.items()}
-            best = _choose(cell, accuracies)
-            rows += [_tried_row(labels[group], members, keys, title, accuracies[group], group == best)
-                     for group, members in cell.items()]
+            best = _choose(cell, {group: validation_merit(members) for group, members in cell.items()})
+            rows += [_tried_row(labels[group], members, keys, title, group == best) for group, members in cell.items()]
             if best is None:
                 warnings.append(_nothing_chosen(cell, keys, title))
             else:
@@ -97,7 +96,9 @@ def choose_best(runs: Sequence[Run], keys: Sequence[str]) -> Best:
         warnings += filter(None, [_unequal(title, of_task, chosen, labels, keys)])
         for group, note in _budget_notes(of_task, chosen).items():
             chosen[group] = chosen[group]._replace(note="; ".join(filter(None, (chosen[group].note, note))))
-    table = pd.DataFrame(rows, columns=["task", "label", *keys, "n", "status", "val_accuracy", "chosen"])
+    values = list(dict.fromkeys(name for row in rows for name in row if name.startswith("val_")))
+    table = pd.DataFrame(rows, columns=["task", "label", *keys, "n", "status", *values, "chosen"])
+    table.attrs["scores"] = list({run.primary.name: run.primary for run in runs}.values())
     return Best([run for run in runs if run.row in chosen], chosen, warnings, table)
 
 
@@ -143,14 +144,14 @@ def _cells(groups: Groups, keys: Sequence[str], swept: Mapping[str, Sequence[str
     return [{group: cell[group] for group in sorted(cell, key=order)} for cell in cells.values()]
 
 
-def _choose(cell: Groups, accuracies: Mapping[str, float]) -> str | None:
-    """The first group with the highest validation accuracy; the only one also without it, if it has a finished run."""
+def _choose(cell: Groups, merits: Mapping[str, float]) -> str | None:
+    """The first group with the best validation score; the only one also without it, if it has a finished run."""
     if len(cell) == 1:
         (group, members), = cell.items()
         diverged = any(run.result["status"] == DIVERGED for run in members)
         return group if finished_by_seed(members) and not diverged else None
-    choosable = [group for group in cell if not math.isnan(accuracies[group])]
-    return max(choosable, key=lambda group: accuracies[group], default=None)
+    choosable = [group for group in cell if not math.isnan(merits[group])]
+    return max(choosable, key=lambda group: merits[group], default=None)
 
 
 def _text(run: Run, keys: Sequence[str]) -> str:
@@ -158,18 +159,19 @@ def _text(run: Run, keys: Sequence[str]) -> str:
 
 
 def _tried_row(
-    name: str, members: Sequence[Run], keys: Sequence[str], title: str, accuracy: float, is_chosen: bool
+    name: str, members: Sequence[Run], keys: Sequence[str], title: str, is_chosen: bool
 ) -> dict[str, Any]:
     config = members[0].config
     return {"task": title, "label": name, **{key: format_value(config[key]) if key in config else UNSET for key in keys},
-            "n": len(finished_by_seed(members)), "status": status_counts(members), "val_accuracy": accuracy, "chosen": is_chosen}
+            "n": len(finished_by_seed(members)), "status": status_counts(members),
+            f"val_{members[0].primary.name}": validation_score(members), "chosen": is_chosen}
 
 
 def _nothing_chosen(cell: Groups, keys: Sequence[str], title: str) -> str:
     """A line about a rule for which no value could be chosen."""
     runs = [run for members in cell.values() for run in members]
     rule, statuses = runs[0].result["algorithm"], status_counts(runs)
-    reason = ("no validation accuracy to choose by"
+    reason = (f"no validation {runs[0].primary.title} to choose by"
               if all(run.finished for run in runs) else f"none can be chosen ({statuses})")
     values = f"{len(cell)} value{'s' * (len(cell) > 1)} of {names(keys)}"
     return f"{rule} is not compared ({title}): {values} tried, {reason}"

@@ -64,8 +64,8 @@ def _main(argv: list[str]) -> int:
     parser.add_argument("--no-timings", action="store_true",
                         help="omit measured seconds, so that two sweeps of the same runs give the same bytes")
     parser.add_argument("--best", metavar="KEY[,KEY]",
-                        help="choose the values of these keys by validation accuracy for each rule, and compare the chosen ones: "
-                             "--best optimizer.lr")
+                        help="choose the values of these keys by their validation score for each rule, and compare the chosen "
+                             "ones: --best optimizer.lr")
     parser.add_argument("--reference", choices=CHOICES,
                         help="compare with the best rows of bp and frozen (default), or with those at the nearest settings")
     parser.add_argument("--aggregate", action="store_true",
@@ -75,7 +75,7 @@ def _main(argv: list[str]) -> int:
                          help=f"formats of the files, separated by commas: {names(FORMATS)} (default: {FORMATS[0]})")
     figures.add_argument("--rules", metavar="LIST", type=_words, help="only these rules, separated by commas")
     figures.add_argument("--metric", metavar="NAME", default="",
-                         help="only this quantity: an accuracy or loss such as val_accuracy, or an alignment metric such as "
+                         help="only this quantity: a score or loss such as val_accuracy, or an alignment metric such as "
                               "weight_angle")
     figures.add_argument("--x", metavar="X", default="",
                          help=f"plot curves against {', '.join(list(POSITIONS)[:-1])} or {list(POSITIONS)[-1]}, or final values "

@@ -14,11 +14,13 @@ import pandas as pd
 
 from fa_bench.config.labels import differing_keys
 from fa_bench.errors import printable
+from fa_bench.objectives.scores import ACCURACY, PARTS
 from fa_bench.report.groups import group_labels, group_runs
 from fa_bench.report.numbers import number
+from fa_bench.report.quantities import scores_in
 from fa_bench.report.runs import VERSIONS, Run, metrics_of
 from fa_bench.report.states import reason
-from fa_bench.report.table import COLUMNS, with_std
+from fa_bench.report.table import COLUMNS, primary_scores, with_std
 from fa_bench.utils.files import resolved
 
 #: Characters that have a meaning in LaTeX; [ and * have one after the end of a row.
@@ -47,8 +49,10 @@ def to_latex(frame: pd.DataFrame) -> str:
     columns = {
         "rule": ("l", [escape_latex(label) for label in frame["label"]]),
         r"$n$": ("r", [str(n) for n in frame["n"]]),
-        r"validation (\%)": ("r", _math(with_std(frame, "val_accuracy"))),
-        r"test (\%)": ("r", _math(with_std(frame, "test_accuracy"))),
+        **{title: ("r", _math(with_std(frame, name))) for score in primary_scores(frame) for title, name in (
+            ((r"validation (\%)", "val_accuracy"), (r"test (\%)", "test_accuracy")) if score == ACCURACY else
+            ((f"validation {escape_latex(score.in_unit)}", f"val_{score.name}"),
+             (f"test {escape_latex(score.in_unit)}", f"test_{score.name}")))},
         "difference to bp": ("r", [_difference(row) for row in frame.to_dict("records")]),
         r"$p$ (Holm)": ("r", [_number(value, ".2g") for value in frame["bp_difference_p_holm"]]),
         "beats floor": ("l", ["--" if pd.isna(beats) else "yes" if beats else "no" for beats in frame["floor"]]),
@@ -56,8 +60,8 @@ def to_latex(frame: pd.DataFrame) -> str:
     shown = {title: column for title, column in columns.items() if set(column[1]) - {"--"}}
     lines = [" & ".join(cells) + r" \\" for cells in zip(*(cells for _, cells in shown.values()), strict=True)]
     return "\n".join([
-        r"% Requires \usepackage{booktabs}. Accuracies are mean and standard deviation over n seeds; differences are in",
-        "% percentage points, paired by seed, with half the 95 % t interval (for two seeds: the range).",
+        r"% Requires \usepackage{booktabs}. Scores are mean and standard deviation over n seeds; differences (of accuracies in",
+        "% percentage points) are paired by seed, with half the 95 % t interval (for two seeds: the range).",
         rf"\begin{{tabular}}{{{''.join(align for align, _ in shown.values())}}}", r"\toprule",
         " & ".join(shown) + r" \\", r"\midrule", *lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
@@ -101,22 +105,29 @@ def _plain(value: Any, is_count: bool) -> Any:
     return None if value == "" else value
 
 
+def _score_keys(run: Run) -> list[str]:
+    first, *others = (score.name for score in run.scores)
+    return [*(f"{part}_{first}" for part in PARTS), f"test_{first}_at_best_val", *(f"{part}_{name}" for name in others
+                                                                                for part in PARTS)]
+
+
 def runs_table(runs: Sequence[Run], folder: Path) -> pd.DataFrame:
     """One row per run, in the given order, finished or not.
 
     Columns: the directory relative to `folder`, the label, status and seed, a column for each key in which the configs differ,
-    accuracies in % and losses of the last epoch, the means over layers of the alignment metrics, epochs, seconds of training, and
-    hashes. `reason` is why a run did not finish. Values that a run did not record are blank.
+    scores (accuracies in %) and losses of the last epoch, the means over layers of the alignment metrics, epochs, seconds of
+    training, and hashes. `reason` is why a run did not finish. Values that a run did not record are blank.
     """
     labels = group_labels(group_runs(runs))
     names = ("algorithm", "architecture", "dataset", "optimizer", "experiment")
     swept = [key for key in differing_keys(run.config for run in runs) if key not in names]
-    metrics = metrics_of(runs)
+    metrics, scores = metrics_of(runs), scores_in(runs)
     rows = [{
         "directory": Path(os.path.relpath(resolved(run.directory), resolved(folder))).as_posix(), "label": labels[run.row],
         "status": run.result["status"], "seed": run.result["seed"], **{key: run.result.get(key) for key in names},
         **{key: run.config[key] for key in swept if key in run.config},
-        **{key: 100 * number(run.result.get(key)) for key in _ACCURACIES},
+        **dict.fromkeys(_ACCURACIES if ACCURACY in scores else (), math.nan),
+        **{key: run.score(key) for key in _score_keys(run)},
         **{key: number(run.metrics[-1].get(key)) if run.metrics else math.nan for key in _LOSSES},
         **{name: run.layer_mean(name, run.result.get("angles")) for name in metrics},
         "epoch": run.metrics[-1]["epoch"] if run.metrics else run.result.get("epoch"), "epochs": run.result.get("epochs"),

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from fa_bench.config.labels import label
 from fa_bench.metrics.alignment.base import Metric, declared
+from fa_bench.objectives.scores import ACCURACY, Score
 from fa_bench.report.files import register
 from fa_bench.report.groups import CONTROL, FLOOR, Groups, by_rule, group_labels, group_runs, natural_key, swept_keys, tasks
 from fa_bench.report.numbers import known
@@ -37,8 +38,12 @@ from fa_bench.report.quantities import (
     in_layer,
     layer_mean,
     measurements,
+    primary,
     quantity,
+    runs_of,
     scalar,
+    scalar_names,
+    scores_in,
 )
 from fa_bench.report.runs import Run, metrics_of
 from fa_bench.report.settings import DENSITY, setting_figure
@@ -46,8 +51,7 @@ from fa_bench.report.settings import DENSITY, setting_figure
 COLUMNS = 4  # panels per row if there is one for each layer or rule
 MAX_GROUPS, MAX_SETTINGS = 12, 4  # lines of a panel, and settings of a rule among them; more have a panel for each rule
 MAX_SHARED = 10  # settings in a legend of all panels; if the rules have more, each panel has its own legend
-CURVES = ("test_accuracy", "val_accuracy", "train_accuracy", "test_loss", "val_loss", "train_loss")
-BEST = "Each rule at its best setting by validation accuracy (last epoch); all settings are in the figures of curves."
+BEST = "Each rule at its best setting by the validation score (last epoch); all settings are in the figures of curves."
 
 
 class Picture(NamedTuple):
@@ -84,13 +88,19 @@ def write_figures(
 def report_figures(runs: Sequence[Run], selection: Selection, swept: Sequence[Run]) -> Iterator[tuple[str, str, Figure]]:
     """(end of the file name, title, figure) of every figure of a report; the overview comes first, without an end."""
     by_task, metrics = tasks(group_runs(runs)), metrics_of(runs)
-    only = quantity(selection.metric, metrics) if selection.metric else None
+    only = quantity(selection.metric, metrics, scores_in(runs)) if selection.metric else None
     x = selection.position
-    yield "", "Overview", overview(by_task, [only] if only else overview_quantities(metrics), x)
-    final = only or scalar(CURVES[0])
-    for key in swept_keys(group_runs(swept)) if selection.x in ("", *POSITIONS) else [selection.x]:
-        if (figure := setting_figure(tasks(group_runs(swept)), key, final)) is not None:
-            yield "density" if key == DENSITY else _slug(key), f"{final.title} against {key}", figure
+    yield "", "Overview", overview(by_task, [only] if only else None, metrics, x)
+    by_score: dict[str, list[Run]] = {}
+    for groups in tasks(group_runs(swept)).values():  # tasks with different scores cannot share an axis
+        members = runs_of(groups)
+        by_score.setdefault("" if only else primary(members).name, []).extend(members)
+    for number, of_score in enumerate(by_score.values()):
+        final = only or scalar(f"test_{(first := primary(of_score)).name}", [first])
+        for key in swept_keys(group_runs(of_score)) if selection.x in ("", *POSITIONS) else [selection.x]:
+            if (figure := setting_figure(tasks(group_runs(of_score)), key, final)) is not None:
+                stem = "density" if key == DENSITY else _slug(key)
+                yield f"{stem}-{final.name}" if number else stem, f"{final.title} against {key}", figure
     slugs: dict[str, str] = {}
     for title in by_task:  # titles that differ only in punctuation must not share a file
         slugs[title] = slug if (slug := _slug(title)) not in slugs.values() else f"{slug[:91]}-{_digest(title)}"
@@ -107,7 +117,7 @@ def task_figures(
     if only is None or is_large(groups):  # otherwise the overview has the only curves
         for part in curve_parts(title, groups, only, x):
             of = part.panels[0].quantity
-            is_first = of.name == CURVES[0] or of == only
+            is_first = of.name == f"test_{primary(runs_of(groups)).name}" or of == only
             yield ("curves" if is_first else f"curves_{of.name}", of.title if part.same_axes else "Curves", curves_figure([part]))
     for name, metric in metrics.items():
         if (only.name == name if only else metric.plot) and (parts := layers_parts(title, groups, name, x)):
@@ -115,23 +125,37 @@ def task_figures(
 
 
 def curve_parts(title: str, groups: Groups, only: Quantity | None, x: str) -> list[Part]:
-    """The curves of a task: of a small one all accuracies and losses side by side, of a large one a part for each."""
-    curves = [only] if only else [each for name in CURVES if has_data(groups, each := scalar(name)) or name == CURVES[0]]
+    """The curves of a task: of a small one all scores and losses side by side, of a large one a part for each."""
+    scores = _ordered_scores(runs_of(groups))
+    curves = [only] if only else [each for number, name in enumerate(scalar_names(scores))
+                                  if has_data(groups, each := scalar(name, scores)) or number == 0]
     if is_large(groups):
         return [rules_part(title, groups, each, x) for each in curves]
     return [lines_part(title, groups, curves, x, min(3, len(curves)))]
 
 
-def overview_quantities(metrics: Mapping[str, type[Metric]]) -> list[Quantity]:
-    """Test accuracy, and the mean over layers of every angle that has a column in tables."""
-    return [scalar("test_accuracy"),
+def _ordered_scores(runs: Sequence[Run]) -> list[Score]:
+    """The scores of a task's runs, the primary one first."""
+    first = primary(runs)
+    return [first, *(score for score in scores_in(runs) if score.name != first.name)]
+
+
+def overview_quantities(metrics: Mapping[str, type[Metric]], first: Score = ACCURACY) -> list[Quantity]:
+    """The primary score of the test samples, and the mean over layers of every angle that has a column in tables."""
+    return [scalar(f"test_{first.name}", [first]),
             *(layer_mean(name, metric) for name, metric in metrics.items() if metric.column and metric.unit == "°")]
 
 
-def overview(by_task: Mapping[str, Groups], quantities: Sequence[Quantity], x: str) -> Figure:
-    """All tasks below each other, a panel for each quantity; of large sweeps, each rule's best setting."""
-    return curves_figure([lines_part(title, _chosen(groups), quantities, x, len(quantities), group_labels(groups))
-                          for title, groups in by_task.items()],
+def overview(
+    by_task: Mapping[str, Groups], quantities: Sequence[Quantity] | None, metrics: Mapping[str, type[Metric]], x: str
+) -> Figure:
+    """All tasks below each other, a panel for each quantity (None: `overview_quantities`); of large sweeps, each rule's best
+    setting."""
+    parts = []
+    for title, groups in by_task.items():
+        shown = quantities or overview_quantities(metrics, primary(runs_of(groups)))
+        parts.append(lines_part(title, _chosen(groups), shown, x, len(shown), group_labels(groups)))
+    return curves_figure(parts,
                          BEST if any(map(is_large, by_task.values())) else "")
 
 
@@ -167,7 +191,7 @@ def is_large(groups: Groups) -> bool:
 
 
 def _chosen(groups: Groups) -> Groups:
-    """The groups; of a large sweep, each rule's best one, or all if no validation accuracy is known."""
+    """The groups; of a large sweep, each rule's best one, or all if no validation score is known."""
     if not is_large(groups):
         return groups
     chosen: dict[str, Sequence[Run]] = {}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fa_bench.config.job import VOLATILE
 from fa_bench.config.labels import is_number
+from fa_bench.objectives.scores import final_keys
 from fa_bench.report.runs import Run, Runs, read_run, runs_in
 from fa_bench.runs.readers import RecordError
 
@@ -33,12 +34,12 @@ def load_results(*runs: Runs, curves: bool = False, angles: bool = False) -> pd.
         angles: one row per run, measurement, alignment metric and layer.
 
     Returns:
-        One row per run: its directory, status, components, seed, accuracies (fractions), seconds, the mean over layers of every
-        alignment metric, and every option of its config by command-line key, such as ``optimizer.lr``. With `curves`, the run's
-        directory, label and seed, and its record of the epoch: losses, accuracies, learning rate, seconds so far, and the means
-        of the alignment metrics that were measured. With `angles`, the run's directory, label and seed, step, epoch (a fraction),
-        metric, layer and value (NaN if undefined). Columns of numbers are of a numeric type, with NaN for what is not recorded. A
-        run without a result has no row; one with a damaged record is skipped with a warning.
+        One row per run: its directory, status, components, seed, scores (accuracies as fractions), seconds, the mean over layers
+        of every alignment metric, and every option of its config by command-line key, such as ``optimizer.lr``. With `curves`,
+        the run's directory, label and seed, and its record of the epoch: losses, scores, learning rate, seconds so far, and the
+        means of the alignment metrics that were measured. With `angles`, the run's directory, label and seed, step, epoch (a
+        fraction), metric, layer and value (NaN if undefined). Columns of numbers are of a numeric type, with NaN for what is not
+        recorded. A run without a result has no row; one with a damaged record is skipped with a warning.
 
     Raises:
         DataError: for a directory that does not exist.
@@ -75,13 +76,14 @@ def _typed(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _row(run: Run) -> dict[str, Any]:
     options = {key: value for key, value in run.config.items() if key.split(".")[0] not in (*_COLUMNS, *VOLATILE) or "." in key}
-    return {"directory": str(run.directory), **{key: run.result.get(key) for key in _COLUMNS},
+    scores = {key: value for key, value in run.result.items() if key in final_keys(run.scores)}
+    return {"directory": str(run.directory), **{key: run.result.get(key) for key in _COLUMNS}, **scores,
             **_means(run, run.result.get("angles")), **options}
 
 
 def _curves(run: Run) -> list[dict[str, Any]]:
     identity = {"directory": str(run.directory), "label": run.result["label"], "seed": run.result["seed"]}
-    return [{**identity, **{key: value for key, value in line.items() if key not in ("angles", "probes")},
+    return [{**identity, **{key: value for key, value in line.items() if key not in ("angles", "probes", "scores")},
              **_means(run, line.get("angles"))} for line in run.metrics]
 
 

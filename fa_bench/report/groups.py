@@ -134,8 +134,9 @@ def finished_by_seed(runs: Iterable[Run]) -> dict[int, Run]:
     return {run.result["seed"]: run for run in runs if run.finished}
 
 
-def validation_accuracy(members: Iterable[Run]) -> float:
-    """The validation accuracy of a group by which settings are chosen: in the last epoch, mean over the finished runs, in %.
+def validation_score(members: Iterable[Run]) -> float:
+    """The primary validation score of a group, by which settings are chosen: in the last epoch, mean over the finished runs, in
+    the unit of tables (% for an accuracy).
 
     Rounded to 10 digits, so that ties do not depend on the order of the seeds. NaN if none is known, or if a run diverged: the
     others would be chosen by their luck.
@@ -143,8 +144,12 @@ def validation_accuracy(members: Iterable[Run]) -> float:
     members = list(members)
     if any(run.result["status"] == DIVERGED for run in members):
         return math.nan
-    accuracy = mean(run.result.get("val_accuracy") for run in finished_by_seed(members).values())
-    return round(100 * accuracy, 10)
+    return round(mean(run.score(f"val_{run.primary.name}") for run in finished_by_seed(members).values()), 10)
+
+
+def validation_merit(members: Sequence[Run]) -> float:
+    """The `validation_score` of a group, negative if smaller scores are better: the largest one is the best."""
+    return members[0].primary.merit(validation_score(members))
 
 
 def status_counts(runs: Iterable[Run]) -> str:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fa_bench.config.labels import result_options
 from fa_bench.errors import format_value, printable, truncate
+from fa_bench.objectives.scores import Score
 from fa_bench.report.groups import Groups, group_labels, group_runs, status_counts
-from fa_bench.report.numbers import number
 from fa_bench.report.runs import Run
 from fa_bench.report.states import describe_status
 from fa_bench.report.table import BLANK, MAX_CELL, Column, cell
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _STYLE, _SCRIPT = (Path(__file__).with_name(f"page.{ending}") for ending in ("css", "js"))
 _SEEDS = {
     "seed": Column("seed", ".0f"), "status": Column("status"), "epoch": Column("epoch", ".0f"),
-    "val_accuracy": Column("validation accuracy (%)", ".2f"), "test_accuracy": Column("test accuracy (%)", ".2f"),
+    "val": Column("validation"), "test": Column("test"),
     "seconds": Column("seconds", ".1f", timing=True),
 }
 
@@ -123,7 +123,8 @@ def _runs(groups: Groups, timings: bool) -> str:
     parts += [_filter(), '<div class="groups">']
     for group, runs in groups.items():
         rest = {key: value for key, value in configs[group].items() if key not in shared}
-        columns = {name: column for name, column in _SEEDS.items() if timings or not column.timing}
+        columns = {name: _score_column(column, runs[0].primary) if name in ("val", "test") else column
+                   for name, column in _SEEDS.items() if timings or not column.timing}
         values = [[_seed_value(name, run) for run in runs] for name in columns]
         cells = [(column, [cell(value, column.format) for value in column_values])
                  for column, column_values in zip(columns.values(), values, strict=True)]
@@ -132,11 +133,14 @@ def _runs(groups: Groups, timings: bool) -> str:
     return "\n".join([*parts, "</div></section>"])
 
 
+def _score_column(column: Column, score: Score) -> Column:
+    return Column(f"{column.title} {score.in_unit}", score.format)
+
+
 def _seed_value(name: str, run: Run) -> Any:
     if name == "status":
         return "finished" if run.finished else truncate(describe_status(run), MAX_CELL)
-    value = run.result.get(name)
-    return 100 * number(value) if name.endswith("accuracy") else value
+    return run.score(f"{name}_{run.primary.name}") if name in ("val", "test") else run.result.get(name)
 
 
 def _options(options: Mapping[str, str]) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from fa_bench.config.labels import distinct_labels, duration
 from fa_bench.errors import DataError, printable
+from fa_bench.objectives.scores import ACCURACY, scores_of
 from fa_bench.report.numbers import known, mean
 from fa_bench.report.runs import FINISHED, Run, find_runs, short_path
 from fa_bench.report.states import DIVERGED, INTERRUPTED, RUNNING, STOPPED, current_status, epochs_of, reason
@@ -34,7 +35,7 @@ ENDED = {DONE, STOPPED, FAILED, DIVERGED}
 #: A run counts as stalled if it has written nothing for as long as this many of its epochs and for QUIET seconds; in its first
 #: epoch, whose duration is unknown, for FIRST_EPOCH seconds.
 QUIET_EPOCHS, QUIET, FIRST_EPOCH = 5, 600.0, 3600.0
-TITLES = ("run", "state", "epoch", "train loss", "val %", "test %", "s/epoch", "left", "")
+TITLES = ("run", "state", "epoch", "train loss", "val", "test", "s/epoch", "left", "")
 NUMBERS = range(2, 8)  # the columns of numbers
 MIN_NAME = 16  # characters of a run's name on a narrow terminal
 
@@ -224,9 +225,17 @@ def summary(lines: Sequence[Line]) -> str:
     return f"{text}; about {duration(max(sum(remaining) / workers, *remaining))} left, {workers} at a time"
 
 
+def titles(lines: Sequence[Line]) -> tuple[str, ...]:
+    """The titles of the columns; those of the scores name the score, ``val %`` for accuracies, if all lines have the same one."""
+    found = {scores_of(line.metrics)[0] for line in lines if line.metrics} or {ACCURACY}
+    first = found.pop()
+    name = "" if found else " %" if first == ACCURACY else f" {first.in_unit}"
+    return tuple(f"{title}{name}" if title in ("val", "test") else title for title in TITLES)
+
+
 def plain_text(lines: Sequence[Line]) -> list[str]:
     """The view as plain text: titles, one line per run, and the summary."""
-    return [*align_columns([TITLES, *map(_cells, lines)], NUMBERS), summary(lines)]
+    return [*align_columns([titles(lines), *map(_cells, lines)], NUMBERS), summary(lines)]
 
 
 def table(lines: Sequence[Line], width: int, height: int) -> Table:
@@ -248,7 +257,7 @@ def table(lines: Sequence[Line], width: int, height: int) -> Table:
     footer = [f"not shown: {', '.join(f'{count} {state}' for state, count in hidden.items())}"] * bool(hidden) + [summary(lines)]
     view = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", caption_justify="left", caption_style="",
                  caption=Text("\n".join(footer), no_wrap=True, overflow="ellipsis"))
-    for column, title in enumerate(TITLES):
+    for column, title in enumerate(titles(lines)):
         # The column of remarks is the one to shrink.
         view.add_column(title, justify="right" if column in NUMBERS else "left", no_wrap=bool(title), overflow="ellipsis")
     size = max((width - 60) // 2, MIN_NAME)
@@ -263,9 +272,10 @@ def _cells(line: Line) -> tuple[str, ...]:
     def formatted(value: Any, form: str, scale: float = 1) -> str:
         return "-" if value is None else format(scale * value, form)
 
+    first = scores_of(line.metrics)[0]
+    scores = [formatted(line.metrics.get(f"{part}_{first.name}"), first.format, first.scale) for part in ("val", "test")]
     return (printable(line.name), line.state, f"{line.epoch}/{line.epochs or '?'}",
-            formatted(line.metrics.get("train_loss"), ".4f"), formatted(line.metrics.get("val_accuracy"), ".2f", 100),
-            formatted(line.metrics.get("test_accuracy"), ".2f", 100), formatted(line.pace, ".2f"),
+            formatted(line.metrics.get("train_loss"), ".4f"), *scores, formatted(line.pace, ".2f"),
             duration(line.remaining) if line.state == RUNNING and line.remaining is not None else "-", printable(line.remark))
 
 

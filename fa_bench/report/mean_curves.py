@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import RunDirectoryError
+from fa_bench.objectives.scores import as_records
 from fa_bench.report.files import report_lock
 from fa_bench.report.groups import finished_by_seed, group_labels, group_runs, in_order
 from fa_bench.report.numbers import known, mean, std
 from fa_bench.report.runs import Run, read_run
-from fa_bench.runs.readers import SCALARS, RecordError
+from fa_bench.runs.readers import RecordError, scalar_keys
 from fa_bench.utils.files import atomic, output_errors, resolved, temporary_name, write_text
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 
 #: The folder of the mean curves, and the names of the directory's files in it: the record of the groups, and a group's curves.
 FOLDER, RECORD, EVENTS = "tensorboard", ".fa_bench.json", "events.out.tfevents.0000000000.fa_bench.mean"
-#: Final results that become points of curves of their own.
-_FINAL = ("test_accuracy", "test_accuracy_at_best_val")
 #: Most characters of a directory's name; file systems allow 255 bytes.
 _MAX_NAME = 120
 #: The characters of these names, which end with the seeds.
@@ -125,15 +124,16 @@ def _summaries(name: str, runs: Sequence[Run], swept: Mapping[str, bool]) -> Ite
     from torch.utils.tensorboard.summary import custom_scalars
 
     from fa_bench.loggers.events.hparams import end_of_session, start_of_session
-    from fa_bench.loggers.events.writer import chart_groups, chart_layout
+    from fa_bench.loggers.events.writer import chart_groups, chart_layout, final_values
 
     curves = _statistics([_curves(run) for run in runs])
     config = {key: value for key, value in runs[0].config.items() if key != "seed"} | {"seeds": len(runs)}
-    metrics = [f"{prefix}{tag}" for tag in (*(f"final/{key}" for key in _FINAL), "accuracy/val", "accuracy/test", "loss/train")
-               for prefix in ("", "std/")]
+    scores, first = runs[0].scores, runs[0].primary.name
+    tags = *(f"final/{key}" for key in final_values(scores)[:2]), f"{first}/val", f"{first}/test", "loss/train"
+    metrics = [f"{prefix}{tag}" for tag in tags for prefix in ("", "std/")]
     for summary in start_of_session(name, config, {**swept, "seeds": True}, [tag for tag in metrics if tag in curves], 0.0):
         yield 0, summary
-    yield 0, custom_scalars(chart_layout(chart_groups(tag for tag in curves if not tag.startswith("std/"))))
+    yield 0, custom_scalars(chart_layout(chart_groups(tag for tag in curves if not tag.startswith("std/")), scores))
     for step in sorted({step for points in curves.values() for step in points}):
         yield step, Summary(value=[Summary.Value(tag=tag, simple_value=points[step])
                                    for tag, points in curves.items() if step in points])
@@ -147,7 +147,7 @@ def _curves(run: Run) -> Curves:
 
     curves: Curves = {}
     for line in run.metrics:
-        for key in SCALARS:
+        for key in scalar_keys({"scores": as_records(run.scores)}):
             for value in known([line.get(key)]):
                 curves.setdefault(tag_of(key), {})[line.get("step", line["epoch"])] = value
     for line in run.measurements:
@@ -155,7 +155,7 @@ def _curves(run: Run) -> Curves:
             for layer, value in (layers or {}).items():
                 for number in known([value]):
                     curves.setdefault(f"{metric}/{layer}", {})[line["step"]] = number
-    for key in _FINAL:
+    for key in (f"test_{run.primary.name}", f"test_{run.primary.name}_at_best_val"):
         for value in known([run.result.get(key)]):
             curves[f"final/{key}"] = {run.result.get("step") or 0: value}
     return curves

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from fa_bench.errors import DataError, names
 from fa_bench.report.groups import Groups, group_runs, in_order, nearest_key, swept_keys, tasks
-from fa_bench.report.quantities import POSITIONS, Selection, measured_metrics, quantity
+from fa_bench.report.quantities import POSITIONS, Selection, measured_metrics, primary, quantity, scores_in
 from fa_bench.report.runs import Run, Runs, metrics_of, read_run, runs_in
 from fa_bench.utils.drawing import default_style
 
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
 
 def plot_curves(*runs: Runs, rules: str | Sequence[str] = (), metric: str = "", x: str = "epoch") -> Figure:
-    """Accuracies and losses of training, or one quantity, along the runs: mean ± standard deviation over the seeds.
+    """Scores and losses of training, or one quantity, along the runs: mean ± standard deviation over the seeds.
 
     Args:
         *runs: directories with runs, or runs.
         rules: the rules to show, one or several; empty for all.
-        metric: an accuracy (shown in %), a loss, or an alignment metric (mean over its layers); empty for all accuracies and
-            losses. Of a large sweep, one quantity is shown, by default ``test_accuracy``, with a panel for each rule.
+        metric: a score (accuracies are shown in %), a loss, or an alignment metric (mean over its layers); empty for all scores
+            and losses. Of a large sweep, one quantity is shown, by default the primary score of the test samples, such as
+            ``test_accuracy``, with a panel for each rule.
         x: ``epoch``, ``step`` or ``seconds``.
 
     Returns:
@@ -38,18 +39,19 @@ def plot_curves(*runs: Runs, rules: str | Sequence[str] = (), metric: str = "", 
         from fa_bench.report.figures import curve_parts
         from fa_bench.report.plot import curves_figure
 
-        only = quantity(metric, metrics_of(found)) if metric else None
+        only = quantity(metric, metrics_of(found), scores_in(found)) if metric else None
         return curves_figure([part for title, groups in by_task.items() for part in curve_parts(title, groups, only, x)[:1]])
 
 
-def plot_setting(*runs: Runs, x: str = "", rules: str | Sequence[str] = (), metric: str = "test_accuracy") -> Figure:
+def plot_setting(*runs: Runs, x: str = "", rules: str | Sequence[str] = (), metric: str = "") -> Figure:
     """The final value of a quantity against a swept setting: one line per rule, with the best setting by validation ringed.
 
     Args:
         *runs: directories with runs, or runs.
         x: the key of the setting, such as ``optimizer.lr``; it can be omitted if only one is swept.
         rules: the rules to show, one or several; empty for all.
-        metric: an accuracy (shown in %), a loss, or an alignment metric (mean over its layers).
+        metric: a score (accuracies are shown in %), a loss, or an alignment metric (mean over its layers); empty for the primary
+            score of the test samples, such as ``test_accuracy``.
 
     Returns:
         As `plot_curves`.
@@ -65,7 +67,8 @@ def plot_setting(*runs: Runs, x: str = "", rules: str | Sequence[str] = (), metr
     with default_style():
         from fa_bench.report.settings import setting_figure
 
-        figure = setting_figure(by_task, x or keys[0], quantity(metric, metrics_of(found)))
+        figure = setting_figure(by_task, x or keys[0], quantity(metric or f"test_{primary(found).name}", metrics_of(found),
+                                                                       scores_in(found)))
     assert figure is not None  # a swept key has several values within some rule of a task
     return figure
 

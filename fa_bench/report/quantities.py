@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fa_bench.errors import DataError, names, printable
 from fa_bench.metrics.alignment.base import Metric
-from fa_bench.report.groups import finished_by_seed, group_runs, nearest_key, swept_keys, validation_accuracy
+from fa_bench.objectives.scores import ACCURACY as ACCURACY_SCORE
+from fa_bench.objectives.scores import Score
+from fa_bench.report.groups import finished_by_seed, group_runs, nearest_key, swept_keys, validation_merit
 from fa_bench.report.numbers import known, mean, number, std
 from fa_bench.report.runs import Run
 
@@ -16,10 +19,8 @@ ACCURACY, LOSS, ANGLE = "accuracy", "loss", "angle"
 #: The formats of figures, and the positions along a run that curves can be plotted against, with their axis labels.
 FORMATS = ("png", "svg", "pdf")
 POSITIONS = {"epoch": "epoch", "step": "step", "seconds": "seconds of training"}
-_SCALARS = {
-    "test_accuracy": "test accuracy", "val_accuracy": "validation accuracy", "train_accuracy": "training accuracy",
-    "test_loss": "test loss", "val_loss": "validation loss", "train_loss": "training loss",
-}
+#: The parts of a dataset, as in the keys of records and in titles; in the order of figures.
+_PARTS = {"test": "test", "val": "validation", "train": "training"}
 
 Value = Callable[[Run, Mapping[str, Any]], float]
 
@@ -27,7 +28,8 @@ Value = Callable[[Run, Mapping[str, Any]], float]
 class Quantity(NamedTuple):
     """A number in the records of a run: its name, title, axis label with unit, kind, and how to read it from a record.
 
-    `measured`: it comes from the alignment metrics, which are measured at other steps than the ends of epochs, too.
+    `measured`: it comes from the alignment metrics, which are measured at other steps than the ends of epochs, too. `lower`:
+    lower values are better.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Quantity(NamedTuple):
     value: Value
     kind: str = ""
     measured: bool = False
+    lower: bool = False
 
     def final(self, run: Run) -> float:
         """The value at the end of a run; NaN if it is unknown."""
@@ -79,7 +82,7 @@ class Selection(NamedTuple):
             _require("rules", name, rules)
         selected = self.of(runs)
         if self.metric:
-            _require("metric", self.metric, [*_SCALARS, *measured_metrics(selected)])
+            _require("metric", self.metric, [*scalar_names(scores_in(selected)), *measured_metrics(selected)])
         if self.x:
             _require("x", self.x, [*POSITIONS, *swept_keys(group_runs(selected))])
         return selected
@@ -96,12 +99,40 @@ def measured_metrics(runs: Iterable[Run]) -> list[str]:
                               for name, layers in (record.get("angles") or {}).items() if layers))
 
 
-def scalar(name: str) -> Quantity:
-    """An accuracy, in %, or a loss."""
-    title, is_accuracy = _SCALARS[name], name.endswith("accuracy")
-    scale = 100 if is_accuracy else 1
-    return Quantity(name, title.capitalize(), f"{title} (%)" if is_accuracy else title,
-                    lambda run, record: scale * number(record.get(name)), ACCURACY if is_accuracy else LOSS)
+def scores_in(runs: Iterable[Run]) -> list[Score]:
+    """The scores of the runs, primary ones first; accuracy if there are no runs."""
+    runs = list(runs)
+    found = {score.name: score for score in (*(run.primary for run in runs), *(score for run in runs for score in run.scores))}
+    return list(found.values()) or [ACCURACY_SCORE]
+
+
+def primary(runs: Iterable[Run]) -> Score:
+    """The primary score of most of the runs; of equals, that of the first one."""
+    counts = Counter(run.primary for run in runs)
+    return max(counts, key=lambda score: counts[score], default=ACCURACY_SCORE)
+
+
+def runs_of(groups: Mapping[str, Sequence[Run]]) -> list[Run]:
+    """All runs of some groups."""
+    return [run for members in groups.values() for run in members]
+
+
+def scalar_names(scores: Sequence[Score]) -> list[str]:
+    """The names of scores and losses in the records of epochs, in the order of figures."""
+    return [f"{part}_{name}" for name in (*(score.name for score in scores), "loss") for part in _PARTS]
+
+
+def scalar(name: str, scores: Sequence[Score] = (ACCURACY_SCORE,)) -> Quantity:
+    """A loss, or one of the scores, in the unit of tables (accuracies in %)."""
+    part, _, of = name.partition("_")
+    if of == "loss":
+        title = f"{_PARTS[part]} loss"
+        return Quantity(name, title.capitalize(), title, lambda run, record: number(record.get(name)), LOSS, lower=True)
+    score = next(score for score in scores if score.name == of)
+    title = f"{_PARTS[part]} {score.title}"
+    kind = ACCURACY if score.unit == "%" and score.higher_is_better else "" if score.higher_is_better else LOSS
+    return Quantity(name, title[0].upper() + title[1:], f"{title} ({score.unit})" if score.unit else title,
+                    lambda run, record: score.scale * number(record.get(name)), kind, lower=not score.higher_is_better)
 
 
 def layer_mean(name: str, metric: type[Metric]) -> Quantity:
@@ -120,9 +151,9 @@ def _measured(name: str, title: str, metric: type[Metric], value: Value) -> Quan
     return Quantity(name, title, axis, value, ANGLE if metric.unit == "°" else "", measured=True)
 
 
-def quantity(name: str, metrics: Mapping[str, type[Metric]]) -> Quantity:
+def quantity(name: str, metrics: Mapping[str, type[Metric]], scores: Sequence[Score] = (ACCURACY_SCORE,)) -> Quantity:
     """The quantity of this name: one of the scalars of every epoch, or one of `metrics`."""
-    return scalar(name) if name in _SCALARS else layer_mean(name, metrics[name])
+    return scalar(name, scores) if name in scalar_names(scores) else layer_mean(name, metrics[name])
 
 
 def measurements(run: Run) -> list[dict[str, Any]]:
@@ -148,7 +179,7 @@ def curve(members: Sequence[Run], of: Quantity, x: str = "epoch") -> list[tuple[
 
 class Point(NamedTuple):
     """A group of runs at one value of a setting: the mean over its finished runs, the sample standard deviation (NaN for one),
-    the validation accuracy by which settings are chosen, and the numbers of finished and of diverged runs."""
+    the merit by which settings are chosen (`groups.validation_merit`), and the numbers of finished and of diverged runs."""
 
     x: Any
     mean: float
@@ -162,11 +193,16 @@ def point(x: Any, members: Sequence[Run], of: Quantity) -> Point:
     """The final values of a group."""
     finished = finished_by_seed(members).values()
     values = known(of.final(run) for run in finished)
-    return Point(x, mean(values), std(values), validation_accuracy(members), len(values),
+    return Point(x, mean(values), std(values), validation_merit(members), len(values),
                  sum(run.result["status"] == "diverged" for run in members))
 
 
 def best(groups: Mapping[str, Sequence[Run]]) -> str | None:
-    """The group with the best validation accuracy; the only one if there is one; None if no validation accuracy is known."""
-    scores = {group: score for group, members in groups.items() if not math.isnan(score := validation_accuracy(members))}
-    return max(scores, key=lambda group: scores[group]) if scores else next(iter(groups), None) if len(groups) == 1 else None
+    """The group with the best validation score; the only one if there is one; None if no validation score is known.
+
+    Groups whose primary score is not that of most runs are not compared.
+    """
+    of = primary(runs_of(groups))
+    merits = {group: merit for group, members in groups.items()
+              if members[0].primary == of and not math.isnan(merit := validation_merit(members))}
+    return max(merits, key=lambda group: merits[group]) if merits else next(iter(groups), None) if len(groups) == 1 else None

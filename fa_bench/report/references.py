@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from fa_bench.config.labels import differing_keys
-from fa_bench.report.groups import Groups, finished_by_seed, group_labels, task_key, validation_accuracy
+from fa_bench.report.groups import Groups, finished_by_seed, group_labels, task_key, validation_merit
 from fa_bench.report.runs import VERSIONS, Run
 
-#: How a reference is chosen if a task has several rows of its rule: by validation accuracy, or by its settings.
+#: How a reference is chosen if a task has several rows of its rule: by validation score, or by its settings.
 BEST, NEAREST = "best", "nearest"
 CHOICES = (BEST, NEAREST)
 
@@ -27,10 +27,10 @@ class References:
     """The rows of bp and of the floor among some groups.
 
     A reference is a row of the same task. Rows with the same code and data as the compared one are preferred to others, which are
-    used with a note. Of several, `BEST` takes the one with the best validation accuracy (last epoch, mean over its finished
+    used with a note. Of several, `BEST` takes the one with the best primary validation score (last epoch, mean over its finished
     runs), because a reference is to be trained as well as it can be; preferably among those with as many epochs and at the same
     scale, and never one with runs that diverged. `NEAREST` takes the one whose settings differ from the row's in the fewest keys;
-    of several of these, the one with the best validation accuracy.
+    of several of these, the one with the best validation score.
 
     Args:
         groups: all groups that may be references.
@@ -40,14 +40,15 @@ class References:
     def __init__(self, groups: Groups, choice: str = BEST) -> None:
         self.choice = choice
         self.labels = group_labels(groups)
-        self._validation = {group: validation_accuracy(members) for group, members in groups.items()}
-        self._by_rule: dict[tuple[str, str], dict[str, Sequence[Run]]] = {}
+        self._validation = {group: validation_merit(members) for group, members in groups.items()}
+        self._by_rule: dict[tuple[str, str, str], dict[str, Sequence[Run]]] = {}
         for group, members in groups.items():
-            self._by_rule.setdefault((members[0].result["algorithm"], task_key(members[0])), {})[group] = members
+            run = members[0]
+            self._by_rule.setdefault((run.result["algorithm"], task_key(run), run.primary.name), {})[group] = members
 
     def of(self, algorithm: str, run: Run) -> Reference:
         """The reference of the rule `algorithm` for the row of `run`; empty for a row of that rule itself."""
-        rows = self._by_rule.get((algorithm, task_key(run)), {})
+        rows = self._by_rule.get((algorithm, task_key(run), run.primary.name), {})
         if run.result["algorithm"] == algorithm or not rows:
             return Reference()
         rows = _fewest(rows, {group: _other_versions(run, members[0]) for group, members in rows.items()})
@@ -69,8 +70,9 @@ class References:
             return next(iter(finished)), ""
         if not choosable:
             group, note = self._nearest(algorithm, run, finished)
-            return group, note or f"{algorithm} chosen by its settings: no row of it can be chosen by validation accuracy"
-        return self._most_accurate(_fewest(choosable, {group: _other_length(run, members[0])
+            return group, note or (f"{algorithm} chosen by its settings: no row of it can be chosen by validation "
+                                   f"{run.primary.title}")
+        return self._best_scored(_fewest(choosable, {group: _other_length(run, members[0])
                                                        for group, members in choosable.items()})), ""
 
     def _nearest(self, algorithm: str, run: Run, rows: Groups) -> tuple[str | None, str]:
@@ -79,12 +81,13 @@ class References:
             return next(iter(nearest)), ""
         choosable = {group: members for group, members in nearest.items() if not math.isnan(self._validation[group])}
         if not choosable:
-            return None, f"{len(nearest)} rows of {algorithm} match equally well, and none has a validation accuracy to choose by"
-        return (self._most_accurate(choosable),
-                f"{algorithm} chosen by validation accuracy from {len(nearest)} equally close rows")
+            return None, (f"{len(nearest)} rows of {algorithm} match equally well, and none has a validation {run.primary.title} "
+                          "to choose by")
+        return (self._best_scored(choosable),
+                f"{algorithm} chosen by validation {run.primary.title} from {len(nearest)} equally close rows")
 
-    def _most_accurate(self, rows: Groups) -> str:
-        """The first of those with the highest validation accuracy."""
+    def _best_scored(self, rows: Groups) -> str:
+        """The first of those with the best validation score."""
         return max(rows, key=lambda group: self._validation[group])
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from fa_bench.errors import DataError
 from fa_bench.metrics.alignment.base import FEEDBACK, HIDDEN, Metric, declared
+from fa_bench.objectives.scores import Score, scores_of
 from fa_bench.registry import registries
-from fa_bench.report.numbers import mean
+from fa_bench.report.numbers import mean, number
 from fa_bench.runs.readers import HEADER, RecordError, inconsistency, read_config, read_measurements, read_metrics, read_result
 from fa_bench.utils.files import ANGLES, CONFIG, METRICS, RESULT, resolved
 
@@ -32,8 +33,7 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        accuracy = self.result.get("test_accuracy")
-        state = self.result["status"] + ("" if accuracy is None else f", test accuracy {accuracy:.2%}")
+        state = self.result["status"] + (f", {text}" if (text := self.test_score) else "")
         return f"<Run {self.result['label']} seed {self.result['seed']}: {state}; {self.directory}>"
 
     @cached_property
@@ -47,6 +47,28 @@ class Run:
             RecordError: it is damaged.
         """
         return read_measurements(self.directory / ANGLES)
+
+    @property
+    def scores(self) -> tuple[Score, ...]:
+        """What the run is scored by; the first is the primary score."""
+        return scores_of(self.result if self.result.get("scores") else self.metrics[-1] if self.metrics else None)
+
+    @property
+    def primary(self) -> Score:
+        """The score by which epochs and settings are chosen."""
+        return self.scores[0]
+
+    def score(self, key: str) -> float:
+        """A score of the result, such as ``test_accuracy``, in the unit of tables (%); NaN if it is not recorded."""
+        scales = {score.name: score.scale for score in self.scores}
+        name = key.partition("_")[2].removesuffix("_at_best_val")
+        return scales.get(name, 1) * number(self.result.get(key))
+
+    @property
+    def test_score(self) -> str:
+        """The primary score of the test samples as text, ``test accuracy 97.10%``; empty if it is not recorded."""
+        value = self.result.get(f"test_{self.primary.name}")
+        return "" if value is None else f"test {self.primary.title} {self.primary.text(value)}"
 
     @property
     def finished(self) -> bool:

@@ -27,7 +27,7 @@ from fa_bench.report.plot import (
     rule_style,
     style_axes,
 )
-from fa_bench.report.quantities import ACCURACY, ANGLE, LOSS, Point, Quantity, best, point
+from fa_bench.report.quantities import ACCURACY, ANGLE, Point, Quantity, best, point
 from fa_bench.report.runs import VERSIONS
 from fa_bench.utils.text import escape_mathtext
 
@@ -38,7 +38,7 @@ MAX_RANKED, MAX_TICKS = 8, 14  # values in a row of panels with ranks above them
 LOGARITHMIC, CLOSEST = 8, 0.05  # ratio of values from which an axis is logarithmic; fraction of a linear axis between two values
 RANKS = ("1st", "2nd", "3rd")
 LEGEND = "mean ± std over seeds\nring: best by validation\n✕: some run diverged"
-CHOSEN = "the other settings chosen by validation accuracy"
+CHOSEN = "the other settings chosen by validation"
 
 
 class Series(NamedTuple):
@@ -52,7 +52,7 @@ class Series(NamedTuple):
 
     @property
     def best(self) -> Point | None:
-        """The point with the best validation accuracy; None if none is known."""
+        """The point with the best validation score; None if none is known."""
         scored = [point for point in self.points if not math.isnan(point.validation)]
         return max(scored, key=lambda point: point.validation, default=None)
 
@@ -61,7 +61,7 @@ def series_by_panel(groups: Groups, key: str, of: Quantity) -> dict[str, list[Se
     """{title: the series of all rules} for each combination of the other swept settings; empty if no rule has several values.
 
     A rule that does not sweep some of the other settings is in all panels that agree with those that it does sweep. Of more than
-    `MAX_PANELS` combinations, each rule and value has the one with the best validation accuracy, in one panel.
+    `MAX_PANELS` combinations, each rule and value has the one with the best validation score, in one panel.
     """
     rows: list[tuple[str, str, Any, dict[str, str]]] = []
     values: dict[str, set[str]] = {}
@@ -171,7 +171,7 @@ def _plot(axes: Axes, key: str, of: Quantity, series: Sequence[Series], backgrou
     if of.kind == ANGLE:
         axes.axhline(90, color="0.6", linewidth=1, linestyle=(0, (1, 3)))
     apply_range(axes, limits, [f"{rule} at {_text(each.x)}" for rule, each in known], [each.mean for _, each in known], of.kind)
-    if columns and len(ordered) <= MAX_RANKED // columns and of.kind in (ACCURACY, LOSS) and len(series) > 1:
+    if columns and len(ordered) <= MAX_RANKED // columns and not of.measured and len(series) > 1:
         return _rank(axes, series, places, of)
     return 0
 
@@ -233,7 +233,7 @@ def _draw(axes: Axes, line: Series, places: Mapping[str, float], style: Mapping[
 
 def _rank(axes: Axes, series: Sequence[Series], places: Mapping[str, float], of: Quantity) -> int:
     """Above each value the rules with the best means there; those that do not have the setting do not count. Returns the rows."""
-    sign = -1 if of.kind == ACCURACY else 1
+    sign = 1 if of.lower else -1
     rows = min(len(RANKS), sum(any(each.x is not None for each in line.points) for line in series))
     for name, place in places.items():
         here = sorted((sign * each.mean, line.rule) for line in series for each in line.points

@@ -11,6 +11,7 @@ import pandas as pd
 from fa_bench.config.labels import differing_keys
 from fa_bench.errors import format_value, printable, truncate
 from fa_bench.metrics.alignment.base import Metric, declared
+from fa_bench.objectives.scores import ACCURACY, Score
 from fa_bench.registry.registries import METRICS
 from fa_bench.report.best import Chosen, abridged
 from fa_bench.report.groups import CONTROL, FLOOR, finished_by_seed, group_runs, status_counts, tasks
@@ -45,9 +46,23 @@ def metric_columns(metrics: Mapping[str, type[Metric]]) -> dict[str, Column]:
             for name, metric in metrics.items() if metric.column}
 
 
-def _accuracy_columns(name: str, title: str) -> dict[str, Column]:
-    return {name: Column(title, ".2f"), f"{name}_std": Column("std", ".2f"), f"{name}_ci95": Column("± 95 %", ".2f"),
-            f"{name}_low": Column("lowest", ".2f"), f"{name}_high": Column("highest", ".2f")}
+def _statistics_columns(name: str, title: str, form: str) -> dict[str, Column]:
+    return {name: Column(title, form), f"{name}_std": Column("std", form), f"{name}_ci95": Column("± 95 %", form),
+            f"{name}_low": Column("lowest", form), f"{name}_high": Column("highest", form)}
+
+
+def score_columns(score: Score) -> dict[str, Column]:
+    """The columns of a primary score."""
+    unit = f" ({score.unit})" if score.unit else ""
+    titles = {f"val_{score.name}": f"validation {score.title}", f"test_{score.name}": f"test {score.title}",
+              f"test_{score.name}_at_best_val": f"test {score.title} at best validation"}
+    return {name: column for key, title in titles.items()
+            for name, column in _statistics_columns(key, f"{title}{unit}", score.format).items()}
+
+
+def floor_column(score: Score) -> dict[str, Column]:
+    """The column of the floor's mean of a primary score."""
+    return {f"floor_{score.name}": Column(f"floor: {FLOOR}{f' ({score.unit})' if score.unit else ''}", score.format)}
 
 
 COLUMNS = {
@@ -64,9 +79,7 @@ COLUMNS = {
     "seeds": Column("seeds"),
     "status": Column("status"),
     "unfinished": Column("not finished"),
-    **_accuracy_columns("val_accuracy", "validation accuracy (%)"),
-    **_accuracy_columns("test_accuracy", "test accuracy (%)"),
-    **_accuracy_columns("test_accuracy_at_best_val", "test accuracy at best validation (%)"),
+    **score_columns(ACCURACY),
     "bp_difference": Column("paired difference to bp (points)", "+.2f"),
     "bp_difference_ci95": Column("± 95 %", ".2f"),
     "bp_difference_low": Column("lowest", "+.2f"),
@@ -76,7 +89,7 @@ COLUMNS = {
     "bp_difference_p": Column("p (paired t test)", ".2g"),
     "bp_difference_p_holm": Column("p (Holm)", ".2g"),
     "bp_row": Column("paired with"),
-    "floor_accuracy": Column(f"floor: {FLOOR} (%)", ".2f"),
+    **floor_column(ACCURACY),
     "floor_row": Column("floor's row"),
     "floor": Column("beats floor"),
     **metric_columns(declared(METRICS)),
@@ -92,6 +105,8 @@ COLUMNS = {
 }
 #: The columns of the values that `best.choose_best` tried, beside those of its keys.
 TRIED_COLUMNS = {"task": Column("task"), **{name: COLUMNS[name] for name in ("label", "n", "status", "val_accuracy", "chosen")}}
+#: The columns of differences, in the unit of the row's score.
+_DIFFERENCES = ("bp_difference", "bp_difference_ci95", "bp_difference_low", "bp_difference_high")
 #: The ends of ranges, which tables show in place of the intervals of two values.
 _ENDS = ("_low", "_high")
 #: The only part of a report that differs between two sweeps of the same runs.
@@ -104,11 +119,12 @@ def summarise(
 ) -> pd.DataFrame:
     """One row per group, in order of first appearance: a column for each key in which the configs differ, and `COLUMNS`.
 
-    Accuracies are in %, differences in percentage points, angles in degrees, times in seconds of training. Statistics cover the
-    `n` finished runs, one per seed. `runs` and `status` count all runs; `unfinished` describes the others (stopped, diverged,
-    failed, interrupted, running), which are excluded from the statistics. `*_std` is the sample standard deviation, `*_ci95` half
-    the width of the 95 % Student t interval of the mean, NaN for fewer than three seeds; `*_low` and `*_high` are the lowest and
-    the highest value, NaN for one seed. A group is compared with the groups of `bp` (`bp_row`) and `frozen` (`floor_row`) that
+    Accuracies are in %, their differences in percentage points, angles in degrees, times in seconds of training. A primary score
+    other than accuracy has columns like those of accuracy, with its name and in its unit. Statistics cover the `n` finished runs,
+    one per seed. `runs` and `status` count all runs; `unfinished` describes the others (stopped, diverged, failed, interrupted,
+    running), which are excluded from the statistics. `*_std` is the sample standard deviation, `*_ci95` half the width of the 95
+    % Student t interval of the mean, NaN for fewer than three seeds; `*_low` and `*_high` are the lowest and the highest value,
+    NaN for one seed. A group is compared with the groups of `bp` (`bp_row`) and `frozen` (`floor_row`) that
     `references.References` chooses. Columns of references and published numbers are blank if there are none.
 
     Args:
@@ -134,17 +150,34 @@ def summarise(
             for group, members in groups.items()]
     first, timings = list(COLUMNS).index("n"), list(COLUMNS).index("seconds")
     others = [name for name in metrics if name not in COLUMNS]
-    columns = [*list(COLUMNS)[:first], *swept, *list(COLUMNS)[first:timings], *others, *list(COLUMNS)[timings:]]
+    primaries = list({members[0].primary.name: members[0].primary for members in groups.values()}.values())
+    middle = list(COLUMNS)[first:timings]
+    for score in primaries:
+        for before, added in (("bp_difference", score_columns(score)), ("floor_row", floor_column(score))):
+            at = middle.index(before)
+            middle[at:at] = [name for name in added if name not in COLUMNS]
+    columns = [*list(COLUMNS)[:first], *swept, *middle, *others, *list(COLUMNS)[timings:]]
     frame = pd.DataFrame({name: pd.Series([row.get(name, math.nan) for row in rows],
                                           dtype=object if name in ("floor", *swept) else None) for name in columns})
-    frame.attrs |= {"metrics": list(metrics), "swept": swept}
+    frame.attrs |= {"metrics": list(metrics), "swept": swept, "scores": primaries}
     return frame
 
 
 def columns_of(frame: pd.DataFrame) -> dict[str, Column]:
     """How the frame's columns are shown, in its order: those in `COLUMNS` and the alignment metrics of plugins."""
     added = metric_columns(declared(name for name in frame.attrs.get("metrics", ()) if name not in COLUMNS))
+    scores = primary_scores(frame)
+    for score in scores:
+        added |= {**score_columns(score), **floor_column(score)}
+    if any(score.unit != "%" for score in scores):  # the differences are in the unit of each row's score
+        added |= {name: Column(column.title.replace(" (points)", ""), column.format.replace(".2f", ".4f"))
+                  for name, column in COLUMNS.items() if name in _DIFFERENCES and column.format}
     return {name: column for name in frame if (column := {**COLUMNS, **added}.get(name)) is not None}
+
+
+def primary_scores(frame: pd.DataFrame) -> list[Score]:
+    """The primary scores of the rows of a frame."""
+    return frame.attrs.get("scores") or [ACCURACY]
 
 
 def to_text(frame: pd.DataFrame) -> str:
@@ -158,8 +191,7 @@ def to_text(frame: pd.DataFrame) -> str:
     counts = [f"{n} of {runs}" for n, runs in zip(frame["n"], frame["runs"], strict=True)]
     columns = [
         _TextColumn(COLUMNS["label"].title, _cells(frame, "label")),
-        _TextColumn("val %", _cells(frame, "val_accuracy"), is_number=True),
-        _TextColumn("test accuracy % (mean ± std)", with_std(frame, "test_accuracy"), short="test % (± std)"),
+        *(column for score in primary_scores(frame) for column in _score_texts(frame, score)),
         _TextColumn("in means", counts) if incomplete else _TextColumn("n", _cells(frame, "n"), is_number=True),
         *(_TextColumn(formats[name].title, _cells(frame, name, formats), is_number=True,
                       short=formats[name].title.replace(" angle (°)", " °"))
@@ -175,6 +207,13 @@ def to_text(frame: pd.DataFrame) -> str:
     if max(map(len, lines)) > WIDTH and incomplete:
         lines = _aligned([column._replace(title=column.short or column.title) for column in columns[:-1]])
     return "\n".join([*lines, *_notes(frame)])
+
+
+def _score_texts(frame: pd.DataFrame, score: Score) -> list[_TextColumn]:
+    name = "%" if score == ACCURACY else score.in_unit
+    full = "test accuracy % (mean ± std)" if score == ACCURACY else f"test {name} (mean ± std)"
+    return [_TextColumn(f"val {name}", _cells(frame, f"val_{score.name}", columns_of(frame)), is_number=True),
+            _TextColumn(full, with_std(frame, f"test_{score.name}"), short=f"test {name} (± std)")]
 
 
 class _TextColumn(NamedTuple):
@@ -238,8 +277,9 @@ def _typed(value: Any) -> Any:
 
 
 def with_std(frame: pd.DataFrame, name: str) -> list[str]:
-    """The cells ``97.13 ± 0.16`` of an accuracy; without the standard deviation for one seed."""
-    means, stds = _cells(frame, name), _cells(frame, f"{name}_std")
+    """The cells ``97.13 ± 0.16`` of a score; without the standard deviation for one seed."""
+    columns = columns_of(frame)
+    means, stds = _cells(frame, name, columns), _cells(frame, f"{name}_std", columns)
     width = max(map(len, means), default=0)
     return [mean if mean == BLANK else f"{mean.rjust(width)}{'' if std == BLANK else f' ± {std}'}"
             for mean, std in zip(means, stds, strict=True)]
@@ -262,7 +302,8 @@ class _Comparison(NamedTuple):
 
 def _compare(members: Sequence[Run], references: References) -> _Comparison:
     control, floor = (references.of(algorithm, members[0]) for algorithm in (CONTROL, FLOOR))
-    return _Comparison(control, floor, paired(_accuracies(members, "test_accuracy"), _accuracies(control.runs, "test_accuracy")))
+    key = f"test_{members[0].primary.name}"
+    return _Comparison(control, floor, paired(_scores(members, key), _scores(control.runs, key)))
 
 
 def _row(
@@ -270,18 +311,21 @@ def _row(
     chosen: Chosen | None,
 ) -> dict[str, Any]:
     finished = finished_by_seed(members)
-    final = _accuracies(members, "test_accuracy")
+    primary = members[0].primary
+    keys = test, val = f"test_{primary.name}", f"val_{primary.name}"
+    final = _scores(members, test)
     control, floor, difference = comparison
-    floor_mean = mean(_accuracies(floor.runs, "test_accuracy").values())
+    floor_mean = mean(_scores(floor.runs, test).values())
     final_mean = mean(final.values())
-    beats = None if math.isnan(final_mean) or math.isnan(floor_mean) else final_mean > floor_mean
+    beats = None if math.isnan(final_mean) or math.isnan(floor_mean) else (
+        primary.merit(final_mean) > primary.merit(floor_mean))
     repeated = sum(run.finished for run in members) - len(finished)
     entry, ours = headline(matching_entries(published, members), members)
     notes = [f"does not beat {FLOOR}" if beats is False else "", control.note, floor.note,
              *(f"weight transport {where}" for where in members[0].result.get("weight_transport") or ()),
              chosen.note if chosen else "",
              f"{repeated} run{'s' * (repeated > 1)} with a repeated seed not counted" if repeated else "",
-             *(_missing_note(members, key) for key in ("test_accuracy", "val_accuracy")),
+             *(_missing_note(members, key) for key in keys),
              "2 seeds: the range in place of a 95 % interval" if len(final) == 2 else "",
              _pairs_note(final, control, difference),
              entry.remark(members) if entry else ""]
@@ -293,8 +337,7 @@ def _row(
         "seeds": " ".join(map(str, sorted(finished))),
         "status": status_counts(members),
         "unfinished": _unfinished(members),
-        **_statistics("val_accuracy", members), **_statistics("test_accuracy", members),
-        **_statistics("test_accuracy_at_best_val", members),
+        **_statistics(val, members), **_statistics(test, members), **_statistics(f"{test}_at_best_val", members),
         "bp_difference": difference.mean,
         "bp_difference_ci95": difference.half_width,
         "bp_difference_low": difference.low,
@@ -306,7 +349,7 @@ def _row(
         **{name: mean(run.layer_mean(name, run.result.get("angles")) for run in finished.values()) for name in metrics},
         "seconds": mean(run.result.get("seconds") for run in finished.values()),
         "seconds_per_epoch": mean(_over(run.result.get("seconds"), run.epochs) for run in finished.values()),
-        "floor_accuracy": floor_mean,
+        f"floor_{primary.name}": floor_mean,
         "floor_row": floor.label,
         "floor": beats,
         "published": entry.value if entry else math.nan,
@@ -328,8 +371,9 @@ def _pairs_note(final: Mapping[int, float], control: Reference, difference: Pair
 
 def _missing_note(members: Sequence[Run], key: str) -> str:
     """A note if only some of the finished runs have a value: the statistics cover fewer than n."""
-    present, n = len(_accuracies(members, key)), len(finished_by_seed(members))
-    return f"{present} of {n} finished runs have a {COLUMNS[key].title.removesuffix(' (%)')}" if 0 < present < n else ""
+    present, n = len(_scores(members, key)), len(finished_by_seed(members))
+    part = "test" if key.startswith("test") else "validation"
+    return f"{present} of {n} finished runs have a {part} {members[0].primary.title}" if 0 < present < n else ""
 
 
 def _unfinished(runs: Sequence[Run]) -> str:
@@ -338,14 +382,14 @@ def _unfinished(runs: Sequence[Run]) -> str:
     return f"{len(unfinished)} of {len(runs)}: {'; '.join(unfinished)}" if unfinished else ""
 
 
-def _accuracies(runs: Sequence[Run], key: str) -> dict[int, float]:
-    """The finished runs' known accuracies in %, by seed."""
-    return {seed: 100 * accuracy for seed, run in finished_by_seed(runs).items() for accuracy in known([run.result.get(key)])}
+def _scores(runs: Sequence[Run], key: str) -> dict[int, float]:
+    """The finished runs' known values of a score by seed, in the unit of tables."""
+    return {seed: value for seed, run in finished_by_seed(runs).items() for value in known([run.score(key)])}
 
 
 def _statistics(key: str, runs: Sequence[Run]) -> dict[str, float]:
-    """Mean, standard deviation and interval of an accuracy of the finished runs, in %."""
-    values = _accuracies(runs, key).values()
+    """Mean, standard deviation and interval of a score of the finished runs, in the unit of tables."""
+    values = _scores(runs, key).values()
     low, high = value_range(values)
     return {key: mean(values), f"{key}_std": std(values), f"{key}_ci95": half_width(values),
             f"{key}_low": low, f"{key}_high": high}

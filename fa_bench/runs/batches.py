@@ -62,13 +62,13 @@ def check_batches(rule: Rule, splits: Splits, options: RunOptions) -> None:
 
 def _accepts_single_sample(rule: Rule, splits: Splits) -> bool:
     from fa_bench.mechanisms.cut.local import TOO_FEW
-    from fa_bench.mechanisms.trace import tensors_in
+    from fa_bench.mechanisms.trace import loss_output
     from fa_bench.metrics.meter import measurement_mode
 
     x, y = next(splits.train.batches(1))
     try:
         with measurement_mode(rule), torch.enable_grad():
-            logits = next(tensors_in(rule.model(x)))
+            logits = loss_output(rule.model(x), rule.loss_output)
             rule.deliver(rule.objective.loss(logits, y), logits, y)
     except ValueError as error:
         if TOO_FEW in str(error):

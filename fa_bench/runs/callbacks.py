@@ -14,6 +14,7 @@ from fa_bench.callbacks.base import Callback
 from fa_bench.config.labels import duration
 from fa_bench.metrics.meter import AlignmentMeter
 from fa_bench.metrics.tensors import named_tensors
+from fa_bench.objectives.scores import ACCURACY, scores_of
 from fa_bench.runs.logs import log
 
 if TYPE_CHECKING:
@@ -142,7 +143,10 @@ class Display(Callback):
 
     def on_epoch_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         epoch, epochs, bar = trainer.progress.epoch, trainer.options.epochs, self._bar
-        scores = [f"{name} {value:.2%}" for name in ("val", "test") if (value := metrics[f"{name}_accuracy"]) is not None]
+        first = scores_of(metrics)[0]
+        named = "" if first == ACCURACY else f" {first.title}"
+        scores = [f"{name}{named} {first.text(value)}" for name in ("val", "test")
+                  if (value := metrics[f"{name}_{first.name}"]) is not None]
         summary = "  ".join([f"train loss {metrics['train_loss']:.4f}", *scores])
         bar.set_postfix_str(summary, refresh=False)
         now = time.monotonic()

@@ -6,6 +6,7 @@ import io
 import math
 import os
 import re
+import sys
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,7 +23,7 @@ from fa_bench.runs.loop import Progress
 from fa_bench.utils.files import atomic, temporary_name
 from fa_bench.utils.process import random_state, restore_random_state
 
-VERSION = 4
+VERSION = 5
 
 
 class Expected(NamedTuple):
@@ -130,11 +131,15 @@ def _progress(saved: dict[str, Any], expected: Expected) -> Progress:
     def is_count(value: Any, maximum: float = math.inf) -> bool:
         return type(value) is int and 0 <= value <= maximum
 
-    def is_number(value: Any, maximum: float = math.inf) -> bool:
-        return type(value) in (int, float) and 0 <= value <= maximum and value < math.inf
+    def is_number(value: Any, minimum: float = 0) -> bool:
+        return type(value) in (int, float) and minimum <= value < math.inf
 
     def is_sum(value: Any) -> bool:
         return (isinstance(value, torch.Tensor) and not value.dim()) or (value is None and not progress.batch)
+
+    def are_sums(value: Any) -> bool:
+        return isinstance(value, dict) and all(isinstance(name, str) and isinstance(item, torch.Tensor)
+                                               for name, item in value.items())
 
     def is_angles(value: Any) -> bool:
         return isinstance(value, dict) and all(
@@ -148,11 +153,13 @@ def _progress(saved: dict[str, Any], expected: Expected) -> Progress:
         "epoch": lambda value: is_count(value, expected.epochs),
         "batch": lambda value: is_count(value, expected.steps if progress.epoch < expected.epochs else 0),
         "step": lambda value: is_count(value) and value == progress.epoch * expected.steps + progress.batch,
-        "samples": is_count, "measurements": is_count,
+        "samples": lambda value: is_count(value) or (isinstance(value, torch.Tensor) and not value.dim()),
+        "measurements": is_count,
         "probed": lambda value: value is None or is_count(value, progress.step),
         "best_epoch": lambda value: value is None or is_count(value, progress.epoch),
-        "seconds": is_number, **dict.fromkeys(("best_val", "test_at_best"), lambda value: value is None or is_number(value, 1)),
-        "loss_sum": is_sum, "hits": is_sum, "angles": lambda value: value is None or is_angles(value),
+        "seconds": is_number,
+        **dict.fromkeys(("best_val", "test_at_best"), lambda value: value is None or is_number(value, -sys.float_info.max)),
+        "loss_sum": is_sum, "sums": are_sums, "angles": lambda value: value is None or is_angles(value),
         "diverged": lambda value: is_record(value, epoch=int, step=int, layer=(str, type(None)), message=str),
         "stopped": lambda value: is_record(value, reason=str, callback=(str, type(None))),
         "batches_hash": lambda value: isinstance(value, str) and re.fullmatch(rf"(?:[0-9a-f]{{{DIGITS}}})?", value),

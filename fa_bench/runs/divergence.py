@@ -48,7 +48,7 @@ class Divergence(Callback):
 
     def on_batches_end(self, trainer: Trainer) -> None:
         total = torch.stack([tensor.detach().sum() for tensor in trainer.optimizers.trained()]).sum()
-        if not (math.isfinite(trainer.progress.means()[0]) and torch.isfinite(total)):
+        if not (math.isfinite(trainer.progress.mean_loss) and torch.isfinite(total)):
             self._diverged(trainer, None)
 
     def _diverged(self, trainer: Trainer, x: Tensor | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -14,7 +15,9 @@ from fa_bench.callbacks.base import Callback
 from fa_bench.config.job import RunOptions
 from fa_bench.data.base import Split, Splits
 from fa_bench.mechanisms.rule import Rule
-from fa_bench.metrics.evaluation import evaluate
+from fa_bench.mechanisms.trace import loss_output
+from fa_bench.metrics.evaluation import add, evaluate, with_scores
+from fa_bench.objectives.scores import ACCURACY, Score, as_records
 from fa_bench.optim.optimizers import Optimizers
 from fa_bench.runs.hashes import chained
 
@@ -30,15 +33,16 @@ class Progress:
         batch: finished batches of the current epoch.
         step: updates so far.
         seconds: training time so far, without evaluation and measurements.
-        loss_sum, hits, samples: over the current epoch's batches; the first two are scalars on the device.
-        has_accuracy: whether targets are classes.
+        loss_sum, sums, samples: over the current epoch's batches: the loss, the objective's sums for scores, and the targets that
+            count. They are on the device, but for a number of samples that is known without looking at the targets.
         probed: the step of the last recorded measurement of alignment metrics.
         measurements: the number of recorded measurements.
         angles: its result, if it was in the current epoch.
         batches_hash: of the first batch of every epoch so far, as the model received it.
         diverged: epoch, step and layer at which the loss or a trained tensor first was not finite.
         stopped: reason and callback of the first request to stop by a callback of the run's config.
-        best_epoch, best_val, test_at_best: the epoch (from 1) with the best validation accuracy, and its accuracies.
+        best_epoch, best_val, test_at_best: the epoch (from 1) with the best primary score of the validation samples, and its
+            scores.
     """
 
     epoch: int = 0
@@ -46,9 +50,8 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     loss_sum: Tensor | None = None
-    hits: Tensor | None = None
-    samples: int = 0
-    has_accuracy: bool = True
+    sums: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    samples: int | Tensor = 0
     probed: int | None = None
     measurements: int = 0
     angles: Angles | None = None
@@ -61,21 +64,22 @@ class Progress:
 
     def begin_epoch(self, device: torch.device) -> None:
         """Reset the attributes of the current epoch."""
-        self.batch, self.samples, self.angles = 0, 0, None
+        self.batch, self.samples, self.sums, self.angles = 0, 0, {}, None
         # The sums stay on the device: reading them would synchronise every step.
         self.loss_sum = torch.zeros((), device=device)
-        self.hits = torch.zeros((), dtype=torch.long, device=device)
 
-    def means(self) -> tuple[float, float | None]:
-        """Mean loss and accuracy over the current epoch's batches; the accuracy is None if targets are not classes."""
-        assert self.loss_sum is not None and self.hits is not None
-        return (self.loss_sum / self.samples).item(), self.hits.item() / self.samples if self.has_accuracy else None
+    @property
+    def mean_loss(self) -> float:
+        """The mean loss over the current epoch's batches; 0 if no target counted."""
+        assert self.loss_sum is not None
+        return (self.loss_sum / (self.samples if isinstance(self.samples, int) else self.samples.clamp(min=1))).item()
 
-    def end_epoch(self, metrics: dict[str, Any]) -> None:
-        """Count the epoch as finished, and record whether its validation accuracy is the best so far."""
-        val = metrics["val_accuracy"]
-        if val is not None and (self.best_val is None or val > self.best_val):
-            self.best_epoch, self.best_val, self.test_at_best = self.epoch + 1, val, metrics["test_accuracy"]
+    def end_epoch(self, metrics: dict[str, Any], primary: Score = ACCURACY) -> None:
+        """Count the epoch as finished, and record whether its primary validation score is the best so far."""
+        val = metrics[f"val_{primary.name}"]
+        if val is not None and math.isfinite(val) and (
+                self.best_val is None or primary.merit(val) > primary.merit(self.best_val)):
+            self.best_epoch, self.best_val, self.test_at_best = self.epoch + 1, val, metrics[f"test_{primary.name}"]
         self.epoch += 1
         self.batch = 0
 
@@ -100,6 +104,7 @@ class Trainer:
     ) -> None:
         self.rule, self.optimizers, self.splits, self.options = rule, optimizers, splits, options
         self.model, self.objective = rule.model, rule.objective
+        self.scores = tuple(self.objective.scores[splits.targets])
         self.callbacks, self.progress = list(callbacks), progress or Progress()
         # Only overridden hooks are called: a step of a small net takes only a few hundred microseconds.
         self._hooks = {name: [(callback, getattr(callback, name)) for callback in self.callbacks
@@ -144,20 +149,20 @@ class Trainer:
         """One update of weights and learned feedback by a batch of inputs `x` and targets `y`."""
         self.optimizers.begin_step(self.progress.step)
         for part_x, part_y, share in self._micro_batches(x, y):
-            outputs = self.model(part_x)
+            outputs = loss_output(self.model(part_x), self.rule.loss_output)
             loss = self.objective.loss(outputs, part_y)
             self._count(loss, part_y)
             self._call("on_loss", part_x)
             self.rule.backward(loss if share == 1 else loss * share, outputs, part_y, None if share == 1 else share)
-            self._count_correct(outputs, part_y)
+            add(self.progress.sums, self.objective.sums(outputs.detach(), part_y))
         self._call("on_gradients")
         if self.options.clip_norm is not None:
             self.optimizers.clip(self.options.clip_norm)
         self.optimizers.step()
         self.rule.step()
 
-    def evaluate(self, split: Split | None) -> tuple[float | None, float | None]:
-        """Loss and accuracy, see `evaluate`."""
+    def evaluate(self, split: Split | None) -> dict[str, float]:
+        """Loss and scores, see `evaluate`."""
         return evaluate(self.model, self.objective, split, self.options.batch_size, lambda: self._call("on_evaluation_batch"))
 
     def _epoch(self) -> None:
@@ -182,38 +187,36 @@ class Trainer:
             progress.seconds += time.perf_counter() - clock
             self._call("on_step_end")
             clock = time.perf_counter()
-        train_loss, train_accuracy = progress.means()
+        values = {"train": with_scores(progress.mean_loss, self.objective, progress.sums, int(progress.samples),
+                                       self.splits.train)}
         progress.seconds += time.perf_counter() - clock
         self._call("on_batches_end")
-        metrics: dict[str, Any] = {"epoch": progress.epoch + 1, "step": progress.step, "lr": lr, "train_loss": train_loss,
-                                   "train_accuracy": train_accuracy}
-        for name, split in (("val", self.splits.validation), ("test", self.splits.test)):
-            metrics[f"{name}_loss"], metrics[f"{name}_accuracy"] = self.evaluate(split)
+        values |= {name: self.evaluate(split) for name, split in (("val", self.splits.validation), ("test", self.splits.test))}
+        metrics: dict[str, Any] = {"epoch": progress.epoch + 1, "step": progress.step, "lr": lr, **{
+            f"{part}_{name}": of_part.get(name) for part, of_part in values.items()
+            for name in ("loss", *(score.name for score in self.scores))}}
         # A run interrupted before this point resumes after the epoch's last batch.
-        progress.end_epoch(metrics)
+        progress.end_epoch(metrics, self.scores[0])
         metrics |= {"seconds": progress.seconds, "angles": progress.angles}
+        if self.scores != (ACCURACY,):
+            metrics["scores"] = as_records(self.scores)
         self._call("on_epoch_end", metrics)
 
     def _micro_batches(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """The parts that a batch is split into, each with its fraction of the samples."""
+        """The parts that a batch is split into, each with its fraction of the targets that count."""
         count = min(self.options.accumulate, len(y))
         if count == 1:
             yield x, y, 1
             return
+        counted = max(int(self.objective.counted(y)), 1)
         for part_x, part_y in zip(x.tensor_split(count), y.tensor_split(count), strict=True):
-            yield part_x, part_y, len(part_y) / len(y)
+            yield part_x, part_y, int(self.objective.counted(part_y)) / counted
 
     def _count(self, loss: Tensor, y: Tensor) -> None:
         assert self.progress.loss_sum is not None
-        self.progress.loss_sum += loss.detach() * len(y)
-        self.progress.samples += len(y)
-
-    def _count_correct(self, outputs: Tensor, y: Tensor) -> None:
-        correct = self.objective.correct(outputs.detach(), y)
-        self.progress.has_accuracy = correct is not None
-        if correct is not None:
-            assert self.progress.hits is not None
-            self.progress.hits += correct.sum()
+        count = self.objective.counted(y)
+        self.progress.loss_sum += loss.detach() * count
+        self.progress.samples = self.progress.samples + count
 
     def _call(self, hook: str, *arguments: Any) -> None:
         for callback, method in self._hooks[hook]:

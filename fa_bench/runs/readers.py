@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fa_bench.errors import ConfigError, DataError, FaBenchError, names, nearest, printable, truncate
+from fa_bench.objectives.scores import final_keys, score_keys, scores_of
 from fa_bench.utils.files import RESULT
 
 #: The beginning of the first line of a run's config.yaml, and of the second.
@@ -108,6 +109,20 @@ def _object(checks: Mapping[str, Check]) -> Check:
     return check_keys
 
 
+def _complete(check: Check, required: tuple[str, ...]) -> Check:
+    def check_complete(key: str, value: Any) -> None:
+        check(key, value)
+        for name in required:
+            if name not in value:
+                raise _InvalidValue(f"{key}.{name}", None, "a value")
+
+    return check_complete
+
+
+def _is_score_name(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[a-z][a-z0-9_]{0,59}", value) is not None and value != "loss"
+
+
 def _is_int(value: Any, minimum: int = -(2**63)) -> bool:
     # Larger integers, of hundreds of digits, cannot be converted to a float.
     return isinstance(value, int) and not isinstance(value, bool) and minimum <= value < 2**63
@@ -139,12 +154,15 @@ _EPOCH = _value("a whole number >= 1", lambda value: _is_int(value, 1))
 _QUANTITIES = _nullable(_mapping_to(_nullable(_mapping_to(_NUMBER))))
 _LAYERS = _nullable(_list_of(_TEXT))
 
+_SCORE = _object({"name": _value("a name of letters, digits and _, not 'loss'", _is_score_name), "title": _NAME, "unit": _TEXT,
+                  "higher_is_better": _value("true or false", lambda value: isinstance(value, bool))})
+_SCORES = _nullable(_list_of(_complete(_SCORE, ("name", "title"))))
 _ACCURACIES = dict.fromkeys(("test_accuracy", "test_accuracy_at_best_val", "val_accuracy", "train_accuracy"), _FRACTION)
 _RESULT = _object({
     "status": _value(_STATUS, lambda value: value in STATUSES), "label": _NAME, "group": _NAME, "algorithm": _NAME, "seed": _SEED,
     **dict.fromkeys(("experiment", "architecture", "dataset", "optimizer", "config_hash", "code_hash", "data_hash", "device"),
                     _nullable(_TEXT)),
-    **dict.fromkeys(("epochs", "epoch", "step", "best_epoch"), _COUNT), **_ACCURACIES,
+    **dict.fromkeys(("epochs", "epoch", "step", "best_epoch"), _COUNT), **_ACCURACIES, "scores": _SCORES,
     "seconds": _TIME, "peak_memory_bytes": _TIME, "angles": _QUANTITIES, "probes": _QUANTITIES,
     "feedback_layers": _LAYERS, "output_layers": _LAYERS, "weight_transport": _LAYERS,
     "error": _nullable(_object({"type": _nullable(_TEXT), "message": _nullable(_TEXT), "epoch": _COUNT, "step": _COUNT,
@@ -153,20 +171,29 @@ _RESULT = _object({
 _REQUIRED = ("status", "label", "group", "algorithm", "seed")
 _RECORD = _object({
     "epoch": _EPOCH, **_ACCURACIES, **dict.fromkeys(("train_loss", "val_loss", "test_loss", "lr"), _NUMBER), "seconds": _TIME,
-    "angles": _QUANTITIES, "probes": _QUANTITIES,
+    "angles": _QUANTITIES, "probes": _QUANTITIES, "scores": _SCORES,
 })
 _MEASUREMENT = _object({
     "step": _value("a whole number >= 0", lambda value: _is_int(value, 0)),
     "epoch": _value("a number >= 0", lambda value: _is_number(value) and 0 <= value < math.inf), "angles": _QUANTITIES,
 })
 _MEASUREMENT_KEYS = ("step", "epoch", "angles")
-#: The keys of every epoch's record, beside its number.
-SCALARS = ("train_loss", "val_loss", "test_loss", "train_accuracy", "val_accuracy", "test_accuracy", "lr")
 _CONFIG = _object({
     "seed": _SEED, "epochs": _EPOCH, "scale": _TEXT,
     **dict.fromkeys(("algorithm", "architecture", "dataset", "optimizer"), _NAME),
 })
 _PLANNED = _object({"directory": _value("a path", _is_path), "label": _NAME, "epochs": _EPOCH})
+
+
+def scalar_keys(record: Any) -> list[str]:
+    """The keys of every epoch's record of a run, beside its number, by the scores that a record declares."""
+    return [*score_keys(scores_of(record)), "lr"]
+
+
+def _check_scores(record: dict[str, Any], keys: list[str], path: Path, prefix: str = "") -> None:
+    for key in keys:
+        if key in record:
+            _check(lambda _, value, key=key: _NUMBER(key, value), record[key], path, prefix)
 
 
 def read_result(path: Path) -> dict[str, Any] | None:
@@ -183,6 +210,7 @@ def read_result(path: Path) -> dict[str, Any] | None:
     if missing := [key for key in _REQUIRED if key not in result]:
         raise RecordError(path, f"not a run's result: it lacks {names(missing)}")
     _check(_RESULT, result, path)
+    _check_scores(result, final_keys(scores_of(result)), path)
     return result
 
 
@@ -206,6 +234,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
                 raise RecordError(path, f"line {number} is not an epoch's record: {error.problem}") from None
             continue
         _check(_RECORD, record, path, f"line {number}: ")
+        _check_scores(record, scalar_keys(record), path, f"line {number}: ")
         epochs[record["epoch"]] = record
     return [epochs[epoch] for epoch in sorted(epochs)]
 
@@ -226,7 +255,7 @@ def recorded_lines(path: Path, epochs: int, complete: bool = False) -> list[str]
             _check(_RECORD, record, path)
         except RecordError:
             record = {}
-        if record.get("epoch") != number or not record.keys() >= {*SCALARS}:
+        if record.get("epoch") != number or not record.keys() >= {*scalar_keys(record)}:
             raise RecordError(path, f"damaged (line {number} is not the record of epoch {number})")
     if len(lines) < epochs or (complete and len(lines) > epochs):
         raise RecordError(path, f"damaged ({len(lines)} of {epochs} epochs found)")
@@ -365,7 +394,8 @@ def inconsistency(result: Mapping[str, Any], metrics: list[dict[str, Any]]) -> s
     if status not in SUCCESSES or not epochs:
         return ""
     if [line["epoch"] for line in metrics] == list(range(1, epochs + 1)):
-        pairs = {key: (metrics[-1].get(key), result.get(key)) for key in ("test_accuracy", "val_accuracy")}
+        pairs = {key: (metrics[-1].get(key), result.get(key)) for score in scores_of(result)[:1]
+                 for key in (f"test_{score.name}", f"val_{score.name}")}
         return next((f"{key}={line} in the last epoch, but {key}={final} in {RESULT}" for key, (line, final) in pairs.items()
                      if line is not None and final is not None and line != final and not math.isnan(line)), "")
     last = f", the last of epoch {metrics[-1]['epoch']}" if metrics and metrics[-1]["epoch"] != len(metrics) else ""

@@ -18,14 +18,15 @@ from fa_bench import __version__
 from fa_bench.callbacks.base import Callback
 from fa_bench.config.job import Job
 from fa_bench.loggers.base import Logger
-from fa_bench.loggers.events.writer import FINAL
+from fa_bench.loggers.events.writer import final_values
 from fa_bench.metrics.meter import AlignmentMeter
 from fa_bench.metrics.probes.base import Probes, Quantities
+from fa_bench.objectives.scores import PARTS, as_records, final_keys
 from fa_bench.registry.registries import LOGGERS
 from fa_bench.registry.specs import component
 from fa_bench.runs.hashes import code_hash
 from fa_bench.runs.loop import Progress, Trainer
-from fa_bench.runs.readers import SCALARS, recorded_lines, recorded_measurements
+from fa_bench.runs.readers import recorded_lines, recorded_measurements, scalar_keys
 from fa_bench.utils.files import ANGLES, METRICS, RESULT, dump_json, write_text
 
 
@@ -47,7 +48,7 @@ class Recorder(Callback):
     def __init__(
         self, directory: Path, job: Job, progress: Progress, probes: Probes, steps: int, swept: Mapping[str, bool]
     ) -> None:
-        self.directory, self.probes, self.steps = directory, probes, steps
+        self.directory, self.probes, self.steps, self.scores = directory, probes, steps, job.scores
         self.lines = recorded_lines(directory / METRICS, progress.epoch)
         self.measurements = recorded_measurements(directory / ANGLES, progress.measurements, progress.probed)
         self._written = -1
@@ -81,7 +82,7 @@ class Recorder(Callback):
         self.lines.append(dump_json(metrics))
         self._write_metrics()
         self._write_measurements()
-        values = {tag_of(key): metrics[key] for key in SCALARS if metrics[key] is not None}
+        values = {tag_of(key): metrics[key] for key in scalar_keys(metrics) if metrics[key] is not None}
         for logger in self.loggers:
             logger.scalars(values, progress.step)
 
@@ -112,7 +113,7 @@ class Recorder(Callback):
             self._write_measurements()
             # Before the result, which marks the run as complete.
             for logger in self.loggers:
-                logger.finish(result["status"], {key: result[key] for key in FINAL}, result["step"])
+                logger.finish(result["status"], {key: result[key] for key in final_values(self.scores)}, result["step"])
         finally:
             write_text(self.directory / RESULT, dump_json(result, indent=1) + "\n")
 
@@ -140,8 +141,8 @@ def make_loggers(job: Job) -> list[Logger]:
 
 def tag_of(key: str) -> str:
     """The tag of a metric: loss/train for train_loss."""
-    split, _, metric = key.rpartition("_")
-    return f"{metric}/{split}" if split else key
+    part, _, metric = key.partition("_")
+    return f"{metric}/{part}" if part in PARTS else key
 
 
 def base_result(job: Job, experiment: str | None = None) -> dict[str, Any]:
@@ -154,8 +155,8 @@ def base_result(job: Job, experiment: str | None = None) -> dict[str, Any]:
         "algorithm": job.algorithm.name, "architecture": job.architecture.name,
         "dataset": job.dataset.name, "optimizer": job.optimizer.name, "objective": job.objective.name,
         "seed": job.run.seed, "epochs": job.run.epochs, "epoch": 0, "step": 0,
-        "test_accuracy": None, "test_accuracy_at_best_val": None, "best_epoch": None, "val_accuracy": None,
-        "train_accuracy": None, "angles": {}, "probes": {}, "feedback_layers": [], "output_layers": [],
+        **dict.fromkeys(final_keys(job.scores)), "best_epoch": None, "scores": as_records(job.scores),
+        "angles": {}, "probes": {}, "feedback_layers": [], "output_layers": [],
         "weight_transport": [],
         "seconds": None, "peak_memory_bytes": None,
         "config_hash": job.config_hash, "code_hash": code_hash(job.plugin_modules), "data_hash": None,
@@ -169,8 +170,8 @@ def progress_result(recorder: Recorder, progress: Progress, meter: AlignmentMete
     last = recorder.last_metrics()
     return {
         "epoch": progress.epoch, "step": progress.step, "seconds": progress.seconds,
-        **{key: last.get(key) for key in ("test_accuracy", "val_accuracy", "train_accuracy")},
-        "test_accuracy_at_best_val": progress.test_at_best, "best_epoch": progress.best_epoch,
+        **{key: last.get(key) for key in final_keys(recorder.scores)},
+        f"test_{recorder.scores[0].name}_at_best_val": progress.test_at_best, "best_epoch": progress.best_epoch,
         "angles": (progress.angles if complete else last.get("angles")) or {},
         "feedback_layers": meter.feedback_layers, "output_layers": meter.output_layers,
         "peak_memory_bytes": peak_memory(next(meter.rule.model.parameters()).device),

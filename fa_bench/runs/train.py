@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -18,10 +19,12 @@ from fa_bench.callbacks.base import Callback
 from fa_bench.config.job import Job
 from fa_bench.config.scale import SCALES, scaled
 from fa_bench.data.base import Splits
-from fa_bench.errors import ConfigError, CoverageError, OptionError, OutputError, RunDirectoryError
+from fa_bench.errors import ConfigError, CoverageError, OptionError, OutputError, RunDirectoryError, names, nearest
 from fa_bench.mechanisms.rule import Rule
+from fa_bench.mechanisms.trace import evaluating, named_results
 from fa_bench.metrics.meter import AlignmentMeter
 from fa_bench.metrics.probes.base import Probes, Subject
+from fa_bench.objectives.base import Objective
 from fa_bench.optim.optimizers import Optimizers
 from fa_bench.registry.registries import CALLBACKS
 from fa_bench.registry.specs import component
@@ -301,8 +304,9 @@ def assemble(job: Job, device: torch.device, splits: Splits | None = None) -> Pa
     initial = state_hash(model.state_dict())
     x, y = fixed_batch(splits, job.run.probe_size)
     rule = job.fresh_algorithm()
+    objective = _with_output(job, rule, model, x[:2])
     try:
-        rule.attach(model, seed=job.run.seed, sample_input=x[:2], initial_phase=False, objective=job.objective)
+        rule.attach(model, seed=job.run.seed, sample_input=x[:2], initial_phase=False, objective=objective)
     except CoverageError as error:
         raise error.with_prefix("algorithm") from None
     check_batches(rule, splits, job.run)
@@ -312,6 +316,25 @@ def assemble(job: Job, device: torch.device, splits: Splits | None = None) -> Pa
     probes = Probes(job.run.probes, job.run.probes_epochs, Subject(rule, splits, meter, job.run.batch_size))
     callbacks = [component(CALLBACKS, spec) for spec in job.run.callbacks]
     return Parts(splits, rule, optimizers, meter, probes, callbacks, initial)
+
+
+def _with_output(job: Job, rule: Rule, model: torch.nn.Module, x: torch.Tensor) -> Objective:
+    """The job's objective with the name of the output that is trained, which may be an option of the rule.
+
+    Raises:
+        OptionError: if the model has several outputs and none is named, or no such output.
+    """
+    output = job.objective.output if job.objective.output is not None else getattr(rule, "output", None)
+    with evaluating(model), torch.enable_grad():
+        results = named_results(model(x))
+    listed = names(f"{name} {tuple(tensor.shape)}" for name, tensor in results.items())
+    if output is None and len(results) > 1:
+        raise OptionError("objective.output", f"=null: architecture={job.architecture.name} returns several outputs ({listed}); "
+                                              f"name the one that is trained: objective.output={next(iter(results))}")
+    if output is not None and list(results) != [""] and str(output) not in results:
+        raise OptionError("objective.output", f"={output}: architecture={job.architecture.name} has no such output"
+                                              f"{nearest(str(output), results)} (outputs: {listed or 'none'})")
+    return dataclasses.replace(job.objective, output=output)
 
 
 def record_failure(job: Job, directory: Path, error: BaseException, experiment: str | None = None) -> None:

@@ -24,7 +24,7 @@ usage: fa-bench-tune [key=value ...]
   fa-bench-tune --dry-run ...                 show what would run; train and write nothing
   fa-bench-tune --config-dir FOLDER ...       add a folder of configs
 
-Every rule gets the same number of trials, optuna chooses values by the validation accuracy, and the best config of each rule is
+Every rule gets the same number of trials, optuna chooses values by the validation score, and the best config of each rule is
 trained with new seeds and tested once. The other keys are those of fa-bench. Values to search are written as Hydra's sweeps:
 
   optimizer.lr='tag(log,interval(1e-3,1))'    a logarithmic range

@@ -19,7 +19,7 @@ from fa_bench.command.overrides import parse
 from fa_bench.config.job import GRID, RULES, TUNE, VOLATILE, Job, RunOptions
 from fa_bench.config.labels import flatten
 from fa_bench.errors import ConfigError, OptionError, format_value, names, nearest, truncate
-from fa_bench.registry.kinds import CLASSES
+from fa_bench.objectives.scores import Score
 from fa_bench.registry.options import option_fields
 from fa_bench.registry.registries import ALGORITHMS, GROUPS
 from fa_bench.tuning.options import OWN_KEYS, SPACE, TuneOptions, own_options, parse_override
@@ -72,6 +72,11 @@ class Plan:
     directory: Path
     experiment: str | None
     command: list[str]
+
+    @property
+    def score(self) -> Score:
+        """The score of the validation samples by which trials are compared."""
+        return self.rules[0].job.scores[0]
 
     @property
     def epochs(self) -> int:
@@ -184,7 +189,7 @@ def _searchable(overrides: Sequence[Override]) -> None:
     """Refuse to search keys that must be equal for all trials, or that do not affect results."""
     for override in overrides:
         key = _key(override)
-        # Accuracies on different data cannot be compared.
+        # Scores on different data cannot be compared.
         if override.is_add() or override.is_delete() or key in _SAME or (
                 key.startswith("dataset.") and key not in _AUGMENTATION):
             raise ConfigError(f"{truncate(_text(override), 200)}: {key} cannot be searched; it is the same for all "
@@ -287,14 +292,14 @@ def _check(plan: Plan) -> None:
     if len(epochs := {each.job.run.epochs for each in plan.rules}) > 1:
         raise ConfigError(f"epochs: the rules differ ({names(sorted(epochs))}), but every rule gets the same number; pass "
                           "epochs=N")
+    if len(scores := {each.job.scores[0].title for each in plan.rules}) > 1:
+        raise ConfigError(f"objective: the rules have different scores ({names(sorted(scores))}) and cannot be compared; use one "
+                          "objective")
     seed = plan.options.trial_seeds[0]
     for each in plan.rules:
         if getattr(each.job.dataset, "validation", None) == 0:
-            raise OptionError("dataset.validation", "=0: trials are compared by their validation accuracy; hold out images with "
-                                                    "dataset.validation=0.1")
-        if each.job.dataset.targets != CLASSES:
-            raise ConfigError(f"dataset={each.job.dataset.name}: its targets are numbers, but trials are compared by their "
-                              "accuracy")
+            raise OptionError("dataset.validation", f"=0: trials are compared by their validation {each.job.scores[0].title}; "
+                                                    "hold out samples with dataset.validation=0.1")
         for one in each.space.values():
             for value in one.extremes():
                 try:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fa_bench.callbacks.base import Callback
+from fa_bench.objectives.scores import scores_of
 from fa_bench.runs.readers import recorded_lines
 from fa_bench.tuning.optuna_parts import make_pruner
 from fa_bench.utils.files import METRICS
@@ -29,11 +31,13 @@ class Rivals:
         pruner: its name.
         rule: the name of the rule's study.
         trials: the finished trials of the rule.
+        direction: of the search, `fa_bench.objectives.scores.Score.direction`.
     """
 
     pruner: str
     rule: str
     trials: Sequence[FrozenTrial]
+    direction: Literal["maximize", "minimize"] = "maximize"
 
 
 class Judge:
@@ -47,16 +51,16 @@ class Judge:
         import optuna
         from optuna.trial import TrialState, create_trial
 
-        study = optuna.create_study(study_name=rivals.rule, direction="maximize", pruner=make_pruner(rivals.pruner),
+        study = optuna.create_study(study_name=rivals.rule, direction=rivals.direction, pruner=make_pruner(rivals.pruner),
                                     sampler=optuna.samplers.RandomSampler())
         study.add_trials(rivals.trials)
         study.add_trial(create_trial(state=TrialState.RUNNING))
         self._study = study
         self._trial = optuna.trial.Trial(study, study.get_trials(deepcopy=False)[-1]._trial_id)
 
-    def is_hopeless(self, step: int, accuracy: float) -> bool:
-        """Whether the trial should end, with this validation accuracy after so many epochs of all its seeds together."""
-        self._trial.report(accuracy, step)
+    def is_hopeless(self, step: int, value: float) -> bool:
+        """Whether the trial should end, with this validation score after so many epochs of all its seeds together."""
+        self._trial.report(value, step)
         return self._trial.should_prune()
 
     @property
@@ -80,17 +84,22 @@ class Pruning(Callback):
 
     def on_fit_start(self, trainer: Trainer) -> None:
         # Epochs that an interrupted process trained; the last of them may have been the one to stop after.
-        for epoch, accuracy in enumerate(accuracies(self._directory, trainer.progress.epoch), start=1):
-            self._decide(trainer, epoch, accuracy)
+        for epoch, value in enumerate(recorded_scores(self._directory, trainer.progress.epoch), start=1):
+            self._decide(trainer, epoch, value)
 
     def on_epoch_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        self._decide(trainer, trainer.progress.epoch, metrics["val_accuracy"])
+        self._decide(trainer, trainer.progress.epoch, _known(metrics[f"val_{trainer.scores[0].name}"]))
 
-    def _decide(self, trainer: Trainer, epoch: int, accuracy: float) -> None:
-        if self._judge.is_hopeless(self._before + epoch, accuracy):
+    def _decide(self, trainer: Trainer, epoch: int, value: float) -> None:
+        if self._judge.is_hopeless(self._before + epoch, value):
             trainer.stop(REASON)
 
 
-def accuracies(directory: Path, epochs: int) -> list[float]:
-    """The validation accuracies of a run's first epochs, as recorded."""
-    return [json.loads(line)["val_accuracy"] for line in recorded_lines(directory / METRICS, epochs)]
+def recorded_scores(directory: Path, epochs: int) -> list[float]:
+    """The primary validation scores of a run's first epochs, as recorded; NaN for one that is not known."""
+    records = map(json.loads, recorded_lines(directory / METRICS, epochs))
+    return [_known(record[f"val_{scores_of(record)[0].name}"]) for record in records]
+
+
+def _known(value: float | None) -> float:
+    return math.nan if value is None else value

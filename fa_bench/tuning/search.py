@@ -10,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from fa_bench.errors import printable
+from fa_bench.objectives.scores import ACCURACY, Score
 from fa_bench.tuning.optuna_parts import NO_PRUNER
 from fa_bench.tuning.plan import Plan
 from fa_bench.tuning.space import shown
@@ -81,14 +82,21 @@ def progress(plan: Plan, studies: Sequence[RuleStudy]) -> Iterator[Report]:
         def report(study: RuleStudy, finished: Finished) -> None:
             bar.update()
             count = sum(len(each.finished) for each in studies)
-            tqdm.write(printable(f"[{count}/{total}] {_line(study.plan.rule, finished)}"), file=sys.stdout)
+            tqdm.write(printable(f"[{count}/{total}] {_line(study, finished)}"), file=sys.stdout)
             sys.stdout.flush()
         yield report
 
 
-def _line(rule: str, finished: Finished) -> str:
+def _line(study: RuleStudy, finished: Finished) -> str:
     outcome = finished.outcome
     reason = f" ({outcome.reason})" if outcome.reason else ""
-    result = f"val {outcome.value:.2%}" if outcome.state == DONE else f"{outcome.state}{reason}"
+    if outcome.state == DONE:
+        result = f"val {_named(study.score)}{study.score.text(outcome.value or 0)}"
+    else:
+        result = f"{outcome.state}{reason}"
     values = " ".join(f"{key}={shown(value)}" for key, value in finished.values.items())
-    return f"{rule} trial {finished.number}{' (default)' * (finished.number == 0)}: {result}  {values}"
+    return f"{study.plan.rule} trial {finished.number}{' (default)' * (finished.number == 0)}: {result}  {values}"
+
+
+def _named(score: Score) -> str:
+    return "" if score == ACCURACY else f"{score.title} "

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 JOURNAL = "study.journal"
-#: The value of a trial that diverged or failed: the worst accuracy.
-WORST = 0.0
+#: The size of the value of a trial that diverged or failed if no other trial has a score that has no worst value.
+HUGE = 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +64,14 @@ class RuleStudy:
     def __init__(self, plan: RulePlan, options: TuneOptions, storage: JournalStorage) -> None:
         import optuna
 
+        self.score = plan.job.scores[0]
         self.plan, self.finished, self._pruner = plan, list[Finished](), options.pruner
         self._distributions = {key: one.distribution for key, one in plan.space.items()}
         self._study: Study = optuna.create_study(
-            study_name=plan.rule, direction="maximize", pruner=make_pruner(options.pruner),
+            study_name=plan.rule, direction=plan.job.scores[0].direction, pruner=make_pruner(options.pruner),
             sampler=make_sampler(options.sampler, seed_for("tune", options.study_seed, plan.rule) % 2**32))
-        make = optuna.load_study if plan.rule in optuna.get_all_study_names(storage) else _create
-        self._stored: Study = make(study_name=plan.rule, storage=storage)
+        self._stored: Study = optuna.create_study(study_name=plan.rule, storage=storage, direction=self.score.direction,
+                                                  load_if_exists=True)
         for stored in self._stored.get_trials(deepcopy=False):
             self._repeat(stored)
 
@@ -94,7 +95,7 @@ class RuleStudy:
         from optuna.trial import TrialState
 
         ended = (TrialState.COMPLETE, TrialState.PRUNED)
-        return Rivals(self._pruner, self.plan.rule, self._study.get_trials(states=ended))
+        return Rivals(self._pruner, self.plan.rule, self._study.get_trials(states=ended), self.score.direction)
 
     def tell(self, trial: Trial, values: Mapping[str, Any], outcome: Outcome) -> Finished:
         """Count a trial as finished, and store it."""
@@ -119,7 +120,15 @@ class RuleStudy:
         if outcome.state == PRUNED:
             self._study.tell(trial, state=TrialState.PRUNED)
         else:
-            self._study.tell(trial, WORST if outcome.value is None else outcome.value)
+            self._study.tell(trial, self.worst if outcome.value is None else outcome.value)
+
+    @property
+    def worst(self) -> float:
+        """The value of a trial that diverged or failed: an accuracy of 0, or the worst of the finished trials."""
+        if self.score.unit == "%" and self.score.higher_is_better:
+            return 0.0
+        known = [trial.outcome.value for trial in self.finished if trial.outcome.value is not None]
+        return min(known, key=self.score.merit, default=-self.score.merit(HUGE))
 
     def _repeat(self, stored: FrozenTrial) -> None:
         """Propose and count a stored trial again.
@@ -139,9 +148,9 @@ class RuleStudy:
 
     @property
     def best(self) -> Finished | None:
-        """The trial with the best validation accuracy, the earlier one of equals; None if every trial diverged or failed."""
+        """The trial with the best validation score, the earlier one of equals; None if every trial diverged or failed."""
         usable = [trial for trial in self.finished if trial.outcome.state not in (DIVERGED, FAILED, PRUNED)]
-        return max(usable, key=lambda trial: (trial.outcome.value or WORST, -trial.number), default=None)
+        return max(usable, key=lambda trial: (self.score.merit(trial.outcome.value or 0.0), -trial.number), default=None)
 
 
 def stored_studies(plan: Plan) -> list[RuleStudy]:
@@ -158,12 +167,6 @@ def stored_studies(plan: Plan) -> list[RuleStudy]:
     except Exception as error:  # optuna raises many kinds for odd content
         raise RunDirectoryError(f"{plan.directory / JOURNAL}: damaged, or not written by a study ({describe_error(error)}); "
                                 "choose another name=NAME") from None
-
-
-def _create(study_name: str, storage: JournalStorage) -> Study:
-    import optuna
-
-    return optuna.create_study(study_name=study_name, storage=storage, direction="maximize")
 
 
 def _frozen(told: FrozenTrial, state: Any, attributes: dict[str, Any]) -> FrozenTrial:

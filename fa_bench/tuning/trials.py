@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from omegaconf import OmegaConf
 from fa_bench.config.job import Job
 from fa_bench.errors import FaBenchError, first_line, printable
 from fa_bench.runs.readers import SUCCESSES
-from fa_bench.tuning.pruning import Judge, Pruning, Rivals, accuracies
+from fa_bench.tuning.pruning import Judge, Pruning, Rivals, recorded_scores
 from fa_bench.utils.output import resilient_output
 
 #: The states of a trial.
@@ -25,12 +26,12 @@ class Outcome:
 
     Attributes:
         state: done, pruned, diverged or failed.
-        value: its validation accuracy after the last epoch, a fraction, the mean over the seeds that were trained; None if it
-            diverged or failed.
+        value: its validation score after the last epoch, as recorded (an accuracy is a fraction), the mean over the seeds that
+            were trained; None if it diverged or failed.
         epochs: trained, over all seeds.
         seconds: of training, over all seeds.
         reason: why it diverged or failed, or was pruned.
-        reported: the validation accuracies after each epoch, if they were given to a pruner.
+        reported: the validation scores after each epoch, if they were given to a pruner.
         system: what the pruner recorded in the trial.
     """
 
@@ -95,10 +96,14 @@ def run_trial(trial: TrialRun) -> Outcome:
         else:
             epochs, seconds = epochs + result["epoch"], seconds + (result["seconds"] or 0)
             if judge is not None:
-                reported += accuracies(directory, result["epoch"])
+                reported += recorded_scores(directory, result["epoch"])
             state, reason = _state(result)
             if state in (DONE, PRUNED):
-                values.append(result["val_accuracy"])
+                value, title = result[f"val_{job.scores[0].name}"], job.scores[0].title
+                if value is None or not math.isfinite(value):
+                    state, reason = FAILED, f"its validation {title} is {'not known' if value is None else value}"
+                else:
+                    values.append(value)
         if state != DONE:
             reason = printable(f"seed {job.run.seed}: {reason}")
             break

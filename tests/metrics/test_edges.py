@@ -213,7 +213,7 @@ def test_a_ragged_batch_of_one_is_refused_before_the_run_starts_and_trained_wher
 # ------------------------------------------------------------------------------------------------ evaluation
 def test_evaluation_counts_every_sample_once_whatever_the_last_batch() -> None:
     model, data = net(batch_norm=True), split(513)  # batches of 512: the last one has one sample
-    loss, accuracy = evaluate(model, CrossEntropy(), data, 8)
+    loss, accuracy = evaluate(model, CrossEntropy(), data, 8).values()
     x, y = next(data.batches(513))
     model.eval()
     with torch.no_grad():
@@ -226,9 +226,9 @@ def test_evaluation_of_one_class_one_sample_and_none() -> None:
     model = net()
     with torch.no_grad():
         model.fc3.bias.copy_(torch.tensor([100.0, 0.0, 0.0]))
-    assert evaluate(model, CrossEntropy(), split(7, classes=1), 4) == (0.0, 1.0)
-    assert evaluate(model, CrossEntropy(), split(1), 4) == (0.0, 1.0)
-    assert evaluate(model, CrossEntropy(), split(0), 4) == evaluate(model, CrossEntropy(), None, 4) == (None, None)
+    assert evaluate(model, CrossEntropy(), split(7, classes=1), 4) == {"loss": 0.0, "accuracy": 1.0}
+    assert evaluate(model, CrossEntropy(), split(1), 4) == {"loss": 0.0, "accuracy": 1.0}
+    assert evaluate(model, CrossEntropy(), split(0), 4) == evaluate(model, CrossEntropy(), None, 4) == {}
 
 
 def test_evaluation_leaves_every_module_in_its_own_mode_also_where_it_fails() -> None:

@@ -312,7 +312,7 @@ def test_utility_is_that_of_nets_whose_running_statistics_are_their_own() -> Non
         net = copy.deepcopy(model)
         net.load_state_dict({name: subject.initial[name] for name in reset}, strict=False)
         estimate_running_statistics(net, subject.training, subject.batch_size)
-        return evaluate(net, CrossEntropy(), subject.scored, 8)[1]
+        return evaluate(net, CrossEntropy(), subject.scored, 8)["accuracy"]
 
     whole = accuracy([])
     for block, layers in (("act1", ("fc1", "bn1")), ("act2", ("fc2", "bn2"))):

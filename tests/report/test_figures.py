@@ -25,7 +25,7 @@ def groups_in(root):
 
 
 def overview(root):
-    return figures.overview(tasks(groups_in(root)), figures.overview_quantities(metrics_of(runs_in(root))), "epoch")
+    return figures.overview(tasks(groups_in(root)), None, metrics_of(runs_in(root)), "epoch")
 
 
 def legend(figure):

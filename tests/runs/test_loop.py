@@ -86,11 +86,11 @@ def fit(
     return lines
 
 
-def evaluate_by_hand(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
+def evaluate_by_hand(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
     """Loss and accuracy of a twin in evaluation mode."""
     with torch.no_grad():
         logits = copy.deepcopy(model).eval()(x)
-    return F.cross_entropy(logits, y).item(), (logits.argmax(1) == y).float().mean().item()
+    return {"loss": F.cross_entropy(logits, y).item(), "accuracy": (logits.argmax(1) == y).float().mean().item()}
 
 
 def fit_by_hand(rule: Rule, splits: Splits, epochs: int, drop_last: bool) -> list[dict[str, Any]]:
@@ -113,7 +113,8 @@ def fit_by_hand(rule: Rule, splits: Splits, epochs: int, drop_last: bool) -> lis
         line = {"lr": group["lr"], "train_loss": sum(losses) / len(losses), "train_accuracy": sum(hits) / len(hits)}
         for name, split in (("val", splits.validation), ("test", splits.test)):
             assert split is not None
-            line[f"{name}_loss"], line[f"{name}_accuracy"] = evaluate_by_hand(rule.model, *next(split.batches(len(split))))
+            by_hand = evaluate_by_hand(rule.model, *next(split.batches(len(split))))
+            line |= {f"{name}_{key}": value for key, value in by_hand.items()}
         lines.append(line)
     return lines
 
@@ -203,10 +204,10 @@ def test_best_epoch_is_the_first_of_the_best_validation_accuracy(monkeypatch: py
     accuracies = iter([(0.5, 0.1), (0.7, 0.2), (0.7, 0.9), (0.6, 0.8)])
     splits, progress = load(), []
 
-    def evaluate(model: nn.Module, objective: Any, split: Any, *arguments: Any) -> tuple[float, float]:
+    def evaluate(model: nn.Module, objective: Any, split: Any, *arguments: Any) -> dict[str, float]:
         if split is splits.validation:
             evaluate.now = next(accuracies)
-        return 1.0, evaluate.now[0 if split is splits.validation else 1]
+        return {"loss": 1.0, "accuracy": evaluate.now[0 if split is splits.validation else 1]}
 
     monkeypatch.setattr(loop, "evaluate", evaluate)
     fit(fa_bench.attach(make_model(), "bp"), splits, 4, on_step=lambda present: progress.append(present))
@@ -320,10 +321,10 @@ def test_test_accuracy_at_the_best_epoch_is_that_of_this_epoch_alone(monkeypatch
     of_epochs = iter([(0.5, 0.9), (0.7, 0.2), (0.6, 0.8)])
     splits, progress, now = load(), [], [(0.0, 0.0)]
 
-    def evaluate(model: nn.Module, objective: Any, split: Any, *arguments: Any) -> tuple[float, float]:
+    def evaluate(model: nn.Module, objective: Any, split: Any, *arguments: Any) -> dict[str, float]:
         if split is splits.validation:
             now[0] = next(of_epochs)
-        return 1.0, now[0][split is splits.test]
+        return {"loss": 1.0, "accuracy": now[0][split is splits.test]}
 
     monkeypatch.setattr(loop, "evaluate", evaluate)
     fit(fa_bench.attach(make_model(), "bp"), splits, 3, on_step=lambda present: progress.append(present))

@@ -126,7 +126,7 @@ def test_text_in_the_place_of_a_results_number_is_mended() -> None:
 
 FORGED = {"epoch": [-1, 4, 1.5, "2", True], "batch": [-1, 99, None], "step": [7, -8, None], "samples": ["x"],
           "measurements": [-1, "x"],
-          "seconds": [None, -1.0], "best_epoch": [3, 0.5], "best_val": [7.0, float("nan"), "x"], "loss_sum": [1.0],
+          "seconds": [None, -1.0], "best_epoch": [3, 0.5], "best_val": [float("nan"), "x"], "loss_sum": [1.0],
           "angles": [3, {"weight_angle": 1}, {"weight_angle": {"fc1": "x"}}], "batches_hash": [None, "zz"],
           "diverged": [{}, 3, *({"epoch": 1, "step": 2, "layer": None, "message": "m"} | forged
                                 for forged in ({"layer": 3}, {"message": 4}, {"epoch": "1"}))],

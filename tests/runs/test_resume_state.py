@@ -156,8 +156,9 @@ def test_every_global_generator_is_restored(generators: None) -> None:
 
 def test_every_field_of_the_progress_is_restored() -> None:
     progress = Progress(
-        epoch=2, batch=3, step=11, seconds=4.5, loss_sum=torch.tensor(6.25), hits=torch.tensor(7), samples=24, probed=10,
-        measurements=3, has_accuracy=False, angles={"weight_angle": {"fc1": 30.0}}, batches_hash="0123456789abcdef", best_epoch=1,
+        epoch=2, batch=3, step=11, seconds=4.5, loss_sum=torch.tensor(6.25), sums={"correct": torch.tensor(7)}, samples=24,
+        probed=10,
+        measurements=3, angles={"weight_angle": {"fc1": 30.0}}, batches_hash="0123456789abcdef", best_epoch=1,
         best_val=0.5, test_at_best=0.25, diverged={"epoch": 2, "step": 9, "layer": "fc1", "message": "m"},
         stopped={"reason": "r", "callback": "c"},
     )
@@ -222,7 +223,7 @@ def test_the_checkpoint_before_the_last_is_kept(links: bool, monkeypatch: Patch)
 def test_progress_that_no_run_makes_is_refused(epoch: int, batch: int, step: int, fits: bool) -> None:
     """Nine epochs of four batches: none follows the last, and a step is what epochs and batches make together."""
     rule, optimizers = make()
-    progress = Progress(epoch=epoch, batch=batch, step=step, loss_sum=torch.tensor(1.0), hits=torch.tensor(1), samples=8)
+    progress = Progress(epoch=epoch, batch=batch, step=step, loss_sum=torch.tensor(1.0), samples=8)
     checkpoint.save(Path("a/last.pt"), Path("a/previous.pt"), "hash", "data", progress, rule, optimizers)
 
     def load() -> Progress:
@@ -236,15 +237,17 @@ def test_progress_that_no_run_makes_is_refused(epoch: int, batch: int, step: int
 
 
 DIVERGED, STOPPED = {"epoch": 1, "step": 2, "layer": None, "message": "m"}, {"reason": "r", "callback": None}
-RATES = {"accepted": [None, 0, 0.0, 0.5, 1, 1.0], "refused": [1.01, -0.01, float("nan"), float("inf"), "x", True]}
+SCORES = {"accepted": [None, 0, 0.5, 1, -3.5, 1e9], "refused": [float("nan"), float("inf"), -float("inf"), "x", True]}
 SUMS = {"accepted": [torch.tensor(1.0), torch.tensor(3)], "refused": [torch.zeros(1), 1.0, None]}
 #: Values of one field in epoch 3 of 9, after 3 of its 4 batches, with the others as they were.
 FIELDS: dict[str, dict[str, list[Any]]] = {
-    "samples": {"accepted": [0, 8, 10**9], "refused": [-1, 1.0, True, None]},
+    "samples": {"accepted": [0, 8, 10**9, torch.tensor(8)], "refused": [-1, 1.0, True, None, torch.zeros(1)]},
     "probed": {"accepted": [None, 0, 11], "refused": [12, -1, 3.0, True]},
     "best_epoch": {"accepted": [None, 1, 2], "refused": [3, -1, 1.0, True]},
     "seconds": {"accepted": [0, 0.0, 7, 1e9], "refused": [-0.1, float("inf"), float("nan"), True, "1", None]},
-    "best_val": RATES, "test_at_best": RATES, "loss_sum": SUMS, "hits": SUMS,
+    "best_val": SCORES, "test_at_best": SCORES, "loss_sum": SUMS,
+    "sums": {"accepted": [{}, {"correct": torch.tensor(3)}, {"target_sums": torch.zeros(2)}],
+             "refused": [None, [], {"correct": 3}]},
     "angles": {"accepted": [None, {}, {"a": {}}, {"a": {"b": 1.0, "c": float("nan")}, "d": {"b": 2.0}}],
                "refused": [[], {"a": 1.0}, {"a": {"b": 1}}, {"a": {"b": 1.0, "c": "x"}}, {"a": {"b": 1.0}, "d": None}]},
     "diverged": {"accepted": [None, DIVERGED, DIVERGED | {"layer": "fc"}],
@@ -262,7 +265,7 @@ def test_every_field_of_a_saved_progress_is_checked(field: str) -> None:
     """At the limits of what a run saves, too."""
     rule, optimizers = make()
     last, expected = Path("a/last.pt"), Expected("hash", "data", 9, 4)
-    base = Progress(epoch=2, batch=3, step=11, loss_sum=torch.tensor(1.0), hits=torch.tensor(1), samples=8)
+    base = Progress(epoch=2, batch=3, step=11, loss_sum=torch.tensor(1.0), samples=8)
 
     def load(value: Any, base: Progress = base) -> Progress:
         progress = dataclasses.replace(base, **{field: value})
@@ -274,5 +277,5 @@ def test_every_field_of_a_saved_progress_is_checked(field: str) -> None:
     for value in FIELDS[field]["refused"]:
         with pytest.raises(RunDirectoryError, match=rf"not a checkpoint of this run \(ValueError: {field}="):
             load(value)
-    if field in ("loss_sum", "hits"):
+    if field == "loss_sum":
         assert getattr(load(None, Progress(epoch=2, step=8)), field) is None, "no batch has been summed yet"

@@ -43,7 +43,7 @@ def refusal(tmp_path: Path, *overrides: str) -> str:
     ("optimizer.lr=range(0,1000000000)", "more than 10000 values"),
     ("optimizer.lrr=interval(0.1,1)", "did you mean 'optimizer.lr'?"),
     ("batch_size=interval(16,64.5)", "write int(interval(16,64)) for whole numbers"),
-    ("dataset.validation=0", "hold out images with dataset.validation=0.1"),
+    ("dataset.validation=0", "hold out samples with dataset.validation=0.1"),
     ("dataset.validation=0.1,0.2", "dataset.validation cannot be searched"),
     ("device=cpu,cuda", "device cannot be searched"),
 ])

@@ -7,6 +7,7 @@ import shlex
 import pytest
 
 from fa_bench.errors import ConfigError
+from fa_bench.objectives.scores import ACCURACY, Score
 from fa_bench.registry.registries import ALGORITHMS, OPTIMIZERS
 from fa_bench.tuning.options import parse_override
 from fa_bench.tuning.space import Dimension, declared, dimension
@@ -99,10 +100,18 @@ def test_declared_spaces_are_of_options_and_contain_the_defaults() -> None:
     assert found > 6
 
 
-def test_of_equal_trials_the_earlier_is_the_best_and_one_that_diverged_or_was_pruned_never() -> None:
-    outcomes = [Outcome("done", 0.5), Outcome("done", 0.75), Outcome("pruned", 0.9), Outcome("diverged"), Outcome("done", 0.75)]
+@pytest.mark.parametrize("higher_is_better", [True, False])
+def test_of_equal_trials_the_earlier_is_the_best_and_one_that_diverged_or_was_pruned_never(higher_is_better: bool) -> None:
+    """Also if lower scores are better."""
+    sign = 1 if higher_is_better else -1
+    outcomes = [Outcome("done", sign * 0.5), Outcome("done", sign * 0.75), Outcome("pruned", sign * 0.9), Outcome("diverged"),
+                Outcome("done", sign * 0.75)]
     study = RuleStudy.__new__(RuleStudy)
+    study.score = Score("s", "s", higher_is_better=higher_is_better)
     study.finished = [Finished(number, {}, outcome) for number, outcome in enumerate(outcomes)]
     assert study.best is study.finished[1]
+    assert study.worst == sign * 0.5, "of the trials with a value"
     study.finished = study.finished[2:4]
     assert study.best is None
+    study.finished, study.score = [], ACCURACY
+    assert study.worst == 0

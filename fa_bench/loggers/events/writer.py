@@ -16,7 +16,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -35,19 +35,25 @@ from fa_bench.config.labels import flatten, label
 from fa_bench.loggers.events.files import NEW_EVENTS, record_events, recorded_events
 from fa_bench.loggers.events.hparams import STATUS, end_of_session, start_of_session
 from fa_bench.metrics.alignment.base import declared
+from fa_bench.objectives.scores import Score
 from fa_bench.utils.files import output_errors
 
 #: The content of a file's first event.
 FILE_VERSION = "brain.Event:2"
-#: Final values of a finished run, which have no curve of their own.
-FINAL = ("test_accuracy", "test_accuracy_at_best_val", "seconds")
-#: The table's other columns: the latest values of curves, and the final values.
-_METRICS = ("accuracy/val", "accuracy/test", "loss/train", *(f"final/{key}" for key in FINAL))
 #: Seconds after which a running TensorBoard, which reloads every five by default, has finished with an emptied file.
 _PATIENCE = 60
-#: The groups of curves that are not per layer.
-_TRAINING = ("accuracy", "loss")
 _BINS = 64
+
+
+def final_values(scores: Sequence[Score]) -> tuple[str, ...]:
+    """The keys of a result with the final values of a run, which have no curve of their own, by the primary score."""
+    return f"test_{scores[0].name}", f"test_{scores[0].name}_at_best_val", "seconds"
+
+
+def table_metrics(scores: Sequence[Score]) -> tuple[str, ...]:
+    """The tags of the HParams table's other columns: the latest values of curves, and the final values."""
+    first = scores[0].name
+    return f"{first}/val", f"{first}/test", "loss/train", *(f"final/{key}" for key in final_values(scores))
 
 
 class EventFile:
@@ -61,6 +67,7 @@ class EventFile:
     """
 
     def __init__(self, directory: Path, job: Job, step: int, swept: Mapping[str, bool] = MappingProxyType({})) -> None:
+        self._scores = job.scores
         old = [path for name in recorded_events(directory) if (path := directory / name).exists()]
         points = _read_points(old, step) if step else {}
         #: The last step of every tag; the points are in the order of their steps.
@@ -98,7 +105,7 @@ class EventFile:
         groups = dict.fromkeys([*self._groups, *chart_groups(new)])
         if len(groups) > len(self._groups):
             self._groups = list(groups)
-            self._write(custom_scalars(chart_layout(groups)), step)
+            self._write(custom_scalars(chart_layout(groups, self._scores)), step)
         self._write(Summary(value=[Summary.Value(tag=tag, simple_value=values[tag]) for tag in new]), step)
 
     def histograms(self, tensors: Mapping[str, Tensor], step: int) -> None:
@@ -132,11 +139,12 @@ class EventFile:
 
         Args:
             status: finished, stopped, diverged, interrupted or failed.
-            numbers: the `FINAL` values, written only if training has ended: another run would write them again when resumed.
+            numbers: the `final_values`, written only if training has ended: another run would write them again when resumed.
             step: the last step.
         """
         if status in ("finished", "stopped"):
-            self.scalars({f"final/{key}": value for key in FINAL if (value := numbers[key]) is not None}, step)
+            self.scalars({f"final/{key}": value for key in final_values(self._scores)
+                          if (value := numbers[key]) is not None}, step)
         if status in STATUS:
             self._write(end_of_session(status, time.time()), step)
         self.flush()
@@ -194,10 +202,10 @@ def _head(job: Job, swept: Mapping[str, bool], start: float, groups: list[str]) 
     name = f"{label(job.algorithm.name, config, [key for key in swept if key != 'algorithm'])} seed {job.run.seed} ({job.group})"
     yield Event(wall_time=start, file_version=FILE_VERSION)
     yield Event(wall_time=start, session_log=SessionLog(status=SessionLog.START))
-    for summary in start_of_session(name, config, swept, _METRICS, start):
+    for summary in start_of_session(name, config, swept, table_metrics(job.scores), start):
         yield Event(wall_time=start, summary=summary)
     if groups:
-        yield Event(wall_time=start, summary=custom_scalars(chart_layout(groups)))
+        yield Event(wall_time=start, summary=custom_scalars(chart_layout(groups, job.scores)))
 
 
 def _events(points: Points) -> Iterator[Event]:
@@ -211,17 +219,18 @@ def chart_groups(tags: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(tag.partition("/")[0] for tag in tags if "/" in tag and not tag.startswith("final/")))
 
 
-def chart_layout(groups: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
-    """The custom layout: for each metric a chart with all layers, and for loss and accuracy a chart with all splits.
+def chart_layout(groups: Iterable[str], scores: Sequence[Score]) -> dict[str, dict[str, list[Any]]]:
+    """The custom layout: for each metric a chart with all layers, and for the loss and each score a chart with all splits.
 
     Charts select tags by a pattern: TensorBoard merges the layouts of all runs, and with lists of layers there would be a
     chart of the same name for every rule and architecture.
     """
     layout: dict[str, dict[str, list[Any]]] = {"training": {}, "layers": {}}
+    titles = {"loss": "loss", **{score.name: score.title for score in scores}}
     for group in groups:
         metric = declared([group])[group]
-        title = f"{metric.title} ({metric.unit})" if metric.unit else metric.title
-        layout["training" if group in _TRAINING else "layers"][title] = ["Multiline", [f"^{re.escape(group)}/"]]
+        title = titles.get(group) or (f"{metric.title} ({metric.unit})" if metric.unit else metric.title)
+        layout["training" if group in titles else "layers"][title] = ["Multiline", [f"^{re.escape(group)}/"]]
     return {category: charts for category, charts in layout.items() if charts}
 
 

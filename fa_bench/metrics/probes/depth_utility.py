@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 from fa_bench.errors import ConfigError
@@ -29,7 +30,8 @@ class DepthUtility(Probe):
     The running statistics of batch normalisation are estimated again for every accuracy, that of the trained net included: as the
     plain mean over at most 2,000 training images, not augmented, in batches of the run's size. Statistics of another net would
     cost accuracy for reasons other than the weights. Accuracies are measured on at most 10,000 validation images, or test images
-    if there is no validation split.
+    if there is no validation split. For tasks without classes, the utility is the loss of the primary score, in its unit: by how
+    much R² falls, or perplexity rises.
 
     The layers after the block were trained on its trained output, so that this is an upper bound of what training the block
     contributed: about 0 means that it contributed nothing.
@@ -46,21 +48,23 @@ class DepthUtility(Probe):
 
     def measure(self, subject: Subject) -> Quantities:
         model, training, scored = subject.model, subject.training, subject.scored
+        primary = subject.rule.objective.scores[subject.splits.targets][0]
         blocks, parameters = blocks_of(model, subject.meter.x[:2]), dict(model.named_parameters(remove_duplicate=False))
 
-        def accuracy() -> float:
+        def merit() -> float:
             from fa_bench.metrics.evaluation import evaluate
 
             estimate_running_statistics(model, training, subject.batch_size)
-            return evaluate(model, subject.rule.objective, scored, subject.batch_size)[1] or 0.0
+            value = evaluate(model, subject.rule.objective, scored, subject.batch_size).get(primary.name)
+            return math.nan if value is None else primary.merit(value)
 
-        trained_accuracy, utility = accuracy(), {}
+        trained_merit, utility = merit(), {}
         with torch.no_grad():
             for block, names in blocks.items():
                 trained = {name: parameters[name].detach().clone() for name in names}
                 for name in names:
                     parameters[name].copy_(subject.initial[name])
-                utility[block] = trained_accuracy - accuracy()
+                utility[block] = trained_merit - merit()
                 for name, value in trained.items():
                     parameters[name].copy_(value)
         return {self.name: utility}

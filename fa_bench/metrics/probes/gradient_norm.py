@@ -41,7 +41,7 @@ class GradientNorm(Probe):
     """
 
     def measure(self, subject: Subject) -> Quantities:
-        from fa_bench.mechanisms.trace import all_require_grad, tensors_in
+        from fa_bench.mechanisms.trace import all_require_grad, loss_output
         from fa_bench.mechanisms.weighted_layers import weighted_layers
         from fa_bench.metrics.meter import measurement_mode
 
@@ -49,12 +49,12 @@ class GradientNorm(Probe):
         layers = weighted_layers(subject.model)
         weights = {path: layers[path].weight for path in subject.meter.trace.order}
         with measurement_mode(rule), torch.enable_grad():
-            logits = next(tensors_in(subject.model(x)))
+            logits = loss_output(subject.model(x), rule.loss_output)
             rule.deliver(rule.objective.loss(logits, y), logits, y)
             updates = {path: 0.0 if weight.grad is None else weight.grad.double().norm().item()
                        for path, weight in weights.items()}
             with rule.exact(), all_require_grad(subject.model):
-                losses = rule.objective.loss(next(tensors_in(subject.model(x))), y, reduction="none")
+                losses = rule.objective.loss(loss_output(subject.model(x), rule.loss_output), y, reduction="none")
                 norms, floors = norms_and_errors(losses, list(weights.values()))
         return {self.name: dict(zip(weights, norms, strict=True)), f"{self.name}_update": updates,
                 f"{self.name}_floor": dict(zip(weights, floors, strict=True))}

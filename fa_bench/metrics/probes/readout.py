@@ -70,7 +70,7 @@ def activation_points(trace: Trace) -> dict[str, str]:
 def _activations(subject: Subject, split: Split, points: dict[str, str]) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
     """({point: features (n, F)}, labels (n,)) of each batch."""
     from fa_bench.mechanisms.compound.projection import Projection
-    from fa_bench.mechanisms.trace import set_temporarily, tensors_in
+    from fa_bench.mechanisms.trace import loss_output, set_temporarily
     from fa_bench.metrics.evaluation import EVALUATION_BATCH
 
     model = subject.model
@@ -94,7 +94,7 @@ def _activations(subject: Subject, split: Split, points: dict[str, str]) -> Iter
             for x, y in split.batches(max(subject.batch_size, EVALUATION_BATCH)):
                 activations.clear()
                 activations[MODEL_INPUT] = _array(bounded(x))
-                activations[MODEL_OUTPUT] = _array(bounded(next(tensors_in(model(x)))))
+                activations[MODEL_OUTPUT] = _array(bounded(loss_output(model(x), subject.rule.loss_output)))
                 yield dict(activations), y.cpu().numpy()
     finally:
         for handle in handles:

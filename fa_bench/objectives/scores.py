@@ -1,0 +1,83 @@
+"""Scores of a task, such as accuracy and perplexity, as data that records contain and reports read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+#: The parts of a dataset that scores are measured on, as in the keys of records: ``val_accuracy``.
+PARTS = ("train", "val", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """One score.
+
+    Attributes:
+        name: in keys of records, which have one for each part of the dataset: ``val_accuracy``.
+        title: in tables and figures.
+        unit: ``%`` for a score that records contain as a fraction; empty if it has none.
+        higher_is_better: whether larger values are better.
+    """
+
+    name: str
+    title: str
+    unit: str = ""
+    higher_is_better: bool = True
+
+    @property
+    def scale(self) -> int:
+        """The factor from records to tables and figures: 100 for ``%``."""
+        return 100 if self.unit == "%" else 1
+
+    @property
+    def in_unit(self) -> str:
+        """The title with the unit, for a column or an axis."""
+        return f"{self.title} ({self.unit})" if self.unit else self.title
+
+    @property
+    def format(self) -> str:
+        """The number format of scaled values."""
+        return ".2f" if self.unit == "%" else ".4f"
+
+    @property
+    def direction(self) -> Literal["maximize", "minimize"]:
+        """optuna's word for the direction of a search."""
+        return "maximize" if self.higher_is_better else "minimize"
+
+    def merit(self, value: float) -> float:
+        """The value, or its negative if smaller values are better: of two merits, the larger one is better."""
+        return value if self.higher_is_better else -value
+
+    def text(self, value: float) -> str:
+        """A recorded value as text: ``97.10%``, ``4.321``."""
+        return f"{value:.2%}" if self.unit == "%" else f"{value:.4g}"
+
+
+ACCURACY = Score("accuracy", "accuracy", "%")
+R2, RMSE = Score("r2", "R²"), Score("rmse", "RMSE", higher_is_better=False)
+
+
+def score_keys(scores: Sequence[Score]) -> list[str]:
+    """The keys of losses and scores in the record of an epoch."""
+    return [f"{part}_{name}" for name in ("loss", *(score.name for score in scores)) for part in PARTS]
+
+
+def final_keys(scores: Sequence[Score]) -> list[str]:
+    """The keys of scores in a run's result; the first score is the primary one, which also has a value at its best epoch."""
+    first = scores[0].name
+    return [f"test_{first}", f"test_{first}_at_best_val", f"val_{first}", f"train_{first}",
+            *(f"{part}_{score.name}" for score in scores[1:] for part in reversed(PARTS))]
+
+
+def as_records(scores: Iterable[Score]) -> list[dict[str, Any]]:
+    """Scores as plain containers, as records contain them."""
+    return [dataclasses.asdict(score) for score in scores]
+
+
+def scores_of(record: Any) -> tuple[Score, ...]:
+    """The scores that the record of a run or an epoch declares, the primary one first; accuracy if it declares none."""
+    known = [field.name for field in dataclasses.fields(Score)]
+    declared = (record or {}).get("scores") or ()
+    return tuple(Score(**{key: score[key] for key in known if key in score}) for score in declared) or (ACCURACY,)

@@ -1,0 +1,65 @@
+"""Cross-entropy of the tokens of sequences."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.objectives.base import Objective
+from fa_bench.objectives.scores import Score
+from fa_bench.registry.kinds import CLASSES, POSITIONS
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import OBJECTIVES
+from fa_bench.utils.lazy import nn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PERPLEXITY = Score("perplexity", "perplexity", higher_is_better=False)
+BITS_PER_TOKEN = Score("bits_per_token", "bits per token", higher_is_better=False)
+BITS_PER_CHARACTER = Score("bits_per_character", "bits per character", higher_is_better=False)
+NEXT_TOKEN = Score("accuracy", "next-token accuracy", "%")
+_SCORES = (PERPLEXITY, BITS_PER_TOKEN, BITS_PER_CHARACTER, NEXT_TOKEN)
+
+
+@OBJECTIVES.register("token_cross_entropy")
+@dataclasses.dataclass(eq=False)
+class TokenCrossEntropy(Objective):
+    """Cross-entropy of the softmax at every position: the mean of L_nt = -log softmax(z_nt)[y_nt] over the targets that count.
+
+    Targets equal to `ignore_index` do not count, neither in the loss nor in a score. With L the mean loss in nats, perplexity is
+    exp(L), bits per token L / log 2, and bits per character that divided by the characters of a token on average in the split
+    (blank if the dataset has no characters). Accuracy is the fraction of the counted targets with the largest logit.
+    """
+
+    targets = (POSITIONS, CLASSES)
+    scores = dict.fromkeys((POSITIONS, CLASSES), _SCORES)
+
+    ignore_index: int = option(-100, "targets with this value do not count")
+
+    def loss(self, outputs: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+        """See `Objective.loss`; outputs (N, T, C) and targets (N, T), or (N, C) and (N,). 0 if no target counts."""
+        losses = nn.functional.cross_entropy(outputs.flatten(0, -2), target.flatten(), ignore_index=self.ignore_index,
+                                             reduction="none" if reduction == "none" else "sum")
+        if reduction == "sum":
+            return losses
+        count = self.counted(target).clamp(min=1)
+        return losses / count if reduction == "mean" else losses.view(len(target), -1).sum(1) * (len(target) / count)
+
+    def counted(self, target: Tensor) -> Tensor:
+        return (target != self.ignore_index).sum()
+
+    def correct(self, outputs: Tensor, target: Tensor) -> Tensor:
+        # No class has the number of an ignored target if that is negative; else it must not count as a class.
+        return (outputs.argmax(-1) == target) & (target != self.ignore_index)
+
+    def scored(self, sums: Mapping[str, Any], loss: float, count: int, characters: float | None = None) -> dict[str, float]:
+        bits = loss / math.log(2)
+        return {
+            PERPLEXITY.name: math.exp(loss) if loss < 700 else math.inf,
+            BITS_PER_TOKEN.name: bits,
+            **({BITS_PER_CHARACTER.name: bits / characters} if characters else {}),
+            **super().scored(sums, loss, count),
+        }
