@@ -17,12 +17,13 @@ from fa_bench.command.compose import Composer
 from fa_bench.config.job import Job
 from fa_bench.config.labels import differing_keys, flatten, label, sweep_summary
 from fa_bench.config.scale import scaled
-from fa_bench.data.base import Split, Splits
 from fa_bench.data.fetch import downloads_refused
+from fa_bench.data.splits import Split, Splits
 from fa_bench.errors import DataError, RunDirectoryError, names
 from fa_bench.mechanisms.rule import Rule
 from fa_bench.metrics.arithmetic import step_multiplications
 from fa_bench.metrics.memory_traffic import memories
+from fa_bench.registry.kinds import CLASSES, NOUNS, POSITIONS, VALUES
 from fa_bench.registry.options import as_plain
 from fa_bench.report.runs import read_run
 from fa_bench.report.states import describe_status
@@ -39,6 +40,8 @@ from fa_bench.utils.text import align_columns, format_bytes, format_count, forma
 MOST_CONFIGS = 6
 _HEAD = "Dry run: nothing is trained or written."
 _CPU = torch.device("cpu")
+#: What a dataset's list of names has, by the kind of targets.
+_OUTPUTS = {CLASSES: "classes", VALUES: "outputs", POSITIONS: "tokens"}
 
 
 def dry_run(config_name: str, config_dir: str | None, overrides: list[str], multirun: bool) -> str:
@@ -218,9 +221,10 @@ def _accesses(job: Job, model: torch.nn.Module, splits: Splits, batch: int) -> l
 def _training(job: Job, trained: Job, splits: Splits) -> list[tuple[str, str]]:
     steps, epochs = splits.train.steps(trained.run.batch_size, trained.run.drop_last), trained.run.epochs
     parts: dict[str, Split | None] = {"training": splits.train, "validation": splits.validation, "test": splits.test}
-    images = ", ".join(f"{format_count(len(split)) if split is not None else 'no'} {name}" for name, split in parts.items())
+    counts = ", ".join(f"{format_count(len(split)) if split is not None else 'no'} {name}" for name, split in parts.items())
     rows = [
-        ("images", f"{images}; {format_shape(splits.input_shape)}, {len(splits.classes)} classes"),
+        (NOUNS[splits.inputs][1], f"{counts}; {format_shape(splits.input_shape)}, {len(splits.classes)} "
+                                  f"{_OUTPUTS[splits.targets]}"),
         *(("data", note) for note in splits.notes),
         ("steps", f"{steps:,} an epoch, {steps * epochs:,} in {epochs} epoch{'s' * (epochs > 1)}"),
     ]

@@ -60,7 +60,7 @@ class RunOptions(Options):
     epochs: int = option(20, "passes over the training data", minimum=1)
     batch_size: int = option(64, "samples in a batch", minimum=1)
     drop_last: bool = option(True, "drop the last incomplete batch")
-    shuffle: bool = option(True, "shuffle the training images in every epoch")
+    shuffle: bool = option(True, "shuffle the training samples in every epoch")
     accumulate: int = option(1, "micro-batches that a batch is split into to save memory; their gradients are summed", minimum=1)
     clip_norm: float | None = option(None, "maximum norm of the gradients of weights and learned feedback together, which "
                                            "are scaled down if necessary; null: no clipping", above=0)
@@ -92,7 +92,7 @@ class RunOptions(Options):
     loggers: list[str] = option(["tensorboard"], "loggers of curves, in addition to metrics.jsonl; options as for callbacks",
                                 choices=LOGGERS, with_options=True)
     scale: str = option("full", "full, or a trial of the same config: short (a tenth of the epochs, at most 10,000 training "
-                                "images) or smoke (one epoch of 24)", choices=list(SCALES))
+                                "samples) or smoke (one epoch of 24)", choices=list(SCALES))
     plugins: list[str] = option([], "modules to import first, such as one that registers your own rules")
 
     def check(self) -> None:

@@ -1,6 +1,6 @@
 """Check the arrays of a dataset, and convert images to 8 bits if that is unambiguous.
 
-Shapes: n images, C channels, H and W pixels.
+Shapes: n samples, C channels, H and W pixels, F features, T positions, O outputs.
 """
 
 from __future__ import annotations
@@ -9,24 +9,29 @@ from typing import Any
 
 import numpy as np
 
+from fa_bench.registry.kinds import CLASSES, FEATURES, IMAGES, NOUNS, POSITIONS, VALUES
+
 #: Tolerance of fractions beyond 0 and 1 for rounding, and the maximum below which 8 bits would leave at most four greys.
 _ROUNDING, _ALMOST_BLACK = 1e-3, 4 / 255
 _ALLOWED = "allowed: whole numbers from 0 to 255, fractions from 0 to 1, True and False"
 
 
 def checked(
-    arrays: Any, notes: list[str], values: bool = False
+    arrays: Any, notes: list[str], inputs: str = IMAGES, targets: str = CLASSES
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
-    """Check and convert training images and labels, test images and labels, and class names.
+    """Check and convert training inputs and targets, test inputs and targets, and the names of classes, outputs or tokens.
 
     Args:
-        arrays: the five; images are whole numbers from 0 to 255, floats from 0 to 1, or bool, (n, C, H, W) or (n, H, W); labels
-            are whole numbers from 0, also as floats or (n, 1).
+        arrays: the five. Images are whole numbers from 0 to 255, floats from 0 to 1, or bool, (n, C, H, W) or (n, H, W); features
+            finite numbers, (n, F); tokens whole numbers from 0 to the number of names - 1, (n, T). Labels are whole numbers from
+            0, also as floats or (n, 1); values finite numbers, (n,) or (n, O); positions labels for each token, (n, T), of which
+            negative ones do not count.
         notes: a sentence on each conversion is appended.
-        values: whether the targets are numbers, (n,) or (n, O), instead of labels; they become float32 (n, O).
+        inputs, targets: their kinds (`fa_bench.registry.kinds`).
 
     Returns:
-        The five, contiguous, with images uint8 (n, C, H, W) and labels int64 (n,).
+        The five, contiguous, with images uint8 (n, C, H, W), features float32, tokens, labels and positions int64, values float32
+        (n, O).
 
     Raises:
         ValueError: naming the array, its value and what is allowed.
@@ -38,30 +43,40 @@ def checked(
     if isinstance(names, str) or not hasattr(names, "__iter__"):
         raise ValueError(f"the class names are {names!r:.40}, not a list of names")
     classes = [str(name) for name in names]
-    train_x, test_x = (_images(images, part, notes) for images, part in ((train_x, "training"), (test_x, "test")))
-    read = _values if values else _labels
-    train_y, test_y = (read(labels, part, len(classes)) for labels, part in ((train_y, "training"), (test_y, "test")))
-    for x, y, part in ((train_x, train_y, "training"), (test_x, test_y, "test")):
-        if values and len(x) != len(y):
-            raise ValueError(f"{len(x)} {part} images have {len(y)} rows of targets, not one for each image")
-        if not values:
-            check_labels(x, y, classes, part)
-            if len(lacking := sorted({*range(len(classes))} - {*y.tolist()})) and part == "training":
-                notes.append(f"no training image has label {', '.join(f'{k} ({classes[k]})' for k in lacking[:5])}"
-                             f"{' and others' if len(lacking) > 5 else ''}")
+    one, several = NOUNS[inputs]
+
+    def checked_inputs(given: Any, part: str) -> np.ndarray:
+        if inputs == IMAGES:
+            return _images(given, part, notes)
+        return _features(given, part) if inputs == FEATURES else _tokens(given, part, len(classes))
+
+    def checked_targets(given: Any, part: str, of: np.ndarray) -> np.ndarray:
+        if targets == VALUES:
+            return _values(given, part, len(classes), len(of), several)
+        if targets == POSITIONS:
+            return _positions(given, part, len(classes), of.shape)
+        labels = _labels(given, part, len(classes), one)
+        check_labels(of, labels, classes, part, one)
+        if len(lacking := sorted({*range(len(classes))} - {*labels.tolist()})) and part == "training":
+            notes.append(f"no training {one} has label {', '.join(f'{k} ({classes[k]})' for k in lacking[:5])}"
+                         f"{' and others' if len(lacking) > 5 else ''}")
+        return labels
+
+    train_x, test_x = (checked_inputs(x, part) for x, part in ((train_x, "training"), (test_x, "test")))
+    train_y, test_y = (checked_targets(y, part, x) for y, part, x in ((train_y, "training", train_x), (test_y, "test", test_x)))
     if train_x.shape[1:] != test_x.shape[1:]:
-        raise ValueError(f"training images of shape {train_x.shape[1:]}, test images of {test_x.shape[1:]}")
+        raise ValueError(f"training {several} of shape {train_x.shape[1:]}, test {several} of {test_x.shape[1:]}")
     return train_x, train_y, test_x, test_y, classes
 
 
-def check_labels(images: np.ndarray, labels: np.ndarray, classes: list[str], part: str) -> None:
-    """Raise ValueError unless there is one label from 0 to len(classes) - 1 for each image."""
-    if len(images) != len(labels):
-        raise ValueError(f"{len(images)} {part} images have {len(labels)} labels, not one label for each image")
+def check_labels(inputs: np.ndarray, labels: np.ndarray, classes: list[str], part: str, noun: str = "image") -> None:
+    """Raise ValueError unless there is one label from 0 to len(classes) - 1 for each sample, which messages call `noun`."""
+    if len(inputs) != len(labels):
+        raise ValueError(f"{len(inputs)} {part} {noun}s have {len(labels)} labels, not one label for each {noun}")
     wrong = np.flatnonzero((labels < 0) | (labels >= len(classes)))
     if len(wrong):
         from_one = labels.min() == 1 and labels.max() == len(classes)
-        raise ValueError(f"{part} image {wrong[0]} has label {labels[wrong[0]]}, out of range for {len(classes)} classes "
+        raise ValueError(f"{part} {noun} {wrong[0]} has label {labels[wrong[0]]}, out of range for {len(classes)} classes "
                          f"(allowed: 0 to {len(classes) - 1}{'; they count from 1: subtract 1' if from_one else ''})")
 
 
@@ -114,7 +129,42 @@ def _eight_bits(images: np.ndarray, what: str, notes: list[str]) -> np.ndarray:
     return result
 
 
-def _labels(given: Any, part: str, classes: int) -> np.ndarray:
+def _features(given: Any, part: str) -> np.ndarray:
+    features = _array(given, f"{part} features").astype(np.float32)
+    if features.ndim != 2 or 0 in features.shape:
+        raise ValueError(f"{part} features have shape {features.shape} (allowed: (n, features))")
+    if not np.isfinite(features).all():
+        row, column = np.argwhere(~np.isfinite(features))[0]
+        raise ValueError(f"{part} features: row {row}, column {column} is {features[row, column]}, not a finite number")
+    return np.ascontiguousarray(features)
+
+
+def _tokens(given: Any, part: str, vocabulary: int) -> np.ndarray:
+    tokens = _array(given, f"{part} tokens")
+    if tokens.ndim != 2 or 0 in tokens.shape or tokens.dtype.kind not in "iu":
+        raise ValueError(f"{part} tokens are {tokens.dtype} of shape {tokens.shape} (allowed: whole numbers (n, length))")
+    _in_vocabulary(tokens, part, vocabulary, 0)
+    return np.ascontiguousarray(tokens.astype(np.int64))
+
+
+def _positions(given: Any, part: str, vocabulary: int, shape: tuple[int, ...]) -> np.ndarray:
+    targets = _array(given, f"{part} targets")
+    if targets.shape != shape or targets.dtype.kind not in "iu":
+        raise ValueError(f"{part} targets are {targets.dtype} of shape {targets.shape}, not a whole number for each token "
+                         f"{shape}")
+    _in_vocabulary(targets, part, vocabulary, -np.inf)
+    return np.ascontiguousarray(targets.astype(np.int64))
+
+
+def _in_vocabulary(tokens: np.ndarray, part: str, vocabulary: int, low: float) -> None:
+    wrong = np.argwhere((tokens < low) | (tokens >= vocabulary))
+    if len(wrong):
+        row, column = wrong[0]
+        raise ValueError(f"{part} sequence {row} has token {tokens[row, column]} at position {column} (allowed: 0 to "
+                         f"{vocabulary - 1})")
+
+
+def _labels(given: Any, part: str, classes: int, noun: str) -> np.ndarray:
     labels = _array(given, f"{part} labels", text=" (numpy.unique(labels, return_inverse=True)[1] converts names)")
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
@@ -124,16 +174,18 @@ def _labels(given: Any, part: str, classes: int) -> np.ndarray:
     if labels.dtype.kind == "f":
         wrong = np.flatnonzero(~((abs(labels) < 2**53) & (labels == np.rint(labels))))
         if len(wrong):
-            raise ValueError(f"{part} image {wrong[0]} has label {labels[wrong[0]]:g}, which is not a class index "
+            raise ValueError(f"{part} {noun} {wrong[0]} has label {labels[wrong[0]]:g}, which is not a class index "
                              f"(allowed: 0 to {classes - 1})")
     return np.ascontiguousarray(labels.astype(np.int64))
 
 
-def _values(given: Any, part: str, outputs: int) -> np.ndarray:
+def _values(given: Any, part: str, outputs: int, rows: int, nouns: str) -> np.ndarray:
     values = _array(given, f"{part} targets").astype(np.float32)
     values = values[:, None] if values.ndim == 1 else values
     if values.ndim != 2 or values.shape[1] != outputs:
         raise ValueError(f"{part} targets have shape {values.shape}, not (n, {outputs}), with a column for each named output")
+    if len(values) != rows:
+        raise ValueError(f"{rows} {part} {nouns} have {len(values)} rows of targets, not one for each of them")
     if not np.isfinite(values).all():
         raise ValueError(f"{part} targets have values that are not finite")
     return np.ascontiguousarray(values)

@@ -1,157 +1,31 @@
-"""The base classes of datasets, and splits that stay on the device.
+"""The base classes of datasets.
 
-Shapes: N batch, C channels, H and W pixels. Images are stored as uint8 and reach the model normalised, as float32.
+Shapes: n samples, C channels, H and W pixels, O outputs.
 """
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
 from fa_bench.data.array_checks import checked
-from fa_bench.data.crops import CROPS, Crop, PaddedCrop
-from fa_bench.errors import DataError, FaBenchError, OptionError, printable
-from fa_bench.registry.kinds import CLASSES, IMAGES, VALUES
+from fa_bench.data.crops import CROPS, Crop
+from fa_bench.data.splits import ResidentSplit, Splits, some, stratified
+from fa_bench.errors import DataError, FaBenchError, OptionError
+from fa_bench.registry.kinds import CLASSES, IMAGES, NOUNS
 from fa_bench.registry.options import Options, option
 from fa_bench.utils.lazy import torch
 from fa_bench.utils.sampling import seed_for
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 T = TypeVar("T")
-
-
-@dataclasses.dataclass
-class Splits:
-    """A loaded dataset.
-
-    Attributes:
-        train, validation, test: the splits; validation is None if nothing is held out.
-        classes: their names.
-        input_shape: (C, H, W).
-        data_hash: of all images and labels as stored, before the validation split.
-        notes: a printable sentence on each part of the source that is skipped or changed.
-        inputs, targets: their kinds (`fa_bench.registry.kinds`).
-    """
-
-    train: Split
-    validation: Split | None
-    test: Split
-    classes: list[str]
-    input_shape: tuple[int, int, int]
-    data_hash: str
-    notes: list[str] = dataclasses.field(default_factory=list)
-    inputs: str = IMAGES
-    targets: str = CLASSES
-
-    def __post_init__(self) -> None:
-        self.notes = [printable(note) for note in self.notes]  # file names may contain control characters
-
-
-class Split(abc.ABC):
-    """Samples that can be iterated over in batches."""
-
-    @abc.abstractmethod
-    def __len__(self) -> int:
-        """Number of samples."""
-
-    @abc.abstractmethod
-    def subset(self, indices: Tensor) -> Split:
-        """The samples at `indices`, (n,) int64."""
-
-    @abc.abstractmethod
-    def gather(self, chunks: Iterator[Tensor], key: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each chunk of indices, the images, uint8 (N, C, H, W), and labels, int64 (N,), on the device.
-
-        `key` seeds augmentation while reading; None: no augmentation.
-        """
-
-    mean: list[float]
-    std: list[float]
-    augment: bool
-    device: torch.device
-    crop: Crop
-    #: Of text, the characters of a token on average in this split.
-    characters: float | None = None
-
-    def steps(self, batch_size: int, drop_last: bool = False) -> int:
-        """Number of batches in one pass."""
-        full, rest = divmod(len(self), batch_size)
-        return full + (rest > 0 and (not drop_last or full == 0))
-
-    def batches(
-        self, batch_size: int, *, seed: int | None = None, epoch: int = 0, drop_last: bool = False, start: int = 0,
-        shuffle: bool = True,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """One pass over the samples: x float32 (N, C, H, W), normalised, and y int64 (N,), on the device.
-
-        Args:
-            batch_size: samples in a batch; the last may have fewer.
-            seed: None for the stored order without augmentation; else the samples are shuffled and augmented, as a function of
-                (seed, epoch) only.
-            epoch: number of the pass.
-            drop_last: drop the last incomplete batch, unless it is the only one.
-            start: number of batches to skip at the beginning; the others do not depend on it.
-            shuffle: false for the stored order also with a seed.
-        """
-        indices = torch.arange(len(self))
-        if seed is not None and shuffle:
-            indices = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed_for("order", seed, epoch)))
-        steps = self.steps(batch_size, drop_last)
-        chunks = (indices[i * batch_size : (i + 1) * batch_size] for i in range(start, steps))
-        # x * scale + shift in place: two passes over the batch, whatever the mean.
-        scale = torch.tensor([1 / (255 * s) for s in self.std], device=self.device).view(-1, 1, 1)
-        shift = torch.tensor([-m / s for m, s in zip(self.mean, self.std, strict=True)], device=self.device).view(-1, 1, 1)
-        augments = self.augment and seed is not None
-        generator = torch.Generator()
-        key = seed_for("read", seed, epoch) if augments else None
-        for number, (images, labels) in enumerate(self.gather(chunks, key), start):
-            if augments:
-                # A seed for each batch, so that a run can be resumed in the middle of an epoch.
-                images = self.crop.random(images, generator.manual_seed(seed_for("augment", seed, epoch, number)))
-            else:
-                images = self.crop.fixed(images)
-            yield images.to(torch.float32).mul_(scale).add_(shift), labels
-
-
-class ResidentSplit(Split):
-    """Samples that stay on the device.
-
-    Args:
-        images: uint8 (n, C, H, W).
-        labels: int64 (n,).
-        mean, std: of each channel, in units of the full range.
-        augment: crop and flip training batches.
-        device: of the samples.
-        crop: how batches are cropped and resized; None for PaddedCrop at the stored size.
-    """
-
-    def __init__(
-        self, images: Tensor, labels: Tensor, mean: list[float], std: list[float], augment: bool, device: torch.device,
-        crop: Crop | None = None,
-    ) -> None:
-        self.images, self.labels = images.to(device), labels.to(device)
-        self.mean, self.std, self.augment, self.device, self.crop = mean, std, augment, device, crop or PaddedCrop()
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def subset(self, indices: Tensor) -> ResidentSplit:
-        indices = indices.to(self.device)
-        return ResidentSplit(self.images[indices], self.labels[indices], self.mean, self.std, self.augment, self.device,
-                             self.crop)
-
-    def gather(self, chunks: Iterator[Tensor], key: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-        for chunk in chunks:
-            chunk = chunk.to(self.device, non_blocking=True)
-            yield self.images.index_select(0, chunk), self.labels.index_select(0, chunk)
 
 
 def mean_option(*default: float) -> Any:
@@ -184,14 +58,14 @@ def size_option(default: int | None) -> Any:
 class Dataset(Options):
     """Base of the datasets."""
 
-    validation: float = option(0.1, "fraction (below 1) or number (1 or more) of training images to hold out for validation; 0: "
-                                    "none", minimum=0)
+    validation: float = option(0.1, "fraction (below 1) or number (1 or more) of training samples to hold out for validation; "
+                                    "0: none", minimum=0)
     validation_seed: int = option(0, "seed of the validation split, the same for every run seed", minimum=0)
-    mean: list[float] = mean_option(0.5)
-    std: list[float] = std_option(0.5)
+    samples: float | None = option(None, "fraction (below 1) or number (1 or more) of training samples to train on, with the "
+                                         "classes in proportion; validation and test samples stay as they are; null: all",
+                                   above=0, if_set=True)
+    samples_seed: int = option(0, "seed by which `samples` are chosen, the same for every run seed", minimum=0, if_set=True)
 
-    #: Channels of its images; 0 if unknown before reading.
-    channels: int = dataclasses.field(init=False, default=0)
     #: The kind of its inputs (`fa_bench.registry.kinds`).
     inputs: ClassVar[str] = IMAGES
     #: The kind of its targets: class indices, or numbers (n, O) of O outputs, whose names replace
@@ -199,38 +73,29 @@ class Dataset(Options):
     targets: ClassVar[str] = CLASSES
     #: Whether data_dir is the dataset itself, and therefore part of a run's identity.
     content_is_data_dir: ClassVar[bool] = False
-    #: Height and width of the stored images and the number of classes; None if unknown before reading.
-    stored: ClassVar[tuple[int, int, int] | None] = None
+
+    #: Whether `load` holds out training samples if `read` returns no validation split.
+    holds_out: ClassVar[bool] = True
 
     def check(self) -> None:
-        if self.validation >= 1 and not self.validation.is_integer():
-            raise OptionError("validation", f"={self.validation:g} is neither a fraction below 1 nor a whole number")
-        for key in ("mean", "std"):
-            self.per_channel(key, self.channels or max(len(getattr(self, key)), 1))
+        for key in ("validation", "samples"):
+            value = getattr(self, key)
+            if isinstance(value, float) and value >= 1 and not value.is_integer():
+                raise OptionError(key, f"={value:g} is neither a fraction below 1 nor a whole number")
 
-    def per_channel(self, key: str, channels: int) -> list[float]:
-        """The option `mean` or `std` with a number for each of `channels`; raises OptionError if it has a wrong length."""
-        values = getattr(self, key)
-        if len(values) not in (1, channels):
-            allowed = "1 number" if channels == 1 else f"1 or {channels} numbers, one for each channel"
-            raise OptionError(key, f"={values} should have {allowed}")
-        return [*values] * (channels // len(values))
+    @property
+    def nouns(self) -> tuple[str, str]:
+        """What one sample and several are called."""
+        return NOUNS[self.inputs]
 
     @property
     def augments(self) -> bool:
         """Whether training batches are augmented."""
         return False
 
-    def shape(self) -> tuple[tuple[int, int, int], int] | None:
-        """(C, H, W) and the number of classes after `load`; None if unknown before reading."""
-        if self.stored is None:
-            return None
-        height, width, classes = self.stored
-        return (self.channels, *self.cropping().shape(height, width)), classes
-
-    def cropping(self) -> Crop:
-        """How batches are cropped and resized."""
-        return Crop()
+    def shape(self) -> tuple[tuple[int, ...], int] | None:
+        """The shape of a sample and the number of classes after `load`; None if unknown before reading."""
+        return None
 
     def load(self, data_dir: Path, device: torch.device, at_most: tuple[int, int] | None = None) -> Splits:
         """Read the dataset, after downloading it if needed and possible.
@@ -238,11 +103,11 @@ class Dataset(Options):
         Args:
             data_dir: the folder of the datasets.
             device: of samples that fit in memory.
-            at_most: numbers of training and test images of a trial, sampled with a fixed seed; None: all. A number of held-out
-                images is then reduced in proportion.
+            at_most: numbers of training and test samples of a trial, sampled with a fixed seed; None: all. Numbers of held-out
+                samples, and `samples`, are then reduced in proportion.
 
         Raises:
-            DataError: naming the missing or unreadable file, or the split without images.
+            DataError: naming the missing or unreadable file, or the split without samples.
             OptionError: if an option does not fit the data.
         """
         splits = self._with_data_errors(lambda: self.read(data_dir, device))
@@ -255,26 +120,53 @@ class Dataset(Options):
                 validation=splits.validation and some(splits.validation, test))
         for part, split in (("training", splits.train), ("test", splits.test)):
             if not len(split):
-                raise DataError(f"dataset={self.name}: there are no {part} images")
-        return splits if splits.validation is not None else self._hold_out(splits, total)
+                raise DataError(f"dataset={self.name}: there are no {part} {self.nouns[1]}")
+        has_own = splits.validation is not None or not self.holds_out
+        splits, full = (splits, total) if has_own else self._hold_out(splits, total)
+        return self.finished(self._reduced(splits, full))
 
-    def _hold_out(self, splits: Splits, total: int) -> Splits:
-        """Hold out training images for validation; `total` is the number of training images in the complete dataset."""
+    def finished(self, splits: Splits) -> Splits:
+        """The splits after the last selection of samples; overridden by what depends on the training samples, such as scaling."""
+        return splits
+
+    def _hold_out(self, splits: Splits, total: int) -> tuple[Splits, int]:
+        """Hold out training samples for validation; `total` is the number of training samples in the complete dataset, and the
+        returned number that without those which it holds out."""
         train = splits.train
         held = round(self.validation * len(train) / (1 if self.validation < 1 else total))
         if self.validation > 0:
             held = max(held, 1)
         if held >= len(train):
-            raise OptionError("dataset.validation", f"={self.validation:g} leaves none of {len(train)} training images")
+            raise OptionError("dataset.validation", f"={self.validation:g} leaves none of {len(train)} training {self.nouns[1]}")
         if held == 0:
-            return splits
+            return splits, total
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed_for("split", self.validation_seed)))
-        # Sorted, so that the held-out and the remaining images keep the order of the files.
+        # Sorted, so that the held-out and the remaining samples keep the order of the files.
         validation, rest = order[:held].sort().values, order[held:].sort().values
-        return dataclasses.replace(splits, train=train.subset(rest), validation=train.subset(validation))
+        return (dataclasses.replace(splits, train=train.subset(rest), validation=train.subset(validation)),
+                round(total * len(rest) / len(train)))
+
+    @property
+    def subsample(self) -> float | None:
+        """The fraction or number of training samples to train on; None: all."""
+        return self.samples
+
+    def _reduced(self, splits: Splits, full: int) -> Splits:
+        """Keep the training samples that `samples` asks for; `full` is the number of training samples without a trial."""
+        wanted, train = self.subsample, splits.train
+        if wanted is None:
+            return splits
+        if wanted > full:
+            raise OptionError("dataset.samples", f"={wanted:g}: there are only {full} training {self.nouns[1]} (beside those for "
+                                                 "validation)")
+        count = max(round(wanted * len(train) / (1 if wanted < 1 else full)), 1)
+        labels = train.targets if splits.targets == CLASSES else None
+        one_class = torch.zeros(len(train), dtype=torch.int64)
+        chosen = stratified(one_class if labels is None else labels, count, self.samples_seed)
+        return dataclasses.replace(splits, train=train.subset(chosen))
 
     def hash_of(self, data_dir: Path) -> str:
-        """The `data_hash` of `load`, without keeping or decoding images.
+        """The `data_hash` of `load`, without keeping or decoding samples.
 
         Image files that this process has read before are not read again unless they have changed.
 
@@ -302,14 +194,45 @@ class Dataset(Options):
         raise NotImplementedError
 
 
-def some(split: Split, number: int) -> Split:
-    """At most `number` samples of a split in their order, sampled with a fixed seed: the same in every run."""
-    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed_for("trial")))
-    return split if len(split) <= number else split.subset(order[:number].sort().values)
+@dataclasses.dataclass(eq=False)
+class ImageDataset(Dataset):
+    """Base of the datasets of images."""
+
+    mean: list[float] = mean_option(0.5)
+    std: list[float] = std_option(0.5)
+
+    #: Channels of its images; 0 if unknown before reading.
+    channels: int = dataclasses.field(init=False, default=0)
+    #: Height and width of the stored images and the number of classes; None if unknown before reading.
+    stored: ClassVar[tuple[int, int, int] | None] = None
+
+    def check(self) -> None:
+        super().check()
+        for key in ("mean", "std"):
+            self.per_channel(key, self.channels or max(len(getattr(self, key)), 1))
+
+    def per_channel(self, key: str, channels: int) -> list[float]:
+        """The option `mean` or `std` with a number for each of `channels`; raises OptionError if it has a wrong length."""
+        values = getattr(self, key)
+        if len(values) not in (1, channels):
+            allowed = "1 number" if channels == 1 else f"1 or {channels} numbers, one for each channel"
+            raise OptionError(key, f"={values} should have {allowed}")
+        return [*values] * (channels // len(values))
+
+    def shape(self) -> tuple[tuple[int, ...], int] | None:
+        """(C, H, W) and the number of classes after `load`; None if unknown before reading."""
+        if self.stored is None:
+            return None
+        height, width, classes = self.stored
+        return (self.channels, *self.cropping().shape(height, width)), classes
+
+    def cropping(self) -> Crop:
+        """How batches are cropped and resized."""
+        return Crop()
 
 
 @dataclasses.dataclass(eq=False)
-class CroppedDataset(Dataset):
+class CroppedDataset(ImageDataset):
     """Base of the datasets whose images can be cropped, resized and augmented."""
 
     augment: bool = augment_option(True)
@@ -325,8 +248,8 @@ class CroppedDataset(Dataset):
 
 
 @dataclasses.dataclass(eq=False)
-class ArrayDataset(Dataset):
-    """Base of the datasets that are read as arrays and fit on the device."""
+class ArrayDataset(ImageDataset):
+    """Base of the datasets whose images are read as arrays and fit on the device."""
 
     def arrays(self, data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
         """Training images and labels, test images and labels, class names; see `fa_bench.data.array_checks` for valid values."""
@@ -335,7 +258,7 @@ class ArrayDataset(Dataset):
     def read(self, data_dir: Path, device: torch.device) -> Splits:
         notes: list[str] = []
         try:
-            train_x, train_y, test_x, test_y, classes = checked(self.arrays(data_dir), notes, values=self.targets == VALUES)
+            train_x, train_y, test_x, test_y, classes = checked(self.arrays(data_dir), notes, targets=self.targets)
         except FaBenchError:
             raise
         except ValueError as error:

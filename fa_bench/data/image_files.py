@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from fa_bench.data.base import CroppedDataset, ResidentSplit, Split, Splits
+from fa_bench.data.base import CroppedDataset, ResidentSplit, Splits
 from fa_bench.data.crops import Crop, PaddedCrop, ResizedCrop
 from fa_bench.data.decoding import Decoder, configure_warnings, describe, errors_named, regular, upright_size
 from fa_bench.data.listing import Listing
+from fa_bench.data.splits import ImageSplit, Split
 from fa_bench.errors import DataError, OptionError
 from fa_bench.registry.options import option
 from fa_bench.utils.lazy import torch
@@ -173,7 +174,7 @@ def _sha256(path: Path) -> bytes:
         return hashlib.sha256(path.read_bytes()).digest()
 
 
-class StreamedSplit(Split):
+class StreamedSplit(ImageSplit):
     """Images that worker processes decode when they are needed.
 
     Args:
@@ -191,6 +192,7 @@ class StreamedSplit(Split):
         # One array, whose memory workers share; reference counts of a million objects would make each worker copy them.
         self.paths = paths if isinstance(paths, np.ndarray) else np.array([os.fsencode(path) for path in paths])
         self.labels, self.decode, self.workers = labels, decode, workers
+        self.targets = labels
         self.mean, self.std, self.augment, self.device, self.crop = mean, std, augment, device, crop
 
     def __len__(self) -> int:

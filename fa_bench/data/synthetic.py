@@ -20,14 +20,21 @@ from fa_bench.utils.text import format_shape
 class Synthetic(ArrayDataset):
     """One random prototype for each class, plus Gaussian noise; results on it are not worth reporting."""
 
-    samples: int = option(2048, "training images, validation included", minimum=1)
+    samples: int = option(  # pyright: ignore[reportIncompatibleVariableOverride]
+        2048, "training images, validation included", minimum=1)
     test_samples: int = option(512, "test images", minimum=1)
     classes: int = option(10, "number of classes", minimum=2)
     channels: int = option(1, "channels of an image", minimum=1, maximum=4096)
     size: int = option(8, "height and width in pixels", minimum=1)
     noise: float = option(0.2, "standard deviation of the noise, in units of the full range", minimum=0)
+    samples_seed: int = dataclasses.field(init=False, default=0)
     data_seed: int = option(0, "seed of the images", minimum=0)
     std: list[float] = std_option(0.25)
+
+    @property
+    def subsample(self) -> None:
+        """None: its option `samples` is the number of images that are made."""
+        return None
 
     def shape(self) -> tuple[tuple[int, int, int], int]:
         return (self.channels, self.size, self.size), self.classes

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fa_bench.data.base import Split
+from fa_bench.data.splits import Split
 from fa_bench.mechanisms.trace import evaluating, loss_output
 from fa_bench.objectives.base import Objective
 

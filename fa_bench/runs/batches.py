@@ -5,27 +5,28 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fa_bench.errors import OptionError
+from fa_bench.registry.kinds import CLASSES, NOUNS
 from fa_bench.utils.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fa_bench.config.job import RunOptions
-    from fa_bench.data.base import Splits
+    from fa_bench.data.splits import Splits
     from fa_bench.mechanisms.rule import Rule
 
 
 def fixed_batch(splits: Splits, size: int) -> tuple[Tensor, Tensor]:
-    """The batch that alignment metrics are measured on: at most `size` training images (N, C, H, W), not augmented, and targets.
+    """The batch that alignment metrics are measured on: at most `size` training samples, not augmented, and their targets.
 
-    These are the first images as stored, or a sample with a fixed seed if the first ones contain less than half as many classes
+    These are the first samples as stored, or a sample with a fixed seed if the first ones contain less than half as many classes
     as possible because the data are stored class by class.
     """
-    from fa_bench.data.base import some
+    from fa_bench.data.splits import some
 
     size = min(size, len(splits.train))
     x, y = next(splits.train.batches(size))
-    if not y.is_floating_point() and 2 * len(y.unique()) < min(size, len(splits.classes)):
+    if splits.targets == CLASSES and 2 * len(y.unique()) < min(size, len(splits.classes)):
         x, y = next(some(splits.train, size).batches(size))
     return x, y
 
@@ -39,21 +40,22 @@ def check_batches(rule: Rule, splits: Splits, options: RunOptions) -> None:
     Raises:
         OptionError: naming the option that leads to such a batch, and what to set instead.
     """
-    images, size = len(splits.train), min(options.batch_size, len(splits.train))
-    last = 0 if options.drop_last else images % size
+    one, several = NOUNS[splits.inputs]
+    count, size = len(splits.train), min(options.batch_size, len(splits.train))
+    last = 0 if options.drop_last else count % size
     smallest = size // min(options.accumulate, size)
     why = ", for which batch normalisation has no statistics"
     if size == 1:
-        error = OptionError("batch_size", f"={options.batch_size} makes batches of one image ({images} for training){why}; "
+        error = OptionError("batch_size", f"={options.batch_size} makes batches of one {one} ({count} for training){why}; "
                                           "use 2 or more")
     elif last == 1:
-        error = OptionError("drop_last", f"=false leaves a last batch of one: {images} training images in batches of "
+        error = OptionError("drop_last", f"=false leaves a last batch of one: {count} training {several} in batches of "
                                          f"{options.batch_size}{why}; use drop_last=true or another batch_size")
     elif smallest == 1:
-        error = OptionError("accumulate", f"={options.accumulate} splits batches of {size} into single images{why}; use "
+        error = OptionError("accumulate", f"={options.accumulate} splits batches of {size} into single {several}{why}; use "
                                           f"{size // 2} at most")
-    elif min(options.probe_size, images) == 1:
-        error = OptionError("probe_size", f"={options.probe_size} makes a probe batch of one image{why}; use 2 or more")
+    elif min(options.probe_size, count) == 1:
+        error = OptionError("probe_size", f"={options.probe_size} makes a probe batch of one {one}{why}; use 2 or more")
     else:
         return
     if not _accepts_single_sample(rule, splits):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fa_bench.callbacks.base import Callback
 from fa_bench.config.job import RunOptions
-from fa_bench.data.base import Split, Splits
+from fa_bench.data.splits import Split, Splits
 from fa_bench.mechanisms.rule import Rule
 from fa_bench.mechanisms.trace import loss_output
 from fa_bench.metrics.evaluation import add, evaluate, with_scores

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from fa_bench.callbacks.base import Callback
 from fa_bench.config.job import Job
 from fa_bench.config.scale import SCALES, scaled
-from fa_bench.data.base import Splits
+from fa_bench.data.splits import Splits
 from fa_bench.errors import ConfigError, CoverageError, OptionError, OutputError, RunDirectoryError, names, nearest
 from fa_bench.mechanisms.rule import Rule
 from fa_bench.mechanisms.trace import evaluating, named_results

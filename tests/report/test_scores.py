@@ -82,7 +82,8 @@ def test_tasks_with_different_scores_have_their_own_columns_and_figures(tmp_path
     names = [name for name, *_ in report_figures(runs, Selection(), runs)]
     assert {"", "optimizer.lr", "optimizer.lr-test_perplexity"} <= {*names}
     frame, left_out = over_tasks(runs)
-    assert list(frame["tasks"]) == [1] and left_out == ["text, mlp is not in the aggregate: its score is no accuracy (perplexity)"]
+    assert list(frame["tasks"]) == [1]
+    assert left_out == ["text, mlp is not in the aggregate: its score is no accuracy (perplexity)"]
 
 
 def test_frames_and_the_live_view_show_the_score(tmp_path: Path) -> None:

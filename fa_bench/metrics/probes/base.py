@@ -15,7 +15,7 @@ from fa_bench.utils.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from fa_bench.data.base import Split, Splits
+    from fa_bench.data.splits import Split, Splits
     from fa_bench.mechanisms.rule import Rule
     from fa_bench.metrics.meter import AlignmentMeter
 
@@ -51,14 +51,14 @@ class Subject:
     @property
     def training(self) -> Split:
         """The training images that a probe may learn from: the same for every run on these data."""
-        from fa_bench.data.base import some
+        from fa_bench.data.splits import some
 
         return some(self.splits.train, TRAINING_IMAGES)
 
     @property
     def scored(self) -> Split:
         """The images that accuracies are measured on: validation images if there are any, else test images."""
-        from fa_bench.data.base import some
+        from fa_bench.data.splits import some
 
         validation = self.splits.validation
         return some(validation if validation is not None and len(validation) else self.splits.test, SCORED_IMAGES)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch import nn as torch_nn
 
-    from fa_bench.data.base import Split
+    from fa_bench.data.splits import Split
 
 
 @PROBES.register("depth_utility")

@@ -17,7 +17,7 @@ from fa_bench.utils.lazy import nn, torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fa_bench.data.base import Split
+    from fa_bench.data.splits import Split
     from fa_bench.mechanisms.trace import Trace
 
 #: The row of the raw images: a layer that is no better has learned nothing useful.

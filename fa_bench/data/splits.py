@@ -1,0 +1,226 @@
+"""The parts of a loaded dataset, which are iterated over in batches.
+
+Shapes: N batch, n samples, C channels, H and W pixels, F features, T positions, O outputs. Images are stored as uint8 and reach
+the model normalised, as float32.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from fa_bench.data.crops import Crop, PaddedCrop
+from fa_bench.errors import printable
+from fa_bench.registry.kinds import CLASSES, IMAGES
+from fa_bench.utils.lazy import torch
+from fa_bench.utils.sampling import seed_for
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclasses.dataclass
+class Splits:
+    """A loaded dataset.
+
+    Attributes:
+        train, validation, test: the splits; validation is None if nothing is held out.
+        classes: their names; of tokens, the vocabulary; of numbers, the names of the outputs.
+        input_shape: of one sample: (C, H, W), (F,) or (T,).
+        data_hash: of all inputs and targets as stored, before the validation split.
+        notes: a printable sentence on each part of the source that is skipped or changed.
+        inputs, targets: their kinds (`fa_bench.registry.kinds`).
+    """
+
+    train: Split
+    validation: Split | None
+    test: Split
+    classes: list[str]
+    input_shape: tuple[int, ...]
+    data_hash: str
+    notes: list[str] = dataclasses.field(default_factory=list)
+    inputs: str = IMAGES
+    targets: str = CLASSES
+
+    def __post_init__(self) -> None:
+        self.notes = [printable(note) for note in self.notes]  # file names may contain control characters
+
+
+class Split(abc.ABC):
+    """Samples that can be iterated over in batches."""
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    @abc.abstractmethod
+    def subset(self, indices: Tensor) -> Split:
+        """The samples at `indices`, (n,) int64."""
+
+    @abc.abstractmethod
+    def gather(self, chunks: Iterator[Tensor], key: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each chunk of indices, the inputs as they are stored, and the targets, on the device.
+
+        `key` seeds what varies from epoch to epoch while reading; None: nothing.
+        """
+
+    #: The targets of the samples, (n, ...), where they are at hand; for what depends on classes.
+    targets: Tensor | None = None
+    #: Of text, the characters of a token on average in this split.
+    characters: float | None = None
+
+    @property
+    def varies(self) -> bool:
+        """Whether the samples differ from epoch to epoch."""
+        return False
+
+    def prepared(self, x: Tensor, seed: tuple[int, ...] | None) -> Tensor:
+        """A batch of gathered inputs as the model receives it; `seed` is that of the batch (None: nothing varies)."""
+        return x
+
+    def steps(self, batch_size: int, drop_last: bool = False) -> int:
+        """Number of batches in one pass."""
+        full, rest = divmod(len(self), batch_size)
+        return full + (rest > 0 and (not drop_last or full == 0))
+
+    def batches(
+        self, batch_size: int, *, seed: int | None = None, epoch: int = 0, drop_last: bool = False, start: int = 0,
+        shuffle: bool = True,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """One pass over the samples: inputs x and targets y, on the device.
+
+        Args:
+            batch_size: samples in a batch; the last may have fewer.
+            seed: None for the stored order without augmentation; else the samples are shuffled and augmented, as a function of
+                (seed, epoch) only.
+            epoch: number of the pass.
+            drop_last: drop the last incomplete batch, unless it is the only one.
+            start: number of batches to skip at the beginning; the others do not depend on it.
+            shuffle: false for the stored order also with a seed.
+        """
+        indices = torch.arange(len(self))
+        if seed is not None and shuffle:
+            indices = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed_for("order", seed, epoch)))
+        steps = self.steps(batch_size, drop_last)
+        chunks = (indices[i * batch_size : (i + 1) * batch_size] for i in range(start, steps))
+        varies = self.varies and seed is not None
+        key = seed_for("read", seed, epoch) if varies else None
+        for number, (x, y) in enumerate(self.gather(chunks, key), start):
+            # A seed for each batch, so that a run can be resumed in the middle of an epoch.
+            yield self.prepared(x, (seed, epoch, number) if varies and seed is not None else None), y
+
+
+class ImageSplit(Split):
+    """Images, uint8 (n, C, H, W) as they are stored."""
+
+    mean: list[float]
+    std: list[float]
+    augment: bool
+    device: torch.device
+    crop: Crop
+
+    @property
+    def varies(self) -> bool:
+        return self.augment
+
+    def prepared(self, x: Tensor, seed: tuple[int, ...] | None) -> Tensor:
+        """Images as float32 (N, C, H, W), cropped and normalised."""
+        scale, shift = self._normalisation
+        if seed is not None:
+            x = self.crop.random(x, torch.Generator().manual_seed(seed_for("augment", *seed)))
+        else:
+            x = self.crop.fixed(x)
+        return x.to(torch.float32).mul_(scale).add_(shift)
+
+    @functools.cached_property
+    def _normalisation(self) -> tuple[Tensor, Tensor]:
+        """x * scale + shift in place: two passes over the batch, whatever the mean."""
+        scale = torch.tensor([1 / (255 * s) for s in self.std], device=self.device).view(-1, 1, 1)
+        shift = torch.tensor([-m / s for m, s in zip(self.mean, self.std, strict=True)], device=self.device).view(-1, 1, 1)
+        return scale, shift
+
+
+class ResidentSplit(ImageSplit):
+    """Samples that stay on the device.
+
+    Args:
+        images: uint8 (n, C, H, W).
+        labels: int64 (n,).
+        mean, std: of each channel, in units of the full range.
+        augment: crop and flip training batches.
+        device: of the samples.
+        crop: how batches are cropped and resized; None for PaddedCrop at the stored size.
+    """
+
+    def __init__(
+        self, images: Tensor, labels: Tensor, mean: list[float], std: list[float], augment: bool, device: torch.device,
+        crop: Crop | None = None,
+    ) -> None:
+        self.images, self.labels = images.to(device), labels.to(device)
+        self.targets = self.labels
+        self.mean, self.std, self.augment, self.device, self.crop = mean, std, augment, device, crop or PaddedCrop()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, indices: Tensor) -> ResidentSplit:
+        indices = indices.to(self.device)
+        return ResidentSplit(self.images[indices], self.labels[indices], self.mean, self.std, self.augment, self.device,
+                             self.crop)
+
+    def gather(self, chunks: Iterator[Tensor], key: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+        for chunk in chunks:
+            chunk = chunk.to(self.device, non_blocking=True)
+            yield self.images.index_select(0, chunk), self.labels.index_select(0, chunk)
+
+
+class ArraySplit(Split):
+    """Features or tokens that stay on the device.
+
+    Args:
+        inputs: float32 (n, F), or int64 (n, T).
+        targets: int64 (n,) or (n, T), or float32 (n, O).
+        device: of the samples.
+    """
+
+    def __init__(self, inputs: Tensor, targets: Tensor, device: torch.device) -> None:
+        self.inputs, self.of_inputs, self.device = inputs.to(device), targets.to(device), device
+        self.targets = self.of_inputs
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def subset(self, indices: Tensor) -> ArraySplit:
+        indices = indices.to(self.device)
+        return ArraySplit(self.inputs[indices], self.of_inputs[indices], self.device)
+
+    def gather(self, chunks: Iterator[Tensor], key: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+        for chunk in chunks:
+            chunk = chunk.to(self.device, non_blocking=True)
+            yield self.inputs.index_select(0, chunk), self.of_inputs.index_select(0, chunk)
+
+
+def some(split: Split, number: int) -> Split:
+    """At most `number` samples of a split in their order, sampled with a fixed seed: the same in every run."""
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed_for("trial")))
+    return split if len(split) <= number else split.subset(order[:number].sort().values)
+
+
+def stratified(labels: Tensor, count: int, seed: int) -> Tensor:
+    """The sorted indices of `count` samples with as many of each class as in `labels` (n,), up to rounding."""
+    labels = labels.cpu()
+    classes, sizes = labels.unique(return_counts=True)
+    shares = sizes.double() * count / len(labels)
+    numbers = shares.floor().long()
+    # The classes with the largest remainders, of equal ones the first, get what rounding has left.
+    order = (numbers - shares).argsort(stable=True)
+    numbers[order[: count - int(numbers.sum())]] += 1
+    chosen = []
+    for label, number in zip(classes.tolist(), numbers.tolist(), strict=True):
+        members = (labels == label).nonzero().flatten()
+        generator = torch.Generator().manual_seed(seed_for("samples", seed, label))
+        chosen.append(members[torch.randperm(len(members), generator=generator)[:number]])
+    return torch.cat(chosen).sort().values

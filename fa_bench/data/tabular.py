@@ -1,0 +1,154 @@
+"""Tables of numbers: three that are bundled with scikit-learn, or a CSV file."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fa_bench.data.vectors import VectorDataset, standardise_option
+from fa_bench.errors import DataError, OptionError, names, nearest, truncate
+from fa_bench.registry.kinds import CLASSES, VALUES
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import DATASETS
+
+#: The bundled tables, and the kinds of their targets.
+BUNDLED = {"diabetes": VALUES, "wine": CLASSES, "breast_cancer": CLASSES}
+_TASKS = {"regression": VALUES, "classification": CLASSES}
+#: Most names of columns in a message.
+_MANY = 12
+
+
+@DATASETS.register("tabular")
+@dataclasses.dataclass(eq=False)
+class Tabular(VectorDataset):
+    """A table of numbers: diabetes (regression), wine, breast_cancer (bundled with scikit-learn), or your own CSV file.
+
+    diabetes has 442 patients with 10 features and the progression of the disease after a year (Efron et al. 2004), wine 178 wines
+    with 13 features in 3 classes (Aeberhard and Forina 1991), breast_cancer 569 tumours with 30 features in 2 classes (Wolberg et
+    al. 1993).
+
+    A CSV file has a header with the names of the columns; all columns but the target are features, and numbers. A target of text
+    is a class, and one with fractions is a number; for one of whole numbers, which may be either, `task` must say. Classes are in
+    alphabetical order, or by value. A part of the rows, chosen by `test_seed`, is the test set, with the classes in proportion.
+    With `standardise`, targets of regression are standardised, too, by their mean and standard deviation over the rows that are
+    not in the test set: RMSE is in units of that standard deviation.
+    """
+
+    table: str = option("diabetes", "diabetes, wine, breast_cancer, or the path of a CSV file")
+    target: str | None = option(None, "of a CSV file, the name of the column with the target; null: the last column")
+    task: str | None = option(None, "of a CSV file: regression or classification; null: by the target", choices=list(_TASKS))
+    test: float = option(0.2, "fraction of the rows in the test set", above=0, below=1)
+    test_seed: int = option(0, "seed of the test set, the same for every run seed", minimum=0)
+    standardise: bool = standardise_option()
+
+    def check(self) -> None:
+        super().check()
+        if self.table in BUNDLED:
+            for key in ("target", "task"):
+                if getattr(self, key) is not None:
+                    raise OptionError(key, f"={getattr(self, key)} is for a CSV file, not for table={self.table}")
+        elif not self.table.lower().endswith(".csv"):
+            raise OptionError("table", f"={truncate(self.table, 100)} is neither one of {names(BUNDLED)} nor the path of a .csv "
+                                       f"file{nearest(self.table, BUNDLED)}")
+
+    @property
+    def targets(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The kind of its targets, for which a CSV file may be read."""
+        return BUNDLED[self.table] if self.table in BUNDLED else _TASKS[self.task or self._table.task]
+
+    @property
+    def _table(self) -> _Table:
+        path = Path(self.table)
+        try:
+            state = path.stat()
+        except OSError as error:
+            raise DataError(f"dataset.table={self.table}: cannot be read ({error.strerror or error})") from None
+        return _read(path, self.target, self.task, state.st_mtime_ns, state.st_size)
+
+    def arrays(self, data_dir: Path) -> tuple[Any, Any, Any, Any, list[str]]:
+        from sklearn.model_selection import train_test_split
+
+        if self.table in BUNDLED:
+            import sklearn.datasets
+
+            bunch: Any = getattr(sklearn.datasets, f"load_{self.table}")()
+            x, y = bunch.data, bunch.target
+            classes = ["progression"] if self.targets == VALUES else [str(name) for name in bunch.target_names]
+        else:
+            table = self._table
+            x, y, classes = table.features, table.values, table.names
+        try:
+            train, test = train_test_split(np.arange(len(x)), test_size=self.test, random_state=self.test_seed,
+                                           stratify=y if self.targets == CLASSES else None)
+        except ValueError as error:  # too few rows, or a class with a single one
+            raise OptionError("dataset.test", f"={self.test:g}: the rows cannot be split ({str(error).splitlines()[0]:.150})"
+                              ) from None
+        train, test = np.sort(train), np.sort(test)
+        if self.targets == VALUES:
+            y = y.astype(np.float64)
+            if self.standardise:
+                y = (y - y[train].mean()) / (y[train].std() or 1.0)
+        return x[train], y[train], x[test], y[test], classes
+
+
+@dataclasses.dataclass
+class _Table:
+    """A CSV file: features (n, F), targets (n,), the names of the classes or of the output, and the task."""
+
+    features: np.ndarray
+    values: np.ndarray
+    names: list[str]
+    task: str
+
+
+@functools.lru_cache(maxsize=4)
+def _read(path: Path, target: str | None, task: str | None, *state: int) -> _Table:
+    """Read a CSV file, again only if its `state` has changed.
+
+    Raises:
+        DataError: naming the column or row that cannot be used.
+        OptionError: if the target does not exist, or may be a class as well as a number.
+    """
+    import pandas as pd
+
+    try:
+        frame = pd.read_csv(path, skipinitialspace=True)
+    except (OSError, ValueError) as error:
+        raise DataError(f"dataset.table={path}: cannot be read as CSV ({str(error).splitlines()[0]:.150})") from None
+    columns = [str(name) for name in frame.columns]
+    frame.columns = columns
+    target = columns[-1] if target is None else target
+    if target not in columns:
+        listed = f"{names(columns[:_MANY])}{', ...' * (len(columns) > _MANY)}"
+        raise OptionError("dataset.target", f"={truncate(target, 100)}: {path} has no such column{nearest(target, columns)} "
+                                            f"(columns: {listed})")
+    if len(columns) < 2 or frame.empty:
+        raise DataError(f"{path}: has {len(frame)} rows and {len(columns)} columns; at least one row, a feature and a target are "
+                        "needed")
+    missing = np.argwhere(frame.isna().to_numpy())
+    if len(missing):
+        row, column = missing[0]
+        rows = len({int(row) for row, _ in missing})
+        raise DataError(f"{path}: no value in column '{columns[column]}' of row {row + 1} (below the header); {rows} "
+                        f"row{'s lack' if rows > 1 else ' lacks'} values: remove or fill them")
+    features = frame.drop(columns=target)
+    if text := [name for name in features if not pd.api.types.is_numeric_dtype(features[name])]:
+        raise DataError(f"{path}: not numbers in column{'s' * (len(text) > 1)} {names(text[:_MANY])}; remove or encode them")
+    of = frame[target]
+    is_number = pd.api.types.is_numeric_dtype(of) and not pd.api.types.is_bool_dtype(of)
+    if task is None:
+        if is_number and (of == of.round()).all():
+            raise OptionError("dataset.task", f"=null: column '{target}' has whole numbers, which may be classes or values; set "
+                                              "dataset.task=classification or dataset.task=regression")
+        task = "regression" if is_number else "classification"
+    if task == "regression" and not is_number:
+        raise OptionError("dataset.task", f"=regression: column '{target}' is not numbers")
+    x = features.to_numpy(np.float64)
+    if task == "regression":
+        return _Table(x, of.to_numpy(np.float64), [target], task)
+    classes, labels = np.unique(of.to_numpy() if is_number else of.astype(str).to_numpy(str), return_inverse=True)
+    return _Table(x, labels, [f"{name:g}" if is_number else str(name) for name in classes], task)

@@ -1,0 +1,186 @@
+"""Text, as sequences of characters, bytes or tokens of byte-pair encoding.
+
+Shapes: N batch, T positions, L tokens of a part of the text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fa_bench.data.base import Dataset
+from fa_bench.data.splits import Split, Splits
+from fa_bench.errors import DataError, OptionError, names, printable
+from fa_bench.registry.kinds import POSITIONS, TOKENS
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import DATASETS
+from fa_bench.utils.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: The text that is used without a path, and the bytes of which the vocabulary of byte-pair encoding always has one each.
+BUILT_IN, BYTES = Path(__file__).with_name("alice.txt"), 256
+UNKNOWN = "<unk>"
+#: Of the text, each token as a number; and the names of the tokens.
+Encoding = tuple[Callable[[str], Sequence[int]], list[str]]
+
+
+@DATASETS.register("text")
+@dataclasses.dataclass(eq=False)
+class Text(Dataset):
+    """Language modelling: every token of a text from those before it. By default Alice's Adventures in Wonderland, in characters.
+
+    The built-in text is that of Lewis Carroll's novel of 1865 (148,331 characters, 70 different ones), which is in the public
+    domain; the transcription is that of the Canterbury corpus (alice29.txt), without its title and with the line ends of Unix.
+
+    The text is one UTF-8 file, or all .txt files of a folder in the order of their names, with line ends of Windows replaced. Its
+    first part is for training, the next for validation, the last for testing. A sample is a window of `context` tokens, and its
+    targets are the tokens that follow each of them. Windows do not overlap. In training, their common start is another one in
+    every epoch, from 0 to `context` - 1, and they are shuffled: both are functions of seed and epoch only.
+
+    With unit=characters, the vocabulary has the characters of the training part, and `<unk>` for others, whose number is
+    reported. With unit=bytes, it has the 256 bytes. With unit=bpe, byte-pair encoding is learned from the training part alone, by
+    the package tokenizers (pip install fa_bench[text]).
+    """
+
+    path: str | None = option(None, "a UTF-8 file, or a folder of .txt files; null: Alice's Adventures in Wonderland")
+    unit: str = option("characters", "what a token is", choices=["characters", "bytes", "bpe"])
+    vocabulary: int = option(512, "tokens of unit=bpe, 256 bytes included", minimum=BYTES + 1, maximum=1_000_000)
+    context: int = option(64, "tokens in a sequence", minimum=1)
+    validation: float = option(0.1, "fraction of the text for validation, between the parts for training and testing; 0: none",
+                               minimum=0, below=1)
+    test: float = option(0.1, "fraction of the text for testing, at its end", above=0, below=1)
+
+    validation_seed: int = dataclasses.field(init=False, default=0)
+    holds_out: ClassVar[bool] = False
+    inputs: ClassVar[str] = TOKENS
+    targets: ClassVar[str] = POSITIONS
+
+    def check(self) -> None:
+        super().check()
+        if self.validation + self.test >= 1:
+            raise OptionError("validation", f"={self.validation:g} and test={self.test:g} leave nothing for training")
+        if self.unit == "bpe":
+            require_tokenizers()
+
+    def read(self, data_dir: Path, device: torch.device) -> Splits:
+        text = read_text(BUILT_IN if self.path is None else Path(self.path))
+        ends = round((1 - self.validation - self.test) * len(text)), round((1 - self.test) * len(text))
+        parts = {"train": text[:ends[0]], "validation": text[ends[0]:ends[1]], "test": text[ends[1]:]}
+        encode, vocabulary = self._encoding(parts["train"])
+        digest, splits, notes = hashlib.sha256("\n".join(vocabulary).encode()), {}, []
+        for name, part in parts.items():
+            tokens = torch.tensor(encode(part), dtype=torch.int64)
+            digest.update(tokens.numpy().data)
+            splits[name] = WindowSplit(tokens, self.context, name == "train", device, len(part) / max(len(tokens), 1))
+            if not len(splits[name]) and (name != "validation" or self.validation):
+                raise OptionError("dataset.context", f"={self.context}: the {name} part has only {len(tokens)} tokens; use a "
+                                                     "shorter context or a longer text")
+            if self.unit == "characters" and (unknown := int((tokens == 0).sum())):
+                notes.append(f"{name} part: {unknown} characters that are not in the training part, as {UNKNOWN}")
+        return Splits(splits["train"], splits["validation"] if self.validation else None, splits["test"], vocabulary,
+                      (self.context,), digest.hexdigest(), notes)
+
+    def _encoding(self, text: str) -> Encoding:
+        """The encoding that is learned from the training part."""
+        if self.unit == "bytes":
+            return lambda part: list(part.encode()), [f"{byte:#04x}" for byte in range(BYTES)]
+        if self.unit == "bpe":
+            return _byte_pairs(text, self.vocabulary)
+        characters = sorted(set(text))
+        number = {character: index for index, character in enumerate(characters, start=1)}
+        return lambda part: [number.get(character, 0) for character in part], [UNKNOWN, *characters]
+
+
+class WindowSplit(Split):
+    """Windows of a text, which stays on the device.
+
+    Args:
+        tokens: int64 (L,).
+        context: T, tokens in a window.
+        moves: whether the windows start elsewhere in every epoch, by 0 to T - 1 tokens.
+        device: of the tokens.
+        characters: of a token on average.
+        starts: of the windows, (n,); None: all windows that do not overlap.
+    """
+
+    def __init__(
+        self, tokens: Tensor, context: int, moves: bool, device: torch.device, characters: float, starts: Tensor | None = None
+    ) -> None:
+        self.tokens, self.context, self.moves, self.device = tokens.to(device), context, moves, device
+        self.characters = characters
+        # The last target is one token behind its window, and the windows of training may start up to T - 1 tokens later.
+        count = max((len(tokens) - 1 - (context - 1) * moves) // context, 0)
+        self.starts = (torch.arange(count) * context if starts is None else starts).to(device)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def subset(self, indices: Tensor) -> WindowSplit:
+        return WindowSplit(self.tokens, self.context, self.moves, self.device, self.characters or 1.0,
+                           self.starts[indices.to(self.device)])
+
+    @property
+    def varies(self) -> bool:
+        return self.moves
+
+    def gather(self, chunks: Iterator[Tensor], key: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = None if key is None else torch.Generator().manual_seed(key)
+        offset = 0 if generator is None else int(torch.randint(self.context, (), generator=generator))
+        places = torch.arange(self.context, device=self.device) + offset
+        for chunk in chunks:
+            at = self.starts[chunk.to(self.device)].unsqueeze(1) + places
+            yield self.tokens[at], self.tokens[at + 1]
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, or of all .txt files at and below a folder in the order of their names.
+
+    Raises:
+        DataError: naming the file that is missing, empty or not UTF-8.
+    """
+    if path.is_dir():
+        files = sorted(filter(Path.is_file, path.rglob("*.txt")), key=lambda file: file.relative_to(path).as_posix())
+        if not files:
+            raise DataError(f"dataset.path={printable(str(path))}: no .txt file in this folder")
+    else:
+        files = [path]
+    parts = []
+    for file in files:
+        try:
+            parts.append(file.read_bytes().decode("utf-8-sig").replace("\r\n", "\n"))
+        except UnicodeDecodeError as error:
+            raise DataError(f"{printable(str(file))}: not UTF-8 (byte {error.start}); convert it, for example with "
+                            "iconv -t UTF-8") from None
+        except OSError as error:
+            raise DataError(f"dataset.path={printable(str(file))}: cannot be read ({error.strerror or error})") from None
+    if not (text := "".join(parts)):
+        raise DataError(f"dataset.path={printable(str(path))}: no text in {names(file.name for file in files[:4])}")
+    return text
+
+
+def require_tokenizers() -> None:
+    """Refuse byte-pair encoding without its package; raises OptionError with what to install."""
+    from importlib.util import find_spec
+
+    if find_spec("tokenizers") is None:
+        raise OptionError("unit", "=bpe requires an optional package: pip install fa_bench[text]")
+
+
+def _byte_pairs(text: str, size: int) -> Encoding:
+    """Byte-pair encoding of bytes, learned from a text; the same text gives the same tokens."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    tokenizer: Any = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+                                  special_tokens=[])
+    tokenizer.train_from_iterator([text], trainer)
+    vocabulary = [tokenizer.id_to_token(number) for number in range(tokenizer.get_vocab_size())]
+    return lambda part: tokenizer.encode(part).ids, vocabulary

@@ -1,0 +1,110 @@
+"""kmnist, emnist and stl10 from small files in their own formats, and unpacked from their archives."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchvision import datasets
+
+from fa_bench.data.emnist import EMNIST_SPLITS
+from fa_bench.errors import DataError
+from fa_bench.registry.registries import DATASETS
+
+from .files import IDX_FILES, write_idx, write_mnist
+
+CPU = torch.device("cpu")
+
+
+def test_kmnist_arrives_as_written(tmp_path: Path) -> None:
+    arrays = write_mnist(tmp_path, "KMNIST")
+    splits = DATASETS["kmnist"].from_mapping({"validation": 0}).load(tmp_path, CPU)
+    x, y = next(splits.train.batches(100))
+    np.testing.assert_allclose(x[:, 0].numpy(), arrays[IDX_FILES[0]] / 127.5 - 1, atol=1e-5)
+    assert y.tolist() == arrays[IDX_FILES[1]].tolist() and splits.classes[:3] == ["o", "ki", "su"]
+
+
+def emnist_arrays(split: str) -> dict[str, np.ndarray]:
+    rng, classes = np.random.default_rng(0), EMNIST_SPLITS[split]
+    return {f"emnist-{split}-{part}-{kind}-ubyte": array for part, count in (("train", 2 * classes), ("test", classes))
+            for kind, array in (("images-idx3", rng.integers(0, 256, (count, 28, 28))),
+                                ("labels-idx1", np.arange(count) % classes + (split == "letters")))}
+
+
+@pytest.mark.parametrize("split", ["balanced", "letters", "digits"])
+def test_emnist_is_upright_and_counts_letters_from_zero(tmp_path: Path, split: str) -> None:
+    arrays = emnist_arrays(split)
+    (tmp_path / "EMNIST" / "raw").mkdir(parents=True)
+    for name, array in arrays.items():
+        write_idx(tmp_path / "EMNIST" / "raw" / name, array)
+    dataset = DATASETS["emnist"].from_mapping({"validation": 0, "split": split})
+    splits = dataset.load(tmp_path, CPU)
+    x, y = next(splits.test.batches(100))
+    images = arrays[f"emnist-{split}-test-images-idx3-ubyte"]
+    np.testing.assert_allclose(x[:, 0].numpy(), images.transpose(0, 2, 1) / 127.5 - 1, atol=1e-5)
+    assert sorted(y.tolist()) == list(range(EMNIST_SPLITS[split])) and len(splits.classes) == EMNIST_SPLITS[split]
+    assert dataset.shape() == ((1, 28, 28), EMNIST_SPLITS[split]) and "N/A" not in splits.classes
+
+
+def test_numbers_of_classes_are_those_of_torchvision() -> None:
+    names = datasets.EMNIST.classes_split_dict
+    assert {split: len(set(names[split]) - {"N/A"}) for split in datasets.EMNIST.splits} == EMNIST_SPLITS
+
+
+def test_emnist_is_unpacked_from_its_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = tmp_path / "EMNIST" / "raw"
+    raw.mkdir(parents=True)
+    with zipfile.ZipFile(raw / "gzip.zip", "w") as archive:
+        for name, array in emnist_arrays("digits").items():
+            write_idx(tmp_path / name, array)
+            archive.writestr(f"gzip/{name}.gz", gzip.compress((tmp_path / name).read_bytes()))
+    monkeypatch.setattr(datasets.EMNIST, "md5", hashlib.md5((raw / "gzip.zip").read_bytes()).hexdigest())
+    splits = DATASETS["emnist"].from_mapping({"split": "digits", "validation": 0}).load(tmp_path, CPU)
+    assert (len(splits.train), len(splits.test)) == (20, 10) and not (raw / "gzip").exists()
+    with pytest.raises(DataError, match="emnist-letters-train-images-idx3-ubyte"):
+        DATASETS["emnist"].from_mapping({"split": "letters"}).load(tmp_path, CPU)
+
+
+def stl_files(folder: Path) -> np.ndarray:
+    """The files of STL-10, pixels by columns and labels from 1; returns the test images."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    test = np.empty(0)
+    for part, count in (("train", 20), ("test", 10)):
+        test = rng.integers(0, 256, (count, 3, 96, 96), dtype=np.uint8)
+        (folder / f"{part}_X.bin").write_bytes(test.transpose(0, 1, 3, 2).tobytes())
+        (folder / f"{part}_y.bin").write_bytes((np.arange(count) % 10 + 1).astype(np.uint8).tobytes())
+    return test
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_stl10_arrives_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool) -> None:
+    """From its files, or from the archive, of which the images without labels are not kept."""
+    images = stl_files(tmp_path / "stl10_binary")
+    if packed:
+        (tmp_path / "stl10_binary" / "unlabeled_X.bin").write_bytes(b"\0" * 99)
+        with tarfile.open(tmp_path / "stl10_binary.tar.gz", "w:gz") as archive:
+            archive.add(tmp_path / "stl10_binary", "stl10_binary")
+        for file in (tmp_path / "stl10_binary").iterdir():
+            file.unlink()
+        digest = hashlib.md5((tmp_path / "stl10_binary.tar.gz").read_bytes()).hexdigest()
+        monkeypatch.setattr(datasets.STL10, "tgz_md5", digest)
+    splits = DATASETS["stl10"].from_mapping({"validation": 0}).load(tmp_path, CPU)
+    x, y = next(splits.test.batches(10))
+    np.testing.assert_allclose(x.numpy(), images / 127.5 - 1, atol=1e-5)
+    assert y.tolist() == list(range(10)) and splits.input_shape == (3, 96, 96) and len(splits.train) == 20
+    assert {file.name for file in (tmp_path / "stl10_binary").iterdir()} == {*DATASETS["stl10"].files}
+
+
+def test_a_cut_off_file_of_stl10_is_refused(tmp_path: Path) -> None:
+    stl_files(tmp_path / "stl10_binary")
+    path = tmp_path / "stl10_binary" / "train_X.bin"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(DataError, match=r"train_X\.bin is damaged or cut off"):
+        DATASETS["stl10"]().load(tmp_path, CPU)

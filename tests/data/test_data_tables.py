@@ -1,0 +1,149 @@
+"""Tables, and your own arrays: what arrives, what is refused, and scaling by the training samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fa_bench.data.npz import Npz
+from fa_bench.data.tabular import Tabular
+from fa_bench.errors import DataError, FaBenchError, OptionError
+
+CPU = torch.device("cpu")
+
+
+def whole(split: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return next(split.batches(len(split)))
+
+
+# ------------------------------------------------------------------------------------------------ tables
+@pytest.mark.parametrize(("table", "targets", "features", "outputs"), [
+    ("diabetes", "values", 10, 1), ("wine", "classes", 13, 3), ("breast_cancer", "classes", 30, 2)])
+def test_bundled_tables_are_split_and_scaled_by_the_training_rows(table: str, targets: str, features: int, outputs: int) -> None:
+    splits = Tabular(table=table).load(Path(), CPU)
+    x, y = whole(splits.train)
+    assert (splits.inputs, splits.targets, splits.input_shape, len(splits.classes)) == ("features", targets, (features,), outputs)
+    assert x.dtype == torch.float32 and (y.shape[1:] == (1,) if targets == "values" else y.dtype == torch.int64)
+    torch.testing.assert_close(x.mean(0), torch.zeros(features), atol=1e-5, rtol=0)
+    torch.testing.assert_close(x.std(0, correction=0), torch.ones(features), atol=1e-5, rtol=0)
+    assert whole(splits.test)[0].mean(0).abs().max() > 1e-3, "scaled by the training rows, not by its own"
+    plain = Tabular(table=table, standardise=False).load(Path(), CPU)
+    assert plain.train.inputs.abs().max() > 0 and not torch.allclose(plain.train.inputs, x)
+    other = Tabular(table=table, test_seed=1).load(Path(), CPU)
+    assert other.data_hash != splits.data_hash == Tabular(table=table, validation=0.3).load(Path(), CPU).data_hash
+
+
+def write_csv(folder: Path, text: str) -> str:
+    (folder / "my.csv").write_text(text)
+    return str(folder / "my.csv")
+
+
+ROWS = "".join(f"{i},{i % 3},{'yes' if i % 2 else 'no'},{i / 4}\n" for i in range(40))
+
+
+def test_own_csv_file(tmp_path: Path) -> None:
+    path = write_csv(tmp_path, "a,b,c,d\n" + ROWS)
+    with pytest.raises(DataError, match="not numbers in column c"):
+        Tabular(table=path).load(Path(), CPU)
+    path = write_csv(tmp_path, "a,b,c\n" + "".join(f"{i},{i % 3},{'yes' if i % 2 else 'no'}\n" for i in range(40)))
+    splits = Tabular(table=path, validation=0).load(Path(), CPU)
+    assert (splits.targets, splits.classes, splits.input_shape) == ("classes", ["no", "yes"], (2,))
+    assert whole(splits.test)[1].bincount().tolist() == [4, 4], "of each class as many as in all"
+    with pytest.raises(OptionError, match=r"dataset.task=null: column 'b' has whole numbers.*dataset.task=classification"):
+        _ = Tabular(table=write_csv(tmp_path, "a,b\n1,2\n3,4\n5,6\n")).targets
+    assert Tabular(table=str(tmp_path / "my.csv"), task="regression").targets == "values"
+    path = write_csv(tmp_path, "a,b\n" + "".join(f"{i},{i / 7:.3f}\n" for i in range(30)))
+    splits = Tabular(table=path, target="b").load(Path(), CPU)
+    assert (splits.targets, splits.classes) == ("values", ["b"])
+
+
+@pytest.mark.parametrize(("text", "options", "problem"), [
+    ("a,b\n1,2.5\n,3.5\n", {}, "no value in column 'a' of row 2"),
+    ("a,b\n1,2.5\n2,3.5\n", {"target": "bb"}, "dataset.target=bb.*did you mean 'b'"),
+    ("a,b\n1,x\n2,y\n", {"task": "regression"}, "column 'b' is not numbers"),
+    ("a\n1.5\n2\n", {}, "a feature and a target are needed"),
+    ("", {}, "cannot be read as CSV"),
+])
+def test_unusable_csv_files_are_refused(tmp_path: Path, text: str, options: dict, problem: str) -> None:
+    with pytest.raises(FaBenchError, match=problem) as caught:
+        Tabular(table=write_csv(tmp_path, text), **options).load(Path(), CPU)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(("options", "problem"), [
+    ({"table": "wines"}, "did you mean 'wine'"), ({"target": "x"}, "target=x is for a CSV file"),
+    ({"table": "no.csv"}, "no.csv: cannot be read")])
+def test_unknown_tables_are_refused(options: dict, problem: str) -> None:
+    with pytest.raises(FaBenchError, match=problem):
+        _ = Tabular(**options).targets
+
+
+# ------------------------------------------------------------------------------------------------ own arrays
+RNG = np.random.default_rng(0)
+FLOATS, IMAGES = RNG.normal(5, 3, (20, 4)), RNG.integers(0, 256, (20, 5, 5), dtype=np.uint8)
+TOKENS, LABELS = RNG.integers(0, 9, (20, 6)), np.arange(20) % 3
+
+
+def write_npz(folder: Path, x: np.ndarray, y: np.ndarray, **more: np.ndarray) -> Npz:
+    np.savez(folder / "my.npz", x_train=x[:14], y_train=y[:14], x_test=x[14:], y_test=y[14:], **more)
+    return Npz(path=str(folder / "my.npz"))
+
+
+@pytest.mark.parametrize(("x", "y", "kinds", "shape", "names"), [
+    (FLOATS, LABELS, ("features", "classes"), (4,), 3), (FLOATS, LABELS[:, None], ("features", "classes"), (4,), 3),
+    (FLOATS, FLOATS[:, 0], ("features", "values"), (4,), 1),
+    (FLOATS.astype(np.float32), FLOATS[:, :2], ("features", "values"), (4,), 2),
+    (IMAGES, LABELS, ("images", "classes"), (1, 5, 5), 3), (IMAGES / 255, FLOATS[:, 0], ("images", "values"), (1, 5, 5), 1),
+    (TOKENS, TOKENS, ("tokens", "positions"), (6,), 9), (TOKENS, LABELS, ("tokens", "classes"), (6,), 9),
+])
+def test_kinds_are_read_from_the_arrays(
+    tmp_path: Path, x: np.ndarray, y: np.ndarray, kinds: tuple[str, str], shape: tuple, names: int
+) -> None:
+    dataset = write_npz(tmp_path, x, y)
+    assert (dataset.inputs, dataset.targets) == kinds
+    splits = dataset.load(Path(), CPU)
+    assert (splits.inputs, splits.targets, splits.input_shape, len(splits.classes)) == (*kinds, shape, names)
+    seen, target = whole(splits.test)
+    if kinds[0] == "tokens":
+        assert seen.tolist() == x[14:].tolist() and (kinds[1] == "classes" or target.tolist() == y[14:].tolist())
+    else:
+        train = whole(splits.train)[0]
+        axes = (0, 2, 3) if kinds[0] == "images" else 0
+        torch.testing.assert_close(train.mean(axes), torch.zeros(shape[0]), atol=1e-5, rtol=0)
+        torch.testing.assert_close(train.std(axes, correction=0), torch.ones(shape[0]), atol=1e-4, rtol=0)
+
+
+def test_own_validation_set_is_used(tmp_path: Path) -> None:
+    dataset = write_npz(tmp_path, FLOATS, LABELS, x_val=FLOATS[:5], y_val=LABELS[:5])
+    splits = dataset.load(Path(), CPU)
+    assert (len(splits.train), len(splits.validation or ())) == (14, 5) and "x_val: used" in splits.notes[0]
+    without = Npz(path=dataset.path, validation=0).load(Path(), CPU)
+    assert without.validation is None and "x_val: skipped" in without.notes[0]
+
+
+@pytest.mark.parametrize(("x", "y", "more", "problem"), [
+    (FLOATS.astype(object), LABELS, {}, "pickled objects are never read"),
+    (FLOATS, LABELS.astype(str), {}, "y_train is of type <U"),
+    (IMAGES[:, 0], LABELS, {}, r"x_train is uint8 of shape \(14, 5\)"),
+    (TOKENS, TOKENS[:, :3], {}, r"y_train is int64 of shape \(14, 3\)"),
+    (FLOATS, LABELS, {"x_val": FLOATS}, "lacks y_val"),
+    (np.where(FLOATS > 5, np.nan, FLOATS), LABELS, {}, "not a finite number"),
+    (FLOATS, LABELS - 1, {}, "training sample 0 has label -1"),
+    (TOKENS - 1, TOKENS, {}, "has token -1"),
+])
+def test_arrays_that_cannot_be_used_are_refused(tmp_path: Path, x: Any, y: Any, more: dict, problem: str) -> None:
+    dataset = write_npz(tmp_path, x, y, **more)
+    with pytest.raises(FaBenchError, match=problem) as caught:
+        _ = dataset.inputs, dataset.load(Path(), CPU)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
+    cases = ("", "name the .npz file"), (str(tmp_path / "no.npz"), "No such file"), (__file__, "cannot be read as .npz")
+    for path, problem in cases:
+        with pytest.raises(FaBenchError, match=problem):
+            _ = Npz(path=path).inputs

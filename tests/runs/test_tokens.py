@@ -1,0 +1,161 @@
+"""Runs on tokens and on numbers: scores in every record, resumed in the middle of an epoch, micro-batches, several outputs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fa_bench.cli import main
+from fa_bench.runs import loop
+
+PLUGIN = '''
+import dataclasses
+import torch
+from torch import nn
+import fa_bench
+
+
+class Net(nn.Module):
+    def __init__(self, tokens, outputs):
+        super().__init__()
+        self.embedding, self.fc1, self.act1, self.fc2 = nn.Embedding(tokens, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, tokens)
+        self.several = outputs
+
+    def forward(self, x):
+        hidden = self.act1(self.fc1(self.embedding(x)))
+        logits = self.fc2(hidden)
+        return {"aux": hidden, "logits": logits} if self.several else logits
+
+
+@fa_bench.register_architecture("token_net")
+@dataclasses.dataclass(eq=False)
+class TokenNet(fa_bench.Architecture):
+    """Predicts each next token from the one before."""
+
+    tasks = (("tokens", "positions"),)
+    several: bool = fa_bench.option(False, "return several outputs")
+
+    def make(self, input_shape, classes):
+        return Net(classes, self.several)
+'''
+TEXT = ["plugins=[token_nets]", "dataset=text", "dataset.path=a.txt", "dataset.context=8", "architecture=token_net",
+        "objective=token_cross_entropy", "optimizer=adam", "batch_size=8", "epochs=2", "threads=1"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("token_nets.py").write_text(PLUGIN)
+    Path("a.txt").write_text("the cat sat on the mat. " * 60)
+
+
+def lines(run: str) -> list[dict[str, Any]]:
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"}
+            for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("rule", ["bp", "fa"])
+def test_language_is_learned_and_scored_in_every_record(rule: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TEXT, f"algorithm={rule}", "epochs=6", "optimizer.lr=0.02", "hydra.run.dir=run"]) == 0
+    result, last = json.loads(Path("run/result.json").read_text()), lines("run")[-1]
+    assert last["val_perplexity"] < lines("run")[0]["val_perplexity"] / 1.5 and "test_accuracy" in last
+    assert last["val_perplexity"] == pytest.approx(np.exp(last["val_loss"])) == pytest.approx(2 ** last["val_bits_per_character"])
+    best = min(lines("run"), key=lambda line: line["val_perplexity"])
+    assert result["best_epoch"] == best["epoch"] and result["test_perplexity_at_best_val"] == best["test_perplexity"]
+    assert result["test_perplexity"] == last["test_perplexity"] and result["scores"][0]["name"] == "perplexity"
+    assert "finished: test perplexity" in capsys.readouterr().out
+    tags = set(EventAccumulator("run").Reload().Tags()["scalars"])
+    assert {"perplexity/val", "bits_per_token/train", "final/test_perplexity"} <= tags and "accuracy_at/val" not in tags
+
+
+def test_a_run_resumed_in_the_middle_of_an_epoch_equals_an_uninterrupted_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main([*TEXT, "algorithm=fa", "hydra.run.dir=whole"]) == 0
+    step = loop.Trainer.train_step
+    steps = len(range(lines("whole")[0]["step"]))
+
+    def stopped(self: Any, *arguments: Any) -> None:
+        if self.progress.step == steps + 2:
+            raise KeyboardInterrupt
+        step(self, *arguments)
+
+    monkeypatch.setattr(loop.Trainer, "train_step", stopped)
+    main([*TEXT, "algorithm=fa", "hydra.run.dir=run", "checkpoint_minutes=1e-9"])
+    monkeypatch.setattr(loop.Trainer, "train_step", step)
+    assert len(lines("run")) == 1 and main([*TEXT, "algorithm=fa", "hydra.run.dir=run", "resume=true"]) == 0
+    assert lines("run") == lines("whole")
+    results = [json.loads(Path(run, "result.json").read_text()) for run in ("run", "whole")]
+    assert [results[0][key] == results[1][key] for key in ("weights_hash", "batches_hash", "test_perplexity")] == [True] * 3
+
+
+def test_micro_batches_weigh_by_the_targets_that_count() -> None:
+    """Most targets of the first half of every batch are masked: gradients are those of the whole batch all the same."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 7, (64, 4))
+    y = (x + 1) % 7
+    y[::2, 1:] = -100
+    np.savez("my.npz", x_train=x, y_train=y, x_test=x[:9], y_test=y[:9])
+    command = ["plugins=[token_nets]", "dataset=npz", "dataset.path=my.npz", "dataset.validation=0", "architecture=token_net",
+               "objective=token_cross_entropy", "algorithm=bp", "epochs=2", "batch_size=8", "shuffle=false", "threads=1"]
+    for count in (1, 8):
+        assert main([*command, f"accumulate={count}", f"hydra.run.dir=run{count}"]) == 0
+    for whole, parts in zip(lines("run1"), lines("run8"), strict=True):
+        for key in ("train_loss", "test_loss", "train_bits_per_token", "test_accuracy"):
+            assert whole[key] == pytest.approx(parts[key], rel=1e-4)  # sums of float32 in another order
+
+
+def test_of_several_outputs_the_named_one_is_trained(capsys: pytest.CaptureFixture[str]) -> None:
+    several = [*TEXT, "architecture.several=true"]
+    for rule in ("bp", "fa"):
+        assert main([*several, f"algorithm={rule}", "hydra.run.dir=run"]) == 2
+        said = capsys.readouterr().err
+        assert "objective.output=null: architecture=token_net returns several outputs (aux" in said and not Path("run").exists()
+    assert main([*several, "algorithm=fa", "objective.output=logit", "hydra.run.dir=run"]) == 2
+    assert "did you mean 'logits'" in capsys.readouterr().err
+    assert main([*TEXT, "algorithm=fa", "hydra.run.dir=one"]) == 0
+    assert main([*several, "algorithm=fa", "objective.output=logits", "hydra.run.dir=run"]) == 0
+    assert lines("run") == lines("one")
+
+
+def test_a_rule_and_the_objective_name_one_output(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TEXT, "algorithm=dfa", "algorithm.output=aux", "objective.output=logits", "hydra.run.dir=run"]) == 2
+    assert "algorithm.output=aux is not objective.output=logits" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("overrides", "problem"), [
+    (["dataset=text", "objective=token_cross_entropy", "architecture=mlp"],
+     "architecture=mlp is not made for dataset=text, whose inputs are tokens and whose targets are positions"),
+    (["dataset=tabular", "architecture=conv2", "objective=mse"], "architecture=conv2 is not made for dataset=tabular"),
+    (["dataset=text", "architecture=mlp"], "allowed objectives: token_cross_entropy"),
+    (["dataset=tabular"], "objective=cross_entropy requires classes as targets"),
+])
+def test_parts_that_do_not_fit_are_refused(overrides: list[str], problem: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*overrides, "hydra.run.dir=run"]) == 2
+    said = capsys.readouterr().err
+    assert problem in said and len(said.splitlines()) <= 2 and not Path("run").exists()
+
+
+def test_regression_is_scored_by_r2(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["dataset=tabular", "objective=mse", "architecture.widths=[8]", "epochs=3", "threads=1", "algorithm=fa"]
+    assert main([*command, "hydra.run.dir=run"]) == 0
+    last, result = lines("run")[-1], json.loads(Path("run/result.json").read_text())
+    assert result["test_r2"] == last["test_r2"] < 1 and last["test_rmse"] > 0 and "test_accuracy" not in result
+    assert main(["--dry-run", *command, "hydra.run.dir=other"]) == 0
+    said = capsys.readouterr().out
+    assert "318 training, 35 validation, 89 test" in said and "samples" in said and "images" not in said.split("training\n")[-1]
+    assert main([*command, "scale=smoke", "hydra.run.dir=smoke"]) == 0
+    assert torch.isfinite(torch.tensor(lines("smoke")[0]["test_loss"]))
+
+
+def test_probes_that_need_classes_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["dataset=tabular", "objective=mse", "architecture.widths=[8]", "epochs=1", "threads=1", "hydra.run.dir=run"]
+    assert main([*command, "probes=[readout]"]) == 2
+    assert "probes=[readout]: needs a class for each sample, but the targets are values" in capsys.readouterr().err
+    assert main([*command, "probes=[depth_utility,gradient_norm]"]) == 0
+    assert json.loads(Path("run/result.json").read_text())["probes"]["depth_utility"].keys() == {"act1"}
