@@ -61,8 +61,8 @@ class Dataset(Options):
     validation: float = option(0.1, "fraction (below 1) or number (1 or more) of training samples to hold out for validation; "
                                     "0: none", minimum=0)
     validation_seed: int = option(0, "seed of the validation split, the same for every run seed", minimum=0)
-    samples: float | None = option(None, "fraction (below 1) or number (1 or more) of training samples to train on, with the "
-                                         "classes in proportion; validation and test samples stay as they are; null: all",
+    samples: int | float | None = option(None, "fraction (below 1) or number (1 or more) of training samples to train on, with "
+                                         "the classes in proportion; validation and test samples stay as they are; null: all",
                                    above=0, if_set=True)
     samples_seed: int = option(0, "seed by which `samples` are chosen, the same for every run seed", minimum=0, if_set=True)
 
@@ -147,7 +147,7 @@ class Dataset(Options):
                 round(total * len(rest) / len(train)))
 
     @property
-    def subsample(self) -> float | None:
+    def subsample(self) -> int | float | None:
         """The fraction or number of training samples to train on; None: all."""
         return self.samples
 
