@@ -63,8 +63,8 @@ class Dataset(Options):
     validation_seed: int = option(0, "seed of the validation split, the same for every run seed", minimum=0)
     samples: int | float | None = option(None, "fraction (below 1) or number (1 or more) of training samples to train on, with "
                                          "the classes in proportion; validation and test samples stay as they are; null: all",
-                                   above=0, if_set=True)
-    samples_seed: int = option(0, "seed by which `samples` are chosen, the same for every run seed", minimum=0, if_set=True)
+                                   above=0, identifying=False)
+    samples_seed: int = option(0, "seed by which `samples` are chosen, the same for every run seed", minimum=0, identifying=False)
 
     #: The kind of its inputs (`fa_bench.registry.kinds`).
     inputs: ClassVar[str] = IMAGES
