@@ -40,8 +40,6 @@ class DepthUtility(Probe):
     needs_initial = True
 
     def require(self, subject: Subject) -> None:
-        if subject.meter.y.is_floating_point():
-            raise ConfigError("it measures accuracies, and the targets of this dataset are numbers; leave this probe out")
         if not blocks_of(subject.model, subject.meter.x[:2]):
             raise ConfigError(f"{type(subject.model).__name__} declares no blocks that could be left untrained; name the modules "
                               "that end them in model.blocks, as architecture=mlp, conv2 and the residual nets do")
