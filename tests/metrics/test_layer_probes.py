@@ -524,7 +524,6 @@ def test_weights_that_the_user_froze_have_a_gradient_norm_and_no_update() -> Non
 @pytest.mark.parametrize(("name", "y", "message"), [
     ("readout", torch.zeros(10, 4, dtype=torch.long), "one class from each sample, .* classes of positions"),
     ("readout", torch.zeros(10, 3), "one class from each sample, .* numbers"),
-    ("depth_utility", torch.zeros(10, 3), "accuracies, .* numbers"),
 ])
 def test_targets_that_a_probe_cannot_score_are_refused_before_training(name: str, y: Tensor, message: str) -> None:
     subject = subject_of(nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.ReLU(), nn.Linear(5, 3)))
