@@ -44,6 +44,13 @@ class Objective(Options):
         """
         raise NotImplementedError
 
+    def check_data(self, characters: float | None) -> None:
+        """Override to refuse data before training; raise OptionError.
+
+        Args:
+            characters: of text, the characters of a training token on average.
+        """
+
     def counted(self, target: Tensor) -> int | Tensor:
         """The number of targets that count; the mean loss is over these."""
         return len(target)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from fa_bench.errors import OptionError
 from fa_bench.objectives.base import Objective
 from fa_bench.objectives.scores import Score
 from fa_bench.registry.kinds import CLASSES, POSITIONS
@@ -31,13 +32,26 @@ class TokenCrossEntropy(Objective):
 
     Targets equal to `ignore_index` do not count, neither in the loss nor in a score. With L the mean loss in nats, perplexity is
     exp(L), bits per token L / log 2, and bits per character that divided by the characters of a token on average in the split
-    (blank if the dataset has no characters). Accuracy is the fraction of the counted targets with the largest logit.
+    (blank if the dataset has no characters). Accuracy is the fraction of the counted targets with the largest logit. `score` is
+    the one that reports compare and by which epochs and settings are chosen.
     """
 
     targets = (POSITIONS, CLASSES)
     scores = dict.fromkeys((POSITIONS, CLASSES), _SCORES)
 
     ignore_index: int = option(-100, "targets with this value do not count")
+    score: str = option("perplexity", "the primary score", choices=[score.name for score in _SCORES])
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        primary = next(score for score in _SCORES if score.name == self.score)
+        ordered = (primary, *(score for score in _SCORES if score is not primary))
+        self.scores = dict.fromkeys(self.targets, ordered)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def check_data(self, characters: float | None) -> None:
+        if characters is None and self.score == BITS_PER_CHARACTER.name:
+            raise OptionError("score", f"={self.score}: the tokens of this dataset have no characters; use "
+                                       f"{BITS_PER_TOKEN.name}")
 
     def loss(self, outputs: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
         """See `Objective.loss`; outputs (N, T, C) and targets (N, T), or (N, C) and (N,). 0 if no target counts."""

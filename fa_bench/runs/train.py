@@ -296,6 +296,10 @@ def assemble(job: Job, device: torch.device, splits: Splits | None = None) -> Pa
     """
     splits = splits or load(job, device)
     try:
+        job.objective.check_data(splits.train.characters)
+    except OptionError as error:
+        raise error.with_prefix("objective") from None
+    try:
         model = job.architecture.build(splits.input_shape, len(splits.classes)).to(device)
     except OptionError as error:
         raise error.with_prefix("architecture") from None

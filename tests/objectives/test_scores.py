@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from sklearn.metrics import r2_score
 from torch import Tensor
 
+from fa_bench.errors import OptionError
 from fa_bench.metrics.evaluation import add
 from fa_bench.objectives.base import Objective
 from fa_bench.objectives.cross_entropy import CrossEntropy
@@ -113,3 +114,16 @@ def test_scores_point_in_their_direction_and_are_read_back_from_records() -> Non
     mine = (Score("f1", "F1", "%"), RMSE)
     assert scores_of({"scores": as_records(mine)}) == mine and scores_of({}) == scores_of(None) == (ACCURACY,)
     assert final_keys(mine)[:4] == ["test_f1", "test_f1_at_best_val", "val_f1", "train_f1"] and "val_rmse" in final_keys(mine)
+
+
+def test_the_primary_token_score_is_an_option_and_needs_characters_only_if_it_is_of_them() -> None:
+    kinds = TokenCrossEntropy.targets
+    for name in ("perplexity", "bits_per_token", "bits_per_character", "accuracy"):
+        objective = TokenCrossEntropy(score=name)
+        assert all(objective.scores[kind][0].name == name and len(objective.scores[kind]) == 4 for kind in kinds)
+        objective.check_data(1.0)
+    for name in ("perplexity", "bits_per_token", "accuracy"):
+        TokenCrossEntropy(score=name).check_data(None)
+    with pytest.raises(OptionError, match="have no characters; use bits_per_token"):
+        TokenCrossEntropy(score="bits_per_character").check_data(None)
+    assert TokenCrossEntropy().scores == TokenCrossEntropy.scores

@@ -159,3 +159,15 @@ def test_probes_that_need_classes_are_refused(capsys: pytest.CaptureFixture[str]
     assert "probes=[readout]: it reads one class from each sample" in capsys.readouterr().err
     assert main([*command, "probes=[depth_utility,gradient_norm]"]) == 0
     assert json.loads(Path("run/result.json").read_text())["probes"]["depth_utility"].keys() == {"act1"}
+
+
+def test_bits_per_character_need_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    tokens = np.arange(160).reshape(20, 8) % 7
+    np.savez("tokens.npz", x_train=tokens, y_train=tokens, x_test=tokens, y_test=tokens)
+    arrays = [*TEXT[:1], "dataset=npz", "dataset.path=tokens.npz", *TEXT[4:], "hydra.run.dir=run"]
+    assert main([*arrays, "objective.score=bits_per_character"]) == 2
+    assert "objective.score=bits_per_character: the tokens of this dataset have no characters; use bits_per_token" in (
+        capsys.readouterr().err)
+    assert not Path("run").exists()
+    assert main([*arrays, "objective.score=bits_per_token"]) == 0
+    assert json.loads(Path("run/result.json").read_text())["scores"][0]["name"] == "bits_per_token"
