@@ -16,10 +16,11 @@ from torch.nn import functional as F
 import fa_bench
 from fa_bench.data.base import ResidentSplit, Splits
 from fa_bench.errors import ConfigError
+from fa_bench.mechanisms.blocks import blocks_of
 from fa_bench.metrics.meter import AlignmentMeter, measurement_mode
 from fa_bench.metrics.probes import base, readout
 from fa_bench.metrics.probes.base import Probe, Probes, Subject, state_restored
-from fa_bench.metrics.probes.depth_utility import blocks_of, estimate_running_statistics
+from fa_bench.metrics.probes.depth_utility import estimate_running_statistics
 from fa_bench.metrics.probes.gradient_norm import norms_and_errors
 from fa_bench.models.conv2 import Conv2
 from fa_bench.models.mlp import MLP
