@@ -48,18 +48,21 @@ def blocks_of(model: nn.Module, sample: Any, blocks: Iterable[str] | None = None
     current: list[str] = []
     seen: set[str] = set()
 
-    def before_module(path: str) -> None:
-        names = [f"{path}.{name}" for name, _ in modules[path].named_parameters(recurse=False) if not name.startswith(PREFIX)]
+    def add(path: str, recurse: bool) -> None:
+        names = [f"{path}.{name}" for name, _ in modules[path].named_parameters(recurse=recurse, remove_duplicate=False)
+                 if not name.rpartition(".")[2].startswith(PREFIX)]
         current.extend(name for name in names if name not in seen)
         seen.update(names)
 
-    def after_end(path: str) -> None:
-        if current:
+    def after_module(path: str) -> None:
+        add(path, recurse=True)  # a module may use the parameters of another one within it, as attention does, without a call
+        if path in ends and current:
             found[path] = [*found.get(path, []), *current]
             current.clear()
 
-    handles = [module.register_forward_pre_hook(lambda *_, path=path: before_module(path)) for path, module in modules.items()]
-    handles += [modules[path].register_forward_hook(lambda *_, path=path: after_end(path)) for path in ends]
+    handles = [module.register_forward_pre_hook(lambda *_, path=path: add(path, recurse=False))
+               for path, module in modules.items()]
+    handles += [module.register_forward_hook(lambda *_, path=path: after_module(path)) for path, module in modules.items()]
     args, kwargs = arguments(sample)
     try:
         with evaluating(model), torch.no_grad():

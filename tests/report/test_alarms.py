@@ -48,7 +48,7 @@ def test_an_alarm_names_rule_layer_value_and_threshold(tmp_path: Path) -> None:
     (row,) = rows(tmp_path)
     assert (row["label"], row["quantity"], row["layer"], row["value"]) == ("dfa", "stream_growth", "layers.1", "400")
     assert (row["condition"], row["runs"]) == ("> 50", "2 of 3") and row["meaning"].startswith("The residual stream explodes")
-    assert r"| dfa | stream\_growth | layers.1 | 400 | \> 50 | 2 of 3 |" in section(tmp_path)
+    assert "| dfa | stream_growth | layers.1 | 400 | &gt; 50 | 2 of 3 |" in section(tmp_path)
     assert "Checked: 9 of stream_growth" in section(tmp_path)
     assert "1 alarm (stream_growth): see report.md" in text
     page = (tmp_path / "out" / "report.html").read_text()

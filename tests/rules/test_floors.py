@@ -210,6 +210,24 @@ def test_frozen_blocks_keep_their_values_and_the_rest_learns():
         layer: layer.startswith("layers.") for layer in (c.layer for c in rule.coverage.covered)}
 
 
+def test_frozen_blocks_freezes_parameters_whose_modules_are_not_called():
+    """Attention uses the weight of out_proj without calling it."""
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = torch.nn.Linear(5, 4), torch.nn.Linear(4, 3)
+            self.layers = torch.nn.Sequential(*(torch.nn.TransformerEncoderLayer(4, 2, 6, batch_first=True) for _ in range(2)))
+            self.blocks = ["layers.0", "layers.1"]
+
+        def forward(self, x):
+            return self.head(self.layers(self.embed(x))[:, 0])
+
+    model = Net()
+    fa_bench.attach(model, "frozen_blocks", sample_input=torch.randn(2, 3, 5), allow_uncovered=True)
+    learns = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert learns == {"embed.weight", "embed.bias", "head.weight", "head.bias"}
+
+
 def test_frozen_blocks_without_blocks_suggests_what_works():
     model, (x, _) = nets.mlp(), nets.batch("mlp")
     with pytest.raises(CoverageError, match=r"blocks=\['fc2'\], or set model\.blocks"):

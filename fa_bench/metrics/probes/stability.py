@@ -42,7 +42,7 @@ class Stability(Probe):
 
     def measure(self, subject: Subject) -> Quantities:
         from fa_bench.mechanisms.trace import tensors_in
-        from fa_bench.mechanisms.weighted_layers import weighted_layers
+        from fa_bench.mechanisms.weighted_layers import weight_gradient, weighted_layers
         from fa_bench.metrics.meter import measurement_mode
 
         rule, data = subject.rule, subject.training
@@ -56,7 +56,7 @@ class Stability(Probe):
                 logits = next(tensors_in(subject.model(x)))
                 rule.deliver(rule.objective.loss(logits, y), logits, y)
                 for path, seen in directions.items():
-                    if (gradient := layers[path].weight.grad) is not None:
+                    if (gradient := weight_gradient(layers[path])) is not None:
                         seen.add(gradient)
         return {self.name: {path: seen.mean_cosine for path, seen in directions.items()}}
 
