@@ -38,8 +38,8 @@ the values instead. Weight angle and norm ratio are means over the layers whose 
 mean over all layers but the output layers. A rule beats the floor if its mean is better than that of `frozen`, which trains only
 the output layer: higher accuracies and R², lower errors, perplexities and bits. Differences to bp are paired by seed. Cohen's d_z
 is their mean divided by their standard deviation. p is that of the two-sided paired t test; p (Holm) is corrected by Holm's
-method for all rows of the task, without those of bp and of floors. All three need three pairs. Differences to published numbers are
-between means.
+method for all rows of the task, without those of bp and of floors. All three need three pairs. Differences to published numbers
+are between means.
 """
 _REFERENCES = {
     BEST: """\

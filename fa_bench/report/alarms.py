@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -26,8 +26,8 @@ ALARM_COLUMNS = {
 }
 LEGEND = """\
 Thresholds are those that the metrics and probes declare, for values at the end of training; the value is the most extreme one of
-the finished runs, and runs are those beyond the threshold. Accuracies are means over the finished runs, in %. docs/faeval.md
-explains the alarms.
+the finished runs, and runs are those beyond the threshold. Scores are means over the finished runs, accuracies in %.
+docs/faeval.md explains the alarms.
 """
 
 
@@ -66,20 +66,17 @@ def alarms(runs: Sequence[Run], reference: str) -> tuple[pd.DataFrame, str]:
                                  alarm.meaning))
         for floor in [] if is_floor(members[0].result["algorithm"]) else floors:
             other = references.of(floor, members[0])
-            ours, theirs = known(_accuracies(finished)), known(_accuracies(finished_by_seed(other.runs).values()))
+            primary = members[0].primary
+            score = f"test_{primary.name}"
+            ours, theirs = (known(run.score(score) for run in of) for of in (finished, finished_by_seed(other.runs).values()))
             if ours and theirs:
-                checked["test_accuracy"] = checked.get("test_accuracy", 0) + 1
-                if mean(ours) <= mean(theirs):
-                    rows.append((label, "test_accuracy", "", mean(ours), f"<= {mean(theirs):.2f} of {other.label}", "",
-                                 f"Not more accurate than the floor {floor}: training the rest of the net gained nothing."))
+                checked[score] = checked.get(score, 0) + 1
+                if primary.merit(mean(ours)) <= primary.merit(mean(theirs)):
+                    sign = "<=" if primary.higher_is_better else ">="
+                    rows.append((label, score, "", mean(ours), f"{sign} {mean(theirs):{primary.format}} of {other.label}", "",
+                                 f"Not better than the floor {floor}: training the rest of the net gained nothing."))
     counts = ", ".join(f"{number} of {name}" for name, number in checked.items() if number)
     frame = pd.DataFrame(rows, columns=list(ALARM_COLUMNS))
     if not counts:
         return frame, ""
     return frame, f"{LEGEND}Checked: {counts}.\n" if rows else f"No alarm. Values checked: {counts}.\n"
-
-
-def _accuracies(runs: Iterable[Run]) -> list[float | None]:
-    """Test accuracies in %."""
-    values = [run.result.get("test_accuracy") for run in runs]
-    return [None if value is None else 100 * value for value in values]

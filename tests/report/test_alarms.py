@@ -123,3 +123,13 @@ def test_a_plugin_declares_an_alarm_for_its_probe(tmp_path: Path, monkeypatch: p
     report(tmp_path)
     (row,) = rows(tmp_path)
     assert (row["layer"], row["value"], row["condition"], row["meaning"]) == ("fc1", "-2", "< -1", "A weight is very negative.")
+
+
+def test_floors_go_by_the_primary_score_and_its_direction(tmp_path: Path) -> None:
+    scores = [{"name": "perplexity", "title": "perplexity", "unit": "", "higher_is_better": False}]
+    for rule, perplexity in (("frozen_blocks", 40.0), ("fa", 30.0), ("dfa", 40.0)):
+        record = {"scores": scores, "test_perplexity": perplexity}
+        write_run(tmp_path, rule, 0, None, metrics=[{"epoch": 2, **record}], **record)
+    report(tmp_path)
+    (row,) = rows(tmp_path)
+    assert (row["label"], row["quantity"], row["condition"]) == ("dfa", "test_perplexity", ">= 40.0000 of frozen_blocks")
