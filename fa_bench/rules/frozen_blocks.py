@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
-from fa_bench.errors import CoverageError
+from fa_bench.errors import CoverageError, names
 from fa_bench.registry.options import option
 from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.rules.bp import BP
+from fa_bench.utils.lazy import nn
 
 #: Most layers that an error suggests as blocks.
 MAX_NAMES = 6
@@ -44,7 +45,7 @@ class FrozenBlocks(BP):
 
         model = type(self.model).__name__
         if not block_ends(self.model, self.blocks):
-            inner = list(self._layers)[1:-1]
+            inner = self._inner_modules()
             example = {"blocks": inner} if 0 < len(inner) <= MAX_NAMES else {}
             raise CoverageError(f"rule '{self.name}' needs blocks that stay random, and {model} declares none: name the modules "
                                 f"that end them with blocks{', for example {blocks}' if example else ''}, or set model.blocks",
@@ -54,11 +55,23 @@ class FrozenBlocks(BP):
             first: Any = next(iter(self._layers.values()))
             sample_input = first.weight.new_zeros(2, first.in_features)
         blocks = blocks_of(self.model, sample_input, self.blocks)
+        if not blocks:
+            raise CoverageError(f"rule '{self.name}': no module that ends a block was called in a forward pass, or none has "
+                                f"parameters before its end (blocks: {names(sorted(block_ends(self.model, self.blocks)))})")
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         learns = {id(parameters[name]) for name in embedding_of(self.model, blocks)}
-        fixed = {id(parameters[name]): "trains nothing" for names in blocks.values() for name in names}
+        fixed = {id(parameters[name]): "trains nothing" for of_block in blocks.values() for name in of_block}
         fixed = {key: why for key, why in fixed.items() if key not in learns}
         if not fixed:
             raise CoverageError(f"rule '{self.name}' has no block to keep random: {model} has the single block "
-                                f"'{next(iter(blocks), '')}', its embedding; use rule 'frozen', or a deeper model")
+                                f"'{next(iter(blocks))}', its embedding; use rule 'frozen', or a deeper model")
         return fixed
+
+    def _inner_modules(self) -> list[str]:
+        """The modules of all layers but the first and the last; for a part of a recurrent or attention module, that module."""
+        from fa_bench.mechanisms.weighted_layers import CONVOLUTIONS
+
+        called = (nn.Linear, *CONVOLUTIONS)
+        paths = [path if isinstance(self.model.get_submodule(path), called) else path.rpartition(".")[0]
+                 for path in list(self._layers)[1:-1]]
+        return list(dict.fromkeys(filter(None, paths)))

@@ -244,3 +244,18 @@ def test_frozen_blocks_refuses_a_net_that_is_all_embedding_and_a_missing_sample(
         fa_bench.attach(registered("conv2")[0], "frozen_blocks")
     with pytest.raises(CoverageError, match=r"blocks=atc1: .*did you mean 'act1'"):
         fa_bench.attach(model, "frozen_blocks", sample_input=x, blocks=["atc1"])
+
+
+def test_frozen_blocks_suggests_recurrent_modules_as_a_whole_and_names_ends_that_never_ran():
+    torch.manual_seed(0)
+    model = ARCHITECTURES["lstm"]().build((5,), 7)
+    tokens = torch.randint(7, (4, 5))
+    with pytest.raises(CoverageError, match=r"blocks=\['rnn'\], or set"):
+        fa_bench.attach(model, "frozen_blocks", sample_input=tokens)
+    fa_bench.attach(model, "frozen_blocks", sample_input=tokens, blocks=["rnn"])
+    assert {key.split(".")[0] for key, p in model.named_parameters() if p.requires_grad} == {"read", "head"}
+    idle = nets.mlp()
+    idle.spare = torch.nn.ModuleDict({"layer": torch.nn.Linear(2, 2)})
+    idle.forward = lambda x: idle.fc3(idle.fc2(idle.fc1(x)))
+    with pytest.raises(CoverageError, match=r"no module that ends a block was called.*\(blocks: spare\.layer\)"):
+        fa_bench.attach(idle, "frozen_blocks", sample_input=nets.batch("mlp")[0], blocks=["spare.layer"])
