@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from fa_bench.errors import CoverageError, StateError, names
 from fa_bench.mechanisms.coverage import Coverage, computed_weights, outside_text
@@ -33,6 +33,9 @@ class Rule(Options):
 
     `attach` wires a rule into one model, `detach` removes it. `EdgeRule` and `CutRule` implement the two mechanisms of rules.
     """
+
+    #: Whether reports warn about rules that are not more accurate than this one.
+    is_floor: ClassVar[bool] = False
 
     allow_uncovered: bool | list[str] = option(
         False, "accept weights that the rule does not cover, all or those named (names, or patterns such as 'lstm.*'); they "

@@ -38,8 +38,8 @@ the values instead. Weight angle and norm ratio are means over the layers whose 
 mean over all layers but the output layers. A rule beats the floor if its mean is better than that of `frozen`, which trains only
 the output layer: higher accuracies and R², lower errors, perplexities and bits. Differences to bp are paired by seed. Cohen's d_z
 is their mean divided by their standard deviation. p is that of the two-sided paired t test; p (Holm) is corrected by Holm's
-method for all rows of the task, without those of bp and frozen. All three need three pairs. Differences to published numbers are
-between means.
+method for all rows of the task, without those of bp and of floors. All three need three pairs. Differences to published numbers
+are between means.
 """
 _REFERENCES = {
     BEST: """\
@@ -104,6 +104,7 @@ def write_report(
     """
     from fa_bench.report.against import COLUMNS, against_published
     from fa_bench.report.aggregate import AGGREGATE_COLUMNS, AGGREGATE_LEGEND, over_tasks
+    from fa_bench.report.alarms import ALARM_COLUMNS, alarms
     from fa_bench.report.best import choose_best
     from fa_bench.report.export import RUN_TIMINGS, runs_table, to_json, to_latex
     from fa_bench.report.gaps import published_without_run
@@ -135,6 +136,7 @@ def write_report(
         frame, all_runs = frame.drop(columns=TIMINGS), all_runs.drop(columns=RUN_TIMINGS)
     layers = by_layer(compared)
     probes, probe_columns = probe_table(layers, dict.fromkeys(name for run in compared if run.finished for name in run.probed))
+    raised, alarms_legend = alarms(compared, reference)
     totals, left_out = over_tasks(compared) if aggregate else (None, [])
     warnings = [*(choice.warnings if choice else ()), *left_out]
     gaps = _gaps(records._replace(errors=[*unusable, *records.errors]), planned)
@@ -151,6 +153,8 @@ def write_report(
         shown_tables.append(Table(f"Values tried: {names(best)}", choice.tried, columns, _BEST_LEGEND))
     if totals is not None:
         shown_tables.append(Table("Over all tasks", totals, AGGREGATE_COLUMNS, AGGREGATE_LEGEND))
+    if alarms_legend:
+        shown_tables.append(Table("Alarms", raised, ALARM_COLUMNS, alarms_legend))
     shown_tables += [table for table in (
         Table("Comparison with published numbers", against, COLUMNS, _PUBLISHED_LEGEND),
         Table("Probes", probes, probe_columns, PROBES_LEGEND)) if len(table.frame)]
@@ -162,6 +166,7 @@ def write_report(
                   RUNS: to_csv(all_runs), f"{NAME}_layers.csv": to_csv(layers)}
         tables |= {f"{NAME}_published.csv": to_csv(against)} if len(against) else {}
         tables |= {f"{NAME}_tried.csv": to_csv(choice.tried)} if choice else {}
+        tables |= {f"{NAME}_alarms.csv": to_csv(raised)} if len(raised) else {}
         tables |= {f"{NAME}_aggregate.csv": to_csv(totals)} if totals is not None else {}
         for name in (PAGE, *tables):  # before the figures are written, so that a refused report leaves none
             check_file(out_dir / name, earlier)
@@ -196,6 +201,8 @@ def write_report(
         if more:
             notes.append(f"The report covers {more} more run{'s' * (more > 1)} of earlier sweeps in the same folder.")
     notes += _notes(gaps)
+    if len(raised):
+        notes.append(f"{len(raised)} alarm{'s' * (len(raised) > 1)} ({names(raised['quantity'].unique())}): see {markdown.name}")
     if without_run:
         notes.append(f"{len(without_run)} published rows of the experiment have no finished run yet: see {markdown.name}")
     notes = [printable(note) for note in notes]

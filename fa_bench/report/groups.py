@@ -11,28 +11,35 @@ from typing import Any
 
 from fa_bench.config.labels import DATA_DIR, differing_keys, distinct_labels, is_number, result_options
 from fa_bench.errors import format_value, nearest
+from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.report.numbers import mean
 from fa_bench.report.runs import FINISHED, VERSIONS, Run
 from fa_bench.report.states import DIVERGED
 
-CONTROL, FLOOR = "bp", "frozen"
+CONTROL, FLOOR = "bp", "frozen"  # FLOOR: the one that every row is compared with
 Groups = Mapping[str, Sequence[Run]]
 
 
 def in_order(runs: Iterable[Run]) -> list[Run]:
     """The runs in an order that depends only on their records, so that a report does not depend on where they lie.
 
-    Sorted by dataset, architecture, the control, the floor, the label (numbers in it by value), and seed.
+    Sorted by dataset, architecture, the control, the floors, the label (numbers in it by value), and seed.
     """
     runs = sorted(runs, key=lambda run: (run.row, run.result["seed"], json.dumps(run.result, sort_keys=True)))
     labels = group_labels(group_runs(runs))
 
     def key(run: Run) -> Any:
         task = [str(run.result.get(key)) for key in ("dataset", "architecture")]
-        rank = {CONTROL: 0, FLOOR: 1}.get(run.result["algorithm"], 2)
+        rule = run.result["algorithm"]
+        rank = 0 if rule == CONTROL else 1 if is_floor(rule) else 2
         return task, rank, natural_key(labels[run.row]), run.row
 
     return sorted(runs, key=key)
+
+
+def is_floor(rule: str) -> bool:
+    """Whether the rule declares that it is a floor; one that is not registered, for lack of its plugin, does not."""
+    return rule in ALGORITHMS and ALGORITHMS[rule].is_floor
 
 
 def natural_key(text: str) -> list[Any]:

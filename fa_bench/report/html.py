@@ -92,6 +92,8 @@ def _table(table: Table) -> str:
             cells = [cell(value, column.format) for value in table.frame[name]]
             if set(cells) - {BLANK}:
                 columns.append((column, cells))
+    if not columns:
+        return f"<section><h2>{_text(table.title or 'Summary')}</h2><p>{_text(table.legend)}</p></section>"
     legend = f"<details><summary>Explanation</summary><p>{_text(table.legend)}</p></details>" if table.legend else ""
     return "\n".join([f"<section><h2>{_text(table.title or 'Summary')}</h2>", _filter(), _grid(columns), legend, "</section>"])
 

@@ -45,6 +45,7 @@ FILLS = ("full", "none", "left", "right")  # of markers, with the line style of 
 _MARKERS = "osD^vPXp<>*"
 #: The rules that have one of `COLOURS[1:]` with a solid line, and those that have it with dashes; relatives share a colour.
 _SOLID = ("fa", "dfa", "kp", "wm", "usf", "pfa", "dkp", "asap", "drtp", "brsf", "frsf")
+_FLOORS = (FLOOR, "frozen_blocks")  # grey
 _DASHED = ("forward_alignment", "dgl", "local_error", "mixed", "bp_fc", "pfa_o", "predsim", "asfp", "asfp_lc")
 LEGEND_WIDTH, MAX_LEGEND, MAX_ENTRIES = 40, 200, 60  # characters of a line of an entry, of an entry; entries
 MAX_MARKED, MARKERS = 12, 8  # points of a line that all have markers, and markers of a longer line
@@ -56,8 +57,9 @@ def rule_style(rule: str) -> dict[str, Any]:
     """Colour, line style and marker of a rule: the same in every figure, also for the rules of plugins."""
     if rule == CONTROL:
         return {"color": COLOURS[0], "linestyle": "-", "marker": "o"}
-    if rule == FLOOR:
-        return {"color": GREY, "linestyle": "-", "marker": "s"}
+    if rule in _FLOORS:
+        index = _FLOORS.index(rule)
+        return {"color": GREY, "linestyle": STYLES[index], "marker": _MARKERS[1 + index]}
     for table, style, shift in ((_SOLID, STYLES[0], 0), (_DASHED, STYLES[1], 5)):
         if rule in table:
             index = table.index(rule)

@@ -14,7 +14,7 @@ from fa_bench.metrics.alignment.base import Metric, declared
 from fa_bench.objectives.scores import ACCURACY, Score
 from fa_bench.registry.registries import METRICS
 from fa_bench.report.best import Chosen, abridged
-from fa_bench.report.groups import CONTROL, FLOOR, finished_by_seed, group_runs, status_counts, tasks
+from fa_bench.report.groups import CONTROL, FLOOR, finished_by_seed, group_runs, is_floor, status_counts, tasks
 from fa_bench.report.numbers import Paired, half_width, holm, known, mean, paired, std, value_range
 from fa_bench.report.published import Entry, headline, matching_entries
 from fa_bench.report.references import BEST, Reference, References
@@ -143,7 +143,7 @@ def summarise(
     corrected: dict[str, float] = {}
     for of_task in tasks(everything).values():
         corrected |= holm({group: comparisons[group].difference.p for group, members in of_task.items()
-                           if members[0].result["algorithm"] not in (CONTROL, FLOOR)})
+                           if (rule := members[0].result["algorithm"]) != CONTROL and not is_floor(rule)})
     rows = [_row(references.labels[group], members, comparisons[group], published, metrics, (chosen or {}).get(group))
             | {"bp_difference_p_holm": corrected.get(group, math.nan)}
             | {key: config[key] for key in swept if key in (config := members[0].config)}

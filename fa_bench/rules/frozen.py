@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.rules.bp import BP
@@ -20,6 +20,8 @@ class Frozen(BP):
     A rule that does not beat this floor trains nothing useful below the output layer. Batch normalisation stays in training
     mode: its gains and biases are frozen, but its running statistics are updated. Frozen tensors do not decay.
     """
+
+    is_floor: ClassVar[bool] = True
 
     def frozen_parameters(self, sample_input: Any) -> dict[int, str]:
         outputs = self.trace(sample_input).outputs if sample_input is not None else list(self._layers)[-1:]

@@ -324,5 +324,26 @@ QUICKSTART = Preset([{"algorithm": ["bp", "frozen", "fa", "usf", "dfa", "kp"], "
 TUNE_DIGITS = Preset([{"algorithm": ["bp", "frozen", "fa", "kp", "dfa"], "seed": [0, 1, 2]}], QUICKSTART.common | {
     "epochs": 10, "probe_every": 0, "optimizer.weight_decay": 0.0}, QUICKSTART.cases)
 
+#: The faeval protocol, spring 2026: optimizer, rate, decay, schedule, batch size, epochs, seeds, widths and depths from its
+#: repository's history, second hand. Validation, augmentation, normalisation and the variants of dfa [choice].
+FAEVAL_NETS, FAEVAL_SEEDS = ["residual_mlp", "vit_mini"], [42, 123, 456]
+FAEVAL = Preset([
+    {"architecture": FAEVAL_NETS, "algorithm": ["bp", "frozen", "frozen_blocks", "fa"], "seed": FAEVAL_SEEDS},
+    {"architecture": FAEVAL_NETS, "algorithm": ["dfa"], "algorithm.within": ["layer", "block"],
+     "algorithm.positions": ["own"], "seed": FAEVAL_SEEDS},
+    {"architecture": ["vit_mini"], "algorithm": ["dfa"], "algorithm.within": ["layer", "block"],
+     "algorithm.positions": ["shared"], "seed": FAEVAL_SEEDS},
+], {
+    "dataset": "cifar10", **_keys(
+        "dataset", validation=0.0, augment=False, mean=[0.4914, 0.4822, 0.4465], std=[0.247, 0.2435, 0.2616]),
+    "optimizer": "adamw", **_keys("optimizer", lr=1e-3, weight_decay=0.01, **ADAM), **COSINE,
+    "epochs": 30, "batch_size": 128, "probes": ["stream_growth", "stability", "effective_rank"],
+}, [
+    ({"algorithm": ("fa", "dfa")}, {"algorithm.b_init": "xavier_uniform"}),
+    ({"architecture": "residual_mlp"},
+     _keys("architecture", width=256, blocks=4, expansion=4.0, activation="gelu", final_norm=True)),
+    ({"architecture": "vit_mini"}, _keys("architecture", width=128, blocks=4, patch=4)),
+])
+
 PRESETS: dict[str, Preset] = {**ASAP_PAPER, **PFA_PAPER, **DKP_PAPER, **WM_PAPER, "quickstart": QUICKSTART,
-                              "tune_digits": TUNE_DIGITS}
+                              "tune_digits": TUNE_DIGITS, "faeval": FAEVAL}

@@ -16,10 +16,11 @@ from torch.nn import functional as F
 import fa_bench
 from fa_bench.data.base import ResidentSplit, Splits
 from fa_bench.errors import ConfigError
+from fa_bench.mechanisms.blocks import blocks_of
 from fa_bench.metrics.meter import AlignmentMeter, measurement_mode
 from fa_bench.metrics.probes import base, readout
 from fa_bench.metrics.probes.base import Probe, Probes, Subject, state_restored
-from fa_bench.metrics.probes.depth_utility import blocks_of, estimate_running_statistics
+from fa_bench.metrics.probes.depth_utility import estimate_running_statistics
 from fa_bench.metrics.probes.gradient_norm import norms_and_errors
 from fa_bench.models.conv2 import Conv2
 from fa_bench.models.mlp import MLP
@@ -368,7 +369,7 @@ def test_whatever_a_probe_does_is_undone(name: str, monkeypatch: pytest.MonkeyPa
     gradients = [None if p.grad is None else p.grad.clone() for p in trained]
     flags, modes = [p.requires_grad for p in trained], [module.training for module in model.modules()]
     drawn = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-    Probes(["vandal", "readout", "gradient_norm", "depth_utility"], 0, subject).measure(0)
+    Probes(["vandal", *PROBES], 0, subject).measure(0)
     torch.testing.assert_close((model.state_dict(), rule.state_dict(), rule.feedback), before, rtol=0, atol=0)
     assert [p.requires_grad for p in trained] == flags and [module.training for module in model.modules()] == modes
     for parameter, gradient in zip(trained, gradients, strict=True):

@@ -35,7 +35,9 @@ def layer_names(model: nn.Module) -> list[str]:
 
 
 def cut_options(name: str, model: nn.Module, options: dict) -> dict:
-    """The options with the activations for cuts, where the rule takes cuts."""
+    """The options with the activations for cuts, where the rule takes cuts; with the first layer for blocks."""
+    if "blocks" in {field.name for field in option_fields(ALGORITHMS[name])}:
+        return {"blocks": layer_names(model)[:1]} | options
     if "cuts" not in {field.name for field in option_fields(ALGORITHMS[name])} or options.get("form") == "kernel":
         return options
     return {"cuts": nets.activation_cuts(model)} | options

@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 import fa_bench
+from fa_bench.errors import CoverageError
+from fa_bench.registry.registries import ARCHITECTURES
 
 from . import nets
 from .helpers import assert_bitwise, bp_grads, rule_grads
@@ -157,3 +159,103 @@ def test_bp_fc_trains_a_normalisation_of_the_image():
     model = torch.nn.Sequential(torch.nn.BatchNorm2d(1), torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(16, 3))
     fa_bench.attach(model, "bp_fc", seed=0, sample_input=torch.zeros(2, 1, 4, 4))
     assert [key for key, p in model.named_parameters() if not p.requires_grad] == ["1.weight", "1.bias"]
+
+
+# ------------------------------------------------------------------------------------------------ frozen_blocks
+def registered(name: str, shape=(3, 8, 8), **options):
+    torch.manual_seed(0)
+    return ARCHITECTURES[name](**options).build(shape, 3), torch.randn(4, *shape), torch.tensor([0, 1, 2, 0])
+
+
+@pytest.mark.parametrize(("name", "options", "learns"), [
+    ("residual_mlp", {"width": 6, "blocks": 2}, {"embed", "final_norm", "head"}),
+    ("residual_mlp", {"width": 6, "blocks": 1, "final_norm": False}, {"embed", "head"}),
+    ("vit_mini", {"width": 8, "heads": 2, "blocks": 2}, {"embed", "final_norm", "head"}),
+    ("resnet20", {"width": 2, "blocks": 1}, {"conv1", "bn1", "fc"}),
+    ("resnet18", {"width": 2, "blocks": [1, 1]}, {"conv1", "bn1", "fc", "bn_out"}),
+    ("conv2", {"channels": 3, "hidden": 4}, {"conv1", "bn1", "fc2"}),
+    ("mlp", {"widths": [6, 5, 4], "batch_norm": True}, {"fc1", "bn1", "fc4"}),
+])
+def test_frozen_blocks_trains_what_is_outside_the_blocks_by_backpropagation(name, options, learns):
+    model, x, y = registered(name, **options)
+    plain, *_ = registered(name, **options)
+    rule = fa_bench.attach(model, "frozen_blocks", sample_input=x)
+    got, exact = rule_grads(model, rule, x, y), bp_grads(plain, x, y)
+    assert {key.split(".")[0] for key in learning(got)} == learns
+    assert learning(got) == {key for key in exact if key.split(".")[0] in learns}, "all parameters of these modules"
+    assert_bitwise({key: got[key] for key in learning(got)}, {key: exact[key] for key in learning(got)})
+
+
+def test_frozen_blocks_of_a_decoder_trains_embedding_and_head():
+    torch.manual_seed(0)
+    model = ARCHITECTURES["decoder"](width=8, heads=2, depth=2).build((5,), 7)
+    tokens = torch.randint(7, (4, 5))
+    fa_bench.attach(model, "frozen_blocks", sample_input=tokens)
+    learns = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {key.split(".")[0] for key in learns} == {key.split(".")[0] for key, _ in model.named_parameters()} - {"layers"}
+    assert not any(key.startswith("layers.") for key in learns)
+
+
+def test_frozen_blocks_keep_their_values_and_the_rest_learns():
+    model, x, y = registered("vit_mini", width=8, heads=2, blocks=2)
+    before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+    rule = fa_bench.attach(model, "frozen_blocks", sample_input=x)
+    optimizer = torch.optim.AdamW(rule.parameter_groups(lr=0.01), weight_decay=0.1)
+    rule_grads(model, rule, x, y)
+    optimizer.step()
+    moved = {key for key, parameter in model.named_parameters() if not torch.equal(parameter, before[key])}
+    assert moved == {key for key in before if not key.startswith("layers.")}
+    assert {"embed.token", "embed.positions"} <= moved
+    assert {layer: "trains nothing" in entry for layer, entry in ((c.layer, c.feedback) for c in rule.coverage.covered)} == {
+        layer: layer.startswith("layers.") for layer in (c.layer for c in rule.coverage.covered)}
+
+
+def test_frozen_blocks_freezes_parameters_whose_modules_are_not_called():
+    """Attention uses the weight of out_proj without calling it."""
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = torch.nn.Linear(5, 4), torch.nn.Linear(4, 3)
+            self.layers = torch.nn.Sequential(*(torch.nn.TransformerEncoderLayer(4, 2, 6, batch_first=True) for _ in range(2)))
+            self.blocks = ["layers.0", "layers.1"]
+
+        def forward(self, x):
+            return self.head(self.layers(self.embed(x))[:, 0])
+
+    model = Net()
+    fa_bench.attach(model, "frozen_blocks", sample_input=torch.randn(2, 3, 5), allow_uncovered=True)
+    learns = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert learns == {"embed.weight", "embed.bias", "head.weight", "head.bias"}
+
+
+def test_frozen_blocks_without_blocks_suggests_what_works():
+    model, (x, _) = nets.mlp(), nets.batch("mlp")
+    with pytest.raises(CoverageError, match=r"blocks=\['fc2'\], or set model\.blocks"):
+        fa_bench.attach(model, "frozen_blocks", sample_input=x)
+    fa_bench.attach(model, "frozen_blocks", sample_input=x, blocks=["fc2"])
+    assert {key for key, p in model.named_parameters() if not p.requires_grad} == {"fc2.weight", "fc2.bias"}
+
+
+def test_frozen_blocks_refuses_a_net_that_is_all_embedding_and_a_missing_sample():
+    model, x, _ = registered("mlp", widths=[6])
+    with pytest.raises(CoverageError, match="single block 'act1', its embedding; use rule 'frozen'"):
+        fa_bench.attach(model, "frozen_blocks", sample_input=x)
+    with pytest.raises(CoverageError, match="needs sample_input"):
+        fa_bench.attach(registered("conv2")[0], "frozen_blocks")
+    with pytest.raises(CoverageError, match=r"blocks=atc1: .*did you mean 'act1'"):
+        fa_bench.attach(model, "frozen_blocks", sample_input=x, blocks=["atc1"])
+
+
+def test_frozen_blocks_suggests_recurrent_modules_as_a_whole_and_names_ends_that_never_ran():
+    torch.manual_seed(0)
+    model = ARCHITECTURES["lstm"]().build((5,), 7)
+    tokens = torch.randint(7, (4, 5))
+    with pytest.raises(CoverageError, match=r"blocks=\['rnn'\], or set"):
+        fa_bench.attach(model, "frozen_blocks", sample_input=tokens)
+    fa_bench.attach(model, "frozen_blocks", sample_input=tokens, blocks=["rnn"])
+    assert {key.split(".")[0] for key, p in model.named_parameters() if p.requires_grad} == {"read", "head"}
+    idle = nets.mlp()
+    idle.spare = torch.nn.ModuleDict({"layer": torch.nn.Linear(2, 2)})
+    idle.forward = lambda x: idle.fc3(idle.fc2(idle.fc1(x)))
+    with pytest.raises(CoverageError, match=r"no module that ends a block was called.*\(blocks: spare\.layer\)"):
+        fa_bench.attach(idle, "frozen_blocks", sample_input=nets.batch("mlp")[0], blocks=["spare.layer"])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
+from fa_bench.metrics.alarm import Alarm
 from fa_bench.registry.options import Options
 from fa_bench.registry.registries import METRICS
 
@@ -33,6 +34,8 @@ class Metric(Options):
     column: ClassVar[bool] = True
     plot: ClassVar[bool] = True
     order: ClassVar[int] = 100
+    #: {its name: the threshold that reports check its values against}.
+    alarms: ClassVar[Mapping[str, Alarm]] = {}
 
     def measure(self, passes: Passes) -> dict[str, float]:
         """{layer: value}, NaN if undefined; `passes` has the errors and gradients of the rule and of backpropagation."""

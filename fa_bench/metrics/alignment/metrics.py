@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from fa_bench.metrics.alarm import Alarm
 from fa_bench.metrics.alignment.base import FEEDBACK, HIDDEN, Metric
 from fa_bench.metrics.angles import mean_sample_angle, norm_ratio, weight_angle
 from fa_bench.registry.registries import METRICS
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fa_bench.metrics.meter import Passes, Point
+
+#: The norm of a gradient below which angles to it mean nothing (the faeval protocol, spring 2026).
+GRADIENT_FLOOR = 1e-7
 
 
 @METRICS.register("weight_angle")
@@ -80,6 +84,8 @@ class TrueGradientNorm(Metric):
     """Frobenius norm of the exact gradient of the weight: if it is near 0, the angles at this layer are meaningless."""
 
     title, column, plot, order = "true gradient norm", False, False, 5
+    alarms = {"true_gradient_norm": Alarm(
+        GRADIENT_FLOOR, False, "Backpropagation's gradient is only rounding noise: this layer's angles to it mean nothing.")}
 
     def measure(self, passes: Passes) -> dict[str, float]:
         return {layer: math.nan if gradient is None else gradient.double().norm().item()

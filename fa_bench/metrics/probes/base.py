@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
 from fa_bench.errors import ConfigError
+from fa_bench.metrics.alarm import Alarm
 from fa_bench.registry.options import Options
 from fa_bench.registry.registries import PROBES
 from fa_bench.utils.lazy import torch
@@ -70,6 +71,8 @@ class Probe(Options):
 
     #: Whether it needs ``subject.initial``.
     needs_initial: ClassVar[bool] = False
+    #: {quantity: the threshold that reports check its values against}.
+    alarms: ClassVar[Mapping[str, Alarm]] = {}
 
     def require(self, subject: Subject) -> None:
         """Called before training; raises ConfigError, with a remedy, if the probe cannot measure the subject."""

@@ -12,7 +12,6 @@ from fa_bench.registry.registries import PROBES
 from fa_bench.utils.lazy import nn, torch
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from torch import nn as torch_nn
 
     from fa_bench.data.splits import Split
@@ -40,11 +39,15 @@ class DepthUtility(Probe):
     needs_initial = True
 
     def require(self, subject: Subject) -> None:
+        from fa_bench.mechanisms.blocks import blocks_of
+
         if not blocks_of(subject.model, subject.meter.x[:2]):
             raise ConfigError(f"{type(subject.model).__name__} declares no blocks that could be left untrained; name the modules "
                               "that end them in model.blocks, as architecture=mlp, conv2 and the residual nets do")
 
     def measure(self, subject: Subject) -> Quantities:
+        from fa_bench.mechanisms.blocks import blocks_of
+
         model, training, scored = subject.model, subject.training, subject.scored
         primary = subject.rule.objective.scores[subject.splits.targets][0]
         blocks, parameters = blocks_of(model, subject.meter.x[:2]), dict(model.named_parameters(remove_duplicate=False))
@@ -66,47 +69,6 @@ class DepthUtility(Probe):
                 for name, value in trained.items():
                     parameters[name].copy_(value)
         return {self.name: utility}
-
-
-def blocks_of(model: torch_nn.Module, sample: Tensor) -> dict[str, list[str]]:
-    """{end of a block: names of its parameters}, in the order of execution, without blocks that have none.
-
-    Args:
-        model: an attached or plain model.
-        sample: inputs (N, ...).
-    """
-    from fa_bench.mechanisms.coverage import matching
-    from fa_bench.mechanisms.feedback_tensors import PREFIX
-    from fa_bench.mechanisms.trace import evaluating
-
-    modules = {path: module for path, module in model.named_modules() if path}
-    attributes = [getattr(model, name, None) for name in ("blocks", "cut_points")]
-    # Only lists of names count: a user's model may use these names for its own modules.
-    patterns = next((value for value in attributes if isinstance(value, (list, tuple)) and value), ())
-    ends = matching(patterns, modules, "blocks")
-    blocks: dict[str, list[str]] = {}
-    current: list[str] = []
-    seen: set[str] = set()
-
-    def before_module(path: str) -> None:
-        names = [f"{path}.{name}" for name, _ in modules[path].named_parameters(recurse=False) if not name.startswith(PREFIX)]
-        current.extend(name for name in names if name not in seen)
-        seen.update(names)
-
-    def after_end(path: str) -> None:
-        if current:
-            blocks[path] = [*blocks.get(path, []), *current]
-            current.clear()
-
-    handles = [module.register_forward_pre_hook(lambda *_, path=path: before_module(path)) for path, module in modules.items()]
-    handles += [modules[path].register_forward_hook(lambda *_, path=path: after_end(path)) for path in ends]
-    try:
-        with evaluating(model), torch.no_grad():
-            model(sample)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return blocks
 
 
 def estimate_running_statistics(model: torch_nn.Module, split: Split, batch_size: int) -> None:

@@ -17,7 +17,7 @@ from tests.mechanisms.loops.chain import CUT_RULES, EDGE_RULES, RULES, Chain, as
 
 X, Y = batch()
 # They leave the layers as they are.
-PLAIN = ("bp", "bp_fc", "frozen")
+PLAIN = ("bp", "bp_fc", "frozen", "frozen_blocks")
 # They put feedback into the layers.
 FEEDBACK = [name for name in [*EDGE_RULES, "asfp_lc"] if name not in PLAIN]
 

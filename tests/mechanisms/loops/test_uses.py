@@ -16,7 +16,7 @@ from tests.mechanisms.loops.chain import CUT_RULES, RULES, assert_same, attach, 
 
 X, Y = batch()
 # They leave the model as it is, or cover whole modules.
-FREE = ("bp", "bp_fc", "frozen")
+FREE = ("bp", "bp_fc", "frozen", "frozen_blocks")
 COVERING = [name for name in RULES if name not in (*FREE, "dgl")]
 
 
@@ -156,7 +156,7 @@ class Penalised(Net):
         return super().forward(x), self.mid.weight.square().sum()
 
 
-@pytest.mark.parametrize("name", [name for name in RULES if name != "frozen"])
+@pytest.mark.parametrize("name", [name for name in RULES if name not in ("frozen", "frozen_blocks")])
 def test_a_penalty_on_the_weights_adds_its_gradient(name: str) -> None:
     """Computed beside the forward pass or returned by it; cut rules refuse a second output that is a number."""
     model = Net()

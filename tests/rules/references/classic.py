@@ -25,6 +25,13 @@ def bp_fc(chain, params, feedback, x, y):
     return {name: grad for name, grad in gradients(chain, params, x, y).items() if name.rsplit(".", 1)[0] not in fixed}
 
 
+def frozen_blocks(chain, params, feedback, x, y, blocks=()):
+    """The only block reaches to this layer and keeps its values."""
+    names = [stage.name for stage in chain]
+    fixed = names[: names.index(blocks[-1]) + 1]
+    return {name: grad for name, grad in gradients(chain, params, x, y).items() if name.rsplit(".", 1)[0] not in fixed}
+
+
 def fa(chain, params, feedback, x, y, **_):
     """e_in = g B."""
     return gradients(chain, params, x, y, carry={layer: tensors["B"] for layer, tensors in feedback.items()})
@@ -82,6 +89,7 @@ REFERENCES = {
     "bp": bp,
     "frozen": frozen,
     "bp_fc": bp_fc,
+    "frozen_blocks": frozen_blocks,
     "fa": fa,
     "usf": usf,
     "brsf": magnitude_sf,
@@ -94,6 +102,7 @@ CASES = {
     "bp": ("bp", {}),
     "frozen": ("frozen", {}),
     "bp_fc": ("bp_fc", {}),
+    "frozen_blocks": ("frozen_blocks", {}),
     "fa": ("fa", {}),
     "fa-sparse": ("fa", {"density": 0.5}),
     "usf": ("usf", {}),
@@ -110,4 +119,4 @@ CASES = {
     "dfa-shared-raw": ("dfa", {"form": "shared", "normalise": False}),
 }
 
-TRAITS = {"exact": {"bp", "frozen", "bp_fc"}, "redrawn": {"brsf"}}
+TRAITS = {"exact": {"bp", "frozen", "bp_fc", "frozen_blocks"}, "redrawn": {"brsf"}}

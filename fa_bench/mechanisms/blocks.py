@@ -1,0 +1,86 @@
+"""The blocks of a model: which modules end them, and which parameters they have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fa_bench.mechanisms.coverage import matching
+from fa_bench.mechanisms.feedback_tensors import PREFIX
+from fa_bench.mechanisms.trace import arguments, evaluating
+
+
+def block_ends(model: nn.Module, blocks: Iterable[str] | None = None) -> set[str]:
+    """The paths of the modules that end the model's blocks; empty if it declares none.
+
+    Args:
+        model: an attached or plain model.
+        blocks: names or patterns of these modules; None: those in ``model.blocks``, else in ``model.cut_points``.
+
+    Raises:
+        CoverageError: if a name matches no module.
+    """
+    declared = [getattr(model, name, None) for name in ("blocks", "cut_points")] if blocks is None else [list(blocks)]
+    # Only lists of names count: a user's model may use these names for its own modules.
+    patterns = next((value for value in declared if isinstance(value, (list, tuple)) and value), ())
+    return matching(patterns, [path for path, _ in model.named_modules() if path], "blocks")
+
+
+def blocks_of(model: nn.Module, sample: Any, blocks: Iterable[str] | None = None) -> dict[str, list[str]]:
+    """{end of a block: names of its parameters}, in the order of execution, without blocks that have none.
+
+    A block reaches from the end of the previous one to its own end.
+
+    Args:
+        model: an attached or plain model.
+        sample: inputs (N, ...), as for `fa_bench.mechanisms.trace.trace_model`.
+        blocks: as for `block_ends`.
+
+    Raises:
+        CoverageError: if a name matches no module.
+    """
+    modules = {path: module for path, module in model.named_modules() if path}
+    ends = block_ends(model, blocks)
+    found: dict[str, list[str]] = {}
+    current: list[str] = []
+    seen: set[str] = set()
+
+    def add(path: str, recurse: bool) -> None:
+        names = [f"{path}.{name}" for name, _ in modules[path].named_parameters(recurse=recurse, remove_duplicate=False)
+                 if not name.rpartition(".")[2].startswith(PREFIX)]
+        current.extend(name for name in names if name not in seen)
+        seen.update(names)
+
+    def after_module(path: str) -> None:
+        add(path, recurse=True)  # a module may use the parameters of another one within it, as attention does, without a call
+        if path in ends and current:
+            found[path] = [*found.get(path, []), *current]
+            current.clear()
+
+    handles = [module.register_forward_pre_hook(lambda *_, path=path: add(path, recurse=False))
+               for path, module in modules.items()]
+    handles += [module.register_forward_hook(lambda *_, path=path: after_module(path)) for path, module in modules.items()]
+    args, kwargs = arguments(sample)
+    try:
+        with evaluating(model), torch.no_grad():
+            model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def embedding_of(model: nn.Module, blocks: dict[str, list[str]]) -> list[str]:
+    """The names of the parameters of the first block that come before the module that ends it: the model's embedding.
+
+    If this module has no parameters, as the nonlinearity that ends the first block of `mlp`, these are all of the first block.
+
+    Args:
+        model: an attached or plain model.
+        blocks: from `blocks_of`.
+    """
+    end, names = next(iter(blocks.items()), ("", []))
+    return [name for name in names if not name.startswith(f"{end}.")]

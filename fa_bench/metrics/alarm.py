@@ -1,0 +1,28 @@
+"""Thresholds that metrics and probes declare for their values, and reports check."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Alarm(NamedTuple):
+    """A threshold for one quantity of a layer.
+
+    Attributes:
+        threshold: in the quantity's unit.
+        above: whether values above the threshold are reported, rather than those below it.
+        meaning: a sentence on what such a value means, and where the threshold is from.
+    """
+
+    threshold: float
+    above: bool
+    meaning: str
+
+    def fires(self, value: float) -> bool:
+        """Whether a value is on the wrong side of the threshold; an undefined one (NaN) is not."""
+        return value > self.threshold if self.above else value < self.threshold
+
+    @property
+    def condition(self) -> str:
+        """The condition as text, for example ``> 50``."""
+        return f"{'>' if self.above else '<'} {self.threshold:g}"

@@ -1,0 +1,81 @@
+"""How many directions the errors have that a rule delivers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+from fa_bench.metrics.probes.base import Probe, Quantities, Subject
+from fa_bench.registry.registries import PROBES
+from fa_bench.utils.lazy import nn, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch import nn as torch_nn
+
+    from fa_bench.mechanisms.trace import Trace
+
+
+@PROBES.register("effective_rank")
+@dataclasses.dataclass(eq=False)
+class EffectiveRank(Probe):
+    """Effective rank of the matrix of the errors at a layer's activation, one row for each sample or position.
+
+    - ``effective_rank``: exp(-Σ p log p) with p = σ / Σ σ, where σ are the singular values of the rule's errors (Roy and Vetterli
+      2007). It lies between 1 and the smaller number of rows and features.
+    - ``effective_rank_bp``: that of the errors of backpropagation at the same place, with the same weights.
+    - ``effective_rank_stable``: the stable rank of the rule's errors, Σ σ² / max σ², which small singular values hardly change.
+
+    Errors are taken where angles to backpropagation are (`delta_angle`), on the fixed batch of N samples: an error (N, F) as it
+    is, tokens (N, T, F) as N T rows, maps (N, C, H, W) as N H W rows of C features. At the output layer it is that of the logits.
+    NaN if all errors are zero, or one is not finite.
+    """
+
+    def measure(self, subject: Subject) -> Quantities:
+        from fa_bench.metrics.meter import LOGITS, Passes, measurement_mode
+
+        meter = subject.meter
+        with measurement_mode(subject.rule):
+            passes = Passes(meter)
+            delivered, exact = passes.delivered.errors, passes.exact.errors
+        points = dict.fromkeys(meter.trace.outputs, LOGITS) | meter.points
+        found: Quantities = {self.name: {}, f"{self.name}_bp": {}, f"{self.name}_stable": {}}
+        for layer in meter.trace.order:
+            point = points.get(layer)
+            if point is None or point not in delivered:
+                continue
+            error = delivered[point]
+            features_last = point == LOGITS or last_is_features(error, subject.model, meter.trace, layer)
+            found[self.name][layer], found[f"{self.name}_stable"][layer] = ranks(rows(error, features_last))
+            if point in exact:
+                found[f"{self.name}_bp"][layer] = ranks(rows(exact[point], features_last))[0]
+        return found
+
+
+def last_is_features(error: Tensor, model: torch_nn.Module, trace: Trace, layer: str) -> bool:
+    """Whether the features of an error at the layer's activation are its last dimension, as for tokens, not the second.
+
+    That depends on the layer that takes the activation, or, if the error's shape is not that of its input, on the layer itself.
+    """
+    consumer = trace.consumer.get(layer, layer)
+    takes = error.shape[1:] == trace.input_shapes[consumer][1:]
+    return not isinstance(model.get_submodule(consumer if takes else layer), nn.modules.conv._ConvNd)
+
+
+def rows(error: Tensor, features_last: bool) -> Tensor:
+    """The error (N, ...) as a matrix of samples or positions by features."""
+    if error.dim() < 3:
+        return error.reshape(len(error), -1)
+    return error.flatten(0, -2) if features_last else error.movedim(1, -1).flatten(0, -2)
+
+
+def ranks(matrix: Tensor) -> tuple[float, float]:
+    """(effective rank, stable rank) of a matrix; NaN if it is zero or not finite."""
+    values = torch.linalg.svdvals(matrix.double()) if torch.isfinite(matrix).all() else matrix.new_zeros(1)
+    largest = values.max().item()
+    if largest == 0:
+        return math.nan, math.nan
+    values = values / largest  # so that squares of tiny errors do not vanish
+    shares = values / values.sum()
+    return math.exp(torch.special.entr(shares).sum().item()), values.square().sum().item()

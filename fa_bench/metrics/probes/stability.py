@@ -1,0 +1,84 @@
+"""Whether a rule's gradient depends on the batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+from fa_bench.metrics.alarm import Alarm
+from fa_bench.metrics.probes.base import Probe, Quantities, Subject
+from fa_bench.registry.registries import PROBES
+from fa_bench.utils.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: Number of batches whose gradients are compared, and the norm below which a gradient has no direction.
+BATCHES, MIN_NORM = 8, 1e-12
+
+
+@PROBES.register("stability")
+@dataclasses.dataclass(eq=False)
+class Stability(Probe):
+    """Mean cosine between the gradients that the rule gives a weight on two different batches.
+
+    The gradients are those of the objective's mean loss on 8 batches, without augmentation: of the run's batch size, or an eighth
+    of the training images that probes may learn from if these are too few. The mean is over all pairs of batches:
+
+        c = (‖Σ uₖ‖² - K) / (K (K - 1)),
+
+    where uₖ is the gradient on batch k divided by its norm, and K is the number of batches with a norm of at least 1e-12. NaN for
+    a weight with fewer than two, such as one that does not learn. Batch normalisation uses the batch's statistics, and dropout is
+    off.
+
+    Near 0, the batches' gradients are mostly noise, as late in training; near 1, the weight moves in one direction whatever the
+    data are: it drifts.
+    """
+
+    alarms = {"stability": Alarm(
+        0.95, True, "The weight's gradient hardly depends on the batch: it drifts (faeval protocol: 0.992 in a net that "
+                    "drifted; the threshold is this project's).")}
+
+    def measure(self, subject: Subject) -> Quantities:
+        from fa_bench.mechanisms.trace import tensors_in
+        from fa_bench.mechanisms.weighted_layers import weight_gradient, weighted_layers
+        from fa_bench.metrics.meter import measurement_mode
+
+        rule, data = subject.rule, subject.training
+        layers = weighted_layers(subject.model)
+        directions: dict[str, Directions] = {path: Directions() for path in subject.meter.trace.order}
+        # Shuffled, because data may be sorted by class; without a seed for `batches`, which would augment.
+        data = data.subset(torch.randperm(len(data), generator=torch.Generator().manual_seed(0)))
+        batches = data.batches(max(2, min(subject.batch_size, len(data) // BATCHES)), drop_last=True)
+        for (x, y), _ in zip(batches, range(BATCHES), strict=False):
+            with measurement_mode(rule), torch.enable_grad():
+                logits = next(tensors_in(subject.model(x)))
+                rule.deliver(rule.objective.loss(logits, y), logits, y)
+                for path, seen in directions.items():
+                    if (gradient := weight_gradient(layers[path])) is not None:
+                        seen.add(gradient)
+        return {self.name: {path: seen.mean_cosine for path, seen in directions.items()}}
+
+
+class Directions:
+    """The sum of unit vectors, from which their mean pairwise cosine follows."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.count = 0
+
+    def add(self, vector: Tensor) -> None:
+        """Add the direction of a vector of any shape, unless it is zero or not finite."""
+        vector = vector.detach().double()
+        norm = vector.norm().item()
+        if MIN_NORM <= norm < math.inf:
+            unit = vector / norm
+            self.total, self.count = unit if self.total is None else self.total + unit, self.count + 1
+
+    @property
+    def mean_cosine(self) -> float:
+        """The mean over all pairs; NaN for fewer than two vectors."""
+        if self.total is None or self.count < 2:
+            return math.nan
+        return (self.total.square().sum().item() - self.count) / (self.count * (self.count - 1))

@@ -1,0 +1,79 @@
+"""How much the activation grows from block to block."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.errors import ConfigError
+from fa_bench.metrics.alarm import Alarm
+from fa_bench.metrics.probes.base import Probe, Quantities, Subject
+from fa_bench.registry.registries import PROBES
+from fa_bench.utils.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@PROBES.register("stream_growth")
+@dataclasses.dataclass(eq=False)
+class StreamGrowth(Probe):
+    """Mean norm of a block's output divided by that of its input: the growth of the residual stream.
+
+    Norms are Euclidean, of each sample's activation, for tokens (N, T, D) of each token's; means are over the fixed batch. Batch
+    normalisation uses the batch's statistics and dropout is off.
+
+    The model declares its blocks (``model.blocks``, else ``model.cut_points``). The input of a block is that of the module which
+    ends it if this module has parameters, as a residual block does; otherwise it is the output of the previous block. A first
+    block that ends in a module without parameters, such as the stem of a convolutional net, has no row: its input is the image.
+    NaN if the input is zero.
+    """
+
+    alarms = {"stream_growth": Alarm(
+        50, True, "The residual stream explodes: a final normalisation then divides the gradients of all blocks by its norm "
+                  "(faeval protocol; healthy nets stay below 5 in late blocks, transformers below 25 in early ones).")}
+
+    def require(self, subject: Subject) -> None:
+        from fa_bench.mechanisms.blocks import block_ends
+
+        if not block_ends(subject.model):
+            model = type(subject.model).__name__
+            raise ConfigError(f"{model} declares no blocks; name the modules that end them in model.blocks, "
+                              "as architecture=residual_mlp, vit_mini and the residual nets do")
+
+    def measure(self, subject: Subject) -> Quantities:
+        from fa_bench.mechanisms.blocks import block_ends
+        from fa_bench.mechanisms.trace import tensors_in
+        from fa_bench.metrics.meter import measurement_mode
+
+        model = subject.model
+        norms: dict[str, tuple[float | None, float]] = {}  # in the order of execution; input None: the previous output
+
+        def hook(path: str) -> Any:
+            def record(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+                if path not in norms:  # of a block that runs several times, the first
+                    own = next(tensors_in((args, kwargs))) if next(module.parameters(), None) is not None else None
+                    norms[path] = None if own is None else mean_norm(own), mean_norm(next(tensors_in(output)))
+            return record
+
+        handles = [model.get_submodule(path).register_forward_hook(hook(path), with_kwargs=True) for path in block_ends(model)]
+        try:
+            with measurement_mode(subject.rule), torch.no_grad():
+                model(subject.meter.x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        growth, before = {}, None
+        for path, (given, after) in norms.items():
+            given = before if given is None else given
+            if given is not None:
+                growth[path] = after / given if given else math.nan
+            before = after
+        return {self.name: growth}
+
+
+def mean_norm(activation: Tensor) -> float:
+    """Mean Euclidean norm of the samples (N, ...), or of the tokens (N, T, D)."""
+    features = activation.flatten(0, 1) if activation.dim() == 3 else activation.flatten(1)
+    return features.double().norm(dim=1).mean().item()

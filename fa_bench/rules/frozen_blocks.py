@@ -1,0 +1,77 @@
+"""The third floor, for residual nets: the blocks stay random."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+from fa_bench.errors import CoverageError, names
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ALGORITHMS
+from fa_bench.rules.bp import BP
+from fa_bench.utils.lazy import nn
+
+#: Most layers that an error suggests as blocks.
+MAX_NAMES = 6
+
+
+@ALGORITHMS.register("frozen_blocks")
+@dataclasses.dataclass(eq=False)
+class FrozenBlocks(BP):
+    """Floor: the blocks stay random; what comes before and after them learns by backpropagation.
+
+    "Frozen blocks" of the diagnostic protocol for feedback alignment (faeval, spring 2026). A rule that does not beat this floor
+    trains nothing useful within the blocks.
+
+    The model declares its blocks (``model.blocks``, else ``model.cut_points``), or `blocks` names the modules that end them; a
+    block reaches from the end of the previous one to its own. Every parameter of a block keeps its initial value, those of
+    normalisation layers included, and does not decay. The embedding and all that follows the last block learn by their true
+    gradients, which pass through the random blocks. Parameters of the model itself, outside its modules, learn.
+
+    The embedding is the part of the first block that comes before the module that ends it: of residual_mlp, vit_mini and decoder
+    all that precedes the first residual block. If this module has no parameters, as in mlp, conv2 and the residual nets with
+    convolutions, whose first block is the stem, the embedding is the whole first block.
+
+    Choices not specified in the protocol: batch normalisation in blocks stays in training mode; its gains and biases are frozen,
+    but its running statistics are updated.
+    """
+
+    is_floor: ClassVar[bool] = True
+    blocks: list[str] | None = option(None, "modules that end the blocks (names, or patterns such as 'layers.*'); null: those "
+                                            "that the model declares")
+
+    def frozen_parameters(self, sample_input: Any) -> dict[int, str]:
+        from fa_bench.mechanisms.blocks import block_ends, blocks_of, embedding_of
+
+        model = type(self.model).__name__
+        if not block_ends(self.model, self.blocks):
+            inner = self._inner_modules()
+            example = {"blocks": inner} if 0 < len(inner) <= MAX_NAMES else {}
+            raise CoverageError(f"rule '{self.name}' needs blocks that stay random, and {model} declares none: name the modules "
+                                f"that end them with blocks{', for example {blocks}' if example else ''}, or set model.blocks",
+                                example)
+        if sample_input is None:
+            self.trace(None)  # raises an error unless zeros can replace it
+            first: Any = next(iter(self._layers.values()))
+            sample_input = first.weight.new_zeros(2, first.in_features)
+        blocks = blocks_of(self.model, sample_input, self.blocks)
+        if not blocks:
+            raise CoverageError(f"rule '{self.name}': no module that ends a block was called in a forward pass, or none has "
+                                f"parameters before its end (blocks: {names(sorted(block_ends(self.model, self.blocks)))})")
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        learns = {id(parameters[name]) for name in embedding_of(self.model, blocks)}
+        fixed = {id(parameters[name]): "trains nothing" for of_block in blocks.values() for name in of_block}
+        fixed = {key: why for key, why in fixed.items() if key not in learns}
+        if not fixed:
+            raise CoverageError(f"rule '{self.name}' has no block to keep random: {model} has the single block "
+                                f"'{next(iter(blocks))}', its embedding; use rule 'frozen', or a deeper model")
+        return fixed
+
+    def _inner_modules(self) -> list[str]:
+        """The modules of all layers but the first and the last; for a part of a recurrent or attention module, that module."""
+        from fa_bench.mechanisms.weighted_layers import CONVOLUTIONS
+
+        called = (nn.Linear, *CONVOLUTIONS)
+        paths = [path if isinstance(self.model.get_submodule(path), called) else path.rpartition(".")[0]
+                 for path in list(self._layers)[1:-1]]
+        return list(dict.fromkeys(filter(None, paths)))

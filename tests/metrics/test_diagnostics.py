@@ -1,0 +1,243 @@
+"""Growth of the residual stream, stability of gradients, effective rank of errors: against plain loops and closed forms."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fa_bench.data.base import ResidentSplit
+from fa_bench.errors import ConfigError
+from fa_bench.metrics.alarm import Alarm
+from fa_bench.metrics.probes.base import Probes
+from fa_bench.metrics.probes.effective_rank import last_is_features, ranks, rows
+from fa_bench.metrics.probes.stability import Directions
+from fa_bench.models.conv2 import Conv2
+from fa_bench.models.residual_mlp import ResidualMLP
+from fa_bench.models.resnet import ResNet20
+from fa_bench.models.vit_mini import ViTMini
+
+from .test_layer_probes import measured, mlp, random_split, subject_of
+
+
+def residual(**options: object) -> nn.Module:
+    torch.manual_seed(0)
+    return ResidualMLP(width=5, blocks=3, **options).build((1, 6, 6), 3)
+
+
+def vit() -> nn.Module:
+    torch.manual_seed(0)
+    return ViTMini(width=8, heads=2, blocks=2, patch=3).build((1, 6, 6), 3)
+
+
+def conv2() -> nn.Module:
+    torch.manual_seed(0)
+    return Conv2(channels=3, hidden=4).build((1, 8, 8), 3)
+
+
+def images(size: int) -> tuple[ResidentSplit, ResidentSplit]:
+    return random_split(40, size), random_split(20, size, seed=1)
+
+
+# ------------------------------------------------------------------------------------------------ growth of the stream
+def test_growth_is_the_ratio_of_mean_norms_of_output_and_input() -> None:
+    subject = subject_of(residual(), "fa")
+    model, stream = subject.model, [subject.model.embed(subject.meter.x.flatten(1))]
+    with torch.no_grad():
+        model.layers[1].fc2.weight.mul_(100)
+    for block in model.layers:
+        stream.append(block(stream[-1]))
+    norms = [sum(math.sqrt(sum(value**2 for value in sample)) for sample in each.tolist()) / len(each) for each in stream]
+    found = measured("stream_growth", subject)["stream_growth"]
+    assert list(found) == ["layers.0", "layers.1", "layers.2"]
+    for number, value in enumerate(found.values()):
+        assert value == pytest.approx(norms[number + 1] / norms[number], rel=1e-6)
+    assert found["layers.1"] > 5 > found["layers.0"]
+
+
+def test_growth_of_tokens_is_by_token() -> None:
+    """The class token is made a hundred times longer, which a mean over samples would weigh by the square."""
+    subject = subject_of(vit(), "bp")
+    model = subject.model
+    with torch.no_grad():
+        model.embed.token.fill_(100.0)
+        stream = [model.embed(subject.meter.x)]
+        for block in model.layers:
+            stream.append(block(stream[-1]))
+    norms = [each.norm(dim=2).mean().item() for each in stream]
+    found = measured("stream_growth", subject)["stream_growth"]
+    assert list(found.values()) == pytest.approx([norms[1] / norms[0], norms[2] / norms[1]], rel=1e-6)
+
+
+def test_blocks_that_end_in_a_nonlinearity_grow_from_one_to_the_next() -> None:
+    subject = subject_of(mlp(), "fa")
+    model = subject.model
+    first = model.act1(model.fc1(subject.meter.x.flatten(1)))
+    second = model.act2(model.fc2(first))
+    found = measured("stream_growth", subject)["stream_growth"]
+    assert list(found) == ["act2"], "the input of the first block is the image"
+    assert found["act2"] == pytest.approx((second.norm(dim=1).mean() / first.norm(dim=1).mean()).item(), rel=1e-6)
+
+
+def test_growth_of_a_convolutional_net_begins_after_the_stem() -> None:
+    torch.manual_seed(0)
+    subject = subject_of(ResNet20(width=2, blocks=1).build((1, 6, 6), 3), "fa")
+    found = measured("stream_growth", subject)["stream_growth"]
+    assert list(found) == ["stages.layer1.0", "stages.layer2.0", "stages.layer3.0"]
+    assert all(value > 0 for value in found.values())
+
+
+def test_growth_of_a_silent_stream_is_undefined_and_a_net_without_blocks_is_refused() -> None:
+    model = residual()
+    with torch.no_grad():
+        model.embed.weight.zero_()
+        model.embed.bias.zero_()
+    found = measured("stream_growth", subject_of(model, "bp"))["stream_growth"]
+    assert math.isnan(found["layers.0"]) and found["layers.1"] > 0
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
+    with pytest.raises(ConfigError, match=r"probes=\[stream_growth\]: Sequential declares no blocks; .*residual_mlp"):
+        Probes(["stream_growth"], 0, subject_of(plain, "bp"))
+
+
+# ------------------------------------------------------------------------------------------------ stability
+def test_mean_cosine_is_the_mean_over_all_pairs() -> None:
+    vectors, seen = np.random.default_rng(0).normal(size=(5, 3, 4)) + 1, Directions()
+    for vector in vectors:
+        seen.add(torch.from_numpy(vector))
+    flat = [vector.ravel() / np.linalg.norm(vector) for vector in vectors]
+    cosines = [flat[i] @ flat[j] for i in range(5) for j in range(i)]
+    assert seen.mean_cosine == pytest.approx(np.mean(cosines), rel=1e-12)
+    seen.add(torch.zeros(3, 4))
+    seen.add(torch.full((3, 4), math.nan))
+    assert seen.count == 5, "what has no direction is left out"
+    one = Directions()
+    one.add(torch.ones(2))
+    assert math.isnan(one.mean_cosine) and math.isnan(Directions().mean_cosine)
+
+
+@pytest.mark.parametrize("rule", ["bp", "fa", "dfa"])
+def test_stability_is_that_of_the_rules_gradients_over_batches(rule: str) -> None:
+    subject = subject_of(mlp(), rule, train=random_split(50))
+    found = measured("stability", subject)["stability"]
+    model, order = subject.model, torch.randperm(50, generator=torch.Generator().manual_seed(0))
+    data = subject.training.subset(order)
+    x, y = (torch.cat(parts) for parts in zip(*data.batches(50), strict=True))
+    gradients: dict[str, list[Tensor]] = {"fc1": [], "fc2": [], "fc3": []}
+    for start in range(0, 48, 6):  # 50 // 8 images in a batch, of at most 8
+        batch, labels = x[start : start + 6], y[start : start + 6]
+        model.zero_grad()
+        logits = model(batch)
+        subject.rule.backward(F.cross_entropy(logits, labels), logits, labels)
+        for layer, seen in gradients.items():
+            seen.append(model.get_submodule(layer).weight.grad.flatten().double())
+    for layer, seen in gradients.items():
+        cosines = [F.cosine_similarity(seen[i], seen[j], dim=0).item() for i in range(8) for j in range(i)]
+        assert found[layer] == pytest.approx(np.mean(cosines), rel=1e-5, abs=1e-7)
+
+
+def test_stability_is_one_if_all_batches_are_equal_and_undefined_without_learning() -> None:
+    data = random_split(64)
+    data.images[:], data.labels[:] = data.images[:1], 1
+    found = measured("stability", subject_of(mlp(), "bp", train=data))["stability"]
+    assert list(found.values()) == pytest.approx([1.0] * 3, abs=1e-6)
+    frozen = measured("stability", subject_of(mlp(), "frozen"))["stability"]
+    assert math.isnan(frozen["fc1"]) and not math.isnan(frozen["fc3"])
+
+
+# ------------------------------------------------------------------------------------------------ effective rank
+def test_effective_rank_of_known_matrices() -> None:
+    generator = torch.Generator().manual_seed(0)
+    outer = torch.outer(torch.randn(20, generator=generator), torch.randn(7, generator=generator)).double()
+    assert ranks(outer) == pytest.approx((1, 1), rel=1e-6)
+    for scale in (1.0, 1e-30):
+        assert ranks(scale * torch.eye(6)) == pytest.approx((6, 6), rel=1e-6)
+    assert ranks(torch.diag(torch.tensor([3.0, 1.0]))) == pytest.approx(
+        (math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)), 10 / 9), rel=1e-6)
+    assert all(math.isnan(value) for value in (*ranks(torch.zeros(3, 2)), *ranks(torch.full((3, 2), math.inf))))
+
+
+def test_effective_rank_of_errors_of_the_rule_and_of_backpropagation() -> None:
+    subject = subject_of(mlp(activation="identity"), "fa")
+    found = measured("effective_rank", subject)
+    model, x, y = subject.model, subject.meter.x, subject.meter.y
+    assert list(found) == ["effective_rank", "effective_rank_bp", "effective_rank_stable"]
+    assert [list(layers) for layers in found.values()] == [["fc1", "fc2", "fc3"]] * 3
+    logits = model(x).detach().requires_grad_()
+    F.cross_entropy(logits, y).backward()
+    error = logits.grad
+    feedback = {layer: tensors["B"].detach() for layer, tensors in subject.rule.feedback.items()}
+    for key, weight in (("effective_rank", feedback), ("effective_rank_bp", dict(
+            (layer, model.get_submodule(layer).weight.detach()) for layer in ("fc2", "fc3")))):
+        at_fc2 = error @ weight["fc3"]
+        for layer, expected in (("fc3", error), ("fc2", at_fc2), ("fc1", at_fc2 @ weight["fc2"])):
+            values = np.linalg.svd(expected.double().numpy(), compute_uv=False)
+            shares = values[values > 0] / values.sum()
+            assert found[key][layer] == pytest.approx(math.exp(-(shares * np.log(shares)).sum()), rel=1e-4)
+    # Each row of the error at the logits sums to zero, and no later layer adds a direction.
+    assert max(found["effective_rank"].values()) <= 2.001
+
+
+def test_features_are_the_channels_of_maps_and_the_last_dimension_of_tokens() -> None:
+    conv, tokens = subject_of(conv2(), "dfa", *images(8)), subject_of(vit(), "fa")
+    for subject, layer, shape, expected in (
+        (conv, "conv1", (10, 3, 8, 8), (640, 3)),
+        (conv, "conv2", (10, 3, 4, 4), (160, 3)),  # a map is delivered its error before it is flattened for the next layer
+        (conv, "conv2", (10, 48), (10, 48)),
+        (tokens, "embed.patches", (10, 5, 8), (50, 8)),
+        (tokens, "layers.0.fc1", (10, 5, 32), (50, 32)),
+    ):
+        error = torch.zeros(shape)
+        last = last_is_features(error, subject.model, subject.meter.trace, layer)
+        assert tuple(rows(error, last).shape) == expected, layer
+    error = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(rows(error, features_last=False), torch.stack(
+        [error[n, :, i, j] for n in range(2) for i in range(4) for j in range(4)]))
+
+
+@pytest.mark.parametrize("rule", ["fa", "dfa"])
+def test_effective_rank_is_measured_where_the_rule_delivers_errors(rule: str) -> None:
+    found = measured("effective_rank", subject_of(conv2(), rule, *images(8)))
+    assert list(found["effective_rank"]) == ["conv1", "conv2", "fc1", "fc2"]
+    assert 1 < found["effective_rank"]["conv1"] <= 3
+    # fa delivers the error of conv2 flat, one row per sample; dfa at the pooling, one row per position.
+    assert 1 < found["effective_rank"]["conv2"] <= (10 if rule == "fa" else 3)
+    assert found["effective_rank"]["fc2"] == pytest.approx(found["effective_rank_bp"]["fc2"], rel=1e-6)
+    assert found["effective_rank"]["fc1"] != pytest.approx(found["effective_rank_bp"]["fc1"], rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------ alarms
+def test_alarms_fire_on_the_wrong_side_only() -> None:
+    above, below = Alarm(50, True, ""), Alarm(1e-7, False, "")
+    assert [above.fires(value) for value in (49, 50, 50.1, math.inf, math.nan)] == [False, False, True, True, False]
+    assert [below.fires(value) for value in (1e-6, 1e-7, 9e-8, 0, math.nan)] == [False, False, True, True, False]
+    assert (above.condition, below.condition) == ("> 50", "< 1e-07")
+
+
+def test_an_exploded_stream_is_seen_in_growth_and_in_the_gradient_below_it() -> None:
+    """The final normalisation divides the error by the norm of the stream."""
+    from fa_bench.metrics.alignment.metrics import TrueGradientNorm
+    from fa_bench.metrics.probes.stream_growth import StreamGrowth
+
+    model = residual()
+    with torch.no_grad():
+        for block in model.layers:
+            block.fc2.weight.mul_(1e9)
+    subject = subject_of(model, "dfa")
+    growth = measured("stream_growth", subject)["stream_growth"]
+    norms = subject.meter.measure()["true_gradient_norm"]
+    grows = {layer for layer, value in growth.items() if StreamGrowth.alarms["stream_growth"].fires(value)}
+    vanish = {layer for layer, value in norms.items() if TrueGradientNorm.alarms["true_gradient_norm"].fires(value)}
+    assert "layers.0" in grows
+    assert vanish == {f"layers.{number}.fc2" for number in range(3)}, "fc1 and embed are multiplied by the large weights again"
+    assert subject.meter.measure()["delta_angle"]["layers.1.fc2"] > 0, "the angle is recorded all the same"
+
+
+def test_a_net_of_one_layer() -> None:
+    subject = subject_of(nn.Sequential(OrderedDict(flat=nn.Flatten(), fc=nn.Linear(36, 3))), "bp")
+    assert list(measured("stability", subject)["stability"]) == ["fc"]
+    assert list(measured("effective_rank", subject)["effective_rank"]) == ["fc"]
