@@ -174,6 +174,7 @@ class Rule(Options):
         training = torch.is_grad_enabled() and not mode.exact
         if torch.compiler.is_compiling():
             mode.training = training
+            mode.with_gradients.clear()
             return
         if not self._passes:
             mode.without_gradients.clear()

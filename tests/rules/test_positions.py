@@ -185,6 +185,20 @@ def test_the_default_objective_takes_tokens_for_samples():
     assert_matches(collect(two), {key: 3 * grad for key, grad in want.items() if grad is not None})
 
 
+@pytest.mark.parametrize("name", ["drtp", "local_error"])
+def test_the_default_objective_leaves_out_unlabelled_tokens(name: str):
+    """They have no error, and a scaled loss is that of the others."""
+    x, y = tokens()
+    y[0, 1] = y[2, 3] = IGNORED
+    gradients_of = []
+    for objective, scale in ((None, 1.0), (None, 0.25), (TokenLoss(), 0.25)):
+        model = nets.mlp()
+        rule = fa_bench.attach(model, name, seed=0, sample_input=x, objective=objective, **CUTS)
+        gradients_of.append(step(model, rule, x, y, scale))
+    assert_matches(gradients_of[1], {key: gradient / 4 for key, gradient in gradients_of[0].items() if gradient is not None})
+    assert_matches(gradients_of[1], gradients_of[2])
+
+
 @pytest.mark.parametrize("size", [(N, T, C), (N, C, 2, 3)], ids=str)
 def test_the_scale_is_measured_without_labels(size: tuple[int, ...]):
     """The label of a cross-entropy is the class with the only negative error, along the class axis."""
@@ -355,6 +369,24 @@ def test_positions_that_do_not_match_are_refused_by_name():
         rule.backward(logits.sum(), logits)
     with pytest.raises(CoverageError, match=r"cut 'act' .*labels at \(2,\) positions: a local loss needs the same"):
         fa_bench.attach(Pooled(Pairs()).double(), "local_error", sample_input=tokens()[0], objective=TokenLoss())
+
+
+@pytest.mark.parametrize("length", [5, 6])
+def test_sequences_with_the_classes_first_are_refused(length: int):
+    """(N, C, T): steps would be taken for classes, silently if C and T match."""
+    model = nn.Sequential(nn.Conv1d(2, 4, 1), nn.Tanh(), nn.Conv1d(4, C, 1))
+    with pytest.raises(CoverageError, match=rf"\(N, T, C\).*returns \(2, {C}, {length}\) from the convolution '2'.*transpose"):
+        fa_bench.attach(model, "dfa", cuts=["1"], sample_input=torch.randn(2, 2, length))
+    transposed = nn.Sequential(*model, Transposed())
+    rule = fa_bench.attach(transposed, "dfa", cuts=["1"], sample_input=torch.randn(2, 2, length))
+    assert rule.feedback["1"]["B"].shape == (C, 4)
+
+
+class Transposed(nn.Module):
+    """(N, C, T) to (N, T, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)
 
 
 @pytest.mark.parametrize(("shape", "positions", "layer", "output", "axis"), [

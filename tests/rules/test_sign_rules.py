@@ -152,6 +152,18 @@ def test_brsf_redraws_every_training_forward_and_frsf_never():
                 assert not redraws or (draws[one][layer] != draws[other][layer]).any(), layer
 
 
+def test_brsf_draws_once_for_all_steps_of_a_pass():
+    """A recurrent layer runs in every time step; on its own it draws at every call."""
+    model = nn.LSTM(3, 4, 2)
+    rule = fa_bench.attach(model, "brsf", seed=0)
+    layer, x = model.hh_l1, torch.randn(5, 2, 3)
+    for number in (1, 2):
+        model(x)
+        assert layer.pathway.draws == number
+    drawn = [layer(torch.randn(2, 4)) is not None and rule.feedback["hh_l1"]["M"].clone() for _ in range(2)]
+    assert not torch.equal(*drawn)
+
+
 def test_brsf_backward_uses_the_draw_of_its_own_forward():
     """A later training forward draws anew, but a backward still pending keeps the M it was carried forward with."""
     model, rule = attached("brsf")

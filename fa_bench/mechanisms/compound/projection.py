@@ -51,7 +51,7 @@ class Projection(nn.Module):
     @property
     def bias(self) -> Any:
         """The bias, (O,), or None."""
-        bias = None if self.bias_name is None else self.owner._parameters.get(self.bias_name)
+        bias = None if self.bias_name is None else getattr(self.owner, self.bias_name)
         return bias if bias is None or self.bias_rows is None else bias[self.bias_rows]
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:

@@ -168,7 +168,7 @@ class BilinearLayers(Compound):
     """
 
     def projections(self) -> dict[str, Projection]:
-        return {"product": Projection(self, "weight", "bias" if self._parameters.get("bias") is not None else None)}
+        return {"product": Projection(self, "weight", "bias")}
 
     def layerwise_forward(self, input1: Tensor, input2: Tensor) -> Tensor:
         return self.product((input1.unsqueeze(-1) * input2.unsqueeze(-2)).flatten(-2))  # type: ignore[operator]

@@ -12,6 +12,7 @@ from fa_bench.errors import CoverageError, names, nearest
 from fa_bench.mechanisms.coverage import matching
 from fa_bench.mechanisms.rule import OUTPUT
 from fa_bench.mechanisms.trace import trace_model
+from fa_bench.mechanisms.weighted_layers import CONVOLUTIONS
 from fa_bench.registry.options import option_fields
 
 if TYPE_CHECKING:
@@ -62,6 +63,10 @@ def check_cuts(rule: CutRule, trace: Trace, cuts: tuple[str, ...]) -> None:
                             f"model returns {trace.result_shape}")
     if rule.error_at is not None:
         _check_origin(rule.error_at, trace, cuts)
+    elif _has_classes_first(rule, trace):
+        raise CoverageError(f"rule '{rule.name}' needs sequences of outputs as (N, T, C), but this model returns "
+                            f"{trace.result_shape} from the convolution '{trace.outputs[0]}', whose classes come first: "
+                            f"transpose the model's output")
     for cut, same in trace.same_output.items() if rule.side == OUTPUT else ():
         if cut in cuts and same in cuts:
             raise CoverageError(f"cut '{cut}' has the same output as cut '{same}': name one of them (in patterns * crosses dots)")
@@ -74,6 +79,14 @@ def check_cuts(rule: CutRule, trace: Trace, cuts: tuple[str, ...]) -> None:
             raise CoverageError(f"cut '{cut}' has no layer with weights before it")
         if rule.side == OUTPUT and rule.error_at is None and set(trace.feeds[cut]) & set(trace.outputs):
             raise CoverageError(f"cut '{cut}' is after the output layer '{trace.outputs[0]}'; cut hidden layers only")
+
+
+def _has_classes_first(rule: CutRule, trace: Trace) -> bool:
+    """Whether the model's output is (N, C, T), judging by a convolution that has made it."""
+    shape = trace.result_shape
+    layers = [(rule.model.get_submodule(path), trace.output_shapes[path]) for path in trace.outputs]
+    return len(shape) == 3 and shape[1] != shape[2] and any(
+        isinstance(layer, CONVOLUTIONS) and of_layer == shape for layer, of_layer in layers)
 
 
 def named_origin(rule: CutRule) -> tuple[str, ...]:

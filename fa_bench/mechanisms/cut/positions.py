@@ -35,7 +35,7 @@ def positions_of(shape: Shape, axis: int) -> Shape:
 
 
 def mean_loss(objective: Objective, outputs: Tensor, target: Tensor) -> Tensor:
-    """The objective's mean loss; one for a single class per sample takes every position of the outputs for a sample.
+    """The objective's mean loss; one for a single class per sample takes every position with a label for a sample.
 
     Args:
         objective: the objective.
@@ -44,6 +44,9 @@ def mean_loss(objective: Objective, outputs: Tensor, target: Tensor) -> Tensor:
     """
     if outputs.dim() > 2 and POSITIONS not in objective.targets and not target.is_floating_point():
         outputs, target = outputs.movedim(class_axis(outputs.shape), -1).flatten(0, -2), target.flatten()
+        labelled = target != IGNORED
+        if not labelled.all():
+            outputs, target = outputs[labelled], target[labelled]
     return objective.loss(outputs, target)
 
 

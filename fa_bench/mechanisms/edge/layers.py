@@ -53,13 +53,14 @@ class FeedbackLayer(nn.Module):
                     self.pathway.observe(self, x)
             return super().forward(x, *args, **kwargs)
         # From the dictionary: attribute access on a module costs as much as launching a small matrix product.
-        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
-        if weight is None:
+        parameters = self._parameters
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        if weight is None or "bias" not in parameters:  # a pruned or parametrized bias is no parameter of the layer
             weight, bias = self._weight_and_bias()
-        mode.with_gradients.add(self.path)
         pathway = self.pathway
         if self.training and not mode.freeze_random:
             pathway.before_forward(self)
+        mode.with_gradients.add(self.path)
         # No error is needed at the input of the first layer, so its feedback has no effect.
         if not (x.requires_grad or pathway.always_needed):
             return super().forward(x, *args, **kwargs)

@@ -99,7 +99,7 @@ class FeedbackPathway:
         return BackwardContext(self.effective(layer) if x.requires_grad else layer.weight.detach(), gradients=gradients)
 
     def before_forward(self, layer: Any) -> None:
-        """Called at the start of every training forward pass."""
+        """Called before every call of the layer with gradients in training mode."""
 
     def observe(self, layer: Any, x: Tensor) -> None:
         """Called with the input of a frozen layer that runs without gradients in a training forward pass of the model."""
@@ -228,7 +228,11 @@ class SignedMagnitudeFeedback(WeightDerivedFeedback):
         self._known_positive: tuple[int, int] | None = None
 
     def before_forward(self, layer: Any) -> None:
-        if self.resample is not None and not recomputing():
+        if self.resample is None or recomputing():
+            return
+        mode = layer.mode
+        # A recurrent layer runs in every time step: all steps of a pass share one sample.
+        if not mode.training or layer.path not in mode.with_gradients:
             self.draws += 1
             self._is_due = True
 

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
+import fa_bench
 from fa_bench.errors import CoverageError
+from fa_bench.mechanisms.graph import tensors_in
 from tests.mechanisms.loops.chain import CUT_RULES, EDGE_RULES, RULES, Chain, assert_same, attach, batch, gradients, state, train
 
 X, Y = batch()
@@ -224,3 +226,24 @@ def test_dynamic_quantisation_is_refused_or_right_and_works_after_detach(name: s
         torch.testing.assert_close(plain(X), model(X), atol=0.05, rtol=0.05)  # 8 bits of weights of at most 0.35
         if attached is not None:
             assert torch.equal(attached(X), plain(X))
+
+
+@pytest.mark.parametrize("is_attached_first", [True, False])
+@pytest.mark.parametrize("make", [
+    lambda: (nn.Linear(4, 4), "bias"), lambda: (nn.Conv1d(3, 3, 1), "bias"), lambda: (nn.Bilinear(4, 4, 4), "bias"),
+    lambda: (nn.LSTM(4, 4), "bias_hh_l0"), lambda: (nn.GRUCell(4, 4), "bias_ih"),
+    lambda: (nn.MultiheadAttention(4, 2), "in_proj_bias"),
+], ids=["linear", "conv", "bilinear", "lstm", "cell", "attention"])
+def test_a_computed_bias_stays_in_the_forward_pass(make: Callable[[], Any], is_attached_first: bool) -> None:
+    """Pruning the bias leaves the weight a parameter, which has its feedback as before."""
+    (module, name), x = make(), torch.randn(3, 4, requires_grad=True)
+    nn.init.normal_(getattr(module, name))
+    inputs = {nn.MultiheadAttention: (x, x, x), nn.Bilinear: (x, x)}.get(type(module), (x,))
+    rule = fa_bench.attach(module, "fa", sample_input=inputs) if is_attached_first else None
+    prune.l1_unstructured(module, name, 0.5)
+    rule = rule or fa_bench.attach(module, "fa", sample_input=inputs)
+    output = next(tensors_in(module(*inputs)))
+    with rule.exact():
+        torch.testing.assert_close(output, next(tensors_in(module(*inputs))))
+    output.sum().backward()
+    assert getattr(module, f"{name}_orig").grad.abs().sum() > 0
