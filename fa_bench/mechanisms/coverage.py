@@ -146,7 +146,7 @@ def foreign_weights(model: Any, covered: set[int], uses: Uses | None = None) -> 
         for name, parameter in module._parameters.items():
             if parameter is None or id(parameter) in covered or not is_weight(name, parameter):
                 continue
-            full, kind = f"{path}.{name}" if path else name, type(module).__name__
+            full, kind = f"{path}.{name}" if path else name, _kind(module)
             looked_up = isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag))
             if id(parameter) in uses.local if uses is not None and id(parameter) in uses.seen else looked_up:
                 local[full] = f"in {_a(kind)}, looked up" if looked_up else f"in {_a(kind)}, only added to activations"
@@ -171,6 +171,13 @@ def is_weight(name: str, parameter: Any) -> bool:
     if name.startswith(PREFIX):
         return False
     return parameter.dim() == 2 or sum(size > 1 for size in parameter.shape) > 1
+
+
+def _kind(module: Any) -> str:
+    """The type of a module, with its own package if it is called like one of torch's, such as timm's Linear."""
+    cls = type(module)
+    is_other = cls.__name__ in vars(torch.nn) and not cls.__module__.startswith("torch.")
+    return f"{cls.__module__}.{cls.__name__}" if is_other else cls.__name__
 
 
 def _a(kind: str) -> str:

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 
 from fa_bench.errors import ConfigError, truncate
 from fa_bench.mechanisms.rule import INPUT, OUTPUT, Rule
-from fa_bench.mechanisms.trace import loss_output, set_temporarily, tensors_in, trace_model, without_side_effects
+from fa_bench.mechanisms.trace import (
+    loss_output,
+    same_randomness,
+    set_temporarily,
+    tensors_in,
+    trace_model,
+    without_side_effects,
+)
 from fa_bench.mechanisms.weighted_layers import weight_gradient, weighted_layers
 from fa_bench.metrics.alignment.base import declared
 from fa_bench.registry.registries import METRICS
@@ -122,7 +129,7 @@ class Passes:
         handles += [modules[path].register_forward_pre_hook(record.inputs(path), prepend=True, with_kwargs=True)
                     for path in layers]
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), same_randomness(model):
                 logits = loss_output(model(self._meter.x), self.rule.loss_output)
                 record.watch(LOGITS, logits, modules[""])
                 backward(self.rule.objective.loss(logits, self._meter.y), logits)
@@ -182,7 +189,7 @@ class Passes:
         cuts = {module for module, side in self.points.values() if side == OUTPUT and (module, side) in delivered.errors}
         handles = [modules[path].register_forward_hook(split(path)) for path in cuts]
         try:
-            with self.rule.exact(), torch.enable_grad():
+            with self.rule.exact(), torch.enable_grad(), same_randomness(self.rule.model):
                 logits = loss_output(self.rule.model(self._meter.x), self.rule.loss_output)
         finally:
             for handle in handles:

@@ -23,8 +23,26 @@ from fa_bench.runs.hashes import state_hash
 from tests.rules import nets
 from tests.rules.helpers import QUICK
 
-NOISE = {"Dropout": lambda: nn.Dropout(0.5), "AlphaDropout": lambda: nn.AlphaDropout(0.5),
-         "StochasticDepth": lambda: StochasticDepth(0.5, "row"), "none": nn.Identity}
+
+class FunctionalDropout(nn.Module):
+    """Calls functions with rates that it keeps in a layer and in attributes, as the attention of other packages does."""
+
+    def __init__(self, *attributes: str) -> None:
+        super().__init__()
+        self.layer = nn.Dropout(0.5)
+        self.attributes = attributes
+        for attribute in attributes:
+            setattr(self, attribute, 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for rate in (self.layer.p, *(getattr(self, attribute) for attribute in self.attributes)):
+            x = F.dropout(x, rate) if self.training and rate else x
+        return x
+
+
+NOISE = {"Dropout": lambda: nn.Dropout(0.5), "functional": lambda: FunctionalDropout("drop_prob", "dropout_rate"),
+         "AlphaDropout": lambda: nn.AlphaDropout(0.5), "StochasticDepth": lambda: StochasticDepth(0.5, "row"),
+         "none": nn.Identity}
 SHARING = {"match": "random", "linear": "share"}
 OPTIONS = QUICK | {"asap": SHARING, "asfp": SHARING, "asfp_lc": SHARING}
 RULES = sorted(ALGORITHMS)
@@ -63,6 +81,19 @@ def test_dropout_is_off_while_angles_are_measured(name: str, noise: str) -> None
     assert measured(rule) == measured(attached(name)[1])
     assert torch.equal(torch.get_rng_state(), state)
     assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["bp", "dfa"])
+def test_unknown_noise_is_the_same_in_all_passes(name: str) -> None:
+    """It stays on, but repeats itself, and training samples as without the measurement."""
+    torch.manual_seed(0)
+    model = net()
+    model.noise1 = FunctionalDropout("rate_of_another_name")
+    rule = fa_bench.attach(model, name, seed=0, sample_input=batch()[0])
+    state, values = torch.get_rng_state(), AlignmentMeter(rule, *batch()).measure()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert str(values) == measured(rule) != measured(attached(name)[1])
+    assert name != "bp" or not any(values["delta_angle"].values())
 
 
 def all_that_may_change(model: nn.Module, rule: Any) -> dict[str, Any]:

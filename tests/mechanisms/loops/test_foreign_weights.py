@@ -256,3 +256,10 @@ def test_a_table_that_did_not_run_is_known_by_its_kind() -> None:
 
     coverage = attach(Unused(), "fa", sample_input=TOKENS[:2]).coverage
     assert coverage.local["spare.weight"] == "in an Embedding, looked up" and not coverage.uncovered
+
+
+def test_a_type_called_like_one_of_torch_has_its_package() -> None:
+    """timm's Linear, for example: "in a Linear" would not say why nn.Linear is not covered."""
+    other = type("Linear", (nn.Linear,), {"__module__": "vendor.layers"})
+    with pytest.raises(CoverageError, match=r"1\.weight \(in a vendor\.layers\.Linear\)"):
+        fa_bench.attach(nn.Sequential(nn.Linear(3, 3), other(3, 2)), "fa")
