@@ -174,10 +174,11 @@ def is_weight(name: str, parameter: Any) -> bool:
 
 
 def _kind(module: Any) -> str:
-    """The type of a module, with its own package if it is called like one of torch's, such as timm's Linear."""
+    """The type of a module, with its package if it is called like one of torch's, as timm's Linear, and what was done to it."""
     cls = type(module)
     is_other = cls.__name__ in vars(torch.nn) and not cls.__module__.startswith("torch.")
-    return f"{cls.__module__}.{cls.__name__}" if is_other else cls.__name__
+    name = f"{cls.__module__}.{cls.__name__}" if is_other else cls.__name__
+    return f"{name} whose forward method was replaced" if "forward" in module.__dict__ else name
 
 
 def _a(kind: str) -> str:

@@ -47,8 +47,8 @@ def is_weighted(module: nn.Module) -> TypeGuard[WeightedLayer]:
     plain = _plain_class(type(module))
     # Only attention has such a layer, and calls it only as a compound module, which gives its layers this attribute.
     is_used = plain is not nn.modules.linear.NonDynamicallyQuantizableLinear or "batch_axis" in module.__dict__
-    if plain not in WEIGHTED or not is_used:
-        return False
+    if plain not in WEIGHTED or not is_used or "forward" in module.__dict__:
+        return False  # the forward method of this one module was replaced, and may use the weight in any way
     weight = weight_parameter(module)
     return isinstance(weight, nn.Parameter) and not weight.is_complex()
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def expand(model: nn.Module, mode: Mode) -> None:
     """Turn every module of a class in `COMPOUNDS` into its compound class, and give it its projections, in place.
 
-    A module whose weights are computed, by pruning or a parametrization, is left as it is.
+    A module is left as it is if its weights are computed, by pruning or a parametrization, or if its forward method was replaced.
     """
     if "torchvision.models.swin_transformer" in sys.modules:
         from fa_bench.mechanisms.compound import windows  # noqa: F401
@@ -27,7 +27,7 @@ def expand(model: nn.Module, mode: Mode) -> None:
     module: Any
     for module in list(model.modules()):
         cls = COMPOUNDS.get(type(module))
-        if cls is None:
+        if cls is None or "forward" in module.__dict__:
             continue
         module.__class__ = cls
         projections = module.projections()

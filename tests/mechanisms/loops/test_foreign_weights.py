@@ -263,3 +263,18 @@ def test_a_type_called_like_one_of_torch_has_its_package() -> None:
     other = type("Linear", (nn.Linear,), {"__module__": "vendor.layers"})
     with pytest.raises(CoverageError, match=r"1\.weight \(in a vendor\.layers\.Linear\)"):
         fa_bench.attach(nn.Sequential(nn.Linear(3, 3), other(3, 2)), "fa")
+
+
+@pytest.mark.parametrize("name", ["fa", "kp"])
+@pytest.mark.parametrize("path", ["0", "1"])
+def test_a_module_with_a_replaced_forward_method_is_named(name: str, path: str) -> None:
+    """As by tools that move weights between devices: it calls the plain class's method, which transports the weight."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4), nn.Identity())
+    module = model.get_submodule(path)
+    plain = module.forward
+    module.forward = lambda *args: plain(*args)  # type: ignore[method-assign]
+    with pytest.raises(CoverageError, match=rf"{path}\.weight.* \(in an? (Linear|LSTM) whose forward method was replaced\)"):
+        fa_bench.attach(model, name)
+    assert type(module) in (nn.Linear, nn.LSTM) and not list(module.children())
+    del module.forward
+    assert not fa_bench.attach(model, name).coverage.uncovered
