@@ -403,3 +403,26 @@ def test_an_activation_that_a_layer_was_given_outside_the_model_is_not_shared():
     model.layers[1](x)
     with pytest.raises(fa_bench.errors.CoverageError, match=r"the input of 'layers\.1', which did not run before"):
         model(x)
+
+
+@pytest.mark.parametrize("samples", [4, 5])
+def test_attention_shares_with_layers_that_have_the_batch_first(samples: int) -> None:
+    """Its layers take (L, N, E): samples and positions are not mixed up, also if there are as many."""
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.fc, self.out = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+            self.attn = nn.MultiheadAttention(6, 2, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.h = self.stem(x).tanh()
+            self.y = self.fc(self.attn(self.h, self.h, self.h)[0].tanh())
+            self.y.retain_grad()
+            return self.out(self.y.tanh())
+
+    torch.manual_seed(0)
+    model, x = Net().double(), torch.randn(samples, 5, 6, dtype=torch.float64)
+    rule = fa_bench.attach(model, "asap", sample_input=x, k=4)
+    assert "shares the input of attn.in_proj" in next(entry.feedback for entry in rule.coverage.covered if entry.layer == "fc")
+    model(x).square().sum().backward()
+    assert_matches({"fc": model.fc.weight.grad}, {"fc": torch.einsum("nto,nti->oi", model.y.grad, model.h.detach())})

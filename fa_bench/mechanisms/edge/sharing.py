@@ -168,15 +168,16 @@ class SharedActivationFeedback(FeedbackPathway):
 
     def context(self, layer: Any, x: Tensor) -> BackwardContext:
         if self.provides is not None:
-            self.provides.capture(x)
+            self.provides.capture(_batch_first(layer, x))
         context = self.inner.context(layer, x)
         if self.source is None or (layer.mode.freeze_random and self.source.is_missing):
             return context  # a metric runs this layer alone
         return self.shared(layer, context, self.source.in_backward(self.match(layer), layer.mode.rule))
 
     def match(self, layer: Any) -> Callable[[Tensor], Tensor]:
-        """A function that brings the shared activation to the shape of this layer's input."""
-        return matcher(self.shape, self.wanted, self.kind, feedback_tensor(layer, "P"), layer.weight.dim() == 2)
+        """A function that brings the shared activation, (N, ...), to the shape of this layer's input."""
+        match = matcher(self.shape, self.wanted, self.kind, feedback_tensor(layer, "P"), layer.weight.dim() == 2)
+        return lambda activation: _batch_first(layer, match(activation), undo=True)
 
     def shared(self, layer: Any, context: BackwardContext, activation: Callable[[], Tensor]) -> BackwardContext:
         """The context with the shared activation: here, it enters the weight gradient."""
@@ -225,7 +226,7 @@ class SharingRule(EdgeRule):
         self._groups = {path: number for number, group in enumerate(groups, start=1) for path in group}
         self._first = {number: group[0] for number, group in enumerate(groups, start=1)}
         self._sources = {shared: SharedActivation(self._first[shared]) for shared in map(self.source_of, [*self._first][1:])}
-        self._shapes = {path: tuple(shape[1:]) for path, shape in trace.input_shapes.items()}
+        self._shapes = {path: _without_batch(self.model.get_submodule(path), shape) for path, shape in trace.input_shapes.items()}
         self._stem = trace.order[0]
         self._unmatched: list[str] = []
         self._transporting = self.weight_transport_layers(self.model)
@@ -306,6 +307,22 @@ class SharingRule(EdgeRule):
                                 + ("" if self.match == "random" else "; {match} changes channels and features to any number"),
                                 {} if self.match == "random" else {"match": "random"}) from None
         return pathway
+
+
+def _batch_axis(layer: Any, dims: int) -> int:
+    """The axis of the samples in the input of a layer: the layers of attention take (L, N, E)."""
+    return getattr(layer, "batch_axis", 0) if dims > 2 else 0
+
+
+def _batch_first(layer: Any, x: Tensor, undo: bool = False) -> Tensor:
+    """An input of a layer as (N, ...), or, with `undo`, that as an input of the layer."""
+    axis = _batch_axis(layer, x.dim())
+    return (x.movedim(0, axis) if undo else x.movedim(axis, 0)) if axis else x
+
+
+def _without_batch(layer: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+    axis = _batch_axis(layer, len(shape))
+    return (*shape[:axis], *shape[axis + 1:])
 
 
 def _convolutions(model: nn.Module) -> set[str]:
