@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from fa_bench.mechanisms.contexts import evaluating
 from fa_bench.mechanisms.coverage import matching
 from fa_bench.mechanisms.feedback_tensors import PREFIX
-from fa_bench.mechanisms.trace import arguments, evaluating
+from fa_bench.mechanisms.trace import arguments
 
 
 def block_ends(model: nn.Module, blocks: Iterable[str] | None = None) -> set[str]:

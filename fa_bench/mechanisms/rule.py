@@ -287,7 +287,7 @@ class Rule(Options):
 
         Parameters that the rule has frozen get gradients, too.
         """
-        from fa_bench.mechanisms.trace import set_temporarily
+        from fa_bench.mechanisms.contexts import set_temporarily
 
         with set_temporarily([self.mode], "exact", True), set_temporarily(self._frozen_now(), "requires_grad", True):
             yield

@@ -10,7 +10,6 @@ import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from fa_bench.errors import CoverageError, FaBenchError, first_line, names, nearest
 from fa_bench.mechanisms.compound.expansion import layerwise
+from fa_bench.mechanisms.contexts import all_require_grad, evaluating
 from fa_bench.mechanisms.coverage import is_weight, not_coverable
 from fa_bench.mechanisms.graph import items_in, leaves, tensors_in
 from fa_bench.mechanisms.uses import Uses, UsesOfWeights
@@ -375,63 +375,3 @@ def _walk(
             past_layer = True
         stack.extend((following, past_layer) for following, _ in node.next_functions if following is not None)
     return first, later
-
-
-@contextmanager
-def set_temporarily(objects: Iterable[Any], attribute: str, value: Any) -> Iterator[None]:
-    """A context in which an attribute of every object has this value."""
-    before = [(one, getattr(one, attribute)) for one in objects]
-    for one, _ in before:
-        setattr(one, attribute, value)
-    try:
-        yield
-    finally:
-        for one, earlier in before:
-            setattr(one, attribute, earlier)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """A context in which every module is in evaluation mode."""
-    with set_temporarily(model.modules(), "training", False):
-        model.eval()  # modules may override it
-        yield
-
-
-def all_require_grad(model: nn.Module) -> AbstractContextManager[None]:
-    """A context in which every floating-point parameter requires gradients, frozen ones too."""
-    return set_temporarily([p for p in model.parameters() if p.is_floating_point()], "requires_grad", True)
-
-
-#: Attributes in which modules that call functions, PyTorch's and others', keep the rate of their dropout.
-_DROPOUT_RATES = ("dropout", "dropout_p", "attention_dropout", "activation_dropout", "dropout_prob", "dropout_rate", "drop_prob")
-
-
-@contextmanager
-def without_side_effects(model: nn.Module) -> Iterator[None]:
-    """A context without dropout in which batches are normalised by their own statistics, and running ones are not updated.
-
-    Random generators have their earlier state afterwards.
-    """
-    dropouts = [m for m in model.modules()
-                if isinstance(m, nn.modules.dropout._DropoutNd) or type(m).__name__ == "StochasticDepth"]
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-    # Instance normalisation ignores that and updates its running statistics; with momentum 0 they do not change.
-    instances = [m for m in norms if isinstance(m, nn.modules.instancenorm._InstanceNorm)]
-    with ExitStack() as stack:
-        stack.enter_context(set_temporarily(dropouts, "training", False))
-        stack.enter_context(set_temporarily(dropouts, "p", 0.0))  # attention may read it and call a function
-        stack.enter_context(set_temporarily(norms, "track_running_stats", False))
-        stack.enter_context(set_temporarily(instances, "momentum", 0.0))
-        for name in _DROPOUT_RATES:
-            rates = [m for m in model.modules() if isinstance(getattr(m, name, None), float)]
-            stack.enter_context(set_temporarily(rates, name, 0.0))
-        stack.enter_context(same_randomness(model))
-        yield
-
-
-@contextmanager
-def same_randomness(model: nn.Module) -> Iterator[None]:
-    """A context that leaves the state of the random generators as it was, for models that sample in other ways."""
-    with torch.random.fork_rng({parameter.device for parameter in model.parameters() if parameter.is_cuda}):
-        yield

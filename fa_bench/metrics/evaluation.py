@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fa_bench.data.splits import Split
-from fa_bench.mechanisms.trace import evaluating, loss_output
+from fa_bench.mechanisms.contexts import evaluating
+from fa_bench.mechanisms.trace import loss_output
 from fa_bench.objectives.base import Objective
 
 #: Least batch size of evaluation: it keeps no activations, so that larger batches hardly need more memory.

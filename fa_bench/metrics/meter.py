@@ -16,15 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from fa_bench.errors import ConfigError, truncate
+from fa_bench.mechanisms.contexts import same_randomness, set_temporarily, without_side_effects
 from fa_bench.mechanisms.rule import INPUT, OUTPUT, Rule
-from fa_bench.mechanisms.trace import (
-    loss_output,
-    same_randomness,
-    set_temporarily,
-    tensors_in,
-    trace_model,
-    without_side_effects,
-)
+from fa_bench.mechanisms.trace import loss_output, tensors_in, trace_model
 from fa_bench.mechanisms.weighted_layers import weight_gradient, weighted_layers
 from fa_bench.metrics.alignment.base import declared
 from fa_bench.registry.registries import METRICS

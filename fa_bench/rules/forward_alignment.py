@@ -116,7 +116,7 @@ class ForwardAlignment(EdgeRule):
 
     def _run_second_pass(self, current: Pass, args: Any, kwargs: Any) -> None:
         """A second forward pass in which every layer has its input of the first pass, and C in place of its weight."""
-        from fa_bench.mechanisms.trace import set_temporarily, without_side_effects
+        from fa_bench.mechanisms.contexts import set_temporarily, without_side_effects
         from fa_bench.mechanisms.weighted_layers import bias_name, weight_name, weight_parameter
 
         def restart(path: str) -> Any:

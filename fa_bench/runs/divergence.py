@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fa_bench.callbacks.base import Callback
+from fa_bench.mechanisms.contexts import evaluating
 from fa_bench.mechanisms.rule import Rule
-from fa_bench.mechanisms.trace import evaluating
 
 if TYPE_CHECKING:
     from fa_bench.runs.loop import Trainer

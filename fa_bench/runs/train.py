@@ -20,8 +20,9 @@ from fa_bench.config.job import Job
 from fa_bench.config.scale import SCALES, scaled
 from fa_bench.data.splits import Splits
 from fa_bench.errors import ConfigError, CoverageError, OptionError, OutputError, RunDirectoryError, names, nearest
+from fa_bench.mechanisms.contexts import evaluating
 from fa_bench.mechanisms.rule import Rule
-from fa_bench.mechanisms.trace import evaluating, named_results
+from fa_bench.mechanisms.trace import named_results
 from fa_bench.metrics.meter import AlignmentMeter
 from fa_bench.metrics.probes.base import Probes, Subject
 from fa_bench.objectives.base import Objective

@@ -11,6 +11,7 @@ from torch import nn
 
 from fa_bench.mechanisms.compound import attention, recurrent  # noqa: F401  (they fill COMPOUNDS)
 from fa_bench.mechanisms.compound.base import COMPOUNDS, Compound
+from fa_bench.mechanisms.contexts import set_temporarily
 
 if TYPE_CHECKING:
     from fa_bench.mechanisms.weighted_layers import Mode
@@ -71,8 +72,6 @@ def layerwise(model: nn.Module, mode: Mode) -> Iterator[None]:
         model: a plain model, or one with a rule.
         mode: for modules that are not expanded.
     """
-    from fa_bench.mechanisms.trace import set_temporarily
-
     modes = {id(module.rule_mode): module.rule_mode for module in model.modules() if isinstance(module, Compound)}
     is_plain = not modes
     if is_plain:

@@ -134,7 +134,7 @@ def state_restored(rule: Rule) -> Iterator[None]:
     Restored are parameters, learned feedback included, buffers, gradients (None within it), ``requires_grad``, the modes of all
     modules, and every global random generator; ``rule.mode.freeze_random`` is set within it.
     """
-    from fa_bench.mechanisms.trace import set_temporarily
+    from fa_bench.mechanisms.contexts import set_temporarily
     from fa_bench.utils.process import random_state, restore_random_state
 
     model = rule.model

@@ -76,7 +76,7 @@ def estimate_running_statistics(model: torch_nn.Module, split: Split, batch_size
 
     Dropout is off. The model is left in evaluation mode, unchanged if it has no running statistics.
     """
-    from fa_bench.mechanisms.trace import set_temporarily
+    from fa_bench.mechanisms.contexts import set_temporarily
 
     norms = [module for module in model.modules()
              if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None]

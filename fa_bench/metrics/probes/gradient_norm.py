@@ -41,7 +41,8 @@ class GradientNorm(Probe):
     """
 
     def measure(self, subject: Subject) -> Quantities:
-        from fa_bench.mechanisms.trace import all_require_grad, loss_output
+        from fa_bench.mechanisms.contexts import all_require_grad
+        from fa_bench.mechanisms.trace import loss_output
         from fa_bench.mechanisms.weighted_layers import weighted_layers
         from fa_bench.metrics.meter import measurement_mode
 

@@ -70,7 +70,8 @@ def activation_points(trace: Trace) -> dict[str, str]:
 def _activations(subject: Subject, split: Split, points: dict[str, str]) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
     """({point: features (n, F)}, labels (n,)) of each batch."""
     from fa_bench.mechanisms.compound.projection import Projection
-    from fa_bench.mechanisms.trace import loss_output, set_temporarily
+    from fa_bench.mechanisms.contexts import set_temporarily
+    from fa_bench.mechanisms.trace import loss_output
     from fa_bench.metrics.evaluation import EVALUATION_BATCH
 
     model = subject.model
