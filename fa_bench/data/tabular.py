@@ -122,13 +122,18 @@ def _read(path: Path, target: str | None, task: str | None, *state: int) -> _Tab
     columns = [str(name) for name in frame.columns]
     frame.columns = columns
     target = columns[-1] if target is None else target
+    if all(_is_number(name) for name in columns):
+        raise DataError(f"{path}: its first row has only numbers ({names(columns[:_MANY])}); add a header with the names of "
+                        "the columns")
     if target not in columns:
         listed = f"{names(columns[:_MANY])}{', ...' * (len(columns) > _MANY)}"
         raise OptionError("dataset.target", f"={truncate(target, 100)}: {path} has no such column{nearest(target, columns)} "
                                             f"(columns: {listed})")
     if len(columns) < 2 or frame.empty:
-        raise DataError(f"{path}: has {len(frame)} rows and {len(columns)} columns; at least one row, a feature and a target are "
-                        "needed")
+        other = next((mark for mark in (";", "\t", "|") if mark in columns[0]), None)
+        hint = f" (columns are separated by commas, not by {other!r})" if other and len(columns) == 1 else ""
+        raise DataError(f"{path}: has {len(frame)} rows and {len(columns)} column{'s' * (len(columns) != 1)}; at least one row, "
+                        f"a feature and a target are needed{hint}")
     missing = np.argwhere(frame.isna().to_numpy())
     if len(missing):
         row, column = missing[0]
@@ -148,7 +153,27 @@ def _read(path: Path, target: str | None, task: str | None, *state: int) -> _Tab
     if task == "regression" and not is_number:
         raise OptionError("dataset.task", f"=regression: column '{target}' is not numbers")
     x = features.to_numpy(np.float64)
+    infinite = np.argwhere(~np.isfinite(x))
+    if len(infinite):
+        row, column = infinite[0]
+        raise DataError(f"{path}: {x[row, column]} in column '{features.columns[column]}' of row {row + 1} (below the header), "
+                        "not a finite number")
     if task == "regression":
         return _Table(x, of.to_numpy(np.float64), [target], task)
     classes, labels = np.unique(of.to_numpy() if is_number else of.astype(str).to_numpy(str), return_inverse=True)
-    return _Table(x, labels, [f"{name:g}" if is_number else str(name) for name in classes], task)
+    of_classes, counts = [f"{name:g}" if is_number else str(name) for name in classes], np.bincount(labels)
+    if len(counts) < 2:
+        raise DataError(f"{path}: column '{target}' has the same class, {truncate(of_classes[0], 40)}, in all rows")
+    if rare := [truncate(name, 40) for name, count in zip(of_classes, counts, strict=True) if count < 2]:
+        occur = "occurs" if len(rare) == 1 else "occur"
+        raise DataError(f"{path}: in column '{target}', {len(rare)} of {len(counts)} classes {occur} only once "
+                        f"({names(rare[:3])}{', ...' * (len(rare) > 3)}); training and test set need a row each")
+    return _Table(x, labels, of_classes, task)
+
+
+def _is_number(name: str) -> bool:
+    try:
+        float(name)
+    except ValueError:
+        return False
+    return True

@@ -29,6 +29,9 @@ class Objective(Options):
     scores: ClassVar[Mapping[str, tuple[Score, ...]]] = {
         CLASSES: (ACCURACY,), POSITIONS: (ACCURACY,), VALUES: (R2, RMSE)}
 
+    #: The range of numbers, if they are the targets, for which `loss` is defined; None: all.
+    value_range: ClassVar[tuple[float, float] | None] = None
+
     output: str | int | None = option(
         None, "the output of the model that is trained, if it returns several: a key, or a number in a tuple",
         identifying=False)

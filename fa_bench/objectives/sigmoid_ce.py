@@ -23,6 +23,7 @@ class SigmoidCE(Objective):
     """
 
     targets = (CLASSES, VALUES)
+    value_range = (0.0, 1.0)
 
     def loss(self, outputs: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
         losses = nn.functional.binary_cross_entropy_with_logits(outputs, one_hot(target, outputs), reduction="none")

@@ -1,11 +1,11 @@
-"""The batch that alignment metrics are measured on, and a check that every batch can be trained and measured on."""
+"""The batch that alignment metrics are measured on, and checks that all targets and batches can be trained and measured on."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fa_bench.errors import OptionError
-from fa_bench.registry.kinds import CLASSES, NOUNS
+from fa_bench.errors import DataError, OptionError
+from fa_bench.registry.kinds import CLASSES, NOUNS, POSITIONS, VALUES
 from fa_bench.utils.lazy import torch
 
 if TYPE_CHECKING:
@@ -29,6 +29,55 @@ def fixed_batch(splits: Splits, size: int) -> tuple[Tensor, Tensor]:
     if splits.targets == CLASSES and 2 * len(y.unique()) < min(size, len(splits.classes)):
         x, y = next(some(splits.train, size).batches(size))
     return x, y
+
+
+def check_targets(rule: Rule, splits: Splits, dataset: str) -> None:
+    """Refuse targets from which the rule cannot compute errors, or from which the objective has nothing to learn.
+
+    Args:
+        rule: after `attach`, with the objective of the run.
+        splits: of the dataset with the name `dataset`.
+
+    Raises:
+        OptionError: if the rule computes errors from labels, and the targets are numbers.
+        DataError: if all numbers of an output are equal, or outside of what the objective accepts; if no position counts, or a
+            negative one that is not `ignore_index`.
+    """
+    if splits.targets == VALUES and getattr(rule, "needs_target", False):
+        sign = "; use algorithm.error_sign=true, or a rule such as dfa" if rule.name == "drtp" else "; use a rule such as dfa"
+        raise OptionError("algorithm", f"={rule.name} computes its errors from class labels, but the targets of "
+                                       f"dataset={dataset} are numbers{sign}")
+    for part, split in (("training", splits.train), ("validation", splits.validation), ("test", splits.test)):
+        if split is None or split.targets is None:
+            continue
+        if splits.targets == VALUES:
+            _check_values(rule, split.targets, part, f"dataset={dataset}: {part} targets")
+        elif splits.targets == POSITIONS:
+            _check_positions(rule, split.targets, f"dataset={dataset}: {part} targets")
+
+
+def _check_values(rule: Rule, values: Tensor, part: str, where: str) -> None:
+    low, high = values.amin().item(), values.amax().item()
+    if part == "training" and len(values) > 1 and (values == values[0]).all():
+        raise DataError(f"{where} are all {low:.6g}, so that there is nothing to learn")
+    allowed = rule.objective.value_range
+    if allowed is not None and (low < allowed[0] or high > allowed[1]):
+        raise DataError(f"{where} are from {low:.4g} to {high:.4g}, but objective={rule.objective.name} requires numbers from "
+                        f"{allowed[0]:g} to {allowed[1]:g}; use objective=mse, or scale them")
+
+
+def _check_positions(rule: Rule, labels: Tensor, where: str) -> None:
+    ignored: int | None = getattr(rule.objective, "ignore_index", None)
+    if ignored is None:
+        return
+    wrong = ((labels < 0) & (labels != ignored)).nonzero()
+    if len(wrong):
+        row, column = wrong[0].tolist()
+        raise DataError(f"{where}: sequence {row} has {labels[row, column].item()} at position {column}, which is neither a "
+                        f"token nor objective.ignore_index={ignored}")
+    if (labels == ignored).all():
+        raise DataError(f"{where} are all {ignored}, which do not count (objective.ignore_index), so that there is nothing to "
+                        "score")
 
 
 def check_batches(rule: Rule, splits: Splits, options: RunOptions) -> None:

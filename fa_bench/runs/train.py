@@ -30,7 +30,7 @@ from fa_bench.optim.optimizers import Optimizers
 from fa_bench.registry.registries import CALLBACKS
 from fa_bench.registry.specs import component
 from fa_bench.runs import checkpoint
-from fa_bench.runs.batches import check_batches, fixed_batch
+from fa_bench.runs.batches import check_batches, check_targets, fixed_batch
 from fa_bench.runs.callbacks import Alignment, Checkpoints, Display, Histograms, StopOnSignal, probe_interval
 from fa_bench.runs.divergence import Diverged, Divergence
 from fa_bench.runs.hashes import compare_data, state_hash, weights_hash
@@ -314,6 +314,7 @@ def assemble(job: Job, device: torch.device, splits: Splits | None = None) -> Pa
         rule.attach(model, seed=job.run.seed, sample_input=x[:2], initial_phase=False, objective=objective)
     except CoverageError as error:
         raise error.with_prefix("algorithm") from None
+    check_targets(rule, splits, job.dataset.name)
     check_batches(rule, splits, job.run)
     steps = splits.train.steps(job.run.batch_size, job.run.drop_last)
     optimizers = Optimizers(job.optimizer, rule, job.run.epochs, job.feedback_optimizer, steps)

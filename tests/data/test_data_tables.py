@@ -147,3 +147,16 @@ def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
     for path, problem in cases:
         with pytest.raises(FaBenchError, match=problem):
             _ = Npz(path=path).inputs
+
+
+@pytest.mark.parametrize(("text", "problem"), [
+    ("1,2.5\n2,3.5\n3,4.5\n", "first row has only numbers .*add a header"),
+    ("a;b\n1;2.5\n2;3.5\n", "1 column;.*separated by commas, not by ';'"),
+    ("a,b\n1,2.5\ninf,3.5\n", "inf in column 'a' of row 2"),
+    ("a,b\n1,x\n2,x\n3,x\n", "column 'b' has the same class, x"),
+    ("a,b\n1,x\n2,x\n3,y\n", "1 of 2 classes occurs only once .y."),
+])
+def test_what_a_csv_file_lacks_is_named(tmp_path: Path, text: str, problem: str) -> None:
+    with pytest.raises(DataError, match=problem) as caught:
+        Tabular(table=write_csv(tmp_path, text)).load(Path(), CPU)
+    assert len(str(caught.value).splitlines()) == 1

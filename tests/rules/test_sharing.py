@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fa_bench
-from fa_bench.mechanisms.edge.sharing import matcher
+from fa_bench.mechanisms.edge.sharing import _feature_matcher, matcher
 from fa_bench.registry.registries import ARCHITECTURES
 
 from . import nets
@@ -426,3 +426,12 @@ def test_attention_shares_with_layers_that_have_the_batch_first(samples: int) ->
     assert "shares the input of attn.in_proj" in next(entry.feedback for entry in rule.coverage.covered if entry.layer == "fc")
     model(x).square().sum().backward()
     assert_matches({"fc": model.fc.weight.grad}, {"fc": torch.einsum("nto,nti->oi", model.y.grad, model.h.detach())})
+
+
+@pytest.mark.parametrize("kind", ["max_pool", "avg_pool"])
+def test_features_of_tokens_are_pooled_token_by_token(kind):
+    match = _feature_matcher(6, 3, kind, None)
+    x = torch.arange(24.0).reshape(2, 2, 6)
+    pairs = x.reshape(2, 2, 3, 2)
+    torch.testing.assert_close(match(x), pairs.amax(-1) if kind == "max_pool" else pairs.mean(-1), rtol=0, atol=0)
+    torch.testing.assert_close(match(x[0]), match(x)[0], rtol=0, atol=0)

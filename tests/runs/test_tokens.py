@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +172,36 @@ def test_bits_per_character_need_characters(capsys: pytest.CaptureFixture[str]) 
     assert not Path("run").exists()
     assert main([*arrays, "objective.score=bits_per_token"]) == 0
     assert json.loads(Path("run/result.json").read_text())["scores"][0]["name"] == "bits_per_token"
+
+
+def arrays(x: np.ndarray, y: np.ndarray, test_y: np.ndarray | None = None) -> None:
+    np.savez("my.npz", x_train=x, y_train=y, x_test=x, y_test=y if test_y is None else test_y)
+
+
+@pytest.mark.parametrize(("of", "overrides", "problem"), [
+    (np.full((20, 3), -100), [], "training targets are all -100, which do not count"),
+    (np.full((20, 3), -5), [], "sequence 0 has -5 at position 0.*objective.ignore_index=-100"),
+    (np.full(20, 1.5), ["objective=mse"], "training targets are all 1.5, so that there is nothing to learn"),
+    (np.linspace(0, 2, 20), ["objective=sigmoid_ce"], "objective=sigmoid_ce requires numbers from 0 to 1; use objective=mse"),
+    (np.linspace(0, 2, 20), ["objective=mse", "algorithm=drtp"], "drtp computes its errors from class labels.*error_sign=true"),
+    (np.linspace(0, 2, 20), ["objective=mse", "algorithm=local_error"], "local_error computes its errors from class labels"),
+])
+def test_targets_that_cannot_be_trained_on_are_refused(
+    of: np.ndarray, overrides: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    x = np.arange(60).reshape(20, 3)
+    arrays(x % 7 if of.ndim > 1 else x / 60.0, of)
+    net = ["plugins=[token_nets]", "architecture=token_net", "objective=token_cross_entropy"] if of.ndim > 1 else \
+        ["architecture.widths=[4]"]
+    assert main(["dataset=npz", "dataset.path=my.npz", "epochs=1", "threads=1", "batch_size=4", *net, *overrides]) == 2
+    output = capsys.readouterr()
+    assert re.search(problem, output.err + output.out)
+    assert "epoch 1" not in output.out
+
+
+def test_other_targets_of_the_same_kinds_are_trained_on() -> None:
+    x = np.arange(60).reshape(20, 3)
+    arrays(x / 60.0, np.linspace(0, 1, 20))
+    net = ["dataset=npz", "dataset.path=my.npz", "epochs=1", "threads=1", "batch_size=4", "architecture.widths=[4]"]
+    assert main([*net, "objective=sigmoid_ce"]) == 0
+    assert main([*net, "objective=mse", "algorithm=drtp", "algorithm.error_sign=true"]) == 0

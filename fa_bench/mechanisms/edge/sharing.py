@@ -136,7 +136,7 @@ def _feature_matcher(have: int, want: int, kind: str, mixing: Tensor | None) -> 
     if have % want:
         raise ValueError(f"neither of {have} and {want} features is a multiple of the other")
     pool: Any = torch.nn.functional.max_pool1d if kind == "max_pool" else torch.nn.functional.avg_pool1d
-    return lambda x: pool(x.unsqueeze(-2), have // want).squeeze(-2)
+    return lambda x: pool(x.reshape(-1, 1, have), have // want).reshape(*x.shape[:-1], want)
 
 
 @dataclasses.dataclass(eq=False)
