@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import OptionError
 from fa_bench.models.base import Architecture
@@ -24,8 +24,8 @@ class LSTM(Architecture):
     Tokens: embedding - rnn - head at every position. Images: rows or pixels as steps - rnn - head at the last step.
 
     Recurrent weights and biases are initialised with PyTorch's default, U(1 / √width), and the embedding from N(0, 1); `init`
-    and `linear_init` apply to the head only. The model declares no cut points: `torch.nn.LSTM` runs all its steps at once, and
-    no error can be delivered between them.
+    and `linear_init` apply to the head only. The model's block and cut point is ``states``, the states of all steps: errors pass
+    from step to step through the recurrent weights, so that rules with cuts need ``within=block``.
     """
 
     tasks = ((IMAGES, CLASSES), (IMAGES, VALUES), (TOKENS, POSITIONS))
@@ -49,4 +49,6 @@ class LSTM(Architecture):
         else:
             colours, _, width = input_shape
             read, features = (Rows(), colours * width) if self.scan == "rows" else (Pixels(), colours)
-        return Recurrent(read, features, self.cell, self.layers, self.width, self.dropout, classes, last=not is_text)
+        model: Any = Recurrent(read, features, self.cell, self.layers, self.width, self.dropout, classes, last=not is_text)
+        model.cut_points = model.blocks = ["states"]
+        return model

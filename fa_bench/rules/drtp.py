@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
-from fa_bench.mechanisms.cut.positions import IGNORED
+from fa_bench.mechanisms.cut.positions import ignored_label
 from fa_bench.mechanisms.cut.rule import CapturedActivation, CutRule
 from fa_bench.mechanisms.feedback_options import density_option, init_option, within_option
 from fa_bench.registry.options import option
@@ -74,7 +74,7 @@ class DRTP(CutRule):
 
     def _at_positions(self, cut: str, captured: CapturedActivation, broadcast: Tensor, target: Tensor | None) -> Tensor:
         """The signal for an output with positions; those without a label have no error and do not count."""
-        labelled = target != IGNORED if target is not None else broadcast.ne(0).any(-1)
+        labelled = target != ignored_label(self.objective) if target is not None else broadcast.ne(0).any(-1)
         feedback = self.tensor(cut, "B")
         count = labelled.sum().clamp_min(1).to(torch.promote_types(feedback.dtype, torch.float32))
         factor = self.scale * self.loss_factor / count

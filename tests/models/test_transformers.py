@@ -132,7 +132,8 @@ def test_sizes_of_decoders(options: dict[str, Any], parameters: int) -> None:
 
 @pytest.mark.parametrize(("architecture", "name"), [
     *((net, rule) for net in ("decoder", "decoder, norm=post", "vit_mini") for rule in ("bp", "fa", "kp", "usf", "pfa")),
-    *((f"lstm, cell={cell}", "bp") for cell in ("lstm", "gru", "rnn")),
+    *((f"lstm, cell={cell}", rule) for cell in ("lstm", "gru", "rnn") for rule in ("bp", "fa", "kp", "usf", "pfa")),
+    ("decoder", "dfa"), ("decoder, norm=post", "dfa"), ("vit_mini", "dfa"), ("lstm, cell=lstm", "dfa"),
 ])
 def test_rules_train_every_weight(architecture: str, name: str) -> None:
     if architecture == "vit_mini":
@@ -141,10 +142,11 @@ def test_rules_train_every_weight(architecture: str, name: str) -> None:
     else:
         kind, options, *_ = TEXT[architecture]
         net, x, y = build(kind, **options), tokens(), tokens().roll(1, 1)
-    rule = fa_bench.attach(net, name, seed=0, sample_input=x)
-    assert not rule.coverage.uncovered
+    within = {"within": "block"} if name == "dfa" else {}
+    rule = fa_bench.attach(net, name, seed=0, sample_input=x, **within)
+    assert not rule.coverage.uncovered and bool(within) == ("within blocks" in rule.coverage.transport)
     covered = {"decoder": 25, "decoder, norm=post": 13, "vit_mini": 14}
-    assert name == "bp" or len(rule.coverage.covered) == covered[architecture]
+    assert name == "bp" or len(rule.coverage.covered) == covered.get(architecture, 5)
     before = {key: p.detach().clone() for key, p in net.named_parameters()}
     optimizer = torch.optim.SGD(rule.parameter_groups(lr=0.1))
     for _ in range(2):

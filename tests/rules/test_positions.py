@@ -16,6 +16,7 @@ from fa_bench.mechanisms.cut.positions import IGNORED, feature_axis
 from fa_bench.mechanisms.loss_scale import is_unscaled, measured_scale
 from fa_bench.metrics.meter import AlignmentMeter
 from fa_bench.objectives.base import Objective
+from fa_bench.objectives.token_cross_entropy import TokenCrossEntropy
 from fa_bench.registry.kinds import POSITIONS
 
 from . import nets
@@ -460,3 +461,17 @@ def test_the_output_angle_is_that_of_each_token():
     cosines = F.cosine_similarity(a @ rule.feedback["act1"]["B"].t(), plain(x), dim=-1)
     want = torch.rad2deg(cosines.acos()).mean().item()
     assert AlignmentMeter(rule, x, y, ["output_angle"]).measure()["output_angle"]["fc1"] == pytest.approx(want, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["drtp", "local_error"])
+def test_positions_with_the_objective_s_own_ignored_label_get_no_error(name: str) -> None:
+    def learned(ignored: int) -> dict[str, Tensor | None]:
+        model, objective = nets.mlp(), TokenCrossEntropy(ignore_index=ignored)
+        rule: Any = fa_bench.attach(model, name, sample_input=tokens()[0], objective=objective, **CUTS)
+        x, y = tokens()
+        y = y.masked_fill(torch.arange(T) > 1, ignored)
+        logits = model(x)
+        rule.backward(3 * objective.loss(logits, y), logits, y)
+        return collect(model)
+
+    assert_bitwise(learned(C + 4), learned(-100))

@@ -11,7 +11,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import CoverageError, names
-from fa_bench.mechanisms.cut.positions import IGNORED
+from fa_bench.mechanisms.cut.positions import ignored_label
 from fa_bench.mechanisms.graph import nodes_from
 from fa_bench.mechanisms.loss_scale import is_unscaled, measured_scale
 from fa_bench.utils.lazy import torch
@@ -155,7 +155,7 @@ class Delivery:
         if target.device.type != "cpu":
             return
         if target.dim() > 1:
-            target = target[target != IGNORED]
+            target = target[target != ignored_label(self.rule.objective)]
         if not target.numel():
             return
         low, high = (int(bound) for bound in target.aminmax())

@@ -29,6 +29,11 @@ def class_axis(shape: Shape) -> int:
     return 2 if len(shape) == 3 else 1
 
 
+def ignored_label(objective: Objective) -> int:
+    """The label of positions that do not count."""
+    return getattr(objective, "ignore_index", IGNORED)
+
+
 def positions_of(shape: Shape, axis: int) -> Shape:
     """The sizes of all axes but the batch and `axis`."""
     return shape[1:axis] + shape[axis + 1:]
@@ -44,7 +49,7 @@ def mean_loss(objective: Objective, outputs: Tensor, target: Tensor) -> Tensor:
     """
     if outputs.dim() > 2 and POSITIONS not in objective.targets and not target.is_floating_point():
         outputs, target = outputs.movedim(class_axis(outputs.shape), -1).flatten(0, -2), target.flatten()
-        labelled = target != IGNORED
+        labelled = target != ignored_label(objective)
         if not labelled.all():
             outputs, target = outputs[labelled], target[labelled]
     return objective.loss(outputs, target)

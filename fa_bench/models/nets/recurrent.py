@@ -14,7 +14,7 @@ CELLS: dict[str, Any] = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 
 
 class Recurrent(nn.Module):
-    """input - rnn - (last step -) head.
+    """input - rnn - states - (last step -) head.
 
     Args:
         read: makes the steps (N, T, features) from an input.
@@ -34,10 +34,11 @@ class Recurrent(nn.Module):
         self.last = last
         self.read = read
         self.rnn = CELLS[cell](features, width, layers, batch_first=True, dropout=dropout)
+        self.states = nn.Identity()  # a module whose output are the states, where errors can be delivered
         self.head = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        states, _ = self.rnn(self.read(x))
+        states = self.states(self.rnn(self.read(x))[0])
         return self.head(states[:, -1] if self.last else states)
 
 
