@@ -324,3 +324,17 @@ def test_an_optimizer_without_the_feedback_is_noticed_where_the_output_layer_is_
     rule = fa_bench.attach(model, name, seed=0, **({"b_lr_scale": 1.0} if name == "dkp" else {}))
     with pytest.raises(StateError, match=LEFT_OUT):
         steps(model, rule, optimizer, 1)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_an_update_after_the_rules_step_is_noticed_by_its_next_step(name):
+    """There was no backward pass in between."""
+    model, (x, y) = net(), data()
+    optimizer = sgd(model.parameters())
+    rule = fa_bench.attach(model, name, seed=0)
+    logits = model(x)
+    rule.backward(F.cross_entropy(logits, y), logits, y)
+    rule.step()  # nothing was updated
+    optimizer.step()
+    with pytest.raises(StateError, match=LEFT_OUT):
+        rule.step()

@@ -246,3 +246,20 @@ def test_lists_and_mappings_of_a_sample_stay_as_they_are(name):
     options = {"match": "random", "linear": "share"} if name == "asap" else {}
     fa_bench.attach(Takes(), name, sample_input=sample, **options)
     assert len(sample["parts"]) == 2 and list(sample["more"]) == ["x"]
+
+
+@pytest.mark.parametrize("name", EDGE)
+def test_a_model_that_calls_itself_in_its_first_pass_is_left_without_observers(name):
+    """The pass is observed once, however deep the call: hooks and modes of torch are those from before."""
+    class Again(Net):
+        def forward(self, x, again=True):
+            y = super().forward(x)
+            return y + self(x / 2, again=False) if self.training and again else y
+
+    model = Again()
+    fa_bench.attach(model, name, sample_input=X[:2])
+    modes = torch._C._len_torch_function_stack()
+    hooks = [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
+    model(X)
+    assert torch._C._len_torch_function_stack() == modes
+    assert [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()] == hooks
