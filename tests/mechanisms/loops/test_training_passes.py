@@ -55,6 +55,22 @@ def test_a_weight_used_outside_its_layer_in_training_alone_is_refused(name):
     train(model, rule, 2)
 
 
+@pytest.mark.parametrize("name", (*EDGE, *CUT))
+def test_after_a_first_pass_that_failed_the_next_one_is_checked(name):
+    def fails(net, x, h):
+        with torch.no_grad():
+            net.b(h)
+        raise ArithmeticError("the model's own")
+
+    model = Net(fails)
+    attach(model, name)
+    with pytest.raises(ArithmeticError, match="the model's own"):
+        model(X)
+    model.extra = lambda net, x, h: F.linear(h, net.b.weight.t())
+    with pytest.raises(CoverageError, match=r"b\.weight \(used outside its layer"):
+        model(X)
+
+
 @pytest.mark.parametrize("name", CUT)
 def test_a_cut_that_runs_twice_in_training_is_refused(name):
     model = Net(lambda net, x, h: h + net.act2(net.b(net.act(net.a(x + 0.1)))))
