@@ -388,3 +388,46 @@ def test_activation_checkpointing_around_the_module(name: str, by_layer: bool, o
         rule = fa_bench.attach(model, name, seed=0, sample_input=words()[0], within="block", **options)
         gradients.append(train(model, rule) | {f"B {n}": b.grad for n, b in enumerate(rule.feedback_parameters())})
     assert_bitwise(*gradients)
+
+
+class Extra(nn.Sequential):
+    """4-6-6-3, which also runs its second layer without gradients in training."""
+
+    how = ""
+
+    def __init__(self) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            super().__init__(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.how:
+            return super().forward(x)
+        hidden = self[1](self[0](x))
+
+        def second(h: Tensor) -> Tensor:
+            return self[3](self[2](h))
+
+        if self.how == "reentrant":
+            return self[4](checkpoint(second, hidden.requires_grad_(), use_reentrant=True))
+        with torch.no_grad():
+            second(hidden)
+        return self[4](second(hidden))
+
+
+@pytest.mark.parametrize("name", ["dfa", "dkp"])
+def test_the_module_may_run_without_gradients_beside_the_trained_pass(name: str):
+    found = []
+    x, y = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 1, 0])
+    for how in ("", "beside", "reentrant"):
+        model = Extra()
+        model.how = how
+        rule = fa_bench.attach(model, name, cuts=["1"], error_at="3", sample_input=x)
+        if how == "reentrant":
+            with pytest.raises(CoverageError, match="error_at=3: .*with gradients.*use_reentrant=False"):
+                model(x)
+            break
+        logits = model(x)
+        rule.backward(F.cross_entropy(logits, y), logits, y)
+        found.append(collect(model))
+    assert_bitwise(*found)

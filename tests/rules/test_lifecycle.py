@@ -12,6 +12,7 @@ import fa_bench
 from fa_bench.errors import CoverageError
 from fa_bench.mechanisms.cut.rule import CutRule
 from fa_bench.mechanisms.feedback_tensors import drop_tensors, put_tensor, tensors_of
+from fa_bench.mechanisms.rule import Rule
 from fa_bench.registry.registries import ALGORITHMS
 
 from . import nets
@@ -491,3 +492,12 @@ def test_attach_leaves_its_sample_as_it_was(variant):
     before = x.clone()
     fa_bench.attach(model, name, seed=0, sample_input=x, **cut_options(name, model, options))
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_rule_equals_itself_alone(name):
+    """Rules with the same options belong to different models; so it is with the classes from which it derives."""
+    for cls in ALGORITHMS[name].__mro__:
+        if issubclass(cls, Rule):
+            one, other = cls(), cls()
+            assert one == one != other and len({one, other}) == 2

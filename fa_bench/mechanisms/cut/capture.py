@@ -99,8 +99,9 @@ class Capture:
     def require_connected(self) -> None:
         """Raise an error if the module in the option ``error_at`` did not run in the training pass that ends."""
         if not self._connected and not recomputing():
-            raise CoverageError(f"error_at={self.rule.error_at}: this module did not run in a training pass, although it ran "
-                                f"when the model was attached")
+            raise CoverageError(f"error_at={self.rule.error_at}: this module did not run in a training pass with gradients, "
+                                f"although it ran when the model was attached (activation checkpointing needs "
+                                f"use_reentrant=False)")
 
     def check_missing(self, tape: dict[str, CapturedActivation]) -> None:
         """Refuse cuts that ran without gradients in a training pass, and warn about those that did not run."""
@@ -150,7 +151,9 @@ class Capture:
         if tape is None:
             # A repeated pass must save the same tensors as the first one, in which this output required its gradient.
             repeated = recomputing() and not self.rule.mode.exact and torch.is_grad_enabled()
-            return output.detach().requires_grad_() if repeated and not output.requires_grad else None
+            return output.detach().requires_grad_() if repeated else None
+        if not torch.is_grad_enabled():
+            return None  # beside the trained pass; in reentrant checkpointing, `require_connected` refuses the pass
         if not isinstance(output, torch.Tensor) or self._connected:
             what = "ran twice" if self._connected else f"returned a {type(output).__name__}"
             raise CoverageError(f"error_at={self.rule.error_at}: this module {what} in a training pass; name one that runs once "

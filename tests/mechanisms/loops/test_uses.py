@@ -90,6 +90,19 @@ def test_a_weight_used_outside_its_layer_is_refused_by_name(name: str, how: str)
         attach(Net(decode), name)
 
 
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("name", COVERING)
+def test_a_weight_used_outside_its_layer_before_the_layer_runs_is_refused(name: str, by_name: bool) -> None:
+    """The layer's input was computed from its own weight."""
+    class Early(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.act(self.enc(x)) @ self.mid.weight
+            return self.out(self.act2(self.mid(input=h) if by_name else self.mid(h))[:, :8])
+
+    with pytest.raises(CoverageError, match=r"mid\.weight \(used outside its layer, by matmul\(\) in the model"):
+        attach(Early(), name, sample_input=X)
+
+
 @pytest.mark.parametrize("name", COVERING)
 def test_the_refusal_says_it_once_and_leaves_the_model_plain(name: str) -> None:
     model = Net(OUTSIDE["matmul"][0])
