@@ -149,8 +149,6 @@ def _traced(
                 return
             if path in embeddings:
                 look_ups[y.grad_fn] = path
-            if path not in watched and path not in layers:
-                return
             x = next(tensors_in(args), y)
             # The current nodes: a later in-place operation gives the tensor another one.
             seen[path] = _Call(tuple(x.shape), x.grad_fn, y, y.grad_fn, y._version)

@@ -424,7 +424,7 @@ def test_the_module_may_run_without_gradients_beside_the_trained_pass(name: str)
         model.how = how
         rule = fa_bench.attach(model, name, cuts=["1"], error_at="3", sample_input=x)
         if how == "reentrant":
-            with pytest.raises(CoverageError, match="error_at=3: .*with gradients.*use_reentrant=False"):
+            with pytest.raises(CoverageError, match=r"error_at=3: .*with gradients.*use_reentrant=False"):
                 model(x)
             break
         logits = model(x)
