@@ -398,9 +398,13 @@ class Transposed(nn.Module):
     ((2, 8, 2, 3), (4, 6), nn.Conv2d(3, 8, 1), (2, 8, 2, 3), 1), ((2, 2, 3, 8), (4, 6), nn.Linear(3, 8), (2, 2, 3, 8), 3),
     ((2, 4, 3), (3,), nn.Linear(3, 3), (2, 4, 3), 2), ((2, 8, 16), (8,), nn.Linear(3, 8), (2, 8, 8), 2),
     ((2, 9), (5,), nn.Linear(3, 9), (2, 9), 1),
+    # One of both says it, against the layer's usual axis; both disagree.
+    ((2, 7, 5), (5,), nn.Linear(3, 3), (2, 5, 3), 1), ((2, 5, 7), (3,), nn.Linear(3, 5), (2, 3, 5), 1),
+    ((2, 5, 7), (5,), nn.Conv1d(3, 3, 1), (2, 3, 5), 2), ((2, 8, 16), (8,), nn.Conv1d(3, 8, 1), (2, 8, 16), 1),
+    ((2, 5, 5), (5,), None, None, 2), ((2, 7, 5), (5,), None, None, 1), ((2, 7, 5), (), None, None, 2),
 ], ids=str)
 def test_the_axis_of_features(shape: Any, positions: Any, layer: Any, output: Any, axis: int):
-    assert feature_axis(shape, positions, (layer, output)) == axis
+    assert feature_axis(shape, positions, None if layer is None else (layer, output)) == axis
 
 
 # ------------------------------------------------------------------------------------------------ positions of the cut alone

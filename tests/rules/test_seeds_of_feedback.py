@@ -10,7 +10,7 @@ from torch import nn
 
 import fa_bench
 from fa_bench.registry.registries import ALGORITHMS
-from fa_bench.utils.sampling import INITIALISERS, resample_magnitudes, sample
+from fa_bench.utils.sampling import INITIALISERS, resample_magnitudes, sample, sample_mask, seed_for
 
 from . import nets
 from .helpers import QUICK, cut_options
@@ -62,6 +62,24 @@ def test_layers_and_tensors_of_one_shape_differ(name: str) -> None:
     equal = [(a, b) for a, b in combinations(tensors, 2)
              if tensors[a].shape == tensors[b].shape and torch.equal(tensors[a], tensors[b])]
     assert tensors and equal == []
+
+
+@pytest.mark.parametrize("name", ["fa", "usf", "brsf", "frsf", "dkp"])
+def test_tensors_are_those_of_seed_path_and_name(name: str) -> None:
+    """So that results can be reproduced: a renamed seed would change them all."""
+    found = random_tensors(name, seed=7, forwards=0)
+    for (path, key), tensor in found.items():
+        # dkp's B is drawn with its mask.
+        seed = seed_for(7, path, "B" if name == "dkp" else key)
+        if key == "mask":
+            want = sample_mask(tensor.shape, 0.5, seed)
+        elif key == "B" and name == "usf":
+            continue  # computed from the weight and the mask
+        else:
+            init = getattr(ALGORITHMS[name](), "m_init" if key == "M" else "b_init")
+            want = sample(tensor.shape, init, seed, 0.5 if key == "B" else 1.0)
+        assert torch.equal(tensor, (want.abs() if key == "M" else want).to(tensor))
+    assert found
 
 
 @pytest.mark.parametrize("name", ["pfa", "pfa_o", "mixed"])
