@@ -137,7 +137,7 @@ class Capture:
                 raise CoverageError(f"cut '{cut}' ran twice in a training pass, but once when the model was attached: "
                                     f"name a module that runs once in training")
             tape[cut] = CapturedActivation(output, output.shape)
-            frozen = [learned for learned in self.frozen.get(cut, ()) if learned.is_frozen] if self.frozen else ()
+            frozen = [learned for learned in self.frozen.get(cut, ()) if learned.is_frozen]
             if frozen and self._depends_on_parameters(output):
                 for learned in frozen:
                     learned.require_trainable()

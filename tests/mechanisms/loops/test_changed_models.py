@@ -179,6 +179,16 @@ def test_a_copy_of_a_part_is_no_part_of_the_model():
     assert rule.model is model
 
 
+def test_a_layer_that_was_added_is_part_of_the_model_from_the_next_pass_until_detach():
+    model, rule = attached("kp", allow_uncovered=True)
+    one_more_layer(model)
+    model(data()[0])
+    with pytest.raises(CoverageError, match="is part of another model with the rule 'kp'"):
+        fa_bench.attach(model[5], "fa")
+    added = rule.detach()[5]
+    fa_bench.attach(added, "fa")
+
+
 def test_a_layer_that_was_taken_out_belongs_to_no_model_after_detach():
     model, rule = attached("fa")
     old, model[2] = model[2], nn.Identity()
