@@ -135,8 +135,8 @@ class LearnedTensor:
         """Record that the present tensor is trained."""
         self._known, self._trained, self._fault = self.tensor, True, ""
 
-    def on_optimizer_step(self, groups: dict[int, dict[str, Any]]) -> bool:
-        """Called after a step of an optimizer; whether it trains this tensor.
+    def on_optimizer_step(self, groups: dict[int, dict[str, Any]]) -> None:
+        """Called after a step of an optimizer, which may train this tensor.
 
         Args:
             groups: id of each tensor that the optimizer trains -> its parameter group.
@@ -147,15 +147,13 @@ class LearnedTensor:
             self.mark_trained()
             if weight_group is not None:
                 self._compare(group, weight_group)
-            return True
-        if weight_group is not None:
+        elif weight_group is not None:
             # A tensor that was trained before may have an optimizer of its own, which steps before or after that of the weights.
             if not self._fault:
                 self._grace = 2 if self._is_trained() else 0
             self._fault = _NOT_TRAINED
         elif self.tensor is not self._known and id(self._known) in groups:
             self._fault = _REPLACED
-        return False
 
     def _compare(self, group: dict[str, Any], weight_group: dict[str, Any]) -> None:
         """Warn if the optimizer's settings for the tensor are not those that the rule needs."""
@@ -222,7 +220,9 @@ def _after_optimizer_step(optimizer: Any, args: Any, kwargs: Any) -> None:
         if learned.key not in learned.module._parameters:  # the rule was detached
             _known.discard(learned)
             _unchecked.discard(learned)
-        elif learned.on_optimizer_step(groups) or (not learned._fault and learned._is_trained()):
+            continue
+        learned.on_optimizer_step(groups)
+        if not learned._fault and learned._is_trained():
             _unchecked.discard(learned)
 
 

@@ -14,6 +14,7 @@ from torchvision.ops import StochasticDepth
 
 import fa_bench
 from fa_bench.data.base import ResidentSplit
+from fa_bench.mechanisms.trace import without_side_effects
 from fa_bench.metrics.angles import NORM_FLOOR, angles, mean_sample_angle, norm_ratio
 from fa_bench.metrics.evaluation import evaluate
 from fa_bench.metrics.meter import AlignmentMeter
@@ -94,6 +95,40 @@ def test_unknown_noise_is_the_same_in_all_passes(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert str(values) == measured(rule) != measured(attached(name)[1])
     assert name != "bp" or not any(values["delta_angle"].values())
+
+
+class Drops(nn.Module):
+    """Keeps a rate of its own, as attention modules of other packages do."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        setattr(self, name, 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, getattr(self, self.name))
+
+
+@pytest.mark.parametrize("make", [
+    lambda: nn.MultiheadAttention(6, 2, dropout=0.5), lambda: nn.LSTM(6, 6, 2, dropout=0.5), lambda: Drops("dropout_p"),
+    lambda: Drops("attention_dropout"),
+])
+def test_rates_of_dropout_in_attention_and_recurrence_are_zero_and_come_back(make: Any) -> None:
+    torch.manual_seed(0)
+    module, x = make(), torch.randn(3, 2, 6)
+
+    def called() -> Tensor:
+        y = module(x, x, x) if isinstance(module, nn.MultiheadAttention) else module(x)
+        return y[0] if isinstance(y, tuple) else y
+
+    with without_side_effects(module):
+        during = called()
+    assert not torch.equal(called(), during)  # they are back
+    for name in ("dropout", "dropout_p", "attention_dropout"):
+        if hasattr(module, name):
+            assert getattr(module, name) == 0.5
+            setattr(module, name, 0.0)
+    assert torch.equal(called(), during)
 
 
 def all_that_may_change(model: nn.Module, rule: Any) -> dict[str, Any]:

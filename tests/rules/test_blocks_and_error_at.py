@@ -328,6 +328,23 @@ def test_a_module_that_does_not_run_in_training_is_named():
         model(words()[0])
 
 
+def test_a_cut_that_runs_after_the_module_in_training_alone_is_refused():
+    class Swaps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.act, self.mid, self.head = nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.fc(x)
+            return self.head(self.act(self.mid(h)) if self.training else self.mid(self.act(h)))
+
+    model, x = Swaps(), torch.ones(2, 4)
+    fa_bench.attach(model, "dfa", sample_input=x, cuts=["act"], error_at="mid")
+    with (pytest.warns(UserWarning, match="cut 'act' did not run"),
+          pytest.raises(CoverageError, match="cut 'act' ran after 'mid' in a training pass, but before it when")):
+        model(x)
+
+
 @pytest.mark.parametrize("option", ["within=block", "error_at=1", "positions=shared"])
 def test_the_kernel_form_has_no_such_options(option: str):
     name, value = option.split("=")

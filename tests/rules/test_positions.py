@@ -351,6 +351,39 @@ def test_a_finer_cut_gets_copies():
     assert distance(b.grad, gradient) < REL
 
 
+class Spread(nn.Module):
+    """One vector for each sample, from which the outputs at all positions are computed."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.sizes = sizes
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.fc, self.act, self.place = nn.Linear(7, 6), nn.ReLU(), nn.Parameter(torch.randn(6, *sizes))
+            self.head = nn.Linear(6, C) if len(sizes) == 1 else nn.Conv2d(6, C, 1)
+        self.cut_points = ["act"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.fc(x)).view(len(x), 6, *[1] * len(self.sizes)) + self.place
+        return self.head(h.movedim(1, -1) if len(self.sizes) == 1 else h)
+
+
+@pytest.mark.parametrize("sizes", [(4,), (2, 3)], ids=str)
+def test_a_cut_without_positions_gets_the_sum_of_all_errors(sizes: tuple[int, ...]):
+    x = tokens()[0][:, 0]
+    model = Spread(*sizes).double()
+    rule = fa_bench.attach(model, "dkp", seed=0, sample_input=x, allow_uncovered=True)
+    signals: list[Tensor] = []
+    model.act.register_forward_hook(lambda module, args, out: out.register_hook(signals.append) and None, prepend=True)
+    logits = model(x)
+    weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)  # the error
+    rule.backward((weight * logits).sum(), logits)
+    total = weight.flatten(1, -2).sum(1) if len(sizes) == 1 else weight.flatten(2).sum(2)
+    b, activation = rule.feedback["act"]["B"], model.fc(x).relu().detach()
+    assert distance(signals[-1], (total @ b).detach()) < REL
+    assert distance(b.grad, total.t() @ activation) < REL
+
+
 class Reversed(nn.Module):
     def __init__(self, keep: int) -> None:
         super().__init__()

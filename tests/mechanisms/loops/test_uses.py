@@ -152,6 +152,7 @@ HARMLESS: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "new_zeros": lambda net, h: h[:, :8] + net.enc.weight.new_zeros(8),
     "zeros_like": lambda net, h: h[:, :8] + torch.zeros_like(net.enc.weight)[0],
     "added": lambda net, h: h[:, :8] + net.enc.weight[0],
+    "scaled and added": lambda net, h: h[:, :8] + 2 * net.enc.weight[0] / 3,
     "penalty that is kept": lambda net, h: setattr(net, "penalty", net.enc.weight.square().sum()) or h[:, :8],
     "statistic": lambda net, h: setattr(net, "norm", net.enc.weight.detach().norm().item()) or h[:, :8],
 }
