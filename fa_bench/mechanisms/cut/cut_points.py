@@ -182,7 +182,7 @@ def _suggested_cuts(rule: CutRule, sample_input: Any) -> list[str]:
             chosen[max(candidates, key=lambda path: len(trace.feeds_alone[path]))] = None
     for layer in trace.order:
         candidates = [path for path in single if layer in trace.feeds_alone[path]]
-        if layer not in outputs and candidates:
+        if candidates:  # none for output layers
             fewest = min(len(trace.feeds_alone[path]) for path in candidates)
             chosen[next(path for path in reversed(candidates) if len(trace.feeds_alone[path]) == fewest)] = None
     return list(chosen)

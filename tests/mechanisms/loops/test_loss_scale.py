@@ -292,3 +292,32 @@ def test_a_scale_is_found_in_what_rounding_leaves_of_small_errors(multiple: floa
     true = (logits.softmax(1) - F.one_hot(labels, 3)) / 256 * multiple
     assert (delta.float() - true).norm() / true.norm() > 0.05
     assert measured_scale("drtp", delta, logits, labels) == pytest.approx(multiple, rel=0.2)
+
+
+@pytest.mark.parametrize(("dtype", "error", "is_noticed"), [
+    (torch.float32, 0.01, True), (torch.float64, 0.01, True), (torch.bfloat16, 0.01, False), (torch.float16, 0.01, False),
+    (torch.bfloat16, 0.2, True), (torch.float32, 1e-4, False),
+], ids=str)
+def test_what_is_no_multiple_is_told_from_rounding(dtype: torch.dtype, error: float, is_noticed: bool) -> None:
+    """An error at right angles to that of the cross-entropy: four times the unit roundoff of bfloat16 is about 0.01."""
+    logits = torch.linspace(-1, 1, 36).view(12, 3)
+    delta = (logits.softmax(1) - F.one_hot(Y, 3)) / 12
+    other = delta.roll(1, 1)
+    other = other - (other * delta).sum() / delta.square().sum() * delta
+    given = (delta + error * delta.norm() / other.norm() * other).to(dtype)
+    if is_noticed:
+        with pytest.raises(ValueError, match="is not a multiple"):
+            measured_scale("drtp", given, logits.to(dtype), Y)
+    else:
+        assert measured_scale("drtp", given, logits.to(dtype), Y) == 1.0
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_deliver_infers_the_scale_as_backward_does(variant: str) -> None:
+    got = []
+    for method in ("backward", "deliver"):
+        model, rule = chain(variant)
+        logits = model(X64)
+        getattr(rule, method)(F.cross_entropy(logits, Y) / 4, logits, Y)
+        got.append(gradients(model))
+    assert_same(*got)

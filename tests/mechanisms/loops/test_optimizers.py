@@ -269,6 +269,24 @@ def test_a_frozen_weight_and_its_feedback_rest_together():
     assert not torch.equal(rule.feedback["0"]["B"], before)
 
 
+@pytest.mark.parametrize("name", ["dkp", "predsim", "dgl"])
+def test_the_feedback_of_a_cut_after_a_frozen_layer_rests_with_it(name):
+    """Until the layer is trained; an input that requires its gradient does not count."""
+    model, x = net(), data()[0]
+    model[0].requires_grad_(False)
+    rule = fa_bench.attach(model, name, seed=0, **({"b_lr_scale": 1.0} if name == "dkp" else {}))
+    resting = [key for key, tensor in rule.feedback["1"].items() if not tensor.requires_grad]
+    assert resting
+    steps(model, rule, sgd(p for p in model.parameters() if p.requires_grad), 2)
+    model(x.requires_grad_(True))
+    model[0].requires_grad_(True)
+    with pytest.raises(StateError, match=r"'1\.feedback_\w+' was frozen by attach.*unfreeze it too"):
+        model(x)
+    for tensor in rule.feedback_parameters():
+        tensor.requires_grad_(True)
+    steps(model, rule, sgd(model.parameters()), 2)
+
+
 def convolutional():
     torch.manual_seed(1)
     model = nn.Sequential(*[part for width in (1, 4, 4) for part in (nn.Conv1d(width, 4, 3, padding=1), nn.ReLU())],
