@@ -96,7 +96,7 @@ def test_new_weights_may_come_in_where_uncovered_ones_are_allowed():
 def test_modules_without_weights_may_come_and_go(name):
     """And wrappers of a layer, as long as the layer is still in the model."""
     model, rule = attached(name)
-    model.append(nn.Identity())
+    model.append(nn.LayerNorm(3, elementwise_affine=False))  # it has parameters that are None
     steps(model, rule, sgd(p for p in model.parameters() if p.requires_grad), 1)
 
     class Wrapper(nn.Module):
