@@ -435,3 +435,26 @@ def test_features_of_tokens_are_pooled_token_by_token(kind):
     pairs = x.reshape(2, 2, 3, 2)
     torch.testing.assert_close(match(x), pairs.amax(-1) if kind == "max_pool" else pairs.mean(-1), rtol=0, atol=0)
     torch.testing.assert_close(match(x[0]), match(x)[0], rtol=0, atol=0)
+
+
+class Merges(nn.Module):
+    """Tokens, from the third layer on in pairs."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.stem, self.a, self.b = (nn.Linear(6, 6) for _ in range(3))
+            self.c, self.d, self.out = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        h = torch.tanh(self.b(torch.tanh(self.a(torch.tanh(self.stem(x))))))
+        return self.out(torch.tanh(self.d(torch.tanh(self.c(h.unflatten(1, (-1, 2)).flatten(2))))))
+
+
+@pytest.mark.parametrize("name", ["asap", "asfp"])
+def test_layers_with_other_positions_use_their_own_input_and_are_named(name):
+    model, x = Merges(), torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
+    rule = fa_bench.attach(model, name, sample_input=x, linear="share")
+    assert any("are not those of c: these layers use their own input" in note for note in rule.coverage.notes)
+    assert [entry.layer for entry in rule.coverage.covered if "shares the input" in entry.feedback] == ["b", "d", "out"]
