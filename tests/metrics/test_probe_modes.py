@@ -14,7 +14,7 @@ from torchvision.ops import StochasticDepth
 
 import fa_bench
 from fa_bench.data.base import ResidentSplit
-from fa_bench.mechanisms.trace import without_side_effects
+from fa_bench.mechanisms.contexts import without_side_effects
 from fa_bench.metrics.angles import NORM_FLOOR, angles, mean_sample_angle, norm_ratio
 from fa_bench.metrics.evaluation import evaluate
 from fa_bench.metrics.meter import AlignmentMeter
