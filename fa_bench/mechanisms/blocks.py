@@ -50,8 +50,10 @@ def blocks_of(model: nn.Module, sample: Any, blocks: Iterable[str] | None = None
     seen: set[str] = set()
 
     def add(path: str, recurse: bool) -> None:
-        names = [f"{path}.{name}" for name, _ in modules[path].named_parameters(recurse=recurse, remove_duplicate=False)
-                 if not name.rpartition(".")[2].startswith(PREFIX)]
+        # Not `named_parameters`, which wrappers override.
+        parts = modules[path].named_modules(prefix=path, remove_duplicate=False) if recurse else [(path, modules[path])]
+        names = [f"{where}.{name}" for where, part in parts for name, parameter in part._parameters.items()
+                 if parameter is not None and not name.startswith(PREFIX)]
         current.extend(name for name in names if name not in seen)
         seen.update(names)
 

@@ -345,5 +345,18 @@ FAEVAL = Preset([
     ({"architecture": "vit_mini"}, _keys("architecture", width=128, blocks=4, patch=4)),
 ])
 
+#: No paper's: a small decoder on the built-in text; dfa with the cuts of Launay et al. 2020, their shared matrix, and the error
+#: in front of the vocabulary layer.
+LM_SEEDS, LM_CUTS = [0, 1, 2], [None, ["layers.*.norm1", "layers.*.act", "layers.*.norm2"]]
+LM_QUICKSTART = Preset([
+    {"algorithm": ["bp", "frozen_blocks", "fa", "kp"], "seed": LM_SEEDS},
+    {"algorithm": ["dfa"], "algorithm.form": ["shared"], "algorithm.within": ["block"], "algorithm.error_at": ["layers"],
+     "algorithm.cuts": LM_CUTS, "seed": LM_SEEDS},
+], {
+    "dataset": "text", "objective": "token_cross_entropy", "objective.score": "bits_per_character", "architecture": "decoder",
+    **_keys("architecture", depth=2, width=64, norm="post", dropout=0.0),
+    "optimizer": "adam", **_keys("optimizer", lr=3e-3, **ADAM), **CONSTANT, "epochs": 5, "batch_size": 32, "threads": 1,
+}, [({"algorithm": ("fa", "dfa", "kp")}, {"algorithm.b_init": "xavier_uniform"})])
+
 PRESETS: dict[str, Preset] = {**ASAP_PAPER, **PFA_PAPER, **DKP_PAPER, **WM_PAPER, "quickstart": QUICKSTART,
-                              "tune_digits": TUNE_DIGITS, "faeval": FAEVAL}
+                              "tune_digits": TUNE_DIGITS, "faeval": FAEVAL, "lm_quickstart": LM_QUICKSTART}

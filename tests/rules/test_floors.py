@@ -1,5 +1,7 @@
 """bp, frozen and bp_fc: the control and the two floors every table carries."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -248,7 +250,8 @@ def test_frozen_blocks_refuses_a_net_that_is_all_embedding_and_a_missing_sample(
 
 def test_frozen_blocks_suggests_recurrent_modules_as_a_whole_and_names_ends_that_never_ran():
     torch.manual_seed(0)
-    model = ARCHITECTURES["lstm"]().build((5,), 7)
+    model: Any = ARCHITECTURES["lstm"]().build((5,), 7)
+    del model.blocks, model.cut_points
     tokens = torch.randint(7, (4, 5))
     with pytest.raises(CoverageError, match=r"blocks=\['rnn'\], or set"):
         fa_bench.attach(model, "frozen_blocks", sample_input=tokens)
