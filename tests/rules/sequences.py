@@ -1,4 +1,4 @@
-"""Naive references for attention, LSTM and bilinear modules: plain loops over scalars, float64, one sample at a time.
+"""Naive references for attention, recurrent and bilinear modules: plain loops over scalars, float64, one sample at a time.
 
 Nothing here uses torch's autograd or fa_bench. Index legend: o output, i input, t time step or query, s key.
 """
@@ -43,22 +43,30 @@ def added(*vectors: Vector) -> Vector:
     return [sum(entries) for entries in zip(*vectors, strict=True)]
 
 
+#: A layer and the rows of its weight that are used.
+Rows = tuple[Layer, range]
+
+
+def packed(layer: Layer) -> list[Rows]:
+    """The projections of queries, keys and values that have one weight, (3E, E)."""
+    size = len(layer.weight) // 3
+    return [(layer, range(number * size, (number + 1) * size)) for number in range(3)]
+
+
 def attention(
-    projections: Layer, output: Layer, queries: list[Vector], keys: list[Vector], values: list[Vector], heads: int,
+    projections: list[Rows], output: Layer, queries: list[Vector], keys: list[Vector], values: list[Vector], heads: int,
     errors: list[Vector],
 ) -> tuple[list[Vector], list[Vector], list[Vector]]:
     """The errors at queries, keys and values, from the errors at the outputs of attention without masks.
 
     Args:
-        projections: W (3E, E), the rows of queries, keys and values.
+        projections: of queries, keys and values, each with E rows.
         output: W (E, E).
     """
     features = len(output.weight)
     size = features // heads
-    of_q, of_k, of_v = (range(number * features, (number + 1) * features) for number in range(3))
-    q = [projections.forward(x, of_q) for x in queries]
-    k = [projections.forward(x, of_k) for x in keys]
-    v = [projections.forward(x, of_v) for x in values]
+    q, k, v = ([layer.forward(x, rows) for x in sequence]
+               for (layer, rows), sequence in zip(projections, (queries, keys, values), strict=True))
     g_q, g_k, g_v = ([[0.0] * features for _ in sequence] for sequence in (q, k, v))
     for t, error in enumerate(errors):
         context, attended = [0.0] * features, []
@@ -81,9 +89,10 @@ def attention(
                     g_v[s][f] += weight * g_context[f]
                     g_q[t][f] += g_score * k[s][f]
                     g_k[s][f] += g_score * q[t][f]
-    return ([projections.backward(x, g, of_q) for x, g in zip(queries, g_q, strict=True)],
-            [projections.backward(x, g, of_k) for x, g in zip(keys, g_k, strict=True)],
-            [projections.backward(x, g, of_v) for x, g in zip(values, g_v, strict=True)])
+    at_q, at_k, at_v = ([layer.backward(x, g, rows) for x, g in zip(sequence, g_sequence, strict=True)]
+                        for (layer, rows), sequence, g_sequence in zip(
+                            projections, (queries, keys, values), (g_q, g_k, g_v), strict=True))
+    return at_q, at_k, at_v
 
 
 def sigmoid(x: float) -> float:
@@ -114,6 +123,51 @@ def lstm(ih: Layer, hh: Layer, inputs: list[Vector], errors: list[Vector]) -> li
             g_z[2 * size + j] = g_c[j] * i[j] * (1 - g[j] ** 2)
             g_z[3 * size + j] = g_h[j] * tanh * o[j] * (1 - o[j])
             g_c[j] *= f[j]
+        g_h = hh.backward(h, g_z)
+        at_inputs.insert(0, ih.backward(x, g_z))
+    return at_inputs
+
+
+def gru(ih: Layer, hh: Layer, inputs: list[Vector], errors: list[Vector]) -> list[Vector]:
+    """As `lstm`, for h' = (1 - z) n + z h with n = tanh(n_x + r n_h)."""
+    size = len(hh.weight) // 3
+    h = [0.0] * size
+    steps = []
+    for x in inputs:
+        a, b = ih.forward(x), hh.forward(h)
+        r = [sigmoid(a[j] + b[j]) for j in range(size)]
+        z = [sigmoid(a[size + j] + b[size + j]) for j in range(size)]
+        n = [math.tanh(a[2 * size + j] + r[j] * b[2 * size + j]) for j in range(size)]
+        steps.append((x, h, b, r, z, n))
+        h = [(1 - z[j]) * n[j] + z[j] * h[j] for j in range(size)]
+    g_h, at_inputs = [0.0] * size, []
+    for (x, h, b, r, z, n), error in zip(reversed(steps), reversed(errors), strict=True):
+        g_h = added(g_h, error)
+        g_a, g_b, direct = [0.0] * (3 * size), [0.0] * (3 * size), [0.0] * size
+        for j in range(size):
+            g_n = g_h[j] * (1 - z[j]) * (1 - n[j] ** 2)
+            g_r = g_n * b[2 * size + j] * r[j] * (1 - r[j])
+            g_z = g_h[j] * (h[j] - n[j]) * z[j] * (1 - z[j])
+            g_a[j] = g_b[j] = g_r
+            g_a[size + j] = g_b[size + j] = g_z
+            g_a[2 * size + j], g_b[2 * size + j] = g_n, g_n * r[j]
+            direct[j] = g_h[j] * z[j]
+        g_h = added(hh.backward(h, g_b), direct)
+        at_inputs.insert(0, ih.backward(x, g_a))
+    return at_inputs
+
+
+def rnn(ih: Layer, hh: Layer, inputs: list[Vector], errors: list[Vector]) -> list[Vector]:
+    """As `lstm`, for h' = tanh(a + b)."""
+    h = [0.0] * len(hh.weight)
+    steps = []
+    for x in inputs:
+        new_h = [math.tanh(z) for z in added(ih.forward(x), hh.forward(h))]
+        steps.append((x, h, new_h))
+        h = new_h
+    g_h, at_inputs = [0.0] * len(h), []
+    for (x, h, new_h), error in zip(reversed(steps), reversed(errors), strict=True):
+        g_z = [g * (1 - value**2) for g, value in zip(added(g_h, error), new_h, strict=True)]
         g_h = hh.backward(h, g_z)
         at_inputs.insert(0, ih.backward(x, g_z))
     return at_inputs

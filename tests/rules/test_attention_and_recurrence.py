@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ from fa_bench import attach
 from fa_bench.errors import CoverageError
 from fa_bench.mechanisms.weighted_layers import bias_name, weight_name
 
-from .sequences import Layer, added, attention, bilinear, lstm
+from .sequences import Layer, Rows, added, attention, bilinear, gru, lstm, packed, rnn
 
 pytestmark = [pytest.mark.filterwarnings("ignore:LSTM with projections"),
               pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")]
@@ -126,11 +125,12 @@ def require_gradients(model: nn.Module, rule: Any, name: str, layers: dict[str, 
 
 
 @pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("cross", [False, True])
-def test_attention(name: str, cross: bool) -> None:
-    model = made(lambda: Attends(cross))
+@pytest.mark.parametrize(("cross", "sizes"), [(False, {}), (True, {}), (True, {"kdim": 5, "vdim": 7})], ids=str)
+def test_attention(name: str, cross: bool, sizes: dict[str, int]) -> None:
+    model = made(lambda: Attends(cross, **sizes))
     rule = attach(model, name, sample_input=X, **RULES[name])
     layers = layers_of(model, rule, name)
+    projections = [(layers[f"core.{part}_proj"], range(6)) for part in "qkv"] if sizes else packed(layers["core.in_proj"])
     y = model(X)
     delta = errors(y)
     (y * delta).sum().backward()
@@ -138,11 +138,9 @@ def test_attention(name: str, cross: bool) -> None:
         x = [[*map(float, row)] for row in X[:, n]]
         h = [layers["first"].forward(row) for row in x]
         k, v = ([layers[part].forward(row) for row in x[:-1]] if cross else h for part in ("keys", "values"))
-        # The attended values, without a backward pass: errors of zero.
-        probe = {path: copy.deepcopy(layer) for path, layer in layers.items()}
-        contexts = attended(probe["core.in_proj"], probe["core.out_proj"], h, k, v)
+        contexts = attended(projections, layers["core.out_proj"], h, k, v)
         g = [layers["last"].backward(context, [*map(float, row)]) for context, row in zip(contexts, delta[:, n], strict=True)]
-        g_q, g_k, g_v = attention(layers["core.in_proj"], layers["core.out_proj"], h, k, v, 2, g)
+        g_q, g_k, g_v = attention(projections, layers["core.out_proj"], h, k, v, 2, g)
         if not cross:
             g_q = [added(*three) for three in zip(g_q, g_k, g_v, strict=True)]
         for t, row in enumerate(x):
@@ -153,11 +151,10 @@ def test_attention(name: str, cross: bool) -> None:
     require_gradients(model, rule, name, layers)
 
 
-def attended(projections: Layer, output: Layer, q: list, k: list, v: list) -> list[list[float]]:
+def attended(projections: list[Rows], output: Layer, q: list, k: list, v: list) -> list[list[float]]:
     """The outputs of attention with two heads of three features."""
-    features, results = len(output.weight), []
-    parts = [range(number * features, (number + 1) * features) for number in range(3)]
-    q, k, v = ([projections.forward(x, part) for x in sequence] for sequence, part in zip((q, k, v), parts, strict=True))
+    results = []
+    q, k, v = ([layer.forward(x, rows) for x in sequence] for (layer, rows), sequence in zip(projections, (q, k, v), strict=True))
     for query in q:
         context: list[float] = []
         for head in (range(3), range(3, 6)):
@@ -168,9 +165,22 @@ def attended(projections: Layer, output: Layer, q: list, k: list, v: list) -> li
     return results
 
 
+#: name -> (what makes the module, the names of its layers, its reference)
+RECURRENT: dict[str, tuple[Callable[[], nn.Module], tuple[str, str], Callable[..., Any]]] = {
+    "LSTM": (lambda: nn.LSTM(5, 3), ("core.ih_l0", "core.hh_l0"), lstm),
+    "GRU": (lambda: nn.GRU(5, 3), ("core.ih_l0", "core.hh_l0"), gru),
+    "RNN": (lambda: nn.RNN(5, 3), ("core.ih_l0", "core.hh_l0"), rnn),
+    "LSTM cell": (lambda: Steps(nn.LSTMCell(5, 3)), ("core.cell.ih", "core.cell.hh"), lstm),
+    "GRU cell": (lambda: Steps(nn.GRUCell(5, 3)), ("core.cell.ih", "core.cell.hh"), gru),
+    "RNN cell": (lambda: Steps(nn.RNNCell(5, 3)), ("core.cell.ih", "core.cell.hh"), rnn),
+}
+
+
 @pytest.mark.parametrize("name", RULES)
-def test_an_lstm_of_three_steps(name: str) -> None:
-    model = made(lambda: Recurs(nn.LSTM(5, 3)))
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_three_steps_of_recurrent_modules(kind: str, name: str) -> None:
+    make, (ih, hh), reference = RECURRENT[kind]
+    model = made(lambda: Recurs(make()))
     rule = attach(model, name, sample_input=X, **RULES[name])
     layers = layers_of(model, rule, name)
     y = model(X)
@@ -183,7 +193,7 @@ def test_an_lstm_of_three_steps(name: str) -> None:
         h = [layers["first"].forward(row) for row in x]
         g = [layers["last"].backward([*map(float, state)], [*map(float, row)])
              for state, row in zip(states[:, n], delta[:, n], strict=True)]
-        for row, error in zip(x, lstm(layers["core.ih_l0"], layers["core.hh_l0"], h, g), strict=True):
+        for row, error in zip(x, reference(layers[ih], layers[hh], h, g), strict=True):
             layers["first"].backward(row, error)
     require_gradients(model, rule, name, layers)
 
