@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fa_bench.errors import ConfigError, truncate
 from fa_bench.mechanisms.contexts import same_randomness, set_temporarily, without_side_effects
+from fa_bench.mechanisms.cut.positions import mean_loss
 from fa_bench.mechanisms.rule import INPUT, OUTPUT, Rule
 from fa_bench.mechanisms.trace import loss_output, tensors_in, trace_model
 from fa_bench.mechanisms.weighted_layers import weight_gradient, weighted_layers
@@ -33,7 +34,7 @@ class AlignmentMeter:
     Args:
         rule: an attached rule.
         x: inputs (N, ...).
-        y: targets (N,), or (N, O) if they are numbers.
+        y: targets (N,), (N, O) if they are numbers, or (N, P...) for outputs with positions.
         metrics: names of the metrics; None: all that are registered.
     """
 
@@ -126,7 +127,7 @@ class Passes:
             with torch.enable_grad(), same_randomness(model):
                 logits = loss_output(model(self._meter.x), self.rule.loss_output)
                 record.watch(LOGITS, logits, modules[""])
-                backward(self.rule.objective.loss(logits, self._meter.y), logits)
+                backward(mean_loss(self.rule.objective, logits, self._meter.y), logits)
         finally:
             # Tensors and record would keep each other alive through the tensors' hooks, unseen by the garbage collector.
             for handle in handles + record.handles:

@@ -319,3 +319,14 @@ def test_running_statistics_stay_as_they_are(kind: type[nn.Module]) -> None:
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     model(x)
     assert not torch.equal(model[1].running_mean, before["1.running_mean"]), "training moves them again"
+
+
+def test_angles_of_outputs_with_positions_need_no_objective_for_them() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    rule = fa_bench.attach(model, "fa", seed=0)
+    x, y = torch.randn(2, 5, 4), torch.arange(10).view(2, 5) % 3
+    y[:, :2] = -100
+    angles = AlignmentMeter(rule, x, y).measure()["delta_angle"]
+    flat = AlignmentMeter(rule, x[:, 2:].flatten(0, 1), y[:, 2:].flatten()).measure()["true_gradient_norm"]
+    assert angles["0"] > 0 and AlignmentMeter(rule, x, y).measure()["true_gradient_norm"] == pytest.approx(flat)
