@@ -80,6 +80,11 @@ def _parameter_name(path: str, layer: nn.Module, name: str) -> str:
     return f"{parent}.{name}" if parent else name
 
 
+def sample_axis(layer: nn.Module, dims: int) -> int:
+    """The axis of the samples in a layer's input or output of `dims` dimensions; attention has positions first."""
+    return getattr(layer, "batch_axis", 0) if dims > 2 else 0
+
+
 def kind_of(layer: nn.Module) -> str:
     """The type of a layer, as coverage tables name it: for a layer of a compound module, the type of that module."""
     plain = _plain_class(type(layer.owner if isinstance(layer, Projection) else layer))

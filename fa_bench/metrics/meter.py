@@ -20,7 +20,7 @@ from fa_bench.mechanisms.contexts import same_randomness, set_temporarily, witho
 from fa_bench.mechanisms.cut.positions import mean_loss
 from fa_bench.mechanisms.rule import INPUT, OUTPUT, Rule
 from fa_bench.mechanisms.trace import loss_output, tensors_in, trace_model
-from fa_bench.mechanisms.weighted_layers import weight_gradient, weighted_layers
+from fa_bench.mechanisms.weighted_layers import sample_axis, weight_gradient, weighted_layers
 from fa_bench.metrics.alignment.base import declared
 from fa_bench.registry.registries import METRICS
 
@@ -211,7 +211,7 @@ class Call:
 
     def by_sample(self, tensor: Tensor) -> Tensor:
         """A tensor of this call's shape with the samples along its first axis."""
-        return tensor.movedim(self.batch_axis, 0) if tensor.dim() > 2 else tensor
+        return tensor.movedim(self.batch_axis, 0) if self.batch_axis else tensor
 
     def of_all_outputs(self, g: Tensor) -> Tensor:
         """The error at the outputs of the call as one at all outputs of the layer."""
@@ -258,7 +258,7 @@ class Record:
 
     def watch(self, point: Point, tensor: Tensor, module: nn.Module, rows: slice | None = None) -> None:
         """Record a tensor, and its gradient once the backward pass has accumulated it."""
-        call = Call(tensor, None, getattr(module, "batch_axis", 0), rows, getattr(module, "out_features", 0))
+        call = Call(tensor, None, sample_axis(module, tensor.dim()), rows, getattr(module, "out_features", 0))
         self.calls.setdefault(point, []).append(call)
 
         def hook(gradient: Tensor) -> None:

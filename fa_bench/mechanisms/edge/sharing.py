@@ -309,19 +309,18 @@ class SharingRule(EdgeRule):
         return pathway
 
 
-def _batch_axis(layer: Any, dims: int) -> int:
-    """The axis of the samples in the input of a layer: the layers of attention take (L, N, E)."""
-    return getattr(layer, "batch_axis", 0) if dims > 2 else 0
-
-
 def _batch_first(layer: Any, x: Tensor, undo: bool = False) -> Tensor:
     """An input of a layer as (N, ...), or, with `undo`, that as an input of the layer."""
-    axis = _batch_axis(layer, x.dim())
+    from fa_bench.mechanisms.weighted_layers import sample_axis
+
+    axis = sample_axis(layer, x.dim())
     return (x.movedim(0, axis) if undo else x.movedim(axis, 0)) if axis else x
 
 
 def _without_batch(layer: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
-    axis = _batch_axis(layer, len(shape))
+    from fa_bench.mechanisms.weighted_layers import sample_axis
+
+    axis = sample_axis(layer, len(shape))
     return (*shape[:axis], *shape[axis + 1:])
 
 

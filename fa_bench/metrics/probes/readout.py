@@ -72,6 +72,7 @@ def _activations(subject: Subject, split: Split, points: dict[str, str]) -> Iter
     from fa_bench.mechanisms.compound.projection import Projection
     from fa_bench.mechanisms.contexts import set_temporarily
     from fa_bench.mechanisms.trace import loss_output
+    from fa_bench.mechanisms.weighted_layers import sample_axis
     from fa_bench.metrics.evaluation import EVALUATION_BATCH
 
     model = subject.model
@@ -82,7 +83,7 @@ def _activations(subject: Subject, split: Split, points: dict[str, str]) -> Iter
             # Of a layer that runs several times, the first input; in a recurrent module that is its initial state, so the last.
             in_compound = isinstance(module, Projection)
             if point not in activations or in_compound:
-                x = args[0].movedim(getattr(module, "batch_axis", 0), 0) if args[0].dim() > 2 else args[0]
+                x = args[0].movedim(sample_axis(module, args[0].dim()), 0)
                 activations[point] = _array(bounded(x, isinstance(module, nn.Linear) or in_compound))
         return hook
 
