@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import fa_bench
 from fa_bench.errors import CoverageError, OptionError
 from fa_bench.metrics.meter import AlignmentMeter
+from fa_bench.registry.kinds import POSITIONS
 
 from .helpers import REL, array, assert_bitwise, assert_matches, collect, distance
 
@@ -357,6 +358,8 @@ def test_alignment_metrics_of_blocks(options: dict[str, Any]):
     (x, y), model = words(), transformer()
 
     class Flat(fa_bench.objectives.cross_entropy.CrossEntropy):
+        targets = (POSITIONS,)
+
         def loss(self, outputs: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
             return loss_of(outputs, target)
 
