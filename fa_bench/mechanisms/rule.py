@@ -173,8 +173,8 @@ class Rule(Options):
         mode = self.mode
         training = torch.is_grad_enabled() and not mode.exact
         if torch.compiler.is_compiling():
-            mode.training = training
-            mode.with_gradients.clear()
+            # New containers, because a graph depends on the contents of those that it finds.
+            mode.training, mode.with_gradients, mode.without_gradients = training, set(), {}
             return
         if not self._passes:
             mode.without_gradients.clear()

@@ -81,6 +81,10 @@ class Capture:
     # its tensors as the first pass did, but the errors come from the first pass's tape.
     def begin(self) -> None:
         """Called at the start of every forward pass of the model."""
+        if torch.compiler.is_compiling():
+            # New containers, because a graph depends on the contents of those that it finds.
+            self.tape, self._connected, self._without_gradients = {} if self.rule.mode.training else None, False, set()
+            return
         self._outer_tapes.append(self.tape)
         if not self.rule.mode.training:
             self.tape = None
@@ -94,6 +98,9 @@ class Capture:
 
     def end(self) -> None:
         """Called at the end of every forward pass of the model, even if it failed."""
+        if torch.compiler.is_compiling():
+            self.tape = None
+            return
         self.tape = self._outer_tapes.pop() if self._outer_tapes else None
 
     def require_connected(self) -> None:
@@ -122,7 +129,7 @@ class Capture:
         if tape is None:
             if not torch.is_grad_enabled() or self.rule.mode.exact:
                 return None
-            if not recomputing():
+            if torch.compiler.is_compiling() or not recomputing():
                 raise CoverageError(f"cut '{cut}' ran outside a forward pass of the attached model: call the model itself")
         if not isinstance(output, torch.Tensor):
             raise CoverageError(f"cut '{cut}' returns a {type(output).__name__}; name a module that returns one tensor")
@@ -150,7 +157,7 @@ class Capture:
         tape = self.tape
         if tape is None:
             # A repeated pass must save the same tensors as the first one, in which this output required its gradient.
-            repeated = recomputing() and not self.rule.mode.exact and torch.is_grad_enabled()
+            repeated = not torch.compiler.is_compiling() and recomputing() and not self.rule.mode.exact and torch.is_grad_enabled()
             return output.detach().requires_grad_() if repeated else None
         if not torch.is_grad_enabled():
             return None  # beside the trained pass; in reentrant checkpointing, `require_connected` refuses the pass

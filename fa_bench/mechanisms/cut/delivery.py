@@ -7,10 +7,12 @@ as usual, and a graph that is never differentiated is freed together with the ou
 
 from __future__ import annotations
 
+import ast
 import functools
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import CoverageError, names
+from fa_bench.mechanisms.cut.capture import CapturedActivation
 from fa_bench.mechanisms.cut.positions import ignored_label
 from fa_bench.mechanisms.graph import nodes_from
 from fa_bench.mechanisms.loss_scale import is_unscaled, measured_scale
@@ -19,7 +21,6 @@ from fa_bench.utils.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fa_bench.mechanisms.cut.capture import CapturedActivation
     from fa_bench.mechanisms.cut.rule import CutRule
     from fa_bench.mechanisms.updates import LearnedTensor
 
@@ -32,9 +33,10 @@ class Delivery:
     """
 
     def __init__(self, rule: CutRule) -> None:
-        from fa_bench.mechanisms.cut.function import DeliverFunction
+        from fa_bench.mechanisms.compiled import Handle
+        from fa_bench.mechanisms.cut.function import CompiledDeliverFunction, DeliverFunction
 
-        self.rule = rule
+        self.rule, self._handle, self._compiled_function = rule, Handle(self), CompiledDeliverFunction
         # Read at every step; imports and properties would add a hundredth to a small net's step.
         self._function, self._reads_values, self._needs_target = DeliverFunction, rule.reads_values, rule.needs_target
         # Activation checkpointing that contains the module in error_at does not run this Function again, and would miss what
@@ -74,11 +76,48 @@ class Delivery:
             captured.tensor = captured.tensor.detach() if self._keeps_values else None
         rule = self.rule
         learned = [] if rule.mode.freeze_random else [one for cut in tape for one in rule.learned_at(cut)]
+        if torch.compiler.is_compiling():
+            return self._connected_in_graph(logits, tape, tensors, learned)
         errors = functools.partial(self._errors, tape, learned, logits if rule.scales else None)
         saves = self._reads_values and not self._keeps_values
         return self._function.apply(errors, len(tensors), saves, logits, *tensors, *(one.tensor for one in learned))
 
+    def _connected_in_graph(
+        self, logits: Tensor, tape: dict[str, CapturedActivation], tensors: list[Tensor], learned: list[LearnedTensor]
+    ) -> Tensor:
+        """As `_connected`, in a graph that is being compiled."""
+        cuts = repr([(cut, captured.output_shape) for cut, captured in tape.items()])
+        # A graph would leave out an operator without results, and the pass would count as not delivered.
+        changes_delta = self.rule.changes_delta or not tensors
+        return self._compiled_function.apply(
+            self._handle.key, cuts, len(tensors), self._reads_values, self.rule.scales, changes_delta, logits, *tensors,
+            *(one.tensor for one in learned))
+
     # -------------------------------------------------------------------------------------------- backward
+    def errors_in_graph(
+        self, delta: Tensor, logits: list[Tensor], activations: list[Tensor], learned: list[Tensor], changes_delta: bool,
+        cuts: str,
+    ) -> list[Tensor]:
+        """The errors at the cuts, the gradients of the learned tensors and, with `changes_delta`, the error at the logits.
+
+        Args:
+            delta: δ.
+            logits: the logits, if the rule needs them.
+            activations: the activation at each cut, or a tensor of its shape if the rule does not read it.
+            learned: tensors like the learned ones.
+            cuts: the cuts, as ``repr`` writes a list of names and `CapturedActivation.output_shape`.
+        """
+        tape = {cut: CapturedActivation(tensor, tensor.shape, shape)
+                for (cut, shape), tensor in zip(ast.literal_eval(cuts), activations, strict=True)}
+        tensors = [one for cut in tape for one in self.rule.learned_at(cut)] if learned else []
+        error, *others = self._errors(tape, tensors, logits[0] if logits else None, delta, ())
+        like, results = [*activations, *learned], others
+        if changes_delta:
+            like, results = [*like, delta], [*others, error]
+        return [wanted.new_zeros(wanted.shape) if result is None else
+                result.to(wanted.dtype, copy=True, memory_format=torch.contiguous_format)
+                for result, wanted in zip(results, like, strict=True)]
+
     def run(self, loss: Tensor, target: Tensor | None, loss_scale: float | None) -> None:
         """The backward pass; arguments as for `Rule.backward`."""
         self._target, self._is_delivered = target, False

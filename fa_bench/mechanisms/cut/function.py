@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fa_bench.mechanisms.compiled import operator, stand_in
+
 
 class DeliverFunction(torch.autograd.Function):
     """The identity on the logits z (N, C). Its backward pass returns the error at z, the error at each cut, and the gradients of
@@ -29,3 +31,43 @@ class DeliverFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return None, None, None, *ctx.errors(delta, ctx.saved_tensors)
+
+
+class CompiledDeliverFunction(torch.autograd.Function):
+    """`DeliverFunction` in a compiled graph, which calls `fa_bench.mechanisms.cut.delivery.Delivery.errors_in_graph`.
+
+    Inputs: the key of the `Delivery`; its argument `cuts`; the number of cut tensors; whether their values, the logits, and
+    another error at the logits than δ are needed; z; the cut tensors; the learned feedback tensors.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, key: str, cuts: str, count: int, save_values: bool, save_logits: bool, changes_delta: bool, logits: Tensor,
+        *tensors: Tensor,
+    ) -> Tensor:
+        ctx.key, ctx.cuts, ctx.count, ctx.save_logits, ctx.changes_delta = key, cuts, count, save_logits, changes_delta
+        # What need not be known is saved by its shape alone.
+        activations = tensors[:count] if save_values else map(stand_in, tensors[:count])
+        ctx.save_for_backward(*([logits] if save_logits else []), *activations, *map(stand_in, tensors[count:]))
+        return logits.detach()
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        saved, first = list(ctx.saved_tensors), int(ctx.save_logits)
+        end = first + ctx.count
+        results = errors_at_cuts(delta, saved[:first], saved[first:end], saved[end:], ctx.changes_delta, ctx.cuts, ctx.key)
+        others, error = (results[:-1], results[-1]) if ctx.changes_delta else (results, delta)
+        return None, None, None, None, None, None, error, *others
+
+
+@operator(
+    "errors_at_cuts(Tensor delta, Tensor[] logits, Tensor[] activations, Tensor[] learned, bool changes_delta, str cuts) -> Tensor[]",
+    like=lambda delta, logits, activations, learned, changes_delta, cuts: [
+        torch.empty_like(one, memory_format=torch.contiguous_format)
+        for one in (*activations, *learned, *([delta] if changes_delta else []))])
+def errors_at_cuts(
+    delivery: Any, delta: Tensor, logits: list[Tensor], activations: list[Tensor], learned: list[Tensor], changes_delta: bool,
+    cuts: str,
+) -> list[Tensor]:
+    """See `fa_bench.mechanisms.cut.delivery.Delivery.errors_in_graph`; the results have contiguous memory of their own."""
+    return delivery.errors_in_graph(delta, logits, activations, learned, changes_delta, cuts)

@@ -86,8 +86,9 @@ class ProductLinearFunction(torch.autograd.Function):
         e_in = between.mm(second) if needs_x else None
         grad_weight = g.t().mm(x) if needs_weight else None
         gradients = [between.t().mm(x) if needed else None for needed in needs_second]
-        for computed, gradient in zip(ctx.gradients, gradients, strict=True):
-            computed.learned.on_gradient(gradient)
+        if not torch.compiler.is_compiling():
+            for computed, gradient in zip(ctx.gradients, gradients, strict=True):
+                computed.learned.on_gradient(gradient)
         return e_in, grad_weight, g.sum(0) if needs_bias else None, None, *gradients
 
 
@@ -164,7 +165,8 @@ def learned_gradients(
         elif is_needed and grad_weight is not None:
             gradient = shared(grad_weight)
         gradients.append(gradient)
-        learned.on_gradient(gradient)
+        if not torch.compiler.is_compiling():  # a hook of the tensor does it there
+            learned.on_gradient(gradient)
     return gradients
 
 
@@ -174,6 +176,8 @@ def shared(gradient: Tensor) -> Tensor:
     Writes are rare (SGD with Nesterov momentum, clipping, gradient scalers), but must not reach both tensors, as they would with
     an alias. A copy at every step would take 2.7 MB and a tenth of a step on the MLP.
     """
+    if torch.compiler.is_compiling():
+        return gradient.clone()
     return torch._lazy_clone(gradient)  # pyright: ignore[reportPrivateImportUsage]
 
 

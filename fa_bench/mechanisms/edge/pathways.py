@@ -184,12 +184,17 @@ class WeightDerivedFeedback(FeedbackPathway):
 
     def derive(self, layer: Any, weight: Tensor) -> Tensor:
         """B computed from this weight, masked if the layer has a mask."""
-        feedback, mask = self.unmasked(layer, torch.sign(weight)), feedback_tensor(layer, "mask")
-        return feedback if mask is None else feedback.mul_(mask)
+        return _masked(layer, self.unmasked(layer, torch.sign(weight)))
 
     def unmasked(self, layer: Any, signs: Tensor) -> Tensor:
         """B before the mask, computed from the signs of the weight, which may be overwritten."""
         raise NotImplementedError
+
+
+def _masked(layer: Any, feedback: Tensor) -> Tensor:
+    """The feedback times the layer's mask, in place, if it has one."""
+    mask = feedback_tensor(layer, "mask")
+    return feedback if mask is None else feedback.mul_(mask)
 
 
 class SignFeedback(WeightDerivedFeedback):
@@ -226,27 +231,45 @@ class SignedMagnitudeFeedback(WeightDerivedFeedback):
         # M is sampled only when it is read: the first layer's magnitudes carry no error.
         self._is_due = False
         self._known_positive: tuple[int, int] | None = None
+        if resample is not None:
+            from fa_bench.mechanisms import compiled
+
+            self._compiled, self._handle = compiled, compiled.Handle(self)
 
     def before_forward(self, layer: Any) -> None:
-        if self.resample is None or recomputing():
+        if self.resample is None:
             return
-        mode = layer.mode
         # A recurrent layer runs in every time step: all steps of a pass share one sample.
-        if not mode.training or layer.path not in mode.with_gradients:
-            self.draws += 1
-            self._is_due = True
+        mode = layer.mode
+        is_first = not mode.training or layer.path not in mode.with_gradients
+        if torch.compiler.is_compiling():
+            if is_first:
+                self._compiled.new_sample(feedback_tensor(layer, "M"), self._handle.key)
+        elif is_first and not recomputing():
+            self.new_sample()
+
+    def new_sample(self) -> None:
+        """Replace M by a new sample, when it is next read."""
+        self.draws += 1
+        self._is_due = True
 
     def materialize(self, layer: Any) -> None:
+        self.update(feedback_tensor(layer, "M"))
+
+    def update(self, magnitudes: Tensor) -> None:
+        """Overwrite the layer's M with a new sample if one is due."""
         if self._is_due:
             self._is_due = False
             assert self.resample is not None
-            magnitudes = feedback_tensor(layer, "M")
             resample_magnitudes(magnitudes, self.resample, seed_for(self.seed, self.draws))
             self._known_positive = _version(magnitudes)
 
     def context(self, layer: Any, x: Tensor) -> BackwardContext:
         if self.resample is None:
             return super().context(layer, x)
+        if torch.compiler.is_compiling():
+            magnitudes = self._compiled.sampled(feedback_tensor(layer, "M"), self._handle.key)
+            return BackwardContext(from_weight=lambda weight: _masked(layer, torch.sign(weight).mul_(magnitudes)))
         if recomputing():
             return BackwardContext(from_weight=refuse_reentrant(layer.mode.rule))
         # Another forward pass may sample a new M before this one's backward pass, so B is computed now. It is not saved by
@@ -260,6 +283,8 @@ class SignedMagnitudeFeedback(WeightDerivedFeedback):
 
     def _magnitudes(self, tensor: Tensor) -> Tensor:
         """|M|; the absolute value is computed only if M has negative entries, which is checked after each change of M."""
+        if torch.compiler.is_compiling():
+            return tensor.abs()
         if self._known_positive != _version(tensor):
             self._known_positive = None if bool((tensor < 0).any()) else _version(tensor)
         return tensor.abs() if self._known_positive is None else tensor

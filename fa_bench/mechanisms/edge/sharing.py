@@ -49,7 +49,8 @@ class SharedActivation:
 
     def capture(self, x: Tensor) -> None:
         """Called at every forward pass by the first layer that has the activation as its input."""
-        self._captured = x.detach(), x._version
+        # A compiled graph has no version to compare, but keeps the values of now; unless they are changed, the copy costs nothing.
+        self._captured = (x.detach().clone(), 0) if torch.compiler.is_compiling() else (x.detach(), x._version)
 
     @property
     def is_missing(self) -> bool:
@@ -66,7 +67,7 @@ class SharedActivation:
         Raises:
             CoverageError: if the first consumer of the activation did not run in this pass.
         """
-        if self._captured is None and recomputing():
+        if self._captured is None and not torch.compiler.is_compiling() and recomputing():
             return refuse_reentrant(rule)
         if self._captured is None:
             raise CoverageError(f"the activation that layers share is the input of '{self.consumer}', which did not run before "
@@ -75,7 +76,7 @@ class SharedActivation:
         tensor, version = self._captured
 
         def matched() -> Tensor:
-            if tensor._version != version:
+            if not torch.compiler.is_compiling() and tensor._version != version:
                 raise RuntimeError("a shared activation was changed in place between its first use and the backward pass")
             return match(tensor)
 

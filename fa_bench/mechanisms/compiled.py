@@ -1,0 +1,80 @@
+"""Models under ``torch.compile``: operators through which a compiled graph calls a rule's own code.
+
+Most of a rule is traced into the graph as it is. What cannot be traced (local losses, labels that are known in the backward pass
+only, samples that depend on a step's number) runs as it does without compilation, inside an operator that the graph treats as a
+black box. Such an operator gets tensors, numbers and the key of a `Handle`, by which it finds the object that it belongs to.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class Handle:
+    """A name for an object in compiled graphs. A copy or a pickled one names the copy of its owner.
+
+    Args:
+        owner: the object.
+
+    Attributes:
+        key: the name. Graphs contain it, so that a graph compiled for one owner is never run for another. It is the smallest
+            number that is free, so that equal runs, one after the other, have equal graphs, which compilers find in their cache.
+    """
+
+    def __init__(self, owner: Any) -> None:
+        self.__setstate__(owner)
+
+    def __getstate__(self) -> Any:
+        return self.owner
+
+    def __setstate__(self, owner: Any) -> None:
+        self.owner = owner
+        self.key = next(key for key in map(str, itertools.count()) if key not in _handles)
+        _handles[self.key] = self
+
+
+_handles: weakref.WeakValueDictionary[str, Handle] = weakref.WeakValueDictionary()
+_library = torch.library.Library("fa_bench", "DEF")
+
+
+def operator(schema: str, like: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """A decorator that turns a function into the operator ``fa_bench::NAME``, which compilers do not look into.
+
+    The function's first argument is the owner of the handle whose key the operator gets as its last one. It must not return its
+    arguments or views of them. Unlike in `torch.library.custom_op`, autograd works in it.
+
+    Args:
+        schema: name, arguments and results, without the key.
+        like: returns tensors like the results, from the arguments without the key; for compilers.
+    """
+    def register(function: Callable[..., Any]) -> Any:
+        name = schema.partition("(")[0]
+        _library.define(schema.replace(") ->", ", str key) ->"))
+        _library.impl(name, lambda *given: function(_handles[given[-1]].owner, *given[:-1]), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fa_bench::{name}", lambda *given: like(*given[:-1]), lib=_library)
+        return getattr(torch.ops.fa_bench, name).default
+
+    return register
+
+
+def stand_in(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same shape, dtype and device that occupies the memory of one number."""
+    return tensor.detach().new_zeros(()).expand(tensor.shape)
+
+
+@operator("new_sample(Tensor(a!) magnitudes) -> ()", like=lambda magnitudes: None)
+def new_sample(pathway: Any, magnitudes: torch.Tensor) -> None:
+    """Announce a new sample of a layer's random magnitudes, which are overwritten when they are next read."""
+    pathway.new_sample()
+
+
+@operator("sampled(Tensor(a!) magnitudes) -> Tensor", like=torch.empty_like)
+def sampled(pathway: Any, magnitudes: torch.Tensor) -> torch.Tensor:
+    """A layer's random magnitudes M, with the sample that was announced, as |M|."""
+    pathway.update(magnitudes)
+    return magnitudes.abs()
