@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ class Pass:
 
     true: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     random: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    #: layer -> what brings it its input of the second pass, in a compiled graph; see `messages`.
+    messengers: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def random_input(self, path: str) -> Callable[[], Tensor]:
         """A function that returns a layer's input in the second pass, once that pass has run."""
@@ -46,6 +49,10 @@ class RandomForward(TransposeFeedback):
 
     def context(self, layer: Any, x: Tensor) -> BackwardContext:
         current = self.rule.current
+        if torch.compiler.is_compiling():
+            if current is not None:
+                self.observe(layer, x)
+            return BackwardContext(self.effective(layer))
         if recomputing():
             # The context must hold the same tensors as that of the first pass, which has the activation.
             return BackwardContext(self.effective(layer), activation=None if self.first else refuse_reentrant(self.rule.name))
@@ -55,6 +62,19 @@ class RandomForward(TransposeFeedback):
             raise CoverageError(f"layer '{layer.path}' ran outside a forward pass of the attached model: call the model itself")
         self.observe(layer, x)
         return BackwardContext(self.effective(layer), activation=None if self.first else current.random_input(layer.path))
+
+    def forward(
+        self, layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, context: BackwardContext, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        current = self.rule.current
+        if self.first or current is None or not torch.compiler.is_compiling():
+            return super().forward(layer, x, weight, bias, context, *args, **kwargs)
+        y = layer.apply_feedback(x, weight.detach(), bias, context, *args, **kwargs)
+        # Layers of compound modules may compute some rows only.
+        rows = next((one for one in (*args, *kwargs.values()) if isinstance(one, slice)), None)
+        weight = weight if rows is None else weight[rows]
+        addend, current.messengers[layer.path] = self.rule.messages.receive(layer, weight, x, y)
+        return y + addend
 
     def observe(self, layer: Any, x: Tensor) -> None:
         if self.rule.current is not None:
@@ -84,7 +104,10 @@ class ForwardAlignment(EdgeRule):
     c_init: str = init_option("the random weights C")
 
     def wire(self, sample_input: Any) -> Coverage:
+        from fa_bench.mechanisms.edge import messages
+
         self.current: Pass | None = None
+        self.messages, self._handle = messages, messages.Handle(self)
         trace = self.trace(sample_input)
         repeated = [path for path in trace.order if trace.calls[path] > 1]
         if repeated:
@@ -102,17 +125,53 @@ class ForwardAlignment(EdgeRule):
     # Neither the second pass itself nor a pass that activation checkpointing repeats starts a second pass.
     def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         super().begin_forward(model, args, kwargs)
-        if self.mode.training and not recomputing():
+        if self.mode.training and (torch.compiler.is_compiling() or not recomputing()):
             self.current = Pass()
             self._call = args, kwargs
 
-    def end_forward(self, model: nn.Module, args: Any, output: Any) -> None:
+    def end_forward(self, model: nn.Module, args: Any, output: Any) -> Any:
         super().end_forward(model, args, output)
+        if torch.compiler.is_compiling():
+            current, self.current = self.current, None
+            call, self._call = self._call, ((), {})
+            return None if current is None or not current.messengers else self._connected(output, current, *call)
         if torch.is_grad_enabled() and self.current is not None and not recomputing():
             current, self.current = self.current, None
             call, self._call = self._call, ((), {})
             if output is not None:
                 self._run_second_pass(current, *call)
+
+    def _connected(self, output: Any, current: Pass, args: Any, kwargs: Any) -> Any:
+        """The output of a compiled graph, whose backward pass begins with the second forward pass's results."""
+        from fa_bench.mechanisms.trace import named_results, replaced
+
+        if not all(isinstance(one, torch.Tensor) for one in (*args, *kwargs.values())):
+            raise CoverageError(f"rule '{self.name}' compiles models whose arguments are tensors only")
+        # Those that get a message come first.
+        paths = [*current.messengers, *(path for path in current.true if path not in current.messengers)]
+        random = self.messages.second_pass(
+            [*args, *kwargs.values()], [current.true[path] for path in paths], len(current.messengers),
+            repr((paths, list(kwargs))), self._handle.key)
+        results = named_results(output)
+        for name, connected in zip(results, self.messages.send(
+                list(results.values()), random, list(current.messengers.values())), strict=True):
+            output = replaced(output, results[name], connected)
+        return output
+
+    def second_pass(self, given: list[Tensor], true: list[Tensor], count: int, names: str) -> list[Tensor]:
+        """The second pass of a compiled graph.
+
+        Args:
+            given: the model's arguments, those with a name last.
+            true: the inputs of the layers in the first pass.
+            count: how many of these layers need their inputs of the second pass, which are returned: the first ones.
+            names: the layers and the names of arguments, as ``repr`` writes them.
+        """
+        paths, keywords = ast.literal_eval(names)
+        current = Pass(dict(zip(paths, true, strict=True)))
+        positional = len(given) - len(keywords)
+        self._run_second_pass(current, tuple(given[:positional]), dict(zip(keywords, given[positional:], strict=True)))
+        return [current.random[path].clone(memory_format=torch.contiguous_format) for path in paths[:count]]
 
     def _run_second_pass(self, current: Pass, args: Any, kwargs: Any) -> None:
         """A second forward pass in which every layer has its input of the first pass, and C in place of its weight."""

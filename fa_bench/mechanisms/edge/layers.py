@@ -19,6 +19,7 @@ from fa_bench.mechanisms.edge.ops import (
     FeedbackLinearFunction,
     Geometry,
     ProductLinearFunction,
+    weight_gradient,
 )
 from fa_bench.mechanisms.edge.pathways import BackwardContext, FeedbackGradient, FeedbackPathway
 from fa_bench.mechanisms.feedback_tensors import PREFIX, drop_tensors, make_learned, tensors_of
@@ -71,7 +72,7 @@ class FeedbackLayer(nn.Module):
             x, weight = _autocast(x, dtype), _autocast(weight, dtype)
             context = _autocast_context(context, self.weight.detach(), dtype)
             bias = None if bias is None else _autocast(bias, dtype)
-        return self.apply_feedback(x, weight, bias, context, *args, **kwargs)
+        return pathway.forward(self, x, weight, bias, context, *args, **kwargs)
 
     def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         """The weight and the bias of a layer that does not have them as its own parameters.
@@ -99,6 +100,10 @@ class FeedbackLayer(nn.Module):
 
     def apply_feedback(self, x: Tensor, weight: Tensor, bias: Tensor | None, context: BackwardContext) -> Tensor:
         """The layer's output, computed so that its backward pass uses `context`."""
+        raise NotImplementedError
+
+    def weight_gradient(self, x: Tensor, g: Tensor) -> Tensor:
+        """The gradient of the layer's weight for the error g at its output if x were its input."""
         raise NotImplementedError
 
     @property
@@ -148,6 +153,10 @@ class _FeedbackLinear(FeedbackLayer):
         return function.apply(x.reshape(-1, x.shape[-1]), weight, bias, context, *learned).view(*x.shape[:-1], len(weight))
 
 
+    def weight_gradient(self, x: Tensor, g: Tensor) -> Tensor:
+        return g.reshape(-1, g.shape[-1]).t().mm(x.reshape(-1, x.shape[-1]))
+
+
 class _FeedbackProjection(_FeedbackLinear):
     """One weight of a compound module, with feedback."""
 
@@ -183,17 +192,32 @@ class _FeedbackConv(FeedbackLayer):
         y = _convolve(*prepared(x), weight, bias, context, lambda value: prepared(value)[0])
         return y if x.dim() == y.dim() else y.squeeze(0)
 
+    def weight_gradient(self, x: Tensor, g: Tensor) -> Tensor:
+        dims = len(self.kernel_size)
+        x, geometry = padded(self, _batched(x, dims))
+        return weight_gradient(_batched(g, dims), x, self.weight, geometry)
+
 
 class _FeedbackConvTranspose(FeedbackLayer):
+    kernel_size: tuple[int, ...]
+
     def apply_feedback(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, context: BackwardContext, output_size: list[int] | None = None
     ) -> Tensor:
-        conv: Any = self
-        dims = len(conv.kernel_size)
-        output_padding = conv._output_padding(x, output_size, conv.stride, conv.padding, conv.kernel_size, dims, conv.dilation)
-        geometry = Geometry(conv.stride, conv.padding, conv.dilation, True, tuple(output_padding), conv.groups)
+        dims, geometry = len(self.kernel_size), self._geometry(x, output_size)
         y = _convolve(_batched(x, dims), geometry, weight, bias, context, lambda value: _batched(value, dims))
         return y if x.dim() == y.dim() else y.squeeze(0)
+
+    def _geometry(self, x: Tensor, output_size: list[int] | None) -> Geometry:
+        conv: Any = self
+        output_padding = conv._output_padding(
+            x, output_size, conv.stride, conv.padding, conv.kernel_size, len(conv.kernel_size), conv.dilation)
+        return Geometry(conv.stride, conv.padding, conv.dilation, True, tuple(output_padding), conv.groups)
+
+    def weight_gradient(self, x: Tensor, g: Tensor) -> Tensor:
+        dims = len(self.kernel_size)
+        geometry = self._geometry(x, list(g.shape[-dims:]))
+        return weight_gradient(_batched(g, dims), _batched(x, dims), self.weight, geometry)
 
 
 def _convolve(

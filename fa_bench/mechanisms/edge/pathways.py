@@ -98,6 +98,12 @@ class FeedbackPathway:
         """A context with `effective`, which is not computed if the backward pass only needs the gradients."""
         return BackwardContext(self.effective(layer) if x.requires_grad else layer.weight.detach(), gradients=gradients)
 
+    def forward(
+        self, layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, context: BackwardContext, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """The layer's output, with `context` in the backward pass."""
+        return layer.apply_feedback(x, weight, bias, context, *args, **kwargs)
+
     def before_forward(self, layer: Any) -> None:
         """Called before every call of the layer with gradients in training mode."""
 
