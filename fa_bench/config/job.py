@@ -78,6 +78,15 @@ class RunOptions(Options):
     threads: int = option(0, "number of CPU threads (0: PyTorch's default); changes rounding", minimum=0,
                           maximum=MAX_THREADS)
     deterministic: bool = option(False, "refuse nondeterministic operations")
+    compile: bool | str = option(False, "compile forward and backward pass with torch.compile; auto: where that was measured to "
+                                        "pay; changes rounding", choices=["auto", True, False], identifying=False)
+    graphs: bool | str = option("auto", "capture compiled steps as CUDA graphs; auto: never, as long as that is not measured",
+                                choices=["auto", True, False], identifying=False)
+    precision: str = option("fp32", "fp32; tf32 (products on CUDA devices); bf16 (autocast: weights, feedback and metrics stay "
+                                    "in single precision)", choices=["fp32", "tf32", "bf16"], identifying=False)
+    channels_last: bool | str = option(False, "store images and kernels with their channels last; auto: where that was "
+                                              "measured to pay; changes rounding", choices=["auto", True, False],
+                                       identifying=False)
     probe_every: int | None = option(None, "steps between measurements of angles; 0: only at the end; null: at least 20 "
                                            "measurements in a run, at most 500 steps apart", minimum=0)
     probe_size: int = option(128, "samples in the batch that angles are measured on", minimum=1)

@@ -67,14 +67,12 @@ def stand_in(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().new_zeros(()).expand(tensor.shape)
 
 
-@operator("new_sample(Tensor(a!) magnitudes) -> ()", like=lambda magnitudes: None)
-def new_sample(pathway: Any, magnitudes: torch.Tensor) -> None:
-    """Announce a new sample of a layer's random magnitudes, which are overwritten when they are next read."""
+@operator("new_sample(Tensor(a!) magnitudes) -> Tensor", like=lambda magnitudes: magnitudes.new_empty(2, dtype=torch.int32))
+def new_sample(pathway: Any, magnitudes: torch.Tensor) -> torch.Tensor:
+    """Announce a new sample of a layer's random magnitudes, which are overwritten when they are next read.
+
+    Returns:
+        The seed of the sample, for `fa_bench.utils.sampling.magnitudes`.
+    """
     pathway.new_sample()
-
-
-@operator("sampled(Tensor(a!) magnitudes) -> Tensor", like=torch.empty_like)
-def sampled(pathway: Any, magnitudes: torch.Tensor) -> torch.Tensor:
-    """A layer's random magnitudes M, with the sample that was announced, as |M|."""
-    pathway.update(magnitudes)
-    return magnitudes.abs()
+    return torch.tensor(pathway.seed_words(), dtype=torch.int32).to(magnitudes.device, non_blocking=True)

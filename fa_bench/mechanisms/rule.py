@@ -174,7 +174,7 @@ class Rule(Options):
         training = torch.is_grad_enabled() and not mode.exact
         if torch.compiler.is_compiling():
             # New containers, because a graph depends on the contents of those that it finds.
-            mode.training, mode.with_gradients, mode.without_gradients = training, set(), {}
+            mode.training, mode.with_gradients, mode.without_gradients, mode.seeds = training, set(), {}, {}
             return
         if not self._passes:
             mode.without_gradients.clear()
@@ -192,6 +192,8 @@ class Rule(Options):
         """Called after every forward pass of the model, even if it failed; may return another output."""
         mode = self.mode
         mode.training = self._passes.pop() if self._passes else False
+        if torch.compiler.is_compiling():
+            mode.seeds = {}
         if self._passes:  # the model called itself
             return
         watch, self._uses_watch = self._uses_watch, None

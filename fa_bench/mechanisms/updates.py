@@ -42,6 +42,8 @@ class LearnedTensor:
     lr_scale = 1.0
     #: Whether its gradient is exactly that of the witness's weight.
     follows = False
+    #: Whether it has no gradient of its own, because the optimizer uses the weight's.
+    shares_gradient = False
 
     def __init__(self, path: str, module: nn.Module, key: str, witness: nn.Module | None) -> None:
         self.path, self.module, self.key, self.witness = path, module, key, witness
@@ -53,6 +55,16 @@ class LearnedTensor:
         self._grace = 0
         self._idle = 0
         self.is_frozen = False
+        #: Whether `on_gradient` was called in this backward pass; a compiled graph does not call it.
+        self._is_noted = False
+        self._hook: Any = self.tensor.register_post_accumulate_grad_hook(self._on_accumulated)
+
+    def _on_accumulated(self, tensor: Tensor) -> None:
+        if not self._is_noted:
+            self.on_gradient(tensor.grad)
+        self._is_noted = False
+        if self._is_trained():
+            self._hook.remove()
 
     def freeze(self) -> None:
         """Freeze the tensor, because what it learns from is frozen; DistributedDataParallel would wait for its gradient."""
@@ -104,6 +116,7 @@ class LearnedTensor:
             return
         if not self.tensor.requires_grad:
             return  # the user froze it
+        self._is_noted = True
         self._require_no_fault()
         _watch_optimizers(self)
         weight, tensor = self._weight, self.tensor

@@ -30,6 +30,7 @@ class Mode:
         training: a forward pass of the whole model with gradients is running.
         without_gradients: path -> trainable layer that ran without gradients in this pass.
         with_gradients: paths of the layers that ran with gradients in this pass.
+        seeds: in a compiled graph, path -> seed of the layer's random tensors in this pass.
     """
 
     rule: str
@@ -40,6 +41,7 @@ class Mode:
     training: bool = False
     without_gradients: dict[str, nn.Module] = dataclasses.field(default_factory=dict)
     with_gradients: set[str] = dataclasses.field(default_factory=set)
+    seeds: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 def is_weighted(module: nn.Module) -> TypeGuard[WeightedLayer]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.utils.lazy import torch
+from fa_bench.utils.tensors import copied_when_changed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,15 +43,31 @@ class Optimizers:
             weights += learned
         self.options = [part for part, _ in parts]
         self.optimizers = [part.build(groups) for part, groups in parts]
-        # A fused update only reads gradients, so that W and B can share one tensor, which is not copied at every step.
-        fused = all(optimizer.defaults.get("fused") for optimizer in self.optimizers)
-        self._shared = rule.shared_gradients() if fused else []
+        self._rule = rule
+        #: Pairs (learned feedback, weight) for which `step` uses one gradient: a fused update only reads it.
+        self._shared: list[tuple[Tensor, Tensor]] = []
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
         self.lengths = {"epoch": epochs, "step": epochs * steps_per_epoch}
         self._by_step = any(part.schedule.per == "step" for part in self.options)
         self._set_rates(epoch=0, step=0)
+
+    def share_gradients(self) -> None:
+        """From now on, a backward pass computes no second gradient for learned feedback that has the gradient of a weight.
+
+        Only for optimizers that update in one fused pass, and for training by one process; others are left as they are.
+        """
+        if all(optimizer.defaults.get("fused") for optimizer in self.optimizers):
+            self._shared = self._rule.shared_gradients()
+            for learned in self._rule.learned_feedback():
+                learned.shares_gradient = any(learned.tensor is tensor for tensor, _ in self._shared)
+
+    def fill_gradients(self) -> None:
+        """Give learned feedback that shares a weight's gradient a copy of its own, for code that reads or changes gradients."""
+        for feedback, weight in self._shared:
+            if feedback.grad is None and weight.grad is not None:
+                feedback.grad = copied_when_changed(weight.grad)
 
     @property
     def lr(self) -> float:
@@ -85,12 +102,13 @@ class Optimizers:
 
     def clip(self, max_norm: float) -> None:
         """Scale the gradients of weights and learned feedback so that their common norm is at most `max_norm`."""
+        self.fill_gradients()
         torch.nn.utils.clip_grad_norm_(self.trained(), max_norm)
 
     def step(self) -> None:
         """Update the weights, then the learned feedback."""
         for feedback, weight in self._shared:
-            if feedback.grad is not None:
+            if feedback.grad is None:
                 feedback.grad = weight.grad
         for optimizer in self.optimizers:
             optimizer.step()

@@ -17,7 +17,7 @@ import typing
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
-from fa_bench.errors import OptionError, names, nearest, truncate
+from fa_bench.errors import OptionError, format_value, names, nearest, truncate
 
 T = TypeVar("T", bound="Options")
 
@@ -26,7 +26,7 @@ def option(
     default: Any,
     help: str,
     *,
-    choices: Collection[str] | None = None,
+    choices: Collection[str | bool] | None = None,
     with_options: bool = False,
     minimum: float | None = None,
     above: float | None = None,
@@ -193,17 +193,19 @@ def _checked(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> A
     except OptionError as error:
         raise error.with_prefix(name) from None
     choices, limits = metadata["choices"], metadata["limits"]
+    allowed = names(map(format_value, choices)) if choices else ""
     if converted is _WRONG:
         if any(get_origin(kind) is list for kind in (hint, *get_args(hint))):
             is_item = isinstance(value, str) and value in choices if choices else isinstance(value, str)
-            items = f" (of {names(choices)})" if choices else ""
+            items = f" (of {allowed})" if choices else ""
             raise OptionError(name, f"={truncate(repr(value), 100)} is not a list{items}", f"=[{value}]" if is_item else "")
-        allowed = f"one of {names(choices)}" if choices else type_name(hint)
-        raise OptionError(name, f"={truncate(repr(value), 100)} is not {allowed}", _name_suggestion(value, hint))
+        wanted = f"one of {allowed}" if choices else type_name(hint)
+        raise OptionError(name, f"={truncate(repr(value), 100)} is not {wanted}", _name_suggestion(value, hint))
     for item in converted if isinstance(converted, list) else [converted]:
         chosen = item.partition(":")[0] if metadata["with_options"] and isinstance(item, str) else item
         if choices is not None and item is not None and chosen not in choices:
-            raise OptionError(name, f"={truncate(str(item), 100)} is not one of {names(choices)}{nearest(str(chosen), choices)}")
+            similar = nearest(str(chosen), map(format_value, choices))
+            raise OptionError(name, f"={truncate(str(item), 100)} is not one of {allowed}{similar}")
         if isinstance(item, float) and not math.isfinite(item):
             raise OptionError(name, f"={item} is not a finite number")
         if isinstance(item, int) and abs(item) >= _LARGEST:
@@ -222,7 +224,7 @@ def _name_suggestion(value: Any, hint: Any) -> str:
 def limits_text(field: dataclasses.Field[Any]) -> str:
     """The allowed values of an option, ``one of a, b`` or ``> 0 and <= 1``; empty if its type implies them."""
     choices, limits = field.metadata["choices"], field.metadata["limits"]
-    return "; ".join(filter(None, [choices and f"one of {names(choices)}", _range_text(limits)]))
+    return "; ".join(filter(None, [choices and f"one of {names(map(format_value, choices))}", _range_text(limits)]))
 
 
 def _range_text(limits: Mapping[str, float]) -> str:

@@ -70,10 +70,12 @@ class RandomForward(TransposeFeedback):
         if self.first or current is None or not torch.compiler.is_compiling():
             return super().forward(layer, x, weight, bias, context, *args, **kwargs)
         y = layer.apply_feedback(x, weight.detach(), bias, context, *args, **kwargs)
+        from fa_bench.mechanisms.edge.messages import receive
+
         # Layers of compound modules may compute some rows only.
         rows = next((one for one in (*args, *kwargs.values()) if isinstance(one, slice)), None)
         weight = weight if rows is None else weight[rows]
-        addend, current.messengers[layer.path] = self.rule.messages.receive(layer, weight, x, y)
+        addend, current.messengers[layer.path] = receive(layer, weight, x, y)
         return y + addend
 
     def observe(self, layer: Any, x: Tensor) -> None:
@@ -104,10 +106,10 @@ class ForwardAlignment(EdgeRule):
     c_init: str = init_option("the random weights C")
 
     def wire(self, sample_input: Any) -> Coverage:
-        from fa_bench.mechanisms.edge import messages
+        from fa_bench.mechanisms.edge.messages import Handle
 
         self.current: Pass | None = None
-        self.messages, self._handle = messages, messages.Handle(self)
+        self._handle = Handle(self)
         trace = self.trace(sample_input)
         repeated = [path for path in trace.order if trace.calls[path] > 1]
         if repeated:
@@ -143,19 +145,20 @@ class ForwardAlignment(EdgeRule):
 
     def _connected(self, output: Any, current: Pass, args: Any, kwargs: Any) -> Any:
         """The output of a compiled graph, whose backward pass begins with the second forward pass's results."""
+        from fa_bench.mechanisms.edge.messages import second_pass, send
         from fa_bench.mechanisms.trace import named_results, replaced
 
         if not all(isinstance(one, torch.Tensor) for one in (*args, *kwargs.values())):
             raise CoverageError(f"rule '{self.name}' compiles models whose arguments are tensors only")
         # Those that get a message come first.
         paths = [*current.messengers, *(path for path in current.true if path not in current.messengers)]
-        random = self.messages.second_pass(
+        random = second_pass(
             [*args, *kwargs.values()], [current.true[path] for path in paths], len(current.messengers),
             repr((paths, list(kwargs))), self._handle.key)
         results = named_results(output)
-        for name, connected in zip(results, self.messages.send(
-                list(results.values()), random, list(current.messengers.values())), strict=True):
-            output = replaced(output, results[name], connected)
+        connected = send(list(results.values()), random, list(current.messengers.values()))
+        for result, replacement in zip(results.values(), connected, strict=True):
+            output = replaced(output, result, replacement)
         return output
 
     def second_pass(self, given: list[Tensor], true: list[Tensor], count: int, names: str) -> list[Tensor]:

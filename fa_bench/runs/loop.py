@@ -19,7 +19,9 @@ from fa_bench.mechanisms.trace import loss_output
 from fa_bench.metrics.evaluation import add, evaluate, with_scores
 from fa_bench.objectives.scores import ACCURACY, Score, as_records
 from fa_bench.optim.optimizers import Optimizers
+from fa_bench.runs.execution import Execution
 from fa_bench.runs.hashes import chained
+from fa_bench.runs.logs import log
 
 Angles = dict[str, dict[str, float]]
 
@@ -32,7 +34,8 @@ class Progress:
         epoch: finished epochs.
         batch: finished batches of the current epoch.
         step: updates so far.
-        seconds: training time so far, without evaluation and measurements.
+        seconds: training time so far, without evaluation, measurements and compilation.
+        compile_seconds: of steps in which torch.compile compiled.
         loss_sum, sums, samples: over the current epoch's batches: the loss, the objective's sums for scores, and the targets that
             count. They are on the device, but for a number of samples that is known without looking at the targets.
         probed: the step of the last recorded measurement of alignment metrics.
@@ -49,6 +52,7 @@ class Progress:
     batch: int = 0
     step: int = 0
     seconds: float = 0.0
+    compile_seconds: float = 0.0
     loss_sum: Tensor | None = None
     sums: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     samples: int | Tensor = 0
@@ -96,11 +100,13 @@ class Trainer:
         progress: of the run, which may be within an epoch.
         external: those of `callbacks` that are not part of the run's config. A stop that they request is not saved in
             checkpoints, so that the run can be resumed without them.
+        execution: precision and compilation; default: those of the options, on the model's device.
     """
 
     def __init__(
         self, rule: Rule, optimizers: Optimizers, splits: Splits, options: RunOptions,
         callbacks: Iterable[Callback] = (), progress: Progress | None = None, external: Iterable[Callback] = (),
+        execution: Execution | None = None,
     ) -> None:
         self.rule, self.optimizers, self.splits, self.options = rule, optimizers, splits, options
         self.model, self.objective = rule.model, rule.objective
@@ -110,6 +116,10 @@ class Trainer:
         self._hooks = {name: [(callback, getattr(callback, name)) for callback in self.callbacks
                               if getattr(type(callback), name) is not getattr(Callback, name)] for name in _HOOKS}
         self._external, self._external_stop = list(external), None
+        optimizers.share_gradients()
+        self.execution = execution or Execution(options, next(self.model.parameters()).device)
+        self._forward = self.execution.forward(
+            self._outputs_and_loss, self.model, options.epochs * splits.train.steps(options.batch_size, options.drop_last))
         self._calling: Callback | None = None
 
     def fit(self) -> None:
@@ -149,21 +159,28 @@ class Trainer:
         """One update of weights and learned feedback by a batch of inputs `x` and targets `y`."""
         self.optimizers.begin_step(self.progress.step)
         for part_x, part_y, share in self._micro_batches(x, y):
-            outputs = loss_output(self.model(part_x), self.rule.loss_output)
-            loss = self.objective.loss(outputs, part_y)
-            self._count(loss, part_y)
-            self._call("on_loss", part_x)
-            self.rule.backward(loss if share == 1 else loss * share, outputs, part_y, None if share == 1 else share)
+            with self.execution.products():
+                outputs, loss = self._forward(part_x, part_y)
+                self._count(loss, part_y)
+                self._call("on_loss", part_x)
+                self.rule.backward(loss if share == 1 else loss * share, outputs, part_y, share)
             add(self.progress.sums, self.objective.sums(outputs.detach(), part_y))
-        self._call("on_gradients")
+        if self._hooks["on_gradients"]:
+            self.optimizers.fill_gradients()
+            self._call("on_gradients")
         if self.options.clip_norm is not None:
             self.optimizers.clip(self.options.clip_norm)
         self.optimizers.step()
         self.rule.step()
 
+    def _outputs_and_loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = loss_output(self.model(x), self.rule.loss_output)
+        return outputs, self.objective.loss(outputs, y)
+
     def evaluate(self, split: Split | None) -> dict[str, float]:
         """Loss and scores, see `evaluate`."""
-        return evaluate(self.model, self.objective, split, self.options.batch_size, lambda: self._call("on_evaluation_batch"))
+        with self.execution.autocast():
+            return evaluate(self.model, self.objective, split, self.options.batch_size, lambda: self._call("on_evaluation_batch"))
 
     def _epoch(self) -> None:
         progress, options = self.progress, self.options
@@ -184,7 +201,12 @@ class Trainer:
             self.train_step(x, y)
             progress.step += 1
             progress.batch += 1
-            progress.seconds += time.perf_counter() - clock
+            seconds = time.perf_counter() - clock
+            if self.execution.step_compiled():
+                progress.compile_seconds += seconds
+                log.info("compiled in %.1f s", seconds)
+            else:
+                progress.seconds += seconds
             self._call("on_step_end")
             clock = time.perf_counter()
         values = {"train": with_scores(progress.mean_loss, self.objective, progress.sums, int(progress.samples),

@@ -33,6 +33,7 @@ from fa_bench.runs import checkpoint
 from fa_bench.runs.batches import check_batches, check_targets, fixed_batch
 from fa_bench.runs.callbacks import Alignment, Checkpoints, Display, Histograms, StopOnSignal, probe_interval
 from fa_bench.runs.divergence import Diverged, Divergence
+from fa_bench.runs.execution import Execution
 from fa_bench.runs.hashes import compare_data, state_hash, weights_hash
 from fa_bench.runs.locks import lock_directory
 from fa_bench.runs.logs import log, log_file
@@ -158,7 +159,7 @@ def _run(
             Divergence(proceed=job.run.on_divergence == "continue"), *histograms,
             Alignment(parts.meter, probe_every, recorder.measured), *parts.callbacks, *external, recorder,
             Checkpoints(save, job.run.checkpoint_epochs, job.run.checkpoint_minutes), display, StopOnSignal(stop),
-        ], progress, external)
+        ], progress, external, parts.execution)
         with _recording_outcome(result, job, parts, recorder, trainer, save):
             _initial_phase(parts.rule, title, stop)
             trainer.fit()
@@ -270,6 +271,7 @@ class Parts(NamedTuple):
     meter: AlignmentMeter
     probes: Probes
     callbacks: list[Callback]
+    execution: Execution
     initial_weights_hash: str
 
 
@@ -300,8 +302,9 @@ def assemble(job: Job, device: torch.device, splits: Splits | None = None) -> Pa
         job.objective.check_data(splits.train.characters)
     except OptionError as error:
         raise error.with_prefix("objective") from None
+    execution = Execution(job.run, device)
     try:
-        model = job.architecture.build(splits.input_shape, len(splits.classes)).to(device)
+        model = execution.placed(job.architecture.build(splits.input_shape, len(splits.classes)))
     except OptionError as error:
         raise error.with_prefix("architecture") from None
     if device.type == "cpu":
@@ -321,7 +324,7 @@ def assemble(job: Job, device: torch.device, splits: Splits | None = None) -> Pa
     meter = AlignmentMeter(rule, x, y, job.run.metrics)
     probes = Probes(job.run.probes, job.run.probes_epochs, Subject(rule, splits, meter, job.run.batch_size))
     callbacks = [component(CALLBACKS, spec) for spec in job.run.callbacks]
-    return Parts(splits, rule, optimizers, meter, probes, callbacks, initial)
+    return Parts(splits, rule, optimizers, meter, probes, callbacks, execution, initial)
 
 
 def _with_output(job: Job, rule: Rule, model: torch.nn.Module, x: torch.Tensor) -> Objective:

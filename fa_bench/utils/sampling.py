@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -82,20 +83,94 @@ def sample_mask(shape: Sequence[int], density: float, seed: int) -> Tensor:
 
 
 def resample_magnitudes(out: Tensor, init: str, seed: int) -> None:
-    """Overwrite `out` with the absolute values of a new sample of the initialiser `init`, on the device of `out`."""
-    initialiser = INITIALISERS[init]
-    scale = initialiser.scale(*fans(out.shape))
-    if initialiser.is_uniform and out.device.type == "cpu":
-        # This runs at every step, and torch's generator is serial on a CPU. numpy's raw 64-bit words give four 16-bit numbers
-        # each; they select centres of equal intervals of (0, scale), so that no magnitude is zero and their mean is exact.
-        words = -(-out.numel() // 4)
-        bits = np.random.SFC64(seed).random_raw(words).view(np.int16)[: out.numel()]
-        step = scale / 65536
-        # Shifts and scales the numbers, from -32768 to 32767, in one pass.
-        torch.add(out.new_tensor(32768.5 * step), torch.from_numpy(bits).view(out.shape), alpha=step, out=out)
+    """Overwrite `out` with the absolute values of a new sample of the initialiser `init`, on the device of `out`.
+
+    It is the sample of `magnitudes`, but for rounding.
+    """
+    words = seed_words(seed)
+    if out.device.type != "cpu":
+        out.copy_(magnitudes(torch.tensor(words, dtype=torch.int32).to(out.device), out.shape, init, out.dtype))
         return
-    generator = torch.Generator(out.device).manual_seed(seed)
-    if initialiser.is_uniform:
-        out.uniform_(0.0, scale, generator=generator)
-    else:
-        out.normal_(0.0, scale, generator=generator).abs_()
+    wide = torch.promote_types(out.dtype, torch.float32)
+    is_direct = out.is_contiguous() and out.dtype == wide
+    values = out.view(-1) if is_direct else torch.empty(out.numel(), dtype=wide)
+    for start in range(0, out.numel(), _PART):
+        part = values[start:start + _PART]
+        _magnitudes(torch.from_numpy(_hashed_part(start, len(part), *words)), init, wide, fans(out.shape), part)
+    if not is_direct:
+        out.copy_(values.view(out.shape))
+
+
+def magnitudes(words: Tensor, shape: Sequence[int], init: str, dtype: torch.dtype) -> Tensor:
+    """The absolute values of a sample of the initialiser `init`, on any device and in graphs that a compiler fuses.
+
+    Entry i is a function of the seed and i alone, so that every device and every compiler has the same sample, but for rounding:
+    torch's generators differ between devices, and are slow on CPUs.
+
+    Args:
+        words: `seed_words` of the seed, int32, (2,), on the device.
+        shape: of the sample.
+        init: the initialiser.
+        dtype: of the sample.
+    """
+    numbers = _hashed(words, math.prod(shape)).view(*shape)
+    return _magnitudes(numbers, init, torch.promote_types(dtype, torch.float32), fans(shape)).to(dtype)
+
+
+def seed_words(seed: int) -> tuple[int, int]:
+    """A seed below 2^64 as two signed 32-bit numbers."""
+    return tuple(int(word) for word in np.array([seed], np.uint64).view(np.int32))  # type: ignore[return-value]
+
+
+def _magnitudes(
+    numbers: Tensor, init: str, dtype: torch.dtype, fan_in_out: tuple[int, int], out: Tensor | None = None
+) -> Tensor:
+    """The magnitudes that uniform numbers from -2^22 to 2^22 - 1 select: none is zero, and the mean of U is exact."""
+    initialiser = INITIALISERS[init]
+    scale = initialiser.scale(*fan_in_out)
+    step = (scale if initialiser.is_uniform else 1.0) / 2**23
+    values = torch.add(numbers.new_full((), (2**22 + 0.5) * step, dtype=dtype), numbers, alpha=step, out=out)
+    return values if initialiser.is_uniform else torch.erfinv(values, out=out).mul_(math.sqrt(2) * scale)
+
+
+# The numbers are the upper 23 bits of a hash of index and seed: a Weyl sequence in the index that starts at one half of the seed,
+# mixed by the finaliser of MurmurHash3, with the other half in between.
+_WEYL, _MIX1, _MIX2 = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
+#: Numbers that are hashed at a time on a CPU, so that they stay in its cache.
+_PART = 65536
+_buffers = threading.local()
+
+
+def _hashed(words: Tensor, count: int) -> Tensor:
+    """(count,) numbers from -2^22 to 2^22 - 1, int32."""
+    x = torch.arange(count, dtype=torch.int32, device=words.device) * _signed(_WEYL) + words[0]
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = (x * _signed(_MIX1)) ^ words[1]
+    x = x ^ ((x >> 13) & 0x7FFFF)
+    x = x * _signed(_MIX2)
+    return (x ^ ((x >> 16) & 0xFFFF)) >> 9
+
+
+def _hashed_part(start: int, count: int, first: int, second: int) -> np.ndarray:
+    """`_hashed` from index `start` on, overwritten by the thread's next call: it runs at every step, and torch has no unsigned
+    shifts."""
+    if not hasattr(_buffers, "of_thread"):
+        _buffers.of_thread = np.arange(_PART, dtype=np.uint32) * np.uint32(_WEYL), *np.empty((2, _PART), np.uint32)
+    weyl, x, shifted = (buffer[:count] for buffer in _buffers.of_thread)
+    np.add(weyl, _unsigned(first + start * _WEYL), out=x)
+    np.bitwise_xor(x, np.right_shift(x, 16, out=shifted), out=x)
+    np.multiply(x, np.uint32(_MIX1), out=x)
+    np.bitwise_xor(x, _unsigned(second), out=x)
+    np.bitwise_xor(x, np.right_shift(x, 13, out=shifted), out=x)
+    np.multiply(x, np.uint32(_MIX2), out=x)
+    np.bitwise_xor(x, np.right_shift(x, 16, out=shifted), out=x)
+    signed = x.view(np.int32)
+    return np.right_shift(signed, 9, out=signed)
+
+
+def _signed(word: int) -> int:
+    return word - 2**32 if word >= 2**31 else word
+
+
+def _unsigned(number: int) -> np.uint32:
+    return np.uint32(number % 2**32)

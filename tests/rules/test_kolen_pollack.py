@@ -149,11 +149,12 @@ def test_optimizers_update_b_with_the_gradient_that_w_has_at_the_update():
         x, y = nets.batch("mlp")
         rule = fa_bench.attach(model, "kp", seed=0)
         optimizers = Optimizers(SGD(lr=0.1, weight_decay=0.01, nesterov=True), rule, epochs=1)
-        assert optimizers._shared
-        optimizers._shared = optimizers._shared if shared else []
+        if shared:
+            optimizers.share_gradients()
         for _ in range(3):
             optimizers.zero_grad()
             rule.backward(F.cross_entropy(model(x.float()), y))
+            assert all((tensor.grad is None) == shared for tensor in rule.feedback_parameters())
             optimizers.step()
         found.append([t.clone() for t in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -157,7 +157,8 @@ class Capture:
         tape = self.tape
         if tape is None:
             # A repeated pass must save the same tensors as the first one, in which this output required its gradient.
-            repeated = not torch.compiler.is_compiling() and recomputing() and not self.rule.mode.exact and torch.is_grad_enabled()
+            is_trained = torch.is_grad_enabled() and not self.rule.mode.exact
+            repeated = is_trained and not torch.compiler.is_compiling() and recomputing()
             return output.detach().requires_grad_() if repeated else None
         if not torch.is_grad_enabled():
             return None  # beside the trained pass; in reentrant checkpointing, `require_connected` refuses the pass

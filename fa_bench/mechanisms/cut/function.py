@@ -61,7 +61,8 @@ class CompiledDeliverFunction(torch.autograd.Function):
 
 
 @operator(
-    "errors_at_cuts(Tensor delta, Tensor[] logits, Tensor[] activations, Tensor[] learned, bool changes_delta, str cuts) -> Tensor[]",
+    "errors_at_cuts(Tensor delta, Tensor[] logits, Tensor[] activations, Tensor[] learned, bool changes_delta, str cuts) -> "
+    "Tensor[]",
     like=lambda delta, logits, activations, learned, changes_delta, cuts: [
         torch.empty_like(one, memory_format=torch.contiguous_format)
         for one in (*activations, *learned, *([delta] if changes_delta else []))])

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fa_bench.mechanisms.edge.product import gradient_of_second
+from fa_bench.utils.tensors import copied_when_changed
 
 if TYPE_CHECKING:
     from fa_bench.mechanisms.edge.pathways import BackwardContext, FeedbackGradient
@@ -171,14 +172,8 @@ def learned_gradients(
 
 
 def shared(gradient: Tensor) -> Tensor:
-    """The same gradient for a second tensor, copied at the first write to either.
-
-    Writes are rare (SGD with Nesterov momentum, clipping, gradient scalers), but must not reach both tensors, as they would with
-    an alias. A copy at every step would take 2.7 MB and a tenth of a step on the MLP.
-    """
-    if torch.compiler.is_compiling():
-        return gradient.clone()
-    return torch._lazy_clone(gradient)  # pyright: ignore[reportPrivateImportUsage]
+    """The same gradient for a second tensor."""
+    return gradient.clone() if torch.compiler.is_compiling() else copied_when_changed(gradient)
 
 
 def weight_gradient(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fa_bench.mechanisms.checkpointing import recomputing, refuse_reentrant
 from fa_bench.mechanisms.feedback_tensors import feedback_tensor, fixed_tensor_reader
 from fa_bench.utils.lazy import torch
-from fa_bench.utils.sampling import resample_magnitudes, seed_for
+from fa_bench.utils.sampling import magnitudes, resample_magnitudes, seed_for, seed_words
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -153,7 +153,7 @@ class LearnedFeedback(FeedbackPathway):
 def feedback_gradient(
     layer: Any, name: str, activation: Callable[[], Tensor] | None = None, first_hop: Tensor | None = None
 ) -> tuple[FeedbackGradient, ...]:
-    """How the gradient of the learned feedback tensor `name` is computed; empty while `Mode.freeze_random` is set.
+    """How the gradient of the learned feedback tensor `name` is computed; empty if it is not, as with `Mode.freeze_random`.
 
     Raises:
         StateError: if the tensor was frozen because its weight was, and the weight is trained now.
@@ -163,6 +163,8 @@ def feedback_gradient(
     learned = layer.learned[name]
     if learned.is_frozen and layer.weight.requires_grad:
         learned.require_trainable()
+    if learned.shares_gradient:
+        return ()
     return (FeedbackGradient(learned, activation, first_hop),)
 
 
@@ -238,9 +240,9 @@ class SignedMagnitudeFeedback(WeightDerivedFeedback):
         self._is_due = False
         self._known_positive: tuple[int, int] | None = None
         if resample is not None:
-            from fa_bench.mechanisms import compiled
+            from fa_bench.mechanisms.compiled import Handle
 
-            self._compiled, self._handle = compiled, compiled.Handle(self)
+            self._handle = Handle(self)
 
     def before_forward(self, layer: Any) -> None:
         if self.resample is None:
@@ -249,8 +251,10 @@ class SignedMagnitudeFeedback(WeightDerivedFeedback):
         mode = layer.mode
         is_first = not mode.training or layer.path not in mode.with_gradients
         if torch.compiler.is_compiling():
+            from fa_bench.mechanisms.compiled import new_sample
+
             if is_first:
-                self._compiled.new_sample(feedback_tensor(layer, "M"), self._handle.key)
+                mode.seeds[layer.path] = new_sample(feedback_tensor(layer, "M"), self._handle.key)
         elif is_first and not recomputing():
             self.new_sample()
 
@@ -260,22 +264,27 @@ class SignedMagnitudeFeedback(WeightDerivedFeedback):
         self._is_due = True
 
     def materialize(self, layer: Any) -> None:
-        self.update(feedback_tensor(layer, "M"))
-
-    def update(self, magnitudes: Tensor) -> None:
-        """Overwrite the layer's M with a new sample if one is due."""
         if self._is_due:
             self._is_due = False
             assert self.resample is not None
-            resample_magnitudes(magnitudes, self.resample, seed_for(self.seed, self.draws))
-            self._known_positive = _version(magnitudes)
+            tensor = feedback_tensor(layer, "M")
+            resample_magnitudes(tensor, self.resample, self._sample_seed())
+            self._known_positive = _version(tensor)
+
+    def _sample_seed(self) -> int:
+        return seed_for(self.seed, self.draws)
+
+    def seed_words(self) -> tuple[int, int]:
+        """The seed of the present sample, for graphs."""
+        return seed_words(self._sample_seed())
 
     def context(self, layer: Any, x: Tensor) -> BackwardContext:
         if self.resample is None:
             return super().context(layer, x)
         if torch.compiler.is_compiling():
-            magnitudes = self._compiled.sampled(feedback_tensor(layer, "M"), self._handle.key)
-            return BackwardContext(from_weight=lambda weight: _masked(layer, torch.sign(weight).mul_(magnitudes)))
+            tensor, words = feedback_tensor(layer, "M"), layer.mode.seeds.get(layer.path)
+            sample = tensor.abs() if words is None else magnitudes(words, tensor.shape, self.resample, tensor.dtype)
+            return BackwardContext(from_weight=lambda weight: _masked(layer, torch.sign(weight).mul_(sample)))
         if recomputing():
             return BackwardContext(from_weight=refuse_reentrant(layer.mode.rule))
         # Another forward pass may sample a new M before this one's backward pass, so B is computed now. It is not saved by

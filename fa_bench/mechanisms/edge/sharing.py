@@ -49,8 +49,7 @@ class SharedActivation:
 
     def capture(self, x: Tensor) -> None:
         """Called at every forward pass by the first layer that has the activation as its input."""
-        # A compiled graph has no version to compare, but keeps the values of now; unless they are changed, the copy costs nothing.
-        self._captured = (x.detach().clone(), 0) if torch.compiler.is_compiling() else (x.detach(), x._version)
+        self._captured = x.detach(), 0 if torch.compiler.is_compiling() else x._version  # a graph has no versions
 
     @property
     def is_missing(self) -> bool:

@@ -1,0 +1,151 @@
+"""How a run computes: precision, memory layout, compilation. None of it is known to rules, models and losses."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from fa_bench.config.job import RunOptions
+from fa_bench.errors import ConfigError, first_line
+from fa_bench.runs.logs import log
+
+#: With compile=auto, steps that a run must have: a graph of resnet20 takes some 30 s to compile and saves 20 ms a step.
+ENOUGH_STEPS = 2000
+
+
+class Execution:
+    """How the forward passes of a run compute.
+
+    Args:
+        options: the run's options `compile`, `graphs`, `precision` and `channels_last`.
+        device: the run's device.
+
+    Attributes:
+        is_channels_last: whether images are stored with their channels last.
+        compile_seconds: the time that compilation has taken in this process.
+
+    Raises:
+        ConfigError: if the device does not support an option.
+    """
+
+    def __init__(self, options: RunOptions, device: torch.device) -> None:
+        self.options, self.device = options, device
+        if options.precision == "tf32" and device.type != "cuda":
+            raise ConfigError(f"precision=tf32: {device.type} devices have no such format (allowed: fp32, bf16)")
+        if options.graphs is True and device.type != "cuda":
+            raise ConfigError(f"graphs=true: this run's device, {device.type}, has no CUDA graphs (allowed: auto, false)")
+        if options.graphs is True and options.compile is not True:
+            raise ConfigError("graphs=true needs compile=true: graphs are captured from compiled code")
+        self.is_channels_last = options.channels_last is True
+        self._compiles: bool | None = options.compile if isinstance(options.compile, bool) else None
+        self._pending: set[int] = set()
+        self._has_compiled = False
+        if options.compile is True:
+            _require_compiler(device)
+
+    def products(self) -> AbstractContextManager[Any]:
+        """A context in which products have the precision of training; outside it, for metrics, they have single precision."""
+        return _tf32() if self.options.precision == "tf32" else _NOTHING
+
+    def placed(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The model on the device, in the memory format of the run; before a rule is attached."""
+        model = model.to(self.device)
+        return model.to(memory_format=torch.channels_last) if self.is_channels_last else model
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context of a forward pass and its loss. With bf16, weights, feedback and metrics stay in single precision."""
+        is_bf16 = self.options.precision == "bf16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16) if is_bf16 else nullcontext()
+
+    def forward(self, function: Callable[..., Any], model: torch.nn.Module, steps: int) -> Callable[..., Any]:
+        """A forward pass, ``function(x, y)``, as the run executes it: compiled for full batches.
+
+        Others are run without compilation: a last, smaller batch would need a graph of its own.
+
+        Args:
+            function: computes outputs and loss from a batch (N, ...) or a micro-batch.
+            model: the model that it calls.
+            steps: updates of the whole run.
+        """
+        def eager(x: torch.Tensor, y: torch.Tensor) -> Any:
+            with self.autocast():
+                return function(x, y)
+
+        if self._compiles is None:
+            self._compiles, why = _pays(model, self.device, steps)
+            log.info("compile=auto: %s (%s)", "on" if self._compiles else "off", why)
+        if not self._compiles:
+            return eager
+        # A code object of its own, because torch limits the number of graphs of each, over all runs of a process.
+        own: Any = types.FunctionType(eager.__code__.replace(), eager.__globals__, eager.__name__, None, eager.__closure__)
+        mode = {"triton.cudagraphs": True} if self.options.graphs is True else {}
+        # Dropout draws the same numbers as without compilation.
+        compiled = torch.compile(own, dynamic=False, options={"fallback_random": True, **mode})
+        size, parts = self.options.batch_size, self.options.accumulate
+        self._pending = {-(-size // parts), size // parts}
+        sizes = frozenset(self._pending)
+
+        def run(x: torch.Tensor, y: torch.Tensor) -> Any:
+            if len(x) not in sizes:
+                return eager(x, y)
+            if len(x) in self._pending:
+                self._pending.discard(len(x))
+                self._has_compiled = True
+                with torch._dynamo.config.patch(allow_rnn=True):  # recurrent modules are compositions of layers
+                    return compiled(x, y)
+            return compiled(x, y)
+
+        return run
+
+    def step_compiled(self) -> bool:
+        """Whether a graph was compiled since the last call."""
+        has_compiled, self._has_compiled = self._has_compiled, False
+        return has_compiled
+
+
+_NOTHING = nullcontext()
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def _require_compiler(device: torch.device) -> None:
+    if device.type == "cpu" and (problem := _no_compiler()):
+        raise ConfigError(f"compile=true needs a C++ compiler, such as g++: {problem}; install one, or pass compile=false")
+
+
+def _no_compiler() -> str:
+    """Why torch finds no C++ compiler; empty if it finds one."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:
+        return first_line(error)
+    return ""
+
+
+def _pays(model: torch.nn.Module, device: torch.device, steps: int) -> tuple[bool, str]:
+    """Whether compilation was measured to pay (docs/performance.md), and why."""
+    if device.type != "cpu":
+        return False, f"not measured on {device.type}"
+    if not any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        return False, "measured to pay only for models with batch normalisation"
+    if steps < ENOUGH_STEPS:
+        return False, f"{steps} steps; compiling takes as long as some {ENOUGH_STEPS} steps save"
+    if problem := _no_compiler():
+        return False, f"no C++ compiler: {problem}"
+    return True, f"{steps} steps of a model with batch normalisation"

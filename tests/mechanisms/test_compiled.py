@@ -1,0 +1,185 @@
+"""Every rule under torch.compile: one graph without breaks, no recompilation, and the same numbers as without."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fa_bench
+from fa_bench.errors import StateError
+from fa_bench.mechanisms.compiled import Handle
+from fa_bench.registry.registries import ALGORITHMS
+from fa_bench.registry.specs import parse_spec
+
+pytestmark = [pytest.mark.filterwarnings("ignore:.*torch.jit"), pytest.mark.filterwarnings("ignore:The .grad attribute")]
+#: Options that lead through other code than the defaults, with less work where the defaults take much.
+VARIANTS = {
+    "wm": ["wm:initial_steps=0,mirror_batch=4"], "usf": ["usf", "usf:density=0.5"], "frsf": ["frsf:density=0.5"],
+    "brsf": ["brsf", "brsf:m_init=xavier_normal,density=0.5"], "dfa": ["dfa", "dfa:form=shared"],
+    "drtp": ["drtp", "drtp:error_sign=true"], "asap": ["asap", "asap:transport=true", "asap:match=random"],
+    "pfa": ["pfa:ratio=2"], "local_error": ["local_error:separate=true"], "predsim": ["predsim", "predsim:loss=pred"],
+    "mixed": ["mixed:ratio=2"],
+}
+SPECS = [spec for name in ALGORITHMS for spec in VARIANTS.get(name, [name])]
+
+
+class Net(nn.Module):
+    """Two blocks of convolution, normalisation and activation with a shortcut, one of them transposed, and two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.act0 = nn.Conv2d(2, 4, 3, padding=1), nn.ReLU()
+        self.conv, self.norm, self.act1 = nn.Conv2d(4, 4, 3, padding="same"), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+        self.up, self.act2 = nn.ConvTranspose2d(4, 4, 2, stride=2, bias=False), nn.Tanh()
+        self.fc, self.act3, self.out = nn.Linear(64, 8), nn.Sigmoid(), nn.Linear(8, 3)
+        self.cut_points = self.blocks = ["act0", "act1", "act2", "act3"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act0(self.stem(x))
+        h = self.act2(self.up(self.act1(self.norm(self.conv(h)) + h)[:, :, ::2, ::2]))
+        return self.out(self.act3(self.fc(h.flatten(1))))
+
+
+class Small(nn.Module):
+    """A convolution and two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.act, self.fc, self.out = nn.Conv2d(2, 3, 3, stride=2), nn.ReLU(), nn.Linear(3, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.act(self.fc(self.act(self.conv(x)).flatten(1))))
+
+
+class Recurrent(nn.Module):
+    """Attention and a recurrent layer over the rows of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.lstm, self.out = nn.MultiheadAttention(8, 2, batch_first=True), nn.LSTM(8, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.movedim(1, -1).flatten(2)
+        h = self.attention(h, h, h, need_weights=False)[0]
+        return self.out(self.lstm(h.transpose(0, 1))[0][-1])
+
+
+def attached(spec: str, net: type[nn.Module] = Net) -> tuple[nn.Module, Any, Tensor, Tensor]:
+    torch.manual_seed(1)
+    model = net()
+    x, y = torch.randn(3, 5, 2, 4, 4), torch.randint(3, (3, 5))
+    name, options = parse_spec(spec)
+    return model, fa_bench.attach(model, name, seed=2, sample_input=x[0], **options), x, y
+
+
+def trained(model: nn.Module, rule: Any, x: Tensor, y: Tensor, call: Any) -> dict[str, Tensor]:
+    """All tensors of model and rule after three steps."""
+    optimizer = torch.optim.SGD(rule.parameter_groups(lr=0.1), momentum=0.9, weight_decay=0.01)
+    for images, labels in zip(x, y, strict=True):
+        optimizer.zero_grad()
+        logits = call(images)
+        rule.backward(F.cross_entropy(logits, labels), logits, labels, loss_scale=1.0)
+        optimizer.step()
+        rule.step()
+    feedback = {f"{path}.{name}": tensor for path, tensors in rule.feedback.items() for name, tensor in tensors.items()}
+    return {name: tensor.clone() for name, tensor in {**model.state_dict(), **feedback}.items()}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(allow_rnn=True):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("spec", "net"), [
+    *((spec, Net) for spec in SPECS), ("dfa:form=kernel", Small), ("fa", Recurrent), ("kp", Recurrent), ("brsf", Recurrent)])
+def test_compiled_steps_equal_those_without(spec: str, net: type[nn.Module]) -> None:
+    """The backend runs PyTorch's own operations in the order of the graph, so that equal means bit for bit."""
+    wanted = trained(*(parts := attached(spec, net)), call=parts[0])
+    model, rule, x, y = attached(spec, net)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(x[0])
+    rule.load_state_dict(attached(spec, net)[1].state_dict())  # as many random samples as before
+    model.load_state_dict(attached(spec, net)[0].state_dict())
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        found = trained(model, rule, x, y, compiled)
+    assert found.keys() == wanted.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, wanted[name]), name
+    assert repr(rule.state_dict()) == repr(parts[1].state_dict())
+
+
+@pytest.mark.parametrize("spec", ["kp", "brsf"])
+def test_the_default_compiler_agrees(spec: str) -> None:
+    """Fused kernels round in another order: a step changes weights of size 0.1 by 1e-7 of itself, amplified by BatchNorm."""
+    wanted = trained(*(parts := attached(spec)), call=parts[0])
+    model, rule, x, y = attached(spec)
+    found = trained(model, rule, x, y, torch.compile(model, fullgraph=True))
+    for name, tensor in found.items():
+        assert torch.allclose(tensor, wanted[name], rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.parametrize("spec", ["kp", "pfa:ratio=2", "asap", "dkp", "predsim"])
+def test_feedback_that_no_optimizer_trains_is_an_error(spec: str) -> None:
+    model, rule, x, y = attached(spec)
+    weights = torch.optim.SGD(rule.weight_parameters(), lr=0.1)
+    compiled = torch.compile(model, backend="aot_eager")
+    with pytest.raises(StateError, match="feedback_"):
+        for images, labels in zip(x, y, strict=True):
+            weights.zero_grad()
+            logits = compiled(images)
+            rule.backward(F.cross_entropy(logits, labels), logits, labels, loss_scale=1.0)
+            weights.step()
+            rule.step()
+
+
+def test_two_models_with_one_code_have_their_own_feedback() -> None:
+    """A graph contains the key of its rule; without it, the second model would get the first one's errors."""
+    gradients = []
+    for seed in (0, 1):
+        model, _, x, y = attached("dfa")
+        model._fa_bench_rule.detach()  # type: ignore[union-attr,operator]
+        rule = fa_bench.attach(model, "dfa", seed=seed, sample_input=x[0])
+        for call in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+            model.zero_grad()
+            rule.backward(F.cross_entropy(call(x[0]), y[0]))
+            gradients.append((rule, model.get_parameter("stem.weight").grad))
+    assert torch.equal(gradients[0][1], gradients[1][1]) and torch.equal(gradients[2][1], gradients[3][1])
+    assert not torch.equal(gradients[0][1], gradients[2][1])
+
+
+def test_handles_are_unique_and_are_copied_with_their_owners() -> None:
+    owner: dict[str, Any] = {}
+    owner["handle"] = Handle(owner)
+    twin = copy.deepcopy(owner)
+    assert twin["handle"].owner is twin and twin["handle"].key != owner["handle"].key
+    restored = pickle.loads(pickle.dumps(Handle("owner")))
+    assert restored.owner == "owner"
+    key = restored.key
+    del restored
+    assert Handle("next").key == key  # so that equal runs, one after the other, have equal graphs
+
+
+def test_a_copy_of_a_compiled_model_uses_its_own_rule() -> None:
+    model, rule, x, y = attached("drtp")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    logits = compiled(x[0])
+    rule.backward(F.cross_entropy(logits, y[0]), logits, y[0], 1.0)
+    twin = copy.deepcopy(model)
+    other: Any = twin._fa_bench_rule
+    for tensors in other.feedback.values():
+        tensors["B"].zero_()
+    twin.zero_grad()
+    logits = torch.compile(twin, fullgraph=True, backend="aot_eager")(x[0])
+    other.backward(F.cross_entropy(logits, y[0]), logits, y[0], 1.0)
+    assert not twin.get_parameter("stem.weight").grad.any() and model.get_parameter("stem.weight").grad.any()  # type: ignore[union-attr]
