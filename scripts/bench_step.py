@@ -6,7 +6,11 @@ computed for each round; the table shows their medians and quartiles. The row A/
 the gradients and calls the model, the loss, rule.backward, optimizer.step and rule.step; one column excludes the optimizer. The
 column "arithmetic" is the ratio of the multiplications in matrix products and convolutions of the same step.
 
+With --compile, model and loss are compiled, those of backpropagation too, as the runner's option compile=true does it. As in the
+runner, W and B share one gradient and one update where they have the same.
+
     python scripts/bench_step.py [--nets mlp conv2 resnet20] [--rules fa kp wm:mirror_steps=0 ...] [--rounds 30] [--threads 2]
+        [--compile]
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import torch
 from torch.nn import functional as F
 
 import fa_bench
+from fa_bench.config.job import RunOptions
 from fa_bench.errors import CoverageError
 from fa_bench.mechanisms.cut.function import DeliverFunction
 from fa_bench.mechanisms.edge.ops import FeedbackLinearFunction
@@ -32,12 +37,13 @@ from fa_bench.optim.optimizers import Optimizers
 from fa_bench.optim.sgd import SGD
 from fa_bench.registry.registries import ALGORITHMS, ARCHITECTURES
 from fa_bench.registry.specs import parse_spec
+from fa_bench.runs.execution import Execution
 
 NETS = {"mlp": (1, 28, 28), "conv2": (1, 28, 28), "resnet20": (3, 32, 32)}
 PLAIN, AGAIN = "bp (plain)", "bp (A/A)"
 
 
-def make_step(net: str, rule_name: str | None, batch: int, with_optimizer: bool) -> Callable[[], None]:
+def make_step(net: str, rule_name: str | None, batch: int, with_optimizer: bool, compiled: bool = False) -> Callable[[], None]:
     """A function that trains one step; with `rule_name` None the plain model, with loss.backward()."""
     torch.manual_seed(0)
     shape = NETS[net]
@@ -46,15 +52,24 @@ def make_step(net: str, rule_name: str | None, batch: int, with_optimizer: bool)
     name, options = parse_spec(rule_name or "bp")
     rule = fa_bench.attach(model, name, seed=0, sample_input=x[:2], **options)
     optimizers = Optimizers(SGD(lr=1e-3), rule, epochs=1)
+    if with_optimizer:
+        optimizers.share_gradients()
+
+    def forward(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = model(x)
+        return logits, F.cross_entropy(logits, y)
+
+    if compiled:
+        options = RunOptions(batch_size=batch, compile=True)
+        forward = Execution(options, torch.device("cpu")).forward(forward, model, steps=1)
 
     def step() -> None:
         optimizers.zero_grad()
-        logits = model(x)
-        loss = F.cross_entropy(logits, y)
+        logits, loss = forward(x, y)
         if rule_name is None:
             loss.backward()
         else:
-            rule.backward(loss, logits, y)
+            rule.backward(loss, logits, y, 1.0)
         if with_optimizer:
             optimizers.step()
         if rule_name is not None:
@@ -123,9 +138,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compile", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print(f"torch {torch.__version__}, {arguments.threads} threads, batch {arguments.batch}, eager, median [quartiles] of "
+    print(f"torch {torch.__version__}, {arguments.threads} threads, batch {arguments.batch}, "
+          f"{'compiled' if arguments.compile else 'eager'}, median [quartiles] of "
           f"{arguments.rounds} rounds\n")
     print("| net | rule | arithmetic | without optimizer | whole step |\n|---|---|---|---|---|")
     for net in arguments.nets:
@@ -142,14 +159,16 @@ def bench(net: str, arguments: argparse.Namespace) -> None:
         steps = {}
         for label, name in rules.items():
             try:
-                steps[label] = make_step(net, name, arguments.batch, with_optimizer)
+                steps[label] = make_step(net, name, arguments.batch, with_optimizer, arguments.compile)
             except CoverageError as error:
                 if not with_optimizer:
                     print(f"{net}: {error}", file=sys.stderr)
-        if net == "mlp" and not with_optimizer:
+        if net == "mlp" and not with_optimizer and not arguments.compile:
             steps |= {f"{rule} (written out)": make_written_out(rule, arguments.batch) for rule in ("bp", "fa", "dfa")}
         if not with_optimizer:
-            counts = {label: multiplications(step) for label, step in steps.items()}
+            # A compiled step does not show its products.
+            counts = {label: multiplications(make_step(net, rules[label], arguments.batch, False) if arguments.compile else step)
+                      for label, step in steps.items()}
             arithmetic = {label: count / counts[PLAIN] for label, count in counts.items()}
         columns.append(compare(steps, arguments.rounds, block))
     for name, ratios in columns[0].items():

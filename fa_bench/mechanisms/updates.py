@@ -131,6 +131,8 @@ class LearnedTensor:
             StateError: as `on_gradient`; also if the weight was updated by hand and this tensor was not.
         """
         if self._snapshot is None and not self._fault:
+            if self._trained and self.module._parameters[self.key] is not self._known:
+                _watch_optimizers(self)  # a tensor that replaced it has no hook, and a compiled graph does not call `on_gradient`
             return
         snapshot, self._snapshot = self._snapshot, None
         self._require_no_fault()

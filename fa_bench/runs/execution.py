@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,7 +14,7 @@ from fa_bench.config.job import RunOptions
 from fa_bench.errors import ConfigError, first_line
 from fa_bench.runs.logs import log
 
-#: With compile=auto, steps that a run must have: a graph of resnet20 takes some 30 s to compile and saves 20 ms a step.
+#: With compile=auto, steps that a run must have: a graph of resnet20 takes some 30 s to compile and saves 15 ms a step.
 ENOUGH_STEPS = 2000
 
 
@@ -23,10 +24,6 @@ class Execution:
     Args:
         options: the run's options `compile`, `graphs`, `precision` and `channels_last`.
         device: the run's device.
-
-    Attributes:
-        is_channels_last: whether images are stored with their channels last.
-        compile_seconds: the time that compilation has taken in this process.
 
     Raises:
         ConfigError: if the device does not support an option.
@@ -40,7 +37,7 @@ class Execution:
             raise ConfigError(f"graphs=true: this run's device, {device.type}, has no CUDA graphs (allowed: auto, false)")
         if options.graphs is True and options.compile is not True:
             raise ConfigError("graphs=true needs compile=true: graphs are captured from compiled code")
-        self.is_channels_last = options.channels_last is True
+        self._channels_last = options.channels_last
         self._compiles: bool | None = options.compile if isinstance(options.compile, bool) else None
         self._pending: set[int] = set()
         self._has_compiled = False
@@ -54,7 +51,10 @@ class Execution:
     def placed(self, model: torch.nn.Module) -> torch.nn.Module:
         """The model on the device, in the memory format of the run; before a rule is attached."""
         model = model.to(self.device)
-        return model.to(memory_format=torch.channels_last) if self.is_channels_last else model
+        if self._channels_last == "auto":
+            self._channels_last = self.device.type == "cpu" and _has_convolutions(model)
+            log.info("channels_last=auto: %s", "on" if self._channels_last else "off (measured to pay for convolutions on a CPU)")
+        return model.to(memory_format=torch.channels_last) if self._channels_last else model
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context of a forward pass and its loss. With bf16, weights, feedback and metrics stay in single precision."""
@@ -80,6 +80,7 @@ class Execution:
             log.info("compile=auto: %s (%s)", "on" if self._compiles else "off", why)
         if not self._compiles:
             return eager
+        gc.collect()  # rules of earlier runs release the keys that graphs contain, and equal graphs are found in torch's cache
         # A code object of its own, because torch limits the number of graphs of each, over all runs of a process.
         own: Any = types.FunctionType(eager.__code__.replace(), eager.__globals__, eager.__name__, None, eager.__closure__)
         mode = {"triton.cudagraphs": True} if self.options.graphs is True else {}
@@ -142,10 +143,14 @@ def _pays(model: torch.nn.Module, device: torch.device, steps: int) -> tuple[boo
     """Whether compilation was measured to pay (docs/performance.md), and why."""
     if device.type != "cpu":
         return False, f"not measured on {device.type}"
-    if not any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-        return False, "measured to pay only for models with batch normalisation"
+    if not _has_convolutions(model):
+        return False, "measured to pay only for models with convolutions"
     if steps < ENOUGH_STEPS:
         return False, f"{steps} steps; compiling takes as long as some {ENOUGH_STEPS} steps save"
     if problem := _no_compiler():
         return False, f"no C++ compiler: {problem}"
-    return True, f"{steps} steps of a model with batch normalisation"
+    return True, f"{steps} steps of a model with convolutions"
+
+
+def _has_convolutions(model: torch.nn.Module) -> bool:
+    return any(isinstance(module, torch.nn.modules.conv._ConvNd) for module in model.modules())

@@ -143,6 +143,25 @@ def test_feedback_that_no_optimizer_trains_is_an_error(spec: str) -> None:
             rule.step()
 
 
+def test_feedback_that_was_replaced_after_compilation_is_an_error() -> None:
+    model, rule, x, y = attached("kp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    compiled = torch.compile(model, backend="aot_eager")
+
+    def step(number: int) -> None:
+        optimizer.zero_grad()
+        rule.backward(F.cross_entropy(compiled(x[number]), y[number]))
+        optimizer.step()
+        rule.step()
+
+    step(0)
+    step(1)
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    with pytest.raises(StateError, match=r"feedback_B"):
+        for _ in range(3):
+            step(2)
+
+
 def test_two_models_with_one_code_have_their_own_feedback() -> None:
     """A graph contains the key of its rule; without it, the second model would get the first one's errors."""
     gradients = []

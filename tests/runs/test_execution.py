@@ -1,0 +1,160 @@
+"""Compilation, precision and memory format of a run."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+
+import fa_bench
+from fa_bench.cli import main
+from fa_bench.config.job import RunOptions
+from fa_bench.errors import ConfigError
+from fa_bench.runs import execution
+from fa_bench.runs.execution import Execution
+from fa_bench.runs.hashes import state_hash
+
+CPU = torch.device("cpu")
+SMALL = ["dataset=synthetic", "dataset.samples=200", "dataset.validation=40", "architecture.widths=[8]", "batch_size=30",
+         "epochs=2", "threads=1", "device=cpu", "probe_every=2", "loggers=[]", "drop_last=false"]
+
+
+def trained(directory: Path, *overrides: str) -> dict[str, Any]:
+    """The result of a small run, with 6 batches an epoch, the last one of 10 images."""
+    assert main([*SMALL, *overrides, f"output_dir={directory}"]) == 0
+    return json.loads(next(directory.rglob("result.json")).read_text())
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of the batches that are compiled; PyTorch's own operations take the place of compiled kernels."""
+    shapes: list[tuple[int, ...]] = []
+    compile_model = torch.compile
+
+    def compiled(function: Callable[..., Any], *, dynamic: bool, options: dict[str, Any]) -> Callable[..., Any]:
+        assert dynamic is False and options == {"fallback_random": True}
+
+        def call(x: torch.Tensor, y: torch.Tensor) -> Any:
+            shapes.append(tuple(x.shape))
+            return graph(x, y)
+
+        graph: Any = compile_model(function, dynamic=False, fullgraph=True, backend="aot_eager")
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(execution, "_no_compiler", lambda: "")
+    return shapes
+
+
+@pytest.mark.parametrize("algorithm", ["kp", "dkp", "drtp", "brsf", "predsim"])
+def test_a_compiled_run_has_the_same_results(algorithm: str, tmp_path: Path, traced: list[tuple[int, ...]]) -> None:
+    """The measurements of angles between the steps and the last, smaller batch neither use the graph nor compile another."""
+    plain = trained(tmp_path / "plain", f"algorithm={algorithm}")
+    assert not traced
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = trained(tmp_path / "compiled", f"algorithm={algorithm}", "compile=true")
+    assert {shape[0] for shape in traced} == {30} and len(traced) == 2 * 5
+    same = ("weights_hash", "feedback_hash", "optimizer_hash", "batches_hash", "angles", "test_accuracy")
+    assert {key: plain[key] for key in same} == {key: compiled[key] for key in same}
+    assert compiled["compile_seconds"] > 0 and plain["compile_seconds"] is None
+    assert compiled["config_hash"] != plain["config_hash"]
+
+
+def test_micro_batches_of_both_sizes_are_compiled(tmp_path: Path, traced: list[tuple[int, ...]]) -> None:
+    plain = trained(tmp_path / "plain", "algorithm=fa", "accumulate=4")
+    compiled = trained(tmp_path / "compiled", "algorithm=fa", "accumulate=4", "compile=true")
+    assert {shape[0] for shape in traced} == {7, 8}
+    assert compiled["weights_hash"] == plain["weights_hash"]
+
+
+def test_compiled_models_draw_the_same_dropout_and_repeat_bit_for_bit() -> None:
+    """With PyTorch's own compiler; fused kernels round in another order, by 1e-7 of each number."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 50), torch.nn.ReLU(), torch.nn.Dropout(0.5), torch.nn.Linear(50, 3))
+    x, y = torch.randn(6, 4), torch.zeros(6)
+
+    def forward(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return model(x)
+
+    compiled = Execution(RunOptions(compile=True, batch_size=6), CPU).forward(forward, model, 1)
+    outputs = []
+    for call in (forward, compiled, compiled):
+        torch.manual_seed(1)
+        outputs.append(call(x, y))
+    assert torch.equal(outputs[1], outputs[2])
+    assert torch.allclose(outputs[0], outputs[1], rtol=1e-5, atol=1e-6)
+
+
+def test_bf16_computes_in_half_precision_and_keeps_weights_and_metrics_in_single(tmp_path: Path) -> None:
+    plain, half = (trained(tmp_path / precision, "algorithm=kp", f"precision={precision}") for precision in ("fp32", "bf16"))
+    assert half["weights_hash"] != plain["weights_hash"] and half["initial_weights_hash"] == plain["initial_weights_hash"]
+    # bf16 has 8 bits: products of some hundred terms are off by 1 %.
+    losses = [json.loads(next((tmp_path / name).rglob("metrics.jsonl")).read_text().splitlines()[0])["train_loss"]
+              for name in ("fp32", "bf16")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05) and losses[0] != losses[1]
+    checkpoint = torch.load(next((tmp_path / "bf16").rglob("last.pt")), weights_only=True)
+    assert {tensor.dtype for tensor in checkpoint["model"].values() if tensor.is_floating_point()} == {torch.float32}
+
+
+def test_channels_last_changes_the_memory_format_of_weights_and_feedback_alone() -> None:
+    plain = torch.nn.Conv2d(3, 4, 3)
+    assert state_hash(Execution(RunOptions(channels_last=True), CPU).placed(copy.deepcopy(plain)).state_dict()) == state_hash(
+        plain.state_dict())
+    conv = Execution(RunOptions(channels_last=True), CPU).placed(torch.nn.Conv2d(3, 4, 3))
+    assert conv.get_parameter("weight").is_contiguous(memory_format=torch.channels_last)
+    fa_bench.attach(conv, "kp")
+    assert conv.get_parameter("feedback_B").is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"precision": "tf32"}, "precision=tf32: cpu devices"), ({"graphs": True, "compile": True}, "graphs=true: .* cpu"),
+])
+def test_what_a_device_does_not_have_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Execution(RunOptions(**options), CPU)
+
+
+def test_graphs_need_compiled_code() -> None:
+    with pytest.raises(ConfigError, match="graphs=true needs compile=true"):
+        Execution(RunOptions(graphs=True), torch.device("cuda"))
+
+
+def test_compile_without_a_compiler_is_refused_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execution, "_no_compiler", lambda: "no g++ here")
+    with pytest.raises(ConfigError, match=r"compile=true needs a C.* compiler.*no g\+\+ here.*compile=false"):
+        Execution(RunOptions(compile=True), CPU)
+
+
+@pytest.mark.parametrize(("model", "device", "steps", "compiler", "wanted"), [
+    (torch.nn.Conv2d(1, 1, 1), "cpu", 2000, "", True), (torch.nn.Conv2d(1, 1, 1), "cpu", 1999, "", False),
+    (torch.nn.Linear(1, 1), "cpu", 9999, "", False), (torch.nn.Conv2d(1, 1, 1), "cuda", 9999, "", False),
+    (torch.nn.Conv2d(1, 1, 1), "cpu", 9999, "none", False),
+])
+def test_auto_compiles_where_that_was_measured_to_pay(
+    model: torch.nn.Module, device: str, steps: int, compiler: str, wanted: bool, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(execution, "_no_compiler", lambda: compiler)
+    assert execution._pays(model, torch.device(device), steps)[0] is wanted
+    with caplog.at_level("INFO", "fa_bench"):
+        Execution(RunOptions(compile="auto"), torch.device("meta")).forward(lambda x, y: None, model, steps)
+    assert "compile=auto: off (not measured on meta)" in caplog.text
+
+
+def test_auto_stores_channels_last_for_convolutions_on_a_cpu() -> None:
+    for layer, wanted in ((torch.nn.Conv2d(3, 4, 3), True), (torch.nn.Linear(3, 4), False)):
+        chosen = Execution(RunOptions(channels_last="auto"), CPU)
+        chosen.placed(layer)
+        assert chosen._channels_last is wanted
+
+
+def test_tf32_holds_for_products_of_training_only() -> None:
+    with execution._tf32():
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == "highest"
