@@ -84,10 +84,10 @@ TOP = {
     "seed": (MODEL, (), "1"), "epochs": (BATCHES, (), "2"), "batch_size": (BATCHES, (), "8"),
     "drop_last": (TRAINED, (), "false"), "shuffle": (BATCHES, (), "false"), "clip_norm": (TRAINED, (), "0.01"),
     "accumulate": (TRAINED, (), "2"),  # equal but for rounding
-    "probe_size": (RECORD, (), "3"), "scale": (BATCHES, (), "smoke"),
+    "probe_size": (RECORD, (), "3"), "scale": (BATCHES, (), "smoke"), "precision": (TRAINED, (), "bf16"),
 }
 #: They change what happens around the numbers, or how often they are recorded, which other tests look at.
-NOT_NUMBERS = {"callbacks", "device", "on_divergence", "deterministic", "probe_every"}
+NOT_NUMBERS = {"callbacks", "device", "on_divergence", "deterministic", "probe_every", "compile", "graphs", "channels_last"}
 
 DATASET = {
     "samples": (DATA, "46"), "test_samples": (DATA, "11"), "classes": (DATA, "4"), "channels": (DATA, "2"), "size": (DATA, "4"),
