@@ -54,7 +54,8 @@ def operator(schema: str, like: Callable[..., Any]) -> Callable[[Callable[..., A
     """
     def register(function: Callable[..., Any]) -> Any:
         name = schema.partition("(")[0]
-        _library.define(schema.replace(") ->", ", str key) ->"))
+        # A compiler may choose the memory format of the arguments.
+        _library.define(schema.replace(") ->", ", str key) ->"), tags=(torch.Tag.flexible_layout,))
         _library.impl(name, lambda *given: function(_handles[given[-1]].owner, *given[:-1]), "CompositeExplicitAutograd")
         torch.library.register_fake(f"fa_bench::{name}", lambda *given: like(*given[:-1]), lib=_library)
         return getattr(torch.ops.fa_bench, name).default

@@ -83,7 +83,7 @@ class DKP(CutRule):
         activation = captured.tensor
         if self._layouts:
             delta, activation = self._layouts[cut].pairs(delta.to(dtype), activation.to(dtype))
-        return [delta.to(dtype).t().mm(activation.flatten(1).to(dtype))]
+        return [_product(delta.to(dtype), activation.to(dtype))]
 
     def learned_feedback(self) -> list[LearnedTensor]:
         return [one for learned in self._learned.values() for one in learned]
@@ -97,3 +97,12 @@ class DKP(CutRule):
         if self.density < 1:
             for cut in self._cut_modules:
                 self.tensor(cut, "B").mul_(self.tensor(cut, "mask"))
+
+
+def _product(delta: Tensor, activation: Tensor) -> Tensor:
+    """δᵀ a, (C, F), for δ (N, C) and an activation (N, ...) with F features."""
+    if activation.dim() != 4 or activation.is_contiguous():
+        return delta.t().mm(activation.flatten(1))
+    # A map with its channels last, as compilers store it, is many times larger than the product: the product is reordered.
+    last = activation.movedim(1, -1)
+    return delta.t().mm(last.flatten(1)).unflatten(1, last.shape[1:]).movedim(-1, 1).flatten(1)
