@@ -163,8 +163,8 @@ def _run(
         trainer = Trainer(parts.rule, parts.optimizers, parts.splits, job.run, [
             Divergence(proceed=job.run.on_divergence == "continue"), *histograms,
             Alignment(parts.meter, probe_every, recorder.measured), *parts.callbacks, *external, recorder,
-            Checkpoints(save, job.run.checkpoint_epochs, job.run.checkpoint_minutes), display, StopOnSignal(stop),
             *([Energy(energy)] if energy is not None else []),
+            Checkpoints(save, job.run.checkpoint_epochs, job.run.checkpoint_minutes), display, StopOnSignal(stop),
         ], progress, external, parts.execution)
         with _recording_outcome(result, job, parts, recorder, trainer, save):
             _initial_phase(parts.rule, title, stop)
