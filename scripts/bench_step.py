@@ -32,7 +32,7 @@ from fa_bench.mechanisms.cut.function import DeliverFunction
 from fa_bench.mechanisms.edge.ops import FeedbackLinearFunction
 from fa_bench.mechanisms.edge.pathways import BackwardContext
 from fa_bench.mechanisms.weighted_layers import weighted_layers
-from fa_bench.metrics.arithmetic import multiplications
+from fa_bench.metrics.cost import multiplications
 from fa_bench.optim.optimizers import Optimizers
 from fa_bench.optim.sgd import SGD
 from fa_bench.registry.registries import ALGORITHMS, ARCHITECTURES

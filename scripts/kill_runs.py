@@ -45,7 +45,7 @@ RULES = {
 SINGLE = {name: [f"algorithm={name}", *options, *COMMON, "hydra.run.dir=run"] for name, options in RULES.items()}
 COMMANDS = {**SINGLE, "sweep": ["-m", "algorithm=kp,brsf,wm", "seed=0,1", *COMMON, "hydra.sweep.dir=sweep"]}
 #: Differences allowed between bitwise identical runs; the checkout may change while they run.
-MAY_DIFFER = ("seconds", "peak_memory_bytes", "git")
+MAY_DIFFER = ("seconds", "peak_memory_bytes", "energy_wh", "git")
 SIGNALS = [signal.SIGKILL] * 3 + [signal.SIGTERM, signal.SIGINT]
 
 

@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from fa_bench.data.fetch import downloads_refused
 from fa_bench.data.splits import Split, Splits
 from fa_bench.errors import DataError, RunDirectoryError, names
 from fa_bench.mechanisms.rule import Rule
-from fa_bench.metrics.arithmetic import step_multiplications
+from fa_bench.metrics.cost import optimizer_states
 from fa_bench.metrics.memory_traffic import memories
 from fa_bench.registry.kinds import CLASSES, NOUNS, POSITIONS, VALUES
 from fa_bench.registry.options import as_plain
@@ -29,6 +29,7 @@ from fa_bench.report.runs import read_run
 from fa_bench.report.states import describe_status
 from fa_bench.rules.bp import BP
 from fa_bench.runs.locks import lock_holder
+from fa_bench.runs.prediction import step_costs_of
 from fa_bench.runs.readers import read_metrics
 from fa_bench.runs.rundir import RunDirectory, RunState
 from fa_bench.runs.train import Parts, assemble, load, prepare
@@ -176,24 +177,31 @@ def _stored_feedback(rule: Rule) -> dict[tuple[str, str], torch.Tensor]:
 
 def _costs(job: Job, parts: Parts) -> list[tuple[str, str]]:
     rule, model, splits = parts.rule, parts.rule.model, parts.splits
-    batch, shape = min(job.run.batch_size, len(splits.train)), splits.input_shape
+    batch = min(job.run.batch_size, len(splits.train))
     parameters, learned = rule.weight_parameters(), rule.feedback_parameters()
     trains = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     feedback = _bytes(_stored_feedback(rule).values())
-    of_rule, of_backprop = step_multiplications(rule, shape, len(splits.classes), batch, splits.inputs, splits.targets)
+    of_rule, of_backprop = step_costs_of(job, rule, splits)
     parts.optimizers.step()  # creates the optimizers' state, with the gradients of the counted steps
-    state = [tensor for optimizer in parts.optimizers.optimizers for entry in optimizer.state.values()
-             for tensor in entry.values() if isinstance(tensor, torch.Tensor)]
+    state = optimizer_states(parts.optimizers)
     rule.detach()
     return [
         ("parameters", f"{sum(parameter.numel() for parameter in parameters):,}, {trains:,} of them trained"),
         ("weights", format_bytes(_bytes(parameters))),
         ("feedback", f"{format_bytes(feedback)}, {format_bytes(_bytes(learned))} of it learned"),
         ("optimizer state", f"{format_bytes(_bytes(state))} ({_optimizers(job, bool(learned))})"),
-        ("multiplications", f"{format_count(of_rule)} a step, {of_rule / of_backprop:.2f} of backpropagation's "
-                            f"{format_count(of_backprop)} (batch of {batch})"),
+        ("multiplications", f"{_compared(of_rule.multiplications, of_backprop.multiplications, format_count)} "
+                            f"(batch of {batch})"),
+        ("of these", ", ".join(f"{format_count(number)} {phase}" for phase, number in (
+            ("forward", of_rule.forward), ("backward", of_rule.backward), ("for learning feedback", of_rule.feedback)))),
+        ("bytes moved", _compared(of_rule.bytes_moved, of_backprop.bytes_moved, format_bytes)),
+        ("peak memory", _compared(of_rule.peak_memory, of_backprop.peak_memory, format_bytes)),
         *_accesses(job, model, splits, batch),
     ]
+
+
+def _compared(of_rule: int, of_backprop: int, text: Callable[[int], str]) -> str:
+    return f"{text(of_rule)} a step, {of_rule / of_backprop:.2f} of backpropagation's {text(of_backprop)}"
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -214,8 +222,7 @@ def _accesses(job: Job, model: torch.nn.Module, splits: Splits, batch: int) -> l
     if of_rule is None:
         undefined = "" if type(job.algorithm) is BP else f"; not defined for {job.algorithm.name}"
         return [("memory accesses", f"{format_count(reference)} a step for backpropagation{undefined}")]
-    return [("memory accesses", f"{format_count(of_rule)} a step, {of_rule / reference:.2f} of backpropagation's "
-                                f"{format_count(reference)}")]
+    return [("memory accesses", _compared(of_rule, reference, format_count))]
 
 
 def _training(job: Job, trained: Job, splits: Splits) -> list[tuple[str, str]]:

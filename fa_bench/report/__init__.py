@@ -106,6 +106,8 @@ def write_report(
     from fa_bench.report.aggregate import AGGREGATE_COLUMNS, AGGREGATE_LEGEND, over_tasks
     from fa_bench.report.alarms import ALARM_COLUMNS, alarms
     from fa_bench.report.best import choose_best
+    from fa_bench.report.cost import LEGEND as COST_LEGEND
+    from fa_bench.report.cost import MEASURED, PREDICTED
     from fa_bench.report.export import RUN_TIMINGS, runs_table, to_json, to_latex
     from fa_bench.report.gaps import published_without_run
     from fa_bench.report.html import Table, to_html
@@ -133,7 +135,7 @@ def write_report(
     against = against_published(entries, compared)
     all_runs = runs_table(runs, out_dir)
     if not timings:
-        frame, all_runs = frame.drop(columns=TIMINGS), all_runs.drop(columns=RUN_TIMINGS)
+        frame, all_runs = frame.drop(columns=TIMINGS, errors="ignore"), all_runs.drop(columns=RUN_TIMINGS)
     layers = by_layer(compared)
     probes, probe_columns = probe_table(layers, dict.fromkeys(name for run in compared if run.finished for name in run.probed))
     raised, alarms_legend = alarms(compared, reference)
@@ -145,7 +147,8 @@ def write_report(
     lists = {"Excluded: damaged or foreign records": gaps.excluded, "Runs that have not finished": gaps.unfinished,
              "Runs that have not started": gaps.not_started, "Missing seeds": gaps.seeds,
              "Published rows without a finished run": without_run}
-    shown_tables = [Table("", frame.drop(columns=[*VERSIONS]), columns_of(frame), LEGEND + _REFERENCES[reference])]
+    of_cost = [name for name in (*PREDICTED, *MEASURED) if name in frame]
+    shown_tables = [Table("", frame.drop(columns=[*VERSIONS, *of_cost]), columns_of(frame), LEGEND + _REFERENCES[reference])]
     if choice:
         known = TRIED_COLUMNS | {key: column for score in primary_scores(choice.tried)
                                  for key, column in score_columns(score).items()}
@@ -156,6 +159,8 @@ def write_report(
     if alarms_legend:
         shown_tables.append(Table("Alarms", raised, ALARM_COLUMNS, alarms_legend))
     shown_tables += [table for table in (
+        Table("Cost", frame.loc[frame["multiplications"].notna(), ["label", "architecture", "dataset", *of_cost]],
+              columns_of(frame), COST_LEGEND),
         Table("Comparison with published numbers", against, COLUMNS, _PUBLISHED_LEGEND),
         Table("Probes", probes, probe_columns, PROBES_LEGEND)) if len(table.frame)]
 

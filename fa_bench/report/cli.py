@@ -62,7 +62,7 @@ def _main(argv: list[str]) -> int:
     parser.add_argument("folders", metavar="DIR", nargs="+", type=Path, help="a run directory, or a folder with run directories")
     parser.add_argument("--out", metavar="DIR", type=Path, help="where to write the report (default: the common folder of DIR)")
     parser.add_argument("--no-timings", action="store_true",
-                        help="omit measured seconds, so that two sweeps of the same runs give the same bytes")
+                        help="omit measured seconds, memory and energy, so that two sweeps of the same runs give the same bytes")
     parser.add_argument("--best", metavar="KEY[,KEY]",
                         help="choose the values of these keys by their validation score for each rule, and compare the chosen "
                              "ones: --best optimizer.lr")

@@ -14,6 +14,7 @@ from fa_bench.metrics.alignment.base import Metric, declared
 from fa_bench.objectives.scores import ACCURACY, Score
 from fa_bench.registry.registries import METRICS
 from fa_bench.report.best import Chosen, abridged
+from fa_bench.report.cost import ENERGY, MEASURED, PREDICTED, Costs
 from fa_bench.report.groups import CONTROL, FLOOR, finished_by_seed, group_runs, is_floor, status_counts, tasks
 from fa_bench.report.numbers import Paired, half_width, holm, known, mean, paired, std, value_range
 from fa_bench.report.published import Entry, headline, matching_entries
@@ -32,7 +33,7 @@ WIDTH, MAX_NOTES = 120, 12
 class Column(NamedTuple):
     """How a column is shown: its title with the unit, and a number format, None for text.
 
-    `timing`: it has measured seconds, which differ whenever the same runs are repeated.
+    `timing`: it is measured, and differs whenever the same runs are repeated: seconds, memory and energy.
     """
 
     title: str
@@ -95,6 +96,8 @@ COLUMNS = {
     **metric_columns(declared(METRICS)),
     "seconds": Column("seconds", ".1f", timing=True),
     "seconds_per_epoch": Column("seconds per epoch", ".2f", timing=True),
+    **{name: Column(*column) for name, column in PREDICTED.items()},
+    **{name: Column(*column, timing=True) for name, column in MEASURED.items()},
     "published": Column("published (%)", ".2f"),
     "published_std": Column("std", ".2f"),
     "published_difference": Column("difference to published (points)", "+.2f"),
@@ -144,8 +147,10 @@ def summarise(
     for of_task in tasks(everything).values():
         corrected |= holm({group: comparisons[group].difference.p for group, members in of_task.items()
                            if (rule := members[0].result["algorithm"]) != CONTROL and not is_floor(rule)})
+    costs = Costs(run for members in everything.values() for run in members)
     rows = [_row(references.labels[group], members, comparisons[group], published, metrics, (chosen or {}).get(group))
             | {"bp_difference_p_holm": corrected.get(group, math.nan)}
+            | costs.of(members)
             | {key: config[key] for key in swept if key in (config := members[0].config)}
             for group, members in groups.items()]
     first, timings = list(COLUMNS).index("n"), list(COLUMNS).index("seconds")
@@ -157,6 +162,8 @@ def summarise(
             at = middle.index(before)
             middle[at:at] = [name for name in added if name not in COLUMNS]
     columns = [*list(COLUMNS)[:first], *swept, *middle, *others, *list(COLUMNS)[timings:]]
+    if all(math.isnan(row["energy_wh"]) for row in rows):
+        columns = [name for name in columns if name not in ENERGY]
     frame = pd.DataFrame({name: pd.Series([row.get(name, math.nan) for row in rows],
                                           dtype=object if name in ("floor", *swept) else None) for name in columns})
     frame.attrs |= {"metrics": list(metrics), "swept": swept, "scores": primaries}

@@ -20,10 +20,13 @@ from fa_bench.runs.logs import log
 if TYPE_CHECKING:
     from fa_bench.runs.loop import Trainer
     from fa_bench.runs.record import Recorder
+    from fa_bench.utils.energy import EnergyMeter
     from fa_bench.utils.stopping import StopRequest
 
 #: Seconds between two lines of a run whose log is not a terminal.
 LINE_EVERY = 10.0
+#: Seconds between two readings of the machine's energy counters.
+ENERGY_EVERY = 60.0
 #: The least number of automatic measurements in a run that has as many steps, and the most steps between two of them.
 MEASUREMENTS, MAX_INTERVAL = 20, 500
 
@@ -72,6 +75,35 @@ class Alignment(Callback):
         progress.angles, progress.probed = self.meter.measure(), progress.step
         progress.measurements += 1
         self.on_measured(progress.step, progress.angles)
+
+
+@dataclasses.dataclass(eq=False)
+class Energy(Callback):
+    """Adds up the energy that the machine uses while a run trains; a run that began where it was not counted has none."""
+
+    meter: EnergyMeter
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        if trainer.progress.step == 0:
+            trainer.progress.energy_wh = 0.0
+        self.meter.start()
+        self._read = time.monotonic()
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        # Read before a counter can wrap around twice: RAPL's do within minutes.
+        if time.monotonic() - self._read >= ENERGY_EVERY:
+            self._add(trainer)
+
+    def on_epoch_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        self._add(trainer)
+
+    def on_fit_end(self, trainer: Trainer) -> None:
+        self._add(trainer)
+
+    def _add(self, trainer: Trainer) -> None:
+        used, self._read = self.meter.used_wh(), time.monotonic()
+        before = trainer.progress.energy_wh
+        trainer.progress.energy_wh = None if before is None or used is None else before + used
 
 
 @dataclasses.dataclass(eq=False)

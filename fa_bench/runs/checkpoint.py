@@ -157,7 +157,7 @@ def _progress(saved: dict[str, Any], expected: Expected) -> Progress:
         "measurements": is_count,
         "probed": lambda value: value is None or is_count(value, progress.step),
         "best_epoch": lambda value: value is None or is_count(value, progress.epoch),
-        **dict.fromkeys(("seconds", "compile_seconds"), is_number),
+        **dict.fromkeys(("seconds", "compile_seconds"), is_number), "energy_wh": lambda value: value is None or is_number(value),
         **dict.fromkeys(("best_val", "test_at_best"), lambda value: value is None or is_number(value, -sys.float_info.max)),
         "loss_sum": is_sum, "sums": are_sums, "angles": lambda value: value is None or is_angles(value),
         "diverged": lambda value: is_record(value, epoch=int, step=int, layer=(str, type(None)), message=str),

@@ -36,6 +36,7 @@ class Progress:
         step: updates so far.
         seconds: training time so far, without evaluation, measurements and compilation.
         compile_seconds: of steps in which torch.compile compiled.
+        energy_wh: energy that the machine used so far, with evaluation and measurements; None if it was not counted throughout.
         loss_sum, sums, samples: over the current epoch's batches: the loss, the objective's sums for scores, and the targets that
             count. They are on the device, but for a number of samples that is known without looking at the targets.
         probed: the step of the last recorded measurement of alignment metrics.
@@ -53,6 +54,7 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     compile_seconds: float = 0.0
+    energy_wh: float | None = None
     loss_sum: Tensor | None = None
     sums: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     samples: int | Tensor = 0

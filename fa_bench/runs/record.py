@@ -158,7 +158,8 @@ def base_result(job: Job, experiment: str | None = None) -> dict[str, Any]:
         **dict.fromkeys(final_keys(job.scores)), "best_epoch": None, "scores": as_records(job.scores),
         "angles": {}, "probes": {}, "feedback_layers": [], "output_layers": [],
         "weight_transport": [],
-        "seconds": None, "compile_seconds": None, "peak_memory_bytes": None,
+        "seconds": None, "compile_seconds": None, "peak_memory_bytes": None, "energy_wh": None, "energy_counters": [],
+        "cost": None,
         "config_hash": job.config_hash, "code_hash": code_hash(job.plugin_modules), "data_hash": None,
         "initial_weights_hash": None, "batches_hash": None, "weights_hash": None, "feedback_hash": None, "optimizer_hash": None,
         "device": None, "git": git_state(), "versions": versions(), "error": None,
@@ -170,7 +171,7 @@ def progress_result(recorder: Recorder, progress: Progress, meter: AlignmentMete
     last = recorder.last_metrics()
     return {
         "epoch": progress.epoch, "step": progress.step, "seconds": progress.seconds,
-        "compile_seconds": progress.compile_seconds if progress.compile_seconds else None,
+        "compile_seconds": progress.compile_seconds if progress.compile_seconds else None, "energy_wh": progress.energy_wh,
         **{key: last.get(key) for key in final_keys(recorder.scores)},
         f"test_{recorder.scores[0].name}_at_best_val": progress.test_at_best, "best_epoch": progress.best_epoch,
         "angles": (progress.angles if complete else last.get("angles")) or {},

@@ -31,16 +31,18 @@ from fa_bench.registry.registries import CALLBACKS
 from fa_bench.registry.specs import component
 from fa_bench.runs import checkpoint
 from fa_bench.runs.batches import check_batches, check_targets, fixed_batch
-from fa_bench.runs.callbacks import Alignment, Checkpoints, Display, Histograms, StopOnSignal, probe_interval
+from fa_bench.runs.callbacks import Alignment, Checkpoints, Display, Energy, Histograms, StopOnSignal, probe_interval
 from fa_bench.runs.divergence import Diverged, Divergence
 from fa_bench.runs.execution import Execution
 from fa_bench.runs.hashes import compare_data, state_hash, weights_hash
 from fa_bench.runs.locks import lock_directory
 from fa_bench.runs.logs import log, log_file
 from fa_bench.runs.loop import Progress, Trainer
+from fa_bench.runs.prediction import predicted_cost
 from fa_bench.runs.readers import RecordError, recorded_lines, recorded_measurements
 from fa_bench.runs.record import Recorder, base_result, device_name, make_loggers, progress_result
 from fa_bench.runs.rundir import RunDirectory, RunState
+from fa_bench.utils.energy import EnergyMeter
 from fa_bench.utils.files import ANGLES, LOG, METRICS, RESULT, dump_json, write_text
 from fa_bench.utils.memory_limits import require_memory, within_memory
 from fa_bench.utils.process import isolated, seed_everything
@@ -141,6 +143,9 @@ def _run(
     with ExitStack() as stack:
         stack.enter_context(log_file(run_dir.path / LOG))
         _log_start(job, parts, progress, warnings, resuming, resume and bool(run_dir.job.run.resume))
+        energy = EnergyMeter.of(device)
+        result |= {"cost": predicted_cost(job, parts.splits, parts.meter.x[:2], parts.rule.objective),
+                   "energy_counters": [] if energy is None else energy.counters}
         steps = parts.splits.train.steps(job.run.batch_size, job.run.drop_last)
         recorder = Recorder(run_dir.path, job, progress, parts.probes, steps, swept)
         stack.callback(recorder.close)
@@ -158,6 +163,7 @@ def _run(
         trainer = Trainer(parts.rule, parts.optimizers, parts.splits, job.run, [
             Divergence(proceed=job.run.on_divergence == "continue"), *histograms,
             Alignment(parts.meter, probe_every, recorder.measured), *parts.callbacks, *external, recorder,
+            *([Energy(energy)] if energy is not None else []),
             Checkpoints(save, job.run.checkpoint_epochs, job.run.checkpoint_minutes), display, StopOnSignal(stop),
         ], progress, external, parts.execution)
         with _recording_outcome(result, job, parts, recorder, trainer, save):

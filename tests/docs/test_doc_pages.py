@@ -25,7 +25,7 @@ from fa_bench.mechanisms.cut.local import LocalRule
 from fa_bench.mechanisms.cut.rule import CutRule
 from fa_bench.mechanisms.edge.rule import EdgeRule
 from fa_bench.mechanisms.rule import Rule
-from fa_bench.metrics.arithmetic import step_multiplications
+from fa_bench.metrics.cost import step_costs
 from fa_bench.registry.registries import ALGORITHMS, ARCHITECTURES, DATASETS
 from fa_bench.report import figures
 
@@ -144,7 +144,7 @@ def test_memory_and_arithmetic_in_the_table_are_true(name: str, place: int, net:
     rule = fa_bench.attach(model, name, sample_input=torch.zeros(2, *shape), **options)
     stored = _bytes(_stored_feedback(rule).values())
     assert float(feedback.split(", ")[place]) == pytest.approx(stored / weights, rel=5e-3, abs=6e-3)
-    own, exact = step_multiplications(rule, shape, 10, 64)
+    own, exact = (cost.multiplications for cost in step_costs(rule, shape, 10, 64))
     assert arithmetic.split(", ")[place] == f"{own / exact:.2f}"
 
 

@@ -22,7 +22,7 @@ Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
 RUN = ["dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16", "batch_size=16", "epochs=3", "probe_size=8",
        "architecture.widths=[8]", "hydra.run.dir=run"]
 LAST = "run/checkpoints/last.pt"
-TIMES = ("seconds", "peak_memory_bytes")
+TIMES = ("seconds", "peak_memory_bytes", "energy_wh")
 
 
 @pytest.fixture(autouse=True)

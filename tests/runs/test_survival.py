@@ -35,7 +35,7 @@ RUN = [*COMMON, "hydra.run.dir=run"]
 #: A feedback optimizer, masks, a phase before training, fresh draws at every step.
 RULES = [["algorithm=kp", "optimizer@feedback_optimizer=adam"], ["algorithm=pfa", "algorithm.density=0.5", "algorithm.ratio=2"],
          ["algorithm=wm", "algorithm.initial_steps=20"], ["algorithm=brsf"]]
-TIMES = ("seconds", "peak_memory_bytes")
+TIMES = ("seconds", "peak_memory_bytes", "energy_wh")
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,285 @@
+"""What a training step costs: multiplications, bytes moved and peak memory, counted in steps on a few samples.
+
+The counts follow from shapes alone. Steps of two, three and four samples on the CPU determine those of any batch size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from fa_bench.mechanisms.contexts import set_temporarily
+from fa_bench.mechanisms.feedback_tensors import PREFIX
+from fa_bench.mechanisms.rule import Rule
+from fa_bench.mechanisms.trace import loss_output
+from fa_bench.optim.optimizers import Optimizers
+from fa_bench.registry.kinds import CLASSES, IMAGES, TOKENS, VALUES
+
+#: Sizes of the batches that are run to determine the counts at any batch size.
+_BATCHES = (2, 3, 4)
+_ATEN = torch.ops.aten
+#: Attention on the CPU, which torch's table lacks. Its backward pass computes the scores again: five products, not four.
+_ATTENTION: dict[Any, Callable[..., int]] = {
+    _ATEN._scaled_dot_product_flash_attention_for_cpu:
+        lambda query, key, value, *_, **__: sdpa_flop_count(query.shape, key.shape, value.shape),
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda error, query, key, value, *_, **__: sdpa_backward_flop_count(error.shape, query.shape, key.shape, value.shape),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """The cost of one training step.
+
+    Attributes:
+        forward, backward, feedback: multiplications in matrix products and convolutions, each with its addition: of the forward
+            pass with the loss; of the backward pass; of learning the feedback, in the backward pass or after it.
+        bytes_moved: bytes of the inputs and outputs of all operations, as if none were fused and nothing stayed in a cache; with
+            the optimizer, if it was counted.
+        peak_memory: the most bytes of tensors at a time: parameters, buffers, feedback, states of the optimizer, the batch,
+            activations and gradients; without what a single operation allocates for itself.
+    """
+
+    forward: int
+    backward: int
+    feedback: int
+    bytes_moved: int
+    peak_memory: int
+
+    @property
+    def multiplications(self) -> int:
+        """Those of the whole step."""
+        return self.forward + self.backward + self.feedback
+
+    def record(self) -> dict[str, int]:
+        """The entries of a result."""
+        return {"multiplications": self.multiplications, **dataclasses.asdict(self)}
+
+
+class Counter(TorchDispatchMode):
+    """Counts multiplications, bytes moved and bytes of new tensors, for all operations, those of a backward pass included.
+
+    FlopCounterMode of torch hooks modules and fails if gradients are computed in a backward pass.
+
+    Attributes:
+        multiplications, moved: so far.
+        new: bytes of the tensors that are alive and were created since the beginning, after each operation.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.multiplications, self.moved = 0, 0
+        self.new: list[int] = []
+        self._alive: dict[int, int] = {}
+        self._bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        operation = func._overloadpacket
+        if operation in flop_registry:
+            self.multiplications += flop_registry[operation](*args, **kwargs, out_val=out) // 2
+        elif operation in _ATTENTION:
+            self.multiplications += _ATTENTION[operation](*args, **kwargs) // 2
+        inputs = {id(tensor): tensor for tensor in _tensors((*args, *kwargs.values()))}
+        outputs = {id(tensor): tensor for tensor in _tensors((out,))}
+        read = {id(tensor.untyped_storage()) for tensor in inputs.values()}
+        written = {id(storage): storage for tensor in outputs.values() for storage in [tensor.untyped_storage()]}
+        is_view = written.keys() <= read
+        if func._schema.is_mutable:
+            self.moved += sum(map(_size, (*inputs.values(), *_mutated(func._schema, args, kwargs))))
+        elif not is_view and "empty" not in operation.__name__:
+            self.moved += sum(map(_size, (*inputs.values(), *outputs.values())))
+        for key, storage in written.items():
+            if key not in read and key not in self._alive:
+                self._alive[key] = storage.nbytes()
+                self._bytes += storage.nbytes()
+                weakref.finalize(storage, self._freed, key).atexit = False
+        self.new.append(self._bytes)
+        return out
+
+    def _freed(self, key: int) -> None:
+        self._bytes -= self._alive.pop(key)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among values and in lists of them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def _mutated(schema: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that an operation changes in place; it may return them or not."""
+    given = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | kwargs
+    return list(_tensors(given[argument.name] for argument in schema.arguments
+                         if argument.is_write and argument.name in given))
+
+
+def _size(tensor: Tensor) -> int:
+    """The bytes of a tensor; one that repeats its values without copying them has fewer than it has values."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+@contextmanager
+def counting() -> Iterator[Counter]:
+    """Count the operations of the block.
+
+    Recurrent modules run as the operations of their cells, not as one kernel that cannot be looked into. Tensors are freed where
+    the last reference to them ends, never by the collector, whose times would make the count depend on what ran before.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        with set_temporarily([torch.backends.mkldnn], "enabled", False), Counter() as counter:
+            yield counter
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def multiplications(step: Callable[[], None]) -> int:
+    """The number of multiplications in the matrix products and convolutions of one step."""
+    with counting() as counter:
+        step()
+    return counter.multiplications
+
+
+def at_batch(counts: Sequence[int], batch: int) -> int:
+    """The count for a batch of `batch` samples, from those for 2, 3 and 4.
+
+    Exact if the count is a polynomial of the batch size of degree at most two: products with the batch grow linearly,
+    similarities between samples quadratically, and steps on a rule's own noise are constant.
+    """
+    two, three, four = counts
+    beyond = batch - _BATCHES[0]
+    return two + beyond * (three - two) + beyond * (beyond - 1) // 2 * (four - 2 * three + two)
+
+
+class _Step(NamedTuple):
+    """The counts of one step: multiplications of the forward pass, of the backward pass, of learning the feedback in it, and of
+    what follows; bytes moved in the forward pass, in the backward pass, and in what follows; bytes of new tensors, see
+    `Counter`."""
+
+    multiplications: tuple[int, int, int, int]
+    moved: tuple[int, int, int]
+    new: list[int]
+
+
+def step_costs(
+    rule: Rule, input_shape: tuple[int, ...], classes: int, batch: int, inputs: str = IMAGES, targets: str = CLASSES,
+    optimizers: Callable[[], Optimizers] | None = None, accumulate: int = 1,
+) -> tuple[Cost, Cost]:
+    """The costs of one training step: with the rule, and with backpropagation in the same model.
+
+    Runs small steps on random inputs, which change gradients, running statistics, random feedback and, with `optimizers`, the
+    weights: pass a rule that will not train.
+
+    Args:
+        rule: an attached rule.
+        input_shape: shape of one input, without the batch.
+        classes: number of classes, of outputs, or of tokens.
+        batch: the batch size of the step.
+        inputs, targets: their kinds (`fa_bench.registry.kinds`).
+        optimizers: makes those of the rule; without it, the bytes that they move and their states are not counted.
+        accumulate: the micro-batches that the batch is split into.
+    """
+    model, learned = rule.model, rule.feedback_parameters()
+    model.train()
+
+    def samples(size: int) -> tuple[Tensor, Tensor]:
+        return _samples(next(model.parameters()).device, (size, *input_shape), classes, inputs, targets)
+
+    def steps(own: Optimizers | None, exact: bool = False) -> list[_Step]:
+        _step(rule, samples(_BATCHES[0]), own, exact)  # creates the states of optimizers, and whatever the rule keeps
+        return [_step(rule, samples(size), own, exact) for size in _BATCHES]
+
+    with rule.exact():
+        plain = optimizers() if optimizers is not None else None  # trains what the rule has frozen, too
+        reference = steps(plain, exact=True)
+    own = optimizers() if optimizers is not None else None
+    fixed: list[int] = []
+    if learned:
+        with set_temporarily(learned, "requires_grad", False):
+            fixed = [step.multiplications[1] for step in steps(None)]
+    with_rule = steps(own)
+    if fixed:
+        with_rule = [step._replace(multiplications=(forward, backward, both - backward, after)) for step, backward in
+                     zip(with_rule, fixed, strict=True) for forward, both, _, after in [step.multiplications]]
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    others = [tensor for name, tensor in tensors if not name.rpartition(".")[2].startswith(PREFIX)]
+    sizes = [len(part) for part in torch.empty(batch).tensor_split(min(accumulate, batch))]
+
+    def resident(present: Iterable[Tensor], of: Optimizers | None) -> int:
+        gradients = model.parameters() if len(sizes) > 1 else ()
+        return sum(map(_size, (*present, *gradients, *optimizer_states(of)))) + batch * sum(map(_size, samples(1)))
+
+    return (_cost(with_rule, sizes, resident([tensor for _, tensor in tensors], own)),
+            _cost(reference, sizes, resident(others, plain)))
+
+
+def optimizer_states(optimizers: Optimizers | None) -> list[Tensor]:
+    """The tensors that optimizers keep for their parameters; none without optimizers or before their first step."""
+    return [value for optimizer in (optimizers.optimizers if optimizers is not None else ())
+            for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+
+
+def _samples(
+    device: torch.device, shape: tuple[int, ...], classes: int, inputs: str, targets: str
+) -> tuple[Tensor, Tensor]:
+    """A random batch of inputs and targets."""
+    x = torch.randint(classes, shape, device=device) if inputs == TOKENS else torch.randn(shape, device=device)
+    if targets == VALUES:
+        return x, torch.randn(shape[0], classes, device=device)
+    return x, torch.arange(shape[0], device=device) % classes if targets == CLASSES else x % classes
+
+
+def _step(rule: Rule, data: tuple[Tensor, Tensor], optimizers: Optimizers | None, exact: bool) -> _Step:
+    """Run and count one step, after those that came before it have lost their gradients."""
+    x, y = data
+    rule.model.zero_grad()
+    with counting() as counter:
+        logits = loss_output(rule.model(x), rule.loss_output)
+        loss = rule.objective.loss(logits, y)
+        forward = counter.multiplications, counter.moved
+        rule.backward(loss, logits, y)
+        backward = counter.multiplications - forward[0], counter.moved - forward[1]
+        del logits, loss
+        if optimizers is not None:
+            optimizers.step()
+        if not exact:
+            rule.step()
+        after = counter.multiplications - forward[0] - backward[0], counter.moved - forward[1] - backward[1]
+    return _Step((forward[0], backward[0], 0, after[0]), (forward[1], backward[1], after[1]), counter.new)
+
+
+def _cost(steps: Sequence[_Step], sizes: Sequence[int], resident: int) -> Cost:
+    """The cost of a step from its counts for a few samples, the sizes of its micro-batches, and bytes that are there all the
+    time."""
+    *products, products_after = zip(*(step.multiplications for step in steps), strict=True)
+    *moved, moved_after = zip(*(step.moved for step in steps), strict=True)
+    forward, backward, feedback = (sum(at_batch(counts, size) for size in sizes) for counts in products)
+    return Cost(forward, backward, feedback + at_batch(products_after, sum(sizes)),
+                sum(at_batch(counts, size) for counts in moved for size in sizes) + at_batch(moved_after, sum(sizes)),
+                resident + _peak([step.new for step in steps], max(sizes)))
+
+
+def _peak(new: Sequence[Sequence[int]], batch: int) -> int:
+    """The most bytes of new tensors at a time in a batch of `batch` samples.
+
+    At which operation this is depends on the batch size, so that each operation has its own polynomial. If the number of
+    operations depends on the batch size, the polynomial is that of the peaks.
+    """
+    at_a_time = zip(*new, strict=True) if len(set(map(len, new))) == 1 else [[max(series) for series in new]]
+    return max(at_batch(counts, batch) for counts in at_a_time)

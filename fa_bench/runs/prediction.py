@@ -1,0 +1,72 @@
+"""The cost of a run's training step, predicted before it trains."""
+
+from __future__ import annotations
+
+import gc
+import json
+from typing import Any
+
+from torch import Tensor
+
+from fa_bench.config.job import Job
+from fa_bench.data.splits import Splits
+from fa_bench.mechanisms.rule import Rule
+from fa_bench.metrics.cost import Cost, step_costs
+from fa_bench.objectives.base import Objective
+from fa_bench.optim.optimizers import Optimizers
+from fa_bench.runs.logs import log
+from fa_bench.utils.process import random_state, restore_random_state
+
+#: Predictions of this process: the runs of a sweep that differ in their seed or rates cost the same.
+_KNOWN: dict[Any, dict[str, Any]] = {}
+
+
+def step_costs_of(job: Job, rule: Rule, splits: Splits) -> tuple[Cost, Cost]:
+    """The costs of a training step of a job as it is trained: with the rule, and with backpropagation.
+
+    Args:
+        job: see `fa_bench.config.scale.scaled`.
+        rule: attached to a model on the CPU that will not train, see `fa_bench.metrics.cost.step_costs`.
+        splits: the job's data.
+    """
+    batch = min(job.run.batch_size, len(splits.train))
+    return step_costs(rule, splits.input_shape, len(splits.classes), batch, splits.inputs, splits.targets,
+                      lambda: Optimizers(job.optimizer, rule, job.run.epochs, job.feedback_optimizer), job.run.accumulate)
+
+
+def predicted_cost(job: Job, splits: Splits, sample: Tensor, objective: Objective) -> dict[str, Any] | None:
+    """The cost of a training step for a run's result: {quantity: number}, with that of backpropagation as ``bp``.
+
+    Counted with a model and a rule of its own, in single precision on the CPU; nothing that the run depends on changes. None if
+    the step fails: the run itself says why.
+
+    Args:
+        job: as it is trained, see `fa_bench.config.scale.scaled`.
+        splits: its data.
+        sample: two of its inputs.
+        objective: what the run trains for.
+    """
+    plain = job.plain() | {"output": objective.output}
+    key = (type(job.algorithm), type(job.architecture), type(objective), splits.input_shape, len(splits.classes), splits.inputs,
+           splits.targets, len(splits.train), json.dumps({name: plain.get(name) for name in _PARTS}, sort_keys=True, default=str))
+    if key not in _KNOWN:
+        state, rule, model = random_state(), None, None
+        try:
+            model = job.architecture.build(splits.input_shape, len(splits.classes))
+            rule = job.fresh_algorithm()
+            rule.attach(model, seed=job.run.seed, sample_input=sample.cpu(), initial_phase=False, objective=objective)
+            own, reference = step_costs_of(job, rule, splits)
+            _KNOWN[key] = {"batch": min(job.run.batch_size, len(splits.train)), **own.record(), "bp": reference.record()}
+        except Exception as error:  # a plugin's code may raise anything; what is wrong with the run is raised when it trains
+            log.debug("cost of a step not predicted: %s", error)
+            return None
+        finally:
+            restore_random_state(state)
+            rule = model = None
+            gc.collect()  # they refer to each other; uncollected, they would count towards the run's peak memory
+    return _KNOWN[key]
+
+
+#: The keys of a config that a step's cost depends on.
+_PARTS = ("algorithm", "architecture", "objective", "optimizer", "feedback_optimizer", "batch_size", "accumulate", "plugins",
+          "output")

@@ -1,0 +1,119 @@
+"""Energy that the machine counts: RAPL for processors, NVML for GPUs of NVIDIA."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+#: Where Linux lists the counters of the processors' packages, their parts, and memory.
+POWERCAP = Path("/sys/class/powercap")
+_WH = 3600.0  # joules
+
+
+class Counter(Protocol):
+    """A counter of energy."""
+
+    def joules(self) -> float:
+        """The energy since any fixed time. Raises OSError if it can no longer be read."""
+        ...
+
+
+class Rapl:
+    """The counter of one RAPL domain: that of the whole machine's package or memory, whichever process uses it.
+
+    Raises:
+        OSError: the counter cannot be read; most systems allow it to root only.
+        ValueError: it has no number.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / "energy_uj"
+        self._range = int((folder / "max_energy_range_uj").read_text())
+        self._last, self._turns = int(self._file.read_text()), 0
+
+    def joules(self) -> float:
+        """The energy so far; correct if it is read more often than the counter wraps around."""
+        now = int(self._file.read_text())
+        self._turns += now < self._last
+        self._last = now
+        return (now + self._turns * (self._range + 1)) / 1e6
+
+
+class Nvml:
+    """The counter of one GPU, from the package nvidia-ml-py.
+
+    Raises:
+        ImportError: the package is missing.
+        Exception: NVML's own errors: no driver, or a GPU without a counter (older than Volta).
+    """
+
+    def __init__(self, uuid: str) -> None:
+        self._nvml: Any = importlib.import_module("pynvml")
+        self._nvml.nvmlInit()
+        self._device = self._nvml.nvmlDeviceGetHandleByUUID(uuid)
+        self.joules()
+
+    def joules(self) -> float:
+        """The energy since the driver was loaded."""
+        return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._device) / 1e3
+
+
+class EnergyMeter:
+    """Measures the energy between two readings of counters.
+
+    Args:
+        counters: by name; at least one.
+    """
+
+    def __init__(self, counters: dict[str, Counter]) -> None:
+        self._counters = counters
+        self._before = 0.0
+
+    @classmethod
+    def of(cls, device: torch.device) -> EnergyMeter | None:
+        """The meter of a run on a device: the processors' packages and their memory, if they are counted, and the GPU; None if
+        the processors, for a run on a GPU the GPU, are not counted."""
+        counters = rapl()
+        if device.type == "cuda":
+            import torch
+
+            try:
+                counters["gpu"] = Nvml(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+            except Exception:  # NVML's errors, whose package may be missing
+                return None
+        return cls(counters) if counters and device.type in ("cpu", "cuda") else None
+
+    @property
+    def counters(self) -> list[str]:
+        """The names of the counters."""
+        return list(self._counters)
+
+    def start(self) -> None:
+        """Begin: forget what was used before."""
+        self.used_wh()
+
+    def used_wh(self) -> float | None:
+        """The energy since the last call in watt-hours; None if a counter failed."""
+        try:
+            now = sum(counter.joules() for counter in self._counters.values())
+        except Exception:  # of which NVML has many kinds
+            return None
+        used, self._before = now - self._before, now
+        return used / _WH
+
+
+def rapl() -> dict[str, Counter]:
+    """The counters of all packages and of their memory, by name, such as ``package-0``; empty if one of them cannot be read.
+
+    The domain of the whole system (psys) contains the packages, and packages contain cores and graphics: none counts twice.
+    """
+    try:
+        domains = {domain: (domain / "name").read_text().strip() for domain in sorted(POWERCAP.glob("intel-rapl:*"))}
+        return {f"{domains[domain.with_name(domain.name.rpartition(':')[0])]}-dram" if name == "dram" else name: Rapl(domain)
+                for domain, name in domains.items() if name.startswith("package") or name == "dram"}
+    except (OSError, ValueError, KeyError):
+        return {}

@@ -1,0 +1,157 @@
+"""The cost of a step: multiplications by hand, bytes, peak memory, micro-batches; and its record in a run's result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fa_bench
+from fa_bench.metrics.cost import Counter, counting, multiplications, step_costs
+from fa_bench.models.conv2 import Conv2
+from fa_bench.models.mlp import MLP
+from fa_bench.optim.optimizers import Optimizers
+from fa_bench.optim.sgd import SGD
+
+N = 5
+
+
+def counted(model: nn.Module, shape: tuple[int, ...], output: Callable[[nn.Module, Tensor], Tensor] = nn.Module.__call__
+            ) -> tuple[int, int]:
+    """Multiplications of the forward and the backward pass; the input needs no gradient."""
+    x = torch.randn(N, *shape)
+    with counting() as counter:
+        loss = output(model, x).sum()
+        forward = counter.multiplications
+        loss.backward()
+    return forward, counter.multiplications - forward
+
+
+def test_a_layer_multiplies_for_its_output_its_weight_and_but_for_the_first_layer_its_input() -> None:
+    first, second = 7 * 4, 4 * 3
+    assert counted(nn.Sequential(nn.Linear(7, 4), nn.Linear(4, 3)), (7,)) == (N * (first + second), N * (first + 2 * second))
+
+
+def test_a_strided_convolution_multiplies_once_for_each_pixel_of_its_output() -> None:
+    layers = nn.Sequential(nn.Conv2d(2, 3, 3, stride=2), nn.Conv2d(3, 4, 3, padding=1))
+    first, second = 4 * 4 * 3 * 2 * 9, 4 * 4 * 4 * 3 * 9  # 9x9 to 4x4, kept by the second
+    assert counted(layers, (2, 9, 9)) == (N * (first + second), N * (first + 2 * second))
+
+
+def test_lstm_counts_as_the_products_of_its_cells() -> None:
+    steps, inputs, width = 6, 3, 4
+    into, across = 4 * width * inputs, 4 * width * width
+    forward, backward = counted(nn.LSTM(inputs, width, batch_first=True), (steps, inputs), lambda model, x: model(x)[0])
+    assert forward == N * steps * (into + across)
+    assert backward == N * (steps * into + steps * across + (steps - 1) * across)  # no error at the input and the first state
+
+
+def test_attention_counts_scores_and_values_which_the_backward_pass_computes_again() -> None:
+    heads, length, width = 2, 6, 4
+    query, key, value = (torch.randn(N, heads, length, width, requires_grad=True) for _ in range(3))
+    one = N * heads * length * length * width
+    with Counter() as counter:
+        out = F.scaled_dot_product_attention(query, key, value)
+        assert counter.multiplications == 2 * one
+        out.sum().backward()
+    assert counter.multiplications == (2 + 5) * one
+
+
+def test_views_move_nothing_and_a_product_its_operands() -> None:
+    a, b = torch.randn(3, 4), torch.randn(4, 5)
+    with Counter() as counter:
+        a.view(2, 6).t().detach()
+        torch.empty(100)
+        assert counter.moved == 0
+        a @ b
+    assert counter.moved == 4 * (12 + 20 + 15)
+    with Counter() as counter:
+        a.add_(1)
+    assert counter.moved == 4 * (12 + 12)
+    with Counter() as counter:
+        torch.randn(1, 4).expand(3, 4) + a
+    assert counter.moved == 4 * (4 + 4 + 12 + 12)
+
+
+def test_tensors_count_as_long_as_they_are_alive() -> None:
+    with Counter() as counter:
+        a = torch.zeros(10)
+        b = a + 1
+        del a
+        c = b.view(2, 5) * 2
+    assert counter.new == [40, 80, 40, 80] and c.shape == (2, 5)
+
+
+def cost(rule_name: str, batch: int = 8, accumulate: int = 1, with_optimizer: bool = True, **options):
+    torch.manual_seed(0)
+    model = MLP(widths=[16, 12]).build((1, 3, 3), 4)
+    rule = fa_bench.attach(model, rule_name, seed=0, sample_input=torch.randn(2, 1, 3, 3), **options)
+    make = (lambda: Optimizers(SGD(lr=0.1, momentum=0.9), rule, 1)) if with_optimizer else None
+    return step_costs(rule, (1, 3, 3), 4, batch, optimizers=make, accumulate=accumulate)
+
+
+FIRST, HIDDEN, LAST = 9 * 16, 16 * 12, 12 * 4
+
+
+@pytest.mark.parametrize(("rule", "backward", "feedback"), [
+    ("bp", FIRST + 2 * (HIDDEN + LAST), 0),
+    ("fa", FIRST + 2 * (HIDDEN + LAST), 0),
+    ("kp", FIRST + 2 * (HIDDEN + LAST), 0),  # the gradient of B is that of W
+    ("dfa", FIRST + HIDDEN + LAST + 4 * (16 + 12), 0),
+    ("frozen", LAST, 0),
+])
+def test_phases_of_rules(rule: str, backward: int, feedback: int) -> None:
+    own, reference = cost(rule)
+    forward = FIRST + HIDDEN + LAST
+    assert (own.forward, own.backward, own.feedback) == (8 * forward, 8 * backward, 8 * feedback)
+    assert (reference.forward, reference.backward, reference.feedback) == (8 * forward, 8 * (FIRST + 2 * (HIDDEN + LAST)), 0)
+    assert reference == cost("bp")[0]  # also of rules that add tensors or keep layers fixed
+
+
+def test_learning_the_feedback_is_counted_separately() -> None:
+    """The two hops of pfa with ten units for each output: their backward pass, and the gradient of R, for which the first layer
+    takes one hop, too."""
+    own, reference = cost("pfa", ratio=10)
+    hops = 10 * 12 * (12 + 16) + 10 * 4 * (4 + 12)
+    assert own.forward == reference.forward
+    assert own.backward == 8 * (FIRST + HIDDEN + LAST + hops)
+    assert own.feedback == 8 * (10 * (FIRST + HIDDEN + LAST) + 10 * 16 * 16)
+    assert cost("wm", initial_steps=0)[0].feedback > 0  # after the backward pass
+
+
+def test_micro_batches_multiply_as_much_move_more_and_keep_less() -> None:
+    whole, parts = (cost("bp", batch=4096, accumulate=count)[0] for count in (1, 4))
+    assert whole.multiplications == parts.multiplications
+    assert parts.bytes_moved > whole.bytes_moved and parts.peak_memory < whole.peak_memory
+
+
+def test_memory_of_a_large_batch_is_that_of_the_operation_that_needs_most() -> None:
+    """What a step of 64 samples has at a time, though other operations are the peak for four: exact, not an estimate."""
+    model = Conv2(channels=3, hidden=200).build((1, 8, 8), 3)
+    rule = fa_bench.attach(model, "bp", seed=0, sample_input=torch.randn(2, 1, 8, 8))
+    predicted = step_costs(rule, (1, 8, 8), 3, 64)[0]
+    x, y = torch.randn(64, 1, 8, 8), torch.arange(64) % 3
+    model.zero_grad()
+    with counting() as counter:
+        logits = model(x)
+        loss = rule.objective.loss(logits, y)
+        rule.backward(loss, logits, y)
+    resident = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers(), x, y))
+    assert predicted.peak_memory == resident + max(counter.new)
+    assert predicted.bytes_moved == counter.moved and predicted.multiplications == counter.multiplications
+
+
+def test_optimizers_move_and_keep_their_state() -> None:
+    with_state, without = cost("bp")[0], cost("bp", with_optimizer=False)[0]
+    parameters = FIRST + HIDDEN + LAST + 16 + 12 + 4
+    assert with_state.peak_memory - without.peak_memory >= 4 * parameters  # the momentum
+    assert with_state.bytes_moved - without.bytes_moved >= 4 * 5 * parameters  # reads W, g and m, writes W and m
+    assert with_state.multiplications == without.multiplications
+
+
+def test_kernels_are_chosen_again_after_counting() -> None:
+    before = torch.backends.mkldnn.enabled
+    assert multiplications(lambda: None) == 0 and torch.backends.mkldnn.enabled == before
