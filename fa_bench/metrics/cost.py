@@ -209,6 +209,8 @@ def step_costs(
         plain = optimizers() if optimizers is not None else None  # trains what the rule has frozen, too
         reference = steps(plain, exact=True)
     own = optimizers() if optimizers is not None else None
+    if own is not None:
+        own.share_gradients()
     fixed: list[int] = []
     if learned:
         with set_temporarily(learned, "requires_grad", False):

@@ -115,8 +115,8 @@ class Delivery:
         if changes_delta:
             like, results = [*like, delta], [*others, error]
         # An operator must not return its arguments, or what lives on; most results are new, and large.
-        kept = {one.untyped_storage().data_ptr() for one in (
-            delta, *logits, *activations, *learned, *(one for tensors in self.rule.feedback.values() for one in tensors.values()))}
+        feedback = (one for tensors in self.rule.feedback.values() for one in tensors.values())
+        kept = {one.untyped_storage().data_ptr() for one in (delta, *logits, *activations, *learned, *feedback)}
         return [wanted.new_zeros(wanted.shape) if result is None else
                 result.to(wanted.dtype, copy=result.untyped_storage().data_ptr() in kept, memory_format=torch.contiguous_format)
                 for result, wanted in zip(results, like, strict=True)]
