@@ -61,7 +61,9 @@ class Execution:
         is_bf16 = self.options.precision == "bf16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16) if is_bf16 else nullcontext()
 
-    def forward(self, function: Callable[..., Any], model: torch.nn.Module, steps: int, processes: int = 1) -> Callable[..., Any]:
+    def forward(
+        self, function: Callable[..., Any], model: torch.nn.Module, steps: int, processes: int = 1
+    ) -> Callable[..., Any]:
         """A forward pass, ``function(x, y)``, as the run executes it: compiled for full batches.
 
         Others are run without compilation: a last, smaller batch would need a graph of its own.

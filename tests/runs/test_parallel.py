@@ -51,7 +51,7 @@ class MyStop(Callback):
 """
 CASES: dict[str, list[str]] = {
     **{rule: [*MLP, f"algorithm={rule}", *OPTIONS.get(rule, [])] for rule in ALGORITHMS},
-    "micro-batches": [*MLP, "algorithm=brsf", "accumulate=2", "clip_norm=0.1"],
+    "micro-batches": [*MLP, "algorithm=brsf", "accumulate=2", "clip_norm=0.1", "checkpoint_minutes=1e-9"],
     "labels": [*MLP, "algorithm=drtp", "accumulate=2"],
     "augmented": [*COMMON, "architecture.widths=[8,8]", "dataset=image_folder", "data_dir=images", "dataset.size=8",
                   "dataset.validation=0.3", "batch_size=5"],
@@ -264,7 +264,8 @@ def test_refused_before_training_in_one_line(words: tuple[str, ...], inside: Any
     assert [found[number][0] for number in range(2)] == [2, 2], found
     lines = (found[0][2] + found[1][2]).splitlines()
     assert len(lines) == 1 and REFUSED[words] in lines[0], lines
-    assert not Path("two/refused").exists()
+    folder = Path("two/refused")
+    assert not folder.exists() or not list(folder.iterdir())  # Hydra makes it in each process; one may leave it empty
 
 
 @pytest.mark.parametrize("words", [["-m", "seed=0,1"], ["-m", "experiment=quickstart"]])
