@@ -41,11 +41,13 @@ def run(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **opt
     from fa_bench.command.compose import Composer
     from fa_bench.command.jobs import Task
     from fa_bench.config.job import register_schemas
+    from fa_bench.runs import parallel
     from fa_bench.runs.hashes import clear_cache
     from fa_bench.utils.output import resilient_output
     from fa_bench.utils.stopping import interrupt_on_signals
 
     arguments = _arguments("run", overrides, options)
+    parallel.refuse("fa_bench.run")
     register_schemas()
     with resilient_output(), interrupt_on_signals(), cli.hydra_errors(), _sweeps_explained(options):
         composer = Composer(cli.CONFIG_NAME, None if config_dir is None else str(config_dir), arguments)

@@ -16,6 +16,7 @@ from fa_bench import __version__
 from fa_bench.command.jobs import Task, exit_code_of, report_interrupt
 from fa_bench.config.job import conf_dir, register_schemas
 from fa_bench.errors import ConfigError, FaBenchError, RunDirectoryError, describe_error, printable
+from fa_bench.runs import parallel
 from fa_bench.runs.hashes import clear_cache
 from fa_bench.utils.files import write_failure
 from fa_bench.utils.output import exit_code
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with one or two lines on standard error; 130 after an interrupt (SIGINT), 143 after SIGTERM, 129 after SIGHUP.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    return exit_code("fa-bench", lambda: with_errors_printed("fa-bench", lambda: _main(words)))
+    return parallel.run_together(lambda: exit_code("fa-bench", lambda: with_errors_printed("fa-bench", lambda: _main(words))))
 
 
 def with_errors_printed(program: str, function: Callable[[], int], interrupted: str = "interrupted") -> int:
@@ -54,7 +55,7 @@ def with_errors_printed(program: str, function: Callable[[], int], interrupted: 
     except BaseException as error:  # raised by a plugin's class; argparse's and Hydra's have been handled
         kind = "sys.exit()" if isinstance(error, SystemExit) else "an error that is not an Exception"
         message, code = f"a plugin was terminated by {kind} ({describe_error(error, locate=True)})", 1
-    print(printable(f"{program}: {message}"), file=sys.stderr)
+    parallel.current().report(printable(f"{program}: {message}"))
     return code
 
 
@@ -110,7 +111,8 @@ def run(composer: Composer, task: Task) -> int:
     from fa_bench.command.hydra_sections import check_sections
     from fa_bench.runs.logs import preserve_root_logger
 
-    [(_, directory)] = jobs = composer.check(composer.expand(multirun=False))
+    is_main = parallel.current().rank == 0
+    [(_, directory)] = jobs = composer.check(composer.expand(multirun=False), directories=is_main)
     task.directories.append(directory)
     config = composer.config
     assert config is not None
@@ -125,7 +127,7 @@ def run(composer: Composer, task: Task) -> int:
             context.callbacks.on_run_end(config=config, config_name=composer.config_name, job_return=job_return)
     except KeyboardInterrupt as error:
         return report_interrupt(jobs, error)
-    return job_return.return_value or _print_result(directory)
+    return job_return.return_value or (_print_result(directory) if is_main else 0)
 
 
 def sweep(composer: Composer, task: Task) -> int:
@@ -135,6 +137,7 @@ def sweep(composer: Composer, task: Task) -> int:
 
     from fa_bench.command.hydra_sections import check_sections, errors_named
 
+    parallel.refuse("a sweep (-m)")
     config = composer.compose(mode=RunMode.MULTIRUN)
     config.hydra.mode = RunMode.MULTIRUN
     check_sections(config)

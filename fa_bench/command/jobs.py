@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from fa_bench.config.job import Job, register_schemas
 from fa_bench.config.labels import flatten, label
 from fa_bench.errors import DirectoryLockedError, FaBenchError, printable
+from fa_bench.runs import parallel
 from fa_bench.runs.parent import exit_with_parent
 from fa_bench.runs.rundir import RunDirectory
 from fa_bench.utils.files import LOG
@@ -78,17 +79,20 @@ class Task:
             return 0
         except KeyboardInterrupt:
             raise
+        except parallel.ProcessLost as error:
+            parallel.current().report(f"fa-bench: {printable(error)}. {resume_hint([(job, directory)])}")
+            return 1
         except BaseException as error:  # a plugin may raise anything, even sys.exit(); only its own job ends
             is_known = isinstance(error, FaBenchError)
             if isinstance(error, FaBenchError) and self.errors is not None:
                 self.errors.append(error)
                 return 2
             # A failed run is recorded in its directory, unless another process is writing there, or nothing has started.
-            unrecorded = isinstance(error, DirectoryLockedError) or (is_known and not self.epochs)
+            unrecorded = isinstance(error, DirectoryLockedError) or (is_known and not self.epochs) or parallel.current().rank > 0
             logged = unrecorded or _record(job, directory, error, experiment)
             where = f"traceback: {directory / LOG}" if logged else f"in {directory}, where no log can be written"
             message = error if is_known else f"failed: {describe_failure(error)} ({where})"
-        print(printable(f"fa-bench: {prefix}{message}"), file=sys.stderr)
+        parallel.current().report(printable(f"fa-bench: {prefix}{message}"))
         if marker:
             marker.touch()
         return 2 if is_known else 1
@@ -111,11 +115,18 @@ def job_name(job: Job, keys: Mapping[str, Sequence[str]]) -> str:
 
 def report_interrupt(jobs: Sequence[tuple[Job, Path]], error: KeyboardInterrupt) -> int:
     """Print how to resume interrupted jobs; the exit code."""
+    world = parallel.current()
+    if not (world.rank and world.stops_together):  # then process 0 saves the checkpoint, and says so
+        # torchrun also sends SIGTERM to the processes that remain after one has ended.
+        world.report(f"fa-bench: {parallel.ProcessLost() if world.has_lost else 'Interrupted'}. {resume_hint(jobs)}")
+    return exit_code_of(error)
+
+
+def resume_hint(jobs: Sequence[tuple[Job, Path]]) -> str:
+    """How to resume interrupted jobs."""
     saved = any(RunDirectory(run_dir, job).checkpoint.exists() for job, run_dir in jobs)
     without = " without resume=false" if any(job.run.resume is False for job, _ in jobs) else ""
-    print("fa-bench: Interrupted. " + (f"Checkpoint saved; rerun the same command{without} to resume" if saved else
-                                       "No checkpoint was saved yet"), file=sys.stderr)
-    return exit_code_of(error)
+    return f"Checkpoint saved; rerun the same command{without} to resume" if saved else "No checkpoint was saved yet"
 
 
 def exit_code_of(error: KeyboardInterrupt) -> int:

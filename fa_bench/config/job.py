@@ -77,6 +77,8 @@ class RunOptions(Options):
                                 choices=["stop", "continue"])
     threads: int = option(0, "number of CPU threads (0: PyTorch's default); changes rounding", minimum=0,
                           maximum=MAX_THREADS)
+    sync_batch_norm: bool = option(False, "batch normalisation over the samples of all processes that train together (torchrun)",
+                                   identifying=False)
     deterministic: bool = option(False, "refuse nondeterministic operations")
     compile: bool | str = option(False, "compile forward and backward pass with torch.compile; auto: where that was measured to "
                                         "pay; changes rounding", choices=["auto", True, False], identifying=False)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,18 @@ TRIES = 10
 DRAWS = 2 * TRIES + 3
 #: For evaluation, the shorter side is resized to this many times the crop: 256 for 224.
 MARGIN = 256 / 224
+
+
+class Part(NamedTuple):
+    """The samples of a batch that one of several processes trains on.
+
+    Attributes:
+        positions: their positions in the batch, (n,) int64.
+        batch: the number of samples in the batch.
+    """
+
+    positions: Tensor
+    batch: int
 
 
 @dataclasses.dataclass
@@ -37,8 +49,11 @@ class Crop:
         """Height and width of the result for images of `height` and `width`."""
         return (height, width) if self.size is None else (self.size, self.size)
 
-    def random(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """A training batch (N, C, H, W), each image augmented by random numbers from `generator` (CPU)."""
+    def random(self, images: Tensor, generator: torch.Generator, part: Part | None = None) -> Tensor:
+        """A training batch (N, C, H, W), each image augmented by random numbers from `generator` (CPU).
+
+        `part` says which images of a batch these are; their random numbers are those of the whole batch. None: all.
+        """
         return self.fixed(images)
 
     def fixed(self, images: Tensor) -> Tensor:
@@ -49,8 +64,8 @@ class Crop:
 class PaddedCrop(Crop):
     """Shorter side resized, centre cropped; augmented by a crop with 4 pixels of zero padding and a horizontal flip."""
 
-    def random(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        return crop_and_flip(self.fixed(images), generator)
+    def random(self, images: Tensor, generator: torch.Generator, part: Part | None = None) -> Tensor:
+        return crop_and_flip(self.fixed(images), generator, part=part)
 
     def fixed(self, images: Tensor) -> Tensor:
         target = self.shape(*images.shape[2:])
@@ -63,8 +78,9 @@ class ResizedCrop(Crop):
     Without augmentation the shorter side is resized to 256/224 of the size and the centre cropped.
     """
 
-    def random(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        draws = torch.rand(len(images), DRAWS, generator=generator, dtype=torch.float64).numpy()
+    def random(self, images: Tensor, generator: torch.Generator, part: Part | None = None) -> Tensor:
+        count = len(images) if part is None else part.batch
+        draws = _of_part(torch.rand(count, DRAWS, generator=generator, dtype=torch.float64), part).numpy()
         height, width = images.shape[2:]
         return crop_and_resize(images, random_boxes(draws, height, width), draws[:, -1] < 0.5, self.shape(height, width))
 
@@ -94,6 +110,11 @@ class ResizedCrop(Crop):
         return image.crop((left, top, left + target[1], top + target[0]))
 
 
+def _of_part(draws: Tensor, part: Part | None) -> Tensor:
+    """The random numbers of the samples of a part, from those of the batch."""
+    return draws if part is None else draws[part.positions]
+
+
 #: The choices of `dataset.crop`.
 CROPS: dict[str, type[Crop]] = {"padded": PaddedCrop, "resized": ResizedCrop}
 
@@ -113,13 +134,20 @@ def centre(length: int, part: int) -> int:
     return round((length - part) / 2)
 
 
-def crop_and_flip(images: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
-    """Pad each image of a batch (N, C, H, W) with zeros, crop it at a random position, and flip it with probability 1/2."""
+def crop_and_flip(images: Tensor, generator: torch.Generator, padding: int = 4, part: Part | None = None) -> Tensor:
+    """Pad each image of a batch (N, C, H, W) with zeros, crop it at a random position, and flip it with probability 1/2.
+
+    `part` is that of `Crop.random`.
+    """
     n, channels, height, width = images.shape
-    device = images.device
-    rows = torch.randint(2 * padding + 1, (n, 1), generator=generator).to(device) + torch.arange(height, device=device)
-    columns = torch.randint(2 * padding + 1, (n, 1), generator=generator).to(device) + torch.arange(width, device=device)
-    flipped = torch.randint(2, (n, 1), generator=generator, dtype=torch.bool).to(device)
+    device, count = images.device, n if part is None else part.batch
+
+    def draws(high: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return _of_part(torch.randint(high, (count, 1), generator=generator, dtype=dtype), part).to(device)
+
+    rows = draws(2 * padding + 1) + torch.arange(height, device=device)
+    columns = draws(2 * padding + 1) + torch.arange(width, device=device)
+    flipped = draws(2, torch.bool)
     columns = torch.where(flipped, columns.flip(1), columns)
     padded = torch.nn.functional.pad(images, (padding,) * 4)
     # One gather with flat positions shared by all channels is several times faster than indexing by rows and columns.

@@ -9,10 +9,11 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from fa_bench.data.crops import Crop, PaddedCrop
+from fa_bench.data.crops import Crop, PaddedCrop, Part
 from fa_bench.errors import printable
 from fa_bench.registry.kinds import CLASSES, IMAGES
 from fa_bench.utils.lazy import torch
@@ -77,8 +78,11 @@ class Split(abc.ABC):
         """Whether the samples differ from epoch to epoch."""
         return False
 
-    def prepared(self, x: Tensor, seed: tuple[int, ...] | None) -> Tensor:
-        """A batch of gathered inputs as the model receives it; `seed` is that of the batch (None: nothing varies)."""
+    def prepared(self, x: Tensor, seed: tuple[int, ...] | None, part: Part | None = None) -> Tensor:
+        """A batch of gathered inputs as the model receives it.
+
+        `seed` is that of the batch (None: nothing varies); `part` says which samples of the batch these are (None: all).
+        """
         return x
 
     def steps(self, batch_size: int, drop_last: bool = False) -> int:
@@ -88,7 +92,7 @@ class Split(abc.ABC):
 
     def batches(
         self, batch_size: int, *, seed: int | None = None, epoch: int = 0, drop_last: bool = False, start: int = 0,
-        shuffle: bool = True,
+        shuffle: bool = True, share: Callable[[int], Tensor] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass over the samples: inputs x and targets y, on the device.
 
@@ -100,17 +104,31 @@ class Split(abc.ABC):
             drop_last: drop the last incomplete batch, unless it is the only one.
             start: number of batches to skip at the beginning; the others do not depend on it.
             shuffle: false for the stored order also with a seed.
+            share: the positions of the wanted samples in a batch of so many, (n,) int64; None: all. A batch of which none is
+                wanted is skipped.
         """
         indices = torch.arange(len(self))
         if seed is not None and shuffle:
             indices = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed_for("order", seed, epoch)))
         steps = self.steps(batch_size, drop_last)
         chunks = (indices[i * batch_size : (i + 1) * batch_size] for i in range(start, steps))
+        parts: Iterator[Part | None] = itertools.repeat(None)
+        if share is not None:
+            wanted = [part for i in range(start, steps) if len((part := _part(share, batch_size, i, len(self))).positions)]
+            chunks = (chunk[part.positions] for chunk, part in zip(chunks, wanted, strict=False))
+            parts = iter(wanted)
         varies = self.varies and seed is not None
         key = seed_for("read", seed, epoch) if varies else None
-        for number, (x, y) in enumerate(self.gather(chunks, key), start):
+        for number, ((x, y), part) in enumerate(zip(self.gather(chunks, key), parts, strict=False), start):
             # A seed for each batch, so that a run can be resumed in the middle of an epoch.
-            yield self.prepared(x, (seed, epoch, number) if varies and seed is not None else None), y
+            seeds = (seed, epoch, number) if varies and seed is not None else None
+            yield self.prepared(x, seeds) if part is None else self.prepared(x, seeds, part), y
+
+
+def _part(share: Callable[[int], Tensor], batch_size: int, number: int, samples: int) -> Part:
+    """The wanted part of a batch, which is the last one if it has fewer samples."""
+    size = min(batch_size, samples - number * batch_size)
+    return Part(share(size), size)
 
 
 class ImageSplit(Split):
@@ -126,11 +144,11 @@ class ImageSplit(Split):
     def varies(self) -> bool:
         return self.augment
 
-    def prepared(self, x: Tensor, seed: tuple[int, ...] | None) -> Tensor:
+    def prepared(self, x: Tensor, seed: tuple[int, ...] | None, part: Part | None = None) -> Tensor:
         """Images as float32 (N, C, H, W), cropped and normalised."""
         scale, shift = self._normalisation
         if seed is not None:
-            x = self.crop.random(x, torch.Generator().manual_seed(seed_for("augment", *seed)))
+            x = self.crop.random(x, torch.Generator().manual_seed(seed_for("augment", *seed)), part)
         else:
             x = self.crop.fixed(x)
         return x.to(torch.float32).mul_(scale).add_(shift)

@@ -20,26 +20,42 @@ EVALUATION_BATCH = 512
 @torch.no_grad()
 def evaluate(
     model: torch.nn.Module, objective: Objective, split: Split | None, batch_size: int,
-    before_batch: Callable[[], None] = lambda: None,
+    before_batch: Callable[[], None] = lambda: None, share: Callable[[int], Tensor] | None = None,
+    gather: Callable[[Any], list[Any]] = lambda value: [value],
 ) -> dict[str, float]:
     """Mean loss and scores over a whole split in evaluation mode, by name: ``loss``, ``accuracy`` (a fraction).
 
-    Empty without samples. `before_batch` is called before every batch.
+    Empty without samples.
+
+    Args:
+        model, objective, split, batch_size: what is evaluated, and how.
+        before_batch: called before every batch.
+        share: the positions of the samples that this process evaluates in a batch of so many; None: all.
+        gather: the values that all processes pass, in their order.
     """
     if split is None or len(split) == 0:
         return {}
     losses: list[Tensor] = []
     sums: dict[str, Tensor] = {}
     count: Any = 0
+    batch_size = max(batch_size, EVALUATION_BATCH)
+    remaining = split.steps(batch_size)
     with evaluating(model):
-        for x, y in split.batches(max(batch_size, EVALUATION_BATCH)):
+        for x, y in split.batches(batch_size, share=share):
             before_batch()
+            remaining -= 1
             outputs = loss_output(model(x), objective.output)
             losses.append(objective.loss(outputs, y, reduction="sum"))
             count = count + objective.counted(y)
             add(sums, objective.sums(outputs, y))
-    count = int(count)
-    return with_scores(torch.stack(losses).sum().item() / max(count, 1), objective, sums, count, split)
+    for _ in range(remaining):  # the other processes have a batch in which this one has no samples
+        before_batch()
+    loss, total, totals = 0.0, 0, dict[str, Tensor]()
+    for of_process in gather((torch.stack(losses).sum().item() if losses else 0.0, int(count),
+                              {name: value.cpu() for name, value in sums.items()})):
+        loss, total = loss + of_process[0], total + of_process[1]
+        add(totals, of_process[2])
+    return with_scores(loss / max(total, 1), objective, totals, total, split)
 
 
 def add(sums: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:

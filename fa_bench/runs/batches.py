@@ -80,11 +80,16 @@ def _check_positions(rule: Rule, labels: Tensor, where: str) -> None:
                         "score")
 
 
-def check_batches(rule: Rule, splits: Splits, options: RunOptions) -> None:
-    """Refuse a run in which batch normalisation, also of the rule's auxiliary nets, would receive a single sample.
+def check_batches(rule: Rule, splits: Splits, options: RunOptions, processes: int = 1) -> None:
+    """Refuse a run in which a process would have no sample of a batch, or batch normalisation a single one.
 
-    torch raises an error then, as there are no statistics. If such a batch would occur, one is tried: nets that accept it
-    pass, such as those whose normalised maps have several pixels.
+    For a single sample there are no statistics, also in the rule's auxiliary nets, so that torch raises an error. If such a
+    batch would occur, one is tried: nets that accept it pass, such as those whose normalised maps have several pixels.
+
+    Args:
+        rule: after `attach`.
+        splits, options: of the run.
+        processes: that divide each batch, or each of its micro-batches.
 
     Raises:
         OptionError: naming the option that leads to such a batch, and what to set instead.
@@ -93,6 +98,7 @@ def check_batches(rule: Rule, splits: Splits, options: RunOptions) -> None:
     count, size = len(splits.train), min(options.batch_size, len(splits.train))
     last = 0 if options.drop_last else count % size
     smallest = size // min(options.accumulate, size)
+    _check_parts(size, last, options, processes)
     why = ", for which batch normalisation has no statistics"
     if size == 1:
         error = OptionError("batch_size", f"={options.batch_size} makes batches of one {one} ({count} for training){why}; "
@@ -103,12 +109,29 @@ def check_batches(rule: Rule, splits: Splits, options: RunOptions) -> None:
     elif smallest == 1:
         error = OptionError("accumulate", f"={options.accumulate} splits batches of {size} into single {several}{why}; use "
                                           f"{size // 2} at most")
+    elif processes > 1 and min(smallest, last // min(options.accumulate, last) if last else smallest) < 2 * processes:
+        error = OptionError("batch_size", f"={options.batch_size} with {processes} processes leaves one of them a single {one}"
+                                          f"{why}; use larger batches, or fewer processes")
     elif min(options.probe_size, count) == 1:
         error = OptionError("probe_size", f"={options.probe_size} makes a probe batch of one {one}{why}; use 2 or more")
     else:
         return
     if not _accepts_single_sample(rule, splits):
         raise error
+
+
+def _check_parts(size: int, last: int, options: RunOptions, processes: int) -> None:
+    """Refuse batches with fewer samples than there are processes; `last` is the size of the last incomplete one, or 0."""
+    several = f"{processes} processes, each of which needs a sample"
+    if size < processes:
+        raise OptionError("batch_size", f"={options.batch_size} makes batches of {size} for {several}; use {processes} or more, "
+                                        "or fewer processes")
+    if size // min(options.accumulate, size) < processes:
+        raise OptionError("accumulate", f"={options.accumulate} splits batches of {size} into micro-batches of "
+                                        f"{size // options.accumulate} for {several}; use {size // processes} at most")
+    if last and last // min(options.accumulate, last) < processes:
+        raise OptionError("drop_last", f"=false leaves a last batch of {last}, in {min(options.accumulate, last)} parts, for "
+                                       f"{several}; use drop_last=true or another batch_size")
 
 
 def _accepts_single_sample(rule: Rule, splits: Splits) -> bool:

@@ -135,7 +135,7 @@ class Checkpoints(Callback):
         self._saved = time.monotonic()
 
     def on_step_end(self, trainer: Trainer) -> None:
-        if self.minutes and time.monotonic() - self._saved > 60 * self.minutes:
+        if self.minutes and trainer.world.due(time.monotonic() - self._saved > 60 * self.minutes):
             self._save()
 
     def on_epoch_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
@@ -204,7 +204,7 @@ class StopOnSignal(Callback):
     stop: StopRequest
 
     def on_step_end(self, trainer: Trainer) -> None:
-        self.stop.check()
+        trainer.world.check(self.stop)
 
     def on_evaluation_batch(self, trainer: Trainer) -> None:
-        self.stop.check()
+        trainer.world.check(self.stop)

@@ -51,10 +51,20 @@ def save(
     Raises:
         OutputError: if it cannot be written; the checkpoints that were there are unchanged.
     """
-    state = {
-        "version": VERSION,
-        "config_hash": config_hash,
-        "data_hash": data_hash,
+    # Into memory first: torch.save does not report a full disk clearly, a plain write does.
+    buffer = io.BytesIO()
+    torch.save({"version": VERSION, "config_hash": config_hash, "data_hash": data_hash,
+                **capture(progress, rule, optimizers, callbacks)}, buffer)
+    path.parent.mkdir(exist_ok=True)
+    with atomic(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+        if path.exists():
+            _link(path, previous)
+
+
+def capture(progress: Progress, rule: Rule, optimizers: Optimizers, callbacks: Iterable[Callback] = ()) -> dict[str, Any]:
+    """The state of a run, as plain containers and tensors."""
+    return {
         "progress": vars(progress),
         "model": rule.model.state_dict(),
         "rule": rule.state_dict(),
@@ -62,14 +72,16 @@ def save(
         "callbacks": {callback.name: state for callback in callbacks if (state := callback.state_dict())},
         "random": random_state(),
     }
-    # Into memory first: torch.save does not report a full disk clearly, a plain write does.
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    path.parent.mkdir(exist_ok=True)
-    with atomic(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
-        if path.exists():
-            _link(path, previous)
+
+
+def restore(state: dict[str, Any], rule: Rule, optimizers: Optimizers, callbacks: Iterable[Callback] = ()) -> None:
+    """Restore what `capture` returned, all but the progress."""
+    rule.model.load_state_dict(state["model"])
+    rule.load_state_dict(state["rule"])
+    optimizers.load_state_dict(state["optimizers"])
+    for callback in callbacks:
+        callback.load_state_dict(state["callbacks"].get(callback.name, {}))
+    restore_random_state(state["random"])
 
 
 def _link(path: Path, name: Path) -> None:
@@ -107,12 +119,7 @@ def load(
             if (data_hash := state["data_hash"]) != expected.data_hash:
                 raise RunDirectoryError(f"{path}: trained on different data (hash {data_hash}; now {expected.data_hash})")
             progress = _progress(state["progress"], expected)
-            rule.model.load_state_dict(state["model"])
-            rule.load_state_dict(state["rule"])
-            optimizers.load_state_dict(state["optimizers"])
-            for callback in callbacks:
-                callback.load_state_dict(state["callbacks"].get(callback.name, {}))
-            restore_random_state(state["random"])
+            restore(state, rule, optimizers, callbacks)
         except RunDirectoryError as error:
             faults.append(str(error))
         except Exception as error:  # a forged state may make the functions that load it raise anything

@@ -42,20 +42,24 @@ class Divergence(Callback):
     def on_loss(self, trainer: Trainer, x: Tensor) -> None:
         progress = trainer.progress
         assert progress.loss_sum is not None
-        if progress.step % self._every == 0 and not math.isfinite(progress.loss_sum.item()):
+        if progress.step % self._every == 0 and not math.isfinite(trainer.world.sum(progress.loss_sum).item()):
             # Before the update, which would spread non-finite values to all layers.
             self._diverged(trainer, x)
 
     def on_batches_end(self, trainer: Trainer) -> None:
         total = torch.stack([tensor.detach().sum() for tensor in trainer.optimizers.trained()]).sum()
-        if not (math.isfinite(trainer.progress.mean_loss) and torch.isfinite(total)):
+        if not (math.isfinite(trainer.world.totals(trainer.progress).mean_loss) and torch.isfinite(total)):
             self._diverged(trainer, None)
 
     def _diverged(self, trainer: Trainer, x: Tensor | None) -> None:
         progress = trainer.progress
         if progress.diverged is not None:
             return
-        error = Diverged(progress.epoch + 1, progress.step, first_nonfinite(trainer.rule, x))
+        # Outputs may not be finite in the part of one process alone.
+        layers = trainer.world.gather(first_nonfinite(trainer.rule, x))
+        order = [name for name, _ in trainer.model.named_modules()]
+        layer = min(filter(None, layers), key=lambda name: order.index(name) if name in order else -1, default=None)
+        error = Diverged(progress.epoch + 1, progress.step, layer)
         progress.diverged = {"epoch": error.epoch, "step": error.step, "layer": error.layer, "message": str(error)}
         if not self.proceed:
             raise error

@@ -61,7 +61,9 @@ class Execution:
         is_bf16 = self.options.precision == "bf16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16) if is_bf16 else nullcontext()
 
-    def forward(self, function: Callable[..., Any], model: torch.nn.Module, steps: int) -> Callable[..., Any]:
+    def forward(
+        self, function: Callable[..., Any], model: torch.nn.Module, steps: int, processes: int = 1
+    ) -> Callable[..., Any]:
         """A forward pass, ``function(x, y)``, as the run executes it: compiled for full batches.
 
         Others are run without compilation: a last, smaller batch would need a graph of its own.
@@ -70,13 +72,14 @@ class Execution:
             function: computes outputs and loss from a batch (N, ...) or a micro-batch.
             model: the model that it calls.
             steps: updates of the whole run.
+            processes: that train the run together; several do not compile.
         """
         def eager(x: torch.Tensor, y: torch.Tensor) -> Any:
             with self.autocast():
                 return function(x, y)
 
         if self._compiles is None:
-            self._compiles, why = _pays(model, self.device, steps)
+            self._compiles, why = _pays(model, self.device, steps) if processes == 1 else (False, f"{processes} processes")
             log.info("compile=auto: %s (%s)", "on" if self._compiles else "off", why)
         if not self._compiles:
             return eager

@@ -22,6 +22,7 @@ from fa_bench.optim.optimizers import Optimizers
 from fa_bench.runs.execution import Execution
 from fa_bench.runs.hashes import chained
 from fa_bench.runs.logs import log
+from fa_bench.runs.parallel import Processes, World
 
 Angles = dict[str, dict[str, float]]
 
@@ -103,13 +104,15 @@ class Trainer:
         external: those of `callbacks` that are not part of the run's config. A stop that they request is not saved in
             checkpoints, so that the run can be resumed without them.
         execution: precision and compilation; default: those of the options, on the model's device.
+        world: the processes of the run, each of which has a trainer and its part of every batch; None: this is the only one.
     """
 
     def __init__(
         self, rule: Rule, optimizers: Optimizers, splits: Splits, options: RunOptions,
         callbacks: Iterable[Callback] = (), progress: Progress | None = None, external: Iterable[Callback] = (),
-        execution: Execution | None = None,
+        execution: Execution | None = None, world: World | None = None,
     ) -> None:
+        self.world = world or World()
         self.rule, self.optimizers, self.splits, self.options = rule, optimizers, splits, options
         self.model, self.objective = rule.model, rule.objective
         self.scores = tuple(self.objective.scores[splits.targets])
@@ -118,11 +121,15 @@ class Trainer:
         self._hooks = {name: [(callback, getattr(callback, name)) for callback in self.callbacks
                               if getattr(type(callback), name) is not getattr(Callback, name)] for name in _HOOKS}
         self._external, self._external_stop = list(external), None
-        optimizers.share_gradients()
+        if self.world.size == 1:  # DistributedDataParallel waits for every gradient
+            optimizers.share_gradients()
         self.execution = execution or Execution(options, next(self.model.parameters()).device)
         self._forward = self.execution.forward(
-            self._outputs_and_loss, self.model, options.epochs * splits.train.steps(options.batch_size, options.drop_last))
+            self._outputs_and_loss, self.model, options.epochs * splits.train.steps(options.batch_size, options.drop_last),
+            self.world.size)
         self._calling: Callback | None = None
+        self._called = self.world.wrapped(self.model)
+        self._share = self.world.share(options.accumulate)
 
     def fit(self) -> None:
         """Train to the last epoch, or to the end of the epoch in which a callback requests a stop."""
@@ -157,8 +164,14 @@ class Trainer:
         """The reason to stop, and the callback that requested it (None: not part of the config), which precedes others."""
         return self.progress.stopped or self._external_stop
 
+    def agree_on_stop(self) -> None:
+        """Make the first request to stop of all processes, in their order, that of each."""
+        requests = self.world.gather((self.progress.stopped, self._external_stop))
+        stopped, external = zip(*requests, strict=True)
+        self.progress.stopped, self._external_stop = next(filter(None, stopped), None), next(filter(None, external), None)
+
     def train_step(self, x: Tensor, y: Tensor) -> None:
-        """One update of weights and learned feedback by a batch of inputs `x` and targets `y`."""
+        """One update of weights and learned feedback by this process's part of a batch, inputs `x` and targets `y`."""
         self.optimizers.begin_step(self.progress.step)
         for part_x, part_y, share in self._micro_batches(x, y):
             with self.execution.products():
@@ -176,13 +189,14 @@ class Trainer:
         self.rule.step()
 
     def _outputs_and_loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = loss_output(self.model(x), self.rule.loss_output)
+        outputs = loss_output(self._called(x), self.rule.loss_output)
         return outputs, self.objective.loss(outputs, y)
 
     def evaluate(self, split: Split | None) -> dict[str, float]:
         """Loss and scores, see `evaluate`."""
         with self.execution.autocast():
-            return evaluate(self.model, self.objective, split, self.options.batch_size, lambda: self._call("on_evaluation_batch"))
+            return evaluate(self.model, self.objective, split, self.options.batch_size,
+                            lambda: self._call("on_evaluation_batch"), self.world.share(), self.world.gather)
 
     def _epoch(self) -> None:
         progress, options = self.progress, self.options
@@ -196,10 +210,11 @@ class Trainer:
         clock = time.perf_counter()
         for x, y in self.splits.train.batches(
             options.batch_size, seed=options.seed, epoch=progress.epoch, drop_last=options.drop_last, start=progress.batch,
-            shuffle=options.shuffle,
+            shuffle=options.shuffle, share=self._share,
         ):
             if progress.batch == 0:
-                progress.batches_hash = chained(progress.batches_hash, x, y)
+                progress.batches_hash = chained(progress.batches_hash, *self.world.whole_batch(x, y, self._share, self._samples))
+            self.world.begin_step(options.seed, progress.step)
             self.train_step(x, y)
             progress.step += 1
             progress.batch += 1
@@ -211,8 +226,9 @@ class Trainer:
                 progress.seconds += seconds
             self._call("on_step_end")
             clock = time.perf_counter()
-        values = {"train": with_scores(progress.mean_loss, self.objective, progress.sums, int(progress.samples),
-                                       self.splits.train)}
+        self.world.same_buffers(self.model)
+        totals = self.world.totals(progress)
+        values = {"train": with_scores(totals.mean_loss, self.objective, totals.sums, int(totals.samples), self.splits.train)}
         progress.seconds += time.perf_counter() - clock
         self._call("on_batches_end")
         values |= {name: self.evaluate(split) for name, split in (("val", self.splits.validation), ("test", self.splits.test))}
@@ -228,6 +244,9 @@ class Trainer:
 
     def _micro_batches(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor, float]]:
         """The parts that a batch is split into, each with its fraction of the targets that count."""
+        if isinstance(self.world, Processes):
+            yield from self.world.micro_batches(x, y, self._samples, self.options.accumulate, self.objective)
+            return
         count = min(self.options.accumulate, len(y))
         if count == 1:
             yield x, y, 1
@@ -235,6 +254,12 @@ class Trainer:
         counted = max(int(self.objective.counted(y)), 1)
         for part_x, part_y in zip(x.tensor_split(count), y.tensor_split(count), strict=True):
             yield part_x, part_y, int(self.objective.counted(part_y)) / counted
+
+    @property
+    def _samples(self) -> int:
+        """The number of samples in the current batch, in all processes together."""
+        size = self.options.batch_size
+        return min(size, len(self.splits.train) - self.progress.batch * size)
 
     def _count(self, loss: Tensor, y: Tensor) -> None:
         assert self.progress.loss_sum is not None

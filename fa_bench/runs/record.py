@@ -34,7 +34,7 @@ class Recorder(Callback):
     """Writes a run's records to its directory.
 
     Args:
-        directory: the run's directory, which exists.
+        directory: the run's directory, which exists; None in a process that writes nothing.
         job: the run.
         progress: of the run; records of later epochs are dropped.
         probes: further measurements of the layers.
@@ -46,12 +46,17 @@ class Recorder(Callback):
     """
 
     def __init__(
-        self, directory: Path, job: Job, progress: Progress, probes: Probes, steps: int, swept: Mapping[str, bool]
+        self, directory: Path | None, job: Job, progress: Progress, probes: Probes, steps: int, swept: Mapping[str, bool]
     ) -> None:
         self.directory, self.probes, self.steps, self.scores = directory, probes, steps, job.scores
+        self.lines: list[str] = []
+        self.measurements: list[str] = []
+        self.loggers: list[Logger] = []
+        self._written = -1
+        if directory is None:
+            return
         self.lines = recorded_lines(directory / METRICS, progress.epoch)
         self.measurements = recorded_measurements(directory / ANGLES, progress.measurements, progress.probed)
-        self._written = -1
         self._write_metrics()
         self._write_measurements()
         self.loggers = make_loggers(job)
@@ -99,13 +104,17 @@ class Recorder(Callback):
         return quantities
 
     def _write_metrics(self) -> None:
-        write_text(self.directory / METRICS, "".join(line + "\n" for line in self.lines))
+        self._write(METRICS, "".join(line + "\n" for line in self.lines))
 
     def _write_measurements(self) -> None:
         """Write angles.jsonl, once an epoch and before a checkpoint: measurements may be a few steps apart."""
         if self._written != len(self.measurements):
-            write_text(self.directory / ANGLES, "".join(line + "\n" for line in self.measurements))
+            self._write(ANGLES, "".join(line + "\n" for line in self.measurements))
             self._written = len(self.measurements)
+
+    def _write(self, name: str, text: str) -> None:
+        if self.directory is not None:
+            write_text(self.directory / name, text)
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write result.json, and pass the run's final status and metrics to the loggers."""
@@ -115,7 +124,7 @@ class Recorder(Callback):
             for logger in self.loggers:
                 logger.finish(result["status"], {key: result[key] for key in final_values(self.scores)}, result["step"])
         finally:
-            write_text(self.directory / RESULT, dump_json(result, indent=1) + "\n")
+            self._write(RESULT, dump_json(result, indent=1) + "\n")
 
     def close(self) -> None:
         """Release the loggers."""
@@ -162,7 +171,7 @@ def base_result(job: Job, experiment: str | None = None) -> dict[str, Any]:
         "cost": None,
         "config_hash": job.config_hash, "code_hash": code_hash(job.plugin_modules), "data_hash": None,
         "initial_weights_hash": None, "batches_hash": None, "weights_hash": None, "feedback_hash": None, "optimizer_hash": None,
-        "device": None, "git": git_state(), "versions": versions(), "error": None,
+        "device": None, "world_size": 1, "git": git_state(), "versions": versions(), "error": None,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -29,7 +30,7 @@ from fa_bench.objectives.base import Objective
 from fa_bench.optim.optimizers import Optimizers
 from fa_bench.registry.registries import CALLBACKS
 from fa_bench.registry.specs import component
-from fa_bench.runs import checkpoint
+from fa_bench.runs import checkpoint, parallel
 from fa_bench.runs.batches import check_batches, check_targets, fixed_batch
 from fa_bench.runs.callbacks import Alignment, Checkpoints, Display, Energy, Histograms, StopOnSignal, probe_interval
 from fa_bench.runs.divergence import Diverged, Divergence
@@ -38,6 +39,7 @@ from fa_bench.runs.hashes import compare_data, state_hash, weights_hash
 from fa_bench.runs.locks import lock_directory
 from fa_bench.runs.logs import log, log_file
 from fa_bench.runs.loop import Progress, Trainer
+from fa_bench.runs.parallel import ProcessLost, SameStop
 from fa_bench.runs.prediction import predicted_cost
 from fa_bench.runs.readers import RecordError, recorded_lines, recorded_measurements
 from fa_bench.runs.record import Recorder, base_result, device_name, make_loggers, progress_result
@@ -74,8 +76,14 @@ def run(
     Raises:
         FaBenchError: if the input cannot be run, or another process has locked the directory.
         Interrupted: after SIGINT or SIGTERM, when a checkpoint and the result were written, with status interrupted.
+        ProcessLost: if another process that trains the run has ended; it can be resumed from its last checkpoint.
     """
-    run_dir = RunDirectory(directory, job)
+    run_dir, world = RunDirectory(directory, job), parallel.current()
+    if world.rank:  # process 0 decides, and writes
+        with isolated():
+            start = world.listen()
+            return start["result"] or _run(run_dir, start["resume"], title, experiment, later_epochs, list(callbacks), swept,
+                                           brief)
     run_dir.check()
     with lock_directory(directory), isolated():
         run_dir.check()  # again: another process may have changed it before it was locked
@@ -89,8 +97,10 @@ def run(
             if is_unchanged:
                 state = f"was stopped ({result['error']['message']})" if result["status"] == "stopped" else "is already finished"
                 log.info("%s %s; nothing to do%s", title, state, f"; {remark}" if remark else "")
+                world.announce({"result": result, "resume": resume})
                 return result
             resume = _restart(run_dir, title, remark)
+        world.announce({"result": None, "resume": resume})
         return _run(run_dir, resume, title, experiment, later_epochs, list(callbacks), swept, brief)
 
 
@@ -126,8 +136,8 @@ def _run(
     device = prepare(run_dir.job)
     job = scaled(run_dir.job)  # as it is trained; its identity remains that of `run_dir.job`
     parts = assemble(job, device)
-    progress, warnings = Progress(), []
-    resuming = resume and (run_dir.checkpoint.exists() or run_dir.previous.exists())
+    progress, warnings, world = Progress(), [], parallel.current()
+    resuming = resume and not world.rank and (run_dir.checkpoint.exists() or run_dir.previous.exists())
     if resuming:
         try:
             progress = _load(run_dir, job, parts, warnings)
@@ -136,25 +146,30 @@ def _run(
                 raise RunDirectoryError(f"{error}; resume=false restarts") from None
             # Built again: the checkpoint may have changed the model before it failed.
             warnings, resuming, parts = [f"{error}; restarting"], False, assemble(job, prepare(run_dir.job))
-    run_dir.start(resuming)
+    progress = _shared(progress, parts, resuming)
+    if not world.rank:
+        run_dir.start(resuming)
     result = {**base_result(run_dir.job, experiment), "epochs": job.run.epochs, "data_hash": parts.splits.data_hash,
-              "device": device_name(device), "initial_weights_hash": parts.initial_weights_hash,
+              "device": device_name(device), "world_size": world.size, "initial_weights_hash": parts.initial_weights_hash,
               "weight_transport": list(parts.rule.coverage.transport)}
     with ExitStack() as stack:
-        stack.enter_context(log_file(run_dir.path / LOG))
+        if not world.rank:
+            stack.enter_context(log_file(run_dir.path / LOG))
         _log_start(job, parts, progress, warnings, resuming, resume and bool(run_dir.job.run.resume))
         energy = EnergyMeter.of(device)
         result |= {"cost": predicted_cost(job, parts.splits, parts.meter.x[:2], parts.rule.objective),
                    "energy_counters": [] if energy is None else energy.counters}
         steps = parts.splits.train.steps(job.run.batch_size, job.run.drop_last)
-        recorder = Recorder(run_dir.path, job, progress, parts.probes, steps, swept)
+        recorder = Recorder(None if world.rank else run_dir.path, job, progress, parts.probes, steps, swept)
         stack.callback(recorder.close)
         stop = stack.enter_context(deferred_signals())
 
         def save() -> None:
-            recorder.flush()  # the files must contain everything that the checkpoint counts as recorded
-            checkpoint.save(run_dir.checkpoint, run_dir.previous, run_dir.job.config_hash, parts.splits.data_hash,
-                            progress, parts.rule, parts.optimizers, parts.callbacks)
+            totals = world.totals(progress)
+            if not world.rank:
+                recorder.flush()  # the files must contain everything that the checkpoint counts as recorded
+                checkpoint.save(run_dir.checkpoint, run_dir.previous, run_dir.job.config_hash, parts.splits.data_hash,
+                                totals, parts.rule, parts.optimizers, parts.callbacks)
 
         display = Display(title, later_epochs, brief)
         stack.callback(display.close)
@@ -162,10 +177,10 @@ def _run(
         probe_every = probe_interval(job.run.probe_every, steps * job.run.epochs)
         trainer = Trainer(parts.rule, parts.optimizers, parts.splits, job.run, [
             Divergence(proceed=job.run.on_divergence == "continue"), *histograms,
-            Alignment(parts.meter, probe_every, recorder.measured), *parts.callbacks, *external, recorder,
-            *([Energy(energy)] if energy is not None else []),
+            Alignment(parts.meter, probe_every, recorder.measured), *parts.callbacks, *external,
+            *([SameStop()] if world.size > 1 else []), recorder, *([Energy(energy)] if energy is not None else []),
             Checkpoints(save, job.run.checkpoint_epochs, job.run.checkpoint_minutes), display, StopOnSignal(stop),
-        ], progress, external, parts.execution)
+        ], progress, external, parts.execution, world)
         with _recording_outcome(result, job, parts, recorder, trainer, save):
             _initial_phase(parts.rule, title, stop)
             trainer.fit()
@@ -183,10 +198,28 @@ def _load(run_dir: RunDirectory, job: Job, parts: Parts, warnings: list[str]) ->
     return progress
 
 
+def _shared(progress: Progress, parts: Parts, resuming: bool) -> Progress:
+    """The progress of this process; if the run is resumed, its parts have the state that process 0 has loaded."""
+    world, buffer = parallel.current(), io.BytesIO()
+    if world.size > 1:
+        if resuming:
+            torch.save(checkpoint.capture(progress, parts.rule, parts.optimizers, parts.callbacks), buffer)
+        state = world.from_main(buffer.getvalue())
+        if state and world.rank:
+            device = next(parts.rule.model.parameters()).device
+            loaded = torch.load(io.BytesIO(state), map_location=device, weights_only=True)
+            checkpoint.restore(loaded, parts.rule, parts.optimizers, parts.callbacks)
+            progress = Progress(**loaded["progress"])
+            if progress.loss_sum is not None:  # process 0 has the sums of the batches so far
+                progress.loss_sum, progress.sums, progress.samples = torch.zeros_like(progress.loss_sum), {}, 0
+    return progress
+
+
 def _log_start(job: Job, parts: Parts, progress: Progress, warnings: list[str], resuming: bool, requested: bool) -> None:
     for line in warnings:
         log.warning("%s", line)
-    for line in parts.splits.notes:
+    world_notes = parallel.current().notes(parts.rule.model, job.run.sync_batch_norm, parts.rule.coverage.notes)
+    for line in (*parts.splits.notes, *world_notes):
         log.info("%s", line)
     if resuming or requested:
         batch = f", batch {progress.batch}" if progress.batch else ""
@@ -203,7 +236,7 @@ def _initial_phase(rule: Rule, title: str, stop: StopRequest) -> None:
         log.info("%s: %d steps before training", title, steps)
     for _ in tqdm(rule.initial_phase(), total=steps, desc=f"{title} before training", unit="step",
                   disable=None if steps else True, leave=False):
-        stop.check()
+        parallel.current().check(stop)
 
 
 @contextmanager
@@ -229,9 +262,11 @@ def _recording_outcome(
         result |= _diverged(progress)
     except BaseException as error:
         error = raised = _explain(error, job)
-        if isinstance(error, Interrupted):
+        if isinstance(error, Interrupted) and trainer.world.stops_together:
             save()
-        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        # A process that is lost without a reason was killed, or stopped.
+        is_stopped = isinstance(error, KeyboardInterrupt) or (isinstance(error, ProcessLost) and not error.reason)
+        status = "interrupted" if is_stopped else "failed"
         result |= {"status": status, "error": _error(error)}
         raise error
     finally:
@@ -260,7 +295,8 @@ def _stopped(progress: Progress, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _explain(error: BaseException, job: Job) -> BaseException:
-    """The error, or a ConfigError if torch found an operation that is not deterministic."""
+    """The error, ProcessLost if it means that, or a ConfigError if torch found an operation that is not deterministic."""
+    error = parallel.current().explained(error)
     operation = re.match(r"(\S+) does not have a deterministic implementation", str(error))
     if isinstance(error, RuntimeError) and operation and job.run.deterministic:
         return ConfigError(f"deterministic=true: {operation[1]} has no deterministic implementation on {job.run.device}; "
@@ -315,6 +351,8 @@ def assemble(job: Job, device: torch.device, splits: Splits | None = None) -> Pa
         raise error.with_prefix("architecture") from None
     if device.type == "cpu":
         require_memory(4 * sum(weight.numel() for weight in model.parameters()), "the gradients of this architecture")
+    if job.run.sync_batch_norm:
+        model = parallel.current().synchronised(model)
     initial = state_hash(model.state_dict())
     x, y = fixed_batch(splits, job.run.probe_size)
     rule = job.fresh_algorithm()
@@ -324,7 +362,7 @@ def assemble(job: Job, device: torch.device, splits: Splits | None = None) -> Pa
     except CoverageError as error:
         raise error.with_prefix("algorithm") from None
     check_targets(rule, splits, job.dataset.name)
-    check_batches(rule, splits, job.run)
+    check_batches(rule, splits, job.run, parallel.current().size)
     steps = splits.train.steps(job.run.batch_size, job.run.drop_last)
     optimizers = Optimizers(job.optimizer, rule, job.run.epochs, job.feedback_optimizer, steps)
     meter = AlignmentMeter(rule, x, y, job.run.metrics)
@@ -388,6 +426,9 @@ def prepare(job: Job) -> torch.device:
     name = job.run.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    name = parallel.current().device(name)
+    if job.run.compile is True and parallel.current().size > 1:
+        raise ConfigError("compile=true is not possible in several processes; use compile=false")
     device = torch.device(name)
     if device.type == "cuda":
         if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():

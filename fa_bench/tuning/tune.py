@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fa_bench.errors import DataError
+from fa_bench.runs import parallel
 from fa_bench.tuning.folder import (
     FIGURE,
     MARKDOWN,
@@ -64,6 +65,7 @@ def tune(overrides: Sequence[str], config_dir: str | None = None) -> TuneResult:
     from fa_bench.tuning.search import progress, search
     from fa_bench.tuning.store import stored_studies
 
+    parallel.refuse("a study")
     plan = prepared(overrides, config_dir)
     with study_folder(plan, identity(plan, _data_hash(plan))):
         studies = stored_studies(plan)

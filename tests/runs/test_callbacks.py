@@ -17,6 +17,7 @@ from fa_bench.runs import callbacks
 from fa_bench.runs.callbacks import LINE_EVERY, Alignment, Checkpoints, Display, Histograms
 from fa_bench.runs.divergence import CHECK_EVERY, Diverged, Divergence
 from fa_bench.runs.loop import Progress
+from fa_bench.runs.parallel import World
 
 OLD, NEW = {"weight_angle": {"fc": 1.0}}, {"weight_angle": {"fc": 2.0}}
 
@@ -24,7 +25,7 @@ OLD, NEW = {"weight_angle": {"fc": 1.0}}, {"weight_angle": {"fc": 2.0}}
 def trainer(epochs: int = 3, stop: Any = None, **progress: Any) -> Any:
     """A trainer at this point of its run; its batches are of no interest."""
     return SimpleNamespace(progress=Progress(**progress), options=RunOptions(epochs=epochs), stop_request=stop,
-                           splits=SimpleNamespace(train=SimpleNamespace(steps=lambda *_: 4)))
+                           splits=SimpleNamespace(train=SimpleNamespace(steps=lambda *_: 4)), world=World())
 
 
 @pytest.mark.parametrize("stopped", [None, {"reason": "enough", "callback": "c"}], ids=["to the end", "stopped"])

@@ -31,6 +31,7 @@ from fa_bench.rules.bp import BP
 from fa_bench.runs import callbacks, hashes
 from fa_bench.runs.hashes import chained, state_hash, weights_hash
 from fa_bench.runs.loop import Progress
+from fa_bench.runs.parallel import World
 from fa_bench.runs.record import peak_memory
 from fa_bench.runs.train import prepare
 from fa_bench.schedules.base import Schedule
@@ -285,7 +286,7 @@ def test_checkpoints_of_every_so_many_minutes(
     times = iter([1000.0, 1000.0 + elapsed, 1000.0 + elapsed])
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: next(times))
     keeping.on_fit_start(SimpleNamespace())  # type: ignore[arg-type]
-    keeping.on_step_end(SimpleNamespace())  # type: ignore[arg-type]
+    keeping.on_step_end(SimpleNamespace(world=World()))  # type: ignore[arg-type]
     assert bool(saved) == saves
 
 

@@ -1,0 +1,330 @@
+"""Runs that several processes train together are those of one process; what cannot be is refused, and ends together.
+
+Two processes talk by gloo and run one command after the other, since starting them costs most.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from fa_bench.cli import main
+from fa_bench.registry.registries import ALGORITHMS
+from fa_bench.runs import parallel
+from fa_bench.runs.callbacks import StopOnSignal
+from fa_bench.utils.files import ANGLES, METRICS, RESULT
+
+ROOT = Path(__file__).resolve().parents[2]
+#: 50 samples in batches of 9, of which two processes have 5 and 4, and a last one of 5, of which they have 3 and 2.
+COMMON = ["batch_size=9", "drop_last=false", "probe_size=8", "probe_every=3", "loggers=[]", "epochs=1", "threads=1"]
+DATA = [*COMMON, "dataset=synthetic", "dataset.validation=0", "dataset.samples=50", "dataset.test_samples=21"]
+MLP = [*DATA, "architecture.widths=[8,8]"]
+RESNET = [*DATA, "dataset.channels=3", "dataset.size=8", "architecture=resnet20", "architecture.width=4", "architecture.blocks=1",
+          "algorithm=kp"]
+#: Without what depends on the batch itself.
+OPTIONS = {"predsim": ["algorithm.loss=pred"], "dgl": ["algorithm.auxiliary_net=linear"], "wm": ["algorithm.initial_steps=3"]}
+STOP = """
+import dataclasses
+from fa_bench.callbacks.base import Callback
+from fa_bench.registry.registries import CALLBACKS
+@CALLBACKS.register("mystop")
+@dataclasses.dataclass(eq=False)
+class MyStop(Callback):
+    def on_epoch_end(self, trainer, metrics):
+        if trainer.world.size == 1 or trainer.world.rank == 1:
+            trainer.stop("enough")
+"""
+CASES: dict[str, list[str]] = {
+    **{rule: [*MLP, f"algorithm={rule}", *OPTIONS.get(rule, [])] for rule in ALGORITHMS},
+    "micro-batches": [*MLP, "algorithm=brsf", "accumulate=2", "clip_norm=0.1", "checkpoint_minutes=1e-9"],
+    "labels": [*MLP, "algorithm=drtp", "accumulate=2"],
+    "augmented": [*COMMON, "architecture.widths=[8,8]", "dataset=image_folder", "data_dir=images", "dataset.size=8",
+                  "dataset.validation=0.3", "batch_size=5"],
+    "tokens": [*COMMON, "dataset=text", "dataset.path=text.txt", "dataset.context=8", "architecture=decoder",
+               "architecture.depth=1", "architecture.width=8", "architecture.heads=2", "architecture.dropout=0", "algorithm=dfa",
+               "objective=token_cross_entropy", "objective.ignore_index=5", "batch_size=6", "accumulate=2"],
+    "resnet20": [*RESNET, "sync_batch_norm=true"],
+    "feedback optimizer": [*MLP, "algorithm=dkp", "optimizer@feedback_optimizer=adam", "probes=[gradient_norm]"],
+}
+REFUSED = {
+    ("batch_size=1",): "batch_size=1 makes batches of 1 for 2 processes, each of which needs a sample; use 2 or more",
+    ("accumulate=5",): "accumulate=5 splits batches of 9 into micro-batches of 1 for 2 processes, each of which needs a sample; "
+                       "use 4 at most",
+    ("batch_size=7",): "drop_last=false leaves a last batch of 1",
+    ("device=mps",): "device=mps",
+    ("optimizer.lr=-1",): "optimizer.lr=-1",
+}
+
+
+def command(name: str, folder: str) -> list[str]:
+    return [*CASES[name], f"hydra.run.dir={folder}/{name.replace(' ', '-')}"]
+
+
+def process(number: int, store: str, commands: list[tuple[list[str], int | None]], results: Any) -> None:
+    """Run commands as one of two processes; the second gets a signal after the step that a command names."""
+    torch.set_num_threads(1)
+    shared = dist.FileStore(store, 2)
+    dist.init_process_group("gloo", store=shared, rank=number, world_size=2)
+    on_step = StopOnSignal.on_step_end
+    gc.freeze()  # every run collects garbage
+    for index, (words, step) in enumerate(commands):
+        def stopping(callback: Any, trainer: Any, step: Any = step) -> None:
+            if number == 1 and trainer.progress.step == step:
+                signal.raise_signal(signal.SIGTERM)
+            on_step(callback, trainer)
+
+        StopOnSignal.on_step_end = stopping  # type: ignore[method-assign]
+        dist.barrier()
+        output, errors = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            parallel._world = parallel.Processes(number, 2, number, dist.PrefixStore(str(index), shared))
+            try:
+                code = main(words)
+            except BaseException as error:
+                code, _ = -1, print(f"{type(error).__name__}: {error}", file=errors)
+        results.put((index, number, code, output.getvalue(), errors.getvalue()))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def in_two_processes(folder: Path, commands: list[tuple[list[str], int | None]]) -> list[dict[int, tuple[int, str, str]]]:
+    """For each command, by process: the exit code, standard output and standard error."""
+    context = mp.get_context("spawn")
+    results = context.Queue()
+    processes = [context.Process(target=process, args=(number, str(folder / "store"), commands, results), daemon=True)
+                 for number in range(2)]
+    for each in processes:
+        each.start()
+    found: list[dict[int, tuple[int, str, str]]] = [{} for _ in commands]
+    try:
+        for _ in range(2 * len(commands)):
+            index, number, *rest = results.get(timeout=120)
+            found[index][number] = tuple(rest)
+    finally:
+        for each in processes:
+            each.join(20)
+            if each.is_alive():
+                each.kill()
+    return found
+
+
+def write_inputs(folder: Path) -> None:
+    from PIL import Image
+
+    (folder / "mystop.py").write_text(STOP)
+    (folder / "text.txt").write_text("how much wood would a woodchuck chuck if a woodchuck could chuck wood? " * 6)
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("train", 12), ("val", 5)):
+        for name in ("a", "b"):
+            (folder / "images" / part / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = torch.randint(256, (8, 8, 3), generator=generator, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(folder / "images" / part / name / f"{number}.png")
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The folder with the runs of two processes, in 'two', and what the commands gave."""
+    folder = tmp_path_factory.mktemp("parallel")
+    write_inputs(folder)
+    resumed = [*MLP, "epochs=3", "algorithm=brsf", "hydra.run.dir=resumed"]
+    commands: dict[str, tuple[list[str], int | None]] = {name: (command(name, "two"), None) for name in CASES}
+    commands["statistics"] = ([*RESNET, "hydra.run.dir=two/statistics"], None)
+    commands["stop"] = ([*MLP, "epochs=3", "plugins=[mystop]", "callbacks=[mystop]", "hydra.run.dir=two/stop"], None)
+    commands["diverged"] = ([*MLP, "optimizer.lr=1e30", "hydra.run.dir=two/diverged"], None)
+    commands["resumed"] = (resumed, 11)
+    commands |= {" ".join(words): ([*MLP, *words, "hydra.run.dir=two/refused"], None) for words in REFUSED}
+    before = Path.cwd()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+        patch.setenv("PYTHONPATH", str(ROOT))
+        os.chdir(folder)
+        try:
+            # One process begins what two resume.
+            assert stopped_after(8, resumed) == 143
+            found = in_two_processes(folder, list(commands.values()))
+        finally:
+            os.chdir(before)
+    return folder, dict(zip(commands, found, strict=True))
+
+
+def stopped_after(step: int, words: list[str]) -> int:
+    on_step = StopOnSignal.on_step_end
+    with pytest.MonkeyPatch.context() as patch:
+        def stopping(callback: Any, trainer: Any) -> None:
+            if trainer.progress.step == step:
+                signal.raise_signal(signal.SIGTERM)
+            on_step(callback, trainer)
+
+        patch.setattr(StopOnSignal, "on_step_end", stopping)
+        return main(words)
+
+
+@pytest.fixture
+def inside(outcome: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(outcome[0])
+    monkeypatch.syspath_prepend(str(outcome[0]))
+    return outcome[1]
+
+
+def result_in(folder: str) -> dict[str, Any]:
+    return json.loads(Path(folder, RESULT).read_text())
+
+
+def difference(one: str, two: str) -> float:
+    """The largest difference of a tensor of the two runs' last checkpoints, relative to the tensor's norm."""
+    first, second = (torch.load(Path(folder, "checkpoints", "last.pt"), weights_only=True) for folder in (one, two))
+    assert first.keys() == second.keys() and first["progress"].keys() == second["progress"].keys()
+    largest = 0.0
+    for part in ("model", "rule"):
+        assert first[part].keys() == second[part].keys()
+        for name, tensor in first[part].items():
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                largest = max(largest, float((tensor - second[part][name]).norm() / tensor.norm().clamp_min(1e-6)))
+    return largest
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_train_as_one(name: str, inside: Any) -> None:
+    """Gradients are sums of float32 numbers in another order: 1e-7 a step, which layers above multiply by a small factor."""
+    of_case = inside[name]
+    assert [of_case[number][0] for number in range(2)] == [0, 0], of_case
+    assert main(command(name, "one")) == 0
+    folders = [command(name, folder)[-1].partition("=")[2] for folder in ("one", "two")]
+    assert difference(*folders) < 1e-5
+    one, two = map(result_in, folders)
+    for key in ("batches_hash", "data_hash", "initial_weights_hash", "step", "config_hash", "status", "feedback_layers"):
+        assert one[key] == two[key], key
+    assert (one["world_size"], two["world_size"]) == (1, 2)
+    lines = [json.loads(Path(folder, METRICS).read_text()) for folder in folders]
+    for key in ("train_loss", "test_loss"):
+        assert lines[1][key] == pytest.approx(lines[0][key], rel=1e-4)
+    accuracies = [{key: line[key] for key in line if key.endswith("accuracy")} for line in lines]
+    assert accuracies[0] == pytest.approx(accuracies[1], abs=0.05)  # one of 21 samples at most
+    measured = [[json.loads(line)["step"] for line in Path(folder, ANGLES).read_text().splitlines()] for folder in folders]
+    assert measured[0] == measured[1] and len(measured[0]) > 1
+    assert of_case[1][2] == "" and "2 processes train on one batch together" in Path(folders[1], "run.log").read_text()
+
+
+def test_batch_normalisation_of_each_process_differs_and_is_noted(inside: Any) -> None:
+    assert [inside["statistics"][number][0] for number in range(2)] == [0, 0]
+    log = Path("two/statistics/run.log").read_text()
+    assert log.count("batch normalisation uses the statistics of each process's own samples") == 1
+    assert "batch normalisation uses" not in Path("two/resnet20/run.log").read_text()
+    assert main([*RESNET, "hydra.run.dir=one/statistics"]) == 0 and difference("one/statistics", "two/statistics") > 1e-3
+    # The option changes nothing in one process.
+    assert difference("one/statistics", "two/resnet20") < 1e-5
+
+
+def test_a_callback_in_one_process_stops_all(inside: Any) -> None:
+    assert [inside["stop"][number][0] for number in range(2)] == [0, 0], inside["stop"]
+    result = result_in("two/stop")
+    assert (result["status"], result["epoch"], result["error"]["callback"]) == ("stopped", 1, "mystop")
+
+
+def test_all_processes_diverge_together(inside: Any) -> None:
+    assert inside["diverged"][0][0] == 1 and not inside["diverged"][1][2], inside["diverged"]
+    assert main([*MLP, "optimizer.lr=1e30", "hydra.run.dir=one/diverged"]) == 1
+    one, two = result_in("one/diverged"), result_in("two/diverged")
+    assert two["status"] == "diverged" and one["error"] == two["error"]
+
+
+def test_one_process_then_two_then_one_is_one_run(inside: Any) -> None:
+    """Stopped within the second epoch, and, by a signal to the second process alone, within the same again."""
+    assert [inside["resumed"][number][0] for number in range(2)] == [143, 143], inside["resumed"]
+    assert "resuming after epoch 1, batch 2" in inside["resumed"][0][1]
+    assert "Checkpoint saved; rerun the same command to resume" in inside["resumed"][0][2] and not inside["resumed"][1][2]
+    words = [*MLP, "epochs=3", "algorithm=brsf"]
+    assert result_in("resumed")["step"] == 11
+    assert main([*words, "hydra.run.dir=resumed", "resume=true"]) == 0 and main([*words, "hydra.run.dir=whole"]) == 0
+    assert difference("whole", "resumed") < 1e-5
+    whole, resumed = ([json.loads(line)["train_loss"] for line in Path(folder, METRICS).read_text().splitlines()]
+                      for folder in ("whole", "resumed"))
+    assert len(whole) == 3 and resumed == pytest.approx(whole, rel=1e-4)
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_refused_before_training_in_one_line(words: tuple[str, ...], inside: Any) -> None:
+    found = inside[" ".join(words)]
+    assert [found[number][0] for number in range(2)] == [2, 2], found
+    lines = (found[0][2] + found[1][2]).splitlines()
+    assert len(lines) == 1 and REFUSED[words] in lines[0], lines
+    folder = Path("two/refused")
+    assert not folder.exists() or not list(folder.iterdir())  # Hydra makes it in each process; one may leave it empty
+
+
+@pytest.mark.parametrize("words", [["-m", "seed=0,1"], ["-m", "experiment=quickstart"]])
+def test_sweeps_are_refused(words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for key, value in zip(parallel._VARIABLES, ("0", "2", "0", "localhost", "1"), strict=True):
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(parallel, "_joined", parallel.World)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2 and not list(tmp_path.iterdir())
+
+
+def workers_of(pid: int) -> dict[int, int]:
+    """The processes that torchrun has started, by rank."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, KeyError, ValueError):
+            if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
+                variables = dict(text.partition("=")[::2] for text in (folder / "environ").read_text().split("\0"))
+                found[int(variables["RANK"])] = int(folder.name)
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize(("kind", "says"), [
+    ("kill", "fa-bench: lost another process of this run. Checkpoint saved; rerun the same command to resume"),
+    ("terminate", "fa-bench: Interrupted. Checkpoint saved; rerun the same command to resume"),
+])
+def test_torchrun(kind: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [*MLP, "epochs=100000", "hydra.run.dir=run"]
+    started = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "fa_bench", *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(started, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            end = time.monotonic() + 120
+            while not Path("run/checkpoints/last.pt").exists() and process.poll() is None and time.monotonic() < end:
+                time.sleep(0.02)
+            workers = workers_of(process.pid)
+            if kind == "kill":
+                os.kill(workers[1], signal.SIGKILL)
+            else:
+                process.terminate()
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    # torchrun's own lines aside.
+    assert [line for line in errors.splitlines() if line.startswith("fa-bench")] == [says], errors
+    assert "Traceback" not in errors.split("torch/distributed/elastic")[0], errors
+    result = result_in("run")
+    assert (result["status"], result["world_size"]) == ("interrupted", 2)
+    assert not Path("run/.lock").exists() and not any(map(alive, workers.values()))
+    # What one process resumes is stopped again by its next signal.
+    assert stopped_after(result["step"] + 20, [*words, "resume=true"]) == 143
+    assert re.search(r"resuming after epoch \d+", Path("run/run.log").read_text())
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
