@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from fa_bench.optim.optimizers import Optimizers
 from fa_bench.runs.execution import Execution
 from fa_bench.runs.hashes import chained
 from fa_bench.runs.logs import log
-from fa_bench.runs.parallel import Processes, World
+from fa_bench.runs.parallel import World
 
 Angles = dict[str, dict[str, float]]
 
@@ -173,7 +173,7 @@ class Trainer:
     def train_step(self, x: Tensor, y: Tensor) -> None:
         """One update of weights and learned feedback by this process's part of a batch, inputs `x` and targets `y`."""
         self.optimizers.begin_step(self.progress.step)
-        for part_x, part_y, share in self._micro_batches(x, y):
+        for part_x, part_y, share in self.world.micro_batches(x, y, self._samples, self.options.accumulate, self.objective):
             with self.execution.products():
                 outputs, loss = self._forward(part_x, part_y)
                 self._count(loss, part_y)
@@ -241,19 +241,6 @@ class Trainer:
         if self.scores != (ACCURACY,):
             metrics["scores"] = as_records(self.scores)
         self._call("on_epoch_end", metrics)
-
-    def _micro_batches(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """The parts that a batch is split into, each with its fraction of the targets that count."""
-        if isinstance(self.world, Processes):
-            yield from self.world.micro_batches(x, y, self._samples, self.options.accumulate, self.objective)
-            return
-        count = min(self.options.accumulate, len(y))
-        if count == 1:
-            yield x, y, 1
-            return
-        counted = max(int(self.objective.counted(y)), 1)
-        for part_x, part_y in zip(x.tensor_split(count), y.tensor_split(count), strict=True):
-            yield part_x, part_y, int(self.objective.counted(part_y)) / counted
 
     @property
     def _samples(self) -> int:

@@ -135,6 +135,21 @@ class World:
         """What is called in training instead of the model."""
         return model
 
+    def micro_batches(
+        self, x: Tensor, y: Tensor, size: int, accumulate: int, objective: Objective
+    ) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """The micro-batches of this process's part of a batch of `size` samples, each with the weight of its loss.
+
+        The mean over the processes of the sums of the weighted losses is the mean loss of the batch over the targets that count.
+        """
+        count = min(accumulate, len(y))
+        if count == 1:
+            yield x, y, 1
+            return
+        counted = max(int(objective.counted(y)), 1)
+        for part_x, part_y in zip(x.tensor_split(count), y.tensor_split(count), strict=True):
+            yield part_x, part_y, int(objective.counted(part_y)) / counted
+
     def synchronised(self, model: torch_nn.Module) -> torch_nn.Module:
         """The model with batch normalisation over the batches of all processes."""
         return model
@@ -302,11 +317,7 @@ class Processes(World):
     def micro_batches(
         self, x: Tensor, y: Tensor, size: int, accumulate: int, objective: Objective
     ) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """The micro-batches of this process's part of a batch of `size` samples, each with the weight of its loss.
-
-        The mean over the processes of the sums of the weighted losses is the mean loss of the batch over the targets that count.
-        Gradients are exchanged in the backward pass of the last one.
-        """
+        """As in `World`. Gradients are exchanged in the backward pass of the last one."""
         parts_y = y.split(lengths := [len(part) for part in self.parts(size, accumulate)])
         counts = [objective.counted(part) for part in parts_y]
         total: Any = size
