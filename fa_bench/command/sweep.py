@@ -85,9 +85,10 @@ def sweep(context: HydraContext, task: Any, config: DictConfig, arguments: list[
         with errors_named(config, "launcher"):
             launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=config)
         print(f"Running {sweep_summary([job for job, _ in jobs], *folders)}{_earlier_runs(jobs)}", flush=True)
+        planned = {run_dir: PlannedRun(run_dir, job_name(job, keys), count)
+                   for (job, run_dir), count in zip(jobs, epochs, strict=True)}
         for folder, members in folders.items():
-            write_sweep(folder, task.command, [PlannedRun(run_dir, job_name(job, keys), count)
-                                               for (job, run_dir), count in zip(jobs, epochs, strict=True) if run_dir in members])
+            write_sweep(folder, task.command, [planned[run_dir] for run_dir in members])
         try:
             with interrupt_on_signals(lambda number: _stop_jobs(run_dir for _, run_dir in jobs)), preserve_root_logger():
                 for returned in launcher.launch(overrides, initial_job_idx=0):
