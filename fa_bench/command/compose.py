@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra import version
-
-# The public way to create a loader knows no folder beside the primary one.
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import SearchPathQuery
@@ -25,8 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fa_bench.command.explain import explain, list_groups
 from fa_bench.command.guard import check_config, install
+from fa_bench.command.loader import JobLoader
 from fa_bench.command.overrides import expand, parse, values_of
-from fa_bench.config.job import GRID, RULES, Job, conf_dir, import_plugins
+from fa_bench.config.job import GRID, RULES, Job, conf_dir, import_plugins, known_job
 from fa_bench.errors import ConfigError, FaBenchError, first_line, names, nearest, truncate
 from fa_bench.registry.registries import ALGORITHMS, GROUPS
 from fa_bench.runs.rundir import RunDirectory
@@ -174,7 +172,9 @@ class Composer:
             if self._multirun:
                 config.hydra.job.num = number
             with _as_hydra_config(config):
-                job, folders = Job.from_config(config), _hydra_folders(config, self._multirun)
+                job = Job.from_config(config)
+                with known_job(config, job):
+                    folders = _hydra_folders(config, self._multirun)
             run_dir = Path(*folders.values())
             if run_dir in checked:
                 first = jobs[list(checked).index(run_dir)]
@@ -210,27 +210,26 @@ class Composer:
 
 
 def _loader(folder: Path | None) -> ConfigLoader:
-    """Hydra's config loader for the shipped configs and a user's folder."""
+    """A config loader for the shipped configs and a user's folder."""
     setup_globals()
     version.setbase("1.3")
     JobRuntime.instance().set("name", JOB_NAME)
     search_path = create_config_search_path(str(conf_dir()))
     if folder is not None:  # as Hydra's --config-dir does; an override of the search path would not list the folder's groups
         search_path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
-    return ConfigLoaderImpl(search_path)
+    return JobLoader(search_path)
 
 
 @contextmanager
 def _as_hydra_config(config: DictConfig) -> Iterator[None]:
     """Resolve ``${hydra:...}`` in this config, as while Hydra runs it."""
-    current = HydraConfig.instance()
+    current: Any = HydraConfig.instance()
     before = current.cfg
-    current.set_config(config)
+    current.cfg = config  # not by set_config, which copies it, and makes it read-only
     try:
         yield
     finally:
         current.cfg = before
-        OmegaConf.set_readonly(config.hydra, False)  # set_config makes it read-only
 
 
 def _hydra_folders(config: DictConfig, multirun: bool) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
@@ -22,6 +23,12 @@ def values_of(override: Override) -> list[str]:
     return [str(value) for value in (override.sweep_iterator() if override.is_sweep_override() else [override.value()])]
 
 
+@functools.lru_cache(maxsize=4096)  # the jobs of a sweep share most of their overrides
+def parse_override(text: str) -> Override:
+    """Hydra's parsed override, which must not be changed; raises Hydra's errors."""
+    return OverridesParser.create().parse_override(text)
+
+
 def parse(text: str) -> Override:
     """Parse one override.
 
@@ -32,7 +39,7 @@ def parse(text: str) -> Override:
     if len(text) > MOST_TEXT:
         raise ConfigError(f"cannot read '{short}': longer than {MOST_TEXT} characters")
     try:
-        override = OverridesParser.create().parse_override(text)
+        override = parse_override(text)
     except RecursionError:
         raise ConfigError(f"cannot read '{short}': nested too deeply") from None
     except (HydraException, ValueError) as error:
@@ -79,7 +86,7 @@ def _quoting_hint(text: str) -> str:
     for parts in ([value] if "${" in value else value.split(","), [value]):
         meant = f"{key}={','.join(map(hydra_quote, parts))}"
         try:
-            OverridesParser.create().parse_override(meant)
+            parse_override(meant)
         except (HydraException, ValueError, RecursionError):
             continue
         return f"cannot read '{truncate(text, 100)}': the value needs quotes; write {truncate(shell_quote(meant), 500)}"

@@ -35,6 +35,7 @@ from fa_bench.runs.logs import preserve_root_logger
 from fa_bench.runs.readers import SUCCESSES, RecordError
 from fa_bench.runs.rundir import RunDirectory, RunState
 from fa_bench.runs.sweep import PlannedRun, find_planned_runs, write_sweep
+from fa_bench.utils.process import cores
 from fa_bench.utils.stopping import interrupt_on_signals
 
 #: Seconds to wait for jobs in other processes to write their checkpoints after a signal.
@@ -85,9 +86,13 @@ def sweep(context: HydraContext, task: Any, config: DictConfig, arguments: list[
         with errors_named(config, "launcher"):
             launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=config)
         print(f"Running {sweep_summary([job for job, _ in jobs], *folders)}{_earlier_runs(jobs)}", flush=True)
+        planned = {run_dir: PlannedRun(run_dir, job_name(job, keys), count)
+                   for (job, run_dir), count in zip(jobs, epochs, strict=True)}
+        threads = {job.run.threads or torch.get_num_threads() for job, _ in jobs}
+        if note := oversubscribed(OmegaConf.select(config, "hydra.launcher.n_jobs"), max(threads), cores()):
+            print(note, flush=True)
         for folder, members in folders.items():
-            write_sweep(folder, task.command, [PlannedRun(run_dir, job_name(job, keys), count)
-                                               for (job, run_dir), count in zip(jobs, epochs, strict=True) if run_dir in members])
+            write_sweep(folder, task.command, [planned[run_dir] for run_dir in members])
         try:
             with interrupt_on_signals(lambda number: _stop_jobs(run_dir for _, run_dir in jobs)), preserve_root_logger():
                 for returned in launcher.launch(overrides, initial_job_idx=0):
@@ -98,6 +103,23 @@ def sweep(context: HydraContext, task: Any, config: DictConfig, arguments: list[
         if (loky := sys.modules.get("joblib.externals.loky")) is not None:
             loky.get_reusable_executor(reuse=True).shutdown(wait=True)
     return max(_write_report(members, folder) for folder, members in folders.items())
+
+
+def oversubscribed(jobs: int | None, threads: int, available: int) -> str:
+    """A line if a launcher's jobs compete for the cores; empty if they do not.
+
+    The number of threads is not reduced: results depend on it by rounding, and must not depend on the launcher.
+
+    Args:
+        jobs: that run at a time, `hydra.launcher.n_jobs`; -1 for one per core, None for one.
+        threads: of each job.
+        available: cores that this process may use.
+    """
+    jobs = available if jobs == -1 else jobs or 1
+    if jobs == 1 or jobs * threads <= available:
+        return ""
+    return (f"  {jobs} jobs at a time with {threads} threads each share {available} cores; threads={max(available // jobs, 1)} "
+            "is faster")
 
 
 def _earlier_runs(jobs: Jobs) -> str:

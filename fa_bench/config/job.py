@@ -9,7 +9,8 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -330,6 +331,11 @@ def register_schemas() -> None:
     OmegaConf.register_new_resolver("by", by, replace=True)
 
 
+def registered_components() -> Any:
+    """What `register_schemas` has registered: equal as long as the schemas are."""
+    return _registered.get("known")
+
+
 def by(group: str, table: Mapping[str, Any], otherwise: Any = None, *, _root_: DictConfig) -> Any:
     """The entry of an experiment's table for the selected component: ``${by:algorithm,{kp:0.03,fa:1e-4},0.01}``.
 
@@ -344,10 +350,28 @@ def by(group: str, table: Mapping[str, Any], otherwise: Any = None, *, _root_: D
     return table.get(OmegaConf.select(_root_, f"{group}.name"), otherwise)
 
 
+#: A config and its job.
+_known: tuple[DictConfig | None, Job | None] = None, None
+
+
+@contextmanager
+def known_job(config: DictConfig, job: Job) -> Iterator[None]:
+    """Within the block, the directory of `config`, which must not change, is that of `job`, and its check is not repeated."""
+    global _known
+    before = _known
+    _known = config, job
+    try:
+        yield
+    finally:
+        _known = before
+
+
 def run_dir(*, _root_: DictConfig) -> str:
     """A run's directory below output_dir, ``EXPERIMENT/RULE-HASH/seedSEED``, with ``DATASET-ARCHITECTURE`` if no experiment."""
     experiment = OmegaConf.select(_root_, "hydra.runtime.choices.experiment")
-    job = Job.from_config(_root_)
+    config, job = _known
+    if job is None or config is not _root_:
+        job = Job.from_config(_root_)
     collection = experiment if isinstance(experiment, str) else f"{job.dataset.name}-{job.architecture.name}"
     return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', collection)}/{job.group}/seed{job.run.seed}"
 

@@ -47,7 +47,7 @@ from fa_bench.runs.rundir import RunDirectory, RunState
 from fa_bench.utils.energy import EnergyMeter
 from fa_bench.utils.files import ANGLES, LOG, METRICS, RESULT, dump_json, write_text
 from fa_bench.utils.memory_limits import require_memory, within_memory
-from fa_bench.utils.process import isolated, seed_everything
+from fa_bench.utils.process import isolated, seed_everything, set_deterministic
 from fa_bench.utils.stopping import Interrupted, StopRequest, deferred_signals
 
 
@@ -419,7 +419,7 @@ def prepare(job: Job) -> torch.device:
     torch.set_default_dtype(torch.float32)
     if job.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(job.run.deterministic)
+    set_deterministic(job.run.deterministic)
     torch.backends.cudnn.benchmark = not job.run.deterministic
     torch.set_num_threads(job.run.threads or torch.get_num_threads())
     seed_everything(job.run.seed)

@@ -43,6 +43,16 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def set_deterministic(enabled: bool, warn_only: bool = False) -> None:
+    """Make torch refuse nondeterministic operations, or only warn of them.
+
+    Does nothing if that is the current setting: torch imports its compiler to change it, which takes a second.
+    """
+    if (enabled, warn_only) != (torch.are_deterministic_algorithms_enabled(),
+                                torch.is_deterministic_algorithms_warn_only_enabled()):
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -89,7 +99,7 @@ def isolated() -> Iterator[None]:
             current.update(hook)
         for restore, value in settings.items():
             restore(value)  # type: ignore[arg-type]
-        torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
+        set_deterministic(*deterministic)
         cudnn.benchmark, cudnn.deterministic = flags
         torch.set_flush_denormal(flushed)
         np.seterr(**error_state)

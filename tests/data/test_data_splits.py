@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 import subprocess
 import sys
@@ -266,6 +267,21 @@ def test_digits_are_split_by_class_and_never_overlap() -> None:
     assert splits.train.images.dtype == torch.uint8 and splits.train.images.max() == 255
     again = DATASETS["digits"].from_mapping({"validation": 0}).load(NOWHERE, CPU)
     assert again.data_hash == splits.data_hash and torch.equal(again.test.images, splits.test.images)
+
+
+def test_digits_are_those_of_scikit_learn_split_by_its_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    bunch, dataset = load_digits(), DATASETS["digits"]()
+    train, test = train_test_split(np.arange(len(bunch.target)), test_size=0.2, stratify=bunch.target, random_state=0)
+    images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
+    expected = images[train], bunch.target[train], images[test], bunch.target[test]
+    read = dataset.arrays(NOWHERE)
+    assert all(np.array_equal(mine, theirs) and mine.dtype == theirs.dtype for mine, theirs in zip(read, expected, strict=False))
+    assert read[4] == list(map(str, bunch.target_names))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # another release may keep its file elsewhere
+    assert all(map(np.array_equal, dataset.arrays(NOWHERE), read))
 
 
 def test_digits_hold_out_a_tenth_by_default() -> None:
