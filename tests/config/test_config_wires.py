@@ -87,7 +87,8 @@ TOP = {
     "probe_size": (RECORD, (), "3"), "scale": (BATCHES, (), "smoke"), "precision": (TRAINED, (), "bf16"),
 }
 #: They change what happens around the numbers, or how often they are recorded, which other tests look at.
-NOT_NUMBERS = {"callbacks", "device", "on_divergence", "deterministic", "probe_every", "compile", "graphs", "channels_last"}
+NOT_NUMBERS = {"callbacks", "device", "on_divergence", "deterministic", "probe_every", "compile", "graphs", "channels_last",
+               "sync_batch_norm"}
 
 DATASET = {
     "samples": (DATA, "46"), "test_samples": (DATA, "11"), "classes": (DATA, "4"), "channels": (DATA, "2"), "size": (DATA, "4"),

@@ -156,12 +156,10 @@ def test_every_global_generator_is_restored(generators: None) -> None:
 
 def test_every_field_of_the_progress_is_restored() -> None:
     progress = Progress(
-        epoch=2, batch=3, step=11, seconds=4.5, compile_seconds=1.5, loss_sum=torch.tensor(6.25),
-            sums={"correct": torch.tensor(7)}, samples=24,
-        probed=10,
-        measurements=3, angles={"weight_angle": {"fc1": 30.0}}, batches_hash="0123456789abcdef", best_epoch=1,
-        best_val=0.5, test_at_best=0.25, diverged={"epoch": 2, "step": 9, "layer": "fc1", "message": "m"},
-        stopped={"reason": "r", "callback": "c"},
+        epoch=2, batch=3, step=11, seconds=4.5, compile_seconds=1.5, energy_wh=0.75, loss_sum=torch.tensor(6.25),
+        sums={"correct": torch.tensor(7)}, samples=24, probed=10, measurements=3, angles={"weight_angle": {"fc1": 30.0}},
+        batches_hash="0123456789abcdef", best_epoch=1, best_val=0.5, test_at_best=0.25,
+        diverged={"epoch": 2, "step": 9, "layer": "fc1", "message": "m"}, stopped={"reason": "r", "callback": "c"},
     )
     fields = [field.name for field in dataclasses.fields(Progress)]
     plain = vars(Progress())
