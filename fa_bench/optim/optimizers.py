@@ -46,6 +46,7 @@ class Optimizers:
         self._rule = rule
         #: Pairs (learned feedback, weight) for which `step` uses one gradient: a fused update only reads it.
         self._shared: list[tuple[Tensor, Tensor]] = []
+        self._is_filled = False
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
@@ -65,6 +66,9 @@ class Optimizers:
 
     def fill_gradients(self) -> None:
         """Give learned feedback that shares a weight's gradient a copy of its own, for code that reads or changes gradients."""
+        if self._is_filled:  # a gradient that is missing now was removed on purpose
+            return
+        self._is_filled = True
         for feedback, weight in self._shared:
             if feedback.grad is None and weight.grad is not None:
                 feedback.grad = copied_when_changed(weight.grad)
@@ -97,6 +101,7 @@ class Optimizers:
 
     def zero_grad(self) -> None:
         """Reset all gradients."""
+        self._is_filled = False
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
@@ -108,7 +113,7 @@ class Optimizers:
     def step(self) -> None:
         """Update the weights, then the learned feedback."""
         for feedback, weight in self._shared:
-            if feedback.grad is None:
+            if feedback.grad is None and not self._is_filled:
                 feedback.grad = weight.grad
         for optimizer in self.optimizers:
             optimizer.step()

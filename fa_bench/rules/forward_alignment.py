@@ -109,6 +109,7 @@ class ForwardAlignment(EdgeRule):
         from fa_bench.mechanisms.edge.messages import Handle
 
         self.current: Pass | None = None
+        self._call: tuple[Any, dict[str, Any]] = (), {}
         self._handle = Handle(self)
         trace = self.trace(sample_input)
         repeated = [path for path in trace.order if trace.calls[path] > 1]

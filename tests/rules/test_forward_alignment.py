@@ -213,3 +213,11 @@ def test_a_pass_that_fails_is_not_run_again():
     with pytest.raises(KeyError, match="its own"):
         model(x)
     assert model.calls == calls + 1
+
+
+def test_a_compiled_model_is_evaluated_before_it_is_trained():
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    fa_bench.attach(model, "forward_alignment", seed=0)
+    x = torch.ones(2, 4)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))

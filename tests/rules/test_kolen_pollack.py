@@ -158,3 +158,23 @@ def test_optimizers_update_b_with_the_gradient_that_w_has_at_the_update():
             optimizers.step()
         found.append([t.clone() for t in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_gradient_of_b_that_was_removed_is_not_replaced_by_that_of_w():
+    """Code between the backward pass and the update may set B's gradient to None, so that this update leaves B as it is."""
+    model = nets.mlp().float()
+    x, y = nets.batch("mlp")
+    rule = fa_bench.attach(model, "kp", seed=0)
+    optimizers = Optimizers(SGD(lr=0.1), rule, epochs=1)
+    optimizers.share_gradients()
+    for removed in (False, True):
+        before = [tensor.detach().clone() for tensor in rule.feedback_parameters()]
+        optimizers.zero_grad()
+        rule.backward(F.cross_entropy(model(x.float()), y))
+        if removed:
+            optimizers.fill_gradients()
+            for tensor in rule.feedback_parameters():
+                tensor.grad = None
+            optimizers.clip(1.0)
+        optimizers.step()
+        assert all(torch.equal(a, b) == removed for a, b in zip(before, rule.feedback_parameters(), strict=True))
