@@ -42,6 +42,19 @@ _handles: weakref.WeakValueDictionary[str, Handle] = weakref.WeakValueDictionary
 _library = torch.library.Library("fa_bench", "DEF")
 
 
+def guard_hooks() -> None:
+    """Make graphs depend on the hooks of the modules that they were traced from.
+
+    By default torch does not look at hooks when it reuses a graph, so that a model with a rule that works by hooks would run the
+    graph of a plain model of the same shape. Graphs that were made before are discarded, because they do not look either.
+    """
+    import torch._dynamo.config as config
+
+    if config.skip_nnmodule_hook_guards:
+        config.skip_nnmodule_hook_guards = False
+        torch._dynamo.reset()
+
+
 def operator(schema: str, like: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
     """A decorator that turns a function into the operator ``fa_bench::NAME``, which compilers do not look into.
 
@@ -77,3 +90,9 @@ def new_sample(pathway: Any, magnitudes: torch.Tensor) -> torch.Tensor:
     """
     pathway.new_sample()
     return torch.tensor(pathway.seed_words(), dtype=torch.int32).to(magnitudes.device, non_blocking=True)
+
+
+@operator("sampled(Tensor magnitudes) -> Tensor", like=torch.empty_like)
+def sampled(pathway: Any, magnitudes: torch.Tensor) -> torch.Tensor:
+    """A layer's random magnitudes |M| as they are now; `magnitudes` may not have been overwritten yet."""
+    return pathway.sampled(magnitudes)

@@ -165,6 +165,9 @@ class Rule(Options):
     # -------------------------------------------------------------------------------------------- every forward pass
     def hook_model(self) -> None:
         """Hook `begin_forward` and `end_forward` into every forward pass of the model."""
+        from fa_bench.mechanisms.compiled import guard_hooks
+
+        guard_hooks()
         self._handles += [self.model.register_forward_pre_hook(self.begin_forward, with_kwargs=True),
                           self.model.register_forward_hook(self.end_forward, always_call=True)]
 

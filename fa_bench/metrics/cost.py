@@ -86,7 +86,9 @@ class Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         operation = func._overloadpacket
-        if operation in flop_registry:
+        if operation is torch.ops.aten.convolution_backward:
+            self.multiplications += _convolution_backward(*args)
+        elif operation in flop_registry:
             self.multiplications += flop_registry[operation](*args, **kwargs, out_val=out) // 2
         elif operation in _ATTENTION:
             self.multiplications += _ATTENTION[operation](*args, **kwargs) // 2
@@ -109,6 +111,15 @@ class Counter(TorchDispatchMode):
 
     def _freed(self, key: int) -> None:
         self._bytes -= self._alive.pop(key)
+
+
+def _convolution_backward(
+    g: Tensor, x: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, *others: Any
+) -> int:
+    """The multiplications of the gradients of a convolution: each as many as in the forward pass, also with groups, for which
+    torch's own count is too high."""
+    needs_x, needs_weight, _ = others[-1]
+    return (int(needs_x) + int(needs_weight)) * (x if transposed else g).numel() * weight[0].numel()
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

@@ -32,6 +32,7 @@ class Pass:
     random: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     #: layer -> what brings it its input of the second pass, in a compiled graph; see `messages`.
     messengers: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    is_compiled: bool = False
 
     def random_input(self, path: str) -> Callable[[], Tensor]:
         """A function that returns a layer's input in the second pass, once that pass has run."""
@@ -50,6 +51,9 @@ class RandomForward(TransposeFeedback):
     def context(self, layer: Any, x: Tensor) -> BackwardContext:
         current = self.rule.current
         if torch.compiler.is_compiling():
+            if current is not None and not current.is_compiled:
+                raise CoverageError(f"rule '{self.rule.name}' needs a second forward pass of the whole model: compile the model, not "
+                                    f"its part '{layer.path}' alone")
             if current is not None:
                 self.observe(layer, x)
             return BackwardContext(self.effective(layer))
@@ -129,7 +133,7 @@ class ForwardAlignment(EdgeRule):
     def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         super().begin_forward(model, args, kwargs)
         if self.mode.training and (torch.compiler.is_compiling() or not recomputing()):
-            self.current = Pass()
+            self.current = Pass(is_compiled=torch.compiler.is_compiling())
             self._call = args, kwargs
 
     def end_forward(self, model: nn.Module, args: Any, output: Any) -> Any:

@@ -177,6 +177,46 @@ def test_two_models_with_one_code_have_their_own_feedback() -> None:
     assert not torch.equal(gradients[0][1], gradients[2][1])
 
 
+@pytest.mark.parametrize("spec", ["dfa", "drtp", "bp", "frozen"])
+def test_a_plain_model_compiled_before_leaves_the_rule_alone(spec: str) -> None:
+    """By default torch reuses the graph of a model of the same classes, even if the new one has hooks."""
+    plain = Net()
+    torch.compile(plain, backend="aot_eager")(torch.randn(5, 2, 4, 4)).sum().backward()
+    wanted = trained(*(parts := attached(spec)), call=parts[0])
+    model, rule, x, y = attached(spec)
+    found = trained(model, rule, x, y, torch.compile(model, fullgraph=True, backend="aot_eager"))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    rule.detach()
+    again = fa_bench.attach(model, "drtp", seed=3, sample_input=x[0])
+    logits = torch.compile(model, fullgraph=True, backend="aot_eager")(x[0])
+    again.backward(F.cross_entropy(logits, y[0]), logits, y[0], 1.0)
+
+
+def test_random_magnitudes_of_an_evaluation_are_those_of_the_last_training_pass() -> None:
+    found = []
+    for compiles in (False, True):
+        model, rule, x, y = attached("brsf")
+        call = torch.compile(model, fullgraph=True, backend="aot_eager") if compiles else model
+        call(x[0])
+        model.eval()
+        rule.backward(F.cross_entropy(call(x[1]), y[1]))
+        found.append(model.get_parameter("stem.weight").grad)
+    assert torch.equal(found[0], found[1])
+
+
+def test_a_part_compiled_alone_is_right_or_refused() -> None:
+    for spec in ("kp", "brsf", "dkp", "forward_alignment"):
+        wanted = trained(*(parts := attached(spec)), call=parts[0])
+        model, rule, x, y = attached(spec)
+        model.get_submodule("fc").compile(backend="aot_eager")
+        try:
+            found = trained(model, rule, x, y, model)
+        except Exception as error:
+            assert spec == "forward_alignment" and "compile the model, not its part 'fc' alone" in str(error)
+        else:
+            assert all(torch.equal(found[name], wanted[name]) for name in wanted), spec
+
+
 def test_handles_are_unique_and_are_copied_with_their_owners() -> None:
     owner: dict[str, Any] = {}
     owner["handle"] = Handle(owner)

@@ -271,6 +271,15 @@ class SignedMagnitudeFeedback(WeightDerivedFeedback):
             resample_magnitudes(tensor, self.resample, self._sample_seed())
             self._known_positive = _version(tensor)
 
+    def sampled(self, magnitudes: Tensor) -> Tensor:
+        """A copy of |M|, with the sample that is due; `magnitudes` is the layer's M."""
+        if not self._is_due:
+            return magnitudes.abs()
+        assert self.resample is not None
+        sample = torch.empty_like(magnitudes)
+        resample_magnitudes(sample, self.resample, self._sample_seed())
+        return sample
+
     def _sample_seed(self) -> int:
         return seed_for(self.seed, self.draws)
 
@@ -282,8 +291,11 @@ class SignedMagnitudeFeedback(WeightDerivedFeedback):
         if self.resample is None:
             return super().context(layer, x)
         if torch.compiler.is_compiling():
+            from fa_bench.mechanisms.compiled import sampled
+
             tensor, words = feedback_tensor(layer, "M"), layer.mode.seeds.get(layer.path)
-            sample = tensor.abs() if words is None else magnitudes(words, tensor.shape, self.resample, tensor.dtype)
+            sample = (sampled(tensor, self._handle.key) if words is None else
+                      magnitudes(words, tensor.shape, self.resample, tensor.dtype))
             return BackwardContext(from_weight=lambda weight: _masked(layer, torch.sign(weight).mul_(sample)))
         if recomputing():
             return BackwardContext(from_weight=refuse_reentrant(layer.mode.rule))
