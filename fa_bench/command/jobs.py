@@ -10,6 +10,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from fa_bench.command.gpus import GpuPool
 from fa_bench.config.job import Job, register_schemas
 from fa_bench.config.labels import flatten, label
 from fa_bench.errors import DirectoryLockedError, FaBenchError, printable
@@ -33,6 +34,7 @@ class Task:
         threads: CPU threads of the process that started the sweep; results depend on it by rounding.
         parent_pid: that process.
         failure_marker: a file that exists once a job has failed.
+        gpus: CUDA devices that worker processes share; None for those that a process sees.
         directories: the run directories of the checked jobs.
         errors: collects the errors of invalid input, which are printed otherwise; for a run within a user's program.
     """
@@ -44,6 +46,7 @@ class Task:
     threads: int = 0
     parent_pid: int = 0
     failure_marker: Path | None = None
+    gpus: GpuPool | None = None
     directories: list[Path] = dataclasses.field(default_factory=list)
     errors: list[FaBenchError] | None = None
 
@@ -104,6 +107,8 @@ class Task:
         from fa_bench.utils.process import cores
 
         exit_with_parent(self.parent_pid)
+        if self.gpus is not None:
+            self.gpus.enter()
         register_schemas()
         torch.set_num_threads(min(self.threads, cores()))
 

@@ -29,7 +29,8 @@ def restore_random_state(state: dict[str, Any]) -> None:
     """Restore what `random_state` returned."""
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+        # A checkpoint may come from a process that saw more devices.
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"][:torch.cuda.device_count()]])
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     kind, words, *rest = state["numpy"]
