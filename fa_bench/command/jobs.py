@@ -37,6 +37,7 @@ class Task:
         gpus: CUDA devices that worker processes share; None for those that a process sees.
         directories: the run directories of the checked jobs.
         errors: collects the errors of invalid input, which are printed otherwise; for a run within a user's program.
+        owns_process: whether this process is that of the command or of a launcher, not a user's program.
     """
 
     command: Sequence[str]
@@ -49,6 +50,7 @@ class Task:
     gpus: GpuPool | None = None
     directories: list[Path] = dataclasses.field(default_factory=list)
     errors: list[FaBenchError] | None = None
+    owns_process: bool = False
 
     def __call__(self, config: DictConfig) -> int:
         """Run one job; in a sweep, its errors do not affect the other jobs.
@@ -58,11 +60,16 @@ class Task:
         """
         if self.epochs and os.getpid() != self.parent_pid:
             self._set_up_worker()
+            self.owns_process = True
         from hydra.core.hydra_config import HydraConfig
 
         from fa_bench.runs.logs import console_log
         from fa_bench.runs.train import run
         from fa_bench.utils.memory_limits import describe_failure
+        from fa_bench.utils.process import freeze_before_second_job
+
+        if self.owns_process:
+            freeze_before_second_job()
 
         settings = HydraConfig.get()
         directory = Path(settings.runtime.output_dir)

@@ -59,6 +59,23 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+_jobs = 0
+
+
+def freeze_before_second_job() -> None:
+    """Exempt what is loaded from garbage collection when this process begins its second job; call it before each.
+
+    Every run ends with a collection, which else walks all of torch's modules, for longer than a small run trains. The first job
+    has imported what the others need, and its own model is gone. Only for processes of the command: in a user's program, its
+    objects would be exempt, too.
+    """
+    global _jobs
+    _jobs += 1
+    if _jobs == 2:
+        gc.collect()  # what is garbage now would never be collected
+        gc.freeze()
+
+
 #: Global module hooks, which a model or a plugin may leave registered.
 _MODULES = vars(torch.nn.modules.module)
 _HOOKS = [name for name, value in _MODULES.items() if name.startswith("_global_") and isinstance(value, dict)]
