@@ -13,13 +13,13 @@ from omegaconf import DictConfig
 from fa_bench.command.gpus import GpuPool
 from fa_bench.config.job import Job, register_schemas
 from fa_bench.config.labels import flatten, label
-from fa_bench.errors import DirectoryLockedError, FaBenchError, printable
+from fa_bench.errors import DirectoryLockedError, FaBenchError, first_line, printable
 from fa_bench.runs import parallel
 from fa_bench.runs.parent import exit_with_parent
 from fa_bench.runs.rundir import RunDirectory
 from fa_bench.utils.files import LOG
 from fa_bench.utils.output import resilient_output
-from fa_bench.utils.stopping import Interrupted, interrupt_on_signals
+from fa_bench.utils.stopping import Interrupted, interrupt_on_signals, requeue_handler
 
 
 @dataclasses.dataclass
@@ -87,8 +87,8 @@ class Task:
                 run(job, directory, title=title, experiment=experiment, later_epochs=sum(self.epochs[number + 1:]),
                     swept=self.swept, brief=number > 0)
             return 0
-        except KeyboardInterrupt:
-            raise
+        except KeyboardInterrupt as error:
+            return self._stopped(error, prefix)
         except parallel.ProcessLost as error:
             parallel.current().report(f"fa-bench: {printable(error)}. {resume_hint([(job, directory)])}")
             return 1
@@ -106,6 +106,23 @@ class Task:
         if marker:
             marker.touch()
         return 2 if is_known else 1
+
+    def _stopped(self, error: KeyboardInterrupt, prefix: str) -> int:
+        """End a job whose run a signal has stopped; raises `error` unless a launcher knows what to do.
+
+        submitit requeues the job after its signal, which Slurm sends before a job's time ends. After SIGTERM, Slurm may requeue
+        the job itself, so that there must be no result yet; the jobs of submitit_local have none to requeue them.
+        """
+        requeue = requeue_handler(error.number) if isinstance(error, Interrupted) else None
+        if requeue is not None and isinstance(error, Interrupted):
+            try:
+                requeue(error.number, None)  # exits
+            except Exception as refused:  # requeued too many times
+                print(printable(f"fa-bench: {prefix}{first_line(refused)}"), file=sys.stderr)
+                return 1
+        if os.environ.get("SUBMITIT_EXECUTOR") == "local" and os.getpid() != self.parent_pid:
+            return exit_code_of(error)
+        raise error
 
     def _set_up_worker(self) -> None:
         """Prepare a launcher's process as the one that started the sweep."""

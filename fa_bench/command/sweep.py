@@ -28,7 +28,7 @@ from fa_bench.command.jobs import Task, job_name, report_interrupt
 from fa_bench.config.job import Job
 from fa_bench.config.labels import differing_keys, flatten, sweep_summary, swept_keys
 from fa_bench.config.scale import scaled
-from fa_bench.errors import printable
+from fa_bench.errors import first_line, printable
 from fa_bench.report.files import check_folder
 from fa_bench.report.mean_curves import check_mean_curves, write_mean_curves
 from fa_bench.runs.locks import lock_holder
@@ -108,6 +108,11 @@ def sweep(context: HydraContext, task: Any, config: DictConfig, arguments: list[
                     _ = returned.return_value  # raises the job's error
         except KeyboardInterrupt as error:
             return report_interrupt(jobs, error)
+        except Exception as error:
+            if "UncompletedJobError" not in [cls.__name__ for cls in type(error).__mro__]:
+                raise
+            print(printable(f"fa-bench: submitit lost a job ({first_line(error)}). Others may still run; when they have ended, "
+                            "rerun the same command to resume"), file=sys.stderr)
         # joblib would keep its processes for later sweeps, which may have another working directory.
         if (loky := sys.modules.get("joblib.externals.loky")) is not None:
             loky.get_reusable_executor(reuse=True).shutdown(wait=True)
