@@ -99,7 +99,7 @@ def _main(argv: list[str]) -> int:
         return 2 if _run_hydra([*job, *flags]) else 0  # Hydra reports a --package that does not exist
     clear_cache()
     with hydra_errors():
-        task = Task(["fa-bench", *arguments.overrides, *flags])
+        task = Task(["fa-bench", *arguments.overrides, *flags], owns_process=True)
         return sweep(composer, task) if arguments.multirun else run(composer, task)
 
 

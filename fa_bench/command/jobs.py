@@ -10,15 +10,16 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from fa_bench.command.gpus import GpuPool
 from fa_bench.config.job import Job, register_schemas
 from fa_bench.config.labels import flatten, label
-from fa_bench.errors import DirectoryLockedError, FaBenchError, printable
+from fa_bench.errors import DirectoryLockedError, FaBenchError, first_line, printable
 from fa_bench.runs import parallel
 from fa_bench.runs.parent import exit_with_parent
 from fa_bench.runs.rundir import RunDirectory
 from fa_bench.utils.files import LOG
 from fa_bench.utils.output import resilient_output
-from fa_bench.utils.stopping import Interrupted, interrupt_on_signals
+from fa_bench.utils.stopping import Interrupted, interrupt_on_signals, requeue_handler
 
 
 @dataclasses.dataclass
@@ -33,8 +34,10 @@ class Task:
         threads: CPU threads of the process that started the sweep; results depend on it by rounding.
         parent_pid: that process.
         failure_marker: a file that exists once a job has failed.
+        gpus: CUDA devices that worker processes share; None for those that a process sees.
         directories: the run directories of the checked jobs.
         errors: collects the errors of invalid input, which are printed otherwise; for a run within a user's program.
+        owns_process: whether this process is that of the command or of a launcher, not a user's program.
     """
 
     command: Sequence[str]
@@ -44,8 +47,10 @@ class Task:
     threads: int = 0
     parent_pid: int = 0
     failure_marker: Path | None = None
+    gpus: GpuPool | None = None
     directories: list[Path] = dataclasses.field(default_factory=list)
     errors: list[FaBenchError] | None = None
+    owns_process: bool = False
 
     def __call__(self, config: DictConfig) -> int:
         """Run one job; in a sweep, its errors do not affect the other jobs.
@@ -55,11 +60,16 @@ class Task:
         """
         if self.epochs and os.getpid() != self.parent_pid:
             self._set_up_worker()
+            self.owns_process = True
         from hydra.core.hydra_config import HydraConfig
 
         from fa_bench.runs.logs import console_log
         from fa_bench.runs.train import run
         from fa_bench.utils.memory_limits import describe_failure
+        from fa_bench.utils.process import freeze_before_second_job
+
+        if self.owns_process:
+            freeze_before_second_job()
 
         settings = HydraConfig.get()
         directory = Path(settings.runtime.output_dir)
@@ -77,8 +87,8 @@ class Task:
                 run(job, directory, title=title, experiment=experiment, later_epochs=sum(self.epochs[number + 1:]),
                     swept=self.swept, brief=number > 0)
             return 0
-        except KeyboardInterrupt:
-            raise
+        except KeyboardInterrupt as error:
+            return self._stopped(error, prefix)
         except parallel.ProcessLost as error:
             parallel.current().report(f"fa-bench: {printable(error)}. {resume_hint([(job, directory)])}")
             return 1
@@ -97,6 +107,23 @@ class Task:
             marker.touch()
         return 2 if is_known else 1
 
+    def _stopped(self, error: KeyboardInterrupt, prefix: str) -> int:
+        """End a job whose run a signal has stopped; raises `error` unless a launcher knows what to do.
+
+        submitit requeues the job after its signal, which Slurm sends before a job's time ends. After SIGTERM, Slurm may requeue
+        the job itself, so that there must be no result yet; the jobs of submitit_local have none to requeue them.
+        """
+        requeue = requeue_handler(error.number) if isinstance(error, Interrupted) else None
+        if requeue is not None and isinstance(error, Interrupted):
+            try:
+                requeue(error.number, None)  # exits
+            except Exception as refused:  # requeued too many times
+                print(printable(f"fa-bench: {prefix}{first_line(refused)}"), file=sys.stderr)
+                return 1
+        if os.environ.get("SUBMITIT_EXECUTOR") == "local" and os.getpid() != self.parent_pid:
+            return exit_code_of(error)
+        raise error
+
     def _set_up_worker(self) -> None:
         """Prepare a launcher's process as the one that started the sweep."""
         import torch
@@ -104,6 +131,8 @@ class Task:
         from fa_bench.utils.process import cores
 
         exit_with_parent(self.parent_pid)
+        if self.gpus is not None:
+            self.gpus.enter()
         register_schemas()
         torch.set_num_threads(min(self.threads, cores()))
 

@@ -22,12 +22,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from fa_bench.command.compose import Composer, folder_of
 from fa_bench.command.fit import check_fit
+from fa_bench.command.gpus import GpuPool, jobs_at_a_time, shares_devices, visible_devices
 from fa_bench.command.hydra_sections import errors_named
 from fa_bench.command.jobs import Task, job_name, report_interrupt
 from fa_bench.config.job import Job
 from fa_bench.config.labels import differing_keys, flatten, sweep_summary, swept_keys
 from fa_bench.config.scale import scaled
-from fa_bench.errors import printable
+from fa_bench.errors import first_line, printable
 from fa_bench.report.files import check_folder
 from fa_bench.report.mean_curves import check_mean_curves, write_mean_curves
 from fa_bench.runs.locks import lock_holder
@@ -81,16 +82,24 @@ def sweep(context: HydraContext, task: Any, config: DictConfig, arguments: list[
     with tempfile.TemporaryDirectory() as scratch:
         assert isinstance(task, Task)
         task.directories.extend(run_dir for _, run_dir in jobs)
+        n_jobs, count = OmegaConf.select(config, "hydra.launcher.n_jobs"), 0
+        if n_jobs is not None and shares_devices({job.run.device for job, _ in jobs}):
+            count = torch.cuda.device_count()
+        n_jobs, gpu_note = jobs_at_a_time(n_jobs, count, min(job.run.jobs_per_gpu for job, _ in jobs))
+        if n_jobs is not None:
+            config.hydra.launcher.n_jobs = n_jobs
         task = dataclasses.replace(task, epochs=epochs, keys=keys, swept=swept, threads=torch.get_num_threads(),
-                                   parent_pid=os.getpid(), failure_marker=Path(scratch, "failed"))
+                                   parent_pid=os.getpid(), failure_marker=Path(scratch, "failed"),
+                                   gpus=GpuPool(visible_devices(count, os.environ), Path(scratch)) if count else None)
         with errors_named(config, "launcher"):
             launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=config)
         print(f"Running {sweep_summary([job for job, _ in jobs], *folders)}{_earlier_runs(jobs)}", flush=True)
         planned = {run_dir: PlannedRun(run_dir, job_name(job, keys), count)
                    for (job, run_dir), count in zip(jobs, epochs, strict=True)}
         threads = {job.run.threads or torch.get_num_threads() for job, _ in jobs}
-        if note := oversubscribed(OmegaConf.select(config, "hydra.launcher.n_jobs"), max(threads), cores()):
-            print(note, flush=True)
+        for note in (gpu_note, oversubscribed(n_jobs, max(threads), cores())):
+            if note:
+                print(note, flush=True)
         for folder, members in folders.items():
             write_sweep(folder, task.command, [planned[run_dir] for run_dir in members])
         try:
@@ -99,6 +108,11 @@ def sweep(context: HydraContext, task: Any, config: DictConfig, arguments: list[
                     _ = returned.return_value  # raises the job's error
         except KeyboardInterrupt as error:
             return report_interrupt(jobs, error)
+        except Exception as error:
+            if "UncompletedJobError" not in [cls.__name__ for cls in type(error).__mro__]:
+                raise
+            print(printable(f"fa-bench: submitit lost a job ({first_line(error)}). Others may still run; when they have ended, "
+                            "rerun the same command to resume"), file=sys.stderr)
         # joblib would keep its processes for later sweeps, which may have another working directory.
         if (loky := sys.modules.get("joblib.externals.loky")) is not None:
             loky.get_reusable_executor(reuse=True).shutdown(wait=True)

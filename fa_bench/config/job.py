@@ -78,6 +78,7 @@ class RunOptions(Options):
                                 choices=["stop", "continue"])
     threads: int = option(0, "number of CPU threads (0: PyTorch's default); changes rounding", minimum=0,
                           maximum=MAX_THREADS)
+    jobs_per_gpu: int = option(1, "jobs at a time on each CUDA device, for hydra/launcher=joblib without n_jobs", minimum=1)
     sync_batch_norm: bool = option(False, "batch normalisation over the samples of all processes that train together (torchrun)",
                                    identifying=False)
     deterministic: bool = option(False, "refuse nondeterministic operations")
@@ -128,7 +129,7 @@ class RunOptions(Options):
 
 #: Keys that do not affect a run's results and are not part of its identity.
 VOLATILE = ("resume", "output_dir", "data_dir", "plugins", "probes", "probes_epochs", "metrics", "loggers", "histograms_every",
-            "checkpoint_epochs", "checkpoint_minutes", "on_error", "threads")
+            "checkpoint_epochs", "checkpoint_minutes", "on_error", "threads", "jobs_per_gpu")
 
 
 @dataclasses.dataclass

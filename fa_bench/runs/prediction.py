@@ -1,8 +1,7 @@
-"""The cost of a run's training step, predicted before it trains."""
+"""The predicted cost of a run's training step, for its result."""
 
 from __future__ import annotations
 
-import gc
 import json
 from typing import Any
 
@@ -50,7 +49,7 @@ def predicted_cost(job: Job, splits: Splits, sample: Tensor, objective: Objectiv
     key = (type(job.algorithm), type(job.architecture), type(objective), splits.input_shape, len(splits.classes), splits.inputs,
            splits.targets, len(splits.train), json.dumps({name: plain.get(name) for name in _PARTS}, sort_keys=True, default=str))
     if key not in _KNOWN:
-        state, rule, model = random_state(), None, None
+        state = random_state()
         try:
             model = job.architecture.build(splits.input_shape, len(splits.classes))
             rule = job.fresh_algorithm()
@@ -62,8 +61,6 @@ def predicted_cost(job: Job, splits: Splits, sample: Tensor, objective: Objectiv
             return None
         finally:
             restore_random_state(state)
-            rule = model = None
-            gc.collect()  # they refer to each other; uncollected, they would count towards the run's peak memory
     return _KNOWN[key]
 
 

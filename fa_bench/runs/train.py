@@ -157,8 +157,7 @@ def _run(
             stack.enter_context(log_file(run_dir.path / LOG))
         _log_start(job, parts, progress, warnings, resuming, resume and bool(run_dir.job.run.resume))
         energy = EnergyMeter.of(device)
-        result |= {"cost": predicted_cost(job, parts.splits, parts.meter.x[:2], parts.rule.objective),
-                   "energy_counters": [] if energy is None else energy.counters}
+        result |= {"energy_counters": [] if energy is None else energy.counters}
         steps = parts.splits.train.steps(job.run.batch_size, job.run.drop_last)
         recorder = Recorder(None if world.rank else run_dir.path, job, progress, parts.probes, steps, swept)
         stack.callback(recorder.close)
@@ -271,6 +270,8 @@ def _recording_outcome(
         raise error
     finally:
         result |= progress_result(recorder, progress, parts.meter, complete)
+        if raised is None and not trainer.world.rank:  # a signal or a failure is not to wait for it; after the peak memory
+            result |= {"cost": predicted_cost(job, parts.splits, parts.meter.x[:2], parts.rule.objective)}
         result |= {"batches_hash": progress.batches_hash, "weights_hash": weights_hash(parts.rule.model),
                    "feedback_hash": state_hash([parts.rule.feedback, parts.rule.state_dict()]),
                    "optimizer_hash": state_hash(parts.optimizers.state_dict())}

@@ -29,7 +29,8 @@ def restore_random_state(state: dict[str, Any]) -> None:
     """Restore what `random_state` returned."""
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+        # A checkpoint may come from a process that saw more devices.
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"][:torch.cuda.device_count()]])
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     kind, words, *rest = state["numpy"]
@@ -56,6 +57,23 @@ def set_deterministic(enabled: bool, warn_only: bool = False) -> None:
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_jobs = 0
+
+
+def freeze_before_second_job() -> None:
+    """Exempt what is loaded from garbage collection when this process begins its second job; call it before each.
+
+    Every run ends with a collection, which else walks all of torch's modules, for longer than a small run trains. The first job
+    has imported what the others need, and its own model is gone. Only for processes of the command: in a user's program, its
+    objects would be exempt, too.
+    """
+    global _jobs
+    _jobs += 1
+    if _jobs == 2:
+        gc.collect()  # what is garbage now would never be collected
+        gc.freeze()
 
 
 #: Global module hooks, which a model or a plugin may leave registered.

@@ -12,6 +12,9 @@ from typing import Any
 #: SIGHUP is sent when the terminal is closed; Windows lacks it.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
+#: submitit uses one of them, USR2 unless SUBMITIT_PREEMPT_SIGNAL says otherwise.
+_REQUEUE_SIGNALS = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name))
+
 
 class Interrupted(KeyboardInterrupt):
     """A signal requested a stop."""
@@ -42,6 +45,16 @@ class StopRequest:
         """Raise Interrupted if a signal was received."""
         if self.number is not None:
             raise Interrupted(self.number)
+
+
+def requeue_handler(number: int) -> Callable[[int, FrameType | None], Any] | None:
+    """submitit's handler of a signal, which requeues this process's job and exits; None if it has none."""
+    handler = signal.getsignal(number) if number in _REQUEUE_SIGNALS else None
+    return handler if callable(handler) and str(getattr(handler, "__module__", "")).startswith("submitit.") else None
+
+
+def _is_own(handler: Any) -> bool:
+    return getattr(handler, "__module__", None) == __name__
 
 
 @contextmanager
@@ -91,6 +104,8 @@ def _signal_handler(handle: Callable[[int, FrameType | None], None]) -> Iterator
         return
     # nohup ignores SIGHUP: the run is to outlive its terminal.
     handled = [number for number in SIGNALS if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN]
+    # Before submitit requeues a job, its run is to write a checkpoint.
+    handled += [number for number in _REQUEUE_SIGNALS if requeue_handler(number) or _is_own(signal.getsignal(number))]
     previous = {number: signal.signal(number, handle) for number in handled}
     try:
         yield

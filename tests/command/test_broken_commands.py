@@ -114,7 +114,7 @@ def test_ends_in_a_short_message_before_any_training(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("word", ["compile=true", "optimizer.foo=x", "algorithm=backprop", "--help foo"])
+@pytest.mark.parametrize("word", ["quantum=true", "optimizer.foo=x", "algorithm=backprop", "--help foo"])
 def test_a_name_that_is_not_near_is_no_suggestion(word: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(word.split()) == 2
     assert "did you mean" not in capsys.readouterr().err

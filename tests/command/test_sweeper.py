@@ -12,9 +12,11 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 
+import fa_bench
 from fa_bench.cli import main
 from fa_bench.config.job import conf_dir
 from fa_bench.report import figures
+from fa_bench.utils import process
 
 SMALL = ["dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16", "architecture.widths=[8]", "epochs=1"]
 TWO = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
@@ -97,3 +99,13 @@ def test_nothing_is_written_beside_the_chosen_folders(folder: Path) -> None:
 def test_no_job_starts_where_the_last_one_cannot_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["-m", "--config-dir", "own", "experiment=mine", *SMALL, *TWO, "optimizer.lr=0.1,-1"]) == 2
     assert "optimizer.lr=-1" in capsys.readouterr().err and not (folder / "outputs").exists()
+
+
+def test_modules_are_exempt_from_the_collection_after_each_run_except_in_a_users_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen: list[bool] = []
+    monkeypatch.setattr(process.gc, "freeze", lambda: frozen.append(True))
+    monkeypatch.setattr(process, "_jobs", 0)
+    fa_bench.run(*SMALL, seed=[0, 1])
+    assert not frozen
+    assert main([*SMALL, "seed=2"]) == 0 and not frozen
+    assert main(["-m", *SMALL, "seed=3,4"]) == 0 and frozen == [True]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from fa_bench.cli import main
 from fa_bench.runs import prediction, train
 from fa_bench.utils.files import RESULT
+
+from .test_survival import at_step
 
 WORDS = ["dataset=synthetic", "dataset.samples=80", "dataset.test_samples=16", "batch_size=16", "epochs=1", "probe_size=8",
          "architecture.widths=[8,6]", "algorithm=wm", "algorithm.initial_steps=2", "device=cpu", "threads=1"]
@@ -44,3 +47,14 @@ def test_a_step_that_cannot_be_counted_leaves_the_cost_unknown(tmp_path: Path, m
     monkeypatch.setattr(prediction, "step_costs_of", fails)
     assert result("run")["cost"] is None
     assert "cost of a step not predicted: no random samples" in Path("run/run.log").read_text()
+
+
+def test_the_cost_is_in_the_result_of_a_resumed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prediction, "_KNOWN", {})
+    at_step(2, lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)
+    assert main([*WORDS, "hydra.run.dir=run"]) == 143
+    interrupted = json.loads(Path("run", RESULT).read_text())
+    assert (interrupted["status"], interrupted["cost"]) == ("interrupted", None)
+    resumed = result("run")
+    assert resumed["status"] == "finished" and resumed["cost"] == result("whole")["cost"] and resumed["cost"]["forward"] > 0

@@ -1,0 +1,79 @@
+"""A sweep's jobs on several CUDA devices: each worker process of a launcher gets one."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import multiprocessing
+import os
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+#: The lock on this process's slot, held until the process ends.
+_claimed: list[FileLock] = []
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuPool:
+    """CUDA devices for the worker processes of a sweep.
+
+    A worker claims the lowest free slot by a lock file, which ends with the worker, even by a kill; slots alternate between the
+    devices, so that no device has two workers more than another as long as all of them run.
+
+    Attributes:
+        devices: as in CUDA_VISIBLE_DEVICES.
+        folder: of the lock files, on this machine.
+    """
+
+    devices: Sequence[str]
+    folder: Path
+
+    def enter(self) -> None:
+        """Let this process see only one device, before torch starts CUDA. The run's config keeps `device=auto` or `cuda`.
+
+        Does nothing in processes that multiprocessing did not start: Slurm and Ray choose devices themselves.
+        """
+        if not _claimed and multiprocessing.current_process().name != "MainProcess":
+            os.environ[_VISIBLE] = self.claim()
+
+    def claim(self) -> str:
+        """A device for this process."""
+        for slot in itertools.count():
+            lock = FileLock(self.folder / f"gpu-slot-{slot}.lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                continue
+            _claimed.append(lock)
+            return self.devices[slot % len(self.devices)]
+        raise AssertionError
+
+
+def visible_devices(count: int, environment: Mapping[str, str]) -> list[str]:
+    """Names of the `count` CUDA devices that torch finds, for CUDA_VISIBLE_DEVICES of a process that is to see one of them."""
+    listed = [name.strip() for name in environment.get(_VISIBLE, "").split(",")]
+    return listed[:count] if len(listed) >= count and listed[0] else [str(index) for index in range(count)]
+
+
+def shares_devices(requested: Collection[str]) -> bool:
+    """Whether jobs with these values of `device` may be given any CUDA device: none of them names one by its number."""
+    return bool({"auto", "cuda"}.intersection(requested)) and set(requested) <= {"auto", "cuda", "cpu"}
+
+
+def jobs_at_a_time(jobs: int | None, devices: int, jobs_per_gpu: int) -> tuple[int | None, str]:
+    """How many jobs run at a time on these devices, and a line that says so, which is empty if nothing changes.
+
+    Args:
+        jobs: that the launcher was asked for (`hydra.launcher.n_jobs`); -1 for its default, None for a launcher without it.
+        devices: CUDA devices.
+        jobs_per_gpu: at a time on each, for the launcher's default.
+    """
+    if not devices or jobs is None or jobs == 1:
+        return jobs, ""
+    if jobs != -1:
+        return jobs, f"  each job gets one of {devices} CUDA devices" if devices > 1 else ""
+    jobs = devices * jobs_per_gpu
+    return jobs, f"  {jobs_per_gpu} at a time on each CUDA device (jobs_per_gpu), {jobs} in all"
