@@ -52,8 +52,8 @@ class RandomForward(TransposeFeedback):
         current = self.rule.current
         if torch.compiler.is_compiling():
             if current is not None and not current.is_compiled:
-                raise CoverageError(f"rule '{self.rule.name}' needs a second forward pass of the whole model: compile the model, not "
-                                    f"its part '{layer.path}' alone")
+                raise CoverageError(f"rule '{self.rule.name}' needs a second forward pass of the whole model: compile the model, "
+                                    f"not its part '{layer.path}' alone")
             if current is not None:
                 self.observe(layer, x)
             return BackwardContext(self.effective(layer))
