@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, default=CPU)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = False, True  # as in runs
     print(f"torch {torch.__version__}, {device_name(arguments.device)}, {arguments.threads} threads, batch {arguments.batch}, "
           f"{'compiled' if arguments.compile else 'eager'}, median [quartiles] of "
           f"{arguments.rounds} rounds\n")
