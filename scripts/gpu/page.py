@@ -9,7 +9,7 @@ from typing import Any
 
 from fa_bench.utils.files import write_text
 
-WAITING, RUNNING = "not started", "running"
+WAITING, RUNNING, OUT_OF_TIME = "not started", "running", "OUT OF TIME"
 PASSED, FAILED, ERROR, MEASURED, SKIPPED = "passed", "FAILED", "ERROR", "measured", "skipped"
 
 

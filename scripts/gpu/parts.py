@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .page import ERROR, RUNNING, SKIPPED, Section
+from .page import ERROR, OUT_OF_TIME, RUNNING, SKIPPED, Section
 
 #: Seconds that the last part leaves for the page, and that a part keeps from its budget to end by itself.
 _END, _RESERVE = 3.0, 3.0
@@ -130,7 +130,7 @@ def run_in_process(
             _kill_group(process)
     section.update(file)
     if is_late:
-        section.error = section.error or "the budget was used up; the process was killed, and the rows that it had made are below"
+        section.notes.append("The budget was used up, and the process was killed: the table has the rows that were complete.")
     elif process.returncode and not section.error:
         with log.open("rb") as output:
             output.seek(start)
@@ -138,6 +138,8 @@ def run_in_process(
         section.error = "\n".join([f"the process ended with code {process.returncode}; its last lines:", *tail])
     section.path = None
     section.end()
+    if is_late and not section.error and not section.misses:
+        section.status = OUT_OF_TIME
 
 
 def _kill_group(process: subprocess.Popen[Any]) -> None:
