@@ -15,7 +15,7 @@ RULES = {"fa": "conv2", "kp": "conv2", "brsf": "conv2", "pfa_o": "conv2", "dfa":
          "asap": "resnet_cifar_small"}
 OF_NET = {"conv2": ["architecture.channels=8", "architecture.hidden=32"],
           "resnet_cifar_small": ["architecture.depth=8", "architecture.width=4"]}
-COMMON = ["dataset=digits", "epochs=2", "batch_size=64", "threads=2", "seed=0"]
+COMMON = ["dataset=digits", "epochs=2", "batch_size=64", "threads=1", "seed=0"]
 #: Name -> overrides, tolerance of the losses, seconds that a run is expected to take on a GPU.
 VARIANTS: dict[str, tuple[list[str], float, float]] = {
     "again": ([], 5e-3, 6), "channels_last": (["channels_last=true"], 5e-3, 6), "tf32": (["precision=tf32"], 3e-2, 6),

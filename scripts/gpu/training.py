@@ -64,7 +64,7 @@ def _outcome(result: dict[str, Any]) -> list[str]:
 
 def _figure2(context: Context, rule: str, epochs: int) -> list[str]:
     milestones = sorted({max(1, round(epochs * part)) for part in (0.5, 0.75)})
-    return ["experiment=pfa_fig2", f"algorithm={rule}", "seed=0", f"epochs={epochs}", "threads=2",
+    return ["experiment=pfa_fig2", f"algorithm={rule}", "seed=0", f"epochs={epochs}", "threads=1",
             f"optimizer.schedule.milestones={milestones}", f"data_dir={context.data_dir}"]
 
 
@@ -91,7 +91,7 @@ def cifar(context: Context, section: Section) -> None:
             start = time.time()
             try:
                 result = train(context, *data, f"architecture={net}", f"algorithm={rule}", f"epochs={epochs}", "seed=0",
-                               "batch_size=128", "threads=2")
+                               "batch_size=128", "threads=1")
             except RunFailed as error:
                 section.add(net, rule, epochs, str(error), *[""] * 3, passed=False)
             else:
