@@ -172,7 +172,7 @@ def test_options_are_compared_with_the_plain_run(
     section = page.Section("options", "Options")
     options.run(context, section)
     rows = {(row[0], row[1]): row for row in section.rows}
-    assert rows["compile", "fa"][-1] == "pass" and rows["compile", "fa"][5:7] == ["1.0e-03", "0.005"]
+    assert rows["compile", "fa"][-1] == "pass" and rows["compile", "fa"][5:7] == ["1.0e-03", "0.002"]
     assert rows["bf16", "fa"][-1] == "**FAIL**" and rows["compile", "kp"][3] == "no compiler"
     assert rows["again", "kp"][-1] == "pass" and not {"tf32", "graphs"} & {row[0] for row in section.rows}  # not on a CPU
     context.deadline = time.time() + 20  # no time to compile
