@@ -9,8 +9,10 @@ column "arithmetic" is the ratio of the multiplications in matrix products and c
 With --compile, model and loss are compiled, those of backpropagation too, as the runner's option compile=true does it. As in the
 runner, W and B share one gradient and one update where they have the same.
 
+On a GPU a block has more steps, and the clock is read when the device has finished; products have single precision, without TF32.
+
     python scripts/bench_step.py [--nets mlp conv2 resnet20] [--rules fa kp wm:mirror_steps=0 ...] [--rounds 30] [--threads 2]
-        [--compile]
+        [--compile] [--batch 64] [--device cpu]
 """
 
 from __future__ import annotations
@@ -38,17 +40,21 @@ from fa_bench.optim.sgd import SGD
 from fa_bench.registry.registries import ALGORITHMS, ARCHITECTURES
 from fa_bench.registry.specs import parse_spec
 from fa_bench.runs.execution import Execution
+from fa_bench.runs.record import device_name
 
+CPU = torch.device("cpu")
 NETS = {"mlp": (1, 28, 28), "conv2": (1, 28, 28), "resnet20": (3, 32, 32)}
 PLAIN, AGAIN = "bp (plain)", "bp (A/A)"
 
 
-def make_step(net: str, rule_name: str | None, batch: int, with_optimizer: bool, compiled: bool = False) -> Callable[[], None]:
+def make_step(
+    net: str, rule_name: str | None, batch: int, with_optimizer: bool, compiled: bool = False, device: torch.device = CPU
+) -> Callable[[], None]:
     """A function that trains one step; with `rule_name` None the plain model, with loss.backward()."""
     torch.manual_seed(0)
     shape = NETS[net]
-    model = ARCHITECTURES[net]().build(shape, 10)
-    x, y = torch.randn(batch, *shape), torch.randint(0, 10, (batch,))
+    model = ARCHITECTURES[net]().build(shape, 10).to(device)
+    x, y = torch.randn(batch, *shape).to(device), torch.randint(0, 10, (batch,)).to(device)
     name, options = parse_spec(rule_name or "bp")
     rule = fa_bench.attach(model, name, seed=0, sample_input=x[:2], **options)
     optimizers = Optimizers(SGD(lr=1e-3), rule, epochs=1)
@@ -60,8 +66,8 @@ def make_step(net: str, rule_name: str | None, batch: int, with_optimizer: bool,
         return logits, F.cross_entropy(logits, y)
 
     if compiled:
-        options = RunOptions(batch_size=batch, compile=True)
-        forward = Execution(options, torch.device("cpu")).forward(forward, model, steps=1)
+        run_options = RunOptions(batch_size=batch, compile=True)
+        forward = Execution(run_options, device).forward(forward, model, steps=1)
 
     def step() -> None:
         optimizers.zero_grad()
@@ -78,14 +84,14 @@ def make_step(net: str, rule_name: str | None, batch: int, with_optimizer: bool,
     return step
 
 
-def make_written_out(rule: str, batch: int) -> Callable[[], None]:
+def make_written_out(rule: str, batch: int, device: torch.device = CPU) -> Callable[[], None]:
     """One step of the default MLP without optimizer and without fa_bench: the least time of bp, fa or dfa."""
     torch.manual_seed(0)
-    model = ARCHITECTURES["mlp"]().build(NETS["mlp"], 10)
+    model = ARCHITECTURES["mlp"]().build(NETS["mlp"], 10).to(device)
     first, second, last = weighted_layers(model).values()
-    x, y = torch.randn(batch, *NETS["mlp"]), torch.randint(0, 10, (batch,))
+    x, y = torch.randn(batch, *NETS["mlp"]).to(device), torch.randint(0, 10, (batch,)).to(device)
     b2, b3 = torch.randn_like(second.weight), torch.randn_like(last.weight)
-    rows = [torch.randn(10, 512), torch.randn(10, 512)]
+    rows = [torch.randn(10, 512).to(device), torch.randn(10, 512).to(device)]
 
     def bp() -> torch.Tensor:
         return last(second(first(x.flatten(1)).relu()).relu())
@@ -109,24 +115,38 @@ def make_written_out(rule: str, batch: int) -> Callable[[], None]:
     return step
 
 
-def compare(steps: dict[str, Callable[[], None]], rounds: int, block: int) -> dict[str, list[float]]:
-    """Ratios of every entry's time to that of PLAIN, one per round."""
+def measure(
+    steps: dict[str, Callable[[], None]], rounds: int, block: int, device: torch.device = CPU
+) -> dict[str, list[float]]:
+    """Seconds per step of every entry, one number per round."""
     for step in steps.values():
         for _ in range(3):
             step()
-    ratios: dict[str, list[float]] = {name: [] for name in steps}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps)
     for number in range(rounds):
-        seconds = {}
         # In reverse order every other round, so that the order favours none.
         for name in order if number % 2 == 0 else reversed(order):
-            start = time.perf_counter()
+            start = clock(device)
             for _ in range(block):
                 steps[name]()
-            seconds[name] = time.perf_counter() - start
-        for name, duration in seconds.items():
-            ratios[name].append(duration / seconds[PLAIN])
-    return ratios
+            seconds[name].append((clock(device) - start) / block)
+    return seconds
+
+
+def clock(device: torch.device) -> float:
+    """The time in seconds, when the device has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def compare(
+    steps: dict[str, Callable[[], None]], rounds: int, block: int, device: torch.device = CPU
+) -> dict[str, list[float]]:
+    """Ratios of every entry's time to that of PLAIN, one per round."""
+    seconds = measure(steps, rounds, block, device)
+    return {name: [own / plain for own, plain in zip(times, seconds[PLAIN], strict=True)] for name, times in seconds.items()}
 
 
 def main() -> None:
@@ -139,9 +159,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--device", type=torch.device, default=CPU)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print(f"torch {torch.__version__}, {arguments.threads} threads, batch {arguments.batch}, "
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = False, True  # as in runs
+    print(f"torch {torch.__version__}, {device_name(arguments.device)}, {arguments.threads} threads, batch {arguments.batch}, "
           f"{'compiled' if arguments.compile else 'eager'}, median [quartiles] of "
           f"{arguments.rounds} rounds\n")
     print("| net | rule | arithmetic | without optimizer | whole step |\n|---|---|---|---|---|")
@@ -151,7 +173,8 @@ def main() -> None:
 
 def bench(net: str, arguments: argparse.Namespace) -> None:
     """Print the rows of one net."""
-    block = 8 if net == "mlp" else 1
+    device: torch.device = arguments.device
+    block = 20 if device.type == "cuda" else 8 if net == "mlp" else 1
     columns: list[dict[str, list[float]]] = []
     arithmetic: dict[str, float] = {}
     for with_optimizer in (False, True):
@@ -159,18 +182,19 @@ def bench(net: str, arguments: argparse.Namespace) -> None:
         steps = {}
         for label, name in rules.items():
             try:
-                steps[label] = make_step(net, name, arguments.batch, with_optimizer, arguments.compile)
+                steps[label] = make_step(net, name, arguments.batch, with_optimizer, arguments.compile, device)
             except CoverageError as error:
                 if not with_optimizer:
                     print(f"{net}: {error}", file=sys.stderr)
         if net == "mlp" and not with_optimizer and not arguments.compile:
-            steps |= {f"{rule} (written out)": make_written_out(rule, arguments.batch) for rule in ("bp", "fa", "dfa")}
+            steps |= {f"{rule} (written out)": make_written_out(rule, arguments.batch, device) for rule in ("bp", "fa", "dfa")}
         if not with_optimizer:
             # A compiled step does not show its products.
-            counts = {label: multiplications(make_step(net, rules[label], arguments.batch, False) if arguments.compile else step)
-                      for label, step in steps.items()}
+            counts = {label: multiplications(
+                make_step(net, rules[label], arguments.batch, False, device=device) if arguments.compile else step)
+                for label, step in steps.items()}
             arithmetic = {label: count / counts[PLAIN] for label, count in counts.items()}
-        columns.append(compare(steps, arguments.rounds, block))
+        columns.append(compare(steps, arguments.rounds, block, device))
     for name, ratios in columns[0].items():
         if name != PLAIN:
             with_optimizer = _text(columns[1][name]) if name in columns[1] else "-"

@@ -143,7 +143,8 @@ def crop_and_flip(images: Tensor, generator: torch.Generator, padding: int = 4, 
     device, count = images.device, n if part is None else part.batch
 
     def draws(high: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return _of_part(torch.randint(high, (count, 1), generator=generator, dtype=dtype), part).to(device)
+        values = torch.randint(high, (count, 1), generator=generator, dtype=dtype)
+        return _of_part(values, part).to(device, non_blocking=True)
 
     rows = draws(2 * padding + 1) + torch.arange(height, device=device)
     columns = draws(2 * padding + 1) + torch.arange(width, device=device)

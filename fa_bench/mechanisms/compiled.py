@@ -67,13 +67,21 @@ def operator(schema: str, like: Callable[..., Any]) -> Callable[[Callable[..., A
     """
     def register(function: Callable[..., Any]) -> Any:
         name = schema.partition("(")[0]
-        # A compiler may choose the memory format of the arguments.
-        _library.define(schema.replace(") ->", ", str key) ->"), tags=(torch.Tag.flexible_layout,))
+        # A compiler may choose the memory format of the arguments, and must not capture the operator in a CUDA graph, which would
+        # repeat its kernels without running its Python code.
+        _library.define(schema.replace(") ->", ", str key) ->"),
+                        tags=(torch.Tag.flexible_layout, *_tags("cudagraph_unsafe")))
         _library.impl(name, lambda *given: function(_handles[given[-1]].owner, *given[:-1]), "CompositeExplicitAutograd")
         torch.library.register_fake(f"fa_bench::{name}", lambda *given: like(*given[:-1]), lib=_library)
         return getattr(torch.ops.fa_bench, name).default
 
     return register
+
+
+def _tags(name: str) -> tuple[torch.Tag, ...]:
+    """A tag of operators by name; none if this version of torch does not have it."""
+    tag = getattr(torch.Tag, name, None)
+    return () if tag is None else (tag,)
 
 
 def stand_in(tensor: torch.Tensor) -> torch.Tensor:

@@ -422,6 +422,9 @@ def prepare(job: Job) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     set_deterministic(job.run.deterministic)
     torch.backends.cudnn.benchmark = not job.run.deterministic
+    # By default, convolutions on CUDA devices are computed with the ten bits of TF32; precision=tf32 asks for it.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
     torch.set_num_threads(job.run.threads or torch.get_num_threads())
     seed_everything(job.run.seed)
     name = job.run.device
@@ -434,6 +437,9 @@ def prepare(job: Job) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
             raise ConfigError(f"device={name}: this machine has {torch.cuda.device_count()} CUDA devices (allowed: auto, cpu)")
+        # torch reads it once in a process, at the first product: a deterministic run may come later.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.cuda.init()
         torch.cuda.reset_peak_memory_stats(device)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("device=mps: this machine has no MPS device (allowed: auto, cpu)")

@@ -29,8 +29,9 @@ def restore_random_state(state: dict[str, Any]) -> None:
     """Restore what `random_state` returned."""
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and torch.cuda.is_available():
-        # A checkpoint may come from a process that saw more devices.
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"][:torch.cuda.device_count()]])
+        # Another machine may have fewer devices.
+        for device, generator in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
+            torch.cuda.set_rng_state(generator.cpu(), device)
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     kind, words, *rest = state["numpy"]
@@ -102,7 +103,7 @@ def isolated() -> Iterator[None]:
         torch.set_float32_matmul_precision: torch.get_float32_matmul_precision(),
     }
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    flags = cudnn.benchmark, cudnn.deterministic
+    flags = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32
     flushed = _flushes_denormals()
     error_state, workspace = np.geterr(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")
     try:
@@ -118,7 +119,7 @@ def isolated() -> Iterator[None]:
         for restore, value in settings.items():
             restore(value)  # type: ignore[arg-type]
         set_deterministic(*deterministic)
-        cudnn.benchmark, cudnn.deterministic = flags
+        cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = flags
         torch.set_flush_denormal(flushed)
         np.seterr(**error_state)
         if workspace is None:

@@ -89,7 +89,8 @@ def resample_magnitudes(out: Tensor, init: str, seed: int) -> None:
     """
     words = seed_words(seed)
     if out.device.type != "cpu":
-        out.copy_(magnitudes(torch.tensor(words, dtype=torch.int32).to(out.device), out.shape, init, out.dtype))
+        on_device = torch.tensor(words, dtype=torch.int32).to(out.device, non_blocking=True)
+        out.copy_(magnitudes(on_device, out.shape, init, out.dtype))
         return
     wide = torch.promote_types(out.dtype, torch.float32)
     is_direct = out.is_contiguous() and out.dtype == wide

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 from collections.abc import Iterator
 from typing import Any
@@ -242,3 +243,10 @@ def test_a_copy_of_a_compiled_model_uses_its_own_rule() -> None:
     logits = torch.compile(twin, fullgraph=True, backend="aot_eager")(x[0])
     other.backward(F.cross_entropy(logits, y[0]), logits, y[0], 1.0)
     assert not twin.get_parameter("stem.weight").grad.any() and model.get_parameter("stem.weight").grad.any()  # type: ignore[union-attr]
+
+
+def test_operators_that_run_python_are_not_captured_in_cuda_graphs() -> None:
+    for module in ("cut.function", "edge.messages"):
+        importlib.import_module(f"fa_bench.mechanisms.{module}")
+    operators = [getattr(torch.ops.fa_bench, name).default for name in ("new_sample", "second_pass", "errors_at_cuts")]
+    assert [operator for operator in operators if torch.Tag.cudagraph_unsafe not in operator.tags] == []

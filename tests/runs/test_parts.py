@@ -39,7 +39,7 @@ from fa_bench.schedules.constant import Constant
 from fa_bench.schedules.decay import Cosine
 from fa_bench.schedules.step import MultiStep, Step
 from fa_bench.utils.files import atomic, dump_json
-from fa_bench.utils.process import isolated
+from fa_bench.utils.process import isolated, random_state, restore_random_state
 
 
 def test_decay_of_the_first_epoch() -> None:
@@ -209,7 +209,8 @@ def process_state() -> dict[str, Any]:
         "anomalies": torch.is_anomaly_enabled(), "products": torch.get_float32_matmul_precision(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "warns": torch.is_deterministic_algorithms_warn_only_enabled(),
-        "cudnn": cudnn.benchmark, "cudnn's determinism": cudnn.deterministic, "numpy": np.geterr(), "folder": os.getcwd(),
+        "cudnn": cudnn.benchmark, "cudnn's determinism": cudnn.deterministic,
+        "cudnn's precision": cudnn.allow_tf32, "numpy": np.geterr(), "folder": os.getcwd(),
         "workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
         "forward hooks": [*hooks["_global_forward_hooks"]], "backward hooks": [*hooks["_global_backward_hooks"]],
         "torch's numbers": torch.get_rng_state().tolist(), "python's": random.getstate(),
@@ -232,6 +233,7 @@ def test_the_process_is_as_before_behind_a_run_that_failed(tmp_path: Path, monke
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = not before["cudnn"]
         torch.backends.cudnn.deterministic = not before["cudnn's determinism"]
+        torch.backends.cudnn.allow_tf32 = not before["cudnn's precision"]
         np.seterr(divide="raise")
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         nn.modules.module.register_module_forward_hook(lambda *_: None)
@@ -263,15 +265,44 @@ def test_what_a_run_sets_before_it_begins(deterministic: bool, monkeypatch: pyte
     with isolated():
         for left in (True, False):
             torch.use_deterministic_algorithms(left)
-            torch.backends.cudnn.benchmark = left
+            torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = left
+            torch.set_float32_matmul_precision("high" if left else "medium")
             torch.set_default_dtype(torch.float64 if left else torch.float32)
             options = RunOptions(device="cpu", threads=1, seed=5, deterministic=deterministic)
             job = Job(options, BP(), MLP(), Synthetic(), SGD(), None, CrossEntropy())
             assert prepare(job) == torch.device("cpu") and torch.get_num_threads() == 1
             assert torch.are_deterministic_algorithms_enabled() == deterministic != torch.backends.cudnn.benchmark
             assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == deterministic
+            assert not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
             drawn.append((torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random(), torch.get_default_dtype()))
     assert drawn[0] == drawn[1] and drawn[0][3] == torch.float32
+
+
+def test_what_a_run_on_a_gpu_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLAS's workspace, whether or not this run is deterministic, because torch reads it once; and CUDA before its memory."""
+    calls: list[str] = []
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "init", lambda: calls.append("init"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: calls.append(f"reset {device}"))
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", list)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    with isolated():
+        job = Job(RunOptions(device="cuda"), BP(), MLP(), Synthetic(), SGD(), None, CrossEntropy())
+        assert prepare(job) == torch.device("cuda")
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and calls == ["init", "reset cuda"]
+
+
+def test_random_states_of_more_devices_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint written beside two GPUs is resumed beside one."""
+    restored: list[tuple[int, list[int]]] = []
+    state = {**random_state(), "cuda": [torch.tensor([1]), torch.tensor([2])]}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda new, device: restored.append((device, new.tolist())))
+    restore_random_state(state)
+    assert restored == [(0, [1])]
 
 
 @pytest.mark.parametrize(("minutes", "elapsed", "saves"), [

@@ -1,0 +1,136 @@
+"""Gradients and weights of every rule on the device and on the CPU, from the same seeds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fa_bench
+from fa_bench.errors import CoverageError, first_line
+from fa_bench.models.mlp import MLP
+from fa_bench.optim.optimizers import Optimizers
+from fa_bench.optim.sgd import SGD
+from fa_bench.registry.registries import ALGORITHMS
+from fa_bench.rules import wm
+
+from .page import Section
+from .parts import Context
+
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
+STEPS, BATCH, CLASSES = 3, 16, 10
+#: Tensors smaller than this, relative to the largest of their model, are compared with it: they are sums that cancel.
+_FLOOR = 1e-6
+_SAMPLE = wm.Noise.sample
+
+
+def mlp() -> tuple[nn.Module, tuple[int, ...]]:
+    """784-64-64-10."""
+    return MLP(widths=[64, 64]).build((1, 28, 28), CLASSES), (1, 28, 28)
+
+
+def convnet() -> tuple[nn.Module, tuple[int, ...]]:
+    """Three convolutions, the second and third with a stride, and two linear layers."""
+    model: Any = nn.Sequential()
+    channels = [3, 8, 8, 16]
+    for number in (1, 2, 3):
+        model.add_module(f"conv{number}", nn.Conv2d(channels[number - 1], channels[number], 3, 1 if number == 1 else 2, 1))
+        model.add_module(f"act{number}", nn.ReLU())
+    model.add_module("flatten", nn.Flatten())
+    model.add_module("fc1", nn.Linear(16 * 16, 32))
+    model.add_module("act4", nn.ReLU())
+    model.add_module("fc2", nn.Linear(32, CLASSES))
+    model.cut_points = model.blocks = ["act1", "act2", "act3", "act4"]
+    return model, (3, 16, 16)
+
+
+NETS = {"mlp": mlp, "convnet": convnet}
+
+
+def trained(rule_name: str, net: str, dtype: torch.dtype, device: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The gradients of the first step, and parameters and feedback after the last one, by name, on the CPU.
+
+    Model, data and feedback are sampled on the CPU.
+    """
+    torch.manual_seed(0)
+    model, shape = NETS[net]()
+    x, y = torch.randn(BATCH, *shape, dtype=dtype), torch.randint(CLASSES, (BATCH,))
+    model, x, y = model.to(device, dtype), x.to(device), y.to(device)
+    options: dict[str, Any] = {"initial_steps": 2, "mirror_batch": 8} if rule_name == "wm" else {}
+    rule = fa_bench.attach(model, rule_name, seed=0, sample_input=x[:2], **options)
+    optimizers = Optimizers(SGD(lr=0.01), rule, epochs=1)
+    gradients: dict[str, Tensor] = {}
+    for step in range(STEPS):
+        optimizers.zero_grad()
+        logits = model(x)
+        rule.backward(F.cross_entropy(logits, y), logits, y, 1.0)
+        if step == 0:
+            gradients = {name: weight.grad.double().cpu() for name, weight in model.named_parameters() if weight.grad is not None}
+        optimizers.step()
+        rule.step()
+    state = {name: tensor.double().cpu() for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    return gradients, state
+
+
+def largest_difference(given: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest relative difference of two tensors of the same name, in the maximum norm, and the name.
+
+    Infinite if one side lacks a tensor or has entries that are not finite.
+    """
+    if given.keys() != expected.keys():
+        return float("inf"), ", ".join(sorted(given.keys() ^ expected.keys()))
+    largest = max((tensor.abs().max().item() for tensor in expected.values() if tensor.numel()), default=0.0)
+    worst, where = 0.0, "-"
+    for name, tensor in expected.items():
+        if not tensor.numel():
+            continue
+        scale = max(tensor.abs().max().item(), _FLOOR * largest) or 1.0
+        difference = (given[name] - tensor).abs().max().item() / scale
+        if not difference <= worst:
+            worst, where = difference if difference == difference else float("inf"), name
+    return worst, where
+
+
+def sample_on_cpu(noise: wm.Noise, number: int, like: Tensor) -> Tensor:
+    """The noise of a mirror step, sampled on the CPU: generators of other devices have other numbers."""
+    return _SAMPLE(noise, number, torch.empty(0, dtype=like.dtype)).to(like.device)
+
+
+def run(context: Context, section: Section) -> None:
+    """A row per rule and net."""
+    torch.backends.cudnn.allow_tf32 = False
+    wm.Noise.sample = sample_on_cpu  # type: ignore[method-assign]
+    section.notes = [
+        f"The device against the CPU: {STEPS} steps of SGD with momentum on one batch of {BATCH}, same seeds, TF32 off. The "
+        f"largest relative difference of a tensor, max |a - b| / max |b|, of the gradients of the first step and of weights, "
+        f"feedback and buffers after the last; in brackets the tensor. Tolerance: 1e-9 in float64, 1e-4 in float32. Tensors "
+        f"below {_FLOOR:g} of the model's largest are compared with that. The noise of wm is sampled on the CPU."]
+    section.columns = ["net", "rule", "gradients, float64", "weights, float64", "gradients, float32", "weights, float32",
+                       "result"]
+    for net in NETS:
+        for name in ALGORITHMS:
+            if not context.fits(2):
+                section.missing.append(f"{name} on {net}")
+                continue
+            try:
+                cells, passed = compared(name, net, context.device)
+            except CoverageError as error:
+                section.add(net, name, f"not covered: {first_line(error)}")
+            except Exception as error:
+                section.add(net, name, f"{type(error).__name__}: {first_line(error)}", "", "", "", passed=False)
+            else:
+                section.add(net, name, *cells, passed=passed)
+
+
+def compared(name: str, net: str, device: str) -> tuple[list[str], bool]:
+    """The differences of a rule, for each dtype those of gradients and of weights, and whether all are small."""
+    cells, passed = [], True
+    for dtype, tolerance in TOLERANCES.items():
+        results = zip(trained(name, net, dtype, device), trained(name, net, dtype, "cpu"), strict=True)
+        for on_device, on_cpu in results:
+            difference, where = largest_difference(on_device, on_cpu)
+            passed = passed and difference <= tolerance
+            cells.append(f"{difference:.1e} ({where})")
+    return cells, passed

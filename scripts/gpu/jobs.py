@@ -1,0 +1,34 @@
+"""Runs of fa_bench within a part."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import fa_bench
+from fa_bench.errors import first_line
+
+from .parts import Context
+
+_numbers = itertools.count()
+
+
+class RunFailed(Exception):
+    """A run that did not finish; the message says why."""
+
+
+def train(context: Context, *overrides: str) -> dict[str, Any]:
+    """The result of a run in a folder of its own, with the metrics of its last epoch.
+
+    Raises:
+        RunFailed: if it does not finish.
+    """
+    folder = context.scratch / f"run{next(_numbers)}"
+    try:
+        runs = fa_bench.run(*overrides, f"output_dir={folder}", f"device={context.device}", "loggers=[]", "probe_every=0")
+    except Exception as error:
+        raise RunFailed(f"{type(error).__name__}: {first_line(error)}") from error
+    if not runs or runs[0].result["status"] != "finished":
+        why = (runs[0].result["error"] or {}).get("message", "") if runs else "no result"
+        raise RunFailed(first_line(Exception(why)))
+    return {**runs[0].metrics[-1], **runs[0].result}

@@ -1,0 +1,132 @@
+"""The runner's options against a plain run on the same device, and determinism."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from typing import Any
+
+from .jobs import RunFailed, train
+from .page import Section
+from .parts import Context
+
+#: asap needs three layers that share; conv2 has too few.
+RULES = {"fa": "conv2", "kp": "conv2", "brsf": "conv2", "pfa_o": "conv2", "dfa": "conv2", "dkp": "conv2", "predsim": "conv2",
+         "asap": "resnet_cifar_small"}
+OF_NET = {"conv2": ["architecture.channels=8", "architecture.hidden=32"],
+          "resnet_cifar_small": ["architecture.depth=8", "architecture.width=4"]}
+COMMON = ["dataset=digits", "epochs=1", "optimizer.lr=0.01", "batch_size=64", "threads=1",
+          "seed=0"]
+#: Name -> overrides, tolerance of the losses, seconds that a run is expected to take on a GPU.
+VARIANTS: dict[str, tuple[list[str], float, float]] = {
+    "again": ([], 2e-3, 6), "channels_last": (["channels_last=true"], 2e-3, 6), "tf32": (["precision=tf32"], 1e-2, 6),
+    "bf16": (["precision=bf16"], 0.05, 6), "compile": (["compile=true"], 2e-3, 45),
+    "graphs": (["compile=true", "graphs=true"], 2e-3, 45), "compile, bf16": (["compile=true", "precision=bf16"], 0.05, 45),
+    "graphs, accumulate=2": (["compile=true", "graphs=true", "accumulate=2"], 2e-3, 45),
+}
+ONLY_ON_CUDA = ("tf32", "graphs", "graphs, accumulate=2")
+#: Slow variants of which only some rules are run.
+SOME = {"compile, bf16": ["fa", "brsf", "dfa"], "graphs, accumulate=2": ["fa"]}
+HASHES = ("weights_hash", "feedback_hash", "optimizer_hash")
+DETERMINISTIC = ["fa", "kp", "brsf", "dfa", "predsim", "wm", "dkp"]
+
+
+def setting(rule: str) -> list[str]:
+    """The overrides of a small run of a rule."""
+    net = RULES.get(rule, "conv2")
+    shorter = ["algorithm.initial_steps=5", "algorithm.mirror_batch=16"] if rule == "wm" else []
+    return [*COMMON, f"algorithm={rule}", f"architecture={net}", *OF_NET[net], *shorter]
+
+
+def some(rules: dict[str, Any], context: Context) -> dict[str, Any]:
+    """All rules, but only two on a CPU, where the logic of the check is tried."""
+    return rules if context.device != "cpu" else dict(itertools.islice(rules.items(), 2))
+
+
+def losses(result: dict[str, Any]) -> tuple[float, float]:
+    """The losses of a run on training and test samples."""
+    return result["train_loss"], result["test_loss"]
+
+
+def skipped_graphs() -> int:
+    """How often torch has not captured a CUDA graph so far, in this process."""
+    from torch._dynamo.utils import counters
+
+    return counters["inductor"]["cudagraph_skips"]
+
+
+def run(context: Context, section: Section) -> None:
+    """A row per rule and option; fast options first, so that compilation uses what time is left."""
+    section.notes = [
+        f"Runs of {' '.join(COMMON)}, against the same run without the option on the same device (row plain: the reference). The "
+        f"relative difference of the training loss of the last epoch must be within the tolerance: rounding is amplified by 22 "
+        f"updates, and the rows 'again', without any option, show that of two equal runs. Seconds of training without "
+        f"compilation; seconds of compilation; how often torch did not capture a CUDA graph. With accumulate=2 the reference has "
+        f"it, too."]
+    section.columns = ["option", "rule", "net", "train loss", "test loss", "difference", "tolerance", "seconds", "compiling",
+                       "not captured", "result"]
+    plain: dict[str, dict[str, Any]] = {}
+    for rule, net in some(RULES, context).items():
+        if context.fits(6):
+            try:
+                plain[rule] = train(context, *setting(rule))
+            except RunFailed as error:
+                section.add("plain", rule, net, f"{error}", *[""] * 6, passed=False)
+            else:
+                section.add("plain", rule, net, *(f"{loss:.6f}" for loss in losses(plain[rule])), "-", "-",
+                            f"{plain[rule]['seconds']:.2f}")
+        else:
+            section.missing.append(f"plain {rule}")
+    for name, (overrides, tolerance, expected) in VARIANTS.items():
+        if name in ONLY_ON_CUDA and context.device == "cpu":
+            continue
+        slowest = 0.0
+        for rule in SOME.get(name, RULES):
+            if rule not in plain:
+                continue
+            if not context.fits(slowest * 1.2 if slowest else expected):
+                section.missing.append(f"{name} {rule}")
+                continue
+            start = time.time()
+            compare(context, section, name, rule, overrides, plain[rule], tolerance)
+            slowest = max(slowest, time.time() - start)
+
+
+def compare(
+    context: Context, section: Section, name: str, rule: str, overrides: list[str], reference: dict[str, Any], tolerance: float
+) -> None:
+    """Add the row of one rule with one option."""
+    net, before = RULES[rule], skipped_graphs()
+    try:
+        if "accumulate=2" in overrides:
+            reference = train(context, *setting(rule), "accumulate=2")
+        result = train(context, *setting(rule), *overrides)
+    except RunFailed as error:
+        section.add(name, rule, net, f"{error}", *[""] * 6, passed=False)
+        return
+    difference = abs(result["train_loss"] - reference["train_loss"]) / reference["train_loss"]
+    section.add(name, rule, net, *(f"{loss:.6f}" for loss in losses(result)), f"{difference:.1e}", f"{tolerance:g}",
+                f"{result['seconds']:.2f}", "-" if result["compile_seconds"] is None else f"{result['compile_seconds']:.1f}",
+                skipped_graphs() - before if "graphs=true" in overrides else "-", passed=difference <= tolerance)
+
+
+def determinism(context: Context, section: Section) -> None:
+    """A row per rule, eager and compiled."""
+    section.notes = ["Two runs with deterministic=true and the same seed in one process; the hashes of weights, feedback and the "
+                     "optimizer's state must be equal."]
+    section.columns = ["mode", "rule", "net", "first", "second", "result"]
+    for mode, overrides, expected in (("eager", [], 6.0), ("compiled", ["compile=true"], 60.0)):
+        slowest = 0.0
+        for rule in some(dict.fromkeys(DETERMINISTIC), context):
+            if not context.fits(slowest * 1.2 if slowest else expected):
+                section.missing.append(f"{mode} {rule}")
+                continue
+            start, net = time.time(), RULES.get(rule, "conv2")
+            try:
+                results = [train(context, *setting(rule), "deterministic=true", *overrides) for _ in range(2)]
+            except RunFailed as error:
+                section.add(mode, rule, net, f"{error}", "", passed=False)
+            else:
+                first, second = ([result[key] for key in HASHES] for result in results)
+                section.add(mode, rule, net, first[0], second[0], passed=first == second)
+            slowest = max(slowest, time.time() - start)

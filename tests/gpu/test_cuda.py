@@ -1,0 +1,152 @@
+"""What only a GPU can show; skipped without one. `scripts/gpu_check.py` checks more, and writes a page about it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import fa_bench
+from fa_bench.cli import main
+from fa_bench.optim.optimizers import Optimizers
+from fa_bench.optim.sgd import SGD
+from fa_bench.registry.registries import ALGORITHMS
+from fa_bench.rules import wm
+from tests.rules.nets import convnet, mlp
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+SMALL = ["dataset=synthetic", "dataset.samples=200", "dataset.validation=40", "architecture=conv2", "architecture.channels=4",
+         "architecture.hidden=16", "batch_size=32", "epochs=2", "threads=1", "loggers=[]", "probe_every=0", "device=cuda"]
+SHORT = {"wm": ["algorithm.initial_steps=2", "algorithm.mirror_batch=8"]}
+#: Rules that need more layers than conv2 has.
+DEEP = {"asap", "asfp", "asfp_lc"}
+#: A run that is interrupted after its first epoch.
+INTERRUPTED = """
+import sys
+import fa_bench.runs.loop as loop
+from fa_bench.cli import main
+
+train = loop.Trainer._epoch
+
+def epoch(self):
+    if self.progress.epoch:
+        raise KeyboardInterrupt
+    train(self)
+
+loop.Trainer._epoch = epoch
+sys.exit(main(sys.argv[1:]))
+"""
+FEW = ["fa", "kp", "brsf", "dfa", "predsim"]
+
+
+def trained(folder: Path, rule: str, *overrides: str) -> dict[str, Any]:
+    """The result of a small run."""
+    net = ["architecture=mlp", "~architecture.channels", "~architecture.hidden"] if rule in DEEP else []
+    settings = [each for each in SMALL if not net or not each.startswith("architecture")] + net[:1]
+    assert main([*settings, f"algorithm={rule}", *SHORT.get(rule, []), *overrides, f"output_dir={folder}"]) == 0
+    result = json.loads(next(folder.rglob("result.json")).read_text())
+    line = next(folder.rglob("metrics.jsonl")).read_text().splitlines()[-1]
+    return {**json.loads(line), **result}
+
+
+def step(rule_name: str, net: str, dtype: torch.dtype, device: str, compiled: bool = False) -> dict[str, torch.Tensor]:
+    """The gradients of two steps, on the CPU."""
+    shape = (7,) if net == "mlp" else (2, 6, 7)
+    model: Any = (mlp(dtype=dtype) if net == "mlp" else convnet(dtype=dtype)).to(device)
+    model.cut_points = model.blocks = ["act1", "act2"]
+    torch.manual_seed(0)
+    x, y = torch.randn(8, *shape, dtype=dtype).to(device), torch.randint(3, (8,)).to(device)
+    options: dict[str, Any] = {"initial_steps": 2, "mirror_batch": 8} if rule_name == "wm" else {}
+    options |= {"match": "random"} if rule_name in DEEP else {}  # the widths differ
+    rule = fa_bench.attach(model, rule_name, seed=0, sample_input=x[:2], **options)
+    optimizers = Optimizers(SGD(lr=0.1), rule, epochs=1)
+    forward = torch.compile(model, dynamic=False) if compiled else model
+    gradients = {}
+    for number in range(2):
+        optimizers.zero_grad()
+        logits = forward(x)
+        rule.backward(F.cross_entropy(logits, y), logits, y, 1.0)
+        gradients |= {f"{name}, step {number}": weight.grad.double().cpu() for name, weight in model.named_parameters()
+                      if weight.grad is not None}
+        optimizers.step()
+        rule.step()
+    return gradients
+
+
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    sample = wm.Noise.sample  # generators of other devices have other numbers
+    monkeypatch.setattr(wm.Noise, "sample", lambda noise, number, like: sample(
+        noise, number, torch.empty(0, dtype=like.dtype)).to(like.device))
+
+
+@pytest.mark.parametrize("net", ["mlp", "convnet"])
+@pytest.mark.parametrize("rule", ALGORITHMS)
+def test_gradients_are_those_of_the_cpu(rule: str, net: str) -> None:
+    """To rounding: sums in another order, of numbers of order one."""
+    if rule in DEEP and net == "convnet":
+        pytest.skip("two convolutions are too few")
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
+        expected = step(rule, net, dtype, "cpu")
+        given = step(rule, net, dtype, "cuda")
+        assert given.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(given[name], gradient, rtol=tolerance, atol=tolerance,
+                                       msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("rule", FEW)
+def test_compiled_gradients_are_those_without_compilation(rule: str) -> None:
+    expected, given = step(rule, "convnet", torch.float32, "cuda"), step(rule, "convnet", torch.float32, "cuda", compiled=True)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(given[name], gradient, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rule", ALGORITHMS)
+def test_every_rule_trains(rule: str, tmp_path: Path) -> None:
+    result = trained(tmp_path, rule)
+    assert result["status"] == "finished" and result["device"].startswith("cuda") and result["peak_memory_bytes"] > 0
+
+
+@pytest.mark.parametrize("overrides", [
+    ["compile=true"], ["compile=true", "graphs=true"], ["precision=bf16"], ["precision=tf32"], ["channels_last=true"],
+    ["compile=true", "graphs=true", "accumulate=2"],
+], ids=" ".join)
+@pytest.mark.parametrize("rule", FEW)
+def test_options_change_the_loss_by_rounding(rule: str, overrides: list[str], tmp_path: Path) -> None:
+    """bf16 has 8 bits of mantissa, TF32 has 11: some percent and some per mille after ten updates."""
+    reference = trained(tmp_path / "plain", rule, *[each for each in overrides if each.startswith("accumulate")])
+    result = trained(tmp_path / "option", rule, *overrides)
+    tolerance = 0.15 if "precision=bf16" in overrides else 3e-2 if "precision=tf32" in overrides else 5e-3
+    assert result["train_loss"] == pytest.approx(reference["train_loss"], rel=tolerance)
+
+
+@pytest.mark.parametrize("overrides", [[], ["compile=true"]], ids=["eager", "compiled"])
+@pytest.mark.parametrize("rule", FEW)
+def test_deterministic_runs_are_bitwise_identical(rule: str, overrides: list[str], tmp_path: Path) -> None:
+    """Also after a run that was not deterministic, in the same process."""
+    trained(tmp_path / "before", rule, *overrides)
+    first, second = (trained(tmp_path / name, rule, "deterministic=true", *overrides) for name in ("a", "b"))
+    for key in ("weights_hash", "feedback_hash", "optimizer_hash"):
+        assert first[key] == second[key], key
+
+
+@pytest.mark.parametrize("rule", ["kp", "dkp", "brsf"])
+def test_a_run_begun_on_a_gpu_is_resumed_on_the_cpu(rule: str, tmp_path: Path) -> None:
+    """device=auto on a machine with and on one without a GPU: the same run, whose checkpoint is read on both."""
+    settings = [each for each in SMALL if not each.startswith("device")] + [f"algorithm={rule}", f"output_dir={tmp_path}"]
+    subprocess.run([sys.executable, "-c", INTERRUPTED, *settings], check=False, timeout=300)
+    begun = json.loads(next(tmp_path.rglob("result.json")).read_text())
+    assert begun["epoch"] == 1 and begun["device"].startswith("cuda")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([sys.executable, "-m", "fa_bench", *settings, "resume=true"], check=True, timeout=300, env=environment)
+    resumed = json.loads(next(tmp_path.rglob("result.json")).read_text())
+    assert resumed["status"] == "finished" and resumed["epoch"] == 2 and resumed["device"].startswith("cpu")

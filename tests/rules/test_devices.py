@@ -1,0 +1,84 @@
+"""Training steps neither mix devices nor read tensors back, which would make the processor wait for an accelerator.
+
+Tensors without values show both: an operation on tensors of two devices raises an error, and so does reading a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._functorch import config as functorch_config
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn import functional as F
+
+import fa_bench
+from fa_bench.optim.optimizers import Optimizers
+from fa_bench.optim.sgd import SGD
+from fa_bench.registry.registries import ALGORITHMS, ARCHITECTURES
+from fa_bench.rules import wm
+
+pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+
+NETS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "mlp": ({"widths": [8, 8]}, (1, 6, 6)), "resnet_cifar_small": ({"depth": 8, "width": 4}, (3, 8, 8))}
+#: frsf reads its magnitudes once, to see whether they have negative entries.
+READS_ONCE = {"frsf"}
+
+
+@pytest.fixture(autouse=True)
+def meta_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Autograd needs no driver for the device meta, but it has no autocast and no generators."""
+    autocast = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device != "meta" and autocast(device))
+    monkeypatch.setattr(wm.Noise, "sample", lambda noise, number, like: like.new_empty(noise.batch, *noise.shape))
+    with functorch_config.patch(fake_tensor_allow_meta=True):
+        yield
+
+
+def train(name: str, net: str, steps: int) -> None:
+    """Training steps of a rule with all tensors on the device meta."""
+    options, shape = NETS[net]
+    torch.manual_seed(0)
+    model = ARCHITECTURES[net](**options).build(shape, 4)
+    shortened: dict[str, Any] = {"initial_steps": 1} if name == "wm" else {}
+    rule = fa_bench.attach(model, name, seed=0, sample_input=torch.randn(2, *shape), **shortened)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in model.modules():
+            for key, weight in module._parameters.items():
+                if weight is not None:
+                    empty = torch.empty(weight.shape, device="meta")
+                    module._parameters[key] = torch.nn.Parameter(empty, requires_grad=weight.requires_grad)
+            for key, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[key] = torch.empty(buffer.shape, dtype=buffer.dtype, device="meta")
+        optimizers = Optimizers(SGD(lr=0.1), rule, epochs=1)
+        optimizers.share_gradients()
+        x, y = torch.empty(4, *shape, device="meta"), torch.empty(4, dtype=torch.int64, device="meta")
+        for _ in range(steps):
+            optimizers.zero_grad()
+            logits = model(x)
+            rule.backward(F.cross_entropy(logits, y), logits, y, 1.0)
+            optimizers.step()
+            rule.step()
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_steps_stay_on_the_device(name: str, net: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name in READS_ONCE:
+        monkeypatch.setattr(torch.Tensor, "__bool__", lambda tensor: False)
+    train(name, net, steps=2)
+
+
+def test_a_tensor_on_another_device_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wm.Noise, "sample", lambda noise, number, like: torch.empty(noise.batch, *noise.shape))
+    with pytest.raises(RuntimeError, match="two devices"):
+        train("wm", "mlp", steps=1)
+
+
+def test_a_number_that_is_read_is_found() -> None:
+    with pytest.raises(DataDependentOutputException):
+        train("frsf", "mlp", steps=1)
