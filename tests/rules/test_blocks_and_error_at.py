@@ -252,6 +252,21 @@ def test_layers_after_the_module_learn_by_backpropagation():
         fa_bench.attach(chain(4, 4, 4, 4, 4), "dfa", sample_input=x, cuts=["1", "3"])
 
 
+@pytest.mark.parametrize("name", ["dfa", "dkp"])
+def test_the_module_may_contain_a_cut_with_the_same_output(name: str):
+    """The error comes from the output of both, whichever of them is named."""
+    found = []
+    for origin in ("2", "2.1"):
+        plain = chain(4, 4, 4, 4)
+        model = nn.Sequential(*plain[:2], nn.Sequential(*plain[2:4]), plain[4])
+        x, y = torch.eye(4).double(), torch.tensor([0, 1, 2, 3])
+        rule = fa_bench.attach(model, name, sample_input=x, cuts=["1", "2.1"], error_at=origin)
+        rule.backward(F.cross_entropy(model(x), y))
+        found.append(collect(model))
+    assert found[0].keys() == found[1].keys() and all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+    assert found[0]["0.weight"].any()
+
+
 class Tied(nn.Module):
     """Its vocabulary layer is the embedding's weight, or a layer that is used by a function, too."""
 
