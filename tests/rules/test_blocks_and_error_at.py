@@ -293,6 +293,26 @@ def test_functional_uses_after_the_module_are_no_fault(layer: bool):
     rule.backward(loss_of(logits, y), logits, y)
 
 
+def test_a_weight_that_functions_use_before_a_cut_and_after_the_module_is_not_covered():
+    """After the module alone, it would learn by backpropagation like the layers there."""
+    class Net(nn.Module):
+        def __init__(self, below: bool) -> None:
+            super().__init__()
+            self.below, self.mix = below, nn.Parameter(torch.eye(WIDTH) + 0.1)
+            self.fc, self.act, self.mid = nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH)
+            self.head = nn.Linear(WIDTH, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.fc(x)
+            h = self.mid(self.act(h @ self.mix if self.below else h))
+            return self.head(h @ self.mix)
+
+    options = {"sample_input": torch.randn(3, WIDTH), "cuts": ["act"], "error_at": "mid"}
+    assert not fa_bench.attach(Net(False), "dfa", **options).coverage.uncovered
+    with pytest.raises(CoverageError, match=r"leaves weights uncovered: mix \(in a Net\)"):
+        fa_bench.attach(Net(True), "dfa", **options)
+
+
 def test_a_weight_that_a_function_uses_within_a_block_is_transported():
     class Twice(nn.Module):
         def __init__(self) -> None:
