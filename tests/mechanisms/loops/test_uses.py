@@ -312,3 +312,25 @@ def test_without_a_sample_the_model_runs_as_often_as_it_is_called(name: str) -> 
         assert len(calls) == 1
         if training:
             rule.backward(F.cross_entropy(logits, y), logits, y)
+
+
+class Attentive(nn.Module):
+    """Attention between two cuts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.act, self.out = nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)
+        self.attention, self.act2 = nn.MultiheadAttention(8, 2, batch_first=True), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.stem(x))
+        return self.out(self.act2(self.attention(h, h, h, need_weights=False)[0]).mean(1))
+
+
+@pytest.mark.parametrize("name", ["dfa", "dkp"])
+def test_attention_uses_its_own_weights_in_a_fused_function(name: str) -> None:
+    """With cuts around attention, training passes do not call its layers one by one, as the pass of the sample does."""
+    model, x, y = Attentive(), torch.randn(2, 5, 4), torch.tensor([0, 1])
+    rule = attach(model, name, sample_input=x, cuts=["act", "act2"], allow_uncovered=["attention.in_proj_weight"])
+    rule.backward(F.cross_entropy(model(x), y))
+    assert list(rule.coverage.uncovered) == ["attention.in_proj_weight"]
