@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
     from fa_bench.objectives.base import Objective
 
-#: Autograd nodes of losses: a loss whose graph ends in one of them was not scaled.
-_LOSSES = {"NllLoss", "NllLoss2D", "CrossEntropyLoss", "MseLoss", "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits", "L1Loss",
-           "SmoothL1Loss", "HuberLoss", "KlDiv", "SoftMarginLoss", "MultiMarginLoss", "MultilabelMarginLoss"}
+#: Autograd nodes of losses other than cross-entropy: a loss whose graph ends in one of them was not scaled.
+_LOSSES = {"CrossEntropyLoss", "MseLoss", "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits", "L1Loss", "SmoothL1Loss",
+           "HuberLoss", "KlDiv", "SoftMarginLoss", "MultiMarginLoss", "MultilabelMarginLoss"}
 _MEAN = 1
 
 

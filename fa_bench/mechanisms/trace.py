@@ -232,19 +232,24 @@ def trace_attached(rule: Rule, sample_input: Any, watch: Iterable[str], frozen: 
         sample_input, watch, frozen: as for `trace_model`.
 
     Raises:
-        CoverageError: if there is no sample and zeros cannot replace it, or if a trainable layer ran without gradients.
+        CoverageError: if no layer ran, if there is no sample and zeros cannot replace it, or if a trainable layer ran without
+            gradients.
     """
+    nothing = f"rule '{rule.name}' covers no layer of this model"
+    path, first = next(iter(weighted_layers(rule.model).items()), ("", None))
+    if first is None:
+        raise CoverageError(f"{nothing}: {not_coverable(rule.model)}")
+
     def traced(sample: Any) -> Trace:
         trace = trace_model(rule.model, sample, watch, getattr(rule, "output", None), frozen)
+        if not trace.order:
+            raise CoverageError(f"{nothing}: none ran in the forward pass of the sample")
         for path in trace.without_gradients:
             require_gradients(path, rule.model.get_submodule(path))
         return trace
 
     if sample_input is not None:
         return traced(sample_input)
-    path, first = next(iter(weighted_layers(rule.model).items()), ("", None))
-    if first is None:
-        raise CoverageError(f"rule '{rule.name}' covers no layer of this model: {not_coverable(rule.model)}")
     needed = f"rule '{rule.name}' needs sample_input, one input batch, to see what follows layer '{path}'"
     if not isinstance(first, nn.Linear):
         raise CoverageError(needed)

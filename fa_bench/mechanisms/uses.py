@@ -24,8 +24,8 @@ _MOVES = {"Expand", "Unsqueeze", "Squeeze", "View", "UnsafeView", "Slice", "Sele
           "ToCopy", "Permute", "Transpose", "T", "Clone", "ReshapeAlias", "Narrow", "Flip", "Alias", "Detach", "Split", "Unbind"}
 #: Nodes whose derivative with respect to another input does not depend on the tensor: sums, concatenations, look-ups.
 _ADDS = {"Add", "Sub", "Rsub", "Cat", "Stack", "Embedding", "EmbeddingBag", "Where", "Copy", "CopySlices"}
-#: Nodes that scale their input.
-_SCALES = {"Mul", "Div", "Neg"}
+#: Nodes that scale their input, by a factor that is not differentiated.
+_SCALES = {"Mul", "Div"}
 #: Functions that read a tensor's dtype, device or shape, but not its entries.
 _READS = {"to", "type_as", "view_as", "expand_as", "reshape_as", "broadcast_tensors"}
 _LOOK_UPS = (nn.Embedding, nn.EmbeddingBag)

@@ -13,6 +13,8 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 import fa_bench
 from fa_bench.errors import StateError
@@ -250,3 +252,41 @@ def test_operators_that_run_python_are_not_captured_in_cuda_graphs() -> None:
         importlib.import_module(f"fa_bench.mechanisms.{module}")
     operators = [getattr(torch.ops.fa_bench, name).default for name in ("new_sample", "second_pass", "errors_at_cuts")]
     assert [operator for operator in operators if torch.Tag.cudagraph_unsafe not in operator.tags] == []
+
+
+@pytest.mark.parametrize(("spec", "of", "method", "operator"), [
+    ("dkp", "_delivery", "errors_in_graph", "errors_at_cuts"), ("predsim", "_delivery", "errors_in_graph", "errors_at_cuts"),
+    ("forward_alignment", "", "second_pass", "second_pass"),
+])
+def test_operators_return_what_compilers_expect(
+    spec: str, of: str, method: str, operator: str, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As many tensors, with the shapes, dtypes and memory formats that the graph was made for."""
+    model, rule, x, y = attached(spec)
+    owner = getattr(rule, of) if of else rule
+    calls: list[tuple[Any, ...]] = []
+    original = getattr(owner, method)
+
+    def recorded(*given: Any) -> Any:
+        calls.append((given, original(*given)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(owner, method, recorded)
+    logits = torch.compile(model, backend="aot_eager")(x[0].contiguous(memory_format=torch.channels_last))
+    rule.backward(F.cross_entropy(logits, y[0]), logits, y[0], 1.0)
+    ((given, results),) = calls
+    with FakeTensorMode() as mode:
+        given = tree_map_only(Tensor, mode.from_tensor, given)
+        expected = getattr(torch.ops.fa_bench, operator)(*given, owner._handle.key)
+    assert [(one.shape, one.dtype, one.stride()) for one in results] == [(one.shape, one.dtype, one.stride()) for one in expected]
+
+
+def test_the_operator_that_samples_returns_the_seed_of_the_next_sample() -> None:
+    _, rule, *_ = attached("brsf")
+    layer = next(iter(rule._layers.values()))
+    pathway, draws = layer.pathway, layer.pathway.draws
+    seed = torch.ops.fa_bench.new_sample(layer.feedback_M, pathway._handle.key)
+    assert pathway.draws == draws + 1 and tuple(seed.tolist()) == pathway.seed_words()
+    with FakeTensorMode() as mode:
+        expected = torch.ops.fa_bench.new_sample(mode.from_tensor(layer.feedback_M), pathway._handle.key)
+    assert (expected.shape, expected.dtype) == (seed.shape, seed.dtype) and pathway.draws == draws + 1

@@ -95,6 +95,7 @@ def test_attention_with_the_batch_first_with_keys_of_their_own_size_and_of_one_s
     own = nn.MultiheadAttention(12, 3, kdim=7, vdim=9, batch_first=True)
     require_equal(own, lambda m: m(q, k, v, PADDED, need_weights=need_weights), 0)
     require_equal(nn.MultiheadAttention(12, 3), lambda m: m(q[0], q[0], q[0], None, need_weights, CAUSAL), 1e-6)
+    require_equal(nn.MultiheadAttention(12, 3, kdim=7, vdim=9), lambda m: m(q[1], k[1], v[1], PADDED[1], need_weights), 1e-6)
 
 
 def test_bad_arguments_of_attention_are_refused() -> None:

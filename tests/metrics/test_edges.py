@@ -18,9 +18,10 @@ from fa_bench.cli import main
 from fa_bench.config.job import RunOptions
 from fa_bench.data.base import ArrayDataset, ResidentSplit, Splits, some
 from fa_bench.errors import DataError, OptionError
+from fa_bench.mechanisms.rule import INPUT, OUTPUT
 from fa_bench.metrics.angles import NORM_FLOOR, angles, mean_sample_angle, norm_ratio, weight_angle
 from fa_bench.metrics.evaluation import evaluate
-from fa_bench.metrics.meter import AlignmentMeter
+from fa_bench.metrics.meter import AlignmentMeter, Passes
 from fa_bench.models.mlp import MLP
 from fa_bench.models.resnet import ResNet20
 from fa_bench.objectives.cross_entropy import CrossEntropy
@@ -254,3 +255,29 @@ def test_a_split_without_images_is_named(train: int, test: int, said: str) -> No
     Empty.name = "empty"
     with pytest.raises(DataError, match=f"^dataset=empty: there are no {said} images"):
         Empty(validation=0).load(Path("nowhere"), CPU)
+
+
+class CrossAttention(nn.Module):
+    """Its layers project queries and keys by different rows of one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.out = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 3)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        key = self.key(x).tanh()
+        return self.out(self.attention(self.query(x).tanh(), key, key)[0].mean(1))
+
+
+def test_the_error_one_layer_above_passes_through_the_rows_that_a_call_used() -> None:
+    torch.manual_seed(0)
+    model, x, y = CrossAttention().double(), torch.randn(5, 6, 4, dtype=torch.float64), torch.arange(5) % 3
+    passes = Passes(AlignmentMeter(fa_bench.attach(model, "fa", sample_input=x), x, y))
+    weight, point = model.attention.in_proj_weight.detach(), ("attention.in_proj", INPUT)
+    # Queries first; keys and values have the same input, and its error has the parts of both.
+    (before, *_), (after, *_) = passes.delivered.calls[point], passes.delivered.calls["attention.in_proj", OUTPUT]
+    assert before.rows == slice(0, 8) and after.error is not None
+    exact = (after.error @ weight[:8]).movedim(1, 0)
+    found = passes.one_step[point]
+    torch.testing.assert_close(found.reshape(5, -1)[:, :exact[0].numel()], exact.reshape(5, -1))

@@ -252,6 +252,21 @@ def test_layers_after_the_module_learn_by_backpropagation():
         fa_bench.attach(chain(4, 4, 4, 4, 4), "dfa", sample_input=x, cuts=["1", "3"])
 
 
+@pytest.mark.parametrize("name", ["dfa", "dkp"])
+def test_the_module_may_contain_a_cut_with_the_same_output(name: str):
+    """The error comes from the output of both, whichever of them is named."""
+    found = []
+    for origin in ("2", "2.1"):
+        plain = chain(4, 4, 4, 4)
+        model = nn.Sequential(*plain[:2], nn.Sequential(*plain[2:4]), plain[4])
+        x, y = torch.eye(4).double(), torch.tensor([0, 1, 2, 3])
+        rule = fa_bench.attach(model, name, sample_input=x, cuts=["1", "2.1"], error_at=origin)
+        rule.backward(F.cross_entropy(model(x), y))
+        found.append(collect(model))
+    assert found[0].keys() == found[1].keys() and all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+    assert found[0]["0.weight"].any()
+
+
 class Tied(nn.Module):
     """Its vocabulary layer is the embedding's weight, or a layer that is used by a function, too."""
 
@@ -276,6 +291,26 @@ def test_functional_uses_after_the_module_are_no_fault(layer: bool):
     assert not rule.coverage.uncovered
     logits = model(x)
     rule.backward(loss_of(logits, y), logits, y)
+
+
+def test_a_weight_that_functions_use_before_a_cut_and_after_the_module_is_not_covered():
+    """After the module alone, it would learn by backpropagation like the layers there."""
+    class Net(nn.Module):
+        def __init__(self, below: bool) -> None:
+            super().__init__()
+            self.below, self.mix = below, nn.Parameter(torch.eye(WIDTH) + 0.1)
+            self.fc, self.act, self.mid = nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH)
+            self.head = nn.Linear(WIDTH, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.fc(x)
+            h = self.mid(self.act(h @ self.mix if self.below else h))
+            return self.head(h @ self.mix)
+
+    options = {"sample_input": torch.randn(3, WIDTH), "cuts": ["act"], "error_at": "mid"}
+    assert not fa_bench.attach(Net(False), "dfa", **options).coverage.uncovered
+    with pytest.raises(CoverageError, match=r"leaves weights uncovered: mix \(in a Net\)"):
+        fa_bench.attach(Net(True), "dfa", **options)
 
 
 def test_a_weight_that_a_function_uses_within_a_block_is_transported():

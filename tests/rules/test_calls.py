@@ -128,3 +128,8 @@ def test_a_cut_in_front_of_the_first_layer_is_refused(name):
     model = nn.Sequential(nn.Tanh(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
     with pytest.raises(CoverageError, match="cut '0' has no layer with weights before it"):
         fa_bench.attach(model, name, sample_input=torch.zeros(2, 4), cuts=["0", "2", "4"])
+
+
+def test_the_seed_is_0_unless_another_is_given():
+    found = [fa_bench.attach(nets.mlp(), "fa", **options).feedback["fc2"]["B"] for options in ({}, {"seed": 0}, {"seed": -1})]
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])

@@ -39,12 +39,47 @@ def unchanged(model: nn.Module, plain: nn.Module) -> bool:
     return same_types and list(model.state_dict()) == list(plain.state_dict()) and not hooked
 
 
-@pytest.mark.parametrize("name", [*EDGE_RULES, "dfa"])
-def test_nothing_to_cover(name):
-    model = nn.Sequential(nn.Flatten(), nn.ReLU())
-    with pytest.raises(ValueError):
-        fa_bench.attach(model, name, seed=0, sample_input=torch.zeros(2, 3), **({"cuts": ["1"]} if name == "dfa" else {}))
-    assert unchanged(model, nn.Sequential(nn.Flatten(), nn.ReLU()))
+class Unused(nn.Module):
+    """Its layer does not run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.fc = nn.ReLU(), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.act(x)
+
+
+@pytest.mark.parametrize("options", [{}, {"freeze_stem": True}], ids=str)
+@pytest.mark.parametrize("sample", [{}, {"sample_input": torch.zeros(2, 3)}], ids=["no sample", "sample"])
+@pytest.mark.parametrize("name", [*EDGE_RULES, "asap", "dfa"])
+def test_nothing_to_cover(name, sample, options):
+    def build():
+        return nn.Sequential(nn.Flatten(), nn.ReLU())
+
+    model, cuts = build(), {"cuts": ["1"]} if name == "dfa" else {}
+    with pytest.raises(CoverageError, match=r"covers no layer of this model: it has no nn\.Linear"):
+        fa_bench.attach(model, name, seed=0, **sample, **cuts, **options)
+    assert unchanged(model, build())
+
+
+@pytest.mark.parametrize("name", [*EDGE_RULES, "asap", "dfa"])
+def test_layers_that_do_not_run_are_not_covered(name):
+    model, cuts = Unused(), {"cuts": ["act"]} if name == "dfa" else {}
+    with pytest.raises(CoverageError, match="covers no layer of this model: none ran"):
+        fa_bench.attach(model, name, seed=0, freeze_stem=True, sample_input=torch.zeros(2, 3), **cuts)
+    assert unchanged(model, Unused())
+
+
+@pytest.mark.parametrize(("model", "says"), [
+    (OwnAttention(4, 2), "the model (OwnAttention) is a class of its own"),
+    (nn.Sequential(OwnAttention(4, 2)), "'0' (OwnAttention) is a class of its own"),
+    (nn.Embedding(9, 4), "the model (Embedding) passes no error on"),
+    (nn.Sequential(nn.Embedding(9, 4)), "'0' (Embedding) passes no error on"),
+])
+def test_what_cannot_be_covered_is_named_with_the_reason(model, says):
+    with pytest.raises(CoverageError, match=re.escape(says)):
+        fa_bench.attach(model, "fa", seed=0)
 
 
 @pytest.mark.parametrize("name", EDGE_RULES)

@@ -404,6 +404,7 @@ def test_saved_rule_goes_on_as_the_original_whatever_the_seed_it_is_loaded_over(
 def test_foreign_state_is_refused_by_name(variant):
     _, rule, _, _ = start(variant)
     state = rule.state_dict()
+    rule.load_state_dict(state)
     with pytest.raises(fa_bench.errors.StateError, match=r"unknown: .*nowhere\.draws"):
         rule.load_state_dict(state | {"nowhere": {"draws": 1}})
     for foreign in ([1], ["classifiers"], 3, "classifiers", None):

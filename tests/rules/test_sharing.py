@@ -458,3 +458,12 @@ def test_layers_with_other_positions_use_their_own_input_and_are_named(name):
     rule = fa_bench.attach(model, name, sample_input=x, linear="share")
     assert any("are not those of c: these layers use their own input" in note for note in rule.coverage.notes)
     assert [entry.layer for entry in rule.coverage.covered if "shares the input" in entry.feedback] == ["b", "d", "out"]
+
+
+def test_a_refused_model_keeps_no_feedback_of_the_layer_that_was_refused():
+    """The layer's feedback is there before its shapes are compared."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 3))
+    before = list(model.state_dict())
+    with pytest.raises(fa_bench.errors.CoverageError, match="input of '4': 3 channels are not a multiple of 2"):
+        fa_bench.attach(model, "asap", seed=0, sample_input=torch.zeros(2, 1, 9, 9))
+    assert list(model.state_dict()) == before

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fa_bench
+from fa_bench.utils.sampling import resample_magnitudes, seed_for
 
 from . import nets
 from .helpers import array, assert_bitwise, assert_matches, backward, bp_grads, collect, fa_surrogate, layer_names, rule_grads
@@ -260,3 +261,15 @@ def test_xiaos_scale_tells_convolutions_of_every_dimension_from_linear_layers(la
     want = 1 / math.sqrt(3) if isinstance(layer, nn.Linear) else math.sqrt(2 / (5 * math.prod(layer.kernel_size)))
     assert rule.effective_feedback("0").abs().unique().tolist() == pytest.approx([want])
     rule.detach()
+
+
+def test_a_sample_depends_on_the_seed_of_the_layer_and_on_its_number_only():
+    """So that a run that is resumed, or repeated by another version, has the same magnitudes."""
+    model, rule = attached("brsf")
+    x, _ = nets.batch("conv")
+    for _ in range(3):
+        model(x)
+    for path, layer in list(rule._layers.items())[1:]:
+        expected = torch.empty_like(layer.weight)
+        resample_magnitudes(expected, rule.m_init, seed_for(seed_for(0, path, "M"), 3))
+        assert torch.equal(rule.feedback[path]["M"], expected)

@@ -61,6 +61,23 @@ def test_two_backward_passes_add_up_in_a_residual_net(name: str) -> None:
     assert_sums(rule, (x, y), (x.flip(0) * 0.7, y.roll(1)))
 
 
+@pytest.mark.parametrize(("name", "options"), [
+    ("fa", {}), ("kp", {}), ("brsf", {}), ("usf", {}), ("pfa", {"ratio": 2}), ("asap", SHARING), ("asfp", SHARING), ("dfa", {}),
+    ("dkp", {}), ("dkp", {"cuts": ["act1"], "error_at": "act2"}), ("dfa", {"form": "kernel"}),
+], ids=str)
+def test_one_graph_can_be_differentiated_twice(name: str, options: dict[str, object]) -> None:
+    """What a forward pass keeps for the backward pass is still there if autograd retains the graph."""
+    model, (x, y) = nets.NETS["mlp_tanh"](), nets.batch("mlp_tanh", seed=0)
+    rule = fa_bench.attach(model, name, seed=0, sample_input=x, **cut_options(name, model, options))
+    loss = F.cross_entropy(model(x), y)
+    loss.backward(retain_graph=True)
+    once = [None if tensor.grad is None else tensor.grad.clone() for tensor in trained(rule)]
+    loss.backward()
+    assert any(grad is not None and grad.any() for grad in once)
+    for tensor, grad in zip(trained(rule), once, strict=True):
+        assert grad is None or torch.equal(tensor.grad, 2 * grad)
+
+
 @pytest.mark.parametrize("name", ["kp", "predsim", "dgl", "asfp_lc", "dkp", "pfa"])
 def test_gradients_that_were_handed_out_stay_as_they_are(name: str) -> None:
     """A tensor that a caller kept from ``.grad`` is not written into by the next backward pass of another batch."""

@@ -62,8 +62,6 @@ class AttentionLayers(Compound):
         dtype = query.dtype
         length, batch, _ = shaped[id(query)].shape
         q, k, v = self._projected((shaped[id(query)], shaped[id(key)], shaped[id(value)]))
-        if key_padding_mask is not None and not is_batched:
-            key_padding_mask = key_padding_mask.unsqueeze(0)
         mask, is_causal = self._mask(attn_mask, key_padding_mask, is_causal, need_weights, (length, batch, len(k)), dtype)
         if module.bias_k is not None:
             k, v = (torch.cat([x, bias.expand(1, batch, -1)]) for x, bias in ((k, module.bias_k), (v, module.bias_v)))

@@ -321,3 +321,9 @@ def test_deliver_infers_the_scale_as_backward_does(variant: str) -> None:
         getattr(rule, method)(F.cross_entropy(logits, Y) / 4, logits, Y)
         got.append(gradients(model))
     assert_same(*got)
+
+
+def test_a_loss_times_zero_has_the_scale_zero() -> None:
+    logits, labels = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).requires_grad_(True), torch.arange(4) % 3
+    (delta,) = torch.autograd.grad(0 * F.cross_entropy(logits, labels), logits)
+    assert measured_scale("drtp", delta, logits.detach(), labels) == 0

@@ -287,6 +287,22 @@ def test_the_feedback_of_a_cut_after_a_frozen_layer_rests_with_it(name):
     steps(model, rule, sgd(model.parameters()), 2)
 
 
+@pytest.mark.parametrize(("name", "key"), [("kp", "0"), ("dkp", "1"), ("predsim", "1")])
+def test_feedback_that_was_unfrozen_may_be_frozen_again(name, key):
+    """It was frozen by `attach`, then trained together with its layer, and now the user keeps it as it is."""
+    model = net()
+    model[0].requires_grad_(False)
+    rule = fa_bench.attach(model, name, seed=0, **({"b_lr_scale": 1.0} if name == "dkp" else {}))
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    steps(model, rule, sgd(model.parameters()), 2)
+    for tensor in rule.feedback[key].values():
+        tensor.requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in rule.feedback[key].items()}
+    steps(model, rule, sgd(p for p in model.parameters() if p.requires_grad), 2)
+    assert before and all(torch.equal(tensor, before[name]) for name, tensor in rule.feedback[key].items())
+
+
 def convolutional():
     torch.manual_seed(1)
     model = nn.Sequential(*[part for width in (1, 4, 4) for part in (nn.Conv1d(width, 4, 3, padding=1), nn.ReLU())],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -306,3 +307,27 @@ def test_a_scalar_beside_the_named_output_is_refused_only_if_it_was_computed_fro
     for model.scalar, model.named in (("logits", True), ("weight", False)):
         with pytest.raises(CoverageError, match=r"returns a loss \('scalar'\)"):
             model(X)
+
+
+class InAnObject(Chain):
+    """Returns an object of a class that is no container, in which no tensor is found."""
+
+    def forward(self, x: Tensor) -> Any:
+        return SimpleNamespace(logits=super().forward(x))
+
+
+@pytest.mark.parametrize("name", ["fa", "kp"])
+def test_edge_rules_need_no_output_that_can_be_read(name: str) -> None:
+    model, plain = InAnObject(), Chain()
+    rules = [attach(net, name, seed=0) for net in (model, plain)]
+    assert rules[0].coverage.covered == rules[1].coverage.covered
+    for rule, logits in zip(rules, (model(X).logits, plain(X)), strict=True):
+        rule.backward(F.cross_entropy(logits, Y))
+    assert_same(gradients(model), gradients(plain))
+
+
+def test_cut_rules_say_that_no_output_can_be_read() -> None:
+    with pytest.raises(CoverageError, match=r"output='logits': the model has no such output \(outputs: no tensor\)"):
+        attach(InAnObject(), "dfa", output="logits")
+    with pytest.raises(CoverageError, match=r"needs outputs of shape .*; this model returns \(\)"):
+        attach(InAnObject(), "dfa")

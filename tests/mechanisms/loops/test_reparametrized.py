@@ -247,3 +247,25 @@ def test_a_computed_bias_stays_in_the_forward_pass(make: Callable[[], Any], is_a
         torch.testing.assert_close(output, next(tensors_in(module(*inputs))))
     output.sum().backward()
     assert getattr(module, f"{name}_orig").grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("make", "name", "count"), [
+    (lambda: nn.MultiheadAttention(4, 2), "in_proj_bias", 3), (lambda: nn.GRUCell(4, 4), "bias_ih", 1),
+    (lambda: nn.Bilinear(4, 4, 4), "bias", 2),
+], ids=["attention", "cell", "bilinear"])
+def test_detach_leaves_a_plain_module_with_the_parametrization_of_its_bias(
+    make: Callable[[], nn.Module], name: str, count: int,
+) -> None:
+    """The parametrization has derived a class from the one that the module has while a rule is attached."""
+    module, inputs = make(), (torch.randn(3, 4),) * count
+    nn.init.normal_(module.get_parameter(name))
+    plain_class = type(module)
+    rule = fa_bench.attach(module, "fa", sample_input=inputs)
+    parametrize.register_parametrization(module, name, Doubled())
+    output = next(tensors_in(module(*inputs)))
+    rule.detach()
+    assert type(module).__name__ == f"Parametrized{plain_class.__name__}" and isinstance(module, plain_class)
+    assert not any("fa_bench" in base.__module__ for base in type(module).__mro__)
+    torch.testing.assert_close(next(tensors_in(module(*inputs))), output)
+    parametrize.remove_parametrizations(module, name)
+    assert type(module) is plain_class

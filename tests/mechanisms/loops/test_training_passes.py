@@ -279,3 +279,12 @@ def test_a_model_that_calls_itself_in_its_first_pass_is_left_without_observers(n
     model(X)
     assert torch._C._len_torch_function_stack() == modes
     assert [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()] == hooks
+
+
+@pytest.mark.parametrize("name", ["dfa", "dkp"])
+def test_a_foreign_loss_is_refused_after_a_pass_that_autograd_ran_by_itself(name):
+    model = Net()
+    rule = attach(model, name)
+    F.cross_entropy(model(X), Y).backward()
+    with pytest.raises(ValueError, match="was not computed by a training forward pass of the attached model"):
+        rule.backward(F.cross_entropy(Net()(X), Y))

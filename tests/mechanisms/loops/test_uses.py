@@ -72,6 +72,7 @@ OUTSIDE: dict[str, tuple[Callable[[Net, Tensor], Tensor], str]] = {
     "multi_dot": (lambda net, h: torch.linalg.multi_dot([h, net.enc.weight]), r"linalg_multi_dot\(\)"),
     "concatenated": (lambda net, h: h @ torch.cat([net.enc.weight[:8], net.enc.weight[8:]]), r"__getitem__\(\)"),
     "in a list": (lambda net, h: h @ torch.cat([net.enc.weight, net.enc.weight])[:16], r"cat\(\)"),
+    "difference of scaled weights": (lambda net, h: h @ (3 * net.enc.weight - net.enc.weight / 2), r"rsub\(\)|mul\(\)"),
     "sum of weights": (lambda net, h: h @ (net.enc.weight + net.enc.weight), r"add\(\)"),
     "detached": (lambda net, h: h @ net.enc.weight.detach(), r"matmul\(\)"),
     "data": (lambda net, h: F.linear(h, net.enc.weight.data.t()), r"linear\(\)"),
@@ -149,6 +150,9 @@ HARMLESS: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "to what is detached": lambda net, h: h[:, :8].to(net.enc.weight.detach()),
     "type_as of what is detached": lambda net, h: h[:, :8].type_as(net.enc.weight.data),
     "view_as of what is detached": lambda net, h: h[:, :8].view_as(net.enc.weight.detach()[:1].expand(len(h), 8)),
+    "expand_as of what is detached": lambda net, h: h[:, :8].expand_as(net.enc.weight.detach()[:1].expand(len(h), 8)),
+    "reshape_as of what is detached": lambda net, h: h[:, :8].reshape_as(net.enc.weight.detach()[:1].expand(len(h), 8)),
+    "broadcast with what is detached": lambda net, h: torch.broadcast_tensors(h[:, :8], net.enc.weight.detach()[0])[0],
     "new_zeros": lambda net, h: h[:, :8] + net.enc.weight.new_zeros(8),
     "zeros_like": lambda net, h: h[:, :8] + torch.zeros_like(net.enc.weight)[0],
     "added": lambda net, h: h[:, :8] + net.enc.weight[0],
@@ -308,3 +312,25 @@ def test_without_a_sample_the_model_runs_as_often_as_it_is_called(name: str) -> 
         assert len(calls) == 1
         if training:
             rule.backward(F.cross_entropy(logits, y), logits, y)
+
+
+class Attentive(nn.Module):
+    """Attention between two cuts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.act, self.out = nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)
+        self.attention, self.act2 = nn.MultiheadAttention(8, 2, batch_first=True), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.stem(x))
+        return self.out(self.act2(self.attention(h, h, h, need_weights=False)[0]).mean(1))
+
+
+@pytest.mark.parametrize("name", ["dfa", "dkp"])
+def test_attention_uses_its_own_weights_in_a_fused_function(name: str) -> None:
+    """With cuts around attention, training passes do not call its layers one by one, as the pass of the sample does."""
+    model, x, y = Attentive(), torch.randn(2, 5, 4), torch.tensor([0, 1])
+    rule = attach(model, name, sample_input=x, cuts=["act", "act2"], allow_uncovered=["attention.in_proj_weight"])
+    rule.backward(F.cross_entropy(model(x), y))
+    assert list(rule.coverage.uncovered) == ["attention.in_proj_weight"]
