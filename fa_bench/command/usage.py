@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fa_bench.command.compose import Composer
 from fa_bench.config.job import FEEDBACK_OPTIMIZER, RunOptions, conf_dir
 from fa_bench.errors import ConfigError, format_value, names, nearest, truncate
-from fa_bench.registry.options import Options, limits_text, option_fields, summary
+from fa_bench.registry.options import Options, defaults, limits_text, option_fields, summary
 from fa_bench.registry.registries import GROUPS, NAMED, SCHEDULES
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ def usage(composer: Composer, topics: Sequence[str]) -> str:
     sections = []
     for topic in topics:
         if topic not in (known := [*kinds, "experiment", "run", *named]):
-            raise ConfigError(f"--help {truncate(topic, 100)}: no such topic{nearest(topic, known)} (allowed: {names(known)})")
+            similar = "; --help run lists it" if topic in defaults(RunOptions) else nearest(topic, known)
+            raise ConfigError(f"--help {truncate(topic, 100)}: no such topic{similar} (allowed: {names(known)})")
         sections.append(["run options:", *_options(RunOptions(), "")] if topic == "run" else
                         [f"{topic}:", *(_components(named[topic]) if topic in named else
                                         _choices(composer, topic, choices[topic]))])

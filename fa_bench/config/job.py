@@ -84,7 +84,7 @@ class RunOptions(Options):
     deterministic: bool = option(False, "refuse nondeterministic operations")
     compile: bool | str = option(False, "compile forward and backward pass with torch.compile; auto: where that was measured to "
                                         "pay; changes rounding", choices=["auto", True, False], identifying=False)
-    graphs: bool | str = option("auto", "capture compiled steps as CUDA graphs; auto: never, as long as that is not measured",
+    graphs: bool | str = option("auto", "capture compiled steps as CUDA graphs; auto: currently never (not yet measured)",
                                 choices=["auto", True, False], identifying=False)
     precision: str = option("fp32", "fp32; tf32 (products on CUDA devices); bf16 (autocast: weights, feedback and metrics stay "
                                     "in single precision)", choices=["fp32", "tf32", "bf16"], identifying=False)

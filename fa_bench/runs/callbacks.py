@@ -168,6 +168,7 @@ class Display(Callback):
         self._bar = tqdm(total=steps * options.epochs, initial=progress.step, desc=self.title, unit="step", disable=None,
                          leave=False, dynamic_ncols=True)
         self._start, self._first = time.monotonic(), progress.epoch + 1
+        self._compiled = progress.compile_seconds
         self._last_line = self._start if self.brief else -LINE_EVERY
 
     def on_step_end(self, trainer: Trainer) -> None:
@@ -186,7 +187,8 @@ class Display(Callback):
         if due:
             self._last_line = now
         log.log(logging.INFO if due else logging.DEBUG, "%s epoch %d/%d  %s", self.title, epoch, epochs, summary)
-        seconds = now - self._start
+        # Later epochs do not compile, and later runs find most of it in torch's cache.
+        seconds = now - self._start - (trainer.progress.compile_seconds - self._compiled)
         if epoch == self._first and self.later_epochs and (seconds >= LINE_EVERY or not self.brief):
             remaining = seconds * (epochs - self._first + self.later_epochs)
             log.info("%s: %s per epoch; about %s remaining", self.title, duration(seconds), duration(remaining))

@@ -99,6 +99,7 @@ class Execution:
             if len(x) in self._pending:
                 self._pending.discard(len(x))
                 self._has_compiled = True
+                log.info("compiling the step for %d samples, which takes seconds to a minute", len(x))
                 with torch._dynamo.config.patch(allow_rnn=True):  # recurrent modules are compositions of layers
                     return compiled(x, y)
             return compiled(x, y)

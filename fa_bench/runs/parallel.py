@@ -336,7 +336,7 @@ class Processes(World):
 
     def notes(self, model: torch_nn.Module, synchronised: bool, notes: tuple[str, ...]) -> list[str]:
         modules, several = list(model.modules()), f"{self.size} processes"
-        lines = [f"{several} train on one batch together"]
+        lines = [f"{several} share each batch"]
         if not synchronised and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules):
             lines.append(f"batch normalisation uses the statistics of each process's own samples: the results of {several} "
                          "differ from those of one; sync_batch_norm=true uses those of the whole batch")

@@ -27,6 +27,7 @@ BROKEN = [
     ("density=0.5", ["density: unknown key; did you mean 'algorithm.density'?"]),
     ("algorithm.lr=0.1", ["algorithm.lr: unknown key lr in algorithm; did you mean 'optimizer.lr'?"]),
     ("--help algoritm", ["--help algoritm", "'algorithm'"]),
+    ("--help compile", ["--help compile", "--help run lists it"]),
     ("algorithm.densty=0.5", ["algorithm.densty", "'density'"]),
     ("algorithm/foo=3", ["algorithm/foo", "'algorithm'"]),
     ("hydra.swep=1", ["hydra.swep", "'sweep'"]),

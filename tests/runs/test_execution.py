@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +17,11 @@ import fa_bench
 from fa_bench.cli import main
 from fa_bench.config.job import RunOptions
 from fa_bench.errors import ConfigError
-from fa_bench.runs import execution
+from fa_bench.runs import callbacks, execution
+from fa_bench.runs.callbacks import Display
 from fa_bench.runs.execution import Execution
 from fa_bench.runs.hashes import state_hash
+from fa_bench.runs.loop import Progress
 
 CPU = torch.device("cpu")
 SMALL = ["dataset=synthetic", "dataset.samples=200", "dataset.validation=40", "architecture.widths=[8]", "batch_size=30",
@@ -158,3 +161,17 @@ def test_tf32_holds_for_products_of_training_only() -> None:
     with execution._tf32():
         assert torch.get_float32_matmul_precision() == "high"
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_the_time_left_leaves_out_compilation(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    progress, clock = Progress(), iter([0.0, 100.0])
+    trainer: Any = SimpleNamespace(options=RunOptions(epochs=2), progress=progress,
+                                   splits=SimpleNamespace(train=SimpleNamespace(steps=lambda size, drop: 1)))
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: next(clock))
+    display = Display("run", later_epochs=3)
+    display.on_fit_start(trainer)
+    progress.epoch, progress.compile_seconds = 1, 70.0
+    with caplog.at_level("INFO", "fa_bench"):
+        display.on_epoch_end(trainer, {"train_loss": 1.0, "val_accuracy": 0.5, "test_accuracy": 0.5})
+    display.close()
+    assert "30 s per epoch; about 2 min remaining" in caplog.text  # 30 s for each of four epochs

@@ -218,7 +218,7 @@ def test_two_processes_train_as_one(name: str, inside: Any) -> None:
     assert accuracies[0] == pytest.approx(accuracies[1], abs=0.05)  # one of 21 samples at most
     measured = [[json.loads(line)["step"] for line in Path(folder, ANGLES).read_text().splitlines()] for folder in folders]
     assert measured[0] == measured[1] and len(measured[0]) > 1
-    assert of_case[1][2] == "" and "2 processes train on one batch together" in Path(folders[1], "run.log").read_text()
+    assert of_case[1][2] == "" and "2 processes share each batch" in Path(folders[1], "run.log").read_text()
 
 
 def test_batch_normalisation_of_each_process_differs_and_is_noted(inside: Any) -> None:
