@@ -24,7 +24,7 @@ def parts_of(rule: str, **options) -> Parts:
     attached = fa_bench.attach(model, rule, sample_input=x, **options)
     meter: Any = AlignmentMeter(attached, x, torch.arange(6) % 4)
     nothing: Any = None
-    return Parts(nothing, attached, nothing, meter, nothing, [], "")
+    return Parts(nothing, attached, nothing, meter, nothing, [], nothing, "")
 
 
 @pytest.mark.parametrize(("rule", "options", "sign", "magnitude"), [

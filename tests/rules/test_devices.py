@@ -19,6 +19,7 @@ from fa_bench.optim.optimizers import Optimizers
 from fa_bench.optim.sgd import SGD
 from fa_bench.registry.registries import ALGORITHMS, ARCHITECTURES
 from fa_bench.rules import wm
+from fa_bench.utils import lazy
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 
@@ -32,7 +33,8 @@ READS_ONCE = {"frsf"}
 def meta_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Autograd needs no driver for the device meta, but it has no autocast and no generators."""
     autocast = torch.is_autocast_enabled
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device != "meta" and autocast(device))
+    for module in (torch, lazy.torch):  # the latter keeps what it has looked up
+        monkeypatch.setattr(module, "is_autocast_enabled", lambda device: device != "meta" and autocast(device))
     monkeypatch.setattr(wm.Noise, "sample", lambda noise, number, like: like.new_empty(noise.batch, *noise.shape))
     with functorch_config.patch(fake_tensor_allow_meta=True):
         yield
