@@ -62,7 +62,8 @@ def operator(schema: str, like: Callable[..., Any]) -> Callable[[Callable[..., A
     arguments or views of them. Unlike in `torch.library.custom_op`, autograd works in it.
 
     Args:
-        schema: name, arguments and results, without the key.
+        schema: name, arguments and results, without the key. Compilers keep graphs on disk: an operator whose results get another
+            memory format needs another name.
         like: returns tensors like the results, from the arguments without the key; for compilers.
     """
     def register(function: Callable[..., Any]) -> Any:

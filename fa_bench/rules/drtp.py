@@ -70,7 +70,7 @@ class DRTP(CutRule):
             return self.project(cut, broadcast.sign() * factor, captured)
         assert target is not None
         # The rows of B that the one-hot labels select, at B's precision even under autocast, since they do not depend on δ.
-        return self.in_shape(cut, self.tensor(cut, "B").index_select(0, target).mul_(factor), captured)
+        return self.in_shape(cut, self.matrix(cut, captured).index_select(0, target).mul_(factor), captured)
 
     def _at_positions(self, cut: str, captured: CapturedActivation, broadcast: Tensor, target: Tensor | None) -> Tensor:
         """The signal for an output with positions; those without a label have no error and do not count."""

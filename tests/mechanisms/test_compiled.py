@@ -250,12 +250,12 @@ def test_a_copy_of_a_compiled_model_uses_its_own_rule() -> None:
 def test_operators_that_run_python_are_not_captured_in_cuda_graphs() -> None:
     for module in ("cut.function", "edge.messages"):
         importlib.import_module(f"fa_bench.mechanisms.{module}")
-    operators = [getattr(torch.ops.fa_bench, name).default for name in ("new_sample", "second_pass", "errors_at_cuts")]
+    operators = [getattr(torch.ops.fa_bench, name).default for name in ("new_sample", "second_pass", "cut_errors")]
     assert [operator for operator in operators if torch.Tag.cudagraph_unsafe not in operator.tags] == []
 
 
 @pytest.mark.parametrize(("spec", "of", "method", "operator"), [
-    ("dkp", "_delivery", "errors_in_graph", "errors_at_cuts"), ("predsim", "_delivery", "errors_in_graph", "errors_at_cuts"),
+    ("dkp", "_delivery", "errors_in_graph", "cut_errors"), ("predsim", "_delivery", "errors_in_graph", "cut_errors"),
     ("forward_alignment", "", "second_pass", "second_pass"),
 ])
 def test_operators_return_what_compilers_expect(

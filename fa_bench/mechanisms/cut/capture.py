@@ -32,11 +32,23 @@ class CapturedActivation:
         tensor: the tensor before it was detached, (N, ...); `CutRule.signal` may read it only if the rule sets `reads_values`.
         shape: its shape.
         output_shape: for a cut at a module's input, the shape of the module's output.
+        channels_last: whether the error is to be stored with its channels last.
     """
 
     tensor: Any
     shape: torch.Size
     output_shape: tuple[int, ...] = ()
+    channels_last: bool = False
+
+
+def is_stored_last(tensor: Tensor) -> bool:
+    """Whether a compiled graph stores a tensor of this shape with its channels last: maps on CPUs."""
+    return tensor.dim() == 4 and tensor.is_cpu
+
+
+def format_of(tensor: Tensor) -> torch.memory_format:
+    """The memory format of results in the shape of a tensor."""
+    return torch.channels_last if is_stored_last(tensor) else torch.contiguous_format
 
 
 class Capture:

@@ -12,10 +12,11 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import CoverageError, names
-from fa_bench.mechanisms.cut.capture import CapturedActivation
+from fa_bench.mechanisms.cut.capture import CapturedActivation, format_of, is_stored_last
 from fa_bench.mechanisms.cut.positions import ignored_label
 from fa_bench.mechanisms.graph import nodes_from
 from fa_bench.mechanisms.loss_scale import is_unscaled, measured_scale
+from fa_bench.mechanisms.rule import OUTPUT
 from fa_bench.utils.lazy import torch
 
 if TYPE_CHECKING:
@@ -107,7 +108,8 @@ class Delivery:
             learned: tensors like the learned ones.
             cuts: the cuts, as ``repr`` writes a list of names and `CapturedActivation.output_shape`.
         """
-        tape = {cut: CapturedActivation(tensor, tensor.shape, shape)
+        matrices = not self.rule._layouts and self.rule.side == OUTPUT
+        tape = {cut: CapturedActivation(tensor, tensor.shape, shape, matrices and is_stored_last(tensor))
                 for (cut, shape), tensor in zip(ast.literal_eval(cuts), activations, strict=True)}
         tensors = [one for cut in tape for one in self.rule.learned_at(cut)] if learned else []
         error, *others = self._errors(tape, tensors, logits[0] if logits else None, delta, ())
@@ -118,7 +120,7 @@ class Delivery:
         feedback = (one for tensors in self.rule.feedback.values() for one in tensors.values())
         kept = {one.untyped_storage().data_ptr() for one in (delta, *logits, *activations, *learned, *feedback)}
         return [wanted.new_zeros(wanted.shape) if result is None else
-                result.to(wanted.dtype, copy=result.untyped_storage().data_ptr() in kept, memory_format=torch.contiguous_format)
+                result.to(wanted.dtype, copy=result.untyped_storage().data_ptr() in kept, memory_format=format_of(wanted))
                 for result, wanted in zip(results, like, strict=True)]
 
     def run(self, loss: Tensor, target: Tensor | None, loss_scale: float | None) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fa_bench.mechanisms.compiled import operator, stand_in
+from fa_bench.mechanisms.cut.capture import format_of
 
 
 class DeliverFunction(torch.autograd.Function):
@@ -55,18 +56,18 @@ class CompiledDeliverFunction(torch.autograd.Function):
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         saved, first = list(ctx.saved_tensors), int(ctx.save_logits)
         end = first + ctx.count
-        results = errors_at_cuts(delta, saved[:first], saved[first:end], saved[end:], ctx.changes_delta, ctx.cuts, ctx.key)
+        results = cut_errors(delta, saved[:first], saved[first:end], saved[end:], ctx.changes_delta, ctx.cuts, ctx.key)
         others, error = (results[:-1], results[-1]) if ctx.changes_delta else (results, delta)
         return None, None, None, None, None, None, error, *others
 
 
 @operator(
-    "errors_at_cuts(Tensor delta, Tensor[] logits, Tensor[] activations, Tensor[] learned, bool changes_delta, str cuts) -> "
+    "cut_errors(Tensor delta, Tensor[] logits, Tensor[] activations, Tensor[] learned, bool changes_delta, str cuts) -> "
     "Tensor[]",
     like=lambda delta, logits, activations, learned, changes_delta, cuts: [
-        torch.empty_like(one, memory_format=torch.contiguous_format)
+        torch.empty(one.shape, dtype=one.dtype, device=one.device, memory_format=format_of(one))
         for one in (*activations, *learned, *([delta] if changes_delta else []))])
-def errors_at_cuts(
+def cut_errors(
     delivery: Any, delta: Tensor, logits: list[Tensor], activations: list[Tensor], learned: list[Tensor], changes_delta: bool,
     cuts: str,
 ) -> list[Tensor]:

@@ -142,7 +142,7 @@ class CutRule(Rule):
 
     def project(self, cut: str, errors: Tensor, captured: CapturedActivation) -> Tensor:
         """The product errors B in the shape of the activation, with errors (N, C) or (N, P..., C), and B (C, features)."""
-        feedback = feedback_tensor(self._cut_modules[cut], "B")
+        feedback = self.matrix(cut, captured)
         if errors.dtype != feedback.dtype:
             errors = errors.to(feedback.dtype)
         if not self._layouts:
@@ -150,12 +150,27 @@ class CutRule(Rule):
         errors = self._layouts[cut].matched(errors, captured.shape)
         return self.in_shape(cut, errors.flatten(0, -2).mm(feedback).unflatten(0, errors.shape[:-1]), captured)
 
+    def matrix(self, cut: str, captured: CapturedActivation) -> Tensor:
+        """B of a cut, (C, features), with the features in the order in which `in_shape` expects them."""
+        feedback = feedback_tensor(self._cut_modules[cut], "B")
+        if not captured.channels_last:
+            return feedback
+        # Compiled convolutions store maps with their channels last. A fixed B is reordered once.
+        key, known = (feedback.data_ptr(), feedback._version), self._reordered.get(cut)
+        if known is None or known[0] != key:
+            ordered = feedback.unflatten(1, captured.shape[1:]).movedim(1, -1).flatten(1)
+            self._reordered[cut] = known = (key, ordered)
+        return known[1]
+
     def in_shape(self, cut: str, projected: Tensor, captured: CapturedActivation) -> Tensor:
         """An error (N, features), or (N, P..., F) at the positions of the cut, in the shape of the activation."""
         if self._layouts:
             return self._layouts[cut].restored(projected, captured.shape)
         if projected.dim() == len(captured.shape):
             return projected
+        if captured.channels_last:
+            batch, channels, *size = captured.shape
+            return projected.view(batch, *size, channels).movedim(-1, 1)
         try:
             return projected.view(captured.shape)
         except RuntimeError:
@@ -189,6 +204,7 @@ class CutRule(Rule):
 
         self._cut_modules: dict[str, nn.Module] = {}
         self._layouts: dict[str, Layout] = {}
+        self._reordered: dict[str, tuple[tuple[int, int], Tensor]] = {}
         origin = named_origin(self)
         named = self.find_cuts(sample_input)
         trace = self.trace(sample_input, watch=(*named, *origin))
