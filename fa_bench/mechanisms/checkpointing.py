@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
 
 def recomputing() -> bool:
-    """Whether this forward pass repeats an earlier one inside a backward pass, as activation checkpointing does."""
-    return torch._C._current_graph_task_id() != -1
+    """Whether this forward pass repeats an earlier one inside a backward pass, as activation checkpointing does; never in a graph
+    that is being compiled."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def refuse_reentrant(rule: str) -> Callable[..., Tensor]:

@@ -132,7 +132,7 @@ class ForwardAlignment(EdgeRule):
     # Neither the second pass itself nor a pass that activation checkpointing repeats starts a second pass.
     def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         super().begin_forward(model, args, kwargs)
-        if self.mode.training and (torch.compiler.is_compiling() or not recomputing()):
+        if self.mode.training and not recomputing():
             self.current = Pass(is_compiled=torch.compiler.is_compiling())
             self._call = args, kwargs
 

@@ -141,7 +141,7 @@ class Capture:
         if tape is None:
             if not torch.is_grad_enabled() or self.rule.mode.exact:
                 return None
-            if torch.compiler.is_compiling() or not recomputing():
+            if not recomputing():
                 raise CoverageError(f"cut '{cut}' ran outside a forward pass of the attached model: call the model itself")
         if not isinstance(output, torch.Tensor):
             raise CoverageError(f"cut '{cut}' returns a {type(output).__name__}; name a module that returns one tensor")
@@ -169,8 +169,7 @@ class Capture:
         tape = self.tape
         if tape is None:
             # A repeated pass must save the same tensors as the first one, in which this output required its gradient.
-            is_trained = torch.is_grad_enabled() and not self.rule.mode.exact
-            repeated = is_trained and not torch.compiler.is_compiling() and recomputing()
+            repeated = recomputing() and not self.rule.mode.exact and torch.is_grad_enabled()
             return output.detach().requires_grad_() if repeated else None
         if not torch.is_grad_enabled():
             return None  # beside the trained pass; in reentrant checkpointing, `require_connected` refuses the pass

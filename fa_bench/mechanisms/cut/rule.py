@@ -18,7 +18,6 @@ from fa_bench.mechanisms.feedback_options import output_option
 from fa_bench.mechanisms.feedback_tensors import drop_tensors, feedback_tensor, put_tensor, tensors_of
 from fa_bench.mechanisms.rule import INPUT, OUTPUT, Rule
 from fa_bench.registry.options import option
-from fa_bench.utils.lazy import torch
 from fa_bench.utils.sampling import sample, seed_for
 
 if TYPE_CHECKING:
@@ -286,7 +285,7 @@ class CutRule(Rule):
         if self.error_at != at:
             self._capture.require_connected()
             return None
-        if len(tape) < len(self._cut_modules) and (torch.compiler.is_compiling() or not recomputing()):
+        if len(tape) < len(self._cut_modules) and not recomputing():
             self._capture.check_missing(tape)
         return self._delivery.connect(output, tape)
 

@@ -66,7 +66,7 @@ class SharedActivation:
         Raises:
             CoverageError: if the first consumer of the activation did not run in this pass.
         """
-        if self._captured is None and not torch.compiler.is_compiling() and recomputing():
+        if self._captured is None and recomputing():
             return refuse_reentrant(rule)
         if self._captured is None:
             raise CoverageError(f"the activation that layers share is the input of '{self.consumer}', which did not run before "
