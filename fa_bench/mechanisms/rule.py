@@ -177,8 +177,12 @@ class Rule(Options):
         self._handles += [self.model.register_forward_pre_hook(self.begin_forward, with_kwargs=True),
                           self.model.register_forward_hook(self.end_forward, always_call=True)]
 
-    def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        """Called before every forward pass of the model; raises an error if the model has changed since `attach`."""
+    def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Called before every forward pass of the model, may return other arguments (args, kwargs) for it.
+
+        Raises:
+            CoverageError: if the model has changed since `attach`.
+        """
         mode = self.mode
         training = torch.is_grad_enabled() and not mode.exact
         if torch.compiler.is_compiling():
@@ -299,6 +303,14 @@ class Rule(Options):
         """
         for learned in self.learned_feedback():
             learned.after_step()
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output, from which scores are computed; rules that predict in another way override it.
+
+        Args:
+            *args, **kwargs: those of the model.
+        """
+        return self.model(*args, **kwargs)
 
     @contextmanager
     def exact(self) -> Iterator[None]:

@@ -32,12 +32,14 @@ class FeedbackGradient(NamedTuple):
         first_hop: B, if the learned tensor is R of a product B R: then ē = g B replaces g in the gradient. See
             `fa_bench.mechanisms.edge.product` for its layout.
         rows: the layer's outputs that this call computes, if the tensor has a row for each of them; None for all.
+        error_scale: if given, its result times the error at the layer's input is added to `activation`.
     """
 
     learned: LearnedTensor
     activation: Callable[[], Tensor] | None = None
     first_hop: Tensor | None = None
     rows: slice | None = None
+    error_scale: Callable[[], float] | None = None
 
     @property
     def input(self) -> Tensor:

@@ -17,12 +17,13 @@ from torch.nn import functional as F
 import fa_bench
 from fa_bench.registry.registries import ALGORITHMS
 
+from .chain import draw_the_same_for_every_sample
 from .scripts import data, net, sgd
 
 # Without what depends on the batch itself: similarities of its samples, batch normalisation.
 OPTIONS: dict[str, dict] = {
     "predsim": {"loss": "pred"}, "dgl": {"auxiliary_net": "linear"}, "wm": {"initial_steps": 3, "mirror_batch": 8},
-    "dkp": {"b_lr_scale": 1.0},
+    "dkp": {"b_lr_scale": 1.0}, "forward_forward": {"peer_norm": 0.0},
 }
 CASES = {name: (name, OPTIONS.get(name, {})) for name in ALGORITHMS}
 CASES |= {
@@ -33,9 +34,10 @@ CASES |= {
     "asap random": ("asap", {"match": "random", "freeze_stem": False}),
     "conv kp": ("kp", {}), "conv pfa": ("pfa", {}), "conv dkp": ("dkp", {"b_lr_scale": 1.0}), "conv asfp": ("asfp", {}),
     "asfp_lc learning stem": ("asfp_lc", {"freeze_stem": False}), "predsim whole": ("predsim", {}), "dgl whole": ("dgl", {}),
+    "node_perturbation whole": ("node_perturbation", {}), "np_feedback whole": ("np_feedback", {}),
 }
 #: What depends on the batch itself differs from one process; the ranks still agree with each other.
-DIFFER = ("asfp_lc learning stem", "predsim whole", "dgl whole")
+DIFFER = ("asfp_lc learning stem", "predsim whole", "dgl whole", "node_perturbation whole", "np_feedback whole")
 STEPS = 5
 
 
@@ -52,6 +54,13 @@ def model_of(case: str) -> nn.Module:
 
 def train(case: str, parts: slice, wrap=lambda model: model) -> dict[str, torch.Tensor]:
     """The model's state after some steps on a part of each batch."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not case.endswith("whole"):
+            draw_the_same_for_every_sample(patch)
+        return _train(case, parts, wrap)
+
+
+def _train(case: str, parts: slice, wrap) -> dict[str, torch.Tensor]:
     name, options = CASES[case]
     model = model_of(case)
     rule = fa_bench.attach(model, name, seed=0, sample_input=data(2)[0], **options)
