@@ -233,6 +233,7 @@ RULES: dict[str, dict[str, str]] = {
     "usf": {"scale": "none", "density": "0.5"}, "brsf": {"m_init": "pytorch", "density": "0.5"},
     "frsf": {"m_init": "pytorch", "density": "0.5"},
     "pfa": {"ratio": "2", "r_init": "pytorch", "density": "0.5"}, "pfa_o": {"ratio": "2", "r_init": "pytorch"},
+    "ldfa": {"rank": "2", "b_rate": "0", "r_init": "pytorch"},
     "dfa": {"b_init": "pytorch", "density": "0.5", "form": "shared", "freeze_stem": "true",
             "error_at": "act2"},
     "dkp": {"error_at": "act2", "b_init": "pytorch", "density": "0.5", "b_lr_scale": "0.5"},
@@ -244,8 +245,8 @@ RULES: dict[str, dict[str, str]] = {
 
 @pytest.mark.parametrize(("name", "key"), [(name, key) for name, options in RULES.items() for key in options])
 def test_options_of_rules(name: str, key: str) -> None:
-    cuts = ("algorithm.allow_uncovered=true",) if key == "cuts" else ()
-    assert_changes(TRAINED, (*HIDDEN, f"algorithm={name}", *cuts), (f"algorithm.{key}={RULES[name][key]}",))
+    beside = {"cuts": ("algorithm.allow_uncovered=true",), "b_rate": ("algorithm.rank=2",)}.get(key, ())
+    assert_changes(TRAINED, (*HIDDEN, f"algorithm={name}", *beside), (f"algorithm.{key}={RULES[name][key]}",))
 
 
 def test_options_added_to_a_rule_leave_the_identity_of_older_runs() -> None:
