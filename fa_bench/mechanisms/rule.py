@@ -357,6 +357,24 @@ class Rule(Options):
         learned = {id(tensor) for tensor in self.feedback_parameters()}
         return [parameter for parameter in self.model.parameters() if id(parameter) not in learned]
 
+    def matrices(self) -> dict[str, list[Tensor]]:
+        """{layer or cut: its weight and its learned feedback of two or more dimensions}, the model's layers first."""
+        from fa_bench.mechanisms.weighted_layers import weight_parameter, weighted_layers
+
+        weights = {path: weight_parameter(layer) for path, layer in weighted_layers(self.model).items()}
+        found: dict[str, list[Tensor]] = {path: [weight] for path, weight in weights.items() if weight is not None}
+        for learned in self.learned_feedback():
+            if learned.tensor.dim() >= 2:
+                found.setdefault(learned.path, []).append(learned.tensor)
+        return found
+
+    def end_layers(self) -> set[str]:
+        """The first and the last layer that the model defines."""
+        from fa_bench.mechanisms.weighted_layers import weighted_layers
+
+        layers = list(weighted_layers(self.model))
+        return {*layers[:1], *layers[-1:]}
+
     def shared_gradients(self) -> list[tuple[Tensor, Tensor]]:
         """Pairs (learned feedback, weight) with identical gradients."""
         return []

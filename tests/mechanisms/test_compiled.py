@@ -30,7 +30,7 @@ VARIANTS = {
     "brsf": ["brsf", "brsf:m_init=xavier_normal,density=0.5"], "dfa": ["dfa", "dfa:form=shared"],
     "drtp": ["drtp", "drtp:error_sign=true"], "asap": ["asap", "asap:transport=true", "asap:match=random"],
     "pfa": ["pfa:ratio=2"], "local_error": ["local_error:separate=true"], "predsim": ["predsim", "predsim:loss=pred"],
-    "mixed": ["mixed:ratio=2"],
+    "mixed": ["mixed:ratio=2"], "ldfa": ["ldfa:rank=2"],
 }
 SPECS = [spec for name in ALGORITHMS for spec in VARIANTS.get(name, [name]) if not ALGORITHMS[name].repeats]
 

@@ -30,7 +30,8 @@ NOISY = ["node_perturbation", "weight_perturbation", "np_feedback", "forward_for
 # One rate for all, so that one group of an optimizer is what dkp asks for.
 # forward_forward's running means depend on all passes before, and are tested with the rule.
 _QUICK: dict[str, dict[str, Any]] = {
-    "wm": {"initial_steps": 1, "mirror_batch": 2}, "dkp": {"b_lr_scale": 1.0}, "forward_forward": {"peer_norm": 0.0}}
+    "wm": {"initial_steps": 1, "mirror_batch": 2}, "dkp": {"b_lr_scale": 1.0}, "forward_forward": {"peer_norm": 0.0},
+    "ldfa": {"rank": 2}}
 
 Runs = Callable[[nn.Module, Tensor], Tensor]
 

@@ -23,7 +23,7 @@ from .scripts import data, net, sgd
 # Without what depends on the batch itself: similarities of its samples, batch normalisation.
 OPTIONS: dict[str, dict] = {
     "predsim": {"loss": "pred"}, "dgl": {"auxiliary_net": "linear"}, "wm": {"initial_steps": 3, "mirror_batch": 8},
-    "dkp": {"b_lr_scale": 1.0}, "forward_forward": {"peer_norm": 0.0},
+    "dkp": {"b_lr_scale": 1.0}, "forward_forward": {"peer_norm": 0.0}, "ldfa": {"rank": 2},
 }
 CASES = {name: (name, OPTIONS.get(name, {})) for name in ALGORITHMS}
 CASES |= {
@@ -33,6 +33,7 @@ CASES |= {
     "fa stem": ("fa", {"freeze_stem": True}),
     "asap random": ("asap", {"match": "random", "freeze_stem": False}),
     "conv kp": ("kp", {}), "conv pfa": ("pfa", {}), "conv dkp": ("dkp", {"b_lr_scale": 1.0}), "conv asfp": ("asfp", {}),
+    "conv ldfa": ("ldfa", {"rank": 2}),
     "asfp_lc learning stem": ("asfp_lc", {"freeze_stem": False}), "predsim whole": ("predsim", {}), "dgl whole": ("dgl", {}),
     "node_perturbation whole": ("node_perturbation", {}), "np_feedback whole": ("np_feedback", {}),
 }

@@ -236,7 +236,7 @@ class Autoencoding(nn.Module):
         return self.out(F.conv_transpose1d(h, self.conv.weight, padding=1).squeeze(1))
 
 
-@pytest.mark.parametrize("name", ["fa", "usf", "brsf", "frsf", "kp", "pfa", "pfa_o", "mixed"])
+@pytest.mark.parametrize("name", ["fa", "usf", "brsf", "frsf", "kp", "pfa", "pfa_o", "ldfa", "mixed"])
 def test_without_a_sample_the_first_training_forward_refuses_every_time(name: str) -> None:
     model = Autoencoding()
     rule = attach(model, name)

@@ -3,7 +3,8 @@
 Each takes (chain, params, feedback, x, y, **options); ``feedback`` is {layer or cut: {tensor name: array}}, ``options`` are the
 rule's own. Its answer is {"layer.weight": ..., "layer.bias": ..., "layer.B": ...}; a tensor with no entry must not learn.
 
-Every module here holds REFERENCES {rule: function}, CASES {case: (rule, options)}, and TRAITS {trait: rules}:
+Every module here holds REFERENCES {rule: function}, CASES {case: (rule, options)}, AFTER_UPDATE {rule: what changes learned
+feedback after every update, in place, from (chain, params)}, and TRAITS {trait: rules}:
 
 - exact: backpropagation for what they train
 - redrawn: feedback that changes without being learned by the optimizer; the reference is given the present one
@@ -22,6 +23,7 @@ from collections.abc import Callable
 
 REFERENCES: dict[str, Callable] = {}
 CASES: dict[str, tuple[str, dict]] = {}
+AFTER_UPDATE: dict[str, Callable] = {}
 TRAITS: dict[str, set[str]] = {
     trait: set() for trait in ("exact", "redrawn", "unscaled", "partly_exact", "untrue_output", "noisy", "last_module")
 }
@@ -31,5 +33,6 @@ for _found in pkgutil.iter_modules(__path__, f"{__name__}."):
     assert not REFERENCES.keys() & _module.REFERENCES.keys() and not CASES.keys() & _module.CASES.keys(), _found.name
     REFERENCES |= _module.REFERENCES
     CASES |= _module.CASES
+    AFTER_UPDATE |= getattr(_module, "AFTER_UPDATE", {})
     for _trait, _rules in getattr(_module, "TRAITS", {}).items():
         TRAITS[_trait] |= _rules
