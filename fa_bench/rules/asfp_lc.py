@@ -119,7 +119,8 @@ class ASFPLC(ASFP):
     def deliver(
         self, loss: Tensor, logits: Tensor | None, target: Tensor | None, loss_scale: float | None = None
     ) -> None:
-        self._local.deliver(loss, logits, target, loss_scale)
+        with self.derivatives_of(loss, logits, target, loss_scale):
+            self._local.deliver(loss, logits, target, loss_scale)
 
     @property
     def feedback(self) -> dict[str, dict[str, Tensor]]:

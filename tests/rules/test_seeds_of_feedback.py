@@ -22,7 +22,7 @@ OPTIONS = {
     "pfa": {"density": 0.5, "ratio": 2.0}, "mixed": {"pfa": 0.4, "fa": 0.3, "kp": 0.3}, "wm": {"initial_steps": 0},
     "local_error": {"separate": True}, **{name: {"density": 0.5} for name in ("usf", "brsf", "frsf", "fa", "dkp")},
 }
-RANDOM = sorted(set(ALGORITHMS) - {"bp", "frozen", "frozen_blocks", "bp_fc"})
+RANDOM = sorted(set(ALGORITHMS) - {"bp", "frozen", "frozen_blocks", "bp_fc", "dual_propagation"})
 
 
 def equal_layers() -> nn.Sequential:

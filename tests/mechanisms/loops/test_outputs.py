@@ -147,9 +147,9 @@ def test_a_wrong_output_names_the_nearest(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", PACKS)
-@pytest.mark.parametrize("name", EDGE_RULES)
+@pytest.mark.parametrize("name", [name for name in EDGE_RULES if name != "dual_propagation"])
 def test_edge_rules_add_the_gradients_of_both_losses(name: str, kind: str) -> None:
-    """Every rule is linear in the errors, so that both losses at once give the sum of what they give one by one."""
+    """Every other rule is linear in the errors, so that both losses at once give the sum of what they give one by one."""
     def found(parts: tuple[int, ...]) -> dict[str, Tensor]:
         model = Net(PACKS[kind][0]).double()
         rule = attach(model, name, sample_input=X[:2].double())
