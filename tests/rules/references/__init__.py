@@ -7,6 +7,7 @@ Every module here holds REFERENCES {rule: function}, CASES {case: (rule, options
 
 - exact: backpropagation for what they train
 - redrawn: feedback that changes without being learned by the optimizer; the reference is given the present one
+- noisy: feedback that learns from noise of the rule's own, which no reference has
 - unscaled: signals that do not come from the loss, and so do not scale with it
 - partly_exact: hidden layers may have the gradient of backpropagation
 - untrue_output: the output layer's own gradient is not that of the loss
@@ -22,7 +23,7 @@ from collections.abc import Callable
 REFERENCES: dict[str, Callable] = {}
 CASES: dict[str, tuple[str, dict]] = {}
 TRAITS: dict[str, set[str]] = {
-    trait: set() for trait in ("exact", "redrawn", "unscaled", "partly_exact", "untrue_output", "last_module")
+    trait: set() for trait in ("exact", "redrawn", "noisy", "unscaled", "partly_exact", "untrue_output", "last_module")
 }
 
 for _found in pkgutil.iter_modules(__path__, f"{__name__}."):
