@@ -36,7 +36,7 @@ MARK = "<!-- The rest is written by scripts/make_docs.py. -->\n"
 #: Public methods that are called and not overridden.
 FINAL = {"attach", "detach", "freeze", "exact", "backward", "trace", "hook_model", "check_uses", "feedback_parameters",
          "parameter_groups", "weight_parameters", "matrices", "end_layers", "require_entries", "put", "put_feedback", "in_shape",
-         "auxiliary_at", "logits_of", "is_nonlinearity", "describe", "effective_context", "loss_output"}
+         "auxiliary_at", "logits_of", "is_nonlinearity", "describe", "effective_context", "loss_output", "derivatives_of"}
 #: Kinds of rules, more specific ones first, and how they differ from backpropagation.
 KINDS: tuple[tuple[type[Rule], str], ...] = (
     (ModuleRule, "blocks with separate losses"),

@@ -32,7 +32,12 @@ class FirstPass:
         rule: the rule's name, for error messages.
         model: the model.
         args, kwargs: what it is called with.
+
+    Attributes:
+        output: the output from which errors come, detached; None if the rule delivers none to cuts.
     """
+
+    output: Tensor | None = None
 
     def __init__(self, rule: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.rule, self.args, self.kwargs = rule, args, kwargs

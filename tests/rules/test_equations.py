@@ -41,7 +41,9 @@ def start(case: str, net: str):
 
 
 def learned_names(rule) -> dict[str, torch.Tensor]:
-    """{"layer.B": tensor} of what an optimizer is given beside the model's parameters."""
+    """{"layer.B": tensor} of what an optimizer is given beside the model's parameters, and a reference computes."""
+    if rule.name in TRAITS["learned_from_noise"]:
+        return {}
     ids = {id(tensor) for tensor in rule.feedback_parameters()}
     return {f"{layer}.{name}": tensor for (layer, name), tensor in feedback_tensors(rule).items() if id(tensor) in ids}
 

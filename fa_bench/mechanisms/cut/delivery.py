@@ -93,6 +93,8 @@ class Delivery:
         if torch.compiler.is_compiling():
             return self._connected_in_graph(logits, tape, tensors, learned)
         errors = functools.partial(self._errors, tape, learned, logits if rule.scales else None)
+        if rule.first_pass is not None:
+            rule.first_pass.output = logits.detach().clone()
         errors = self._with_first_pass(errors)
         saves = self._reads_values and not self._keeps_values
         return self._function.apply(errors, len(tensors), saves, logits, *tensors, *(one.tensor for one in learned))

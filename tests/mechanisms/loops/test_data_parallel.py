@@ -36,9 +36,10 @@ CASES |= {
     "conv ldfa": ("ldfa", {"rank": 2}),
     "asfp_lc learning stem": ("asfp_lc", {"freeze_stem": False}), "predsim whole": ("predsim", {}), "dgl whole": ("dgl", {}),
     "node_perturbation whole": ("node_perturbation", {}), "np_feedback whole": ("np_feedback", {}),
+    "ddtp_linear whole": ("ddtp_linear", {}),
 }
 #: What depends on the batch itself differs from one process; the ranks still agree with each other.
-DIFFER = ("asfp_lc learning stem", "predsim whole", "dgl whole", "node_perturbation whole", "np_feedback whole")
+DIFFER = ("asfp_lc learning stem", "predsim whole", "dgl whole", "node_perturbation whole", "np_feedback whole", "ddtp_linear whole")
 STEPS = 5
 
 

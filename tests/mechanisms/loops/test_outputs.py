@@ -148,7 +148,8 @@ def test_cut_rules_give_the_gradient_of_the_named_output(name: str, kind: str, n
     other = ("two", "one")[number]
     assert {f"{other}.weight", f"{other}.bias"} <= set(found)
     if name not in ("dgl", "asfp_lc"):  # the second layer and both heads are one module there, and learn by both losses
-        assert_same({key: found[key] for key in want}, want)
+        drawn = "feedback" if name == "ddtp_linear" else "none"  # by new noise in each pass
+        assert_same({key: found[key] for key in want if drawn not in key}, {key: want[key] for key in want if drawn not in key})
 
 
 @pytest.mark.parametrize("kind", PACKS)
@@ -165,9 +166,9 @@ def test_a_wrong_output_names_the_nearest(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", PACKS)
-@pytest.mark.parametrize("name", EDGE_RULES)
+@pytest.mark.parametrize("name", [name for name in EDGE_RULES if name != "dual_propagation"])
 def test_edge_rules_add_the_gradients_of_both_losses(name: str, kind: str) -> None:
-    """Every rule is linear in the errors, so that both losses at once give the sum of what they give one by one.
+    """Every other rule is linear in the errors, so that both losses at once give the sum of what they give one by one.
 
     But for the subspace of the errors that ldfa's B learns: that of the sum is not the sum of the subspaces.
     """

@@ -8,6 +8,7 @@ feedback after every update, in place, from (chain, params)}, and TRAITS {trait:
 
 - exact: backpropagation for what they train
 - redrawn: feedback that changes without being learned by the optimizer; the reference is given the present one
+- learned_from_noise: feedback that learns from noise of the rule's own, which no reference has
 - unscaled: signals that do not come from the loss, and so do not scale with it
 - partly_exact: hidden layers may have the gradient of backpropagation
 - untrue_output: the output layer's own gradient is not that of the loss
@@ -25,7 +26,7 @@ REFERENCES: dict[str, Callable] = {}
 CASES: dict[str, tuple[str, dict]] = {}
 AFTER_UPDATE: dict[str, Callable] = {}
 TRAITS: dict[str, set[str]] = {
-    trait: set() for trait in ("exact", "redrawn", "unscaled", "partly_exact", "untrue_output", "noisy", "last_module")
+    trait: set() for trait in ("exact", "redrawn", "unscaled", "partly_exact", "untrue_output", "noisy", "learned_from_noise", "last_module")
 }
 
 for _found in pkgutil.iter_modules(__path__, f"{__name__}."):
