@@ -48,18 +48,24 @@ def without_side_effects(model: nn.Module) -> Iterator[None]:
     """
     dropouts = [m for m in model.modules()
                 if isinstance(m, nn.modules.dropout._DropoutNd) or type(m).__name__ == "StochasticDepth"]
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-    # Instance normalisation ignores that and updates its running statistics; with momentum 0 they do not change.
-    instances = [m for m in norms if isinstance(m, nn.modules.instancenorm._InstanceNorm)]
     with ExitStack() as stack:
         stack.enter_context(set_temporarily(dropouts, "training", False))
         stack.enter_context(set_temporarily(dropouts, "p", 0.0))  # attention may read it and call a function
-        stack.enter_context(set_temporarily(norms, "track_running_stats", False))
-        stack.enter_context(set_temporarily(instances, "momentum", 0.0))
+        stack.enter_context(without_running_statistics(model))
         for name in _DROPOUT_RATES:
             rates = [m for m in model.modules() if isinstance(getattr(m, name, None), float)]
             stack.enter_context(set_temporarily(rates, name, 0.0))
         stack.enter_context(same_randomness(model))
+        yield
+
+
+@contextmanager
+def without_running_statistics(model: nn.Module) -> Iterator[None]:
+    """A context in which normalisation in training mode uses the batch's statistics and does not update the running ones."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    # Instance normalisation ignores that and updates its running statistics; with momentum 0 they do not change.
+    instances = [m for m in norms if isinstance(m, nn.modules.instancenorm._InstanceNorm)]
+    with set_temporarily(norms, "track_running_stats", False), set_temporarily(instances, "momentum", 0.0):
         yield
 
 

@@ -161,6 +161,12 @@ def batch_note(what: str) -> str:
             f"from those of one pass over the whole batch.")
 
 
+def noise_note() -> str:
+    """A note for a rule that draws noise for every sample."""
+    return ("Each sample has its own noise: results on data-parallel ranks, and on micro-batches, differ from those of one pass "
+            "over the whole batch.")
+
+
 def outside_text(use: str) -> str:
     """Why a weight that is used outside its layer is not covered, see `fa_bench.mechanisms.uses.Uses`."""
     return f"used outside its layer, by {use}: there it carries the error itself"

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from fa_bench.errors import CoverageError, StateError, names
+from fa_bench.mechanisms.checkpointing import recomputing
 from fa_bench.mechanisms.coverage import Coverage, computed_weights, outside_text
 from fa_bench.mechanisms.graph import tensors_in
 from fa_bench.mechanisms.structure import RULE_ATTRIBUTE, Structure, check_model
@@ -18,6 +19,7 @@ from fa_bench.utils.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from fa_bench.mechanisms.second_pass import FirstPass
     from fa_bench.mechanisms.trace import StepMemory, Trace
     from fa_bench.mechanisms.updates import LearnedTensor
     from fa_bench.objectives.base import Objective
@@ -36,6 +38,8 @@ class Rule(Options):
 
     #: Whether reports warn about rules that are not more accurate than this one.
     is_floor: ClassVar[bool] = False
+    #: Whether the rule runs the model again in the backward pass, see `fa_bench.mechanisms.second_pass`.
+    repeats: ClassVar[bool] = False
 
     allow_uncovered: bool | list[str] = option(
         False, "accept weights that the rule does not cover, all or those named (names, or patterns such as 'lstm.*'); they "
@@ -76,6 +80,8 @@ class Rule(Options):
         expand(model, self.mode)
         self._frozen, self._handles = [], []
         self._structure, self._uses_outside = None, {}
+        #: The last training pass, if the rule repeats passes; while it computes errors or gradients, the pass they belong to.
+        self.first_pass: FirstPass | None = None
         self._passes, self._uses_watch, self._uses_unchecked = [], None, True
         try:
             if self.freeze_stem:
@@ -176,15 +182,23 @@ class Rule(Options):
         mode = self.mode
         training = torch.is_grad_enabled() and not mode.exact
         if torch.compiler.is_compiling():
+            if self.repeats:
+                raise CoverageError(f"rule '{self.name}' runs the model again in the backward pass, which no compiled graph can "
+                                    f"do: do not compile the model")
             # New containers, because a graph depends on the contents of those that it finds.
             mode.training, mode.with_gradients, mode.without_gradients, mode.seeds = training, set(), {}, {}
             return
-        if not self._passes:
+        is_outermost = not self._passes
+        if is_outermost:
             mode.without_gradients.clear()
             mode.with_gradients.clear()
         self._passes.append(mode.training)
         if training:
             self._check_structure()
+            if self.repeats and is_outermost and not recomputing():
+                from fa_bench.mechanisms.second_pass import FirstPass
+
+                self.first_pass = FirstPass(self.name, model, args, kwargs)
             if self._uses_unchecked and self._uses_watch is None and (layers := self.transporting_layers()):
                 from fa_bench.mechanisms.uses import UsesOfWeights
 

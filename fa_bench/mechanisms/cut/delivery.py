@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import CoverageError, names
@@ -20,9 +21,10 @@ from fa_bench.mechanisms.rule import OUTPUT
 from fa_bench.utils.lazy import torch
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from fa_bench.mechanisms.cut.rule import CutRule
+    from fa_bench.mechanisms.second_pass import FirstPass
     from fa_bench.mechanisms.updates import LearnedTensor
 
 
@@ -71,17 +73,29 @@ class Delivery:
         return replaced(output, logits, self._connected(logits, tape))
 
     def _connected(self, logits: Tensor, tape: dict[str, CapturedActivation]) -> Tensor:
+        rule = self.rule
+        if rule.learns_in_passes:
+            return self._connected_to_parameters(logits, tape)
         tensors = []
         for captured in tape.values():
             tensors.append(captured.tensor)
             captured.tensor = captured.tensor.detach() if self._keeps_values else None
-        rule = self.rule
         learned = [] if rule.mode.freeze_random else [one for cut in tape for one in rule.learned_at(cut)]
         if torch.compiler.is_compiling():
             return self._connected_in_graph(logits, tape, tensors, learned)
         errors = functools.partial(self._errors, tape, learned, logits if rule.scales else None)
+        errors = self._with_first_pass(errors)
         saves = self._reads_values and not self._keeps_values
         return self._function.apply(errors, len(tensors), saves, logits, *tensors, *(one.tensor for one in learned))
+
+    def _connected_to_parameters(self, logits: Tensor, tape: dict[str, CapturedActivation]) -> Tensor:
+        """As `_connected`, for a rule that computes the gradients of all parameters in passes of its own."""
+        parameters = [parameter for parameter in self.rule.model.parameters() if parameter.requires_grad]
+        activations = {cut: captured.tensor.detach() for cut, captured in tape.items()}
+        errors = self._with_first_pass(functools.partial(self._gradients, parameters, activations, logits.detach()))
+        # Without the logits' graph, the activations of the first pass are freed at once.
+        connected = logits if self.rule.output_learns_by_delta else logits.detach()
+        return self._function.apply(errors, 0, False, connected, *parameters)
 
     def _connected_in_graph(
         self, logits: Tensor, tape: dict[str, CapturedActivation], tensors: list[Tensor], learned: list[LearnedTensor]
@@ -137,6 +151,58 @@ class Delivery:
             raise ValueError(f"rule '{self.rule.name}': the loss was not computed by a training forward pass of the attached "
                              f"model")
 
+    def _with_first_pass(self, errors: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, called with the rule's `first_pass` as it is now; it is not kept longer than the graph."""
+        first, self.rule.first_pass = self.rule.first_pass, None
+        return errors if first is None else functools.partial(self._of_pass, first, errors)
+
+    def _of_pass(self, first: FirstPass, errors: Callable[..., Any], *arguments: Any) -> Any:
+        self.rule.first_pass = first
+        try:
+            return errors(*arguments)
+        finally:
+            self.rule.first_pass = None
+
+    def _gradients(
+        self, parameters: list[nn.Parameter], activations: dict[str, Tensor], logits: Tensor, delta: Tensor,
+        tensors: tuple[Tensor, ...],
+    ) -> list[Tensor | None]:
+        """The error at the logits and the gradients of all parameters of a rule that learns in passes of its own."""
+        device, rule = delta.device.type, self.rule
+        with torch.autocast(device, enabled=False), torch.enable_grad():
+            self._checked_rows(delta)
+            self._is_delivered = True
+            try:
+                self._measure_scale(delta, logits)
+                assert self._target is not None
+                gradients = rule.gradients(parameters, activations, delta, logits, self._target)
+            except (IndexError, RuntimeError, ValueError):
+                if self._target is not None:
+                    self._check_labels(self._target, logits.shape[rule.error_axis])
+                raise
+        given = {id(parameter): gradient for parameter, gradient in zip(parameters, gradients, strict=True)}
+        for one in rule.learned_feedback():
+            one.on_gradient(given.get(id(one.tensor)))
+        return [delta if rule.output_learns_by_delta else None, *gradients]
+
+    def _checked_rows(self, delta: Tensor) -> Tensor:
+        """δ with the class axis last, (N, C) or (N, P..., C), after a check of its shape and of the labels."""
+        rule = self.rule
+        if delta.dim() != rule.error_dims:
+            raise CoverageError(f"rule '{rule.name}' was attached to a model with outputs of {rule.error_dims} dimensions; now "
+                                f"they have the shape {tuple(delta.shape)}")
+        rows = delta if delta.dim() == 2 else delta.movedim(rule.error_axis, -1)
+        if self._needs_target:
+            self._check_target(rows, self._target)
+        return rows
+
+    def _measure_scale(self, delta: Tensor, logits: Tensor) -> None:
+        """Set the rule's `loss_factor`."""
+        rule, scale = self.rule, self._loss_scale
+        rule.loss_factor = (
+            measured_scale(rule.name, delta, logits.detach(), self._target, rule.loss_factor, rule.objective)
+            if scale is None else scale)
+
     def _errors(
         self, tape: dict[str, CapturedActivation], learned: list[LearnedTensor], logits: Tensor | None, delta: Tensor,
         tensors: tuple[Tensor, ...],
@@ -147,25 +213,18 @@ class Delivery:
             with torch.autocast(device, enabled=False):
                 return self._errors(tape, learned, logits, delta, tensors)
         rule, target = self.rule, self._target
-        if delta.dim() != rule.error_dims:
-            raise CoverageError(f"rule '{rule.name}' was attached to a model with outputs of {rule.error_dims} dimensions; now "
-                                f"they have the shape {tuple(delta.shape)}")
-        rows = delta if delta.dim() == 2 else delta.movedim(rule.error_axis, -1)
-        if self._needs_target:
-            self._check_target(rows, target)
+        rows = self._checked_rows(delta)
         if tensors:
             for captured, tensor in zip(tape.values(), tensors, strict=True):
                 captured.tensor = tensor
         self._is_delivered = True
-        errors: list[Tensor | None] = [rule.output_error(delta)]
+        errors: list[Tensor | None] = []
         gradients: list[Tensor | None] = []
         try:
             if logits is not None:
-                scale = self._loss_scale
-                rule.loss_factor = (
-                    measured_scale(rule.name, delta, logits.detach(), target, rule.loss_factor, rule.objective)
-                    if scale is None else scale)
+                self._measure_scale(delta, logits)
             broadcast = rule.broadcast(rows, target)
+            errors.append(rule.output_error(delta))
             for cut, captured in tape.items():
                 error, gradients_at_cut = rule.error_and_gradients(cut, captured, broadcast, rows, target, bool(learned))
                 errors.append(error)

@@ -57,6 +57,9 @@ class CutRule(Rule):
     #: Whether errors are computed from the labels; `loss_factor` is then the factor by which the loss was scaled.
     scales = False
     loss_factor = 1.0
+    #: Whether `gradients` computes the gradients of all parameters, in passes of its own: see `fa_bench.mechanisms.cut.passes`.
+    learns_in_passes: ClassVar[bool] = False
+    output_learns_by_delta: ClassVar[bool] = False
     #: The rule that this one belongs to, and whose options it uses; None if it is a rule by itself.
     part_of: ClassVar[Rule | None] = None
 
@@ -178,6 +181,12 @@ class CutRule(Rule):
             raise CoverageError(f"cut '{cut}' has activations of shape {tuple(captured.shape[1:])}, but its feedback was made "
                                 f"for {projected.shape[1]} features: attach with a sample_input of the size of training "
                                 f"data") from None
+
+    def gradients(
+        self, parameters: list[nn.Parameter], activations: dict[str, Tensor], delta: Tensor, logits: Tensor, target: Tensor
+    ) -> list[Tensor | None]:
+        """See `fa_bench.mechanisms.cut.passes.PassRule`."""
+        raise NotImplementedError
 
     def learned_at(self, cut: str) -> list[LearnedTensor]:
         """The learned tensors of one cut, in the order of `feedback_gradients`."""

@@ -1,0 +1,152 @@
+"""Further passes of an attached model see what the first pass saw, and leave nothing behind."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fa_bench
+from fa_bench.errors import StateError
+from fa_bench.mechanisms.second_pass import Draws, again
+from fa_bench.rules.dfa import DFA
+
+
+@dataclasses.dataclass(eq=False)
+class Repeating(DFA):
+    """Keeps what it saw in the backward pass; not registered."""
+
+    name = "repeating"
+    repeats = True
+    wanted: ClassVar[list[Any]] = []
+
+    def broadcast(self, delta, target):
+        assert self.first_pass is not None
+        self.seen = [again(self.model, self.mode, self.first_pass, **changes) for changes in self.wanted]
+        return delta
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.Dropout(0.5), nn.ReLU(), nn.Linear(9, 4))
+
+
+def repeated(*wanted, model=None, x=None, before=lambda: None, context=None):
+    """(outputs of the first pass, those of further passes, model, buffers after the first pass)."""
+    model = model or net()
+    rule = Repeating(cuts=["3"]).attach(model)
+    Repeating.wanted = list(wanted)
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1)) if x is None else x
+    with context or torch.enable_grad():
+        logits = model(x)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    loss = F.cross_entropy(logits.float(), torch.arange(8) % 4)
+    before()
+    state = torch.get_rng_state()
+    loss.backward()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+    return logits, rule.seen, model, x
+
+
+def test_a_repeated_pass_has_the_masks_and_statistics_of_the_first():
+    logits, (first, second), _, _ = repeated({}, {}, before=lambda: torch.rand(3))
+    assert torch.equal(first, logits) and torch.equal(second, logits)
+
+
+def test_normalisation_uses_the_statistics_of_its_own_batch():
+    other = torch.randn(8, 6, generator=torch.Generator().manual_seed(5)) * 3
+    _, (seen,), model, _ = repeated({"args": (other,)})
+    hidden = model.get_submodule("0")(other)
+    assert not torch.allclose(seen, again_in_eval(model, other))
+    normalised = (hidden - hidden.mean(0)) / (hidden.var(0, unbiased=False) + 1e-5).sqrt()
+    captured = []
+    model.get_submodule("1").register_forward_hook(lambda module, args, output: captured.append(output))
+    model.train()
+    model(other)
+    assert torch.allclose(captured[0], normalised, atol=1e-6)
+
+
+def again_in_eval(model, x):
+    model.eval()
+    with torch.no_grad():
+        return model(x)
+
+
+def test_a_module_in_evaluation_mode_keeps_its_running_statistics():
+    model = net()
+    model.get_submodule("1").eval()
+    logits, (seen,), _, _ = repeated({}, model=model)
+    assert torch.equal(seen, logits)
+
+
+def test_changes_at_inputs_and_outputs_reach_what_follows_only():
+    logits, (at_input, at_output, none), model, x = repeated(
+        {"inputs": {"4": torch.zeros_like}}, {"outputs": {"0": torch.ones_like}}, {"outputs": {"0": lambda _: None}})
+    readout = model.get_submodule("4")
+    assert isinstance(readout, nn.Linear) and readout.bias is not None
+    assert torch.equal(at_input, readout.bias.expand_as(at_input))
+    assert torch.allclose(at_output, readout.bias.expand_as(at_output))  # constant values are normalised to zero
+    assert torch.equal(none, logits)
+    with torch.no_grad():
+        model(x)
+    assert not readout._forward_pre_hooks and len(model.get_submodule("0")._forward_hooks) == 0  # nothing is left
+
+
+def test_a_repeated_pass_is_as_precise_as_the_first():
+    logits, (seen,), _, _ = repeated({}, context=torch.autocast("cpu", dtype=torch.bfloat16))
+    assert logits.dtype == seen.dtype == torch.bfloat16
+    assert torch.equal(seen, logits)
+
+
+def test_an_input_changed_in_place_is_refused():
+    x = torch.randn(8, 6)
+    with pytest.raises(StateError, match=r"an input of shape \(8, 6\) was changed in place after the forward pass: pass a copy"):
+        repeated({}, x=x, before=lambda: x.add_(1))
+
+
+def test_each_backward_pass_repeats_its_own_forward_pass():
+    model = net()
+    rule = Repeating(cuts=["3"]).attach(model)
+    Repeating.wanted = [{}]
+    xs = [torch.randn(8, 6, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    logits = [model(x) for x in xs]
+    for output in logits:
+        F.cross_entropy(output, torch.arange(8) % 4).backward()
+        assert torch.equal(rule.seen[0], output)
+    assert rule.first_pass is None
+
+
+def test_rules_that_do_not_repeat_keep_nothing():
+    model = net()
+    rule = fa_bench.attach(model, "dfa", cuts=["3"])
+    model(torch.randn(8, 6))
+    assert rule.first_pass is None
+
+
+def test_draws_depend_on_seed_number_and_name():
+    like = torch.empty(50, dtype=torch.float64)
+
+    def drawn(seed=1, number=0, name="a"):
+        draws = Draws(seed)
+        draws.number = number
+        return draws.normal(name, like)
+
+    first = drawn()
+    assert torch.equal(first, drawn()) and first.dtype == torch.float64
+    assert all(not torch.equal(first, other) for other in (drawn(seed=2), drawn(number=1), drawn(name="b")))
+    draws = Draws(9)
+    draws.load_state(Draws(1).state() | {"number": 1})
+    assert torch.equal(draws.normal("a", like), drawn(number=1))
+    assert draws.state() == {"seed": 1, "number": 1}
+
+
+def test_ranks_draw_different_noise_unless_it_is_shared(monkeypatch):
+    like = torch.empty(50)
+    before, shared = Draws(1).normal("a", like), Draws(1).normal("a", like, is_shared=True)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    assert not torch.equal(Draws(1).normal("a", like), before)
+    assert torch.equal(Draws(1).normal("a", like, is_shared=True), shared)
