@@ -238,7 +238,9 @@ RULES: dict[str, dict[str, str]] = {
             "error_at": "act2"},
     "dkp": {"error_at": "act2", "b_init": "pytorch", "density": "0.5", "b_lr_scale": "0.5"},
     "local_error": {"m_init": "pytorch", "separate": "true"},
-    "predsim": {"beta": "0.5", "loss": "pred", **CUT, "freeze_stem": "true"}, "dgl": {"auxiliary_net": "linear"},
+    "predsim": {"beta": "0.5", "loss": "pred", "decoder_init": "pytorch", "decoder_bias": "false", **CUT, "freeze_stem": "true"},
+    "bp_deepsup": {"weight": "0.5", "decoder_init": "pytorch", "cuts": "['act2']"},
+    "dgl": {"auxiliary_net": "linear"},
     "wm": {"initial_steps": "2", "mirror_steps": "2", "mirror_rate": "0.1", "mirror_batch": "8"},
 }
 

@@ -37,6 +37,7 @@ VARIANTS |= {f"dfa-{form}": ("dfa", {"form": form}) for form in ("neuron", "kern
 VARIANTS |= {name: (name, {}) for name in ("pfa", "pfa_o", "forward_alignment")} | {"ldfa": ("ldfa", {"rank": 2})}
 VARIANTS |= {name: (name, {"match": "random", "linear": "share"}) for name in ("asap", "asfp", "asfp_lc")}
 VARIANTS |= {name: (name, {}) for name in ("dkp", "drtp", "local_error", "predsim", "dgl")}
+VARIANTS |= {"bp_deepsup": ("bp_deepsup", {"decoder_init": "uniform_one"})}  # zeros would be bp in the first step
 VARIANTS |= {"drtp-sign": ("drtp", {"error_sign": True}), "dkp-sparse": ("dkp", {"density": 0.5})}
 NET = "conv_bn"
 

@@ -50,6 +50,8 @@ class CutRule(Rule):
     positions: str = dataclasses.field(default="own", init=False)
     #: Whether the positions of cuts must be those of the output.
     same_positions = False
+    #: Whether the errors of the layers above cross the cuts; `signal` is then added to them.
+    crosses = False
     #: Whether `signal` or `feedback_gradients` reads captured activations, which are then kept until the backward pass.
     reads_values = False
     #: Whether errors are computed from the labels; `loss_factor` is then the factor by which the loss was scaled.

@@ -26,16 +26,22 @@ TOGETHER = ("predsim", "dgl", "asfp_lc")
 #: A new draw at every forward pass.
 REDRAWN = ("brsf",)
 #: Their hidden errors are made of the labels, and do not carry the loss's scale by themselves.
-OF_LABELS = ("drtp", "drtp sign", "local_error", "predsim", "predsim pred", "dgl", "dgl linear", "asfp_lc", "node_perturbation",
-             "weight_perturbation", "pepita", "forward_forward")
+OF_LABELS = ("drtp", "drtp sign", "local_error", "predsim", "predsim pred", "bp_deepsup", "dgl", "dgl linear", "asfp_lc",
+             "node_perturbation", "weight_perturbation", "pepita", "forward_forward")
 #: Of the output layer, too.
 WHOLLY_OF_LABELS = ("node_perturbation", "weight_perturbation", "pepita")
-
+#: What learns by the output's own error: the head, with blocks the whole last one, and all of the net where errors cross the
+#: cuts. In the first step of bp_deepsup, whose classifiers are zero, no other error comes there.
+OWN: dict[str, tuple[str, ...]] = {
+    **{name: ("head", "c.") for name in ("dgl", "dgl linear", "asfp_lc")}, "bp_deepsup": ("head", "a.fc", "b.fc", "c.fc"),
+    "forward_forward": ("head", "b.act"), **dict.fromkeys(WHOLLY_OF_LABELS, ()),
+}
 
 
 @pytest.fixture(autouse=True)
 def noise(monkeypatch: pytest.MonkeyPatch) -> None:
     draw_the_same_for_every_sample(monkeypatch)
+
 
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -112,9 +118,7 @@ def test_a_gradient_scaler(variant: str) -> None:
 def test_an_explicit_scale_is_taken_as_it_is(variant: str) -> None:
     plain, twice = found(variant, [(X64, Y, F.cross_entropy)]), found(variant, [(X64, Y, F.cross_entropy)], loss_scale=2.0)
     factor = 2.0 if variant in OF_LABELS else 1.0  # an error made of the loss's gradient has its scale already
-    # What learns by the output's own error: the head, and with blocks the whole last one.
-    own = {"dgl": ("head", "c."), "dgl linear": ("head", "c."), "asfp_lc": ("head", "c."), "forward_forward": ("head", "b.act"),
-           **dict.fromkeys(WHOLLY_OF_LABELS, ())}.get(variant, ("head",))
+    own = OWN.get(variant, ("head",))
     want = {key: tensor if key.startswith(own) else factor * tensor for key, tensor in plain.items()}
     if variant == "ddtp_linear":  # its feedback learns from noise, not from the loss
         want |= {key: 2 * tensor for key, tensor in plain.items() if "feedback" in key}
@@ -165,7 +169,7 @@ def test_another_loss_is_right_or_refused_with_a_mend_that_works(variant: str, k
         return
     head = {key: tensor * (0.01 if variant == "predsim" else 1.0) for key, tensor in true_head(loss).items()}  # 1 - beta
     assert_same({key: got[key] for key in head}, head, rel=1e-5)
-    if variant in OF_LABELS and variant not in ("drtp sign", "dgl", "dgl linear", "asfp_lc"):
+    if variant in OF_LABELS and variant not in ("drtp sign", "bp_deepsup", "dgl", "dgl linear", "asfp_lc"):
         plain = found(variant, [(X, Y, F.cross_entropy)])
         assert_same(hidden(got), {key: scale * tensor for key, tensor in hidden(plain).items()}, rel=1e-5)
 
@@ -239,7 +243,7 @@ def test_a_mean_that_is_written_out_gives_the_very_numbers(variant: str) -> None
     def by_hand(logits: Tensor, y: Tensor) -> Tensor:
         return (logits.exp().sum(1).log() - logits.gather(1, y.view(-1, 1)).squeeze(1)).mean()
 
-    own = ("head", "c.") if variant in ("dgl", "dgl linear", "asfp_lc") else ("head", "b.act")  # b.act: of forward_forward
+    own = OWN.get(variant, ("head",))
     got, want = (({key: tensor for key, tensor in found(variant, [(X, Y, loss)]).items() if not key.startswith(own)})
                  for loss in (by_hand, F.cross_entropy))
     assert_same(got, want)
