@@ -23,7 +23,8 @@ OPTIONS = {
     "local_error": {"separate": True}, **{name: {"density": 0.5} for name in ("usf", "brsf", "frsf", "fa", "dkp")},
 }
 #: Rules without random feedback.
-WITHOUT = {"bp", "frozen", "frozen_blocks", "bp_fc", "dual_propagation", "node_perturbation", "weight_perturbation", "forward_forward"}
+WITHOUT = {"bp", "frozen", "frozen_blocks", "bp_fc", "dual_propagation", "node_perturbation", "weight_perturbation",
+           "forward_forward"}
 RANDOM = sorted(set(ALGORITHMS) - WITHOUT)
 
 

@@ -120,7 +120,8 @@ def generators() -> Iterator[None]:
     torch.set_rng_state(states[2])
 
 
-@pytest.mark.parametrize("rule", ["kp", "brsf", "wm", "pfa", "dkp", "predsim", "bp_deepsup", "np_feedback", "weight_perturbation"])
+@pytest.mark.parametrize("rule", [
+    "kp", "brsf", "wm", "pfa", "dkp", "predsim", "bp_deepsup", "np_feedback", "weight_perturbation"])
 def test_loaded_checkpoint_continues_bit_by_bit(rule: str, generators: None) -> None:
     """Losses, weights, running statistics, feedback, both optimizers, and every global generator."""
     last, before = Path("a/last.pt"), Path("a/previous.pt")

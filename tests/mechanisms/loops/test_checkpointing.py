@@ -206,7 +206,7 @@ def test_a_frozen_part_may_run_without_gradients(name: str) -> None:
         model = Chain(runs)
         model.a.requires_grad_(False)
         last = train(model, attach(model, name), X, Y)
-        # R and some rules' B learn from what enters and leaves their layer, though the weight does not; there they carry no error.
+        # R and some B learn from what enters and leaves their layer, though the weight does not; there they carry no error.
         own = ("a.fc.feedback_R", "a.fc.feedback_B" if name in ("ldfa", "np_feedback") else None)
         found.append({key: gradient for key, gradient in last.items() if key not in own})
     assert_same(*found)

@@ -39,7 +39,8 @@ CASES |= {
     "ddtp_linear whole": ("ddtp_linear", {}),
 }
 #: What depends on the batch itself differs from one process; the ranks still agree with each other.
-DIFFER = ("asfp_lc learning stem", "predsim whole", "dgl whole", "node_perturbation whole", "np_feedback whole", "ddtp_linear whole")
+DIFFER = ("asfp_lc learning stem", "predsim whole", "dgl whole", "node_perturbation whole", "np_feedback whole",
+          "ddtp_linear whole")
 STEPS = 5
 
 
