@@ -30,10 +30,14 @@ class FirstPass:
         rule: the rule's name, for error messages.
         model: the model.
         args, kwargs: what it is called with.
+
+    Attributes:
+        note: what the rule wants to know of this pass in its backward pass.
     """
 
     def __init__(self, rule: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.rule, self.args, self.kwargs = rule, args, kwargs
+        self.note: Any = None
         self._versions = [(tensor, tensor._version) for tensor in tensors_in((args, kwargs))]
         self._random = torch.get_rng_state()
         devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}

@@ -32,7 +32,7 @@ VARIANTS = {
     "pfa": ["pfa:ratio=2"], "local_error": ["local_error:separate=true"], "predsim": ["predsim", "predsim:loss=pred"],
     "mixed": ["mixed:ratio=2"],
 }
-SPECS = [spec for name in ALGORITHMS for spec in VARIANTS.get(name, [name])]
+SPECS = [spec for name in ALGORITHMS if not ALGORITHMS[name].repeats for spec in VARIANTS.get(name, [name])]
 
 
 class Net(nn.Module):

@@ -20,9 +20,12 @@ SHARING = {"match": "random", "linear": "share"}
 OPTIONS = {
     "asap": SHARING, "asfp": SHARING, "asfp_lc": SHARING | {"cuts": ["act1", "act2"]}, "dgl": {"cuts": ["act1", "act2"]},
     "pfa": {"density": 0.5, "ratio": 2.0}, "mixed": {"pfa": 0.4, "fa": 0.3, "kp": 0.3}, "wm": {"initial_steps": 0},
-    "local_error": {"separate": True}, **{name: {"density": 0.5} for name in ("usf", "brsf", "frsf", "fa", "dkp")},
+    "local_error": {"separate": True}, "fdfa": {"b_init": "pytorch"},
+    **{name: {"density": 0.5} for name in ("usf", "brsf", "frsf", "fa", "dkp")},
 }
-RANDOM = sorted(set(ALGORITHMS) - {"bp", "frozen", "frozen_blocks", "bp_fc"})
+#: Rules without random feedback.
+WITHOUT = {"bp", "frozen", "frozen_blocks", "bp_fc", "forward_gradient"}
+RANDOM = sorted(set(ALGORITHMS) - WITHOUT)
 
 
 def equal_layers() -> nn.Sequential:

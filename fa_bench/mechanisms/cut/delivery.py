@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import CoverageError, names
+from fa_bench.mechanisms.checkpointing import refuse_reentrant
 from fa_bench.mechanisms.cut.capture import CapturedActivation, format_of, is_stored_last
 from fa_bench.mechanisms.cut.positions import ignored_label
 from fa_bench.mechanisms.graph import nodes_from
@@ -153,10 +154,14 @@ class Delivery:
 
     def _with_first_pass(self, errors: Callable[..., Any]) -> Callable[..., Any]:
         """The function, called with the rule's `first_pass` as it is now; it is not kept longer than the graph."""
+        if not self.rule.repeats:
+            return errors
         first, self.rule.first_pass = self.rule.first_pass, None
-        return errors if first is None else functools.partial(self._of_pass, first, errors)
+        return functools.partial(self._of_pass, first, errors)
 
-    def _of_pass(self, first: FirstPass, errors: Callable[..., Any], *arguments: Any) -> Any:
+    def _of_pass(self, first: FirstPass | None, errors: Callable[..., Any], *arguments: Any) -> Any:
+        if first is None:
+            refuse_reentrant(self.rule.name)()
         self.rule.first_pass = first
         try:
             return errors(*arguments)
@@ -173,8 +178,8 @@ class Delivery:
             self._checked_rows(delta)
             self._is_delivered = True
             try:
-                self._measure_scale(delta, logits)
-                assert self._target is not None
+                if rule.scales:
+                    self._measure_scale(delta, logits)
                 gradients = rule.gradients(parameters, activations, delta, logits, self._target)
             except (IndexError, RuntimeError, ValueError):
                 if self._target is not None:

@@ -33,7 +33,8 @@ class PassRule(CutRule):
         return True
 
     def gradients(
-        self, parameters: list[nn.Parameter], activations: dict[str, Tensor], delta: Tensor, logits: Tensor, target: Tensor
+        self, parameters: list[nn.Parameter], activations: dict[str, Tensor], delta: Tensor, logits: Tensor,
+        target: Tensor | None,
     ) -> list[Tensor | None]:
         """The gradients of the parameters; called with gradients enabled and the `first_pass`.
 

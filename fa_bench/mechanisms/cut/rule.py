@@ -58,8 +58,8 @@ class CutRule(Rule):
     scales = False
     loss_factor = 1.0
     #: Whether `gradients` computes the gradients of all parameters, in passes of its own: see `fa_bench.mechanisms.cut.passes`.
-    learns_in_passes: ClassVar[bool] = False
-    output_learns_by_delta: ClassVar[bool] = False
+    learns_in_passes = False
+    output_learns_by_delta = False
     #: The rule that this one belongs to, and whose options it uses; None if it is a rule by itself.
     part_of: ClassVar[Rule | None] = None
 
@@ -183,7 +183,8 @@ class CutRule(Rule):
                                 f"data") from None
 
     def gradients(
-        self, parameters: list[nn.Parameter], activations: dict[str, Tensor], delta: Tensor, logits: Tensor, target: Tensor
+        self, parameters: list[nn.Parameter], activations: dict[str, Tensor], delta: Tensor, logits: Tensor,
+        target: Tensor | None,
     ) -> list[Tensor | None]:
         """See `fa_bench.mechanisms.cut.passes.PassRule`."""
         raise NotImplementedError

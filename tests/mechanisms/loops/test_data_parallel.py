@@ -22,7 +22,7 @@ from .scripts import data, net, sgd
 # Without what depends on the batch itself: similarities of its samples, batch normalisation.
 OPTIONS: dict[str, dict] = {
     "predsim": {"loss": "pred"}, "dgl": {"auxiliary_net": "linear"}, "wm": {"initial_steps": 3, "mirror_batch": 8},
-    "dkp": {"b_lr_scale": 1.0},
+    "dkp": {"b_lr_scale": 1.0}, "fdfa": {"alpha": 0.0, "b_init": "kaiming_uniform"}, "forward_gradient": {"form": "weight"},
 }
 CASES = {name: (name, OPTIONS.get(name, {})) for name in ALGORITHMS}
 CASES |= {
@@ -33,9 +33,10 @@ CASES |= {
     "asap random": ("asap", {"match": "random", "freeze_stem": False}),
     "conv kp": ("kp", {}), "conv pfa": ("pfa", {}), "conv dkp": ("dkp", {"b_lr_scale": 1.0}), "conv asfp": ("asfp", {}),
     "asfp_lc learning stem": ("asfp_lc", {"freeze_stem": False}), "predsim whole": ("predsim", {}), "dgl whole": ("dgl", {}),
+    "fdfa noise": ("fdfa", {}), "fdfa alpha": ("fdfa", {"alpha": 0.1}), "forward_gradient noise": ("forward_gradient", {}),
 }
 #: What depends on the batch itself differs from one process; the ranks still agree with each other.
-DIFFER = ("asfp_lc learning stem", "predsim whole", "dgl whole")
+DIFFER = ("asfp_lc learning stem", "predsim whole", "dgl whole", "fdfa noise", "fdfa alpha", "grape", "forward_gradient noise")
 STEPS = 5
 
 
@@ -130,9 +131,10 @@ def test_two_ranks_are_one_process(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("case", "says"), [
     ("asfp_lc learning stem", "batch"), ("predsim whole", "batch"), ("dgl whole", "batch"),
+    ("fdfa noise", "noise"), ("grape", "noise"), ("forward_gradient noise", "noise"), ("forward_gradient", None),
     ("forward_alignment", None), ("predsim", None), ("dgl", None), ("kp", None),
 ])
 def test_coverage_says_what_depends_on_the_batch(case, says):
     name, options = CASES[case]
     text = str(fa_bench.attach(model_of(case), name, sample_input=data(2)[0], **options).coverage)
-    assert ("depends on the batch" in text) == (says is not None), text
+    assert (("depends on the batch" in text), ("its own noise" in text)) == (says == "batch", says == "noise"), text

@@ -24,13 +24,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in 
 #: Their errors depend on which samples are together: similarities of pairs, batch normalisation in auxiliary nets.
 TOGETHER = ("predsim", "dgl", "asfp_lc")
 #: A new draw at every forward pass.
-REDRAWN = ("brsf",)
+REDRAWN = ("brsf", "fdfa", "grape", "forward_gradient")
 #: Their hidden errors are made of the labels, and do not carry the loss's scale by themselves.
-OF_LABELS = ("drtp", "drtp sign", "local_error", "predsim", "predsim pred", "bp_deepsup", "dgl", "dgl linear", "asfp_lc")
+OF_LABELS = ("drtp", "drtp sign", "local_error", "predsim", "predsim pred", "bp_deepsup", "dgl", "dgl linear", "asfp_lc",
+             "fdfa", "grape")
 #: What learns by the output's own error: the head, with blocks the whole last one, and all of the net where errors cross the
 #: cuts.
-#: In the first step of bp_deepsup, whose classifiers are zero, no other error comes there.
-OWN = {name: ("head", "c.") for name in ("dgl", "dgl linear", "asfp_lc")} | {"bp_deepsup": ("head", "a.fc", "b.fc", "c.fc")}
+#: In the first step of bp_deepsup, whose classifiers are zero, no other error comes there; fdfa and grape scale feedback alone.
+OWN = {name: ("head", "c.") for name in ("dgl", "dgl linear", "asfp_lc")}
+OWN |= {name: ("head", "a.fc", "b.fc", "c.fc") for name in ("bp_deepsup", "fdfa", "grape")}
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -148,7 +150,7 @@ def test_another_loss_is_right_or_refused_with_a_mend_that_works(variant: str, k
         got, scale = found(variant, [(X, Y, loss)], loss_scale=1.0), 1.0
     head = {key: tensor * (0.01 if variant == "predsim" else 1.0) for key, tensor in true_head(loss).items()}  # 1 - beta
     assert_same({key: got[key] for key in head}, head, rel=1e-5)
-    if variant in OF_LABELS and variant not in ("drtp sign", "bp_deepsup", "dgl", "dgl linear", "asfp_lc"):
+    if variant in OF_LABELS and variant not in ("drtp sign", *OWN):
         plain = found(variant, [(X, Y, F.cross_entropy)])
         assert_same(hidden(got), {key: scale * tensor for key, tensor in hidden(plain).items()}, rel=1e-5)
 

@@ -10,6 +10,7 @@ Every module here holds REFERENCES {rule: function}, CASES {case: (rule, options
 - unscaled: signals that do not come from the loss, and so do not scale with it
 - partly_exact: hidden layers may have the gradient of backpropagation
 - untrue_output: the output layer's own gradient is not that of the loss
+- noisy: rules that draw noise for every update; their references are given the same random numbers as ``draws``
 - last_module: the last hidden layers learn by backpropagation, with the output layer
 """
 
@@ -22,7 +23,7 @@ from collections.abc import Callable
 REFERENCES: dict[str, Callable] = {}
 CASES: dict[str, tuple[str, dict]] = {}
 TRAITS: dict[str, set[str]] = {
-    trait: set() for trait in ("exact", "redrawn", "unscaled", "partly_exact", "untrue_output", "last_module")
+    trait: set() for trait in ("exact", "redrawn", "unscaled", "partly_exact", "untrue_output", "noisy", "last_module")
 }
 
 for _found in pkgutil.iter_modules(__path__, f"{__name__}."):
