@@ -60,3 +60,15 @@ def output_option() -> Any:
     """The output of the model from which a cut rule's errors come."""
     return option(None, "the output from which the errors come, if the model returns several: a key, or a number in a tuple; "
                         "other outputs train only the layers after the last cut")
+
+
+def derivative_option(default: str = "exact", identifying: bool = False) -> Any:
+    """The derivative of elementwise nonlinearities in the backward pass."""
+    return option(default, "derivative of elementwise nonlinearities: exact, or dual, a finite difference over the error, as in "
+                           "dual propagation", choices=["exact", "dual"], identifying=identifying)
+
+
+def beta_option(identifying: bool = False) -> Any:
+    """The size of the finite difference."""
+    return option(0.01, "derivative=dual: half the width of the finite difference, in units of the error of a sample's own loss",
+                  above=0, identifying=identifying)

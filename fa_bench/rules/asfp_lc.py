@@ -91,6 +91,7 @@ class ASFPLC(ASFP):
         # Both share one mode, so that a measurement covers both.
         local.name, local.model, local.mode, local.seed = self.name, self.model, self.mode, self.seed
         local.objective, local._frozen, local._structure, local._uses_outside = self.objective, self._frozen, None, {}
+        local.first_pass = None
         self._local, local.part_of = local, self
         local.wire(sample_input)
         return super().wire(sample_input)
@@ -119,7 +120,8 @@ class ASFPLC(ASFP):
     def deliver(
         self, loss: Tensor, logits: Tensor | None, target: Tensor | None, loss_scale: float | None = None
     ) -> None:
-        self._local.deliver(loss, logits, target, loss_scale)
+        with self.derivatives_of(loss, logits, target, loss_scale):
+            self._local.deliver(loss, logits, target, loss_scale)
 
     @property
     def feedback(self) -> dict[str, dict[str, Tensor]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fa_bench.mechanisms.coverage import Coverage, Covered
 from fa_bench.mechanisms.cut.noise import NoisyCutRule
 from fa_bench.mechanisms.cut.rule import CapturedActivation
+from fa_bench.mechanisms.graph import leaves
 from fa_bench.registry.options import option
 from fa_bench.registry.registries import ALGORITHMS
 
@@ -77,9 +78,13 @@ class ForwardGradient(NoisyCutRule):
         derivative = (broadcast * tangent).flatten(1).sum(1)
         return noise[cut] * derivative.view(-1, *[1] * (len(captured.shape) - 1)).to(noise[cut].dtype)
 
+    def trained_parameters(self, results: list[Tensor]) -> list[nn.Parameter]:
+        used = set().union(*(leaves(result.grad_fn) for result in results))
+        return [parameter for parameter in self.model.parameters() if id(parameter) in used]
+
     def gradients(
         self, parameters: list[nn.Parameter], activations: dict[str, Tensor], delta: Tensor, logits: Tensor,
-        target: Tensor | None,
+        target: Tensor,
     ) -> list[Tensor | None]:
         from fa_bench.mechanisms.tangents import output_tangent
 

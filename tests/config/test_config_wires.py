@@ -106,7 +106,8 @@ def test_tables_name_every_option() -> None:
     assert set(TOP) | NOT_NUMBERS | set(VOLATILE) == keys(RunOptions)
     assert set(DATASET) == keys(DATASETS["synthetic"]) and set(ARCHITECTURE) == keys(ARCHITECTURES["mlp"])
     for name in OPTIMIZERS:
-        assert {key for key, (of, *_) in OPTIMIZER.items() if of in ("any", name.removesuffix("w"))} == keys(OPTIMIZERS[name])
+        own = {key for key, (of, *_) in OPTIMIZER.items() if of in ("any", name.removesuffix("w"))}
+        assert own | (set(MUON) if name == "muon" else set()) == keys(OPTIMIZERS[name])
 
 
 @pytest.mark.parametrize("key", TOP)
@@ -183,6 +184,9 @@ OPTIMIZER: dict[str, tuple[str, tuple[str, ...], str]] = {
     "beta2": ("adam", (), "0.9"),
     "eps": ("adam", (), "0.01"),
 }
+#: Options of muon in addition to those of any optimizer.
+MUON = {"momentum": "0.5", "nesterov": "false", "beta1": "0.5", "beta2": "0.9", "eps": "0.01", "ns_steps": "2",
+        "adjust_lr": "match_rms_adamw", "layers": "hidden", "exclude": "[fc2]", "adam_lr": "0.1"}
 #: adamw has the options of adam, by which it is built in the same line but for the decay.
 CASES = [(name, key) for name in ("sgd", "adam", "adamw") for key, (of, *_) in OPTIMIZER.items()
          if of in ("any", name) and (name != "adamw" or key == "weight_decay")]
@@ -193,6 +197,12 @@ def test_options_of_the_optimizer(name: str, key: str) -> None:
     _, needed, value = OPTIMIZER[key]
     base = ("algorithm=fa", f"optimizer={name}", "optimizer.lr=0.01", *(f"optimizer.{word}" for word in needed))
     assert_changes(TRAINED, base, (f"optimizer.{key}={value}",))
+
+
+@pytest.mark.parametrize("key", [*MUON, "weight_decay", "lr"])
+def test_options_of_muon(key: str) -> None:
+    base = (*HIDDEN, "algorithm=fa", "optimizer=muon")
+    assert_changes(TRAINED, base, (f"optimizer.{key}={MUON.get(key, '0.1')}",))
 
 
 @pytest.mark.parametrize(("name", "key"), CASES)
@@ -206,7 +216,7 @@ def test_options_of_the_optimizer_of_the_feedback(name: str, key: str) -> None:
 def test_optimizer_and_its_name() -> None:
     """Equal settings of different optimizers, and a feedback optimizer that equals the weights' one, by which B learns alike."""
     same = ("algorithm=kp", "optimizer.lr=0.01", "optimizer.weight_decay=0.2")
-    assert len({numbers(*same, f"optimizer={name}")[TRAINED] for name in ("sgd", "adam", "adamw")}) == 3
+    assert len({numbers(*same, f"optimizer={name}")[TRAINED] for name in ("sgd", "adam", "adamw", "muon")}) == 4
     own = (*same, "optimizer@feedback_optimizer=sgd", "feedback_optimizer.lr=0.01", "feedback_optimizer.weight_decay=0.2")
     assert numbers(*own)[TRAINED] == numbers(*same)[TRAINED]
 
@@ -223,6 +233,7 @@ RULES: dict[str, dict[str, str]] = {
     "usf": {"scale": "none", "density": "0.5"}, "brsf": {"m_init": "pytorch", "density": "0.5"},
     "frsf": {"m_init": "pytorch", "density": "0.5"},
     "pfa": {"ratio": "2", "r_init": "pytorch", "density": "0.5"}, "pfa_o": {"ratio": "2", "r_init": "pytorch"},
+    "ldfa": {"rank": "2", "b_rate": "0", "r_init": "pytorch"},
     "dfa": {"b_init": "pytorch", "density": "0.5", "form": "shared", "freeze_stem": "true",
             "error_at": "act2"},
     "dkp": {"error_at": "act2", "b_init": "pytorch", "density": "0.5", "b_lr_scale": "0.5"},
@@ -239,8 +250,8 @@ RULES: dict[str, dict[str, str]] = {
 
 @pytest.mark.parametrize(("name", "key"), [(name, key) for name, options in RULES.items() for key in options])
 def test_options_of_rules(name: str, key: str) -> None:
-    cuts = ("algorithm.allow_uncovered=true",) if key == "cuts" else ()
-    assert_changes(TRAINED, (*HIDDEN, f"algorithm={name}", *cuts), (f"algorithm.{key}={RULES[name][key]}",))
+    beside = {"cuts": ("algorithm.allow_uncovered=true",), "b_rate": ("algorithm.rank=2",)}.get(key, ())
+    assert_changes(TRAINED, (*HIDDEN, f"algorithm={name}", *beside), (f"algorithm.{key}={RULES[name][key]}",))
 
 
 def test_options_added_to_a_rule_leave_the_identity_of_older_runs() -> None:

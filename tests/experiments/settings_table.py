@@ -376,6 +376,23 @@ MONO_FORWARD = Preset([{
     ({"algorithm": "predsim"}, _keys("algorithm", loss="pred", decoder_init="pytorch", decoder_bias=False)),
 ])
 
+#: Høier et al. 2023: epochs, batch size, rate, length of the warm-up, momentum, decay and the number of seeds [code]; the rest,
+#: such as the decay of the rate, B and augmentation [choice].
+DUAL_SEEDS = [0, 1, 2, 3, 4]
+DUAL_PROPAGATION = Preset([
+    {"algorithm": ["bp", "frozen", "dual_propagation"], "seed": DUAL_SEEDS},
+    {"algorithm": ["kp"], "algorithm.derivative": ["exact", "dual"], "seed": DUAL_SEEDS},
+], {
+    "dataset": "cifar10", **_keys(
+        "dataset", validation=0.0, augment=True, mean=[0.4914, 0.4822, 0.4465], std=[0.247, 0.2435, 0.2616]),
+    "architecture": "vgg", "architecture.depth": 16, "epochs": 130, "batch_size": 100,
+    "optimizer": "sgd", **_keys("optimizer", lr=0.025, momentum=0.9, weight_decay=5e-4),
+    **COSINE, "optimizer.schedule.warmup": 10,
+}, [
+    ({"algorithm": "dual_propagation"}, _keys("algorithm", derivative="dual", beta=0.01)),
+    ({"algorithm": "kp"}, {"algorithm.b_init": "lecun_uniform", "optimizer.schedule.warmup": 15}),
+])
+
 PRESETS: dict[str, Preset] = {**ASAP_PAPER, **PFA_PAPER, **DKP_PAPER, **WM_PAPER, "quickstart": QUICKSTART,
                               "tune_digits": TUNE_DIGITS, "faeval": FAEVAL, "lm_quickstart": LM_QUICKSTART,
-                              "mono_forward": MONO_FORWARD}
+                              "mono_forward": MONO_FORWARD, "dual_propagation": DUAL_PROPAGATION}

@@ -215,7 +215,7 @@ def output_error(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def gradients(
     chain: list[Stage], params: Arrays, x, y, *,
-    carry=None, inject=None, deliver=None, given=None, added=None, activations=None, errors=None, output=1.0,
+    carry=None, inject=None, deliver=None, given=None, added=None, activations=None, errors=None, output=1.0, dual=None,
 ) -> Arrays:
     """Gradients of every parameter under one way of carrying the error.
 
@@ -228,6 +228,7 @@ def gradients(
     activations: layer -> what enters its weight gradient in place of its true input.
     errors: a dictionary that is given the error at the output of every stage and, under "", that at the chain's input.
     output: factor on the error at the logits.
+    dual: beta of the finite difference that replaces the derivative of every nonlinearity.
     """
     carry, inject, deliver, given, added, activations = (
         tensors or {} for tensors in (carry, inject, deliver, given, added, activations))
@@ -262,6 +263,8 @@ def gradients(
                 error = conv_input_error(stage, error, carry.get(stage.name, params[weight]), x_in.shape)
         elif stage.kind in ("bn1d", "bn2d"):
             error, grads[weight], grads[bias] = bn_backward(stage, x_in, error, params[weight])
+        elif stage.kind in ("relu", "tanh") and dual is not None:
+            error = dual_error(stage.kind, x_in, error, dual)
         elif stage.kind == "relu":
             error = error * (x_in > 0)
         elif stage.kind == "tanh":
@@ -272,6 +275,18 @@ def gradients(
             error = error.reshape(x_in.shape)
     errors[""] = error
     return grads
+
+
+def dual_error(kind: str, a: np.ndarray, g: np.ndarray, beta: float) -> np.ndarray:
+    """g_in = (phi(a + beta N g) - phi(a - beta N g)) / (2 beta N): g of a mean loss is 1/N of a sample's own error."""
+    error, step = np.zeros_like(g), beta * a.shape[0]
+    for at in np.ndindex(a.shape):
+        high, low = a[at] + step * g[at], a[at] - step * g[at]
+        if kind == "relu":
+            error[at] = (max(high, 0.0) - max(low, 0.0)) / (2 * step)
+        else:
+            error[at] = (math.tanh(high) - math.tanh(low)) / (2 * step)
+    return error
 
 
 def sgd_step(params: Arrays, velocity: Arrays, grads: Arrays, *, lr: float, momentum: float, decay: float, nesterov=False):

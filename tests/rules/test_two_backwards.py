@@ -14,8 +14,8 @@ from .registered import registered
 
 SHARING = {"match": "random", "linear": "share", "freeze_stem": False}
 OPTIONS = QUICK | {"asap": SHARING, "asfp": SHARING, "asfp_lc": SHARING | {"cuts": ["act1"]}, "dgl": {"cuts": ["act1"]}}
-# brsf draws its feedback for every forward pass, and so a pass alone is another one than the same pass after others.
-FIXED = sorted(set(ALGORITHMS) - {"brsf"})
+# These draw feedback or noise for every pass, and so a pass alone is another one than the same pass after others.
+FIXED = sorted(set(ALGORITHMS) - {"brsf", "ddtp_linear"})
 
 
 def trained(rule) -> list[Tensor]:

@@ -57,9 +57,18 @@ class Delivery:
         Raises:
             CoverageError: if the model returns a loss, or several outputs and none was chosen.
         """
+        logits = self.logits_in(output)
+        if logits is output:
+            return self._connected(logits, tape)
+        from fa_bench.mechanisms.trace import replaced
+
+        return replaced(output, logits, self._connected(logits, tape))
+
+    def logits_in(self, output: Any) -> Tensor:
+        """The logits in the model's output; raises the errors of `connect`."""
         if isinstance(output, torch.Tensor):
-            return self._connected(output, tape)
-        from fa_bench.mechanisms.trace import chosen_result, named_results, replaced
+            return output
+        from fa_bench.mechanisms.trace import chosen_result, named_results
 
         rule, results = self.rule, named_results(output)
         for name, result in results.items():
@@ -70,8 +79,7 @@ class Delivery:
         if rule.output is None and len(results) > 1:
             raise CoverageError(f"rule '{rule.name}' takes its error from one output, but this model returns {names(results)}: "
                                 "choose one, for example {output}", {"output": next(iter(results))})
-        logits = chosen_result(results, rule.output)
-        return replaced(output, logits, self._connected(logits, tape))
+        return chosen_result(results, rule.output)
 
     def _connected(self, logits: Tensor, tape: dict[str, CapturedActivation]) -> Tensor:
         rule = self.rule
@@ -85,13 +93,15 @@ class Delivery:
         if torch.compiler.is_compiling():
             return self._connected_in_graph(logits, tape, tensors, learned)
         errors = functools.partial(self._errors, tape, learned, logits if rule.scales else None)
+        if rule.first_pass is not None:
+            rule.first_pass.output = logits.detach().clone()
         errors = self._with_first_pass(errors)
         saves = self._reads_values and not self._keeps_values
         return self._function.apply(errors, len(tensors), saves, logits, *tensors, *(one.tensor for one in learned))
 
     def _connected_to_parameters(self, logits: Tensor, tape: dict[str, CapturedActivation]) -> Tensor:
         """As `_connected`, for a rule that computes the gradients of all parameters in passes of its own."""
-        parameters = [parameter for parameter in self.rule.model.parameters() if parameter.requires_grad]
+        parameters = self.rule.trained_parameters([logits, *(captured.tensor for captured in tape.values())])
         activations = {cut: captured.tensor.detach() for cut, captured in tape.items()}
         errors = self._with_first_pass(functools.partial(self._gradients, parameters, activations, logits.detach()))
         # Without the logits' graph, the activations of the first pass are freed at once.
@@ -174,13 +184,17 @@ class Delivery:
     ) -> list[Tensor | None]:
         """The error at the logits and the gradients of all parameters of a rule that learns in passes of its own."""
         device, rule = delta.device.type, self.rule
-        with torch.autocast(device, enabled=False), torch.enable_grad():
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self._gradients(parameters, activations, logits, delta, tensors)
+        with torch.enable_grad():
             self._checked_rows(delta)
             self._is_delivered = True
             try:
                 if rule.scales:
                     self._measure_scale(delta, logits)
-                gradients = rule.gradients(parameters, activations, delta, logits, self._target)
+                labels: Any = self._target  # None for rules that do not need them
+                gradients = rule.gradients(parameters, activations, delta, logits, labels)
             except (IndexError, RuntimeError, ValueError):
                 if self._target is not None:
                     self._check_labels(self._target, logits.shape[rule.error_axis])
@@ -250,6 +264,8 @@ class Delivery:
         if self._is_delivered:
             raise ValueError(f"rule '{self.rule.name}': the loss depends on two forward passes, but the labels belong to one of "
                              f"them: call rule.backward for each")
+        if target is not None and self.rule.takes_numbers and target.is_floating_point() and target.shape == rows.shape:
+            return
         if target is None or target.shape != rows.shape[:-1] or target.is_floating_point():
             shape = "(N,)" if rows.dim() == 2 else f"{tuple(rows.shape[:-1])}, one for each position"
             raise ValueError(f"rule '{self.rule.name}' requires labels: call rule.backward(loss, logits, target) with class "

@@ -174,6 +174,9 @@ def _rows_of(context: BackwardContext, weight: Tensor, rows: slice) -> BackwardC
     assert feedback is not None
 
     def of_rows(gradient: FeedbackGradient) -> FeedbackGradient:
+        if (of_errors := gradient.of_errors) is not None:  # the other outputs have no error in this call
+            return gradient._replace(of_errors=lambda g: of_errors(
+                g.new_zeros(len(g), len(weight)).index_copy(1, torch.arange(len(weight), device=g.device)[rows], g)))
         if gradient.first_hop is not None:
             return gradient._replace(first_hop=gradient.first_hop[rows])
         return gradient if context.second_hop is not None else gradient._replace(rows=rows)

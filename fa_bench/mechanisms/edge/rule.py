@@ -6,12 +6,13 @@ import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import CoverageError, names, nearest
 from fa_bench.mechanisms.coverage import Coverage, Covered, foreign_weights, matching, outside_text
 from fa_bench.mechanisms.edge.pathways import FeedbackPathway, TransposeFeedback
-from fa_bench.mechanisms.feedback_options import COPY_WEIGHT, init_option
+from fa_bench.mechanisms.feedback_options import COPY_WEIGHT, beta_option, derivative_option, init_option
 from fa_bench.mechanisms.feedback_tensors import drop_tensors, put_tensor, tensors_of
 from fa_bench.mechanisms.rule import Rule
 from fa_bench.registry.options import option
@@ -21,6 +22,7 @@ from fa_bench.utils.sampling import fans, sample, sample_mask, seed_for
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from fa_bench.mechanisms.derivative import Dual
     from fa_bench.mechanisms.edge.layers import FeedbackLayer
     from fa_bench.mechanisms.trace import Trace
     from fa_bench.mechanisms.updates import LearnedTensor
@@ -117,6 +119,8 @@ class EdgeRule(Rule):
     exclude: list[str] = option([], "layers (names, or patterns; * matches dots, too) that use their true weight as "
                                     "feedback instead")
     plain_last: bool = option(False, "the output layer uses its true weight as feedback")
+    derivative: str = derivative_option()
+    beta: float = beta_option()
 
     def pathway(self, layer: LayerContext) -> FeedbackPathway:
         """Create the layer's feedback tensors with `layer.put` and return the pathway that uses them."""
@@ -127,6 +131,7 @@ class EdgeRule(Rule):
         from fa_bench.mechanisms.weighted_layers import kind_of, weight_name, weighted_layers
 
         self.mode.layerwise = True
+        self._dual: Dual | None = None
         self._layers: dict[str, FeedbackLayer] = {}
         self._learning: list[FeedbackLayer] = []
         self._learned: list[LearnedTensor] = []
@@ -140,6 +145,7 @@ class EdgeRule(Rule):
         if plain.issuperset(layers):
             raise CoverageError(f"include={self.include}, exclude={self.exclude}, plain_last={self.plain_last} leave rule "
                                 f"'{self.name}' no layer (layers: {names(layers)})")
+        self._replace_derivatives(sample_input)
         covered = []
         for path, layer in layers.items():
             kind = kind_of(layer)
@@ -155,7 +161,17 @@ class EdgeRule(Rule):
         uncovered, local = foreign_weights(self.model, ids, trace.uses if trace is not None else None)
         if trace is not None:
             uncovered |= {weight_name(path, layers[path]): outside_text(use) for path, use in trace.uses.outside.items()}
-        return Coverage(self.name, tuple(covered), uncovered, local, self.notes() + self._notes_on_tied_weights())
+        notes = self.notes() + self._notes_on_tied_weights() + (() if self._dual is None else (self._dual.note(),))
+        return Coverage(self.name, tuple(covered), uncovered, local, notes)
+
+    def _replace_derivatives(self, sample_input: Any) -> None:
+        """Replace the derivatives of nonlinearities, if the option says so."""
+        if self.derivative != "exact":
+            from fa_bench.mechanisms.derivative import Dual
+
+            self._dual = Dual(self.name, self.mode, self.beta)
+            with self.exact():
+                self._dual.wire(self.model, sample_input)
 
     def _trace_if_possible(self, sample_input: Any) -> Trace | None:
         """The model's structure; None if there is no sample and zeros cannot replace it (the first training pass is checked)."""
@@ -180,7 +196,32 @@ class EdgeRule(Rule):
                      f"feedback follows the layer's own part." for path, others in tied.items() if others)
 
     def watched_modules(self) -> dict[str, nn.Module]:
-        return dict(self._layers)
+        return dict(self._layers) if self._dual is None else {**self._layers, **self._dual.modules}
+
+    def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        super().begin_forward(model, args, kwargs)
+        if self._dual is not None:
+            self._dual.begin(args, kwargs)
+
+    def end_forward(self, model: nn.Module, args: Any, output: Any) -> Any:
+        try:
+            return super().end_forward(model, args, output)
+        finally:
+            if self._dual is not None:
+                is_training = output is not None and torch.is_grad_enabled() and not self.mode.exact
+                self._dual.end((lambda: self.roots(output)) if is_training else None)
+
+    def deliver(
+        self, loss: Tensor, logits: Tensor | None, target: Tensor | None, loss_scale: float | None = None
+    ) -> None:
+        with self.derivatives_of(loss, logits, target, loss_scale):
+            super().deliver(loss, logits, target, loss_scale)
+
+    def derivatives_of(
+        self, loss: Tensor, logits: Tensor | None, target: Tensor | None, loss_scale: float | None
+    ) -> AbstractContextManager[None]:
+        """A context for the backward pass of a loss, in which the derivatives of nonlinearities can be computed."""
+        return nullcontext() if self._dual is None else self._dual.delivering(self, loss, logits, target, loss_scale)
 
     def transporting_layers(self) -> dict[str, Any]:
         return dict(self._layers)
@@ -189,6 +230,8 @@ class EdgeRule(Rule):
         from fa_bench.mechanisms.edge.layers import FeedbackLayer, swap_out
 
         self._learned = []
+        if (dual := getattr(self, "_dual", None)) is not None:
+            dual.unwire(self.model)
         for layer in {*self.model.modules(), *getattr(self, "_layers", {}).values()}:
             if isinstance(layer, FeedbackLayer):
                 swap_out(layer)

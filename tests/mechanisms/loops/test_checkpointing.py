@@ -169,8 +169,8 @@ def test_reentrant_parts_are_right_or_refused(name: str, late: bool, asks: bool)
         assert_same({key: after[key] for key in before}, before)
         assert not gradients(model)
     else:
-        assert name in ("bp", "bp_fc", "frozen", "frozen_blocks")  # they leave the layers as they are
-        if asks or name == "frozen":
+        assert name in ("bp", "bp_fc", "frozen", "frozen_blocks", "weight_perturbation")  # they leave the layers as they are
+        if asks or name in ("frozen", "weight_perturbation"):
             assert_same(got, want)
         else:
             assert set(got) == {"head.weight", "head.bias"}  # torch warns that the parts get no gradient
@@ -206,8 +206,9 @@ def test_a_frozen_part_may_run_without_gradients(name: str) -> None:
         model = Chain(runs)
         model.a.requires_grad_(False)
         last = train(model, attach(model, name), X, Y)
-        # A matrix R learns from what enters its layer, though the weight does not; there it carries no error.
-        found.append({key: gradient for key, gradient in last.items() if key != "a.fc.feedback_R"})
+        # R and some rules' B learn from what enters and leaves their layer, though the weight does not; there they carry no error.
+        own = ("a.fc.feedback_R", "a.fc.feedback_B" if name in ("ldfa", "np_feedback") else None)
+        found.append({key: gradient for key, gradient in last.items() if key not in own})
     assert_same(*found)
 
 

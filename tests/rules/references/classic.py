@@ -32,9 +32,10 @@ def frozen_blocks(chain, params, feedback, x, y, blocks=()):
     return {name: grad for name, grad in gradients(chain, params, x, y).items() if name.rsplit(".", 1)[0] not in fixed}
 
 
-def fa(chain, params, feedback, x, y, **_):
+def fa(chain, params, feedback, x, y, derivative="exact", beta=0.01, **_):
     """e_in = g B."""
-    return gradients(chain, params, x, y, carry={layer: tensors["B"] for layer, tensors in feedback.items()})
+    dual = beta if derivative == "dual" else None
+    return gradients(chain, params, x, y, carry={layer: tensors["B"] for layer, tensors in feedback.items()}, dual=dual)
 
 
 def usf_scale(shape: tuple[int, ...], scale: str) -> float:
@@ -59,9 +60,9 @@ def magnitude_sf(chain, params, feedback, x, y, **_):
     return gradients(chain, params, x, y, carry=carry)
 
 
-def kp(chain, params, feedback, x, y, **_):
+def kp(chain, params, feedback, x, y, **options):
     """As FA; the gradient of B is the gradient of W."""
-    grads = fa(chain, params, feedback, x, y)
+    grads = fa(chain, params, feedback, x, y, **options)
     return grads | {f"{layer}.B": grads[f"{layer}.weight"].copy() for layer in feedback}
 
 

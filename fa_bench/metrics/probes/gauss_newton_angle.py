@@ -1,0 +1,106 @@
+"""How far the errors that a rule delivers are from those of the Gauss-Newton method."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.errors import ConfigError
+from fa_bench.metrics.probes.base import Probe, Quantities, Subject
+from fa_bench.registry.registries import PROBES
+from fa_bench.utils.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fa_bench.mechanisms.rule import Rule
+    from fa_bench.metrics.meter import Point
+
+#: Damping of J Jᵀ, relative to the mean of its diagonal.
+DAMPING = 1e-6
+
+
+@PROBES.register("gauss_newton_angle")
+@dataclasses.dataclass(eq=False)
+class GaussNewtonAngle(Probe):
+    """Angle between the errors at a layer's activation and J⁺ δ, the change of the activation that a Gauss-Newton step takes.
+
+    J = ∂z/∂a (C, F) is the derivative of the logits of a sample by its activation a, δ the gradient of the loss at its logits,
+    and J⁺ = Jᵀ (J Jᵀ + ε I)⁻¹ with ε a millionth of the mean of the diagonal of J Jᵀ. Backpropagation's error is Jᵀ δ.
+
+    - ``gauss_newton_angle``: of the rule's errors to J⁺ δ, mean over the batch, in degrees.
+    - ``gauss_newton_angle_bp``: of those of backpropagation, with the same weights: what a rule must be below to be nearer to
+      Gauss-Newton. The rule's angle to backpropagation is `delta_angle`.
+
+    Errors are taken where angles to backpropagation are (`delta_angle`), on the fixed batch. NaN where an error is zero. With
+    batch normalisation J also contains what a sample changes in the logits of the others. Costs C backward passes a layer.
+    """
+
+    def require(self, subject: Subject) -> None:
+        shape = subject.meter.trace.result_shape
+        if len(shape) != 2:
+            raise ConfigError(f"needs outputs of shape (N, C), not {shape}")
+
+    def measure(self, subject: Subject) -> Quantities:
+        from fa_bench.metrics.angles import mean_sample_angle
+        from fa_bench.metrics.meter import LOGITS, Passes, measurement_mode
+
+        meter = subject.meter
+        found: Quantities = {self.name: {}, f"{self.name}_bp": {}}
+        with measurement_mode(subject.rule):
+            passes = Passes(meter)
+            delivered, exact = passes.delivered.errors, passes.exact.errors
+            logits, tensors = tensors_at(subject.rule, set(meter.points.values()), meter.x)
+            delta = exact[LOGITS].double()
+            for layer in meter.trace.order:
+                point = meter.points.get(layer)
+                if point not in tensors or point not in exact or point not in delivered:
+                    continue
+                wanted = gauss_newton(jacobian(logits, tensors[point]), delta)
+                found[self.name][layer] = mean_sample_angle(delivered[point].flatten(1), wanted)
+                found[f"{self.name}_bp"][layer] = mean_sample_angle(exact[point].flatten(1), wanted)
+        return found
+
+
+def tensors_at(rule: Rule, points: set[Point], x: Tensor) -> tuple[Tensor, dict[Point, Tensor]]:
+    """The logits of an exact forward pass, and the tensors at these points, if they occur once; all with their graph."""
+    from fa_bench.mechanisms.rule import INPUT
+    from fa_bench.mechanisms.trace import loss_output, tensors_in
+
+    seen: dict[Point, list[Tensor]] = {}
+
+    def hook(point: Point, at_input: bool) -> Any:
+        def record(module: Any, args: Any, output: Any = None) -> None:
+            seen.setdefault(point, []).append(next(tensors_in(args if at_input else output)))
+
+        return record
+
+    handles = []
+    for path, side in points:
+        module = rule.model.get_submodule(path)
+        register = module.register_forward_pre_hook if side == INPUT else module.register_forward_hook
+        handles.append(register(hook((path, side), side == INPUT), prepend=True))
+    try:
+        with torch.enable_grad(), rule.exact():
+            logits = loss_output(rule.model(x), rule.loss_output)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return logits, {point: tensors[0] for point, tensors in seen.items() if len(tensors) == 1 and tensors[0].requires_grad}
+
+
+def jacobian(logits: Tensor, activation: Tensor) -> Tensor:
+    """J (N, C, F), of the logits (N, C) by an activation (N, ...)."""
+    rows = [torch.autograd.grad(logits[:, number].sum(), activation, retain_graph=True)[0].flatten(1)
+            for number in range(logits.shape[1])]
+    return torch.stack(rows, 1)
+
+
+def gauss_newton(jacobian: Tensor, delta: Tensor) -> Tensor:
+    """J⁺ δ (N, F), damped, for J (N, C, F) and δ (N, C), in double precision."""
+    wide = jacobian.double()
+    gram = wide @ wide.mT
+    size = gram.diagonal(dim1=1, dim2=2).mean(1)
+    damping = torch.where(size > 0, DAMPING * size, 1.0)  # J⁺ of zeros is zero
+    damped = gram + damping[:, None, None] * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    return (wide.mT @ torch.linalg.solve(damped, delta.double().unsqueeze(2))).squeeze(2)

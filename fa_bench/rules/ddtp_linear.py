@@ -1,0 +1,129 @@
+"""Linear direct difference target propagation."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.mechanisms.checkpointing import refuse_reentrant
+from fa_bench.mechanisms.coverage import noise_note
+from fa_bench.mechanisms.cut.rule import CapturedActivation
+from fa_bench.mechanisms.feedback_options import init_option
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ALGORITHMS
+from fa_bench.rules.dkp import DKP
+from fa_bench.utils.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+
+@ALGORITHMS.register("ddtp_linear")
+@dataclasses.dataclass(eq=False)
+class DDTPLinear(DKP):
+    """Linear direct difference target propagation: direct feedback that learns to invert the network from noise.
+
+    Meulemans et al. 2020 (arXiv 2006.14331): DDTP-linear with the difference reconstruction loss.
+
+    The target of the logits z is z - η δ, with δ = ∂L/∂z (N, C), and that of the activation h at a cut is h plus Q times the
+    change of z, so that the gradient of half the squared distance to it is η δ Qᵀ. The error at a cut is therefore δ B with
+    B = Qᵀ, of shape (C, features of the cut), as in `dkp`. η is left out: it scales the errors of all hidden layers alike.
+
+    B learns by the loss ‖Δz B - σ ε‖² / σ², mean over the samples: σ ε is Gaussian noise that is added to h, and Δz the change of
+    the logits that it causes in another forward pass, in which nothing else changes:
+
+        gradient of B = 2 / (N σ²) Δzᵀ (Δz B - σ ε)
+
+    For small σ (``sigma``), J = ∂z/∂h and weight decay λ, B converges to the transpose of Jᵀ (J Jᵀ + λ/2)⁻¹, the damped
+    pseudo-inverse of J, with J averaged over the samples. The update of h is then that of the Gauss-Newton method, whose angle to
+    backpropagation is not meant to be zero: the probe ``gauss_newton_angle`` measures both.
+
+    The paper's settings on MNIST (from its code): five hidden layers of 256 tanh, Adam, lr 2e-5, σ = 0.09, feedback by Adam at
+    lr 1.6e-4 with decay 5.8e-7: ``optimizer@feedback_optimizer=adam``.
+
+    Choices and deviations: B learns in every step, where the code trains it for six epochs before and for one after every epoch;
+    the output layer has its true gradient (the code has the softmax in the last layer and trains it by its target); every cut
+    costs one more forward pass of the whole model. `b_init`, `density`, `within`, `error_at` and `positions` are those of `dkp`;
+    ``b_lr_scale`` is the rate of B relative to that of W. The equations were derived from the code, and no result of the paper
+    has been reproduced.
+    """
+
+    search_space = {"b_lr_scale": "tag(log,interval(0.1,10))", "sigma": "choice(0.01,0.1)"}
+
+    b_init: str = init_option("B", "xavier_normal")
+    b_lr_scale: float = option(1.0, "learning rate of B relative to that of W, unless B has its own optimizer", minimum=0)
+    sigma: float = option(0.1, "standard deviation σ of the noise at each cut", above=0)
+
+    repeats = True
+    scales = True
+    reads_values = False
+
+    def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:
+        from fa_bench.mechanisms.second_pass import Draws
+
+        super().make_feedback(features, classes)
+        self._draws = Draws(self.seed)
+
+    def broadcast(self, delta: Tensor, target: Tensor | None) -> Tensor:
+        if not self.mode.freeze_random:
+            self._draws.number += 1
+        return super().broadcast(delta, target)
+
+    def feedback_gradients(
+        self, cut: str, captured: CapturedActivation, delta: Tensor, target: Tensor | None
+    ) -> list[Tensor | None]:
+        learned = self._learned[cut][0].tensor
+        if not learned.requires_grad:
+            return [None]
+        change, noise = self._responses(cut)
+        change = change.to(learned.dtype)
+        missing = copy.copy(captured)
+        missing.tensor = self.project(cut, change, captured) - noise.to(learned.dtype)
+        [gradient] = super().feedback_gradients(cut, missing, change, target)
+        assert gradient is not None
+        return [gradient * (2 * self.loss_factor / (len(change) * self.sigma**2))]
+
+    def _responses(self, cut: str) -> tuple[Tensor, Tensor]:
+        """The change (N, C), or (N, P..., C), of the output from which errors come, and the noise at the cut that causes it."""
+        from fa_bench.mechanisms.second_pass import again
+        from fa_bench.mechanisms.trace import loss_output
+
+        first = self.first_pass
+        seen: dict[str, Tensor] = {}
+        if first is None or first.output is None:
+            refuse_reentrant(self.name)()
+        assert first is not None and first.output is not None
+
+        def disturb(activation: Tensor) -> Tensor:
+            seen["noise"] = self.sigma * self._draws.normal(cut, activation.detach())
+            return activation + seen["noise"]
+
+        def record(output: Tensor) -> None:
+            seen["output"] = output.detach()
+
+        changes: dict[str, Any] = {cut: disturb} | ({} if self.error_at is None else {self.error_at: record})
+        with torch.enable_grad():  # as in the first pass: a model may return other outputs without
+            result = again(self.model, self.mode, first, outputs=changes)
+        output = loss_output(result, self.loss_output).detach() if self.error_at is None else seen["output"]
+        change = output - first.output
+        return change.movedim(self.error_axis, -1), seen["noise"]
+
+    def notes(self) -> tuple[str, ...]:
+        return (*super().notes(), noise_note())
+
+    def readouts(self) -> dict[str, Tensor]:
+        """None: B inverts the layers above the cut, and does not read their output out."""
+        return {}
+
+    def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """None: B is no transpose of weights."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "draws": self._draws.state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._draws.load_state(state["draws"])

@@ -1,0 +1,318 @@
+"""The finite difference in place of the derivative: its limits, its scale, which modules it covers, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fa_bench
+from fa_bench.errors import CoverageError, OptionError
+from fa_bench.mechanisms.derivative import NONLINEAR, DualModule
+from fa_bench.rules.dual_propagation import DualPropagation
+
+X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+Y = torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+def mlp(*activations: nn.Module) -> nn.Sequential:
+    torch.manual_seed(1)
+    first, second = activations if len(activations) == 2 else (activations[0], copy.deepcopy(activations[0]))
+    return nn.Sequential(nn.Linear(8, 7), first, nn.Linear(7, 5), second, nn.Linear(5, 3)).double()
+
+
+def gradients(model: nn.Module, rule, x: Tensor = X, y: Tensor = Y, factor: float = 1.0, **call) -> list[Tensor]:
+    model.zero_grad()
+    logits = model(x)
+    rule.backward(factor * F.cross_entropy(logits, y), logits, y, **call)
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def exact(model: nn.Module) -> list[Tensor]:
+    model.zero_grad()
+    F.cross_entropy(model(X), Y).backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def apart(one: list[Tensor], two: list[Tensor]) -> float:
+    """The largest difference relative to the largest entry of each tensor."""
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(one, two, strict=True))
+
+
+def make(kind: type[nn.Module]) -> nn.Module:
+    options = {nn.Threshold: (0.1, 0.2), nn.Softshrink: (0.05,), nn.Hardshrink: (0.05,)}
+    return kind(*options.get(kind, ()))
+
+
+@pytest.mark.parametrize("kind", NONLINEAR)
+def test_a_small_beta_is_backpropagation_and_a_large_one_is_not(kind: type[nn.Module]) -> None:
+    """1e-6 times errors of size 1: differences of third order vanish, rounding of 1e-16 / 1e-6 remains; kinks are not hit."""
+    model = mlp(make(kind))
+    want = exact(model)
+    rule = fa_bench.attach(model, "dual_propagation", beta=1e-6)
+    assert apart(gradients(model, rule), want) < 1e-7
+    rule.detach()
+    rule = fa_bench.attach(model, "dual_propagation", beta=30.0)
+    assert apart(gradients(model, rule)[:1], want[:1]) > 1e-2
+
+
+def test_linear_nonlinearities_are_backpropagation_for_every_beta() -> None:
+    """A leaky ReLU of slope 1 is linear, and its values are subtracted: rounding of 1e-16 only."""
+    for activation in (nn.LeakyReLU(1.0), nn.Identity()):
+        model = mlp(activation)
+        want = exact(model)
+        for beta in (0.01, 100.0):
+            rule = fa_bench.attach(model, "dual_propagation", beta=beta)
+            assert apart(gradients(model, rule), want) < 1e-12
+            rule.detach()
+
+
+@pytest.mark.parametrize(("a", "slope"), [
+    (3.0, 1.0), (2.0, 1.0), (0.5, 0.625), (0.0, 0.5), (-0.5, 0.375), (-2.0, 0.0), (-3.0, 0.0)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_slopes_of_relu_saturate_at_a_half(a: float, slope: float, sign: int) -> None:
+    """β s |g| = 2: 1 above 2, 0 below -2, and (a + 2) / 4 between."""
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.ReLU(), nn.Linear(1, 1, bias=False)).double()
+    rule = fa_bench.attach(model, "dual_propagation", beta=2.0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+    rule.backward(sign * model(torch.tensor([[a]]).double()).sum(), loss_scale=1.0)
+    found = model.get_submodule("0").weight.grad.item()
+    assert math.isclose(found, sign * slope * a, rel_tol=1e-12, abs_tol=1e-12)
+
+
+def test_relu_in_single_precision_subtracts_no_equal_numbers() -> None:
+    """φ(a + d) - φ(a - d) with d = 1e-8 a would be 0 or 2^-24."""
+    model = mlp(nn.ReLU()).float()
+    x = X.float()
+    model.zero_grad()
+    F.cross_entropy(model(x), Y).backward()
+    want = [p.grad.clone() for p in model.parameters()]
+    rule = fa_bench.attach(model, "dual_propagation", beta=1e-7)
+    assert apart(gradients(model, rule, x), want) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["dual_propagation", "kp", "asfp_lc"])
+def test_beta_does_not_depend_on_the_scale_or_the_size_of_the_batch(name: str) -> None:
+    """Gradients of c times the loss are c times those of the loss, and the mean over the batch that of its halves."""
+    options = {"derivative": "dual", "beta": 5.0}
+    if name == "asfp_lc":
+        options |= {"cuts": ["1", "3"], "freeze_stem": False, "linear": "share", "k": 2}
+    model = mlp(nn.Tanh())
+    if name == "asfp_lc":
+        model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(),
+                              nn.Linear(8, 3)).double()
+        options["cuts"] = ["1", "3", "5"]
+    rule = fa_bench.attach(model, name, seed=0, sample_input=X, **options)
+    want = gradients(model, rule)
+    for factor, call in ((1024.0, {}), (0.3, {}), (0.3, {"loss_scale": 0.3}), (-2.0, {"loss_scale": -2.0})):
+        assert apart(gradients(model, rule, factor=factor, **call), [factor * one for one in want]) < 1e-9
+    wrong = gradients(model, rule, loss_scale=0.1)
+    assert apart(wrong[:1], want[:1]) > 1e-3, "a wrong scale changes the errors"
+    if name != "asfp_lc":  # its classifiers normalise
+        halves = [gradients(model, rule, X[part], Y[part], 0.5) for part in (slice(3), slice(3, 6))]
+        assert apart([a + b for a, b in zip(*halves, strict=True)], want) < 1e-9
+
+
+def test_a_loss_of_zero_has_no_gradient() -> None:
+    model = mlp(nn.ReLU())
+    rule = fa_bench.attach(model, "dual_propagation")
+    assert all((one == 0).all() for one in gradients(model, rule, factor=0.0))
+
+
+def test_in_place_modules_give_the_same_outputs_and_gradients() -> None:
+    class Shortcut(nn.Module):
+        """The block's first module changes the input of the shortcut, too."""
+
+        def __init__(self, inplace: bool) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.fc1, self.act, self.fc2 = nn.Linear(8, 3), nn.ELU(inplace=inplace), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.fc1(x)
+            y = self.act(h)
+            return (h if self.act.inplace else y) + self.fc2(y)
+
+    found, outputs = [], []
+    for inplace in (False, True):
+        model = Shortcut(inplace).double()
+        plain = model(X)
+        rule = fa_bench.attach(model, "dual_propagation", beta=5.0, sample_input=X)
+        outputs += [plain, model(X)]
+        found.append(gradients(model, rule))
+    assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+    assert apart(*found) == 0
+
+
+def test_modules_are_the_plain_ones_without_gradients_in_exact_and_after_detach() -> None:
+    model = mlp(nn.GELU())
+    want, plain = exact(model), [type(module) for module in model]
+    rule = fa_bench.attach(model, "fa", derivative="dual", beta=5.0, sample_input=X)
+    assert [type(module).__name__ for module in model][1] == "DualGELU" and isinstance(model[1], nn.GELU)
+    assert "The derivative of 1, 3 is a finite difference over each sample's error (beta=5)." in str(rule.coverage)
+    with torch.no_grad():
+        model[1](X)  # outside of the model, and allowed
+    with rule.exact():
+        assert apart(exact(model), want) == 0
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    assert copied[1].dual is copied[3].dual is not model[1].dual
+    rule.detach()
+    assert [type(module) for module in model] == plain and not any("dual" in vars(module) for module in model)
+    assert apart(exact(model), want) == 0
+
+
+def test_a_module_that_was_replaced_after_attach_is_refused() -> None:
+    model = mlp(nn.ReLU())
+    fa_bench.attach(model, "dual_propagation")
+    model[1] = nn.ReLU()
+    with pytest.raises(CoverageError, match=r"changed after attach \(1 replaced\)"):
+        model(X)
+
+
+class Calls(nn.Module):
+    """One module, and one function."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.fc1, self.act, self.function = nn.Linear(8, 8), nn.ReLU(), function
+        self.fc2, self.fc3 = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc3(self.function(self.fc2(self.act(self.fc1(x)))))
+
+
+@pytest.mark.parametrize(("function", "name"), [
+    (F.relu, "relu"), (torch.tanh, "tanh"), (F.gelu, "gelu"), (F.hardswish, "hardswish"), (nn.PReLU(), "prelu"),
+    (nn.RReLU(), "rrelu"), (F.relu6, "hardtanh")])
+@pytest.mark.parametrize("sample", [True, False])
+def test_functions_are_refused_by_name(function, name: str, sample: bool) -> None:
+    """At once with a sample, else in the first training pass; a rule without the option takes the model."""
+    says = rf"rule 'fa': derivative='dual' replaces .* nn.ReLU, but this model computes {name} by functions"
+    model = Calls(function)
+    given = {"sample_input": X.float()} if sample else {}
+    with pytest.raises(CoverageError, match=says):
+        rule = fa_bench.attach(model, "fa", derivative="dual", **given)
+        assert not sample, "refused at once"
+        with torch.no_grad():
+            model(X.float())
+        model(X.float())
+    if not sample:
+        rule.detach()
+    assert type(model.act) is nn.ReLU, "nothing is left behind"
+    rule = fa_bench.attach(model, "fa", **given)
+    rule.backward(F.cross_entropy(model(X.float()), Y))
+
+
+def test_a_module_whose_forward_contains_functions_is_none() -> None:
+    """Tanhshrink is x - tanh(x); a subclass of a module is not that module."""
+    class Steep(nn.Tanh):
+        def forward(self, input: Tensor) -> Tensor:
+            return torch.tanh(3 * input)
+
+    fa_bench.attach(mlp(nn.Tanhshrink()), "fa", derivative="dual", sample_input=X)
+    with pytest.raises(CoverageError, match="computes tanh by functions"):
+        fa_bench.attach(mlp(Steep()), "fa", derivative="dual", sample_input=X)
+
+
+def test_a_model_without_nonlinearities_says_so() -> None:
+    rule = fa_bench.attach(nn.Sequential(nn.Linear(8, 7), nn.Linear(7, 3)), "fa", derivative="dual")
+    assert "This model has no nonlinear modules whose derivative could be replaced." in str(rule.coverage)
+
+
+def test_the_scale_of_the_loss_must_be_known() -> None:
+    model = mlp(nn.ReLU())
+    rule = fa_bench.attach(model, "fa", derivative="dual")
+    logits = model(X)
+    with pytest.raises(ValueError, match=r"needs the scale of the loss: rule.backward\(loss, logits, target\), or "):
+        rule.backward(2 * F.cross_entropy(logits, Y))
+    rule.backward(F.cross_entropy(model(X), Y))  # an unscaled one is recognised
+    with pytest.raises(ValueError, match=r"call rule.backward\(loss, logits, target\)"):
+        F.cross_entropy(model(X), Y).backward()
+    with pytest.raises(ValueError, match="cannot infer the scale of the loss"):
+        logits = model(X)
+        rule.backward(2 * F.cross_entropy(logits, Y, label_smoothing=0.1), logits, Y)
+    with pytest.raises(CoverageError, match="ReLU ran outside a forward pass of the attached model"):
+        model[1](model[0](X))
+
+
+@pytest.mark.parametrize("kind", ["mse", "tokens"])
+def test_other_objectives(kind: str) -> None:
+    """The scale is inferred from the gradient at the logits: that of the rule's own objective."""
+    found = []
+    for factor in (1.0, 0.37):
+        model = mlp(nn.Tanh())
+        objective = "mse" if kind == "mse" else "token_cross_entropy"
+        x, y = (X, torch.eye(3).double()[Y]) if kind == "mse" else (X.view(2, 3, 8), Y.view(2, 3))
+        rule = fa_bench.attach(model, "dual_propagation", beta=5.0, objective=objective)
+        logits = model(x)
+        loss = F.mse_loss(logits, y) if kind == "mse" else F.cross_entropy(logits.flatten(0, 1), y.flatten())
+        rule.backward(factor * loss, logits, y)
+        found.append([p.grad / factor for p in model.parameters()])
+    assert apart(*found) < 1e-9
+
+
+def test_bfloat16_takes_the_difference_in_single_precision() -> None:
+    """bfloat16 rounds to 2^-8; a difference of 1e-3 of the values, taken in it, would be rounded to 0 or doubled."""
+    model = mlp(nn.Tanh()).float()
+    model.zero_grad()
+    F.cross_entropy(model(X.float()), Y).backward()
+    want = [p.grad.clone() for p in model.parameters()]
+    rule = fa_bench.attach(model, "dual_propagation", beta=1e-3)
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(X.float())
+        loss = F.cross_entropy(logits, Y)
+    rule.backward(loss, logits, Y)
+    assert apart([p.grad for p in model.parameters()], want) < 0.05
+
+
+def test_checkpointing_gives_the_same_gradients() -> None:
+    model = mlp(nn.Tanh())
+    rule = fa_bench.attach(model, "kp", seed=0, derivative="dual", beta=5.0, sample_input=X)
+    want = gradients(model, rule)
+
+    class Checkpointed(nn.Sequential):
+        def forward(self, input: Tensor) -> Tensor:
+            return self[4](checkpoint(lambda h: self[3](self[2](self[1](self[0](h)))), input, use_reentrant=False))
+
+    other = Checkpointed(*mlp(nn.Tanh()))
+    rule = fa_bench.attach(other, "kp", seed=0, derivative="dual", beta=5.0, sample_input=X)
+    assert apart(gradients(other, rule), want) == 0
+
+
+def test_compiled_graphs_take_the_scale_of_each_backward_pass() -> None:
+    """The same graph serves losses of every scale and, recompiled once for a size that varies, batches of every size."""
+    torch._dynamo.reset()
+    results = []
+    for compiled in (False, True):
+        model = mlp(nn.Tanh(), nn.ReLU(inplace=True))
+        rule = fa_bench.attach(model, "kp", seed=0, derivative="dual", beta=5.0, sample_input=X)
+        call = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        found = []
+        for size, factor in ((6, 1.0), (6, 0.25), (4, 1.0), (5, 0.3)):
+            model.zero_grad()
+            logits = call(X[:size])
+            rule.backward(factor * F.cross_entropy(logits, Y[:size]), logits, Y[:size])
+            found += [p.grad.clone() for p in model.parameters()]
+        results.append(found)
+    assert apart(*results) == 0
+    torch._dynamo.reset()
+
+
+def test_options() -> None:
+    assert DualPropagation().derivative == "dual" and DualPropagation().beta == 0.01
+    for bad in ({"beta": 0.0}, {"beta": -1.0}, {"derivative": "true"}):
+        with pytest.raises(OptionError):
+            DualPropagation(**bad)
+    model = mlp(nn.Tanh())
+    rule = fa_bench.attach(model, "dual_propagation", derivative="exact")
+    assert apart(gradients(model, rule), exact(mlp(nn.Tanh()))) == 0
+    assert not any(isinstance(module, DualModule) for module in model)

@@ -1,0 +1,90 @@
+"""The probe of the angle to the Gauss-Newton step."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import fa_bench
+from fa_bench.errors import ConfigError
+from fa_bench.metrics.meter import AlignmentMeter
+from fa_bench.metrics.probes.gauss_newton_angle import GaussNewtonAngle, gauss_newton, jacobian
+
+X = torch.randn(5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+Y = torch.tensor([0, 1, 2, 0, 1])
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def measured(model: nn.Module, rule, x: torch.Tensor = X) -> dict[str, dict[str, float]]:
+    subject = SimpleNamespace(rule=rule, model=model, meter=AlignmentMeter(rule, x, Y))
+    probe = GaussNewtonAngle()
+    probe.require(subject)
+    return probe.measure(subject)
+
+
+def angle(one: torch.Tensor, two: torch.Tensor) -> float:
+    return torch.rad2deg(torch.arccos(torch.cosine_similarity(one, two, dim=1))).mean().item()
+
+
+def test_jacobians_and_pseudo_inverses_are_those_of_torch() -> None:
+    model = mlp()
+    h = X.clone().requires_grad_()
+    found = jacobian(model(h), h)
+    for number in range(5):
+        want = torch.autograd.functional.jacobian(lambda one: model(one[None])[0], X[number])
+        assert torch.allclose(found[number], want)
+    delta = torch.randn(5, 3, dtype=torch.float64)
+    wanted = torch.stack([torch.linalg.pinv(j) @ d for j, d in zip(found, delta, strict=True)])
+    assert torch.allclose(gauss_newton(found, delta), wanted, rtol=1e-3)  # damped by a millionth
+    assert (gauss_newton(torch.zeros(5, 3, 7), delta) == 0).all()
+
+
+def test_angles_of_the_rule_and_of_backpropagation() -> None:
+    """At fc2's activation J is the output layer's weight W: backpropagation delivers δ W, direct feedback δ B."""
+    model = mlp()
+    rule = fa_bench.attach(model, "dfa", seed=0, sample_input=X, cuts=["1", "3"])
+    found = measured(model, rule)
+    logits = model(X).detach()
+    delta = (logits.softmax(1) - nn.functional.one_hot(Y, 3)) / 5
+    weight = model[4].weight.detach()
+    wanted = delta @ torch.linalg.pinv(weight).t()
+    assert found["gauss_newton_angle"]["2"] == pytest.approx(angle(delta @ rule.feedback["3"]["B"], wanted), abs=1e-3)
+    assert found["gauss_newton_angle_bp"]["2"] == pytest.approx(angle(delta @ weight, wanted), abs=1e-3)
+    assert found["gauss_newton_angle"].keys() == found["gauss_newton_angle_bp"].keys() == {"0", "2"}
+    assert abs(found["gauss_newton_angle"]["0"] - found["gauss_newton_angle_bp"]["0"]) > 1
+    rule.detach()
+    found = measured(model, fa_bench.attach(model, "bp"))
+    assert found["gauss_newton_angle"] == found["gauss_newton_angle_bp"] != {}
+
+
+def test_learned_inverses_come_nearer_to_gauss_newton_than_backpropagation() -> None:
+    """Feedback trained alone, on a net that stays as it is; at 2, where J hardly depends on the sample."""
+    model = mlp()
+    with torch.no_grad():
+        model[4].weight.copy_(nn.init.orthogonal_(torch.empty(3, 8)) * torch.tensor([[0.5], [1.0], [2.0]]))
+    rule = fa_bench.attach(model, "ddtp_linear", seed=0, sample_input=X, cuts=["1", "3"], sigma=0.1)
+    optimizer, x, y = torch.optim.SGD(rule.feedback_parameters(), lr=0.05), X.repeat(16, 1), Y.repeat(16)
+    before = measured(model, rule)
+    for _ in range(300):
+        optimizer.zero_grad()
+        logits = model(x)
+        rule.backward(nn.functional.cross_entropy(logits, y), logits, y)
+        optimizer.step()
+    after = measured(model, rule)
+    assert after["gauss_newton_angle"]["2"] < 5 < after["gauss_newton_angle_bp"]["2"]
+    assert after["gauss_newton_angle"]["2"] < before["gauss_newton_angle"]["2"] - 20
+
+
+def test_outputs_with_positions_are_refused() -> None:
+    model = mlp()
+    rule = fa_bench.attach(model, "bp")
+    subject = SimpleNamespace(rule=rule, model=model, meter=AlignmentMeter(rule, X.view(5, 1, 7), Y.view(5, 1)))
+    with pytest.raises(ConfigError, match=r"needs outputs of shape \(N, C\), not \(2, 1, 3\)"):
+        GaussNewtonAngle().require(subject)

@@ -1,0 +1,19 @@
+"""References of dual propagation: the finite difference in place of the derivative, with exact weights and with feedback."""
+
+from __future__ import annotations
+
+from ..reference import gradients
+
+
+def dual_propagation(chain, params, feedback, x, y, beta=0.01):
+    """Backpropagation but for the nonlinearities."""
+    return gradients(chain, params, x, y, dual=beta)
+
+
+REFERENCES = {"dual_propagation": dual_propagation}
+# So large that slopes of ReLU saturate at a half, and those of tanh differ from its derivative.
+CASES = {
+    "dual_propagation": ("dual_propagation", {"beta": 3.0}),
+    "fa-dual": ("fa", {"derivative": "dual", "beta": 3.0}),
+    "kp-dual": ("kp", {"derivative": "dual"}),
+}

@@ -1,0 +1,191 @@
+"""Target propagation: feedback that learns from noise, against loops, and where it converges."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fa_bench
+from fa_bench.errors import OptionError
+from fa_bench.utils.sampling import seed_for
+
+from . import nets
+from .helpers import array, arrays, assert_matches, rule_grads
+from .reference import describe, forward
+
+
+def noise(cut: str, number: int, like: np.ndarray, seed: int = 0) -> np.ndarray:
+    generator = torch.Generator().manual_seed(seed_for(seed, number, cut, 0))
+    return torch.empty(like.shape, dtype=torch.float64).normal_(generator=generator).numpy()
+
+
+def feedback_gradient(chain, params, x, cut: str, feedback: np.ndarray, sigma: float, number: int) -> np.ndarray:
+    """gradB[c,f] = 2/(N sigma^2) sum over n of dz[n,c] (sum over k of dz[n,k] B[k,f] - sigma eps[n,f])."""
+    values, names = forward(chain, params, x), [stage.name for stage in chain]
+    at = names.index(cut) + 1
+    eps = noise(cut, number, values[at])
+    changed = forward(chain[at:], params, values[at] + sigma * eps)[-1] - values[-1]
+    flat, grad = eps.reshape(len(x), -1), np.zeros_like(feedback)
+    for n, c, f in itertools.product(range(len(x)), *map(range, grad.shape)):
+        missing = sum(changed[n, k] * feedback[k, f] for k in range(len(feedback))) - sigma * flat[n, f]
+        grad[c, f] += 2 / (len(x) * sigma**2) * changed[n, c] * missing
+    return grad
+
+
+@pytest.mark.parametrize("net", ["mlp_tanh", "mlp_bn", "conv"])
+@pytest.mark.parametrize("density", [1.0, 0.5])
+def test_feedback_learns_as_the_loops_say(net: str, density: float) -> None:
+    """Two passes, so that the second has new noise; in the batch's own statistics where it is normalised."""
+    plain, model = nets.NETS[net](), nets.NETS[net]()
+    x, y = nets.batch(net)
+    chain, sigma = describe(plain), 0.3
+    cuts = nets.activation_cuts(plain)
+    rule = fa_bench.attach(model, "ddtp_linear", seed=0, sample_input=x, cuts=cuts, sigma=sigma, density=density)
+    for number in (1, 2):
+        for tensor in rule.feedback_parameters():
+            tensor.grad = None
+        rule_grads(model, rule, x, y)
+        got = {cut: rule.feedback[cut]["B"].grad for cut in cuts}
+        assert_matches(got, {cut: feedback_gradient(chain, arrays(plain), array(x), cut, array(rule.feedback[cut]["B"]), sigma,
+                                                    number) for cut in cuts})
+    assert rule.state_dict() == {"draws": {"seed": 0, "number": 2}}
+
+
+def test_the_second_pass_changes_nothing_else() -> None:
+    """Dropout masks are those of the first pass; running statistics and the global generator see one pass only."""
+    def build() -> nn.Sequential:
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(7, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 3)).double()
+
+    plain, model = build(), build()
+    x, y = nets.batch("mlp_tanh")
+    rule = fa_bench.attach(model, "ddtp_linear", sample_input=x, cuts=["2"], sigma=0.3)
+    torch.manual_seed(5)
+    plain(x)
+    want = torch.get_rng_state()
+    torch.manual_seed(5)
+    mask = model[3](torch.ones(4, 6, dtype=torch.float64))
+    torch.manual_seed(5)
+    rule_grads(model, rule, x, y)
+    assert torch.equal(torch.get_rng_state(), want)
+    assert torch.equal(model[1].running_mean, plain[1].running_mean) and model[1].num_batches_tracked == 1
+    eps = torch.from_numpy(noise("2", 1, np.zeros((4, 6))))
+    change = F.linear(0.3 * eps * mask, model[4].weight)
+    feedback = rule.feedback["2"]["B"]
+    want = 2 / (4 * 0.09) * change.t() @ (change @ feedback - 0.3 * eps)
+    assert torch.allclose(feedback.grad, want, rtol=1e-9)
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.5])
+def test_feedback_converges_to_the_damped_pseudo_inverse_of_a_linear_net(damping: float) -> None:
+    """J has singular values from 0.7 to 1.4, and 300 steps of 256 noisy samples are averaged: 1 / (300 * 256)^(1/2) is 0.4 %."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 6), nn.Identity(), nn.Linear(6, 4), nn.Linear(4, 3)).double()
+    with torch.no_grad():
+        for layer in (model[2], model[3]):
+            nn.init.orthogonal_(layer.weight)
+        model[3].weight.mul_(torch.tensor([[0.7], [1.0], [1.4]]))
+    jacobian = (model[3].weight @ model[2].weight).detach()
+    rule = fa_bench.attach(model, "ddtp_linear", sample_input=torch.zeros(2, 7).double(), cuts=["1"], allow_uncovered=True,
+                           sigma=1.0)
+    optimizer = torch.optim.SGD(rule.feedback_parameters(), lr=0.05, weight_decay=damping)
+    for parameter in rule.weight_parameters():
+        parameter.requires_grad_(False)
+    model[0].weight.requires_grad_(True)
+    x, mean, steps = torch.zeros(256, 7).double(), 0.0, 600
+    for step in range(steps):
+        optimizer.zero_grad()
+        logits = model(x)
+        rule.backward(F.cross_entropy(logits, torch.zeros(256, dtype=torch.long)))
+        optimizer.step()
+        if step >= steps // 2:
+            mean = mean + rule.feedback["1"]["B"].detach() / (steps - steps // 2)
+    want = torch.linalg.solve(jacobian @ jacobian.t() + damping / 2 * torch.eye(3).double(), jacobian)
+    assert ((mean - want).norm() / want.norm()).item() < 0.03
+
+
+def test_gradients_of_feedback_have_the_scale_of_the_loss() -> None:
+    """As everything that an optimizer or a gradient scaler divides by it afterwards."""
+    found = []
+    for factor in (1.0, 1024.0, 0.3):
+        model, (x, y) = nets.NETS["mlp_tanh"](), nets.batch("mlp_tanh")
+        rule = fa_bench.attach(model, "ddtp_linear", seed=0, sample_input=x, cuts=["act1", "act2"])
+        logits = model(x)
+        rule.backward(factor * F.cross_entropy(logits, y), logits, y)
+        found.append({name: p.grad / factor for name, p in model.named_parameters()})
+    for other in found[1:]:
+        assert_matches(other, found[0])
+
+
+def test_noise_depends_on_the_number_of_the_pass_and_is_restored() -> None:
+    def pass_of(rule, model):
+        rule_grads(model, rule, *nets.batch("mlp_tanh"))
+        return [tensor.grad.clone() for tensor in rule.feedback_parameters()]
+
+    def attached(seed: int = 0):
+        model, (x, _) = nets.NETS["mlp_tanh"](), nets.batch("mlp_tanh")
+        return fa_bench.attach(model, "ddtp_linear", seed=seed, sample_input=x, cuts=["act1", "act2"]), model
+
+    rule, model = attached()
+    first, saved, state = pass_of(rule, model), rule.state_dict(), {k: v.clone() for k, v in model.state_dict().items()}
+    second = pass_of(rule, model)
+    assert not any(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    with rule.exact():
+        F.cross_entropy(model(nets.batch("mlp_tanh")[0]), nets.batch("mlp_tanh")[1]).backward()
+    assert rule.state_dict()["draws"]["number"] == 2
+    other, model = attached(seed=7)
+    model.load_state_dict(state)
+    other.load_state_dict(saved)
+    assert all(torch.equal(*pair) for pair in zip(second, pass_of(other, model), strict=True))
+
+
+def test_frozen_feedback_costs_no_pass() -> None:
+    model, (x, y) = nets.NETS["mlp_tanh"](), nets.batch("mlp_tanh")
+    rule = fa_bench.attach(model, "ddtp_linear", seed=0, sample_input=x, cuts=["act1", "act2"])
+    calls = []
+    model.fc3.register_forward_hook(lambda *_: calls.append(1))
+    rule_grads(model, rule, x, y)
+    assert len(calls) == 3, "one forward pass, and one for each cut"
+    rule.feedback["act1"]["B"].requires_grad_(False)
+    rule_grads(model, rule, x, y)
+    assert len(calls) == 5
+
+
+def test_tokens_and_error_at() -> None:
+    """Positions are a second batch axis: with position-wise layers, tokens learn as samples do, up to the 1/N of the mean."""
+    def build() -> nn.Sequential:
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Linear(4, 3)).double()
+
+    x = torch.randn(4, 2, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = torch.randint(3, (4, 2), generator=torch.Generator().manual_seed(1))
+    model = build()
+    rule = fa_bench.attach(model, "ddtp_linear", seed=0, sample_input=x, cuts=["1", "3"], error_at="4", sigma=0.2,
+                           objective="token_cross_entropy")
+    logits = model(x)
+    rule.backward(F.cross_entropy(logits.flatten(0, 1), y.flatten()), logits, y)
+    for cut, above in (("1", [2, 3, 4]), ("3", [4])):
+        h = nn.Sequential(*build()[: int(cut) + 1])(x).detach()
+        tail = nn.Sequential(*[build()[number] for number in above])
+        eps = 0.2 * torch.from_numpy(noise(cut, 1, h.numpy()))
+        change = (tail(h + eps) - tail(h)).detach().flatten(0, 1)
+        feedback = rule.feedback[cut]["B"].detach()
+        assert feedback.shape == (4, h.shape[-1])
+        want = 2 / (4 * 0.04) * change.t() @ (change @ feedback - eps.flatten(0, 1))
+        assert torch.allclose(rule.feedback[cut]["B"].grad, want, rtol=1e-9)
+
+
+def test_what_it_says() -> None:
+    x, _ = nets.batch("mlp_tanh")
+    rule = fa_bench.attach(nets.NETS["mlp_tanh"](), "ddtp_linear", sample_input=x, cuts=["act1", "act2"], b_lr_scale=0.5)
+    assert "Each sample has its own noise" in str(rule.coverage)
+    assert rule.readouts() == {} and rule.weight_pairs() == {}
+    assert [group["lr"] for group in rule.parameter_groups(0.1)] == [0.1, 0.05]
+    assert rule.sigma == 0.1
+    with pytest.raises(OptionError, match="sigma"):
+        fa_bench.attach(nets.NETS["mlp_tanh"](), "ddtp_linear", sigma=0.0)
