@@ -50,6 +50,12 @@ def positions_option() -> Any:
                          "all", choices=["own", "shared"], identifying=False)
 
 
+def tangents_option() -> Any:
+    """How a rule computes the derivative of the model's output along its noise."""
+    return option("forward", "the output's derivative along the noise: exact, by forward-mode differentiation (forward), or by "
+                             "central differences of two passes (difference)", choices=["forward", "difference"])
+
+
 def output_option() -> Any:
     """The output of the model from which a cut rule's errors come."""
     return option(None, "the output from which the errors come, if the model returns several: a key, or a number in a tuple; "

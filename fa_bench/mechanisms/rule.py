@@ -292,6 +292,10 @@ class Rule(Options):
         """The rule's backward pass."""
         loss.backward()
 
+    def counts(self) -> dict[str, int]:
+        """What the rule has counted since training began, for the record of a run."""
+        return {}
+
     def begin_epoch(self, epoch: int) -> None:
         """Called by the runner before every epoch, counted from 0, for rules that change during training."""
 

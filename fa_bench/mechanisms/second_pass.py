@@ -34,6 +34,7 @@ class FirstPass:
         args, kwargs: what it is called with.
 
     Attributes:
+        note: what the rule wants to know of this pass in its backward pass.
         output: the output from which errors come, detached; None if the rule delivers none to cuts.
     """
 
@@ -41,6 +42,7 @@ class FirstPass:
 
     def __init__(self, rule: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.rule, self.args, self.kwargs = rule, args, kwargs
+        self.note: Any = None
         self._outputs: dict[str, weakref.ref[Tensor]] = {}
         self._versions = [(tensor, tensor._version) for tensor in tensors_in((args, kwargs))]
         self._random = torch.get_rng_state()

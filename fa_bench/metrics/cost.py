@@ -215,8 +215,13 @@ def step_costs(
         return _samples(next(model.parameters()).device, (size, *input_shape), classes, inputs, targets)
 
     def steps(own: Optimizers | None, exact: bool = False) -> list[_Step]:
-        _step(rule, samples(_BATCHES[0]), own, exact)  # creates the states of optimizers, and whatever the rule keeps
-        return [_step(rule, samples(size), own, exact) for size in _BATCHES]
+        state, found = rule.state_dict(), []
+        # The first step creates the states of optimizers, and whatever the rule keeps.
+        for size in (_BATCHES[0], *_BATCHES):
+            found.append(_step(rule, samples(size), own, exact))
+            if state:  # of a rule whose steps are not all alike, the same one is counted again
+                rule.load_state_dict(state)
+        return found[1:]
 
     with rule.exact():
         plain = optimizers() if optimizers is not None else None  # trains what the rule has frozen, too

@@ -167,7 +167,7 @@ _RESULT = _object({
                     _nullable(_TEXT)),
     **dict.fromkeys(("epochs", "epoch", "step", "best_epoch"), _COUNT), **_ACCURACIES, "scores": _SCORES,
     "seconds": _TIME, "peak_memory_bytes": _TIME, "energy_wh": _TIME, "cost": _nullable(_COST),
-    "angles": _QUANTITIES, "probes": _QUANTITIES,
+    "angles": _QUANTITIES, "probes": _QUANTITIES, "rule_counts": _nullable(_mapping_to(_COUNT)),
     **dict.fromkeys(("feedback_layers", "output_layers", "weight_transport", "energy_counters"), _LAYERS),
     "error": _nullable(_object({"type": _nullable(_TEXT), "message": _nullable(_TEXT), "epoch": _COUNT, "step": _COUNT,
                                 "layer": _nullable(_TEXT), "callback": _nullable(_TEXT)})),

@@ -361,6 +361,21 @@ LM_QUICKSTART = Preset([
     "optimizer": "adam", **_keys("optimizer", lr=3e-3, **ADAM), **CONSTANT, "epochs": 5, "batch_size": 32, "threads": 1,
 }, [({"algorithm": ("fa", "dfa", "kp")}, {"algorithm.b_init": "xavier_uniform"})])
 
+#: Mono-Forward by the independent code BeyondBackpropagation [code]: widths, rates on MNIST and CIFAR-10, epochs of a layer,
+#: batch size, validation, torch's initial weights. All layers at once, the rates on the other two datasets, and for all rules
+#: [choice].
+MONO_FORWARD = Preset([{
+    "dataset": ["mnist", "fashion_mnist", "cifar10", "cifar100"], "algorithm": ["bp", "frozen", "bp_deepsup", "predsim"],
+    "seed": [0, 1, 2],
+}], {
+    "architecture": "mlp", "architecture.init": "pytorch", "optimizer": "adam", **_keys("optimizer", weight_decay=0.0, **ADAM),
+    **CONSTANT, "batch_size": 128, "dataset.validation": 0.1, "dataset.augment": False,
+}, [
+    ({"dataset": ("mnist", "fashion_mnist")}, {"architecture.widths": [1000, 1000], "optimizer.lr": 1.5703e-3, "epochs": 14}),
+    ({"dataset": ("cifar10", "cifar100")}, {"architecture.widths": [2000] * 3, "optimizer.lr": 3.2418e-4, "epochs": 15}),
+    ({"algorithm": "predsim"}, _keys("algorithm", loss="pred", decoder_init="pytorch", decoder_bias=False)),
+])
+
 #: Høier et al. 2023: epochs, batch size, rate, length of the warm-up, momentum, decay and the number of seeds [code]; the rest,
 #: such as the decay of the rate, B and augmentation [choice].
 DUAL_SEEDS = [0, 1, 2, 3, 4]
@@ -378,21 +393,6 @@ DUAL_PROPAGATION = Preset([
     ({"algorithm": "kp"}, {"algorithm.b_init": "lecun_uniform", "optimizer.schedule.warmup": 15}),
 ])
 
-#: Mono-Forward by the independent code BeyondBackpropagation [code]: widths, rates on MNIST and CIFAR-10, epochs of a layer,
-#: batch size, validation, torch's initial weights. All layers at once, the rates on the other two datasets, and for all rules
-#: [choice].
-MONO_FORWARD = Preset([{
-    "dataset": ["mnist", "fashion_mnist", "cifar10", "cifar100"], "algorithm": ["bp", "frozen", "bp_deepsup", "predsim"],
-    "seed": [0, 1, 2],
-}], {
-    "architecture": "mlp", "architecture.init": "pytorch", "optimizer": "adam", **_keys("optimizer", weight_decay=0.0, **ADAM),
-    **CONSTANT, "batch_size": 128, "dataset.validation": 0.1, "dataset.augment": False,
-}, [
-    ({"dataset": ("mnist", "fashion_mnist")}, {"architecture.widths": [1000, 1000], "optimizer.lr": 1.5703e-3, "epochs": 14}),
-    ({"dataset": ("cifar10", "cifar100")}, {"architecture.widths": [2000] * 3, "optimizer.lr": 3.2418e-4, "epochs": 15}),
-    ({"algorithm": "predsim"}, _keys("algorithm", loss="pred", decoder_init="pytorch", decoder_bias=False)),
-])
-
 PRESETS: dict[str, Preset] = {**ASAP_PAPER, **PFA_PAPER, **DKP_PAPER, **WM_PAPER, "quickstart": QUICKSTART,
                               "tune_digits": TUNE_DIGITS, "faeval": FAEVAL, "lm_quickstart": LM_QUICKSTART,
-                              "dual_propagation": DUAL_PROPAGATION, "mono_forward": MONO_FORWARD}
+                              "mono_forward": MONO_FORWARD, "dual_propagation": DUAL_PROPAGATION}

@@ -20,11 +20,12 @@ SHARING = {"match": "random", "linear": "share"}
 OPTIONS = {
     "asap": SHARING, "asfp": SHARING, "asfp_lc": SHARING | {"cuts": ["act1", "act2"]}, "dgl": {"cuts": ["act1", "act2"]},
     "pfa": {"density": 0.5, "ratio": 2.0}, "mixed": {"pfa": 0.4, "fa": 0.3, "kp": 0.3}, "wm": {"initial_steps": 0},
-    "local_error": {"separate": True}, **{name: {"density": 0.5} for name in ("usf", "brsf", "frsf", "fa", "dkp")},
+    "local_error": {"separate": True}, "fdfa": {"b_init": "pytorch"},
+    **{name: {"density": 0.5} for name in ("usf", "brsf", "frsf", "fa", "dkp")},
 }
 #: Rules without random feedback.
 WITHOUT = {"bp", "frozen", "frozen_blocks", "bp_fc", "dual_propagation", "node_perturbation", "weight_perturbation",
-           "forward_forward"}
+           "forward_forward", "forward_gradient"}
 RANDOM = sorted(set(ALGORITHMS) - WITHOUT)
 
 

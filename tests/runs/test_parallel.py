@@ -37,7 +37,9 @@ MLP = [*DATA, "architecture.widths=[8,8]"]
 RESNET = [*DATA, "dataset.channels=3", "dataset.size=8", "architecture=resnet20", "architecture.width=4", "architecture.blocks=1",
           "algorithm=kp"]
 #: Without what depends on the batch itself.
-OPTIONS = {"predsim": ["algorithm.loss=pred"], "dgl": ["algorithm.auxiliary_net=linear"], "wm": ["algorithm.initial_steps=3"]}
+OPTIONS = {"predsim": ["algorithm.loss=pred"], "dgl": ["algorithm.auxiliary_net=linear"], "wm": ["algorithm.initial_steps=3"],
+           "fdfa": ["algorithm.b_lr_scale=0", "algorithm.b_init=pytorch"], "forward_gradient": ["algorithm.form=weight"],
+           "grape": ["algorithm.b_lr_scale=0", "algorithm.anchor_period=3"]}
 STOP = """
 import dataclasses
 from fa_bench.callbacks.base import Callback

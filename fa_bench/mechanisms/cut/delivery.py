@@ -191,9 +191,10 @@ class Delivery:
             self._checked_rows(delta)
             self._is_delivered = True
             try:
-                self._measure_scale(delta, logits)
-                assert self._target is not None
-                gradients = rule.gradients(parameters, activations, delta, logits, self._target)
+                if rule.scales:
+                    self._measure_scale(delta, logits)
+                labels: Any = self._target  # None for rules that do not need them
+                gradients = rule.gradients(parameters, activations, delta, logits, labels)
             except (IndexError, RuntimeError, ValueError):
                 if self._target is not None:
                     self._check_labels(self._target, logits.shape[rule.error_axis])

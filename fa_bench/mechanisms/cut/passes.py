@@ -51,7 +51,8 @@ class PassRule(CutRule):
         return [parameter for parameter in self.model.parameters() if id(parameter) in used]
 
     def gradients(
-        self, parameters: list[torch_nn.Parameter], activations: dict[str, Tensor], delta: Tensor, logits: Tensor, target: Tensor
+        self, parameters: list[torch_nn.Parameter], activations: dict[str, Tensor], delta: Tensor, logits: Tensor,
+        target: Tensor,
     ) -> list[Tensor | None]:
         """The gradients of the parameters; called with gradients enabled and the `first_pass`.
 

@@ -60,8 +60,8 @@ class CutRule(Rule):
     #: Whether targets may be numbers (N, O), because errors come from the objective's loss of them, whatever they are.
     takes_numbers: ClassVar[bool] = False
     #: Whether `gradients` computes the gradients of all parameters, in passes of its own: see `fa_bench.mechanisms.cut.passes`.
-    learns_in_passes: ClassVar[bool] = False
-    output_learns_by_delta: ClassVar[bool] = False
+    learns_in_passes = False
+    output_learns_by_delta = False
     #: The rule that this one belongs to, and whose options it uses; None if it is a rule by itself.
     part_of: ClassVar[Rule | None] = None
 
@@ -189,7 +189,8 @@ class CutRule(Rule):
         raise NotImplementedError
 
     def gradients(
-        self, parameters: list[nn.Parameter], activations: dict[str, Tensor], delta: Tensor, logits: Tensor, target: Tensor
+        self, parameters: list[nn.Parameter], activations: dict[str, Tensor], delta: Tensor, logits: Tensor,
+        target: Tensor,
     ) -> list[Tensor | None]:
         """See `fa_bench.mechanisms.cut.passes.PassRule`."""
         raise NotImplementedError

@@ -25,13 +25,13 @@ EDGE_RULES = [name for name in RULES if name not in (*CUT_RULES, *COVERS_ALL, "n
 #: Rules that change the model's first argument, which must be numbers.
 CHANGES_INPUT = ["pepita", "forward_forward"]
 #: Rules that draw noise for every update.
-NOISY = ["node_perturbation", "weight_perturbation", "np_feedback", "forward_forward"]
+NOISY = ["node_perturbation", "weight_perturbation", "np_feedback", "forward_forward", "fdfa", "grape", "forward_gradient"]
 # The mirror's steps before training take time, and nothing here is about them.
 # One rate for all, so that one group of an optimizer is what dkp asks for.
 # forward_forward's running means depend on all passes before, and are tested with the rule.
 _QUICK: dict[str, dict[str, Any]] = {
     "wm": {"initial_steps": 1, "mirror_batch": 2}, "dkp": {"b_lr_scale": 1.0}, "forward_forward": {"peer_norm": 0.0},
-    "ldfa": {"rank": 2}}
+    "ldfa": {"rank": 2}, "fdfa": {"b_init": "kaiming_uniform"}}
 
 Runs = Callable[[nn.Module, Tensor], Tensor]
 

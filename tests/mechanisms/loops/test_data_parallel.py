@@ -36,11 +36,13 @@ CASES |= {
     "conv ldfa": ("ldfa", {"rank": 2}),
     "asfp_lc learning stem": ("asfp_lc", {"freeze_stem": False}), "predsim whole": ("predsim", {}), "dgl whole": ("dgl", {}),
     "node_perturbation whole": ("node_perturbation", {}), "np_feedback whole": ("np_feedback", {}),
-    "ddtp_linear whole": ("ddtp_linear", {}),
+    "ddtp_linear whole": ("ddtp_linear", {}), "fdfa whole": ("fdfa", {}), "grape whole": ("grape", {}),
+    "forward_gradient whole": ("forward_gradient", {}), "forward_gradient weight": ("forward_gradient", {"form": "weight"}),
+    "fdfa alpha": ("fdfa", {"alpha": 0.1}), "grape anchors": ("grape", {"anchor_period": 2}),
 }
 #: What depends on the batch itself differs from one process; the ranks still agree with each other.
 DIFFER = ("asfp_lc learning stem", "predsim whole", "dgl whole", "node_perturbation whole", "np_feedback whole",
-          "ddtp_linear whole")
+          "ddtp_linear whole", "fdfa whole", "grape whole", "forward_gradient whole", "grape", "grape anchors")
 STEPS = 5
 
 
@@ -142,9 +144,10 @@ def test_two_ranks_are_one_process(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("case", "says"), [
     ("asfp_lc learning stem", "batch"), ("predsim whole", "batch"), ("dgl whole", "batch"),
+    ("fdfa", "noise"), ("grape", "noise"), ("forward_gradient", "noise"), ("forward_gradient weight", None),
     ("forward_alignment", None), ("predsim", None), ("dgl", None), ("kp", None),
 ])
 def test_coverage_says_what_depends_on_the_batch(case, says):
     name, options = CASES[case]
     text = str(fa_bench.attach(model_of(case), name, sample_input=data(2)[0], **options).coverage)
-    assert ("depends on the batch" in text) == (says is not None), text
+    assert (("depends on the batch" in text), ("its own noise" in text)) == (says == "batch", says == "noise"), text

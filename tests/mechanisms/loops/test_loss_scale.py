@@ -21,19 +21,21 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in 
     "predsim pred": ("predsim", {"loss": "pred"}),
     "dgl linear": ("dgl", {"auxiliary_net": "linear"}),
 }
-#: Their errors depend on which samples are together: similarities of pairs, batch normalisation in auxiliary nets.
-TOGETHER = ("predsim", "dgl", "asfp_lc")
+#: Their errors depend on which samples are together: similarities of pairs, batch normalisation in auxiliary nets, a cosine.
+TOGETHER = ("predsim", "dgl", "asfp_lc", "grape")
 #: A new draw at every forward pass.
 REDRAWN = ("brsf",)
 #: Their hidden errors are made of the labels, and do not carry the loss's scale by themselves.
 OF_LABELS = ("drtp", "drtp sign", "local_error", "predsim", "predsim pred", "bp_deepsup", "dgl", "dgl linear", "asfp_lc",
-             "node_perturbation", "weight_perturbation", "pepita", "forward_forward")
+             "node_perturbation", "weight_perturbation", "pepita", "forward_forward", "fdfa", "grape")
 #: Of the output layer, too.
 WHOLLY_OF_LABELS = ("node_perturbation", "weight_perturbation", "pepita")
 #: What learns by the output's own error: the head, with blocks the whole last one, and all of the net where errors cross the
-#: cuts. In the first step of bp_deepsup, whose classifiers are zero, no other error comes there.
+#: cuts. In the first step of bp_deepsup, whose classifiers are zero, no other error comes there; fdfa and grape scale feedback
+#: alone.
 OWN: dict[str, tuple[str, ...]] = {
-    **{name: ("head", "c.") for name in ("dgl", "dgl linear", "asfp_lc")}, "bp_deepsup": ("head", "a.fc", "b.fc", "c.fc"),
+    **{name: ("head", "c.") for name in ("dgl", "dgl linear", "asfp_lc")},
+    **{name: ("head", "a.fc", "b.fc", "c.fc") for name in ("bp_deepsup", "fdfa", "grape")},
     "forward_forward": ("head", "b.act"), **dict.fromkeys(WHOLLY_OF_LABELS, ()),
 }
 
@@ -41,7 +43,6 @@ OWN: dict[str, tuple[str, ...]] = {
 @pytest.fixture(autouse=True)
 def noise(monkeypatch: pytest.MonkeyPatch) -> None:
     draw_the_same_for_every_sample(monkeypatch)
-
 
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -169,7 +170,7 @@ def test_another_loss_is_right_or_refused_with_a_mend_that_works(variant: str, k
         return
     head = {key: tensor * (0.01 if variant == "predsim" else 1.0) for key, tensor in true_head(loss).items()}  # 1 - beta
     assert_same({key: got[key] for key in head}, head, rel=1e-5)
-    if variant in OF_LABELS and variant not in ("drtp sign", "bp_deepsup", "dgl", "dgl linear", "asfp_lc"):
+    if variant in OF_LABELS and variant not in ("drtp sign", *OWN):
         plain = found(variant, [(X, Y, F.cross_entropy)])
         assert_same(hidden(got), {key: scale * tensor for key, tensor in hidden(plain).items()}, rel=1e-5)
 

@@ -54,7 +54,8 @@ def test_clipping_the_models_parameters_scales_both_alike():
 
 
 # The others need labels or, for orthonormal columns of B, a call of `step`.
-@pytest.mark.parametrize("name", [name for name in LEARNED if name not in ("predsim", "bp_deepsup", "dgl", "asfp_lc", "ldfa")])
+@pytest.mark.parametrize("name", [
+    name for name in LEARNED if name not in ("predsim", "bp_deepsup", "dgl", "asfp_lc", "ldfa")])
 def test_plain_backward_and_no_call_of_the_rule_train_feedback(name):
     one, two = attached(name), attached(name)
     steps(*one, sgd(one[0].parameters()), 4)

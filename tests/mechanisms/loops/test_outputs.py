@@ -140,16 +140,19 @@ def test_cut_rules_give_the_gradient_of_the_named_output(name: str, kind: str, n
     want = only(reference, attach(reference, name), number)
     model = Net(PACKS[kind][0])
     rule = attach(model, name, output=PACKS[kind][2 + number])
+    state = rule.state_dict()
     assert_same(both(model, rule, kind, (number,), number), want)
     model.zero_grad()
     if name in ("pepita", "weight_perturbation"):
         return  # they refuse a second loss: its output is detached
+    rule.load_state_dict(state)  # the same noise again
     found = both(model, rule, kind, (0, 1), number)
     other = ("two", "one")[number]
     assert {f"{other}.weight", f"{other}.bias"} <= set(found)
     # Of dgl and asfp_lc, the second layer and both heads are one module, and learn by both losses; so does all of bp_deepsup.
     if name not in ("dgl", "asfp_lc", "bp_deepsup"):
-        assert_same({key: found[key] for key in want}, want)
+        drawn = "feedback" if name == "ddtp_linear" else "none"  # by new noise in each pass
+        assert_same({key: found[key] for key in want if drawn not in key}, {key: want[key] for key in want if drawn not in key})
 
 
 @pytest.mark.parametrize("kind", PACKS)

@@ -85,13 +85,16 @@ def test_cut_rules_bring_their_error_through_the_computation(name: str, how: str
     """They leave every layer as it is, so that the error at a cut reaches the tensors that the weight is made of."""
     model, rule = reparametrized(name, how)
     model.eval()
+    state = rule.state_dict()
     logits = model(X)
     rule.backward(F.cross_entropy(logits, Y), logits, Y)
     found = {key: gradient for key, gradient in gradients(model).items() if key.startswith("b.fc") and "feedback" not in key}
     # The bias's gradient is the error at the layer's output, summed; that of the weight is compared by hand.
     errors: list[Tensor] = []
-    handle = model.b.fc.register_forward_hook(lambda module, args, output: void(output.register_hook(errors.append)))
+    handle = model.b.fc.register_forward_hook(lambda module, args, output: void(
+        output.requires_grad and output.register_hook(errors.append)))  # further passes have no gradients
     model.zero_grad()
+    rule.load_state_dict(state)  # the same noise again
     logits = model(X)
     rule.backward(F.cross_entropy(logits, Y), logits, Y)
     handle.remove()
