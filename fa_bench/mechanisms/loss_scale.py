@@ -80,7 +80,7 @@ def measured_scale(
     rounding = 4 * torch.finfo(delta.dtype).eps * abs(scale) * delta.numel() ** 0.5 / max(delta.numel() // delta.shape[axis], 1)
     if (given - scale * unit).norm().item() > tolerance * given.norm().item() + rounding:
         name = f"the mean {objective.name.replace('_', '-')}"
-        raise ValueError(f"rule '{rule}' computes its errors from the labels and cannot infer the scale of the loss: the "
+        raise ValueError(f"rule '{rule}' scales its own errors as the loss is, and cannot infer the scale of the loss: the "
                          f"gradient at the logits is not a multiple of that of {name}. Pass the scale: "
                          f"rule.backward(loss, logits, target, loss_scale=1.0), or loss_scale=1 / 4 for loss / 4")
     # Scales are usually powers of two; rounding to one makes the result exact.

@@ -17,6 +17,8 @@ RULES = list(ALGORITHMS)
 #: Rules that cut the graph: they take their error from one output of the model.
 CUT_RULES = ["dfa", "dkp", "drtp", "local_error", "predsim", "dgl", "asfp_lc"]
 EDGE_RULES = [name for name in RULES if name not in CUT_RULES]
+#: Edge rules with losses of their own, which are scaled as the loss is.
+LOCAL_LOSSES = ["symmetric_alignment", "activation_alignment", "regularized_mirror", "information_alignment"]
 # The mirror's steps before training take time, and nothing here is about them.
 # One rate for all, so that one group of an optimizer is what dkp asks for.
 _QUICK = {"wm": {"initial_steps": 1, "mirror_batch": 2}, "dkp": {"b_lr_scale": 1.0}, "ldfa": {"rank": 2}}

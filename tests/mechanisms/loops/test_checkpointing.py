@@ -13,7 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.utils.checkpoint import checkpoint
 
 from fa_bench.errors import CoverageError
-from tests.mechanisms.loops.chain import RULES, Chain, assert_same, attach, batch, gradients, part, state, train
+from tests.mechanisms.loops.chain import LOCAL_LOSSES, RULES, Chain, assert_same, attach, batch, gradients, part, state, train
 
 X, Y = batch()
 
@@ -204,8 +204,8 @@ def test_a_frozen_part_may_run_without_gradients(name: str) -> None:
         model = Chain(runs)
         model.a.requires_grad_(False)
         last = train(model, attach(model, name), X, Y)
-        # R and ldfa's B learn from what enters and leaves their layer, though the weight does not; there they carry no error.
-        own = ("a.fc.feedback_R", "a.fc.feedback_B" if name == "ldfa" else None)
+        # Some feedback learns from what enters and leaves its layer, though the weight does not; there it carries no error.
+        own = ("a.fc.feedback_R", "a.fc.feedback_B" if name in ("ldfa", *LOCAL_LOSSES) else None)
         found.append({key: gradient for key, gradient in last.items() if key not in own})
     assert_same(*found)
 

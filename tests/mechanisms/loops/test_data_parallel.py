@@ -32,7 +32,8 @@ CASES |= {
     "fa stem": ("fa", {"freeze_stem": True}),
     "asap random": ("asap", {"match": "random", "freeze_stem": False}),
     "conv kp": ("kp", {}), "conv pfa": ("pfa", {}), "conv dkp": ("dkp", {"b_lr_scale": 1.0}), "conv asfp": ("asfp", {}),
-    "conv ldfa": ("ldfa", {"rank": 2}),
+    "conv ldfa": ("ldfa", {"rank": 2}), "conv ia": ("information_alignment", {"update_forward": True}),
+    "conv ia noise": ("information_alignment", {"signal": "noise", "noise_batch": 4}),
     "asfp_lc learning stem": ("asfp_lc", {"freeze_stem": False}), "predsim whole": ("predsim", {}), "dgl whole": ("dgl", {}),
 }
 #: What depends on the batch itself differs from one process; the ranks still agree with each other.
