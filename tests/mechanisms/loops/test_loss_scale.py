@@ -12,7 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fa_bench.mechanisms.loss_scale import is_unscaled, measured_scale
-from tests.mechanisms.loops.chain import RULES, Chain, assert_same, attach, batch, draw_the_same_for_every_sample, gradients
+from tests.mechanisms.loops.chain import (
+    LOCAL_LOSSES,
+    RULES,
+    Chain,
+    assert_same,
+    attach,
+    batch,
+    draw_the_same_for_every_sample,
+    gradients,
+)
 
 X, Y = batch(12)
 #: name -> (rule, options)
@@ -123,6 +132,8 @@ def test_an_explicit_scale_is_taken_as_it_is(variant: str) -> None:
     want = {key: tensor if key.startswith(own) else factor * tensor for key, tensor in plain.items()}
     if variant == "ddtp_linear":  # its feedback learns from noise, not from the loss
         want |= {key: 2 * tensor for key, tensor in plain.items() if "feedback" in key}
+    if variant in LOCAL_LOSSES:
+        want = {key: 2 * tensor if "feedback_B" in key else tensor for key, tensor in plain.items()}
     assert_same(twice, want, rel=1e-12)
 
 
