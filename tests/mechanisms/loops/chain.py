@@ -15,11 +15,11 @@ from fa_bench.registry.registries import ALGORITHMS
 
 RULES = list(ALGORITHMS)
 #: Rules that cut the graph: they take their error from one output of the model.
-CUT_RULES = ["dfa", "dkp", "ddtp_linear", "drtp", "local_error", "predsim", "dgl", "asfp_lc"]
+CUT_RULES = ["dfa", "dkp", "ddtp_linear", "ldrl", "drtp", "local_error", "predsim", "dgl", "asfp_lc"]
 EDGE_RULES = [name for name in RULES if name not in CUT_RULES]
 # The mirror's steps before training take time, and nothing here is about them.
 # One rate for all, so that one group of an optimizer is what dkp asks for.
-_QUICK = {"wm": {"initial_steps": 1, "mirror_batch": 2}, "dkp": {"b_lr_scale": 1.0}}
+_QUICK = {"wm": {"initial_steps": 1, "mirror_batch": 2}, "dkp": {"b_lr_scale": 1.0}, "ldrl": {"b_lr_scale": 1.0}}
 
 Runs = Callable[[nn.Module, Tensor], Tensor]
 

@@ -183,7 +183,7 @@ def test_a_reentrant_whole_model_is_right_or_refused(name: str) -> None:
     try:
         got = train(model, rule, X.clone().requires_grad_(True), Y, runs=reentrant)
     except CoverageError as error:
-        assert name in ("brsf", "forward_alignment", "ddtp_linear")  # what they sample or compute belongs to one pass
+        assert name in ("brsf", "forward_alignment", "ddtp_linear", "ldrl")  # what they sample or compute belongs to one pass
         assert "use_reentrant=False" in str(error)
         assert_same(state(model), before)
         assert not gradients(model)

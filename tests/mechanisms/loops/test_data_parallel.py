@@ -22,7 +22,7 @@ from .scripts import data, net, sgd
 # Without what depends on the batch itself: similarities of its samples, batch normalisation.
 OPTIONS: dict[str, dict] = {
     "predsim": {"loss": "pred"}, "dgl": {"auxiliary_net": "linear"}, "wm": {"initial_steps": 3, "mirror_batch": 8},
-    "dkp": {"b_lr_scale": 1.0},
+    "dkp": {"b_lr_scale": 1.0}, "ldrl": {"b_lr_scale": 1.0},
 }
 CASES = {name: (name, OPTIONS.get(name, {})) for name in ALGORITHMS}
 CASES |= {
@@ -35,7 +35,7 @@ CASES |= {
     "asfp_lc learning stem": ("asfp_lc", {"freeze_stem": False}), "predsim whole": ("predsim", {}), "dgl whole": ("dgl", {}),
 }
 #: What depends on the batch itself differs from one process; the ranks still agree with each other.
-DIFFER = ("asfp_lc learning stem", "predsim whole", "dgl whole", "ddtp_linear")
+DIFFER = ("asfp_lc learning stem", "predsim whole", "dgl whole", "ddtp_linear", "ldrl")
 STEPS = 5
 
 

@@ -24,7 +24,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in 
 #: Their errors depend on which samples are together: similarities of pairs, batch normalisation in auxiliary nets.
 TOGETHER = ("predsim", "dgl", "asfp_lc")
 #: A new draw at every forward pass.
-REDRAWN = ("brsf", "ddtp_linear")
+REDRAWN = ("brsf", "ddtp_linear", "ldrl")
 #: Their hidden errors are made of the labels, and do not carry the loss's scale by themselves.
 OF_LABELS = ("drtp", "drtp sign", "local_error", "predsim", "predsim pred", "dgl", "dgl linear", "asfp_lc")
 
@@ -105,7 +105,7 @@ def test_an_explicit_scale_is_taken_as_it_is(variant: str) -> None:
     # What learns by the output's own error: the head, and with blocks the whole last one.
     own = ("head", "c.") if variant in ("dgl", "dgl linear", "asfp_lc") else ("head",)
     want = {key: tensor if key.startswith(own) else factor * tensor for key, tensor in plain.items()}
-    if variant == "ddtp_linear":  # its feedback learns from noise, not from the loss
+    if variant in ("ddtp_linear", "ldrl"):  # its feedback learns from noise, not from the loss
         want |= {key: 2 * tensor for key, tensor in plain.items() if "feedback" in key}
     assert_same(twice, want, rel=1e-12)
 

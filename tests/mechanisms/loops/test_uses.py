@@ -17,7 +17,7 @@ from tests.mechanisms.loops.chain import CUT_RULES, RULES, assert_same, attach, 
 X, Y = batch()
 # They leave the model as it is, or cover whole modules.
 FREE = ("bp", "bp_fc", "frozen", "frozen_blocks")
-COVERING = [name for name in RULES if name not in (*FREE, "dgl")]
+COVERING = [name for name in RULES if name not in (*FREE, "dgl", "ldrl")]
 
 
 class Multiply(torch.autograd.Function):
