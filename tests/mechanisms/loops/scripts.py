@@ -30,7 +30,7 @@ def data(samples: int = 32, seed: int = 0, dtype: torch.dtype = torch.float64) -
 def attached(name: str, dtype: torch.dtype = torch.float64, **options):
     model = net(dtype)
     # The stem learns, so that every learned tensor has something to learn from.
-    chosen = {"freeze_stem": False} if name in ("asap", "asfp", "asfp_lc") else {"b_lr_scale": 1.0} if name == "dkp" else {}
+    chosen = {"freeze_stem": False} if name in ("asap", "asfp", "asfp_lc") else {"b_lr_scale": 1.0} if name in ("dkp", "ldrl") else {}
     return model, fa_bench.attach(model, name, seed=0, **(chosen | options))
 
 
