@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from fa_bench.config.job import conf_dir
 from fa_bench.errors import format_value
 from fa_bench.mechanisms.cut.local import LocalRule, ModuleRule
+from fa_bench.mechanisms.cut.passes import PassRule
 from fa_bench.mechanisms.cut.rule import CutRule
 from fa_bench.mechanisms.edge.pathways import FeedbackPathway
 from fa_bench.mechanisms.edge.rule import EdgeRule
@@ -34,12 +35,13 @@ GUIDE = ROOT / "docs" / "add_a_rule.md"
 MARK = "<!-- The rest is written by scripts/make_docs.py. -->\n"
 #: Public methods that are called and not overridden.
 FINAL = {"attach", "detach", "freeze", "exact", "backward", "trace", "hook_model", "check_uses", "feedback_parameters",
-         "parameter_groups", "weight_parameters", "require_entries", "put", "put_feedback", "in_shape", "connect", "auxiliary_at",
-         "describe", "effective_context", "loss_output", "derivatives_of"}
+         "parameter_groups", "weight_parameters", "matrices", "end_layers", "require_entries", "put", "put_feedback", "in_shape",
+         "auxiliary_at", "logits_of", "is_nonlinearity", "describe", "effective_context", "loss_output", "derivatives_of"}
 #: Kinds of rules, more specific ones first, and how they differ from backpropagation.
 KINDS: tuple[tuple[type[Rule], str], ...] = (
     (ModuleRule, "blocks with separate losses"),
     (LocalRule, "a loss at every hidden activation"),
+    (PassRule, "gradients from further forward passes"),
     (CutRule, "errors delivered directly"),
     (EdgeRule, "errors passed through separate feedback in each layer"),
     (Rule, "backpropagation"),
@@ -70,6 +72,7 @@ def guide() -> str:
     """The text of docs/add_a_rule.md, with tables of the methods that a rule may override."""
     lines = [MARK, "## Methods that a rule may override", ""]
     for cls, when in ((Rule, "Every rule"), (EdgeRule, "Edge rules"), (CutRule, "Cut rules"), (LocalRule, "Local rules"),
+                      (PassRule, "Rules that learn in passes of their own"),
                       (FeedbackPathway, "The feedback pathway of a layer")):
         inherited = {name for base in cls.__mro__[1:] for name in vars(base)}
         lines += [f"{when} (`{cls.__module__}.{cls.__name__}`):", "", "| method | what it does |", "|---|---|"]

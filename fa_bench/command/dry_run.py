@@ -193,7 +193,8 @@ def _costs(job: Job, parts: Parts) -> list[tuple[str, str]]:
         ("multiplications", f"{_compared(of_rule.multiplications, of_backprop.multiplications, format_count)} "
                             f"(batch of {batch})"),
         ("of these", ", ".join(f"{format_count(number)} {phase}" for phase, number in (
-            ("forward", of_rule.forward), ("backward", of_rule.backward), ("for learning feedback", of_rule.feedback)))),
+            ("forward", of_rule.forward), ("backward", of_rule.backward), ("for learning feedback", of_rule.feedback),
+            *([("in the optimizer", of_rule.optimizer)] if of_rule.optimizer else [])))),
         ("bytes moved", _compared(of_rule.bytes_moved, of_backprop.bytes_moved, format_bytes)),
         ("peak memory", _compared(of_rule.peak_memory, of_backprop.peak_memory, format_bytes)),
         *_accesses(job, model, splits, batch),

@@ -22,6 +22,11 @@ def init_option(tensor: str, default: str | None = "xavier_uniform", can_copy: b
     return option(default, f"initialiser of {tensor}", choices=[*INITIALISERS, *([COPY_WEIGHT] if can_copy else [])])
 
 
+def decoder_init_option() -> Any:
+    """The initialiser of the weight of a rule's local classifiers."""
+    return option("zeros", "initialiser of the decoder's weight", choices=list(INITIALISERS), identifying=False)
+
+
 def density_option(tensors: str = "B", masks: str = "mask") -> Any:
     """The fraction of the entries of feedback tensors that is not masked."""
     return option(1.0, f"fraction of {tensors} that is not zero (fixed random {masks})", above=0, maximum=1)
@@ -43,6 +48,12 @@ def positions_option() -> Any:
     """Whether the positions of a cut share their feedback if the errors have no positions."""
     return option("own", "feedback of a cut's tokens or pixels if the output has none: each its own part of B, or one matrix for "
                          "all", choices=["own", "shared"], identifying=False)
+
+
+def tangents_option() -> Any:
+    """How a rule computes the derivative of the model's output along its noise."""
+    return option("forward", "the output's derivative along the noise: exact, by forward-mode differentiation (forward), or by "
+                             "central differences of two passes (difference)", choices=["forward", "difference"])
 
 
 def output_option() -> Any:

@@ -1,4 +1,4 @@
-"""The factor by which the loss was scaled, for rules that compute errors from the labels.
+"""The factor by which the loss was scaled, for rules that compute errors from the labels, or learn from other things than errors.
 
 Gradient accumulation divides the loss of a micro-batch, and a gradient scaler multiplies it. An error computed from δ, the
 gradient at the logits, scales automatically; one computed from the labels must be multiplied by the same factor.
@@ -80,8 +80,8 @@ def measured_scale(
     rounding = 4 * torch.finfo(delta.dtype).eps * abs(scale) * delta.numel() ** 0.5 / max(delta.numel() // delta.shape[axis], 1)
     if (given - scale * unit).norm().item() > tolerance * given.norm().item() + rounding:
         name = f"the mean {objective.name.replace('_', '-')}"
-        raise ValueError(f"rule '{rule}' computes its errors from the labels and cannot infer the scale of the loss: the "
-                         f"gradient at the logits is not a multiple of that of {name}. Pass the scale: "
+        raise ValueError(f"rule '{rule}' needs the scale of the loss and cannot infer it: the gradient at the logits is "
+                         f"not a multiple of that of {name}. Pass the scale: "
                          f"rule.backward(loss, logits, target, loss_scale=1.0), or loss_scale=1 / 4 for loss / 4")
     # Scales are usually powers of two; rounding to one makes the result exact.
     power = 2.0 ** round(math.log2(scale)) if scale > 0 else 0.0

@@ -177,8 +177,12 @@ class Rule(Options):
         self._handles += [self.model.register_forward_pre_hook(self.begin_forward, with_kwargs=True),
                           self.model.register_forward_hook(self.end_forward, always_call=True)]
 
-    def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        """Called before every forward pass of the model; raises an error if the model has changed since `attach`."""
+    def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Called before every forward pass of the model, may return other arguments (args, kwargs) for it.
+
+        Raises:
+            CoverageError: if the model has changed since `attach`.
+        """
         mode = self.mode
         training = torch.is_grad_enabled() and not mode.exact
         if torch.compiler.is_compiling():
@@ -288,6 +292,10 @@ class Rule(Options):
         """The rule's backward pass."""
         loss.backward()
 
+    def counts(self) -> dict[str, int]:
+        """What the rule has counted since training began, for the record of a run."""
+        return {}
+
     def begin_epoch(self, epoch: int) -> None:
         """Called by the runner before every epoch, counted from 0, for rules that change during training."""
 
@@ -299,6 +307,14 @@ class Rule(Options):
         """
         for learned in self.learned_feedback():
             learned.after_step()
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output, from which scores are computed; rules that predict in another way override it.
+
+        Args:
+            *args, **kwargs: those of the model.
+        """
+        return self.model(*args, **kwargs)
 
     @contextmanager
     def exact(self) -> Iterator[None]:
@@ -344,6 +360,24 @@ class Rule(Options):
         """The parameters of the plain model: ``model.parameters()`` without the learned feedback."""
         learned = {id(tensor) for tensor in self.feedback_parameters()}
         return [parameter for parameter in self.model.parameters() if id(parameter) not in learned]
+
+    def matrices(self) -> dict[str, list[Tensor]]:
+        """{layer or cut: its weight and its learned feedback of two or more dimensions}, the model's layers first."""
+        from fa_bench.mechanisms.weighted_layers import weight_parameter, weighted_layers
+
+        weights = {path: weight_parameter(layer) for path, layer in weighted_layers(self.model).items()}
+        found: dict[str, list[Tensor]] = {path: [weight] for path, weight in weights.items() if weight is not None}
+        for learned in self.learned_feedback():
+            if learned.tensor.dim() >= 2:
+                found.setdefault(learned.path, []).append(learned.tensor)
+        return found
+
+    def end_layers(self) -> set[str]:
+        """The first and the last layer that the model defines."""
+        from fa_bench.mechanisms.weighted_layers import weighted_layers
+
+        layers = list(weighted_layers(self.model))
+        return {*layers[:1], *layers[-1:]}
 
     def shared_gradients(self) -> list[tuple[Tensor, Tensor]]:
         """Pairs (learned feedback, weight) with identical gradients."""

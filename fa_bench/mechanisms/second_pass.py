@@ -7,6 +7,7 @@ training mode uses the statistics of the pass's own batch, and updates its runni
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from fa_bench.errors import StateError
 from fa_bench.mechanisms.contexts import same_randomness, set_temporarily, without_running_statistics
-from fa_bench.mechanisms.graph import tensors_in
+from fa_bench.mechanisms.graph import nodes_from, tensors_in
+from fa_bench.mechanisms.trace import named_results
 from fa_bench.utils.sampling import seed_for
 
 #: A change of the tensor at a module's input or output; None leaves it as it is.
@@ -32,6 +34,7 @@ class FirstPass:
         args, kwargs: what it is called with.
 
     Attributes:
+        note: what the rule wants to know of this pass in its backward pass.
         output: the output from which errors come, detached; None if the rule delivers none to cuts.
     """
 
@@ -39,12 +42,38 @@ class FirstPass:
 
     def __init__(self, rule: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.rule, self.args, self.kwargs = rule, args, kwargs
+        self.note: Any = None
+        self._outputs: dict[str, weakref.ref[Tensor]] = {}
         self._versions = [(tensor, tensor._version) for tensor in tensors_in((args, kwargs))]
         self._random = torch.get_rng_state()
         devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
         self._random_on = {device: torch.cuda.get_rng_state(device) for device in devices}
         kinds = {"cpu", *(device.type for device in devices)}
         self._autocast = [(kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_outputs": {}}  # no copy of the model has computed them
+
+    def remember(self, output: Any) -> None:
+        """Remember the output of the pass, for `name_of`."""
+        self._outputs = {name: weakref.ref(tensor) for name, tensor in named_results(output).items()}
+
+    def _alive(self) -> dict[str, Tensor]:
+        return {name: output for name, reference in self._outputs.items() if (output := reference()) is not None}
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether something still refers to an output."""
+        return bool(self._alive())
+
+    def name_of(self, logits: Tensor) -> str | None:
+        """The name of the output of this pass that these logits are, or from which they were computed; None if there is none."""
+        outputs = self._alive()
+        for name, output in outputs.items():
+            if output is logits:
+                return name
+        nodes = nodes_from([logits.grad_fn]) if logits.grad_fn is not None else set()
+        return next((name for name, output in outputs.items() if output.grad_fn in nodes), None)
 
     @contextmanager
     def surroundings(self) -> Iterator[None]:
@@ -66,13 +95,15 @@ class FirstPass:
             yield
 
 
-def again(
+@contextmanager
+def repeated(
     model: nn.Module, mode: Any, first: FirstPass, args: tuple[Any, ...] | None = None,
     inputs: Mapping[str, Change] | None = None, outputs: Mapping[str, Change] | None = None,
-) -> Any:
-    """The result of another forward pass of an attached model, in which the rule's own hooks change nothing.
+) -> Iterator[Any]:
+    """A context with the result of another forward pass of an attached model, in which the rule's own hooks change nothing.
 
-    It has gradients if they are enabled where this is called.
+    The pass has gradients if they are enabled. Its backward pass must run within the context, because activation checkpointing
+    runs parts of the forward pass again then.
 
     Args:
         model: the model.
@@ -89,10 +120,16 @@ def again(
             handles.append(model.get_submodule(path).register_forward_hook(_at_output(change)))
         with set_temporarily([mode], "exact", True), without_running_statistics(model), same_randomness(model), \
                 first.surroundings():
-            return model(*(first.args if args is None else args), **first.kwargs)
+            yield model(*(first.args if args is None else args), **first.kwargs)
     finally:
         for handle in handles:
             handle.remove()
+
+
+def again(model: nn.Module, mode: Any, first: FirstPass, **changes: Any) -> Any:
+    """The result of another forward pass that is not differentiated; the arguments are those of `repeated`."""
+    with torch.no_grad(), repeated(model, mode, first, **changes) as result:
+        return result
 
 
 def _at_input(change: Change) -> Any:
@@ -135,6 +172,10 @@ class Draws:
     def normal(self, name: str, like: Tensor, is_shared: bool = False) -> Tensor:
         """A standard normal tensor in the shape and dtype of `like`; arguments as for `generator`."""
         return torch.empty_like(like).normal_(generator=self.generator(name, like.device, is_shared))
+
+    def shifts(self, name: str, count: int, high: int) -> Tensor:
+        """`count` whole numbers from 1 to `high` - 1, on the CPU."""
+        return torch.randint(1, high, (count,), generator=self.generator(name, torch.device("cpu")))
 
     def state(self) -> dict[str, int]:
         """For checkpoints."""

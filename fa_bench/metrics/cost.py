@@ -43,6 +43,7 @@ class Cost:
     Attributes:
         forward, backward, feedback: multiplications in matrix products and convolutions, each with its addition: of the forward
             pass with the loss; of the backward pass; of learning the feedback, in the backward pass or after it.
+        optimizer: those of the optimizer, if it was counted: most have none.
         bytes_moved: bytes of the inputs and outputs of all operations, as if none were fused and nothing stayed in a cache; with
             the optimizer, if it was counted.
         peak_memory: the most bytes of tensors at a time: parameters, buffers, feedback, states of the optimizer, the batch,
@@ -54,11 +55,12 @@ class Cost:
     feedback: int
     bytes_moved: int
     peak_memory: int
+    optimizer: int = 0
 
     @property
     def multiplications(self) -> int:
         """Those of the whole step."""
-        return self.forward + self.backward + self.feedback
+        return self.forward + self.backward + self.feedback + self.optimizer
 
     def record(self) -> dict[str, int]:
         """The entries of a result."""
@@ -179,11 +181,11 @@ def at_batch(counts: Sequence[int], batch: int) -> int:
 
 
 class _Step(NamedTuple):
-    """The counts of one step: multiplications of the forward pass, of the backward pass, of learning the feedback in it, and of
-    what follows; bytes moved in the forward pass, in the backward pass, and in what follows; bytes of new tensors, see
-    `Counter`."""
+    """The counts of one step: multiplications of the forward pass, of the backward pass, of learning the feedback in it, of the
+    optimizer, and of what follows; bytes moved in the forward pass, in the backward pass, and in what follows; bytes of new
+    tensors, see `Counter`."""
 
-    multiplications: tuple[int, int, int, int]
+    multiplications: tuple[int, int, int, int, int]
     moved: tuple[int, int, int]
     new: list[int]
 
@@ -213,8 +215,13 @@ def step_costs(
         return _samples(next(model.parameters()).device, (size, *input_shape), classes, inputs, targets)
 
     def steps(own: Optimizers | None, exact: bool = False) -> list[_Step]:
-        _step(rule, samples(_BATCHES[0]), own, exact)  # creates the states of optimizers, and whatever the rule keeps
-        return [_step(rule, samples(size), own, exact) for size in _BATCHES]
+        state, found = rule.state_dict(), []
+        # The first step creates the states of optimizers, and whatever the rule keeps.
+        for size in (_BATCHES[0], *_BATCHES):
+            found.append(_step(rule, samples(size), own, exact))
+            if state:  # of a rule whose steps are not all alike, the same one is counted again
+                rule.load_state_dict(state)
+        return found[1:]
 
     with rule.exact():
         plain = optimizers() if optimizers is not None else None  # trains what the rule has frozen, too
@@ -228,8 +235,8 @@ def step_costs(
             fixed = [step.multiplications[1] for step in steps(None)]
     with_rule = steps(own)
     if fixed:
-        with_rule = [step._replace(multiplications=(forward, backward, both - backward, after)) for step, backward in
-                     zip(with_rule, fixed, strict=True) for forward, both, _, after in [step.multiplications]]
+        with_rule = [step._replace(multiplications=(forward, backward, both - backward, *after)) for step, backward in
+                     zip(with_rule, fixed, strict=True) for forward, both, _, *after in [step.multiplications]]
     tensors = [*model.named_parameters(), *model.named_buffers()]
     others = [tensor for name, tensor in tensors if not name.rpartition(".")[2].startswith(PREFIX)]
     sizes = [len(part) for part in torch.empty(batch).tensor_split(min(accumulate, batch))]
@@ -269,23 +276,25 @@ def _step(rule: Rule, data: tuple[Tensor, Tensor], optimizers: Optimizers | None
         rule.backward(loss, logits, y)
         backward = counter.multiplications - forward[0], counter.moved - forward[1]
         del logits, loss
+        before_optimizer = counter.multiplications
         if optimizers is not None:
             optimizers.step()
+        of_optimizer = counter.multiplications - before_optimizer
         if not exact:
             rule.step()
-        after = counter.multiplications - forward[0] - backward[0], counter.moved - forward[1] - backward[1]
-    return _Step((forward[0], backward[0], 0, after[0]), (forward[1], backward[1], after[1]), counter.new)
+        after = counter.multiplications - before_optimizer - of_optimizer, counter.moved - forward[1] - backward[1]
+    return _Step((forward[0], backward[0], 0, of_optimizer, after[0]), (forward[1], backward[1], after[1]), counter.new)
 
 
 def _cost(steps: Sequence[_Step], sizes: Sequence[int], resident: int) -> Cost:
     """The cost of a step from its counts for a few samples, the sizes of its micro-batches, and bytes that are there all the
     time."""
-    *products, products_after = zip(*(step.multiplications for step in steps), strict=True)
+    *products, of_optimizer, products_after = zip(*(step.multiplications for step in steps), strict=True)
     *moved, moved_after = zip(*(step.moved for step in steps), strict=True)
     forward, backward, feedback = (sum(at_batch(counts, size) for size in sizes) for counts in products)
     return Cost(forward, backward, feedback + at_batch(products_after, sum(sizes)),
                 sum(at_batch(counts, size) for counts in moved for size in sizes) + at_batch(moved_after, sum(sizes)),
-                resident + _peak([step.new for step in steps], max(sizes)))
+                resident + _peak([step.new for step in steps], max(sizes)), at_batch(of_optimizer, sum(sizes)))
 
 
 def _peak(new: Sequence[Sequence[int]], batch: int) -> int:

@@ -21,7 +21,7 @@ EVALUATION_BATCH = 512
 def evaluate(
     model: torch.nn.Module, objective: Objective, split: Split | None, batch_size: int,
     before_batch: Callable[[], None] = lambda: None, share: Callable[[int], Tensor] | None = None,
-    gather: Callable[[Any], list[Any]] = lambda value: [value],
+    gather: Callable[[Any], list[Any]] = lambda value: [value], predict: Callable[..., Any] | None = None,
 ) -> dict[str, float]:
     """Mean loss and scores over a whole split in evaluation mode, by name: ``loss``, ``accuracy`` (a fraction).
 
@@ -31,6 +31,7 @@ def evaluate(
         model, objective, split, batch_size: what is evaluated, and how.
         before_batch: called before every batch.
         share: the positions of the samples that this process evaluates in a batch of so many; None: all.
+        predict: computes the outputs of a batch; None: the model.
         gather: the values that all processes pass, in their order.
     """
     if split is None or len(split) == 0:
@@ -44,7 +45,7 @@ def evaluate(
         for x, y in split.batches(batch_size, share=share):
             before_batch()
             remaining -= 1
-            outputs = loss_output(model(x), objective.output)
+            outputs = loss_output((predict or model)(x), objective.output)
             losses.append(objective.loss(outputs, y, reduction="sum"))
             count = count + objective.counted(y)
             add(sums, objective.sums(outputs, y))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import OptionError
 from fa_bench.registry.options import Options, option
 from fa_bench.schedules.base import Schedule
 from fa_bench.schedules.constant import Constant
 from fa_bench.utils.lazy import torch
+
+if TYPE_CHECKING:
+    from fa_bench.mechanisms.rule import Rule
 
 
 @dataclasses.dataclass(eq=False)
@@ -32,6 +35,14 @@ class OptimizerOptions(Options):
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """The torch optimizer for parameter groups; each group may have its own ``lr``."""
         raise NotImplementedError
+
+    def optimizers(self, groups: list[dict[str, Any]], rule: Rule) -> list[torch.optim.Optimizer]:
+        """The torch optimizers for parameter groups: `build`'s, unless different layers of the rule's model need different ones.
+
+        Raises:
+            OptionError: if the options do not fit the model.
+        """
+        return [self.build(groups)]
 
 
 def fusible(groups: list[dict[str, Any]]) -> bool:

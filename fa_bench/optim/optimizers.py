@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from fa_bench.errors import OptionError
 from fa_bench.utils.lazy import torch
 from fa_bench.utils.tensors import copied_when_changed
 
@@ -24,6 +25,9 @@ class Optimizers:
         epochs: length of the run, for the schedules.
         feedback_options: the optimizer of the learned feedback; None: that of the weights.
         steps_per_epoch: for schedules that count steps.
+
+    Raises:
+        OptionError: if an optimizer's options do not fit the model.
     """
 
     def __init__(
@@ -33,16 +37,24 @@ class Optimizers:
         weights = [p for p in rule.weight_parameters() if p.requires_grad]
         learned = rule.feedback_parameters()
         scale = rule.feedback_lr_scale
-        parts: list[tuple[OptimizerOptions, list[dict[str, Any]]]] = [(options, [{"params": weights}])]
+        parts: list[tuple[str, OptimizerOptions, list[dict[str, Any]]]] = [("optimizer", options, [{"params": weights}])]
         if learned and feedback_options is not None:
-            parts.append((feedback_options, [{"params": learned}]))
+            parts.append(("feedback_optimizer", feedback_options, [{"params": learned}]))
         elif learned and scale != 1:
-            parts[0][1].append({"params": learned, "lr": options.lr * scale})
+            parts[0][2].append({"params": learned, "lr": options.lr * scale})
         else:
             # One group for both: rules that rely on equal updates of W and B rely on equal settings.
             weights += learned
-        self.options = [part for part, _ in parts]
-        self.optimizers = [part.build(groups) for part, groups in parts]
+        #: The optimizers, and the options of each.
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self.options: list[OptimizerOptions] = []
+        for key, part, groups in parts:
+            try:
+                built = part.optimizers(groups, rule)
+            except OptionError as error:
+                raise error.with_prefix(key) from None
+            self.optimizers += built
+            self.options += [part] * len(built)
         self._rule = rule
         #: Pairs (learned feedback, weight) for which `step` uses one gradient: a fused update only reads it.
         self._shared: list[tuple[Tensor, Tensor]] = []

@@ -50,7 +50,7 @@ def against_published(entries: Sequence[Entry], runs: Sequence[Run]) -> pd.DataF
         compared: set[tuple[str, str, int | None]] = set()
         for entry in matching_entries(entries, members):
             layers = list(dict.fromkeys(layer for run in members for layer in run.layers(entry.quantity)))
-            for layer, values in compare(entry, members, layers):
+            for layer, values in compare(entry, members, layers, runs):
                 if values and (entry.quantity, layer, entry.at) not in compared:
                     compared.add((entry.quantity, layer, entry.at))
                     rows.append({"label": labels[group], "layer": layer, **_row(entry, members, values)})

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from fa_bench.errors import DataError
-from fa_bench.report.groups import finished_by_seed
+from fa_bench.report.groups import CONTROL, finished_by_seed
 from fa_bench.report.numbers import known, mean
 from fa_bench.report.runs import Run
 
 FILE = Path(__file__).with_name("published.yaml")
 #: The quantity by which a row of the table is compared: the first of these that the paper has.
 ACCURACIES = ("test_accuracy", "val_accuracy")
+#: The test accuracy less that of backpropagation on the same task, paired by seed, in percentage points.
+DIFFERENCE = "bp_difference"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Entry:
         paper, table: where it was published; `row` is the name of the line there, the paper's or ours.
         dataset, architecture: descriptions.
         rule: name of the algorithm here.
-        quantity: a key of result.json (test_accuracy, val_accuracy, train_accuracy) or of its angles.
+        quantity: a key of result.json (test_accuracy, val_accuracy, train_accuracy) or of its angles, or `DIFFERENCE`.
         value: in `unit`; NaN if only a range is known. Accuracies are in %.
         low, high: the range; infinite if open, NaN without a range.
         layer: pattern of the layers that the value belongs to; empty for the whole network.
@@ -90,6 +92,17 @@ class Entry:
             return known(run.layers(self.quantity).get(layer) for run in finished)
         return [100 * value for value in known(run.result.get(self.quantity) for run in finished)]
 
+    def differences(self, runs: Iterable[Run], all_runs: Iterable[Run]) -> list[float]:
+        """The finished runs' differences to backpropagation, for `DIFFERENCE`; one per seed that both have.
+
+        Its runs are those among `all_runs` that meet the conditions of this entry, except conditions on options of the rule.
+        """
+        where = {key: value for key, value in self.where.items() if not key.startswith("algorithm.")}
+        control = dataclasses.replace(self, rule=CONTROL, where=where)
+        references = finished_by_seed(run for run in all_runs if control.matches(run))
+        return [run.score(ACCURACIES[0]) - references[seed].score(ACCURACIES[0])
+                for seed, run in finished_by_seed(runs).items() if seed in references]
+
     def remark(self, runs: Iterable[Run]) -> str:
         """Known differences between the finished runs and those of the paper; empty if there are none."""
         runs = list(finished_by_seed(runs).values())
@@ -118,9 +131,20 @@ def headline(entries: Iterable[Entry], runs: Sequence[Run]) -> tuple[Entry | Non
     return None, math.nan
 
 
-def compare(entry: Entry, runs: Sequence[Run], layers: Sequence[str]) -> Iterator[tuple[str, list[float]]]:
-    """(layer, our values) for each of `layers` that the entry belongs to; one pair with an empty layer for the whole network."""
-    if not entry.layer:
+def compare(
+    entry: Entry, runs: Sequence[Run], layers: Sequence[str], all_runs: Iterable[Run]
+) -> Iterator[tuple[str, list[float]]]:
+    """(layer, our values) for each of `layers` that the entry belongs to; one pair with an empty layer for the whole network.
+
+    Args:
+        entry: a published number.
+        runs: those of one group.
+        layers: paths.
+        all_runs: those among which are the runs of backpropagation that a difference needs.
+    """
+    if entry.quantity == DIFFERENCE:
+        yield "", entry.differences(runs, all_runs)
+    elif not entry.layer:
         yield "", entry.ours(runs)
     for layer in layers:
         if entry.layer and fnmatchcase(layer, entry.layer):

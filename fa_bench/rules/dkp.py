@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import TYPE_CHECKING
 
-from fa_bench.mechanisms.cut.rule import CapturedActivation, CutRule
+from fa_bench.mechanisms.cut.learned import LearnedCutRule
+from fa_bench.mechanisms.cut.rule import CapturedActivation
 from fa_bench.mechanisms.feedback_options import density_option, error_at_option, init_option, positions_option, within_option
-from fa_bench.mechanisms.feedback_tensors import make_learned
 from fa_bench.registry.options import option
 from fa_bench.registry.registries import ALGORITHMS
-from fa_bench.utils.sampling import sample_mask, seed_for
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fa_bench.mechanisms.updates import LearnedTensor
-
 
 @ALGORITHMS.register("dkp")
 @dataclasses.dataclass(eq=False)
-class DKP(CutRule):
+class DKP(LearnedCutRule):
     """Direct Kolen-Pollack: direct feedback that learns to read the activations out.
 
     Eqs 3, 7 and 8 of "Learning the connections in direct feedback alignment".
@@ -62,19 +58,7 @@ class DKP(CutRule):
     reads_values = True
 
     def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:
-        from fa_bench.mechanisms.updates import LearnedTensor
-
-        self._learned: dict[str, list[LearnedTensor]] = {}
-        for cut, shape in features.items():
-            size = (classes, math.prod(shape))
-            module = self._cut_modules[cut]
-            self.put(cut, "B", self.b_init, size, self.density)
-            self._learned[cut] = [LearnedTensor(cut, module, make_learned(module, "B"), self._witness)]
-            if self.density < 1:
-                self.put(cut, "mask", sample_mask(size, self.density, seed_for(self.seed, cut, "B")))
-
-    def learned_at(self, cut: str) -> list[LearnedTensor]:
-        return self._learned[cut]
+        self.put_learned(features, classes, self.b_init, self.density)
 
     def feedback_gradients(
         self, cut: str, captured: CapturedActivation, delta: Tensor, target: Tensor | None
@@ -85,18 +69,9 @@ class DKP(CutRule):
             delta, activation = self._layouts[cut].pairs(delta.to(dtype), activation.to(dtype))
         return [_product(delta.to(dtype), activation.to(dtype))]
 
-    def learned_feedback(self) -> list[LearnedTensor]:
-        return [one for learned in self._learned.values() for one in learned]
-
     @property
     def feedback_lr_scale(self) -> float:
         return self.b_lr_scale
-
-    def step(self) -> None:
-        super().step()
-        if self.density < 1:
-            for cut in self._cut_modules:
-                self.tensor(cut, "B").mul_(self.tensor(cut, "mask"))
 
 
 def _product(delta: Tensor, activation: Tensor) -> Tensor:

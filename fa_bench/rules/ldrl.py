@@ -139,7 +139,6 @@ class LDRL(LocalRule):
     def _pass(self, cut: str | None) -> dict[str, Tensor]:
         """The activations at the ends of all blocks in another forward pass; with noise at one cut, which is in its place."""
         from fa_bench.mechanisms.second_pass import again
-        from fa_bench.mechanisms.trace import loss_output
 
         first = self.first_pass
         if first is None:
@@ -157,9 +156,8 @@ class LDRL(LocalRule):
 
             return at
 
-        with torch.enable_grad():  # as in the first pass: a model may return other outputs without
-            result = again(self.model, self.mode, first, outputs={path: change(path) for path in self._next})
-        seen[OUTPUT_OF_MODEL] = loss_output(result, self.loss_output).detach()
+        result = again(self.model, self.mode, first, outputs={path: change(path) for path in self._next})
+        seen[OUTPUT_OF_MODEL] = self.logits_of(result)
         return seen
 
     # -------------------------------------------------------------------------------------------- state

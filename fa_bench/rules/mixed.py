@@ -12,7 +12,7 @@ from fa_bench.mechanisms.feedback_options import init_option
 from fa_bench.mechanisms.feedback_tensors import feedback_tensor
 from fa_bench.registry.options import option
 from fa_bench.registry.registries import ALGORITHMS
-from fa_bench.rules.pfa import ProductFeedback, ProductRule
+from fa_bench.rules.pfa import ExpandingRule, ProductFeedback
 from fa_bench.utils.lazy import torch
 from fa_bench.utils.sampling import sample
 
@@ -61,7 +61,7 @@ class MixedFeedback(FeedbackPathway):
 
 @ALGORITHMS.register("mixed")
 @dataclasses.dataclass(eq=False)
-class Mixed(ProductRule):
+class Mixed(ExpandingRule):
     """Synapses by PFA, FA and KP mixed, so that the weight angle is that of the brain.
 
     The discussion and appendix B of Li and Benna 2024.

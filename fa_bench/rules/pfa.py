@@ -47,10 +47,13 @@ class ProductFeedback(FeedbackPathway):
 
 @dataclasses.dataclass(eq=False)
 class ProductRule(EdgeRule):
-    """Base of PFA and PFA-o; subclasses sample B in `first`."""
+    """Base of the rules with product feedback; subclasses choose the size of the population between, and sample B in `first`."""
 
-    ratio: float = option(10.0, "expansion ratio: units of the intermediate population over units of the layer's output", above=0)
     r_init: str = init_option("R")
+
+    def between(self, outputs: int) -> int:
+        """M, the number of units of the intermediate population, for this number of outputs."""
+        raise NotImplementedError
 
     def first(self, outputs: int, between: int, seed: int) -> Tensor:
         """B of one group, (outputs, between), float32 on the CPU."""
@@ -66,7 +69,7 @@ class ProductRule(EdgeRule):
         weight, groups = module.weight, getattr(module, "groups", 1)
         transposed = getattr(module, "transposed", False)
         outputs = weight.shape[1] if transposed else len(weight) // groups
-        between = max(round(self.ratio * outputs), 1)
+        between = self.between(outputs)
         seed = layer.tensor_seed("B")
         first = torch.cat([self.first(outputs, between, seed + group) for group in range(groups)])
         layer.put("B", first)
@@ -79,9 +82,30 @@ class ProductRule(EdgeRule):
         return ProductFeedback()
 
 
+@dataclasses.dataclass(eq=False)
+class ExpandingRule(ProductRule):
+    """Base of the rules whose intermediate population has a number of units relative to the layer's output."""
+
+    ratio: float = option(10.0, "expansion ratio: units of the intermediate population over units of the layer's output", above=0)
+
+    def between(self, outputs: int) -> int:
+        return max(round(self.ratio * outputs), 1)
+
+
+@dataclasses.dataclass(eq=False)
+class SemiOrthogonalRule(ProductRule):
+    """Base of the rules whose B has orthonormal rows or, if it has more rows than columns, orthonormal columns."""
+
+    def first(self, outputs: int, between: int, seed: int) -> Tensor:
+        gaussian = sample((max(outputs, between), min(outputs, between)), "normal_fan_out", seed)
+        q, r = torch.linalg.qr(gaussian.double())
+        columns = (q * r.diagonal().sign()).to(gaussian.dtype)
+        return columns if between < outputs else columns.t()
+
+
 @ALGORITHMS.register("pfa")
 @dataclasses.dataclass(eq=False)
-class PFA(ProductRule):
+class PFA(ExpandingRule):
     """Product feedback alignment: the error in two hops, a fixed random one and a learned one.
 
     Eqs 4-6 of Li and Benna 2024.

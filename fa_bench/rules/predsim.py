@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import CoverageError
 from fa_bench.mechanisms.coverage import batch_note
-from fa_bench.mechanisms.cut.local import LocalRule, flattening, map_module
+from fa_bench.mechanisms.cut.local import LocalRule, linear_classifier, map_module
+from fa_bench.mechanisms.feedback_options import decoder_init_option
 from fa_bench.registry.options import option
 from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.utils.lazy import nn, torch
@@ -39,9 +40,15 @@ class PredSim(LocalRule):
     ``loss=pred`` is CE(D(a), labels) alone, ``loss=sim`` the similarity alone. The output layer's error is (1-β) times the true
     one with predsim, and the true one otherwise.
 
-    D averages maps to at most `decoder_size` features; its weight is initially zero and its bias has torch's default; this, the
-    divisor of the standard deviation (positions less one) and β are those of the paper's code. The paper's settings: Adam at
-    5e-4, times 0.25 at 50, 75, 88 and 94 % of the epochs, leaky ReLU, dropout, no decay.
+    D averages maps to at most `decoder_size` features; its weight is initially zero (`decoder_init`) and its bias, which
+    `decoder_bias` removes, has torch's default; this, the divisor of the standard deviation (positions less one) and β are those
+    of the paper's code. The paper's settings: Adam at 5e-4, times 0.25 at 50, 75, 88 and 94 % of the epochs, leaky ReLU, dropout,
+    no decay.
+
+    ``loss=pred decoder_init=pytorch decoder_bias=false`` is Mono-Forward (Gong, Li and Abdulla 2025, arXiv 2501.09238) with all
+    layers trained at once: D is their goodness matrix M (C, features), scores a Mᵀ. The independent code whose numbers
+    ``experiment=mono_forward`` lists trains one layer after the other with early stopping, has another M at the input, and
+    predicts by the last M; here the output layer, which has its true gradient, is the last M.
 
     Choices: sizes that the decoder's pooling does not divide are averaged over overlapping windows. A sample whose K a is
     constant has similarity 0 to all others and no gradient; the paper's code divides by zero. In half precision the cosines are
@@ -59,6 +66,8 @@ class PredSim(LocalRule):
     loss: str = option("predsim", "the local loss", choices=["predsim", "pred", "sim"])
     beta: float = option(0.99, "share of the similarity in the loss (predsim)", minimum=0, maximum=1)
     decoder_size: int = option(4096, "largest number of features of the decoder; larger maps are averaged", minimum=1)
+    decoder_init: str = decoder_init_option()
+    decoder_bias: bool = option(True, "the decoder has a bias", identifying=False)
 
     def auxiliary(self, cut: str, shape: tuple[int, ...], classes: int) -> torch_nn.Module:
         if self._layouts and self.loss != "pred":
@@ -67,10 +76,7 @@ class PredSim(LocalRule):
         self._classes = classes
         parts = nn.ModuleDict()
         if self.loss != "sim":
-            layers, count = flattening(cut, shape, self.decoder_size)
-            layers["out"] = nn.Linear(count, classes)
-            nn.init.zeros_(layers["out"].weight)
-            parts["decoder"] = nn.Sequential(layers)
+            parts["decoder"] = linear_classifier(cut, shape, classes, self.decoder_size, self.decoder_init, self.decoder_bias)
         if self.loss != "pred":
             if len(shape) == 1:
                 parts["similarity"] = nn.Linear(shape[0], shape[0], bias=False)

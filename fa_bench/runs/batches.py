@@ -43,7 +43,7 @@ def check_targets(rule: Rule, splits: Splits, dataset: str) -> None:
         DataError: if all numbers of an output are equal, or outside of what the objective accepts; if no position counts, or a
             negative one that is not `ignore_index`.
     """
-    if splits.targets == VALUES and getattr(rule, "needs_target", False):
+    if splits.targets == VALUES and getattr(rule, "needs_target", False) and not getattr(rule, "takes_numbers", False):
         sign = "; use algorithm.error_sign=true, or a rule such as dfa" if rule.name == "drtp" else "; use a rule such as dfa"
         raise OptionError("algorithm", f"={rule.name} computes its errors from class labels, but the targets of "
                                        f"dataset={dataset} are numbers{sign}")

@@ -62,7 +62,7 @@ class Execution:
         return torch.autocast(self.device.type, dtype=torch.bfloat16) if is_bf16 else nullcontext()
 
     def forward(
-        self, function: Callable[..., Any], model: torch.nn.Module, steps: int, processes: int = 1
+        self, function: Callable[..., Any], model: torch.nn.Module, steps: int, processes: int = 1, repeats: bool = False
     ) -> Callable[..., Any]:
         """A forward pass, ``function(x, y)``, as the run executes it: compiled for full batches.
 
@@ -73,13 +73,15 @@ class Execution:
             model: the model that it calls.
             steps: updates of the whole run.
             processes: that train the run together; several do not compile.
+            repeats: whether the rule runs the model again in the backward pass, which no compiled graph can do.
         """
         def eager(x: torch.Tensor, y: torch.Tensor) -> Any:
             with self.autocast():
                 return function(x, y)
 
         if self._compiles is None:
-            self._compiles, why = _pays(model, self.device, steps) if processes == 1 else (False, f"{processes} processes")
+            why = f"{processes} processes" if processes > 1 else "the rule runs the model again" if repeats else ""
+            self._compiles, why = (False, why) if why else _pays(model, self.device, steps)
             log.info("compile=auto: %s (%s)", "on" if self._compiles else "off", why)
         if not self._compiles:
             return eager

@@ -126,7 +126,7 @@ class Trainer:
         self.execution = execution or Execution(options, next(self.model.parameters()).device)
         self._forward = self.execution.forward(
             self._outputs_and_loss, self.model, options.epochs * splits.train.steps(options.batch_size, options.drop_last),
-            self.world.size)
+            self.world.size, rule.repeats)
         self._calling: Callback | None = None
         self._called = self.world.wrapped(self.model)
         self._share = self.world.share(options.accumulate)
@@ -196,7 +196,7 @@ class Trainer:
         """Loss and scores, see `evaluate`."""
         with self.execution.autocast():
             return evaluate(self.model, self.objective, split, self.options.batch_size,
-                            lambda: self._call("on_evaluation_batch"), self.world.share(), self.world.gather)
+                            lambda: self._call("on_evaluation_batch"), self.world.share(), self.world.gather, self.rule.predict)
 
     def _epoch(self) -> None:
         progress, options = self.progress, self.options

@@ -159,7 +159,7 @@ _SCORE = _object({"name": _value("a name of letters, digits and _, not 'loss'", 
 _SCORES = _nullable(_list_of(_complete(_SCORE, ("name", "title"))))
 _ACCURACIES = dict.fromkeys(("test_accuracy", "test_accuracy_at_best_val", "val_accuracy", "train_accuracy"), _FRACTION)
 _STEP_COST: dict[str, Check] = dict.fromkeys(
-    ("multiplications", "forward", "backward", "feedback", "bytes_moved", "peak_memory"), _COUNT)
+    ("multiplications", "forward", "backward", "feedback", "optimizer", "bytes_moved", "peak_memory"), _COUNT)
 _COST = _object({"batch": _COUNT, "bp": _nullable(_object(_STEP_COST)), **_STEP_COST})
 _RESULT = _object({
     "status": _value(_STATUS, lambda value: value in STATUSES), "label": _NAME, "group": _NAME, "algorithm": _NAME, "seed": _SEED,
@@ -167,7 +167,7 @@ _RESULT = _object({
                     _nullable(_TEXT)),
     **dict.fromkeys(("epochs", "epoch", "step", "best_epoch"), _COUNT), **_ACCURACIES, "scores": _SCORES,
     "seconds": _TIME, "peak_memory_bytes": _TIME, "energy_wh": _TIME, "cost": _nullable(_COST),
-    "angles": _QUANTITIES, "probes": _QUANTITIES,
+    "angles": _QUANTITIES, "probes": _QUANTITIES, "rule_counts": _nullable(_mapping_to(_COUNT)),
     **dict.fromkeys(("feedback_layers", "output_layers", "weight_transport", "energy_counters"), _LAYERS),
     "error": _nullable(_object({"type": _nullable(_TEXT), "message": _nullable(_TEXT), "epoch": _COUNT, "step": _COUNT,
                                 "layer": _nullable(_TEXT), "callback": _nullable(_TEXT)})),

@@ -166,7 +166,7 @@ def base_result(job: Job, experiment: str | None = None) -> dict[str, Any]:
         "seed": job.run.seed, "epochs": job.run.epochs, "epoch": 0, "step": 0,
         **dict.fromkeys(final_keys(job.scores)), "best_epoch": None, "scores": as_records(job.scores),
         "angles": {}, "probes": {}, "feedback_layers": [], "output_layers": [],
-        "weight_transport": [],
+        "weight_transport": [], "rule_counts": {},
         "seconds": None, "compile_seconds": None, "peak_memory_bytes": None, "energy_wh": None, "energy_counters": [],
         "cost": None,
         "config_hash": job.config_hash, "code_hash": code_hash(job.plugin_modules), "data_hash": None,
@@ -184,7 +184,7 @@ def progress_result(recorder: Recorder, progress: Progress, meter: AlignmentMete
         **{key: last.get(key) for key in final_keys(recorder.scores)},
         f"test_{recorder.scores[0].name}_at_best_val": progress.test_at_best, "best_epoch": progress.best_epoch,
         "angles": (progress.angles if complete else last.get("angles")) or {},
-        "feedback_layers": meter.feedback_layers, "output_layers": meter.output_layers,
+        "feedback_layers": meter.feedback_layers, "output_layers": meter.output_layers, "rule_counts": meter.rule.counts(),
         "peak_memory_bytes": peak_memory(next(meter.rule.model.parameters()).device),
     }
 

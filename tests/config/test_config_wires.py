@@ -106,7 +106,8 @@ def test_tables_name_every_option() -> None:
     assert set(TOP) | NOT_NUMBERS | set(VOLATILE) == keys(RunOptions)
     assert set(DATASET) == keys(DATASETS["synthetic"]) and set(ARCHITECTURE) == keys(ARCHITECTURES["mlp"])
     for name in OPTIMIZERS:
-        assert {key for key, (of, *_) in OPTIMIZER.items() if of in ("any", name.removesuffix("w"))} == keys(OPTIMIZERS[name])
+        own = {key for key, (of, *_) in OPTIMIZER.items() if of in ("any", name.removesuffix("w"))}
+        assert own | (set(MUON) if name == "muon" else set()) == keys(OPTIMIZERS[name])
 
 
 @pytest.mark.parametrize("key", TOP)
@@ -183,6 +184,9 @@ OPTIMIZER: dict[str, tuple[str, tuple[str, ...], str]] = {
     "beta2": ("adam", (), "0.9"),
     "eps": ("adam", (), "0.01"),
 }
+#: Options of muon in addition to those of any optimizer.
+MUON = {"momentum": "0.5", "nesterov": "false", "beta1": "0.5", "beta2": "0.9", "eps": "0.01", "ns_steps": "2",
+        "adjust_lr": "match_rms_adamw", "layers": "hidden", "exclude": "[fc2]", "adam_lr": "0.1"}
 #: adamw has the options of adam, by which it is built in the same line but for the decay.
 CASES = [(name, key) for name in ("sgd", "adam", "adamw") for key, (of, *_) in OPTIMIZER.items()
          if of in ("any", name) and (name != "adamw" or key == "weight_decay")]
@@ -193,6 +197,12 @@ def test_options_of_the_optimizer(name: str, key: str) -> None:
     _, needed, value = OPTIMIZER[key]
     base = ("algorithm=fa", f"optimizer={name}", "optimizer.lr=0.01", *(f"optimizer.{word}" for word in needed))
     assert_changes(TRAINED, base, (f"optimizer.{key}={value}",))
+
+
+@pytest.mark.parametrize("key", [*MUON, "weight_decay", "lr"])
+def test_options_of_muon(key: str) -> None:
+    base = (*HIDDEN, "algorithm=fa", "optimizer=muon")
+    assert_changes(TRAINED, base, (f"optimizer.{key}={MUON.get(key, '0.1')}",))
 
 
 @pytest.mark.parametrize(("name", "key"), CASES)
@@ -206,7 +216,7 @@ def test_options_of_the_optimizer_of_the_feedback(name: str, key: str) -> None:
 def test_optimizer_and_its_name() -> None:
     """Equal settings of different optimizers, and a feedback optimizer that equals the weights' one, by which B learns alike."""
     same = ("algorithm=kp", "optimizer.lr=0.01", "optimizer.weight_decay=0.2")
-    assert len({numbers(*same, f"optimizer={name}")[TRAINED] for name in ("sgd", "adam", "adamw")}) == 3
+    assert len({numbers(*same, f"optimizer={name}")[TRAINED] for name in ("sgd", "adam", "adamw", "muon")}) == 4
     own = (*same, "optimizer@feedback_optimizer=sgd", "feedback_optimizer.lr=0.01", "feedback_optimizer.weight_decay=0.2")
     assert numbers(*own)[TRAINED] == numbers(*same)[TRAINED]
 
@@ -223,19 +233,30 @@ RULES: dict[str, dict[str, str]] = {
     "usf": {"scale": "none", "density": "0.5"}, "brsf": {"m_init": "pytorch", "density": "0.5"},
     "frsf": {"m_init": "pytorch", "density": "0.5"},
     "pfa": {"ratio": "2", "r_init": "pytorch", "density": "0.5"}, "pfa_o": {"ratio": "2", "r_init": "pytorch"},
+    "symmetric_alignment": {"alpha": "0.1", "beta": "0.1", "b_lr_scale": "2", "update_forward": "true", "b_init": "pytorch"},
+    "activation_alignment": {"alpha": "0.1", "beta": "0.1", "signal": "noise"},
+    "regularized_mirror": {"alpha": "0.1", "beta": "0.1", "signal": "noise", "noise_batch": "4"},
+    "information_alignment": {"alpha": "0.1", "beta": "0.1", "gamma": "0.1", "signal": "noise"},
+    "ldfa": {"rank": "2", "b_rate": "0", "r_init": "pytorch"},
     "dfa": {"b_init": "pytorch", "density": "0.5", "form": "shared", "freeze_stem": "true",
             "error_at": "act2"},
     "dkp": {"error_at": "act2", "b_init": "pytorch", "density": "0.5", "b_lr_scale": "0.5"},
     "local_error": {"m_init": "pytorch", "separate": "true"},
-    "predsim": {"beta": "0.5", "loss": "pred", **CUT, "freeze_stem": "true"}, "dgl": {"auxiliary_net": "linear"},
+    "predsim": {"beta": "0.5", "loss": "pred", "decoder_init": "pytorch", "decoder_bias": "false", **CUT, "freeze_stem": "true"},
+    "bp_deepsup": {"weight": "0.5", "decoder_init": "pytorch", "cuts": "['act2']"},
+    "dgl": {"auxiliary_net": "linear"},
+    "fdfa": {"b_init": "pytorch", "b_lr_scale": "0.5", "alpha": "0.5", "tangents": "difference"},
+    "grape": {"b_init": "pytorch", "b_lr_scale": "0.5", "anchor_period": "2", "tangents": "difference"},
+    "forward_gradient": {"form": "weight", "tangents": "difference"},
     "wm": {"initial_steps": "2", "mirror_steps": "2", "mirror_rate": "0.1", "mirror_batch": "8"},
 }
 
 
 @pytest.mark.parametrize(("name", "key"), [(name, key) for name, options in RULES.items() for key in options])
 def test_options_of_rules(name: str, key: str) -> None:
-    cuts = ("algorithm.allow_uncovered=true",) if key == "cuts" else ()
-    assert_changes(TRAINED, (*HIDDEN, f"algorithm={name}", *cuts), (f"algorithm.{key}={RULES[name][key]}",))
+    beside = {"cuts": "allow_uncovered=true", "b_rate": "rank=2", "noise_batch": "signal=noise"}
+    needed = (f"algorithm.{beside[key]}",) if key in beside else ()
+    assert_changes(TRAINED, (*HIDDEN, f"algorithm={name}", *needed), (f"algorithm.{key}={RULES[name][key]}",))
 
 
 def test_options_added_to_a_rule_leave_the_identity_of_older_runs() -> None:
@@ -256,6 +277,7 @@ def test_every_rule_is_the_one_that_was_chosen() -> None:
     """No two rules give the same numbers; where all layers are fully connected, bp_fc is bp."""
     chosen = {name: (*HIDDEN, f"algorithm={name}") for name in sorted(ALGORITHMS) if name != "bp_fc"}
     chosen |= {name: (*chosen[name], "algorithm.linear=share", "algorithm.match=random") for name in ("asap", "asfp", "asfp_lc")}
+    chosen["ldfa"] = (*chosen["ldfa"], "algorithm.rank=2")
     chosen["wm"] = (*chosen["wm"], "algorithm.initial_steps=3", "algorithm.mirror_batch=8")
     found = {name: numbers(*words)[TRAINED] for name, words in chosen.items()}
     assert len(set(found.values())) == len(found)

@@ -96,7 +96,10 @@ COMPONENTS: list[Case] = [
     # The papers that the ASAP paper compares with: Mostafa et al. 2018, with kaiming_uniform and 4096 features [choice]; Nøkland
     # and Eidnes 2019; Belilovsky et al. 2020 with their "mlp-sr" auxiliary nets.
     ({"algorithm": "local_error"}, _keys("algorithm", m_init="kaiming_uniform", features=4096, separate=False, cuts=None)),
-    ({"algorithm": "predsim"}, _keys("algorithm", loss="predsim", beta=0.99, decoder_size=4096, cuts=None)),
+    ({"algorithm": "predsim"}, _keys("algorithm", loss="predsim", beta=0.99, decoder_size=4096, decoder_init="zeros",
+                                     decoder_bias=True, cuts=None)),
+    # Our own reference: classifiers as those of predsim, losses of equal weight [choice].
+    ({"algorithm": "bp_deepsup"}, _keys("algorithm", weight=1.0, decoder_size=4096, decoder_init="zeros", cuts=None)),
     ({"algorithm": "dgl"}, _keys("algorithm", auxiliary_net="mlp_sr", cuts=None)),
     # One row of feedback for every neuron, at all hidden activations; PFA's runs on CIFAR-10 differ.
     ({"algorithm": "dfa"}, _keys("algorithm", form="neuron", cuts=None, density=1.0)),
@@ -358,6 +361,21 @@ LM_QUICKSTART = Preset([
     "optimizer": "adam", **_keys("optimizer", lr=3e-3, **ADAM), **CONSTANT, "epochs": 5, "batch_size": 32, "threads": 1,
 }, [({"algorithm": ("fa", "dfa", "kp")}, {"algorithm.b_init": "xavier_uniform"})])
 
+#: Mono-Forward by the independent code BeyondBackpropagation [code]: widths, rates on MNIST and CIFAR-10, epochs of a layer,
+#: batch size, validation, torch's initial weights. All layers at once, the rates on the other two datasets, and for all rules
+#: [choice].
+MONO_FORWARD = Preset([{
+    "dataset": ["mnist", "fashion_mnist", "cifar10", "cifar100"], "algorithm": ["bp", "frozen", "bp_deepsup", "predsim"],
+    "seed": [0, 1, 2],
+}], {
+    "architecture": "mlp", "architecture.init": "pytorch", "optimizer": "adam", **_keys("optimizer", weight_decay=0.0, **ADAM),
+    **CONSTANT, "batch_size": 128, "dataset.validation": 0.1, "dataset.augment": False,
+}, [
+    ({"dataset": ("mnist", "fashion_mnist")}, {"architecture.widths": [1000, 1000], "optimizer.lr": 1.5703e-3, "epochs": 14}),
+    ({"dataset": ("cifar10", "cifar100")}, {"architecture.widths": [2000] * 3, "optimizer.lr": 3.2418e-4, "epochs": 15}),
+    ({"algorithm": "predsim"}, _keys("algorithm", loss="pred", decoder_init="pytorch", decoder_bias=False)),
+])
+
 #: Høier et al. 2023: epochs, batch size, rate, length of the warm-up, momentum, decay and the number of seeds [code]; the rest,
 #: such as the decay of the rate, B and augmentation [choice].
 DUAL_SEEDS = [0, 1, 2, 3, 4]
@@ -377,4 +395,4 @@ DUAL_PROPAGATION = Preset([
 
 PRESETS: dict[str, Preset] = {**ASAP_PAPER, **PFA_PAPER, **DKP_PAPER, **WM_PAPER, "quickstart": QUICKSTART,
                               "tune_digits": TUNE_DIGITS, "faeval": FAEVAL, "lm_quickstart": LM_QUICKSTART,
-                              "dual_propagation": DUAL_PROPAGATION}
+                              "mono_forward": MONO_FORWARD, "dual_propagation": DUAL_PROPAGATION}

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 import fa_bench
-from fa_bench.errors import StateError
+from fa_bench.errors import CoverageError, StateError
 from fa_bench.mechanisms.compiled import Handle
 from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.registry.specs import parse_spec
@@ -30,9 +30,10 @@ VARIANTS = {
     "brsf": ["brsf", "brsf:m_init=xavier_normal,density=0.5"], "dfa": ["dfa", "dfa:form=shared"],
     "drtp": ["drtp", "drtp:error_sign=true"], "asap": ["asap", "asap:transport=true", "asap:match=random"],
     "pfa": ["pfa:ratio=2"], "local_error": ["local_error:separate=true"], "predsim": ["predsim", "predsim:loss=pred"],
-    "mixed": ["mixed:ratio=2"],
+    "mixed": ["mixed:ratio=2"], "ldfa": ["ldfa:rank=2"],
+    "information_alignment": ["information_alignment:update_forward=true", "information_alignment:signal=noise,noise_batch=3"],
 }
-SPECS = [spec for name in ALGORITHMS if not ALGORITHMS[name].repeats for spec in VARIANTS.get(name, [name])]
+SPECS = [spec for name in ALGORITHMS for spec in VARIANTS.get(name, [name]) if not ALGORITHMS[name].repeats]
 
 
 class Net(nn.Module):
@@ -103,6 +104,15 @@ def fresh_compiler() -> Iterator[None]:
     with torch._dynamo.config.patch(allow_rnn=True):
         yield
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if ALGORITHMS[name].repeats])
+def test_rules_that_run_the_model_again_are_refused(name: str) -> None:
+    model, _, x, _ = attached(name)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(CoverageError, match=f"rule '{name}' runs the model again in the backward pass.*do not compile the model"):
+        torch.compile(model, backend="aot_eager")(x[0])
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize(("spec", "net"), [

@@ -13,6 +13,7 @@ import fa_bench
 from fa_bench.metrics.cost import Counter, counting, multiplications, step_costs
 from fa_bench.models.conv2 import Conv2
 from fa_bench.models.mlp import MLP
+from fa_bench.optim.muon import Muon
 from fa_bench.optim.optimizers import Optimizers
 from fa_bench.optim.sgd import SGD
 
@@ -158,6 +159,17 @@ def test_optimizers_move_and_keep_their_state() -> None:
     assert with_state.peak_memory - without.peak_memory >= 4 * parameters  # the momentum
     assert with_state.bytes_moved - without.bytes_moved >= 4 * 5 * parameters  # reads W, g and m, writes W and m
     assert with_state.multiplications == without.multiplications
+
+
+def test_products_of_the_optimizer_are_counted_separately() -> None:
+    """Muon: in five iterations each, a product of the smaller side, its square, and one with the matrix; for B as for W."""
+    model = MLP(widths=[16, 12]).build((1, 3, 3), 4)
+    rule = fa_bench.attach(model, "kp", seed=0, sample_input=torch.randn(2, 1, 3, 3))
+    own, reference = step_costs(rule, (1, 3, 3), 4, 8, optimizers=lambda: Optimizers(Muon(), rule, 1))
+    one = sum(5 * (2 * rows * rows * columns + rows**3) for rows, columns in ((9, 16), (12, 16), (4, 12)))
+    assert (own.optimizer, reference.optimizer) == (2 * one, one)
+    assert (own.feedback, reference.feedback) == (0, 0) and cost("kp")[0].optimizer == 0
+    assert own.multiplications == own.forward + own.backward + own.optimizer
 
 
 def test_kernels_are_chosen_again_after_counting() -> None:

@@ -14,7 +14,7 @@ from fa_bench import attach
 
 #: Rule -> options with which it takes any of these networks.
 RULES: dict[str, dict[str, Any]] = {
-    **{name: {} for name in ("fa", "kp", "pfa", "pfa_o", "usf", "frsf", "brsf", "mixed", "forward_alignment")},
+    **{name: {} for name in ("fa", "kp", "pfa", "pfa_o", "ldfa", "usf", "frsf", "brsf", "mixed", "forward_alignment")},
     "wm": {"initial_steps": 1}, "asap": {"linear": "share", "match": "random"}, "asfp": {"linear": "share", "match": "random"},
 }
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

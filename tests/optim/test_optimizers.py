@@ -189,8 +189,9 @@ def rates(optimizers: Optimizers, rule: Rule, epochs: int) -> tuple[list[float],
 
 SHARING = {"match": "random", "linear": "share", "freeze_stem": False}
 LEARNING = {
-    "kp": {}, "pfa": {}, "pfa_o": {}, "mixed": {}, "asap": SHARING, "asfp": SHARING, "asfp_lc": SHARING | {"cuts": ["act1"]},
-    "dkp": {"b_lr_scale": 1.0}, "predsim": {}, "dgl": {"cuts": ["act1"]},
+    "kp": {}, "pfa": {}, "pfa_o": {}, "ldfa": {"rank": 2}, "mixed": {}, "asap": SHARING, "asfp": SHARING,
+    "asfp_lc": SHARING | {"cuts": ["act1"]}, "dkp": {"b_lr_scale": 1.0}, "predsim": {}, "bp_deepsup": {}, "fdfa": {}, "grape": {},
+    "dgl": {"cuts": ["act1"]},
 }
 
 

@@ -13,14 +13,14 @@ from fa_bench.errors import DataError
 from fa_bench.registry.registries import ALGORITHMS, ARCHITECTURES, DATASETS
 from fa_bench.report.against import against_published
 from fa_bench.report.gaps import published_without_run
-from fa_bench.report.published import matching_entries, published, read_entries
+from fa_bench.report.published import DIFFERENCE, matching_entries, published, read_entries
 from fa_bench.report.table import summarise
 
 from .by_hand import ENTRY, TWO_SEEDS, blank, epoch_record, runs_in, write_group, write_run
 
 ENTRIES = published()
 EXPERIMENTS = {"pfa_fig2", "pfa_fig4", "pfa_fig5", "pfa_fig6", "dkp_table1", "dkp_table2", "asap_table1", "asap_table2",
-           "asap_table4", "asap_table5", "asap_fig6", "wm_fig3", "wm_fig4", "faeval"}
+           "asap_table4", "asap_table5", "asap_fig6", "wm_fig3", "wm_fig4", "faeval", "mono_forward"}
 
 
 def found(**wanted) -> list:
@@ -35,11 +35,12 @@ def test_entries_are_of_rules_and_values_that_can_be() -> None:
     for entry in ENTRIES:
         assert entry.rule in list(ALGORITHMS) and entry.conditions and entry.source and entry.dataset and entry.architecture
         values = [value for value in (entry.value, entry.low, entry.high) if math.isfinite(value)]
-        top = {"%": 100, "degrees": 180, "ratio": 3}[entry.unit]
+        top = {"%": 100, "degrees": 180, "ratio": 3, "points": 100}[entry.unit]
         assert values and all(0 <= value <= top for value in values)
         assert math.isnan(entry.low) == math.isnan(entry.high) != math.isnan(entry.value)
         assert math.isnan(entry.spread) or 0 <= entry.spread < 7
-        assert ("accuracy" in entry.quantity) == (entry.unit == "%") == (not entry.layer)
+        assert (entry.quantity == DIFFERENCE) == (entry.unit == "points")
+        assert ("accuracy" in entry.quantity) == (entry.unit == "%") == (not entry.layer and entry.quantity != DIFFERENCE)
         assert entry.spread_kind in ("std", "standard error")
 
 
@@ -126,6 +127,21 @@ def test_numbers_beside_ours(tmp_path) -> None:
     # fc1 has 89 degrees, fc2 has 80; fc3's own number stands before the range
     assert [(row["layer"], row["inside"]) for row in rows if row["inside"] is not None] == [("fc1", True), ("fc2", False)]
     assert all(row["published_low"] == 85 and blank(row["published_high"]) for row in rows[3:])
+
+
+def test_a_published_difference_to_bp_is_compared_with_pairs_of_runs(tmp_path) -> None:
+    """By seed: seeds 0 and 1 have a run of bp, whose options are no condition; seed 2 and another dataset have none."""
+    write_group(tmp_path, "bp", [0.97, 0.95])
+    write_group(tmp_path, "predsim", [0.98, 0.97, 0.1])
+    write_group(tmp_path / "other", "bp", [0.5, 0.5, 0.5], dataset="mnist")
+    for run in runs_in(tmp_path):
+        if run.result["algorithm"] == "predsim":
+            (run.directory / "config.yaml").write_text("algorithm: {name: predsim, loss: pred}\n")
+    entry = dataclasses.replace(ENTRY, rule="predsim", quantity=DIFFERENCE, unit="points", value=0.5,
+                                where={"algorithm.loss": "pred", "dataset": "digits"})
+    (row,) = against_published([entry], runs_in(tmp_path)).to_dict("records")
+    assert (row["ours"], row["n"], row["difference"]) == (pytest.approx(1.5), 2, pytest.approx(1.0))
+    assert against_published([entry], [run for run in runs_in(tmp_path) if run.result["algorithm"] == "predsim"]).empty
 
 
 @pytest.mark.parametrize(("bounds", "low", "high", "inside"), [

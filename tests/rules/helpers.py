@@ -129,6 +129,17 @@ def assert_bitwise(got: dict, want: dict) -> None:
     assert not wrong, f"differ from backpropagation: {wrong}"
 
 
+def state_of(rule) -> tuple[dict, dict]:
+    """What decides the next update: weights, feedback, and the number of the next noise."""
+    return rule.state_dict(), copy.deepcopy(rule.model.state_dict())
+
+
+def restore(rule, state: tuple[dict, dict]) -> None:
+    """The rule as it was when `state_of` was called, so that the same noise is drawn again."""
+    rule.model.load_state_dict(state[1])
+    rule.load_state_dict(state[0])
+
+
 # --- surrogates: the same gradients from torch's autograd on a plain model, without any rule ----------------------------------
 
 

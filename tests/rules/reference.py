@@ -215,7 +215,7 @@ def output_error(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def gradients(
     chain: list[Stage], params: Arrays, x, y, *,
-    carry=None, inject=None, deliver=None, given=None, activations=None, errors=None, output=1.0, dual=None,
+    carry=None, inject=None, deliver=None, given=None, added=None, activations=None, errors=None, output=1.0, dual=None,
 ) -> Arrays:
     """Gradients of every parameter under one way of carrying the error.
 
@@ -224,12 +224,14 @@ def gradients(
     deliver: layer -> (classes, C_in, kh, kw) or (classes, in); the error at that layer's input comes from delta_out, which a
     convolution takes on every output pixel, its groups left out.
     given: stage -> the error at that stage's output, in its shape, in place of what comes from above.
+    added: stage -> an error that is added to what comes from above at that stage's output.
     activations: layer -> what enters its weight gradient in place of its true input.
     errors: a dictionary that is given the error at the output of every stage and, under "", that at the chain's input.
     output: factor on the error at the logits.
     dual: beta of the finite difference that replaces the derivative of every nonlinearity.
     """
-    carry, inject, deliver, given, activations = carry or {}, inject or {}, deliver or {}, given or {}, activations or {}
+    carry, inject, deliver, given, added, activations = (
+        tensors or {} for tensors in (carry, inject, deliver, given, added, activations))
     errors = {} if errors is None else errors
     values = forward(chain, params, x)
     delta = output * output_error(values[-1], y)
@@ -240,6 +242,8 @@ def gradients(
             error = linear_input_error(delta, inject[stage.name]).reshape(x_out.shape)
         if stage.name in given:
             error = given[stage.name]
+        if stage.name in added:
+            error = error + added[stage.name]
         errors[stage.name] = error
         if stage.kind in ("linear", "conv") and bias in params:
             grads[bias] = np.array([error[:, o].sum() for o in range(error.shape[1])])

@@ -14,7 +14,7 @@ from fa_bench.rules.fa import FA
 from . import nets
 from .helpers import assert_bitwise, rule_grads
 
-CUT_RULES = ("dfa", "dkp", "drtp", "local_error", "predsim", "dgl")
+CUT_RULES = ("dfa", "dkp", "drtp", "local_error", "predsim", "bp_deepsup", "dgl")
 
 
 def attached(name: str):

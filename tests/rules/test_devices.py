@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.nn import functional as F
 
 import fa_bench
-from fa_bench.mechanisms import second_pass
+from fa_bench.mechanisms.second_pass import Draws
 from fa_bench.optim.optimizers import Optimizers
 from fa_bench.optim.sgd import SGD
 from fa_bench.registry.registries import ALGORITHMS, ARCHITECTURES
@@ -37,7 +37,7 @@ def meta_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in (torch, lazy.torch):  # the latter keeps what it has looked up
         monkeypatch.setattr(module, "is_autocast_enabled", lambda device: device != "meta" and autocast(device))
     monkeypatch.setattr(wm.Noise, "sample", lambda noise, number, like: like.new_empty(noise.batch, *noise.shape))
-    monkeypatch.setattr(second_pass.Draws, "normal", lambda draws, name, like: torch.empty_like(like))
+    monkeypatch.setattr(Draws, "normal", lambda draws, name, like, is_shared=False: torch.empty_like(like))
     with functorch_config.patch(fake_tensor_allow_meta=True):
         yield
 

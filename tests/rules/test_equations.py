@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import fa_bench
+from fa_bench.mechanisms.second_pass import Draws
 
 from . import nets
 from .helpers import (
@@ -20,10 +21,12 @@ from .helpers import (
     distance,
     feedback_arrays,
     feedback_tensors,
+    restore,
     rule_grads,
+    state_of,
 )
 from .reference import describe, sgd_step, weighted
-from .references import CASES, REFERENCES, TRAITS
+from .references import AFTER_UPDATE, CASES, REFERENCES, TRAITS
 
 
 def start(case: str, net: str):
@@ -39,7 +42,7 @@ def start(case: str, net: str):
 
 def learned_names(rule) -> dict[str, torch.Tensor]:
     """{"layer.B": tensor} of what an optimizer is given beside the model's parameters, and a reference computes."""
-    if rule.name in TRAITS["noisy"]:
+    if rule.name in TRAITS["learned_from_noise"]:
         return {}
     ids = {id(tensor) for tensor in rule.feedback_parameters()}
     return {f"{layer}.{name}": tensor for (layer, name), tensor in feedback_tensors(rule).items() if id(tensor) in ids}
@@ -50,15 +53,27 @@ def reference_options(options: dict) -> dict:
     return {key: value for key, value in options.items() if key != "density"}
 
 
+def noise_options(case: str, rule) -> dict:
+    """What the reference of a noisy rule is given: the random numbers that the rule will draw for its next update."""
+    if CASES[case][0] not in TRAITS["noisy"]:
+        return {}
+    draws = Draws(0)
+    draws.load_state(rule.state_dict()["draws"])
+    draws.number += 1
+    return {"draws": draws}
+
+
 @pytest.mark.parametrize("net", nets.NETS)
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_equal_reference_and_not_bp(case, net):
     rule, model, plain, chain, reference, options = start(case, net)
     x, y = nets.batch(net)
+    noise, before = noise_options(case, rule), feedback_arrays(rule)
     got = rule_grads(model, rule, x, y)
     params = arrays(plain)
     assert_matches(arrays(model), params, rel=0)
-    want = reference(chain, params, feedback_arrays(rule), array(x), y.numpy(), **reference_options(options))
+    feedback = before if noise else feedback_arrays(rule)  # brsf draws in the forward pass
+    want = reference(chain, params, feedback, array(x), y.numpy(), **reference_options(options), **noise)
     assert_matches(got | {name: tensor.grad for name, tensor in learned_names(rule).items()}, want)
 
     exact, layers, name = bp_grads(plain, x, y), weighted(chain), CASES[case][0]
@@ -66,7 +81,7 @@ def test_gradients_equal_reference_and_not_bp(case, net):
     if name in TRAITS["exact"]:
         assert_bitwise({n: g for n, g in got.items() if n in want}, {n: g for n, g in exact.items() if n in want})
     else:
-        if name not in TRAITS["untrue_output"]:
+        if name not in TRAITS["untrue_output"] and not options.get("update_forward"):
             assert distance(got[f"{last}.weight"], exact[f"{last}.weight"]) < 1e-12, "the output layer's own gradient is true"
         hidden = layers[: -2 if "plain_last" in options or name in TRAITS["last_module"] else -1]
         away = [distance(got[f"{at}.weight"], exact[f"{at}.weight"]) > 1e-2 for at in hidden if got[f"{at}.weight"] is not None]
@@ -103,7 +118,9 @@ def test_training_steps_equal_reference(case, net, nesterov):
         # Learned feedback is the reference's own, redrawn feedback that of this forward, and all other still the initial one.
         present = feedback_arrays(rule) if redrawn else initial
         feedback = {at: {t: params.get(f"{at}.{t}", value) for t, value in tensors.items()} for at, tensors in present.items()}
-        grads = reference(chain, params, feedback, array(x), y.numpy(), **reference_options(options))
+        given = reference_options(options) | noise_options(case, rule)
+        weights_now = {name: value for name, value in params.items() if name not in learned}
+        grads = reference(chain, weights_now if "draws" in given else params, feedback, array(x), y.numpy(), **given)
         backward(rule, F.cross_entropy(logits, y), logits, y)
         optimizer.step()
         rule.step()
@@ -112,6 +129,8 @@ def test_training_steps_equal_reference(case, net, nesterov):
             layer, tensor = name.rsplit(".", 1)
             if options.get("density", 1) < 1:
                 params[name] = params[name] * (initial[layer][tensor] != 0)
+        if CASES[case][0] in AFTER_UPDATE:
+            AFTER_UPDATE[CASES[case][0]](chain, params)
         now = arrays(model) | {name: array(tensor) for name, tensor in learned_names(rule).items()}
         # Four steps amplify the 1e-12 of one pass (BatchNorm, momentum) by less than a thousand.
         assert_matches(now, params)
@@ -126,7 +145,9 @@ def test_loss_scaling_scales_every_gradient(case):
     rule, model, _, _, _, _ = start(case, "conv")
     x, y = nets.batch("conv")
     model.eval()  # no new draw of brsf between the two passes
+    state = state_of(rule)
     once = rule_grads(model, rule, x, y)
+    restore(rule, state)
     model.zero_grad(set_to_none=True)
     logits = model(x)
     backward(rule, 1024 * F.cross_entropy(logits, y), logits, y)
@@ -139,7 +160,9 @@ def test_gradients_accumulate_over_passes(case):
     rule, model, _, _, _, _ = start(case, "mlp_tanh")
     batches = [nets.batch("mlp_tanh", seed=seed) for seed in (0, 1)]
     model.eval()
+    state = state_of(rule)
     single = [rule_grads(model, rule, x, y) for x, y in batches]
+    restore(rule, state)
     model.zero_grad(set_to_none=True)
     for tensor in rule.feedback_parameters():
         tensor.grad = None

@@ -80,6 +80,71 @@ def test_similarity_reads_deviations_of_maps_with_more_than_three_channels_and_o
     assert distance(similarity(x), want) < 1e-12
 
 
+# --- Mono-Forward --------------------------------------------------------------------------------------------------------------
+
+MONO_FORWARD = {"loss": "pred", "decoder_init": "pytorch", "decoder_bias": False}
+
+
+def test_decoder_without_a_bias_as_torch_draws_it():
+    """U(±1/√F) on 3 x F entries: the largest of 1,200 within 1 % of the bound."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 400), torch.nn.ReLU(), torch.nn.Linear(400, 3))
+    tensors = fa_bench.attach(model, "predsim", seed=0, cuts=["1"], **MONO_FORWARD).feedback["1"]
+    assert set(tensors) == {"decoder.out.weight"}
+    weight = tensors["decoder.out.weight"]
+    assert weight.shape == (3, 400) and 0.99 * 0.05 < weight.abs().max() <= 0.05
+    model = torch.nn.Sequential(torch.nn.Linear(4, 400), torch.nn.ReLU(), torch.nn.Linear(400, 3))
+    wider = fa_bench.attach(model, "predsim", seed=0, cuts=["1"], decoder_init="uniform_one").feedback["1"]
+    assert wider["decoder.out.weight"].abs().max() > 0.9 and "decoder.out.bias" in wider
+
+
+def test_options_of_the_decoder_leave_the_similarity_alone():
+    """Its K is drawn after D: with another weight, or in a run of an earlier version, it is the same."""
+    kernels = [registered("conv2", "predsim", **options)[1].feedback["act1"]["similarity.weight"]
+               for options in ({}, {"decoder_init": "pytorch"})]
+    assert torch.equal(*kernels)
+
+
+def test_with_frozen_goodness_it_is_local_error():
+    """M (C, F) does not learn: five steps with momentum, the same weights."""
+    (one, x, y), two = (nets.mlp(), *nets.batch("mlp")), nets.mlp()
+    rules = [fa_bench.attach(one, "predsim", seed=0, cuts=["act1", "act2"], **MONO_FORWARD),
+             fa_bench.attach(two, "local_error", seed=0, cuts=["act1", "act2"])]
+    for parameter in rules[0].feedback_parameters():
+        parameter.requires_grad_(False)
+    for cut, tensors in rules[1].feedback.items():
+        tensors["M"].copy_(rules[0].feedback[cut]["decoder.out.weight"])
+    for model, rule in zip((one, two), rules, strict=True):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+        for _ in range(5):
+            rule_grads(model, rule, x, y)
+            optimizer.step()
+            rule.step()
+    for name in ("fc1.weight", "fc2.weight", "fc3.weight"):
+        assert distance(array(one.get_parameter(name)), array(two.get_parameter(name))) < 1e-14
+    assert distance(array(one.fc1.weight), array(nets.mlp().fc1.weight)) > 1e-2
+
+
+def test_with_one_hidden_layer_and_the_output_layer_as_goodness_it_is_backpropagation():
+    """M starts as the output weight, gets its gradient, and so stays equal to it: the error a M is that of backpropagation."""
+    one, two, (x, y) = nets.one_hidden(), nets.one_hidden(), nets.batch("one")
+    for model in (one, two):
+        torch.nn.init.zeros_(model.fc2.bias)
+        model.fc2.bias.requires_grad_(False)
+    mono = fa_bench.attach(one, "predsim", seed=0, cuts=["act1"], **MONO_FORWARD)
+    m = mono.feedback["act1"]["decoder.out.weight"]
+    with torch.no_grad():
+        m.copy_(one.fc2.weight)
+    for model, rule in ((one, mono), (two, fa_bench.attach(two, "bp", seed=0))):
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(5):
+            rule_grads(model, rule, x, y)
+            optimizer.step()
+            rule.step()
+    for name in ("fc1.weight", "fc1.bias", "fc2.weight"):
+        assert distance(array(one.get_parameter(name)), array(two.get_parameter(name))) < 1e-12
+    assert distance(array(m), array(one.fc2.weight)) < 1e-12 and distance(array(m), array(nets.one_hidden().fc2.weight)) > 1e-2
+
+
 # --- precision -----------------------------------------------------------------------------------------------------------------
 
 ROWS = {

@@ -144,12 +144,13 @@ def test_b_has_unit_gram_in_the_mean_with_and_without_mask():
         assert b.abs().max().item() == pytest.approx(math.sqrt(3 / (2000 * density)), rel=1e-2)
 
 
-@pytest.mark.parametrize("ratio", [1.0, 1.5, 3.0])
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 1.0, 1.5, 3.0])
 def test_semi_orthogonal_b(ratio):
     _, rule = linear(40, 20, "pfa_o", ratio=ratio)
     b = rule.feedback["0"]["B"].double()
     assert b.shape == (40, round(40 * ratio))
-    assert (b @ b.t() - torch.eye(40)).abs().max() < 1e-6  # float32
+    short = b if ratio >= 1 else b.t()
+    assert (short @ short.t() - torch.eye(len(short))).abs().max() < 1e-6  # float32
     assert (b.mean()).abs() < 5 / b.numel() ** 0.5 / 40**0.5 * 40**0.5, "signs are not all one way"
 
 
@@ -168,9 +169,18 @@ def test_semi_orthogonal_b_has_no_preferred_direction():
     assert b.pow(4).mean().item() == pytest.approx(3, abs=0.6)
 
 
-def test_ratio_below_one_is_refused_for_orthonormal_rows():
-    with pytest.raises(fa_bench.errors.OptionError, match="ratio"):
-        linear(4, 3, "pfa_o", ratio=0.5)
+@pytest.mark.parametrize("ratio", [0.1, 0.5])
+def test_below_one_the_weight_is_projected_to_a_random_subspace(ratio):
+    """B R ends at B Bᵀ W, at arccos(‖Bᵀ W‖ / ‖W‖): arccos √ratio for weights that know nothing of B."""
+    _, rule = train("pfa_o", ratio=ratio)
+    for path, (effective, weight) in rule.weight_pairs().items():
+        b = rule.feedback[path]["B"]
+        assert distance(effective, array(b @ b.t() @ weight)) < 1e-4
+        cosine = ((b.t() @ weight).norm() / weight.norm()).item()
+        assert weight_angle(effective, weight) == pytest.approx(math.degrees(math.acos(cosine)), abs=0.02)
+        blind = math.degrees(math.acos(math.sqrt(ratio)))
+        other = torch.randn(weight.shape, generator=torch.Generator().manual_seed(5))
+        assert weight_angle(b @ b.t() @ other, other) == pytest.approx(blind, abs=1)
 
 
 def test_spectrum_and_angle_of_random_b_at_ratio_ten():

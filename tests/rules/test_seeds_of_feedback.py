@@ -20,9 +20,13 @@ SHARING = {"match": "random", "linear": "share"}
 OPTIONS = {
     "asap": SHARING, "asfp": SHARING, "asfp_lc": SHARING | {"cuts": ["act1", "act2"]}, "dgl": {"cuts": ["act1", "act2"]},
     "pfa": {"density": 0.5, "ratio": 2.0}, "mixed": {"pfa": 0.4, "fa": 0.3, "kp": 0.3}, "wm": {"initial_steps": 0},
-    "local_error": {"separate": True}, **{name: {"density": 0.5} for name in ("usf", "brsf", "frsf", "fa", "dkp")},
+    "local_error": {"separate": True}, "fdfa": {"b_init": "pytorch"},
+    **{name: {"density": 0.5} for name in ("usf", "brsf", "frsf", "fa", "dkp")},
 }
-RANDOM = sorted(set(ALGORITHMS) - {"bp", "frozen", "frozen_blocks", "bp_fc", "dual_propagation"})
+#: Rules without random feedback.
+WITHOUT = {"bp", "frozen", "frozen_blocks", "bp_fc", "dual_propagation", "node_perturbation", "weight_perturbation",
+           "forward_forward", "forward_gradient"}
+RANDOM = sorted(set(ALGORITHMS) - WITHOUT)
 
 
 def equal_layers() -> nn.Sequential:
@@ -82,13 +86,13 @@ def test_tensors_are_those_of_seed_path_and_name(name: str) -> None:
     assert found
 
 
-@pytest.mark.parametrize("name", ["pfa", "pfa_o", "mixed"])
+@pytest.mark.parametrize("name", ["pfa", "pfa_o", "ldfa", "mixed"])
 @pytest.mark.parametrize("make", [
     lambda: nn.Conv2d(4, 6, 3, groups=2), lambda: nn.ConvTranspose2d(4, 6, 3, groups=2),
 ], ids=["plain", "transposed"])
 def test_every_group_of_a_convolution_has_a_b_of_its_own(name: str, make) -> None:
-    model = nn.Sequential(make())
-    rule = fa_bench.attach(model, name, seed=0, sample_input=torch.zeros(2, 4, 5, 5), ratio=2.0)
+    model, options = nn.Sequential(make()), {"rank": 2} if name == "ldfa" else {"ratio": 2.0}
+    rule = fa_bench.attach(model, name, seed=0, sample_input=torch.zeros(2, 4, 5, 5), **options)
     one, two = rule.feedback["0"]["B"].detach().chunk(2)
     assert one.shape == two.shape and not torch.equal(one, two) and one.any() and two.any()
 

@@ -9,7 +9,7 @@ import fa_bench
 from fa_bench.registry.registries import ALGORITHMS
 
 from . import nets
-from .helpers import QUICK, array, cut_options, distance
+from .helpers import QUICK, array, cut_options, distance, restore, state_of
 from .registered import registered
 
 SHARING = {"match": "random", "linear": "share", "freeze_stem": False}
@@ -35,7 +35,9 @@ def gradients(rule, batches, between=lambda: None) -> list[Tensor | None]:
 
 
 def assert_sums(rule, first, second) -> None:
+    state = state_of(rule)
     both = gradients(rule, [first, second])
+    restore(rule, state)
     parts = [gradients(rule, [batch]) for batch in (first, second)]
     assert [grad is None for grad in both] == [grad is None for grad in parts[0]]
     learned = {id(tensor) for tensor in rule.feedback_parameters()}

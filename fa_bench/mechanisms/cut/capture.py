@@ -1,6 +1,7 @@
 """The hooks of a cut rule, which cut the graph during a training forward pass and capture the activation at each cut.
 
-The hook at a cut returns a detached tensor, so no error crosses the cut and autograd does no unnecessary work.
+The hook at a cut returns a detached tensor, so no error crosses the cut and autograd does no unnecessary work. Rules whose errors
+cross the cuts (`CutRule.crosses`) keep the graph.
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ class Capture:
             if frozen and self._depends_on_parameters(output):
                 for learned in frozen:
                     learned.require_trainable()
-        passed_on = output.detach()
+        passed_on = output if self.rule.crosses else output.detach()
         # The next module changes this output in place, and the rule needs the original.
         return passed_on.clone() if cut in self._changed_in_place else passed_on
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import CoverageError, names
+from fa_bench.mechanisms.checkpointing import refuse_reentrant
 from fa_bench.mechanisms.cut.capture import CapturedActivation, format_of, is_stored_last
 from fa_bench.mechanisms.cut.positions import ignored_label
 from fa_bench.mechanisms.graph import nodes_from
@@ -56,9 +57,18 @@ class Delivery:
         Raises:
             CoverageError: if the model returns a loss, or several outputs and none was chosen.
         """
+        logits = self.logits_in(output)
+        if logits is output:
+            return self._connected(logits, tape)
+        from fa_bench.mechanisms.trace import replaced
+
+        return replaced(output, logits, self._connected(logits, tape))
+
+    def logits_in(self, output: Any) -> Tensor:
+        """The logits in the model's output; raises the errors of `connect`."""
         if isinstance(output, torch.Tensor):
-            return self._connected(output, tape)
-        from fa_bench.mechanisms.trace import chosen_result, named_results, replaced
+            return output
+        from fa_bench.mechanisms.trace import chosen_result, named_results
 
         rule, results = self.rule, named_results(output)
         for name, result in results.items():
@@ -69,8 +79,7 @@ class Delivery:
         if rule.output is None and len(results) > 1:
             raise CoverageError(f"rule '{rule.name}' takes its error from one output, but this model returns {names(results)}: "
                                 "choose one, for example {output}", {"output": next(iter(results))})
-        logits = chosen_result(results, rule.output)
-        return replaced(output, logits, self._connected(logits, tape))
+        return chosen_result(results, rule.output)
 
     def _connected(self, logits: Tensor, tape: dict[str, CapturedActivation]) -> Tensor:
         rule = self.rule
@@ -92,7 +101,7 @@ class Delivery:
 
     def _connected_to_parameters(self, logits: Tensor, tape: dict[str, CapturedActivation]) -> Tensor:
         """As `_connected`, for a rule that computes the gradients of all parameters in passes of its own."""
-        parameters = [parameter for parameter in self.rule.model.parameters() if parameter.requires_grad]
+        parameters = self.rule.trained_parameters([logits, *(captured.tensor for captured in tape.values())])
         activations = {cut: captured.tensor.detach() for cut, captured in tape.items()}
         errors = self._with_first_pass(functools.partial(self._gradients, parameters, activations, logits.detach()))
         # Without the logits' graph, the activations of the first pass are freed at once.
@@ -155,10 +164,14 @@ class Delivery:
 
     def _with_first_pass(self, errors: Callable[..., Any]) -> Callable[..., Any]:
         """The function, called with the rule's `first_pass` as it is now; it is not kept longer than the graph."""
+        if not self.rule.repeats:
+            return errors
         first, self.rule.first_pass = self.rule.first_pass, None
-        return errors if first is None else functools.partial(self._of_pass, first, errors)
+        return functools.partial(self._of_pass, first, errors)
 
-    def _of_pass(self, first: FirstPass, errors: Callable[..., Any], *arguments: Any) -> Any:
+    def _of_pass(self, first: FirstPass | None, errors: Callable[..., Any], *arguments: Any) -> Any:
+        if first is None:
+            refuse_reentrant(self.rule.name)()
         self.rule.first_pass = first
         try:
             return errors(*arguments)
@@ -171,13 +184,17 @@ class Delivery:
     ) -> list[Tensor | None]:
         """The error at the logits and the gradients of all parameters of a rule that learns in passes of its own."""
         device, rule = delta.device.type, self.rule
-        with torch.autocast(device, enabled=False), torch.enable_grad():
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self._gradients(parameters, activations, logits, delta, tensors)
+        with torch.enable_grad():
             self._checked_rows(delta)
             self._is_delivered = True
             try:
-                self._measure_scale(delta, logits)
-                assert self._target is not None
-                gradients = rule.gradients(parameters, activations, delta, logits, self._target)
+                if rule.scales:
+                    self._measure_scale(delta, logits)
+                labels: Any = self._target  # None for rules that do not need them
+                gradients = rule.gradients(parameters, activations, delta, logits, labels)
             except (IndexError, RuntimeError, ValueError):
                 if self._target is not None:
                     self._check_labels(self._target, logits.shape[rule.error_axis])
@@ -247,6 +264,8 @@ class Delivery:
         if self._is_delivered:
             raise ValueError(f"rule '{self.rule.name}': the loss depends on two forward passes, but the labels belong to one of "
                              f"them: call rule.backward for each")
+        if target is not None and self.rule.takes_numbers and target.is_floating_point() and target.shape == rows.shape:
+            return
         if target is None or target.shape != rows.shape[:-1] or target.is_floating_point():
             shape = "(N,)" if rows.dim() == 2 else f"{tuple(rows.shape[:-1])}, one for each position"
             raise ValueError(f"rule '{self.rule.name}' requires labels: call rule.backward(loss, logits, target) with class "

@@ -15,7 +15,7 @@ from fa_bench.mechanisms.cut.rule import CapturedActivation, CutRule
 from fa_bench.mechanisms.feedback_tensors import AUXILIARY_PREFIX
 from fa_bench.mechanisms.updates import LearnedTensor
 from fa_bench.utils.lazy import nn, torch
-from fa_bench.utils.sampling import seed_for
+from fa_bench.utils.sampling import fill, seed_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,11 +32,11 @@ TOO_FEW = "Expected more than 1 value per channel"
 class LocalRule(CutRule):
     """A cut rule whose error at a cut is the gradient of a local loss; subclasses implement `auxiliary` and `local_loss`.
 
-    No error crosses a cut. The auxiliary layers belong to the rule, but their parameters and buffers are also registered in the
-    module at the cut, as ``feedback_auxiliary_...``: so ``model.parameters()`` and ``model.state_dict()`` contain them, and they
-    follow the model to its device and dtype. They are not modules of the model, because a container would run them.
-    ``rule.feedback_parameters()`` are the auxiliary parameters; ``rule.feedback`` lists them under their cut. Local losses are
-    scaled like the loss, and computed in the model's dtype under autocast.
+    No error crosses a cut, unless `crosses` is set. The auxiliary layers belong to the rule, but their parameters and buffers are
+    also registered in the module at the cut, as ``feedback_auxiliary_...``: so ``model.parameters()`` and ``model.state_dict()``
+    contain them, and they follow the model to its device and dtype. They are not modules of the model, because a container would
+    run them. ``rule.feedback_parameters()`` are the auxiliary parameters; ``rule.feedback`` lists them under their cut. Local
+    losses are scaled like the loss, and computed in the model's dtype under autocast.
 
     If the output has positions, each cut must have the same ones, and they count as samples: the auxiliary layers see activations
     (M, F) with M = N times the number of positions.
@@ -278,6 +278,28 @@ def pooled_size(shape: tuple[int, ...], limit: int) -> tuple[int, ...]:
         factors[axis] *= 2
         axis = (axis + 1) % len(size)
     return tuple(halved())
+
+
+def linear_classifier(
+    cut: str, shape: tuple[int, ...], classes: int, limit: int, init: str, bias: bool = True
+) -> torch_nn.Module:
+    """A linear classifier of the activation of one cut, which averages maps to at most `limit` features.
+
+    Args:
+        cut: the cut's module path.
+        shape: the activation's shape without the batch.
+        classes: number of classes.
+        limit: largest number of features.
+        init: initialiser of its weight, the parameter ``out.weight``; sampled from torch's global generator.
+        bias: whether it has a bias, the parameter ``out.bias``, which has torch's initial value.
+    """
+    layers, count = flattening(cut, shape, limit)
+    layers["out"] = out = nn.Linear(count, classes, bias=bias)
+    if init == "zeros":  # samples nothing: the layers that are created next are those of earlier versions
+        nn.init.zeros_(out.weight)
+    elif init != "pytorch":  # which it has
+        fill(out.weight, init)
+    return nn.Sequential(layers)
 
 
 def flattening(cut: str, shape: tuple[int, ...], limit: int) -> tuple[OrderedDict[str, torch_nn.Module], int]:

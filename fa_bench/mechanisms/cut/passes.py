@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fa_bench.mechanisms.cut.rule import CutRule
+from fa_bench.mechanisms.feedback_tensors import PREFIX
+from fa_bench.mechanisms.graph import leaves
+from fa_bench.utils.lazy import nn
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
+    from torch import nn as torch_nn
 
+    from fa_bench.mechanisms.cut.capture import CapturedActivation
     from fa_bench.mechanisms.trace import Trace
 
 
@@ -18,6 +23,7 @@ class PassRule(CutRule):
     """A rule that learns in passes of its own, which `fa_bench.mechanisms.second_pass.again` runs; subclasses implement
     `gradients`.
 
+    Other outputs of the model than the one that the loss is computed from are detached.
     The first pass, from which the loss is computed, is not differentiated: ``loss.backward()`` reaches the logits only, and the
     gradients that `gradients` returns are accumulated there, as those of a backward pass are.
     """
@@ -25,6 +31,9 @@ class PassRule(CutRule):
     repeats = True
     scales = True
     learns_in_passes = True
+    #: Whether the derivatives of the nonlinearities at the cuts are not used. A cut at a pooling then stands for the nonlinearity
+    #: before it; at other cuts, such as blocks, errors are delivered at the output as usual.
+    skips_nonlinearities: ClassVar[bool] = False
     #: Whether what follows the last cut learns by the gradient of the loss of the first pass; `gradients` returns None there.
     output_learns_by_delta = False
 
@@ -32,19 +41,41 @@ class PassRule(CutRule):
     def needs_target(self) -> bool:
         return True
 
+    def trained_parameters(self, results: list[Tensor]) -> list[torch_nn.Parameter]:
+        """The parameters that `gradients` gets.
+
+        Args:
+            results: the logits and the activations at the cuts, of the first pass.
+        """
+        used = set().union(*(leaves(result.grad_fn) for result in results))
+        return [parameter for parameter in self.model.parameters() if id(parameter) in used]
+
     def gradients(
-        self, parameters: list[nn.Parameter], activations: dict[str, Tensor], delta: Tensor, logits: Tensor, target: Tensor
+        self, parameters: list[torch_nn.Parameter], activations: dict[str, Tensor], delta: Tensor, logits: Tensor,
+        target: Tensor,
     ) -> list[Tensor | None]:
         """The gradients of the parameters; called with gradients enabled and the `first_pass`.
 
         Args:
-            parameters: all of the model that are trained, learned feedback included.
+            parameters: those of `trained_parameters`.
             activations: cut -> its activation (N, ...) in the first pass.
             delta: the gradient of the loss at the logits, in their shape; it contains `loss_factor` and the mean's 1/N.
             logits: those of the first pass.
             target: the labels, (N,) or (N, P...).
         """
         raise NotImplementedError
+
+    def connect(self, output: Any, tape: dict[str, CapturedActivation] | None, at: str | None = None) -> Any:
+        from fa_bench.mechanisms.trace import named_results, replaced
+
+        connected = super().connect(output, tape, at)
+        if connected is None or self.output_learns_by_delta:
+            return connected
+        # A loss on another output would be backpropagated through the whole model.
+        logits = self.logits_of(connected)
+        for tensor in named_results(connected).values():
+            connected = connected if tensor is logits else replaced(connected, tensor, tensor.detach())
+        return connected
 
     def error_points(self, trace: Trace) -> dict[str, tuple[str, str]]:
         """None: no error is delivered to an activation of the first pass."""
@@ -59,3 +90,37 @@ class PassRule(CutRule):
 
     def state_dict(self) -> dict[str, Any]:
         return {}
+
+    # -------------------------------------------------------------------------------------------- nonlinearities
+    def find_cuts(self, sample_input: Any) -> tuple[str, ...]:
+        cuts = super().find_cuts(sample_input)
+        if not self.skips_nonlinearities:
+            return cuts
+        paths = [path for path, module in self.model.named_modules() if path and not list(module.children())]
+        trace = self.trace(sample_input, watch=tuple(dict.fromkeys((*cuts, *paths))))
+        order = list(trace.output_shapes)
+
+        def nonlinearity(cut: str) -> str:
+            """The last module before a pooling, or another cut that changes the shape, that could be its nonlinearity."""
+            if not self._changes_shape(cut, trace) or list(self.model.get_submodule(cut).parameters()):
+                return cut
+            for path in reversed(order[:order.index(cut)]):
+                module = self.model.get_submodule(path)
+                if path in trace.order:
+                    break
+                if not (self._changes_shape(path, trace) or list(module.parameters()) or trace.calls[path] != 1
+                        or isinstance(module, (nn.modules.dropout._DropoutNd, nn.Identity)) or path in cuts):
+                    return path
+            return cut
+
+        chosen = {nonlinearity(cut) if cut in order else cut for cut in cuts}
+        return tuple(path for path, _ in self.model.named_modules() if path in chosen)
+
+    @staticmethod
+    def _changes_shape(path: str, trace: Trace) -> bool:
+        return trace.input_shapes[path] != trace.output_shapes[path]
+
+    def is_nonlinearity(self, cut: str) -> bool:
+        """Whether an error can be delivered in front of the module at a cut, because it only has a nonlinearity to pass."""
+        names = [name for name, _ in self._cut_modules[cut].named_parameters() if not name.startswith(PREFIX)]
+        return not names and not self._changes_shape(cut, self._trace)

@@ -50,14 +50,18 @@ class CutRule(Rule):
     positions: str = dataclasses.field(default="own", init=False)
     #: Whether the positions of cuts must be those of the output.
     same_positions = False
+    #: Whether the errors of the layers above cross the cuts; `signal` is then added to them.
+    crosses = False
     #: Whether `signal` or `feedback_gradients` reads captured activations, which are then kept until the backward pass.
     reads_values = False
     #: Whether errors are computed from the labels; `loss_factor` is then the factor by which the loss was scaled.
     scales = False
     loss_factor = 1.0
+    #: Whether targets may be numbers (N, O), because errors come from the objective's loss of them, whatever they are.
+    takes_numbers: ClassVar[bool] = False
     #: Whether `gradients` computes the gradients of all parameters, in passes of its own: see `fa_bench.mechanisms.cut.passes`.
-    learns_in_passes: ClassVar[bool] = False
-    output_learns_by_delta: ClassVar[bool] = False
+    learns_in_passes = False
+    output_learns_by_delta = False
     #: The rule that this one belongs to, and whose options it uses; None if it is a rule by itself.
     part_of: ClassVar[Rule | None] = None
 
@@ -180,8 +184,13 @@ class CutRule(Rule):
                                 f"for {projected.shape[1]} features: attach with a sample_input of the size of training "
                                 f"data") from None
 
+    def trained_parameters(self, results: list[Tensor]) -> list[nn.Parameter]:
+        """See `fa_bench.mechanisms.cut.passes.PassRule`."""
+        raise NotImplementedError
+
     def gradients(
-        self, parameters: list[nn.Parameter], activations: dict[str, Tensor], delta: Tensor, logits: Tensor, target: Tensor
+        self, parameters: list[nn.Parameter], activations: dict[str, Tensor], delta: Tensor, logits: Tensor,
+        target: Tensor,
     ) -> list[Tensor | None]:
         """See `fa_bench.mechanisms.cut.passes.PassRule`."""
         raise NotImplementedError
@@ -275,7 +284,7 @@ class CutRule(Rule):
         return cuts
 
     # -------------------------------------------------------------------------------------------- every pass
-    def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+    def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
         super().begin_forward(model, args, kwargs)
         self._capture.begin()
 
@@ -297,6 +306,12 @@ class CutRule(Rule):
         if len(tape) < len(self._cut_modules) and not recomputing():
             self._capture.check_missing(tape)
         return self._delivery.connect(output, tape)
+
+    def logits_of(self, result: Any) -> Tensor:
+        """The output of a further pass from which the loss is computed."""
+        from fa_bench.mechanisms.trace import loss_output
+
+        return loss_output(result, next(iter(self._trace.results)) if self.loss_output is None else self.loss_output)
 
     def roots(self, output: Any) -> list[Any]:
         nodes = [captured.tensor.grad_fn for captured in (self._capture.tape or {}).values() if captured.tensor is not None]

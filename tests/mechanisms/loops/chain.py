@@ -11,15 +11,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fa_bench
+from fa_bench.mechanisms.cut.rule import CutRule
+from fa_bench.mechanisms.second_pass import Draws
 from fa_bench.registry.registries import ALGORITHMS
 
 RULES = list(ALGORITHMS)
+#: Rules that cover all weights whatever their modules are: no error passes through any.
+COVERS_ALL = ["weight_perturbation"]
 #: Rules that cut the graph: they take their error from one output of the model.
-CUT_RULES = ["dfa", "dkp", "ddtp_linear", "ldrl", "drtp", "local_error", "predsim", "dgl", "asfp_lc"]
-EDGE_RULES = [name for name in RULES if name not in CUT_RULES]
+CUT_RULES = [name for name, rule in ALGORITHMS.items() if issubclass(rule, CutRule) and name not in COVERS_ALL] + ["asfp_lc"]
+#: Edge rules whose error is that of any loss: np_feedback needs the labels.
+EDGE_RULES = [name for name in RULES if name not in (*CUT_RULES, *COVERS_ALL, "np_feedback")]
+#: Rules that change the model's first argument, which must be numbers.
+CHANGES_INPUT = ["pepita", "forward_forward"]
+#: Rules that draw noise for every update.
+NOISY = ["node_perturbation", "weight_perturbation", "np_feedback", "forward_forward", "fdfa", "grape", "forward_gradient"]
+#: Edge rules with losses of their own, which are scaled as the loss is.
+LOCAL_LOSSES = ["symmetric_alignment", "activation_alignment", "regularized_mirror", "information_alignment"]
 # The mirror's steps before training take time, and nothing here is about them.
 # One rate for all, so that one group of an optimizer is what dkp asks for.
-_QUICK = {"wm": {"initial_steps": 1, "mirror_batch": 2}, "dkp": {"b_lr_scale": 1.0}, "ldrl": {"b_lr_scale": 1.0}}
+# forward_forward's running means depend on all passes before, and are tested with the rule.
+_QUICK: dict[str, dict[str, Any]] = {
+    "wm": {"initial_steps": 1, "mirror_batch": 2}, "dkp": {"b_lr_scale": 1.0}, "forward_forward": {"peer_norm": 0.0},
+    "ldfa": {"rank": 2}, "ldrl": {"b_lr_scale": 1.0}, "fdfa": {"b_init": "kaiming_uniform"}}
 
 Runs = Callable[[nn.Module, Tensor], Tensor]
 
@@ -53,6 +67,19 @@ class Chain(nn.Module):
 
 def attach(model: nn.Module, name: str, **options: Any) -> Any:
     return fa_bench.attach(model, name, **_QUICK.get(name, {}) | options)
+
+
+def same_noise(draws: Draws, name: str, like: Tensor, is_shared: bool = False) -> Tensor:
+    """In place of `Draws.normal`: noise that does not depend on update and sample, so that batches compare with their parts."""
+    generator = torch.Generator().manual_seed(sum(map(ord, name)))
+    shape = like.shape if is_shared else like.shape[1:]
+    return torch.randn(shape, generator=generator, dtype=like.dtype).expand(like.shape).clone()
+
+
+def draw_the_same_for_every_sample(patch: Any) -> None:
+    """Replace all random numbers of noisy rules; `patch` has the method ``setattr`` of pytest's monkeypatch."""
+    patch.setattr(Draws, "normal", same_noise)
+    patch.setattr(Draws, "shifts", lambda draws, name, count, high: torch.ones(count, dtype=torch.int64))
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

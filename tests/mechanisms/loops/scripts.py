@@ -11,7 +11,8 @@ from torch.nn import functional as F
 import fa_bench
 
 #: Rules with learned feedback: those of layers, of cuts, and in auxiliary layers.
-LEARNED = ("kp", "pfa", "pfa_o", "mixed", "asap", "asfp", "asfp_lc", "dkp", "predsim", "dgl")
+LEARNED = ("kp", "pfa", "pfa_o", "ldfa", "activation_alignment", "mixed", "asap", "asfp", "asfp_lc", "dkp", "fdfa", "grape",
+           "predsim", "bp_deepsup", "dgl")
 
 
 def net(dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -30,7 +31,8 @@ def data(samples: int = 32, seed: int = 0, dtype: torch.dtype = torch.float64) -
 def attached(name: str, dtype: torch.dtype = torch.float64, **options):
     model = net(dtype)
     # The stem learns, so that every learned tensor has something to learn from.
-    chosen = {"freeze_stem": False} if name in ("asap", "asfp", "asfp_lc") else {"b_lr_scale": 1.0} if name in ("dkp", "ldrl") else {}
+    chosen = {"freeze_stem": False} if name in ("asap", "asfp", "asfp_lc") else {}
+    chosen |= {"dkp": {"b_lr_scale": 1.0}, "ldrl": {"b_lr_scale": 1.0}, "ldfa": {"rank": 2}}.get(name, {})
     return model, fa_bench.attach(model, name, seed=0, **(chosen | options))
 
 

@@ -17,12 +17,14 @@ from torch.nn import functional as F
 import fa_bench
 from fa_bench.registry.registries import ALGORITHMS
 
+from .chain import draw_the_same_for_every_sample
 from .scripts import data, net, sgd
 
 # Without what depends on the batch itself: similarities of its samples, batch normalisation.
 OPTIONS: dict[str, dict] = {
     "predsim": {"loss": "pred"}, "dgl": {"auxiliary_net": "linear"}, "wm": {"initial_steps": 3, "mirror_batch": 8},
-    "dkp": {"b_lr_scale": 1.0}, "ldrl": {"b_lr_scale": 1.0},
+    "dkp": {"b_lr_scale": 1.0}, "forward_forward": {"peer_norm": 0.0}, "ldfa": {"rank": 2},
+    "ldrl": {"b_lr_scale": 1.0},
 }
 CASES = {name: (name, OPTIONS.get(name, {})) for name in ALGORITHMS}
 CASES |= {
@@ -32,10 +34,18 @@ CASES |= {
     "fa stem": ("fa", {"freeze_stem": True}),
     "asap random": ("asap", {"match": "random", "freeze_stem": False}),
     "conv kp": ("kp", {}), "conv pfa": ("pfa", {}), "conv dkp": ("dkp", {"b_lr_scale": 1.0}), "conv asfp": ("asfp", {}),
+    "conv ldfa": ("ldfa", {"rank": 2}), "conv ia": ("information_alignment", {"update_forward": True}),
+    "conv ia noise": ("information_alignment", {"signal": "noise", "noise_batch": 4}),
     "asfp_lc learning stem": ("asfp_lc", {"freeze_stem": False}), "predsim whole": ("predsim", {}), "dgl whole": ("dgl", {}),
+    "node_perturbation whole": ("node_perturbation", {}), "np_feedback whole": ("np_feedback", {}),
+    "ddtp_linear whole": ("ddtp_linear", {}), "ldrl whole": ("ldrl", {"b_lr_scale": 1.0}),
+    "fdfa whole": ("fdfa", {}), "grape whole": ("grape", {}),
+    "forward_gradient whole": ("forward_gradient", {}), "forward_gradient weight": ("forward_gradient", {"form": "weight"}),
+    "fdfa alpha": ("fdfa", {"alpha": 0.1}), "grape anchors": ("grape", {"anchor_period": 2}),
 }
 #: What depends on the batch itself differs from one process; the ranks still agree with each other.
-DIFFER = ("asfp_lc learning stem", "predsim whole", "dgl whole", "ddtp_linear", "ldrl")
+DIFFER = ("asfp_lc learning stem", "predsim whole", "dgl whole", "node_perturbation whole", "np_feedback whole",
+          "ddtp_linear whole", "ldrl whole", "fdfa whole", "grape whole", "forward_gradient whole", "grape", "grape anchors")
 STEPS = 5
 
 
@@ -52,6 +62,13 @@ def model_of(case: str) -> nn.Module:
 
 def train(case: str, parts: slice, wrap=lambda model: model) -> dict[str, torch.Tensor]:
     """The model's state after some steps on a part of each batch."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not case.endswith("whole"):
+            draw_the_same_for_every_sample(patch)
+        return _train(case, parts, wrap)
+
+
+def _train(case: str, parts: slice, wrap) -> dict[str, torch.Tensor]:
     name, options = CASES[case]
     model = model_of(case)
     rule = fa_bench.attach(model, name, seed=0, sample_input=data(2)[0], **options)
@@ -130,9 +147,10 @@ def test_two_ranks_are_one_process(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("case", "says"), [
     ("asfp_lc learning stem", "batch"), ("predsim whole", "batch"), ("dgl whole", "batch"),
+    ("fdfa", "noise"), ("grape", "noise"), ("forward_gradient", "noise"), ("forward_gradient weight", None),
     ("forward_alignment", None), ("predsim", None), ("dgl", None), ("kp", None),
 ])
 def test_coverage_says_what_depends_on_the_batch(case, says):
     name, options = CASES[case]
     text = str(fa_bench.attach(model_of(case), name, sample_input=data(2)[0], **options).coverage)
-    assert ("depends on the batch" in text) == (says is not None), text
+    assert (("depends on the batch" in text), ("its own noise" in text)) == (says == "batch", says == "noise"), text

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 import fa_bench
 from fa_bench.errors import CoverageError
 from fa_bench.mechanisms.coverage import is_weight
-from tests.mechanisms.loops.chain import CUT_RULES, RULES, attach, gradients
+from tests.mechanisms.loops.chain import CHANGES_INPUT, COVERS_ALL, CUT_RULES, RULES, attach, gradients
 
 TOKENS = torch.arange(60).reshape(12, 5) % 11
 Y = torch.arange(12) % 3
-FREE = ("bp", "bp_fc", "frozen", "frozen_blocks")
-COVERING = [name for name in RULES if name not in (*FREE, "dgl", "ldrl")]
+FREE = ("bp", "bp_deepsup", "bp_fc", "frozen", "frozen_blocks")
+COVERING = [name for name in RULES if name not in (*FREE, "dgl", "ldrl", *CHANGES_INPUT, *COVERS_ALL)]
 SHARING = ("asap", "asfp", "asfp_lc")
 
 
@@ -112,7 +112,9 @@ def test_uncovered_modules_are_named_and_allowed_by_what_is_suggested(name: str,
     assert str(refused.value).endswith(f"pass allow_uncovered={weights!r}")
     for allowed in (True, weights, ["core.*"]):
         model = Reader(make())
-        rule = attach(model, name, sample_input=TOKENS[:2], allow_uncovered=allowed)
+        # A fused LSTM has no forward-mode derivative; one that rules cover is not fused.
+        options = {"tangents": "difference"} if kind == "LSTM" and name in ("fdfa", "grape", "forward_gradient") else {}
+        rule = attach(model, name, sample_input=TOKENS[:2], allow_uncovered=allowed, **options)
         assert set(rule.coverage.uncovered) == set(weights) and "weight transport" in str(rule.coverage)
         if name not in CUT_RULES:
             assert set(weights) <= set(learn(model, rule))
@@ -186,6 +188,21 @@ def test_a_head_tied_to_an_embedding_misses_nothing(name: str, by_function: bool
     logits = model(TOKENS)
     rule.backward(F.cross_entropy(logits, Y), logits, Y)
     assert model.head.weight is model.emb.weight and model.head.weight.grad is not None
+
+
+@pytest.mark.parametrize("name", CHANGES_INPUT)
+def test_rules_that_change_the_input_refuse_tokens(name: str) -> None:
+    with pytest.raises(CoverageError, match=r"the model's first argument, which must be a tensor of"):
+        attach(Reader(), name, sample_input=TOKENS[:2])
+
+
+@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize("name", COVERS_ALL)
+def test_a_rule_without_errors_covers_all_modules(name: str, kind: str) -> None:
+    model = Reader(MODULES[kind][0]())
+    rule = attach(model, name, sample_input=TOKENS[:2])
+    assert rule.coverage.uncovered == {}
+    assert set(learn(model, rule)) == {name for name, _ in model.named_parameters()}
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -12,7 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fa_bench.mechanisms.loss_scale import is_unscaled, measured_scale
-from tests.mechanisms.loops.chain import RULES, Chain, assert_same, attach, batch, gradients
+from tests.mechanisms.loops.chain import (
+    LOCAL_LOSSES,
+    RULES,
+    Chain,
+    assert_same,
+    attach,
+    batch,
+    draw_the_same_for_every_sample,
+    gradients,
+)
 
 X, Y = batch(12)
 #: name -> (rule, options)
@@ -21,12 +30,29 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in 
     "predsim pred": ("predsim", {"loss": "pred"}),
     "dgl linear": ("dgl", {"auxiliary_net": "linear"}),
 }
-#: Their errors depend on which samples are together: similarities of pairs, batch normalisation in auxiliary nets.
-TOGETHER = ("predsim", "dgl", "asfp_lc")
+#: Their errors depend on which samples are together: similarities of pairs, batch normalisation in auxiliary nets, a cosine.
+TOGETHER = ("predsim", "dgl", "asfp_lc", "grape")
 #: A new draw at every forward pass.
-REDRAWN = ("brsf", "ddtp_linear", "ldrl")
+REDRAWN = ("brsf",)
 #: Their hidden errors are made of the labels, and do not carry the loss's scale by themselves.
-OF_LABELS = ("drtp", "drtp sign", "local_error", "predsim", "predsim pred", "dgl", "dgl linear", "asfp_lc")
+OF_LABELS = ("drtp", "drtp sign", "local_error", "predsim", "predsim pred", "bp_deepsup", "dgl", "dgl linear", "asfp_lc",
+             "node_perturbation", "weight_perturbation", "pepita", "forward_forward", "fdfa", "grape")
+#: Of the output layer, too.
+WHOLLY_OF_LABELS = ("node_perturbation", "weight_perturbation", "pepita")
+#: What learns by the output's own error: the head, with blocks the whole last one, and all of the net where errors cross the
+#: cuts. In the first step of bp_deepsup, whose classifiers are zero, no other error comes there; fdfa and grape scale feedback
+#: alone.
+OWN: dict[str, tuple[str, ...]] = {
+    **{name: ("head", "c.") for name in ("dgl", "dgl linear", "asfp_lc")},
+    **{name: ("head", "a.fc", "b.fc", "c.fc") for name in ("bp_deepsup", "fdfa", "grape")},
+    "forward_forward": ("head", "b.act"), **dict.fromkeys(WHOLLY_OF_LABELS, ()),
+}
+
+
+@pytest.fixture(autouse=True)
+def noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_the_same_for_every_sample(monkeypatch)
+
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -98,15 +124,16 @@ def test_a_gradient_scaler(variant: str) -> None:
     assert not torch.equal(model.head.weight, before)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "np_feedback"])  # whose B has two targets
 def test_an_explicit_scale_is_taken_as_it_is(variant: str) -> None:
     plain, twice = found(variant, [(X64, Y, F.cross_entropy)]), found(variant, [(X64, Y, F.cross_entropy)], loss_scale=2.0)
     factor = 2.0 if variant in OF_LABELS else 1.0  # an error made of the loss's gradient has its scale already
-    # What learns by the output's own error: the head, and with blocks the whole last one.
-    own = ("head", "c.") if variant in ("dgl", "dgl linear", "asfp_lc") else ("head",)
+    own = OWN.get(variant, ("head",))
     want = {key: tensor if key.startswith(own) else factor * tensor for key, tensor in plain.items()}
     if variant in ("ddtp_linear", "ldrl"):  # its feedback learns from noise, not from the loss
         want |= {key: 2 * tensor for key, tensor in plain.items() if "feedback" in key}
+    if variant in LOCAL_LOSSES:
+        want = {key: 2 * tensor if "feedback_B" in key else tensor for key, tensor in plain.items()}
     assert_same(twice, want, rel=1e-12)
 
 
@@ -146,9 +173,15 @@ def test_another_loss_is_right_or_refused_with_a_mend_that_works(variant: str, k
         assert variant in OF_LABELS and factor is None
         assert "rule.backward(loss, logits, target, loss_scale=1.0)" in str(error)
         got, scale = found(variant, [(X, Y, loss)], loss_scale=1.0), 1.0
+    if variant in WHOLLY_OF_LABELS or variant == "forward_forward":  # which classifies other activations
+        assert_same(got, {key: scale * tensor for key, tensor in found(variant, [(X, Y, F.cross_entropy)]).items()
+                          if variant != "forward_forward" or not key.startswith("head")} | {
+                              key: got[key] for key in got if variant == "forward_forward" and key.startswith(("head", "b.act"))},
+                    rel=1e-5)
+        return
     head = {key: tensor * (0.01 if variant == "predsim" else 1.0) for key, tensor in true_head(loss).items()}  # 1 - beta
     assert_same({key: got[key] for key in head}, head, rel=1e-5)
-    if variant in OF_LABELS and variant not in ("drtp sign", "dgl", "dgl linear", "asfp_lc"):
+    if variant in OF_LABELS and variant not in ("drtp sign", *OWN):
         plain = found(variant, [(X, Y, F.cross_entropy)])
         assert_same(hidden(got), {key: scale * tensor for key, tensor in hidden(plain).items()}, rel=1e-5)
 
@@ -222,7 +255,7 @@ def test_a_mean_that_is_written_out_gives_the_very_numbers(variant: str) -> None
     def by_hand(logits: Tensor, y: Tensor) -> Tensor:
         return (logits.exp().sum(1).log() - logits.gather(1, y.view(-1, 1)).squeeze(1)).mean()
 
-    own = ("head", "c.") if variant in ("dgl", "dgl linear", "asfp_lc") else ("head",)
+    own = OWN.get(variant, ("head",))
     got, want = (({key: tensor for key, tensor in found(variant, [(X, Y, loss)]).items() if not key.startswith(own)})
                  for loss in (by_hand, F.cross_entropy))
     assert_same(got, want)

@@ -8,7 +8,7 @@ from tests.rules.helpers import assert_bitwise
 
 from .scripts import LEARNED, attached, sgd, state, steps
 
-AUXILIARY = ("predsim", "dgl", "asfp_lc")
+AUXILIARY = ("predsim", "bp_deepsup", "dgl", "asfp_lc")
 
 
 def older(model, rule, name):

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 import fa_bench
 from fa_bench.errors import CoverageError
-from tests.mechanisms.loops.chain import CUT_RULES, RULES, assert_same, attach, batch, gradients, state, train
+from tests.mechanisms.loops.chain import COVERS_ALL, CUT_RULES, RULES, assert_same, attach, batch, gradients, state, train
 
 X, Y = batch()
 # They leave the model as it is, or cover whole modules.
-FREE = ("bp", "bp_fc", "frozen", "frozen_blocks")
-COVERING = [name for name in RULES if name not in (*FREE, "dgl", "ldrl")]
+FREE = ("bp", "bp_deepsup", "bp_fc", "frozen", "frozen_blocks")
+COVERING = [name for name in RULES if name not in (*FREE, *COVERS_ALL, "dgl", "ldrl")]
 
 
 class Multiply(torch.autograd.Function):
@@ -174,7 +174,7 @@ class Penalised(Net):
         return super().forward(x), self.mid.weight.square().sum()
 
 
-@pytest.mark.parametrize("name", [name for name in RULES if name not in ("frozen", "frozen_blocks")])
+@pytest.mark.parametrize("name", [name for name in RULES if name not in ("frozen", "frozen_blocks", *COVERS_ALL)])
 def test_a_penalty_on_the_weights_adds_its_gradient(name: str) -> None:
     """Computed beside the forward pass or returned by it; cut rules refuse a second output that is a number."""
     model = Net()
@@ -236,7 +236,7 @@ class Autoencoding(nn.Module):
         return self.out(F.conv_transpose1d(h, self.conv.weight, padding=1).squeeze(1))
 
 
-@pytest.mark.parametrize("name", ["fa", "usf", "brsf", "frsf", "kp", "pfa", "pfa_o", "mixed"])
+@pytest.mark.parametrize("name", ["fa", "usf", "brsf", "frsf", "kp", "pfa", "pfa_o", "ldfa", "mixed"])
 def test_without_a_sample_the_first_training_forward_refuses_every_time(name: str) -> None:
     model = Autoencoding()
     rule = attach(model, name)

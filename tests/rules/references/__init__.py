@@ -3,14 +3,16 @@
 Each takes (chain, params, feedback, x, y, **options); ``feedback`` is {layer or cut: {tensor name: array}}, ``options`` are the
 rule's own. Its answer is {"layer.weight": ..., "layer.bias": ..., "layer.B": ...}; a tensor with no entry must not learn.
 
-Every module here holds REFERENCES {rule: function}, CASES {case: (rule, options)}, and TRAITS {trait: rules}:
+Every module here holds REFERENCES {rule: function}, CASES {case: (rule, options)}, AFTER_UPDATE {rule: what changes learned
+feedback after every update, in place, from (chain, params)}, and TRAITS {trait: rules}:
 
 - exact: backpropagation for what they train
 - redrawn: feedback that changes without being learned by the optimizer; the reference is given the present one
-- noisy: feedback that learns from noise of the rule's own, which no reference has
+- learned_from_noise: feedback that learns from noise of the rule's own, which no reference has
 - unscaled: signals that do not come from the loss, and so do not scale with it
 - partly_exact: hidden layers may have the gradient of backpropagation
 - untrue_output: the output layer's own gradient is not that of the loss
+- noisy: rules that draw noise for every update; their references are given the same random numbers as ``draws``
 - last_module: the last hidden layers learn by backpropagation, with the output layer
 """
 
@@ -22,8 +24,10 @@ from collections.abc import Callable
 
 REFERENCES: dict[str, Callable] = {}
 CASES: dict[str, tuple[str, dict]] = {}
+AFTER_UPDATE: dict[str, Callable] = {}
 TRAITS: dict[str, set[str]] = {
-    trait: set() for trait in ("exact", "redrawn", "noisy", "unscaled", "partly_exact", "untrue_output", "last_module")
+    trait: set() for trait in (
+        "exact", "redrawn", "unscaled", "partly_exact", "untrue_output", "noisy", "learned_from_noise", "last_module")
 }
 
 for _found in pkgutil.iter_modules(__path__, f"{__name__}."):
@@ -31,5 +35,6 @@ for _found in pkgutil.iter_modules(__path__, f"{__name__}."):
     assert not REFERENCES.keys() & _module.REFERENCES.keys() and not CASES.keys() & _module.CASES.keys(), _found.name
     REFERENCES |= _module.REFERENCES
     CASES |= _module.CASES
+    AFTER_UPDATE |= getattr(_module, "AFTER_UPDATE", {})
     for _trait, _rules in getattr(_module, "TRAITS", {}).items():
         TRAITS[_trait] |= _rules

@@ -127,6 +127,15 @@ def similarity_loss(a: np.ndarray, weight: np.ndarray, y, classes: int) -> tuple
     return loss, conv_input_error(stage, g, weight, a.shape), conv_weight_gradient(stage, a, g, weight.shape)
 
 
+def of_decoder(a, held: Arrays, y, size: int, factor: float) -> tuple[np.ndarray, Arrays]:
+    """The gradients of factor CE(D(a)) at a and at the decoder, which has a bias or not."""
+    errors: Arrays = {}
+    decoder = [*flattening(a.shape[1:], size), Stage("out", "linear")]
+    params = {name: held[f"decoder.{name}"] for name in ("out.weight", "out.bias") if f"decoder.{name}" in held}
+    grads = gradients(decoder, params, a, y, errors=errors, output=factor)
+    return errors[""], {f"decoder.{name}": grad for name, grad in grads.items()}
+
+
 def predsim(chain, params, feedback, x, y, loss="predsim", beta=0.99, decoder_size=4096, **_) -> Arrays:
     """(1-beta) CE(D(a)) + beta mean (S(K a) - S(onehot))²; output layer (1-beta) times its true error. pred, sim: one alone."""
     of_prediction, of_similarity = {"predsim": (1 - beta, beta), "pred": (1.0, None), "sim": (None, 1.0)}[loss]
@@ -135,12 +144,7 @@ def predsim(chain, params, feedback, x, y, loss="predsim", beta=0.99, decoder_si
     def local(cut, a):
         held, error, grads = feedback[cut], np.zeros_like(a), {}
         if of_prediction is not None:
-            errors: Arrays = {}
-            decoder = [*flattening(a.shape[1:], decoder_size), Stage("out", "linear")]
-            of_decoder = {name: held[f"decoder.{name}"] for name in ("out.weight", "out.bias")}
-            for name, grad in gradients(decoder, of_decoder, a, y, errors=errors, output=of_prediction).items():
-                grads[f"decoder.{name}"] = grad
-            error = error + errors[""]
+            error, grads = of_decoder(a, held, y, decoder_size, of_prediction)
         if of_similarity is not None:
             _, at_a, at_weight = similarity_loss(a, held["similarity.weight"], y, classes)
             error = error + of_similarity * at_a
@@ -148,6 +152,16 @@ def predsim(chain, params, feedback, x, y, loss="predsim", beta=0.99, decoder_si
         return error, grads
 
     return below(chain, params, x, y, feedback, local, output=1 - beta if loss == "predsim" else 1.0)
+
+
+def bp_deepsup(chain, params, feedback, x, y, weight=1.0, decoder_size=4096, **_) -> Arrays:
+    """Backpropagation of CE(z) + weight times the sum of CE(D(a)): every decoder's error is added to the one from above."""
+    values, added, learned = outputs(chain, params, x), {}, {}
+    for cut, held in feedback.items():
+        decoder = {f"decoder.{name}": tensor for name, tensor in held.items()}
+        added[cut], grads = of_decoder(values[cut], decoder, y, decoder_size, weight)
+        learned |= {f"{cut}.{name.removeprefix('decoder.')}": grad for name, grad in grads.items()}
+    return gradients(chain, params, x, y, added=added) | learned
 
 
 # --- decoupled greedy learning ---
@@ -180,7 +194,7 @@ def dgl(chain, params, feedback, x, y, **options) -> Arrays:
     return below(chain, params, x, y, feedback, local)
 
 
-REFERENCES = {"local_error": local_error, "predsim": predsim, "dgl": dgl}
+REFERENCES = {"local_error": local_error, "predsim": predsim, "bp_deepsup": bp_deepsup, "dgl": dgl}
 CASES = {
     "local_error": ("local_error", {}),
     "local_error-averaged": ("local_error", {"features": 12}),
@@ -189,12 +203,15 @@ CASES = {
     "predsim-averaged": ("predsim", {"beta": 0.5, "decoder_size": 30}),
     "predsim-pred": ("predsim", {"loss": "pred"}),
     "predsim-sim": ("predsim", {"loss": "sim"}),
+    "predsim-mono-forward": ("predsim", {"loss": "pred", "decoder_init": "pytorch", "decoder_bias": False}),
+    "bp_deepsup": ("bp_deepsup", {"decoder_init": "pytorch"}),
+    "bp_deepsup-averaged": ("bp_deepsup", {"weight": 0.3, "decoder_size": 30, "decoder_init": "xavier_uniform"}),
     "dgl": ("dgl", {}),
     "dgl-mlp": ("dgl", {"auxiliary_net": "mlp"}),
     "dgl-linear": ("dgl", {"auxiliary_net": "linear"}),
 }
 TRAITS = {
-    "unscaled": {"local_error", "predsim", "dgl"},
+    "unscaled": {"local_error", "predsim", "bp_deepsup", "dgl"},
     "untrue_output": {"predsim"},
     "last_module": {"dgl"},
 }

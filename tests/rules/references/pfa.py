@@ -43,10 +43,64 @@ def pfa(chain, params, feedback, x, y, **_) -> Arrays:
     return grads
 
 
-REFERENCES = {"pfa": pfa, "pfa_o": pfa}
+def ldfa(chain, params, feedback, x, y, b_rate=1.0, rank=0, **_) -> Arrays:
+    """As PFA; gradient of B = -rate (C B - B Bᵀ C B), C = the sum of outer products g g / ‖g‖, in every group of its own."""
+    stages, errors = {stage.name: stage for stage in chain}, {}
+    grads = pfa(chain, params, feedback, x, y)
+    gradients(chain, params, x, y, errors=errors, carry={
+        layer: path(stages[layer], tensors["B"], tensors["R"]) for layer, tensors in feedback.items()})
+    for layer, tensors in feedback.items():
+        if b_rate:
+            error = errors[layer].reshape(*errors[layer].shape[:2], -1)
+            grads[f"{layer}.B"] = np.zeros_like(tensors["B"])
+            for rows in np.split(np.arange(len(tensors["B"])), stages[layer].groups):
+                grads[f"{layer}.B"][rows] = oja(error[:, rows], tensors["B"][rows], b_rate)
+    return grads
+
+
+def oja(error: np.ndarray, first: np.ndarray, rate: float) -> np.ndarray:
+    """The gradient of one group's B from its errors g[n,o,p]."""
+    outputs, between = first.shape
+    c = np.zeros((outputs, outputs))
+    for n, p in product(range(error.shape[0]), range(error.shape[2])):
+        size = sum(error[n, o, p] ** 2 for o in range(outputs)) ** 0.5
+        for i, j in product(range(outputs), range(outputs)):
+            c[i, j] += error[n, i, p] * error[n, j, p] / size if size else 0.0
+    grad = np.zeros_like(first)
+    for o, m in product(range(outputs), range(between)):
+        cb = [[sum(c[i, j] * first[j, k] for j in range(outputs)) for k in range(between)] for i in range(outputs)]
+        inner = [sum(first[i, k] * cb[i][m] for i in range(outputs)) for k in range(between)]
+        grad[o, m] = -rate * (cb[o][m] - sum(first[o, k] * inner[k] for k in range(between)))
+    return grad
+
+
+def orthonormal(first: np.ndarray, groups: int) -> np.ndarray:
+    """The columns of every group less their parts along earlier ones, with length one."""
+    parts = []
+    for part in np.split(first, groups):
+        columns: list[np.ndarray] = []
+        for column in part.T:
+            rest = column - sum(((column @ earlier) * earlier for earlier in columns), start=np.zeros_like(column))
+            columns.append(rest / np.sqrt((rest**2).sum()))
+        parts.append(np.stack(columns, axis=1))
+    return np.concatenate(parts)
+
+
+def after_ldfa(chain, params: Arrays) -> None:
+    for stage in chain:
+        if (key := f"{stage.name}.B") in params:
+            params[key] = orthonormal(params[key], stage.groups)
+
+
+REFERENCES = {"pfa": pfa, "pfa_o": pfa, "ldfa": ldfa}
+AFTER_UPDATE = {"ldfa": after_ldfa}
 CASES = {
     "pfa": ("pfa", {"ratio": 2.0}),
     "pfa-sparse": ("pfa", {"ratio": 3.0, "density": 0.5}),
     "pfa_o": ("pfa_o", {}),
     "pfa_o-wide": ("pfa_o", {"ratio": 2.0}),
+    "pfa_o-narrow": ("pfa_o", {"ratio": 0.5}),
+    "ldfa": ("ldfa", {"rank": 2}),
+    "ldfa-slow": ("ldfa", {"rank": 2, "b_rate": 0.25}),
+    "ldfa-random": ("ldfa", {"rank": 2, "b_rate": 0.0}),
 }

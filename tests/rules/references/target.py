@@ -37,4 +37,4 @@ CASES = {
     "ddtp_linear-sparse": ("ddtp_linear", {"density": 0.5}),
     "ldrl": ("ldrl", {"b_lr_scale": 1.0}),
 }
-TRAITS = {"redrawn": {"ddtp_linear", "ldrl"}, "noisy": {"ddtp_linear", "ldrl"}}
+TRAITS = {"redrawn": {"ddtp_linear", "ldrl"}, "learned_from_noise": {"ddtp_linear", "ldrl"}}

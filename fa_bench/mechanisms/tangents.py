@@ -1,0 +1,176 @@
+"""Derivatives of a model's output along directions, from further forward passes: no error passes back through the model.
+
+The passes repeat the training pass (`fa_bench.mechanisms.second_pass`): dropout masks and the statistics of normalisation are the
+same, running statistics are not updated, and the values of forward-mode passes are those of the training pass. Attention and
+recurrent modules run as compositions of operations that have a forward-mode derivative, which changes rounding; where the fused
+kernel of the training pass has dropout within it, such as that of several LSTM layers, its mask is another one.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fa_bench.errors import CoverageError
+from fa_bench.mechanisms.contexts import evaluating, set_temporarily
+from fa_bench.mechanisms.second_pass import FirstPass, again
+from fa_bench.mechanisms.trace import arguments, chosen_result, named_results
+
+if TYPE_CHECKING:
+    from fa_bench.mechanisms.cut.rule import CutRule
+    from fa_bench.mechanisms.weighted_layers import Mode
+
+#: Ways to compute a derivative: the exact one by forward-mode differentiation, and central differences of two passes.
+FORWARD, DIFFERENCE = "forward", "difference"
+METHODS = (FORWARD, DIFFERENCE)
+#: Relative step of central differences: the derivative's error is of the order of its square, and rounding of 1 / step.
+STEP = 1e-3
+#: Module's path -> function of the tensor at its output that returns the tangent to add there, in its shape.
+Directions = Mapping[str, Callable[[Tensor], Tensor]]
+
+
+def output_tangent(
+    rule: CutRule, first: FirstPass, method: str, directions: Directions, parameters: Mapping[nn.Parameter, Tensor] | None = None
+) -> Tensor:
+    """The derivative of the model's output, (N, C) or in its shape with positions, along all directions at once.
+
+    Args:
+        rule: the attached rule.
+        first: the training pass.
+        method: one of `METHODS`.
+        directions: tangents that are added at modules; each function is called once, with the tensor there.
+        parameters: parameter -> its tangent, in its shape.
+
+    Raises:
+        CoverageError: if an operation has no forward-mode derivative, or the output depends on no direction.
+    """
+    with torch.no_grad(), _without_fused_kernels(rule.mode):
+        if method == FORWARD:
+            return _by_forward_mode(rule, first, directions, parameters or {})
+        return _by_differences(rule, first, directions, parameters or {})
+
+
+def check_tangents(rule: CutRule, method: str, cuts: Mapping[str, nn.Module], sample: Any) -> None:
+    """Compute one tangent of a sample, in evaluation mode, while a rule is attached.
+
+    Args:
+        rule: the rule, after `CutRule.wire`.
+        method: one of `METHODS`.
+        cuts: the modules at which tangents are added, by path; without any, they are those of the parameters.
+        sample: inputs (N, ...), as for `Rule.attach`; None: zeros, if the first layer is fully connected.
+
+    Raises:
+        CoverageError: as `output_tangent`.
+    """
+    if sample is None:
+        layer: Any = next(iter(rule._covered.values()))
+        sample = layer.weight.new_zeros(2, layer.in_features)
+    args, kwargs = arguments(sample)
+    parameters = {} if cuts else {parameter: torch.zeros_like(parameter) for parameter in rule.model.parameters()
+                                  if parameter.is_floating_point()}
+    with evaluating(rule.model):
+        output_tangent(rule, FirstPass(rule.name, rule.model, args, kwargs), method, dict.fromkeys(cuts, torch.zeros_like),
+                       parameters)
+
+
+def _by_forward_mode(
+    rule: CutRule, first: FirstPass, directions: Directions, parameters: Mapping[nn.Parameter, Tensor]
+) -> Tensor:
+    def moved(direction: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def change(x: Tensor) -> Tensor:
+            value, tangent = forward_ad.unpack_dual(x)
+            added = direction(value)
+            # A copy, because the next module may change value and tangent in place.
+            return forward_ad.make_dual(value, added.clone() if tangent is None else tangent + added)
+
+        return change
+
+    _load_forward_mode()
+    with forward_ad.dual_level():
+        duals = {parameter: forward_ad.make_dual(parameter.detach(), tangent) for parameter, tangent in parameters.items()}
+        try:
+            with _replaced(rule.model, duals):
+                result = again(rule.model, rule.mode, first, outputs={path: moved(one) for path, one in directions.items()})
+        except NotImplementedError as error:
+            operation = re.search(r"forward AD with (\S+) that", str(error))
+            what = operation[1] if operation else "an autograd.Function without a jvp"
+            raise CoverageError(f"rule '{rule.name}': PyTorch has no forward-mode derivative for {what}; central differences of "
+                                "two passes replace it with {tangents}", {"tangents": DIFFERENCE}) from error
+        tangent = forward_ad.unpack_dual(_logits(rule, result)).tangent
+        if tangent is None:
+            raise CoverageError(f"rule '{rule.name}': the model's output depends on none of its cuts in a way that can be "
+                                f"differentiated")
+        return tangent.clone()
+
+
+@functools.lru_cache(maxsize=1)
+def _load_forward_mode() -> None:
+    """Let PyTorch load its decompositions, which it does at the first dual tensor, with a warning that concerns nobody else."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore", FutureWarning)
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
+
+
+def _by_differences(
+    rule: CutRule, first: FirstPass, directions: Directions, parameters: Mapping[nn.Parameter, Tensor]
+) -> Tensor:
+    tangents: dict[str, Tensor] = {}
+
+    def moved(path: str, step: float) -> Callable[[Tensor], Tensor]:
+        def change(x: Tensor) -> Tensor:
+            if path not in tangents:
+                tangents[path] = directions[path](x)
+            return x.add(tangents[path], alpha=step)
+
+        return change
+
+    def output(step: float) -> Tensor:
+        values = {parameter: parameter.detach().add(tangent, alpha=step) for parameter, tangent in parameters.items()}
+        with _replaced(rule.model, values):
+            return _logits(rule, again(rule.model, rule.mode, first, outputs={path: moved(path, step) for path in directions}))
+
+    return (output(STEP) - output(-STEP)) / (2 * STEP)
+
+
+def _logits(rule: CutRule, result: Any) -> Tensor:
+    """The output from which the rule's errors come. Without gradients it cannot be told by them which one that is."""
+    if isinstance(result, Tensor):
+        return result
+    return chosen_result(named_results(result), next(iter(rule._trace.results)) if rule.output is None else rule.output)
+
+
+@contextmanager
+def _without_fused_kernels(mode: Mode) -> Iterator[None]:
+    """A context in which attention and recurrent modules run as compositions of operations that have forward-mode derivatives."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with set_temporarily([mode], "layerwise", True), set_temporarily([mode], "always_layerwise", True), \
+                sdpa_kernel([SDPBackend.MATH]):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def _replaced(model: nn.Module, tensors: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+    """A context in which the model computes with other tensors in place of its parameters."""
+    places = [(module, name, parameter) for module in model.modules() for name, parameter in module._parameters.items()
+              if parameter is not None and parameter in tensors]
+    held: list[dict[str, Any]] = [module._parameters for module, _, _ in places]
+    try:
+        for of_module, (_, name, parameter) in zip(held, places, strict=True):
+            of_module[name] = tensors[parameter]
+        yield
+    finally:
+        for of_module, (_, name, parameter) in zip(held, places, strict=True):
+            of_module[name] = parameter

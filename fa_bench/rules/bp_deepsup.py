@@ -1,0 +1,79 @@
+"""Backpropagation with deep supervision, the reference of rules with local losses."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.mechanisms.coverage import Coverage, Covered
+from fa_bench.mechanisms.cut.local import LocalRule, linear_classifier
+from fa_bench.mechanisms.feedback_options import decoder_init_option
+from fa_bench.mechanisms.rule import Rule
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ALGORITHMS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch import nn as torch_nn
+
+    from fa_bench.mechanisms.trace import Trace
+
+
+@ALGORITHMS.register("bp_deepsup")
+@dataclasses.dataclass(eq=False)
+class BPDeepSup(LocalRule):
+    """Backpropagation with deep supervision: a classifier at every hidden activation, whose loss is added to the network's.
+
+    The reference of rules with local losses (Chen 2026, arXiv 2606.06539); deep supervision is due to Lee et al. 2015.
+
+        loss = L(z) + w Σ L(D_l(a_l)),    the sum over the cuts l,
+
+    where L is the objective's mean loss, z the logits, a_l the activation at a cut, D_l a linear classifier, and w the option
+    `weight`. All weights learn by the exact gradient of this sum: errors pass through the weights and cross the cuts, so that
+    this rule transports weights everywhere. At a cut, the error w ∂L(D_l(a_l))/∂a_l of the classifier is added to the one from
+    above. With ``weight=0`` the rule is `bp`.
+
+    The cuts and the classifiers are those of `predsim` with ``loss=pred``: D_l averages maps to at most `decoder_size` features,
+    its weight is initially zero (`decoder_init`), and it learns with the optimizer of the weights. What local losses lose by
+    stopping errors at the cuts is the difference between the two.
+
+    Not checked against the papers: the form and the weights of the auxiliary losses. Lee et al. let the auxiliary losses fade
+    during training; here w is constant. If the model's output has positions, such as tokens, a cut must have the same ones.
+    """
+
+    search_space = {"weight": "tag(log,interval(1e-2,10))"}
+
+    weight: float = option(1.0, "weight of each classifier's loss relative to the network's", minimum=0)
+    decoder_size: int = option(4096, "largest number of features of a classifier; larger maps are averaged", minimum=1)
+    decoder_init: str = decoder_init_option()
+
+    crosses = True
+
+    def auxiliary(self, cut: str, shape: tuple[int, ...], classes: int) -> torch_nn.Module:
+        return linear_classifier(cut, shape, classes, self.decoder_size, self.decoder_init)
+
+    def local_loss(self, cut: str, auxiliary: torch_nn.Module, activation: Tensor, target: Tensor) -> Tensor:
+        return self.weight * self.loss_of(auxiliary(activation), target)
+
+    def wire(self, sample_input: Any) -> Coverage:
+        from fa_bench.mechanisms.weighted_layers import kind_of, weighted_layers
+
+        super().wire(sample_input)
+        self._layers = weighted_layers(self.model)
+        return Coverage(self.name, tuple(
+            Covered(path, kind_of(layer), tuple(layer.weight.shape), "passes through the weight")
+            for path, layer in self._layers.items()
+        ), {}, transport=("in all layers",))
+
+    def transporting_layers(self) -> dict[str, Any]:
+        return {}
+
+    def effective_feedback(self, layer: str) -> Tensor:
+        return self._layers[layer].weight.detach()
+
+    def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        weights = {path: layer.weight for path, layer in self._layers.items()}
+        return {path: (weight.detach(), weight.detach()) for path, weight in weights.items() if weight.requires_grad}
+
+    def error_points(self, trace: Trace) -> dict[str, tuple[str, str]]:
+        return Rule.error_points(self, trace)

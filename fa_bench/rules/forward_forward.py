@@ -1,0 +1,246 @@
+"""Forward-forward."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.errors import CoverageError
+from fa_bench.mechanisms.coverage import noise_note
+from fa_bench.mechanisms.cut.passes import PassRule
+from fa_bench.mechanisms.feedback_tensors import make_learned, put_tensor
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ALGORITHMS
+from fa_bench.utils.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from fa_bench.mechanisms.coverage import Coverage
+    from fa_bench.mechanisms.updates import LearnedTensor
+
+#: Added to the length of an activation before dividing by it, as in the code that the docstring names.
+_TINY = 1e-8
+#: What the running mean of a unit's activity keeps in each update, and what it starts from; of the same code.
+_MOMENTUM, _START = 0.9, 0.5
+
+
+@ALGORITHMS.register("forward_forward")
+@dataclasses.dataclass(eq=False)
+class ForwardForward(PassRule):
+    """Forward-forward: every layer tells images with their true label from images with a wrong one.
+
+    Hinton 2022, arXiv 2212.13345, supervised form; details are those of the public code loeweX/Forward-Forward.
+
+    The label is part of the image: `label_scale` times its one-hot row replaces the first C values of the input. While the rule
+    is attached, the input and every activation h at a cut are divided by their root mean square, so that the next layer sees the
+    direction of h but not its length. In two further passes, the positive one with the true labels and the negative one with
+    wrong labels, drawn uniformly from the others, each hidden layer learns by its own loss of its goodness G = Σ h², per sample:
+
+        ½ softplus(θ - G) for positive samples, ½ softplus(G - θ) for negative ones, mean over the batch,
+
+    with θ the number of the layer's values unless `theta` is given. No error passes from one cut to the next. With
+    ``full_gradient=true`` the derivative of the nonlinearity is replaced by 1, so that silent units learn, too. `peer_norm` times
+    the mean of (m̄ - m)² is added, with m the running mean of each unit's activity in positive samples and m̄ the mean of m: it
+    keeps units from being always silent or always active.
+
+    Prediction: the model's output is that of a linear classifier, trained by the true gradient of the loss, of the activations
+    for a neutral image, in which all labels have 1/C. The output layer classifies the last activation; the earlier ones, except
+    the first, are classified by learned matrices M (C, features), initially zero, whose scores are added (``all_layers=false``:
+    none). ``prediction=goodness`` scores each label by the goodness of all cuts but the first for the image with that label,
+    which needs C passes; training still reports the classifier's accuracy.
+
+    Deviations from that code: the output layer has torch's default initial values and a bias; hidden layers and output layer
+    share W's optimizer; a single pass there has both kinds of samples. The code's settings: three layers of 1000, weights
+    N(0, 1/fan_out), SGD at 1e-3 with momentum 0.9 and decay 3e-4, for the classifier 1e-2 and 3e-3, a rate that falls linearly to
+    zero over the second half of 100 epochs, batches of 100.
+
+    Dropout masks are the same in all passes, and those of the positive and the negative one. Batch normalisation uses each
+    pass's own statistics. Multiplications: two further forward passes, and half a backward pass for each.
+    """
+
+    search_space = {"peer_norm": "choice(0,0.03,0.3)"}
+
+    theta: float | None = option(None, "threshold of the goodness; null: the number of the layer's values", above=0)
+    peer_norm: float = option(0.03, "weight of the differences between the units' mean activities", minimum=0)
+    full_gradient: bool = option(True, "the nonlinearities' derivative is 1")
+    label_scale: float = option(1.0, "value that marks the label in the input", above=0)
+    all_layers: bool = option(True, "classify all activations but the first, not only the last one")
+    prediction: str = option("classifier", "how labels are predicted", choices=["classifier", "goodness"])
+
+    output_learns_by_delta = True
+
+    @property
+    def skips_nonlinearities(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.full_gradient
+
+    # -------------------------------------------------------------------------------------------- attach
+    def wire(self, sample_input: Any) -> Coverage:
+        from fa_bench.mechanisms.second_pass import Draws
+        from fa_bench.mechanisms.trace import arguments
+
+        self._draws = Draws(self.seed)
+        coverage = super().wire(sample_input)
+        first = next(iter(self._covered.values()))
+        args = arguments(sample_input).args if sample_input is not None else (first.weight.new_zeros(2, first.weight.shape[1]),)
+        size = math.prod(args[0].shape[1:]) if args and isinstance(args[0], torch.Tensor) else 0
+        if size < self._classes or not args[0].is_floating_point():
+            raise CoverageError(f"rule '{self.name}' writes the label into the model's first argument, which must be a tensor of "
+                                f"at least {self._classes} numbers for each sample")
+        if self.error_dims != 2:
+            raise CoverageError(f"rule '{self.name}' needs outputs of shape (N, C), not {self._trace.result_shape}")
+        if self._classes < 2:
+            raise CoverageError(f"rule '{self.name}' needs wrong labels: this model has {self._classes} class")
+        for cut, module in self._cut_modules.items():
+            self._handles.append(module.register_forward_hook(functools.partial(self._normalise_output, cut)))
+        return coverage
+
+    def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:
+        from fa_bench.mechanisms.updates import LearnedTensor
+
+        self._classes = classes
+        self._features = {cut: math.prod(shape) for cut, shape in features.items()}
+        self._learned: dict[str, LearnedTensor] = {}
+        like = next(self.model.parameters())
+        for cut in features:
+            if self.peer_norm:
+                put_tensor(self._cut_modules[cut], "activity", like.new_full((self._features[cut],), _START))
+        # The last cut feeds the output layer.
+        for cut in list(features)[1:-1] if self.all_layers else ():
+            module = self._cut_modules[cut]
+            self.put(cut, "M", "zeros", (classes, self._features[cut]))
+            self._learned[cut] = LearnedTensor(cut, module, make_learned(module, "M"), self._witness)
+
+    def learned_feedback(self) -> list[LearnedTensor]:
+        return list(self._learned.values())
+
+    def notes(self) -> tuple[str, ...]:
+        return (noise_note(),)
+
+    # -------------------------------------------------------------------------------------------- every pass
+    def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
+        super().begin_forward(model, args, kwargs)
+        if self.mode.exact:
+            return None
+        self._normalised: dict[str, Tensor] = {}
+        x = args[0].detach()
+        return (self._marked(x, x.new_full((1, self._classes), 1 / self._classes)), *args[1:]), kwargs
+
+    def _normalise_output(self, cut: str, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        if self.mode.exact:
+            return None
+        self._normalised[cut] = _normalised(output.detach())
+        return self._normalised[cut]
+
+    def connect(self, output: Any, tape: Any, at: str | None = None) -> Any:
+        from fa_bench.mechanisms.trace import replaced
+
+        if output is not None and not self.mode.exact and self._learned:
+            logits = self.logits_of(output) if tape is None else self._delivery.logits_in(output)
+            scores = [torch.nn.functional.linear(self._normalised[cut].flatten(1), learned.tensor)
+                      for cut, learned in self._learned.items()]
+            output = replaced(output, logits, sum(scores, logits))
+        connected = super().connect(output, tape, at)
+        return output if connected is None else connected
+
+    def _marked(self, x: Tensor, label: Tensor) -> Tensor:
+        """The inputs (N, ...) with the label's row, (N, C) or (1, C), in their first values, normalised."""
+        marked = x.flatten(1).clone()
+        marked[:, :self._classes] = label * self.label_scale
+        return _normalised(marked).view(x.shape)
+
+    # -------------------------------------------------------------------------------------------- learning
+    def gradients(
+        self, parameters: list[nn.Parameter], activations: dict[str, Tensor], delta: Tensor, logits: Tensor, target: Tensor
+    ) -> list[Tensor | None]:
+        assert self.first_pass is not None
+        if not self.mode.freeze_random:
+            self._draws.number += 1
+        x = self.first_pass.args[0].detach()
+        shift = self._draws.shifts("labels", len(target), self._classes).to(target.device)
+        total: list[Tensor | None] = [None] * len(parameters)
+        for labels, sign in ((target, 1), ((target + shift) % self._classes, -1)):
+            with self._activations(self._marked(x, self._rows(labels, x))) as activations:
+                losses = torch.stack([self._loss(cut, activation, sign) for cut, activation in activations.items()])
+                gradients = torch.autograd.grad(losses.sum() * self.loss_factor, parameters, allow_unused=True)
+            total = [two if one is None else one if two is None else one + two
+                     for one, two in zip(total, gradients, strict=True)]
+        return total
+
+    def _loss(self, cut: str, activation: Tensor, sign: int) -> Tensor:
+        """The loss of one cut's activation for positive (1) or negative (-1) samples."""
+        goodness = activation.flatten(1).square().sum(1)
+        threshold = self._features[cut] if self.theta is None else self.theta
+        # softplus itself is rounded to a line above 20.
+        loss = -torch.nn.functional.logsigmoid(sign * (goodness - threshold)).mean() / 2
+        return loss + self.peer_norm * self._inequality(cut, activation) if sign == 1 and self.peer_norm else loss
+
+    def _rows(self, labels: Tensor, like: Tensor) -> Tensor:
+        return torch.nn.functional.one_hot(labels, self._classes).to(like.dtype)
+
+    @contextmanager
+    def _activations(self, x: Tensor) -> Iterator[dict[str, Tensor]]:
+        """A context with {cut: its activation for marked inputs}; nothing is differentiated beyond the previous cut."""
+        from fa_bench.mechanisms.second_pass import repeated
+
+        assert self.first_pass is not None
+        entering: dict[str, Tensor] = {}
+        found: dict[str, Tensor] = {}
+
+        def at_input(cut: str, tensor: Tensor) -> Tensor | None:
+            if not self.full_gradient or not self.is_nonlinearity(cut):
+                return None
+            entering[cut] = tensor
+            return tensor.detach().clone()  # the nonlinearity may work in place
+
+        def at_output(cut: str, tensor: Tensor) -> Tensor:
+            # The value of h with the derivative of what entered the nonlinearity.
+            found[cut] = tensor + entering[cut] - entering[cut].detach() if cut in entering else tensor
+            return _normalised(tensor.detach())
+
+        with repeated(self.model, self.mode, self.first_pass, (x, *self.first_pass.args[1:]),
+                      inputs={cut: lambda tensor, cut=cut: at_input(cut, tensor) for cut in self._cut_modules},
+                      outputs={cut: lambda tensor, cut=cut: at_output(cut, tensor) for cut in self._cut_modules}):
+            yield found
+
+    def _inequality(self, cut: str, activation: Tensor) -> Tensor:
+        """The mean of (m̄ - m)², with the running mean m updated by this batch."""
+        running = self.tensor(cut, "activity")
+        mean = running * _MOMENTUM + activation.flatten(1).mean(0) * (1 - _MOMENTUM)
+        if not self.mode.freeze_random:
+            running.copy_(mean.detach())
+        return (mean.mean() - mean).square().mean()
+
+    # -------------------------------------------------------------------------------------------- prediction
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        if self.prediction == "classifier":
+            return super().predict(*args, **kwargs)
+        from fa_bench.mechanisms.second_pass import FirstPass
+
+        x = args[0]
+        self.first_pass = FirstPass(self.name, self.model, args, kwargs)
+        scores = []
+        for label in range(self._classes):
+            row = self._rows(torch.full((1,), label, device=x.device), x)
+            with self._activations(self._marked(x, row)) as activations:
+                goodness = [activation.flatten(1).square().sum(1) for activation in activations.values()]
+            scores.append(sum(goodness[1:] or goodness))
+        self.first_pass = None
+        return torch.stack(scores, 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"draws": self._draws.state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._draws.load_state(state["draws"])
+
+
+def _normalised(x: Tensor) -> Tensor:
+    """Samples (N, ...) divided by the root mean square of their values."""
+    length = x.flatten(1).square().mean(1).sqrt() + _TINY
+    return x / length.view(-1, *[1] * (x.dim() - 1))

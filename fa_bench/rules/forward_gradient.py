@@ -1,0 +1,104 @@
+"""Forward gradients: learning from the derivative of the loss along noise."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.mechanisms.coverage import Coverage, Covered
+from fa_bench.mechanisms.cut.noise import NoisyCutRule
+from fa_bench.mechanisms.cut.rule import CapturedActivation
+from fa_bench.mechanisms.graph import leaves
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ALGORITHMS
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from fa_bench.mechanisms.trace import Trace
+
+#: Form in which weights are perturbed.
+WEIGHT = "weight"
+
+
+@ALGORITHMS.register("forward_gradient")
+@dataclasses.dataclass(eq=False)
+class ForwardGradient(NoisyCutRule):
+    """Forward gradients: noise times the derivative of the loss along it, from forward passes alone.
+
+    Baydin, Pearlmutter, Syme, Wood and Torr 2022, arXiv 2202.08587; the activation's form: Ren, Kornblith, Liao and Hinton 2023,
+    arXiv 2210.03310.
+
+    A further forward pass computes the derivative ż of the logits z along noise by forward-mode differentiation; with δ = ∂L/∂z
+    the derivative of the loss is δ · ż. There is no feedback, and no error passes back through a weight. `form` chooses what is
+    perturbed:
+
+    - activation: noise p_n, standard normal, at every cut, for every sample n:  d_n = Σ_c δ_nc ż_nc,  error at the cut = d_n p_n.
+      The derivatives from there down to the next weights are exact, and the output layer has its true gradient.
+    - weight: noise v, standard normal, for every trained parameter:  d = Σ_n Σ_c δ_nc ż_nc,  gradient = d v.  It needs no cuts.
+
+    Both are unbiased: their expectation is the true gradient. Their variance grows with the number of perturbed values P: the
+    cosine between one sample and the gradient is of the order 1/√P. Expect a floor for learning without a backward pass, not a
+    way to train deep nets. Samples have their own d_n in the activation's form, whose noise therefore averages over the batch.
+
+    Choices: all cuts are perturbed in one pass; Ren et al. have local losses, groups of neurons and a normalisation of their own,
+    which are not part of this rule. With positions, such as tokens, d_n is the sum over those of a sample. `tangents` chooses
+    central differences for operations without a forward-mode derivative, see `fdfa`. In the weight's form all data-parallel ranks
+    have the same noise, and train as one process does with the whole batch.
+    """
+
+    form: str = option("activation", "what is perturbed: the activations at cuts, or the weights", choices=["activation", WEIGHT])
+
+    @property
+    def learns_in_passes(self) -> bool:
+        return self.form == WEIGHT
+
+    def find_cuts(self, sample_input: Any) -> tuple[str, ...]:
+        return () if self.form == WEIGHT else super().find_cuts(sample_input)
+
+    def wire(self, sample_input: Any) -> Coverage:
+        coverage = super().wire(sample_input)
+        if self.form != WEIGHT:
+            return coverage
+        from fa_bench.mechanisms.weighted_layers import kind_of, weighted_layers
+
+        return Coverage(self.name, tuple(
+            Covered(path, kind_of(layer), tuple(layer.weight.shape), "is not needed: its gradient is noise times a derivative")
+            for path, layer in weighted_layers(self.model).items()
+        ), {})
+
+    def notes(self) -> tuple[str, ...]:
+        return () if self.form == WEIGHT else super().notes()
+
+    def transporting_layers(self) -> dict[str, Any]:
+        return {} if self.form == WEIGHT else super().transporting_layers()
+
+    def signal(self, cut: str, captured: CapturedActivation, broadcast: Tensor, target: Tensor | None) -> Tensor:
+        noise, tangent = self.noise_and_tangent()
+        derivative = (broadcast * tangent).flatten(1).sum(1)
+        return noise[cut] * derivative.view(-1, *[1] * (len(captured.shape) - 1)).to(noise[cut].dtype)
+
+    def trained_parameters(self, results: list[Tensor]) -> list[nn.Parameter]:
+        used = set().union(*(leaves(result.grad_fn) for result in results))
+        return [parameter for parameter in self.model.parameters() if id(parameter) in used]
+
+    def gradients(
+        self, parameters: list[nn.Parameter], activations: dict[str, Tensor], delta: Tensor, logits: Tensor,
+        target: Tensor,
+    ) -> list[Tensor | None]:
+        from fa_bench.mechanisms.tangents import output_tangent
+
+        assert self.first_pass is not None
+        self.next_draws()
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        noise = {parameter: self._draws.normal(names[id(parameter)], parameter.detach(), is_shared=True)
+                 for parameter in parameters}
+        derivative = (delta * output_tangent(self, self.first_pass, self.tangents, {}, noise)).sum()
+        return [tangent * derivative.to(tangent.dtype) for tangent in noise.values()]
+
+    def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """None: there is no feedback."""
+        return {}
+
+    def error_points(self, trace: Trace) -> dict[str, tuple[str, str]]:
+        return {} if self.form == WEIGHT else super().error_points(trace)

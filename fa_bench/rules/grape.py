@@ -1,0 +1,112 @@
+"""Gradient-aligned projected error."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.mechanisms.cut.jacobian import JacobianRule
+from fa_bench.mechanisms.cut.rule import CapturedActivation
+from fa_bench.mechanisms.feedback_options import init_option, positions_option, within_option
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ALGORITHMS
+from fa_bench.utils.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from fa_bench.mechanisms.coverage import Coverage
+
+#: Norms below this count as zero.
+_TINY = 1e-30
+
+
+@ALGORITHMS.register("grape")
+@dataclasses.dataclass(eq=False)
+class GrAPE(JacobianRule):
+    """Gradient-aligned projected error: direct feedback that turns towards the Jacobian, with anchor steps by backpropagation.
+
+    Caillon, Fagnou, Delattre and Allauzen, ICLR 2026, "Scaling Direct Feedback Learning with Jacobian Alignment Guarantees". No
+    code was found; the form below is that of the paper's description.
+
+    The error at a cut is δ B, as in direct feedback alignment, with δ = ∂L/∂z (N, C) and B (C, features of the cut). As in
+    `fdfa`, noise p at every cut and one forward pass with tangents give d (N, C), the derivative of the logits along the noise,
+    and Ĵ = mean over n of d_n ⊗ p_n, an estimate of the Jacobian ∂z/∂a. B steps down 1 - cos(B, Ĵ):
+
+        gradient of B = -(Ĵ / (‖B‖ ‖Ĵ‖) - cos(B, Ĵ) B / ‖B‖²).
+
+    It is orthogonal to B, so that B turns, and its norm only grows by the second order of the step. In every `anchor_period`-th
+    update, counted by ``rule.step()``, W learns by exact backpropagation instead: that transports weights, which coverage says,
+    and the record of a run counts these updates (``rule_counts``). ``anchor_period=0`` has none, ``anchor_period=1`` is `bp`. The
+    output layer has its true gradient.
+
+    A trap: in an earlier version of the paper (a submission of 2024, as a review describes it) B is multiplied by
+    1 - η (1 - cos), which shrinks B and can never turn it. That is another rule; this one is that of 2026.
+
+    Not checked against the paper: the period of the anchors, the initial values of B, its learning rate, and whether the cosine
+    is that of the mean over the batch, as here, or of every sample. Choices: B is normal with variance 1 / C (``b_init``), has
+    W's optimizer at `b_lr_scale` times its rate or one of its own, and learns in anchor updates, too. `tangents`, `within` and
+    `positions`, the scale of the gradient of B, and the noise of samples are as in `fdfa`.
+    """
+
+    search_space = {"b_lr_scale": "tag(log,interval(1e-2,100))"}
+
+    b_init: str = init_option("B", "normal_fan_out")
+    b_lr_scale: float = option(1.0, "learning rate of B relative to that of W, unless B has its own optimizer", minimum=0)
+    anchor_period: int = option(100, "updates from one by exact backpropagation to the next; 0: none", minimum=0)
+    within: str = within_option()
+    positions: str = positions_option()
+
+    def wire(self, sample_input: Any) -> Coverage:
+        self._steps = self._anchors = 0
+        coverage = super().wire(sample_input)
+        if not self.anchor_period:
+            return coverage
+        which = "every update" if self.anchor_period == 1 else f"one of {self.anchor_period} updates, by exact backpropagation"
+        return dataclasses.replace(coverage, transport=(*coverage.transport, f"in {which}"))
+
+    def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:
+        self.put_learned(features, classes, self.b_init)
+
+    def gradient_of(self, feedback: Tensor, estimate: Tensor) -> Tensor:
+        norm, length = feedback.norm().clamp_min(_TINY), estimate.norm().clamp_min(_TINY)
+        unit, direction = feedback / norm, estimate / length
+        return ((unit * direction).sum() * unit - direction) / norm
+
+    @property
+    def feedback_lr_scale(self) -> float:
+        return self.b_lr_scale
+
+    # -------------------------------------------------------------------------------------------- anchors
+    @property
+    def crosses(self) -> bool:
+        """Whether this pass belongs to an update by exact backpropagation."""
+        return self._is_anchor(self._steps) and not self.mode.freeze_random
+
+    def _is_anchor(self, step: int) -> bool:
+        return self.anchor_period > 0 and (step + 1) % self.anchor_period == 0
+
+    def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        super().begin_forward(model, args, kwargs)
+        if self.first_pass is not None and self.first_pass.note is None:  # not in a repetition of the pass
+            self.first_pass.note = self.crosses
+
+    def signal(self, cut: str, captured: CapturedActivation, broadcast: Tensor, target: Tensor | None) -> Tensor:
+        error = super().signal(cut, captured, broadcast, target)
+        # The error of backpropagation crosses the cut; nothing is added to it.
+        return torch.zeros_like(error) if self.first_pass is not None and self.first_pass.note else error
+
+    def step(self) -> None:
+        super().step()
+        self._anchors += self._is_anchor(self._steps)
+        self._steps += 1
+
+    def counts(self) -> dict[str, int]:
+        return {"updates_by_backpropagation": self._anchors}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "steps": self._steps, "anchors": self._anchors}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._steps, self._anchors = int(state["steps"]), int(state["anchors"])

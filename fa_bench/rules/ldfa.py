@@ -1,0 +1,79 @@
+"""Low-dimensional feedback alignment with a learned subspace."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.mechanisms.edge.pathways import BackwardContext, FeedbackPathway, feedback_gradient
+from fa_bench.mechanisms.edge.rule import LayerContext
+from fa_bench.mechanisms.edge.subspace import oja_gradient, orthonormalized
+from fa_bench.mechanisms.feedback_tensors import feedback_tensor
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ALGORITHMS
+from fa_bench.rules.pfa import ProductFeedback, SemiOrthogonalRule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class SubspaceFeedback(ProductFeedback):
+    """e_in = g B R with a learned R, and with a B that learns the principal subspace of g.
+
+    Args:
+        rate: a factor of the gradient of B.
+    """
+
+    learned = ("B", "R")
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+
+    def context(self, layer: Any, x: Tensor) -> BackwardContext:
+        context = super().context(layer, x)
+        gradient = functools.partial(oja_gradient, feedback_tensor(layer, "B"), getattr(layer, "groups", 1), self.rate)
+        return context._replace(gradients=(*context.gradients, *feedback_gradient(layer, "B", of_errors=gradient)))
+
+    def after_step(self, layer: Any) -> None:
+        if layer.learned["B"].tensor.requires_grad:
+            first = feedback_tensor(layer, "B")
+            first.copy_(orthonormalized(first, getattr(layer, "groups", 1)))
+
+
+@ALGORITHMS.register("ldfa")
+@dataclasses.dataclass(eq=False)
+class LDFA(SemiOrthogonalRule):
+    """Low-dimensional feedback: errors pass through a learned subspace of a few dimensions.
+
+    Hanut and Kadmon 2025 (arXiv 2502.20580), "Training Large Neural Networks With Low-Dimensional Error Feedback".
+
+        ē = g B,  e_in = ē R,  gradient of R = ēᵀ x                                         as in `pfa_o`
+        gradient of B = -``b_rate`` (C B - B Bᵀ C B),  C = Σ gᵀ g / ‖g‖ over samples and positions
+
+    B (O, r) has orthonormal columns, r = ``rank`` or, if that is less, O (in grouped convolutions for each group): P = Bᵀ
+    projects errors to r dimensions, and R (r, I, K...; ``r_init``) is Qᵀ of the paper's B = Q P. R follows Bᵀ W by Kolen-Pollack,
+    so that with decay B R approaches B Bᵀ W, at an angle of arccos(‖Bᵀ W‖ / ‖W‖) to W. B learns the principal subspace of the
+    errors by Oja's rule, and its columns are made orthonormal again after every update. Layers with at most ``rank`` outputs keep
+    their B, and with ``b_rate=0`` all do: the subspace is then random, as in `pfa_o` with a ratio below 1.
+
+    The equations are derived, not checked against the paper, whose rules for the subspace and whose settings are unknown here:
+    no result is a reproduction. Choices: errors are weighted by 1/‖g‖ in C, so that the gradient of B is proportional to the loss
+    and a sum over samples, as all others are, in accumulation, with gradient scalers and in data-parallel training; for errors
+    with an elliptical distribution the subspace is the same. B and R are trained by W's optimizer, at its rate; orthonormal
+    columns keep decay and large rates from changing the size of B. Under Adam and Muon ``b_rate`` has no effect unless it is 0.
+    """
+
+    search_space = {"rank": "choice(5,10,32)", "b_rate": "tag(log,interval(1e-2,10))"}
+
+    rank: int = option(10, "r: dimensions of the errors that are passed on", minimum=1)
+    b_rate: float = option(1.0, "factor of the gradient of B; 0: B keeps its initial value", minimum=0)
+
+    def between(self, outputs: int) -> int:
+        return min(self.rank, outputs)
+
+    def pathway(self, layer: LayerContext) -> FeedbackPathway:
+        pathway = super().pathway(layer)
+        rows, columns = feedback_tensor(layer.module, "B").shape
+        is_whole = rows == columns * getattr(layer.module, "groups", 1)  # there is nothing to choose
+        return pathway if is_whole or not self.b_rate else SubspaceFeedback(self.b_rate)

@@ -1,0 +1,108 @@
+"""Node perturbation."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.mechanisms.coverage import noise_note
+from fa_bench.mechanisms.cut.rule import CapturedActivation, CutRule
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ALGORITHMS
+from fa_bench.utils.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@ALGORITHMS.register("node_perturbation")
+@dataclasses.dataclass(eq=False)
+class NodePerturbation(CutRule):
+    """Node perturbation: errors estimated from the effect of noise on the loss.
+
+    With standard normal noise ξ, times `sigma` (σ), at every hidden activation and at the logits z, and the loss L±
+    of each sample n in two further forward passes, in which ±σξ is added there, the error at an activation is
+
+        d_n ξ_n / N,    d_n = (L⁺_n - L⁻_n) / 2σ,
+
+    an unbiased estimate of ∂L/∂a up to O(σ²), and an exact directional derivative if L is quadratic. Dalm, van Gerven and Ahmad,
+    arXiv 2310.00965, describe the principle (its text was not checked); the two-sided difference is a choice. Its variance grows
+    with the number of perturbed values P: the expected cosine to the true error falls like 1/√P, so that this rule is a floor for
+    learning without feedback, not a competitor in wide nets.
+
+    No weight carries an error. Each layer's weight and bias learn by its activation's error and the layer's own derivatives,
+    those of its nonlinearity included. With ``perturb_output=false`` the output layer learns by its true gradient.
+
+    Dropout masks are the same in all three passes. Batch normalisation uses the statistics of each pass's batch, noise included,
+    and updates the running ones in the first pass. Every update draws new noise, which depends on the seed and the number of the
+    update. Multiplications: two further forward passes.
+
+    Not implemented: normalisation by the realised change of activity, and decorrelated inputs, which the authors add.
+    """
+
+    search_space = {"sigma": "tag(log,interval(1e-4,1))"}
+
+    sigma: float = option(1e-3, "standard deviation of the noise", above=0)
+    perturb_output: bool = option(True, "perturb the logits, too; otherwise the output layer learns by its true gradient")
+
+    repeats = True
+    scales = True
+    takes_numbers = True
+
+    @property
+    def needs_target(self) -> bool:
+        return True
+
+    def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:
+        from fa_bench.mechanisms.second_pass import Draws
+
+        self._draws = Draws(self.seed)
+        self._noise: dict[str, Tensor] = {}
+
+    def broadcast(self, delta: Tensor, target: Tensor | None) -> Tensor:
+        """d_n / N times the scale of the loss, (N,)."""
+        assert target is not None
+        if not self.mode.freeze_random:
+            self._draws.number += 1
+        self._noise = {}
+        with torch.no_grad():
+            slopes = (self._losses(self.sigma, target) - self._losses(-self.sigma, target)) / (2 * self.sigma)
+        self._slopes = slopes * (self.loss_factor / max(len(slopes), 1))
+        return self._slopes
+
+    def _losses(self, size: float, target: Tensor) -> Tensor:
+        """The loss of each sample, (N,), with the noise times `size` added."""
+        from fa_bench.mechanisms.second_pass import again
+
+        def perturbed(name: str, tensor: Tensor) -> Tensor:
+            if name not in self._noise:
+                self._noise[name] = self._draws.normal(name, tensor)
+            return tensor.add(self._noise[name], alpha=size)
+
+        assert self.first_pass is not None
+        changes = {cut: lambda tensor, cut=cut: perturbed(cut, tensor) for cut in self._cut_modules}
+        logits = self.logits_of(again(self.model, self.mode, self.first_pass, outputs=changes))
+        if self.perturb_output:
+            logits = perturbed("", logits)
+        return self.objective.loss(logits.to(torch.promote_types(logits.dtype, torch.float32)), target, "none")
+
+    def signal(self, cut: str, captured: CapturedActivation, broadcast: Tensor, target: Tensor | None) -> Tensor:
+        return _by_sample(self._noise.pop(cut), broadcast)
+
+    def output_error(self, delta: Tensor) -> Tensor:
+        return _by_sample(self._noise.pop("").to(delta.dtype), self._slopes) if self.perturb_output else delta
+
+    def notes(self) -> tuple[str, ...]:
+        return (noise_note(),)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"draws": self._draws.state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._draws.load_state(state["draws"])
+
+
+def _by_sample(noise: Tensor, factors: Tensor) -> Tensor:
+    """Noise (N, ...) times a factor for each sample."""
+    return noise * factors.to(noise.dtype).view(-1, *[1] * (noise.dim() - 1))

@@ -1,0 +1,193 @@
+"""Feedback learned by node perturbation."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.errors import CoverageError, StateError
+from fa_bench.mechanisms.coverage import noise_note
+from fa_bench.mechanisms.edge.pathways import BackwardContext, FeedbackPathway, LearnedFeedback, feedback_gradient
+from fa_bench.mechanisms.edge.rule import LayerContext, RandomFeedbackRule
+from fa_bench.mechanisms.loss_scale import is_unscaled, measured_scale
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ALGORITHMS
+from fa_bench.utils.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from fa_bench.mechanisms.coverage import Coverage
+    from fa_bench.mechanisms.second_pass import FirstPass
+
+
+class Regression:
+    """What one training pass needs to learn feedback from noise.
+
+    Attributes:
+        noise: layer -> the noise at its input in each of its calls.
+        slopes: the effect of the noise on each sample's loss, (N,); None before the backward pass.
+        scale: N over the scale of the loss.
+        calls: layer -> its calls in the first pass so far.
+    """
+
+    def __init__(self) -> None:
+        self.noise: dict[str, list[Tensor]] = {}
+        self.slopes: Tensor | None = None
+        self.scale = 1.0
+        self.calls: dict[str, int] = {}
+
+    def target(self, layer: Any, call: int, rule: str) -> Tensor:
+        """Minus the estimate of each sample's error at the layer's input, in the shape of the input."""
+        from fa_bench.mechanisms.weighted_layers import sample_axis
+
+        if self.slopes is None:
+            raise StateError(f"rule '{rule}' learns its feedback from the labels: call rule.backward(loss, logits, target)")
+        noise = self.noise[layer.path][call]
+        shape = [1] * noise.dim()
+        shape[sample_axis(layer, noise.dim())] = -1
+        return noise * -self.slopes.to(noise.dtype).view(shape)
+
+
+class RegressedFeedback(LearnedFeedback):
+    """e_in = g B, where B learns the errors that noise reveals.
+
+    Args:
+        rule: the rule, attached.
+    """
+
+    description = "B, which learns from noise"
+    follows = None
+
+    def __init__(self, rule: NPFeedback) -> None:
+        self.rule = rule
+
+    def context(self, layer: Any, x: Tensor) -> BackwardContext:
+        regression, rule = self.rule.regression, self.rule.name
+        call = regression.calls.get(layer.path, 0)
+        regression.calls[layer.path] = call + 1
+        how = feedback_gradient(layer, "B", activation=lambda: regression.target(layer, call, rule))
+        return BackwardContext(layer.learned["B"].tensor, gradients=tuple(
+            one._replace(error_scale=lambda: regression.scale) for one in how))
+
+
+@ALGORITHMS.register("np_feedback")
+@dataclasses.dataclass(eq=False)
+class NPFeedback(RandomFeedbackRule):
+    """Feedback alignment whose feedback learns from node perturbation.
+
+    Lansdell, Prakash and Kording 2020, arXiv 1906.00889; official code.
+
+    e_in = g B; W and b learn by this error, as in feedback alignment. B learns to predict the errors that noise reveals: with ξ
+    standard normal noise at the input of every layer, σ the option `sigma`, and L± the loss of each sample n in two further
+    forward passes with ±σξ added there,
+
+        d_n = (L⁺_n - L⁻_n) / 2σ,    gradient of B = 1/N Σ_n ĝ_nᵀ (ĝ_n B - d_n ξ_n),
+
+    where ĝ_n, N times g, is the error of sample n at the layer's output. d ξ is an unbiased estimate of ∂L_n/∂x up to O(σ²), so
+    that in a linear net B learns W. B has its own learning rate, `b_lr_scale` times that of W (0: feedback alignment), or an
+    optimizer of its own; the authors use plain SGD for it.
+
+    Deviations from the code: a two-sided difference in place of noisy minus clean; the mean over the batch in place of the sum;
+    any loss and nonlinearity, where the code has squared errors and sigmoids; B is sampled by `b_init` and ``linear_b_init``,
+    where the code has N(0, 2/fan) for weights and feedback alike. The first layer's B carries no error, but is trained all the
+    same.
+
+    Dropout masks are the same in all three passes; batch normalisation uses each pass's own statistics, and updates the running
+    ones with those of the first pass. Multiplications: two further forward passes, and the gradient of B.
+    """
+
+    search_space = {"sigma": "tag(log,interval(1e-4,1))", "b_lr_scale": "tag(log,interval(1e-3,10))"}
+
+    sigma: float = option(1e-2, "standard deviation of the noise", above=0)
+    b_lr_scale: float = option(1.0, "learning rate of B relative to that of W, unless B has its own optimizer", minimum=0)
+
+    repeats = True
+
+    def wire(self, sample_input: Any) -> Coverage:
+        from fa_bench.mechanisms.second_pass import Draws
+
+        self._draws, self.regression = Draws(self.seed), Regression()
+        self._pending: list[tuple[FirstPass, Regression]] = []
+        return super().wire(sample_input)
+
+    def pathway(self, layer: LayerContext) -> FeedbackPathway:
+        self.put_feedback(layer)
+        return RegressedFeedback(self)
+
+    @property
+    def feedback_lr_scale(self) -> float:
+        return self.b_lr_scale
+
+    def notes(self) -> tuple[str, ...]:
+        return (noise_note(),)
+
+    # -------------------------------------------------------------------------------------------- every pass
+    def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        self.first_pass = None
+        super().begin_forward(model, args, kwargs)
+        if self.first_pass is not None:
+            self.regression = Regression()
+
+    def end_forward(self, model: nn.Module, args: Any, output: Any) -> Any:
+        changed = super().end_forward(model, args, output)
+        if self.first_pass is not None and output is not None:
+            self.first_pass.remember(output)
+            # Passes whose outputs have been freed can no longer be learned from.
+            self._pending = [pair for pair in self._pending if pair[0].is_alive] + [(self.first_pass, self.regression)]
+            self.first_pass = None
+        return changed
+
+    def deliver(
+        self, loss: Tensor, logits: Tensor | None, target: Tensor | None, loss_scale: float | None = None
+    ) -> None:
+        if logits is None or target is None:
+            raise ValueError(f"rule '{self.name}' learns its feedback from the labels: call rule.backward(loss, logits, target)")
+        found = [pair for pair in self._pending if pair[0].name_of(logits) is not None]
+        if len(found) != 1:
+            raise CoverageError(f"rule '{self.name}' needs logits of one training pass of the model: call rule.backward for each "
+                                f"forward pass, with its output (activation checkpointing needs use_reentrant=False)")
+        self._pending.remove(found[0])
+        first, regression = found[0]
+        output = first.name_of(logits)
+        if loss_scale is None:
+            loss_scale = self._measured_scale(loss, logits, target)
+        if not self.mode.freeze_random:
+            self._draws.number += 1
+            plus, minus = (self._losses(first, output, regression, size, target) for size in (self.sigma, -self.sigma))
+            regression.slopes = (plus - minus) / (2 * self.sigma)
+            regression.scale = len(logits) / loss_scale if loss_scale else 0.0
+        loss.backward()
+
+    def _measured_scale(self, loss: Tensor, logits: Tensor, target: Tensor) -> float:
+        if is_unscaled(loss, target):
+            return 1.0
+        delta = torch.autograd.grad(loss, logits, retain_graph=True)[0]
+        return measured_scale(self.name, delta, logits.detach(), target, 1.0, self.objective)
+
+    def _losses(
+        self, first: FirstPass, output: str | None, regression: Regression, size: float, target: Tensor
+    ) -> Tensor:
+        """The loss of each sample, (N,), with the noise times `size` at the inputs of all layers."""
+        from fa_bench.mechanisms.second_pass import again
+        from fa_bench.mechanisms.trace import loss_output
+
+        noise, calls = regression.noise, dict.fromkeys(self._layers, 0)
+
+        def perturbed(path: str, tensor: Tensor) -> Tensor:
+            call, calls[path] = calls[path], calls[path] + 1
+            known = noise.setdefault(path, [])
+            if call == len(known):
+                known.append(self._draws.normal(f"{path} {call}", tensor))
+            return tensor.add(known[call], alpha=size)
+
+        changes = {path: lambda tensor, path=path: perturbed(path, tensor) for path in self._layers}
+        logits = loss_output(again(self.model, self.mode, first, inputs=changes), output)
+        return self.objective.loss(logits.to(torch.promote_types(logits.dtype, torch.float32)), target, "none")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "draws": self._draws.state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._draws.load_state(state["draws"])

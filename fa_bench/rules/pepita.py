@@ -1,0 +1,118 @@
+"""PEPITA."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.errors import CoverageError
+from fa_bench.mechanisms.cut.passes import PassRule
+from fa_bench.mechanisms.feedback_options import init_option
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ALGORITHMS
+from fa_bench.utils.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from fa_bench.mechanisms.coverage import Coverage
+
+
+@ALGORITHMS.register("pepita")
+@dataclasses.dataclass(eq=False)
+class Pepita(PassRule):
+    """PEPITA: a second forward pass with an input that the error modulates.
+
+    Dellaferrera and Kreiman 2022, arXiv 2201.11665; the form is that of the authors' code.
+
+    The first pass gives the activations h_l and the error e = softmax(z) - y (N, C) of each sample; for other objectives, N times
+    the gradient of their mean loss at the logits. The second pass has the input x' = x + e F, with F (C, features of the input)
+    fixed and random, and gives h'_l and the logits' error e' = softmax(z') - y. With h'_0 = x',
+
+        gradient of W_l = (h_l - h'_l)ᵀ h'_{l-1} / N,    gradient of the output layer = e'ᵀ h'_{L-1} / N.
+
+    No error passes through a weight, and the derivatives of the hidden nonlinearities are not used: the difference h - h' is the
+    error in front of the nonlinearity. F is Kaiming-uniform (`f_init`), here within ±√(6/features), times `f_scale`. If the first
+    layer is linear, h_1 - h'_1 = -W_1 F e: the rule is direct feedback alignment with the feedback -(W_1 F)ᵀ there (Srinivasan
+    et al. 2023, arXiv 2302.05440), and descends if -F aligns with the product of the weights. With ``f_scale=0`` only the output
+    layer learns.
+
+    Deviations from the paper and its code: layers may have biases and normalisation, which learn by the same errors, through
+    everything between the previous cut and the nonlinearity; the gradient of a convolution is the sum over positions, where the
+    code averages over positions and a second time over the batch. At a cut that is no nonlinearity, such as a block, h - h' is
+    the error at its output; a cut at a pooling stands for the nonlinearity before it.
+
+    Dropout masks are the same in both passes. Batch normalisation uses each pass's own statistics, and updates the running ones
+    with those of the first pass. The first pass is not differentiated. Multiplications: a further forward pass, and half a
+    backward pass for the weights.
+    """
+
+    search_space = {"f_scale": "tag(log,interval(0.005,0.5))"}
+
+    f_init: str = init_option("F", "kaiming_uniform")
+    f_scale: float = option(0.05, "factor of F", minimum=0)
+
+    skips_nonlinearities = True
+
+    takes_numbers = True
+
+    def wire(self, sample_input: Any) -> Coverage:
+        from fa_bench.mechanisms.trace import arguments
+
+        coverage = super().wire(sample_input)
+        first = next(iter(self._covered.values()))
+        args = arguments(sample_input).args if sample_input is not None else (first.weight.new_zeros(2, first.weight.shape[1]),)
+        if not args or not isinstance(args[0], torch.Tensor) or not args[0].is_floating_point():
+            raise CoverageError(f"rule '{self.name}' adds a projection of the error to the model's first argument, which must be "
+                                f"a tensor of numbers (N, ...)")
+        if self.error_dims != 2:
+            raise CoverageError(f"rule '{self.name}' needs outputs of shape (N, C), not {self._trace.result_shape}")
+        classes = self._trace.result_shape[self.error_axis]
+        self.put(self._first_cut, "F", self.f_init, (classes, math.prod(args[0].shape[1:])))
+        self.tensor(self._first_cut, "F").mul_(self.f_scale)
+        return coverage
+
+    @property
+    def _first_cut(self) -> str:
+        return next(iter(self._cut_modules))
+
+    def gradients(
+        self, parameters: list[nn.Parameter], activations: dict[str, Tensor], delta: Tensor, logits: Tensor, target: Tensor
+    ) -> list[Tensor | None]:
+        from fa_bench.mechanisms.second_pass import repeated
+
+        assert self.first_pass is not None
+        before: dict[str, Tensor] = {}
+        differences: dict[str, Tensor] = {}
+        share = self.loss_factor / max(len(logits), 1)
+
+        def at_input(cut: str, tensor: Tensor) -> Tensor | None:
+            if not self.is_nonlinearity(cut):
+                return None
+            before[cut] = tensor
+            return tensor.detach().clone()  # the nonlinearity may work in place
+
+        def at_output(cut: str, tensor: Tensor) -> Tensor:
+            before.setdefault(cut, tensor)
+            differences[cut] = (activations[cut] - tensor.detach()) * share
+            return tensor.detach()
+
+        x, *others = self.first_pass.args
+        feedback = self.tensor(self._first_cut, "F")
+        errors = (self._error(logits, target) * len(logits)).to(feedback.dtype).mm(feedback)
+        with repeated(
+            self.model, self.mode, self.first_pass, (x + errors.view(x.shape).to(x.dtype), *others),
+            inputs={cut: lambda tensor, cut=cut: at_input(cut, tensor) for cut in activations},
+            outputs={cut: lambda tensor, cut=cut: at_output(cut, tensor) for cut in activations},
+        ) as result:
+            last = self.logits_of(result)
+            output_error = (self._error(last, target) * self.loss_factor).to(last.dtype)
+            ends = [last, *(before[cut] for cut in activations)]
+            errors_at_ends = [output_error, *(differences[cut] for cut in activations)]
+            return list(torch.autograd.grad(ends, parameters, errors_at_ends, allow_unused=True))
+
+    def _error(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The gradient of the objective's mean loss at the logits, (N, C)."""
+        wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).requires_grad_()
+        return torch.autograd.grad(self.objective.loss(wide, target), wide)[0]

@@ -1,0 +1,109 @@
+"""Weight perturbation."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.mechanisms.coverage import Coverage, Covered
+from fa_bench.mechanisms.cut.passes import PassRule
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ALGORITHMS
+from fa_bench.utils.lazy import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor, nn
+
+
+@ALGORITHMS.register("weight_perturbation")
+@dataclasses.dataclass(eq=False)
+class WeightPerturbation(PassRule):
+    """Weight perturbation: gradients estimated from the effect of noise in all weights on the loss.
+
+    The two-sided estimate of simultaneous perturbation (SPSA, Spall 1992), as in MeZO (Malladi et al. 2023, arXiv 2305.17333,
+    official code). With v standard normal, of the shape of all trained parameters θ together, ε the option `epsilon`, and L the
+    loss of the batch,
+
+        gradient of θ = c v,    c = (L(θ + εv) - L(θ - εv)) / 2ε,
+
+    an unbiased estimate of the gradient up to O(ε²), and exact along v if L is quadratic. The expected cosine to the true
+    gradient falls like 1/√P with the number P of parameters: a floor for learning without any backward pass. Users of MeZO
+    report that it does not train CIFAR-10 from scratch.
+
+    θ are all parameters that require gradients, also those that do not affect the loss: their estimate is noise around zero.
+    v is not stored: it is drawn again for each of its uses from the seed and the number of the update. It is the same in all
+    processes of a data-parallel run, whose gradients then are those of one process with the whole batch. Every micro-batch has
+    its own v. The weights are restored exactly. Multiplications: two further forward passes, and no backward pass.
+
+    Dropout masks are the same in all passes. Batch normalisation uses each pass's own statistics, and updates the running ones
+    with those of the first pass.
+    """
+
+    search_space = {"epsilon": "tag(log,interval(1e-4,1e-1))"}
+
+    cuts: list[str] | None = dataclasses.field(default=None, init=False)
+    epsilon: float = option(1e-3, "size of the perturbation", above=0)
+
+    takes_numbers = True
+
+    def wire(self, sample_input: Any) -> Coverage:
+        from fa_bench.mechanisms.cut.capture import Capture
+        from fa_bench.mechanisms.cut.cut_points import check_cuts
+        from fa_bench.mechanisms.cut.delivery import Delivery
+        from fa_bench.mechanisms.cut.positions import class_axis
+        from fa_bench.mechanisms.second_pass import Draws
+        from fa_bench.mechanisms.weighted_layers import kind_of, weighted_layers
+
+        self._cut_modules, self._layouts, self._draws = {}, {}, Draws(self.seed)
+        trace = self.trace(sample_input)
+        check_cuts(self, trace, ())
+        self._trace, self._covered = trace, weighted_layers(self.model)
+        self.error_axis, self.error_dims = class_axis(trace.result_shape), len(trace.result_shape)
+        self._capture, self._delivery = Capture(self, {}, trace, {}), Delivery(self)
+        return Coverage(self.name, tuple(
+            Covered(path, kind_of(layer), tuple(layer.weight.shape), "is not needed: its gradient comes from perturbed losses")
+            for path, layer in self._covered.items()), {})
+
+    def transporting_layers(self) -> dict[str, Any]:
+        return {}
+
+    def trained_parameters(self, results: list[Tensor]) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def gradients(
+        self, parameters: list[nn.Parameter], activations: dict[str, Tensor], delta: Tensor, logits: Tensor, target: Tensor
+    ) -> list[Tensor | None]:
+        if not self.mode.freeze_random:
+            self._draws.number += 1
+        with torch.no_grad():
+            kept = [parameter.clone() for parameter in parameters]
+            try:
+                plus, minus = (self._loss(parameters, kept, size, target) for size in (self.epsilon, -self.epsilon))
+            finally:
+                for parameter, value in zip(parameters, kept, strict=True):
+                    parameter.data.copy_(value)  # not counted as a change: the value is the one that others have seen
+            slope = (plus - minus) / (2 * self.epsilon) * self.loss_factor
+            return [noise.mul_(slope.to(noise.dtype)) for noise in self._noise(parameters)]
+
+    def _noise(self, parameters: list[nn.Parameter]) -> Iterator[Tensor]:
+        return (self._draws.normal(str(number), parameter, is_shared=True) for number, parameter in enumerate(parameters))
+
+    def _loss(self, parameters: list[nn.Parameter], kept: list[Tensor], size: float, target: Tensor) -> Tensor:
+        """The loss with v times `size` added to the parameters."""
+        from fa_bench.mechanisms.cut.positions import mean_loss
+        from fa_bench.mechanisms.second_pass import again
+
+        assert self.first_pass is not None
+        for parameter, value, noise in zip(parameters, kept, self._noise(parameters), strict=True):
+            parameter.data.copy_(value).add_(noise, alpha=size)
+        logits = self.logits_of(again(self.model, self.mode, self.first_pass))
+        return mean_loss(self.objective, logits.to(torch.promote_types(logits.dtype, torch.float32)), target)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"draws": self._draws.state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._draws.load_state(state["draws"])

@@ -1,0 +1,146 @@
+"""grape: how B turns, anchor updates by backpropagation, their count, and what they leave alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fa_bench
+from fa_bench.metrics.meter import AlignmentMeter
+from fa_bench.rules.grape import GrAPE
+
+from . import nets
+from .helpers import assert_bitwise, bp_grads, restore, rule_grads, state_of, weights
+
+
+def attached(name: str = "grape", **options: Any) -> tuple[nn.Module, Any, Tensor, Tensor]:
+    model, (x, y) = nets.mlp(), nets.batch("mlp")
+    return model, fa_bench.attach(model, name, seed=0, sample_input=x, cuts=["act1", "act2"], **options), x, y
+
+
+def train(model: nn.Module, rule: Any, steps: int, feedback_lr: float = 0.1) -> list[tuple[dict, dict]]:
+    """The gradients of the weights in every step, and the exact ones."""
+    groups = [{"params": rule.weight_parameters(), "lr": 0.1}, {"params": rule.feedback_parameters(), "lr": feedback_lr}]
+    optimizer = torch.optim.SGD([group for group in groups if group["params"]])
+    found = []
+    for step in range(steps):
+        x, y = nets.batch("mlp", seed=step)
+        with rule.exact():
+            exact = rule_grads(model, rule, x, y)
+        found.append((rule_grads(model, rule, x, y), exact))
+        optimizer.step()
+        rule.step()
+        for parameter in rule.feedback_parameters():
+            parameter.grad = None
+    return found
+
+
+def test_the_gradient_is_that_of_the_cosine_and_orthogonal_to_b() -> None:
+    """So that B turns and keeps its norm: the form of 2024, which scales B, is the opposite."""
+    rule, generator = GrAPE(), torch.Generator().manual_seed(0)
+    b, estimate = (torch.randn(3, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    leaf = b.clone().requires_grad_(True)
+    want, = torch.autograd.grad(1 - F.cosine_similarity(leaf.flatten(), estimate.flatten(), dim=0), leaf)
+    got = rule.gradient_of(b, estimate)
+    assert torch.allclose(got, want, rtol=1e-12) and abs((got * b).sum()) < 1e-14 * got.norm() * b.norm()
+    assert torch.allclose(rule.gradient_of(b, 7 * estimate), got)
+    assert not rule.gradient_of(b, torch.zeros_like(b)).any()
+
+
+def test_towards_a_fixed_jacobian_b_turns_all_the_way() -> None:
+    rule, generator = GrAPE(), torch.Generator().manual_seed(0)
+    b, jacobian = (torch.randn(3, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    start, before = b.clone(), F.cosine_similarity(b.flatten(), jacobian.flatten(), dim=0)
+    for _ in range(3000):
+        b -= 0.05 * rule.gradient_of(b, jacobian)
+    assert before < 0.5 and F.cosine_similarity(b.flatten(), jacobian.flatten(), dim=0) > 0.999
+    assert 1 < b.norm() / start.norm() < 1.05
+
+
+def test_anchors_are_updates_by_backpropagation() -> None:
+    """Every third one; the others are not. They are counted, and the count is part of the state."""
+    model, rule, *_ = attached(anchor_period=3)
+    for step, (got, exact) in enumerate(train(model, rule, 7)):
+        assert torch.equal(got["fc1.weight"], exact["fc1.weight"]) == (step in (2, 5))
+        assert torch.equal(got["fc3.weight"], exact["fc3.weight"])
+    assert rule.counts() == {"updates_by_backpropagation": 2}
+    assert rule.state_dict() == {"draws": {"seed": 0, "number": 7}, "steps": 7, "anchors": 2}
+    fresh = attached(anchor_period=3)[1]
+    fresh.load_state_dict(rule.state_dict())
+    assert fresh.state_dict() == rule.state_dict() and fresh.counts() == rule.counts()
+
+
+def test_period_one_is_backpropagation() -> None:
+    """Bit for bit over five steps, though B learns."""
+    (one, rule, *_), (two, bp, *_) = attached(anchor_period=1), attached()
+    bp.detach()
+    bp = fa_bench.attach(two, "bp", seed=0)
+    before = rule.feedback["act1"]["B"].detach().clone()
+    train(one, rule, 5)
+    train(two, bp, 5)
+    assert_bitwise(weights(one), weights(two))
+    assert not torch.equal(rule.feedback["act1"]["B"], before) and rule.counts() == {"updates_by_backpropagation": 5}
+
+
+def test_without_anchors_and_learning_it_is_direct_feedback_alignment() -> None:
+    (one, rule, *_), (two, dfa, *_) = attached(anchor_period=0, b_lr_scale=0.0), attached(name="dfa", b_init="normal_fan_out")
+    assert all(torch.equal(rule.feedback[cut]["B"], dfa.feedback[cut]["B"]) for cut in ("act1", "act2"))
+    train(one, rule, 5, feedback_lr=0.0)
+    train(two, dfa, 5)
+    assert_bitwise(weights(one), weights(two))
+    assert rule.counts() == {"updates_by_backpropagation": 0}
+
+
+def test_all_micro_batches_of_an_anchor_are_exact() -> None:
+    """Also with evaluations, and passes that are not used, in between."""
+    model, rule, x, y = attached(anchor_period=1)
+    other = nets.batch("mlp", seed=1)
+    want = [bp_grads(nets.mlp(), *batch) for batch in ((x, y), other)]
+    logits = model(x)
+    model(other[0])
+    with torch.no_grad():
+        model.eval()(x)
+    model.train()
+    rule.backward(F.cross_entropy(logits, y), logits, y)
+    logits = model(other[0])
+    rule.backward(F.cross_entropy(logits, other[1]), logits, other[1])
+    for name, parameter in weights(model).items():
+        assert torch.equal(parameter.grad, want[0][name] + want[1][name])
+
+
+def test_a_pass_belongs_to_the_update_in_which_it_ran() -> None:
+    """Nothing is added to the exact error of an anchor, even if its backward pass comes after the update."""
+    model, rule, x, y = attached(anchor_period=1)
+    logits = model(x)
+    rule.anchor_period = 0
+    rule.backward(F.cross_entropy(logits, y), logits, y)
+    exact = bp_grads(nets.mlp(), x, y)
+    assert torch.equal(model.get_parameter("fc1.weight").grad, exact["fc1.weight"])
+
+
+def test_measuring_sees_the_rule_and_not_the_anchor() -> None:
+    model, rule, x, y = attached(anchor_period=1)
+    state = state_of(rule)
+    values = AlignmentMeter(rule, x, y).measure()
+    assert values["delta_angle"]["fc1"] > 5 and rule.state_dict() == state[0]
+    restore(rule, state)
+    assert_bitwise(rule_grads(model, rule, x, y), bp_grads(nets.mlp(), x, y))
+
+
+@pytest.mark.parametrize(("period", "where"), [
+    (0, ()), (1, ("in every update",)), (50, ("in one of 50 updates, by exact backpropagation",))])
+def test_coverage_says_how_often_weights_are_transported(period: int, where: tuple[str, ...]) -> None:
+    _, rule, *_ = attached(anchor_period=period)
+    assert rule.coverage.transport == where
+    assert "its own noise" in str(rule.coverage)
+    assert ("Weight transport" in str(rule.coverage)) == (period > 0)
+
+
+def test_options() -> None:
+    rule = attached(b_lr_scale=0.3, b_init="zeros")[1]
+    assert rule.feedback_lr_scale == 0.3 and not rule.feedback["act1"]["B"].any()
+    assert attached()[1].feedback_lr_scale == 1.0

@@ -1,0 +1,457 @@
+"""Rules that run the model again: what their papers say of them, what they leave as it was, and how they are called."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fa_bench
+from fa_bench.errors import CoverageError
+from fa_bench.mechanisms.second_pass import Draws
+from fa_bench.objectives.mse import MSE
+
+RULES = ["node_perturbation", "weight_perturbation", "np_feedback", "pepita", "forward_forward"]
+NOISY = ["node_perturbation", "weight_perturbation", "np_feedback", "forward_forward"]
+
+
+def mlp(*widths: int, activation: Any = nn.ReLU, bias: bool = True) -> nn.Sequential:
+    """6-widths-3, in double precision, with the activations as cuts."""
+    layers: list[nn.Module] = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        for inputs, outputs in zip((6, *widths), (*widths, 3), strict=True):
+            layers += [nn.Linear(inputs, outputs, bias=bias), activation()]
+    model = nn.Sequential(*layers[:-1]).double()
+    model.cut_points = [str(number) for number in range(1, len(model), 2)]  # type: ignore[assignment]
+    return model
+
+
+def batch(size: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(size, 6, generator=generator, dtype=torch.float64), torch.randint(3, (size,), generator=generator)
+
+
+X, Y = batch()
+
+
+def learn(rule: Any, x: Tensor = X, y: Tensor = Y) -> dict[str, Tensor]:
+    """The gradients of one pass."""
+    model = rule.model
+    model.zero_grad()
+    logits = model(x)
+    rule.backward(rule.objective.loss(logits, y), logits, y)
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def exact(model: nn.Module, x: Tensor = X, y: Tensor = Y, objective: Any = None) -> dict[str, Tensor]:
+    plain = copy.deepcopy(model)
+    plain.zero_grad()
+    (objective.loss if objective else F.cross_entropy)(plain(x), y).backward()
+    return {name: parameter.grad for name, parameter in plain.named_parameters() if parameter.grad is not None}
+
+
+def noise_at(place: str, unit: int, length: float = 1.0) -> Any:
+    """In place of `Draws.normal`: one unit's value at one place, the same for all samples."""
+    def normal(draws: Draws, name: str, like: Tensor, is_shared: bool = False) -> Tensor:
+        noise = torch.zeros_like(like)
+        if name == place:
+            noise[:, unit] = length
+        return noise
+
+    return normal
+
+
+def cosine(one: Tensor, two: Tensor) -> float:
+    return F.cosine_similarity(one.flatten(), two.flatten(), dim=0).item()
+
+
+# ------------------------------------------------------------------------------------------------ all of them
+@pytest.mark.parametrize("name", RULES)
+def test_running_statistics_are_those_of_one_pass_and_masks_are_drawn_once(name: str) -> None:
+    """Were the masks of the passes different, the noise's effect would drown in theirs; the random state shows one pass."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+    rule = fa_bench.attach(model, name, cuts=["2"]) if name not in ("weight_perturbation", "np_feedback") else fa_bench.attach(
+        model, name)
+    twin = copy.deepcopy(model)
+    fa_bench.attached_rule(twin).detach()  # type: ignore[union-attr]
+    torch.manual_seed(4)
+    learn(rule)
+    state = torch.get_rng_state()
+    torch.manual_seed(4)
+    if name == "forward_forward":  # its first pass has the neutral image
+        twin[0].register_forward_pre_hook(lambda module, args: (rule._marked(X, X.new_full((1, 3), 1 / 3)),))
+    twin(X)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model[1].num_batches_tracked == 1
+    for key in ("running_mean", "running_var"):
+        assert torch.equal(getattr(model[1], key), getattr(twin[1], key))
+
+
+@pytest.mark.parametrize("name", ["node_perturbation", "weight_perturbation", "np_feedback"])
+def test_the_masks_of_dropout_are_those_of_the_first_pass(name: str) -> None:
+    """The central difference is the directional derivative with these masks."""
+    def trained(seed: int) -> dict[str, Tensor]:
+        model = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Dropout(0.5), nn.Linear(40, 3)).double()
+        with torch.no_grad():
+            for number, parameter in enumerate(model.parameters()):
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) / 3)
+        rule = fa_bench.attach(model, name, **({"cuts": ["1"]} if name == "node_perturbation" else {}))
+        torch.manual_seed(seed)
+        return learn(rule)
+
+    one, same, other = trained(1), trained(1), trained(2)
+    assert all(torch.equal(one[key], same[key]) for key in one)
+    assert any(not torch.equal(one[key], other[key]) for key in one)
+    assert max(tensor.abs().max().item() for tensor in one.values()) < 100  # differences of masks over 2e-3 would be larger
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_every_update_draws_new_noise_that_a_state_repeats(name: str) -> None:
+    rule = fa_bench.attach(mlp(8, 7), name)
+    first, state = learn(rule), copy.deepcopy(rule.state_dict())
+    before = copy.deepcopy(rule.model.state_dict())
+    second = learn(rule)
+    assert any(not torch.equal(first[key], second[key]) for key in first)
+    fresh = fa_bench.attach(mlp(8, 7), name, seed=9)
+    fresh.model.load_state_dict(before)
+    fresh.load_state_dict(state)
+    again = learn(fresh)
+    assert all(torch.equal(again[key], second[key]) for key in second)
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_measuring_leaves_the_next_noise_as_it_was(name: str) -> None:
+    rule = fa_bench.attach(mlp(8, 7), name)
+    learn(rule)
+    state, tensors = copy.deepcopy(rule.state_dict()), copy.deepcopy(rule.model.state_dict())
+    rule.mode.freeze_random = True
+    learn(rule)
+    assert rule.state_dict() == state
+    assert all(torch.equal(tensor, tensors[key]) for key, tensor in rule.model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_labels_are_needed(name: str) -> None:
+    rule = fa_bench.attach(mlp(8, 7), name)
+    logits = rule.model(X)
+    with pytest.raises(ValueError, match=r"call rule\.backward\(loss, logits, target\)"):
+        rule.backward(F.cross_entropy(logits, Y))
+    assert all(parameter.grad is None for parameter in rule.model.parameters())
+
+
+@pytest.mark.parametrize("name", ["node_perturbation", "weight_perturbation", "np_feedback", "pepita"])
+def test_targets_may_be_numbers(name: str) -> None:
+    """The gradients are those for class labels written as one-hot rows, which squared errors take as well."""
+    found = [learn(fa_bench.attach(mlp(8, 7), name, objective=MSE()), X, target) for target in (Y, F.one_hot(Y, 3).double())]
+    assert found[0].keys() == found[1].keys()
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_copied_and_a_pickled_model_train_alike(name: str) -> None:
+    rule = fa_bench.attach(mlp(8, 7), name)
+    learn(rule)
+    copies: list[nn.Module] = [copy.deepcopy(rule.model)]
+    if name != "forward_forward":
+        copies.append(pickle.loads(pickle.dumps(rule.model)))
+    want = learn(rule)
+    for model in copies:
+        got = learn(fa_bench.attached_rule(model))
+        assert all(torch.equal(got[key], want[key]) for key in want)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_evaluation_runs_the_model_once(name: str) -> None:
+    rule = fa_bench.attach(mlp(8, 7), name)
+    calls: list[int] = []
+    rule.model[0].register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        assert torch.equal(rule.predict(X), rule.model(X))
+    assert len(calls) == 2 and rule.first_pass is None
+
+
+@pytest.mark.parametrize(("name", "passes"), [("node_perturbation", 3), ("weight_perturbation", 3), ("np_feedback", 3),
+                                             ("pepita", 2), ("forward_forward", 3)])
+def test_the_number_of_passes_of_an_update(name: str, passes: int) -> None:
+    rule = fa_bench.attach(mlp(8, 7), name)
+    calls: list[int] = []
+    rule.model[0].register_forward_hook(lambda *_: calls.append(1))
+    learn(rule)
+    assert len(calls) == passes
+
+
+# ------------------------------------------------------------------------------------------------ perturbations
+def test_node_perturbation_is_exact_for_a_quadratic_loss_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With identity activations and squared errors; summed over a basis of the noise, the errors are those of backpropagation."""
+    sizes = {"1": 8, "3": 7, "": 3}
+    total: dict[str, Tensor] = {}
+    for place, features in sizes.items():
+        for unit in range(features):
+            monkeypatch.setattr(Draws, "normal", noise_at(place, unit))
+            rule = fa_bench.attach(mlp(8, 7, activation=nn.Identity), "node_perturbation", sigma=3.0, objective=MSE())
+            for key, value in learn(rule).items():
+                total[key] = total.get(key, torch.zeros(())) + value
+    for key, value in exact(mlp(8, 7, activation=nn.Identity), objective=MSE()).items():
+        torch.testing.assert_close(total[key], value)
+
+
+@pytest.mark.parametrize("name", ["node_perturbation", "weight_perturbation"])
+def test_perturbations_are_unbiased(name: str) -> None:
+    """The cosine of the mean of n draws is about 1/√(1 + P/n), with P perturbed values: about 0.98 for all of
+    them together, and less for a matrix with small gradients."""
+    model = mlp(4, activation=nn.Tanh)
+    rule, want = fa_bench.attach(copy.deepcopy(model), name), exact(model)
+    total = {key: torch.zeros_like(value) for key, value in want.items()}
+    for _ in range(1500):
+        for key, value in learn(rule).items():
+            total[key] += value / 1500
+    for key, value in want.items():
+        assert cosine(total[key], value) > 0.9, key
+        assert total[key].norm() / value.norm() == pytest.approx(1, abs=0.2)
+
+
+def test_weight_perturbation_is_the_derivative_along_its_noise() -> None:
+    """Of a loss that is quadratic in the weights, exactly."""
+    model = nn.Sequential(nn.Linear(6, 3)).double()
+    rule = fa_bench.attach(copy.deepcopy(model), "weight_perturbation", epsilon=5.0, objective=MSE())
+    want = exact(model, objective=MSE())
+    got = learn(rule)
+    draws = Draws(0)
+    draws.number = 1
+    noise = {key: draws.normal(str(number), value, is_shared=True) for number, (key, value) in enumerate(want.items())}
+    slope = sum((noise[key] * value).sum() for key, value in want.items())
+    for key in want:
+        torch.testing.assert_close(got[key], noise[key] * slope)
+
+
+def test_weight_perturbation_restores_the_weights_also_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = fa_bench.attach(mlp(8, 7), "weight_perturbation", epsilon=0.3)
+    before = {key: tensor.clone() for key, tensor in rule.model.state_dict().items()}
+    versions = [parameter._version for parameter in rule.model.parameters()]
+    learn(rule)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in rule.model.state_dict().items())
+    assert [parameter._version for parameter in rule.model.parameters()] == versions
+    logits = rule.model(X)
+    rule.model[2].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        rule.backward(F.cross_entropy(logits, Y), logits, Y)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in rule.model.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------------ feedback from noise
+def test_np_feedback_learns_the_weights_of_a_linear_net(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a basis of the noise, d ξ is the true error at the input, so that the gradient of B vanishes where B is W."""
+    model = mlp(8, 7, activation=nn.Identity)
+    rule = fa_bench.attach(model, "np_feedback", sigma=2.0, objective=MSE())
+    with torch.no_grad():
+        for path, tensors in rule.feedback.items():
+            tensors["B"].copy_(model.get_submodule(path).weight)  # type: ignore[arg-type]
+    total, size = torch.zeros(()), torch.zeros(())
+    for unit in range(8):
+        # The basis of one layer's input, of length √8, so that its mean has the length of the sum.
+        monkeypatch.setattr(Draws, "normal", noise_at("2 0", unit, 8**0.5))
+        gradient = learn(rule)["2.feedback_B"]
+        total, size = total + gradient / 8, torch.maximum(size, gradient.abs().max())
+    assert total.abs().max() < 1e-12 < size
+
+
+def test_np_feedback_trains_the_weights_as_fa_does() -> None:
+    found = {}
+    for name in ("np_feedback", "fa"):
+        rule = fa_bench.attach(mlp(8, 7), name, seed=3)
+        found[name] = {key: value for key, value in learn(rule).items() if "feedback" not in key}
+    assert all(torch.equal(value, found["fa"][key]) for key, value in found["np_feedback"].items())
+
+
+def test_np_feedback_needs_its_own_logits() -> None:
+    rule = fa_bench.attach(mlp(8, 7), "np_feedback")
+    logits = rule.model(X)
+    other = torch.zeros(5, 3, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(CoverageError, match="needs logits of one training pass of the model"):
+        rule.backward(F.cross_entropy(other, Y), other, Y)
+    scaled = logits * 1.0  # computed from the output
+    rule.backward(F.cross_entropy(scaled, Y), scaled, Y)
+    assert rule.model[0].feedback_B.grad.abs().sum() > 0
+
+
+# ------------------------------------------------------------------------------------------------ PEPITA
+def test_pepita_in_a_linear_layer_is_direct_feedback() -> None:
+    """h - h' = -W₁ F e, with the second pass's input in place of the first one's."""
+    model = mlp(8, 7, activation=nn.Identity)
+    rule = fa_bench.attach(model, "pepita", f_scale=0.5)
+    feedback = rule.feedback["1"]["F"]
+    error = torch.softmax(model(X), 1) - F.one_hot(Y, 3)
+    first: Any = model[0]
+    modulated = X + error.detach() @ feedback
+    direct = -(error.detach() @ feedback) @ first.weight.t() / len(X)
+    torch.testing.assert_close(learn(rule)["0.weight"], (direct.t() @ modulated).detach())
+
+
+def test_pepita_without_feedback_trains_the_output_layer_alone() -> None:
+    rule = fa_bench.attach(mlp(8, 7), "pepita", f_scale=0.0)
+    got, want = learn(rule), exact(mlp(8, 7))
+    assert not any(value.any() for key, value in got.items() if not key.startswith("4"))
+    torch.testing.assert_close(got["4.weight"], want["4.weight"])
+
+
+def test_pepita_without_an_error_does_nothing() -> None:
+    rule = fa_bench.attach(mlp(8, 7), "pepita", f_scale=0.5, objective=MSE())
+    with torch.no_grad():
+        target = rule.model(X)
+    assert not any(value.any() for value in learn(rule, X, target).values())
+
+
+def test_pepita_is_linear_in_its_feedback_where_that_is_small() -> None:
+    small, large = (learn(fa_bench.attach(mlp(8, 7, activation=nn.Tanh), "pepita", f_scale=scale))["0.weight"]
+                    for scale in (1e-6, 2e-6))
+    torch.testing.assert_close(2 * small, large, rtol=1e-4, atol=0)
+
+
+def test_a_cut_at_a_pooling_stands_for_its_nonlinearity() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3))
+    x = torch.zeros(2, 1, 8, 8)
+    for name in ("pepita", "forward_forward"):
+        rule = fa_bench.attach(model, name, sample_input=x, cuts=["3"])
+        assert list(rule._cut_modules) == ["2"]
+        rule.detach()
+    assert list(fa_bench.attach(model, "forward_forward", sample_input=x, cuts=["3"], full_gradient=False)._cut_modules) == ["3"]
+
+
+def test_at_a_block_the_difference_is_the_error_of_its_output() -> None:
+    """Not in front of it, where it would train nothing in the block."""
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.act = nn.Linear(6, 6), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.act(self.fc(x))
+
+    model = nn.Sequential(nn.Linear(6, 6), Block(), nn.Linear(6, 3)).double()
+    got = learn(fa_bench.attach(model, "pepita", cuts=["0", "1"], f_scale=1.0))
+    assert got["1.fc.weight"].any() and got["0.weight"].any()
+
+
+@pytest.mark.parametrize("name", ["pepita", "forward_forward"])
+def test_positions_are_refused(name: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    with pytest.raises(CoverageError, match=r"needs outputs of shape \(N, C\), not \(2, 4, 3\)"):
+        fa_bench.attach(model, name, sample_input=torch.zeros(2, 4, 6), cuts=["1"])
+
+
+# ------------------------------------------------------------------------------------------------ forward-forward
+def test_one_unit_learns_by_the_derivative_of_its_goodness() -> None:
+    """½ log(1 + exp(θ - z²)) for one positive sample has the gradient -σ(θ - z²) z x̂."""
+    model = nn.Sequential(nn.Linear(6, 1, bias=False), nn.ReLU(), nn.Linear(1, 3)).double()
+    with torch.no_grad():
+        model[0].weight.fill_(0.5)
+    x, y = torch.arange(6.0, dtype=torch.float64)[None] / 5 + 0.2, torch.tensor([1])
+    rule = fa_bench.attach(model, "forward_forward", cuts=["1"], theta=2.0, peer_norm=0.0)
+    want = torch.zeros(6, dtype=torch.float64)
+    draws = Draws(0)
+    draws.number = 1
+    wrong = (1 + int(draws.shifts("labels", 1, 3))) % 3
+    for label, sign in ((1, 1), (wrong, -1)):
+        marked = x.clone()
+        marked[:, :3] = F.one_hot(torch.tensor([label]), 3).double()
+        marked = marked / (marked.square().mean().sqrt() + 1e-8)
+        z = (marked * 0.5).sum()
+        assert z > 0
+        want = want - sign * torch.sigmoid(sign * (2.0 - z**2)) * z * marked[0]
+    torch.testing.assert_close(learn(rule, x, y)["0.weight"][0], want)
+
+
+def test_layers_see_directions_only() -> None:
+    """What follows a cut does not change with the length of its activation, and the first layer not with that of the image."""
+    rule = fa_bench.attach(mlp(8, 7, bias=False), "forward_forward")
+    with torch.no_grad():
+        logits = rule.model(X)
+        rule.model[0].weight.mul_(7)
+        torch.testing.assert_close(rule.model(X), logits)
+        marked = rule._marked(X, torch.eye(3, dtype=torch.float64)[Y])
+    torch.testing.assert_close(marked.square().mean(1), torch.ones(5, dtype=torch.float64))
+
+
+def test_equal_samples_at_the_threshold_give_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The positive and the negative gradient cancel where θ = G."""
+    monkeypatch.setattr(Draws, "shifts", lambda draws, name, count, high: torch.full((count,), high))  # the true labels again
+    rule = fa_bench.attach(mlp(8), "forward_forward", peer_norm=0.0)
+    x, y = X[:1], Y[:1]
+    with torch.no_grad(), rule.exact():
+        goodness = rule.model[1](rule.model[0](rule._marked(x, F.one_hot(y, 3).double()))).square().sum().item()
+    rule.theta = goodness
+    assert learn(rule, x, y)["0.weight"].abs().max() < 1e-12
+    rule.theta = goodness + 1
+    assert learn(rule, x, y)["0.weight"].abs().max() > 1e-3
+
+
+def test_the_classifier_reads_all_layers_but_the_first() -> None:
+    whole = fa_bench.attach(mlp(8, 7, 5), "forward_forward")
+    assert list(whole._learned) == ["3"]
+    last = fa_bench.attach(mlp(8, 7, 5), "forward_forward", all_layers=False)
+    assert last.learned_feedback() == []
+    with torch.no_grad():
+        assert torch.equal(whole.model(X), last.model(X))  # M is zero
+        whole.feedback["3"]["M"].fill_(0.1)
+        assert not torch.allclose(whole.model(X), last.model(X))
+    logits = last.model(X)
+    hidden = last._normalised["5"]
+    output: Any = last.model[6]
+    torch.testing.assert_close(logits, F.linear(hidden, output.weight, output.bias))
+
+
+def test_goodness_predicts_the_label_that_later_layers_like() -> None:
+    rule = fa_bench.attach(mlp(8, 7), "forward_forward", prediction="goodness")
+    with torch.no_grad():
+        scores = rule.predict(X)
+        for label in range(3):
+            h = rule._marked(X, torch.eye(3, dtype=torch.float64)[label])
+            for number in (0, 2):
+                h = torch.relu(rule.model[number](h))
+                goodness = h.square().sum(1)
+                h = h / (h.square().mean(1, keepdim=True).sqrt() + 1e-8)
+            torch.testing.assert_close(scores[:, label], goodness)
+    assert scores.shape == (5, 3) and rule.first_pass is None
+
+
+def test_the_neutral_image_hides_the_label() -> None:
+    rule = fa_bench.attach(mlp(8, 7), "forward_forward")
+    changed = X.clone()
+    changed[:, :3] = 5.0
+    with torch.no_grad():
+        assert torch.equal(rule.model(X), rule.model(changed))
+        detached = rule.detach()
+        assert not torch.equal(detached(X), detached(changed))
+
+
+def test_peer_normalisation_evens_out_the_activity() -> None:
+    """Its gradient raises the units whose running mean is below that of all, the more so the larger its weight."""
+    def with_weight(peer_norm: float) -> Any:
+        return fa_bench.attach(mlp(8), "forward_forward", peer_norm=peer_norm)
+
+    without, light, heavy = (learn(rule)["0.bias"] for rule in map(with_weight, (0.0, 1.0, 2.0)))
+    torch.testing.assert_close(heavy - without, 2 * (light - without))
+    rule = with_weight(1.0)
+    assert torch.equal(rule.feedback["1"]["activity"], torch.full((8,), 0.5, dtype=torch.float64))
+    learn(rule)
+    with torch.no_grad(), rule.exact():
+        activity = torch.relu(rule.model[0](rule._marked(X, F.one_hot(Y, 3).double()))).mean(0)
+    running = 0.9 * 0.5 + 0.1 * activity
+    torch.testing.assert_close(rule.feedback["1"]["activity"], running)
+    assert torch.equal((light - without).sign(), (running - running.mean()).sign())
+
+
+@pytest.mark.parametrize(("model", "x", "text"), [
+    (nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 3)), torch.zeros(2, 2), "at least 3 numbers for each sample"),
+    (nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1)), torch.zeros(2, 6), "needs wrong labels: this model has 1 class"),
+])
+def test_forward_forward_refuses_what_it_cannot_mark(model: nn.Module, x: Tensor, text: str) -> None:
+    with pytest.raises(CoverageError, match=text):
+        fa_bench.attach(model, "forward_forward", sample_input=x, cuts=["1"])
