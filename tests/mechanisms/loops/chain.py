@@ -33,7 +33,7 @@ LOCAL_LOSSES = ["symmetric_alignment", "activation_alignment", "regularized_mirr
 # forward_forward's running means depend on all passes before, and are tested with the rule.
 _QUICK: dict[str, dict[str, Any]] = {
     "wm": {"initial_steps": 1, "mirror_batch": 2}, "dkp": {"b_lr_scale": 1.0}, "forward_forward": {"peer_norm": 0.0},
-    "ldfa": {"rank": 2}, "fdfa": {"b_init": "kaiming_uniform"}}
+    "ldfa": {"rank": 2}, "ldrl": {"b_lr_scale": 1.0}, "fdfa": {"b_init": "kaiming_uniform"}}
 
 Runs = Callable[[nn.Module, Tensor], Tensor]
 

@@ -18,7 +18,7 @@ from tests.mechanisms.loops.chain import CHANGES_INPUT, COVERS_ALL, CUT_RULES, R
 TOKENS = torch.arange(60).reshape(12, 5) % 11
 Y = torch.arange(12) % 3
 FREE = ("bp", "bp_deepsup", "bp_fc", "frozen", "frozen_blocks")
-COVERING = [name for name in RULES if name not in (*FREE, "dgl", *CHANGES_INPUT, *COVERS_ALL)]
+COVERING = [name for name in RULES if name not in (*FREE, "dgl", "ldrl", *CHANGES_INPUT, *COVERS_ALL)]
 SHARING = ("asap", "asfp", "asfp_lc")
 
 

@@ -17,7 +17,7 @@ from tests.mechanisms.loops.chain import COVERS_ALL, CUT_RULES, RULES, assert_sa
 X, Y = batch()
 # They leave the model as it is, or cover whole modules.
 FREE = ("bp", "bp_deepsup", "bp_fc", "frozen", "frozen_blocks")
-COVERING = [name for name in RULES if name not in (*FREE, *COVERS_ALL, "dgl")]
+COVERING = [name for name in RULES if name not in (*FREE, *COVERS_ALL, "dgl", "ldrl")]
 
 
 class Multiply(torch.autograd.Function):
