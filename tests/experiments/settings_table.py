@@ -411,4 +411,5 @@ FORWARD_FORWARD = Preset([{"algorithm": ["forward_forward", "bp", "frozen"], "se
 
 PRESETS: dict[str, Preset] = {**ASAP_PAPER, **PFA_PAPER, **DKP_PAPER, **WM_PAPER, "quickstart": QUICKSTART,
                               "tune_digits": TUNE_DIGITS, "faeval": FAEVAL, "lm_quickstart": LM_QUICKSTART,
-                              "mono_forward": MONO_FORWARD, "forward_forward": FORWARD_FORWARD, "dual_propagation": DUAL_PROPAGATION}
+                              "mono_forward": MONO_FORWARD, "forward_forward": FORWARD_FORWARD,
+                              "dual_propagation": DUAL_PROPAGATION}
