@@ -13,7 +13,6 @@ from fa_bench.mechanisms.feedback_options import init_option
 from fa_bench.registry.options import option
 from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.rules.dkp import DKP
-from fa_bench.utils.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,7 +87,6 @@ class DDTPLinear(DKP):
     def _responses(self, cut: str) -> tuple[Tensor, Tensor]:
         """The change (N, C), or (N, P..., C), of the output from which errors come, and the noise at the cut that causes it."""
         from fa_bench.mechanisms.second_pass import again
-        from fa_bench.mechanisms.trace import loss_output
 
         first = self.first_pass
         seen: dict[str, Tensor] = {}
@@ -104,9 +102,8 @@ class DDTPLinear(DKP):
             seen["output"] = output.detach()
 
         changes: dict[str, Any] = {cut: disturb} | ({} if self.error_at is None else {self.error_at: record})
-        with torch.enable_grad():  # as in the first pass: a model may return other outputs without
-            result = again(self.model, self.mode, first, outputs=changes)
-        output = loss_output(result, self.loss_output).detach() if self.error_at is None else seen["output"]
+        result = again(self.model, self.mode, first, outputs=changes)
+        output = self.logits_of(result) if self.error_at is None else seen["output"]
         change = output - first.output
         return change.movedim(self.error_axis, -1), seen["noise"]
 

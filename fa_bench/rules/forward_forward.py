@@ -49,8 +49,8 @@ class ForwardForward(PassRule):
     keeps units from being always silent or always active.
 
     Prediction: the model's output is that of a linear classifier, trained by the true gradient of the loss, of the activations
-    for a neutral image, in which all labels have 1/C. The output layer classifies the last activation; the earlier ones, except the
-    first, are classified by learned matrices M (C, features), initially zero, whose scores are added (``all_layers=false``:
+    for a neutral image, in which all labels have 1/C. The output layer classifies the last activation; the earlier ones, except
+    the first, are classified by learned matrices M (C, features), initially zero, whose scores are added (``all_layers=false``:
     none). ``prediction=goodness`` scores each label by the goodness of all cuts but the first for the image with that label,
     which needs C passes; training still reports the classifier's accuracy.
 

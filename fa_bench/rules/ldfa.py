@@ -36,7 +36,6 @@ class SubspaceFeedback(ProductFeedback):
         return context._replace(gradients=(*context.gradients, *feedback_gradient(layer, "B", of_errors=gradient)))
 
     def after_step(self, layer: Any) -> None:
-        super().after_step(layer)
         if layer.learned["B"].tensor.requires_grad:
             first = feedback_tensor(layer, "B")
             first.copy_(orthonormalized(first, getattr(layer, "groups", 1)))

@@ -233,6 +233,10 @@ RULES: dict[str, dict[str, str]] = {
     "usf": {"scale": "none", "density": "0.5"}, "brsf": {"m_init": "pytorch", "density": "0.5"},
     "frsf": {"m_init": "pytorch", "density": "0.5"},
     "pfa": {"ratio": "2", "r_init": "pytorch", "density": "0.5"}, "pfa_o": {"ratio": "2", "r_init": "pytorch"},
+    "symmetric_alignment": {"alpha": "0.1", "beta": "0.1", "b_lr_scale": "2", "update_forward": "true", "b_init": "pytorch"},
+    "activation_alignment": {"alpha": "0.1", "beta": "0.1", "signal": "noise"},
+    "regularized_mirror": {"alpha": "0.1", "beta": "0.1", "signal": "noise", "noise_batch": "4"},
+    "information_alignment": {"alpha": "0.1", "beta": "0.1", "gamma": "0.1", "signal": "noise"},
     "ldfa": {"rank": "2", "b_rate": "0", "r_init": "pytorch"},
     "dfa": {"b_init": "pytorch", "density": "0.5", "form": "shared", "freeze_stem": "true",
             "error_at": "act2"},
@@ -250,8 +254,9 @@ RULES: dict[str, dict[str, str]] = {
 
 @pytest.mark.parametrize(("name", "key"), [(name, key) for name, options in RULES.items() for key in options])
 def test_options_of_rules(name: str, key: str) -> None:
-    beside = {"cuts": ("algorithm.allow_uncovered=true",), "b_rate": ("algorithm.rank=2",)}.get(key, ())
-    assert_changes(TRAINED, (*HIDDEN, f"algorithm={name}", *beside), (f"algorithm.{key}={RULES[name][key]}",))
+    beside = {"cuts": "allow_uncovered=true", "b_rate": "rank=2", "noise_batch": "signal=noise"}
+    needed = (f"algorithm.{beside[key]}",) if key in beside else ()
+    assert_changes(TRAINED, (*HIDDEN, f"algorithm={name}", *needed), (f"algorithm.{key}={RULES[name][key]}",))
 
 
 def test_options_added_to_a_rule_leave_the_identity_of_older_runs() -> None:
@@ -272,6 +277,7 @@ def test_every_rule_is_the_one_that_was_chosen() -> None:
     """No two rules give the same numbers; where all layers are fully connected, bp_fc is bp."""
     chosen = {name: (*HIDDEN, f"algorithm={name}") for name in sorted(ALGORITHMS) if name != "bp_fc"}
     chosen |= {name: (*chosen[name], "algorithm.linear=share", "algorithm.match=random") for name in ("asap", "asfp", "asfp_lc")}
+    chosen["ldfa"] = (*chosen["ldfa"], "algorithm.rank=2")
     chosen["wm"] = (*chosen["wm"], "algorithm.initial_steps=3", "algorithm.mirror_batch=8")
     found = {name: numbers(*words)[TRAINED] for name, words in chosen.items()}
     assert len(set(found.values())) == len(found)

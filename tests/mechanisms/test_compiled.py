@@ -31,6 +31,7 @@ VARIANTS = {
     "drtp": ["drtp", "drtp:error_sign=true"], "asap": ["asap", "asap:transport=true", "asap:match=random"],
     "pfa": ["pfa:ratio=2"], "local_error": ["local_error:separate=true"], "predsim": ["predsim", "predsim:loss=pred"],
     "mixed": ["mixed:ratio=2"], "ldfa": ["ldfa:rank=2"],
+    "information_alignment": ["information_alignment:update_forward=true", "information_alignment:signal=noise,noise_batch=3"],
 }
 SPECS = [spec for name in ALGORITHMS for spec in VARIANTS.get(name, [name]) if not ALGORITHMS[name].repeats]
 

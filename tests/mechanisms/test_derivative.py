@@ -196,7 +196,7 @@ class Calls(nn.Module):
 def test_functions_are_refused_by_name(function, name: str, sample: bool) -> None:
     """At once with a sample, else in the first training pass; a rule without the option takes the model."""
     says = rf"rule 'fa': derivative='dual' replaces .* nn.ReLU, but this model computes {name} by functions"
-    model = Calls(function)
+    model = Calls(copy.deepcopy(function))  # modules among the parameters belong to one model only
     given = {"sample_input": X.float()} if sample else {}
     with pytest.raises(CoverageError, match=says):
         rule = fa_bench.attach(model, "fa", derivative="dual", **given)

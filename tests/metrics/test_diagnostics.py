@@ -210,6 +210,62 @@ def test_effective_rank_is_measured_where_the_rule_delivers_errors(rule: str) ->
     assert found["effective_rank"]["fc1"] != pytest.approx(found["effective_rank_bp"]["fc1"], rel=1e-3)
 
 
+# ------------------------------------------------------------------------------------------------ projection angle
+def test_projection_angle_of_a_chain_by_loops() -> None:
+    subject = subject_of(mlp(activation="tanh"), "fa")
+    found = measured("projection_angle", subject)
+    model, h = subject.model, subject.meter.x.flatten(1)
+    assert list(found) == ["projection_angle"] and list(found["projection_angle"]) == ["fc1", "fc2", "fc3"]
+    for layer in ("fc1", "fc2", "fc3"):
+        weight, feedback = model.get_submodule(layer).weight.detach(), subject.rule.feedback[layer]["B"]
+        angles = []
+        for x in h.double().detach().numpy():
+            one, two = weight.double().numpy() @ x, feedback.double().numpy() @ x
+            angles.append(math.degrees(math.acos(one @ two / np.linalg.norm(one) / np.linalg.norm(two))))
+        assert found["projection_angle"][layer] == pytest.approx(np.mean(angles), rel=1e-4)
+        h = torch.tanh(model.get_submodule(layer)(h))
+
+
+def test_projection_angle_is_blind_to_what_the_inputs_do_not_see() -> None:
+    subject = subject_of(mlp(), "fa")
+    feedback, weight = subject.rule.feedback["fc1"]["B"], subject.model.fc1.weight
+    with torch.no_grad():
+        x = subject.meter.x.flatten(1)
+        unseen = torch.linalg.svd(x.double())[2][len(x):].float()  # rows that no input has a part of
+        feedback.copy_(2 * weight + 5 * torch.ones(len(weight), 1) @ unseen.sum(0, keepdim=True))
+    assert measured("projection_angle", subject)["projection_angle"]["fc1"] < 0.1
+
+
+@pytest.mark.parametrize(("rule", "layers"), [
+    ("bp", ["conv1", "conv2", "fc1", "fc2"]), ("kp", ["conv1", "conv2", "fc1", "fc2"]), ("dfa", ["fc2"]), ("frozen", []),
+])
+def test_projection_angle_is_that_of_layers_with_feedback_in_the_shape_of_the_weight(rule: str, layers: list[str]) -> None:
+    subject = subject_of(conv2(), rule, *images(8))
+    found = measured("projection_angle", subject)["projection_angle"]
+    assert list(found) == layers
+    if rule == "bp":
+        assert max(found.values()) == 0
+    if rule == "kp":
+        layer, x = subject.model.conv1, subject.meter.x
+        outputs = [F.conv2d(x, kernel, None, layer.stride, layer.padding).flatten(1).double()
+                   for kernel in (layer.weight.detach(), subject.rule.feedback["conv1"]["B"].detach())]
+        assert found["conv1"] == pytest.approx(torch.rad2deg(torch.acos(F.cosine_similarity(*outputs))).mean().item(), rel=1e-4)
+        assert found["conv1"] > 20
+
+
+def test_projection_angle_leaves_out_the_layers_of_attention() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.out = nn.MultiheadAttention(6, 2, batch_first=True), nn.Linear(36, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = x.flatten(1, 2)
+            return self.out(self.attention(h, h, h, need_weights=False)[0].flatten(1))
+
+    assert list(measured("projection_angle", subject_of(Net(), "fa", *images(6)))["projection_angle"]) == ["out"]
+
+
 # ------------------------------------------------------------------------------------------------ alarms
 def test_alarms_fire_on_the_wrong_side_only() -> None:
     above, below = Alarm(50, True, ""), Alarm(1e-7, False, "")

@@ -16,7 +16,8 @@ from fa_bench.runs.record import Recorder
 
 TINY = ["dataset=synthetic", "dataset.samples=80", "dataset.test_samples=16", "batch_size=16", "epochs=2", "probe_size=8",
         "architecture.widths=[8,8]", "architecture.batch_norm=true"]
-ALL = "probes=[readout,gradient_norm,depth_utility,stream_growth,stability,effective_rank]"
+ALL = ("probes=[readout,gradient_norm,depth_utility,stream_growth,stability,effective_rank,"
+       "projection_angle]")
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def result_in(folder: str) -> dict:
     return json.loads(Path(folder, "result.json").read_text())
 
 
-@pytest.mark.parametrize("rule", ["brsf", "wm", "pfa", "asap"])
+@pytest.mark.parametrize("rule", ["brsf", "wm", "pfa", "asap", "ldfa", "activation_alignment"])
 def test_runs_with_and_without_probes_have_the_same_bits(rule: str, in_empty_folder: None) -> None:
     command = [*TINY, f"algorithm={rule}"]
     assert main([*command, "hydra.run.dir=without"]) == 0
@@ -49,7 +50,8 @@ def test_probes_of_a_run_are_recorded(in_empty_folder: None) -> None:
     assert main([*TINY, ALL, "probes_epochs=1", "hydra.run.dir=run"]) == 0
     found = result_in("run")["probes"]
     assert list(found) == ["readout", "gradient_norm", "gradient_norm_update", "gradient_norm_floor", "depth_utility",
-                           "stream_growth", "stability", "effective_rank", "effective_rank_bp", "effective_rank_stable"]
+                           "stream_growth", "stability", "effective_rank", "effective_rank_bp", "effective_rank_stable",
+                           "projection_angle"]
     assert list(found["readout"]) == ["input", "fc1", "fc2", "fc3"] and list(found["depth_utility"]) == ["act1", "act2"]
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert lines[1]["probes"] == found and lines[0]["probes"] != found
@@ -93,10 +95,10 @@ def test_a_diverged_run_has_no_probes(in_empty_folder: None, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (["probes=[reedout]"], "probes=reedout is not one of depth_utility, effective_rank, gradient_norm, readout, stability, "
-                           "stream_growth; did you mean 'readout'?"),
-    (["probes=readout"], "probes='readout' is not a list (of depth_utility, effective_rank, gradient_norm, readout, stability, "
-                          "stream_growth); did you mean "
+    (["probes=[reedout]"], "probes=reedout is not one of depth_utility, effective_rank, gradient_norm, projection_angle, "
+                           "readout, stability, stream_growth; did you mean 'readout'?"),
+    (["probes=readout"], "probes='readout' is not a list (of depth_utility, effective_rank, gradient_norm, projection_angle, "
+                         "readout, stability, stream_growth); did you mean "
                          "probes=[readout]?"),
     (["probes=[depth_utility]", "architecture=torchvision", "architecture.model=squeezenet1_0", "dataset.size=32"],
      "probes=[depth_utility]: SqueezeNet declares no blocks that could be left untrained; name the modules that end them in "

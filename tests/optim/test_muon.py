@@ -183,10 +183,10 @@ def net() -> nn.Module:
 
 
 @pytest.mark.parametrize(("options", "muons"), [
-    ({}, {"fc1", "fc2", "fc3"}), ({"layers": "hidden"}, {"fc2"}), ({"exclude": ["fc[12]"]}, {"fc3"}),
-    ({"layers": "hidden", "exclude": ["fc1"]}, {"fc2"}), ({"exclude": ["fc3"]}, {"fc1", "fc2"}),
+    ({}, ["fc1", "fc2", "fc3"]), ({"layers": "hidden"}, ["fc2"]), ({"exclude": ["fc[12]"]}, ["fc3"]),
+    ({"layers": "hidden", "exclude": ["fc1"]}, ["fc2"]), ({"exclude": ["fc3"]}, ["fc1", "fc2"]),
 ], ids=str)
-def test_layers_and_their_feedback_are_chosen_together(options: dict[str, Any], muons: set[str]) -> None:
+def test_layers_and_their_feedback_are_chosen_together(options: dict[str, Any], muons: list[str]) -> None:
     rule = fa_bench.attach(net(), "kp", sample_input=torch.zeros(2, 1, dtype=torch.long))
     of_muon, of_adam = names_of(rule, Muon(**options))
     assert of_muon == {f"{path}.{kind}" for path in muons for kind in ("weight", "feedback_B")}

@@ -106,6 +106,10 @@ class FeedbackLayer(nn.Module):
         """The gradient of the layer's weight for the error g at its output if x were its input."""
         raise NotImplementedError
 
+    def prepared(self, x: Tensor) -> tuple[Tensor, Geometry | None]:
+        """An input of the layer as its autograd Function gets it, and its geometry if the layer is a convolution."""
+        raise NotImplementedError
+
     @property
     def qconfig(self) -> Any:
         """Quantisation tools set this on every module; they would silently skip this class."""
@@ -152,6 +156,8 @@ class _FeedbackLinear(FeedbackLayer):
             return function.apply(x, weight, bias, context, *learned)
         return function.apply(x.reshape(-1, x.shape[-1]), weight, bias, context, *learned).view(*x.shape[:-1], len(weight))
 
+    def prepared(self, x: Tensor) -> tuple[Tensor, Geometry | None]:
+        return x.reshape(-1, x.shape[-1]), None
 
     def weight_gradient(self, x: Tensor, g: Tensor) -> Tensor:
         return g.reshape(-1, g.shape[-1]).t().mm(x.reshape(-1, x.shape[-1]))
@@ -181,19 +187,21 @@ def _rows_of(context: BackwardContext, weight: Tensor, rows: slice) -> BackwardC
             return gradient._replace(first_hop=gradient.first_hop[rows])
         return gradient if context.second_hop is not None else gradient._replace(rows=rows)
 
+    local = context.local_gradient
     return context._replace(
-        feedback=feedback.detach()[rows], from_weight=None, gradients=tuple(map(of_rows, context.gradients)))
+        feedback=feedback.detach()[rows], from_weight=None, gradients=tuple(map(of_rows, context.gradients)),
+        local_gradient=None if local is None else lambda x, geometry, _: local(x, geometry, rows))
 
 
 class _FeedbackConv(FeedbackLayer):
     kernel_size: tuple[int, ...]
 
     def apply_feedback(self, x: Tensor, weight: Tensor, bias: Tensor | None, context: BackwardContext) -> Tensor:
-        def prepared(value: Tensor) -> tuple[Tensor, Geometry]:
-            return padded(self, _batched(value, len(self.kernel_size)))
-
-        y = _convolve(*prepared(x), weight, bias, context, lambda value: prepared(value)[0])
+        y = _convolve(*self.prepared(x), weight, bias, context, lambda value: self.prepared(value)[0])
         return y if x.dim() == y.dim() else y.squeeze(0)
+
+    def prepared(self, x: Tensor) -> tuple[Tensor, Geometry]:
+        return padded(self, _batched(x, len(self.kernel_size)))
 
     def weight_gradient(self, x: Tensor, g: Tensor) -> Tensor:
         dims = len(self.kernel_size)
@@ -210,6 +218,9 @@ class _FeedbackConvTranspose(FeedbackLayer):
         dims, geometry = len(self.kernel_size), self._geometry(x, output_size)
         y = _convolve(_batched(x, dims), geometry, weight, bias, context, lambda value: _batched(value, dims))
         return y if x.dim() == y.dim() else y.squeeze(0)
+
+    def prepared(self, x: Tensor) -> tuple[Tensor, Geometry]:
+        return _batched(x, len(self.kernel_size)), self._geometry(x, None)
 
     def _geometry(self, x: Tensor, output_size: list[int] | None) -> Geometry:
         conv: Any = self

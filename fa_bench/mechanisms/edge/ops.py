@@ -58,12 +58,14 @@ class FeedbackLinearFunction(torch.autograd.Function):
         e_in = g.mm(context.from_weight(feedback) if context.from_weight else feedback) if needs_error else None
         x = _rows(context.activation()) if context.activation else saved[0]
         grad_weight = g.t().mm(x) if needs_weight else None
+        if grad_weight is not None and context.local_gradient is not None:
+            grad_weight = grad_weight + context.local_gradient(x, None, None)
         if not context.gradients:
             return e_in, grad_weight, g.sum(0) if needs_bias else None, None
         gradients = learned_gradients(
             context.gradients, needs_learned, grad_weight, e_in, lambda: g,
             of_activation=lambda activation: g.t().mm(_rows(activation)),
-            of_hop=lambda hop: g.mm(hop.to(g.dtype)).t().mm(x))
+            of_hop=lambda hop: g.mm(hop.to(g.dtype)).t().mm(x), of_input=lambda one: one.of_input(x, None, one.rows))
         return e_in if needs_x else None, grad_weight, g.sum(0) if needs_bias else None, None, *gradients
 
 
@@ -139,10 +141,13 @@ class FeedbackConvFunction(torch.autograd.Function):
         mask = [needs[0] or regresses(context.gradients, needs_learned), needs[1] or through_product, needs[2]]
         grads = torch.ops.aten.convolution_backward(g, x, feedback, ctx.bias_sizes, *ctx.geometry, mask)
         grad_weight = grads[1] if needs[1] else None
+        if grad_weight is not None and context.local_gradient is not None:
+            grad_weight = grad_weight + context.local_gradient(x, ctx.geometry, None)
         gradients = learned_gradients(
             context.gradients, needs_learned, grad_weight, grads[0], lambda: g.movedim(1, -1).flatten(0, -2),
             of_activation=lambda activation: weight_gradient(g, activation, feedback, ctx.geometry),
-            of_hop=lambda hop: gradient_of_second(hop, grads[1], ctx.geometry.groups, ctx.geometry.transposed))
+            of_hop=lambda hop: gradient_of_second(hop, grads[1], ctx.geometry.groups, ctx.geometry.transposed),
+            of_input=lambda one: one.of_input(x, ctx.geometry, None))
         return grads[0] if needs[0] else None, grad_weight, grads[2], None, None, *gradients
 
 
@@ -153,8 +158,8 @@ def regresses(how: tuple[FeedbackGradient, ...], needed: Sequence[bool]) -> bool
 
 def learned_gradients(
     how: tuple[FeedbackGradient, ...], needed: Sequence[bool], grad_weight: Tensor | None, e_in: Tensor | None,
-    errors: Callable[[], Tensor],
-    of_activation: Callable[[Tensor], Tensor], of_hop: Callable[[Tensor], Tensor],
+    errors: Callable[[], Tensor], of_activation: Callable[[Tensor], Tensor], of_hop: Callable[[Tensor], Tensor],
+    of_input: Callable[[Any], Tensor],
 ) -> list[Tensor | None]:
     """The gradients of learned feedback tensors.
 
@@ -166,20 +171,24 @@ def learned_gradients(
         errors: returns the errors at the layer's output, (samples and positions, O).
         of_activation: computes the weight gradient with an activation in place of the input.
         of_hop: computes the gradient of the second factor of a product from the first factor.
+        of_input: computes the gradient that depends on the layer's input, from its entry of `how`.
     """
     gradients: list[Tensor | None] = []
-    for (learned, activation, first_hop, of_errors, _, error_scale), is_needed in zip(how, needed, strict=True):
+    for one, is_needed in zip(how, needed, strict=True):
+        learned, activation, first_hop, of_errors, *_ = one
         gradient = None
         if is_needed and activation is not None:
             replacement = activation()
-            if error_scale is not None:
+            if one.error_scale is not None:
                 assert e_in is not None
-                replacement = torch.add(replacement.view(e_in.shape), e_in, alpha=error_scale())
+                replacement = torch.add(replacement.view(e_in.shape), e_in, alpha=one.error_scale())
             gradient = of_activation(replacement)
         elif is_needed and first_hop is not None:
             gradient = of_hop(first_hop)
         elif is_needed and of_errors is not None:
             gradient = of_errors(errors())
+        elif is_needed and one.of_input is not None:
+            gradient = of_input(one)
         elif is_needed and grad_weight is not None:
             gradient = shared(grad_weight)
         gradients.append(gradient)

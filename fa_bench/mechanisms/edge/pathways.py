@@ -33,6 +33,8 @@ class FeedbackGradient(NamedTuple):
             `fa_bench.mechanisms.edge.product` for its layout.
         of_errors: computes the gradient from the errors at the layer's output, (samples and positions, O), if it depends on them
             alone.
+        of_input: computes the gradient from the layer's input, its `Geometry` (None for a linear layer) and `rows`, if it depends
+            on them and on the layer's tensors alone.
         rows: the layer's outputs that this call computes, if the tensor has a row for each of them; None for all.
         error_scale: if given, its result times the error at the layer's input is added to `activation`.
     """
@@ -41,6 +43,7 @@ class FeedbackGradient(NamedTuple):
     activation: Callable[[], Tensor] | None = None
     first_hop: Tensor | None = None
     of_errors: Callable[[Tensor], Tensor] | None = None
+    of_input: Callable[[Tensor, Any, slice | None], Tensor] | None = None
     rows: slice | None = None
     error_scale: Callable[[], float] | None = None
 
@@ -59,6 +62,7 @@ class BackwardContext(NamedTuple):
         second_hop: the second factor of a linear layer's effective feedback.
         activation: returns the activation that replaces the layer's input in the weight gradient.
         gradients: how the gradient of each learned tensor is computed.
+        local_gradient: computes what is added to the weight's gradient, from the arguments of `FeedbackGradient.of_input`.
     """
 
     feedback: Tensor | None = None
@@ -66,6 +70,7 @@ class BackwardContext(NamedTuple):
     second_hop: Tensor | None = None
     activation: Callable[[], Tensor] | None = None
     gradients: tuple[FeedbackGradient, ...] = ()
+    local_gradient: Callable[[Tensor, Any, slice | None], Tensor] | None = None
 
 
 class FeedbackPathway:
@@ -157,7 +162,7 @@ class LearnedFeedback(FeedbackPathway):
 
 def feedback_gradient(
     layer: Any, name: str, activation: Callable[[], Tensor] | None = None, first_hop: Tensor | None = None,
-    of_errors: Callable[[Tensor], Tensor] | None = None,
+    of_errors: Callable[[Tensor], Tensor] | None = None, of_input: Callable[[Tensor, Any, slice | None], Tensor] | None = None,
 ) -> tuple[FeedbackGradient, ...]:
     """How the gradient of the learned feedback tensor `name` is computed; empty if it is not, as with `Mode.freeze_random`.
 
@@ -171,7 +176,7 @@ def feedback_gradient(
         learned.require_trainable()
     if learned.shares_gradient:
         return ()
-    return (FeedbackGradient(learned, activation, first_hop, of_errors),)
+    return (FeedbackGradient(learned, activation, first_hop, of_errors, of_input),)
 
 
 class TransposeFeedback(FeedbackPathway):

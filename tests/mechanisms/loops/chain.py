@@ -26,6 +26,8 @@ EDGE_RULES = [name for name in RULES if name not in (*CUT_RULES, *COVERS_ALL, "n
 CHANGES_INPUT = ["pepita", "forward_forward"]
 #: Rules that draw noise for every update.
 NOISY = ["node_perturbation", "weight_perturbation", "np_feedback", "forward_forward", "fdfa", "grape", "forward_gradient"]
+#: Edge rules with losses of their own, which are scaled as the loss is.
+LOCAL_LOSSES = ["symmetric_alignment", "activation_alignment", "regularized_mirror", "information_alignment"]
 # The mirror's steps before training take time, and nothing here is about them.
 # One rate for all, so that one group of an optimizer is what dkp asks for.
 # forward_forward's running means depend on all passes before, and are tested with the rule.

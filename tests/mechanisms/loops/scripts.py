@@ -11,8 +11,8 @@ from torch.nn import functional as F
 import fa_bench
 
 #: Rules with learned feedback: those of layers, of cuts, and in auxiliary layers.
-LEARNED = ("kp", "pfa", "pfa_o", "ldfa", "mixed", "asap", "asfp", "asfp_lc", "dkp", "fdfa", "grape", "predsim", "bp_deepsup",
-           "dgl")
+LEARNED = ("kp", "pfa", "pfa_o", "ldfa", "activation_alignment", "mixed", "asap", "asfp", "asfp_lc", "dkp", "fdfa", "grape",
+           "predsim", "bp_deepsup", "dgl")
 
 
 def net(dtype: torch.dtype = torch.float64) -> nn.Sequential:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fa_bench.errors import CoverageError
 from fa_bench.registry.registries import ALGORITHMS
-from tests.mechanisms.loops.chain import RULES, Chain, assert_same, attach, batch, gradients, part, state, train
+from tests.mechanisms.loops.chain import LOCAL_LOSSES, RULES, Chain, assert_same, attach, batch, gradients, part, state, train
 
 X, Y = batch()
 
@@ -206,8 +206,8 @@ def test_a_frozen_part_may_run_without_gradients(name: str) -> None:
         model = Chain(runs)
         model.a.requires_grad_(False)
         last = train(model, attach(model, name), X, Y)
-        # R and some rules' B learn from what enters and leaves their layer, though the weight does not; there they carry no error.
-        own = ("a.fc.feedback_R", "a.fc.feedback_B" if name in ("ldfa", "np_feedback") else None)
+        # Some feedback learns from what enters and leaves its layer, though the weight does not; there it carries no error.
+        own = ("a.fc.feedback_R", "a.fc.feedback_B" if name in ("ldfa", "np_feedback", *LOCAL_LOSSES) else None)
         found.append({key: gradient for key, gradient in last.items() if key not in own})
     assert_same(*found)
 

@@ -12,7 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fa_bench.mechanisms.loss_scale import is_unscaled, measured_scale
-from tests.mechanisms.loops.chain import RULES, Chain, assert_same, attach, batch, draw_the_same_for_every_sample, gradients
+from tests.mechanisms.loops.chain import (
+    LOCAL_LOSSES,
+    RULES,
+    Chain,
+    assert_same,
+    attach,
+    batch,
+    draw_the_same_for_every_sample,
+    gradients,
+)
 
 X, Y = batch(12)
 #: name -> (rule, options)
@@ -26,15 +35,18 @@ TOGETHER = ("predsim", "dgl", "asfp_lc", "grape")
 #: A new draw at every forward pass.
 REDRAWN = ("brsf",)
 #: Their hidden errors are made of the labels, and do not carry the loss's scale by themselves.
-OF_LABELS = ("drtp", "drtp sign", "local_error", "predsim", "predsim pred", "dgl", "dgl linear", "asfp_lc", "node_perturbation",
-             "weight_perturbation", "pepita", "forward_forward", "bp_deepsup", "fdfa", "grape")
+OF_LABELS = ("drtp", "drtp sign", "local_error", "predsim", "predsim pred", "bp_deepsup", "dgl", "dgl linear", "asfp_lc",
+             "node_perturbation", "weight_perturbation", "pepita", "forward_forward", "fdfa", "grape")
 #: Of the output layer, too.
 WHOLLY_OF_LABELS = ("node_perturbation", "weight_perturbation", "pepita")
 #: What learns by the output's own error: the head, with blocks the whole last one, and all of the net where errors cross the
 #: cuts. In the first step of bp_deepsup, whose classifiers are zero, no other error comes there; fdfa and grape scale feedback
 #: alone.
-OWN = {name: ("head", "c.") for name in ("dgl", "dgl linear", "asfp_lc")}
-OWN |= {name: ("head", "a.fc", "b.fc", "c.fc") for name in ("bp_deepsup", "fdfa", "grape")}
+OWN: dict[str, tuple[str, ...]] = {
+    **{name: ("head", "c.") for name in ("dgl", "dgl linear", "asfp_lc")},
+    **{name: ("head", "a.fc", "b.fc", "c.fc") for name in ("bp_deepsup", "fdfa", "grape")},
+    "forward_forward": ("head", "b.act"), **dict.fromkeys(WHOLLY_OF_LABELS, ()),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -116,10 +128,12 @@ def test_a_gradient_scaler(variant: str) -> None:
 def test_an_explicit_scale_is_taken_as_it_is(variant: str) -> None:
     plain, twice = found(variant, [(X64, Y, F.cross_entropy)]), found(variant, [(X64, Y, F.cross_entropy)], loss_scale=2.0)
     factor = 2.0 if variant in OF_LABELS else 1.0  # an error made of the loss's gradient has its scale already
-    own = (OWN | {"forward_forward": ("head", "b.act"), **dict.fromkeys(WHOLLY_OF_LABELS, ())}).get(variant, ("head",))
+    own = OWN.get(variant, ("head",))
     want = {key: tensor if key.startswith(own) else factor * tensor for key, tensor in plain.items()}
     if variant == "ddtp_linear":  # its feedback learns from noise, not from the loss
         want |= {key: 2 * tensor for key, tensor in plain.items() if "feedback" in key}
+    if variant in LOCAL_LOSSES:
+        want = {key: 2 * tensor if "feedback_B" in key else tensor for key, tensor in plain.items()}
     assert_same(twice, want, rel=1e-12)
 
 
@@ -241,7 +255,7 @@ def test_a_mean_that_is_written_out_gives_the_very_numbers(variant: str) -> None
     def by_hand(logits: Tensor, y: Tensor) -> Tensor:
         return (logits.exp().sum(1).log() - logits.gather(1, y.view(-1, 1)).squeeze(1)).mean()
 
-    own = OWN.get(variant, ("head", "b.act"))  # b.act: of forward_forward
+    own = OWN.get(variant, ("head",))
     got, want = (({key: tensor for key, tensor in found(variant, [(X, Y, loss)]).items() if not key.startswith(own)})
                  for loss in (by_hand, F.cross_entropy))
     assert_same(got, want)

@@ -18,6 +18,7 @@ from tests.mechanisms.loops.chain import (
     COVERS_ALL,
     CUT_RULES,
     EDGE_RULES,
+    LOCAL_LOSSES,
     RULES,
     Chain,
     assert_same,
@@ -173,14 +174,17 @@ def test_a_wrong_output_names_the_nearest(name: str, kind: str) -> None:
 def test_edge_rules_add_the_gradients_of_both_losses(name: str, kind: str) -> None:
     """Every other rule is linear in the errors, so that both losses at once give the sum of what they give one by one.
 
-    But for the subspace of the errors that ldfa's B learns: that of the sum is not the sum of the subspaces.
+    But for the subspace of the errors that ldfa's B learns, since that of the sum is not the sum of the subspaces, and for local
+    losses, which come in once.
     """
+    nonlinear = name in ("ldfa", *LOCAL_LOSSES)
+
     def found(parts: tuple[int, ...]) -> dict[str, Tensor]:
         model = Net(PACKS[kind][0]).double()
         rule = attach(model, name, sample_input=X[:2].double())
         outputs = PACKS[kind][1](model(X.double()))
-        rule.backward(sum(F.cross_entropy(outputs[number], Y % (3 - number)) for number in parts))
-        return {key: gradient for key, gradient in gradients(model).items() if name != "ldfa" or "feedback_B" not in key}
+        rule.backward(sum(F.cross_entropy(outputs[number], Y % (3 - number)) for number in parts), loss_scale=1.0)
+        return {key: gradient for key, gradient in gradients(model).items() if not nonlinear or "feedback_B" not in key}
 
     first, second, sum_ = found((0,)), found((1,)), found((0, 1))
     want = {key: first.get(key, torch.zeros(())) + second.get(key, torch.zeros(())) for key in sum_}

@@ -1,0 +1,312 @@
+"""Feedback that learns by local losses between it and the weight, on the layer's input or on noise.
+
+The losses of a layer, with z_W = x Wᵀ and z_B = x Bᵀ for the rows x of its input, whose means are over samples and positions:
+
+    decay    ‖W‖² + ‖B‖²
+    amp      -mean Σ z_W z_B
+    null     mean ‖z_W B‖²
+    self     -Σ W B
+    sparse   mean ‖z_W‖² + mean ‖z_B‖²
+
+For a convolution, z_W and z_B are its outputs with W and B, each divided among samples and output positions, and z_W B is the
+error that B passes to the input from z_W. No loss has a gradient at the layer's input, and W has one only if that is wanted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fa_bench.errors import CoverageError, StateError
+from fa_bench.mechanisms.edge.pathways import BackwardContext, FeedbackPathway, feedback_gradient
+from fa_bench.mechanisms.edge.rule import LayerContext, RandomFeedbackRule
+from fa_bench.mechanisms.feedback_tensors import feedback_tensor
+from fa_bench.mechanisms.loss_scale import is_unscaled, measured_scale
+from fa_bench.registry.options import option
+from fa_bench.utils.lazy import torch
+from fa_bench.utils.sampling import seed_for
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fa_bench.mechanisms.coverage import Coverage
+    from fa_bench.mechanisms.edge.ops import Geometry
+
+
+class AlignmentLoss(NamedTuple):
+    """The weights of the local losses in their sum."""
+
+    decay: float = 0.0
+    amp: float = 0.0
+    null: float = 0.0
+    self_: float = 0.0
+    sparse: float = 0.0
+
+    @property
+    def reads_input(self) -> bool:
+        """Whether it depends on the layer's input."""
+        return bool(self.amp or self.null or self.sparse)
+
+    def feedback_gradient(self, weight: Tensor, feedback: Tensor, x: Tensor, geometry: Geometry | None) -> Tensor:
+        """The gradient of B; arguments as for `LayerProducts`."""
+        gradient = 2 * self.decay * feedback - self.self_ * weight
+        if not self.reads_input:
+            return gradient
+        layer = LayerProducts(x, geometry)
+        if self.amp or self.sparse:  # both are linear in the outputs, which are computed once
+            z = layer.output(2 * self.sparse * feedback - self.amp * weight)
+            gradient = gradient + layer.correlation(z, x, weight) / layer.rows(z)
+        if self.null:
+            z = layer.output(weight)
+            gradient = gradient + layer.correlation(z, layer.input_error(z, feedback), weight) * (2 * self.null / layer.rows(z))
+        return gradient
+
+    def weight_gradient(self, weight: Tensor, feedback: Tensor, x: Tensor, geometry: Geometry | None) -> Tensor:
+        """The gradient of W; arguments as for `LayerProducts`."""
+        swapped = self._replace(null=0.0).feedback_gradient(feedback, weight, x, geometry)
+        if not self.null:
+            return swapped
+        layer = LayerProducts(x, geometry)
+        z = layer.output(weight)
+        back = LayerProducts(layer.input_error(z, feedback), geometry).output(feedback)
+        return swapped + layer.correlation(back, x, weight) * (2 * self.null / layer.rows(z))
+
+
+class LayerProducts(NamedTuple):
+    """The products of a layer.
+
+    Attributes:
+        x: its input, (rows, I), or (N, I, ...) with the padding that `Geometry` does not have.
+        geometry: of a convolution; None for a linear layer.
+    """
+
+    x: Tensor
+    geometry: Geometry | None
+
+    def output(self, weight: Tensor) -> Tensor:
+        """x Wᵀ without bias, (rows, O) or (N, O, ...)."""
+        if self.geometry is None:
+            return self.x.mm(weight.t())
+        return torch.ops.aten.convolution(self.x, weight, None, *self.geometry)
+
+    def input_error(self, z: Tensor, feedback: Tensor) -> Tensor:
+        """z B, in the shape of the input."""
+        if self.geometry is None:
+            return z.mm(feedback)
+        return torch.ops.aten.convolution_backward(z, self.x, feedback, None, *self.geometry, [True, False, False])[0]
+
+    def correlation(self, z: Tensor, x: Tensor, like: Tensor) -> Tensor:
+        """zᵀ x, in the shape of the weight `like`."""
+        if self.geometry is None:
+            return z.t().mm(x)
+        from fa_bench.mechanisms.edge.ops import weight_gradient
+
+        return weight_gradient(z, x, like, self.geometry)
+
+    def rows(self, z: Tensor) -> int:
+        """The number of samples and output positions, at least 1."""
+        return max(z.numel() // max(z.shape[1], 1), 1)
+
+
+class AlignedFeedback(FeedbackPathway):
+    """e_in = g B, where B learns by a local loss.
+
+    Args:
+        loss: the loss.
+        scale: by which factor the gradients are multiplied: that of the task's loss.
+        updates_weight: whether W gets the gradient of the local loss, too.
+        on_noise: whether the local loss is that of the layer's `noise` in place of its input.
+    """
+
+    learned = ("B",)
+    always_needed = True
+
+    def __init__(self, loss: AlignmentLoss, scale: LossScale, updates_weight: bool, on_noise: bool) -> None:
+        self.loss, self.scale, self.updates_weight, self.on_noise = loss, scale, updates_weight, on_noise
+        self.description = "B, which learns by a local loss" + (" on noise" if on_noise else "")
+
+    def describe(self) -> str:
+        return self.description
+
+    def effective(self, layer: Any) -> Tensor:
+        return feedback_tensor(layer, "B")
+
+    def context(self, layer: Any, x: Tensor) -> BackwardContext:
+        of_input = functools.partial(self.gradient, self.loss.feedback_gradient, layer)
+        of_weight = functools.partial(self.gradient, self.loss.weight_gradient, layer)
+        return BackwardContext(layer.learned["B"].tensor, gradients=feedback_gradient(layer, "B", of_input=of_input),
+                               local_gradient=of_weight if self.updates_weight else None)
+
+    def gradient(self, of: Any, layer: Any, x: Tensor, geometry: Geometry | None, rows: slice | None) -> Tensor:
+        """The gradient of the local loss, times the factor of the task's loss.
+
+        Args:
+            of: computes it: a method of the loss.
+            layer: the layer.
+            x: its input as its autograd Function has it.
+            geometry: of a convolution.
+            rows: the outputs that are computed; None: all.
+        """
+        device = x.device.type
+        if torch.is_autocast_enabled(device):  # by the caller of the backward pass
+            with torch.autocast(device, enabled=False):
+                return self.gradient(of, layer, x, geometry, rows)
+        weight, feedback = layer.weight.detach(), feedback_tensor(layer, "B")
+        if rows is not None:
+            weight, feedback = weight[rows], feedback[rows]
+        if layer.mode.freeze_random and not self.scale.is_known:  # a metric asks for this layer's input error alone
+            return torch.zeros_like(weight)
+        if self.on_noise:
+            x, geometry = layer.prepared(feedback_tensor(layer, "noise"))
+        return of(weight, feedback, x.to(feedback.dtype), geometry) * self.scale.factor(feedback)
+
+
+class LossScale:
+    """The factor by which the task's loss of the present backward pass was scaled.
+
+    It is a tensor, which a compiled graph reads when it runs, and NaN outside of backward passes of the rule.
+    """
+
+    def __init__(self, rule: str) -> None:
+        self.rule, self.last, self.value = rule, 1.0, torch.full((), torch.nan, dtype=torch.float64)
+        self.is_known = False
+
+    def set(self, factor: float | None) -> None:
+        """Set the factor; None: the backward pass has ended."""
+        self.is_known = factor is not None
+        if factor is not None:
+            self.last = factor
+        self.value.data.fill_(torch.nan if factor is None else factor)  # not counted as a change by autograd
+
+    def factor(self, like: Tensor) -> Tensor:
+        """The factor in the dtype of a tensor.
+
+        Raises:
+            StateError: outside of a backward pass of the rule; in a compiled graph it is NaN.
+        """
+        if not torch.compiler.is_compiling() and not self.is_known:
+            raise StateError(f"rule '{self.rule}' adds losses of its own, scaled as the loss is: call rule.backward(loss, "
+                             "logits, target), not loss.backward()")
+        return self.value.to(like.dtype)
+
+
+@dataclasses.dataclass(eq=False)
+class AlignmentRule(RandomFeedbackRule):
+    """Base of the rules whose feedback learns by local losses; subclasses implement `alignment_loss`.
+
+    e_in = g B. Each layer adds its local loss to the task's, multiplied by the same factor (gradient accumulation, gradient
+    scalers); it has no gradient at the layer's input, and none for W unless ``update_forward`` is set. B is trained by W's
+    optimizer at ``b_lr_scale`` times its rate, or by an optimizer of its own (``optimizer@feedback_optimizer=adam``); the decay
+    of that optimizer adds to the loss. ``b_init`` and ``linear_b_init`` are the initialisers of B. A layer that runs several
+    times in a forward pass adds its loss each time.
+    """
+
+    b_lr_scale: float = option(1.0, "learning rate of B relative to that of W, unless B has its own optimizer", minimum=0)
+    update_forward: bool = option(False, "the local losses train the weights, too")
+
+    #: Whether the losses are computed on noise.
+    on_noise = False
+
+    def alignment_loss(self) -> AlignmentLoss:
+        """The weights of the local losses."""
+        raise NotImplementedError
+
+    @property
+    def feedback_lr_scale(self) -> float:
+        return self.b_lr_scale
+
+    def wire(self, sample_input: Any) -> Coverage:
+        self._scale = LossScale(self.name)
+        coverage = super().wire(sample_input)
+        for learned in self._learned:
+            learned.lr_scale = self.b_lr_scale
+        return coverage
+
+    def pathway(self, layer: LayerContext) -> FeedbackPathway:
+        self.put_feedback(layer)
+        return AlignedFeedback(self.alignment_loss(), self._scale, self.update_forward, self.on_noise)
+
+    def deliver(
+        self, loss: Tensor, logits: Tensor | None, target: Tensor | None, loss_scale: float | None = None
+    ) -> None:
+        scale = self._scale
+        scale.set(self._factor(loss, logits, target) if loss_scale is None else loss_scale)
+        try:
+            loss.backward()
+        finally:
+            scale.set(None)
+
+    def _factor(self, loss: Tensor, logits: Tensor | None, target: Tensor | None) -> float:
+        if is_unscaled(loss, target):
+            return 1.0
+        if logits is None:
+            raise ValueError(f"rule '{self.name}' scales losses of its own as the loss is, and cannot infer the factor without "
+                             "the logits: call rule.backward(loss, logits, target), or pass the factor, such as loss_scale=1.0")
+        (delta,) = torch.autograd.grad(loss, logits, retain_graph=True)
+        return measured_scale(self.name, delta, logits.detach(), target, self._scale.last, self.objective)
+
+
+@dataclasses.dataclass(eq=False)
+class InputAlignmentRule(AlignmentRule):
+    """Base of those whose local losses depend on the layer's input.
+
+    ``signal=noise`` computes them on standard normal noise in the shape of the layer's input, ``noise_batch`` samples that are
+    sampled anew after every update and do not depend on the process: W's second moments C are then the identity.
+    """
+
+    signal: str = option("input", "what the local losses are computed on: the layer's input, or noise",
+                         choices=["input", "noise"])
+    noise_batch: int = option(32, "samples of noise", minimum=1)
+
+    @property
+    def on_noise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.signal == "noise"
+
+    def wire(self, sample_input: Any) -> Coverage:
+        from fa_bench.mechanisms.weighted_layers import sample_axis, weighted_layers
+
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._draws = 0
+        if self.on_noise:
+            layers = weighted_layers(self.model)
+            if sample_input is not None:
+                for path, shape in self.trace(sample_input).input_shapes.items():
+                    axis = sample_axis(layers[path], len(shape))
+                    self._shapes[path] = (*shape[:axis], *shape[axis + 1:])
+            for path, layer in layers.items():
+                if hasattr(layer, "kernel_size") and path not in self._shapes:
+                    raise CoverageError(f"rule '{self.name}' with signal=noise needs sample_input, one input batch, to see the "
+                                        f"size of what enters the convolution '{path}'")
+        coverage = super().wire(sample_input)
+        self._sample()
+        return coverage
+
+    def pathway(self, layer: LayerContext) -> FeedbackPathway:
+        pathway = super().pathway(layer)
+        if self.on_noise:
+            # A linear layer treats its positions alike.
+            shape = (layer.module.weight.shape[1],) if layer.is_linear else self._shapes[layer.path]
+            layer.put("noise", torch.zeros(self.noise_batch, *shape))
+        return pathway
+
+    def _sample(self) -> None:
+        """Replace the noise of all layers."""
+        for path, layer in self._layers.items():
+            if (noise := feedback_tensor(layer, "noise")) is not None:
+                generator = torch.Generator(noise.device).manual_seed(seed_for(self.seed, path, "noise", self._draws))
+                noise.normal_(generator=generator)
+
+    def step(self) -> None:
+        super().step()
+        if self.on_noise and not self.mode.freeze_random:
+            self._draws += 1
+            self._sample()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), **({"draws": self._draws, "seed": self.seed} if self.on_noise else {})}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        if self.on_noise:
+            self._draws, self.seed = int(state["draws"]), int(state["seed"])

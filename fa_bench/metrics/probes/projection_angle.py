@@ -1,0 +1,57 @@
+"""Whether feedback and weight agree on the inputs that a layer has."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.metrics.probes.base import Probe, Quantities, Subject
+from fa_bench.registry.registries import PROBES
+from fa_bench.utils.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@PROBES.register("projection_angle")
+@dataclasses.dataclass(eq=False)
+class ProjectionAngle(Probe):
+    """Angle between x Wᵀ and x Eᵀ, the outputs of a layer with its weight and with its effective feedback, in degrees.
+
+    Kunin et al. 2020. x is the layer's input (N, ...) on the fixed batch, without biases; the angle is between the outputs of
+    each sample, flattened over positions, and the value is the mean over the samples for which it is defined. A layer that runs
+    several times has that of its first run. Batch normalisation uses the batch's statistics and dropout is off.
+
+    It is 0 where feedback equals the weight up to a positive factor on the span of the inputs, however different they are
+    elsewhere, which `weight_angle` sees. Layers of attention and recurrent modules have none, nor have those for which a rule has
+    no feedback in the weight's shape.
+    """
+
+    def measure(self, subject: Subject) -> Quantities:
+        from fa_bench.mechanisms.compound.projection import Projection
+        from fa_bench.metrics.angles import mean_sample_angle
+        from fa_bench.metrics.meter import measurement_mode
+
+        pairs, inputs = subject.rule.weight_pairs(), {}
+
+        def record(path: str) -> Any:
+            return lambda module, args: inputs.setdefault(path, args[0].detach())
+
+        layers = {path: subject.model.get_submodule(path) for path in subject.meter.trace.order if path in pairs}
+        layers = {path: layer for path, layer in layers.items() if not isinstance(layer, Projection)}
+        handles = [layer.register_forward_pre_hook(record(path)) for path, layer in layers.items()]
+        try:
+            with measurement_mode(subject.rule), torch.no_grad():
+                subject.model(subject.meter.x)
+                return {self.name: {
+                    path: mean_sample_angle(*(output(layers[path], inputs[path], kernel) for kernel in pairs[path]))
+                    for path in layers if path in inputs}}
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def output(layer: Any, x: Tensor, kernel: Tensor) -> Tensor:
+    """The output (N, ...) of a layer for x with another weight and without bias."""
+    values = {"weight": kernel} | ({} if layer.bias is None else {"bias": torch.zeros_like(layer.bias)})
+    return torch.func.functional_call(layer, values, (x,))

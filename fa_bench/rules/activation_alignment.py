@@ -1,0 +1,38 @@
+"""Activation alignment."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from fa_bench.mechanisms.edge.alignment import AlignmentLoss, InputAlignmentRule
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ALGORITHMS
+
+
+@ALGORITHMS.register("activation_alignment")
+@dataclasses.dataclass(eq=False)
+class ActivationAlignment(InputAlignmentRule):
+    """Activation alignment: feedback is drawn to the weights by a loss that compares their outputs.
+
+    Kunin et al. 2020 (arXiv 2003.01513) and the code released with it, primitives sparse and amp.
+
+        e_in = g B;  loss = α (mean ‖x Wᵀ‖² + mean ‖x Bᵀ‖²) - β mean Σ (x Wᵀ)(x Bᵀ)
+        gradient of B = (2 α B - β W) C,  C = mean xᵀ x
+
+    With β = 2 α that is 2 α (B - W) C: on the span of the layer's inputs x the fixed point is W, and (β / 2 α) W otherwise; the
+    rest of B never moves. Means are over samples and, for convolutions and tokens, output positions (a choice: the paper's
+    normalisation over positions is not verified); x Bᵀ of a convolution is its output with B.
+
+    α = ``alpha`` and β = ``beta`` have the code's defaults. With ``update_forward`` W has the gradient (2 α W - β B) C.
+    ``signal`` and ``noise_batch`` put noise in the place of x. With the code's α and β B moves slowly: ``b_lr_scale`` raises
+    its rate relative to W's. Centred and normalised activations, delays and alternating steps, which the code has, are left
+    out; its tuned settings are not public, so that no result is a reproduction.
+    """
+
+    search_space = {"b_lr_scale": "tag(log,interval(1,1000))"}
+
+    alpha: float = option(1e-3, "α: weight of the loss sparse", minimum=0)
+    beta: float = option(2e-3, "β: weight of the loss amp", minimum=0)
+
+    def alignment_loss(self) -> AlignmentLoss:
+        return AlignmentLoss(sparse=self.alpha, amp=self.beta)

@@ -1,0 +1,41 @@
+"""Information alignment."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from fa_bench.mechanisms.edge.alignment import AlignmentLoss, InputAlignmentRule
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ALGORITHMS
+
+
+@ALGORITHMS.register("information_alignment")
+@dataclasses.dataclass(eq=False)
+class InformationAlignment(InputAlignmentRule):
+    """Information alignment: feedback that reconstructs the layer's input from its output, by local losses.
+
+    Kunin et al. 2020 (arXiv 2003.01513) and the code released with it, primitives amp, null and decay.
+
+        e_in = g B;  loss = -α mean Σ (x Wᵀ)(x Bᵀ) + β mean ‖x Wᵀ B‖² + γ (‖W‖² + ‖B‖²)
+        gradient of B = -α W C + 2 β W C Wᵀ B + 2 γ B,  C = mean xᵀ x
+
+    With α = 2 β, the code's ratio, the fixed point is (W C Wᵀ + (γ / β) I)⁻¹ W C: the inverse of W that target propagation uses,
+    for white x and without decay its transposed pseudo-inverse, not W itself. Means are over samples and, for convolutions and
+    tokens, output positions (a choice: the paper's normalisation over positions is not verified); x Bᵀ of a convolution is its
+    output with B, and x Wᵀ B what the transposed convolution with B makes of x Wᵀ.
+
+    α = ``alpha``, β = ``beta`` and γ = ``gamma`` have the code's defaults; α multiplies amp here, and decay or sparse in the
+    related rules. With ``update_forward`` W has the gradient -α B C + 2 β B Bᵀ W C + 2 γ W. ``signal`` and ``noise_batch`` put
+    noise in the place of x. With the code's α and β B moves slowly: ``b_lr_scale`` raises its rate relative to W's. Centred and
+    normalised activations, delays and alternating steps, which the code has, are left out; its tuned settings are not public,
+    so that no result is a reproduction.
+    """
+
+    search_space = {"b_lr_scale": "tag(log,interval(1,1000))"}
+
+    alpha: float = option(2e-3, "α: weight of the loss amp", minimum=0)
+    beta: float = option(1e-3, "β: weight of the loss null", minimum=0)
+    gamma: float = option(1e-3, "γ: weight of the loss decay", minimum=0)
+
+    def alignment_loss(self) -> AlignmentLoss:
+        return AlignmentLoss(amp=self.alpha, null=self.beta, decay=self.gamma)

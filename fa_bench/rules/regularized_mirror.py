@@ -1,0 +1,39 @@
+"""Regularised weight mirror."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from fa_bench.mechanisms.edge.alignment import AlignmentLoss, InputAlignmentRule
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ALGORITHMS
+
+
+@ALGORITHMS.register("regularized_mirror")
+@dataclasses.dataclass(eq=False)
+class RegularizedMirror(InputAlignmentRule):
+    """Regularised weight mirror: feedback that correlates inputs and outputs of its layer, and decays.
+
+    Kunin et al. 2020 (arXiv 2003.01513) and the code released with it, primitives decay and amp.
+
+        e_in = g B;  loss = α (‖W‖² + ‖B‖²) - β mean Σ (x Wᵀ)(x Bᵀ)
+        gradient of B = 2 α B - β W C,  C = mean xᵀ x
+
+    The fixed point is (β / 2 α) W C: parallel to W if the inputs x are white, with the code's defaults half of W. Means are over
+    samples and, for convolutions and tokens, output positions (a choice: the paper's normalisation over positions is not
+    verified); x Bᵀ of a convolution is its output with B. `wm` is the mirror on noise alone, in a phase of its own and with a
+    decay for which the fixed point is W.
+
+    α = ``alpha`` and β = ``beta`` have the code's defaults. With ``update_forward`` W has the gradient 2 α W - β B C.
+    ``signal`` and ``noise_batch`` put noise in the place of x. With the code's α and β B moves slowly: ``b_lr_scale`` raises
+    its rate relative to W's. Centred and normalised activations, delays and alternating steps, which the code has, are left
+    out; its tuned settings are not public, so that no result is a reproduction.
+    """
+
+    search_space = {"b_lr_scale": "tag(log,interval(1,1000))"}
+
+    alpha: float = option(1e-3, "α: weight of the loss decay", minimum=0)
+    beta: float = option(1e-3, "β: weight of the loss amp", minimum=0)
+
+    def alignment_loss(self) -> AlignmentLoss:
+        return AlignmentLoss(decay=self.alpha, amp=self.beta)

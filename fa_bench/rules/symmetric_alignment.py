@@ -1,0 +1,36 @@
+"""Symmetric alignment."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from fa_bench.mechanisms.edge.alignment import AlignmentLoss, AlignmentRule
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ALGORITHMS
+
+
+@ALGORITHMS.register("symmetric_alignment")
+@dataclasses.dataclass(eq=False)
+class SymmetricAlignment(AlignmentRule):
+    """Symmetric alignment: feedback is drawn to the weights by a loss that compares their entries.
+
+    Kunin et al. 2020 (arXiv 2003.01513) and the code released with it, primitives decay and self.
+
+        e_in = g B;  loss = α (‖W‖² + ‖B‖²) - β Σ W B;  gradient of B = 2 α B - β W
+
+    With β = 2 α that is 2 α (B - W): the fixed point is W, and (β / 2 α) W otherwise. The loss reads every weight at its
+    feedback's place: weight transport within the layer, by learning; it is the reference for the rules that do without
+    (`activation_alignment`, `information_alignment`).
+
+    α = ``alpha`` and β = ``beta`` have the code's defaults. With ``update_forward`` the gradient of W has the same form, with B
+    in the place of W. With the code's α and β B moves slowly: ``b_lr_scale`` raises its rate relative to W's. Delays and
+    alternating steps, which the code has, are left out; its tuned settings are not public, so that no result is a reproduction.
+    """
+
+    search_space = {"b_lr_scale": "tag(log,interval(1,1000))"}
+
+    alpha: float = option(1e-3, "α: weight of the loss decay", minimum=0)
+    beta: float = option(2e-3, "β: weight of the loss self", minimum=0)
+
+    def alignment_loss(self) -> AlignmentLoss:
+        return AlignmentLoss(decay=self.alpha, self_=self.beta)
