@@ -109,7 +109,7 @@ def _by_forward_mode(
         if tangent is None:
             raise CoverageError(f"rule '{rule.name}': the model's output depends on none of its cuts in a way that can be "
                                 f"differentiated")
-        return tangent.clone()
+        return tangent
 
 
 @functools.lru_cache(maxsize=1)
