@@ -122,8 +122,8 @@ def generators() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("rule", [
-    "kp", "brsf", "wm", "pfa", "ldfa", "information_alignment", "dkp", "predsim", "np_feedback", "weight_perturbation", "bp_deepsup",
-    "fdfa", "grape", "forward_gradient", "ddtp_linear", "ldrl"])
+    "kp", "brsf", "wm", "pfa", "ldfa", "information_alignment", "dkp", "predsim", "np_feedback", "weight_perturbation",
+    "bp_deepsup", "fdfa", "grape", "forward_gradient", "ddtp_linear", "ldrl"])
 def test_loaded_checkpoint_continues_bit_by_bit(rule: str, generators: None) -> None:
     """Losses, weights, running statistics, feedback, both optimizers, and every global generator."""
     last, before = Path("a/last.pt"), Path("a/previous.pt")
