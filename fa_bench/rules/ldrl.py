@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import CoverageError
 from fa_bench.mechanisms.checkpointing import refuse_reentrant
-from fa_bench.mechanisms.coverage import noise_note
 from fa_bench.mechanisms.cut.local import LocalRule, map_module
 from fa_bench.mechanisms.cut.rule import CapturedActivation
+from fa_bench.mechanisms.drawing import DrawingRule
 from fa_bench.registry.options import option
 from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.utils.lazy import nn, torch
@@ -26,7 +26,7 @@ OUTPUT_OF_MODEL = ""
 
 @ALGORITHMS.register("ldrl")
 @dataclasses.dataclass(eq=False)
-class LDRL(LocalRule):
+class LDRL(DrawingRule, LocalRule):
     """Target propagation through blocks, whose feedback maps learn from noise: local difference reconstruction loss (L-DRL).
 
     Ernoult et al. 2022, "Towards scaling difference target propagation with backprop targets".
@@ -75,15 +75,12 @@ class LDRL(LocalRule):
 
     # -------------------------------------------------------------------------------------------- attach
     def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:
-        from fa_bench.mechanisms.second_pass import Draws
-
         if self._layouts:
             raise CoverageError(f"rule '{self.name}' needs outputs of shape (N, C), not {self._trace.result_shape}")
         executed = [path for path in self._trace.output_shapes if path in features]
         #: Cut -> the end of the next block; in the order of execution.
         self._next = dict(zip(executed, [*executed[1:], OUTPUT_OF_MODEL], strict=True))
         self._shapes = {**features, OUTPUT_OF_MODEL: (classes,)}
-        self._draws = Draws(self.seed)
         self._errors: dict[str, Tensor] = {}
         self._clean: dict[str, Tensor] = {}
         super().make_feedback(features, classes)
@@ -104,9 +101,6 @@ class LDRL(LocalRule):
             layers["unflatten"] = nn.Unflatten(1, shape)
         return nn.Sequential(layers)
 
-    def notes(self) -> tuple[str, ...]:
-        return (*super().notes(), noise_note())
-
     # -------------------------------------------------------------------------------------------- training
     def broadcast(self, delta: Tensor, target: Tensor | None) -> Tensor:
         """δ; computes the errors at all cuts, from the last one down."""
@@ -115,7 +109,7 @@ class LDRL(LocalRule):
             for cut in reversed(self._next):
                 self._errors[cut] = error = self.auxiliary_at(cut)(error)
         if not self.mode.freeze_random:
-            self._draws.number += 1
+            self.next_draws()
             self._clean = self._pass(None)
         return delta
 
@@ -161,9 +155,6 @@ class LDRL(LocalRule):
         return seen
 
     # -------------------------------------------------------------------------------------------- state
-    def state_dict(self) -> dict[str, Any]:
-        return {"draws": self._draws.state()}
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.require_entries(state, self.state_dict())
         self._draws.load_state(state["draws"])
