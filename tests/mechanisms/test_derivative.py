@@ -259,6 +259,23 @@ def test_other_objectives(kind: str) -> None:
     assert apart(*found) < 1e-9
 
 
+def test_what_enters_a_module_stays_as_it_is_unless_the_module_works_in_place() -> None:
+    for activation in (nn.Tanh(), nn.ReLU(), nn.ReLU(inplace=True)):
+        model, seen = mlp(activation), []
+        fa_bench.attach(model, "dual_propagation")
+        model[0].register_forward_hook(lambda module, args, output, seen=seen: seen.append((output, output.detach().clone())))
+        model(X)
+        after, before = seen[0]
+        want = before.clamp_min(0) if getattr(activation, "inplace", False) else before
+        assert torch.equal(after, want)
+
+
+def test_modules_run_alone_on_what_has_no_gradient() -> None:
+    model = mlp(nn.ReLU())
+    fa_bench.attach(model, "dual_propagation")
+    assert torch.equal(model[1](X), X.clamp_min(0))
+
+
 def test_bfloat16_takes_the_difference_in_single_precision() -> None:
     """bfloat16 rounds to 2^-8; a difference of 1e-3 of the values, taken in it, would be rounded to 0 or doubled."""
     model = mlp(nn.Tanh()).float()

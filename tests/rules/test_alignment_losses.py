@@ -200,6 +200,22 @@ def test_the_factor_of_the_loss_is_found_or_asked_for() -> None:
         F.cross_entropy(logits, y).backward()
 
 
+def test_without_an_error_the_factor_is_the_last_one() -> None:
+    """Where every label has probability 1 the gradient at the logits is zero, and shows no factor."""
+    model, (x, y) = nets.mlp(), nets.batch("mlp_tanh")
+    rule = fa_bench.attach(model, "activation_alignment")
+    found = []
+    for scale in (1.0, 8.0):
+        grads(rule, model, lambda z, t, scale=scale: scale * F.cross_entropy(z, t), y)
+        model.zero_grad()
+        logits = model(x)
+        sure = logits + 1e4 * F.one_hot(y, 3)
+        rule.backward(scale * F.cross_entropy(sure, y), sure, y)
+        found.append([tensor.grad.clone() for tensor in rule.feedback_parameters()])
+    for plain, scaled in zip(*found, strict=True):
+        assert plain.any() and distance(array(scaled), array(8 * plain)) < 1e-12
+
+
 def test_after_a_failed_backward_pass_the_factor_is_unknown_again() -> None:
     model, (x, y) = nets.mlp(), nets.batch("mlp_tanh")
     rule = fa_bench.attach(model, "symmetric_alignment")

@@ -187,6 +187,12 @@ def test_the_number_of_passes_of_an_update(name: str, passes: int) -> None:
     assert len(calls) == passes
 
 
+@pytest.mark.parametrize("name", ["weight_perturbation", "pepita", "forward_forward"])
+def test_no_matrix_is_measured_against_weights(name: str) -> None:
+    rule = fa_bench.attach(mlp(8, 7), name)
+    assert rule.readouts() == {} == rule.weight_pairs() and rule.error_points(rule._trace) == {}
+
+
 # ------------------------------------------------------------------------------------------------ perturbations
 def test_node_perturbation_is_exact_for_a_quadratic_loss_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """With identity activations and squared errors; summed over a basis of the noise, the errors are those of backpropagation."""
@@ -282,6 +288,14 @@ def test_np_feedback_needs_its_own_logits() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ PEPITA
+def test_np_feedback_forgets_a_pass_that_failed() -> None:
+    rule = fa_bench.attach(mlp(8, 7), "np_feedback")
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        rule.model(X[:, 1:])
+    assert not rule._pending
+    assert learn(rule)
+
+
 def test_pepita_in_a_linear_layer_is_direct_feedback() -> None:
     """h - h' = -W₁ F e, with the second pass's input in place of the first one's."""
     model = mlp(8, 7, activation=nn.Identity)
@@ -322,6 +336,34 @@ def test_a_cut_at_a_pooling_stands_for_its_nonlinearity() -> None:
         assert list(rule._cut_modules) == ["2"]
         rule.detach()
     assert list(fa_bench.attach(model, "forward_forward", sample_input=x, cuts=["3"], full_gradient=False)._cut_modules) == ["3"]
+
+
+def test_other_cuts_stay_where_they_are() -> None:
+    """A second nonlinearity, and a block that changes the shape; after a container, the nonlinearity in it is meant."""
+    def part(inputs: int, outputs: int) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(inputs, outputs), nn.ReLU())
+
+    act = nn.Sequential(nn.ReLU(), nn.Dropout(0.1))
+    for layers, cut, found in (
+        ([nn.Linear(6, 8), nn.Tanh(), nn.ReLU(), nn.Linear(8, 3)], "2", "2"),
+        ([part(6, 8), nn.Linear(8, 3)], "0", "0"),
+        ([nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 4, 3), act, nn.MaxPool1d(2), nn.Flatten(), nn.Linear(8, 3)], "3", "2.0"),
+    ):
+        rule = fa_bench.attach(nn.Sequential(*layers).double(), "pepita", sample_input=X, cuts=[cut])
+        assert list(rule._cut_modules) == [found]
+
+
+def test_weight_perturbation_asks_which_output_is_meant() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.other = nn.Linear(6, 3), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.fc(x), "other": self.other(x)}
+
+    with pytest.raises(CoverageError, match="takes its error from one output, but this model returns"):
+        fa_bench.attach(Two(), "weight_perturbation", sample_input=X.float())
 
 
 def test_at_a_block_the_difference_is_the_error_of_its_output() -> None:

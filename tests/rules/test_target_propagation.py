@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections import OrderedDict
 
@@ -168,6 +169,20 @@ def test_maps_of_blocks_learn_as_the_loops_say(net: str) -> None:
             for cut, above in zip(cuts, [*cuts[1:], ""], strict=True)})
     assert {cut: weight.ndim for cut, weight in weights.items()} == (
         {"act1": 4, "act2": 2, "act3": 2} if net == "pooled" else {"act1": 2, "act2": 2})
+
+
+def test_errors_of_maps_reach_flat_blocks_below() -> None:
+    low, (x, y) = nn.Sequential(nn.Linear(7, 12), nn.Tanh()).double(), nets.batch("mlp_tanh")
+    model = nn.Sequential(OrderedDict(
+        low=copy.deepcopy(low),
+        map=nn.Sequential(nn.Unflatten(1, (3, 2, 2)), nn.Conv2d(3, 4, 1), nn.Tanh()),
+        out=nn.Sequential(nn.Flatten(), nn.Linear(16, 3)))).double()
+    rule = fa_bench.attach(model, "ldrl", sample_input=x, cuts=["low", "map"])
+    got = rule_grads(model, rule, x, y)
+    delta = (model(x).detach().softmax(1) - F.one_hot(y, 3)) / len(y)
+    error = delta @ rule.feedback["map"]["map.weight"].t() @ rule.feedback["low"]["map.weight"].t()
+    low(x).backward(error.detach())
+    assert_matches({"0.weight": got["low.0.weight"]}, {"0.weight": low[0].weight.grad})
 
 
 def linear_net() -> nn.Sequential:
