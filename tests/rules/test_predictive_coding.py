@@ -282,7 +282,8 @@ def test_an_empty_batch_and_numbers_as_targets(name: str) -> None:
 @pytest.mark.parametrize("name", RULES)
 def test_coverage_says_that_weights_are_transported(name: str) -> None:
     rule = attach(name)
-    assert rule.coverage.transport == ("within blocks",)
+    across = {"epc": ("from block to block in each step of settling",), "pc": ()}[name]
+    assert rule.coverage.transport == ("within blocks", *across)
     assert not rule.coverage.uncovered and len(rule.coverage.covered) == 4
     assert rule.coverage.notes == ()
 

@@ -79,7 +79,8 @@ class EnergyRule(PassRule):
     def wire(self, sample_input: Any) -> Coverage:
         self._observed: list[Relaxation] | None = None
         # Errors reach a state through the weights of the block after it, also if this is a single layer.
-        return dataclasses.replace(super().wire(sample_input), transport=("within blocks",))
+        across = () if self.moves_states else ("from block to block in each step of settling",)
+        return dataclasses.replace(super().wire(sample_input), transport=("within blocks", *across))
 
     @property
     def path_length(self) -> float:
