@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fa_bench.errors import CoverageError
 from fa_bench.mechanisms.contexts import evaluating, set_temporarily
 from fa_bench.mechanisms.second_pass import FirstPass, again
-from fa_bench.mechanisms.trace import arguments, chosen_result, named_results
+from fa_bench.mechanisms.trace import arguments
 
 if TYPE_CHECKING:
     from fa_bench.mechanisms.cut.rule import CutRule
@@ -105,11 +105,11 @@ def _by_forward_mode(
             what = operation[1] if operation else "an autograd.Function without a jvp"
             raise CoverageError(f"rule '{rule.name}': PyTorch has no forward-mode derivative for {what}; central differences of "
                                 "two passes replace it with {tangents}", {"tangents": DIFFERENCE}) from error
-        tangent = forward_ad.unpack_dual(_logits(rule, result)).tangent
+        tangent = forward_ad.unpack_dual(rule.logits_of(result)).tangent
         if tangent is None:
             raise CoverageError(f"rule '{rule.name}': the model's output depends on none of its cuts in a way that can be "
                                 f"differentiated")
-        return tangent.clone()
+        return tangent
 
 
 @functools.lru_cache(maxsize=1)
@@ -136,16 +136,9 @@ def _by_differences(
     def output(step: float) -> Tensor:
         values = {parameter: parameter.detach().add(tangent, alpha=step) for parameter, tangent in parameters.items()}
         with _replaced(rule.model, values):
-            return _logits(rule, again(rule.model, rule.mode, first, outputs={path: moved(path, step) for path in directions}))
+            return rule.logits_of(again(rule.model, rule.mode, first, outputs={path: moved(path, step) for path in directions}))
 
     return (output(STEP) - output(-STEP)) / (2 * STEP)
-
-
-def _logits(rule: CutRule, result: Any) -> Tensor:
-    """The output from which the rule's errors come. Without gradients it cannot be told by them which one that is."""
-    if isinstance(result, Tensor):
-        return result
-    return chosen_result(named_results(result), next(iter(rule._trace.results)) if rule.output is None else rule.output)
 
 
 @contextmanager

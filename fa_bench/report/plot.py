@@ -43,10 +43,16 @@ GREY = "#A8A8A8"
 STYLES = ("-", "--", ":", "-.")
 FILLS = ("full", "none", "left", "right")  # of markers, with the line style of the same index
 _MARKERS = "osD^vPXp<>*"
-#: The rules that have one of `COLOURS[1:]` with a solid line, and those that have it with dashes; relatives share a colour.
+#: The rules that have one of `COLOURS[1:]` with a solid line, with dashes, with long ones, and with dashes and dots; relatives
+#: share a colour.
 _SOLID = ("fa", "dfa", "kp", "wm", "usf", "pfa", "dkp", "asap", "drtp", "brsf", "frsf")
 _FLOORS = (FLOOR, "frozen_blocks")  # grey
 _DASHED = ("forward_alignment", "dgl", "local_error", "mixed", "bp_fc", "pfa_o", "predsim", "asfp", "asfp_lc")
+_LONG = ("activation_alignment", "fdfa", "symmetric_alignment", "np_feedback", "dual_propagation", "ldfa", "ddtp_linear",
+         "bp_deepsup", "forward_forward", "node_perturbation", "weight_perturbation")
+_DOTTED = ("regularized_mirror", "grape", "information_alignment", "forward_gradient", "pepita", "ldrl", "epc", "pc")
+#: Line styles and the shift of the markers of these tables.
+_TABLES = ((_SOLID, STYLES[0], 0), (_DASHED, STYLES[1], 5), (_LONG, (0, (9, 3)), 3), (_DOTTED, (0, (4, 1, 1, 1)), 7))
 LEGEND_WIDTH, MAX_LEGEND, MAX_ENTRIES = 40, 200, 60  # characters of a line of an entry, of an entry; entries
 MAX_MARKED, MARKERS = 12, 8  # points of a line that all have markers, and markers of a longer line
 WIDTH, LINE = 13, 0.2  # inches: width of a figure, height of a line of its legend
@@ -60,7 +66,7 @@ def rule_style(rule: str) -> dict[str, Any]:
     if rule in _FLOORS:
         index = _FLOORS.index(rule)
         return {"color": GREY, "linestyle": STYLES[index], "marker": _MARKERS[1 + index]}
-    for table, style, shift in ((_SOLID, STYLES[0], 0), (_DASHED, STYLES[1], 5)):
+    for table, style, shift in _TABLES:
         if rule in table:
             index = table.index(rule)
             return {"color": COLOURS[1 + index], "linestyle": style, "marker": _MARKERS[(index + shift) % len(_MARKERS)]}

@@ -7,8 +7,8 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.mechanisms.checkpointing import refuse_reentrant
-from fa_bench.mechanisms.coverage import noise_note
 from fa_bench.mechanisms.cut.rule import CapturedActivation
+from fa_bench.mechanisms.drawing import DrawingRule
 from fa_bench.mechanisms.feedback_options import init_option
 from fa_bench.registry.options import option
 from fa_bench.registry.registries import ALGORITHMS
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @ALGORITHMS.register("ddtp_linear")
 @dataclasses.dataclass(eq=False)
-class DDTPLinear(DKP):
+class DDTPLinear(DrawingRule, DKP):
     """Linear direct difference target propagation: direct feedback that learns to invert the network from noise.
 
     Meulemans et al. 2020 (arXiv 2006.14331): DDTP-linear with the difference reconstruction loss.
@@ -59,15 +59,8 @@ class DDTPLinear(DKP):
     scales = True
     reads_values = False
 
-    def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:
-        from fa_bench.mechanisms.second_pass import Draws
-
-        super().make_feedback(features, classes)
-        self._draws = Draws(self.seed)
-
     def broadcast(self, delta: Tensor, target: Tensor | None) -> Tensor:
-        if not self.mode.freeze_random:
-            self._draws.number += 1
+        self.next_draws()
         return super().broadcast(delta, target)
 
     def feedback_gradients(
@@ -107,9 +100,6 @@ class DDTPLinear(DKP):
         change = output - first.output
         return change.movedim(self.error_axis, -1), seen["noise"]
 
-    def notes(self) -> tuple[str, ...]:
-        return (*super().notes(), noise_note())
-
     def readouts(self) -> dict[str, Tensor]:
         """None: B inverts the layers above the cut, and does not read their output out."""
         return {}
@@ -117,10 +107,3 @@ class DDTPLinear(DKP):
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
         """None: B is no transpose of weights."""
         return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "draws": self._draws.state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._draws.load_state(state["draws"])

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import CoverageError
-from fa_bench.mechanisms.coverage import noise_note
 from fa_bench.mechanisms.cut.passes import PassRule
+from fa_bench.mechanisms.drawing import DrawingRule
 from fa_bench.mechanisms.feedback_tensors import make_learned, put_tensor
 from fa_bench.registry.options import option
 from fa_bench.registry.registries import ALGORITHMS
@@ -31,7 +31,7 @@ _MOMENTUM, _START = 0.9, 0.5
 
 @ALGORITHMS.register("forward_forward")
 @dataclasses.dataclass(eq=False)
-class ForwardForward(PassRule):
+class ForwardForward(DrawingRule, PassRule):
     """Forward-forward: every layer tells images with their true label from images with a wrong one.
 
     Hinton 2022, arXiv 2212.13345, supervised form; details are those of the public code loeweX/Forward-Forward.
@@ -80,10 +80,8 @@ class ForwardForward(PassRule):
 
     # -------------------------------------------------------------------------------------------- attach
     def wire(self, sample_input: Any) -> Coverage:
-        from fa_bench.mechanisms.second_pass import Draws
         from fa_bench.mechanisms.trace import arguments
 
-        self._draws = Draws(self.seed)
         coverage = super().wire(sample_input)
         first = next(iter(self._covered.values()))
         args = arguments(sample_input).args if sample_input is not None else (first.weight.new_zeros(2, first.weight.shape[1]),)
@@ -117,9 +115,6 @@ class ForwardForward(PassRule):
 
     def learned_feedback(self) -> list[LearnedTensor]:
         return list(self._learned.values())
-
-    def notes(self) -> tuple[str, ...]:
-        return (noise_note(),)
 
     # -------------------------------------------------------------------------------------------- every pass
     def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -158,8 +153,7 @@ class ForwardForward(PassRule):
         self, parameters: list[nn.Parameter], activations: dict[str, Tensor], delta: Tensor, logits: Tensor, target: Tensor
     ) -> list[Tensor | None]:
         assert self.first_pass is not None
-        if not self.mode.freeze_random:
-            self._draws.number += 1
+        self.next_draws()
         x = self.first_pass.args[0].detach()
         shift = self._draws.shifts("labels", len(target), self._classes).to(target.device)
         total: list[Tensor | None] = [None] * len(parameters)
@@ -231,13 +225,6 @@ class ForwardForward(PassRule):
             scores.append(sum(goodness[1:] or goodness))
         self.first_pass = None
         return torch.stack(scores, 1)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"draws": self._draws.state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._draws.load_state(state["draws"])
 
 
 def _normalised(x: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from fa_bench.mechanisms.coverage import Coverage, Covered
 from fa_bench.mechanisms.cut.noise import NoisyCutRule
+from fa_bench.mechanisms.cut.passes import used_parameters
 from fa_bench.mechanisms.cut.rule import CapturedActivation
-from fa_bench.mechanisms.graph import leaves
 from fa_bench.registry.options import option
 from fa_bench.registry.registries import ALGORITHMS
 
@@ -79,8 +79,7 @@ class ForwardGradient(NoisyCutRule):
         return noise[cut] * derivative.view(-1, *[1] * (len(captured.shape) - 1)).to(noise[cut].dtype)
 
     def trained_parameters(self, results: list[Tensor]) -> list[nn.Parameter]:
-        used = set().union(*(leaves(result.grad_fn) for result in results))
-        return [parameter for parameter in self.model.parameters() if id(parameter) in used]
+        return used_parameters(self.model, results)
 
     def gradients(
         self, parameters: list[nn.Parameter], activations: dict[str, Tensor], delta: Tensor, logits: Tensor,

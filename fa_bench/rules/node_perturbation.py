@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fa_bench.mechanisms.coverage import noise_note
 from fa_bench.mechanisms.cut.rule import CapturedActivation, CutRule
+from fa_bench.mechanisms.drawing import DrawingRule
 from fa_bench.registry.options import option
 from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.utils.lazy import torch
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @ALGORITHMS.register("node_perturbation")
 @dataclasses.dataclass(eq=False)
-class NodePerturbation(CutRule):
+class NodePerturbation(DrawingRule, CutRule):
     """Node perturbation: errors estimated from the effect of noise on the loss.
 
     With standard normal noise ξ, times `sigma` (σ), at every hidden activation and at the logits z, and the loss L±
@@ -54,16 +54,12 @@ class NodePerturbation(CutRule):
         return True
 
     def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:
-        from fa_bench.mechanisms.second_pass import Draws
-
-        self._draws = Draws(self.seed)
         self._noise: dict[str, Tensor] = {}
 
     def broadcast(self, delta: Tensor, target: Tensor | None) -> Tensor:
         """d_n / N times the scale of the loss, (N,)."""
         assert target is not None
-        if not self.mode.freeze_random:
-            self._draws.number += 1
+        self.next_draws()
         self._noise = {}
         with torch.no_grad():
             slopes = (self._losses(self.sigma, target) - self._losses(-self.sigma, target)) / (2 * self.sigma)
@@ -91,16 +87,6 @@ class NodePerturbation(CutRule):
 
     def output_error(self, delta: Tensor) -> Tensor:
         return _by_sample(self._noise.pop("").to(delta.dtype), self._slopes) if self.perturb_output else delta
-
-    def notes(self) -> tuple[str, ...]:
-        return (noise_note(),)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"draws": self._draws.state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._draws.load_state(state["draws"])
 
 
 def _by_sample(noise: Tensor, factors: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import CoverageError, StateError
-from fa_bench.mechanisms.coverage import noise_note
+from fa_bench.mechanisms.drawing import DrawingRule
 from fa_bench.mechanisms.edge.pathways import BackwardContext, FeedbackPathway, LearnedFeedback, feedback_gradient
 from fa_bench.mechanisms.edge.rule import LayerContext, RandomFeedbackRule
 from fa_bench.mechanisms.loss_scale import is_unscaled, measured_scale
@@ -73,7 +73,7 @@ class RegressedFeedback(LearnedFeedback):
 
 @ALGORITHMS.register("np_feedback")
 @dataclasses.dataclass(eq=False)
-class NPFeedback(RandomFeedbackRule):
+class NPFeedback(DrawingRule, RandomFeedbackRule):
     """Feedback alignment whose feedback learns from node perturbation.
 
     Lansdell, Prakash and Kording 2020, arXiv 1906.00889; official code.
@@ -105,9 +105,7 @@ class NPFeedback(RandomFeedbackRule):
     repeats = True
 
     def wire(self, sample_input: Any) -> Coverage:
-        from fa_bench.mechanisms.second_pass import Draws
-
-        self._draws, self.regression = Draws(self.seed), Regression()
+        self.regression = Regression()
         self._pending: list[tuple[FirstPass, Regression]] = []
         return super().wire(sample_input)
 
@@ -118,9 +116,6 @@ class NPFeedback(RandomFeedbackRule):
     @property
     def feedback_lr_scale(self) -> float:
         return self.b_lr_scale
-
-    def notes(self) -> tuple[str, ...]:
-        return (noise_note(),)
 
     # -------------------------------------------------------------------------------------------- every pass
     def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
@@ -153,7 +148,7 @@ class NPFeedback(RandomFeedbackRule):
         if loss_scale is None:
             loss_scale = self._measured_scale(loss, logits, target)
         if not self.mode.freeze_random:
-            self._draws.number += 1
+            self.next_draws()
             plus, minus = (self._losses(first, output, regression, size, target) for size in (self.sigma, -self.sigma))
             regression.slopes = (plus - minus) / (2 * self.sigma)
             regression.scale = len(logits) / loss_scale if loss_scale else 0.0
@@ -184,10 +179,3 @@ class NPFeedback(RandomFeedbackRule):
         changes = {path: lambda tensor, path=path: perturbed(path, tensor) for path in self._layers}
         logits = loss_output(again(self.model, self.mode, first, inputs=changes), output)
         return self.objective.loss(logits.to(torch.promote_types(logits.dtype, torch.float32)), target, "none")
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "draws": self._draws.state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._draws.load_state(state["draws"])

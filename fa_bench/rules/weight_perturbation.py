@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fa_bench.mechanisms.coverage import Coverage, Covered
 from fa_bench.mechanisms.cut.passes import PassRule
+from fa_bench.mechanisms.drawing import DrawingRule
 from fa_bench.registry.options import option
 from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.utils.lazy import torch
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 @ALGORITHMS.register("weight_perturbation")
 @dataclasses.dataclass(eq=False)
-class WeightPerturbation(PassRule):
+class WeightPerturbation(DrawingRule, PassRule):
     """Weight perturbation: gradients estimated from the effect of noise in all weights on the loss.
 
     The two-sided estimate of simultaneous perturbation (SPSA, Spall 1992), as in MeZO (Malladi et al. 2023, arXiv 2305.17333,
@@ -75,8 +76,7 @@ class WeightPerturbation(PassRule):
     def gradients(
         self, parameters: list[nn.Parameter], activations: dict[str, Tensor], delta: Tensor, logits: Tensor, target: Tensor
     ) -> list[Tensor | None]:
-        if not self.mode.freeze_random:
-            self._draws.number += 1
+        self.next_draws()
         with torch.no_grad():
             kept = [parameter.clone() for parameter in parameters]
             try:
@@ -101,9 +101,6 @@ class WeightPerturbation(PassRule):
         logits = self.logits_of(again(self.model, self.mode, self.first_pass))
         return mean_loss(self.objective, logits.to(torch.promote_types(logits.dtype, torch.float32)), target)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"draws": self._draws.state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._draws.load_state(state["draws"])
+    def notes(self) -> tuple[str, ...]:
+        """None: all samples and processes share the noise."""
+        return ()

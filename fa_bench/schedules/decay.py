@@ -39,7 +39,9 @@ class Cosine(_Decay):
 @SCHEDULES.register("linear")
 @dataclasses.dataclass(eq=False)
 class Linear(_Decay):
-    """A straight line from lr to `min_lr`."""
+    """A straight line from lr to `min_lr`, which begins after the fraction `flat` of the training."""
+
+    flat: float = option(0.0, "fraction of the training before the rate begins to fall", minimum=0, below=1)
 
     def fraction(self, part: float) -> float:
-        return 1 - part
+        return min(1.0, (1 - part) / (1 - self.flat))

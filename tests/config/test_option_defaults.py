@@ -31,6 +31,7 @@ RECORDED = {
     "per epoch epoch|step": "constant cosine linear multistep step",
     "warmup 0 >= 0": "constant cosine linear multistep one_cycle step",
     "min_lr 0.0 >= 0": "cosine linear",
+    "flat 0.0 >= 0 and < 1": "linear",
     "gamma 0.1 > 0 <= 1": "multistep step",
     "milestones None >= 1": "multistep",
     "per step epoch|step": "one_cycle",

@@ -393,6 +393,23 @@ DUAL_PROPAGATION = Preset([
     ({"algorithm": "kp"}, {"algorithm.b_init": "lecun_uniform", "optimizer.schedule.warmup": 15}),
 ])
 
+#: Forward-forward by the independent code loeweX/Forward-Forward [code]; the range of the images, and the rate and decay of the
+#: other rules [choice].
+FORWARD_FORWARD = Preset([{"algorithm": ["forward_forward", "bp", "frozen"], "seed": [0, 1, 2]}], {
+    "dataset": "mnist", **_keys("dataset", validation=10000, mean=[0.0], std=[1.0]), "architecture": "mlp",
+    "architecture.widths": [1000] * 3, "architecture.init": "pytorch", "epochs": 100, "batch_size": 100, "drop_last": True,
+    **_keys("optimizer", lr=0.05, momentum=0.9, weight_decay=0.0),
+    **_keys("optimizer.schedule", name="linear", min_lr=0.0, flat=0.5),
+}, [
+    ({"algorithm": "forward_forward"}, {
+        "architecture.init": "normal_fan_out", **_keys("optimizer", lr=1e-3, weight_decay=3e-4), "feedback_optimizer": "sgd",
+        **_keys("feedback_optimizer", lr=0.01, momentum=0.9, weight_decay=3e-3, first_epoch_weight_decay=None, nesterov=False,
+                **_keys("schedule", name="linear", min_lr=0.0, flat=0.5)),
+        **_keys("algorithm", theta=None, peer_norm=0.03, full_gradient=True, label_scale=1.0, all_layers=True,
+                prediction="classifier", cuts=None)}),
+])
+
 PRESETS: dict[str, Preset] = {**ASAP_PAPER, **PFA_PAPER, **DKP_PAPER, **WM_PAPER, "quickstart": QUICKSTART,
                               "tune_digits": TUNE_DIGITS, "faeval": FAEVAL, "lm_quickstart": LM_QUICKSTART,
-                              "mono_forward": MONO_FORWARD, "dual_propagation": DUAL_PROPAGATION}
+                              "mono_forward": MONO_FORWARD, "forward_forward": FORWARD_FORWARD,
+                              "dual_propagation": DUAL_PROPAGATION}

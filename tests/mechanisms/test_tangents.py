@@ -243,3 +243,23 @@ def test_the_named_output_is_taken_without_gradients_too() -> None:
     rule = attached(model, ["act"], x)
     first, _ = first_pass(rule, x)
     assert torch.allclose(output_tangent(rule, first, FORWARD, {"act": torch.ones_like}), model.fc2.weight.sum(1).expand(2, 3))
+
+
+class Plain(nn.Module):
+    """One step of a plain LSTM, which runs as a fused kernel without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.act, self.lstm, self.out = nn.Linear(4, 5), nn.Tanh(), nn.LSTM(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.lstm(self.act(self.fc(x))[None])[0][0])
+
+
+def test_a_plain_recurrent_module_needs_no_fused_kernel() -> None:
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    rule = attached(Plain(), ["act"], x)
+    first, _ = first_pass(rule, x)
+    got, want = (output_tangent(rule, first, method, {"act": torch.ones_like}) for method in (FORWARD, DIFFERENCE))
+    assert (got - want).abs().max() < 1e-2 * want.abs().max() and want.any()

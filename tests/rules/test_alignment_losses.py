@@ -194,7 +194,7 @@ def test_the_factor_of_the_loss_is_found_or_asked_for() -> None:
     logits = model(x)
     with pytest.raises(ValueError, match=r"cannot infer the factor without the logits: call rule\.backward\(loss, "):
         rule.backward(2 * F.cross_entropy(logits, y))
-    with pytest.raises(ValueError, match=r"cannot infer the scale of the loss"):
+    with pytest.raises(ValueError, match=r"needs the scale of the loss and cannot infer it"):
         rule.backward(2 * F.mse_loss(logits, F.one_hot(y, 3).double()), logits, y)
     with pytest.raises(StateError, match=r"call rule\.backward\(loss, logits, target\), not loss\.backward\(\)"):
         F.cross_entropy(logits, y).backward()

@@ -288,3 +288,24 @@ def test_positions_count_as_samples(pool: bool) -> None:
                 rows.append(torch.stack(of_parts).mean(0))
             want = torch.stack(rows)
             assert (got - want).norm() < 0.15 * want.norm(), cut
+
+
+@pytest.mark.parametrize(("of_output", "of_cut"), [(4, 2), (2, 4), (3, 3)])
+def test_positions_that_correspond_are_averaged(of_output: int, of_cut: int) -> None:
+    """The mean of d p over samples and pairs of positions, of which the finer axis has more."""
+    rule = fa_bench.attach(Tokens().double(), "fdfa", seed=0, sample_input=torch.zeros(2, 5, 3, dtype=torch.float64))
+    generator = torch.Generator().manual_seed(0)
+    d = torch.randn(2, of_output, 3, generator=generator, dtype=torch.float64)
+    p = torch.randn(2, of_cut, 4, generator=generator, dtype=torch.float64)
+    rule._pass = {"act": p}, d
+    finer, want = max(of_output, of_cut), torch.zeros(3, 4, dtype=torch.float64)
+    for n in range(2):
+        for t in range(finer):
+            want += torch.outer(d[n, t * of_output // finer], p[n, t * of_cut // finer]) / (2 * finer)
+    assert torch.allclose(rule.estimate("act"), want)
+
+
+@pytest.mark.parametrize("options", [{"alpha": 1.5}, {"alpha": -0.1}, {"b_lr_scale": -1.0}, {"tangents": "exact"}], ids=str)
+def test_options_out_of_range_are_refused(options: dict) -> None:
+    with pytest.raises(fa_bench.errors.OptionError, match=next(iter(options))):
+        attached(**options)

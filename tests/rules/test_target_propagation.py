@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -11,12 +12,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import fa_bench
-from fa_bench.errors import OptionError
+from fa_bench.errors import CoverageError, OptionError
 from fa_bench.utils.sampling import seed_for
 
 from . import nets
-from .helpers import array, arrays, assert_matches, rule_grads
+from .helpers import array, arrays, assert_matches, bp_grads, rule_grads
 from .reference import describe, forward
+from .references.target import ldrl, through_map
 
 
 def noise(cut: str, number: int, like: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -109,12 +111,13 @@ def test_feedback_converges_to_the_damped_pseudo_inverse_of_a_linear_net(damping
     assert ((mean - want).norm() / want.norm()).item() < 0.03
 
 
-def test_gradients_of_feedback_have_the_scale_of_the_loss() -> None:
+@pytest.mark.parametrize("name", ["ddtp_linear", "ldrl"])
+def test_gradients_of_feedback_have_the_scale_of_the_loss(name: str) -> None:
     """As everything that an optimizer or a gradient scaler divides by it afterwards."""
     found = []
     for factor in (1.0, 1024.0, 0.3):
         model, (x, y) = nets.NETS["mlp_tanh"](), nets.batch("mlp_tanh")
-        rule = fa_bench.attach(model, "ddtp_linear", seed=0, sample_input=x, cuts=["act1", "act2"])
+        rule = fa_bench.attach(model, name, seed=0, sample_input=x, cuts=["act1", "act2"])
         logits = model(x)
         rule.backward(factor * F.cross_entropy(logits, y), logits, y)
         found.append({name: p.grad / factor for name, p in model.named_parameters()})
@@ -122,14 +125,105 @@ def test_gradients_of_feedback_have_the_scale_of_the_loss() -> None:
         assert_matches(other, found[0])
 
 
-def test_noise_depends_on_the_number_of_the_pass_and_is_restored() -> None:
+# ------------------------------------------------------------------------------------------------ maps of blocks
+def map_gradient(chain, params, x, cut: str, above: str, weight: np.ndarray, sigma: float, number: int) -> np.ndarray:
+    """Of (-2 sigma eps . g(f(h + sigma eps) - f(h)) + |g(sigma eps')|^2) / sigma^2, mean over n, by each entry of g, in turn."""
+    values, names = forward(chain, params, x), [stage.name for stage in chain]
+    start, end = names.index(cut) + 1, names.index(above) + 1 if above else len(names)
+    h, eps = values[start], noise(cut, number, values[start])
+    change = forward(chain[start:end], params, h + sigma * eps)[-1] - values[end]
+    other, grad = noise(f"{cut}, above", number, change), np.zeros_like(weight)
+    of_other = through_map(weight, other, h.shape[1:])
+    for at in np.ndindex(weight.shape):
+        unit = np.zeros_like(weight)
+        unit[at] = 1.0
+        of_unit = through_map(unit, other, h.shape[1:])
+        grad[at] = 2 * (of_other * of_unit).sum() - 2 / sigma * (eps * through_map(unit, change, h.shape[1:])).sum()
+    return grad / len(x)
+
+
+def pooled() -> nn.Sequential:
+    """Two maps of different sizes, and two flat layers."""
+    torch.manual_seed(3)
+    return nn.Sequential(OrderedDict(
+        conv1=nn.Conv2d(2, 2, 3, padding=1), act1=nn.Tanh(), conv2=nn.Conv2d(2, 3, 3, stride=2, padding=1), act2=nn.Tanh(),
+        flat=nn.Flatten(), fc1=nn.Linear(36, 5), act3=nn.Tanh(), fc2=nn.Linear(5, 3))).double()
+
+
+@pytest.mark.parametrize("net", ["mlp_bn", "pooled"])
+def test_maps_of_blocks_learn_as_the_loops_say(net: str) -> None:
+    build = pooled if net == "pooled" else nets.NETS[net]
+    plain, model, (x, y) = build(), build(), nets.batch("conv" if net == "pooled" else net)
+    chain, sigma, cuts = describe(plain), 0.3, nets.activation_cuts(plain)
+    rule = fa_bench.attach(model, "ldrl", seed=0, sample_input=x, cuts=cuts, sigma=sigma)
+    for number in (1, 2):
+        for tensor in rule.feedback_parameters():
+            tensor.grad = None
+        weights = {cut: array(rule.feedback[cut]["map.weight"]) for cut in cuts}
+        got = rule_grads(model, rule, x, y)
+        want = ldrl(chain, arrays(plain), {cut: {"map.weight": weight} for cut, weight in weights.items()}, array(x), y.numpy())
+        assert_matches(got, want)
+        assert_matches({cut: rule.feedback[cut]["map.weight"].grad for cut in cuts}, {
+            cut: map_gradient(chain, arrays(plain), array(x), cut, above, weights[cut], sigma, number)
+            for cut, above in zip(cuts, [*cuts[1:], ""], strict=True)})
+    assert {cut: weight.ndim for cut, weight in weights.items()} == (
+        {"act1": 4, "act2": 2, "act3": 2} if net == "pooled" else {"act1": 2, "act2": 2})
+
+
+def linear_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(7, 6), nn.Identity(), nn.Linear(6, 4), nn.Identity(), nn.Linear(4, 3)).double()
+
+
+def test_transposed_blocks_are_backpropagation() -> None:
+    model, (x, y) = linear_net(), nets.batch("mlp_tanh")
+    want = bp_grads(model, x, y)
+    rule = fa_bench.attach(model, "ldrl", sample_input=x, cuts=["1", "3"])
+    for cut, layer in (("1", "2"), ("3", "4")):
+        with torch.no_grad():
+            rule.feedback[cut]["map.weight"].copy_(model.get_submodule(layer).weight.t())
+    assert_matches(rule_grads(model, rule, x, y), want)
+
+
+def test_maps_converge_to_transposed_blocks() -> None:
+    """200 steps of 256 noisy samples are averaged: 1 / (200 * 256)^(1/2) is 0.4 % for each entry, of size 0.3."""
+    model = linear_net()
+    rule = fa_bench.attach(model, "ldrl", sample_input=torch.zeros(2, 7).double(), cuts=["1", "3"], sigma=0.5)
+    optimizer = torch.optim.SGD(rule.feedback_parameters(), lr=0.05)
+    x, mean, steps = torch.zeros(256, 7).double(), {"1": 0.0, "3": 0.0}, 300
+    for step in range(steps):
+        optimizer.zero_grad()
+        rule.backward(F.cross_entropy(model(x), torch.zeros(256, dtype=torch.long)))
+        optimizer.step()
+        if step >= 100:
+            mean = {cut: total + rule.feedback[cut]["map.weight"].detach() / 200 for cut, total in mean.items()}
+    for cut, layer in (("1", "2"), ("3", "4")):
+        want = model.get_submodule(layer).weight.t()
+        assert ((mean[cut] - want).norm() / want.norm()).item() < 0.03
+
+
+def test_maps_say_what_they_transport_and_refuse_positions() -> None:
+    model, (x, y) = nets.NETS["mlp_tanh"](), nets.batch("mlp_tanh")
+    rule = fa_bench.attach(model, "ldrl", sample_input=x, cuts=["act2"], b_lr_scale=0.5)
+    assert rule.coverage.transport == ("within blocks",) and "Each sample has its own noise" in str(rule.coverage)
+    assert [group["lr"] for group in rule.parameter_groups(0.1)] == [0.1, 0.05]
+    calls = []
+    model.fc3.register_forward_hook(lambda *_: calls.append(1))
+    rule_grads(model, rule, x, y)
+    assert len(calls) == 3, "the first pass, one with noise at act2, and one in which nothing changes"
+    with pytest.raises(CoverageError, match=r"needs outputs of shape \(N, C\)"):
+        fa_bench.attach(nets.NETS["mlp_tanh"](), "ldrl", sample_input=x[:, None].repeat(1, 2, 1), cuts=["act2"])
+
+
+@pytest.mark.parametrize("name", ["ddtp_linear", "ldrl"])
+def test_noise_depends_on_the_number_of_the_pass_and_is_restored(name: str) -> None:
     def pass_of(rule, model):
         rule_grads(model, rule, *nets.batch("mlp_tanh"))
         return [tensor.grad.clone() for tensor in rule.feedback_parameters()]
 
     def attached(seed: int = 0):
         model, (x, _) = nets.NETS["mlp_tanh"](), nets.batch("mlp_tanh")
-        return fa_bench.attach(model, "ddtp_linear", seed=seed, sample_input=x, cuts=["act1", "act2"]), model
+        return fa_bench.attach(model, name, seed=seed, sample_input=x, cuts=["act1", "act2"]), model
 
     rule, model = attached()
     first, saved, state = pass_of(rule, model), rule.state_dict(), {k: v.clone() for k, v in model.state_dict().items()}

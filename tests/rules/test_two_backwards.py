@@ -15,7 +15,7 @@ from .registered import registered
 SHARING = {"match": "random", "linear": "share", "freeze_stem": False}
 OPTIONS = QUICK | {"asap": SHARING, "asfp": SHARING, "asfp_lc": SHARING | {"cuts": ["act1"]}, "dgl": {"cuts": ["act1"]}}
 # These draw feedback or noise for every pass, and so a pass alone is another one than the same pass after others.
-FIXED = sorted(set(ALGORITHMS) - {"brsf", "ddtp_linear"})
+FIXED = sorted(set(ALGORITHMS) - {"brsf", "ddtp_linear", "ldrl"})
 
 
 def trained(rule) -> list[Tensor]:

@@ -108,9 +108,10 @@ def test_starting_anew_removes_the_runs_own_files_alone(monkeypatch: Patch) -> N
     assert main(RUN) == 0
     left = [put(f"{folder}{name}") for folder, names in (
         ("", ownership.TEMPORARIES), ("checkpoints/", ownership.CHECKPOINT_TEMPORARIES)) for name in names]
-    before = Path("run/checkpoints/last.pt").stat().st_ino
-    assert main([*RUN, "resume=false"]) == 0
-    assert not any(path.exists() for path in left) and Path("run/checkpoints/last.pt").stat().st_ino != before
+    with open("run/checkpoints/last.pt", "rb") as before:  # open, so that its number is not given to another file
+        assert main([*RUN, "resume=false"]) == 0
+        assert not any(path.exists() for path in left)
+        assert Path("run/checkpoints/last.pt").stat().st_ino != os.fstat(before.fileno()).st_ino
     # Within a second, the new event file may have the old one's name.
     assert event_files.recorded_events(Path("run")) == [path.name for path in Path("run").glob("events.out.*")]
 

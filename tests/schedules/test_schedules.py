@@ -33,6 +33,8 @@ def rates(schedule: Schedule, total: int, lr: float = 1.0) -> list[float]:
     (MultiStep(milestones=[1, 3], gamma=0.1), [1, 0.1, 0.1, 0.01, 0.01]),
     (MultiStep(milestones=[2, 2], gamma=0.1), [1, 1, 0.01, 0.01, 0.01]),
     (Linear(min_lr=0.5), [1, 0.9, 0.8, 0.7, 0.6]),
+    (Linear(flat=0.5), [1, 1, 1, 0.8, 0.4]),
+    (Linear(min_lr=0.5, flat=0.2), [1, 1, 0.875, 0.75, 0.625]),
     (Cosine(min_lr=0.2), [0.2 + 0.4 * (1 + math.cos(math.pi * t / 5)) for t in range(5)]),
 ])
 def test_rates(schedule: Schedule, wanted: list[float]) -> None:

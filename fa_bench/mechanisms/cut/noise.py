@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.mechanisms.coverage import noise_note
 from fa_bench.mechanisms.cut.rule import CutRule
+from fa_bench.mechanisms.drawing import DrawingRule
 from fa_bench.mechanisms.feedback_options import tangents_option
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(eq=False)
-class NoisyCutRule(CutRule):
+class NoisyCutRule(DrawingRule, CutRule):
     """A cut rule that adds noise p to the tangent at every cut, in a further forward pass, and gets the tangent d at the logits.
 
     All cuts are perturbed in the same pass. The noise is standard normal, new for every sample and backward pass, and different
@@ -30,9 +30,7 @@ class NoisyCutRule(CutRule):
     tangents: str = tangents_option()
 
     def wire(self, sample_input: Any) -> Coverage:
-        from fa_bench.mechanisms.second_pass import Draws
-
-        self._draws, self._sample = Draws(self.seed), sample_input
+        self._sample = sample_input
         self._pass: tuple[dict[str, Tensor], Tensor] | None = None
         return super().wire(sample_input)
 
@@ -43,9 +41,6 @@ class NoisyCutRule(CutRule):
         check_tangents(self, self.tangents, self._cut_modules, self._sample)
         self._sample = None
         super().hook_model()
-
-    def notes(self) -> tuple[str, ...]:
-        return (noise_note(),)
 
     def broadcast(self, delta: Tensor, target: Tensor | None) -> Tensor:
         self._pass = None
@@ -66,15 +61,3 @@ class NoisyCutRule(CutRule):
             tangent = output_tangent(self, self.first_pass, self.tangents, {cut: sample(cut) for cut in self._cut_modules})
             self._pass = noise, tangent if tangent.dim() == 2 else tangent.movedim(self.error_axis, -1)
         return self._pass
-
-    def next_draws(self) -> None:
-        """Let the noise of this backward pass be new, unless it belongs to a measurement."""
-        if not self.mode.freeze_random:
-            self._draws.number += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"draws": self._draws.state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._draws.load_state(state["draws"])

@@ -47,8 +47,7 @@ class PassRule(CutRule):
         Args:
             results: the logits and the activations at the cuts, of the first pass.
         """
-        used = set().union(*(leaves(result.grad_fn) for result in results))
-        return [parameter for parameter in self.model.parameters() if id(parameter) in used]
+        return used_parameters(self.model, results)
 
     def gradients(
         self, parameters: list[torch_nn.Parameter], activations: dict[str, Tensor], delta: Tensor, logits: Tensor,
@@ -88,9 +87,6 @@ class PassRule(CutRule):
         """None: no error passes through a layer."""
         return {}
 
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
     # -------------------------------------------------------------------------------------------- nonlinearities
     def find_cuts(self, sample_input: Any) -> tuple[str, ...]:
         cuts = super().find_cuts(sample_input)
@@ -124,3 +120,9 @@ class PassRule(CutRule):
         """Whether an error can be delivered in front of the module at a cut, because it only has a nonlinearity to pass."""
         names = [name for name, _ in self._cut_modules[cut].named_parameters() if not name.startswith(PREFIX)]
         return not names and not self._changes_shape(cut, self._trace)
+
+
+def used_parameters(model: torch_nn.Module, results: list[Tensor]) -> list[torch_nn.Parameter]:
+    """The parameters of a model to which the graphs of the results lead."""
+    used = set().union(*(leaves(result.grad_fn) for result in results))
+    return [parameter for parameter in model.parameters() if id(parameter) in used]

@@ -32,7 +32,7 @@ def attached(name: str, dtype: torch.dtype = torch.float64, **options):
     model = net(dtype)
     # The stem learns, so that every learned tensor has something to learn from.
     chosen = {"freeze_stem": False} if name in ("asap", "asfp", "asfp_lc") else {}
-    chosen |= {"dkp": {"b_lr_scale": 1.0}, "ldfa": {"rank": 2}}.get(name, {})
+    chosen |= {"dkp": {"b_lr_scale": 1.0}, "ldrl": {"b_lr_scale": 1.0}, "ldfa": {"rank": 2}}.get(name, {})
     return model, fa_bench.attach(model, name, seed=0, **(chosen | options))
 
 

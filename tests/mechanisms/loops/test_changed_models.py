@@ -58,7 +58,7 @@ def test_changed_layers_are_refused_before_the_next_update(name, change, trained
     # What the error says works.
     model = rule.detach()
     if change in (new_head, new_hidden_layer):  # the other two may leave a rule nothing to cut or to share
-        rule = fa_bench.attach(model, name, seed=0, **({"b_lr_scale": 1.0} if name == "dkp" else {}))
+        rule = fa_bench.attach(model, name, seed=0, **({"b_lr_scale": 1.0} if name in ("dkp", "ldrl") else {}))
         steps(model, rule, sgd(p for p in model.parameters() if p.requires_grad), 2)
 
 

@@ -24,6 +24,7 @@ from .scripts import data, net, sgd
 OPTIONS: dict[str, dict] = {
     "predsim": {"loss": "pred"}, "dgl": {"auxiliary_net": "linear"}, "wm": {"initial_steps": 3, "mirror_batch": 8},
     "dkp": {"b_lr_scale": 1.0}, "forward_forward": {"peer_norm": 0.0}, "ldfa": {"rank": 2},
+    "ldrl": {"b_lr_scale": 1.0},
 }
 CASES = {name: (name, OPTIONS.get(name, {})) for name in ALGORITHMS}
 CASES |= {
@@ -37,13 +38,14 @@ CASES |= {
     "conv ia noise": ("information_alignment", {"signal": "noise", "noise_batch": 4}),
     "asfp_lc learning stem": ("asfp_lc", {"freeze_stem": False}), "predsim whole": ("predsim", {}), "dgl whole": ("dgl", {}),
     "node_perturbation whole": ("node_perturbation", {}), "np_feedback whole": ("np_feedback", {}),
-    "ddtp_linear whole": ("ddtp_linear", {}), "fdfa whole": ("fdfa", {}), "grape whole": ("grape", {}),
+    "ddtp_linear whole": ("ddtp_linear", {}), "ldrl whole": ("ldrl", {"b_lr_scale": 1.0}),
+    "fdfa whole": ("fdfa", {}), "grape whole": ("grape", {}),
     "forward_gradient whole": ("forward_gradient", {}), "forward_gradient weight": ("forward_gradient", {"form": "weight"}),
     "fdfa alpha": ("fdfa", {"alpha": 0.1}), "grape anchors": ("grape", {"anchor_period": 2}),
 }
 #: What depends on the batch itself differs from one process; the ranks still agree with each other.
 DIFFER = ("asfp_lc learning stem", "predsim whole", "dgl whole", "node_perturbation whole", "np_feedback whole",
-          "ddtp_linear whole", "fdfa whole", "grape whole", "forward_gradient whole", "grape", "grape anchors")
+          "ddtp_linear whole", "ldrl whole", "fdfa whole", "grape whole", "forward_gradient whole", "grape", "grape anchors")
 STEPS = 5
 
 

@@ -132,7 +132,7 @@ def test_an_explicit_scale_is_taken_as_it_is(variant: str) -> None:
     factor = 2.0 if variant in OF_LABELS else 1.0  # an error made of the loss's gradient has its scale already
     own = OWN.get(variant, ("head",))
     want = {key: tensor if key.startswith(own) else factor * tensor for key, tensor in plain.items()}
-    if variant == "ddtp_linear":  # its feedback learns from noise, not from the loss
+    if variant in ("ddtp_linear", "ldrl"):  # its feedback learns from noise, not from the loss
         want |= {key: 2 * tensor for key, tensor in plain.items() if "feedback" in key}
     if variant in LOCAL_LOSSES:
         want = {key: 2 * tensor if "feedback_B" in key else tensor for key, tensor in plain.items()}

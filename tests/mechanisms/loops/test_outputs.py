@@ -153,7 +153,7 @@ def test_cut_rules_give_the_gradient_of_the_named_output(name: str, kind: str, n
     assert {f"{other}.weight", f"{other}.bias"} <= set(found)
     # Of dgl and asfp_lc, the second layer and both heads are one module, and learn by both losses; so does all of bp_deepsup.
     if name not in ("dgl", "asfp_lc", "bp_deepsup"):
-        drawn = "feedback" if name == "ddtp_linear" else "none"  # by new noise in each pass
+        drawn = "feedback" if name in ("ddtp_linear", "ldrl") else "none"  # by new noise in each pass
         assert_same({key: found[key] for key in want if drawn not in key}, {key: want[key] for key in want if drawn not in key})
 
 

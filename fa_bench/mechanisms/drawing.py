@@ -1,0 +1,38 @@
+"""Rules that draw random numbers for every update."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.mechanisms.coverage import noise_note
+from fa_bench.mechanisms.rule import Rule
+
+if TYPE_CHECKING:
+    from fa_bench.mechanisms.coverage import Coverage
+
+
+@dataclasses.dataclass(eq=False)
+class DrawingRule(Rule):
+    """Base, before that of the mechanism, of a rule with new random numbers for every update; its state has their number."""
+
+    def wire(self, sample_input: Any) -> Coverage:
+        from fa_bench.mechanisms.second_pass import Draws
+
+        self._draws = Draws(self.seed)
+        return super().wire(sample_input)
+
+    def next_draws(self) -> None:
+        """Make the random numbers of this backward pass new ones, unless it belongs to a measurement."""
+        if not self.mode.freeze_random:
+            self._draws.number += 1
+
+    def notes(self) -> tuple[str, ...]:
+        return (*super().notes(), noise_note())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "draws": self._draws.state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._draws.load_state(state["draws"])

@@ -1,0 +1,160 @@
+"""Target propagation with the local difference reconstruction loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.errors import CoverageError
+from fa_bench.mechanisms.checkpointing import refuse_reentrant
+from fa_bench.mechanisms.cut.local import LocalRule, map_module
+from fa_bench.mechanisms.cut.rule import CapturedActivation
+from fa_bench.mechanisms.drawing import DrawingRule
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ALGORITHMS
+from fa_bench.utils.lazy import nn, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch import nn as torch_nn
+
+#: The name under which the output is recorded, as the end of the last block.
+OUTPUT_OF_MODEL = ""
+
+
+@ALGORITHMS.register("ldrl")
+@dataclasses.dataclass(eq=False)
+class LDRL(DrawingRule, LocalRule):
+    """Target propagation through blocks, whose feedback maps learn from noise: local difference reconstruction loss (L-DRL).
+
+    Ernoult et al. 2022, "Towards scaling difference target propagation with backprop targets".
+
+    The model is a chain of blocks f, here those that it declares (``model.blocks``, or the modules in ``cuts`` with which they
+    end). Each block except the first has a feedback map g from its output h' = f(h) to its input h, here a linear map without
+    bias G. A block's target is h' - e', and that of the block below h + g(h' - e') - g(h'), so that
+
+        e = g(h') - g(h' - e') = G e'
+
+    is the error at its end, beginning with δ, the gradient of the loss at the logits. Within a block the weights learn by
+    backpropagation of half the squared distance to the target, that is of e: weight transport within blocks. G learns by
+
+        loss = (-2 σε · (g(f(h + σε)) - g(f(h))) + ‖g(f(h) + σε') - g(f(h))‖²) / σ², mean over the samples,
+
+    with Gaussian noise ε, ε' and σ = ``sigma``. For small σ, G converges to Jᵀ, the transpose of J = ∂h'/∂h averaged over the
+    samples: the targets are then those of backpropagation through a linear block.
+
+    G is a linear layer if the block's output is flat; for maps it enlarges h' to the size of h by copies, and is a 3x3
+    convolution. ``b_lr_scale`` is the learning rate of G relative to that of the weights: a high one lets G diverge if a batch
+    has fewer samples than h' features.
+
+    Choices and deviations: the code's maps have the nonlinearities and max-unpooling of their blocks, here they are linear, and
+    errors do not depend on h; G learns once in every step, where the code takes 20 to 55 steps of its own for every batch; the
+    loss is divided by σ², so that the rate does not depend on σ; the step size of the target (β = 0.7 in the code) scales all
+    errors alike for a linear g, and is left out. Every block costs one more forward pass of the whole model, and one in which
+    nothing changes is added. The equations were derived from the code's, and no result of the paper has been reproduced.
+    """
+
+    search_space = {"b_lr_scale": "tag(log,interval(0.01,1))", "sigma": "choice(0.01,0.1)"}
+
+    sigma: float = option(0.1, "standard deviation σ of the noise at the input of each block", above=0)
+    b_lr_scale: float = option(0.1, "learning rate of the feedback maps relative to that of the weights", minimum=0)
+
+    within = "block"
+    repeats = True
+    reads_values = False
+
+    @property
+    def needs_target(self) -> bool:
+        return False
+
+    @property
+    def feedback_lr_scale(self) -> float:
+        return self.b_lr_scale
+
+    # -------------------------------------------------------------------------------------------- attach
+    def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:
+        if self._layouts:
+            raise CoverageError(f"rule '{self.name}' needs outputs of shape (N, C), not {self._trace.result_shape}")
+        executed = [path for path in self._trace.output_shapes if path in features]
+        #: Cut -> the end of the next block; in the order of execution.
+        self._next = dict(zip(executed, [*executed[1:], OUTPUT_OF_MODEL], strict=True))
+        self._shapes = {**features, OUTPUT_OF_MODEL: (classes,)}
+        self._errors: dict[str, Tensor] = {}
+        self._clean: dict[str, Tensor] = {}
+        super().make_feedback(features, classes)
+
+    def auxiliary(self, cut: str, shape: tuple[int, ...], classes: int) -> torch_nn.Module:
+        """G, from the end of the next block to this cut."""
+        above = self._shapes[self._next[cut]]
+        layers: OrderedDict[str, torch_nn.Module] = OrderedDict()
+        if len(shape) == len(above) > 1:
+            if shape[1:] != above[1:]:
+                layers["enlarge"] = nn.Upsample(shape[1:])
+            layers["map"] = map_module("Conv", cut, shape)(above[0], shape[0], 3, padding=1, bias=False)
+            return nn.Sequential(layers)
+        if len(above) > 1:
+            layers["flatten"] = nn.Flatten()
+        layers["map"] = nn.Linear(math.prod(above), math.prod(shape), bias=False)
+        if len(shape) > 1:
+            layers["unflatten"] = nn.Unflatten(1, shape)
+        return nn.Sequential(layers)
+
+    # -------------------------------------------------------------------------------------------- training
+    def broadcast(self, delta: Tensor, target: Tensor | None) -> Tensor:
+        """δ; computes the errors at all cuts, from the last one down."""
+        error = delta.to(next(self.model.parameters()).dtype)
+        with torch.no_grad():
+            for cut in reversed(self._next):
+                self._errors[cut] = error = self.auxiliary_at(cut)(error)
+        if not self.mode.freeze_random:
+            self.next_draws()
+            self._clean = self._pass(None)
+        return delta
+
+    def error_and_gradients(
+        self, cut: str, captured: CapturedActivation, broadcast: Tensor, delta: Tensor, target: Tensor | None, learns: bool
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        error = self.in_shape(cut, self._errors.pop(cut).flatten(1), captured)
+        learned = [one.tensor for one in self.learned_at(cut)] if learns else []
+        if not any(tensor.requires_grad for tensor in learned):
+            return error, [None for _ in learned]
+        net, above, dtype = self.auxiliary_at(cut), self._next[cut], learned[0].dtype
+        seen = self._pass(cut)
+        change, noise = (seen[above] - self._clean[above]).to(dtype), seen[cut].to(dtype)
+        other = self.sigma * self._draws.normal(f"{cut}, above", change)
+        with torch.enable_grad():
+            loss = net(other).square().sum() - 2 * (noise * net(change)).sum()
+            gradients = torch.autograd.grad(loss, learned)
+        scale = self.loss_factor / (len(change) * self.sigma**2)
+        return error, [gradient * scale for gradient in gradients]
+
+    def _pass(self, cut: str | None) -> dict[str, Tensor]:
+        """The activations at the ends of all blocks in another forward pass; with noise at one cut, which is in its place."""
+        from fa_bench.mechanisms.second_pass import again
+
+        first = self.first_pass
+        if first is None:
+            refuse_reentrant(self.name)()
+        assert first is not None
+        seen: dict[str, Tensor] = {}
+
+        def change(path: str) -> Any:
+            def at(activation: Tensor) -> Tensor | None:
+                seen[path] = activation.detach()
+                if path != cut:
+                    return None
+                seen[path] = self.sigma * self._draws.normal(path, seen[path])
+                return activation + seen[path]
+
+            return at
+
+        result = again(self.model, self.mode, first, outputs={path: change(path) for path in self._next})
+        seen[OUTPUT_OF_MODEL] = self.logits_of(result)
+        return seen
+
+    # -------------------------------------------------------------------------------------------- state
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.require_entries(state, self.state_dict())
+        self._draws.load_state(state["draws"])
