@@ -33,6 +33,10 @@ class PC(EnergyRule):
     backpropagation's gradient times a number, which Adam removes, as in `epc`. Coverage has a note where T η is below 0.1, and
     ``probes=[energy]`` measures how far the states have settled and the cosine of each layer's gradient to backpropagation's.
 
+    The product is soon below the rounding of the states, 1e-7 of them in single precision: with 5 steps of 0.0183 and momentum
+    0.35 the first of four hidden layers (128 GELU units each, initial weights, random data) had 7e-7 times the gradient of
+    backpropagation, and a cosine of only 0.25 to the same in double precision. `epc` stores errors, and does not lose them.
+
     Blocks are those that the model declares, or end at `cuts`. No error passes from one block to the next within a step, but
     the derivatives of a block are exact: weights are transported within blocks, also where a block has a single layer.
 

@@ -272,10 +272,18 @@ def test_ignored_positions_do_not_count(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_an_empty_batch_and_numbers_as_targets(name: str) -> None:
+def test_targets_may_be_numbers(name: str) -> None:
     rule = attach(name, objective=MSE())
     one_hot = learn(attach(name, objective=MSE()), X, F.one_hot(Y, 3).double())
     assert all(torch.equal(value, one_hot[key]) for key, value in learn(rule).items())
+
+
+def test_single_precision_loses_small_errors_of_states_alone() -> None:
+    """The first block's error is below 1e-7 of its state; as an error it is stored with all of its digits."""
+    found = {name: [learn(attach(name, deep().to(dtype), steps=5, rate=1e-4), X.to(dtype), Y)["0.weight"].double()
+                    for dtype in (torch.float32, torch.float64)] for name in RULES}
+    lost = {name: ((low - high).norm() / high.norm()).item() for name, (low, high) in found.items()}
+    assert lost["pc"] > 0.5 and lost["epc"] < 1e-4
 
 
 # ------------------------------------------------------------------------------------------------ coverage, options

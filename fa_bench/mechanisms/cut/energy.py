@@ -114,7 +114,7 @@ class EnergyRule(PassRule):
         fixed = {cut: variable.detach() for cut, variable in variables.items()}
         with self._energy_pass(fixed, target, self.moves_states, local=True) as at_rest:
             ends = [(at_rest.loss, torch.full_like(at_rest.loss, self.loss_factor))]
-            ends += [(predicted, (at_rest.errors[cut] * (-self.loss_factor / count)).to(predicted.dtype))
+            ends += [(predicted, at_rest.errors[cut] * (-self.loss_factor / count))
                      for cut, predicted in at_rest.predicted.items()]
             outputs, errors = zip(*(end for end in ends if end[0].requires_grad), strict=True)
             gradients = torch.autograd.grad(outputs, parameters, errors, allow_unused=True)
