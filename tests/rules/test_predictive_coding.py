@@ -18,6 +18,7 @@ from fa_bench.mechanisms.cut.energy import SHORT
 from fa_bench.metrics.meter import AlignmentMeter
 from fa_bench.metrics.probes.energy import LOSS, Energy
 from fa_bench.objectives.mse import MSE
+from fa_bench.objectives.token_cross_entropy import TokenCrossEntropy
 
 from .test_pass_rules import X, Y, cosine, exact, learn, mlp
 
@@ -258,8 +259,6 @@ def test_half_precision_settles_in_single_precision(name: str) -> None:
 @pytest.mark.parametrize("name", RULES)
 def test_ignored_positions_do_not_count(name: str) -> None:
     """Tokens as a longer batch: gradients are those without the ignored ones."""
-    from fa_bench.objectives.token_cross_entropy import TokenCrossEntropy
-
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     tokens, labels = torch.stack([X, X.flip(0)]), torch.stack([Y, Y.flip(0)])
     labels[0, 0] = labels[1, 3] = -100
@@ -269,6 +268,20 @@ def test_ignored_positions_do_not_count(name: str) -> None:
     got, want = learn(many, tokens, labels), learn(one, tokens.flatten(0, 1)[kept], labels.flatten()[kept])
     for key, value in want.items():
         torch.testing.assert_close(got[key], value)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_ignored_samples_do_not_count(name: str) -> None:
+    """Nor do they if there are no others: nothing then learns."""
+    labels = Y.clone()
+    labels[1] = labels[4] = -100
+    kept = labels != -100
+    got, want = learn(attach(name, objective=TokenCrossEntropy()), X, labels), learn(attach(name), X[kept], labels[kept])
+    for key, value in want.items():
+        torch.testing.assert_close(got[key], value)
+    for x, nothing in ((X, torch.full_like(Y, -100)), (X.expand(2, 5, 6), torch.full((2, 5), -100))):
+        rule = attach(name, objective=TokenCrossEntropy(), sample_input=x)
+        assert not any(value.any() for value in learn(rule, x, nothing).values())
 
 
 @pytest.mark.parametrize("name", RULES)

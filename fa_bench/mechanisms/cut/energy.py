@@ -114,7 +114,7 @@ class EnergyRule(PassRule):
         fixed = {cut: variable.detach() for cut, variable in variables.items()}
         with self._energy_pass(fixed, target, self.moves_states, local=True) as at_rest:
             ends = [(at_rest.loss, torch.full_like(at_rest.loss, self.loss_factor))]
-            ends += [(predicted, at_rest.errors[cut] * (-self.loss_factor / count))
+            ends += [(predicted, at_rest.errors[cut] * -self.loss_factor / count)
                      for cut, predicted in at_rest.predicted.items()]
             outputs, errors = zip(*(end for end in ends if end[0].requires_grad), strict=True)
             gradients = torch.autograd.grad(outputs, parameters, errors, allow_unused=True)
@@ -122,13 +122,13 @@ class EnergyRule(PassRule):
             self._observed.append(self._relaxation(at_rest, target))
         return list(gradients)
 
-    def _count(self, target: Tensor) -> Any:
+    def _count(self, target: Tensor) -> Tensor:
         """The number of targets over which the loss is the mean, N."""
         from fa_bench.mechanisms.cut.positions import ignored_label
 
-        if target.dim() == 1 or target.is_floating_point():
-            return max(len(target), 1)
-        return (target != ignored_label(self.objective)).sum().clamp(min=1)
+        has_positions = target.dim() > 1 and not target.is_floating_point()
+        count = (target != ignored_label(self.objective)).sum() if has_positions else self.objective.counted(target)
+        return torch.as_tensor(count).clamp(min=1)
 
     def _settled(self, target: Tensor) -> dict[str, Tensor]:
         """Cut -> its state, or its error, after settling."""
@@ -174,7 +174,7 @@ class EnergyRule(PassRule):
             # A step may be smaller than the rounding of a half-precision activation.
             predicted = _wide(tensor.detach() if local else tensor)
             if cut not in variables:
-                variables[cut] = (predicted.detach().clone() if moves_states else torch.zeros_like(predicted)).requires_grad_()
+                variables[cut] = (predicted.detach() if moves_states else torch.zeros_like(predicted)).requires_grad_()
             variable = variables[cut]
             found.errors[cut] = variable - predicted if moves_states else variable
             state = (variable if moves_states else predicted + variable).to(tensor.dtype)
@@ -186,7 +186,7 @@ class EnergyRule(PassRule):
             yield found
 
     def _relaxation(self, at_rest: EnergyPass, target: Tensor) -> Relaxation:
-        errors = {cut: error.detach().clone() for cut, error in at_rest.errors.items()}
+        errors = {cut: error.detach() for cut, error in at_rest.errors.items()}
         count = float(self._count(target))
         before, after = self._descent({}, target, False), self._descent(errors, target, False)
         return Relaxation(
