@@ -248,6 +248,7 @@ RULES: dict[str, dict[str, str]] = {
     "fdfa": {"b_init": "pytorch", "b_lr_scale": "0.5", "alpha": "0.5", "tangents": "difference"},
     "grape": {"b_init": "pytorch", "b_lr_scale": "0.5", "anchor_period": "2", "tangents": "difference"},
     "forward_gradient": {"form": "weight", "tangents": "difference"},
+    "epc": {"steps": "3", "rate": "0.5", "momentum": "0.5", **CUT}, "pc": {"steps": "3", "rate": "0.5", "momentum": "0.5", **CUT},
     "wm": {"initial_steps": "2", "mirror_steps": "2", "mirror_rate": "0.1", "mirror_batch": "8"},
 }
 

@@ -95,12 +95,10 @@ def test_a_diverged_run_has_no_probes(in_empty_folder: None, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (["probes=[reedout]"], "probes=reedout is not one of depth_utility, effective_rank, gauss_newton_angle, gradient_norm, "
-                           "projection_angle, "
-                           "readout, stability, stream_growth; did you mean 'readout'?"),
-    (["probes=readout"], "probes='readout' is not a list (of depth_utility, effective_rank, gauss_newton_angle, gradient_norm, "
-                         "projection_angle, "
-                         "readout, stability, stream_growth); did you mean "
+    (["probes=[reedout]"], "probes=reedout is not one of depth_utility, effective_rank, energy, gauss_newton_angle, "
+                           "gradient_norm, projection_angle, readout, stability, stream_growth; did you mean 'readout'?"),
+    (["probes=readout"], "probes='readout' is not a list (of depth_utility, effective_rank, energy, gauss_newton_angle, "
+                         "gradient_norm, projection_angle, readout, stability, stream_growth); did you mean "
                          "probes=[readout]?"),
     (["probes=[depth_utility]", "architecture=torchvision", "architecture.model=squeezenet1_0", "dataset.size=32"],
      "probes=[depth_utility]: SqueezeNet declares no blocks that could be left untrained; name the modules that end them in "

@@ -25,7 +25,7 @@ OPTIONS = {
 }
 #: Rules without random feedback.
 WITHOUT = {"bp", "frozen", "frozen_blocks", "bp_fc", "dual_propagation", "node_perturbation", "weight_perturbation",
-           "forward_forward", "forward_gradient"}
+           "forward_forward", "forward_gradient", "epc", "pc"}
 RANDOM = sorted(set(ALGORITHMS) - WITHOUT)
 
 

@@ -82,7 +82,7 @@ def make(rule: str = "kp") -> tuple[Rule, Optimizers]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), Noisy(), nn.Linear(4, 3))
     cuts = {"cuts": ["2"]} if rule in ("dkp", "predsim", "bp_deepsup", "fdfa", "grape", "forward_gradient", "ddtp_linear",
-                                        "ldrl") else {}
+                                        "ldrl", "epc") else {}
     options = cuts | ({"initial_steps": 0, "mirror_batch": 4} if rule == "wm" else {})
     attached = fa_bench.attach(model, rule, seed=0, sample_input=torch.ones(2, 5), **options)
     own = Adam(lr=0.02, schedule=Step(step_size=2))
@@ -123,7 +123,7 @@ def generators() -> Iterator[None]:
 
 @pytest.mark.parametrize("rule", [
     "kp", "brsf", "wm", "pfa", "ldfa", "information_alignment", "dkp", "predsim", "np_feedback", "weight_perturbation",
-    "bp_deepsup", "fdfa", "grape", "forward_gradient", "ddtp_linear", "ldrl"])
+    "bp_deepsup", "fdfa", "grape", "forward_gradient", "ddtp_linear", "ldrl", "epc"])
 def test_loaded_checkpoint_continues_bit_by_bit(rule: str, generators: None) -> None:
     """Losses, weights, running statistics, feedback, both optimizers, and every global generator."""
     last, before = Path("a/last.pt"), Path("a/previous.pt")

@@ -22,6 +22,10 @@ COVERS_ALL = ["weight_perturbation"]
 CUT_RULES = [name for name, rule in ALGORITHMS.items() if issubclass(rule, CutRule) and name not in COVERS_ALL] + ["asfp_lc"]
 #: Edge rules whose error is that of any loss: np_feedback needs the labels.
 EDGE_RULES = [name for name in RULES if name not in (*CUT_RULES, *COVERS_ALL, "np_feedback")]
+#: Rules that settle the states between whole blocks.
+SETTLING = ["epc", "pc"]
+#: Rules that cover whole blocks, whatever is in them.
+COVERS_BLOCKS = ["dgl", "ldrl", *SETTLING]
 #: Rules that change the model's first argument, which must be numbers.
 CHANGES_INPUT = ["pepita", "forward_forward"]
 #: Rules that draw noise for every update.
@@ -33,7 +37,8 @@ LOCAL_LOSSES = ["symmetric_alignment", "activation_alignment", "regularized_mirr
 # forward_forward's running means depend on all passes before, and are tested with the rule.
 _QUICK: dict[str, dict[str, Any]] = {
     "wm": {"initial_steps": 1, "mirror_batch": 2}, "dkp": {"b_lr_scale": 1.0}, "forward_forward": {"peer_norm": 0.0},
-    "ldfa": {"rank": 2}, "ldrl": {"b_lr_scale": 1.0}, "fdfa": {"b_init": "kaiming_uniform"}}
+    "epc": {"steps": 4}, "pc": {"steps": 4}, "ldfa": {"rank": 2}, "ldrl": {"b_lr_scale": 1.0},
+    "fdfa": {"b_init": "kaiming_uniform"}}
 
 Runs = Callable[[nn.Module, Tensor], Tensor]
 

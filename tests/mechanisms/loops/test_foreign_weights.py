@@ -13,12 +13,12 @@ from torch import Tensor, nn
 import fa_bench
 from fa_bench.errors import CoverageError
 from fa_bench.mechanisms.coverage import is_weight
-from tests.mechanisms.loops.chain import CHANGES_INPUT, COVERS_ALL, CUT_RULES, RULES, attach, gradients
+from tests.mechanisms.loops.chain import CHANGES_INPUT, COVERS_ALL, COVERS_BLOCKS, CUT_RULES, RULES, attach, gradients
 
 TOKENS = torch.arange(60).reshape(12, 5) % 11
 Y = torch.arange(12) % 3
 FREE = ("bp", "bp_deepsup", "bp_fc", "frozen", "frozen_blocks")
-COVERING = [name for name in RULES if name not in (*FREE, "dgl", "ldrl", *CHANGES_INPUT, *COVERS_ALL)]
+COVERING = [name for name in RULES if name not in (*FREE, *COVERS_BLOCKS, *CHANGES_INPUT, *COVERS_ALL)]
 SHARING = ("asap", "asfp", "asfp_lc")
 
 

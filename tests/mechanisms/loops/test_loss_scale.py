@@ -15,6 +15,7 @@ from fa_bench.mechanisms.loss_scale import is_unscaled, measured_scale
 from tests.mechanisms.loops.chain import (
     LOCAL_LOSSES,
     RULES,
+    SETTLING,
     Chain,
     assert_same,
     attach,
@@ -36,9 +37,10 @@ TOGETHER = ("predsim", "dgl", "asfp_lc", "grape")
 REDRAWN = ("brsf",)
 #: Their hidden errors are made of the labels, and do not carry the loss's scale by themselves.
 OF_LABELS = ("drtp", "drtp sign", "local_error", "predsim", "predsim pred", "bp_deepsup", "dgl", "dgl linear", "asfp_lc",
-             "node_perturbation", "weight_perturbation", "pepita", "forward_forward", "fdfa", "grape")
+             "node_perturbation", "weight_perturbation", "pepita", "forward_forward", "fdfa", "grape",
+             *SETTLING)
 #: Of the output layer, too.
-WHOLLY_OF_LABELS = ("node_perturbation", "weight_perturbation", "pepita")
+WHOLLY_OF_LABELS = ("node_perturbation", "weight_perturbation", "pepita", *SETTLING)
 #: What learns by the output's own error: the head, with blocks the whole last one, and all of the net where errors cross the
 #: cuts. In the first step of bp_deepsup, whose classifiers are zero, no other error comes there; fdfa and grape scale feedback
 #: alone.

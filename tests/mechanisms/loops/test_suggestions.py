@@ -19,7 +19,7 @@ import fa_bench
 from fa_bench.cli import main
 from fa_bench.errors import CoverageError
 from fa_bench.mechanisms.cut.cut_points import patterns
-from tests.mechanisms.loops.chain import CUT_RULES, gradients
+from tests.mechanisms.loops.chain import COVERS_BLOCKS, CUT_RULES, gradients
 
 FLAT, IMAGES = torch.linspace(-1, 1, 96).reshape(12, 8), torch.linspace(-1, 1, 12 * 3 * 32 * 32).reshape(12, 3, 32, 32)
 Y = torch.arange(12) % 3
@@ -148,7 +148,7 @@ def test_the_first_suggestion_is_whole_and_leaves_the_model_as_it_was(name: str,
     assert model.state_dict().keys() == plain.state_dict().keys() and fa_bench.attached_rule(model) is None
     fa_bench.attach(model, name, sample_input=x[:2], **options, **error.settings)
     if kind == "mlp":  # the activations: the last modules that depend on one layer alone
-        assert error.settings["cuts"] == (["1", "3"] if name in ("dgl", "asfp_lc", "ldrl") else ["1", "3", "5"])
+        assert error.settings["cuts"] == (["1", "3"] if name in (*COVERS_BLOCKS, "asfp_lc") else ["1", "3", "5"])
 
 
 @pytest.mark.parametrize("name", CUT_RULES)

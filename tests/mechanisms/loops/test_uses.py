@@ -12,12 +12,23 @@ from torch import Tensor, nn
 
 import fa_bench
 from fa_bench.errors import CoverageError
-from tests.mechanisms.loops.chain import COVERS_ALL, CUT_RULES, RULES, assert_same, attach, batch, gradients, state, train
+from tests.mechanisms.loops.chain import (
+    COVERS_ALL,
+    COVERS_BLOCKS,
+    CUT_RULES,
+    RULES,
+    assert_same,
+    attach,
+    batch,
+    gradients,
+    state,
+    train,
+)
 
 X, Y = batch()
 # They leave the model as it is, or cover whole modules.
 FREE = ("bp", "bp_deepsup", "bp_fc", "frozen", "frozen_blocks")
-COVERING = [name for name in RULES if name not in (*FREE, *COVERS_ALL, "dgl", "ldrl")]
+COVERING = [name for name in RULES if name not in (*FREE, *COVERS_ALL, *COVERS_BLOCKS)]
 
 
 class Multiply(torch.autograd.Function):
@@ -135,8 +146,9 @@ def test_rules_that_carry_the_error_by_the_weights_do_not_mind(name: str) -> Non
         attach(Net(decode), name)
 
 
-def test_modules_that_learn_by_backpropagation_within_do_not_mind() -> None:
-    assert attach(Net(OUTSIDE["matmul"][0]), "dgl").coverage.uncovered == {}
+@pytest.mark.parametrize("name", COVERS_BLOCKS)
+def test_modules_that_learn_by_backpropagation_within_do_not_mind(name: str) -> None:
+    assert attach(Net(OUTSIDE["matmul"][0]), name).coverage.uncovered == {}
 
 
 # ------------------------------------------------------------------------------------------------ no uses at all

@@ -1,0 +1,199 @@
+"""Rules that settle the activations at the cuts by descending an energy, and then learn by its local gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fa_bench.mechanisms.cut.passes import PassRule
+from fa_bench.registry.options import option
+from fa_bench.utils.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch import nn as torch_nn
+
+    from fa_bench.mechanisms.coverage import Coverage
+
+#: Below this length of the path of the errors, their final values differ little from their first steps.
+SHORT = 0.1
+
+
+@dataclasses.dataclass
+class EnergyPass:
+    """One forward pass in which the activations at the cuts are replaced by states.
+
+    Attributes:
+        predicted: cut -> f_l(s_{l-1}) (N, ...), what its block makes of the state before.
+        errors: cut -> s_l - f_l(s_{l-1}), in the shape of its activation, at least in single precision.
+        loss: the mean loss, a scalar; None while the pass runs.
+    """
+
+    predicted: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    errors: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    loss: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Relaxation:
+    """What settling has achieved for one batch; {cut: number}, but for the loss.
+
+    Attributes:
+        energies: ½‖e_l‖², mean over the samples.
+        loss: the mean loss of the settled states.
+        before, after: the norm of ∂E/∂e_l over the batch, with all later states moving along: for e = 0, where it is the error of
+            backpropagation, and for the settled errors, where it is zero at rest.
+    """
+
+    energies: dict[str, float]
+    loss: float
+    before: dict[str, float]
+    after: dict[str, float]
+
+
+@dataclasses.dataclass(eq=False)
+class EnergyRule(PassRule):
+    """A rule whose blocks, which end at the cuts, are trained by the errors between states and predictions.
+
+    With f_l the function of a block, s_0 the input and L the loss of a sample, the energy is
+
+        E = Σ_n [ Σ_l ½‖s_l - f_l(s_{l-1})‖² + L(f_L(s_{L-1})) ],
+
+    a sum over the samples. `steps` steps of gradient descent with momentum, from the states of the first pass, where all errors
+    are zero, settle the states; each is a further forward pass and a backward pass to the states. Then the parameters of a block
+    get the gradient of E / N with all states fixed, in one more pass.
+    """
+
+    #: Whether the states are what moves; otherwise the errors e_l do, and s_l = f_l(s_{l-1}) + e_l.
+    moves_states: ClassVar[bool] = False
+
+    within = "block"
+    takes_numbers = True
+
+    steps: int = option(20, "steps of settling in each update", minimum=1)
+    rate: float = option(0.1, "step size of settling", above=0)
+    momentum: float = option(0.0, "momentum of settling", minimum=0, below=1)
+
+    def wire(self, sample_input: Any) -> Coverage:
+        self._observed: list[Relaxation] | None = None
+        # Errors reach a state through the weights of the block after it, also if this is a single layer.
+        across = () if self.moves_states else ("from block to block in each step of settling",)
+        return dataclasses.replace(super().wire(sample_input), transport=("within blocks", *across))
+
+    @property
+    def path_length(self) -> float:
+        """How far the errors would move along a constant gradient of length 1: steps times rate, without momentum."""
+        total = velocity = 0.0
+        for _ in range(self.steps):
+            velocity = self.momentum * velocity + 1
+            total += velocity
+        return self.rate * total
+
+    def notes(self) -> tuple[str, ...]:
+        if self.path_length >= SHORT:
+            return ()
+        return (f"steps={self.steps}, rate={self.rate:g}: the states hardly move, and each hidden layer learns by "
+                f"backpropagation's gradient times a number, {self.path_length:.2g} at the last cut: see probes=[energy].",)
+
+    @contextmanager
+    def observed(self) -> Iterator[list[Relaxation]]:
+        """A context with a list that gets the `Relaxation` of every backward pass within it; two passes more each."""
+        self._observed = found = []
+        try:
+            yield found
+        finally:
+            self._observed = None
+
+    # -------------------------------------------------------------------------------------------- learning
+    def gradients(
+        self, parameters: list[torch_nn.Parameter], activations: dict[str, Tensor], delta: Tensor, logits: Tensor, target: Tensor
+    ) -> list[Tensor | None]:
+        variables, count = self._settled(target), self._count(target)
+        fixed = {cut: variable.detach() for cut, variable in variables.items()}
+        with self._energy_pass(fixed, target, self.moves_states, local=True) as at_rest:
+            ends = [(at_rest.loss, torch.full_like(at_rest.loss, self.loss_factor))]
+            ends += [(predicted, at_rest.errors[cut] * -self.loss_factor / count)
+                     for cut, predicted in at_rest.predicted.items()]
+            outputs, errors = zip(*(end for end in ends if end[0].requires_grad), strict=True)
+            gradients = torch.autograd.grad(outputs, parameters, errors, allow_unused=True)
+        if self._observed is not None:
+            self._observed.append(self._relaxation(at_rest, target))
+        return list(gradients)
+
+    def _count(self, target: Tensor) -> Tensor:
+        """The number of targets over which the loss is the mean, N."""
+        from fa_bench.mechanisms.cut.positions import ignored_label
+
+        has_positions = target.dim() > 1 and not target.is_floating_point()
+        count = (target != ignored_label(self.objective)).sum() if has_positions else self.objective.counted(target)
+        return torch.as_tensor(count).clamp(min=1)
+
+    def _settled(self, target: Tensor) -> dict[str, Tensor]:
+        """Cut -> its state, or its error, after settling."""
+        variables: dict[str, Tensor] = {}
+        velocities: dict[str, Tensor] = {}
+        for _ in range(self.steps):
+            for cut, gradient in self._descent(variables, target, self.moves_states).items():
+                if cut in velocities:
+                    gradient = gradient.add(velocities[cut], alpha=self.momentum)
+                velocities[cut] = gradient
+                variables[cut] = variables[cut].detach().sub(gradient, alpha=self.rate)
+        return variables
+
+    def _descent(self, variables: dict[str, Tensor], target: Tensor, moves_states: bool) -> dict[str, Tensor]:
+        """Cut -> ∂E/∂ its variable; missing variables are created at their start."""
+        for variable in variables.values():
+            variable.requires_grad_()
+        with self._energy_pass(variables, target, moves_states) as now:
+            energy = now.loss * self._count(target) + sum(error.square().sum() / 2 for error in now.errors.values())
+            return dict(zip(variables, torch.autograd.grad(energy, list(variables.values())), strict=True))
+
+    @contextmanager
+    def _energy_pass(
+        self, variables: dict[str, Tensor], target: Tensor, moves_states: bool, local: bool = False
+    ) -> Iterator[EnergyPass]:
+        """A context with a pass whose activations are given by the variables.
+
+        Args:
+            variables: cut -> its state or error; cuts that have none get one at which the error is zero.
+            target: the labels.
+            moves_states: whether the variables are states.
+            local: whether nothing is differentiated beyond the next cut.
+        """
+        from fa_bench.mechanisms.cut.positions import mean_loss
+        from fa_bench.mechanisms.second_pass import repeated
+
+        assert self.first_pass is not None
+        found = EnergyPass()
+
+        @torch.enable_grad()  # a frozen part of the model may run without gradients
+        def at_output(cut: str, tensor: Tensor) -> Tensor:
+            found.predicted[cut] = tensor
+            # A step may be smaller than the rounding of a half-precision activation.
+            predicted = _wide(tensor.detach() if local else tensor)
+            if cut not in variables:
+                variables[cut] = (predicted.detach() if moves_states else torch.zeros_like(predicted)).requires_grad_()
+            variable = variables[cut]
+            found.errors[cut] = variable - predicted if moves_states else variable
+            state = (variable if moves_states else predicted + variable).to(tensor.dtype)
+            return state.clone() if cut in self._trace.changed_in_place else state
+
+        with repeated(self.model, self.mode, self.first_pass,
+                      outputs={cut: lambda tensor, cut=cut: at_output(cut, tensor) for cut in self._cut_modules}) as result:
+            found.loss = mean_loss(self.objective, _wide(self.logits_of(result)), target)
+            yield found
+
+    def _relaxation(self, at_rest: EnergyPass, target: Tensor) -> Relaxation:
+        errors = {cut: error.detach() for cut, error in at_rest.errors.items()}
+        count = float(self._count(target))
+        before, after = self._descent({}, target, False), self._descent(errors, target, False)
+        return Relaxation(
+            {cut: error.double().square().sum().item() / 2 / count for cut, error in errors.items()}, at_rest.loss.item(),
+            {cut: gradient.double().norm().item() for cut, gradient in before.items()},
+            {cut: gradient.double().norm().item() for cut, gradient in after.items()})
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,93 @@
+"""How far rules that settle an energy have settled, and how much their gradients differ from backpropagation's."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+from fa_bench.errors import ConfigError, names
+from fa_bench.metrics.alarm import Alarm
+from fa_bench.metrics.probes.base import Probe, Quantities, Subject
+from fa_bench.registry.registries import ALGORITHMS, PROBES
+from fa_bench.utils.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: The row of the loss in the quantity ``energy``.
+LOSS = "(loss)"
+
+
+@PROBES.register("energy")
+@dataclasses.dataclass(eq=False)
+class Energy(Probe):
+    """The energy that is left after settling, what is missing to rest, and the gradients that follow from it.
+
+    For `fa_bench.mechanisms.cut.energy.EnergyRule`, with e_l the error between state and prediction at cut l:
+
+    - ``energy``: the parts of the energy after settling, ½‖e_l‖² of every cut and, in the row ``(loss)``, the loss, all as means
+      over the samples.
+    - ``energy_gradient``: ‖∂E/∂e_l‖ after settling, with the states after l moving along, divided by the same before settling,
+      where it is the norm of backpropagation's error at the cut: 1 if nothing has settled, 0 at rest.
+    - ``energy_cosine``: of each layer, the cosine of the weight's gradient to that of backpropagation.
+    - ``energy_ratio``: of each layer, its norm divided by that of backpropagation.
+
+    On the fixed batch; batch normalisation uses the batch's statistics, and dropout is off. NaN where a norm is zero or a weight
+    does not learn. Costs a step of the rule, two more steps of settling, and a backward pass.
+    """
+
+    alarms = {"energy_gradient": Alarm(
+        0.9, True, "The states have hardly settled: hidden layers then learn by backpropagation's gradient times a number, which "
+                   "Adam removes (the threshold is this project's).")}
+
+    def require(self, subject: Subject) -> None:
+        from fa_bench.mechanisms.cut.energy import EnergyRule
+
+        if not isinstance(subject.rule, EnergyRule):
+            rules = names(name for name, rule in ALGORITHMS.items() if issubclass(rule, EnergyRule))
+            raise ConfigError(f"rule '{subject.rule.name}' has no energy; rules that have one: {rules}")
+
+    def measure(self, subject: Subject) -> Quantities:
+        from fa_bench.mechanisms.cut.energy import EnergyRule
+        from fa_bench.mechanisms.trace import loss_output
+        from fa_bench.mechanisms.weighted_layers import weight_gradient, weighted_layers
+        from fa_bench.metrics.meter import measurement_mode
+
+        rule, x, y = subject.rule, subject.meter.x, subject.meter.y
+        assert isinstance(rule, EnergyRule)
+        layers = weighted_layers(subject.model)
+        layers = {path: layers[path] for path in subject.meter.trace.order}
+
+        def gradients() -> dict[str, Tensor | None]:
+            logits = loss_output(subject.model(x), rule.loss_output)
+            rule.backward(rule.objective.loss(logits, y), logits, y)
+            return {path: weight_gradient(layer) for path, layer in layers.items()}
+
+        with torch.enable_grad():
+            with measurement_mode(rule), rule.exact():
+                exact = gradients()
+            with measurement_mode(rule), rule.observed() as found:
+                own = gradients()
+        (relaxation,) = found
+        pairs = {path: (own[path], exact[path]) for path in layers}
+        return {
+            self.name: {**relaxation.energies, LOSS: relaxation.loss},
+            f"{self.name}_gradient": {cut: _ratio(relaxation.after[cut], before) for cut, before in relaxation.before.items()},
+            f"{self.name}_cosine": {path: _cosine(*pair) for path, pair in pairs.items()},
+            f"{self.name}_ratio": {path: _ratio(_norm(one), _norm(other)) for path, (one, other) in pairs.items()},
+        }
+
+
+def _norm(gradient: Tensor | None) -> float:
+    return math.nan if gradient is None else gradient.double().norm().item()
+
+
+def _ratio(one: float, other: float) -> float:
+    return one / other if other else math.nan
+
+
+def _cosine(one: Tensor | None, other: Tensor | None) -> float:
+    if one is None or other is None:
+        return math.nan
+    return _ratio((one.double() * other.double()).sum().item(), _norm(one) * _norm(other))

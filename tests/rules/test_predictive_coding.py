@@ -1,0 +1,392 @@
+"""epc and pc: when they are backpropagation, where they come to rest, and what a pass is made of."""
+
+from __future__ import annotations
+
+import copy
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fa_bench
+from fa_bench.errors import ConfigError, OptionError
+from fa_bench.mechanisms.cut.energy import SHORT
+from fa_bench.metrics.meter import AlignmentMeter
+from fa_bench.metrics.probes.energy import LOSS, Energy
+from fa_bench.objectives.mse import MSE
+from fa_bench.objectives.token_cross_entropy import TokenCrossEntropy
+
+from .test_pass_rules import X, Y, cosine, exact, learn, mlp
+
+RULES = ["epc", "pc"]
+LAYERS = ["0.weight", "2.weight", "4.weight", "6.weight"]
+
+
+def deep(activation: Any = nn.Tanh, **options: Any) -> nn.Sequential:
+    """6-8-7-5-3, with blocks of a layer and its activation."""
+    model = mlp(8, 7, 5, activation=activation, **options)
+    model.blocks = model.cut_points  # type: ignore[assignment]
+    return model
+
+
+def attach(name: str, model: nn.Module | None = None, objective: Any = None, **options: Any) -> Any:
+    return fa_bench.attach(deep() if model is None else model, name, objective=objective, **options)
+
+
+def ratios(got: dict[str, Tensor], want: dict[str, Tensor]) -> list[float]:
+    return [(got[name].norm() / want[name].norm()).item() for name in LAYERS]
+
+
+def cosines(got: dict[str, Tensor], want: dict[str, Tensor]) -> list[float]:
+    return [cosine(got[name] / got[name].norm(), want[name]) for name in LAYERS]  # torch's is wrong for tiny vectors
+
+
+# ------------------------------------------------------------------------------------------------ backpropagation
+def test_a_few_small_steps_with_errors_are_backpropagation() -> None:
+    """e = -T η ∂L/∂s + O(η²): hidden gradients are T η times backpropagation's, the output layer's is backpropagation's."""
+    got, want = learn(attach("epc", steps=5, rate=1e-3)), exact(deep())
+    assert min(cosines(got, want)) > 0.9999
+    assert ratios(got, want) == pytest.approx([0.005, 0.005, 0.005, 1], rel=0.02)
+    tiny = ratios(learn(attach("epc", steps=5, rate=1e-6)), want)
+    assert tiny == pytest.approx([5e-6, 5e-6, 5e-6, 1], rel=2e-5)  # the rest is of first order in η
+
+
+def test_a_few_small_steps_with_states_are_multiples_of_backpropagation() -> None:
+    """An error needs a step for each block: (T choose d + 1) η^(d + 1), d blocks before the last cut."""
+    got, want = learn(attach("pc", steps=5, rate=1e-3)), exact(deep())
+    assert min(cosines(got, want)) > 0.9999
+    factors = [math.comb(5, blocks) * 1e-3**blocks for blocks in (3, 2, 1)]
+    assert ratios(got, want) == pytest.approx([*factors, 1], rel=2e-2)  # the rest is of first order in η
+
+
+def test_with_fewer_steps_than_blocks_the_first_ones_do_not_learn() -> None:
+    got = learn(attach("pc", steps=2, rate=0.5))
+    assert not got["0.weight"].any() and got["2.weight"].any()
+
+
+def test_one_step_of_length_one_is_backpropagation_in_the_first_layer_only() -> None:
+    got, want = learn(attach("epc", steps=1, rate=1.0)), exact(deep())
+    torch.testing.assert_close(got["0.weight"], want["0.weight"])
+    torch.testing.assert_close(got["0.bias"], want["0.bias"])
+    assert cosine(got["6.weight"], want["6.weight"]) < 0.98
+
+
+def test_settled_errors_are_another_update() -> None:
+    got, want = learn(attach("epc", steps=300)), exact(deep())
+    assert cosines(got, want)[-1] < 0.98
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_momentum_is_that_of_the_optimizer(name: str) -> None:
+    """Three steps by torch's SGD, whose first velocity is the gradient, from states that an own loop computes."""
+    model, want = deep(), {}
+    blocks = [model[0:2], model[2:4], model[4:6], model[6:]]
+    with torch.no_grad():
+        states = [blocks[0](X)]
+        for block in blocks[1:3]:
+            states.append(block(states[-1]))
+    moved = [(torch.zeros_like(state) if name == "epc" else state.clone()).requires_grad_() for state in states]
+    optimizer = torch.optim.SGD(moved, lr=0.3, momentum=0.6)
+
+    def energy(fixed: bool = False) -> Tensor:
+        total, start = torch.zeros((), dtype=torch.float64), X
+        for block, variable in zip(blocks, moved, strict=False):
+            predicted = block(start)
+            state = predicted + variable if name == "epc" else variable
+            if fixed:
+                state = state.detach()
+            total, start = total + (state - predicted).square().sum() / 2, state
+        return total + F.cross_entropy(blocks[-1](start), Y, reduction="sum")
+
+    for _ in range(3):
+        optimizer.zero_grad()
+        energy().backward()
+        optimizer.step()
+    model.zero_grad()
+    energy(fixed=True).backward()
+    want = {key: parameter.grad / 5 for key, parameter in model.named_parameters()}
+    got = learn(attach(name, steps=3, rate=0.3, momentum=0.6))
+    for key, value in want.items():
+        torch.testing.assert_close(got[key], value)
+
+
+# ------------------------------------------------------------------------------------------------ rest
+@pytest.mark.parametrize("name", RULES)
+def test_linear_nets_rest_where_the_closed_form_says(name: str) -> None:
+    """With squared errors: r = S⁻¹ (W x - t) is left at the output, S = 1 + Σ_l P_l P_lᵀ with P_l the product of the weights
+    after s_l, and e_l = -P_lᵀ r. All gradients follow from these."""
+    model = deep(nn.Identity, bias=False)
+    got = learn(attach(name, copy.deepcopy(model), MSE(), steps=1000, rate=0.3))
+    weights = [model.get_submodule(path).weight.detach() for path in ("0", "2", "4", "6")]
+    products = [weights[3] @ weights[2] @ weights[1], weights[3] @ weights[2], weights[3]]
+    spread = torch.eye(3, dtype=torch.float64) + sum(p @ p.t() for p in products)
+    target = F.one_hot(Y, 3).double()
+    left = (X @ weights[0].t() @ products[0].t() - target) @ torch.linalg.inv(spread)
+    state = X
+    for layer, weight, product in zip(LAYERS, weights, products, strict=False):
+        error = -left @ product
+        torch.testing.assert_close(got[layer], -error.t() @ state / 5, rtol=1e-6, atol=1e-12)
+        state = state @ weight.t() + error
+    torch.testing.assert_close(state @ weights[3].t() - target, left)
+    torch.testing.assert_close(got[LAYERS[3]], left.t() @ state / 5, rtol=1e-6, atol=1e-12)
+
+
+def test_both_forms_rest_at_the_same_place() -> None:
+    """The nonlinear net has one minimum near the states of the forward pass."""
+    errors, states = (learn(attach(name, steps=500, rate=0.3)) for name in RULES)
+    for key, value in errors.items():
+        torch.testing.assert_close(states[key], value, rtol=1e-5, atol=1e-12)
+
+
+def test_both_forms_have_the_same_energy_at_any_point() -> None:
+    errors_rule, states_rule = attach("epc"), attach("pc")
+    generator = torch.Generator().manual_seed(3)
+    errors: dict[str, Tensor] = {cut: torch.randn(5, width, generator=generator, dtype=torch.float64)
+                                 for cut, width in zip(("1", "3", "5"), (8, 7, 5), strict=True)}
+    states, start = {}, X
+    for cut, error in errors.items():
+        with torch.no_grad():
+            start = errors_rule.model[int(cut) - 1:int(cut) + 1](start) + error
+        states[cut] = start
+    energies = [energy_of(errors_rule, errors), energy_of(states_rule, states)]
+    assert energies[0] == pytest.approx(energies[1], rel=1e-12)
+    want = sum(error.square().sum().item() / 2 for error in errors.values())
+    assert energies[0] == pytest.approx(want + F.cross_entropy(errors_rule.model[6](start), Y, reduction="sum").item())
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_without_errors_the_energy_is_the_loss(name: str) -> None:
+    rule = attach(name)
+    assert energy_of(rule, {}) == pytest.approx(F.cross_entropy(rule.model(X), Y, reduction="sum").item(), rel=1e-12)
+
+
+def energy_of(rule: Any, variables: dict[str, Tensor]) -> float:
+    """E of a batch at given errors or states, summed over the samples."""
+    from fa_bench.mechanisms.second_pass import FirstPass
+
+    rule.first_pass = FirstPass(rule.name, rule.model, (X,), {})
+    with rule._energy_pass(dict(variables), Y, rule.moves_states) as found:
+        total = found.loss * 5 + sum(error.square().sum() / 2 for error in found.errors.values())
+    rule.first_pass = None
+    return total.item()
+
+
+# ------------------------------------------------------------------------------------------------ what a pass is made of
+@pytest.mark.parametrize("name", RULES)
+def test_settling_does_not_depend_on_the_batch(name: str) -> None:
+    """The gradient of a batch is the mean of those of its samples, whatever their number."""
+    whole = learn(attach(name))
+    single = [learn(attach(name), X[n:n + 1], Y[n:n + 1]) for n in range(5)]
+    for key, value in whole.items():
+        torch.testing.assert_close(sum(one[key] for one in single) / 5, value)
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_number_of_passes_of_an_update(name: str, steps: int) -> None:
+    rule, calls = attach(name, steps=steps), []
+    rule.model[0].register_forward_hook(lambda *_: calls.append(1))
+    learn(rule)
+    assert len(calls) == steps + 2
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_frozen_layer_changes_nothing_for_the_others(name: str) -> None:
+    """The state after it settles as before."""
+    want, model = learn(attach(name)), deep()
+    for parameter in model[0].parameters():
+        parameter.requires_grad_(False)
+    got = learn(attach(name, model))
+    assert got.keys() == {key for key in want if not key.startswith("0.")}
+    assert all(torch.equal(value, want[key]) for key, value in got.items())
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_shortcut_around_a_cut_sees_the_state(name: str) -> None:
+    """The state replaces the activation for everything after it; the energy of the closed form has both ways."""
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second, self.out = (nn.Linear(*widths, bias=False) for widths in ((6, 4), (4, 4), (4, 3)))
+            self.blocks = ["first"]
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            return self.out(h + self.second(h))
+
+    model = Net().double()
+    first, second, out = (one.weight.detach().clone() for one in (model.first, model.second, model.out))
+    got = learn(attach(name, model, MSE(), steps=1500))
+    after = out @ (torch.eye(4, dtype=torch.float64) + second)
+    left = (X @ first.t() @ after.t() - F.one_hot(Y, 3)) @ torch.linalg.inv(torch.eye(3, dtype=torch.float64) + after @ after.t())
+    torch.testing.assert_close(got["first.weight"], (left @ after).t() @ X / 5)
+    state = X @ first.t() - left @ after
+    torch.testing.assert_close(got["second.weight"], (left @ out).t() @ state / 5)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_module_that_works_in_place_does_not_change_the_states(name: str) -> None:
+    """The block ends at the linear layer, and the nonlinearity after it overwrites its input."""
+    def trained(inplace: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace), nn.Linear(8, 7), nn.ReLU(inplace), nn.Linear(7, 3)).double()
+        return learn(attach(name, model, cuts=["0", "2"]))
+
+    plain, in_place = trained(False), trained(True)
+    assert all(torch.equal(value, in_place[key]) for key, value in plain.items())
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_half_precision_settles_in_single_precision(name: str) -> None:
+    """Steps far below bfloat16's spacing of 2⁻⁸ add up; gradients in it are exact to about that."""
+    def trained(dtype: torch.dtype) -> dict[str, Tensor]:
+        rule = attach(name, deep().to(dtype), steps=40, rate=2e-3)
+        return learn(rule, X.to(dtype), Y)
+
+    low, high = trained(torch.bfloat16), trained(torch.float32)
+    last = ["4.weight", "6.weight"]  # errors of pc are small before
+    assert all(low[key].dtype == torch.bfloat16 for key in low)
+    for key in low if name == "epc" else last:
+        assert cosine(low[key].float(), high[key]) > 0.98
+        assert low[key].float().norm() / high[key].norm() == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_ignored_positions_do_not_count(name: str) -> None:
+    """Tokens as a longer batch: gradients are those without the ignored ones."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    tokens, labels = torch.stack([X, X.flip(0)]), torch.stack([Y, Y.flip(0)])
+    labels[0, 0] = labels[1, 3] = -100
+    kept = labels.flatten() != -100
+    many = attach(name, copy.deepcopy(model), TokenCrossEntropy(), sample_input=tokens, cuts=["1"])
+    one = attach(name, copy.deepcopy(model), cuts=["1"])
+    got, want = learn(many, tokens, labels), learn(one, tokens.flatten(0, 1)[kept], labels.flatten()[kept])
+    for key, value in want.items():
+        torch.testing.assert_close(got[key], value)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_ignored_samples_do_not_count(name: str) -> None:
+    """Nor do they if there are no others: nothing then learns."""
+    labels = Y.clone()
+    labels[1] = labels[4] = -100
+    kept = labels != -100
+    got, want = learn(attach(name, objective=TokenCrossEntropy()), X, labels), learn(attach(name), X[kept], labels[kept])
+    for key, value in want.items():
+        torch.testing.assert_close(got[key], value)
+    for x, nothing in ((X, torch.full_like(Y, -100)), (X.expand(2, 5, 6), torch.full((2, 5), -100))):
+        rule = attach(name, objective=TokenCrossEntropy(), sample_input=x)
+        assert not any(value.any() for value in learn(rule, x, nothing).values())
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_targets_may_be_numbers(name: str) -> None:
+    rule = attach(name, objective=MSE())
+    one_hot = learn(attach(name, objective=MSE()), X, F.one_hot(Y, 3).double())
+    assert all(torch.equal(value, one_hot[key]) for key, value in learn(rule).items())
+
+
+def test_single_precision_loses_small_errors_of_states_alone() -> None:
+    """The first block's error is below 1e-7 of its state; as an error it is stored with all of its digits."""
+    found = {name: [learn(attach(name, deep().to(dtype), steps=5, rate=1e-4), X.to(dtype), Y)["0.weight"].double()
+                    for dtype in (torch.float32, torch.float64)] for name in RULES}
+    lost = {name: ((low - high).norm() / high.norm()).item() for name, (low, high) in found.items()}
+    assert lost["pc"] > 0.5 and lost["epc"] < 1e-4
+
+
+# ------------------------------------------------------------------------------------------------ coverage, options
+@pytest.mark.parametrize("name", RULES)
+def test_coverage_says_that_weights_are_transported(name: str) -> None:
+    rule = attach(name)
+    across = {"epc": ("from block to block in each step of settling",), "pc": ()}[name]
+    assert rule.coverage.transport == ("within blocks", *across)
+    assert not rule.coverage.uncovered and len(rule.coverage.covered) == 4
+    assert rule.coverage.notes == ()
+
+
+@pytest.mark.parametrize(("options", "length"), [
+    ({"steps": 5, "rate": 1e-3}, 0.005), ({"steps": 3, "rate": 0.01, "momentum": 0.5}, 0.0425), ({}, None),
+    ({"steps": 10, "rate": 0.01}, None), ({"steps": 4, "rate": 0.01, "momentum": 0.9}, 0.0904),
+])
+def test_a_note_warns_where_the_rule_is_backpropagation(options: dict[str, Any], length: float | None) -> None:
+    """0.01 (1 + 1.5 + 1.75) = 0.0425; a length of SHORT itself is enough."""
+    notes = attach("epc", **options).coverage.notes
+    if length is None:
+        assert notes == ()
+    else:
+        assert len(notes) == 1 and f"gradient times a number, {length:.2g} at the last cut" in notes[0]
+        assert f"steps={options['steps']}, rate={options['rate']:g}:" in notes[0] and length < SHORT
+
+
+def test_the_length_of_the_path_is_the_last_error_for_a_constant_gradient() -> None:
+    """Of a loss that is linear in the state, with tiny errors: a block of one layer and the output."""
+    rule = attach("epc", steps=6, rate=1e-5, momentum=0.7)
+    got, want = learn(rule), exact(deep())
+    assert ratios(got, want)[0] == pytest.approx(rule.path_length, rel=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"steps": 0}, {"rate": 0.0}, {"momentum": 1.0}, {"momentum": -0.1}])
+def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=next(iter(options))):
+        attach("epc", **options)
+
+
+# ------------------------------------------------------------------------------------------------ the probe
+def measured(rule: Any) -> dict[str, dict[str, float]]:
+    subject: Any = SimpleNamespace(rule=rule, model=rule.model, meter=AlignmentMeter(rule, X, Y))
+    probe = Energy()
+    probe.require(subject)
+    return probe.measure(subject)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_probe_of_a_rule_that_has_hardly_settled(name: str) -> None:
+    found = measured(attach(name, steps=5, rate=1e-4))
+    assert list(found) == ["energy", "energy_gradient", "energy_cosine", "energy_ratio"]
+    assert list(found["energy"]) == ["1", "3", "5", LOSS] and list(found["energy_gradient"]) == ["1", "3", "5"]
+    assert list(found["energy_ratio"]) == list(found["energy_cosine"]) == ["0", "2", "4", "6"]
+    with torch.no_grad():
+        assert found["energy"][LOSS] == pytest.approx(F.cross_entropy(deep()(X), Y).item(), rel=1e-3)
+    assert all(0.999 < value <= 1 for value in found["energy_gradient"].values())
+    assert all(value > 0.9999 for value in found["energy_cosine"].values())
+    got, want = learn(attach(name, steps=5, rate=1e-4)), exact(deep())
+    assert list(found["energy_ratio"].values()) == pytest.approx(ratios(got, want))
+    assert all(Energy.alarms["energy_gradient"].fires(value) for value in found["energy_gradient"].values())
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_probe_of_a_rule_at_rest(name: str) -> None:
+    """The parts of the energy are those of the closed form; its sum is half of rᵀ S r in a linear net."""
+    model = deep(nn.Identity, bias=False)
+    rule = fa_bench.attach(copy.deepcopy(model), name, objective=MSE(), steps=400, rate=0.3)
+    state = copy.deepcopy(rule.model.state_dict())
+    found = measured(rule)
+    assert max(found["energy_gradient"].values()) < 1e-6
+    weights = [model.get_submodule(path).weight.detach() for path in ("0", "2", "4", "6")]
+    products = [weights[3] @ weights[2] @ weights[1], weights[3] @ weights[2], weights[3]]
+    spread = torch.eye(3, dtype=torch.float64) + sum(p @ p.t() for p in products)
+    left = (X @ weights[0].t() @ products[0].t() - F.one_hot(Y, 3)) @ torch.linalg.inv(spread)
+    for cut, product in zip(("1", "3", "5"), products, strict=True):
+        assert found["energy"][cut] == pytest.approx((left @ product).square().sum().item() / 2 / 5)
+    assert found["energy"][LOSS] == pytest.approx(left.square().sum().item() / 2 / 5)
+    assert rule._observed is None and all(torch.equal(value, state[key]) for key, value in rule.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in rule.model.parameters())
+    cosines_found = list(found["energy_cosine"].values())
+    assert cosines_found == pytest.approx(cosines(learn(rule), exact(model, objective=MSE())))
+    assert max(cosines_found) < 0.9999
+
+
+def test_the_probe_has_no_direction_of_a_frozen_layer() -> None:
+    found = measured(attach("epc", freeze_stem=True))
+    assert math.isnan(found["energy_cosine"]["0"]) and math.isnan(found["energy_ratio"]["0"])
+    assert found["energy"]["1"] > 0 and found["energy_cosine"]["2"] > 0
+
+
+def test_other_rules_have_no_energy() -> None:
+    with pytest.raises(ConfigError, match="rule 'bp' has no energy; rules that have one: epc, pc"):
+        measured(fa_bench.attach(mlp(8, 7), "bp"))
