@@ -143,7 +143,7 @@ class Dual:
         Raises:
             ValueError: if c is not given, and neither 1 nor can be inferred.
         """
-        if loss_scale is None and is_unscaled(loss, target):
+        if loss_scale is None and is_unscaled(loss, target, rule.objective):
             loss_scale = 1.0
         handle = None
         if loss_scale is None:

@@ -7,7 +7,6 @@ training mode uses the statistics of the pass's own batch, and updates its runni
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,8 +16,7 @@ from torch import Tensor, nn
 
 from fa_bench.errors import StateError
 from fa_bench.mechanisms.contexts import same_randomness, set_temporarily, without_running_statistics
-from fa_bench.mechanisms.graph import nodes_from, tensors_in
-from fa_bench.mechanisms.trace import named_results
+from fa_bench.mechanisms.graph import tensors_in
 from fa_bench.utils.sampling import seed_for
 
 #: A change of the tensor at a module's input or output; None leaves it as it is.
@@ -43,62 +41,53 @@ class FirstPass:
     def __init__(self, rule: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.rule, self.args, self.kwargs = rule, args, kwargs
         self.note: Any = None
-        self._outputs: dict[str, weakref.ref[Tensor]] = {}
         self._versions = [(tensor, tensor._version) for tensor in tensors_in((args, kwargs))]
+        self._weights = [(name, parameter, parameter._version) for name, parameter in model.named_parameters()]
+        self._modes = [(module, module.training) for module in model.modules()]
         self._random = torch.get_rng_state()
         devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
         self._random_on = {device: torch.cuda.get_rng_state(device) for device in devices}
         kinds = {"cpu", *(device.type for device in devices)}
         self._autocast = [(kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_outputs": {}}  # no copy of the model has computed them
-
-    def remember(self, output: Any) -> None:
-        """Remember the output of the pass, for `name_of`."""
-        self._outputs = {name: weakref.ref(tensor) for name, tensor in named_results(output).items()}
-
-    def _alive(self) -> dict[str, Tensor]:
-        return {name: output for name, reference in self._outputs.items() if (output := reference()) is not None}
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether something still refers to an output."""
-        return bool(self._alive())
-
-    def name_of(self, logits: Tensor) -> str | None:
-        """The name of the output of this pass that these logits are, or from which they were computed; None if there is none."""
-        outputs = self._alive()
-        for name, output in outputs.items():
-            if output is logits:
-                return name
-        nodes = nodes_from([logits.grad_fn]) if logits.grad_fn is not None else set()
-        return next((name for name, output in outputs.items() if output.grad_fn in nodes), None)
-
     @contextmanager
-    def surroundings(self) -> Iterator[None]:
-        """A context with the random state and the precision of the pass.
+    def surroundings(self, precise: bool = False) -> Iterator[None]:
+        """A context with the random state, the modes of the modules and the precision of the pass.
+
+        Args:
+            precise: without autocast: small differences would be lost.
 
         Raises:
-            StateError: if an argument was changed in place since.
+            StateError: if an argument or a parameter was changed in place since.
         """
         for tensor, version in self._versions:
             if tensor._version != version:
                 raise StateError(f"rule '{self.rule}' runs the model again in the backward pass, but an input of shape "
                                  f"{tuple(tensor.shape)} was changed in place after the forward pass: pass a copy")
+        for name, parameter, version in self._weights:
+            if parameter._version != version:
+                raise StateError(f"rule '{self.rule}' runs the model again in the backward pass, but '{name}' was changed after "
+                                 f"the forward pass: update the weights after the backward passes")
         torch.set_rng_state(self._random)
         for device, state in self._random_on.items():
             torch.cuda.set_rng_state(state, device)
         with ExitStack() as stack:
-            for kind, dtype in self._autocast:
-                stack.enter_context(torch.autocast(kind, dtype))
+            for mode in (True, False):
+                changed = [module for module, training in self._modes if training == mode != module.training]
+                stack.enter_context(set_temporarily(changed, "training", mode))
+            for kind in ("cpu", *({"cuda"} if self._random_on else ())):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            for kind, dtype in () if precise else self._autocast:
+                # Its cache would keep the weights as they were before a rule changed them.
+                stack.enter_context(torch.autocast(kind, dtype, cache_enabled=False))
             yield
 
 
 @contextmanager
 def repeated(
     model: nn.Module, mode: Any, first: FirstPass, args: tuple[Any, ...] | None = None,
-    inputs: Mapping[str, Change] | None = None, outputs: Mapping[str, Change] | None = None,
+    inputs: Mapping[str, Change] | None = None, outputs: Mapping[str, Change] | None = None, precise: bool = False,
 ) -> Iterator[Any]:
     """A context with the result of another forward pass of an attached model, in which the rule's own hooks change nothing.
 
@@ -111,6 +100,7 @@ def repeated(
         first: the pass that is repeated.
         args: replaces the positional arguments.
         inputs, outputs: module's path -> change of the tensor at its input, or output.
+        precise: without autocast.
     """
     handles = []
     try:
@@ -119,7 +109,7 @@ def repeated(
         for path, change in (outputs or {}).items():
             handles.append(model.get_submodule(path).register_forward_hook(_at_output(change)))
         with set_temporarily([mode], "exact", True), without_running_statistics(model), same_randomness(model), \
-                first.surroundings():
+                first.surroundings(precise):
             yield model(*(first.args if args is None else args), **first.kwargs)
     finally:
         for handle in handles:

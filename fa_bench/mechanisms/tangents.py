@@ -1,9 +1,10 @@
 """Derivatives of a model's output along directions, from further forward passes: no error passes back through the model.
 
 The passes repeat the training pass (`fa_bench.mechanisms.second_pass`): dropout masks and the statistics of normalisation are the
-same, running statistics are not updated, and the values of forward-mode passes are those of the training pass. Attention and
-recurrent modules run as compositions of operations that have a forward-mode derivative, which changes rounding; where the fused
-kernel of the training pass has dropout within it, such as that of several LSTM layers, its mask is another one.
+same, running statistics are not updated, and the values of forward-mode passes are those of the training pass, though without
+autocast. Attention and recurrent modules run as compositions of operations that have a forward-mode derivative, which changes
+rounding; where the fused kernel of the training pass has dropout within it, such as that of several LSTM layers, its mask is
+another one.
 """
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ def _by_forward_mode(
         duals = {parameter: forward_ad.make_dual(parameter.detach(), tangent) for parameter, tangent in parameters.items()}
         try:
             with _replaced(rule.model, duals):
-                result = again(rule.model, rule.mode, first, outputs={path: moved(one) for path, one in directions.items()})
+                result = again(rule.model, rule.mode, first, precise=True,
+                               outputs={path: moved(one) for path, one in directions.items()})
         except NotImplementedError as error:
             operation = re.search(r"forward AD with (\S+) that", str(error))
             what = operation[1] if operation else "an autograd.Function without a jvp"
@@ -136,7 +138,8 @@ def _by_differences(
     def output(step: float) -> Tensor:
         values = {parameter: parameter.detach().add(tangent, alpha=step) for parameter, tangent in parameters.items()}
         with _replaced(rule.model, values):
-            return rule.logits_of(again(rule.model, rule.mode, first, outputs={path: moved(path, step) for path in directions}))
+            return rule.logits_of(again(rule.model, rule.mode, first, outputs={path: moved(path, step) for path in directions},
+                                       precise=True))
 
     return (output(STEP) - output(-STEP)) / (2 * STEP)
 

@@ -32,6 +32,11 @@ class Objective(Options):
     #: The range of numbers, if they are the targets, for which `loss` is defined; None: all.
     value_range: ClassVar[tuple[float, float] | None] = None
 
+    @property
+    def is_cross_entropy(self) -> bool:
+        """Whether `loss` is torch's mean cross-entropy."""
+        return False
+
     output: str | int | None = option(
         None, "the output of the model that is trained, if it returns several: a key, or a number in a tuple",
         identifying=False)

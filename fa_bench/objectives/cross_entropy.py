@@ -27,6 +27,10 @@ class CrossEntropy(Objective):
 
     label_smoothing: float = option(0.0, "weight of the uniform distribution in the targets", minimum=0, maximum=1)
 
+    @property
+    def is_cross_entropy(self) -> bool:
+        return self.label_smoothing == 0
+
     def loss(self, outputs: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
         return nn.functional.cross_entropy(outputs, target, reduction=reduction, ignore_index=_IGNORE_NOTHING,
                                            label_smoothing=self.label_smoothing)

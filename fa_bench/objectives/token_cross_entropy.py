@@ -39,6 +39,10 @@ class TokenCrossEntropy(Objective):
     targets = (POSITIONS, CLASSES)
     scores = dict.fromkeys((POSITIONS, CLASSES), _SCORES)
 
+    @property
+    def is_cross_entropy(self) -> bool:
+        return True
+
     ignore_index: int = option(-100, "targets with this value do not count")
     score: str = option("perplexity", "the primary score", choices=[score.name for score in _SCORES])
 

@@ -75,7 +75,7 @@ class DDTPLinear(DrawingRule, DKP):
         missing.tensor = self.project(cut, change, captured) - noise.to(learned.dtype)
         [gradient] = super().feedback_gradients(cut, missing, change, target)
         assert gradient is not None
-        return [gradient * (2 * self.loss_factor / (len(change) * self.sigma**2))]
+        return [gradient * (2 * self.loss_factor / (max(len(change), 1) * self.sigma**2))]
 
     def _responses(self, cut: str) -> tuple[Tensor, Tensor]:
         """The change (N, C), or (N, P..., C), of the output from which errors come, and the noise at the cut that causes it."""

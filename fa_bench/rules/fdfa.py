@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from fa_bench.errors import StateError
 from fa_bench.mechanisms.cut.jacobian import JacobianRule
 from fa_bench.mechanisms.feedback_options import init_option, positions_option, within_option
 from fa_bench.registry.options import option
@@ -32,11 +31,11 @@ class FDFA(JacobianRule):
     No error passes back through a weight; the forward pass with tangents uses them. All cuts are perturbed in one pass, and the
     noise of the others adds variance to d, the more so the more cuts there are. The output layer has its true gradient.
 
-    Two forms of the update. By default, that of the code: an optimizer steps B by this gradient: W's, with its learning rate
-    times `b_lr_scale`, or one of its own with ``optimizer@feedback_optimizer=adam``. The code has Adam at 1e-4 for both, decay 0,
-    batches of 64 and rates of W times 0.95 per epoch. With `alpha`, that of the paper, recalled and not checked against it:
-    B ← (1 - α) B + α mean d_n ⊗ p_n after every update, whatever the optimizer does to B; ``alpha=0`` is direct feedback
-    alignment.
+    An optimizer steps B by this gradient, as in the code: W's, with its learning rate times `b_lr_scale`, or one of its own with
+    ``optimizer@feedback_optimizer=adam``. The code has Adam at 1e-4 for both, decay 0, batches of 64 and rates of W times 0.95
+    per epoch. The paper's form, recalled and not checked against it, B ← (1 - α) B + α mean d_n ⊗ p_n, is plain SGD at the rate
+    α: ``optimizer@feedback_optimizer=sgd feedback_optimizer.lr=ALPHA feedback_optimizer.momentum=0``. A rate of 0 is direct
+    feedback alignment.
 
     `tangents` chooses how d is computed: ``forward`` exactly, ``difference`` as (z(a + εp) - z(a - εp)) / 2ε with ε = 0.001, for
     operations without a forward-mode derivative, which are refused otherwise. `within` and `positions` are those of `dfa`;
@@ -52,35 +51,15 @@ class FDFA(JacobianRule):
 
     b_init: str = init_option("B", "zeros")
     b_lr_scale: float = option(1.0, "learning rate of B relative to that of W, unless B has its own optimizer", minimum=0)
-    alpha: float | None = option(None, "α: weight of the newest estimate in B, the running mean of all; null: an optimizer "
-                                       "trains B", minimum=0, maximum=1)
     within: str = within_option()
     positions: str = positions_option()
 
     def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:
-        self.put_learned(features, classes, self.b_init, trained=self.alpha is None)
-        self._before: dict[str, Tensor] = {}
+        self.put_learned(features, classes, self.b_init)
 
     def gradient_of(self, feedback: Tensor, estimate: Tensor) -> Tensor:
         return feedback - estimate
 
-    def broadcast(self, delta: Tensor, target: Tensor | None) -> Tensor:
-        if self.alpha is not None and not self.mode.freeze_random:
-            if self.loss_factor > 1:
-                raise StateError(f"rule '{self.name}' with alpha={self.alpha:g} updates B by its gradient, and the loss was "
-                                 f"multiplied by {self.loss_factor:g}, by a gradient scaler or a sum over samples: use the mean "
-                                 f"without a scaler, or train B by the optimizer, alpha=None")
-            self._before = {cut: self.tensor(cut, "B").clone() for cut in self._cut_modules}
-        return super().broadcast(delta, target)
-
     @property
     def feedback_lr_scale(self) -> float:
         return self.b_lr_scale
-
-    def step(self) -> None:
-        super().step()
-        before, self._before = self._before, {}
-        for cut, feedback in before.items():
-            gradient = self._learned[cut][0].tensor.grad
-            if self.alpha is not None and gradient is not None:
-                self.tensor(cut, "B").copy_(feedback - self.alpha * gradient)

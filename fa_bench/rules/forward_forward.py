@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import CoverageError
+from fa_bench.mechanisms.coverage import batch_note
 from fa_bench.mechanisms.cut.passes import PassRule
 from fa_bench.mechanisms.drawing import DrawingRule
 from fa_bench.mechanisms.feedback_tensors import make_learned, put_tensor
@@ -116,13 +117,16 @@ class ForwardForward(DrawingRule, PassRule):
     def learned_feedback(self) -> list[LearnedTensor]:
         return list(self._learned.values())
 
+    def notes(self) -> tuple[str, ...]:
+        return (*super().notes(), *((batch_note("the mean activity of units"),) if self.peer_norm else ()))
+
     # -------------------------------------------------------------------------------------------- every pass
     def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
         super().begin_forward(model, args, kwargs)
         if self.mode.exact:
             return None
         self._normalised: dict[str, Tensor] = {}
-        x = args[0].detach()
+        x = self.first_argument(args)[0].detach()
         return (self._marked(x, x.new_full((1, self._classes), 1 / self._classes)), *args[1:]), kwargs
 
     def _normalise_output(self, cut: str, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
@@ -160,7 +164,8 @@ class ForwardForward(DrawingRule, PassRule):
         for labels, sign in ((target, 1), ((target + shift) % self._classes, -1)):
             with self._activations(self._marked(x, self._rows(labels, x))) as activations:
                 losses = torch.stack([self._loss(cut, activation, sign) for cut, activation in activations.items()])
-                gradients = torch.autograd.grad(losses.sum() * self.loss_factor, parameters, allow_unused=True)
+                gradients = (torch.autograd.grad(losses.sum() * self.loss_factor, parameters, allow_unused=True)
+                             if losses.requires_grad else [None] * len(parameters))  # all hidden layers may be frozen
             total = [two if one is None else one if two is None else one + two
                      for one, two in zip(total, gradients, strict=True)]
         return total
@@ -215,7 +220,7 @@ class ForwardForward(DrawingRule, PassRule):
             return super().predict(*args, **kwargs)
         from fa_bench.mechanisms.second_pass import FirstPass
 
-        x = args[0]
+        x = self.first_argument(args)[0]
         self.first_pass = FirstPass(self.name, self.model, args, kwargs)
         scores = []
         for label in range(self._classes):

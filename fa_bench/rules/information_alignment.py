@@ -24,6 +24,8 @@ class InformationAlignment(InputAlignmentRule):
     tokens, output positions (a choice: the paper's normalisation over positions is not verified); x Bᵀ of a convolution is its
     output with B, and x Wᵀ B what the transposed convolution with B makes of x Wᵀ.
 
+    With padding other than zeros, ‖x Wᵀ B‖² is that of the padded input, its border included.
+
     α = ``alpha``, β = ``beta`` and γ = ``gamma`` have the code's defaults; α multiplies amp here, and decay or sparse in the
     related rules. With ``update_forward`` W has the gradient -α B C + 2 β B Bᵀ W C + 2 γ W. ``signal`` and ``noise_batch`` put
     noise in the place of x. With the code's α and β B moves slowly: ``b_lr_scale`` raises its rate relative to W's. Centred and

@@ -77,7 +77,7 @@ class NodePerturbation(DrawingRule, CutRule):
 
         assert self.first_pass is not None
         changes = {cut: lambda tensor, cut=cut: perturbed(cut, tensor) for cut in self._cut_modules}
-        logits = self.logits_of(again(self.model, self.mode, self.first_pass, outputs=changes))
+        logits = self.logits_of(again(self.model, self.mode, self.first_pass, outputs=changes, precise=True))
         if self.perturb_output:
             logits = perturbed("", logits)
         return self.objective.loss(logits.to(torch.promote_types(logits.dtype, torch.float32)), target, "none")

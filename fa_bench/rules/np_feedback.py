@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.errors import CoverageError, StateError
+from fa_bench.errors import CoverageError
 from fa_bench.mechanisms.drawing import DrawingRule
 from fa_bench.mechanisms.edge.pathways import BackwardContext, FeedbackPathway, LearnedFeedback, feedback_gradient
 from fa_bench.mechanisms.edge.rule import LayerContext, RandomFeedbackRule
-from fa_bench.mechanisms.loss_scale import is_unscaled, measured_scale
+from fa_bench.mechanisms.loss_scale import measured_scale
 from fa_bench.registry.options import option
 from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.utils.lazy import torch
@@ -42,7 +43,8 @@ class Regression:
         from fa_bench.mechanisms.weighted_layers import sample_axis
 
         if self.slopes is None:
-            raise StateError(f"rule '{rule}' learns its feedback from the labels: call rule.backward(loss, logits, target)")
+            raise CoverageError(f"rule '{rule}' learns its feedback from the labels: call rule.backward(loss, logits, target) "
+                                f"with the output of this forward pass (activation checkpointing needs use_reentrant=False)")
         noise = self.noise[layer.path][call]
         shape = [1] * noise.dim()
         shape[sample_axis(layer, noise.dim())] = -1
@@ -106,7 +108,9 @@ class NPFeedback(DrawingRule, RandomFeedbackRule):
 
     def wire(self, sample_input: Any) -> Coverage:
         self.regression = Regression()
-        self._pending: list[tuple[FirstPass, Regression]] = []
+        self._target: Tensor | None = None
+        self._loss_scale: float | None = None
+        self._is_delivered = False
         return super().wire(sample_input)
 
     def pathway(self, layer: LayerContext) -> FeedbackPathway:
@@ -125,45 +129,56 @@ class NPFeedback(DrawingRule, RandomFeedbackRule):
             self.regression = Regression()
 
     def end_forward(self, model: nn.Module, args: Any, output: Any) -> Any:
-        changed = super().end_forward(model, args, output)
-        if self.first_pass is not None and output is not None:
-            self.first_pass.remember(output)
-            # Passes whose outputs have been freed can no longer be learned from.
-            self._pending = [pair for pair in self._pending if pair[0].is_alive] + [(self.first_pass, self.regression)]
-            self.first_pass = None
-        return changed
+        from fa_bench.mechanisms.cut.function import DeliverFunction
+        from fa_bench.mechanisms.trace import named_results, replaced
+
+        super().end_forward(model, args, output)
+        first, self.first_pass = self.first_pass, None
+        if first is None or output is None:
+            return None
+        for name, result in named_results(output).items():
+            if result.dim() == 0:
+                raise CoverageError(f"the model returns a loss ('{name}') that it has computed itself, and rule '{self.name}' "
+                                    f"cannot learn from there: call it without labels, and compute the loss from its logits")
+            learn = functools.partial(self._learn, first, name, self.regression, result.detach())
+            output = replaced(output, result, DeliverFunction.apply(learn, 0, False, result))
+        return output
 
     def deliver(
         self, loss: Tensor, logits: Tensor | None, target: Tensor | None, loss_scale: float | None = None
     ) -> None:
-        if logits is None or target is None:
+        self._target, self._loss_scale, self._is_delivered = target, loss_scale, False
+        try:
+            super().deliver(loss, logits, target, loss_scale)
+        finally:
+            self._target = self._loss_scale = None
+        if not self._is_delivered:
+            raise ValueError(f"rule '{self.name}': the loss was not computed by a training forward pass of the attached model")
+
+    def _learn(
+        self, first: FirstPass, output: str, regression: Regression, logits: Tensor, delta: Tensor, _: Any
+    ) -> list[Tensor]:
+        """δ; computes what the noise does to the loss, before the backward pass reaches the layers."""
+        target = self._target
+        if target is None:
             raise ValueError(f"rule '{self.name}' learns its feedback from the labels: call rule.backward(loss, logits, target)")
-        found = [pair for pair in self._pending if pair[0].name_of(logits) is not None]
-        if len(found) != 1:
-            raise CoverageError(f"rule '{self.name}' needs logits of one training pass of the model: call rule.backward for each "
-                                f"forward pass, with its output (activation checkpointing needs use_reentrant=False)")
-        self._pending.remove(found[0])
-        first, regression = found[0]
-        output = first.name_of(logits)
-        if loss_scale is None:
-            loss_scale = self._measured_scale(loss, logits, target)
+        if regression.slopes is not None:
+            raise CoverageError(f"rule '{self.name}': the loss depends on two outputs of the model, but the labels belong to one")
+        self._is_delivered = True
+        scale = self._loss_scale
+        if scale is None:
+            scale = measured_scale(self.name, delta, logits, target, 1.0, self.objective)
         if not self.mode.freeze_random:
             self.next_draws()
-            plus, minus = (self._losses(first, output, regression, size, target) for size in (self.sigma, -self.sigma))
+            with torch.no_grad():
+                plus, minus = (self._losses(first, output, regression, size, target) for size in (self.sigma, -self.sigma))
             regression.slopes = (plus - minus) / (2 * self.sigma)
-            regression.scale = len(logits) / loss_scale if loss_scale else 0.0
-        loss.backward()
+            regression.scale = len(logits) / scale if scale else 0.0
+        return [delta]
 
-    def _measured_scale(self, loss: Tensor, logits: Tensor, target: Tensor) -> float:
-        if is_unscaled(loss, target):
-            return 1.0
-        delta = torch.autograd.grad(loss, logits, retain_graph=True)[0]
-        return measured_scale(self.name, delta, logits.detach(), target, 1.0, self.objective)
-
-    def _losses(
-        self, first: FirstPass, output: str | None, regression: Regression, size: float, target: Tensor
-    ) -> Tensor:
+    def _losses(self, first: FirstPass, output: str, regression: Regression, size: float, target: Tensor) -> Tensor:
         """The loss of each sample, (N,), with the noise times `size` at the inputs of all layers."""
+        from fa_bench.mechanisms.contexts import set_temporarily
         from fa_bench.mechanisms.second_pass import again
         from fa_bench.mechanisms.trace import loss_output
 
@@ -177,5 +192,6 @@ class NPFeedback(DrawingRule, RandomFeedbackRule):
             return tensor.add(known[call], alpha=size)
 
         changes = {path: lambda tensor, path=path: perturbed(path, tensor) for path in self._layers}
-        logits = loss_output(again(self.model, self.mode, first, inputs=changes), output)
-        return self.objective.loss(logits.to(torch.promote_types(logits.dtype, torch.float32)), target, "none")
+        with set_temporarily([self.mode], "always_layerwise", True):  # a fused kernel would not call the layers
+            logits = loss_output(again(self.model, self.mode, first, inputs=changes, precise=True), output)
+        return self.objective.loss(logits, target, "none")

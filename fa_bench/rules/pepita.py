@@ -98,7 +98,7 @@ class Pepita(PassRule):
             differences[cut] = (activations[cut] - tensor.detach()) * share
             return tensor.detach()
 
-        x, *others = self.first_pass.args
+        x, *others = self.first_argument(self.first_pass.args)
         feedback = self.tensor(self._first_cut, "F")
         errors = (self._error(logits, target) * len(logits)).to(feedback.dtype).mm(feedback)
         with repeated(
@@ -108,8 +108,8 @@ class Pepita(PassRule):
         ) as result:
             last = self.logits_of(result)
             output_error = (self._error(last, target) * self.loss_factor).to(last.dtype)
-            ends = [last, *(before[cut] for cut in activations)]
-            errors_at_ends = [output_error, *(differences[cut] for cut in activations)]
+            pairs = [(last, output_error), *((before[cut], differences[cut]) for cut in activations)]
+            ends, errors_at_ends = zip(*(pair for pair in pairs if pair[0].requires_grad), strict=True)  # others are frozen
             return list(torch.autograd.grad(ends, parameters, errors_at_ends, allow_unused=True))
 
     def _error(self, logits: Tensor, target: Tensor) -> Tensor:

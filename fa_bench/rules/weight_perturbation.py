@@ -84,6 +84,8 @@ class WeightPerturbation(DrawingRule, PassRule):
             finally:
                 for parameter, value in zip(parameters, kept, strict=True):
                     parameter.data.copy_(value)  # not counted as a change: the value is the one that others have seen
+            if not len(target):
+                return [torch.zeros_like(parameter) for parameter in parameters]
             slope = (plus - minus) / (2 * self.epsilon) * self.loss_factor
             return [noise.mul_(slope.to(noise.dtype)) for noise in self._noise(parameters)]
 
@@ -98,7 +100,7 @@ class WeightPerturbation(DrawingRule, PassRule):
         assert self.first_pass is not None
         for parameter, value, noise in zip(parameters, kept, self._noise(parameters), strict=True):
             parameter.data.copy_(value).add_(noise, alpha=size)
-        logits = self.logits_of(again(self.model, self.mode, self.first_pass))
+        logits = self.logits_of(again(self.model, self.mode, self.first_pass, precise=True))
         return mean_loss(self.objective, logits.to(torch.promote_types(logits.dtype, torch.float32)), target)
 
     def notes(self) -> tuple[str, ...]:

@@ -245,7 +245,7 @@ RULES: dict[str, dict[str, str]] = {
     "predsim": {"beta": "0.5", "loss": "pred", "decoder_init": "pytorch", "decoder_bias": "false", **CUT, "freeze_stem": "true"},
     "bp_deepsup": {"weight": "0.5", "decoder_init": "pytorch", "cuts": "['act2']"},
     "dgl": {"auxiliary_net": "linear"},
-    "fdfa": {"b_init": "pytorch", "b_lr_scale": "0.5", "alpha": "0.5", "tangents": "difference"},
+    "fdfa": {"b_init": "pytorch", "b_lr_scale": "0.5", "tangents": "difference"},
     "grape": {"b_init": "pytorch", "b_lr_scale": "0.5", "anchor_period": "2", "tangents": "difference"},
     "forward_gradient": {"form": "weight", "tangents": "difference"},
     "epc": {"steps": "3", "rate": "0.5", "momentum": "0.5", **CUT}, "pc": {"steps": "3", "rate": "0.5", "momentum": "0.5", **CUT},

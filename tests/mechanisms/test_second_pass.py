@@ -150,3 +150,46 @@ def test_ranks_draw_different_noise_unless_it_is_shared(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     assert not torch.equal(Draws(1).normal("a", like), before)
     assert torch.equal(Draws(1).normal("a", like, is_shared=True), shared)
+
+
+def test_weights_that_changed_since_are_refused() -> None:
+    model = net()
+    rule = Repeating(cuts=["3"]).attach(model)
+    Repeating.wanted = [{}]
+    logits = model(torch.randn(8, 6))
+    with torch.no_grad():
+        model.get_submodule("4").bias.add_(1)  # type: ignore[operator]
+    with pytest.raises(StateError, match=r"'4\.bias' was changed after the forward pass"):
+        F.cross_entropy(logits, torch.arange(8) % 4).backward()
+    assert rule.model is model
+
+
+def test_modules_have_the_modes_of_the_first_pass() -> None:
+    model = net()
+    logits, (seen,), _, _ = repeated({}, model=model, before=model.eval)
+    assert torch.equal(seen, logits) and not any(module.training for module in model.modules())
+
+
+def test_a_precise_pass_has_no_autocast_and_sees_changed_weights() -> None:
+    """Autocast keeps casts of weights, which would be those from before a rule changed them."""
+    model = net()
+    weight = model.get_submodule("4").weight
+
+    class Changing(Repeating):
+        def broadcast(self, delta, target):
+            assert self.first_pass is not None
+            kept = weight.detach().clone()  # type: ignore[operator]
+            self.seen = []
+            for precise in (False, True):
+                weight.data.copy_(kept * 3)  # type: ignore[operator]
+                changed = again(self.model, self.mode, self.first_pass, precise=precise)
+                weight.data.copy_(kept)  # type: ignore[operator]
+                self.seen.append((changed, again(self.model, self.mode, self.first_pass, precise=precise)))
+            return delta
+
+    rule = Changing(cuts=["3"]).attach(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(torch.randn(8, 6))
+        F.cross_entropy(logits, torch.arange(8) % 4).backward()
+    for (changed, same), dtype in zip(rule.seen, (torch.bfloat16, torch.float32), strict=True):
+        assert changed.dtype == same.dtype == dtype and not torch.allclose(changed, same)

@@ -152,7 +152,9 @@ class Delivery:
         """The backward pass; arguments as for `Rule.backward`."""
         self._target, self._is_delivered = target, False
         if self.rule.scales:
-            self._loss_scale = 1.0 if loss_scale is None and is_unscaled(loss, target) else loss_scale
+            # Rules that compute everything from the objective must know that the loss is this objective of the model's output.
+            is_known = not self.rule.takes_numbers and is_unscaled(loss, target, self.rule.objective)
+            self._loss_scale = 1.0 if loss_scale is None and is_known else loss_scale
         try:
             loss.backward()
         finally:

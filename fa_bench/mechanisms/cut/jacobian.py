@@ -45,9 +45,9 @@ class JacobianRule(NoisyCutRule, LearnedCutRule):
         noise, tangent = self.noise_and_tangent()
         p, d, dtype = noise[cut], tangent, torch.promote_types(tangent.dtype, torch.float32)
         if not self._layouts:
-            return d.to(dtype).t().mm(p.flatten(1).to(dtype)) / len(d)
+            return d.to(dtype).t().mm(p.flatten(1).to(dtype)) / max(len(d), 1)
         layout = self._layouts[cut]
         given, own = d.shape[1:-1], positions_of(tuple(p.shape), layout.axis)
         pairs = len(d) * math.prod(max(sizes) for sizes in zip(given or own, own or given, strict=True))
         errors, rows = layout.pairs(d.to(dtype), p.to(dtype))
-        return errors.t().mm(rows) / pairs
+        return errors.t().mm(rows) / max(pairs, 1)

@@ -22,7 +22,7 @@ class LearnedCutRule(CutRule):
     """
 
     def put_learned(
-        self, features: dict[str, tuple[int, ...]], classes: int, init: str, density: float = 1.0, trained: bool = True
+        self, features: dict[str, tuple[int, ...]], classes: int, init: str, density: float = 1.0
     ) -> None:
         """Give every cut its learned B.
 
@@ -30,7 +30,6 @@ class LearnedCutRule(CutRule):
             features, classes: as for `make_feedback`.
             init: initialiser of B.
             density: fraction of the entries that one fixed mask keeps, also in training.
-            trained: whether an optimizer trains B, and not the rule itself.
         """
         from fa_bench.mechanisms.updates import LearnedTensor
 
@@ -40,8 +39,7 @@ class LearnedCutRule(CutRule):
             size = (classes, math.prod(shape))
             module = self._cut_modules[cut]
             self.put(cut, "B", init, size, density)
-            witness = self._witness if trained else None
-            self._learned[cut] = [LearnedTensor(cut, module, make_learned(module, "B"), witness)]
+            self._learned[cut] = [LearnedTensor(cut, module, make_learned(module, "B"), self._witness)]
             if self._masked:
                 self.put(cut, "mask", sample_mask(size, density, seed_for(self.seed, cut, "B")))
 

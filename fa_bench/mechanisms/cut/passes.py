@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from fa_bench.errors import CoverageError
 from fa_bench.mechanisms.cut.rule import CutRule
 from fa_bench.mechanisms.feedback_tensors import PREFIX
 from fa_bench.mechanisms.graph import leaves
@@ -40,6 +41,12 @@ class PassRule(CutRule):
     @property
     def needs_target(self) -> bool:
         return True
+
+    def first_argument(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The positional arguments of a pass, whose first one is the model's input; raises an error if there are none."""
+        if not args:
+            raise CoverageError(f"rule '{self.name}' changes the model's input: pass it as the first positional argument")
+        return args
 
     def trained_parameters(self, results: list[Tensor]) -> list[torch_nn.Parameter]:
         """The parameters that `gradients` gets.

@@ -242,11 +242,20 @@ class CutRule(Rule):
         classes = self._lay_out(at_cuts, trace, layers)
         self.make_feedback({cut: (shape[self._layouts[cut].axis],) if self._layouts else shape[1:]
                             for cut, shape in at_cuts.items()}, classes)
-        frozen = {cut: self.learned_at(cut) for cut in cuts if cut not in trace.trainable}
+        trainable = self.trainable_cuts(trace)
+        frozen = {cut: self.learned_at(cut) for cut in cuts if cut not in trainable}
         for learned in (one for at_cut in frozen.values() for one in at_cut):
             learned.freeze()
         self._capture, self._delivery = Capture(self, self._cut_modules, trace, frozen), Delivery(self)
         return cut_coverage(self, layers, trace, self._cut_modules)
+
+    def trainable_cuts(self, trace: Trace) -> set[str]:
+        """The cuts at which tensors are learned, because something trainable gets their error."""
+        if not self.crosses:
+            return trace.trainable
+        executed = [path for path in trace.output_shapes if path in self._cut_modules]
+        first = next((number for number, path in enumerate(executed) if path in trace.trainable), len(executed))
+        return set(executed[first:])
 
     def _lay_out(self, cuts: dict[str, tuple[int, ...]], trace: Trace, layers: dict[str, WeightedLayer]) -> int:
         """Choose the axes of the errors and of the cuts with these shapes; returns the size of the errors' class axis, C."""

@@ -238,7 +238,7 @@ class AlignmentRule(RandomFeedbackRule):
             scale.set(None)
 
     def _factor(self, loss: Tensor, logits: Tensor | None, target: Tensor | None) -> float:
-        if is_unscaled(loss, target):
+        if is_unscaled(loss, target, self.objective):
             return 1.0
         if logits is None:
             raise ValueError(f"rule '{self.name}' scales losses of its own as the loss is, and cannot infer the factor without "

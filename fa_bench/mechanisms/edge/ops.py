@@ -181,7 +181,7 @@ def learned_gradients(
             replacement = activation()
             if one.error_scale is not None:
                 assert e_in is not None
-                replacement = torch.add(replacement.view(e_in.shape), e_in, alpha=one.error_scale())
+                replacement = torch.add(replacement.reshape(e_in.shape), e_in, alpha=one.error_scale())
             gradient = of_activation(replacement)
         elif is_needed and first_hop is not None:
             gradient = of_hop(first_hop)

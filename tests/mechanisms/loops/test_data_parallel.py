@@ -41,7 +41,7 @@ CASES |= {
     "ddtp_linear whole": ("ddtp_linear", {}), "ldrl whole": ("ldrl", {"b_lr_scale": 1.0}),
     "fdfa whole": ("fdfa", {}), "grape whole": ("grape", {}),
     "forward_gradient whole": ("forward_gradient", {}), "forward_gradient weight": ("forward_gradient", {"form": "weight"}),
-    "fdfa alpha": ("fdfa", {"alpha": 0.1}), "grape anchors": ("grape", {"anchor_period": 2}),
+    "grape anchors": ("grape", {"anchor_period": 2}),
 }
 #: What depends on the batch itself differs from one process; the ranks still agree with each other.
 DIFFER = ("asfp_lc learning stem", "predsim whole", "dgl whole", "node_perturbation whole", "np_feedback whole",
