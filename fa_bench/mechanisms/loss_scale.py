@@ -23,7 +23,7 @@ _LOSSES = {"CrossEntropyLoss", "MseLoss", "BinaryCrossEntropy", "BinaryCrossEntr
 _MEAN = 1
 
 
-def is_unscaled(loss: Tensor, target: Tensor | None, objective: Objective) -> bool:
+def is_unscaled(loss: Tensor, target: Tensor | None, objective: Objective | None = None) -> bool:
     """Whether `loss` is the unscaled mean of one of torch's losses over all samples, judging by its autograd graph.
 
     False if the objective is not the plain cross-entropy: torch's losses may differ from it by a factor.
@@ -31,9 +31,9 @@ def is_unscaled(loss: Tensor, target: Tensor | None, objective: Objective) -> bo
     Args:
         loss: the loss.
         target: the labels (N,) or (N, P...); a loss of fewer, or with ignored or weighted ones, is not the mean over them.
-        objective: what the model is trained to do.
+        objective: what the model is trained to do; None: the cross-entropy.
     """
-    if not objective.is_cross_entropy:
+    if objective is not None and not objective.is_cross_entropy:
         return False
     # This runs at every step, so the usual case comes first.
     node: Any = loss.grad_fn

@@ -129,6 +129,7 @@ class NPFeedback(DrawingRule, RandomFeedbackRule):
             self.regression = Regression()
 
     def end_forward(self, model: nn.Module, args: Any, output: Any) -> Any:
+        from fa_bench.mechanisms.cut.delivery import depends_on
         from fa_bench.mechanisms.cut.function import DeliverFunction
         from fa_bench.mechanisms.trace import named_results, replaced
 
@@ -136,8 +137,11 @@ class NPFeedback(DrawingRule, RandomFeedbackRule):
         first, self.first_pass = self.first_pass, None
         if first is None or output is None:
             return None
-        for name, result in named_results(output).items():
+        results = named_results(output)
+        for name, result in results.items():
             if result.dim() == 0:
+                if not any(other.dim() and depends_on(result, other) for other in results.values()):
+                    continue  # such as a penalty of the weights
                 raise CoverageError(f"the model returns a loss ('{name}') that it has computed itself, and rule '{self.name}' "
                                     f"cannot learn from there: call it without labels, and compute the loss from its logits")
             learn = functools.partial(self._learn, first, name, self.regression, result.detach())

@@ -211,6 +211,25 @@ def test_functions_are_refused_by_name(function, name: str, sample: bool) -> Non
     rule.backward(F.cross_entropy(model(X.float()), Y))
 
 
+def test_functions_are_refused_at_once_without_gradients_too() -> None:
+    with torch.no_grad(), pytest.raises(CoverageError, match="computes tanh by functions"):
+        fa_bench.attach(Calls(torch.tanh), "fa", derivative="dual", sample_input=X.float())
+
+
+def test_a_module_with_a_forward_of_its_own_is_left_alone() -> None:
+    model = mlp(nn.Tanh(), nn.ReLU())
+    model[1].forward = torch.sin
+    fa_bench.attach(model, "dual_propagation")
+    assert [isinstance(module, DualModule) for module in model] == [False, False, False, True, False]
+
+
+def test_functions_of_frozen_layers_are_refused_as_well() -> None:
+    model = Calls(torch.tanh).requires_grad_(False)
+    model.fc3.requires_grad_(True)
+    with pytest.raises(CoverageError, match="computes tanh by functions"):
+        fa_bench.attach(model, "fa", derivative="dual", sample_input=X.float())
+
+
 def test_a_module_whose_forward_contains_functions_is_none() -> None:
     """Tanhshrink is x - tanh(x); a subclass of a module is not that module."""
     class Steep(nn.Tanh):

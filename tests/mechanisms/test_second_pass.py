@@ -143,6 +143,10 @@ def test_draws_depend_on_seed_number_and_name():
     assert draws.state() == {"seed": 1, "number": 1}
 
 
+def test_shifts_are_all_whole_numbers_between_zero_and_the_bound() -> None:
+    assert set(Draws(1).shifts("a", 200, 4).tolist()) == {1, 2, 3}
+
+
 def test_ranks_draw_different_noise_unless_it_is_shared(monkeypatch):
     like = torch.empty(50)
     before, shared = Draws(1).normal("a", like), Draws(1).normal("a", like, is_shared=True)

@@ -172,6 +172,18 @@ def test_the_rate_of_the_feedback_is_relative_to_that_of_the_weights() -> None:
     assert {learned.lr_scale for learned in rule.learned_feedback()} == {3.0}
 
 
+@pytest.mark.parametrize("net", ["mlp_tanh", "conv"])
+def test_frozen_weights_get_no_gradient_and_their_feedback_does(net: str) -> None:
+    model, (x, y) = nets.NETS[net](), nets.batch(net)
+    rule = fa_bench.attach(model, "symmetric_alignment", update_forward=True)
+    layers = [layer for layer in model.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))][1:]
+    for layer in layers:
+        layer.weight.requires_grad_(False)
+    rule_grads(model, rule, x, y)
+    assert layers and all(layer.weight.grad is None for layer in layers)
+    assert all(tensor.grad is not None and tensor.grad.any() for tensor in rule.feedback_parameters())
+
+
 # ------------------------------------------------------------------------------------------------ the scale of the loss
 def grads(rule: Any, model: nn.Module, make: Any, y: Tensor | None, **scale: float) -> list[Tensor]:
     x, labels = nets.batch("mlp_tanh")

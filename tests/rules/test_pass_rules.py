@@ -287,6 +287,18 @@ def test_no_matrix_is_measured_against_weights(name: str) -> None:
     assert rule.readouts() == {} == rule.weight_pairs() and rule.error_points(rule._trace) == {}
 
 
+@pytest.mark.parametrize("name", ["node_perturbation", "weight_perturbation", "pepita", "forward_forward"])
+def test_outputs_with_other_dimensions_than_at_attach_are_refused(name: str) -> None:
+    model = mlp(8, 7)
+    model.register_forward_hook(lambda module, args, output: output.unsqueeze(1) if module.extended else output)
+    model.extended = False  # type: ignore[assignment]
+    rule = fa_bench.attach(model, name, sample_input=X)
+    model.extended = True  # type: ignore[assignment]
+    logits = model(X)
+    with pytest.raises(CoverageError, match=r"with outputs of 2 dimensions; now they have the shape \(5, 1, 3\)"):
+        rule.backward(F.cross_entropy(logits[:, 0], Y), logits, Y)
+
+
 # ------------------------------------------------------------------------------------------------ perturbations
 def test_node_perturbation_is_exact_for_a_quadratic_loss_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """With identity activations and squared errors; summed over a basis of the noise, the errors are those of backpropagation."""
@@ -343,6 +355,18 @@ def test_weight_perturbation_restores_the_weights_also_after_an_error(monkeypatc
     with pytest.raises(ZeroDivisionError):
         rule.backward(F.cross_entropy(logits, Y), logits, Y)
     assert all(torch.equal(tensor, before[key]) for key, tensor in rule.model.state_dict().items())
+
+
+def test_errors_of_further_passes_are_raised_as_they_are() -> None:
+    rule = fa_bench.attach(mlp(8, 7), "weight_perturbation")
+    logits = rule.model(X)
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("the second pass failed")
+
+    rule.model[2].register_forward_pre_hook(fails)
+    with pytest.raises(RuntimeError, match="the second pass failed"):
+        rule.backward(F.cross_entropy(logits, Y), logits, Y)
 
 
 # ------------------------------------------------------------------------------------------------ feedback from noise
@@ -446,7 +470,7 @@ def test_a_cut_at_a_pooling_stands_for_its_nonlinearity() -> None:
 
 
 def test_other_cuts_stay_where_they_are() -> None:
-    """A second nonlinearity, and a block that changes the shape; after a container, the nonlinearity in it is meant."""
+    """A second nonlinearity, and a block that changes the shape; of containers and several poolings the nonlinearity is found."""
     def part(inputs: int, outputs: int) -> nn.Sequential:
         return nn.Sequential(nn.Linear(inputs, outputs), nn.ReLU())
 
@@ -455,6 +479,8 @@ def test_other_cuts_stay_where_they_are() -> None:
         ([nn.Linear(6, 8), nn.Tanh(), nn.ReLU(), nn.Linear(8, 3)], "2", "2"),
         ([part(6, 8), nn.Linear(8, 3)], "0", "0"),
         ([nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 4, 3), act, nn.MaxPool1d(2), nn.Flatten(), nn.Linear(8, 3)], "3", "2.0"),
+        ([nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 4, 3), nn.ReLU(), nn.MaxPool1d(2), nn.AvgPool1d(2), nn.Flatten(),
+          nn.Linear(4, 3)], "4", "2"),
     ):
         rule = fa_bench.attach(nn.Sequential(*layers).double(), "pepita", sample_input=X, cuts=[cut])
         assert list(rule._cut_modules) == [found]

@@ -72,7 +72,7 @@ class Delivery:
 
         rule, results = self.rule, named_results(output)
         for name, result in results.items():
-            if result.dim() == 0 and (rule.output is None or _depends_on(result, results.get(str(rule.output)))):
+            if result.dim() == 0 and (rule.output is None or depends_on(result, results.get(str(rule.output)))):
                 raise CoverageError(f"the model returns a loss ('{name}') that it has computed itself, and the error of rule "
                                     f"'{rule.name}' cannot come from there: call it without labels, and compute the loss from "
                                     f"its logits")
@@ -290,6 +290,6 @@ class Delivery:
                              f"{classes} classes, numbered from 0 to {classes - 1}; remove unlabelled samples from the batch")
 
 
-def _depends_on(result: Tensor, logits: Tensor | None) -> bool:
+def depends_on(result: Tensor, logits: Tensor | None) -> bool:
     """Whether one output of a model was computed from another; True if the other is unknown."""
     return logits is None or result.grad_fn is logits.grad_fn or logits.grad_fn in nodes_from([result.grad_fn])

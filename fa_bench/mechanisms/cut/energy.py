@@ -126,8 +126,7 @@ class EnergyRule(PassRule):
         """The number of targets over which the loss is the mean, N."""
         from fa_bench.mechanisms.cut.positions import ignored_label
 
-        has_positions = target.dim() > 1 and not target.is_floating_point()
-        count = (target != ignored_label(self.objective)).sum() if has_positions else self.objective.counted(target)
+        count = len(target) if target.is_floating_point() else (target != ignored_label(self.objective)).sum()
         return torch.as_tensor(count).clamp(min=1)
 
     def _settled(self, target: Tensor) -> dict[str, Tensor]:

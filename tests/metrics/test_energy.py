@@ -1,0 +1,99 @@
+"""The probe of rules that settle an energy: how far they have come, and how far their gradients are from backpropagation's."""
+
+from __future__ import annotations
+
+import copy
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fa_bench
+from fa_bench.errors import ConfigError
+from fa_bench.metrics.meter import AlignmentMeter
+from fa_bench.metrics.probes.energy import LOSS, Energy
+from fa_bench.objectives.mse import MSE
+
+from ..rules.test_pass_rules import X, Y, exact, learn, mlp
+from ..rules.test_predictive_coding import RULES, attach, cosines, deep, ratios
+
+
+def measured(rule: Any) -> dict[str, dict[str, float]]:
+    subject: Any = SimpleNamespace(rule=rule, model=rule.model, meter=AlignmentMeter(rule, X, Y))
+    probe = Energy()
+    probe.require(subject)
+    return probe.measure(subject)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_probe_of_a_rule_that_has_hardly_settled(name: str) -> None:
+    found = measured(attach(name, steps=5, rate=1e-4))
+    assert list(found) == ["energy", "energy_gradient", "energy_cosine", "energy_ratio"]
+    assert list(found["energy"]) == ["1", "3", "5", LOSS] and list(found["energy_gradient"]) == ["1", "3", "5"]
+    assert list(found["energy_ratio"]) == list(found["energy_cosine"]) == ["0", "2", "4", "6"]
+    with torch.no_grad():
+        assert found["energy"][LOSS] == pytest.approx(F.cross_entropy(deep()(X), Y).item(), rel=1e-3)
+    assert all(0.999 < value <= 1 for value in found["energy_gradient"].values())
+    assert all(value > 0.9999 for value in found["energy_cosine"].values())
+    got, want = learn(attach(name, steps=5, rate=1e-4)), exact(deep())
+    assert list(found["energy_ratio"].values()) == pytest.approx(ratios(got, want))
+    alarm = Energy.alarms["energy_gradient"]
+    assert all(alarm.fires(value) for value in (*found["energy_gradient"].values(), 0.91)) and not alarm.fires(0.89)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_probe_of_a_rule_at_rest(name: str) -> None:
+    """The parts of the energy are those of the closed form; its sum is half of rᵀ S r in a linear net."""
+    model = deep(nn.Identity, bias=False)
+    rule = fa_bench.attach(copy.deepcopy(model), name, objective=MSE(), steps=400, rate=0.3)
+    state = copy.deepcopy(rule.model.state_dict())
+    found = measured(rule)
+    assert max(found["energy_gradient"].values()) < 1e-6
+    weights = [model.get_submodule(path).weight.detach() for path in ("0", "2", "4", "6")]
+    products = [weights[3] @ weights[2] @ weights[1], weights[3] @ weights[2], weights[3]]
+    spread = torch.eye(3, dtype=torch.float64) + sum(p @ p.t() for p in products)
+    left = (X @ weights[0].t() @ products[0].t() - F.one_hot(Y, 3)) @ torch.linalg.inv(spread)
+    for cut, product in zip(("1", "3", "5"), products, strict=True):
+        assert found["energy"][cut] == pytest.approx((left @ product).square().sum().item() / 2 / 5)
+    assert found["energy"][LOSS] == pytest.approx(left.square().sum().item() / 2 / 5)
+    assert rule._observed is None and all(torch.equal(value, state[key]) for key, value in rule.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in rule.model.parameters())
+    cosines_found = list(found["energy_cosine"].values())
+    assert cosines_found == pytest.approx(cosines(learn(rule), exact(model, objective=MSE())))
+    assert max(cosines_found) < 0.9999
+
+
+def test_the_probe_has_no_direction_of_a_frozen_layer() -> None:
+    found = measured(attach("epc", freeze_stem=True))
+    assert math.isnan(found["energy_cosine"]["0"]) and math.isnan(found["energy_ratio"]["0"])
+    assert found["energy"]["1"] > 0 and found["energy_cosine"]["2"] > 0
+
+
+def test_other_rules_have_no_energy() -> None:
+    with pytest.raises(ConfigError, match="rule 'bp' has no energy; rules that have one: epc, pc"):
+        measured(fa_bench.attach(mlp(8, 7), "bp"))
+
+
+def test_without_a_gradient_there_is_no_direction() -> None:
+    """One step with states moves the last one alone."""
+    found = measured(attach("pc", steps=1))
+    assert math.isnan(found["energy_cosine"]["0"]) and found["energy_ratio"]["0"] == 0
+    assert found["energy_cosine"]["4"] == pytest.approx(1)
+
+
+def test_rows_are_in_the_order_of_execution_without_layers_that_do_not_run() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out, self.unused, self.first = nn.Linear(8, 3), nn.Linear(2, 2), nn.Linear(6, 8)
+            self.act, self.blocks = nn.Tanh(), ["act"]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.act(self.first(x)))
+
+    found = measured(fa_bench.attach(Net().double(), "epc", sample_input=X))
+    assert list(found["energy_cosine"]) == list(found["energy_ratio"]) == ["first", "out"]
