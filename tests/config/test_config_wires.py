@@ -178,6 +178,7 @@ OPTIMIZER: dict[str, tuple[str, tuple[str, ...], str]] = {
     "schedule.rise": ("any", ("schedule.name=one_cycle",), "0.6"),
     "schedule.start": ("any", ("schedule.name=one_cycle",), "5"),
     "schedule.end": ("any", ("schedule.name=one_cycle",), "2"),
+    "schedule.flat": ("any", ("schedule.name=linear",), "0.5"),
     "momentum": ("sgd", (), "0.5"),
     "nesterov": ("sgd", (), "true"),
     "beta1": ("adam", (), "0.5"),
