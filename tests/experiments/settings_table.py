@@ -409,7 +409,15 @@ FORWARD_FORWARD = Preset([{"algorithm": ["forward_forward", "bp", "frozen"], "se
                 prediction="classifier", cuts=None)}),
 ])
 
+#: Rules from outside the four papers, with the protocol of the PFA paper's MNIST runs at half its length, validation images, and the
+#: same rates for all [choice].
+BEYOND = ["bp", "frozen", "fa", "dfa", "kp", "ldfa", "symmetric_alignment", "activation_alignment", "regularized_mirror",
+          "information_alignment", "bp_deepsup", "fdfa", "grape", "forward_gradient", "node_perturbation", "weight_perturbation",
+          "np_feedback", "pepita", "forward_forward", "dual_propagation", "ddtp_linear", "ldrl", "epc", "pc"]
+BEYOND_MNIST = Preset([{"algorithm": BEYOND, "optimizer.lr": [1e-4, 1e-3, 1e-2, 3e-2, 1e-1], "seed": [0, 1, 2]}], PFA_MNIST | {
+    "epochs": 20, "dataset.validation": 0.1, **_multistep([10, 15], 0.5)}, PFA_MNIST_CASES)
+
 PRESETS: dict[str, Preset] = {**ASAP_PAPER, **PFA_PAPER, **DKP_PAPER, **WM_PAPER, "quickstart": QUICKSTART,
                               "tune_digits": TUNE_DIGITS, "faeval": FAEVAL, "lm_quickstart": LM_QUICKSTART,
                               "mono_forward": MONO_FORWARD, "forward_forward": FORWARD_FORWARD,
-                              "dual_propagation": DUAL_PROPAGATION}
+                              "dual_propagation": DUAL_PROPAGATION, "beyond_mnist": BEYOND_MNIST}

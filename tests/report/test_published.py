@@ -20,7 +20,7 @@ from .by_hand import ENTRY, TWO_SEEDS, blank, epoch_record, runs_in, write_group
 
 ENTRIES = published()
 EXPERIMENTS = {"pfa_fig2", "pfa_fig4", "pfa_fig5", "pfa_fig6", "dkp_table1", "dkp_table2", "asap_table1", "asap_table2",
-           "asap_table4", "asap_table5", "asap_fig6", "wm_fig3", "wm_fig4", "faeval", "mono_forward"}
+           "asap_table4", "asap_table5", "asap_fig6", "wm_fig3", "wm_fig4", "faeval", "forward_forward", "mono_forward"}
 
 
 def found(**wanted) -> list:
