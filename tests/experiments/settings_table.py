@@ -409,8 +409,8 @@ FORWARD_FORWARD = Preset([{"algorithm": ["forward_forward", "bp", "frozen"], "se
                 prediction="classifier", cuts=None)}),
 ])
 
-#: Rules from outside the four papers, with the protocol of the PFA paper's MNIST runs at half its length, validation images, and the
-#: same rates for all [choice].
+#: Rules from outside the four papers, with the protocol of the PFA paper's MNIST runs at half its length, validation images, and
+#: the same rates for all [choice].
 BEYOND = ["bp", "frozen", "fa", "dfa", "kp", "ldfa", "symmetric_alignment", "activation_alignment", "regularized_mirror",
           "information_alignment", "bp_deepsup", "fdfa", "grape", "forward_gradient", "node_perturbation", "weight_perturbation",
           "np_feedback", "pepita", "forward_forward", "dual_propagation", "ddtp_linear", "ldrl", "epc", "pc"]
