@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import fa_bench
 from fa_bench.cli import main
 from fa_bench.config.job import RunOptions
 from fa_bench.errors import ConfigError
+from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.runs import callbacks, execution
 from fa_bench.runs.callbacks import Display
 from fa_bench.runs.execution import Execution
@@ -177,3 +179,27 @@ def test_the_time_left_leaves_out_compilation(monkeypatch: pytest.MonkeyPatch, c
         display.on_epoch_end(trainer, {"train_loss": 1.0, "val_accuracy": 0.5, "test_accuracy": 0.5})
     display.close()
     assert "30 s per epoch; about 2 min remaining" in caplog.text  # 30 s for each of four epochs
+
+
+def test_a_rule_that_runs_the_model_again_is_not_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`true` is refused before training; `auto`, where it would pay, says why it does not."""
+    monkeypatch.setattr(execution, "_pays", lambda *_: (True, ""))
+    pepita = ["algorithm=pepita", "optimizer.lr=0.01"]
+    assert main([*SMALL, *pepita, "compile=true", f"output_dir={tmp_path / 'one'}"]) == 2
+    assert "compile=true is not possible with algorithm=pepita, which runs the model again" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.pt"))
+    trained(tmp_path / "two", *pepita, "compile=auto")
+    log = next((tmp_path / "two").rglob("run.log")).read_text()
+    assert "compile=auto: off (the rule runs the model again)" in log
+
+
+def test_scores_are_those_of_what_the_rule_predicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In evaluation alone: the loss of training is that of the model's output."""
+    rule = ALGORITHMS["forward_forward"]
+    monkeypatch.setattr(rule, "predict", lambda self, x: torch.zeros(len(x), 10))
+    trained(tmp_path, "algorithm=forward_forward", "architecture.widths=[8,8]", "optimizer.lr=1e-3", "epochs=1")
+    [line] = map(json.loads, next(tmp_path.rglob("metrics.jsonl")).read_text().splitlines())
+    assert [line["test_loss"], line["val_loss"]] == pytest.approx([math.log(10)] * 2, rel=1e-6)
+    assert line["train_loss"] != pytest.approx(math.log(10), rel=1e-3)
