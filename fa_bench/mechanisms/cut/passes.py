@@ -24,9 +24,9 @@ class PassRule(CutRule):
     """A rule that learns in passes of its own, which `fa_bench.mechanisms.second_pass.again` runs; subclasses implement
     `gradients`.
 
-    Other outputs of the model than the one that the loss is computed from are detached.
     The first pass, from which the loss is computed, is not differentiated: ``loss.backward()`` reaches the logits only, and the
-    gradients that `gradients` returns are accumulated there, as those of a backward pass are.
+    gradients that `gradients` returns are accumulated there, as those of a backward pass are. Other outputs of the model are
+    detached.
     """
 
     repeats = True
