@@ -132,9 +132,11 @@ def _value(key: str, value: Any) -> str:
         return format_value(value)
     hint = "; pass a list" if isinstance(value, (set, frozenset)) else ""
     if isinstance(value, Mapping):
-        hint = f"; pass its keys one by one: **{({f'{key}.{name}': each for name, each in value.items()})!r}"
-    raise ConfigError(f"{key}={truncate(repr(value), 200)}: {type(value).__name__} is not a type of values "
-                      f"(allowed: a text, a number, True, False, None, a path, a list of these){hint}")
+        hint = f"; pass its keys one by one: **{ ({f'{key}.{name}': each for name, each in value.items()})!r}"
+    raise ConfigError(
+        f"{key}={truncate(repr(value), 200)}: {type(value).__name__} is not a type of values "
+        f"(allowed: a text, a number, True, False, None, a path, a list of these){hint}"
+    )
 
 
 @contextmanager
@@ -146,8 +148,9 @@ def _sweeps_explained(options: Mapping[str, Any]) -> Iterator[None]:
         value = options.get(error.path)
         if not isinstance(value, (list, tuple)) or "is not a list" not in error.problem:
             raise
-        raise OptionError(error.path, f"={value!r} is a sweep; for one value that is a list, "
-                                      f"{_nested(error.path, value)}") from None
+        raise OptionError(
+            error.path, f"={value!r} is a sweep; for one value that is a list, {_nested(error.path, value)}"
+        ) from None
 
 
 def _nested(key: str, value: Any) -> str:

@@ -95,7 +95,7 @@ def _main(argv: list[str]) -> int:
         composer.compose([o.input_line or "" for o in composer.parsed if not o.is_sweep_override()])  # for its checks
         return _run_hydra([*arguments.overrides, *flags])
     if arguments.cfg:
-        job, = composer.expand(multirun=False)  # with the options that an experiment sets for its rule
+        (job,) = composer.expand(multirun=False)  # with the options that an experiment sets for its rule
         return 2 if _run_hydra([*job, *flags]) else 0  # Hydra reports a --package that does not exist
     clear_cache()
     with hydra_errors():
@@ -122,8 +122,9 @@ def run(composer: Composer, task: Task) -> int:
     try:
         with _removed_if_empty(directory), preserve_root_logger():
             context.callbacks.on_run_start(config=config, config_name=composer.config_name)
-            job_return = run_job(task_function=task, config=config, job_dir_key="hydra.run.dir",
-                               job_subdir_key=None, hydra_context=context)
+            job_return = run_job(
+                task_function=task, config=config, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context
+            )
             context.callbacks.on_run_end(config=config, config_name=composer.config_name, job_return=job_return)
     except KeyboardInterrupt as error:
         return report_interrupt(jobs, error)
@@ -180,12 +181,23 @@ def _parse(argv: list[str]) -> Any:
         override = unknown[0].lstrip("-")
         hint = f"; did you mean '{override}'?" if "=" in override else ""
         refuse(f"{unknown[0]}: no such flag{hint}")
-    for flag, given, instead in (("--config-path", arguments.config_path, "add a folder of configs with --config-dir"),
-                                 ("--experimental-rerun", arguments.experimental_rerun, "pass the run's options again")):
+    for flag, given, instead in (
+        ("--config-path", arguments.config_path, "add a folder of configs with --config-dir"),
+        ("--experimental-rerun", arguments.experimental_rerun, "pass the run's options again"),
+    ):
         if given is not None:
             refuse(f"{flag}: not supported, {instead}")
-    modes = [flag for flag, given in (("--multirun", arguments.multirun), ("--run", arguments.run), ("--cfg", arguments.cfg),
-                                      ("--info", arguments.info), ("--shell-completion", arguments.shell_completion)) if given]
+    modes = [
+        flag
+        for flag, given in (
+            ("--multirun", arguments.multirun),
+            ("--run", arguments.run),
+            ("--cfg", arguments.cfg),
+            ("--info", arguments.info),
+            ("--shell-completion", arguments.shell_completion),
+        )
+        if given
+    ]
     if arguments.dry_run:  # compatible with --multirun
         modes = ["--dry-run", *(mode for mode in modes if mode != "--multirun")]
     if len(modes) > 1:
@@ -207,8 +219,7 @@ def hydra_errors() -> Iterator[None]:
     except Exception as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        raise ConfigError(f"Hydra failed ({describe_error(error)}); "
-                          "set HYDRA_FULL_ERROR=1 for the traceback") from None
+        raise ConfigError(f"Hydra failed ({describe_error(error)}); set HYDRA_FULL_ERROR=1 for the traceback") from None
 
 
 def _run_hydra(argv: list[str]) -> int:
@@ -250,8 +261,10 @@ def _print_result(directory: Path) -> int:
     if run is None:
         return 1
     status = describe_status(run) if run.result["status"] == STOPPED else run.result["status"]
-    print(f"{printable(status)}: {run.test_score or f'test {run.primary.title} none'}, "
-          f"{run.result.get('seconds') or 0:.1f} s of training; run directory: {printable(directory)}")
+    print(
+        f"{printable(status)}: {run.test_score or f'test {run.primary.title} none'}, "
+        f"{run.result.get('seconds') or 0:.1f} s of training; run directory: {printable(directory)}"
+    )
     return 0 if run.result["status"] in SUCCESSES else 1
 
 

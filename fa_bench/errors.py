@@ -93,7 +93,7 @@ def truncate(text: str, limit: int) -> str:
     if len(text) <= limit:
         return text
     end = max(limit - limit * 2 // 3 - 7, 1)
-    return f"{text[:limit - 7 - end]} [...] {text[-end:]}"
+    return f"{text[: limit - 7 - end]} [...] {text[-end:]}"
 
 
 def printable(text: object) -> str:

@@ -12,8 +12,12 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-ConfigStore.instance().store(group="hydra/sweeper", name="fa_bench", provider="fa_bench",
-                             node={"_target_": "hydra_plugins.fa_bench_sweeper.FaBenchSweeper"})
+ConfigStore.instance().store(
+    group="hydra/sweeper",
+    name="fa_bench",
+    provider="fa_bench",
+    node={"_target_": "hydra_plugins.fa_bench_sweeper.FaBenchSweeper"},
+)
 
 
 class FaBenchSweeper(Sweeper):

@@ -61,8 +61,13 @@ def ours(split: ResidentSplit, probe_every: int) -> float:
     rule = fa_bench.attach(model, "bp")
     x, y = next(split.batches(128))
     splits = Splits(split, None, split.subset(torch.arange(1)), [str(c) for c in range(10)], (1, 28, 28), "")
-    trainer = Trainer(rule, Optimizers(SGD(lr=0.01), rule, 1), splits, RunOptions(batch_size=BATCH, epochs=1),
-                      [Divergence(), Alignment(AlignmentMeter(rule, x, y), probe_every)])
+    trainer = Trainer(
+        rule,
+        Optimizers(SGD(lr=0.01), rule, 1),
+        splits,
+        RunOptions(batch_size=BATCH, epochs=1),
+        [Divergence(), Alignment(AlignmentMeter(rule, x, y), probe_every)],
+    )
     start = time.perf_counter()
     trainer.fit()
     return time.perf_counter() - start

@@ -50,17 +50,44 @@ def write_runs(folder: Path, rules: int, settings: int, seeds: int, epochs: int,
 def _write(directory: Path, config: dict[str, Any], group: str, epochs: int, layers: list[str], generator: random.Random) -> None:
     final = 0.9 + 0.05 * generator.random()
     angles = {name: {layer: 90 * generator.random() for layer in layers} for name in QUANTITIES}
-    lines = [{
-        "epoch": epoch, "train_loss": math.exp(-epoch / 5), "val_loss": 0.4, "test_loss": 0.5, "train_accuracy": 0.9,
-        "val_accuracy": final - 0.1 / epoch, "test_accuracy": final - 0.2 / epoch, "lr": config["optimizer"]["lr"],
-        "seconds": 0.5 * epoch, "angles": angles, "probes": {}} for epoch in range(1, epochs + 1)]
+    lines = [
+        {
+            "epoch": epoch,
+            "train_loss": math.exp(-epoch / 5),
+            "val_loss": 0.4,
+            "test_loss": 0.5,
+            "train_accuracy": 0.9,
+            "val_accuracy": final - 0.1 / epoch,
+            "test_accuracy": final - 0.2 / epoch,
+            "lr": config["optimizer"]["lr"],
+            "seconds": 0.5 * epoch,
+            "angles": angles,
+            "probes": {},
+        }
+        for epoch in range(1, epochs + 1)
+    ]
     result = {
-        "status": "finished", "label": config["algorithm"]["name"], "group": group, "experiment": None,
-        **{key: config[key]["name"] for key in ("algorithm", "architecture", "dataset", "optimizer")}, "seed": config["seed"],
-        "epochs": epochs, "epoch": epochs, "test_accuracy": lines[-1]["test_accuracy"],
-        "test_accuracy_at_best_val": lines[-1]["test_accuracy"], "best_epoch": epochs, "val_accuracy": lines[-1]["val_accuracy"],
-        "train_accuracy": 0.9, "angles": angles, "feedback_layers": layers[1:], "output_layers": layers[-1:],
-        "seconds": 0.5 * epochs, "code_hash": "c" * 16, "data_hash": "d" * 64, "error": None}
+        "status": "finished",
+        "label": config["algorithm"]["name"],
+        "group": group,
+        "experiment": None,
+        **{key: config[key]["name"] for key in ("algorithm", "architecture", "dataset", "optimizer")},
+        "seed": config["seed"],
+        "epochs": epochs,
+        "epoch": epochs,
+        "test_accuracy": lines[-1]["test_accuracy"],
+        "test_accuracy_at_best_val": lines[-1]["test_accuracy"],
+        "best_epoch": epochs,
+        "val_accuracy": lines[-1]["val_accuracy"],
+        "train_accuracy": 0.9,
+        "angles": angles,
+        "feedback_layers": layers[1:],
+        "output_layers": layers[-1:],
+        "seconds": 0.5 * epochs,
+        "code_hash": "c" * 16,
+        "data_hash": "d" * 64,
+        "error": None,
+    }
     (directory / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (directory / "config.yaml").write_text(f"# config hash: {'a' * 16}\n# code hash: {'c' * 16}\n" + OmegaConf.to_yaml(config))
@@ -88,8 +115,9 @@ def measure(folder: Path, out_dir: Path) -> None:
     runs = timed("order and label them", lambda: in_order(runs))
     frame = timed("the table", lambda: summarise(runs))
     timed("the table, nearest references", lambda: summarise(runs, reference=references.NEAREST))
-    timed("Markdown, text, JSON, LaTeX, CSV", lambda: [
-        write(frame) for write in (to_markdown, to_text, to_json, to_latex, to_csv)])
+    timed(
+        "Markdown, text, JSON, LaTeX, CSV", lambda: [write(frame) for write in (to_markdown, to_text, to_json, to_latex, to_csv)]
+    )
     timed("runs.csv", lambda: to_csv(runs_table(runs, out_dir)))
     timed("the table of layers", lambda: by_layer(runs))
     timed("choose the best learning rates", lambda: choose_best(runs, ["optimizer.lr"]))

@@ -1,6 +1,6 @@
 """Time from a command to its first training step, each in a process of its own: one run, a sweep of many jobs, and the help.
 
-    python scripts/bench_start.py --jobs 1000
+python scripts/bench_start.py --jobs 1000
 """
 
 from __future__ import annotations

@@ -115,9 +115,7 @@ def make_written_out(rule: str, batch: int, device: torch.device = CPU) -> Calla
     return step
 
 
-def measure(
-    steps: dict[str, Callable[[], None]], rounds: int, block: int, device: torch.device = CPU
-) -> dict[str, list[float]]:
+def measure(steps: dict[str, Callable[[], None]], rounds: int, block: int, device: torch.device = CPU) -> dict[str, list[float]]:
     """Seconds per step of every entry, one number per round."""
     for step in steps.values():
         for _ in range(3):
@@ -141,9 +139,7 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def compare(
-    steps: dict[str, Callable[[], None]], rounds: int, block: int, device: torch.device = CPU
-) -> dict[str, list[float]]:
+def compare(steps: dict[str, Callable[[], None]], rounds: int, block: int, device: torch.device = CPU) -> dict[str, list[float]]:
     """Ratios of every entry's time to that of PLAIN, one per round."""
     seconds = measure(steps, rounds, block, device)
     return {name: [own / plain for own, plain in zip(times, seconds[PLAIN], strict=True)] for name, times in seconds.items()}
@@ -153,8 +149,9 @@ def main() -> None:
     """Print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
-    parser.add_argument("--rules", nargs="+", default=[name for name in ALGORITHMS if name != "bp"],
-                        metavar="RULE[:OPTION=VALUE,...]")
+    parser.add_argument(
+        "--rules", nargs="+", default=[name for name in ALGORITHMS if name != "bp"], metavar="RULE[:OPTION=VALUE,...]"
+    )
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
@@ -163,9 +160,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = False, True  # as in runs
-    print(f"torch {torch.__version__}, {device_name(arguments.device)}, {arguments.threads} threads, batch {arguments.batch}, "
-          f"{'compiled' if arguments.compile else 'eager'}, median [quartiles] of "
-          f"{arguments.rounds} rounds\n")
+    print(
+        f"torch {torch.__version__}, {device_name(arguments.device)}, {arguments.threads} threads, batch {arguments.batch}, "
+        f"{'compiled' if arguments.compile else 'eager'}, median [quartiles] of "
+        f"{arguments.rounds} rounds\n"
+    )
     print("| net | rule | arithmetic | without optimizer | whole step |\n|---|---|---|---|---|")
     for net in arguments.nets:
         bench(net, arguments)
@@ -190,9 +189,12 @@ def bench(net: str, arguments: argparse.Namespace) -> None:
             steps |= {f"{rule} (written out)": make_written_out(rule, arguments.batch, device) for rule in ("bp", "fa", "dfa")}
         if not with_optimizer:
             # A compiled step does not show its products.
-            counts = {label: multiplications(
-                make_step(net, rules[label], arguments.batch, False, device=device) if arguments.compile else step)
-                for label, step in steps.items()}
+            counts = {
+                label: multiplications(
+                    make_step(net, rules[label], arguments.batch, False, device=device) if arguments.compile else step
+                )
+                for label, step in steps.items()
+            }
             arithmetic = {label: count / counts[PLAIN] for label, count in counts.items()}
         columns.append(compare(steps, arguments.rounds, block, device))
     for name, ratios in columns[0].items():

@@ -33,6 +33,7 @@ from gpu.parts import Context, Part, run_all, run_here, run_in_process  # noqa: 
 
 def _part(module: str, function: str) -> Any:
     """A part's function, imported when it is called: the process that runs the others needs no torch."""
+
     def run(context: Context, section: Section) -> None:
         import importlib
 
@@ -86,11 +87,24 @@ def check(arguments: argparse.Namespace, given: list[str]) -> int:
 
     write()
     with tempfile.TemporaryDirectory(prefix="gpu_check_", ignore_cleanup_errors=True) as scratch:
+
         def run_one(part: Part, section: Section, until: float) -> None:
             folder = Path(scratch) / part.name
             folder.mkdir()
-            command = [sys.executable, __file__, "--part", part.name, "--deadline", repr(until), "--device", arguments.device,
-                       "--data-dir", str(arguments.data_dir.resolve()), "--output-dir", str(folder)]
+            command = [
+                sys.executable,
+                __file__,
+                "--part",
+                part.name,
+                "--deadline",
+                repr(until),
+                "--device",
+                arguments.device,
+                "--data-dir",
+                str(arguments.data_dir.resolve()),
+                "--output-dir",
+                str(folder),
+            ]
             print(f"{time.time() - start:5.0f} s  {part.title}", flush=True)
             run_in_process(command, section, folder / "section.json", log, until, write)
             print(f"{time.time() - start:5.0f} s  {section.status}: {section.checks} checks, {section.misses} failed", flush=True)
@@ -112,6 +126,7 @@ def part_process(arguments: argparse.Namespace) -> int:
 
 def parse(given: list[str]) -> argparse.Namespace:
     """The checked options."""
+
     def names(text: str) -> list[str]:
         chosen, known = [name.strip() for name in text.split(",")], [part.name for part in PARTS]
         if unknown := [name for name in chosen if name not in known]:
@@ -144,8 +159,14 @@ def header(arguments: argparse.Namespace, given: list[str]) -> dict[str, str]:
 
     git = git_state()
     commit = "unknown (no git repository)" if git["commit"] is None else git["commit"] + " with changes" * bool(git["dirty"])
-    return {"device": device_and_driver(arguments.device), "torch": version("torch"), "Python": platform.python_version(),
-            "commit": commit, "hash of the code": code_hash(), "command": shlex.join(["python", "scripts/gpu_check.py", *given])}
+    return {
+        "device": device_and_driver(arguments.device),
+        "torch": version("torch"),
+        "Python": platform.python_version(),
+        "commit": commit,
+        "hash of the code": code_hash(),
+        "command": shlex.join(["python", "scripts/gpu_check.py", *given]),
+    }
 
 
 def device_and_driver(device: str) -> str:

@@ -34,8 +34,15 @@ from fa_bench.runs import train  # noqa: F401
 from fa_bench.utils.files import ANGLES, METRICS, RESULT
 
 #: Small nets with batch normalisation; checkpoints also within epochs.
-COMMON = ["architecture.widths=[24,16]", "architecture.batch_norm=true", "batch_size=32", "epochs=4", "probe_every=25",
-          "checkpoint_minutes=0.001", "threads=1"]
+COMMON = [
+    "architecture.widths=[24,16]",
+    "architecture.batch_norm=true",
+    "batch_size=32",
+    "epochs=4",
+    "probe_every=25",
+    "checkpoint_minutes=0.001",
+    "threads=1",
+]
 #: Rules with additional state: a separate optimizer for B, masks, a phase before training.
 RULES = {
     "kp": ["optimizer@feedback_optimizer=adam", "feedback_optimizer.lr=0.001"],
@@ -93,8 +100,11 @@ def records(folder: Path) -> dict[str, Any]:
             "result": {key: value for key, value in result.items() if key not in MAY_DIFFER},
             "metrics": [{key: value for key, value in line.items() if key not in MAY_DIFFER} for line in lines],
             "angles": (run / ANGLES).read_text().splitlines(),
-            "curves": {tag: [(event.step, repr(event.value)) for event in curves.Scalars(tag)]
-                       for tag in curves.Tags()["scalars"] if not tag.endswith(MAY_DIFFER)},
+            "curves": {
+                tag: [(event.step, repr(event.value)) for event in curves.Scalars(tag)]
+                for tag in curves.Tags()["scalars"]
+                if not tag.endswith(MAY_DIFFER)
+            },
         }
     return runs
 
@@ -102,8 +112,11 @@ def records(folder: Path) -> dict[str, Any]:
 def differences(expected: Any, actual: Any, path: str = "") -> list[str]:
     """A line for each difference between two nested records."""
     if isinstance(expected, dict) and isinstance(actual, dict):
-        return [line for key in sorted({*expected, *actual})
-                for line in differences(expected.get(key), actual.get(key), f"{path}/{key}")]
+        return [
+            line
+            for key in sorted({*expected, *actual})
+            for line in differences(expected.get(key), actual.get(key), f"{path}/{key}")
+        ]
     return [] if expected == actual else [f"{path}: {str(expected)[:200]} without kills, {str(actual)[:200]} with"]
 
 
@@ -181,8 +194,10 @@ def main() -> int:
             with contextlib.suppress(BrokenPipeError):
                 result = run_trials(name, kills, rng, bar)
                 signals = ", ".join(f"{count} {signal}" for signal, count in sorted(result["signals"].items()))
-                tqdm.write(f"| {name} | {result['trials']} | {result['kills']} | {signals} | {result['seconds']:.1f} | "
-                           f"{len(result['differences'])} |")
+                tqdm.write(
+                    f"| {name} | {result['trials']} | {result['kills']} | {signals} | {result['seconds']:.1f} | "
+                    f"{len(result['differences'])} |"
+                )
                 differs |= bool(result["differences"])
     return 1 if differs else 0
 

@@ -14,8 +14,15 @@ from fa_bench.api import _arguments
 from fa_bench.errors import ConfigError, CoverageError, FaBenchError, OptionError
 from fa_bench.runs.loop import Trainer
 
-SMALL = ["dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16", "architecture.widths=[8]", "epochs=1",
-         "loggers=[]", "threads=1"]
+SMALL = [
+    "dataset=synthetic",
+    "dataset.samples=64",
+    "dataset.test_samples=16",
+    "architecture.widths=[8]",
+    "epochs=1",
+    "loggers=[]",
+    "threads=1",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -23,28 +30,45 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize(("value", "text"), [
-    ("bp,fa", "bp,fa"), (["bp", "fa"], "bp,fa"), (range(2), "0,1"), (np.arange(2), "0,1"), (np.array([0.5, 1e-3]), "0.5,0.001"),
-    (torch.tensor([1, 2]), "1,2"), (np.int64(3), "3"), ([np.bool_(True), None], "true,null"), ([[8, 4], (2,)], "[8,4],[2]"),
-    (Path("o/x"), "o/x"), (Path("a,b c"), '"a,b c"'), ([[]], "[]"), (1e-5, "1e-05"),
-], ids=str)
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("bp,fa", "bp,fa"),
+        (["bp", "fa"], "bp,fa"),
+        (range(2), "0,1"),
+        (np.arange(2), "0,1"),
+        (np.array([0.5, 1e-3]), "0.5,0.001"),
+        (torch.tensor([1, 2]), "1,2"),
+        (np.int64(3), "3"),
+        ([np.bool_(True), None], "true,null"),
+        ([[8, 4], (2,)], "[8,4],[2]"),
+        (Path("o/x"), "o/x"),
+        (Path("a,b c"), '"a,b c"'),
+        ([[]], "[]"),
+        (1e-5, "1e-05"),
+    ],
+    ids=str,
+)
 def test_values_of_python_become_overrides(value: Any, text: str) -> None:
     assert _arguments("run", ["seed=0"], {"key": value}) == ["seed=0", f"key={text}"]
 
 
-@pytest.mark.parametrize(("overrides", "options", "message"), [
-    ([["algorithm=bp"]], {}, r"\['algorithm=bp'\] is not an override, .* unpack it: fa_bench.run\(\*\['algorithm=bp'\]\)$"),
-    ([{"seed": 0}], {}, r"unpack it: fa_bench.run\(\*\*\{'seed': 0\}\)$"),
-    ([Path("seed=0")], {}, r"is not an override, a string such as 'seed=0'$"),
-    (["-m"], {}, r"^-m: fa_bench.run has no flags"),
-    ([], {"seed": []}, r"seed=\[\] is a sweep without values"),
-    ([], {"algorithm": {"bp"}}, r"set is not a type of values .*; pass a list$"),
-    ([], {"optimizer": {"lr": 0.1}}, r"pass its keys one by one: \*\*\{'optimizer.lr': 0.1\}$"),
-    ([], {"seed": [object()]}, r"seed=<object .*>: object is not a type of values"),
-    ([], {"algoritm": "bp"}, r"^algoritm: unknown key; did you mean 'algorithm'\?"),
-    ([], {"probes": ["readout"]}, r"^probes=\['readout'\] is a sweep; .* pass probes=\[\['readout'\]\]$"),
-    ([], {"architecture.widths": [8, 8]}, r"pass \*\*\{'architecture.widths': \[\[8, 8\]\]\}$"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "options", "message"),
+    [
+        ([["algorithm=bp"]], {}, r"\['algorithm=bp'\] is not an override, .* unpack it: fa_bench.run\(\*\['algorithm=bp'\]\)$"),
+        ([{"seed": 0}], {}, r"unpack it: fa_bench.run\(\*\*\{'seed': 0\}\)$"),
+        ([Path("seed=0")], {}, r"is not an override, a string such as 'seed=0'$"),
+        (["-m"], {}, r"^-m: fa_bench.run has no flags"),
+        ([], {"seed": []}, r"seed=\[\] is a sweep without values"),
+        ([], {"algorithm": {"bp"}}, r"set is not a type of values .*; pass a list$"),
+        ([], {"optimizer": {"lr": 0.1}}, r"pass its keys one by one: \*\*\{'optimizer.lr': 0.1\}$"),
+        ([], {"seed": [object()]}, r"seed=<object .*>: object is not a type of values"),
+        ([], {"algoritm": "bp"}, r"^algoritm: unknown key; did you mean 'algorithm'\?"),
+        ([], {"probes": ["readout"]}, r"^probes=\['readout'\] is a sweep; .* pass probes=\[\['readout'\]\]$"),
+        ([], {"architecture.widths": [8, 8]}, r"pass \*\*\{'architecture.widths': \[\[8, 8\]\]\}$"),
+    ],
+)
 def test_what_is_no_override_is_refused_before_anything_runs(overrides: list, options: dict, message: str) -> None:
     with pytest.raises((ConfigError, OptionError), match=message):
         fa_bench.run(*overrides, **options)

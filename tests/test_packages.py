@@ -10,8 +10,30 @@ import fa_bench
 
 ROOT = Path(fa_bench.__file__).parent
 #: From top to bottom: each imports from those that follow.
-ORDER = ("__main__", "api", "tuning", "cli", "command", "analyses", "report", "runs", "loggers", "callbacks", "metrics",
-         "config", "rules", "mechanisms", "models", "data", "objectives", "optim", "schedules", "registry", "utils", "errors")
+ORDER = (
+    "__main__",
+    "api",
+    "tuning",
+    "cli",
+    "command",
+    "analyses",
+    "report",
+    "runs",
+    "loggers",
+    "callbacks",
+    "metrics",
+    "config",
+    "rules",
+    "mechanisms",
+    "models",
+    "data",
+    "objectives",
+    "optim",
+    "schedules",
+    "registry",
+    "utils",
+    "errors",
+)
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
@@ -33,7 +55,10 @@ def test_packages_import_from_those_below_them_and_none_has_more_than_a_fifth_of
         if path == ROOT / "__init__.py":
             continue
         package = path.relative_to(ROOT).with_suffix("").parts[0]
-        upwards |= {(package, used) for name in imported(ast.parse(text)) if (used := name.split(".")[1]) != package
-                    and used in ORDER and ORDER.index(used) < ORDER.index(package)}
+        upwards |= {
+            (package, used)
+            for name in imported(ast.parse(text))
+            if (used := name.split(".")[1]) != package and used in ORDER and ORDER.index(used) < ORDER.index(package)
+        }
     assert upwards == set()
     assert {folder: count for folder, count in lines.items() if count > sum(lines.values()) / 5} == {}

@@ -42,8 +42,9 @@ class BrainCorrelation(Analysis):
 
     reciprocal: float = option(0.31, "fraction of connected pairs that are reciprocal, in the brain", above=0, maximum=1)
     correlation: float = option(0.36, "correlation of the weights over these pairs, in the brain", minimum=0, maximum=1)
-    fractions: list[float] = option([0.05, *(k / 10 for k in range(1, 11))], "p: fractions of reciprocal pairs to sample",
-                                    above=0, maximum=1)
+    fractions: list[float] = option(
+        [0.05, *(k / 10 for k in range(1, 11))], "p: fractions of reciprocal pairs to sample", above=0, maximum=1
+    )
     correlations: list[float] = option([0.2, 0.36, 0.6, 1.0], "R: correlations for every fraction", minimum=0, maximum=1)
     neurons: int = option(200, "neurons on each side: matrices have this size squared", minimum=2)
     draws: int = option(10, "matrices sampled for each point", minimum=1)
@@ -65,10 +66,14 @@ class BrainCorrelation(Analysis):
         forward, feedback = (torch.from_numpy(np.stack(side)) for side in zip(*pairs, strict=True))
         sampled = angles(feedback, forward)
         return {
-            "point": kind, "reciprocal": p, "correlation": r, "overall": r * math.sqrt(p),
+            "point": kind,
+            "reciprocal": p,
+            "correlation": r,
+            "overall": r * math.sqrt(p),
             "overall_drawn": float(np.mean([np.corrcoef(*pair)[0, 1] for pair in pairs])),
             "angle": math.degrees(math.acos(r * math.sqrt(p))),
-            "angle_drawn": sampled.mean().item(), "angle_drawn_std": sampled.std(correction=0).item(),
+            "angle_drawn": sampled.mean().item(),
+            "angle_drawn_std": sampled.std(correction=0).item(),
         }
 
     def plot(self, figure: Figure, table: pd.DataFrame) -> None:
@@ -80,15 +85,23 @@ class BrainCorrelation(Analysis):
         for number, (r, part) in enumerate(grid.groupby("correlation")):
             colour = COLOURS[1 + number % (len(COLOURS) - 1)]
             left.plot(smooth, np.degrees(np.arccos(r * np.sqrt(smooth))), color=colour, lw=1)
-            left.errorbar(part["reciprocal"], part["angle_drawn"], part["angle_drawn_std"], fmt="o", ms=4, color=colour,
-                          label=f"R = {r:g}")
+            left.errorbar(
+                part["reciprocal"], part["angle_drawn"], part["angle_drawn_std"], fmt="o", ms=4, color=colour, label=f"R = {r:g}"
+            )
         right.plot(smooth, np.degrees(np.arccos(smooth)), color=COLOURS[0], lw=1, label="arccos")
         right.plot(table["overall_drawn"], table["angle_drawn"], "o", ms=4, color=COLOURS[1], label="sampled")
         for axes, column in ((left, "reciprocal"), (right, "overall")):
             for kind, marker, colour in (("brain", "*", "#C20078"), ("mixed", "D", "#E69F00")):
                 point = table[table["point"] == kind].iloc[0]
-                axes.plot(point[column], point["angle"], marker, ms=13 if kind == "brain" else 6, color=colour, zorder=3,
-                          label=f"{kind}: {point['angle']:.1f}°")
+                axes.plot(
+                    point[column],
+                    point["angle"],
+                    marker,
+                    ms=13 if kind == "brain" else 6,
+                    color=colour,
+                    zorder=3,
+                    label=f"{kind}: {point['angle']:.1f}°",
+                )
             axes.set(ylabel="angle between W and feedback (degrees)", ylim=(-3, 93))
             axes.legend(frameon=False, fontsize=8)
         left.set(title="Lines: arccos(R √p); points: sampled", xlabel="p: fraction of reciprocal pairs")

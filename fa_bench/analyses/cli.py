@@ -1,8 +1,8 @@
 """Runs one analysis: a table as CSV and a figure as PNG.
 
-    fa-bench-analyse                              # lists the analyses
-    fa-bench-analyse NAME --help                  # its options
-    fa-bench-analyse NAME OPTION=VALUE ... [--out outputs/analyses]
+fa-bench-analyse                              # lists the analyses
+fa-bench-analyse NAME --help                  # its options
+fa-bench-analyse NAME OPTION=VALUE ... [--out outputs/analyses]
 """
 
 from __future__ import annotations

@@ -65,8 +65,11 @@ class ForwardAlignmentTheorem(Analysis):
 
     size: ClassVar[tuple[float, float]] = (13, 4)
 
-    cases: list[str] = option(["theorem", "k_random", "k_negative", "rank_enough", "rank_small", "coloured"], "cases to run",
-                              choices=["theorem", "k_random", "k_negative", "rank_enough", "rank_small", "coloured"])
+    cases: list[str] = option(
+        ["theorem", "k_random", "k_negative", "rank_enough", "rank_small", "coloured"],
+        "cases to run",
+        choices=["theorem", "k_random", "k_negative", "rank_enough", "rank_small", "coloured"],
+    )
     inputs: int = option(6, "I: inputs, more than outputs", minimum=2)
     hidden: int = option(9, "H: hidden units, at least as many as inputs", minimum=2)
     outputs: int = option(4, "O: outputs", minimum=2)
@@ -116,11 +119,17 @@ class ForwardAlignmentTheorem(Analysis):
                     error, k = net.teacher - w @ a, a @ net.c.T - w.T @ w / 2
                     v = float(np.sum((error @ net.c.T) ** 2))
                     first = v if first is None else first
-                    rows.append({
-                        "case": case, "seed": seed, "time": step * self.lr,
-                        "error": np.linalg.norm(error) / np.linalg.norm(net.teacher), "lyapunov": v / first,
-                        "k_symmetric": np.linalg.norm(k + k.T) / 2, "k_antisymmetric": np.linalg.norm(k - k.T) / 2,
-                    })
+                    rows.append(
+                        {
+                            "case": case,
+                            "seed": seed,
+                            "time": step * self.lr,
+                            "error": np.linalg.norm(error) / np.linalg.norm(net.teacher),
+                            "lyapunov": v / first,
+                            "k_symmetric": np.linalg.norm(k + k.T) / 2,
+                            "k_antisymmetric": np.linalg.norm(k - k.T) / 2,
+                        }
+                    )
         return pd.DataFrame(rows)
 
     def summary(self, table: pd.DataFrame) -> pd.DataFrame:
@@ -131,8 +140,9 @@ class ForwardAlignmentTheorem(Analysis):
         for case, part in table.groupby("case", sort=False):
             runs = [run for _, run in part.groupby("seed")]
             last = [run["error"].iloc[-1] for run in runs]
-            rows.append({"case": case, "error_smallest": min(last), "error_largest": max(last),
-                         "lyapunov_max": part["lyapunov"].max()})
+            rows.append(
+                {"case": case, "error_smallest": min(last), "error_largest": max(last), "lyapunov_max": part["lyapunov"].max()}
+            )
             for name in ("k_symmetric", "k_antisymmetric"):
                 rows[-1] |= {f"{name}_first": runs[0][name].iloc[0], f"{name}_last": runs[0][name].iloc[-1]}
         return pd.DataFrame(rows)
@@ -144,8 +154,14 @@ class ForwardAlignmentTheorem(Analysis):
         for number, (case, part) in enumerate(table.groupby("case", sort=False)):
             for axes, column in zip(panels, ("error", "lyapunov", "k_symmetric"), strict=True):
                 for seed, run in part.groupby("seed"):
-                    axes.plot(run["time"], run[column], color=COLOURS[number % len(COLOURS)], lw=1, alpha=0.7,
-                              label=case if seed == 0 else None)
+                    axes.plot(
+                        run["time"],
+                        run[column],
+                        color=COLOURS[number % len(COLOURS)],
+                        lw=1,
+                        alpha=0.7,
+                        label=case if seed == 0 else None,
+                    )
         titles = "‖E‖ / ‖T‖", "V / V(0), where V = ‖E Cᵀ‖²", "‖symmetric part of k‖"
         for axes, title in zip(panels, titles, strict=True):
             axes.set(title=title, xlabel="time")

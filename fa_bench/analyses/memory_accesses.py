@@ -31,8 +31,9 @@ class MemoryAccesses(Analysis):
     has nothing to share. How a shared activation is resized makes no difference.
     """
 
-    architectures: list[str] = option(["asap_alexnet", "resnet18", "resnet34"], "NAME or NAME:OPTION=VALUE,..., in quotes within "
-                                      "the list if it has commas")
+    architectures: list[str] = option(
+        ["asap_alexnet", "resnet18", "resnet34"], "NAME or NAME:OPTION=VALUE,..., in quotes within the list if it has commas"
+    )
     k: list[int] = option([2, 4], "layers that share an activation in asap", minimum=2)
     batch: list[int] = option([1, 128], "batch sizes", minimum=1)
     input_shape: list[int] = option([3, 32, 32], "channels, height and width of an image", minimum=1)
@@ -55,11 +56,19 @@ class MemoryAccesses(Analysis):
                 basis = sum(counts["bp"].accesses(batch, self.strict))
                 for rule, memory in counts.items():
                     reads, writes = memory.accesses(batch, self.strict)
-                    rows.append({
-                        "architecture": spec, "rule": rule, "batch": batch,
-                        "parameters": memory.parameters, "activations": memory.activations,
-                        "reads": reads, "writes": writes, "total": reads + writes, "ratio": (reads + writes) / basis,
-                    })
+                    rows.append(
+                        {
+                            "architecture": spec,
+                            "rule": rule,
+                            "batch": batch,
+                            "parameters": memory.parameters,
+                            "activations": memory.activations,
+                            "reads": reads,
+                            "writes": writes,
+                            "total": reads + writes,
+                            "ratio": (reads + writes) / basis,
+                        }
+                    )
         return pd.DataFrame(rows)
 
     def _counts(self, spec: str) -> dict[str, Memory]:

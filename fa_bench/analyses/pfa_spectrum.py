@@ -65,10 +65,26 @@ class PFASpectrum(Analysis):
             samples = [self._measure(rule, between, number) for number in range(self.draws)]
             values, angles = np.concatenate([sample[0] for sample in samples]), np.array([sample[1] for sample in samples])
 
-            def row(quantity: str, measured: float, predicted: float, spread: float = math.nan, v: float = math.nan,
-                    ratio: float = ratio, law: MarchenkoPastur = law) -> None:
-                rows.append({"quantity": quantity, "ratio": ratio, "lambda": law.ratio, "eigenvalue": v,
-                             "measured": measured, "std": spread, "predicted": predicted})
+            def row(
+                quantity: str,
+                measured: float,
+                predicted: float,
+                spread: float = math.nan,
+                v: float = math.nan,
+                ratio: float = ratio,
+                law: MarchenkoPastur = law,
+            ) -> None:
+                rows.append(
+                    {
+                        "quantity": quantity,
+                        "ratio": ratio,
+                        "lambda": law.ratio,
+                        "eigenvalue": v,
+                        "measured": measured,
+                        "std": spread,
+                        "predicted": predicted,
+                    }
+                )
 
             row("eigenvalue_mean", values.mean(), 1.0, values.std())
             row("eigenvalue_std", values.std(), math.sqrt(law.ratio))

@@ -24,8 +24,14 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.rule import Rule
     from fa_bench.runs.train import Parts
 
-PROPERTIES = ("no sign transport", "no magnitude transport", "no separate feedback phase", "no explicit symmetry after training",
-              "accurate approximation of BP", "BP-level performance")
+PROPERTIES = (
+    "no sign transport",
+    "no magnitude transport",
+    "no separate feedback phase",
+    "no explicit symmetry after training",
+    "accurate approximation of BP",
+    "BP-level performance",
+)
 
 #: Table 1 of Li and Benna 2024 by rule, in the order of PROPERTIES; ✽ is "reduced", ✦ "between", ✛ "unclear".
 PUBLISHED = {
@@ -67,23 +73,41 @@ class QualitativeTable(Analysis):
     size: ClassVar[tuple[float, float]] = (13, 4.5)
 
     rules: list[str] = option(list(PUBLISHED), "rules including bp, NAME or NAME:OPTION=VALUE,... (in quotes within a list)")
-    architecture: str = option("mlp:widths=[64,64],init=xavier_uniform", "net, NAME:OPTION=VALUE,...; two hidden layers, "
-                               "as in the paper on MNIST")
+    architecture: str = option(
+        "mlp:widths=[64,64],init=xavier_uniform", "net, NAME:OPTION=VALUE,...; two hidden layers, as in the paper on MNIST"
+    )
     dataset: str = option("digits", "dataset, NAME:OPTION=VALUE,...")
     data_dir: str = option("data", "folder of datasets")
-    optimizer: str = option("sgd:lr=0.05,momentum=0.9,weight_decay=0.003", "optimizer of all rules; initial values need time to "
-                            "decay: steps x lr x decay / (1 - momentum) = 2 leaves a factor of exp(-2)")
+    optimizer: str = option(
+        "sgd:lr=0.05,momentum=0.9,weight_decay=0.003",
+        "optimizer of all rules; initial values need time to "
+        "decay: steps x lr x decay / (1 - momentum) = 2 leaves a factor of exp(-2)",
+    )
     epochs: int = option(60, "epochs of training", minimum=1)
     batch_size: int = option(64, "batch size", minimum=1)
     seeds: int = option(2, "seeds, from 0", minimum=1)
-    changed: float = option(1e-4, "relative change, or fraction of values, that does not count: above rounding (1e-7), far below "
-                            "a transport (1) or a mirror step (0.01)", minimum=0)
-    aligned: float = option(25.0, "degrees up to which two weights count as aligned: between pfa's arctan √0.1 = 17.5 and the 30 "
-                            "of the signs of uniform weights", minimum=0, maximum=90)
-    apart: float = option(78.0, "degrees from which direct synapses count as no more symmetric than the brain's", minimum=0,
-                          maximum=90)
-    gap: float = option(1.3, "points of test accuracy below bp that still count as BP-level: two standard errors of the "
-                        "difference if two nets disagree on 3 % of 2 x 360 test images", minimum=0)
+    changed: float = option(
+        1e-4,
+        "relative change, or fraction of values, that does not count: above rounding (1e-7), far below "
+        "a transport (1) or a mirror step (0.01)",
+        minimum=0,
+    )
+    aligned: float = option(
+        25.0,
+        "degrees up to which two weights count as aligned: between pfa's arctan √0.1 = 17.5 and the 30 "
+        "of the signs of uniform weights",
+        minimum=0,
+        maximum=90,
+    )
+    apart: float = option(
+        78.0, "degrees from which direct synapses count as no more symmetric than the brain's", minimum=0, maximum=90
+    )
+    gap: float = option(
+        1.3,
+        "points of test accuracy below bp that still count as BP-level: two standard errors of the "
+        "difference if two nets disagree on 3 % of 2 x 360 test images",
+        minimum=0,
+    )
     device: str = option("cpu", "auto (an accelerator if there is one), cpu, cuda, cuda:1, mps")
 
     def check(self) -> None:
@@ -94,8 +118,14 @@ class QualitativeTable(Analysis):
     def job(self, rule: str, seed: int) -> Job:
         """The job of one rule."""
         same = {key: (key, getattr(self, key)) for key in ("architecture", "dataset", "optimizer")}
-        return make_job({"algorithm": ("rules", rule), **same}, seed=seed, epochs=self.epochs, batch_size=self.batch_size,
-                        data_dir=self.data_dir, device=self.device)
+        return make_job(
+            {"algorithm": ("rules", rule), **same},
+            seed=seed,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            data_dir=self.data_dir,
+            device=self.device,
+        )
 
     def table(self) -> pd.DataFrame:
         import pandas as pd
@@ -115,8 +145,17 @@ class QualitativeTable(Analysis):
         for rule, measured in values.items():
             marks = PUBLISHED.get(names[rule], ("",) * len(PROPERTIES))
             for (mark, value, unit), name, published in zip(self.judge(measured, accuracy), PROPERTIES, marks, strict=True):
-                rows.append({"rule": rule, "property": name, "measured": mark, "value": value, "unit": unit,
-                             "published": published, "agrees": mark == published if published else None})
+                rows.append(
+                    {
+                        "rule": rule,
+                        "property": name,
+                        "measured": mark,
+                        "value": value,
+                        "unit": unit,
+                        "published": published,
+                        "agrees": mark == published if published else None,
+                    }
+                )
         return pd.DataFrame(rows)
 
     def measure(self, job: Job) -> dict[str, float]:
@@ -129,8 +168,12 @@ class QualitativeTable(Analysis):
         consumer = parts.meter.trace.consumer
         paths = [angles["weight_angle"].get(consumer[layer], angles["delta_angle"].get(layer, math.nan)) for layer in consumer]
         direct = direct_angles(parts)
-        return {**transport(parts.rule), "accuracy": 100 * last["test_accuracy"], "path": sum(paths) / len(paths),
-                "direct": sum(direct) / len(direct) if direct else math.nan}
+        return {
+            **transport(parts.rule),
+            "accuracy": 100 * last["test_accuracy"],
+            "path": sum(paths) / len(paths),
+            "direct": sum(direct) / len(direct) if direct else math.nan,
+        }
 
     def judge(self, measured: dict[str, float], accuracy: dict[str, float]) -> list[tuple[str, float, str]]:
         """(mark, value, unit) of each property, by the thresholds."""
@@ -139,8 +182,10 @@ class QualitativeTable(Analysis):
         others = [accuracy[name] for name in ("fa", "dfa") if name in accuracy]
         level = "yes" if difference > -self.gap else "between" if others and measured["accuracy"] > max(others) else "no"
         return [
-            *(("no" if measured[key] > self.changed else "yes", measured[key], unit)
-              for key, unit in (("sign", "fraction"), ("magnitude", "relative"), ("phase", "relative"))),
+            *(
+                ("no" if measured[key] > self.changed else "yes", measured[key], unit)
+                for key, unit in (("sign", "fraction"), ("magnitude", "relative"), ("phase", "relative"))
+            ),
             (symmetry, direct, "degrees"),
             ("yes" if measured["path"] <= self.aligned else "no", measured["path"], "degrees"),
             (level, difference, "points"),
@@ -154,19 +199,33 @@ class QualitativeTable(Analysis):
         for name in PROPERTIES:
             part = table[table["property"] == name].set_index("rule").loc[rules]
             differs = [mark != "" and not agrees for mark, agrees in zip(part["published"], part["agrees"], strict=True)]
-            measured = [f"{mark} ({'none' if math.isnan(value) else f'{value:.3g}'})"
-                        for mark, value in zip(part["measured"], part["value"], strict=True)]
-            cells.append([f"{cell}\npaper: {published}" if differ else cell
-                          for cell, published, differ in zip(measured, part["published"], differs, strict=True)])
+            measured = [
+                f"{mark} ({'none' if math.isnan(value) else f'{value:.3g}'})"
+                for mark, value in zip(part["measured"], part["value"], strict=True)
+            ]
+            cells.append(
+                [
+                    f"{cell}\npaper: {published}" if differ else cell
+                    for cell, published, differ in zip(measured, part["published"], differs, strict=True)
+                ]
+            )
             colours.append(["#F6D5C3" if differ else "white" for differ in differs])
         units = table.drop_duplicates("property").set_index("property")["unit"]
-        cell_table = axes.table(cells, cellColours=colours, rowLabels=[f"{name} ({units[name]})" for name in PROPERTIES],
-                                colLabels=rules, cellLoc="center", bbox=(0.24, 0, 0.76, 0.95))  # pyright: ignore[reportArgumentType]
+        cell_table = axes.table(
+            cells,
+            cellColours=colours,
+            rowLabels=[f"{name} ({units[name]})" for name in PROPERTIES],
+            colLabels=rules,
+            cellLoc="center",
+            bbox=(0.24, 0, 0.76, 0.95),
+        )  # pyright: ignore[reportArgumentType]
         cell_table.auto_set_font_size(False)
         cell_table.set_fontsize(8)
         agreed = table["agrees"].dropna()
-        axes.set_title(f"Table 1 of Li and Benna 2024, measured: {int(agreed.sum())} of {len(agreed)} marks agree; "
-                       "shaded ones do not", fontsize=10)
+        axes.set_title(
+            f"Table 1 of Li and Benna 2024, measured: {int(agreed.sum())} of {len(agreed)} marks agree; shaded ones do not",
+            fontsize=10,
+        )
 
 
 def feedback_of(rule: Rule) -> dict[str, Tensor]:
@@ -203,8 +262,11 @@ def transport(rule: Rule) -> dict[str, float]:
 
     negated = after(lambda copied: scale(copied, -1))
     signs = [(negated[name].sign() != tensor.sign())[tensor != 0].float().mean().item() for name, tensor in before.items()]
-    return {"sign": max(signs, default=0.0), "magnitude": difference(after(lambda copied: scale(copied, 2))),
-            "phase": difference(after(lambda copied: copied.step()))}
+    return {
+        "sign": max(signs, default=0.0),
+        "magnitude": difference(after(lambda copied: scale(copied, 2))),
+        "phase": difference(after(lambda copied: copied.step())),
+    }
 
 
 def direct_angles(parts: Parts) -> list[float]:

@@ -71,8 +71,13 @@ class ShortcutEffect(Analysis):
         """The job of one net: `net` is the option that names it."""
         keys = {"algorithm": "rule", "architecture": net, "dataset": "dataset", "optimizer": "optimizer"}
         return make_job(
-            {group: (key, getattr(self, key)) for group, key in keys.items()}, seed=seed, epochs=self.epochs,
-            batch_size=self.batch_size, probe_size=self.probe_size, data_dir=self.data_dir, device=self.device,
+            {group: (key, getattr(self, key)) for group, key in keys.items()},
+            seed=seed,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            probe_size=self.probe_size,
+            data_dir=self.data_dir,
+            device=self.device,
         )
 
     def table(self) -> pd.DataFrame:
@@ -125,8 +130,17 @@ class ShortcutEffect(Analysis):
                 for epoch, style in ((epochs[0], ":"), (epochs[-1], "-")):
                     part = table[(table["net"] == net) & (table["epoch"] == epoch)].groupby("layer")[angle]
                     means, spreads = part.mean().reindex(layers), part.std(ddof=0).reindex(layers)
-                    axes.errorbar(range(len(layers)), means, spreads, ls=style, marker="o", ms=3, capsize=2, color=colour,
-                                  label=f"{net.replace('_', ' ')}, epoch {epoch}")
+                    axes.errorbar(
+                        range(len(layers)),
+                        means,
+                        spreads,
+                        ls=style,
+                        marker="o",
+                        ms=3,
+                        capsize=2,
+                        color=colour,
+                        label=f"{net.replace('_', ' ')}, epoch {epoch}",
+                    )
             axes.set_xticks(range(len(layers)), layers, rotation=60, ha="right", fontsize=7)
             axes.axhline(90, color="0.6", lw=1, ls=(0, (1, 3)))
         panels[0].set(title="Sharing alone: backpropagation's δ", ylabel="weight change to backpropagation's (degrees)")
@@ -181,5 +195,3 @@ def gradients(rule: Rule, x: Tensor, y: Tensor, exact: bool = False) -> dict[str
         rule.backward(torch.nn.functional.cross_entropy(logits, y), logits, y)
         layers = weighted_layers(rule.model)
         return {path: layer.weight.grad.detach().clone() for path, layer in layers.items() if layer.weight.grad is not None}
-
-

@@ -54,8 +54,9 @@ def fit(job: Job, parts: Parts, on_epoch: Callable[[Progress, dict[str, Any]], N
         def on_epoch_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
             on_epoch(trainer.progress, metrics)
 
-    trainer = Trainer(parts.rule, parts.optimizers, parts.splits, job.run,
-                      [Divergence(), Alignment(parts.meter, every=0), Watch()])
+    trainer = Trainer(
+        parts.rule, parts.optimizers, parts.splits, job.run, [Divergence(), Alignment(parts.meter, every=0), Watch()]
+    )
     for _ in parts.rule.initial_phase():
         pass
     try:

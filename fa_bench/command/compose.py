@@ -268,11 +268,15 @@ def _parse_all(overrides: list[str]) -> list[Override]:
     for override in parsed:
         value = override.value()
         if isinstance(value, list) and override.key_or_group in kinds and len(value) != 1:
-            raise ConfigError(f"{truncate(override.input_line or '', 200)}: a run has one {override.key_or_group}; for a sweep "
-                              f"write -m {override.key_or_group}={','.join(map(str, value)) or 'NAME,NAME'}")
+            raise ConfigError(
+                f"{truncate(override.input_line or '', 200)}: a run has one {override.key_or_group}; for a sweep "
+                f"write -m {override.key_or_group}={','.join(map(str, value)) or 'NAME,NAME'}"
+            )
         if override.is_sweep_override() and override.is_hydra_override():
-            raise ConfigError(f"{truncate(override.input_line or '', 200)}: Hydra's own options are the same for all jobs of a "
-                              "sweep; pass one value")
+            raise ConfigError(
+                f"{truncate(override.input_line or '', 200)}: Hydra's own options are the same for all jobs of a "
+                "sweep; pass one value"
+            )
     return parsed
 
 
@@ -300,8 +304,10 @@ def _read_grid(config: DictConfig, where: str) -> list[dict[str, str]]:
     if grid is None:
         return []
     if not isinstance(grid, list) or not all(isinstance(part, dict) and part for part in grid):
-        raise ConfigError(f"{where}: {GRID}={truncate(str(grid), 200)}: must be a list of mappings, such as "
-                          "[{algorithm: 'bp,fa', seed: '0,1'}]")
+        raise ConfigError(
+            f"{where}: {GRID}={truncate(str(grid), 200)}: must be a list of mappings, such as "
+            "[{algorithm: 'bp,fa', seed: '0,1'}]"
+        )
     for part in grid:
         for key, values in part.items():
             _override(f"{where}: {GRID}", key, values)
@@ -314,11 +320,19 @@ def _read_rules(config: DictConfig, where: str) -> dict[str, dict[str, str]]:
     if rules is None:
         return {}
     if not isinstance(rules, dict) or not all(isinstance(options, dict) for options in rules.values()):
-        raise ConfigError(f"{where}: {RULES}={truncate(str(rules), 200)}: must map rules to options, such as "
-                          "{fa: {density: 0.5}}")
+        raise ConfigError(
+            f"{where}: {RULES}={truncate(str(rules), 200)}: must map rules to options, such as {{fa: {{density: 0.5}}}}"
+        )
     for name in rules:
         if name not in ALGORITHMS:
-            raise ConfigError(f"{where}: {RULES}.{truncate(str(name), 100)}: no such algorithm{nearest(str(name), ALGORITHMS)} "
-                              f"(available: {names(ALGORITHMS)})")
-    return {str(name): {f"algorithm.{key}": _override(f"{where}: {RULES}.{name}", f"algorithm.{key}", json.dumps(value))
-                        for key, value in options.items()} for name, options in rules.items()}
+            raise ConfigError(
+                f"{where}: {RULES}.{truncate(str(name), 100)}: no such algorithm{nearest(str(name), ALGORITHMS)} "
+                f"(available: {names(ALGORITHMS)})"
+            )
+    return {
+        str(name): {
+            f"algorithm.{key}": _override(f"{where}: {RULES}.{name}", f"algorithm.{key}", json.dumps(value))
+            for key, value in options.items()
+        }
+        for name, options in rules.items()
+    }

@@ -62,9 +62,16 @@ def dry_run(config_name: str, config_dir: str | None, overrides: list[str], mult
         composer = Composer(config_name, config_dir, overrides)
         jobs = composer.check(composer.expand(multirun), directories=False)
         if not multirun:
-            (job, run_dir), = jobs
-            return "\n".join([_HEAD, "", *_section("config", _config(job)), *_details(job, {}),
-                              *_section("output", [f"{run_dir}: {describe(run_dir, job)}"])]).rstrip()
+            ((job, run_dir),) = jobs
+            return "\n".join(
+                [
+                    _HEAD,
+                    "",
+                    *_section("config", _config(job)),
+                    *_details(job, {}),
+                    *_section("output", [f"{run_dir}: {describe(run_dir, job)}"]),
+                ]
+            ).rstrip()
         return "\n".join(_sweep(jobs)).rstrip()
 
 
@@ -74,7 +81,7 @@ def _sweep(jobs: Sequence[tuple[Job, Path]]) -> list[str]:
     distinct: dict[str, Job] = {}
     for job, run_dir in jobs:
         distinct.setdefault(str(run_dir.parent / job.group), job)
-    shown = list(distinct.values())[:1 if len(distinct) > MOST_CONFIGS else None]
+    shown = list(distinct.values())[: 1 if len(distinct) > MOST_CONFIGS else None]
     cache: dict[str, Splits] = {}
     for number, job in enumerate(shown):
         lines += [_title(job, list(distinct.values())), "=" * 80, ""]
@@ -146,8 +153,10 @@ def _uncovered(rule: Rule) -> list[str]:
         if parameters and path not in covered:
             key = type(module).__name__, any(parameter.requires_grad for parameter in parameters)
             sizes_of.setdefault(key, []).append(sum(parameter.numel() for parameter in parameters))
-    return [f"and {len(sizes)} {kind} with {format_count(sum(sizes))} parameters{'' if learns else ', frozen'}"
-            for (kind, learns), sizes in sizes_of.items()]
+    return [
+        f"and {len(sizes)} {kind} with {format_count(sum(sizes))} parameters{'' if learns else ', frozen'}"
+        for (kind, learns), sizes in sizes_of.items()
+    ]
 
 
 def _without_error(parts: Parts) -> list[str]:
@@ -171,8 +180,12 @@ def _feedback(rule: Rule) -> list[str]:
 def _stored_feedback(rule: Rule) -> dict[tuple[str, str], torch.Tensor]:
     """The feedback tensors that the rule stores, by module and name; others are computed at each access."""
     first, second = rule.feedback, rule.feedback
-    return {(path, name): tensor for path, tensors in first.items() for name, tensor in tensors.items()
-            if second[path][name] is tensor}
+    return {
+        (path, name): tensor
+        for path, tensors in first.items()
+        for name, tensor in tensors.items()
+        if second[path][name] is tensor
+    }
 
 
 def _costs(job: Job, parts: Parts) -> list[tuple[str, str]]:
@@ -190,11 +203,22 @@ def _costs(job: Job, parts: Parts) -> list[tuple[str, str]]:
         ("weights", format_bytes(_bytes(parameters))),
         ("feedback", f"{format_bytes(feedback)}, {format_bytes(_bytes(learned))} of it learned"),
         ("optimizer state", f"{format_bytes(_bytes(state))} ({_optimizers(job, bool(learned))})"),
-        ("multiplications", f"{_compared(of_rule.multiplications, of_backprop.multiplications, format_count)} "
-                            f"(batch of {batch})"),
-        ("of these", ", ".join(f"{format_count(number)} {phase}" for phase, number in (
-            ("forward", of_rule.forward), ("backward", of_rule.backward), ("for learning feedback", of_rule.feedback),
-            *([("in the optimizer", of_rule.optimizer)] if of_rule.optimizer else [])))),
+        (
+            "multiplications",
+            f"{_compared(of_rule.multiplications, of_backprop.multiplications, format_count)} (batch of {batch})",
+        ),
+        (
+            "of these",
+            ", ".join(
+                f"{format_count(number)} {phase}"
+                for phase, number in (
+                    ("forward", of_rule.forward),
+                    ("backward", of_rule.backward),
+                    ("for learning feedback", of_rule.feedback),
+                    *([("in the optimizer", of_rule.optimizer)] if of_rule.optimizer else []),
+                )
+            ),
+        ),
         ("bytes moved", _compared(of_rule.bytes_moved, of_backprop.bytes_moved, format_bytes)),
         ("peak memory", _compared(of_rule.peak_memory, of_backprop.peak_memory, format_bytes)),
         *_accesses(job, model, splits, batch),
@@ -231,8 +255,10 @@ def _training(job: Job, trained: Job, splits: Splits) -> list[tuple[str, str]]:
     parts: dict[str, Split | None] = {"training": splits.train, "validation": splits.validation, "test": splits.test}
     counts = ", ".join(f"{format_count(len(split)) if split is not None else 'no'} {name}" for name, split in parts.items())
     rows = [
-        (NOUNS[splits.inputs][1], f"{counts}; {format_shape(splits.input_shape)}, {len(splits.classes)} "
-                                  f"{_OUTPUTS[splits.targets]}"),
+        (
+            NOUNS[splits.inputs][1],
+            f"{counts}; {format_shape(splits.input_shape)}, {len(splits.classes)} {_OUTPUTS[splits.targets]}",
+        ),
         *(("data", note) for note in splits.notes),
         ("steps", f"{steps:,} an epoch, {steps * epochs:,} in {epochs} epoch{'s' * (epochs > 1)}"),
     ]

@@ -15,9 +15,14 @@ from fa_bench.errors import ConfigError, names, nearest, truncate
 
 #: Choices of Hydra's own groups that need another package.
 _PACKAGES = {
-    "hydra/launcher": {"joblib": "hydra-joblib-launcher", "submitit_local": "hydra-submitit-launcher",
-                       "submitit_slurm": "hydra-submitit-launcher", "ray": "hydra-ray-launcher", "ray_aws": "hydra-ray-launcher",
-                       "rq": "hydra-rq-launcher"},
+    "hydra/launcher": {
+        "joblib": "hydra-joblib-launcher",
+        "submitit_local": "hydra-submitit-launcher",
+        "submitit_slurm": "hydra-submitit-launcher",
+        "ray": "hydra-ray-launcher",
+        "ray_aws": "hydra-ray-launcher",
+        "rq": "hydra-rq-launcher",
+    },
     "hydra/job_logging": {"colorlog": "hydra-colorlog"},
     "hydra/hydra_logging": {"colorlog": "hydra-colorlog"},
 }
@@ -61,8 +66,11 @@ def explain(loader: ConfigLoader, config_name: str, overrides: list[str], error:
                             hint = "; if a plugin provides it, pass plugins=[MODULE]"
                         return ConfigError(f"{key}={truncate(name, 100)}: no such {key}{hint} (available: {names(groups[key])})")
         # Keys are looked up in the config with the chosen groups.
-        chosen = [f"{o.get_key_element()}={values_of(o)[0]}" if o.is_sweep_override() else o.input_line or ""
-                  for o in parsed if o.key_or_group in groups]
+        chosen = [
+            f"{o.get_key_element()}={values_of(o)[0]}" if o.is_sweep_override() else o.input_line or ""
+            for o in parsed
+            if o.key_or_group in groups
+        ]
         base = loader.load_configuration(config_name, chosen, run_mode=RunMode.RUN)
     except Exception:
         return ConfigError(_summary(error))
@@ -75,8 +83,10 @@ def explain(loader: ConfigLoader, config_name: str, overrides: list[str], error:
 
 def other_sweeper(name: str) -> str:
     """The message for a sweeper that is not fa-bench's own."""
-    return (f"hydra/sweeper={truncate(name, 100)}: not supported; only fa-bench's own sweeper checks all jobs before the first "
-            "one starts (allowed: fa_bench)")
+    return (
+        f"hydra/sweeper={truncate(name, 100)}: not supported; only fa-bench's own sweeper checks all jobs before the first "
+        "one starts (allowed: fa_bench)"
+    )
 
 
 def unknown_key(key: str, config: DictConfig, groups: list[str]) -> str:
@@ -88,14 +98,17 @@ def unknown_key(key: str, config: DictConfig, groups: list[str]) -> str:
             allowed = sorted(str(name) for name in node if name != "hydra") if isinstance(node, DictConfig) else []
             allowed += [group for group in groups if depth == 0 and group not in allowed]
             within = ".".join(parts[:depth])
-            return f"{key}: unknown key{f' {part} in {within}' if within else ''}" \
-                   f"{_same_name_hint(parts[-1], config) or nearest(part, allowed)} (allowed: {names(allowed)})"
+            return (
+                f"{key}: unknown key{f' {part} in {within}' if within else ''}"
+                f"{_same_name_hint(parts[-1], config) or nearest(part, allowed)} (allowed: {names(allowed)})"
+            )
         node = node._get_node(part)
     return ""
 
 
 def _same_name_hint(last: str, config: DictConfig) -> str:
     """A hint at keys of other components that end in `last`."""
+
     def keys(node: DictConfig, prefix: str) -> Iterator[str]:
         for name in node:
             child = node._get_node(name)

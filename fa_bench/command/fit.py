@@ -46,8 +46,7 @@ def _attach(job: Job) -> None:
             model = job.architecture.build(*shape)
         dtype = torch.int64 if job.dataset.inputs == TOKENS else torch.float32
         sample = torch.zeros(2, *shape[0], device="meta", dtype=dtype)
-        job.fresh_algorithm().attach(model, seed=job.run.seed, sample_input=sample, initial_phase=False,
-                                     objective=job.objective)
+        job.fresh_algorithm().attach(model, seed=job.run.seed, sample_input=sample, initial_phase=False, objective=job.objective)
     except CoverageError as error:
         raise error.with_prefix("algorithm") from None
     except KeyboardInterrupt:

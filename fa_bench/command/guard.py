@@ -39,7 +39,8 @@ _LOGS = ("hydra.job_logging", "hydra.hydra_logging")
 _TEXT = re.compile(r"\$\{hydra\.(job|sweep|run|runtime)\.(name|id|num|dir|subdir|output_dir|override_dirname)\}")
 #: Allowed values of logging keys, and of any logging value with a scheme, such as ext://.
 _LOG_VALUES = {
-    "class": ("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler", "logging.Formatter"), "()": (),
+    "class": ("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler", "logging.Formatter"),
+    "()": (),
     "filename": ("${hydra.runtime.output_dir}/${hydra.job.name}.log",),
 }
 _LOG_SCHEMES = ("ext://sys.stdout", "ext://sys.stderr")
@@ -83,8 +84,10 @@ class CheckedPackages(ImportlibResourcesConfigSource):
 
     def __init__(self, provider: str, path: str) -> None:
         if provider.startswith("hydra.searchpath"):
-            raise ConfigError(f"hydra.searchpath=[{truncate(path, 200)}]: packages would be imported, but configs must not run "
-                              "code; name folders")
+            raise ConfigError(
+                f"hydra.searchpath=[{truncate(path, 200)}]: packages would be imported, but configs must not run "
+                "code; name folders"
+            )
         super().__init__(provider, path)
 
     def load_config(self, config_path: str) -> ConfigResult:
@@ -132,18 +135,25 @@ def check_config(config: DictConfig, plugins: list[str]) -> None:
     for path, key, value in _walk(plain):
         text, shown = value if isinstance(value, str) else "", truncate(str(value), 80)
         if key == "_target_" and not (path.startswith(_INSTANTIATED) and str(value) in _hydra_classes()):
-            raise ConfigError(f"{path}={shown}: configs must not name code to run; " + (
-                f"allowed are the launchers, sweepers and callbacks of Hydra and its plugins ({', '.join(_hydra_classes())})"
-                if path.startswith("hydra.") else "choose components by name (algorithm=fa) and modules by plugins=[...]"))
+            raise ConfigError(
+                f"{path}={shown}: configs must not name code to run; "
+                + (
+                    f"allowed are the launchers, sweepers and callbacks of Hydra and its plugins ({', '.join(_hydra_classes())})"
+                    if path.startswith("hydra.")
+                    else "choose components by name (algorithm=fa) and modules by plugins=[...]"
+                )
+            )
         if not path.startswith("hydra.") and (match := re.search(r"\$\{(hydra\.[\w.]+)\}", text)):
             raise ConfigError(f"{path}={shown}: only Hydra's own options, such as hydra.run.dir, may refer to {match[1]}")
         if path.startswith(_INSTANTIATED + _LOGS) and "${" in _TEXT.sub("", text):
-            raise ConfigError(f"{path}={shown}: only Hydra's own names and folders may be interpolated here, since configs must "
-                              "not run code")
+            raise ConfigError(
+                f"{path}={shown}: only Hydra's own names and folders may be interpolated here, since configs must not run code"
+            )
         allowed = _LOG_VALUES.get(str(key), _LOG_SCHEMES if "://" in text else None)
         if path.startswith(_LOGS) and allowed is not None and value not in allowed:
-            raise ConfigError(f"{path}={shown}: logs must not call other code or write other files (allowed: "
-                              f"{', '.join(allowed) or 'nothing'})")
+            raise ConfigError(
+                f"{path}={shown}: logs must not call other code or write other files (allowed: {', '.join(allowed) or 'nothing'})"
+            )
     if "experiment" in plain:
         raise ConfigError("experiment: the file must begin with the line '# @package _global_' and set a mapping of keys")
     hydra: Any = plain.get("hydra")
@@ -154,11 +164,14 @@ def check_config(config: DictConfig, plugins: list[str]) -> None:
         if sweeper.get("_target_") != SWEEPER:
             raise ConfigError(other_sweeper(str(hydra["runtime"]["choices"].get("hydra/sweeper"))))
         if extra := [key for key in sweeper if key != "_target_"]:
-            raise ConfigError(f"hydra.sweeper.{extra[0]}: fa-bench's sweeper has no options; list the values on the command line "
-                              "or in an experiment's `grid`")
+            raise ConfigError(
+                f"hydra.sweeper.{extra[0]}: fa-bench's sweeper has no options; list the values on the command line "
+                "or in an experiment's `grid`"
+            )
     if hydra["job"].get("env_set"):
-        raise ConfigError("hydra.job.env_set: not supported; set environment variables in the shell, so that they hold for the "
-                          "whole run")
+        raise ConfigError(
+            "hydra.job.env_set: not supported; set environment variables in the shell, so that they hold for the whole run"
+        )
     if hydra["mode"] is not None:
         raise ConfigError(f"hydra.mode={hydra['mode']}: not supported; pass -m (--multirun) for a sweep")
     if Path(folder := hydra["output_subdir"] or "hydra").name != folder:
@@ -168,8 +181,10 @@ def check_config(config: DictConfig, plugins: list[str]) -> None:
     except OmegaConfBaseException:
         return  # nothing is imported: the check of the job reports what is wrong
     if OmegaConf.is_list(modules) and (unnamed := [name for name in modules if name not in plugins]):
-        raise ConfigError(f"plugins=[{unnamed[0]}]: set by a config file, but only the command line may name modules to import; "
-                          f"add plugins=[{unnamed[0]}] to it")
+        raise ConfigError(
+            f"plugins=[{unnamed[0]}]: set by a config file, but only the command line may name modules to import; "
+            f"add plugins=[{unnamed[0]}] to it"
+        )
 
 
 def _check_lengths(plain: Any) -> None:
@@ -218,5 +233,8 @@ def _hydra_classes() -> list[str]:
     classes: list[type] = [*Plugins.instance().discover(Launcher), *Plugins.instance().discover(Sweeper), Callback]
     for cls in classes:  # the list grows meanwhile
         classes += cls.__subclasses__() if issubclass(cls, Callback) else ()
-    return sorted(f"{cls.__module__}.{cls.__qualname__}" for cls in classes
-                  if cls.__module__.partition(".")[0] in ("hydra", "hydra_plugins") and cls is not Callback)
+    return sorted(
+        f"{cls.__module__}.{cls.__qualname__}"
+        for cls in classes
+        if cls.__module__.partition(".")[0] in ("hydra", "hydra_plugins") and cls is not Callback
+    )

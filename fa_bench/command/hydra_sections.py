@@ -39,7 +39,8 @@ def check_sections(config: DictConfig) -> None:
             _configure_logging(config.hydra[name])
     verbose = config.hydra.verbose
     if not isinstance(verbose, (bool, str)) and not (
-            OmegaConf.is_list(verbose) and all(isinstance(name, str) for name in verbose)):
+        OmegaConf.is_list(verbose) and all(isinstance(name, str) for name in verbose)
+    ):
         raise ConfigError(f"hydra.verbose={verbose}: must be true, false or a list of loggers")
     # Launchers with several processes, such as joblib's, would refuse the number when the sweep has started.
     jobs = OmegaConf.select(config, "hydra.launcher.n_jobs")

@@ -84,8 +84,15 @@ class Task:
             return 1
         try:
             with resilient_output(), console_log(), interrupt_on_signals():
-                run(job, directory, title=title, experiment=experiment, later_epochs=sum(self.epochs[number + 1:]),
-                    swept=self.swept, brief=number > 0)
+                run(
+                    job,
+                    directory,
+                    title=title,
+                    experiment=experiment,
+                    later_epochs=sum(self.epochs[number + 1 :]),
+                    swept=self.swept,
+                    brief=number > 0,
+                )
             return 0
         except KeyboardInterrupt as error:
             return self._stopped(error, prefix)

@@ -56,7 +56,11 @@ class JobLoader(ConfigLoaderImpl):
         self._configs, self._is_group = _latest["configs"], _latest["is_group"]
 
     def _load_configuration_impl(
-        self, config_name: str | None, overrides: list[str], run_mode: RunMode, from_shell: bool = True,
+        self,
+        config_name: str | None,
+        overrides: list[str],
+        run_mode: RunMode,
+        from_shell: bool = True,
         validate_sweep_overrides: bool = True,
     ) -> DictConfig:
         try:
@@ -77,11 +81,12 @@ class JobLoader(ConfigLoaderImpl):
         tasks = [override for override in parsed if not override.is_hydra_override()]
         shared_tasks = sum(not override.is_hydra_override() for override in shared)
         recorded = config.hydra.overrides.task
-        config.hydra.overrides.task = [*recorded[:len(recorded) - shared_tasks], *(override.input_line for override in tasks)]
+        config.hydra.overrides.task = [*recorded[: len(recorded) - shared_tasks], *(override.input_line for override in tasks)]
         config.hydra.runtime.cwd = os.getcwd()
         form = config.hydra.job.config.override_dirname
         config.hydra.job.override_dirname = get_overrides_dirname(
-            overrides=tasks, kv_sep=form.kv_sep, item_sep=form.item_sep, exclude_keys=form.exclude_keys)
+            overrides=tasks, kv_sep=form.kv_sep, item_sep=form.item_sep, exclude_keys=form.exclude_keys
+        )
         return config
 
     def _chooses(self, override: Override, config_name: str | None, search_path: Sequence[Any]) -> bool:

@@ -71,8 +71,12 @@ def expand(overrides: list[Override]) -> list[list[str]]:
     if (jobs := math.prod(map(count_values, overrides))) > MOST_JOBS:
         swept = " ".join(o.input_line or "" for o in overrides if o.is_sweep_override())
         raise ConfigError(f"{truncate(swept, 200)}: a sweep of {jobs:.0f} jobs (allowed: up to {MOST_JOBS})")
-    values = {override.get_key_element(): list(override.sweep_string_iterator()) if override.is_sweep_override()
-              else [override.get_value_element_as_str()] for override in overrides}
+    values = {
+        override.get_key_element(): list(override.sweep_string_iterator())
+        if override.is_sweep_override()
+        else [override.get_value_element_as_str()]
+        for override in overrides
+    }
     return [[f"{key}={value}" for key, value in zip(values, job, strict=True)] for job in itertools.product(*values.values())]
 
 

@@ -88,14 +88,22 @@ def sweep(context: HydraContext, task: Any, config: DictConfig, arguments: list[
         n_jobs, gpu_note = jobs_at_a_time(n_jobs, count, min(job.run.jobs_per_gpu for job, _ in jobs))
         if n_jobs is not None:
             config.hydra.launcher.n_jobs = n_jobs
-        task = dataclasses.replace(task, epochs=epochs, keys=keys, swept=swept, threads=torch.get_num_threads(),
-                                   parent_pid=os.getpid(), failure_marker=Path(scratch, "failed"),
-                                   gpus=GpuPool(visible_devices(count, os.environ), Path(scratch)) if count else None)
+        task = dataclasses.replace(
+            task,
+            epochs=epochs,
+            keys=keys,
+            swept=swept,
+            threads=torch.get_num_threads(),
+            parent_pid=os.getpid(),
+            failure_marker=Path(scratch, "failed"),
+            gpus=GpuPool(visible_devices(count, os.environ), Path(scratch)) if count else None,
+        )
         with errors_named(config, "launcher"):
             launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=config)
         print(f"Running {sweep_summary([job for job, _ in jobs], *folders)}{_earlier_runs(jobs)}", flush=True)
-        planned = {run_dir: PlannedRun(run_dir, job_name(job, keys), count)
-                   for (job, run_dir), count in zip(jobs, epochs, strict=True)}
+        planned = {
+            run_dir: PlannedRun(run_dir, job_name(job, keys), count) for (job, run_dir), count in zip(jobs, epochs, strict=True)
+        }
         threads = {job.run.threads or torch.get_num_threads() for job, _ in jobs}
         for note in (gpu_note, oversubscribed(n_jobs, max(threads), cores())):
             if note:
@@ -111,8 +119,13 @@ def sweep(context: HydraContext, task: Any, config: DictConfig, arguments: list[
         except Exception as error:
             if "UncompletedJobError" not in [cls.__name__ for cls in type(error).__mro__]:
                 raise
-            print(printable(f"fa-bench: submitit lost a job ({first_line(error)}). Others may still run; when they have ended, "
-                            "rerun the same command to resume"), file=sys.stderr)
+            print(
+                printable(
+                    f"fa-bench: submitit lost a job ({first_line(error)}). Others may still run; when they have ended, "
+                    "rerun the same command to resume"
+                ),
+                file=sys.stderr,
+            )
         # joblib would keep its processes for later sweeps, which may have another working directory.
         if (loky := sys.modules.get("joblib.externals.loky")) is not None:
             loky.get_reusable_executor(reuse=True).shutdown(wait=True)
@@ -132,8 +145,10 @@ def oversubscribed(jobs: int | None, threads: int, available: int) -> str:
     jobs = available if jobs == -1 else jobs or 1
     if jobs == 1 or jobs * threads <= available:
         return ""
-    return (f"  {jobs} jobs at a time with {threads} threads each share {available} cores; threads={max(available // jobs, 1)} "
-            "is faster")
+    return (
+        f"  {jobs} jobs at a time with {threads} threads each share {available} cores; threads={max(available // jobs, 1)} "
+        "is faster"
+    )
 
 
 def _earlier_runs(jobs: Jobs) -> str:
@@ -210,5 +225,8 @@ def _folders(jobs: Jobs) -> dict[Path, list[Path]]:
 
 def _is_standard(job: Job, run_dir: Path) -> bool:
     """Whether the directory is that of the default config: `output_dir`/collection/group/seed."""
-    return (run_dir.name, run_dir.parent.name) == (f"seed{job.run.seed}", job.group) and len(run_dir.parents) > 2 and (
-        Path(os.path.abspath(run_dir.parents[2])) == Path(os.path.abspath(job.run.output_dir)))
+    return (
+        (run_dir.name, run_dir.parent.name) == (f"seed{job.run.seed}", job.group)
+        and len(run_dir.parents) > 2
+        and (Path(os.path.abspath(run_dir.parents[2])) == Path(os.path.abspath(job.run.output_dir)))
+    )

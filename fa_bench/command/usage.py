@@ -56,14 +56,17 @@ def usage(composer: Composer, topics: Sequence[str]) -> str:
         if topic not in (known := [*kinds, "experiment", "run", *named]):
             similar = "; --help run lists it" if topic in defaults(RunOptions) else nearest(topic, known)
             raise ConfigError(f"--help {truncate(topic, 100)}: no such topic{similar} (allowed: {names(known)})")
-        sections.append(["run options:", *_options(RunOptions(), "")] if topic == "run" else
-                        [f"{topic}:", *(_components(named[topic]) if topic in named else
-                                        _choices(composer, topic, choices[topic]))])
+        sections.append(
+            ["run options:", *_options(RunOptions(), "")]
+            if topic == "run"
+            else [f"{topic}:", *(_components(named[topic]) if topic in named else _choices(composer, topic, choices[topic]))]
+        )
     for name in chosen.get("experiment", ()):
         if name not in choices["experiment"]:
             raise ConfigError(f"experiment={name}: no such experiment{nearest(name, choices['experiment'])}")
-        sections.append([f"experiment={name}:", *textwrap.wrap(_comment(composer, name), _WIDTH, initial_indent="  ",
-                                                              subsequent_indent="  ")])
+        sections.append(
+            [f"experiment={name}:", *textwrap.wrap(_comment(composer, name), _WIDTH, initial_indent="  ", subsequent_indent="  ")]
+        )
     for kind, group in kinds.items():
         for name in chosen.get(kind, ()):
             # A choice that is not a component is a config that sets one up: show its values instead of the defaults.
@@ -80,8 +83,9 @@ def usage(composer: Composer, topics: Sequence[str]) -> str:
 def _page(choices: dict[str, list[str]]) -> str:
     lines = [_HEAD, "groups:"]
     for kind in (*(group.kind for group in GROUPS), "experiment"):
-        lines += textwrap.wrap(", ".join(sorted(choices[kind])), _WIDTH, initial_indent=f"  {kind:14s}",
-                               subsequent_indent=" " * 16)
+        lines += textwrap.wrap(
+            ", ".join(sorted(choices[kind])), _WIDTH, initial_indent=f"  {kind:14s}", subsequent_indent=" " * 16
+        )
     lines += [f"  optimizer@{FEEDBACK_OPTIMIZER}=...  a separate optimizer for learned feedback", "", "common options:"]
     fields = {field.name: field for field in option_fields(RunOptions)}
     defaults = RunOptions()
@@ -97,8 +101,13 @@ def _choices(composer: Composer, kind: str, choices: Sequence[str]) -> Iterator[
     group = next((group for group in GROUPS if group.kind == kind), {})
     width = max(17, *map(len, choices))
     for name in sorted(choices):
-        text = _comment(composer, name) if kind == "experiment" else summary(group[name]) if name in group else \
-            f"from {composer.config_dir}"
+        text = (
+            _comment(composer, name)
+            if kind == "experiment"
+            else summary(group[name])
+            if name in group
+            else f"from {composer.config_dir}"
+        )
         yield f"  {name:{width}s} {textwrap.shorten(text, _WIDTH, placeholder=' ...')}"
 
 

@@ -63,57 +63,100 @@ class RunOptions(Options):
     drop_last: bool = option(True, "drop the last incomplete batch")
     shuffle: bool = option(True, "shuffle the training samples in every epoch")
     accumulate: int = option(1, "micro-batches that a batch is split into to save memory; their gradients are summed", minimum=1)
-    clip_norm: float | None = option(None, "maximum norm of the gradients of weights and learned feedback together, which "
-                                           "are scaled down if necessary; null: no clipping", above=0)
+    clip_norm: float | None = option(
+        None,
+        "maximum norm of the gradients of weights and learned feedback together, which "
+        "are scaled down if necessary; null: no clipping",
+        above=0,
+    )
     device: str = option("auto", "auto (an accelerator if available), cpu, cuda, cuda:1, mps")
     data_dir: str = option("data", "folder of the datasets; for image_folder, of the dataset itself")
     output_dir: str = option("outputs", "folder of the run directories")
-    resume: bool | None = option(None, "null: resume if possible, restart if code or data have changed or the run is damaged; "
-                                       "true: refuse these; false: restart")
+    resume: bool | None = option(
+        None,
+        "null: resume if possible, restart if code or data have changed or the run is damaged; "
+        "true: refuse these; false: restart",
+    )
     checkpoint_epochs: int = option(1, "epochs between checkpoints; there is always one after the last epoch", minimum=1)
     checkpoint_minutes: float = option(10.0, "minutes between checkpoints within an epoch; 0: never", minimum=0)
-    on_error: str = option("continue", "whether a sweep continues after a job has failed",
-                           choices=["continue", "stop"])
-    on_divergence: str = option("stop", "whether a run stops when its loss or a weight is not finite",
-                                choices=["stop", "continue"])
-    threads: int = option(0, "number of CPU threads (0: PyTorch's default); changes rounding", minimum=0,
-                          maximum=MAX_THREADS)
+    on_error: str = option("continue", "whether a sweep continues after a job has failed", choices=["continue", "stop"])
+    on_divergence: str = option(
+        "stop", "whether a run stops when its loss or a weight is not finite", choices=["stop", "continue"]
+    )
+    threads: int = option(0, "number of CPU threads (0: PyTorch's default); changes rounding", minimum=0, maximum=MAX_THREADS)
     jobs_per_gpu: int = option(1, "jobs at a time on each CUDA device, for hydra/launcher=joblib without n_jobs", minimum=1)
-    sync_batch_norm: bool = option(False, "batch normalisation over the samples of all processes that train together (torchrun)",
-                                   identifying=False)
+    sync_batch_norm: bool = option(
+        False, "batch normalisation over the samples of all processes that train together (torchrun)", identifying=False
+    )
     deterministic: bool = option(False, "refuse nondeterministic operations")
-    compile: bool | str = option(False, "compile forward and backward pass with torch.compile; auto: where that was measured to "
-                                        "pay; changes rounding", choices=["auto", True, False], identifying=False)
-    graphs: bool | str = option("auto", "capture compiled steps as CUDA graphs; auto: currently never (not yet measured)",
-                                choices=["auto", True, False], identifying=False)
-    precision: str = option("fp32", "fp32; tf32 (products on CUDA devices); bf16 (autocast: weights, feedback and metrics stay "
-                                    "in single precision)", choices=["fp32", "tf32", "bf16"], identifying=False)
-    channels_last: bool | str = option(False, "store images and kernels with their channels last; auto: where that was "
-                                              "measured to pay; changes rounding", choices=["auto", True, False],
-                                       identifying=False)
-    probe_every: int | None = option(None, "steps between measurements of angles; 0: only at the end; null: at least 20 "
-                                           "measurements in a run, at most 500 steps apart", minimum=0)
+    compile: bool | str = option(
+        False,
+        "compile forward and backward pass with torch.compile; auto: where that was measured to pay; changes rounding",
+        choices=["auto", True, False],
+        identifying=False,
+    )
+    graphs: bool | str = option(
+        "auto",
+        "capture compiled steps as CUDA graphs; auto: currently never (not yet measured)",
+        choices=["auto", True, False],
+        identifying=False,
+    )
+    precision: str = option(
+        "fp32",
+        "fp32; tf32 (products on CUDA devices); bf16 (autocast: weights, feedback and metrics stay in single precision)",
+        choices=["fp32", "tf32", "bf16"],
+        identifying=False,
+    )
+    channels_last: bool | str = option(
+        False,
+        "store images and kernels with their channels last; auto: where that was measured to pay; changes rounding",
+        choices=["auto", True, False],
+        identifying=False,
+    )
+    probe_every: int | None = option(
+        None,
+        "steps between measurements of angles; 0: only at the end; null: at least 20 "
+        "measurements in a run, at most 500 steps apart",
+        minimum=0,
+    )
     probe_size: int = option(128, "samples in the batch that angles are measured on", minimum=1)
-    metrics: list[str] | None = option(None, "alignment metrics to measure; null: all, including those of plugins",
-                                       choices=METRICS)
-    histograms_every: int = option(0, "steps between histograms of weights, feedback and gradients for TensorBoard; 0: never",
-                                      minimum=0)
+    metrics: list[str] | None = option(
+        None, "alignment metrics to measure; null: all, including those of plugins", choices=METRICS
+    )
+    histograms_every: int = option(
+        0, "steps between histograms of weights, feedback and gradients for TensorBoard; 0: never", minimum=0
+    )
     probes: list[str] = option([], "further measurements of every layer; they do not affect other results", choices=PROBES)
     probes_epochs: int = option(0, "epochs between measurements of `probes`; 0: only at the end", minimum=0)
-    callbacks: list[str] = option([], "callbacks of plugins to call during training, each as NAME or 'NAME:OPTION=VALUE,...'",
-                                  choices=CALLBACKS, with_options=True)
-    loggers: list[str] = option(["tensorboard"], "loggers of curves, in addition to metrics.jsonl; options as for callbacks",
-                                choices=LOGGERS, with_options=True)
-    scale: str = option("full", "full, or a trial of the same config: short (a tenth of the epochs, at most 10,000 training "
-                                "samples) or smoke (one epoch of 24)", choices=list(SCALES))
+    callbacks: list[str] = option(
+        [],
+        "callbacks of plugins to call during training, each as NAME or 'NAME:OPTION=VALUE,...'",
+        choices=CALLBACKS,
+        with_options=True,
+    )
+    loggers: list[str] = option(
+        ["tensorboard"],
+        "loggers of curves, in addition to metrics.jsonl; options as for callbacks",
+        choices=LOGGERS,
+        with_options=True,
+    )
+    scale: str = option(
+        "full",
+        "full, or a trial of the same config: short (a tenth of the epochs, at most 10,000 training "
+        "samples) or smoke (one epoch of 24)",
+        choices=list(SCALES),
+    )
     plugins: list[str] = option([], "modules to import first, such as one that registers your own rules")
 
     def check(self) -> None:
         if not self.output_dir.strip():  # such as an unset variable
             raise OptionError("output_dir", f"={self.output_dir!r} is empty; name a folder, such as outputs")
         if not re.fullmatch(DEVICE, self.device):
-            raise OptionError("device", f"={truncate(self.device, 100)} is not one of auto, cpu, cuda, cuda:N, mps"
-                                        f"{nearest(self.device, ['auto', 'cpu', 'cuda', 'mps'])}")
+            raise OptionError(
+                "device",
+                f"={truncate(self.device, 100)} is not one of auto, cpu, cuda, cuda:N, mps"
+                f"{nearest(self.device, ['auto', 'cpu', 'cuda', 'mps'])}",
+            )
         for key in ("data_dir", "output_dir"):
             if problem := expansion_problem(key, getattr(self, key)):
                 raise OptionError(key, problem)
@@ -128,8 +171,22 @@ class RunOptions(Options):
 
 
 #: Keys that do not affect a run's results and are not part of its identity.
-VOLATILE = ("resume", "output_dir", "data_dir", "plugins", "probes", "probes_epochs", "metrics", "loggers", "histograms_every",
-            "checkpoint_epochs", "checkpoint_minutes", "on_error", "threads", "jobs_per_gpu")
+VOLATILE = (
+    "resume",
+    "output_dir",
+    "data_dir",
+    "plugins",
+    "probes",
+    "probes_epochs",
+    "metrics",
+    "loggers",
+    "histograms_every",
+    "checkpoint_epochs",
+    "checkpoint_minutes",
+    "on_error",
+    "threads",
+    "jobs_per_gpu",
+)
 
 
 @dataclasses.dataclass
@@ -153,8 +210,11 @@ class Job:
             OptionError: for a bad value; names the full key.
         """
         try:
-            plain = {str(k): OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v
-                     for k, v in config.items() if k not in ("hydra", GRID, RULES, TUNE)}
+            plain = {
+                str(k): OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v
+                for k, v in config.items()
+                if k not in ("hydra", GRID, RULES, TUNE)
+            }
         except OmegaConfBaseException as error:
             raise ConfigError(f"{error.full_key or 'config'}: {first_line(error)}") from None
         import_plugins(plain.get("plugins", []))
@@ -168,14 +228,18 @@ class Job:
         dataset, objective = components["dataset"], components["objective"]
         if dataset.targets not in objective.targets:
             allowed = [name for name, cls in OBJECTIVES.items() if dataset.targets in cls.targets]
-            raise ConfigError(f"objective={objective.name} requires {names(objective.targets)} as targets, but those of dataset="
-                              f"{dataset.name} are {dataset.targets} (allowed objectives: {names(allowed)})")
+            raise ConfigError(
+                f"objective={objective.name} requires {names(objective.targets)} as targets, but those of dataset="
+                f"{dataset.name} are {dataset.targets} (allowed objectives: {names(allowed)})"
+            )
         architecture, task = components["architecture"], (dataset.inputs, dataset.targets)
         if task not in architecture.tasks:
             allowed = [name for name, cls in ARCHITECTURES.items() if task in cls.tasks]
-            raise ConfigError(f"architecture={architecture.name} is not made for dataset={dataset.name}, whose inputs are "
-                              f"{dataset.inputs} and whose targets are {dataset.targets} (allowed architectures: "
-                              f"{names(allowed) or 'none'})")
+            raise ConfigError(
+                f"architecture={architecture.name} is not made for dataset={dataset.name}, whose inputs are "
+                f"{dataset.inputs} and whose targets are {dataset.targets} (allowed architectures: "
+                f"{names(allowed) or 'none'})"
+            )
         output, of_rule = objective.output, getattr(components["algorithm"], "output", None)
         if output is not None and of_rule is not None and str(output) != str(of_rule):
             raise OptionError("algorithm.output", f"={of_rule} is not objective.output={output}, which is trained; set only one")
@@ -196,8 +260,12 @@ class Job:
 
     def _plain(self, convert: Callable[[Options], dict[str, Any]]) -> dict[str, Any]:
         parts = {
-            "algorithm": self.algorithm, "architecture": self.architecture, "dataset": self.dataset,
-            "optimizer": self.optimizer, FEEDBACK_OPTIMIZER: self.feedback_optimizer, "objective": self.objective,
+            "algorithm": self.algorithm,
+            "architecture": self.architecture,
+            "dataset": self.dataset,
+            "optimizer": self.optimizer,
+            FEEDBACK_OPTIMIZER: self.feedback_optimizer,
+            "objective": self.objective,
         }
         named = {key: None if part is None else {"name": part.name, **convert(part)} for key, part in parts.items()}
         return {**convert(self.run), **named}
@@ -230,8 +298,14 @@ class Job:
     def plugin_modules(self) -> list[str]:
         """The modules outside this package that the run's results depend on: those of `plugins` and of its components."""
         optimizers = [optimizer for optimizer in (self.optimizer, self.feedback_optimizer) if optimizer is not None]
-        components = [self.algorithm, self.architecture, self.dataset, self.objective, *optimizers,
-                      *(optimizer.schedule for optimizer in optimizers)]
+        components = [
+            self.algorithm,
+            self.architecture,
+            self.dataset,
+            self.objective,
+            *optimizers,
+            *(optimizer.schedule for optimizer in optimizers),
+        ]
         callbacks = [CALLBACKS[parse_spec(spec)[0]] for spec in self.run.callbacks]
         modules = [cls.__module__ for cls in (*map(type, components), *callbacks)]
         return list(dict.fromkeys([*self.run.plugins, *(name for name in modules if name.partition(".")[0] != "fa_bench")]))
@@ -326,8 +400,10 @@ def register_schemas() -> None:
             except BaseException as error:  # a user's class
                 group.drop(name)
                 _registered.pop("known")
-                raise ConfigError(f"{group.kind}={name} ({cls.__module__}.{cls.__qualname__}): its options have no usable "
-                                  f"defaults ({describe_error(error, locate=True)})") from None
+                raise ConfigError(
+                    f"{group.kind}={name} ({cls.__module__}.{cls.__qualname__}): its options have no usable "
+                    f"defaults ({describe_error(error, locate=True)})"
+                ) from None
     OmegaConf.register_new_resolver("fa_bench.run_dir", run_dir, replace=True)
     OmegaConf.register_new_resolver("by", by, replace=True)
 
@@ -375,4 +451,3 @@ def run_dir(*, _root_: DictConfig) -> str:
         job = Job.from_config(_root_)
     collection = experiment if isinstance(experiment, str) else f"{job.dataset.name}-{job.architecture.name}"
     return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', collection)}/{job.group}/seed{job.run.seed}"
-

@@ -44,8 +44,11 @@ def result_options(config: Flat) -> dict[str, Any]:
     """The options of a config that determine its results, except the seed; with `data_dir` if it determines the data."""
     dataset = config.get("dataset")
     includes_data_dir = dataset in DATASETS and DATASETS[str(dataset)].content_is_data_dir
-    return {key: value for key, value in config.items()
-            if key.split(".")[0] not in ("seed", *VOLATILE) or (key == DATA_DIR and includes_data_dir)}
+    return {
+        key: value
+        for key, value in config.items()
+        if key.split(".")[0] not in ("seed", *VOLATILE) or (key == DATA_DIR and includes_data_dir)
+    }
 
 
 def differing_keys(configs: Iterable[Flat]) -> list[str]:
@@ -123,8 +126,11 @@ def sweep_summary(jobs: list[Job], *directories: Path) -> str:
     """A few lines about a sweep: its main options, and the others in which runs of the same rule differ."""
     configs = [flatten(job.plain()) for job in jobs]
     shared = ("algorithm", "architecture", "dataset", "optimizer", "epochs", "batch_size", "scale", "seed")
-    differing = {key for rule in {job.algorithm.name for job in jobs}
-                 for key in differing_keys(config for config in configs if config["algorithm"] == rule)}
+    differing = {
+        key
+        for rule in {job.algorithm.name for job in jobs}
+        for key in differing_keys(config for config in configs if config["algorithm"] == rule)
+    }
     trained = [scaled(job).run for job in jobs]
     runs, epochs = len(jobs), sum(run.epochs for run in trained)
     lines = [f"{runs} job{'s' * (runs > 1)} ({epochs} epoch{'s' * (epochs > 1)}); output: {', '.join(map(str, directories))}"]

@@ -44,12 +44,17 @@ def scaled(job: Job) -> Job:
     if scale is None:
         return job
     run = dataclasses.replace(
-        job.run, epochs=scale.epochs_of(job.run.epochs), batch_size=min(job.run.batch_size, scale.batch_size),
+        job.run,
+        epochs=scale.epochs_of(job.run.epochs),
+        batch_size=min(job.run.batch_size, scale.batch_size),
         probe_size=min(job.run.probe_size, scale.probe_size),
     )
     feedback = job.feedback_optimizer
     return dataclasses.replace(
-        job, run=run, algorithm=job.algorithm.shortened(scale.epochs), optimizer=_optimizer(job.optimizer, scale),
+        job,
+        run=run,
+        algorithm=job.algorithm.shortened(scale.epochs),
+        optimizer=_optimizer(job.optimizer, scale),
         feedback_optimizer=feedback and _optimizer(feedback, scale),
     )
 

@@ -37,8 +37,10 @@ def checked(
         ValueError: naming the array, its value and what is allowed.
     """
     if not isinstance(arrays, (tuple, list)) or len(arrays) != 5:
-        raise ValueError("arrays() should return training images and labels, test images and labels, class names; it returned "
-                         f"{f'{len(arrays)} values' if isinstance(arrays, (tuple, list)) else type(arrays).__name__}")
+        raise ValueError(
+            "arrays() should return training images and labels, test images and labels, class names; it returned "
+            f"{f'{len(arrays)} values' if isinstance(arrays, (tuple, list)) else type(arrays).__name__}"
+        )
     train_x, train_y, test_x, test_y, names = arrays
     if isinstance(names, str) or not hasattr(names, "__iter__"):
         raise ValueError(f"the class names are {names!r:.40}, not a list of names")
@@ -58,8 +60,10 @@ def checked(
         labels = _labels(given, part, len(classes), one)
         check_labels(of, labels, classes, part, one)
         if len(lacking := sorted({*range(len(classes))} - {*labels.tolist()})) and part == "training":
-            notes.append(f"no training {one} has label {', '.join(f'{k} ({classes[k]})' for k in lacking[:5])}"
-                         f"{' and others' if len(lacking) > 5 else ''}")
+            notes.append(
+                f"no training {one} has label {', '.join(f'{k} ({classes[k]})' for k in lacking[:5])}"
+                f"{' and others' if len(lacking) > 5 else ''}"
+            )
         return labels
 
     train_x, test_x = (checked_inputs(x, part) for x, part in ((train_x, "training"), (test_x, "test")))
@@ -76,8 +80,10 @@ def check_labels(inputs: np.ndarray, labels: np.ndarray, classes: list[str], par
     wrong = np.flatnonzero((labels < 0) | (labels >= len(classes)))
     if len(wrong):
         from_one = labels.min() == 1 and labels.max() == len(classes)
-        raise ValueError(f"{part} {noun} {wrong[0]} has label {labels[wrong[0]]}, out of range for {len(classes)} classes "
-                         f"(allowed: 0 to {len(classes) - 1}{'; they count from 1: subtract 1' if from_one else ''})")
+        raise ValueError(
+            f"{part} {noun} {wrong[0]} has label {labels[wrong[0]]}, out of range for {len(classes)} classes "
+            f"(allowed: 0 to {len(classes) - 1}{'; they count from 1: subtract 1' if from_one else ''})"
+        )
 
 
 def _images(given: Any, part: str, notes: list[str]) -> np.ndarray:
@@ -88,13 +94,15 @@ def _images(given: Any, part: str, notes: list[str]) -> np.ndarray:
     if images.ndim == 3:
         images = images[:, None]
     if images.ndim != 4:
-        raise ValueError(f"{part} images have shape {shape} (allowed: (n, channels, height, width), or (n, height, width) "
-                         "for grey)")
+        raise ValueError(
+            f"{part} images have shape {shape} (allowed: (n, channels, height, width), or (n, height, width) for grey)"
+        )
     _, first, second, last = images.shape
     # Channels come last if there are 3 columns but more rows and "channels", or 1 or 4 columns next to a square.
     if first > 4 and second > 4 and (last == 3 or (last in (1, 4) and first == second)):
-        raise ValueError(f"{part} images have shape {shape}, which looks like (n, height, width, channels); "
-                         "use images.transpose(0, 3, 1, 2)")
+        raise ValueError(
+            f"{part} images have shape {shape}, which looks like (n, height, width, channels); use images.transpose(0, 3, 1, 2)"
+        )
     return np.ascontiguousarray(_eight_bits(images, f"{part} images", notes))
 
 
@@ -113,13 +121,18 @@ def _eight_bits(images: np.ndarray, what: str, notes: list[str]) -> np.ndarray:
             raise ValueError(f"{problem}, which is almost black; multiply by 255 or convert to bool")
         return images.astype(np.uint8, copy=False)
     if 0 < high < _ALMOST_BLACK:
-        raise ValueError(f"{problem}, which 8 bits would make almost black; allowed fractions are from 0 to 1: multiply by 255 "
-                         "if they were divided twice")
+        raise ValueError(
+            f"{problem}, which 8 bits would make almost black; allowed fractions are from 0 to 1: multiply by 255 "
+            "if they were divided twice"
+        )
     if low < -_ROUNDING or high > 1 + _ROUNDING:
         rounded = low >= 0 and 1 < high <= 255
-        hint = "use images.round().astype('uint8') if the range is 0 to 255" if rounded else \
-            "rescale to [0, 1] by (images - low) / (high - low), with the same low and high for training and test images; " \
+        hint = (
+            "use images.round().astype('uint8') if the range is 0 to 255"
+            if rounded
+            else "rescale to [0, 1] by (images - low) / (high - low), with the same low and high for training and test images; "
             "dataset.mean and dataset.std do the normalisation"
+        )
         raise ValueError(f"{problem}; {_ALLOWED}; {hint}")
     notes.append(f"{what}: {images.dtype} from {low:.3g} to {high:.3g}, converted to 8 bits")
     # One image at a time in float64, since all of them would take eight times the memory of the result.
@@ -150,8 +163,9 @@ def _tokens(given: Any, part: str, vocabulary: int) -> np.ndarray:
 def _positions(given: Any, part: str, vocabulary: int, shape: tuple[int, ...]) -> np.ndarray:
     targets = _array(given, f"{part} targets")
     if targets.shape != shape or targets.dtype.kind not in "iu":
-        raise ValueError(f"{part} targets are {targets.dtype} of shape {targets.shape}, not a whole number for each token "
-                         f"{shape}")
+        raise ValueError(
+            f"{part} targets are {targets.dtype} of shape {targets.shape}, not a whole number for each token {shape}"
+        )
     _in_vocabulary(targets, part, vocabulary, -np.inf)
     return np.ascontiguousarray(targets.astype(np.int64))
 
@@ -160,8 +174,9 @@ def _in_vocabulary(tokens: np.ndarray, part: str, vocabulary: int, low: float) -
     wrong = np.argwhere((tokens < low) | (tokens >= vocabulary))
     if len(wrong):
         row, column = wrong[0]
-        raise ValueError(f"{part} sequence {row} has token {tokens[row, column]} at position {column} (allowed: 0 to "
-                         f"{vocabulary - 1})")
+        raise ValueError(
+            f"{part} sequence {row} has token {tokens[row, column]} at position {column} (allowed: 0 to {vocabulary - 1})"
+        )
 
 
 def _labels(given: Any, part: str, classes: int, noun: str) -> np.ndarray:
@@ -174,8 +189,10 @@ def _labels(given: Any, part: str, classes: int, noun: str) -> np.ndarray:
     if labels.dtype.kind == "f":
         wrong = np.flatnonzero(~((abs(labels) < 2**53) & (labels == np.rint(labels))))
         if len(wrong):
-            raise ValueError(f"{part} {noun} {wrong[0]} has label {labels[wrong[0]]:g}, which is not a class index "
-                             f"(allowed: 0 to {classes - 1})")
+            raise ValueError(
+                f"{part} {noun} {wrong[0]} has label {labels[wrong[0]]:g}, which is not a class index "
+                f"(allowed: 0 to {classes - 1})"
+            )
     return np.ascontiguousarray(labels.astype(np.int64))
 
 

@@ -45,8 +45,12 @@ def augment_option(default: bool) -> Any:
 
 def crop_option(default: str) -> Any:
     """The option `crop` of a dataset."""
-    return option(default, "padded: resize to `size`, augment by crops with 4 pixels of padding; resized: resize a random 8 to "
-                           "100 % of each image to `size`, for evaluation the centre of 256/224 of `size`", choices=list(CROPS))
+    return option(
+        default,
+        "padded: resize to `size`, augment by crops with 4 pixels of padding; resized: resize a random 8 to "
+        "100 % of each image to `size`, for evaluation the centre of 256/224 of `size`",
+        choices=list(CROPS),
+    )
 
 
 def size_option(default: int | None) -> Any:
@@ -58,12 +62,17 @@ def size_option(default: int | None) -> Any:
 class Dataset(Options):
     """Base of the datasets."""
 
-    validation: float = option(0.1, "fraction (below 1) or number (1 or more) of training samples to hold out for validation; "
-                                    "0: none", minimum=0)
+    validation: float = option(
+        0.1, "fraction (below 1) or number (1 or more) of training samples to hold out for validation; 0: none", minimum=0
+    )
     validation_seed: int = option(0, "seed of the validation split, the same for every run seed", minimum=0)
-    samples: int | float | None = option(None, "fraction (below 1) or number (1 or more) of training samples to train on, with "
-                                         "the classes in proportion; validation and test samples stay as they are; null: all",
-                                   above=0, identifying=False)
+    samples: int | float | None = option(
+        None,
+        "fraction (below 1) or number (1 or more) of training samples to train on, with "
+        "the classes in proportion; validation and test samples stay as they are; null: all",
+        above=0,
+        identifying=False,
+    )
     samples_seed: int = option(0, "seed by which `samples` are chosen, the same for every run seed", minimum=0, identifying=False)
 
     #: The kind of its inputs (`fa_bench.registry.kinds`).
@@ -116,8 +125,11 @@ class Dataset(Options):
         if at_most is not None:
             train, test = at_most
             splits = dataclasses.replace(
-                splits, train=some(splits.train, train), test=some(splits.test, test),
-                validation=splits.validation and some(splits.validation, test))
+                splits,
+                train=some(splits.train, train),
+                test=some(splits.test, test),
+                validation=splits.validation and some(splits.validation, test),
+            )
         for part, split in (("training", splits.train), ("test", splits.test)):
             if not len(split):
                 raise DataError(f"dataset={self.name}: there are no {part} {self.nouns[1]}")
@@ -143,8 +155,10 @@ class Dataset(Options):
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed_for("split", self.validation_seed)))
         # Sorted, so that the held-out and the remaining samples keep the order of the files.
         validation, rest = order[:held].sort().values, order[held:].sort().values
-        return (dataclasses.replace(splits, train=train.subset(rest), validation=train.subset(validation)),
-                round(total * len(rest) / len(train)))
+        return (
+            dataclasses.replace(splits, train=train.subset(rest), validation=train.subset(validation)),
+            round(total * len(rest) / len(train)),
+        )
 
     @property
     def subsample(self) -> int | float | None:
@@ -157,8 +171,9 @@ class Dataset(Options):
         if wanted is None:
             return splits
         if wanted > full:
-            raise OptionError("dataset.samples", f"={wanted:g}: there are only {full} training {self.nouns[1]} (beside those for "
-                                                 "validation)")
+            raise OptionError(
+                "dataset.samples", f"={wanted:g}: there are only {full} training {self.nouns[1]} (beside those for validation)"
+            )
         count = max(round(wanted * len(train) / (1 if wanted < 1 else full)), 1)
         labels = train.targets if splits.targets == CLASSES else None
         one_class = torch.zeros(len(train), dtype=torch.int64)
@@ -272,5 +287,12 @@ class ArrayDataset(ImageDataset):
         def split(images: np.ndarray, labels: np.ndarray) -> ResidentSplit:
             return ResidentSplit(torch.from_numpy(images), torch.from_numpy(labels), mean, std, self.augments, device, crop)
 
-        return Splits(split(train_x, train_y), None, split(test_x, test_y), classes, (channels, *crop.shape(*stored)),
-                      digest.hexdigest(), notes)
+        return Splits(
+            split(train_x, train_y),
+            None,
+            split(test_x, test_y),
+            classes,
+            (channels, *crop.shape(*stored)),
+            digest.hexdigest(),
+            notes,
+        )

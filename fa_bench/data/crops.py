@@ -169,7 +169,7 @@ def random_boxes(draws: np.ndarray, height: int, width: int) -> np.ndarray:
         int64 (N, 4): top, left, height, width.
     """
     areas = height * width * (0.08 + 0.92 * draws[:, :TRIES])
-    ratios = np.exp(math.log(4 / 3) * (2 * draws[:, TRIES:2 * TRIES] - 1))
+    ratios = np.exp(math.log(4 / 3) * (2 * draws[:, TRIES : 2 * TRIES] - 1))
     widths, heights = np.rint(np.sqrt(areas * ratios)).astype(np.int64), np.rint(np.sqrt(areas / ratios)).astype(np.int64)
     fits = (widths >= 1) & (widths <= width) & (heights >= 1) & (heights <= height)
     first, rows = fits.argmax(1), np.arange(len(draws))

@@ -21,8 +21,15 @@ from fa_bench.errors import DataError
 
 #: EXIF: the tag of the orientation, and Pillow's transposition that turns each orientation upright.
 _ORIENTATION = 0x0112
-_UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
-            8: "ROTATE_90"}
+_UPRIGHT = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
 #: TIFF: the tags of bits per channel and of whether 0 is white.
 _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 #: PNG: the factors by which Pillow scales grey levels of 2 and 4 bits; it does not scale the transparent level.
@@ -97,8 +104,10 @@ class Decoder:
             opened.load()
             if opened.format == "PNG" and "transparency" in opened.info:
                 if deep and opened.mode == "RGB":
-                    raise DataError(f"{path}: colours of 16 bits, one of which is transparent, which Pillow cannot read; "
-                                    "convert it to 8 bits, or to an alpha channel")
+                    raise DataError(
+                        f"{path}: colours of 16 bits, one of which is transparent, which Pillow cannot read; "
+                        "convert it to 8 bits, or to an alpha channel"
+                    )
                 if raw in _GREY_STEPS:
                     opened.info["transparency"] *= _GREY_STEPS[raw]
             image = upright(opened)
@@ -108,8 +117,10 @@ class Decoder:
             if image.mode[0] in "IF":
                 image, alpha = self._eight_bits(path, opened, image)
             if not self.resize and image.size != (self.width, self.height):
-                raise DataError(f"{path}: {image.height}x{image.width} pixels, others have {self.height}x{self.width}; "
-                                "set dataset.size to bring all to one size")
+                raise DataError(
+                    f"{path}: {image.height}x{image.width} pixels, others have {self.height}x{self.width}; "
+                    "set dataset.size to bring all to one size"
+                )
             mode = "RGB" if self.channels == 3 else "L"
             if alpha is None and (image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info):
                 image = image.convert("RGBA")
@@ -128,8 +139,10 @@ class Decoder:
 
         tags = getattr(opened, "tag_v2", {})
         if not (opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format in ("PNG", "PPM"))):
-            raise DataError(f"{path}: pixels without a largest value (mode {opened.mode}), so that white is undefined; "
-                            "convert it to 8 or 16 bits a channel")
+            raise DataError(
+                f"{path}: pixels without a largest value (mode {opened.mode}), so that white is undefined; "
+                "convert it to 8 or 16 bits a channel"
+            )
         values = np.asarray(image)
         grey = (values >> (int(tags.get(_BITS, (16,))[0]) - 8)).astype(np.uint8)
         if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
@@ -212,7 +225,8 @@ def errors_named(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         if "DecompressionBomb" in type(error).__name__:
-            raise DataError(f"{path}: more pixels than Pillow opens, {str(error).split(',')[0].lower()}; make it smaller or "
-                            "remove it") from None
+            raise DataError(
+                f"{path}: more pixels than Pillow opens, {str(error).split(',')[0].lower()}; make it smaller or remove it"
+            ) from None
         why = "cut off" if "truncated" in str(error).lower() else getattr(error, "strerror", None) or type(error).__name__
         raise DataError(f"{path}: not a readable image ({why}); replace or remove it") from None

@@ -59,8 +59,8 @@ def _split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     train, test = [], []
     for digit, count in enumerate(counts):
         indices = np.flatnonzero(labels == digit)[generator.permutation(count)]
-        train += list(indices[:trained[digit]])
-        test += list(indices[trained[digit]:trained[digit] + tested[digit]])
+        train += list(indices[: trained[digit]])
+        test += list(indices[trained[digit] : trained[digit] + tested[digit]])
     return generator.permutation(train), generator.permutation(test)
 
 
@@ -70,7 +70,7 @@ def _share(counts: np.ndarray, total: int, generator: np.random.RandomState) -> 
     shares = np.floor(exact)
     missing = int(total - shares.sum())
     for value in np.sort(np.unique(exact - shares))[::-1] if missing else ():
-        equal, = np.where(exact - shares == value)
+        (equal,) = np.where(exact - shares == value)
         chosen = generator.choice(equal, size=min(len(equal), missing), replace=False)
         shares[chosen] += 1
         missing -= len(chosen)

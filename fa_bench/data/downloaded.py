@@ -40,10 +40,14 @@ class Downloaded(ArrayDataset, CroppedDataset):
             check_labels(test_x, test_y, classes, "test")
         except Exception as error:  # of many kinds, if files are damaged
             if damaged := [name for name in self.files if not self._is_intact(folder / name)]:
-                raise DataError(f"dataset={self.name}: {folder / damaged[0]} is damaged or cut off; delete "
-                                f"{', '.join(damaged)} there to download {'it' if len(damaged) == 1 else 'them'} again") from None
-            raise DataError(f"dataset={self.name}: {folder} is damaged ({reason(error)}); "
-                            f"delete it to download it again (files: {', '.join(self.files)})") from None
+                raise DataError(
+                    f"dataset={self.name}: {folder / damaged[0]} is damaged or cut off; delete "
+                    f"{', '.join(damaged)} there to download {'it' if len(damaged) == 1 else 'them'} again"
+                ) from None
+            raise DataError(
+                f"dataset={self.name}: {folder} is damaged ({reason(error)}); "
+                f"delete it to download it again (files: {', '.join(self.files)})"
+            ) from None
         return train_x, train_y, test_x, test_y, classes
 
     def _download(self, data_dir: Path, missing: list[str]) -> None:
@@ -123,7 +127,7 @@ class MNIST(Downloaded):
         with path.open("rb") as file:
             head = file.read(16)
         axes = 3 if "idx3" in path.name else 1
-        lengths = np.frombuffer(head[4:4 + 4 * axes].ljust(4 * axes, b"\0"), ">u4")
+        lengths = np.frombuffer(head[4 : 4 + 4 * axes].ljust(4 * axes, b"\0"), ">u4")
         return head[:4] == bytes([0, 0, 8, axes]) and path.stat().st_size == 4 + 4 * axes + int(lengths.prod(dtype=np.int64))
 
 

@@ -53,8 +53,9 @@ class EMNIST(MNIST):
     @property
     def files(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The files of this split."""
-        return tuple(f"emnist-{self.split}-{part}-{kind}-ubyte"
-                     for part in ("train", "test") for kind in ("images-idx3", "labels-idx1"))
+        return tuple(
+            f"emnist-{self.split}-{part}-{kind}-ubyte" for part in ("train", "test") for kind in ("images-idx3", "labels-idx1")
+        )
 
     @property
     def stored(self) -> tuple[int, int, int]:  # pyright: ignore[reportIncompatibleVariableOverride]

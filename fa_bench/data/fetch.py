@@ -58,8 +58,10 @@ def fetching(data_dir: Path, dataset: str, missing: str) -> Iterator[Path]:
         DataError: if the block fails for lack of a network or space, or by a wrong checksum, and within `downloads_refused`.
     """
     if _refuse_downloads:
-        raise DataError(f"dataset={dataset}: missing {missing}, and a dry run downloads nothing; put the files there, "
-                        "set data_dir, or start a run to download them")
+        raise DataError(
+            f"dataset={dataset}: missing {missing}, and a dry run downloads nothing; put the files there, "
+            "set data_dir, or start a run to download them"
+        )
     log.info("dataset=%s: downloading %s", dataset, missing)
     bar = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     timeout = socket.getdefaulttimeout()
@@ -73,8 +75,10 @@ def fetching(data_dir: Path, dataset: str, missing: str) -> Iterator[Path]:
     except (RuntimeError, OSError, ValueError, EOFError, HTTPException) as error:
         with contextlib.suppress(OSError):
             data_dir.rmdir()  # fails unless it is empty
-        raise DataError(f"dataset={dataset}: missing {missing}, and the download failed ({reason(error)}); "
-                        "put the files there, or set data_dir") from None
+        raise DataError(
+            f"dataset={dataset}: missing {missing}, and the download failed ({reason(error)}); "
+            "put the files there, or set data_dir"
+        ) from None
     finally:
         socket.setdefaulttimeout(timeout)
 
@@ -147,8 +151,10 @@ def unpack_tar(archive: Path, folder: Path) -> None:
         ValueError: if it is damaged.
     """
     if not hasattr(tarfile, "data_filter"):
-        raise DataError(f"{archive}: this Python is too old to unpack it safely; update it to a newer patch release, or unpack "
-                        f"the archive by hand into {folder.parent}")
+        raise DataError(
+            f"{archive}: this Python is too old to unpack it safely; update it to a newer patch release, or unpack "
+            f"the archive by hand into {folder.parent}"
+        )
 
     def only_files(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
         if not (member.isreg() or member.isdir()):

@@ -86,8 +86,15 @@ class ImageFiles(CroppedDataset):
                 found = part.inspect(decode, None) if all_read else Counter()
                 splits[name] = StreamedSplit(part.paths, labels, decode, self.workers, mean, std, self.augment, device, crop)
             notes += describe(found, str(part.root), decode.background)
-        return Splits(splits["train"], splits.get("validation"), splits["test"], listing.classes,
-                      (self.channels, *crop.shape(height, width)), _hash(parts, all_read), notes)
+        return Splits(
+            splits["train"],
+            splits.get("validation"),
+            splits["test"],
+            listing.classes,
+            (self.channels, *crop.shape(height, width)),
+            _hash(parts, all_read),
+            notes,
+        )
 
     def content_hash(self, data_dir: Path) -> str:
         parts = {name: _Part(root, files) for name, (root, files) in self.listing(data_dir).parts.items()}
@@ -186,8 +193,16 @@ class StreamedSplit(ImageSplit):
     """
 
     def __init__(
-        self, paths: Sequence[Path] | np.ndarray, labels: Tensor, decode: Decoder, workers: int, mean: list[float],
-        std: list[float], augment: bool, device: torch.device, crop: Crop,
+        self,
+        paths: Sequence[Path] | np.ndarray,
+        labels: Tensor,
+        decode: Decoder,
+        workers: int,
+        mean: list[float],
+        std: list[float],
+        augment: bool,
+        device: torch.device,
+        crop: Crop,
     ) -> None:
         # One array, whose memory workers share; reference counts of a million objects would make each worker copy them.
         self.paths = paths if isinstance(paths, np.ndarray) else np.array([os.fsencode(path) for path in paths])
@@ -199,8 +214,17 @@ class StreamedSplit(ImageSplit):
         return len(self.paths)
 
     def subset(self, indices: Tensor) -> StreamedSplit:
-        return StreamedSplit(self.paths[indices.numpy()], self.labels[indices], self.decode, self.workers,
-                             self.mean, self.std, self.augment, self.device, self.crop)
+        return StreamedSplit(
+            self.paths[indices.numpy()],
+            self.labels[indices],
+            self.decode,
+            self.workers,
+            self.mean,
+            self.std,
+            self.augment,
+            self.device,
+            self.crop,
+        )
 
     def gather(self, chunks: Iterator[Tensor], key: int | None) -> Iterator[tuple[Tensor, Tensor]]:
         from fa_bench.utils.process import cores
@@ -208,8 +232,12 @@ class StreamedSplit(ImageSplit):
         workers = min(self.workers, cores())  # more processes would slow each other down, and torch warns about them
         files: Any = _Files(self.paths, self.decode, key)  # no torch Dataset: this module does not import torch
         loader = torch.utils.data.DataLoader(
-            files, batch_sampler=[chunk.tolist() for chunk in chunks], num_workers=workers,
-            collate_fn=_collate, pin_memory=self.device.type == "cuda", generator=torch.Generator(),
+            files,
+            batch_sampler=[chunk.tolist() for chunk in chunks],
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),
             multiprocessing_context=_start_method() if workers else None,
             worker_init_fn=_end_with_parent,
         )
@@ -221,6 +249,7 @@ class StreamedSplit(ImageSplit):
 
 def _end_with_parent(worker: int) -> None:
     """Make a worker end with its parent; torch's own watchdog misses a parent that was killed before the watchdog started."""
+
     def watch() -> None:
         parent = multiprocessing.parent_process()
         assert parent is not None

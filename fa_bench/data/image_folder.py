@@ -43,19 +43,24 @@ class ImageFolder(ImageFiles):
         folders = [path.name for path in visible_folders(data_dir, skipped)]
         present = [name for name in VALIDATION if name in folders]
         if "train" not in folders or not {"test", *VALIDATION} & {*folders}:
-            raise DataError(f"data_dir={data_dir}: contains no {'train/' if 'train' not in folders else 'test/ or val/'} folder"
-                            f"{', only ' + ', '.join(f'{name}/' for name in folders[:5]) if folders else ''}")
+            raise DataError(
+                f"data_dir={data_dir}: contains no {'train/' if 'train' not in folders else 'test/ or val/'} folder"
+                f"{', only ' + ', '.join(f'{name}/' for name in folders[:5]) if folders else ''}"
+            )
         if len(present) > 1:
-            raise DataError(f"data_dir={data_dir}: contains {' and '.join(f'{name}/' for name in present)}, which mean the "
-                            "same; merge or rename them")
+            raise DataError(
+                f"data_dir={data_dir}: contains {' and '.join(f'{name}/' for name in present)}, which mean the "
+                "same; merge or rename them"
+            )
         train, notes = data_dir / "train", skip_notes(data_dir, skipped)
         classes = [folder.name for folder in train_classes(train, Counter())]
         labelled = [name for name in ("test", *present) if name in folders and has_classes(data_dir / name, classes)]
         if not labelled:
             first = data_dir / ("test" if "test" in folders else present[0])
             names = ", ".join([*classes[:3], "..."] if len(classes) > 3 else classes)
-            raise DataError(f"{first}: contains no folder named like a class of {train} ({names}); sort its images into such "
-                            "folders")
+            raise DataError(
+                f"{first}: contains no folder named like a class of {train} ({names}); sort its images into such folders"
+            )
         # If only one of them has labelled images, it is the test set.
         test, validation = data_dir / labelled[0], data_dir / labelled[1] if len(labelled) > 1 else None
         for name in ("test", *present):

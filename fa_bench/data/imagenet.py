@@ -36,12 +36,16 @@ class ImageNet(ImageFiles):
     def listing(self, data_dir: Path) -> Listing:
         root = data_dir / "imagenet"
         if missing := [name for name in ("train", "val") if not (root / name).is_dir()]:
-            raise DataError(f"dataset=imagenet: no {' and no '.join(f'{name}/' for name in missing)} in {root}, and ImageNet "
-                            f"cannot be downloaded automatically: {SOURCE}, and unpack them there, one folder for each class; "
-                            "or set data_dir")
+            raise DataError(
+                f"dataset=imagenet: no {' and no '.join(f'{name}/' for name in missing)} in {root}, and ImageNet "
+                f"cannot be downloaded automatically: {SOURCE}, and unpack them there, one folder for each class; "
+                "or set data_dir"
+            )
         for name in ("train", "val"):
             if not visible_folders(root / name):
                 loose = sum(path.suffix.lower() in EXTENSIONS for path in (root / name).iterdir())
-                raise DataError(f"dataset=imagenet: {root / name} contains no folders, one for each class, but {loose} loose "
-                                "images; sort them into folders named after their classes, such as n01440764")
+                raise DataError(
+                    f"dataset=imagenet: {root / name} contains no folders, one for each class, but {loose} loose "
+                    "images; sort them into folders named after their classes, such as n01440764"
+                )
         return class_listing(root / "train", root / "val")

@@ -12,12 +12,34 @@ from pathlib import Path
 
 from fa_bench.errors import DataError, nearest
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".png", ".apng", ".bmp", ".ppm", ".pgm", ".pbm",
-                        ".pnm", ".tif", ".tiff", ".webp", ".gif", ".avif"})
+EXTENSIONS = frozenset(
+    {
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".pjpeg",
+        ".pjp",
+        ".png",
+        ".apng",
+        ".bmp",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".pnm",
+        ".tif",
+        ".tiff",
+        ".webp",
+        ".gif",
+        ".avif",
+    }
+)
 #: Folders without a leading dot that systems and network drives create for thumbnails, snapshots or deleted files.
-_SYSTEM = re.compile(r"__macosx|__pycache__|\$recycle\.bin|(?-i:RECYCLER)|system volume information|found\.\d{3}|lost\+found|"
-                     r"network trash folder|temporary items|[@#]recycle|@eadir|@tmp|[#~]snapshot|@recently-snapshot",
-                     re.IGNORECASE)
+_SYSTEM = re.compile(
+    r"__macosx|__pycache__|\$recycle\.bin|(?-i:RECYCLER)|system volume information|found\.\d{3}|lost\+found|"
+    r"network trash folder|temporary items|[@#]recycle|@eadir|@tmp|[#~]snapshot|@recently-snapshot",
+    re.IGNORECASE,
+)
 
 HIDDEN = "hidden or system"
 LOOSE = "outside the class folders"

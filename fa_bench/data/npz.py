@@ -78,8 +78,10 @@ class Npz(VectorDataset):
                 return {name: file[name] for name in (*_REQUIRED, *_VALIDATION) if name in file.files}
 
         arrays = self._opened(load)
-        parts: dict[str, tuple[Any, Any]] = {"train": (arrays["x_train"], arrays["y_train"]),
-                                             "test": (arrays["x_test"], arrays["y_test"])}
+        parts: dict[str, tuple[Any, Any]] = {
+            "train": (arrays["x_train"], arrays["y_train"]),
+            "test": (arrays["x_test"], arrays["y_test"]),
+        }
         notes = []
         if "x_val" in arrays and self.validation > 0:
             parts["validation"] = arrays["x_val"], arrays["y_val"]
@@ -115,10 +117,18 @@ class Npz(VectorDataset):
             digest.update(x.data)
             digest.update(y.data)
             channels = x.shape[1]
-            splits[name] = ResidentSplit(torch.from_numpy(x), torch.from_numpy(y), [0.0] * channels, [1.0] * channels, False,
-                                         device)
-        return Splits(splits["train"], splits.get("validation"), splits["test"], of, tuple(splits["train"].images.shape[1:]),
-                      digest.hexdigest(), list(dict.fromkeys(notes)))
+            splits[name] = ResidentSplit(
+                torch.from_numpy(x), torch.from_numpy(y), [0.0] * channels, [1.0] * channels, False, device
+            )
+        return Splits(
+            splits["train"],
+            splits.get("validation"),
+            splits["test"],
+            of,
+            tuple(splits["train"].images.shape[1:]),
+            digest.hexdigest(),
+            list(dict.fromkeys(notes)),
+        )
 
     def finished(self, splits: Splits) -> Splits:
         if self.standardise and self.inputs == FEATURES:
@@ -157,8 +167,10 @@ def kinds(path: Path, state: tuple[int, int]) -> tuple[str, str]:
     elif len(shape) == 2 and dtype.kind in "iu" and dtype.itemsize > 1:
         inputs = TOKENS
     else:
-        raise DataError(f"{where}: x_train is {dtype} of shape {shape} (allowed: images (n, C, H, W) or (n, H, W); features, "
-                        "floats (n, F); tokens, whole numbers of more than 8 bits (n, T))")
+        raise DataError(
+            f"{where}: x_train is {dtype} of shape {shape} (allowed: images (n, C, H, W) or (n, H, W); features, "
+            "floats (n, F); tokens, whole numbers of more than 8 bits (n, T))"
+        )
     if type_of_y.kind == "f":
         targets = VALUES
     elif len(of_y) == 1 or (len(of_y) == 2 and of_y[1] == 1 and (inputs != TOKENS or shape[1] != 1)):
@@ -166,8 +178,10 @@ def kinds(path: Path, state: tuple[int, int]) -> tuple[str, str]:
     elif inputs == TOKENS and of_y == shape:
         targets = POSITIONS
     else:
-        raise DataError(f"{where}: y_train is {type_of_y} of shape {of_y} (allowed: classes, whole numbers (n,); values, floats "
-                        f"(n,) or (n, O){f'; for each token {shape}' if inputs == TOKENS else ''})")
+        raise DataError(
+            f"{where}: y_train is {type_of_y} of shape {of_y} (allowed: classes, whole numbers (n,); values, floats "
+            f"(n,) or (n, O){f'; for each token {shape}' if inputs == TOKENS else ''})"
+        )
     return inputs, targets
 
 

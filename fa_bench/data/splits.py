@@ -91,8 +91,15 @@ class Split(abc.ABC):
         return full + (rest > 0 and (not drop_last or full == 0))
 
     def batches(
-        self, batch_size: int, *, seed: int | None = None, epoch: int = 0, drop_last: bool = False, start: int = 0,
-        shuffle: bool = True, share: Callable[[int], Tensor] | None = None,
+        self,
+        batch_size: int,
+        *,
+        seed: int | None = None,
+        epoch: int = 0,
+        drop_last: bool = False,
+        start: int = 0,
+        shuffle: bool = True,
+        share: Callable[[int], Tensor] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass over the samples: inputs x and targets y, on the device.
 
@@ -174,7 +181,13 @@ class ResidentSplit(ImageSplit):
     """
 
     def __init__(
-        self, images: Tensor, labels: Tensor, mean: list[float], std: list[float], augment: bool, device: torch.device,
+        self,
+        images: Tensor,
+        labels: Tensor,
+        mean: list[float],
+        std: list[float],
+        augment: bool,
+        device: torch.device,
         crop: Crop | None = None,
     ) -> None:
         self.images, self.labels = images.to(device), labels.to(device)
@@ -186,8 +199,9 @@ class ResidentSplit(ImageSplit):
 
     def subset(self, indices: Tensor) -> ResidentSplit:
         indices = indices.to(self.device)
-        return ResidentSplit(self.images[indices], self.labels[indices], self.mean, self.std, self.augment, self.device,
-                             self.crop)
+        return ResidentSplit(
+            self.images[indices], self.labels[indices], self.mean, self.std, self.augment, self.device, self.crop
+        )
 
     def gather(self, chunks: Iterator[Tensor], key: int | None) -> Iterator[tuple[Tensor, Tensor]]:
         for chunk in chunks:

@@ -21,7 +21,8 @@ class Synthetic(ArrayDataset):
     """One random prototype for each class, plus Gaussian noise; results on it are not worth reporting."""
 
     samples: int = option(  # pyright: ignore[reportIncompatibleVariableOverride]
-        2048, "training images, validation included", minimum=1)
+        2048, "training images, validation included", minimum=1
+    )
     test_samples: int = option(512, "test images", minimum=1)
     classes: int = option(10, "number of classes", minimum=2)
     channels: int = option(1, "channels of an image", minimum=1, maximum=4096)
@@ -44,8 +45,11 @@ class Synthetic(ArrayDataset):
         shape = (self.channels, self.size, self.size)
         # In float64, at the same time: images, noise and the rounded result.
         count = max(self.samples, self.test_samples, self.classes)
-        require_memory(3 * 8 * count * math.prod(shape), f"dataset=synthetic: {count} images of {format_shape(shape)} "
-                                                         "(dataset.samples, dataset.classes, dataset.channels, dataset.size)")
+        require_memory(
+            3 * 8 * count * math.prod(shape),
+            f"dataset=synthetic: {count} images of {format_shape(shape)} "
+            "(dataset.samples, dataset.classes, dataset.channels, dataset.size)",
+        )
         prototypes = generator.uniform(0.2, 0.8, (self.classes, *shape))
 
         def sample(count: int) -> tuple[np.ndarray, np.ndarray]:

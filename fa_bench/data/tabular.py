@@ -52,8 +52,11 @@ class Tabular(VectorDataset):
                 if getattr(self, key) is not None:
                     raise OptionError(key, f"={getattr(self, key)} is for a CSV file, not for table={self.table}")
         elif not self.table.lower().endswith(".csv"):
-            raise OptionError("table", f"={truncate(self.table, 100)} is neither one of {names(BUNDLED)} nor the path of a .csv "
-                                       f"file{nearest(self.table, BUNDLED)}")
+            raise OptionError(
+                "table",
+                f"={truncate(self.table, 100)} is neither one of {names(BUNDLED)} nor the path of a .csv "
+                f"file{nearest(self.table, BUNDLED)}",
+            )
 
     @property
     def targets(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -82,11 +85,16 @@ class Tabular(VectorDataset):
             table = self._table
             x, y, classes = table.features, table.values, table.names
         try:
-            train, test = train_test_split(np.arange(len(x)), test_size=self.test, random_state=self.test_seed,
-                                           stratify=y if self.targets == CLASSES else None)
+            train, test = train_test_split(
+                np.arange(len(x)),
+                test_size=self.test,
+                random_state=self.test_seed,
+                stratify=y if self.targets == CLASSES else None,
+            )
         except ValueError as error:  # too few rows, or a class with a single one
-            raise OptionError("dataset.test", f"={self.test:g}: the rows cannot be split ({str(error).splitlines()[0]:.150})"
-                              ) from None
+            raise OptionError(
+                "dataset.test", f"={self.test:g}: the rows cannot be split ({str(error).splitlines()[0]:.150})"
+            ) from None
         train, test = np.sort(train), np.sort(test)
         if self.targets == VALUES:
             y = y.astype(np.float64)
@@ -123,23 +131,29 @@ def _read(path: Path, target: str | None, task: str | None, *state: int) -> _Tab
     frame.columns = columns
     target = columns[-1] if target is None else target
     if all(_is_number(name) for name in columns):
-        raise DataError(f"{path}: its first row has only numbers ({names(columns[:_MANY])}); add a header with the names of "
-                        "the columns")
+        raise DataError(
+            f"{path}: its first row has only numbers ({names(columns[:_MANY])}); add a header with the names of the columns"
+        )
     if target not in columns:
         listed = f"{names(columns[:_MANY])}{', ...' * (len(columns) > _MANY)}"
-        raise OptionError("dataset.target", f"={truncate(target, 100)}: {path} has no such column{nearest(target, columns)} "
-                                            f"(columns: {listed})")
+        raise OptionError(
+            "dataset.target", f"={truncate(target, 100)}: {path} has no such column{nearest(target, columns)} (columns: {listed})"
+        )
     if len(columns) < 2 or frame.empty:
         other = next((mark for mark in (";", "\t", "|") if mark in columns[0]), None)
         hint = f" (columns are separated by commas, not by {other!r})" if other and len(columns) == 1 else ""
-        raise DataError(f"{path}: has {len(frame)} rows and {len(columns)} column{'s' * (len(columns) != 1)}; at least one row, "
-                        f"a feature and a target are needed{hint}")
+        raise DataError(
+            f"{path}: has {len(frame)} rows and {len(columns)} column{'s' * (len(columns) != 1)}; at least one row, "
+            f"a feature and a target are needed{hint}"
+        )
     missing = np.argwhere(frame.isna().to_numpy())
     if len(missing):
         row, column = missing[0]
         rows = len({int(row) for row, _ in missing})
-        raise DataError(f"{path}: no value in column '{columns[column]}' of row {row + 1} (below the header); {rows} "
-                        f"row{'s lack' if rows > 1 else ' lacks'} values: remove or fill them")
+        raise DataError(
+            f"{path}: no value in column '{columns[column]}' of row {row + 1} (below the header); {rows} "
+            f"row{'s lack' if rows > 1 else ' lacks'} values: remove or fill them"
+        )
     features = frame.drop(columns=target)
     if text := [name for name in features if not pd.api.types.is_numeric_dtype(features[name])]:
         raise DataError(f"{path}: not numbers in column{'s' * (len(text) > 1)} {names(text[:_MANY])}; remove or encode them")
@@ -147,8 +161,11 @@ def _read(path: Path, target: str | None, task: str | None, *state: int) -> _Tab
     is_number = pd.api.types.is_numeric_dtype(of) and not pd.api.types.is_bool_dtype(of)
     if task is None:
         if is_number and (of == of.round()).all():
-            raise OptionError("dataset.task", f"=null: column '{target}' has whole numbers, which may be classes or values; set "
-                                              "dataset.task=classification or dataset.task=regression")
+            raise OptionError(
+                "dataset.task",
+                f"=null: column '{target}' has whole numbers, which may be classes or values; set "
+                "dataset.task=classification or dataset.task=regression",
+            )
         task = "regression" if is_number else "classification"
     if task == "regression" and not is_number:
         raise OptionError("dataset.task", f"=regression: column '{target}' is not numbers")
@@ -156,8 +173,10 @@ def _read(path: Path, target: str | None, task: str | None, *state: int) -> _Tab
     infinite = np.argwhere(~np.isfinite(x))
     if len(infinite):
         row, column = infinite[0]
-        raise DataError(f"{path}: {x[row, column]} in column '{features.columns[column]}' of row {row + 1} (below the header), "
-                        "not a finite number")
+        raise DataError(
+            f"{path}: {x[row, column]} in column '{features.columns[column]}' of row {row + 1} (below the header), "
+            "not a finite number"
+        )
     if task == "regression":
         return _Table(x, of.to_numpy(np.float64), [target], task)
     classes, labels = np.unique(of.to_numpy() if is_number else of.astype(str).to_numpy(str), return_inverse=True)
@@ -166,8 +185,10 @@ def _read(path: Path, target: str | None, task: str | None, *state: int) -> _Tab
         raise DataError(f"{path}: column '{target}' has the same class, {truncate(of_classes[0], 40)}, in all rows")
     if rare := [truncate(name, 40) for name, count in zip(of_classes, counts, strict=True) if count < 2]:
         occur = "occurs" if len(rare) == 1 else "occur"
-        raise DataError(f"{path}: in column '{target}', {len(rare)} of {len(counts)} classes {occur} only once "
-                        f"({names(rare[:3])}{', ...' * (len(rare) > 3)}); training and test set need a row each")
+        raise DataError(
+            f"{path}: in column '{target}', {len(rare)} of {len(counts)} classes {occur} only once "
+            f"({names(rare[:3])}{', ...' * (len(rare) > 3)}); training and test set need a row each"
+        )
     return _Table(x, labels, of_classes, task)
 
 

@@ -51,8 +51,9 @@ class Text(Dataset):
     unit: str = option("characters", "what a token is", choices=["characters", "bytes", "bpe"])
     vocabulary: int = option(512, "tokens of unit=bpe, 256 bytes included", minimum=BYTES + 1, maximum=1_000_000)
     context: int = option(64, "tokens in a sequence", minimum=1)
-    validation: float = option(0.1, "fraction of the text for validation, between the parts for training and testing; 0: none",
-                               minimum=0, below=1)
+    validation: float = option(
+        0.1, "fraction of the text for validation, between the parts for training and testing; 0: none", minimum=0, below=1
+    )
     test: float = option(0.1, "fraction of the text for testing, at its end", above=0, below=1)
 
     validation_seed: int = dataclasses.field(init=False, default=0)
@@ -70,7 +71,7 @@ class Text(Dataset):
     def read(self, data_dir: Path, device: torch.device) -> Splits:
         text = read_text(BUILT_IN if self.path is None else Path(self.path))
         ends = round((1 - self.validation - self.test) * len(text)), round((1 - self.test) * len(text))
-        parts = {"train": text[:ends[0]], "validation": text[ends[0]:ends[1]], "test": text[ends[1]:]}
+        parts = {"train": text[: ends[0]], "validation": text[ends[0] : ends[1]], "test": text[ends[1] :]}
         encode, vocabulary = self._encoding(parts["train"])
         digest, splits, notes = hashlib.sha256("\n".join(vocabulary).encode()), {}, []
         for name, part in parts.items():
@@ -78,12 +79,21 @@ class Text(Dataset):
             digest.update(tokens.numpy().data)
             splits[name] = WindowSplit(tokens, self.context, name == "train", device, len(part) / max(len(tokens), 1))
             if not len(splits[name]) and (name != "validation" or self.validation):
-                raise OptionError("dataset.context", f"={self.context}: the {name} part has only {len(tokens)} tokens; use a "
-                                                     "shorter context or a longer text")
+                raise OptionError(
+                    "dataset.context",
+                    f"={self.context}: the {name} part has only {len(tokens)} tokens; use a shorter context or a longer text",
+                )
             if self.unit == "characters" and (unknown := int((tokens == 0).sum())):
                 notes.append(f"{name} part: {unknown} characters that are not in the training part, as {UNKNOWN}")
-        return Splits(splits["train"], splits["validation"] if self.validation else None, splits["test"], vocabulary,
-                      (self.context,), digest.hexdigest(), notes)
+        return Splits(
+            splits["train"],
+            splits["validation"] if self.validation else None,
+            splits["test"],
+            vocabulary,
+            (self.context,),
+            digest.hexdigest(),
+            notes,
+        )
 
     def _encoding(self, text: str) -> Encoding:
         """The encoding that is learned from the training part."""
@@ -121,8 +131,9 @@ class WindowSplit(Split):
         return len(self.starts)
 
     def subset(self, indices: Tensor) -> WindowSplit:
-        return WindowSplit(self.tokens, self.context, self.moves, self.device, self.characters or 1.0,
-                           self.starts[indices.to(self.device)])
+        return WindowSplit(
+            self.tokens, self.context, self.moves, self.device, self.characters or 1.0, self.starts[indices.to(self.device)]
+        )
 
     @property
     def varies(self) -> bool:
@@ -154,8 +165,9 @@ def read_text(path: Path) -> str:
         try:
             parts.append(file.read_bytes().decode("utf-8-sig").replace("\r\n", "\n"))
         except UnicodeDecodeError as error:
-            raise DataError(f"{printable(str(file))}: not UTF-8 (byte {error.start}); convert it, for example with "
-                            "iconv -t UTF-8") from None
+            raise DataError(
+                f"{printable(str(file))}: not UTF-8 (byte {error.start}); convert it, for example with iconv -t UTF-8"
+            ) from None
         except OSError as error:
             raise DataError(f"dataset.path={printable(str(file))}: cannot be read ({error.strerror or error})") from None
     if not (text := "".join(parts)):
@@ -179,8 +191,9 @@ def _byte_pairs(text: str, size: int) -> Encoding:
     tokenizer: Any = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
-    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
-                                  special_tokens=[])
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False, special_tokens=[]
+    )
     tokenizer.train_from_iterator([text], trainer)
     vocabulary = [tokenizer.id_to_token(number) for number in range(tokenizer.get_vocab_size())]
     return lambda part: tokenizer.encode(part).ids, vocabulary

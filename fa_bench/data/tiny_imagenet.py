@@ -56,8 +56,10 @@ class TinyImageNet(ImageFiles):
                     download(self.url, self.md5, temporary / archive.name)
                     os.replace(temporary / archive.name, archive)
         elif not has_md5(archive, self.md5):
-            raise DataError(f"dataset={self.name}: {archive} is damaged or cut off (its MD5 is not {self.md5}); "
-                            "delete it to download it again")
+            raise DataError(
+                f"dataset={self.name}: {archive} is damaged or cut off (its MD5 is not {self.md5}); "
+                "delete it to download it again"
+            )
         if not root.is_dir():
             unpack_zip(archive, root)
         if downloads:
@@ -78,13 +80,18 @@ def annotated(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
             continue
         name, kind = (*line.split("\t"), "")[:2]
         if kind not in labels:
-            raise DataError(f"{source}:{number}: no class '{kind}' in {folder.parent / 'wnids.txt'}{nearest(kind, classes)}; "
-                            f"delete {folder.parent} to download it again")
+            raise DataError(
+                f"{source}:{number}: no class '{kind}' in {folder.parent / 'wnids.txt'}{nearest(kind, classes)}; "
+                f"delete {folder.parent} to download it again"
+            )
         if name not in images:
-            raise DataError(f"{source}:{number}: no image '{name}' in {folder / 'images'}; "
-                            f"delete {folder.parent} to download it again")
+            raise DataError(
+                f"{source}:{number}: no image '{name}' in {folder / 'images'}; delete {folder.parent} to download it again"
+            )
         label_of[name] = labels[kind]
     if unlabelled := sorted(images - set(label_of)):
-        raise DataError(f"{source}: no line for {unlabelled[0]} and {len(unlabelled) - 1} others of {folder / 'images'}; "
-                        f"delete {folder.parent} to download it again")
+        raise DataError(
+            f"{source}: no line for {unlabelled[0]} and {len(unlabelled) - 1} others of {folder / 'images'}; "
+            f"delete {folder.parent} to download it again"
+        )
     return [(folder / "images" / name, label_of[name]) for name in sorted(label_of)]

@@ -60,8 +60,15 @@ class VectorDataset(Dataset):
             for array in part:
                 digest.update(array.data)
         made = {name: ArraySplit(torch.from_numpy(x), torch.from_numpy(y), device) for name, (x, y) in splits.items()}
-        return Splits(made["train"], made.get("validation"), made["test"], names, splits["train"][0].shape[1:],
-                      digest.hexdigest(), list(dict.fromkeys(notes)))
+        return Splits(
+            made["train"],
+            made.get("validation"),
+            made["test"],
+            names,
+            splits["train"][0].shape[1:],
+            digest.hexdigest(),
+            list(dict.fromkeys(notes)),
+        )
 
     def finished(self, splits: Splits) -> Splits:
         if self.inputs == FEATURES and getattr(self, "standardise", False):

@@ -29,8 +29,14 @@ class Wandb(Logger):
 
         # wandb drops steps that repeat after a resume, with a warning; they have the same values.
         self.run = wandb.init(  # pyright: ignore[reportAttributeAccessIssue]
-            id=f"{job.config_hash}-{job.run.seed}", resume="allow", dir=str(directory.parent),
-            name=f"{job.group} seed {job.run.seed}", group=job.group, config=job.plain(), reinit=True)
+            id=f"{job.config_hash}-{job.run.seed}",
+            resume="allow",
+            dir=str(directory.parent),
+            name=f"{job.group} seed {job.run.seed}",
+            group=job.group,
+            config=job.plain(),
+            reinit=True,
+        )
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         self.run.log(dict(values), step=step)

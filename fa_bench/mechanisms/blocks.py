@@ -52,8 +52,12 @@ def blocks_of(model: nn.Module, sample: Any, blocks: Iterable[str] | None = None
     def add(path: str, recurse: bool) -> None:
         # Not `named_parameters`, which wrappers override.
         parts = modules[path].named_modules(prefix=path, remove_duplicate=False) if recurse else [(path, modules[path])]
-        names = [f"{where}.{name}" for where, part in parts for name, parameter in part._parameters.items()
-                 if parameter is not None and not name.startswith(PREFIX)]
+        names = [
+            f"{where}.{name}"
+            for where, part in parts
+            for name, parameter in part._parameters.items()
+            if parameter is not None and not name.startswith(PREFIX)
+        ]
         current.extend(name for name in names if name not in seen)
         seen.update(names)
 
@@ -63,8 +67,9 @@ def blocks_of(model: nn.Module, sample: Any, blocks: Iterable[str] | None = None
             found[path] = [*found.get(path, []), *current]
             current.clear()
 
-    handles = [module.register_forward_pre_hook(lambda *_, path=path: add(path, recurse=False))
-               for path, module in modules.items()]
+    handles = [
+        module.register_forward_pre_hook(lambda *_, path=path: add(path, recurse=False)) for path, module in modules.items()
+    ]
     handles += [module.register_forward_hook(lambda *_, path=path: after_module(path)) for path, module in modules.items()]
     args, kwargs = arguments(sample)
     try:

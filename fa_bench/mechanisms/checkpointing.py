@@ -24,8 +24,11 @@ def refuse_reentrant(rule: str) -> Callable[..., Tensor]:
     It is called only if the repeated pass is itself differentiated, as in reentrant checkpointing of the whole model. The first
     pass then ran without gradients and looked like an evaluation.
     """
+
     def refuse(*_: Any) -> Tensor:
-        raise CoverageError(f"rule '{rule}' cannot train by a forward pass that runs within a backward pass: activation "
-                            f"checkpointing needs use_reentrant=False")
+        raise CoverageError(
+            f"rule '{rule}' cannot train by a forward pass that runs within a backward pass: activation "
+            f"checkpointing needs use_reentrant=False"
+        )
 
     return refuse

@@ -66,12 +66,12 @@ def operator(schema: str, like: Callable[..., Any]) -> Callable[[Callable[..., A
             memory format needs another name.
         like: returns tensors like the results, from the arguments without the key; for compilers.
     """
+
     def register(function: Callable[..., Any]) -> Any:
         name = schema.partition("(")[0]
         # A compiler may choose the memory format of the arguments, and must not capture the operator in a CUDA graph, which would
         # repeat its kernels without running its Python code.
-        _library.define(schema.replace(") ->", ", str key) ->"),
-                        tags=(torch.Tag.flexible_layout, *_tags("cudagraph_unsafe")))
+        _library.define(schema.replace(") ->", ", str key) ->"), tags=(torch.Tag.flexible_layout, *_tags("cudagraph_unsafe")))
         _library.impl(name, lambda *given: function(_handles[given[-1]].owner, *given[:-1]), "CompositeExplicitAutograd")
         torch.library.register_fake(f"fa_bench::{name}", lambda *given: like(*given[:-1]), lib=_library)
         return getattr(torch.ops.fa_bench, name).default

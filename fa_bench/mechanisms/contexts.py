@@ -46,8 +46,9 @@ def without_side_effects(model: nn.Module) -> Iterator[None]:
 
     Random generators have their earlier state afterwards.
     """
-    dropouts = [m for m in model.modules()
-                if isinstance(m, nn.modules.dropout._DropoutNd) or type(m).__name__ == "StochasticDepth"]
+    dropouts = [
+        m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) or type(m).__name__ == "StochasticDepth"
+    ]
     with ExitStack() as stack:
         stack.enter_context(set_temporarily(dropouts, "training", False))
         stack.enter_context(set_temporarily(dropouts, "p", 0.0))  # attention may read it and call a function

@@ -61,8 +61,10 @@ class Coverage:
         covered, uncovered = len(self.covered), len(self.uncovered)
         missing = f"{uncovered} weight{'s' * (uncovered != 1)} not covered" if uncovered else "every weight"
         lines = [f"{self.rule} covers {covered} layer{'s' * (covered != 1)}, {missing}"]
-        rows = [("layer", "type", "weight", "its error"), *(
-            (c.layer, c.kind, format_shape(c.shape) + ("" if c.learns else " frozen"), c.feedback) for c in self.covered)]
+        rows = [
+            ("layer", "type", "weight", "its error"),
+            *((c.layer, c.kind, format_shape(c.shape) + ("" if c.learns else " frozen"), c.feedback) for c in self.covered),
+        ]
         lines += indent(align_columns(rows))
         if self.local:
             lines += indent(align_columns([("passes no error on", "where"), *self.local.items()]))
@@ -74,9 +76,12 @@ class Coverage:
 
     def with_frozen(self, model: Any) -> Coverage:
         """The same coverage, with the layers of `model` marked whose weights are frozen."""
-        return dataclasses.replace(self, covered=tuple(
-            dataclasses.replace(entry, learns=model.get_submodule(entry.layer).weight.requires_grad) for entry in self.covered
-        ))
+        return dataclasses.replace(
+            self,
+            covered=tuple(
+                dataclasses.replace(entry, learns=model.get_submodule(entry.layer).weight.requires_grad) for entry in self.covered
+            ),
+        )
 
     def require(self, allowed: bool | list[str], model: Any) -> None:
         """Raise an error if the rule covers nothing, or if weights are uncovered that must be covered.
@@ -97,7 +102,8 @@ class Coverage:
             raise CoverageError(
                 f"rule '{self.rule}' leaves weights uncovered: {listed}. To train them by their true local gradient, while they "
                 f"carry the error themselves (weight transport), pass {{allow_uncovered}}",
-                {"allow_uncovered": [*patterns, *refused] if len(refused) <= 4 else True})
+                {"allow_uncovered": [*patterns, *refused] if len(refused) <= 4 else True},
+            )
 
 
 COVERABLE = "nn.Linear, nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d, attention, recurrent or bilinear module with plain weights"
@@ -119,12 +125,17 @@ def not_coverable(model: Any) -> str:
 
 def computed_weights(model: Any) -> str:
     """A sentence that names the layers whose weight is computed from other parameters; empty if there are none."""
-    paths = [path for path, module in model.named_modules()
-             if "weight" not in module._parameters and isinstance(getattr(module, "weight", None), torch.Tensor)]
+    paths = [
+        path
+        for path, module in model.named_modules()
+        if "weight" not in module._parameters and isinstance(getattr(module, "weight", None), torch.Tensor)
+    ]
     if not paths:
         return ""
-    return (f"the weight of {names(paths)} is computed by pruning or a parametrization, and no rule covers it: first turn it "
-            f"into a plain parameter, with prune.remove, remove_weight_norm or remove_parametrizations of torch.nn.utils")
+    return (
+        f"the weight of {names(paths)} is computed by pruning or a parametrization, and no rule covers it: first turn it "
+        f"into a plain parameter, with prune.remove, remove_weight_norm or remove_parametrizations of torch.nn.utils"
+    )
 
 
 def foreign_weights(model: Any, covered: set[int], uses: Uses | None = None) -> tuple[dict[str, str], dict[str, str]]:
@@ -157,14 +168,18 @@ def foreign_weights(model: Any, covered: set[int], uses: Uses | None = None) -> 
 
 def batch_note(what: str) -> str:
     """A note for a rule whose error depends on which samples form a batch."""
-    return (f"{what[0].upper()}{what[1:]} depends on the batch: results on data-parallel ranks, and on micro-batches, differ "
-            f"from those of one pass over the whole batch.")
+    return (
+        f"{what[0].upper()}{what[1:]} depends on the batch: results on data-parallel ranks, and on micro-batches, differ "
+        f"from those of one pass over the whole batch."
+    )
 
 
 def noise_note() -> str:
     """A note for a rule that draws noise for every sample."""
-    return ("Each sample has its own noise: results on data-parallel ranks, and on micro-batches, differ from those of one pass "
-            "over the whole batch.")
+    return (
+        "Each sample has its own noise: results on data-parallel ranks, and on micro-batches, differ from those of one pass "
+        "over the whole batch."
+    )
 
 
 def outside_text(use: str) -> str:

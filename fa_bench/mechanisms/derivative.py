@@ -33,14 +33,51 @@ if TYPE_CHECKING:
 
 #: The modules whose derivative can be replaced; only these exact types: the forward pass of a subclass may differ.
 NONLINEAR: tuple[type[nn.Module], ...] = (
-    nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.Hardtanh, nn.Threshold, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh,
-    nn.Sigmoid, nn.LogSigmoid, nn.Softplus, nn.Softsign, nn.Tanhshrink, nn.Softshrink, nn.Hardshrink, nn.Hardswish,
-    nn.Hardsigmoid)
+    nn.ReLU,
+    nn.LeakyReLU,
+    nn.ReLU6,
+    nn.Hardtanh,
+    nn.Threshold,
+    nn.ELU,
+    nn.CELU,
+    nn.SELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Mish,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.LogSigmoid,
+    nn.Softplus,
+    nn.Softsign,
+    nn.Tanhshrink,
+    nn.Softshrink,
+    nn.Hardshrink,
+    nn.Hardswish,
+    nn.Hardsigmoid,
+)
 #: The autograd nodes of nonlinear functions of one element, and of kernels that contain some, by their names without "Backward".
-_FUNCTIONS = {name: name.lower() for name in (
-    "Relu", "LeakyRelu", "Hardtanh", "Threshold", "Elu", "Celu", "Gelu", "Silu", "Mish", "Tanh", "Sigmoid", "LogSigmoid",
-    "Softplus", "Softshrink", "Hardshrink", "Hardswish", "Hardsigmoid")} | {
-    "PreluKernel": "prelu", "RreluWithNoise": "rrelu", "MkldnnRnnLayer": "lstm", "CudnnRnn": "rnn", "MiopenRnn": "rnn"}
+_FUNCTIONS = {
+    name: name.lower()
+    for name in (
+        "Relu",
+        "LeakyRelu",
+        "Hardtanh",
+        "Threshold",
+        "Elu",
+        "Celu",
+        "Gelu",
+        "Silu",
+        "Mish",
+        "Tanh",
+        "Sigmoid",
+        "LogSigmoid",
+        "Softplus",
+        "Softshrink",
+        "Hardshrink",
+        "Hardswish",
+        "Hardsigmoid",
+    )
+} | {"PreluKernel": "prelu", "RreluWithNoise": "rrelu", "MkldnnRnnLayer": "lstm", "CudnnRnn": "rnn", "MiopenRnn": "rnn"}
 
 
 class Dual:
@@ -81,8 +118,11 @@ class Dual:
         Raises:
             CoverageError: if the model calls nonlinear functions outside of modules.
         """
-        found: dict[str, Any] = {path: module for path, module in model.named_modules()
-                                 if type(module) in NONLINEAR and "forward" not in module.__dict__}
+        found: dict[str, Any] = {
+            path: module
+            for path, module in model.named_modules()
+            if type(module) in NONLINEAR and "forward" not in module.__dict__
+        }
         if sample is not None:
             self._refuse(_functions(model, found.values(), sample))
         self.modules = found
@@ -129,8 +169,10 @@ class Dual:
         if self._samples is None and recomputing():
             return 0  # the backward pass has that of the pass that is repeated
         if self._samples is None:
-            raise CoverageError(f"{type(module).__name__.removeprefix('Dual')} ran outside a forward pass of the attached model: "
-                                f"call the model itself")
+            raise CoverageError(
+                f"{type(module).__name__.removeprefix('Dual')} ran outside a forward pass of the attached model: "
+                f"call the model itself"
+            )
         return self._samples
 
     # -------------------------------------------------------------------------------------------- every backward pass
@@ -148,12 +190,15 @@ class Dual:
         handle = None
         if loss_scale is None:
             if logits is None or logits.grad_fn is None:
-                raise ValueError(f"rule '{self.rule}': derivative=dual needs the scale of the loss: rule.backward(loss, logits, "
-                                 f"target), or loss_scale=1.0, or loss_scale=1 / 4 for loss / 4")
+                raise ValueError(
+                    f"rule '{self.rule}': derivative=dual needs the scale of the loss: rule.backward(loss, logits, "
+                    f"target), or loss_scale=1.0, or loss_scale=1 / 4 for loss / 4"
+                )
 
             def measure(delta: Tensor) -> None:
                 self._scale = self._last_scale = measured_scale(
-                    self.rule, delta, logits.detach(), target, self._last_scale, rule.objective)
+                    self.rule, delta, logits.detach(), target, self._last_scale, rule.objective
+                )
 
             handle = logits.register_hook(measure)
         self._scale = loss_scale
@@ -171,16 +216,20 @@ class Dual:
             ValueError: if the backward pass does not come from `delivering`.
         """
         if self._scale is None:
-            raise ValueError(f"rule '{self.rule}': derivative=dual needs the scale of the loss: call rule.backward(loss, logits, "
-                             f"target) with the logits of this forward pass instead of loss.backward()")
+            raise ValueError(
+                f"rule '{self.rule}': derivative=dual needs the scale of the loss: call rule.backward(loss, logits, "
+                f"target) with the logits of this forward pass instead of loss.backward()"
+            )
         return self.beta * samples / (self._scale or 1.0)  # a scale of 0 comes with errors of 0
 
     def _refuse(self, functions: Iterable[str]) -> None:
         found = sorted(set(functions))
         if found:
-            raise CoverageError(f"rule '{self.rule}': {{derivative}} replaces the derivative of modules such as nn.ReLU, but "
-                                f"this model computes {names(found)} by functions: use modules of torch.nn",
-                                {"derivative": "dual"})
+            raise CoverageError(
+                f"rule '{self.rule}': {{derivative}} replaces the derivative of modules such as nn.ReLU, but "
+                f"this model computes {names(found)} by functions: use modules of torch.nn",
+                {"derivative": "dual"},
+            )
 
 
 def _nonlinear(nodes: Iterable[Any]) -> Iterator[str]:
@@ -201,8 +250,11 @@ def _functions(model: nn.Module, modules: Iterable[nn.Module], sample: Any) -> l
     def after(module: nn.Module, args: Any, output: Tensor) -> None:
         inside.update(nodes_from([output.grad_fn], inputs))
 
-    handles = [handle for module in modules for handle in (
-        module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after))]
+    handles = [
+        handle
+        for module in modules
+        for handle in (module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after))
+    ]
     args, kwargs = arguments(sample)
     try:
         with layerwise(model, Mode("")), evaluating(model), torch.enable_grad(), all_require_grad(model), same_randomness(model):

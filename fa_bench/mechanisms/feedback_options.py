@@ -34,41 +34,69 @@ def density_option(tensors: str = "B", masks: str = "mask") -> Any:
 
 def within_option() -> Any:
     """How far a cut rule's errors are passed on exactly."""
-    return option("layer", "where errors are exact: up to the next weights (layer), or in whole blocks between cuts, which "
-                           "transports weights within each (block)", choices=["layer", "block"], identifying=False)
+    return option(
+        "layer",
+        "where errors are exact: up to the next weights (layer), or in whole blocks between cuts, which "
+        "transports weights within each (block)",
+        choices=["layer", "block"],
+        identifying=False,
+    )
 
 
 def error_at_option() -> Any:
     """The module from whose output a cut rule's errors come."""
-    return option(None, "the module whose output has the error that cuts receive, such as the one before a vocabulary layer; "
-                        "layers after it learn by backpropagation; null: the model's output", identifying=False)
+    return option(
+        None,
+        "the module whose output has the error that cuts receive, such as the one before a vocabulary layer; "
+        "layers after it learn by backpropagation; null: the model's output",
+        identifying=False,
+    )
 
 
 def positions_option() -> Any:
     """Whether the positions of a cut share their feedback if the errors have no positions."""
-    return option("own", "feedback of a cut's tokens or pixels if the output has none: each its own part of B, or one matrix for "
-                         "all", choices=["own", "shared"], identifying=False)
+    return option(
+        "own",
+        "feedback of a cut's tokens or pixels if the output has none: each its own part of B, or one matrix for all",
+        choices=["own", "shared"],
+        identifying=False,
+    )
 
 
 def tangents_option() -> Any:
     """How a rule computes the derivative of the model's output along its noise."""
-    return option("forward", "the output's derivative along the noise: exact, by forward-mode differentiation (forward), or by "
-                             "central differences of two passes (difference)", choices=["forward", "difference"])
+    return option(
+        "forward",
+        "the output's derivative along the noise: exact, by forward-mode differentiation (forward), or by "
+        "central differences of two passes (difference)",
+        choices=["forward", "difference"],
+    )
 
 
 def output_option() -> Any:
     """The output of the model from which a cut rule's errors come."""
-    return option(None, "the output from which the errors come, if the model returns several: a key, or a number in a tuple; "
-                        "other outputs train only the layers after the last cut")
+    return option(
+        None,
+        "the output from which the errors come, if the model returns several: a key, or a number in a tuple; "
+        "other outputs train only the layers after the last cut",
+    )
 
 
 def derivative_option(default: str = "exact", identifying: bool = False) -> Any:
     """The derivative of elementwise nonlinearities in the backward pass."""
-    return option(default, "derivative of elementwise nonlinearities: exact, or dual, a finite difference over the error, as in "
-                           "dual propagation", choices=["exact", "dual"], identifying=identifying)
+    return option(
+        default,
+        "derivative of elementwise nonlinearities: exact, or dual, a finite difference over the error, as in dual propagation",
+        choices=["exact", "dual"],
+        identifying=identifying,
+    )
 
 
 def beta_option(identifying: bool = False) -> Any:
     """The size of the finite difference."""
-    return option(0.01, "derivative=dual: half the width of the finite difference, in units of the error of a sample's own loss",
-                  above=0, identifying=identifying)
+    return option(
+        0.01,
+        "derivative=dual: half the width of the finite difference, in units of the error of a sample's own loss",
+        above=0,
+        identifying=identifying,
+    )

@@ -18,8 +18,19 @@ if TYPE_CHECKING:
     from fa_bench.objectives.base import Objective
 
 #: Autograd nodes of losses other than cross-entropy: a loss whose graph ends in one of them was not scaled.
-_LOSSES = {"CrossEntropyLoss", "MseLoss", "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits", "L1Loss", "SmoothL1Loss",
-           "HuberLoss", "KlDiv", "SoftMarginLoss", "MultiMarginLoss", "MultilabelMarginLoss"}
+_LOSSES = {
+    "CrossEntropyLoss",
+    "MseLoss",
+    "BinaryCrossEntropy",
+    "BinaryCrossEntropyWithLogits",
+    "L1Loss",
+    "SmoothL1Loss",
+    "HuberLoss",
+    "KlDiv",
+    "SoftMarginLoss",
+    "MultiMarginLoss",
+    "MultilabelMarginLoss",
+}
 _MEAN = 1
 
 
@@ -85,9 +96,11 @@ def measured_scale(
     rounding = 4 * torch.finfo(delta.dtype).eps * abs(scale) * delta.numel() ** 0.5 / max(delta.numel() // delta.shape[axis], 1)
     if (given - scale * unit).norm().item() > tolerance * given.norm().item() + rounding:
         name = f"the mean {objective.name.replace('_', '-')}"
-        raise ValueError(f"rule '{rule}' needs the scale of the loss and cannot infer it: the gradient at the logits is "
-                         f"not a multiple of that of {name}. Pass the scale: "
-                         f"rule.backward(loss, logits, target, loss_scale=1.0), or loss_scale=1 / 4 for loss / 4")
+        raise ValueError(
+            f"rule '{rule}' needs the scale of the loss and cannot infer it: the gradient at the logits is "
+            f"not a multiple of that of {name}. Pass the scale: "
+            f"rule.backward(loss, logits, target, loss_scale=1.0), or loss_scale=1 / 4 for loss / 4"
+        )
     # Scales are usually powers of two; rounding to one makes the result exact.
     power = 2.0 ** round(math.log2(scale)) if scale > 0 else 0.0
     return power if power and abs(scale / power - 1) < tolerance else scale

@@ -42,8 +42,10 @@ class Rule(Options):
     repeats: ClassVar[bool] = False
 
     allow_uncovered: bool | list[str] = option(
-        False, "accept weights that the rule does not cover, all or those named (names, or patterns such as 'lstm.*'); they "
-               "learn by their true local gradient")
+        False,
+        "accept weights that the rule does not cover, all or those named (names, or patterns such as 'lstm.*'); they "
+        "learn by their true local gradient",
+    )
     freeze_stem: bool = option(False, "the first layer keeps its initial weight and bias")
 
     def shortened(self: R, fraction: float) -> R:
@@ -52,7 +54,11 @@ class Rule(Options):
 
     # -------------------------------------------------------------------------------------------- attach and detach
     def attach(
-        self: R, model: nn.Module, seed: int = 0, sample_input: Any = None, initial_phase: bool = True,
+        self: R,
+        model: nn.Module,
+        seed: int = 0,
+        sample_input: Any = None,
+        initial_phase: bool = True,
         objective: Objective | None = None,
     ) -> R:
         """Attach the rule to `model`, in place.
@@ -174,8 +180,10 @@ class Rule(Options):
         from fa_bench.mechanisms.compiled import guard_hooks
 
         guard_hooks()
-        self._handles += [self.model.register_forward_pre_hook(self.begin_forward, with_kwargs=True),
-                          self.model.register_forward_hook(self.end_forward, always_call=True)]
+        self._handles += [
+            self.model.register_forward_pre_hook(self.begin_forward, with_kwargs=True),
+            self.model.register_forward_hook(self.end_forward, always_call=True),
+        ]
 
     def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
         """Called before every forward pass of the model, may return other arguments (args, kwargs) for it.
@@ -187,8 +195,10 @@ class Rule(Options):
         training = torch.is_grad_enabled() and not mode.exact
         if torch.compiler.is_compiling():
             if self.repeats:
-                raise CoverageError(f"rule '{self.name}' runs the model again in the backward pass, which no compiled graph can "
-                                    f"do: do not compile the model")
+                raise CoverageError(
+                    f"rule '{self.name}' runs the model again in the backward pass, which no compiled graph can "
+                    f"do: do not compile the model"
+                )
             # New containers, because a graph depends on the contents of those that it finds.
             mode.training, mode.with_gradients, mode.without_gradients, mode.seeds = training, set(), {}, {}
             return
@@ -286,9 +296,7 @@ class Rule(Options):
         self._check_structure()
         self.deliver(loss, logits, target, loss_scale)
 
-    def deliver(
-        self, loss: Tensor, logits: Tensor | None, target: Tensor | None, loss_scale: float | None = None
-    ) -> None:
+    def deliver(self, loss: Tensor, logits: Tensor | None, target: Tensor | None, loss_scale: float | None = None) -> None:
         """The rule's backward pass."""
         loss.backward()
 

@@ -62,12 +62,16 @@ class FirstPass:
         """
         for tensor, version in self._versions:
             if tensor._version != version:
-                raise StateError(f"rule '{self.rule}' runs the model again in the backward pass, but an input of shape "
-                                 f"{tuple(tensor.shape)} was changed in place after the forward pass: pass a copy")
+                raise StateError(
+                    f"rule '{self.rule}' runs the model again in the backward pass, but an input of shape "
+                    f"{tuple(tensor.shape)} was changed in place after the forward pass: pass a copy"
+                )
         for name, parameter, version in self._weights:
             if parameter._version != version:
-                raise StateError(f"rule '{self.rule}' runs the model again in the backward pass, but '{name}' was changed after "
-                                 f"the forward pass: update the weights after the backward passes")
+                raise StateError(
+                    f"rule '{self.rule}' runs the model again in the backward pass, but '{name}' was changed after "
+                    f"the forward pass: update the weights after the backward passes"
+                )
         torch.set_rng_state(self._random)
         for device, state in self._random_on.items():
             torch.cuda.set_rng_state(state, device)
@@ -86,8 +90,13 @@ class FirstPass:
 
 @contextmanager
 def repeated(
-    model: nn.Module, mode: Any, first: FirstPass, args: tuple[Any, ...] | None = None,
-    inputs: Mapping[str, Change] | None = None, outputs: Mapping[str, Change] | None = None, precise: bool = False,
+    model: nn.Module,
+    mode: Any,
+    first: FirstPass,
+    args: tuple[Any, ...] | None = None,
+    inputs: Mapping[str, Change] | None = None,
+    outputs: Mapping[str, Change] | None = None,
+    precise: bool = False,
 ) -> Iterator[Any]:
     """A context with the result of another forward pass of an attached model, in which the rule's own hooks change nothing.
 
@@ -108,8 +117,12 @@ def repeated(
             handles.append(model.get_submodule(path).register_forward_pre_hook(_at_input(change)))
         for path, change in (outputs or {}).items():
             handles.append(model.get_submodule(path).register_forward_hook(_at_output(change)))
-        with set_temporarily([mode], "exact", True), without_running_statistics(model), same_randomness(model), \
-                first.surroundings(precise):
+        with (
+            set_temporarily([mode], "exact", True),
+            without_running_statistics(model),
+            same_randomness(model),
+            first.surroundings(precise),
+        ):
             yield model(*(first.args if args is None else args), **first.kwargs)
     finally:
         for handle in handles:

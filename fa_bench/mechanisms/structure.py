@@ -32,8 +32,12 @@ class Structure:
         self._number = next(_numbers)
         _attached[self._number] = self
         ids = {id(parameter) for parameter in frozen}
-        self._frozen = [(path, module, key) for path, module in model.named_modules()
-                        for key, parameter in module._parameters.items() if id(parameter) in ids]
+        self._frozen = [
+            (path, module, key)
+            for path, module in model.named_modules()
+            for key, parameter in module._parameters.items()
+            if id(parameter) in ids
+        ]
         self._record()
 
     def _record(self) -> None:
@@ -61,8 +65,9 @@ class Structure:
             parameters = [parameter] if parameter is not None else _underlying(module, key)
             if any(one.requires_grad for one in parameters):
                 name = f"{path}.{key}" if path else key
-                raise CoverageError(f"'{name}' was frozen by the rule, but has since been replaced or had its requires_grad set. "
-                                    f"{_REATTACH}")
+                raise CoverageError(
+                    f"'{name}' was frozen by the rule, but has since been replaced or had its requires_grad set. {_REATTACH}"
+                )
 
     def _compare(self, allow_new: bool) -> None:
         now = dict(self._model.named_modules())
@@ -71,13 +76,20 @@ class Structure:
         if missing:
             replaced = [path for path in missing if path in now]
             what = f"{names(replaced)} replaced" if replaced else f"{names(missing)} removed"
-            raise CoverageError(f"the model was changed after attach ({what}), but the rule still uses the old layer. "
-                                f"{_REATTACH}")
-        new = [f"{path}.{key}" for path, module in now.items() if module not in self._known
-               for key, parameter in module._parameters.items() if parameter is not None and is_weight(key, parameter)]
+            raise CoverageError(
+                f"the model was changed after attach ({what}), but the rule still uses the old layer. {_REATTACH}"
+            )
+        new = [
+            f"{path}.{key}"
+            for path, module in now.items()
+            if module not in self._known
+            for key, parameter in module._parameters.items()
+            if parameter is not None and is_weight(key, parameter)
+        ]
         if new and not allow_new:
-            raise CoverageError(f"the model was changed after attach: the rule does not cover the new weights {names(new)}. "
-                                f"{_REATTACH}")
+            raise CoverageError(
+                f"the model was changed after attach: the rule does not cover the new weights {names(new)}. {_REATTACH}"
+            )
         self._record()
 
     def release(self) -> None:

@@ -16,8 +16,13 @@ if TYPE_CHECKING:
 
 
 def attach(
-    model: nn.Module, rule: str | Rule, *, seed: int = 0, sample_input: Any = None, objective: str | Objective = "cross_entropy",
-    **options: Any
+    model: nn.Module,
+    rule: str | Rule,
+    *,
+    seed: int = 0,
+    sample_input: Any = None,
+    objective: str | Objective = "cross_entropy",
+    **options: Any,
 ) -> Rule:
     """Attach a learning rule to a model, in place.
 

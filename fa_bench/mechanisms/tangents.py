@@ -76,11 +76,15 @@ def check_tangents(rule: CutRule, method: str, cuts: Mapping[str, nn.Module], sa
         layer: Any = next(iter(rule._covered.values()))
         sample = layer.weight.new_zeros(2, layer.in_features)
     args, kwargs = arguments(sample)
-    parameters = {} if cuts else {parameter: torch.zeros_like(parameter) for parameter in rule.model.parameters()
-                                  if parameter.is_floating_point()}
+    parameters = (
+        {}
+        if cuts
+        else {parameter: torch.zeros_like(parameter) for parameter in rule.model.parameters() if parameter.is_floating_point()}
+    )
     with evaluating(rule.model):
-        output_tangent(rule, FirstPass(rule.name, rule.model, args, kwargs), method, dict.fromkeys(cuts, torch.zeros_like),
-                       parameters)
+        output_tangent(
+            rule, FirstPass(rule.name, rule.model, args, kwargs), method, dict.fromkeys(cuts, torch.zeros_like), parameters
+        )
 
 
 def _by_forward_mode(
@@ -100,17 +104,22 @@ def _by_forward_mode(
         duals = {parameter: forward_ad.make_dual(parameter.detach(), tangent) for parameter, tangent in parameters.items()}
         try:
             with _replaced(rule.model, duals):
-                result = again(rule.model, rule.mode, first, precise=True,
-                               outputs={path: moved(one) for path, one in directions.items()})
+                result = again(
+                    rule.model, rule.mode, first, precise=True, outputs={path: moved(one) for path, one in directions.items()}
+                )
         except NotImplementedError as error:
             operation = re.search(r"forward AD with (\S+) that", str(error))
             what = operation[1] if operation else "an autograd.Function without a jvp"
-            raise CoverageError(f"rule '{rule.name}': PyTorch has no forward-mode derivative for {what}; central differences of "
-                                "two passes replace it with {tangents}", {"tangents": DIFFERENCE}) from error
+            raise CoverageError(
+                f"rule '{rule.name}': PyTorch has no forward-mode derivative for {what}; central differences of "
+                "two passes replace it with {tangents}",
+                {"tangents": DIFFERENCE},
+            ) from error
         tangent = forward_ad.unpack_dual(rule.logits_of(result)).tangent
         if tangent is None:
-            raise CoverageError(f"rule '{rule.name}': the model's output depends on none of its cuts in a way that can be "
-                                f"differentiated")
+            raise CoverageError(
+                f"rule '{rule.name}': the model's output depends on none of its cuts in a way that can be differentiated"
+            )
         return tangent
 
 
@@ -122,9 +131,7 @@ def _load_forward_mode() -> None:
         forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
 
-def _by_differences(
-    rule: CutRule, first: FirstPass, directions: Directions, parameters: Mapping[nn.Parameter, Tensor]
-) -> Tensor:
+def _by_differences(rule: CutRule, first: FirstPass, directions: Directions, parameters: Mapping[nn.Parameter, Tensor]) -> Tensor:
     tangents: dict[str, Tensor] = {}
 
     def moved(path: str, step: float) -> Callable[[Tensor], Tensor]:
@@ -138,8 +145,9 @@ def _by_differences(
     def output(step: float) -> Tensor:
         values = {parameter: parameter.detach().add(tangent, alpha=step) for parameter, tangent in parameters.items()}
         with _replaced(rule.model, values):
-            return rule.logits_of(again(rule.model, rule.mode, first, outputs={path: moved(path, step) for path in directions},
-                                       precise=True))
+            return rule.logits_of(
+                again(rule.model, rule.mode, first, outputs={path: moved(path, step) for path in directions}, precise=True)
+            )
 
     return (output(STEP) - output(-STEP)) / (2 * STEP)
 
@@ -150,8 +158,11 @@ def _without_fused_kernels(mode: Mode) -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with set_temporarily([mode], "layerwise", True), set_temporarily([mode], "always_layerwise", True), \
-                sdpa_kernel([SDPBackend.MATH]):
+        with (
+            set_temporarily([mode], "layerwise", True),
+            set_temporarily([mode], "always_layerwise", True),
+            sdpa_kernel([SDPBackend.MATH]),
+        ):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -160,8 +171,12 @@ def _without_fused_kernels(mode: Mode) -> Iterator[None]:
 @contextmanager
 def _replaced(model: nn.Module, tensors: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
     """A context in which the model computes with other tensors in place of its parameters."""
-    places = [(module, name, parameter) for module in model.modules() for name, parameter in module._parameters.items()
-              if parameter is not None and parameter in tensors]
+    places = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter in tensors
+    ]
     held: list[dict[str, Any]] = [module._parameters for module, _, _ in places]
     try:
         for of_module, (_, name, parameter) in zip(held, places, strict=True):

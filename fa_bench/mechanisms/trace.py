@@ -101,7 +101,11 @@ class StepMemory(NamedTuple):
 
 
 def trace_model(
-    model: nn.Module, sample: Any, watch: Iterable[str] = (), output: str | int | None = None, frozen: Iterable[Tensor] = (),
+    model: nn.Module,
+    sample: Any,
+    watch: Iterable[str] = (),
+    output: str | int | None = None,
+    frozen: Iterable[Tensor] = (),
     alone: bool = False,
 ) -> Trace:
     """Run the model once in evaluation mode and read its structure; the model is not changed.
@@ -127,8 +131,10 @@ def _traced(
     layers, modules = weighted_layers(model), dict(model.named_modules())
     embeddings = {path: module for path, module in modules.items() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))}
     owned = {id(p) for m in (*layers.values(), *embeddings.values()) for p in m.parameters(recurse=False)}
-    tables: list[Any] = [*embeddings, *(id(p) for name, p in model.named_parameters()
-                                        if id(p) not in owned and is_weight(name.rpartition(".")[2], p))]
+    tables: list[Any] = [
+        *embeddings,
+        *(id(p) for name, p in model.named_parameters() if id(p) not in owned and is_weight(name.rpartition(".")[2], p)),
+    ]
     watched = {path: modules[path] for path in watch}
     seen: dict[str, _Call] = {}
     calls: Counter[str] = Counter()
@@ -154,6 +160,7 @@ def _traced(
             seen[path] = _Call(tuple(x.shape), x.grad_fn, y, y.grad_fn, y._version)
             if path in layers and y.grad_fn is not None:
                 node_of[y.grad_fn] = path
+
         return hook
 
     handles = [m.register_forward_hook(record(p), prepend=True) for p, m in {**watched, **layers, **embeddings}.items()]
@@ -177,8 +184,12 @@ def _traced(
             consumer.setdefault(fed, path)
     output_nodes = {path: seen[path].output_node for path in watched if path in seen}
     first: dict[Any, str] = {}
-    same_output = {path: earlier for path, node in output_nodes.items()
-                   if node is not None and (earlier := first.setdefault(node, path)) != path}
+    same_output = {
+        path: earlier
+        for path, node in output_nodes.items()
+        if node is not None and (earlier := first.setdefault(node, path)) != path
+    }
+
     def tabled(roots: Iterable[Any], stops: Iterable[Any]) -> tuple[set[Any], set[Any]]:
         return _walk(roots, node_of, stops, look_ups, set(tables))
 
@@ -208,8 +219,9 @@ def _traced(
         through_beyond=through_beyond,
         beyond={path for path in order if path in first_beyond | through_beyond},
         beyond_leaves=set().union(*(leaves(node, output_nodes.values()) for node in ends)),
-        below_leaves=set().union(*(leaves(node, (*output_nodes.values(), *look_ups)) for node in output_nodes.values()
-                                    if node not in look_ups)),
+        below_leaves=set().union(
+            *(leaves(node, (*output_nodes.values(), *look_ups)) for node in output_nodes.values() if node not in look_ups)
+        ),
         after_tables={path for path, (met, _) in walks.items() if not met.isdisjoint({*embeddings, *used.local})},
         tables=tables,
         kinds=kinds,
@@ -258,8 +270,9 @@ def trace_attached(rule: Rule, sample_input: Any, watch: Iterable[str], frozen: 
     except FaBenchError:
         raise
     except Exception as error:  # a model may raise any exception for an input that it was not made for
-        raise CoverageError(f"{needed}; the model does not accept zeros of shape (2, {first.in_features}) "
-                            f"({first_line(error)})") from None
+        raise CoverageError(
+            f"{needed}; the model does not accept zeros of shape (2, {first.in_features}) ({first_line(error)})"
+        ) from None
 
 
 class Arguments(NamedTuple):
@@ -271,6 +284,7 @@ class Arguments(NamedTuple):
 
 def arguments(sample: Any) -> Arguments:
     """The arguments of a forward pass of a sample, see `trace_model`: copies, because a model may change its inputs."""
+
     def detached(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.detach().clone()
@@ -329,8 +343,10 @@ def chosen_result(results: dict[str, Tensor], output: str | int | None) -> Tenso
     if name not in results:
         allowed = [name for name in results if name]
         given = f"output='{name}': " if output is not None else ""
-        raise CoverageError(f"{given}the model has no such output{nearest(name, allowed)} (outputs: "
-                            f"{names(allowed) or 'one tensor, which needs no name' if results else 'no tensor'})")
+        raise CoverageError(
+            f"{given}the model has no such output{nearest(name, allowed)} (outputs: "
+            f"{names(allowed) or 'one tensor, which needs no name' if results else 'no tensor'})"
+        )
     return results[name]
 
 
@@ -350,7 +366,10 @@ class _Call(NamedTuple):
 
 
 def _walk(
-    roots: Iterable[Any], node_of: dict[Any, str], stops: Iterable[Any], look_ups: Mapping[Any, str] | None = None,
+    roots: Iterable[Any],
+    node_of: dict[Any, str],
+    stops: Iterable[Any],
+    look_ups: Mapping[Any, str] | None = None,
     parameters: Collection[Any] = (),
 ) -> tuple[set[Any], set[Any]]:
     """The layers met first on the paths down the graph from `roots`, and the layers met after those, without passing `stops`.

@@ -79,8 +79,10 @@ class LearnedTensor:
         """
         if self.is_frozen:
             if not self.tensor.requires_grad:
-                raise StateError(f"the learned feedback '{self.name}' was frozen by attach because what it learns from was, but "
-                                 f"that is trainable now: unfreeze it too (it is in rule.feedback_parameters()), or attach again")
+                raise StateError(
+                    f"the learned feedback '{self.name}' was frozen by attach because what it learns from was, but "
+                    f"that is trainable now: unfreeze it too (it is in rule.feedback_parameters()), or attach again"
+                )
             self.is_frozen = False
 
     @property
@@ -177,11 +179,16 @@ class LearnedTensor:
             warnings.warn(
                 f"the learned feedback '{self.name}' should have {self.lr_scale:g} times the learning rate of the weights, but "
                 f"the optimizer uses {lr:g} for it and {weight_lr:g} for the weights: create it from "
-                f"rule.parameter_groups(lr={weight_lr:g})", stacklevel=4)
+                f"rule.parameter_groups(lr={weight_lr:g})",
+                stacklevel=4,
+            )
         elif self.follows and group.get("weight_decay") != weight_group.get("weight_decay"):
-            warnings.warn(f"the learned feedback '{self.name}' follows the weight only if both have the same weight decay, but "
-                          f"the optimizer uses {group.get('weight_decay')} for it and {weight_group.get('weight_decay')} for the "
-                          f"weight", stacklevel=4)
+            warnings.warn(
+                f"the learned feedback '{self.name}' follows the weight only if both have the same weight decay, but "
+                f"the optimizer uses {group.get('weight_decay')} for it and {weight_group.get('weight_decay')} for the "
+                f"weight",
+                stacklevel=4,
+            )
 
     def _require_no_fault(self) -> None:
         if self._fault and not self.tensor.requires_grad:  # the user froze it
@@ -195,12 +202,16 @@ class LearnedTensor:
             raise StateError(fault)
 
 
-_NOT_TRAINED = ("the weights were updated, but the learned feedback '{0}' was not: the optimizer was created before attach, or "
-             "holds a tensor that the model no longer has. Create the optimizer after attach, from model.parameters(), or add "
-             "the feedback: optimizer.add_param_group({{'params': rule.feedback_parameters()}}). To keep feedback fixed, set "
-             "requires_grad_(False) on it")
-_REPLACED = ("the optimizer trains tensors that the model no longer has: the learned feedback '{0}' was replaced after the "
-             "optimizer was created, for example by load_state_dict(assign=True). Create a new optimizer from model.parameters()")
+_NOT_TRAINED = (
+    "the weights were updated, but the learned feedback '{0}' was not: the optimizer was created before attach, or "
+    "holds a tensor that the model no longer has. Create the optimizer after attach, from model.parameters(), or add "
+    "the feedback: optimizer.add_param_group({{'params': rule.feedback_parameters()}}). To keep feedback fixed, set "
+    "requires_grad_(False) on it"
+)
+_REPLACED = (
+    "the optimizer trains tensors that the model no longer has: the learned feedback '{0}' was replaced after the "
+    "optimizer was created, for example by load_state_dict(assign=True). Create a new optimizer from model.parameters()"
+)
 
 #: All learned tensors that have received a gradient, and those that no optimizer has been seen to train yet.
 _known: weakref.WeakSet[LearnedTensor] = weakref.WeakSet()
@@ -262,11 +273,13 @@ class _Snapshot:
     def tensor_changed(self) -> bool:
         # Autograd does not count writes by fused optimizers and writes to .data.
         return self.tensor._version != self._version or not torch.equal(
-            self.tensor.detach().reshape(-1)[self._where].to(self._values), self._values)
+            self.tensor.detach().reshape(-1)[self._where].to(self._values), self._values
+        )
 
     def weight_changed(self) -> bool:
         return self._weight._version != self._weight_version or not torch.equal(
-            _sampled(self._weight).to(self._weights), self._weights)
+            _sampled(self._weight).to(self._weights), self._weights
+        )
 
 
 def _sampled(tensor: Tensor) -> Tensor:

@@ -20,8 +20,31 @@ from fa_bench.mechanisms.graph import nodes_from, tensors_in
 from fa_bench.mechanisms.weighted_layers import WeightedLayer, weight_parameter
 
 #: Autograd nodes that rearrange a tensor's entries without mixing them with another tensor's.
-_MOVES = {"Expand", "Unsqueeze", "Squeeze", "View", "UnsafeView", "Slice", "Select", "Index", "IndexSelect", "Gather", "Repeat",
-          "ToCopy", "Permute", "Transpose", "T", "Clone", "ReshapeAlias", "Narrow", "Flip", "Alias", "Detach", "Split", "Unbind"}
+_MOVES = {
+    "Expand",
+    "Unsqueeze",
+    "Squeeze",
+    "View",
+    "UnsafeView",
+    "Slice",
+    "Select",
+    "Index",
+    "IndexSelect",
+    "Gather",
+    "Repeat",
+    "ToCopy",
+    "Permute",
+    "Transpose",
+    "T",
+    "Clone",
+    "ReshapeAlias",
+    "Narrow",
+    "Flip",
+    "Alias",
+    "Detach",
+    "Split",
+    "Unbind",
+}
 #: Nodes whose derivative with respect to another input does not depend on the tensor: sums, concatenations, look-ups.
 _ADDS = {"Add", "Sub", "Rsub", "Cat", "Stack", "Embedding", "EmbeddingBag", "Where", "Copy", "CopySlices"}
 #: Nodes that scale their input, by a factor that is not differentiated.
@@ -135,7 +158,8 @@ class UsesOfWeights(TorchFunctionMode):
         outside: dict[str, str] = {}
         for leaf, number in leaves.items():
             if (path := self._layer_of.get(number)) is not None and (
-                    mixing := _mixing_node(leaf, consumers, self._nodes_of[number])) is not None:
+                mixing := _mixing_node(leaf, consumers, self._nodes_of[number])
+            ) is not None:
                 descriptions = (text for layer, text, node in self._used if layer == path and node in nodes)
                 outside[path] = next(descriptions, f"{_kind(mixing)}() in the model")
         for path, description, node in self._detached:

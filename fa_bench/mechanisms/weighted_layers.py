@@ -110,6 +110,8 @@ def require_gradients(path: str, layer: nn.Module) -> None:
         CoverageError: naming the layer and what to do.
     """
     if layer.weight.requires_grad:
-        raise CoverageError(f"layer '{path}' ran without gradients in a training forward pass, although its weight is trainable: "
-                            f"activation checkpointing needs use_reentrant=False; parts that run under torch.no_grad() need "
-                            f"requires_grad_(False)")
+        raise CoverageError(
+            f"layer '{path}' ran without gradients in a training forward pass, although its weight is trainable: "
+            f"activation checkpointing needs use_reentrant=False; parts that run under torch.no_grad() need "
+            f"requires_grad_(False)"
+        )

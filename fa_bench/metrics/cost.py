@@ -29,10 +29,12 @@ _BATCHES = (2, 3, 4)
 _ATEN = torch.ops.aten
 #: Attention on the CPU, which torch's table lacks. Its backward pass computes the scores again: five products, not four.
 _ATTENTION: dict[Any, Callable[..., int]] = {
-    _ATEN._scaled_dot_product_flash_attention_for_cpu:
-        lambda query, key, value, *_, **__: sdpa_flop_count(query.shape, key.shape, value.shape),
-    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward:
-        lambda error, query, key, value, *_, **__: sdpa_backward_flop_count(error.shape, query.shape, key.shape, value.shape),
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
+        query.shape, key.shape, value.shape
+    ),
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda error, query, key, value, *_, **__: (
+        sdpa_backward_flop_count(error.shape, query.shape, key.shape, value.shape)
+    ),
 }
 
 
@@ -136,8 +138,7 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 def _mutated(schema: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
     """The tensors that an operation changes in place; it may return them or not."""
     given = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | kwargs
-    return list(_tensors(given[argument.name] for argument in schema.arguments
-                         if argument.is_write and argument.name in given))
+    return list(_tensors(given[argument.name] for argument in schema.arguments if argument.is_write and argument.name in given))
 
 
 def _size(tensor: Tensor) -> int:
@@ -191,8 +192,14 @@ class _Step(NamedTuple):
 
 
 def step_costs(
-    rule: Rule, input_shape: tuple[int, ...], classes: int, batch: int, inputs: str = IMAGES, targets: str = CLASSES,
-    optimizers: Callable[[], Optimizers] | None = None, accumulate: int = 1,
+    rule: Rule,
+    input_shape: tuple[int, ...],
+    classes: int,
+    batch: int,
+    inputs: str = IMAGES,
+    targets: str = CLASSES,
+    optimizers: Callable[[], Optimizers] | None = None,
+    accumulate: int = 1,
 ) -> tuple[Cost, Cost]:
     """The costs of one training step: with the rule, and with backpropagation in the same model.
 
@@ -235,8 +242,11 @@ def step_costs(
             fixed = [step.multiplications[1] for step in steps(None)]
     with_rule = steps(own)
     if fixed:
-        with_rule = [step._replace(multiplications=(forward, backward, both - backward, *after)) for step, backward in
-                     zip(with_rule, fixed, strict=True) for forward, both, _, *after in [step.multiplications]]
+        with_rule = [
+            step._replace(multiplications=(forward, backward, both - backward, *after))
+            for step, backward in zip(with_rule, fixed, strict=True)
+            for forward, both, _, *after in [step.multiplications]
+        ]
     tensors = [*model.named_parameters(), *model.named_buffers()]
     others = [tensor for name, tensor in tensors if not name.rpartition(".")[2].startswith(PREFIX)]
     sizes = [len(part) for part in torch.empty(batch).tensor_split(min(accumulate, batch))]
@@ -245,19 +255,24 @@ def step_costs(
         gradients = model.parameters() if len(sizes) > 1 else ()
         return sum(map(_size, (*present, *gradients, *optimizer_states(of)))) + batch * sum(map(_size, samples(1)))
 
-    return (_cost(with_rule, sizes, resident([tensor for _, tensor in tensors], own)),
-            _cost(reference, sizes, resident(others, plain)))
+    return (
+        _cost(with_rule, sizes, resident([tensor for _, tensor in tensors], own)),
+        _cost(reference, sizes, resident(others, plain)),
+    )
 
 
 def optimizer_states(optimizers: Optimizers | None) -> list[Tensor]:
     """The tensors that optimizers keep for their parameters; none without optimizers or before their first step."""
-    return [value for optimizer in (optimizers.optimizers if optimizers is not None else ())
-            for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return [
+        value
+        for optimizer in (optimizers.optimizers if optimizers is not None else ())
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    ]
 
 
-def _samples(
-    device: torch.device, shape: tuple[int, ...], classes: int, inputs: str, targets: str
-) -> tuple[Tensor, Tensor]:
+def _samples(device: torch.device, shape: tuple[int, ...], classes: int, inputs: str, targets: str) -> tuple[Tensor, Tensor]:
     """A random batch of inputs and targets."""
     x = torch.randint(classes, shape, device=device) if inputs == TOKENS else torch.randn(shape, device=device)
     if targets == VALUES:
@@ -292,9 +307,14 @@ def _cost(steps: Sequence[_Step], sizes: Sequence[int], resident: int) -> Cost:
     *products, of_optimizer, products_after = zip(*(step.multiplications for step in steps), strict=True)
     *moved, moved_after = zip(*(step.moved for step in steps), strict=True)
     forward, backward, feedback = (sum(at_batch(counts, size) for size in sizes) for counts in products)
-    return Cost(forward, backward, feedback + at_batch(products_after, sum(sizes)),
-                sum(at_batch(counts, size) for counts in moved for size in sizes) + at_batch(moved_after, sum(sizes)),
-                resident + _peak([step.new for step in steps], max(sizes)), at_batch(of_optimizer, sum(sizes)))
+    return Cost(
+        forward,
+        backward,
+        feedback + at_batch(products_after, sum(sizes)),
+        sum(at_batch(counts, size) for counts in moved for size in sizes) + at_batch(moved_after, sum(sizes)),
+        resident + _peak([step.new for step in steps], max(sizes)),
+        at_batch(of_optimizer, sum(sizes)),
+    )
 
 
 def _peak(new: Sequence[Sequence[int]], batch: int) -> int:

@@ -19,9 +19,14 @@ EVALUATION_BATCH = 512
 
 @torch.no_grad()
 def evaluate(
-    model: torch.nn.Module, objective: Objective, split: Split | None, batch_size: int,
-    before_batch: Callable[[], None] = lambda: None, share: Callable[[int], Tensor] | None = None,
-    gather: Callable[[Any], list[Any]] = lambda value: [value], predict: Callable[..., Any] | None = None,
+    model: torch.nn.Module,
+    objective: Objective,
+    split: Split | None,
+    batch_size: int,
+    before_batch: Callable[[], None] = lambda: None,
+    share: Callable[[int], Tensor] | None = None,
+    gather: Callable[[Any], list[Any]] = lambda value: [value],
+    predict: Callable[..., Any] | None = None,
 ) -> dict[str, float]:
     """Mean loss and scores over a whole split in evaluation mode, by name: ``loss``, ``accuracy`` (a fraction).
 
@@ -52,8 +57,9 @@ def evaluate(
     for _ in range(remaining):  # the other processes have a batch in which this one has no samples
         before_batch()
     loss, total, totals = 0.0, 0, dict[str, Tensor]()
-    for of_process in gather((torch.stack(losses).sum().item() if losses else 0.0, int(count),
-                              {name: value.cpu() for name, value in sums.items()})):
+    for of_process in gather(
+        (torch.stack(losses).sum().item() if losses else 0.0, int(count), {name: value.cpu() for name, value in sums.items()})
+    ):
         loss, total = loss + of_process[0], total + of_process[1]
         add(totals, of_process[2])
     return with_scores(loss / max(total, 1), objective, totals, total, split)

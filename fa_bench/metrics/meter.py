@@ -62,10 +62,13 @@ class AlignmentMeter:
             values = {metric.name: metric.measure(passes) for metric in self.metrics}
         for name, of_layer in values.items():
             if not isinstance(of_layer, dict) or not all(isinstance(value, (int, float)) for value in of_layer.values()):
-                raise ConfigError(f"metric {name}: its measure must return a dict with a number for each layer, not "
-                                  f"{truncate(repr(of_layer), 100)}")
-        return {name: {layer: of_layer[layer] for layer in self.trace.order if layer in of_layer}
-                for name, of_layer in values.items()}
+                raise ConfigError(
+                    f"metric {name}: its measure must return a dict with a number for each layer, not "
+                    f"{truncate(repr(of_layer), 100)}"
+                )
+        return {
+            name: {layer: of_layer[layer] for layer in self.trace.order if layer in of_layer} for name, of_layer in values.items()
+        }
 
 
 class Passes:
@@ -121,8 +124,9 @@ class Passes:
         layers = set(self.trace.order) if any(side == INPUT for _, side in self.points.values()) else set()
         # Before the rule's own hooks, which replace the tensors at cuts.
         handles = [modules[path].register_forward_hook(record.outputs(path), prepend=True) for path in cuts | layers]
-        handles += [modules[path].register_forward_pre_hook(record.inputs(path), prepend=True, with_kwargs=True)
-                    for path in layers]
+        handles += [
+            modules[path].register_forward_pre_hook(record.inputs(path), prepend=True, with_kwargs=True) for path in layers
+        ]
         try:
             with torch.enable_grad(), same_randomness(model):
                 logits = loss_output(model(self._meter.x), self.rule.loss_output)
@@ -141,8 +145,11 @@ class Passes:
     def one_step(self) -> dict[Point, Tensor]:
         """The errors at the points that exact derivatives would give, starting from the rule's own errors one layer above."""
         _, delivered = self.exact, self.delivered
-        errors = {point: self._one_step_at_input(point[0]) for point in set(self.points.values())
-                  if point[1] == INPUT and point in delivered.errors}
+        errors = {
+            point: self._one_step_at_input(point[0])
+            for point in set(self.points.values())
+            if point[1] == INPUT and point in delivered.errors
+        }
         if any(side == OUTPUT for _, side in self.points.values()):
             errors.update(self._one_step_at_outputs())
         return errors
@@ -179,6 +186,7 @@ class Passes:
                 leaf = output.detach().clone().requires_grad_(True)
                 leaves[path, OUTPUT] = (output, leaf)
                 return leaf.clone()
+
             return hook
 
         cuts = {module for module, side in self.points.values() if side == OUTPUT and (module, side) in delivered.errors}
@@ -189,8 +197,10 @@ class Passes:
         finally:
             for handle in handles:
                 handle.remove()
-        torch.autograd.backward([logits, *(output for output, _ in leaves.values())],
-                                [delivered.errors[LOGITS], *(delivered.errors[point] for point in leaves)])
+        torch.autograd.backward(
+            [logits, *(output for output, _ in leaves.values())],
+            [delivered.errors[LOGITS], *(delivered.errors[point] for point in leaves)],
+        )
         return {point: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for point, (_, leaf) in leaves.items()}
 
 
@@ -245,15 +255,18 @@ class Record:
     @functools.cached_property
     def tensors(self) -> dict[Point, Tensor]:
         """The tensors of all calls at a point, joined; those that require gradients."""
-        found = {point: [call.by_sample(call.tensor) for call in calls if call.tensor.requires_grad]
-                 for point, calls in self.calls.items()}
+        found = {
+            point: [call.by_sample(call.tensor) for call in calls if call.tensor.requires_grad]
+            for point, calls in self.calls.items()
+        }
         return {point: joined(tensors) for point, tensors in found.items() if tensors}
 
     @functools.cached_property
     def errors(self) -> dict[Point, Tensor]:
         """The gradients at a point, joined; those that the pass has computed."""
-        found = {point: [call.by_sample(call.error) for call in calls if call.error is not None]
-                 for point, calls in self.calls.items()}
+        found = {
+            point: [call.by_sample(call.error) for call in calls if call.error is not None] for point, calls in self.calls.items()
+        }
         return {point: joined(errors) for point, errors in found.items() if errors}
 
     def watch(self, point: Point, tensor: Tensor, module: nn.Module, rows: slice | None = None) -> None:
@@ -283,8 +296,12 @@ def measurement_mode(rule: Rule) -> Iterator[None]:
     Gradients are None within it; afterwards they, the modes of modules and running statistics are as before.
     """
     model = rule.model
-    with set_temporarily([rule.mode], "freeze_random", True), set_temporarily(model.parameters(), "grad", None), \
-            set_temporarily([rule.mode], "layerwise", True), set_temporarily(model.modules(), "training", True):
+    with (
+        set_temporarily([rule.mode], "freeze_random", True),
+        set_temporarily(model.parameters(), "grad", None),
+        set_temporarily([rule.mode], "layerwise", True),
+        set_temporarily(model.modules(), "training", True),
+    ):
         model.train()  # modules may override it
         with without_side_effects(model):
             yield

@@ -38,10 +38,14 @@ class Architecture(Options):
     #: The kinds of inputs and targets (`fa_bench.registry.kinds`) that its models are made for.
     tasks: ClassVar[tuple[tuple[str, str], ...]] = ((IMAGES, CLASSES), (IMAGES, VALUES))
 
-    init: str = option("pytorch", "initialiser of the weights; all except pytorch, PyTorch's default, set biases to zero",
-                       choices=[*INITIALISERS, *OLD_NAMES])
-    linear_init: str | None = option(None, "initialiser of the weights of fully connected layers; null: init",
-                                     choices=list(INITIALISERS))
+    init: str = option(
+        "pytorch",
+        "initialiser of the weights; all except pytorch, PyTorch's default, set biases to zero",
+        choices=[*INITIALISERS, *OLD_NAMES],
+    )
+    linear_init: str | None = option(
+        None, "initialiser of the weights of fully connected layers; null: init", choices=list(INITIALISERS)
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

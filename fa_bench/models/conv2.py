@@ -37,20 +37,22 @@ class Conv2(Architecture):
         pooled = [(size + 2 * (2 * padding - 2)) // 2 for size in (height, width)]
         if min(pooled) < 1:
             raise OptionError("padding", f"={padding}: {height}x{width} images are too small")
-        model: Any = nn.Sequential(OrderedDict(
-            conv1=nn.Conv2d(colours, self.channels, 3, padding=padding),
-            bn1=nn.BatchNorm2d(self.channels),
-            act1=nn.ReLU(),
-            conv2=nn.Conv2d(self.channels, self.channels, 3, padding=padding),
-            bn2=nn.BatchNorm2d(self.channels),
-            act2=nn.ReLU(),
-            pool=nn.MaxPool2d(2),
-            flatten=nn.Flatten(),
-            fc1=nn.Linear(self.channels * pooled[0] * pooled[1], self.hidden),
-            bn3=nn.BatchNorm1d(self.hidden),
-            act3=nn.ReLU(),
-            fc2=nn.Linear(self.hidden, classes),
-        ))
+        model: Any = nn.Sequential(
+            OrderedDict(
+                conv1=nn.Conv2d(colours, self.channels, 3, padding=padding),
+                bn1=nn.BatchNorm2d(self.channels),
+                act1=nn.ReLU(),
+                conv2=nn.Conv2d(self.channels, self.channels, 3, padding=padding),
+                bn2=nn.BatchNorm2d(self.channels),
+                act2=nn.ReLU(),
+                pool=nn.MaxPool2d(2),
+                flatten=nn.Flatten(),
+                fc1=nn.Linear(self.channels * pooled[0] * pooled[1], self.hidden),
+                bn3=nn.BatchNorm1d(self.hidden),
+                act3=nn.ReLU(),
+                fc2=nn.Linear(self.hidden, classes),
+            )
+        )
         model.cut_points = ["act1", "act2", "act3"]
         model.blocks = ["act1", "pool", "act3"]
         return model

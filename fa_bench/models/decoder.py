@@ -43,8 +43,9 @@ class Decoder(TransformerArchitecture):
     context: int | None = option(None, "tokens of the longest sequence; null: those of the data's sequences", minimum=1)
     norm: str = option("pre", "LayerNorm before attention, MLP and head (pre), or after each sum (post)", choices=["pre", "post"])
     positions: str = option("learned", "vectors of the positions", choices=["learned", "sinusoidal"])
-    dropout: float = option(0.1, "rate for embeddings, attention weights, hidden activations and outputs in blocks",
-                            minimum=0, below=1)
+    dropout: float = option(
+        0.1, "rate for embeddings, attention weights, hidden activations and outputs in blocks", minimum=0, below=1
+    )
 
     def check(self) -> None:
         super().check()
@@ -58,8 +59,18 @@ class Decoder(TransformerArchitecture):
         context = length if self.context is None else self.context
         if context < length:
             raise OptionError("context", f"={context} is shorter than the data's sequences of {length} tokens")
-        blocks = (Block(self.width, self.heads, self.hidden, self.activation, dropout=self.dropout, causal=True,
-                        post_norm=self.norm == "post") for _ in range(self.depth))
+        blocks = (
+            Block(
+                self.width,
+                self.heads,
+                self.hidden,
+                self.activation,
+                dropout=self.dropout,
+                causal=True,
+                post_norm=self.norm == "post",
+            )
+            for _ in range(self.depth)
+        )
         parts: OrderedDict[str, torch_nn.Module] = OrderedDict(
             embed=TokenEmbedding(classes, context, self.width, self.positions == "learned", self.dropout),
             layers=nn.Sequential(*blocks),
@@ -69,7 +80,8 @@ class Decoder(TransformerArchitecture):
         parts["head"] = nn.Linear(self.width, classes)
         model: Any = nn.Sequential(parts)
         model.blocks = [f"layers.{number}" for number in range(self.depth)]
-        ends = ["layers.*.norm1", "layers.*.norm2"] if self.norm == "post" else [
-            "layers.*.attn", *model.blocks[:-1], "final_norm"]
+        ends = (
+            ["layers.*.norm1", "layers.*.norm2"] if self.norm == "post" else ["layers.*.attn", *model.blocks[:-1], "final_norm"]
+        )
         model.cut_points = ["embed", "layers.*.attn.q", "layers.*.attn.k", "layers.*.attn.v", "layers.*.act", *ends]
         return model

@@ -49,8 +49,9 @@ class ResNetCifarSmall(Architecture):
 
     def check(self) -> None:
         if self.depth % 6 != 2:
-            raise OptionError("depth", f"={self.depth} is not 6n + 2, as 20, 32, 44, 56 and 110 are",
-                              f"={6 * round((self.depth - 2) / 6) + 2}")
+            raise OptionError(
+                "depth", f"={self.depth} is not 6n + 2, as 20, 32, 44, 56 and 110 are", f"={6 * round((self.depth - 2) / 6) + 2}"
+            )
 
     def make(self, input_shape: tuple[int, ...], classes: int) -> torch_nn.Module:
         return ResNet20(width=self.width, blocks=(self.depth - 2) // 6, shortcuts=self.shortcuts).make(input_shape, classes)
@@ -126,8 +127,16 @@ class ResNet18ImageNet(StagedArchitecture):
     def make(self, input_shape: tuple[int, ...], classes: int) -> torch_nn.Module:
         from fa_bench.models.nets.resnet import ResNet
 
-        return ResNet(input_shape[0], classes, self.widths, self.blocks, "project",
-                      large=True, bottleneck=self.bottleneck, norm_after=self.bn == "after")
+        return ResNet(
+            input_shape[0],
+            classes,
+            self.widths,
+            self.blocks,
+            "project",
+            large=True,
+            bottleneck=self.bottleneck,
+            norm_after=self.bn == "after",
+        )
 
 
 @ARCHITECTURES.register("resnet50_imagenet")

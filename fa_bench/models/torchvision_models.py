@@ -32,8 +32,11 @@ class Torchvision(Architecture):
         models = torchvision.models
         available = models.list_models(module=models)
         if self.model not in available:
-            raise OptionError("model", f"={self.model}: no such classification model of torchvision"
-                                       f"{nearest(self.model, available)} (for example {', '.join(available[:8])}, ...)")
+            raise OptionError(
+                "model",
+                f"={self.model}: no such classification model of torchvision"
+                f"{nearest(self.model, available)} (for example {', '.join(available[:8])}, ...)",
+            )
         accepted = inspect.signature(models.get_model_builder(self.model)).parameters
         extra: dict[str, object] = {"num_classes": classes}
         if self.model in ("googlenet", "inception_v3"):
@@ -51,6 +54,10 @@ def _replace_first_convolution(model: torch_nn.Module, channels: int) -> None:
     first: tuple[str, Any] = next((path, m) for path, m in model.named_modules() if isinstance(m, nn.Conv2d))
     path, old = first
     parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, nn.Conv2d(
-        channels, old.out_channels, old.kernel_size, old.stride, old.padding, old.dilation, old.groups, old.bias is not None
-    ))
+    setattr(
+        model.get_submodule(parent),
+        name,
+        nn.Conv2d(
+            channels, old.out_channels, old.kernel_size, old.stride, old.padding, old.dilation, old.groups, old.bias is not None
+        ),
+    )

@@ -51,8 +51,11 @@ class VGG(Architecture):
         from fa_bench.models.nets.convnet import ConvStage, convnet
 
         width = self.width or (64 if self.depth == 16 else 128)
-        stages = [ConvStage(width * int(word[0]), 3, padding=0 if "v" in word else 1, pool=2 if "p" in word else 0)
-                  for word in CONVOLUTIONS[self.depth].split()]
+        stages = [
+            ConvStage(width * int(word[0]), 3, padding=0 if "v" in word else 1, pool=2 if "p" in word else 0)
+            for word in CONVOLUTIONS[self.depth].split()
+        ]
         activation = self.activation or ("relu" if self.depth == 16 else "gelu")
-        return convnet(input_shape, classes, stages, [], activation=activation, conv_norm=self.batch_norm,
-                       name=f"VGG-{self.depth}")
+        return convnet(
+            input_shape, classes, stages, [], activation=activation, conv_norm=self.batch_norm, name=f"VGG-{self.depth}"
+        )

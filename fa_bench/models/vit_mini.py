@@ -42,14 +42,20 @@ class ViTMini(TransformerArchitecture):
         colours, height, width = input_shape
         if height % self.patch or width % self.patch:
             raise OptionError("patch", f"={self.patch} does not divide {height}x{width} images into whole patches")
-        model: Any = nn.Sequential(OrderedDict(
-            embed=PatchEmbedding(colours, (height // self.patch) * (width // self.patch), self.patch, self.width),
-            layers=nn.Sequential(*(Block(self.width, self.heads, self.hidden, self.activation) for _ in range(self.blocks))),
-            first=FirstToken(),
-            final_norm=nn.LayerNorm(self.width),
-            head=nn.Linear(self.width, classes),
-        ))
+        model: Any = nn.Sequential(
+            OrderedDict(
+                embed=PatchEmbedding(colours, (height // self.patch) * (width // self.patch), self.patch, self.width),
+                layers=nn.Sequential(*(Block(self.width, self.heads, self.hidden, self.activation) for _ in range(self.blocks))),
+                first=FirstToken(),
+                final_norm=nn.LayerNorm(self.width),
+                head=nn.Linear(self.width, classes),
+            )
+        )
         model.blocks = [f"layers.{number}" for number in range(self.blocks)]
-        model.cut_points = ["embed", *(f"layers.*.{name}" for name in ("attn.q", "attn.k", "attn.v", "attn", "act")),
-                            *model.blocks[:-1], "final_norm"]
+        model.cut_points = [
+            "embed",
+            *(f"layers.*.{name}" for name in ("attn.q", "attn.k", "attn.v", "attn", "act")),
+            *model.blocks[:-1],
+            "final_norm",
+        ]
         return model

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-
 @dataclasses.dataclass(eq=False)
 class Objective(Options):
     """Base of the objectives, registered in `fa_bench.registry.registries.OBJECTIVES`."""
@@ -26,8 +25,7 @@ class Objective(Options):
     #: The kinds of targets (`fa_bench.registry.kinds`) that `loss` accepts.
     targets: ClassVar[tuple[str, ...]] = (CLASSES,)
     #: The scores for each kind of targets. The first one is the primary score, by which epochs and settings are chosen.
-    scores: ClassVar[Mapping[str, tuple[Score, ...]]] = {
-        CLASSES: (ACCURACY,), POSITIONS: (ACCURACY,), VALUES: (R2, RMSE)}
+    scores: ClassVar[Mapping[str, tuple[Score, ...]]] = {CLASSES: (ACCURACY,), POSITIONS: (ACCURACY,), VALUES: (R2, RMSE)}
 
     #: The range of numbers, if they are the targets, for which `loss` is defined; None: all.
     value_range: ClassVar[tuple[float, float] | None] = None
@@ -38,8 +36,8 @@ class Objective(Options):
         return False
 
     output: str | int | None = option(
-        None, "the output of the model that is trained, if it returns several: a key, or a number in a tuple",
-        identifying=False)
+        None, "the output of the model that is trained, if it returns several: a key, or a number in a tuple", identifying=False
+    )
 
     def loss(self, outputs: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
         """The loss of a batch; implemented by each objective.
@@ -97,12 +95,15 @@ class Objective(Options):
         if "correct" in sums:
             return {ACCURACY.name: sums["correct"] / count}
         outputs = len(sums["target_sums"])
-        around_mean = sum(square - total * total / count
-                          for square, total in zip(sums["target_squares"], sums["target_sums"], strict=True))
+        around_mean = sum(
+            square - total * total / count for square, total in zip(sums["target_squares"], sums["target_sums"], strict=True)
+        )
         # Constant targets leave only the rounding of their squares.
         varies = around_mean > 1e-12 * sum(sums["target_squares"])
-        return {**({R2.name: 1 - sums["error_squares"] / around_mean} if varies else {}),
-                RMSE.name: math.sqrt(sums["error_squares"] / (count * outputs))}
+        return {
+            **({R2.name: 1 - sums["error_squares"] / around_mean} if varies else {}),
+            RMSE.name: math.sqrt(sums["error_squares"] / (count * outputs)),
+        }
 
 
 def reduce(losses: Tensor, reduction: str) -> Tensor:

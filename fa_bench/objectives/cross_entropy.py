@@ -32,5 +32,6 @@ class CrossEntropy(Objective):
         return self.label_smoothing == 0
 
     def loss(self, outputs: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
-        return nn.functional.cross_entropy(outputs, target, reduction=reduction, ignore_index=_IGNORE_NOTHING,
-                                           label_smoothing=self.label_smoothing)
+        return nn.functional.cross_entropy(
+            outputs, target, reduction=reduction, ignore_index=_IGNORE_NOTHING, label_smoothing=self.label_smoothing
+        )

@@ -67,8 +67,13 @@ def score_keys(scores: Sequence[Score]) -> list[str]:
 def final_keys(scores: Sequence[Score]) -> list[str]:
     """The keys of scores in a run's result; the first score is the primary one, which also has a value at its best epoch."""
     first = scores[0].name
-    return [f"test_{first}", f"test_{first}_at_best_val", f"val_{first}", f"train_{first}",
-            *(f"{part}_{score.name}" for score in scores[1:] for part in reversed(PARTS))]
+    return [
+        f"test_{first}",
+        f"test_{first}_at_best_val",
+        f"val_{first}",
+        f"train_{first}",
+        *(f"{part}_{score.name}" for score in scores[1:] for part in reversed(PARTS)),
+    ]
 
 
 def as_records(scores: Iterable[Score]) -> list[dict[str, Any]]:

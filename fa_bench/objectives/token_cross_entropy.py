@@ -54,13 +54,16 @@ class TokenCrossEntropy(Objective):
 
     def check_data(self, characters: float | None) -> None:
         if characters is None and self.score == BITS_PER_CHARACTER.name:
-            raise OptionError("score", f"={self.score}: the tokens of this dataset have no characters; use "
-                                       f"{BITS_PER_TOKEN.name}")
+            raise OptionError("score", f"={self.score}: the tokens of this dataset have no characters; use {BITS_PER_TOKEN.name}")
 
     def loss(self, outputs: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
         """See `Objective.loss`; outputs (N, T, C) and targets (N, T), or (N, C) and (N,). 0 if no target counts."""
-        losses = nn.functional.cross_entropy(outputs.flatten(0, -2), target.flatten(), ignore_index=self.ignore_index,
-                                             reduction="none" if reduction == "none" else "sum")
+        losses = nn.functional.cross_entropy(
+            outputs.flatten(0, -2),
+            target.flatten(),
+            ignore_index=self.ignore_index,
+            reduction="none" if reduction == "none" else "sum",
+        )
         if reduction == "sum":
             return losses
         count = self.counted(target).clamp(min=1)

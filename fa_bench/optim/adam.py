@@ -25,8 +25,14 @@ class Adam(OptimizerOptions):
     eps: float = option(1e-8, "added to the square root of the second moment", above=0)
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return getattr(torch.optim, self.torch_class)(groups, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps,
-                                                      weight_decay=self.weight_decay, fused=fusible(groups))
+        return getattr(torch.optim, self.torch_class)(
+            groups,
+            lr=self.lr,
+            betas=(self.beta1, self.beta2),
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            fused=fusible(groups),
+        )
 
 
 @OPTIMIZERS.register("adamw")

@@ -42,20 +42,30 @@ class Muon(OptimizerOptions):
     weights, single at least.
     """
 
-    search_space = {**OptimizerOptions.search_space, "lr": "tag(log,interval(1e-3,0.3))",
-                    "adam_lr": "tag(log,interval(1e-5,1e-1))"}
+    search_space = {
+        **OptimizerOptions.search_space,
+        "lr": "tag(log,interval(1e-3,0.3))",
+        "adam_lr": "tag(log,interval(1e-5,1e-1))",
+    }
 
     lr: float = option(0.02, "learning rate of matrices", above=0)
     momentum: float = option(0.95, "momentum of matrices", minimum=0, below=1)
     nesterov: bool = option(True, "Nesterov momentum of matrices")
     ns_steps: int = option(5, "Newton-Schulz iterations", minimum=1)
-    adjust_lr: str = option("original", "factor s of the learning rate: √max(1, rows / columns) (original) or 0.2 √max(rows, "
-                                        "columns), with which updates are as large as AdamW's",
-                            choices=["original", "match_rms_adamw"])
-    layers: str = option("all", "layers whose matrices are orthogonalised: all, or hidden: not the first and the last one that "
-                                "the model defines", choices=["all", "hidden"])
-    exclude: list[str] = option([], "further layers (names, or patterns; * matches dots, too) that AdamW trains, with their "
-                                    "feedback")
+    adjust_lr: str = option(
+        "original",
+        "factor s of the learning rate: √max(1, rows / columns) (original) or 0.2 √max(rows, "
+        "columns), with which updates are as large as AdamW's",
+        choices=["original", "match_rms_adamw"],
+    )
+    layers: str = option(
+        "all",
+        "layers whose matrices are orthogonalised: all, or hidden: not the first and the last one that the model defines",
+        choices=["all", "hidden"],
+    )
+    exclude: list[str] = option(
+        [], "further layers (names, or patterns; * matches dots, too) that AdamW trains, with their feedback"
+    )
     adam_lr: float = option(1e-3, "learning rate of the other parameters", above=0)
     beta1: float = option(0.9, "AdamW's decay rate of the first moment", minimum=0, below=1)
     beta2: float = option(0.999, "AdamW's decay rate of the second moment", minimum=0, below=1)
@@ -83,8 +93,9 @@ class Muon(OptimizerOptions):
         return muon.Muon(groups, self.lr, self.momentum, self.nesterov, self.ns_steps, self.adjust_lr, self.weight_decay)
 
     def _adamw(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(groups, betas=(self.beta1, self.beta2), eps=self.eps, weight_decay=self.weight_decay,
-                                 fused=fusible(groups))
+        return torch.optim.AdamW(
+            groups, betas=(self.beta1, self.beta2), eps=self.eps, weight_decay=self.weight_decay, fused=fusible(groups)
+        )
 
     def _chosen(self, rule: Rule) -> set[int]:
         """The ids of the tensors that are orthogonalised."""
@@ -95,8 +106,10 @@ class Muon(OptimizerOptions):
                 raise OptionError("exclude", f"={pattern} matches no layer{nearest(pattern, tensors)} (layers: {names(tensors)})")
             excluded |= set(matches)
         if excluded.issuperset(tensors):
-            raise OptionError("layers", f"={self.layers} with exclude={self.exclude} leaves muon no layer (layers: "
-                                        f"{names(tensors)})")
+            raise OptionError(
+                "layers", f"={self.layers} with exclude={self.exclude} leaves muon no layer (layers: {names(tensors)})"
+            )
         # A weight that an excluded layer shares is excluded.
-        return ({id(tensor) for path in tensors for tensor in tensors[path]}
-                - {id(tensor) for path in excluded for tensor in tensors.get(path, ())})
+        return {id(tensor) for path in tensors for tensor in tensors[path]} - {
+            id(tensor) for path in excluded for tensor in tensors.get(path, ())
+        }

@@ -31,7 +31,11 @@ class Optimizers:
     """
 
     def __init__(
-        self, options: OptimizerOptions, rule: Rule, epochs: int, feedback_options: OptimizerOptions | None = None,
+        self,
+        options: OptimizerOptions,
+        rule: Rule,
+        epochs: int,
+        feedback_options: OptimizerOptions | None = None,
         steps_per_epoch: int = 1,
     ) -> None:
         weights = [p for p in rule.weight_parameters() if p.requires_grad]

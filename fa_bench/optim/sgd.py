@@ -26,5 +26,11 @@ class SGD(OptimizerOptions):
             raise OptionError("nesterov", "=true requires momentum above 0")
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov,
-                               weight_decay=self.weight_decay, fused=fusible(groups))
+        return torch.optim.SGD(
+            groups,
+            lr=self.lr,
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+            weight_decay=self.weight_decay,
+            fused=fusible(groups),
+        )

@@ -46,8 +46,13 @@ def option(
             runs had used before, so that their hashes stay the same.
     """
     limits = {"minimum": minimum, "above": above, "maximum": maximum, "below": below}
-    metadata = {"help": help, "choices": choices, "with_options": with_options, "identifying": identifying,
-                "limits": {k: v for k, v in limits.items() if v is not None}}
+    metadata = {
+        "help": help,
+        "choices": choices,
+        "with_options": with_options,
+        "identifying": identifying,
+        "limits": {k: v for k, v in limits.items() if v is not None},
+    }
     if isinstance(default, (list, dict)) or dataclasses.is_dataclass(default):
         return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -90,9 +95,11 @@ class Options:
         allowed = [field.name for field in option_fields(cls)]
         for key in values:
             if key not in allowed:
-                raise OptionError(truncate(str(key), 100) or "''",
-                                  f"unknown option of {cls.name or cls.__name__}{nearest(str(key), allowed)} "
-                                  f"(options: {names(allowed) or 'none'})")
+                raise OptionError(
+                    truncate(str(key), 100) or "''",
+                    f"unknown option of {cls.name or cls.__name__}{nearest(str(key), allowed)} "
+                    f"(options: {names(allowed) or 'none'})",
+                )
         return cls(**values)
 
 
@@ -108,6 +115,7 @@ def option_fields(cls: type[Options]) -> list[dataclasses.Field[Any]]:
 
 def defaults(cls: type[Options]) -> dict[str, Any]:
     """The plain default values for Hydra's schema, nested options as nested dicts."""
+
     def plain(value: Any) -> Any:
         return value.schema() if isinstance(value, Options) else copy.deepcopy(value)
 
@@ -117,9 +125,11 @@ def defaults(cls: type[Options]) -> dict[str, Any]:
 
 def as_plain(options: Options) -> dict[str, Any]:
     """The options as plain containers; nested components include their name."""
+
     def plain(value: Any) -> Any:
         named = {"name": value.name} if isinstance(value, Options) and value.name else {}
         return named | as_plain(value) if isinstance(value, Options) else copy.deepcopy(value)
+
     return {field.name: plain(getattr(options, field.name)) for field in option_fields(type(options))}
 
 
@@ -159,8 +169,12 @@ _WRONG = object()
 #: Larger integers do not fit into 64 bits with room for arithmetic.
 _LARGEST = 10**18
 #: How the bounds of a range are written and compared.
-_BOUNDS = {"minimum": (">=", operator.ge), "above": (">", operator.gt),
-           "maximum": ("<=", operator.le), "below": ("<", operator.lt)}
+_BOUNDS = {
+    "minimum": (">=", operator.ge),
+    "above": (">", operator.gt),
+    "maximum": ("<=", operator.le),
+    "below": ("<", operator.lt),
+}
 
 
 def _convert(value: Any, hint: Any) -> Any:

@@ -37,8 +37,10 @@ def import_installed() -> None:
     """
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         dist = entry.dist.name if entry.dist else "an unknown distribution"
-        _import(entry.module, f"the plugin {entry.module} of the installed distribution {dist} cannot be imported; update or "
-                              "uninstall it")
+        _import(
+            entry.module,
+            f"the plugin {entry.module} of the installed distribution {dist} cannot be imported; update or uninstall it",
+        )
 
 
 def _import(module: str, failure: str) -> None:

@@ -38,20 +38,24 @@ class Registry(Mapping[str, "type[T]"], Generic[T]):
             ConfigError: if the class has the wrong base, or the name is invalid on the command line or already in use.
         """
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            raise ConfigError(f"a component of kind {self.kind} cannot be registered as {truncate(repr(name), 100)}: write "
-                              "register('NAME') with a name of letters, digits, _ and -")
+            raise ConfigError(
+                f"a component of kind {self.kind} cannot be registered as {truncate(repr(name), 100)}: write "
+                "register('NAME') with a name of letters, digits, _ and -"
+            )
 
         def register_class(cls: C) -> C:
             module, _, base = self._base.partition(":")
             if not isinstance(cls, type) or not issubclass(cls, getattr(importlib.import_module(module), base)):
-                raise ConfigError(f"{self.kind} '{name}' cannot be registered: {truncate(repr(cls), 100)} is not a subclass of "
-                                  f"{module}.{base}")
+                raise ConfigError(
+                    f"{self.kind} '{name}' cannot be registered: {truncate(repr(cls), 100)} is not a subclass of {module}.{base}"
+                )
             known = self._entries.get(name)
             if known is not None and known.__qualname__ != cls.__qualname__:
                 raise ConfigError(f"{self.kind} '{name}' is registered twice: {known.__module__} and {cls.__module__}")
             cls.name = name
             self._entries[name] = cls
             return cls
+
         return register_class
 
     def drop(self, name: str) -> None:
@@ -61,8 +65,10 @@ class Registry(Mapping[str, "type[T]"], Generic[T]):
     def __getitem__(self, name: str) -> type[T]:
         """The component called `name`; raises ConfigError with the nearest name if there is none."""
         if name not in self:
-            raise ConfigError(f"{self.kind}={truncate(str(name), 100)}: no such {self.kind}{nearest(name, self._entries)} "
-                              f"(available: {names(sorted(self._entries))})")
+            raise ConfigError(
+                f"{self.kind}={truncate(str(name), 100)}: no such {self.kind}{nearest(name, self._entries)} "
+                f"(available: {names(sorted(self._entries))})"
+            )
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:

@@ -73,9 +73,16 @@ class Report(NamedTuple):
 
 
 def write_report(
-    run_dirs: Iterable[Path], out_dir: Path, planned: Iterable[PlannedRun] = (), timings: bool = True,
-    unusable: Iterable[RecordError] = (), best: Sequence[str] = (), reference: str = BEST, aggregate: bool = False,
-    shown: Iterable[Path] | None = None, selection: Selection = Selection(),  # noqa: B008
+    run_dirs: Iterable[Path],
+    out_dir: Path,
+    planned: Iterable[PlannedRun] = (),
+    timings: bool = True,
+    unusable: Iterable[RecordError] = (),
+    best: Sequence[str] = (),
+    reference: str = BEST,
+    aggregate: bool = False,
+    shown: Iterable[Path] | None = None,
+    selection: Selection = Selection(),  # noqa: B008
 ) -> Report:
     """Report on the runs in `run_dirs`: write report.md, tables as report*.csv, report.json, report.tex and runs.csv, figures as
     report*.png, and report.html, which has tables and figures on one page, into `out_dir`.
@@ -144,31 +151,50 @@ def write_report(
     gaps = _gaps(records._replace(errors=[*unusable, *records.errors]), planned)
     without_run = published_without_run(entries, runs)
     selection.checked(runs)
-    lists = {"Excluded: damaged or foreign records": gaps.excluded, "Runs that have not finished": gaps.unfinished,
-             "Runs that have not started": gaps.not_started, "Missing seeds": gaps.seeds,
-             "Published rows without a finished run": without_run}
+    lists = {
+        "Excluded: damaged or foreign records": gaps.excluded,
+        "Runs that have not finished": gaps.unfinished,
+        "Runs that have not started": gaps.not_started,
+        "Missing seeds": gaps.seeds,
+        "Published rows without a finished run": without_run,
+    }
     of_cost = [name for name in (*PREDICTED, *MEASURED) if name in frame]
     shown_tables = [Table("", frame.drop(columns=[*VERSIONS, *of_cost]), columns_of(frame), LEGEND + _REFERENCES[reference])]
     if choice:
-        known = TRIED_COLUMNS | {key: column for score in primary_scores(choice.tried)
-                                 for key, column in score_columns(score).items()}
+        known = TRIED_COLUMNS | {
+            key: column for score in primary_scores(choice.tried) for key, column in score_columns(score).items()
+        }
         columns = {name: known.get(name, Column(name)) for name in choice.tried}
         shown_tables.append(Table(f"Values tried: {names(best)}", choice.tried, columns, _BEST_LEGEND))
     if totals is not None:
         shown_tables.append(Table("Over all tasks", totals, AGGREGATE_COLUMNS, AGGREGATE_LEGEND))
     if alarms_legend:
         shown_tables.append(Table("Alarms", raised, ALARM_COLUMNS, alarms_legend))
-    shown_tables += [table for table in (
-        Table("Cost", frame.loc[frame["multiplications"].notna(), ["label", "architecture", "dataset", *of_cost]],
-              columns_of(frame), COST_LEGEND),
-        Table("Comparison with published numbers", against, COLUMNS, _PUBLISHED_LEGEND),
-        Table("Probes", probes, probe_columns, PROBES_LEGEND)) if len(table.frame)]
+    shown_tables += [
+        table
+        for table in (
+            Table(
+                "Cost",
+                frame.loc[frame["multiplications"].notna(), ["label", "architecture", "dataset", *of_cost]],
+                columns_of(frame),
+                COST_LEGEND,
+            ),
+            Table("Comparison with published numbers", against, COLUMNS, _PUBLISHED_LEGEND),
+            Table("Probes", probes, probe_columns, PROBES_LEGEND),
+        )
+        if len(table.frame)
+    ]
 
     with report_lock(out_dir):
         markdown = register(out_dir / MARKDOWN)
         earlier = recorded_files(out_dir)
-        tables = {f"{NAME}.csv": to_csv(frame), f"{NAME}.json": to_json(frame), f"{NAME}.tex": to_latex(frame),
-                  RUNS: to_csv(all_runs), f"{NAME}_layers.csv": to_csv(layers)}
+        tables = {
+            f"{NAME}.csv": to_csv(frame),
+            f"{NAME}.json": to_json(frame),
+            f"{NAME}.tex": to_latex(frame),
+            RUNS: to_csv(all_runs),
+            f"{NAME}_layers.csv": to_csv(layers),
+        }
         tables |= {f"{NAME}_published.csv": to_csv(against)} if len(against) else {}
         tables |= {f"{NAME}_tried.csv": to_csv(choice.tried)} if choice else {}
         tables |= {f"{NAME}_alarms.csv": to_csv(raised)} if len(raised) else {}
@@ -182,10 +208,15 @@ def write_report(
         for name, text in tables.items():
             _write(out_dir / name, text)
         sections = [
-            "# Report", *_sections(shown_tables[:1]), *_list("## Warnings", warnings), *_sections(shown_tables[1:]),
+            "# Report",
+            *_sections(shown_tables[:1]),
+            *_list("## Warnings", warnings),
+            *_sections(shown_tables[1:]),
             *(part for title, lines in lists.items() for part in _list(f"## {title}", lines)),
-            "## Tables", ", ".join(f"[{name}]({name})" for name in [PAGE, *tables]),
-            "## Figures", *map(_link, pictures),
+            "## Tables",
+            ", ".join(f"[{name}]({name})" for name in [PAGE, *tables]),
+            "## Figures",
+            *map(_link, pictures),
         ]
         _write(markdown, "\n\n".join(section.strip() for section in sections) + "\n")
         _write(out_dir / PAGE, to_html(shown_tables, {"Warnings": warnings, **lists}, runs, pictures, timings))
@@ -226,9 +257,12 @@ class _Gaps(NamedTuple):
 def _gaps(records: _Records, planned: Sequence[PlannedRun]) -> _Gaps:
     from fa_bench.report.gaps import missing_seeds, runs_not_started, unfinished_runs, unidentified_run
 
-    lines = (sorted(map(_describe, records.errors)),
-             [*sorted(map(unidentified_run, records.unidentified)), *unfinished_runs(records.runs)],
-             runs_not_started(records.missing, planned), missing_seeds(records.runs, planned))
+    lines = (
+        sorted(map(_describe, records.errors)),
+        [*sorted(map(unidentified_run, records.unidentified)), *unfinished_runs(records.runs)],
+        runs_not_started(records.missing, planned),
+        missing_seeds(records.runs, planned),
+    )
     return _Gaps(*([truncate(line, MAX_LINE) for line in of_kind] for of_kind in lines))
 
 
@@ -236,7 +270,7 @@ def _notes(gaps: _Gaps) -> list[str]:
     """Lines for the terminal, of a kind with many runs that have not started the first ones."""
     not_started = gaps.not_started
     if len(not_started) > MAX_SHOWN:
-        not_started = [*not_started[:MAX_SHOWN - 1], f"{len(not_started) - MAX_SHOWN + 1} more runs not started"]
+        not_started = [*not_started[: MAX_SHOWN - 1], f"{len(not_started) - MAX_SHOWN + 1} more runs not started"]
     kinds = (("excluded", gaps.excluded), ("not finished", gaps.unfinished), ("missing", not_started), ("missing", gaps.seeds))
     notes = [f"{kind}: {line}" for kind, lines in kinds for line in lines]
     return ["Means are over the finished runs only.", *notes] if gaps.unfinished or gaps.excluded else notes
@@ -254,9 +288,11 @@ class _Records(NamedTuple):
     def only(self, directories: Iterable[Path]) -> _Records:
         """The records of these directories."""
         wanted = {resolved(Path(directory)) for directory in directories}
-        return _Records([run for run in self.runs if resolved(run.directory) in wanted],
-                        [error for error in self.errors if resolved(error.path.parent) in wanted],
-                        *([path for path in paths if resolved(path) in wanted] for paths in (self.unidentified, self.missing)))
+        return _Records(
+            [run for run in self.runs if resolved(run.directory) in wanted],
+            [error for error in self.errors if resolved(error.path.parent) in wanted],
+            *([path for path in paths if resolved(path) in wanted] for paths in (self.unidentified, self.missing)),
+        )
 
 
 def _read(directories: list[Path]) -> _Records:
@@ -309,8 +345,10 @@ def _describe(error: RecordError) -> str:
 def _sections(tables: Iterable[Table]) -> list[str]:
     from fa_bench.report.table import to_markdown
 
-    parts = [(f"## {escape_markdown(table.title)}" if table.title else "", to_markdown(table.frame, table.columns), table.legend)
-             for table in tables]
+    parts = [
+        (f"## {escape_markdown(table.title)}" if table.title else "", to_markdown(table.frame, table.columns), table.legend)
+        for table in tables
+    ]
     return [part for of_table in parts for part in of_table if part]
 
 

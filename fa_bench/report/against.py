@@ -60,12 +60,21 @@ def against_published(entries: Sequence[Entry], runs: Sequence[Run]) -> pd.DataF
 def _row(entry: Entry, members: Sequence[Run], values: Sequence[float]) -> dict[str, Any]:
     ours = mean(values)
     return {
-        "quantity": entry.quantity, "unit": entry.unit, "n": len(values),
-        "ours": ours, "ours_std": std(values), "ours_ci95": half_width(values),
-        "published": entry.value, "published_low": number(entry.low), "published_high": number(entry.high),
-        "published_spread": entry.spread, "spread_kind": "" if math.isnan(entry.spread) else entry.spread_kind,
+        "quantity": entry.quantity,
+        "unit": entry.unit,
+        "n": len(values),
+        "ours": ours,
+        "ours_std": std(values),
+        "ours_ci95": half_width(values),
+        "published": entry.value,
+        "published_low": number(entry.low),
+        "published_high": number(entry.high),
+        "published_spread": entry.spread,
+        "spread_kind": "" if math.isnan(entry.spread) else entry.spread_kind,
         "published_n": math.nan if entry.n is None else entry.n,
-        "difference": ours - entry.value, "inside": entry.low <= ours <= entry.high if not math.isnan(entry.low) else None,
-        "source": entry.source, "row": entry.row,
+        "difference": ours - entry.value,
+        "inside": entry.low <= ours <= entry.high if not math.isnan(entry.low) else None,
+        "source": entry.source,
+        "row": entry.row,
         "note": "; ".join(filter(None, (entry.remark(members), entry.conditions))),
     }

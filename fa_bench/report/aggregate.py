@@ -62,9 +62,18 @@ def over_tasks(runs: Sequence[Run]) -> tuple[pd.DataFrame, list[str]]:
         strata = [_accuracies(groups[group]) for group in chosen.values()]
         values = [value for stratum in strata for value in stratum]
         low, high = bootstrap_interval(strata)
-        rows.append({"algorithm": rule, "tasks": len(strata), "n": len(values), "iqm": interquartile_mean(values), "iqm_low": low,
-                     "iqm_high": high, "mean": mean(values),
-                     "rows": names(dict.fromkeys(labels[group] for group in chosen.values()))})
+        rows.append(
+            {
+                "algorithm": rule,
+                "tasks": len(strata),
+                "n": len(values),
+                "iqm": interquartile_mean(values),
+                "iqm_low": low,
+                "iqm_high": high,
+                "mean": mean(values),
+                "rows": names(dict.fromkeys(labels[group] for group in chosen.values())),
+            }
+        )
     return pd.DataFrame(rows, columns=list(AGGREGATE_COLUMNS)), left_out
 
 

@@ -62,8 +62,9 @@ def alarms(runs: Sequence[Run], reference: str) -> tuple[pd.DataFrame, str]:
                 checked[quantity] = checked.get(quantity, 0) + len(values)
                 if beyond := [value for value in values if alarm.fires(value)]:
                     worst = max(beyond) if alarm.above else min(beyond)
-                    rows.append((label, quantity, layer, worst, alarm.condition, f"{len(beyond)} of {len(values)}",
-                                 alarm.meaning))
+                    rows.append(
+                        (label, quantity, layer, worst, alarm.condition, f"{len(beyond)} of {len(values)}", alarm.meaning)
+                    )
         for floor in [] if is_floor(members[0].result["algorithm"]) else floors:
             other = references.of(floor, members[0])
             primary = members[0].primary
@@ -73,8 +74,17 @@ def alarms(runs: Sequence[Run], reference: str) -> tuple[pd.DataFrame, str]:
                 checked[score] = checked.get(score, 0) + 1
                 if primary.merit(mean(ours)) <= primary.merit(mean(theirs)):
                     sign = "<=" if primary.higher_is_better else ">="
-                    rows.append((label, score, "", mean(ours), f"{sign} {mean(theirs):{primary.format}} of {other.label}", "",
-                                 f"Not better than the floor {floor}: training the rest of the net gained nothing."))
+                    rows.append(
+                        (
+                            label,
+                            score,
+                            "",
+                            mean(ours),
+                            f"{sign} {mean(theirs):{primary.format}} of {other.label}",
+                            "",
+                            f"Not better than the floor {floor}: training the rest of the net gained nothing.",
+                        )
+                    )
     counts = ", ".join(f"{number} of {name}" for name, number in checked.items() if number)
     frame = pd.DataFrame(rows, columns=list(ALARM_COLUMNS))
     if not counts:

@@ -111,8 +111,11 @@ def _swept_keys(groups: Groups) -> dict[str, list[str]]:
 
 
 def _check(keys: Sequence[str], swept: Mapping[str, Sequence[str]], groups: Groups) -> None:
-    differing = [key for key in dict.fromkeys(key for of_rule in swept.values() for key in of_rule)
-                 if key.split(".")[0] not in _REFUSED or key.startswith("algorithm.")]
+    differing = [
+        key
+        for key in dict.fromkeys(key for of_rule in swept.values() for key in of_rule)
+        if key.split(".")[0] not in _REFUSED or key.startswith("algorithm.")
+    ]
     there = f"keys that differ between runs of a rule: {names(differing) or 'none'}"
     all_keys = {key: members[0].config[key] for members in groups.values() for key in result_options(members[0].config)}
     for key in keys:
@@ -120,8 +123,9 @@ def _check(keys: Sequence[str], swept: Mapping[str, Sequence[str]], groups: Grou
         if group in _REFUSED and (group == key or group != "algorithm"):
             raise DataError(f"--best {key}: not a key to choose by, {_REFUSED[group]}; {there}")
         if key not in differing and key in all_keys:
-            values = list(dict.fromkeys(format_value(members[0].config[key]) for members in groups.values()
-                                        if key in members[0].config))
+            values = list(
+                dict.fromkeys(format_value(members[0].config[key]) for members in groups.values() if key in members[0].config)
+            )
             same = f"{key}={values[0]} in all runs" if len(values) == 1 else "it differs only between rules"
             raise DataError(f"--best {key}: nothing to choose, {same}; {there}")
         if key not in differing:
@@ -147,7 +151,7 @@ def _cells(groups: Groups, keys: Sequence[str], swept: Mapping[str, Sequence[str
 def _choose(cell: Groups, merits: Mapping[str, float]) -> str | None:
     """The first group with the best validation score; the only one also without it, if it has a finished run."""
     if len(cell) == 1:
-        (group, members), = cell.items()
+        ((group, members),) = cell.items()
         diverged = any(run.result["status"] == DIVERGED for run in members)
         return group if finished_by_seed(members) and not diverged else None
     choosable = [group for group in cell if not math.isnan(merits[group])]
@@ -158,21 +162,28 @@ def _text(run: Run, keys: Sequence[str]) -> str:
     return " ".join(f"{key}={format_value(run.config[key])}" for key in keys if key in run.config)
 
 
-def _tried_row(
-    name: str, members: Sequence[Run], keys: Sequence[str], title: str, is_chosen: bool
-) -> dict[str, Any]:
+def _tried_row(name: str, members: Sequence[Run], keys: Sequence[str], title: str, is_chosen: bool) -> dict[str, Any]:
     config = members[0].config
-    return {"task": title, "label": name, **{key: format_value(config[key]) if key in config else UNSET for key in keys},
-            "n": len(finished_by_seed(members)), "status": status_counts(members),
-            f"val_{members[0].primary.name}": validation_score(members), "chosen": is_chosen}
+    return {
+        "task": title,
+        "label": name,
+        **{key: format_value(config[key]) if key in config else UNSET for key in keys},
+        "n": len(finished_by_seed(members)),
+        "status": status_counts(members),
+        f"val_{members[0].primary.name}": validation_score(members),
+        "chosen": is_chosen,
+    }
 
 
 def _nothing_chosen(cell: Groups, keys: Sequence[str], title: str) -> str:
     """A line about a rule for which no value could be chosen."""
     runs = [run for members in cell.values() for run in members]
     rule, statuses = runs[0].result["algorithm"], status_counts(runs)
-    reason = (f"no validation {runs[0].primary.title} to choose by"
-              if all(run.finished for run in runs) else f"none can be chosen ({statuses})")
+    reason = (
+        f"no validation {runs[0].primary.title} to choose by"
+        if all(run.finished for run in runs)
+        else f"none can be chosen ({statuses})"
+    )
     values = f"{len(cell)} value{'s' * (len(cell) > 1)} of {names(keys)}"
     return f"{rule} is not compared ({title}): {values} tried, {reason}"
 
@@ -189,8 +200,11 @@ def _remarks(best: str, cell: Groups, keys: Sequence[str]) -> str:
     diverged = sum(any(run.result["status"] == DIVERGED for run in members) for members in cell.values())
     if diverged:
         remarks.append(f"{diverged} of {len(cell)} values diverged")
-    seeds = [len(finished_by_seed(members)) for members in cell.values()
-             if not any(run.result["status"] == DIVERGED for run in members)]
+    seeds = [
+        len(finished_by_seed(members))
+        for members in cell.values()
+        if not any(run.result["status"] == DIVERGED for run in members)
+    ]
     if min(seeds) < max(seeds):
         remarks.append(f"the values have {min(seeds)} to {max(seeds)} finished seeds")
     return "; ".join(remarks)
@@ -221,9 +235,7 @@ def _others(counts: Mapping[str, int], group: str) -> str:
     return str(others[0]) if len(others) == 1 else f"{others[0]} to {others[-1]}"
 
 
-def _unequal(
-    title: str, groups: Groups, chosen: Mapping[str, Chosen], labels: Mapping[str, str], keys: Sequence[str]
-) -> str:
+def _unequal(title: str, groups: Groups, chosen: Mapping[str, Chosen], labels: Mapping[str, str], keys: Sequence[str]) -> str:
     """A line on what was unequal among the compared rows of a task; empty if nothing was."""
     parts = []
     for what, counts in _budgets(groups, chosen).items():
@@ -239,4 +251,4 @@ def _unequal(
 def abridged(items: Iterable[str], most: int = 6) -> str:
     """The names, of many the first ones and the number of the others."""
     items = list(items)
-    return names(items if len(items) <= most else [*items[:most - 1], f"{len(items) - most + 1} more"])
+    return names(items if len(items) <= most else [*items[: most - 1], f"{len(items) - most + 1} more"])

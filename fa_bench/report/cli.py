@@ -61,30 +61,59 @@ def _main(argv: list[str]) -> int:
     parser = _Parser(prog="fa-bench-report", description=_DESCRIPTION, epilog=_CODES, allow_abbrev=False)
     parser.add_argument("folders", metavar="DIR", nargs="+", type=Path, help="a run directory, or a folder with run directories")
     parser.add_argument("--out", metavar="DIR", type=Path, help="where to write the report (default: the common folder of DIR)")
-    parser.add_argument("--no-timings", action="store_true",
-                        help="omit measured seconds, memory and energy, so that two sweeps of the same runs give the same bytes")
-    parser.add_argument("--best", metavar="KEY[,KEY]",
-                        help="choose the values of these keys by their validation score for each rule, and compare the chosen "
-                             "ones: --best optimizer.lr")
-    parser.add_argument("--reference", choices=CHOICES,
-                        help="compare with the best rows of bp and frozen (default), or with those at the nearest settings")
-    parser.add_argument("--aggregate", action="store_true",
-                        help="compare the rules over all tasks: interquartile mean with a bootstrap interval")
+    parser.add_argument(
+        "--no-timings",
+        action="store_true",
+        help="omit measured seconds, memory and energy, so that two sweeps of the same runs give the same bytes",
+    )
+    parser.add_argument(
+        "--best",
+        metavar="KEY[,KEY]",
+        help="choose the values of these keys by their validation score for each rule, and compare the chosen "
+        "ones: --best optimizer.lr",
+    )
+    parser.add_argument(
+        "--reference",
+        choices=CHOICES,
+        help="compare with the best rows of bp and frozen (default), or with those at the nearest settings",
+    )
+    parser.add_argument(
+        "--aggregate", action="store_true", help="compare the rules over all tasks: interquartile mean with a bootstrap interval"
+    )
     figures = parser.add_argument_group("figures", "what they show; the tables stay complete")
-    figures.add_argument("--format", metavar="LIST", type=_words, default=FORMATS[:1],
-                         help=f"formats of the files, separated by commas: {names(FORMATS)} (default: {FORMATS[0]})")
+    figures.add_argument(
+        "--format",
+        metavar="LIST",
+        type=_words,
+        default=FORMATS[:1],
+        help=f"formats of the files, separated by commas: {names(FORMATS)} (default: {FORMATS[0]})",
+    )
     figures.add_argument("--rules", metavar="LIST", type=_words, help="only these rules, separated by commas")
-    figures.add_argument("--metric", metavar="NAME", default="",
-                         help="only this quantity: a score or loss such as val_accuracy, or an alignment metric such as "
-                              "weight_angle")
-    figures.add_argument("--x", metavar="X", default="",
-                         help=f"plot curves against {', '.join(list(POSITIONS)[:-1])} or {list(POSITIONS)[-1]}, or final values "
-                              "against this swept key only, such as optimizer.lr")
-    parser.add_argument("--tensorboard", action="store_true",
-                        help="also write mean curves over the seeds for TensorBoard: the folder tensorboard beside the report")
+    figures.add_argument(
+        "--metric",
+        metavar="NAME",
+        default="",
+        help="only this quantity: a score or loss such as val_accuracy, or an alignment metric such as weight_angle",
+    )
+    figures.add_argument(
+        "--x",
+        metavar="X",
+        default="",
+        help=f"plot curves against {', '.join(list(POSITIONS)[:-1])} or {list(POSITIONS)[-1]}, or final values "
+        "against this swept key only, such as optimizer.lr",
+    )
+    parser.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="also write mean curves over the seeds for TensorBoard: the folder tensorboard beside the report",
+    )
     live = parser.add_argument_group("a running sweep")
-    live.add_argument("--live", action="store_true", help="show the state, epoch, last numbers and remaining time of every run, "
-                                                          "repeatedly until all have ended or Ctrl-C; once if not on a terminal")
+    live.add_argument(
+        "--live",
+        action="store_true",
+        help="show the state, epoch, last numbers and remaining time of every run, "
+        "repeatedly until all have ended or Ctrl-C; once if not on a terminal",
+    )
     live.add_argument("--interval", metavar="SECONDS", type=float, help=f"time between two updates (default: {INTERVAL:g})")
     live.add_argument("--once", action="store_true", help="show it only once, in plain text")
     try:
@@ -114,9 +143,16 @@ def _main(argv: list[str]) -> int:
     if arguments.out is None:
         _check_wider(out_dir, directories)
     report = write_report(
-        directories, out_dir, planned, timings=not arguments.no_timings, unusable=unusable,
-        best=() if arguments.best is None else parse_keys(arguments.best), reference=arguments.reference or BEST,
-        aggregate=arguments.aggregate, selection=selection)
+        directories,
+        out_dir,
+        planned,
+        timings=not arguments.no_timings,
+        unusable=unusable,
+        best=() if arguments.best is None else parse_keys(arguments.best),
+        reference=arguments.reference or BEST,
+        aggregate=arguments.aggregate,
+        selection=selection,
+    )
     print(f"{report.text}\n\nreport: {printable(report.markdown)}\ncurves: {printable(report.figure)}")
     if arguments.tensorboard:
         from fa_bench.report.mean_curves import write_mean_curves
@@ -147,8 +183,10 @@ def _check_wider(folder: Path, directories: Sequence[Path]) -> None:
     covered = {resolved(directory) for directory in directories}
     others = [directory for directory in covered_directories(folder) if resolved(directory) not in covered]
     if others:
-        raise DataError(f"{folder}: has a report that covers {len(others)} further run{'s' * (len(others) > 1)}; choose another "
-                        "folder with --out DIR")
+        raise DataError(
+            f"{folder}: has a report that covers {len(others)} further run{'s' * (len(others) > 1)}; choose another "
+            "folder with --out DIR"
+        )
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -157,11 +195,21 @@ def _check(arguments: argparse.Namespace) -> None:
             raise DataError(f"{flag} requires --live")
     if arguments.best is not None and not arguments.best.replace(",", " ").split():
         raise DataError("--best: no key, such as --best optimizer.lr")
-    selects = {"--format": arguments.format != FORMATS[:1], "--rules": arguments.rules is not None, "--metric": arguments.metric,
-               "--x": arguments.x}
-    for flag, given in (("--out", arguments.out is not None), ("--no-timings", arguments.no_timings),
-                        ("--best", arguments.best is not None), ("--reference", arguments.reference is not None),
-                        ("--aggregate", arguments.aggregate), ("--tensorboard", arguments.tensorboard), *selects.items()):
+    selects = {
+        "--format": arguments.format != FORMATS[:1],
+        "--rules": arguments.rules is not None,
+        "--metric": arguments.metric,
+        "--x": arguments.x,
+    }
+    for flag, given in (
+        ("--out", arguments.out is not None),
+        ("--no-timings", arguments.no_timings),
+        ("--best", arguments.best is not None),
+        ("--reference", arguments.reference is not None),
+        ("--aggregate", arguments.aggregate),
+        ("--tensorboard", arguments.tensorboard),
+        *selects.items(),
+    ):
         if given and arguments.live:
             raise DataError(f"{flag} cannot be combined with --live, which writes nothing")
     if not arguments.format:

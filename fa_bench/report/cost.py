@@ -38,8 +38,17 @@ compilation, and its ratio to bp's with the same task, batch size, device, threa
 with resident data and evaluation; energy of the whole machine during training and evaluation, where it counts it.
 """
 #: What the time of a step depends on, beside the task, the rule and the device.
-_EXECUTION = ("batch_size", "accumulate", "threads", "deterministic", "precision", "compile", "graphs", "channels_last",
-              "optimizer")
+_EXECUTION = (
+    "batch_size",
+    "accumulate",
+    "threads",
+    "deterministic",
+    "precision",
+    "compile",
+    "graphs",
+    "channels_last",
+    "optimizer",
+)
 
 
 class Costs:
@@ -66,12 +75,16 @@ class Costs:
         ratios = {f"{name}_ratio": _ratio(columns[name], number(reference.get(key))) for name, key in _PREDICTIONS.items()}
         counters = list(dict.fromkeys(name for run in finished for name in run.result.get("energy_counters") or ()))
         return {
-            **columns, **ratios, "seconds_per_step": seconds,
+            **columns,
+            **ratios,
+            "seconds_per_step": seconds,
             "time_ratio": _ratio(seconds, self._reference.get(_setting(members[0]), math.nan)),
             # On a CPU, what is recorded is the peak of the whole process, with all runs before.
-            "peak_memory": mean(run.result.get("peak_memory_bytes") for run in finished
-                                if (run.result.get("device") or "").startswith("cuda")),
-            "energy_wh": mean(run.result.get("energy_wh") for run in finished), "energy_counters": " ".join(counters),
+            "peak_memory": mean(
+                run.result.get("peak_memory_bytes") for run in finished if (run.result.get("device") or "").startswith("cuda")
+            ),
+            "energy_wh": mean(run.result.get("energy_wh") for run in finished),
+            "energy_counters": " ".join(counters),
         }
 
 

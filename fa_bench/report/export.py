@@ -24,9 +24,19 @@ from fa_bench.report.table import COLUMNS, primary_scores, with_std
 from fa_bench.utils.files import resolved
 
 #: Characters that have a meaning in LaTeX; [ and * have one after the end of a row.
-_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
-          ">": r"\textgreater{}", "`": r"\textasciigrave{}", "|": r"\textbar{}", '"': "''", "[": "{[}", "*": "{*}",
-          **{char: f"\\{char}" for char in "&%$#_{}"}}
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "`": r"\textasciigrave{}",
+    "|": r"\textbar{}",
+    '"': "''",
+    "[": "{[}",
+    "*": "{*}",
+    **{char: f"\\{char}" for char in "&%$#_{}"},
+}
 _ACCURACIES = ("train_accuracy", "val_accuracy", "test_accuracy", "test_accuracy_at_best_val")
 _LOSSES = ("train_loss", "val_loss", "test_loss")
 #: Columns of `runs_table` that have measured seconds.
@@ -49,21 +59,40 @@ def to_latex(frame: pd.DataFrame) -> str:
     columns = {
         "rule": ("l", [escape_latex(label) for label in frame["label"]]),
         r"$n$": ("r", [str(n) for n in frame["n"]]),
-        **{title: ("r", _math(with_std(frame, name))) for score in primary_scores(frame) for title, name in (
-            ((r"validation (\%)", "val_accuracy"), (r"test (\%)", "test_accuracy")) if score == ACCURACY else
-            ((f"validation {escape_latex(score.in_unit)}", f"val_{score.name}"),
-             (f"test {escape_latex(score.in_unit)}", f"test_{score.name}")))},
+        **{
+            title: ("r", _math(with_std(frame, name)))
+            for score in primary_scores(frame)
+            for title, name in (
+                ((r"validation (\%)", "val_accuracy"), (r"test (\%)", "test_accuracy"))
+                if score == ACCURACY
+                else (
+                    (f"validation {escape_latex(score.in_unit)}", f"val_{score.name}"),
+                    (f"test {escape_latex(score.in_unit)}", f"test_{score.name}"),
+                )
+            )
+        },
         "difference to bp": ("r", [_difference(row) for row in frame.to_dict("records")]),
         r"$p$ (Holm)": ("r", [_number(value, ".2g") for value in frame["bp_difference_p_holm"]]),
         "beats floor": ("l", ["--" if pd.isna(beats) else "yes" if beats else "no" for beats in frame["floor"]]),
     }
     shown = {title: column for title, column in columns.items() if set(column[1]) - {"--"}}
     lines = [" & ".join(cells) + r" \\" for cells in zip(*(cells for _, cells in shown.values()), strict=True)]
-    return "\n".join([
-        r"% Requires \usepackage{booktabs}. Scores are mean and standard deviation over n seeds; differences (of accuracies in",
-        "% percentage points) are paired by seed, with half the 95 % t interval (for two seeds: the range).",
-        rf"\begin{{tabular}}{{{''.join(align for align, _ in shown.values())}}}", r"\toprule",
-        " & ".join(shown) + r" \\", r"\midrule", *lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+    return (
+        "\n".join(
+            [
+                r"% Requires \usepackage{booktabs}. Scores are mean and standard deviation over n seeds; differences (of",
+                "% accuracies in percentage points) are paired by seed, with half the 95 % t interval (two seeds: the range).",
+                rf"\begin{{tabular}}{{{''.join(align for align, _ in shown.values())}}}",
+                r"\toprule",
+                " & ".join(shown) + r" \\",
+                r"\midrule",
+                *lines,
+                r"\bottomrule",
+                r"\end{tabular}",
+            ]
+        )
+        + "\n"
+    )
 
 
 def _math(cells: Sequence[str]) -> list[str]:
@@ -107,8 +136,11 @@ def _plain(value: Any, is_count: bool) -> Any:
 
 def _score_keys(run: Run) -> list[str]:
     first, *others = (score.name for score in run.scores)
-    return [*(f"{part}_{first}" for part in PARTS), f"test_{first}_at_best_val", *(f"{part}_{name}" for name in others
-                                                                                for part in PARTS)]
+    return [
+        *(f"{part}_{first}" for part in PARTS),
+        f"test_{first}_at_best_val",
+        *(f"{part}_{name}" for name in others for part in PARTS),
+    ]
 
 
 def runs_table(runs: Sequence[Run], folder: Path) -> pd.DataFrame:
@@ -122,23 +154,32 @@ def runs_table(runs: Sequence[Run], folder: Path) -> pd.DataFrame:
     names = ("algorithm", "architecture", "dataset", "optimizer", "experiment")
     swept = [key for key in differing_keys(run.config for run in runs) if key not in names]
     metrics, scores = metrics_of(runs), scores_in(runs)
-    rows = [{
-        "directory": Path(os.path.relpath(resolved(run.directory), resolved(folder))).as_posix(), "label": labels[run.row],
-        "status": run.result["status"], "seed": run.result["seed"], **{key: run.result.get(key) for key in names},
-        **{key: run.config[key] for key in swept if key in run.config},
-        **dict.fromkeys(_ACCURACIES if ACCURACY in scores else (), math.nan),
-        **{key: run.score(key) for key in _score_keys(run)},
-        **{key: number(run.metrics[-1].get(key)) if run.metrics else math.nan for key in _LOSSES},
-        **{name: run.layer_mean(name, run.result.get("angles")) for name in metrics},
-        "epoch": run.metrics[-1]["epoch"] if run.metrics else run.result.get("epoch"), "epochs": run.result.get("epochs"),
-        "best_epoch": run.result.get("best_epoch"),
-        "seconds": number(run.result.get("seconds")),
-        "seconds_per_epoch": number(run.result.get("seconds")) / run.epochs if run.epochs else math.nan,
-        "group": run.result["group"], **{key: run.result.get(key) for key in (*VERSIONS, "weights_hash")},
-        "reason": reason(run.result) if not run.finished else "",
-    } for run in runs]
+    rows = [
+        {
+            "directory": Path(os.path.relpath(resolved(run.directory), resolved(folder))).as_posix(),
+            "label": labels[run.row],
+            "status": run.result["status"],
+            "seed": run.result["seed"],
+            **{key: run.result.get(key) for key in names},
+            **{key: run.config[key] for key in swept if key in run.config},
+            **dict.fromkeys(_ACCURACIES if ACCURACY in scores else (), math.nan),
+            **{key: run.score(key) for key in _score_keys(run)},
+            **{key: number(run.metrics[-1].get(key)) if run.metrics else math.nan for key in _LOSSES},
+            **{name: run.layer_mean(name, run.result.get("angles")) for name in metrics},
+            "epoch": run.metrics[-1]["epoch"] if run.metrics else run.result.get("epoch"),
+            "epochs": run.result.get("epochs"),
+            "best_epoch": run.result.get("best_epoch"),
+            "seconds": number(run.result.get("seconds")),
+            "seconds_per_epoch": number(run.result.get("seconds")) / run.epochs if run.epochs else math.nan,
+            "group": run.result["group"],
+            **{key: run.result.get(key) for key in (*VERSIONS, "weights_hash")},
+            "reason": reason(run.result) if not run.finished else "",
+        }
+        for run in runs
+    ]
     columns = list(dict.fromkeys(["directory", "label", "status", "seed", *names, *swept, *(key for row in rows for key in row)]))
-    frame = pd.DataFrame({name: pd.Series([row.get(name, math.nan) for row in rows],
-                                          dtype=object if name in swept else None) for name in columns})
+    frame = pd.DataFrame(
+        {name: pd.Series([row.get(name, math.nan) for row in rows], dtype=object if name in swept else None) for name in columns}
+    )
     frame.attrs["swept"] = swept
     return frame

@@ -63,7 +63,10 @@ class Picture(NamedTuple):
 
 
 def write_figures(
-    runs: Sequence[Run], out_dir: Path, name: str, selection: Selection = Selection(),  # noqa: B008
+    runs: Sequence[Run],
+    out_dir: Path,
+    name: str,
+    selection: Selection = Selection(),  # noqa: B008
     swept: Sequence[Run] | None = None,
 ) -> list[Picture]:
     """Write every figure that the runs have data for and `selection` asks for, the overview `name`.png first.
@@ -127,8 +130,15 @@ def task_figures(
 def curve_parts(title: str, groups: Groups, only: Quantity | None, x: str) -> list[Part]:
     """The curves of a task: of a small one all scores and losses side by side, of a large one a part for each."""
     scores = _ordered_scores(runs_of(groups))
-    curves = [only] if only else [each for number, name in enumerate(scalar_names(scores))
-                                  if has_data(groups, each := scalar(name, scores)) or number == 0]
+    curves = (
+        [only]
+        if only
+        else [
+            each
+            for number, name in enumerate(scalar_names(scores))
+            if has_data(groups, each := scalar(name, scores)) or number == 0
+        ]
+    )
     if is_large(groups):
         return [rules_part(title, groups, each, x) for each in curves]
     return [lines_part(title, groups, curves, x, min(3, len(curves)))]
@@ -142,8 +152,10 @@ def _ordered_scores(runs: Sequence[Run]) -> list[Score]:
 
 def overview_quantities(metrics: Mapping[str, type[Metric]], first: Score = ACCURACY) -> list[Quantity]:
     """The primary score of the test samples, and the mean over layers of every angle that has a column in tables."""
-    return [scalar(f"test_{first.name}", [first]),
-            *(layer_mean(name, metric) for name, metric in metrics.items() if metric.column and metric.unit == "°")]
+    return [
+        scalar(f"test_{first.name}", [first]),
+        *(layer_mean(name, metric) for name, metric in metrics.items() if metric.column and metric.unit == "°"),
+    ]
 
 
 def overview(
@@ -155,8 +167,7 @@ def overview(
     for title, groups in by_task.items():
         shown = quantities or overview_quantities(metrics, primary(runs_of(groups)))
         parts.append(lines_part(title, _chosen(groups), shown, x, len(shown), group_labels(groups)))
-    return curves_figure(parts,
-                         BEST if any(map(is_large, by_task.values())) else "")
+    return curves_figure(parts, BEST if any(map(is_large, by_task.values())) else "")
 
 
 def layers_parts(title: str, groups: Groups, name: str, x: str) -> list[Part]:
@@ -175,8 +186,10 @@ def layer_quantities(groups: Groups, name: str) -> list[Quantity]:
             for layer, value in ((record.get("angles") or {}).get(name) or {}).items():
                 layers[layer] = layers.get(layer, False) or bool(known([value]))
     order = max((list(run.layers(name)) for run in runs), key=len, default=[])
-    ordered = sorted((layer for layer, has_values in layers.items() if has_values),
-                     key=lambda layer: order.index(layer) if layer in order else len(order))
+    ordered = sorted(
+        (layer for layer, has_values in layers.items() if has_values),
+        key=lambda layer: order.index(layer) if layer in order else len(order),
+    )
     return [in_layer(name, declared([name])[name], layer) for layer in ordered]
 
 
@@ -205,8 +218,11 @@ def _settings(groups: Groups) -> dict[str, str]:
     keys, labels, settings = swept_keys(groups), group_labels(groups), {}
     for rule, members in by_rule(groups).items():
         texts = {group: label("", runs[0].config, keys).strip() for group, runs in members.items()}
-        settings |= texts if len(set(texts.values())) == len(texts) else {
-            group: labels[group].removeprefix(rule).strip() for group in members}
+        settings |= (
+            texts
+            if len(set(texts.values())) == len(texts)
+            else {group: labels[group].removeprefix(rule).strip() for group in members}
+        )
     return settings
 
 
@@ -225,30 +241,41 @@ def lines_part(
                 number = shared.index(settings[group]) if len(shared) <= len(STYLES) else index
                 style |= {"linestyle": STYLES[number], "fillstyle": FILLS[number]}
             lines.append(Line(labels[group], groups[group], style))
-    return Part(title, [Panel(each.title, each, lines, x) for each in quantities], columns,
-                [(legend_entry(line.label, line.members), line.style) for line in lines])
+    return Part(
+        title,
+        [Panel(each.title, each, lines, x) for each in quantities],
+        columns,
+        [(legend_entry(line.label, line.members), line.style) for line in lines],
+    )
 
 
 def rules_part(title: str, groups: Groups, of: Quantity, x: str) -> Part:
     """A panel for each rule with a line for each of its settings, and the best of the control and the floor as references."""
     settings, rules = _settings(groups), by_rule(groups)
     shared = sorted(set(settings.values()), key=natural_key)
-    references = {rule: rules[rule][group] for rule in (CONTROL, FLOOR)
-                  if rule in rules and (group := best(rules[rule])) is not None}
-    thin = {rule: rule_style(rule) | {"linewidth": 0.9, "marker": "", "color": "0.35" if rule == CONTROL else "0.66"}
-            for rule in references}
+    references = {
+        rule: rules[rule][group] for rule in (CONTROL, FLOOR) if rule in rules and (group := best(rules[rule])) is not None
+    }
+    thin = {
+        rule: rule_style(rule) | {"linewidth": 0.9, "marker": "", "color": "0.35" if rule == CONTROL else "0.66"}
+        for rule in references
+    }
     common = len(shared) <= MAX_SHARED
     panels = []
     for rule, members in rules.items():
         order = shared if common else sorted((settings[group] for group in members), key=natural_key)
         lines = [Line(f"{name} (best setting)", runs, thin[name]) for name, runs in references.items() if name != rule]
-        lines += [Line(settings[group] or rule, members[group], setting_style(rule, order.index(settings[group]), len(order)))
-                  for group in members]
+        lines += [
+            Line(settings[group] or rule, members[group], setting_style(rule, order.index(settings[group]), len(order)))
+            for group in members
+        ]
         panels.append(Panel(rule, of, lines, x, legend=not common, markers=False))
     legend: list[tuple[str, Mapping[str, Any]]] = [(f"{rule} (best setting)", thin[rule]) for rule in references]
     if common:
-        legend += [(legend_entry(setting or "single setting"), setting_style(CONTROL, index, len(shared)) | {"marker": ""})
-                   for index, setting in enumerate(shared)]
+        legend += [
+            (legend_entry(setting or "single setting"), setting_style(CONTROL, index, len(shared)) | {"marker": ""})
+            for index, setting in enumerate(shared)
+        ]
     return Part(f"{title}: {of.title.lower()}", panels, min(COLUMNS, len(panels)), legend, same_axes=True)
 
 

@@ -19,8 +19,15 @@ from fa_bench.utils.locks import PATIENCE, locked
 #: How the names of a report's files begin, and the files that every report has or may have.
 NAME = "report"
 MARKDOWN, PAGE, RUNS = f"{NAME}.md", f"{NAME}.html", "runs.csv"
-_COMMON_FILES = (MARKDOWN, PAGE, RUNS, *(f"{NAME}{end}" for end in (
-    ".csv", ".json", ".tex", "_layers.csv", "_published.csv", "_tried.csv", "_aggregate.csv", ".png")))
+_COMMON_FILES = (
+    MARKDOWN,
+    PAGE,
+    RUNS,
+    *(
+        f"{NAME}{end}"
+        for end in (".csv", ".json", ".tex", "_layers.csv", "_published.csv", "_tried.csv", "_aggregate.csv", ".png")
+    ),
+)
 #: The record: the names of the files that reports wrote in its folder. Without one, the links in report.md serve.
 RECORD, LOCK = f".{NAME}.json", f".{NAME}.lock"
 _FILE_NAME = re.compile(rf"{NAME}(_[\w.-]+)?\.(md|html|csv|png|svg|pdf|json|tex)|{re.escape(RUNS)}")

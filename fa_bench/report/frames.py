@@ -15,12 +15,44 @@ if TYPE_CHECKING:
     import pandas as pd
 
 #: Keys of a result that become columns; the others are hashes, versions and nested records.
-_COLUMNS = ("status", "label", "algorithm", "architecture", "dataset", "optimizer", "objective", "experiment", "seed", "epoch",
-            "test_accuracy", "test_accuracy_at_best_val", "val_accuracy", "train_accuracy", "best_epoch", "seconds",
-            "peak_memory_bytes", "code_hash", "data_hash", "weights_hash", "device")
+_COLUMNS = (
+    "status",
+    "label",
+    "algorithm",
+    "architecture",
+    "dataset",
+    "optimizer",
+    "objective",
+    "experiment",
+    "seed",
+    "epoch",
+    "test_accuracy",
+    "test_accuracy_at_best_val",
+    "val_accuracy",
+    "train_accuracy",
+    "best_epoch",
+    "seconds",
+    "peak_memory_bytes",
+    "code_hash",
+    "data_hash",
+    "weights_hash",
+    "device",
+)
 #: Columns that are numbers even if no run has recorded any.
-_NUMBERS = ("test_accuracy", "test_accuracy_at_best_val", "val_accuracy", "train_accuracy", "best_epoch", "seconds",
-            "peak_memory_bytes", "train_loss", "val_loss", "test_loss", "lr", "value")
+_NUMBERS = (
+    "test_accuracy",
+    "test_accuracy_at_best_val",
+    "val_accuracy",
+    "train_accuracy",
+    "best_epoch",
+    "seconds",
+    "peak_memory_bytes",
+    "train_loss",
+    "val_loss",
+    "test_loss",
+    "lr",
+    "value",
+)
 #: Columns of the frame of measurements.
 _MEASURED = ("directory", "label", "seed", "step", "epoch", "metric", "layer", "value")
 
@@ -77,20 +109,35 @@ def _typed(frame: pd.DataFrame) -> pd.DataFrame:
 def _row(run: Run) -> dict[str, Any]:
     options = {key: value for key, value in run.config.items() if key.split(".")[0] not in (*_COLUMNS, *VOLATILE) or "." in key}
     scores = {key: value for key, value in run.result.items() if key in final_keys(run.scores)}
-    return {"directory": str(run.directory), **{key: run.result.get(key) for key in _COLUMNS}, **scores,
-            **_means(run, run.result.get("angles")), **options}
+    return {
+        "directory": str(run.directory),
+        **{key: run.result.get(key) for key in _COLUMNS},
+        **scores,
+        **_means(run, run.result.get("angles")),
+        **options,
+    }
 
 
 def _curves(run: Run) -> list[dict[str, Any]]:
     identity = {"directory": str(run.directory), "label": run.result["label"], "seed": run.result["seed"]}
-    return [{**identity, **{key: value for key, value in line.items() if key not in ("angles", "probes", "scores")},
-             **_means(run, line.get("angles"))} for line in run.metrics]
+    return [
+        {
+            **identity,
+            **{key: value for key, value in line.items() if key not in ("angles", "probes", "scores")},
+            **_means(run, line.get("angles")),
+        }
+        for line in run.metrics
+    ]
 
 
 def _angles(run: Run) -> list[tuple[Any, ...]]:
     identity = str(run.directory), run.result["label"], run.result["seed"]
-    return [(*identity, line["step"], line["epoch"], metric, layer, value) for line in run.measurements
-            for metric, layers in (line["angles"] or {}).items() for layer, value in (layers or {}).items()]
+    return [
+        (*identity, line["step"], line["epoch"], metric, layer, value)
+        for line in run.measurements
+        for metric, layers in (line["angles"] or {}).items()
+        for layer, value in (layers or {}).items()
+    ]
 
 
 def _means(run: Run, angles: dict[str, Any] | None) -> dict[str, float]:

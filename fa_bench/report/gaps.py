@@ -18,9 +18,12 @@ from fa_bench.utils.files import METRICS, RESULT, resolved
 def unfinished_runs(runs: Sequence[Run]) -> list[str]:
     """A line for each run that has not finished (stopped, diverged, failed, ...): the epochs it completed, and the reason."""
     labels = group_labels(group_runs(runs))
-    return [f"{labels[run.row]} seed {run.result['seed']}: {describe_status(run)}"
-            f"{'' if (run.directory / RESULT).is_file() else f', no {RESULT}'} ({short_path(run.directory)})"
-            for run in runs if not run.finished]
+    return [
+        f"{labels[run.row]} seed {run.result['seed']}: {describe_status(run)}"
+        f"{'' if (run.directory / RESULT).is_file() else f', no {RESULT}'} ({short_path(run.directory)})"
+        for run in runs
+        if not run.finished
+    ]
 
 
 def unidentified_run(directory: Path) -> str:
@@ -32,8 +35,10 @@ def unidentified_run(directory: Path) -> str:
 def runs_not_started(directories: Iterable[Path], planned: Iterable[PlannedRun]) -> list[str]:
     """A line for each run that a sweep announced and that has no record yet."""
     labels = {resolved(run.directory): run.label for run in planned}
-    return [f"{f'{label}: ' if (label := labels.get(resolved(directory))) else ''}not started ({short_path(directory)})"
-            for directory in directories]
+    return [
+        f"{f'{label}: ' if (label := labels.get(resolved(directory))) else ''}not started ({short_path(directory)})"
+        for directory in directories
+    ]
 
 
 def missing_seeds(runs: Sequence[Run], planned: Iterable[PlannedRun]) -> list[str]:
@@ -56,8 +61,11 @@ def missing_seeds(runs: Sequence[Run], planned: Iterable[PlannedRun]) -> list[st
         elif len(beside) == 1 and (match := re.search(r" seed (\d+)$", each.label)):
             seeds.setdefault(next(iter(beside)), set()).add(int(match[1]))
     missing = {group: sorted(seeds.get(group, set()) - set(finished_by_seed(members))) for group, members in groups.items()}
-    return [f"{labels[group]}: no finished run with seed {', '.join(map(str, of_group))}"
-            for group, of_group in missing.items() if of_group]
+    return [
+        f"{labels[group]}: no finished run with seed {', '.join(map(str, of_group))}"
+        for group, of_group in missing.items()
+        if of_group
+    ]
 
 
 def published_without_run(entries: Iterable[Entry], runs: Sequence[Run]) -> list[str]:

@@ -74,8 +74,10 @@ def group_labels(groups: Groups) -> dict[str, str]:
     Groups with the same label are distinguished by the keys in which their configs differ, then by the hashes of code and data.
     If neither distinguishes a group, because its config is missing or empty, its label is its group name.
     """
-    labels = distinct_labels({group: runs[0].result["label"] for group, runs in groups.items()},
-                             {group: runs[0].config for group, runs in groups.items()})
+    labels = distinct_labels(
+        {group: runs[0].result["label"] for group, runs in groups.items()},
+        {group: runs[0].config for group, runs in groups.items()},
+    )
     for key, word in VERSIONS.items():
         for name in _duplicates(labels):
             hashes = {group: groups[group][0].result.get(key) for group, label in labels.items() if label == name}
@@ -125,8 +127,12 @@ def by_rule(groups: Groups) -> dict[str, dict[str, Sequence[Run]]]:
 
 def swept_keys(groups: Groups) -> list[str]:
     """The keys, apart from those of the task, in which the configs of groups of the same rule differ."""
-    keys = (key for part in tasks(groups).values() for members in by_rule(part).values()
-            for key in differing_keys(runs[0].config for runs in members.values()))
+    keys = (
+        key
+        for part in tasks(groups).values()
+        for members in by_rule(part).values()
+        for key in differing_keys(runs[0].config for runs in members.values())
+    )
     return list(dict.fromkeys(keys))
 
 

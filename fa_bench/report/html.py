@@ -24,8 +24,11 @@ if TYPE_CHECKING:
 
 _STYLE, _SCRIPT = (Path(__file__).with_name(f"page.{ending}") for ending in ("css", "js"))
 _SEEDS = {
-    "seed": Column("seed", ".0f"), "status": Column("status"), "epoch": Column("epoch", ".0f"),
-    "val": Column("validation"), "test": Column("test"),
+    "seed": Column("seed", ".0f"),
+    "status": Column("status"),
+    "epoch": Column("epoch", ".0f"),
+    "val": Column("validation"),
+    "test": Column("test"),
     "seconds": Column("seconds", ".1f", timing=True),
 }
 
@@ -58,13 +61,28 @@ def to_html(
     groups = group_runs(runs)
     summary, *others = (_table(table) for table in tables)
     parts = [
-        "<!DOCTYPE html>", '<html lang="en">', "<head>", '<meta charset="utf-8">', "<title>Report</title>",
+        "<!DOCTYPE html>",
+        '<html lang="en">',
+        "<head>",
+        '<meta charset="utf-8">',
+        "<title>Report</title>",
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">', f"<style>\n{style}</style>", "</head>", "<body>",
-        "<h1>Report</h1>", f"<p>{len(groups)} rows, {len(runs)} runs: {_text(status_counts(runs))}.</p>",
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<style>\n{style}</style>",
+        "</head>",
+        "<body>",
+        "<h1>Report</h1>",
+        f"<p>{len(groups)} rows, {len(runs)} runs: {_text(status_counts(runs))}.</p>",
         *(_warnings(title, lines) for title, lines in lists.items() if lines),
-        summary, '<section id="figures"><h2>Figures</h2>', *map(_figure, pictures), "</section>", *others, _runs(groups, timings),
-        f"<script>{script}</script>", "</body>", "</html>",
+        summary,
+        '<section id="figures"><h2>Figures</h2>',
+        *map(_figure, pictures),
+        "</section>",
+        *others,
+        _runs(groups, timings),
+        f"<script>{script}</script>",
+        "</body>",
+        "</html>",
     ]
     return "\n".join(parts) + "\n"
 
@@ -104,18 +122,24 @@ def _filter() -> str:
 
 def _grid(columns: Sequence[tuple[Column, Sequence[str]]]) -> str:
     numeric = [' class="number"' if column.format else "" for column, _ in columns]
-    head = "".join(f'<th scope="col"{kind}><button type="button">{_text(column.title)}</button></th>'
-                   for kind, (column, _) in zip(numeric, columns, strict=True))
-    rows = ("".join(f"<td{kind}>{_text(each)}</td>" for kind, each in zip(numeric, row, strict=True))
-            for row in zip(*(cells for _, cells in columns), strict=True))
+    head = "".join(
+        f'<th scope="col"{kind}><button type="button">{_text(column.title)}</button></th>'
+        for kind, (column, _) in zip(numeric, columns, strict=True)
+    )
+    rows = (
+        "".join(f"<td{kind}>{_text(each)}</td>" for kind, each in zip(numeric, row, strict=True))
+        for row in zip(*(cells for _, cells in columns), strict=True)
+    )
     body = "\n".join(f"<tr>{row}</tr>" for row in rows)
     return f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
 
 
 def _runs(groups: Groups, timings: bool) -> str:
     """The configs: what all have in common once, and for each group the rest, with the statuses of its runs."""
-    configs = {group: {key: format_value(value) for key, value in result_options(runs[0].config).items()}
-               for group, runs in groups.items()}
+    configs = {
+        group: {key: format_value(value) for key, value in result_options(runs[0].config).items()}
+        for group, runs in groups.items()
+    }
     first = next(iter(configs.values()), {})
     shared = {key: value for key, value in first.items() if all(config.get(key) == value for config in configs.values())}
     labels = group_labels(groups)
@@ -125,13 +149,20 @@ def _runs(groups: Groups, timings: bool) -> str:
     parts += [_filter(), '<div class="groups">']
     for group, runs in groups.items():
         rest = {key: value for key, value in configs[group].items() if key not in shared}
-        columns = {name: _score_column(column, runs[0].primary) if name in ("val", "test") else column
-                   for name, column in _SEEDS.items() if timings or not column.timing}
+        columns = {
+            name: _score_column(column, runs[0].primary) if name in ("val", "test") else column
+            for name, column in _SEEDS.items()
+            if timings or not column.timing
+        }
         values = [[_seed_value(name, run) for run in runs] for name in columns]
-        cells = [(column, [cell(value, column.format) for value in column_values])
-                 for column, column_values in zip(columns.values(), values, strict=True)]
-        parts.append(f"<details><summary>{_text(labels[group])} <small>{_text(status_counts(runs))}</small></summary>"
-                     f"{_options(rest)}\n{_grid(cells)}</details>")
+        cells = [
+            (column, [cell(value, column.format) for value in column_values])
+            for column, column_values in zip(columns.values(), values, strict=True)
+        ]
+        parts.append(
+            f"<details><summary>{_text(labels[group])} <small>{_text(status_counts(runs))}</small></summary>"
+            f"{_options(rest)}\n{_grid(cells)}</details>"
+        )
     return "\n".join([*parts, "</div></section>"])
 
 
@@ -146,6 +177,7 @@ def _seed_value(name: str, run: Run) -> Any:
 
 
 def _options(options: Mapping[str, str]) -> str:
-    pairs = "".join(f"<div><dt>{_text(key)}</dt><dd>{_text(truncate(value, MAX_CELL))}</dd></div>"
-                    for key, value in options.items())
+    pairs = "".join(
+        f"<div><dt>{_text(key)}</dt><dd>{_text(truncate(value, MAX_CELL))}</dd></div>" for key, value in options.items()
+    )
     return f"<dl>{pairs}</dl>" if options else ""

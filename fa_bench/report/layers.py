@@ -35,8 +35,18 @@ def by_layer(runs: Sequence[Run]) -> pd.DataFrame:
             for layer in dict.fromkeys(layer for run in finished for layer in run.layers(quantity)):
                 values = known(run.layers(quantity).get(layer) for run in finished)
                 if values:
-                    rows.append((labels[group], *(first.get(key) for key in COLUMNS[1:6]), layer, quantity,
-                                 len(values), mean(values), std(values), half_width(values)))
+                    rows.append(
+                        (
+                            labels[group],
+                            *(first.get(key) for key in COLUMNS[1:6]),
+                            layer,
+                            quantity,
+                            len(values),
+                            mean(values),
+                            std(values),
+                            half_width(values),
+                        )
+                    )
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 

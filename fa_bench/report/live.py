@@ -28,8 +28,16 @@ if TYPE_CHECKING:
 
 DONE, FAILED, STALLED, WAITING = "done", "failed", "stalled", "waiting"
 #: State -> its colour on a terminal; in the order in which they are counted, and in which runs are shown if not all fit.
-STATES = {RUNNING: "green", STALLED: "yellow", FAILED: "red", DIVERGED: "red", INTERRUPTED: "yellow", WAITING: "dim",
-          STOPPED: "blue", DONE: "blue"}
+STATES = {
+    RUNNING: "green",
+    STALLED: "yellow",
+    FAILED: "red",
+    DIVERGED: "red",
+    INTERRUPTED: "yellow",
+    WAITING: "dim",
+    STOPPED: "blue",
+    DONE: "blue",
+}
 #: The states of runs that will not change unless they are started again.
 ENDED = {DONE, STOPPED, FAILED, DIVERGED}
 #: A run counts as stalled if it has written nothing for as long as this many of its epochs and for QUIET seconds; in its first
@@ -97,8 +105,10 @@ class Watcher:
         if not runs:
             raise DataError(f"{', '.join(map(str, self.folders))}: no runs found")
         names = _names({path: run.config for path, (run, _) in runs.items() if path not in planned})
-        lines = [_line(planned.get(path) or PlannedRun(path, names[path], 0), run, problem, now)
-                 for path, (run, problem) in runs.items()]
+        lines = [
+            _line(planned.get(path) or PlannedRun(path, names[path], 0), run, problem, now)
+            for path, (run, problem) in runs.items()
+        ]
         _estimate(lines)
         return lines
 
@@ -179,8 +189,10 @@ def _names(configs: dict[Path, dict[str, Any]]) -> dict[Path, str]:
     """Names of runs that no sweep.json lists: rule, the keys in which the rule's runs differ, and seed; else the path."""
     rules = {path: str(config["algorithm"]) for path, config in configs.items() if "algorithm" in config}
     labels = distinct_labels(rules, configs)
-    names = {path: f"{labels[path]} seed {config.get('seed')}" if path in labels else short_path(path)
-             for path, config in configs.items()}
+    names = {
+        path: f"{labels[path]} seed {config.get('seed')}" if path in labels else short_path(path)
+        for path, config in configs.items()
+    }
     count = Counter(names.values())
     return {path: name if count[name] == 1 else f"{name} ({short_path(path)})" for path, name in names.items()}
 
@@ -212,7 +224,8 @@ def summary(lines: Sequence[Line]) -> str:
     counts = Counter(line.state for line in lines)
     order = [DONE, *STATES, *sorted(set(counts).difference(STATES))]
     text = f"{len(lines)} run{'s' * (len(lines) > 1)}: " + ", ".join(
-        f"{counts[state]} {state}" for state in sorted(counts, key=order.index))
+        f"{counts[state]} {state}" for state in sorted(counts, key=order.index)
+    )
     unfinished = [line for line in lines if line.state in (RUNNING, WAITING)]
     workers = counts[RUNNING]
     if not unfinished:
@@ -255,15 +268,22 @@ def table(lines: Sequence[Line], width: int, height: int) -> Table:
     shown = [lines[index] for index in sorted(ranked[:room])]
     hidden = Counter(line.state for line in lines) - Counter(line.state for line in shown)
     footer = [f"not shown: {', '.join(f'{count} {state}' for state, count in hidden.items())}"] * bool(hidden) + [summary(lines)]
-    view = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", caption_justify="left", caption_style="",
-                 caption=Text("\n".join(footer), no_wrap=True, overflow="ellipsis"))
+    view = Table(
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+        header_style="bold",
+        caption_justify="left",
+        caption_style="",
+        caption=Text("\n".join(footer), no_wrap=True, overflow="ellipsis"),
+    )
     for column, title in enumerate(titles(lines)):
         # The column of remarks is the one to shrink.
         view.add_column(title, justify="right" if column in NUMBERS else "left", no_wrap=bool(title), overflow="ellipsis")
     size = max((width - 60) // 2, MIN_NAME)
     for line in shown:
         name, state, *others = _cells(line)
-        name = name if len(name) <= size else f"{name[:size // 3]}…{name[size // 3 + 1 - size:]}"
+        name = name if len(name) <= size else f"{name[: size // 3]}…{name[size // 3 + 1 - size :]}"
         view.add_row(Text(name), Text(state, style=STATES.get(state, "")), *(Text(cell, no_wrap=True) for cell in others))
     return view
 
@@ -274,9 +294,16 @@ def _cells(line: Line) -> tuple[str, ...]:
 
     first = scores_of(line.metrics)[0]
     scores = [formatted(line.metrics.get(f"{part}_{first.name}"), first.format, first.scale) for part in ("val", "test")]
-    return (printable(line.name), line.state, f"{line.epoch}/{line.epochs or '?'}",
-            formatted(line.metrics.get("train_loss"), ".4f"), *scores, formatted(line.pace, ".2f"),
-            duration(line.remaining) if line.state == RUNNING and line.remaining is not None else "-", printable(line.remark))
+    return (
+        printable(line.name),
+        line.state,
+        f"{line.epoch}/{line.epochs or '?'}",
+        formatted(line.metrics.get("train_loss"), ".4f"),
+        *scores,
+        formatted(line.pace, ".2f"),
+        duration(line.remaining) if line.state == RUNNING and line.remaining is not None else "-",
+        printable(line.remark),
+    )
 
 
 def watch(folders: Iterable[Path], out: TextIO, interval: float, once: bool) -> None:

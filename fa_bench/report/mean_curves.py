@@ -98,7 +98,7 @@ def _groups(runs: Sequence[Run]) -> Iterator[tuple[str, bytes]]:
         label = re.sub(rf"[^{_CHARACTERS}]", "_", labels[group])
         name = f"{label} ({count})"
         if len(name) > _MAX_NAME or name in names:  # the group's name is unique and short
-            name = f"{label[:_MAX_NAME // 2]} {re.sub(rf'[^{_CHARACTERS}]', '_', group)[-40:]} ({count})"
+            name = f"{label[: _MAX_NAME // 2]} {re.sub(rf'[^{_CHARACTERS}]', '_', group)[-40:]} ({count})"
         names.add(name)
         yield name, _event_file(name, list(by_seed.values()), swept)
 
@@ -135,8 +135,12 @@ def _summaries(name: str, runs: Sequence[Run], swept: Mapping[str, bool]) -> Ite
         yield 0, summary
     yield 0, custom_scalars(chart_layout(chart_groups(tag for tag in curves if not tag.startswith("std/")), scores))
     for step in sorted({step for points in curves.values() for step in points}):
-        yield step, Summary(value=[Summary.Value(tag=tag, simple_value=points[step])
-                                   for tag, points in curves.items() if step in points])
+        yield (
+            step,
+            Summary(
+                value=[Summary.Value(tag=tag, simple_value=points[step]) for tag, points in curves.items() if step in points]
+            ),
+        )
     last = max((step for points in curves.values() for step in points), default=0)
     yield last, end_of_session("finished", last)
 

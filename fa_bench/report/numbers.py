@@ -107,7 +107,7 @@ def interquartile_mean(values: Iterable[Any]) -> float:
     """The mean of the known values without the lowest and the highest quarter of them (rounded down); NaN if there are none."""
     present = sorted(known(values))
     cut = len(present) // 4
-    return mean(present[cut:len(present) - cut])
+    return mean(present[cut : len(present) - cut])
 
 
 def bootstrap_interval(strata: Sequence[Sequence[float]]) -> tuple[float, float]:
@@ -120,10 +120,16 @@ def bootstrap_interval(strata: Sequence[Sequence[float]]) -> tuple[float, float]
     if not any(len(values) > 1 for values in strata):
         return math.nan, math.nan
     generator = np.random.default_rng(BOOTSTRAP_SEED)
-    samples = np.concatenate([np.asarray(values, dtype=float)[generator.integers(len(values), size=(RESAMPLES, len(values)))]
-                              for values in strata if len(values)], axis=1)
+    samples = np.concatenate(
+        [
+            np.asarray(values, dtype=float)[generator.integers(len(values), size=(RESAMPLES, len(values)))]
+            for values in strata
+            if len(values)
+        ],
+        axis=1,
+    )
     samples.sort(axis=1)
     cut = samples.shape[1] // 4
-    means = samples[:, cut:samples.shape[1] - cut].mean(axis=1)
+    means = samples[:, cut : samples.shape[1] - cut].mean(axis=1)
     low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)

@@ -37,8 +37,20 @@ from fa_bench.utils.text import escape_mathtext
 
 # Six of Okabe and Ito's colours, and six found by search so that each pair of the twelve differs (CIE76 distance of at least 14)
 # also under simulated protanopia, deuteranopia and tritanopia; with the floor's grey it is at least 13.
-COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9",
-           "#C20078", "#332288", "#999933", "#8400CD", "#004D40", "#661100")
+COLOURS = (
+    "#000000",
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#C20078",
+    "#332288",
+    "#999933",
+    "#8400CD",
+    "#004D40",
+    "#661100",
+)
 GREY = "#A8A8A8"
 STYLES = ("-", "--", ":", "-.")
 FILLS = ("full", "none", "left", "right")  # of markers, with the line style of the same index
@@ -48,8 +60,19 @@ _MARKERS = "osD^vPXp<>*"
 _SOLID = ("fa", "dfa", "kp", "wm", "usf", "pfa", "dkp", "asap", "drtp", "brsf", "frsf")
 _FLOORS = (FLOOR, "frozen_blocks")  # grey
 _DASHED = ("forward_alignment", "dgl", "local_error", "mixed", "bp_fc", "pfa_o", "predsim", "asfp", "asfp_lc")
-_LONG = ("activation_alignment", "fdfa", "symmetric_alignment", "np_feedback", "dual_propagation", "ldfa", "ddtp_linear",
-         "bp_deepsup", "forward_forward", "node_perturbation", "weight_perturbation")
+_LONG = (
+    "activation_alignment",
+    "fdfa",
+    "symmetric_alignment",
+    "np_feedback",
+    "dual_propagation",
+    "ldfa",
+    "ddtp_linear",
+    "bp_deepsup",
+    "forward_forward",
+    "node_perturbation",
+    "weight_perturbation",
+)
 _DOTTED = ("regularized_mirror", "grape", "information_alignment", "forward_gradient", "pepita", "ldrl", "epc", "pc")
 #: Line styles and the shift of the markers of these tables.
 _TABLES = ((_SOLID, STYLES[0], 0), (_DASHED, STYLES[1], 5), (_LONG, (0, (9, 3)), 3), (_DOTTED, (0, (4, 1, 1, 1)), 7))
@@ -71,8 +94,11 @@ def rule_style(rule: str) -> dict[str, Any]:
             index = table.index(rule)
             return {"color": COLOURS[1 + index], "linestyle": style, "marker": _MARKERS[(index + shift) % len(_MARKERS)]}
     digest = hashlib.sha256(rule.encode(errors="backslashreplace")).digest()
-    return {"color": COLOURS[1 + digest[0] % 11], "linestyle": STYLES[2 + digest[1] % 2],
-            "marker": _MARKERS[digest[2] % len(_MARKERS)]}
+    return {
+        "color": COLOURS[1 + digest[0] % 11],
+        "linestyle": STYLES[2 + digest[1] % 2],
+        "marker": _MARKERS[digest[2] % len(_MARKERS)],
+    }
 
 
 def setting_style(rule: str, index: int, count: int) -> dict[str, Any]:
@@ -138,14 +164,16 @@ def curves_figure(parts: Sequence[Part], note: str = "") -> Figure:
         if len(parts) > 1:
             subfigure.suptitle(escape_mathtext(part.title), fontsize=11, fontweight="bold")
         grid = list(subfigure.subplots(math.ceil(len(part.panels) / part.columns), part.columns, squeeze=False).flat)
-        series = [[(line, points) for line in panel.lines if (points := curve(line.members, panel.quantity, panel.x))]
-                  for panel in part.panels]
+        series = [
+            [(line, points) for line in panel.lines if (points := curve(line.members, panel.quantity, panel.x))]
+            for panel in part.panels
+        ]
         everything = [line for lines in series for line in lines] if part.same_axes else None
         for axes, panel, lines in zip(grid, part.panels, series, strict=False):
             _plot(axes, panel, lines, everything or lines)
         if part.same_axes:
             label_edges(grid, len(part.panels), part.columns)
-        for axes in grid[len(part.panels):]:
+        for axes in grid[len(part.panels) :]:
             axes.set_axis_off()
         add_legend(subfigure, part.legend)
     if note:
@@ -171,8 +199,14 @@ def add_legend(figure: Any, entries: Sequence[tuple[str, Mapping[str, Any]]], ti
         shown.append((f"and {len(entries) - len(shown)} more", {"color": "none"}))
     figure.legend(
         handles=[Line2D([], [], **{"linewidth": 2, "markersize": 5, **style}) for _, style in shown],
-        labels=[label for label, _ in shown], loc="outside right center", frameon=False, fontsize=9, handlelength=3.2,
-        title=title, title_fontsize=9, alignment="left",
+        labels=[label for label, _ in shown],
+        loc="outside right center",
+        frameon=False,
+        fontsize=9,
+        handlelength=3.2,
+        title=title,
+        title_fontsize=9,
+        alignment="left",
     )
 
 
@@ -216,7 +250,7 @@ def rendered(figure: Figure, form: str, name: str) -> bytes:
 def inline_svg(figure: Figure, name: str) -> str:
     """The figure as an SVG element for a page: without the ids that no part of it refers to, which would not be unique."""
     text = rendered(figure, "svg", name).decode()
-    text = text[text.index("<svg"):]
+    text = text[text.index("<svg") :]
     used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', text))
     text = re.sub(r' id="([^"]+)"', lambda match: match.group() if match[1] in used else "", text)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
@@ -253,7 +287,7 @@ class Range(NamedTuple):
 
 def typical(values: Sequence[float]) -> float:
     """The value by which a curve is far from others or not: the median of its second half."""
-    return median(values[len(values) // 2:])
+    return median(values[len(values) // 2 :])
 
 
 def readable_range(lines: Sequence[Sequence[float]], centres: Sequence[float], kind: str) -> Range:
@@ -272,8 +306,13 @@ def readable_range(lines: Sequence[Sequence[float]], centres: Sequence[float], k
         quarter, _, half = quantiles([math.log10(max(value, min(positive))) for value in centres], n=4, method="inclusive")
         limit = 10 ** min(half + FAR * max(half - quarter, 0.5), 300)
     limits = Range(0, 1, log, limit)
-    shown = [value for values, centre in zip(lines, centres, strict=True) if not limits.is_outside(centre, kind)
-             for value in values if not log or value > 0]
+    shown = [
+        value
+        for values, centre in zip(lines, centres, strict=True)
+        if not limits.is_outside(centre, kind)
+        for value in values
+        if not log or value > 0
+    ]
     low, high = min(shown, default=0.0), max(shown, default=1.0)
     if log:
         return limits._replace(low=low / 1.3, high=high * 1.3)
@@ -288,20 +327,44 @@ def apply_range(axes: Axes, limits: Range, labels: Sequence[str], centres: Seque
         axes.set_yscale("log")
         axes.set_ylabel(f"{axes.get_ylabel()}, logarithmic")
     axes.set_ylim(limits.low, limits.high)
-    off = [f"{truncate(label, 30)} ({centre:.3g})" for label, centre in zip(labels, centres, strict=True)
-           if limits.is_outside(centre, kind)]
+    off = [
+        f"{truncate(label, 30)} ({centre:.3g})"
+        for label, centre in zip(labels, centres, strict=True)
+        if limits.is_outside(centre, kind)
+    ]
     if off:
         text = f"{names(off[:2])}{f' and {len(off) - 2} more' if len(off) > 2 else ''}"
         below = kind == ACCURACY
-        axes.text(0.99, 0.08 if below else 0.97, escape_mathtext(f"{'▼ below' if below else '▲ above'} the axis: {text}"),
-                  transform=axes.transAxes, fontsize=7.5, ha="right", va="bottom" if below else "top", color="#A00000", zorder=5,
-                  bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1})
+        axes.text(
+            0.99,
+            0.08 if below else 0.97,
+            escape_mathtext(f"{'▼ below' if below else '▲ above'} the axis: {text}"),
+            transform=axes.transAxes,
+            fontsize=7.5,
+            ha="right",
+            va="bottom" if below else "top",
+            color="#A00000",
+            zorder=5,
+            bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1},
+        )
 
 
 def cross(axes: Axes, x: Any, colour: str, shift: float = 0) -> None:
     """Mark a divergence at `x` on the lower edge; `shift` is to the right, in points."""
-    axes.annotate("✕", (x, 0), xycoords=axes.get_xaxis_transform(), xytext=(shift, 4), textcoords="offset points", color=colour,
-                  ha="center", va="center", fontsize=11, fontweight="bold", annotation_clip=False, zorder=6)
+    axes.annotate(
+        "✕",
+        (x, 0),
+        xycoords=axes.get_xaxis_transform(),
+        xytext=(shift, 4),
+        textcoords="offset points",
+        color=colour,
+        ha="center",
+        va="center",
+        fontsize=11,
+        fontweight="bold",
+        annotation_clip=False,
+        zorder=6,
+    )
 
 
 def _height(part: Part) -> float:
@@ -342,10 +405,19 @@ def _plot(axes: Axes, panel: Panel, series: Sequence[tuple[Line, Curve]], in_ran
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 1.5, 3, 4.5, 6, 10]))  # ticks at 30 or 45 degrees
     else:
         limits = readable_range(means, list(map(typical, means)), kind)
-        apply_range(axes, limits, [line.label for line, _ in series],
-                    [typical([mean for _, mean, _ in points]) for _, points in series], kind)
-    ended = {(line.style["color"], run.metrics[-1].get(panel.x)) for line in panel.lines for run in line.members
-             if run.result["status"] == DIVERGED and run.metrics}
+        apply_range(
+            axes,
+            limits,
+            [line.label for line, _ in series],
+            [typical([mean for _, mean, _ in points]) for _, points in series],
+            kind,
+        )
+    ended = {
+        (line.style["color"], run.metrics[-1].get(panel.x))
+        for line in panel.lines
+        for run in line.members
+        if run.result["status"] == DIVERGED and run.metrics
+    }
     for colour, x in sorted(end for end in ended if end[1] is not None):
         cross(axes, x, colour)
     if panel.legend:

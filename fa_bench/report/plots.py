@@ -67,8 +67,9 @@ def plot_setting(*runs: Runs, x: str = "", rules: str | Sequence[str] = (), metr
     with default_style():
         from fa_bench.report.settings import setting_figure
 
-        figure = setting_figure(by_task, x or keys[0], quantity(metric or f"test_{primary(found).name}", metrics_of(found),
-                                                                       scores_in(found)))
+        figure = setting_figure(
+            by_task, x or keys[0], quantity(metric or f"test_{primary(found).name}", metrics_of(found), scores_in(found))
+        )
     assert figure is not None  # a swept key has several values within some rule of a task
     return figure
 

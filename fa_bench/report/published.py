@@ -76,8 +76,11 @@ class Entry:
     def matches(self, run: Run) -> bool:
         """Whether `run` reproduces this number."""
         config = {key: run.result.get(key) for key in ("dataset", "architecture", "optimizer")} | run.config
-        return (run.experiment in self.experiments and run.result["algorithm"] == self.rule
-                and all(_is_allowed(config.get(key), allowed) for key, allowed in self.where.items()))
+        return (
+            run.experiment in self.experiments
+            and run.result["algorithm"] == self.rule
+            and all(_is_allowed(config.get(key), allowed) for key, allowed in self.where.items())
+        )
 
     def ours(self, runs: Iterable[Run], layer: str = "") -> list[float]:
         """The finished runs' values of this quantity (in `layer`, for a quantity of layers) in `unit`, one per seed.
@@ -100,8 +103,11 @@ class Entry:
         where = {key: value for key, value in self.where.items() if not key.startswith("algorithm.")}
         control = dataclasses.replace(self, rule=CONTROL, where=where)
         references = finished_by_seed(run for run in all_runs if control.matches(run))
-        return [run.score(ACCURACIES[0]) - references[seed].score(ACCURACIES[0])
-                for seed, run in finished_by_seed(runs).items() if seed in references]
+        return [
+            run.score(ACCURACIES[0]) - references[seed].score(ACCURACIES[0])
+            for seed, run in finished_by_seed(runs).items()
+            if seed in references
+        ]
 
     def remark(self, runs: Iterable[Run]) -> str:
         """Known differences between the finished runs and those of the paper; empty if there are none."""

@@ -95,8 +95,15 @@ def _require(flag: str, name: str, allowed: Iterable[str]) -> None:
 
 def measured_metrics(runs: Iterable[Run]) -> list[str]:
     """The names of the alignment metrics that some run measured, in their order of appearance."""
-    return list(dict.fromkeys(name for run in runs for record in (run.result, *measurements(run))
-                              for name, layers in (record.get("angles") or {}).items() if layers))
+    return list(
+        dict.fromkeys(
+            name
+            for run in runs
+            for record in (run.result, *measurements(run))
+            for name, layers in (record.get("angles") or {}).items()
+            if layers
+        )
+    )
 
 
 def scores_in(runs: Iterable[Run]) -> list[Score]:
@@ -131,8 +138,14 @@ def scalar(name: str, scores: Sequence[Score] = (ACCURACY_SCORE,)) -> Quantity:
     score = next(score for score in scores if score.name == of)
     title = f"{_PARTS[part]} {score.title}"
     kind = ACCURACY if score.unit == "%" and score.higher_is_better else "" if score.higher_is_better else LOSS
-    return Quantity(name, title[0].upper() + title[1:], f"{title} ({score.unit})" if score.unit else title,
-                    lambda run, record: score.scale * number(record.get(name)), kind, lower=not score.higher_is_better)
+    return Quantity(
+        name,
+        title[0].upper() + title[1:],
+        f"{title} ({score.unit})" if score.unit else title,
+        lambda run, record: score.scale * number(record.get(name)),
+        kind,
+        lower=not score.higher_is_better,
+    )
 
 
 def layer_mean(name: str, metric: type[Metric]) -> Quantity:
@@ -142,8 +155,7 @@ def layer_mean(name: str, metric: type[Metric]) -> Quantity:
 
 def in_layer(name: str, metric: type[Metric], layer: str) -> Quantity:
     """An alignment metric in one layer."""
-    return _measured(name, layer, metric,
-                     lambda run, record: number(((record.get("angles") or {}).get(name) or {}).get(layer)))
+    return _measured(name, layer, metric, lambda run, record: number(((record.get("angles") or {}).get(name) or {}).get(layer)))
 
 
 def _measured(name: str, title: str, metric: type[Metric], value: Value) -> Quantity:
@@ -193,8 +205,14 @@ def point(x: Any, members: Sequence[Run], of: Quantity) -> Point:
     """The final values of a group."""
     finished = finished_by_seed(members).values()
     values = known(of.final(run) for run in finished)
-    return Point(x, mean(values), std(values), validation_merit(members), len(values),
-                 sum(run.result["status"] == "diverged" for run in members))
+    return Point(
+        x,
+        mean(values),
+        std(values),
+        validation_merit(members),
+        len(values),
+        sum(run.result["status"] == "diverged" for run in members),
+    )
 
 
 def best(groups: Mapping[str, Sequence[Run]]) -> str | None:
@@ -203,6 +221,9 @@ def best(groups: Mapping[str, Sequence[Run]]) -> str | None:
     Groups whose primary score is not that of most runs are not compared.
     """
     of = primary(runs_of(groups))
-    merits = {group: merit for group, members in groups.items()
-              if members[0].primary == of and not math.isnan(merit := validation_merit(members))}
+    merits = {
+        group: merit
+        for group, members in groups.items()
+        if members[0].primary == of and not math.isnan(merit := validation_merit(members))
+    }
     return max(merits, key=lambda group: merits[group]) if merits else next(iter(groups), None) if len(groups) == 1 else None

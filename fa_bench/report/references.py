@@ -55,8 +55,11 @@ class References:
         group, note = self._best(algorithm, run, rows) if self.choice == BEST else self._nearest(algorithm, run, rows)
         if group is None:
             return Reference(note=note)
-        notes = [note, "" if finished_by_seed(rows[group]) else f"{self.labels[group]} has no finished run",
-                 _other(algorithm, run, rows[group][0])]
+        notes = [
+            note,
+            "" if finished_by_seed(rows[group]) else f"{self.labels[group]} has no finished run",
+            _other(algorithm, run, rows[group][0]),
+        ]
         return Reference(rows[group], self.labels[group], "; ".join(filter(None, notes)))
 
     def _best(self, algorithm: str, run: Run, rows: Groups) -> tuple[str | None, str]:
@@ -70,10 +73,12 @@ class References:
             return next(iter(finished)), ""
         if not choosable:
             group, note = self._nearest(algorithm, run, finished)
-            return group, note or (f"{algorithm} chosen by its settings: no row of it can be chosen by validation "
-                                   f"{run.primary.title}")
-        return self._best_scored(_fewest(choosable, {group: _other_length(run, members[0])
-                                                       for group, members in choosable.items()})), ""
+            return group, note or (
+                f"{algorithm} chosen by its settings: no row of it can be chosen by validation {run.primary.title}"
+            )
+        return self._best_scored(
+            _fewest(choosable, {group: _other_length(run, members[0]) for group, members in choosable.items()})
+        ), ""
 
     def _nearest(self, algorithm: str, run: Run, rows: Groups) -> tuple[str | None, str]:
         nearest = _fewest(rows, {group: _distance(run, members[0]) for group, members in rows.items()})
@@ -81,10 +86,14 @@ class References:
             return next(iter(nearest)), ""
         choosable = {group: members for group, members in nearest.items() if not math.isnan(self._validation[group])}
         if not choosable:
-            return None, (f"{len(nearest)} rows of {algorithm} match equally well, and none has a validation {run.primary.title} "
-                          "to choose by")
-        return (self._best_scored(choosable),
-                f"{algorithm} chosen by validation {run.primary.title} from {len(nearest)} equally close rows")
+            return None, (
+                f"{len(nearest)} rows of {algorithm} match equally well, and none has a validation {run.primary.title} "
+                "to choose by"
+            )
+        return (
+            self._best_scored(choosable),
+            f"{algorithm} chosen by validation {run.primary.title} from {len(nearest)} equally close rows",
+        )
 
     def _best_scored(self, rows: Groups) -> str:
         """The first of those with the best validation score."""
@@ -101,8 +110,10 @@ def _other_versions(run: Run, other: Run) -> tuple[int]:
 
 
 def _other_length(run: Run, other: Run) -> tuple[int]:
-    return ((run.result.get("epochs") != other.result.get("epochs"))
-            + (run.config.get("scale", "full") != other.config.get("scale", "full")),)
+    return (
+        (run.result.get("epochs") != other.result.get("epochs"))
+        + (run.config.get("scale", "full") != other.config.get("scale", "full")),
+    )
 
 
 def _other(algorithm: str, run: Run, reference: Run) -> str:
@@ -117,6 +128,7 @@ def _other(algorithm: str, run: Run, reference: Run) -> str:
 
 def _distance(run: Run, other: Run) -> tuple[int, int]:
     """The numbers of differences: in optimizer and epochs, and in all keys but the rule and its options."""
-    keys = differing_keys([{key: value for key, value in each.config.items() if key.split(".")[0] != "algorithm"}
-                           for each in (run, other)])
+    keys = differing_keys(
+        [{key: value for key, value in each.config.items() if key.split(".")[0] != "algorithm"} for each in (run, other)]
+    )
     return sum(run.result.get(key) != other.result.get(key) for key in ("optimizer", "epochs")), len(keys)

@@ -71,7 +71,8 @@ def series_by_panel(groups: Groups, key: str, of: Quantity) -> dict[str, list[Se
         versions = [name for name in VERSIONS if len({runs[0].result.get(name) for runs in members.values()}) > 1]
         for group, config in configs.items():
             others = {short_key(name, config): format_value(config[name]) for name in keys if name in config} | {
-                VERSIONS[name]: str(groups[group][0].result.get(name))[:8] for name in versions}
+                VERSIONS[name]: str(groups[group][0].result.get(name))[:8] for name in versions
+            }
             # A null value is a category like text; only a rule without the key has no place on the axis.
             x = "null" if key in config and config[key] is None else config.get(key)
             rows.append((rule, group, x, others))
@@ -82,17 +83,28 @@ def series_by_panel(groups: Groups, key: str, of: Quantity) -> dict[str, list[Se
     maximal = [each for each in combinations if not any(each.items() < other.items() for other in combinations)]
     if len(maximal) > MAX_PANELS:
         return {CHOSEN: _series(rows, groups, of)}
-    return {" ".join(f"{name}={value}" for name, value in panel.items()):
-            _series([row for row in rows if row[3].items() <= panel.items()], groups, of)
-            for panel in sorted(maximal, key=lambda panel: natural_key(str(panel)))}
+    return {
+        " ".join(f"{name}={value}" for name, value in panel.items()): _series(
+            [row for row in rows if row[3].items() <= panel.items()], groups, of
+        )
+        for panel in sorted(maximal, key=lambda panel: natural_key(str(panel)))
+    }
 
 
 def _series(rows: Sequence[tuple[str, str, Any, dict[str, str]]], groups: Groups, of: Quantity) -> list[Series]:
     at: dict[str, dict[str, tuple[Any, dict[str, Any]]]] = {}
     for rule, group, x, _ in rows:
         at.setdefault(rule, {}).setdefault(repr(x), (x, {}))[1][group] = groups[group]
-    return [Series(rule, sorted((point(x, members[best(members) or next(iter(members))], of) for x, members in cells.values()),
-                                key=lambda each: value_key(each.x))) for rule, cells in at.items()]
+    return [
+        Series(
+            rule,
+            sorted(
+                (point(x, members[best(members) or next(iter(members))], of) for x, members in cells.values()),
+                key=lambda each: value_key(each.x),
+            ),
+        )
+        for rule, cells in at.items()
+    ]
 
 
 def setting_figure(by_task: Mapping[str, Groups], key: str, of: Quantity) -> Figure | None:
@@ -101,8 +113,11 @@ def setting_figure(by_task: Mapping[str, Groups], key: str, of: Quantity) -> Fig
     One panel for each task and combination of other settings, with one line per rule; with many rules one panel per rule, in
     which the others are grey.
     """
-    panels = [(" | ".join(filter(None, (task * (len(by_task) > 1), title))), series) for task, groups in by_task.items()
-              for title, series in series_by_panel(groups, key, of).items()]
+    panels = [
+        (" | ".join(filter(None, (task * (len(by_task) > 1), title))), series)
+        for task, groups in by_task.items()
+        for title, series in series_by_panel(groups, key, of).items()
+    ]
     if not panels:
         return None
     rules = list(dict.fromkeys(each.rule for _, series in panels for each in series))
@@ -110,8 +125,10 @@ def setting_figure(by_task: Mapping[str, Groups], key: str, of: Quantity) -> Fig
     drawn: list[tuple[str, list[Series], list[Series]]] = []
     for title, series in panels:
         if many:
-            drawn += [(" | ".join(filter(None, (title, _summary(each, of)))), [each],
-                       [other for other in series if other is not each]) for each in series]
+            drawn += [
+                (" | ".join(filter(None, (title, _summary(each, of)))), [each], [other for other in series if other is not each])
+                for each in series
+            ]
         else:
             drawn.append((title, series, []))
     columns = min(4 if many else 3, len(drawn))
@@ -123,7 +140,7 @@ def setting_figure(by_task: Mapping[str, Groups], key: str, of: Quantity) -> Fig
         axes.set_title(escape_mathtext(title), fontsize=9.5 if many else 11, pad=6 + 10 * ranks)
     if many:
         label_edges(grid, len(drawn), columns)
-    for axes in grid[len(drawn):]:
+    for axes in grid[len(drawn) :]:
         axes.set_axis_off()
     if many:
         names = [(name, rule_style(name)) for name in (CONTROL, FLOOR) if name in rules]
@@ -181,8 +198,12 @@ def _are_crowded(ordered: Sequence[float]) -> bool:
     positive: weight decays of 0, 1e-5 and 1e-3."""
     gaps = [high - low for low, high in itertools.pairwise(ordered)]
     positive = [value for value in ordered if value > 0]
-    return (len(positive) < len(ordered) and bool(positive) and positive[-1] >= LOGARITHMIC * positive[0]
-            and min(gaps) < CLOSEST * (ordered[-1] - ordered[0]))
+    return (
+        len(positive) < len(ordered)
+        and bool(positive)
+        and positive[-1] >= LOGARITHMIC * positive[0]
+        and min(gaps) < CLOSEST * (ordered[-1] - ordered[0])
+    )
 
 
 def _scale(axes: Axes, ordered: Sequence[Any], numeric: bool) -> None:
@@ -202,8 +223,15 @@ def _scale(axes: Axes, ordered: Sequence[Any], numeric: bool) -> None:
     axes.set_xticklabels([escape_mathtext(text) for text in texts], rotation=30 if sum(map(len, texts)) > 40 else 0)
 
 
-def _draw(axes: Axes, line: Series, places: Mapping[str, float], style: Mapping[str, Any], shift: float, limits: Range,
-          is_background: bool) -> None:
+def _draw(
+    axes: Axes,
+    line: Series,
+    places: Mapping[str, float],
+    style: Mapping[str, Any],
+    shift: float,
+    limits: Range,
+    is_background: bool,
+) -> None:
     """One rule: points moved sideways by `shift` points so that bars do not overlap; a rule without the setting is level."""
     figure: Any = axes.figure
     moved = axes.transData + ScaledTranslation(shift / 72, 0, figure.dpi_scale_trans)
@@ -227,8 +255,18 @@ def _draw(axes: Axes, line: Series, places: Mapping[str, float], style: Mapping[
         if each.diverged:
             cross(axes, x, style["color"], 2.5 * shift)
         if each is best_point and len(placed) > 1 and limits.low <= each.mean <= limits.high:
-            axes.plot([x], [each.mean], transform=moved, marker="o", markersize=11, markerfacecolor="none",
-                      markeredgecolor=style["color"], markeredgewidth=1.4, linestyle="", zorder=3)
+            axes.plot(
+                [x],
+                [each.mean],
+                transform=moved,
+                marker="o",
+                markersize=11,
+                markerfacecolor="none",
+                markeredgecolor=style["color"],
+                markeredgewidth=1.4,
+                linestyle="",
+                zorder=3,
+            )
 
 
 def _rank(axes: Axes, series: Sequence[Series], places: Mapping[str, float], of: Quantity) -> int:
@@ -236,14 +274,35 @@ def _rank(axes: Axes, series: Sequence[Series], places: Mapping[str, float], of:
     sign = 1 if of.lower else -1
     rows = min(len(RANKS), sum(any(each.x is not None for each in line.points) for line in series))
     for name, place in places.items():
-        here = sorted((sign * each.mean, line.rule) for line in series for each in line.points
-                      if each.x is not None and repr(each.x) == name and not math.isnan(each.mean))
+        here = sorted(
+            (sign * each.mean, line.rule)
+            for line in series
+            for each in line.points
+            if each.x is not None and repr(each.x) == name and not math.isnan(each.mean)
+        )
         for row, (_, rule) in enumerate(here[:rows]):
             colour = rule_style(rule)["color"]
-            axes.annotate(escape_mathtext(truncate(rule, 18)), (place, 1), xycoords=axes.get_xaxis_transform(), ha="center",
-                          xytext=(0, 4 + 10 * (rows - 1 - row)), textcoords="offset points", fontsize=8,
-                          color="0.45" if colour == GREY else colour, annotation_clip=False)
+            axes.annotate(
+                escape_mathtext(truncate(rule, 18)),
+                (place, 1),
+                xycoords=axes.get_xaxis_transform(),
+                ha="center",
+                xytext=(0, 4 + 10 * (rows - 1 - row)),
+                textcoords="offset points",
+                fontsize=8,
+                color="0.45" if colour == GREY else colour,
+                annotation_clip=False,
+            )
     for row, label in enumerate(RANKS[:rows]):
-        axes.annotate(label, (0, 1), xycoords="axes fraction", fontsize=8, ha="right", color="0.4", annotation_clip=False,
-                      xytext=(-2, 4 + 10 * (rows - 1 - row)), textcoords="offset points")
+        axes.annotate(
+            label,
+            (0, 1),
+            xycoords="axes fraction",
+            fontsize=8,
+            ha="right",
+            color="0.4",
+            annotation_clip=False,
+            xytext=(-2, 4 + 10 * (rows - 1 - row)),
+            textcoords="offset points",
+        )
     return rows

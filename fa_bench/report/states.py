@@ -50,6 +50,7 @@ def with_current_status(run: Run) -> Run:
 
 def with_data_hash(runs: Sequence[Run]) -> list[Run]:
     """The runs; one that ended before its data's hash was recorded gets that of the other runs in its row, if they agree."""
+
     def without(run: Run) -> str:
         return dataclasses.replace(run, result=run.result | {"data_hash": None}).row
 
@@ -57,8 +58,12 @@ def with_data_hash(runs: Sequence[Run]) -> list[Run]:
     for run in runs:
         if run.result.get("data_hash"):
             hashes.setdefault(without(run), set()).add(run.result["data_hash"])
-    return [run if run.result.get("data_hash") or len(of_row := hashes.get(run.row, ())) != 1
-            else dataclasses.replace(run, result=run.result | {"data_hash": next(iter(of_row))}) for run in runs]
+    return [
+        run
+        if run.result.get("data_hash") or len(of_row := hashes.get(run.row, ())) != 1
+        else dataclasses.replace(run, result=run.result | {"data_hash": next(iter(of_row))})
+        for run in runs
+    ]
 
 
 def run_without_result(directory: Path, others: Sequence[Run]) -> Run | None:
@@ -74,8 +79,12 @@ def run_without_result(directory: Path, others: Sequence[Run]) -> Run | None:
         return None
     metrics = read_metrics(directory / METRICS)
     result = {key: config.get(key) for key in ("algorithm", "architecture", "dataset", "optimizer", "seed")} | {
-        "status": current_status(directory, {}), "label": config["algorithm"], "group": _group(directory, config, others),
-        "epochs": epochs_of(config), "epoch": metrics[-1]["epoch"] if metrics else 0, "code_hash": code,
+        "status": current_status(directory, {}),
+        "label": config["algorithm"],
+        "group": _group(directory, config, others),
+        "epochs": epochs_of(config),
+        "epoch": metrics[-1]["epoch"] if metrics else 0,
+        "code_hash": code,
     }
     return Run(directory, result, metrics, config)
 
@@ -99,7 +108,7 @@ def reason(result: Mapping[str, Any]) -> str:
     error = result.get("error") or {}
     if _diverged_in_known_epoch(result):
         return f"in epoch {error['epoch']}{f', first in {layer}' if (layer := error.get('layer')) else ''}"
-    parts = (str(error.get(key) or "").strip() for key in ("type", "message")[result.get("status") == STOPPED:])
+    parts = (str(error.get(key) or "").strip() for key in ("type", "message")[result.get("status") == STOPPED :])
     return truncate(": ".join(part.splitlines()[0] for part in parts if part), MAX_REASON)
 
 

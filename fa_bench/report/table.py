@@ -43,22 +43,36 @@ class Column(NamedTuple):
 
 def metric_columns(metrics: Mapping[str, type[Metric]]) -> dict[str, Column]:
     """The columns of the alignment metrics that have one."""
-    return {name: Column(f"{metric.title} ({metric.unit})" if metric.unit else metric.title, ".1f" if metric.unit else ".2f")
-            for name, metric in metrics.items() if metric.column}
+    return {
+        name: Column(f"{metric.title} ({metric.unit})" if metric.unit else metric.title, ".1f" if metric.unit else ".2f")
+        for name, metric in metrics.items()
+        if metric.column
+    }
 
 
 def _statistics_columns(name: str, title: str, form: str) -> dict[str, Column]:
-    return {name: Column(title, form), f"{name}_std": Column("std", form), f"{name}_ci95": Column("± 95 %", form),
-            f"{name}_low": Column("lowest", form), f"{name}_high": Column("highest", form)}
+    return {
+        name: Column(title, form),
+        f"{name}_std": Column("std", form),
+        f"{name}_ci95": Column("± 95 %", form),
+        f"{name}_low": Column("lowest", form),
+        f"{name}_high": Column("highest", form),
+    }
 
 
 def score_columns(score: Score) -> dict[str, Column]:
     """The columns of a primary score."""
     unit = f" ({score.unit})" if score.unit else ""
-    titles = {f"val_{score.name}": f"validation {score.title}", f"test_{score.name}": f"test {score.title}",
-              f"test_{score.name}_at_best_val": f"test {score.title} at best validation"}
-    return {name: column for key, title in titles.items()
-            for name, column in _statistics_columns(key, f"{title}{unit}", score.format).items()}
+    titles = {
+        f"val_{score.name}": f"validation {score.title}",
+        f"test_{score.name}": f"test {score.title}",
+        f"test_{score.name}_at_best_val": f"test {score.title} at best validation",
+    }
+    return {
+        name: column
+        for key, title in titles.items()
+        for name, column in _statistics_columns(key, f"{title}{unit}", score.format).items()
+    }
 
 
 def floor_column(score: Score) -> dict[str, Column]:
@@ -117,7 +131,10 @@ TIMINGS = [name for name, column in COLUMNS.items() if column.timing]
 
 
 def summarise(
-    runs: Sequence[Run], published: Sequence[Entry] = (), reference: str = BEST, context: Sequence[Run] | None = None,
+    runs: Sequence[Run],
+    published: Sequence[Entry] = (),
+    reference: str = BEST,
+    context: Sequence[Run] | None = None,
     chosen: Mapping[str, Chosen] | None = None,
 ) -> pd.DataFrame:
     """One row per group, in order of first appearance: a column for each key in which the configs differ, and `COLUMNS`.
@@ -145,14 +162,21 @@ def summarise(
     comparisons = {group: _compare(members, references) for group, members in (everything | groups).items()}
     corrected: dict[str, float] = {}
     for of_task in tasks(everything).values():
-        corrected |= holm({group: comparisons[group].difference.p for group, members in of_task.items()
-                           if (rule := members[0].result["algorithm"]) != CONTROL and not is_floor(rule)})
+        corrected |= holm(
+            {
+                group: comparisons[group].difference.p
+                for group, members in of_task.items()
+                if (rule := members[0].result["algorithm"]) != CONTROL and not is_floor(rule)
+            }
+        )
     costs = Costs(run for members in everything.values() for run in members)
-    rows = [_row(references.labels[group], members, comparisons[group], published, metrics, (chosen or {}).get(group))
-            | {"bp_difference_p_holm": corrected.get(group, math.nan)}
-            | costs.of(members)
-            | {key: config[key] for key in swept if key in (config := members[0].config)}
-            for group, members in groups.items()]
+    rows = [
+        _row(references.labels[group], members, comparisons[group], published, metrics, (chosen or {}).get(group))
+        | {"bp_difference_p_holm": corrected.get(group, math.nan)}
+        | costs.of(members)
+        | {key: config[key] for key in swept if key in (config := members[0].config)}
+        for group, members in groups.items()
+    ]
     first, timings = list(COLUMNS).index("n"), list(COLUMNS).index("seconds")
     others = [name for name in metrics if name not in COLUMNS]
     primaries = list({members[0].primary.name: members[0].primary for members in groups.values()}.values())
@@ -164,8 +188,12 @@ def summarise(
     columns = [*list(COLUMNS)[:first], *swept, *middle, *others, *list(COLUMNS)[timings:]]
     if all(math.isnan(row["energy_wh"]) for row in rows):
         columns = [name for name in columns if name not in ENERGY]
-    frame = pd.DataFrame({name: pd.Series([row.get(name, math.nan) for row in rows],
-                                          dtype=object if name in ("floor", *swept) else None) for name in columns})
+    frame = pd.DataFrame(
+        {
+            name: pd.Series([row.get(name, math.nan) for row in rows], dtype=object if name in ("floor", *swept) else None)
+            for name in columns
+        }
+    )
     frame.attrs |= {"metrics": list(metrics), "swept": swept, "scores": primaries}
     return frame
 
@@ -177,8 +205,11 @@ def columns_of(frame: pd.DataFrame) -> dict[str, Column]:
     for score in scores:
         added |= {**score_columns(score), **floor_column(score)}
     if any(score.unit != "%" for score in scores):  # the differences are in the unit of each row's score
-        added |= {name: Column(column.title.replace(" (points)", ""), column.format.replace(".2f", ".4f"))
-                  for name, column in COLUMNS.items() if name in _DIFFERENCES and column.format}
+        added |= {
+            name: Column(column.title.replace(" (points)", ""), column.format.replace(".2f", ".4f"))
+            for name, column in COLUMNS.items()
+            if name in _DIFFERENCES and column.format
+        }
     return {name: column for name in frame if (column := {**COLUMNS, **added}.get(name)) is not None}
 
 
@@ -200,12 +231,22 @@ def to_text(frame: pd.DataFrame) -> str:
         _TextColumn(COLUMNS["label"].title, _cells(frame, "label")),
         *(column for score in primary_scores(frame) for column in _score_texts(frame, score)),
         _TextColumn("in means", counts) if incomplete else _TextColumn("n", _cells(frame, "n"), is_number=True),
-        *(_TextColumn(formats[name].title, _cells(frame, name, formats), is_number=True,
-                      short=formats[name].title.replace(" angle (°)", " °"))
-          for name, column in formats.items() if column.title.endswith("(°)") or name == "seconds")]
+        *(
+            _TextColumn(
+                formats[name].title,
+                _cells(frame, name, formats),
+                is_number=True,
+                short=formats[name].title.replace(" angle (°)", " °"),
+            )
+            for name, column in formats.items()
+            if column.title.endswith("(°)") or name == "seconds"
+        ),
+    ]
     if frame["published"].notna().any():
-        columns += [_TextColumn(COLUMNS["published"].title, _cells(frame, "published"), is_number=True, short="published"),
-                    _TextColumn("difference", _cells(frame, "published_difference"), is_number=True)]
+        columns += [
+            _TextColumn(COLUMNS["published"].title, _cells(frame, "published"), is_number=True, short="published"),
+            _TextColumn("difference", _cells(frame, "published_difference"), is_number=True),
+        ]
     if incomplete:
         columns.append(_TextColumn("status", _cells(frame, "status")))
     lines = _aligned(columns)
@@ -219,8 +260,10 @@ def to_text(frame: pd.DataFrame) -> str:
 def _score_texts(frame: pd.DataFrame, score: Score) -> list[_TextColumn]:
     name = "%" if score == ACCURACY else score.in_unit
     full = "test accuracy % (mean ± std)" if score == ACCURACY else f"test {name} (mean ± std)"
-    return [_TextColumn(f"val {name}", _cells(frame, f"val_{score.name}", columns_of(frame)), is_number=True),
-            _TextColumn(full, with_std(frame, f"test_{score.name}"), short=f"test {name} (± std)")]
+    return [
+        _TextColumn(f"val {name}", _cells(frame, f"val_{score.name}", columns_of(frame)), is_number=True),
+        _TextColumn(full, with_std(frame, f"test_{score.name}"), short=f"test {name} (± std)"),
+    ]
 
 
 class _TextColumn(NamedTuple):
@@ -249,18 +292,29 @@ def _notes(frame: pd.DataFrame) -> list[str]:
             labels.setdefault(part, []).append(label)
     lines = [f"{'all rows' if len(frame) == len(rows) > 1 else abridged(rows)}: {part}" for part, rows in labels.items()]
     if len(lines) > MAX_NOTES:
-        lines[MAX_NOTES - 1:] = [f"{len(lines) - MAX_NOTES + 1} more notes: see the report"]
+        lines[MAX_NOTES - 1 :] = [f"{len(lines) - MAX_NOTES + 1} more notes: see the report"]
     return ["", *(printable(f"note: {line}") for line in lines)] if lines else []
 
 
 def to_markdown(frame: pd.DataFrame, columns: Mapping[str, Column] = COLUMNS) -> str:
     """The table in Markdown: those of `columns` that are not blank in every row; the range of two values is shown in the place
     of their interval."""
-    shown = {name: _with_ranges(frame, name, columns) if f"{name.removesuffix('_ci95')}_low" in frame and name.endswith("_ci95")
-             else _cells(frame, name, columns) for name in columns if name in frame and not name.endswith(_ENDS)}
-    table = [[escape_markdown(columns[name].title), "---" if columns[name].format is None else "---:",
-              *(cell if cell == BLANK or columns[name].format else escape_markdown(cell) for cell in cells)]
-             for name, cells in shown.items() if set(cells) - {BLANK}]
+    shown = {
+        name: _with_ranges(frame, name, columns)
+        if f"{name.removesuffix('_ci95')}_low" in frame and name.endswith("_ci95")
+        else _cells(frame, name, columns)
+        for name in columns
+        if name in frame and not name.endswith(_ENDS)
+    }
+    table = [
+        [
+            escape_markdown(columns[name].title),
+            "---" if columns[name].format is None else "---:",
+            *(cell if cell == BLANK or columns[name].format else escape_markdown(cell) for cell in cells),
+        ]
+        for name, cells in shown.items()
+        if set(cells) - {BLANK}
+    ]
     lines = zip(*table, strict=True)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -288,15 +342,19 @@ def with_std(frame: pd.DataFrame, name: str) -> list[str]:
     columns = columns_of(frame)
     means, stds = _cells(frame, name, columns), _cells(frame, f"{name}_std", columns)
     width = max(map(len, means), default=0)
-    return [mean if mean == BLANK else f"{mean.rjust(width)}{'' if std == BLANK else f' ± {std}'}"
-            for mean, std in zip(means, stds, strict=True)]
+    return [
+        mean if mean == BLANK else f"{mean.rjust(width)}{'' if std == BLANK else f' ± {std}'}"
+        for mean, std in zip(means, stds, strict=True)
+    ]
 
 
 def _with_ranges(frame: pd.DataFrame, name: str, columns: Mapping[str, Column]) -> list[str]:
     """The cells of an interval; where there is none, the range of the values."""
     low, high = (_cells(frame, name.removesuffix("_ci95") + end, columns) for end in _ENDS)
-    return [f"{a} to {b}" if cell == BLANK and a != BLANK else cell
-            for cell, a, b in zip(_cells(frame, name, columns), low, high, strict=True)]
+    return [
+        f"{a} to {b}" if cell == BLANK and a != BLANK else cell
+        for cell, a, b in zip(_cells(frame, name, columns), low, high, strict=True)
+    ]
 
 
 class _Comparison(NamedTuple):
@@ -314,7 +372,11 @@ def _compare(members: Sequence[Run], references: References) -> _Comparison:
 
 
 def _row(
-    label: str, members: Sequence[Run], comparison: _Comparison, published: Sequence[Entry], metrics: Iterable[str],
+    label: str,
+    members: Sequence[Run],
+    comparison: _Comparison,
+    published: Sequence[Entry],
+    metrics: Iterable[str],
     chosen: Chosen | None,
 ) -> dict[str, Any]:
     finished = finished_by_seed(members)
@@ -324,18 +386,21 @@ def _row(
     control, floor, difference = comparison
     floor_mean = mean(_scores(floor.runs, test).values())
     final_mean = mean(final.values())
-    beats = None if math.isnan(final_mean) or math.isnan(floor_mean) else (
-        primary.merit(final_mean) > primary.merit(floor_mean))
+    beats = None if math.isnan(final_mean) or math.isnan(floor_mean) else (primary.merit(final_mean) > primary.merit(floor_mean))
     repeated = sum(run.finished for run in members) - len(finished)
     entry, ours = headline(matching_entries(published, members), members)
-    notes = [f"does not beat {FLOOR}" if beats is False else "", control.note, floor.note,
-             *(f"weight transport {where}" for where in members[0].result.get("weight_transport") or ()),
-             chosen.note if chosen else "",
-             f"{repeated} run{'s' * (repeated > 1)} with a repeated seed not counted" if repeated else "",
-             *(_missing_note(members, key) for key in keys),
-             "2 seeds: the range in place of a 95 % interval" if len(final) == 2 else "",
-             _pairs_note(final, control, difference),
-             entry.remark(members) if entry else ""]
+    notes = [
+        f"does not beat {FLOOR}" if beats is False else "",
+        control.note,
+        floor.note,
+        *(f"weight transport {where}" for where in members[0].result.get("weight_transport") or ()),
+        chosen.note if chosen else "",
+        f"{repeated} run{'s' * (repeated > 1)} with a repeated seed not counted" if repeated else "",
+        *(_missing_note(members, key) for key in keys),
+        "2 seeds: the range in place of a 95 % interval" if len(final) == 2 else "",
+        _pairs_note(final, control, difference),
+        entry.remark(members) if entry else "",
+    ]
     return {
         "label": label,
         **{key: members[0].result.get(key) for key in ("group", *VERSIONS, "architecture", "dataset", "optimizer", "epochs")},
@@ -344,7 +409,9 @@ def _row(
         "seeds": " ".join(map(str, sorted(finished))),
         "status": status_counts(members),
         "unfinished": _unfinished(members),
-        **_statistics(val, members), **_statistics(test, members), **_statistics(f"{test}_at_best_val", members),
+        **_statistics(val, members),
+        **_statistics(test, members),
+        **_statistics(f"{test}_at_best_val", members),
         "bp_difference": difference.mean,
         "bp_difference_ci95": difference.half_width,
         "bp_difference_low": difference.low,
@@ -398,8 +465,13 @@ def _statistics(key: str, runs: Sequence[Run]) -> dict[str, float]:
     """Mean, standard deviation and interval of a score of the finished runs, in the unit of tables."""
     values = _scores(runs, key).values()
     low, high = value_range(values)
-    return {key: mean(values), f"{key}_std": std(values), f"{key}_ci95": half_width(values),
-            f"{key}_low": low, f"{key}_high": high}
+    return {
+        key: mean(values),
+        f"{key}_std": std(values),
+        f"{key}_ci95": half_width(values),
+        f"{key}_low": low,
+        f"{key}_high": high,
+    }
 
 
 def _over(seconds: float | None, epochs: int | None) -> float | None:

@@ -51,8 +51,9 @@ class Classifiers(ModuleRule):
         layers["fc"] = nn.Linear(features, classes)
         layers["bn"] = nn.BatchNorm1d(classes, track_running_stats=False)
         classifier = nn.Sequential(layers)
-        fa_bench.attach(classifier, "fa", seed=seed_for(self.seed, cut, "classifier"), b_init=self.b_init,
-                        sample_input=torch.zeros(2, *shape))
+        fa_bench.attach(
+            classifier, "fa", seed=seed_for(self.seed, cut, "classifier"), b_init=self.b_init, sample_input=torch.zeros(2, *shape)
+        )
         return classifier
 
     @property
@@ -117,9 +118,7 @@ class ASFPLC(ASFP):
     def roots(self, output: Any) -> list[Any]:
         return self._local.roots(output)
 
-    def deliver(
-        self, loss: Tensor, logits: Tensor | None, target: Tensor | None, loss_scale: float | None = None
-    ) -> None:
+    def deliver(self, loss: Tensor, logits: Tensor | None, target: Tensor | None, loss_scale: float | None = None) -> None:
         with self.derivatives_of(loss, logits, target, loss_scale):
             self._local.deliver(loss, logits, target, loss_scale)
 

@@ -33,11 +33,19 @@ class BP(Rule):
         self._layers = weighted_layers(self.model)
         why = self.frozen_parameters(sample_input)
         self.freeze(parameter for parameter in self.model.parameters() if id(parameter) in why)
-        return Coverage(self.name, tuple(
-            Covered(path, kind_of(layer), tuple(layer.weight.shape),
-                    why.get(id(weight_parameter(layer)), "passes through the weight"))
-            for path, layer in self._layers.items()
-        ), {})
+        return Coverage(
+            self.name,
+            tuple(
+                Covered(
+                    path,
+                    kind_of(layer),
+                    tuple(layer.weight.shape),
+                    why.get(id(weight_parameter(layer)), "passes through the weight"),
+                )
+                for path, layer in self._layers.items()
+            ),
+            {},
+        )
 
     def unwire(self) -> None:
         pass

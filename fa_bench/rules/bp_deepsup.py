@@ -60,10 +60,15 @@ class BPDeepSup(LocalRule):
 
         super().wire(sample_input)
         self._layers = weighted_layers(self.model)
-        return Coverage(self.name, tuple(
-            Covered(path, kind_of(layer), tuple(layer.weight.shape), "passes through the weight")
-            for path, layer in self._layers.items()
-        ), {}, transport=("in all layers",))
+        return Coverage(
+            self.name,
+            tuple(
+                Covered(path, kind_of(layer), tuple(layer.weight.shape), "passes through the weight")
+                for path, layer in self._layers.items()
+            ),
+            {},
+            transport=("in all layers",),
+        )
 
     def transporting_layers(self) -> dict[str, Any]:
         return {}

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-
 @ALGORITHMS.register("ddtp_linear")
 @dataclasses.dataclass(eq=False)
 class DDTPLinear(DrawingRule, DKP):

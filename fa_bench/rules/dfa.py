@@ -71,8 +71,11 @@ class DFA(CutRule):
     def check(self) -> None:
         for name in ("within", "error_at", "positions") if self.form == "kernel" else ():
             if (value := getattr(self, name)) not in ("layer", None, "own"):
-                raise OptionError(name, f"={value}: form=kernel delivers its error at the input of every layer and takes only "
-                                        f"{'null' if name == 'error_at' else 'layer' if name == 'within' else 'own'}")
+                raise OptionError(
+                    name,
+                    f"={value}: form=kernel delivers its error at the input of every layer and takes only "
+                    f"{'null' if name == 'error_at' else 'layer' if name == 'within' else 'own'}",
+                )
         if self.form == "kernel" and self.cuts is not None:
             raise OptionError("cuts", "form=kernel delivers its error at the input of every layer and takes no cuts")
 
@@ -96,8 +99,10 @@ class DFA(CutRule):
             elif self.form == "kernel":
                 layer: Any = self.model.get_submodule(cut)
                 if getattr(layer, "transposed", False):
-                    raise CoverageError(f"rule '{self.name}' with form=kernel does not support the transposed convolution "
-                                        f"'{cut}'; use form=neuron")
+                    raise CoverageError(
+                        f"rule '{self.name}' with form=kernel does not support the transposed convolution "
+                        f"'{cut}'; use form=neuron"
+                    )
                 kernel = getattr(layer, "kernel_size", ())
                 self.put(cut, "B", self.b_init, (classes, layer.in_channels if kernel else shape[-1], *kernel), self.density)
             else:
@@ -116,9 +121,7 @@ class DFA(CutRule):
             return self.input_error(cut, captured.tensor, captured.tensor, broadcast, captured.output_shape)
         return self.project(cut, broadcast, captured)
 
-    def input_error(
-        self, layer: str, x: Tensor, g: Tensor, delta: Tensor, output_shape: tuple[int, ...] | None = None
-    ) -> Tensor:
+    def input_error(self, layer: str, x: Tensor, g: Tensor, delta: Tensor, output_shape: tuple[int, ...] | None = None) -> Tensor:
         """The kernel form's error at a layer's input; `output_shape` is that of the layer, by default the shape of g."""
         from fa_bench.mechanisms.edge.layers import padded
 

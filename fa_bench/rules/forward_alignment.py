@@ -52,8 +52,10 @@ class RandomForward(TransposeFeedback):
         current = self.rule.current
         if torch.compiler.is_compiling():
             if current is not None and not current.is_compiled:
-                raise CoverageError(f"rule '{self.rule.name}' needs a second forward pass of the whole model: compile the model, "
-                                    f"not its part '{layer.path}' alone")
+                raise CoverageError(
+                    f"rule '{self.rule.name}' needs a second forward pass of the whole model: compile the model, "
+                    f"not its part '{layer.path}' alone"
+                )
             if current is not None:
                 self.observe(layer, x)
             return BackwardContext(self.effective(layer))
@@ -118,8 +120,10 @@ class ForwardAlignment(EdgeRule):
         trace = self.trace(sample_input)
         repeated = [path for path in trace.order if trace.calls[path] > 1]
         if repeated:
-            raise CoverageError(f"rule '{self.name}' needs layers that run once in a forward pass; '{repeated[0]}' runs "
-                                f"{trace.calls[repeated[0]]} times")
+            raise CoverageError(
+                f"rule '{self.name}' needs layers that run once in a forward pass; '{repeated[0]}' runs "
+                f"{trace.calls[repeated[0]]} times"
+            )
         self._first = set(trace.inputs[0])
         coverage = super().wire(sample_input)
         self._random_layers = [path for path, layer in self._layers.items() if isinstance(layer.pathway, RandomForward)]
@@ -158,8 +162,12 @@ class ForwardAlignment(EdgeRule):
         # Those that get a message come first.
         paths = [*current.messengers, *(path for path in current.true if path not in current.messengers)]
         random = second_pass(
-            [*args, *kwargs.values()], [current.true[path] for path in paths], len(current.messengers),
-            repr((paths, list(kwargs))), self._handle.key)
+            [*args, *kwargs.values()],
+            [current.true[path] for path in paths],
+            len(current.messengers),
+            repr((paths, list(kwargs))),
+            self._handle.key,
+        )
         results = named_results(output)
         connected = send(list(results.values()), random, list(current.messengers.values()))
         for result, replacement in zip(results.values(), connected, strict=True):
@@ -190,6 +198,7 @@ class ForwardAlignment(EdgeRule):
             def hook(module: nn.Module, args: Any) -> Any:
                 current.random[path] = args[0]
                 return (current.true[path], *args[1:])
+
             return hook
 
         values: dict[str, Tensor] = {}

@@ -88,8 +88,10 @@ class ForwardForward(DrawingRule, PassRule):
         args = arguments(sample_input).args if sample_input is not None else (first.weight.new_zeros(2, first.weight.shape[1]),)
         size = math.prod(args[0].shape[1:]) if args and isinstance(args[0], torch.Tensor) else 0
         if size < self._classes or not args[0].is_floating_point():
-            raise CoverageError(f"rule '{self.name}' writes the label into the model's first argument, which must be a tensor of "
-                                f"at least {self._classes} numbers for each sample")
+            raise CoverageError(
+                f"rule '{self.name}' writes the label into the model's first argument, which must be a tensor of "
+                f"at least {self._classes} numbers for each sample"
+            )
         if self.error_dims != 2:
             raise CoverageError(f"rule '{self.name}' needs outputs of shape (N, C), not {self._trace.result_shape}")
         if self._classes < 2:
@@ -140,8 +142,10 @@ class ForwardForward(DrawingRule, PassRule):
 
         if output is not None and not self.mode.exact and self._learned:
             logits = self.logits_of(output) if tape is None else self._delivery.logits_in(output)
-            scores = [torch.nn.functional.linear(self._normalised[cut].flatten(1), learned.tensor)
-                      for cut, learned in self._learned.items()]
+            scores = [
+                torch.nn.functional.linear(self._normalised[cut].flatten(1), learned.tensor)
+                for cut, learned in self._learned.items()
+            ]
             output = replaced(output, logits, sum(scores, logits))
         connected = super().connect(output, tape, at)
         return output if connected is None else connected
@@ -149,7 +153,7 @@ class ForwardForward(DrawingRule, PassRule):
     def _marked(self, x: Tensor, label: Tensor) -> Tensor:
         """The inputs (N, ...) with the label's row, (N, C) or (1, C), in their first values, normalised."""
         marked = x.flatten(1).clone()
-        marked[:, :self._classes] = label * self.label_scale
+        marked[:, : self._classes] = label * self.label_scale
         return _normalised(marked).view(x.shape)
 
     # -------------------------------------------------------------------------------------------- learning
@@ -164,10 +168,12 @@ class ForwardForward(DrawingRule, PassRule):
         for labels, sign in ((target, 1), ((target + shift) % self._classes, -1)):
             with self._activations(self._marked(x, self._rows(labels, x))) as activations:
                 losses = torch.stack([self._loss(cut, activation, sign) for cut, activation in activations.items()])
-                gradients = (torch.autograd.grad(losses.sum() * self.loss_factor, parameters, allow_unused=True)
-                             if losses.requires_grad else [None] * len(parameters))  # all hidden layers may be frozen
-            total = [two if one is None else one if two is None else one + two
-                     for one, two in zip(total, gradients, strict=True)]
+                gradients = (
+                    torch.autograd.grad(losses.sum() * self.loss_factor, parameters, allow_unused=True)
+                    if losses.requires_grad
+                    else [None] * len(parameters)
+                )  # all hidden layers may be frozen
+            total = [two if one is None else one if two is None else one + two for one, two in zip(total, gradients, strict=True)]
         return total
 
     def _loss(self, cut: str, activation: Tensor, sign: int) -> Tensor:
@@ -201,9 +207,14 @@ class ForwardForward(DrawingRule, PassRule):
             found[cut] = tensor + entering[cut] - entering[cut].detach() if cut in entering else tensor
             return _normalised(tensor.detach())
 
-        with repeated(self.model, self.mode, self.first_pass, (x, *self.first_pass.args[1:]),
-                      inputs={cut: lambda tensor, cut=cut: at_input(cut, tensor) for cut in self._cut_modules},
-                      outputs={cut: lambda tensor, cut=cut: at_output(cut, tensor) for cut in self._cut_modules}):
+        with repeated(
+            self.model,
+            self.mode,
+            self.first_pass,
+            (x, *self.first_pass.args[1:]),
+            inputs={cut: lambda tensor, cut=cut: at_input(cut, tensor) for cut in self._cut_modules},
+            outputs={cut: lambda tensor, cut=cut: at_output(cut, tensor) for cut in self._cut_modules},
+        ):
             yield found
 
     def _inequality(self, cut: str, activation: Tensor) -> Tensor:

@@ -62,10 +62,16 @@ class ForwardGradient(NoisyCutRule):
             return coverage
         from fa_bench.mechanisms.weighted_layers import kind_of, weighted_layers
 
-        return Coverage(self.name, tuple(
-            Covered(path, kind_of(layer), tuple(layer.weight.shape), "is not needed: its gradient is noise times a derivative")
-            for path, layer in weighted_layers(self.model).items()
-        ), {})
+        return Coverage(
+            self.name,
+            tuple(
+                Covered(
+                    path, kind_of(layer), tuple(layer.weight.shape), "is not needed: its gradient is noise times a derivative"
+                )
+                for path, layer in weighted_layers(self.model).items()
+            ),
+            {},
+        )
 
     def notes(self) -> tuple[str, ...]:
         return () if self.form == WEIGHT else super().notes()
@@ -82,7 +88,11 @@ class ForwardGradient(NoisyCutRule):
         return used_parameters(self.model, results)
 
     def gradients(
-        self, parameters: list[nn.Parameter], activations: dict[str, Tensor], delta: Tensor, logits: Tensor,
+        self,
+        parameters: list[nn.Parameter],
+        activations: dict[str, Tensor],
+        delta: Tensor,
+        logits: Tensor,
         target: Tensor,
     ) -> list[Tensor | None]:
         from fa_bench.mechanisms.tangents import output_tangent
@@ -90,8 +100,9 @@ class ForwardGradient(NoisyCutRule):
         assert self.first_pass is not None
         self.next_draws()
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        noise = {parameter: self._draws.normal(names[id(parameter)], parameter.detach(), is_shared=True)
-                 for parameter in parameters}
+        noise = {
+            parameter: self._draws.normal(names[id(parameter)], parameter.detach(), is_shared=True) for parameter in parameters
+        }
         derivative = (delta * output_tangent(self, self.first_pass, self.tangents, {}, noise)).sum()
         return [tangent * derivative.to(tangent.dtype) for tangent in noise.values()]
 

@@ -37,8 +37,9 @@ class FrozenBlocks(BP):
     """
 
     is_floor: ClassVar[bool] = True
-    blocks: list[str] | None = option(None, "modules that end the blocks (names, or patterns such as 'layers.*'); null: those "
-                                            "that the model declares")
+    blocks: list[str] | None = option(
+        None, "modules that end the blocks (names, or patterns such as 'layers.*'); null: those that the model declares"
+    )
 
     def frozen_parameters(self, sample_input: Any) -> dict[int, str]:
         from fa_bench.mechanisms.blocks import block_ends, blocks_of, embedding_of
@@ -47,24 +48,30 @@ class FrozenBlocks(BP):
         if not block_ends(self.model, self.blocks):
             inner = self._inner_modules()
             example = {"blocks": inner} if 0 < len(inner) <= MAX_NAMES else {}
-            raise CoverageError(f"rule '{self.name}' needs blocks that stay random, and {model} declares none: name the modules "
-                                f"that end them with blocks{', for example {blocks}' if example else ''}, or set model.blocks",
-                                example)
+            raise CoverageError(
+                f"rule '{self.name}' needs blocks that stay random, and {model} declares none: name the modules "
+                f"that end them with blocks{', for example {blocks}' if example else ''}, or set model.blocks",
+                example,
+            )
         if sample_input is None:
             self.trace(None)  # raises an error unless zeros can replace it
             first: Any = next(iter(self._layers.values()))
             sample_input = first.weight.new_zeros(2, first.in_features)
         blocks = blocks_of(self.model, sample_input, self.blocks)
         if not blocks:
-            raise CoverageError(f"rule '{self.name}': no module that ends a block was called in a forward pass, or none has "
-                                f"parameters before its end (blocks: {names(sorted(block_ends(self.model, self.blocks)))})")
+            raise CoverageError(
+                f"rule '{self.name}': no module that ends a block was called in a forward pass, or none has "
+                f"parameters before its end (blocks: {names(sorted(block_ends(self.model, self.blocks)))})"
+            )
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         learns = {id(parameters[name]) for name in embedding_of(self.model, blocks)}
         fixed = {id(parameters[name]): "trains nothing" for of_block in blocks.values() for name in of_block}
         fixed = {key: why for key, why in fixed.items() if key not in learns}
         if not fixed:
-            raise CoverageError(f"rule '{self.name}' has no block to keep random: {model} has the single block "
-                                f"'{next(iter(blocks))}', its embedding; use rule 'frozen', or a deeper model")
+            raise CoverageError(
+                f"rule '{self.name}' has no block to keep random: {model} has the single block "
+                f"'{next(iter(blocks))}', its embedding; use rule 'frozen', or a deeper model"
+            )
         return fixed
 
     def _inner_modules(self) -> list[str]:
@@ -72,6 +79,8 @@ class FrozenBlocks(BP):
         from fa_bench.mechanisms.weighted_layers import CONVOLUTIONS
 
         called = (nn.Linear, *CONVOLUTIONS)
-        paths = [path if isinstance(self.model.get_submodule(path), called) else path.rpartition(".")[0]
-                 for path in list(self._layers)[1:-1]]
+        paths = [
+            path if isinstance(self.model.get_submodule(path), called) else path.rpartition(".")[0]
+            for path in list(self._layers)[1:-1]
+        ]
         return list(dict.fromkeys(filter(None, paths)))

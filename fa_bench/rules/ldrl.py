@@ -79,10 +79,12 @@ class LDRL(DrawingRule, LocalRule):
             raise CoverageError(f"rule '{self.name}' needs outputs of shape (N, C), not {self._trace.result_shape}")
         executed = [path for path in self._trace.output_shapes if path in features]
         trainable = [path for path in executed if path in self._trace.trainable]
-        if trainable and (frozen := [path for path in executed[executed.index(trainable[0]):] if path not in trainable]):
-            raise CoverageError(f"rule '{self.name}' sends errors through the block that ends at '{frozen[0]}', whose weights "
-                                f"are frozen, and its map would not learn: join it with the next block by leaving '{frozen[0]}' "
-                                f"out of cuts, or freeze only blocks below all others")
+        if trainable and (frozen := [path for path in executed[executed.index(trainable[0]) :] if path not in trainable]):
+            raise CoverageError(
+                f"rule '{self.name}' sends errors through the block that ends at '{frozen[0]}', whose weights "
+                f"are frozen, and its map would not learn: join it with the next block by leaving '{frozen[0]}' "
+                f"out of cuts, or freeze only blocks below all others"
+            )
         #: Cut -> the end of the next block; in the order of execution.
         self._next = dict(zip(executed, [*executed[1:], OUTPUT_OF_MODEL], strict=True))
         self._shapes = {**features, OUTPUT_OF_MODEL: (classes,)}

@@ -98,8 +98,11 @@ class Mixed(ExpandingRule):
 
     def check(self) -> None:
         if abs(self.pfa + self.fa + self.kp - 1) > 1e-6:
-            raise OptionError("pfa", f"={self.pfa:g}, fa={self.fa:g}, kp={self.kp:g} sum to {self.pfa + self.fa + self.kp:g}; "
-                                     "the fractions must sum to 1")
+            raise OptionError(
+                "pfa",
+                f"={self.pfa:g}, fa={self.fa:g}, kp={self.kp:g} sum to {self.pfa + self.fa + self.kp:g}; "
+                "the fractions must sum to 1",
+            )
 
     def first(self, outputs: int, between: int, seed: int) -> Tensor:
         return sample((outputs, between), "lecun_uniform", seed)

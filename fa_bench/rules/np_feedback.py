@@ -43,8 +43,10 @@ class Regression:
         from fa_bench.mechanisms.weighted_layers import sample_axis
 
         if self.slopes is None:
-            raise CoverageError(f"rule '{rule}' learns its feedback from the labels: call rule.backward(loss, logits, target) "
-                                f"with the output of this forward pass (activation checkpointing needs use_reentrant=False)")
+            raise CoverageError(
+                f"rule '{rule}' learns its feedback from the labels: call rule.backward(loss, logits, target) "
+                f"with the output of this forward pass (activation checkpointing needs use_reentrant=False)"
+            )
         noise = self.noise[layer.path][call]
         shape = [1] * noise.dim()
         shape[sample_axis(layer, noise.dim())] = -1
@@ -69,8 +71,9 @@ class RegressedFeedback(LearnedFeedback):
         call = regression.calls.get(layer.path, 0)
         regression.calls[layer.path] = call + 1
         how = feedback_gradient(layer, "B", activation=lambda: regression.target(layer, call, rule))
-        return BackwardContext(layer.learned["B"].tensor, gradients=tuple(
-            one._replace(error_scale=lambda: regression.scale) for one in how))
+        return BackwardContext(
+            layer.learned["B"].tensor, gradients=tuple(one._replace(error_scale=lambda: regression.scale) for one in how)
+        )
 
 
 @ALGORITHMS.register("np_feedback")
@@ -142,15 +145,15 @@ class NPFeedback(DrawingRule, RandomFeedbackRule):
             if result.dim() == 0:
                 if not any(other.dim() and depends_on(result, other) for other in results.values()):
                     continue  # such as a penalty of the weights
-                raise CoverageError(f"the model returns a loss ('{name}') that it has computed itself, and rule '{self.name}' "
-                                    f"cannot learn from there: call it without labels, and compute the loss from its logits")
+                raise CoverageError(
+                    f"the model returns a loss ('{name}') that it has computed itself, and rule '{self.name}' "
+                    f"cannot learn from there: call it without labels, and compute the loss from its logits"
+                )
             learn = functools.partial(self._learn, first, name, self.regression, result.detach())
             output = replaced(output, result, DeliverFunction.apply(learn, 0, False, result))
         return output
 
-    def deliver(
-        self, loss: Tensor, logits: Tensor | None, target: Tensor | None, loss_scale: float | None = None
-    ) -> None:
+    def deliver(self, loss: Tensor, logits: Tensor | None, target: Tensor | None, loss_scale: float | None = None) -> None:
         self._target, self._loss_scale, self._is_delivered = target, loss_scale, False
         try:
             super().deliver(loss, logits, target, loss_scale)

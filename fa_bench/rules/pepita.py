@@ -64,8 +64,10 @@ class Pepita(PassRule):
         first = next(iter(self._covered.values()))
         args = arguments(sample_input).args if sample_input is not None else (first.weight.new_zeros(2, first.weight.shape[1]),)
         if not args or not isinstance(args[0], torch.Tensor) or not args[0].is_floating_point():
-            raise CoverageError(f"rule '{self.name}' adds a projection of the error to the model's first argument, which must be "
-                                f"a tensor of numbers (N, ...)")
+            raise CoverageError(
+                f"rule '{self.name}' adds a projection of the error to the model's first argument, which must be "
+                f"a tensor of numbers (N, ...)"
+            )
         if self.error_dims != 2:
             raise CoverageError(f"rule '{self.name}' needs outputs of shape (N, C), not {self._trace.result_shape}")
         classes = self._trace.result_shape[self.error_axis]
@@ -102,7 +104,10 @@ class Pepita(PassRule):
         feedback = self.tensor(self._first_cut, "F")
         errors = (self._error(logits, target) * len(logits)).to(feedback.dtype).mm(feedback)
         with repeated(
-            self.model, self.mode, self.first_pass, (x + errors.view(x.shape).to(x.dtype), *others),
+            self.model,
+            self.mode,
+            self.first_pass,
+            (x + errors.view(x.shape).to(x.dtype), *others),
             inputs={cut: lambda tensor, cut=cut: at_input(cut, tensor) for cut in activations},
             outputs={cut: lambda tensor, cut=cut: at_output(cut, tensor) for cut in activations},
         ) as result:

@@ -27,5 +27,9 @@ class PFAO(ExpandingRule, SemiOrthogonalRule):
     only says that M is at least O, and has no ratio below 1.
     """
 
-    ratio: float = option(1.0, "expansion ratio: units of the intermediate population over units of the layer's output; below 1, "
-                               "errors pass through a random subspace", above=0)
+    ratio: float = option(
+        1.0,
+        "expansion ratio: units of the intermediate population over units of the layer's output; below 1, "
+        "errors pass through a random subspace",
+        above=0,
+    )

@@ -71,8 +71,11 @@ class PredSim(LocalRule):
 
     def auxiliary(self, cut: str, shape: tuple[int, ...], classes: int) -> torch_nn.Module:
         if self._layouts and self.loss != "pred":
-            raise CoverageError(f"rule '{self.name}' compares samples by their labels, and the outputs of this model have a "
-                                "label for each position: use {loss}", {"loss": "pred"})
+            raise CoverageError(
+                f"rule '{self.name}' compares samples by their labels, and the outputs of this model have a "
+                "label for each position: use {loss}",
+                {"loss": "pred"},
+            )
         self._classes = classes
         parts = nn.ModuleDict()
         if self.loss != "sim":

@@ -63,9 +63,16 @@ class WeightPerturbation(DrawingRule, PassRule):
         self._trace, self._covered = trace, weighted_layers(self.model)
         self.error_axis, self.error_dims = class_axis(trace.result_shape), len(trace.result_shape)
         self._capture, self._delivery = Capture(self, {}, trace, {}), Delivery(self)
-        return Coverage(self.name, tuple(
-            Covered(path, kind_of(layer), tuple(layer.weight.shape), "is not needed: its gradient comes from perturbed losses")
-            for path, layer in self._covered.items()), {})
+        return Coverage(
+            self.name,
+            tuple(
+                Covered(
+                    path, kind_of(layer), tuple(layer.weight.shape), "is not needed: its gradient comes from perturbed losses"
+                )
+                for path, layer in self._covered.items()
+            ),
+            {},
+        )
 
     def transporting_layers(self) -> dict[str, Any]:
         return {}

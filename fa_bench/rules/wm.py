@@ -70,7 +70,13 @@ class MirroredFeedback(FixedFeedback):
     description = "B, which learns W from noise"
 
     def __init__(
-        self, noise: Noise, rate: float, decay: float, activation: str, block_bias: bool, positions: Tensor | None,
+        self,
+        noise: Noise,
+        rate: float,
+        decay: float,
+        activation: str,
+        block_bias: bool,
+        positions: Tensor | None,
         geometry: Geometry | None,
     ) -> None:
         self.noise, self.rate, self.decay = noise, rate, decay
@@ -154,8 +160,12 @@ class WM(EdgeRule):
 
     b_init: str = init_option("B", can_copy=True)
     mirror_rate: float = option(0.01, "η: how far a mirror step moves B towards its estimate of W", above=0, maximum=1)
-    mirror_decay: float | None = option(None, "λ: fraction by which a mirror step decays B; null: mirror_rate; 0: no decay, as "
-                                              "in the code released with the paper", minimum=0, maximum=1)
+    mirror_decay: float | None = option(
+        None,
+        "λ: fraction by which a mirror step decays B; null: mirror_rate; 0: no decay, as in the code released with the paper",
+        minimum=0,
+        maximum=1,
+    )
     mirror_steps: int = option(1, "mirror steps after every update", minimum=0)
     initial_steps: int = option(469, "mirror steps before training", minimum=0)
     mirror_batch: int = option(128, "samples of noise in a mirror step", minimum=1)
@@ -177,8 +187,10 @@ class WM(EdgeRule):
         if sample_input is None:
             convolution = next((path for path, layer in layers.items() if hasattr(layer, "kernel_size")), None)
             if convolution is not None:
-                raise CoverageError(f"rule '{self.name}' needs sample_input, one input batch, to see the size of what enters "
-                                    f"the convolution '{convolution}'")
+                raise CoverageError(
+                    f"rule '{self.name}' needs sample_input, one input batch, to see the size of what enters "
+                    f"the convolution '{convolution}'"
+                )
             self._shapes = dict.fromkeys(list(layers)[1:], ())
         else:
             trace = self.trace(sample_input)
@@ -231,11 +243,12 @@ def _noise_geometry(
     from fa_bench.mechanisms.edge.ops import Geometry, weight_gradient
 
     dims = len(conv.kernel_size)
-    shape = tuple(input_shape[-dims - 1:])
+    shape = tuple(input_shape[-dims - 1 :])
     ones, noise_geometry = torch.ones(1, 1, *shape[1:], dtype=torch.float64), None
     if conv.transposed:
-        output_padding = conv._output_padding(ones, list(output_shape[-dims:]), conv.stride, conv.padding, conv.kernel_size, dims,
-                                     conv.dilation)
+        output_padding = conv._output_padding(
+            ones, list(output_shape[-dims:]), conv.stride, conv.padding, conv.kernel_size, dims, conv.dilation
+        )
         geometry = noise_geometry = Geometry(conv.stride, conv.padding, conv.dilation, True, tuple(output_padding), conv.groups)
     else:
         ones, geometry = padded(conv, ones)

@@ -43,7 +43,8 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
         wide = input.double()
         count = wide.new_tensor([wide.numel() // wide.shape[1]])
         sums, squares, (total,) = _AllReduce.apply(torch.cat([wide.sum(axes), wide.square().sum(axes), count])).split(  # type: ignore[union-attr]
-            [self.num_features, self.num_features, 1])
+            [self.num_features, self.num_features, 1]
+        )
         mean = sums / total
         variance = (squares / total - mean.square()).clamp_min(0)
         if self.training and self.track_running_stats and self.running_mean is not None:

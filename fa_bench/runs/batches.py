@@ -45,8 +45,10 @@ def check_targets(rule: Rule, splits: Splits, dataset: str) -> None:
     """
     if splits.targets == VALUES and getattr(rule, "needs_target", False) and not getattr(rule, "takes_numbers", False):
         sign = "; use algorithm.error_sign=true, or a rule such as dfa" if rule.name == "drtp" else "; use a rule such as dfa"
-        raise OptionError("algorithm", f"={rule.name} computes its errors from class labels, but the targets of "
-                                       f"dataset={dataset} are numbers{sign}")
+        raise OptionError(
+            "algorithm",
+            f"={rule.name} computes its errors from class labels, but the targets of dataset={dataset} are numbers{sign}",
+        )
     for part, split in (("training", splits.train), ("validation", splits.validation), ("test", splits.test)):
         if split is None or split.targets is None:
             continue
@@ -62,8 +64,10 @@ def _check_values(rule: Rule, values: Tensor, part: str, where: str) -> None:
         raise DataError(f"{where} are all {low:.6g}, so that there is nothing to learn")
     allowed = rule.objective.value_range
     if allowed is not None and (low < allowed[0] or high > allowed[1]):
-        raise DataError(f"{where} are from {low:.4g} to {high:.4g}, but objective={rule.objective.name} requires numbers from "
-                        f"{allowed[0]:g} to {allowed[1]:g}; use objective=mse, or scale them")
+        raise DataError(
+            f"{where} are from {low:.4g} to {high:.4g}, but objective={rule.objective.name} requires numbers from "
+            f"{allowed[0]:g} to {allowed[1]:g}; use objective=mse, or scale them"
+        )
 
 
 def _check_positions(rule: Rule, labels: Tensor, where: str) -> None:
@@ -73,11 +77,14 @@ def _check_positions(rule: Rule, labels: Tensor, where: str) -> None:
     wrong = ((labels < 0) & (labels != ignored)).nonzero()
     if len(wrong):
         row, column = wrong[0].tolist()
-        raise DataError(f"{where}: sequence {row} has {labels[row, column].item()} at position {column}, which is neither a "
-                        f"token nor objective.ignore_index={ignored}")
+        raise DataError(
+            f"{where}: sequence {row} has {labels[row, column].item()} at position {column}, which is neither a "
+            f"token nor objective.ignore_index={ignored}"
+        )
     if (labels == ignored).all():
-        raise DataError(f"{where} are all {ignored}, which do not count (objective.ignore_index), so that there is nothing to "
-                        "score")
+        raise DataError(
+            f"{where} are all {ignored}, which do not count (objective.ignore_index), so that there is nothing to score"
+        )
 
 
 def check_batches(rule: Rule, splits: Splits, options: RunOptions, processes: int = 1) -> None:
@@ -101,17 +108,25 @@ def check_batches(rule: Rule, splits: Splits, options: RunOptions, processes: in
     _check_parts(size, last, options, processes)
     why = ", for which batch normalisation has no statistics"
     if size == 1:
-        error = OptionError("batch_size", f"={options.batch_size} makes batches of one {one} ({count} for training){why}; "
-                                          "use 2 or more")
+        error = OptionError(
+            "batch_size", f"={options.batch_size} makes batches of one {one} ({count} for training){why}; use 2 or more"
+        )
     elif last == 1:
-        error = OptionError("drop_last", f"=false leaves a last batch of one: {count} training {several} in batches of "
-                                         f"{options.batch_size}{why}; use drop_last=true or another batch_size")
+        error = OptionError(
+            "drop_last",
+            f"=false leaves a last batch of one: {count} training {several} in batches of "
+            f"{options.batch_size}{why}; use drop_last=true or another batch_size",
+        )
     elif smallest == 1:
-        error = OptionError("accumulate", f"={options.accumulate} splits batches of {size} into single {several}{why}; use "
-                                          f"{size // 2} at most")
+        error = OptionError(
+            "accumulate", f"={options.accumulate} splits batches of {size} into single {several}{why}; use {size // 2} at most"
+        )
     elif processes > 1 and min(smallest, last // min(options.accumulate, last) if last else smallest) < 2 * processes:
-        error = OptionError("batch_size", f"={options.batch_size} with {processes} processes leaves one of them a single {one}"
-                                          f"{why}; use larger batches, or fewer processes")
+        error = OptionError(
+            "batch_size",
+            f"={options.batch_size} with {processes} processes leaves one of them a single {one}"
+            f"{why}; use larger batches, or fewer processes",
+        )
     elif min(options.probe_size, count) == 1:
         error = OptionError("probe_size", f"={options.probe_size} makes a probe batch of one {one}{why}; use 2 or more")
     else:
@@ -124,14 +139,22 @@ def _check_parts(size: int, last: int, options: RunOptions, processes: int) -> N
     """Refuse batches with fewer samples than there are processes; `last` is the size of the last incomplete one, or 0."""
     several = f"{processes} processes, each of which needs a sample"
     if size < processes:
-        raise OptionError("batch_size", f"={options.batch_size} makes batches of {size} for {several}; use {processes} or more, "
-                                        "or fewer processes")
+        raise OptionError(
+            "batch_size",
+            f"={options.batch_size} makes batches of {size} for {several}; use {processes} or more, or fewer processes",
+        )
     if size // min(options.accumulate, size) < processes:
-        raise OptionError("accumulate", f"={options.accumulate} splits batches of {size} into micro-batches of "
-                                        f"{size // options.accumulate} for {several}; use {size // processes} at most")
+        raise OptionError(
+            "accumulate",
+            f"={options.accumulate} splits batches of {size} into micro-batches of "
+            f"{size // options.accumulate} for {several}; use {size // processes} at most",
+        )
     if last and last // min(options.accumulate, last) < processes:
-        raise OptionError("drop_last", f"=false leaves a last batch of {last}, in {min(options.accumulate, last)} parts, for "
-                                       f"{several}; use drop_last=true or another batch_size")
+        raise OptionError(
+            "drop_last",
+            f"=false leaves a last batch of {last}, in {min(options.accumulate, last)} parts, for "
+            f"{several}; use drop_last=true or another batch_size",
+        )
 
 
 def _accepts_single_sample(rule: Rule, splits: Splits) -> bool:

@@ -165,8 +165,15 @@ class Display(Callback):
     def on_fit_start(self, trainer: Trainer) -> None:
         options, progress = trainer.options, trainer.progress
         steps = trainer.splits.train.steps(options.batch_size, options.drop_last)
-        self._bar = tqdm(total=steps * options.epochs, initial=progress.step, desc=self.title, unit="step", disable=None,
-                         leave=False, dynamic_ncols=True)
+        self._bar = tqdm(
+            total=steps * options.epochs,
+            initial=progress.step,
+            desc=self.title,
+            unit="step",
+            disable=None,
+            leave=False,
+            dynamic_ncols=True,
+        )
         self._start, self._first = time.monotonic(), progress.epoch + 1
         self._compiled = progress.compile_seconds
         self._last_line = self._start if self.brief else -LINE_EVERY
@@ -178,8 +185,11 @@ class Display(Callback):
         epoch, epochs, bar = trainer.progress.epoch, trainer.options.epochs, self._bar
         first = scores_of(metrics)[0]
         named = "" if first == ACCURACY else f" {first.title}"
-        scores = [f"{name}{named} {first.text(value)}" for name in ("val", "test")
-                  if (value := metrics[f"{name}_{first.name}"]) is not None]
+        scores = [
+            f"{name}{named} {first.text(value)}"
+            for name in ("val", "test")
+            if (value := metrics[f"{name}_{first.name}"]) is not None
+        ]
         summary = "  ".join([f"train loss {metrics['train_loss']:.4f}", *scores])
         bar.set_postfix_str(summary, refresh=False)
         now = time.monotonic()

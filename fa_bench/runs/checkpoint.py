@@ -43,7 +43,13 @@ class Expected(NamedTuple):
 
 
 def save(
-    path: Path, previous: Path, config_hash: str, data_hash: str, progress: Progress, rule: Rule, optimizers: Optimizers,
+    path: Path,
+    previous: Path,
+    config_hash: str,
+    data_hash: str,
+    progress: Progress,
+    rule: Rule,
+    optimizers: Optimizers,
     callbacks: Iterable[Callback] = (),
 ) -> None:
     """Write a checkpoint atomically to `path`; the one that was there is kept as `previous`.
@@ -53,8 +59,15 @@ def save(
     """
     # Into memory first: torch.save does not report a full disk clearly, a plain write does.
     buffer = io.BytesIO()
-    torch.save({"version": VERSION, "config_hash": config_hash, "data_hash": data_hash,
-                **capture(progress, rule, optimizers, callbacks)}, buffer)
+    torch.save(
+        {
+            "version": VERSION,
+            "config_hash": config_hash,
+            "data_hash": data_hash,
+            **capture(progress, rule, optimizers, callbacks),
+        },
+        buffer,
+    )
     path.parent.mkdir(exist_ok=True)
     with atomic(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
@@ -96,7 +109,11 @@ def _link(path: Path, name: Path) -> None:
 
 
 def load(
-    paths: Iterable[Path], expected: Expected, rule: Rule, optimizers: Optimizers, warn: Callable[[str], Any],
+    paths: Iterable[Path],
+    expected: Expected,
+    rule: Rule,
+    optimizers: Optimizers,
+    warn: Callable[[str], Any],
     callbacks: Iterable[Callback] = (),
 ) -> Progress:
     """Restore a rule, its model and its optimizers from the first usable checkpoint of `paths`; returns the run's progress.
@@ -145,16 +162,21 @@ def _progress(saved: dict[str, Any], expected: Expected) -> Progress:
         return (isinstance(value, torch.Tensor) and not value.dim()) or (value is None and not progress.batch)
 
     def are_sums(value: Any) -> bool:
-        return isinstance(value, dict) and all(isinstance(name, str) and isinstance(item, torch.Tensor)
-                                               for name, item in value.items())
+        return isinstance(value, dict) and all(
+            isinstance(name, str) and isinstance(item, torch.Tensor) for name, item in value.items()
+        )
 
     def is_angles(value: Any) -> bool:
         return isinstance(value, dict) and all(
-            isinstance(layers, dict) and all(type(angle) is float for angle in layers.values()) for layers in value.values())
+            isinstance(layers, dict) and all(type(angle) is float for angle in layers.values()) for layers in value.values()
+        )
 
     def is_record(value: Any, **kinds: Any) -> bool:
-        return value is None or (isinstance(value, dict) and value.keys() == kinds.keys() and all(
-            isinstance(value[key], kind) for key, kind in kinds.items()))
+        return value is None or (
+            isinstance(value, dict)
+            and value.keys() == kinds.keys()
+            and all(isinstance(value[key], kind) for key, kind in kinds.items())
+        )
 
     checks: dict[str, Callable[[Any], Any]] = {
         "epoch": lambda value: is_count(value, expected.epochs),
@@ -164,9 +186,12 @@ def _progress(saved: dict[str, Any], expected: Expected) -> Progress:
         "measurements": is_count,
         "probed": lambda value: value is None or is_count(value, progress.step),
         "best_epoch": lambda value: value is None or is_count(value, progress.epoch),
-        **dict.fromkeys(("seconds", "compile_seconds"), is_number), "energy_wh": lambda value: value is None or is_number(value),
+        **dict.fromkeys(("seconds", "compile_seconds"), is_number),
+        "energy_wh": lambda value: value is None or is_number(value),
         **dict.fromkeys(("best_val", "test_at_best"), lambda value: value is None or is_number(value, -sys.float_info.max)),
-        "loss_sum": is_sum, "sums": are_sums, "angles": lambda value: value is None or is_angles(value),
+        "loss_sum": is_sum,
+        "sums": are_sums,
+        "angles": lambda value: value is None or is_angles(value),
         "diverged": lambda value: is_record(value, epoch=int, step=int, layer=(str, type(None)), message=str),
         "stopped": lambda value: is_record(value, reason=str, callback=(str, type(None))),
         "batches_hash": lambda value: isinstance(value, str) and re.fullmatch(rf"(?:[0-9a-f]{{{DIGITS}}})?", value),

@@ -85,6 +85,7 @@ def first_nonfinite_output(model: torch.nn.Module, x: Tensor) -> str | None:
         def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor) and not torch.isfinite(output).all():
                 nonfinite.append(name)
+
         return hook
 
     handles = [module.register_forward_hook(make_hook(name)) for name, module in model.named_modules() if name]

@@ -75,6 +75,7 @@ class Execution:
             processes: that train the run together; several do not compile.
             repeats: whether the rule runs the model again in the backward pass, which no compiled graph can do.
         """
+
         def eager(x: torch.Tensor, y: torch.Tensor) -> Any:
             with self.autocast():
                 return function(x, y)

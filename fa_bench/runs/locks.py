@@ -29,8 +29,12 @@ def lock_directory(directory: Path) -> Iterator[None]:
         DirectoryLockedError: naming the process that holds the lock.
         OutputError: if the directory cannot be created or written.
     """
-    about = {"pid": os.getpid(), "host": platform.node(), "command": " ".join(sys.argv),
-             "started": datetime.now().astimezone().isoformat(timespec="seconds")}
+    about = {
+        "pid": os.getpid(),
+        "host": platform.node(),
+        "command": " ".join(sys.argv),
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
     lock = locked(directory / LOCK)
     with output_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -38,10 +42,13 @@ def lock_directory(directory: Path) -> Iterator[None]:
             lock.__enter__()
         except Timeout:
             holder = _read_holder(directory)
-            process = "another process" if not holder else (
-                f"process {holder.get('pid')} on {holder.get('host')} (since {holder.get('started')}: {holder.get('command')})")
-            raise DirectoryLockedError(f"{directory}: directory is locked by {process}; "
-                                       "wait for it, or choose another directory") from None
+            process = "another process"
+            if holder:
+                started = f"since {holder.get('started')}: {holder.get('command')}"
+                process = f"process {holder.get('pid')} on {holder.get('host')} ({started})"
+            raise DirectoryLockedError(
+                f"{directory}: directory is locked by {process}; wait for it, or choose another directory"
+            ) from None
     try:
         write_text(directory / HOLDER, json.dumps(about))
         yield

@@ -84,8 +84,11 @@ class Progress:
     def end_epoch(self, metrics: dict[str, Any], primary: Score = ACCURACY) -> None:
         """Count the epoch as finished, and record whether its primary validation score is the best so far."""
         val = metrics[f"val_{primary.name}"]
-        if val is not None and math.isfinite(val) and (
-                self.best_val is None or primary.merit(val) > primary.merit(self.best_val)):
+        if (
+            val is not None
+            and math.isfinite(val)
+            and (self.best_val is None or primary.merit(val) > primary.merit(self.best_val))
+        ):
             self.best_epoch, self.best_val, self.test_at_best = self.epoch + 1, val, metrics[f"test_{primary.name}"]
         self.epoch += 1
         self.batch = 0
@@ -108,9 +111,16 @@ class Trainer:
     """
 
     def __init__(
-        self, rule: Rule, optimizers: Optimizers, splits: Splits, options: RunOptions,
-        callbacks: Iterable[Callback] = (), progress: Progress | None = None, external: Iterable[Callback] = (),
-        execution: Execution | None = None, world: World | None = None,
+        self,
+        rule: Rule,
+        optimizers: Optimizers,
+        splits: Splits,
+        options: RunOptions,
+        callbacks: Iterable[Callback] = (),
+        progress: Progress | None = None,
+        external: Iterable[Callback] = (),
+        execution: Execution | None = None,
+        world: World | None = None,
     ) -> None:
         self.world = world or World()
         self.rule, self.optimizers, self.splits, self.options = rule, optimizers, splits, options
@@ -118,15 +128,25 @@ class Trainer:
         self.scores = tuple(self.objective.scores[splits.targets])
         self.callbacks, self.progress = list(callbacks), progress or Progress()
         # Only overridden hooks are called: a step of a small net takes only a few hundred microseconds.
-        self._hooks = {name: [(callback, getattr(callback, name)) for callback in self.callbacks
-                              if getattr(type(callback), name) is not getattr(Callback, name)] for name in _HOOKS}
+        self._hooks = {
+            name: [
+                (callback, getattr(callback, name))
+                for callback in self.callbacks
+                if getattr(type(callback), name) is not getattr(Callback, name)
+            ]
+            for name in _HOOKS
+        }
         self._external, self._external_stop = list(external), None
         if self.world.size == 1:  # DistributedDataParallel waits for every gradient
             optimizers.share_gradients()
         self.execution = execution or Execution(options, next(self.model.parameters()).device)
         self._forward = self.execution.forward(
-            self._outputs_and_loss, self.model, options.epochs * splits.train.steps(options.batch_size, options.drop_last),
-            self.world.size, rule.repeats)
+            self._outputs_and_loss,
+            self.model,
+            options.epochs * splits.train.steps(options.batch_size, options.drop_last),
+            self.world.size,
+            rule.repeats,
+        )
         self._calling: Callback | None = None
         self._called = self.world.wrapped(self.model)
         self._share = self.world.share(options.accumulate)
@@ -195,8 +215,16 @@ class Trainer:
     def evaluate(self, split: Split | None) -> dict[str, float]:
         """Loss and scores, see `evaluate`."""
         with self.execution.autocast():
-            return evaluate(self.model, self.objective, split, self.options.batch_size,
-                            lambda: self._call("on_evaluation_batch"), self.world.share(), self.world.gather, self.rule.predict)
+            return evaluate(
+                self.model,
+                self.objective,
+                split,
+                self.options.batch_size,
+                lambda: self._call("on_evaluation_batch"),
+                self.world.share(),
+                self.world.gather,
+                self.rule.predict,
+            )
 
     def _epoch(self) -> None:
         progress, options = self.progress, self.options
@@ -209,8 +237,13 @@ class Trainer:
         self._call("on_epoch_start")
         clock = time.perf_counter()
         for x, y in self.splits.train.batches(
-            options.batch_size, seed=options.seed, epoch=progress.epoch, drop_last=options.drop_last, start=progress.batch,
-            shuffle=options.shuffle, share=self._share,
+            options.batch_size,
+            seed=options.seed,
+            epoch=progress.epoch,
+            drop_last=options.drop_last,
+            start=progress.batch,
+            shuffle=options.shuffle,
+            share=self._share,
         ):
             if progress.batch == 0:
                 progress.batches_hash = chained(progress.batches_hash, *self.world.whole_batch(x, y, self._share, self._samples))
@@ -232,9 +265,16 @@ class Trainer:
         progress.seconds += time.perf_counter() - clock
         self._call("on_batches_end")
         values |= {name: self.evaluate(split) for name, split in (("val", self.splits.validation), ("test", self.splits.test))}
-        metrics: dict[str, Any] = {"epoch": progress.epoch + 1, "step": progress.step, "lr": lr, **{
-            f"{part}_{name}": of_part.get(name) for part, of_part in values.items()
-            for name in ("loss", *(score.name for score in self.scores))}}
+        metrics: dict[str, Any] = {
+            "epoch": progress.epoch + 1,
+            "step": progress.step,
+            "lr": lr,
+            **{
+                f"{part}_{name}": of_part.get(name)
+                for part, of_part in values.items()
+                for name in ("loss", *(score.name for score in self.scores))
+            },
+        }
         # A run interrupted before this point resumes after the epoch's last batch.
         progress.end_epoch(metrics, self.scores[0])
         metrics |= {"seconds": progress.seconds, "angles": progress.angles}

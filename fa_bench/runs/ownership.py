@@ -22,8 +22,10 @@ CHECKPOINT_TEMPORARIES = (temporary_name(LAST), temporary_name(PREVIOUS))
 #: Files that may remain, beside the lock, from a run that was killed before it wrote its config, and how each begins.
 _EARLY_FILES = {HOLDER: b'{"pid"', temporary_name(HOLDER): b'{"pid"', temporary_name(CONFIG): HEADER.encode()}
 #: Files of Hydra (on request), file managers and fa-bench-report, which a run neither touches nor refuses.
-IGNORED = re.compile(r"\.hydra|(cli|fa_bench)\.log|\.DS_Store|Thumbs\.db|desktop\.ini|"
-                      r"\.{0,2}report([_.][\w.-]+)?\.(md|csv|png|json|lock)(\.tmp)?")
+IGNORED = re.compile(
+    r"\.hydra|(cli|fa_bench)\.log|\.DS_Store|Thumbs\.db|desktop\.ini|"
+    r"\.{0,2}report([_.][\w.-]+)?\.(md|csv|png|json|lock)(\.tmp)?"
+)
 
 
 def removable_files(directory: Path, resume: bool) -> Iterator[Path]:
@@ -75,8 +77,9 @@ def refuse_foreign_files(directory: Path, is_own_run: bool) -> None:
         raise RunDirectoryError(f"{directory}: cannot be read ({error.strerror})") from None
     if foreign:
         listed = names(map(repr, foreign[:3])) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
-        raise RunDirectoryError(f"{directory}: contains {listed}, which no run wrote; "
-                                "choose another directory, or move that away")
+        raise RunDirectoryError(
+            f"{directory}: contains {listed}, which no run wrote; choose another directory, or move that away"
+        )
     check_lock(directory / LOCK)
 
 
@@ -85,7 +88,7 @@ def _may_precede_config(path: Path) -> bool:
     if path.name in (LOCK, CONFIG):  # `check_lock` checks the text of the lock; a link named CONFIG was refused above
         return True
     prefix = _EARLY_FILES.get(path.name)
-    return prefix is not None and prefix.startswith(path.read_bytes()[:len(prefix)])
+    return prefix is not None and prefix.startswith(path.read_bytes()[: len(prefix)])
 
 
 def _foreign_checkpoints(folder: Path) -> list[str]:
@@ -101,7 +104,8 @@ def _foreign_checkpoints(folder: Path) -> list[str]:
 def _check_kind(path: Path, is_folder: bool = False) -> None:
     mode = path.lstat().st_mode
     if stat.S_ISLNK(mode):
-        raise RunDirectoryError(f"{path}: a link, which a run neither follows nor removes; "
-                                "remove it, or choose another directory")
+        raise RunDirectoryError(
+            f"{path}: a link, which a run neither follows nor removes; remove it, or choose another directory"
+        )
     if not (stat.S_ISDIR(mode) if is_folder else stat.S_ISREG(mode)):
         raise RunDirectoryError(f"{path}: not a {'folder' if is_folder else 'file'}; choose another directory")

@@ -286,12 +286,16 @@ class Processes(World):
         if name == "cpu":
             return name
         if name != "cuda":
-            raise ConfigError(f"device={name}: {self.size} processes need a device each; use device=cuda, of which each process "
-                              "takes its own, or device=cpu")
+            raise ConfigError(
+                f"device={name}: {self.size} processes need a device each; use device=cuda, of which each process "
+                "takes its own, or device=cpu"
+            )
         if self.local_rank >= torch.cuda.device_count():
             count = torch.cuda.device_count()
-            raise ConfigError(f"device=cuda: this machine has {count} CUDA devices, one for each process; use "
-                              f"--nproc-per-node={max(count, 1)}, or device=cpu")
+            raise ConfigError(
+                f"device=cuda: this machine has {count} CUDA devices, one for each process; use "
+                f"--nproc-per-node={max(count, 1)}, or device=cpu"
+            )
         torch.cuda.set_device(self.local_rank)
         return f"cuda:{self.local_rank}"
 
@@ -338,10 +342,13 @@ class Processes(World):
         modules, several = list(model.modules()), f"{self.size} processes"
         lines = [f"{several} share each batch"]
         if not synchronised and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules):
-            lines.append(f"batch normalisation uses the statistics of each process's own samples: the results of {several} "
-                         "differ from those of one; sync_batch_norm=true uses those of the whole batch")
-        rates = [module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "dropout", 0)
-                 for module in modules]
+            lines.append(
+                f"batch normalisation uses the statistics of each process's own samples: the results of {several} "
+                "differ from those of one; sync_batch_norm=true uses those of the whole batch"
+            )
+        rates = [
+            module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "dropout", 0) for module in modules
+        ]
         if any(isinstance(rate, float) and rate > 0 for rate in rates):
             lines.append(f"dropout differs from process to process: the results of {several} differ from those of one")
         return [*lines, *(note for note in notes if "data-parallel" in note)]
@@ -377,8 +384,10 @@ def refuse(what: str) -> None:
         ConfigError: if this process is one of them.
     """
     if is_started_by_torchrun():
-        raise ConfigError(f"{what} cannot be started by torchrun, which trains one run in {os.environ['WORLD_SIZE']} processes: "
-                          "start it without torchrun, or each of its runs by torchrun --nproc-per-node=N -m fa_bench")
+        raise ConfigError(
+            f"{what} cannot be started by torchrun, which trains one run in {os.environ['WORLD_SIZE']} processes: "
+            "start it without torchrun, or each of its runs by torchrun --nproc-per-node=N -m fa_bench"
+        )
 
 
 def run_together(command: Callable[[], int]) -> int:

@@ -29,8 +29,16 @@ def step_costs_of(job: Job, rule: Rule, splits: Splits) -> tuple[Cost, Cost]:
         splits: the job's data.
     """
     batch = min(job.run.batch_size, len(splits.train))
-    return step_costs(rule, splits.input_shape, len(splits.classes), batch, splits.inputs, splits.targets,
-                      lambda: Optimizers(job.optimizer, rule, job.run.epochs, job.feedback_optimizer), job.run.accumulate)
+    return step_costs(
+        rule,
+        splits.input_shape,
+        len(splits.classes),
+        batch,
+        splits.inputs,
+        splits.targets,
+        lambda: Optimizers(job.optimizer, rule, job.run.epochs, job.feedback_optimizer),
+        job.run.accumulate,
+    )
 
 
 def predicted_cost(job: Job, splits: Splits, sample: Tensor, objective: Objective) -> dict[str, Any] | None:
@@ -46,8 +54,17 @@ def predicted_cost(job: Job, splits: Splits, sample: Tensor, objective: Objectiv
         objective: what the run trains for.
     """
     plain = job.plain() | {"output": objective.output}
-    key = (type(job.algorithm), type(job.architecture), type(objective), splits.input_shape, len(splits.classes), splits.inputs,
-           splits.targets, len(splits.train), json.dumps({name: plain.get(name) for name in _PARTS}, sort_keys=True, default=str))
+    key = (
+        type(job.algorithm),
+        type(job.architecture),
+        type(objective),
+        splits.input_shape,
+        len(splits.classes),
+        splits.inputs,
+        splits.targets,
+        len(splits.train),
+        json.dumps({name: plain.get(name) for name in _PARTS}, sort_keys=True, default=str),
+    )
     if key not in _KNOWN:
         state = random_state()
         try:
@@ -65,5 +82,14 @@ def predicted_cost(job: Job, splits: Splits, sample: Tensor, objective: Objectiv
 
 
 #: The keys of a config that a step's cost depends on.
-_PARTS = ("algorithm", "architecture", "objective", "optimizer", "feedback_optimizer", "batch_size", "accumulate", "plugins",
-          "output")
+_PARTS = (
+    "algorithm",
+    "architecture",
+    "objective",
+    "optimizer",
+    "feedback_optimizer",
+    "batch_size",
+    "accumulate",
+    "plugins",
+    "output",
+)

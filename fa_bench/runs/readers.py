@@ -154,38 +154,84 @@ _EPOCH = _value("a whole number >= 1", lambda value: _is_int(value, 1))
 _QUANTITIES = _nullable(_mapping_to(_nullable(_mapping_to(_NUMBER))))
 _LAYERS = _nullable(_list_of(_TEXT))
 
-_SCORE = _object({"name": _value("a name of letters, digits and _, not 'loss'", _is_score_name), "title": _NAME, "unit": _TEXT,
-                  "higher_is_better": _value("true or false", lambda value: isinstance(value, bool))})
+_SCORE = _object(
+    {
+        "name": _value("a name of letters, digits and _, not 'loss'", _is_score_name),
+        "title": _NAME,
+        "unit": _TEXT,
+        "higher_is_better": _value("true or false", lambda value: isinstance(value, bool)),
+    }
+)
 _SCORES = _nullable(_list_of(_complete(_SCORE, ("name", "title"))))
 _ACCURACIES = dict.fromkeys(("test_accuracy", "test_accuracy_at_best_val", "val_accuracy", "train_accuracy"), _FRACTION)
 _STEP_COST: dict[str, Check] = dict.fromkeys(
-    ("multiplications", "forward", "backward", "feedback", "optimizer", "bytes_moved", "peak_memory"), _COUNT)
+    ("multiplications", "forward", "backward", "feedback", "optimizer", "bytes_moved", "peak_memory"), _COUNT
+)
 _COST = _object({"batch": _COUNT, "bp": _nullable(_object(_STEP_COST)), **_STEP_COST})
-_RESULT = _object({
-    "status": _value(_STATUS, lambda value: value in STATUSES), "label": _NAME, "group": _NAME, "algorithm": _NAME, "seed": _SEED,
-    **dict.fromkeys(("experiment", "architecture", "dataset", "optimizer", "config_hash", "code_hash", "data_hash", "device"),
-                    _nullable(_TEXT)),
-    **dict.fromkeys(("epochs", "epoch", "step", "best_epoch"), _COUNT), **_ACCURACIES, "scores": _SCORES,
-    "seconds": _TIME, "peak_memory_bytes": _TIME, "energy_wh": _TIME, "cost": _nullable(_COST),
-    "angles": _QUANTITIES, "probes": _QUANTITIES, "rule_counts": _nullable(_mapping_to(_COUNT)),
-    **dict.fromkeys(("feedback_layers", "output_layers", "weight_transport", "energy_counters"), _LAYERS),
-    "error": _nullable(_object({"type": _nullable(_TEXT), "message": _nullable(_TEXT), "epoch": _COUNT, "step": _COUNT,
-                                "layer": _nullable(_TEXT), "callback": _nullable(_TEXT)})),
-})
+_RESULT = _object(
+    {
+        "status": _value(_STATUS, lambda value: value in STATUSES),
+        "label": _NAME,
+        "group": _NAME,
+        "algorithm": _NAME,
+        "seed": _SEED,
+        **dict.fromkeys(
+            ("experiment", "architecture", "dataset", "optimizer", "config_hash", "code_hash", "data_hash", "device"),
+            _nullable(_TEXT),
+        ),
+        **dict.fromkeys(("epochs", "epoch", "step", "best_epoch"), _COUNT),
+        **_ACCURACIES,
+        "scores": _SCORES,
+        "seconds": _TIME,
+        "peak_memory_bytes": _TIME,
+        "energy_wh": _TIME,
+        "cost": _nullable(_COST),
+        "angles": _QUANTITIES,
+        "probes": _QUANTITIES,
+        "rule_counts": _nullable(_mapping_to(_COUNT)),
+        **dict.fromkeys(("feedback_layers", "output_layers", "weight_transport", "energy_counters"), _LAYERS),
+        "error": _nullable(
+            _object(
+                {
+                    "type": _nullable(_TEXT),
+                    "message": _nullable(_TEXT),
+                    "epoch": _COUNT,
+                    "step": _COUNT,
+                    "layer": _nullable(_TEXT),
+                    "callback": _nullable(_TEXT),
+                }
+            )
+        ),
+    }
+)
 _REQUIRED = ("status", "label", "group", "algorithm", "seed")
-_RECORD = _object({
-    "epoch": _EPOCH, **_ACCURACIES, **dict.fromkeys(("train_loss", "val_loss", "test_loss", "lr"), _NUMBER), "seconds": _TIME,
-    "angles": _QUANTITIES, "probes": _QUANTITIES, "scores": _SCORES,
-})
-_MEASUREMENT = _object({
-    "step": _value("a whole number >= 0", lambda value: _is_int(value, 0)),
-    "epoch": _value("a number >= 0", lambda value: _is_number(value) and 0 <= value < math.inf), "angles": _QUANTITIES,
-})
+_RECORD = _object(
+    {
+        "epoch": _EPOCH,
+        **_ACCURACIES,
+        **dict.fromkeys(("train_loss", "val_loss", "test_loss", "lr"), _NUMBER),
+        "seconds": _TIME,
+        "angles": _QUANTITIES,
+        "probes": _QUANTITIES,
+        "scores": _SCORES,
+    }
+)
+_MEASUREMENT = _object(
+    {
+        "step": _value("a whole number >= 0", lambda value: _is_int(value, 0)),
+        "epoch": _value("a number >= 0", lambda value: _is_number(value) and 0 <= value < math.inf),
+        "angles": _QUANTITIES,
+    }
+)
 _MEASUREMENT_KEYS = ("step", "epoch", "angles")
-_CONFIG = _object({
-    "seed": _SEED, "epochs": _EPOCH, "scale": _TEXT,
-    **dict.fromkeys(("algorithm", "architecture", "dataset", "optimizer"), _NAME),
-})
+_CONFIG = _object(
+    {
+        "seed": _SEED,
+        "epochs": _EPOCH,
+        "scale": _TEXT,
+        **dict.fromkeys(("algorithm", "architecture", "dataset", "optimizer"), _NAME),
+    }
+)
 _PLANNED = _object({"directory": _value("a path", _is_path), "label": _NAME, "epochs": _EPOCH})
 
 
@@ -398,10 +444,19 @@ def inconsistency(result: Mapping[str, Any], metrics: list[dict[str, Any]]) -> s
     if status not in SUCCESSES or not epochs:
         return ""
     if [line["epoch"] for line in metrics] == list(range(1, epochs + 1)):
-        pairs = {key: (metrics[-1].get(key), result.get(key)) for score in scores_of(result)[:1]
-                 for key in (f"test_{score.name}", f"val_{score.name}")}
-        return next((f"{key}={line} in the last epoch, but {key}={final} in {RESULT}" for key, (line, final) in pairs.items()
-                     if line is not None and final is not None and line != final and not math.isnan(line)), "")
+        pairs = {
+            key: (metrics[-1].get(key), result.get(key))
+            for score in scores_of(result)[:1]
+            for key in (f"test_{score.name}", f"val_{score.name}")
+        }
+        return next(
+            (
+                f"{key}={line} in the last epoch, but {key}={final} in {RESULT}"
+                for key, (line, final) in pairs.items()
+                if line is not None and final is not None and line != final and not math.isnan(line)
+            ),
+            "",
+        )
     last = f", the last of epoch {metrics[-1]['epoch']}" if metrics and metrics[-1]["epoch"] != len(metrics) else ""
     ended = "stopped after" if status == "stopped" else "finished"
     return f"has records of {len(metrics)} epochs{last}, but {RESULT} says that the run {ended} {epochs}"

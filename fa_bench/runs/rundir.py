@@ -95,8 +95,10 @@ class RunDirectory:
                 raise RunDirectoryError(f"{config}: cannot be read ({error.strerror})") from None
             is_own_run = text.startswith(f"{HEADER}{self.job.config_hash}\n")
             if not is_own_run:
-                raise RunDirectoryError(f"{self.path}: belongs to a run with another config ({self._difference(text)}); "
-                                        "choose another hydra.run.dir, or remove it")
+                raise RunDirectoryError(
+                    f"{self.path}: belongs to a run with another config ({self._difference(text)}); "
+                    "choose another hydra.run.dir, or remove it"
+                )
         elif not os.path.lexists(config):
             records = [name for name in (METRICS, ANGLES, RESULT, CHECKPOINTS) if os.path.lexists(self.path / name)]
             if records:

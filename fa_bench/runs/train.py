@@ -52,8 +52,14 @@ from fa_bench.utils.stopping import Interrupted, StopRequest, deferred_signals
 
 
 def run(
-    job: Job, directory: Path, title: str = "", experiment: str | None = None, later_epochs: int = 0,
-    callbacks: Iterable[Callback] = (), swept: Mapping[str, bool] = MappingProxyType({}), brief: bool = False,
+    job: Job,
+    directory: Path,
+    title: str = "",
+    experiment: str | None = None,
+    later_epochs: int = 0,
+    callbacks: Iterable[Callback] = (),
+    swept: Mapping[str, bool] = MappingProxyType({}),
+    brief: bool = False,
 ) -> dict[str, Any]:
     """Train one job in its directory.
 
@@ -82,8 +88,9 @@ def run(
     if world.rank:  # process 0 decides, and writes
         with isolated():
             start = world.listen()
-            return start["result"] or _run(run_dir, start["resume"], title, experiment, later_epochs, list(callbacks), swept,
-                                           brief)
+            return start["result"] or _run(
+                run_dir, start["resume"], title, experiment, later_epochs, list(callbacks), swept, brief
+            )
     run_dir.check()
     with lock_directory(directory), isolated():
         run_dir.check()  # again: another process may have changed it before it was locked
@@ -111,8 +118,9 @@ def _restart(run_dir: RunDirectory, title: str, reason: str) -> bool:
         RunDirectoryError: if resume=true forbids restarting.
     """
     if run_dir.job.run.resume:
-        raise RunDirectoryError(f"{run_dir.path}: {reason}, so that resume=true would not give bitwise identical results; "
-                                "resume=false restarts")
+        raise RunDirectoryError(
+            f"{run_dir.path}: {reason}, so that resume=true would not give bitwise identical results; resume=false restarts"
+        )
     log.info("%s %s; restarting", title, reason)
     return False
 
@@ -129,8 +137,14 @@ def _is_readable(run_dir: RunDirectory) -> bool:
 
 
 def _run(
-    run_dir: RunDirectory, resume: bool, title: str, experiment: str | None, later_epochs: int, external: list[Callback],
-    swept: Mapping[str, bool], brief: bool,
+    run_dir: RunDirectory,
+    resume: bool,
+    title: str,
+    experiment: str | None,
+    later_epochs: int,
+    external: list[Callback],
+    swept: Mapping[str, bool],
+    brief: bool,
 ) -> dict[str, Any]:
     make_loggers(run_dir.job)  # refuses a logger whose package is missing, before anything is read or trained
     device = prepare(run_dir.job)
@@ -149,9 +163,15 @@ def _run(
     progress = _shared(progress, parts, resuming)
     if not world.rank:
         run_dir.start(resuming)
-    result = {**base_result(run_dir.job, experiment), "epochs": job.run.epochs, "data_hash": parts.splits.data_hash,
-              "device": device_name(device), "world_size": world.size, "initial_weights_hash": parts.initial_weights_hash,
-              "weight_transport": list(parts.rule.coverage.transport)}
+    result = {
+        **base_result(run_dir.job, experiment),
+        "epochs": job.run.epochs,
+        "data_hash": parts.splits.data_hash,
+        "device": device_name(device),
+        "world_size": world.size,
+        "initial_weights_hash": parts.initial_weights_hash,
+        "weight_transport": list(parts.rule.coverage.transport),
+    }
     with ExitStack() as stack:
         if not world.rank:
             stack.enter_context(log_file(run_dir.path / LOG))
@@ -167,19 +187,44 @@ def _run(
             totals = world.totals(progress)
             if not world.rank:
                 recorder.flush()  # the files must contain everything that the checkpoint counts as recorded
-                checkpoint.save(run_dir.checkpoint, run_dir.previous, run_dir.job.config_hash, parts.splits.data_hash,
-                                totals, parts.rule, parts.optimizers, parts.callbacks)
+                checkpoint.save(
+                    run_dir.checkpoint,
+                    run_dir.previous,
+                    run_dir.job.config_hash,
+                    parts.splits.data_hash,
+                    totals,
+                    parts.rule,
+                    parts.optimizers,
+                    parts.callbacks,
+                )
 
         display = Display(title, later_epochs, brief)
         stack.callback(display.close)
         histograms = [Histograms(recorder, job.run.histograms_every)] if job.run.histograms_every else []
         probe_every = probe_interval(job.run.probe_every, steps * job.run.epochs)
-        trainer = Trainer(parts.rule, parts.optimizers, parts.splits, job.run, [
-            Divergence(proceed=job.run.on_divergence == "continue"), *histograms,
-            Alignment(parts.meter, probe_every, recorder.measured), *parts.callbacks, *external,
-            *([SameStop()] if world.size > 1 else []), recorder, *([Energy(energy)] if energy is not None else []),
-            Checkpoints(save, job.run.checkpoint_epochs, job.run.checkpoint_minutes), display, StopOnSignal(stop),
-        ], progress, external, parts.execution, world)
+        trainer = Trainer(
+            parts.rule,
+            parts.optimizers,
+            parts.splits,
+            job.run,
+            [
+                Divergence(proceed=job.run.on_divergence == "continue"),
+                *histograms,
+                Alignment(parts.meter, probe_every, recorder.measured),
+                *parts.callbacks,
+                *external,
+                *([SameStop()] if world.size > 1 else []),
+                recorder,
+                *([Energy(energy)] if energy is not None else []),
+                Checkpoints(save, job.run.checkpoint_epochs, job.run.checkpoint_minutes),
+                display,
+                StopOnSignal(stop),
+            ],
+            progress,
+            external,
+            parts.execution,
+            world,
+        )
         with _recording_outcome(result, job, parts, recorder, trainer, save):
             _initial_phase(parts.rule, title, stop)
             trainer.fit()
@@ -190,8 +235,9 @@ def _load(run_dir: RunDirectory, job: Job, parts: Parts, warnings: list[str]) ->
     """Restore the newest usable checkpoint; raises RecordError or RunDirectoryError if there is none."""
     steps = parts.splits.train.steps(job.run.batch_size, job.run.drop_last)
     expected = checkpoint.Expected(run_dir.job.config_hash, parts.splits.data_hash, job.run.epochs, steps)
-    progress = checkpoint.load((run_dir.checkpoint, run_dir.previous), expected, parts.rule, parts.optimizers,
-                               warnings.append, parts.callbacks)
+    progress = checkpoint.load(
+        (run_dir.checkpoint, run_dir.previous), expected, parts.rule, parts.optimizers, warnings.append, parts.callbacks
+    )
     recorded_lines(run_dir.path / METRICS, progress.epoch)
     recorded_measurements(run_dir.path / ANGLES, progress.measurements, progress.probed)
     return progress
@@ -233,8 +279,14 @@ def _initial_phase(rule: Rule, title: str, stop: StopRequest) -> None:
     steps = rule.initial_steps_left
     if steps:
         log.info("%s: %d steps before training", title, steps)
-    for _ in tqdm(rule.initial_phase(), total=steps, desc=f"{title} before training", unit="step",
-                  disable=None if steps else True, leave=False):
+    for _ in tqdm(
+        rule.initial_phase(),
+        total=steps,
+        desc=f"{title} before training",
+        unit="step",
+        disable=None if steps else True,
+        leave=False,
+    ):
         parallel.current().check(stop)
 
 
@@ -272,9 +324,12 @@ def _recording_outcome(
         result |= progress_result(recorder, progress, parts.meter, complete)
         if raised is None and not trainer.world.rank:  # a signal or a failure is not to wait for it; after the peak memory
             result |= {"cost": predicted_cost(job, parts.splits, parts.meter.x[:2], parts.rule.objective)}
-        result |= {"batches_hash": progress.batches_hash, "weights_hash": weights_hash(parts.rule.model),
-                   "feedback_hash": state_hash([parts.rule.feedback, parts.rule.state_dict()]),
-                   "optimizer_hash": state_hash(parts.optimizers.state_dict())}
+        result |= {
+            "batches_hash": progress.batches_hash,
+            "weights_hash": weights_hash(parts.rule.model),
+            "feedback_hash": state_hash([parts.rule.feedback, parts.rule.state_dict()]),
+            "optimizer_hash": state_hash(parts.optimizers.state_dict()),
+        }
         try:
             recorder.finish(result)
         except OutputError as error:
@@ -291,8 +346,16 @@ def _diverged(progress: Progress) -> dict[str, Any]:
 
 def _stopped(progress: Progress, request: dict[str, Any]) -> dict[str, Any]:
     log.info("stopped after epoch %d: %s", progress.epoch, request["reason"])
-    return {"status": "stopped", "error": {"type": "Stopped", "message": request["reason"], "epoch": progress.epoch,
-                                           "step": progress.step, "callback": request["callback"]}}
+    return {
+        "status": "stopped",
+        "error": {
+            "type": "Stopped",
+            "message": request["reason"],
+            "epoch": progress.epoch,
+            "step": progress.step,
+            "callback": request["callback"],
+        },
+    }
 
 
 def _explain(error: BaseException, job: Job) -> BaseException:
@@ -300,8 +363,10 @@ def _explain(error: BaseException, job: Job) -> BaseException:
     error = parallel.current().explained(error)
     operation = re.match(r"(\S+) does not have a deterministic implementation", str(error))
     if isinstance(error, RuntimeError) and operation and job.run.deterministic:
-        return ConfigError(f"deterministic=true: {operation[1]} has no deterministic implementation on {job.run.device}; "
-                           "use another architecture, or deterministic=false")
+        return ConfigError(
+            f"deterministic=true: {operation[1]} has no deterministic implementation on {job.run.device}; "
+            "use another architecture, or deterministic=false"
+        )
     return error
 
 
@@ -383,11 +448,17 @@ def _with_output(job: Job, rule: Rule, model: torch.nn.Module, x: torch.Tensor) 
         results = named_results(model(x))
     listed = names(f"{name} {tuple(tensor.shape)}" for name, tensor in results.items())
     if output is None and len(results) > 1:
-        raise OptionError("objective.output", f"=null: architecture={job.architecture.name} returns several outputs ({listed}); "
-                                              f"name the one that is trained: objective.output={next(iter(results))}")
+        raise OptionError(
+            "objective.output",
+            f"=null: architecture={job.architecture.name} returns several outputs ({listed}); "
+            f"name the one that is trained: objective.output={next(iter(results))}",
+        )
     if output is not None and list(results) != [""] and str(output) not in results:
-        raise OptionError("objective.output", f"={output}: architecture={job.architecture.name} has no such output"
-                                              f"{nearest(str(output), results)} (outputs: {listed or 'none'})")
+        raise OptionError(
+            "objective.output",
+            f"={output}: architecture={job.architecture.name} has no such output"
+            f"{nearest(str(output), results)} (outputs: {listed or 'none'})",
+        )
     return dataclasses.replace(job.objective, output=output)
 
 
@@ -434,8 +505,10 @@ def prepare(job: Job) -> torch.device:
     if job.run.compile is True and parallel.current().size > 1:
         raise ConfigError("compile=true is not possible in several processes; use compile=false")
     if job.run.compile is True and job.algorithm.repeats:
-        raise ConfigError(f"compile=true is not possible with algorithm={job.algorithm.name}, which runs the model again in the "
-                          f"backward pass; use compile=false")
+        raise ConfigError(
+            f"compile=true is not possible with algorithm={job.algorithm.name}, which runs the model again in the "
+            f"backward pass; use compile=false"
+        )
     device = torch.device(name)
     if device.type == "cuda":
         if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():

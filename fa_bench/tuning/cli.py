@@ -44,8 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         standard error; 130 after an interrupt (SIGINT), 143 after SIGTERM, 129 after SIGHUP.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    return exit_code("fa-bench-tune", lambda: with_errors_printed(
-        "fa-bench-tune", lambda: _main(words), "Interrupted. Rerun the same command to resume"))
+    return exit_code(
+        "fa-bench-tune",
+        lambda: with_errors_printed("fa-bench-tune", lambda: _main(words), "Interrupted. Rerun the same command to resume"),
+    )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -77,8 +79,7 @@ def _main(argv: list[str]) -> int:
     from fa_bench.tuning.tune import FIGURE, MARKDOWN, tune
 
     result = tune(arguments.overrides, arguments.config_dir)
-    print(f"\n{result.text}\n\ntuning: {printable(result.directory / MARKDOWN)}\n"
-          f"figure: {printable(result.directory / FIGURE)}")
+    print(f"\n{result.text}\n\ntuning: {printable(result.directory / MARKDOWN)}\nfigure: {printable(result.directory / FIGURE)}")
     return result.code
 
 
@@ -86,8 +87,10 @@ def _usage() -> str:
     lines = []
     for field in option_fields(TuneOptions):
         limits = limits_text(field)
-        lines += [f"  {field.name}={format_value(getattr(TuneOptions(), field.name))}",
-                  f"      {field.metadata['help']}{f' ({limits})' if limits else ''}"]
+        lines += [
+            f"  {field.name}={format_value(getattr(TuneOptions(), field.name))}",
+            f"      {field.metadata['help']}{f' ({limits})' if limits else ''}",
+        ]
     return "\n".join([_HEAD.rstrip(), *lines])
 
 

@@ -58,7 +58,7 @@ def write_figure(studies: Sequence[RuleStudy], path: Path) -> None:
         axes.step(numbers, values, where="post", linewidth=1.6, markersize=3, **_style(study))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     apply_range(axes, limits, [study.plan.rule for study in studies], centres, of.kind)
-    for axes in grid[len(with_lr) + 1:]:
+    for axes in grid[len(with_lr) + 1 :]:
         axes.set_axis_off()
     add_legend(figure, [(escape_mathtext(study.plan.rule), _style(study)) for study in studies], "rule")
     fix_layout(figure)
@@ -72,8 +72,11 @@ def _plot_rates(axes: Axes, study: RuleStudy, limits: Range, reference: float | 
     axes.set(xlabel="learning rate", ylabel=_quantity(study.score).axis, xscale="log")
     style: dict[str, Any] = _style(study)
     score, is_accuracy = study.score, _quantity(study.score).kind == ACCURACY
-    points = [(trial.values[LR], _shown(study, trial) if trial.outcome.state == DONE else None)
-              for trial in study.finished if LR in trial.values]
+    points = [
+        (trial.values[LR], _shown(study, trial) if trial.outcome.state == DONE else None)
+        for trial in study.finished
+        if LR in trial.values
+    ]
     best = _shown(study, study.best) if study.best is not None else 0.0
     # In merits: of two values, the larger one is better.
     low, high = sorted(map(score.merit, (limits.low, limits.high)))
@@ -82,12 +85,17 @@ def _plot_rates(axes: Axes, study: RuleStudy, limits: Range, reference: float | 
     above = [(rate, value) for rate, value in points if value is not None and score.merit(value) >= edge]
     style["linestyle"] = ""
     axes.plot([rate for rate, _ in above], [value for _, value in above], markersize=5, alpha=0.8, **style)
-    for marker, rates in (("v" if score.higher_is_better else "^",
-                           [rate for rate, value in points if value is not None and score.merit(value) < edge]),
-                          ("x", [rate for rate, value in points if value is None])):
+    for marker, rates in (
+        (
+            "v" if score.higher_is_better else "^",
+            [rate for rate, value in points if value is not None and score.merit(value) < edge],
+        ),
+        ("x", [rate for rate, value in points if value is None]),
+    ):
         style["marker"] = marker
-        axes.plot(rates, [0.97 if marker == "^" else 0.03] * len(rates), markersize=6,
-                  transform=axes.get_xaxis_transform(), **style)
+        axes.plot(
+            rates, [0.97 if marker == "^" else 0.03] * len(rates), markersize=6, transform=axes.get_xaxis_transform(), **style
+        )
     if study.best is not None and LR in study.best.values:
         style["marker"] = "o"
         axes.plot([study.best.values[LR]], [best], markersize=12, fillstyle="none", markeredgewidth=1.6, **style)

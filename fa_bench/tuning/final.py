@@ -40,8 +40,11 @@ def experiment_text(plan: Plan, jobs: Mapping[str, Job], directory: Path) -> str
     """
     flat = {rule: _flat(job) for rule, job in jobs.items()}
     first = next(iter(flat.values()))
-    shared = [key for key in first if key.split(".")[0] != ALGORITHM
-              and all(key in config and config[key] == first[key] for config in flat.values())]
+    shared = [
+        key
+        for key in first
+        if key.split(".")[0] != ALGORITHM and all(key in config and config[key] == first[key] for config in flat.values())
+    ]
     # If rules have different components of a group, no option of that group can be set for all.
     shared = [key for key in shared if (group := key.split(".")[0]) not in _GROUPS or group in shared]
     settings: dict[str, Any] = {}
@@ -51,8 +54,11 @@ def experiment_text(plan: Plan, jobs: Mapping[str, Job], directory: Path) -> str
     grid = []
     for rule, job in jobs.items():
         usual = flatten({ALGORITHM: {"name": job.algorithm.name, **type(job.algorithm)().schema()}})
-        own = {key: value if isinstance(value, float) else as_typed(value) for key, value in flat[rule].items()
-               if key not in shared and (key == ALGORITHM or key not in usual or usual[key] != value)}
+        own = {
+            key: value if isinstance(value, float) else as_typed(value)
+            for key, value in flat[rule].items()
+            if key not in shared and (key == ALGORITHM or key not in usual or usual[key] != value)
+        }
         grid.append({**own, SEED: ",".join(map(str, plan.options.seeds))})
     defaults = [{f"override /{group}": first[group]} for group in _GROUPS if group in shared]
     content = {"defaults": defaults, **settings, OUTPUT: str(directory), GRID: grid}
@@ -93,8 +99,10 @@ def check_final(plan: Plan) -> None:
         checked = [job for job, _ in composer.check(list(texts.values()), directories=False)]
     for each in plan.rules:
         if jobs[each.rule].group not in [job.group for job in checked]:
-            raise ConfigError(f"algorithm={each.rule}: its config cannot be written as an experiment; give every rule the same "
-                              "optimizer and the same kinds of options")
+            raise ConfigError(
+                f"algorithm={each.rule}: its config cannot be written as an experiment; give every rule the same "
+                "optimizer and the same kinds of options"
+            )
 
 
 def write_experiment(plan: Plan, jobs: Mapping[str, Job]) -> Path:
@@ -118,8 +126,11 @@ def run_final(plan: Plan) -> tuple[int, list[Path]]:
     """
     task, jobs = Task(["fa-bench", *final_arguments(plan)]), plan.options.jobs
     launcher = []
-    if jobs > 1 and not any(override.key_or_group == "hydra/launcher" for override in plan.composer.parsed) and (
-            importlib.util.find_spec("hydra_plugins.hydra_joblib_launcher") is not None):
+    if (
+        jobs > 1
+        and not any(override.key_or_group == "hydra/launcher" for override in plan.composer.parsed)
+        and (importlib.util.find_spec("hydra_plugins.hydra_joblib_launcher") is not None)
+    ):
         launcher = ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={jobs}"]
     with cli.hydra_errors():
         code = cli.sweep(_composer(plan, plan.directory, launcher), task)
@@ -132,8 +143,11 @@ def final_arguments(plan: Plan) -> list[str]:
 
 
 def _overrides(plan: Plan) -> list[str]:
-    kept = [override.input_line or "" for override in plan.composer.parsed
-            if override.is_hydra_override() or override.key_or_group == "plugins"]
+    kept = [
+        override.input_line or ""
+        for override in plan.composer.parsed
+        if override.is_hydra_override() or override.key_or_group == "plugins"
+    ]
     return [f"experiment={FINAL}", *kept]
 
 

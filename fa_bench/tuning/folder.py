@@ -26,7 +26,13 @@ STUDY = "tune.json"
 EXPERIMENT, FINAL = "experiment", "tuned"
 #: Tables and figures.
 MARKDOWN, TABLE, TRIAL_TABLE, SECONDS, FIGURE, VECTOR = (
-    "tune.md", "tune.csv", "trials.csv", "trial_seconds.csv", "tune.png", "tune.svg")
+    "tune.md",
+    "tune.csv",
+    "trials.csv",
+    "trial_seconds.csv",
+    "tune.png",
+    "tune.svg",
+)
 REPORTS = (MARKDOWN, TABLE, TRIAL_TABLE, SECONDS, FIGURE, VECTOR)
 _FILES = (STUDY, JOURNAL, *REPORTS)
 _FOLDERS = (TRIALS, EXPERIMENT, FINAL)
@@ -41,11 +47,18 @@ def identity(plan: Plan, data_hash: str) -> dict[str, Any]:
     options = plan.options
     modules = [module for each in plan.rules for module in each.job.plugin_modules]
     return {
-        "tune_seeds": options.trial_seeds, "sampler": options.sampler, "pruner": options.pruner,
-        "study_seed": options.study_seed, "experiment": plan.experiment, "code": code_hash(dict.fromkeys(modules)),
-        "data": data_hash, "optuna": optuna.__version__,
-        "rules": {each.rule: {"space": {key: one.text for key, one in each.space.items()}, "config": _config(each.job)}
-                  for each in plan.rules},
+        "tune_seeds": options.trial_seeds,
+        "sampler": options.sampler,
+        "pruner": options.pruner,
+        "study_seed": options.study_seed,
+        "experiment": plan.experiment,
+        "code": code_hash(dict.fromkeys(modules)),
+        "data": data_hash,
+        "optuna": optuna.__version__,
+        "rules": {
+            each.rule: {"space": {key: one.text for key, one in each.space.items()}, "config": _config(each.job)}
+            for each in plan.rules
+        },
     }
 
 
@@ -87,14 +100,16 @@ def check_folder(directory: Path, study: Mapping[str, Any]) -> None:
     foreign = sorted(name for name in os.listdir(directory) if name not in known and not IGNORED.fullmatch(name))
     if foreign:
         listed = names(map(repr, foreign[:3])) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
-        raise RunDirectoryError(f"{directory}: contains {listed}, which no study wrote; choose another name=NAME, or move that "
-                                "away")
+        raise RunDirectoryError(
+            f"{directory}: contains {listed}, which no study wrote; choose another name=NAME, or move that away"
+        )
     for name in (*_FILES, *_FOLDERS):
         if os.path.lexists(directory / name):
             mode, is_folder = (directory / name).lstat().st_mode, name in _FOLDERS
             if not (stat.S_ISDIR(mode) if is_folder else stat.S_ISREG(mode)):
-                raise RunDirectoryError(f"{directory / name}: not a {'folder' if is_folder else 'file'} that a study wrote; "
-                                        "choose another name=NAME")
+                raise RunDirectoryError(
+                    f"{directory / name}: not a {'folder' if is_folder else 'file'} that a study wrote; choose another name=NAME"
+                )
     if is_study and (difference := _difference(stored := _read(path), study)):
         mend = "choose another name=NAME"
         if difference.startswith("tune_seeds="):  # a number of seeds is counted from the largest of `seeds`
@@ -140,5 +155,7 @@ def check_budget(budget: int, done: Mapping[str, int], directory: Path) -> None:
     """
     for rule, count in done.items():
         if count > budget:
-            raise ConfigError(f"budget={budget}: {directory} has {count} finished trials of {rule}; pass budget={count} or more, "
-                              "or choose another name=NAME")
+            raise ConfigError(
+                f"budget={budget}: {directory} has {count} finished trials of {rule}; pass budget={count} or more, "
+                "or choose another name=NAME"
+            )

@@ -27,17 +27,20 @@ class TuneOptions(Options):
     """The options of a study."""
 
     budget: int = option(20, "trials of each rule; the first one is its default config", minimum=1)
-    tune_seeds: int | list[int] = option(1, "number of seeds of each trial, chosen above the largest of `seeds`; a list: these "
-                                            "seeds", minimum=0)
+    tune_seeds: int | list[int] = option(
+        1, "number of seeds of each trial, chosen above the largest of `seeds`; a list: these seeds", minimum=0
+    )
     seeds: list[int] = option([0, 1, 2], "seeds of the final runs", minimum=0)
     final_epochs: int | None = option(None, "epochs of the final runs; null: those of the trials", minimum=1)
     sampler: str = option("tpe", "how optuna proposes values", choices=list(SAMPLERS))
     pruner: str = option("none", "how optuna stops bad trials early", choices=list(PRUNERS))
     study_seed: int = option(0, "seed of the sampler", minimum=0, maximum=2**32 - 1)
-    jobs: int = option(1, "processes; each tunes one rule at a time, and the result does not depend on their number", minimum=1,
-                       maximum=1024)
+    jobs: int = option(
+        1, "processes; each tunes one rule at a time, and the result does not depend on their number", minimum=1, maximum=1024
+    )
     name: str | None = option(  # type: ignore[assignment, misc]
-        None, "folder of the study in output_dir; null: the experiment, or dataset and architecture, and '-tune'")
+        None, "folder of the study in output_dir; null: the experiment, or dataset and architecture, and '-tune'"
+    )
 
     def check(self) -> None:
         if not self.seeds:
@@ -49,12 +52,18 @@ class TuneOptions(Options):
         if self.tune_seeds in (0, []):
             raise OptionError("tune_seeds", f"={format_value(self.tune_seeds)}: a trial needs at least one seed")
         if overlap := sorted({*self.trial_seeds} & {*self.seeds}):
-            raise OptionError("tune_seeds", f"={format_value(self.tune_seeds)}: seed {overlap[0]} is one of `seeds`; values must "
-                                            "not be chosen by the seeds of the final runs (write "
-                                            f"tune_seeds=[{max(self.seeds) + 1}])")
+            raise OptionError(
+                "tune_seeds",
+                f"={format_value(self.tune_seeds)}: seed {overlap[0]} is one of `seeds`; values must "
+                "not be chosen by the seeds of the final runs (write "
+                f"tune_seeds=[{max(self.seeds) + 1}])",
+            )
         if self.name is not None and (not re.fullmatch(r"[A-Za-z0-9._][A-Za-z0-9._-]*", self.name) or not self.name.strip(".")):
-            raise OptionError("name", f"={truncate(self.name, 100)}: write a folder's name of letters, digits, '.', '_' and "
-                                      "'-', which does not begin with '-'")
+            raise OptionError(
+                "name",
+                f"={truncate(self.name, 100)}: write a folder's name of letters, digits, '.', '_' and "
+                "'-', which does not begin with '-'",
+            )
 
     @property
     def trial_seeds(self) -> list[int]:
@@ -78,8 +87,10 @@ def parse_override(text: str) -> Override:
         override = OverridesParser.create().parse_override(text)
     except (HydraException, ValueError, RecursionError):
         if _FUNCTION.match(text.partition("=")[2]):  # quotes would not help
-            raise ConfigError(f"cannot read '{truncate(text, 200)}': write a list such as 0.1,0.2, interval(LOW,HIGH), "
-                              "tag(log,interval(LOW,HIGH)), int(interval(LOW,HIGH)) or range(START,STOP,STEP)") from None
+            raise ConfigError(
+                f"cannot read '{truncate(text, 200)}': write a list such as 0.1,0.2, interval(LOW,HIGH), "
+                "tag(log,interval(LOW,HIGH)), int(interval(LOW,HIGH)) or range(START,STOP,STEP)"
+            ) from None
         return parse(text)  # raises its error
     if not (override.is_sweep_override() and override.key_or_group):
         return parse(text)
@@ -96,6 +107,7 @@ def plain_value(override: Override) -> Any:
         if isinstance(value, QuotedString):
             return value.text
         return [plain(item) for item in value] if isinstance(value, list) else value
+
     return plain(value)
 
 
@@ -110,14 +122,17 @@ def own_options(section: Mapping[str, Any], overrides: list[Override]) -> TuneOp
     for key in values:
         if key not in OWN_KEYS:
             allowed = [*OWN_KEYS, SPACE]
-            raise ConfigError(f"{TUNE}.{truncate(str(key), 100)}: unknown key{nearest(str(key), allowed)} "
-                              f"(allowed: {names(allowed)})")
+            raise ConfigError(
+                f"{TUNE}.{truncate(str(key), 100)}: unknown key{nearest(str(key), allowed)} (allowed: {names(allowed)})"
+            )
     for override in overrides:
         if override.is_add() or override.is_delete():
             raise ConfigError(f"{truncate(override.input_line or '', 100)}: write {override.key_or_group}=VALUE")
         if isinstance(override.value(), IntervalSweep):
-            raise ConfigError(f"{truncate(override.input_line or '', 100)}: {override.key_or_group} is an option of the study, "
-                              "which is not searched; write its value")
+            raise ConfigError(
+                f"{truncate(override.input_line or '', 100)}: {override.key_or_group} is an option of the study, "
+                "which is not searched; write its value"
+            )
         values[override.key_or_group] = plain_value(override)
     for key in ("seeds", "tune_seeds"):
         if isinstance(value := values.get(key, 0), (str, bool, float)) or value is None:

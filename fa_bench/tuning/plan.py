@@ -93,8 +93,11 @@ class Plan:
         return job, run_dir
 
     def _overrides(self, plan: RulePlan, values: Mapping[str, Any], seed: int) -> list[str]:
-        chosen = {**{key: as_typed(value) for key, value in values.items()}, SEED: str(seed),
-                  OUTPUT: as_typed(str(self.directory / TRIALS))}
+        chosen = {
+            **{key: as_typed(value) for key, value in values.items()},
+            SEED: str(seed),
+            OUTPUT: as_typed(str(self.directory / TRIALS)),
+        }
         kept = [text for text in plan.overrides if parse(text).key_or_group not in chosen]
         return [*kept, *(f"{key}={text}" for key, text in chosen.items())]
 
@@ -135,17 +138,22 @@ def make_plan(overrides: Sequence[str], config_dir: str | None, config_name: str
     found: list[RulePlan] = []
     for name, texts in configs.items():
         [(job, _)] = composer.check([texts], directories=False)
-        space = {**declared("optimizer", type(job.optimizer).search_space, f"optimizer={job.optimizer.name}"),
-                 **declared(ALGORITHM, type(job.algorithm).search_space, f"algorithm={name}")}
+        space = {
+            **declared("optimizer", type(job.optimizer).search_space, f"optimizer={job.optimizer.name}"),
+            **declared(ALGORITHM, type(job.algorithm).search_space, f"algorithm={name}"),
+        }
         space = {key: each for key, each in space.items() if key not in fixed}
-        typed = {override.key_or_group: dimension(override.key_or_group, override, source)
-                 for source, given in ((f"experiment={experiment}", swept_in_file), ("the command line", swept))
-                 for override in _of_rule_or_common(name, given)}
+        typed = {
+            override.key_or_group: dimension(override.key_or_group, override, source)
+            for source, given in ((f"experiment={experiment}", swept_in_file), ("the command line", swept))
+            for override in _of_rule_or_common(name, given)
+        }
         space |= {key: each for key, each in typed.items() if key not in {_key(override) for override in of_rules}}
         if not space:
             raise ConfigError(f"algorithm={name}: nothing to search, since every key of its space has a single value")
-        found.append(RulePlan(name, [text for text in texts if parse(text).key_or_group != SEED], space,
-                              _defaults(job, space), job))
+        found.append(
+            RulePlan(name, [text for text in texts if parse(text).key_or_group != SEED], space, _defaults(job, space), job)
+        )
     plan = Plan(options, composer, found, _directory(options, found[0].job, experiment), experiment, list(overrides))
     _check(plan)
     return plan
@@ -154,8 +162,13 @@ def make_plan(overrides: Sequence[str], config_dir: str | None, config_name: str
 def _is_dimension(override: Override) -> bool:
     """Whether an override is a sweep over values rather than over components."""
     key = override.key_or_group
-    return override.is_sweep_override() and key not in (ALGORITHM, SEED, "experiment") and "@" not in key and \
-        key not in [group.kind for group in GROUPS] and not override.is_hydra_override()
+    return (
+        override.is_sweep_override()
+        and key not in (ALGORITHM, SEED, "experiment")
+        and "@" not in key
+        and key not in [group.kind for group in GROUPS]
+        and not override.is_hydra_override()
+    )
 
 
 def _refuse(overrides: Sequence[Override]) -> None:
@@ -167,8 +180,9 @@ def _refuse(overrides: Sequence[Override]) -> None:
         if key.startswith(f"{TUNE}.") and key.partition(".")[2] in OWN_KEYS:
             raise ConfigError(f"{typed}: on the command line, write {key.partition('.')[2]}=VALUE")
         if key == SEED:
-            raise ConfigError(f"{typed}: a study has two sets of seeds; write tune_seeds=... (of the trials) and seeds=... (of "
-                              "the final runs)")
+            raise ConfigError(
+                f"{typed}: a study has two sets of seeds; write tune_seeds=... (of the trials) and seeds=... (of the final runs)"
+            )
         if override.is_sweep_override() and key != ALGORITHM:
             raise ConfigError(f"{typed}: a study compares rules on one task; start one study for each {key}")
         if key in ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"):
@@ -181,8 +195,10 @@ def _known(overrides: Sequence[Override], groups: Collection[str]) -> None:
     for override in overrides:
         key = override.key_or_group
         if not override.is_add() and not re.search(r"[.@/]", key) and key not in known:
-            raise ConfigError(f"{truncate(key, 100)}: unknown key{nearest(key, known)} (keys of a study: {names(OWN_KEYS)}; "
-                              "others are those of fa-bench)")
+            raise ConfigError(
+                f"{truncate(key, 100)}: unknown key{nearest(key, known)} (keys of a study: {names(OWN_KEYS)}; "
+                "others are those of fa-bench)"
+            )
 
 
 def _searchable(overrides: Sequence[Override]) -> None:
@@ -190,10 +206,8 @@ def _searchable(overrides: Sequence[Override]) -> None:
     for override in overrides:
         key = _key(override)
         # Scores on different data cannot be compared.
-        if override.is_add() or override.is_delete() or key in _SAME or (
-                key.startswith("dataset.") and key not in _AUGMENTATION):
-            raise ConfigError(f"{truncate(_text(override), 200)}: {key} cannot be searched; it is the same for all "
-                              "trials")
+        if override.is_add() or override.is_delete() or key in _SAME or (key.startswith("dataset.") and key not in _AUGMENTATION):
+            raise ConfigError(f"{truncate(_text(override), 200)}: {key} cannot be searched; it is the same for all trials")
 
 
 def _section(config: Any) -> dict[str, Any]:
@@ -220,10 +234,14 @@ def _space_of_file(section: Mapping[str, Any], experiment: Any) -> tuple[list[Ov
             raise ConfigError(f"experiment={experiment}: {TUNE}.{SPACE}: {error}") from None
     for override in overrides:
         if override.is_sweep_override() and not _is_dimension(override):
-            raise ConfigError(f"experiment={experiment}: {TUNE}.{SPACE}.{_key(override)}: only values can be searched, not "
-                              "components; start one study for each")
-    return ([override for override in overrides if not override.is_sweep_override()],
-            [override for override in overrides if override.is_sweep_override()])
+            raise ConfigError(
+                f"experiment={experiment}: {TUNE}.{SPACE}.{_key(override)}: only values can be searched, not "
+                "components; start one study for each"
+            )
+    return (
+        [override for override in overrides if not override.is_sweep_override()],
+        [override for override in overrides if override.is_sweep_override()],
+    )
 
 
 def _by_rule(jobs: Sequence[list[str]], default_rule: str, experiment: Any) -> dict[str, list[str]]:
@@ -238,8 +256,10 @@ def _by_rule(jobs: Sequence[list[str]], default_rule: str, experiment: Any) -> d
         other = configs.setdefault(rule, job)
         if different := sorted({*other} ^ {*job}):
             key = different[0].partition("=")[0]
-            raise ConfigError(f"experiment={experiment}: its {GRID} has several values of {key} for {rule}, but a study tunes "
-                              f"one config of each rule; choose one of them ({names(different)})")
+            raise ConfigError(
+                f"experiment={experiment}: its {GRID} has several values of {key} for {rule}, but a study tunes "
+                f"one config of each rule; choose one of them ({names(different)})"
+            )
     return configs
 
 
@@ -250,15 +270,19 @@ def _of_rule(name: str, overrides: Sequence[Override]) -> list[str]:
 def _of_rule_or_common(name: str, overrides: Sequence[Override]) -> list[Override]:
     """Those of the overrides whose key the rule has; options of rules apply to the rules that have them."""
     options = [field.name for field in option_fields(ALGORITHMS[name])] if name in ALGORITHMS else None
-    return [override for override in overrides if options is None or not _key(override).startswith(f"{ALGORITHM}.")
-            or _key(override).split(".")[1] in options]
+    return [
+        override
+        for override in overrides
+        if options is None or not _key(override).startswith(f"{ALGORITHM}.") or _key(override).split(".")[1] in options
+    ]
 
 
 def _used_somewhere(overrides: Sequence[Override], configs: Mapping[str, list[str]]) -> None:
     for override in overrides:
         if not any(_of_rule_or_common(name, [override]) for name in configs):
-            raise ConfigError(f"{truncate(_text(override), 200)}: no rule of this study has this option (rules: "
-                              f"{names(configs)})")
+            raise ConfigError(
+                f"{truncate(_text(override), 200)}: no rule of this study has this option (rules: {names(configs)})"
+            )
 
 
 def _without_sweeps(composer: Composer) -> list[str]:
@@ -271,8 +295,10 @@ def _defaults(job: Job, space: Mapping[str, Dimension]) -> dict[str, Any]:
         try:
             values[key] = value_at(job, key)
         except (KeyError, TypeError):
-            raise ConfigError(f"{key}={each.text}: {job.algorithm.name} with {job.optimizer.name} has no option {key}"
-                              f"{nearest(key, flatten(job.plain()))}") from None
+            raise ConfigError(
+                f"{key}={each.text}: {job.algorithm.name} with {job.optimizer.name} has no option {key}"
+                f"{nearest(key, flatten(job.plain()))}"
+            ) from None
     return values
 
 
@@ -290,23 +316,27 @@ def _check(plan: Plan) -> None:
     refuse_root(plan.directory, OUTPUT)
     check_writable(plan.directory)
     if len(epochs := {each.job.run.epochs for each in plan.rules}) > 1:
-        raise ConfigError(f"epochs: the rules differ ({names(sorted(epochs))}), but every rule gets the same number; pass "
-                          "epochs=N")
+        raise ConfigError(
+            f"epochs: the rules differ ({names(sorted(epochs))}), but every rule gets the same number; pass epochs=N"
+        )
     if len(scores := {each.job.scores[0].title for each in plan.rules}) > 1:
-        raise ConfigError(f"objective: the rules have different scores ({names(sorted(scores))}) and cannot be compared; use one "
-                          "objective")
+        raise ConfigError(
+            f"objective: the rules have different scores ({names(sorted(scores))}) and cannot be compared; use one objective"
+        )
     seed = plan.options.trial_seeds[0]
     for each in plan.rules:
         if getattr(each.job.dataset, "validation", None) == 0:
-            raise OptionError("dataset.validation", f"=0: trials are compared by their validation {each.job.scores[0].title}; "
-                                                    "hold out samples with dataset.validation=0.1")
+            raise OptionError(
+                "dataset.validation",
+                f"=0: trials are compared by their validation {each.job.scores[0].title}; "
+                "hold out samples with dataset.validation=0.1",
+            )
         for one in each.space.values():
             for value in one.extremes():
                 try:
                     Job.from_config(_with_value(each.job, one.key, value))
                 except OptionError as error:
-                    raise ConfigError(f"{error} (searched as {one.key}={one.text}, by {one.source}{_whole(one, each)})"
-                                      ) from None
+                    raise ConfigError(f"{error} (searched as {one.key}={one.text}, by {one.source}{_whole(one, each)})") from None
         plan.trial(each, {key: one.extremes()[-1] for key, one in each.space.items()}, seed)
     check_fit(each.job for each in plan.rules)
 
@@ -328,13 +358,16 @@ def _with_value(job: Job, key: str, value: Any) -> DictConfig:
 def describe(plan: Plan) -> str:
     """What a study will do, for the terminal."""
     options, count = plan.options, len(plan.rules)
-    lines = [f"Tuning {count} rule{'s' * (count > 1)}: {options.budget * count} trials ({options.budget} of each) of "
-             f"{plan.epochs} epoch{'s' * (plan.epochs > 1)}, with seed{'s' * (len(options.trial_seeds) > 1)} "
-             f"{names(options.trial_seeds)}; then {count * len(options.seeds)} final runs, with seed"
-             f"{'s' * (len(options.seeds) > 1)} {names(options.seeds)}; output: {plan.directory}",
-             f"  sampler: {options.sampler}, seed {options.study_seed}; pruner: {options.pruner}"]
-    common = [key for key in plan.rules[0].space
-              if len({each.space[key].text if key in each.space else "" for each in plan.rules}) == 1]
+    lines = [
+        f"Tuning {count} rule{'s' * (count > 1)}: {options.budget * count} trials ({options.budget} of each) of "
+        f"{plan.epochs} epoch{'s' * (plan.epochs > 1)}, with seed{'s' * (len(options.trial_seeds) > 1)} "
+        f"{names(options.trial_seeds)}; then {count * len(options.seeds)} final runs, with seed"
+        f"{'s' * (len(options.seeds) > 1)} {names(options.seeds)}; output: {plan.directory}",
+        f"  sampler: {options.sampler}, seed {options.study_seed}; pruner: {options.pruner}",
+    ]
+    common = [
+        key for key in plan.rules[0].space if len({each.space[key].text if key in each.space else "" for each in plan.rules}) == 1
+    ]
     lines += [f"  {key}: {plan.rules[0].space[key].text}" for key in common]
     for each in plan.rules:
         lines += [f"  {each.rule}: {key}: {one.text}" for key, one in each.space.items() if key not in common]

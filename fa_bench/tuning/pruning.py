@@ -51,8 +51,12 @@ class Judge:
         import optuna
         from optuna.trial import TrialState, create_trial
 
-        study = optuna.create_study(study_name=rivals.rule, direction=rivals.direction, pruner=make_pruner(rivals.pruner),
-                                    sampler=optuna.samplers.RandomSampler())
+        study = optuna.create_study(
+            study_name=rivals.rule,
+            direction=rivals.direction,
+            pruner=make_pruner(rivals.pruner),
+            sampler=optuna.samplers.RandomSampler(),
+        )
         study.add_trials(rivals.trials)
         study.add_trial(create_trial(state=TrialState.RUNNING))
         self._study = study

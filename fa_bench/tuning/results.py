@@ -74,11 +74,20 @@ def trial_table(plan: Plan, studies: Sequence[RuleStudy]) -> pd.DataFrame:
     """One row a trial: rule, number, state, the values of every key of the space, validation score (accuracies in %), epochs,
     seconds of training, and why it diverged or failed."""
     keys = dict.fromkeys(key for study in studies for key in study.plan.space)
-    rows = [{"rule": study.plan.rule, "trial": trial.number, "state": trial.outcome.state,
-             **{key: trial.values.get(key) for key in keys},
-             f"val_{plan.score.name}": math.nan if trial.outcome.value is None else plan.score.scale * trial.outcome.value,
-             "epochs": trial.outcome.epochs, "seconds": trial.outcome.seconds, "reason": trial.outcome.reason}
-            for study in studies for trial in study.finished]
+    rows = [
+        {
+            "rule": study.plan.rule,
+            "trial": trial.number,
+            "state": trial.outcome.state,
+            **{key: trial.values.get(key) for key in keys},
+            f"val_{plan.score.name}": math.nan if trial.outcome.value is None else plan.score.scale * trial.outcome.value,
+            "epochs": trial.outcome.epochs,
+            "seconds": trial.outcome.seconds,
+            "reason": trial.outcome.reason,
+        }
+        for study in studies
+        for trial in study.finished
+    ]
     return pd.DataFrame(rows)
 
 
@@ -101,16 +110,18 @@ def result_table(plan: Plan, studies: Sequence[RuleStudy], tuned: Mapping[str, J
         group = job.group if job and job.group in trained else None
         counts = Counter(trial.outcome.state for trial in study.finished)
         best = study.best
-        rows.append({
-            "rule": study.plan.rule,
-            **({key: report.loc[group, key] for key in from_report} if group else {"n": 0}),
-            "chosen": " ".join(f"{key}={as_typed(value)}" for key, value in best.values.items()) if best else "",
-            "best_trial": best.number if best else math.nan,
-            f"val_{score.name}": score.scale * (best.outcome.value or 0) if best else math.nan,
-            "trials": len(study.finished),
-            **{state: counts[state] for state in (DONE, PRUNED, DIVERGED, FAILED)},
-            "note": "; ".join(_notes(plan, study, job)),
-        })
+        rows.append(
+            {
+                "rule": study.plan.rule,
+                **({key: report.loc[group, key] for key in from_report} if group else {"n": 0}),
+                "chosen": " ".join(f"{key}={as_typed(value)}" for key, value in best.values.items()) if best else "",
+                "best_trial": best.number if best else math.nan,
+                f"val_{score.name}": score.scale * (best.outcome.value or 0) if best else math.nan,
+                "trials": len(study.finished),
+                **{state: counts[state] for state in (DONE, PRUNED, DIVERGED, FAILED)},
+                "note": "; ".join(_notes(plan, study, job)),
+            }
+        )
     table = pd.DataFrame(rows, columns=list(columns(score))).astype({"floor": object})
     table.attrs["scores"] = [score]
     return table
@@ -124,8 +135,10 @@ def _notes(plan: Plan, study: RuleStudy, job: Job | None) -> list[str]:
     for key, one in study.plan.space.items():
         if edge := one.edge(best.values[key], limits_at(job, key)):
             side, wider = edge
-            notes.append(f"{key}={shown(best.values[key])} is at the {side} edge of {one.text}: to widen it, add "
-                         f"{wider} name={plan.directory.name}-wider")
+            notes.append(
+                f"{key}={shown(best.values[key])} is at the {side} edge of {one.text}: to widen it, add "
+                f"{wider} name={plan.directory.name}-wider"
+            )
     different = len({str(trial.values) for trial in study.finished})
     if different < len(study.finished):
         notes.append(f"only {different} different configs in {len(study.finished)} trials")
@@ -136,14 +149,27 @@ def to_text(table: pd.DataFrame) -> str:
     """The table for a terminal, with the notes below it."""
     score = table.attrs["scores"][0]
     formats = columns(score)
-    shown = ("rule", "n", f"test_{score.name}", f"test_{score.name}_ci95", "bp_difference", "bp_difference_ci95", "floor",
-             "chosen", DONE)
+    shown = (
+        "rule",
+        "n",
+        f"test_{score.name}",
+        f"test_{score.name}_ci95",
+        "bp_difference",
+        "bp_difference_ci95",
+        "floor",
+        "chosen",
+        DONE,
+    )
     titles = {**{name: formats[name].title for name in shown}, "bp_difference": f"- tuned {CONTROL}", DONE: "trials done"}
     cells = [[title, *(_cell(value, formats[name].format) for value in table[name])] for name, title in titles.items()]
     rows = list(zip(*([column[0], "-" * max(map(len, column)), *column[1:]] for column in cells), strict=True))
     numbers = [index for index, name in enumerate(titles) if formats[name].format is not None]
-    notes = [printable(f"{rule}: {note}") for rule, text in zip(table["rule"], table["note"], strict=True)
-             for note in text.split("; ") if note]
+    notes = [
+        printable(f"{rule}: {note}")
+        for rule, text in zip(table["rule"], table["note"], strict=True)
+        for note in text.split("; ")
+        if note
+    ]
     return "\n".join([*align_columns(rows, numbers), *([""] if notes else []), *notes])
 
 
@@ -157,8 +183,9 @@ def _cell(value: Any, form: str | None) -> str:
 
 def short(table: pd.DataFrame, studies: Sequence[RuleStudy]) -> pd.DataFrame:
     """The table with the chosen values in three digits, for reading."""
-    texts = [" ".join(f"{key}={shown(value)}" for key, value in study.best.values.items()) if study.best else ""
-             for study in studies]
+    texts = [
+        " ".join(f"{key}={shown(value)}" for key, value in study.best.values.items()) if study.best else "" for study in studies
+    ]
     return table.assign(chosen=texts)
 
 
@@ -167,21 +194,45 @@ def markdown(plan: Plan, studies: Sequence[RuleStudy], table: pd.DataFrame) -> s
     options, score = plan.options, plan.score
     command = shlex.join(["fa-bench", *final_arguments(plan)])
     legend = _LEGEND.format(
-        budget=options.budget, epochs=plan.epochs, trial_seeds=_listed(options.trial_seeds), sampler=options.sampler,
-        study_seed=options.study_seed, pruner=options.pruner, seeds=_listed(options.seeds),
-        final_epochs=options.final_epochs or plan.epochs, control=CONTROL, floor=FLOOR, command=command,
-        title=score.title, worst="an accuracy of 0" if score == ACCURACY else "the worst score of the others")
-    space = [f"- {escape_markdown(study.plan.rule)}: " + ", ".join(
-        f"`{key}={one.text}` (default `{as_typed(default := study.plan.default[key])}`"
-        f"{'' if one.contains(default) else ', outside of the range'})" for key, one in study.plan.space.items())
-        for study in studies]
-    unfinished = [f"- {escape_markdown(f'{study.plan.rule} trial {trial.number}: {trial.outcome.state} {trial.outcome.reason}')}"
-                  for study in studies for trial in study.finished if trial.outcome.state in (DIVERGED, FAILED)]
+        budget=options.budget,
+        epochs=plan.epochs,
+        trial_seeds=_listed(options.trial_seeds),
+        sampler=options.sampler,
+        study_seed=options.study_seed,
+        pruner=options.pruner,
+        seeds=_listed(options.seeds),
+        final_epochs=options.final_epochs or plan.epochs,
+        control=CONTROL,
+        floor=FLOOR,
+        command=command,
+        title=score.title,
+        worst="an accuracy of 0" if score == ACCURACY else "the worst score of the others",
+    )
+    space = [
+        f"- {escape_markdown(study.plan.rule)}: "
+        + ", ".join(
+            f"`{key}={one.text}` (default `{as_typed(default := study.plan.default[key])}`"
+            f"{'' if one.contains(default) else ', outside of the range'})"
+            for key, one in study.plan.space.items()
+        )
+        for study in studies
+    ]
+    unfinished = [
+        f"- {escape_markdown(f'{study.plan.rule} trial {trial.number}: {trial.outcome.state} {trial.outcome.reason}')}"
+        for study in studies
+        for trial in study.finished
+        if trial.outcome.state in (DIVERGED, FAILED)
+    ]
     sections = [
-        "# Tuning", to_markdown(short(table, studies), columns(score)), legend, "## Search spaces", "\n".join(space),
+        "# Tuning",
+        to_markdown(short(table, studies), columns(score)),
+        legend,
+        "## Search spaces",
+        "\n".join(space),
         *(["## Trials that diverged or failed", "\n".join(unfinished)] if unfinished else []),
-        "## Files", f"[{TABLE}]({TABLE}) is the table with all digits, [{TRIAL_TABLE}]({TRIAL_TABLE}) has all trials, and "
-                    f"[{SECONDS}]({SECONDS}) their seconds of training.",
+        "## Files",
+        f"[{TABLE}]({TABLE}) is the table with all digits, [{TRIAL_TABLE}]({TRIAL_TABLE}) has all trials, and "
+        f"[{SECONDS}]({SECONDS}) their seconds of training.",
         f"![{score.title} against learning rate, and the best so far]({FIGURE})",
     ]
     return "\n\n".join(section.strip("\n") for section in sections) + "\n"

@@ -68,8 +68,13 @@ def trial_run(plan: Plan, study: RuleStudy, values: dict[str, Any]) -> TrialRun:
     """The runs of the study's next trial."""
     number = len(study.finished)
     runs = [plan.trial(study.plan, values, seed) for seed in plan.options.trial_seeds]
-    return TrialRun(f"{study.plan.rule} trial {number}", [(job.plain(), directory) for job, directory in runs], plan.experiment,
-                    is_default=number == 0, rivals=None if plan.options.pruner == NO_PRUNER else study.rivals)
+    return TrialRun(
+        f"{study.plan.rule} trial {number}",
+        [(job.plain(), directory) for job, directory in runs],
+        plan.experiment,
+        is_default=number == 0,
+        rivals=None if plan.options.pruner == NO_PRUNER else study.rivals,
+    )
 
 
 @contextmanager
@@ -79,11 +84,13 @@ def progress(plan: Plan, studies: Sequence[RuleStudy]) -> Iterator[Report]:
     done = sum(len(study.finished) for study in studies)
     # Bars are drawn on standard error; a line that is written through the bar stays above it.
     with tqdm(total=total, initial=done, desc="trials", unit="trial", disable=None, leave=False, dynamic_ncols=True) as bar:
+
         def report(study: RuleStudy, finished: Finished) -> None:
             bar.update()
             count = sum(len(each.finished) for each in studies)
             tqdm.write(printable(f"[{count}/{total}] {_line(study, finished)}"), file=sys.stdout)
             sys.stdout.flush()
+
         yield report
 
 

@@ -185,15 +185,18 @@ def _logged(result: Dimension, tags: set[str], typed: str) -> Dimension:
         raise ConfigError(f"{typed}: a logarithmic range needs numbers above 0")
     # A logarithmic range has no steps; optuna supports it for whole numbers with a step of 1.
     if result.step not in (None, 1) or (result.step is not None and not isinstance(result.low, int)):
-        raise ConfigError(f"{typed}: a logarithmic range has no steps; write {result.key}=tag(log,interval("
-                          f"{result.low},{result.high}))")
+        raise ConfigError(
+            f"{typed}: a logarithmic range has no steps; write {result.key}=tag(log,interval({result.low},{result.high}))"
+        )
     return dataclasses.replace(result, log=True)
 
 
 def declared(prefix: str, space: Mapping[str, str], source: str) -> dict[str, Dimension]:
     """The dimensions that a component declares in its `search_space`, by key."""
-    return {key: dimension(key, parse_override(f"{key}={text}"), source)
-            for key, text in ((f"{prefix}.{name}", text) for name, text in space.items())}
+    return {
+        key: dimension(key, parse_override(f"{key}={text}"), source)
+        for key, text in ((f"{prefix}.{name}", text) for name, text in space.items())
+    }
 
 
 def as_typed(value: Any) -> str:

@@ -68,10 +68,14 @@ class RuleStudy:
         self.plan, self.finished, self._pruner = plan, list[Finished](), options.pruner
         self._distributions = {key: one.distribution for key, one in plan.space.items()}
         self._study: Study = optuna.create_study(
-            study_name=plan.rule, direction=plan.job.scores[0].direction, pruner=make_pruner(options.pruner),
-            sampler=make_sampler(options.sampler, seed_for("tune", options.study_seed, plan.rule) % 2**32))
-        self._stored: Study = optuna.create_study(study_name=plan.rule, storage=storage, direction=self.score.direction,
-                                                  load_if_exists=True)
+            study_name=plan.rule,
+            direction=plan.job.scores[0].direction,
+            pruner=make_pruner(options.pruner),
+            sampler=make_sampler(options.sampler, seed_for("tune", options.study_seed, plan.rule) % 2**32),
+        )
+        self._stored: Study = optuna.create_study(
+            study_name=plan.rule, storage=storage, direction=self.score.direction, load_if_exists=True
+        )
         for stored in self._stored.get_trials(deepcopy=False):
             self._repeat(stored)
 
@@ -139,9 +143,11 @@ class RuleStudy:
         trial, values = self.ask()
         attributes = stored.user_attrs
         if stored.params != trial.params or attributes.get("values") != json.loads(json.dumps(values)):
-            raise RunDirectoryError(f"{JOURNAL}: trial {stored.number} of {self.plan.rule} has other values than this study "
-                                    "proposes; the file was changed, or written on a machine that rounds differently: choose "
-                                    "another name=NAME")
+            raise RunDirectoryError(
+                f"{JOURNAL}: trial {stored.number} of {self.plan.rule} has other values than this study "
+                "proposes; the file was changed, or written on a machine that rounds differently: choose "
+                "another name=NAME"
+            )
         outcome = Outcome(**attributes["outcome"])
         self._tell(trial, outcome)
         self.finished.append(Finished(trial.number, values, outcome))
@@ -165,15 +171,23 @@ def stored_studies(plan: Plan) -> list[RuleStudy]:
     except (FaBenchError, KeyboardInterrupt):
         raise
     except Exception as error:  # optuna raises many kinds for odd content
-        raise RunDirectoryError(f"{plan.directory / JOURNAL}: damaged, or not written by a study ({describe_error(error)}); "
-                                "choose another name=NAME") from None
+        raise RunDirectoryError(
+            f"{plan.directory / JOURNAL}: damaged, or not written by a study ({describe_error(error)}); choose another name=NAME"
+        ) from None
 
 
 def _frozen(told: FrozenTrial, state: Any, attributes: dict[str, Any]) -> FrozenTrial:
     from optuna.trial import create_trial
 
-    return create_trial(state=state, value=told.value, params=told.params, distributions=told.distributions,
-                        user_attrs=attributes, system_attrs=told.system_attrs, intermediate_values=told.intermediate_values)
+    return create_trial(
+        state=state,
+        value=told.value,
+        params=told.params,
+        distributions=told.distributions,
+        user_attrs=attributes,
+        system_attrs=told.system_attrs,
+        intermediate_values=told.intermediate_values,
+    )
 
 
 def open_journal(directory: Path) -> JournalStorage:
@@ -191,7 +205,7 @@ def open_journal(directory: Path) -> JournalStorage:
         if content and not content.endswith(b"\n"):
             file.truncate(content.rfind(b"\n") + 1)
             os.fsync(file.fileno())
-        if lines := content[:content.rfind(b"\n") + 1].splitlines():
+        if lines := content[: content.rfind(b"\n") + 1].splitlines():
             json.loads(lines[-1])  # optuna ignores a last line that is not JSON, but cannot read what it writes after that
     return JournalStorage(JournalFileBackend(str(path), lock_obj=_NoLock()))  # type: ignore[arg-type]
 

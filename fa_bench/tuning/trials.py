@@ -83,8 +83,13 @@ def run_trial(trial: TrialRun) -> Outcome:
         job = Job.from_config(OmegaConf.create(config))
         try:
             with resilient_output():
-                result = run(job, directory, title=f"{trial.title} seed {job.run.seed}", experiment=trial.experiment,
-                             callbacks=[] if judge is None else [Pruning(judge, directory, len(reported))])
+                result = run(
+                    job,
+                    directory,
+                    title=f"{trial.title} seed {job.run.seed}",
+                    experiment=trial.experiment,
+                    callbacks=[] if judge is None else [Pruning(judge, directory, len(reported))],
+                )
         except (KeyboardInterrupt, OSError):
             raise
         except BaseException as error:  # a plugin may raise anything, even sys.exit(); only its own trial fails

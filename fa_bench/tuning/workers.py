@@ -66,8 +66,10 @@ class Workers:
                 result = self._connections[worker].recv()
             except (EOFError, OSError):
                 self._processes[worker].join(SHUTDOWN_SECONDS)
-                raise StateError(f"a worker ended (exit code {self._processes[worker].exitcode}), for lack of memory perhaps; "
-                                 "rerun the same command to resume, with fewer jobs if necessary") from None
+                raise StateError(
+                    f"a worker ended (exit code {self._processes[worker].exitcode}), for lack of memory perhaps; "
+                    "rerun the same command to resume, with fewer jobs if necessary"
+                ) from None
             if isinstance(result, BaseException):
                 raise result
             yield worker, result

@@ -113,7 +113,10 @@ def rapl() -> dict[str, Counter]:
     """
     try:
         domains = {domain: (domain / "name").read_text().strip() for domain in sorted(POWERCAP.glob("intel-rapl:*"))}
-        return {f"{domains[domain.with_name(domain.name.rpartition(':')[0])]}-dram" if name == "dram" else name: Rapl(domain)
-                for domain, name in domains.items() if name.startswith("package") or name == "dram"}
+        return {
+            f"{domains[domain.with_name(domain.name.rpartition(':')[0])]}-dram" if name == "dram" else name: Rapl(domain)
+            for domain, name in domains.items()
+            if name.startswith("package") or name == "dram"
+        }
     except (OSError, ValueError, KeyError):
         return {}

@@ -98,7 +98,7 @@ def check_temporary(path: Path, prefix: bytes) -> None:
     status = temporary.lstat()
     is_ours = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
     if is_ours and status.st_size:
-        is_ours = prefix != b"" and prefix.startswith(temporary.read_bytes()[:len(prefix)])
+        is_ours = prefix != b"" and prefix.startswith(temporary.read_bytes()[: len(prefix)])
     if not is_ours:
         raise RunDirectoryError(f"{temporary}: not written by fa-bench, which would replace it; move it away")
 

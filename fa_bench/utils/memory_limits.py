@@ -54,10 +54,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether Python, numpy or one of torch's allocators raised the error because memory could not be allocated."""
     if isinstance(error, MemoryError):
         return True
-    phrases = ("can't allocate memory", "not enough memory", "out of memory", "Storage size calculation", "would overflow",
-               "numel: integer multiplication overflow", "Overflow when unpacking")
+    phrases = (
+        "can't allocate memory",
+        "not enough memory",
+        "out of memory",
+        "Storage size calculation",
+        "would overflow",
+        "numel: integer multiplication overflow",
+        "Overflow when unpacking",
+    )
     return type(error).__name__ == "OutOfMemoryError" or (
-        isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases))
+        isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases)
+    )
 
 
 def describe_failure(error: BaseException) -> str:
@@ -87,8 +95,10 @@ def within_memory() -> Iterator[None]:
         raise
     except (MemoryError, RuntimeError, OverflowError, TypeError) as error:
         if isinstance(error, OverflowError) or is_out_of_memory(error):
-            raise ConfigError("the run does not fit into memory; make the architecture, the dataset or the feedback smaller "
-                              f"({first_line(error)})") from None
+            raise ConfigError(
+                "the run does not fit into memory; make the architecture, the dataset or the feedback smaller "
+                f"({first_line(error)})"
+            ) from None
         raise
 
 
@@ -103,4 +113,3 @@ def _count(args: Any, kwargs: dict[str, Any]) -> int:
         return 0
     sizes = _sizes((kwargs["size"],) if "size" in kwargs else args)
     return math.prod(sizes) if sizes else 0
-

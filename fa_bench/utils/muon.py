@@ -47,10 +47,26 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[Any], lr: float, momentum: float, nesterov: bool, steps: int, adjust_lr: str, weight_decay: float,
+        self,
+        params: Iterable[Any],
+        lr: float,
+        momentum: float,
+        nesterov: bool,
+        steps: int,
+        adjust_lr: str,
+        weight_decay: float,
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "steps": steps, "adjust_lr": adjust_lr,
-                                  "weight_decay": weight_decay})
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "nesterov": nesterov,
+                "steps": steps,
+                "adjust_lr": adjust_lr,
+                "weight_decay": weight_decay,
+            },
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]

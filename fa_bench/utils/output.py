@@ -16,8 +16,22 @@ from typing import Any, TextIO
 
 #: ASCII replacements for symbols that an encoding lacks. Letters lose their accents, Greek letters are spelled out, and other
 #: characters are escaped.
-ASCII = {"±": "+/-", "°": "deg", "ᵀ": "^T", "×": "x", "…": "~", "√": "sqrt", "≤": "<=", "≥": ">=", "·": "*", "→": "->", "‖": "||",
-         "–": "-", "ø": "o", "Ø": "O"}
+ASCII = {
+    "±": "+/-",
+    "°": "deg",
+    "ᵀ": "^T",
+    "×": "x",
+    "…": "~",
+    "√": "sqrt",
+    "≤": "<=",
+    "≥": ">=",
+    "·": "*",
+    "→": "->",
+    "‖": "||",
+    "–": "-",
+    "ø": "o",
+    "Ø": "O",
+}
 _ERRORS = "fa_bench.plain"
 #: Errors by which wanted output is lost; after any other error, such as a broken pipe, nobody reads it.
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
@@ -107,8 +121,12 @@ def _resilient(stream: TextIO | None, number: int) -> TextIO:
         return open(os.devnull, "w", encoding="utf-8", errors="replace")
     stream.flush()
     codecs.register_error(_ERRORS, _to_ascii)
-    return _UnclosableStream(io.BufferedWriter(_ResilientFile(number, "wb", closefd=False)), encoding=stream.encoding,
-                             errors=_ERRORS, line_buffering=True)
+    return _UnclosableStream(
+        io.BufferedWriter(_ResilientFile(number, "wb", closefd=False)),
+        encoding=stream.encoding,
+        errors=_ERRORS,
+        line_buffering=True,
+    )
 
 
 def _is_descriptor(stream: TextIO, number: int) -> bool:
@@ -137,7 +155,7 @@ def _redirect_to_null(number: int) -> None:
 
 def _to_ascii(error: UnicodeError) -> tuple[str, int]:
     assert isinstance(error, UnicodeEncodeError)
-    return "".join(map(_spell_out, error.object[error.start:error.end])), error.end
+    return "".join(map(_spell_out, error.object[error.start : error.end])), error.end
 
 
 def _spell_out(char: str) -> str:

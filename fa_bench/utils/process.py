@@ -50,8 +50,10 @@ def set_deterministic(enabled: bool, warn_only: bool = False) -> None:
 
     Does nothing if that is the current setting: torch imports its compiler to change it, which takes a second.
     """
-    if (enabled, warn_only) != (torch.are_deterministic_algorithms_enabled(),
-                                torch.is_deterministic_algorithms_warn_only_enabled()):
+    if (enabled, warn_only) != (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    ):
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 

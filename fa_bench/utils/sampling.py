@@ -96,7 +96,7 @@ def resample_magnitudes(out: Tensor, init: str, seed: int) -> None:
     is_direct = out.is_contiguous() and out.dtype == wide
     values = out.view(-1) if is_direct else torch.empty(out.numel(), dtype=wide)
     for start in range(0, out.numel(), _PART):
-        part = values[start:start + _PART]
+        part = values[start : start + _PART]
         _magnitudes(torch.from_numpy(_hashed_part(start, len(part), *words)), init, wide, fans(out.shape), part)
     if not is_direct:
         out.copy_(values.view(out.shape))
@@ -123,9 +123,7 @@ def seed_words(seed: int) -> tuple[int, int]:
     return tuple(int(word) for word in np.array([seed], np.uint64).view(np.int32))  # type: ignore[return-value]
 
 
-def _magnitudes(
-    numbers: Tensor, init: str, dtype: torch.dtype, fan_in_out: tuple[int, int], out: Tensor | None = None
-) -> Tensor:
+def _magnitudes(numbers: Tensor, init: str, dtype: torch.dtype, fan_in_out: tuple[int, int], out: Tensor | None = None) -> Tensor:
     """The magnitudes that uniform numbers from -2^22 to 2^22 - 1 select: none is zero, and the mean of U is exact."""
     initialiser = INITIALISERS[init]
     scale = initialiser.scale(*fan_in_out)

@@ -13,8 +13,13 @@ _NAMES = ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"))
 def align_columns(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
     """One line per row, with columns separated by two spaces; the columns whose indices are in `right` are right-aligned."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.rjust(width) if column in right else cell.ljust(width)
-                      for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
+    return [
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def indent(lines: Iterable[str], by: int = 2) -> list[str]:

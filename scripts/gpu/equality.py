@@ -106,9 +106,17 @@ def run(context: Context, section: Section) -> None:
         f"The device against the CPU: {STEPS} steps of SGD with momentum on one batch of {BATCH}, same seeds, TF32 off. The "
         f"largest relative difference of a tensor, max |a - b| / max |b|, of the gradients of the first step and of weights, "
         f"feedback and buffers after the last; in brackets the tensor. Tolerance: 1e-9 in float64, 1e-4 in float32. Tensors "
-        f"below {_FLOOR:g} of the model's largest are compared with that. The noise of wm is sampled on the CPU."]
-    section.columns = ["net", "rule", "gradients, float64", "weights, float64", "gradients, float32", "weights, float32",
-                       "result"]
+        f"below {_FLOOR:g} of the model's largest are compared with that. The noise of wm is sampled on the CPU."
+    ]
+    section.columns = [
+        "net",
+        "rule",
+        "gradients, float64",
+        "weights, float64",
+        "gradients, float32",
+        "weights, float32",
+        "result",
+    ]
     for net in NETS:
         for name in ALGORITHMS:
             if not context.fits(2):

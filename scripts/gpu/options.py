@@ -11,17 +11,30 @@ from .page import Section
 from .parts import Context
 
 #: asap needs three layers that share; conv2 has too few.
-RULES = {"fa": "conv2", "kp": "conv2", "brsf": "conv2", "pfa_o": "conv2", "dfa": "conv2", "dkp": "conv2", "predsim": "conv2",
-         "asap": "resnet_cifar_small"}
-OF_NET = {"conv2": ["architecture.channels=8", "architecture.hidden=32"],
-          "resnet_cifar_small": ["architecture.depth=8", "architecture.width=4"]}
-COMMON = ["dataset=digits", "epochs=1", "optimizer.lr=0.01", "batch_size=64", "threads=1",
-          "seed=0"]
+RULES = {
+    "fa": "conv2",
+    "kp": "conv2",
+    "brsf": "conv2",
+    "pfa_o": "conv2",
+    "dfa": "conv2",
+    "dkp": "conv2",
+    "predsim": "conv2",
+    "asap": "resnet_cifar_small",
+}
+OF_NET = {
+    "conv2": ["architecture.channels=8", "architecture.hidden=32"],
+    "resnet_cifar_small": ["architecture.depth=8", "architecture.width=4"],
+}
+COMMON = ["dataset=digits", "epochs=1", "optimizer.lr=0.01", "batch_size=64", "threads=1", "seed=0"]
 #: Name -> overrides, tolerance of the losses, seconds that a run is expected to take on a GPU.
 VARIANTS: dict[str, tuple[list[str], float, float]] = {
-    "again": ([], 2e-3, 6), "channels_last": (["channels_last=true"], 2e-3, 6), "tf32": (["precision=tf32"], 1e-2, 6),
-    "bf16": (["precision=bf16"], 0.05, 6), "compile": (["compile=true"], 2e-3, 45),
-    "graphs": (["compile=true", "graphs=true"], 2e-3, 45), "compile, bf16": (["compile=true", "precision=bf16"], 0.05, 45),
+    "again": ([], 2e-3, 6),
+    "channels_last": (["channels_last=true"], 2e-3, 6),
+    "tf32": (["precision=tf32"], 1e-2, 6),
+    "bf16": (["precision=bf16"], 0.05, 6),
+    "compile": (["compile=true"], 2e-3, 45),
+    "graphs": (["compile=true", "graphs=true"], 2e-3, 45),
+    "compile, bf16": (["compile=true", "precision=bf16"], 0.05, 45),
     "graphs, accumulate=2": (["compile=true", "graphs=true", "accumulate=2"], 2e-3, 45),
 }
 ONLY_ON_CUDA = ("tf32", "graphs", "graphs, accumulate=2")
@@ -62,9 +75,21 @@ def run(context: Context, section: Section) -> None:
         f"relative difference of the training loss of the last epoch must be within the tolerance: rounding is amplified by 22 "
         f"updates, and the rows 'again', without any option, show that of two equal runs. Seconds of training without "
         f"compilation; seconds of compilation; how often torch did not capture a CUDA graph. With accumulate=2 the reference has "
-        f"it, too."]
-    section.columns = ["option", "rule", "net", "train loss", "test loss", "difference", "tolerance", "seconds", "compiling",
-                       "not captured", "result"]
+        f"it, too."
+    ]
+    section.columns = [
+        "option",
+        "rule",
+        "net",
+        "train loss",
+        "test loss",
+        "difference",
+        "tolerance",
+        "seconds",
+        "compiling",
+        "not captured",
+        "result",
+    ]
     plain: dict[str, dict[str, Any]] = {}
     for rule, net in some(RULES, context).items():
         if context.fits(6):
@@ -73,8 +98,15 @@ def run(context: Context, section: Section) -> None:
             except RunFailed as error:
                 section.add("plain", rule, net, f"{error}", *[""] * 6, passed=False)
             else:
-                section.add("plain", rule, net, *(f"{loss:.6f}" for loss in losses(plain[rule])), "-", "-",
-                            f"{plain[rule]['seconds']:.2f}")
+                section.add(
+                    "plain",
+                    rule,
+                    net,
+                    *(f"{loss:.6f}" for loss in losses(plain[rule])),
+                    "-",
+                    "-",
+                    f"{plain[rule]['seconds']:.2f}",
+                )
         else:
             section.missing.append(f"plain {rule}")
     for name, (overrides, tolerance, expected) in VARIANTS.items():
@@ -105,15 +137,26 @@ def compare(
         section.add(name, rule, net, f"{error}", *[""] * 6, passed=False)
         return
     difference = abs(result["train_loss"] - reference["train_loss"]) / reference["train_loss"]
-    section.add(name, rule, net, *(f"{loss:.6f}" for loss in losses(result)), f"{difference:.1e}", f"{tolerance:g}",
-                f"{result['seconds']:.2f}", "-" if result["compile_seconds"] is None else f"{result['compile_seconds']:.1f}",
-                skipped_graphs() - before if "graphs=true" in overrides else "-", passed=difference <= tolerance)
+    section.add(
+        name,
+        rule,
+        net,
+        *(f"{loss:.6f}" for loss in losses(result)),
+        f"{difference:.1e}",
+        f"{tolerance:g}",
+        f"{result['seconds']:.2f}",
+        "-" if result["compile_seconds"] is None else f"{result['compile_seconds']:.1f}",
+        skipped_graphs() - before if "graphs=true" in overrides else "-",
+        passed=difference <= tolerance,
+    )
 
 
 def determinism(context: Context, section: Section) -> None:
     """A row per rule, eager and compiled."""
-    section.notes = ["Two runs with deterministic=true and the same seed in one process; the hashes of weights, feedback and the "
-                     "optimizer's state must be equal."]
+    section.notes = [
+        "Two runs with deterministic=true and the same seed in one process; the hashes of weights, feedback and the "
+        "optimizer's state must be equal."
+    ]
     section.columns = ["mode", "rule", "net", "first", "second", "result"]
     for mode, overrides, expected in (("eager", [], 6.0), ("compiled", ["compile=true"], 60.0)):
         slowest = 0.0

@@ -51,8 +51,9 @@ class Section:
 
     def end(self) -> None:
         """Set the status that the rows and the error give."""
-        self.status = (ERROR if self.error else FAILED if self.misses else PASSED if self.checks
-                       else MEASURED if self.rows else SKIPPED)
+        self.status = (
+            ERROR if self.error else FAILED if self.misses else PASSED if self.checks else MEASURED if self.rows else SKIPPED
+        )
         self.save()
 
     def save(self) -> None:
@@ -81,11 +82,19 @@ def write_page(folder: Path, header: dict[str, str], sections: list[Section]) ->
 
 def markdown(header: dict[str, str], sections: list[Section]) -> str:
     """The page."""
-    lines = ["# GPU check", "", *(f"- {name}: {value}" for name, value in header.items()), "",
-             "| part | result | checks | failed | budget (s) | used (s) |", "|---|---|---:|---:|---:|---:|"]
+    lines = [
+        "# GPU check",
+        "",
+        *(f"- {name}: {value}" for name, value in header.items()),
+        "",
+        "| part | result | checks | failed | budget (s) | used (s) |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
     for section in sections:
-        lines.append(f"| {section.title} | {section.status} | {section.checks} | {section.misses} | {_number(section.budget)} "
-                     f"| {_number(section.seconds)} |")
+        lines.append(
+            f"| {section.title} | {section.status} | {section.checks} | {section.misses} | {_number(section.budget)} "
+            f"| {_number(section.seconds)} |"
+        )
     for section in sections:
         lines += ["", f"## {section.title}: {section.status}", "", *(f"{note}\n" for note in section.notes)]
         if section.error:

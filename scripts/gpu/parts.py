@@ -69,8 +69,12 @@ def budget(remaining: Sequence[Part], seconds: float) -> float:
 
 
 def run_all(
-    parts: Sequence[Part], sections: Sequence[Section], deadline: float,
-    run_one: Callable[[Part, Section, float], None], changed: Callable[[], None], clock: Callable[[], float] = time.time,
+    parts: Sequence[Part],
+    sections: Sequence[Section],
+    deadline: float,
+    run_one: Callable[[Part, Section, float], None],
+    changed: Callable[[], None],
+    clock: Callable[[], float] = time.time,
 ) -> None:
     """Run the parts in order until `deadline`, which is a time of `clock`.
 
@@ -115,8 +119,9 @@ def run_in_process(
     """
     with log.open("ab") as output:
         start = output.tell()
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                   preexec_fn=os.setpgrp)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, preexec_fn=os.setpgrp
+        )
         seen = -1.0
         try:
             while process.poll() is None and time.time() < until:

@@ -35,7 +35,8 @@ def run(context: Context, section: Section) -> None:
     section.notes = [
         f"As scripts/bench_step.py --device {context.device} measures them: whole steps with the optimizer, {rounds} rounds of "
         f"{block} steps, single precision without TF32. Milliseconds per step, and the ratio to plain backpropagation in the "
-        f"same round: median [quartiles]. Compiled steps are compared with compiled backpropagation."]
+        f"same round: median [quartiles]. Compiled steps are compared with compiled backpropagation."
+    ]
     section.columns = ["mode", "net", "batch", "rule", "ms per step", "of plain bp"]
     for is_compiled in (False, True):
         for net in NETS:
@@ -50,7 +51,14 @@ def run(context: Context, section: Section) -> None:
 
 
 def measure(
-    context: Context, section: Section, mode: str, net: str, batch: int, rules: list[str], device: torch.device, rounds: int,
+    context: Context,
+    section: Section,
+    mode: str,
+    net: str,
+    batch: int,
+    rules: list[str],
+    device: torch.device,
+    rounds: int,
     block: int,
 ) -> None:
     """Add the rows of one net with one batch size."""
@@ -82,7 +90,8 @@ def processes(context: Context, section: Section) -> None:
     section.notes = [
         f"Processes that train the MLP (feedback alignment, batch 64, single precision, one CPU thread each) on one device at "
         f"the same time for {SECONDS:g} s, after a warm-up: steps per second of all together, and their ratio to one process. "
-        f"They are started as separate Python processes with CUDA_VISIBLE_DEVICES=0."]
+        f"They are started as separate Python processes with CUDA_VISIBLE_DEVICES=0."
+    ]
     section.columns = ["processes", "steps per second", "of one", "slowest process", "fastest process"]
     alone = None
     for count in PROCESSES:
@@ -104,8 +113,12 @@ def rates_together(count: int, context: Context, seconds: float = SECONDS) -> li
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": visible}
     script = Path(__file__).resolve().parents[1] / "gpu_check.py"
     command = [sys.executable, str(script), "--worker", context.device, str(seconds)]
-    workers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                env=environment) for _ in range(count)]
+    workers = [
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        )
+        for _ in range(count)
+    ]
     try:
         lines = [_line_of(worker, "ready") for worker in workers]
         for worker in workers:

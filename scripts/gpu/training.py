@@ -40,7 +40,8 @@ def figure2(context: Context, section: Section) -> None:
     section.notes = [
         f"The protocol of experiment=pfa_fig2 (784-512-512-10, SGD, batches of 64) with **{epochs} epochs instead of 40** and "
         f"one seed instead of five, so that all rules fit; the milestones of the learning rate are at the same fractions. The "
-        f"figure has {', '.join(FIGURE)}; the other rules have its settings, chosen for none of them. Not the paper's figure."]
+        f"figure has {', '.join(FIGURE)}; the other rules have its settings, chosen for none of them. Not the paper's figure."
+    ]
     slowest = usual * epochs
     for rule in rules:
         if not context.fits(slowest):
@@ -58,14 +59,25 @@ def figure2(context: Context, section: Section) -> None:
 
 def _outcome(result: dict[str, Any]) -> list[str]:
     """Test accuracy, training loss, seconds of training and peak memory of a run."""
-    return [f"{100 * result['test_accuracy']:.2f}", f"{result['train_loss']:.4f}", f"{result['seconds']:.1f}",
-            f"{(result['peak_memory_bytes'] or 0) / 1e6:.0f}"]
+    return [
+        f"{100 * result['test_accuracy']:.2f}",
+        f"{result['train_loss']:.4f}",
+        f"{result['seconds']:.1f}",
+        f"{(result['peak_memory_bytes'] or 0) / 1e6:.0f}",
+    ]
 
 
 def _figure2(context: Context, rule: str, epochs: int) -> list[str]:
     milestones = sorted({max(1, round(epochs * part)) for part in (0.5, 0.75)})
-    return ["experiment=pfa_fig2", f"algorithm={rule}", "seed=0", f"epochs={epochs}", "threads=1",
-            f"optimizer.schedule.milestones={milestones}", f"data_dir={context.data_dir}"]
+    return [
+        "experiment=pfa_fig2",
+        f"algorithm={rule}",
+        "seed=0",
+        f"epochs={epochs}",
+        "threads=1",
+        f"optimizer.schedule.milestones={milestones}",
+        f"data_dir={context.data_dir}",
+    ]
 
 
 def cifar(context: Context, section: Section) -> None:
@@ -76,8 +88,10 @@ def cifar(context: Context, section: Section) -> None:
     except FileNotFoundError as error:
         section.notes.append(f"Skipped: {error}")
         return
-    section.notes = [f"{label}; SGD with momentum 0.9, learning rate 0.05, batches of 128, no validation split, seed 0, whole "
-                     f"epochs: as many as fit, which is far from a converged result."]
+    section.notes = [
+        f"{label}; SGD with momentum 0.9, learning rate 0.05, batches of 128, no validation split, seed 0, whole "
+        f"epochs: as many as fit, which is far from a converged result."
+    ]
     epochs, expected = 1, 15.0
     while True:
         runs = [(net, rule) for net in CIFAR_NETS for rule in CIFAR_RULES]
@@ -90,8 +104,16 @@ def cifar(context: Context, section: Section) -> None:
                 continue
             start = time.time()
             try:
-                result = train(context, *data, f"architecture={net}", f"algorithm={rule}", f"epochs={epochs}", "seed=0",
-                               "batch_size=128", "threads=1")
+                result = train(
+                    context,
+                    *data,
+                    f"architecture={net}",
+                    f"algorithm={rule}",
+                    f"epochs={epochs}",
+                    "seed=0",
+                    "batch_size=128",
+                    "threads=1",
+                )
             except RunFailed as error:
                 section.add(net, rule, epochs, str(error), *[""] * 3, passed=False)
             else:

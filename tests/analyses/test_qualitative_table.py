@@ -27,10 +27,20 @@ def parts_of(rule: str, **options) -> Parts:
     return Parts(nothing, attached, nothing, meter, nothing, [], nothing, "")
 
 
-@pytest.mark.parametrize(("rule", "options", "sign", "magnitude"), [
-    ("bp", {}, 1, 1), ("usf", {}, 1, 0), ("frsf", {}, 1, 0), ("fa", {}, 0, 0), ("dfa", {}, 0, 0), ("kp", {}, 0, 0),
-    ("pfa", {}, 0, 0), ("wm", {"initial_steps": 3}, 0, 0), ("fa", {"exclude": ["fc2"]}, 1, 1),
-])
+@pytest.mark.parametrize(
+    ("rule", "options", "sign", "magnitude"),
+    [
+        ("bp", {}, 1, 1),
+        ("usf", {}, 1, 0),
+        ("frsf", {}, 1, 0),
+        ("fa", {}, 0, 0),
+        ("dfa", {}, 0, 0),
+        ("kp", {}, 0, 0),
+        ("pfa", {}, 0, 0),
+        ("wm", {"initial_steps": 3}, 0, 0),
+        ("fa", {"exclude": ["fc2"]}, 1, 1),
+    ],
+)
 def test_transport_between_two_updates(rule: str, options: dict, sign: float, magnitude: float) -> None:
     parts = parts_of(rule, **options)
     before = {name: value.clone() for name, value in parts.rule.model.state_dict().items()}
@@ -51,13 +61,16 @@ def test_direct_synapses() -> None:
     assert direct_angles(fixed) == pytest.approx([weight_angle(*pair) for pair in pairs])
 
 
-@pytest.mark.parametrize(("changes", "marks"), [
-    ({}, ("yes", "yes", "yes", "yes", "yes", "yes")),
-    ({"sign": 0.5, "phase": 0.01}, ("no", "yes", "no", "yes", "yes", "yes")),
-    ({"magnitude": 1.0, "direct": 10.0}, ("yes", "no", "yes", "no", "yes", "yes")),
-    ({"direct": 60.0, "path": 60.0, "accuracy": 80.0}, ("yes", "yes", "yes", "reduced", "no", "no")),
-    ({"direct": 80.0, "path": math.nan, "accuracy": 92.0}, ("yes", "yes", "yes", "yes", "no", "between")),
-])
+@pytest.mark.parametrize(
+    ("changes", "marks"),
+    [
+        ({}, ("yes", "yes", "yes", "yes", "yes", "yes")),
+        ({"sign": 0.5, "phase": 0.01}, ("no", "yes", "no", "yes", "yes", "yes")),
+        ({"magnitude": 1.0, "direct": 10.0}, ("yes", "no", "yes", "no", "yes", "yes")),
+        ({"direct": 60.0, "path": 60.0, "accuracy": 80.0}, ("yes", "yes", "yes", "reduced", "no", "no")),
+        ({"direct": 80.0, "path": math.nan, "accuracy": 92.0}, ("yes", "yes", "yes", "yes", "no", "between")),
+    ],
+)
 def test_marks_at_the_thresholds(changes: dict, marks: tuple[str, ...]) -> None:
     found = {"sign": 0.0, "magnitude": 0.0, "phase": 0.0, "direct": math.nan, "path": 20.0, "accuracy": 94.5} | changes
     judged = QualitativeTable().judge(found, {"bp": 95.0, "fa": 90.0, "dfa": 88.0})
@@ -66,8 +79,13 @@ def test_marks_at_the_thresholds(changes: dict, marks: tuple[str, ...]) -> None:
 
 def test_table_sets_measured_beside_published() -> None:
     """Transport, phase and symmetry do not need training to agree; angles of the direct synapses do."""
-    analysis = QualitativeTable(rules=["bp", "usf", "frsf"], architecture="mlp:widths=[8]", epochs=1, seeds=1,
-                                dataset="synthetic:samples=80,test_samples=16")
+    analysis = QualitativeTable(
+        rules=["bp", "usf", "frsf"],
+        architecture="mlp:widths=[8]",
+        epochs=1,
+        seeds=1,
+        dataset="synthetic:samples=80,test_samples=16",
+    )
     table = analysis.table()
     assert len(table) == 3 * len(PROPERTIES) and all(len(marks) == len(PROPERTIES) for marks in PUBLISHED.values())
     marks = table.set_index(["rule", "property"])

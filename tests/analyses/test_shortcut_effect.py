@@ -13,8 +13,15 @@ import fa_bench
 from fa_bench.analyses.shortcut_effect import ShortcutEffect, gradient_angles
 from fa_bench.runs.train import Parts, assemble, prepare
 
-SMALL = {"dataset": "synthetic:samples=72,test_samples=8", "probe_size": 32, "epochs": 2, "batch_size": 32, "seeds": 1,
-         "with_shortcuts": "resnet20:width=4,blocks=2", "without_shortcuts": "resnet20:width=4,blocks=2,shortcuts=false"}
+SMALL = {
+    "dataset": "synthetic:samples=72,test_samples=8",
+    "probe_size": 32,
+    "epochs": 2,
+    "batch_size": 32,
+    "seeds": 1,
+    "with_shortcuts": "resnet20:width=4,blocks=2",
+    "without_shortcuts": "resnet20:width=4,blocks=2,shortcuts=false",
+}
 
 
 def parts_of(net: str) -> Parts:
@@ -39,8 +46,9 @@ def test_sharing_swaps_the_activation_under_the_true_error(net: str) -> None:
     assert rule is not None
     with rule.exact():
         F.cross_entropy(plain(parts.meter.x), parts.meter.y).backward()
-    true, shared = (torch.nn.grad.conv2d_weight(seen[which], layer.weight.shape, seen["error"], padding=1)
-                    for which in ("own", "shared"))
+    true, shared = (
+        torch.nn.grad.conv2d_weight(seen[which], layer.weight.shape, seen["error"], padding=1) for which in ("own", "shared")
+    )
     found = gradient_angles(parts)["stages.layer1.1.conv1"]
     assert found["shares"] and found["sharing"] == pytest.approx(angle(shared, true), abs=0.05)
     assert abs(found["whole"] - found["sharing"]) > 0.2, "through B another error arrives"
@@ -55,8 +63,9 @@ def test_layers_with_their_own_activation_are_exact_under_the_true_error() -> No
 
 def test_shortcuts_bring_the_weight_changes_nearer() -> None:
     """In an untrained net already; 57 against 88 degrees at the default sizes."""
-    with_them, without = (gradient_angles(parts_of(net))["stages.layer1.1.conv1"]["sharing"]
-                          for net in ("with_shortcuts", "without_shortcuts"))
+    with_them, without = (
+        gradient_angles(parts_of(net))["stages.layer1.1.conv1"]["sharing"] for net in ("with_shortcuts", "without_shortcuts")
+    )
     assert with_them < 70 < 75 < without
 
 

@@ -36,8 +36,10 @@ BROKEN = [
     ("optimizer.schedule.name=cosin", ["optimizer.schedule.name=cosin", "'cosine'"]),
     ("optimizer.schedule=cosine", ["optimizer.schedule='cosine'", "did you mean optimizer.schedule.name=cosine?"]),
     ("optimizer.schedule.name=cosine optimizer.schedule.min_lr=0.06", ["optimizer.schedule.min_lr=0.06", "lr=0.05"]),
-    ("optimizer=adam optimizer.schedule.name=linear optimizer.schedule.min_lr=0.06",
-     ["optimizer.schedule.min_lr=0.06", "lr=0.001"]),
+    (
+        "optimizer=adam optimizer.schedule.name=linear optimizer.schedule.min_lr=0.06",
+        ["optimizer.schedule.min_lr=0.06", "lr=0.001"],
+    ),
     ("optimizer.schedule.name=step", ["optimizer.schedule.step_size", "is required"]),
     ("optimizer.schedule.min_lr=0.06", ["optimizer.schedule.min_lr: is not an option of schedule.name=constant", "cosine"]),
     ("optimizer.schedule.milestones=[3]", ["optimizer.schedule.milestones", "multistep"]),

@@ -42,6 +42,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int 
 # ------------------------------------------------------------------------------------------------ images
 def png(path: Path, side: int) -> None:
     """A black image of side x side pixels, of a few kilobytes."""
+
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
@@ -99,13 +100,24 @@ def idx(magic: tuple[int, int, int, int], lengths: tuple[int, ...], size: int) -
     return bytes(magic) + struct.pack(f">{len(lengths)}I", *lengths) + bytes(size)
 
 
-@pytest.mark.parametrize(("file", "content"), [
-    (0, idx((0, 0, 9, 3), (30, 28, 28), 30 * 784)), (0, idx((1, 0, 8, 3), (30, 28, 28), 30 * 784)),
-    (0, idx((0, 0, 8, 1), (30,), 30)), (0, idx((0, 0, 8, 3), (30, 28, 28), 30 * 784 - 1)),
-    (0, idx((0, 0, 8, 3), (30, 28, 28), 30 * 784 + 1)), (0, idx((0, 0, 8, 3), (2**32 - 1,) * 3, 100)),
-    (0, idx((0, 0, 8, 3), (0, 28, 28), 0)), (0, b""), (0, b"\x1f\x8b\x08\x00cut"), (1, idx((0, 0, 8, 1), (30,), 29)),
-    (1, idx((0, 0, 8, 3), (30, 1, 1), 30)), (1, idx((0, 0, 8, 1), (29,), 29)), (2, idx((0, 0, 8, 3), (10, 20, 20), 4000)),
-])
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        (0, idx((0, 0, 9, 3), (30, 28, 28), 30 * 784)),
+        (0, idx((1, 0, 8, 3), (30, 28, 28), 30 * 784)),
+        (0, idx((0, 0, 8, 1), (30,), 30)),
+        (0, idx((0, 0, 8, 3), (30, 28, 28), 30 * 784 - 1)),
+        (0, idx((0, 0, 8, 3), (30, 28, 28), 30 * 784 + 1)),
+        (0, idx((0, 0, 8, 3), (2**32 - 1,) * 3, 100)),
+        (0, idx((0, 0, 8, 3), (0, 28, 28), 0)),
+        (0, b""),
+        (0, b"\x1f\x8b\x08\x00cut"),
+        (1, idx((0, 0, 8, 1), (30,), 29)),
+        (1, idx((0, 0, 8, 3), (30, 1, 1), 30)),
+        (1, idx((0, 0, 8, 1), (29,), 29)),
+        (2, idx((0, 0, 8, 3), (10, 20, 20), 4000)),
+    ],
+)
 def test_a_broken_idx_file_is_a_short_error(file: int, content: bytes, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_mnist(folder)
     (folder / "MNIST/raw" / IDX_FILES[file]).write_bytes(content)
@@ -118,10 +130,18 @@ def test_a_label_without_class_is_a_short_error(folder: Path, capsys: pytest.Cap
     assert "label 200" in refused(["dataset=mnist", "data_dir=."], capsys)
 
 
-@pytest.mark.parametrize(("kind", "named"), [
-    (stat.S_IFLNK, "a link or a device"), (stat.S_IFCHR, "a link or a device"), (stat.S_IFIFO, "a link or a device"),
-    ("bomb", "would grow to"), ("..", "outside"), (".", "outside"), ("/x", "outside"),
-])
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [
+        (stat.S_IFLNK, "a link or a device"),
+        (stat.S_IFCHR, "a link or a device"),
+        (stat.S_IFIFO, "a link or a device"),
+        ("bomb", "would grow to"),
+        ("..", "outside"),
+        (".", "outside"),
+        ("/x", "outside"),
+    ],
+)
 def test_an_archive_with_odd_members_is_refused(kind: int | str, named: str, folder: Path) -> None:
     member = zipfile.ZipInfo("set/x" if isinstance(kind, int) or kind == "bomb" else kind)
     if isinstance(kind, int):
@@ -136,11 +156,21 @@ def test_an_archive_with_odd_members_is_refused(kind: int | str, named: str, fol
 
 # ------------------------------------------------------------------------------------------------ places
 @pytest.mark.parametrize("grid", [[], ["-m"]])
-@pytest.mark.parametrize(("place", "named"), [
-    ("file", "file: a file"), ("file/below", "file: a file"), ("dangling", "broken link"), ("dangling/x", "broken link"),
-    ("loop", "loop"), ("/dev/null", "/dev/null: a file"), ("/dev/full", "/dev/full: a file"), ("/proc/x", "/proc"),
-    ("n" * 300, "File name too long"), ("d/" * 3000, "File name too long"),
-])
+@pytest.mark.parametrize(
+    ("place", "named"),
+    [
+        ("file", "file: a file"),
+        ("file/below", "file: a file"),
+        ("dangling", "broken link"),
+        ("dangling/x", "broken link"),
+        ("loop", "loop"),
+        ("/dev/null", "/dev/null: a file"),
+        ("/dev/full", "/dev/full: a file"),
+        ("/proc/x", "/proc"),
+        ("n" * 300, "File name too long"),
+        ("d/" * 3000, "File name too long"),
+    ],
+)
 def test_a_place_where_nothing_can_be_written_is_named(
     place: str, named: str, grid: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,10 +206,17 @@ def test_a_full_disk_under_one_job_leaves_the_others_to_run(
 
 
 # ------------------------------------------------------------------------------------------------ memory
-@pytest.mark.parametrize("error", [
-    MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you "
-                                "tried to allocate 4000 bytes. Error code 12\nframes"),
-], ids=["python", "torch"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+            "tried to allocate 4000 bytes. Error code 12\nframes"
+        ),
+    ],
+    ids=["python", "torch"],
+)
 def test_a_job_without_memory_fails_in_a_line_and_the_others_go_on(
     error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,18 +234,25 @@ def test_a_job_without_memory_fails_in_a_line_and_the_others_go_on(
     assert len(said) == 2 and "[1/2]" in said[0] and "memory" in said[0] and said[1].endswith("seed0")
 
 
-@pytest.mark.parametrize(("arguments", "named"), [
-    (["architecture.widths=[1000000000000]"], "1000000000000x64"),
-    (["architecture.widths=[1000,1000000000000]"], "1000000000000x1000"),
-    (["architecture.widths=[8]", "algorithm=pfa", "algorithm.ratio=1e12"], "memory"),
-    (["architecture.widths=[8]", "algorithm=pfa", "algorithm.ratio=1e308"], "memory"),
-    (["architecture=conv2", "architecture.channels=100000000000"], "memory"),
-    (["architecture=resnet18", "architecture.width=100000000000"], "memory"),
-    (["dataset.samples=1000000000000"], "dataset.samples"), (["dataset.size=10000000"], "dataset.size"),
-    (["dataset.classes=1000000000000"], "dataset.classes"), (["architecture=resnet20", "architecture.blocks=100000"], "<= 1000"),
-    (["seed=1000000000000000000000000000000"], "seed=10000"), (["optimizer.lr=1" + "0" * 400], "optimizer.lr=inf"),
-    (["optimizer.lr=inf"], "not a finite number"), (["optimizer.lr=nan"], "optimizer.lr=nan"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["architecture.widths=[1000000000000]"], "1000000000000x64"),
+        (["architecture.widths=[1000,1000000000000]"], "1000000000000x1000"),
+        (["architecture.widths=[8]", "algorithm=pfa", "algorithm.ratio=1e12"], "memory"),
+        (["architecture.widths=[8]", "algorithm=pfa", "algorithm.ratio=1e308"], "memory"),
+        (["architecture=conv2", "architecture.channels=100000000000"], "memory"),
+        (["architecture=resnet18", "architecture.width=100000000000"], "memory"),
+        (["dataset.samples=1000000000000"], "dataset.samples"),
+        (["dataset.size=10000000"], "dataset.size"),
+        (["dataset.classes=1000000000000"], "dataset.classes"),
+        (["architecture=resnet20", "architecture.blocks=100000"], "<= 1000"),
+        (["seed=1000000000000000000000000000000"], "seed=10000"),
+        (["optimizer.lr=1" + "0" * 400], "optimizer.lr=inf"),
+        (["optimizer.lr=inf"], "not a finite number"),
+        (["optimizer.lr=nan"], "optimizer.lr=nan"),
+    ],
+)
 def test_what_is_too_large_is_refused_before_it_is_allocated(
     arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

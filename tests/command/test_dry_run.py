@@ -26,11 +26,21 @@ from fa_bench.runs.rundir import RunDirectory
 from fa_bench.utils.files import CONFIG, METRICS, RESULT
 from fa_bench.utils.text import format_bytes, format_count
 
-TINY = ["dataset=synthetic", "dataset.samples=80", "dataset.test_samples=16", "batch_size=16", "epochs=2", "probe_size=8",
-        "architecture.widths=[8,6]", "device=cpu"]
+TINY = [
+    "dataset=synthetic",
+    "dataset.samples=80",
+    "dataset.test_samples=16",
+    "batch_size=16",
+    "epochs=2",
+    "probe_size=8",
+    "architecture.widths=[8,6]",
+    "device=cpu",
+]
 RESNET = [*TINY[:-2], "architecture=resnet20", "architecture.width=4", "architecture.blocks=1", "dataset.channels=3"]
-CONFIGURED = ("{algorithm: {name: fa}, architecture: {name: mlp}, dataset: {name: digits}, optimizer: {name: sgd}, "
-              "objective: {name: cross_entropy}, epochs: 9}")
+CONFIGURED = (
+    "{algorithm: {name: fa}, architecture: {name: mlp}, dataset: {name: digits}, optimizer: {name: sgd}, "
+    "objective: {name: cross_entropy}, epochs: 9}"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -179,17 +189,20 @@ def test_grid_counts_its_directories(capsys: pytest.CaptureFixture[str]) -> None
     assert "\n  1 of 2: finished\n  1 of 2: empty\n" in text and re.search(r"/seed0: finished: test accuracy", text)
 
 
-@pytest.mark.parametrize(("words", "named"), [
-    (["dataset=mnist"], ["dataset=mnist: missing train-images-idx3-ubyte", "data/MNIST/raw", "data_dir"]),
-    (["dataset=tiny_imagenet"], ["dataset=tiny_imagenet", "data/tiny-imagenet-200"]),
-    (["dataset=image_folder", "data_dir=none"], ["data_dir=none", "train/"]),
-    (["algorithm=faa"], ["algorithm=faa", "'fa'"]),
-    (["algorithm=bp,fa"], ["-m"]),
-    (["device=cuda:77"], ["device=cuda:77"]),
-    (["algorithm=dfa", "algorithm.cuts=[act9]"], ["act9"]),
-    (["-m", "algorithm=fa,dfa", "architecture.widths=[]"], ["cut"]),
-    (["--cfg", "job"], ["--dry-run and --cfg", "together"]),
-])
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["dataset=mnist"], ["dataset=mnist: missing train-images-idx3-ubyte", "data/MNIST/raw", "data_dir"]),
+        (["dataset=tiny_imagenet"], ["dataset=tiny_imagenet", "data/tiny-imagenet-200"]),
+        (["dataset=image_folder", "data_dir=none"], ["data_dir=none", "train/"]),
+        (["algorithm=faa"], ["algorithm=faa", "'fa'"]),
+        (["algorithm=bp,fa"], ["-m"]),
+        (["device=cuda:77"], ["device=cuda:77"]),
+        (["algorithm=dfa", "algorithm.cuts=[act9]"], ["act9"]),
+        (["-m", "algorithm=fa,dfa", "architecture.widths=[]"], ["cut"]),
+        (["--cfg", "job"], ["--dry-run and --cfg", "together"]),
+    ],
+)
 def test_broken_input_ends_in_one_line(words: list[str], named: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--dry-run", *words]) == 2
     out, err = capsys.readouterr()
@@ -197,9 +210,7 @@ def test_broken_input_ends_in_one_line(words: list[str], named: list[str], capsy
     assert not list(Path().iterdir())
 
 
-def test_nothing_is_written_beside_plugins_either(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_is_written_beside_plugins_either(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
     monkeypatch.setattr(sys, "path", list(sys.path))
     Path("plain_plugin.py").write_text("x = 1\n")
@@ -251,5 +262,12 @@ def test_polynomials_of_degree_two_are_met() -> None:
 
 def test_numbers_read_well() -> None:
     assert [format_bytes(size) for size in (0, 999, 1000, 131_072, 999_999, 2.68e6, 1e9)] == [
-        "0 B", "999 B", "1 kB", "131 kB", "1 MB", "2.68 MB", "1 GB"]
+        "0 B",
+        "999 B",
+        "1 kB",
+        "131 kB",
+        "1 MB",
+        "2.68 MB",
+        "1 GB",
+    ]
     assert [format_count(number) for number in (0, 1797, 25_673_728, 3e9)] == ["0", "1,797", "25.7 million", "3 billion"]

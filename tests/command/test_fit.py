@@ -17,8 +17,10 @@ from fa_bench.runs.train import assemble, prepare
 
 SMALL = ["dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16", "architecture.widths=[8]", "epochs=1"]
 NETS = {
-    "no hidden layer": {"name": "mlp", "widths": []}, "one block": {"name": "mlp", "widths": [8]},
-    "two blocks": {"name": "mlp", "widths": [8, 6]}, "convolutions": {"name": "conv2", "channels": 4, "hidden": 8},
+    "no hidden layer": {"name": "mlp", "widths": []},
+    "one block": {"name": "mlp", "widths": [8]},
+    "two blocks": {"name": "mlp", "widths": [8, 6]},
+    "convolutions": {"name": "conv2", "channels": 4, "hidden": 8},
 }
 
 
@@ -34,10 +36,18 @@ def test_a_sweep_with_such_a_job_never_starts(
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("rule", list(ALGORITHMS))
 def test_what_is_refused_is_what_a_run_refuses(rule: str, net: str) -> None:
-    job = Job.from_config(OmegaConf.create({
-        "algorithm": {"name": rule, **({"initial_steps": 0} if rule == "wm" else {})}, "architecture": NETS[net],
-        "dataset": {"name": "synthetic", "samples": 40, "test_samples": 8}, "optimizer": {"name": "sgd"},
-        "objective": {"name": "cross_entropy"}, "batch_size": 8}))
+    job = Job.from_config(
+        OmegaConf.create(
+            {
+                "algorithm": {"name": rule, **({"initial_steps": 0} if rule == "wm" else {})},
+                "architecture": NETS[net],
+                "dataset": {"name": "synthetic", "samples": 40, "test_samples": 8},
+                "optimizer": {"name": "sgd"},
+                "objective": {"name": "cross_entropy"},
+                "batch_size": 8,
+            }
+        )
+    )
 
     def refused(check: object) -> str:
         try:
@@ -53,9 +63,17 @@ def test_what_is_refused_is_what_a_run_refuses(rule: str, net: str) -> None:
 
 
 def test_what_fails_for_another_reason_is_left_to_the_job() -> None:
-    job = Job.from_config(OmegaConf.create({
-        "algorithm": {"name": "fa"}, "architecture": {"name": "dkp_alexnet"}, "dataset": {"name": "digits"},
-        "optimizer": {"name": "sgd"}, "objective": {"name": "cross_entropy"}}))
+    job = Job.from_config(
+        OmegaConf.create(
+            {
+                "algorithm": {"name": "fa"},
+                "architecture": {"name": "dkp_alexnet"},
+                "dataset": {"name": "digits"},
+                "optimizer": {"name": "sgd"},
+                "objective": {"name": "cross_entropy"},
+            }
+        )
+    )
     fit.check_fit([job])  # images of 8x8 pixels are too small for it, which its run says by naming the option
 
 

@@ -14,8 +14,16 @@ import yaml
 from fa_bench.cli import main
 from fa_bench.command.gpus import jobs_at_a_time, shares_devices, visible_devices
 
-SMALL = ["dataset=synthetic", "dataset.samples=32", "dataset.test_samples=16", "architecture.widths=[4]", "epochs=1", "threads=1",
-         "loggers=[]", "probe_every=0"]
+SMALL = [
+    "dataset=synthetic",
+    "dataset.samples=32",
+    "dataset.test_samples=16",
+    "architecture.widths=[4]",
+    "epochs=1",
+    "threads=1",
+    "loggers=[]",
+    "probe_every=0",
+]
 #: Each run waits until the other one has written the device that its process sees.
 PLUGIN = """
 import os, time
@@ -43,31 +51,43 @@ sys.stdin.read()
 """
 
 
-@pytest.mark.parametrize(("count", "visible", "expected"), [
-    (2, None, ["0", "1"]), (2, "3,5", ["3", "5"]), (1, "GPU-a, GPU-b", ["GPU-a"]), (2, "", ["0", "1"]), (0, "", [])])
+@pytest.mark.parametrize(
+    ("count", "visible", "expected"),
+    [(2, None, ["0", "1"]), (2, "3,5", ["3", "5"]), (1, "GPU-a, GPU-b", ["GPU-a"]), (2, "", ["0", "1"]), (0, "", [])],
+)
 def test_devices_keep_the_names_by_which_this_process_sees_them(count: int, visible: str | None, expected: list[str]) -> None:
     assert visible_devices(count, {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}) == expected
 
 
-@pytest.mark.parametrize(("requested", "shared"), [
-    ({"auto"}, True), ({"cuda", "cpu"}, True), ({"cpu"}, False), ({"auto", "cuda:1"}, False), ({"mps"}, False)])
+@pytest.mark.parametrize(
+    ("requested", "shared"),
+    [({"auto"}, True), ({"cuda", "cpu"}, True), ({"cpu"}, False), ({"auto", "cuda:1"}, False), ({"mps"}, False)],
+)
 def test_a_sweep_that_names_devices_by_number_keeps_them(requested: set[str], shared: bool) -> None:
     assert shares_devices(requested) is shared
 
 
-@pytest.mark.parametrize(("asked", "devices", "per_gpu", "jobs", "note"), [
-    (-1, 0, 2, -1, ""), (None, 4, 2, None, ""), (1, 4, 2, 1, ""), (3, 1, 2, 3, ""),
-    (-1, 4, 2, 8, "  2 at a time on each CUDA device (jobs_per_gpu), 8 in all"),
-    (-1, 1, 1, 1, "  1 at a time on each CUDA device (jobs_per_gpu), 1 in all"),
-    (3, 4, 2, 3, "  each job gets one of 4 CUDA devices")])
+@pytest.mark.parametrize(
+    ("asked", "devices", "per_gpu", "jobs", "note"),
+    [
+        (-1, 0, 2, -1, ""),
+        (None, 4, 2, None, ""),
+        (1, 4, 2, 1, ""),
+        (3, 1, 2, 3, ""),
+        (-1, 4, 2, 8, "  2 at a time on each CUDA device (jobs_per_gpu), 8 in all"),
+        (-1, 1, 1, 1, "  1 at a time on each CUDA device (jobs_per_gpu), 1 in all"),
+        (3, 4, 2, 3, "  each job gets one of 4 CUDA devices"),
+    ],
+)
 def test_jobs_at_a_time(asked: int | None, devices: int, per_gpu: int, jobs: int | None, note: str) -> None:
     assert jobs_at_a_time(asked, devices, per_gpu) == (jobs, note)
 
 
 def test_processes_alternate_between_the_devices_and_leave_theirs_to_others(tmp_path: Path) -> None:
     def start() -> tuple[subprocess.Popen[str], str]:
-        process = subprocess.Popen([sys.executable, "-c", CLAIM, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                   text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", CLAIM, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         assert process.stdout is not None
         return process, process.stdout.readline().strip()
 
@@ -84,9 +104,7 @@ def test_processes_alternate_between_the_devices_and_leave_theirs_to_others(tmp_
             process.communicate()
 
 
-def test_each_job_sees_one_device(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_each_job_sees_one_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Two at a time; the runs themselves train on the CPU, and their configs do not say which device they got."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

@@ -18,8 +18,16 @@ from fa_bench.rules.fa import FA
 class Offered(FA):
     """A rule that a distribution offers."""
 '''
-SMALL = ["algorithm=offered", "dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16", "architecture.widths=[8]",
-         "epochs=1", "batch_size=16", "device=cpu"]
+SMALL = [
+    "algorithm=offered",
+    "dataset=synthetic",
+    "dataset.samples=64",
+    "dataset.test_samples=16",
+    "architecture.widths=[8]",
+    "epochs=1",
+    "batch_size=16",
+    "device=cpu",
+]
 
 
 def distribution(folder: Path, text: str) -> Path:
@@ -34,8 +42,9 @@ def distribution(folder: Path, text: str) -> Path:
 
 def run(folder: Path, site: Path, *command: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(site), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": path})
+    return subprocess.run(
+        [sys.executable, *command], cwd=folder, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
 
 
 def test_the_components_of_an_installed_plugin_need_no_name(tmp_path: Path) -> None:

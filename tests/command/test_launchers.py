@@ -22,8 +22,17 @@ from fa_bench.runs.train import run
 from fa_bench.utils.stopping import Interrupted, interrupt_on_signals
 from tests.runs.test_survival import at_step
 
-SWEEP = ["-m", "algorithm=fa,kp", "seed=0,1", "dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16",
-         "architecture.widths=[8]", "epochs=2", "threads=1"]
+SWEEP = [
+    "-m",
+    "algorithm=fa,kp",
+    "seed=0,1",
+    "dataset=synthetic",
+    "dataset.samples=64",
+    "dataset.test_samples=16",
+    "architecture.widths=[8]",
+    "epochs=2",
+    "threads=1",
+]
 #: The times of the training, which no two sweeps share: keys, and the last columns of a row of the table.
 TIMES = ("seconds", "seconds_per_epoch", "seconds_per_step")
 SECONDS = re.compile(r"\| [\d.]+ \| [\d.]+ (?=\| 2 seeds)")
@@ -46,8 +55,16 @@ class Signalled(fa_bench.Callback):
             marker.touch()
             os.kill(os.getpid(), signal.SIGUSR2 if trainer.options.seed == 0 else signal.SIGTERM)
 """
-SIGNALLED_SWEEP = ["-m", "seed=0,1", "algorithm=kp", *SWEEP[3:], "batch_size=16", "dataset.validation=0",
-                   "plugins=[signalling]", "callbacks=[signalled]"]
+SIGNALLED_SWEEP = [
+    "-m",
+    "seed=0,1",
+    "algorithm=kp",
+    *SWEEP[3:],
+    "batch_size=16",
+    "dataset.validation=0",
+    "plugins=[signalling]",
+    "callbacks=[signalled]",
+]
 
 
 def report(folder: Path, monkeypatch: pytest.MonkeyPatch, *launcher: str) -> dict[str, Any]:
@@ -88,8 +105,10 @@ def test_the_report_is_that_of_one_process(
     assert report(tmp_path / name, monkeypatch, f"hydra/launcher={name}", *options) == in_one_process
 
 
-@pytest.mark.parametrize(("jobs", "threads", "cores", "noted"), [
-    (2, 1, 2, False), (2, 2, 2, True), (4, 2, 8, False), (-1, 1, 8, False), (-1, 2, 8, True), (None, 8, 8, False)])
+@pytest.mark.parametrize(
+    ("jobs", "threads", "cores", "noted"),
+    [(2, 1, 2, False), (2, 2, 2, True), (4, 2, 8, False), (-1, 1, 8, False), (-1, 2, 8, True), (None, 8, 8, False)],
+)
 def test_more_threads_than_cores_are_noted(jobs: int | None, threads: int, cores: int, noted: bool) -> None:
     note = oversubscribed(jobs, threads, cores)
     assert bool(note) == noted and (not noted or f"{max(cores // (cores if jobs == -1 else jobs or 1), 1)}" in note)
@@ -123,7 +142,8 @@ def test_jobs_of_submitit_survive_preemption(uninterrupted: list[str]) -> None:
     assert [(result["status"], result["step"]) for result in results_of(Path())] == [("finished", 8), ("interrupted", 6)]
     assert main(command) == 0
     assert [(result["status"], result["weights_hash"]) for result in results_of(Path())] == [
-        ("finished", weights) for weights in uninterrupted]
+        ("finished", weights) for weights in uninterrupted
+    ]
 
 
 def test_a_checkpoint_is_written_before_submitit_requeues(

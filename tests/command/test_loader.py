@@ -16,13 +16,31 @@ from fa_bench.command.compose import Composer
 from fa_bench.config.job import register_schemas
 
 JOBS = [
-    ["seed=1"], ["algorithm=dfa", "algorithm.density=0.5", "seed=2"], ["seed=2", "algorithm=kp"], ["epochs=${seed}"],
-    ["experiment=pfa_fig2", "seed=3"], ["optimizer@feedback_optimizer=adam", "feedback_optimizer.lr=0.1"], ["~seed"],
-    ["~algorithm"], ["~optimizer.lr=7"], ["++note.x=1"], ["+seed=3"], ["nope=1"], ["algorithm=nope"], ["+algorithm=kp"],
+    ["seed=1"],
+    ["algorithm=dfa", "algorithm.density=0.5", "seed=2"],
+    ["seed=2", "algorithm=kp"],
+    ["epochs=${seed}"],
+    ["experiment=pfa_fig2", "seed=3"],
+    ["optimizer@feedback_optimizer=adam", "feedback_optimizer.lr=0.1"],
+    ["~seed"],
+    ["~algorithm"],
+    ["~optimizer.lr=7"],
+    ["++note.x=1"],
+    ["+seed=3"],
+    ["nope=1"],
+    ["algorithm=nope"],
+    ["+algorithm=kp"],
     ["algorithm={name: fa}"],
-    ["seed=1", "seed=2"], ["algorithm=kp", "algorithm=fa"], ["optimizer@nope=adam"], ["foo@bar=1"], ["seed=[1"],
-    ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "epochs=3"], ["hydra.job.config.override_dirname.kv_sep=:", "seed=1"],
-    ["hydra.overrides.task=[a]", "seed=3"], ["hydra.searchpath=[/tmp]", "seed=1"], ["hydra.job.env_copy=[HOME]", "seed=4"],
+    ["seed=1", "seed=2"],
+    ["algorithm=kp", "algorithm=fa"],
+    ["optimizer@nope=adam"],
+    ["foo@bar=1"],
+    ["seed=[1"],
+    ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "epochs=3"],
+    ["hydra.job.config.override_dirname.kv_sep=:", "seed=1"],
+    ["hydra.overrides.task=[a]", "seed=3"],
+    ["hydra.searchpath=[/tmp]", "seed=1"],
+    ["hydra.job.env_copy=[HOME]", "seed=4"],
 ]
 
 
@@ -44,8 +62,12 @@ def flags(node: Any) -> Any:
     """Flags and types of a config's containers."""
     data = node._metadata
     children = node.items_ex(resolve=False) if OmegaConf.is_dict(node) else enumerate(node._iter_ex(resolve=False))
-    return dict(data.flags or {}), data.object_type, data.optional, [
-        flags(child) for _, child in children if OmegaConf.is_config(child) and not child._is_none()]
+    return (
+        dict(data.flags or {}),
+        data.object_type,
+        data.optional,
+        [flags(child) for _, child in children if OmegaConf.is_config(child) and not child._is_none()],
+    )
 
 
 @pytest.mark.parametrize("mode", [RunMode.RUN, RunMode.MULTIRUN], ids=["run", "sweep"])
@@ -59,8 +81,11 @@ def test_configs_and_errors_are_those_of_hydra(composer: Composer, mode: RunMode
 
 def test_jobs_that_choose_the_same_components_are_composed_once(composer: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
     compose, composed = ConfigLoaderImpl._compose_config_from_defaults_list, []
-    monkeypatch.setattr(ConfigLoaderImpl, "_compose_config_from_defaults_list", lambda self, *args, **named: (
-        composed.append(1), compose(self, *args, **named))[1])
+    monkeypatch.setattr(
+        ConfigLoaderImpl,
+        "_compose_config_from_defaults_list",
+        lambda self, *args, **named: (composed.append(1), compose(self, *args, **named))[1],
+    )
     for seed in range(3):
         for rule in ("fa", "kp"):
             composer.compose([f"algorithm={rule}", f"seed={seed}"])
@@ -89,8 +114,11 @@ def test_a_component_that_a_plugin_registers_later_is_composed_with_its_options(
     before = composer.compose([]).algorithm
     monkeypatch.setattr(module, "registered_components", lambda: "others")
     compose, composed = ConfigLoaderImpl._compose_config_from_defaults_list, []
-    monkeypatch.setattr(ConfigLoaderImpl, "_compose_config_from_defaults_list", lambda self, *args, **named: (
-        composed.append(1), compose(self, *args, **named))[1])
+    monkeypatch.setattr(
+        ConfigLoaderImpl,
+        "_compose_config_from_defaults_list",
+        lambda self, *args, **named: (composed.append(1), compose(self, *args, **named))[1],
+    )
     assert composer.compose([]).algorithm == before and composed == [1]
 
 

@@ -55,10 +55,25 @@ def test_a_number_of_joblibs_processes_that_is_none_is_refused_before_the_sweep(
     assert "hydra.launcher.n_jobs" in refused(words, capsys) and not Path("outputs").exists()
 
 
-@pytest.mark.parametrize("device", [
-    "cuda:99999999999999999999", "cuda:128", "cuda:256", "cuda:2147483648", "cuda:01", "cuda:", "cuda:-1", "cuda:٣", "cuda:0 ",
-    "CPU", "mps:0", "cpu\n", "", "x" * 10_000,
-])
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cuda:99999999999999999999",
+        "cuda:128",
+        "cuda:256",
+        "cuda:2147483648",
+        "cuda:01",
+        "cuda:",
+        "cuda:-1",
+        "cuda:٣",
+        "cuda:0 ",
+        "CPU",
+        "mps:0",
+        "cpu\n",
+        "",
+        "x" * 10_000,
+    ],
+)
 def test_a_device_that_torch_cannot_count_is_refused(device: str) -> None:
     with pytest.raises(OptionError, match="device=") as caught:
         RunOptions(device=device)
@@ -66,9 +81,19 @@ def test_a_device_that_torch_cannot_count_is_refused(device: str) -> None:
     assert RunOptions(device="cuda:127").device == "cuda:127"
 
 
-@pytest.mark.parametrize("value", [
-    [["readout"]], ["readout", ["readout"]], [{"a": 1}], {"readout": 1}, [None], [1], "readout", "x" * 10**5,
-])
+@pytest.mark.parametrize(
+    "value",
+    [
+        [["readout"]],
+        ["readout", ["readout"]],
+        [{"a": 1}],
+        {"readout": 1},
+        [None],
+        [1],
+        "readout",
+        "x" * 10**5,
+    ],
+)
 def test_a_list_of_something_else_names_its_option(value: object) -> None:
     with pytest.raises(OptionError, match="probes=") as caught:
         RunOptions(probes=value)  # type: ignore[arg-type]
@@ -99,43 +124,69 @@ def test_messages_are_cut_wherever_they_come_from() -> None:
 LONG = "x" * 19_000
 
 
-@pytest.mark.parametrize("word", [
-    f"{LONG}=1", f"seed={LONG}", f"algorithm={LONG}", f"--{LONG}", f"+{LONG}=1", f"optimizer.{LONG}=1", f"probes=['{LONG}']",
-    f"plugins=['{LONG}']", f"hydra/launcher={LONG}", f"seed=${{{LONG}}}", f"hydra.searchpath=['{LONG}']", f"--config-dir={LONG}",
-    f"output_dir=a={LONG}", f"scale={LONG}", f"hydra.verbose={{a: {LONG}}}",
-])
+@pytest.mark.parametrize(
+    "word",
+    [
+        f"{LONG}=1",
+        f"seed={LONG}",
+        f"algorithm={LONG}",
+        f"--{LONG}",
+        f"+{LONG}=1",
+        f"optimizer.{LONG}=1",
+        f"probes=['{LONG}']",
+        f"plugins=['{LONG}']",
+        f"hydra/launcher={LONG}",
+        f"seed=${{{LONG}}}",
+        f"hydra.searchpath=['{LONG}']",
+        f"--config-dir={LONG}",
+        f"output_dir=a={LONG}",
+        f"scale={LONG}",
+        f"hydra.verbose={{a: {LONG}}}",
+    ],
+)
 def test_a_long_word_is_cut(word: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused([*SMALL, word], capsys)
     assert list(folder.iterdir()) == []
 
 
 # ------------------------------------------------------------------------------------------------ Hydra's own
-@pytest.mark.parametrize(("word", "named"), [
-    ("hydra.sweeper.max_batch_size=1", ["hydra.sweeper.max_batch_size: unknown key"]),
-    ("+hydra.sweeper.max_batch_size=1", ["hydra.sweeper.max_batch_size: fa-bench's sweeper has no options"]),
-    ("hydra/sweeper=basic", ["hydra/sweeper=basic", "fa_bench"]),
-    ("hydra/sweeper=bacis", ["hydra/sweeper=bacis", "allowed: fa_bench"]),
-    ("hydra.sweep.dir=a,b", ["hydra.sweep.dir=a,b", "one value"]),
-    ("hydra.run.dir=a,b", ["hydra.run.dir=a,b", "one value"]),
-    ("hydra.job.name=a,b", ["hydra.job.name=a,b", "one value"]),
-    ("hydra/launcher=basic,joblib", ["hydra/launcher=basic,joblib", "one value"]),
-    ("hydra.sweep.dir=o/${hydra.job.num}", ["hydra.sweep.dir=o/${hydra.job.num}", "hydra.job.num"]),
-    ("hydra.sweep.subdir=o/${hydra.job.id}", ["hydra.sweep.subdir", "hydra.job.id"]),
-    ("output_dir=o/${hydra.job.name}", ["output_dir=o/${hydra.job.name}", "hydra.run.dir"]),
-    ("hydra.sweeper=null", ["hydra.sweeper=null"]), ("hydra.sweeper=1", ["hydra.sweeper=1"]),
-    ("hydra.launcher=null", ["hydra.launcher=null"]), ("+hydra.launcher.x=1", ["hydra.launcher", "'x'"]),
-    ("+hydra.callbacks.x=1", ["hydra.callbacks={'x': 1}"]), ("+hydra.job_logging.root=1", ["hydra.job_logging="]),
-    ("hydra.job_logging={version: 1, root: 1}", ["hydra.job_logging="]),
-    ("+hydra.job_logging.root={level: NOPE}", ["hydra.job_logging="]),
-    ("~hydra/job_logging", ["hydra.job_logging"]), ("hydra.verbose=1", ["hydra.verbose=1"]),
-    ("hydra.overrides.task=[a]", ["hydra.overrides", "must not"]), ("hydra.overrides.hydra=[a]", ["hydra.overrides", "must not"]),
-    ("~output_dir", ["output_dir"]), ("~hydra.sweep.dir", ["hydra.sweep.dir"]), ("~hydra.sweep.subdir", ["hydra.sweep.subdir"]),
-    ("hydra/launcher=ray", ["hydra/launcher=ray", "pip install hydra-ray-launcher", "basic"]),
-    ("hydra/sweeper=optuna", ["hydra/sweeper=optuna: not supported", "allowed: fa_bench"]),
-    ("hydra/job_logging=colorlog", ["hydra/job_logging=colorlog", "pip install hydra-colorlog"]),
-    ("hydra/launcher=submitit_lokal", ["hydra/launcher=submitit_lokal", "'submitit_local'"]),
-    ("hydra/launcher=joblb", ["hydra/launcher=joblb", "'joblib'"]), ("hydra/lancher=joblib", ["hydra/lancher"]),
-])
+@pytest.mark.parametrize(
+    ("word", "named"),
+    [
+        ("hydra.sweeper.max_batch_size=1", ["hydra.sweeper.max_batch_size: unknown key"]),
+        ("+hydra.sweeper.max_batch_size=1", ["hydra.sweeper.max_batch_size: fa-bench's sweeper has no options"]),
+        ("hydra/sweeper=basic", ["hydra/sweeper=basic", "fa_bench"]),
+        ("hydra/sweeper=bacis", ["hydra/sweeper=bacis", "allowed: fa_bench"]),
+        ("hydra.sweep.dir=a,b", ["hydra.sweep.dir=a,b", "one value"]),
+        ("hydra.run.dir=a,b", ["hydra.run.dir=a,b", "one value"]),
+        ("hydra.job.name=a,b", ["hydra.job.name=a,b", "one value"]),
+        ("hydra/launcher=basic,joblib", ["hydra/launcher=basic,joblib", "one value"]),
+        ("hydra.sweep.dir=o/${hydra.job.num}", ["hydra.sweep.dir=o/${hydra.job.num}", "hydra.job.num"]),
+        ("hydra.sweep.subdir=o/${hydra.job.id}", ["hydra.sweep.subdir", "hydra.job.id"]),
+        ("output_dir=o/${hydra.job.name}", ["output_dir=o/${hydra.job.name}", "hydra.run.dir"]),
+        ("hydra.sweeper=null", ["hydra.sweeper=null"]),
+        ("hydra.sweeper=1", ["hydra.sweeper=1"]),
+        ("hydra.launcher=null", ["hydra.launcher=null"]),
+        ("+hydra.launcher.x=1", ["hydra.launcher", "'x'"]),
+        ("+hydra.callbacks.x=1", ["hydra.callbacks={'x': 1}"]),
+        ("+hydra.job_logging.root=1", ["hydra.job_logging="]),
+        ("hydra.job_logging={version: 1, root: 1}", ["hydra.job_logging="]),
+        ("+hydra.job_logging.root={level: NOPE}", ["hydra.job_logging="]),
+        ("~hydra/job_logging", ["hydra.job_logging"]),
+        ("hydra.verbose=1", ["hydra.verbose=1"]),
+        ("hydra.overrides.task=[a]", ["hydra.overrides", "must not"]),
+        ("hydra.overrides.hydra=[a]", ["hydra.overrides", "must not"]),
+        ("~output_dir", ["output_dir"]),
+        ("~hydra.sweep.dir", ["hydra.sweep.dir"]),
+        ("~hydra.sweep.subdir", ["hydra.sweep.subdir"]),
+        ("hydra/launcher=ray", ["hydra/launcher=ray", "pip install hydra-ray-launcher", "basic"]),
+        ("hydra/sweeper=optuna", ["hydra/sweeper=optuna: not supported", "allowed: fa_bench"]),
+        ("hydra/job_logging=colorlog", ["hydra/job_logging=colorlog", "pip install hydra-colorlog"]),
+        ("hydra/launcher=submitit_lokal", ["hydra/launcher=submitit_lokal", "'submitit_local'"]),
+        ("hydra/launcher=joblb", ["hydra/launcher=joblb", "'joblib'"]),
+        ("hydra/lancher=joblib", ["hydra/lancher"]),
+    ],
+)
 def test_hydras_own_options_are_tried_before_a_grid_begins(
     word: str, named: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,8 +201,10 @@ def test_several_folders_of_one_run_are_not_sent_to_a_grid(folder: Path, capsys:
 
 
 def test_what_hydra_can_use_is_taken(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["-m", *SMALL, "seed=0,1", "hydra/job_logging=default", "hydra.verbose=[x]",
-                 "hydra.sweep.dir=o/${hydra.job.name}"]) == 0
+    assert (
+        main(["-m", *SMALL, "seed=0,1", "hydra/job_logging=default", "hydra.verbose=[x]", "hydra.sweep.dir=o/${hydra.job.name}"])
+        == 0
+    )
     assert len(list((folder / "o").rglob("result.json"))) == 2
 
 
@@ -163,18 +216,35 @@ def test_a_value_that_leads_back_to_itself_by_hydras_resolver_is_refused() -> No
 
 
 # ------------------------------------------------------------------------------------------------ presets
-@pytest.mark.parametrize(("text", "named"), [
-    ("'': 3", "''"), ("optimizer: {'': 1}", "optimizer.''"), ("grid:\n  - {'': 1}", "grid: cannot read '=1'"),
-    ("grid:\n  - {'a b': 1}", "grid: cannot read 'a b=1'"), ("grid:\n  - {seed: '[0'}", "grid: cannot read 'seed=[0'"),
-    ("grid:\n  - {hydra.sweep.dir: 'a,b'}", "hydra.sweep.dir=a,b"), ("grid: '${nope}'", "grid"), ("rules: '${nope}'", "rules"),
-    ("grid: {a: 1}", "grid={'a': 1}"), ("rules: {'': {}}", "rules."), ("rules: {fa: {'': 1}}", "rules.fa"),
-    ("rules: {fa: {'a b': 1}}", "rules.fa"), ("rules: {1: {}}", "rules.1"), ("null: 3", "None"), ("hydra: 1", "experiment/odd"),
-    ("hydra:\n  sweeper: {max_batch_size: 0}", "hydra.sweeper.max_batch_size"),
-    ("hydra:\n  callbacks: {x: 1}", "hydra.callbacks"),
-    ("output_dir: ['a']", "output_dir=['a']"), ("output_dir: '~/o'", "output_dir=~/o"), ("data_dir: '~'", "data_dir=~"),
-    ("probes: [[readout]]", "probes=[['readout']]"), ("defaults:\n  - override /hydra/launcher: ray", "hydra-ray-launcher"),
-    (f"'{'k' * 1000}': 1", "kkk"), (f"grid:\n  - {{'{'k' * 1000}': 1}}", "grid"),
-])
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("'': 3", "''"),
+        ("optimizer: {'': 1}", "optimizer.''"),
+        ("grid:\n  - {'': 1}", "grid: cannot read '=1'"),
+        ("grid:\n  - {'a b': 1}", "grid: cannot read 'a b=1'"),
+        ("grid:\n  - {seed: '[0'}", "grid: cannot read 'seed=[0'"),
+        ("grid:\n  - {hydra.sweep.dir: 'a,b'}", "hydra.sweep.dir=a,b"),
+        ("grid: '${nope}'", "grid"),
+        ("rules: '${nope}'", "rules"),
+        ("grid: {a: 1}", "grid={'a': 1}"),
+        ("rules: {'': {}}", "rules."),
+        ("rules: {fa: {'': 1}}", "rules.fa"),
+        ("rules: {fa: {'a b': 1}}", "rules.fa"),
+        ("rules: {1: {}}", "rules.1"),
+        ("null: 3", "None"),
+        ("hydra: 1", "experiment/odd"),
+        ("hydra:\n  sweeper: {max_batch_size: 0}", "hydra.sweeper.max_batch_size"),
+        ("hydra:\n  callbacks: {x: 1}", "hydra.callbacks"),
+        ("output_dir: ['a']", "output_dir=['a']"),
+        ("output_dir: '~/o'", "output_dir=~/o"),
+        ("data_dir: '~'", "data_dir=~"),
+        ("probes: [[readout]]", "probes=[['readout']]"),
+        ("defaults:\n  - override /hydra/launcher: ray", "hydra-ray-launcher"),
+        (f"'{'k' * 1000}': 1", "kkk"),
+        (f"grid:\n  - {{'{'k' * 1000}': 1}}", "grid"),
+    ],
+)
 def test_an_odd_preset_is_named(text: str, named: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "c" / "experiment").mkdir(parents=True)
     (folder / "c" / "experiment" / "odd.yaml").write_text(f"# @package _global_\n{text}\n")
@@ -195,5 +265,5 @@ def test_a_package_that_is_not_there_is_exit_code_2(capsys: pytest.CaptureFixtur
 
 def test_every_job_is_told_the_commands_words(folder: Path) -> None:
     assert main(["-m", *SMALL, "seed=0", "output_dir='o=1'"]) == 0
-    listed, = folder.rglob("sweep.json")
+    (listed,) = folder.rglob("sweep.json")
     assert "output_dir='o=1'" in json.loads(listed.read_text())["command"]

@@ -34,12 +34,24 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return said.strip()
 
 
-@pytest.mark.parametrize(("typed", "meant"), [
-    ("output_dir=o1/lr=0.1", "o1/lr=0.1"), ("output_dir=o1/結果", "o1/結果"), ("output_dir=o1/ä b", "o1/ä b"),
-    ("output_dir=it's", "it's"), ("output_dir=~/o", "{home}/o"), ("output_dir='~/o'", "{home}/o"), ("output_dir='~'", "{home}"),
-    ("output_dir='$MY_FOLDER/o'", "mine/o"), ("output_dir=o(1)", "o(1)"), ("output_dir=a=b=c", "a=b=c"),
-    ('output_dir=o1/5"', 'o1/5"'), ("data_dir=~/data", "{home}/data"), ("data_dir=a#é", "a#é"),
-])
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("output_dir=o1/lr=0.1", "o1/lr=0.1"),
+        ("output_dir=o1/結果", "o1/結果"),
+        ("output_dir=o1/ä b", "o1/ä b"),
+        ("output_dir=it's", "it's"),
+        ("output_dir=~/o", "{home}/o"),
+        ("output_dir='~/o'", "{home}/o"),
+        ("output_dir='~'", "{home}"),
+        ("output_dir='$MY_FOLDER/o'", "mine/o"),
+        ("output_dir=o(1)", "o(1)"),
+        ("output_dir=a=b=c", "a=b=c"),
+        ('output_dir=o1/5"', 'o1/5"'),
+        ("data_dir=~/data", "{home}/data"),
+        ("data_dir=a#é", "a#é"),
+    ],
+)
 def test_a_path_that_needs_more_is_refused_with_what_works_in_a_shell(
     typed: str, meant: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -86,7 +98,7 @@ def test_a_quoted_text_is_read_back_by_the_shell_and_hydra(text: str) -> None:
 def test_a_time_in_a_path_is_that_of_the_command(launcher: str, folder: Path) -> None:
     more = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
     assert main(["-m", *SMALL, "seed=0,1", "output_dir=o/${now:%H%M%S-%f}", f"hydra/launcher={launcher}", *more]) == 0
-    made, = (folder / "o").iterdir()
+    (made,) = (folder / "o").iterdir()
     assert len(list(made.rglob(RESULT))) == 2 and not list((folder / "o").rglob("multirun.yaml"))
 
 
@@ -95,7 +107,8 @@ def test_a_time_is_one_for_a_run_and_for_all_parts_of_a_grid(folder: Path) -> No
     assert len(list((folder / "o").iterdir())) == 1
     (folder / "c" / "experiment").mkdir(parents=True)
     (folder / "c" / "experiment" / "two.yaml").write_text(
-        "# @package _global_\noutput_dir: p/${now:%f}\ngrid:\n  - {algorithm: bp}\n  - {algorithm: fa}\n")
+        "# @package _global_\noutput_dir: p/${now:%f}\ngrid:\n  - {algorithm: bp}\n  - {algorithm: fa}\n"
+    )
     assert main(["-m", "--config-dir", "c", *SMALL, "experiment=two"]) == 0
     assert len(list((folder / "p").iterdir())) == 1
 
@@ -106,7 +119,8 @@ def test_a_number_of_hydras_jobs_is_counted_as_hydra_does(folder: Path, capsys: 
     assert seeds == {"0": 4, "1": 5}
     (folder / "c" / "experiment").mkdir(parents=True)
     (folder / "c" / "experiment" / "two.yaml").write_text(
-        "# @package _global_\ngrid:\n  - {algorithm: bp}\n  - {algorithm: fa}\n")
+        "# @package _global_\ngrid:\n  - {algorithm: bp}\n  - {algorithm: fa}\n"
+    )
     assert main(["-m", "--config-dir", "c", *SMALL, "output_dir=o", "experiment=two", "hydra.sweep.subdir=${hydra.job.num}"]) == 0
     rules = {path.parent.name: json.loads(path.read_text())["algorithm"] for path in (folder / "o").rglob(RESULT)}
     assert rules == {"0": "bp", "1": "fa"}  # one count for all parts

@@ -23,7 +23,8 @@ class Inverse(fa_bench.Schedule):
     def rate(self, lr, done, total):
         return lr / (1 + self.slope * done)
 '''
-PLUGIN = '''
+PLUGIN = (
+    '''
 import dataclasses
 
 import numpy as np
@@ -81,7 +82,9 @@ class Hinge(fa_bench.Objective):
         return nn.functional.multi_margin_loss(outputs, target, margin=self.margin, reduction=reduction)
 
 
-''' + SCHEDULE + '''
+'''
+    + SCHEDULE
+    + '''
 
 @fa_bench.register_optimizer("signs")
 @dataclasses.dataclass(eq=False)
@@ -142,10 +145,26 @@ class Lines(fa_bench.Logger):
     def finish(self, status, numbers, step):
         print("tags", " ".join(sorted(self.tags)))
 '''
-COMMAND = ["plugins=[every_kind]", "algorithm=halved", "algorithm.factor=0.25", "architecture=tiny", "architecture.units=5",
-           "dataset=stripes", "objective=hinge", "objective.margin=0.5", "optimizer=signs", "optimizer.lr=0.01",
-           "optimizer.schedule.name=inverse", "optimizer.schedule.slope=2", "callbacks=[counting]", "loggers=[lines,tensorboard]",
-           "batch_size=8", "threads=1", "epochs=3"]
+)
+COMMAND = [
+    "plugins=[every_kind]",
+    "algorithm=halved",
+    "algorithm.factor=0.25",
+    "architecture=tiny",
+    "architecture.units=5",
+    "dataset=stripes",
+    "objective=hinge",
+    "objective.margin=0.5",
+    "optimizer=signs",
+    "optimizer.lr=0.01",
+    "optimizer.schedule.name=inverse",
+    "optimizer.schedule.slope=2",
+    "callbacks=[counting]",
+    "loggers=[lines,tensorboard]",
+    "batch_size=8",
+    "threads=1",
+    "epochs=3",
+]
 
 
 @pytest.fixture
@@ -165,17 +184,22 @@ def test_it_works_from_the_command_line(folder: Path, capsys: pytest.CaptureFixt
     assert main(["-m", *COMMAND, "seed=0,1"]) == 0
     said = capsys.readouterr().out
     assert "tags accuracy/test" in said and "update_angle/1" in said and "update angle (°)" in said
-    run, = Path("outputs").rglob("seed0")
+    (run,) = Path("outputs").rglob("seed0")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["lr"] for line in lines] == pytest.approx([0.01, 0.01 / 3, 0.01 / 5])
     assert [line["counted"] for line in lines] == [5, 10, 15]
     result = json.loads((run / "result.json").read_text())
     assert {result[key] for key in ("algorithm", "architecture", "dataset", "objective", "optimizer")} == {
-        "halved", "tiny", "stripes", "hinge", "signs"}
+        "halved",
+        "tiny",
+        "stripes",
+        "hinge",
+        "signs",
+    }
     angle = result["angles"]["update_angle"]
     assert (angle["3"] == pytest.approx(0, abs=0.1) and angle["1"] == pytest.approx(0, abs=0.1)) or angle["1"] > 0
     assert result["angles"]["norm_ratio"]["3"] > 0
-    report, = Path("outputs").rglob("report.md")
+    (report,) = Path("outputs").rglob("report.md")
     assert "update angle (°)" in report.read_text() and list(report.parent.glob("report_update_angle*.png"))
     events = EventAccumulator(str(run)).Reload()
     assert "update_angle/1" in events.Tags()["scalars"]
@@ -183,9 +207,17 @@ def test_it_works_from_the_command_line(folder: Path, capsys: pytest.CaptureFixt
 
 
 def test_it_is_in_the_help(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    kinds = {"algorithm": "Errors through half the weight", "architecture": "One hidden layer", "dataset": "Horizontal and",
-             "objective": "Multi-class hinge", "optimizer": "Resilient", "schedule": "slope=1.0", "metric": "weight gradient",
-             "callback": "Counts steps", "logger": "Prints every tag"}
+    kinds = {
+        "algorithm": "Errors through half the weight",
+        "architecture": "One hidden layer",
+        "dataset": "Horizontal and",
+        "objective": "Multi-class hinge",
+        "optimizer": "Resilient",
+        "schedule": "slope=1.0",
+        "metric": "weight gradient",
+        "callback": "Counts steps",
+        "logger": "Prints every tag",
+    }
     for kind, words in kinds.items():
         assert main(["--help", kind, "plugins=[every_kind]"]) == 0
         assert words in capsys.readouterr().out, kind
@@ -198,9 +230,11 @@ def test_a_callback_goes_on_counting_in_a_resumed_run(folder: Path, monkeypatch:
     from fa_bench.utils.stopping import Interrupted
 
     with monkeypatch.context() as patch:
+
         def stop(callback, trainer) -> None:
             if trainer.progress.step == 7:
                 raise Interrupted(2)
+
         patch.setattr(StopOnSignal, "on_step_end", stop)
         assert main([*COMMAND, "hydra.run.dir=run"]) == 130
     assert main([*COMMAND, "hydra.run.dir=run"]) == 0
@@ -210,7 +244,21 @@ def test_a_callback_goes_on_counting_in_a_resumed_run(folder: Path, monkeypatch:
 def test_the_public_face_has_all_of_it() -> None:
     assert set(dir(fa_bench)) == set(fa_bench.__all__)
     assert all(getattr(fa_bench, name) is not None for name in fa_bench.__all__)
-    wanted = {"attach", "Rule", "EdgeRule", "CutRule", "register_rule", "register_dataset", "register_architecture",
-              "register_optimizer", "register_objective", "register_schedule", "register_metric", "option", "run", "load_results"}
+    wanted = {
+        "attach",
+        "Rule",
+        "EdgeRule",
+        "CutRule",
+        "register_rule",
+        "register_dataset",
+        "register_architecture",
+        "register_optimizer",
+        "register_objective",
+        "register_schedule",
+        "register_metric",
+        "option",
+        "run",
+        "load_results",
+    }
     assert wanted <= set(fa_bench.__all__)
     assert (Path(fa_bench.__file__).parent / "py.typed").exists()

@@ -12,12 +12,23 @@ import pytest
 from .test_plugin_of_every_kind import SCHEDULE
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16", "architecture.widths=[8]", "epochs=2",
-         "batch_size=16", "device=cpu", "output_dir=out"]
-PLUGIN = '''
+SMALL = [
+    "dataset=synthetic",
+    "dataset.samples=64",
+    "dataset.test_samples=16",
+    "architecture.widths=[8]",
+    "epochs=2",
+    "batch_size=16",
+    "device=cpu",
+    "output_dir=out",
+]
+PLUGIN = (
+    """
 import dataclasses
 import fa_bench
-''' + SCHEDULE + '''
+"""
+    + SCHEDULE
+    + '''
 
 @fa_bench.register_callback("counting")
 @dataclasses.dataclass(eq=False)
@@ -41,6 +52,7 @@ class Bare(fa_bench.Metric):
     def measure(self, passes):
         return 0.5
 '''
+)
 
 
 @pytest.fixture(autouse=True)
@@ -57,8 +69,15 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_options_of_a_plugin_with_nothing_but_schedules_and_callbacks(folder: Path) -> None:
-    ran = run(*SMALL, "plugins=[mine]", "metrics=[]", "optimizer.schedule.name=inverse", "optimizer.schedule.slope=0.5",
-              "optimizer.lr=0.3", "callbacks=['counting:every=2']")
+    ran = run(
+        *SMALL,
+        "plugins=[mine]",
+        "metrics=[]",
+        "optimizer.schedule.name=inverse",
+        "optimizer.schedule.slope=0.5",
+        "optimizer.lr=0.3",
+        "callbacks=['counting:every=2']",
+    )
     assert ran.returncode == 0, ran.stderr
     (path,) = folder.rglob("metrics.jsonl")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -66,19 +85,22 @@ def test_options_of_a_plugin_with_nothing_but_schedules_and_callbacks(folder: Pa
     assert [line["counted"] for line in lines] == [1, 3]  # 57 training images: three batches of 16 an epoch
 
 
-@pytest.mark.parametrize(("word", "parts"), [
-    ("callbacks=['counting:evry=2']", ["callbacks.counting.evry", "'every'"]),
-    ("callbacks=['counting:every=0']", ["callbacks.counting.every=0", ">= 1"]),
-    ("callbacks=[counting,'counting:every=2']", ["callbacks", "lists counting twice"]),
-    ("callbacks=['countin:every=2']", ["callbacks=countin:every=2", "'counting'"]),
-    ("callbacks=counting", ["callbacks='counting' is not a list", "callbacks=[counting]"]),
-    ("metrics=weight_angle", ["metrics='weight_angle' is not a list", "metrics=[weight_angle]"]),
-    ("plugins=mine", ["plugins='mine' is not a list", "plugins=[mine]"]),
-    ("optimizer.schedule.name=step", ["optimizer.schedule.step_size: is required", "optimizer.schedule.step_size=30"]),
-    ("learning_rate=0.1", ["learning_rate", "'optimizer.lr'"]),
-    ("algorithm=unheard", ["algorithm=unheard: no such algorithm", "plugins=[MODULE]"]),
-    ("metrics=[bare]", ["metric bare", "must return a dict with a number for each layer, not 0.5"]),
-])
+@pytest.mark.parametrize(
+    ("word", "parts"),
+    [
+        ("callbacks=['counting:evry=2']", ["callbacks.counting.evry", "'every'"]),
+        ("callbacks=['counting:every=0']", ["callbacks.counting.every=0", ">= 1"]),
+        ("callbacks=[counting,'counting:every=2']", ["callbacks", "lists counting twice"]),
+        ("callbacks=['countin:every=2']", ["callbacks=countin:every=2", "'counting'"]),
+        ("callbacks=counting", ["callbacks='counting' is not a list", "callbacks=[counting]"]),
+        ("metrics=weight_angle", ["metrics='weight_angle' is not a list", "metrics=[weight_angle]"]),
+        ("plugins=mine", ["plugins='mine' is not a list", "plugins=[mine]"]),
+        ("optimizer.schedule.name=step", ["optimizer.schedule.step_size: is required", "optimizer.schedule.step_size=30"]),
+        ("learning_rate=0.1", ["learning_rate", "'optimizer.lr'"]),
+        ("algorithm=unheard", ["algorithm=unheard: no such algorithm", "plugins=[MODULE]"]),
+        ("metrics=[bare]", ["metric bare", "must return a dict with a number for each layer, not 0.5"]),
+    ],
+)
 def test_mistakes_are_answered_in_a_line(folder: Path, word: str, parts: list[str]) -> None:
     ran = run(*SMALL, "plugins=[mine]", word)
     assert ran.returncode == 2 and ran.stderr.count("\n") == 1, ran.stderr

@@ -34,7 +34,9 @@ BROKEN = {
     "a BaseException": ("class Mine(BaseException): pass\nraise Mine('x' * 50000)\n", ["odd_plugin", "Mine: xxx", "plugin.py:2"]),
     "a long error": ("raise ValueError('y' * 100000)\n", ["odd_plugin", "ValueError: yyy", "odd_plugin.py:1"]),
     "an error that cannot be shown": (
-        "class Mute(Exception):\n    def __str__(self): raise RuntimeError\nraise Mute\n", ["odd_plugin", "Mute", "plugin.py:3"]),
+        "class Mute(Exception):\n    def __str__(self): raise RuntimeError\nraise Mute\n",
+        ["odd_plugin", "Mute", "plugin.py:3"],
+    ),
     "no class at all": (IMPORTS + "ALGORITHMS.register('odd_rule')(3)\n", ["'odd_rule'", "3 is not a subclass", "Rule"]),
     "a function": (IMPORTS + "@ALGORITHMS.register('odd_rule')\ndef rule(): pass\n", ["'odd_rule'", "not a subclass", "Rule"]),
     "a class that is no rule": (IMPORTS + "@ALGORITHMS.register('odd_rule')\nclass A: pass\n", ["'odd_rule'", "Rule", ":5"]),
@@ -47,7 +49,9 @@ BROKEN = {
     "a name that is none": (IMPORTS + RULE.replace("'odd_rule'", "3"), ["algorithm", "as 3", "letters"]),
     "no call": (IMPORTS + RULE.replace("('odd_rule')", ""), ["algorithm", "register('NAME')"]),
     "an option without default": (
-        IMPORTS + RULE.replace("eq=False", "eq=False, kw_only=True") + "    y: int\n", ["algorithm=odd_rule", "no usable"]),
+        IMPORTS + RULE.replace("eq=False", "eq=False, kw_only=True") + "    y: int\n",
+        ["algorithm=odd_rule", "no usable"],
+    ),
     "a default out of range": (IMPORTS + RULE + "    y: int = option(0, 'y', minimum=1)\n", ["algorithm=odd_rule", "y=0"]),
     "a type that is not there": (IMPORTS + RULE + "    y: 'Foo' = option(1, 'y')\n", ["algorithm=odd_rule", "Foo"]),
     "a default that is no data": (IMPORTS + RULE + "    y: object = option(object(), 'y')\n", ["algorithm=odd_rule", "object"]),
@@ -136,8 +140,16 @@ class Plain(OptimizerOptions):
 def test_what_a_plugin_registers_is_a_choice_without_any_file(launcher: str, tmp_path: Path) -> None:
     rule = "from fa_bench.rules.fa import FA\n" + RULE.replace("EdgeRule", "FA")
     (tmp_path / "odd_plugin.py").write_text(IMPORTS + rule + OPTIMIZER)
-    words = ["-m", *SMALL, "plugins=[odd_plugin]", "algorithm=odd_rule,kp", "algorithm.plain_last=true",
-             "optimizer@feedback_optimizer=odd_rule", "feedback_optimizer.lr=0.5", f"hydra/launcher={launcher}"]
+    words = [
+        "-m",
+        *SMALL,
+        "plugins=[odd_plugin]",
+        "algorithm=odd_rule,kp",
+        "algorithm.plain_last=true",
+        "optimizer@feedback_optimizer=odd_rule",
+        "feedback_optimizer.lr=0.5",
+        f"hydra/launcher={launcher}",
+    ]
     assert main([*words, *(["hydra.launcher.n_jobs=2"] if launcher == "joblib" else [])]) == 0
     for path in (found := list(tmp_path.rglob("config.yaml"))):
         config = yaml.safe_load(path.read_text())

@@ -24,31 +24,139 @@ from fa_bench.utils.files import RESULT
 #: How many examples, and whether by a fixed seed: FA_BENCH_EXAMPLES=5000 for a longer search by hand, with new seeds.
 EXAMPLES = int(os.environ.get("FA_BENCH_EXAMPLES", "0"))
 
-NUMBERS = ["0", "-1", "1", "2", "0.5", "1e308", "-1e308", "1e-320", "nan", "inf", "-inf", "1000000000", "1" + "0" * 30,
-           "-1" + "0" * 30, "1" + "0" * 400, "0x10", "1_0"]
-TEXTS = ["''", '""', "abc", "ünï", "日本", "'a b'", "x" * 300, ".", "..", "~", "'*'", "[fc*]", "[act1]", "%s",
-         "'{}'", "null", "true", "None"]
+NUMBERS = [
+    "0",
+    "-1",
+    "1",
+    "2",
+    "0.5",
+    "1e308",
+    "-1e308",
+    "1e-320",
+    "nan",
+    "inf",
+    "-inf",
+    "1000000000",
+    "1" + "0" * 30,
+    "-1" + "0" * 30,
+    "1" + "0" * 400,
+    "0x10",
+    "1_0",
+]
+TEXTS = [
+    "''",
+    '""',
+    "abc",
+    "ünï",
+    "日本",
+    "'a b'",
+    "x" * 300,
+    ".",
+    "..",
+    "~",
+    "'*'",
+    "[fc*]",
+    "[act1]",
+    "%s",
+    "'{}'",
+    "null",
+    "true",
+    "None",
+]
 NESTED = ["[]", "[1]", "[0]", "[a]", "[null]", "[1,2,3]", "[[1],[2]]", "{}", "{a:1}", "{a:{b:[1]}}", "[1000000000]", "{1:2}"]
-FILLED = ["${seed}", "${foo}", "${oc.env:FA_BENCH_NO}", "${by:algorithm,{fa:1},2}", "${by:x,1}",
-          "${oc.create:{a:1}}", "???", "${.x}"]
-TORN = ["${", "}", "'", '"', "[1", "{a:", "a b", "\\", "a=b", "=", "", "a,b", "1,2", "range(3)",
-        "choice(1,2)", "glob(*)", "\n", "\x7f"]
+FILLED = [
+    "${seed}",
+    "${foo}",
+    "${oc.env:FA_BENCH_NO}",
+    "${by:algorithm,{fa:1},2}",
+    "${by:x,1}",
+    "${oc.create:{a:1}}",
+    "???",
+    "${.x}",
+]
+TORN = [
+    "${",
+    "}",
+    "'",
+    '"',
+    "[1",
+    "{a:",
+    "a b",
+    "\\",
+    "a=b",
+    "=",
+    "",
+    "a,b",
+    "1,2",
+    "range(3)",
+    "choice(1,2)",
+    "glob(*)",
+    "\n",
+    "\x7f",
+]
 KNOWN = ["fa", "kp", "adam", "mlp", "smoke", "cosine", "step", "uniform_one", "pytorch", "../x", "/etc/passwd", "/dev/null"]
 
-HYDRA = ["hydra", "hydra.run", "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.job",
-         "hydra.job.name", "hydra.job.num",
-         "hydra.job.id", "hydra.job.chdir", "hydra.job.env_set", "hydra.job.env_set.A", "hydra.job_logging",
-         "hydra.job_logging.root",
-         "hydra.hydra_logging", "hydra.hydra_logging.version", "hydra.launcher", "hydra.launcher._target_", "hydra.sweeper",
-         "hydra.sweeper.params", "hydra.sweeper.max_batch_size", "hydra.callbacks", "hydra.callbacks.x",
-         "hydra.mode", "hydra.verbose",
-         "hydra.searchpath", "hydra.output_subdir", "hydra.overrides.task", "hydra.runtime.output_dir",
-         "hydra.runtime.choices",
-         "hydra/launcher", "hydra/sweeper", "hydra/job_logging", "hydra/callbacks", "hydra.help", "hydra.env"]
-ODD = ["x", "seed.x", "algorithm", "architecture", "dataset", "optimizer", "experiment", "grid",
-       "algorithm@x", "../x", "/x", "_schema/run",
-       f"optimizer@{FEEDBACK_OPTIMIZER}", FEEDBACK_OPTIMIZER, f"{FEEDBACK_OPTIMIZER}.lr", "_paper",
-       "algorithm.name", "", ".", "a.", ".a"]
+HYDRA = [
+    "hydra",
+    "hydra.run",
+    "hydra.run.dir",
+    "hydra.sweep.dir",
+    "hydra.sweep.subdir",
+    "hydra.job",
+    "hydra.job.name",
+    "hydra.job.num",
+    "hydra.job.id",
+    "hydra.job.chdir",
+    "hydra.job.env_set",
+    "hydra.job.env_set.A",
+    "hydra.job_logging",
+    "hydra.job_logging.root",
+    "hydra.hydra_logging",
+    "hydra.hydra_logging.version",
+    "hydra.launcher",
+    "hydra.launcher._target_",
+    "hydra.sweeper",
+    "hydra.sweeper.params",
+    "hydra.sweeper.max_batch_size",
+    "hydra.callbacks",
+    "hydra.callbacks.x",
+    "hydra.mode",
+    "hydra.verbose",
+    "hydra.searchpath",
+    "hydra.output_subdir",
+    "hydra.overrides.task",
+    "hydra.runtime.output_dir",
+    "hydra.runtime.choices",
+    "hydra/launcher",
+    "hydra/sweeper",
+    "hydra/job_logging",
+    "hydra/callbacks",
+    "hydra.help",
+    "hydra.env",
+]
+ODD = [
+    "x",
+    "seed.x",
+    "algorithm",
+    "architecture",
+    "dataset",
+    "optimizer",
+    "experiment",
+    "grid",
+    "algorithm@x",
+    "../x",
+    "/x",
+    "_schema/run",
+    f"optimizer@{FEEDBACK_OPTIMIZER}",
+    FEEDBACK_OPTIMIZER,
+    f"{FEEDBACK_OPTIMIZER}.lr",
+    "_paper",
+    "algorithm.name",
+    "",
+    ".",
+    "a.",
+    ".a",
+]
 
 
 def keys(options: Options, prefix: str) -> Iterator[str]:
@@ -59,20 +167,43 @@ def keys(options: Options, prefix: str) -> Iterator[str]:
 
 
 #: Options whose large values take time by their meaning, or leave the trial that keeps a run short.
-LONG = ("scale", "device", "algorithm.initial_steps", "algorithm.mirror_steps", "algorithm.mirror_batch",
-"architecture.hidden",
-        "probe_every", "plugins", "data_dir")
+LONG = (
+    "scale",
+    "device",
+    "algorithm.initial_steps",
+    "algorithm.mirror_steps",
+    "algorithm.mirror_batch",
+    "architecture.hidden",
+    "probe_every",
+    "plugins",
+    "data_dir",
+)
 
 
 @st.composite
 def command_lines(draw: st.DrawFn) -> list[str]:
     rule, optimizer = draw(st.sampled_from(sorted(ALGORITHMS))), draw(st.sampled_from(sorted(OPTIMIZERS)))
-    words = [f"algorithm={rule}", f"optimizer={optimizer}", "dataset=synthetic", "dataset.samples=48",
-    "dataset.test_samples=16",
-             "dataset.size=4", "architecture.widths=[6]", "scale=smoke"]
-    known = [key for key in (
-        *keys(RunOptions(), ""), *keys(ALGORITHMS[rule](), "algorithm."), *keys(OPTIMIZERS[optimizer](), "optimizer."),
-        *keys(DATASETS["synthetic"](), "dataset."), *keys(ARCHITECTURES["mlp"](), "architecture.")) if key not in LONG]
+    words = [
+        f"algorithm={rule}",
+        f"optimizer={optimizer}",
+        "dataset=synthetic",
+        "dataset.samples=48",
+        "dataset.test_samples=16",
+        "dataset.size=4",
+        "architecture.widths=[6]",
+        "scale=smoke",
+    ]
+    known = [
+        key
+        for key in (
+            *keys(RunOptions(), ""),
+            *keys(ALGORITHMS[rule](), "algorithm."),
+            *keys(OPTIMIZERS[optimizer](), "optimizer."),
+            *keys(DATASETS["synthetic"](), "dataset."),
+            *keys(ARCHITECTURES["mlp"](), "architecture."),
+        )
+        if key not in LONG
+    ]
     for _ in range(draw(st.integers(1, 3))):
         key = draw(st.sampled_from(draw(st.sampled_from([known, known, known, HYDRA, ODD]))))
         value = draw(st.sampled_from(draw(st.sampled_from([NUMBERS, NUMBERS, TEXTS, NESTED, FILLED, TORN, KNOWN]))))
@@ -97,8 +228,13 @@ def _inside(folder: str) -> Iterator[None]:
         os.chdir(before)
 
 
-@settings(max_examples=EXAMPLES or 30, derandomize=not EXAMPLES, deadline=None, database=None,
-          suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(
+    max_examples=EXAMPLES or 30,
+    derandomize=not EXAMPLES,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 @given(command_lines())
 def test_ends_in_training_or_in_a_short_message(home: Path, words: list[str]) -> None:
     with tempfile.TemporaryDirectory(dir=home) as made, _inside(made):

@@ -36,10 +36,15 @@ EVIL = {
     "sweeper": (f"hydra: {{sweeper: {{_target_: os.system, command: {MAKE}}}}}", ["hydra.sweeper._target_=os.system"]),
     "callback": (f"hydra: {{callbacks: {{x: {{_target_: os.system, command: {MAKE}}}}}}}", ["hydra.callbacks.x._target_=os"]),
     # A name below Hydra's package may still lead to any module that one of Hydra's imports.
-    "through_hydra": (f"hydra: {{callbacks: {{x: {{_target_: hydra._internal.core_plugins.bash_completion.os.system, "
-                      f"command: {MAKE}}}}}}}", ["hydra.callbacks.x._target_=hydra._internal", "launchers"]),
-    "within": (f"hydra: {{callbacks: {{x: {{_target_: hydra.experimental.callbacks.LogJobReturnCallback, "
-               f"y: {{_target_: os.system, command: {MAKE}}}}}}}}}", ["hydra.callbacks.x.y._target_=os.system"]),
+    "through_hydra": (
+        f"hydra: {{callbacks: {{x: {{_target_: hydra._internal.core_plugins.bash_completion.os.system, command: {MAKE}}}}}}}",
+        ["hydra.callbacks.x._target_=hydra._internal", "launchers"],
+    ),
+    "within": (
+        f"hydra: {{callbacks: {{x: {{_target_: hydra.experimental.callbacks.LogJobReturnCallback, "
+        f"y: {{_target_: os.system, command: {MAKE}}}}}}}}}",
+        ["hydra.callbacks.x.y._target_=os.system"],
+    ),
     "made_text": (f"hydra: {{callbacks: {{{CREATE}}}}}", ["hydra.callbacks.x=${oc.create"]),
     "elsewhere": ("evil: {}\nhydra: {callbacks: '${evil}'}", ["hydra.callbacks"]),
     "log_factory": ("hydra: {job_logging: %s}" % (LOG % f"(): os.system, command: {MAKE}"), ["handlers.x.()=os.system"]),
@@ -88,7 +93,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (presets / f"{name}.yaml").write_bytes(head + (content if isinstance(content, bytes) else content.encode()))
     (tmp_path / "mine/search.yaml").write_text("hydra: {searchpath: [pkg://evil]}")
     (tmp_path / "mine/called.yaml").write_text(
-        f"defaults: [config, _self_]\nhydra: {{callbacks: {{x: {{_target_: os.system, command: {MAKE}}}}}}}")
+        f"defaults: [config, _self_]\nhydra: {{callbacks: {{x: {{_target_: os.system, command: {MAKE}}}}}}}"
+    )
     return tmp_path
 
 
@@ -111,31 +117,35 @@ def test_preset_is_refused_before_anything_of_it_runs(name: str, folder: Path, c
         assert part in said
 
 
-@pytest.mark.parametrize("arguments", [
-    ["--config-dir", "mine", "--config-name", "search"],
-    ["--config-dir", "mine", "--config-name", "search", "--info", "all"],
-    ["--config-dir", "mine", "--config-name", "search", "--cfg", "all"],
-    ["--config-dir", "mine", "--config-name", "search", "--shell-completion", "query=bash"],
-    ["--config-dir", "mine", "--config-name", "called", "--info", "all"],
-    ["--config-dir", "mine", "--config-name", "called", "--cfg", "hydra"],
-    ["--config-dir", "mine", "--config-name", "called", "--shell-completion", "query=bash"],
-    ["hydra.searchpath=[pkg://evil]"],
-    ["hydra.searchpath=[nowhere]"],
-    ["+hydra.callbacks.x._target_=os.system", f"+hydra.callbacks.x.command='{MAKE}'"],
-    ["hydra.launcher._target_=os.system"],
-    ["-m", "hydra.sweeper._target_=os.system", "seed=0,1"],
-    ["-m", "seed=0,1", "+hydra.callbacks={x:{_target_:os.system}}"],
-    ["+algorithm._target_=os.system"],
-    ["+hydra.job.env_set.PATH=bin"],
-    ["--config-path", "mine"],
-    ["--experimental-rerun", "job.pickle"],
-    ["seed=" + "[" * 3000 + "]" * 3000],
-    ["epochs=" + "${" * 3000 + "}" * 3000],
-    ["-m", "seed=range(0,10,0)"],
-    ["-m", "seed=range(0,inf)"],
-    ["-m", "seed=range(5,1)"],
-    ["-m", "seed=interval(0,1)"],
-], ids=lambda arguments: " ".join(arguments)[:70])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--config-dir", "mine", "--config-name", "search"],
+        ["--config-dir", "mine", "--config-name", "search", "--info", "all"],
+        ["--config-dir", "mine", "--config-name", "search", "--cfg", "all"],
+        ["--config-dir", "mine", "--config-name", "search", "--shell-completion", "query=bash"],
+        ["--config-dir", "mine", "--config-name", "called", "--info", "all"],
+        ["--config-dir", "mine", "--config-name", "called", "--cfg", "hydra"],
+        ["--config-dir", "mine", "--config-name", "called", "--shell-completion", "query=bash"],
+        ["hydra.searchpath=[pkg://evil]"],
+        ["hydra.searchpath=[nowhere]"],
+        ["+hydra.callbacks.x._target_=os.system", f"+hydra.callbacks.x.command='{MAKE}'"],
+        ["hydra.launcher._target_=os.system"],
+        ["-m", "hydra.sweeper._target_=os.system", "seed=0,1"],
+        ["-m", "seed=0,1", "+hydra.callbacks={x:{_target_:os.system}}"],
+        ["+algorithm._target_=os.system"],
+        ["+hydra.job.env_set.PATH=bin"],
+        ["--config-path", "mine"],
+        ["--experimental-rerun", "job.pickle"],
+        ["seed=" + "[" * 3000 + "]" * 3000],
+        ["epochs=" + "${" * 3000 + "}" * 3000],
+        ["-m", "seed=range(0,10,0)"],
+        ["-m", "seed=range(0,inf)"],
+        ["-m", "seed=range(5,1)"],
+        ["-m", "seed=interval(0,1)"],
+    ],
+    ids=lambda arguments: " ".join(arguments)[:70],
+)
 def test_command_line_is_refused(arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if arguments[0] == "--experimental-rerun":
         (folder / "job.pickle").write_bytes(pickle.dumps(Evil()))

@@ -29,7 +29,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "own" / "experiment").mkdir(parents=True)
     for name, text in {
         "mine": "rules: {fa: {density: 0.5}, usf: {density: 0.25}}\n"
-                "grid: [{algorithm: 'bp,fa,usf'}, {algorithm: dfa, algorithm.density: '1.0,0.75'}]",
+        "grid: [{algorithm: 'bp,fa,usf'}, {algorithm: dfa, algorithm.density: '1.0,0.75'}]",
         "other": "grid: [{algorithm: kp}]\nepochs: 2",
     }.items():
         (tmp_path / "own" / "experiment" / f"{name}.yaml").write_text(f"# @package _global_\n{text}\n")
@@ -57,7 +57,12 @@ def test_an_experiment_whose_rules_have_options_runs_in_one_pool(
     assert launched == [5]
     found = [yaml.safe_load(path.read_text())["algorithm"] for path in folder.rglob("config.yaml")]
     assert sorted((rule["name"], rule.get("density", 1.0)) for rule in found) == [
-        ("bp", 1.0), ("dfa", 0.75), ("dfa", 1.0), ("fa", 0.5), ("usf", 0.25)]
+        ("bp", 1.0),
+        ("dfa", 0.75),
+        ("dfa", 1.0),
+        ("fa", 0.5),
+        ("usf", 0.25),
+    ]
     out = capfd.readouterr().out
     assert all(f"[{number}/5]" in out for number in range(1, 6)) and " remaining" in out
     assert not [name for name in os.environ if name.startswith(("FA_BENCH", "HYDRA"))]
@@ -67,8 +72,14 @@ def test_each_job_is_composed_once_before_the_sweep(monkeypatch: pytest.MonkeyPa
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cls: Any = type(GlobalHydra.instance().config_loader())
     compose, composed = cls.load_configuration, []
-    monkeypatch.setattr(cls, "load_configuration", lambda self, *args, **named: (
-        composed.append(named["overrides"] if "overrides" in named else args[1]), compose(self, *args, **named))[1])
+    monkeypatch.setattr(
+        cls,
+        "load_configuration",
+        lambda self, *args, **named: (
+            composed.append(named["overrides"] if "overrides" in named else args[1]),
+            compose(self, *args, **named),
+        )[1],
+    )
     launched = watched("hydra._internal.core_plugins.basic_launcher.BasicLauncher", monkeypatch)
     assert main(["-m", *SMALL, "algorithm=fa,bp", "seed=0,1"]) == 0
     assert launched == [4]
@@ -84,7 +95,8 @@ def test_several_experiments_are_all_expanded(folder: Path, capsys: pytest.Captu
 
 def test_an_experiment_chooses_the_launcher(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "own" / "experiment" / "two.yaml").write_text(
-        "# @package _global_\ndefaults:\n  - override /hydra/launcher: joblib\nhydra: {launcher: {n_jobs: 2}}\n")
+        "# @package _global_\ndefaults:\n  - override /hydra/launcher: joblib\nhydra: {launcher: {n_jobs: 2}}\n"
+    )
     launched = watched("hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher", monkeypatch)
     assert main(["-m", "--config-dir", "own", "experiment=two", *SMALL, "seed=0,1"]) == 0
     assert launched == [2]

@@ -21,8 +21,18 @@ from fa_bench.runs.train import run
 from tests.data.files import write_cifar
 
 #: 40 training images and 4 for validation, so that the last batch of 16 has 8; three epochs, for schedules.
-BASE = ("dataset=synthetic", "dataset.samples=44", "dataset.validation=4", "dataset.test_samples=10", "dataset.size=3",
-        "dataset.classes=3", "batch_size=16", "epochs=3", "probe_size=4", "architecture.widths=[5]")
+BASE = (
+    "dataset=synthetic",
+    "dataset.samples=44",
+    "dataset.validation=4",
+    "dataset.test_samples=10",
+    "dataset.size=3",
+    "dataset.classes=3",
+    "batch_size=16",
+    "epochs=3",
+    "probe_size=4",
+    "architecture.widths=[5]",
+)
 #: What a run is made of, in the order in which it comes about; an option changes its own stage, and none in front of it.
 DATA, MODEL, BATCHES, TRAINED, RECORD = "data_hash", "initial_weights_hash", "batches_hash", "trained", "record"
 STAGES = (DATA, MODEL, BATCHES, TRAINED, RECORD)
@@ -55,13 +65,17 @@ def numbers(*overrides: str) -> dict[str, Any]:
         result = run(composed(*BASE, "threads=1", *overrides), Path(folder, "run"))
     assert result["status"] == "finished", result["error"]
     recorded = ("step", "angles", "test_accuracy", "probes")
-    return {**{stage: result[stage] for stage in STAGES[:3]}, RECORD: str([result[key] for key in recorded]),
-            TRAINED: result["weights_hash"] + result["feedback_hash"], "feedback": result["feedback_hash"]}
+    return {
+        **{stage: result[stage] for stage in STAGES[:3]},
+        RECORD: str([result[key] for key in recorded]),
+        TRAINED: result["weights_hash"] + result["feedback_hash"],
+        "feedback": result["feedback_hash"],
+    }
 
 
 def assert_changes(stage: str, base: tuple[str, ...], change: tuple[str, ...]) -> None:
     before, after = numbers(*base), numbers(*base, *change)
-    earlier = STAGES[:STAGES.index(stage)]
+    earlier = STAGES[: STAGES.index(stage)]
     assert {name: after[name] for name in earlier} == {name: before[name] for name in earlier}
     assert after[stage] != before[stage], f"{change} changes nothing"
 
@@ -81,23 +95,50 @@ def keys(options: type[Options], prefix: str = "") -> set[str]:
 # --- top level, data and model ------------------------------------------------------------------------------------------------
 
 TOP = {
-    "seed": (MODEL, (), "1"), "epochs": (BATCHES, (), "2"), "batch_size": (BATCHES, (), "8"),
-    "drop_last": (TRAINED, (), "false"), "shuffle": (BATCHES, (), "false"), "clip_norm": (TRAINED, (), "0.01"),
+    "seed": (MODEL, (), "1"),
+    "epochs": (BATCHES, (), "2"),
+    "batch_size": (BATCHES, (), "8"),
+    "drop_last": (TRAINED, (), "false"),
+    "shuffle": (BATCHES, (), "false"),
+    "clip_norm": (TRAINED, (), "0.01"),
     "accumulate": (TRAINED, (), "2"),  # equal but for rounding
-    "probe_size": (RECORD, (), "3"), "scale": (BATCHES, (), "smoke"), "precision": (TRAINED, (), "bf16"),
+    "probe_size": (RECORD, (), "3"),
+    "scale": (BATCHES, (), "smoke"),
+    "precision": (TRAINED, (), "bf16"),
 }
 #: They change what happens around the numbers, or how often they are recorded, which other tests look at.
-NOT_NUMBERS = {"callbacks", "device", "on_divergence", "deterministic", "probe_every", "compile", "graphs", "channels_last",
-               "sync_batch_norm"}
+NOT_NUMBERS = {
+    "callbacks",
+    "device",
+    "on_divergence",
+    "deterministic",
+    "probe_every",
+    "compile",
+    "graphs",
+    "channels_last",
+    "sync_batch_norm",
+}
 
 DATASET = {
-    "samples": (DATA, "46"), "test_samples": (DATA, "11"), "classes": (DATA, "4"), "channels": (DATA, "2"), "size": (DATA, "4"),
-    "noise": (DATA, "0.3"), "data_seed": (DATA, "1"), "validation": (BATCHES, "8"), "validation_seed": (BATCHES, "1"),
-    "mean": (BATCHES, "[0.4]"), "std": (BATCHES, "[0.5]"),
+    "samples": (DATA, "46"),
+    "test_samples": (DATA, "11"),
+    "classes": (DATA, "4"),
+    "channels": (DATA, "2"),
+    "size": (DATA, "4"),
+    "noise": (DATA, "0.3"),
+    "data_seed": (DATA, "1"),
+    "validation": (BATCHES, "8"),
+    "validation_seed": (BATCHES, "1"),
+    "mean": (BATCHES, "[0.4]"),
+    "std": (BATCHES, "[0.5]"),
 }
 ARCHITECTURE = {
-    "widths": (MODEL, "[6]"), "activation": (TRAINED, "tanh"), "batch_norm": (MODEL, "true"), "output_norm": (MODEL, "true"),
-    "init": (MODEL, "xavier_uniform"), "linear_init": (MODEL, "xavier_uniform"),
+    "widths": (MODEL, "[6]"),
+    "activation": (TRAINED, "tanh"),
+    "batch_norm": (MODEL, "true"),
+    "output_norm": (MODEL, "true"),
+    "init": (MODEL, "xavier_uniform"),
+    "linear_init": (MODEL, "xavier_uniform"),
 }
 
 
@@ -186,11 +227,25 @@ OPTIMIZER: dict[str, tuple[str, tuple[str, ...], str]] = {
     "eps": ("adam", (), "0.01"),
 }
 #: Options of muon in addition to those of any optimizer.
-MUON = {"momentum": "0.5", "nesterov": "false", "beta1": "0.5", "beta2": "0.9", "eps": "0.01", "ns_steps": "2",
-        "adjust_lr": "match_rms_adamw", "layers": "hidden", "exclude": "[fc2]", "adam_lr": "0.1"}
+MUON = {
+    "momentum": "0.5",
+    "nesterov": "false",
+    "beta1": "0.5",
+    "beta2": "0.9",
+    "eps": "0.01",
+    "ns_steps": "2",
+    "adjust_lr": "match_rms_adamw",
+    "layers": "hidden",
+    "exclude": "[fc2]",
+    "adam_lr": "0.1",
+}
 #: adamw has the options of adam, by which it is built in the same line but for the decay.
-CASES = [(name, key) for name in ("sgd", "adam", "adamw") for key, (of, *_) in OPTIMIZER.items()
-         if of in ("any", name) and (name != "adamw" or key == "weight_decay")]
+CASES = [
+    (name, key)
+    for name in ("sgd", "adam", "adamw")
+    for key, (of, *_) in OPTIMIZER.items()
+    if of in ("any", name) and (name != "adamw" or key == "weight_decay")
+]
 
 
 @pytest.mark.parametrize(("name", "key"), CASES)
@@ -209,8 +264,12 @@ def test_options_of_muon(key: str) -> None:
 @pytest.mark.parametrize(("name", "key"), CASES)
 def test_options_of_the_optimizer_of_the_feedback(name: str, key: str) -> None:
     _, needed, value = OPTIMIZER[key]
-    base = ("algorithm=kp", f"optimizer@feedback_optimizer={name}", "feedback_optimizer.lr=0.01",
-            *(f"feedback_optimizer.{word}" for word in needed))
+    base = (
+        "algorithm=kp",
+        f"optimizer@feedback_optimizer={name}",
+        "feedback_optimizer.lr=0.01",
+        *(f"feedback_optimizer.{word}" for word in needed),
+    )
     assert_changes(TRAINED, base, (f"feedback_optimizer.{key}={value}",))
 
 
@@ -231,16 +290,17 @@ CUT = {"cuts": "['act2']", "freeze_stem": "true"}
 RULES: dict[str, dict[str, str]] = {
     "fa": {**EDGE, "b_init": "pytorch", "density": "0.5", "freeze_stem": "true"},
     "kp": {**EDGE, "b_init": "pytorch", "b_lr_scale": "0.5", "freeze_stem": "true"},
-    "usf": {"scale": "none", "density": "0.5"}, "brsf": {"m_init": "pytorch", "density": "0.5"},
+    "usf": {"scale": "none", "density": "0.5"},
+    "brsf": {"m_init": "pytorch", "density": "0.5"},
     "frsf": {"m_init": "pytorch", "density": "0.5"},
-    "pfa": {"ratio": "2", "r_init": "pytorch", "density": "0.5"}, "pfa_o": {"ratio": "2", "r_init": "pytorch"},
+    "pfa": {"ratio": "2", "r_init": "pytorch", "density": "0.5"},
+    "pfa_o": {"ratio": "2", "r_init": "pytorch"},
     "symmetric_alignment": {"alpha": "0.1", "beta": "0.1", "b_lr_scale": "2", "update_forward": "true", "b_init": "pytorch"},
     "activation_alignment": {"alpha": "0.1", "beta": "0.1", "signal": "noise"},
     "regularized_mirror": {"alpha": "0.1", "beta": "0.1", "signal": "noise", "noise_batch": "4"},
     "information_alignment": {"alpha": "0.1", "beta": "0.1", "gamma": "0.1", "signal": "noise"},
     "ldfa": {"rank": "2", "b_rate": "0", "r_init": "pytorch"},
-    "dfa": {"b_init": "pytorch", "density": "0.5", "form": "shared", "freeze_stem": "true",
-            "error_at": "act2"},
+    "dfa": {"b_init": "pytorch", "density": "0.5", "form": "shared", "freeze_stem": "true", "error_at": "act2"},
     "dkp": {"error_at": "act2", "b_init": "pytorch", "density": "0.5", "b_lr_scale": "0.5"},
     "local_error": {"m_init": "pytorch", "separate": "true"},
     "predsim": {"beta": "0.5", "loss": "pred", "decoder_init": "pytorch", "decoder_bias": "false", **CUT, "freeze_stem": "true"},
@@ -249,7 +309,8 @@ RULES: dict[str, dict[str, str]] = {
     "fdfa": {"b_init": "pytorch", "b_lr_scale": "0.5", "tangents": "difference"},
     "grape": {"b_init": "pytorch", "b_lr_scale": "0.5", "anchor_period": "2", "tangents": "difference"},
     "forward_gradient": {"form": "weight", "tangents": "difference"},
-    "epc": {"steps": "3", "rate": "0.5", "momentum": "0.5", **CUT}, "pc": {"steps": "3", "rate": "0.5", "momentum": "0.5", **CUT},
+    "epc": {"steps": "3", "rate": "0.5", "momentum": "0.5", **CUT},
+    "pc": {"steps": "3", "rate": "0.5", "momentum": "0.5", **CUT},
     "wm": {"initial_steps": "2", "mirror_steps": "2", "mirror_rate": "0.1", "mirror_batch": "8"},
 }
 

@@ -26,8 +26,10 @@ def write_mnist(root: Path, folder: str = "MNIST", seed: int = 0) -> dict[str, n
     raw.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     arrays = {
-        IDX_FILES[0]: rng.integers(0, 256, (30, 28, 28)), IDX_FILES[1]: np.arange(30) % 10,
-        IDX_FILES[2]: rng.integers(0, 256, (10, 28, 28)), IDX_FILES[3]: np.arange(10)[::-1],
+        IDX_FILES[0]: rng.integers(0, 256, (30, 28, 28)),
+        IDX_FILES[1]: np.arange(30) % 10,
+        IDX_FILES[2]: rng.integers(0, 256, (10, 28, 28)),
+        IDX_FILES[3]: np.arange(10)[::-1],
     }
     for name, array in arrays.items():
         write_idx(raw / name, array)
@@ -66,8 +68,7 @@ def write_cifar(
     if label is not None:
         contents[-1][label_key][-1] = label
     listed = [[file, write(file, content)] for file, content in zip(files, contents, strict=True)]
-    meta = {"filename": meta_name, "key": meta_key,
-            "md5": write(meta_name, {meta_key: [f"thing {i}" for i in range(classes)]})}
+    meta = {"filename": meta_name, "key": meta_key, "md5": write(meta_name, {meta_key: [f"thing {i}" for i in range(classes)]})}
     monkeypatch.setattr(getattr(cifar, of), "train_list", listed[:-1])
     monkeypatch.setattr(getattr(cifar, of), "test_list", listed[-1:])
     monkeypatch.setattr(getattr(cifar, of), "meta", meta)
@@ -81,8 +82,10 @@ def write_svhn(root: Path, monkeypatch: pytest.MonkeyPatch, label: int | None = 
     rng = np.random.default_rng(0)
     contents, listed = {}, dict(svhn.SVHN.split_list)
     for part, count in (("train", 9), ("test", 5)):
-        contents[part] = {"X": rng.integers(0, 256, (32, 32, 3, count), dtype=np.uint8),
-                          "y": rng.integers(1, 11, (count, 1), dtype=np.uint8)}
+        contents[part] = {
+            "X": rng.integers(0, 256, (32, 32, 3, count), dtype=np.uint8),
+            "y": rng.integers(1, 11, (count, 1), dtype=np.uint8),
+        }
         contents[part]["y"][0] = 10
         if label is not None:
             contents[part]["y"][1] = label

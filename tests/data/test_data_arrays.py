@@ -40,8 +40,10 @@ def test_floats_of_0_to_1_are_brought_to_8_bits(dtype: type) -> None:
     splits = load((X / 255).astype(dtype), test_x=torch.from_numpy(X / 255))
     difference = np.abs(splits.train.images.numpy().astype(int) - X)
     assert difference.max() <= (dtype is np.float16) and (splits.test.images.numpy() == X).all()
-    assert splits.notes == [f"training images: {np.dtype(dtype)} from 0 to 1, converted to 8 bits",
-                            "test images: float64 from 0 to 1, converted to 8 bits"]
+    assert splits.notes == [
+        f"training images: {np.dtype(dtype)} from 0 to 1, converted to 8 bits",
+        "test images: float64 from 0 to 1, converted to 8 bits",
+    ]
 
 
 def test_fractions_that_rounding_brought_beyond_1_are_taken() -> None:
@@ -76,8 +78,10 @@ def test_class_names_may_be_an_array() -> None:
 COLOUR = np.repeat(X, 3, 1)
 BAD: dict[str, tuple[dict[str, object], str]] = {
     "standardised": ({"x": X / 127.5 - 1}, r"training images are float64 from -1 to 1; allowed: .*rescale to \[0, 1\]"),
-    "floats of 0 to 255": ({"test_x": X.astype(float)},
-                           r"test images are float64 from 0 to 255; .*images\.round\(\)\.astype\('uint8'\)"),
+    "floats of 0 to 255": (
+        {"test_x": X.astype(float)},
+        r"test images are float64 from 0 to 255; .*images\.round\(\)\.astype\('uint8'\)",
+    ),
     "NaN": ({"x": np.full(X.shape, np.nan)}, r"training images are float64 with values that are not finite"),
     "infinite": ({"x": np.where(X > 250, np.inf, 0.5)}, r"not finite"),
     "16 bits": ({"x": X.astype(np.uint16) * 257}, r"training images are uint16 from .*images >> 8"),

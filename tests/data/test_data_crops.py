@@ -83,11 +83,11 @@ def test_a_batch_is_cropped_where_its_draws_say() -> None:
 def test_boxes_from_given_draws() -> None:
     """Area 0.08 + 0.92 u of the image, ratio (4/3)^(2v - 1), place floor(u (n + 1)), by hand."""
     draws = np.zeros((3, DRAWS))
-    draws[0, :TRIES], draws[0, TRIES:2 * TRIES] = 0.5, 0.5  # area 0.54 of 100x100, square: 73
+    draws[0, :TRIES], draws[0, TRIES : 2 * TRIES] = 0.5, 0.5  # area 0.54 of 100x100, square: 73
     draws[0, -3:-1] = 0.999, 0.5
     draws[1, 0], draws[1, TRIES] = 0.99, 0.999  # wider than the image: the second try counts
     draws[1, 1], draws[1, TRIES + 1] = 0.25, 0.0  # area 3100, ratio 3/4: 48 wide, 64 high
-    draws[2, :TRIES], draws[2, TRIES:2 * TRIES] = 1.0, 1.0  # never fits
+    draws[2, :TRIES], draws[2, TRIES : 2 * TRIES] = 1.0, 1.0  # never fits
     boxes = random_boxes(draws, 100, 100)
     assert boxes[0].tolist() == [27, 14, 73, 73] and boxes[1].tolist() == [0, 0, 64, 48]
     assert boxes[2].tolist() == [0, 0, 100, 100]
@@ -106,7 +106,7 @@ def test_boxes_have_the_law_of_torchvisions(height: int, width: int) -> None:
     theirs = np.array([RandomResizedCrop.get_params(canvas, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)], float)
     ours = random_boxes(np.random.default_rng(0).random((4000, DRAWS)), height, width).astype(float)
     assert (ours[:, 0] + ours[:, 2]).max() <= height and (ours[:, 1] + ours[:, 3]).max() <= width
-    for values in (lambda b: b, lambda b: b ** 2, lambda b: b[:, 2:3] * b[:, 3:], lambda b: b[:, 2:3] / b[:, 3:]):
+    for values in (lambda b: b, lambda b: b**2, lambda b: b[:, 2:3] * b[:, 3:], lambda b: b[:, 2:3] / b[:, 3:]):
         one, other = values(ours), values(theirs)
         limit = 4 * np.sqrt((one.var(0) + other.var(0)) / 4000)
         assert (np.abs(one.mean(0) - other.mean(0)) < limit).all()
@@ -151,17 +151,20 @@ def test_resized_crops_leave_the_stored_images_and_the_order_alone() -> None:
     assert torch.equal(split.images, before) and labels[0] == labels[1]
 
 
-@pytest.mark.parametrize(("dataset", "options", "message"), [
-    ("cifar100", {"crop": "resize"}, r"crop=resize is not one of padded, resized; did you mean 'resized'"),
-    ("cifar10", {"size": 0}, r"size=0 is out of range"),
-    ("cifar10", {"mean": [0.5, 0.5]}, r"mean=\[0\.5, 0\.5\] should have 1 or 3 numbers"),
-    ("mnist", {"std": [0.5] * 3}, r"std=\[0\.5, 0\.5, 0\.5\] should have 1 number"),
-    ("svhn", {"std": [0.5, 0.0, 0.5]}, r"std=0\.0 is out of range"),
-    ("tiny_imagenet", {"mean": []}, r"mean=\[\] should have 1 or 3 numbers"),
-    ("synthetic", {"mean": [0.5, 0.5]}, r"mean=\[0\.5, 0\.5\] should have 1 number"),
-    ("imagenet", {"size": None}, r"size=null is not possible with crop=resized"),
-    ("image_folder", {"crop": "resized"}, r"size=null is not possible with crop=resized"),
-])
+@pytest.mark.parametrize(
+    ("dataset", "options", "message"),
+    [
+        ("cifar100", {"crop": "resize"}, r"crop=resize is not one of padded, resized; did you mean 'resized'"),
+        ("cifar10", {"size": 0}, r"size=0 is out of range"),
+        ("cifar10", {"mean": [0.5, 0.5]}, r"mean=\[0\.5, 0\.5\] should have 1 or 3 numbers"),
+        ("mnist", {"std": [0.5] * 3}, r"std=\[0\.5, 0\.5, 0\.5\] should have 1 number"),
+        ("svhn", {"std": [0.5, 0.0, 0.5]}, r"std=0\.0 is out of range"),
+        ("tiny_imagenet", {"mean": []}, r"mean=\[\] should have 1 or 3 numbers"),
+        ("synthetic", {"mean": [0.5, 0.5]}, r"mean=\[0\.5, 0\.5\] should have 1 number"),
+        ("imagenet", {"size": None}, r"size=null is not possible with crop=resized"),
+        ("image_folder", {"crop": "resized"}, r"size=null is not possible with crop=resized"),
+    ],
+)
 def test_options_that_cannot_be_are_named_before_data_is_read(dataset: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         DATASETS[dataset].from_mapping(options)

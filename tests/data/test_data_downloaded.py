@@ -33,9 +33,13 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_network")
-@pytest.mark.parametrize(("name", "folder", "mean", "std"), [
-    ("mnist", "MNIST", 0.1307, 0.3081), ("fashion_mnist", "FashionMNIST", 0.5, 0.5),
-])
+@pytest.mark.parametrize(
+    ("name", "folder", "mean", "std"),
+    [
+        ("mnist", "MNIST", 0.1307, 0.3081),
+        ("fashion_mnist", "FashionMNIST", 0.5, 0.5),
+    ],
+)
 def test_idx_files_arrive_as_written(
     tmp_path: Path, name: str, folder: str, mean: float, std: float, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -72,10 +76,16 @@ def test_missing_mnist_names_the_missing_files_and_their_folder(tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("no_network")
-@pytest.mark.parametrize(("name", "folder"), [
-    ("mnist", "MNIST/raw"), ("fashion_mnist", "FashionMNIST/raw"), ("cifar10", "cifar-10-batches-py"),
-    ("cifar100", "cifar-100-python"), ("svhn", "SVHN"),
-])
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("mnist", "MNIST/raw"),
+        ("fashion_mnist", "FashionMNIST/raw"),
+        ("cifar10", "cifar-10-batches-py"),
+        ("cifar100", "cifar-100-python"),
+        ("svhn", "SVHN"),
+    ],
+)
 def test_nothing_there_and_no_network(tmp_path: Path, name: str, folder: str) -> None:
     with pytest.raises(DataError) as caught:
         DATASETS[name]().load(tmp_path / "new", CPU)
@@ -93,9 +103,13 @@ def test_a_cut_off_idx_file_is_a_data_error(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.usefixtures("no_network")
-@pytest.mark.parametrize(("name", "key", "deviation"), [
-    ("cifar10", "labels", [0.2470, 0.2435, 0.2616]), ("cifar100", "fine_labels", [0.2023, 0.1994, 0.2010]),
-])
+@pytest.mark.parametrize(
+    ("name", "key", "deviation"),
+    [
+        ("cifar10", "labels", [0.2470, 0.2435, 0.2616]),
+        ("cifar100", "fine_labels", [0.2023, 0.1994, 0.2010]),
+    ],
+)
 def test_cifar_arrives_as_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, key: str, deviation: list[float]
 ) -> None:
@@ -114,9 +128,7 @@ def test_cifar_arrives_as_written(
 
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("augment", [True, False])
-def test_cifar_augments_training_batches_where_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, augment: bool
-) -> None:
+def test_cifar_augments_training_batches_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, augment: bool) -> None:
     write_cifar(tmp_path, monkeypatch)
     splits = DATASETS["cifar10"].from_mapping({"validation": 0, "augment": augment}).load(tmp_path, CPU)
     plain = next(splits.train.batches(20))[0].flatten(1)
@@ -223,9 +235,7 @@ def test_cifar100_at_224_as_in_the_dkp_paper(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize(("name", "label"), [("cifar10", 10), ("cifar10", -1), ("cifar100", 100)])
-def test_a_cifar_label_out_of_range_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, label: int
-) -> None:
+def test_a_cifar_label_out_of_range_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, label: int) -> None:
     write_cifar(tmp_path, monkeypatch, name, label)
     with pytest.raises(DataError, match=rf"dataset={name}: .*test image 5 has label {label}, out of range") as caught:
         DATASETS[name]().load(tmp_path, CPU)
@@ -271,10 +281,14 @@ def test_svhn_downloads_what_is_missing_alone(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.usefixtures("no_network")
-@pytest.mark.parametrize(("name", "archive"), [
-    ("mnist", "MNIST/raw/train-images-idx3-ubyte.gz"), ("cifar10", "cifar-10-python.tar.gz"),
-    ("cifar100", "cifar-100-python.tar.gz"),
-])
+@pytest.mark.parametrize(
+    ("name", "archive"),
+    [
+        ("mnist", "MNIST/raw/train-images-idx3-ubyte.gz"),
+        ("cifar10", "cifar-10-python.tar.gz"),
+        ("cifar100", "cifar-100-python.tar.gz"),
+    ],
+)
 def test_a_cut_off_archive_is_named(tmp_path: Path, name: str, archive: str) -> None:
     path = tmp_path / archive
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -32,9 +32,14 @@ def test_kmnist_arrives_as_written(tmp_path: Path) -> None:
 
 def emnist_arrays(split: str) -> dict[str, np.ndarray]:
     rng, classes = np.random.default_rng(0), EMNIST_SPLITS[split]
-    return {f"emnist-{split}-{part}-{kind}-ubyte": array for part, count in (("train", 2 * classes), ("test", classes))
-            for kind, array in (("images-idx3", rng.integers(0, 256, (count, 28, 28))),
-                                ("labels-idx1", np.arange(count) % classes + (split == "letters")))}
+    return {
+        f"emnist-{split}-{part}-{kind}-ubyte": array
+        for part, count in (("train", 2 * classes), ("test", classes))
+        for kind, array in (
+            ("images-idx3", rng.integers(0, 256, (count, 28, 28))),
+            ("labels-idx1", np.arange(count) % classes + (split == "letters")),
+        )
+    }
 
 
 @pytest.mark.parametrize("split", ["balanced", "letters", "digits"])

@@ -259,10 +259,18 @@ def test_the_folder_is_part_of_a_runs_identity() -> None:
     assert [name for name in DATASETS if DATASETS[name].content_is_data_dir] == ["image_folder"]
 
 
-@pytest.mark.parametrize(("options", "path"), [
-    ({"channels": 2}, "channels"), ({"channels": 4}, "channels"), ({"mean": [0.5, 0.5]}, "mean"),
-    ({"std": [0.0]}, "std"), ({"size": 0}, "size"), ({"workers": -1}, "workers"), ({"memory_limit_gb": -1}, "memory_limit_gb"),
-])
+@pytest.mark.parametrize(
+    ("options", "path"),
+    [
+        ({"channels": 2}, "channels"),
+        ({"channels": 4}, "channels"),
+        ({"mean": [0.5, 0.5]}, "mean"),
+        ({"std": [0.0]}, "std"),
+        ({"size": 0}, "size"),
+        ({"workers": -1}, "workers"),
+        ({"memory_limit_gb": -1}, "memory_limit_gb"),
+    ],
+)
 def test_bad_options_are_named(options: dict[str, object], path: str) -> None:
     with pytest.raises(OptionError) as caught:
         DATASETS["image_folder"].from_mapping(options)

@@ -93,11 +93,14 @@ def test_what_a_viewer_does_not_show_is_left_out_and_counted(folder: Path, name:
     assert splits.data_hash == before.data_hash
 
 
-@pytest.mark.parametrize(("add", "counted"), [
-    (lambda f: image(f / "loose.png"), "outside the class folders: 1"),
-    (lambda f: (f / ".DS_Store").write_bytes(b"Bud1"), "hidden or system: 1"),
-    (lambda f: image(f / "__MACOSX/train/cat/0.png"), "hidden or system: 1"),
-])
+@pytest.mark.parametrize(
+    ("add", "counted"),
+    [
+        (lambda f: image(f / "loose.png"), "outside the class folders: 1"),
+        (lambda f: (f / ".DS_Store").write_bytes(b"Bud1"), "hidden or system: 1"),
+        (lambda f: image(f / "__MACOSX/train/cat/0.png"), "hidden or system: 1"),
+    ],
+)
 def test_what_is_beside_train_is_counted(folder: Path, add: Callable[[Path], Any], counted: str) -> None:
     add(folder)
     splits = load(folder)
@@ -175,8 +178,10 @@ def test_val_beside_an_unlabelled_test_is_the_test_set(folder: Path) -> None:
             image(folder / name)
         splits = load(folder)
         assert len(splits.test) == 2 and splits.validation is None
-        assert splits.notes == [f"{folder / 'test'}: skipped, because it has no folder named like a class of {folder / 'train'}",
-                                f"{folder / 'val'}: used as the test set"]
+        assert splits.notes == [
+            f"{folder / 'test'}: skipped, because it has no folder named like a class of {folder / 'train'}",
+            f"{folder / 'val'}: used as the test set",
+        ]
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
@@ -189,7 +194,8 @@ def test_with_all_three_val_is_the_validation_set(folder: Path, name: str) -> No
     assert y.tolist() == [1, 1, 1] and torch.allclose(x, torch.full_like(x, (200 / 255 - 0.5) / 0.5), atol=1e-5)
     assert splits.notes == [
         f"{folder / name}: used as the validation set; no training images are held out",
-        f"{folder / name}: no images of 1 of 2 classes (cat)"]
+        f"{folder / name}: no images of 1 of 2 classes (cat)",
+    ]
     streamed = load(folder, validation=0.1, memory_limit_gb=0)
     assert len(streamed.validation) == 3 and streamed.data_hash == splits.data_hash
     none = load(folder, validation=0)
@@ -211,22 +217,38 @@ def test_folders_of_other_names_are_named(folder: Path) -> None:
     assert load(folder).notes == [f"{folder}: skipped 1 (outside the class folders: 1)", f"{folder}: skipped extra/"]
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda f: (image(f / "val/cat/0.png"), image(f / "valid/cat/0.png")), r"contains val/ and valid/, which mean the same"),
-    (lambda f: (f / "test").rename(f / "Test"), r"contains no test/ or val/ folder, only Test/, train/"),
-    (lambda f: (f / "test/cat").rename(f / "test/Cat"), r"contains classes that .*train does not: Cat; did you mean 'cat'\?"),
-    (lambda f: (f / "train/bird").mkdir(), r"train/bird: contains no images \(\.apng, "),
-    (lambda f: ((f / "train/bird").mkdir(), (f / "train/bird/1.heic").touch()),
-     r"train/bird: contains no images \(skipped \.heic: 1\)"),
-    (lambda f: [p.unlink() for p in f.glob("test/*/*")], r"test: contains no images in folders of the classes of .*train"),
-    (lambda f: ((f / "test").rename(f / "moved"), image(f / "test/0.png")),
-     r"test: contains no folder named like a class of .*train \(cat, dog\); sort its images into such folders"),
-    (lambda f: [p.rename(f / "train" / f"{p.parent.name}-{p.name}") for p in f.glob("train/*/*")] and
-     [p.rmdir() for p in f.glob("train/*") if p.is_dir()],
-     r"train: contains no folders, one for each class \(skipped outside the class folders: 4\)"),
-    (lambda f: image(f / "train" / unicodedata.normalize("NFD", "é") / "0.png") and
-     image(f / "train" / unicodedata.normalize("NFC", "é") / "0.png"), "two classes look the same"),
-])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda f: (image(f / "val/cat/0.png"), image(f / "valid/cat/0.png")), r"contains val/ and valid/, which mean the same"),
+        (lambda f: (f / "test").rename(f / "Test"), r"contains no test/ or val/ folder, only Test/, train/"),
+        (lambda f: (f / "test/cat").rename(f / "test/Cat"), r"contains classes that .*train does not: Cat; did you mean 'cat'\?"),
+        (lambda f: (f / "train/bird").mkdir(), r"train/bird: contains no images \(\.apng, "),
+        (
+            lambda f: ((f / "train/bird").mkdir(), (f / "train/bird/1.heic").touch()),
+            r"train/bird: contains no images \(skipped \.heic: 1\)",
+        ),
+        (lambda f: [p.unlink() for p in f.glob("test/*/*")], r"test: contains no images in folders of the classes of .*train"),
+        (
+            lambda f: ((f / "test").rename(f / "moved"), image(f / "test/0.png")),
+            r"test: contains no folder named like a class of .*train \(cat, dog\); sort its images into such folders",
+        ),
+        (
+            lambda f: (
+                [p.rename(f / "train" / f"{p.parent.name}-{p.name}") for p in f.glob("train/*/*")]
+                and [p.rmdir() for p in f.glob("train/*") if p.is_dir()]
+            ),
+            r"train: contains no folders, one for each class \(skipped outside the class folders: 4\)",
+        ),
+        (
+            lambda f: (
+                image(f / "train" / unicodedata.normalize("NFD", "é") / "0.png")
+                and image(f / "train" / unicodedata.normalize("NFC", "é") / "0.png")
+            ),
+            "two classes look the same",
+        ),
+    ],
+)
 def test_what_cannot_be_meant_is_refused(folder: Path, make, message: str) -> None:
     make(folder)
     with pytest.raises(DataError, match=message) as caught:
@@ -284,8 +306,16 @@ def test_names_with_control_characters_reach_no_terminal(
 @pytest.mark.parametrize("place", UNREADABLE)
 def test_an_unreadable_folder_is_named_with_exit_code_2(folder: Path, tmp_path: Path, place: str) -> None:
     image(folder / "train/cat/deep/2.png")
-    command = [sys.executable, "-m", "fa_bench.cli", "dataset=image_folder", f"data_dir={folder}", "architecture.widths=[8]",
-               "epochs=1", "output_dir=out"]
+    command = [
+        sys.executable,
+        "-m",
+        "fa_bench.cli",
+        "dataset=image_folder",
+        f"data_dir={folder}",
+        "architecture.widths=[8]",
+        "epochs=1",
+        "output_dir=out",
+    ]
     done = _privileges_dropped(command, tmp_path, tmp_path / place, 0o000)
     assert done.returncode == 2, done.stderr
     assert re.fullmatch(rf"fa-bench: .*{re.escape(str(tmp_path / place))}.*cannot be read \(Permission denied\)\n", done.stderr)
@@ -296,8 +326,7 @@ def test_an_unreadable_folder_is_named_with_exit_code_2(folder: Path, tmp_path: 
 @pytest.mark.parametrize(("dataset", "mode"), [("mnist", 0o000), ("tiny_imagenet", 0o444)])
 def test_an_unreadable_data_dir_is_named_whatever_the_dataset(tmp_path: Path, dataset: str, mode: int) -> None:
     (tmp_path / "data/MNIST/raw").mkdir(parents=True)
-    command = [sys.executable, "-m", "fa_bench.cli", f"dataset={dataset}", f"data_dir={tmp_path / 'data'}",
-               "output_dir=out"]
+    command = [sys.executable, "-m", "fa_bench.cli", f"dataset={dataset}", f"data_dir={tmp_path / 'data'}", "output_dir=out"]
     done = _privileges_dropped(command, tmp_path, tmp_path / "data", mode)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert str(tmp_path / "data") in done.stderr and "Permission denied" in done.stderr and not (tmp_path / "out").exists()
@@ -312,7 +341,13 @@ def _privileges_dropped(command: list[str], room: Path, place: Path, mode: int) 
     before = stat.S_IMODE(place.stat().st_mode)
     place.chmod(mode)
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=room,
-                              env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
+        return subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            cwd=room,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        )
     finally:
         place.chmod(before)

@@ -69,8 +69,9 @@ def test_synthetic_keeps_its_own_option() -> None:
 
 
 def test_the_identity_has_the_option_only_if_it_is_set(compose: Any) -> None:
-    plain, few, seeded = (compose(*overrides) for overrides in (
-        [], ["dataset.samples=100"], ["dataset.samples=100", "dataset.samples_seed=1"]))
+    plain, few, seeded = (
+        compose(*overrides) for overrides in ([], ["dataset.samples=100"], ["dataset.samples=100", "dataset.samples_seed=1"])
+    )
     assert "samples" not in plain.identity()["dataset"] and plain.plain()["dataset"]["samples"] is None
     assert few.identity()["dataset"]["samples"] == 100 and "output" not in plain.identity()["objective"]
     assert len({job.config_hash for job in (plain, few, seeded)}) == 3

@@ -103,9 +103,17 @@ def test_the_global_random_state_is_neither_used_nor_changed() -> None:
     assert order(split, seed=1) == one
 
 
-@pytest.mark.parametrize(("count", "drop_last", "sizes"), [
-    (10, False, [4, 4, 2]), (10, True, [4, 4]), (8, True, [4, 4]), (8, False, [4, 4]), (3, True, [3]), (3, False, [3]),
-])
+@pytest.mark.parametrize(
+    ("count", "drop_last", "sizes"),
+    [
+        (10, False, [4, 4, 2]),
+        (10, True, [4, 4]),
+        (8, True, [4, 4]),
+        (8, False, [4, 4]),
+        (3, True, [3]),
+        (3, False, [3]),
+    ],
+)
 @pytest.mark.parametrize("seed", [None, 0])
 def test_ragged_last_batch(count: int, drop_last: bool, sizes: list[int], seed: int | None) -> None:
     split = numbered(count)
@@ -130,8 +138,8 @@ def test_crop_and_flip_against_a_loop_over_samples(shape: tuple[int, ...], paddi
     flips = torch.randint(2, (n, 1), generator=draws, dtype=torch.bool).flatten().tolist()
     for i in range(n):
         canvas = np.zeros((channels, height + 2 * padding, width + 2 * padding), np.uint8)
-        canvas[:, padding:padding + height, padding:padding + width] = images[i].numpy()
-        crop = canvas[:, tops[i]:tops[i] + height, lefts[i]:lefts[i] + width]
+        canvas[:, padding : padding + height, padding : padding + width] = images[i].numpy()
+        crop = canvas[:, tops[i] : tops[i] + height, lefts[i] : lefts[i] + width]
         np.testing.assert_array_equal(result[i].numpy(), crop[:, :, ::-1] if flips[i] else crop)
 
 
@@ -290,18 +298,22 @@ def test_digits_hold_out_a_tenth_by_default() -> None:
 
 
 def test_listing_the_datasets_imports_no_torch() -> None:
-    code = ("import sys; from fa_bench.registry.registries import DATASETS; from fa_bench.registry.options import defaults; "
-            "[defaults(cls) for cls in DATASETS.values()]; "
-            "assert {'cifar100', 'digits', 'imagenet', 'mnist', 'svhn', 'tiny_imagenet'} <= set(DATASETS); "
-            "slow = {'torch', 'torchvision', 'sklearn', 'PIL', 'scipy'} & set(sys.modules); assert not slow, slow")
+    code = (
+        "import sys; from fa_bench.registry.registries import DATASETS; from fa_bench.registry.options import defaults; "
+        "[defaults(cls) for cls in DATASETS.values()]; "
+        "assert {'cifar100', 'digits', 'imagenet', 'mnist', 'svhn', 'tiny_imagenet'} <= set(DATASETS); "
+        "slow = {'torch', 'torchvision', 'sklearn', 'PIL', 'scipy'} & set(sys.modules); assert not slow, slow"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
 
 
 def test_synthetic_images_are_prototypes_with_noise_of_the_given_deviation() -> None:
     """Prototypes are uniform in 0.2 to 0.8 of the full range and belong to classes that take turns."""
-    plain, noisy = (DATASETS["synthetic"](samples=60, test_samples=60, classes=4, size=20, noise=noise, validation=0)
-                    .load(NOWHERE, CPU) for noise in (0.0, 0.02))
+    plain, noisy = (
+        DATASETS["synthetic"](samples=60, test_samples=60, classes=4, size=20, noise=noise, validation=0).load(NOWHERE, CPU)
+        for noise in (0.0, 0.02)
+    )
     for part, other in ((plain.train, noisy.train), (plain.test, noisy.test)):
         assert part.labels.tolist() == other.labels.tolist() == [number % 4 for number in range(60)]
         assert torch.equal(part.images, part.images[:4].repeat(15, 1, 1, 1))

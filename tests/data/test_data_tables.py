@@ -21,8 +21,10 @@ def whole(split: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 # ------------------------------------------------------------------------------------------------ tables
-@pytest.mark.parametrize(("table", "targets", "features", "outputs"), [
-    ("diabetes", "values", 10, 1), ("wine", "classes", 13, 3), ("breast_cancer", "classes", 30, 2)])
+@pytest.mark.parametrize(
+    ("table", "targets", "features", "outputs"),
+    [("diabetes", "values", 10, 1), ("wine", "classes", 13, 3), ("breast_cancer", "classes", 30, 2)],
+)
 def test_bundled_tables_are_split_and_scaled_by_the_training_rows(table: str, targets: str, features: int, outputs: int) -> None:
     splits = Tabular(table=table).load(Path(), CPU)
     x, y = whole(splits.train)
@@ -61,22 +63,30 @@ def test_own_csv_file(tmp_path: Path) -> None:
     assert (splits.targets, splits.classes) == ("values", ["b"])
 
 
-@pytest.mark.parametrize(("text", "options", "problem"), [
-    ("a,b\n1,2.5\n,3.5\n", {}, "no value in column 'a' of row 2"),
-    ("a,b\n1,2.5\n2,3.5\n", {"target": "bb"}, "dataset.target=bb.*did you mean 'b'"),
-    ("a,b\n1,x\n2,y\n", {"task": "regression"}, "column 'b' is not numbers"),
-    ("a\n1.5\n2\n", {}, "a feature and a target are needed"),
-    ("", {}, "cannot be read as CSV"),
-])
+@pytest.mark.parametrize(
+    ("text", "options", "problem"),
+    [
+        ("a,b\n1,2.5\n,3.5\n", {}, "no value in column 'a' of row 2"),
+        ("a,b\n1,2.5\n2,3.5\n", {"target": "bb"}, "dataset.target=bb.*did you mean 'b'"),
+        ("a,b\n1,x\n2,y\n", {"task": "regression"}, "column 'b' is not numbers"),
+        ("a\n1.5\n2\n", {}, "a feature and a target are needed"),
+        ("", {}, "cannot be read as CSV"),
+    ],
+)
 def test_unusable_csv_files_are_refused(tmp_path: Path, text: str, options: dict, problem: str) -> None:
     with pytest.raises(FaBenchError, match=problem) as caught:
         Tabular(table=write_csv(tmp_path, text), **options).load(Path(), CPU)
     assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize(("options", "problem"), [
-    ({"table": "wines"}, "did you mean 'wine'"), ({"target": "x"}, "target=x is for a CSV file"),
-    ({"table": "no.csv"}, "no.csv: cannot be read")])
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"table": "wines"}, "did you mean 'wine'"),
+        ({"target": "x"}, "target=x is for a CSV file"),
+        ({"table": "no.csv"}, "no.csv: cannot be read"),
+    ],
+)
 def test_unknown_tables_are_refused(options: dict, problem: str) -> None:
     with pytest.raises(FaBenchError, match=problem):
         _ = Tabular(**options).targets
@@ -93,13 +103,19 @@ def write_npz(folder: Path, x: np.ndarray, y: np.ndarray, **more: np.ndarray) ->
     return Npz(path=str(folder / "my.npz"))
 
 
-@pytest.mark.parametrize(("x", "y", "kinds", "shape", "names"), [
-    (FLOATS, LABELS, ("features", "classes"), (4,), 3), (FLOATS, LABELS[:, None], ("features", "classes"), (4,), 3),
-    (FLOATS, FLOATS[:, 0], ("features", "values"), (4,), 1),
-    (FLOATS.astype(np.float32), FLOATS[:, :2], ("features", "values"), (4,), 2),
-    (IMAGES, LABELS, ("images", "classes"), (1, 5, 5), 3), (IMAGES / 255, FLOATS[:, 0], ("images", "values"), (1, 5, 5), 1),
-    (TOKENS, TOKENS, ("tokens", "positions"), (6,), 9), (TOKENS, LABELS, ("tokens", "classes"), (6,), 9),
-])
+@pytest.mark.parametrize(
+    ("x", "y", "kinds", "shape", "names"),
+    [
+        (FLOATS, LABELS, ("features", "classes"), (4,), 3),
+        (FLOATS, LABELS[:, None], ("features", "classes"), (4,), 3),
+        (FLOATS, FLOATS[:, 0], ("features", "values"), (4,), 1),
+        (FLOATS.astype(np.float32), FLOATS[:, :2], ("features", "values"), (4,), 2),
+        (IMAGES, LABELS, ("images", "classes"), (1, 5, 5), 3),
+        (IMAGES / 255, FLOATS[:, 0], ("images", "values"), (1, 5, 5), 1),
+        (TOKENS, TOKENS, ("tokens", "positions"), (6,), 9),
+        (TOKENS, LABELS, ("tokens", "classes"), (6,), 9),
+    ],
+)
 def test_kinds_are_read_from_the_arrays(
     tmp_path: Path, x: np.ndarray, y: np.ndarray, kinds: tuple[str, str], shape: tuple, names: int
 ) -> None:
@@ -125,16 +141,19 @@ def test_own_validation_set_is_used(tmp_path: Path) -> None:
     assert without.validation is None and "x_val: skipped" in without.notes[0]
 
 
-@pytest.mark.parametrize(("x", "y", "more", "problem"), [
-    (FLOATS.astype(object), LABELS, {}, "pickled objects are never read"),
-    (FLOATS, LABELS.astype(str), {}, "y_train is of type <U"),
-    (IMAGES[:, 0], LABELS, {}, r"x_train is uint8 of shape \(14, 5\)"),
-    (TOKENS, TOKENS[:, :3], {}, r"y_train is int64 of shape \(14, 3\)"),
-    (FLOATS, LABELS, {"x_val": FLOATS}, "lacks y_val"),
-    (np.where(FLOATS > 5, np.nan, FLOATS), LABELS, {}, "not a finite number"),
-    (FLOATS, LABELS - 1, {}, "training sample 0 has label -1"),
-    (TOKENS - 1, TOKENS, {}, "has token -1"),
-])
+@pytest.mark.parametrize(
+    ("x", "y", "more", "problem"),
+    [
+        (FLOATS.astype(object), LABELS, {}, "pickled objects are never read"),
+        (FLOATS, LABELS.astype(str), {}, "y_train is of type <U"),
+        (IMAGES[:, 0], LABELS, {}, r"x_train is uint8 of shape \(14, 5\)"),
+        (TOKENS, TOKENS[:, :3], {}, r"y_train is int64 of shape \(14, 3\)"),
+        (FLOATS, LABELS, {"x_val": FLOATS}, "lacks y_val"),
+        (np.where(FLOATS > 5, np.nan, FLOATS), LABELS, {}, "not a finite number"),
+        (FLOATS, LABELS - 1, {}, "training sample 0 has label -1"),
+        (TOKENS - 1, TOKENS, {}, "has token -1"),
+    ],
+)
 def test_arrays_that_cannot_be_used_are_refused(tmp_path: Path, x: Any, y: Any, more: dict, problem: str) -> None:
     dataset = write_npz(tmp_path, x, y, **more)
     with pytest.raises(FaBenchError, match=problem) as caught:
@@ -149,13 +168,16 @@ def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
             _ = Npz(path=path).inputs
 
 
-@pytest.mark.parametrize(("text", "problem"), [
-    ("1,2.5\n2,3.5\n3,4.5\n", "first row has only numbers .*add a header"),
-    ("a;b\n1;2.5\n2;3.5\n", "1 column;.*separated by commas, not by ';'"),
-    ("a,b\n1,2.5\ninf,3.5\n", "inf in column 'a' of row 2"),
-    ("a,b\n1,x\n2,x\n3,x\n", "column 'b' has the same class, x"),
-    ("a,b\n1,x\n2,x\n3,y\n", "1 of 2 classes occurs only once .y."),
-])
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("1,2.5\n2,3.5\n3,4.5\n", "first row has only numbers .*add a header"),
+        ("a;b\n1;2.5\n2;3.5\n", "1 column;.*separated by commas, not by ';'"),
+        ("a,b\n1,2.5\ninf,3.5\n", "inf in column 'a' of row 2"),
+        ("a,b\n1,x\n2,x\n3,x\n", "column 'b' has the same class, x"),
+        ("a,b\n1,x\n2,x\n3,y\n", "1 of 2 classes occurs only once .y."),
+    ],
+)
 def test_what_a_csv_file_lacks_is_named(tmp_path: Path, text: str, problem: str) -> None:
     with pytest.raises(DataError, match=problem) as caught:
         Tabular(table=write_csv(tmp_path, text)).load(Path(), CPU)

@@ -34,13 +34,15 @@ def test_parts_follow_each_other_and_targets_are_the_next_tokens() -> None:
         x, y = next(split.batches(len(split)))
         assert x.dtype == torch.int64 and torch.equal(x.flatten()[1:], y.flatten()[:-1]) and split.characters == 1
         start = round(begin * len(text))
-        assert decoded(x[:2], splits.classes).replace(UNKNOWN, "?") == text[start:start + 100]
+        assert decoded(x[:2], splits.classes).replace(UNKNOWN, "?") == text[start : start + 100]
 
 
 def test_training_windows_move_and_are_shuffled_by_seed_and_epoch() -> None:
     split = WindowSplit(torch.arange(103), 10, True, CPU, 1.0)
-    firsts = {(seed, epoch): [int(x[0]) for batch, _ in split.batches(4, seed=seed, epoch=epoch) for x in batch]
-              for seed, epoch in itertools.product((0, 1), (0, 1, 2))}
+    firsts = {
+        (seed, epoch): [int(x[0]) for batch, _ in split.batches(4, seed=seed, epoch=epoch) for x in batch]
+        for seed, epoch in itertools.product((0, 1), (0, 1, 2))
+    }
     assert firsts[0, 1] == [int(x[0]) for batch, _ in split.batches(4, seed=0, epoch=1) for x in batch]
     assert len(set(map(str, firsts.values()))) == 6
     assert len({first % 10 for of_epoch in firsts.values() for first in of_epoch}) > 2, "other offsets"
@@ -83,8 +85,10 @@ def test_byte_pairs_are_learned_from_the_training_part_alone(tmp_path: Path) -> 
     assert len(splits.classes) == 400 and splits.data_hash == again.data_hash and 1.3 < (splits.test.characters or 0) < 3
     other = BUILT_IN.read_text()
     (tmp_path / "other.txt").write_text(other[: len(other) * 8 // 10 + 1] + "zq" * (len(other) // 10))
-    assert Text(path=str(tmp_path / "other.txt"), unit="bpe", vocabulary=400, context=16).load(Path(), CPU).classes[:256] == \
-        splits.classes[:256]
+    assert (
+        Text(path=str(tmp_path / "other.txt"), unit="bpe", vocabulary=400, context=16).load(Path(), CPU).classes[:256]
+        == splits.classes[:256]
+    )
 
 
 def test_without_the_package_byte_pairs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,10 +97,15 @@ def test_without_the_package_byte_pairs_are_refused(monkeypatch: pytest.MonkeyPa
         Text(unit="bpe")
 
 
-@pytest.mark.parametrize(("content", "options", "problem"), [
-    (b"\xff\xfe", {}, "not UTF-8 .byte 0"), (b"", {}, "no text in"), (b"abc" * 9, {"context": 20}, "part has only"),
-    (None, {}, "cannot be read"),
-])
+@pytest.mark.parametrize(
+    ("content", "options", "problem"),
+    [
+        (b"\xff\xfe", {}, "not UTF-8 .byte 0"),
+        (b"", {}, "no text in"),
+        (b"abc" * 9, {"context": 20}, "part has only"),
+        (None, {}, "cannot be read"),
+    ],
+)
 def test_unusable_texts_are_refused(tmp_path: Path, content: bytes | None, options: dict, problem: str) -> None:
     path = tmp_path / "a.txt"
     if content is not None:

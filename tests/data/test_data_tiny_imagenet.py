@@ -119,9 +119,7 @@ def test_an_archive_put_into_the_folder_needs_no_network_and_stays(tmp_path: Pat
     assert names(tmp_path / "data") == [TINY, f"{TINY}.zip"]
 
 
-def test_a_download_that_fails_says_what_is_missing_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_download_that_fails_says_what_is_missing_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = write_zip(tmp_path, monkeypatch)
     archive.write_bytes(archive.read_bytes()[:-10])
     with pytest.raises(DataError, match=r"dataset=tiny_imagenet: missing .*the download failed") as caught:
@@ -218,12 +216,15 @@ def test_unpacking_beside_a_faster_run_is_no_trouble(tmp_path: Path, monkeypatch
     assert names(tmp_path / "data") == [TINY, archive.name]
 
 
-@pytest.mark.parametrize(("old", "new", "message"), [
-    ("val_1.JPEG\tn01", "val_1.JPEG\tn09", r"val_annotations\.txt:2: no class 'n09' in .*wnids\.txt; did you mean"),
-    ("val_1.JPEG\tn01", "val_1.JPEG", r"val_annotations\.txt:2: no class '0'"),
-    ("val_1.JPEG\tn01", "val_9.JPEG\tn01", r"val_annotations\.txt:2: no image 'val_9\.JPEG'"),
-    ("val_1.JPEG\tn01\t0\t0\t63\t63\n", "", r"val_annotations\.txt: no line for val_1\.JPEG"),
-])
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("val_1.JPEG\tn01", "val_1.JPEG\tn09", r"val_annotations\.txt:2: no class 'n09' in .*wnids\.txt; did you mean"),
+        ("val_1.JPEG\tn01", "val_1.JPEG", r"val_annotations\.txt:2: no class '0'"),
+        ("val_1.JPEG\tn01", "val_9.JPEG\tn01", r"val_annotations\.txt:2: no image 'val_9\.JPEG'"),
+        ("val_1.JPEG\tn01\t0\t0\t63\t63\n", "", r"val_annotations\.txt: no line for val_1\.JPEG"),
+    ],
+)
 def test_annotations_that_do_not_fit_are_named(tmp_path: Path, old: str, new: str, message: str) -> None:
     path = write_tiny_imagenet(tmp_path) / "val" / "val_annotations.txt"
     text = path.read_text()

@@ -18,9 +18,16 @@ from fa_bench.registry.registries import DATASETS
 
 CPU = torch.device("cpu")
 #: How the upright picture is stored by a camera that notes each orientation (EXIF 2.32, 4.6.4 A): rows, columns.
-STORED = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
-          5: lambda a: a.swapaxes(0, 1), 6: lambda a: a.swapaxes(0, 1)[::-1], 7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
-          8: lambda a: a.swapaxes(0, 1)[:, ::-1]}
+STORED = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: a.swapaxes(0, 1)[::-1],
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: a.swapaxes(0, 1)[:, ::-1],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +40,14 @@ def picture(height: int = 6, width: int = 8) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def only(folder: Path, image: Image.Image, name: str = "0.png", limit: float = 1, save: dict[str, object] | None = None,
-         **options: object):
+def only(
+    folder: Path,
+    image: Image.Image,
+    name: str = "0.png",
+    limit: float = 1,
+    save: dict[str, object] | None = None,
+    **options: object,
+):
     """The dataset whose one training image this is, beside a plain one in the test set."""
     for part in ("train", "test"):
         (folder / part / "a").mkdir(parents=True, exist_ok=True)
@@ -51,6 +64,7 @@ def load(folder: Path, limit: float = 1, **options: object):
 
 def png(levels: np.ndarray, bits: int, kind: int, *transparent: int) -> bytes:
     """A PNG of levels (H, W, C), as Pillow cannot write it; `kind` is its colour type, `transparent` a level a channel."""
+
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
@@ -58,8 +72,13 @@ def png(levels: np.ndarray, bits: int, kind: int, *transparent: int) -> bytes:
     digits = (levels.reshape(height, -1, 1) >> np.arange(bits)[::-1]) & 1
     rows = np.packbits(digits.reshape(height, -1).astype(np.uint8), axis=1)
     clear = chunk(b"tRNS", np.array(transparent, ">u2").tobytes()) if transparent else b""
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)) + clear
-            + chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))) + chunk(b"IEND", b""))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0))
+        + clear
+        + chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows)))
+        + chunk(b"IEND", b"")
+    )
 
 
 def seen(splits) -> np.ndarray:
@@ -82,7 +101,8 @@ def test_a_picture_is_turned_upright(tmp_path: Path, way: int, kind: str, limit:
     expected = upright[:, 4:20]  # the centre of 16 rows and 24 columns
     assert np.abs(seen(splits).astype(int) - expected).max() <= (8 if kind == "jpg" else 0)
     assert [note for note in splits.notes if "EXIF" in note] == (
-        [] if way == 1 else [f"{tmp_path / 'train'}: images rotated by their EXIF orientation: 1"])
+        [] if way == 1 else [f"{tmp_path / 'train'}: images rotated by their EXIF orientation: 1"]
+    )
 
 
 def test_pictures_held_upright_and_across_have_one_size_once_turned(tmp_path: Path) -> None:
@@ -117,10 +137,19 @@ def drawing(mode: str) -> Image.Image:
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("limit", [1, 0])
-@pytest.mark.parametrize(("mode", "name", "save"), [
-    ("RGBA", "0.png", {}), ("LA", "0.png", {}), ("RGBA", "0.webp", {"lossless": True, "exact": True}), ("RGBA", "0.tif", {}),
-    ("P", "0.png", {}), ("P", "0.gif", {}), ("RGBA", "0.gif", {}), ("RGBA", "0.avif", {"quality": 100}),
-])
+@pytest.mark.parametrize(
+    ("mode", "name", "save"),
+    [
+        ("RGBA", "0.png", {}),
+        ("LA", "0.png", {}),
+        ("RGBA", "0.webp", {"lossless": True, "exact": True}),
+        ("RGBA", "0.tif", {}),
+        ("P", "0.png", {}),
+        ("P", "0.gif", {}),
+        ("RGBA", "0.gif", {}),
+        ("RGBA", "0.avif", {"quality": 100}),
+    ],
+)
 def test_what_is_drawn_in_transparency_is_seen(
     tmp_path: Path, mode: str, name: str, save: dict[str, object], limit: float, channels: int
 ) -> None:
@@ -194,7 +223,7 @@ def test_a_grey_level_of_few_bits_may_be_transparent(tmp_path: Path, bits: int, 
 @pytest.mark.parametrize(("kind", "channels"), [(2, 3), (4, 2), (6, 4)])
 def test_16_bits_of_colour_or_with_alpha_are_counted(tmp_path: Path, kind: int, channels: int, limit: float) -> None:
     deep = np.random.default_rng(0).integers(0, 65536, (6, 8, channels))
-    deep[..., 3 if channels == 4 else 1:] = 65535  # opaque; of three channels none is alpha
+    deep[..., 3 if channels == 4 else 1 :] = 65535  # opaque; of three channels none is alpha
     only(tmp_path, Image.fromarray(picture()))
     (tmp_path / "train/a/0.png").write_bytes(png(deep, 16, kind))
     splits = load(tmp_path, limit)
@@ -279,8 +308,9 @@ def test_streamed_images_are_read_once_and_again_only_when_they_change(tmp_path:
     image_files._inspected.clear()
     asked: list[Path] = []
     original = image_files.Decoder.inspect
-    monkeypatch.setattr(image_files.Decoder, "inspect",
-                        lambda self, path, keep: (asked.append(path), original(self, path, keep))[1])
+    monkeypatch.setattr(
+        image_files.Decoder, "inspect", lambda self, path, keep: (asked.append(path), original(self, path, keep))[1]
+    )
     first = load(tmp_path, 0)
     assert sorted(asked) == [tmp_path / "test/a/0.png", tmp_path / "train/a/0.png"]
     assert load(tmp_path, 0).data_hash == first.data_hash and len(asked) == 2

@@ -38,9 +38,12 @@ def names(folder: Path) -> list[str]:
 
 # ------------------------------------------------------------------------------------------------ tar
 ODD = {
-    "..": ("../../evil.txt", tarfile.REGTYPE), "inside and out": ("cifar-10-batches-py/../../../evil.txt", tarfile.REGTYPE),
-    "link": ("cifar-10-batches-py/link", tarfile.SYMTYPE), "hard link": ("cifar-10-batches-py/link", tarfile.LNKTYPE),
-    "pipe": ("cifar-10-batches-py/pipe", tarfile.FIFOTYPE), "device": ("cifar-10-batches-py/zero", tarfile.CHRTYPE),
+    "..": ("../../evil.txt", tarfile.REGTYPE),
+    "inside and out": ("cifar-10-batches-py/../../../evil.txt", tarfile.REGTYPE),
+    "link": ("cifar-10-batches-py/link", tarfile.SYMTYPE),
+    "hard link": ("cifar-10-batches-py/link", tarfile.LNKTYPE),
+    "pipe": ("cifar-10-batches-py/pipe", tarfile.FIFOTYPE),
+    "device": ("cifar-10-batches-py/zero", tarfile.CHRTYPE),
 }
 
 
@@ -138,8 +141,12 @@ else:
 
 
 def started(data: Path, what: str, seconds: float) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", SLOW, str(data), what, str(seconds)], text=True, stdout=subprocess.DEVNULL,
-                            cwd=Path(__file__).parents[2])
+    return subprocess.Popen(
+        [sys.executable, "-c", SLOW, str(data), what, str(seconds)],
+        text=True,
+        stdout=subprocess.DEVNULL,
+        cwd=Path(__file__).parents[2],
+    )
 
 
 def wait_for(path: Path) -> None:

@@ -65,11 +65,20 @@ def test_pages_of_the_rules_are_what_the_script_makes() -> None:
 def test_the_guide_to_rules_lists_every_method_that_may_be_overridden() -> None:
     guide = script().guide()
     assert page("add_a_rule") == guide, "run: python scripts/make_docs.py"
-    overridden = {name for cls in ALGORITHMS.values() for base in cls.__mro__ if base.__module__.startswith("fa_bench.rules")
-                  for name, member in vars(base).items()
-                  if not name.startswith("_") and (callable(member) or isinstance(member, property))}
-    inherited = {name for base in (Rule, EdgeRule, CutRule, LocalRule) for name, member in vars(base).items()
-                 if callable(member) or isinstance(member, property)}
+    overridden = {
+        name
+        for cls in ALGORITHMS.values()
+        for base in cls.__mro__
+        if base.__module__.startswith("fa_bench.rules")
+        for name, member in vars(base).items()
+        if not name.startswith("_") and (callable(member) or isinstance(member, property))
+    }
+    inherited = {
+        name
+        for base in (Rule, EdgeRule, CutRule, LocalRule)
+        for name, member in vars(base).items()
+        if callable(member) or isinstance(member, property)
+    }
     assert overridden & inherited, "the rules override something"
     assert not {name for name in overridden & inherited if f"| `{name}" not in guide}
 

@@ -61,6 +61,7 @@ def _multistep(milestones: list[int], gamma: float) -> Settings:
     return _keys("optimizer.schedule", name="multistep", milestones=milestones, gamma=gamma)
 
 
+# fmt: off: a table, with one preset in as few lines as can be compared with its paper
 CONSTANT = _keys("optimizer.schedule", name="constant")
 COSINE = _keys("optimizer.schedule", name="cosine", min_lr=0.0)
 PLAIN_MLP = _keys("architecture", activation="relu", batch_norm=False, output_norm=False)
@@ -89,15 +90,27 @@ COMPONENTS: list[Case] = [
     ({"algorithm": "pfa_o"}, _keys("algorithm", ratio=1.0, r_init="xavier_uniform")),
     # ASAP paper, section 3: two layers share an activation, max-pooling matches shapes, the first layer is fixed. Feedback of
     # convolutions as torch draws weights, of fully connected layers uniform in [-1, 1) [code].
-    ({"algorithm": ASAP_RULES}, _keys(
-        "algorithm", k=2, match="max_pool", linear="auto", b_init="pytorch", linear_b_init="uniform_one", transport=False,
-        freeze_stem=True)),
+    (
+        {"algorithm": ASAP_RULES},
+        _keys(
+            "algorithm",
+            k=2,
+            match="max_pool",
+            linear="auto",
+            b_init="pytorch",
+            linear_b_init="uniform_one",
+            transport=False,
+            freeze_stem=True,
+        ),
+    ),
     ({"algorithm": "asfp_lc"}, _keys("algorithm", pool=2, cuts=None)),  # appendix B: average pooling to 2x2
     # The papers that the ASAP paper compares with: Mostafa et al. 2018, with kaiming_uniform and 4096 features [choice]; Nøkland
     # and Eidnes 2019; Belilovsky et al. 2020 with their "mlp-sr" auxiliary nets.
     ({"algorithm": "local_error"}, _keys("algorithm", m_init="kaiming_uniform", features=4096, separate=False, cuts=None)),
-    ({"algorithm": "predsim"}, _keys("algorithm", loss="predsim", beta=0.99, decoder_size=4096, decoder_init="zeros",
-                                     decoder_bias=True, cuts=None)),
+    (
+        {"algorithm": "predsim"},
+        _keys("algorithm", loss="predsim", beta=0.99, decoder_size=4096, decoder_init="zeros", decoder_bias=True, cuts=None),
+    ),
     # Our own reference: classifiers as those of predsim, losses of equal weight [choice].
     ({"algorithm": "bp_deepsup"}, _keys("algorithm", weight=1.0, decoder_size=4096, decoder_init="zeros", cuts=None)),
     ({"algorithm": "dgl"}, _keys("algorithm", auxiliary_net="mlp_sr", cuts=None)),
@@ -111,12 +124,23 @@ COMPONENTS: list[Case] = [
     ({"algorithm": "dkp"}, _keys("algorithm", b_init="kaiming_uniform", density=1.0, cuts=None)),
     ({"algorithm": "drtp"}, _keys("algorithm", b_init="kaiming_uniform", scale=1.0, error_sign=False, density=1.0, cuts=None)),
     # Datasets: images at their stored size, 28x28, 32x32 or 64x64; ImageNet as 224x224 crops with the usual normalisation.
-    ({"dataset": ("mnist", "fashion_mnist", "svhn", "cifar10", "cifar100", "tiny_imagenet")},
-     _keys("dataset", crop="padded", size=None, validation_seed=0)),
+    (
+        {"dataset": ("mnist", "fashion_mnist", "svhn", "cifar10", "cifar100", "tiny_imagenet")},
+        _keys("dataset", crop="padded", size=None, validation_seed=0),
+    ),
     ({"dataset": "mnist"}, _keys("dataset", mean=[0.1307], std=[0.3081], augment=False)),
-    ({"dataset": "imagenet"}, _keys(
-        "dataset", mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], augment=True, crop="resized", size=224,
-        validation_seed=0)),
+    (
+        {"dataset": "imagenet"},
+        _keys(
+            "dataset",
+            mean=[0.485, 0.456, 0.406],
+            std=[0.229, 0.224, 0.225],
+            augment=True,
+            crop="resized",
+            size=224,
+            validation_seed=0,
+        ),
+    ),
     # All papers: SGD with momentum 0.9, and one optimizer for W and learned feedback, unless their own cases differ.
     ({}, {"feedback_optimizer": None, "optimizer": "sgd", "optimizer.first_epoch_weight_decay": None}),
     ({"optimizer": "sgd"}, _keys("optimizer", momentum=0.9, nesterov=False)),
@@ -126,8 +150,14 @@ COMPONENTS: list[Case] = [
 # --- Woo et al. 2021 (ASAP) -----------------------------------------------------------------------------------------------------
 
 #: Appendix C. All batches count, as in the code's loader [code]; no validation split [code].
-ASAP: Settings = {"epochs": 200, "batch_size": 128, "drop_last": False, "dataset.validation": 0.0,
-                  "optimizer.weight_decay": 5e-4, **COSINE}
+ASAP: Settings = {
+    "epochs": 200,
+    "batch_size": 128,
+    "drop_last": False,
+    "dataset.validation": 0.0,
+    "optimizer.weight_decay": 5e-4,
+    **COSINE,
+}
 ASAP_CASES: list[Case] = [
     # Weights. "Kaiming" of the paper is torch's default for convolutions, U(±1/√fan_in) [code].
     # Its nets for FA, DFA and ASAP draw fully connected weights from U(±√(6/fan_in)) and set their biases to zero; those for BP
@@ -156,49 +186,99 @@ ASAP_CASES: list[Case] = [
 ASAP_TABLE1 = ["bp", "frozen", "kp", "fa", "dfa", "asap"]
 ASAP_PAPER: dict[str, Preset] = {
     # Single runs throughout.
-    "asap_table1": Preset([
-        {"dataset": ["mnist", "svhn", "cifar10", "cifar100"], "architecture": ["asap_alexnet"], "algorithm": ASAP_TABLE1,
-         "seed": [0]},
-        {"dataset": ["svhn", "cifar10", "cifar100", "tiny_imagenet"], "architecture": ["resnet18"], "algorithm": ASAP_TABLE1,
-         "seed": [0]},
-        {"dataset": ["cifar10", "cifar100", "tiny_imagenet"], "architecture": ["resnet34"], "algorithm": ASAP_TABLE1,
-         "seed": [0]},
-        {"dataset": ["svhn", "cifar10", "cifar100"], "architecture": ["resnet18"], "architecture.shortcuts": [False],
-         "algorithm": ASAP_TABLE1, "seed": [0]},
-    ], ASAP, ASAP_CASES),
+    "asap_table1": Preset(
+        [
+            {
+                "dataset": ["mnist", "svhn", "cifar10", "cifar100"],
+                "architecture": ["asap_alexnet"],
+                "algorithm": ASAP_TABLE1,
+                "seed": [0],
+            },
+            {
+                "dataset": ["svhn", "cifar10", "cifar100", "tiny_imagenet"],
+                "architecture": ["resnet18"],
+                "algorithm": ASAP_TABLE1,
+                "seed": [0],
+            },
+            {
+                "dataset": ["cifar10", "cifar100", "tiny_imagenet"],
+                "architecture": ["resnet34"],
+                "algorithm": ASAP_TABLE1,
+                "seed": [0],
+            },
+            {
+                "dataset": ["svhn", "cifar10", "cifar100"],
+                "architecture": ["resnet18"],
+                "architecture.shortcuts": [False],
+                "algorithm": ASAP_TABLE1,
+                "seed": [0],
+            },
+        ],
+        ASAP,
+        ASAP_CASES,
+    ),
     "asap_table2": Preset(
         [{"architecture": ["resnet18", "resnet34"], "algorithm": ["bp", "frozen", "asap", "asfp", "asfp_lc"], "seed": [0]}],
-        ASAP | {"dataset": "cifar10"}, ASAP_CASES),
+        ASAP | {"dataset": "cifar10"},
+        ASAP_CASES,
+    ),
     # ResNet-34: Table 5 has the same accuracies.
-    "asap_table4": Preset([
-        {"algorithm": ["bp", "asap"], "optimizer.weight_decay": [0.0, 5e-6, 5e-5, 5e-4, 5e-3], "seed": [0]},
-        {"algorithm": ["frozen"], "seed": [0]},
-    ], ASAP | {"dataset": "cifar10", "architecture": "resnet34"}, ASAP_CASES),
+    "asap_table4": Preset(
+        [
+            {"algorithm": ["bp", "asap"], "optimizer.weight_decay": [0.0, 5e-6, 5e-5, 5e-4, 5e-3], "seed": [0]},
+            {"algorithm": ["frozen"], "seed": [0]},
+        ],
+        ASAP | {"dataset": "cifar10", "architecture": "resnet34"},
+        ASAP_CASES,
+    ),
     # Local learning: Adam at 5e-3 [paper], without decay [code].
-    "asap_table5": Preset([
-        {"architecture": ["resnet18", "resnet34"], "algorithm": ["bp", "frozen", "asap"], "seed": [0]},
-        {"architecture": ["resnet18", "resnet34"], "algorithm": ["local_error", "predsim", "dgl"], "optimizer": ["adam"],
-         "seed": [0]},
-    ], ASAP | {"dataset": "cifar10"}, [
-        *ASAP_CASES, ({"optimizer": "adam"}, {"optimizer.lr": 5e-3, "optimizer.weight_decay": 0.0})]),
+    "asap_table5": Preset(
+        [
+            {"architecture": ["resnet18", "resnet34"], "algorithm": ["bp", "frozen", "asap"], "seed": [0]},
+            {
+                "architecture": ["resnet18", "resnet34"],
+                "algorithm": ["local_error", "predsim", "dgl"],
+                "optimizer": ["adam"],
+                "seed": [0],
+            },
+        ],
+        ASAP | {"dataset": "cifar10"},
+        [*ASAP_CASES, ({"optimizer": "adam"}, {"optimizer.lr": 5e-3, "optimizer.weight_decay": 0.0})],
+    ),
     # Appendix D.2. CIFAR-10 [choice].
-    "asap_fig9": Preset([
-        {"algorithm": ["bp", "frozen"], "seed": [0]},
-        {"algorithm": ["asap"], "algorithm.match": ["max_pool", "avg_pool", "random"], "seed": [0]},
-    ], ASAP | {"dataset": "cifar10", "architecture": "asap_alexnet"}, ASAP_CASES),
+    "asap_fig9": Preset(
+        [
+            {"algorithm": ["bp", "frozen"], "seed": [0]},
+            {"algorithm": ["asap"], "algorithm.match": ["max_pool", "avg_pool", "random"], "seed": [0]},
+        ],
+        ASAP | {"dataset": "cifar10", "architecture": "asap_alexnet"},
+        ASAP_CASES,
+    ),
     # Appendix A.2: batch size 50, learning rate 1e-4, a linear net and one with normalisation and ReLU, 10-10-10. Normalised
     # logits in the second [code], the initialisers, 784 inputs in front and three seeds [choice].
-    "asap_fig6": Preset([
-        {"algorithm": ["bp", "forward_alignment"], "architecture.activation": ["identity"],
-         "architecture.init": ["kaiming_uniform"], "seed": [0, 1, 2]},
-        {"algorithm": ["bp", "forward_alignment"], "architecture.batch_norm": [True], "architecture.output_norm": [True],
-         "seed": [0, 1, 2]},
-    ], ASAP | {"dataset": "mnist", "architecture": "mlp"}, [
-        *ASAP_CASES,
-        # Initial weights were chosen by backpropagation's accuracy [choice].
-        ({}, {"batch_size": 50, "optimizer.lr": 1e-4, "architecture.widths": [10, 10, 10], "architecture.linear_init": None}),
-        ({"algorithm": "forward_alignment"}, {"algorithm.c_init": "kaiming_uniform"}),
-    ]),
+    "asap_fig6": Preset(
+        [
+            {
+                "algorithm": ["bp", "forward_alignment"],
+                "architecture.activation": ["identity"],
+                "architecture.init": ["kaiming_uniform"],
+                "seed": [0, 1, 2],
+            },
+            {
+                "algorithm": ["bp", "forward_alignment"],
+                "architecture.batch_norm": [True],
+                "architecture.output_norm": [True],
+                "seed": [0, 1, 2],
+            },
+        ],
+        ASAP | {"dataset": "mnist", "architecture": "mlp"},
+        [
+            *ASAP_CASES,
+            # Initial weights were chosen by backpropagation's accuracy [choice].
+            ({}, {"batch_size": 50, "optimizer.lr": 1e-4, "architecture.widths": [10, 10, 10], "architecture.linear_init": None}),
+            ({"algorithm": "forward_alignment"}, {"algorithm.c_init": "kaiming_uniform"}),
+        ],
+    ),
 }
 
 # --- Li and Benna 2024 (PFA) ----------------------------------------------------------------------------------------------------
@@ -211,39 +291,81 @@ PFA_TABLE = ["bp", "frozen", "fa", "dfa", "usf", "pfa", "pfa_o"]
 FIVE = range(5)
 #: Appendix A.1. The later decay of PFA is 0.003 x 0.03 = 9e-5 [code]; the paper has 1e-4. Curves on the test set [code].
 PFA_MNIST: Settings = PFA | {
-    "dataset": "mnist", "architecture": "mlp", "epochs": 40, "batch_size": 64, "dataset.validation": 0.0, "optimizer.lr": 1e-2,
-    "optimizer.weight_decay": 1e-4, **_multistep([20, 30], 0.5)}
-PFA_MNIST_CASES: list[Case] = [*PFA_CASES, (
-    {"algorithm": BOTH_PFA}, {"optimizer.first_epoch_weight_decay": 0.03, "optimizer.weight_decay": 9e-5})]
+    "dataset": "mnist",
+    "architecture": "mlp",
+    "epochs": 40,
+    "batch_size": 64,
+    "dataset.validation": 0.0,
+    "optimizer.lr": 1e-2,
+    "optimizer.weight_decay": 1e-4,
+    **_multistep([20, 30], 0.5),
+}
+PFA_MNIST_CASES: list[Case] = [
+    *PFA_CASES,
+    ({"algorithm": BOTH_PFA}, {"optimizer.first_epoch_weight_decay": 0.03, "optimizer.weight_decay": 9e-5}),
+]
 PFA_PAPER: dict[str, Preset] = {
     "pfa_fig2": Preset([{"algorithm": PFA_TABLE, "seed": FIVE}], PFA_MNIST, PFA_MNIST_CASES),
-    "pfa_fig6": Preset([
-        {"algorithm": ["bp"], "seed": FIVE},
-        {"algorithm": ["fa", "dfa", "usf", "pfa"], "algorithm.density": [1.0, 0.5, 0.3, 0.17, 0.1, 0.05], "seed": FIVE},
-    ], PFA_MNIST, PFA_MNIST_CASES),
+    "pfa_fig6": Preset(
+        [
+            {"algorithm": ["bp"], "seed": FIVE},
+            {"algorithm": ["fa", "dfa", "usf", "pfa"], "algorithm.density": [1.0, 0.5, 0.3, 0.17, 0.1, 0.05], "seed": FIVE},
+        ],
+        PFA_MNIST,
+        PFA_MNIST_CASES,
+    ),
     # Appendix A.2. 250 epochs and 5,000 images held out with seed 0 [code]; the paper has 200, the last at which nothing changes.
     # DFA's kernels [code]. Means and deviations [code].
-    "pfa_fig4": Preset([{"algorithm": PFA_TABLE, "seed": FIVE}], PFA | {
-        "dataset": "cifar10", "architecture": "resnet20", "epochs": 250, "batch_size": 128, "dataset.validation": 5000,
-        "dataset.augment": True, "dataset.mean": [0.4914, 0.4821, 0.4465], "dataset.std": [0.2470, 0.2435, 0.2616],
-        "optimizer.lr": 0.1, "optimizer.weight_decay": 1e-4, **_multistep([100, 150, 200], 0.1),
-    }, [
-        *PFA_CASES,
-        ({"algorithm": "dfa"}, {"optimizer.lr": 1e-3, "algorithm.form": "kernel"}),
-        ({"algorithm": BOTH_PFA}, {"optimizer.first_epoch_weight_decay": 0.005}),
-    ]),
+    "pfa_fig4": Preset(
+        [{"algorithm": PFA_TABLE, "seed": FIVE}],
+        PFA
+        | {
+            "dataset": "cifar10",
+            "architecture": "resnet20",
+            "epochs": 250,
+            "batch_size": 128,
+            "dataset.validation": 5000,
+            "dataset.augment": True,
+            "dataset.mean": [0.4914, 0.4821, 0.4465],
+            "dataset.std": [0.2470, 0.2435, 0.2616],
+            "optimizer.lr": 0.1,
+            "optimizer.weight_decay": 1e-4,
+            **_multistep([100, 150, 200], 0.1),
+        },
+        [
+            *PFA_CASES,
+            ({"algorithm": "dfa"}, {"optimizer.lr": 1e-3, "algorithm.form": "kernel"}),
+            ({"algorithm": BOTH_PFA}, {"optimizer.first_epoch_weight_decay": 0.005}),
+        ],
+    ),
     # Appendix A.3; one seed.
-    "pfa_fig5": Preset([{"algorithm": ["bp", "frozen", "usf", "pfa", "pfa_o"], "seed": [0]}], PFA | {
-        "dataset": "imagenet", "architecture": "resnet18_imagenet", "epochs": 75, "batch_size": 256, "dataset.validation": 0.0,
-        "optimizer.lr": 0.1, "optimizer.weight_decay": 1e-4, **_multistep([20, 40, 60], 0.1),
-    }, [*PFA_CASES, ({"algorithm": BOTH_PFA}, {"optimizer.first_epoch_weight_decay": 5e-4})]),
+    "pfa_fig5": Preset(
+        [{"algorithm": ["bp", "frozen", "usf", "pfa", "pfa_o"], "seed": [0]}],
+        PFA
+        | {
+            "dataset": "imagenet",
+            "architecture": "resnet18_imagenet",
+            "epochs": 75,
+            "batch_size": 256,
+            "dataset.validation": 0.0,
+            "optimizer.lr": 0.1,
+            "optimizer.weight_decay": 1e-4,
+            **_multistep([20, 40, 60], 0.1),
+        },
+        [*PFA_CASES, ({"algorithm": BOTH_PFA}, {"optimizer.first_epoch_weight_decay": 5e-4})],
+    ),
 }
 
 # --- "Learning the connections in direct feedback alignment" (DKP) --------------------------------------------------------------
 
 #: Section 3.1: SGD with Nesterov's momentum 0.9, at a constant rate. No validation split, all batches, torch's weights [code].
-DKP: Settings = {"architecture.init": "pytorch", "drop_last": False, "dataset.validation": 0.0, "optimizer.nesterov": True,
-                 **CONSTANT}
+DKP: Settings = {
+    "architecture.init": "pytorch",
+    "drop_last": False,
+    "dataset.validation": 0.0,
+    "optimizer.nesterov": True,
+    **CONSTANT,
+}
 DKP_CASES: list[Case] = [
     # Section 3.1: Kaiming for DFA and DKP. Nothing is said of KP and FA: as the weights are, and Glorot's [choice]; the preset
     # does not mention FA's.
@@ -253,38 +375,90 @@ DKP_CASES: list[Case] = [
 ]
 #: Section 3.1, for the net of two convolutions: 1e-2 for W, 1e-4 times 0.85 an epoch for B, decay 1e-6 for both.
 DKP_SMALL: Settings = DKP | {"optimizer.lr": 1e-2, "optimizer.weight_decay": 1e-6}
-DKP_SMALL_CASES: list[Case] = [*DKP_CASES, ({"algorithm": "dkp"}, {"feedback_optimizer": "sgd"} | _keys(
-    "feedback_optimizer", lr=1e-4, weight_decay=1e-6, first_epoch_weight_decay=None, momentum=0.9, nesterov=True,
-    **{"schedule.name": "step", "schedule.step_size": 1, "schedule.gamma": 0.85}))]
+DKP_SMALL_CASES: list[Case] = [
+    *DKP_CASES,
+    (
+        {"algorithm": "dkp"},
+        {"feedback_optimizer": "sgd"}
+        | _keys(
+            "feedback_optimizer",
+            lr=1e-4,
+            weight_decay=1e-6,
+            first_epoch_weight_decay=None,
+            momentum=0.9,
+            nesterov=True,
+            **{"schedule.name": "step", "schedule.step_size": 1, "schedule.gamma": 0.85},
+        ),
+    ),
+]
 #: Adam at 5e-4 for B of AlexNet, with the decay of W, at a constant rate.
-DKP_LARGE_CASES: list[Case] = [*DKP_CASES, ({"algorithm": "dkp"}, {"feedback_optimizer": "adam"} | _keys(
-    "feedback_optimizer", lr=5e-4, weight_decay=1e-4, first_epoch_weight_decay=None, **ADAM, **{"schedule.name": "constant"}))]
+DKP_LARGE_CASES: list[Case] = [
+    *DKP_CASES,
+    (
+        {"algorithm": "dkp"},
+        {"feedback_optimizer": "adam"}
+        | _keys(
+            "feedback_optimizer",
+            lr=5e-4,
+            weight_decay=1e-4,
+            first_epoch_weight_decay=None,
+            **ADAM,
+            **{"schedule.name": "constant"},
+        ),
+    ),
+]
 DKP_TABLE = ["bp_fc", "bp", "frozen", "kp", "fa", "drtp", "dfa", "dkp"]
 TEN = range(10)
 DKP_PAPER: dict[str, Preset] = {
     # 50 epochs and ten trials [paper]; batch size, normalisation and no augmentation [code].
-    "dkp_table1": Preset([{"dataset": ["fashion_mnist", "cifar10"], "algorithm": DKP_TABLE, "seed": TEN}], DKP_SMALL | {
-        "architecture": "conv2", "epochs": 50, "batch_size": 64, "dataset.augment": False, "dataset.mean": [0.5],
-        "dataset.std": [0.5],
-    }, DKP_SMALL_CASES),
+    "dkp_table1": Preset(
+        [{"dataset": ["fashion_mnist", "cifar10"], "algorithm": DKP_TABLE, "seed": TEN}],
+        DKP_SMALL
+        | {
+            "architecture": "conv2",
+            "epochs": 50,
+            "batch_size": 64,
+            "dataset.augment": False,
+            "dataset.mean": [0.5],
+            "dataset.std": [0.5],
+        },
+        DKP_SMALL_CASES,
+    ),
     # 90 epochs, ten trials, decay 1e-4 [paper]; batch size, crops and normalisation [code]. Section 3.2: 0.1 for backpropagation
     # (of the fully connected layers too), 0.01 for the others on CIFAR-100 and 5e-3 on Tiny ImageNet. The floor trains the
     # output layer alone, and has the others' rate [choice, not mentioned by the preset].
-    "dkp_table2": Preset([{"dataset": ["cifar100", "tiny_imagenet"], "algorithm": DKP_TABLE, "seed": TEN}], DKP | {
-        "architecture": "dkp_alexnet", "epochs": 90, "batch_size": 256, "optimizer.weight_decay": 1e-4,
-        **_keys("dataset", augment=True, crop="resized", size=224, mean=[0.5], std=[0.5]),
-    }, [
-        *DKP_LARGE_CASES,
-        ({"dataset": "cifar100"}, {"optimizer.lr": 1e-2}),
-        ({"dataset": "tiny_imagenet"}, {"optimizer.lr": 5e-3}),
-        ({"algorithm": ("bp", "bp_fc")}, {"optimizer.lr": 0.1}),
-    ]),
+    "dkp_table2": Preset(
+        [{"dataset": ["cifar100", "tiny_imagenet"], "algorithm": DKP_TABLE, "seed": TEN}],
+        DKP
+        | {
+            "architecture": "dkp_alexnet",
+            "epochs": 90,
+            "batch_size": 256,
+            "optimizer.weight_decay": 1e-4,
+            **_keys("dataset", augment=True, crop="resized", size=224, mean=[0.5], std=[0.5]),
+        },
+        [
+            *DKP_LARGE_CASES,
+            ({"dataset": "cifar100"}, {"optimizer.lr": 1e-2}),
+            ({"dataset": "tiny_imagenet"}, {"optimizer.lr": 5e-3}),
+            ({"algorithm": ("bp", "bp_fc")}, {"optimizer.lr": 0.1}),
+        ],
+    ),
     # Five layers with normalisation on MNIST; 15 epochs of batches of 50 are the figure's 18,000 iterations. Widths, batch size,
     # rates and three seeds [choice].
-    "dkp_fig2": Preset([{"algorithm": ["bp", "frozen", "dfa", "dkp"], "seed": [0, 1, 2]}], DKP_SMALL | {
-        "dataset": "mnist", "architecture": "mlp", "architecture.widths": [512] * 4, "architecture.batch_norm": True,
-        "epochs": 15, "batch_size": 50,
-    }, DKP_SMALL_CASES),
+    "dkp_fig2": Preset(
+        [{"algorithm": ["bp", "frozen", "dfa", "dkp"], "seed": [0, 1, 2]}],
+        DKP_SMALL
+        | {
+            "dataset": "mnist",
+            "architecture": "mlp",
+            "architecture.widths": [512] * 4,
+            "architecture.batch_norm": True,
+            "epochs": 15,
+            "batch_size": 50,
+        },
+        DKP_SMALL_CASES,
+    ),
 }
 
 # --- Akrout et al. 2019 (weight mirrors) ----------------------------------------------------------------------------------------
@@ -293,131 +467,301 @@ DKP_PAPER: dict[str, Preset] = {
 #: available: rate, momentum, decay, batch size and initial weights of torchvision's reference, and 50 epochs [choice].
 #: torchvision draws only convolutions so; its output layer has torch's default.
 WM: Settings = {
-    "dataset": "imagenet", "dataset.validation": 0.0, "epochs": 50, "batch_size": 256, "drop_last": True, "optimizer.lr": 0.1,
-    "optimizer.weight_decay": 1e-4, "architecture.bn": "after", "architecture.init": "kaiming_normal_fan_out",
-    "architecture.linear_init": "pytorch", **_multistep([32], 0.1)}
+    "dataset": "imagenet",
+    "dataset.validation": 0.0,
+    "epochs": 50,
+    "batch_size": 256,
+    "drop_last": True,
+    "optimizer.lr": 0.1,
+    "optimizer.weight_decay": 1e-4,
+    "architecture.bn": "after",
+    "architecture.init": "kaiming_normal_fan_out",
+    "architecture.linear_init": "pytorch",
+    **_multistep([32], 0.1),
+}
 WM_CASES: list[Case] = [
     # Feedback is drawn as the weights are [choice].
     ({"algorithm": ("fa", "kp", "wm")}, {"algorithm.b_init": "kaiming_normal_fan_out"}),
     # Section 6: noise passes the ReLU, biases are not blocked. One mirror step a training step and 1,281,167 // 256 of them
     # before training, a whole epoch, as their numpy code has it; rate and unit noise [choice].
-    ({"algorithm": "wm"}, _keys(
-        "algorithm", activation="relu", block_bias=False, mirror_batch=256, initial_steps=1_281_167 // 256, mirror_steps=1,
-        mirror_rate=0.01, noise="gaussian", sigma=1.0, per_tap=True)),
+    (
+        {"algorithm": "wm"},
+        _keys(
+            "algorithm",
+            activation="relu",
+            block_bias=False,
+            mirror_batch=256,
+            initial_steps=1_281_167 // 256,
+            mirror_steps=1,
+            mirror_rate=0.01,
+            noise="gaussian",
+            sigma=1.0,
+            per_tap=True,
+        ),
+    ),
     # Xiao et al. 2018: their scale, and the output layer's true weight [code].
     ({"algorithm": "usf"}, _keys("algorithm", scale="xiao", plain_last=True)),
 ]
 WM_NETS = ["resnet18_imagenet", "resnet50_imagenet"]
 WM_PAPER: dict[str, Preset] = {
-    "wm_fig3": Preset([
-        {"architecture": WM_NETS, "algorithm": ["bp", "frozen", "fa", "usf", "kp", "wm"], "seed": [0]},
-        {"architecture": WM_NETS, "algorithm": ["usf"], "architecture.bn": ["before"], "seed": [0]},
-    ], WM, WM_CASES),
+    "wm_fig3": Preset(
+        [
+            {"architecture": WM_NETS, "algorithm": ["bp", "frozen", "fa", "usf", "kp", "wm"], "seed": [0]},
+            {"architecture": WM_NETS, "algorithm": ["usf"], "architecture.bn": ["before"], "seed": [0]},
+        ],
+        WM,
+        WM_CASES,
+    ),
     "wm_fig4": Preset([{"algorithm": ["wm", "kp", "usf"], "seed": [0]}], WM | {"architecture": "resnet50_imagenet"}, WM_CASES),
 }
 
 #: No paper's: the project's own first sweep, on digits that need no download.
-QUICKSTART = Preset([{"algorithm": ["bp", "frozen", "fa", "usf", "dfa", "kp"], "seed": [0, 1, 2]}], {
-    "dataset": "digits", "dataset.validation": 0.1, "dataset.validation_seed": 0, "dataset.mean": [0.5], "dataset.std": [0.5],
-    "architecture": "mlp", "architecture.init": "pytorch", "epochs": 30, "batch_size": 64, "drop_last": True, "threads": 1,
-    "optimizer.lr": 0.05, "optimizer.weight_decay": 1e-3, **CONSTANT,
-}, [({"algorithm": ("fa", "dfa", "kp")}, {"algorithm.b_init": "xavier_uniform"})])
+QUICKSTART = Preset(
+    [{"algorithm": ["bp", "frozen", "fa", "usf", "dfa", "kp"], "seed": [0, 1, 2]}],
+    {
+        "dataset": "digits",
+        "dataset.validation": 0.1,
+        "dataset.validation_seed": 0,
+        "dataset.mean": [0.5],
+        "dataset.std": [0.5],
+        "architecture": "mlp",
+        "architecture.init": "pytorch",
+        "epochs": 30,
+        "batch_size": 64,
+        "drop_last": True,
+        "threads": 1,
+        "optimizer.lr": 0.05,
+        "optimizer.weight_decay": 1e-3,
+        **CONSTANT,
+    },
+    [({"algorithm": ("fa", "dfa", "kp")}, {"algorithm.b_init": "xavier_uniform"})],
+)
 
 #: The default configs of a study of five rules, in which fa-bench-tune searches learning rate and weight decay.
-TUNE_DIGITS = Preset([{"algorithm": ["bp", "frozen", "fa", "kp", "dfa"], "seed": [0, 1, 2]}], QUICKSTART.common | {
-    "epochs": 10, "probe_every": 0, "optimizer.weight_decay": 0.0}, QUICKSTART.cases)
+TUNE_DIGITS = Preset(
+    [{"algorithm": ["bp", "frozen", "fa", "kp", "dfa"], "seed": [0, 1, 2]}],
+    QUICKSTART.common | {"epochs": 10, "probe_every": 0, "optimizer.weight_decay": 0.0},
+    QUICKSTART.cases,
+)
 
 #: The faeval protocol, spring 2026: optimizer, rate, decay, schedule, batch size, epochs, seeds, widths and depths from its
 #: repository's history, second hand. Validation, augmentation, normalisation and the variants of dfa [choice].
 FAEVAL_NETS, FAEVAL_SEEDS = ["residual_mlp", "vit_mini"], [42, 123, 456]
-FAEVAL = Preset([
-    {"architecture": FAEVAL_NETS, "algorithm": ["bp", "frozen", "frozen_blocks", "fa"], "seed": FAEVAL_SEEDS},
-    {"architecture": FAEVAL_NETS, "algorithm": ["dfa"], "algorithm.within": ["layer", "block"],
-     "algorithm.positions": ["own"], "seed": FAEVAL_SEEDS},
-    {"architecture": ["vit_mini"], "algorithm": ["dfa"], "algorithm.within": ["layer", "block"],
-     "algorithm.positions": ["shared"], "seed": FAEVAL_SEEDS},
-], {
-    "dataset": "cifar10", **_keys(
-        "dataset", validation=0.0, augment=False, mean=[0.4914, 0.4822, 0.4465], std=[0.247, 0.2435, 0.2616]),
-    "optimizer": "adamw", **_keys("optimizer", lr=1e-3, weight_decay=0.01, **ADAM), **COSINE,
-    "epochs": 30, "batch_size": 128, "probes": ["stream_growth", "stability", "effective_rank"],
-}, [
-    ({"algorithm": ("fa", "dfa")}, {"algorithm.b_init": "xavier_uniform"}),
-    ({"architecture": "residual_mlp"},
-     _keys("architecture", width=256, blocks=4, expansion=4.0, activation="gelu", final_norm=True)),
-    ({"architecture": "vit_mini"}, _keys("architecture", width=128, blocks=4, patch=4)),
-])
+FAEVAL = Preset(
+    [
+        {"architecture": FAEVAL_NETS, "algorithm": ["bp", "frozen", "frozen_blocks", "fa"], "seed": FAEVAL_SEEDS},
+        {
+            "architecture": FAEVAL_NETS,
+            "algorithm": ["dfa"],
+            "algorithm.within": ["layer", "block"],
+            "algorithm.positions": ["own"],
+            "seed": FAEVAL_SEEDS,
+        },
+        {
+            "architecture": ["vit_mini"],
+            "algorithm": ["dfa"],
+            "algorithm.within": ["layer", "block"],
+            "algorithm.positions": ["shared"],
+            "seed": FAEVAL_SEEDS,
+        },
+    ],
+    {
+        "dataset": "cifar10",
+        **_keys("dataset", validation=0.0, augment=False, mean=[0.4914, 0.4822, 0.4465], std=[0.247, 0.2435, 0.2616]),
+        "optimizer": "adamw",
+        **_keys("optimizer", lr=1e-3, weight_decay=0.01, **ADAM),
+        **COSINE,
+        "epochs": 30,
+        "batch_size": 128,
+        "probes": ["stream_growth", "stability", "effective_rank"],
+    },
+    [
+        ({"algorithm": ("fa", "dfa")}, {"algorithm.b_init": "xavier_uniform"}),
+        (
+            {"architecture": "residual_mlp"},
+            _keys("architecture", width=256, blocks=4, expansion=4.0, activation="gelu", final_norm=True),
+        ),
+        ({"architecture": "vit_mini"}, _keys("architecture", width=128, blocks=4, patch=4)),
+    ],
+)
 
 #: No paper's: a small decoder on the built-in text; dfa with the cuts of Launay et al. 2020, their shared matrix, and the error
 #: in front of the vocabulary layer.
 LM_SEEDS, LM_CUTS = [0, 1, 2], [None, ["layers.*.norm1", "layers.*.act", "layers.*.norm2"]]
-LM_QUICKSTART = Preset([
-    {"algorithm": ["bp", "frozen_blocks", "fa", "kp"], "seed": LM_SEEDS},
-    {"algorithm": ["dfa"], "algorithm.form": ["shared"], "algorithm.within": ["block"], "algorithm.error_at": ["layers"],
-     "algorithm.cuts": LM_CUTS, "seed": LM_SEEDS},
-], {
-    "dataset": "text", "objective": "token_cross_entropy", "objective.score": "bits_per_character", "architecture": "decoder",
-    **_keys("architecture", depth=2, width=64, norm="post", dropout=0.0),
-    "optimizer": "adam", **_keys("optimizer", lr=3e-3, **ADAM), **CONSTANT, "epochs": 5, "batch_size": 32, "threads": 1,
-}, [({"algorithm": ("fa", "dfa", "kp")}, {"algorithm.b_init": "xavier_uniform"})])
+LM_QUICKSTART = Preset(
+    [
+        {"algorithm": ["bp", "frozen_blocks", "fa", "kp"], "seed": LM_SEEDS},
+        {
+            "algorithm": ["dfa"],
+            "algorithm.form": ["shared"],
+            "algorithm.within": ["block"],
+            "algorithm.error_at": ["layers"],
+            "algorithm.cuts": LM_CUTS,
+            "seed": LM_SEEDS,
+        },
+    ],
+    {
+        "dataset": "text",
+        "objective": "token_cross_entropy",
+        "objective.score": "bits_per_character",
+        "architecture": "decoder",
+        **_keys("architecture", depth=2, width=64, norm="post", dropout=0.0),
+        "optimizer": "adam",
+        **_keys("optimizer", lr=3e-3, **ADAM),
+        **CONSTANT,
+        "epochs": 5,
+        "batch_size": 32,
+        "threads": 1,
+    },
+    [({"algorithm": ("fa", "dfa", "kp")}, {"algorithm.b_init": "xavier_uniform"})],
+)
 
 #: Mono-Forward by the independent code BeyondBackpropagation [code]: widths, rates on MNIST and CIFAR-10, epochs of a layer,
 #: batch size, validation, torch's initial weights. All layers at once, the rates on the other two datasets, and for all rules
 #: [choice].
-MONO_FORWARD = Preset([{
-    "dataset": ["mnist", "fashion_mnist", "cifar10", "cifar100"], "algorithm": ["bp", "frozen", "bp_deepsup", "predsim"],
-    "seed": [0, 1, 2],
-}], {
-    "architecture": "mlp", "architecture.init": "pytorch", "optimizer": "adam", **_keys("optimizer", weight_decay=0.0, **ADAM),
-    **CONSTANT, "batch_size": 128, "dataset.validation": 0.1, "dataset.augment": False,
-}, [
-    ({"dataset": ("mnist", "fashion_mnist")}, {"architecture.widths": [1000, 1000], "optimizer.lr": 1.5703e-3, "epochs": 14}),
-    ({"dataset": ("cifar10", "cifar100")}, {"architecture.widths": [2000] * 3, "optimizer.lr": 3.2418e-4, "epochs": 15}),
-    ({"algorithm": "predsim"}, _keys("algorithm", loss="pred", decoder_init="pytorch", decoder_bias=False)),
-])
+MONO_FORWARD = Preset(
+    [
+        {
+            "dataset": ["mnist", "fashion_mnist", "cifar10", "cifar100"],
+            "algorithm": ["bp", "frozen", "bp_deepsup", "predsim"],
+            "seed": [0, 1, 2],
+        }
+    ],
+    {
+        "architecture": "mlp",
+        "architecture.init": "pytorch",
+        "optimizer": "adam",
+        **_keys("optimizer", weight_decay=0.0, **ADAM),
+        **CONSTANT,
+        "batch_size": 128,
+        "dataset.validation": 0.1,
+        "dataset.augment": False,
+    },
+    [
+        ({"dataset": ("mnist", "fashion_mnist")}, {"architecture.widths": [1000, 1000], "optimizer.lr": 1.5703e-3, "epochs": 14}),
+        ({"dataset": ("cifar10", "cifar100")}, {"architecture.widths": [2000] * 3, "optimizer.lr": 3.2418e-4, "epochs": 15}),
+        ({"algorithm": "predsim"}, _keys("algorithm", loss="pred", decoder_init="pytorch", decoder_bias=False)),
+    ],
+)
 
 #: Høier et al. 2023: epochs, batch size, rate, length of the warm-up, momentum, decay and the number of seeds [code]; the rest,
 #: such as the decay of the rate, B and augmentation [choice].
 DUAL_SEEDS = [0, 1, 2, 3, 4]
-DUAL_PROPAGATION = Preset([
-    {"algorithm": ["bp", "frozen", "dual_propagation"], "seed": DUAL_SEEDS},
-    {"algorithm": ["kp"], "algorithm.derivative": ["exact", "dual"], "seed": DUAL_SEEDS},
-], {
-    "dataset": "cifar10", **_keys(
-        "dataset", validation=0.0, augment=True, mean=[0.4914, 0.4822, 0.4465], std=[0.247, 0.2435, 0.2616]),
-    "architecture": "vgg", "architecture.depth": 16, "epochs": 130, "batch_size": 100,
-    "optimizer": "sgd", **_keys("optimizer", lr=0.025, momentum=0.9, weight_decay=5e-4),
-    **COSINE, "optimizer.schedule.warmup": 10,
-}, [
-    ({"algorithm": "dual_propagation"}, _keys("algorithm", derivative="dual", beta=0.01)),
-    ({"algorithm": "kp"}, {"algorithm.b_init": "lecun_uniform", "optimizer.schedule.warmup": 15}),
-])
+DUAL_PROPAGATION = Preset(
+    [
+        {"algorithm": ["bp", "frozen", "dual_propagation"], "seed": DUAL_SEEDS},
+        {"algorithm": ["kp"], "algorithm.derivative": ["exact", "dual"], "seed": DUAL_SEEDS},
+    ],
+    {
+        "dataset": "cifar10",
+        **_keys("dataset", validation=0.0, augment=True, mean=[0.4914, 0.4822, 0.4465], std=[0.247, 0.2435, 0.2616]),
+        "architecture": "vgg",
+        "architecture.depth": 16,
+        "epochs": 130,
+        "batch_size": 100,
+        "optimizer": "sgd",
+        **_keys("optimizer", lr=0.025, momentum=0.9, weight_decay=5e-4),
+        **COSINE,
+        "optimizer.schedule.warmup": 10,
+    },
+    [
+        ({"algorithm": "dual_propagation"}, _keys("algorithm", derivative="dual", beta=0.01)),
+        ({"algorithm": "kp"}, {"algorithm.b_init": "lecun_uniform", "optimizer.schedule.warmup": 15}),
+    ],
+)
 
 #: Forward-forward by the independent code loeweX/Forward-Forward [code]; the range of the images, and the rate and decay of the
 #: other rules [choice].
-FORWARD_FORWARD = Preset([{"algorithm": ["forward_forward", "bp", "frozen"], "seed": [0, 1, 2]}], {
-    "dataset": "mnist", **_keys("dataset", validation=10000, mean=[0.0], std=[1.0]), "architecture": "mlp",
-    "architecture.widths": [1000] * 3, "architecture.init": "pytorch", "epochs": 100, "batch_size": 100, "drop_last": True,
-    **_keys("optimizer", lr=0.05, momentum=0.9, weight_decay=0.0),
-    **_keys("optimizer.schedule", name="linear", min_lr=0.0, flat=0.5),
-}, [
-    ({"algorithm": "forward_forward"}, {
-        "architecture.init": "normal_fan_out", **_keys("optimizer", lr=1e-3, weight_decay=3e-4), "feedback_optimizer": "sgd",
-        **_keys("feedback_optimizer", lr=0.01, momentum=0.9, weight_decay=3e-3, first_epoch_weight_decay=None, nesterov=False,
-                **_keys("schedule", name="linear", min_lr=0.0, flat=0.5)),
-        **_keys("algorithm", theta=None, peer_norm=0.03, full_gradient=True, label_scale=1.0, all_layers=True,
-                prediction="classifier", cuts=None)}),
-])
+FORWARD_FORWARD = Preset(
+    [{"algorithm": ["forward_forward", "bp", "frozen"], "seed": [0, 1, 2]}],
+    {
+        "dataset": "mnist",
+        **_keys("dataset", validation=10000, mean=[0.0], std=[1.0]),
+        "architecture": "mlp",
+        "architecture.widths": [1000] * 3,
+        "architecture.init": "pytorch",
+        "epochs": 100,
+        "batch_size": 100,
+        "drop_last": True,
+        **_keys("optimizer", lr=0.05, momentum=0.9, weight_decay=0.0),
+        **_keys("optimizer.schedule", name="linear", min_lr=0.0, flat=0.5),
+    },
+    [
+        (
+            {"algorithm": "forward_forward"},
+            {
+                "architecture.init": "normal_fan_out",
+                **_keys("optimizer", lr=1e-3, weight_decay=3e-4),
+                "feedback_optimizer": "sgd",
+                **_keys(
+                    "feedback_optimizer",
+                    lr=0.01,
+                    momentum=0.9,
+                    weight_decay=3e-3,
+                    first_epoch_weight_decay=None,
+                    nesterov=False,
+                    **_keys("schedule", name="linear", min_lr=0.0, flat=0.5),
+                ),
+                **_keys(
+                    "algorithm",
+                    theta=None,
+                    peer_norm=0.03,
+                    full_gradient=True,
+                    label_scale=1.0,
+                    all_layers=True,
+                    prediction="classifier",
+                    cuts=None,
+                ),
+            },
+        ),
+    ],
+)
 
 #: Rules from outside the four papers, with the protocol of the PFA paper's MNIST runs at half its length, validation images, and
 #: the same rates for all [choice].
-BEYOND = ["bp", "frozen", "fa", "dfa", "kp", "ldfa", "symmetric_alignment", "activation_alignment", "regularized_mirror",
-          "information_alignment", "bp_deepsup", "fdfa", "grape", "forward_gradient", "node_perturbation", "weight_perturbation",
-          "np_feedback", "pepita", "forward_forward", "dual_propagation", "ddtp_linear", "ldrl", "epc", "pc"]
-BEYOND_MNIST = Preset([{"algorithm": BEYOND, "optimizer.lr": [1e-4, 1e-3, 1e-2, 3e-2, 1e-1], "seed": [0, 1, 2]}], PFA_MNIST | {
-    "epochs": 20, "dataset.validation": 0.1, **_multistep([10, 15], 0.5)}, PFA_MNIST_CASES)
+BEYOND = [
+    "bp",
+    "frozen",
+    "fa",
+    "dfa",
+    "kp",
+    "ldfa",
+    "symmetric_alignment",
+    "activation_alignment",
+    "regularized_mirror",
+    "information_alignment",
+    "bp_deepsup",
+    "fdfa",
+    "grape",
+    "forward_gradient",
+    "node_perturbation",
+    "weight_perturbation",
+    "np_feedback",
+    "pepita",
+    "forward_forward",
+    "dual_propagation",
+    "ddtp_linear",
+    "ldrl",
+    "epc",
+    "pc",
+]
+BEYOND_MNIST = Preset(
+    [{"algorithm": BEYOND, "optimizer.lr": [1e-4, 1e-3, 1e-2, 3e-2, 1e-1], "seed": [0, 1, 2]}],
+    PFA_MNIST | {"epochs": 20, "dataset.validation": 0.1, **_multistep([10, 15], 0.5)},
+    PFA_MNIST_CASES,
+)
 
-PRESETS: dict[str, Preset] = {**ASAP_PAPER, **PFA_PAPER, **DKP_PAPER, **WM_PAPER, "quickstart": QUICKSTART,
-                              "tune_digits": TUNE_DIGITS, "faeval": FAEVAL, "lm_quickstart": LM_QUICKSTART,
-                              "mono_forward": MONO_FORWARD, "forward_forward": FORWARD_FORWARD,
-                              "dual_propagation": DUAL_PROPAGATION, "beyond_mnist": BEYOND_MNIST}
+PRESETS: dict[str, Preset] = {
+    **ASAP_PAPER,
+    **PFA_PAPER,
+    **DKP_PAPER,
+    **WM_PAPER,
+    "quickstart": QUICKSTART,
+    "tune_digits": TUNE_DIGITS,
+    "faeval": FAEVAL,
+    "lm_quickstart": LM_QUICKSTART,
+    "mono_forward": MONO_FORWARD,
+    "forward_forward": FORWARD_FORWARD,
+    "dual_propagation": DUAL_PROPAGATION,
+    "beyond_mnist": BEYOND_MNIST,
+}

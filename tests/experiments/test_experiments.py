@@ -56,13 +56,16 @@ def test_each_part_of_a_grid_has_its_own_keys(folder: Path) -> None:
     assert found == [("bp", None, 0), ("bp", None, 1), ("kp", None, 0), ("kp", None, 1), ("fa", 0.5, 0), ("fa", 0.1, 0)]
 
 
-@pytest.mark.parametrize(("overrides", "expected"), [
-    (["algorithm=fa"], [("fa", 0), ("fa", 0)]),
-    (["algorithm=fa", "algorithm.density=0.2"], [("fa", 0)]),
-    (["algorithm=kp,fa", "seed=3"], [("kp", 3), ("fa", 3), ("fa", 3)]),
-    (["algorithm=usf"], [("usf", 0), ("usf", 1)]),
-    (["seed=7"], [("bp", 7), ("kp", 7), ("fa", 7), ("fa", 7)]),
-])
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["algorithm=fa"], [("fa", 0), ("fa", 0)]),
+        (["algorithm=fa", "algorithm.density=0.2"], [("fa", 0)]),
+        (["algorithm=kp,fa", "seed=3"], [("kp", 3), ("fa", 3), ("fa", 3)]),
+        (["algorithm=usf"], [("usf", 0), ("usf", 1)]),
+        (["seed=7"], [("bp", 7), ("kp", 7), ("fa", 7), ("fa", 7)]),
+    ],
+)
 def test_command_line_chooses_among_the_parts(folder: Path, overrides: list[str], expected: list[tuple[str, int]]) -> None:
     preset(folder, "grid: [{algorithm: 'bp,kp', seed: '0,1'}, {algorithm: fa, algorithm.density: '0.5,0.1'}]")
     assert [(job.algorithm.name, job.run.seed) for job in jobs(folder, *overrides)] == expected
@@ -87,12 +90,15 @@ def test_a_grid_that_is_no_list_of_mappings_is_refused(folder: Path, grid: str, 
 
 
 def test_settings_by_component(folder: Path) -> None:
-    preset(folder, """
+    preset(
+        folder,
+        """
 optimizer:
   lr: ${by:algorithm,{kp:0.3,fa:${by:dataset,{synthetic:0.02,mnist:0.01}}},0.1}
 feedback_optimizer: ${by:algorithm,{kp:{name:adam,lr:0.5}},null}
 grid: [{algorithm: 'bp,kp,fa'}]
-""")
+""",
+    )
     found = jobs(folder)
     assert [job.optimizer.lr for job in found] == [0.1, 0.3, 0.02]
     assert [job.feedback_optimizer and job.feedback_optimizer.lr for job in found] == [None, 0.5, None]
@@ -110,7 +116,7 @@ def test_a_table_with_an_unknown_name_is_refused(
 
 def test_scale_makes_a_trial_of_the_same_config(folder: Path) -> None:
     preset(folder, "epochs: 200\noptimizer: {schedule: {name: multistep, milestones: [100, 150]}}\n")
-    job, = jobs(folder, "scale=short")
+    (job,) = jobs(folder, "scale=short")
     small = scaled(job)
     assert small.run.epochs == 20 and small.optimizer.schedule.milestones == [10, 15]
     assert scaled(jobs(folder)[0]).run.epochs == 200
@@ -134,12 +140,15 @@ def options_of_rules(found: list[Job]) -> list[tuple[str, float, int]]:
 RULES = "rules: {fa: {density: 0.5}, usf: {density: 0.25}}\n"
 
 
-@pytest.mark.parametrize(("overrides", "expected"), [
-    ([], [("bp", 1.0, 0), ("bp", 1.0, 1), ("fa", 0.5, 0), ("fa", 0.5, 1), ("dfa", 1.0, 0), ("dfa", 1.0, 1)]),
-    (["algorithm=fa"], [("fa", 0.5, 0), ("fa", 0.5, 1)]),
-    (["algorithm=usf,kp", "seed=3"], [("usf", 0.25, 3), ("kp", 1.0, 3)]),
-    (["algorithm=fa", "algorithm.density=0.1,0.2", "seed=0"], [("fa", 0.1, 0), ("fa", 0.2, 0)]),
-])
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], [("bp", 1.0, 0), ("bp", 1.0, 1), ("fa", 0.5, 0), ("fa", 0.5, 1), ("dfa", 1.0, 0), ("dfa", 1.0, 1)]),
+        (["algorithm=fa"], [("fa", 0.5, 0), ("fa", 0.5, 1)]),
+        (["algorithm=usf,kp", "seed=3"], [("usf", 0.25, 3), ("kp", 1.0, 3)]),
+        (["algorithm=fa", "algorithm.density=0.1,0.2", "seed=0"], [("fa", 0.1, 0), ("fa", 0.2, 0)]),
+    ],
+)
 def test_a_preset_gives_options_to_rules(folder: Path, overrides: list[str], expected: list[tuple[str, float, int]]) -> None:
     preset(folder, RULES + "grid: [{algorithm: 'bp,fa,dfa', seed: '0,1'}]")
     assert options_of_rules(jobs(folder, *overrides)) == expected
@@ -155,11 +164,14 @@ def test_rules_of_a_preset_without_a_grid(folder: Path, capsys: pytest.CaptureFi
     assert OmegaConf.load(config)["algorithm"]["density"] == 0.5
 
 
-@pytest.mark.parametrize(("text", "said"), [
-    ("{pfa_0: {density: 0.5}}", r"experiment=mine: rules\.pfa_0: no such algorithm; did you mean 'pfa_o'"),
-    ("[fa]", r"experiment=mine: rules=\['fa'\]: must map"),
-    ("{fa: {densty: 0.5}}", r"algorithm\.densty: unknown key densty in algorithm; did you mean 'density'"),
-])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{pfa_0: {density: 0.5}}", r"experiment=mine: rules\.pfa_0: no such algorithm; did you mean 'pfa_o'"),
+        ("[fa]", r"experiment=mine: rules=\['fa'\]: must map"),
+        ("{fa: {densty: 0.5}}", r"algorithm\.densty: unknown key densty in algorithm; did you mean 'density'"),
+    ],
+)
 def test_rules_of_a_preset_are_checked(folder: Path, text: str, said: str) -> None:
     preset(folder, f"rules: {text}\ngrid: [{{algorithm: 'bp,fa'}}]")
     with pytest.raises(ConfigError, match=said):
@@ -168,8 +180,10 @@ def test_rules_of_a_preset_are_checked(folder: Path, text: str, said: str) -> No
 
 def test_a_trial_shortens_what_a_rule_does_before_training(folder: Path) -> None:
     preset(folder, "")
-    steps = [getattr(scaled(jobs(folder, "algorithm=wm", scale)[0]).algorithm, "initial_steps", None)
-             for scale in ("scale=full", "scale=short", "scale=smoke")]
+    steps = [
+        getattr(scaled(jobs(folder, "algorithm=wm", scale)[0]).algorithm, "initial_steps", None)
+        for scale in ("scale=full", "scale=short", "scale=smoke")
+    ]
     assert steps == [469, 47, 0]
 
 
@@ -181,9 +195,14 @@ def test_a_scaled_step_schedule_keeps_its_steps(folder: Path) -> None:
 def test_a_trial_is_smaller_in_every_part_and_never_larger(folder: Path) -> None:
     """An epoch is left, and the optimizer of the feedback is scaled as that of the weights."""
     preset(folder, "epochs: 200\nbatch_size: 6\nprobe_size: 3\n")
-    words = ["algorithm=kp", "optimizer.schedule.name=step", "optimizer.schedule.step_size=14",
-             "optimizer@feedback_optimizer=sgd", "feedback_optimizer.schedule.name=multistep",
-             "feedback_optimizer.schedule.milestones=[4,26,150]"]
+    words = [
+        "algorithm=kp",
+        "optimizer.schedule.name=step",
+        "optimizer.schedule.step_size=14",
+        "optimizer@feedback_optimizer=sgd",
+        "feedback_optimizer.schedule.name=multistep",
+        "feedback_optimizer.schedule.milestones=[4,26,150]",
+    ]
     small, tiny = (scaled(jobs(folder, *words, f"scale={scale}")[0]) for scale in ("short", "smoke"))
     for job, step, milestones in ((small, 1, [1, 3, 15]), (tiny, 1, [1, 1, 1])):
         assert job.feedback_optimizer is not None
@@ -208,8 +227,11 @@ SHRUNK = {"width": 4, "hidden": 8, "channels": 4, "widths": [8]}
 def small(job: Job) -> Job:
     """The job with a small net and small images of a few samples; what it does is the same."""
     fields = {field.name for field in option_fields(type(job.architecture))}
-    values = {key: [8] * len(getattr(job.architecture, key)) if key == "widths" else value
-              for key, value in SHRUNK.items() if key in fields}
+    values = {
+        key: [8] * len(getattr(job.architecture, key)) if key == "widths" else value
+        for key, value in SHRUNK.items()
+        if key in fields
+    }
     if "blocks" in fields:
         before = job.architecture.blocks
         values["blocks"] = [1] * len(before) if isinstance(before, list) else 1
@@ -217,7 +239,9 @@ def small(job: Job) -> Job:
     rule = {"initial_steps": 1} if hasattr(job.algorithm, "initial_steps") else {}
     # Batches of six: eight would leave a last batch of one, of the nine images of svhn.
     return dataclasses.replace(
-        job, run=dataclasses.replace(job.run, batch_size=6), architecture=dataclasses.replace(job.architecture, **values),
+        job,
+        run=dataclasses.replace(job.run, batch_size=6),
+        architecture=dataclasses.replace(job.architecture, **values),
         dataset=dataclasses.replace(job.dataset, **data),
         algorithm=dataclasses.replace(job.algorithm, **rule),
     )

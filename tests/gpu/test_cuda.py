@@ -22,8 +22,20 @@ from fa_bench.rules import wm
 from tests.rules.nets import convnet, mlp
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-SMALL = ["dataset=synthetic", "dataset.samples=200", "dataset.validation=40", "architecture=conv2", "architecture.channels=4",
-         "architecture.hidden=16", "batch_size=32", "epochs=2", "threads=1", "loggers=[]", "probe_every=0", "device=cuda"]
+SMALL = [
+    "dataset=synthetic",
+    "dataset.samples=200",
+    "dataset.validation=40",
+    "architecture=conv2",
+    "architecture.channels=4",
+    "architecture.hidden=16",
+    "batch_size=32",
+    "epochs=2",
+    "threads=1",
+    "loggers=[]",
+    "probe_every=0",
+    "device=cuda",
+]
 SHORT = {"wm": ["algorithm.initial_steps=2", "algorithm.mirror_batch=8"]}
 #: Rules that need more layers than conv2 has.
 DEEP = {"asap", "asfp", "asfp_lc"}
@@ -73,8 +85,11 @@ def step(rule_name: str, net: str, dtype: torch.dtype, device: str, compiled: bo
         optimizers.zero_grad()
         logits = forward(x)
         rule.backward(F.cross_entropy(logits, y), logits, y, 1.0)
-        gradients |= {f"{name}, step {number}": weight.grad.double().cpu() for name, weight in model.named_parameters()
-                      if weight.grad is not None}
+        gradients |= {
+            f"{name}, step {number}": weight.grad.double().cpu()
+            for name, weight in model.named_parameters()
+            if weight.grad is not None
+        }
         optimizers.step()
         rule.step()
     return gradients
@@ -84,8 +99,9 @@ def step(rule_name: str, net: str, dtype: torch.dtype, device: str, compiled: bo
 def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     sample = wm.Noise.sample  # generators of other devices have other numbers
-    monkeypatch.setattr(wm.Noise, "sample", lambda noise, number, like: sample(
-        noise, number, torch.empty(0, dtype=like.dtype)).to(like.device))
+    monkeypatch.setattr(
+        wm.Noise, "sample", lambda noise, number, like: sample(noise, number, torch.empty(0, dtype=like.dtype)).to(like.device)
+    )
 
 
 @pytest.mark.parametrize("net", ["mlp", "convnet"])
@@ -99,8 +115,9 @@ def test_gradients_are_those_of_the_cpu(rule: str, net: str) -> None:
         given = step(rule, net, dtype, "cuda")
         assert given.keys() == expected.keys()
         for name, gradient in expected.items():
-            torch.testing.assert_close(given[name], gradient, rtol=tolerance, atol=tolerance,
-                                       msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                given[name], gradient, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 @pytest.mark.parametrize("rule", FEW)
@@ -116,10 +133,18 @@ def test_every_rule_trains(rule: str, tmp_path: Path) -> None:
     assert result["status"] == "finished" and result["device"].startswith("cuda") and result["peak_memory_bytes"] > 0
 
 
-@pytest.mark.parametrize("overrides", [
-    ["compile=true"], ["compile=true", "graphs=true"], ["precision=bf16"], ["precision=tf32"], ["channels_last=true"],
-    ["compile=true", "graphs=true", "accumulate=2"],
-], ids=" ".join)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["compile=true"],
+        ["compile=true", "graphs=true"],
+        ["precision=bf16"],
+        ["precision=tf32"],
+        ["channels_last=true"],
+        ["compile=true", "graphs=true", "accumulate=2"],
+    ],
+    ids=" ".join,
+)
 @pytest.mark.parametrize("rule", FEW)
 def test_options_change_the_loss_by_rounding(rule: str, overrides: list[str], tmp_path: Path) -> None:
     """bf16 has 8 bits of mantissa, TF32 has 11: some percent and some per mille after ten updates."""

@@ -34,8 +34,14 @@ from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.runs import checkpoint, loop
 from fa_bench.utils.files import METRICS
 
-MLP = ["dataset=synthetic", "dataset.samples=80", "dataset.test_samples=16", "batch_size=16", "probe_size=8",
-       "architecture.widths=[8,6]"]
+MLP = [
+    "dataset=synthetic",
+    "dataset.samples=80",
+    "dataset.test_samples=16",
+    "batch_size=16",
+    "probe_size=8",
+    "architecture.widths=[8,6]",
+]
 FINAL = {"test_accuracy": 0.5, "test_accuracy_at_best_val": None, "seconds": 1.0}
 
 
@@ -91,8 +97,12 @@ def contents(folder: Path | str, tag: str) -> list[bytes]:
 
 def charts(folder: Path | str) -> dict[str, list[str]]:
     """{chart: patterns} of the last layout."""
-    found = [value.tensor.string_val[0] for event in read(folder) for value in event.summary.value
-             if value.tag == "custom_scalars__config__"]
+    found = [
+        value.tensor.string_val[0]
+        for event in read(folder)
+        for value in event.summary.value
+        if value.tag == "custom_scalars__config__"
+    ]
     layout = Layout.FromString(found[-1])
     return {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
 
@@ -182,6 +192,7 @@ def test_a_kill_at_any_moment_of_rewriting_loses_nothing(job: Job, tmp_path: Pat
             if after:
                 real(*arguments)
             raise Killed
+
         return call
 
     for name in ("fsync", "replace", "truncate"):
@@ -205,8 +216,10 @@ def test_starts_in_old_files_are_taken_as_readers_take_them(job: Job, tmp_path: 
     with another_file(tmp_path, purge_step=4) as writer:
         writer.add_scalar("loss/train", 0.25, 5)
     EventFile(tmp_path, job, 7).close()
-    assert curves(tmp_path) == {"loss/train": [(step, pytest.approx(1 / (step + 1))) for step in range(4)] + [(5, 0.25)],
-                                "weight_angle/fc1": [(step, 90 - step) for step in range(4)]}
+    assert curves(tmp_path) == {
+        "loss/train": [(step, pytest.approx(1 / (step + 1))) for step in range(4)] + [(5, 0.25)],
+        "weight_angle/fc1": [(step, 90 - step) for step in range(4)],
+    }
 
 
 def test_steps_that_are_run_again_are_recorded_once(job: Job, tmp_path: Path) -> None:
@@ -294,8 +307,10 @@ def test_layout_has_every_layer_in_the_chart_of_its_metric(rule: str) -> None:
     for what in ("loss", "accuracy"):
         tags[what] = {f"{what}/{split}" for split in ("train", "val", "test")}
     recorded = [tag for tag, points in curves("run").items() if isinstance(points[0][1], float)]
-    shown = {frozenset(tag for tag in recorded if any(re.match(pattern, tag) for pattern in patterns))
-             for patterns in charts("run").values()}
+    shown = {
+        frozenset(tag for tag in recorded if any(re.match(pattern, tag) for pattern in patterns))
+        for patterns in charts("run").values()
+    }
     assert shown == set(map(frozenset, tags.values())) and len(charts("run")) == len(tags)
     assert {"weight_angle", "delta_angle", "norm_ratio"} <= set(tags) and len(tags["delta_angle"]) == 3
     before = charts("run")
@@ -324,8 +339,20 @@ def test_all_rules_share_one_table(job: Job, tmp_path: Path) -> None:
 
 def test_every_key_that_differs_in_a_sweep_is_in_the_table_of_its_runs(tmp_path: Path) -> None:
     """Read by the plugin's own backend, which takes the columns from any one of the runs."""
-    assert main(["-m", *MLP, "epochs=1", "algorithm=fa,pfa", "optimizer.lr=0.1,0.2", "architecture.batch_norm=true,false",
-                 "output_dir=o"]) == 0
+    assert (
+        main(
+            [
+                "-m",
+                *MLP,
+                "epochs=1",
+                "algorithm=fa,pfa",
+                "optimizer.lr=0.1,0.2",
+                "architecture.batch_norm=true,false",
+                "output_dir=o",
+            ]
+        )
+        == 0
+    )
     columns: set[str] = set()
     names: list[str] = []
     for directory in Path("o").glob("*/*/seed*"):
@@ -345,11 +372,16 @@ def test_every_key_that_differs_in_a_sweep_is_in_the_table_of_its_runs(tmp_path:
     assert len(columns) == 1 and len(set(names)) == 8
 
 
-@pytest.mark.parametrize(("status", "shown"), [
-    ("finished", [api_pb2.STATUS_SUCCESS]), ("stopped", [api_pb2.STATUS_SUCCESS]),
-    ("diverged", [api_pb2.STATUS_FAILURE]), ("failed", [api_pb2.STATUS_FAILURE]),
-    ("interrupted", []),
-])
+@pytest.mark.parametrize(
+    ("status", "shown"),
+    [
+        ("finished", [api_pb2.STATUS_SUCCESS]),
+        ("stopped", [api_pb2.STATUS_SUCCESS]),
+        ("diverged", [api_pb2.STATUS_FAILURE]),
+        ("failed", [api_pb2.STATUS_FAILURE]),
+        ("interrupted", []),
+    ],
+)
 def test_end_of_a_run(status: str, shown: list[int], job: Job, tmp_path: Path) -> None:
     recorded = EventFile(tmp_path, job, 0)
     put(recorded, 1)
@@ -392,9 +424,20 @@ def test_histograms_come_on_request_and_change_no_number(rule: str) -> None:
 
 def test_histograms_of_odd_tensors(job: Job, tmp_path: Path) -> None:
     recorded = EventFile(tmp_path, job, 0)
-    recorded.histograms({"weight/some": torch.tensor([1.0, math.nan, math.inf, 2.0]), "weight/none": torch.tensor([math.nan]),
-                         "weight/zeros": torch.zeros(3), "feedback/mask": torch.tensor([True, False]),
-                         "weight/half": torch.ones(2, dtype=torch.bfloat16)}, 3)
+    recorded.histograms(
+        {
+            "weight/some": torch.tensor([1.0, math.nan, math.inf, 2.0]),
+            "weight/none": torch.tensor([math.nan]),
+            "weight/zeros": torch.zeros(3),
+            "feedback/mask": torch.tensor([True, False]),
+            "weight/half": torch.ones(2, dtype=torch.bfloat16),
+        },
+        3,
+    )
     recorded.close()
     assert {tag: sum(points[0][1][1]) for tag, points in curves(tmp_path).items()} == {
-        "weight/some": 2, "weight/zeros": 3, "feedback/mask": 2, "weight/half": 2}
+        "weight/some": 2,
+        "weight/zeros": 3,
+        "feedback/mask": 2,
+        "weight/half": 2,
+    }

@@ -26,11 +26,18 @@ from fa_bench.runs.execution import _no_compiler
 pytestmark = [pytest.mark.filterwarnings("ignore:.*torch.jit"), pytest.mark.filterwarnings("ignore:The .grad attribute")]
 #: Options that lead through other code than the defaults, with less work where the defaults take much.
 VARIANTS = {
-    "wm": ["wm:initial_steps=0,mirror_batch=4"], "usf": ["usf", "usf:density=0.5"], "frsf": ["frsf:density=0.5"],
-    "brsf": ["brsf", "brsf:m_init=xavier_normal,density=0.5"], "dfa": ["dfa", "dfa:form=shared"],
-    "drtp": ["drtp", "drtp:error_sign=true"], "asap": ["asap", "asap:transport=true", "asap:match=random"],
-    "pfa": ["pfa:ratio=2"], "local_error": ["local_error:separate=true"], "predsim": ["predsim", "predsim:loss=pred"],
-    "mixed": ["mixed:ratio=2"], "ldfa": ["ldfa:rank=2"],
+    "wm": ["wm:initial_steps=0,mirror_batch=4"],
+    "usf": ["usf", "usf:density=0.5"],
+    "frsf": ["frsf:density=0.5"],
+    "brsf": ["brsf", "brsf:m_init=xavier_normal,density=0.5"],
+    "dfa": ["dfa", "dfa:form=shared"],
+    "drtp": ["drtp", "drtp:error_sign=true"],
+    "asap": ["asap", "asap:transport=true", "asap:match=random"],
+    "pfa": ["pfa:ratio=2"],
+    "local_error": ["local_error:separate=true"],
+    "predsim": ["predsim", "predsim:loss=pred"],
+    "mixed": ["mixed:ratio=2"],
+    "ldfa": ["ldfa:rank=2"],
     "information_alignment": ["information_alignment:update_forward=true", "information_alignment:signal=noise,noise_batch=3"],
 }
 SPECS = [spec for name in ALGORITHMS for spec in VARIANTS.get(name, [name]) if not ALGORITHMS[name].repeats]
@@ -115,8 +122,10 @@ def test_rules_that_run_the_model_again_are_refused(name: str) -> None:
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize(("spec", "net"), [
-    *((spec, Net) for spec in SPECS), ("dfa:form=kernel", Small), ("fa", Recurrent), ("kp", Recurrent), ("brsf", Recurrent)])
+@pytest.mark.parametrize(
+    ("spec", "net"),
+    [*((spec, Net) for spec in SPECS), ("dfa:form=kernel", Small), ("fa", Recurrent), ("kp", Recurrent), ("brsf", Recurrent)],
+)
 def test_compiled_steps_equal_those_without(spec: str, net: type[nn.Module]) -> None:
     """The backend runs PyTorch's own operations in the order of the graph, so that equal means bit for bit."""
     wanted = trained(*(parts := attached(spec, net)), call=parts[0])
@@ -267,12 +276,20 @@ def test_operators_that_run_python_are_not_captured_in_cuda_graphs() -> None:
     assert [operator for operator in operators if torch.Tag.cudagraph_unsafe not in operator.tags] == []
 
 
-@pytest.mark.parametrize(("spec", "of", "method", "operator"), [
-    ("dkp", "_delivery", "errors_in_graph", "cut_errors"), ("predsim", "_delivery", "errors_in_graph", "cut_errors"),
-    ("forward_alignment", "", "second_pass", "second_pass"),
-])
+@pytest.mark.parametrize(
+    ("spec", "of", "method", "operator"),
+    [
+        ("dkp", "_delivery", "errors_in_graph", "cut_errors"),
+        ("predsim", "_delivery", "errors_in_graph", "cut_errors"),
+        ("forward_alignment", "", "second_pass", "second_pass"),
+    ],
+)
 def test_operators_return_what_compilers_expect(
-    spec: str, of: str, method: str, operator: str, monkeypatch: pytest.MonkeyPatch,
+    spec: str,
+    of: str,
+    method: str,
+    operator: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As many tensors, with the shapes, dtypes and memory formats that the graph was made for."""
     model, rule, x, y = attached(spec)

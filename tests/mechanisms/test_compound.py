@@ -78,14 +78,25 @@ ATTENTION: dict[str, Call] = {
 
 
 @pytest.mark.parametrize("call", ATTENTION)
-@pytest.mark.parametrize("options", [
-    {}, {"bias": False}, {"add_bias_kv": True}, {"add_zero_attn": True}, {"add_bias_kv": True, "add_zero_attn": True},
-    {"dropout": 0.3},
-], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bias": False},
+        {"add_bias_kv": True},
+        {"add_zero_attn": True},
+        {"add_bias_kv": True, "add_zero_attn": True},
+        {"dropout": 0.3},
+    ],
+    ids=str,
+)
 def test_attention(options: dict[str, Any], call: str) -> None:
     # PyTorch projects keys that are also the values by one product.
-    require_equal(nn.MultiheadAttention(12, 3, **options), ATTENTION[call], 1e-6 if call in ("keys are values", "float padding "
-                                                                                             "and float mask") else 0)
+    require_equal(
+        nn.MultiheadAttention(12, 3, **options),
+        ATTENTION[call],
+        1e-6 if call in ("keys are values", "float padding and float mask") else 0,
+    )
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
@@ -115,11 +126,24 @@ def of_packed(module: nn.Module, initial: Any = None) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
-@pytest.mark.parametrize(("cls", "options"), [
-    *((cls, options) for cls in (nn.LSTM, nn.GRU, nn.RNN) for options in (
-        {}, {"num_layers": 2, "dropout": 0.4}, {"num_layers": 2, "bidirectional": True}, {"batch_first": True, "bias": False})),
-    (nn.LSTM, {"proj_size": 3, "num_layers": 2, "bidirectional": True}), (nn.RNN, {"nonlinearity": "relu"}),
-], ids=str)
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        *(
+            (cls, options)
+            for cls in (nn.LSTM, nn.GRU, nn.RNN)
+            for options in (
+                {},
+                {"num_layers": 2, "dropout": 0.4},
+                {"num_layers": 2, "bidirectional": True},
+                {"batch_first": True, "bias": False},
+            )
+        ),
+        (nn.LSTM, {"proj_size": 3, "num_layers": 2, "bidirectional": True}),
+        (nn.RNN, {"nonlinearity": "relu"}),
+    ],
+    ids=str,
+)
 def test_recurrent_modules(cls: Any, options: dict[str, Any]) -> None:
     module, x = cls(4, 6, **options), randn(3, 5, 4)
     depth = options.get("num_layers", 1) * (2 if options.get("bidirectional") else 1)
@@ -168,8 +192,10 @@ def test_without_gradients_and_without_rules_for_layers_the_plain_module_runs() 
 def test_no_trace_is_left_and_models_can_be_copied_and_pickled() -> None:
     parts = nn.ModuleList([nn.LSTM(4, 6), nn.GRUCell(4, 6), nn.Bilinear(3, 4, 5)])
     model: Any = nn.Sequential(nn.TransformerEncoderLayer(12, 3, 8), parts)
-    before = {path: (type(module), {key for key in vars(module) if key != "_modules"}, list(module._modules))
-              for path, module in model.named_modules()}
+    before = {
+        path: (type(module), {key for key in vars(module) if key != "_modules"}, list(module._modules))
+        for path, module in model.named_modules()
+    }
     parameters = dict(model.named_parameters())
     expand(model, Mode("test", layerwise=True))
     assert sum(isinstance(module, Compound) for module in model.modules()) == 4
@@ -178,6 +204,8 @@ def test_no_trace_is_left_and_models_can_be_copied_and_pickled() -> None:
         assert copied[1][0].ih_l0.weight is copied[1][0].weight_ih_l0
         assert copied[1][0].ih_l0.weight is not parameters["1.0.weight_ih_l0"]
     contract(model)
-    assert before == {path: (type(module), {key for key in vars(module) if key != "_modules"}, list(module._modules))
-                      for path, module in model.named_modules()}
+    assert before == {
+        path: (type(module), {key for key in vars(module) if key != "_modules"}, list(module._modules))
+        for path, module in model.named_modules()
+    }
     assert all(parameters[name] is parameter for name, parameter in model.named_parameters())

@@ -73,8 +73,9 @@ def test_linear_nonlinearities_are_backpropagation_for_every_beta() -> None:
             rule.detach()
 
 
-@pytest.mark.parametrize(("a", "slope"), [
-    (3.0, 1.0), (2.0, 1.0), (0.5, 0.625), (0.0, 0.5), (-0.5, 0.375), (-2.0, 0.0), (-3.0, 0.0)])
+@pytest.mark.parametrize(
+    ("a", "slope"), [(3.0, 1.0), (2.0, 1.0), (0.5, 0.625), (0.0, 0.5), (-0.5, 0.375), (-2.0, 0.0), (-3.0, 0.0)]
+)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_slopes_of_relu_saturate_at_a_half(a: float, slope: float, sign: int) -> None:
     """β s |g| = 2: 1 above 2, 0 below -2, and (a + 2) / 4 between."""
@@ -107,8 +108,9 @@ def test_beta_does_not_depend_on_the_scale_or_the_size_of_the_batch(name: str) -
         options |= {"cuts": ["1", "3"], "freeze_stem": False, "linear": "share", "k": 2}
     model = mlp(nn.Tanh())
     if name == "asfp_lc":
-        model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(),
-                              nn.Linear(8, 3)).double()
+        model = nn.Sequential(
+            nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)
+        ).double()
         options["cuts"] = ["1", "3", "5"]
     rule = fa_bench.attach(model, name, seed=0, sample_input=X, **options)
     want = gradients(model, rule)
@@ -189,9 +191,18 @@ class Calls(nn.Module):
         return self.fc3(self.function(self.fc2(self.act(self.fc1(x)))))
 
 
-@pytest.mark.parametrize(("function", "name"), [
-    (F.relu, "relu"), (torch.tanh, "tanh"), (F.gelu, "gelu"), (F.hardswish, "hardswish"), (nn.PReLU(), "prelu"),
-    (nn.RReLU(), "rrelu"), (F.relu6, "hardtanh")])
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (F.relu, "relu"),
+        (torch.tanh, "tanh"),
+        (F.gelu, "gelu"),
+        (F.hardswish, "hardswish"),
+        (nn.PReLU(), "prelu"),
+        (nn.RReLU(), "rrelu"),
+        (F.relu6, "hardtanh"),
+    ],
+)
 @pytest.mark.parametrize("sample", [True, False])
 def test_functions_are_refused_by_name(function, name: str, sample: bool) -> None:
     """At once with a sample, else in the first training pass; a rule without the option takes the model."""
@@ -232,6 +243,7 @@ def test_functions_of_frozen_layers_are_refused_as_well() -> None:
 
 def test_a_module_whose_forward_contains_functions_is_none() -> None:
     """Tanhshrink is x - tanh(x); a subclass of a module is not that module."""
+
     class Steep(nn.Tanh):
         def forward(self, input: Tensor) -> Tensor:
             return torch.tanh(3 * input)

@@ -88,6 +88,9 @@ def test_a_tensor_is_live_if_it_is_fixed_and_detached_if_it_is_learned() -> None
 
 def test_one_file_knows_how_modules_store_feedback_tensors() -> None:
     written = re.compile(r"""["']feedback_(?:"|'|mask|auxiliary|[A-Z]\b)|\.feedback_[A-Z]\b|_buffers(?:\[|\.get)""")
-    found = {path.relative_to(PACKAGE).as_posix(): match[0] for path in PACKAGE.rglob("*.py")
-             if (match := written.search(path.read_text(encoding="utf-8"))) is not None}
+    found = {
+        path.relative_to(PACKAGE).as_posix(): match[0]
+        for path in PACKAGE.rglob("*.py")
+        if (match := written.search(path.read_text(encoding="utf-8"))) is not None
+    }
     assert set(found) == {"mechanisms/feedback_tensors.py"}, found

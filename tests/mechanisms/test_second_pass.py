@@ -84,7 +84,8 @@ def test_a_module_in_evaluation_mode_keeps_its_running_statistics():
 
 def test_changes_at_inputs_and_outputs_reach_what_follows_only():
     logits, (at_input, at_output, none), model, x = repeated(
-        {"inputs": {"4": torch.zeros_like}}, {"outputs": {"0": torch.ones_like}}, {"outputs": {"0": lambda _: None}})
+        {"inputs": {"4": torch.zeros_like}}, {"outputs": {"0": torch.ones_like}}, {"outputs": {"0": lambda _: None}}
+    )
     readout = model.get_submodule("4")
     assert isinstance(readout, nn.Linear) and readout.bias is not None
     assert torch.equal(at_input, readout.bias.expand_as(at_input))

@@ -40,8 +40,10 @@ def directions(shapes: dict[str, Tensor]) -> dict[str, Any]:
 
 def noise_at(model: nn.Module, cuts: list[str], x: Tensor) -> dict[str, Tensor]:
     shapes: dict[str, Any] = {}
-    handles = [model.get_submodule(cut).register_forward_hook(lambda _, __, out, cut=cut: shapes.update({cut: out.shape}))
-               for cut in cuts]
+    handles = [
+        model.get_submodule(cut).register_forward_hook(lambda _, __, out, cut=cut: shapes.update({cut: out.shape}))
+        for cut in cuts
+    ]
     with torch.no_grad():
         model.eval()(x)
     model.train()
@@ -134,16 +136,26 @@ def test_tangents_of_parameters() -> None:
     x = torch.randn(6, 5, dtype=torch.float64)
     rule = fa_bench.attach(model, "forward_gradient", form="weight", sample_input=x)
     generator = torch.Generator().manual_seed(1)
-    moved_ones = {parameter: torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                  for name, parameter in model.named_parameters() if name != "4.bias"}
+    moved_ones = {
+        parameter: torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        for name, parameter in model.named_parameters()
+        if name != "4.bias"
+    }
     parameters = dict(model.named_parameters())
     first = tangents.FirstPass("forward_gradient", model, (x,), {})
     for method, rel in ((FORWARD, 1e-12), (DIFFERENCE, 1e-4)):
         got = output_tangent(rule, first, method, {}, moved_ones)
         with rule.exact():
             out = model(x)
-        want = torch.stack([sum((gradient * moved_ones[p]).sum() for p, gradient in zip(
-            moved_ones, torch.autograd.grad(one, list(moved_ones), retain_graph=True), strict=True)) for one in out.flatten()])
+        want = torch.stack(
+            [
+                sum(
+                    (gradient * moved_ones[p]).sum()
+                    for p, gradient in zip(moved_ones, torch.autograd.grad(one, list(moved_ones), retain_graph=True), strict=True)
+                )
+                for one in out.flatten()
+            ]
+        )
         assert (got - want.view(got.shape)).abs().max() < rel * want.abs().max()
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
     assert isinstance(model[0].weight, nn.Parameter)
@@ -184,13 +196,17 @@ class LastState(nn.LSTM):
         return super().forward(x[:, None])[0][:, 0]
 
 
-@pytest.mark.parametrize(("module", "said"), [
-    (Doubled(), r"an autograd\.Function without a jvp"), (LastState(5, 5), "mkldnn_rnn_layer")], ids=str)
+@pytest.mark.parametrize(
+    ("module", "said"), [(Doubled(), r"an autograd\.Function without a jvp"), (LastState(5, 5), "mkldnn_rnn_layer")], ids=str
+)
 def test_an_operation_without_a_derivative_is_refused_with_a_mend_that_works(module: nn.Module, said: str) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), module, nn.Linear(5, 3)), torch.randn(6, 4)
-    with pytest.raises(CoverageError, match=rf"rule 'fdfa': PyTorch has no forward-mode derivative for {said}; .*"
-                                            r"tangents='difference'") as refused:
+    with pytest.raises(
+        CoverageError,
+        match=rf"rule 'fdfa': PyTorch has no forward-mode derivative for {said}; .*"
+        r"tangents='difference'",
+    ) as refused:
         attached(model, ["1"], x)
     assert refused.value.settings == {"tangents": "difference"}
     assert fa_bench.attached_rule(model) is None

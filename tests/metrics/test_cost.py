@@ -20,8 +20,9 @@ from fa_bench.optim.sgd import SGD
 N = 5
 
 
-def counted(model: nn.Module, shape: tuple[int, ...], output: Callable[[nn.Module, Tensor], Tensor] = nn.Module.__call__
-            ) -> tuple[int, int]:
+def counted(
+    model: nn.Module, shape: tuple[int, ...], output: Callable[[nn.Module, Tensor], Tensor] = nn.Module.__call__
+) -> tuple[int, int]:
     """Multiplications of the forward and the backward pass; the input needs no gradient."""
     x = torch.randn(N, *shape)
     with counting() as counter:
@@ -105,13 +106,16 @@ def cost(rule_name: str, batch: int = 8, accumulate: int = 1, with_optimizer: bo
 FIRST, HIDDEN, LAST = 9 * 16, 16 * 12, 12 * 4
 
 
-@pytest.mark.parametrize(("rule", "backward", "feedback"), [
-    ("bp", FIRST + 2 * (HIDDEN + LAST), 0),
-    ("fa", FIRST + 2 * (HIDDEN + LAST), 0),
-    ("kp", FIRST + 2 * (HIDDEN + LAST), 0),  # the gradient of B is that of W
-    ("dfa", FIRST + HIDDEN + LAST + 4 * (16 + 12), 0),
-    ("frozen", LAST, 0),
-])
+@pytest.mark.parametrize(
+    ("rule", "backward", "feedback"),
+    [
+        ("bp", FIRST + 2 * (HIDDEN + LAST), 0),
+        ("fa", FIRST + 2 * (HIDDEN + LAST), 0),
+        ("kp", FIRST + 2 * (HIDDEN + LAST), 0),  # the gradient of B is that of W
+        ("dfa", FIRST + HIDDEN + LAST + 4 * (16 + 12), 0),
+        ("frozen", LAST, 0),
+    ],
+)
 def test_phases_of_rules(rule: str, backward: int, feedback: int) -> None:
     own, reference = cost(rule)
     forward = FIRST + HIDDEN + LAST

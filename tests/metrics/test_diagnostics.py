@@ -157,7 +157,8 @@ def test_effective_rank_of_known_matrices() -> None:
     for scale in (1.0, 1e-30):
         assert ranks(scale * torch.eye(6)) == pytest.approx((6, 6), rel=1e-6)
     assert ranks(torch.diag(torch.tensor([3.0, 1.0]))) == pytest.approx(
-        (math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)), 10 / 9), rel=1e-6)
+        (math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)), 10 / 9), rel=1e-6
+    )
     assert all(math.isnan(value) for value in (*ranks(torch.zeros(3, 2)), *ranks(torch.full((3, 2), math.inf))))
 
 
@@ -171,8 +172,10 @@ def test_effective_rank_of_errors_of_the_rule_and_of_backpropagation() -> None:
     F.cross_entropy(logits, y).backward()
     error = logits.grad
     feedback = {layer: tensors["B"].detach() for layer, tensors in subject.rule.feedback.items()}
-    for key, weight in (("effective_rank", feedback), ("effective_rank_bp", dict(
-            (layer, model.get_submodule(layer).weight.detach()) for layer in ("fc2", "fc3")))):
+    for key, weight in (
+        ("effective_rank", feedback),
+        ("effective_rank_bp", dict((layer, model.get_submodule(layer).weight.detach()) for layer in ("fc2", "fc3"))),
+    ):
         at_fc2 = error @ weight["fc3"]
         for layer, expected in (("fc3", error), ("fc2", at_fc2), ("fc1", at_fc2 @ weight["fc2"])):
             values = np.linalg.svd(expected.double().numpy(), compute_uv=False)
@@ -195,8 +198,9 @@ def test_features_are_the_channels_of_maps_and_the_last_dimension_of_tokens() ->
         last = last_is_features(error, subject.model, subject.meter.trace, layer)
         assert tuple(rows(error, last).shape) == expected, layer
     error = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(rows(error, features_last=False), torch.stack(
-        [error[n, :, i, j] for n in range(2) for i in range(4) for j in range(4)]))
+    assert torch.equal(
+        rows(error, features_last=False), torch.stack([error[n, :, i, j] for n in range(2) for i in range(4) for j in range(4)])
+    )
 
 
 @pytest.mark.parametrize("rule", ["fa", "dfa"])
@@ -231,14 +235,20 @@ def test_projection_angle_is_blind_to_what_the_inputs_do_not_see() -> None:
     feedback, weight = subject.rule.feedback["fc1"]["B"], subject.model.fc1.weight
     with torch.no_grad():
         x = subject.meter.x.flatten(1)
-        unseen = torch.linalg.svd(x.double())[2][len(x):].float()  # rows that no input has a part of
+        unseen = torch.linalg.svd(x.double())[2][len(x) :].float()  # rows that no input has a part of
         feedback.copy_(2 * weight + 5 * torch.ones(len(weight), 1) @ unseen.sum(0, keepdim=True))
     assert measured("projection_angle", subject)["projection_angle"]["fc1"] < 0.1
 
 
-@pytest.mark.parametrize(("rule", "layers"), [
-    ("bp", ["conv1", "conv2", "fc1", "fc2"]), ("kp", ["conv1", "conv2", "fc1", "fc2"]), ("dfa", ["fc2"]), ("frozen", []),
-])
+@pytest.mark.parametrize(
+    ("rule", "layers"),
+    [
+        ("bp", ["conv1", "conv2", "fc1", "fc2"]),
+        ("kp", ["conv1", "conv2", "fc1", "fc2"]),
+        ("dfa", ["fc2"]),
+        ("frozen", []),
+    ],
+)
 def test_projection_angle_is_that_of_layers_with_feedback_in_the_shape_of_the_weight(rule: str, layers: list[str]) -> None:
     subject = subject_of(conv2(), rule, *images(8))
     found = measured("projection_angle", subject)["projection_angle"]
@@ -247,8 +257,10 @@ def test_projection_angle_is_that_of_layers_with_feedback_in_the_shape_of_the_we
         assert max(found.values()) == 0
     if rule == "kp":
         layer, x = subject.model.conv1, subject.meter.x
-        outputs = [F.conv2d(x, kernel, None, layer.stride, layer.padding).flatten(1).double()
-                   for kernel in (layer.weight.detach(), subject.rule.feedback["conv1"]["B"].detach())]
+        outputs = [
+            F.conv2d(x, kernel, None, layer.stride, layer.padding).flatten(1).double()
+            for kernel in (layer.weight.detach(), subject.rule.feedback["conv1"]["B"].detach())
+        ]
         assert found["conv1"] == pytest.approx(torch.rad2deg(torch.acos(F.cosine_similarity(*outputs))).mean().item(), rel=1e-4)
         assert found["conv1"] > 20
 

@@ -122,13 +122,17 @@ def test_fixed_batch_is_the_first_one_unless_the_data_are_stored_by_class() -> N
         assert len(fixed_batch(splits, 500)[1]) == 90 and len(fixed_batch(splits, 1)[1]) == 1
 
 
-@pytest.mark.parametrize(("per_class", "size", "first"), [
-    (10, 50, True),  # five of nine classes
-    (10, 40, False),  # four of nine
-    (10, 3, False),  # one, of the three that three images could have
-    (10, 2, True),  # one of two
-    (100, 900, True),  # all images: there is nothing to draw
-], ids=str)
+@pytest.mark.parametrize(
+    ("per_class", "size", "first"),
+    [
+        (10, 50, True),  # five of nine classes
+        (10, 40, False),  # four of nine
+        (10, 3, False),  # one, of the three that three images could have
+        (10, 2, True),  # one of two
+        (100, 900, True),  # all images: there is nothing to draw
+    ],
+    ids=str,
+)
 def test_fixed_batch_is_what_the_page_says(per_class: int, size: int, first: bool) -> None:
     """The first images, or where they hold less than half the classes that so many could, a draw from all with a fixed seed."""
     labels = torch.arange(9).repeat_interleave(per_class)
@@ -153,17 +157,19 @@ class Case:
 
 WHY = ", for which batch normalisation has no statistics"
 CASES = [
-    Case(33, {"batch_size": 8, "drop_last": False},
-         f"drop_last=false leaves a last batch of one: 33 training images in batches of 8{WHY}; "
-         "use drop_last=true or another batch_size"),
+    Case(
+        33,
+        {"batch_size": 8, "drop_last": False},
+        f"drop_last=false leaves a last batch of one: 33 training images in batches of 8{WHY}; "
+        "use drop_last=true or another batch_size",
+    ),
     Case(33, {"batch_size": 8, "drop_last": True}, None),
     Case(34, {"batch_size": 8, "drop_last": False}, None),
-    Case(33, {"batch_size": 1},
-         f"batch_size=1 makes batches of one image (33 for training){WHY}; use 2 or more"),
-    Case(1, {"batch_size": 8, "drop_last": True},
-         f"batch_size=8 makes batches of one image (1 for training){WHY}; use 2 or more"),
-    Case(33, {"batch_size": 8, "probe_size": 1},
-         f"probe_size=1 makes a probe batch of one image{WHY}; use 2 or more"),
+    Case(33, {"batch_size": 1}, f"batch_size=1 makes batches of one image (33 for training){WHY}; use 2 or more"),
+    Case(
+        1, {"batch_size": 8, "drop_last": True}, f"batch_size=8 makes batches of one image (1 for training){WHY}; use 2 or more"
+    ),
+    Case(33, {"batch_size": 8, "probe_size": 1}, f"probe_size=1 makes a probe batch of one image{WHY}; use 2 or more"),
 ]
 
 
@@ -175,8 +181,12 @@ def test_batch_normalisation_never_meets_a_batch_of_one(case: Case) -> None:
     large_maps = ResNet20(width=2, blocks=1).build((1, 16, 16), 3)
     for model, fails in ((net(batch_norm=True), True), (small_maps, True), (large_maps, False)):
         if model is large_maps:
-            splits = dataclasses.replace(splits, train=ResidentSplit(
-                torch.zeros(case.images, 1, 16, 16, dtype=torch.uint8), splits.train.labels, [0.5], [0.5], False, CPU))
+            splits = dataclasses.replace(
+                splits,
+                train=ResidentSplit(
+                    torch.zeros(case.images, 1, 16, 16, dtype=torch.uint8), splits.train.labels, [0.5], [0.5], False, CPU
+                ),
+            )
         rule = fa_bench.attach(model, "fa", seed=0, sample_input=next(splits.train.batches(2))[0])
         before = {key: value.clone() for key, value in model.state_dict().items()}
         if fails and case.said:
@@ -199,8 +209,18 @@ def test_a_ragged_batch_of_one_is_refused_before_the_run_starts_and_trained_wher
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    command = ["dataset=synthetic", "dataset.samples=33", "dataset.test_samples=9", "dataset.validation=0", "batch_size=8",
-               "drop_last=false", "epochs=1", "probe_size=8", "architecture.widths=[6,6]", "hydra.run.dir=run"]
+    command = [
+        "dataset=synthetic",
+        "dataset.samples=33",
+        "dataset.test_samples=9",
+        "dataset.validation=0",
+        "batch_size=8",
+        "drop_last=false",
+        "epochs=1",
+        "probe_size=8",
+        "architecture.widths=[6,6]",
+        "hydra.run.dir=run",
+    ]
     assert main([*command, "architecture.batch_norm=true"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("fa-bench: drop_last=false leaves a last batch of one: 33") and len(said.splitlines()) == 1
@@ -280,4 +300,4 @@ def test_the_error_one_layer_above_passes_through_the_rows_that_a_call_used() ->
     assert before.rows == slice(0, 8) and after.error is not None
     exact = (after.error @ weight[:8]).movedim(1, 0)
     found = passes.one_step[point]
-    torch.testing.assert_close(found.reshape(5, -1)[:, :exact[0].numel()], exact.reshape(5, -1))
+    torch.testing.assert_close(found.reshape(5, -1)[:, : exact[0].numel()], exact.reshape(5, -1))

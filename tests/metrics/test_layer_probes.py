@@ -39,8 +39,15 @@ def random_split(count: int, size: int = 6, classes: int = 3, seed: int = 0) -> 
     return split(torch.randint(0, 256, (count, 1, size, size), generator=generator), torch.arange(count) % classes)
 
 
-def subject_of(model: nn.Module, name: str = "fa", train: ResidentSplit | None = None, test: ResidentSplit | None = None,
-               validation: ResidentSplit | None = None, probe_size: int = 10, **options: object) -> Subject:
+def subject_of(
+    model: nn.Module,
+    name: str = "fa",
+    train: ResidentSplit | None = None,
+    test: ResidentSplit | None = None,
+    validation: ResidentSplit | None = None,
+    probe_size: int = 10,
+    **options: object,
+) -> Subject:
     train, test = train or random_split(40), test or random_split(20, seed=1)
     x, y = next(train.batches(probe_size))
     rule = fa_bench.attach(model, name, seed=0, sample_input=x[:2], **options)
@@ -105,8 +112,8 @@ def test_every_layer_has_the_accuracy_of_its_classifier() -> None:
     torch.manual_seed(1)
     subject = subject_of(mlp(), train=random_split(31), test=random_split(7, seed=1))
     points = readout.activation_points(subject.meter.trace)
-    (train, labels), = readout._activations(subject, subject.splits.train, points)
-    (test, wanted), = readout._activations(subject, subject.splits.test, points)
+    ((train, labels),) = readout._activations(subject, subject.splits.train, points)
+    ((test, wanted),) = readout._activations(subject, subject.splits.test, points)
     found = measured("readout", subject)["readout"]
     assert list(found) == ["input", "fc1", "fc2", "fc3"]
     for layer, accuracy in found.items():
@@ -244,12 +251,16 @@ def test_blocks_hold_what_runs_between_their_ends() -> None:
     x = torch.zeros(2, 1, 8, 8)
     found = blocks_of(Conv2(channels=3, hidden=4).build((1, 8, 8), 3), x)
     assert {block: sorted({name.split(".")[0] for name in names}) for block, names in found.items()} == {
-        "act1": ["bn1", "conv1"], "pool": ["bn2", "conv2"], "act3": ["bn3", "fc1"]}
+        "act1": ["bn1", "conv1"],
+        "pool": ["bn2", "conv2"],
+        "act3": ["bn3", "fc1"],
+    }
     net = ResNet20(width=2, blocks=1).build((1, 8, 8), 3)
     found = blocks_of(net, x)
     assert list(found) == ["relu", "stages.layer1.0", "stages.layer2.0", "stages.layer3.0"]
     assert {name for names in found.values() for name in names} == {
-        name for name, _ in net.named_parameters() if not name.startswith("fc.")}
+        name for name, _ in net.named_parameters() if not name.startswith("fc.")
+    }
 
 
 @pytest.mark.parametrize("name", ["kp", "dkp", "predsim"])
@@ -480,8 +491,14 @@ def test_a_hidden_layer_called_input_is_not_mixed_up_with_the_images() -> None:
     found = []
     for name in ("input", "fc2"):
         torch.manual_seed(0)
-        layers = {"flat": nn.Flatten(), "fc1": nn.Linear(36, 6), "act1": nn.ReLU(), name: nn.Linear(6, 5), "act2": nn.ReLU(),
-                  "out": nn.Linear(5, 3)}
+        layers = {
+            "flat": nn.Flatten(),
+            "fc1": nn.Linear(36, 6),
+            "act1": nn.ReLU(),
+            name: nn.Linear(6, 5),
+            "act2": nn.ReLU(),
+            "out": nn.Linear(5, 3),
+        }
         found.append(measured("readout", subject_of(nn.Sequential(OrderedDict(layers))))["readout"])
     assert list(found[0]) == ["(input)", "fc1", "input", "out"] and list(found[1]) == ["input", "fc1", "fc2", "out"]
     assert list(found[0].values()) == list(found[1].values())
@@ -523,10 +540,13 @@ def test_weights_that_the_user_froze_have_a_gradient_norm_and_no_update() -> Non
     assert found[1]["gradient_norm_floor"] == pytest.approx(found[0]["gradient_norm_floor"])
 
 
-@pytest.mark.parametrize(("name", "y", "message"), [
-    ("readout", torch.zeros(10, 4, dtype=torch.long), "one class from each sample, .* classes of positions"),
-    ("readout", torch.zeros(10, 3), "one class from each sample, .* numbers"),
-])
+@pytest.mark.parametrize(
+    ("name", "y", "message"),
+    [
+        ("readout", torch.zeros(10, 4, dtype=torch.long), "one class from each sample, .* classes of positions"),
+        ("readout", torch.zeros(10, 3), "one class from each sample, .* numbers"),
+    ],
+)
 def test_targets_that_a_probe_cannot_score_are_refused_before_training(name: str, y: Tensor, message: str) -> None:
     subject = subject_of(nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.ReLU(), nn.Linear(5, 3)))
     subject.meter.y = y

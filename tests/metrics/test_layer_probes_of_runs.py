@@ -14,10 +14,17 @@ from fa_bench.report import figures
 from fa_bench.runs import loop
 from fa_bench.runs.record import Recorder
 
-TINY = ["dataset=synthetic", "dataset.samples=80", "dataset.test_samples=16", "batch_size=16", "epochs=2", "probe_size=8",
-        "architecture.widths=[8,8]", "architecture.batch_norm=true"]
-ALL = ("probes=[readout,gradient_norm,depth_utility,stream_growth,stability,effective_rank,"
-       "projection_angle]")
+TINY = [
+    "dataset=synthetic",
+    "dataset.samples=80",
+    "dataset.test_samples=16",
+    "batch_size=16",
+    "epochs=2",
+    "probe_size=8",
+    "architecture.widths=[8,8]",
+    "architecture.batch_norm=true",
+]
+ALL = "probes=[readout,gradient_norm,depth_utility,stream_growth,stability,effective_rank,projection_angle]"
 
 
 @pytest.fixture
@@ -49,9 +56,19 @@ def test_probes_of_a_run_are_recorded(in_empty_folder: None) -> None:
 
     assert main([*TINY, ALL, "probes_epochs=1", "hydra.run.dir=run"]) == 0
     found = result_in("run")["probes"]
-    assert list(found) == ["readout", "gradient_norm", "gradient_norm_update", "gradient_norm_floor", "depth_utility",
-                           "stream_growth", "stability", "effective_rank", "effective_rank_bp", "effective_rank_stable",
-                           "projection_angle"]
+    assert list(found) == [
+        "readout",
+        "gradient_norm",
+        "gradient_norm_update",
+        "gradient_norm_floor",
+        "depth_utility",
+        "stream_growth",
+        "stability",
+        "effective_rank",
+        "effective_rank_bp",
+        "effective_rank_stable",
+        "projection_angle",
+    ]
     assert list(found["readout"]) == ["input", "fc1", "fc2", "fc3"] and list(found["depth_utility"]) == ["act1", "act2"]
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert lines[1]["probes"] == found and lines[0]["probes"] != found
@@ -94,16 +111,27 @@ def test_a_diverged_run_has_no_probes(in_empty_folder: None, monkeypatch: pytest
         assert result_in(divergence)["status"] == "diverged" and result_in(divergence)["probes"] == {}
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (["probes=[reedout]"], "probes=reedout is not one of depth_utility, effective_rank, energy, gauss_newton_angle, "
-                           "gradient_norm, projection_angle, readout, stability, stream_growth; did you mean 'readout'?"),
-    (["probes=readout"], "probes='readout' is not a list (of depth_utility, effective_rank, energy, gauss_newton_angle, "
-                         "gradient_norm, projection_angle, readout, stability, stream_growth); did you mean "
-                         "probes=[readout]?"),
-    (["probes=[depth_utility]", "architecture=torchvision", "architecture.model=squeezenet1_0", "dataset.size=32"],
-     "probes=[depth_utility]: SqueezeNet declares no blocks that could be left untrained; name the modules that end them in "
-     "model.blocks, as architecture=mlp, conv2 and the residual nets do"),
-])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["probes=[reedout]"],
+            "probes=reedout is not one of depth_utility, effective_rank, energy, gauss_newton_angle, "
+            "gradient_norm, projection_angle, readout, stability, stream_growth; did you mean 'readout'?",
+        ),
+        (
+            ["probes=readout"],
+            "probes='readout' is not a list (of depth_utility, effective_rank, energy, gauss_newton_angle, "
+            "gradient_norm, projection_angle, readout, stability, stream_growth); did you mean "
+            "probes=[readout]?",
+        ),
+        (
+            ["probes=[depth_utility]", "architecture=torchvision", "architecture.model=squeezenet1_0", "dataset.size=32"],
+            "probes=[depth_utility]: SqueezeNet declares no blocks that could be left untrained; name the modules that end them "
+            "in model.blocks, as architecture=mlp, conv2 and the residual nets do",
+        ),
+    ],
+)
 def test_probes_that_cannot_be_measured_are_named_before_training(
     words: list[str], said: str, in_empty_folder: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,7 +147,8 @@ def test_a_plugin_brings_a_probe(in_empty_folder: None, monkeypatch: pytest.Monk
         "class Largest(Probe):\n"
         "    'Largest weight.'\n"
         "    def measure(self, subject):\n"
-        "        return {self.name: {'fc1': subject.model.fc1.weight.max().item()}}\n")
+        "        return {self.name: {'fc1': subject.model.fc1.weight.max().item()}}\n"
+    )
     monkeypatch.syspath_prepend(".")
     try:
         assert main([*TINY, "plugins=[my_probes]", "probes=[largest]", "hydra.run.dir=run"]) == 0
@@ -139,8 +168,13 @@ def test_report_has_the_means_over_seeds(in_empty_folder: None) -> None:
     write_report(sorted(Path("runs").iterdir()), Path("out"))
     section = Path("out/report.md").read_text().split("## Probes")[1].split("##")[0]
     assert [line for line in section.splitlines() if line.startswith("| fa")] == [
-        "| fa | input | 0.25 | - |", "| fa | fc1 | 0.625 | - |", "| fa | act1 | - | 0.3125 |"]
+        "| fa | input | 0.25 | - |",
+        "| fa | fc1 | 0.625 | - |",
+        "| fa | act1 | - | 0.3125 |",
+    ]
     assert "| rule | layer | readout | depth_utility |" in section and "| bp" not in section
     rows = Path("out/report_layers.csv").read_text().splitlines()
     assert [row.split(",")[6:10] for row in rows if ",readout," in row] == [
-        ["input", "readout", "2", "0.25"], ["fc1", "readout", "2", "0.625"]]
+        ["input", "readout", "2", "0.25"],
+        ["fc1", "readout", "2", "0.625"],
+    ]

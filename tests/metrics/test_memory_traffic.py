@@ -35,14 +35,15 @@ def counted(name: str, k: int = 0, **options: Any) -> Memory:
     return memory_of(net, (3, 32, 32), ASAP(k=k) if k else None)
 
 
-@pytest.mark.parametrize(("name", "parameters", "bp", "two", "four", "totals"), [
-    ("asap_alexnet", 6_289_438, 30_730, 22_538, 22_538, (26.74, 24.64, 24.64)),
-    ("resnet18", 11_173_982, 557_578, 303_626, 180_746, (176.26, 111.25, 79.79)),
-    ("resnet34", 21_282_142, 967_178, 508_426, 254_474, (311.44, 194.00, 128.99)),
-])
-def test_counts_of_the_papers_nets(
-    name: str, parameters: int, bp: int, two: int, four: int, totals: tuple[float, ...]
-) -> None:
+@pytest.mark.parametrize(
+    ("name", "parameters", "bp", "two", "four", "totals"),
+    [
+        ("asap_alexnet", 6_289_438, 30_730, 22_538, 22_538, (26.74, 24.64, 24.64)),
+        ("resnet18", 11_173_982, 557_578, 303_626, 180_746, (176.26, 111.25, 79.79)),
+        ("resnet34", 21_282_142, 967_178, 508_426, 254_474, (311.44, 194.00, 128.99)),
+    ],
+)
+def test_counts_of_the_papers_nets(name: str, parameters: int, bp: int, two: int, four: int, totals: tuple[float, ...]) -> None:
     """P, A and A_k counted by hand from the layers; totals in millions for batches of 128, to two digits."""
     counts = [counted(name, k) for k in (0, 2, 4)]
     assert [memory.parameters for memory in counts] == [parameters] * 3
@@ -133,19 +134,24 @@ def test_counting_leaves_no_trace_and_refuses_what_the_rule_refuses() -> None:
 def test_specs() -> None:
     assert parse_spec("mlp") == ("mlp", {})
     assert parse_spec("resnet18:width=8,blocks=[1,2],shortcuts=false,init=pytorch") == (
-        "resnet18", {"width": 8, "blocks": [1, 2], "shortcuts": False, "init": "pytorch"})
+        "resnet18",
+        {"width": 8, "blocks": [1, 2], "shortcuts": False, "init": "pytorch"},
+    )
     assert component(ARCHITECTURES, "mlp:widths=[3],batch_norm=true").widths == [3]  # type: ignore[attr-defined]
     assert component(ALGORITHMS, "asap:k=4").k == 4  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(("spec", "said"), [
-    ("resnet19", r"architecture=resnet19: no such architecture; did you mean 'resnet1?8'"),
-    ("resnet18:widht=3", r"resnet18\.widht: unknown option .* did you mean 'width'"),
-    ("resnet18:width=0", r"resnet18\.width=0 is out of range"),
-    ("resnet18:width", r"resnet18:width: 'width' is not OPTION=VALUE"),
-    ("resnet18:blocks=[1", r"resnet18:blocks=\[1: the options cannot be read"),
-    ("shortcuts=false", r"shortcuts=false: write NAME:OPTION=VALUE.*quote"),
-])
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("resnet19", r"architecture=resnet19: no such architecture; did you mean 'resnet1?8'"),
+        ("resnet18:widht=3", r"resnet18\.widht: unknown option .* did you mean 'width'"),
+        ("resnet18:width=0", r"resnet18\.width=0 is out of range"),
+        ("resnet18:width", r"resnet18:width: 'width' is not OPTION=VALUE"),
+        ("resnet18:blocks=[1", r"resnet18:blocks=\[1: the options cannot be read"),
+        ("shortcuts=false", r"shortcuts=false: write NAME:OPTION=VALUE.*quote"),
+    ],
+)
 def test_bad_specs_are_answered_in_one_line(spec: str, said: str) -> None:
     with pytest.raises(FaBenchError, match=said) as caught:
         component(ARCHITECTURES, spec)
@@ -154,8 +160,9 @@ def test_bad_specs_are_answered_in_one_line(spec: str, said: str) -> None:
 
 # ------------------------------------------------------------------------------------------------ the analysis
 def test_analysis_writes_table_and_figure(tmp_path: Path) -> None:
-    analysis = ANALYSES["memory_accesses"].from_mapping({
-        "architectures": ["asap_alexnet:hidden=16,width=4", "conv2", "resnet18:width=4,blocks=[1,1]"], "batch": [1, 16]})
+    analysis = ANALYSES["memory_accesses"].from_mapping(
+        {"architectures": ["asap_alexnet:hidden=16,width=4", "conv2", "resnet18:width=4,blocks=[1,1]"], "batch": [1, 16]}
+    )
     table, csv, png = analysis.write(tmp_path / "one")
     read = pd.read_csv(csv)
     assert list(read["rule"]) == ["bp", "asap k=2"] * 2 + ["bp"] * 2 + ["bp", "asap k=2", "asap k=4"] * 2

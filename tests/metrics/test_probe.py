@@ -17,9 +17,24 @@ from fa_bench.metrics.angles import angles, norm_ratio, weight_angle
 from fa_bench.metrics.meter import AlignmentMeter, Passes, measurement_mode
 from fa_bench.models.resnet import ResNet20
 
-RULES = [("bp", {}), ("fa", {}), ("usf", {}), ("brsf", {}), ("frsf", {}), ("kp", {}), ("dfa", {}), ("dfa", {"form": "kernel"}),
-         ("dfa", {"form": "shared"}), ("dkp", {}), ("drtp", {}), ("local_error", {}), ("predsim", {}), ("dgl", {}),
-         ("frozen", {}), ("bp_fc", {})]
+RULES = [
+    ("bp", {}),
+    ("fa", {}),
+    ("usf", {}),
+    ("brsf", {}),
+    ("frsf", {}),
+    ("kp", {}),
+    ("dfa", {}),
+    ("dfa", {"form": "kernel"}),
+    ("dfa", {"form": "shared"}),
+    ("dkp", {}),
+    ("drtp", {}),
+    ("local_error", {}),
+    ("predsim", {}),
+    ("dgl", {}),
+    ("frozen", {}),
+    ("bp_fc", {}),
+]
 IDS = [f"{name}-{next(iter(options.values()), '')}" for name, options in RULES]
 
 
@@ -228,6 +243,7 @@ def test_layers_that_carry_an_error_and_those_of_the_output():
 @pytest.mark.parametrize("pooled", [False, True])
 def test_a_projection_shortcut_carries_an_error(pooled: bool) -> None:
     """Whether it has the same input as the block's first layer or, as in ResNet-D, an average of it."""
+
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -268,8 +284,10 @@ def test_a_metric_returns_a_number_for_each_layer(value: object, monkeypatch: py
         meter.measure()
 
 
-SHARED = [(name, {"match": "random", "linear": "share"} | ({"cuts": ["1"]} if name == "asfp_lc" else {}))
-          for name in ("asap", "asfp", "asfp_lc")]
+SHARED = [
+    (name, {"match": "random", "linear": "share"} | ({"cuts": ["1"]} if name == "asfp_lc" else {}))
+    for name in ("asap", "asfp", "asfp_lc")
+]
 
 
 @pytest.mark.parametrize(("name", "options"), [*RULES, *SHARED, ("forward_alignment", {}), ("pfa", {}), ("mixed", {})], ids=str)

@@ -41,9 +41,13 @@ class FunctionalDropout(nn.Module):
         return x
 
 
-NOISE = {"Dropout": lambda: nn.Dropout(0.5), "functional": lambda: FunctionalDropout("drop_prob", "dropout_rate"),
-         "AlphaDropout": lambda: nn.AlphaDropout(0.5), "StochasticDepth": lambda: StochasticDepth(0.5, "row"),
-         "none": nn.Identity}
+NOISE = {
+    "Dropout": lambda: nn.Dropout(0.5),
+    "functional": lambda: FunctionalDropout("drop_prob", "dropout_rate"),
+    "AlphaDropout": lambda: nn.AlphaDropout(0.5),
+    "StochasticDepth": lambda: StochasticDepth(0.5, "row"),
+    "none": nn.Identity,
+}
 SHARING = {"match": "random", "linear": "share"}
 OPTIONS = QUICK | {"asap": SHARING, "asfp": SHARING, "asfp_lc": SHARING}
 RULES = sorted(ALGORITHMS)
@@ -52,9 +56,19 @@ RULES = sorted(ALGORITHMS)
 def net(noise: str = "none") -> nn.Sequential:
     """Normalisation, and noise of one kind in front of the last two layers."""
     torch.manual_seed(0)
-    model = nn.Sequential(OrderedDict(
-        fc1=nn.Linear(7, 6), bn1=nn.BatchNorm1d(6), act1=nn.Tanh(), noise1=NOISE[noise](), fc2=nn.Linear(6, 5),
-        bn2=nn.BatchNorm1d(5), act2=nn.Tanh(), noise2=NOISE[noise](), fc3=nn.Linear(5, 3))).double()
+    model = nn.Sequential(
+        OrderedDict(
+            fc1=nn.Linear(7, 6),
+            bn1=nn.BatchNorm1d(6),
+            act1=nn.Tanh(),
+            noise1=NOISE[noise](),
+            fc2=nn.Linear(6, 5),
+            bn2=nn.BatchNorm1d(5),
+            act2=nn.Tanh(),
+            noise2=NOISE[noise](),
+            fc3=nn.Linear(5, 3),
+        )
+    ).double()
     model.cut_points = model.blocks = ["act1", "act2"]
     return model
 
@@ -109,10 +123,15 @@ class Drops(nn.Module):
         return F.dropout(x, getattr(self, self.name))
 
 
-@pytest.mark.parametrize("make", [
-    lambda: nn.MultiheadAttention(6, 2, dropout=0.5), lambda: nn.LSTM(6, 6, 2, dropout=0.5), lambda: Drops("dropout_p"),
-    lambda: Drops("attention_dropout"),
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.MultiheadAttention(6, 2, dropout=0.5),
+        lambda: nn.LSTM(6, 6, 2, dropout=0.5),
+        lambda: Drops("dropout_p"),
+        lambda: Drops("attention_dropout"),
+    ],
+)
 def test_rates_of_dropout_in_attention_and_recurrence_are_zero_and_come_back(make: Any) -> None:
     torch.manual_seed(0)
     module, x = make(), torch.randn(3, 2, 6)
@@ -135,8 +154,12 @@ def all_that_may_change(model: nn.Module, rule: Any) -> dict[str, Any]:
     """Hashes of what a measurement must leave alone, bit by bit."""
     trained = {id(t): t for t in [*model.parameters(), *rule.feedback_parameters()]}.values()
     parts = {
-        **model.state_dict(), "feedback": rule.feedback, "rule": rule.state_dict(), "random": torch.get_rng_state(),
-        "gradients": [t.grad for t in trained], "requires_grad": [t.requires_grad for t in trained],
+        **model.state_dict(),
+        "feedback": rule.feedback,
+        "rule": rule.state_dict(),
+        "random": torch.get_rng_state(),
+        "gradients": [t.grad for t in trained],
+        "requires_grad": [t.requires_grad for t in trained],
         "training": [module.training for module in model.modules()],
         "running statistics": [module.track_running_stats for module in model.modules() if isinstance(module, nn.BatchNorm1d)],
     }

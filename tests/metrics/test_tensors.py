@@ -15,7 +15,8 @@ def test_weights_feedback_and_gradients_are_the_live_ones() -> None:
     logits = model(x)
     rule.backward(F.cross_entropy(logits, y), logits, y)
     found = named_tensors(rule)
-    assert set(found) == {name for layer in ("fc1", "fc2", "fc3")
-                          for name in (f"weight/{layer}", f"feedback/{layer}/B", f"gradient/{layer}")}
+    assert set(found) == {
+        name for layer in ("fc1", "fc2", "fc3") for name in (f"weight/{layer}", f"feedback/{layer}/B", f"gradient/{layer}")
+    }
     assert found["weight/fc2"] is model.fc2.weight and found["feedback/fc2/B"] is model.fc2.feedback_B
     assert found["gradient/fc2"] is model.fc2.weight.grad and not torch.equal(found["gradient/fc2"], found["weight/fc2"])

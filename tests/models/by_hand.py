@@ -169,6 +169,7 @@ def resnet_imagenet(net: ByHand, x: Tensor, blocks: Sequence[int], bottleneck: b
     With bn=after the signals are normalised after the ReLU, as in the WM paper. Its appendix on blocks is not available; the
     project reads it as convolution - ReLU - normalisation, plus the shortcut, and nothing after the sum.
     """
+
     def activate(name: str, x: Tensor) -> Tensor:
         return net.norm(name, relu(x)) if bn == "after" else relu(net.norm(name, x))
 
@@ -241,8 +242,11 @@ def transformer_block(
 def vit_mini(net: ByHand, x: Tensor, patch: int, blocks: int, heads: int, activation: str = "gelu") -> Tensor:
     """Dosovitskiy et al. 2021: patches from left to right and top to bottom, a class token before them."""
     weight, bias = net.tensors["embed.patches.weight"].flatten(1), net.tensors["embed.patches.bias"]
-    cut = [x[:, :, top : top + patch, left : left + patch].flatten(1) @ weight.T + bias
-           for top in range(0, x.shape[2], patch) for left in range(0, x.shape[3], patch)]
+    cut = [
+        x[:, :, top : top + patch, left : left + patch].flatten(1) @ weight.T + bias
+        for top in range(0, x.shape[2], patch)
+        for left in range(0, x.shape[3], patch)
+    ]
     x = torch.stack([net.tensors["embed.token"][0, 0].expand(len(x), -1), *cut], 1) + net.tensors["embed.positions"]
     for block in range(blocks):
         x = transformer_block(net, f"layers.{block}", x, heads, activation, causal=False, post=False, dropout=0.0)
@@ -250,15 +254,25 @@ def vit_mini(net: ByHand, x: Tensor, patch: int, blocks: int, heads: int, activa
 
 
 def decoder(
-    net: ByHand, x: Tensor, depth: int, heads: int, activation: str = "gelu", post: bool = False, sinusoidal: bool = False,
+    net: ByHand,
+    x: Tensor,
+    depth: int,
+    heads: int,
+    activation: str = "gelu",
+    post: bool = False,
+    sinusoidal: bool = False,
     dropout: float = 0.0,
 ) -> Tensor:
     """Launay et al. 2020 with post and sinusoidal; positions as in section 3.5 of Vaswani et al. 2017, rounded to float32."""
     tokens = net.tensors["embed.tokens.weight"]
     length, width = x.shape[1], tokens.shape[1]
     if sinusoidal:
-        positions = torch.tensor([[(math.sin, math.cos)[column % 2](place / 10000 ** (2 * (column // 2) / width))
-                                   for column in range(width)] for place in range(length)])
+        positions = torch.tensor(
+            [
+                [(math.sin, math.cos)[column % 2](place / 10000 ** (2 * (column // 2) / width)) for column in range(width)]
+                for place in range(length)
+            ]
+        )
     else:
         positions = net.tensors["embed.positions"][:length]
     x = net.dropout(tokens[x] + positions, dropout)

@@ -19,34 +19,45 @@ CIFAR, MNIST, IMAGENET = (3, 32, 32), (1, 28, 28), (3, 224, 224)
 ALEXNET, GAINS = 61_100_840, 2 * 1152
 
 
-@pytest.mark.parametrize(("name", "options", "shape", "classes", "parameters"), [
-    ("asap_alexnet", {}, CIFAR, 10, 6_289_438),
-    ("asap_alexnet", {}, MNIST, 10, 6_289_438 - 2 * 25 * 64),  # one colour in place of three
-    ("asap_alexnet", {"output_norm": False}, CIFAR, 10, 6_289_438 - 20),
-    ("resnet18", {}, CIFAR, 10, 11_173_982),
-    ("resnet34", {}, CIFAR, 10, 21_282_142),
-    # Three projections: C_in C_out weights, and a gain and a bias for each channel.
-    ("resnet18", {"shortcuts": False}, CIFAR, 10, 11_173_982 - sum(2 * c * c + 4 * c for c in (64, 128, 256))),
-    ("dkp_alexnet", {"linear_norm": False}, IMAGENET, 1000, ALEXNET + GAINS),
-    ("dkp_alexnet", {}, IMAGENET, 1000, ALEXNET + GAINS + 4 * 4096),
-    # The direct Kolen-Pollack paper's five layers with batch normalisation, and the hidden layers of Forward Alignment.
-    ("mlp", {"widths": [512] * 4, "batch_norm": True}, MNIST, 10, 785 * 512 + 3 * 513 * 512 + 5130 + 8 * 512),
-    ("mlp", {"widths": [10] * 3, "activation": "identity"}, MNIST, 10, 7850 + 330),
-    # He et al. 2016, Table 6, has them in millions: 0.27, 0.46, 0.66, 0.85, 1.7. Six convolutions of every width more or less.
-    *[("resnet_cifar_small", {"depth": depth}, CIFAR, 10,
-       269_722 + (depth - 20) // 6 * sum(2 * 9 * c * c + 4 * c for c in (16, 32, 64))) for depth in (20, 32, 44, 56)],
-    ("resnet_cifar_small", {"depth": 110}, CIFAR, 10, 1_727_962),
-    # The 13 convolutions have 14,714,688 parameters with biases, as in torchvision's vgg16.
-    ("vgg", {"depth": 16}, CIFAR, 10, 14_714_688 + 5130),
-    ("vgg", {"depth": 16, "batch_norm": True}, CIFAR, 10, 14_728_266),
-    ("vgg", {}, (3, 64, 64), 200, 3584 + 295_168 + 1_180_160 + 2_359_808 + (512 * 4 * 4 + 1) * 200),
-    ("vgg", {"depth": 7}, (3, 64, 64), 200, 4_576_384 + (512 * 5 * 5 + 1) * 200),
-    ("residual_mlp", {}, CIFAR, 10, 3073 * 256 + 4 * (512 + 257 * 1024 + 1025 * 256) + 512 + 2570),
-    ("residual_mlp", {"final_norm": False, "blocks": 8}, CIFAR, 10, 3073 * 256 + 8 * (512 + 257 * 1024 + 1025 * 256) + 2570),
-    ("vit_mini", {}, CIFAR, 10, 49 * 128 + 66 * 128 + 4 * (512 + 4 * 129 * 128 + 129 * 512 + 513 * 128) + 256 + 1290),
-    ("lstm", {"layers": 2}, MNIST, 10, 4 * 128 * (28 + 128 + 2 + 2 * 128 + 2) + 1290),
-    ("lstm", {"cell": "gru", "scan": "pixels"}, (3, 5, 4), 10, 3 * 128 * (3 + 128 + 2) + 1290),
-])
+@pytest.mark.parametrize(
+    ("name", "options", "shape", "classes", "parameters"),
+    [
+        ("asap_alexnet", {}, CIFAR, 10, 6_289_438),
+        ("asap_alexnet", {}, MNIST, 10, 6_289_438 - 2 * 25 * 64),  # one colour in place of three
+        ("asap_alexnet", {"output_norm": False}, CIFAR, 10, 6_289_438 - 20),
+        ("resnet18", {}, CIFAR, 10, 11_173_982),
+        ("resnet34", {}, CIFAR, 10, 21_282_142),
+        # Three projections: C_in C_out weights, and a gain and a bias for each channel.
+        ("resnet18", {"shortcuts": False}, CIFAR, 10, 11_173_982 - sum(2 * c * c + 4 * c for c in (64, 128, 256))),
+        ("dkp_alexnet", {"linear_norm": False}, IMAGENET, 1000, ALEXNET + GAINS),
+        ("dkp_alexnet", {}, IMAGENET, 1000, ALEXNET + GAINS + 4 * 4096),
+        # The direct Kolen-Pollack paper's five layers with batch normalisation, and the hidden layers of Forward Alignment.
+        ("mlp", {"widths": [512] * 4, "batch_norm": True}, MNIST, 10, 785 * 512 + 3 * 513 * 512 + 5130 + 8 * 512),
+        ("mlp", {"widths": [10] * 3, "activation": "identity"}, MNIST, 10, 7850 + 330),
+        # He et al. 2016, Table 6, in millions: 0.27, 0.46, 0.66, 0.85, 1.7. Six convolutions more or less of every width.
+        *[
+            (
+                "resnet_cifar_small",
+                {"depth": depth},
+                CIFAR,
+                10,
+                269_722 + (depth - 20) // 6 * sum(2 * 9 * c * c + 4 * c for c in (16, 32, 64)),
+            )
+            for depth in (20, 32, 44, 56)
+        ],
+        ("resnet_cifar_small", {"depth": 110}, CIFAR, 10, 1_727_962),
+        # The 13 convolutions have 14,714,688 parameters with biases, as in torchvision's vgg16.
+        ("vgg", {"depth": 16}, CIFAR, 10, 14_714_688 + 5130),
+        ("vgg", {"depth": 16, "batch_norm": True}, CIFAR, 10, 14_728_266),
+        ("vgg", {}, (3, 64, 64), 200, 3584 + 295_168 + 1_180_160 + 2_359_808 + (512 * 4 * 4 + 1) * 200),
+        ("vgg", {"depth": 7}, (3, 64, 64), 200, 4_576_384 + (512 * 5 * 5 + 1) * 200),
+        ("residual_mlp", {}, CIFAR, 10, 3073 * 256 + 4 * (512 + 257 * 1024 + 1025 * 256) + 512 + 2570),
+        ("residual_mlp", {"final_norm": False, "blocks": 8}, CIFAR, 10, 3073 * 256 + 8 * (512 + 257 * 1024 + 1025 * 256) + 2570),
+        ("vit_mini", {}, CIFAR, 10, 49 * 128 + 66 * 128 + 4 * (512 + 4 * 129 * 128 + 129 * 512 + 513 * 128) + 256 + 1290),
+        ("lstm", {"layers": 2}, MNIST, 10, 4 * 128 * (28 + 128 + 2 + 2 * 128 + 2) + 1290),
+        ("lstm", {"cell": "gru", "scan": "pixels"}, (3, 5, 4), 10, 3 * 128 * (3 + 128 + 2) + 1290),
+    ],
+)
 def test_published_sizes(name: str, options: dict[str, Any], shape: tuple[int, int, int], classes: int, parameters: int) -> None:
     with torch.device("meta"):
         net = ARCHITECTURES[name](**options).build(shape, classes)
@@ -190,19 +201,41 @@ def test_every_rule_trains_every_architecture_or_says_how(name: str, architectur
     assert all(torch.isfinite(tensor).all() for tensor in rule.feedback_parameters())
 
 
-@pytest.mark.parametrize(("architecture", "cuts", "blocks"), [
-    ("asap_alexnet", ["pool1", "pool2", "pool3", "act4", "act5"], ["pool1", "pool2", "pool3", "act4"]),
-    ("dkp_alexnet", ["pool1", "pool2", "act3", "act4", "drop6", "drop7", "act7"],
-     ["pool1", "pool2", "act3", "act4", "drop6", "drop7"]),
-    ("resnet18", ["relu", *(f"stages.layer{stage}.0.relu{number}" for stage in (1, 2) for number in (1, 2))],
-     ["relu", "stages.layer1.0"]),
-    ("resnet50_imagenet", ["pool", *(f"stages.layer{stage}.0.relu{number}" for stage in (1, 2) for number in (1, 2, 3))],
-     ["pool", "stages.layer1.0"]),
-    ("resnet50_imagenet, bn=after", ["pool", "stages.layer1.0", "stages.layer1.0.bn1", "stages.layer1.0.bn2",
-                                     "stages.layer2.0", "stages.layer2.0.bn1", "stages.layer2.0.bn2"],
-     ["pool", "stages.layer1.0"]),
-    ("dkp mlp", ["act1", "act2", "act3", "act4"], ["act1", "act2", "act3"]),
-])
+@pytest.mark.parametrize(
+    ("architecture", "cuts", "blocks"),
+    [
+        ("asap_alexnet", ["pool1", "pool2", "pool3", "act4", "act5"], ["pool1", "pool2", "pool3", "act4"]),
+        (
+            "dkp_alexnet",
+            ["pool1", "pool2", "act3", "act4", "drop6", "drop7", "act7"],
+            ["pool1", "pool2", "act3", "act4", "drop6", "drop7"],
+        ),
+        (
+            "resnet18",
+            ["relu", *(f"stages.layer{stage}.0.relu{number}" for stage in (1, 2) for number in (1, 2))],
+            ["relu", "stages.layer1.0"],
+        ),
+        (
+            "resnet50_imagenet",
+            ["pool", *(f"stages.layer{stage}.0.relu{number}" for stage in (1, 2) for number in (1, 2, 3))],
+            ["pool", "stages.layer1.0"],
+        ),
+        (
+            "resnet50_imagenet, bn=after",
+            [
+                "pool",
+                "stages.layer1.0",
+                "stages.layer1.0.bn1",
+                "stages.layer1.0.bn2",
+                "stages.layer2.0",
+                "stages.layer2.0.bn1",
+                "stages.layer2.0.bn2",
+            ],
+            ["pool", "stages.layer1.0"],
+        ),
+        ("dkp mlp", ["act1", "act2", "act3", "act4"], ["act1", "act2", "act3"]),
+    ],
+)
 def test_where_direct_errors_and_local_losses_go(architecture: str, cuts: list[str], blocks: list[str]) -> None:
     """Behind pooling and dropout, as in both papers' codes; in residual nets behind every convolution, the last with the sum."""
     for rule, wanted in (("dfa", cuts), ("dgl", blocks)):
@@ -212,6 +245,7 @@ def test_where_direct_errors_and_local_losses_go(architecture: str, cuts: list[s
 
 def test_no_error_passes_a_cut_of_a_net_with_normalisation_after_the_relu() -> None:
     """Every layer's gradient comes from its own cut: with the others' feedback set to zero it is the same, to the bit."""
+
     def gradients(zero: str | None) -> dict[str, Tensor]:
         net, x, y = tiny("resnet18_imagenet, bn=after")
         rule = fa_bench.attach(net, "dfa", sample_input=x)
@@ -267,6 +301,8 @@ def test_torchvisions_net_is_its_own_but_for_the_first_convolution(colours: int)
     for key in ("out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
         assert getattr(first, key) == getattr(wanted, key)
     assert first.in_channels == colours and (first.bias is None) == (wanted.bias is None)
-    states = [{key: value for key, value in net.state_dict().items() if colours == 3 or not key.startswith("features.0.")}
-              for net in (ours, theirs)]
+    states = [
+        {key: value for key, value in net.state_dict().items() if colours == 3 or not key.startswith("features.0.")}
+        for net in (ours, theirs)
+    ]
     torch.testing.assert_close(*states, rtol=0, atol=0)

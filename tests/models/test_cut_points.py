@@ -25,29 +25,82 @@ NAMED: list[tuple[str, dict[str, Any], Shape, list[str], list[str]]] = [
     ("asap_alexnet", {"width": 2, "hidden": 5}, SMALL, *[["pool1", "pool2", "pool3", "act4", "act5"]] * 2),
     # Behind the dropout that follows an activation.
     ("dkp_alexnet", {"width": 2, "hidden": 5}, LARGE, *[["pool1", "pool2", "act3", "act4", "drop6", "drop7", "act7"]] * 2),
-    ("resnet20", {"width": 2, "blocks": 1}, SMALL,
-     ["relu", *(f"{block}.relu{number}" for block in STAGES for number in (1, 2))], ["relu", *STAGES]),
-    ("resnet18", TWO, SMALL, ["relu", *(f"{block}.relu{number}" for block in STAGES[:2] for number in (1, 2))],
-     ["relu", *STAGES[:2]]),
-    ("resnet18_imagenet", TWO, LARGE, ["pool", *(f"{block}.relu{number}" for block in STAGES[:2] for number in (1, 2))],
-     ["pool", *STAGES[:2]]),
+    (
+        "resnet20",
+        {"width": 2, "blocks": 1},
+        SMALL,
+        ["relu", *(f"{block}.relu{number}" for block in STAGES for number in (1, 2))],
+        ["relu", *STAGES],
+    ),
+    (
+        "resnet18",
+        TWO,
+        SMALL,
+        ["relu", *(f"{block}.relu{number}" for block in STAGES[:2] for number in (1, 2))],
+        ["relu", *STAGES[:2]],
+    ),
+    (
+        "resnet18_imagenet",
+        TWO,
+        LARGE,
+        ["pool", *(f"{block}.relu{number}" for block in STAGES[:2] for number in (1, 2))],
+        ["pool", *STAGES[:2]],
+    ),
     # The sum is no module's output but the block's, and there is no ReLU behind it.
-    ("resnet18_imagenet", TWO | {"bn": "after"}, LARGE,
-     ["pool", *(end for block in STAGES[:2] for end in (block, f"{block}.bn1"))], ["pool", *STAGES[:2]]),
-    ("resnet50_imagenet", TWO, LARGE, ["pool", *(f"{block}.relu{number}" for block in STAGES[:2] for number in (1, 2, 3))],
-     ["pool", *STAGES[:2]]),
+    (
+        "resnet18_imagenet",
+        TWO | {"bn": "after"},
+        LARGE,
+        ["pool", *(end for block in STAGES[:2] for end in (block, f"{block}.bn1"))],
+        ["pool", *STAGES[:2]],
+    ),
+    (
+        "resnet50_imagenet",
+        TWO,
+        LARGE,
+        ["pool", *(f"{block}.relu{number}" for block in STAGES[:2] for number in (1, 2, 3))],
+        ["pool", *STAGES[:2]],
+    ),
     ("vgg", {"depth": 7, "width": 2}, (3, 32, 32), *[["pool1", "act2", "pool3", "act4", "pool5", "act6"]] * 2),
     # The final LayerNorm replaces the last block.
-    ("residual_mlp", {"width": 4, "blocks": 2}, SMALL,
-     ["embed", "layers.0", "layers.0.act", "layers.1.act", "final_norm"], LAYERS),
-    ("residual_mlp", {"width": 4, "blocks": 2, "final_norm": False}, SMALL,
-     ["embed", "layers.0", "layers.0.act", "layers.1", "layers.1.act"], LAYERS),
-    *((name, {"width": 4, blocks: 2}, shape,
-       ["embed", "layers.0", *INNER[0], "layers.0.act", *INNER[1], "layers.1.act", "final_norm"], LAYERS)
-      for name, blocks, shape in (("vit_mini", "blocks", SMALL), ("decoder", "depth", (5,)))),
-    ("decoder", {"width": 4, "depth": 2, "norm": "post"}, (5,),
-     ["embed", *(path for block, inner in zip(LAYERS, INNER, strict=True)
-                 for path in (*inner[1:], f"{block}.norm1", f"{block}.act", f"{block}.norm2"))], LAYERS),
+    (
+        "residual_mlp",
+        {"width": 4, "blocks": 2},
+        SMALL,
+        ["embed", "layers.0", "layers.0.act", "layers.1.act", "final_norm"],
+        LAYERS,
+    ),
+    (
+        "residual_mlp",
+        {"width": 4, "blocks": 2, "final_norm": False},
+        SMALL,
+        ["embed", "layers.0", "layers.0.act", "layers.1", "layers.1.act"],
+        LAYERS,
+    ),
+    *(
+        (
+            name,
+            {"width": 4, blocks: 2},
+            shape,
+            ["embed", "layers.0", *INNER[0], "layers.0.act", *INNER[1], "layers.1.act", "final_norm"],
+            LAYERS,
+        )
+        for name, blocks, shape in (("vit_mini", "blocks", SMALL), ("decoder", "depth", (5,)))
+    ),
+    (
+        "decoder",
+        {"width": 4, "depth": 2, "norm": "post"},
+        (5,),
+        [
+            "embed",
+            *(
+                path
+                for block, inner in zip(LAYERS, INNER, strict=True)
+                for path in (*inner[1:], f"{block}.norm1", f"{block}.act", f"{block}.norm2")
+            ),
+        ],
+        LAYERS,
+    ),
 ]
 
 
@@ -69,8 +122,9 @@ def test_cut_points_and_blocks(
 def test_cuts_of_launay_are_patterns_of_a_decoder() -> None:
     """Three in a block, "micro", or its output, "macro"; with dropout, the cut at the activation is behind it."""
     model = ARCHITECTURES["decoder"](width=4, depth=2, norm="post", dropout=0.1).build((5,), 3)
-    assert matched(model, ["*.norm1", "*.act", "*.norm2"]) == [f"{block}.{name}" for block in LAYERS
-                                                              for name in ("norm1", "act", "norm2")]
+    assert matched(model, ["*.norm1", "*.act", "*.norm2"]) == [
+        f"{block}.{name}" for block in LAYERS for name in ("norm1", "act", "norm2")
+    ]
     block = model.get_submodule("layers.1")
     assert [type(module).__name__ for module in block.act] == ["GELU", "Dropout"]
     outputs = []

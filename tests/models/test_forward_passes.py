@@ -27,12 +27,24 @@ MNIST, CIFAR, ODD, CLASSES = (1, 28, 28), (3, 32, 32), (3, 36, 28), 10
 CASES: dict[str, tuple[str, dict[str, Any], Shape, Reference, dict[str, Any]]] = {
     "pfa_fig2": ("mlp", {"init": "xavier_uniform"}, MNIST, by_hand.mlp, {"hidden": 2}),
     "dkp_fig2": ("mlp", {"widths": [512] * 4, "batch_norm": True}, MNIST, by_hand.mlp, {"hidden": 4, "batch_norm": True}),
-    "asap_fig6, linear": ("mlp", {"widths": [10] * 3, "activation": "identity", "init": "kaiming_uniform"}, MNIST, by_hand.mlp,
-                          {"hidden": 3, "activation": "identity"}),
-    "asap_fig6, nonlinear": ("mlp", {"widths": [10] * 3, "batch_norm": True, "output_norm": True}, MNIST, by_hand.mlp,
-                             {"hidden": 3, "batch_norm": True, "output_norm": True}),
-    **{f"mlp, {name}": ("mlp", {"widths": [9, 8], "activation": name}, (2, 4, 3), by_hand.mlp, {"hidden": 2, "activation": name})
-       for name in by_hand.ACTIVATIONS},
+    "asap_fig6, linear": (
+        "mlp",
+        {"widths": [10] * 3, "activation": "identity", "init": "kaiming_uniform"},
+        MNIST,
+        by_hand.mlp,
+        {"hidden": 3, "activation": "identity"},
+    ),
+    "asap_fig6, nonlinear": (
+        "mlp",
+        {"widths": [10] * 3, "batch_norm": True, "output_norm": True},
+        MNIST,
+        by_hand.mlp,
+        {"hidden": 3, "batch_norm": True, "output_norm": True},
+    ),
+    **{
+        f"mlp, {name}": ("mlp", {"widths": [9, 8], "activation": name}, (2, 4, 3), by_hand.mlp, {"hidden": 2, "activation": name})
+        for name in by_hand.ACTIVATIONS
+    },
     "mlp, output_norm": ("mlp", {"widths": [7], "output_norm": True}, (2, 4, 3), by_hand.mlp, {"hidden": 1, "output_norm": True}),
     "conv2, 28x28": ("conv2", {}, MNIST, by_hand.conv2, {"padding": 1}),
     "conv2, 32x32": ("conv2", {}, CIFAR, by_hand.conv2, {"padding": 0}),
@@ -43,47 +55,121 @@ CASES: dict[str, tuple[str, dict[str, Any], Shape, Reference, dict[str, Any]]] =
     "conv2, padding=2": ("conv2", {"channels": 4, "padding": 2}, CIFAR, by_hand.conv2, {"padding": 2}),
     "asap_alexnet, 28x28": ("asap_alexnet", {"width": 8, "hidden": 32}, MNIST, by_hand.asap_alexnet, {}),
     "asap_alexnet, 32x32": ("asap_alexnet", {"width": 16, "hidden": 64}, CIFAR, by_hand.asap_alexnet, {}),
-    "asap_alexnet, output_norm=false": ("asap_alexnet", {"width": 4, "hidden": 8, "output_norm": False}, ODD,
-                                        by_hand.asap_alexnet, {"output_norm": False}),
+    "asap_alexnet, output_norm=false": (
+        "asap_alexnet",
+        {"width": 4, "hidden": 8, "output_norm": False},
+        ODD,
+        by_hand.asap_alexnet,
+        {"output_norm": False},
+    ),
     "dkp_alexnet": ("dkp_alexnet", {"width": 8, "hidden": 64}, (3, 224, 224), by_hand.dkp_alexnet, {}),
-    "dkp_alexnet, options": ("dkp_alexnet", {"width": 4, "hidden": 32, "dropout": 0.3, "linear_norm": False}, (1, 97, 127),
-                             by_hand.dkp_alexnet, {"dropout": 0.3, "linear_norm": False}),
+    "dkp_alexnet, options": (
+        "dkp_alexnet",
+        {"width": 4, "hidden": 32, "dropout": 0.3, "linear_norm": False},
+        (1, 97, 127),
+        by_hand.dkp_alexnet,
+        {"dropout": 0.3, "linear_norm": False},
+    ),
     "resnet20": ("resnet20", {}, CIFAR, by_hand.resnet20, {}),
-    "resnet20, shortcuts=false": ("resnet20", {"width": 4, "blocks": 2, "shortcuts": False}, ODD, by_hand.resnet20,
-                                  {"blocks": 2, "shortcuts": False}),
+    "resnet20, shortcuts=false": (
+        "resnet20",
+        {"width": 4, "blocks": 2, "shortcuts": False},
+        ODD,
+        by_hand.resnet20,
+        {"blocks": 2, "shortcuts": False},
+    ),
     "resnet20, odd maps": ("resnet20", {"width": 6, "blocks": 1}, ODD, by_hand.resnet20, {"blocks": 1}),
     "resnet18": ("resnet18", {"width": 8}, CIFAR, by_hand.resnet_cifar, {"blocks": [2, 2, 2, 2]}),
-    "resnet18, shortcuts=false": ("resnet18", {"width": 8, "shortcuts": False}, CIFAR, by_hand.resnet_cifar,
-                                  {"blocks": [2, 2, 2, 2], "shortcuts": False}),
-    "resnet18, output_norm=false": ("resnet18", {"width": 4, "blocks": [1, 2], "output_norm": False}, ODD, by_hand.resnet_cifar,
-                                    {"blocks": [1, 2], "output_norm": False}),
+    "resnet18, shortcuts=false": (
+        "resnet18",
+        {"width": 8, "shortcuts": False},
+        CIFAR,
+        by_hand.resnet_cifar,
+        {"blocks": [2, 2, 2, 2], "shortcuts": False},
+    ),
+    "resnet18, output_norm=false": (
+        "resnet18",
+        {"width": 4, "blocks": [1, 2], "output_norm": False},
+        ODD,
+        by_hand.resnet_cifar,
+        {"blocks": [1, 2], "output_norm": False},
+    ),
     "resnet34": ("resnet34", {"width": 4}, (3, 64, 64), by_hand.resnet_cifar, {"blocks": [3, 4, 6, 3]}),
-    "resnet34, shortcuts=false": ("resnet34", {"width": 4, "shortcuts": False}, (3, 64, 64), by_hand.resnet_cifar,
-                                  {"blocks": [3, 4, 6, 3], "shortcuts": False}),
-    **{f"{name}, bn={bn}": (name, {"width": 4} | chosen, (3, 96, 64), by_hand.resnet_imagenet,
-                            {"blocks": blocks, "bottleneck": bottleneck, "bn": bn})
-       for name, blocks, bottleneck in (("resnet18_imagenet", [2, 2, 2, 2], False), ("resnet50_imagenet", [3, 4, 6, 3], True))
-       for bn, chosen in (("before", {}), ("after", {"bn": "after"}))},
-    "resnet_cifar_small": ("resnet_cifar_small", {"depth": 26, "width": 4, "shortcuts": False}, ODD, by_hand.resnet20,
-                           {"blocks": 4, "shortcuts": False}),
+    "resnet34, shortcuts=false": (
+        "resnet34",
+        {"width": 4, "shortcuts": False},
+        (3, 64, 64),
+        by_hand.resnet_cifar,
+        {"blocks": [3, 4, 6, 3], "shortcuts": False},
+    ),
+    **{
+        f"{name}, bn={bn}": (
+            name,
+            {"width": 4} | chosen,
+            (3, 96, 64),
+            by_hand.resnet_imagenet,
+            {"blocks": blocks, "bottleneck": bottleneck, "bn": bn},
+        )
+        for name, blocks, bottleneck in (("resnet18_imagenet", [2, 2, 2, 2], False), ("resnet50_imagenet", [3, 4, 6, 3], True))
+        for bn, chosen in (("before", {}), ("after", {"bn": "after"}))
+    },
+    "resnet_cifar_small": (
+        "resnet_cifar_small",
+        {"depth": 26, "width": 4, "shortcuts": False},
+        ODD,
+        by_hand.resnet20,
+        {"blocks": 4, "shortcuts": False},
+    ),
     "vgg": ("vgg", {"width": 4}, CIFAR, by_hand.vgg, {"convolutions": "pppp", "activation": "gelu"}),
     "vgg, depth=7": ("vgg", {"depth": 7, "width": 4}, (3, 36, 44), by_hand.vgg, {"convolutions": "p.pvpv", "activation": "gelu"}),
-    "vgg, depth=9": ("vgg", {"depth": 9, "width": 4, "activation": "tanh"}, CIFAR, by_hand.vgg,
-                     {"convolutions": "p.p.p.p.", "activation": "tanh"}),
-    "vgg, depth=16": ("vgg", {"depth": 16, "width": 4}, (3, 32, 64), by_hand.vgg,
-                      {"convolutions": ".p.p..p..p..p", "activation": "relu"}),
-    "vgg, batch_norm=true": ("vgg", {"width": 4, "batch_norm": True}, ODD, by_hand.vgg,
-                             {"convolutions": "pppp", "activation": "gelu", "batch_norm": True}),
+    "vgg, depth=9": (
+        "vgg",
+        {"depth": 9, "width": 4, "activation": "tanh"},
+        CIFAR,
+        by_hand.vgg,
+        {"convolutions": "p.p.p.p.", "activation": "tanh"},
+    ),
+    "vgg, depth=16": (
+        "vgg",
+        {"depth": 16, "width": 4},
+        (3, 32, 64),
+        by_hand.vgg,
+        {"convolutions": ".p.p..p..p..p", "activation": "relu"},
+    ),
+    "vgg, batch_norm=true": (
+        "vgg",
+        {"width": 4, "batch_norm": True},
+        ODD,
+        by_hand.vgg,
+        {"convolutions": "pppp", "activation": "gelu", "batch_norm": True},
+    ),
     "residual_mlp": ("residual_mlp", {}, CIFAR, by_hand.residual_mlp, {"blocks": 4}),
     "residual_mlp, final_norm=false": (
-        "residual_mlp", {"width": 6, "blocks": 2, "expansion": 1.5, "activation": "tanh", "final_norm": False}, (2, 4, 3),
-        by_hand.residual_mlp, {"blocks": 2, "activation": "tanh", "final_norm": False}),
+        "residual_mlp",
+        {"width": 6, "blocks": 2, "expansion": 1.5, "activation": "tanh", "final_norm": False},
+        (2, 4, 3),
+        by_hand.residual_mlp,
+        {"blocks": 2, "activation": "tanh", "final_norm": False},
+    ),
     "vit_mini": ("vit_mini", {"width": 12}, CIFAR, by_hand.vit_mini, {"patch": 4, "blocks": 4, "heads": 4}),
-    "vit_mini, patch=2": ("vit_mini", {"width": 6, "patch": 2, "blocks": 1, "heads": 3, "activation": "relu"}, (2, 4, 6),
-                          by_hand.vit_mini, {"patch": 2, "blocks": 1, "heads": 3, "activation": "relu"}),
-    **{f"lstm, cell={cell}, scan={scan}": ("lstm", {"width": 5, "layers": 2, "cell": cell, "scan": scan}, (2, 4, 3),
-                                           by_hand.recurrent, {"cell": cell, "layers": 2, "scan": scan})
-       for cell in ("lstm", "gru", "rnn") for scan in ("rows", "pixels")},
+    "vit_mini, patch=2": (
+        "vit_mini",
+        {"width": 6, "patch": 2, "blocks": 1, "heads": 3, "activation": "relu"},
+        (2, 4, 6),
+        by_hand.vit_mini,
+        {"patch": 2, "blocks": 1, "heads": 3, "activation": "relu"},
+    ),
+    **{
+        f"lstm, cell={cell}, scan={scan}": (
+            "lstm",
+            {"width": 5, "layers": 2, "cell": cell, "scan": scan},
+            (2, 4, 3),
+            by_hand.recurrent,
+            {"cell": cell, "layers": 2, "scan": scan},
+        )
+        for cell in ("lstm", "gru", "rnn")
+        for scan in ("rows", "pixels")
+    },
 }
 
 
@@ -164,9 +250,21 @@ PUBLISHED: list[tuple[str, dict[str, Any], Shape, list[tuple[int, ...]]]] = [
     ("conv2", {}, CIFAR, [(32, 3, 3, 3), (32, 32, 3, 3), (128, 6272), (10, 128)]),
     ("asap_alexnet", {}, MNIST, [(64, 1, 5, 5), (128, 64, 5, 5), (256, 128, 5, 5), (1024, 4096), (1024, 1024), (10, 1024)]),
     ("asap_alexnet", {}, CIFAR, [(64, 3, 5, 5), (128, 64, 5, 5), (256, 128, 5, 5), (1024, 4096), (1024, 1024), (10, 1024)]),
-    ("dkp_alexnet", {}, (3, 224, 224), [
-        (64, 3, 11, 11), (192, 64, 5, 5), (384, 192, 3, 3), (256, 384, 3, 3), (256, 256, 3, 3), (4096, 9216), (4096, 4096),
-        (10, 4096)]),
+    (
+        "dkp_alexnet",
+        {},
+        (3, 224, 224),
+        [
+            (64, 3, 11, 11),
+            (192, 64, 5, 5),
+            (384, 192, 3, 3),
+            (256, 384, 3, 3),
+            (256, 256, 3, 3),
+            (4096, 9216),
+            (4096, 4096),
+            (10, 4096),
+        ],
+    ),
     ("resnet20", {}, CIFAR, [(16, 3, 3, 3), *stages([16, 32, 64], [3] * 3, BASIC, 1, False), (10, 64)]),
     ("resnet18", {}, CIFAR, [*STEM, *stages(DOUBLING, [2] * 4, BASIC, 1, True), (10, 512)]),
     ("resnet18", {"shortcuts": False}, CIFAR, [*STEM, *stages(DOUBLING, [2] * 4, BASIC, 1, False), (10, 512)]),
@@ -179,8 +277,12 @@ PUBLISHED: list[tuple[str, dict[str, Any], Shape, list[tuple[int, ...]]]] = [
     ("vgg", {"depth": 9}, CIFAR, [*chain(3, 128, 128, 256, 256, 512, 512, 512, 512), (10, 2048)]),
     ("vgg", {"depth": 16}, CIFAR, [*chain(3, 64, 64, 128, 128, *[256] * 3, *[512] * 6), (10, 512)]),
     ("residual_mlp", {}, CIFAR, [(256, 3072), *[(1024, 256), (256, 1024)] * 4, (10, 256)]),
-    ("vit_mini", {}, CIFAR,
-     [(1, 1, 128), (65, 128), (128, 3, 4, 4), *[*[(128, 128)] * 4, (512, 128), (128, 512)] * 4, (10, 128)]),
+    (
+        "vit_mini",
+        {},
+        CIFAR,
+        [(1, 1, 128), (65, 128), (128, 3, 4, 4), *[*[(128, 128)] * 4, (512, 128), (128, 512)] * 4, (10, 128)],
+    ),
 ]
 
 

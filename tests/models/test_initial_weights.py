@@ -112,8 +112,9 @@ def test_initial_weights(name: str, init: str) -> None:
 @pytest.mark.parametrize("init", DRAWS)
 @pytest.mark.parametrize("name", NETS)
 def test_normalisation_begins_as_identity(name: str, init: str) -> None:
-    norms = [module for module in build(name, init).modules()
-             if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.LayerNorm)]
+    norms = [
+        module for module in build(name, init).modules() if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.LayerNorm)
+    ]
     assert norms or name == "lstm"
     for norm in norms:
         assert (norm.weight == 1).all() and (norm.bias == 0).all()

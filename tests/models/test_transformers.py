@@ -23,10 +23,16 @@ POST = {"norm": "post", "positions": "sinusoidal", "activation": "relu"}
 #: case -> (architecture, options, the net by hand, the arguments of that).
 TEXT: dict[str, tuple[str, dict[str, Any], Callable[..., Tensor], dict[str, Any]]] = {
     "decoder": ("decoder", {"width": 12, "dropout": 0.0}, by_hand.decoder, {"depth": 4, "heads": 4}),
-    "decoder, norm=post": ("decoder", {"width": 6, "depth": 2, "heads": 3, "dropout": 0.0, **POST}, by_hand.decoder,
-                           {"depth": 2, "heads": 3, "activation": "relu", "post": True, "sinusoidal": True}),
-    **{f"lstm, cell={cell}": ("lstm", {"width": 5, "layers": 2, "cell": cell}, by_hand.recurrent, {"cell": cell, "layers": 2})
-       for cell in ("lstm", "gru", "rnn")},
+    "decoder, norm=post": (
+        "decoder",
+        {"width": 6, "depth": 2, "heads": 3, "dropout": 0.0, **POST},
+        by_hand.decoder,
+        {"depth": 2, "heads": 3, "activation": "relu", "post": True, "sinusoidal": True},
+    ),
+    **{
+        f"lstm, cell={cell}": ("lstm", {"width": 5, "layers": 2, "cell": cell}, by_hand.recurrent, {"cell": cell, "layers": 2})
+        for cell in ("lstm", "gru", "rnn")
+    },
 }
 
 
@@ -80,8 +86,12 @@ def test_a_block_is_that_of_pytorch(post_norm: bool) -> None:
         parts = state.pop(f"self_attn.in_proj_{kind}").chunk(3)
         state |= {f"attn.{name}.{kind}": part for name, part in zip("qkv", parts, strict=True)}
     names = {"self_attn.out_proj": "attn.out", "linear": "fc"}
-    ours.load_state_dict({key.replace("self_attn.out_proj", names["self_attn.out_proj"]).replace("linear", names["linear"]): value
-                          for key, value in state.items()})
+    ours.load_state_dict(
+        {
+            key.replace("self_attn.out_proj", names["self_attn.out_proj"]).replace("linear", names["linear"]): value
+            for key, value in state.items()
+        }
+    )
     mask = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
     torch.testing.assert_close(ours(x), theirs(x, src_mask=mask, is_causal=True), rtol=1e-10, atol=1e-10)
 
@@ -115,14 +125,21 @@ def test_the_context_is_that_of_the_data_unless_it_is_longer() -> None:
             model(tokens(2, limit + 1))
 
 
-@pytest.mark.parametrize(("options", "parameters"), [
-    # LightOn's: embedding and head of 32,000 tokens, six blocks of 4 d² + 2 d f weights, their biases, and two LayerNorms.
-    ({"depth": 6, "width": 512, "heads": 8, **POST},
-     32000 * 512 + 6 * (4 * 513 * 512 + 513 * 2048 + 2049 * 512 + 4 * 512) + 513 * 32000),
-    ({}, (32000 + 128) * 128 + 4 * (4 * 129 * 128 + 129 * 512 + 513 * 128 + 4 * 128) + 256 + 129 * 32000),
-    ({"context": 300, "positions": "learned", "depth": 1},
-     (32000 + 300) * 128 + 4 * 129 * 128 + 129 * 512 + 513 * 128 + 4 * 128 + 256 + 129 * 32000),
-])
+@pytest.mark.parametrize(
+    ("options", "parameters"),
+    [
+        # LightOn's: embedding and head of 32,000 tokens, six blocks of 4 d² + 2 d f weights, their biases, and two LayerNorms.
+        (
+            {"depth": 6, "width": 512, "heads": 8, **POST},
+            32000 * 512 + 6 * (4 * 513 * 512 + 513 * 2048 + 2049 * 512 + 4 * 512) + 513 * 32000,
+        ),
+        ({}, (32000 + 128) * 128 + 4 * (4 * 129 * 128 + 129 * 512 + 513 * 128 + 4 * 128) + 256 + 129 * 32000),
+        (
+            {"context": 300, "positions": "learned", "depth": 1},
+            (32000 + 300) * 128 + 4 * 129 * 128 + 129 * 512 + 513 * 128 + 4 * 128 + 256 + 129 * 32000,
+        ),
+    ],
+)
 def test_sizes_of_decoders(options: dict[str, Any], parameters: int) -> None:
     with torch.device("meta"):
         net = ARCHITECTURES["decoder"](**options).build((128,), 32000)
@@ -130,11 +147,17 @@ def test_sizes_of_decoders(options: dict[str, Any], parameters: int) -> None:
     assert sum(p.numel() for p in net.parameters()) == parameters
 
 
-@pytest.mark.parametrize(("architecture", "name"), [
-    *((net, rule) for net in ("decoder", "decoder, norm=post", "vit_mini") for rule in ("bp", "fa", "kp", "usf", "pfa")),
-    *((f"lstm, cell={cell}", rule) for cell in ("lstm", "gru", "rnn") for rule in ("bp", "fa", "kp", "usf", "pfa")),
-    ("decoder", "dfa"), ("decoder, norm=post", "dfa"), ("vit_mini", "dfa"), ("lstm, cell=lstm", "dfa"),
-])
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [
+        *((net, rule) for net in ("decoder", "decoder, norm=post", "vit_mini") for rule in ("bp", "fa", "kp", "usf", "pfa")),
+        *((f"lstm, cell={cell}", rule) for cell in ("lstm", "gru", "rnn") for rule in ("bp", "fa", "kp", "usf", "pfa")),
+        ("decoder", "dfa"),
+        ("decoder, norm=post", "dfa"),
+        ("vit_mini", "dfa"),
+        ("lstm, cell=lstm", "dfa"),
+    ],
+)
 def test_rules_train_every_weight(architecture: str, name: str) -> None:
     if architecture == "vit_mini":
         net = build("vit_mini", (3, 8, 8), 3, width=8, blocks=2)
@@ -164,12 +187,23 @@ def test_rules_train_every_weight(architecture: str, name: str) -> None:
 
 #: Architecture -> cut -> the modules whose weights learn from its error alone.
 CUTS: dict[str, dict[str, list[str]]] = {
-    "residual_mlp": {"embed": ["embed"], "layers.0.act": ["layers.0.fc1"], "layers.0": ["layers.0.fc2"],
-                     "layers.1.act": ["layers.1.fc1"], "final_norm": ["layers.1.fc2", "final_norm"]},
-    "vit_mini": {"embed": ["embed", "embed.patches"], "layers.0.attn.q": ["layers.0.attn.q"],
-                 "layers.0.attn": ["layers.0.attn.out"], "layers.0": ["layers.0.fc2"], "layers.1.attn.k": ["layers.1.attn.k"],
-                 "layers.1.attn.v": ["layers.1.attn.v"], "layers.1.act": ["layers.1.fc1"],
-                 "final_norm": ["layers.1.fc2", "final_norm"]},
+    "residual_mlp": {
+        "embed": ["embed"],
+        "layers.0.act": ["layers.0.fc1"],
+        "layers.0": ["layers.0.fc2"],
+        "layers.1.act": ["layers.1.fc1"],
+        "final_norm": ["layers.1.fc2", "final_norm"],
+    },
+    "vit_mini": {
+        "embed": ["embed", "embed.patches"],
+        "layers.0.attn.q": ["layers.0.attn.q"],
+        "layers.0.attn": ["layers.0.attn.out"],
+        "layers.0": ["layers.0.fc2"],
+        "layers.1.attn.k": ["layers.1.attn.k"],
+        "layers.1.attn.v": ["layers.1.attn.v"],
+        "layers.1.act": ["layers.1.fc1"],
+        "final_norm": ["layers.1.fc2", "final_norm"],
+    },
 }
 
 
@@ -179,6 +213,7 @@ def test_no_error_passes_a_cut_of_the_stream(architecture: str, cut: str) -> Non
 
     The identity path is cut too. LayerNorms within blocks learn through the weight of the layer after them.
     """
+
     def gradients(others: bool) -> dict[str, Tensor]:
         net = build(architecture, (3, 8, 8), 3, width=8, blocks=2)
         rule = fa_bench.attach(net, "dfa", seed=0, sample_input=torch.zeros(2, 3, 8, 8).double())
@@ -200,20 +235,31 @@ def test_no_error_passes_a_cut_of_the_stream(architecture: str, cut: str) -> Non
             assert not alone[key].any(), key
 
 
-@pytest.mark.parametrize(("name", "options", "shape", "message"), [
-    ("decoder", {"heads": 6}, (5,), "heads=6 does not divide width=128; did you mean heads=4?"),
-    ("vit_mini", {"width": 30}, (3, 8, 8), "heads=4 does not divide width=30; did you mean heads=3?"),
-    ("vit_mini", {"width": 3}, (3, 8, 8), "heads=4 does not divide width=3; did you mean heads=3?"),
-    ("vit_mini", {"patch": 5}, (3, 10, 12), "patch=5 does not divide 10x12 images into whole patches"),
-    ("decoder", {"context": 4}, (5,), "context=4 is shorter than the data's sequences of 5 tokens"),
-    ("decoder", {"width": 7, "heads": 7, "positions": "sinusoidal"}, (5,),
-     "width=7 is odd: positions=sinusoidal requires an even width"),
-    ("lstm", {"dropout": 0.5}, (5,), "dropout=0.5 needs layers=2 or more: it acts between recurrent layers"),
-    ("lstm", {"cell": "elman"}, (5,), "cell=elman is not one of lstm, gru, rnn"),
-    ("vgg", {"depth": 11}, (3, 32, 32), "depth=11 is not one of 5, 7, 9, 16"),
-    ("resnet_cifar_small", {"depth": 33}, (3, 8, 8),
-     "depth=33 is not 6n + 2, as 20, 32, 44, 56 and 110 are; did you mean depth=32?"),
-])
+@pytest.mark.parametrize(
+    ("name", "options", "shape", "message"),
+    [
+        ("decoder", {"heads": 6}, (5,), "heads=6 does not divide width=128; did you mean heads=4?"),
+        ("vit_mini", {"width": 30}, (3, 8, 8), "heads=4 does not divide width=30; did you mean heads=3?"),
+        ("vit_mini", {"width": 3}, (3, 8, 8), "heads=4 does not divide width=3; did you mean heads=3?"),
+        ("vit_mini", {"patch": 5}, (3, 10, 12), "patch=5 does not divide 10x12 images into whole patches"),
+        ("decoder", {"context": 4}, (5,), "context=4 is shorter than the data's sequences of 5 tokens"),
+        (
+            "decoder",
+            {"width": 7, "heads": 7, "positions": "sinusoidal"},
+            (5,),
+            "width=7 is odd: positions=sinusoidal requires an even width",
+        ),
+        ("lstm", {"dropout": 0.5}, (5,), "dropout=0.5 needs layers=2 or more: it acts between recurrent layers"),
+        ("lstm", {"cell": "elman"}, (5,), "cell=elman is not one of lstm, gru, rnn"),
+        ("vgg", {"depth": 11}, (3, 32, 32), "depth=11 is not one of 5, 7, 9, 16"),
+        (
+            "resnet_cifar_small",
+            {"depth": 33},
+            (3, 8, 8),
+            "depth=33 is not 6n + 2, as 20, 32, 44, 56 and 110 are; did you mean depth=32?",
+        ),
+    ],
+)
 def test_wrong_options_are_refused_by_name(name: str, options: dict[str, Any], shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(OptionError) as error:
         ARCHITECTURES[name](**options).build(shape, 3)

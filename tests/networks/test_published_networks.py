@@ -15,7 +15,9 @@ from fa_bench import attach
 #: Rule -> options with which it takes any of these networks.
 RULES: dict[str, dict[str, Any]] = {
     **{name: {} for name in ("fa", "kp", "pfa", "pfa_o", "ldfa", "usf", "frsf", "brsf", "mixed", "forward_alignment")},
-    "wm": {"initial_steps": 1}, "asap": {"linear": "share", "match": "random"}, "asfp": {"linear": "share", "match": "random"},
+    "wm": {"initial_steps": 1},
+    "asap": {"linear": "share", "match": "random"},
+    "asfp": {"linear": "share", "match": "random"},
 }
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.arange(14).reshape(2, 7)
@@ -40,8 +42,11 @@ def of_timm(name: str, **options: Any) -> nn.Module:
 
 def bert() -> nn.Module:
     transformers = pytest.importorskip("transformers")
-    return transformers.BertForSequenceClassification(transformers.BertConfig(
-        vocab_size=20, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=36, num_labels=5))
+    return transformers.BertForSequenceClassification(
+        transformers.BertConfig(
+            vocab_size=20, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=36, num_labels=5
+        )
+    )
 
 
 #: name -> (what makes it, its inputs, the number of layers)
@@ -49,7 +54,10 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Any, int]] = {
     "torchvision ViT": (vision_transformer, IMAGES, 10),
     "torchvision Swin": (swin_transformer, IMAGES, 19),
     "timm ViT": (
-        lambda: of_timm("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2), IMAGES, 10),
+        lambda: of_timm("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2),
+        IMAGES,
+        10,
+    ),
     "timm SE-ResNet": (lambda: of_timm("seresnet18"), IMAGES, 37),
     "timm MobileNet": (lambda: of_timm("mobilenetv2_035"), IMAGES, 53),
     "transformers BERT": (bert, {"input_ids": TOKENS}, 14),
@@ -74,8 +82,10 @@ def logits_of(model: nn.Module, x: Any) -> Tensor:
 UNSHARABLE = ("timm SE-ResNet", "timm MobileNet")
 
 
-@pytest.mark.parametrize(("network", "name"), [
-    (network, name) for network in NETWORKS for name in RULES if name not in ("asap", "asfp") or network not in UNSHARABLE])
+@pytest.mark.parametrize(
+    ("network", "name"),
+    [(network, name) for network in NETWORKS for name in RULES if name not in ("asap", "asfp") or network not in UNSHARABLE],
+)
 def test_every_edge_rule_covers_and_trains(network: str, name: str) -> None:
     make, x, layers = NETWORKS[network]
     model = perturbed(make)

@@ -40,9 +40,12 @@ def rows(smoothing: float = 0.0) -> list[list[float]]:
 
 
 CASES = [
-    (CrossEntropy(), LABELS, cross_entropy, rows()), (CrossEntropy(label_smoothing=0.3), LABELS, cross_entropy, rows(0.3)),
-    (MSE(), LABELS, squared, rows()), (MSE(), VALUES, squared, VALUES.tolist()),
-    (SigmoidCE(), LABELS, sigmoid, rows()), (SigmoidCE(), VALUES, sigmoid, VALUES.tolist()),
+    (CrossEntropy(), LABELS, cross_entropy, rows()),
+    (CrossEntropy(label_smoothing=0.3), LABELS, cross_entropy, rows(0.3)),
+    (MSE(), LABELS, squared, rows()),
+    (MSE(), VALUES, squared, VALUES.tolist()),
+    (SigmoidCE(), LABELS, sigmoid, rows()),
+    (SigmoidCE(), VALUES, sigmoid, VALUES.tolist()),
 ]
 
 
@@ -75,8 +78,15 @@ def test_no_label_is_skipped() -> None:
         CrossEntropy().loss(OUTPUTS, torch.tensor([0, -100, 1, 2]))
 
 
-RUN = ["dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16", "architecture.widths=[8]", "epochs=2", "threads=1",
-       "hydra.run.dir=run"]
+RUN = [
+    "dataset=synthetic",
+    "dataset.samples=64",
+    "dataset.test_samples=16",
+    "architecture.widths=[8]",
+    "epochs=2",
+    "threads=1",
+    "hydra.run.dir=run",
+]
 
 
 @pytest.mark.parametrize("objective", ["mse", "sigmoid_ce", "cross_entropy"])

@@ -47,9 +47,15 @@ def test_token_scores_are_those_of_the_counted_tokens_in_any_batches(batches: li
     counted = target != -100
     nats = F.cross_entropy(logits[counted], target[counted]).item()
     values = scored(TokenCrossEntropy(), logits, target, batches, characters=2.5)
-    assert values == pytest.approx({
-        "perplexity": math.exp(nats), "bits_per_token": nats / math.log(2), "bits_per_character": nats / math.log(2) / 2.5,
-        "accuracy": (logits.argmax(-1) == target)[counted].float().mean().item()}, rel=1e-5)
+    assert values == pytest.approx(
+        {
+            "perplexity": math.exp(nats),
+            "bits_per_token": nats / math.log(2),
+            "bits_per_character": nats / math.log(2) / 2.5,
+            "accuracy": (logits.argmax(-1) == target)[counted].float().mean().item(),
+        },
+        rel=1e-5,
+    )
 
 
 def test_token_loss_is_the_mean_over_the_counted_tokens() -> None:

@@ -30,6 +30,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def iterated_by_hand(matrix: list[list[float]], steps: int) -> list[list[float]]:
     """X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X, by loops."""
+
     def product(one: list[list[float]], other: list[list[float]]) -> list[list[float]]:
         return [[sum(one[i][k] * other[k][j] for k in range(len(other))) for j in range(len(other[0]))] for i in range(len(one))]
 
@@ -82,8 +83,14 @@ def test_torchs_own_muon_agrees_but_for_its_rounding(adjust_lr: str, nesterov: b
 
 # ------------------------------------------------------------------------------------------------ whole steps
 OPTIONS: list[dict[str, Any]] = [
-    {}, {"momentum": 0.0}, {"momentum": 0.5, "nesterov": False}, {"ns_steps": 2}, {"adjust_lr": "match_rms_adamw"},
-    {"weight_decay": 0.3}, {"adam_lr": 0.05, "beta1": 0.5, "beta2": 0.7, "eps": 0.1}, {"lr": 0.3},
+    {},
+    {"momentum": 0.0},
+    {"momentum": 0.5, "nesterov": False},
+    {"ns_steps": 2},
+    {"adjust_lr": "match_rms_adamw"},
+    {"weight_decay": 0.3},
+    {"adam_lr": 0.05, "beta1": 0.5, "beta2": 0.7, "eps": 0.1},
+    {"lr": 0.3},
 ]
 
 
@@ -169,8 +176,10 @@ def test_tensors_without_a_gradient_stay_and_a_closure_is_called_with_gradients(
 def names_of(rule: Rule, made: Muon, feedback: Any = None) -> list[set[str]]:
     """The names of the tensors of each optimizer."""
     known = {id(tensor): name for name, tensor in rule.model.named_parameters()}
-    return [{known[id(tensor)] for group in optimizer.param_groups for tensor in group["params"]}
-            for optimizer in Optimizers(made, rule, 1, feedback).optimizers]
+    return [
+        {known[id(tensor)] for group in optimizer.param_groups for tensor in group["params"]}
+        for optimizer in Optimizers(made, rule, 1, feedback).optimizers
+    ]
 
 
 def net() -> nn.Module:
@@ -182,29 +191,41 @@ def net() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize(("options", "muons"), [
-    ({}, ["fc1", "fc2", "fc3"]), ({"layers": "hidden"}, ["fc2"]), ({"exclude": ["fc[12]"]}, ["fc3"]),
-    ({"layers": "hidden", "exclude": ["fc1"]}, ["fc2"]), ({"exclude": ["fc3"]}, ["fc1", "fc2"]),
-], ids=str)
+@pytest.mark.parametrize(
+    ("options", "muons"),
+    [
+        ({}, ["fc1", "fc2", "fc3"]),
+        ({"layers": "hidden"}, ["fc2"]),
+        ({"exclude": ["fc[12]"]}, ["fc3"]),
+        ({"layers": "hidden", "exclude": ["fc1"]}, ["fc2"]),
+        ({"exclude": ["fc3"]}, ["fc1", "fc2"]),
+    ],
+    ids=str,
+)
 def test_layers_and_their_feedback_are_chosen_together(options: dict[str, Any], muons: list[str]) -> None:
     rule = fa_bench.attach(net(), "kp", sample_input=torch.zeros(2, 1, dtype=torch.long))
     of_muon, of_adam = names_of(rule, Muon(**options))
     assert of_muon == {f"{path}.{kind}" for path in muons for kind in ("weight", "feedback_B")}
     assert of_adam == {name for name, _ in rule.model.named_parameters()} - of_muon
     of_weights = names_of(rule, Muon(**options), SGD())
-    assert of_weights == [{f"{path}.weight" for path in muons},
-                          {name for name in of_adam if "feedback" not in name}, {
-                              name for name, _ in rule.model.named_parameters() if "feedback" in name}]
+    assert of_weights == [
+        {f"{path}.weight" for path in muons},
+        {name for name in of_adam if "feedback" not in name},
+        {name for name, _ in rule.model.named_parameters() if "feedback" in name},
+    ]
     of_feedback = Optimizers(SGD(), rule, 1, Muon(**options)).optimizers
     assert {id(tensor) for group in of_feedback[1].param_groups for tensor in group["params"]} == {
-        id(rule.model.get_submodule(path).feedback_B) for path in muons}
+        id(rule.model.get_submodule(path).feedback_B) for path in muons
+    }
 
 
 def test_feedback_of_cuts_is_orthogonalised_at_its_own_rate() -> None:
     rule = attached("dkp")
     optimizers = Optimizers(Muon(lr=0.2, adam_lr=0.03), rule, 1)
     assert [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers.optimizers] == [
-        pytest.approx([0.2, 0.2 * rule.feedback_lr_scale]), pytest.approx([0.03])]
+        pytest.approx([0.2, 0.2 * rule.feedback_lr_scale]),
+        pytest.approx([0.03]),
+    ]
     assert optimizers.lr == 0.2
 
 
@@ -223,11 +244,14 @@ def test_frozen_matrices_are_left_out() -> None:
     assert [sorted(names) for names in names_of(only_last, Muon(layers="hidden"))] == [["fc3.bias", "fc3.weight"]]
 
 
-@pytest.mark.parametrize(("options", "says"), [
-    ({"exclude": ["fc4"]}, r"^optimizer\.exclude=fc4 matches no layer; did you mean 'fc[123]'\? \(layers: fc1, fc2, fc3\)$"),
-    ({"exclude": ["*"]}, r"^optimizer\.layers=all with exclude=\['\*'\] leaves muon no layer \(layers: fc1, fc2, fc3\)$"),
-    ({"layers": "hidden", "exclude": ["fc2"]}, r"^optimizer\.layers=hidden with exclude=\['fc2'\] leaves muon no layer"),
-])
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"exclude": ["fc4"]}, r"^optimizer\.exclude=fc4 matches no layer; did you mean 'fc[123]'\? \(layers: fc1, fc2, fc3\)$"),
+        ({"exclude": ["*"]}, r"^optimizer\.layers=all with exclude=\['\*'\] leaves muon no layer \(layers: fc1, fc2, fc3\)$"),
+        ({"layers": "hidden", "exclude": ["fc2"]}, r"^optimizer\.layers=hidden with exclude=\['fc2'\] leaves muon no layer"),
+    ],
+)
 def test_refusals(options: dict[str, Any], says: str) -> None:
     with pytest.raises(OptionError, match=says):
         Optimizers(Muon(**options), attached("kp"), 1)
@@ -274,8 +298,10 @@ def test_semi_orthogonal_product_feedback_follows_and_other_product_feedback_doe
         rule = attached(name, ratio=1.0)
         before = {path: weight - feedback for path, (feedback, weight) in rule.weight_pairs().items()}
         trained(rule, Optimizers(Muon(lr=0.1), rule, 1), 3, "mlp_tanh")
-        gaps[name] = max(((weight - feedback - before[path]).norm() / before[path].norm()).item()
-                         for path, (feedback, weight) in rule.weight_pairs().items())
+        gaps[name] = max(
+            ((weight - feedback - before[path]).norm() / before[path].norm()).item()
+            for path, (feedback, weight) in rule.weight_pairs().items()
+        )
     assert gaps["pfa_o"] < 1e-6 < 0.05 < gaps["pfa"]
 
 

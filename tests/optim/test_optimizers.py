@@ -75,16 +75,38 @@ def adam_by_hand(
     return w
 
 
-SGDS = [{"momentum": m, "nesterov": n, "weight_decay": d} for m, n, d in [
-    (0.0, False, 0.0), (0.9, False, 0.0), (0.5, False, 0.0), (0.9, True, 0.0), (0.9, False, 0.3), (0.6, True, 0.2)]]
-ADAMS = [{"beta1": b1, "beta2": b2, "eps": e, "weight_decay": d} for b1, b2, e, d in [
-    (0.9, 0.999, 1e-8, 0.0), (0.5, 0.999, 1e-8, 0.0), (0.9, 0.7, 1e-8, 0.0), (0.9, 0.999, 0.3, 0.0), (0.8, 0.9, 0.1, 0.4)]]
+SGDS = [
+    {"momentum": m, "nesterov": n, "weight_decay": d}
+    for m, n, d in [
+        (0.0, False, 0.0),
+        (0.9, False, 0.0),
+        (0.5, False, 0.0),
+        (0.9, True, 0.0),
+        (0.9, False, 0.3),
+        (0.6, True, 0.2),
+    ]
+]
+ADAMS = [
+    {"beta1": b1, "beta2": b2, "eps": e, "weight_decay": d}
+    for b1, b2, e, d in [
+        (0.9, 0.999, 1e-8, 0.0),
+        (0.5, 0.999, 1e-8, 0.0),
+        (0.9, 0.7, 1e-8, 0.0),
+        (0.9, 0.999, 0.3, 0.0),
+        (0.8, 0.9, 0.1, 0.4),
+    ]
+]
 
 
 @pytest.mark.parametrize("of", ["weights", "feedback"])
-@pytest.mark.parametrize(("cls", "options"), [
-    *((SGD, options) for options in SGDS), *((cls, options) for cls in (Adam, AdamW) for options in ADAMS),
-], ids=str)
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        *((SGD, options) for options in SGDS),
+        *((cls, options) for cls in (Adam, AdamW) for options in ADAMS),
+    ],
+    ids=str,
+)
 def test_every_option_is_in_the_steps(cls: type[OptimizerOptions], options: dict[str, Any], of: str) -> None:
     """Three steps, of the weights' optimizer and of the one of the feedback."""
     rule, made = attached("pfa"), cls(lr=LR, **options)
@@ -116,13 +138,17 @@ def plain(lr: float, later: float, first: float | None, **schedule: Any) -> SGD:
     return SGD(lr=lr, momentum=0.0, weight_decay=later, first_epoch_weight_decay=first, schedule=Schedule.from_mapping(schedule))
 
 
-@pytest.mark.parametrize(("scale", "own", "of_weights", "of_feedback"), [
-    (1.0, None, [1 - 0.1 * 0.5, 1 - 0.1 * 0.2], [1 - 0.1 * 0.5, 1 - 0.1 * 0.2]),
-    (0.5, None, [1 - 0.1 * 0.5, 1 - 0.1 * 0.2], [1 - 0.05 * 0.5, 1 - 0.05 * 0.2]),
-    (1.0, plain(0.4, 0.3, 0.9), [1 - 0.1 * 0.5, 1 - 0.1 * 0.2], [1 - 0.4 * 0.9, 1 - 0.4 * 0.3]),
-    (1.0, plain(0.4, 0.3, None), [1 - 0.1 * 0.5, 1 - 0.1 * 0.2], [1 - 0.4 * 0.3, 1 - 0.4 * 0.3]),
-    (1.0, plain(0.4, 0.3, 0.0), [1 - 0.1 * 0.5, 1 - 0.1 * 0.2], [1.0, 1 - 0.4 * 0.3]),
-], ids=["one group", "two groups", "own decay", "own decay in every epoch", "no decay at first"])
+@pytest.mark.parametrize(
+    ("scale", "own", "of_weights", "of_feedback"),
+    [
+        (1.0, None, [1 - 0.1 * 0.5, 1 - 0.1 * 0.2], [1 - 0.1 * 0.5, 1 - 0.1 * 0.2]),
+        (0.5, None, [1 - 0.1 * 0.5, 1 - 0.1 * 0.2], [1 - 0.05 * 0.5, 1 - 0.05 * 0.2]),
+        (1.0, plain(0.4, 0.3, 0.9), [1 - 0.1 * 0.5, 1 - 0.1 * 0.2], [1 - 0.4 * 0.9, 1 - 0.4 * 0.3]),
+        (1.0, plain(0.4, 0.3, None), [1 - 0.1 * 0.5, 1 - 0.1 * 0.2], [1 - 0.4 * 0.3, 1 - 0.4 * 0.3]),
+        (1.0, plain(0.4, 0.3, 0.0), [1 - 0.1 * 0.5, 1 - 0.1 * 0.2], [1.0, 1 - 0.4 * 0.3]),
+    ],
+    ids=["one group", "two groups", "own decay", "own decay in every epoch", "no decay at first"],
+)
 def test_decay_of_the_first_epoch_is_that_of_the_group(
     scale: float, own: SGD | None, of_weights: list[float], of_feedback: list[float]
 ) -> None:
@@ -189,8 +215,19 @@ def rates(optimizers: Optimizers, rule: Rule, epochs: int) -> tuple[list[float],
 
 SHARING = {"match": "random", "linear": "share", "freeze_stem": False}
 LEARNING = {
-    "kp": {}, "pfa": {}, "pfa_o": {}, "ldfa": {"rank": 2}, "mixed": {}, "asap": SHARING, "asfp": SHARING,
-    "asfp_lc": SHARING | {"cuts": ["act1"]}, "dkp": {"b_lr_scale": 1.0}, "predsim": {}, "bp_deepsup": {}, "fdfa": {}, "grape": {},
+    "kp": {},
+    "pfa": {},
+    "pfa_o": {},
+    "ldfa": {"rank": 2},
+    "mixed": {},
+    "asap": SHARING,
+    "asfp": SHARING,
+    "asfp_lc": SHARING | {"cuts": ["act1"]},
+    "dkp": {"b_lr_scale": 1.0},
+    "predsim": {},
+    "bp_deepsup": {},
+    "fdfa": {},
+    "grape": {},
     "dgl": {"cuts": ["act1"]},
 }
 
@@ -242,8 +279,10 @@ def test_feedback_of_a_layer_that_shares_does_not_learn_by_the_gradient_of_the_w
     logits = rule.model(x)
     rule.backward(F.cross_entropy(logits, y), logits, y)
     optimizers.step()
-    moved = {path: ((layer.weight - before[path][0]).detach(), (rule.feedback[path]["B"] - before[path][1]).detach())
-             for path, layer in layers.items()}
+    moved = {
+        path: ((layer.weight - before[path][0]).detach(), (rule.feedback[path]["B"] - before[path][1]).detach())
+        for path, layer in layers.items()
+    }
     # fc2 has the shared activation for its own input; fc3 takes it in place of its own.
     torch.testing.assert_close(moved["fc2"][0], moved["fc2"][1], rtol=1e-9, atol=1e-14)
     assert (moved["fc3"][0] - moved["fc3"][1]).norm() > 0.1 * moved["fc3"][0].norm()
@@ -252,16 +291,20 @@ def test_feedback_of_a_layer_that_shares_does_not_learn_by_the_gradient_of_the_w
 # --- saved state --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("options", "own"), [
-    (SGD(lr=0.1, momentum=0.9, schedule=Cosine()), None),
-    (Adam(lr=0.1, schedule=Step(step_size=1)), None),
-    (SGD(lr=0.1), Adam(lr=0.1, schedule=MultiStep(milestones=[2]))),
-    (AdamW(lr=0.1), SGD(lr=0.1, momentum=0.9, nesterov=True, schedule=Cosine())),
-    (SGD(lr=0.1, schedule=Step(step_size=1)),
-     SGD(lr=0.05, schedule=Step(step_size=2, gamma=0.3))),
-], ids=["sgd", "adam", "adam on feedback", "sgd on feedback", "two schedules"])
+@pytest.mark.parametrize(
+    ("options", "own"),
+    [
+        (SGD(lr=0.1, momentum=0.9, schedule=Cosine()), None),
+        (Adam(lr=0.1, schedule=Step(step_size=1)), None),
+        (SGD(lr=0.1), Adam(lr=0.1, schedule=MultiStep(milestones=[2]))),
+        (AdamW(lr=0.1), SGD(lr=0.1, momentum=0.9, nesterov=True, schedule=Cosine())),
+        (SGD(lr=0.1, schedule=Step(step_size=1)), SGD(lr=0.05, schedule=Step(step_size=2, gamma=0.3))),
+    ],
+    ids=["sgd", "adam", "adam on feedback", "sgd on feedback", "two schedules"],
+)
 def test_loaded_state_continues_bit_by_bit(options: OptimizerOptions, own: OptimizerOptions | None) -> None:
     """Moments, velocities and the schedules' epoch."""
+
     def train(rule: Rule, optimizers: Optimizers, epochs: range) -> None:
         for epoch in epochs:
             optimizers.begin_epoch(epoch)
@@ -291,14 +334,17 @@ def test_frozen_weights_are_not_trained() -> None:
     assert not ids & {id(stem.weight), id(stem.bias)} and ids >= {id(tensor) for tensor in rule.feedback_parameters()}
 
 
-@pytest.mark.parametrize(("make", "says"), [
-    (lambda: SGD(nesterov=True, momentum=0.0), r"nesterov=true requires momentum above 0"),
-    (lambda: SGD(lr=0.1, schedule=Cosine(min_lr=0.2)), r"schedule\.min_lr=0\.2 is above lr=0\.1"),
-    (lambda: Step(), r"step_size: is required for schedule\.name=step"),
-    (lambda: MultiStep(), r"milestones: are required for schedule\.name=multistep"),
-    (lambda: Schedule.from_mapping({"name": "step", "step_size": 1, "milestones": [1]}), r"milestones: is not an option of"),
-    (lambda: Schedule.from_mapping({"name": "cosine", "step_size": 1}), r"step_size: is not an option of"),
-])
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: SGD(nesterov=True, momentum=0.0), r"nesterov=true requires momentum above 0"),
+        (lambda: SGD(lr=0.1, schedule=Cosine(min_lr=0.2)), r"schedule\.min_lr=0\.2 is above lr=0\.1"),
+        (lambda: Step(), r"step_size: is required for schedule\.name=step"),
+        (lambda: MultiStep(), r"milestones: are required for schedule\.name=multistep"),
+        (lambda: Schedule.from_mapping({"name": "step", "step_size": 1, "milestones": [1]}), r"milestones: is not an option of"),
+        (lambda: Schedule.from_mapping({"name": "cosine", "step_size": 1}), r"step_size: is not an option of"),
+    ],
+)
 def test_settings_that_do_not_go_together_are_refused(make: Any, says: str) -> None:
     with pytest.raises(OptionError, match=says):
         make()

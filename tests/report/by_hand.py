@@ -22,8 +22,20 @@ ANGLES = {
     "delta_angle": {"fc1": 30.0, "fc2": 50.0, "fc3": 0.0},
 }
 #: A published number for bp's runs, of the experiment a_table, whose runs these are.
-ENTRY = Entry("A Paper", "Table 1", "BP", "digits", "mlp", "bp", "test_accuracy", "%", value=98.5, spread=0.25, n=4,
-              experiments=("a_table",))
+ENTRY = Entry(
+    "A Paper",
+    "Table 1",
+    "BP",
+    "digits",
+    "mlp",
+    "bp",
+    "test_accuracy",
+    "%",
+    value=98.5,
+    spread=0.25,
+    n=4,
+    experiments=("a_table",),
+)
 
 
 def write_run(root: Path, rule: str, seed: int, accuracy: float | None, metrics: list | None = None, **changes) -> Path:
@@ -31,10 +43,24 @@ def write_run(root: Path, rule: str, seed: int, accuracy: float | None, metrics:
     directory = root / f"{changes.get('group', rule)}-{seed}"
     directory.mkdir(parents=True)
     result = {
-        "status": "finished", "label": rule, "group": f"{rule}-0a", "experiment": "a_table", "algorithm": rule,
-        "architecture": "mlp", "dataset": "digits", "optimizer": "sgd", "seed": seed, "epochs": 2, "test_accuracy": accuracy,
-        "test_accuracy_at_best_val": accuracy, "angles": ANGLES, "feedback_layers": ["fc2", "fc3"],
-        "output_layers": ["fc3"], "seconds": 2.0, "error": None, **changes,
+        "status": "finished",
+        "label": rule,
+        "group": f"{rule}-0a",
+        "experiment": "a_table",
+        "algorithm": rule,
+        "architecture": "mlp",
+        "dataset": "digits",
+        "optimizer": "sgd",
+        "seed": seed,
+        "epochs": 2,
+        "test_accuracy": accuracy,
+        "test_accuracy_at_best_val": accuracy,
+        "angles": ANGLES,
+        "feedback_layers": ["fc2", "fc3"],
+        "output_layers": ["fc3"],
+        "seconds": 2.0,
+        "error": None,
+        **changes,
     }
     (directory / "result.json").write_text(json.dumps(result))
     lines = metrics if metrics is not None else [epoch_record(1, 0.5, ANGLES), epoch_record(2, accuracy, None)]
@@ -42,13 +68,25 @@ def write_run(root: Path, rule: str, seed: int, accuracy: float | None, metrics:
     return directory
 
 
-def write_set(root: Path, rule: str, seed: int, test: float | None, val: float | None = 0.9, lr: float | None = 0.1,
-              config: dict | None = None, **changes) -> Path:
+def write_set(
+    root: Path,
+    rule: str,
+    seed: int,
+    test: float | None,
+    val: float | None = 0.9,
+    lr: float | None = 0.1,
+    config: dict | None = None,
+    **changes,
+) -> Path:
     """One run with a config: the learning rate and further options, by which its group is named."""
-    options = {"algorithm": {"name": rule}, "architecture": {"name": changes.get("architecture", "mlp")},
-               "dataset": {"name": changes.get("dataset", "digits")},
-               "optimizer": {"name": "sgd", **({} if lr is None else {"lr": lr})}, "epochs": changes.get("epochs", 2),
-               **(config or {})}
+    options = {
+        "algorithm": {"name": rule},
+        "architecture": {"name": changes.get("architecture", "mlp")},
+        "dataset": {"name": changes.get("dataset", "digits")},
+        "optimizer": {"name": "sgd", **({} if lr is None else {"lr": lr})},
+        "epochs": changes.get("epochs", 2),
+        **(config or {}),
+    }
     name = f"{rule}-{hashlib.sha256(json.dumps([options, changes.get('code_hash')]).encode()).hexdigest()[:8]}"
     directory = write_run(root, rule, seed, test, **{"val_accuracy": val, "group": name, **changes})
     directory = directory.rename(directory.with_name(f"{name}-{seed}"))
@@ -68,12 +106,17 @@ def write_begun(root: Path, rule: str, seed: int, epochs: int, folder: str = "",
     """A run without a result, after so many epochs."""
     directory = root / (folder or f"{rule}-seed{seed}")
     directory.mkdir(parents=True)
-    parts = {key: {"name": name} for key, name in (
-        ("algorithm", rule), ("architecture", "mlp"), ("dataset", "digits"), ("optimizer", "sgd"))}
+    parts = {
+        key: {"name": name}
+        for key, name in (("algorithm", rule), ("architecture", "mlp"), ("dataset", "digits"), ("optimizer", "sgd"))
+    }
     (directory / "config.yaml").write_text("# config hash: 0a\n" + json.dumps({"seed": seed, "epochs": 40, **parts, **config}))
-    (directory / "metrics.jsonl").write_text("".join(
-        json.dumps(epoch_record(epoch, 0.1, None) | {"seconds": 2.0 * epoch, "train_loss": 1.5}) + "\n"
-        for epoch in range(1, epochs + 1)))
+    (directory / "metrics.jsonl").write_text(
+        "".join(
+            json.dumps(epoch_record(epoch, 0.1, None) | {"seconds": 2.0 * epoch, "train_loss": 1.5}) + "\n"
+            for epoch in range(1, epochs + 1)
+        )
+    )
     return directory
 
 

@@ -45,8 +45,7 @@ def write_values(root: Path, rule: str, by_lr: dict[float, list[tuple[float | No
 
 def study(root: Path) -> None:
     """bp is best at 0.1 and fa at 0.02 by validation; by test accuracy, both would be at 0.02."""
-    write_values(root, "bp", {0.02: [(0.80, 0.99)] * 3, 0.1: [(0.90, 0.91), (0.92, 0.92), (0.94, 0.93)],
-                              0.5: [(0.85, 0.5)] * 3})
+    write_values(root, "bp", {0.02: [(0.80, 0.99)] * 3, 0.1: [(0.90, 0.91), (0.92, 0.92), (0.94, 0.93)], 0.5: [(0.85, 0.5)] * 3})
     write_values(root, "fa", {0.02: [(0.90, 0.90), (0.90, 0.92), (0.90, 0.91)], 0.1: [(0.7, 0.7)] * 3, 0.5: [(0.1, 0.1)] * 3})
 
 
@@ -62,8 +61,13 @@ def test_each_rule_has_the_value_with_the_best_validation_accuracy(tmp_path, cap
     assert fa["note"] == "optimizer.lr=0.02 is the smallest of 3 values tried"
     tried = list(csv.DictReader((tmp_path / "report_tried.csv").read_text().splitlines()))
     assert [(row["optimizer.lr"], row["val_accuracy"], row["chosen"]) for row in tried] == [
-        ("0.02", "80", "False"), ("0.1", "92", "True"), ("0.5", "85", "False"),
-        ("0.02", "90", "True"), ("0.1", "70", "False"), ("0.5", "10", "False")]
+        ("0.02", "80", "False"),
+        ("0.1", "92", "True"),
+        ("0.5", "85", "False"),
+        ("0.02", "90", "True"),
+        ("0.1", "70", "False"),
+        ("0.5", "10", "False"),
+    ]
     said = capsys.readouterr().out
     assert "note: fa lr=0.02: optimizer.lr=0.02 is the smallest" in said and "warning" not in said
     assert "## Values tried: optimizer.lr\n" in (tmp_path / "report.md").read_text()
@@ -87,7 +91,8 @@ def test_a_value_that_diverged_counts_as_tried_and_is_never_chosen(tmp_path):
     assert fa.note == "optimizer.lr=0.1 is the smallest of 2 values tried; 1 of 2 values diverged"
     assert best.warnings == [
         "kp is not compared (digits, mlp): 2 values of optimizer.lr tried, none can be chosen (2 diverged)",
-        "usf is not compared (digits, mlp): 1 value of optimizer.lr tried, none can be chosen (1 diverged)"]
+        "usf is not compared (digits, mlp): 1 value of optimizer.lr tried, none can be chosen (1 diverged)",
+    ]
 
 
 def test_without_validation_only_a_single_value_is_chosen(tmp_path):
@@ -96,7 +101,8 @@ def test_without_validation_only_a_single_value_is_chosen(tmp_path):
     best = choose_best(in_order(runs_in(tmp_path)), ["optimizer.lr"])
     assert [choice.values for choice in best.chosen.values()] == ["optimizer.lr=0.1"]
     assert best.warnings[0] == (
-        "fa is not compared (digits, mlp): 2 values of optimizer.lr tried, no validation accuracy to choose by")
+        "fa is not compared (digits, mlp): 2 values of optimizer.lr tried, no validation accuracy to choose by"
+    )
     for path in tmp_path.glob("bp-*/result.json"):
         path.unlink()
     with pytest.raises(DataError, match="fa is not compared"):
@@ -104,30 +110,56 @@ def test_without_validation_only_a_single_value_is_chosen(tmp_path):
 
 
 def test_unequal_budgets_are_said_in_the_rows_and_in_a_warning(tmp_path):
-    write_values(tmp_path, "bp", {0.1: [(0.9, 0.9)] * 3, 0.2: [(0.8, 0.9)] * 3, 0.05: [(0.7, 0.9)] * 3}, epochs=4, epoch=4,
-                 metrics=[{"epoch": epoch} for epoch in range(1, 5)])
+    write_values(
+        tmp_path,
+        "bp",
+        {0.1: [(0.9, 0.9)] * 3, 0.2: [(0.8, 0.9)] * 3, 0.05: [(0.7, 0.9)] * 3},
+        epochs=4,
+        epoch=4,
+        metrics=[{"epoch": epoch} for epoch in range(1, 5)],
+    )
     write_values(tmp_path, "fa", {0.05: [(0.8, 0.9)] * 2, 0.1: [(0.9, 0.9)] * 2, 0.2: [(0.8, 0.9)]})
     write_values(tmp_path, "kp", {0.1: [(0.9, 0.9)] * 3})
     report = write_report(find_runs([tmp_path]), tmp_path, best=["optimizer.lr"])
-    warning = ("unequal budgets (digits, mlp): values of optimizer.lr: 1 (kp), 3 (bp lr=0.1, fa lr=0.1); "
-               "seeds: 2 (fa lr=0.1), 3 (bp lr=0.1, kp); epochs: 2 (fa lr=0.1, kp), 4 (bp lr=0.1)")
+    warning = (
+        "unequal budgets (digits, mlp): values of optimizer.lr: 1 (kp), 3 (bp lr=0.1, fa lr=0.1); "
+        "seeds: 2 (fa lr=0.1), 3 (bp lr=0.1, kp); epochs: 2 (fa lr=0.1, kp), 4 (bp lr=0.1)"
+    )
     assert f"\nwarning: {warning}\n" in f"{report.text}\n" and "## Warnings\n" in report.markdown.read_text()
     table = rows(tmp_path)
     assert table["bp lr=0.1"]["note"] == "unequal budgets: 3 values (others 1 to 3), 3 seeds (others 2 to 3), 4 epochs (others 2)"
     assert table["fa lr=0.1"]["note"] == (
         "bp trained 4 epochs, this row 2; the values have 1 to 2 finished seeds; "
-        f"unequal budgets: 3 values (others 1 to 3), 2 seeds (others 3), 2 epochs (others 2 to 4); {TWO_SEEDS}")
+        f"unequal budgets: 3 values (others 1 to 3), 2 seeds (others 3), 2 epochs (others 2 to 4); {TWO_SEEDS}"
+    )
     assert "1 value (others 3)" in table["kp"]["note"]
 
 
 def test_several_keys_are_chosen_together_and_others_remain(tmp_path):
-    for decay, density, lr, val in ((0.0, 1.0, 0.1, 0.7), (0.0, 1.0, 0.2, 0.8), (0.1, 1.0, 0.1, 0.9), (0.1, 0.5, 0.2, 0.6),
-                                    (0.0, 0.5, 0.1, 0.65)):
-        write_set(tmp_path, "fa", 0, val, val, lr, config={
-            "algorithm": {"name": "fa", "density": density}, "optimizer": {"name": "sgd", "lr": lr, "weight_decay": decay}})
+    for decay, density, lr, val in (
+        (0.0, 1.0, 0.1, 0.7),
+        (0.0, 1.0, 0.2, 0.8),
+        (0.1, 1.0, 0.1, 0.9),
+        (0.1, 0.5, 0.2, 0.6),
+        (0.0, 0.5, 0.1, 0.65),
+    ):
+        write_set(
+            tmp_path,
+            "fa",
+            0,
+            val,
+            val,
+            lr,
+            config={
+                "algorithm": {"name": "fa", "density": density},
+                "optimizer": {"name": "sgd", "lr": lr, "weight_decay": decay},
+            },
+        )
     best = choose_best(in_order(runs_in(tmp_path)), parse_keys(" optimizer.lr,optimizer.weight_decay,optimizer.lr"))
     assert {run.config["algorithm.density"]: best.chosen[run.row][:2] for run in best.runs} == {
-        1.0: ("optimizer.lr=0.1 optimizer.weight_decay=0.1", 3), 0.5: ("optimizer.lr=0.1 optimizer.weight_decay=0.0", 2)}
+        1.0: ("optimizer.lr=0.1 optimizer.weight_decay=0.1", 3),
+        0.5: ("optimizer.lr=0.1 optimizer.weight_decay=0.0", 2),
+    }
 
 
 def test_tasks_and_versions_of_the_code_are_chosen_for_separately(tmp_path):
@@ -136,18 +168,24 @@ def test_tasks_and_versions_of_the_code_are_chosen_for_separately(tmp_path):
             write_set(tmp_path, "fa", 0, 0.5, 0.9 if lr == good else 0.8, lr, dataset=dataset, code_hash=code)
     best = choose_best(in_order(runs_in(tmp_path)), ["optimizer.lr"])
     assert {(run.result["dataset"], run.result["code_hash"]): run.config["optimizer.lr"] for run in best.runs} == {
-        ("digits", "a"): 0.1, ("mnist", "a"): 0.2, ("digits", "b"): 0.2}
+        ("digits", "a"): 0.1,
+        ("mnist", "a"): 0.2,
+        ("digits", "b"): 0.2,
+    }
 
 
-@pytest.mark.parametrize(("key", "said"), [
-    ("optimizer.lrr", "no run has this key; did you mean 'optimizer.lr'? K"),
-    ("lr", "no run has this key; did you mean 'optimizer.lr'? K"),
-    ("gamma", "no run has this key; k"),
-    ("optimizer", "nothing to choose, optimizer=sgd in all runs; k"),
-    ("algorithm.density", "nothing to choose, it differs only between rules; k"),
-    ("seed", "not a key to choose by, runs of different seeds are averaged; k"),
-    ("dataset.size", "not a key to choose by, it is part of the task; k"),
-])
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("optimizer.lrr", "no run has this key; did you mean 'optimizer.lr'? K"),
+        ("lr", "no run has this key; did you mean 'optimizer.lr'? K"),
+        ("gamma", "no run has this key; k"),
+        ("optimizer", "nothing to choose, optimizer=sgd in all runs; k"),
+        ("algorithm.density", "nothing to choose, it differs only between rules; k"),
+        ("seed", "not a key to choose by, runs of different seeds are averaged; k"),
+        ("dataset.size", "not a key to choose by, it is part of the task; k"),
+    ],
+)
 def test_keys_that_nothing_can_be_chosen_by_are_refused_before_anything_is_written(tmp_path, capsys, key, said):
     for number, rule in enumerate(("fa", "kp")):
         for lr in (0.1, 0.2):
@@ -164,6 +202,7 @@ def test_best_needs_a_key(tmp_path, capsys):
 
 
 # References.
+
 
 def by_label(root: Path, **options) -> dict:
     return {row["label"]: row for row in summarise(in_order(runs_in(root)), **options).to_dict("records")}
@@ -194,10 +233,16 @@ def test_references_have_the_same_code_and_preferably_as_many_epochs(tmp_path):
         write_set(tmp_path, "bp", 0, val, val, epochs=epochs, code_hash=code)
     for code, epochs in (("a", 2), ("a", 5), ("c", 2)):
         write_set(tmp_path, "fa", 0, 0.4, 0.4, epochs=epochs, code_hash=code)
-    table = {(row["code_hash"], row["epochs"]): (row["floor_accuracy"], round(row["bp_difference"]), row["note"])
-             for row in by_label(tmp_path).values() if row["label"].startswith("fa")}
+    table = {
+        (row["code_hash"], row["epochs"]): (row["floor_accuracy"], round(row["bp_difference"]), row["note"])
+        for row in by_label(tmp_path).values()
+        if row["label"].startswith("fa")
+    }
     assert [table[key][1:] for key in (("a", 2), ("a", 5), ("c", 2))] == [
-        (-10, ""), (-50, "bp trained 9 epochs, this row 5"), (-59, "the runs of bp used different code")]
+        (-10, ""),
+        (-50, "bp trained 9 epochs, this row 5"),
+        (-59, "the runs of bp used different code"),
+    ]
 
 
 def test_without_validation_the_nearest_reference_is_taken_with_a_note(tmp_path):

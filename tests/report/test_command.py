@@ -49,13 +49,29 @@ def test_report_of_two_folders_by_hand(tmp_path, capsys):
     table = rows(tmp_path / "out")
     assert list(table) == ["bp", "frozen", "fa"] and list(table["fa"]) == [name for name in COLUMNS if name not in ENERGY]
     want = {
-        "n": "3", "seeds": "0 1 2", "runs": "3", "status": "3 finished", "unfinished": "",
-        "test_accuracy": "97.33333333", "test_accuracy_std": "1.527525232",
-        "test_accuracy_ci95": "3.794583034", "test_accuracy_at_best_val": "97.33333333",
+        "n": "3",
+        "seeds": "0 1 2",
+        "runs": "3",
+        "status": "3 finished",
+        "unfinished": "",
+        "test_accuracy": "97.33333333",
+        "test_accuracy_std": "1.527525232",
+        "test_accuracy_ci95": "3.794583034",
+        "test_accuracy_at_best_val": "97.33333333",
         "test_accuracy_at_best_val_std": "1.527525232",
-        "test_accuracy_at_best_val_ci95": "3.794583034", "bp_difference": "-0.6666666667", "bp_difference_ci95": "1.434217577",
-        "bp_difference_n": "3", "floor_accuracy": "91", "floor": "True", "weight_angle": "70", "delta_angle": "40",
-        "norm_ratio": "1.5", "seconds": "2", "seconds_per_epoch": "1", "published": "", "note": "",
+        "test_accuracy_at_best_val_ci95": "3.794583034",
+        "bp_difference": "-0.6666666667",
+        "bp_difference_ci95": "1.434217577",
+        "bp_difference_n": "3",
+        "floor_accuracy": "91",
+        "floor": "True",
+        "weight_angle": "70",
+        "delta_angle": "40",
+        "norm_ratio": "1.5",
+        "seconds": "2",
+        "seconds_per_epoch": "1",
+        "published": "",
+        "note": "",
     }
     assert {key: table["fa"][key] for key in want} == want
     bp = table["bp"]
@@ -64,7 +80,9 @@ def test_report_of_two_folders_by_hand(tmp_path, capsys):
     layers = csv.DictReader((tmp_path / "out" / "report_layers.csv").read_text().splitlines())
     assert [row["mean"] for row in layers if row["label"] == "fa" and row["quantity"] == "weight_angle"] == ["89", "80", "60"]
     assert capsys.readouterr().out.splitlines()[-2:] == [
-        f"report: {tmp_path / 'out' / 'report.md'}", f"curves: {tmp_path / 'out' / 'report.png'}"]
+        f"report: {tmp_path / 'out' / 'report.md'}",
+        f"curves: {tmp_path / 'out' / 'report.png'}",
+    ]
 
 
 def test_reports_of_the_same_runs_are_equal_to_the_byte_whatever_the_order_and_the_place(tmp_path):
@@ -88,8 +106,17 @@ def test_reports_of_the_same_runs_are_equal_to_the_byte_whatever_the_order_and_t
     runs_one, runs_two = (without_directory(folder.pop("runs.csv")) for folder in (one, two))
     assert runs_one == runs_two and len(runs_one) == 1 + 10
     assert one == two and set(one) == {
-        "report.md", "report.html", "report.csv", "report.json", "report.tex", "report_layers.csv", "report.png",
-        "report_curves.png", "report_weight_angle.png", ".report.json"}
+        "report.md",
+        "report.html",
+        "report.csv",
+        "report.json",
+        "report.tex",
+        "report_layers.csv",
+        "report.png",
+        "report_curves.png",
+        "report_weight_angle.png",
+        ".report.json",
+    }
     assert "1 run with a repeated seed not counted" in one["report.csv"].decode()
 
 
@@ -97,15 +124,28 @@ def test_partial_sweeps_give_a_report_that_says_what_is_missing(tmp_path, capsys
     of = {"experiment": "pfa_fig2", "dataset": "mnist", "metrics": [epoch_record(1, 0.5, None)]}
     write_group(tmp_path / "runs", "bp", [0.97, 0.98, 0.99], **of)
     write_run(tmp_path / "runs", "fa", 0, 0.95, **of)
-    write_run(tmp_path / "runs", "fa", 1, None, status="diverged", **of,
-              error={"type": "Diverged", "message": "not finite in epoch 3\nat length"})
+    write_run(
+        tmp_path / "runs",
+        "fa",
+        1,
+        None,
+        status="diverged",
+        **of,
+        error={"type": "Diverged", "message": "not finite in epoch 3\nat length"},
+    )
     started = tmp_path / "runs" / "pfa_fig2" / "kp-0a" / "seed4"
     started.mkdir(parents=True)
-    (started / "config.yaml").write_text("# config hash: 0a\n" + json.dumps(
-        {"seed": 4, "epochs": 40, "algorithm": {"name": "kp"}}))
+    (started / "config.yaml").write_text(
+        "# config hash: 0a\n" + json.dumps({"seed": 4, "epochs": 40, "algorithm": {"name": "kp"}})
+    )
     (started / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n')
-    write_sweep(tmp_path / "runs", [], [  # seed 2 is no gap of fa's: no sweep announced it
-        PlannedRun(tmp_path / "runs" / f"fa-{seed}", f"fa seed {seed}", 2) for seed in (0, 1)])
+    write_sweep(
+        tmp_path / "runs",
+        [],
+        [  # seed 2 is no gap of fa's: no sweep announced it
+            PlannedRun(tmp_path / "runs" / f"fa-{seed}", f"fa seed {seed}", 2) for seed in (0, 1)
+        ],
+    )
     write_run(tmp_path / "runs" / "fa", "fa", 5, 0.9, **of)
     planned = [PlannedRun(tmp_path / "runs" / "fa" / f"seed{seed}", f"fa seed {seed}", 2) for seed in (3,)]
     write_sweep(tmp_path / "runs", [], planned)
@@ -121,15 +161,18 @@ def test_partial_sweeps_give_a_report_that_says_what_is_missing(tmp_path, capsys
     assert "not finished: kp seed 4" in said and "missing: fa: no finished run with seed 1, 3" in said
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    ([], "the following arguments are required: DIR; see fa-bench-report --help"),
-    (["nowhere"], "nowhere: no such directory"),
-    (["."], ".: no runs found"),
-    ([".", "--to", "x"], "unrecognized arguments: --to x; see fa-bench-report --help"),
-    (["runs", "--out", "file"], "file: cannot be written (File exists)"),
-    (["broken"], "broken/result.json: not a run's result: it lacks label, group, algorithm, seed"),
-    (["unended"], "nothing to report: no result.json in unended"),
-])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "the following arguments are required: DIR; see fa-bench-report --help"),
+        (["nowhere"], "nowhere: no such directory"),
+        (["."], ".: no runs found"),
+        ([".", "--to", "x"], "unrecognized arguments: --to x; see fa-bench-report --help"),
+        (["runs", "--out", "file"], "file: cannot be written (File exists)"),
+        (["broken"], "broken/result.json: not a run's result: it lacks label, group, algorithm, seed"),
+        (["unended"], "nothing to report: no result.json in unended"),
+    ],
+)
 def test_errors_take_one_line(tmp_path, monkeypatch, capsys, words, said):
     monkeypatch.chdir(tmp_path)
     if words != ["."]:

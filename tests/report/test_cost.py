@@ -14,15 +14,36 @@ from fa_bench.report.table import TIMINGS, summarise
 from tests.report.by_hand import blank, runs_in, without_pixels, write_set
 
 BP = {"multiplications": 100, "forward": 40, "backward": 60, "feedback": 0, "bytes_moved": 1000, "peak_memory": 5000}
-OWN = {"batch": 64, "multiplications": 150, "forward": 40, "backward": 60, "feedback": 50, "bytes_moved": 3000,
-       "peak_memory": 5500, "bp": BP}
+OWN = {
+    "batch": 64,
+    "multiplications": 150,
+    "forward": 40,
+    "backward": 60,
+    "feedback": 50,
+    "bytes_moved": 3000,
+    "peak_memory": 5500,
+    "bp": BP,
+}
 CPU, GPU = "cpu (x86_64, 1 threads)", "cuda (A GPU)"
 
 
 def put(root: Path, rule: str, seed: int, seconds: float, threads: int = 1, device: str = CPU, **changes) -> None:
     cost = OWN if rule != "bp" else {"batch": 64, **BP, "bp": BP}
-    write_set(root, rule, seed, 0.9, **{"config": {"batch_size": 64, "threads": threads}, "seconds": seconds, "step": 10,
-                                        "device": device, "cost": cost, "peak_memory_bytes": 7000, **changes})
+    write_set(
+        root,
+        rule,
+        seed,
+        0.9,
+        **{
+            "config": {"batch_size": 64, "threads": threads},
+            "seconds": seconds,
+            "step": 10,
+            "device": device,
+            "cost": cost,
+            "peak_memory_bytes": 7000,
+            **changes,
+        },
+    )
 
 
 def rows(root: Path) -> dict[str, dict]:
@@ -41,8 +62,16 @@ def test_predicted_beside_measured(tmp_path: Path) -> None:
     assert blank(kp["peak_memory"]) and "energy_wh" not in kp  # of the whole process; no machine counts
 
 
-@pytest.mark.parametrize("changes", [{"threads": 2}, {"device": "cpu (arm, 1 threads)"}, {"status": "failed"},
-                                     {"config": {"batch_size": 32, "threads": 1}}, {"architecture": "conv2"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"threads": 2},
+        {"device": "cpu (arm, 1 threads)"},
+        {"status": "failed"},
+        {"config": {"batch_size": 32, "threads": 1}},
+        {"architecture": "conv2"},
+    ],
+)
 def test_times_are_compared_with_bp_in_the_same_setting_only(tmp_path: Path, changes: dict) -> None:
     put(tmp_path, "bp", 0, 1.0, **changes)
     put(tmp_path, "kp", 0, 2.0)

@@ -71,8 +71,19 @@ def test_runs_csv_has_a_row_for_every_run(tmp_path):
     by = {(row["label"], row["seed"]): row for row in table}
     fa = by["fa lr=1e-05", "1"]
     assert fa["directory"] == next((tmp_path / "runs").glob("fa-*-1")).relative_to(tmp_path).as_posix().join(["../", ""])
-    want = {"optimizer.lr": "1e-05", "algorithm": "fa", "test_accuracy": "97", "val_accuracy": "90", "status": "finished",
-            "weight_angle": "70", "epoch": "2", "epochs": "2", "seconds": "2", "seconds_per_epoch": "1", "reason": ""}
+    want = {
+        "optimizer.lr": "1e-05",
+        "algorithm": "fa",
+        "test_accuracy": "97",
+        "val_accuracy": "90",
+        "status": "finished",
+        "weight_angle": "70",
+        "epoch": "2",
+        "epochs": "2",
+        "seconds": "2",
+        "seconds_per_epoch": "1",
+        "reason": "",
+    }
     assert {key: fa[key] for key in want} == want
     diverged = by["fa lr=2.0", "0"]
     assert (diverged["status"], diverged["reason"], diverged["test_accuracy"]) == ("diverged", "in epoch 3, first in fc1", "")
@@ -92,8 +103,9 @@ def test_latex_is_plain(tmp_path):
     assert body[0] == r"bp & 3 & $90.00 \pm 0.00$ & $98.00 \pm 1.00$ & -- & -- & yes \\"
     assert body[3].startswith(r"fa lr=1e-05 & 3 & $90.00 \pm 0.00$ & $95.67 \pm 1.15$ & $-2.33 \pm 3.79$ & $0.12$ & yes")
     assert body[2].startswith(r"50 \% of\_A \& U+00E9\textbackslash{}x & 1 & $90.00$ & $60.00$ & $-37.00$ & -- & yes")
-    assert escape_latex("a{b}~^<>|\"#$[*]") == (
-        r"a\{b\}\textasciitilde{}\textasciicircum{}\textless{}\textgreater{}\textbar{}''\#\${[}{*}]")
+    assert escape_latex('a{b}~^<>|"#$[*]') == (
+        r"a\{b\}\textasciitilde{}\textasciicircum{}\textless{}\textgreater{}\textbar{}''\#\${[}{*}]"
+    )
 
 
 def test_one_seed_has_no_spread_and_two_have_their_range(tmp_path):
@@ -129,20 +141,25 @@ def test_configs_are_written_as_they_are_typed(tmp_path):
     assert all(value in typed for value in (None, True, [1, 2], "a"))
 
 
-@pytest.mark.parametrize(("key", "config", "want"), [
-    ("optimizer.lr", {"optimizer": {"name": "sgd", "lr": 1}}, "lr"),
-    ("optimizer.schedule.warmup", {"optimizer": {"schedule": {"warmup": 1}}}, "schedule.warmup"),
-    ("algorithm.density", {"algorithm": {"density": 1}}, "density"),
-    ("feedback_optimizer.lr", {"optimizer": {"lr": 1}, "feedback_optimizer": {"lr": 1}}, "feedback_optimizer.lr"),
-    ("algorithm.lr", {"optimizer": {"lr": 1}, "algorithm": {"lr": 1}}, "algorithm.lr"),
-    ("algorithm.scale", {"algorithm": {"scale": 1}}, "algorithm.scale"),  # that of the run has the same name
-    ("algorithm", {"algorithm": {"name": "fa"}}, "algorithm"), ("dataset.size", {"dataset": {"size": 3}}, "dataset.size"),
-])
+@pytest.mark.parametrize(
+    ("key", "config", "want"),
+    [
+        ("optimizer.lr", {"optimizer": {"name": "sgd", "lr": 1}}, "lr"),
+        ("optimizer.schedule.warmup", {"optimizer": {"schedule": {"warmup": 1}}}, "schedule.warmup"),
+        ("algorithm.density", {"algorithm": {"density": 1}}, "density"),
+        ("feedback_optimizer.lr", {"optimizer": {"lr": 1}, "feedback_optimizer": {"lr": 1}}, "feedback_optimizer.lr"),
+        ("algorithm.lr", {"optimizer": {"lr": 1}, "algorithm": {"lr": 1}}, "algorithm.lr"),
+        ("algorithm.scale", {"algorithm": {"scale": 1}}, "algorithm.scale"),  # that of the run has the same name
+        ("algorithm", {"algorithm": {"name": "fa"}}, "algorithm"),
+        ("dataset.size", {"dataset": {"size": 3}}, "dataset.size"),
+    ],
+)
 def test_keys_are_short_in_labels_where_nothing_else_has_their_name(key, config, want):
     assert short_key(key, flatten(config)) == want
 
 
 # Over all tasks.
+
 
 def test_aggregate_over_tasks_and_seeds(tmp_path):
     # fa: 50, 60 on digits (at the learning rate with the best validation accuracy) and 70, 95 on mnist: without the lowest and
@@ -165,8 +182,16 @@ def test_aggregate_over_tasks_and_seeds(tmp_path):
 
 # Sweeps.
 
-SMALL = ["-m", "dataset=synthetic", "dataset.samples=64", "dataset.test_samples=32", "epochs=1", "architecture.widths=[4]",
-         "threads=1", "probe_every=0"]
+SMALL = [
+    "-m",
+    "dataset=synthetic",
+    "dataset.samples=64",
+    "dataset.test_samples=32",
+    "epochs=1",
+    "architecture.widths=[4]",
+    "threads=1",
+    "probe_every=0",
+]
 
 
 def test_a_sweep_s_report_covers_its_folder_and_its_table_its_own_runs(tmp_path, monkeypatch, capsys):
@@ -188,5 +213,8 @@ def test_a_sweep_over_several_collections_reports_in_output_dir(tmp_path, monkey
     small = [word for word in SMALL if "widths" not in word]
     assert bench([*small, "algorithm=bp", "architecture=mlp,conv2"]) == 0
     assert {path.name for path in Path("outputs").iterdir() if path.suffix == ".json"} == {
-        ".report.json", "report.json", "sweep.json"}
+        ".report.json",
+        "report.json",
+        "sweep.json",
+    }
     assert len(read_csv(Path("outputs/runs.csv"))) == 2 and not list(Path("outputs").glob("*/report.md"))

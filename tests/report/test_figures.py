@@ -37,14 +37,31 @@ def write_setting(root, rule, accuracies, status="finished", validation=None, **
     name = "-".join([rule, *(f"{key}{value}" for part in options.values() for key, value in part.items())])
     for seed, accuracy in enumerate(accuracies):
         shown = accuracy if validation is None else validation
-        run = write_run(root, rule, seed, accuracy, group=name, status=status, val_accuracy=shown,
-                        metrics=[epoch_record(1, accuracy, None) | {"val_accuracy": shown}])
-        (run / "config.yaml").write_text(json.dumps(
-            {"seed": seed, **{group: {"name": rule if group == "algorithm" else "x", **options.get(group, {})}
-                              for group in ("algorithm", "optimizer")}}))
+        run = write_run(
+            root,
+            rule,
+            seed,
+            accuracy,
+            group=name,
+            status=status,
+            val_accuracy=shown,
+            metrics=[epoch_record(1, accuracy, None) | {"val_accuracy": shown}],
+        )
+        (run / "config.yaml").write_text(
+            json.dumps(
+                {
+                    "seed": seed,
+                    **{
+                        group: {"name": rule if group == "algorithm" else "x", **options.get(group, {})}
+                        for group in ("algorithm", "optimizer")
+                    },
+                }
+            )
+        )
 
 
 # Looks.
+
 
 def test_each_shipped_rule_has_a_look_of_its_own_and_keeps_it():
     looks = {rule: tuple(plot.rule_style(rule).values()) for rule in ALGORITHMS}
@@ -66,6 +83,7 @@ def test_settings_are_shades_of_the_rules_colour():
 
 # Curves.
 
+
 def test_curve_is_mean_and_std_over_the_finished_seeds(tmp_path):
     write_run(tmp_path, "fa", 0, 0.9, metrics=[epoch_record(1, 0.2, None), epoch_record(2, 0.6, ANGLES)])
     write_run(tmp_path, "fa", 1, 0.9, metrics=[epoch_record(1, 0.4, None), epoch_record(2, None, None)])
@@ -81,8 +99,16 @@ def test_curve_is_mean_and_std_over_the_finished_seeds(tmp_path):
 
 def test_curves_run_along_steps_or_seconds_of_each_epoch(tmp_path):
     for seed, second in enumerate((10.0, 20.0)):
-        write_run(tmp_path, "fa", seed, 0.9, metrics=[epoch_record(1, 0.5, None) | {"step": 30, "seconds": second},
-                                                     epoch_record(2, 0.7, None) | {"step": 60, "seconds": 2 * second}])
+        write_run(
+            tmp_path,
+            "fa",
+            seed,
+            0.9,
+            metrics=[
+                epoch_record(1, 0.5, None) | {"step": 30, "seconds": second},
+                epoch_record(2, 0.7, None) | {"step": 60, "seconds": 2 * second},
+            ],
+        )
     runs = runs_in(tmp_path)
     assert [point[:2] for point in curve(runs, scalar("test_accuracy"), "step")] == [(30, 50), (60, 70)]
     assert [point[:2] for point in curve(runs, scalar("test_accuracy"), "seconds")] == [(15, 50), (30, 70)]
@@ -133,8 +159,11 @@ def test_few_settings_share_a_panel_many_have_one_for_each_rule(tmp_path):
     assert figures.is_large(groups)
     many = figures.rules_part("a", groups, scalar("test_accuracy"), "epoch")
     assert [panel.title for panel in many.panels] == ["bp", "frozen", "dfa", "fa", "kp"]
-    assert [line.label for line in many.panels[4].lines] == ["bp (best setting)", "frozen (best setting)", *(
-        f"lr={lr}" for lr in (0.1, 0.2, 0.3))]
+    assert [line.label for line in many.panels[4].lines] == [
+        "bp (best setting)",
+        "frozen (best setting)",
+        *(f"lr={lr}" for lr in (0.1, 0.2, 0.3)),
+    ]
     assert [label for label, _ in many.legend] == [line.label for line in many.panels[4].lines]
     (shade,) = [line.style["color"] for line in many.panels[2].lines if line.label == "lr=0.2"]
     assert shade == plot.setting_style("dfa", 1, 3)["color"]
@@ -158,6 +187,7 @@ def test_the_best_group_needs_validation_accuracies(tmp_path):
 
 # Axes.
 
+
 def test_accuracies_far_below_the_others_are_left_out_and_named(tmp_path):
     for rule, accuracy in (("bp", 0.98), ("fa", 0.95), ("kp", 0.97), ("wm", 0.96), ("drtp", 0.1)):
         write_group(tmp_path, rule, [accuracy], metrics=[epoch_record(1, accuracy, None), epoch_record(2, accuracy, None)])
@@ -166,14 +196,18 @@ def test_accuracies_far_below_the_others_are_left_out_and_named(tmp_path):
     assert [text.get_text() for text in accuracy.texts] == ["▼ below the axis: drtp (10)"]
 
 
-@pytest.mark.parametrize(("lines", "kind", "low", "high", "log"), [
-    ([[10.0], [97.0], [98.0]], "accuracy", 5.6, 102, False),  # of so few lines none is an exception
-    ([[10.0], [40.0], [97.0], [98.0]], "accuracy", 5.6, 102, False),  # nor of so different ones
-    ([[0.1], [0.2], [0.3], [0.4]], "loss", 0.085, 0.415, False),
-    ([[1.0, 0.1], [1.0, 0.2], [1.0, 0.3], [1.0, 0.1], [1e22, 1e22]], "loss", 0.1 / 1.3, 1.3, True),
-    ([[1.0, 0.01], [1.0, 0.2]], "loss", 0.01 / 1.3, 1.3, True),
-    ([[5.0]], "", 4.75, 5.25, False), ([[0.0]], "", -1, 1, False),
-])
+@pytest.mark.parametrize(
+    ("lines", "kind", "low", "high", "log"),
+    [
+        ([[10.0], [97.0], [98.0]], "accuracy", 5.6, 102, False),  # of so few lines none is an exception
+        ([[10.0], [40.0], [97.0], [98.0]], "accuracy", 5.6, 102, False),  # nor of so different ones
+        ([[0.1], [0.2], [0.3], [0.4]], "loss", 0.085, 0.415, False),
+        ([[1.0, 0.1], [1.0, 0.2], [1.0, 0.3], [1.0, 0.1], [1e22, 1e22]], "loss", 0.1 / 1.3, 1.3, True),
+        ([[1.0, 0.01], [1.0, 0.2]], "loss", 0.01 / 1.3, 1.3, True),
+        ([[5.0]], "", 4.75, 5.25, False),
+        ([[0.0]], "", -1, 1, False),
+    ],
+)
 def test_range_of_an_axis(lines, kind, low, high, log):
     limits = plot.readable_range(lines, list(map(plot.typical, lines)), kind)
     assert (limits.low, limits.high, limits.log) == (pytest.approx(low), pytest.approx(high), log)
@@ -187,6 +221,7 @@ def test_a_divergence_is_marked_at_the_lower_edge(tmp_path):
 
 
 # Final values against a setting.
+
 
 def setting_axes(root, key, metric="test_accuracy"):
     figure = settings.setting_figure(tasks(groups_in(root)), key, scalar(metric))
@@ -241,7 +276,9 @@ def test_other_settings_are_panels_and_many_are_chosen_by_validation(tmp_path):
         write_setting(tmp_path, "bp", [0.9], optimizer={"lr": lr})
     series = settings.series_by_panel(groups_in(tmp_path), "optimizer.lr", scalar("test_accuracy"))
     assert {title: [line.rule for line in lines] for title, lines in series.items()} == {
-        "density=0.5": ["bp", "fa"], "density=1.0": ["bp", "fa"]}
+        "density=0.5": ["bp", "fa"],
+        "density=1.0": ["bp", "fa"],
+    }
     assert [point.mean for point in series["density=1.0"][1].points] == pytest.approx([20, 30])
     for density in range(2, 9):
         write_setting(tmp_path, "fa", [0.1], validation=density / 10, optimizer={"lr": 0.1}, algorithm={"density": density})
@@ -269,14 +306,19 @@ def groups_rules(root):
 
 # Files.
 
+
 def test_tasks_have_figures_of_their_own(tmp_path):
     line = epoch_record(1, 0.5, {"norm_ratio": {"fc2": 1.0}})
     write_group(tmp_path, "bp", [0.97], metrics=[line])
     write_group(tmp_path, "fa", [0.97], metrics=[line], dataset="mnist")
     pictures = figures.write_figures(in_order(runs_in(tmp_path)), tmp_path, "report")
     assert [path.name for picture in pictures for path in picture.paths] == [
-        "report.png", "report_curves-digits-mlp.png", "report_norm_ratio-digits-mlp.png",
-        "report_curves-mnist-mlp.png", "report_norm_ratio-mnist-mlp.png"]
+        "report.png",
+        "report_curves-digits-mlp.png",
+        "report_norm_ratio-digits-mlp.png",
+        "report_curves-mnist-mlp.png",
+        "report_norm_ratio-mnist-mlp.png",
+    ]
 
 
 def test_file_names_of_long_titles_stay_short_and_apart():
@@ -307,16 +349,26 @@ def test_svg_on_a_page_has_text_and_only_the_ids_that_are_used(tmp_path):
     assert "<script" not in texts[0] and ">bp &lt;script&gt;" in texts[0] and "<metadata" not in texts[0]
 
 
-@pytest.mark.parametrize(("selection", "message"), [
-    ({"rules": ("pb",)}, r"rules='pb' is not available \(allowed: bp, kp\)"),
-    ({"rules": ("bpp",)}, "did you mean 'bp'"), ({"metric": "val_acuracy"}, "did you mean 'val_accuracy'"),
-    ({"metric": "delta_angle"}, "metric='delta_angle' is not available"), ({"x": "optimizer.lr"}, "x='optimizer.lr'"),
-    ({"formats": ("pgn",)}, "did you mean 'png'"),
-])
+@pytest.mark.parametrize(
+    ("selection", "message"),
+    [
+        ({"rules": ("pb",)}, r"rules='pb' is not available \(allowed: bp, kp\)"),
+        ({"rules": ("bpp",)}, "did you mean 'bp'"),
+        ({"metric": "val_acuracy"}, "did you mean 'val_accuracy'"),
+        ({"metric": "delta_angle"}, "metric='delta_angle' is not available"),
+        ({"x": "optimizer.lr"}, "x='optimizer.lr'"),
+        ({"formats": ("pgn",)}, "did you mean 'png'"),
+    ],
+)
 def test_a_selection_that_does_not_exist_is_refused(tmp_path, selection, message):
     for rule in ("bp", "kp"):
-        write_group(tmp_path, rule, [0.9], metrics=[epoch_record(1, 0.5, {"weight_angle": {"fc1": 1.0}})],
-                    angles={"weight_angle": {"fc1": 1.0}})
+        write_group(
+            tmp_path,
+            rule,
+            [0.9],
+            metrics=[epoch_record(1, 0.5, {"weight_angle": {"fc1": 1.0}})],
+            angles={"weight_angle": {"fc1": 1.0}},
+        )
     with pytest.raises(DataError, match=message):
         Selection(**selection).checked(runs_in(tmp_path))
 

@@ -55,11 +55,14 @@ def test_a_rule_without_the_setting_is_still_a_level_line(tmp_path):
     assert {series.rule: [point.x for point in series.points] for series in panels[""]} == {"bp": [None], "fa": [1.0, "null"]}
 
 
-@pytest.mark.parametrize(("values", "places"), [
-    ((0.0, 1e-6, 1e-5, 1e-3), [0, 1, 2, 3]),  # on a linear axis the first three are one point
-    ((0.0, 0.5, 1.0), [0.0, 0.5, 1.0]),
-    ((0.0, 0.1, 1.0), [0.0, 0.1, 1.0]),  # a tenth of the axis apart
-])
+@pytest.mark.parametrize(
+    ("values", "places"),
+    [
+        ((0.0, 1e-6, 1e-5, 1e-3), [0, 1, 2, 3]),  # on a linear axis the first three are one point
+        ((0.0, 0.5, 1.0), [0.0, 0.5, 1.0]),
+        ((0.0, 0.1, 1.0), [0.0, 0.1, 1.0]),  # a tenth of the axis apart
+    ],
+)
 def test_values_with_zero_do_not_cover_each_other(tmp_path, values, places):
     swept(tmp_path, values, "noise")
     axes = axes_of(fa_bench.plot_setting(str(tmp_path)))
@@ -78,8 +81,7 @@ def test_a_note_says_that_finished_runs_lack_an_accuracy(tmp_path):
         write_set(tmp_path, "fa", seed, test, val)
     row = summarise(runs_in(tmp_path)).iloc[0]
     assert row["n"] == 4 and row["test_accuracy"] == pytest.approx(80)
-    assert row["note"] == ("3 of 4 finished runs have a test accuracy; "
-                           "3 of 4 finished runs have a validation accuracy")
+    assert row["note"] == ("3 of 4 finished runs have a test accuracy; 3 of 4 finished runs have a validation accuracy")
 
 
 def test_no_note_where_no_run_or_every_run_has_the_accuracy(tmp_path):
@@ -98,11 +100,14 @@ def test_a_foreign_file_is_refused_before_figures_are_written(tmp_path):
     assert not list(out_dir.glob("*.png")) and (out_dir / "report.csv").read_text() == "mine"
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (["--x", "lr"], "did you mean 'optimizer.lr'?"),
-    (["--rules", ","], "--rules: no rule, such as --rules bp,kp"),
-    (["--rules", ""], "--rules: no rule, such as --rules bp,kp"),
-])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--x", "lr"], "did you mean 'optimizer.lr'?"),
+        (["--rules", ","], "--rules: no rule, such as --rules bp,kp"),
+        (["--rules", ""], "--rules: no rule, such as --rules bp,kp"),
+    ],
+)
 def test_flags_that_name_nothing_are_refused(tmp_path, capsys, flags, message):
     for rate in RATES:
         write_set(tmp_path / "runs", "fa", 0, 0.9, lr=rate)

@@ -57,16 +57,30 @@ def page_of(root, *flags):
 def test_the_page_has_the_tables_figures_configs_and_statuses(tmp_path):
     for lr in (0.1, 0.2):
         for seed in (0, 1):
-            run = write_run(tmp_path / "runs", "kp", seed, 0.9 + lr / 10 + seed / 100, group=f"kp-{lr}", label=f"kp lr={lr}",
-                            metrics=[epoch_record(1, 0.5, ANGLES)])
-            (run / "config.yaml").write_text(json.dumps({
-                "seed": seed, "algorithm": {"name": "kp"}, "optimizer": {"name": "sgd", "lr": lr, "momentum": 0.9}}))
+            run = write_run(
+                tmp_path / "runs",
+                "kp",
+                seed,
+                0.9 + lr / 10 + seed / 100,
+                group=f"kp-{lr}",
+                label=f"kp lr={lr}",
+                metrics=[epoch_record(1, 0.5, ANGLES)],
+            )
+            (run / "config.yaml").write_text(
+                json.dumps({"seed": seed, "algorithm": {"name": "kp"}, "optimizer": {"name": "sgd", "lr": lr, "momentum": 0.9}})
+            )
     write_run(tmp_path / "runs", "fa", 0, None, status="diverged", error={"epoch": 3, "layer": "fc1"}, metrics=[])
     page, _ = page_of(tmp_path)
     assert page.of("h1", "h2") == ["Report", "Runs that have not finished (1)", "Summary", "Figures", "Configs and runs"]
     assert "3 rows, 5 runs: 4 finished, 1 diverged." in page.of("p")
-    assert page.of("figcaption") == ["Overview", "Test accuracy against optimizer.lr", "Curves", "Weight angle by layer",
-                                     "Delta angle by layer", "Norm ratio by layer"]
+    assert page.of("figcaption") == [
+        "Overview",
+        "Test accuracy against optimizer.lr",
+        "Curves",
+        "Weight angle by layer",
+        "Delta angle by layer",
+        "Norm ratio by layer",
+    ]
     assert sum(name == "svg" for name, _ in page.elements) == 6
     assert page.of("summary") == ["Explanation", "fa", "kp lr=0.1", "kp lr=0.2"]
     assert "diverged in epoch 3, first in fc1" in page.of("td") and "92.00" in page.of("td")
@@ -81,7 +95,11 @@ def test_options_that_all_runs_share_are_listed_once(tmp_path):
         (run / "config.yaml").write_text(json.dumps(config))
     page, _ = page_of(tmp_path)
     assert list(zip(page.of("dt"), page.of("dd"), strict=True)) == [
-        ("algorithm", "kp"), ("optimizer.momentum", "0.9"), ("optimizer.lr", "0.1"), ("optimizer.lr", "0.2")]
+        ("algorithm", "kp"),
+        ("optimizer.momentum", "0.9"),
+        ("optimizer.lr", "0.1"),
+        ("optimizer.lr", "0.2"),
+    ]
     assert "Options that all runs share (2)" in page.of("summary")
 
 
@@ -101,8 +119,12 @@ def test_texts_of_records_do_nothing(tmp_path):
 def test_the_page_refers_to_nothing_outside_itself_and_ids_are_unique(tmp_path):
     write_group(tmp_path / "runs", "bp", [0.9, 0.8], metrics=[epoch_record(1, 0.5, ANGLES), epoch_record(2, 0.6, ANGLES)])
     page, _ = page_of(tmp_path)
-    links = [value for _, attributes in page.elements for key, value in attributes.items()
-             if key in ("src", "href", "xlink:href", "srcset", "data")]
+    links = [
+        value
+        for _, attributes in page.elements
+        for key, value in attributes.items()
+        if key in ("src", "href", "xlink:href", "srcset", "data")
+    ]
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert links and all(link.startswith("#") and link[1:] in ids for link in links)
     assert len(ids) == len(set(ids))
@@ -132,8 +154,10 @@ def test_flags_select_figures_and_formats_and_are_checked_before_anything_is_wri
     runs, out = str(tmp_path / "runs"), tmp_path / "out"
     for flags, said in (
         (["--rules", "kpp"], "rules='kpp' is not available (allowed: bp, kp); did you mean 'kp'?"),
-        (["--metric", "accuracy"], "metric='accuracy' is not available"), (["--format", "pngs"], "did you mean 'png'"),
-        (["--format", ","], "--format is empty"), (["--x", "seconds", "--no-timings"], "cannot be combined"),
+        (["--metric", "accuracy"], "metric='accuracy' is not available"),
+        (["--format", "pngs"], "did you mean 'png'"),
+        (["--format", ","], "--format is empty"),
+        (["--x", "seconds", "--no-timings"], "cannot be combined"),
         (["--live", "--rules", "kp"], "--rules cannot be combined with --live"),
     ):
         assert main([runs, *(() if "--live" in flags else ("--out", str(out))), *flags]) == 2

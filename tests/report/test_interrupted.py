@@ -61,8 +61,11 @@ def rows(folder: str) -> list[dict[str, str]]:
 
 
 def test_timings_are_the_columns_in_seconds() -> None:
-    assert [name for name in TIMINGS if "seconds" in name] == ["seconds", "seconds_per_epoch", "seconds_per_step"] == [
-        name for name, column in COLUMNS.items() if "seconds" in column.title]
+    assert (
+        [name for name in TIMINGS if "seconds" in name]
+        == ["seconds", "seconds_per_epoch", "seconds_per_step"]
+        == [name for name, column in COLUMNS.items() if "seconds" in column.title]
+    )
 
 
 def test_interrupted_and_resumed_sweep_gives_the_report_of_a_whole_one(
@@ -101,14 +104,23 @@ def test_interrupted_and_resumed_sweep_gives_the_report_of_a_whole_one(
     others = {f"report.{ending}" for ending in ("md", "html", "csv", "json", "tex")}
     assert set(whole) == {*same, *others, "runs.csv", ".report.json"}
     assert {name for name in whole if whole[name] == parts.get(name)} >= same
-    timeless = [[{key: value for key, value in row.items() if key not in TIMINGS} for row in rows(f"{folder}-report")]
-                for folder in ("whole", "parts")]
+    timeless = [
+        [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows(f"{folder}-report")]
+        for folder in ("whole", "parts")
+    ]
     assert timeless[0] == timeless[1]
     bare = files("whole-bare")
     in_parts = files("parts-bare")
     assert in_parts.pop("runs.csv").replace(b"../parts/", b"../whole/") == bare.pop("runs.csv")
     assert bare == in_parts and set(bare) == {
-        "report.md", "report.html", "report.csv", "report.json", "report.tex", "report_layers.csv", ".report.json"}
+        "report.md",
+        "report.html",
+        "report.csv",
+        "report.json",
+        "report.tex",
+        "report_layers.csv",
+        ".report.json",
+    }
     assert b"seconds" not in bare["report.csv"] and b"| seconds" not in bare["report.md"]
 
 
@@ -125,9 +137,7 @@ def test_a_sweep_announces_its_runs_before_the_first_one_and_keeps_those_of_anot
     assert main([*common, "algorithm=fa", "seed=1", "scale=short"]) == 130
     first, second = announced
     assert first["command"] == ["fa-bench", "epochs=40", "optimizer.lr=0.1,0.2", "algorithm=kp", "seed=0,1", "-m"]
-    assert [run["label"] for run in first["runs"]] == [
-        f"kp lr={lr} seed {seed}" for lr in (0.1, 0.2) for seed in (0, 1)]
+    assert [run["label"] for run in first["runs"]] == [f"kp lr={lr} seed {seed}" for lr in (0.1, 0.2) for seed in (0, 1)]
     assert all(re.fullmatch(r"kp-[0-9a-f]{8}/seed[01]", run["directory"]) and run["epochs"] == 40 for run in first["runs"])
     assert second["runs"][:4] == first["runs"]
-    assert [(run["label"], run["epochs"]) for run in second["runs"][4:]] == [
-        ("fa lr=0.1 seed 1", 4), ("fa lr=0.2 seed 1", 4)]
+    assert [(run["label"], run["epochs"]) for run in second["runs"][4:]] == [("fa lr=0.1 seed 1", 4), ("fa lr=0.2 seed 1", 4)]

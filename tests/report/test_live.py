@@ -44,6 +44,7 @@ def at(ago: float) -> str:
 @pytest.fixture
 def sweep(tmp_path):
     """A sweep with a run of every kind, as it was at NOW."""
+
     def begun(rule, seed, *lines):
         run = write_begun(tmp_path, rule, seed, 0)
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -52,10 +53,24 @@ def sweep(tmp_path):
     names = ("bp", "fa", "dfa", "drtp", "kp", "wm", "pfa", "usf")
     write_sweep(tmp_path, ["fa-bench"], [PlannedRun(tmp_path / f"{name}-seed0", f"{name} seed 0", 40) for name in names])
     write_run(tmp_path, "bp", 0, 0.9821, metrics=[record(40, 88.0, 0.0021, 0.9813, 0.9821)]).rename(tmp_path / "bp-seed0")
-    write_run(tmp_path, "fa", 0, None, metrics=[record(2, 4.4, 8.1, 0.098, 0.097)], status="diverged",
-              error={"type": "Diverged", "message": "not finite", "epoch": 3, "layer": "fc1"}).rename(tmp_path / "fa-seed0")
-    write_run(tmp_path, "dfa", 0, None, metrics=[], status="failed",
-              error={"type": "OutOfMemoryError", "message": "tried to allocate 2 GiB\nmore"}).rename(tmp_path / "dfa-seed0")
+    write_run(
+        tmp_path,
+        "fa",
+        0,
+        None,
+        metrics=[record(2, 4.4, 8.1, 0.098, 0.097)],
+        status="diverged",
+        error={"type": "Diverged", "message": "not finite", "epoch": 3, "layer": "fc1"},
+    ).rename(tmp_path / "fa-seed0")
+    write_run(
+        tmp_path,
+        "dfa",
+        0,
+        None,
+        metrics=[],
+        status="failed",
+        error={"type": "OutOfMemoryError", "message": "tried to allocate 2 GiB\nmore"},
+    ).rename(tmp_path / "dfa-seed0")
     begun("drtp", 0, record(12, 24.0, 0.2411, 0.934, 0.9312))
     with ExitStack() as stack:
         # 10 epochs of 2.4 s of training took 30 s in all: 3 s each, the last one 1 s ago.
@@ -74,8 +89,15 @@ def sweep(tmp_path):
 def test_every_state_and_the_time_left(sweep):
     lines = {line.name.split()[0]: line for line in live.Watcher([sweep]).look(NOW)}
     assert {name: line.state for name, line in lines.items()} == {
-        "bp": "done", "fa": "diverged", "dfa": "failed", "drtp": "interrupted", "kp": "running", "wm": "stalled",
-        "pfa": "running", "usf": "waiting"}
+        "bp": "done",
+        "fa": "diverged",
+        "dfa": "failed",
+        "drtp": "interrupted",
+        "kp": "running",
+        "wm": "stalled",
+        "pfa": "running",
+        "usf": "waiting",
+    }
     assert lines["fa"].remark == "in epoch 3, first in fc1" and lines["wm"].remark == "nothing written for 33 min"
     assert lines["dfa"].remark == "OutOfMemoryError: tried to allocate 2 GiB"
     assert (lines["kp"].epoch, lines["kp"].epochs, lines["kp"].pace) == (10, 40, pytest.approx(2.4))
@@ -87,7 +109,8 @@ def test_every_state_and_the_time_left(sweep):
     assert lines["usf"].remaining == pytest.approx(40 * epoch)
     assert live.summary(list(lines.values())) == (
         "8 runs: 1 done, 2 running, 1 stalled, 1 failed, 1 diverged, 1 interrupted, 1 waiting; "
-        f"about {live.duration((89 + 79 * epoch) / 2)} left, 2 at a time")
+        f"about {live.duration((89 + 79 * epoch) / 2)} left, 2 at a time"
+    )
 
 
 def test_a_run_taken_up_again_is_not_thought_faster_than_its_training(tmp_path):
@@ -115,9 +138,13 @@ def test_without_an_announcement_runs_are_named_after_their_configs(tmp_path):
     (bare / "metrics.jsonl").write_text('{"epoch": 1}\n')
     lines = live.Watcher([tmp_path]).look(NOW)
     assert {line.name: line.epochs for line in lines} == {
-        "kp lr=1 seed 0": 40, "kp lr=2 seed 0": 40, "kp lr=2 seed 1": 40,
-        f"fa seed 0 ({'/'.join(tmp_path.parts[-2:])}/one)": 1, f"fa seed 0 ({'/'.join(tmp_path.parts[-2:])}/two)": 1,
-        f"{'/'.join(tmp_path.parts[-2:])}/bare": None}
+        "kp lr=1 seed 0": 40,
+        "kp lr=2 seed 0": 40,
+        "kp lr=2 seed 1": 40,
+        f"fa seed 0 ({'/'.join(tmp_path.parts[-2:])}/one)": 1,
+        f"fa seed 0 ({'/'.join(tmp_path.parts[-2:])}/two)": 1,
+        f"{'/'.join(tmp_path.parts[-2:])}/bare": None,
+    }
     assert live.summary(lines) == "6 runs: 6 interrupted"
 
 
@@ -218,16 +245,19 @@ def test_off_a_terminal_and_once_it_is_plain_text(tmp_path, capsys, words):
     assert "\x1b" not in said and said.splitlines()[-1] == "1 run: 1 interrupted" and len(said.splitlines()) == 3
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (["--once"], "--once requires --live"),
-    (["--interval=3"], "--interval requires --live"),
-    (["--live", "--out=x"], "--out cannot be combined with --live, which writes nothing"),
-    (["--live", "--no-timings"], "--no-timings cannot be combined with --live, which writes nothing"),
-    (["--live", "--interval=0.1"], "--interval=0.1 is out of range (allowed: 0.5 to 3600 seconds)"),
-    (["--live", "--interval=nan"], "--interval=nan is out of range (allowed: 0.5 to 3600 seconds)"),
-    (["--live", "--interval=x"], "argument --interval: invalid float value: 'x'; see fa-bench-report --help"),
-    (["--live"], ".: no runs found"),
-])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--once"], "--once requires --live"),
+        (["--interval=3"], "--interval requires --live"),
+        (["--live", "--out=x"], "--out cannot be combined with --live, which writes nothing"),
+        (["--live", "--no-timings"], "--no-timings cannot be combined with --live, which writes nothing"),
+        (["--live", "--interval=0.1"], "--interval=0.1 is out of range (allowed: 0.5 to 3600 seconds)"),
+        (["--live", "--interval=nan"], "--interval=nan is out of range (allowed: 0.5 to 3600 seconds)"),
+        (["--live", "--interval=x"], "argument --interval: invalid float value: 'x'; see fa-bench-report --help"),
+        (["--live"], ".: no runs found"),
+    ],
+)
 def test_errors_take_one_line(tmp_path, monkeypatch, capsys, words, said):
     monkeypatch.chdir(tmp_path)
     assert main([".", *words]) == 2

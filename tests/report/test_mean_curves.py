@@ -37,13 +37,24 @@ def put(
     root: Path, rule: str, seed: int, accuracy: float, lr: float = 0.1, loggers: str = "[tensorboard]", **changes: Any
 ) -> Path:
     """A run of two epochs of three steps, measured at steps 0, 4 and 6."""
-    lines = [{"epoch": epoch, "step": 3 * epoch, "train_loss": 1 - accuracy, "test_accuracy": accuracy / (3 - epoch), "lr": lr,
-              "angles": None} for epoch in (1, 2)]
+    lines = [
+        {
+            "epoch": epoch,
+            "step": 3 * epoch,
+            "train_loss": 1 - accuracy,
+            "test_accuracy": accuracy / (3 - epoch),
+            "lr": lr,
+            "angles": None,
+        }
+        for epoch in (1, 2)
+    ]
     group = f"{rule}-{int(1000 * lr)}"
     directory = write_run(root, rule, seed, accuracy, lines, **{"group": group, "epoch": 2, "step": 6, **changes})
     (directory / "config.yaml").write_text(CONFIG.format(rule=rule, seed=seed, lr=lr).replace("[tensorboard]", loggers))
-    measured = [{"step": step, "epoch": step / 3, "angles": {"weight_angle": {"fc1": 90 - seed * step, "fc2": None}}}
-                for step in (0, 4, 6)]
+    measured = [
+        {"step": step, "epoch": step / 3, "angles": {"weight_angle": {"fc1": 90 - seed * step, "fc2": None}}}
+        for step in (0, 4, 6)
+    ]
     (directory / "angles.jsonl").write_text("".join(json.dumps(line) + "\n" for line in measured))
     return directory
 
@@ -95,14 +106,18 @@ def test_table_has_the_keys_that_differ_and_the_final_results(tmp_path: Path) ->
         assert end.status == api_pb2.STATUS_SUCCESS
         assert {"optimizer.lr", "seeds"} <= {info.name for info in experiment.hparam_infos if info.differs}
         metrics = [info.name.tag for info in experiment.metric_infos]
-        assert metrics[:4] == ["final/test_accuracy", "std/final/test_accuracy", "final/test_accuracy_at_best_val",
-                               "std/final/test_accuracy_at_best_val"]
+        assert metrics[:4] == [
+            "final/test_accuracy",
+            "std/final/test_accuracy",
+            "final/test_accuracy_at_best_val",
+            "std/final/test_accuracy_at_best_val",
+        ]
         assert math.isclose(runs.GetAccumulator(name).Scalars("final/test_accuracy")[-1].value, 0.5 + lr, rel_tol=1e-6)
 
 
 def test_equal_runs_give_equal_bytes_and_nothing_is_written_twice(tmp_path: Path) -> None:
     for root in (tmp_path / "a", tmp_path / "b"):
-        for seed in ((0, 1) if root.name == "a" else (1, 0)):
+        for seed in (0, 1) if root.name == "a" else (1, 0):
             put(root, "kp", seed, 0.5, seconds=float(seed))
         write(root)
     files = [root / FOLDER / "kp (mean of 2 seeds)" / EVENTS for root in (tmp_path / "a", tmp_path / "b")]

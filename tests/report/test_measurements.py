@@ -14,8 +14,10 @@ from fa_bench.runs.readers import RecordError
 
 from .by_hand import runs_in, write_run
 
-LINES = [{"step": 0, "epoch": 0.0, "angles": {"weight_angle": {"fc1": 90.0, "fc2": 89.0}}},
-         {"step": 3, "epoch": 0.75, "angles": {"weight_angle": {"fc1": None, "fc2": 80.0}, "norm_ratio": {"fc2": 2.0}}}]
+LINES = [
+    {"step": 0, "epoch": 0.0, "angles": {"weight_angle": {"fc1": 90.0, "fc2": 89.0}}},
+    {"step": 3, "epoch": 0.75, "angles": {"weight_angle": {"fc1": None, "fc2": 80.0}, "norm_ratio": {"fc2": 2.0}}},
+]
 
 
 def write_measured(root: Path, rule: str, seed: int, lines: list) -> Path:
@@ -42,11 +44,16 @@ def test_frame_of_measurements(tmp_path: Path) -> None:
     path = str(write_measured(tmp_path, "fa", 1, LINES))
     write_run(tmp_path, "bp", 0, 0.9)
     frame = fa_bench.load_results(tmp_path, angles=True)
-    expected = pd.DataFrame([
-        (path, "fa", 1, 0, 0.0, "weight_angle", "fc1", 90.0), (path, "fa", 1, 0, 0.0, "weight_angle", "fc2", 89.0),
-        (path, "fa", 1, 3, 0.75, "weight_angle", "fc1", float("nan")), (path, "fa", 1, 3, 0.75, "weight_angle", "fc2", 80.0),
-        (path, "fa", 1, 3, 0.75, "norm_ratio", "fc2", 2.0),
-    ], columns=["directory", "label", "seed", "step", "epoch", "metric", "layer", "value"])
+    expected = pd.DataFrame(
+        [
+            (path, "fa", 1, 0, 0.0, "weight_angle", "fc1", 90.0),
+            (path, "fa", 1, 0, 0.0, "weight_angle", "fc2", 89.0),
+            (path, "fa", 1, 3, 0.75, "weight_angle", "fc1", float("nan")),
+            (path, "fa", 1, 3, 0.75, "weight_angle", "fc2", 80.0),
+            (path, "fa", 1, 3, 0.75, "norm_ratio", "fc2", 2.0),
+        ],
+        columns=["directory", "label", "seed", "step", "epoch", "metric", "layer", "value"],
+    )
     pd.testing.assert_frame_equal(frame, expected)
     with pytest.raises(ValueError, match="choose one of them"):
         fa_bench.load_results(tmp_path, curves=True, angles=True)
@@ -55,7 +62,15 @@ def test_frame_of_measurements(tmp_path: Path) -> None:
 def test_frame_without_measurements_has_its_columns(tmp_path: Path) -> None:
     write_run(tmp_path, "bp", 0, 0.9)
     assert list(fa_bench.load_results(tmp_path, angles=True)) == [
-        "directory", "label", "seed", "step", "epoch", "metric", "layer", "value"]
+        "directory",
+        "label",
+        "seed",
+        "step",
+        "epoch",
+        "metric",
+        "layer",
+        "value",
+    ]
 
 
 def test_a_damaged_record_is_skipped_with_a_warning(tmp_path: Path) -> None:

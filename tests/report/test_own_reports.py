@@ -16,8 +16,15 @@ from fa_bench.utils import locks
 
 from .by_hand import write_run
 
-SWEEP = ["-m", "algorithm=bp,fa", "dataset=synthetic", "dataset.samples=64", "dataset.test_samples=32", "epochs=1",
-         "output_dir=o"]
+SWEEP = [
+    "-m",
+    "algorithm=bp,fa",
+    "dataset=synthetic",
+    "dataset.samples=64",
+    "dataset.test_samples=32",
+    "epochs=1",
+    "output_dir=o",
+]
 
 
 def bytes_below(folder: Path) -> dict[str, bytes]:
@@ -31,8 +38,12 @@ def test_somebodys_file_is_not_replaced(tmp_path, capsys, name, kind):
     mine, out = tmp_path / "mine", tmp_path / "out"
     out.mkdir()
     mine.write_text("# Notes\n")
-    {"text": lambda: (out / name).write_text("# Report of mine\n"), "link": lambda: (out / name).symlink_to(mine),
-     "hard link": lambda: os.link(mine, out / name), "folder": lambda: (out / name).mkdir()}[kind]()
+    {
+        "text": lambda: (out / name).write_text("# Report of mine\n"),
+        "link": lambda: (out / name).symlink_to(mine),
+        "hard link": lambda: os.link(mine, out / name),
+        "folder": lambda: (out / name).mkdir(),
+    }[kind]()
     before = bytes_below(tmp_path)
     assert main([str(tmp_path / "runs"), "--out", str(out)]) == 2
     assert f"{name}: not written by a report of fa-bench" in (said := capsys.readouterr().err) and said.count("\n") == 1
@@ -117,9 +128,15 @@ def test_a_lock_that_is_somebodys_file_is_not_emptied(tmp_path, capsys):
     assert "not a lock file" in capsys.readouterr().err and (tmp_path / ".report.lock").read_text() == "mine"
 
 
-@pytest.mark.parametrize(("name", "what"), [
-    ("report.csv", "not written by a report"),
-    ("sweep.json", "sweep.json: "), (".sweep.json.tmp", "not written by fa-bench"), (".sweep.json.lock", "lock")])
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("report.csv", "not written by a report"),
+        ("sweep.json", "sweep.json: "),
+        (".sweep.json.tmp", "not written by fa-bench"),
+        (".sweep.json.lock", "lock"),
+    ],
+)
 def test_a_sweep_is_refused_before_it_trains(tmp_path, monkeypatch, capsys, name, what):
     monkeypatch.chdir(tmp_path)
     folder = Path("o/synthetic-mlp")

@@ -21,11 +21,24 @@ from .by_hand import ANGLES, epoch_record, runs_in, write_run
 def sweep(tmp_path):
     for rule in ("bp", "kp"):
         for lr in (0.1, 0.2):
-            run = write_run(tmp_path, rule, 0, 0.9, group=f"{rule}-{lr}",
-                            metrics=[epoch_record(1, lr, None) | {"step": 10}, epoch_record(2, 0.9, ANGLES) | {"step": 20}])
+            run = write_run(
+                tmp_path,
+                rule,
+                0,
+                0.9,
+                group=f"{rule}-{lr}",
+                metrics=[epoch_record(1, lr, None) | {"step": 10}, epoch_record(2, 0.9, ANGLES) | {"step": 20}],
+            )
             (run / "config.yaml").write_text(json.dumps({"algorithm": {"name": rule}, "optimizer": {"name": "sgd", "lr": lr}}))
-            (run / "angles.jsonl").write_text("".join(json.dumps({"step": step, "epoch": step / 10, "angles": {
-                "weight_angle": {"fc2": 90.0 - step, "fc3": 90.0 - step}}}) + "\n" for step in (0, 5, 20)))
+            (run / "angles.jsonl").write_text(
+                "".join(
+                    json.dumps(
+                        {"step": step, "epoch": step / 10, "angles": {"weight_angle": {"fc2": 90.0 - step, "fc3": 90.0 - step}}}
+                    )
+                    + "\n"
+                    for step in (0, 5, 20)
+                )
+            )
     return tmp_path
 
 
@@ -46,11 +59,14 @@ def test_rules_can_be_one_text(sweep):
     assert legend(fa_bench.plot_curves(sweep, rules="bp, kp")) == legend(fa_bench.plot_curves(sweep))
 
 
-@pytest.mark.parametrize(("source", "message"), [
-    (lambda root: 3, "^int is neither a directory nor a run, nor a list of these$"),
-    (lambda root: [root, None], "^NoneType, an item of a list, is neither"),
-    (lambda root: fa_bench.load_results(root), r"^DataFrame is neither .*; pass its column, frame\['directory'\]$"),
-])
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (lambda root: 3, "^int is neither a directory nor a run, nor a list of these$"),
+        (lambda root: [root, None], "^NoneType, an item of a list, is neither"),
+        (lambda root: fa_bench.load_results(root), r"^DataFrame is neither .*; pass its column, frame\['directory'\]$"),
+    ],
+)
 def test_what_is_no_source_of_runs_is_named(sweep, source, message):
     for function in (fa_bench.plot_curves, fa_bench.load_results):
         with pytest.raises(TypeError, match=message):
@@ -93,16 +109,22 @@ def test_the_setting_can_be_omitted_if_one_is_swept(sweep):
     assert figure.axes[0].get_ylabel() == "weight angle (degrees)"
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda root: fa_bench.plot_curves(root, x="optimizer.lr"), r"x='optimizer.lr' is not available \(allowed: epoch, step, s"),
-    (lambda root: fa_bench.plot_curves(root, rules=["kb"]), r"rules='kb' is not available \(allowed: bp, kp\)"),
-    (lambda root: fa_bench.plot_curves(root, metric="val_acuracy"), "did you mean 'val_accuracy'"),
-    (lambda root: fa_bench.plot_curves([]), "nothing to plot"),
-    (lambda root: fa_bench.plot_curves(root / "nowhere"), "no such directory"),
-    (lambda root: fa_bench.plot_setting(root, x="optimizer.l"), r"'optimizer.l' is not swept .* did you mean 'optimizer.lr'"),
-    (lambda root: fa_bench.plot_setting(root / "kp-0.1-0"), r"no setting is swept \(swept within a rule: none\)"),
-    (lambda root: fa_bench.plot_layers(root, metric="test_accuracy"), r"no values by layer \(measured: weight_angle"),
-])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda root: fa_bench.plot_curves(root, x="optimizer.lr"),
+            r"x='optimizer.lr' is not available \(allowed: epoch, step, s",
+        ),
+        (lambda root: fa_bench.plot_curves(root, rules=["kb"]), r"rules='kb' is not available \(allowed: bp, kp\)"),
+        (lambda root: fa_bench.plot_curves(root, metric="val_acuracy"), "did you mean 'val_accuracy'"),
+        (lambda root: fa_bench.plot_curves([]), "nothing to plot"),
+        (lambda root: fa_bench.plot_curves(root / "nowhere"), "no such directory"),
+        (lambda root: fa_bench.plot_setting(root, x="optimizer.l"), r"'optimizer.l' is not swept .* did you mean 'optimizer.lr'"),
+        (lambda root: fa_bench.plot_setting(root / "kp-0.1-0"), r"no setting is swept \(swept within a rule: none\)"),
+        (lambda root: fa_bench.plot_layers(root, metric="test_accuracy"), r"no values by layer \(measured: weight_angle"),
+    ],
+)
 def test_what_does_not_exist_is_refused(sweep, call, message):
     with pytest.raises(DataError, match=message):
         call(sweep)

@@ -19,8 +19,24 @@ from fa_bench.report.table import summarise
 from .by_hand import ENTRY, TWO_SEEDS, blank, epoch_record, runs_in, write_group, write_run
 
 ENTRIES = published()
-EXPERIMENTS = {"pfa_fig2", "pfa_fig4", "pfa_fig5", "pfa_fig6", "dkp_table1", "dkp_table2", "asap_table1", "asap_table2",
-           "asap_table4", "asap_table5", "asap_fig6", "wm_fig3", "wm_fig4", "faeval", "forward_forward", "mono_forward"}
+EXPERIMENTS = {
+    "pfa_fig2",
+    "pfa_fig4",
+    "pfa_fig5",
+    "pfa_fig6",
+    "dkp_table1",
+    "dkp_table2",
+    "asap_table1",
+    "asap_table2",
+    "asap_table4",
+    "asap_table5",
+    "asap_fig6",
+    "wm_fig3",
+    "wm_fig4",
+    "faeval",
+    "forward_forward",
+    "mono_forward",
+}
 
 
 def found(**wanted) -> list:
@@ -44,18 +60,32 @@ def test_entries_are_of_rules_and_values_that_can_be() -> None:
         assert entry.spread_kind in ("std", "standard error")
 
 
-@pytest.mark.parametrize(("wanted", "value", "spread"), [
-    ({"table": "Fig. 2a", "rule": "pfa_o"}, 98.416, 0.040),
-    ({"table": "Table 1", "paper": "DKP paper", "rule": "drtp", "dataset": "CIFAR-10", "quantity": "test_accuracy"}, 55.32, 6.14),
-    ({"table": "Table 2", "paper": "DKP paper", "rule": "dfa", "row": "Tiny ImageNet", "quantity": "test_accuracy"},
-     32.116, 0.66),
-    ({"table": "Table 2", "paper": "DKP paper", "rule": "kp", "dataset": "CIFAR-100", "quantity": "train_accuracy"}, 67.70, 1.88),
-    ({"table": "Table 1", "paper": "Woo et al. 2021", "rule": "asap", "row": "CIFAR-100 ResNet-34"}, 72.81, math.nan),
-    ({"table": "Table 4", "rule": "asap", "row": "λ = 5e-5"}, 91.63, math.nan),
-    ({"table": "Table 5", "rule": "dgl", "row": "ResNet-34"}, 77.2, math.nan),
-    ({"table": "Fig. 2b-e", "rule": "usf", "quantity": "norm_ratio", "layer": "fc3"}, 0.506, math.nan),
-    ({"table": "section 6 (Fig. 3)", "rule": "kp", "row": "ResNet-18"}, 100 - 29.2, 0.4),
-])
+@pytest.mark.parametrize(
+    ("wanted", "value", "spread"),
+    [
+        ({"table": "Fig. 2a", "rule": "pfa_o"}, 98.416, 0.040),
+        (
+            {"table": "Table 1", "paper": "DKP paper", "rule": "drtp", "dataset": "CIFAR-10", "quantity": "test_accuracy"},
+            55.32,
+            6.14,
+        ),
+        (
+            {"table": "Table 2", "paper": "DKP paper", "rule": "dfa", "row": "Tiny ImageNet", "quantity": "test_accuracy"},
+            32.116,
+            0.66,
+        ),
+        (
+            {"table": "Table 2", "paper": "DKP paper", "rule": "kp", "dataset": "CIFAR-100", "quantity": "train_accuracy"},
+            67.70,
+            1.88,
+        ),
+        ({"table": "Table 1", "paper": "Woo et al. 2021", "rule": "asap", "row": "CIFAR-100 ResNet-34"}, 72.81, math.nan),
+        ({"table": "Table 4", "rule": "asap", "row": "λ = 5e-5"}, 91.63, math.nan),
+        ({"table": "Table 5", "rule": "dgl", "row": "ResNet-34"}, 77.2, math.nan),
+        ({"table": "Fig. 2b-e", "rule": "usf", "quantity": "norm_ratio", "layer": "fc3"}, 0.506, math.nan),
+        ({"table": "section 6 (Fig. 3)", "rule": "kp", "row": "ResNet-18"}, 100 - 29.2, 0.4),
+    ],
+)
 def test_some_values_as_printed(wanted, value, spread) -> None:
     (entry,) = found(**wanted)
     assert entry.value == pytest.approx(value) and entry.spread == pytest.approx(spread, nan_ok=True)
@@ -70,8 +100,11 @@ def test_what_entries_of_shipped_experiments_ask_of_a_config_can_be_in_one(exper
                     assert value in {"dataset": DATASETS, "architecture": ARCHITECTURES}[key]
                 elif key.split(".")[0] in ("algorithm", "architecture"):
                     names = entry.where.get("architecture", [])
-                    classes = [ALGORITHMS[entry.rule]] if key.startswith("algorithm") else [
-                        ARCHITECTURES[name] for name in ([names] if isinstance(names, str) else names)]
+                    classes = (
+                        [ALGORITHMS[entry.rule]]
+                        if key.startswith("algorithm")
+                        else [ARCHITECTURES[name] for name in ([names] if isinstance(names, str) else names)]
+                    )
                     assert all(key.partition(".")[2] in {field.name for field in dataclasses.fields(cls)} for cls in classes)
 
 
@@ -99,11 +132,20 @@ def test_older_results_go_by_the_folder_of_their_experiment(tmp_path) -> None:
     assert old.experiment == "a_table" and ENTRY.matches(old)
 
 
-@pytest.mark.parametrize(("where", "fits"), [
-    ({}, True), ({"dataset": "digits"}, True), ({"dataset": ["mnist", "digits"]}, True), ({"dataset": "mnist"}, False),
-    ({"architecture.widths": [8]}, True), ({"architecture.widths": [9]}, False), ({"optimizer.lr": 0.1}, True),
-    ({"optimizer.lr": [0.2, 0.3]}, False), ({"algorithm.density": 1.0}, False),
-])
+@pytest.mark.parametrize(
+    ("where", "fits"),
+    [
+        ({}, True),
+        ({"dataset": "digits"}, True),
+        ({"dataset": ["mnist", "digits"]}, True),
+        ({"dataset": "mnist"}, False),
+        ({"architecture.widths": [8]}, True),
+        ({"architecture.widths": [9]}, False),
+        ({"optimizer.lr": 0.1}, True),
+        ({"optimizer.lr": [0.2, 0.3]}, False),
+        ({"algorithm.density": 1.0}, False),
+    ],
+)
 def test_what_an_entry_asks_of_a_config(tmp_path, where, fits) -> None:
     run = write_run(tmp_path, "bp", 0, 0.97)
     (run / "config.yaml").write_text("architecture: {name: mlp, widths: [8]}\noptimizer: {name: sgd, lr: 1e-1}\n")
@@ -114,14 +156,18 @@ def test_what_an_entry_asks_of_a_config(tmp_path, where, fits) -> None:
 def test_numbers_beside_ours(tmp_path) -> None:
     write_group(tmp_path, "bp", [0.97, 0.98, 0.99], train_accuracy=0.5)
     entries = [
-        ENTRY, dataclasses.replace(ENTRY, value=99.0),
+        ENTRY,
+        dataclasses.replace(ENTRY, value=99.0),
         dataclasses.replace(ENTRY, quantity="train_accuracy", value=51.0, epochs=9),
         dataclasses.replace(ENTRY, quantity="weight_angle", layer="fc3", value=61.0),
         dataclasses.replace(ENTRY, quantity="weight_angle", layer="*", value=math.nan, low=85.0, high=math.inf),
     ]
     rows = against_published(entries, runs_in(tmp_path)).to_dict("records")
     assert [(row["quantity"], row["layer"], row["ours"], row["published"]) for row in rows if row["inside"] is None] == [
-        ("test_accuracy", "", pytest.approx(98), 98.5), ("train_accuracy", "", 50, 51), ("weight_angle", "fc3", 60, 61)]
+        ("test_accuracy", "", pytest.approx(98), 98.5),
+        ("train_accuracy", "", 50, 51),
+        ("weight_angle", "fc3", 60, 61),
+    ]
     assert rows[0]["difference"] == pytest.approx(-0.5) and (rows[0]["published_spread"], rows[0]["published_n"]) == (0.25, 4)
     assert rows[1]["note"] == "published after 9 epochs"
     # fc1 has 89 degrees, fc2 has 80; fc3's own number stands before the range
@@ -137,24 +183,35 @@ def test_a_published_difference_to_bp_is_compared_with_pairs_of_runs(tmp_path) -
     for run in runs_in(tmp_path):
         if run.result["algorithm"] == "predsim":
             (run.directory / "config.yaml").write_text("algorithm: {name: predsim, loss: pred}\n")
-    entry = dataclasses.replace(ENTRY, rule="predsim", quantity=DIFFERENCE, unit="points", value=0.5,
-                                where={"algorithm.loss": "pred", "dataset": "digits"})
+    entry = dataclasses.replace(
+        ENTRY,
+        rule="predsim",
+        quantity=DIFFERENCE,
+        unit="points",
+        value=0.5,
+        where={"algorithm.loss": "pred", "dataset": "digits"},
+    )
     (row,) = against_published([entry], runs_in(tmp_path)).to_dict("records")
     assert (row["ours"], row["n"], row["difference"]) == (pytest.approx(1.5), 2, pytest.approx(1.0))
     assert against_published([entry], [run for run in runs_in(tmp_path) if run.result["algorithm"] == "predsim"]).empty
 
 
-@pytest.mark.parametrize(("bounds", "low", "high", "inside"), [
-    ("{low: 70}", 70, None, {"fc1": True, "fc2": True, "fc3": False}),
-    ("{high: 85}", None, 85, {"fc1": False, "fc2": True, "fc3": True}),
-    ("{low: 70, high: 85}", 70, 85, {"fc1": False, "fc2": True, "fc3": False}),
-    ("{low: 80, high: 89}", 80, 89, {"fc1": True, "fc2": True, "fc3": False}),  # the bounds themselves are inside
-])
+@pytest.mark.parametrize(
+    ("bounds", "low", "high", "inside"),
+    [
+        ("{low: 70}", 70, None, {"fc1": True, "fc2": True, "fc3": False}),
+        ("{high: 85}", None, 85, {"fc1": False, "fc2": True, "fc3": True}),
+        ("{low: 70, high: 85}", 70, 85, {"fc1": False, "fc2": True, "fc3": False}),
+        ("{low: 80, high: 89}", 80, 89, {"fc1": True, "fc2": True, "fc3": False}),  # the bounds themselves are inside
+    ],
+)
 def test_ranges_have_two_ends(tmp_path, bounds, low, high, inside) -> None:
     """The runs' layers have 89, 80 and 60 degrees."""
     write_group(tmp_path, "bp", [0.97, 0.98])
-    text = ("- {paper: P, table: T, dataset: d, architecture: a, quantity: weight_angle, unit: degrees, experiments: [a_table],\n"
-            f"   rows: [{{row: R, values: {{bp: {{'*': {bounds}}}}}}}]}}\n")
+    text = (
+        "- {paper: P, table: T, dataset: d, architecture: a, quantity: weight_angle, unit: degrees, experiments: [a_table],\n"
+        f"   rows: [{{row: R, values: {{bp: {{'*': {bounds}}}}}}}]}}\n"
+    )
     (tmp_path / "p.yaml").write_text(text)
     rows = against_published(read_entries(tmp_path / "p.yaml"), runs_in(tmp_path)).to_dict("records")
     assert {row["layer"]: row["inside"] for row in rows} == inside
@@ -169,7 +226,8 @@ def test_range_of_the_whole_network(tmp_path, bounds, inside) -> None:
     write_group(tmp_path, "bp", [0.97, 0.98])
     (tmp_path / "p.yaml").write_text(
         "- {paper: P, table: T, dataset: d, architecture: a, quantity: test_accuracy, unit: '%', experiments: [a_table],\n"
-        f"   rows: [{{row: R, values: {{bp: {bounds}}}}}]}}\n")
+        f"   rows: [{{row: R, values: {{bp: {bounds}}}}}]}}\n"
+    )
     (row,) = against_published(read_entries(tmp_path / "p.yaml"), runs_in(tmp_path)).to_dict("records")
     assert (row["layer"], row["inside"]) == ("", inside)
 
@@ -193,10 +251,14 @@ def test_a_standard_error_is_no_standard_deviation(tmp_path) -> None:
     assert against_published([entry], runs_in(tmp_path)).to_dict("records")[0]["spread_kind"] == "standard error"
 
 
-@pytest.mark.parametrize(("text", "said"), [
-    ("- {table: T, rows: [{row: R, values: {bp: x}}]}", "T, row R"), ("a: [", "unreadable"),
-    ("- {table: T, tabel: U, rows: [{row: R, values: {bp: 1}}]}", "tabel"),
-])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("- {table: T, rows: [{row: R, values: {bp: x}}]}", "T, row R"),
+        ("a: [", "unreadable"),
+        ("- {table: T, tabel: U, rows: [{row: R, values: {bp: 1}}]}", "tabel"),
+    ],
+)
 def test_a_file_that_cannot_be_read_says_where(tmp_path, text, said) -> None:
     (tmp_path / "p.yaml").write_text(text)
     with pytest.raises(DataError, match=said):

@@ -23,6 +23,7 @@ NESTED = "[" * 100_000 + "]" * 100_000
 
 def keys(file: str = "result.json", **values: Any) -> Callable[[Path], None]:
     """Writes other values into a record."""
+
     def edit(directory: Path) -> None:
         path = directory / file
         path.write_text(json.dumps(json.loads(path.read_text()) | values))
@@ -32,6 +33,7 @@ def keys(file: str = "result.json", **values: Any) -> Callable[[Path], None]:
 
 def text(file: str, content: str) -> Callable[[Path], None]:
     """Writes another content."""
+
     def edit(directory: Path) -> None:
         (directory / file).write_text(content)
 
@@ -43,43 +45,63 @@ def lines(*records: Any) -> Callable[[Path], None]:
 
 
 DAMAGED = {
-    "an accuracy in words": (keys(test_accuracy="high"),
-        r"result\.json: test_accuracy='high' \(allowed: a number from 0 to 1, or null\)"),
+    "an accuracy in words": (
+        keys(test_accuracy="high"),
+        r"result\.json: test_accuracy='high' \(allowed: a number from 0 to 1, or null\)",
+    ),
     "an accuracy in per cent": (keys(val_accuracy=97), r"result\.json: val_accuracy=97 \(allowed: a number from 0 to 1"),
     "an accuracy that is true": (keys(test_accuracy=True), r"test_accuracy=True"),
-    "a status": (keys(status="finsihed"),
-        r"status='finsihed' \(allowed: finished, stopped, diverged, failed, interrupted\); did you mean 'finished'\?"),
+    "a status": (
+        keys(status="finsihed"),
+        r"status='finsihed' \(allowed: finished, stopped, diverged, failed, interrupted\); did you mean 'finished'\?",
+    ),
     "a seed": (keys(seed="0"), r"seed='0' \(allowed: a whole number\)"),
     "a label": (keys(label=["a"]), r"label=\['a'\] \(allowed: text, not empty\)"),
     "seconds": (keys(seconds=-1), r"seconds=-1 \(allowed: a number from 0 to 1e\+100, or null\)"),
-    "angles": (keys(angles={"weight_angle": {"fc1": "steep"}}),
-        r"angles\.weight_angle\.fc1='steep' \(allowed: a number of at most 1e\+100, or null\)"),
+    "angles": (
+        keys(angles={"weight_angle": {"fc1": "steep"}}),
+        r"angles\.weight_angle\.fc1='steep' \(allowed: a number of at most 1e\+100, or null\)",
+    ),
     "no number a float holds": (keys(angles={"weight_angle": {"fc1": 10**400}}), r"angles\.weight_angle\.fc1=1000"),
     "layers": (keys(feedback_layers=["fc1", 2]), r"feedback_layers\[1\]=2 \(allowed: text\)"),
-    "an error": (keys(status="diverged", error={"epoch": "third"}),
-        r"error\.epoch='third' \(allowed: a whole number >= 0, or null\)"),
+    "an error": (
+        keys(status="diverged", error={"epoch": "third"}),
+        r"error\.epoch='third' \(allowed: a whole number >= 0, or null\)",
+    ),
     "deep nesting": (text("result.json", NESTED), r"result\.json: nested deeper than 20 levels"),
-    "nesting that JSON takes": (text("result.json", '{"a":' * 30 + "1" + "}" * 30),
-        r"result\.json: nested deeper than 20 levels"),
+    "nesting that JSON takes": (
+        text("result.json", '{"a":' * 30 + "1" + "}" * 30),
+        r"result\.json: nested deeper than 20 levels",
+    ),
     "no JSON": (text("result.json", "{"), r"result\.json: unreadable"),
     "a list": (text("result.json", "[]"), r"result\.json: \[\] \(allowed: a mapping\)"),
-    "epochs that are not there": (keys(epoch=7),
-        r"metrics\.jsonl: has records of 2 epochs, but result\.json says that the run finished 7"),
+    "epochs that are not there": (
+        keys(epoch=7),
+        r"metrics\.jsonl: has records of 2 epochs, but result\.json says that the run finished 7",
+    ),
     "another epoch than the last": (
         lambda run: (keys(epoch=2)(run), lines(epoch_record(1, 0.5, None), epoch_record(10**18, 0.5, None))(run)),
-        r"records of 2 epochs, the last of epoch 10+, but result\.json says that the run finished 2"),
-    "a loss beyond all scales": (lines({**epoch_record(1, 0.5, None), "test_loss": 1e308}, epoch_record(2, 0.5, None)),
-        r"line 1: test_loss=1e\+308 \(allowed: a number of at most 1e\+100, or null\)"),
-    "an angle beyond all scales": (lines(
-        epoch_record(1, 0.5, None), {**epoch_record(2, 0.5, None), "angles": {"weight_angle": {"fc1": -1e308}}}),
-        r"line 2: angles\.weight_angle\.fc1=-1e\+308"),
+        r"records of 2 epochs, the last of epoch 10+, but result\.json says that the run finished 2",
+    ),
+    "a loss beyond all scales": (
+        lines({**epoch_record(1, 0.5, None), "test_loss": 1e308}, epoch_record(2, 0.5, None)),
+        r"line 1: test_loss=1e\+308 \(allowed: a number of at most 1e\+100, or null\)",
+    ),
+    "an angle beyond all scales": (
+        lines(epoch_record(1, 0.5, None), {**epoch_record(2, 0.5, None), "angles": {"weight_angle": {"fc1": -1e308}}}),
+        r"line 2: angles\.weight_angle\.fc1=-1e\+308",
+    ),
     "no record": (lines([1], epoch_record(2, 0.5, None)), r"metrics\.jsonl: line 1 is not an epoch's record"),
     "an epoch": (lines({"epoch": "1"}), r"metrics\.jsonl: line 1: epoch='1' \(allowed: a whole number >= 1\)"),
-    "a record's angles": (lines({"epoch": 1, "angles": {"weight_angle": [3]}}),
-        r"line 1: angles\.weight_angle=\[3\] \(allowed: a mapping\)"),
+    "a record's angles": (
+        lines({"epoch": 1, "angles": {"weight_angle": [3]}}),
+        r"line 1: angles\.weight_angle=\[3\] \(allowed: a mapping\)",
+    ),
     "a record's loss": (lines({"epoch": 1, "train_loss": "low"}), r"line 1: train_loss='low'"),
-    "deep records": (text("metrics.jsonl", f"{NESTED}\n{NESTED}\n"),
-        r"metrics\.jsonl: line 1 is not an epoch's record: nested deeper"),
+    "deep records": (
+        text("metrics.jsonl", f"{NESTED}\n{NESTED}\n"),
+        r"metrics\.jsonl: line 1 is not an epoch's record: nested deeper",
+    ),
     "no YAML": (text("config.yaml", "a: ["), r"config\.yaml: line 1: invalid YAML"),
     "no mapping": (text("config.yaml", "- 1"), r"config\.yaml: not a run's config \(allowed: a mapping\)"),
     "a config's seed": (text("config.yaml", "seed: first"), r"config\.yaml: seed='first' \(allowed: a whole number\)"),
@@ -123,14 +145,21 @@ def test_where_every_run_is_damaged_the_first_one_is_the_error(tmp_path, capsys)
     assert capsys.readouterr().err == f"fa-bench-report: {tmp_path}/fa-0/result.json: seed=None (allowed: a whole number)\n"
 
 
-@pytest.mark.parametrize("planned", [
-    "[]", "{", NESTED, '{"runs": [5]}',
-    '{"runs": [{"directory": "a"}]}', '{"runs": [{"directory": 5, "label": "a", "epochs": 1}]}',
-    '{"runs": [{"directory": "a\\u0000b", "label": "a", "epochs": 1}]}',
-    '{"runs": [{"directory": "a", "label": "", "epochs": 1}]}',
-    '{"runs": [{"directory": "a", "label": "a", "epochs": -1}]}',
-    '{"runs": [{"directory": "\\ud800", "label": "a", "epochs": 1}]}',
-])
+@pytest.mark.parametrize(
+    "planned",
+    [
+        "[]",
+        "{",
+        NESTED,
+        '{"runs": [5]}',
+        '{"runs": [{"directory": "a"}]}',
+        '{"runs": [{"directory": 5, "label": "a", "epochs": 1}]}',
+        '{"runs": [{"directory": "a\\u0000b", "label": "a", "epochs": 1}]}',
+        '{"runs": [{"directory": "a", "label": "", "epochs": 1}]}',
+        '{"runs": [{"directory": "a", "label": "a", "epochs": -1}]}',
+        '{"runs": [{"directory": "\\ud800", "label": "a", "epochs": 1}]}',
+    ],
+)
 def test_a_damaged_list_of_runs_is_named_and_the_runs_are_reported(tmp_path, capsys, planned):
     write_group(tmp_path, "fa", [0.9])
     (tmp_path / "sweep.json").write_text(planned)
@@ -146,8 +175,7 @@ EVIL = "\x1b[31mkp\u202e <script>alert(1)</script> # [a](http://b) | $\\frac{$ *
 def test_what_records_say_is_shown_and_does_nothing(tmp_path, capsys):
     write_run(tmp_path, "fa", 0, 0.9)
     named = dict.fromkeys(("label", "group", "architecture", "optimizer"), EVIL)
-    write_run(tmp_path, "fa", 1, 0.9, probes={EVIL: {EVIL: 1.0}}, **named).rename(
-        tmp_path / "evil")
+    write_run(tmp_path, "fa", 1, 0.9, probes={EVIL: {EVIL: 1.0}}, **named).rename(tmp_path / "evil")
     write_run(tmp_path, "kp", 0, None, status="diverged", error={"type": "E", "message": EVIL.replace("\n", " ")})
     assert main([str(tmp_path)]) == 1
     report, table = ((tmp_path / name).read_text() for name in ("report.md", "report.csv"))
@@ -162,17 +190,32 @@ def test_what_records_say_is_shown_and_does_nothing(tmp_path, capsys):
 
 def test_marks_of_markdown_and_of_formulas_are_escaped():
     assert escape_markdown("# a_b _c_ *d* `e` <f> [g] h|i ~j~ $k$ & l") == (
-        r"\# a_b \_c\_ \*d\* \`e\` &lt;f&gt; \[g\] h\|i \~j\~ \$k\$ &amp; l")
+        r"\# a_b \_c\_ \*d\* \`e\` &lt;f&gt; \[g\] h\|i \~j\~ \$k\$ &amp; l"
+    )
     assert [escape_markdown(text) for text in ("- a", "1. a", "2) a", "+ a", "a\nb", "3 finished, 1 diverged", "lr=0.1")] == [
-        r"\- a", r"1\. a", r"2\) a", r"\+ a", r"a\\nb", "3 finished, 1 diverged", "lr=0.1"]
+        r"\- a",
+        r"1\. a",
+        r"2\) a",
+        r"\+ a",
+        r"a\\nb",
+        "3 finished, 1 diverged",
+        "lr=0.1",
+    ]
     assert escape_mathtext("a$b$\n") == r"a\$b\$\n"
 
 
 @pytest.mark.parametrize("sign", ["$\\frac{$", "a$b", "$", "結果", "\x1b[1m", "x" * 5000])
 def test_a_figure_takes_any_name(tmp_path, sign):
     for number, lr in enumerate((sign, "0.1")):
-        run = write_run(tmp_path, "kp", 0, 0.9, group=f"kp-{number}", dataset=f"d{lr}",
-                        metrics=[epoch_record(1, 0.5, {"weight_angle": {f"fc2{sign}": 70.0}}), epoch_record(2, 0.5, None)])
+        run = write_run(
+            tmp_path,
+            "kp",
+            0,
+            0.9,
+            group=f"kp-{number}",
+            dataset=f"d{lr}",
+            metrics=[epoch_record(1, 0.5, {"weight_angle": {f"fc2{sign}": 70.0}}), epoch_record(2, 0.5, None)],
+        )
         config = {"algorithm": {"name": "kp", "density": 0.5}, "optimizer": {"name": "sgd", "lr": lr}, "seed": 0}
         (run / "config.yaml").write_text(json.dumps(config))
     assert main([str(tmp_path)]) == 0
@@ -183,9 +226,10 @@ def test_a_figure_takes_any_name(tmp_path, sign):
 def test_a_figure_takes_every_number_that_is_allowed(tmp_path, number):
     write_group(tmp_path, "fa", [0.9, 0.8])
     write_group(tmp_path, "bp", [0.9])
-    lines({**epoch_record(1, 0.5, None), "test_loss": number, "train_loss": number, "val_loss": number},
-          {**epoch_record(2, 0.5, None), "angles": {"weight_angle": {"fc1": number}, "norm_ratio": {"fc1": number}}})(
-        tmp_path / "fa-1")
+    lines(
+        {**epoch_record(1, 0.5, None), "test_loss": number, "train_loss": number, "val_loss": number},
+        {**epoch_record(2, 0.5, None), "angles": {"weight_angle": {"fc1": number}, "norm_ratio": {"fc1": number}}},
+    )(tmp_path / "fa-1")
     keys(angles={"weight_angle": {"fc1": number}, "norm_ratio": {"fc1": number}})(tmp_path / "fa-1")
     assert main([str(tmp_path)]) == 0
 
@@ -227,6 +271,7 @@ def test_a_link_that_leads_in_a_circle_ends_no_report(tmp_path, name):
 
 # Versions of the code.
 
+
 @pytest.mark.parametrize("word", ["code", "data"])
 def test_runs_of_other_code_or_data_have_rows_of_their_own(tmp_path, word):
     for version, accuracies in (("a" * 64, [0.9, 0.8]), ("b" * 64, [0.5, 0.4])):
@@ -236,8 +281,11 @@ def test_runs_of_other_code_or_data_have_rows_of_their_own(tmp_path, word):
     assert main([str(tmp_path)]) == 0
     rows = {row["label"]: row for row in csv.DictReader((tmp_path / "report.csv").read_text().splitlines())}
     assert {label: (row["n"], row["test_accuracy"], row["bp_difference"]) for label, row in rows.items()} == {
-        f"bp {word}=aaaaaaaa": ("2", "85", ""), f"bp {word}=bbbbbbbb": ("2", "45", ""),
-        f"fa {word}=aaaaaaaa": ("2", "75", "-10"), f"fa {word}=bbbbbbbb": ("2", "35", "-10")}
+        f"bp {word}=aaaaaaaa": ("2", "85", ""),
+        f"bp {word}=bbbbbbbb": ("2", "45", ""),
+        f"fa {word}=aaaaaaaa": ("2", "75", "-10"),
+        f"fa {word}=bbbbbbbb": ("2", "35", "-10"),
+    }
     assert {row[f"{word}_hash"] for row in rows.values()} == {"a" * 64, "b" * 64}
     layers = list(csv.DictReader((tmp_path / "report_layers.csv").read_text().splitlines()))
     assert {row["label"] for row in layers} == set(rows) and {row["n"] for row in layers} == {"2"}
@@ -264,22 +312,30 @@ def test_a_run_without_result_is_in_the_row_of_its_code(tmp_path):
 
 # Columns.
 
+
 def test_the_csv_has_validation_accuracies_and_a_column_for_each_swept_key(tmp_path):
     for number, (lr, widths) in enumerate(((0.1, [8]), (0.05, [8, 4]))):
         for seed, val in enumerate((0.6, 0.7, 0.8)):
             run = write_run(tmp_path, "kp", seed, 0.9, group=f"kp-{number}", val_accuracy=val, test_accuracy_at_best_val=0.85)
-            config = {"algorithm": {"name": "kp", "b_init": None}, "optimizer": {"name": "sgd", "lr": lr}, "seed": seed,
-                      "architecture": {"name": "mlp", "widths": widths}, "status": number, "x\ny": number}
+            config = {
+                "algorithm": {"name": "kp", "b_init": None},
+                "optimizer": {"name": "sgd", "lr": lr},
+                "seed": seed,
+                "architecture": {"name": "mlp", "widths": widths},
+                "status": number,
+                "x\ny": number,
+            }
             (run / "config.yaml").write_text(json.dumps(config))
     assert main([str(tmp_path)]) == 0
     rows = list(csv.DictReader((tmp_path / "report.csv").read_text().splitlines()))
     assert [(row["optimizer.lr"], row["architecture.widths"], row[r"x\ny"], row["status"]) for row in rows] == [
-        ("0.05", "[8,4]", "1", "3 finished"), ("0.1", "[8]", "0", "3 finished")]
+        ("0.05", "[8,4]", "1", "3 finished"),
+        ("0.1", "[8]", "0", "3 finished"),
+    ]
     assert "algorithm.b_init" not in rows[0] and "seed" not in rows[0] and "best_val_accuracy" not in rows[0]
     # 60, 70, 80: std 10; half width 4.302652730 x 10 / sqrt 3 = 24.84137712.
     assert (rows[0]["val_accuracy"], rows[0]["val_accuracy_std"], rows[0]["val_accuracy_ci95"]) == ("70", "10", "24.84137712")
     assert (rows[0]["test_accuracy"], rows[0]["test_accuracy_at_best_val"]) == ("90", "85")
-
 
 
 def test_a_run_that_ended_before_its_data_were_known_is_in_the_row_of_the_others(tmp_path):
@@ -291,14 +347,17 @@ def test_a_run_that_ended_before_its_data_were_known_is_in_the_row_of_the_others
     assert [(row["label"], row["n"], row["runs"]) for row in rows] == [("kp", "2", "3")]
 
 
-@pytest.mark.parametrize(("text", "want"), [
-    ("# config hash: 0a\n# code hash: c0de\nseed: 3\nepochs: 2\n", {"seed": 3, "epochs": 2}),
-    ("# config hash: 0b\n# code hash: c0de\nseed: 14\nepochs: 2\n", {"seed": 14, "epochs": 2}),
-    ("epochs: 2\nseed: 0\n", {"epochs": 2, "seed": 0}),
-    ('label: "a\nseed: 5\nb"\nseed: 6\n', {"label": "a seed: 5 b", "seed": 6}),  # part of a text
-    ('label: "a\nseed: 5\nb"\n', {"label": "a seed: 5 b"}),
-    ("seed: 012\n", {"seed": 10}),  # octal in YAML
-])
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("# config hash: 0a\n# code hash: c0de\nseed: 3\nepochs: 2\n", {"seed": 3, "epochs": 2}),
+        ("# config hash: 0b\n# code hash: c0de\nseed: 14\nepochs: 2\n", {"seed": 14, "epochs": 2}),
+        ("epochs: 2\nseed: 0\n", {"epochs": 2, "seed": 0}),
+        ('label: "a\nseed: 5\nb"\nseed: 6\n', {"label": "a seed: 5 b", "seed": 6}),  # part of a text
+        ('label: "a\nseed: 5\nb"\n', {"label": "a seed: 5 b"}),
+        ("seed: 012\n", {"seed": 10}),  # octal in YAML
+    ],
+)
 def test_configs_that_differ_in_the_seed_are_read_like_any_other(tmp_path, text, want):
     for _ in range(2):  # the second time, it was parsed before
         (tmp_path / "config.yaml").write_text(text)

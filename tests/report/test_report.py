@@ -25,6 +25,7 @@ def rows(root: Path, reference: str = BEST) -> dict:
 
 # Reading.
 
+
 def test_runs_are_found_once_in_order_whatever_the_paths(tmp_path):
     second, first = write_run(tmp_path / "b", "fa", 0, 0.9), write_run(tmp_path / "a" / "deep", "bp", 0, 0.9)
     (tmp_path / "empty").mkdir()
@@ -82,7 +83,9 @@ def test_groups_keep_the_order_of_first_appearance(tmp_path):
     runs = [read_run(write_run(tmp_path, rule, seed, 0.9)) for rule, seed in (("kp", 0), ("bp", 0), ("kp", 1))]
     groups = group_runs(runs)
     assert [(group, [run.result["seed"] for run in members]) for group, members in groups.items()] == [
-        ("kp-0a", [0, 1]), ("bp-0a", [0])]
+        ("kp-0a", [0, 1]),
+        ("bp-0a", [0]),
+    ]
 
 
 def test_groups_that_share_a_label_go_by_their_own_name(tmp_path):
@@ -109,7 +112,8 @@ def test_groups_that_share_a_label_show_what_their_configs_differ_in(tmp_path):
         "bp",
         "kp optimizer=sgd lr=0.05 feedback_optimizer=null",
         "kp optimizer=sgd lr=0.1 feedback_optimizer=null",
-        "kp optimizer=adam lr=1e-05 feedback_optimizer=adam"]
+        "kp optimizer=adam lr=1e-05 feedback_optimizer=adam",
+    ]
     assert "kp optimizer=sgd lr=0.1 feedback_optimizer=null" in rows(tmp_path)
 
 
@@ -119,26 +123,42 @@ def test_configs_that_say_nothing_leave_the_group_s_name(tmp_path):
     assert set(group_labels(group_runs(runs_in(tmp_path))).values()) == {"kp-0", "kp-1", "kp-2"}
 
 
-@pytest.mark.parametrize(("one", "other", "want"), [
-    ({"a": 1, "b": True}, {"a": 1, "b": False}, ["rule b=true", "rule b=false"]),
-    ({"m": [20, 30], "n": None}, {"m": [], "n": None}, ["rule m=[20,30]", "rule m=[]"]),
-    ({"o": {"name": "a", "s": {"name": "c", "x": 1}}}, {"o": {"name": "a", "s": {"name": "d", "x": 2}}},
-     ["rule o.s.name=c", "rule o.s.name=d"]),
-    ({"o": {"name": "a", "s": {"name": "c", "x": 1}}}, {"o": {"name": "a", "s": {"name": "c", "x": 2}}},
-     ["rule o.s.x=1", "rule o.s.x=2"]),
-    ({"seed": 1, "resume": True}, {"seed": 2, "resume": False}, ["rule", "rule"]),
-    ({"dataset": "mnist", "data_dir": "a"}, {"dataset": "mnist", "data_dir": "b"}, ["rule", "rule"]),
-    ({"dataset": "image_folder", "data_dir": "a"}, {"dataset": "image_folder", "data_dir": "b"},
-     ["rule data_dir=a", "rule data_dir=b"]),
-    ({"dataset": "image_folder", "data_dir": "a"}, {"dataset": "mnist", "data_dir": "b"},
-     ["rule dataset=image_folder", "rule dataset=mnist"]),
-])
+@pytest.mark.parametrize(
+    ("one", "other", "want"),
+    [
+        ({"a": 1, "b": True}, {"a": 1, "b": False}, ["rule b=true", "rule b=false"]),
+        ({"m": [20, 30], "n": None}, {"m": [], "n": None}, ["rule m=[20,30]", "rule m=[]"]),
+        (
+            {"o": {"name": "a", "s": {"name": "c", "x": 1}}},
+            {"o": {"name": "a", "s": {"name": "d", "x": 2}}},
+            ["rule o.s.name=c", "rule o.s.name=d"],
+        ),
+        (
+            {"o": {"name": "a", "s": {"name": "c", "x": 1}}},
+            {"o": {"name": "a", "s": {"name": "c", "x": 2}}},
+            ["rule o.s.x=1", "rule o.s.x=2"],
+        ),
+        ({"seed": 1, "resume": True}, {"seed": 2, "resume": False}, ["rule", "rule"]),
+        ({"dataset": "mnist", "data_dir": "a"}, {"dataset": "mnist", "data_dir": "b"}, ["rule", "rule"]),
+        (
+            {"dataset": "image_folder", "data_dir": "a"},
+            {"dataset": "image_folder", "data_dir": "b"},
+            ["rule data_dir=a", "rule data_dir=b"],
+        ),
+        (
+            {"dataset": "image_folder", "data_dir": "a"},
+            {"dataset": "mnist", "data_dir": "b"},
+            ["rule dataset=image_folder", "rule dataset=mnist"],
+        ),
+    ],
+)
 def test_labels(one, other, want):
     configs = [labels.flatten(one), labels.flatten(other)]
     assert [labels.label("rule", config, labels.differing_keys(configs)) for config in configs] == want
 
 
 # Statistics.
+
 
 def test_accuracy_mean_std_and_interval(tmp_path):
     for seed, (final, best) in enumerate([(0.97, 0.90), (0.98, 0.96), (0.99, None)]):
@@ -234,13 +254,16 @@ def test_a_folder_of_images_is_a_task_of_its_own_and_known_by_its_name(tmp_path)
     for folder, accuracy in (("cats", 0.8), ("dogs", 0.9)):
         for rule, more in (("bp", 0.01), ("fa", 0)):
             run = write_run(tmp_path, rule, 0, accuracy + more, group=f"{rule}-{folder}", dataset="image_folder")
-            (run / "config.yaml").write_text(json.dumps(
-                {"algorithm": {"name": rule}, "dataset": {"name": "image_folder"}, "data_dir": f"images/{folder}"}))
+            (run / "config.yaml").write_text(
+                json.dumps({"algorithm": {"name": rule}, "dataset": {"name": "image_folder"}, "data_dir": f"images/{folder}"})
+            )
     table = rows(tmp_path)
     assert list(table) == [f"{rule} data_dir=images/{folder}" for rule in ("bp", "fa") for folder in ("cats", "dogs")]
     assert table["fa data_dir=images/dogs"]["bp_difference"] == pytest.approx(-1)
     assert list(tasks(group_runs(runs_in(tmp_path)))) == [
-        "image_folder, mlp data_dir=images/cats", "image_folder, mlp data_dir=images/dogs"]
+        "image_folder, mlp data_dir=images/cats",
+        "image_folder, mlp data_dir=images/dogs",
+    ]
 
 
 def test_references_have_the_options_of_the_task_and_differ_least(tmp_path):
@@ -249,10 +272,20 @@ def test_references_have_the_options_of_the_task_and_differ_least(tmp_path):
         (run / "config.yaml").write_text(json.dumps({"seed": 0, "algorithm": {"name": rule}, **config}))
 
     for number, decay in enumerate([0.0, 0.1]):
-        configured("bp", 0.9 + number / 100, f"bp-{number}", architecture={"name": "mlp", "widths": [8]},
-                   optimizer={"name": "sgd", "lr": 0.1, "weight_decay": decay})
-        configured("fa", 0.8, f"fa-{number}", architecture={"name": "mlp", "widths": [8]},
-                   optimizer={"name": "sgd", "lr": 0.2, "weight_decay": decay})
+        configured(
+            "bp",
+            0.9 + number / 100,
+            f"bp-{number}",
+            architecture={"name": "mlp", "widths": [8]},
+            optimizer={"name": "sgd", "lr": 0.1, "weight_decay": decay},
+        )
+        configured(
+            "fa",
+            0.8,
+            f"fa-{number}",
+            architecture={"name": "mlp", "widths": [8]},
+            optimizer={"name": "sgd", "lr": 0.2, "weight_decay": decay},
+        )
     configured("kp", 0.8, "kp", architecture={"name": "mlp", "widths": [9]}, optimizer={"name": "sgd"})
     table = {row["group"]: row for row in summarise(runs_in(tmp_path)).to_dict("records")}
     assert table["fa-0"]["bp_difference"] == pytest.approx(-10) and table["fa-1"]["bp_difference"] == pytest.approx(-11)
@@ -262,10 +295,27 @@ def test_references_have_the_options_of_the_task_and_differ_least(tmp_path):
 def test_a_run_that_did_not_finish_is_counted_and_kept_out_of_the_means(tmp_path):
     write_group(tmp_path, "bp", [0.97, 0.98, 0.99])
     write_group(tmp_path, "fa", [0.95, 0.97])
-    write_run(tmp_path, "fa", 2, 0.10, status="diverged", seconds=99.0, angles={"weight_angle": {"fc2": 5.0}}, epochs=40,
-              error={"type": "Diverged", "message": "not finite in epoch 3", "epoch": 3, "layer": "fc1"})
-    write_group(tmp_path, "kp", [None], status="failed", angles=None, feedback_layers=None, seconds=None,
-                error={"type": "RuntimeError", "message": "out of luck\nat length"})
+    write_run(
+        tmp_path,
+        "fa",
+        2,
+        0.10,
+        status="diverged",
+        seconds=99.0,
+        angles={"weight_angle": {"fc2": 5.0}},
+        epochs=40,
+        error={"type": "Diverged", "message": "not finite in epoch 3", "epoch": 3, "layer": "fc1"},
+    )
+    write_group(
+        tmp_path,
+        "kp",
+        [None],
+        status="failed",
+        angles=None,
+        feedback_layers=None,
+        seconds=None,
+        error={"type": "RuntimeError", "message": "out of luck\nat length"},
+    )
     table = rows(tmp_path)
     fa, kp = table["fa"], table["kp"]
     assert (fa["n"], fa["runs"], fa["status"]) == (2, 3, "2 finished, 1 diverged")
@@ -298,6 +348,7 @@ def test_angles_are_means_over_the_layers_that_they_say_something_about(tmp_path
 
 
 # Tables as text.
+
 
 def test_terminal_table(tmp_path):
     write_group(tmp_path, "bp", [0.97, 0.98, 0.99], angles=None, val_accuracy=0.965)
@@ -335,8 +386,10 @@ def test_markdown_has_every_column_with_something_in_it_and_keeps_its_cells_apar
     head, rule, _, fa, _ = to_markdown(summarise(runs_in(tmp_path))).splitlines()
     assert len({len(line.replace("\\|", "").split("|")) for line in (head, rule, fa)}) == 1
     assert "std" not in head and "published" not in head
-    assert fa == (r"| a\|b | fa-0a | mlp | digits | sgd | 2 | 1 | 1 | 0 | 1 finished | 96.00 | 96.00 | -1.00 | 1 | bp "
-                  "| 50.00 | frozen | yes | 70.0 | 40.0 | 1.50 | 2.0 | 1.00 |")
+    assert fa == (
+        r"| a\|b | fa-0a | mlp | digits | sgd | 2 | 1 | 1 | 0 | 1 finished | 96.00 | 96.00 | -1.00 | 1 | bp "
+        "| 50.00 | frozen | yes | 70.0 | 40.0 | 1.50 | 2.0 | 1.00 |"
+    )
 
 
 def test_rows_whose_rule_transports_weights_by_design_say_so(tmp_path):

@@ -24,15 +24,42 @@ SCORES = as_records((PERPLEXITY, NEXT_TOKEN))
 
 
 def lines_of(perplexity: float, val: float) -> list[dict]:
-    return [{"epoch": epoch, "step": epoch, "train_loss": 1.0, "val_loss": 1.0, "test_loss": 1.0, "lr": 0.1, "seconds": 1.0,
-             "angles": None, "scores": SCORES, "test_perplexity": 9.0 if epoch == 1 else perplexity, "val_perplexity": val,
-             "test_accuracy": 0.5, "train_perplexity": 2.0} for epoch in (1, 2)]
+    return [
+        {
+            "epoch": epoch,
+            "step": epoch,
+            "train_loss": 1.0,
+            "val_loss": 1.0,
+            "test_loss": 1.0,
+            "lr": 0.1,
+            "seconds": 1.0,
+            "angles": None,
+            "scores": SCORES,
+            "test_perplexity": 9.0 if epoch == 1 else perplexity,
+            "val_perplexity": val,
+            "test_accuracy": 0.5,
+            "train_perplexity": 2.0,
+        }
+        for epoch in (1, 2)
+    ]
 
 
 def write_tokens(root: Path, rule: str, seed: int, perplexity: float, val: float, lr: float = 0.1, dataset: str = "text") -> Path:
-    return write_set(root, rule, seed, 0.5, None, lr, dataset=dataset, scores=SCORES, test_perplexity=perplexity,
-                     val_perplexity=val, train_perplexity=2.0, test_perplexity_at_best_val=perplexity,
-                     metrics=lines_of(perplexity, val))
+    return write_set(
+        root,
+        rule,
+        seed,
+        0.5,
+        None,
+        lr,
+        dataset=dataset,
+        scores=SCORES,
+        test_perplexity=perplexity,
+        val_perplexity=val,
+        train_perplexity=2.0,
+        test_perplexity_at_best_val=perplexity,
+        metrics=lines_of(perplexity, val),
+    )
 
 
 def rows(folder: Path, name: str) -> list[dict[str, str]]:
@@ -77,7 +104,11 @@ def test_tasks_with_different_scores_have_their_own_columns_and_figures(tmp_path
     write_report(find_runs([tmp_path]), tmp_path / "report")
     table = rows(tmp_path / "report", "report.csv")
     assert [(row["dataset"], row["test_accuracy"], row["test_perplexity"]) for row in table] == [
-        ("digits", "90", ""), ("digits", "90", ""), ("text", "", "3"), ("text", "", "3")]
+        ("digits", "90", ""),
+        ("digits", "90", ""),
+        ("text", "", "3"),
+        ("text", "", "3"),
+    ]
     runs = in_order(runs_in(tmp_path))
     names = [name for name, *_ in report_figures(runs, Selection(), runs)]
     assert {"", "optimizer.lr", "optimizer.lr-test_perplexity"} <= {*names}
@@ -99,10 +130,16 @@ def test_frames_and_the_live_view_show_the_score(tmp_path: Path) -> None:
     assert titles(Watcher([tmp_path]).look(0.0))[4:6] == ("val", "test")
 
 
-@pytest.mark.parametrize(("scores", "problem"), [
-    ([{"name": "loss", "title": "x"}], r"scores\[0\]\.name=loss"), ([{"name": "f1"}], r"scores\[0\]\.title"),
-    ([3], r"scores\[0\]=3"), ("f1", "scores=f1"), ([{"name": "f1", "title": "F1", "higher_is_better": 1}], "higher_is_better=1"),
-])
+@pytest.mark.parametrize(
+    ("scores", "problem"),
+    [
+        ([{"name": "loss", "title": "x"}], r"scores\[0\]\.name=loss"),
+        ([{"name": "f1"}], r"scores\[0\]\.title"),
+        ([3], r"scores\[0\]=3"),
+        ("f1", "scores=f1"),
+        ([{"name": "f1", "title": "F1", "higher_is_better": 1}], "higher_is_better=1"),
+    ],
+)
 def test_forged_scores_are_refused(tmp_path: Path, scores: object, problem: str) -> None:
     from fa_bench.report.runs import read_run
     from fa_bench.runs.readers import RecordError

@@ -56,8 +56,10 @@ def test_a_row_without_any_result_is_there(tmp_path):
     rows = table(tmp_path)
     assert rows["kp"]["group"] == "kp-0123abcd" and rows["kp"]["unfinished"] == "1 of 1: seed 0 interrupted after 1 of 4 epochs"
     assert [(label, row["n"], row["runs"], row["status"], row["test_accuracy"]) for label, row in rows.items()] == [
-        ("fa lr=1", "0", "2", "2 interrupted", ""), ("fa lr=2", "0", "1", "1 interrupted", ""),
-        ("kp", "0", "1", "1 interrupted", "")]
+        ("fa lr=1", "0", "2", "2 interrupted", ""),
+        ("fa lr=2", "0", "1", "1 interrupted", ""),
+        ("kp", "0", "1", "1 interrupted", ""),
+    ]
 
 
 def test_a_run_taken_up_again_is_running_and_a_finished_one_finished(tmp_path):
@@ -83,8 +85,10 @@ def test_asking_for_the_lock_neither_makes_nor_keeps_it(tmp_path):
 
 def test_runs_that_a_sweep_announced_and_that_have_not_started_are_named(tmp_path, capsys):
     write_group(tmp_path, "bp", [0.9], metrics=[])
-    planned = [PlannedRun(tmp_path / "bp-0", "bp seed 0", 2), *(
-        PlannedRun(tmp_path / "kp-0b" / f"seed{seed}", f"kp seed {seed}", 2) for seed in range(9))]
+    planned = [
+        PlannedRun(tmp_path / "bp-0", "bp seed 0", 2),
+        *(PlannedRun(tmp_path / "kp-0b" / f"seed{seed}", f"kp seed {seed}", 2) for seed in range(9)),
+    ]
     write_sweep(tmp_path, ["fa-bench", "-m"], planned)
     assert main([str(tmp_path)]) == 1
     text, said = (tmp_path / "report.md").read_text(), capsys.readouterr().out
@@ -108,12 +112,25 @@ def test_files_that_a_report_no_longer_has_go_and_others_stay(tmp_path):
     (other / "metrics.jsonl").unlink()
     write_report(find_runs([tmp_path / "runs"]), tmp_path)
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {
-        "report.md", "report.csv", "report_layers.csv", "report.png", "report_curves.png", "report_weight_angle.png",
-        "report_mine.png", "report_curves-old.png", "other.png", ".report.json", "report.json", "report.tex", "runs.csv",
-        "report.html"}
+        "report.md",
+        "report.csv",
+        "report_layers.csv",
+        "report.png",
+        "report_curves.png",
+        "report_weight_angle.png",
+        "report_mine.png",
+        "report_curves-old.png",
+        "other.png",
+        ".report.json",
+        "report.json",
+        "report.tex",
+        "runs.csv",
+        "report.html",
+    }
 
 
 # The list of a sweep's runs.
+
 
 def test_a_second_sweep_keeps_what_the_first_one_announced(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -121,22 +138,34 @@ def test_a_second_sweep_keeps_what_the_first_one_announced(tmp_path, monkeypatch
     first = [PlannedRun(folder / "x" / "seed0", "x seed 0", 2), PlannedRun(folder / "y", "y seed 0", 3)]
     write_sweep(folder, ["fa-bench", "a"], first)
     first = json.loads((folder / "sweep.json").read_text())
-    assert first == {"command": ["fa-bench", "a"], "runs": [
-        {"directory": "x/seed0", "label": "x seed 0", "epochs": 2}, {"directory": "y", "label": "y seed 0", "epochs": 3}]}
+    assert first == {
+        "command": ["fa-bench", "a"],
+        "runs": [
+            {"directory": "x/seed0", "label": "x seed 0", "epochs": 2},
+            {"directory": "y", "label": "y seed 0", "epochs": 3},
+        ],
+    }
     again = tmp_path / "outputs" / "experiment"  # the same, called from elsewhere
     more = [PlannedRun(again / "z", "z seed 0", 4), PlannedRun(again / "x" / "seed0", "x more", 5)]
     write_sweep(again, ["fa-bench", "b"], more)
     assert read_sweep(folder / "sweep.json") == [
-        PlannedRun(folder / "x/seed0", "x more", 5), PlannedRun(folder / "y", "y seed 0", 3),
-        PlannedRun(folder / "z", "z seed 0", 4)]
+        PlannedRun(folder / "x/seed0", "x more", 5),
+        PlannedRun(folder / "y", "y seed 0", 3),
+        PlannedRun(folder / "z", "z seed 0", 4),
+    ]
     assert json.loads((folder / "sweep.json").read_text())["command"] == ["fa-bench", "b"]
     assert [path.name for path in folder.iterdir()] == ["sweep.json"]
 
 
 def test_announced_runs_are_found_from_below_and_above(tmp_path):
     write_sweep(tmp_path / "a", [], [PlannedRun(tmp_path / "a" / "b" / name / "seed0", name, 1) for name in ("kp", "fa")])
-    for folder, want in ((tmp_path, ["kp", "fa"]), (tmp_path / "a" / "b", ["kp", "fa"]), (tmp_path / "a" / "b" / "fa", ["fa"]),
-                         (tmp_path / "a" / "b" / "fa" / "seed0", ["fa"]), (tmp_path / "a" / "b" / "f", [])):
+    for folder, want in (
+        (tmp_path, ["kp", "fa"]),
+        (tmp_path / "a" / "b", ["kp", "fa"]),
+        (tmp_path / "a" / "b" / "fa", ["fa"]),
+        (tmp_path / "a" / "b" / "fa" / "seed0", ["fa"]),
+        (tmp_path / "a" / "b" / "f", []),
+    ):
         found = find_planned_runs([folder], [])
         assert [run.label for run in found] == want and all(folder in (run.directory, *run.directory.parents) for run in found)
 

@@ -16,8 +16,18 @@ from . import nets
 
 EDGE_RULES = ("fa", "usf", "brsf", "frsf", "kp", "wm", "mixed")
 # The rules with stored feedback, and the name of a tensor of it.
-STORED = {"fa": "B", "kp": "B", "brsf": "M", "frsf": "M", "dfa": "B", "dkp": "B", "drtp": "B", "local_error": "M",
-          "wm": "B", "mixed": "F"}
+STORED = {
+    "fa": "B",
+    "kp": "B",
+    "brsf": "M",
+    "frsf": "M",
+    "dfa": "B",
+    "dkp": "B",
+    "drtp": "B",
+    "local_error": "M",
+    "wm": "B",
+    "mixed": "F",
+}
 # Options for tests that are not about what they set: less work, the same code.
 QUICK = {"wm": {"initial_steps": 2, "mirror_batch": 4}}
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

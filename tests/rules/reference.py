@@ -214,8 +214,20 @@ def output_error(logits: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def gradients(
-    chain: list[Stage], params: Arrays, x, y, *,
-    carry=None, inject=None, deliver=None, given=None, added=None, activations=None, errors=None, output=1.0, dual=None,
+    chain: list[Stage],
+    params: Arrays,
+    x,
+    y,
+    *,
+    carry=None,
+    inject=None,
+    deliver=None,
+    given=None,
+    added=None,
+    activations=None,
+    errors=None,
+    output=1.0,
+    dual=None,
 ) -> Arrays:
     """Gradients of every parameter under one way of carrying the error.
 
@@ -231,7 +243,8 @@ def gradients(
     dual: beta of the finite difference that replaces the derivative of every nonlinearity.
     """
     carry, inject, deliver, given, added, activations = (
-        tensors or {} for tensors in (carry, inject, deliver, given, added, activations))
+        tensors or {} for tensors in (carry, inject, deliver, given, added, activations)
+    )
     errors = {} if errors is None else errors
     values = forward(chain, params, x)
     delta = output * output_error(values[-1], y)

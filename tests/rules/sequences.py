@@ -54,7 +54,12 @@ def packed(layer: Layer) -> list[Rows]:
 
 
 def attention(
-    projections: list[Rows], output: Layer, queries: list[Vector], keys: list[Vector], values: list[Vector], heads: int,
+    projections: list[Rows],
+    output: Layer,
+    queries: list[Vector],
+    keys: list[Vector],
+    values: list[Vector],
+    heads: int,
     errors: list[Vector],
 ) -> tuple[list[Vector], list[Vector], list[Vector]]:
     """The errors at queries, keys and values, from the errors at the outputs of attention without masks.
@@ -65,8 +70,10 @@ def attention(
     """
     features = len(output.weight)
     size = features // heads
-    q, k, v = ([layer.forward(x, rows) for x in sequence]
-               for (layer, rows), sequence in zip(projections, (queries, keys, values), strict=True))
+    q, k, v = (
+        [layer.forward(x, rows) for x in sequence]
+        for (layer, rows), sequence in zip(projections, (queries, keys, values), strict=True)
+    )
     g_q, g_k, g_v = ([[0.0] * features for _ in sequence] for sequence in (q, k, v))
     for t, error in enumerate(errors):
         context, attended = [0.0] * features, []
@@ -89,9 +96,10 @@ def attention(
                     g_v[s][f] += weight * g_context[f]
                     g_q[t][f] += g_score * k[s][f]
                     g_k[s][f] += g_score * q[t][f]
-    at_q, at_k, at_v = ([layer.backward(x, g, rows) for x, g in zip(sequence, g_sequence, strict=True)]
-                        for (layer, rows), sequence, g_sequence in zip(
-                            projections, (queries, keys, values), (g_q, g_k, g_v), strict=True))
+    at_q, at_k, at_v = (
+        [layer.backward(x, g, rows) for x, g in zip(sequence, g_sequence, strict=True)]
+        for (layer, rows), sequence, g_sequence in zip(projections, (queries, keys, values), (g_q, g_k, g_v), strict=True)
+    )
     return at_q, at_k, at_v
 
 
@@ -106,8 +114,10 @@ def lstm(ih: Layer, hh: Layer, inputs: list[Vector], errors: list[Vector]) -> li
     steps = []
     for x in inputs:
         z = added(ih.forward(x), hh.forward(h))
-        i, f, g, o = ([squash(z[part * size + j]) for j in range(size)]
-                      for part, squash in enumerate((sigmoid, sigmoid, math.tanh, sigmoid)))
+        i, f, g, o = (
+            [squash(z[part * size + j]) for j in range(size)]
+            for part, squash in enumerate((sigmoid, sigmoid, math.tanh, sigmoid))
+        )
         new_c = [f[j] * c[j] + i[j] * g[j] for j in range(size)]
         steps.append((x, h, c, i, f, g, o, new_c))
         h, c = [o[j] * math.tanh(new_c[j]) for j in range(size)], new_c
@@ -176,5 +186,7 @@ def rnn(ih: Layer, hh: Layer, inputs: list[Vector], errors: list[Vector]) -> lis
 def bilinear(product: Layer, x1: Vector, x2: Vector, error: Vector) -> tuple[Vector, Vector]:
     """The errors at x1 and x2 of y_o = Σ_ij x1_i A_oij x2_j + b_o; `product` has A as (O, I1 I2)."""
     outer = product.backward([a * b for a in x1 for b in x2], error)
-    return ([sum(outer[i * len(x2) + j] * x2[j] for j in range(len(x2))) for i in range(len(x1))],
-            [sum(outer[i * len(x2) + j] * x1[i] for i in range(len(x1))) for j in range(len(x2))])
+    return (
+        [sum(outer[i * len(x2) + j] * x2[j] for j in range(len(x2))) for i in range(len(x1))],
+        [sum(outer[i * len(x2) + j] * x1[i] for i in range(len(x1))) for j in range(len(x2))],
+    )

@@ -88,21 +88,24 @@ def test_information_alignment_of_white_inputs_without_decay_ends_at_the_pseudo_
 
 def test_a_convolution_ends_at_its_kernel() -> None:
     """With padding and stride, all of whose patches together span every entry of the kernel."""
-    feedback, weight, _ = converged("activation_alignment", random(20, 2, 6, 5), nn.Conv2d(2, 3, 3, stride=2, padding=1),
-                                    steps=1500, alpha=0.1, beta=0.2)
+    feedback, weight, _ = converged(
+        "activation_alignment", random(20, 2, 6, 5), nn.Conv2d(2, 3, 3, stride=2, padding=1), steps=1500, alpha=0.1, beta=0.2
+    )
     assert distance(array(feedback), array(weight)) < 1e-6
 
 
 def test_noise_is_white_so_that_the_mirror_ends_near_half_of_the_weight() -> None:
     """From inputs that say nothing. A mean over the last 100 or so updates of 100 samples: C is I within 1/√10000 an entry."""
-    feedback, weight, _ = converged("regularized_mirror", 0 * random(3, 6), steps=800, lr=0.1, alpha=0.05, beta=0.05,
-                                    signal="noise", noise_batch=100)
+    feedback, weight, _ = converged(
+        "regularized_mirror", 0 * random(3, 6), steps=800, lr=0.1, alpha=0.05, beta=0.05, signal="noise", noise_batch=100
+    )
     assert distance(array(feedback), array(weight / 2)) < 0.05
 
 
 # ------------------------------------------------------------------------------------------------ gradients
 LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
-    "linear": (lambda: nn.Linear(5, 4), (3, 5)), "tokens": (lambda: nn.Linear(5, 4), (3, 2, 5)),
+    "linear": (lambda: nn.Linear(5, 4), (3, 5)),
+    "tokens": (lambda: nn.Linear(5, 4), (3, 2, 5)),
     "same": (lambda: nn.Conv2d(2, 3, 3, padding="same", padding_mode="circular"), (2, 2, 5, 4)),
     "grouped": (lambda: nn.Conv2d(4, 6, 3, stride=2, groups=2), (2, 4, 7, 6)),
     "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, groups=2), (2, 4, 5, 3)),
@@ -112,6 +115,7 @@ LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
 
 def literal_loss(loss: AlignmentLoss, layer: Any, weight: Tensor, feedback: Tensor, x: Tensor) -> Tensor:
     """The sum of the losses as they are written, by the layer itself and autograd."""
+
     def run(kernel: Tensor, x: Tensor) -> Tensor:
         return torch.func.functional_call(layer, {"weight": kernel, **({"bias": torch.zeros_like(layer.bias)})}, (x,))
 
@@ -120,16 +124,33 @@ def literal_loss(loss: AlignmentLoss, layer: Any, weight: Tensor, feedback: Tens
     leaf = x.clone().requires_grad_(True)
     # z_W B is the vector product of z_W with the Jacobian of the layer with B.
     (back,) = torch.autograd.grad(run(feedback, leaf), leaf, z_w, create_graph=True)
-    return (loss.decay * (weight.square().sum() + feedback.square().sum()) - loss.amp * (z_w * z_b).sum() / rows
-            + loss.null * back.square().sum() / rows - loss.self_ * (weight * feedback).sum()
-            + loss.sparse * (z_w.square().sum() + z_b.square().sum()) / rows)
+    return (
+        loss.decay * (weight.square().sum() + feedback.square().sum())
+        - loss.amp * (z_w * z_b).sum() / rows
+        + loss.null * back.square().sum() / rows
+        - loss.self_ * (weight * feedback).sum()
+        + loss.sparse * (z_w.square().sum() + z_b.square().sum()) / rows
+    )
 
 
 # Circular padding is part of the input that null reconstructs.
-@pytest.mark.parametrize(("loss", "name"), [(loss, name) for loss in (
-    AlignmentLoss(decay=0.7), AlignmentLoss(amp=0.7), AlignmentLoss(self_=0.7), AlignmentLoss(sparse=0.7),
-    AlignmentLoss(null=0.7), AlignmentLoss(0.2, 0.3, 0.4, 0.5, 0.6),
-) for name in LAYERS if name != "same" or not loss.null], ids=str)
+@pytest.mark.parametrize(
+    ("loss", "name"),
+    [
+        (loss, name)
+        for loss in (
+            AlignmentLoss(decay=0.7),
+            AlignmentLoss(amp=0.7),
+            AlignmentLoss(self_=0.7),
+            AlignmentLoss(sparse=0.7),
+            AlignmentLoss(null=0.7),
+            AlignmentLoss(0.2, 0.3, 0.4, 0.5, 0.6),
+        )
+        for name in LAYERS
+        if name != "same" or not loss.null
+    ],
+    ids=str,
+)
 def test_gradients_are_those_of_the_losses_as_they_are_written(loss: AlignmentLoss, name: str, monkeypatch) -> None:
     from fa_bench.rules.activation_alignment import ActivationAlignment
 
@@ -282,8 +303,9 @@ def test_saved_noise_continues() -> None:
         rule_grads(rule.model, rule, x, y)
         rule.step()
         rule_grads(rule.model, rule, x, y)
-    assert all(torch.equal(one.grad, two.grad) for one, two in
-               zip(whole.feedback_parameters(), other.feedback_parameters(), strict=True))
+    assert all(
+        torch.equal(one.grad, two.grad) for one, two in zip(whole.feedback_parameters(), other.feedback_parameters(), strict=True)
+    )
     assert whole.state_dict() == other.state_dict() == {"draws": 2, "seed": 0}
 
 

@@ -16,10 +16,17 @@ from fa_bench.mechanisms.weighted_layers import bias_name, weight_name
 
 from .sequences import Layer, Rows, added, attention, bilinear, gru, lstm, packed, rnn
 
-pytestmark = [pytest.mark.filterwarnings("ignore:LSTM with projections"),
-              pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LSTM with projections"),
+    pytest.mark.filterwarnings("ignore:enable_nested_tensor is True"),
+]
 RULES: dict[str, dict[str, Any]] = {
-    "fa": {}, "kp": {}, "usf": {"density": 0.7}, "pfa": {"ratio": 1.5}, "mixed": {"pfa": 0.4, "fa": 0.3, "kp": 0.3}}
+    "fa": {},
+    "kp": {},
+    "usf": {"density": 0.7},
+    "pfa": {"ratio": 1.5},
+    "mixed": {"pfa": 0.4, "fa": 0.3, "kp": 0.3},
+}
 
 
 class Attends(nn.Module):
@@ -191,8 +198,10 @@ def test_three_steps_of_recurrent_modules(kind: str, name: str) -> None:
     for n in range(X.shape[1]):
         x = [[*map(float, row)] for row in X[:, n]]
         h = [layers["first"].forward(row) for row in x]
-        g = [layers["last"].backward([*map(float, state)], [*map(float, row)])
-             for state, row in zip(states[:, n], delta[:, n], strict=True)]
+        g = [
+            layers["last"].backward([*map(float, state)], [*map(float, row)])
+            for state, row in zip(states[:, n], delta[:, n], strict=True)
+        ]
         for row, error in zip(x, reference(layers[ih], layers[hh], h, g), strict=True):
             layers["first"].backward(row, error)
     require_gradients(model, rule, name, layers)

@@ -14,8 +14,16 @@ from .helpers import rule_grads
 
 
 def convnet() -> nn.Sequential:
-    model = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.Flatten(),
-                          nn.Linear(768, 5), nn.ReLU(), nn.Linear(5, 3))
+    model = nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(3, 3, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(768, 5),
+        nn.ReLU(),
+        nn.Linear(5, 3),
+    )
     model.blocks = ["1", "3", "6"]
     return model
 
@@ -29,10 +37,14 @@ MODELS = {
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize(("rule", "options", "says"), [
-    ("dgl", {}, "auxiliary_net=linear"), ("dgl", {"auxiliary_net": "mlp"}, "auxiliary_net=linear"),
-    ("asfp_lc", {"match": "random", "linear": "share"}, "drop the last incomplete one"),
-])
+@pytest.mark.parametrize(
+    ("rule", "options", "says"),
+    [
+        ("dgl", {}, "auxiliary_net=linear"),
+        ("dgl", {"auxiliary_net": "mlp"}, "auxiliary_net=linear"),
+        ("asfp_lc", {"match": "random", "linear": "share"}, "drop the last incomplete one"),
+    ],
+)
 def test_batch_of_one_names_the_net_and_what_to_do(model, rule, options, says):
     net, x, y = MODELS[model](), torch.randn(4, 1, 16, 16), torch.tensor([0, 2, 1, 2])
     attached = fa_bench.attach(net, rule, seed=0, sample_input=x, **options)

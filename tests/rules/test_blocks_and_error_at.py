@@ -109,7 +109,7 @@ def test_the_settings_of_launay_et_al(name: str, options: dict[str, Any]):
     assert all(b.shape[0] == rows for b in feedback.values()) and len(feedback) == (6 if options is MICRO else 2)
     if form and options["error_at"]:  # the leading columns of one matrix
         widest = max(feedback.values(), key=lambda b: b.shape[1])
-        assert all(torch.equal(b, widest[:, :b.shape[1]]) for b in feedback.values())
+        assert all(torch.equal(b, widest[:, : b.shape[1]]) for b in feedback.values())
     got = train(model, rule)
 
     outputs: dict[str, Tensor] = {}
@@ -118,6 +118,7 @@ def test_the_settings_of_launay_et_al(name: str, options: dict[str, Any]):
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             outputs[cut] = output
             return output.detach().requires_grad_(True)
+
         return hook
 
     for cut in feedback:
@@ -222,8 +223,9 @@ def test_functional_uses_of_weights_are_no_fault_within_a_block():
     assert not rule.coverage.uncovered and rule.coverage.transport == ("within blocks",)
     assert "Learning by backpropagation within a block: mix." in str(rule.coverage)
     train(model, rule)
-    body = plain.layers[0](plain.layers[0].narrow(plain.drop(plain.embed(x) + plain.place) @ plain.mix
-                                                  @ plain.layers[0].wide.weight.t()))
+    body = plain.layers[0](
+        plain.layers[0].narrow(plain.drop(plain.embed(x) + plain.place) @ plain.mix @ plain.layers[0].wide.weight.t())
+    )
     z = plain.head(body)
     delta = torch.autograd.grad(loss_of(z, y), z, retain_graph=True)[0]
     body.backward(projected(delta, rule.feedback["layers.0"]["B"]))
@@ -295,6 +297,7 @@ def test_functional_uses_after_the_module_are_no_fault(layer: bool):
 
 def test_a_weight_that_functions_use_before_a_cut_and_after_the_module_is_not_covered():
     """After the module alone, it would learn by backpropagation like the layers there."""
+
     class Net(nn.Module):
         def __init__(self, below: bool) -> None:
             super().__init__()
@@ -327,13 +330,17 @@ def test_a_weight_that_a_function_uses_within_a_block_is_transported():
     assert rule.coverage.transport == ("within blocks",)
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"error_at": "layers.1.norm3"}, r"error_at=layers\.1\.norm3: the model has no module of that name; did you mean"),
-    ({"error_at": "layers.0"}, r"error_at=layers\.0: the cut layers\.1 runs after this module"),
-    ({"error_at": "layers.1.norm2"}, r"the cut layers\.1 has the same output: use error_at='layers\.1'"),
-    ({"error_at": "twice"}, r"error_at=twice: this module runs 2 times"),
-    ({"error_at": "pair", "cuts": ["layers.0"]}, r"error_at=pair: this module returns a tuple"),
-], ids=str)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"error_at": "layers.1.norm3"}, r"error_at=layers\.1\.norm3: the model has no module of that name; did you mean"),
+        ({"error_at": "layers.0"}, r"error_at=layers\.0: the cut layers\.1 runs after this module"),
+        ({"error_at": "layers.1.norm2"}, r"the cut layers\.1 has the same output: use error_at='layers\.1'"),
+        ({"error_at": "twice"}, r"error_at=twice: this module runs 2 times"),
+        ({"error_at": "pair", "cuts": ["layers.0"]}, r"error_at=pair: this module returns a tuple"),
+    ],
+    ids=str,
+)
 def test_modules_from_which_no_error_can_be_taken(options: dict[str, Any], message: str):
     class Pair(nn.Module):
         def forward(self, x: Tensor) -> Any:
@@ -376,8 +383,10 @@ def test_a_cut_that_runs_after_the_module_in_training_alone_is_refused():
 
     model, x = Swaps(), torch.ones(2, 4)
     fa_bench.attach(model, "dfa", sample_input=x, cuts=["act"], error_at="mid")
-    with (pytest.warns(UserWarning, match="cut 'act' did not run"),
-          pytest.raises(CoverageError, match="cut 'act' ran after 'mid' in a training pass, but before it when")):
+    with (
+        pytest.warns(UserWarning, match="cut 'act' did not run"),
+        pytest.raises(CoverageError, match="cut 'act' ran after 'mid' in a training pass, but before it when"),
+    ):
         model(x)
 
 

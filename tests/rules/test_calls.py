@@ -84,8 +84,13 @@ def test_a_rule_object_is_in_one_model(name):
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_two_cuts_at_one_tensor_are_refused(name):
     """A block and its last module, as a pattern may name both."""
-    model = nn.Sequential(nn.Sequential(nn.Linear(4, 5), nn.ReLU()), nn.Sequential(nn.Linear(5, 4), nn.ReLU()), nn.Linear(4, 4),
-                          nn.ReLU(), nn.Linear(4, 3))
+    model = nn.Sequential(
+        nn.Sequential(nn.Linear(4, 5), nn.ReLU()),
+        nn.Sequential(nn.Linear(5, 4), nn.ReLU()),
+        nn.Linear(4, 4),
+        nn.ReLU(),
+        nn.Linear(4, 3),
+    )
     with pytest.raises(CoverageError, match=r"cut '0\.1' has the same output as cut '0': name one of them"):
         fa_bench.attach(model, name, cuts=["0", "0.*", "1", "3"])
     fa_bench.attach(model, name, cuts=["0", "1", "3"])

@@ -271,24 +271,29 @@ def test_second_derivatives_are_those_of_the_formulas():
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     model = nn.Sequential(nn.Linear(5, 4, bias=False)).double()
     b = fa_bench.attach(model, "fa", seed=0).feedback["0"]["B"]
-    error, = torch.autograd.grad(model(x).square().sum() / 2, x, create_graph=True)
+    (error,) = torch.autograd.grad(model(x).square().sum() / 2, x, create_graph=True)
     of_weight, of_x = torch.autograd.grad(error.sum(), [model[0].weight, x])
     torch.testing.assert_close(of_weight, b.sum(1).outer(x.detach().sum(0)))
     torch.testing.assert_close(of_x, (b.sum(1) @ b).expand(3, 5))
     x = torch.randn(2, 3, 5, 6, dtype=torch.float64, requires_grad=True)
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False)).double()
     b = fa_bench.attach(model, "fa", seed=0).feedback["0"]["B"]
-    error, = torch.autograd.grad(model(x).square().sum() / 2, x, create_graph=True)
-    of_weight, = torch.autograd.grad(error.sum(), model[0].weight)
+    (error,) = torch.autograd.grad(model(x).square().sum() / 2, x, create_graph=True)
+    (of_weight,) = torch.autograd.grad(error.sum(), model[0].weight)
     want = torch.nn.grad.conv2d_weight(x, b.shape, F.conv2d(torch.ones_like(x), b, padding=1), padding=1)
     torch.testing.assert_close(of_weight, want.detach())
 
 
 @pytest.mark.parametrize("name", ["fa", "kp", "frsf", "pfa"])
-@pytest.mark.parametrize(("build", "last"), [
-    (lambda: nn.Conv2d(4, 6, 3), torch.channels_last), (lambda: nn.Conv3d(4, 6, 3), torch.channels_last_3d),
-    (lambda: nn.ConvTranspose2d(4, 6, 3), torch.channels_last),
-], ids=["2d", "3d", "transposed"])
+@pytest.mark.parametrize(
+    ("build", "last"),
+    [
+        (lambda: nn.Conv2d(4, 6, 3), torch.channels_last),
+        (lambda: nn.Conv3d(4, 6, 3), torch.channels_last_3d),
+        (lambda: nn.ConvTranspose2d(4, 6, 3), torch.channels_last),
+    ],
+    ids=["2d", "3d", "transposed"],
+)
 def test_feedback_has_the_memory_format_of_the_weight(name, build, last):
     """Another one costs a copy at every step."""
     for wanted in (last, torch.contiguous_format):
@@ -299,10 +304,14 @@ def test_feedback_has_the_memory_format_of_the_weight(name, build, last):
 
 
 @pytest.mark.parametrize("name", ["fa", "kp", "pfa"])
-@pytest.mark.parametrize(("build", "shape", "sizes"), [
-    (lambda: nn.ConvTranspose1d(3, 4, 3, stride=2, padding=1), (2, 3, 4), ([7], [8])),
-    (lambda: nn.ConvTranspose2d(3, 4, 3, stride=(2, 3)), (2, 3, 4, 3), ([9, 9], [10, 11])),
-], ids=["1d", "2d"])
+@pytest.mark.parametrize(
+    ("build", "shape", "sizes"),
+    [
+        (lambda: nn.ConvTranspose1d(3, 4, 3, stride=2, padding=1), (2, 3, 4), ([7], [8])),
+        (lambda: nn.ConvTranspose2d(3, 4, 3, stride=(2, 3)), (2, 3, 4, 3), ([9, 9], [10, 11])),
+    ],
+    ids=["1d", "2d"],
+)
 def test_a_transposed_convolution_gives_the_size_that_is_asked_for(name, build, shape, sizes):
     """With the output and the gradient of the plain layer, whatever the size."""
     torch.manual_seed(0)

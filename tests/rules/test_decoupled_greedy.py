@@ -29,6 +29,7 @@ def test_every_module_is_backpropagation_of_its_own_loss(model, kind):
         def hook(module, args, output):
             losses.append(F.cross_entropy(nets_of_cuts[cut](output), y))
             return output.detach()
+
         return hook
 
     handles = [plain.get_submodule(cut).register_forward_hook(ends(cut)) for cut in nets_of_cuts]
@@ -56,6 +57,7 @@ def test_modules_of_the_users_own_by_their_ends():
 
 def test_what_is_inside_a_module_is_covered_whatever_it_is():
     """An attention layer has weights of no layer that rules know; within a module they learn as any others."""
+
     class Attention(nn.Module):
         def __init__(self):
             super().__init__()
@@ -91,13 +93,21 @@ def test_layers_of_the_auxiliary_net():
     assert set(linear) == {"out.weight", "out.bias"} and linear["out.weight"].shape == (3, 16)
 
 
-@pytest.mark.parametrize(("size", "first", "second"), [
-    ((32, 20), (8, 5), (2, 2)), ((9, 8), (3, 2), (2, 2)), ((4, 9), (1, 3), (1, 2)), ((1, 1), (1, 1), (1, 1)),
-], ids=str)
+@pytest.mark.parametrize(
+    ("size", "first", "second"),
+    [
+        ((32, 20), (8, 5), (2, 2)),
+        ((9, 8), (3, 2), (2, 2)),
+        ((4, 9), (1, 3), (1, 2)),
+        ((1, 1), (1, 1), (1, 1)),
+    ],
+    ids=str,
+)
 def test_maps_are_averaged_to_a_quarter_rounded_up_and_then_to_two_by_two(size, first, second):
     """Never enlarged."""
-    model = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(3 * size[0] * size[1], 5), nn.ReLU(),
-                          nn.Linear(5, 3))
+    model = nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(3 * size[0] * size[1], 5), nn.ReLU(), nn.Linear(5, 3)
+    )
     rule = fa_bench.attach(model, "dgl", seed=0, cuts=["1"], sample_input=torch.zeros(2, 1, *size))
     net, seen = rule.auxiliary_at("1"), {}
     for name, module in net.named_children():

@@ -23,8 +23,14 @@ BUILD = nets.NETS | {"inplace": lambda: nets.convnet(nets.inplace_relu, batch_no
 
 def attached(net: str, **options: Any) -> tuple[nn.Module, Any, Tensor, Tensor]:
     model, (x, y) = BUILD[net](), nets.batch(net)
-    rule = fa_bench.attach(model, "bp_deepsup", seed=0, sample_input=x, cuts=CUTS[net],
-                           **{"decoder_init": "pytorch", "allow_uncovered": True} | options)
+    rule = fa_bench.attach(
+        model,
+        "bp_deepsup",
+        seed=0,
+        sample_input=x,
+        cuts=CUTS[net],
+        **{"decoder_init": "pytorch", "allow_uncovered": True} | options,
+    )
     return model, rule, x, y
 
 
@@ -70,7 +76,8 @@ def test_classifiers_are_those_of_predsim() -> None:
     for cut, tensors in one.feedback.items():
         others = two.feedback[cut]
         assert {name.removeprefix("decoder."): tuple(t.shape) for name, t in others.items()} == {
-            name: tuple(t.shape) for name, t in tensors.items()}
+            name: tuple(t.shape) for name, t in tensors.items()
+        }
         assert not tensors["out.weight"].any() and torch.equal(tensors["out.bias"], others["decoder.out.bias"])
     exact = bp_grads(two.detach(), x, y)
     assert_bitwise(rule_grads(one.model, one, x, y), exact)

@@ -25,7 +25,9 @@ from fa_bench.utils import lazy
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 
 NETS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
-    "mlp": ({"widths": [8, 8]}, (1, 6, 6)), "resnet_cifar_small": ({"depth": 8, "width": 4}, (3, 8, 8))}
+    "mlp": ({"widths": [8, 8]}, (1, 6, 6)),
+    "resnet_cifar_small": ({"depth": 8, "width": 4}, (3, 8, 8)),
+}
 #: frsf reads its magnitudes once, to see whether they have negative entries.
 READS_ONCE = {"frsf"}
 

@@ -164,10 +164,17 @@ def test_every_cut_takes_the_leading_columns_of_one_matrix():
     assert torch.equal(small, large[:, :5])
 
 
-@pytest.mark.parametrize(("name", "options", "bound"), [
-    ("dfa", {}, math.sqrt(6 / 4003)), ("dfa", {"form": "kernel"}, math.sqrt(6 / 4003)), ("dfa", {"form": "shared"}, 1.0),
-    ("drtp", {}, math.sqrt(6 / 4000)), ("drtp", {"error_sign": True}, math.sqrt(6 / 4000)),
-], ids=str)
+@pytest.mark.parametrize(
+    ("name", "options", "bound"),
+    [
+        ("dfa", {}, math.sqrt(6 / 4003)),
+        ("dfa", {"form": "kernel"}, math.sqrt(6 / 4003)),
+        ("dfa", {"form": "shared"}, 1.0),
+        ("drtp", {}, math.sqrt(6 / 4000)),
+        ("drtp", {"error_sign": True}, math.sqrt(6 / 4000)),
+    ],
+    ids=str,
+)
 def test_density_is_the_fraction_kept(name, options, bound):
     """12 000 draws: within 5 standard errors of 0.0042. A mask does not rescale what it keeps."""
     model = nn.Sequential(nn.Linear(7, 4000), nn.Tanh(), nn.Linear(4000, 3))

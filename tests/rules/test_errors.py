@@ -71,12 +71,15 @@ def test_layers_that_do_not_run_are_not_covered(name):
     assert unchanged(model, Unused())
 
 
-@pytest.mark.parametrize(("model", "says"), [
-    (OwnAttention(4, 2), "the model (OwnAttention) is a class of its own"),
-    (nn.Sequential(OwnAttention(4, 2)), "'0' (OwnAttention) is a class of its own"),
-    (nn.Embedding(9, 4), "the model (Embedding) passes no error on"),
-    (nn.Sequential(nn.Embedding(9, 4)), "'0' (Embedding) passes no error on"),
-])
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (OwnAttention(4, 2), "the model (OwnAttention) is a class of its own"),
+        (nn.Sequential(OwnAttention(4, 2)), "'0' (OwnAttention) is a class of its own"),
+        (nn.Embedding(9, 4), "the model (Embedding) passes no error on"),
+        (nn.Sequential(nn.Embedding(9, 4)), "'0' (Embedding) passes no error on"),
+    ],
+)
 def test_what_cannot_be_covered_is_named_with_the_reason(model, says):
     with pytest.raises(CoverageError, match=re.escape(says)):
         fa_bench.attach(model, "fa", seed=0)

@@ -139,10 +139,16 @@ def test_bp_fc_without_convolutions_is_bp_and_needs_no_sample():
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("norm", [
-    lambda: torch.nn.BatchNorm2d(4), lambda: torch.nn.GroupNorm(2, 4), lambda: torch.nn.LayerNorm([4, 2, 2]),
-    lambda: torch.nn.InstanceNorm2d(4, affine=True),
-], ids=["batch", "group", "layer", "instance"])
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda: torch.nn.BatchNorm2d(4),
+        lambda: torch.nn.GroupNorm(2, 4),
+        lambda: torch.nn.LayerNorm([4, 2, 2]),
+        lambda: torch.nn.InstanceNorm2d(4, affine=True),
+    ],
+    ids=["batch", "group", "layer", "instance"],
+)
 def test_bp_fc_freezes_every_kind_of_normalisation_behind_a_convolution(norm):
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), norm(), torch.nn.Flatten(), torch.nn.Linear(16, 3))
     fa_bench.attach(model, "bp_fc", seed=0, sample_input=torch.zeros(2, 1, 4, 4))
@@ -169,15 +175,18 @@ def registered(name: str, shape=(3, 8, 8), **options):
     return ARCHITECTURES[name](**options).build(shape, 3), torch.randn(4, *shape), torch.tensor([0, 1, 2, 0])
 
 
-@pytest.mark.parametrize(("name", "options", "learns"), [
-    ("residual_mlp", {"width": 6, "blocks": 2}, {"embed", "final_norm", "head"}),
-    ("residual_mlp", {"width": 6, "blocks": 1, "final_norm": False}, {"embed", "head"}),
-    ("vit_mini", {"width": 8, "heads": 2, "blocks": 2}, {"embed", "final_norm", "head"}),
-    ("resnet20", {"width": 2, "blocks": 1}, {"conv1", "bn1", "fc"}),
-    ("resnet18", {"width": 2, "blocks": [1, 1]}, {"conv1", "bn1", "fc", "bn_out"}),
-    ("conv2", {"channels": 3, "hidden": 4}, {"conv1", "bn1", "fc2"}),
-    ("mlp", {"widths": [6, 5, 4], "batch_norm": True}, {"fc1", "bn1", "fc4"}),
-])
+@pytest.mark.parametrize(
+    ("name", "options", "learns"),
+    [
+        ("residual_mlp", {"width": 6, "blocks": 2}, {"embed", "final_norm", "head"}),
+        ("residual_mlp", {"width": 6, "blocks": 1, "final_norm": False}, {"embed", "head"}),
+        ("vit_mini", {"width": 8, "heads": 2, "blocks": 2}, {"embed", "final_norm", "head"}),
+        ("resnet20", {"width": 2, "blocks": 1}, {"conv1", "bn1", "fc"}),
+        ("resnet18", {"width": 2, "blocks": [1, 1]}, {"conv1", "bn1", "fc", "bn_out"}),
+        ("conv2", {"channels": 3, "hidden": 4}, {"conv1", "bn1", "fc2"}),
+        ("mlp", {"widths": [6, 5, 4], "batch_norm": True}, {"fc1", "bn1", "fc4"}),
+    ],
+)
 def test_frozen_blocks_trains_what_is_outside_the_blocks_by_backpropagation(name, options, learns):
     model, x, y = registered(name, **options)
     plain, *_ = registered(name, **options)
@@ -209,11 +218,13 @@ def test_frozen_blocks_keep_their_values_and_the_rest_learns():
     assert moved == {key for key in before if not key.startswith("layers.")}
     assert {"embed.token", "embed.positions"} <= moved
     assert {layer: "trains nothing" in entry for layer, entry in ((c.layer, c.feedback) for c in rule.coverage.covered)} == {
-        layer: layer.startswith("layers.") for layer in (c.layer for c in rule.coverage.covered)}
+        layer: layer.startswith("layers.") for layer in (c.layer for c in rule.coverage.covered)
+    }
 
 
 def test_frozen_blocks_freezes_parameters_whose_modules_are_not_called():
     """Attention uses the weight of out_proj without calling it."""
+
     class Net(torch.nn.Module):
         def __init__(self):
             super().__init__()

@@ -106,10 +106,18 @@ def tied(what: str) -> nn.Sequential:
     return model
 
 
-@pytest.mark.parametrize(("what", "options"), [
-    ("weight", {}), ("bias", {}), ("weight bias", {}), ("weight", {"exclude": ["2"]}), ("three weights", {}),
-    ("three weights", {"exclude": ["6"]}),
-], ids=str)
+@pytest.mark.parametrize(
+    ("what", "options"),
+    [
+        ("weight", {}),
+        ("bias", {}),
+        ("weight bias", {}),
+        ("weight", {"exclude": ["2"]}),
+        ("three weights", {}),
+        ("three weights", {"exclude": ["6"]}),
+    ],
+    ids=str,
+)
 def test_layers_that_share_parameters_have_each_its_own_c(what, options):
     """h̃ is what the C of the layer in front makes of its true input, and an excluded layer of what arrives; gradients add up."""
     model, plain = tied(what), tied(what)

@@ -249,8 +249,10 @@ def test_positions_count_as_samples(pool: bool) -> None:
             rows = []
             for c in range(3):
                 parts = [(logits[:, c], slice(None))] if pool else [(logits[:, t, c], t) for t in range(5)]
-                of_parts = [torch.autograd.grad(part.sum(), captured[cut], retain_graph=True)[0][:, at].flatten(0, -2).mean(0)
-                            for part, at in parts]
+                of_parts = [
+                    torch.autograd.grad(part.sum(), captured[cut], retain_graph=True)[0][:, at].flatten(0, -2).mean(0)
+                    for part, at in parts
+                ]
                 rows.append(torch.stack(of_parts).mean(0))
             want = torch.stack(rows)
             assert (got - want).norm() < 0.15 * want.norm(), cut

@@ -25,9 +25,16 @@ def attached(net: str = "mlp_tanh", size: int = 4, **options: Any) -> tuple[nn.M
     return model, fa_bench.attach(model, "forward_gradient", seed=0, sample_input=x, **cuts, **options), x, y
 
 
-@pytest.mark.parametrize(("options", "draws", "least", "net"), [
-    ({}, 1000, 0.95, "mlp_tanh"), ({}, 1000, 0.95, "conv"), ({"tangents": "difference"}, 1000, 0.95, "mlp_tanh"),
-    ({"form": "weight"}, 2500, 0.93, "mlp_tanh")], ids=str)
+@pytest.mark.parametrize(
+    ("options", "draws", "least", "net"),
+    [
+        ({}, 1000, 0.95, "mlp_tanh"),
+        ({}, 1000, 0.95, "conv"),
+        ({"tangents": "difference"}, 1000, 0.95, "mlp_tanh"),
+        ({"form": "weight"}, 2500, 0.93, "mlp_tanh"),
+    ],
+    ids=str,
+)
 def test_the_mean_over_draws_is_the_gradient(options: dict, draws: int, least: float, net: str) -> None:
     """Relative noise of one draw is about the root of the number of perturbed values, here at most 300 of weights."""
     model, rule, x, y = attached(net, **options)
@@ -73,7 +80,8 @@ def test_samples_have_derivatives_of_their_own() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Draws, "normal", lambda draws, name, like: seen.setdefault(name, normal(draws, name, like)))
         model.get_submodule("act1").register_forward_hook(
-            lambda _, __, out: (out.requires_grad and errors.append(out)) or None, prepend=True)
+            lambda _, __, out: (out.requires_grad and errors.append(out)) or None, prepend=True
+        )
         logits = model(x)
         errors[0].retain_grad()
         rule.backward(F.cross_entropy(logits, y), logits, y)
@@ -88,8 +96,9 @@ def test_in_front_of_the_output_layer_basis_vectors_reproduce_its_error() -> Non
     total = 0
     for index in range(5):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Draws, "normal", lambda draws, name, like, index=index: F.one_hot(
-                torch.full((len(like),), index), 5).to(like))
+            patch.setattr(
+                Draws, "normal", lambda draws, name, like, index=index: F.one_hot(torch.full((len(like),), index), 5).to(like)
+            )
             total = total + rule_grads(model, rule, x, y)["fc1.weight"]
     assert distance(total, array(bp_grads(nets.one_hidden(), x, y)["fc1.weight"])) < 1e-13
 
@@ -113,8 +122,11 @@ def test_frozen_parameters_are_not_perturbed() -> None:
     names: list[str] = []
     normal = Draws.normal
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Draws, "normal", lambda draws, name, like, is_shared: names.append((name, is_shared)) or normal(
-            draws, name, like, is_shared))
+        patch.setattr(
+            Draws,
+            "normal",
+            lambda draws, name, like, is_shared: names.append((name, is_shared)) or normal(draws, name, like, is_shared),
+        )
         got = rule_grads(model, rule, x, y)
     assert names == [(name, True) for name in ("fc2.weight", "fc2.bias", "fc3.weight", "fc3.bias")]
     assert got["fc1.weight"] is None and got["fc2.weight"].any()

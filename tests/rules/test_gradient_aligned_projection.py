@@ -44,7 +44,7 @@ def test_the_gradient_is_that_of_the_cosine_and_orthogonal_to_b() -> None:
     rule, generator = GrAPE(), torch.Generator().manual_seed(0)
     b, estimate = (torch.randn(3, 5, generator=generator, dtype=torch.float64) for _ in range(2))
     leaf = b.clone().requires_grad_(True)
-    want, = torch.autograd.grad(1 - F.cosine_similarity(leaf.flatten(), estimate.flatten(), dim=0), leaf)
+    (want,) = torch.autograd.grad(1 - F.cosine_similarity(leaf.flatten(), estimate.flatten(), dim=0), leaf)
     got = rule.gradient_of(b, estimate)
     assert torch.allclose(got, want, rtol=1e-12) and abs((got * b).sum()) < 1e-14 * got.norm() * b.norm()
     assert torch.allclose(rule.gradient_of(b, 7 * estimate), got)
@@ -131,8 +131,9 @@ def test_measuring_sees_the_rule_and_not_the_anchor() -> None:
     assert_bitwise(rule_grads(model, rule, x, y), bp_grads(nets.mlp(), x, y))
 
 
-@pytest.mark.parametrize(("period", "where"), [
-    (0, ()), (1, ("in every update",)), (50, ("in one of 50 updates, by exact backpropagation",))])
+@pytest.mark.parametrize(
+    ("period", "where"), [(0, ()), (1, ("in every update",)), (50, ("in one of 50 updates, by exact backpropagation",))]
+)
 def test_coverage_says_how_often_weights_are_transported(period: int, where: tuple[str, ...]) -> None:
     _, rule, *_ = attached(anchor_period=period)
     assert rule.coverage.transport == where

@@ -101,8 +101,10 @@ TORCHS = {
     "pytorch": lambda weight: weight,
 }
 NETS = {
-    "mlp": ({"widths": [7, 3]}, (1, 5, 6)), "conv2": ({"channels": 3, "hidden": 5}, (3, 9, 9)),
-    "asap_alexnet": ({"width": 3, "hidden": 6}, (3, 16, 16)), "resnet18": ({"width": 3, "blocks": [1, 1]}, (3, 8, 8)),
+    "mlp": ({"widths": [7, 3]}, (1, 5, 6)),
+    "conv2": ({"channels": 3, "hidden": 5}, (3, 9, 9)),
+    "asap_alexnet": ({"width": 3, "hidden": 6}, (3, 16, 16)),
+    "resnet18": ({"width": 3, "blocks": [1, 1]}, (3, 8, 8)),
 }
 
 
@@ -135,9 +137,15 @@ def test_old_name_is_the_same_choice():
 
 
 @pytest.mark.parametrize("net", NETS)
-@pytest.mark.parametrize(("init", "linear_init"), [
-    ("pytorch", "kaiming_uniform"), ("pytorch", "uniform_one"), ("xavier_uniform", "pytorch"), ("kaiming_normal", "zeros"),
-])
+@pytest.mark.parametrize(
+    ("init", "linear_init"),
+    [
+        ("pytorch", "kaiming_uniform"),
+        ("pytorch", "uniform_one"),
+        ("xavier_uniform", "pytorch"),
+        ("kaiming_normal", "zeros"),
+    ],
+)
 def test_fully_connected_layers_have_an_initialiser_of_their_own(net, init, linear_init):
     """The bound of its law, zero biases but for torch's own; convolutions keep the law, and torch's own numbers, of `init`."""
     model, plain = layers_of(built(net, init=init, linear_init=linear_init)), layers_of(built(net))
@@ -150,8 +158,12 @@ def test_fully_connected_layers_have_an_initialiser_of_their_own(net, init, line
         assert layer.bias is None or not layer.bias.any()
         if name != "kaiming_normal":
             fan_in, fan_out = layer.weight[0].numel(), layer.weight[:, 0].numel()
-            bound = {"kaiming_uniform": math.sqrt(6 / fan_in), "xavier_uniform": math.sqrt(6 / (fan_in + fan_out)),
-                     "uniform_one": 1.0, "zeros": 0.0}[name]
+            bound = {
+                "kaiming_uniform": math.sqrt(6 / fan_in),
+                "xavier_uniform": math.sqrt(6 / (fan_in + fan_out)),
+                "uniform_one": 1.0,
+                "zeros": 0.0,
+            }[name]
             largest = layer.weight.abs().max().item()
             # Of at least 12 uniform numbers the largest is below half the bound once in 4000 times.
             assert bound / 2 <= largest <= bound * (1 + 1e-6), path

@@ -16,8 +16,11 @@ SIZES = [(1, 8), (4, 1), (8, 8)]
 
 
 def chain(size: tuple[int, int], **options):
-    model = nn.Sequential(*[part for n in range(3) for part in (nn.Conv2d(1 if n == 0 else 5, 5, 3, padding=1), nn.ReLU())],
-                          nn.Flatten(), nn.Linear(5 * math.prod(size), 3))
+    model = nn.Sequential(
+        *[part for n in range(3) for part in (nn.Conv2d(1 if n == 0 else 5, 5, 3, padding=1), nn.ReLU())],
+        nn.Flatten(),
+        nn.Linear(5 * math.prod(size), 3),
+    )
     model.blocks = ["1", "3", "5"]
     x = torch.randn(4, 1, *size, generator=torch.Generator().manual_seed(0))
     return model, fa_bench.attach(model, "asfp_lc", seed=0, sample_input=x, match="random", **options), x

@@ -193,18 +193,38 @@ def chain_with(*stages: tuple[str, nn.Module]) -> nn.Sequential:
 
 
 LARGE = {
-    "deviations": lambda: chain_with(("conv1", nn.Conv2d(2, 5, 3)), ("act1", nn.Tanh()), ("conv2", nn.Conv2d(5, 3, 3, stride=2)),
-                                     ("act2", nn.Tanh()), ("flat", nn.Flatten()), ("fc", nn.Linear(48, 3))),
-    "dead": lambda: chain_with(("conv1", nn.Conv2d(2, 3, 3)), ("act1", nn.ReLU()), ("conv2", nn.Conv2d(3, 2, 3, stride=2)),
-                               ("act2", nn.ReLU()), ("flat", nn.Flatten()), ("fc", nn.Linear(32, 3))),
+    "deviations": lambda: chain_with(
+        ("conv1", nn.Conv2d(2, 5, 3)),
+        ("act1", nn.Tanh()),
+        ("conv2", nn.Conv2d(5, 3, 3, stride=2)),
+        ("act2", nn.Tanh()),
+        ("flat", nn.Flatten()),
+        ("fc", nn.Linear(48, 3)),
+    ),
+    "dead": lambda: chain_with(
+        ("conv1", nn.Conv2d(2, 3, 3)),
+        ("act1", nn.ReLU()),
+        ("conv2", nn.Conv2d(3, 2, 3, stride=2)),
+        ("act2", nn.ReLU()),
+        ("flat", nn.Flatten()),
+        ("fc", nn.Linear(32, 3)),
+    ),
 }
 
 
 @pytest.mark.parametrize("net", LARGE)
-@pytest.mark.parametrize(("name", "options"), [
-    ("predsim", {"beta": 0.7}), ("predsim", {"loss": "sim"}), ("predsim", {"loss": "pred", "decoder_size": 40}),
-    ("dgl", {}), ("dgl", {"auxiliary_net": "linear"}), ("local_error", {"features": 70}),
-], ids=str)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("predsim", {"beta": 0.7}),
+        ("predsim", {"loss": "sim"}),
+        ("predsim", {"loss": "pred", "decoder_size": 40}),
+        ("dgl", {}),
+        ("dgl", {"auxiliary_net": "linear"}),
+        ("local_error", {"features": 70}),
+    ],
+    ids=str,
+)
 def test_larger_maps_equal_the_reference(name, options, net):
     """Maps of 9 x 10 and 4 x 4: overlapping windows; 5, 3 and 2 channels: both ways of comparing maps; and a dead sample.
 
@@ -275,10 +295,19 @@ def test_classifiers_read_no_more_than_so_many_features():
     assert 0.95 * bound < rule.feedback["act1"]["M"].abs().max() <= bound  # 192 numbers: 1e-4 to miss the last 5 %
 
 
-@pytest.mark.parametrize(("shape", "limit", "want"), [
-    ((16, 32, 32), 4096, (16, 16)), ((16, 32, 32), 16384, (32, 32)), ((512, 4, 4), 4096, (2, 4)), ((3, 7, 5), 40, (4, 3)),
-    ((9, 2, 2), 8, (1, 1)), ((4, 9), 20, (5,)), ((2, 4, 4, 4), 70, (2, 4, 4)), ((5000,), 4096, ()),
-])
+@pytest.mark.parametrize(
+    ("shape", "limit", "want"),
+    [
+        ((16, 32, 32), 4096, (16, 16)),
+        ((16, 32, 32), 16384, (32, 32)),
+        ((512, 4, 4), 4096, (2, 4)),
+        ((3, 7, 5), 40, (4, 3)),
+        ((9, 2, 2), 8, (1, 1)),
+        ((4, 9), 20, (5,)),
+        ((2, 4, 4, 4), 70, (2, 4, 4)),
+        ((5000,), 4096, ()),
+    ],
+)
 def test_size_that_maps_are_averaged_to(shape, limit, want):
     assert pooled_size(shape, limit) == want
 
@@ -345,6 +374,7 @@ def test_labels_that_are_no_whole_numbers_are_refused(name):
 @pytest.mark.parametrize("name", ["dgl", "asfp_lc"])
 def test_modules_called_blocks_declare_no_blocks(name):
     """As in many transformers: a ModuleList of that name is no list of names."""
+
     class Net(nn.Module):
         def __init__(self):
             super().__init__()

@@ -93,10 +93,17 @@ def test_full_rank_without_learning_is_kolen_pollack_step_by_step(net: str) -> N
         assert distance(array(weight), array(models[1].get_submodule(path).weight)) < 1e-11
 
 
-@pytest.mark.parametrize(("layer", "rank", "learned"), [
-    (nn.Linear(6, 4), 3, ["B", "R"]), (nn.Linear(6, 4), 4, ["R"]), (nn.Linear(6, 4), 5, ["R"]),
-    (nn.Conv2d(4, 6, 3, groups=2), 2, ["B", "R"]), (nn.Conv2d(4, 6, 3, groups=2), 3, ["R"]),
-], ids=str)
+@pytest.mark.parametrize(
+    ("layer", "rank", "learned"),
+    [
+        (nn.Linear(6, 4), 3, ["B", "R"]),
+        (nn.Linear(6, 4), 4, ["R"]),
+        (nn.Linear(6, 4), 5, ["R"]),
+        (nn.Conv2d(4, 6, 3, groups=2), 2, ["B", "R"]),
+        (nn.Conv2d(4, 6, 3, groups=2), 3, ["R"]),
+    ],
+    ids=str,
+)
 def test_where_there_is_nothing_to_choose_the_subspace_is_fixed(layer: nn.Module, rank: int, learned: list[str]) -> None:
     _, rule = attached(layer, rank=rank)
     names = {name.removeprefix("feedback_") for name, _ in layer.named_parameters() if name.startswith("feedback_")}
@@ -179,7 +186,8 @@ def test_orthonormal_columns_keep_what_is_orthonormal(dtype: torch.dtype) -> Non
 
 
 LAYERS = {
-    "linear": (lambda: nn.Linear(5, 4), (3, 5)), "tokens": (lambda: nn.Linear(5, 4), (3, 2, 5)),
+    "linear": (lambda: nn.Linear(5, 4), (3, 5)),
+    "tokens": (lambda: nn.Linear(5, 4), (3, 2, 5)),
     "grouped": (lambda: nn.Conv2d(4, 6, 3, stride=2, groups=2), (2, 4, 7, 6)),
     "transposed grouped": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, groups=2), (2, 4, 5, 3)),
     "transposed1d": (lambda: nn.ConvTranspose1d(3, 4, 3, stride=2, output_padding=1), (2, 3, 5)),
@@ -223,8 +231,11 @@ def test_parts_of_a_weight_that_run_alone_leave_the_other_errors_at_zero() -> No
         out = plain(self, *args, rows=rows, **kwargs)
         full = torch.zeros(12, dtype=torch.bool)
         full[rows if rows is not None else slice(None)] = True
-        out.register_hook(lambda g: seen.append(torch.zeros(g.shape[:-1].numel(), 12).double().index_copy(
-            1, full.nonzero().flatten(), g.reshape(-1, g.shape[-1]))))
+        out.register_hook(
+            lambda g: seen.append(
+                torch.zeros(g.shape[:-1].numel(), 12).double().index_copy(1, full.nonzero().flatten(), g.reshape(-1, g.shape[-1]))
+            )
+        )
         return out
 
     type(layer).apply_feedback = recorded

@@ -38,8 +38,10 @@ def test_one_kind_alone_is_its_rule(kind, net):
             assert set(tensors) == {*names, f"mask_{kind}"}, "the other kinds have no tensors"
             for ours, theirs in names.items():
                 alone.feedback[path][theirs].copy_(tensors[ours])
-    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
-                  for model, rule in zip(models, (mixed, alone), strict=True)]
+    optimizers = [
+        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+        for model, rule in zip(models, (mixed, alone), strict=True)
+    ]
     for step in range(4):
         batch = nets.batch(net, seed=step)
         for model, rule, optimizer in zip(models, (mixed, alone), optimizers, strict=True):
@@ -188,8 +190,17 @@ def test_direct_synapses():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"pfa": 0.5}, {"pfa": 0.5, "fa": 0.5, "kp": 0.1}, {"pfa": 0.0, "fa": 0.0, "kp": 0.0}, {"kp": 1.2}, {"fa": -0.1},
-     {"ratio": 0.0}, {"f_init": "ones"}, {"k_init": "ones"}, {"r_init": "copy_w"}],
+    [
+        {"pfa": 0.5},
+        {"pfa": 0.5, "fa": 0.5, "kp": 0.1},
+        {"pfa": 0.0, "fa": 0.0, "kp": 0.0},
+        {"kp": 1.2},
+        {"fa": -0.1},
+        {"ratio": 0.0},
+        {"f_init": "ones"},
+        {"k_init": "ones"},
+        {"r_init": "copy_w"},
+    ],
     ids=str,
 )
 def test_wrong_values_are_refused(wrong):
@@ -253,8 +264,10 @@ def test_weight_angle_lies_where_the_fractions_predict(fractions):
     rule = train(**dict(zip(("pfa", "fa", "kp"), fractions, strict=True)))
     for path in ("0", "2"):
         weight = rule.model.get_submodule(path).weight.detach()
-        energy = {kind: (rule.feedback[path].get(f"mask_{kind}", torch.zeros(())) * weight.square()).sum() / weight.square().sum()
-                  for kind in ("pfa", "fa", "kp")}
+        energy = {
+            kind: (rule.feedback[path].get(f"mask_{kind}", torch.zeros(())) * weight.square()).sum() / weight.square().sum()
+            for kind in ("pfa", "fa", "kp")
+        }
         shares = {kind: value.item() for kind, value in energy.items()}
         assert np.allclose(measured(rule, path), predicted(rule, path), atol=3.5, rtol=0)
         assert np.allclose(measured(rule, path), predicted(rule, path, shares), atol=1.0, rtol=0)

@@ -58,6 +58,7 @@ def exact(model: nn.Module, x: Tensor = X, y: Tensor = Y, objective: Any = None)
 
 def noise_at(place: str, unit: int, length: float = 1.0) -> Any:
     """In place of `Draws.normal`: one unit's value at one place, the same for all samples."""
+
     def normal(draws: Draws, name: str, like: Tensor, is_shared: bool = False) -> Tensor:
         noise = torch.zeros_like(like)
         if name == place:
@@ -76,8 +77,11 @@ def cosine(one: Tensor, two: Tensor) -> float:
 def test_running_statistics_are_those_of_one_pass_and_masks_are_drawn_once(name: str) -> None:
     """Were the masks of the passes different, the noise's effect would drown in theirs; the random state shows one pass."""
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3)).double()
-    rule = fa_bench.attach(model, name, cuts=["2"]) if name not in ("weight_perturbation", "np_feedback") else fa_bench.attach(
-        model, name)
+    rule = (
+        fa_bench.attach(model, name, cuts=["2"])
+        if name not in ("weight_perturbation", "np_feedback")
+        else fa_bench.attach(model, name)
+    )
     twin = copy.deepcopy(model)
     fa_bench.attached_rule(twin).detach()  # type: ignore[union-attr]
     torch.manual_seed(4)
@@ -96,6 +100,7 @@ def test_running_statistics_are_those_of_one_pass_and_masks_are_drawn_once(name:
 @pytest.mark.parametrize("name", ["node_perturbation", "weight_perturbation", "np_feedback"])
 def test_the_masks_of_dropout_are_those_of_the_first_pass(name: str) -> None:
     """The central difference is the directional derivative with these masks."""
+
     def trained(seed: int) -> dict[str, Tensor]:
         model = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Dropout(0.5), nn.Linear(40, 3)).double()
         with torch.no_grad():
@@ -151,8 +156,11 @@ OF_OBJECTIVE = ["node_perturbation", "weight_perturbation", "np_feedback", "pepi
 @pytest.mark.parametrize("name", OF_OBJECTIVE)
 def test_a_loss_of_other_logits_or_of_another_kind_is_refused(name: str) -> None:
     """They compute everything from the objective of the model's output."""
-    for loss in (lambda z: F.cross_entropy(z / 5, Y), lambda z: F.cross_entropy(z.flip(1), Y),
-                 lambda z: F.mse_loss(z, F.one_hot(Y, 3).double())):
+    for loss in (
+        lambda z: F.cross_entropy(z / 5, Y),
+        lambda z: F.cross_entropy(z.flip(1), Y),
+        lambda z: F.mse_loss(z, F.one_hot(Y, 3).double()),
+    ):
         rule = fa_bench.attach(mlp(8, 7), name)
         logits = rule.model(X)
         with pytest.raises(ValueError, match="is not a multiple of that of the mean cross-entropy"):
@@ -271,8 +279,10 @@ def test_evaluation_runs_the_model_once(name: str) -> None:
     assert len(calls) == 2 and rule.first_pass is None
 
 
-@pytest.mark.parametrize(("name", "passes"), [("node_perturbation", 3), ("weight_perturbation", 3), ("np_feedback", 3),
-                                             ("pepita", 2), ("forward_forward", 3)])
+@pytest.mark.parametrize(
+    ("name", "passes"),
+    [("node_perturbation", 3), ("weight_perturbation", 3), ("np_feedback", 3), ("pepita", 2), ("forward_forward", 3)],
+)
 def test_the_number_of_passes_of_an_update(name: str, passes: int) -> None:
     rule = fa_bench.attach(mlp(8, 7), name)
     calls: list[int] = []
@@ -406,8 +416,11 @@ def test_np_feedback_needs_its_own_logits() -> None:
     assert rule.model[0].feedback_B.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("make", [
-    lambda: nn.LSTM(6, 5, batch_first=True), lambda: nn.MultiheadAttention(6, 2, batch_first=True)], ids=["lstm", "attention"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: nn.LSTM(6, 5, batch_first=True), lambda: nn.MultiheadAttention(6, 2, batch_first=True)],
+    ids=["lstm", "attention"],
+)
 def test_np_feedback_perturbs_every_layer_of_a_compound_module(make: Any) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -454,8 +467,9 @@ def test_pepita_without_an_error_does_nothing() -> None:
 
 
 def test_pepita_is_linear_in_its_feedback_where_that_is_small() -> None:
-    small, large = (learn(fa_bench.attach(mlp(8, 7, activation=nn.Tanh), "pepita", f_scale=scale))["0.weight"]
-                    for scale in (1e-6, 2e-6))
+    small, large = (
+        learn(fa_bench.attach(mlp(8, 7, activation=nn.Tanh), "pepita", f_scale=scale))["0.weight"] for scale in (1e-6, 2e-6)
+    )
     torch.testing.assert_close(2 * small, large, rtol=1e-4, atol=0)
 
 
@@ -471,6 +485,7 @@ def test_a_cut_at_a_pooling_stands_for_its_nonlinearity() -> None:
 
 def test_other_cuts_stay_where_they_are() -> None:
     """A second nonlinearity, and a block that changes the shape; of containers and several poolings the nonlinearity is found."""
+
     def part(inputs: int, outputs: int) -> nn.Sequential:
         return nn.Sequential(nn.Linear(inputs, outputs), nn.ReLU())
 
@@ -479,8 +494,19 @@ def test_other_cuts_stay_where_they_are() -> None:
         ([nn.Linear(6, 8), nn.Tanh(), nn.ReLU(), nn.Linear(8, 3)], "2", "2"),
         ([part(6, 8), nn.Linear(8, 3)], "0", "0"),
         ([nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 4, 3), act, nn.MaxPool1d(2), nn.Flatten(), nn.Linear(8, 3)], "3", "2.0"),
-        ([nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 4, 3), nn.ReLU(), nn.MaxPool1d(2), nn.AvgPool1d(2), nn.Flatten(),
-          nn.Linear(4, 3)], "4", "2"),
+        (
+            [
+                nn.Unflatten(1, (1, 6)),
+                nn.Conv1d(1, 4, 3),
+                nn.ReLU(),
+                nn.MaxPool1d(2),
+                nn.AvgPool1d(2),
+                nn.Flatten(),
+                nn.Linear(4, 3),
+            ],
+            "4",
+            "2",
+        ),
     ):
         rule = fa_bench.attach(nn.Sequential(*layers).double(), "pepita", sample_input=X, cuts=[cut])
         assert list(rule._cut_modules) == [found]
@@ -501,6 +527,7 @@ def test_weight_perturbation_asks_which_output_is_meant() -> None:
 
 def test_at_a_block_the_difference_is_the_error_of_its_output() -> None:
     """Not in front of it, where it would train nothing in the block."""
+
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -608,6 +635,7 @@ def test_the_neutral_image_hides_the_label() -> None:
 
 def test_peer_normalisation_evens_out_the_activity() -> None:
     """Its gradient raises the units whose running mean is below that of all, the more so the larger its weight."""
+
     def with_weight(peer_norm: float) -> Any:
         return fa_bench.attach(mlp(8), "forward_forward", peer_norm=peer_norm)
 
@@ -623,10 +651,17 @@ def test_peer_normalisation_evens_out_the_activity() -> None:
     assert torch.equal((light - without).sign(), (running - running.mean()).sign())
 
 
-@pytest.mark.parametrize(("model", "x", "text"), [
-    (nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 3)), torch.zeros(2, 2), "at least 3 numbers for each sample"),
-    (nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1)), torch.zeros(2, 6), "needs wrong labels: this model has 1 class"),
-])
+@pytest.mark.parametrize(
+    ("model", "x", "text"),
+    [
+        (nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 3)), torch.zeros(2, 2), "at least 3 numbers for each sample"),
+        (
+            nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1)),
+            torch.zeros(2, 6),
+            "needs wrong labels: this model has 1 class",
+        ),
+    ],
+)
 def test_forward_forward_refuses_what_it_cannot_mark(model: nn.Module, x: Tensor, text: str) -> None:
     with pytest.raises(CoverageError, match=text):
         fa_bench.attach(model, "forward_forward", sample_input=x, cuts=["1"])

@@ -40,15 +40,18 @@ class TokenLoss(Objective):
 
 def tokens(length: int = T, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(N, length, 7, dtype=torch.float64, generator=generator),
-            torch.randint(C, (N, length), generator=generator))
+    return (
+        torch.randn(N, length, 7, dtype=torch.float64, generator=generator),
+        torch.randint(C, (N, length), generator=generator),
+    )
 
 
 def attached(name: str, model: nn.Module | None = None, x: Tensor | None = None, **options: Any) -> tuple[Any, Any]:
     model = nets.mlp() if model is None else model
     options = options if "cuts" in options else CUTS | options
-    return model, fa_bench.attach(model, name, seed=0, sample_input=tokens()[0] if x is None else x, objective=TokenLoss(),
-                                  **options)
+    return model, fa_bench.attach(
+        model, name, seed=0, sample_input=tokens()[0] if x is None else x, objective=TokenLoss(), **options
+    )
 
 
 def step(model: Any, rule: Any, x: Tensor, y: Tensor, scale: float = 1.0) -> dict[str, Tensor | None]:
@@ -116,8 +119,9 @@ def test_tokens_are_samples_and_one_token_is_the_plain_rule(name: str):
     plain = fa_bench.attach(model, name, seed=0, sample_input=x.flatten(0, 1), **CUTS, **options)
     logits = model(x.flatten(0, 1))
     plain.backward(F.cross_entropy(logits, y.flatten()), logits, y.flatten())
-    assert {cut: {key: b.shape for key, b in tensors.items()} for cut, tensors in rule.feedback.items()} == \
-        {cut: {key: b.shape for key, b in tensors.items()} for cut, tensors in plain.feedback.items()}
+    assert {cut: {key: b.shape for key, b in tensors.items()} for cut, tensors in rule.feedback.items()} == {
+        cut: {key: b.shape for key, b in tensors.items()} for cut, tensors in plain.feedback.items()
+    }
     learned = [parameter.grad for parameter in plain.feedback_parameters()]
     for a, b in zip((parameter.grad for parameter in rule.feedback_parameters()), learned, strict=True):
         assert distance(a, b) < 1e-12
@@ -130,8 +134,9 @@ def test_tokens_are_samples_and_one_token_is_the_plain_rule(name: str):
 def test_permuted_tokens_have_permuted_signals(name: str):
     model, rule = attached(name)
     (x, y), order, signals = tokens(), torch.tensor([2, 0, 3, 1]), []
-    handle = model.act1.register_forward_hook(lambda module, args, output: output.register_hook(signals.append) and None,
-                                              prepend=True)
+    handle = model.act1.register_forward_hook(
+        lambda module, args, output: output.register_hook(signals.append) and None, prepend=True
+    )
     step(model, rule, x, y)
     step(model, rule, x[:, order], y[:, order])
     handle.remove()
@@ -310,8 +315,15 @@ def test_a_local_loss_of_pixels_is_that_of_their_own_labels():
     matrix = rule.feedback["act2"]["M"]
     assert matrix.shape == (C, 5)
     high = plain.act2(plain.up(plain.act1(plain.down(x))))
-    loss = sum(F.cross_entropy(matrix @ high[n, :, row, column], y[n, row, column])
-               for n in range(2) for row in range(4) for column in range(6)) / y.numel()
+    loss = (
+        sum(
+            F.cross_entropy(matrix @ high[n, :, row, column], y[n, row, column])
+            for n in range(2)
+            for row in range(4)
+            for column in range(6)
+        )
+        / y.numel()
+    )
     loss.backward()
     assert distance(model.up.weight.grad, plain.up.weight.grad) < REL
 
@@ -338,8 +350,9 @@ def test_a_finer_cut_gets_copies():
     model = Pooled(Pairs()).double()
     rule = fa_bench.attach(model, "dkp", seed=0, sample_input=x, objective=TokenLoss())
     signals, captured = [], []
-    model.act.register_forward_hook(lambda module, args, out: captured.append(out.detach()) or (out.register_hook(signals.append)
-                                    and None), prepend=True)
+    model.act.register_forward_hook(
+        lambda module, args, out: captured.append(out.detach()) or (out.register_hook(signals.append) and None), prepend=True
+    )
     logits, y = model(x), torch.tensor([[0, 1], [2, 2], [1, 0]])
     delta = torch.autograd.grad(TokenLoss().loss(logits, y), logits, retain_graph=True)[0]
     rule.backward(TokenLoss().loss(logits, y), logits, y)
@@ -390,7 +403,7 @@ class Reversed(nn.Module):
         self.keep = keep
 
     def forward(self, x: Tensor) -> Tensor:
-        return x[:, :self.keep].flip(1)
+        return x[:, : self.keep].flip(1)
 
 
 def test_positions_that_do_not_match_are_refused_by_name():
@@ -423,19 +436,33 @@ class Transposed(nn.Module):
         return x.transpose(1, 2)
 
 
-@pytest.mark.parametrize(("shape", "positions", "layer", "output", "axis"), [
-    ((2, 5, 7), (5,), nn.Linear(3, 7), (2, 5, 7), 2), ((2, 7, 5), (5,), nn.Conv1d(3, 7, 1), (2, 7, 5), 1),
-    ((2, 5, 5), (5,), nn.Linear(3, 5), (2, 5, 5), 2), ((2, 5, 5), (5,), nn.Conv1d(3, 5, 1), (2, 5, 5), 1),
-    ((2, 5, 5), (), nn.Conv2d(3, 5, 1), (2, 5, 5, 1), 2), ((2, 4, 4, 4), (4, 4), nn.Conv2d(3, 4, 1), (2, 4, 4, 4), 1),
-    ((2, 4, 4, 4), (4, 4), nn.Linear(3, 4), (2, 4, 4, 4), 3), ((2, 4, 6, 8), (4, 6), nn.Conv2d(3, 8, 1), (2, 8, 4, 6), 3),
-    ((2, 8, 2, 3), (4, 6), nn.Conv2d(3, 8, 1), (2, 8, 2, 3), 1), ((2, 2, 3, 8), (4, 6), nn.Linear(3, 8), (2, 2, 3, 8), 3),
-    ((2, 4, 3), (3,), nn.Linear(3, 3), (2, 4, 3), 2), ((2, 8, 16), (8,), nn.Linear(3, 8), (2, 8, 8), 2),
-    ((2, 9), (5,), nn.Linear(3, 9), (2, 9), 1),
-    # One of both says it, against the layer's usual axis; both disagree.
-    ((2, 7, 5), (5,), nn.Linear(3, 3), (2, 5, 3), 1), ((2, 5, 7), (3,), nn.Linear(3, 5), (2, 3, 5), 1),
-    ((2, 5, 7), (5,), nn.Conv1d(3, 3, 1), (2, 3, 5), 2), ((2, 8, 16), (8,), nn.Conv1d(3, 8, 1), (2, 8, 16), 1),
-    ((2, 5, 5), (5,), None, None, 2), ((2, 7, 5), (5,), None, None, 1), ((2, 7, 5), (), None, None, 2),
-], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "positions", "layer", "output", "axis"),
+    [
+        ((2, 5, 7), (5,), nn.Linear(3, 7), (2, 5, 7), 2),
+        ((2, 7, 5), (5,), nn.Conv1d(3, 7, 1), (2, 7, 5), 1),
+        ((2, 5, 5), (5,), nn.Linear(3, 5), (2, 5, 5), 2),
+        ((2, 5, 5), (5,), nn.Conv1d(3, 5, 1), (2, 5, 5), 1),
+        ((2, 5, 5), (), nn.Conv2d(3, 5, 1), (2, 5, 5, 1), 2),
+        ((2, 4, 4, 4), (4, 4), nn.Conv2d(3, 4, 1), (2, 4, 4, 4), 1),
+        ((2, 4, 4, 4), (4, 4), nn.Linear(3, 4), (2, 4, 4, 4), 3),
+        ((2, 4, 6, 8), (4, 6), nn.Conv2d(3, 8, 1), (2, 8, 4, 6), 3),
+        ((2, 8, 2, 3), (4, 6), nn.Conv2d(3, 8, 1), (2, 8, 2, 3), 1),
+        ((2, 2, 3, 8), (4, 6), nn.Linear(3, 8), (2, 2, 3, 8), 3),
+        ((2, 4, 3), (3,), nn.Linear(3, 3), (2, 4, 3), 2),
+        ((2, 8, 16), (8,), nn.Linear(3, 8), (2, 8, 8), 2),
+        ((2, 9), (5,), nn.Linear(3, 9), (2, 9), 1),
+        # One of both says it, against the layer's usual axis; both disagree.
+        ((2, 7, 5), (5,), nn.Linear(3, 3), (2, 5, 3), 1),
+        ((2, 5, 7), (3,), nn.Linear(3, 5), (2, 3, 5), 1),
+        ((2, 5, 7), (5,), nn.Conv1d(3, 3, 1), (2, 3, 5), 2),
+        ((2, 8, 16), (8,), nn.Conv1d(3, 8, 1), (2, 8, 16), 1),
+        ((2, 5, 5), (5,), None, None, 2),
+        ((2, 7, 5), (5,), None, None, 1),
+        ((2, 7, 5), (), None, None, 2),
+    ],
+    ids=str,
+)
 def test_the_axis_of_features(shape: Any, positions: Any, layer: Any, output: Any, axis: int):
     assert feature_axis(shape, positions, None if layer is None else (layer, output)) == axis
 
@@ -451,8 +478,10 @@ def test_positions_shared_sends_one_signal_to_all_tokens(name: str):
     x, y = tokens()[0], torch.tensor([0, 2, 1])
     models = [Pooled(Mean()).double() for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    own, shared = (fa_bench.attach(model, name, seed=0, sample_input=x, positions=positions)
-                   for model, positions in zip(models, ("own", "shared"), strict=True))
+    own, shared = (
+        fa_bench.attach(model, name, seed=0, sample_input=x, positions=positions)
+        for model, positions in zip(models, ("own", "shared"), strict=True)
+    )
     assert own.feedback["act"]["B"].shape == (C, T * 6) and shared.feedback["act"]["B"].shape == (C, 6)
     with torch.no_grad():
         own.feedback["act"]["B"].copy_(shared.feedback["act"]["B"].repeat(1, T))
@@ -475,7 +504,7 @@ def test_regression_has_the_error_of_its_outputs():
     rule.backward((out - target).square().sum() / 8, out)
     plain, b = nets.mlp(), rule.feedback["act2"]["B"]
     hidden = plain.act2(plain.fc2(plain.act1(plain.fc1(x)))).detach()
-    want = (((out.detach() - target) / 4) @ b * (1 - hidden ** 2)).sum(0)
+    want = (((out.detach() - target) / 4) @ b * (1 - hidden**2)).sum(0)
     assert distance(model.fc2.bias.grad, want) < REL
 
 

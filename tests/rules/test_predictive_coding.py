@@ -143,12 +143,14 @@ def test_both_forms_rest_at_the_same_place() -> None:
 def test_both_forms_have_the_same_energy_at_any_point() -> None:
     errors_rule, states_rule = attach("epc"), attach("pc")
     generator = torch.Generator().manual_seed(3)
-    errors: dict[str, Tensor] = {cut: torch.randn(5, width, generator=generator, dtype=torch.float64)
-                                 for cut, width in zip(("1", "3", "5"), (8, 7, 5), strict=True)}
+    errors: dict[str, Tensor] = {
+        cut: torch.randn(5, width, generator=generator, dtype=torch.float64)
+        for cut, width in zip(("1", "3", "5"), (8, 7, 5), strict=True)
+    }
     states, start = {}, X
     for cut, error in errors.items():
         with torch.no_grad():
-            start = errors_rule.model[int(cut) - 1:int(cut) + 1](start) + error
+            start = errors_rule.model[int(cut) - 1 : int(cut) + 1](start) + error
         states[cut] = start
     energies = [energy_of(errors_rule, errors), energy_of(states_rule, states)]
     assert energies[0] == pytest.approx(energies[1], rel=1e-12)
@@ -178,7 +180,7 @@ def energy_of(rule: Any, variables: dict[str, Tensor]) -> float:
 def test_settling_does_not_depend_on_the_batch(name: str) -> None:
     """The gradient of a batch is the mean of those of its samples, whatever their number."""
     whole = learn(attach(name))
-    single = [learn(attach(name), X[n:n + 1], Y[n:n + 1]) for n in range(5)]
+    single = [learn(attach(name), X[n : n + 1], Y[n : n + 1]) for n in range(5)]
     for key, value in whole.items():
         torch.testing.assert_close(sum(one[key] for one in single) / 5, value)
 
@@ -194,8 +196,16 @@ def test_the_number_of_passes_of_an_update(name: str, steps: int) -> None:
 
 def normalised() -> nn.Sequential:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 7), nn.ReLU(),
-                          nn.Dropout(0.5), nn.Linear(7, 3)).double()
+    model = nn.Sequential(
+        nn.Linear(6, 8),
+        nn.BatchNorm1d(8),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(8, 7),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(7, 3),
+    ).double()
     model.blocks = ["3", "6"]  # type: ignore[assignment]
     return model
 
@@ -251,6 +261,7 @@ def test_a_frozen_layer_changes_nothing_for_the_others(name: str) -> None:
 @pytest.mark.parametrize("name", RULES)
 def test_a_shortcut_around_a_cut_sees_the_state(name: str) -> None:
     """The state replaces the activation for everything after it; the energy of the closed form has both ways."""
+
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -275,6 +286,7 @@ def test_a_shortcut_around_a_cut_sees_the_state(name: str) -> None:
 @pytest.mark.parametrize("name", RULES)
 def test_a_module_that_works_in_place_does_not_change_the_states(name: str) -> None:
     """The block ends at the linear layer, and the nonlinearity after it overwrites its input."""
+
     def trained(inplace: bool) -> dict[str, Tensor]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace), nn.Linear(8, 7), nn.ReLU(inplace), nn.Linear(7, 3)).double()
@@ -287,6 +299,7 @@ def test_a_module_that_works_in_place_does_not_change_the_states(name: str) -> N
 @pytest.mark.parametrize("name", RULES)
 def test_half_precision_settles_in_single_precision(name: str) -> None:
     """Steps far below bfloat16's spacing of 2⁻⁸ add up; gradients in it are exact to about that."""
+
     def trained(dtype: torch.dtype) -> dict[str, Tensor]:
         rule = attach(name, deep().to(dtype), steps=40, rate=2e-3)
         return learn(rule, X.to(dtype), Y)
@@ -348,8 +361,13 @@ def test_targets_may_be_numbers(name: str) -> None:
 
 def test_single_precision_loses_small_errors_of_states_alone() -> None:
     """The first block's error is below 1e-7 of its state; as an error it is stored with all of its digits."""
-    found = {name: [learn(attach(name, deep().to(dtype), steps=5, rate=1e-4), X.to(dtype), Y)["0.weight"].double()
-                    for dtype in (torch.float32, torch.float64)] for name in RULES}
+    found = {
+        name: [
+            learn(attach(name, deep().to(dtype), steps=5, rate=1e-4), X.to(dtype), Y)["0.weight"].double()
+            for dtype in (torch.float32, torch.float64)
+        ]
+        for name in RULES
+    }
     lost = {name: ((low - high).norm() / high.norm()).item() for name, (low, high) in found.items()}
     assert lost["pc"] > 0.5 and lost["epc"] < 1e-4
 
@@ -364,10 +382,16 @@ def test_coverage_says_that_weights_are_transported(name: str) -> None:
     assert rule.coverage.notes == ()
 
 
-@pytest.mark.parametrize(("options", "length"), [
-    ({"steps": 5, "rate": 1e-3}, 0.005), ({"steps": 3, "rate": 0.01, "momentum": 0.5}, 0.0425), ({}, None),
-    ({"steps": 10, "rate": 0.01}, None), ({"steps": 4, "rate": 0.01, "momentum": 0.9}, 0.0904),
-])
+@pytest.mark.parametrize(
+    ("options", "length"),
+    [
+        ({"steps": 5, "rate": 1e-3}, 0.005),
+        ({"steps": 3, "rate": 0.01, "momentum": 0.5}, 0.0425),
+        ({}, None),
+        ({"steps": 10, "rate": 0.01}, None),
+        ({"steps": 4, "rate": 0.01, "momentum": 0.9}, 0.0904),
+    ],
+)
 def test_a_note_warns_where_the_rule_is_backpropagation(options: dict[str, Any], length: float | None) -> None:
     """0.01 (1 + 1.5 + 1.75) = 0.0425; a length of SHORT itself is enough."""
     notes = attach("epc", **options).coverage.notes

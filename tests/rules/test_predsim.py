@@ -38,10 +38,14 @@ def test_similarity_of_labels():
     assert torch.allclose(got, torch.tensor([[1, -0.25, 1], [-0.25, 1, -0.25], [1, -0.25, 1]], dtype=torch.float64))
 
 
-@pytest.mark.parametrize(("loss", "held"), [
-    ("predsim", {"decoder.out.weight", "decoder.out.bias", "similarity.weight"}),
-    ("pred", {"decoder.out.weight", "decoder.out.bias"}), ("sim", {"similarity.weight"}),
-])
+@pytest.mark.parametrize(
+    ("loss", "held"),
+    [
+        ("predsim", {"decoder.out.weight", "decoder.out.bias", "similarity.weight"}),
+        ("pred", {"decoder.out.weight", "decoder.out.bias"}),
+        ("sim", {"similarity.weight"}),
+    ],
+)
 def test_predsim_holds_what_its_loss_needs(loss, held):
     _, rule, _, _ = registered("conv2", "predsim", loss=loss)
     tensors = rule.feedback["act1"]
@@ -69,10 +73,20 @@ def test_error_of_the_output_layer(loss, share):
     assert distance(seen[0], array((logits.softmax(1) - F.one_hot(y, 3)) / 4)) < 1e-14
 
 
-@pytest.mark.parametrize(("shape", "deviations"), [
-    ((5, 2), True), ((4, 3, 4), True), ((4, 3, 1), True), ((4, 2, 1, 1), True),
-    ((3, 3, 4), False), ((5, 1, 6), False), ((5, 1), False), ((5,), False),
-], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "deviations"),
+    [
+        ((5, 2), True),
+        ((4, 3, 4), True),
+        ((4, 3, 1), True),
+        ((4, 2, 1, 1), True),
+        ((3, 3, 4), False),
+        ((5, 1, 6), False),
+        ((5, 1), False),
+        ((5,), False),
+    ],
+    ids=str,
+)
 def test_similarity_reads_deviations_of_maps_with_more_than_three_channels_and_one_row(shape, deviations):
     """Of other maps all numbers, as the code behind the paper does."""
     x = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -99,16 +113,20 @@ def test_decoder_without_a_bias_as_torch_draws_it():
 
 def test_options_of_the_decoder_leave_the_similarity_alone():
     """Its K is drawn after D: with another weight, or in a run of an earlier version, it is the same."""
-    kernels = [registered("conv2", "predsim", **options)[1].feedback["act1"]["similarity.weight"]
-               for options in ({}, {"decoder_init": "pytorch"})]
+    kernels = [
+        registered("conv2", "predsim", **options)[1].feedback["act1"]["similarity.weight"]
+        for options in ({}, {"decoder_init": "pytorch"})
+    ]
     assert torch.equal(*kernels)
 
 
 def test_with_frozen_goodness_it_is_local_error():
     """M (C, F) does not learn: five steps with momentum, the same weights."""
     (one, x, y), two = (nets.mlp(), *nets.batch("mlp")), nets.mlp()
-    rules = [fa_bench.attach(one, "predsim", seed=0, cuts=["act1", "act2"], **MONO_FORWARD),
-             fa_bench.attach(two, "local_error", seed=0, cuts=["act1", "act2"])]
+    rules = [
+        fa_bench.attach(one, "predsim", seed=0, cuts=["act1", "act2"], **MONO_FORWARD),
+        fa_bench.attach(two, "local_error", seed=0, cuts=["act1", "act2"]),
+    ]
     for parameter in rules[0].feedback_parameters():
         parameter.requires_grad_(False)
     for cut, tensors in rules[1].feedback.items():
@@ -167,7 +185,7 @@ def test_similarity_of_half_precision_is_that_of_its_numbers_in_double(rows, sha
     if rows == "almost dead sample":  # whether it varies at all is a matter of precision
         got, want = got[1:, 1:], want[1:, 1:]
     assert torch.allclose(got.double(), want, atol=1e-5)
-    gradient, = torch.autograd.grad(F.mse_loss(similarity(x), similarity(labels.to(dtype))), x)
+    (gradient,) = torch.autograd.grad(F.mse_loss(similarity(x), similarity(labels.to(dtype))), x)
     assert torch.isfinite(gradient).all() and gradient.dtype == dtype and gradient.any()
 
 

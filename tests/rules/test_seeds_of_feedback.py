@@ -18,14 +18,31 @@ from .helpers import QUICK, cut_options
 SHARING = {"match": "random", "linear": "share"}
 # Options under which a rule has all its random tensors, and small.
 OPTIONS = {
-    "asap": SHARING, "asfp": SHARING, "asfp_lc": SHARING | {"cuts": ["act1", "act2"]}, "dgl": {"cuts": ["act1", "act2"]},
-    "pfa": {"density": 0.5, "ratio": 2.0}, "mixed": {"pfa": 0.4, "fa": 0.3, "kp": 0.3}, "wm": {"initial_steps": 0},
-    "local_error": {"separate": True}, "fdfa": {"b_init": "pytorch"},
+    "asap": SHARING,
+    "asfp": SHARING,
+    "asfp_lc": SHARING | {"cuts": ["act1", "act2"]},
+    "dgl": {"cuts": ["act1", "act2"]},
+    "pfa": {"density": 0.5, "ratio": 2.0},
+    "mixed": {"pfa": 0.4, "fa": 0.3, "kp": 0.3},
+    "wm": {"initial_steps": 0},
+    "local_error": {"separate": True},
+    "fdfa": {"b_init": "pytorch"},
     **{name: {"density": 0.5} for name in ("usf", "brsf", "frsf", "fa", "dkp")},
 }
 #: Rules without random feedback.
-WITHOUT = {"bp", "frozen", "frozen_blocks", "bp_fc", "dual_propagation", "node_perturbation", "weight_perturbation",
-           "forward_forward", "forward_gradient", "epc", "pc"}
+WITHOUT = {
+    "bp",
+    "frozen",
+    "frozen_blocks",
+    "bp_fc",
+    "dual_propagation",
+    "node_perturbation",
+    "weight_perturbation",
+    "forward_forward",
+    "forward_gradient",
+    "epc",
+    "pc",
+}
 RANDOM = sorted(set(ALGORITHMS) - WITHOUT)
 
 
@@ -63,8 +80,11 @@ def test_every_random_tensor_depends_on_the_seed_and_on_nothing_else(name: str) 
 @pytest.mark.parametrize("name", RANDOM)
 def test_layers_and_tensors_of_one_shape_differ(name: str) -> None:
     tensors = random_tensors(name, seed=0)
-    equal = [(a, b) for a, b in combinations(tensors, 2)
-             if tensors[a].shape == tensors[b].shape and torch.equal(tensors[a], tensors[b])]
+    equal = [
+        (a, b)
+        for a, b in combinations(tensors, 2)
+        if tensors[a].shape == tensors[b].shape and torch.equal(tensors[a], tensors[b])
+    ]
     assert tensors and equal == []
 
 
@@ -87,9 +107,14 @@ def test_tensors_are_those_of_seed_path_and_name(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["pfa", "pfa_o", "ldfa", "mixed"])
-@pytest.mark.parametrize("make", [
-    lambda: nn.Conv2d(4, 6, 3, groups=2), lambda: nn.ConvTranspose2d(4, 6, 3, groups=2),
-], ids=["plain", "transposed"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Conv2d(4, 6, 3, groups=2),
+        lambda: nn.ConvTranspose2d(4, 6, 3, groups=2),
+    ],
+    ids=["plain", "transposed"],
+)
 def test_every_group_of_a_convolution_has_a_b_of_its_own(name: str, make) -> None:
     model, options = nn.Sequential(make()), {"rank": 2} if name == "ldfa" else {"ratio": 2.0}
     rule = fa_bench.attach(model, name, seed=0, sample_input=torch.zeros(2, 4, 5, 5), **options)
@@ -99,8 +124,12 @@ def test_every_group_of_a_convolution_has_a_b_of_its_own(name: str, make) -> Non
 
 @pytest.mark.parametrize("init", ["xavier_uniform", "xavier_normal"])
 def test_draws_of_brsf_differ_from_seed_to_seed_and_from_layer_to_layer_at_every_forward(init: str) -> None:
-    drawn = [random_tensors("brsf", seed, forwards, m_init=init)[layer, "M"]
-             for seed in (0, 1) for forwards in (1, 2, 5) for layer in ("fc2", "fc3")]
+    drawn = [
+        random_tensors("brsf", seed, forwards, m_init=init)[layer, "M"]
+        for seed in (0, 1)
+        for forwards in (1, 2, 5)
+        for layer in ("fc2", "fc3")
+    ]
     assert not any(torch.equal(one, other) for one, other in combinations(drawn, 2))
 
 
@@ -145,8 +174,10 @@ def test_copied_weights_are_masked(name: str) -> None:
     """b_init=copy_w with density 0.3: 20 000 entries, within six standard errors of 0.0032."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(100, 200))
-    options = {"fa": {"b_init": "copy_w", "density": 0.3},
-               "mixed": {"f_init": "copy_w", "fa": 0.3, "pfa": 0.0, "kp": 0.7, "k_init": "zeros"}}
+    options = {
+        "fa": {"b_init": "copy_w", "density": 0.3},
+        "mixed": {"f_init": "copy_w", "fa": 0.3, "pfa": 0.0, "kp": 0.7, "k_init": "zeros"},
+    }
     rule = fa_bench.attach(model, name, seed=0, **options[name])
     effective, weight = rule.effective_feedback("0"), model[0].weight.detach()
     kept = effective != 0
@@ -154,9 +185,15 @@ def test_copied_weights_are_masked(name: str) -> None:
     assert torch.equal(effective[kept], weight[kept])
 
 
-@pytest.mark.parametrize(("name", "tensor", "options"), [
-    ("fa", "B", {}), ("pfa", "R", {}), ("dkp", "B", {"cuts": ["1"]}), ("dfa", "B", {"cuts": ["1"]}),
-])
+@pytest.mark.parametrize(
+    ("name", "tensor", "options"),
+    [
+        ("fa", "B", {}),
+        ("pfa", "R", {}),
+        ("dkp", "B", {"cuts": ["1"]}),
+        ("dfa", "B", {"cuts": ["1"]}),
+    ],
+)
 def test_a_mask_removes_entries_and_leaves_the_others_as_they_are(name: str, tensor: str, options: dict) -> None:
     """The entries that are kept are those of the dense draw: neither rescaled nor chosen by their size."""
     found = []

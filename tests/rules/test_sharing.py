@@ -135,8 +135,11 @@ def test_shared_input_equal_to_the_true_one_is_kolen_pollack():
 def convolution_and_linear(stem: str = "conv") -> nn.Sequential:
     """Three convolutions and two fully connected layers, behind one more that makes the map if the stem is linear."""
     torch.manual_seed(0)
-    stages = [("conv1", nn.Conv2d(2, 2, 3, padding=1))] if stem == "conv" else [
-        ("flat0", nn.Flatten()), ("fc0", nn.Linear(80, 80)), ("map", nn.Unflatten(1, (2, 5, 8)))]
+    stages = (
+        [("conv1", nn.Conv2d(2, 2, 3, padding=1))]
+        if stem == "conv"
+        else [("flat0", nn.Flatten()), ("fc0", nn.Linear(80, 80)), ("map", nn.Unflatten(1, (2, 5, 8)))]
+    )
     for number in (2, 3, 4):
         stages += [(f"act{number}", nn.Tanh()), (f"conv{number}", nn.Conv2d(2, 2, 3, padding=1))]
     stages += [("flat", nn.Flatten()), ("act5", nn.Tanh()), ("fc1", nn.Linear(80, 80))]
@@ -145,16 +148,25 @@ def convolution_and_linear(stem: str = "conv") -> nn.Sequential:
 
 
 TRANSPORT_NETS = {
-    "conv": lambda: convolution_and_linear("conv"), "linear stem": lambda: convolution_and_linear("linear"),
+    "conv": lambda: convolution_and_linear("conv"),
+    "linear stem": lambda: convolution_and_linear("linear"),
     "mlp": lambda: chain_net(linear=True),
 }
 
 
-@pytest.mark.parametrize(("net", "linear", "fixed"), [
-    ("conv", "auto", {"fc1", "fc2"}), ("conv", "fa", {"fc1", "fc2"}), ("conv", "share", set()),
-    ("linear stem", "auto", {"fc0", "fc1", "fc2"}), ("linear stem", "fa", {"fc0", "fc1", "fc2"}), ("linear stem", "share", set()),
-    ("mlp", "auto", set()), ("mlp", "share", set()),
-])
+@pytest.mark.parametrize(
+    ("net", "linear", "fixed"),
+    [
+        ("conv", "auto", {"fc1", "fc2"}),
+        ("conv", "fa", {"fc1", "fc2"}),
+        ("conv", "share", set()),
+        ("linear stem", "auto", {"fc0", "fc1", "fc2"}),
+        ("linear stem", "fa", {"fc0", "fc1", "fc2"}),
+        ("linear stem", "share", set()),
+        ("mlp", "auto", set()),
+        ("mlp", "share", set()),
+    ],
+)
 def test_transport_is_that_of_convolutions_and_of_layers_that_share(net, linear, fixed):
     """Fully connected layers that take their own input keep their fixed B; and all gradients are the reference's."""
     x, y = data(net == "mlp")
@@ -330,8 +342,11 @@ def test_sizes_that_no_pooling_makes_are_refused(shape, wanted):
 def test_a_shared_activation_is_padded_as_the_layers_own_input_is(name, options, mode):
     torch.manual_seed(0)
     kernel, padding = ((2, 4), "same") if mode == "zeros" else (3, 1)  # the one pads more behind than in front
-    layers = [part for channels in (1, 2, 2, 2) for part in
-              (nn.Conv2d(channels, 2, kernel, padding=padding, padding_mode=mode), nn.Tanh())]
+    layers = [
+        part
+        for channels in (1, 2, 2, 2)
+        for part in (nn.Conv2d(channels, 2, kernel, padding=padding, padding_mode=mode), nn.Tanh())
+    ]
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(2 * 5 * 6, 3)).double()
     x, y = torch.randn(4, 1, 5, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 1])
     rule = fa_bench.attach(model, name, seed=0, sample_input=x, **options)
@@ -340,7 +355,7 @@ def test_a_shared_activation_is_padded_as_the_layers_own_input_is(name, options,
     model[4].register_full_backward_hook(lambda m, gi, go: errors.__setitem__("g", go[0]))
     rule_grads(model, rule, x, y)
     twin = nn.Conv2d(2, 2, kernel, padding=padding, padding_mode=mode).double()
-    want, = torch.autograd.grad(twin(seen["h"]), twin.weight, errors["g"])
+    (want,) = torch.autograd.grad(twin(seen["h"]), twin.weight, errors["g"])
     learned = model[4].feedback_B if name == "asfp" else model[4].weight
     assert distance(learned.grad, array(want)) < 1e-12
 
@@ -350,6 +365,7 @@ def test_a_shared_activation_is_padded_as_the_layers_own_input_is(name, options,
 @pytest.mark.parametrize("single", [False, True])
 def test_activations_that_stand_in_under_autocast(name, linear, single):
     """Gradients in bfloat16 are those of single precision to its 8 bits, whatever precision nonlinearities return."""
+
     class Single(nn.Tanh):
         def forward(self, x):
             return super().forward(x.float())
@@ -386,6 +402,7 @@ def test_sharing_among_fully_connected_layers_is_suggested_where_it_would_be_eno
 
 def test_an_activation_that_a_layer_was_given_outside_the_model_is_not_shared():
     """The layer that takes it first was called by itself, and does not run in the model's next pass."""
+
     class Skips(nn.Module):
         def __init__(self):
             super().__init__()
@@ -408,6 +425,7 @@ def test_an_activation_that_a_layer_was_given_outside_the_model_is_not_shared():
 @pytest.mark.parametrize("samples", [4, 5])
 def test_attention_shares_with_layers_that_have_the_batch_first(samples: int) -> None:
     """Its layers take (L, N, E): samples and positions are not mixed up, also if there are as many."""
+
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -238,8 +238,10 @@ def test_a_loaded_state_is_not_drawn_over():
     for _ in range(2):
         model(x)
     model.load_state_dict(saved)
-    assert_bitwise({path: tensors["M"] for path, tensors in rule.feedback.items()},
-                   {path: saved[f"{path}.feedback_M"] for path in layer_names(model)})
+    assert_bitwise(
+        {path: tensors["M"] for path, tensors in rule.feedback.items()},
+        {path: saved[f"{path}.feedback_M"] for path in layer_names(model)},
+    )
 
 
 @pytest.mark.parametrize(("name", "shown"), [("usf", "B"), ("brsf", "M"), ("frsf", "M")])
@@ -252,9 +254,16 @@ def test_what_is_shown_of_each_layer(name, shown):
         assert not [key for key in model.state_dict() if "feedback" in key]
 
 
-@pytest.mark.parametrize("layer", [
-    nn.Conv1d(3, 5, 4), nn.Conv2d(3, 5, (2, 4)), nn.Conv3d(3, 5, (2, 1, 2)), nn.Linear(3, 5),
-], ids=lambda layer: type(layer).__name__)
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv1d(3, 5, 4),
+        nn.Conv2d(3, 5, (2, 4)),
+        nn.Conv3d(3, 5, (2, 1, 2)),
+        nn.Linear(3, 5),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
 def test_xiaos_scale_tells_convolutions_of_every_dimension_from_linear_layers(layer):
     """√(2/fan_out), and 1/√fan_in."""
     rule = fa_bench.attach(nn.Sequential(layer), "usf", scale="xiao")

@@ -114,6 +114,7 @@ def test_a_batch_without_samples_moves_nothing(error_sign):
 
 def test_the_error_is_made_in_full_precision_under_autocast():
     """1/3 has three digits in bfloat16, where δ is made; an activation in single precision has the error in it."""
+
     class Single(nn.Module):
         def forward(self, x):
             return x.float().tanh()

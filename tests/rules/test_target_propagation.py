@@ -54,13 +54,19 @@ def test_feedback_learns_as_the_loops_say(net: str, density: float) -> None:
             tensor.grad = None
         rule_grads(model, rule, x, y)
         got = {cut: rule.feedback[cut]["B"].grad for cut in cuts}
-        assert_matches(got, {cut: feedback_gradient(chain, arrays(plain), array(x), cut, array(rule.feedback[cut]["B"]), sigma,
-                                                    number) for cut in cuts})
+        assert_matches(
+            got,
+            {
+                cut: feedback_gradient(chain, arrays(plain), array(x), cut, array(rule.feedback[cut]["B"]), sigma, number)
+                for cut in cuts
+            },
+        )
     assert rule.state_dict() == {"draws": {"seed": 0, "number": 2}}
 
 
 def test_the_second_pass_changes_nothing_else() -> None:
     """Dropout masks are those of the first pass; running statistics and the global generator see one pass only."""
+
     def build() -> nn.Sequential:
         torch.manual_seed(1)
         return nn.Sequential(nn.Linear(7, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 3)).double()
@@ -94,8 +100,9 @@ def test_feedback_converges_to_the_damped_pseudo_inverse_of_a_linear_net(damping
             nn.init.orthogonal_(layer.weight)
         model[3].weight.mul_(torch.tensor([[0.7], [1.0], [1.4]]))
     jacobian = (model[3].weight @ model[2].weight).detach()
-    rule = fa_bench.attach(model, "ddtp_linear", sample_input=torch.zeros(2, 7).double(), cuts=["1"], allow_uncovered=True,
-                           sigma=1.0)
+    rule = fa_bench.attach(
+        model, "ddtp_linear", sample_input=torch.zeros(2, 7).double(), cuts=["1"], allow_uncovered=True, sigma=1.0
+    )
     optimizer = torch.optim.SGD(rule.feedback_parameters(), lr=0.05, weight_decay=damping)
     for parameter in rule.weight_parameters():
         parameter.requires_grad_(False)
@@ -146,9 +153,18 @@ def map_gradient(chain, params, x, cut: str, above: str, weight: np.ndarray, sig
 def pooled() -> nn.Sequential:
     """Two maps of different sizes, and two flat layers."""
     torch.manual_seed(3)
-    return nn.Sequential(OrderedDict(
-        conv1=nn.Conv2d(2, 2, 3, padding=1), act1=nn.Tanh(), conv2=nn.Conv2d(2, 3, 3, stride=2, padding=1), act2=nn.Tanh(),
-        flat=nn.Flatten(), fc1=nn.Linear(36, 5), act3=nn.Tanh(), fc2=nn.Linear(5, 3))).double()
+    return nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(2, 2, 3, padding=1),
+            act1=nn.Tanh(),
+            conv2=nn.Conv2d(2, 3, 3, stride=2, padding=1),
+            act2=nn.Tanh(),
+            flat=nn.Flatten(),
+            fc1=nn.Linear(36, 5),
+            act3=nn.Tanh(),
+            fc2=nn.Linear(5, 3),
+        )
+    ).double()
 
 
 @pytest.mark.parametrize("net", ["mlp_bn", "pooled"])
@@ -164,19 +180,27 @@ def test_maps_of_blocks_learn_as_the_loops_say(net: str) -> None:
         got = rule_grads(model, rule, x, y)
         want = ldrl(chain, arrays(plain), {cut: {"map.weight": weight} for cut, weight in weights.items()}, array(x), y.numpy())
         assert_matches(got, want)
-        assert_matches({cut: rule.feedback[cut]["map.weight"].grad for cut in cuts}, {
-            cut: map_gradient(chain, arrays(plain), array(x), cut, above, weights[cut], sigma, number)
-            for cut, above in zip(cuts, [*cuts[1:], ""], strict=True)})
+        assert_matches(
+            {cut: rule.feedback[cut]["map.weight"].grad for cut in cuts},
+            {
+                cut: map_gradient(chain, arrays(plain), array(x), cut, above, weights[cut], sigma, number)
+                for cut, above in zip(cuts, [*cuts[1:], ""], strict=True)
+            },
+        )
     assert {cut: weight.ndim for cut, weight in weights.items()} == (
-        {"act1": 4, "act2": 2, "act3": 2} if net == "pooled" else {"act1": 2, "act2": 2})
+        {"act1": 4, "act2": 2, "act3": 2} if net == "pooled" else {"act1": 2, "act2": 2}
+    )
 
 
 def test_errors_of_maps_reach_flat_blocks_below() -> None:
     low, (x, y) = nn.Sequential(nn.Linear(7, 12), nn.Tanh()).double(), nets.batch("mlp_tanh")
-    model = nn.Sequential(OrderedDict(
-        low=copy.deepcopy(low),
-        map=nn.Sequential(nn.Unflatten(1, (3, 2, 2)), nn.Conv2d(3, 4, 1), nn.Tanh()),
-        out=nn.Sequential(nn.Flatten(), nn.Linear(16, 3)))).double()
+    model = nn.Sequential(
+        OrderedDict(
+            low=copy.deepcopy(low),
+            map=nn.Sequential(nn.Unflatten(1, (3, 2, 2)), nn.Conv2d(3, 4, 1), nn.Tanh()),
+            out=nn.Sequential(nn.Flatten(), nn.Linear(16, 3)),
+        )
+    ).double()
     rule = fa_bench.attach(model, "ldrl", sample_input=x, cuts=["low", "map"])
     got = rule_grads(model, rule, x, y)
     delta = (model(x).detach().softmax(1) - F.one_hot(y, 3)) / len(y)
@@ -267,6 +291,7 @@ def test_frozen_feedback_costs_no_pass() -> None:
 
 def test_tokens_and_error_at() -> None:
     """Positions are a second batch axis: with position-wise layers, tokens learn as samples do, up to the 1/N of the mean."""
+
     def build() -> nn.Sequential:
         torch.manual_seed(1)
         return nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Linear(4, 3)).double()
@@ -274,8 +299,9 @@ def test_tokens_and_error_at() -> None:
     x = torch.randn(4, 2, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     y = torch.randint(3, (4, 2), generator=torch.Generator().manual_seed(1))
     model = build()
-    rule = fa_bench.attach(model, "ddtp_linear", seed=0, sample_input=x, cuts=["1", "3"], error_at="4", sigma=0.2,
-                           objective="token_cross_entropy")
+    rule = fa_bench.attach(
+        model, "ddtp_linear", seed=0, sample_input=x, cuts=["1", "3"], error_at="4", sigma=0.2, objective="token_cross_entropy"
+    )
     logits = model(x)
     rule.backward(F.cross_entropy(logits.flatten(0, 1), y.flatten()), logits, y)
     for cut, above in (("1", [2, 3, 4]), ("3", [4])):

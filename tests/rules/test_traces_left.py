@@ -34,10 +34,17 @@ class Rotated(nn.Module):
 
 def traces(model: nn.Module) -> dict[str, tuple]:
     """Of every module: its class, what it holds, its hooks, and which parameters are trained."""
-    return {path: (type(module), sorted(vars(module)), [*module._parameters], [*module._buffers],
-                   [len(hooks) for name, hooks in vars(module).items() if name.endswith("_hooks")],
-                   [p.requires_grad for p in module.parameters(recurse=False)])
-            for path, module in model.named_modules()}
+    return {
+        path: (
+            type(module),
+            sorted(vars(module)),
+            [*module._parameters],
+            [*module._buffers],
+            [len(hooks) for name, hooks in vars(module).items() if name.endswith("_hooks")],
+            [p.requires_grad for p in module.parameters(recurse=False)],
+        )
+        for path, module in model.named_modules()
+    }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

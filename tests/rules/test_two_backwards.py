@@ -63,10 +63,23 @@ def test_two_backward_passes_add_up_in_a_residual_net(name: str) -> None:
     assert_sums(rule, (x, y), (x.flip(0) * 0.7, y.roll(1)))
 
 
-@pytest.mark.parametrize(("name", "options"), [
-    ("fa", {}), ("kp", {}), ("brsf", {}), ("usf", {}), ("pfa", {"ratio": 2}), ("asap", SHARING), ("asfp", SHARING), ("dfa", {}),
-    ("dkp", {}), ("dkp", {"cuts": ["act1"], "error_at": "act2"}), ("dfa", {"form": "kernel"}),
-], ids=str)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("fa", {}),
+        ("kp", {}),
+        ("brsf", {}),
+        ("usf", {}),
+        ("pfa", {"ratio": 2}),
+        ("asap", SHARING),
+        ("asfp", SHARING),
+        ("dfa", {}),
+        ("dkp", {}),
+        ("dkp", {"cuts": ["act1"], "error_at": "act2"}),
+        ("dfa", {"form": "kernel"}),
+    ],
+    ids=str,
+)
 def test_one_graph_can_be_differentiated_twice(name: str, options: dict[str, object]) -> None:
     """What a forward pass keeps for the backward pass is still there if autograd retains the graph."""
     model, (x, y) = nets.NETS["mlp_tanh"](), nets.batch("mlp_tanh", seed=0)

@@ -71,9 +71,7 @@ def test_two_mirror_steps_equal_the_loops(net, options):
         module = model.get_submodule(layer)
         for number in (1, 2):
             noise = array(module.pathway.noise.sample(number, module.weight))
-            want[layer] = mirror_step(
-                stages[layer], array(module.weight), array(module.bias), want[layer], noise, **settings
-            )
+            want[layer] = mirror_step(stages[layer], array(module.weight), array(module.bias), want[layer], noise, **settings)
     before = feedback_arrays(rule)
     rule.step()
     assert_matches({layer: tensors["B"] for layer, tensors in feedback_arrays(rule).items()}, want)
@@ -198,7 +196,8 @@ def test_estimate_of_a_linear_weight_scatters_as_predicted(noise, activation, c)
     """
     torch.manual_seed(0)
     module, _, rule = behind_gain(
-        nn.Linear(40, 12), (2, 40), mirror_rate=1.0, mirror_batch=1000, noise=noise, activation=activation, sigma=0.7)
+        nn.Linear(40, 12), (2, 40), mirror_rate=1.0, mirror_batch=1000, noise=noise, activation=activation, sigma=0.7
+    )
     weight, scores = module.weight.detach(), []
     for _ in range(10):
         rule.step()
@@ -253,8 +252,15 @@ def test_steady_state_angle_of_a_linear_layer(activation, predicted):
     torch.manual_seed(0)
     # After 300 steps 1 - 0.99^600 = 99.8 % of the variance is there; the mean of some angles of one path.
     module, _, rule = behind_gain(
-        nn.Linear(512, 24, bias=False), (2, 512), torch.float32, b_init="copy_w", mirror_rate=0.01, initial_steps=300,
-        mirror_steps=40, activation=activation)
+        nn.Linear(512, 24, bias=False),
+        (2, 512),
+        torch.float32,
+        b_init="copy_w",
+        mirror_rate=0.01,
+        initial_steps=300,
+        mirror_steps=40,
+        activation=activation,
+    )
     angles = []
     for _ in range(5):
         angles.append(weight_angle(module.feedback_B, module.weight.detach()))
@@ -266,7 +272,8 @@ def test_steady_state_angle_of_a_convolution_is_smaller_by_its_positions():
     """1x1 on 6x6: n_pos = 36, and no two positions share an input. η = 0.2, N = 2, F = 64."""
     torch.manual_seed(0)
     module, _, rule = behind_gain(
-        nn.Conv2d(64, 32, 1), (1, 64, 6, 6), torch.float32, b_init="copy_w", mirror_rate=0.2, mirror_batch=2, initial_steps=30)
+        nn.Conv2d(64, 32, 1), (1, 64, 6, 6), torch.float32, b_init="copy_w", mirror_rate=0.2, mirror_batch=2, initial_steps=30
+    )
     angles = []
     for _ in range(40):
         angles.append(weight_angle(module.feedback_B, module.weight.detach()))
@@ -298,7 +305,8 @@ def test_bias_that_is_not_blocked_gives_every_row_its_own_factor():
         with torch.no_grad():
             layer.bias.copy_(torch.tensor([-1.5, -0.3, 0.0, 0.8]) * 0.5 * layer.weight.norm(dim=1))
         module, _, rule = behind_gain(
-            layer, (2, 10), mirror_rate=1.0, mirror_batch=200_000, sigma=0.5, activation=activation, block_bias=blocked)
+            layer, (2, 10), mirror_rate=1.0, mirror_batch=200_000, sigma=0.5, activation=activation, block_bias=blocked
+        )
         rule.step()
         weight = module.weight.detach()
         factors[activation, blocked] = (module.feedback_B * weight).sum(1) / weight.square().sum(1)
@@ -316,7 +324,8 @@ def test_small_noise_sees_the_slope_at_zero(activation, sigma, slack):
         torch.manual_seed(0)
         layer = nn.Linear(10, 40)
         module, _, rule = behind_gain(
-            layer, (2, 10), mirror_rate=1.0, mirror_batch=100_000, sigma=deviation, activation=activation)
+            layer, (2, 10), mirror_rate=1.0, mirror_batch=100_000, sigma=deviation, activation=activation
+        )
         rule.step()
         weight = module.weight.detach()
         factor = ((module.feedback_B * weight).sum() / weight.square().sum()).item()

@@ -64,8 +64,9 @@ def test_draw_depends_on_seed_layer_and_number_alone():
     layers = [("conv2", 2), ("conv2", 1), ("fc1", 1)]
 
     def draws(net):
-        return [net.get_submodule(layer).pathway.noise.sample(number, net.conv1.weight).flatten()[:50]
-                for layer, number in layers]
+        return [
+            net.get_submodule(layer).pathway.noise.sample(number, net.conv1.weight).flatten()[:50] for layer, number in layers
+        ]
 
     for one, two, three in zip(draws(model), draws(again), draws(other), strict=True):
         assert torch.equal(one, two) and not torch.equal(one, three)
@@ -154,8 +155,17 @@ def test_convolution_needs_a_sample():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"mirror_rate": 0.0}, {"mirror_rate": 1.1}, {"mirror_steps": -1}, {"initial_steps": -1}, {"mirror_batch": 0}, {"sigma": 0.0},
-     {"noise": "laplace"}, {"activation": "gelu"}, {"b_init": "ones"}],
+    [
+        {"mirror_rate": 0.0},
+        {"mirror_rate": 1.1},
+        {"mirror_steps": -1},
+        {"initial_steps": -1},
+        {"mirror_batch": 0},
+        {"sigma": 0.0},
+        {"noise": "laplace"},
+        {"activation": "gelu"},
+        {"b_init": "ones"},
+    ],
     ids=str,
 )
 def test_wrong_values_are_refused(wrong):

@@ -24,8 +24,13 @@ OLD, NEW = {"weight_angle": {"fc": 1.0}}, {"weight_angle": {"fc": 2.0}}
 
 def trainer(epochs: int = 3, stop: Any = None, **progress: Any) -> Any:
     """A trainer at this point of its run; its batches are of no interest."""
-    return SimpleNamespace(progress=Progress(**progress), options=RunOptions(epochs=epochs), stop_request=stop,
-                           splits=SimpleNamespace(train=SimpleNamespace(steps=lambda *_: 4)), world=World())
+    return SimpleNamespace(
+        progress=Progress(**progress),
+        options=RunOptions(epochs=epochs),
+        stop_request=stop,
+        splits=SimpleNamespace(train=SimpleNamespace(steps=lambda *_: 4)),
+        world=World(),
+    )
 
 
 @pytest.mark.parametrize("stopped", [None, {"reason": "enough", "callback": "c"}], ids=["to the end", "stopped"])
@@ -41,11 +46,20 @@ def test_a_run_ends_with_the_angles_of_its_last_step(stopped: Any, probed: int |
     assert recorded == ([(5, NEW)] if is_measured else []) and of_run.progress.probed == (5 if is_measured else probed)
 
 
-@pytest.mark.parametrize(("hook", "every", "epoch", "step", "probed", "measures"), [
-    ("on_fit_start", 2, 0, 0, None, True), ("on_fit_start", 0, 0, 0, None, False), ("on_fit_start", 2, 0, 0, 0, False),
-    ("on_step_end", 2, 0, 4, 2, True), ("on_step_end", 2, 0, 5, 4, False), ("on_step_end", 0, 0, 4, None, False),
-    ("on_batches_end", 5, 2, 12, 10, True), ("on_batches_end", 4, 2, 12, 12, False), ("on_batches_end", 5, 1, 8, 5, False),
-])
+@pytest.mark.parametrize(
+    ("hook", "every", "epoch", "step", "probed", "measures"),
+    [
+        ("on_fit_start", 2, 0, 0, None, True),
+        ("on_fit_start", 0, 0, 0, None, False),
+        ("on_fit_start", 2, 0, 0, 0, False),
+        ("on_step_end", 2, 0, 4, 2, True),
+        ("on_step_end", 2, 0, 5, 4, False),
+        ("on_step_end", 0, 0, 4, None, False),
+        ("on_batches_end", 5, 2, 12, 10, True),
+        ("on_batches_end", 4, 2, 12, 12, False),
+        ("on_batches_end", 5, 1, 8, 5, False),
+    ],
+)
 def test_when_angles_are_measured(hook: str, every: int, epoch: int, step: int, probed: int | None, measures: bool) -> None:
     of_run, recorded = trainer(epoch=epoch, step=step, probed=probed), []
     alignment = Alignment(SimpleNamespace(measure=lambda: NEW), every, lambda *values: recorded.append(values))  # type: ignore[arg-type]
@@ -67,10 +81,17 @@ def test_histograms_of_every_so_many_steps_cost_no_training_time(monkeypatch: py
     assert [step for _, step in seen] == [0, 3] and all(seen[0][0]) and of_run.progress.seconds == 20.0 - 2 * 3.0
 
 
-@pytest.mark.parametrize(("every", "epoch", "stop", "saves"), [
-    (2, 2, None, True), (2, 1, None, False), (2, 3, None, True), (5, 1, {"reason": "x"}, True), (5, 2, None, False),
-    (1, 1, None, True),
-])
+@pytest.mark.parametrize(
+    ("every", "epoch", "stop", "saves"),
+    [
+        (2, 2, None, True),
+        (2, 1, None, False),
+        (2, 3, None, True),
+        (5, 1, {"reason": "x"}, True),
+        (5, 2, None, False),
+        (1, 1, None, True),
+    ],
+)
 def test_checkpoints_of_every_so_many_epochs_and_of_the_last(every: int, epoch: int, stop: Any, saves: bool) -> None:
     saved: list[bool] = []
     Checkpoints(lambda: saved.append(True), every, 0.0).on_epoch_end(trainer(stop=stop, epoch=epoch), {})
@@ -122,7 +143,11 @@ def test_a_later_run_of_a_sweep_has_one_line_unless_it_takes_some_seconds(monkey
 
     assert said([1, 2, 3, 4]) == ["fa epoch 4/4"]
     assert said([LINE_EVERY, LINE_EVERY + 1, 3 * LINE_EVERY, 3 * LINE_EVERY + 1]) == [
-        "fa epoch 1/4", "fa: 10 s per epoch; about 2 min remaining", "fa epoch 3/4", "fa epoch 4/4"]
+        "fa epoch 1/4",
+        "fa: 10 s per epoch; about 2 min remaining",
+        "fa epoch 3/4",
+        "fa epoch 4/4",
+    ]
 
 
 def test_the_bar_counts_the_steps_of_the_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,10 +191,18 @@ class Values(nn.Module):
         return iter([SimpleNamespace(device=torch.device(self.device))])
 
 
-@pytest.mark.parametrize(("device", "step", "looks"), [
-    ("cpu", 0, True), ("cpu", 7, True), ("cuda", 0, True), ("cuda", 7, False), ("cuda", CHECK_EVERY - 1, False),
-    ("cuda", CHECK_EVERY, True), ("cuda", CHECK_EVERY + 1, False),
-])
+@pytest.mark.parametrize(
+    ("device", "step", "looks"),
+    [
+        ("cpu", 0, True),
+        ("cpu", 7, True),
+        ("cuda", 0, True),
+        ("cuda", 7, False),
+        ("cuda", CHECK_EVERY - 1, False),
+        ("cuda", CHECK_EVERY, True),
+        ("cuda", CHECK_EVERY + 1, False),
+    ],
+)
 @pytest.mark.parametrize("proceed", [False, True])
 def test_losses_are_checked_at_every_step_or_seldom(
     device: str, step: int, looks: bool, proceed: bool, monkeypatch: pytest.MonkeyPatch

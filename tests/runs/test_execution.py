@@ -26,8 +26,19 @@ from fa_bench.runs.hashes import state_hash
 from fa_bench.runs.loop import Progress
 
 CPU = torch.device("cpu")
-SMALL = ["dataset=synthetic", "dataset.samples=200", "dataset.validation=40", "architecture.widths=[8]", "batch_size=30",
-         "epochs=2", "threads=1", "device=cpu", "probe_every=2", "loggers=[]", "drop_last=false"]
+SMALL = [
+    "dataset=synthetic",
+    "dataset.samples=200",
+    "dataset.validation=40",
+    "architecture.widths=[8]",
+    "batch_size=30",
+    "epochs=2",
+    "threads=1",
+    "device=cpu",
+    "probe_every=2",
+    "loggers=[]",
+    "drop_last=false",
+]
 
 
 def trained(directory: Path, *overrides: str) -> dict[str, Any]:
@@ -102,8 +113,10 @@ def test_bf16_computes_in_half_precision_and_keeps_weights_and_metrics_in_single
     plain, half = (trained(tmp_path / precision, "algorithm=kp", f"precision={precision}") for precision in ("fp32", "bf16"))
     assert half["weights_hash"] != plain["weights_hash"] and half["initial_weights_hash"] == plain["initial_weights_hash"]
     # bf16 has 8 bits: products of some hundred terms are off by 1 %.
-    losses = [json.loads(next((tmp_path / name).rglob("metrics.jsonl")).read_text().splitlines()[0])["train_loss"]
-              for name in ("fp32", "bf16")]
+    losses = [
+        json.loads(next((tmp_path / name).rglob("metrics.jsonl")).read_text().splitlines()[0])["train_loss"]
+        for name in ("fp32", "bf16")
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=0.05) and losses[0] != losses[1]
     checkpoint = torch.load(next((tmp_path / "bf16").rglob("last.pt")), weights_only=True)
     assert {tensor.dtype for tensor in checkpoint["model"].values() if tensor.is_floating_point()} == {torch.float32}
@@ -112,16 +125,21 @@ def test_bf16_computes_in_half_precision_and_keeps_weights_and_metrics_in_single
 def test_channels_last_changes_the_memory_format_of_weights_and_feedback_alone() -> None:
     plain = torch.nn.Conv2d(3, 4, 3)
     assert state_hash(Execution(RunOptions(channels_last=True), CPU).placed(copy.deepcopy(plain)).state_dict()) == state_hash(
-        plain.state_dict())
+        plain.state_dict()
+    )
     conv = Execution(RunOptions(channels_last=True), CPU).placed(torch.nn.Conv2d(3, 4, 3))
     assert conv.get_parameter("weight").is_contiguous(memory_format=torch.channels_last)
     fa_bench.attach(conv, "kp")
     assert conv.get_parameter("feedback_B").is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"precision": "tf32"}, "precision=tf32: cpu devices"), ({"graphs": True, "compile": True}, "graphs=true: .* cpu"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "tf32"}, "precision=tf32: cpu devices"),
+        ({"graphs": True, "compile": True}, "graphs=true: .* cpu"),
+    ],
+)
 def test_what_a_device_does_not_have_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Execution(RunOptions(**options), CPU)
@@ -138,13 +156,23 @@ def test_compile_without_a_compiler_is_refused_before_training(monkeypatch: pyte
         Execution(RunOptions(compile=True), CPU)
 
 
-@pytest.mark.parametrize(("model", "device", "steps", "compiler", "wanted"), [
-    (torch.nn.Conv2d(1, 1, 1), "cpu", 2000, "", True), (torch.nn.Conv2d(1, 1, 1), "cpu", 1999, "", False),
-    (torch.nn.Linear(1, 1), "cpu", 9999, "", False), (torch.nn.Conv2d(1, 1, 1), "cuda", 9999, "", False),
-    (torch.nn.Conv2d(1, 1, 1), "cpu", 9999, "none", False),
-])
+@pytest.mark.parametrize(
+    ("model", "device", "steps", "compiler", "wanted"),
+    [
+        (torch.nn.Conv2d(1, 1, 1), "cpu", 2000, "", True),
+        (torch.nn.Conv2d(1, 1, 1), "cpu", 1999, "", False),
+        (torch.nn.Linear(1, 1), "cpu", 9999, "", False),
+        (torch.nn.Conv2d(1, 1, 1), "cuda", 9999, "", False),
+        (torch.nn.Conv2d(1, 1, 1), "cpu", 9999, "none", False),
+    ],
+)
 def test_auto_compiles_where_that_was_measured_to_pay(
-    model: torch.nn.Module, device: str, steps: int, compiler: str, wanted: bool, monkeypatch: pytest.MonkeyPatch,
+    model: torch.nn.Module,
+    device: str,
+    steps: int,
+    compiler: str,
+    wanted: bool,
+    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(execution, "_no_compiler", lambda: compiler)
@@ -169,8 +197,9 @@ def test_tf32_holds_for_products_of_training_only() -> None:
 
 def test_the_time_left_leaves_out_compilation(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     progress, clock = Progress(), iter([0.0, 100.0])
-    trainer: Any = SimpleNamespace(options=RunOptions(epochs=2), progress=progress,
-                                   splits=SimpleNamespace(train=SimpleNamespace(steps=lambda size, drop: 1)))
+    trainer: Any = SimpleNamespace(
+        options=RunOptions(epochs=2), progress=progress, splits=SimpleNamespace(train=SimpleNamespace(steps=lambda size, drop: 1))
+    )
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: next(clock))
     display = Display("run", later_epochs=3)
     display.on_fit_start(trainer)

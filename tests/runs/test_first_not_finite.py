@@ -13,11 +13,14 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 2)))
 
 
-@pytest.mark.parametrize(("root", "others"), [
-    (True, {"1": False}),  # a frozen normalisation in a model that trains
-    (True, {"2": False, "2.0": True}),  # dropout that stays active inside a block in evaluation mode
-    (False, {"2.0": True, "1": True}),  # a model in evaluation mode with parts that train
-])
+@pytest.mark.parametrize(
+    ("root", "others"),
+    [
+        (True, {"1": False}),  # a frozen normalisation in a model that trains
+        (True, {"2": False, "2.0": True}),  # dropout that stays active inside a block in evaluation mode
+        (False, {"2.0": True, "1": True}),  # a model in evaluation mode with parts that train
+    ],
+)
 @pytest.mark.parametrize("fails", [False, True])
 def test_every_module_gets_its_own_mode_back(root: bool, others: dict[str, bool], fails: bool) -> None:
     model = net().train(root)

@@ -42,8 +42,14 @@ def load() -> Splits:
 
 def make_model(dropout: float = 0.0) -> nn.Sequential:
     torch.manual_seed(0)
-    parts = {"flat": nn.Flatten(), "fc1": nn.Linear(4, 6), "bn": nn.BatchNorm1d(6), "act": nn.ReLU(),
-             "drop": nn.Dropout(dropout), "fc2": nn.Linear(6, 3)}
+    parts = {
+        "flat": nn.Flatten(),
+        "fc1": nn.Linear(4, 6),
+        "bn": nn.BatchNorm1d(6),
+        "act": nn.ReLU(),
+        "drop": nn.Dropout(dropout),
+        "fc2": nn.Linear(6, 3),
+    }
     return nn.Sequential(OrderedDict(parts))
 
 
@@ -57,13 +63,26 @@ def nothing(*arguments: Any) -> None:
 
 
 def fit(
-    rule: Rule, splits: Splits, epochs: int, drop_last: bool = False, probe_every: int = 0, on_probe: Any = nothing,
-    on_step: Any = nothing, on_wait: Any = nothing, on_gradients: Any = nothing, callbacks_after: Iterable[Callback] = (),
-    **more: Any
+    rule: Rule,
+    splits: Splits,
+    epochs: int,
+    drop_last: bool = False,
+    probe_every: int = 0,
+    on_probe: Any = nothing,
+    on_step: Any = nothing,
+    on_wait: Any = nothing,
+    on_gradients: Any = nothing,
+    callbacks_after: Iterable[Callback] = (),
+    **more: Any,
 ) -> list[dict[str, Any]]:
     """Train with the package's loop; returns the metrics of every epoch."""
-    options = SGD(lr=LR, momentum=MOMENTUM, weight_decay=DECAY, first_epoch_weight_decay=FIRST_DECAY,
-                  schedule=Step(step_size=1, gamma=GAMMA))
+    options = SGD(
+        lr=LR,
+        momentum=MOMENTUM,
+        weight_decay=DECAY,
+        first_epoch_weight_decay=FIRST_DECAY,
+        schedule=Step(step_size=1, gamma=GAMMA),
+    )
     lines: list[dict[str, Any]] = []
     run = RunOptions(batch_size=BATCH, drop_last=drop_last, seed=SEED, epochs=epochs, **more)
     meter = AlignmentMeter(rule, *next(splits.test.batches(4)))
@@ -81,8 +100,13 @@ def fit(
         def on_epoch_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
             lines.append(metrics)
 
-    Trainer(rule, Optimizers(options, rule, epochs), splits, run,
-            [Divergence(), Alignment(meter, probe_every, on_probe), Watch(), *callbacks_after]).fit()
+    Trainer(
+        rule,
+        Optimizers(options, rule, epochs),
+        splits,
+        run,
+        [Divergence(), Alignment(meter, probe_every, on_probe), Watch(), *callbacks_after],
+    ).fit()
     return lines
 
 
@@ -120,10 +144,17 @@ def fit_by_hand(rule: Rule, splits: Splits, epochs: int, drop_last: bool) -> lis
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
-@pytest.mark.parametrize(("name", "options"), [
-    ("bp", {}), ("kp", {}), ("pfa", {"density": 0.5, "ratio": 3.0}), ("wm", {"initial_steps": 0, "mirror_batch": 8}),
-    ("drtp", {"cuts": ["act"]}),
-], ids=["bp", "kp", "pfa", "wm", "drtp"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("bp", {}),
+        ("kp", {}),
+        ("pfa", {"density": 0.5, "ratio": 3.0}),
+        ("wm", {"initial_steps": 0, "mirror_batch": 8}),
+        ("drtp", {"cuts": ["act"]}),
+    ],
+    ids=["bp", "kp", "pfa", "wm", "drtp"],
+)
 def test_loop_equals_one_written_by_hand(name: str, options: dict[str, Any], drop_last: bool) -> None:
     """Decay of the first epoch, schedule, order of the calls, a last batch that is smaller or dropped, evaluation mode."""
     splits, epochs = load(), 3
@@ -156,9 +187,15 @@ def test_parts_of_a_batch_count_by_their_numbers_of_images(name: str, options: d
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("accumulate", "sizes"), [
-    (1, [16, 16, 8]), (2, [8, 8, 8, 8, 4, 4]), (3, [6, 5, 5, 6, 5, 5, 3, 3, 2]), (12, 2 * [*4 * [2], *8 * [1]] + 8 * [1]),
-])
+@pytest.mark.parametrize(
+    ("accumulate", "sizes"),
+    [
+        (1, [16, 16, 8]),
+        (2, [8, 8, 8, 8, 4, 4]),
+        (3, [6, 5, 5, 6, 5, 5, 3, 3, 2]),
+        (12, 2 * [*4 * [2], *8 * [1]] + 8 * [1]),
+    ],
+)
 def test_a_batch_is_split_into_as_many_parts_as_it_has_images_at_most(accumulate: int, sizes: list[int]) -> None:
     seen: list[int] = []
 
@@ -238,8 +275,7 @@ def test_histograms_see_the_gradients_of_the_step_before_its_update() -> None:
         seen.append(step)
         assert torch.equal(weight, after[step]) and all(tensor.grad is not None for tensor in trained(rule))
 
-    fit(rule, load(), 2, on_step=lambda progress: after.update({progress.step: weight.detach().clone()}),
-        on_gradients=look)
+    fit(rule, load(), 2, on_step=lambda progress: after.update({progress.step: weight.detach().clone()}), on_gradients=look)
     assert seen == [0, 1, 2, 3, 4, 5]
 
 
@@ -286,8 +322,13 @@ def test_angles_are_measured_once_for_a_step() -> None:
     """Three batches in an epoch, and the last one's angles are those of the end; none at the end twice."""
     for every, steps in ((3, [0, 3, 6]), (2, [0, 2, 4, 6]), (4, [0, 4, 6]), (0, [6])):
         measured: list[int] = []
-        fit(fa_bench.attach(make_model(), "fa", seed=0), load(), 2, probe_every=every,
-            on_probe=lambda step, _, measured=measured: measured.append(step))
+        fit(
+            fa_bench.attach(make_model(), "fa", seed=0),
+            load(),
+            2,
+            probe_every=every,
+            on_probe=lambda step, _, measured=measured: measured.append(step),
+        )
         assert measured == steps
 
 

@@ -25,8 +25,19 @@ from .test_survival import at_step
 
 Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
 #: Three epochs of four steps.
-RUN = ["dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16", "dataset.validation=0", "batch_size=16", "epochs=3",
-       "probe_size=8", "architecture.widths=[8]", "loggers=[]", "algorithm=kp", "hydra.run.dir=run"]
+RUN = [
+    "dataset=synthetic",
+    "dataset.samples=64",
+    "dataset.test_samples=16",
+    "dataset.validation=0",
+    "batch_size=16",
+    "epochs=3",
+    "probe_size=8",
+    "architecture.widths=[8]",
+    "loggers=[]",
+    "algorithm=kp",
+    "hydra.run.dir=run",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -39,10 +50,19 @@ def steps(run: str = "run") -> list[int]:
     return [line["step"] for line in read_measurements(Path(run, ANGLES))]
 
 
-@pytest.mark.parametrize(("probe_every", "total", "interval"), [
-    (None, 1, 1), (None, 39, 1), (None, 40, 2), (None, 660, 33), (None, 10_000, 500), (None, 10**6, 500),
-    (0, 660, 0), (7, 10**6, 7),
-])
+@pytest.mark.parametrize(
+    ("probe_every", "total", "interval"),
+    [
+        (None, 1, 1),
+        (None, 39, 1),
+        (None, 40, 2),
+        (None, 660, 33),
+        (None, 10_000, 500),
+        (None, 10**6, 500),
+        (0, 660, 0),
+        (7, 10**6, 7),
+    ],
+)
 def test_automatic_interval(probe_every: int | None, total: int, interval: int) -> None:
     assert probe_interval(probe_every, total) == interval
 
@@ -52,9 +72,14 @@ def test_every_run_is_measured_at_least_twenty_times_if_it_has_as_many_steps() -
         assert total // probe_interval(None, total) in range(20, 41)
 
 
-@pytest.mark.parametrize(("words", "measured"), [
-    (["probe_every=5"], [0, 5, 10, 12]), (["probe_every=0"], [12]), ([], [*range(13)]),
-])
+@pytest.mark.parametrize(
+    ("words", "measured"),
+    [
+        (["probe_every=5"], [0, 5, 10, 12]),
+        (["probe_every=0"], [12]),
+        ([], [*range(13)]),
+    ],
+)
 def test_record_of_every_measurement(words: list[str], measured: list[int]) -> None:
     assert main([*RUN, *words]) == 0
     lines, result = read_measurements(Path("run", ANGLES)), json.loads(Path("run", RESULT).read_text())
@@ -81,11 +106,13 @@ def test_measuring_is_no_training_time(monkeypatch: Patch) -> None:
 
 DAMAGE = {
     "emptied": (lambda text: "", r"damaged (0 of 13 measurements found)"),
-    "cut": (lambda text: text[:text[:-1].rindex("\n") + 1], r"damaged (12 of 13 measurements found)"),
+    "cut": (lambda text: text[: text[:-1].rindex("\n") + 1], r"damaged (12 of 13 measurements found)"),
     "cut in a line": (lambda text: text[:-20], r"line 13 is not a measurement"),
-    "twice": (lambda text: text[:text.index("\n") + 1] + text, r"line 2: step=0 (allowed: a step after 0)"),
-    "one missing": (lambda text: text[text.index("\n") + 1:] + '{"step": 99, "epoch": 9, "angles": {}}\n',
-                    "damaged (line 13 is not the measurement at step 12)"),
+    "twice": (lambda text: text[: text.index("\n") + 1] + text, r"line 2: step=0 (allowed: a step after 0)"),
+    "one missing": (
+        lambda text: text[text.index("\n") + 1 :] + '{"step": 99, "epoch": 9, "angles": {}}\n',
+        "damaged (line 13 is not the measurement at step 12)",
+    ),
 }
 
 
@@ -102,7 +129,7 @@ def test_a_damaged_record_is_named_and_the_run_restarts(kind: str, monkeypatch: 
     assert f"run/{ANGLES}: {said}" in shown and "restarting" in shown and steps() == [*range(13)]
 
 
-@pytest.mark.parametrize("damage", [None, lambda text: text[:text[:-1].rindex("\n") + 1], lambda text: text[:-20]])
+@pytest.mark.parametrize("damage", [None, lambda text: text[: text[:-1].rindex("\n") + 1], lambda text: text[:-20]])
 def test_a_finished_run_without_its_whole_record_is_trained_again(damage: Any, capsys: Capture) -> None:
     assert main(RUN) == 0
     path = Path("run", ANGLES)
@@ -143,11 +170,17 @@ def test_a_checkpoint_within_an_epoch_comes_after_the_measurements_that_it_count
 LINE = {"step": 3, "epoch": 0.5, "angles": {"weight_angle": {"fc1": 90.0, "fc2": None}}}
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    ({"step": -1}, "step=-1"), ({"step": "3"}, "step='3'"), ({"epoch": float("inf")}, "epoch=inf"),
-    ({"epoch": None}, "epoch=None"),
-    ({"angles": {"weight_angle": {"fc1": "steep"}}}, r"angles.weight_angle.fc1='steep'"), ({"angles": [1]}, "angles=[1]"),
-])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"step": -1}, "step=-1"),
+        ({"step": "3"}, "step='3'"),
+        ({"epoch": float("inf")}, "epoch=inf"),
+        ({"epoch": None}, "epoch=None"),
+        ({"angles": {"weight_angle": {"fc1": "steep"}}}, r"angles.weight_angle.fc1='steep'"),
+        ({"angles": [1]}, "angles=[1]"),
+    ],
+)
 def test_a_forged_measurement_is_named(change: dict[str, Any], said: str) -> None:
     path = Path(ANGLES)
     path.write_text(f"{json.dumps(LINE | {'step': 1})}\n{json.dumps(LINE | change)}\n")

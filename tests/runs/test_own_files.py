@@ -17,13 +17,34 @@ from fa_bench.runs import ownership
 from fa_bench.utils.files import CONFIG, LOG, RESULT
 
 Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
-COMMON = ["dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16", "batch_size=16", "epochs=1", "probe_size=8",
-          "architecture.widths=[8]"]
+COMMON = [
+    "dataset=synthetic",
+    "dataset.samples=64",
+    "dataset.test_samples=16",
+    "batch_size=16",
+    "epochs=1",
+    "probe_size=8",
+    "architecture.widths=[8]",
+]
 RUN = [*COMMON, "hydra.run.dir=run"]
 #: What may lie in somebody's folder; the last ones look like what a run writes.
-FOREIGN = ["notes.txt", ".draft.tmp", ".bashrc", "notes/deep/.draft.tmp", "checkpoints/best.pt", "checkpoints/.best.pt.tmp",
-           "my.log", "data/.x.tmp", "run.log.1", ".lock.txt", "events.out.tfevents.1700000000.host",
-           "events.out.tfevents.1700000000.host.1.0", ".metrics.jsonl.7.tmp", ".events.7.tmp", "checkpoints/.last.pt.7.tmp"]
+FOREIGN = [
+    "notes.txt",
+    ".draft.tmp",
+    ".bashrc",
+    "notes/deep/.draft.tmp",
+    "checkpoints/best.pt",
+    "checkpoints/.best.pt.tmp",
+    "my.log",
+    "data/.x.tmp",
+    "run.log.1",
+    ".lock.txt",
+    "events.out.tfevents.1700000000.host",
+    "events.out.tfevents.1700000000.host.1.0",
+    ".metrics.jsonl.7.tmp",
+    ".events.7.tmp",
+    "checkpoints/.last.pt.7.tmp",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -39,8 +60,11 @@ def put(name: str, text: str = "mine") -> Path:
 
 
 def bytes_below(folder: str | Path) -> dict[str, bytes]:
-    return {str(path): os.readlink(path).encode() if path.is_symlink() else path.read_bytes()
-            for path in sorted(Path(folder).rglob("*")) if path.is_symlink() or path.is_file()}
+    return {
+        str(path): os.readlink(path).encode() if path.is_symlink() else path.read_bytes()
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_symlink() or path.is_file()
+    }
 
 
 def refused(command: list[str], capsys: Capture) -> str:
@@ -106,8 +130,11 @@ def test_hydras_own_records_and_log_do_not_hinder_a_run() -> None:
 
 def test_starting_anew_removes_the_runs_own_files_alone(monkeypatch: Patch) -> None:
     assert main(RUN) == 0
-    left = [put(f"{folder}{name}") for folder, names in (
-        ("", ownership.TEMPORARIES), ("checkpoints/", ownership.CHECKPOINT_TEMPORARIES)) for name in names]
+    left = [
+        put(f"{folder}{name}")
+        for folder, names in (("", ownership.TEMPORARIES), ("checkpoints/", ownership.CHECKPOINT_TEMPORARIES))
+        for name in names
+    ]
     with open("run/checkpoints/last.pt", "rb") as before:  # open, so that its number is not given to another file
         assert main([*RUN, "resume=false"]) == 0
         assert not any(path.exists() for path in left)
@@ -116,8 +143,22 @@ def test_starting_anew_removes_the_runs_own_files_alone(monkeypatch: Patch) -> N
     assert event_files.recorded_events(Path("run")) == [path.name for path in Path("run").glob("events.out.*")]
 
 
-@pytest.mark.parametrize("name", [LOG, RESULT, CONFIG, "metrics.jsonl", "angles.jsonl", event_files.EVENTS, ownership.LOCK,
-                                  ".result.json.tmp", "checkpoints", "checkpoints/last.pt", "events"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        LOG,
+        RESULT,
+        CONFIG,
+        "metrics.jsonl",
+        "angles.jsonl",
+        event_files.EVENTS,
+        ownership.LOCK,
+        ".result.json.tmp",
+        "checkpoints",
+        "checkpoints/last.pt",
+        "events",
+    ],
+)
 @pytest.mark.parametrize("resume", ["true", "false"])
 def test_nothing_is_opened_or_removed_through_a_link(name: str, resume: str, tmp_path: Path, capsys: Capture) -> None:
     assert main(RUN) == 0
@@ -170,8 +211,9 @@ def test_a_record_of_events_that_names_other_files_removes_none_of_them(capsys: 
 
 
 @pytest.mark.parametrize("place", ["/", "//", "/.", "/..", "/tmp/../..", "up", "/proc/self/root"])
-@pytest.mark.parametrize(("multirun", "key"), [(False, "output_dir"), (False, "hydra.run.dir"), (True, "output_dir"),
-                                               (True, "hydra.sweep.dir")])
+@pytest.mark.parametrize(
+    ("multirun", "key"), [(False, "output_dir"), (False, "hydra.run.dir"), (True, "output_dir"), (True, "hydra.sweep.dir")]
+)
 def test_the_root_is_refused(place: str, multirun: bool, key: str) -> None:
     """By the check of the jobs alone, which writes nothing; no command is tried."""
     Path("up").symlink_to("/")

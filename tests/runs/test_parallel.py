@@ -34,12 +34,24 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMON = ["batch_size=9", "drop_last=false", "probe_size=8", "probe_every=3", "loggers=[]", "epochs=1", "threads=1"]
 DATA = [*COMMON, "dataset=synthetic", "dataset.validation=0", "dataset.samples=50", "dataset.test_samples=21"]
 MLP = [*DATA, "architecture.widths=[8,8]"]
-RESNET = [*DATA, "dataset.channels=3", "dataset.size=8", "architecture=resnet20", "architecture.width=4", "architecture.blocks=1",
-          "algorithm=kp"]
+RESNET = [
+    *DATA,
+    "dataset.channels=3",
+    "dataset.size=8",
+    "architecture=resnet20",
+    "architecture.width=4",
+    "architecture.blocks=1",
+    "algorithm=kp",
+]
 #: Without what depends on the batch itself.
-OPTIONS = {"predsim": ["algorithm.loss=pred"], "dgl": ["algorithm.auxiliary_net=linear"], "wm": ["algorithm.initial_steps=3"],
-           "fdfa": ["algorithm.b_lr_scale=0", "algorithm.b_init=pytorch"], "forward_gradient": ["algorithm.form=weight"],
-           "grape": ["algorithm.b_lr_scale=0", "algorithm.anchor_period=3"]}
+OPTIONS = {
+    "predsim": ["algorithm.loss=pred"],
+    "dgl": ["algorithm.auxiliary_net=linear"],
+    "wm": ["algorithm.initial_steps=3"],
+    "fdfa": ["algorithm.b_lr_scale=0", "algorithm.b_init=pytorch"],
+    "forward_gradient": ["algorithm.form=weight"],
+    "grape": ["algorithm.b_lr_scale=0", "algorithm.anchor_period=3"],
+}
 STOP = """
 import dataclasses
 from fa_bench.callbacks.base import Callback
@@ -57,18 +69,38 @@ CASES: dict[str, list[str]] = {
     **{rule: [*MLP, f"algorithm={rule}", *OPTIONS.get(rule, [])] for rule in ALGORITHMS if rule not in NOISY},
     "micro-batches": [*MLP, "algorithm=brsf", "accumulate=2", "clip_norm=0.1", "checkpoint_minutes=1e-9"],
     "labels": [*MLP, "algorithm=drtp", "accumulate=2"],
-    "augmented": [*COMMON, "architecture.widths=[8,8]", "dataset=image_folder", "data_dir=images", "dataset.size=8",
-                  "dataset.validation=0.3", "batch_size=5"],
-    "tokens": [*COMMON, "dataset=text", "dataset.path=text.txt", "dataset.context=8", "architecture=decoder",
-               "architecture.depth=1", "architecture.width=8", "architecture.heads=2", "architecture.dropout=0", "algorithm=dfa",
-               "objective=token_cross_entropy", "objective.ignore_index=5", "batch_size=6", "accumulate=2"],
+    "augmented": [
+        *COMMON,
+        "architecture.widths=[8,8]",
+        "dataset=image_folder",
+        "data_dir=images",
+        "dataset.size=8",
+        "dataset.validation=0.3",
+        "batch_size=5",
+    ],
+    "tokens": [
+        *COMMON,
+        "dataset=text",
+        "dataset.path=text.txt",
+        "dataset.context=8",
+        "architecture=decoder",
+        "architecture.depth=1",
+        "architecture.width=8",
+        "architecture.heads=2",
+        "architecture.dropout=0",
+        "algorithm=dfa",
+        "objective=token_cross_entropy",
+        "objective.ignore_index=5",
+        "batch_size=6",
+        "accumulate=2",
+    ],
     "resnet20": [*RESNET, "sync_batch_norm=true"],
     "feedback optimizer": [*MLP, "algorithm=dkp", "optimizer@feedback_optimizer=adam", "probes=[gradient_norm]"],
 }
 REFUSED = {
     ("batch_size=1",): "batch_size=1 makes batches of 1 for 2 processes, each of which needs a sample; use 2 or more",
     ("accumulate=5",): "accumulate=5 splits batches of 9 into micro-batches of 1 for 2 processes, each of which needs a sample; "
-                       "use 4 at most",
+    "use 4 at most",
     ("batch_size=7",): "drop_last=false leaves a last batch of 1",
     ("device=mps",): "device=mps",
     ("optimizer.lr=-1",): "optimizer.lr=-1",
@@ -87,6 +119,7 @@ def process(number: int, store: str, commands: list[tuple[list[str], int | None]
     on_step = StopOnSignal.on_step_end
     gc.freeze()  # every run collects garbage
     for index, (words, step) in enumerate(commands):
+
         def stopping(callback: Any, trainer: Any, step: Any = step) -> None:
             if number == 1 and trainer.progress.step == step:
                 signal.raise_signal(signal.SIGTERM)
@@ -110,8 +143,10 @@ def in_two_processes(folder: Path, commands: list[tuple[list[str], int | None]])
     """For each command, by process: the exit code, standard output and standard error."""
     context = mp.get_context("spawn")
     results = context.Queue()
-    processes = [context.Process(target=process, args=(number, str(folder / "store"), commands, results), daemon=True)
-                 for number in range(2)]
+    processes = [
+        context.Process(target=process, args=(number, str(folder / "store"), commands, results), daemon=True)
+        for number in range(2)
+    ]
     for each in processes:
         each.start()
     found: list[dict[int, tuple[int, str, str]]] = [{} for _ in commands]
@@ -170,6 +205,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def stopped_after(step: int, words: list[str]) -> int:
     on_step = StopOnSignal.on_step_end
     with pytest.MonkeyPatch.context() as patch:
+
         def stopping(callback: Any, trainer: Any) -> None:
             if trainer.progress.step == step:
                 signal.raise_signal(signal.SIGTERM)
@@ -257,8 +293,10 @@ def test_one_process_then_two_then_one_is_one_run(inside: Any) -> None:
     assert result_in("resumed")["step"] == 11
     assert main([*words, "hydra.run.dir=resumed", "resume=true"]) == 0 and main([*words, "hydra.run.dir=whole"]) == 0
     assert difference("whole", "resumed") < 1e-5
-    whole, resumed = ([json.loads(line)["train_loss"] for line in Path(folder, METRICS).read_text().splitlines()]
-                      for folder in ("whole", "resumed"))
+    whole, resumed = (
+        [json.loads(line)["train_loss"] for line in Path(folder, METRICS).read_text().splitlines()]
+        for folder in ("whole", "resumed")
+    )
     assert len(whole) == 3 and resumed == pytest.approx(whole, rel=1e-4)
 
 
@@ -294,10 +332,13 @@ def workers_of(pid: int) -> dict[int, int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-@pytest.mark.parametrize(("kind", "says"), [
-    ("kill", "fa-bench: lost another process of this run. Checkpoint saved; rerun the same command to resume"),
-    ("terminate", "fa-bench: Interrupted. Checkpoint saved; rerun the same command to resume"),
-])
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("kill", "fa-bench: lost another process of this run. Checkpoint saved; rerun the same command to resume"),
+        ("terminate", "fa-bench: Interrupted. Checkpoint saved; rerun the same command to resume"),
+    ],
+)
 def test_torchrun(kind: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     words = [*MLP, "epochs=100000", "hydra.run.dir=run"]

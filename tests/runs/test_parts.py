@@ -83,22 +83,31 @@ def test_decays_and_schedules_of_weights_and_learned_feedback() -> None:
     of_weights = SGD(lr=0.2, weight_decay=0.01, first_epoch_weight_decay=0.5, schedule=slow)
     scaled = fa_bench.attach(nn.Sequential(nn.Linear(3, 2)), "kp", b_lr_scale=0.5)
     assert settings_by_epoch(Optimizers(of_weights, scaled, 3), 3) == [
-        [(0.2, 0.5), (0.1, 0.5)], [(0.2, 0.01), (0.1, 0.01)], [(0.1, 0.01), (0.05, 0.01)]]
+        [(0.2, 0.5), (0.1, 0.5)],
+        [(0.2, 0.01), (0.1, 0.01)],
+        [(0.1, 0.01), (0.05, 0.01)],
+    ]
     of_feedback = Adam(lr=0.4, weight_decay=0.02, first_epoch_weight_decay=0.7, schedule=fast)
     own = fa_bench.attach(nn.Sequential(nn.Linear(3, 2)), "kp")
     assert settings_by_epoch(Optimizers(of_weights, own, 3, of_feedback), 3) == [
-        [(0.2, 0.5), (0.4, 0.7)], [(0.2, 0.01), (0.2, 0.02)], [(0.1, 0.01), (0.1, 0.02)]]
+        [(0.2, 0.5), (0.4, 0.7)],
+        [(0.2, 0.01), (0.2, 0.02)],
+        [(0.1, 0.01), (0.1, 0.02)],
+    ]
     plain = fa_bench.attach(nn.Sequential(nn.Linear(3, 2)), "kp")
     alone = Optimizers(SGD(weight_decay=0.03), plain, 2, of_feedback)
     assert [decay for ((_, decay), _) in settings_by_epoch(alone, 2)] == [0.03, 0.03], "the other's first epoch is its own"
 
 
-@pytest.mark.parametrize(("schedule", "expected"), [
-    (Constant(), [1, 1, 1, 1]),
-    (Step(step_size=2, gamma=0.5), [1, 1, 0.5, 0.5]),
-    (MultiStep(milestones=[1, 3], gamma=0.1), [1, 0.1, 0.1, 0.01]),
-    (Cosine(min_lr=0.2), [0.2 + 0.4 * (1 + math.cos(math.pi * t / 4)) for t in range(4)]),
-])
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (Constant(), [1, 1, 1, 1]),
+        (Step(step_size=2, gamma=0.5), [1, 1, 0.5, 0.5]),
+        (MultiStep(milestones=[1, 3], gamma=0.1), [1, 0.1, 0.1, 0.01]),
+        (Cosine(min_lr=0.2), [0.2 + 0.4 * (1 + math.cos(math.pi * t / 4)) for t in range(4)]),
+    ],
+)
 def test_schedules(schedule: Schedule, expected: list[float]) -> None:
     optimizers = Optimizers(SGD(lr=1.0, schedule=schedule), fa_bench.attach(nn.Sequential(nn.Linear(3, 2)), "bp"), epochs=4)
     seen = []
@@ -128,12 +137,15 @@ def test_kolen_pollack_shrinks_the_difference_as_its_recursion_says() -> None:
     torch.testing.assert_close(got, difference, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize(("model", "shape", "parameters"), [
-    (MLP(), (1, 28, 28), 669_706),  # 784-512-512-10 with biases
-    (ResNet20(), (3, 32, 32), 269_722),  # He et al.: 0.27 M
-    (Conv2(), (3, 32, 32), 896 + 9248 + 2 * 64 + 6272 * 128 + 128 + 256 + 1290),
-    (Conv2(), (1, 28, 28), 320 + 9248 + 2 * 64 + 6272 * 128 + 128 + 256 + 1290),
-])
+@pytest.mark.parametrize(
+    ("model", "shape", "parameters"),
+    [
+        (MLP(), (1, 28, 28), 669_706),  # 784-512-512-10 with biases
+        (ResNet20(), (3, 32, 32), 269_722),  # He et al.: 0.27 M
+        (Conv2(), (3, 32, 32), 896 + 9248 + 2 * 64 + 6272 * 128 + 128 + 256 + 1290),
+        (Conv2(), (1, 28, 28), 320 + 9248 + 2 * 64 + 6272 * 128 + 128 + 256 + 1290),
+    ],
+)
 def test_models_have_the_published_sizes_and_name_their_cuts(model, shape, parameters: int) -> None:
     net = model.build(shape, 10)
     assert sum(p.numel() for p in net.parameters()) == parameters
@@ -205,15 +217,23 @@ def process_state() -> dict[str, Any]:
     """What a run may change of its process."""
     cudnn, hooks = torch.backends.cudnn, vars(nn.modules.module)
     return {
-        "dtype": torch.get_default_dtype(), "threads": torch.get_num_threads(), "gradients": torch.is_grad_enabled(),
-        "anomalies": torch.is_anomaly_enabled(), "products": torch.get_float32_matmul_precision(),
+        "dtype": torch.get_default_dtype(),
+        "threads": torch.get_num_threads(),
+        "gradients": torch.is_grad_enabled(),
+        "anomalies": torch.is_anomaly_enabled(),
+        "products": torch.get_float32_matmul_precision(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "warns": torch.is_deterministic_algorithms_warn_only_enabled(),
-        "cudnn": cudnn.benchmark, "cudnn's determinism": cudnn.deterministic,
-        "cudnn's precision": cudnn.allow_tf32, "numpy": np.geterr(), "folder": os.getcwd(),
+        "cudnn": cudnn.benchmark,
+        "cudnn's determinism": cudnn.deterministic,
+        "cudnn's precision": cudnn.allow_tf32,
+        "numpy": np.geterr(),
+        "folder": os.getcwd(),
         "workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
-        "forward hooks": [*hooks["_global_forward_hooks"]], "backward hooks": [*hooks["_global_backward_hooks"]],
-        "torch's numbers": torch.get_rng_state().tolist(), "python's": random.getstate(),
+        "forward hooks": [*hooks["_global_forward_hooks"]],
+        "backward hooks": [*hooks["_global_backward_hooks"]],
+        "torch's numbers": torch.get_rng_state().tolist(),
+        "python's": random.getstate(),
         "numpy's": str(np.random.get_state(legacy=False)),
     }
 
@@ -305,9 +325,15 @@ def test_random_states_of_more_devices_than_there_are(monkeypatch: pytest.Monkey
     assert restored == [(0, [1])]
 
 
-@pytest.mark.parametrize(("minutes", "elapsed", "saves"), [
-    (2.0, 119, False), (2.0, 121, True), (0.5, 31, True), (0.0, 1e6, False),
-])
+@pytest.mark.parametrize(
+    ("minutes", "elapsed", "saves"),
+    [
+        (2.0, 119, False),
+        (2.0, 121, True),
+        (0.5, 31, True),
+        (0.0, 1e6, False),
+    ],
+)
 def test_checkpoints_of_every_so_many_minutes(
     minutes: float, elapsed: float, saves: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,9 +352,22 @@ def test_hashes_tell_states_apart_by_every_bit_and_by_their_layout() -> None:
     nudged = zeros.clone()
     nudged.view(torch.int32)[1, 2] = 1  # the least denormal number, which a processor may flush to zero
     states = [
-        {"a": zeros}, {"b": zeros}, {"a": zeros.view(3, 2)}, {"a": zeros.view(6)}, {"a": zeros.int()}, {"a": nudged},
-        {"a": -zeros}, {"a": [zeros]}, {"a": {"a": zeros}}, {"a": zeros, "b": 1}, {"a": zeros, "b": 1.0}, {"a": zeros, "b": None},
-        {}, {"a": [1, 23]}, {"a": [12, 3]}, {"a": torch.zeros(0)},
+        {"a": zeros},
+        {"b": zeros},
+        {"a": zeros.view(3, 2)},
+        {"a": zeros.view(6)},
+        {"a": zeros.int()},
+        {"a": nudged},
+        {"a": -zeros},
+        {"a": [zeros]},
+        {"a": {"a": zeros}},
+        {"a": zeros, "b": 1},
+        {"a": zeros, "b": 1.0},
+        {"a": zeros, "b": None},
+        {},
+        {"a": [1, 23]},
+        {"a": [12, 3]},
+        {"a": torch.zeros(0)},
     ]
     assert len({state_hash(state) for state in states}) == len(states)
     columns = torch.arange(6.0).view(3, 2)
@@ -360,8 +399,11 @@ def test_what_a_grid_will_take_is_estimated_from_its_first_epoch(monkeypatch: py
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(callbacks.log, "info", lambda text, *values: said.append(text % values))
     display = callbacks.Display("kp", later_epochs=4)
-    trainer: Any = SimpleNamespace(progress=Progress(epoch=2), options=RunOptions(epochs=5),
-                                   splits=SimpleNamespace(train=SimpleNamespace(steps=lambda *_: 1)))
+    trainer: Any = SimpleNamespace(
+        progress=Progress(epoch=2),
+        options=RunOptions(epochs=5),
+        splits=SimpleNamespace(train=SimpleNamespace(steps=lambda *_: 1)),
+    )
     display.on_fit_start(trainer)
     now[0] = 1010.0
     for trainer.progress.epoch in (3, 4):
@@ -378,6 +420,7 @@ def test_peak_memory_is_in_bytes() -> None:
 
 def test_the_hash_of_the_code_is_of_what_trains_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs stay what they are where only their reports change; contents and places of all other sources count."""
+
     def hashed(**files: str) -> str:
         for name, text in files.items():
             path = tmp_path / f"{name.replace('__', '/')}.py"

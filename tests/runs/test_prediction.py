@@ -15,8 +15,19 @@ from fa_bench.utils.files import RESULT
 
 from .test_survival import at_step
 
-WORDS = ["dataset=synthetic", "dataset.samples=80", "dataset.test_samples=16", "batch_size=16", "epochs=1", "probe_size=8",
-         "architecture.widths=[8,6]", "algorithm=wm", "algorithm.initial_steps=2", "device=cpu", "threads=1"]
+WORDS = [
+    "dataset=synthetic",
+    "dataset.samples=80",
+    "dataset.test_samples=16",
+    "batch_size=16",
+    "epochs=1",
+    "probe_size=8",
+    "architecture.widths=[8,6]",
+    "algorithm=wm",
+    "algorithm.initial_steps=2",
+    "device=cpu",
+    "threads=1",
+]
 
 
 def result(folder: str) -> dict:

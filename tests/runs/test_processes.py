@@ -26,8 +26,14 @@ from fa_bench.utils.stopping import Interrupted, interrupt_on_signals
 Patch = pytest.MonkeyPatch
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-COMMON = ["dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16", "batch_size=16", "probe_size=8",
-          "architecture.widths=[8]"]
+COMMON = [
+    "dataset=synthetic",
+    "dataset.samples=64",
+    "dataset.test_samples=16",
+    "batch_size=16",
+    "probe_size=8",
+    "architecture.widths=[8]",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -57,11 +63,13 @@ def until(found: Callable[[], Any], seconds: float = 60) -> Any:
 
 def test_a_process_forked_from_the_holder_does_not_keep_the_lock() -> None:
     """As the workers of a data loader do, which outlive a killed run by seconds."""
-    holding = ("import os, time; from pathlib import Path; from fa_bench.runs import locks\n"
-               "with locks.lock_directory(Path('run')):\n"
-               "    if not os.fork():\n"
-               "        print(os.getpid(), flush=True)\n"  # once it runs, what it inherited is closed
-               "    time.sleep(60)")
+    holding = (
+        "import os, time; from pathlib import Path; from fa_bench.runs import locks\n"
+        "with locks.lock_directory(Path('run')):\n"
+        "    if not os.fork():\n"
+        "        print(os.getpid(), flush=True)\n"  # once it runs, what it inherited is closed
+        "    time.sleep(60)"
+    )
     with started("-c", holding) as process:
         assert process.stdout
         child = int(process.stdout.readline())
@@ -86,10 +94,13 @@ def test_asking_who_holds_a_lock_follows_no_link() -> None:
 
 
 def test_the_lock_is_tried_for_while_a_killed_process_ends(monkeypatch: Patch) -> None:
-    holding = ("import sys; from pathlib import Path; from fa_bench.runs import locks\n"
-               "with locks.lock_directory(Path('run')): print('held', flush=True); sys.stdin.readline()")
-    with subprocess.Popen([sys.executable, "-c", holding], env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          text=True) as other:
+    holding = (
+        "import sys; from pathlib import Path; from fa_bench.runs import locks\n"
+        "with locks.lock_directory(Path('run')): print('held', flush=True); sys.stdin.readline()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", holding], env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout and other.stdin and other.stdout.readline() == "held\n"
         monkeypatch.setattr(utils_locks, "PATIENCE", 60.0)
         other.stdin.write("\n")
@@ -99,8 +110,17 @@ def test_the_lock_is_tried_for_while_a_killed_process_ends(monkeypatch: Patch) -
 
 
 def test_workers_of_a_sweep_end_when_its_process_is_killed() -> None:
-    command = ["-m", "fa_bench.cli", "-m", *COMMON, "epochs=100000", "seed=0,1", "output_dir=out", "hydra/launcher=joblib",
-               "hydra.launcher.n_jobs=2"]
+    command = [
+        "-m",
+        "fa_bench.cli",
+        "-m",
+        *COMMON,
+        "epochs=100000",
+        "seed=0,1",
+        "output_dir=out",
+        "hydra/launcher=joblib",
+        "hydra.launcher.n_jobs=2",
+    ]
     with started(*command) as process:
         places = until(lambda: found if len(found := [p.parent for p in Path("out").rglob(METRICS)]) == 2 else None, 120)
         pids = [(lock_holder(place) or {})["pid"] for place in places]
@@ -163,8 +183,10 @@ def test_only_processes_that_multiprocessing_started_are_watched(starter: str) -
 
 
 def test_a_process_whose_parent_ended_before_it_looked_ends() -> None:
-    code = ("import multiprocessing; from fa_bench.runs import parent\n"
-            "multiprocessing.current_process().name = 'Worker'; parent.end_with(1 << 30); print('lives on')")
+    code = (
+        "import multiprocessing; from fa_bench.runs import parent\n"
+        "multiprocessing.current_process().name = 'Worker'; parent.end_with(1 << 30); print('lives on')"
+    )
     ran = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
     assert (ran.returncode, ran.stdout) == (1, ""), ran.stderr
 
@@ -198,8 +220,12 @@ for module in pkgutil.walk_packages(fa_bench.__path__, "fa_bench."):
 from fa_bench.cli import main
 sys.exit(main(sys.argv[1:]))
 """
-    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", code, *COMMON, "epochs=1", "hydra.run.dir=run"], env=ENVIRONMENT,
-                         capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, *COMMON, "epochs=1", "hydra.run.dir=run"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
     assert ran.returncode == 0, ran.stderr
     assert json.loads(Path("run", RESULT).read_text())["peak_memory_bytes"] is None
     assert main([*COMMON, "epochs=1", "hydra.run.dir=run"]) == 0

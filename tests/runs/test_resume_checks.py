@@ -19,8 +19,16 @@ from fa_bench.runs import loop
 from fa_bench.utils.files import METRICS, RESULT
 
 Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
-RUN = ["dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16", "batch_size=16", "epochs=3", "probe_size=8",
-       "architecture.widths=[8]", "hydra.run.dir=run"]
+RUN = [
+    "dataset=synthetic",
+    "dataset.samples=64",
+    "dataset.test_samples=16",
+    "batch_size=16",
+    "epochs=3",
+    "probe_size=8",
+    "architecture.widths=[8]",
+    "hydra.run.dir=run",
+]
 LAST = "run/checkpoints/last.pt"
 TIMES = ("seconds", "peak_memory_bytes", "energy_wh")
 
@@ -31,8 +39,10 @@ def in_empty_folder(tmp_path: Path, monkeypatch: Patch) -> None:
 
 
 def lines(run: str = "run") -> list[dict[str, Any]]:
-    return [{key: value for key, value in json.loads(line).items() if key not in TIMES}
-            for line in Path(run, METRICS).read_text().splitlines()]
+    return [
+        {key: value for key, value in json.loads(line).items() if key not in TIMES}
+        for line in Path(run, METRICS).read_text().splitlines()
+    ]
 
 
 def stopped(command: list[str], monkeypatch: Patch) -> None:
@@ -66,20 +76,26 @@ def test_a_run_goes_on_unless_it_is_told_to_start_anew(monkeypatch: Patch, capsy
 
 def second(change: Callable[[dict[str, Any]], Any]) -> Callable[[list[str]], list[str]]:
     """Change the second epoch's record."""
+
     def changed(found: list[str]) -> list[str]:
         record = json.loads(found[1])
         change(record)
         return [found[0], json.dumps(record), *found[2:]]
+
     return changed
 
 
 DAMAGE: dict[str, tuple[Callable[[list[str]], list[str]], str]] = {
-    "emptied": (lambda found: [], "0 of 2 epochs"), "cut": (lambda found: found[:1], "1 of 2 epochs"),
-    "cut in a line": (lambda found: [found[0], found[1][:40]], "line 2"), "an array": (lambda found: [found[0], "[1]"], "line 2"),
+    "emptied": (lambda found: [], "0 of 2 epochs"),
+    "cut": (lambda found: found[:1], "1 of 2 epochs"),
+    "cut in a line": (lambda found: [found[0], found[1][:40]], "line 2"),
+    "an array": (lambda found: [found[0], "[1]"], "line 2"),
     "text": (second(lambda record: record.update(test_accuracy="high")), "line 2"),
     "deep": (lambda found: ["[" * 10**5], "line 1"),
-    "twice": (lambda found: [found[0], *found], "line 2"), "no loss": (second(lambda record: record.pop("train_loss")), "line 2"),
-    "bytes": (lambda found: ["\x00" * 9, *found[1:]], "line 1"), "a number": (lambda found: ["7", *found[1:]], "line 1"),
+    "twice": (lambda found: [found[0], *found], "line 2"),
+    "no loss": (second(lambda record: record.pop("train_loss")), "line 2"),
+    "bytes": (lambda found: ["\x00" * 9, *found[1:]], "line 1"),
+    "a number": (lambda found: ["7", *found[1:]], "line 1"),
 }
 
 
@@ -124,13 +140,30 @@ def test_text_in_the_place_of_a_results_number_is_mended() -> None:
     assert main(RUN) == 0 and isinstance(json.loads(path.read_text())["test_accuracy"], float)
 
 
-FORGED = {"epoch": [-1, 4, 1.5, "2", True], "batch": [-1, 99, None], "step": [7, -8, None], "samples": ["x"],
-          "measurements": [-1, "x"],
-          "seconds": [None, -1.0], "best_epoch": [3, 0.5], "best_val": [float("nan"), "x"], "loss_sum": [1.0],
-          "angles": [3, {"weight_angle": 1}, {"weight_angle": {"fc1": "x"}}], "batches_hash": [None, "zz"],
-          "diverged": [{}, 3, *({"epoch": 1, "step": 2, "layer": None, "message": "m"} | forged
-                                for forged in ({"layer": 3}, {"message": 4}, {"epoch": "1"}))],
-          "stopped": [{}, {"reason": 1, "callback": None}, {"reason": "r", "callback": 1}], "probed": [1000], "more": [1]}
+FORGED = {
+    "epoch": [-1, 4, 1.5, "2", True],
+    "batch": [-1, 99, None],
+    "step": [7, -8, None],
+    "samples": ["x"],
+    "measurements": [-1, "x"],
+    "seconds": [None, -1.0],
+    "best_epoch": [3, 0.5],
+    "best_val": [float("nan"), "x"],
+    "loss_sum": [1.0],
+    "angles": [3, {"weight_angle": 1}, {"weight_angle": {"fc1": "x"}}],
+    "batches_hash": [None, "zz"],
+    "diverged": [
+        {},
+        3,
+        *(
+            {"epoch": 1, "step": 2, "layer": None, "message": "m"} | forged
+            for forged in ({"layer": 3}, {"message": 4}, {"epoch": "1"})
+        ),
+    ],
+    "stopped": [{}, {"reason": 1, "callback": None}, {"reason": "r", "callback": 1}],
+    "probed": [1000],
+    "more": [1],
+}
 
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in FORGED.items() for value in values])
@@ -165,8 +198,16 @@ def images(shade: int) -> None:
                 Image.fromarray(pixels).save(folder / f"{number}.png")
 
 
-FOLDER = ["dataset=image_folder", "data_dir=images", "dataset.size=8", "dataset.validation=0", "batch_size=4", "epochs=5",
-          "probe_size=2", "architecture.widths=[8]"]
+FOLDER = [
+    "dataset=image_folder",
+    "data_dir=images",
+    "dataset.size=8",
+    "dataset.validation=0",
+    "batch_size=4",
+    "epochs=5",
+    "probe_size=2",
+    "architecture.widths=[8]",
+]
 
 
 def test_other_images_are_noticed_when_a_run_is_resumed(monkeypatch: Patch, capsys: Capture) -> None:

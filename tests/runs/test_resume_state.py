@@ -37,9 +37,19 @@ from .test_survival import LAST, RUN, at_step, recorded
 
 Patch = pytest.MonkeyPatch
 #: Four batches an epoch through a net with dropout and normalisation, whose images are the smallest that it takes.
-DROPOUT = ["dataset=synthetic", "dataset.samples=16", "dataset.test_samples=4", "dataset.size=63", "dataset.validation=0",
-           "epochs=2", "batch_size=4", "probe_size=4", "architecture=dkp_alexnet", "architecture.width=1",
-           "architecture.hidden=6"]
+DROPOUT = [
+    "dataset=synthetic",
+    "dataset.samples=16",
+    "dataset.test_samples=4",
+    "dataset.size=63",
+    "dataset.validation=0",
+    "epochs=2",
+    "batch_size=4",
+    "probe_size=4",
+    "architecture=dkp_alexnet",
+    "architecture.width=1",
+    "architecture.hidden=6",
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -81,8 +91,11 @@ class Noisy(nn.Module):
 def make(rule: str = "kp") -> tuple[Rule, Optimizers]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), Noisy(), nn.Linear(4, 3))
-    cuts = {"cuts": ["2"]} if rule in ("dkp", "predsim", "bp_deepsup", "fdfa", "grape", "forward_gradient", "ddtp_linear",
-                                        "ldrl", "epc") else {}
+    cuts = (
+        {"cuts": ["2"]}
+        if rule in ("dkp", "predsim", "bp_deepsup", "fdfa", "grape", "forward_gradient", "ddtp_linear", "ldrl", "epc")
+        else {}
+    )
     options = cuts | ({"initial_steps": 0, "mirror_batch": 4} if rule == "wm" else {})
     attached = fa_bench.attach(model, rule, seed=0, sample_input=torch.ones(2, 5), **options)
     own = Adam(lr=0.02, schedule=Step(step_size=2))
@@ -121,9 +134,28 @@ def generators() -> Iterator[None]:
     torch.set_rng_state(states[2])
 
 
-@pytest.mark.parametrize("rule", [
-    "kp", "brsf", "wm", "pfa", "ldfa", "information_alignment", "dkp", "predsim", "np_feedback", "weight_perturbation",
-    "bp_deepsup", "fdfa", "grape", "forward_gradient", "ddtp_linear", "ldrl", "epc"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "kp",
+        "brsf",
+        "wm",
+        "pfa",
+        "ldfa",
+        "information_alignment",
+        "dkp",
+        "predsim",
+        "np_feedback",
+        "weight_perturbation",
+        "bp_deepsup",
+        "fdfa",
+        "grape",
+        "forward_gradient",
+        "ddtp_linear",
+        "ldrl",
+        "epc",
+    ],
+)
 def test_loaded_checkpoint_continues_bit_by_bit(rule: str, generators: None) -> None:
     """Losses, weights, running statistics, feedback, both optimizers, and every global generator."""
     last, before = Path("a/last.pt"), Path("a/previous.pt")
@@ -143,6 +175,7 @@ def test_loaded_checkpoint_continues_bit_by_bit(rule: str, generators: None) -> 
 
 def test_every_global_generator_is_restored(generators: None) -> None:
     """The second number of a pair of normal ones, too."""
+
     def draw() -> list[float]:
         return [random.random(), random.gauss(0, 1), np.random.standard_normal(), np.random.rand(), torch.rand(1).item()]
 
@@ -160,10 +193,24 @@ def test_every_global_generator_is_restored(generators: None) -> None:
 
 def test_every_field_of_the_progress_is_restored() -> None:
     progress = Progress(
-        epoch=2, batch=3, step=11, seconds=4.5, compile_seconds=1.5, energy_wh=0.75, loss_sum=torch.tensor(6.25),
-        sums={"correct": torch.tensor(7)}, samples=24, probed=10, measurements=3, angles={"weight_angle": {"fc1": 30.0}},
-        batches_hash="0123456789abcdef", best_epoch=1, best_val=0.5, test_at_best=0.25,
-        diverged={"epoch": 2, "step": 9, "layer": "fc1", "message": "m"}, stopped={"reason": "r", "callback": "c"},
+        epoch=2,
+        batch=3,
+        step=11,
+        seconds=4.5,
+        compile_seconds=1.5,
+        energy_wh=0.75,
+        loss_sum=torch.tensor(6.25),
+        sums={"correct": torch.tensor(7)},
+        samples=24,
+        probed=10,
+        measurements=3,
+        angles={"weight_angle": {"fc1": 30.0}},
+        batches_hash="0123456789abcdef",
+        best_epoch=1,
+        best_val=0.5,
+        test_at_best=0.25,
+        diverged={"epoch": 2, "step": 9, "layer": "fc1", "message": "m"},
+        stopped={"reason": "r", "callback": "c"},
     )
     fields = [field.name for field in dataclasses.fields(Progress)]
     plain = vars(Progress())
@@ -205,6 +252,7 @@ def test_training_time_adds_up_over_the_parts_of_a_run(monkeypatch: Patch) -> No
 @pytest.mark.parametrize("links", [True, False])
 def test_the_checkpoint_before_the_last_is_kept(links: bool, monkeypatch: Patch) -> None:
     """On file systems without links, too."""
+
     def refuse(*paths: Path) -> None:
         raise OSError("no links here")
 
@@ -219,10 +267,19 @@ def test_the_checkpoint_before_the_last_is_kept(links: bool, monkeypatch: Patch)
     assert sorted(path.name for path in Path("a").iterdir()) == ["last.pt", "previous.pt"]
 
 
-@pytest.mark.parametrize(("epoch", "batch", "step", "fits"), [
-    (2, 3, 11, True), (9, 0, 36, True), (9, 1, 37, False), (2, 3, 12, False), (3, 0, 11, False), (2, 4, 12, True),
-    (2, 5, 13, False), (10, 0, 40, False),
-])
+@pytest.mark.parametrize(
+    ("epoch", "batch", "step", "fits"),
+    [
+        (2, 3, 11, True),
+        (9, 0, 36, True),
+        (9, 1, 37, False),
+        (2, 3, 12, False),
+        (3, 0, 11, False),
+        (2, 4, 12, True),
+        (2, 5, 13, False),
+        (10, 0, 40, False),
+    ],
+)
 def test_progress_that_no_run_makes_is_refused(epoch: int, batch: int, step: int, fits: bool) -> None:
     """Nine epochs of four batches: none follows the last, and a step is what epochs and batches make together."""
     rule, optimizers = make()
@@ -248,18 +305,36 @@ FIELDS: dict[str, dict[str, list[Any]]] = {
     "probed": {"accepted": [None, 0, 11], "refused": [12, -1, 3.0, True]},
     "best_epoch": {"accepted": [None, 1, 2], "refused": [3, -1, 1.0, True]},
     "seconds": {"accepted": [0, 0.0, 7, 1e9], "refused": [-0.1, float("inf"), float("nan"), True, "1", None]},
-    "best_val": SCORES, "test_at_best": SCORES, "loss_sum": SUMS,
-    "sums": {"accepted": [{}, {"correct": torch.tensor(3)}, {"target_sums": torch.zeros(2)}],
-             "refused": [None, [], {"correct": 3}]},
-    "angles": {"accepted": [None, {}, {"a": {}}, {"a": {"b": 1.0, "c": float("nan")}, "d": {"b": 2.0}}],
-               "refused": [[], {"a": 1.0}, {"a": {"b": 1}}, {"a": {"b": 1.0, "c": "x"}}, {"a": {"b": 1.0}, "d": None}]},
-    "diverged": {"accepted": [None, DIVERGED, DIVERGED | {"layer": "fc"}],
-                 "refused": [{}, [], DIVERGED | {"more": 1}, {"reason": "r"},
-                             *(DIVERGED | {key: 1.5} for key in DIVERGED), DIVERGED | {"message": None}]},
-    "stopped": {"accepted": [None, STOPPED, STOPPED | {"callback": "c"}],
-                "refused": [{}, {"reason": "r"}, STOPPED | {"more": 1}, *(STOPPED | {key: 1.5} for key in STOPPED)]},
-    "batches_hash": {"accepted": ["", "0123456789abcdef"],
-                     "refused": [None, "0123456789abcde", "0123456789abcdeg", "0123456789abcdef0", "0123456789ABCDEF", "\n"]},
+    "best_val": SCORES,
+    "test_at_best": SCORES,
+    "loss_sum": SUMS,
+    "sums": {
+        "accepted": [{}, {"correct": torch.tensor(3)}, {"target_sums": torch.zeros(2)}],
+        "refused": [None, [], {"correct": 3}],
+    },
+    "angles": {
+        "accepted": [None, {}, {"a": {}}, {"a": {"b": 1.0, "c": float("nan")}, "d": {"b": 2.0}}],
+        "refused": [[], {"a": 1.0}, {"a": {"b": 1}}, {"a": {"b": 1.0, "c": "x"}}, {"a": {"b": 1.0}, "d": None}],
+    },
+    "diverged": {
+        "accepted": [None, DIVERGED, DIVERGED | {"layer": "fc"}],
+        "refused": [
+            {},
+            [],
+            DIVERGED | {"more": 1},
+            {"reason": "r"},
+            *(DIVERGED | {key: 1.5} for key in DIVERGED),
+            DIVERGED | {"message": None},
+        ],
+    },
+    "stopped": {
+        "accepted": [None, STOPPED, STOPPED | {"callback": "c"}],
+        "refused": [{}, {"reason": "r"}, STOPPED | {"more": 1}, *(STOPPED | {key: 1.5} for key in STOPPED)],
+    },
+    "batches_hash": {
+        "accepted": ["", "0123456789abcdef"],
+        "refused": [None, "0123456789abcde", "0123456789abcdeg", "0123456789abcdef0", "0123456789ABCDEF", "\n"],
+    },
 }
 
 

@@ -41,11 +41,15 @@ def lines_in(folder: str) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
-@pytest.mark.parametrize("architecture", [
-    ["architecture=mlp", "architecture.widths=[8,8]"],
-    ["architecture=conv2", "architecture.channels=4", "architecture.hidden=8"],
-    ["architecture=resnet20", "architecture.width=2", "architecture.blocks=1", "dataset.channels=3"],
-], ids=["mlp", "conv2", "resnet20"])
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        ["architecture=mlp", "architecture.widths=[8,8]"],
+        ["architecture=conv2", "architecture.channels=4", "architecture.hidden=8"],
+        ["architecture=resnet20", "architecture.width=2", "architecture.blocks=1", "dataset.channels=3"],
+    ],
+    ids=["mlp", "conv2", "resnet20"],
+)
 @pytest.mark.parametrize("algorithm", list(ALGORITHMS))
 def test_every_rule_trains_every_architecture_or_says_how(
     algorithm: str, architecture: list[str], capsys: pytest.CaptureFixture[str]
@@ -66,9 +70,15 @@ def test_torchvision_models_take_any_images() -> None:
 
 
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
-@pytest.mark.parametrize("schedule", [
-    "name=constant", "name=step step_size=1", "name=multistep milestones=[1] gamma=0.5", "name=cosine min_lr=0.001",
-])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        "name=constant",
+        "name=step step_size=1",
+        "name=multistep milestones=[1] gamma=0.5",
+        "name=cosine min_lr=0.001",
+    ],
+)
 def test_optimizers_and_schedules(optimizer: str, schedule: str) -> None:
     words = [f"optimizer.schedule.{word}" for word in schedule.split()]
     assert main([*MLP, "epochs=2", f"optimizer={optimizer}", "optimizer.lr=0.01", *words, "hydra.run.dir=run"]) == 0
@@ -93,11 +103,25 @@ def test_records_are_complete() -> None:
     assert result["test_accuracy_at_best_val"] == best["test_accuracy"]
     assert result["best_epoch"] == best["epoch"]
     assert set(result["angles"]) == {
-        "weight_angle", "norm_ratio", "delta_angle", "delta_angle_one_step", "true_gradient_norm", "output_angle"}
+        "weight_angle",
+        "norm_ratio",
+        "delta_angle",
+        "delta_angle_one_step",
+        "true_gradient_norm",
+        "output_angle",
+    }
     events = EventAccumulator("run").Reload()
     tags = set(events.Tags()["scalars"])
-    assert {"loss/train", "accuracy/val", "accuracy/test", "lr", "weight_angle/fc2", "delta_angle/fc1", "norm_ratio/fc3",
-            "true_gradient_norm/fc1"} <= tags
+    assert {
+        "loss/train",
+        "accuracy/val",
+        "accuracy/test",
+        "lr",
+        "weight_angle/fc2",
+        "delta_angle/fc1",
+        "norm_ratio/fc3",
+        "true_gradient_norm/fc1",
+    } <= tags
     assert [event.step for event in events.Scalars("accuracy/test")] == [4, 8, 12]
     assert [event.step for event in events.Scalars("weight_angle/fc2")] == [0, 4, 8, 12]
     state = torch.load("run/checkpoints/last.pt", weights_only=True)
@@ -115,10 +139,16 @@ class Stopped(KeyboardInterrupt):
     """Stands for a user's interrupt."""
 
 
-@pytest.mark.parametrize("rule", [
-    ["algorithm=fa"], ["algorithm=brsf"], ["algorithm=kp", "optimizer@feedback_optimizer=adam"],
-    ["algorithm=dfa", "optimizer.schedule.name=cosine", "architecture.batch_norm=true"],
-], ids=["fa", "brsf", "kp with adam on B", "dfa"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        ["algorithm=fa"],
+        ["algorithm=brsf"],
+        ["algorithm=kp", "optimizer@feedback_optimizer=adam"],
+        ["algorithm=dfa", "optimizer.schedule.name=cosine", "architecture.batch_norm=true"],
+    ],
+    ids=["fa", "brsf", "kp with adam on B", "dfa"],
+)
 def test_resumed_run_has_the_bits_of_one_never_stopped(rule: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     command = [*MLP, *rule, "epochs=4", "probe_every=3"]
     assert main([*command, "hydra.run.dir=whole"]) == 0
@@ -295,7 +325,8 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "    density: float = option(0.5, 'fraction of B that is not zero', above=0, maximum=1)\n"
         "    def pathway(self, layer):\n"
         "        layer.put('B', 'kaiming_uniform', self.density)\n"
-        "        return FixedFeedback()\n")
+        "        return FixedFeedback()\n"
+    )
     for group in ("algorithm", "experiment"):
         (tmp_path / "mine" / group).mkdir(parents=True)
     (tmp_path / "mine" / "algorithm" / "thin.yaml").write_text("defaults:\n  - /_schema/algorithm/mine@_here_\ndensity: 0.25\n")
@@ -349,8 +380,10 @@ def test_own_rule_from_a_plugin(plugin: None, tmp_path: Path) -> None:
 
 
 def test_help_and_composed_config_do_not_wait_for_torch() -> None:
-    code = ("import sys; from fa_bench.cli import main; code = main(sys.argv[1:]); "
-            "print('torch imported:', 'torch' in sys.modules); sys.exit(code)")
+    code = (
+        "import sys; from fa_bench.cli import main; code = main(sys.argv[1:]); "
+        "print('torch imported:', 'torch' in sys.modules); sys.exit(code)"
+    )
     for arguments, expected in ((["--help", "algorithm=kp"], "algorithm.b_init"), (["--cfg", "job", "algorithm=kp"], "name: kp")):
         ran = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT)
         assert ran.returncode == 0, ran.stderr
@@ -364,6 +397,11 @@ def test_wheel_holds_the_configs(tmp_path: Path) -> None:
 
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         wheel.extractall(tmp_path / "installed")
-    ran = subprocess.run([sys.executable, "-m", "fa_bench.cli", "--cfg", "job"], capture_output=True, text=True, cwd=tmp_path,
-                         env={"PYTHONPATH": str(tmp_path / "installed"), "PATH": ""})
+    ran = subprocess.run(
+        [sys.executable, "-m", "fa_bench.cli", "--cfg", "job"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path / "installed"), "PATH": ""},
+    )
     assert ran.returncode == 0 and "architecture:" in ran.stdout, ran.stderr

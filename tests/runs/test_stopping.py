@@ -32,8 +32,19 @@ from .test_survival import LAST, at_step, recorded
 
 Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
 #: Five steps in each of four epochs.
-COMMON = ["dataset=synthetic", "dataset.samples=80", "dataset.test_samples=16", "dataset.validation=0", "batch_size=16",
-          "epochs=4", "probe_size=8", "architecture.widths=[8,6]", "probe_every=3", "algorithm=kp", "loggers=[]"]
+COMMON = [
+    "dataset=synthetic",
+    "dataset.samples=80",
+    "dataset.test_samples=16",
+    "dataset.validation=0",
+    "batch_size=16",
+    "epochs=4",
+    "probe_size=8",
+    "architecture.widths=[8,6]",
+    "probe_every=3",
+    "algorithm=kp",
+    "loggers=[]",
+]
 RUN = [*COMMON, "hydra.run.dir=run"]
 STOPPED = ["callbacks=['halt:step=7']"]
 
@@ -76,10 +87,19 @@ def job_of(words: list[str]) -> Job:
     return job
 
 
-@pytest.mark.parametrize(("hook", "step", "trained"), [
-    ("on_fit_start", 0, 0), ("on_epoch_start", 3, 2), ("on_step_end", 3, 1), ("on_gradients", 4, 2), ("on_batches_end", 6, 2),
-    ("on_epoch_end", 6, 2), ("on_epoch_end", 9, 3), ("on_fit_end", 9, 3),
-])
+@pytest.mark.parametrize(
+    ("hook", "step", "trained"),
+    [
+        ("on_fit_start", 0, 0),
+        ("on_epoch_start", 3, 2),
+        ("on_step_end", 3, 1),
+        ("on_gradients", 4, 2),
+        ("on_batches_end", 6, 2),
+        ("on_epoch_end", 6, 2),
+        ("on_epoch_end", 9, 3),
+        ("on_fit_end", 9, 3),
+    ],
+)
 def test_a_stop_lets_the_epoch_that_has_begun_end(hook: str, step: int, trained: int) -> None:
     """Three epochs of three steps."""
     splits = load()

@@ -29,12 +29,24 @@ from tests.data.files import write_cifar
 Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
 ROOT = Path(__file__).resolve().parents[2]
 LAST, PREVIOUS = "run/checkpoints/last.pt", "run/checkpoints/previous.pt"
-COMMON = ["dataset=synthetic", "dataset.samples=80", "dataset.test_samples=16", "batch_size=16", "epochs=3", "probe_size=8",
-          "architecture.widths=[8,6]", "probe_every=2"]
+COMMON = [
+    "dataset=synthetic",
+    "dataset.samples=80",
+    "dataset.test_samples=16",
+    "batch_size=16",
+    "epochs=3",
+    "probe_size=8",
+    "architecture.widths=[8,6]",
+    "probe_every=2",
+]
 RUN = [*COMMON, "hydra.run.dir=run"]
 #: A feedback optimizer, masks, a phase before training, fresh draws at every step.
-RULES = [["algorithm=kp", "optimizer@feedback_optimizer=adam"], ["algorithm=pfa", "algorithm.density=0.5", "algorithm.ratio=2"],
-         ["algorithm=wm", "algorithm.initial_steps=20"], ["algorithm=brsf"]]
+RULES = [
+    ["algorithm=kp", "optimizer@feedback_optimizer=adam"],
+    ["algorithm=pfa", "algorithm.density=0.5", "algorithm.ratio=2"],
+    ["algorithm=wm", "algorithm.initial_steps=20"],
+    ["algorithm=brsf"],
+]
 TIMES = ("seconds", "peak_memory_bytes", "energy_wh")
 
 
@@ -46,8 +58,10 @@ def in_empty_folder(tmp_path: Path, monkeypatch: Patch) -> None:
 
 def recorded(run: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The result, with the lines of the measurements, and the epochs' lines, without times."""
+
     def timeless(record: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in record.items() if key not in TIMES}
+
     result, lines = (Path(run) / name for name in (RESULT, METRICS))
     measurements = {"measurements": Path(run, ANGLES).read_text().splitlines()}
     epochs = [timeless(json.loads(line)) for line in lines.read_text().splitlines()]
@@ -121,8 +135,17 @@ def test_signal_before_training_leaves_the_phase_half_done(monkeypatch: Patch) -
 
 def test_augmented_run_goes_on_within_an_epoch(monkeypatch: Patch, tmp_path: Path) -> None:
     write_cifar(tmp_path / "data", monkeypatch)
-    command = ["dataset=cifar10", "data_dir=data", "dataset.validation=0", "batch_size=2", "epochs=2", "probe_size=2",
-               "algorithm=fa", "architecture.widths=[8]", "hydra.run.dir=run"]
+    command = [
+        "dataset=cifar10",
+        "data_dir=data",
+        "dataset.validation=0",
+        "batch_size=2",
+        "epochs=2",
+        "probe_size=2",
+        "algorithm=fa",
+        "architecture.widths=[8]",
+        "hydra.run.dir=run",
+    ]
     assert main([*command, "hydra.run.dir=whole"]) == 0
     at_step(2, lambda: signal.raise_signal(signal.SIGTERM), monkeypatch)
     assert main(command) == 143 and main([*command, "resume=true"]) == 0
@@ -210,10 +233,17 @@ def test_full_disk_leaves_the_last_checkpoint(moment: str, monkeypatch: Patch, c
 
 
 def test_only_one_process_writes_a_directory(capsys: Capture) -> None:
-    holding = ("import sys, time; from pathlib import Path; from fa_bench.runs.locks import lock_directory\n"
-               "with lock_directory(Path('run')): print('held', flush=True); time.sleep(60)")
-    with subprocess.Popen([sys.executable, "-c", holding], cwd=Path.cwd(), env={**os.environ, "PYTHONPATH": str(ROOT)},
-                          stdout=subprocess.PIPE, text=True) as other:
+    holding = (
+        "import sys, time; from pathlib import Path; from fa_bench.runs.locks import lock_directory\n"
+        "with lock_directory(Path('run')): print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", holding],
+        cwd=Path.cwd(),
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
         assert other.stdout and other.stdout.readline() == "held\n"
         assert main(RUN) == 2
         said = capsys.readouterr().err
@@ -292,12 +322,29 @@ HASHES = ("initial_weights_hash", "batches_hash", "weights_hash", "feedback_hash
 def test_same_bits_in_one_process_in_two_and_under_joblib() -> None:
     command = [*COMMON, "algorithm=brsf", "seed=3"]
     assert main([*command, "hydra.run.dir=one"]) == 0 and main([*command, "hydra.run.dir=again"]) == 0
-    ran = subprocess.run([sys.executable, "-m", "fa_bench.cli", *command, "hydra.run.dir=other"], capture_output=True, text=True,
-                         env={**os.environ, "PYTHONPATH": str(ROOT)})
+    ran = subprocess.run(
+        [sys.executable, "-m", "fa_bench.cli", *command, "hydra.run.dir=other"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert ran.returncode == 0, ran.stderr
-    ran = subprocess.run([sys.executable, "-m", "fa_bench.cli", "-m", *command, "seed=3,4", "hydra/launcher=joblib",
-                          "hydra.launcher.n_jobs=2", "output_dir=parallel"], capture_output=True, text=True,
-                         env={**os.environ, "PYTHONPATH": str(ROOT)})
+    ran = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "fa_bench.cli",
+            "-m",
+            *command,
+            "seed=3,4",
+            "hydra/launcher=joblib",
+            "hydra.launcher.n_jobs=2",
+            "output_dir=parallel",
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert ran.returncode == 0, ran.stderr
     runs = ["one", "again", "other", next(Path("parallel").rglob("seed3"))]
     found = [[recorded(run)[0][key] for key in HASHES] for run in runs]
@@ -306,8 +353,23 @@ def test_same_bits_in_one_process_in_two_and_under_joblib() -> None:
 
 def test_rules_of_a_comparison_share_weights_order_and_augmentation(tmp_path: Path, monkeypatch: Patch) -> None:
     write_cifar(tmp_path / "data", monkeypatch)
-    assert main(["-m", "dataset=cifar10", "data_dir=data", "dataset.validation=0", "batch_size=2", "epochs=2", "probe_size=2",
-                 "architecture.widths=[8]", "algorithm=bp,kp,dfa,wm", "seed=0,1"]) == 0
+    assert (
+        main(
+            [
+                "-m",
+                "dataset=cifar10",
+                "data_dir=data",
+                "dataset.validation=0",
+                "batch_size=2",
+                "epochs=2",
+                "probe_size=2",
+                "architecture.widths=[8]",
+                "algorithm=bp,kp,dfa,wm",
+                "seed=0,1",
+            ]
+        )
+        == 0
+    )
     found = {path.parent.parent.name + path.parent.name: json.loads(path.read_text()) for path in Path("outputs").rglob(RESULT)}
     for key in ("initial_weights_hash", "batches_hash"):
         assert len({result[key] for result in found.values() if result["seed"] == 0}) == 1
@@ -325,8 +387,14 @@ def test_runs_give_the_process_back_as_it_was() -> None:
     seen: list[int] = []
     monkeypatch = pytest.MonkeyPatch()
     with monkeypatch.context() as patch:
-        at_step(1, lambda: (torch.nn.modules.module.register_module_forward_hook(lambda *_: seen.append(1)),
-                            torch.set_default_dtype(torch.float64)), patch)
+        at_step(
+            1,
+            lambda: (
+                torch.nn.modules.module.register_module_forward_hook(lambda *_: seen.append(1)),
+                torch.set_default_dtype(torch.float64),
+            ),
+            patch,
+        )
         main([*RUN, "epochs=1"])
     seen.clear()
     model(torch.ones(1, 1))

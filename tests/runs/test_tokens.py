@@ -45,8 +45,18 @@ class TokenNet(fa_bench.Architecture):
     def make(self, input_shape, classes):
         return Net(classes, self.several)
 '''
-TEXT = ["plugins=[token_nets]", "dataset=text", "dataset.path=a.txt", "dataset.context=8", "architecture=token_net",
-        "objective=token_cross_entropy", "optimizer=adam", "batch_size=8", "epochs=2", "threads=1"]
+TEXT = [
+    "plugins=[token_nets]",
+    "dataset=text",
+    "dataset.path=a.txt",
+    "dataset.context=8",
+    "architecture=token_net",
+    "objective=token_cross_entropy",
+    "optimizer=adam",
+    "batch_size=8",
+    "epochs=2",
+    "threads=1",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -58,8 +68,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lines(run: str) -> list[dict[str, Any]]:
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"}
-            for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+    return [
+        {key: value for key, value in json.loads(line).items() if key != "seconds"}
+        for line in Path(run, "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.mark.parametrize("rule", ["bp", "fa"])
@@ -102,8 +114,19 @@ def test_micro_batches_weigh_by_the_targets_that_count() -> None:
     y = (x + 1) % 7
     y[::2, 1:] = -100
     np.savez("my.npz", x_train=x, y_train=y, x_test=x[:9], y_test=y[:9])
-    command = ["plugins=[token_nets]", "dataset=npz", "dataset.path=my.npz", "dataset.validation=0", "architecture=token_net",
-               "objective=token_cross_entropy", "algorithm=bp", "epochs=2", "batch_size=8", "shuffle=false", "threads=1"]
+    command = [
+        "plugins=[token_nets]",
+        "dataset=npz",
+        "dataset.path=my.npz",
+        "dataset.validation=0",
+        "architecture=token_net",
+        "objective=token_cross_entropy",
+        "algorithm=bp",
+        "epochs=2",
+        "batch_size=8",
+        "shuffle=false",
+        "threads=1",
+    ]
     for count in (1, 8):
         assert main([*command, f"accumulate={count}", f"hydra.run.dir=run{count}"]) == 0
     for whole, parts in zip(lines("run1"), lines("run8"), strict=True):
@@ -129,13 +152,18 @@ def test_a_rule_and_the_objective_name_one_output(capsys: pytest.CaptureFixture[
     assert "algorithm.output=aux is not objective.output=logits" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("overrides", "problem"), [
-    (["dataset=text", "objective=token_cross_entropy", "architecture=mlp"],
-     "architecture=mlp is not made for dataset=text, whose inputs are tokens and whose targets are positions"),
-    (["dataset=tabular", "architecture=conv2", "objective=mse"], "architecture=conv2 is not made for dataset=tabular"),
-    (["dataset=text", "architecture=mlp"], "allowed objectives: token_cross_entropy"),
-    (["dataset=tabular"], "objective=cross_entropy requires classes as targets"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (
+            ["dataset=text", "objective=token_cross_entropy", "architecture=mlp"],
+            "architecture=mlp is not made for dataset=text, whose inputs are tokens and whose targets are positions",
+        ),
+        (["dataset=tabular", "architecture=conv2", "objective=mse"], "architecture=conv2 is not made for dataset=tabular"),
+        (["dataset=text", "architecture=mlp"], "allowed objectives: token_cross_entropy"),
+        (["dataset=tabular"], "objective=cross_entropy requires classes as targets"),
+    ],
+)
 def test_parts_that_do_not_fit_are_refused(overrides: list[str], problem: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*overrides, "hydra.run.dir=run"]) == 2
     said = capsys.readouterr().err
@@ -168,7 +196,8 @@ def test_bits_per_character_need_characters(capsys: pytest.CaptureFixture[str]) 
     arrays = [*TEXT[:1], "dataset=npz", "dataset.path=tokens.npz", *TEXT[4:], "hydra.run.dir=run"]
     assert main([*arrays, "objective.score=bits_per_character"]) == 2
     assert "objective.score=bits_per_character: the tokens of this dataset have no characters; use bits_per_token" in (
-        capsys.readouterr().err)
+        capsys.readouterr().err
+    )
     assert not Path("run").exists()
     assert main([*arrays, "objective.score=bits_per_token"]) == 0
     assert json.loads(Path("run/result.json").read_text())["scores"][0]["name"] == "bits_per_token"
@@ -178,21 +207,31 @@ def arrays(x: np.ndarray, y: np.ndarray, test_y: np.ndarray | None = None) -> No
     np.savez("my.npz", x_train=x, y_train=y, x_test=x, y_test=y if test_y is None else test_y)
 
 
-@pytest.mark.parametrize(("of", "overrides", "problem"), [
-    (np.full((20, 3), -100), [], "training targets are all -100, which do not count"),
-    (np.full((20, 3), -5), [], "sequence 0 has -5 at position 0.*objective.ignore_index=-100"),
-    (np.full(20, 1.5), ["objective=mse"], "training targets are all 1.5, so that there is nothing to learn"),
-    (np.linspace(0, 2, 20), ["objective=sigmoid_ce"], "objective=sigmoid_ce requires numbers from 0 to 1; use objective=mse"),
-    (np.linspace(0, 2, 20), ["objective=mse", "algorithm=drtp"], "drtp computes its errors from class labels.*error_sign=true"),
-    (np.linspace(0, 2, 20), ["objective=mse", "algorithm=local_error"], "local_error computes its errors from class labels"),
-])
+@pytest.mark.parametrize(
+    ("of", "overrides", "problem"),
+    [
+        (np.full((20, 3), -100), [], "training targets are all -100, which do not count"),
+        (np.full((20, 3), -5), [], "sequence 0 has -5 at position 0.*objective.ignore_index=-100"),
+        (np.full(20, 1.5), ["objective=mse"], "training targets are all 1.5, so that there is nothing to learn"),
+        (np.linspace(0, 2, 20), ["objective=sigmoid_ce"], "objective=sigmoid_ce requires numbers from 0 to 1; use objective=mse"),
+        (
+            np.linspace(0, 2, 20),
+            ["objective=mse", "algorithm=drtp"],
+            "drtp computes its errors from class labels.*error_sign=true",
+        ),
+        (np.linspace(0, 2, 20), ["objective=mse", "algorithm=local_error"], "local_error computes its errors from class labels"),
+    ],
+)
 def test_targets_that_cannot_be_trained_on_are_refused(
     of: np.ndarray, overrides: list[str], problem: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     x = np.arange(60).reshape(20, 3)
     arrays(x % 7 if of.ndim > 1 else x / 60.0, of)
-    net = ["plugins=[token_nets]", "architecture=token_net", "objective=token_cross_entropy"] if of.ndim > 1 else \
-        ["architecture.widths=[4]"]
+    net = (
+        ["plugins=[token_nets]", "architecture=token_net", "objective=token_cross_entropy"]
+        if of.ndim > 1
+        else ["architecture.widths=[4]"]
+    )
     assert main(["dataset=npz", "dataset.path=my.npz", "epochs=1", "threads=1", "batch_size=4", *net, *overrides]) == 2
     output = capsys.readouterr()
     assert re.search(problem, output.err + output.out)

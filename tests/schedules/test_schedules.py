@@ -25,31 +25,42 @@ def rates(schedule: Schedule, total: int, lr: float = 1.0) -> list[float]:
     return [schedule.at(lr, done, total) for done in range(total)]
 
 
-@pytest.mark.parametrize(("schedule", "wanted"), [
-    (Constant(), [1, 1, 1, 1, 1]),
-    (Constant(warmup=3), [1 / 4, 2 / 4, 3 / 4, 1, 1]),
-    (Step(step_size=2, gamma=0.5), [1, 1, 0.5, 0.5, 0.25]),
-    (Step(step_size=2, gamma=0.5, warmup=3), [1 / 4, 2 / 4, 0.5 * 3 / 4, 0.5, 0.25]),
-    (MultiStep(milestones=[1, 3], gamma=0.1), [1, 0.1, 0.1, 0.01, 0.01]),
-    (MultiStep(milestones=[2, 2], gamma=0.1), [1, 1, 0.01, 0.01, 0.01]),
-    (Linear(min_lr=0.5), [1, 0.9, 0.8, 0.7, 0.6]),
-    (Linear(flat=0.5), [1, 1, 1, 0.8, 0.4]),
-    (Linear(min_lr=0.5, flat=0.2), [1, 1, 0.875, 0.75, 0.625]),
-    (Cosine(min_lr=0.2), [0.2 + 0.4 * (1 + math.cos(math.pi * t / 5)) for t in range(5)]),
-])
+@pytest.mark.parametrize(
+    ("schedule", "wanted"),
+    [
+        (Constant(), [1, 1, 1, 1, 1]),
+        (Constant(warmup=3), [1 / 4, 2 / 4, 3 / 4, 1, 1]),
+        (Step(step_size=2, gamma=0.5), [1, 1, 0.5, 0.5, 0.25]),
+        (Step(step_size=2, gamma=0.5, warmup=3), [1 / 4, 2 / 4, 0.5 * 3 / 4, 0.5, 0.25]),
+        (MultiStep(milestones=[1, 3], gamma=0.1), [1, 0.1, 0.1, 0.01, 0.01]),
+        (MultiStep(milestones=[2, 2], gamma=0.1), [1, 1, 0.01, 0.01, 0.01]),
+        (Linear(min_lr=0.5), [1, 0.9, 0.8, 0.7, 0.6]),
+        (Linear(flat=0.5), [1, 1, 1, 0.8, 0.4]),
+        (Linear(min_lr=0.5, flat=0.2), [1, 1, 0.875, 0.75, 0.625]),
+        (Cosine(min_lr=0.2), [0.2 + 0.4 * (1 + math.cos(math.pi * t / 5)) for t in range(5)]),
+    ],
+)
 def test_rates(schedule: Schedule, wanted: list[float]) -> None:
     assert rates(schedule, 5) == pytest.approx(wanted)
     assert rates(schedule, 5, lr=0.03) == pytest.approx([0.03 * rate for rate in wanted]) or "min_lr" in vars(schedule)
 
 
-@pytest.mark.parametrize(("schedule", "build"), [
-    (Step(step_size=3, gamma=0.7), lambda o, n: TORCH.StepLR(o, 3, 0.7)),
-    (MultiStep(milestones=[2, 5, 6], gamma=0.3), lambda o, n: TORCH.MultiStepLR(o, [2, 5, 6], 0.3)),
-    (Cosine(min_lr=0.01), lambda o, n: TORCH.CosineAnnealingLR(o, n, 0.01)),
-    (Linear(), lambda o, n: TORCH.LinearLR(o, 1.0, 0.0, n)),
-    (OneCycle(rise=0.4, start=10, end=100), lambda o, n: TORCH.OneCycleLR(
-        o, 0.2, total_steps=n, pct_start=0.4, div_factor=10, final_div_factor=100, cycle_momentum=False)),
-], ids=lambda case: getattr(case, "name", ""))
+@pytest.mark.parametrize(
+    ("schedule", "build"),
+    [
+        (Step(step_size=3, gamma=0.7), lambda o, n: TORCH.StepLR(o, 3, 0.7)),
+        (MultiStep(milestones=[2, 5, 6], gamma=0.3), lambda o, n: TORCH.MultiStepLR(o, [2, 5, 6], 0.3)),
+        (Cosine(min_lr=0.01), lambda o, n: TORCH.CosineAnnealingLR(o, n, 0.01)),
+        (Linear(), lambda o, n: TORCH.LinearLR(o, 1.0, 0.0, n)),
+        (
+            OneCycle(rise=0.4, start=10, end=100),
+            lambda o, n: TORCH.OneCycleLR(
+                o, 0.2, total_steps=n, pct_start=0.4, div_factor=10, final_div_factor=100, cycle_momentum=False
+            ),
+        ),
+    ],
+    ids=lambda case: getattr(case, "name", ""),
+)
 def test_rates_are_those_of_torch(schedule: Schedule, build) -> None:
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.2)
     theirs, seen = build(optimizer, 10), []
@@ -64,10 +75,13 @@ def test_a_short_trial_shortens_everything_that_a_schedule_counts() -> None:
     """To a tenth, and to one at least; no warm-up stays none, and fractions of the training stay as they are."""
     length, total = (lambda number: max(round(number / 10), 1)), 10
     for schedule, wanted in [
-        (Constant(warmup=30), Constant(warmup=3)), (Step(step_size=20, warmup=40), Step(step_size=2, warmup=4)),
+        (Constant(warmup=30), Constant(warmup=3)),
+        (Step(step_size=20, warmup=40), Step(step_size=2, warmup=4)),
         (MultiStep(milestones=[30, 60], warmup=3), MultiStep(milestones=[3, 6], warmup=1)),
-        (MultiStep(milestones=[2, 60]), MultiStep(milestones=[1, 6])), (Cosine(warmup=20), Cosine(warmup=2)),
-        (Linear(), Linear()), (OneCycle(rise=0.4), OneCycle(rise=0.4)),
+        (MultiStep(milestones=[2, 60]), MultiStep(milestones=[1, 6])),
+        (Cosine(warmup=20), Cosine(warmup=2)),
+        (Linear(), Linear()),
+        (OneCycle(rise=0.4), OneCycle(rise=0.4)),
     ]:
         assert rates(schedule.shortened(length), total) == rates(wanted, total)
 
@@ -76,23 +90,34 @@ def test_every_schedule_is_tried_here() -> None:
     assert set(SCHEDULES) == {"constant", "step", "multistep", "cosine", "linear", "one_cycle"}
 
 
-@pytest.mark.parametrize(("values", "said"), [
-    ({"name": "cosin"}, "name=cosin is not one of constant, cosine"),
-    ({"name": "step"}, "step_size: is required"),
-    ({"name": "multistep"}, "milestones: are required"),
-    ({"name": "cosine", "step_size": 3}, "step_size: is not an option of schedule.name=cosine, but of step"),
-    ({"milestones": [3]}, "milestones: is not an option of schedule.name=constant, but of multistep"),
-    ({"name": "step", "step_sise": 3}, "step_sise: unknown option of a schedule; did you mean 'step_size'?"),
-    ({"name": "one_cycle", "warmup": 2}, "warmup=2: one_cycle has its own warm-up"),
-])
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"name": "cosin"}, "name=cosin is not one of constant, cosine"),
+        ({"name": "step"}, "step_size: is required"),
+        ({"name": "multistep"}, "milestones: are required"),
+        ({"name": "cosine", "step_size": 3}, "step_size: is not an option of schedule.name=cosine, but of step"),
+        ({"milestones": [3]}, "milestones: is not an option of schedule.name=constant, but of multistep"),
+        ({"name": "step", "step_sise": 3}, "step_sise: unknown option of a schedule; did you mean 'step_size'?"),
+        ({"name": "one_cycle", "warmup": 2}, "warmup=2: one_cycle has its own warm-up"),
+    ],
+)
 def test_faults_are_named(values: dict, said: str) -> None:
     with pytest.raises(OptionError) as refused:
         Schedule.from_mapping(values)
     assert str(refused.value).startswith(said)
 
 
-RUN = ["dataset=synthetic", "dataset.samples=72", "dataset.validation=8", "dataset.test_samples=16", "architecture.widths=[8]",
-       "batch_size=16", "threads=1", "optimizer.lr=0.1"]
+RUN = [
+    "dataset=synthetic",
+    "dataset.samples=72",
+    "dataset.validation=8",
+    "dataset.test_samples=16",
+    "architecture.widths=[8]",
+    "batch_size=16",
+    "threads=1",
+    "optimizer.lr=0.1",
+]
 
 
 def lrs(directory: str) -> list[float]:
@@ -114,8 +139,18 @@ def test_a_schedule_has_its_own_defaults_in_a_run(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     for per, wanted in (("null", 4), ("epoch", 1)):
         schedule = OneCycle() if per == "null" else OneCycle(per=per)
-        assert main([*RUN, "optimizer.schedule.name=one_cycle", f"optimizer.schedule.per={per}", "epochs=3",
-                     f"hydra.run.dir=by-{per}"]) == 0
+        assert (
+            main(
+                [
+                    *RUN,
+                    "optimizer.schedule.name=one_cycle",
+                    f"optimizer.schedule.per={per}",
+                    "epochs=3",
+                    f"hydra.run.dir=by-{per}",
+                ]
+            )
+            == 0
+        )
         assert lrs(f"by-{per}") == pytest.approx([schedule.at(0.1, wanted * epoch, wanted * 3) for epoch in range(3)])
 
 
@@ -127,9 +162,11 @@ def test_a_run_resumed_within_its_schedule_is_bitwise_the_same(tmp_path: Path, m
     command = [*RUN, "algorithm=kp", "optimizer.schedule.name=one_cycle", "epochs=3"]
     assert main([*command, "hydra.run.dir=whole"]) == 0
     with monkeypatch.context() as patch:
+
         def stop(callback, trainer) -> None:
             if trainer.progress.step == 6:
                 raise Interrupted(2)
+
         patch.setattr(StopOnSignal, "on_step_end", stop)
         assert main([*command, "hydra.run.dir=parts"]) == 130
     assert main([*command, "hydra.run.dir=parts"]) == 0
@@ -137,10 +174,15 @@ def test_a_run_resumed_within_its_schedule_is_bitwise_the_same(tmp_path: Path, m
     assert all(results[0][key] == results[1][key] for key in ("weights_hash", "feedback_hash", "optimizer_hash"))
 
 
-@pytest.mark.parametrize(("schedule", "given"), [
-    (Constant(), {}), (OneCycle(), {}), (OneCycle(per="epoch"), {"per": "epoch"}),
-    (Step(step_size=3, warmup=2), {"step_size": 3, "warmup": 2}),
-])
+@pytest.mark.parametrize(
+    ("schedule", "given"),
+    [
+        (Constant(), {}),
+        (OneCycle(), {}),
+        (OneCycle(per="epoch"), {"per": "epoch"}),
+        (Step(step_size=3, warmup=2), {"step_size": 3, "warmup": 2}),
+    ],
+)
 def test_a_configs_schedule_shows_what_differs_from_its_defaults(schedule: Schedule, given: dict) -> None:
     """So that the name of another schedule alone selects that one's defaults."""
     assert {key: value for key, value in schedule.schema().items() if value is not None} == {"name": schedule.name} | given

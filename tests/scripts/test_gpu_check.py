@@ -40,8 +40,12 @@ class Clock:
 
 def test_later_parts_get_what_earlier_ones_leave_and_none_starts_that_does_not_fit(gpu: Callable[[str], Any]) -> None:
     parts, page, clock = gpu("gpu.parts"), gpu("gpu.page"), Clock()
-    chosen = [parts.Part("a", "A", None, 1, 5), parts.Part("b", "B", None, 1, 5), parts.Part("c", "C", None, 2, 60),
-              parts.Part("d", "D", None, 1, 5)]
+    chosen = [
+        parts.Part("a", "A", None, 1, 5),
+        parts.Part("b", "B", None, 1, 5),
+        parts.Part("c", "C", None, 2, 60),
+        parts.Part("d", "D", None, 1, 5),
+    ]
     sections = [page.Section(part.name, part.title) for part in chosen]
     granted: list[tuple[str, float]] = []
 
@@ -96,12 +100,15 @@ section.add("row", passed=True)
 """
 
 
-@pytest.mark.parametrize(("rest", "seconds", "error"), [
-    ("section.end()", 60.0, ""),
-    ("print('boom'); sys.exit(3)", 60.0, "the process ended with code 3; its last lines:\nboom"),
-    ("import os; os.abort()", 60.0, "the process ended with code -6"),
-    ("time.sleep(60)", 2.5, ""),
-])
+@pytest.mark.parametrize(
+    ("rest", "seconds", "error"),
+    [
+        ("section.end()", 60.0, ""),
+        ("print('boom'); sys.exit(3)", 60.0, "the process ended with code 3; its last lines:\nboom"),
+        ("import os; os.abort()", 60.0, "the process ended with code -6"),
+        ("time.sleep(60)", 2.5, ""),
+    ],
+)
 def test_a_part_that_fails_crashes_or_hangs_keeps_its_rows(
     rest: str, seconds: float, error: str, gpu: Callable[[str], Any], tmp_path: Path
 ) -> None:

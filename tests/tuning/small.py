@@ -8,8 +8,20 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-SMALL = ["algorithm=bp,frozen", "dataset=synthetic", "dataset.samples=192", "dataset.test_samples=64", "dataset.validation=0.3",
-         "architecture.widths=[8]", "epochs=2", "batch_size=16", "probe_every=0", "probe_size=8", "loggers=[]", "threads=1"]
+SMALL = [
+    "algorithm=bp,frozen",
+    "dataset=synthetic",
+    "dataset.samples=192",
+    "dataset.test_samples=64",
+    "dataset.validation=0.3",
+    "architecture.widths=[8]",
+    "epochs=2",
+    "batch_size=16",
+    "probe_every=0",
+    "probe_size=8",
+    "loggers=[]",
+    "threads=1",
+]
 STUDY = [*SMALL, "budget=3", "seeds=0,1", "name=study"]
 #: The files that are equal byte by byte, however often a study was killed.
 EQUAL = ("tune.csv", "trials.csv", "tune.md", "tune.png", "tune.svg")

@@ -67,9 +67,20 @@ def test_every_rule_has_the_space_of_its_optimizer_and_its_own() -> None:
 
 
 def test_the_command_line_replaces_adds_and_fixes_dimensions() -> None:
-    plan = prepared(["algorithm=bp,fa,kp", "optimizer.lr=interval(0.1,1)", "optimizer.momentum=0,0.9",
-                     "optimizer.weight_decay=0.1", "algorithm.density=0.1,1.0", "algorithm.b_init=pytorch", "seeds=range(0,2)",
-                     "tune_seeds=7,8", "final_epochs=50"], None)
+    plan = prepared(
+        [
+            "algorithm=bp,fa,kp",
+            "optimizer.lr=interval(0.1,1)",
+            "optimizer.momentum=0,0.9",
+            "optimizer.weight_decay=0.1",
+            "algorithm.density=0.1,1.0",
+            "algorithm.b_init=pytorch",
+            "seeds=range(0,2)",
+            "tune_seeds=7,8",
+            "final_epochs=50",
+        ],
+        None,
+    )
     common = {"optimizer.lr": "interval(0.1,1.0)", "optimizer.momentum": "0,0.9"}
     assert spaces(plan) == {"bp": common, "fa": {**common, "algorithm.density": "0.1,1.0"}, "kp": common}
     assert [each.job.plain()["algorithm"].get("b_init") for each in plan.rules] == [None, "pytorch", "pytorch"]
@@ -83,9 +94,11 @@ def test_the_command_line_replaces_adds_and_fixes_dimensions() -> None:
 def test_an_experiment_has_a_section_and_the_command_line_wins() -> None:
     plan = prepared(["experiment=mine", "budget=9"], "own")
     common = {"optimizer.lr": "tag(log,interval(0.01,10.0))"}
-    assert spaces(plan) == {"bp": common, "fa": {"algorithm.b_init": "xavier_uniform,kaiming_uniform,pytorch", **common,
-                                                 "algorithm.density": "0.5,1.0"},
-                            "dkp": {"algorithm.b_lr_scale": LR, **common, "algorithm.density": "0.5,1.0"}}
+    assert spaces(plan) == {
+        "bp": common,
+        "fa": {"algorithm.b_init": "xavier_uniform,kaiming_uniform,pytorch", **common, "algorithm.density": "0.5,1.0"},
+        "dkp": {"algorithm.b_lr_scale": LR, **common, "algorithm.density": "0.5,1.0"},
+    }
     assert (plan.options.budget, plan.options.seeds, plan.directory) == (9, [5, 6], Path("outputs/mine"))
     assert [each.default["optimizer.lr"] for each in plan.rules] == [0.1, 0.02, 0.1]
     assert [each.default.get("algorithm.density") for each in plan.rules] == [None, 0.5, 1.0]
@@ -96,32 +109,35 @@ def test_an_experiment_has_a_section_and_the_command_line_wins() -> None:
     assert plan.rules[0].job.plain()["algorithm"]["density"] == 0.7
 
 
-@pytest.mark.parametrize(("words", "problem"), [
-    (["seed=0,1"], "seed=0,1: a study has two sets of seeds; write tune_seeds=..."),
-    (["dataset=digits,mnist"], "one study for each dataset"),
-    (["optimizer=sgd,adam"], "one study for each optimizer"),
-    (["experiment=mine,quickstart"], "one study for each experiment"),
-    (["hydra.run.dir=x"], "output_dir=FOLDER name=NAME"),
-    (["budget=0"], "budget=0"),
-    (["bugdet=3"], "bugdet: unknown key; did you mean 'budget'?"),
-    (["sampler=tpa"], "did you mean 'tpe'?"),
-    (["seeds=0,1", "tune_seeds=1,2"], "seed 1 is one of `seeds`"),
-    (["seeds=0,0"], "lists 0 twice"),
-    (["tune_seeds=0"], "at least one seed"),
-    (["name=a/b"], "name=a/b: write a folder's name"),
-    (["optimizer.lr=interval(-1,1)"], "optimizer.lr=-1.0"),
-    (["optimizer.rate=interval(0,1)"], "optimizer.rate"),
-    (["epochs=1,2"], "epochs cannot be searched"),
-    (["data_dir=a,b"], "data_dir cannot be searched"),
-    (["algorithm=bp", "algorithm.density=0.1,1.0"], "no rule of this study has this option"),
-    (["algorithm=bp", "algorithm.density=0.1"], "no rule of this study has this option"),
-    (["algorithm=bp", "optimizer.lr=0.1", "optimizer.weight_decay=0"], "nothing to search"),
-    (["algorithm=bp,unknown"], "algorithm=unknown: no such algorithm"),
-    (["algorithm=bp,fa", "optimizer.rate=3"], "optimizer.rate: unknown key rate in optimizer"),
-    (["experiment=several"], "its grid has several values of algorithm.density for fa"),
-    (["output_dir=/"], "root of the file system"),
-    (["optimizer.lr=glob(*)"], "optimizer.lr=glob(*)"),
-])
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["seed=0,1"], "seed=0,1: a study has two sets of seeds; write tune_seeds=..."),
+        (["dataset=digits,mnist"], "one study for each dataset"),
+        (["optimizer=sgd,adam"], "one study for each optimizer"),
+        (["experiment=mine,quickstart"], "one study for each experiment"),
+        (["hydra.run.dir=x"], "output_dir=FOLDER name=NAME"),
+        (["budget=0"], "budget=0"),
+        (["bugdet=3"], "bugdet: unknown key; did you mean 'budget'?"),
+        (["sampler=tpa"], "did you mean 'tpe'?"),
+        (["seeds=0,1", "tune_seeds=1,2"], "seed 1 is one of `seeds`"),
+        (["seeds=0,0"], "lists 0 twice"),
+        (["tune_seeds=0"], "at least one seed"),
+        (["name=a/b"], "name=a/b: write a folder's name"),
+        (["optimizer.lr=interval(-1,1)"], "optimizer.lr=-1.0"),
+        (["optimizer.rate=interval(0,1)"], "optimizer.rate"),
+        (["epochs=1,2"], "epochs cannot be searched"),
+        (["data_dir=a,b"], "data_dir cannot be searched"),
+        (["algorithm=bp", "algorithm.density=0.1,1.0"], "no rule of this study has this option"),
+        (["algorithm=bp", "algorithm.density=0.1"], "no rule of this study has this option"),
+        (["algorithm=bp", "optimizer.lr=0.1", "optimizer.weight_decay=0"], "nothing to search"),
+        (["algorithm=bp,unknown"], "algorithm=unknown: no such algorithm"),
+        (["algorithm=bp,fa", "optimizer.rate=3"], "optimizer.rate: unknown key rate in optimizer"),
+        (["experiment=several"], "its grid has several values of algorithm.density for fa"),
+        (["output_dir=/"], "root of the file system"),
+        (["optimizer.lr=glob(*)"], "optimizer.lr=glob(*)"),
+    ],
+)
 def test_bad_studies_are_refused_before_anything_is_written(
     words: list[str], problem: str, capsys: pytest.CaptureFixture
 ) -> None:
@@ -134,13 +150,16 @@ def test_bad_studies_are_refused_before_anything_is_written(
     assert [path.name for path in Path().iterdir()] == ["own"]
 
 
-@pytest.mark.parametrize(("section", "problem"), [
-    ("tune: {bugdet: 3}", "tune.bugdet: unknown key; did you mean 'budget'?"),
-    ("tune: 3", "tune=3: must be a mapping"),
-    ("tune: {space: [1]}", "tune.space=[1]: must map keys"),
-    ("tune: {space: {dataset: [digits, mnist]}}", "only values can be searched"),
-    ("tune: {seeds: 3.5}", "seeds"),
-])
+@pytest.mark.parametrize(
+    ("section", "problem"),
+    [
+        ("tune: {bugdet: 3}", "tune.bugdet: unknown key; did you mean 'budget'?"),
+        ("tune: 3", "tune=3: must be a mapping"),
+        ("tune: {space: [1]}", "tune.space=[1]: must map keys"),
+        ("tune: {space: {dataset: [digits, mnist]}}", "only values can be searched"),
+        ("tune: {seeds: 3.5}", "seeds"),
+    ],
+)
 def test_bad_sections_are_refused(section: str, problem: str) -> None:
     Path("own/experiment/mine.yaml").write_text(EXPERIMENT.partition("tune:")[0] + section)
     with pytest.raises(FaBenchError, match=re.escape(problem)):

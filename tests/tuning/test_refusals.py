@@ -29,24 +29,27 @@ def refusal(tmp_path: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("override", "expected"), [
-    ("seeds=interval(0,3)", "seeds=interval(0,3): seeds is an option of the study"),
-    ("seeds=", "seeds=: write seeds, such as seeds=3"),
-    ("seeds=range(0,1000000000)", "more than 10000 values"),
-    ("tune_seeds=true", "tune_seeds=true: write seeds"),
-    ("tune_seeds=[5,5]", "tune_seeds=[5,5]: lists 5 twice"),
-    ("name=-x", "does not begin with '-'"),
-    ("algorithm=[bp,fa]", "write algorithm=bp,fa"),
-    ("tune.budget=5", "write budget=VALUE"),
-    ("optimizer.lr=choice()", "write a list such as 0.1,0.2"),
-    ("optimizer.lr=tag(log,0.1,1)", "tag(log,interval(LOW,HIGH))"),
-    ("optimizer.lr=range(0,1000000000)", "more than 10000 values"),
-    ("optimizer.lrr=interval(0.1,1)", "did you mean 'optimizer.lr'?"),
-    ("batch_size=interval(16,64.5)", "write int(interval(16,64)) for whole numbers"),
-    ("dataset.validation=0", "hold out samples with dataset.validation=0.1"),
-    ("dataset.validation=0.1,0.2", "dataset.validation cannot be searched"),
-    ("device=cpu,cuda", "device cannot be searched"),
-])
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("seeds=interval(0,3)", "seeds=interval(0,3): seeds is an option of the study"),
+        ("seeds=", "seeds=: write seeds, such as seeds=3"),
+        ("seeds=range(0,1000000000)", "more than 10000 values"),
+        ("tune_seeds=true", "tune_seeds=true: write seeds"),
+        ("tune_seeds=[5,5]", "tune_seeds=[5,5]: lists 5 twice"),
+        ("name=-x", "does not begin with '-'"),
+        ("algorithm=[bp,fa]", "write algorithm=bp,fa"),
+        ("tune.budget=5", "write budget=VALUE"),
+        ("optimizer.lr=choice()", "write a list such as 0.1,0.2"),
+        ("optimizer.lr=tag(log,0.1,1)", "tag(log,interval(LOW,HIGH))"),
+        ("optimizer.lr=range(0,1000000000)", "more than 10000 values"),
+        ("optimizer.lrr=interval(0.1,1)", "did you mean 'optimizer.lr'?"),
+        ("batch_size=interval(16,64.5)", "write int(interval(16,64)) for whole numbers"),
+        ("dataset.validation=0", "hold out samples with dataset.validation=0.1"),
+        ("dataset.validation=0.1,0.2", "dataset.validation cannot be searched"),
+        ("device=cpu,cuda", "device cannot be searched"),
+    ],
+)
 def test_refused_with_a_hint(tmp_path: Path, override: str, expected: str) -> None:
     message = refusal(tmp_path, override)
     assert expected in message

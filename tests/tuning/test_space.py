@@ -20,15 +20,18 @@ def parsed(text: str) -> Dimension:
     return dimension(override.key_or_group, override, "a test")
 
 
-@pytest.mark.parametrize(("text", "inside", "outside"), [
-    ("a=tag(log,interval(1e-3,1))", [1e-3, 0.05, 1], [9e-4, 1.1, 0, "x", None]),
-    ("a=interval(-1,1)", [-1, 0, 0.5], [2, True]),
-    ("a=int(interval(1,5))", [1, 5], [2.5, 6]),
-    ("a=range(1,10,2)", [1, 3, 9], [2, 10, 11]),
-    ("a=range(0.0,1.0,0.25)", [0, 0.25, 0.75], [0.3, 1.0]),
-    ("a=0,1e-4,x,null,true", [0, 0.0, 1e-4, "x", None, True], [1e-3, "y", 1]),
-    ("a=0,1e-4", [0, 1e-4], [1]),
-])
+@pytest.mark.parametrize(
+    ("text", "inside", "outside"),
+    [
+        ("a=tag(log,interval(1e-3,1))", [1e-3, 0.05, 1], [9e-4, 1.1, 0, "x", None]),
+        ("a=interval(-1,1)", [-1, 0, 0.5], [2, True]),
+        ("a=int(interval(1,5))", [1, 5], [2.5, 6]),
+        ("a=range(1,10,2)", [1, 3, 9], [2, 10, 11]),
+        ("a=range(0.0,1.0,0.25)", [0, 0.25, 0.75], [0.3, 1.0]),
+        ("a=0,1e-4,x,null,true", [0, 0.0, 1e-4, "x", None, True], [1e-3, "y", 1]),
+        ("a=0,1e-4", [0, 1e-4], [1]),
+    ],
+)
 def test_values_are_those_that_optuna_proposes(text: str, inside: list, outside: list) -> None:
     one = parsed(text)
     assert [value for value in [*inside, *outside] if one.contains(value)] == inside
@@ -39,33 +42,39 @@ def test_values_are_those_that_optuna_proposes(text: str, inside: list, outside:
     assert (again.text, again.distribution) == (one.text, one.distribution)
 
 
-@pytest.mark.parametrize(("text", "problem"), [
-    ("a=interval(1,1)", "two finite numbers"),
-    ("a=interval(2,1)", "two finite numbers"),
-    ("a=tag(log,interval(0,1))", "above 0"),
-    ("a=tag(lin,interval(0,1))", "unknown tag lin"),
-    ("a=tag(log,choice(1,2))", "interval(LOW,HIGH)"),
-    ("a=tag(log,range(1,9,2))", "has no steps"),
-    ("a=range(1,2)", "one value"),
-    ("a=1,1", "twice"),
-    ("a=[1],[2]", "choices must be"),
-    ("a=glob(*)", "a=glob(*)"),
-])
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("a=interval(1,1)", "two finite numbers"),
+        ("a=interval(2,1)", "two finite numbers"),
+        ("a=tag(log,interval(0,1))", "above 0"),
+        ("a=tag(lin,interval(0,1))", "unknown tag lin"),
+        ("a=tag(log,choice(1,2))", "interval(LOW,HIGH)"),
+        ("a=tag(log,range(1,9,2))", "has no steps"),
+        ("a=range(1,2)", "one value"),
+        ("a=1,1", "twice"),
+        ("a=[1],[2]", "choices must be"),
+        ("a=glob(*)", "a=glob(*)"),
+    ],
+)
 def test_what_cannot_be_searched_is_refused(text: str, problem: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parsed(text)
     assert problem in str(caught.value)
 
 
-@pytest.mark.parametrize(("text", "value", "limits", "side", "wider"), [
-    ("a=tag(log,interval(1e-3,1))", 0.9, {"above": 0}, "upper", "a=tag(log,interval(0.001,10.0))"),
-    ("a=tag(log,interval(1e-3,1))", 1e-3, {"above": 0}, "lower", "a=tag(log,interval(0.0001,1.0))"),
-    ("a=interval(0.2,0.6)", 0.59, {"maximum": 0.8}, "upper", "a=interval(0.2,0.8)"),
-    ("a=interval(0,0.9)", 0.9, {"below": 1}, "upper", "a=interval(0.0,0.95)"),
-    ("a=choice(0,1e-4,1e-3)", 1e-3, {"minimum": 0}, "upper", "a=0,0.0001,0.001,0.01"),
-    ("a=choice(1,2,3)", 3, {}, "upper", "a=1,2,3,5"),
-    ("a=range(1,10,3)", 7, {}, "upper", "a=range(1,16,3)"),
-])
+@pytest.mark.parametrize(
+    ("text", "value", "limits", "side", "wider"),
+    [
+        ("a=tag(log,interval(1e-3,1))", 0.9, {"above": 0}, "upper", "a=tag(log,interval(0.001,10.0))"),
+        ("a=tag(log,interval(1e-3,1))", 1e-3, {"above": 0}, "lower", "a=tag(log,interval(0.0001,1.0))"),
+        ("a=interval(0.2,0.6)", 0.59, {"maximum": 0.8}, "upper", "a=interval(0.2,0.8)"),
+        ("a=interval(0,0.9)", 0.9, {"below": 1}, "upper", "a=interval(0.0,0.95)"),
+        ("a=choice(0,1e-4,1e-3)", 1e-3, {"minimum": 0}, "upper", "a=0,0.0001,0.001,0.01"),
+        ("a=choice(1,2,3)", 3, {}, "upper", "a=1,2,3,5"),
+        ("a=range(1,10,3)", 7, {}, "upper", "a=range(1,16,3)"),
+    ],
+)
 def test_a_value_at_an_edge_comes_with_a_wider_range(text: str, value: float, limits: dict, side: str, wider: str) -> None:
     edge = parsed(text).edge(value, limits)
     assert edge is not None and edge[0] == side
@@ -73,16 +82,19 @@ def test_a_value_at_an_edge_comes_with_a_wider_range(text: str, value: float, li
     assert typed == wider and parsed(typed).contains(value)
 
 
-@pytest.mark.parametrize(("text", "value", "limits"), [
-    ("a=tag(log,interval(1e-3,1))", 0.5, {}),
-    ("a=tag(log,interval(1e-3,1))", 2e-3, {}),
-    ("a=tag(log,interval(1e-3,1))", 5, {}),            # outside, as a default may be
-    ("a=choice(0,1e-4,1e-3)", 0, {"minimum": 0}),      # nothing is below
-    ("a=interval(0,1)", 1, {"maximum": 1}),
-    ("a=choice(x,y)", "x", {}),
-    ("a=choice(1,x)", 1, {}),
-    ("a=choice(0,1e-4,1e-3)", 1e-4, {"minimum": 0}),
-])
+@pytest.mark.parametrize(
+    ("text", "value", "limits"),
+    [
+        ("a=tag(log,interval(1e-3,1))", 0.5, {}),
+        ("a=tag(log,interval(1e-3,1))", 2e-3, {}),
+        ("a=tag(log,interval(1e-3,1))", 5, {}),  # outside, as a default may be
+        ("a=choice(0,1e-4,1e-3)", 0, {"minimum": 0}),  # nothing is below
+        ("a=interval(0,1)", 1, {"maximum": 1}),
+        ("a=choice(x,y)", "x", {}),
+        ("a=choice(1,x)", 1, {}),
+        ("a=choice(0,1e-4,1e-3)", 1e-4, {"minimum": 0}),
+    ],
+)
 def test_other_values_are_at_no_edge_that_could_be_moved(text: str, value: float, limits: dict) -> None:
     assert parsed(text).edge(value, limits) is None
 
@@ -104,8 +116,13 @@ def test_declared_spaces_are_of_options_and_contain_the_defaults() -> None:
 def test_of_equal_trials_the_earlier_is_the_best_and_one_that_diverged_or_was_pruned_never(higher_is_better: bool) -> None:
     """Also if lower scores are better."""
     sign = 1 if higher_is_better else -1
-    outcomes = [Outcome("done", sign * 0.5), Outcome("done", sign * 0.75), Outcome("pruned", sign * 0.9), Outcome("diverged"),
-                Outcome("done", sign * 0.75)]
+    outcomes = [
+        Outcome("done", sign * 0.5),
+        Outcome("done", sign * 0.75),
+        Outcome("pruned", sign * 0.9),
+        Outcome("diverged"),
+        Outcome("done", sign * 0.75),
+    ]
     study = RuleStudy.__new__(RuleStudy)
     study.score = Score("s", "s", higher_is_better=higher_is_better)
     study.finished = [Finished(number, {}, outcome) for number, outcome in enumerate(outcomes)]

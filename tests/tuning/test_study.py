@@ -38,8 +38,11 @@ def what_other_tests_cover_is_left_out() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(final, "check_final", lambda plan: None)
         patch.setattr(plan, "check_fit", lambda jobs: None)
-        patch.setattr(figures, "write_figures", lambda runs, folder, name, *others, **named: [
-            figures.Picture("", [register(folder / f"{name}.png")], "")])
+        patch.setattr(
+            figures,
+            "write_figures",
+            lambda runs, folder, name, *others, **named: [figures.Picture("", [register(folder / f"{name}.png")], "")],
+        )
         yield
 
 
@@ -70,15 +73,17 @@ def only_trials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def results(folder: Path) -> dict[str, list[Any]]:
     """The values and the accuracy of every stored trial."""
-    return {rule: [(trial.params, trial.value, trial.state) for trial in of_rule]
-            for rule, of_rule in stored_trials(folder).items()}
+    return {
+        rule: [(trial.params, trial.value, trial.state) for trial in of_rule] for rule, of_rule in stored_trials(folder).items()
+    }
 
 
 # ------------------------------------------------------------------------------------------------ results
 def test_every_rule_has_the_same_trials_the_first_of_them_its_default(finished: Path) -> None:
     trials = stored_trials(finished / "outputs" / "study")
     assert {name: [trial.state for trial in of_rule] for name, of_rule in trials.items()} == dict.fromkeys(
-        ("bp", "frozen"), [TrialState.COMPLETE] * 3)
+        ("bp", "frozen"), [TrialState.COMPLETE] * 3
+    )
     for of_rule in trials.values():
         assert of_rule[0].params == {"optimizer.lr": 0.05, "optimizer.weight_decay": 0}
         assert len({str(trial.params) for trial in of_rule}) == 3
@@ -122,7 +127,8 @@ def test_the_experiment_repeats_the_final_runs(copy: Path, capsys: pytest.Captur
     hashes = ("config_hash", "weights_hash", "group", "seed")
     assert {directory: [json.loads(result)[key] for key in hashes] for directory, result in before.items()} == {
         directory: [json.loads((directory / "result.json").read_bytes())[key] for key in hashes]
-        for directory in find_runs([copy / "tuned"])}
+        for directory in find_runs([copy / "tuned"])
+    }
 
 
 # ------------------------------------------------------------------------------------------------ kills
@@ -135,7 +141,9 @@ def _after_ask(number: int) -> Callable[[pytest.MonkeyPatch], None]:
             if count[0] == number:
                 raise Killed
             return run_trial(trial)
+
         patch.setattr(search, "run_trial", killed)
+
     return install
 
 
@@ -148,12 +156,15 @@ def _before_tell(number: int) -> Callable[[pytest.MonkeyPatch], None]:
             if count[0] == number:
                 raise Killed
             return tell(self, *arguments)
+
         patch.setattr(RuleStudy, "tell", killed)
+
     return install
 
 
 def _in_run(number: int) -> Callable[[pytest.MonkeyPatch], None]:
     """Within the training of the run with this number in the process, after the first of its two epochs."""
+
     def install(patch: pytest.MonkeyPatch) -> None:
         end, count = train.Checkpoints.on_epoch_end, [0]
 
@@ -162,19 +173,27 @@ def _in_run(number: int) -> Callable[[pytest.MonkeyPatch], None]:
             count[0] += 1
             if count[0] == 2 * number - 1:
                 raise Killed
+
         patch.setattr(train.Checkpoints, "on_epoch_end", killed)
+
     return install
 
 
 def _writing_tables(patch: pytest.MonkeyPatch) -> None:
     def killed(*arguments: Any) -> None:
         raise Killed
+
     patch.setattr(tune, "_write", killed)
 
 
 #: One trial is finished at the first kill, four at the second and the third; the last run of a trial is the first of two then.
-KILLS = {"after ask": _after_ask(2), "in training": _in_run(4), "before tell": _before_tell(1), "in a final run": _in_run(3),
-         "before the tables": _writing_tables}
+KILLS = {
+    "after ask": _after_ask(2),
+    "in training": _in_run(4),
+    "before tell": _before_tell(1),
+    "in a final run": _in_run(3),
+    "before the tables": _writing_tables,
+}
 
 
 def test_a_study_killed_at_any_moment_ends_as_one_left_alone(
@@ -193,7 +212,8 @@ def test_a_study_killed_at_any_moment_ends_as_one_left_alone(
     there, here = files(finished / "outputs" / "study"), files(Path("outputs/study"))
     assert [name for name in there if there[name] != here[name]] == []
     assert {name: [trial.params for trial in of_rule] for name, of_rule in stored_trials(Path("outputs/study")).items()} == {
-        name: [trial.params for trial in of_rule] for name, of_rule in stored_trials(finished / "outputs" / "study").items()}
+        name: [trial.params for trial in of_rule] for name, of_rule in stored_trials(finished / "outputs" / "study").items()
+    }
 
 
 def test_a_finished_study_trains_nothing(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,6 +274,7 @@ def test_trials_that_diverge_or_fail_count_and_are_listed(tmp_path: Path, monkey
         if count[0] == 2:
             raise RuntimeError("a broken machine")
         return run(*arguments, **named)
+
     monkeypatch.setattr(train, "run", fails_once)
     words = [word for word in STUDY if not word.startswith("algorithm")]
     result = fa_bench.tune(*words, "optimizer.lr=1e29,1e30", algorithm="bp", study_seed=1)
@@ -273,17 +294,23 @@ def test_a_folder_of_another_study_is_refused(copy: Path, capsys: pytest.Capture
     assert files(copy) == before
 
 
-@pytest.mark.parametrize(("path", "value", "problem"), [
-    (["rules", "bp", "space", "optimizer.lr"], "interval(0.1,1.0)",
-     "bp: optimizer.lr=tag(log,interval(0.001,1.0)) there, interval(0.1,1.0) here"),
-    (["rules", "bp", "space", "optimizer.momentum"], "0,0.5", "bp: optimizer.momentum=none there, 0,0.5 here"),
-    (["rules", "frozen"], None, "frozen: "),
-    (["sampler"], "random", "sampler=tpe there, random here"),
-    (["study_seed"], 3, "study_seed=0 there, 3 here"),
-    (["tune_seeds"], [2, 3], "tune_seeds=[2] there, [2,3] here"),
-    (["code"], "0", "code="),
-    (["data"], "0", "data="),
-])
+@pytest.mark.parametrize(
+    ("path", "value", "problem"),
+    [
+        (
+            ["rules", "bp", "space", "optimizer.lr"],
+            "interval(0.1,1.0)",
+            "bp: optimizer.lr=tag(log,interval(0.001,1.0)) there, interval(0.1,1.0) here",
+        ),
+        (["rules", "bp", "space", "optimizer.momentum"], "0,0.5", "bp: optimizer.momentum=none there, 0,0.5 here"),
+        (["rules", "frozen"], None, "frozen: "),
+        (["sampler"], "random", "sampler=tpe there, random here"),
+        (["study_seed"], 3, "study_seed=0 there, 3 here"),
+        (["tune_seeds"], [2, 3], "tune_seeds=[2] there, [2,3] here"),
+        (["code"], "0", "code="),
+        (["data"], "0", "data="),
+    ],
+)
 def test_the_key_that_differs_is_named(finished: Path, path: list[str], value: Any, problem: str) -> None:
     folder = finished / "outputs" / "study"
     described = here = json.loads((folder / "tune.json").read_text())["study"]
@@ -328,4 +355,3 @@ def test_changed_trials_are_found(copy: Path, capsys: pytest.CaptureFixture[str]
     journal.write_text("no JSON\n")
     assert main(STUDY) == 2
     assert "study.journal: damaged, or not written by a study (JSONDecodeError" in capsys.readouterr().err
-

@@ -21,8 +21,13 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 @pytest.fixture
 def powercap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(energy, "POWERCAP", tmp_path)
-    for folder, name in (("intel-rapl:0", "package-0"), ("intel-rapl:0:0", "core"), ("intel-rapl:0:1", "dram"),
-                         ("intel-rapl:1", "psys"), ("intel-rapl-mmio:0", "package-0")):
+    for folder, name in (
+        ("intel-rapl:0", "package-0"),
+        ("intel-rapl:0:0", "core"),
+        ("intel-rapl:0:1", "dram"),
+        ("intel-rapl:1", "psys"),
+        ("intel-rapl-mmio:0", "package-0"),
+    ):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "name").write_text(f"{name}\n")
         (tmp_path / folder / "max_energy_range_uj").write_text("7199999999\n")

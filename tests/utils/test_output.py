@@ -11,8 +11,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-GRID = ["-m", "dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16", "architecture.widths=[8]", "epochs=1",
-        "seed=0,1"]
+GRID = [
+    "-m",
+    "dataset=synthetic",
+    "dataset.samples=64",
+    "dataset.test_samples=16",
+    "architecture.widths=[8]",
+    "epochs=1",
+    "seed=0,1",
+]
 FAITHFUL = "import sys; from fa_bench.utils.output import resilient_output\nwith resilient_output() as lost:\n    "
 
 
@@ -25,10 +32,14 @@ def python(code: str, folder: Path, redirection: str = "", **variables: str) -> 
     return shell(f'"$PYTHON" -c "$CODE" {redirection}', folder, CODE=FAITHFUL + code, **variables)
 
 
-@pytest.mark.parametrize(("encoding", "shown"), [
-    ("ascii", rb"97.1 +/- 0.2 deg^T x ~ e lambda 2 \u7d50 \udc80"), ("utf-8", "97.1 ± 0.2 °ᵀ × … é λ ² 結 \\udc80".encode()),
-    ("latin-1", "97.1 ± 0.2 °^T × ~ é lambda ² \\u7d50 \\udc80".encode("latin-1")),
-])
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [
+        ("ascii", rb"97.1 +/- 0.2 deg^T x ~ e lambda 2 \u7d50 \udc80"),
+        ("utf-8", "97.1 ± 0.2 °ᵀ × … é λ ² 結 \\udc80".encode()),
+        ("latin-1", "97.1 ± 0.2 °^T × ~ é lambda ² \\u7d50 \\udc80".encode("latin-1")),
+    ],
+)
 def test_an_encoding_shows_what_it_can(tmp_path, encoding, shown):
     for stream in ("stdout", "stderr"):
         said = python(f"print('97.1 ± 0.2 °ᵀ × … é λ ² 結 \\udc80', file=sys.{stream})", tmp_path, PYTHONIOENCODING=encoding)
@@ -37,9 +48,11 @@ def test_an_encoding_shows_what_it_can(tmp_path, encoding, shown):
 
 @pytest.mark.parametrize("redirection", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
 def test_a_closed_stream_takes_text_and_no_file_takes_its_place(tmp_path, redirection):
-    code = ("file = open('file', 'w'); print('a'); print('b', file=sys.stderr); sys.stdout.flush(); file.write('whole'); "
-            "file.close(); "
-            "import subprocess; subprocess.run(['sh', '-c', 'echo c; echo d >&2']); open('rc', 'w').write(lost() or 'fine')")
+    code = (
+        "file = open('file', 'w'); print('a'); print('b', file=sys.stderr); sys.stdout.flush(); file.write('whole'); "
+        "file.close(); "
+        "import subprocess; subprocess.run(['sh', '-c', 'echo c; echo d >&2']); open('rc', 'w').write(lost() or 'fine')"
+    )
     python(code, tmp_path, redirection)
     assert (tmp_path / "file").read_text() == "whole" and (tmp_path / "rc").read_text() == "fine"
 
@@ -88,8 +101,12 @@ def test_a_grid_that_nobody_reads_ends_and_is_reported(tmp_path):
 
 def test_a_grid_over_output_dir_reports_in_each_and_not_where_it_was_started(tmp_path):
     # With a narrow encoding and a backend of matplotlib's that is not there, as in a batch job started from a notebook.
-    said = shell(f'"$PYTHON" -m fa_bench.cli {" ".join(GRID)} output_dir=a,b', tmp_path, PYTHONIOENCODING="ascii",
-                 MPLBACKEND="module://nowhere.backend")
+    said = shell(
+        f'"$PYTHON" -m fa_bench.cli {" ".join(GRID)} output_dir=a,b',
+        tmp_path,
+        PYTHONIOENCODING="ascii",
+        MPLBACKEND="module://nowhere.backend",
+    )
     assert said.returncode == 0 and b" +/- " in said.stdout and b"Traceback" not in said.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
     assert not list((tmp_path / "outputs").rglob("report*"))
@@ -98,8 +115,9 @@ def test_a_grid_over_output_dir_reports_in_each_and_not_where_it_was_started(tmp
         assert finished(tmp_path / name) == 2 and (report.parent / "sweep.json").is_file()
 
 
-@pytest.mark.parametrize("backend", [
-    "nowhere", "module://nowhere.backend", "module://matplotlib_inline.backend_inline", "agg", ""])
+@pytest.mark.parametrize(
+    "backend", ["nowhere", "module://nowhere.backend", "module://matplotlib_inline.backend_inline", "agg", ""]
+)
 def test_a_figure_is_drawn_whatever_the_backend_and_the_settings(tmp_path, backend):
     (tmp_path / "matplotlibrc").write_text("text.usetex: true\nlines.linewidth: 9\n")
     code = """

@@ -14,14 +14,27 @@ from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 from fa_bench.errors import format_value
 
 #: Hyperparameters that every run has, by command-line key, and whether they are numbers.
-HYPERPARAMETERS = {"algorithm": False, "architecture": False, "dataset": False, "optimizer": False, "optimizer.lr": True,
-                   "optimizer.weight_decay": True, "batch_size": True, "epochs": True, "seed": True}
+HYPERPARAMETERS = {
+    "algorithm": False,
+    "architecture": False,
+    "dataset": False,
+    "optimizer": False,
+    "optimizer.lr": True,
+    "optimizer.weight_decay": True,
+    "batch_size": True,
+    "epochs": True,
+    "seed": True,
+}
 #: Those whose columns the table shows by default, beside the keys in which the runs of a sweep differ.
 _DEFAULT_COLUMNS = ("algorithm", "architecture", "dataset", "optimizer.lr", "seed")
 #: TensorBoard's status of a run. An interrupted run has none, because it may be resumed and a running TensorBoard keeps the
 #: first status.
-STATUS = {"finished": api_pb2.STATUS_SUCCESS, "stopped": api_pb2.STATUS_SUCCESS, "diverged": api_pb2.STATUS_FAILURE,
-          "failed": api_pb2.STATUS_FAILURE}
+STATUS = {
+    "finished": api_pb2.STATUS_SUCCESS,
+    "stopped": api_pb2.STATUS_SUCCESS,
+    "diverged": api_pb2.STATUS_FAILURE,
+    "failed": api_pb2.STATUS_FAILURE,
+}
 
 
 def start_of_session(
@@ -40,14 +53,20 @@ def start_of_session(
     session = plugin_data_pb2.SessionStartInfo(group_name=name, start_time_secs=start)
     infos = []
     for key, is_number in {**HYPERPARAMETERS, **keys}.items():
-        infos.append(api_pb2.HParamInfo(name=key, type=api_pb2.DATA_TYPE_FLOAT64 if is_number else api_pb2.DATA_TYPE_STRING,
-                                        differs=key in keys or key in _DEFAULT_COLUMNS))
+        infos.append(
+            api_pb2.HParamInfo(
+                name=key,
+                type=api_pb2.DATA_TYPE_FLOAT64 if is_number else api_pb2.DATA_TYPE_STRING,
+                differs=key in keys or key in _DEFAULT_COLUMNS,
+            )
+        )
         if key in values and is_number and isinstance(values[key], (int, float)):
             session.hparams[key].number_value = values[key]
         elif key in values:
             session.hparams[key].string_value = format_value(values[key])
-    experiment = api_pb2.Experiment(hparam_infos=infos, metric_infos=[
-        api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in metrics])
+    experiment = api_pb2.Experiment(
+        hparam_infos=infos, metric_infos=[api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in metrics]
+    )
     yield _summary(metadata.EXPERIMENT_TAG, experiment=experiment)
     yield _summary(metadata.SESSION_START_INFO_TAG, session_start_info=session)
 

@@ -143,8 +143,9 @@ class EventFile:
             step: the last step.
         """
         if status in ("finished", "stopped"):
-            self.scalars({f"final/{key}": value for key in final_values(self._scores)
-                          if (value := numbers[key]) is not None}, step)
+            self.scalars(
+                {f"final/{key}": value for key in final_values(self._scores) if (value := numbers[key]) is not None}, step
+            )
         if status in STATUS:
             self._write(end_of_session(status, time.time()), step)
         self.flush()
@@ -176,8 +177,9 @@ def _read_points(paths: Iterable[Path], step: int) -> Points:
             # By TensorBoard's convention, this file replaces earlier events from this step on.
             points = {key: point for key, point in points.items() if key[0] < event.step}
         if event.step <= step:
-            points.update(((event.step, value.tag), (event.wall_time, value)) for value in event.summary.value
-                          if _is_point(value))
+            points.update(
+                ((event.step, value.tag), (event.wall_time, value)) for value in event.summary.value if _is_point(value)
+            )
     return dict(sorted(points.items(), key=lambda item: item[0][0]))
 
 

@@ -32,8 +32,10 @@ class AttentionLayers(Compound):
     def projections(self) -> dict[str, Projection]:
         if self._qkv_same_embed_dim:
             return {"in_proj": Projection(self, "in_proj_weight", "in_proj_bias")}
-        return {f"{name}_proj": Projection(self, f"{name}_proj_weight", "in_proj_bias", rows)
-                for name, rows in zip("qkv", self._rows(), strict=True)}
+        return {
+            f"{name}_proj": Projection(self, f"{name}_proj_weight", "in_proj_bias", rows)
+            for name, rows in zip("qkv", self._rows(), strict=True)
+        }
 
     def _rows(self) -> list[slice]:
         """The rows of the packed weight and bias that belong to queries, keys and values."""
@@ -50,8 +52,15 @@ class AttentionLayers(Compound):
         return [self.in_proj(x, rows=rows) for x, rows in zip(inputs, self._rows(), strict=True)]
 
     def layerwise_forward(
-        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None, need_weights: bool = True,
-        attn_mask: Tensor | None = None, average_attn_weights: bool = True, is_causal: bool = False,
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         module: Any = self
         functional: Any = F
@@ -88,8 +97,13 @@ class AttentionLayers(Compound):
         return output.transpose(0, 1) if first else output, weights
 
     def _mask(
-        self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool, need_weights: bool,
-        sizes: tuple[int, int, int], dtype: torch.dtype,
+        self,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        is_causal: bool,
+        need_weights: bool,
+        sizes: tuple[int, int, int],
+        dtype: torch.dtype,
     ) -> tuple[Tensor | None, bool]:
         """What is added to the scores, (1 or N H, L, S), and whether causality is left to the attention function.
 

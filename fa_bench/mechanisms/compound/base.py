@@ -55,6 +55,7 @@ def compound(*plain_classes: type[nn.Module]) -> Any:
 
     The classes ``CompoundLSTM`` and the like are globals of the mixin's module, so that models can be pickled.
     """
+
     def register(mixin: type[Compound]) -> type[Compound]:
         for plain in plain_classes:
             name = f"Compound{plain.__name__}"
@@ -63,6 +64,7 @@ def compound(*plain_classes: type[nn.Module]) -> Any:
             setattr(sys.modules[mixin.__module__], name, cls)
             COMPOUNDS[plain] = cls
         return mixin
+
     return register
 
 

@@ -83,5 +83,3 @@ def layerwise(model: nn.Module, mode: Mode) -> Iterator[None]:
     finally:
         if is_plain:
             contract(model)
-
-

@@ -108,9 +108,7 @@ class RecurrentLayers(Compound):
             x = torch.cat(outputs, -1) if directions == 2 else outputs[0]
         return x, *(torch.stack(parts) for parts in zip(*finals, strict=True))
 
-    def _direction(
-        self, step: Step, x: Tensor, sizes: list[int] | None, initial: State, suffix: str
-    ) -> tuple[Tensor, State]:
+    def _direction(self, step: Step, x: Tensor, sizes: list[int] | None, initial: State, suffix: str) -> tuple[Tensor, State]:
         """One layer in one direction; sequences end or begin where the number of sequences changes."""
         module: Any = self
         ih, hh, hr = (getattr(module, f"{part}_{suffix}", None) for part in ("ih", "hh", "hr"))
@@ -153,6 +151,7 @@ class CellLayers(Compound):
                 state = (hidden,) if isinstance(hidden, Tensor) else tuple(hidden)
                 after = step(module.ih(x), module.hh(state[0]), state)
                 return after if len(after) == 2 else after[0]
+
             return run
 
         with Substitute(**{f"{name}_cell": replacement(step) for name, step in STEPS.items()}):

@@ -102,8 +102,10 @@ class Capture:
         if not self.rule.mode.training:
             self.tape = None
         elif self.tape is not None and not recomputing():
-            raise CoverageError(f"the model calls itself in a training pass, and rule '{self.rule.name}' cannot tell its outputs "
-                                f"apart: call one of its modules instead")
+            raise CoverageError(
+                f"the model calls itself in a training pass, and rule '{self.rule.name}' cannot tell its outputs "
+                f"apart: call one of its modules instead"
+            )
         else:
             self.tape = {}
             self._connected = False
@@ -119,9 +121,11 @@ class Capture:
     def require_connected(self) -> None:
         """Raise an error if the module in the option ``error_at`` did not run in the training pass that ends."""
         if not self._connected and not recomputing():
-            raise CoverageError(f"error_at={self.rule.error_at}: this module did not run in a training pass with gradients, "
-                                f"although it ran when the model was attached (activation checkpointing needs "
-                                f"use_reentrant=False)")
+            raise CoverageError(
+                f"error_at={self.rule.error_at}: this module did not run in a training pass with gradients, "
+                f"although it ran when the model was attached (activation checkpointing needs "
+                f"use_reentrant=False)"
+            )
 
     def check_missing(self, tape: dict[str, CapturedActivation]) -> None:
         """Refuse cuts that ran without gradients in a training pass, and warn about those that did not run."""
@@ -133,9 +137,11 @@ class Capture:
                     require_gradients(path, self.rule.model.get_submodule(path))
             elif cut not in self._warned:
                 self._warned.add(cut)
-                warnings.warn(f"rule '{self.rule.name}': cut '{cut}' did not run in a training pass, although it ran when the "
-                              f"model was attached. Layers before it that did run received their error through later weights",
-                              stacklevel=2)
+                warnings.warn(
+                    f"rule '{self.rule.name}': cut '{cut}' did not run in a training pass, although it ran when the "
+                    f"model was attached. Layers before it that did run received their error through later weights",
+                    stacklevel=2,
+                )
 
     def _at_output(self, cut: str, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         tape = self.tape
@@ -151,11 +157,14 @@ class Capture:
             return None
         if tape is not None:
             if self._connected:
-                raise CoverageError(f"cut '{cut}' ran after '{self.rule.error_at}' in a training pass, but before it when the "
-                                    f"model was attached")
+                raise CoverageError(
+                    f"cut '{cut}' ran after '{self.rule.error_at}' in a training pass, but before it when the model was attached"
+                )
             if cut in tape:
-                raise CoverageError(f"cut '{cut}' ran twice in a training pass, but once when the model was attached: "
-                                    f"name a module that runs once in training")
+                raise CoverageError(
+                    f"cut '{cut}' ran twice in a training pass, but once when the model was attached: "
+                    f"name a module that runs once in training"
+                )
             tape[cut] = CapturedActivation(output, output.shape)
             frozen = [learned for learned in self.frozen.get(cut, ()) if learned.is_frozen]
             if frozen and self._depends_on_parameters(output):
@@ -176,8 +185,10 @@ class Capture:
             return None  # beside the trained pass; in reentrant checkpointing, `require_connected` refuses the pass
         if not isinstance(output, torch.Tensor) or self._connected:
             what = "ran twice" if self._connected else f"returned a {type(output).__name__}"
-            raise CoverageError(f"error_at={self.rule.error_at}: this module {what} in a training pass; name one that runs once "
-                                f"and returns one tensor")
+            raise CoverageError(
+                f"error_at={self.rule.error_at}: this module {what} in a training pass; name one that runs once "
+                f"and returns one tensor"
+            )
         connected = self.rule.connect(output, tape, self.rule.error_at)
         self._connected = True
         return connected

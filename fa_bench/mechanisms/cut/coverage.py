@@ -32,14 +32,16 @@ def cut_coverage(rule: CutRule, layers: dict[str, WeightedLayer], trace: Trace, 
     through = [path for path in trace.order if path in passed and path not in beyond]
     covered = tuple(
         Covered(path, kind_of(layers[path]), tuple(layers[path].weight.shape), _source(rule, path, trace, cuts, through))
-        for path in trace.order if rule.side == INPUT or rule.modular or path not in through
+        for path in trace.order
+        if rule.side == INPUT or rule.modular or path not in through
     )
     ids = {id(parameter) for entry in covered for parameter in layers[entry.layer].parameters(recurse=False)}
     uncovered, local = foreign_weights(rule.model, ids, trace.uses)
     parameters = dict(rule.model.named_parameters(remove_duplicate=False))
     if rule.error_at is not None:
-        uncovered = {name: why for name, why in uncovered.items()
-                     if id(parameters[name]) not in trace.beyond_leaves - trace.below_leaves}
+        uncovered = {
+            name: why for name, why in uncovered.items() if id(parameters[name]) not in trace.beyond_leaves - trace.below_leaves
+        }
     transport = () if rule.error_at is None else (f"after '{rule.error_at}'",)
     if rule.modular:
         inside = [name for name in uncovered if id(parameters[name]) in trace.uses.seen]

@@ -56,17 +56,24 @@ def check_cuts(rule: CutRule, trace: Trace, cuts: tuple[str, ...]) -> None:
     if rule.output is None and len(trace.results) > 1:
         listed = names(f"{name} {shape}" for name, shape in trace.results.items())
         logits = [name for name, shape in trace.results.items() if len(shape) == 2] or list(trace.results)
-        raise CoverageError(f"rule '{rule.name}' takes its error from one output, but this model returns {listed}: choose "
-                            "one, for example {output}", {"output": logits[0]})
+        raise CoverageError(
+            f"rule '{rule.name}' takes its error from one output, but this model returns {listed}: choose "
+            "one, for example {output}",
+            {"output": logits[0]},
+        )
     if not 2 <= len(trace.result_shape) <= 5:
-        raise CoverageError(f"rule '{rule.name}' needs outputs of shape (N, C), (N, T, C), (N, C, H, W) or (N, C, D, H, W); this "
-                            f"model returns {trace.result_shape}")
+        raise CoverageError(
+            f"rule '{rule.name}' needs outputs of shape (N, C), (N, T, C), (N, C, H, W) or (N, C, D, H, W); this "
+            f"model returns {trace.result_shape}"
+        )
     if rule.error_at is not None:
         _check_origin(rule.error_at, trace, cuts)
     elif _has_classes_first(rule, trace):
-        raise CoverageError(f"rule '{rule.name}' needs sequences of outputs as (N, T, C), but this model returns "
-                            f"{trace.result_shape} from the convolution '{trace.outputs[0]}', whose classes come first: "
-                            f"transpose the model's output")
+        raise CoverageError(
+            f"rule '{rule.name}' needs sequences of outputs as (N, T, C), but this model returns "
+            f"{trace.result_shape} from the convolution '{trace.outputs[0]}', whose classes come first: "
+            f"transpose the model's output"
+        )
     for cut, same in trace.same_output.items() if rule.side == OUTPUT else ():
         if cut in cuts and same in cuts:
             raise CoverageError(f"cut '{cut}' has the same output as cut '{same}': name one of them (in patterns * crosses dots)")
@@ -85,8 +92,11 @@ def _has_classes_first(rule: CutRule, trace: Trace) -> bool:
     """Whether the model's output is (N, C, T), judging by a convolution that has made it."""
     shape = trace.result_shape
     layers = [(rule.model.get_submodule(path), trace.output_shapes[path]) for path in trace.outputs]
-    return len(shape) == 3 and shape[1] != shape[2] and any(
-        isinstance(layer, CONVOLUTIONS) and of_layer == shape for layer, of_layer in layers)
+    return (
+        len(shape) == 3
+        and shape[1] != shape[2]
+        and any(isinstance(layer, CONVOLUTIONS) and of_layer == shape for layer, of_layer in layers)
+    )
 
 
 def named_origin(rule: CutRule) -> tuple[str, ...]:
@@ -106,21 +116,27 @@ def named_origin(rule: CutRule) -> tuple[str, ...]:
 def _check_origin(origin: str, trace: Trace, cuts: tuple[str, ...]) -> None:
     """Raise an error for a module from whose output no error can be taken, or if cuts run after it."""
     if trace.calls[origin] != 1:
-        raise CoverageError(f"error_at={origin}: this module runs {trace.calls[origin]} times in a forward pass; name one that "
-                            f"runs once")
+        raise CoverageError(
+            f"error_at={origin}: this module runs {trace.calls[origin]} times in a forward pass; name one that runs once"
+        )
     if origin in trace.kinds or origin not in trace.output_shapes:
-        raise CoverageError(f"error_at={origin}: this module returns a {trace.kinds.get(origin, 'value')}; name one that returns "
-                            f"one tensor")
+        raise CoverageError(
+            f"error_at={origin}: this module returns a {trace.kinds.get(origin, 'value')}; name one that returns one tensor"
+        )
     if not 2 <= len(trace.output_shapes[origin]) <= 5:
-        raise CoverageError(f"error_at={origin}: its output has the shape {trace.output_shapes[origin]}; name a module with "
-                            f"outputs (N, F), (N, T, F) or (N, F, H, W)")
+        raise CoverageError(
+            f"error_at={origin}: its output has the shape {trace.output_shapes[origin]}; name a module with "
+            f"outputs (N, F), (N, T, F) or (N, F, H, W)"
+        )
     order = list(trace.output_shapes)
     late = [cut for cut in cuts if cut in order and order.index(cut) > order.index(origin)]
     if late and (trace.same_output.get(origin) == late[0] or trace.same_output.get(late[0]) == origin):
         raise CoverageError(f"error_at={origin}: the cut {late[0]} has the same output: use {{error_at}}", {"error_at": late[0]})
     if late:
-        raise CoverageError(f"error_at={origin}: the cut{'s' * (len(late) > 1)} {names(late)} run{'s' * (len(late) == 1)} after "
-                            f"this module, and would not get its error: leave them out of the cuts")
+        raise CoverageError(
+            f"error_at={origin}: the cut{'s' * (len(late) > 1)} {names(late)} run{'s' * (len(late) == 1)} after "
+            f"this module, and would not get its error: leave them out of the cuts"
+        )
 
 
 def _no_cut_points(rule: CutRule, paths: list[str], sample_input: Any) -> CoverageError:
@@ -134,7 +150,9 @@ def _no_cut_points(rule: CutRule, paths: list[str], sample_input: Any) -> Covera
     more = ", ..." if len(modules) > 12 else ""
     return CoverageError(
         f"rule '{rule.name}' needs cut points and {type(model).__name__} declares none: name the modules whose outputs receive "
-        f"the error with cuts{example}, or set model.{rule.declared} (modules: {names(modules[:12])}{more})", options)
+        f"the error with cuts{example}, or set model.{rule.declared} (modules: {names(modules[:12])}{more})",
+        options,
+    )
 
 
 def working_options(rule: CutRule, sample_input: Any) -> dict[str, Any]:
@@ -173,8 +191,14 @@ def _suggested_cuts(rule: CutRule, sample_input: Any) -> list[str]:
         outputs = set(trace.outputs)
     # Tables that are only looked up or added need a cut between them and the first layer; within a block they do not.
     tables = [] if rule.modular else [table for table in trace.tables if isinstance(table, str) or table in trace.uses.local]
-    single = [path for path in trace.feeds_alone if trace.calls[path] == 1 and path not in trace.same_output
-              and trace.feeds_alone[path] and outputs.isdisjoint(trace.feeds_alone[path])]
+    single = [
+        path
+        for path in trace.feeds_alone
+        if trace.calls[path] == 1
+        and path not in trace.same_output
+        and trace.feeds_alone[path]
+        and outputs.isdisjoint(trace.feeds_alone[path])
+    ]
     chosen: dict[str, None] = {}
     for table in tables:  # the first module after all of the tables that are added to it
         candidates = [path for path in single if table in trace.feeds_alone[path] <= set(tables)]

@@ -73,12 +73,17 @@ class Delivery:
         rule, results = self.rule, named_results(output)
         for name, result in results.items():
             if result.dim() == 0 and (rule.output is None or depends_on(result, results.get(str(rule.output)))):
-                raise CoverageError(f"the model returns a loss ('{name}') that it has computed itself, and the error of rule "
-                                    f"'{rule.name}' cannot come from there: call it without labels, and compute the loss from "
-                                    f"its logits")
+                raise CoverageError(
+                    f"the model returns a loss ('{name}') that it has computed itself, and the error of rule "
+                    f"'{rule.name}' cannot come from there: call it without labels, and compute the loss from "
+                    f"its logits"
+                )
         if rule.output is None and len(results) > 1:
-            raise CoverageError(f"rule '{rule.name}' takes its error from one output, but this model returns {names(results)}: "
-                                "choose one, for example {output}", {"output": next(iter(results))})
+            raise CoverageError(
+                f"rule '{rule.name}' takes its error from one output, but this model returns {names(results)}: "
+                "choose one, for example {output}",
+                {"output": next(iter(results))},
+            )
         return chosen_result(results, rule.output)
 
     def _connected(self, logits: Tensor, tape: dict[str, CapturedActivation]) -> Tensor:
@@ -116,12 +121,25 @@ class Delivery:
         # A graph would leave out an operator without results, and the pass would count as not delivered.
         changes_delta = self.rule.changes_delta or not tensors
         return self._compiled_function.apply(
-            self._handle.key, cuts, len(tensors), self._reads_values, self.rule.scales, changes_delta, logits, *tensors,
-            *(one.tensor for one in learned))
+            self._handle.key,
+            cuts,
+            len(tensors),
+            self._reads_values,
+            self.rule.scales,
+            changes_delta,
+            logits,
+            *tensors,
+            *(one.tensor for one in learned),
+        )
 
     # -------------------------------------------------------------------------------------------- backward
     def errors_in_graph(
-        self, delta: Tensor, logits: list[Tensor], activations: list[Tensor], learned: list[Tensor], changes_delta: bool,
+        self,
+        delta: Tensor,
+        logits: list[Tensor],
+        activations: list[Tensor],
+        learned: list[Tensor],
+        changes_delta: bool,
         cuts: str,
     ) -> list[Tensor]:
         """The errors at the cuts, the gradients of the learned tensors and, with `changes_delta`, the error at the logits.
@@ -134,8 +152,10 @@ class Delivery:
             cuts: the cuts, as ``repr`` writes a list of names and `CapturedActivation.output_shape`.
         """
         matrices = not self.rule._layouts and self.rule.side == OUTPUT
-        tape = {cut: CapturedActivation(tensor, tensor.shape, shape, matrices and is_stored_last(tensor))
-                for (cut, shape), tensor in zip(ast.literal_eval(cuts), activations, strict=True)}
+        tape = {
+            cut: CapturedActivation(tensor, tensor.shape, shape, matrices and is_stored_last(tensor))
+            for (cut, shape), tensor in zip(ast.literal_eval(cuts), activations, strict=True)
+        }
         tensors = [one for cut in tape for one in self.rule.learned_at(cut)] if learned else []
         error, *others = self._errors(tape, tensors, logits[0] if logits else None, delta, ())
         like, results = [*activations, *learned], others
@@ -144,9 +164,12 @@ class Delivery:
         # An operator must not return its arguments, or what lives on; most results are new, and large.
         feedback = (one for tensors in self.rule.feedback.values() for one in tensors.values())
         kept = {one.untyped_storage().data_ptr() for one in (delta, *logits, *activations, *learned, *feedback)}
-        return [wanted.new_zeros(wanted.shape) if result is None else
-                result.to(wanted.dtype, copy=result.untyped_storage().data_ptr() in kept, memory_format=format_of(wanted))
-                for result, wanted in zip(results, like, strict=True)]
+        return [
+            wanted.new_zeros(wanted.shape)
+            if result is None
+            else result.to(wanted.dtype, copy=result.untyped_storage().data_ptr() in kept, memory_format=format_of(wanted))
+            for result, wanted in zip(results, like, strict=True)
+        ]
 
     def run(self, loss: Tensor, target: Tensor | None, loss_scale: float | None) -> None:
         """The backward pass; arguments as for `Rule.backward`."""
@@ -161,8 +184,9 @@ class Delivery:
             self._target = self._loss_scale = None
             is_delivered, self._is_delivered = self._is_delivered, False
         if not is_delivered:
-            raise ValueError(f"rule '{self.rule.name}': the loss was not computed by a training forward pass of the attached "
-                             f"model")
+            raise ValueError(
+                f"rule '{self.rule.name}': the loss was not computed by a training forward pass of the attached model"
+            )
 
     def _with_first_pass(self, errors: Callable[..., Any]) -> Callable[..., Any]:
         """The function, called with the rule's `first_pass` as it is now; it is not kept longer than the graph."""
@@ -181,7 +205,11 @@ class Delivery:
             self.rule.first_pass = None
 
     def _gradients(
-        self, parameters: list[nn.Parameter], activations: dict[str, Tensor], logits: Tensor, delta: Tensor,
+        self,
+        parameters: list[nn.Parameter],
+        activations: dict[str, Tensor],
+        logits: Tensor,
+        delta: Tensor,
         tensors: tuple[Tensor, ...],
     ) -> list[Tensor | None]:
         """The error at the logits and the gradients of all parameters of a rule that learns in passes of its own."""
@@ -210,8 +238,10 @@ class Delivery:
         """δ with the class axis last, (N, C) or (N, P..., C), after a check of its shape and of the labels."""
         rule = self.rule
         if delta.dim() != rule.error_dims:
-            raise CoverageError(f"rule '{rule.name}' was attached to a model with outputs of {rule.error_dims} dimensions; now "
-                                f"they have the shape {tuple(delta.shape)}")
+            raise CoverageError(
+                f"rule '{rule.name}' was attached to a model with outputs of {rule.error_dims} dimensions; now "
+                f"they have the shape {tuple(delta.shape)}"
+            )
         rows = delta if delta.dim() == 2 else delta.movedim(rule.error_axis, -1)
         if self._needs_target:
             self._check_target(rows, self._target)
@@ -222,10 +252,16 @@ class Delivery:
         rule, scale = self.rule, self._loss_scale
         rule.loss_factor = (
             measured_scale(rule.name, delta, logits.detach(), self._target, rule.loss_factor, rule.objective)
-            if scale is None else scale)
+            if scale is None
+            else scale
+        )
 
     def _errors(
-        self, tape: dict[str, CapturedActivation], learned: list[LearnedTensor], logits: Tensor | None, delta: Tensor,
+        self,
+        tape: dict[str, CapturedActivation],
+        learned: list[LearnedTensor],
+        logits: Tensor | None,
+        delta: Tensor,
         tensors: tuple[Tensor, ...],
     ) -> list[Tensor | None]:
         """The errors at the logits and at all cuts, and the gradients of learned tensors, computed from δ."""
@@ -264,14 +300,18 @@ class Delivery:
 
     def _check_target(self, rows: Tensor, target: Tensor | None) -> None:
         if self._is_delivered:
-            raise ValueError(f"rule '{self.rule.name}': the loss depends on two forward passes, but the labels belong to one of "
-                             f"them: call rule.backward for each")
+            raise ValueError(
+                f"rule '{self.rule.name}': the loss depends on two forward passes, but the labels belong to one of "
+                f"them: call rule.backward for each"
+            )
         if target is not None and self.rule.takes_numbers and target.is_floating_point() and target.shape == rows.shape:
             return
         if target is None or target.shape != rows.shape[:-1] or target.is_floating_point():
             shape = "(N,)" if rows.dim() == 2 else f"{tuple(rows.shape[:-1])}, one for each position"
-            raise ValueError(f"rule '{self.rule.name}' requires labels: call rule.backward(loss, logits, target) with class "
-                             f"indices of shape {shape}")
+            raise ValueError(
+                f"rule '{self.rule.name}' requires labels: call rule.backward(loss, logits, target) with class "
+                f"indices of shape {shape}"
+            )
 
     def _check_labels(self, target: Tensor, classes: int) -> None:
         """Raise an error for labels outside [0, classes); called after something that uses the labels has failed.
@@ -286,8 +326,10 @@ class Delivery:
             return
         low, high = (int(bound) for bound in target.aminmax())
         if low < 0 or high >= classes:
-            raise ValueError(f"rule '{self.rule.name}': label {low if low < 0 else high} is out of range: this model has "
-                             f"{classes} classes, numbered from 0 to {classes - 1}; remove unlabelled samples from the batch")
+            raise ValueError(
+                f"rule '{self.rule.name}': label {low if low < 0 else high} is out of range: this model has "
+                f"{classes} classes, numbered from 0 to {classes - 1}; remove unlabelled samples from the batch"
+            )
 
 
 def depends_on(result: Tensor, logits: Tensor | None) -> bool:

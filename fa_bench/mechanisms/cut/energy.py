@@ -94,8 +94,10 @@ class EnergyRule(PassRule):
     def notes(self) -> tuple[str, ...]:
         if self.path_length >= SHORT:
             return ()
-        return (f"steps={self.steps}, rate={self.rate:g}: the states hardly move, and each hidden layer learns by "
-                f"backpropagation's gradient times a number, {self.path_length:.2g} at the last cut: see probes=[energy].",)
+        return (
+            f"steps={self.steps}, rate={self.rate:g}: the states hardly move, and each hidden layer learns by "
+            f"backpropagation's gradient times a number, {self.path_length:.2g} at the last cut: see probes=[energy].",
+        )
 
     @contextmanager
     def observed(self) -> Iterator[list[Relaxation]]:
@@ -114,8 +116,7 @@ class EnergyRule(PassRule):
         fixed = {cut: variable.detach() for cut, variable in variables.items()}
         with self._energy_pass(fixed, target, self.moves_states, local=True) as at_rest:
             ends = [(at_rest.loss, torch.full_like(at_rest.loss, self.loss_factor))]
-            ends += [(predicted, at_rest.errors[cut] * -self.loss_factor / count)
-                     for cut, predicted in at_rest.predicted.items()]
+            ends += [(predicted, at_rest.errors[cut] * -self.loss_factor / count) for cut, predicted in at_rest.predicted.items()]
             outputs, errors = zip(*(end for end in ends if end[0].requires_grad), strict=True)
             gradients = torch.autograd.grad(outputs, parameters, errors, allow_unused=True)
         if self._observed is not None:
@@ -179,8 +180,12 @@ class EnergyRule(PassRule):
             state = (variable if moves_states else predicted + variable).to(tensor.dtype)
             return state.clone() if cut in self._trace.changed_in_place else state
 
-        with repeated(self.model, self.mode, self.first_pass,
-                      outputs={cut: lambda tensor, cut=cut: at_output(cut, tensor) for cut in self._cut_modules}) as result:
+        with repeated(
+            self.model,
+            self.mode,
+            self.first_pass,
+            outputs={cut: lambda tensor, cut=cut: at_output(cut, tensor) for cut in self._cut_modules},
+        ) as result:
             found.loss = mean_loss(self.objective, _wide(self.logits_of(result)), target)
             yield found
 
@@ -189,9 +194,11 @@ class EnergyRule(PassRule):
         count = float(self._count(target))
         before, after = self._descent({}, target, False), self._descent(errors, target, False)
         return Relaxation(
-            {cut: error.double().square().sum().item() / 2 / count for cut, error in errors.items()}, at_rest.loss.item(),
+            {cut: error.double().square().sum().item() / 2 / count for cut, error in errors.items()},
+            at_rest.loss.item(),
             {cut: gradient.double().norm().item() for cut, gradient in before.items()},
-            {cut: gradient.double().norm().item() for cut, gradient in after.items()})
+            {cut: gradient.double().norm().item() for cut, gradient in after.items()},
+        )
 
 
 def _wide(tensor: Tensor) -> Tensor:

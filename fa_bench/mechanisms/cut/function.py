@@ -43,7 +43,14 @@ class CompiledDeliverFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, key: str, cuts: str, count: int, save_values: bool, save_logits: bool, changes_delta: bool, logits: Tensor,
+        ctx: Any,
+        key: str,
+        cuts: str,
+        count: int,
+        save_values: bool,
+        save_logits: bool,
+        changes_delta: bool,
+        logits: Tensor,
         *tensors: Tensor,
     ) -> Tensor:
         ctx.key, ctx.cuts, ctx.count, ctx.save_logits, ctx.changes_delta = key, cuts, count, save_logits, changes_delta
@@ -62,13 +69,19 @@ class CompiledDeliverFunction(torch.autograd.Function):
 
 
 @operator(
-    "cut_errors(Tensor delta, Tensor[] logits, Tensor[] activations, Tensor[] learned, bool changes_delta, str cuts) -> "
-    "Tensor[]",
+    "cut_errors(Tensor delta, Tensor[] logits, Tensor[] activations, Tensor[] learned, bool changes_delta, str cuts) -> Tensor[]",
     like=lambda delta, logits, activations, learned, changes_delta, cuts: [
         torch.empty(one.shape, dtype=one.dtype, device=one.device, memory_format=format_of(one))
-        for one in (*activations, *learned, *([delta] if changes_delta else []))])
+        for one in (*activations, *learned, *([delta] if changes_delta else []))
+    ],
+)
 def cut_errors(
-    delivery: Any, delta: Tensor, logits: list[Tensor], activations: list[Tensor], learned: list[Tensor], changes_delta: bool,
+    delivery: Any,
+    delta: Tensor,
+    logits: list[Tensor],
+    activations: list[Tensor],
+    learned: list[Tensor],
+    changes_delta: bool,
     cuts: str,
 ) -> list[Tensor]:
     """See `fa_bench.mechanisms.cut.delivery.Delivery.errors_in_graph`; the results have contiguous memory of their own."""

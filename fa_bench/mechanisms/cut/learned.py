@@ -21,9 +21,7 @@ class LearnedCutRule(CutRule):
     Subclasses create it with `put_learned` and implement `feedback_gradients`.
     """
 
-    def put_learned(
-        self, features: dict[str, tuple[int, ...]], classes: int, init: str, density: float = 1.0
-    ) -> None:
+    def put_learned(self, features: dict[str, tuple[int, ...]], classes: int, init: str, density: float = 1.0) -> None:
         """Give every cut its learned B.
 
         Args:

@@ -144,8 +144,9 @@ class LocalRule(CutRule):
             if cut in state:
                 auxiliary.load(state[cut])
             elif auxiliary.is_missing:
-                raise StateError(f"neither the model's state nor that of rule '{self.name}' has the auxiliary layers of cut "
-                                 f"'{cut}'")
+                raise StateError(
+                    f"neither the model's state nor that of rule '{self.name}' has the auxiliary layers of cut '{cut}'"
+                )
 
 
 class Auxiliary:
@@ -226,15 +227,19 @@ class ModuleRule(LocalRule):
         except ValueError as error:
             if TOO_FEW not in str(error):
                 raise
-            raise ValueError(f"rule '{self.name}': the {self.net_name} at '{cut}' has batch normalisation, which needs at "
-                             f"least two samples in a batch; {self.larger_batches} ({error})") from error
+            raise ValueError(
+                f"rule '{self.name}': the {self.net_name} at '{cut}' has batch normalisation, which needs at "
+                f"least two samples in a batch; {self.larger_batches} ({error})"
+            ) from error
 
     def choose_cuts(self, cuts: tuple[str, ...], trace: Trace) -> tuple[str, ...]:
         last = {path for path, consumer in trace.consumer.items() if consumer in trace.outputs}
         chosen = tuple(cut for cut in cuts if last.isdisjoint(trace.feeds.get(cut, ())))
         if not chosen:
-            raise CoverageError(f"rule '{self.name}' needs at least two modules, but {names(cuts)} already feeds the output "
-                                f"layer {names(trace.outputs)}; name the ends of earlier modules in cuts or in model.blocks")
+            raise CoverageError(
+                f"rule '{self.name}' needs at least two modules, but {names(cuts)} already feeds the output "
+                f"layer {names(trace.outputs)}; name the ends of earlier modules in cuts or in model.blocks"
+            )
         return chosen
 
 

@@ -57,7 +57,11 @@ class PassRule(CutRule):
         return used_parameters(self.model, results)
 
     def gradients(
-        self, parameters: list[torch_nn.Parameter], activations: dict[str, Tensor], delta: Tensor, logits: Tensor,
+        self,
+        parameters: list[torch_nn.Parameter],
+        activations: dict[str, Tensor],
+        delta: Tensor,
+        logits: Tensor,
         target: Tensor,
     ) -> list[Tensor | None]:
         """The gradients of the parameters; called with gradients enabled and the `first_pass`.
@@ -107,12 +111,17 @@ class PassRule(CutRule):
             """The last module before a pooling, or another cut that changes the shape, that could be its nonlinearity."""
             if not self._changes_shape(cut, trace) or list(self.model.get_submodule(cut).parameters()):
                 return cut
-            for path in reversed(order[:order.index(cut)]):
+            for path in reversed(order[: order.index(cut)]):
                 module = self.model.get_submodule(path)
                 if path in trace.order:
                     break
-                if not (self._changes_shape(path, trace) or list(module.parameters()) or trace.calls[path] != 1
-                        or isinstance(module, (nn.modules.dropout._DropoutNd, nn.Identity)) or path in cuts):
+                if not (
+                    self._changes_shape(path, trace)
+                    or list(module.parameters())
+                    or trace.calls[path] != 1
+                    or isinstance(module, (nn.modules.dropout._DropoutNd, nn.Identity))
+                    or path in cuts
+                ):
                     return path
             return cut
 

@@ -36,7 +36,7 @@ def ignored_label(objective: Objective) -> int:
 
 def positions_of(shape: Shape, axis: int) -> Shape:
     """The sizes of all axes but the batch and `axis`."""
-    return shape[1:axis] + shape[axis + 1:]
+    return shape[1:axis] + shape[axis + 1 :]
 
 
 def mean_loss(objective: Objective, outputs: Tensor, target: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class Layout:
         wanted = positions_of(shape, self.axis)
         for axis, (given, size) in enumerate(zip(rows.shape[1:-1], wanted, strict=True), 1):
             if given == 1 != size:
-                rows = rows.expand(*rows.shape[:axis], size, *rows.shape[axis + 1:])
+                rows = rows.expand(*rows.shape[:axis], size, *rows.shape[axis + 1 :])
             elif given < size:
                 rows = rows.repeat_interleave(size // given, axis)
         return rows.movedim(-1, self.axis)
@@ -125,14 +125,17 @@ def matches(given: Shape, wanted: Shape) -> bool:
     """Whether errors at the positions `given` can be brought to the positions `wanted`."""
     if not given or not wanted:
         return True
-    return len(given) == len(wanted) and all(a > 0 and b > 0 and max(a, b) % min(a, b) == 0
-                                             for a, b in zip(given, wanted, strict=True))
+    return len(given) == len(wanted) and all(
+        a > 0 and b > 0 and max(a, b) % min(a, b) == 0 for a, b in zip(given, wanted, strict=True)
+    )
 
 
 def mismatch(cut: str, shape: Shape, positions: Shape) -> str:
     """Why the errors of an output with these positions cannot be brought to a cut."""
-    return (f"cut '{cut}' has activations of shape {tuple(shape)}, which do not fit errors at {positions} positions: the batch "
-            f"comes first, and along each axis of positions one size must be a whole multiple of the other; name another module")
+    return (
+        f"cut '{cut}' has activations of shape {tuple(shape)}, which do not fit errors at {positions} positions: the batch "
+        f"comes first, and along each axis of positions one size must be a whole multiple of the other; name another module"
+    )
 
 
 def feature_axis(shape: Shape, positions: Shape, last: tuple[WeightedLayer, Shape] | None) -> int:
@@ -193,6 +196,8 @@ def layouts_of(
         if shape[0] != errors[0] or not matches(positions, own):
             raise CoverageError(mismatch(cut, shape, positions))
         if same and own != positions:
-            raise CoverageError(f"cut '{cut}' has activations of shape {shape}, and the output has labels at {positions} "
-                                f"positions: a local loss needs the same positions at both; name another module")
+            raise CoverageError(
+                f"cut '{cut}' has activations of shape {shape}, and the output has labels at {positions} "
+                f"positions: a local loss needs the same positions at both; name another module"
+            )
     return layouts

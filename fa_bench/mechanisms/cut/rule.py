@@ -35,8 +35,11 @@ class CutRule(Rule):
     Cuts are the modules that the model names in its attribute ``cut_points``, or those of the option `cuts`.
     """
 
-    cuts: list[str] | None = option(None, "modules (names, or patterns such as 'act*'; * matches dots, too) whose output is cut; "
-                                          "null: the cut points that the model declares")
+    cuts: list[str] | None = option(
+        None,
+        "modules (names, or patterns such as 'act*'; * matches dots, too) whose output is cut; "
+        "null: the cut points that the model declares",
+    )
     output: str | int | None = output_option()
 
     def __post_init__(self) -> None:
@@ -103,8 +106,14 @@ class CutRule(Rule):
         """
 
     def put(
-        self, cut: str, name: str, value: str | Tensor, shape: tuple[int, ...] = (), density: float = 1.0,
-        seeded_by: str | None = None, columns: int | None = None,
+        self,
+        cut: str,
+        name: str,
+        value: str | Tensor,
+        shape: tuple[int, ...] = (),
+        density: float = 1.0,
+        seeded_by: str | None = None,
+        columns: int | None = None,
     ) -> None:
         """Give a cut the feedback tensor `name`, on the model's device and in its dtype.
 
@@ -180,16 +189,22 @@ class CutRule(Rule):
         try:
             return projected.view(captured.shape)
         except RuntimeError:
-            raise CoverageError(f"cut '{cut}' has activations of shape {tuple(captured.shape[1:])}, but its feedback was made "
-                                f"for {projected.shape[1]} features: attach with a sample_input of the size of training "
-                                f"data") from None
+            raise CoverageError(
+                f"cut '{cut}' has activations of shape {tuple(captured.shape[1:])}, but its feedback was made "
+                f"for {projected.shape[1]} features: attach with a sample_input of the size of training "
+                f"data"
+            ) from None
 
     def trained_parameters(self, results: list[Tensor]) -> list[nn.Parameter]:
         """See `fa_bench.mechanisms.cut.passes.PassRule`."""
         raise NotImplementedError
 
     def gradients(
-        self, parameters: list[nn.Parameter], activations: dict[str, Tensor], delta: Tensor, logits: Tensor,
+        self,
+        parameters: list[nn.Parameter],
+        activations: dict[str, Tensor],
+        delta: Tensor,
+        logits: Tensor,
         target: Tensor,
     ) -> list[Tensor | None]:
         """See `fa_bench.mechanisms.cut.passes.PassRule`."""
@@ -240,8 +255,9 @@ class CutRule(Rule):
         shapes = trace.output_shapes if self.side == OUTPUT else trace.input_shapes
         at_cuts = {cut: shapes[cut] for cut in cuts}
         classes = self._lay_out(at_cuts, trace, layers)
-        self.make_feedback({cut: (shape[self._layouts[cut].axis],) if self._layouts else shape[1:]
-                            for cut, shape in at_cuts.items()}, classes)
+        self.make_feedback(
+            {cut: (shape[self._layouts[cut].axis],) if self._layouts else shape[1:] for cut, shape in at_cuts.items()}, classes
+        )
         trainable = self.trainable_cuts(trace)
         frozen = {cut: self.learned_at(cut) for cut in cuts if cut not in trainable}
         for learned in (one for at_cut in frozen.values() for one in at_cut):
@@ -262,8 +278,9 @@ class CutRule(Rule):
         shape = trace.result_shape if self.error_at is None else trace.output_shapes[self.error_at]
         axis = class_axis(shape) if self.error_at is None else layout_of(self.error_at, shape, (), trace, layers).axis
         if self.side == INPUT and len(shape) > 2:
-            raise CoverageError(f"rule '{self.name}' with form=kernel needs outputs of shape (N, C), not {shape}: use "
-                                f"form=neuron")
+            raise CoverageError(
+                f"rule '{self.name}' with form=kernel needs outputs of shape (N, C), not {shape}: use form=neuron"
+            )
         if self.side == OUTPUT:
             self._layouts = layouts_of(cuts, shape, axis, self.positions == "shared", self.same_positions, trace, layers)
         self.error_axis, self.error_dims = axis, len(shape)
@@ -330,9 +347,7 @@ class CutRule(Rule):
         beyond = set() if self.error_at is None else self._trace.beyond
         return {} if self.modular else {path: layer for path, layer in self._covered.items() if path not in beyond}
 
-    def deliver(
-        self, loss: Tensor, logits: Tensor | None, target: Tensor | None, loss_scale: float | None = None
-    ) -> None:
+    def deliver(self, loss: Tensor, logits: Tensor | None, target: Tensor | None, loss_scale: float | None = None) -> None:
         self._delivery.run(loss, target, loss_scale)
 
     # -------------------------------------------------------------------------------------------- feedback, metrics
@@ -346,8 +361,11 @@ class CutRule(Rule):
         return {layer: (cut, OUTPUT) for cut in self._cut_modules for layer in self._trace.feeds[cut]}
 
     def readouts(self) -> dict[str, Tensor]:
-        return {} if self.side == INPUT or self.error_at is not None else {
-            cut: tensors["B"].detach() for cut, tensors in self.feedback.items() if "B" in tensors}
+        return (
+            {}
+            if self.side == INPUT or self.error_at is not None
+            else {cut: tensors["B"].detach() for cut, tensors in self.feedback.items() if "B" in tensors}
+        )
 
     def readout_rows(self, cut: str, activation: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         if not self._layouts:
@@ -361,5 +379,6 @@ class CutRule(Rule):
             return {}
         weights = {path: self._covered[path].weight.detach() for path in self._trace.outputs}
         tensors = self.feedback.get(list(self._cut_modules)[-1], {})
-        return {path: (tensors["B"].detach(), w) for path, w in weights.items()
-                if "B" in tensors and tensors["B"].shape == w.shape}
+        return {
+            path: (tensors["B"].detach(), w) for path, w in weights.items() if "B" in tensors and tensors["B"].shape == w.shape
+        }

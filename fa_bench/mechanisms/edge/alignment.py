@@ -135,8 +135,11 @@ class AlignedFeedback(FeedbackPathway):
     def context(self, layer: Any, x: Tensor) -> BackwardContext:
         of_input = functools.partial(self.gradient, self.loss.feedback_gradient, layer)
         of_weight = functools.partial(self.gradient, self.loss.weight_gradient, layer)
-        return BackwardContext(layer.learned["B"].tensor, gradients=feedback_gradient(layer, "B", of_input=of_input),
-                               local_gradient=of_weight if self.updates_weight else None)
+        return BackwardContext(
+            layer.learned["B"].tensor,
+            gradients=feedback_gradient(layer, "B", of_input=of_input),
+            local_gradient=of_weight if self.updates_weight else None,
+        )
 
     def gradient(self, of: Any, layer: Any, x: Tensor, geometry: Geometry | None, rows: slice | None) -> Tensor:
         """The gradient of the local loss, times the factor of the task's loss.
@@ -186,8 +189,10 @@ class LossScale:
             StateError: outside of a backward pass of the rule; in a compiled graph it is NaN.
         """
         if not torch.compiler.is_compiling() and not self.is_known:
-            raise StateError(f"rule '{self.rule}' adds losses of its own, scaled as the loss is: call rule.backward(loss, "
-                             "logits, target), not loss.backward()")
+            raise StateError(
+                f"rule '{self.rule}' adds losses of its own, scaled as the loss is: call rule.backward(loss, "
+                "logits, target), not loss.backward()"
+            )
         return self.value.to(like.dtype)
 
 
@@ -227,9 +232,7 @@ class AlignmentRule(RandomFeedbackRule):
         self.put_feedback(layer)
         return AlignedFeedback(self.alignment_loss(), self._scale, self.update_forward, self.on_noise)
 
-    def deliver(
-        self, loss: Tensor, logits: Tensor | None, target: Tensor | None, loss_scale: float | None = None
-    ) -> None:
+    def deliver(self, loss: Tensor, logits: Tensor | None, target: Tensor | None, loss_scale: float | None = None) -> None:
         scale = self._scale
         scale.set(self._factor(loss, logits, target) if loss_scale is None else loss_scale)
         try:
@@ -241,8 +244,10 @@ class AlignmentRule(RandomFeedbackRule):
         if is_unscaled(loss, target, self.objective):
             return 1.0
         if logits is None:
-            raise ValueError(f"rule '{self.name}' scales losses of its own as the loss is, and cannot infer the factor without "
-                             "the logits: call rule.backward(loss, logits, target), or pass the factor, such as loss_scale=1.0")
+            raise ValueError(
+                f"rule '{self.name}' scales losses of its own as the loss is, and cannot infer the factor without "
+                "the logits: call rule.backward(loss, logits, target), or pass the factor, such as loss_scale=1.0"
+            )
         (delta,) = torch.autograd.grad(loss, logits, retain_graph=True)
         return measured_scale(self.name, delta, logits.detach(), target, self._scale.last, self.objective)
 
@@ -255,8 +260,9 @@ class InputAlignmentRule(AlignmentRule):
     sampled anew after every update and do not depend on the process: W's second moments C are then the identity.
     """
 
-    signal: str = option("input", "what the local losses are computed on: the layer's input, or noise",
-                         choices=["input", "noise"])
+    signal: str = option(
+        "input", "what the local losses are computed on: the layer's input, or noise", choices=["input", "noise"]
+    )
     noise_batch: int = option(32, "samples of noise", minimum=1)
 
     @property
@@ -273,11 +279,13 @@ class InputAlignmentRule(AlignmentRule):
             if sample_input is not None:
                 for path, shape in self.trace(sample_input).input_shapes.items():
                     axis = sample_axis(layers[path], len(shape))
-                    self._shapes[path] = (*shape[:axis], *shape[axis + 1:])
+                    self._shapes[path] = (*shape[:axis], *shape[axis + 1 :])
             for path, layer in layers.items():
                 if hasattr(layer, "kernel_size") and path not in self._shapes:
-                    raise CoverageError(f"rule '{self.name}' with signal=noise needs sample_input, one input batch, to see the "
-                                        f"size of what enters the convolution '{path}'")
+                    raise CoverageError(
+                        f"rule '{self.name}' with signal=noise needs sample_input, one input batch, to see the "
+                        f"size of what enters the convolution '{path}'"
+                    )
         coverage = super().wire(sample_input)
         self._sample()
         return coverage

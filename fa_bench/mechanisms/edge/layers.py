@@ -81,9 +81,11 @@ class FeedbackLayer(nn.Module):
             CoverageError: if the weight is computed.
         """
         if weight_parameter(self) is None:
-            raise CoverageError(f"layer '{self.path}' was pruned or parametrized after attach: its weight is no longer a plain "
-                                f"parameter, and its feedback cannot follow it. Call rule.detach() before pruning or "
-                                f"parametrizing, and attach again once the weight is a parameter")
+            raise CoverageError(
+                f"layer '{self.path}' was pruned or parametrized after attach: its weight is no longer a plain "
+                f"parameter, and its feedback cannot follow it. Call rule.detach() before pruning or "
+                f"parametrizing, and attach again once the weight is a parameter"
+            )
         return self.weight, self.bias
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -117,8 +119,9 @@ class FeedbackLayer(nn.Module):
 
     @qconfig.setter
     def qconfig(self, value: Any) -> None:
-        raise CoverageError(f"layer '{self.path}' has feedback, which quantisation does not support: call rule.detach() first, "
-                            f"then quantise")
+        raise CoverageError(
+            f"layer '{self.path}' has feedback, which quantisation does not support: call rule.detach() first, then quantise"
+        )
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -138,12 +141,14 @@ def _autocast_context(context: BackwardContext, weight: Tensor, dtype: torch.dty
 
 def _prepared(context: BackwardContext, prepare: Callable[[Tensor], Tensor]) -> BackwardContext:
     """`context` with `prepare` applied to every activation that replaces the layer's input in a gradient."""
+
     def composed(activation: Callable[[], Tensor] | None) -> Callable[[], Tensor] | None:
         return activation and (lambda: prepare(activation()))
 
     return context._replace(
         activation=composed(context.activation),
-        gradients=tuple(gradient._replace(activation=composed(gradient.activation)) for gradient in context.gradients))
+        gradients=tuple(gradient._replace(activation=composed(gradient.activation)) for gradient in context.gradients),
+    )
 
 
 class _FeedbackLinear(FeedbackLayer):
@@ -181,16 +186,22 @@ def _rows_of(context: BackwardContext, weight: Tensor, rows: slice) -> BackwardC
 
     def of_rows(gradient: FeedbackGradient) -> FeedbackGradient:
         if (of_errors := gradient.of_errors) is not None:  # the other outputs have no error in this call
-            return gradient._replace(of_errors=lambda g: of_errors(
-                g.new_zeros(len(g), len(weight)).index_copy(1, torch.arange(len(weight), device=g.device)[rows], g)))
+            return gradient._replace(
+                of_errors=lambda g: of_errors(
+                    g.new_zeros(len(g), len(weight)).index_copy(1, torch.arange(len(weight), device=g.device)[rows], g)
+                )
+            )
         if gradient.first_hop is not None:
             return gradient._replace(first_hop=gradient.first_hop[rows])
         return gradient if context.second_hop is not None else gradient._replace(rows=rows)
 
     local = context.local_gradient
     return context._replace(
-        feedback=feedback.detach()[rows], from_weight=None, gradients=tuple(map(of_rows, context.gradients)),
-        local_gradient=None if local is None else lambda x, geometry, _: local(x, geometry, rows))
+        feedback=feedback.detach()[rows],
+        from_weight=None,
+        gradients=tuple(map(of_rows, context.gradients)),
+        local_gradient=None if local is None else lambda x, geometry, _: local(x, geometry, rows),
+    )
 
 
 class _FeedbackConv(FeedbackLayer):
@@ -225,7 +236,8 @@ class _FeedbackConvTranspose(FeedbackLayer):
     def _geometry(self, x: Tensor, output_size: list[int] | None) -> Geometry:
         conv: Any = self
         output_padding = conv._output_padding(
-            x, output_size, conv.stride, conv.padding, conv.kernel_size, len(conv.kernel_size), conv.dilation)
+            x, output_size, conv.stride, conv.padding, conv.kernel_size, len(conv.kernel_size), conv.dilation
+        )
         return Geometry(conv.stride, conv.padding, conv.dilation, True, tuple(output_padding), conv.groups)
 
     def weight_gradient(self, x: Tensor, g: Tensor) -> Tensor:
@@ -235,7 +247,11 @@ class _FeedbackConvTranspose(FeedbackLayer):
 
 
 def _convolve(
-    x: Tensor, geometry: Geometry, weight: Tensor, bias: Tensor | None, context: BackwardContext,
+    x: Tensor,
+    geometry: Geometry,
+    weight: Tensor,
+    bias: Tensor | None,
+    context: BackwardContext,
     prepare: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """A convolution of a prepared input; `prepare` prepares an activation that replaces the input in a gradient likewise."""

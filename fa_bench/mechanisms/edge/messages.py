@@ -39,7 +39,7 @@ class _SendFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, outputs: int, messages: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.messages = messages
-        ctx.save_for_backward(*tensors[outputs:outputs + messages])
+        ctx.save_for_backward(*tensors[outputs : outputs + messages])
         return tuple(tensor.detach() for tensor in tensors[:outputs])
 
     @staticmethod
@@ -59,8 +59,8 @@ def send(outputs: list[Tensor], messages: list[Tensor], messengers: list[Tensor]
 
 @operator(
     "second_pass(Tensor[] given, Tensor[] true, int count, str names) -> Tensor[]",
-    like=lambda given, true, count, names: [
-        torch.empty_like(one, memory_format=torch.contiguous_format) for one in true[:count]])
+    like=lambda given, true, count, names: [torch.empty_like(one, memory_format=torch.contiguous_format) for one in true[:count]],
+)
 def second_pass(rule: Any, given: list[Tensor], true: list[Tensor], count: int, names: str) -> list[Tensor]:
     """See `fa_bench.rules.forward_alignment.ForwardAlignment.second_pass`."""
     return rule.second_pass(given, true, count, names)

@@ -63,9 +63,15 @@ class FeedbackLinearFunction(torch.autograd.Function):
         if not context.gradients:
             return e_in, grad_weight, g.sum(0) if needs_bias else None, None
         gradients = learned_gradients(
-            context.gradients, needs_learned, grad_weight, e_in, lambda: g,
+            context.gradients,
+            needs_learned,
+            grad_weight,
+            e_in,
+            lambda: g,
             of_activation=lambda activation: g.t().mm(_rows(activation)),
-            of_hop=lambda hop: g.mm(hop.to(g.dtype)).t().mm(x), of_input=lambda one: one.of_input(x, None, one.rows))
+            of_hop=lambda hop: g.mm(hop.to(g.dtype)).t().mm(x),
+            of_input=lambda one: one.of_input(x, None, one.rows),
+        )
         return e_in if needs_x else None, grad_weight, g.sum(0) if needs_bias else None, None, *gradients
 
 
@@ -90,8 +96,10 @@ class ProductLinearFunction(torch.autograd.Function):
         between = g.mm(first) if needs_x or any(needs_second) else g
         e_in = between.mm(second) if needs_x else None
         grad_weight = g.t().mm(x) if needs_weight else None
-        gradients = [(one.of_errors(g) if one.of_errors is not None else between.t().mm(x)) if needed else None
-                     for one, needed in zip(ctx.gradients, needs_second, strict=True)]
+        gradients = [
+            (one.of_errors(g) if one.of_errors is not None else between.t().mm(x)) if needed else None
+            for one, needed in zip(ctx.gradients, needs_second, strict=True)
+        ]
         if not torch.compiler.is_compiling():
             for computed, gradient in zip(ctx.gradients, gradients, strict=True):
                 computed.learned.on_gradient(gradient)
@@ -137,17 +145,23 @@ class FeedbackConvFunction(torch.autograd.Function):
         # that one call computes all three.
         x = context.activation() if context.activation else saved[0]
         through_product = any(
-            needed and one.first_hop is not None for one, needed in zip(context.gradients, needs_learned, strict=True))
+            needed and one.first_hop is not None for one, needed in zip(context.gradients, needs_learned, strict=True)
+        )
         mask = [needs[0] or regresses(context.gradients, needs_learned), needs[1] or through_product, needs[2]]
         grads = torch.ops.aten.convolution_backward(g, x, feedback, ctx.bias_sizes, *ctx.geometry, mask)
         grad_weight = grads[1] if needs[1] else None
         if grad_weight is not None and context.local_gradient is not None:
             grad_weight = grad_weight + context.local_gradient(x, ctx.geometry, None)
         gradients = learned_gradients(
-            context.gradients, needs_learned, grad_weight, grads[0], lambda: g.movedim(1, -1).flatten(0, -2),
+            context.gradients,
+            needs_learned,
+            grad_weight,
+            grads[0],
+            lambda: g.movedim(1, -1).flatten(0, -2),
             of_activation=lambda activation: weight_gradient(g, activation, feedback, ctx.geometry),
             of_hop=lambda hop: gradient_of_second(hop, grads[1], ctx.geometry.groups, ctx.geometry.transposed),
-            of_input=lambda one: one.of_input(x, ctx.geometry, None))
+            of_input=lambda one: one.of_input(x, ctx.geometry, None),
+        )
         return grads[0] if needs[0] else None, grad_weight, grads[2], None, None, *gradients
 
 
@@ -157,8 +171,13 @@ def regresses(how: tuple[FeedbackGradient, ...], needed: Sequence[bool]) -> bool
 
 
 def learned_gradients(
-    how: tuple[FeedbackGradient, ...], needed: Sequence[bool], grad_weight: Tensor | None, e_in: Tensor | None,
-    errors: Callable[[], Tensor], of_activation: Callable[[Tensor], Tensor], of_hop: Callable[[Tensor], Tensor],
+    how: tuple[FeedbackGradient, ...],
+    needed: Sequence[bool],
+    grad_weight: Tensor | None,
+    e_in: Tensor | None,
+    errors: Callable[[], Tensor],
+    of_activation: Callable[[Tensor], Tensor],
+    of_hop: Callable[[Tensor], Tensor],
     of_input: Callable[[Any], Tensor],
 ) -> list[Tensor | None]:
     """The gradients of learned feedback tensors.

@@ -161,8 +161,12 @@ class LearnedFeedback(FeedbackPathway):
 
 
 def feedback_gradient(
-    layer: Any, name: str, activation: Callable[[], Tensor] | None = None, first_hop: Tensor | None = None,
-    of_errors: Callable[[Tensor], Tensor] | None = None, of_input: Callable[[Tensor, Any, slice | None], Tensor] | None = None,
+    layer: Any,
+    name: str,
+    activation: Callable[[], Tensor] | None = None,
+    first_hop: Tensor | None = None,
+    of_errors: Callable[[Tensor], Tensor] | None = None,
+    of_input: Callable[[Tensor, Any, slice | None], Tensor] | None = None,
 ) -> tuple[FeedbackGradient, ...]:
     """How the gradient of the learned feedback tensor `name` is computed; empty if it is not, as with `Mode.freeze_random`.
 
@@ -305,8 +309,11 @@ class SignedMagnitudeFeedback(WeightDerivedFeedback):
             from fa_bench.mechanisms.compiled import sampled
 
             tensor, words = feedback_tensor(layer, "M"), layer.mode.seeds.get(layer.path)
-            sample = (sampled(tensor, self._handle.key) if words is None else
-                      magnitudes(words, tensor.shape, self.resample, tensor.dtype))
+            sample = (
+                sampled(tensor, self._handle.key)
+                if words is None
+                else magnitudes(words, tensor.shape, self.resample, tensor.dtype)
+            )
             return BackwardContext(from_weight=lambda weight: _masked(layer, torch.sign(weight).mul_(sample)))
         if recomputing():
             return BackwardContext(from_weight=refuse_reentrant(layer.mode.rule))

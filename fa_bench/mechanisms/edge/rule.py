@@ -114,10 +114,12 @@ class EdgeRule(Rule):
     Layers that are excluded pass the error through their weight, as in backpropagation.
     """
 
-    include: list[str] = option(["*"], "layers (names, or patterns such as 'layer1.*'; * matches dots, too) that use "
-                                       "the rule's feedback")
-    exclude: list[str] = option([], "layers (names, or patterns; * matches dots, too) that use their true weight as "
-                                    "feedback instead")
+    include: list[str] = option(
+        ["*"], "layers (names, or patterns such as 'layer1.*'; * matches dots, too) that use the rule's feedback"
+    )
+    exclude: list[str] = option(
+        [], "layers (names, or patterns; * matches dots, too) that use their true weight as feedback instead"
+    )
     plain_last: bool = option(False, "the output layer uses its true weight as feedback")
     derivative: str = derivative_option()
     beta: float = beta_option()
@@ -143,8 +145,10 @@ class EdgeRule(Rule):
         plain = set(layers) - matching(self.include, layers, "include") | matching(self.exclude, layers, "exclude")
         plain |= set(outputs) if self.plain_last else set()
         if plain.issuperset(layers):
-            raise CoverageError(f"include={self.include}, exclude={self.exclude}, plain_last={self.plain_last} leave rule "
-                                f"'{self.name}' no layer (layers: {names(layers)})")
+            raise CoverageError(
+                f"include={self.include}, exclude={self.exclude}, plain_last={self.plain_last} leave rule "
+                f"'{self.name}' no layer (layers: {names(layers)})"
+            )
         self._replace_derivatives(sample_input)
         covered = []
         for path, layer in layers.items():
@@ -192,8 +196,12 @@ class EdgeRule(Rule):
                 owners.setdefault(id(weight), []).append(path)
         learning = {path: weight_parameter(layer) for path, layer in self._layers.items() if layer.pathway.follows}
         tied = {path: [other for other in owners[id(weight)] if other != path] for path, weight in learning.items()}
-        return tuple(f"'{path}' shares its weight with {names(others)}: the weight's gradient is the sum of theirs, and learned "
-                     f"feedback follows the layer's own part." for path, others in tied.items() if others)
+        return tuple(
+            f"'{path}' shares its weight with {names(others)}: the weight's gradient is the sum of theirs, and learned "
+            f"feedback follows the layer's own part."
+            for path, others in tied.items()
+            if others
+        )
 
     def watched_modules(self) -> dict[str, nn.Module]:
         return dict(self._layers) if self._dual is None else {**self._layers, **self._dual.modules}
@@ -211,9 +219,7 @@ class EdgeRule(Rule):
                 is_training = output is not None and torch.is_grad_enabled() and not self.mode.exact
                 self._dual.end((lambda: self.roots(output)) if is_training else None)
 
-    def deliver(
-        self, loss: Tensor, logits: Tensor | None, target: Tensor | None, loss_scale: float | None = None
-    ) -> None:
+    def deliver(self, loss: Tensor, logits: Tensor | None, target: Tensor | None, loss_scale: float | None = None) -> None:
         with self.derivatives_of(loss, logits, target, loss_scale):
             super().deliver(loss, logits, target, loss_scale)
 
@@ -247,8 +253,9 @@ class EdgeRule(Rule):
     def effective_feedback(self, layer: str) -> Tensor:
         layers = self._layers
         if layer not in layers:
-            raise CoverageError(f"rule '{self.name}' covers no layer '{layer}'{nearest(layer, layers)} "
-                                f"(covered: {names(layers)})")
+            raise CoverageError(
+                f"rule '{self.name}' covers no layer '{layer}'{nearest(layer, layers)} (covered: {names(layers)})"
+            )
         return layers[layer].pathway.effective(layers[layer]).detach()
 
     def learned_feedback(self) -> list[LearnedTensor]:
@@ -261,8 +268,11 @@ class EdgeRule(Rule):
         parameters = list(self.model.named_parameters(remove_duplicate=False))
         uses = Counter(id(parameter) for _, parameter in parameters)
         uses.update(id(parameter) for name, parameter in parameters if name in self.coverage.uncovered)
-        followed = [(layer.learned[layer.pathway.follows].tensor, weight_parameter(layer)) for layer in self._learning
-                    if layer.pathway.follows]
+        followed = [
+            (layer.learned[layer.pathway.follows].tensor, weight_parameter(layer))
+            for layer in self._learning
+            if layer.pathway.follows
+        ]
         return [(tensor, weight) for tensor, weight in followed if weight is not None and uses[id(weight)] == 1]
 
     def step(self) -> None:

@@ -69,9 +69,11 @@ class SharedActivation:
         if self._captured is None and recomputing():
             return refuse_reentrant(rule)
         if self._captured is None:
-            raise CoverageError(f"the activation that layers share is the input of '{self.consumer}', which did not run before "
-                                f"them in this forward pass with gradients: all layers that share must run, in the same order, "
-                                f"by a call of the model (activation checkpointing needs use_reentrant=False)")
+            raise CoverageError(
+                f"the activation that layers share is the input of '{self.consumer}', which did not run before "
+                f"them in this forward pass with gradients: all layers that share must run, in the same order, "
+                f"by a call of the model (activation checkpointing needs use_reentrant=False)"
+            )
         tensor, version = self._captured
 
         def matched() -> Tensor:
@@ -192,14 +194,24 @@ class SharingRule(EdgeRule):
     """Base of the rules with shared activations; `sharing` is the pathway, which decides where the shared activation enters."""
 
     k: int = option(2, "how many layers share an activation (2 and 4 in the paper)", minimum=2)
-    match: str = option("max_pool", "how a shared activation is brought to the shape of a later one: copies and max- or "
-                                    "average-pooling, or one fixed random 1x1 convolution", choices=list(MATCHES))
-    linear: str = option("auto", "fully connected layers: fa (own input, fixed feedback), share, or auto: share if the model has "
-                                 "no convolution", choices=["auto", "fa", "share"])
+    match: str = option(
+        "max_pool",
+        "how a shared activation is brought to the shape of a later one: copies and max- or "
+        "average-pooling, or one fixed random 1x1 convolution",
+        choices=list(MATCHES),
+    )
+    linear: str = option(
+        "auto",
+        "fully connected layers: fa (own input, fixed feedback), share, or auto: share if the model has no convolution",
+        choices=["auto", "fa", "share"],
+    )
     b_init: str = init_option("learned B", "pytorch", can_copy=True)
     linear_b_init: str = init_option("the fixed B of fully connected layers", "uniform_one")
-    transport: bool = option(False, "convolutions and layers that share use their weights as feedback; fully connected layers "
-                                    "that do not share keep their fixed feedback")
+    transport: bool = option(
+        False,
+        "convolutions and layers that share use their weights as feedback; fully connected layers "
+        "that do not share keep their fixed feedback",
+    )
     freeze_stem: bool = option(True, "the first layer keeps its initial weight and bias")
 
     sharing = SharedActivationFeedback
@@ -221,8 +233,10 @@ class SharingRule(EdgeRule):
         groups = self.sharing_groups(self.model, trace)
         repeated = [path for group in groups for path in group if trace.calls[path] > 1]
         if repeated:
-            raise CoverageError(f"rule '{self.name}' shares one activation with each layer, so that a layer must run once in a "
-                                f"forward pass; {names(repeated)} runs {trace.calls[repeated[0]]} times")
+            raise CoverageError(
+                f"rule '{self.name}' shares one activation with each layer, so that a layer must run once in a "
+                f"forward pass; {names(repeated)} runs {trace.calls[repeated[0]]} times"
+            )
         self._groups = {path: number for number, group in enumerate(groups, start=1) for path in group}
         self._first = {number: group[0] for number, group in enumerate(groups, start=1)}
         self._sources = {shared: SharedActivation(self._first[shared]) for shared in map(self.source_of, [*self._first][1:])}
@@ -233,9 +247,16 @@ class SharingRule(EdgeRule):
         coverage = super().wire(sample_input)
         if not self._unmatched:
             return coverage
-        return dataclasses.replace(coverage, notes=(*coverage.notes, (
-            f"The positions of the activation that they would share are not those of {names(self._unmatched)}: these layers use "
-            f"their own input.")))
+        return dataclasses.replace(
+            coverage,
+            notes=(
+                *coverage.notes,
+                (
+                    f"The positions of the activation that they would share are not those of {names(self._unmatched)}: these "
+                    f"layers use their own input."
+                ),
+            ),
+        )
 
     def sharing_groups(self, model: nn.Module, trace: Trace) -> list[list[str]]:
         """The layers that share, grouped by their input activation; the first group's input is activation 1, the stem's output.
@@ -253,7 +274,8 @@ class SharingRule(EdgeRule):
                 f"rule '{self.name}' has nothing to share in this model: after the first layer '{trace.order[0]}' it needs two "
                 f"activations that are inputs of layers which share, but there are {len(groups)} (inputs of {sharing_layers}). "
                 + ("Pass {linear} to have fully connected layers share too" if would_suffice else "It needs a deeper model"),
-                {"linear": "share"} if would_suffice else {})
+                {"linear": "share"} if would_suffice else {},
+            )
         return groups
 
     def shares_linear(self, convolutional: set[str]) -> bool:
@@ -302,10 +324,12 @@ class SharingRule(EdgeRule):
             self._unmatched.append(layer.path)
             return inner if provides is None else self.sharing(inner, None, provides, wanted, wanted, self.match)
         except ValueError as error:
-            raise CoverageError(f"rule '{self.name}' cannot bring the activation shared by '{self._first[source]}' to the shape "
-                                f"of the input of '{layer.path}': {error}"
-                                + ("" if self.match == "random" else "; {match} changes channels and features to any number"),
-                                {} if self.match == "random" else {"match": "random"}) from None
+            raise CoverageError(
+                f"rule '{self.name}' cannot bring the activation shared by '{self._first[source]}' to the shape "
+                f"of the input of '{layer.path}': {error}"
+                + ("" if self.match == "random" else "; {match} changes channels and features to any number"),
+                {} if self.match == "random" else {"match": "random"},
+            ) from None
         return pathway
 
 
@@ -321,7 +345,7 @@ def _without_batch(layer: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
     from fa_bench.mechanisms.weighted_layers import sample_axis
 
     axis = sample_axis(layer, len(shape))
-    return (*shape[:axis], *shape[axis + 1:])
+    return (*shape[:axis], *shape[axis + 1 :])
 
 
 def _convolutions(model: nn.Module) -> set[str]:

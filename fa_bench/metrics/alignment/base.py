@@ -44,6 +44,7 @@ class Metric(Options):
 
 def declared(names: Iterable[str]) -> dict[str, type[Metric]]:
     """The metrics of these names, in their order; one that is not registered, for lack of its plugin, is titled by its name."""
-    metrics = {name: METRICS[name] if name in METRICS else type(name, (Metric,), {"title": name.replace("_", " ")})
-               for name in names}
+    metrics = {
+        name: METRICS[name] if name in METRICS else type(name, (Metric,), {"title": name.replace("_", " ")}) for name in names
+    }
     return dict(sorted(metrics.items(), key=lambda item: (item[1].order, item[0])))

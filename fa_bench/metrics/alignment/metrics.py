@@ -84,12 +84,17 @@ class TrueGradientNorm(Metric):
     """Frobenius norm of the exact gradient of the weight: if it is near 0, the angles at this layer are meaningless."""
 
     title, column, plot, order = "true gradient norm", False, False, 5
-    alarms = {"true_gradient_norm": Alarm(
-        GRADIENT_FLOOR, False, "Backpropagation's gradient is only rounding noise: this layer's angles to it mean nothing.")}
+    alarms = {
+        "true_gradient_norm": Alarm(
+            GRADIENT_FLOOR, False, "Backpropagation's gradient is only rounding noise: this layer's angles to it mean nothing."
+        )
+    }
 
     def measure(self, passes: Passes) -> dict[str, float]:
-        return {layer: math.nan if gradient is None else gradient.double().norm().item()
-                for layer, gradient in passes.exact_gradients.items()}
+        return {
+            layer: math.nan if gradient is None else gradient.double().norm().item()
+            for layer, gradient in passes.exact_gradients.items()
+        }
 
 
 @METRICS.register("output_angle")

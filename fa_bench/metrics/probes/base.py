@@ -109,8 +109,10 @@ class Probes:
                 raise ConfigError(f"probes=[{probe.name}]: {error}") from None
         if any(probe.needs_initial for probe in self.probes):
             # On the CPU: an accelerator's memory is for training.
-            subject.initial = {name: parameter.detach().to("cpu", copy=True)
-                               for name, parameter in subject.model.named_parameters(remove_duplicate=False)}
+            subject.initial = {
+                name: parameter.detach().to("cpu", copy=True)
+                for name, parameter in subject.model.named_parameters(remove_duplicate=False)
+            }
 
     def due(self, epoch: int) -> bool:
         """Whether they are to be measured at the end of this epoch, counted from 1."""

@@ -42,8 +42,10 @@ class DepthUtility(Probe):
         from fa_bench.mechanisms.blocks import blocks_of
 
         if not blocks_of(subject.model, subject.meter.x[:2]):
-            raise ConfigError(f"{type(subject.model).__name__} declares no blocks that could be left untrained; name the modules "
-                              "that end them in model.blocks, as architecture=mlp, conv2 and the residual nets do")
+            raise ConfigError(
+                f"{type(subject.model).__name__} declares no blocks that could be left untrained; name the modules "
+                "that end them in model.blocks, as architecture=mlp, conv2 and the residual nets do"
+            )
 
     def measure(self, subject: Subject) -> Quantities:
         from fa_bench.mechanisms.blocks import blocks_of
@@ -78,8 +80,11 @@ def estimate_running_statistics(model: torch_nn.Module, split: Split, batch_size
     """
     from fa_bench.mechanisms.contexts import set_temporarily
 
-    norms = [module for module in model.modules()
-             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None]
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+    ]
     model.eval()
     if not norms:
         return

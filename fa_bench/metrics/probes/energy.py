@@ -37,9 +37,14 @@ class Energy(Probe):
     does not learn. Costs a step of the rule, two more steps of settling, and a backward pass.
     """
 
-    alarms = {"energy_gradient": Alarm(
-        0.9, True, "The states have hardly settled: hidden layers then learn by backpropagation's gradient times a number, which "
-                   "Adam removes (the threshold is this project's).")}
+    alarms = {
+        "energy_gradient": Alarm(
+            0.9,
+            True,
+            "The states have hardly settled: hidden layers then learn by backpropagation's gradient times a number, which "
+            "Adam removes (the threshold is this project's).",
+        )
+    }
 
     def require(self, subject: Subject) -> None:
         from fa_bench.mechanisms.cut.energy import EnergyRule

@@ -91,8 +91,10 @@ def tensors_at(rule: Rule, points: set[Point], x: Tensor) -> tuple[Tensor, dict[
 
 def jacobian(logits: Tensor, activation: Tensor) -> Tensor:
     """J (N, C, F), of the logits (N, C) by an activation (N, ...)."""
-    rows = [torch.autograd.grad(logits[:, number].sum(), activation, retain_graph=True)[0].flatten(1)
-            for number in range(logits.shape[1])]
+    rows = [
+        torch.autograd.grad(logits[:, number].sum(), activation, retain_graph=True)[0].flatten(1)
+        for number in range(logits.shape[1])
+    ]
     return torch.stack(rows, 1)
 
 

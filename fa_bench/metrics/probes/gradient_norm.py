@@ -52,13 +52,17 @@ class GradientNorm(Probe):
         with measurement_mode(rule), torch.enable_grad():
             logits = loss_output(subject.model(x), rule.loss_output)
             rule.deliver(rule.objective.loss(logits, y), logits, y)
-            updates = {path: 0.0 if weight.grad is None else weight.grad.double().norm().item()
-                       for path, weight in weights.items()}
+            updates = {
+                path: 0.0 if weight.grad is None else weight.grad.double().norm().item() for path, weight in weights.items()
+            }
             with rule.exact(), all_require_grad(subject.model):
                 losses = rule.objective.loss(loss_output(subject.model(x), rule.loss_output), y, reduction="none")
                 norms, floors = norms_and_errors(losses, list(weights.values()))
-        return {self.name: dict(zip(weights, norms, strict=True)), f"{self.name}_update": updates,
-                f"{self.name}_floor": dict(zip(weights, floors, strict=True))}
+        return {
+            self.name: dict(zip(weights, norms, strict=True)),
+            f"{self.name}_update": updates,
+            f"{self.name}_floor": dict(zip(weights, floors, strict=True)),
+        }
 
 
 def norms_and_errors(losses: Tensor, weights: list[Tensor]) -> tuple[list[float], list[float]]:
@@ -84,6 +88,8 @@ def norms_and_errors(losses: Tensor, weights: list[Tensor]) -> tuple[list[float]
     if count == 1:
         return norms, [math.nan] * len(weights)
     total = sum(share**2 for share in shares)
-    variances = [(square - 2 * (mean * weighted).sum().item() + total * norm**2) / (1 - total)
-                 for square, mean, weighted, norm in zip(squares, means, weighted_means, norms, strict=True)]
+    variances = [
+        (square - 2 * (mean * weighted).sum().item() + total * norm**2) / (1 - total)
+        for square, mean, weighted, norm in zip(squares, means, weighted_means, norms, strict=True)
+    ]
     return norms, [math.sqrt(max(variance, 0.0)) if math.isfinite(variance) else math.nan for variance in variances]

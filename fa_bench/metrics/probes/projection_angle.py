@@ -43,9 +43,13 @@ class ProjectionAngle(Probe):
         try:
             with measurement_mode(subject.rule), torch.no_grad():
                 subject.model(subject.meter.x)
-                return {self.name: {
-                    path: mean_sample_angle(*(output(layers[path], inputs[path], kernel) for kernel in pairs[path]))
-                    for path in layers if path in inputs}}
+                return {
+                    self.name: {
+                        path: mean_sample_angle(*(output(layers[path], inputs[path], kernel) for kernel in pairs[path]))
+                        for path in layers
+                        if path in inputs
+                    }
+                }
         finally:
             for handle in handles:
                 handle.remove()

@@ -43,15 +43,19 @@ class Readout(Probe):
     def require(self, subject: Subject) -> None:
         y = subject.meter.y
         if y.dim() != 1 or y.is_floating_point():
-            raise ConfigError("it reads one class from each sample, and the targets of this dataset are "
-                              f"{'numbers' if y.is_floating_point() else 'classes of positions'}; leave this probe out")
+            raise ConfigError(
+                "it reads one class from each sample, and the targets of this dataset are "
+                f"{'numbers' if y.is_floating_point() else 'classes of positions'}; leave this probe out"
+            )
 
     def measure(self, subject: Subject) -> Quantities:
         points = activation_points(subject.meter.trace)
         batches = list(_activations(subject, subject.training, points))
         labels, classes = np.concatenate([y for _, y in batches]), len(subject.splits.classes)
-        fitted = {point: fit(np.concatenate([activations[point] for activations, _ in batches]), labels, classes)
-                  for point in batches[0][0]}
+        fitted = {
+            point: fit(np.concatenate([activations[point] for activations, _ in batches]), labels, classes)
+            for point in batches[0][0]
+        }
         hits, scored = dict.fromkeys(fitted, 0), subject.scored
         for activations, y in _activations(subject, scored, points):
             for point, features in activations.items():
@@ -63,8 +67,11 @@ class Readout(Probe):
 
 def activation_points(trace: Trace) -> dict[str, str]:
     """{layer: the layer whose input is its activation}, in the order of execution; MODEL_OUTPUT for output layers."""
-    return {layer: trace.consumer.get(layer, MODEL_OUTPUT) for layer in trace.order
-            if layer in trace.consumer or layer in trace.outputs}
+    return {
+        layer: trace.consumer.get(layer, MODEL_OUTPUT)
+        for layer in trace.order
+        if layer in trace.consumer or layer in trace.outputs
+    }
 
 
 def _activations(subject: Subject, split: Split, points: dict[str, str]) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
@@ -85,14 +92,18 @@ def _activations(subject: Subject, split: Split, points: dict[str, str]) -> Iter
             if point not in activations or in_compound:
                 x = args[0].movedim(sample_axis(module, args[0].dim()), 0)
                 activations[point] = _array(bounded(x, isinstance(module, nn.Linear) or in_compound))
+
         return hook
 
     consumers = dict.fromkeys(point for point in points.values() if point != MODEL_OUTPUT)
     handles = [model.get_submodule(path).register_forward_pre_hook(recorder(path)) for path in consumers]
     model.eval()
     try:
-        with torch.no_grad(), set_temporarily([subject.rule.mode], "layerwise", True), \
-                set_temporarily([subject.rule.mode], "always_layerwise", True):
+        with (
+            torch.no_grad(),
+            set_temporarily([subject.rule.mode], "layerwise", True),
+            set_temporarily([subject.rule.mode], "always_layerwise", True),
+        ):
             for x, y in split.batches(max(subject.batch_size, EVALUATION_BATCH)):
                 activations.clear()
                 activations[MODEL_INPUT] = _array(bounded(x))

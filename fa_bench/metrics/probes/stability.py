@@ -36,9 +36,14 @@ class Stability(Probe):
     data are: it drifts.
     """
 
-    alarms = {"stability": Alarm(
-        0.95, True, "The weight's gradient hardly depends on the batch: it drifts (faeval protocol: 0.992 in a net that "
-                    "drifted; the threshold is this project's).")}
+    alarms = {
+        "stability": Alarm(
+            0.95,
+            True,
+            "The weight's gradient hardly depends on the batch: it drifts (faeval protocol: 0.992 in a net that "
+            "drifted; the threshold is this project's).",
+        )
+    }
 
     def measure(self, subject: Subject) -> Quantities:
         from fa_bench.mechanisms.trace import tensors_in

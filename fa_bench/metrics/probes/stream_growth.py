@@ -30,17 +30,24 @@ class StreamGrowth(Probe):
     NaN if the input is zero.
     """
 
-    alarms = {"stream_growth": Alarm(
-        50, True, "The residual stream explodes: a final normalisation then divides the gradients of all blocks by its norm "
-                  "(faeval protocol; healthy nets stay below 5 in late blocks, transformers below 25 in early ones).")}
+    alarms = {
+        "stream_growth": Alarm(
+            50,
+            True,
+            "The residual stream explodes: a final normalisation then divides the gradients of all blocks by its norm "
+            "(faeval protocol; healthy nets stay below 5 in late blocks, transformers below 25 in early ones).",
+        )
+    }
 
     def require(self, subject: Subject) -> None:
         from fa_bench.mechanisms.blocks import block_ends
 
         if not block_ends(subject.model):
             model = type(subject.model).__name__
-            raise ConfigError(f"{model} declares no blocks; name the modules that end them in model.blocks, "
-                              "as architecture=residual_mlp, vit_mini and the residual nets do")
+            raise ConfigError(
+                f"{model} declares no blocks; name the modules that end them in model.blocks, "
+                "as architecture=residual_mlp, vit_mini and the residual nets do"
+            )
 
     def measure(self, subject: Subject) -> Quantities:
         from fa_bench.mechanisms.blocks import block_ends
@@ -55,6 +62,7 @@ class StreamGrowth(Probe):
                 if path not in norms:  # of a block that runs several times, the first
                     own = next(tensors_in((args, kwargs))) if next(module.parameters(), None) is not None else None
                     norms[path] = None if own is None else mean_norm(own), mean_norm(next(tensors_in(output)))
+
             return record
 
         handles = [model.get_submodule(path).register_forward_hook(hook(path), with_kwargs=True) for path in block_ends(model)]

@@ -44,9 +44,11 @@ class Block(nn.Module):
         self.plain, self.added = shortcut == "none", width - channels_in
         changes = stride != 1 or self.added != 0
         self.padded = shortcut == "pad" and changes
-        self.shortcut = nn.Sequential(
-            OrderedDict(conv=nn.Conv2d(channels_in, width, 1, stride, bias=False), bn=nn.BatchNorm2d(width))
-        ) if shortcut == "project" and changes else None
+        self.shortcut = (
+            nn.Sequential(OrderedDict(conv=nn.Conv2d(channels_in, width, 1, stride, bias=False), bn=nn.BatchNorm2d(width)))
+            if shortcut == "project" and changes
+            else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = x
@@ -87,8 +89,17 @@ class ResNet(nn.Module):
     """
 
     def __init__(
-        self, colours: int, classes: int, widths: Sequence[int], blocks: Sequence[int], shortcut: str = "pad", *,
-        large: bool = False, bottleneck: bool = False, norm_after: bool = False, output_norm: bool = False,
+        self,
+        colours: int,
+        classes: int,
+        widths: Sequence[int],
+        blocks: Sequence[int],
+        shortcut: str = "pad",
+        *,
+        large: bool = False,
+        bottleneck: bool = False,
+        norm_after: bool = False,
+        output_norm: bool = False,
     ) -> None:
         super().__init__()
         kernels, factors = ((1, 3, 1), (1, 1, 4)) if bottleneck else ((3, 3), (1, 1))

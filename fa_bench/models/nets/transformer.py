@@ -59,8 +59,15 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, width: int, heads: int, hidden: int, activation: str, *,
-        dropout: float = 0.0, causal: bool = False, post_norm: bool = False,
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        activation: str,
+        *,
+        dropout: float = 0.0,
+        causal: bool = False,
+        post_norm: bool = False,
     ) -> None:
         super().__init__()
         self.post_norm = post_norm

@@ -36,9 +36,15 @@ LOCAL_LOSSES = ["symmetric_alignment", "activation_alignment", "regularized_mirr
 # One rate for all, so that one group of an optimizer is what dkp asks for.
 # forward_forward's running means depend on all passes before, and are tested with the rule.
 _QUICK: dict[str, dict[str, Any]] = {
-    "wm": {"initial_steps": 1, "mirror_batch": 2}, "dkp": {"b_lr_scale": 1.0}, "forward_forward": {"peer_norm": 0.0},
-    "epc": {"steps": 4}, "pc": {"steps": 4}, "ldfa": {"rank": 2}, "ldrl": {"b_lr_scale": 1.0},
-    "fdfa": {"b_init": "kaiming_uniform"}}
+    "wm": {"initial_steps": 1, "mirror_batch": 2},
+    "dkp": {"b_lr_scale": 1.0},
+    "forward_forward": {"peer_norm": 0.0},
+    "epc": {"steps": 4},
+    "pc": {"steps": 4},
+    "ldfa": {"rank": 2},
+    "ldrl": {"b_lr_scale": 1.0},
+    "fdfa": {"b_init": "kaiming_uniform"},
+}
 
 Runs = Callable[[nn.Module, Tensor], Tensor]
 
@@ -89,8 +95,11 @@ def draw_the_same_for_every_sample(patch: Any) -> None:
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """Those of all parameters that have one, learned feedback included; the names are without wrappers."""
-    return {name.replace("_checkpoint_wrapped_module.", ""): parameter.grad.clone()
-            for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {
+        name.replace("_checkpoint_wrapped_module.", ""): parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
 
 
 def train(model: nn.Module, rule: Any, x: Tensor, y: Tensor, steps: int = 3, runs: Runs | None = None) -> dict[str, Tensor]:
@@ -114,6 +123,9 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], rel: float = 0.0) -> None:
     """The same tensors under the same names: bitwise, or to `rel` of each tensor's largest entry."""
     assert want and set(got) == set(want), f"{sorted(got)}, wanted {sorted(want)}"
-    wrong = {name: difference for name in want
-             if not (difference := (got[name] - want[name]).abs().max().item()) <= rel * want[name].abs().max().item()}
+    wrong = {
+        name: difference
+        for name in want
+        if not (difference := (got[name] - want[name]).abs().max().item()) <= rel * want[name].abs().max().item()
+    }
     assert not wrong, f"these differ: {wrong}"

@@ -11,8 +11,23 @@ from torch.nn import functional as F
 import fa_bench
 
 #: Rules with learned feedback: those of layers, of cuts, and in auxiliary layers.
-LEARNED = ("kp", "pfa", "pfa_o", "ldfa", "activation_alignment", "mixed", "asap", "asfp", "asfp_lc", "dkp", "fdfa", "grape",
-           "predsim", "bp_deepsup", "dgl")
+LEARNED = (
+    "kp",
+    "pfa",
+    "pfa_o",
+    "ldfa",
+    "activation_alignment",
+    "mixed",
+    "asap",
+    "asfp",
+    "asfp_lc",
+    "dkp",
+    "fdfa",
+    "grape",
+    "predsim",
+    "bp_deepsup",
+    "dgl",
+)
 
 
 def net(dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -37,8 +52,16 @@ def attached(name: str, dtype: torch.dtype = torch.float64, **options):
 
 
 def steps(
-    model, rule, optimizer, number: int, *, call=None, zero_grad: Callable[[], None] | None = None, before_step=None,
-    plain_backward: bool = False, rule_step: bool = True,
+    model,
+    rule,
+    optimizer,
+    number: int,
+    *,
+    call=None,
+    zero_grad: Callable[[], None] | None = None,
+    before_step=None,
+    plain_backward: bool = False,
+    rule_step: bool = True,
 ) -> list[float]:
     """Train as people do; the losses. `call` is what is called in place of the model, such as a wrapper of it."""
     losses = []

@@ -16,8 +16,9 @@ from .scripts import attached, data, net, sgd, steps
 
 def nested() -> nn.Module:
     torch.manual_seed(1)
-    return nn.Sequential(nn.Sequential(nn.Linear(8, 16), nn.ReLU()), nn.Sequential(nn.Linear(16, 16), nn.ReLU()),
-                         nn.Linear(16, 3)).double()
+    return nn.Sequential(
+        nn.Sequential(nn.Linear(8, 16), nn.ReLU()), nn.Sequential(nn.Linear(16, 16), nn.ReLU()), nn.Linear(16, 3)
+    ).double()
 
 
 def new_head(model):

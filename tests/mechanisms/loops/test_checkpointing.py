@@ -76,6 +76,7 @@ def test_wrappers_applied_after_attach(name: str) -> None:
 @pytest.mark.parametrize("name", RULES)
 def test_wrappers_applied_before_attach(name: str) -> None:
     """Feedback is drawn by the layer's path, which a wrapper changes: so the reference has wrappers that do nothing."""
+
     def run_it(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return module(*args, **kwargs)
 
@@ -108,8 +109,10 @@ def test_brsf_draws_its_magnitudes_once_a_step(whole: bool) -> None:
     train(model, rule, X, Y, steps=4, runs=checkpointed if whole else None)
     train(plain, reference, X, Y, steps=4)
     assert {layer["draws"] for layer in rule.state_dict().values()} == {4}
-    assert_same({layer: tensors["M"] for layer, tensors in rule.feedback.items()},
-                {layer: tensors["M"] for layer, tensors in reference.feedback.items()})
+    assert_same(
+        {layer: tensors["M"] for layer, tensors in rule.feedback.items()},
+        {layer: tensors["M"] for layer, tensors in reference.feedback.items()},
+    )
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -22,30 +22,57 @@ from .scripts import data, net, sgd
 
 # Without what depends on the batch itself: similarities of its samples, batch normalisation.
 OPTIONS: dict[str, dict] = {
-    "predsim": {"loss": "pred"}, "dgl": {"auxiliary_net": "linear"}, "wm": {"initial_steps": 3, "mirror_batch": 8},
-    "dkp": {"b_lr_scale": 1.0}, "forward_forward": {"peer_norm": 0.0}, "ldfa": {"rank": 2},
+    "predsim": {"loss": "pred"},
+    "dgl": {"auxiliary_net": "linear"},
+    "wm": {"initial_steps": 3, "mirror_batch": 8},
+    "dkp": {"b_lr_scale": 1.0},
+    "forward_forward": {"peer_norm": 0.0},
+    "ldfa": {"rank": 2},
     "ldrl": {"b_lr_scale": 1.0},
 }
 CASES = {name: (name, OPTIONS.get(name, {})) for name in ALGORITHMS}
 CASES |= {
     "drtp sign": ("drtp", {"error_sign": True}),
     "kp plain last": ("kp", {"plain_last": True}),
-    "dkp sparse": ("dkp", {"density": 0.5, "b_lr_scale": 1.0}), "pfa sparse": ("pfa", {"density": 0.5}),
+    "dkp sparse": ("dkp", {"density": 0.5, "b_lr_scale": 1.0}),
+    "pfa sparse": ("pfa", {"density": 0.5}),
     "fa stem": ("fa", {"freeze_stem": True}),
     "asap random": ("asap", {"match": "random", "freeze_stem": False}),
-    "conv kp": ("kp", {}), "conv pfa": ("pfa", {}), "conv dkp": ("dkp", {"b_lr_scale": 1.0}), "conv asfp": ("asfp", {}),
-    "conv ldfa": ("ldfa", {"rank": 2}), "conv ia": ("information_alignment", {"update_forward": True}),
+    "conv kp": ("kp", {}),
+    "conv pfa": ("pfa", {}),
+    "conv dkp": ("dkp", {"b_lr_scale": 1.0}),
+    "conv asfp": ("asfp", {}),
+    "conv ldfa": ("ldfa", {"rank": 2}),
+    "conv ia": ("information_alignment", {"update_forward": True}),
     "conv ia noise": ("information_alignment", {"signal": "noise", "noise_batch": 4}),
-    "asfp_lc learning stem": ("asfp_lc", {"freeze_stem": False}), "predsim whole": ("predsim", {}), "dgl whole": ("dgl", {}),
-    "node_perturbation whole": ("node_perturbation", {}), "np_feedback whole": ("np_feedback", {}),
-    "ddtp_linear whole": ("ddtp_linear", {}), "ldrl whole": ("ldrl", {"b_lr_scale": 1.0}),
-    "fdfa whole": ("fdfa", {}), "grape whole": ("grape", {}),
-    "forward_gradient whole": ("forward_gradient", {}), "forward_gradient weight": ("forward_gradient", {"form": "weight"}),
+    "asfp_lc learning stem": ("asfp_lc", {"freeze_stem": False}),
+    "predsim whole": ("predsim", {}),
+    "dgl whole": ("dgl", {}),
+    "node_perturbation whole": ("node_perturbation", {}),
+    "np_feedback whole": ("np_feedback", {}),
+    "ddtp_linear whole": ("ddtp_linear", {}),
+    "ldrl whole": ("ldrl", {"b_lr_scale": 1.0}),
+    "fdfa whole": ("fdfa", {}),
+    "grape whole": ("grape", {}),
+    "forward_gradient whole": ("forward_gradient", {}),
+    "forward_gradient weight": ("forward_gradient", {"form": "weight"}),
     "grape anchors": ("grape", {"anchor_period": 2}),
 }
 #: What depends on the batch itself differs from one process; the ranks still agree with each other.
-DIFFER = ("asfp_lc learning stem", "predsim whole", "dgl whole", "node_perturbation whole", "np_feedback whole",
-          "ddtp_linear whole", "ldrl whole", "fdfa whole", "grape whole", "forward_gradient whole", "grape", "grape anchors")
+DIFFER = (
+    "asfp_lc learning stem",
+    "predsim whole",
+    "dgl whole",
+    "node_perturbation whole",
+    "np_feedback whole",
+    "ddtp_linear whole",
+    "ldrl whole",
+    "fdfa whole",
+    "grape whole",
+    "forward_gradient whole",
+    "grape",
+    "grape anchors",
+)
 STEPS = 5
 
 
@@ -54,8 +81,16 @@ def model_of(case: str) -> nn.Module:
         return net()
     torch.manual_seed(1)
     model = nn.Sequential(
-        nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).double()
+        nn.Unflatten(1, (2, 2, 2)),
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16, 3),
+    ).double()
     model.cut_points = ["2", "4", "6"]
     return model
 
@@ -145,11 +180,22 @@ def test_two_ranks_are_one_process(tmp_path, monkeypatch):
     assert not faults, "\n".join(faults)
 
 
-@pytest.mark.parametrize(("case", "says"), [
-    ("asfp_lc learning stem", "batch"), ("predsim whole", "batch"), ("dgl whole", "batch"),
-    ("fdfa", "noise"), ("grape", "noise"), ("forward_gradient", "noise"), ("forward_gradient weight", None),
-    ("forward_alignment", None), ("predsim", None), ("dgl", None), ("kp", None),
-])
+@pytest.mark.parametrize(
+    ("case", "says"),
+    [
+        ("asfp_lc learning stem", "batch"),
+        ("predsim whole", "batch"),
+        ("dgl whole", "batch"),
+        ("fdfa", "noise"),
+        ("grape", "noise"),
+        ("forward_gradient", "noise"),
+        ("forward_gradient weight", None),
+        ("forward_alignment", None),
+        ("predsim", None),
+        ("dgl", None),
+        ("kp", None),
+    ],
+)
 def test_coverage_says_what_depends_on_the_batch(case, says):
     name, options = CASES[case]
     text = str(fa_bench.attach(model_of(case), name, sample_input=data(2)[0], **options).coverage)

@@ -141,14 +141,29 @@ def test_embeddings_and_position_tables_carry_no_error(name: str) -> None:
         assert found["emb.weight"].abs().sum() > 0 and found["pos"].abs().sum() > 0
 
 
-@pytest.mark.parametrize(("table", "local"), [
-    (lambda net, h: h + 0.5 * net.pos, True), (lambda net, h: torch.cat([net.pos.expand_as(h), h], 1), True),
-    (lambda net, h: torch.where(h > 0, h, net.pos), True), (lambda net, h: torch.stack([h, net.pos.expand_as(h)]).sum(0), True),
-    (lambda net, h: h - net.pos.flip(0), True),
-    (lambda net, h: h * net.pos, False), (lambda net, h: h @ net.pos.t() @ net.pos, False),
-    (lambda net, h: h @ (net.pos.tanh() - net.pos).t() @ net.pos.detach(), False),
-], ids=["scaled and added", "concatenated", "chosen", "stacked", "subtracted", "multiplied",
-        "matrix product", "a weight made of it"])
+@pytest.mark.parametrize(
+    ("table", "local"),
+    [
+        (lambda net, h: h + 0.5 * net.pos, True),
+        (lambda net, h: torch.cat([net.pos.expand_as(h), h], 1), True),
+        (lambda net, h: torch.where(h > 0, h, net.pos), True),
+        (lambda net, h: torch.stack([h, net.pos.expand_as(h)]).sum(0), True),
+        (lambda net, h: h - net.pos.flip(0), True),
+        (lambda net, h: h * net.pos, False),
+        (lambda net, h: h @ net.pos.t() @ net.pos, False),
+        (lambda net, h: h @ (net.pos.tanh() - net.pos).t() @ net.pos.detach(), False),
+    ],
+    ids=[
+        "scaled and added",
+        "concatenated",
+        "chosen",
+        "stacked",
+        "subtracted",
+        "multiplied",
+        "matrix product",
+        "a weight made of it",
+    ],
+)
 @pytest.mark.parametrize("name", ["fa", "kp", "dfa", "asap"])
 def test_a_table_is_local_only_where_it_is_added(name: str, table: Callable[[Reader, Tensor], Tensor], local: bool) -> None:
     class Tabled(Reader):
@@ -219,10 +234,17 @@ def test_lazy_layers_are_refused_and_left_alone_until_they_have_a_weight(name: s
 
 
 # ------------------------------------------------------------------------------------------------ samples
-@pytest.mark.parametrize("sample", [
-    TOKENS[:2], (TOKENS[:2],), [TOKENS[:2], torch.ones(2, 5)], {"tokens": TOKENS[:2]},
-    {"mask": torch.ones(2, 5), "tokens": TOKENS[:2]},
-], ids=["tensor", "tuple", "list", "dictionary", "dictionary of two"])
+@pytest.mark.parametrize(
+    "sample",
+    [
+        TOKENS[:2],
+        (TOKENS[:2],),
+        [TOKENS[:2], torch.ones(2, 5)],
+        {"tokens": TOKENS[:2]},
+        {"mask": torch.ones(2, 5), "tokens": TOKENS[:2]},
+    ],
+    ids=["tensor", "tuple", "list", "dictionary", "dictionary of two"],
+)
 @pytest.mark.parametrize("name", COVERING)
 def test_a_sample_may_be_given_as_the_model_takes_it(name: str, sample: Any) -> None:
     rule = attach(Reader(), name, sample_input=sample)
@@ -244,10 +266,21 @@ def test_a_sample_that_the_model_does_not_take_says_what_the_model_said() -> Non
         attach(Reader(), "fa", sample_input={"words": TOKENS[:2]})
 
 
-@pytest.mark.parametrize(("shape", "weight"), [
-    ((4,), False), ((), False), ((4, 1, 1), False), ((1, 1, 5), False), ((3, 2), True), ((1, 1), True), ((1, 5, 4), True),
-    ((5, 1, 4, 1), True), ((2, 3, 4), True),
-], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "weight"),
+    [
+        ((4,), False),
+        ((), False),
+        ((4, 1, 1), False),
+        ((1, 1, 5), False),
+        ((3, 2), True),
+        ((1, 1), True),
+        ((1, 5, 4), True),
+        ((5, 1, 4, 1), True),
+        ((2, 3, 4), True),
+    ],
+    ids=str,
+)
 def test_a_weight_is_a_matrix_or_has_two_long_dimensions(shape: tuple[int, ...], weight: bool) -> None:
     assert is_weight("table", torch.empty(shape)) is weight
     assert not is_weight("feedback_B", torch.empty(shape))
@@ -270,6 +303,7 @@ def test_a_look_up_in_a_tied_embedding_is_not_the_use_that_is_named() -> None:
 
 def test_a_table_that_did_not_run_is_known_by_its_kind() -> None:
     """What it would carry nobody saw; a look-up carries no error on."""
+
     class Unused(Reader):
         def __init__(self) -> None:
             super().__init__()

@@ -36,9 +36,24 @@ TOGETHER = ("predsim", "dgl", "asfp_lc", "grape")
 #: A new draw at every forward pass.
 REDRAWN = ("brsf",)
 #: Their hidden errors are made of the labels, and do not carry the loss's scale by themselves.
-OF_LABELS = ("drtp", "drtp sign", "local_error", "predsim", "predsim pred", "bp_deepsup", "dgl", "dgl linear", "asfp_lc",
-             "node_perturbation", "weight_perturbation", "pepita", "forward_forward", "fdfa", "grape",
-             *SETTLING)
+OF_LABELS = (
+    "drtp",
+    "drtp sign",
+    "local_error",
+    "predsim",
+    "predsim pred",
+    "bp_deepsup",
+    "dgl",
+    "dgl linear",
+    "asfp_lc",
+    "node_perturbation",
+    "weight_perturbation",
+    "pepita",
+    "forward_forward",
+    "fdfa",
+    "grape",
+    *SETTLING,
+)
 #: Of the output layer, too.
 WHOLLY_OF_LABELS = ("node_perturbation", "weight_perturbation", "pepita", *SETTLING)
 #: What learns by the output's own error: the head, with blocks the whole last one, and all of the net where errors cross the
@@ -47,7 +62,8 @@ WHOLLY_OF_LABELS = ("node_perturbation", "weight_perturbation", "pepita", *SETTL
 OWN: dict[str, tuple[str, ...]] = {
     **{name: ("head", "c.") for name in ("dgl", "dgl linear", "asfp_lc")},
     **{name: ("head", "a.fc", "b.fc", "c.fc") for name in ("bp_deepsup", "fdfa", "grape")},
-    "forward_forward": ("head", "b.act"), **dict.fromkeys(WHOLLY_OF_LABELS, ()),
+    "forward_forward": ("head", "b.act"),
+    **dict.fromkeys(WHOLLY_OF_LABELS, ()),
 }
 
 
@@ -176,10 +192,16 @@ def test_another_loss_is_right_or_refused_with_a_mend_that_works(variant: str, k
         assert "rule.backward(loss, logits, target, loss_scale=1.0)" in str(error)
         got, scale = found(variant, [(X, Y, loss)], loss_scale=1.0), 1.0
     if variant in WHOLLY_OF_LABELS or variant == "forward_forward":  # which classifies other activations
-        assert_same(got, {key: scale * tensor for key, tensor in found(variant, [(X, Y, F.cross_entropy)]).items()
-                          if variant != "forward_forward" or not key.startswith("head")} | {
-                              key: got[key] for key in got if variant == "forward_forward" and key.startswith(("head", "b.act"))},
-                    rel=1e-5)
+        assert_same(
+            got,
+            {
+                key: scale * tensor
+                for key, tensor in found(variant, [(X, Y, F.cross_entropy)]).items()
+                if variant != "forward_forward" or not key.startswith("head")
+            }
+            | {key: got[key] for key in got if variant == "forward_forward" and key.startswith(("head", "b.act"))},
+            rel=1e-5,
+        )
         return
     head = {key: tensor * (0.01 if variant == "predsim" else 1.0) for key, tensor in true_head(loss).items()}  # 1 - beta
     assert_same({key: got[key] for key in head}, head, rel=1e-5)
@@ -254,12 +276,15 @@ def test_a_scale_is_found_where_most_samples_are_certain(variant: str) -> None:
 @pytest.mark.parametrize("variant", OF_LABELS)
 def test_a_mean_that_is_written_out_gives_the_very_numbers(variant: str) -> None:
     """Its gradient at the logits is rounded in other places, and what it was multiplied by is 1 all the same."""
+
     def by_hand(logits: Tensor, y: Tensor) -> Tensor:
         return (logits.exp().sum(1).log() - logits.gather(1, y.view(-1, 1)).squeeze(1)).mean()
 
     own = OWN.get(variant, ("head",))
-    got, want = (({key: tensor for key, tensor in found(variant, [(X, Y, loss)]).items() if not key.startswith(own)})
-                 for loss in (by_hand, F.cross_entropy))
+    got, want = (
+        ({key: tensor for key, tensor in found(variant, [(X, Y, loss)]).items() if not key.startswith(own)})
+        for loss in (by_hand, F.cross_entropy)
+    )
     assert_same(got, want)
 
 
@@ -276,6 +301,7 @@ def test_a_backward_pass_called_inside_autocast_has_the_precision_of_one_outside
 
     The layers' own products are bfloat16 in both, so that there is no tolerance.
     """
+
     def within(inside: bool) -> dict[str, Tensor]:
         torch.manual_seed(0)
         model, rule = chain(variant, torch.float32)
@@ -332,10 +358,18 @@ def test_a_scale_is_found_in_what_rounding_leaves_of_small_errors(multiple: floa
     assert measured_scale("drtp", delta, logits, labels) == pytest.approx(multiple, rel=0.2)
 
 
-@pytest.mark.parametrize(("dtype", "error", "is_noticed"), [
-    (torch.float32, 0.01, True), (torch.float64, 0.01, True), (torch.bfloat16, 0.01, False), (torch.float16, 0.01, False),
-    (torch.bfloat16, 0.2, True), (torch.float32, 1e-4, False),
-], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "error", "is_noticed"),
+    [
+        (torch.float32, 0.01, True),
+        (torch.float64, 0.01, True),
+        (torch.bfloat16, 0.01, False),
+        (torch.float16, 0.01, False),
+        (torch.bfloat16, 0.2, True),
+        (torch.float32, 1e-4, False),
+    ],
+    ids=str,
+)
 def test_what_is_no_multiple_is_told_from_rounding(dtype: torch.dtype, error: float, is_noticed: bool) -> None:
     """An error at right angles to that of the cross-entropy: four times the unit roundoff of bfloat16 is about 0.01."""
     logits = torch.linspace(-1, 1, 36).view(12, 3)

@@ -54,7 +54,8 @@ def test_local_losses_are_the_objective(objective):
 
 #: Rules with a trained classifier after a cut -> their options, and the names of the classifier's last parameters.
 CLASSIFIERS = {
-    "predsim": ({"loss": "pred"}, "decoder.out"), "dgl": ({"auxiliary_net": "linear"}, "out"),
+    "predsim": ({"loss": "pred"}, "decoder.out"),
+    "dgl": ({"auxiliary_net": "linear"}, "out"),
     "asfp_lc": ({"match": "random", "freeze_stem": False}, "bn"),
 }
 
@@ -78,8 +79,11 @@ def test_trained_classifiers_learn_by_the_objective_with_its_options(name, objec
     else:
         scores = hidden @ tensors[f"{last}.weight"].t()
     scores, labels = scores + tensors[f"{last}.bias"], torch.eye(3, dtype=torch.float64)[y]
-    errors = {"mse": scores - labels, "sigmoid_ce": scores.sigmoid() - labels,
-              "cross_entropy": scores.softmax(1) - (0.4 * labels + 0.2)}[objective.name]
+    errors = {
+        "mse": scores - labels,
+        "sigmoid_ce": scores.sigmoid() - labels,
+        "cross_entropy": scores.softmax(1) - (0.4 * labels + 0.2),
+    }[objective.name]
     torch.testing.assert_close(tensors[f"{last}.bias"].grad, errors.mean(0), rtol=1e-10, atol=1e-12)
 
 

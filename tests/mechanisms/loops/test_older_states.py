@@ -42,8 +42,12 @@ def test_keys_of_states_are_those_of_before(name):
     """{layer or cut}.feedback_{name}: only the auxiliary layers are new, under names of their own."""
     model, rule = attached(name)
     local = rule._local if name == "asfp_lc" else rule
-    expected = {f"{place}.feedback_{key}" for place, tensors in rule.feedback.items() for key in tensors
-                if name not in AUXILIARY or place not in local._auxiliary}
+    expected = {
+        f"{place}.feedback_{key}"
+        for place, tensors in rule.feedback.items()
+        for key in tensors
+        if name not in AUXILIARY or place not in local._auxiliary
+    }
     assert {key for key in model.state_dict() if "feedback_" in key and "auxiliary" not in key} == expected
 
 
@@ -52,8 +56,9 @@ def test_keys_of_states_have_the_order_in_which_the_tensors_were_made(name):
     """Learned or not, so that a state and its hash do not depend on what learns."""
     model, rule = attached(name)
     for place, tensors in rule.feedback.items():
-        assert [key for key in model.state_dict() if key.startswith(f"{place}.feedback_")] == \
-            [f"{place}.feedback_{key}" for key in tensors]
+        assert [key for key in model.state_dict() if key.startswith(f"{place}.feedback_")] == [
+            f"{place}.feedback_{key}" for key in tensors
+        ]
     if name == "mixed":
         assert list(rule.feedback["0"]) == ["B", "R", "F", "K", "mask_pfa", "mask_fa", "mask_kp"]
 

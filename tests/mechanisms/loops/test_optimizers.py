@@ -47,8 +47,13 @@ def test_the_models_own_zero_grad_is_enough(name):
 def test_clipping_the_models_parameters_scales_both_alike():
     """kp: W - B only decays, so that the angles go to 0, although clipping acts at every step."""
     model, rule = attached("kp")
-    steps(model, rule, sgd(model.parameters(), weight_decay=0.02), 1500,
-          before_step=lambda: nn.utils.clip_grad_norm_(model.parameters(), 0.05))
+    steps(
+        model,
+        rule,
+        sgd(model.parameters(), weight_decay=0.02),
+        1500,
+        before_step=lambda: nn.utils.clip_grad_norm_(model.parameters(), 0.05),
+    )
     for feedback, weight in rule.weight_pairs().values():
         assert weight_angle(feedback, weight) < 1e-3
 
@@ -69,8 +74,9 @@ def test_plain_backward_and_no_call_of_the_rule_train_feedback(name):
 @pytest.mark.parametrize("kind", ["loop", "foreach", "fused", "adam", "adamw fused", "rprop"])
 def test_optimizer_made_before_attach_is_an_error_at_the_first_update(name, kind):
     model = net()
-    made = {"adam": torch.optim.Adam, "rprop": torch.optim.Rprop}.get(kind) or \
-        (torch.optim.AdamW if kind.startswith("adamw") else torch.optim.SGD)
+    made = {"adam": torch.optim.Adam, "rprop": torch.optim.Rprop}.get(kind) or (
+        torch.optim.AdamW if kind.startswith("adamw") else torch.optim.SGD
+    )
     settings = {"loop": {"foreach": False}, "foreach": {"foreach": True}}.get(kind, {"fused": True} if "fused" in kind else {})
     optimizer = made(model.parameters(), lr=0.1, **settings)
     rule = fa_bench.attach(model, name, seed=0)
@@ -308,8 +314,9 @@ def test_feedback_that_was_unfrozen_may_be_frozen_again(name, key):
 
 def convolutional():
     torch.manual_seed(1)
-    model = nn.Sequential(*[part for width in (1, 4, 4) for part in (nn.Conv1d(width, 4, 3, padding=1), nn.ReLU())],
-                          nn.Flatten(), nn.Linear(32, 3)).double()
+    model = nn.Sequential(
+        *[part for width in (1, 4, 4) for part in (nn.Conv1d(width, 4, 3, padding=1), nn.ReLU())], nn.Flatten(), nn.Linear(32, 3)
+    ).double()
     model.cut_points = model.blocks = ["1", "3", "5"]
     return model
 

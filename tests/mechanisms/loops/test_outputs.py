@@ -36,6 +36,7 @@ X, Y = batch()
 def noise(monkeypatch: pytest.MonkeyPatch) -> None:
     draw_the_same_for_every_sample(monkeypatch)
 
+
 Pair = namedtuple("Pair", ["one", "two"])
 
 
@@ -77,8 +78,12 @@ PACKS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], tuple[Te
     "tuple": (lambda one, two: (one, two), lambda out: out, "0", "1"),
     "list": (lambda one, two: [one, two], lambda out: out, "0", "1"),
     "namedtuple": (Pair, lambda out: (out.one, out.two), "0", "1"),
-    "nested": (lambda one, two: {"heads": [one, (two, None)], "note": "x"}, lambda out: (out["heads"][0], out["heads"][1][0]),
-               "heads.0", "heads.1.0"),
+    "nested": (
+        lambda one, two: {"heads": [one, (two, None)], "note": "x"},
+        lambda out: (out["heads"][0], out["heads"][1][0]),
+        "heads.0",
+        "heads.1.0",
+    ),
     "ModelOutput": (lambda one, two: ModelOutput(one=one, two=two), lambda out: (out.one, out["two"]), "one", "two"),
     "dataclass": (Record, lambda out: (out.one, out.two), "one", "two"),
     "frozen dataclass": (FrozenRecord, lambda out: (out.one, out.two), "one", "two"),
@@ -259,6 +264,7 @@ def test_a_loss_that_the_model_computed_is_right_or_refused(name: str) -> None:
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_several_outputs_in_training_alone_need_a_name_then(name: str) -> None:
     """As auxiliary heads that are there in training: the sample forward, in evaluation mode, does not show them."""
+
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -279,6 +285,7 @@ def test_several_outputs_in_training_alone_need_a_name_then(name: str) -> None:
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_an_output_that_nothing_trains_is_none_to_ask_about(name: str) -> None:
     """A scale or a mask beside the logits: no loss comes from there, whichever comes first."""
+
     class Beside(Chain):
         def forward(self, x: Tensor) -> Any:
             return x.mean(1), super().forward(x)
@@ -293,6 +300,7 @@ def test_an_output_that_nothing_trains_is_none_to_ask_about(name: str) -> None:
 
 def test_of_several_outputs_those_that_layers_go_on_from_make_no_output_layer() -> None:
     """A hidden state beside the logits, whichever comes first."""
+
     class States(nn.Module):
         def __init__(self, first: bool) -> None:
             super().__init__()
@@ -317,6 +325,7 @@ def test_a_number_names_the_output_that_its_text_names(name: str) -> None:
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_a_scalar_beside_the_named_output_is_refused_only_if_it_was_computed_from_it(name: str) -> None:
     """A penalty of a weight may be; without the named output nobody knows, and it is refused."""
+
     class Penalised(Chain):
         scalar, named = "weight", True
 

@@ -79,8 +79,7 @@ def test_training_is_refused_by_name(name: str, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("name", [
-    name for name in CUT_RULES if name not in FEEDBACK and not ALGORITHMS[name].repeats])
+@pytest.mark.parametrize("name", [name for name in CUT_RULES if name not in FEEDBACK and not ALGORITHMS[name].repeats])
 def test_cut_rules_bring_their_error_through_the_computation(name: str, how: str) -> None:
     """They leave every layer as it is, so that the error at a cut reaches the tensors that the weight is made of."""
     model, rule = reparametrized(name, how)
@@ -91,8 +90,9 @@ def test_cut_rules_bring_their_error_through_the_computation(name: str, how: str
     found = {key: gradient for key, gradient in gradients(model).items() if key.startswith("b.fc") and "feedback" not in key}
     # The bias's gradient is the error at the layer's output, summed; that of the weight is compared by hand.
     errors: list[Tensor] = []
-    handle = model.b.fc.register_forward_hook(lambda module, args, output: void(
-        output.requires_grad and output.register_hook(errors.append)))  # further passes have no gradients
+    handle = model.b.fc.register_forward_hook(
+        lambda module, args, output: void(output.requires_grad and output.register_hook(errors.append))
+    )  # further passes have no gradients
     model.zero_grad()
     rule.load_state_dict(state)  # the same noise again
     logits = model(X)
@@ -172,8 +172,9 @@ def test_detach_unfreezes_the_weight_and_nothing_of_the_parametrization() -> Non
     rule = attach(model, "frozen")
     parametrize.register_parametrization(model.b.fc, "weight", Scaled())
     rule.detach()
-    assert {key for key, parameter in model.named_parameters() if not parameter.requires_grad} == \
-        {"b.fc.parametrizations.weight.0.factor"}
+    assert {key for key, parameter in model.named_parameters() if not parameter.requires_grad} == {
+        "b.fc.parametrizations.weight.0.factor"
+    }
 
 
 def test_detach_unfreezes_what_weight_norm_made_of_a_frozen_weight() -> None:
@@ -234,11 +235,18 @@ def test_dynamic_quantisation_is_refused_or_right_and_works_after_detach(name: s
 
 
 @pytest.mark.parametrize("is_attached_first", [True, False])
-@pytest.mark.parametrize("make", [
-    lambda: (nn.Linear(4, 4), "bias"), lambda: (nn.Conv1d(3, 3, 1), "bias"), lambda: (nn.Bilinear(4, 4, 4), "bias"),
-    lambda: (nn.LSTM(4, 4), "bias_hh_l0"), lambda: (nn.GRUCell(4, 4), "bias_ih"),
-    lambda: (nn.MultiheadAttention(4, 2), "in_proj_bias"),
-], ids=["linear", "conv", "bilinear", "lstm", "cell", "attention"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: (nn.Linear(4, 4), "bias"),
+        lambda: (nn.Conv1d(3, 3, 1), "bias"),
+        lambda: (nn.Bilinear(4, 4, 4), "bias"),
+        lambda: (nn.LSTM(4, 4), "bias_hh_l0"),
+        lambda: (nn.GRUCell(4, 4), "bias_ih"),
+        lambda: (nn.MultiheadAttention(4, 2), "in_proj_bias"),
+    ],
+    ids=["linear", "conv", "bilinear", "lstm", "cell", "attention"],
+)
 def test_a_computed_bias_stays_in_the_forward_pass(make: Callable[[], Any], is_attached_first: bool) -> None:
     """Pruning the bias leaves the weight a parameter, which has its feedback as before."""
     (module, name), x = make(), torch.randn(3, 4, requires_grad=True)
@@ -254,12 +262,19 @@ def test_a_computed_bias_stays_in_the_forward_pass(make: Callable[[], Any], is_a
     assert getattr(module, f"{name}_orig").grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize(("make", "name", "count"), [
-    (lambda: nn.MultiheadAttention(4, 2), "in_proj_bias", 3), (lambda: nn.GRUCell(4, 4), "bias_ih", 1),
-    (lambda: nn.Bilinear(4, 4, 4), "bias", 2),
-], ids=["attention", "cell", "bilinear"])
+@pytest.mark.parametrize(
+    ("make", "name", "count"),
+    [
+        (lambda: nn.MultiheadAttention(4, 2), "in_proj_bias", 3),
+        (lambda: nn.GRUCell(4, 4), "bias_ih", 1),
+        (lambda: nn.Bilinear(4, 4, 4), "bias", 2),
+    ],
+    ids=["attention", "cell", "bilinear"],
+)
 def test_detach_leaves_a_plain_module_with_the_parametrization_of_its_bias(
-    make: Callable[[], nn.Module], name: str, count: int,
+    make: Callable[[], nn.Module],
+    name: str,
+    count: int,
 ) -> None:
     """The parametrization has derived a class from the one that the module has while a rule is attached."""
     module, inputs = make(), (torch.randn(3, 4),) * count

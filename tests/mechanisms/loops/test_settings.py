@@ -108,6 +108,7 @@ def test_tied_weights_are_noted():
 @pytest.mark.parametrize("how", ["tied", "outside"])
 def test_the_runner_gives_feedback_the_gradient_of_its_own_layer_alone(how):
     """A weight that is used twice has the gradient of both uses; the runner's fused step must not hand that to B."""
+
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
@@ -196,8 +197,10 @@ def test_an_update_by_rounding_noise_is_no_sign_that_feedback_was_left_out(name)
 @pytest.mark.parametrize(("of_weights", "of_feedback"), [(0.01, 0.0), (0.0, 0.01), (0.01, 0.02), (0.02, 0.02)])
 def test_another_decay_of_the_feedback_is_warned_of_whichever_is_larger(of_weights, of_feedback):
     model, rule = attached("kp")
-    groups = [{"params": rule.weight_parameters(), "weight_decay": of_weights},
-              {"params": rule.feedback_parameters(), "weight_decay": of_feedback}]
+    groups = [
+        {"params": rule.weight_parameters(), "weight_decay": of_weights},
+        {"params": rule.feedback_parameters(), "weight_decay": of_feedback},
+    ]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         steps(model, rule, torch.optim.SGD(groups, lr=0.1), 1)

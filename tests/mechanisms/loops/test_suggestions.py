@@ -42,8 +42,14 @@ def mlp(*widths: int) -> nn.Module:
 def convnet() -> nn.Module:
     """Two convolutions and two fully connected layers."""
     return nn.Sequential(
-        nn.Conv2d(3, 4, 3, stride=4), nn.ReLU(), nn.Conv2d(4, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(),
-        nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 3),
+        nn.Conv2d(3, 4, 3, stride=4),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(64, 16),
+        nn.ReLU(),
+        nn.Linear(16, 3),
     )
 
 
@@ -125,10 +131,14 @@ def attached_as_suggested(make: Callable[[], nn.Module], x: Tensor, name: str, *
     raise AssertionError("three suggestions did not do")
 
 
-@pytest.mark.parametrize(("name", "kind"), [
-    *((name, kind) for name in CUT_RULES for kind in ("mlp", "convnet", "two heads", "recurrent")),
-    *((name, "resnet18") for name in ("dfa", "dgl")), *((name, "squeezenet") for name in ("drtp", "predsim", "asfp_lc")),
-])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, kind) for name in CUT_RULES for kind in ("mlp", "convnet", "two heads", "recurrent")),
+        *((name, "resnet18") for name in ("dfa", "dgl")),
+        *((name, "squeezenet") for name in ("drtp", "predsim", "asfp_lc")),
+    ],
+)
 def test_the_suggested_cuts_and_what_else_they_need(name: str, kind: str) -> None:
     make, x = MODELS[kind]
     options = {"linear": "share", "match": "random"} if name == "asfp_lc" else {}
@@ -188,6 +198,7 @@ def test_the_suggested_linear_and_match(name: str) -> None:
 @pytest.mark.parametrize("name", ["fa", "kp", "dfa", "predsim", "forward_alignment"])
 def test_the_suggested_allowance(name: str, layers: int) -> None:
     """Up to four weights are named, more are allowed as a whole; what was allowed before stays allowed."""
+
     class Stacked(Recurrent):
         def __init__(self) -> None:
             super().__init__()
@@ -201,19 +212,35 @@ def test_the_suggested_allowance(name: str, layers: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ the command line
-SMALL = ["scale=smoke", "dataset=synthetic", "dataset.samples=32", "batch_size=8", "threads=1", "device=cpu", "probe_every=0",
-         "probe_size=4", "hydra.run.dir=run"]
+SMALL = [
+    "scale=smoke",
+    "dataset=synthetic",
+    "dataset.samples=32",
+    "batch_size=8",
+    "threads=1",
+    "device=cpu",
+    "probe_every=0",
+    "probe_size=4",
+    "hydra.run.dir=run",
+]
 TORCHVISION = ["architecture=torchvision", "architecture.model=resnet18", "dataset.channels=3", "dataset.size=32"]
 
 
-@pytest.mark.parametrize(("command", "options"), [
-    (["algorithm=dfa", *TORCHVISION], {"cuts"}),
-    (["algorithm=dgl", *TORCHVISION], {"cuts"}),
-    (["algorithm=dfa", *TORCHVISION, "algorithm.cuts=[layer3]"], {"allow_uncovered"}),
-    (["algorithm=drtp", "architecture=mlp", "architecture.widths=[6,6,6]", "algorithm.cuts=[act1,act3]"], {"allow_uncovered"}),
-    (["algorithm=asap", "architecture=conv2"], {"linear"}),
-    (["algorithm=asfp", "architecture=mlp", "architecture.widths=[8,5,6]"], {"match"}),
-], ids=["cuts", "cuts of blocks", "all uncovered", "some uncovered", "linear", "match"])
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        (["algorithm=dfa", *TORCHVISION], {"cuts"}),
+        (["algorithm=dgl", *TORCHVISION], {"cuts"}),
+        (["algorithm=dfa", *TORCHVISION, "algorithm.cuts=[layer3]"], {"allow_uncovered"}),
+        (
+            ["algorithm=drtp", "architecture=mlp", "architecture.widths=[6,6,6]", "algorithm.cuts=[act1,act3]"],
+            {"allow_uncovered"},
+        ),
+        (["algorithm=asap", "architecture=conv2"], {"linear"}),
+        (["algorithm=asfp", "architecture=mlp", "architecture.widths=[8,5,6]"], {"match"}),
+    ],
+    ids=["cuts", "cuts of blocks", "all uncovered", "some uncovered", "linear", "match"],
+)
 def test_the_command_line_trains_with_what_it_suggests(
     command: list[str], options: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -96,6 +96,7 @@ def test_a_cut_that_does_not_run_in_training_is_warned_of_once(name):
 @pytest.mark.parametrize("name", (*EDGE, *CUT, "forward_alignment", "dgl"))
 def test_a_pass_without_gradients_beside_one_with_them_is_allowed(name):
     """Self-distillation: the same layers make a target. The gradients are those without it."""
+
     def distils(net, x, h):
         with torch.no_grad():
             target = net.act2(net.b(net.act(net.a(x + 0.1))))
@@ -145,6 +146,7 @@ def test_an_activation_of_an_earlier_pass_is_not_shared(name):
 @pytest.mark.parametrize("name", EDGE)
 def test_the_first_pass_runs_once_on_the_users_own_input(name):
     """No second pass on the same arguments, which a model may change or use up."""
+
     class Consumes(Net):
         def forward(self, batch):
             return super().forward(batch.pop("x").sub_(1.0))
@@ -191,8 +193,11 @@ def test_labels_that_the_loss_leaves_out_are_not_trained_on(name):
     logits = model(X)
     mask = torch.arange(8) < 5
     weights = torch.tensor([1.0, 2.0, 3.0]).double()
-    for loss in (F.cross_entropy(logits, Y, ignore_index=int(Y[0])), F.cross_entropy(logits, Y, weight=weights),
-                 F.cross_entropy(logits[mask], Y[mask])):
+    for loss in (
+        F.cross_entropy(logits, Y, ignore_index=int(Y[0])),
+        F.cross_entropy(logits, Y, weight=weights),
+        F.cross_entropy(logits[mask], Y[mask]),
+    ):
         with pytest.raises(ValueError, match="loss_scale"):
             rule.backward(loss, logits, Y)
     assert all(p.grad is None for p in [model.a.weight, model.b.weight])
@@ -205,6 +210,7 @@ def test_labels_that_the_loss_leaves_out_are_not_trained_on(name):
 @pytest.mark.parametrize("name", ["dfa", "drtp"])
 def test_a_cut_that_was_without_gradients_once_is_only_missed_later(name):
     """A cut that does not run is warned of, one that runs without gradients is refused: each pass is judged by itself."""
+
     class Sometimes(Net):
         how = ""
 
@@ -253,6 +259,7 @@ def test_a_refused_pass_leaves_the_next_one_alone(name):
 @pytest.mark.parametrize("name", ["fa", "asap", "dfa"])
 def test_lists_and_mappings_of_a_sample_stay_as_they_are(name):
     """Of a model that takes things out of them."""
+
     class Takes(Net):
         def forward(self, parts, more):
             return super().forward(parts.pop() + more.pop("x"))
@@ -267,6 +274,7 @@ def test_lists_and_mappings_of_a_sample_stay_as_they_are(name):
 @pytest.mark.parametrize("name", EDGE)
 def test_a_model_that_calls_itself_in_its_first_pass_is_left_without_observers(name):
     """The pass is observed once, however deep the call: hooks and modes of torch are those from before."""
+
     class Again(Net):
         def forward(self, x, again=True):
             y = super().forward(x)

@@ -106,6 +106,7 @@ def test_a_weight_used_outside_its_layer_is_refused_by_name(name: str, how: str)
 @pytest.mark.parametrize("name", COVERING)
 def test_a_weight_used_outside_its_layer_before_the_layer_runs_is_refused(name: str, by_name: bool) -> None:
     """The layer's input was computed from its own weight."""
+
     class Early(Net):
         def forward(self, x: Tensor) -> Tensor:
             h = self.act(self.enc(x)) @ self.mid.weight
@@ -156,7 +157,7 @@ def test_modules_that_learn_by_backpropagation_within_do_not_mind(name: str) -> 
 HARMLESS: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "dtype": lambda net, h: h[:, :8].to(net.enc.weight.dtype),
     "device": lambda net, h: h[:, :8].to(net.enc.weight.device),
-    "shape": lambda net, h: h[:, :net.enc.weight.shape[1]] / net.enc.weight.size(0),
+    "shape": lambda net, h: h[:, : net.enc.weight.shape[1]] / net.enc.weight.size(0),
     "to": lambda net, h: h[:, :8].to(net.enc.weight),
     "type_as": lambda net, h: h[:, :8].type_as(net.enc.weight),
     "to what is detached": lambda net, h: h[:, :8].to(net.enc.weight.detach()),
@@ -261,8 +262,10 @@ def test_without_a_sample_the_first_training_forward_refuses_every_time(name: st
     assert not gradients(model)
     # brsf drew its magnitudes in the pass that was refused.
     drawn = [key for key in before if key.endswith("feedback_M")] if name == "brsf" else []
-    assert_same({key: tensor for key, tensor in state(model).items() if key not in drawn},
-                {key: tensor for key, tensor in before.items() if key not in drawn})
+    assert_same(
+        {key: tensor for key, tensor in state(model).items() if key not in drawn},
+        {key: tensor for key, tensor in before.items() if key not in drawn},
+    )
 
 
 class TrainingOnly(nn.Module):

@@ -26,8 +26,8 @@ REFERENCES: dict[str, Callable] = {}
 CASES: dict[str, tuple[str, dict]] = {}
 AFTER_UPDATE: dict[str, Callable] = {}
 TRAITS: dict[str, set[str]] = {
-    trait: set() for trait in (
-        "exact", "redrawn", "unscaled", "partly_exact", "untrue_output", "noisy", "learned_from_noise", "last_module")
+    trait: set()
+    for trait in ("exact", "redrawn", "unscaled", "partly_exact", "untrue_output", "noisy", "learned_from_noise", "last_module")
 }
 
 for _found in pkgutil.iter_modules(__path__, f"{__name__}."):

@@ -60,7 +60,8 @@ def with_losses(chain, params, feedback, x, y, losses: dict[str, float], update_
         if stage.name in weighted(chain):
             tensors = feedback[stage.name]
             of_b, of_w = local_gradients(
-                stage, params[f"{stage.name}.weight"], tensors["B"], tensors.get("noise", true_inputs[stage.name]), **losses)
+                stage, params[f"{stage.name}.weight"], tensors["B"], tensors.get("noise", true_inputs[stage.name]), **losses
+            )
             grads[f"{stage.name}.B"] = of_b
             if update_forward:
                 grads[f"{stage.name}.weight"] = grads[f"{stage.name}.weight"] + of_w
@@ -83,11 +84,12 @@ def information_alignment(chain, params, feedback, x, y, alpha=2e-3, beta=1e-3, 
     return with_losses(chain, params, feedback, x, y, {"amp": alpha, "null": beta, "decay": gamma}, update_forward)
 
 
-REFERENCES = {function.__name__: function for function in (
-    symmetric_alignment, activation_alignment, regularized_mirror, information_alignment)}
+REFERENCES = {
+    function.__name__: function
+    for function in (symmetric_alignment, activation_alignment, regularized_mirror, information_alignment)
+}
 CASES = {name: (name, {}) for name in REFERENCES}
-CASES |= {f"{name}-forward": (name, {"update_forward": True, "alpha": 0.3, "beta": 0.5})
-          for name in REFERENCES}
+CASES |= {f"{name}-forward": (name, {"update_forward": True, "alpha": 0.3, "beta": 0.5}) for name in REFERENCES}
 CASES |= {
     "information_alignment-gamma": ("information_alignment", {"alpha": 0.2, "beta": 0.3, "gamma": 0.4}),
     "information_alignment-noise": ("information_alignment", {"signal": "noise", "noise_batch": 3}),

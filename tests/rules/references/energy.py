@@ -32,8 +32,7 @@ def pc(chain, params, feedback, x, y, steps=20, rate=0.1, momentum=0.0, **_) -> 
     velocity = [np.zeros_like(value) for value in states]
     for _step in range(steps):
         entering = [x, *states]
-        errors = [state - forward(part, params, start)[-1]
-                  for part, start, state in zip(parts, entering, states, strict=False)]
+        errors = [state - forward(part, params, start)[-1] for part, start, state in zip(parts, entering, states, strict=False)]
         for at in range(len(states)):
             # A state has its own error, and is the input of the next block alone.
             above = output_delta(parts, params, states, y) if at + 1 == len(states) else -errors[at + 1]

@@ -24,8 +24,18 @@ def wm(chain, params, feedback, x, y, **_) -> Arrays:
 
 
 def mirror_step(
-    stage: Stage, weight: np.ndarray, bias: np.ndarray | None, feedback: np.ndarray, noise: np.ndarray, *, rate=0.01, decay=None,
-    sigma=1.0, activation="linear", block_bias=True, per_tap=True,
+    stage: Stage,
+    weight: np.ndarray,
+    bias: np.ndarray | None,
+    feedback: np.ndarray,
+    noise: np.ndarray,
+    *,
+    rate=0.01,
+    decay=None,
+    sigma=1.0,
+    activation="linear",
+    block_bias=True,
+    per_tap=True,
 ) -> np.ndarray:
     """B after one step: (1 - λ) B + η (1 / (N σ² φ' n_pos)) Σ yᵀ x, y = φ(W x + b), x the given noise; λ is η unless given."""
     decay = rate if decay is None else decay

@@ -43,8 +43,9 @@ def node_perturbation(chain, params, feedback, x, y, sigma=1e-3, perturb_output=
     xi = {cut: noise(draws, cut, plain[cut].shape) for cut in feedback}
     if perturb_output:
         xi[last] = noise(draws, "", plain[last].shape)
-    sides = [losses(altered(chain, params, x, after={at: size * value for at, value in xi.items()})[""], y)
-             for size in (sigma, -sigma)]
+    sides = [
+        losses(altered(chain, params, x, after={at: size * value for at, value in xi.items()})[""], y) for size in (sigma, -sigma)
+    ]
     given = {at: np.zeros_like(value) for at, value in xi.items()}
     for n in range(len(x)):
         for at, value in xi.items():
@@ -55,8 +56,10 @@ def node_perturbation(chain, params, feedback, x, y, sigma=1e-3, perturb_output=
 def weight_perturbation(chain, params, feedback, x, y, epsilon=1e-3, draws=None, **_) -> Arrays:
     """gradient = v (L(theta + eps v) - L(theta - eps v)) / 2 eps, the same v in both passes."""
     v = {name: noise(draws, str(number), value.shape, True) for number, (name, value) in enumerate(params.items())}
-    plus, minus = (losses(altered(chain, {name: params[name] + size * v[name] for name in params}, x)[""], y).mean()
-                   for size in (epsilon, -epsilon))
+    plus, minus = (
+        losses(altered(chain, {name: params[name] + size * v[name] for name in params}, x)[""], y).mean()
+        for size in (epsilon, -epsilon)
+    )
     return {name: v[name] * (plus - minus) / (2 * epsilon) for name in params}
 
 
@@ -100,8 +103,10 @@ def np_feedback(chain, params, feedback, x, y, sigma=1e-2, draws=None, **_) -> A
     grads = gradients(chain, params, x, y, carry=carry, errors=errors)
     entering, names = inputs(chain, params, x), [stage.name for stage in chain]
     xi = {layer: noise(draws, f"{layer} 0", entering[layer].shape) for layer in weighted(chain)}
-    sides = [losses(altered(chain, params, x, before={at: size * value for at, value in xi.items()})[""], y)
-             for size in (sigma, -sigma)]
+    sides = [
+        losses(altered(chain, params, x, before={at: size * value for at, value in xi.items()})[""], y)
+        for size in (sigma, -sigma)
+    ]
     slopes = (sides[0] - sides[1]) / (2 * sigma)
     for stage in chain:
         if stage.name not in xi:
@@ -172,8 +177,11 @@ def _unit(x: np.ndarray) -> np.ndarray:
 
 
 REFERENCES = {
-    "node_perturbation": node_perturbation, "weight_perturbation": weight_perturbation, "pepita": pepita,
-    "np_feedback": np_feedback, "forward_forward": forward_forward,
+    "node_perturbation": node_perturbation,
+    "weight_perturbation": weight_perturbation,
+    "pepita": pepita,
+    "np_feedback": np_feedback,
+    "forward_forward": forward_forward,
 }
 CASES = {
     "node_perturbation": ("node_perturbation", {"sigma": 0.3}),

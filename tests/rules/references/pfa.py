@@ -47,8 +47,14 @@ def ldfa(chain, params, feedback, x, y, b_rate=1.0, rank=0, **_) -> Arrays:
     """As PFA; gradient of B = -rate (C B - B Bᵀ C B), C = the sum of outer products g g / ‖g‖, in every group of its own."""
     stages, errors = {stage.name: stage for stage in chain}, {}
     grads = pfa(chain, params, feedback, x, y)
-    gradients(chain, params, x, y, errors=errors, carry={
-        layer: path(stages[layer], tensors["B"], tensors["R"]) for layer, tensors in feedback.items()})
+    gradients(
+        chain,
+        params,
+        x,
+        y,
+        errors=errors,
+        carry={layer: path(stages[layer], tensors["B"], tensors["R"]) for layer, tensors in feedback.items()},
+    )
     for layer, tensors in feedback.items():
         if b_rate:
             error = errors[layer].reshape(*errors[layer].shape[:2], -1)
