@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from fa_bench.report.plots import plot_curves, plot_layers, plot_setting
     from fa_bench.schedules.base import Schedule
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 #: Name -> the module that it comes from, imported at its first use: the command line starts without torch.
 _MODULES = {

@@ -1,0 +1,104 @@
+"""Build the package, check it, and use the wheel from an empty folder.
+
+    python scripts/check_package.py [--out DIR]
+
+Builds sdist and wheel (in this environment, without network), checks them with twine, installs the wheel without its dependencies
+into a temporary folder, and runs a single run, a sweep, a report, a tuning study and an analysis there, with the installed code alone.
+Needs the extras `package` and `tune`. `--out` keeps the built files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+#: What a user does first, and a file that each command must leave.
+COMMANDS: list[tuple[list[str], str | None]] = [
+    (["fa-bench", "--version"], None),
+    (["fa-bench", "algorithm=kp", "epochs=1"], "outputs/digits-mlp/kp-*/seed0/result.json"),
+    (["fa-bench", "-m", "algorithm=bp,kp", "scale=smoke", "experiment=quickstart"], "outputs/quickstart/report.md"),
+    (["fa-bench-report", "outputs/quickstart", "--out", "again"], "again/report.csv"),
+    (["fa-bench-tune", "algorithm=bp", "budget=2", "epochs=1", "final_epochs=1", "seeds=0"], "outputs/digits-mlp-tune/tune.md"),
+    (["fa-bench-analyse", "memory_accesses"], "outputs/**/memory_accesses*"),
+]
+#: Must be in the wheel, beside the code.
+IN_WHEEL = ["fa_bench/conf/config.yaml", "fa_bench/py.typed", "fa_bench/report/published.yaml", "hydra_plugins/"]
+#: Must be in the sdist, so that a distribution can build and test from it.
+IN_SDIST = ["conf/config.yaml", "tests/", "scripts/", "docs/", "CITATION.cff", "CHANGELOG.md", "LICENSE", "pyproject.toml"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, help="directory for the built sdist and wheel")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="fa_bench-package-") as name:
+        folder = Path(name)
+        sdist, wheel = build(folder / "dist")
+        installed = folder / "installed"
+        _run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", installed, wheel], ROOT)
+        use(installed, folder / "empty")
+        if arguments.out:
+            arguments.out.mkdir(parents=True, exist_ok=True)
+            for path in (sdist, wheel):
+                shutil.copy(path, arguments.out)
+    print("package: ok")
+
+
+def build(dist: Path) -> tuple[Path, Path]:
+    """Build sdist and wheel (the wheel from the sdist), and check their metadata and contents.
+
+    Raises:
+        SystemExit: if a file is missing in one of them.
+    """
+    _run([sys.executable, "-m", "build", "--no-isolation", "--outdir", dist, ROOT], ROOT)
+    (sdist,), (wheel,) = dist.glob("*.tar.gz"), dist.glob("*.whl")
+    _run([sys.executable, "-m", "twine", "check", "--strict", sdist, wheel], ROOT)
+    with tarfile.open(sdist) as archive:
+        _require(sdist.name, IN_SDIST, [name.partition("/")[2] for name in archive.getnames()])
+    with zipfile.ZipFile(wheel) as archive:
+        _require(wheel.name, IN_WHEEL, archive.namelist())
+    return sdist, wheel
+
+
+def use(installed: Path, empty: Path) -> None:
+    """Run the commands in an empty folder with the code in `installed`, and check what they write.
+
+    Raises:
+        SystemExit: if other code is imported, or a command fails or leaves no file.
+    """
+    empty.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
+    code = "import fa_bench; print(fa_bench.__file__)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=empty, env=environment, text=True, capture_output=True, check=True)
+    if not Path(found.stdout.strip()).is_relative_to(installed):
+        raise SystemExit(f"package: imported {found.stdout.strip()} instead of the installed wheel")
+    for (name, *arguments), expected in COMMANDS:
+        script = shutil.which(name, path=installed / "bin") or shutil.which(name, path=installed / "Scripts")
+        if script is None:
+            raise SystemExit(f"package: the wheel has no command {name}")
+        _run([script, *arguments], empty, environment)
+        if expected is not None and not list(empty.glob(expected)):
+            raise SystemExit(f"package: {name} {' '.join(arguments)} wrote no {expected}")
+
+
+def _require(archive: str, wanted: list[str], names: list[str]) -> None:
+    missing = [name for name in wanted if not any(found.startswith(name) for found in names)]
+    if missing:
+        raise SystemExit(f"package: {archive} lacks {', '.join(missing)}")
+
+
+def _run(command: list[str | Path], folder: Path, environment: dict[str, str] | None = None) -> None:
+    print("+", *command, flush=True)
+    subprocess.run(command, cwd=folder, env=environment, check=True)
+
+
+if __name__ == "__main__":
+    main()
