@@ -3,8 +3,8 @@
     python scripts/check_package.py [--out DIR]
 
 Builds sdist and wheel (in this environment, without network), checks them with twine, installs the wheel without its dependencies
-into a temporary folder, and runs a single run, a sweep, a report, a tuning study and an analysis there, with the installed code alone.
-Needs the extras `package` and `tune`. `--out` keeps the built files.
+into a temporary folder, and runs a single run, a sweep, a report, a tuning study and an analysis there, with the installed code
+alone. Needs the extras `package` and `tune`. `--out` keeps the built files.
 """
 
 from __future__ import annotations
