@@ -1,0 +1,232 @@
+"""Writes docs/results.md from its template and the results in docs/data, and adds results of finished sweeps to docs/data.
+
+    python scripts/make_results.py
+    python scripts/make_results.py collect NAME "COMMAND" DIR...
+
+`collect` writes a report on the runs in DIR and keeps its tables as docs/data/NAME/report.csv, runs.csv and layers.csv, beside
+about.yaml: the command, the commit, versions and the machine. It refuses runs of several commits, or of modified code. The
+template, docs/data/results.md.jinja, has the prose; every number of a table, and every number that prose takes from a run, comes
+from the files. A test compares the committed page with the output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "docs" / "data"
+TEMPLATE = "results.md.jinja"
+PAGE = ROOT / "docs" / "results.md"
+#: Columns that say where a run lay on the machine.
+_LOCAL = ("directory",)
+
+
+class Study:
+    """The committed results of one sweep.
+
+    Attributes:
+        name: folder in docs/data.
+        about: what about.yaml records.
+        report: one row per rule and setting, indexed by its label.
+        runs: one row per run.
+        layers: one row per label, layer and quantity: mean and standard deviation over seeds.
+    """
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        self.about: dict[str, Any] = yaml.safe_load((folder / "about.yaml").read_text(encoding="utf-8"))
+        self.report = pd.read_csv(folder / "report.csv").set_index("label", drop=False)
+        self.runs = pd.read_csv(folder / "runs.csv")
+        layers = folder / "layers.csv"
+        self.layers = pd.read_csv(layers) if layers.exists() else pd.DataFrame()
+
+    def header(self) -> str:
+        """The command, then commit, versions, machine and seeds in one sentence."""
+        about = self.about
+        seeds = sorted(self.runs["seed"].unique())
+        listed = f"seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}"
+        threads = "one thread a run" if about["threads"] == 1 else f"{about['threads']} threads a run"
+        command = "\n".join(f"    {line}" for line in about["command"].splitlines())
+        return (
+            f"{command}\n\nCommit {about['commit'][:7]}, torch {about['torch']}, Python {about['python']}, {about['processor']}, "
+            f"{threads}, {listed}."
+        )
+
+    def value(self, label: str, column: str, digits: int = 2) -> str:
+        """One number of the report."""
+        return f"{self.report.at[label, column]:.{digits}f}"
+
+    def angles(self, label: str, quantity: str, digits: int = 1, std: bool = True) -> str:
+        """A quantity of all layers, in the order of the report: means, with the standard deviation if there are several seeds."""
+        rows = self.layers[(self.layers["label"] == label) & (self.layers["quantity"] == quantity)]
+        return ", ".join(
+            f"{row.mean:.{digits}f}" + (f" ± {row.std:.{digits}f}" if std and row.n > 1 else "")
+            for row in rows.itertuples(index=False)
+        )
+
+    def table(self, *columns: str, labels: list[str] | None = None, sort: str | None = None) -> str:
+        """A Markdown table of the report.
+
+        Args:
+            *columns: names in `COLUMNS`, or columns of report.csv.
+            labels: the rows, in this order. Default: all.
+            sort: a column of report.csv, highest first; rows without a number come last.
+        """
+        frame = self.report if labels is None else self.report.loc[labels]
+        if sort is not None:
+            frame = frame.sort_values(sort, ascending=False, na_position="last", kind="stable")
+        cells = [[_cell(row, column) for column in columns] for _, row in frame.iterrows()]
+        return _markdown(columns, cells)
+
+
+def _score(row: pd.Series, digits: int = 2) -> str:
+    if pd.isna(row["test_accuracy"]):
+        return "-"
+    text = f"{row['test_accuracy']:.{digits}f}"
+    text += "" if pd.isna(row["test_accuracy_std"]) else f" ± {row['test_accuracy_std']:.{digits}f}"
+    return f"**{text}**" if row["floor"] is False or row["floor"] == "False" else text
+
+
+def _floor(row: pd.Series) -> str:
+    if row["algorithm"] in ("frozen", "frozen_blocks"):
+        return "floor"
+    if pd.isna(row["floor"]):
+        return "-"
+    return "yes" if str(row["floor"]) == "True" else "**no**"
+
+
+def _unfinished(row: pd.Series) -> str:
+    return f"{row['runs'] - row['n']} of {row['runs']}" if row["runs"] > row["n"] else "-"
+
+
+def _number(column: str, digits: int = 2, sign: str = "") -> Any:
+    return lambda row: "-" if pd.isna(row[column]) else f"{row[column]:{sign}.{digits}f}"
+
+
+#: Heading -> the cell's text, from a row of report.csv.
+COLUMNS: dict[str, Any] = {
+    "rule": lambda row: row["label"],
+    "test accuracy (%)": _score,
+    "95 %": _number("test_accuracy_ci95"),
+    "validation accuracy (%)": _number("val_accuracy"),
+    "difference to bp": _number("bp_difference", sign="+"),
+    "95 % of the difference": _number("bp_difference_ci95"),
+    "beats the floor": _floor,
+    "not finished": _unfinished,
+    "seeds": lambda row: str(row["n"]),
+    "learning rate": lambda row: "-" if pd.isna(row["optimizer.lr"]) else f"{row['optimizer.lr']:g}",
+    "published": lambda row: "-" if pd.isna(row["published"]) else f"{row['published']:.2f}",
+    "difference": _number("published_difference", sign="+"),
+    "delta angle (°)": _number("delta_angle", 1),
+    "weight angle (°)": _number("weight_angle", 1),
+    "seconds an epoch": _number("seconds_per_epoch", 1),
+}
+
+
+def _cell(row: pd.Series, column: str) -> str:
+    if column in COLUMNS:
+        return COLUMNS[column](row)
+    value = row[column]
+    return "-" if pd.isna(value) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def archived(name: str) -> str:
+    """A table as it was published here before results were kept as files: docs/data/archived/NAME.csv, cell by cell."""
+    with (DATA / "archived" / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+        head, *rows = csv.reader(file)
+    return _markdown(head, rows)
+
+
+def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def render() -> str:
+    """The text of docs/results.md.
+
+    Raises:
+        jinja2.UndefinedError: for a study or number that does not exist.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(DATA), undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+    )
+    return environment.get_template(TEMPLATE).render(study=lambda name: Study(name, DATA / name), archived=archived)
+
+
+def collect(name: str, command: str, folders: list[Path]) -> Path:
+    """Keep the tables of a report on the runs in `folders` as docs/data/NAME.
+
+    Raises:
+        SystemExit: for runs of several commits, machines' versions or numbers of threads, or of code with uncommitted changes.
+    """
+    results = [json.loads(path.read_text(encoding="utf-8")) for folder in folders for path in folder.rglob("seed*/result.json")]
+    if not results:
+        raise SystemExit(f"no results in {', '.join(map(str, folders))}")
+    about = {
+        "command": command,
+        "commit": _one("commit", {result["git"]["commit"] for result in results}),
+        "torch": _one("version of torch", {result["versions"]["torch"] for result in results}),
+        "python": _one("version of Python", {result["versions"]["python"] for result in results}),
+        "processor": _processor(),
+        "threads": int(_one("device", {result["device"] for result in results}).split(", ")[1].split()[0]),
+    }
+    if any(result["git"]["dirty"] for result in results):
+        raise SystemExit("some runs are of code with uncommitted changes")
+    target = DATA / name
+    with tempfile.TemporaryDirectory() as scratch:
+        subprocess.run([sys.executable, "-m", "fa_bench.report.cli", *map(str, folders), "--out", scratch], check=False)
+        target.mkdir(parents=True, exist_ok=True)
+        for source, kept in (("report.csv", "report.csv"), ("runs.csv", "runs.csv"), ("report_layers.csv", "layers.csv")):
+            if (Path(scratch) / source).exists():
+                frame = pd.read_csv(Path(scratch) / source, dtype=str, keep_default_na=False)
+                columns = [column for column in frame.columns if column not in _LOCAL and frame[column].ne("").any()]
+                frame[columns].to_csv(target / kept, index=False, lineterminator="\n")
+    (target / "about.yaml").write_text(yaml.safe_dump(about, sort_keys=False, width=200), encoding="utf-8")
+    return target
+
+
+def _one(what: str, values: set[Any]) -> Any:
+    if len(values) != 1:
+        raise SystemExit(f"the runs have more than one {what}: {', '.join(sorted(map(str, values)))}")
+    return values.pop()
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        names = {line.partition(":")[2].strip() for line in path.read_text().splitlines() if line.startswith("model name")}
+        if names:
+            return sorted(names)[0]
+    return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="action")
+    adding = commands.add_parser("collect", help="keep the tables of finished runs in docs/data")
+    adding.add_argument("name")
+    adding.add_argument("command")
+    adding.add_argument("folders", metavar="DIR", nargs="+", type=Path)
+    arguments = parser.parse_args()
+    if arguments.action == "collect":
+        print(collect(arguments.name, arguments.command, arguments.folders))
+    else:
+        PAGE.write_text(render(), encoding="utf-8")
+        print(PAGE.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

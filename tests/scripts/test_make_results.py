@@ -1,0 +1,100 @@
+"""docs/results.md is what its template makes of the committed results."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import fa_bench
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+import make_results
+
+STUDIES = sorted(path.parent.name for path in make_results.DATA.glob("*/about.yaml"))
+
+
+def test_the_page_is_written_from_the_committed_results():
+    assert make_results.PAGE.read_text(encoding="utf-8") == make_results.render()
+
+
+def test_every_committed_result_is_on_the_page():
+    template = (make_results.DATA / make_results.TEMPLATE).read_text(encoding="utf-8")
+    for name in STUDIES:
+        assert f'study("{name}")' in template
+    for path in (make_results.DATA / "archived").glob("*.csv"):
+        assert f'archived("{path.stem}")' in template
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_statistics_of_a_study_are_those_of_its_runs(name: str):
+    study = make_results.Study(name, make_results.DATA / name)
+    finished = study.runs[study.runs["status"].isin(["finished", "stopped"])]
+    for label, row in study.report.iterrows():
+        runs = finished[finished["label"] == label]["test_accuracy"]
+        assert len(runs) == row["n"]
+        if len(runs):
+            assert runs.mean() == pytest.approx(row["test_accuracy"], abs=1e-6)
+        if len(runs) > 1:
+            assert runs.std() == pytest.approx(row["test_accuracy_std"], abs=1e-6)
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    runs = fa_bench.run(
+        "dataset=digits", "scale=smoke", algorithm=["bp", "frozen"], seed=[0, 1], **{"hydra.sweep.dir": str(tmp_path / "sweep")}
+    )
+    for run in runs:  # the tests' checkout may have changes
+        path = Path(run.directory) / "result.json"
+        result = json.loads(path.read_text())
+        result["git"] = {"commit": "1" * 40, "dirty": False}
+        path.write_text(json.dumps(result))
+    return tmp_path / "sweep"
+
+
+def test_collecting_keeps_tables_and_provenance(sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(make_results, "DATA", tmp_path / "data")
+    folder = make_results.collect("mine", "fa-bench -m algorithm=bp,frozen seed=0,1", [sweep])
+    study = make_results.Study("mine", folder)
+    assert study.about["commit"] == "1" * 40
+    assert study.about["threads"] >= 1
+    assert set(study.report.index) == {"bp", "frozen"}
+    assert len(study.runs) == 4
+    assert str(tmp_path) not in "".join(path.read_text() for path in folder.iterdir())
+    assert "    fa-bench -m algorithm=bp,frozen seed=0,1\n\nCommit 1111111, torch " in study.header()
+    assert "seeds 0 to 1." in study.header()
+    head, _, *rows = study.table("rule", "test accuracy (%)", "beats the floor", labels=["frozen", "bp"]).splitlines()
+    assert head == "| rule | test accuracy (%) | beats the floor |"
+    assert [row.split(" | ")[0] for row in rows] == ["| frozen", "| bp"]
+    assert f"{study.runs[study.runs['label'] == 'bp']['test_accuracy'].mean():.2f} ± " in rows[1]
+    assert rows[0].endswith("| floor |")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"git": {"commit": "2" * 40, "dirty": False}}, "more than one commit"),
+        ({"git": {"commit": "1" * 40, "dirty": True}}, "uncommitted changes"),
+    ],
+)
+def test_runs_of_unknown_code_are_not_collected(
+    sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, object], message: str
+):
+    monkeypatch.setattr(make_results, "DATA", tmp_path / "data")
+    path = next(iter(sorted(sweep.rglob("result.json"))))
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(SystemExit, match=message):
+        make_results.collect("mine", "fa-bench", [sweep])
+    assert not (tmp_path / "data").exists()
+
+
+def test_archived_tables_are_shown_cell_by_cell():
+    for path in sorted((make_results.DATA / "archived").glob("*.csv")):
+        with path.open(encoding="utf-8", newline="") as file:
+            head, *rows = csv.reader(file)
+        lines = make_results.archived(path.stem).splitlines()
+        assert [cell.strip() for cell in lines[0].strip("|").split(" | ")] == head
+        assert len(lines) == len(rows) + 2
