@@ -31,6 +31,8 @@ _SEEDS = {
     "test": Column("test"),
     "seconds": Column("seconds", ".1f", timing=True),
 }
+#: Columns of numbers that, like texts, are not repeated in every row if all rows have the same.
+_COUNTS = ("epochs", "n", "runs")
 
 
 class Table(NamedTuple):
@@ -103,17 +105,22 @@ def _figure(picture: Picture) -> str:
 
 
 def _table(table: Table) -> str:
-    """A section with the columns of the table that are not blank in every row."""
+    """A section with the columns that are not blank in every row. Texts that all rows have in common stand above the table."""
     columns: list[tuple[Column, list[str]]] = []
+    common: dict[str, str] = {}
     for name, column in table.columns.items():
         if name in table.frame:
             cells = [cell(value, column.format) for value in table.frame[name]]
-            if set(cells) - {BLANK}:
+            if len(cells) > 1 and len(set(cells)) == 1 and (column.format is None or name in _COUNTS):
+                common |= {column.title: cells[0]} if cells[0] != BLANK else {}
+            elif set(cells) - {BLANK}:
                 columns.append((column, cells))
     if not columns:
         return f"<section><h2>{_text(table.title or 'Summary')}</h2><p>{_text(table.legend)}</p></section>"
+    shared = f"<p>All rows: {_text(', '.join(f'{title} {value}' for title, value in common.items()))}.</p>" if common else ""
     legend = f"<details><summary>Explanation</summary><p>{_text(table.legend)}</p></details>" if table.legend else ""
-    return "\n".join([f"<section><h2>{_text(table.title or 'Summary')}</h2>", _filter(), _grid(columns), legend, "</section>"])
+    parts = [f"<section><h2>{_text(table.title or 'Summary')}</h2>", shared, _filter(), _grid(columns), legend, "</section>"]
+    return "\n".join(filter(None, parts))
 
 
 def _filter() -> str:

@@ -88,6 +88,19 @@ def test_the_page_has_the_tables_figures_configs_and_statuses(tmp_path):
     assert options.count(("optimizer.momentum", "0.9")) == 2 and ("optimizer.lr", "0.2") in options
 
 
+def test_texts_that_all_rows_have_in_common_stand_above_the_table(tmp_path):
+    for rule, seeds in (("bp", (0, 1)), ("kp", (0,))):
+        for seed in seeds:
+            write_run(tmp_path / "runs", rule, seed, 0.9)
+    page, _ = page_of(tmp_path)
+    (common,) = [text for text in page.of("p") if text.startswith("All rows: ")]
+    assert "architecture mlp, dataset digits" in common and "seeds" not in common and "status" not in common
+    head = page.of("button")
+    assert "architecture" not in head and "dataset" not in head
+    assert "seeds" in head and "runs" in head and "status" in head  # these differ
+    assert page.of("td").count("90.00") >= 4  # numbers stay in their rows, even if all are equal
+
+
 def test_options_that_all_runs_share_are_listed_once(tmp_path):
     for lr in (0.1, 0.2):
         run = write_run(tmp_path / "runs", "kp", 0, 0.9, group=f"kp-{lr}", metrics=[])
