@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 def run(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **options: Any) -> list[Run]:
     """Run what ``fa-bench`` with the same arguments would run, in the same directories.
 
-        runs = fa_bench.run("optimizer.lr=0.1,0.01", algorithm=["bp", "fa"], seed=[0, 1])     # 8 runs
-
     Args:
         *overrides: as on the command line, such as ``"algorithm=bp,fa"`` or ``"optimizer.lr=0.1"``. A sweep needs no ``-m``.
         config_dir: a folder of additional configs, as ``--config-dir``.
@@ -36,6 +34,13 @@ def run(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **opt
     Raises:
         FaBenchError: for invalid input, before any training.
         KeyboardInterrupt: after a signal; the same call resumes.
+
+    Examples:
+        >>> import fa_bench
+        >>> runs = fa_bench.run("dataset=synthetic", "scale=smoke", algorithm=["bp", "fa"], seed=[0])
+        Running 2 jobs...
+        >>> [(run.result["algorithm"], run.finished) for run in runs]
+        [('bp', True), ('fa', True)]
     """
     from fa_bench import cli
     from fa_bench.command.compose import Composer
@@ -81,6 +86,13 @@ def tune(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **op
     Raises:
         FaBenchError: for invalid input, before any training.
         KeyboardInterrupt: after a signal; the same call resumes.
+
+    Examples:
+        >>> import fa_bench
+        >>> study = fa_bench.tune("dataset=synthetic", "scale=smoke", algorithm=["bp", "fa"], budget=1, seeds=[0])
+        Tuning 2 rules...
+        >>> list(study.table["rule"])
+        ['bp', 'fa']
     """
     from fa_bench.config.job import register_schemas
     from fa_bench.runs.hashes import clear_cache

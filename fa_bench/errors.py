@@ -14,7 +14,16 @@ from typing import Any
 
 
 class FaBenchError(Exception):
-    """Base of every error caused by the input; the command line prints it without a traceback."""
+    """Base of every error caused by the input; the command line prints it without a traceback.
+
+    Examples:
+        >>> import fa_bench
+        >>> try:
+        ...     fa_bench.run("optimizer.lr=-1")
+        ... except fa_bench.FaBenchError as error:
+        ...     print(error)
+        optimizer.lr=-1.0 is out of range (allowed: > 0)
+    """
 
 
 class OptionError(FaBenchError, ValueError):

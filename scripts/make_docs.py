@@ -60,6 +60,8 @@ FINAL = {
     "loss_output",
     "derivatives_of",
 }
+#: The line below the equations of a rule's page.
+NOTATION = "∇ is the gradient that the optimizer receives; the text below and the [glossary](../glossary.md) define the symbols."
 #: Kinds of rules, more specific ones first, and how they differ from backpropagation.
 KINDS: tuple[tuple[type[Rule], str], ...] = (
     (ModuleRule, "blocks with separate losses"),
@@ -148,6 +150,7 @@ def _page(name: str) -> str:
         f"    fa-bench algorithm={name}",
         f'    rule = fa_bench.attach(model, "{name}")',
         "",
+        *_equations(cls),
         _markdown((inspect.getdoc(cls) or "").partition("\n\n")[2]),
         "",
         "## Options",
@@ -160,6 +163,15 @@ def _page(name: str) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _equations(cls: type[Rule]) -> list[str]:
+    """The rule's own equations, typeset by GitHub and, in the site, by scripts/site_hooks.py."""
+    rows = vars(cls).get("equations", ())
+    if not rows:
+        return []
+    body = " \\\\\n".join(rows)
+    return ["```math", "\\begin{aligned}", body, "\\end{aligned}", "```", "", NOTATION, ""]
 
 
 def _markdown(docstring: str) -> str:

@@ -20,6 +20,20 @@ class Callback(Options):
     A callback may read and change every attribute of the trainer: ``trainer.rule``, its ``model``, ``optimizers``, ``splits``,
     ``options`` and ``progress`` (finished epochs, steps, seconds). ``trainer.stop(reason)`` ends the run after the current
     epoch, as `stopped`; raising an error ends it at once, as failed.
+
+    Examples:
+        >>> import dataclasses, fa_bench
+        >>> @fa_bench.register_callback("norms")
+        ... @dataclasses.dataclass(eq=False)
+        ... class Norms(fa_bench.Callback):
+        ...     '''Records the norm of all weights after every epoch.'''
+        ...
+        ...     def on_epoch_end(self, trainer, metrics):
+        ...         metrics["norm"] = sum(p.norm().item() for p in trainer.model.parameters())
+        >>> [run] = fa_bench.run("dataset=synthetic", "scale=smoke", "callbacks=[norms]")
+        fa seed 0...
+        >>> run.metrics[-1]["norm"] > 0
+        True
     """
 
     def on_fit_start(self, trainer: Trainer) -> None:

@@ -60,7 +60,16 @@ def size_option(default: int | None) -> Any:
 
 @dataclasses.dataclass(eq=False)
 class Dataset(Options):
-    """Base of the datasets."""
+    """Base of the datasets.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> import torch
+        >>> from fa_bench.registry.registries import DATASETS
+        >>> splits = DATASETS["digits"](samples=100, validation=0.2).load(Path("data"), torch.device("cpu"))
+        >>> len(splits.train), splits.input_shape, len(splits.classes)
+        (100, (1, 8, 8), 10)
+    """
 
     validation: float = option(
         0.1, "fraction (below 1) or number (1 or more) of training samples to hold out for validation; 0: none", minimum=0
@@ -264,7 +273,22 @@ class CroppedDataset(ImageDataset):
 
 @dataclasses.dataclass(eq=False)
 class ArrayDataset(ImageDataset):
-    """Base of the datasets whose images are read as arrays and fit on the device."""
+    """Base of the datasets whose images are read as arrays and fit on the device.
+
+    Examples:
+        >>> import dataclasses, numpy, torch, fa_bench
+        >>> @dataclasses.dataclass(eq=False)
+        ... class Stripes(fa_bench.ArrayDataset):
+        ...     '''Images of 8x8 pixels that are dark or bright.'''
+        ...
+        ...     def arrays(self, data_dir):
+        ...         labels = numpy.arange(40) % 2
+        ...         images = numpy.full((40, 1, 8, 8), 255, "uint8") * labels[:, None, None, None].astype("uint8")
+        ...         return images, labels, images[:10], labels[:10], ["dark", "bright"]
+        >>> splits = Stripes().load(None, torch.device("cpu"))
+        >>> len(splits.train), len(splits.validation), len(splits.test)
+        (36, 4, 10)
+    """
 
     def arrays(self, data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
         """Training images and labels, test images and labels, class names; see `fa_bench.data.array_checks` for valid values."""

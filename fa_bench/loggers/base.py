@@ -18,7 +18,21 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(eq=False)
 class Logger(Options):
-    """Base of the loggers, registered in `fa_bench.registry.registries.LOGGERS`; all methods are optional."""
+    """Base of the loggers, registered in `fa_bench.registry.registries.LOGGERS`; all methods are optional.
+
+    Examples:
+        >>> import dataclasses, fa_bench
+        >>> @fa_bench.register_logger("printed")
+        ... @dataclasses.dataclass(eq=False)
+        ... class Printed(fa_bench.Logger):
+        ...     '''Prints how a run ended.'''
+        ...
+        ...     def finish(self, status, numbers, step):
+        ...         print("the run has", status)
+        >>> runs = fa_bench.run("dataset=synthetic", "scale=smoke", "loggers=[printed]")
+        fa seed 0...
+        the run has finished...
+    """
 
     #: The keys in which the runs of the sweep differ, and whether they are numbers; set before `open`, empty for a single run.
     swept: Mapping[str, bool] = dataclasses.field(init=False, default_factory=dict)

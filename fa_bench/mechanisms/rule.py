@@ -34,12 +34,34 @@ class Rule(Options):
     """A learning rule; its dataclass fields are its options.
 
     `attach` wires a rule into one model, `detach` removes it. `EdgeRule` and `CutRule` implement the two mechanisms of rules.
+
+    Examples:
+        >>> import torch, fa_bench
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+        >>> rule = fa_bench.attach(model, "fa")
+        >>> print(rule.coverage)
+        fa covers 2 layers, every weight
+          layer  type    weight  its error
+          0      Linear  3x4     passes through fixed B
+          2      Linear  2x3     passes through fixed B
+        >>> logits = model(torch.ones(5, 4))
+        >>> rule.backward(logits.square().mean(), logits)
+        >>> model[0].weight.grad.shape
+        torch.Size([3, 4])
+        >>> rule.effective_feedback("2").shape
+        torch.Size([2, 3])
+        >>> with rule.exact():
+        ...     model(torch.ones(5, 4)).square().mean().backward()
+        >>> rule.detach() is model
+        True
     """
 
     #: Whether reports warn about rules that are not more accurate than this one.
     is_floor: ClassVar[bool] = False
     #: Whether the rule runs the model again in the backward pass, see `fa_bench.mechanisms.second_pass`.
     repeats: ClassVar[bool] = False
+    #: The update as LaTeX for the rule's page, one row of an ``aligned`` environment each; ∇ is the gradient for the optimizer.
+    equations: ClassVar[tuple[str, ...]] = ()
 
     allow_uncovered: bool | list[str] = option(
         False,
@@ -320,7 +342,8 @@ class Rule(Options):
         """The model's output, from which scores are computed; rules that predict in another way override it.
 
         Args:
-            *args, **kwargs: those of the model.
+            *args: those of the model.
+            **kwargs: those of the model.
         """
         return self.model(*args, **kwargs)
 

@@ -44,6 +44,17 @@ def attach(
         OptionError: for an unknown or bad option.
         CoverageError: if the rule would cover nothing, leave weights uncovered, or find no cut points, or if the model is
             wrapped, compiled or already has a rule.
+
+    Examples:
+        >>> import torch, fa_bench
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+        >>> rule = fa_bench.attach(model, "kp", seed=0, b_lr_scale=0.5)
+        >>> sorted(rule.feedback)
+        ['0', '2']
+        >>> fa_bench.attach(torch.nn.Linear(4, 2), "usff")
+        Traceback (most recent call last):
+            ...
+        fa_bench.errors.ConfigError: algorithm=usff: no such algorithm; did you mean 'usf'? (available: ...
     """
     if isinstance(rule, str):
         cls = ALGORITHMS[rule]
@@ -57,5 +68,17 @@ def attach(
 
 
 def attached_rule(model: nn.Module) -> Rule | None:
-    """The rule attached to a model, or None; a deep copy of an attached model has a copy of its rule."""
+    """The rule attached to a model, or None; a deep copy of an attached model has a copy of its rule.
+
+    Examples:
+        >>> import copy, torch, fa_bench
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+        >>> rule = fa_bench.attach(model, "fa")
+        >>> fa_bench.attached_rule(model) is rule
+        True
+        >>> fa_bench.attached_rule(copy.deepcopy(model)) is rule
+        False
+        >>> fa_bench.attached_rule(rule.detach()) is None
+        True
+    """
     return getattr(model, RULE_ATTRIBUTE, None)

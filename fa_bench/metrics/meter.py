@@ -36,6 +36,16 @@ class AlignmentMeter:
         x: inputs (N, ...).
         y: targets (N,), (N, O) if they are numbers, or (N, P...) for outputs with positions.
         metrics: names of the metrics; None: all that are registered.
+
+    Examples:
+        >>> import torch, fa_bench
+        >>> from fa_bench.metrics.meter import AlignmentMeter
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+        >>> rule = fa_bench.attach(model, "bp")
+        >>> x, y = torch.ones(5, 4), torch.zeros(5, dtype=torch.int64)
+        >>> meter = AlignmentMeter(rule, x, y, metrics=["weight_angle", "norm_ratio"])
+        >>> meter.measure()
+        {'weight_angle': {'0': 0.0, '2': 0.0}, 'norm_ratio': {'0': 1.0, '2': 1.0}}
     """
 
     def __init__(self, rule: Rule, x: Tensor, y: Tensor, metrics: Iterable[str] | None = None) -> None:

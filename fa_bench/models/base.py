@@ -33,6 +33,15 @@ class Architecture(Options):
 
     A model may list its cut points in an attribute ``cut_points``: the modules whose outputs are its hidden activations. It may
     list its blocks, parts with one or more layers, in an attribute ``blocks``: the last module of each, in order.
+
+    Examples:
+        >>> import dataclasses, math, torch, fa_bench
+        >>> @dataclasses.dataclass(eq=False)
+        ... class Line(fa_bench.Architecture):
+        ...     def make(self, input_shape, classes):
+        ...         return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(math.prod(input_shape), classes))
+        >>> Line(init="zeros").build((1, 8, 8), 10)[1].weight.abs().max().item()
+        0.0
     """
 
     #: The kinds of inputs and targets (`fa_bench.registry.kinds`) that its models are made for.

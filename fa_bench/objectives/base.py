@@ -20,7 +20,18 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(eq=False)
 class Objective(Options):
-    """Base of the objectives, registered in `fa_bench.registry.registries.OBJECTIVES`."""
+    """Base of the objectives, registered in `fa_bench.registry.registries.OBJECTIVES`.
+
+    Examples:
+        >>> import dataclasses, torch, fa_bench
+        >>> @dataclasses.dataclass(eq=False)
+        ... class Hinge(fa_bench.Objective):
+        ...     def loss(self, outputs, target, reduction="mean"):
+        ...         return torch.nn.functional.multi_margin_loss(outputs, target, reduction=reduction)
+        >>> Hinge().loss(torch.tensor([[2.0, 0.0]]), torch.tensor([0])).item()
+        0.0
+        >>> rule = fa_bench.attach(torch.nn.Sequential(torch.nn.Linear(4, 2)), "fa", objective=Hinge())
+    """
 
     #: The kinds of targets (`fa_bench.registry.kinds`) that `loss` accepts.
     targets: ClassVar[tuple[str, ...]] = (CLASSES,)

@@ -19,6 +19,14 @@ class Score:
         title: in tables and figures.
         unit: ``%`` for a score that records contain as a fraction; empty if it has none.
         higher_is_better: whether larger values are better.
+
+    Examples:
+        >>> import fa_bench
+        >>> accuracy = fa_bench.Score("accuracy", "accuracy", "%")
+        >>> accuracy.in_unit, accuracy.text(0.971)
+        ('accuracy (%)', '97.10%')
+        >>> fa_bench.Score("mae", "mean absolute error", higher_is_better=False).direction
+        'minimize'
     """
 
     name: str

@@ -17,7 +17,17 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(eq=False)
 class OptimizerOptions(Options):
-    """Base of the optimizers. Weight decay applies to all trained tensors: weights, biases, normalisation, learned feedback."""
+    """Base of the optimizers. Weight decay applies to all trained tensors: weights, biases, normalisation, learned feedback.
+
+    Examples:
+        >>> import dataclasses, torch, fa_bench
+        >>> @dataclasses.dataclass(eq=False)
+        ... class Plain(fa_bench.OptimizerOptions):
+        ...     def build(self, groups):
+        ...         return torch.optim.SGD(groups, lr=self.lr, weight_decay=self.weight_decay)
+        >>> Plain(lr=0.1).build([{"params": [torch.nn.Parameter(torch.zeros(2))]}]).param_groups[0]["lr"]
+        0.1
+    """
 
     search_space = {"lr": "tag(log,interval(1e-3,1))", "weight_decay": "choice(0,1e-5,1e-4,1e-3,1e-2)"}
 

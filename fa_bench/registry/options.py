@@ -41,9 +41,24 @@ def option(
         help: one sentence for ``--help``, with units.
         choices: the allowed strings, for a list those of its items; a registry is read when a value is checked.
         with_options: whether an item of a list of components may have options, as ``NAME:OPTION=VALUE``.
-        minimum, above, maximum, below: the range (closed, open, closed, open), for a list that of its items.
+        minimum: the smallest allowed value, for a list that of its items.
+        above: the largest value that is too small.
+        maximum: the largest allowed value.
+        below: the smallest value that is too large.
         identifying: whether the default is part of a run's identity; False for an option that was added to a component that
             runs had used before, so that their hashes stay the same.
+
+    Examples:
+        >>> import dataclasses, fa_bench
+        >>> @dataclasses.dataclass(eq=False)
+        ... class Line(fa_bench.Schedule):
+        ...     slope: float = fa_bench.option(1.0, "slope per epoch", minimum=0)
+        >>> Line(slope=2).slope
+        2.0
+        >>> Line(slope=-1)
+        Traceback (most recent call last):
+            ...
+        fa_bench.errors.OptionError: slope=-1.0 is out of range (allowed: >= 0)
     """
     limits = {"minimum": minimum, "above": above, "maximum": maximum, "below": below}
     metadata = {

@@ -36,6 +36,18 @@ class Registry(Mapping[str, "type[T]"], Generic[T]):
 
         Raises:
             ConfigError: if the class has the wrong base, or the name is invalid on the command line or already in use.
+
+        Examples:
+            >>> import dataclasses, fa_bench
+            >>> @fa_bench.register_schedule("halved")
+            ... @dataclasses.dataclass(eq=False)
+            ... class Halved(fa_bench.Schedule):
+            ...     '''Half the learning rate.'''
+            ...
+            ...     def rate(self, lr, done, total):
+            ...         return lr / 2
+            >>> Halved.name
+            'halved'
         """
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             raise ConfigError(

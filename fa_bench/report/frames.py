@@ -77,6 +77,20 @@ def load_results(*runs: Runs, curves: bool = False, angles: bool = False) -> pd.
         DataError: for a directory that does not exist.
         ValueError: for no directory and no run; for both `curves` and `angles`.
         TypeError: for anything that is neither a directory nor a run.
+
+    Examples:
+        >>> import fa_bench
+        >>> runs = fa_bench.run("dataset=synthetic", "scale=smoke", algorithm=["bp", "fa"])
+        Running 2 jobs...
+        >>> frame = fa_bench.load_results("outputs")
+        >>> frame[["algorithm", "seed", "status"]]
+          algorithm  seed    status
+        0        bp     0  finished
+        1        fa     0  finished
+        >>> fa_bench.load_results(runs, curves=True)[["label", "epoch"]]
+          label  epoch
+        0    bp      1
+        1    fa      1
     """
     import pandas as pd
 

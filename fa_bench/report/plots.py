@@ -31,6 +31,15 @@ def plot_curves(*runs: Runs, rules: str | Sequence[str] = (), metric: str = "", 
 
     Raises:
         DataError: there are no runs, or the rule, metric or x does not exist in them; the message lists those that do.
+
+    Examples:
+        >>> import fa_bench
+        >>> runs = fa_bench.run("dataset=synthetic", "scale=smoke", algorithm=["bp", "fa"])
+        Running 2 jobs...
+        >>> figure = fa_bench.plot_curves(runs, metric="val_accuracy")
+        >>> [axes.get_xlabel() for axes in figure.axes]
+        ['epoch']
+        >>> figure.savefig("curves.svg")
     """
     if x not in POSITIONS:
         raise DataError(f"x={x!r} is not available (allowed: {names(POSITIONS)})")
@@ -58,6 +67,14 @@ def plot_setting(*runs: Runs, x: str = "", rules: str | Sequence[str] = (), metr
 
     Raises:
         DataError: as `plot_curves`; no or several settings are swept and `x` is empty.
+
+    Examples:
+        >>> import fa_bench
+        >>> runs = fa_bench.run("dataset=synthetic", "scale=smoke", **{"optimizer.lr": [0.1, 0.01]})
+        Running 2 jobs...
+        >>> figure = fa_bench.plot_setting(runs)
+        >>> [axes.get_xlabel() for axes in figure.axes]
+        ['learning rate (optimizer.lr)']
     """
     by_task, found = _tasks(runs, Selection(rules=_names(rules), metric=metric))
     keys = swept_keys(group_runs(found))
@@ -88,6 +105,14 @@ def plot_layers(*runs: Runs, metric: str = "weight_angle", rules: str | Sequence
 
     Raises:
         DataError: as `plot_curves`; the metric has no values by layer.
+
+    Examples:
+        >>> import fa_bench
+        >>> runs = fa_bench.run("dataset=synthetic", "scale=smoke", algorithm=["bp", "fa"])
+        Running 2 jobs...
+        >>> figure = fa_bench.plot_layers(runs, metric="norm_ratio")
+        >>> [axes.get_title() for axes in figure.axes]
+        ['fc1', 'fc2', 'fc3']
     """
     if x not in POSITIONS:
         raise DataError(f"x={x!r} is not available (allowed: {names(POSITIONS)})")

@@ -29,6 +29,13 @@ class ActivationAlignment(InputAlignmentRule):
     out; its tuned settings are not public, so that no result is a reproduction.
     """
 
+    equations = (
+        r"e_{\text{in}} &= g B",
+        r"\mathcal{L}_B &= \alpha \left(\operatorname{mean} \lVert x W^\top \rVert^2 + \operatorname{mean} \lVert x "
+        r"B^\top \rVert^2\right) - \beta \operatorname{mean} \sum (x W^\top) \odot (x B^\top)",
+        r"\nabla_B &= (2 \alpha B - \beta W) C,\quad C = \operatorname{mean} x^\top x",
+    )
+
     search_space = {"b_lr_scale": "tag(log,interval(1,1000))"}
 
     alpha: float = option(1e-3, "α: weight of the loss sparse", minimum=0)

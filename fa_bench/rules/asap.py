@@ -36,6 +36,12 @@ class ASAP(SharingRule):
     that ``transport`` uses the weights in all of them; features are matched by copies or pooling, as channels are.
     """
 
+    equations = (
+        r"e_{\text{in}} &= g B",
+        r"\nabla_W = \nabla_B &= g^\top \tilde{h},\quad \tilde{h} \text{ made of activation } s = 1 + k \lfloor (p - "
+        r"2) / k \rfloor",
+    )
+
     def step_memory(self, model: nn.Module, trace: Trace) -> StepMemory:
         """The updates need the shared activations and the inputs of layers that do not share; the stem is fixed."""
         from fa_bench.mechanisms.trace import StepMemory

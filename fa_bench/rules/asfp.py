@@ -41,6 +41,12 @@ class ASFP(SharingRule):
     Choice: ``transport``, which would leave no B to learn, is refused.
     """
 
+    equations = (
+        r"e_{\text{in}} &= g B",
+        r"\nabla_W &= g^\top x",
+        r"\nabla_B &= g^\top \tilde{h}",
+    )
+
     sharing = FeedbackPathSharing
 
     def check(self) -> None:

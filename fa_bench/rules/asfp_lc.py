@@ -83,6 +83,13 @@ class ASFPLC(ASFP):
     rank has its own statistics.
     """
 
+    equations = (
+        r"e_{\text{in}} &= g B",
+        r"\nabla_W &= g^\top x",
+        r"\nabla_B &= g^\top \tilde{h}",
+        r"s &= \operatorname{BN}(V p + c),\quad e_p = g_s B_V \quad \text{at the end of each block}",
+    )
+
     cuts: list[str] | None = option(None, "modules (names or patterns) with which the blocks end; null: the model's blocks")
     output: str | int | None = output_option()
     pool: int = option(2, "side to which a classifier averages a map", minimum=1)

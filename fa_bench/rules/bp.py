@@ -23,6 +23,12 @@ class BP(Rule):
     The model is not changed. Subclasses freeze a part of it.
     """
 
+    equations = (
+        r"e_{\text{in}} &= g W",
+        r"\nabla_W &= g^\top x",
+        r"\nabla_b &= \sum_n g_n",
+    )
+
     def frozen_parameters(self, sample_input: Any) -> dict[int, str]:
         """{id of a parameter that does not learn: why}."""
         return {}

@@ -41,6 +41,11 @@ class BPDeepSup(LocalRule):
     during training; here w is constant. If the model's output has positions, such as tokens, a cut must have the same ones.
     """
 
+    equations = (
+        r"\mathcal{L} &= L(z) + w \sum_l L(D_l(a_l))",
+        r"\nabla_W &= \frac{\partial \mathcal{L}}{\partial W}",
+    )
+
     search_space = {"weight": "tag(log,interval(1e-2,10))"}
 
     weight: float = option(1.0, "weight of each classifier's loss relative to the network's", minimum=0)

@@ -22,6 +22,12 @@ class BPFullyConnected(BP):
     layers stay in training mode; frozen tensors do not decay. All fully connected layers learn, including hidden ones.
     """
 
+    equations = (
+        r"e_{\text{in}} &= g W",
+        r"\nabla_W &= g^\top x \quad \text{in fully connected layers}",
+        r"\Delta W &= 0 \quad \text{in convolutions}",
+    )
+
     def frozen_parameters(self, sample_input: Any) -> dict[int, str]:
         from fa_bench.mechanisms.weighted_layers import CONVOLUTIONS
 

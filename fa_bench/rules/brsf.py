@@ -24,6 +24,12 @@ class BRSF(FRSF):
     (seed, layer, k) only, so that no other random numbers are affected and a resumed run samples the same M.
     """
 
+    equations = (
+        r"e_{\text{in}} &= g B,\quad B = \lvert M_t \rvert \odot \operatorname{sign}(W),\quad M_t \text{ sampled for "
+        r"every batch } t",
+        r"\nabla_W &= g^\top x",
+    )
+
     def notes(self) -> tuple[str, ...]:
         return ("M is sampled at every training forward pass: each micro-batch has its own M.",)
 

@@ -48,6 +48,12 @@ class DDTPLinear(DrawingRule, DKP):
     has been reproduced.
     """
 
+    equations = (
+        r"e_h &= \delta B",
+        r"\mathcal{L}_B &= \frac{1}{\sigma^2} \operatorname{mean} \lVert \Delta z B - \sigma \varepsilon \rVert^2",
+        r"\nabla_B &= \frac{2}{N \sigma^2} \Delta z^\top (\Delta z B - \sigma \varepsilon)",
+    )
+
     search_space = {"b_lr_scale": "tag(log,interval(0.1,10))", "sigma": "choice(0.01,0.1)"}
 
     b_init: str = init_option("B", "xavier_normal")

@@ -58,6 +58,8 @@ class DFA(CutRule):
     the number of features, its fan_out C.
     """
 
+    equations = (r"e_a &= \delta B,\quad B \text{ fixed}",)
+
     search_space = {"b_init": "choice(xavier_uniform,kaiming_uniform,pytorch)"}
 
     form: str = option("neuron", "how the output error is projected", choices=["neuron", "kernel", "shared"])

@@ -46,6 +46,11 @@ class DGL(ModuleRule):
     name the last layer of each module; modules that feed the output layer belong to the last one.
     """
 
+    equations = (
+        r"\mathcal{L}_m &= \operatorname{CE}(A_m(a_m), y) \quad \text{for module } m",
+        r"e_{a_m} &= \frac{\partial \mathcal{L}_m}{\partial a_m}",
+    )
+
     larger_batches = "use larger batches, drop the last incomplete one, or use auxiliary_net=linear, which has none"
     auxiliary_net: str = option("mlp_sr", "the auxiliary nets", choices=["mlp_sr", "mlp", "linear"])
 

@@ -46,6 +46,11 @@ class DKP(LearnedCutRule):
     normalisation.
     """
 
+    equations = (
+        r"e_a &= \delta B",
+        r"\nabla_B &= \delta^\top a",
+    )
+
     search_space = {"b_lr_scale": "tag(log,interval(1e-3,1))"}
 
     b_init: str = init_option("B", "kaiming_uniform")

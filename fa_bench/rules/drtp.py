@@ -44,6 +44,11 @@ class DRTP(CutRule):
     without end, because the error never vanishes (``architecture.activation=tanh``). The cuts are those of `dfa`.
     """
 
+    equations = (
+        r"e_a &= \frac{s}{N} y B,\quad B \text{ fixed}",
+        r"e_a &= \frac{s}{N} \operatorname{sign}(\delta) B \quad \text{for sDFA}",
+    )
+
     search_space = {"scale": "tag(log,interval(0.1,100))"}
 
     b_init: str = init_option("B", "kaiming_uniform")

@@ -34,6 +34,11 @@ class DualPropagation(EdgeRule):
     taken from the code and not compared with the paper; its accuracies have not been reproduced.
     """
 
+    equations = (
+        r"e_{\text{in}} &= g W",
+        r"g_{\text{in}} &= \frac{\varphi(a + \beta s g) - \varphi(a - \beta s g)}{2 \beta s},\quad s = \frac{N}{c}",
+    )
+
     search_space = {"beta": "choice(0.01,0.1,1)"}
 
     derivative: str = derivative_option("dual", identifying=True)

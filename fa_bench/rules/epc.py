@@ -47,4 +47,11 @@ class EPC(EnergyRule):
     passes, of which T are for the errors alone and one for the weights alone.
     """
 
+    equations = (
+        r"E &= \sum_n \left[\sum_l \tfrac{1}{2} \lVert e_l \rVert^2 + L(f_L(s_{L-1}))\right],\quad s_l = f_l(s_{l-1}) "
+        r"+ e_l,\quad s_0 = x",
+        r"v_l &\leftarrow \mu v_l + \frac{\partial E}{\partial e_l},\quad e_l \leftarrow e_l - \eta v_l",
+        r"\nabla_{W_l} &= -\frac{1}{N} e_l^\top \frac{\partial f_l(s_{l-1})}{\partial W_l}",
+    )
+
     search_space = {"steps": "choice(5,20,80)", "rate": "tag(log,interval(0.01,0.5))"}

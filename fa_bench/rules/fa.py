@@ -26,6 +26,11 @@ class FA(RandomFeedbackRule):
     mask.
     """
 
+    equations = (
+        r"e_{\text{in}} &= g B,\quad B \text{ fixed}",
+        r"\nabla_W &= g^\top x",
+    )
+
     search_space = {"b_init": "choice(xavier_uniform,kaiming_uniform,pytorch)"}
 
     density: float = density_option()

@@ -47,6 +47,12 @@ class FDFA(JacobianRule):
     ranks hold the same B. In the code B's optimizer has no schedule and W's has.
     """
 
+    equations = (
+        r"e_a &= \delta B",
+        r"d_n &= \sum_{\text{cuts}} \frac{\partial z_n}{\partial a_n} p_n,\quad p_n \sim \mathcal{N}(0, I)",
+        r"\nabla_B &= B - \operatorname{mean}_n (d_n \otimes p_n)",
+    )
+
     search_space = {"b_lr_scale": "tag(log,interval(1e-2,10))"}
 
     b_init: str = init_option("B", "zeros")

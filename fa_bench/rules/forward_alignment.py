@@ -109,6 +109,11 @@ class ForwardAlignment(EdgeRule):
     statistics of its part.
     """
 
+    equations = (
+        r"e_{\text{in}} &= g W",
+        r"\nabla_W &= g^\top \tilde{h},\quad \tilde{h} = \varphi(C h)",
+    )
+
     c_init: str = init_option("the random weights C")
 
     def wire(self, sample_input: Any) -> Coverage:

@@ -64,6 +64,12 @@ class ForwardForward(DrawingRule, PassRule):
     pass's own statistics. Multiplications: two further forward passes, and half a backward pass for each.
     """
 
+    equations = (
+        r"G &= \sum_i h_i^2",
+        r"\mathcal{L} &= \operatorname{mean} \tfrac{1}{2} \operatorname{softplus}(\theta - G) \text{ for positive "
+        r"samples, }\operatorname{mean} \tfrac{1}{2} \operatorname{softplus}(G - \theta) \text{ for negative ones}",
+    )
+
     search_space = {"peer_norm": "choice(0,0.03,0.3)"}
 
     theta: float | None = option(None, "threshold of the goodness; null: the number of the layer's values", above=0)

@@ -47,6 +47,11 @@ class ForwardGradient(NoisyCutRule):
     have the same noise, and train as one process does with the whole batch.
     """
 
+    equations = (
+        r"d_n &= \sum_c \delta_{nc} \dot{z}_{nc},\quad e_{a,n} = d_n p_n \quad \text{with form=activation}",
+        r"d &= \sum_n \sum_c \delta_{nc} \dot{z}_{nc},\quad \nabla_\theta = d v \quad \text{with form=weight}",
+    )
+
     form: str = option("activation", "what is perturbed: the activations at cuts, or the weights", choices=["activation", WEIGHT])
 
     @property

@@ -21,6 +21,11 @@ class Frozen(BP):
     mode: its gains and biases are frozen, but its running statistics are updated. Frozen tensors do not decay.
     """
 
+    equations = (
+        r"\Delta W &= 0 \quad \text{in hidden layers}",
+        r"\nabla_W &= \delta^\top x \quad \text{in the output layer}",
+    )
+
     is_floor: ClassVar[bool] = True
 
     def frozen_parameters(self, sample_input: Any) -> dict[int, str]:

@@ -36,6 +36,12 @@ class FrozenBlocks(BP):
     but its running statistics are updated.
     """
 
+    equations = (
+        r"e_{\text{in}} &= g W",
+        r"\Delta W &= 0 \quad \text{in blocks}",
+        r"\nabla_W &= g^\top x \quad \text{in the embedding and after the last block}",
+    )
+
     is_floor: ClassVar[bool] = True
     blocks: list[str] | None = option(
         None, "modules that end the blocks (names, or patterns such as 'layers.*'); null: those that the model declares"

@@ -23,6 +23,11 @@ class FRSF(EdgeRule):
     of |M| itself to W would be 90 degrees.
     """
 
+    equations = (
+        r"e_{\text{in}} &= g B,\quad B = \lvert M \rvert \odot \operatorname{sign}(W),\quad M \text{ fixed}",
+        r"\nabla_W &= g^\top x",
+    )
+
     m_init: str = init_option("the magnitudes M")
     density: float = density_option()
 

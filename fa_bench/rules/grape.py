@@ -49,6 +49,14 @@ class GrAPE(JacobianRule):
     `positions`, the scale of the gradient of B, and the noise of samples are as in `fdfa`.
     """
 
+    equations = (
+        r"e_a &= \delta B",
+        r"\hat{J} &= \operatorname{mean}_n (d_n \otimes p_n),\quad d_n = \sum_{\text{cuts}} \frac{\partial "
+        r"z_n}{\partial a_n} p_n,\quad p_n \sim \mathcal{N}(0, I)",
+        r"\nabla_B &= -\left(\frac{\hat{J}}{\lVert B \rVert \lVert \hat{J} \rVert} - \cos(B, \hat{J}) \frac{B}{\lVert "
+        r"B \rVert^2}\right)",
+    )
+
     search_space = {"b_lr_scale": "tag(log,interval(1e-2,100))"}
 
     b_init: str = init_option("B", "normal_fan_out")

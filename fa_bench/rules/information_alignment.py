@@ -33,6 +33,13 @@ class InformationAlignment(InputAlignmentRule):
     so that no result is a reproduction.
     """
 
+    equations = (
+        r"e_{\text{in}} &= g B",
+        r"\mathcal{L}_B &= -\alpha \operatorname{mean} \sum (x W^\top) \odot (x B^\top) + \beta \operatorname{mean} "
+        r"\lVert x W^\top B \rVert^2 + \gamma \left(\lVert W \rVert^2 + \lVert B \rVert^2\right)",
+        r"\nabla_B &= -\alpha W C + 2 \beta W C W^\top B + 2 \gamma B,\quad C = \operatorname{mean} x^\top x",
+    )
+
     search_space = {"b_lr_scale": "tag(log,interval(1,1000))"}
 
     alpha: float = option(2e-3, "α: weight of the loss amp", minimum=0)

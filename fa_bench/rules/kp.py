@@ -26,6 +26,11 @@ class KP(RandomFeedbackRule):
     and the difference no longer vanishes exactly.
     """
 
+    equations = (
+        r"e_{\text{in}} &= g B",
+        r"\nabla_B = \nabla_W &= g^\top x",
+    )
+
     b_lr_scale: float = option(1.0, "learning rate of B relative to that of W", minimum=0)
 
     def pathway(self, layer: LayerContext) -> FeedbackPathway:

@@ -64,6 +64,12 @@ class LDFA(SemiOrthogonalRule):
     columns keep decay and large rates from changing the size of B. Under Adam and Muon ``b_rate`` has no effect unless it is 0.
     """
 
+    equations = (
+        r"\bar{e} &= g B,\quad e_{\text{in}} = \bar{e} R",
+        r"\nabla_R &= \bar{e}^\top x",
+        r"\nabla_B &= -b_{\text{rate}} (C B - B B^\top C B),\quad C = \sum \frac{g^\top g}{\lVert g \rVert}",
+    )
+
     search_space = {"rank": "choice(5,10,32)", "b_rate": "tag(log,interval(1e-2,10))"}
 
     rank: int = option(10, "r: dimensions of the errors that are passed on", minimum=1)

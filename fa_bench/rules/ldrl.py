@@ -56,6 +56,12 @@ class LDRL(DrawingRule, LocalRule):
     nothing changes is added. The equations were derived from the code's, and no result of the paper has been reproduced.
     """
 
+    equations = (
+        r"e &= g(h') - g(h' - e') = G e'",
+        r"\mathcal{L}_G &= \frac{1}{\sigma^2} \operatorname{mean} \left(-2 \sigma \varepsilon \cdot \left(g(f(h + "
+        r"\sigma \varepsilon)) - g(f(h))\right) + \lVert g(f(h) + \sigma \varepsilon') - g(f(h)) \rVert^2\right)",
+    )
+
     search_space = {"b_lr_scale": "tag(log,interval(0.01,1))", "sigma": "choice(0.01,0.1)"}
 
     sigma: float = option(0.1, "standard deviation σ of the noise at the input of each block", above=0)

@@ -40,6 +40,11 @@ class LocalError(LocalRule):
     bias.
     """
 
+    equations = (
+        r"s &= a M^\top,\quad M \text{ fixed}",
+        r"e_a &= \frac{1}{N} (\operatorname{softmax}(s) - y) M",
+    )
+
     m_init: str = init_option("the classifiers M", "kaiming_uniform")
     features: int = option(4096, "largest number of features of a classifier; larger maps are averaged", minimum=1)
     separate: bool = option(False, "the local error uses separate magnitudes with the signs of M")

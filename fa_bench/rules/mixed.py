@@ -90,6 +90,12 @@ class Mixed(ExpandingRule):
     that a layer has approximately these fractions.
     """
 
+    equations = (
+        r"e_{\text{in}} &= g E,\quad E = m_{\text{pfa}} \odot (B R) + m_{\text{fa}} \odot F + m_{\text{kp}} \odot K",
+        r"\nabla_R &= \bar{e}^\top x,\quad \bar{e} = g B",
+        r"\nabla_K = \nabla_W &= g^\top x",
+    )
+
     pfa: float = option(0.69, "fraction of the synapses that are PFA's", minimum=0, maximum=1)
     fa: float = option(0.2, "fraction of the synapses that are FA's", minimum=0, maximum=1)
     kp: float = option(0.11, "fraction of the synapses that are KP's", minimum=0, maximum=1)

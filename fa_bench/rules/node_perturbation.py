@@ -40,6 +40,11 @@ class NodePerturbation(DrawingRule, CutRule):
     Not implemented: normalisation by the realised change of activity, and decorrelated inputs, which the authors add.
     """
 
+    equations = (
+        r"d_n &= \frac{L_n^+ - L_n^-}{2 \sigma}",
+        r"e_{a,n} &= \frac{1}{N} d_n \xi_n",
+    )
+
     search_space = {"sigma": "tag(log,interval(1e-4,1))"}
 
     sigma: float = option(1e-3, "standard deviation of the noise", above=0)

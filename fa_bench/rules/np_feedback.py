@@ -102,6 +102,13 @@ class NPFeedback(DrawingRule, RandomFeedbackRule):
     ones with those of the first pass. Multiplications: two further forward passes, and the gradient of B.
     """
 
+    equations = (
+        r"e_{\text{in}} &= g B",
+        r"\nabla_W &= g^\top x",
+        r"d_n &= \frac{L_n^+ - L_n^-}{2 \sigma}",
+        r"\nabla_B &= \frac{1}{N} \sum_n \hat{g}_n^\top (\hat{g}_n B - d_n \xi_n),\quad \hat{g}_n = N g_n",
+    )
+
     search_space = {"sigma": "tag(log,interval(1e-4,1))", "b_lr_scale": "tag(log,interval(1e-3,10))"}
 
     sigma: float = option(1e-2, "standard deviation of the noise", above=0)

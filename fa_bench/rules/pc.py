@@ -50,6 +50,14 @@ class PC(EnergyRule):
     passes, of which T are for the states alone and one for the weights alone.
     """
 
+    equations = (
+        r"E &= \sum_n \left[\sum_l \tfrac{1}{2} \lVert e_l \rVert^2 + L(f_L(s_{L-1}))\right],\quad e_l = s_l - "
+        r"f_l(s_{l-1}),\quad s_0 = x",
+        r"v_l &\leftarrow \mu v_l + \frac{\partial E}{\partial s_l},\quad \frac{\partial E}{\partial s_l} = e_l - "
+        r"\left(\frac{\partial f_{l+1}}{\partial s_l}\right)^\top e_{l+1},\quad s_l \leftarrow s_l - \eta v_l",
+        r"\nabla_{W_l} &= -\frac{1}{N} e_l^\top \frac{\partial f_l(s_{l-1})}{\partial W_l}",
+    )
+
     search_space = {"steps": "choice(5,20,80)", "rate": "tag(log,interval(0.01,0.5))", "momentum": "choice(0,0.5)"}
 
     moves_states = True

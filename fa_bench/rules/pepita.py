@@ -48,6 +48,12 @@ class Pepita(PassRule):
     backward pass for the weights.
     """
 
+    equations = (
+        r"x' &= x + e F,\quad e = \operatorname{softmax}(z) - y,\quad F \text{ fixed}",
+        r"\nabla_{W_l} &= \frac{1}{N} (h_l - h'_l)^\top h'_{l-1}",
+        r"\nabla_{W_L} &= \frac{1}{N} e'^\top h'_{L-1},\quad e' = \operatorname{softmax}(z') - y",
+    )
+
     search_space = {"f_scale": "tag(log,interval(0.005,0.5))"}
 
     f_init: str = init_option("F", "kaiming_uniform")

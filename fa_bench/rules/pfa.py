@@ -122,6 +122,12 @@ class PFA(ExpandingRule):
     to its momentum, as in the paper's code.
     """
 
+    equations = (
+        r"\bar{e} &= g B,\quad e_{\text{in}} = \bar{e} R,\quad \mathbb{E}[B B^\top] = I",
+        r"\nabla_W &= g^\top x",
+        r"\nabla_R &= \bar{e}^\top x",
+    )
+
     density: float = density_option("B and of R", "masks")
 
     def first(self, outputs: int, between: int, seed: int) -> Tensor:

@@ -27,6 +27,12 @@ class PFAO(ExpandingRule, SemiOrthogonalRule):
     only says that M is at least O, and has no ratio below 1.
     """
 
+    equations = (
+        r"\bar{e} &= g B,\quad e_{\text{in}} = \bar{e} R,\quad B B^\top = I",
+        r"\nabla_W &= g^\top x",
+        r"\nabla_R &= \bar{e}^\top x",
+    )
+
     ratio: float = option(
         1.0,
         "expansion ratio: units of the intermediate population over units of the layer's output; below 1, "

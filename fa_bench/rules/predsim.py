@@ -61,6 +61,11 @@ class PredSim(LocalRule):
     The similarity depends on the batch: under data parallelism each rank compares only its own samples.
     """
 
+    equations = (
+        r"\mathcal{L}_a &= (1 - \beta) \operatorname{CE}(D(a), y) + \beta \operatorname{mean} (S(K a) - S(y))^2",
+        r"e_a &= \frac{\partial \mathcal{L}_a}{\partial a}",
+    )
+
     search_space = {"beta": "choice(0.5,0.9,0.99,1)"}
 
     loss: str = option("predsim", "the local loss", choices=["predsim", "pred", "sim"])

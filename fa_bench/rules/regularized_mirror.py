@@ -30,6 +30,13 @@ class RegularizedMirror(InputAlignmentRule):
     out; its tuned settings are not public, so that no result is a reproduction.
     """
 
+    equations = (
+        r"e_{\text{in}} &= g B",
+        r"\mathcal{L}_B &= \alpha \left(\lVert W \rVert^2 + \lVert B \rVert^2\right) - \beta \operatorname{mean} \sum "
+        r"(x W^\top) \odot (x B^\top)",
+        r"\nabla_B &= 2 \alpha B - \beta W C,\quad C = \operatorname{mean} x^\top x",
+    )
+
     search_space = {"b_lr_scale": "tag(log,interval(1,1000))"}
 
     alpha: float = option(1e-3, "α: weight of the loss decay", minimum=0)

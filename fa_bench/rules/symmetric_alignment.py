@@ -27,6 +27,12 @@ class SymmetricAlignment(AlignmentRule):
     alternating steps, which the code has, are left out; its tuned settings are not public, so that no result is a reproduction.
     """
 
+    equations = (
+        r"e_{\text{in}} &= g B",
+        r"\mathcal{L}_B &= \alpha \left(\lVert W \rVert^2 + \lVert B \rVert^2\right) - \beta \sum W \odot B",
+        r"\nabla_B &= 2 \alpha B - \beta W",
+    )
+
     search_space = {"b_lr_scale": "tag(log,interval(1,1000))"}
 
     alpha: float = option(1e-3, "α: weight of the loss decay", minimum=0)

@@ -36,6 +36,11 @@ class USF(EdgeRule):
     below 1 masks B with one fixed mask. With ``plain_last`` the output layer uses its true weight, as in Xiao et al.
     """
 
+    equations = (
+        r"e_{\text{in}} &= g B,\quad B = s \operatorname{sign}(W)",
+        r"\nabla_W &= g^\top x",
+    )
+
     search_space = {"scale": "choice(xavier,pytorch,xiao)"}
 
     scale: str = option("xavier", "the scale s of the feedback", choices=list(SCALES))

@@ -42,6 +42,11 @@ class WeightPerturbation(DrawingRule, PassRule):
     with those of the first pass.
     """
 
+    equations = (
+        r"c &= \frac{L(\theta + \varepsilon v) - L(\theta - \varepsilon v)}{2 \varepsilon},\quad v \sim \mathcal{N}(0, I)",
+        r"\nabla_\theta &= c v",
+    )
+
     search_space = {"epsilon": "tag(log,interval(1e-4,1e-1))"}
 
     cuts: list[str] | None = dataclasses.field(default=None, init=False)

@@ -156,6 +156,14 @@ class WM(EdgeRule):
     not mirrored: its B keeps its initial value.
     """
 
+    equations = (
+        r"e_{\text{in}} &= g B",
+        r"\nabla_W &= g^\top x",
+        r"y &= \varphi(W x + b),\quad x \text{ noise of deviation } \sigma",
+        r"\hat{W} &= \sum \frac{y^\top x}{N \sigma^2 \varphi' n}",
+        r"B &\leftarrow (1 - \lambda) B + \eta \hat{W}",
+    )
+
     search_space = {"mirror_rate": "tag(log,interval(1e-3,0.1))"}
 
     b_init: str = init_option("B", can_copy=True)

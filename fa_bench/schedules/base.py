@@ -18,6 +18,17 @@ class Schedule(Options):
     """Base of the schedules, registered in `fa_bench.registry.registries.SCHEDULES`.
 
     A schedule has no state, so that a resumed run does not have to restore it.
+
+    Examples:
+        >>> import dataclasses, fa_bench
+        >>> @dataclasses.dataclass(eq=False)
+        ... class Inverse(fa_bench.Schedule):
+        ...     slope: float = fa_bench.option(1.0, "slope", minimum=0)
+        ...
+        ...     def rate(self, lr, done, total):
+        ...         return lr / (1 + self.slope * done)
+        >>> [Inverse(slope=1, warmup=1).at(0.6, epoch, total=3) for epoch in range(3)]
+        [0.3, 0.3, 0.19999999999999998]
     """
 
     kinds = SCHEDULES

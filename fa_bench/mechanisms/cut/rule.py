@@ -33,6 +33,21 @@ class CutRule(Rule):
     """A rule that delivers an error directly to each cut; subclasses implement `make_feedback` and `signal`.
 
     Cuts are the modules that the model names in its attribute ``cut_points``, or those of the option `cuts`.
+
+    Examples:
+        >>> import dataclasses, math, torch, fa_bench
+        >>> @dataclasses.dataclass(eq=False)
+        ... class Direct(fa_bench.CutRule):
+        ...     def make_feedback(self, features, classes):
+        ...         for cut, shape in features.items():
+        ...             self.put(cut, "B", "xavier_uniform", (classes, math.prod(shape)))
+        ...
+        ...     def signal(self, cut, captured, broadcast, target):
+        ...         return self.project(cut, broadcast, captured)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 2))
+        >>> rule = fa_bench.attach(model, Direct(cuts=["1"]))
+        >>> rule.feedback["1"]["B"].shape
+        torch.Size([2, 3])
     """
 
     cuts: list[str] | None = option(

@@ -83,6 +83,22 @@ class FeedbackPathway:
         learned: names of the tensors that the optimizer trains.
         follows: which of these has exactly the gradient of the weight; None if none has.
         always_needed: whether the layer needs `context` even if no error is needed at its input.
+
+    Examples:
+        >>> import dataclasses, torch, fa_bench
+        >>> class Negative(fa_bench.FeedbackPathway):
+        ...     description = "the negative weight"
+        ...
+        ...     def effective(self, layer):
+        ...         return -layer.weight.detach()
+        >>> @dataclasses.dataclass(eq=False)
+        ... class Wrong(fa_bench.EdgeRule):
+        ...     def pathway(self, layer):
+        ...         return Negative()
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+        >>> rule = fa_bench.attach(model, Wrong())
+        >>> bool((rule.effective_feedback("1") == -model[1].weight).all())
+        True
     """
 
     description = "its own tensors"
@@ -139,14 +155,28 @@ class FeedbackPathway:
 
 
 class FixedFeedback(FeedbackPathway):
-    """e_in = g B with a fixed B."""
+    """e_in = g B with a fixed B.
+
+    Examples:
+        >>> import torch, fa_bench
+        >>> rule = fa_bench.attach(torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)), "fa")
+        >>> list(rule.feedback_parameters())
+        []
+    """
 
     description = "fixed B"
     effective = fixed_tensor_reader("B")
 
 
 class LearnedFeedback(FeedbackPathway):
-    """e_in = g B; the gradient of B is exactly the gradient of W."""
+    """e_in = g B; the gradient of B is exactly the gradient of W.
+
+    Examples:
+        >>> import torch, fa_bench
+        >>> rule = fa_bench.attach(torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)), "kp")
+        >>> [tuple(parameter.shape) for parameter in rule.feedback_parameters()]
+        [(3, 4), (2, 3)]
+    """
 
     description = "B"
     learned = ("B",)

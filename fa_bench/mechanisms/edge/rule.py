@@ -112,6 +112,19 @@ class EdgeRule(Rule):
     """A rule that gives every weighted layer a feedback pathway; subclasses implement `pathway`.
 
     Layers that are excluded pass the error through their weight, as in backpropagation.
+
+    Examples:
+        >>> import dataclasses, torch, fa_bench
+        >>> @dataclasses.dataclass(eq=False)
+        ... class Sparse(fa_bench.EdgeRule):
+        ...     density: float = fa_bench.option(0.5, "fraction of B that is not zero", above=0, maximum=1)
+        ...
+        ...     def pathway(self, layer):
+        ...         layer.put("B", "xavier_uniform", self.density)
+        ...         return fa_bench.FixedFeedback()
+        >>> rule = fa_bench.attach(torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)), Sparse(density=1))
+        >>> bool((rule.effective_feedback("1") == rule.feedback["1"]["B"]).all())
+        True
     """
 
     include: list[str] = option(

@@ -23,6 +23,23 @@ class Metric(Options):
 
     A run measures it every ``probe_every`` steps and at the end, and records it under its registered name in metrics.jsonl,
     result.json and its loggers.
+
+    Examples:
+        >>> import dataclasses, torch, fa_bench
+        >>> from fa_bench.metrics.meter import AlignmentMeter
+        >>> @fa_bench.register_metric("gradient_norm")
+        ... @dataclasses.dataclass(eq=False)
+        ... class GradientNorm(fa_bench.Metric):
+        ...     '''Norm of the gradient that the rule computes for a weight.'''
+        ...
+        ...     title = "gradient norm"
+        ...
+        ...     def measure(self, passes):
+        ...         return {layer: gradient.norm().item() for layer, gradient in passes.gradients.items()}
+        >>> rule = fa_bench.attach(torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)), "fa")
+        >>> meter = AlignmentMeter(rule, torch.ones(5, 4), torch.zeros(5, dtype=torch.int64), metrics=["gradient_norm"])
+        >>> sorted(meter.measure()["gradient_norm"])
+        ['0', '1']
     """
 
     #: Its heading in tables and figures, and its unit: ``°`` or empty.

@@ -67,7 +67,23 @@ class Subject:
 
 @dataclasses.dataclass(eq=False)
 class Probe(Options):
-    """Base of the probes, registered under a name in `fa_bench.registry.registries.PROBES`."""
+    """Base of the probes, registered under a name in `fa_bench.registry.registries.PROBES`.
+
+    Examples:
+        >>> import dataclasses, fa_bench
+        >>> @fa_bench.register_probe("weight_norm")
+        ... @dataclasses.dataclass(eq=False)
+        ... class WeightNorm(fa_bench.Probe):
+        ...     '''Norm of every weight at the end of the run.'''
+        ...
+        ...     def measure(self, subject):
+        ...         parameters = subject.model.named_parameters()
+        ...         return {"weight_norm": {name: value.norm().item() for name, value in parameters if value.dim() > 1}}
+        >>> [run] = fa_bench.run("dataset=synthetic", "scale=smoke", "algorithm=bp", "probes=[weight_norm]")
+        bp seed 0...
+        >>> sorted(run.result["probes"]["weight_norm"])
+        ['fc1.weight', 'fc2.weight', 'fc3.weight']
+    """
 
     #: Whether it needs ``subject.initial``.
     needs_initial: ClassVar[bool] = False

@@ -1,0 +1,49 @@
+"""The pages that people write: their blocks of code, the lines of shell, and their links."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+#: Programs whose lines on a page, indented by four spaces or in a fence of bash, are commands; other indented lines are output.
+PROGRAMS = ("fa-bench", "fa-bench-report", "fa-bench-tune", "fa-bench-analyse", "torchrun", "python", "python3", "pip")
+OTHER_PROGRAMS = ("tensorboard", "export", "mkdocs", "bash")
+FENCE = re.compile(r"^( *)(`{3,})(\w*)\n(.*?)^\1\2$", re.S | re.M)
+
+
+class Block(NamedTuple):
+    """A fence: its language and its code."""
+
+    language: str
+    code: str
+
+
+def name_of(page: Path) -> str:
+    """The page's path in the repository."""
+    return page.relative_to(ROOT).as_posix()
+
+
+def fences(page: Path) -> list[Block]:
+    """The fences of a page, in order."""
+    return [Block(match[3], textwrap.dedent(match[4])) for match in FENCE.finditer(page.read_text(encoding="utf-8"))]
+
+
+def prose(page: Path) -> str:
+    """The page without fences."""
+    return FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+def indented(page: Path) -> list[str]:
+    """The indented lines outside of fences, without their indentation; lines that end in a backslash are joined to the next."""
+    return re.findall(r"^    (?=\S)(.*)$", prose(page).replace("\\\n", ""), re.M)
+
+
+def commands(page: Path) -> list[str]:
+    """The lines of shell on a page, without their comments."""
+    lines = [line for line in indented(page) if line.split()[0].rpartition("/")[2] in (*PROGRAMS, *OTHER_PROGRAMS)]
+    return [re.sub(r"\s{2,}#.*|\s+# .*", "", line).strip() for line in lines]
