@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import CoverageError
 from fa_bench.mechanisms.cut.learned import LearnedCutRule
-from fa_bench.mechanisms.cut.passes import PassRule
+from fa_bench.mechanisms.cut.passes import PassRule, used_parameters
 from fa_bench.mechanisms.drawing import DrawingRule
 from fa_bench.mechanisms.feedback_options import init_option
 from fa_bench.mechanisms.feedback_tensors import make_learned
@@ -192,11 +192,13 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
         controller = self._linearised()
         error = delta.to(controller.output.dtype) / share if share else torch.zeros_like(controller.output)
         control = controller.control(-self.target_stepsize * error, self.alpha)
-        places = {id(one.tensor): place for place, one in self._learned_at_places()}
-        weights = [parameter for parameter in parameters if id(parameter) not in places]
-        of_weights = dict(zip(map(id, weights), self._steady_state(controller, control, share, weights), strict=True))
-        of_feedback = self._feedback_gradients(controller, share) if len(weights) < len(parameters) else {}
-        return [of_feedback[places[id(one)]].to(one.dtype) if id(one) in places else of_weights[id(one)] for one in parameters]
+        learned = {id(one.tensor): (place, one.tensor) for place, one in self._learned_at_places()}
+        weights = [parameter for parameter in parameters if id(parameter) not in learned]
+        found = dict(zip(map(id, weights), self._steady_state(controller, control, share, weights), strict=True))
+        if len(weights) < len(parameters):
+            of_feedback = self._feedback_gradients(controller, share)
+            found |= {key: of_feedback[place].to(one.dtype) for key, (place, one) in learned.items() if place in of_feedback}
+        return [found.get(id(parameter)) for parameter in parameters]
 
     def _learned_at_places(self) -> Iterator[tuple[str, LearnedTensor]]:
         """Each learned tensor with its cut, or "" for that of the output."""
@@ -216,25 +218,27 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
 
     def _linearised(self) -> Controller:
         """The closed loop around the first pass."""
-        voltages: dict[str, Tensor] = {}
+        seen: dict[str, Tensor] = {}
 
-        @torch.enable_grad()  # a frozen part of the model may run without gradients
         def at(cut: str, voltage: Tensor) -> Tensor:
-            voltages[cut] = voltage if voltage.requires_grad else voltage.detach().requires_grad_()
-            return voltages[cut].clone()  # what comes next may work in place
+            # Only where something that learns comes before it; an input that requires its gradient is not that.
+            if voltage.requires_grad and (cut in self._trace.trainable or used_parameters(self.model, [voltage])):
+                seen[cut] = voltage
+            return voltage.clone()  # what comes next may work in place
 
-        with self._pass(at) as output:
-            dtype = torch.promote_types(output.dtype, torch.float32)
+        with torch.enable_grad(), self._pass(at) as output:
+            dtype, (batch, classes) = torch.promote_types(output.dtype, torch.float32), output.shape
+            voltages = dict(seen)  # activation checkpointing calls `at` again, for tensors of another graph
             rows = _jacobian_rows(output, voltages, dtype)
-            unit = torch.eye(output.shape[1], dtype=dtype, device=output.device)
+            unit = torch.eye(classes, dtype=dtype, device=output.device)
             if self.feedback_weights == "jacobian":
                 stored = list(rows)
                 feedback = {cut: torch.stack([row[cut] for row in stored], 1) for cut in voltages}
-                loop = unit + sum(jacobian @ jacobian.mT for jacobian in feedback.values())
+                loop = sum((jacobian @ jacobian.mT for jacobian in feedback.values()), unit.repeat(batch, 1, 1))
                 return Controller({**feedback, OUTPUT_OF_MODEL: unit}, loop, output.detach().to(dtype))
             feedback = {cut: self._feedback_of(cut, voltage).to(dtype) for cut, voltage in voltages.items()}
             of_output = self._feedback_of_output(unit)
-            products = [torch.stack([row[cut] @ feedback[cut].t() for cut in row]).sum(0) for row in rows]
+            products = [sum((row[cut] @ feedback[cut].t() for cut in row), unit.new_zeros(batch, classes)) for row in rows]
             loop = torch.stack(products, 1) + of_output.t()
             return Controller({**feedback, OUTPUT_OF_MODEL: of_output}, loop, output.detach().to(dtype))
 
@@ -266,6 +270,8 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
         ends: list[tuple[Tensor, Tensor]] = []
 
         def at(cut: str, voltage: Tensor) -> Tensor:
+            if cut not in controller.feedback:
+                return voltage
             before = voltage.detach().to(control.dtype)
             after = before + controller.change(cut, control).view(voltage.shape)
             taught = cut in self._nonlinear and self.learning_rule == "nonlinear_difference"
@@ -291,6 +297,8 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
         noise: dict[str, Tensor] = {}
 
         def disturbed(place: str, voltage: Tensor) -> Tensor:
+            if place not in controller.feedback:
+                return voltage
             noise[place] = self.sigma * self._draws.normal(place, voltage.detach())
             return voltage + noise[place]
 
