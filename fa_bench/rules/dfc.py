@@ -315,6 +315,9 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
 
 def _jacobian_rows(output: Tensor, voltages: dict[str, Tensor], dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
     """The rows of J, one for each class: cut -> the derivatives (N, F) of the output (N, C) by the voltage there."""
+    if not voltages:
+        yield from ({} for _ in range(output.shape[1]))
+        return
     for number in range(output.shape[1]):
         found = torch.autograd.grad(
             output[:, number].sum(),
