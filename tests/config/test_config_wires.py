@@ -311,6 +311,17 @@ RULES: dict[str, dict[str, str]] = {
     "forward_gradient": {"form": "weight", "tangents": "difference"},
     "epc": {"steps": "3", "rate": "0.5", "momentum": "0.5", **CUT},
     "pc": {"steps": "3", "rate": "0.5", "momentum": "0.5", **CUT},
+    "dfc": {
+        "alpha": "0.1",
+        "target_stepsize": "0.5",
+        "learning_rule": "voltage_difference",
+        "feedback_weights": "jacobian",
+        "b_init": "pytorch",
+        "b_lr_scale": "0.5",
+        "sigma": "0.5",
+        "alpha_fb": "0.1",
+        **CUT,
+    },
     "wm": {"initial_steps": "2", "mirror_steps": "2", "mirror_rate": "0.1", "mirror_batch": "8"},
 }
 

@@ -717,6 +717,55 @@ FORWARD_FORWARD = Preset(
     ],
 )
 
+#: Deep feedback control by the code mariacer/strong_dfc: its commands for MNIST, the defaults of its options (beta2 and the beta of
+#: the feedback 0.99, backpropagation's batches of 128) and its data [code]; eps halved, because its gradient is doubled. The closed
+#: form, no training of the feedback before, the norm of all gradients together, and frozen as bp [choice].
+DFC = Preset(
+    [{"algorithm": ["dfc", "bp", "frozen"], "seed": [0, 1, 2]}],
+    {
+        "dataset": "mnist",
+        "dataset.validation": 5000,
+        "architecture": "mlp",
+        **_keys("architecture", widths=[256, 256, 256], activation="tanh", init="xavier_normal"),
+        "epochs": 40,
+        "batch_size": 128,
+        "clip_norm": 1.0,
+        "optimizer": "adam",
+        **_keys("optimizer", lr=0.002, weight_decay=0.0, beta1=0.9, beta2=0.999, eps=0.002),
+        **CONSTANT,
+    },
+    [
+        (
+            {"algorithm": "dfc"},
+            {
+                "batch_size": 32,
+                "clip_norm": None,
+                **_keys("optimizer", lr=0.0010924329072635147, beta2=0.99, eps=5.83238643406511e-07 / 2),
+                "feedback_optimizer": "adam",
+                **_keys(
+                    "feedback_optimizer",
+                    lr=4.348352883654314e-05,
+                    weight_decay=0.1,
+                    beta1=0.99,
+                    beta2=0.99,
+                    eps=3.355535527361205e-05,
+                    **_keys("schedule", name="constant"),
+                ),
+                **_keys(
+                    "algorithm",
+                    alpha=0.0017723664900917734,
+                    target_stepsize=0.013812748252649061,
+                    learning_rule="nonlinear_difference",
+                    feedback_weights="learned",
+                    b_init="xavier_normal",
+                    sigma=0.035483751742735006,
+                    alpha_fb=0.39857902933813705,
+                ),
+            },
+        ),
+    ],
+)
+
 #: Rules from outside the four papers, with the protocol of the PFA paper's MNIST runs at half its length, validation images, and
 #: the same rates for all [choice].
 BEYOND = [
@@ -763,5 +812,6 @@ PRESETS: dict[str, Preset] = {
     "mono_forward": MONO_FORWARD,
     "forward_forward": FORWARD_FORWARD,
     "dual_propagation": DUAL_PROPAGATION,
+    "dfc": DFC,
     "beyond_mnist": BEYOND_MNIST,
 }

@@ -36,6 +36,7 @@ EXPERIMENTS = {
     "faeval",
     "forward_forward",
     "mono_forward",
+    "dfc",
 }
 
 

@@ -167,7 +167,7 @@ def test_a_loss_of_other_logits_or_of_another_kind_is_refused(name: str) -> None
             rule.backward(loss(logits), logits, Y)
 
 
-@pytest.mark.parametrize("name", [*OF_OBJECTIVE, "ddtp_linear", "fdfa"])
+@pytest.mark.parametrize("name", [*OF_OBJECTIVE, "ddtp_linear", "fdfa", "dfc"])
 def test_the_scale_of_torchs_squared_errors_is_found(name: str) -> None:
     """The objective is half the sum over outputs, torch's loss the mean: 2/3 of it here."""
     target = F.one_hot(Y, 3).double()
@@ -195,7 +195,7 @@ def test_a_loss_in_half_precision_is_perturbed_in_single(name: str) -> None:
     assert cosine(*found) > 0.99 and found[1].norm() > 0.9 * found[0].norm()
 
 
-@pytest.mark.parametrize("name", [*RULES, "ddtp_linear", "ldrl", "fdfa", "grape"])
+@pytest.mark.parametrize("name", [*RULES, "ddtp_linear", "ldrl", "fdfa", "grape", "dfc"])
 def test_an_empty_batch_gives_no_numbers_that_are_not_finite(name: str) -> None:
     rule = fa_bench.attach(mlp(8, 7), name, **({"cuts": ["1", "3"]} if name == "ldrl" else {}))
     logits = rule.model(X[:0])
@@ -203,7 +203,7 @@ def test_an_empty_batch_gives_no_numbers_that_are_not_finite(name: str) -> None:
     assert all(torch.isfinite(p.grad).all() for p in rule.model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("name", ["pepita", "forward_forward"])
+@pytest.mark.parametrize("name", ["pepita", "forward_forward", "dfc"])
 def test_what_is_frozen_stays_and_the_rest_learns(name: str) -> None:
     for frozen, learning in ((["4"], {"0", "2"}), (["0", "2"], {"4"}), (["2"], {"0", "4"})):
         model = mlp(8, 7)

@@ -119,7 +119,7 @@ def test_feedback_converges_to_the_damped_pseudo_inverse_of_a_linear_net(damping
     assert ((mean - want).norm() / want.norm()).item() < 0.03
 
 
-@pytest.mark.parametrize("name", ["ddtp_linear", "ldrl"])
+@pytest.mark.parametrize("name", ["ddtp_linear", "ldrl", "dfc"])
 def test_gradients_of_feedback_have_the_scale_of_the_loss(name: str) -> None:
     """As everything that an optimizer or a gradient scaler divides by it afterwards."""
     found = []

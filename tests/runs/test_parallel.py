@@ -64,7 +64,7 @@ class MyStop(Callback):
             trainer.stop("enough")
 """
 #: Each process has its own noise; a difference of losses over 2e-3 multiplies rounding by 500.
-NOISY = ("node_perturbation", "weight_perturbation", "np_feedback", "forward_forward", "ddtp_linear", "ldrl")
+NOISY = ("node_perturbation", "weight_perturbation", "np_feedback", "forward_forward", "ddtp_linear", "ldrl", "dfc")
 CASES: dict[str, list[str]] = {
     **{rule: [*MLP, f"algorithm={rule}", *OPTIONS.get(rule, [])] for rule in ALGORITHMS if rule not in NOISY},
     "micro-batches": [*MLP, "algorithm=brsf", "accumulate=2", "clip_norm=0.1", "checkpoint_minutes=1e-9"],

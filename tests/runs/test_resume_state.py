@@ -93,7 +93,7 @@ def make(rule: str = "kp") -> tuple[Rule, Optimizers]:
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), Noisy(), nn.Linear(4, 3))
     cuts = (
         {"cuts": ["2"]}
-        if rule in ("dkp", "predsim", "bp_deepsup", "fdfa", "grape", "forward_gradient", "ddtp_linear", "ldrl", "epc")
+        if rule in ("dkp", "predsim", "bp_deepsup", "fdfa", "grape", "forward_gradient", "ddtp_linear", "ldrl", "epc", "dfc")
         else {}
     )
     options = cuts | ({"initial_steps": 0, "mirror_batch": 4} if rule == "wm" else {})
@@ -154,6 +154,7 @@ def generators() -> Iterator[None]:
         "ddtp_linear",
         "ldrl",
         "epc",
+        "dfc",
     ],
 )
 def test_loaded_checkpoint_continues_bit_by_bit(rule: str, generators: None) -> None:

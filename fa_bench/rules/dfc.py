@@ -1,0 +1,329 @@
+"""Deep feedback control in its steady state."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.errors import CoverageError
+from fa_bench.mechanisms.cut.learned import LearnedCutRule
+from fa_bench.mechanisms.cut.passes import PassRule, used_parameters
+from fa_bench.mechanisms.drawing import DrawingRule
+from fa_bench.mechanisms.feedback_options import init_option
+from fa_bench.mechanisms.feedback_tensors import make_learned
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ALGORITHMS
+from fa_bench.utils.lazy import nn, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch import nn as torch_nn
+
+    from fa_bench.mechanisms.coverage import Coverage
+    from fa_bench.mechanisms.updates import LearnedTensor
+
+#: The name under which the output has its entries, beside the cuts.
+OUTPUT_OF_MODEL = ""
+#: The feedback tensor of the output, which the last cut has.
+OF_OUTPUT = "B_output"
+
+
+@dataclasses.dataclass
+class Controller:
+    """The linearised closed loop between the output z (N, C) and the voltages v, for every sample of a batch.
+
+    Attributes:
+        feedback: cut, or "" for the output -> Qᵀ (C, F), or that of each sample (N, C, F).
+        loop: J Q (N, C, C), summed over all cuts and the output.
+        output: z in the pass at which the network was linearised.
+    """
+
+    feedback: dict[str, Tensor]
+    loop: Tensor
+    output: Tensor
+
+    def control(self, error: Tensor, leak: float) -> Tensor:
+        """u = (J Q + leak I)⁻¹ error (N, C), the controller's steady state; not finite where the matrix is singular."""
+        damped = self.loop + leak * torch.eye(self.loop.shape[1], dtype=self.loop.dtype, device=self.loop.device)
+        return torch.linalg.solve_ex(damped, error.to(damped.dtype).unsqueeze(2))[0].squeeze(2)
+
+    def change(self, place: str, control: Tensor) -> Tensor:
+        """Q u (N, F)."""
+        feedback = self.feedback[place]
+        return control @ feedback if feedback.dim() == 2 else (control.unsqueeze(1) @ feedback).squeeze(1)
+
+
+@ALGORITHMS.register("dfc")
+@dataclasses.dataclass(eq=False)
+class DFC(DrawingRule, LearnedCutRule, PassRule):
+    """Deep feedback control: a controller drives the output to a target, and layers learn from how it changes them.
+
+    Meulemans et al. 2021, arXiv 2106.07887, in the steady state in closed form (Meulemans, Farinha, Cervera, Sacramento and
+    Grewe 2022, arXiv 2204.07249, has the code: mariacer/strong_dfc, its option ``ssa``). With r_0 = x, the voltages in front of
+    the nonlinearities φ and the controller's output u (C,) of a sample are at rest at
+
+        v_l = W_l r_{l-1} + b_l + Q_l u,    r_l = φ(v_l),    α u = z* - z,    z* = z⁻ - λ ∂L/∂z⁻,
+
+    with z⁻ the output without control, L the sample's loss, λ the step to the target (`target_stepsize`), α the controller's leak
+    (`alpha`), and a Q_l (F_l, C) for every layer, the output layer included. Linearised around the forward pass, with J (C, ΣF)
+    the Jacobian of z by all voltages, the steady state is
+
+        u = (J Q + α I)⁻¹ (z* - z⁻),    Δv = Q u.
+
+    A last pass propagates the activities with Δv added, so that r_{l-1} is controlled, too. With v⁻_l = W_l r_{l-1} + b_l,
+
+        gradient of W_l = -1/N Σ_n (φ(v⁻_l + Δv_l) - φ(v⁻_l)) r_{l-1}ᵀ,
+
+    and Δv_l in place of the difference with ``learning_rule=voltage_difference``. The output layer has no nonlinearity, its
+    voltage is z. Gradients are proportional to λ where it is small; Adam is not affected, SGD needs a rate in proportion to 1/λ.
+
+    **Feedback.** `feedback_weights` says what Q is. ``learned``: B_l = Q_lᵀ (C, F_l) is Xavier-normal (`b_init`) and that of the
+    output the identity, and both learn from Gaussian noise. σ ε (`sigma`) is added to all voltages in another forward pass, the
+    controller with the leak `alpha_fb` counters what it does to z, and Q unlearns its correlation with what the layer then gets:
+
+        u = (J Q + α_fb I)⁻¹ (z⁻ - z_noisy),    v_fb = Q u + σ ε,    gradient of Q_l = 1/(N σ²) Σ_n v_fb,l uᵀ.
+
+    The decay -β Q of the paper is the weight decay of the feedback's optimizer. For a J that all samples share Q converges to
+    Jᵀ M, whose columns are in the row space of J, and Δv is then the change of a damped Gauss-Newton step. ``b_lr_scale`` is the
+    learning rate of B relative to that of W. ``fixed``: as initially, the identity at the output. ``jacobian``: Jᵀ of every
+    sample, an oracle, without stored feedback: for α → 0 Δv is J⁺ (z* - z⁻), the Gauss-Newton step, for large α Δv is
+    -λ/α Jᵀ ∂L/∂z⁻, in the direction of backpropagation; so are the gradients with the voltage difference, while the difference of
+    φ(v) has a further factor φ'(v) in the hidden layers.
+
+    Weight transport: the dynamics, which the paper means to be the biological process, has none. The closed form gets J by C
+    backward passes through the weights.
+
+    Deviations from the paper and its code: no dynamics. The published runs on MNIST (no ``ss`` or ``ssa`` in their commands)
+    average the updates over 500 Euler steps from rest, and Q learns from the correlations of 44 steps with noise in the apical
+    compartments, far from the steady state; strong-DFC, whose target is the label, has no closed form in that code, because the
+    linearisation is not valid there, and is not offered. Q learns in every step together with W, where the code trains it for 20
+    epochs before and for one before every epoch. The code's gradient has another factor of 2, and its voltage difference in the
+    steady state the wrong sign. It does not divide by a σ² below 0.01². Choices: α = 0.001 and α_fb = 0.5 are the code's
+    defaults, λ = 0.1 and σ = 0.1 are not. The text of the papers was not checked, and no result has been reproduced.
+
+    At a cut that is no elementwise nonlinearity, such as a block, Q u is added to its output, with φ the identity; a cut at a
+    pooling stands for the nonlinearity before it. Layers may be normalised, and learn then through everything between the
+    previous cut and the nonlinearity; with batch normalisation J also contains what a sample changes in the output of the others.
+    Outputs must be (N, C). Without autocast in all further passes: Δv is small. Dropout masks are those of the first pass.
+    Multiplications: three further forward passes (two if Q does not learn), C backward passes for the errors alone, half of one
+    for the weights, a C x C system for every sample; J is not stored, except by ``jacobian``.
+    """
+
+    search_space = {"alpha": "tag(log,interval(1e-4,1))", "target_stepsize": "tag(log,interval(1e-3,1))"}
+
+    alpha: float = option(0.001, "leak α of the controller", minimum=0)
+    target_stepsize: float = option(0.1, "step λ from the output to its target, along the gradient of a sample's loss", above=0)
+    learning_rule: str = option(
+        "nonlinear_difference",
+        "what a layer learns from: the change of its activation, or that of its voltage",
+        choices=["nonlinear_difference", "voltage_difference"],
+    )
+    feedback_weights: str = option(
+        "learned",
+        "the feedback Q: learned from noise, fixed, or the transposed Jacobian of each sample",
+        choices=["learned", "fixed", "jacobian"],
+    )
+    b_init: str = init_option("B", "xavier_normal")
+    b_lr_scale: float = option(1.0, "learning rate of B relative to that of W, unless B has its own optimizer", minimum=0)
+    sigma: float = option(0.1, "standard deviation σ of the noise from which B learns", above=0)
+    alpha_fb: float = option(0.5, "leak of the controller while B learns", minimum=0)
+
+    skips_nonlinearities = True
+    takes_numbers = True
+
+    @property
+    def needs_target(self) -> bool:
+        return False
+
+    @property
+    def feedback_lr_scale(self) -> float:
+        return self.b_lr_scale
+
+    # -------------------------------------------------------------------------------------------- attach
+    def wire(self, sample_input: Any) -> Coverage:
+        coverage = super().wire(sample_input)
+        covered = tuple(
+            dataclasses.replace(entry, feedback="comes from the controller") if entry.layer in self._trace.outputs else entry
+            for entry in coverage.covered
+        )
+        transport = ("in the Jacobian that gives the steady state",)
+        return dataclasses.replace(coverage, covered=covered, transport=transport)
+
+    def notes(self) -> tuple[str, ...]:
+        return super().notes() if self.feedback_weights == "learned" else super(DrawingRule, self).notes()
+
+    def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:
+        from fa_bench.mechanisms.updates import LearnedTensor
+
+        if self.error_dims != 2:
+            raise CoverageError(f"rule '{self.name}' needs outputs of shape (N, C), not {self._trace.result_shape}")
+        #: The cuts with the voltage in front of them; the others have it at their output.
+        self._nonlinear = frozenset(cut for cut in features if self.is_nonlinearity(cut))
+        self._last = list(features)[-1]
+        self._learned, self._masked = {cut: [] for cut in features}, False
+        if self.feedback_weights == "fixed":
+            for cut, shape in features.items():
+                self.put(cut, "B", self.b_init, (classes, math.prod(shape)))
+        elif self.feedback_weights == "learned":
+            self.put_learned(features, classes, self.b_init)
+            module = self._cut_modules[self._last]
+            self.put(self._last, OF_OUTPUT, torch.eye(classes))
+            self._learned[self._last].append(LearnedTensor(self._last, module, make_learned(module, OF_OUTPUT), self._witness))
+
+    def is_nonlinearity(self, cut: str) -> bool:
+        """As for `pepita`; not if it draws random numbers, which would be others when it is evaluated again."""
+        modules = self._cut_modules[cut].modules()
+        draws = any(isinstance(module, (nn.modules.dropout._DropoutNd, nn.RReLU)) for module in modules)
+        return not draws and super().is_nonlinearity(cut)
+
+    # -------------------------------------------------------------------------------------------- training
+    def trained_parameters(self, results: list[Tensor]) -> list[torch_nn.Parameter]:
+        learned: list[Any] = [] if self.mode.freeze_random else [one.tensor for one in self.learned_feedback()]
+        return [*super().trained_parameters(results), *(tensor for tensor in learned if tensor.requires_grad)]
+
+    def gradients(
+        self, parameters: list[torch_nn.Parameter], activations: dict[str, Tensor], delta: Tensor, logits: Tensor, target: Tensor
+    ) -> list[Tensor | None]:
+        share = self.loss_factor / max(len(delta), 1)
+        controller = self._linearised()
+        error = delta.to(controller.output.dtype) / share if share else torch.zeros_like(controller.output)
+        control = controller.control(-self.target_stepsize * error, self.alpha)
+        learned = {id(one.tensor): (place, one.tensor) for place, one in self._learned_at_places()}
+        weights = [parameter for parameter in parameters if id(parameter) not in learned]
+        found = dict(zip(map(id, weights), self._steady_state(controller, control, share, weights), strict=True))
+        if len(weights) < len(parameters):
+            of_feedback = self._feedback_gradients(controller, share)
+            found |= {key: of_feedback[place].to(one.dtype) for key, (place, one) in learned.items() if place in of_feedback}
+        return [found.get(id(parameter)) for parameter in parameters]
+
+    def _learned_at_places(self) -> Iterator[tuple[str, LearnedTensor]]:
+        """Each learned tensor with its cut, or "" for that of the output."""
+        for cut, learned in self._learned.items():
+            yield from zip((cut, OUTPUT_OF_MODEL), learned, strict=False)
+
+    @contextmanager
+    def _pass(self, change: Callable[[str, Tensor], Tensor]) -> Iterator[Tensor]:
+        """A context with the output of a further pass, in which `change` replaces the voltage of every cut."""
+        from fa_bench.mechanisms.second_pass import repeated
+
+        assert self.first_pass is not None
+        changes = {cut: functools.partial(change, cut) for cut in self._cut_modules}
+        before = {cut: changes.pop(cut) for cut in self._nonlinear}
+        with repeated(self.model, self.mode, self.first_pass, inputs=before, outputs=changes, precise=True) as result:
+            yield self.logits_of(result)
+
+    def _linearised(self) -> Controller:
+        """The closed loop around the first pass."""
+        seen: dict[str, Tensor] = {}
+
+        def at(cut: str, voltage: Tensor) -> Tensor:
+            # Only where something that learns comes before it; an input that requires its gradient is not that.
+            if voltage.requires_grad and (cut in self._trace.trainable or used_parameters(self.model, [voltage])):
+                seen[cut] = voltage
+            return voltage.clone()  # what comes next may work in place
+
+        with torch.enable_grad(), self._pass(at) as output:
+            dtype, (batch, classes) = torch.promote_types(output.dtype, torch.float32), output.shape
+            voltages = dict(seen)  # activation checkpointing calls `at` again, for tensors of another graph
+            rows = _jacobian_rows(output, voltages, dtype)
+            unit = torch.eye(classes, dtype=dtype, device=output.device)
+            if self.feedback_weights == "jacobian":
+                stored = list(rows)
+                feedback = {cut: torch.stack([row[cut] for row in stored], 1) for cut in voltages}
+                loop = sum((jacobian @ jacobian.mT for jacobian in feedback.values()), unit.repeat(batch, 1, 1))
+                return Controller({**feedback, OUTPUT_OF_MODEL: unit}, loop, output.detach().to(dtype))
+            feedback = {cut: self._feedback_of(cut, voltage).to(dtype) for cut, voltage in voltages.items()}
+            of_output = self._feedback_of_output(unit)
+            products = [sum((row[cut] @ feedback[cut].t() for cut in row), unit.new_zeros(batch, classes)) for row in rows]
+            loop = torch.stack(products, 1) + of_output.t()
+            return Controller({**feedback, OUTPUT_OF_MODEL: of_output}, loop, output.detach().to(dtype))
+
+    def _feedback_of(self, cut: str, voltage: Tensor) -> Tensor:
+        """B of a cut, (C, F)."""
+        feedback = self.tensor(cut, "B")
+        if math.prod(voltage.shape[1:]) != feedback.shape[1]:
+            raise CoverageError(
+                f"cut '{cut}' has activations of shape {tuple(voltage.shape[1:])}, but its feedback was made for "
+                f"{feedback.shape[1]} features: attach with a sample_input of the size of training data"
+            )
+        return feedback
+
+    def _feedback_of_output(self, unit: Tensor) -> Tensor:
+        """That of the output, (C, C), which is the identity unless it learns."""
+        return self.tensor(self._last, OF_OUTPUT).to(unit.dtype) if self.feedback_weights == "learned" else unit
+
+    def _steady_state(
+        self, controller: Controller, control: Tensor, share: float, weights: list[torch_nn.Parameter]
+    ) -> list[Tensor | None]:
+        """The gradients of the weights, from a pass with Q u added to all voltages.
+
+        Args:
+            controller: the closed loop.
+            control: u (N, C).
+            share: the weight of a sample in the loss.
+            weights: whose gradients they are.
+        """
+        ends: list[tuple[Tensor, Tensor]] = []
+
+        def at(cut: str, voltage: Tensor) -> Tensor:
+            if cut not in controller.feedback:
+                return voltage
+            before = voltage.detach().to(control.dtype)
+            after = before + controller.change(cut, control).view(voltage.shape)
+            taught = cut in self._nonlinear and self.learning_rule == "nonlinear_difference"
+            difference = self._activation(cut, after) - self._activation(cut, before) if taught else after - before
+            ends.append((voltage, difference))
+            return after.to(voltage.dtype)
+
+        with torch.enable_grad(), self._pass(at) as output:
+            ends.append((output, controller.change(OUTPUT_OF_MODEL, control)))
+            trainable = [(end, (-share * difference).to(end.dtype)) for end, difference in ends if end.requires_grad]
+            outputs, errors = zip(*trainable, strict=True)
+            return list(torch.autograd.grad(outputs, weights, errors, allow_unused=True))
+
+    @torch.no_grad()
+    def _activation(self, cut: str, voltage: Tensor) -> Tensor:
+        """φ(v), without the hooks of the nonlinearity."""
+        return self._cut_modules[cut].forward(voltage.clone())  # it may work in place
+
+    @torch.no_grad()
+    def _feedback_gradients(self, controller: Controller, share: float) -> dict[str, Tensor]:
+        """Cut, or "" for the output -> the gradient of its B (C, F), from a pass with noise in all voltages."""
+        self.next_draws()
+        noise: dict[str, Tensor] = {}
+
+        def disturbed(place: str, voltage: Tensor) -> Tensor:
+            if place not in controller.feedback:
+                return voltage
+            noise[place] = self.sigma * self._draws.normal(place, voltage.detach())
+            return voltage + noise[place]
+
+        with self._pass(disturbed) as output:
+            change = disturbed(OUTPUT_OF_MODEL, output) - controller.output
+        control = controller.control(-change, self.alpha_fb)
+        return {
+            place: control.t()
+            @ (controller.change(place, control) + drawn.flatten(1).to(control.dtype))
+            * (share / self.sigma**2)
+            for place, drawn in noise.items()
+        }
+
+
+def _jacobian_rows(output: Tensor, voltages: dict[str, Tensor], dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
+    """The rows of J, one for each class: cut -> the derivatives (N, F) of the output (N, C) by the voltage there."""
+    if not voltages:
+        yield from ({} for _ in range(output.shape[1]))
+        return
+    for number in range(output.shape[1]):
+        found = torch.autograd.grad(
+            output[:, number].sum(),
+            list(voltages.values()),
+            retain_graph=number + 1 < output.shape[1],
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        yield {cut: row.flatten(1).to(dtype) for cut, row in zip(voltages, found, strict=True)}

@@ -1,0 +1,492 @@
+"""Deep feedback control: its limits, its dynamics, where its feedback converges, and what its further passes leave alone."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fa_bench
+from fa_bench.errors import CoverageError, OptionError
+from fa_bench.mechanisms.second_pass import Draws
+from fa_bench.objectives.mse import MSE
+from fa_bench.utils.sampling import seed_for
+
+from . import nets
+from .helpers import assert_matches, bp_grads, rule_grads
+
+CUTS = ["act1", "act2"]
+
+
+def attached(net: str = "mlp_tanh", **options: Any) -> tuple[nn.Module, Any]:
+    model = nets.NETS[net]()
+    x, _ = nets.batch(net)
+    return model, fa_bench.attach(model, "dfc", seed=0, sample_input=x, cuts=nets.activation_cuts(model), **options)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def learn(model: nn.Module, rule: Any, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """The gradients of one pass, those of learned feedback included."""
+    model.zero_grad()
+    rule_grads(model, rule, x, y)
+    return gradients(model)
+
+
+def layers_of(model: nn.Module) -> list[nn.Linear]:
+    return [module for module in model.modules() if isinstance(module, nn.Linear)]
+
+
+def output_after(model: nn.Module, voltages: list[Tensor], x: Tensor) -> Tensor:
+    """The output with something added to the voltage of every layer, of a chain of linear layers and tanh."""
+    *hidden, last = layers_of(model)
+    for layer, added in zip(hidden, voltages, strict=False):
+        x = torch.tanh(layer(x) + added)
+    return last(x) + voltages[-1]
+
+
+def jacobian_of(model: nn.Module, x: Tensor) -> Tensor:
+    """J (C, sum of all F) of one sample (1, I)."""
+    zeros = [torch.zeros(1, layer.out_features, dtype=x.dtype) for layer in layers_of(model)]
+    rows = torch.autograd.functional.jacobian(lambda *v: output_after(model, list(v), x)[0], tuple(zeros))
+    return torch.cat([row[:, 0] for row in rows], 1).detach()
+
+
+def bias_gradients(found: dict[str, Tensor]) -> Tensor:
+    """Of one sample, by the voltage difference: -Q u of all layers."""
+    return torch.cat([found[f"fc{number}.bias"] for number in (1, 2, 3)])
+
+
+# ------------------------------------------------------------------------------------------------ limits
+@pytest.mark.parametrize(
+    ("net", "difference"), [("mlp_tanh", "voltage"), ("conv", "voltage"), ("mlp_relu", "nonlinear"), ("conv", "nonlinear")]
+)
+def test_a_transposed_jacobian_and_much_leak_are_backpropagation(net: str, difference: str) -> None:
+    """Q u = -stepsize / alpha Jᵀ dL/dz (1 + O(1 / alpha)); derivatives of ReLU are their own squares."""
+    options = {"feedback_weights": "jacobian", "alpha": 1e7, "target_stepsize": 0.5}
+    model, rule = attached(net, learning_rule=f"{difference}_difference", **options)
+    x, y = nets.batch(net)
+    found = {key: value * (1e7 / 0.5) for key, value in rule_grads(model, rule, x, y).items()}
+    assert_matches(found, bp_grads(nets.NETS[net](), x, y), rel=1e-5)
+
+
+def test_the_difference_of_activities_has_another_derivative() -> None:
+    """Of tanh in the hidden layers, whose weights then learn by its square."""
+    x, y = nets.batch("mlp_tanh", size=1)
+    found = {}
+    for difference in ("voltage", "nonlinear"):
+        model, rule = attached(feedback_weights="jacobian", alpha=1e7, learning_rule=f"{difference}_difference")
+        found[difference] = learn(model, rule, x, y)
+    slope = 1 - torch.tanh(nets.NETS["mlp_tanh"]().fc1(x))[0].square()
+    assert torch.allclose(found["nonlinear"]["fc1.bias"], found["voltage"]["fc1.bias"] * slope, rtol=1e-5)
+    assert torch.allclose(found["nonlinear"]["fc3.bias"], found["voltage"]["fc3.bias"], rtol=1e-9)
+
+
+def test_a_transposed_jacobian_without_leak_is_the_gauss_newton_step() -> None:
+    model, rule = attached(feedback_weights="jacobian", alpha=0.0, learning_rule="voltage_difference", target_stepsize=0.3)
+    x, y = nets.batch("mlp_tanh", size=1)
+    error = nets.NETS["mlp_tanh"]()(x).softmax(1).detach()[0] - F.one_hot(y, 3)[0]
+    want = torch.linalg.pinv(jacobian_of(nets.NETS["mlp_tanh"](), x)) @ (-0.3 * error)
+    found = -bias_gradients(learn(model, rule, x, y))
+    assert torch.allclose(found, want, rtol=1e-9)
+    # It is the smallest change that brings the linearised output to its target, which backpropagation's is not.
+    assert torch.allclose(jacobian_of(nets.NETS["mlp_tanh"](), x) @ found, -0.3 * error, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["fixed", "jacobian"])
+def test_the_closed_form_is_where_the_dynamics_come_to_rest(kind: str) -> None:
+    """Euler steps of the controller and of all voltages, without linearisation, which costs O(stepsize)."""
+    x, y = nets.batch("mlp_tanh", size=1)
+    plain, distances = nets.NETS["mlp_tanh"](), []
+    for stepsize in (1e-2, 1e-3):
+        model, rule = attached(feedback_weights=kind, alpha=0.1, learning_rule="voltage_difference", target_stepsize=stepsize)
+        found = -bias_gradients(learn(model, rule, x, y))
+        if kind == "jacobian":
+            q = jacobian_of(plain, x).t()
+        else:
+            q = torch.cat([rule.feedback[cut]["B"].t() for cut in CUTS] + [torch.eye(3, dtype=torch.float64)])
+        with torch.no_grad():
+            layers, start = layers_of(plain), plain(x)
+            goal = start - stepsize * (start.softmax(1) - F.one_hot(y, 3))
+            v, u = [layers[0](x), plain[:3](x), start], torch.zeros(1, 3, dtype=torch.float64)
+            for _ in range(6000):
+                fed, r = (u @ q.t()).split([5, 6, 3], 1), [x, v[0].tanh(), v[1].tanh()]
+                rest = [layer(below) + added for layer, below, added in zip(layers, r, fed, strict=True)]
+                u = u + 0.02 * (goal - v[2] - 0.1 * u)
+                v = [now + 0.1 * (end - now) for now, end in zip(v, rest, strict=True)]
+            assert all(torch.allclose(now, end, atol=1e-12) for now, end in zip(v, rest, strict=True)), "at rest"
+            distances.append(((u @ q.t())[0] - found).norm().item() / found.norm().item())
+    assert distances[1] < 1e-2 and distances[1] < 0.2 * distances[0]
+
+
+def test_activities_are_controlled_below_a_layer() -> None:
+    """Of one sample: the second layer's gradient is its error times the first one's controlled activity."""
+    model, rule = attached(feedback_weights="fixed", learning_rule="voltage_difference", target_stepsize=2.0)
+    x, y = nets.batch("mlp_tanh", size=1)
+    found = learn(model, rule, x, y)
+    controlled = torch.tanh(model.fc1(x)[0] - found["fc1.bias"]).detach()
+    assert torch.allclose(found["fc2.weight"], found["fc2.bias"].outer(controlled), rtol=1e-9)
+    assert not torch.allclose(controlled, torch.tanh(model.fc1(x)[0]), rtol=1e-2)
+
+
+# ------------------------------------------------------------------------------------------------ learned feedback
+def solved(leak: float, decay: float, s: float) -> float:
+    """m of leak / (leak + m s)² = decay m, whose left side falls while the right one rises."""
+    low, high = 0.0, 100.0
+    for _ in range(60):
+        m = (low + high) / 2
+        low, high = (m, high) if leak / (leak + m * s) ** 2 > decay * m else (low, m)
+    return low
+
+
+def test_feedback_converges_to_the_row_space_of_the_jacobian() -> None:
+    """Of a linear net: to Q = Jᵀ M, M with the eigenvectors of J Jᵀ and, for its eigenvalue s, decay m = leak / (leak + m s)².
+
+    In the mean over noise the gradient is -(I - Q (J Q + leak)⁻¹ J) Jᵀ (J Q + leak)⁻ᵀ, which is -leak m / (leak + m s)² Jᵀ there.
+    200 steps of 256 noisy samples are averaged: 1 / (200 * 256)^(1/2) is 0.4 % of each entry.
+    """
+    leak, decay = 0.3, 0.2
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 6), nn.Identity(), nn.Linear(6, 4), nn.Identity(), nn.Linear(4, 3)).double()
+    x = torch.zeros(256, 7).double()
+    rule = fa_bench.attach(model, "dfc", sample_input=x, cuts=["1", "3"], sigma=0.7, alpha_fb=leak)
+    with torch.no_grad():
+        jacobian = torch.cat([model[4].weight @ model[2].weight, model[4].weight, torch.eye(3)], 1)
+    optimizer = torch.optim.SGD(rule.feedback_parameters(), lr=0.1, weight_decay=decay)
+    mean, steps = torch.zeros(13, 3).double(), 500
+    for step in range(steps):
+        optimizer.zero_grad()
+        rule.backward(F.cross_entropy(model(x), torch.zeros(256, dtype=torch.long)))
+        optimizer.step()
+        if step >= steps - 200:
+            tensors = [rule.feedback["1"]["B"], rule.feedback["3"]["B"], rule.feedback["3"]["B_output"]]
+            mean += torch.cat([tensor.detach().t() for tensor in tensors]) / 200
+    values, vectors = torch.linalg.eigh(jacobian @ jacobian.t())
+    sizes = torch.tensor([solved(leak, decay, s) for s in values.tolist()]).double()
+    want = jacobian.t() @ vectors @ sizes.diag() @ vectors.t()
+    assert ((mean - want).norm() / want.norm()).item() < 0.03
+
+
+def test_the_noise_is_that_of_its_places_and_numbers() -> None:
+    """Of a linear net without control, whose leak is huge: u = -J sigma eps / leak."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 6), nn.Identity(), nn.Linear(6, 3)).double()
+    x, y = nets.batch("mlp_tanh")
+    rule = fa_bench.attach(model, "dfc", seed=3, sample_input=x, cuts=["1"], sigma=0.7, alpha_fb=1e9)
+    for number in (1, 2):
+        model.zero_grad()
+        found = learn(model, rule, x, y)
+
+        def eps(name: str, features: int, number: int = number) -> Tensor:
+            generator = torch.Generator().manual_seed(seed_for(3, number, name, 0))
+            return torch.empty(4, features, dtype=torch.float64).normal_(generator=generator)
+
+        hidden, output = eps("1", 6), eps("", 3)
+        u = -(hidden @ model[2].weight.detach().t() + output) / 1e9
+        assert torch.allclose(found["1.feedback_B"], u.t() @ hidden / 4, rtol=1e-6)
+        assert torch.allclose(found["1.feedback_B_output"], u.t() @ output / 4, rtol=1e-6)
+    assert rule.state_dict() == {"draws": {"seed": 3, "number": 2}}
+
+
+def test_passes_are_run_only_where_they_are_needed() -> None:
+    x, y = nets.batch("mlp_tanh")
+    for kind, passes in (("learned", 4), ("fixed", 3), ("jacobian", 3)):
+        model, rule = attached(feedback_weights=kind)
+        calls: list[int] = []
+        model.fc3.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        learn(model, rule, x, y)
+        assert len(calls) == passes
+        for tensor in rule.feedback_parameters():
+            tensor.requires_grad_(False)
+        learn(model, rule, x, y)
+        assert len(calls) == passes + 3, "frozen feedback needs no noise"
+        assert bool(rule.feedback_parameters()) == (kind == "learned")
+        assert {name for tensors in rule.feedback.values() for name in tensors} == {
+            "learned": {"B", "B_output"},
+            "fixed": {"B"},
+            "jacobian": set(),
+        }[kind]
+
+
+def test_some_feedback_may_be_frozen() -> None:
+    x, y = nets.batch("mlp_tanh")
+    model, rule = attached()
+    want = learn(model, rule, x, y)
+    model, rule = attached()
+    rule.feedback["act1"]["B"].requires_grad_(False)
+    found = learn(model, rule, x, y)
+    assert set(want) - set(found) == {"act1.feedback_B"}
+    assert all(torch.equal(found[key], want[key]) for key in found)
+
+
+def test_measuring_draws_nothing_and_gives_feedback_no_gradient() -> None:
+    x, y = nets.batch("mlp_tanh")
+    model, rule = attached()
+    learn(model, rule, x, y)
+    rule.mode.freeze_random = True
+    assert not [key for key in learn(model, rule, x, y) if "feedback" in key]
+    assert rule.state_dict()["draws"]["number"] == 1
+
+
+def test_every_update_draws_new_noise_that_a_state_repeats() -> None:
+    x, y = nets.batch("mlp_tanh")
+    model, rule = attached()
+    first, state = learn(model, rule, x, y), copy.deepcopy(rule.state_dict())
+    second = learn(model, rule, x, y)
+    drawn = [key for key in first if "feedback" in key]
+    assert len(drawn) == 3 and not any(torch.equal(first[key], second[key]) for key in drawn)
+    fresh = nets.NETS["mlp_tanh"]()
+    other = fa_bench.attach(fresh, "dfc", seed=9, sample_input=x, cuts=CUTS)
+    fresh.load_state_dict(model.state_dict())
+    other.load_state_dict(state)
+    again = learn(fresh, other, x, y)
+    assert all(torch.equal(again[key], second[key]) for key in second)
+
+
+# ------------------------------------------------------------------------------------------------ further passes
+def test_running_statistics_and_random_numbers_are_those_of_one_pass() -> None:
+    """The masks are those of the first pass: were they new ones, the change of the output would be that between masks."""
+
+    def build() -> nn.Sequential:
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(7, 40), nn.BatchNorm1d(40), nn.Tanh(), nn.Dropout(0.5), nn.Linear(40, 3)).double()
+
+    plain, model = build(), build()
+    x, y = nets.batch("mlp_tanh")
+    rule = fa_bench.attach(model, "dfc", sample_input=x, cuts=["2"], sigma=1e-6, alpha_fb=1e9)
+    torch.manual_seed(5)
+    plain(x)
+    state = torch.get_rng_state()
+    torch.manual_seed(5)
+    learn(model, rule, x, y)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(model[1].running_mean, plain[1].running_mean) and model[1].num_batches_tracked == 1
+    torch.manual_seed(5)
+    mask = model[3](torch.ones(4, 40, dtype=torch.float64))
+    generators = [torch.Generator().manual_seed(seed_for(0, 1, name, 0)) for name in ("2", "")]
+    hidden, output = (
+        torch.empty(4, features, dtype=torch.float64).normal_(generator=one)
+        for features, one in zip((40, 3), generators, strict=True)
+    )
+    voltage = F.batch_norm(model[0](x), None, None, model[1].weight, model[1].bias, True)
+    u = -(((1 - voltage.tanh().square()) * hidden * mask) @ model[4].weight.t() + output) / 1e9
+    assert torch.allclose(rule.feedback["2"]["B"].grad, (u.t() @ hidden / 4).detach(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["learned", "jacobian"])
+@pytest.mark.parametrize("where", ["nonlinearity", "block"])
+def test_nonlinearities_may_work_in_place(where: str, kind: str) -> None:
+    def trained(inplace: bool) -> dict[str, Tensor]:
+        torch.manual_seed(1)
+        layers = [nn.Linear(7, 6), nn.ReLU(inplace), nn.Linear(6, 5), nn.ReLU(inplace)]
+        if where == "block":
+            model = nn.Sequential(nn.Sequential(*layers[:2]), nn.Sequential(*layers[2:]), nn.Linear(5, 3)).double()
+        else:
+            model = nn.Sequential(*layers, nn.Linear(5, 3)).double()
+        x, y = nets.batch("mlp_tanh")
+        cuts = ["0", "1"] if where == "block" else ["1", "3"]
+        return learn(model, fa_bench.attach(model, "dfc", sample_input=x, cuts=cuts, feedback_weights=kind), x, y)
+
+    assert_matches(trained(True), trained(False), rel=0)
+
+
+def test_at_a_block_the_change_is_added_to_the_output() -> None:
+    """Its derivatives are exact; with an identity in the place of the nonlinearity that follows, it is the same net."""
+    torch.manual_seed(1)
+    block = nn.Sequential(nn.Linear(7, 6), nn.Tanh()).double()
+    head = nn.Linear(6, 3).double()
+    x, y = nets.batch("mlp_tanh")
+    whole, apart = nn.Sequential(block, head), nn.Sequential(*copy.deepcopy(block), nn.Identity(), copy.deepcopy(head))
+    found, want = (
+        learn(model, fa_bench.attach(model, "dfc", sample_input=x, cuts=[cut], feedback_weights="jacobian"), x, y)
+        for model, cut in ((whole, "0"), (apart, "2"))
+    )
+    assert torch.equal(found["0.0.weight"], want["0.weight"]) and torch.equal(found["1.weight"], want["3.weight"])
+
+
+def test_a_nonlinearity_with_dropout_is_evaluated_once() -> None:
+    """Its two evaluations would differ in their masks, and the difference of activations would be theirs."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(7, 6), nn.Sequential(nn.Tanh(), nn.Dropout(0.5)), nn.Linear(6, 3)).double()
+    x, y = nets.batch("mlp_tanh")
+    rule = fa_bench.attach(model, "dfc", sample_input=x, cuts=["1"], target_stepsize=1e-6)
+    torch.manual_seed(2)
+    assert learn(model, rule, x, y)["0.weight"].norm() < 1e-4
+
+
+def test_a_pooling_stands_for_the_nonlinearity_before_it() -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 3)).double()
+    x, y = nets.batch("conv")
+    x = F.pad(x, (0, 0, 0, 1))[:, :, :6, :6]
+    rule = fa_bench.attach(model, "dfc", sample_input=x, cuts=["2"])
+    assert set(rule.feedback) == {"1"} and rule.feedback["1"]["B"].shape == (3, 64)
+    assert all(torch.isfinite(tensor).all() for tensor in learn(model, rule, x, y).values())
+
+
+def test_passes_of_half_precision_are_repeated_in_single() -> None:
+    """The change of a voltage of size 1 is a thousandth of it, below the eight bits of bfloat16."""
+    found = []
+    for enabled in (False, True):
+        model = nets.NETS["mlp_tanh"]().float()
+        x, y = nets.batch("mlp_tanh", dtype=torch.float32)
+        rule = fa_bench.attach(model, "dfc", sample_input=x, cuts=CUTS, target_stepsize=1e-3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logits = model(x)
+            loss = F.cross_entropy(logits, y)
+        rule.backward(loss, logits, y)
+        found.append(gradients(model))
+    assert {gradient.dtype for gradient in found[1].values()} == {torch.float32}
+    for key, want in found[0].items():
+        assert (found[1][key] - want).norm() < 0.05 * want.norm()
+
+
+def test_a_model_in_half_precision_learns() -> None:
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = nets.NETS["mlp_tanh"]().to(dtype)
+        x, y = nets.batch("mlp_tanh", dtype=dtype)
+        rule = fa_bench.attach(
+            model, "dfc", sample_input=x, cuts=CUTS, feedback_weights="jacobian", target_stepsize=0.01, alpha=1.0
+        )
+        found.append(learn(model, rule, x, y))
+    for key, want in found[0].items():
+        assert found[1][key].dtype == torch.bfloat16
+        assert (found[1][key].float() - want).norm() < 0.1 * want.norm(), key
+
+
+# ------------------------------------------------------------------------------------------------ calls
+def test_labels_are_not_needed_and_targets_may_be_numbers() -> None:
+    x, y = nets.batch("mlp_tanh")
+    model, rule = attached()
+    want = learn(model, rule, x, y)
+    model, rule = attached()
+    F.cross_entropy(model(x), y).backward()
+    assert_matches(gradients(model), want, rel=1e-12)
+    found = []
+    for target in (y, F.one_hot(y, 3).double()):
+        model, rule = attached(objective=MSE())
+        logits = model(x)
+        rule.backward(rule.objective.loss(logits, target), logits, target)
+        found.append(gradients(model))
+    assert_matches(found[1], found[0], rel=1e-12)
+
+
+@pytest.mark.parametrize("rows", [0, 4])
+def test_a_batch_or_a_loss_of_nothing_gives_zeros(rows: int) -> None:
+    model, rule = attached()
+    x, y = nets.batch("mlp_tanh")
+    logits = model(x[:rows])
+    rule.backward(0 * F.cross_entropy(logits, y[:rows], reduction="sum"), logits, y[:rows], loss_scale=0.0)
+    found = gradients(model)
+    assert found and not any(gradient.any() for gradient in found.values())
+
+
+def test_a_loop_without_steady_state_is_not_an_error() -> None:
+    """J Q + alpha I = 0: the gradients are not finite, which a run reports as divergence."""
+    model, rule = attached(alpha=0.0)
+    with torch.no_grad():
+        for tensor in rule.feedback_parameters():
+            tensor.zero_()
+    found = learn(model, rule, *nets.batch("mlp_tanh"))
+    assert not torch.isfinite(found["fc1.weight"]).all()
+
+
+def test_a_copied_and_a_pickled_model_train_alike() -> None:
+    x, y = nets.batch("mlp_tanh")
+    model, rule = attached()
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    want = learn(model, rule, x, y)
+    for other in copies:
+        found = learn(other, fa_bench.attached_rule(other), x, y)
+        assert all(torch.equal(found[key], want[key]) for key in want)
+
+
+def test_what_nothing_trainable_precedes_is_not_controlled() -> None:
+    """Its block of J Q would be control that no layer learns from; an input that requires its gradient changes nothing."""
+    x, y = nets.batch("mlp_tanh")
+    found = []
+    for asks in (False, True):
+        model = nets.NETS["mlp_tanh"]()
+        model.fc1.requires_grad_(False)
+        rule = fa_bench.attach(model, "dfc", sample_input=x, cuts=CUTS, feedback_weights="fixed")
+        found.append(learn(model, rule, x.clone().requires_grad_(asks), y))
+    assert_matches(found[1], found[0], rel=0)
+    tail = nets.NETS["mlp_tanh"]()[2:]
+    rule = fa_bench.attach(tail, "dfc", sample_input=x[:, :5], cuts=["act2"], feedback_weights="fixed")
+    want = learn(tail, rule, torch.tanh(nets.NETS["mlp_tanh"]().fc1(x)).detach(), y)
+    assert_matches(found[0], want)
+    model = nets.NETS["mlp_tanh"]()
+    model[:4].requires_grad_(False)
+    assert set(learn(model, fa_bench.attach(model, "dfc", sample_input=x, cuts=CUTS), x, y)) == {"fc3.weight", "fc3.bias"}
+
+
+def test_what_it_refuses() -> None:
+    x, y = nets.batch("mlp_tanh")
+    for options in ({"alpha": -1.0}, {"target_stepsize": 0.0}, {"sigma": 0.0}, {"alpha_fb": -1.0}, {"learning_rule": "hebbian"}):
+        with pytest.raises(OptionError, match=next(iter(options))):
+            attached(**options)
+    with pytest.raises(OptionError, match="feedback_weights"):
+        attached(feedback_weights="weight_product")
+    with pytest.raises(CoverageError, match="no cut point between this layer and the next"):
+        fa_bench.attach(nets.NETS["mlp_tanh"](), "dfc", sample_input=x, cuts=["act2"])
+    tokens = nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    with pytest.raises(CoverageError, match=r"rule 'dfc' needs outputs of shape \(N, C\), not \(4, 2, 3\)"):
+        fa_bench.attach(tokens, "dfc", sample_input=torch.zeros(4, 2, 7).double(), cuts=["1"], objective="token_cross_entropy")
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).double()
+    rule = fa_bench.attach(net, "dfc", sample_input=torch.zeros(2, 2, 6, 7).double(), cuts=["1"])
+    with pytest.raises(
+        CoverageError, match=r"cut '1' has activations of shape \(4, 3, 5\), but its feedback was made for 80 feat"
+    ):
+        learn(net, rule, torch.zeros(4, 2, 5, 7).double(), y)
+
+
+def test_what_it_says() -> None:
+    _, rule = attached(b_lr_scale=0.5)
+    said = str(rule.coverage)
+    assert "Each sample has its own noise" in said and "Weight transport in the Jacobian that gives the steady state." in said
+    assert [entry.feedback for entry in rule.coverage.covered][-1] == "comes from the controller"
+    assert rule.coverage.covered[0].feedback == "comes from the cut at act1"
+    assert [group["lr"] for group in rule.parameter_groups(0.1)] == [0.1, 0.05]
+    assert rule.readouts() == {} and rule.weight_pairs() == {} and rule.error_points(rule._trace) == {}
+    assert (rule.alpha, rule.target_stepsize, rule.sigma, rule.alpha_fb) == (0.001, 0.1, 0.1, 0.5)
+    for kind in ("fixed", "jacobian"):
+        assert "noise" not in str(attached(feedback_weights=kind)[1].coverage)
+
+
+def test_training_lowers_the_loss_by_every_kind_of_feedback() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 7, generator=generator, dtype=torch.float64)
+    y = x[:, :3].argmax(1)
+    for kind in ("learned", "fixed", "jacobian"):
+        model, rule = attached(feedback_weights=kind, alpha=0.1)
+        optimizer = torch.optim.Adam(rule.parameter_groups(0.01))
+        losses = []
+        for _ in range(150):
+            optimizer.zero_grad()
+            logits = model(x)
+            losses.append(loss := F.cross_entropy(logits, y))
+            rule.backward(loss, logits, y)
+            optimizer.step()
+            rule.step()
+        assert losses[-1] < 0.5 * losses[0], kind
+
+
+def test_same_noise_of_every_sample_is_split_with_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two halves of a batch, each with half the loss, add up to the whole."""
+    monkeypatch.setattr(Draws, "normal", lambda self, name, like, is_shared=False: torch.ones_like(like) * (len(name) + 1) / 3)
+    x, y = nets.batch("mlp_tanh")
+    model, rule = attached()
+    want = learn(model, rule, x, y)
+    model.zero_grad()
+    for part in (slice(0, 1), slice(1, 4)):
+        logits = model(x[part])
+        rule.backward(F.cross_entropy(logits, y[part]) * len(y[part]) / 4, logits, y[part])
+    assert_matches(gradients(model), want)
