@@ -1,11 +1,11 @@
-"""Writes docs/results.md from its template and the results in docs/data, and adds results of finished sweeps to docs/data.
+"""Writes docs/results.md and the README's results from the files in docs/data, and adds results of finished sweeps to docs/data.
 
     python scripts/make_results.py
     python scripts/make_results.py collect NAME "COMMAND" DIR...
 
 `collect` writes a report on the runs in DIR and keeps its tables as docs/data/NAME/report.csv, runs.csv and layers.csv, beside
 about.yaml: the command, the commit, versions and the machine. It refuses runs of several commits, or of modified code. The
-template, docs/data/results.md.jinja, has the prose; every number of a table, and every number that prose takes from a run, comes
+templates, docs/data/*.jinja, have the prose; every number of a table, and every number that prose takes from a run, comes
 from the files. A test compares the committed page with the output.
 """
 
@@ -30,6 +30,9 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "docs" / "data"
 TEMPLATE = "results.md.jinja"
 PAGE = ROOT / "docs" / "results.md"
+README, README_TEMPLATE = ROOT / "README.md", "readme.md.jinja"
+#: The README's results are between these lines.
+START, END = "<!-- results -->\n", "<!-- end of results -->"
 #: Columns that say where a run lay on the machine.
 _LOCAL = ("directory",)
 
@@ -143,19 +146,25 @@ def _cell(row: pd.Series, column: str) -> str:
     return "-" if pd.isna(value) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def archived(name: str) -> str:
-    """A table as it was published here before results were kept as files: docs/data/archived/NAME.csv, cell by cell."""
+def archived(name: str, columns: Sequence[str] = ()) -> str:
+    """A table as it was published here before results were kept as files: docs/data/archived/NAME.csv, cell by cell.
+
+    Args:
+        name: the file.
+        columns: the first columns of these names; empty for all.
+    """
     with (DATA / "archived" / f"{name}.csv").open(encoding="utf-8", newline="") as file:
         head, *rows = csv.reader(file)
-    return _markdown(head, rows)
+    indices = [head.index(column) for column in columns] or range(len(head))
+    return _markdown([head[index] for index in indices], [[row[index] for index in indices] for row in rows])
 
 
 def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
-def render() -> str:
-    """The text of docs/results.md.
+def render(template: str = TEMPLATE) -> str:
+    """The text of docs/results.md, or of another template in docs/data.
 
     Raises:
         jinja2.UndefinedError: for a study or number that does not exist.
@@ -163,7 +172,13 @@ def render() -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(DATA), undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
-    return environment.get_template(TEMPLATE).render(study=lambda name: Study(name, DATA / name), archived=archived)
+    return environment.get_template(template).render(study=lambda name: Study(name, DATA / name), archived=archived)
+
+
+def render_readme() -> str:
+    """README.md with the results of its template between the marks."""
+    before, rest = README.read_text(encoding="utf-8").split(START)
+    return f"{before}{START}{render(README_TEMPLATE)}{END}{rest.split(END)[1]}"
 
 
 def collect(name: str, command: str, folders: list[Path]) -> Path:
@@ -225,7 +240,7 @@ def main() -> None:
         print(collect(arguments.name, arguments.command, arguments.folders))
     else:
         PAGE.write_text(render(), encoding="utf-8")
-        print(PAGE.relative_to(ROOT))
+        README.write_text(render_readme(), encoding="utf-8")
 
 
 if __name__ == "__main__":

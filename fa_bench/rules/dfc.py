@@ -113,6 +113,13 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
     for the weights, a C x C system for every sample; J is not stored, except by ``jacobian``.
     """
 
+    equations = (
+        r"u &= (J Q + \alpha I)^{-1} (z^* - z^-), \quad z^* = z^- - \lambda \frac{\partial L}{\partial z^-}",
+        r"\Delta v_l &= Q_l u",
+        r"\nabla_{W_l} &= -\frac{1}{N} \sum_n (\varphi(v^-_l + \Delta v_l) - \varphi(v^-_l)) r_{l-1}^\top",
+        r"\nabla_{Q_l} &= \frac{1}{N \sigma^2} \sum_n (Q_l u + \sigma \varepsilon) u^\top",
+    )
+
     search_space = {"alpha": "tag(log,interval(1e-4,1))", "target_stepsize": "tag(log,interval(1e-3,1))"}
 
     alpha: float = option(0.001, "leak α of the controller", minimum=0)

@@ -24,21 +24,25 @@ ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 
 
-def shell_lines(section: str) -> list[str]:
-    return re.findall(r"^    (\S.*)$", README.split(f"## {section}")[1].split("\n## ")[0], re.M)
+def shell_lines(text: str) -> list[str]:
+    return re.findall(r"^    (\S.*)$", text, re.M)
 
 
 def test_quick_start_sets_everything_up_and_runs() -> None:
-    run, test = shell_lines("Quick start")[:2]
+    run, test = shell_lines(README.split("## Quick start")[1])[:2]
     for line in (run, test):
         assert line.startswith("python3 -m venv .venv && .venv/bin/pip install -q -e ")
     assert run.endswith(".venv/bin/fa-bench -m experiment=quickstart")
     assert test.endswith(".venv/bin/python -m pytest -n 2")
 
 
-def test_report_of_the_readme_is_a_command_and_reads_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_of_the_page_is_a_command_and_reads_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (line,) = [line for line in shell_lines("On the command line") if line.startswith("fa-bench-report")]
+    (line,) = [
+        line
+        for line in shell_lines((ROOT / "docs" / "command_line.md").read_text(encoding="utf-8"))
+        if line.startswith("fa-bench-report")
+    ]
     words = line.split("#")[0].split()
     assert re.search(rf'^{words[0]} = "{report.main.__module__}:main"$', (ROOT / "pyproject.toml").read_text(), re.M)
     run = Path(words[1], "bp-0a", "seed0")
@@ -66,8 +70,9 @@ def test_calls_of_the_readme_run_and_tune(tmp_path: Path, monkeypatch: pytest.Mo
     assert [rule.rule for rule in shown["study"].rules] == ["bp", "fa"] and shown["study"].options.budget == 20
 
 
-def test_presets_of_the_readme_are_those_there_are() -> None:
-    listed = README.split("Experiments, `experiment=`:")[1].split("An experiment lists")[0]
+def test_experiments_of_the_page_are_those_there_are() -> None:
+    page = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
+    listed = page.split("Experiments, `experiment=`:")[1].split("An experiment lists")[0]
     assert set(re.findall(r"`(\w+)`", listed)) == {path.stem for path in (conf_dir() / "experiment").glob("*.yaml")}
 
 

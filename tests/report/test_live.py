@@ -121,11 +121,11 @@ def test_a_run_taken_up_again_is_not_thought_faster_than_its_training(tmp_path):
     assert line.overhead == 1 and line.remaining == pytest.approx(30 * 2 - 1)
 
 
-def test_the_example_of_the_readme_is_what_is_shown(sweep):
+def test_the_example_of_the_page_is_what_is_shown(sweep):
     shown = live.plain_text(live.Watcher([sweep]).look(NOW))
     print(*(f"    {line}" for line in shown), sep="\n")
-    readme = (ROOT / "README.md").read_text()
-    assert "\n".join(f"    {line}" for line in shown) in readme
+    page = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
+    assert "\n".join(f"    {line}" for line in shown) in page
 
 
 def test_without_an_announcement_runs_are_named_after_their_configs(tmp_path):

@@ -35,7 +35,7 @@ def test_the_table_replaces_the_one_before():
 def test_a_sweep_without_a_table_and_a_readme_without_a_place_are_refused():
     with pytest.raises(SystemExit, match="printed no table"):
         make_quickstart.replace_table(make_quickstart.START + make_quickstart.END, "nothing\n")
-    with pytest.raises(SystemExit, match="README.md lacks"):
+    with pytest.raises(SystemExit, match=r"README\.md lacks"):
         make_quickstart.replace_table("# Title\n", OUTPUT)
 
 

@@ -19,6 +19,7 @@ STUDIES = sorted(path.parent.name for path in make_results.DATA.glob("*/about.ya
 
 def test_the_page_is_written_from_the_committed_results():
     assert make_results.PAGE.read_text(encoding="utf-8") == make_results.render()
+    assert make_results.README.read_text(encoding="utf-8") == make_results.render_readme()
 
 
 def test_every_committed_result_is_on_the_page():
