@@ -717,9 +717,9 @@ FORWARD_FORWARD = Preset(
     ],
 )
 
-#: Deep feedback control by the code mariacer/strong_dfc: its commands for MNIST, the defaults of its options (beta2 and the beta of
-#: the feedback 0.99, backpropagation's batches of 128) and its data [code]; eps halved, because its gradient is doubled. The closed
-#: form, no training of the feedback before, the norm of all gradients together, and frozen as bp [choice].
+#: Deep feedback control by the code mariacer/strong_dfc: its commands for MNIST, the defaults of its options (beta2 and both betas
+#: of the feedback 0.99, backpropagation's batches of 128) and its data [code]; eps halved, because its gradient is doubled. The
+#: closed form, no training of the feedback before, the norm of all gradients together, and frozen as bp [choice].
 DFC = Preset(
     [{"algorithm": ["dfc", "bp", "frozen"], "seed": [0, 1, 2]}],
     {
