@@ -62,9 +62,9 @@ class Controller:
 class DFC(DrawingRule, LearnedCutRule, PassRule):
     """Deep feedback control: a controller drives the output to a target, and layers learn from how it changes them.
 
-    Meulemans et al. 2021, arXiv 2106.07887, in the steady state in closed form (Meulemans, Farinha, Cervera, Sacramento and
-    Grewe 2022, arXiv 2204.07249, has the code: mariacer/strong_dfc, its option ``ssa``). With r_0 = x, the voltages in front of
-    the nonlinearities φ and the controller's output u (C,) of a sample are at rest at
+    Meulemans et al. 2021, arXiv 2106.07887, in the steady state in closed form: the option ``ssa`` of the code of Meulemans et
+    al. 2022, arXiv 2204.07249 (mariacer/strong_dfc). With r_0 = x, the voltages in front of the nonlinearities φ and the
+    controller's output u (C,) of a sample are at rest at
 
         v_l = W_l r_{l-1} + b_l + Q_l u,    r_l = φ(v_l),    α u = z* - z,    z* = z⁻ - λ ∂L/∂z⁻,
 
@@ -229,7 +229,7 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
 
         def at(cut: str, voltage: Tensor) -> Tensor:
             # Only where something that learns comes before it; an input that requires its gradient is not that.
-            if voltage.requires_grad and (cut in self._trace.trainable or used_parameters(self.model, [voltage])):
+            if voltage.requires_grad and used_parameters(self.model, [voltage]):
                 seen[cut] = voltage
             return voltage.clone()  # what comes next may work in place
 
