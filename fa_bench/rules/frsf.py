@@ -23,7 +23,7 @@ class FRSF(EdgeRule):
     of |M| itself to W would be 90 degrees.
     """
 
-    m_init: str = init_option("the magnitudes M")
+    m_init: str = init_option("the magnitudes M", continuous=True)
     density: float = density_option()
 
     def pathway(self, layer: LayerContext) -> FeedbackPathway:
