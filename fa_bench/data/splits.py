@@ -78,6 +78,11 @@ class Split(abc.ABC):
         """Whether the samples differ from epoch to epoch."""
         return False
 
+    @property
+    def is_indexed(self) -> bool:
+        """Whether an index is that of the same sample in every epoch, and `batch_indices` those of `batches`."""
+        return type(self).batches is Split.batches
+
     def prepared(self, x: Tensor, seed: tuple[int, ...] | None, part: Part | None = None) -> Tensor:
         """A batch of gathered inputs as the model receives it.
 
@@ -114,16 +119,12 @@ class Split(abc.ABC):
             share: the positions of the wanted samples in a batch of so many, (n,) int64; None: all. A batch of which none is
                 wanted is skipped.
         """
-        indices = torch.arange(len(self))
-        if seed is not None and shuffle:
-            indices = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed_for("order", seed, epoch)))
-        steps = self.steps(batch_size, drop_last)
-        chunks = (indices[i * batch_size : (i + 1) * batch_size] for i in range(start, steps))
+        chunks = self.batch_indices(
+            batch_size, seed=seed, epoch=epoch, drop_last=drop_last, start=start, shuffle=shuffle, share=share
+        )
         parts: Iterator[Part | None] = itertools.repeat(None)
         if share is not None:
-            wanted = [part for i in range(start, steps) if len((part := _part(share, batch_size, i, len(self))).positions)]
-            chunks = (chunk[part.positions] for chunk, part in zip(chunks, wanted, strict=False))
-            parts = iter(wanted)
+            parts = iter(self._parts(share, batch_size, range(start, self.steps(batch_size, drop_last))))
         varies = self.varies and seed is not None
         key = seed_for("read", seed, epoch) if varies else None
         for number, ((x, y), part) in enumerate(zip(self.gather(chunks, key), parts, strict=False), start):
@@ -131,11 +132,32 @@ class Split(abc.ABC):
             seeds = (seed, epoch, number) if varies and seed is not None else None
             yield self.prepared(x, seeds) if part is None else self.prepared(x, seeds, part), y
 
+    def batch_indices(
+        self,
+        batch_size: int,
+        *,
+        seed: int | None = None,
+        epoch: int = 0,
+        drop_last: bool = False,
+        start: int = 0,
+        shuffle: bool = True,
+        share: Callable[[int], Tensor] | None = None,
+    ) -> Iterator[Tensor]:
+        """The indices of the samples in each of `batches`, whose arguments these are, (N,) int64 on the CPU."""
+        indices = torch.arange(len(self))
+        if seed is not None and shuffle:
+            indices = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed_for("order", seed, epoch)))
+        steps = range(start, self.steps(batch_size, drop_last))
+        chunks = (indices[i * batch_size : (i + 1) * batch_size] for i in steps)
+        if share is None:
+            return chunks
+        parts = self._parts(share, batch_size, steps)
+        return (chunk[part.positions] for chunk, part in zip(chunks, parts, strict=False))
 
-def _part(share: Callable[[int], Tensor], batch_size: int, number: int, samples: int) -> Part:
-    """The wanted part of a batch, which is the last one if it has fewer samples."""
-    size = min(batch_size, samples - number * batch_size)
-    return Part(share(size), size)
+    def _parts(self, share: Callable[[int], Tensor], batch_size: int, steps: range) -> list[Part]:
+        """The wanted part of each batch, of those that have one; the last batch may have fewer samples."""
+        sizes = (min(batch_size, len(self) - i * batch_size) for i in steps)
+        return [part for size in sizes if len((part := Part(share(size), size)).positions)]
 
 
 class ImageSplit(Split):
@@ -237,8 +259,13 @@ class ArraySplit(Split):
 
 def some(split: Split, number: int) -> Split:
     """At most `number` samples of a split in their order, sampled with a fixed seed: the same in every run."""
+    return split if len(split) <= number else split.subset(some_indices(split, number))
+
+
+def some_indices(split: Split, number: int) -> Tensor:
+    """The indices of the samples of `some`."""
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed_for("trial")))
-    return split if len(split) <= number else split.subset(order[:number].sort().values)
+    return order[:number].sort().values
 
 
 def stratified(labels: Tensor, count: int, seed: int) -> Tensor:

@@ -139,6 +139,10 @@ class WindowSplit(Split):
     def varies(self) -> bool:
         return self.moves
 
+    @property
+    def is_indexed(self) -> bool:
+        return not self.moves
+
     def gather(self, chunks: Iterator[Tensor], key: int | None) -> Iterator[tuple[Tensor, Tensor]]:
         generator = None if key is None else torch.Generator().manual_seed(key)
         offset = 0 if generator is None else int(torch.randint(self.context, (), generator=generator))

@@ -5,26 +5,28 @@ from __future__ import annotations
 from typing import Any
 
 from fa_bench.registry.options import option
-from fa_bench.utils.sampling import INITIALISERS
+from fa_bench.utils.sampling import CONTINUOUS, INITIALISERS
 
 #: An "initialiser" of an edge rule's tensors that copies the layer's weight.
 COPY_WEIGHT = "copy_w"
 
 
-def init_option(tensor: str, default: str | None = "xavier_uniform", can_copy: bool = False) -> Any:
+def init_option(tensor: str, default: str | None = "xavier_uniform", can_copy: bool = False, continuous: bool = False) -> Any:
     """The initialiser of a feedback tensor.
 
     Args:
         tensor: the tensor, as the help calls it.
         default: the default initialiser.
         can_copy: whether the tensor may be a copy of the weight.
+        continuous: whether its entries must have a continuous distribution (or be zero).
     """
-    return option(default, f"initialiser of {tensor}", choices=[*INITIALISERS, *([COPY_WEIGHT] if can_copy else [])])
+    initialisers = CONTINUOUS if continuous else INITIALISERS
+    return option(default, f"initialiser of {tensor}", choices=[*initialisers, *([COPY_WEIGHT] if can_copy else [])])
 
 
 def decoder_init_option() -> Any:
     """The initialiser of the weight of a rule's local classifiers."""
-    return option("zeros", "initialiser of the decoder's weight", choices=list(INITIALISERS), identifying=False)
+    return option("zeros", "initialiser of the decoder's weight", choices=CONTINUOUS, identifying=False)
 
 
 def density_option(tensors: str = "B", masks: str = "mask") -> Any:

@@ -74,6 +74,23 @@ class Rule(Options):
         """The rule for a short trial run, with its initial phase shortened to `fraction` of its length."""
         return self
 
+    @property
+    def needs_indices(self) -> bool:
+        """Whether errors depend on which training samples a batch has: `backward` then needs their indices."""
+        return False
+
+    @property
+    def sample_count(self) -> int | None:
+        """The number of training samples, in rules with `needs_indices`; None if it is not known."""
+        return None
+
+    def expect_samples(self, count: int) -> None:
+        """Called by the runner before `attach`, with the number of training samples; for rules that keep something of each.
+
+        Raises:
+            OptionError: if an option of the rule does not fit it.
+        """
+
     # -------------------------------------------------------------------------------------------- attach and detach
     def attach(
         self: R,
@@ -110,6 +127,7 @@ class Rule(Options):
         self._structure, self._uses_outside = None, {}
         #: The last training pass, if the rule repeats passes; while it computes errors or gradients, the pass they belong to.
         self.first_pass: FirstPass | None = None
+        self.indices: Tensor | None = None
         self._passes, self._uses_watch, self._uses_unchecked = [], None, True
         try:
             if self.freeze_stem:
@@ -295,7 +313,12 @@ class Rule(Options):
 
     # -------------------------------------------------------------------------------------------- training
     def backward(
-        self, loss: Tensor, logits: Tensor | None = None, target: Tensor | None = None, loss_scale: float | None = None
+        self,
+        loss: Tensor,
+        logits: Tensor | None = None,
+        target: Tensor | None = None,
+        loss_scale: float | None = None,
+        indices: Tensor | None = None,
     ) -> None:
         """Add the rule's gradients to ``.grad`` of the weights and of learned feedback, as ``loss.backward()`` does.
 
@@ -306,6 +329,8 @@ class Rule(Options):
             target: the labels, (N,), or one for each position; for rules that compute their errors from them.
             loss_scale: the factor by which the loss was scaled, by gradient accumulation or a gradient scaler; None: rules that
                 compute their errors from the labels infer it, if the loss is the objective's mean times a number.
+            indices: of the batch's samples in the training set, (N,) of integers from 0, the same for a sample in every epoch;
+                for rules with `needs_indices`.
 
         Raises:
             CoverageError: if the rule is not attached to a model.
@@ -316,7 +341,19 @@ class Rule(Options):
             loss.backward()
             return
         self._check_structure()
-        self.deliver(loss, logits, target, loss_scale)
+        if self.needs_indices:
+            with self.of_samples(indices):
+                self.deliver(loss, logits, target, loss_scale)
+        else:
+            self.deliver(loss, logits, target, loss_scale)
+
+    @contextmanager
+    def of_samples(self, indices: Tensor | None) -> Iterator[None]:
+        """A context in which `deliver` computes errors of the training samples with these indices, see `backward`."""
+        from fa_bench.mechanisms.contexts import set_temporarily
+
+        with set_temporarily([self], "indices", indices):
+            yield
 
     def deliver(self, loss: Tensor, logits: Tensor | None, target: Tensor | None, loss_scale: float | None = None) -> None:
         """The rule's backward pass."""

@@ -25,6 +25,7 @@ class Mode:
         rule: the rule's name.
         exact: forward passes are those of the plain model.
         freeze_random: forward passes sample no new random tensors, so that measuring does not change the run.
+        alone: nothing is exchanged with the other processes of a data-parallel training, which do not do the same now.
         layerwise: compound modules call one layer for each of their weights; otherwise they may use fused kernels.
         always_layerwise: they do so without gradients, too.
         training: a forward pass of the whole model with gradients is running.
@@ -36,6 +37,7 @@ class Mode:
     rule: str
     exact: bool = False
     freeze_random: bool = False
+    alone: bool = False
     layerwise: bool = False
     always_layerwise: bool = False
     training: bool = False

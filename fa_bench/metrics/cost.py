@@ -283,12 +283,14 @@ def _samples(device: torch.device, shape: tuple[int, ...], classes: int, inputs:
 def _step(rule: Rule, data: tuple[Tensor, Tensor], optimizers: Optimizers | None, exact: bool) -> _Step:
     """Run and count one step, after those that came before it have lost their gradients."""
     x, y = data
+    indices = torch.arange(len(y)) % (rule.sample_count or len(y))
     rule.model.zero_grad()
-    with counting() as counter:
+    # Only one process of several counts.
+    with set_temporarily([rule.mode], "alone", True), counting() as counter:
         logits = loss_output(rule.model(x), rule.loss_output)
         loss = rule.objective.loss(logits, y)
         forward = counter.multiplications, counter.moved
-        rule.backward(loss, logits, y)
+        rule.backward(loss, logits, y, indices=indices)
         backward = counter.multiplications - forward[0], counter.moved - forward[1]
         del logits, loss
         before_optimizer = counter.multiplications

@@ -36,6 +36,7 @@ class AlignmentMeter:
         x: inputs (N, ...).
         y: targets (N,), (N, O) if they are numbers, or (N, P...) for outputs with positions.
         metrics: names of the metrics; None: all that are registered.
+        indices: of the samples in the training set, for rules with `Rule.needs_indices`.
 
     Examples:
         >>> import torch, fa_bench
@@ -48,8 +49,10 @@ class AlignmentMeter:
         {'weight_angle': {'0': 0.0, '2': 0.0}, 'norm_ratio': {'0': 1.0, '2': 1.0}}
     """
 
-    def __init__(self, rule: Rule, x: Tensor, y: Tensor, metrics: Iterable[str] | None = None) -> None:
-        self.rule, self.x, self.y = rule, x, y
+    def __init__(
+        self, rule: Rule, x: Tensor, y: Tensor, metrics: Iterable[str] | None = None, indices: Tensor | None = None
+    ) -> None:
+        self.rule, self.x, self.y, self.indices = rule, x, y, indices
         self.metrics = [metric() for metric in declared(METRICS if metrics is None else metrics).values()]
         with rule.exact():
             self.trace = trace_model(rule.model, x[:2], output=rule.loss_output)
@@ -97,7 +100,8 @@ class Passes:
     @functools.cached_property
     def delivered(self) -> Record:
         """Errors and tensors of a pass with the rule."""
-        return self._pass(lambda loss, logits: self.rule.deliver(loss, logits, self._meter.y))
+        with self.rule.of_samples(self._meter.indices):
+            return self._pass(lambda loss, logits: self.rule.deliver(loss, logits, self._meter.y))
 
     @functools.cached_property
     def exact(self) -> Record:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from fa_bench.registry.kinds import CLASSES, IMAGES, VALUES
 from fa_bench.registry.options import Options, option
 from fa_bench.utils.lazy import nn
-from fa_bench.utils.sampling import INITIALISERS, fill
+from fa_bench.utils.sampling import CONTINUOUS, fill
 
 if TYPE_CHECKING:
     from torch import nn as torch_nn
@@ -50,11 +50,9 @@ class Architecture(Options):
     init: str = option(
         "pytorch",
         "initialiser of the weights; all except pytorch, PyTorch's default, set biases to zero",
-        choices=[*INITIALISERS, *OLD_NAMES],
+        choices=[*CONTINUOUS, *OLD_NAMES],
     )
-    linear_init: str | None = option(
-        None, "initialiser of the weights of fully connected layers; null: init", choices=list(INITIALISERS)
-    )
+    linear_init: str | None = option(None, "initialiser of the weights of fully connected layers; null: init", choices=CONTINUOUS)
 
     def __post_init__(self) -> None:
         super().__post_init__()

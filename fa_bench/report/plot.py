@@ -73,7 +73,7 @@ _LONG = (
     "node_perturbation",
     "weight_perturbation",
 )
-_DOTTED = ("regularized_mirror", "grape", "information_alignment", "forward_gradient", "pepita", "ldrl", "epc", "pc", "dfc")
+_DOTTED = ("regularized_mirror", "grape", "information_alignment", "forward_gradient", "pepita", "ldrl", "epc", "pc", "dfc", "f3")
 #: Line styles and the shift of the markers of these tables.
 _TABLES = ((_SOLID, STYLES[0], 0), (_DASHED, STYLES[1], 5), (_LONG, (0, (9, 3)), 3), (_DOTTED, (0, (4, 1, 1, 1)), 7))
 LEGEND_WIDTH, MAX_LEGEND, MAX_ENTRIES = 40, 200, 60  # characters of a line of an entry, of an entry; entries

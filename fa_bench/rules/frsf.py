@@ -28,7 +28,7 @@ class FRSF(EdgeRule):
         r"\nabla_W &= g^\top x",
     )
 
-    m_init: str = init_option("the magnitudes M")
+    m_init: str = init_option("the magnitudes M", continuous=True)
     density: float = density_option()
 
     def pathway(self, layer: LayerContext) -> FeedbackPathway:

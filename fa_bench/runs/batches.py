@@ -16,19 +16,39 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.rule import Rule
 
 
-def fixed_batch(splits: Splits, size: int) -> tuple[Tensor, Tensor]:
-    """The batch that alignment metrics are measured on: at most `size` training samples, not augmented, and their targets.
+def fixed_batch(splits: Splits, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The batch that alignment metrics are measured on: at most `size` training samples, not augmented, their targets, indices.
 
     These are the first samples as stored, or a sample with a fixed seed if the first ones contain less than half as many classes
     as possible because the data are stored class by class.
     """
-    from fa_bench.data.splits import some
+    from fa_bench.data.splits import some_indices
 
     size = min(size, len(splits.train))
     x, y = next(splits.train.batches(size))
+    indices = torch.arange(size)
     if splits.targets == CLASSES and 2 * len(y.unique()) < min(size, len(splits.classes)):
-        x, y = next(some(splits.train, size).batches(size))
-    return x, y
+        indices = some_indices(splits.train, size)
+        x, y = next(splits.train.subset(indices).batches(size))
+    return x, y, indices
+
+
+def check_indices(rule: Rule, splits: Splits, dataset: str) -> None:
+    """Refuse data whose samples have no fixed indices if the rule needs them.
+
+    Args:
+        rule: the rule.
+        splits: of the dataset with the name `dataset`.
+
+    Raises:
+        OptionError: naming the rule and the dataset.
+    """
+    if rule.needs_indices and not splits.train.is_indexed:
+        raise OptionError(
+            "algorithm",
+            f"={rule.name} keeps an error of every training sample, but dataset={dataset} has other samples in every epoch; "
+            "use a rule such as dfa",
+        )
 
 
 def check_targets(rule: Rule, splits: Splits, dataset: str) -> None:
@@ -164,7 +184,7 @@ def _accepts_single_sample(rule: Rule, splits: Splits) -> bool:
 
     x, y = next(splits.train.batches(1))
     try:
-        with measurement_mode(rule), torch.enable_grad():
+        with measurement_mode(rule), torch.enable_grad(), rule.of_samples(torch.zeros(1, dtype=torch.int64)):
             logits = loss_output(rule.model(x), rule.loss_output)
             rule.deliver(rule.objective.loss(logits, y), logits, y)
     except ValueError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Iterable
@@ -190,15 +191,21 @@ class Trainer:
         stopped, external = zip(*requests, strict=True)
         self.progress.stopped, self._external_stop = next(filter(None, stopped), None), next(filter(None, external), None)
 
-    def train_step(self, x: Tensor, y: Tensor) -> None:
-        """One update of weights and learned feedback by this process's part of a batch, inputs `x` and targets `y`."""
+    def train_step(self, x: Tensor, y: Tensor, indices: Tensor | None = None) -> None:
+        """One update of weights and learned feedback by this process's part of a batch, inputs `x` and targets `y`.
+
+        `indices` are those of its samples, see `Rule.backward`.
+        """
         self.optimizers.begin_step(self.progress.step)
+        end = 0
         for part_x, part_y, share in self.world.micro_batches(x, y, self._samples, self.options.accumulate, self.objective):
+            start, end = end, end + len(part_y)
+            part = None if indices is None else indices[start:end]
             with self.execution.products():
                 outputs, loss = self._forward(part_x, part_y)
                 self._count(loss, part_y)
                 self._call("on_loss", part_x)
-                self.rule.backward(loss if share == 1 else loss * share, outputs, part_y, share)
+                self.rule.backward(loss if share == 1 else loss * share, outputs, part_y, share, part)
             add(self.progress.sums, self.objective.sums(outputs.detach(), part_y))
         if self._hooks["on_gradients"]:
             self.optimizers.fill_gradients()
@@ -236,19 +243,22 @@ class Trainer:
         lr = self.optimizers.lr
         self._call("on_epoch_start")
         clock = time.perf_counter()
-        for x, y in self.splits.train.batches(
-            options.batch_size,
-            seed=options.seed,
-            epoch=progress.epoch,
-            drop_last=options.drop_last,
-            start=progress.batch,
-            shuffle=options.shuffle,
-            share=self._share,
-        ):
+        order: dict[str, Any] = {
+            "seed": options.seed,
+            "epoch": progress.epoch,
+            "drop_last": options.drop_last,
+            "start": progress.batch,
+            "shuffle": options.shuffle,
+            "share": self._share,
+        }
+        batches, indices = self.splits.train.batches(options.batch_size, **order), itertools.repeat(None)
+        if self.rule.needs_indices:
+            indices = self.splits.train.batch_indices(options.batch_size, **order)
+        for (x, y), of_batch in zip(batches, indices, strict=False):
             if progress.batch == 0:
                 progress.batches_hash = chained(progress.batches_hash, *self.world.whole_batch(x, y, self._share, self._samples))
             self.world.begin_step(options.seed, progress.step)
-            self.train_step(x, y)
+            self.train_step(x, y, of_batch)
             progress.step += 1
             progress.batch += 1
             seconds = time.perf_counter() - clock

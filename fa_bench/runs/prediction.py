@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fa_bench.config.job import Job
 from fa_bench.data.splits import Splits
+from fa_bench.errors import OptionError
 from fa_bench.mechanisms.rule import Rule
 from fa_bench.metrics.cost import Cost, step_costs
 from fa_bench.objectives.base import Objective
@@ -18,6 +19,20 @@ from fa_bench.utils.process import random_state, restore_random_state
 
 #: Predictions of this process: the runs of a sweep that differ in their seed or rates cost the same.
 _KNOWN: dict[Any, dict[str, Any]] = {}
+
+
+def rule_for(job: Job, splits: Splits) -> Rule:
+    """A new rule of a job, which knows how many training samples there are.
+
+    Raises:
+        OptionError: if an option of the rule does not fit the data.
+    """
+    rule = job.fresh_algorithm()
+    try:
+        rule.expect_samples(len(splits.train))
+    except OptionError as error:
+        raise error.with_prefix("algorithm") from None
+    return rule
 
 
 def step_costs_of(job: Job, rule: Rule, splits: Splits) -> tuple[Cost, Cost]:
@@ -69,7 +84,7 @@ def predicted_cost(job: Job, splits: Splits, sample: Tensor, objective: Objectiv
         state = random_state()
         try:
             model = job.architecture.build(splits.input_shape, len(splits.classes))
-            rule = job.fresh_algorithm()
+            rule = rule_for(job, splits)
             rule.attach(model, seed=job.run.seed, sample_input=sample.cpu(), initial_phase=False, objective=objective)
             own, reference = step_costs_of(job, rule, splits)
             _KNOWN[key] = {"batch": min(job.run.batch_size, len(splits.train)), **own.record(), "bp": reference.record()}

@@ -31,7 +31,7 @@ from fa_bench.optim.optimizers import Optimizers
 from fa_bench.registry.registries import CALLBACKS
 from fa_bench.registry.specs import component
 from fa_bench.runs import checkpoint, parallel
-from fa_bench.runs.batches import check_batches, check_targets, fixed_batch
+from fa_bench.runs.batches import check_batches, check_indices, check_targets, fixed_batch
 from fa_bench.runs.callbacks import Alignment, Checkpoints, Display, Energy, Histograms, StopOnSignal, probe_interval
 from fa_bench.runs.divergence import Diverged, Divergence
 from fa_bench.runs.execution import Execution
@@ -40,7 +40,7 @@ from fa_bench.runs.locks import lock_directory
 from fa_bench.runs.logs import log, log_file
 from fa_bench.runs.loop import Progress, Trainer
 from fa_bench.runs.parallel import ProcessLost, SameStop
-from fa_bench.runs.prediction import predicted_cost
+from fa_bench.runs.prediction import predicted_cost, rule_for
 from fa_bench.runs.readers import RecordError, recorded_lines, recorded_measurements
 from fa_bench.runs.record import Recorder, base_result, device_name, make_loggers, progress_result
 from fa_bench.runs.rundir import RunDirectory, RunState
@@ -420,8 +420,9 @@ def assemble(job: Job, device: torch.device, splits: Splits | None = None) -> Pa
     if job.run.sync_batch_norm:
         model = parallel.current().synchronised(model)
     initial = state_hash(model.state_dict())
-    x, y = fixed_batch(splits, job.run.probe_size)
-    rule = job.fresh_algorithm()
+    x, y, indices = fixed_batch(splits, job.run.probe_size)
+    rule = rule_for(job, splits)
+    check_indices(rule, splits, job.dataset.name)
     objective = _with_output(job, rule, model, x[:2])
     try:
         rule.attach(model, seed=job.run.seed, sample_input=x[:2], initial_phase=False, objective=objective)
@@ -431,7 +432,7 @@ def assemble(job: Job, device: torch.device, splits: Splits | None = None) -> Pa
     check_batches(rule, splits, job.run, parallel.current().size)
     steps = splits.train.steps(job.run.batch_size, job.run.drop_last)
     optimizers = Optimizers(job.optimizer, rule, job.run.epochs, job.feedback_optimizer, steps)
-    meter = AlignmentMeter(rule, x, y, job.run.metrics)
+    meter = AlignmentMeter(rule, x, y, job.run.metrics, indices)
     probes = Probes(job.run.probes, job.run.probes_epochs, Subject(rule, splits, meter, job.run.batch_size))
     callbacks = [component(CALLBACKS, spec) for spec in job.run.callbacks]
     return Parts(splits, rule, optimizers, meter, probes, callbacks, execution, initial)

@@ -23,11 +23,39 @@ class Initialiser(NamedTuple):
         is_uniform: uniform in [-scale, scale), otherwise normal with mean 0 and standard deviation scale.
         scale: computes the scale from (fan_in, fan_out).
         law: the distribution as a formula, for the docs.
+        fill: overwrites a tensor in another way, given a generator; None for the distributions above.
     """
 
     is_uniform: bool
     scale: Callable[[int, int], float]
     law: str
+    fill: Callable[[Tensor, torch.Generator | None], Tensor] | None = None
+
+
+def _one_of(*values: float) -> Callable[[Tensor, torch.Generator | None], Tensor]:
+    """Fills tensors with independent entries, each of the values with the same probability."""
+
+    def fill(tensor: Tensor, generator: torch.Generator | None) -> Tensor:
+        chosen = torch.randint(len(values), tensor.shape, generator=generator, device=tensor.device)
+        return tensor.copy_(torch.tensor(values, device=tensor.device)[chosen])
+
+    return fill
+
+
+def _one(fan_in: int, fan_out: int) -> float:
+    return 1.0
+
+
+def _identities(sign: int) -> Callable[[Tensor, torch.Generator | None], Tensor]:
+    """Fills tensors (O, ...) with identity matrices (O, O) side by side, every second one multiplied by `sign`."""
+
+    def fill(tensor: Tensor, generator: torch.Generator | None) -> Tensor:
+        rows = torch.arange(tensor.shape[0], device=tensor.device).unsqueeze(1)
+        columns = torch.arange(math.prod(tensor.shape[1:]), device=tensor.device)
+        signs = torch.where(columns // len(rows) % 2 == 1, sign, 1)
+        return tensor.copy_(((columns % len(rows) == rows) * signs).view(tensor.shape))
+
+    return fill
 
 
 #: The initialisers of weights and feedback. Fans count kernel positions; U(a) is uniform in [-a, a), N(0, v) normal of variance
@@ -43,7 +71,16 @@ INITIALISERS: dict[str, Initialiser] = {
     "lecun_uniform": Initialiser(True, lambda i, o: math.sqrt(3 / i), "U(√(3 / fan_in))"),
     "uniform_one": Initialiser(True, lambda i, o: 1.0, "U(1)"),
     "zeros": Initialiser(True, lambda i, o: 0.0, "all zero"),
+    "trinomial": Initialiser(False, _one, "-1, 0 or 1, with equal probability; for feedback only", _one_of(-1, 0, 1)),
+    "binomial": Initialiser(False, _one, "0 or 1, with equal probability; for feedback only", _one_of(0, 1)),
+    "identity": Initialiser(False, _one, "identity matrices (fan_out, fan_out) side by side; for feedback only", _identities(1)),
+    "identity_pm": Initialiser(
+        False, _one, "identity matrices side by side, every second one negative; for feedback only", _identities(-1)
+    ),
 }
+
+#: The initialisers of weights, and of feedback of which only the magnitudes are sampled.
+CONTINUOUS = [name for name, initialiser in INITIALISERS.items() if initialiser.fill is None]
 
 
 def fans(shape: Sequence[int]) -> tuple[int, int]:
@@ -71,6 +108,8 @@ def fill(tensor: Tensor, init: str, generator: torch.Generator | None = None) ->
     initialiser = INITIALISERS[init]
     scale = initialiser.scale(*fans(tensor.shape))
     with torch.no_grad():
+        if initialiser.fill is not None:
+            return initialiser.fill(tensor, generator)
         if initialiser.is_uniform:
             return tensor.uniform_(-scale, scale, generator=generator)
         return tensor.normal_(0.0, scale, generator=generator)

@@ -307,6 +307,7 @@ RULES: dict[str, dict[str, str]] = {
     "bp_deepsup": {"weight": "0.5", "decoder_init": "pytorch", "cuts": "['act2']"},
     "dgl": {"auxiliary_net": "linear"},
     "fdfa": {"b_init": "pytorch", "b_lr_scale": "0.5", "tangents": "difference"},
+    "f3": {"information": "delayed_error", "first_epoch": "zero", "b_init": "trinomial", "density": "0.5", **CUT},
     "grape": {"b_init": "pytorch", "b_lr_scale": "0.5", "anchor_period": "2", "tangents": "difference"},
     "forward_gradient": {"form": "weight", "tangents": "difference"},
     "epc": {"steps": "3", "rate": "0.5", "momentum": "0.5", **CUT},

@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,6 +86,28 @@ def test_batches_from_the_middle_of_a_pass_are_those_of_the_whole_pass(start: in
     whole, rest = (list(split.batches(4, seed=3, epoch=2, start=first)) for first in (0, start))
     assert len(whole) == 5 and len(rest) == 5 - start
     assert all(torch.equal(a, b) for one, other in zip(whole[start:], rest, strict=True) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("share", [None, lambda size: torch.arange(size)[1::3]], ids=["all", "a part"])
+@pytest.mark.parametrize("how", [{}, {"seed": 1, "epoch": 2}, {"seed": 1, "epoch": 3, "start": 1}, {"seed": 1, "shuffle": False}])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_indices_are_those_of_the_batches(drop_last: bool, how: dict, share: Any) -> None:
+    """Labels are positions; of the last batch, of one sample, the part is empty."""
+    split = numbered(13, augment=True)
+    got = list(split.batch_indices(4, drop_last=drop_last, share=share, **how))
+    want = [y for _, y in split.batches(4, drop_last=drop_last, share=share, **how)]
+    assert len(got) == len(want) == 4 - how.get("start", 0) - (drop_last or share is not None)
+    assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+    assert split.is_indexed
+
+
+def test_a_split_with_batches_of_its_own_has_no_indices() -> None:
+    class Stream(ResidentSplit):
+        def batches(self, batch_size: int, **how: Any) -> Any:
+            return super().batches(batch_size, **how)
+
+    split = numbered(4)
+    assert not Stream(split.images, split.labels, split.mean, split.std, False, CPU).is_indexed
 
 
 def test_augmentation_does_not_change_the_order() -> None:

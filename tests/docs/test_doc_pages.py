@@ -129,7 +129,7 @@ def test_memory_and_arithmetic_in_the_table_are_true(name: str, place: int, net:
     *_, feedback, arithmetic = rows("choose_a_rule")[name]
     model = ARCHITECTURES[net]().build(shape, 10)
     weights = _bytes(model.parameters())
-    options: dict[str, Any] = {"initial_steps": 0} if name == "wm" else {}
+    options: dict[str, Any] = {"wm": {"initial_steps": 0}, "f3": {"samples": 64}}.get(name, {})
     rule = fa_bench.attach(model, name, sample_input=torch.zeros(2, *shape), **options)
     stored = _bytes(_stored_feedback(rule).values())
     assert float(feedback.split(", ")[place]) == pytest.approx(stored / weights, rel=5e-3, abs=6e-3)

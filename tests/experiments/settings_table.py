@@ -793,6 +793,7 @@ BEYOND = [
     "ldrl",
     "epc",
     "pc",
+    "f3",
 ]
 BEYOND_MNIST = Preset(
     [{"algorithm": BEYOND, "optimizer.lr": [1e-4, 1e-3, 1e-2, 3e-2, 1e-1], "seed": [0, 1, 2]}],

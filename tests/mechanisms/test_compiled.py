@@ -38,6 +38,10 @@ VARIANTS = {
     "predsim": ["predsim", "predsim:loss=pred"],
     "mixed": ["mixed:ratio=2"],
     "ldfa": ["ldfa:rank=2"],
+    "f3": [
+        f"f3:samples=5,information={one}"
+        for one in ("delayed_loss", "delayed_error_softmax", "delayed_loss_softmax", "one_hot_target", "current_error")
+    ],
     "information_alignment": ["information_alignment:update_forward=true", "information_alignment:signal=noise,noise_batch=3"],
 }
 SPECS = [spec for name in ALGORITHMS for spec in VARIANTS.get(name, [name]) if not ALGORITHMS[name].repeats]
@@ -98,7 +102,7 @@ def trained(model: nn.Module, rule: Any, x: Tensor, y: Tensor, call: Any) -> dic
     for images, labels in zip(x, y, strict=True):
         optimizer.zero_grad()
         logits = call(images)
-        rule.backward(F.cross_entropy(logits, labels), logits, labels, loss_scale=1.0)
+        rule.backward(F.cross_entropy(logits, labels), logits, labels, loss_scale=1.0, indices=torch.arange(len(labels)))
         optimizer.step()
         rule.step()
     feedback = {f"{path}.{name}": tensor for path, tensors in rule.feedback.items() for name, tensor in tensors.items()}

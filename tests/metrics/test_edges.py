@@ -99,14 +99,15 @@ def test_batches_of_one_class_and_of_one_sample_can_be_measured_and_trained_on(n
     for count, classes in ((6, 1), (1, 1)):
         x, y = batch(count, classes)
         model = net()
-        options = {"auxiliary_net": "linear"} if name == "dgl" else {}  # its others are normalised, see below
+        # dgl's others are normalised, see below.
+        options = {"dgl": {"auxiliary_net": "linear"}, "f3": {"samples": 6}}.get(name, {})
         rule = fa_bench.attach(model, name, seed=0, sample_input=x[:2], **options)
-        found = AlignmentMeter(rule, x, y).measure()
+        found = AlignmentMeter(rule, x, y, indices=torch.arange(count)).measure()
         assert all(value > 0 for value in found["true_gradient_norm"].values())
         assert not any(math.isinf(value) for layers in found.values() for value in layers.values())
         assert all(math.isnan(angle) or 0 <= angle <= 180 for angle in found["delta_angle"].values())
         logits = model(x)
-        rule.backward(F.cross_entropy(logits, y), logits, y)
+        rule.backward(F.cross_entropy(logits, y), logits, y, indices=torch.arange(count))
         assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
@@ -115,7 +116,8 @@ def test_fixed_batch_is_the_first_one_unless_the_data_are_stored_by_class() -> N
     for labels, first in ((torch.arange(90) % 9, True), (torch.arange(90) // 10, False), (torch.zeros(90).long(), False)):
         train = ResidentSplit(images, labels, [0.5], [0.5], False, CPU)
         splits = Splits(train, None, train, [str(c) for c in range(9)], (1, 1, 1), "")
-        x, y = fixed_batch(splits, 20)
+        x, y, indices = fixed_batch(splits, 20)
+        assert torch.allclose(images[indices].float() * 2 / 255 - 1, x) and torch.equal(labels[indices], y)
         assert len(x) == len(y) == 20 and torch.equal(x, next(train.batches(20))[0]) == first
         assert torch.equal(x, fixed_batch(splits, 20)[0])
         assert len(y.unique()) > 4 or not labels.any()
@@ -139,7 +141,7 @@ def test_fixed_batch_is_what_the_page_says(per_class: int, size: int, first: boo
     images = (torch.arange(len(labels)) % 256).to(torch.uint8).view(-1, 1, 1, 1)
     train = ResidentSplit(images, labels, [0.5], [0.5], False, CPU)
     splits = Splits(train, None, train, [str(c) for c in range(9)], (1, 1, 1), "")
-    x, y = fixed_batch(splits, size)
+    x, y, _ = fixed_batch(splits, size)
     want_x, want_y = next((train if first else some(train, size)).batches(size))
     assert torch.equal(x, want_x) and torch.equal(y, want_y)
     assert first == torch.equal(y, labels[:size])

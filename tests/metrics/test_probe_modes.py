@@ -84,7 +84,7 @@ def attached(name: str, noise: str = "none") -> tuple[nn.Sequential, Any]:
 
 
 def measured(rule: Any) -> str:
-    return str(AlignmentMeter(rule, *batch()).measure())
+    return str(AlignmentMeter(rule, *batch(), indices=torch.arange(len(batch()[1]))).measure())
 
 
 @pytest.mark.parametrize("noise", [noise for noise in NOISE if noise != "none"])
@@ -105,7 +105,7 @@ def test_unknown_noise_is_the_same_in_all_passes(name: str) -> None:
     model = net()
     model.noise1 = FunctionalDropout("rate_of_another_name")
     rule = fa_bench.attach(model, name, seed=0, sample_input=batch()[0])
-    state, values = torch.get_rng_state(), AlignmentMeter(rule, *batch()).measure()
+    state, values = torch.get_rng_state(), AlignmentMeter(rule, *batch(), indices=torch.arange(len(batch()[1]))).measure()
     assert torch.equal(torch.get_rng_state(), state)
     assert str(values) == measured(rule) != measured(attached(name)[1])
     assert name != "bp" or not any(values["delta_angle"].values())
@@ -172,14 +172,14 @@ def test_everything_is_as_before_after_a_measurement(name: str, mode: str) -> No
     """Modes module by module, running statistics, gradients of weights and feedback (of some, of others none), random state."""
     model, rule = attached(name, "Dropout")
     logits = model(batch(1)[0])
-    rule.backward(F.cross_entropy(logits, batch(1)[1]), logits, batch(1)[1])
+    rule.backward(F.cross_entropy(logits, batch(1)[1]), logits, batch(1)[1], indices=torch.arange(len(logits)))
     model.fc2.weight.grad = None
     model.train(mode == "train")
     if mode == "mixed":
         model.bn1.train()
         model.act2.train()
     before = all_that_may_change(model, rule)
-    AlignmentMeter(rule, *batch()).measure()
+    AlignmentMeter(rule, *batch(), indices=torch.arange(len(batch()[1]))).measure()
     assert all_that_may_change(model, rule) == before
 
 
@@ -192,10 +192,10 @@ def test_training_goes_on_after_a_measurement_as_without_it(name: str) -> None:
         optimizer = torch.optim.SGD(rule.parameter_groups(lr=0.1))
         for seed in range(3):
             if measures:
-                AlignmentMeter(rule, *batch()).measure()
+                AlignmentMeter(rule, *batch(), indices=torch.arange(len(batch()[1]))).measure()
             optimizer.zero_grad()
             logits = model(batch(seed)[0])
-            rule.backward(F.cross_entropy(logits, batch(seed)[1]), logits, batch(seed)[1])
+            rule.backward(F.cross_entropy(logits, batch(seed)[1]), logits, batch(seed)[1], indices=torch.arange(len(logits)))
             optimizer.step()
             rule.step()
         found.append(state_hash([model.state_dict(), rule.feedback, rule.state_dict()]))
@@ -206,7 +206,7 @@ def test_training_goes_on_after_a_measurement_as_without_it(name: str) -> None:
 def test_dropout_of_a_model_in_evaluation_mode_stays_off_after_a_measurement(name: str) -> None:
     model, rule = attached(name, "Dropout")
     model.eval()
-    AlignmentMeter(rule, *batch()).measure()
+    AlignmentMeter(rule, *batch(), indices=torch.arange(len(batch()[1]))).measure()
     assert not any(module.training for module in model.modules())
 
 
@@ -244,7 +244,7 @@ def test_weights_that_the_user_froze_stay_frozen() -> None:
     rule = fa_bench.attach(model, "kp", seed=0, sample_input=batch()[0])
     for _ in range(2):
         assert not model.fc1.weight.requires_grad and not model.fc1.bias.requires_grad and model.fc2.weight.requires_grad
-        AlignmentMeter(rule, *batch()).measure()
+        AlignmentMeter(rule, *batch(), indices=torch.arange(len(batch()[1]))).measure()
         assert model.fc1.weight.grad is None
 
 
@@ -257,7 +257,7 @@ def test_norms_are_those_of_the_gradients_of_backpropagation(name: str) -> None:
     model, rule = attached(name)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 5.0)
-    got = AlignmentMeter(rule, *batch()).measure()["true_gradient_norm"]
+    got = AlignmentMeter(rule, *batch(), indices=torch.arange(len(batch()[1]))).measure()["true_gradient_norm"]
     plain, (x, y) = net(), batch()
     F.cross_entropy(plain(x), y).backward()
     want = {path: plain.get_submodule(path).weight.grad.norm().item() for path in ("fc1", "fc2", "fc3")}

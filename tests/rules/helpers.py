@@ -29,7 +29,7 @@ STORED = {
     "mixed": "F",
 }
 # Options for tests that are not about what they set: less work, the same code.
-QUICK = {"wm": {"initial_steps": 2, "mirror_batch": 4}}
+QUICK = {"wm": {"initial_steps": 2, "mirror_batch": 4}, "f3": {"samples": 16}}
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # What a mistake in a call may raise: attach's own errors are ValueErrors; a missing name may also be a lookup or a type error.
 LOUD = (ValueError, LookupError, TypeError)
@@ -54,7 +54,7 @@ def cut_options(name: str, model: nn.Module, options: dict) -> dict:
 
 
 def backward(rule, loss: Tensor, logits: Tensor, target: Tensor | None = None) -> None:
-    rule.backward(loss, logits, target)
+    rule.backward(loss, logits, target, indices=torch.arange(len(logits)))
 
 
 def weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -141,7 +141,7 @@ def assert_bitwise(got: dict, want: dict) -> None:
 
 def state_of(rule) -> tuple[dict, dict]:
     """What decides the next update: weights, feedback, and the number of the next noise."""
-    return rule.state_dict(), copy.deepcopy(rule.model.state_dict())
+    return copy.deepcopy(rule.state_dict()), copy.deepcopy(rule.model.state_dict())
 
 
 def restore(rule, state: tuple[dict, dict]) -> None:

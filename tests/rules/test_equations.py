@@ -108,6 +108,7 @@ def test_training_steps_equal_reference(case, net, nesterov):
     rule, model, _, chain, reference, options = start(case, net)
     settings = {"lr": 0.1, "momentum": 0.9, "nesterov": nesterov}
     optimizer = torch.optim.SGD(model.parameters(), weight_decay=0.01, **settings)
+    kept = {"kept": {}} if CASES[case][0] in TRAITS["delayed"] else {}
     initial, velocity, redrawn = feedback_arrays(rule), {}, CASES[case][0] in TRAITS["redrawn"]
     learned = {name: array(tensor) for name, tensor in learned_names(rule).items()}
     params = arrays(model) | learned
@@ -118,7 +119,7 @@ def test_training_steps_equal_reference(case, net, nesterov):
         # Learned feedback is the reference's own, redrawn feedback that of this forward, and all other still the initial one.
         present = feedback_arrays(rule) if redrawn else initial
         feedback = {at: {t: params.get(f"{at}.{t}", value) for t, value in tensors.items()} for at, tensors in present.items()}
-        given = reference_options(options) | noise_options(case, rule)
+        given = reference_options(options) | noise_options(case, rule) | kept
         weights_now = {name: value for name, value in params.items() if name not in learned}
         grads = reference(chain, weights_now if "draws" in given else params, feedback, array(x), y.numpy(), **given)
         backward(rule, F.cross_entropy(logits, y), logits, y)

@@ -1,5 +1,6 @@
 """The named draws of feedback: bound, deviation and shape of the distribution, on fans that differ."""
 
+import copy
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 import fa_bench
+from fa_bench.errors import OptionError
 from fa_bench.registry.options import as_plain
 from fa_bench.registry.registries import ARCHITECTURES
 
@@ -88,6 +90,49 @@ def test_zeros(name):
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
     rule = fa_bench.attach(model, name, seed=0, b_init="zeros", **({"cuts": ["1"]} if name == "dfa" else {}))
     assert all(not tensors["B"].any() for tensors in rule.feedback.values())
+
+
+# --- feedback of few values ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("init", "values"), [("trinomial", (-1, 0, 1)), ("binomial", (0, 1))])
+def test_values_with_equal_probability(init, values):
+    """18 000 entries: 3 % are six standard errors of a third or a half of them."""
+    model = nn.Sequential(nn.Linear(4, 900), nn.ReLU(), nn.Linear(900, 20))
+    feedback = [fa_bench.attach(copy.deepcopy(model), "dfa", seed=seed, b_init=init, cuts=["1"]).feedback for seed in (0, 0, 1)]
+    one, same, other = (tensors["1"]["B"] for tensors in feedback)
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    found, counts = one.unique(return_counts=True)
+    assert found.tolist() == list(values)
+    assert (counts / one.numel()).tolist() == pytest.approx([1 / len(values)] * len(values), abs=0.03 / len(values) * 3)
+
+
+@pytest.mark.parametrize(("init", "signs"), [("identity", (1, 1, 1, 1)), ("identity_pm", (1, -1, 1, -1))])
+@pytest.mark.parametrize("width", [2, 3, 11, 12])
+def test_identities_side_by_side(init, signs, width):
+    """The last one has as many columns as are left."""
+    model = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3))
+    got = fa_bench.attach(model, "dfa", b_init=init, cuts=["1"]).feedback["1"]["B"]
+    want = torch.cat([sign * torch.eye(3) for sign in signs], 1)[:, :width]
+    assert torch.equal(got, want)
+
+
+def test_an_identity_kernel_counts_its_taps_as_columns():
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Flatten(), nn.Linear(12, 3))
+    got = fa_bench.attach(model, "fa", b_init="identity_pm").feedback["0"]["B"]
+    assert torch.equal(got.flatten(1), torch.cat([torch.eye(3), -torch.eye(3), torch.eye(3)], 1)[:, :8])
+
+
+@pytest.mark.parametrize("name", ["trinomial", "binomial", "identity", "identity_pm"])
+def test_these_are_for_feedback_alone(name):
+    """Equal weights would stay equal, and magnitudes of zero have no sign."""
+    for make in (
+        lambda: ARCHITECTURES["mlp"](init=name),
+        lambda: fa_bench.attach(nn.Sequential(nn.Linear(4, 3)), "brsf", m_init=name),
+        lambda: fa_bench.attach(nn.Sequential(nn.Linear(4, 3)), "bp_deepsup", decoder_init=name),
+    ):
+        with pytest.raises(OptionError, match=f"init={name}"):
+            make()
 
 
 # --- weights -------------------------------------------------------------------------------------------------------------------

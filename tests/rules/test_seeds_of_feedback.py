@@ -10,7 +10,7 @@ from torch import nn
 
 import fa_bench
 from fa_bench.registry.registries import ALGORITHMS
-from fa_bench.utils.sampling import INITIALISERS, resample_magnitudes, sample, sample_mask, seed_for
+from fa_bench.utils.sampling import CONTINUOUS, resample_magnitudes, sample, sample_mask, seed_for
 
 from . import nets
 from .helpers import QUICK, cut_options
@@ -138,7 +138,7 @@ def test_draws_of_brsf_differ_from_seed_to_seed_and_from_layer_to_layer_at_every
 
 
 @pytest.mark.parametrize("name", ["brsf", "frsf"])
-@pytest.mark.parametrize("init", [init for init in INITIALISERS if init != "zeros"])
+@pytest.mark.parametrize("init", [init for init in CONTINUOUS if init != "zeros"])
 def test_magnitudes_are_never_negative_and_signs_are_those_of_the_weight(name: str, init: str) -> None:
     """Before the first training forward pass and after two of them."""
     torch.manual_seed(0)
@@ -151,7 +151,7 @@ def test_magnitudes_are_never_negative_and_signs_are_those_of_the_weight(name: s
         model(torch.zeros(2, 9))
 
 
-@pytest.mark.parametrize("init", INITIALISERS)
+@pytest.mark.parametrize("init", CONTINUOUS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_redrawn_magnitudes_have_the_distribution_of_the_initialiser(init: str, dtype: torch.dtype) -> None:
     """Mean and mean square of |M|, of 40 000 numbers; those of the drawing with signs, whose absolute values are taken."""

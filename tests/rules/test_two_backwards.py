@@ -28,8 +28,8 @@ def gradients(rule, batches, between=lambda: None) -> list[Tensor | None]:
     for tensor in trained(rule):
         tensor.grad = None
     for x, y in batches:
-        logits = rule.model(x)
-        rule.backward(F.cross_entropy(logits, y), logits, y)
+        logits, indices = rule.model(x), torch.arange(len(y)) + 8 * (len(y) % 2)  # batches of 4 and 5 have other samples
+        rule.backward(F.cross_entropy(logits, y), logits, y, indices=indices)
         between()
     return [None if tensor.grad is None else tensor.grad.clone() for tensor in trained(rule)]
 

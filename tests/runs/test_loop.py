@@ -31,6 +31,7 @@ from fa_bench.runs.hashes import chained
 from fa_bench.runs.loop import Progress, Trainer
 from fa_bench.schedules.step import Step
 
+F3 = ("f3", {"cuts": ["act"], "samples": 40})
 BATCH, SEED, LR, GAMMA, DECAY, FIRST_DECAY, MOMENTUM = 16, 3, 0.1, 0.5, 0.02, 0.5, 0.8
 
 
@@ -85,7 +86,7 @@ def fit(
     )
     lines: list[dict[str, Any]] = []
     run = RunOptions(batch_size=BATCH, drop_last=drop_last, seed=SEED, epochs=epochs, **more)
-    meter = AlignmentMeter(rule, *next(splits.test.batches(4)))
+    meter = AlignmentMeter(rule, *next(splits.test.batches(4)), indices=torch.arange(4))
 
     class Watch(Callback):
         def on_step_end(self, trainer: Trainer) -> None:
@@ -110,6 +111,12 @@ def fit(
     return lines
 
 
+def indices_of(splits: Splits, x: Tensor) -> Tensor:
+    """Which training samples those of a batch are, by their pixels."""
+    (samples, _) = next(splits.train.batches(len(splits.train)))
+    return torch.stack([(samples == one).flatten(1).all(1).nonzero().squeeze() for one in x])
+
+
 def evaluate_by_hand(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
     """Loss and accuracy of a twin in evaluation mode."""
     with torch.no_grad():
@@ -131,7 +138,7 @@ def fit_by_hand(rule: Rule, splits: Splits, epochs: int, drop_last: bool) -> lis
             logits = rule.model(x)
             losses += F.cross_entropy(logits, y, reduction="none").tolist()
             hits += (logits.argmax(1) == y).tolist()
-            rule.backward(F.cross_entropy(logits, y), logits, y)
+            rule.backward(F.cross_entropy(logits, y), logits, y, indices=indices_of(splits, x))
             optimizer.step()
             rule.step()
         line = {"lr": group["lr"], "train_loss": sum(losses) / len(losses), "train_accuracy": sum(hits) / len(hits)}
@@ -152,8 +159,9 @@ def fit_by_hand(rule: Rule, splits: Splits, epochs: int, drop_last: bool) -> lis
         ("pfa", {"density": 0.5, "ratio": 3.0}),
         ("wm", {"initial_steps": 0, "mirror_batch": 8}),
         ("drtp", {"cuts": ["act"]}),
+        F3,
     ],
-    ids=["bp", "kp", "pfa", "wm", "drtp"],
+    ids=["bp", "kp", "pfa", "wm", "drtp", "f3"],
 )
 def test_loop_equals_one_written_by_hand(name: str, options: dict[str, Any], drop_last: bool) -> None:
     """Decay of the first epoch, schedule, order of the calls, a last batch that is smaller or dropped, evaluation mode."""
@@ -171,7 +179,7 @@ def test_loop_equals_one_written_by_hand(name: str, options: dict[str, Any], dro
     torch.testing.assert_close(rules[0].model.state_dict(), rules[1].model.state_dict(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "options"), [("bp", {}), ("kp", {}), ("drtp", {"cuts": ["act"]})])
+@pytest.mark.parametrize(("name", "options"), [("bp", {}), ("kp", {}), ("drtp", {"cuts": ["act"]}), F3])
 def test_parts_of_a_batch_count_by_their_numbers_of_images(name: str, options: dict[str, Any]) -> None:
     """Three parts of 16 images are 6, 5 and 5, of 8 images 3, 3 and 2; without normalisation they train as the whole batch does.
 

@@ -93,10 +93,11 @@ def make(rule: str = "kp") -> tuple[Rule, Optimizers]:
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), Noisy(), nn.Linear(4, 3))
     cuts = (
         {"cuts": ["2"]}
-        if rule in ("dkp", "predsim", "bp_deepsup", "fdfa", "grape", "forward_gradient", "ddtp_linear", "ldrl", "epc", "dfc")
+        if rule
+        in ("dkp", "predsim", "bp_deepsup", "fdfa", "grape", "forward_gradient", "ddtp_linear", "ldrl", "epc", "dfc", "f3")
         else {}
     )
-    options = cuts | ({"initial_steps": 0, "mirror_batch": 4} if rule == "wm" else {})
+    options = cuts | {"wm": {"initial_steps": 0, "mirror_batch": 4}, "f3": {"samples": 9}}.get(rule, {})
     attached = fa_bench.attach(model, rule, seed=0, sample_input=torch.ones(2, 5), **options)
     own = Adam(lr=0.02, schedule=Step(step_size=2))
     return attached, Optimizers(SGD(lr=0.1, momentum=0.9, schedule=Cosine()), attached, 6, own)
@@ -111,7 +112,7 @@ def train(rule: Rule, optimizers: Optimizers, epochs: range) -> list[float]:
         optimizers.zero_grad()
         logits = rule.model(x)
         loss = F.cross_entropy(logits, y)
-        rule.backward(loss, logits, y)
+        rule.backward(loss, logits, y, indices=torch.randperm(9, generator=generator)[:6])
         optimizers.step()
         rule.step()
         losses.append(loss.item())
@@ -155,6 +156,7 @@ def generators() -> Iterator[None]:
         "ldrl",
         "epc",
         "dfc",
+        "f3",
     ],
 )
 def test_loaded_checkpoint_continues_bit_by_bit(rule: str, generators: None) -> None:

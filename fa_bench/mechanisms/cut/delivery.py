@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.updates import LearnedTensor
 
 
+#: Kinds of numbers that indices may have.
+_INTEGERS = (torch.int64, torch.int32)
+
+
 class Delivery:
     """Delivers the errors of an attached rule.
 
@@ -43,6 +47,7 @@ class Delivery:
         self.rule, self._handle, self._compiled_function = rule, Handle(self), CompiledDeliverFunction
         # Read at every step; imports and properties would add a hundredth to a small net's step.
         self._function, self._reads_values, self._needs_target = DeliverFunction, rule.reads_values, rule.needs_target
+        self._needs_indices = rule.needs_indices
         # Activation checkpointing that contains the module in error_at does not run this Function again, and would miss what
         # it has saved.
         self._keeps_values = self._reads_values and rule.error_at is not None
@@ -245,6 +250,8 @@ class Delivery:
         rows = delta if delta.dim() == 2 else delta.movedim(rule.error_axis, -1)
         if self._needs_target:
             self._check_target(rows, self._target)
+        if self._needs_indices:
+            self._check_indices(len(rows), rule.indices)
         return rows
 
     def _measure_scale(self, delta: Tensor, logits: Tensor) -> None:
@@ -280,6 +287,7 @@ class Delivery:
         try:
             if logits is not None:
                 self._measure_scale(delta, logits)
+                rule.logits = logits.detach()
             broadcast = rule.broadcast(rows, target)
             errors.append(rule.output_error(delta))
             for cut, captured in tape.items():
@@ -290,6 +298,9 @@ class Delivery:
             if self._needs_target and target is not None:
                 self._check_labels(target, rows.shape[-1])
             raise
+        finally:
+            if logits is not None:
+                rule.logits = None
         if tensors:
             for captured in tape.values():
                 captured.tensor = None
@@ -311,6 +322,35 @@ class Delivery:
             raise ValueError(
                 f"rule '{self.rule.name}' requires labels: call rule.backward(loss, logits, target) with class "
                 f"indices of shape {shape}"
+            )
+
+    def _check_indices(self, size: int, indices: Tensor | None) -> None:
+        rule, count = self.rule.name, self.rule.sample_count
+        if count is None:
+            raise ValueError(
+                f"rule '{rule}' keeps errors of all training samples and does not know how many there are: attach it with "
+                f"fa_bench.attach(model, '{rule}', samples=len(dataset))"
+            )
+        if self._is_delivered:
+            raise ValueError(
+                f"rule '{rule}': the loss depends on two forward passes, but the indices belong to one of them: call "
+                "rule.backward for each"
+            )
+        if indices is None:
+            raise ValueError(
+                f"rule '{rule}' requires the indices of the batch's samples in the training set: call "
+                f"rule.backward(loss, logits, target, indices=indices) with integers of shape (N,)"
+            )
+        if indices.shape != (size,) or indices.dtype not in _INTEGERS:
+            raise ValueError(
+                f"rule '{rule}': indices have the shape {tuple(indices.shape)} and are {indices.dtype}; this batch needs "
+                f"integers of shape ({size},)"
+            )
+        low, high = (int(bound) for bound in indices.aminmax()) if size else (0, 0)
+        if low < 0 or high >= count:
+            raise ValueError(
+                f"rule '{rule}': index {low if low < 0 else high} is out of range: there are {count} training samples, "
+                f"numbered from 0 to {count - 1}"
             )
 
     def _check_labels(self, target: Tensor, classes: int) -> None:

@@ -249,6 +249,8 @@ class CutRule(Rule):
         from fa_bench.mechanisms.cut.cut_points import check_cuts, named_origin
         from fa_bench.mechanisms.weighted_layers import weighted_layers
 
+        #: While errors are computed, if the rule `scales`: the logits z, in the model's shape and detached.
+        self.logits: Tensor | None = None
         self._cut_modules: dict[str, nn.Module] = {}
         self._layouts: dict[str, Layout] = {}
         self._reordered: dict[str, tuple[tuple[int, int], Tensor]] = {}

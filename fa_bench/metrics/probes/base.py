@@ -57,6 +57,13 @@ class Subject:
         return some(self.splits.train, TRAINING_IMAGES)
 
     @property
+    def training_indices(self) -> Tensor:
+        """The indices of `training` in the training set."""
+        from fa_bench.data.splits import some_indices
+
+        return some_indices(self.splits.train, TRAINING_IMAGES)
+
+    @property
     def scored(self) -> Split:
         """The images that accuracies are measured on: validation images if there are any, else test images."""
         from fa_bench.data.splits import some

@@ -66,7 +66,7 @@ class Energy(Probe):
 
         def gradients() -> dict[str, Tensor | None]:
             logits = loss_output(subject.model(x), rule.loss_output)
-            rule.backward(rule.objective.loss(logits, y), logits, y)
+            rule.backward(rule.objective.loss(logits, y), logits, y, indices=subject.meter.indices)
             return {path: weight_gradient(layer) for path, layer in layers.items()}
 
         with torch.enable_grad():

@@ -49,7 +49,7 @@ class GradientNorm(Probe):
         rule, x, y = subject.rule, subject.meter.x, subject.meter.y
         layers = weighted_layers(subject.model)
         weights = {path: layers[path].weight for path in subject.meter.trace.order}
-        with measurement_mode(rule), torch.enable_grad():
+        with measurement_mode(rule), torch.enable_grad(), rule.of_samples(subject.meter.indices):
             logits = loss_output(subject.model(x), rule.loss_output)
             rule.deliver(rule.objective.loss(logits, y), logits, y)
             updates = {

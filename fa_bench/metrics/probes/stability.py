@@ -54,10 +54,12 @@ class Stability(Probe):
         layers = weighted_layers(subject.model)
         directions: dict[str, Directions] = {path: Directions() for path in subject.meter.trace.order}
         # Shuffled, because data may be sorted by class; without a seed for `batches`, which would augment.
-        data = data.subset(torch.randperm(len(data), generator=torch.Generator().manual_seed(0)))
-        batches = data.batches(max(2, min(subject.batch_size, len(data) // BATCHES)), drop_last=True)
-        for (x, y), _ in zip(batches, range(BATCHES), strict=False):
-            with measurement_mode(rule), torch.enable_grad():
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+        data, indices = data.subset(order), subject.training_indices[order]
+        size = max(2, min(subject.batch_size, len(data) // BATCHES))
+        batches = zip(data.batches(size, drop_last=True), data.batch_indices(size, drop_last=True), strict=False)
+        for ((x, y), chosen), _ in zip(batches, range(BATCHES), strict=False):
+            with measurement_mode(rule), torch.enable_grad(), rule.of_samples(indices[chosen]):
                 logits = next(tensors_in(subject.model(x)))
                 rule.deliver(rule.objective.loss(logits, y), logits, y)
                 for path, seen in directions.items():

@@ -44,6 +44,7 @@ _QUICK: dict[str, dict[str, Any]] = {
     "ldfa": {"rank": 2},
     "ldrl": {"b_lr_scale": 1.0},
     "fdfa": {"b_init": "kaiming_uniform"},
+    "f3": {"samples": 64},
 }
 
 Runs = Callable[[nn.Module, Tensor], Tensor]
@@ -109,7 +110,7 @@ def train(model: nn.Module, rule: Any, x: Tensor, y: Tensor, steps: int = 3, run
     for _ in range(steps):
         optimizer.zero_grad()
         logits = model(x) if runs is None else runs(model, x)
-        rule.backward(F.cross_entropy(logits, y), logits, y)
+        rule.backward(F.cross_entropy(logits, y), logits, y, indices=torch.arange(len(y)))
         last = gradients(model)
         optimizer.step()
         rule.step()

@@ -47,7 +47,7 @@ def attached(name: str, dtype: torch.dtype = torch.float64, **options):
     model = net(dtype)
     # The stem learns, so that every learned tensor has something to learn from.
     chosen = {"freeze_stem": False} if name in ("asap", "asfp", "asfp_lc") else {}
-    chosen |= {"dkp": {"b_lr_scale": 1.0}, "ldrl": {"b_lr_scale": 1.0}, "ldfa": {"rank": 2}}.get(name, {})
+    chosen |= {"dkp": {"b_lr_scale": 1.0}, "ldrl": {"b_lr_scale": 1.0}, "ldfa": {"rank": 2}, "f3": {"samples": 32}}.get(name, {})
     return model, fa_bench.attach(model, name, seed=0, **(chosen | options))
 
 
@@ -74,7 +74,7 @@ def steps(
         if plain_backward:
             loss.backward()
         else:
-            rule.backward(loss, logits, y)
+            rule.backward(loss, logits, y, indices=torch.arange(len(y)))
         if before_step is not None:
             before_step()
         optimizer.step()

@@ -59,7 +59,8 @@ def test_changed_layers_are_refused_before_the_next_update(name, change, trained
     # What the error says works.
     model = rule.detach()
     if change in (new_head, new_hidden_layer):  # the other two may leave a rule nothing to cut or to share
-        rule = fa_bench.attach(model, name, seed=0, **({"b_lr_scale": 1.0} if name in ("dkp", "ldrl") else {}))
+        options = {"f3": {"samples": 32}, "dkp": {"b_lr_scale": 1.0}, "ldrl": {"b_lr_scale": 1.0}}
+        rule = fa_bench.attach(model, name, seed=0, **options.get(name, {}))
         steps(model, rule, sgd(p for p in model.parameters() if p.requires_grad), 2)
 
 
@@ -71,7 +72,7 @@ def test_a_layer_changed_between_the_passes_is_refused_by_the_backward_pass(name
     logits = model(x)
     change(model)
     with pytest.raises(CoverageError, match="changed after attach"):
-        rule.backward(F.cross_entropy(logits, y), logits, y)
+        rule.backward(F.cross_entropy(logits, y), logits, y, indices=torch.arange(len(y)))
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

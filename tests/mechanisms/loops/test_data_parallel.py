@@ -29,6 +29,7 @@ OPTIONS: dict[str, dict] = {
     "forward_forward": {"peer_norm": 0.0},
     "ldfa": {"rank": 2},
     "ldrl": {"b_lr_scale": 1.0},
+    "f3": {"samples": 16},
 }
 CASES = {name: (name, OPTIONS.get(name, {})) for name in ALGORITHMS}
 CASES |= {
@@ -117,10 +118,13 @@ def _train(case: str, parts: slice, wrap) -> dict[str, torch.Tensor]:
         x, y = (tensor[parts] for tensor in data(16, seed=step))
         optimizer.zero_grad()
         logits = called(x)
-        rule.backward(F.cross_entropy(logits, y), logits, y)
+        # Every sample is on the other rank in some later step.
+        indices = torch.randperm(16, generator=torch.Generator().manual_seed(step))[parts]
+        rule.backward(F.cross_entropy(logits, y), logits, y, indices=indices)
         optimizer.step()
         rule.step()
     found = {key: value.detach().clone() for key, value in model.state_dict().items()}
+    found |= {f"state: {key}": value.double() for key, value in rule.state_dict().items() if name == "f3"}
     for place, tensors in rule.feedback.items():
         found |= {f"feedback of {place}: {key}": tensor.detach().clone() for key, tensor in tensors.items()}
     return found

@@ -93,7 +93,7 @@ class Reader(nn.Module):
 
 def learn(model: nn.Module, rule: Any) -> dict[str, Tensor]:
     logits = model(TOKENS)
-    rule.backward(F.cross_entropy(logits, Y), logits, Y)
+    rule.backward(F.cross_entropy(logits, Y), logits, Y, indices=torch.arange(len(Y)))
     return gradients(model)
 
 
@@ -201,7 +201,7 @@ def test_a_head_tied_to_an_embedding_misses_nothing(name: str, by_function: bool
     rule = attach(model, name, sample_input=TOKENS[:2])
     assert rule.coverage.uncovered == {}
     logits = model(TOKENS)
-    rule.backward(F.cross_entropy(logits, Y), logits, Y)
+    rule.backward(F.cross_entropy(logits, Y), logits, Y, indices=torch.arange(len(Y)))
     assert model.head.weight is model.emb.weight and model.head.weight.grad is not None
 
 

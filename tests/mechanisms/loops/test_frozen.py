@@ -33,7 +33,7 @@ def test_feedback_that_requires_no_grad_stays_and_needs_no_optimizer(name: str) 
     for _ in range(3):
         optimizer.zero_grad()
         logits = model(X)
-        rule.backward(F.cross_entropy(logits, Y), logits, Y)
+        rule.backward(F.cross_entropy(logits, Y), logits, Y, indices=torch.arange(len(Y)))
         optimizer.step()
         rule.step()
     learned = {f"{learned.name}" for learned in rule.learned_feedback()}

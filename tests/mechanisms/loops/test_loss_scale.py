@@ -40,6 +40,7 @@ REDRAWN = ("brsf",)
 OF_LABELS = (
     "drtp",
     "drtp sign",
+    "f3",
     "local_error",
     "predsim",
     "predsim pred",
@@ -85,9 +86,10 @@ def chain(variant: str, dtype: torch.dtype = torch.float64) -> tuple[Chain, Any]
 def found(variant: str, losses: list[tuple[Tensor, Tensor, Loss]], **scale: float) -> dict[str, Tensor]:
     """Gradients added up over parts of a batch, each with its own loss."""
     model, rule = chain(variant, losses[0][0].dtype)
-    for x, y, loss in losses:
+    indices = torch.arange(sum(len(y) for _, y, _ in losses)).split([len(y) for _, y, _ in losses])
+    for (x, y, loss), part in zip(losses, indices, strict=True):
         logits = model(x)
-        rule.backward(loss(logits, y), logits, y, **scale)
+        rule.backward(loss(logits, y), logits, y, **scale, indices=part)
     return gradients(model)
 
 
@@ -133,7 +135,7 @@ def test_a_gradient_scaler(variant: str) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
     logits = model(X)
-    rule.backward(scaler.scale(F.cross_entropy(logits, Y)), logits, Y)
+    rule.backward(scaler.scale(F.cross_entropy(logits, Y)), logits, Y, indices=torch.arange(len(Y)))
     scaler.unscale_(optimizer)
     assert_same(gradients(model), plain)
     before = model.head.weight.detach().clone()
@@ -217,7 +219,7 @@ def test_a_refused_loss_leaves_no_gradient(variant: str) -> None:
     model, rule = chain(variant, torch.float32)
     logits = model(X)
     with pytest.raises(ValueError, match=r"not a multiple of that of the mean cross-entropy"):
-        rule.backward(F.cross_entropy(logits, Y, label_smoothing=0.2), logits, Y)
+        rule.backward(F.cross_entropy(logits, Y, label_smoothing=0.2), logits, Y, indices=torch.arange(len(Y)))
     assert not gradients(model)
 
 
@@ -231,7 +233,7 @@ def test_bfloat16_autocast(variant: str, factor: float) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(X)
             loss = F.cross_entropy(logits, Y) * multiple
-        rule.backward(loss, logits, Y, loss_scale=known)
+        rule.backward(loss, logits, Y, loss_scale=known, indices=torch.arange(len(Y)))
         results.append({key: tensor / multiple for key, tensor in gradients(model).items()})
     assert_same(results[1], results[0], rel=0.0)
 
@@ -251,11 +253,11 @@ def test_where_the_output_is_certain_the_last_known_scale_stays(variant: str) ->
     for multiple in (1.0, 0.25):
         model, rule = chain(variant, torch.float32)
         logits = model(X)
-        rule.backward(F.cross_entropy(logits, Y) * multiple, logits, Y)
+        rule.backward(F.cross_entropy(logits, Y) * multiple, logits, Y, indices=torch.arange(len(Y)))
         target = saturate(model, X)
         model.zero_grad()
         logits = model(X)
-        rule.backward(F.cross_entropy(logits, target) * multiple, logits, target)
+        rule.backward(F.cross_entropy(logits, target) * multiple, logits, target, indices=torch.arange(len(Y)))
         results.append({key: tensor / multiple for key, tensor in hidden(gradients(model)).items()})
     assert all(torch.isfinite(tensor).all() for tensor in results[0].values())
     assert_same(results[1], results[0])
@@ -269,7 +271,7 @@ def test_a_scale_is_found_where_most_samples_are_certain(variant: str) -> None:
         target = saturate(model, X).clone()
         target[0] = (target[0] + 1) % 3
         logits = model(X)
-        rule.backward(F.cross_entropy(logits, target) * multiple, logits, target)
+        rule.backward(F.cross_entropy(logits, target) * multiple, logits, target, indices=torch.arange(len(Y)))
         results.append({key: tensor / multiple for key, tensor in gradients(model).items()})
     assert_same(results[1], results[0])
     assert_same(results[2], results[0])
@@ -311,7 +313,7 @@ def test_a_backward_pass_called_inside_autocast_has_the_precision_of_one_outside
             logits = model(X.float())
             loss = F.cross_entropy(logits, Y)
         with torch.autocast("cpu", torch.bfloat16, enabled=inside):
-            rule.backward(loss, logits, Y)
+            rule.backward(loss, logits, Y, indices=torch.arange(len(Y)))
         return gradients(model)
 
     assert_same(within(True), within(False), 0.0)
@@ -335,7 +337,7 @@ def test_a_scale_belongs_to_its_own_backward_pass() -> None:
     """Of a rule that needs no labels: a plain backward pass after one whose scale was known finds its own."""
     model, rule = chain("drtp sign")
     logits = model(X64)
-    rule.backward(F.cross_entropy(logits, Y), logits, Y)
+    rule.backward(F.cross_entropy(logits, Y), logits, Y, indices=torch.arange(len(Y)))
     model.zero_grad()
     times(0.25)(model(X64), Y).backward()
     assert_same(gradients(model), found("drtp sign", [(X64, Y, times(0.25))]), rel=1e-6)
@@ -392,7 +394,9 @@ def test_deliver_infers_the_scale_as_backward_does(variant: str) -> None:
     for method in ("backward", "deliver"):
         model, rule = chain(variant)
         logits = model(X64)
-        getattr(rule, method)(F.cross_entropy(logits, Y) / 4, logits, Y)
+        with rule.of_samples(torch.arange(len(Y))):
+            known = {"indices": rule.indices} if method == "backward" else {}
+            getattr(rule, method)(F.cross_entropy(logits, Y) / 4, logits, Y, **known)
         got.append(gradients(model))
     assert_same(*got)
 

@@ -118,7 +118,7 @@ def single(number: int) -> Net:
 def only(model: Net, rule: Any, number: int = 0) -> dict[str, Tensor]:
     """Gradients of the loss on one output, of a model that returns it alone."""
     logits, target = model(X), Y % (3 - number)
-    rule.backward(F.cross_entropy(logits, target), logits, target)
+    rule.backward(F.cross_entropy(logits, target), logits, target, indices=torch.arange(len(target)))
     return gradients(model)
 
 
@@ -126,7 +126,7 @@ def both(model: Net, rule: Any, kind: str, parts: tuple[int, ...] = (0, 1), main
     """Gradients of the sum of the losses on the outputs in `parts`; `main` is what the labels belong to."""
     outputs = PACKS[kind][1](model(X))
     loss = sum(F.cross_entropy(outputs[number], Y % (3 - number)) for number in parts)
-    rule.backward(loss, outputs[main], Y % (3 - main))
+    rule.backward(loss, outputs[main], Y % (3 - main), indices=torch.arange(len(Y)))
     return gradients(model)
 
 
@@ -189,7 +189,11 @@ def test_edge_rules_add_the_gradients_of_both_losses(name: str, kind: str) -> No
         model = Net(PACKS[kind][0]).double()
         rule = attach(model, name, sample_input=X[:2].double())
         outputs = PACKS[kind][1](model(X.double()))
-        rule.backward(sum(F.cross_entropy(outputs[number], Y % (3 - number)) for number in parts), loss_scale=1.0)
+        rule.backward(
+            sum(F.cross_entropy(outputs[number], Y % (3 - number)) for number in parts),
+            loss_scale=1.0,
+            indices=torch.arange(len(Y)),
+        )
         return {key: gradient for key, gradient in gradients(model).items() if not nonlinear or "feedback_B" not in key}
 
     first, second, sum_ = found((0,)), found((1,)), found((0, 1))
@@ -232,7 +236,7 @@ def test_a_loss_computed_from_the_logits_of_such_a_model(name: str, hidden: bool
     rule = attach(model, name, sample_input=X[:2], **options)
     out = model(X)
     assert out.logits is out["logits"] is out[0]
-    rule.backward(F.cross_entropy(out.logits, Y), out.logits, Y)
+    rule.backward(F.cross_entropy(out.logits, Y), out.logits, Y, indices=torch.arange(len(Y)))
     assert_same(gradients(model), want)
 
 
@@ -257,7 +261,7 @@ def test_a_loss_that_the_model_computed_is_right_or_refused(name: str) -> None:
     else:
         out = model(X, labels=Y)
         loss = out.loss
-    rule.backward(loss, out.logits, Y)
+    rule.backward(loss, out.logits, Y, indices=torch.arange(len(Y)))
     assert_same(gradients(model), want)
 
 
@@ -293,8 +297,8 @@ def test_an_output_that_nothing_trains_is_none_to_ask_about(name: str) -> None:
     model, plain = Beside(), Chain()
     rule, alone = attach(model, name, sample_input=X), attach(plain, name, sample_input=X)
     logits, its = model(X)[1], plain(X)
-    rule.backward(F.cross_entropy(logits, Y), logits, Y)
-    alone.backward(F.cross_entropy(its, Y), its, Y)
+    rule.backward(F.cross_entropy(logits, Y), logits, Y, indices=torch.arange(len(Y)))
+    alone.backward(F.cross_entropy(its, Y), its, Y, indices=torch.arange(len(Y)))
     assert_same(gradients(model), gradients(plain))
 
 
@@ -340,8 +344,8 @@ def test_a_scalar_beside_the_named_output_is_refused_only_if_it_was_computed_fro
     model, plain = Penalised(), Chain()
     rule, alone = attach(model, name, output="logits"), attach(plain, name)
     logits, its = model(X)["logits"], plain(X)
-    rule.backward(F.cross_entropy(logits, Y), logits, Y)
-    alone.backward(F.cross_entropy(its, Y), its, Y)
+    rule.backward(F.cross_entropy(logits, Y), logits, Y, indices=torch.arange(len(Y)))
+    alone.backward(F.cross_entropy(its, Y), its, Y, indices=torch.arange(len(Y)))
     assert_same(gradients(model), gradients(plain))
     for model.scalar, model.named in (("logits", True), ("weight", False)):
         with pytest.raises(CoverageError, match=r"returns a loss \('scalar'\)"):

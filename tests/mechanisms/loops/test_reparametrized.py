@@ -86,7 +86,7 @@ def test_cut_rules_bring_their_error_through_the_computation(name: str, how: str
     model.eval()
     state = rule.state_dict()
     logits = model(X)
-    rule.backward(F.cross_entropy(logits, Y), logits, Y)
+    rule.backward(F.cross_entropy(logits, Y), logits, Y, indices=torch.arange(len(Y)))
     found = {key: gradient for key, gradient in gradients(model).items() if key.startswith("b.fc") and "feedback" not in key}
     # The bias's gradient is the error at the layer's output, summed; that of the weight is compared by hand.
     errors: list[Tensor] = []
@@ -96,7 +96,7 @@ def test_cut_rules_bring_their_error_through_the_computation(name: str, how: str
     model.zero_grad()
     rule.load_state_dict(state)  # the same noise again
     logits = model(X)
-    rule.backward(F.cross_entropy(logits, Y), logits, Y)
+    rule.backward(F.cross_entropy(logits, Y), logits, Y, indices=torch.arange(len(Y)))
     handle.remove()
     rule.detach()
     model.zero_grad()

@@ -124,7 +124,7 @@ def attached_as_suggested(make: Callable[[], nn.Module], x: Tensor, name: str, *
             continue
         out = model(x)
         logits = out["one"] if isinstance(out, dict) else out
-        rule.backward(F.cross_entropy(logits, Y), logits, Y)
+        rule.backward(F.cross_entropy(logits, Y), logits, Y, indices=torch.arange(len(Y)))
         learning = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
         assert not {key for key in learning - set(gradients(model)) if not key.startswith("two.")}
         return rule
@@ -141,7 +141,7 @@ def attached_as_suggested(make: Callable[[], nn.Module], x: Tensor, name: str, *
 )
 def test_the_suggested_cuts_and_what_else_they_need(name: str, kind: str) -> None:
     make, x = MODELS[kind]
-    options = {"linear": "share", "match": "random"} if name == "asfp_lc" else {}
+    options = {"asfp_lc": {"linear": "share", "match": "random"}, "f3": {"samples": 16}}.get(name, {})
     rule = attached_as_suggested(make, x, name, **options)
     assert rule.cuts and (rule.output == "one") == (kind == "two heads")
 

@@ -198,7 +198,7 @@ def test_a_penalty_on_the_weights_adds_its_gradient(name: str) -> None:
         rule = attach(model, name)
         assert rule.coverage.uncovered == {}
         logits, penalty = model(X) if within else (model(X), model.mid.weight.square().sum())
-        rule.backward(F.cross_entropy(logits, Y) + penalty, logits, Y, loss_scale=1.0)
+        rule.backward(F.cross_entropy(logits, Y) + penalty, logits, Y, loss_scale=1.0, indices=torch.arange(len(Y)))
         assert_same(gradients(model), want, rel=1e-6)
 
 

@@ -13,6 +13,7 @@ feedback after every update, in place, from (chain, params)}, and TRAITS {trait:
 - partly_exact: hidden layers may have the gradient of backpropagation
 - untrue_output: the output layer's own gradient is not that of the loss
 - noisy: rules that draw noise for every update; their references are given the same random numbers as ``draws``
+- delayed: rules that use errors of a sample's last pass; their references keep them in the dictionary ``kept``
 - last_module: the last hidden layers learn by backpropagation, with the output layer
 """
 
@@ -27,7 +28,17 @@ CASES: dict[str, tuple[str, dict]] = {}
 AFTER_UPDATE: dict[str, Callable] = {}
 TRAITS: dict[str, set[str]] = {
     trait: set()
-    for trait in ("exact", "redrawn", "unscaled", "partly_exact", "untrue_output", "noisy", "learned_from_noise", "last_module")
+    for trait in (
+        "exact",
+        "redrawn",
+        "unscaled",
+        "partly_exact",
+        "untrue_output",
+        "noisy",
+        "learned_from_noise",
+        "delayed",
+        "last_module",
+    )
 }
 
 for _found in pkgutil.iter_modules(__path__, f"{__name__}."):

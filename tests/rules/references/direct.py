@@ -1,4 +1,4 @@
-"""References of the rules that make their signals of the output error or the labels, by one matrix a cut: dkp and drtp."""
+"""References of the rules that make their signals of output errors or the labels, by one matrix a cut: dkp, drtp and f3."""
 
 from __future__ import annotations
 
@@ -40,7 +40,59 @@ def drtp(chain, params, feedback, x, y, scale=1.0, error_sign=False, **_) -> Arr
     return gradients(chain, params, x, y, given=given)
 
 
-REFERENCES = {"dkp": dkp, "drtp": drtp}
+def f3_errors(information, logits, y) -> np.ndarray:
+    """{n: the error of sample n in this pass}, outputs minus targets, for the cross-entropy l of softmax(z)."""
+    current, softmax = logits.shape[0] * output_error(logits, y), np.zeros_like(logits)
+    for n, c in product(range(logits.shape[0]), range(logits.shape[1])):
+        target = 1.0 if c == y[n] else 0.0
+        softmax[n, c] = current[n, c] + target
+    errors = np.zeros_like(logits)
+    for n, c in product(range(logits.shape[0]), range(logits.shape[1])):
+        target, times = 1.0 if c == y[n] else 0.0, 1.0
+        if information.endswith("_one_hot"):
+            times = target
+        kind = information.removesuffix("_one_hot")
+        if kind in ("delayed_loss", "current_error"):
+            errors[n, c] = times * current[n, c]
+        elif kind == "delayed_error":
+            errors[n, c] = times * (logits[n, c] - target)
+        elif kind == "delayed_error_softmax":
+            errors[n, c] = softmax[n, c] - target
+        elif kind == "delayed_loss_softmax":  # cross-entropy of p = softmax(z) taken as logits: dl/dz_c = sum_k dl/dp_k dp_k/dz_c
+            of_p = logits.shape[0] * output_error(softmax, y)
+            for k in range(logits.shape[1]):
+                errors[n, c] += of_p[n, k] * softmax[n, k] * ((1.0 if k == c else 0.0) - softmax[n, c])
+        else:
+            assert kind == "one_hot_target"
+            errors[n, c] = -target
+    return errors
+
+
+def f3(chain, params, feedback, x, y, information="delayed_loss", first_epoch="target", **options) -> Arrays:
+    """The error at a cut is e B / N; e is that of the sample's last pass, in `kept`: {sample: error}, which this changes.
+
+    Without `kept` and `indices`, every sample is in its first epoch.
+    """
+    kept, indices = options.get("kept", {}), options.get("indices", range(len(x)))
+    values, given = outputs(chain, params, x), {}
+    now = f3_errors(information, values[chain[-1].name], y)
+    used = np.zeros_like(now)
+    for n, index in enumerate(indices):
+        if not information.startswith("delayed"):
+            used[n] = now[n]
+        elif index in kept:
+            used[n] = kept[index]
+        elif first_epoch == "current":
+            used[n] = now[n]
+        elif first_epoch == "target":
+            used[n, y[n]] = -1.0
+    kept.update({index: now[n].copy() for n, index in enumerate(indices)})
+    for cut, tensors in feedback.items():
+        given[cut] = linear_input_error(used / len(x), tensors["B"]).reshape(values[cut].shape)
+    return gradients(chain, params, x, y, given=given)
+
+
+REFERENCES = {"dkp": dkp, "drtp": drtp, "f3": f3}
 CASES = {
     "dkp": ("dkp", {}),
     "dkp-sparse": ("dkp", {"density": 0.5}),
@@ -49,5 +101,10 @@ CASES = {
     "drtp-scaled": ("drtp", {"scale": 4.0}),
     "drtp-sparse": ("drtp", {"density": 0.5}),
     "drtp-sign": ("drtp", {"error_sign": True, "scale": 0.5}),
+    "f3": ("f3", {"samples": 99}),
+    "f3-current-first": ("f3", {"samples": 99, "first_epoch": "current", "density": 0.5}),
+    "f3-trinomial": ("f3", {"samples": 99, "b_init": "trinomial"}),
+    "f3-current": ("f3", {"information": "current_error"}),
+    "f3-target": ("f3", {"information": "one_hot_target"}),
 }
-TRAITS = {"unscaled": {"drtp"}}
+TRAITS = {"unscaled": {"drtp", "f3"}, "delayed": {"f3"}}

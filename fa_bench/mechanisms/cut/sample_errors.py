@@ -1,0 +1,102 @@
+"""The last error of every training sample. N batch, n training samples, C classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fa_bench.errors import StateError
+from fa_bench.utils.memory_limits import require_memory
+from fa_bench.utils.text import format_bytes
+
+
+class SampleErrors:
+    """The last error of every training sample, and whether there is one.
+
+    Data-parallel processes have different samples, which are others in the next epoch: `exchange` gives all of them the same
+    errors.
+
+    Args:
+        count: n, the number of training samples.
+        classes: C.
+        like: a tensor on the device, whose dtype the errors have, but for those of less than 32 bits.
+
+    Attributes:
+        errors: (n, C).
+        seen: which samples have an error, bool (n,).
+    """
+
+    def __init__(self, count: int, classes: int, like: Tensor) -> None:
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        if like.device.type == "cpu":
+            require_memory(count * classes * dtype.itemsize, f"the errors of {count} training samples")
+        self.errors = torch.zeros(count, classes, dtype=dtype, device=like.device)
+        self.seen = torch.zeros(count, dtype=torch.bool, device=like.device)
+        self._new: list[tuple[Tensor, Tensor]] = []
+
+    def describe(self) -> str:
+        """The size, for people."""
+        size = sum(one.numel() * one.element_size() for one in (self.errors, self.seen))
+        return f"the last errors of {len(self.errors):,} training samples take {format_bytes(size)}"
+
+    def read(self, indices: Tensor, first: Tensor) -> Tensor:
+        """The errors of the samples `indices` (N,), or `first` (N, C) where there is none, (N, C)."""
+        if self.errors.device != first.device:  # the model was moved
+            self.errors, self.seen = self.errors.to(first.device), self.seen.to(first.device)
+        indices = indices.to(first.device, torch.int64)
+        return torch.where(self.seen[indices].unsqueeze(1), self.errors[indices], first.to(self.errors.dtype))
+
+    def write(self, indices: Tensor, errors: Tensor, is_shared: bool = True) -> None:
+        """Replace the errors of the samples `indices` (N,) by `errors` (N, C), which `exchange` gives to others if `is_shared`.
+
+        Samples with an error that is not finite keep the one before, because a gradient scaler skips their update.
+        """
+        indices, errors = indices.to(self.errors.device, torch.int64), errors.to(self.errors.dtype)
+        finite = errors.isfinite().all(1)
+        # Selecting rows would make a GPU wait.
+        self.errors.index_copy_(0, indices, torch.where(finite.unsqueeze(1), errors, self.errors[indices]))
+        self.seen.index_copy_(0, indices, finite | self.seen[indices])
+        if is_shared and _processes() > 1:
+            self._new.append((indices[finite].cpu(), errors[finite].cpu()))
+
+    def exchange(self) -> None:
+        """Give all processes the errors that were written in one of them since the last exchange; all must call this.
+
+        Where several have the same sample, all get the error of the last one.
+        """
+        if _processes() < 2:
+            self._new.clear()
+            return
+        everywhere: list[Any] = [None] * _processes()
+        torch.distributed.all_gather_object(everywhere, self._new)
+        self._new = []
+        device = self.errors.device
+        for indices, errors in (one for of_process in everywhere for one in of_process):
+            self.errors.index_copy_(0, indices.to(device), errors.to(device))
+            self.seen[indices.to(device)] = True
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of the errors, for checkpoints."""
+        return {"errors": self.errors.clone(), "seen": self.seen.clone()}
+
+    def load_state(self, rule: str, state: dict[str, Tensor]) -> None:
+        """Restore what `state` returned.
+
+        Raises:
+            StateError: naming the rule, if the shapes differ.
+        """
+        if state["errors"].shape != self.errors.shape or state["seen"].shape != self.seen.shape:
+            raise StateError(
+                f"not a state of rule '{rule}' in this model: errors of shape {tuple(state['errors'].shape)}; these data have "
+                f"{tuple(self.errors.shape)}"
+            )
+        self.errors.copy_(state["errors"])
+        self.seen.copy_(state["seen"])
+
+
+def _processes() -> int:
+    """The number of data-parallel processes."""
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1

@@ -1,0 +1,190 @@
+"""Feed-forward optimization with delayed feedback."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+from fa_bench.errors import CoverageError, OptionError
+from fa_bench.mechanisms.cut.rule import CutRule
+from fa_bench.mechanisms.feedback_options import density_option, init_option, within_option
+from fa_bench.objectives.base import one_hot
+from fa_bench.registry.options import option
+from fa_bench.registry.registries import ALGORITHMS
+from fa_bench.utils.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fa_bench.mechanisms.cut.sample_errors import SampleErrors
+
+_DELAYED, _SOFTMAX, _ONE_HOT = "delayed_", "_softmax", "_one_hot"
+
+
+@ALGORITHMS.register("f3")
+@dataclasses.dataclass(eq=False)
+class F3(CutRule):
+    """Feed-forward with delayed feedback: the error of each sample in the previous epoch, projected to every hidden activation.
+
+    Flügel et al. 2024 (arXiv 2304.13372; the equations are those of the authors' code).
+
+    The error at a cut is ε B / N, with N the batch size, B (C, features of the cut) fixed and random, and ε (N, C) what
+    ``information`` says of the samples. The output layer has its true gradient, the derivatives from a cut down to the next
+    weights are exact, and B does not decay. With the targets y (N, C), one-hot or numbers, the logits z (N, C), the output o of
+    the objective (o = σ(z) for ``sigmoid_ce``, otherwise z) and a sample's own loss l:
+
+    - delayed_loss: ∂l/∂z, the error of `dfa` without its 1/N.
+    - delayed_error: o - y.
+    - delayed_loss_softmax: the derivative of l(softmax(o)) by o.
+    - delayed_error_softmax: softmax(o) - y.
+    - delayed_loss_one_hot, delayed_error_one_hot: y times delayed_loss or delayed_error, entry by entry.
+    - current_error: ∂l/∂z of the present pass: `dfa`.
+    - one_hot_target: -y: `drtp` with the other sign of B.
+
+    Those that begin with "delayed" are of the pass in which the same sample was last trained on, before its weights were updated;
+    so no layer needs to wait for the output. In a sample's first epoch there is none, and ``first_epoch`` replaces it: -y, the
+    error of an output of zero; the current one; or zero, so that hidden layers do not learn. If weights do not change, the
+    delayed error is the current one from the second epoch on.
+
+    These errors (training samples, C) are part of the rule's state, and of checkpoints, but not of the model's ``state_dict``.
+    Each backward pass needs the samples' indices in the training set: ``rule.backward(loss, logits, y, indices=indices)``, and
+    ``samples`` the size of that set, which the runner knows. Call ``rule.step()`` after every update: data-parallel processes
+    exchange their samples' errors there. A sample that is augmented has the error of its last version. Errors that are not finite
+    are not kept. Samples need one label each: outputs with positions, such as tokens, are refused.
+
+    The paper's B: PyTorch's default (``b_init=pytorch``, the default of the code), ``trinomial`` with entries -1, 0 or 1,
+    ``binomial`` with 0 or 1, and ``identity_pm``. The last three do not shrink with the number of features, which Adam ignores
+    and plain gradient descent does not. One fixed mask sets entries to zero if ``density`` is below 1. ``within=block`` cuts the
+    model's blocks only, and lets the layers of each learn by backpropagation from its end, as in `dfa`.
+
+    Choices: errors are outputs minus targets, those of the code targets minus outputs: B has the other sign there. The code's
+    loss is that of a sigmoid at the output, by which it differentiates; here losses are differentiated by the logits, and
+    ``delayed_loss`` is therefore the code's ``delayed_error`` with the objective ``sigmoid_ce``. The factor of the loss and 1/N
+    are those of the present batch; the code stores ``delayed_loss`` divided by the size of the earlier one, and does not divide
+    the others. ``first_epoch=target`` is the code's.
+    """
+
+    equations = (
+        r"e_h &= \tfrac{1}{N} \varepsilon_{t-1} B",
+        r"\varepsilon_{t-1} &= \frac{\partial l}{\partial z} \text{ of the sample in its previous epoch}",
+    )
+
+    search_space = {"b_init": "choice(pytorch,trinomial)"}
+
+    information: str = option(
+        "delayed_loss",
+        "what is projected: the derivative of the sample's loss, or output minus target, of the previous epoch, as it is, after "
+        "a softmax, or times the one-hot target; the current error (dfa), or the target (drtp)",
+        choices=[
+            "delayed_loss",
+            "delayed_error",
+            "delayed_loss_softmax",
+            "delayed_error_softmax",
+            "delayed_loss_one_hot",
+            "delayed_error_one_hot",
+            "current_error",
+            "one_hot_target",
+        ],
+    )
+    first_epoch: str = option(
+        "target",
+        "what replaces the delayed error in a sample's first epoch: minus its target, its current error, or zero",
+        choices=["target", "current", "zero"],
+    )
+    b_init: str = init_option("B", "pytorch")
+    density: float = density_option()
+    samples: int | None = option(
+        None, "number of training samples; null: those of the run (needed in other training loops)", minimum=1, identifying=False
+    )
+    within: str = within_option()
+
+    takes_numbers = True
+
+    @property
+    def is_delayed(self) -> bool:
+        """Whether the error is one of an earlier pass."""
+        return self.information.startswith(_DELAYED)
+
+    @property
+    def needs_indices(self) -> bool:
+        return self.is_delayed
+
+    @property
+    def sample_count(self) -> int | None:
+        return self.samples
+
+    def expect_samples(self, count: int) -> None:
+        if self.samples is not None and self.samples < count:
+            raise OptionError("samples", f"={self.samples}: there are {count} training samples; use null, or {count} or more")
+        self.samples = self.samples or count
+
+    @property
+    def scales(self) -> bool:
+        return self.information != "current_error"
+
+    @property
+    def needs_target(self) -> bool:
+        uses_target = self.information not in ("current_error", "delayed_loss")
+        return uses_target or (self.is_delayed and self.first_epoch == "target")
+
+    def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:
+        from fa_bench.mechanisms.cut.sample_errors import SampleErrors
+
+        if self.error_dims != 2:
+            raise CoverageError(f"rule '{self.name}' needs outputs of shape (N, C), an error for each sample, not of positions")
+        for cut, shape in features.items():
+            self.put(cut, "B", self.b_init, (classes, math.prod(shape)), self.density)
+        self._kept: SampleErrors | None = None
+        if self.is_delayed and self.samples is not None:
+            self._kept = SampleErrors(self.samples, classes, next(self.model.parameters()))
+
+    def broadcast(self, delta: Tensor, target: Tensor | None) -> Tensor:
+        if self.information == "current_error":
+            return delta
+        delta = delta.to(torch.promote_types(delta.dtype, torch.float32))
+        factor = self.loss_factor / max(len(delta), 1)
+        if self.information == "one_hot_target":
+            return one_hot(_given(target), delta) * -factor
+        kept, indices, error = self._kept, self.indices, self._error(delta / factor, target)
+        assert kept is not None and indices is not None
+        first = {"target": lambda: -one_hot(_given(target), delta), "current": lambda: error, "zero": lambda: delta.new_zeros(())}
+        delayed = kept.read(indices, first[self.first_epoch]().expand(delta.shape))
+        if not self.mode.freeze_random:
+            kept.write(indices, error, not self.mode.alone)
+        return (delayed * one_hot(_given(target), delayed) if self.information.endswith(_ONE_HOT) else delayed) * factor
+
+    def _error(self, of_loss: Tensor, target: Tensor | None) -> Tensor:
+        """The samples' errors in this pass, (N, C), without the one-hot factor; `of_loss` is that of ``delayed_loss``."""
+        information = self.information.removesuffix(_ONE_HOT)
+        if information == "delayed_loss":
+            return of_loss
+        assert self.logits is not None
+        outputs = self.objective.predicted(self.logits.to(of_loss.dtype))
+        if information == "delayed_loss_softmax":
+            with torch.enable_grad():
+                leaf = outputs.detach().requires_grad_(True)
+                return torch.autograd.grad(self.objective.loss(leaf.softmax(1), _given(target), reduction="sum"), leaf)[0]
+        return (outputs.softmax(1) if information.endswith(_SOFTMAX) else outputs) - one_hot(_given(target), outputs)
+
+    def step(self) -> None:
+        super().step()
+        if self._kept is not None and not self.mode.alone:
+            self._kept.exchange()
+
+    def notes(self) -> tuple[str, ...]:
+        return () if self._kept is None else (f"{self._kept.describe()}.",)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._kept is None else self._kept.state()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        if self._kept is not None:
+            self._kept.load_state(self.name, state)
+
+
+def _given(target: Tensor | None) -> Tensor:
+    """The targets, which `F3.needs_target` has asked for."""
+    assert target is not None
+    return target

@@ -1,0 +1,376 @@
+"""f3: which error of which pass is projected, its relations to dfa and drtp, what it keeps of samples, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fa_bench
+from fa_bench.errors import ConfigError, CoverageError, OptionError, StateError
+from fa_bench.metrics.meter import AlignmentMeter
+from fa_bench.objectives.mse import MSE
+from fa_bench.objectives.sigmoid_ce import SigmoidCE
+
+from . import nets
+from .helpers import array, arrays, assert_matches, collect, feedback_arrays
+from .reference import describe, sgd_step
+from .references import REFERENCES
+
+DELAYED = (
+    "delayed_loss",
+    "delayed_error",
+    "delayed_loss_softmax",
+    "delayed_error_softmax",
+    "delayed_loss_one_hot",
+    "delayed_error_one_hot",
+)
+NET, SAMPLES = "mlp_tanh", 7
+X, Y = nets.batch(NET, size=SAMPLES)
+CUTS = nets.activation_cuts(nets.NETS[NET]())
+
+
+def attached(name: str = "f3", **options: Any) -> tuple[nn.Module, Any]:
+    model = nets.NETS[NET]()
+    options = ({"samples": SAMPLES} if name == "f3" else {}) | options
+    return model, fa_bench.attach(model, name, seed=0, sample_input=X, cuts=CUTS, **options)
+
+
+def step(model: nn.Module, rule: Any, indices: Tensor, y: Tensor = Y, **scale: float) -> dict[str, Tensor | None]:
+    """Gradients of one pass on the samples with these indices."""
+    model.zero_grad(set_to_none=True)
+    logits = model(X[indices])
+    rule.backward(F.cross_entropy(logits, y[indices]), logits, y[indices], indices=indices, **scale)
+    return collect(model)
+
+
+def numbers(gradients: dict[str, Tensor | None]) -> dict[str, np.ndarray]:
+    return {name: array(gradient) for name, gradient in gradients.items() if gradient is not None}
+
+
+ALL = torch.arange(SAMPLES)
+
+
+def orders(epochs: int) -> list[Tensor]:
+    """Shuffled batches of 3, 3 and 1 samples, epoch by epoch."""
+    return [
+        batch
+        for epoch in range(epochs)
+        for batch in torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(epoch)).split(3)
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ equations
+@pytest.mark.parametrize("first_epoch", ["target", "current", "zero"])
+@pytest.mark.parametrize("information", [*DELAYED, "current_error", "one_hot_target"])
+def test_shuffled_epochs_equal_plain_loops(information: str, first_epoch: str) -> None:
+    """Three epochs of updates; the rounding of one pass, 1e-12, grows by less than a thousand."""
+    model, rule = attached(information=information, first_epoch=first_epoch)
+    chain, feedback = describe(nets.NETS[NET]()), feedback_arrays(rule)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+    params, velocity, kept = arrays(model), {}, {}
+    for indices in orders(3):
+        options = {"information": information, "first_epoch": first_epoch, "kept": kept, "indices": indices.tolist()}
+        wanted = REFERENCES["f3"](chain, params, feedback, array(X[indices]), Y[indices].numpy(), **options)
+        assert_matches(step(model, rule, indices), wanted)
+        optimizer.step()
+        rule.step()
+        sgd_step(params, velocity, wanted, lr=0.2, momentum=0.9, decay=0.0, nesterov=False)
+        assert_matches(arrays(model), params)
+    assert len(kept) == (SAMPLES if information.startswith("delayed") else len(kept))
+
+
+def test_without_learning_it_is_dfa_from_the_second_epoch_on() -> None:
+    (model, rule), (other, dfa) = attached(), attached("dfa", b_init="pytorch")
+    for number, indices in enumerate(orders(3)):
+        got, wanted = step(model, rule, indices), numbers(step(other, dfa, indices))
+        if number < 3:
+            with pytest.raises(AssertionError, match="relative differences"):
+                assert_matches(got, wanted)
+        else:
+            assert_matches(got, wanted)
+        rule.step()
+
+
+@pytest.mark.parametrize("information", ["delayed_loss", "delayed_error_softmax", "current_error"])
+def test_with_the_current_error_at_first_it_is_dfa(information: str) -> None:
+    """For the cross-entropy, whose derivative is softmax(z) - y."""
+    (model, rule), (other, dfa) = attached(information=information, first_epoch="current"), attached("dfa", b_init="pytorch")
+    assert_matches(step(model, rule, ALL), numbers(step(other, dfa, ALL)))
+
+
+def test_the_target_alone_is_drtp_with_the_other_sign_of_b() -> None:
+    (model, rule), (other, drtp) = attached(information="one_hot_target"), attached("drtp", b_init="pytorch")
+    (first, f3) = attached()  # in the first epoch
+    for tensors in drtp.feedback.values():
+        tensors["B"].neg_()
+    wanted = numbers(step(other, drtp, ALL))
+    assert_matches(step(model, rule, ALL), wanted)
+    assert_matches(step(first, f3, ALL), wanted)
+
+
+def test_zero_at_first_trains_the_output_layer_alone() -> None:
+    model, rule = attached(first_epoch="zero")
+    got = step(model, rule, ALL)
+    last = list(got)[-2:]
+    assert [name for name, gradient in got.items() if gradient is not None and gradient.any()] == last
+    assert any(gradient is not None and gradient.any() for name, gradient in step(model, rule, ALL).items() if name not in last)
+
+
+@pytest.mark.parametrize("init", ["identity", "identity_pm"])
+def test_identity_feedback_shows_the_delayed_errors(init: str) -> None:
+    """The error at a cut is the sample's own earlier error, entry by entry, with the signs of the matrices."""
+    model, rule = attached(b_init=init)
+    seen: list[Tensor] = []
+    logits = model(X[[4, 2]])
+    rule.backward(F.cross_entropy(logits, Y[[4, 2]]), logits, Y[[4, 2]], indices=torch.tensor([4, 2]))
+    earlier = (logits.detach().softmax(1) - F.one_hot(Y[[4, 2]], logits.shape[1])).flip(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    handle = model.get_submodule(CUTS[0]).register_forward_hook(
+        lambda module, args, output: output.register_hook(seen.append) and None, prepend=True
+    )
+    logits = model(X[[2, 4]])
+    handle.remove()
+    rule.backward(F.cross_entropy(logits, Y[[2, 4]]), logits, Y[[2, 4]], indices=torch.tensor([2, 4]))
+    (error,) = seen
+    classes = logits.shape[1]
+    for column in range(error.shape[1]):
+        sign = -1 if init == "identity_pm" and column // classes % 2 else 1
+        torch.testing.assert_close(error[:, column], sign * earlier[:, column % classes] / 2, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("objective", "output"), [(SigmoidCE(), torch.sigmoid), (MSE(), lambda z: z)], ids=["sigmoid", "mse"])
+def test_errors_of_other_objectives(objective: Any, output: Any) -> None:
+    """delayed_loss and delayed_error are the same for these; the code's softmax is that of its sigmoid outputs."""
+    onehot = F.one_hot(Y, 3).double()
+    found = {}
+    for information in DELAYED[:4]:
+        model = nets.NETS[NET]()
+        options = {"information": information, "samples": SAMPLES, "cuts": CUTS}
+        rule = fa_bench.attach(model, "f3", sample_input=X, objective=objective, **options)
+        logits = model(X)
+        rule.backward(objective.loss(logits, Y), logits, Y, indices=ALL)
+        found[information] = rule.state_dict()["errors"]
+        z = logits.detach()
+    o = output(z)
+    torch.testing.assert_close(found["delayed_loss"], o - onehot, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(found["delayed_error"], o - onehot, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(found["delayed_error_softmax"], o.softmax(1) - onehot, rtol=1e-12, atol=1e-15)
+    leaf = o.clone().requires_grad_(True)
+    sum(objective.loss(leaf[n : n + 1].softmax(1), Y[n : n + 1]) for n in range(SAMPLES)).backward()
+    torch.testing.assert_close(found["delayed_loss_softmax"], leaf.grad, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("information", DELAYED)
+def test_targets_that_are_numbers(information: str) -> None:
+    """In their first epoch the error is minus the target; of the one-hot kinds, times the target once more."""
+    targets, model = torch.randn(SAMPLES, 3, generator=torch.Generator().manual_seed(3)).double(), nets.NETS[NET]()
+    rule = fa_bench.attach(
+        model, "f3", sample_input=X, objective=MSE(), information=information, samples=SAMPLES, cuts=CUTS, b_init="identity"
+    )
+    seen: list[Tensor] = []
+    model.get_submodule(CUTS[-1]).register_forward_hook(lambda module, args, output: seen.append(output) or None, prepend=True)
+    logits = model(X)
+    seen[0].retain_grad()
+    rule.backward(MSE().loss(logits, targets), logits, targets, indices=ALL)
+    times = targets if information.endswith("one_hot") else 1
+    torch.testing.assert_close(seen[0].grad[:, :3], -targets * times / SAMPLES, rtol=1e-12, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------ what is kept
+@pytest.mark.parametrize("information", ["delayed_loss", "delayed_error"])
+def test_kept_errors_do_not_depend_on_batch_size_or_loss_scale(information: str) -> None:
+    """Nor do the errors that they become: of the same batch, a loss times 8 gives 8 times the gradients."""
+    (whole, rule), (parts, other) = attached(information=information), attached(information=information)
+    step(whole, rule, ALL)
+    for indices, scale in zip(ALL.split(2), (1.0, 0.25, 4.0, 3.0), strict=True):
+        logits = parts(X[indices])
+        other.backward(F.cross_entropy(logits, Y[indices]) * scale, logits, Y[indices], scale, indices=indices)
+    torch.testing.assert_close(other.state_dict()["errors"], rule.state_dict()["errors"], rtol=1e-12, atol=1e-16)
+    plain = numbers(step(whole, rule, ALL))
+    parts.zero_grad()
+    logits = parts(X)
+    other.backward(F.cross_entropy(logits, Y) * 8, logits, Y, indices=ALL)
+    assert_matches(collect(parts), {name: 8 * gradient for name, gradient in plain.items()})
+
+
+def test_a_part_of_the_samples_leaves_the_others_as_they_are() -> None:
+    model, rule = attached()
+    step(model, rule, torch.tensor([1, 5]))
+    state = rule.state_dict()
+    assert state["seen"].tolist() == [index in (1, 5) for index in range(SAMPLES)]
+    assert not state["errors"][[0, 2, 3, 4, 6]].any() and state["errors"][[1, 5]].all()
+    step(model, rule, torch.tensor([0, 6]))
+    assert torch.equal(rule.state_dict()["errors"][[1, 5]], state["errors"][[1, 5]])
+    assert not state["seen"][0] and not state["errors"][0].any(), "a state is a copy"
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_errors_that_are_not_finite_are_not_kept(bad: float) -> None:
+    """As with a gradient scaler, which skips the update: the samples' earlier errors stay, of those that have any."""
+    model, rule = attached(information="delayed_error")
+    step(model, rule, torch.tensor([0, 1]))
+    before = rule.state_dict()
+    inputs = X[[1, 2, 3]].clone()
+    inputs[:2] = bad
+    logits = model(inputs)
+    rule.backward(F.cross_entropy(logits, Y[[1, 2, 3]]), logits, Y[[1, 2, 3]], 1.0, indices=torch.tensor([1, 2, 3]))
+    after = rule.state_dict()
+    assert after["seen"].tolist() == [True, True, False, True, False, False, False]
+    assert torch.equal(after["errors"][:3], before["errors"][:3]) and after["errors"].isfinite().all()
+
+
+def test_measurements_and_evaluation_use_errors_and_keep_none() -> None:
+    model, rule = attached()
+    step(model, rule, ALL)
+    before = rule.state_dict()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+        model(X)
+    with rule.exact():
+        F.cross_entropy(model(X), Y).backward()
+    first = AlignmentMeter(rule, X[:3], Y[:3], ["delta_angle"], indices=ALL[:3]).measure()
+    other = AlignmentMeter(rule, X[:3], Y[:3], ["delta_angle"], indices=ALL[3:6]).measure()
+    assert first != other
+    assert all(torch.equal(tensor, before[name]) for name, tensor in rule.state_dict().items())
+
+
+def test_a_state_is_loaded_and_checked() -> None:
+    (model, rule), (twin, other) = attached(), attached()
+    step(model, rule, ALL)
+    other.load_state_dict(rule.state_dict())
+    assert_matches(step(twin, other, ALL), numbers(step(model, rule, ALL)))
+    with pytest.raises(StateError, match=r"errors of shape \(7, 3\); these data have \(8, 3\)"):
+        attached(samples=8)[1].load_state_dict(rule.state_dict())
+    with pytest.raises(StateError, match="missing: seen"):
+        other.load_state_dict({"errors": rule.state_dict()["errors"]})
+    for options in ({"information": "current_error"}, {"information": "one_hot_target"}, {"samples": None}):
+        assert attached(**options)[1].state_dict() == {}
+
+
+def test_a_copy_of_the_model_keeps_errors_of_its_own() -> None:
+    model, rule = attached()
+    step(model, rule, ALL[:3])
+    twin = copy.deepcopy(model)
+    step(twin, fa_bench.attached_rule(twin), ALL[3:])
+    assert rule.state_dict()["seen"].sum() == 3
+
+
+def test_errors_have_the_precision_of_the_model_and_no_less_than_single() -> None:
+    for dtype, wanted in ((torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)):
+        model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
+        rule = fa_bench.attach(model, "f3", samples=2, cuts=["1"])
+        logits = model(torch.ones(2, 4, dtype=dtype))
+        rule.backward(F.cross_entropy(logits, torch.tensor([0, 1])), logits, torch.tensor([0, 1]), indices=torch.arange(2))
+        assert rule.state_dict()["errors"].dtype == wanted
+
+
+def test_the_coverage_says_what_the_errors_take() -> None:
+    assert "the last errors of 7 training samples take 175 B" in str(attached()[1].coverage)  # 7 (3 x 8 + 1)
+    assert "training samples" not in str(attached(information="current_error")[1].coverage)
+
+
+def test_errors_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"the errors of \d+ training samples: needs .* of memory"):
+        attached(samples=10**13)
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+@pytest.mark.parametrize(
+    ("indices", "error"),
+    [
+        (None, r"requires the indices of the batch's samples.*rule\.backward\(loss, logits, target, indices=indices\)"),
+        (
+            torch.arange(SAMPLES).view(-1, 1),
+            r"have the shape \(7, 1\) and are torch.int64; this batch needs integers of shape \(7,\)",
+        ),
+        (torch.arange(3), r"have the shape \(3,\)"),
+        (torch.arange(SAMPLES).double(), r"are torch.float64"),
+        (torch.arange(SAMPLES) > 3, r"are torch.bool"),
+        (torch.arange(1, SAMPLES + 1), r"index 7 is out of range: there are 7 training samples, numbered from 0 to 6"),
+        (torch.arange(-1, SAMPLES - 1), r"index -1 is out of range"),
+    ],
+    ids=["none", "matrix", "few", "floats", "bools", "high", "low"],
+)
+def test_wrong_indices(indices: Tensor | None, error: str) -> None:
+    model, rule = attached()
+    logits = model(X)
+    with pytest.raises(ValueError, match=f"rule 'f3'.*{error}"):
+        rule.backward(F.cross_entropy(logits, Y), logits, Y, indices=indices)
+    assert not rule.state_dict()["seen"].any()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_plain_backward_is_refused() -> None:
+    model, _ = attached(first_epoch="zero")
+    with pytest.raises(ValueError, match="requires the indices"):
+        F.cross_entropy(model(X), Y).backward()
+
+
+def test_indices_without_the_number_of_samples() -> None:
+    model, rule = attached(samples=None)
+    logits = model(X)
+    with pytest.raises(ValueError, match=r"does not know how many.*fa_bench\.attach\(model, 'f3', samples=len\(dataset\)\)"):
+        rule.backward(F.cross_entropy(logits, Y), logits, Y, indices=ALL)
+
+
+def test_one_loss_of_two_passes_is_refused() -> None:
+    model, rule = attached(first_epoch="zero")
+    loss = F.cross_entropy(model(X), Y) + F.cross_entropy(model(X), Y)
+    with pytest.raises(ValueError, match="the indices belong to one of them"):
+        rule.backward(loss, indices=ALL, loss_scale=1.0)
+
+
+def test_int32_indices() -> None:
+    model, rule = attached()
+    step(model, rule, ALL)
+    twin, other = attached()
+    logits = twin(X)
+    other.backward(F.cross_entropy(logits, Y), logits, Y, indices=ALL.int())
+    assert torch.equal(other.state_dict()["errors"], rule.state_dict()["errors"])
+
+
+def test_labels_are_needed_by_what_depends_on_them() -> None:
+    """Not by the derivative of the loss, with a first error that does not."""
+    for options, needed in (
+        ({}, True),
+        ({"first_epoch": "current"}, False),
+        ({"first_epoch": "zero"}, False),
+        ({"first_epoch": "zero", "information": "delayed_loss_one_hot"}, True),
+        ({"first_epoch": "zero", "information": "delayed_error"}, True),
+        ({"information": "current_error"}, False),
+        ({"information": "one_hot_target"}, True),
+    ):
+        model, rule = attached(**options)
+        loss = F.cross_entropy(model(X), Y)
+        if needed:
+            with pytest.raises(ValueError, match="requires labels"):
+                rule.backward(loss, indices=ALL)
+        else:
+            rule.backward(loss, indices=ALL)
+
+
+def test_outputs_with_positions_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    with pytest.raises(CoverageError, match=r"rule 'f3' needs outputs of shape \(N, C\), an error for each sample"):
+        fa_bench.attach(model, "f3", sample_input=torch.zeros(2, 6, 4), cuts=["1"], samples=2)
+
+
+def test_the_number_of_samples_of_a_run() -> None:
+    _, rule = attached(samples=None)
+    rule.expect_samples(5)
+    assert rule.sample_count == 5
+    _, rule = attached(samples=9)
+    rule.expect_samples(9)
+    assert rule.sample_count == 9
+    with pytest.raises(OptionError, match="samples=9: there are 10 training samples; use null, or 10 or more"):
+        rule.expect_samples(10)
+    assert not attached(information="one_hot_target")[1].needs_indices and rule.needs_indices
