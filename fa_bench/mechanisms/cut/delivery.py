@@ -29,10 +29,6 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.updates import LearnedTensor
 
 
-#: Kinds of numbers that indices may have.
-_INTEGERS = (torch.int64, torch.int32)
-
-
 class Delivery:
     """Delivers the errors of an attached rule.
 
@@ -341,7 +337,7 @@ class Delivery:
                 f"rule '{rule}' requires the indices of the batch's samples in the training set: call "
                 f"rule.backward(loss, logits, target, indices=indices) with integers of shape (N,)"
             )
-        if indices.shape != (size,) or indices.dtype not in _INTEGERS:
+        if indices.shape != (size,) or indices.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"rule '{rule}': indices have the shape {tuple(indices.shape)} and are {indices.dtype}; this batch needs "
                 f"integers of shape ({size},)"
