@@ -31,6 +31,8 @@ ORIGINS = {
     "changelog.md": "CHANGELOG.md",
     "notebook.md": "docs/notebook.ipynb",
 }
+#: Below the title of the notebook's page; HTML, because a link of Markdown to the file leads to this page.
+DOWNLOAD = '<a href="notebook.ipynb" download>Download the notebook</a>'
 PAGES = {origin: page for page, origin in ORIGINS.items()}
 #: A link or image of Markdown: text, target without anchor, anchor.
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)#\s]+)(#[^)\s]*)?(?=\))")
@@ -117,6 +119,7 @@ def _notebook(text: str) -> str:
     for cell in json.loads(text)["cells"]:
         source = "".join(cell["source"])
         parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+    parts.insert(1, DOWNLOAD)
     return "\n\n".join(parts) + "\n"
 
 

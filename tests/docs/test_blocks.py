@@ -122,7 +122,7 @@ def test_commands_are_valid(page: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def check_run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first job; what belongs to launchers, which are tested by themselves, is left out."""
+    """The first job, and one for every other value of the line; options of launchers, which have own tests, are left out."""
     if "--help" in words:
         assert main(words) == 0
         return
@@ -130,7 +130,15 @@ def check_run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     overrides = [word for word in words if word != folder and not word.startswith(("-", "hydra/launcher", "hydra.launcher"))]
     register_schemas()
     composer = Composer("config", folder, overrides)
-    assert composer.check(composer.expand(multirun="-m" in words)[:1])
+    first, *others = composer.expand(multirun="-m" in words)
+    keys = [override.partition("=")[::2] for override in overrides]
+    unseen = {f"{key}={value}" for key, values in keys for value in values.split(",")} - set(first)
+    jobs = [first]
+    for job in others:
+        if not unseen.isdisjoint(job):
+            unseen -= set(job)
+            jobs.append(job)
+    assert composer.check(jobs)
 
 
 def check_processes(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from filelock import FileLock
 
 import fa_bench
 
@@ -93,12 +94,18 @@ class Elements(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, built strictly."""
-    folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
-    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert built.returncode == 0, built.stdout + built.stderr
+    """The site, built strictly, once for all processes of a run of the tests."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_TESTRUNUID" in os.environ:
+        shared = shared.parent
+    folder = shared / "site"
+    with FileLock(shared / "site.lock"):
+        if not (shared / "built").exists():
+            command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+            environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+            built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+            assert built.returncode == 0, built.stdout + built.stderr
+            (shared / "built").touch()
     return folder
 
 
@@ -150,3 +157,9 @@ def test_every_public_name_is_in_the_reference(parsed: dict[Path, Elements]) -> 
     text = (DOCS / "reference" / "registration.md").read_text(encoding="utf-8")
     names = [name for name in fa_bench.__all__ if name != "__version__"]
     assert [name for name in names if f"fa_bench.{name}" not in ids and f"`fa_bench.{name}`" not in text] == []
+
+
+def test_attributes_are_documented_by_their_comments_and_options_by_their_help(site: Path) -> None:
+    text = (site / "reference" / "components.html").read_text(encoding="utf-8")
+    assert "that its models are made for.</p>" in text  # the comment of Architecture.tasks
+    assert "<p>Weight decay per unit of learning rate.</p>" in text

@@ -57,7 +57,7 @@ def test_listing_of_a_file_with_fences() -> None:
 
 def test_notebook_becomes_markdown() -> None:
     cells = '{"cells": [{"cell_type": "markdown", "source": ["# A\\n", "b"]}, {"cell_type": "code", "source": ["1 + 1"]}]}'
-    assert hooks._notebook(cells) == "# A\nb\n\n```python\n1 + 1\n```\n"
+    assert hooks._notebook(cells) == f"# A\nb\n\n{hooks.DOWNLOAD}\n\n```python\n1 + 1\n```\n"
 
 
 def test_rows_of_equations_are_aligned() -> None:
