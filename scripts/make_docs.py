@@ -92,7 +92,7 @@ def _index() -> str:
     lines += [
         "## Initialisers",
         "",
-        "Of weights (`architecture.init`, `architecture.linear_init`) and of feedback (`algorithm.b_init` and the like). "
+        "Of weights (`architecture.init`, `linear_init`, `output_init`) and of feedback (`algorithm.b_init` and the like). "
         "U(a) is uniform in [-a, a), N(0, v) is normal with variance v; the fans include kernel positions. With `copy_w`, "
         "which edge rules accept, feedback starts as a copy of the weight.",
         "",

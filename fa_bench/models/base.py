@@ -53,6 +53,11 @@ class Architecture(Options):
         choices=[*CONTINUOUS, *OLD_NAMES],
     )
     linear_init: str | None = option(None, "initialiser of the weights of fully connected layers; null: init", choices=CONTINUOUS)
+    output_init: str | None = option(
+        None,
+        "initialiser of the weights of the output layer, the one that is defined last; null: as the others",
+        choices=CONTINUOUS,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,13 +74,15 @@ class Architecture(Options):
             OptionError: if the options do not fit the data.
         """
         model = self.make(input_shape, classes)
-        for module in model.modules():
-            if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
-                init = self.linear_init if isinstance(module, nn.Linear) and self.linear_init is not None else self.init
-                if init != "pytorch":  # which `make` has applied
-                    fill(module.weight, init)
-                    if module.bias is not None:
-                        nn.init.zeros_(module.bias)
+        layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))]
+        for module in layers:
+            init = self.linear_init if isinstance(module, nn.Linear) and self.linear_init is not None else self.init
+            if module is layers[-1] and self.output_init is not None:
+                init = self.output_init
+            if init != "pytorch":  # which `make` has applied
+                fill(module.weight, init)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         return model
 
     def make(self, input_shape: tuple[int, ...], classes: int) -> torch_nn.Module:

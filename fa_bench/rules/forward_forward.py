@@ -55,10 +55,13 @@ class ForwardForward(DrawingRule, PassRule):
     none). ``prediction=goodness`` scores each label by the goodness of all cuts but the first for the image with that label,
     which needs C passes; training still reports the classifier's accuracy.
 
-    Deviations from that code: the output layer has torch's default initial values and a bias; hidden layers and output layer
-    share W's optimizer; a single pass there has both kinds of samples. The code's settings: three layers of 1000, weights
-    N(0, 1/fan_out), SGD at 1e-3 with momentum 0.9 and decay 3e-4, for the classifier 1e-2 and 3e-3, a rate that falls linearly to
-    zero over the second half of 100 epochs, batches of 100.
+    The classifier, M and the output layer, is what ``rule.feedback_parameters()`` has: an optimizer of the feedback trains it
+    (``optimizer@feedback_optimizer=sgd``); otherwise W's does.
+
+    Deviations from that code: the output layer has a bias, and the initial values that the model gives it (there: zero,
+    ``architecture.output_init=zeros``); a single pass there has both kinds of samples. The code's settings: three layers of 1000,
+    weights N(0, 1/fan_out), SGD at 1e-3 with momentum 0.9 and decay 3e-4, for the classifier 1e-2 and 3e-3, a rate that falls
+    linearly to zero over the second half of 100 epochs, batches of 100.
 
     Dropout masks are the same in all passes, and those of the positive and the negative one. Batch normalisation uses each
     pass's own statistics. Multiplications: two further forward passes, and half a backward pass for each.
@@ -124,6 +127,11 @@ class ForwardForward(DrawingRule, PassRule):
 
     def learned_feedback(self) -> list[LearnedTensor]:
         return list(self._learned.values())
+
+    def feedback_parameters(self) -> list[Tensor]:
+        """The classifier: M, and the parameters after the last cut."""
+        above = self._trace.beyond_leaves
+        return [*super().feedback_parameters(), *(one for one in self.model.parameters() if id(one) in above)]
 
     def notes(self) -> tuple[str, ...]:
         return (*super().notes(), *((batch_note("the mean activity of units"),) if self.peer_norm else ()))

@@ -139,6 +139,7 @@ ARCHITECTURE = {
     "output_norm": (MODEL, "true"),
     "init": (MODEL, "xavier_uniform"),
     "linear_init": (MODEL, "xavier_uniform"),
+    "output_init": (MODEL, "zeros"),
 }
 
 

@@ -44,6 +44,8 @@ RECORDED = {
     "resnet34 resnet50_imagenet resnet_cifar_small torchvision vgg vit_mini",
     "linear_init None": "asap_alexnet conv2 decoder dkp_alexnet lstm mlp residual_mlp resnet18 resnet18_imagenet resnet20 "
     "resnet34 resnet50_imagenet resnet_cifar_small torchvision vgg vit_mini",
+    "output_init None": "asap_alexnet conv2 decoder dkp_alexnet lstm mlp residual_mlp resnet18 resnet18_imagenet resnet20 "
+    "resnet34 resnet50_imagenet resnet_cifar_small torchvision vgg vit_mini",
     "ignore_index -100": "token_cross_entropy",
     "score perplexity perplexity|bits_per_token|bits_per_character|accuracy": "token_cross_entropy",
     "output None": "cross_entropy mse sigmoid_ce token_cross_entropy",

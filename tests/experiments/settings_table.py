@@ -691,6 +691,7 @@ FORWARD_FORWARD = Preset(
             {"algorithm": "forward_forward"},
             {
                 "architecture.init": "normal_fan_out",
+                "architecture.output_init": "zeros",
                 **_keys("optimizer", lr=1e-3, weight_decay=3e-4),
                 "feedback_optimizer": "sgd",
                 **_keys(

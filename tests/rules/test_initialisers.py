@@ -215,6 +215,23 @@ def test_fully_connected_layers_have_an_initialiser_of_their_own(net, init, line
     assert any(isinstance(layer, nn.Linear) for layer in model.values())
 
 
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize(
+    ("init", "linear_init", "output_init"),
+    [("xavier_uniform", None, "zeros"), ("pytorch", "uniform_one", "zeros"), ("zeros", "zeros", "pytorch")],
+)
+def test_the_output_layer_has_an_initialiser_of_its_own(net, init, linear_init, output_init):
+    model = layers_of(built(net, init=init, linear_init=linear_init, output_init=output_init))
+    others, plain = layers_of(built(net, init=init, linear_init=linear_init)), layers_of(built(net))
+    *hidden, last = model
+    if output_init == "zeros":
+        assert not model[last].weight.any() and not model[last].bias.any() and others[last].weight.any()
+    else:
+        assert torch.equal(model[last].weight, plain[last].weight) and torch.equal(model[last].bias, plain[last].bias)
+    for path in hidden:
+        assert torch.equal(model[path].weight, others[path].weight), path
+
+
 def test_no_linear_initialiser_is_that_of_all():
     for init in ("pytorch", "xavier_uniform", "lecun_uniform"):
         one, two = built("conv2", init=init), built("conv2", init=init, linear_init=init)

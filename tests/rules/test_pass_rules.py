@@ -596,6 +596,10 @@ def test_equal_samples_at_the_threshold_give_no_gradient(monkeypatch: pytest.Mon
 
 def test_the_classifier_reads_all_layers_but_the_first() -> None:
     whole = fa_bench.attach(mlp(8, 7, 5), "forward_forward")
+    head = list(whole.model.parameters())[-2:]
+    assert [tuple(one.shape) for one in whole.feedback_parameters()[-2:]] == [tuple(one.shape) for one in head]
+    assert {id(one) for one in whole.feedback_parameters()} >= {id(one) for one in head}
+    assert not {id(one) for one in whole.weight_parameters()} & {id(one) for one in whole.feedback_parameters()}
     assert list(whole._learned) == ["3"]
     last = fa_bench.attach(mlp(8, 7, 5), "forward_forward", all_layers=False)
     assert last.learned_feedback() == []
