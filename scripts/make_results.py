@@ -95,18 +95,22 @@ class Study:
         return _markdown(columns, cells)
 
 
+def _is_blank(value: Any) -> bool:
+    return bool(pd.isna(value))
+
+
 def _score(row: pd.Series, digits: int = 2) -> str:
-    if pd.isna(row["test_accuracy"]):
+    if _is_blank(row["test_accuracy"]):
         return "-"
     text = f"{row['test_accuracy']:.{digits}f}"
-    text += "" if pd.isna(row["test_accuracy_std"]) else f" ± {row['test_accuracy_std']:.{digits}f}"
+    text += "" if _is_blank(row["test_accuracy_std"]) else f" ± {row['test_accuracy_std']:.{digits}f}"
     return f"**{text}**" if row["floor"] is False or row["floor"] == "False" else text
 
 
 def _floor(row: pd.Series) -> str:
     if row["algorithm"] in ("frozen", "frozen_blocks"):
         return "floor"
-    if pd.isna(row["floor"]):
+    if _is_blank(row["floor"]):
         return "-"
     return "yes" if str(row["floor"]) == "True" else "**no**"
 
@@ -116,7 +120,7 @@ def _unfinished(row: pd.Series) -> str:
 
 
 def _number(column: str, digits: int = 2, sign: str = "") -> Any:
-    return lambda row: "-" if pd.isna(row[column]) else f"{row[column]:{sign}.{digits}f}"
+    return lambda row: "-" if _is_blank(row[column]) else f"{row[column]:{sign}.{digits}f}"
 
 
 #: Heading -> the cell's text, from a row of report.csv.
@@ -130,8 +134,8 @@ COLUMNS: dict[str, Any] = {
     "beats the floor": _floor,
     "not finished": _unfinished,
     "seeds": lambda row: str(row["n"]),
-    "learning rate": lambda row: "-" if pd.isna(row["optimizer.lr"]) else f"{row['optimizer.lr']:g}",
-    "published": lambda row: "-" if pd.isna(row["published"]) else f"{row['published']:.2f}",
+    "learning rate": lambda row: "-" if _is_blank(row["optimizer.lr"]) else f"{row['optimizer.lr']:g}",
+    "published": lambda row: "-" if _is_blank(row["published"]) else f"{row['published']:.2f}",
     "difference": _number("published_difference", sign="+"),
     "delta angle (°)": _number("delta_angle", 1),
     "weight angle (°)": _number("weight_angle", 1),
@@ -143,7 +147,7 @@ def _cell(row: pd.Series, column: str) -> str:
     if column in COLUMNS:
         return COLUMNS[column](row)
     value = row[column]
-    return "-" if pd.isna(value) else f"{value:g}" if isinstance(value, float) else str(value)
+    return "-" if _is_blank(value) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def archived(name: str, columns: Sequence[str] = ()) -> str:

@@ -210,6 +210,8 @@ class QualitativeTable(Analysis):
                 ]
             )
             colours.append(["#F6D5C3" if differ else "white" for differ in differs])
+        from matplotlib.transforms import Bbox
+
         units = table.drop_duplicates("property").set_index("property")["unit"]
         cell_table = axes.table(
             cells,
@@ -217,8 +219,8 @@ class QualitativeTable(Analysis):
             rowLabels=[f"{name} ({units[name]})" for name in PROPERTIES],
             colLabels=rules,
             cellLoc="center",
-            bbox=(0.24, 0, 0.76, 0.95),
-        )  # pyright: ignore[reportArgumentType]
+            bbox=Bbox.from_bounds(0.24, 0, 0.76, 0.95),
+        )
         cell_table.auto_set_font_size(False)
         cell_table.set_fontsize(8)
         agreed = table["agrees"].dropna()
