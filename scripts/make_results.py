@@ -80,6 +80,29 @@ class Study:
             for row in rows.itertuples(index=False)
         )
 
+    def by_setting(self, key: str, column: str = "val_accuracy", digits: int = 2) -> str:
+        """A Markdown table of single runs: a row for each rule, a column for each value of a swept key; the best in bold.
+
+        A run that has not finished has its status in place of a number; "-": there is no such run.
+
+        Raises:
+            ValueError: if a rule has several runs with one value.
+        """
+        values = sorted(self.runs[key].unique())
+        rows = []
+        for rule in dict.fromkeys(self.runs["algorithm"]):
+            runs = self.runs[self.runs["algorithm"] == rule].set_index(key)
+            if not runs.index.is_unique:
+                raise ValueError(f"{self.name}: {rule} has several runs with one value of {key}")
+            best = runs[column].max()
+            cells = []
+            for value in values:
+                score = runs[column].get(value)
+                text = "-" if score is None else str(runs.at[value, "status"]) if _is_blank(score) else f"{score:.{digits}f}"
+                cells.append(f"**{text}**" if score is not None and score == best else text)
+            rows.append([rule, *cells])
+        return _markdown(["rule", *(f"{value:g}" for value in values)], rows)
+
     def table(self, *columns: str, labels: list[str] | None = None, sort: str | None = None) -> str:
         """A Markdown table of the report.
 

@@ -74,6 +74,21 @@ def test_collecting_keeps_tables_and_provenance(sweep: Path, tmp_path: Path, mon
     assert rows[0].endswith("| floor |")
 
 
+def test_a_table_by_setting_has_every_run_and_marks_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "about.yaml").write_text("command: c\n")
+    (tmp_path / "mine" / "report.csv").write_text("label,n\nbp,1\n")
+    (tmp_path / "mine" / "runs.csv").write_text(
+        "algorithm,status,optimizer.lr,val_accuracy\nbp,finished,0.1,91.5\nbp,finished,0.01,92.25\nkp,diverged,0.1,\n"
+    )
+    assert make_results.Study("mine", tmp_path / "mine").by_setting("optimizer.lr").splitlines() == [
+        "| rule | 0.01 | 0.1 |",
+        "| --- | --- | --- |",
+        "| bp | **92.25** | 91.50 |",
+        "| kp | - | diverged |",
+    ]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
