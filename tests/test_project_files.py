@@ -71,6 +71,15 @@ def test_workflows_can_do_no_more_than_they_need(name: str):
         assert set(settings.get("permissions", {})) <= ({"id-token", "pages"} if job in ("publish", "deploy") else set())
 
 
+def test_the_docs_workflow_publishes_what_mkdocs_builds():
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    (folder,) = re.findall(r"^site_dir: (.+)$", text, re.MULTILINE)
+    (uploaded,) = [
+        step["with"]["path"] for step in _workflow("docs")["jobs"]["build"]["steps"] if "upload-pages" in step.get("uses", "")
+    ]
+    assert uploaded == folder
+
+
 def test_every_extra_that_a_workflow_installs_exists():
     for path in sorted((ROOT / ".github/workflows").glob("*.yml")):
         for extras in re.findall(r'\.\[([\w,]+)\]"', path.read_text(encoding="utf-8")):
