@@ -43,7 +43,6 @@ FINAL = {
     "trace",
     "hook_model",
     "check_uses",
-    "feedback_parameters",
     "parameter_groups",
     "weight_parameters",
     "matrices",

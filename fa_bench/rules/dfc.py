@@ -292,12 +292,11 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
             outputs, errors = zip(*trainable, strict=True)
             return list(torch.autograd.grad(outputs, weights, errors, allow_unused=True))
 
-    @torch.no_grad()
     def _activation(self, cut: str, voltage: Tensor) -> Tensor:
         """φ(v), without the hooks of the nonlinearity."""
-        return self._cut_modules[cut].forward(voltage.clone())  # it may work in place
+        with torch.no_grad():
+            return self._cut_modules[cut].forward(voltage.clone())  # it may work in place
 
-    @torch.no_grad()
     def _feedback_gradients(self, controller: Controller, share: float) -> dict[str, Tensor]:
         """Cut, or "" for the output -> the gradient of its B (C, F), from a pass with noise in all voltages."""
         self.next_draws()
@@ -309,15 +308,16 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
             noise[place] = self.sigma * self._draws.normal(place, voltage.detach())
             return voltage + noise[place]
 
-        with self._pass(disturbed) as output:
-            change = disturbed(OUTPUT_OF_MODEL, output) - controller.output
-        control = controller.control(-change, self.alpha_fb)
-        return {
-            place: control.t()
-            @ (controller.change(place, control) + drawn.flatten(1).to(control.dtype))
-            * (share / self.sigma**2)
-            for place, drawn in noise.items()
-        }
+        with torch.no_grad():
+            with self._pass(disturbed) as output:
+                change = disturbed(OUTPUT_OF_MODEL, output) - controller.output
+            control = controller.control(-change, self.alpha_fb)
+            return {
+                place: control.t()
+                @ (controller.change(place, control) + drawn.flatten(1).to(control.dtype))
+                * (share / self.sigma**2)
+                for place, drawn in noise.items()
+            }
 
 
 def _jacobian_rows(output: Tensor, voltages: dict[str, Tensor], dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:

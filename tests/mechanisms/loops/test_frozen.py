@@ -26,8 +26,8 @@ def test_an_input_that_requires_grad_changes_nothing(name: str, frozen: bool) ->
 def test_feedback_that_requires_no_grad_stays_and_needs_no_optimizer(name: str) -> None:
     model = Chain()
     rule = attach(model, name)
-    for parameter in rule.feedback_parameters():
-        parameter.requires_grad_(False)
+    for feedback in rule.learned_feedback():
+        feedback.tensor.requires_grad_(False)
     before = state(model)
     optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
     for _ in range(3):
