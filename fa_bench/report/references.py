@@ -117,8 +117,12 @@ def _other_length(run: Run, other: Run) -> tuple[int]:
 
 
 def _other(algorithm: str, run: Run, reference: Run) -> str:
-    """A note if the reference's runs have other code, data or epochs than `run`."""
-    words = [word for key, word in VERSIONS.items() if run.result.get(key) != reference.result.get(key)]
+    """A note if the reference's runs are known to have other code, data or epochs than `run`, which may not have ended."""
+    words = [
+        word
+        for key, word in VERSIONS.items()
+        if (own := run.result.get(key)) and (of_reference := reference.result.get(key)) and own != of_reference
+    ]
     notes = [f"the runs of {algorithm} used different {' and '.join(words)}"] if words else []
     epochs = reference.result.get("epochs")
     if epochs and run.result.get("epochs") and epochs != run.result["epochs"]:

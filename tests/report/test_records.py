@@ -299,6 +299,15 @@ def test_a_difference_to_runs_of_other_code_is_noted(tmp_path):
     assert rows["fa"]["note"] == "the runs of bp used different code" and rows["bp"]["note"] == ""
 
 
+def test_nothing_is_noted_of_data_that_are_not_known_yet(tmp_path):
+    """A run that has not ended has no result, and its data no hash."""
+    write_run(tmp_path, "bp", 0, 0.9, data_hash="a" * 64)
+    write_run(tmp_path, "fa", 0, 0.8, data_hash=None, status="interrupted")
+    main([str(tmp_path)])
+    rows = {row["label"]: row for row in csv.DictReader((tmp_path / "report.csv").read_text().splitlines())}
+    assert "different" not in rows["fa"]["note"]
+
+
 def test_a_run_without_result_is_in_the_row_of_its_code(tmp_path):
     write_run(tmp_path, "kp", 0, 0.9, group="kp-0123abcd", code_hash="aa").rename(tmp_path / "x")
     begun = write_begun(tmp_path / "kp-0123abcd", "kp", 1, 1, folder="seed1")
