@@ -35,6 +35,8 @@ README, README_TEMPLATE = ROOT / "README.md", "readme.md.jinja"
 START, END = "<!-- results -->\n", "<!-- end of results -->"
 #: Columns that say where a run lay on the machine.
 _LOCAL = ("directory",)
+#: Statuses of runs that the statistics of reports cover.
+_FINISHED = ("finished", "stopped")
 
 
 class Study:
@@ -94,13 +96,11 @@ class Study:
             runs = self.runs[self.runs["algorithm"] == rule].set_index(key)
             if not runs.index.is_unique:
                 raise ValueError(f"{self.name}: {rule} has several runs with one value of {key}")
-            best = runs[column].max()
-            cells = []
-            for value in values:
-                score = runs[column].get(value)
-                text = "-" if score is None else str(runs.at[value, "status"]) if _is_blank(score) else f"{score:.{digits}f}"
-                cells.append(f"**{text}**" if score is not None and score == best else text)
-            rows.append([rule, *cells])
+            finished = runs[runs["status"].isin(_FINISHED)][column]
+            texts = {value: str(runs.at[value, "status"]) if value in runs.index else "-" for value in values}
+            texts |= {value: f"{score:.{digits}f}" for value, score in finished.items()}
+            texts |= {value: f"**{texts[value]}**" for value in finished.index[finished == finished.max()]}
+            rows.append([rule, *texts.values()])
         return _markdown(["rule", *(f"{value:g}" for value in values)], rows)
 
     def table(self, *columns: str, labels: list[str] | None = None, sort: str | None = None) -> str:

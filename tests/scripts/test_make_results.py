@@ -33,7 +33,7 @@ def test_every_committed_result_is_on_the_page():
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_statistics_of_a_study_are_those_of_its_runs(name: str):
     study = make_results.Study(name, make_results.DATA / name)
-    finished = study.runs[study.runs["status"].isin(["finished", "stopped"])]
+    finished = study.runs[study.runs["status"].isin(make_results._FINISHED)]
     for label, row in study.report.iterrows():
         runs = finished[finished["label"] == label]["test_accuracy"]
         assert len(runs) == row["n"]
@@ -80,12 +80,14 @@ def test_a_table_by_setting_has_every_run_and_marks_the_best(tmp_path: Path, mon
     (tmp_path / "mine" / "report.csv").write_text("label,n\nbp,1\n")
     (tmp_path / "mine" / "runs.csv").write_text(
         "algorithm,status,optimizer.lr,val_accuracy\nbp,finished,0.1,91.5\nbp,finished,0.01,92.25\nkp,diverged,0.1,\n"
+        "fa,interrupted,0.01,99.5\n"
     )
     assert make_results.Study("mine", tmp_path / "mine").by_setting("optimizer.lr").splitlines() == [
         "| rule | 0.01 | 0.1 |",
         "| --- | --- | --- |",
         "| bp | **92.25** | 91.50 |",
         "| kp | - | diverged |",
+        "| fa | interrupted | - |",
     ]
 
 
