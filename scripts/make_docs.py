@@ -7,6 +7,7 @@ A test compares the committed pages with the output; run the script after changi
 
 from __future__ import annotations
 
+import csv
 import inspect
 import re
 import sys
@@ -61,6 +62,14 @@ FINAL = {
 }
 #: The line below the equations of a rule's page.
 NOTATION = "∇ is the gradient that the optimizer receives; the text below and the [glossary](../glossary.md) define the symbols."
+#: Tables of docs/results.md with a row for each rule: files in docs/data/archived, task, column of the score.
+MEASURED = (
+    (("tuned_mnist",), "MNIST, 784-512-512-10, tuned, 20 epochs", "test accuracy"),
+    (("pfa_fig2", "pfa_fig2_others"), "MNIST, 784-512-512-10, 40 epochs", "test accuracy"),
+    (("dkp_table1_short",), "CIFAR-10 (JPEG), two convolutions, 10 epochs of 10,000 images, one seed", "last epoch"),
+    (("pfa_fig4_short",), "CIFAR-10 (JPEG), ResNet-20, 20 epochs of 9,000 images, one seed", "test"),
+    (("faeval",), "CIFAR-10 (JPEG), residual MLP, 10 epochs", "test accuracy"),
+)
 #: Kinds of rules, more specific ones first, and how they differ from backpropagation.
 KINDS: tuple[tuple[type[Rule], str], ...] = (
     (ModuleRule, "blocks with separate losses"),
@@ -160,8 +169,25 @@ def _page(name: str) -> str:
         "|---|---|---|---|",
         *_rows(cls),
         "",
+        *_measured(name),
     ]
     return "\n".join(lines)
+
+
+def _measured(name: str) -> list[str]:
+    """What the rule has reached, and backpropagation in the same table."""
+    found = []
+    for files, task, column in MEASURED:
+        scores: dict[str, str] = {}
+        for file in files:
+            with (ROOT / "docs" / "data" / "archived" / f"{file}.csv").open(encoding="utf-8", newline="") as opened:
+                scores = {row["rule"]: row[column].strip("*") for row in csv.DictReader(opened)} | scores
+        if name in scores and name != "bp":
+            found.append(f"| {task} | {scores[name]} | {scores.get('bp', '-')} |")
+    if not found:
+        return []
+    head = ["## Measured", "", "Test accuracy in %. [Results](../results.md) has commands, seeds and intervals.", ""]
+    return [*head, f"| task | `{name}` | `bp` |", "|---|---|---|", *found, ""]
 
 
 def _equations(cls: type[Rule]) -> list[str]:
