@@ -3,10 +3,10 @@
     python scripts/make_results.py
     python scripts/make_results.py collect NAME "COMMAND" DIR...
 
-`collect` writes a report on the runs in DIR and keeps its tables as docs/data/NAME/report.csv, runs.csv and layers.csv, beside
-about.yaml: the command, the commit, versions and the machine. It refuses runs of several commits, or of modified code. The
-templates, docs/data/*.jinja, have the prose; every number of a table, and every number that prose takes from a run, comes
-from the files. A test compares the committed page with the output.
+`collect` writes a report on the runs in DIR and keeps its tables as docs/data/NAME/report.csv, runs.csv, layers.csv and
+published.csv, beside about.yaml: the command, the commit, versions and the machine. It refuses runs of several commits, or of
+modified code. The templates, docs/data/*.jinja, have the prose; every number of a table, and every number that prose takes from
+a run, comes from the files. A test compares the committed page with the output.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ import jinja2
 import pandas as pd
 import yaml
 
+from fa_bench.report.table import COLUMNS as REPORT_COLUMNS
+
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "docs" / "data"
 TEMPLATE = "results.md.jinja"
@@ -33,8 +35,16 @@ PAGE = ROOT / "docs" / "results.md"
 README, README_TEMPLATE = ROOT / "README.md", "readme.md.jinja"
 #: The README's results are between these lines.
 START, END = "<!-- results -->\n", "<!-- end of results -->"
+#: Tables of a report -> their names in docs/data/NAME.
+KEPT = {
+    "report.csv": "report.csv",
+    "runs.csv": "runs.csv",
+    "report_layers.csv": "layers.csv",
+    "report_published.csv": "published.csv",
+}
 #: Columns that say where a run lay on the machine.
 _LOCAL = ("directory",)
+_COMPARED = ["label", "quantity", "ours", "ours_std", "published", "difference", "source"]
 #: Statuses of runs that the statistics of reports cover.
 _FINISHED = ("finished", "stopped")
 
@@ -48,15 +58,19 @@ class Study:
         report: one row per rule and setting, indexed by its label.
         runs: one row per run.
         layers: one row per label, layer and quantity: mean and standard deviation over seeds.
+        published: one row per published number that the runs are compared with.
     """
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name
         self.about: dict[str, Any] = yaml.safe_load((folder / "about.yaml").read_text(encoding="utf-8"))
-        self.report = pd.read_csv(folder / "report.csv").set_index("label", drop=False)
+        report = pd.read_csv(folder / "report.csv").set_index("label", drop=False)
+        # Columns that are blank in every row are not kept.
+        self.report = report.reindex(columns=list(dict.fromkeys([*report.columns, *REPORT_COLUMNS])))
         self.runs = pd.read_csv(folder / "runs.csv")
-        layers = folder / "layers.csv"
-        self.layers = pd.read_csv(layers) if layers.exists() else pd.DataFrame()
+        self.layers, self.published = (
+            pd.read_csv(path) if path.exists() else pd.DataFrame() for path in (folder / "layers.csv", folder / "published.csv")
+        )
 
     def header(self) -> str:
         """The command, then commit, versions, machine and seeds in one sentence."""
@@ -81,6 +95,21 @@ class Study:
             f"{row.mean:.{digits}f}" + (f" ± {row.std:.{digits}f}" if std and row.n > 1 else "")
             for row in rows.itertuples(index=False)
         )
+
+    def comparison(self, digits: int = 2) -> str:
+        """A Markdown table of the published numbers, beside those of the runs."""
+        rows = [
+            [
+                str(row["label"]),
+                str(row["quantity"]).replace("_", " "),
+                f"{row['ours']:.{digits}f}" + ("" if _is_blank(row["ours_std"]) else f" ± {row['ours_std']:.{digits}f}"),
+                f"{row['published']:.{digits}f}",
+                f"{row['difference']:+.{digits}f}",
+                str(row["source"]),
+            ]
+            for row in self.published.reindex(columns=_COMPARED).to_dict("records")
+        ]
+        return _markdown(["rule", "quantity", "ours", "published", "difference", "published in"], rows)
 
     def by_setting(self, key: str, column: str = "val_accuracy", digits: int = 2) -> str:
         """A Markdown table of single runs: a row for each rule, a column for each value of a swept key; the best in bold.
@@ -231,7 +260,7 @@ def collect(name: str, command: str, folders: list[Path]) -> Path:
     with tempfile.TemporaryDirectory() as scratch:
         subprocess.run([sys.executable, "-m", "fa_bench.report.cli", *map(str, folders), "--out", scratch], check=False)
         target.mkdir(parents=True, exist_ok=True)
-        for source, kept in (("report.csv", "report.csv"), ("runs.csv", "runs.csv"), ("report_layers.csv", "layers.csv")):
+        for source, kept in KEPT.items():
             if (Path(scratch) / source).exists():
                 frame = pd.read_csv(Path(scratch) / source, dtype=str, keep_default_na=False)
                 columns = [column for column in frame.columns if column not in _LOCAL and frame[column].ne("").any()]

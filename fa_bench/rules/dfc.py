@@ -289,6 +289,8 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
         with torch.enable_grad(), self._pass(at) as output:
             ends.append((output, controller.change(OUTPUT_OF_MODEL, control)))
             trainable = [(end, (-share * difference).to(end.dtype)) for end, difference in ends if end.requires_grad]
+            if not trainable:
+                return [None] * len(weights)
             outputs, errors = zip(*trainable, strict=True)
             return list(torch.autograd.grad(outputs, weights, errors, allow_unused=True))
 

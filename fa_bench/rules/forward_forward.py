@@ -192,8 +192,9 @@ class ForwardForward(DrawingRule, PassRule):
 
     def _loss(self, cut: str, activation: Tensor, sign: int) -> Tensor:
         """The loss of one cut's activation for positive (1) or negative (-1) samples."""
-        goodness = activation.flatten(1).square().sum(1)
-        threshold = self._features[cut] if self.theta is None else self.theta
+        values = activation.flatten(1)
+        goodness = values.square().sum(1)
+        threshold = values.shape[1] if self.theta is None else self.theta
         # softplus itself is rounded to a line above 20.
         loss = -torch.nn.functional.logsigmoid(sign * (goodness - threshold)).mean() / 2
         return loss + self.peer_norm * self._inequality(cut, activation) if sign == 1 and self.peer_norm else loss
@@ -234,6 +235,11 @@ class ForwardForward(DrawingRule, PassRule):
     def _inequality(self, cut: str, activation: Tensor) -> Tensor:
         """The mean of (m̄ - m)², with the running mean m updated by this batch."""
         running = self.tensor(cut, "activity")
+        if activation.flatten(1).shape[1] != len(running):
+            raise CoverageError(
+                f"cut '{cut}' has activations of shape {tuple(activation.shape[1:])}, but {len(running)} mean activities: attach "
+                "with a sample_input of the size of training data"
+            )
         mean = running * _MOMENTUM + activation.flatten(1).mean(0) * (1 - _MOMENTUM)
         if not self.mode.freeze_random:
             running.copy_(mean.detach())

@@ -337,6 +337,10 @@ class Delivery:
                 f"rule '{rule}' requires the indices of the batch's samples in the training set: call "
                 f"rule.backward(loss, logits, target, indices=indices) with integers of shape (N,)"
             )
+        if not isinstance(indices, torch.Tensor):
+            raise ValueError(
+                f"rule '{rule}': indices are a {type(indices).__name__}, not a tensor of integers of shape ({size},)"
+            )
         if indices.shape != (size,) or indices.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"rule '{rule}': indices have the shape {tuple(indices.shape)} and are {indices.dtype}; this batch needs "

@@ -1,0 +1,97 @@
+"""Rules that minimise an energy contain the objective, and refuse another loss instead of ignoring it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fa_bench
+from fa_bench.objectives.cross_entropy import CrossEntropy
+
+
+def make(name: str, **options: object) -> tuple[nn.Sequential, fa_bench.Rule, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 4))
+    x, y = torch.randn(8, 7), torch.randint(4, (8,))
+    return model, fa_bench.attach(model, name, cuts=["1"], **options), x, y
+
+
+@pytest.mark.parametrize("name", ["epc", "pc"])
+@pytest.mark.parametrize("other", ["mse", "smoothing", "penalty"])
+@pytest.mark.parametrize("scale", [None, 1.0])
+def test_another_loss_than_the_objective_is_refused(name: str, other: str, scale: float | None):
+    model, rule, x, y = make(name)
+    logits = model(x)
+    loss = {
+        "mse": lambda: F.mse_loss(logits, F.one_hot(y, 4).float()),
+        "smoothing": lambda: F.cross_entropy(logits, y, label_smoothing=0.1),
+        "penalty": lambda: F.cross_entropy(logits, y) + 0.1 * logits.square().sum(),
+    }[other]()
+    with pytest.raises(ValueError, match=r"scale|objective that you train"):
+        rule.backward(loss, logits, y, **({} if scale is None else {"loss_scale": scale}))
+    assert model[2].weight.grad is None
+
+
+@pytest.mark.parametrize("name", ["epc", "pc"])
+def test_the_suggested_objective_is_followed(name: str):
+    model, rule, x, y = make(name, objective=CrossEntropy(label_smoothing=0.1))
+    logits = model(x)
+    rule.backward(F.cross_entropy(logits, y, label_smoothing=0.1), logits, y)
+    assert model[2].weight.grad is not None
+
+
+@pytest.mark.parametrize("name", ["epc", "pc"])
+def test_a_multiple_of_the_objective_is_accepted(name: str):
+    found = []
+    for factor in (1.0, 0.25):
+        model, rule, x, y = make(name)
+        logits = model(x)
+        rule.backward(F.cross_entropy(logits, y) * factor, logits, y, loss_scale=factor)
+        assert model[2].weight.grad is not None
+        found.append(model[2].weight.grad / factor)
+    torch.testing.assert_close(*found)
+
+
+def test_dfc_without_trainable_weights_learns_its_feedback():
+    model, rule, x, y = make("dfc")
+    for layer in (model[0], model[2]):
+        layer.requires_grad_(False)
+    logits = model(x)
+    if logits.requires_grad:
+        rule.backward(F.cross_entropy(logits, y), logits, y)
+    assert all(parameter.grad is None for parameter in model[0].parameters())
+
+
+def test_forward_forward_takes_its_threshold_from_the_training_data():
+    torch.manual_seed(0)
+    gradients = []
+    for size in (2, 4):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Conv2d(4, 3, 1), nn.ReLU(), nn.Conv2d(3, 5, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        model.append(nn.Linear(5, 3))
+        x, y = torch.rand(6, 4, 2, 2), torch.arange(6) % 3
+        rule = fa_bench.attach(
+            model, "forward_forward", cuts=["1", "3"], peer_norm=0.0, sample_input=torch.rand(2, 4, size, size)
+        )
+        logits = model(x)
+        rule.backward(F.cross_entropy(logits, y), logits, y)
+        gradients.append(model[0].weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_forward_forward_names_a_cut_of_another_size_than_the_sample():
+    model = nn.Sequential(nn.Conv2d(4, 3, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
+    rule = fa_bench.attach(model, "forward_forward", cuts=["1"], sample_input=torch.rand(2, 4, 4, 4))
+    logits = model(torch.rand(6, 4, 2, 2))
+    y = torch.arange(6) % 3
+    with pytest.raises(fa_bench.FaBenchError, match=r"cut '1'.*sample_input of the size of training data"):
+        rule.backward(F.cross_entropy(logits, y), logits, y)
+
+
+def test_f3_refuses_a_list_of_indices():
+    model, rule, x, y = make("f3", samples=8)
+    logits = model(x)
+    with pytest.raises(ValueError, match="indices are a list, not a tensor"):
+        rule.backward(F.cross_entropy(logits, y), logits, y, indices=list(range(8)))
