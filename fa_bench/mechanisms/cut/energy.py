@@ -112,7 +112,6 @@ class EnergyRule(PassRule):
     def gradients(
         self, parameters: list[torch_nn.Parameter], activations: dict[str, Tensor], delta: Tensor, logits: Tensor, target: Tensor
     ) -> list[Tensor | None]:
-        self._check_loss(delta, logits, target)
         variables, count = self._settled(target), self._count(target)
         fixed = {cut: variable.detach() for cut, variable in variables.items()}
         with self._energy_pass(fixed, target, self.moves_states, local=True) as at_rest:
@@ -123,19 +122,6 @@ class EnergyRule(PassRule):
         if self._observed is not None:
             self._observed.append(self._relaxation(at_rest, target))
         return list(gradients)
-
-    def _check_loss(self, delta: Tensor, logits: Tensor, target: Tensor) -> None:
-        """Raise a ValueError if the loss is not a number times the mean of the objective, which the energy contains."""
-        from fa_bench.mechanisms.loss_scale import measured_scale
-
-        try:
-            measured_scale(self.name, delta, logits.detach(), target, self.loss_factor, self.objective)
-        except ValueError:
-            raise ValueError(
-                f"rule '{self.name}' minimises an energy that contains the objective, {self.objective.name}, and the gradient of "
-                "this loss at the logits is not a multiple of that of its mean: attach with the objective that you train "
-                "(objective=...)"
-            ) from None
 
     def _count(self, target: Tensor) -> Tensor:
         """The number of targets over which the loss is the mean, N."""
