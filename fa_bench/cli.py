@@ -255,7 +255,7 @@ def _removed_if_empty(directory: Path) -> Iterator[None]:
 def _print_result(directory: Path) -> int:
     from fa_bench.report.runs import read_run
     from fa_bench.report.states import STOPPED, describe_status
-    from fa_bench.runs.readers import SUCCESSES
+    from fa_bench.runs.schemas import SUCCESSES
 
     run = read_run(directory)
     if run is None:

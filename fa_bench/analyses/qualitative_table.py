@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from fa_bench.config.job import Job
     from fa_bench.mechanisms.rule import Rule
-    from fa_bench.runs.train import Parts
+    from fa_bench.runs.assembly import Parts
 
 PROPERTIES = (
     "no sign transport",
@@ -160,7 +160,7 @@ class QualitativeTable(Analysis):
 
     def measure(self, job: Job) -> dict[str, float]:
         """Train one run and measure it."""
-        from fa_bench.runs.train import assemble, prepare
+        from fa_bench.runs.assembly import assemble, prepare
 
         last: dict[str, Any] = {}
         parts = assemble(job, prepare(job))

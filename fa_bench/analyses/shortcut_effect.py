@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from fa_bench.config.job import Job
     from fa_bench.mechanisms.rule import Rule
+    from fa_bench.runs.assembly import Parts
     from fa_bench.runs.loop import Progress
-    from fa_bench.runs.train import Parts
 
 
 @ANALYSES.register("shortcut_effect")
@@ -93,7 +93,7 @@ class ShortcutEffect(Analysis):
 
     def _train(self, net: str, seed: int, bar: Any) -> list[dict[str, Any]]:
         """Train one net and measure it between epochs."""
-        from fa_bench.runs.train import assemble, prepare
+        from fa_bench.runs.assembly import assemble, prepare
 
         job = self.job(net, seed)
         parts = assemble(job, prepare(job))

@@ -11,8 +11,8 @@ from fa_bench.registry.specs import component
 
 if TYPE_CHECKING:
     from fa_bench.config.job import Job
+    from fa_bench.runs.assembly import Parts
     from fa_bench.runs.loop import Progress
-    from fa_bench.runs.train import Parts
 
 
 def make_job(texts: Mapping[str, tuple[str, str]], **run: Any) -> Job:

@@ -28,11 +28,11 @@ from fa_bench.registry.options import as_plain
 from fa_bench.report.runs import read_run
 from fa_bench.report.states import describe_status
 from fa_bench.rules.bp import BP
+from fa_bench.runs.assembly import Parts, assemble, load, prepare
 from fa_bench.runs.locks import lock_holder
 from fa_bench.runs.prediction import step_costs_of
 from fa_bench.runs.readers import read_metrics
 from fa_bench.runs.rundir import RunDirectory, RunState
-from fa_bench.runs.train import Parts, assemble, load, prepare
 from fa_bench.utils.files import CONFIG, METRICS
 from fa_bench.utils.process import isolated
 from fa_bench.utils.text import align_columns, format_bytes, format_count, format_shape, indent

@@ -172,7 +172,7 @@ def exit_code_of(error: KeyboardInterrupt) -> int:
 
 def _record(job: Job, directory: Path, error: BaseException, experiment: str | None) -> bool:
     """Record a failure; whether that succeeded: on a full disk, the other jobs continue."""
-    from fa_bench.runs.train import record_failure
+    from fa_bench.runs.outcome import record_failure
 
     try:
         record_failure(job, directory, error, experiment)

@@ -31,10 +31,11 @@ from fa_bench.config.scale import scaled
 from fa_bench.errors import first_line, printable
 from fa_bench.report.files import check_folder
 from fa_bench.report.mean_curves import check_mean_curves, write_mean_curves
+from fa_bench.runs.checked_json import RecordError
 from fa_bench.runs.locks import lock_holder
 from fa_bench.runs.logs import preserve_root_logger
-from fa_bench.runs.readers import SUCCESSES, RecordError
 from fa_bench.runs.rundir import RunDirectory, RunState
+from fa_bench.runs.schemas import SUCCESSES
 from fa_bench.runs.sweep import PlannedRun, find_planned_runs, write_sweep
 from fa_bench.utils.process import cores
 from fa_bench.utils.stopping import interrupt_on_signals

@@ -15,7 +15,8 @@ from fa_bench.report.files import MARKDOWN, NAME, PAGE, RUNS, check_file, record
 from fa_bench.report.quantities import Selection
 from fa_bench.report.references import BEST, NEAREST
 from fa_bench.report.runs import VERSIONS, short_path
-from fa_bench.runs.readers import SUCCESSES, RecordError
+from fa_bench.runs.checked_json import RecordError
+from fa_bench.runs.schemas import SUCCESSES
 from fa_bench.utils.drawing import default_style
 from fa_bench.utils.files import CONFIG, METRICS, RESULT, atomic, resolved, temporary_name
 from fa_bench.utils.text import escape_markdown

@@ -130,7 +130,7 @@ def _main(argv: list[str]) -> int:
     from fa_bench.report import write_report
     from fa_bench.report.best import parse_keys
     from fa_bench.report.runs import find_runs
-    from fa_bench.runs.readers import RecordError
+    from fa_bench.runs.checked_json import RecordError
     from fa_bench.runs.sweep import find_planned_runs
 
     selection = Selection(arguments.format, arguments.rules or (), arguments.metric, arguments.x)

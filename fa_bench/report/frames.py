@@ -9,7 +9,7 @@ from fa_bench.config.job import VOLATILE
 from fa_bench.config.labels import is_number
 from fa_bench.objectives.scores import final_keys
 from fa_bench.report.runs import Run, Runs, read_run, runs_in
-from fa_bench.runs.readers import RecordError
+from fa_bench.runs.checked_json import RecordError
 
 if TYPE_CHECKING:
     import pandas as pd

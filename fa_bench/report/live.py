@@ -17,8 +17,9 @@ from fa_bench.objectives.scores import ACCURACY, scores_of
 from fa_bench.report.numbers import known, mean
 from fa_bench.report.runs import FINISHED, Run, find_runs, short_path
 from fa_bench.report.states import DIVERGED, INTERRUPTED, RUNNING, STOPPED, current_status, epochs_of, reason
+from fa_bench.runs.checked_json import RecordError
 from fa_bench.runs.locks import lock_holder
-from fa_bench.runs.readers import RecordError, inconsistency, read_config, read_metrics, read_result
+from fa_bench.runs.readers import inconsistency, read_config, read_metrics, read_result
 from fa_bench.runs.sweep import PlannedRun, find_planned_runs
 from fa_bench.utils.files import CONFIG, METRICS, RESULT, resolved
 from fa_bench.utils.text import align_columns

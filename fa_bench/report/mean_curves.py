@@ -25,7 +25,8 @@ from fa_bench.report.files import report_lock
 from fa_bench.report.groups import finished_by_seed, group_labels, group_runs, in_order
 from fa_bench.report.numbers import known, mean, std
 from fa_bench.report.runs import Run, read_run
-from fa_bench.runs.readers import RecordError, scalar_keys
+from fa_bench.runs.checked_json import RecordError
+from fa_bench.runs.readers import scalar_keys
 from fa_bench.utils.files import atomic, output_errors, resolved, temporary_name, write_text
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from fa_bench.metrics.alignment.base import FEEDBACK, HIDDEN, Metric, declared
 from fa_bench.objectives.scores import Score, scores_of
 from fa_bench.registry import registries
 from fa_bench.report.numbers import mean, number
-from fa_bench.runs.readers import HEADER, RecordError, inconsistency, read_config, read_measurements, read_metrics, read_result
+from fa_bench.runs.checked_json import RecordError
+from fa_bench.runs.readers import HEADER, inconsistency, read_config, read_measurements, read_metrics, read_result
 from fa_bench.utils.files import ANGLES, CONFIG, METRICS, RESULT, resolved
 
 FINISHED = "finished"

@@ -6,42 +6,40 @@ that records of later versions can be read.
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fa_bench.errors import ConfigError, DataError, FaBenchError, names, nearest, printable, truncate
+from fa_bench.errors import ConfigError, names
 from fa_bench.objectives.scores import final_keys, score_keys, scores_of
+from fa_bench.runs.checked_json import (
+    A_MAPPING,
+    RecordError,
+    check_value,
+    parse_json,
+    read_bytes,
+)
+from fa_bench.runs.schemas import (
+    CONFIG,
+    EPOCH_RECORD,
+    MEASUREMENT,
+    MEASUREMENT_KEYS,
+    NUMBER,
+    PLANNED,
+    REQUIRED,
+    RESULT_FILE,
+    SUCCESSES,
+)
 from fa_bench.utils.files import RESULT
 
 #: The beginning of the first line of a run's config.yaml, and of the second.
 HEADER, CODE_HEADER = "# config hash: ", "# code hash: "
-#: How a run may have ended.
-STATUSES = ("finished", "stopped", "diverged", "failed", "interrupted")
-#: The statuses of runs that ended well: after their last epoch, or because a callback stopped them.
-SUCCESSES = STATUSES[:2]
-#: Limits on the nesting depth, the bytes of a file, and the characters of a value in a message.
-MAX_DEPTH, MAX_BYTES, MAX_VALUE = 20, 2**30, 60
-#: The largest finite number of a record: no run measures larger ones, and the statistics and axes of a report would overflow.
-MAX_NUMBER = 1e100
-
 #: A config's line with its seed, and the seed with which configs that differ in it alone are parsed.
 _SEED_LINE, _TEMPLATE_SEED = re.compile(r"^seed: (0|[1-9]\d{0,17})$", re.MULTILINE), 10**17 + 3
 _COMMENTS = re.compile(r"\A(#.*\n)+")
-
-Check = Callable[[str, Any], None]
-
-
-class RecordError(DataError):
-    """A file of a run is damaged, or is no such file; `path` is the file, `problem` what is wrong with it."""
-
-    def __init__(self, path: Path, problem: str) -> None:
-        super().__init__(f"{path}: {problem}")
-        self.path, self.problem = path, problem
 
 
 class Config(NamedTuple):
@@ -59,182 +57,6 @@ class PlannedRun(NamedTuple):
     epochs: int
 
 
-class _InvalidValue(Exception):
-    def __init__(self, key: str, value: Any, allowed: str) -> None:
-        hint = nearest(value, STATUSES) if allowed == _STATUS and isinstance(value, str) else ""
-        key, value = (truncate(printable(text), MAX_VALUE) for text in (key, repr(value)))
-        super().__init__(f"{key}={value} (allowed: {allowed}){hint}")
-
-
-def _value(allowed: str, is_valid: Callable[[Any], bool]) -> Check:
-    def check(key: str, value: Any) -> None:
-        if not is_valid(value):
-            raise _InvalidValue(key, value, allowed)
-
-    return check
-
-
-def _nullable(check: Check) -> Check:
-    def check_nullable(key: str, value: Any) -> None:
-        if value is not None:
-            check(key, value)
-
-    return check_nullable
-
-
-def _list_of(check: Check) -> Check:
-    def check_list(key: str, value: Any) -> None:
-        _A_LIST(key, value)
-        for index, item in enumerate(value):
-            check(f"{key}[{index}]", item)
-
-    return check_list
-
-
-def _mapping_to(check: Check) -> Check:
-    def check_items(key: str, value: Any) -> None:
-        _A_MAPPING(key, value)
-        for name, item in value.items():
-            check(f"{key}.{name}", item)
-
-    return check_items
-
-
-def _object(checks: Mapping[str, Check]) -> Check:
-    def check_keys(key: str, value: Any) -> None:
-        _A_MAPPING(key, value)
-        for name in checks.keys() & value.keys():
-            checks[name](f"{key}.{name}" if key else name, value[name])
-
-    return check_keys
-
-
-def _complete(check: Check, required: tuple[str, ...]) -> Check:
-    def check_complete(key: str, value: Any) -> None:
-        check(key, value)
-        for name in required:
-            if name not in value:
-                raise _InvalidValue(f"{key}.{name}", None, "a value")
-
-    return check_complete
-
-
-def _is_score_name(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[a-z][a-z0-9_]{0,59}", value) is not None and value != "loss"
-
-
-def _is_int(value: Any, minimum: int = -(2**63)) -> bool:
-    # Larger integers, of hundreds of digits, cannot be converted to a float.
-    return isinstance(value, int) and not isinstance(value, bool) and minimum <= value < 2**63
-
-
-def _is_number(value: Any) -> bool:
-    return (isinstance(value, float) and not MAX_NUMBER < abs(value) < math.inf) or _is_int(value)
-
-
-def _is_fraction(value: Any) -> bool:
-    return _is_number(value) and (0 <= value <= 1 or not math.isfinite(value))
-
-
-def _is_path(value: Any) -> bool:
-    return isinstance(value, str) and value.isprintable() and 0 < len(value.encode()) < 4096
-
-
-_STATUS = names(STATUSES)
-_A_LIST = _value("a list", lambda value: isinstance(value, list))
-_A_MAPPING = _value("a mapping", lambda value: isinstance(value, dict))
-_TEXT = _value("text", lambda value: isinstance(value, str))
-_NAME = _value("text, not empty", lambda value: isinstance(value, str) and value.strip() != "")
-_NUMBER = _nullable(_value(f"a number of at most {MAX_NUMBER:g}, or null", _is_number))
-_TIME = _nullable(_value(f"a number from 0 to {MAX_NUMBER:g}, or null", lambda value: _is_number(value) and not value < 0))
-_FRACTION = _nullable(_value("a number from 0 to 1, or null", _is_fraction))
-_SEED = _value("a whole number", _is_int)
-_COUNT = _nullable(_value("a whole number >= 0, or null", lambda value: _is_int(value, 0)))
-_EPOCH = _value("a whole number >= 1", lambda value: _is_int(value, 1))
-_QUANTITIES = _nullable(_mapping_to(_nullable(_mapping_to(_NUMBER))))
-_LAYERS = _nullable(_list_of(_TEXT))
-
-_SCORE = _object(
-    {
-        "name": _value("a name of letters, digits and _, not 'loss'", _is_score_name),
-        "title": _NAME,
-        "unit": _TEXT,
-        "higher_is_better": _value("true or false", lambda value: isinstance(value, bool)),
-    }
-)
-_SCORES = _nullable(_list_of(_complete(_SCORE, ("name", "title"))))
-_ACCURACIES = dict.fromkeys(("test_accuracy", "test_accuracy_at_best_val", "val_accuracy", "train_accuracy"), _FRACTION)
-_STEP_COST: dict[str, Check] = dict.fromkeys(
-    ("multiplications", "forward", "backward", "feedback", "optimizer", "bytes_moved", "peak_memory"), _COUNT
-)
-_COST = _object({"batch": _COUNT, "bp": _nullable(_object(_STEP_COST)), **_STEP_COST})
-_RESULT = _object(
-    {
-        "status": _value(_STATUS, lambda value: value in STATUSES),
-        "label": _NAME,
-        "group": _NAME,
-        "algorithm": _NAME,
-        "seed": _SEED,
-        **dict.fromkeys(
-            ("experiment", "architecture", "dataset", "optimizer", "config_hash", "code_hash", "data_hash", "device"),
-            _nullable(_TEXT),
-        ),
-        **dict.fromkeys(("epochs", "epoch", "step", "best_epoch"), _COUNT),
-        **_ACCURACIES,
-        "scores": _SCORES,
-        "seconds": _TIME,
-        "peak_memory_bytes": _TIME,
-        "energy_wh": _TIME,
-        "cost": _nullable(_COST),
-        "angles": _QUANTITIES,
-        "probes": _QUANTITIES,
-        "rule_counts": _nullable(_mapping_to(_COUNT)),
-        **dict.fromkeys(("feedback_layers", "output_layers", "weight_transport", "energy_counters"), _LAYERS),
-        "error": _nullable(
-            _object(
-                {
-                    "type": _nullable(_TEXT),
-                    "message": _nullable(_TEXT),
-                    "epoch": _COUNT,
-                    "step": _COUNT,
-                    "layer": _nullable(_TEXT),
-                    "callback": _nullable(_TEXT),
-                }
-            )
-        ),
-    }
-)
-_REQUIRED = ("status", "label", "group", "algorithm", "seed")
-_RECORD = _object(
-    {
-        "epoch": _EPOCH,
-        **_ACCURACIES,
-        **dict.fromkeys(("train_loss", "val_loss", "test_loss", "lr"), _NUMBER),
-        "seconds": _TIME,
-        "angles": _QUANTITIES,
-        "probes": _QUANTITIES,
-        "scores": _SCORES,
-    }
-)
-_MEASUREMENT = _object(
-    {
-        "step": _value("a whole number >= 0", lambda value: _is_int(value, 0)),
-        "epoch": _value("a number >= 0", lambda value: _is_number(value) and 0 <= value < math.inf),
-        "angles": _QUANTITIES,
-    }
-)
-_MEASUREMENT_KEYS = ("step", "epoch", "angles")
-_CONFIG = _object(
-    {
-        "seed": _SEED,
-        "epochs": _EPOCH,
-        "scale": _TEXT,
-        **dict.fromkeys(("algorithm", "architecture", "dataset", "optimizer"), _NAME),
-    }
-)
-_PLANNED = _object({"directory": _value("a path", _is_path), "label": _NAME, "epochs": _EPOCH})
-
-
 def scalar_keys(record: Any) -> list[str]:
     """The keys of every epoch's record of a run, beside its number, by the scores that a record declares."""
     return [*score_keys(scores_of(record)), "lr"]
@@ -243,7 +65,7 @@ def scalar_keys(record: Any) -> list[str]:
 def _check_scores(record: dict[str, Any], keys: list[str], path: Path, prefix: str = "") -> None:
     for key in keys:
         if key in record:
-            _check(lambda _, value, key=key: _NUMBER(key, value), record[key], path, prefix)
+            check_value(lambda _, value, key=key: NUMBER(key, value), record[key], path, prefix)
 
 
 def read_result(path: Path) -> dict[str, Any] | None:
@@ -252,14 +74,14 @@ def read_result(path: Path) -> dict[str, Any] | None:
     Raises:
         RecordError: it cannot be read, lacks a required key, or has an invalid value.
     """
-    content = _read(path)
+    content = read_bytes(path)
     if content is None:
         return None
-    result = _parse_json(content, path)
-    _check(_A_MAPPING, result, path)
-    if missing := [key for key in _REQUIRED if key not in result]:
+    result = parse_json(content, path)
+    check_value(A_MAPPING, result, path)
+    if missing := [key for key in REQUIRED if key not in result]:
         raise RecordError(path, f"not a run's result: it lacks {names(missing)}")
-    _check(_RESULT, result, path)
+    check_value(RESULT_FILE, result, path)
     _check_scores(result, final_keys(scores_of(result)), path)
     return result
 
@@ -272,18 +94,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
         RecordError: a line before the last is not an epoch's record, a value is invalid, or the file cannot be read.
     """
-    lines = (_read(path) or b"").splitlines()
+    lines = (read_bytes(path) or b"").splitlines()
     epochs: dict[int, dict[str, Any]] = {}
     for number, line in enumerate(lines, start=1):
         try:
-            record = _parse_json(line, path)
+            record = parse_json(line, path)
             if not isinstance(record, dict) or "epoch" not in record:
                 raise RecordError(path, "allowed: a mapping with 'epoch'")
         except RecordError as error:
             if number < len(lines):
                 raise RecordError(path, f"line {number} is not an epoch's record: {error.problem}") from None
             continue
-        _check(_RECORD, record, path, f"line {number}: ")
+        check_value(EPOCH_RECORD, record, path, f"line {number}: ")
         _check_scores(record, scalar_keys(record), path, f"line {number}: ")
         epochs[record["epoch"]] = record
     return [epochs[epoch] for epoch in sorted(epochs)]
@@ -295,14 +117,14 @@ def recorded_lines(path: Path, epochs: int, complete: bool = False) -> list[str]
     Raises:
         RecordError: naming the line that is missing or is not the record of its epoch; with `complete`, also if there are more.
     """
-    content = _read(path) if epochs else b""
+    content = read_bytes(path) if epochs else b""
     if content is None:
         raise RecordError(path, "missing")
     lines = content.splitlines()
     for number, line in enumerate(lines[:epochs], start=1):
         try:
-            record = _parse_json(line, path)
-            _check(_RECORD, record, path)
+            record = parse_json(line, path)
+            check_value(EPOCH_RECORD, record, path)
         except RecordError:
             record = {}
         if record.get("epoch") != number or not record.keys() >= {*scalar_keys(record)}:
@@ -321,14 +143,14 @@ def read_measurements(path: Path) -> list[dict[str, Any]]:
         RecordError: a line is not a measurement, a value is invalid, the steps do not increase, or the file cannot be read.
     """
     records: list[dict[str, Any]] = []
-    for number, line in enumerate((_read(path) or b"").splitlines(), start=1):
+    for number, line in enumerate((read_bytes(path) or b"").splitlines(), start=1):
         try:
-            record = _parse_json(line, path)
-            if not isinstance(record, dict) or not record.keys() >= {*_MEASUREMENT_KEYS}:
-                raise RecordError(path, f"allowed: a mapping with {names(map(repr, _MEASUREMENT_KEYS))}")
+            record = parse_json(line, path)
+            if not isinstance(record, dict) or not record.keys() >= {*MEASUREMENT_KEYS}:
+                raise RecordError(path, f"allowed: a mapping with {names(map(repr, MEASUREMENT_KEYS))}")
         except RecordError as error:
             raise RecordError(path, f"line {number} is not a measurement: {error.problem}") from None
-        _check(_MEASUREMENT, record, path, f"line {number}: ")
+        check_value(MEASUREMENT, record, path, f"line {number}: ")
         if records and record["step"] <= (before := records[-1]["step"]):
             raise RecordError(path, f"line {number}: step={record['step']} (allowed: a step after {before})")
         records.append(record)
@@ -350,7 +172,7 @@ def recorded_measurements(path: Path, count: int, step: int | None) -> list[str]
         raise RecordError(path, f"damaged ({len(records)} of {count} measurements found)")
     if records[-1]["step"] != step:
         raise RecordError(path, f"damaged (line {count} is not the measurement at step {step})")
-    return [line.decode() for line in (_read(path) or b"").splitlines()[:count]]
+    return [line.decode() for line in (read_bytes(path) or b"").splitlines()[:count]]
 
 
 def read_config(path: Path) -> Config:
@@ -373,7 +195,7 @@ def read_config(path: Path) -> Config:
         raise RecordError(path, f"not readable as a config ({type(error).__name__})") from None
     if values is None:
         raise RecordError(path, "not a run's config (allowed: a mapping)")
-    _check(_CONFIG, values, path)
+    check_value(CONFIG, values, path)
     second_line = text.partition("\n")[2].partition("\n")[0]
     has_code_hash = second_line.startswith(CODE_HEADER)
     return Config(values, second_line.removeprefix(CODE_HEADER).strip() or None if has_code_hash else None)
@@ -420,10 +242,10 @@ def read_sweep(path: Path) -> list[PlannedRun]:
     """
     if path.is_symlink():
         raise RecordError(path, "a link, which fa-bench does not follow")
-    content = _read(path)
+    content = read_bytes(path)
     if content is None:
         return []
-    sweep = _parse_json(content, path)
+    sweep = parse_json(content, path)
     runs = sweep.get("runs") if isinstance(sweep, dict) else None
     if not isinstance(runs, list):
         raise RecordError(path, "not the list of a sweep's runs: it lacks 'runs'")
@@ -431,7 +253,7 @@ def read_sweep(path: Path) -> list[PlannedRun]:
         missing = [key for key in PlannedRun._fields if not isinstance(run, dict) or key not in run]
         if missing:
             raise RecordError(path, f"not the list of a sweep's runs: runs[{index}] lacks {names(missing)}")
-        _check(_PLANNED, run, path, f"not the list of a sweep's runs: runs[{index}].")
+        check_value(PLANNED, run, path, f"not the list of a sweep's runs: runs[{index}].")
     return [PlannedRun(path.parent / run["directory"], run["label"], run["epochs"]) for run in runs]
 
 
@@ -460,45 +282,3 @@ def inconsistency(result: Mapping[str, Any], metrics: list[dict[str, Any]]) -> s
     last = f", the last of epoch {metrics[-1]['epoch']}" if metrics and metrics[-1]["epoch"] != len(metrics) else ""
     ended = "stopped after" if status == "stopped" else "finished"
     return f"has records of {len(metrics)} epochs{last}, but {RESULT} says that the run {ended} {epochs}"
-
-
-def _read(path: Path) -> bytes | None:
-    """The content of a file; None if it does not exist."""
-    try:
-        if not path.exists():
-            return None
-        if not path.is_file():  # reading a pipe would block
-            raise RecordError(path, "not a file")
-        if path.stat().st_size > MAX_BYTES:
-            raise RecordError(path, f"larger than {MAX_BYTES} bytes")
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except FaBenchError:
-        raise
-    except OSError as error:
-        raise RecordError(path, f"unreadable: {error.strerror or error}") from None
-
-
-def _parse_json(text: bytes, path: Path) -> Any:
-    too_deep = RecordError(path, f"nested deeper than {MAX_DEPTH} levels")
-    try:
-        value = json.loads(text)
-    except RecursionError:
-        raise too_deep from None
-    except ValueError as error:
-        raise RecordError(path, f"unreadable: {error}") from None
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        containers = [item for item in level if isinstance(item, (dict, list))]
-        level = [item for each in containers for item in (each.values() if isinstance(each, dict) else each)]
-    if level:
-        raise too_deep
-    return value
-
-
-def _check(check: Check, value: Any, path: Path, prefix: str = "") -> None:
-    try:
-        check("", value)
-    except _InvalidValue as error:
-        raise RecordError(path, f"{prefix}{str(error).removeprefix('=')}") from None

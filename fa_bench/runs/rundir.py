@@ -12,9 +12,10 @@ from fa_bench.config.job import VOLATILE, Job
 from fa_bench.config.labels import flatten
 from fa_bench.config.scale import scaled
 from fa_bench.errors import RunDirectoryError
+from fa_bench.runs.checked_json import RecordError
 from fa_bench.runs.hashes import code_hash
 from fa_bench.runs.ownership import CHECKPOINTS, LAST, PREVIOUS, refuse_foreign_files, removable_files
-from fa_bench.runs.readers import CODE_HEADER, HEADER, RecordError, read_measurements, read_result, recorded_lines
+from fa_bench.runs.readers import CODE_HEADER, HEADER, read_measurements, read_result, recorded_lines
 from fa_bench.utils.files import ANGLES, CONFIG, METRICS, RESULT, output_errors, write_text
 from fa_bench.utils.yaml_files import parse_yaml
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from filelock import Timeout
 
 from fa_bench.errors import RunDirectoryError
-from fa_bench.runs.readers import PlannedRun, RecordError, read_sweep
+from fa_bench.runs.checked_json import RecordError
+from fa_bench.runs.readers import PlannedRun, read_sweep
 from fa_bench.utils.files import check_temporary, dump_json, output_errors, resolved, write_text
 from fa_bench.utils.locks import PATIENCE, locked
 

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from fa_bench.config.job import Job
 from fa_bench.errors import FaBenchError, first_line, printable
-from fa_bench.runs.readers import SUCCESSES
+from fa_bench.runs.schemas import SUCCESSES
 from fa_bench.tuning.pruning import Judge, Pruning, Rivals, recorded_scores
 from fa_bench.utils.output import resilient_output
 
@@ -71,7 +71,8 @@ def run_trial(trial: TrialRun) -> Outcome:
         FaBenchError: if the rule's default config cannot be run.
         OSError: for data that cannot be read and folders that cannot be written, which are no result of the trial's values.
     """
-    from fa_bench.runs.train import record_failure, run
+    from fa_bench.runs.outcome import record_failure
+    from fa_bench.runs.train import run
     from fa_bench.utils.memory_limits import describe_failure
 
     judge = None if trial.rivals is None else Judge(trial.rivals)

@@ -99,7 +99,7 @@ def _data_hash(plan: Plan) -> str:
         DataError: if the data cannot be read, or have no validation split.
     """
     from fa_bench.config.scale import scaled
-    from fa_bench.runs.train import load, prepare
+    from fa_bench.runs.assembly import load, prepare
     from fa_bench.utils.process import isolated
 
     job = plan.rules[0].job

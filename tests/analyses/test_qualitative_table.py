@@ -14,7 +14,7 @@ from fa_bench.analyses.qualitative_table import PROPERTIES, PUBLISHED, Qualitati
 from fa_bench.metrics.angles import weight_angle
 from fa_bench.metrics.meter import AlignmentMeter
 from fa_bench.models.mlp import MLP
-from fa_bench.runs.train import Parts
+from fa_bench.runs.assembly import Parts
 
 
 def parts_of(rule: str, **options) -> Parts:

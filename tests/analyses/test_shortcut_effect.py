@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import fa_bench
 from fa_bench.analyses.shortcut_effect import ShortcutEffect, gradient_angles
-from fa_bench.runs.train import Parts, assemble, prepare
+from fa_bench.runs.assembly import Parts, assemble, prepare
 
 SMALL = {
     "dataset": "synthetic:samples=72,test_samples=8",

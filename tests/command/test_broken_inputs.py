@@ -19,7 +19,7 @@ from fa_bench.cli import main
 from fa_bench.data.fetch import unpack_zip
 from fa_bench.errors import ConfigError, DataError, OptionError
 from fa_bench.optim.sgd import SGD
-from fa_bench.runs import train
+from fa_bench.runs import outcome, train
 from fa_bench.utils import memory_limits
 from tests.data.files import IDX_FILES, write_idx, write_mnist
 
@@ -192,17 +192,17 @@ def test_a_folder_without_permission_is_named(folder: Path, capsys: pytest.Captu
 def test_a_full_disk_under_one_job_leaves_the_others_to_run(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = train.record_failure
+    real = outcome.record_failure
 
     def fit(*arguments: object) -> None:
         raise OSError(28, "No space left on device", "metrics.jsonl")
 
     monkeypatch.setattr(train.Trainer, "fit", fit)
-    monkeypatch.setattr(train, "record_failure", fit)
+    monkeypatch.setattr(outcome, "record_failure", fit)
     assert main(["-m", *SMALL, "seed=0,1"]) != 0
     said = capsys.readouterr().err
     assert "[1/2]" in said and "[2/2]" in said and "No space left" in said and "Traceback" not in said
-    assert real is not train.record_failure
+    assert real is not outcome.record_failure
 
 
 # ------------------------------------------------------------------------------------------------ memory

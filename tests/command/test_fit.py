@@ -13,7 +13,7 @@ from fa_bench.command import fit
 from fa_bench.config.job import Job
 from fa_bench.errors import CoverageError
 from fa_bench.registry.registries import ALGORITHMS, DATASETS
-from fa_bench.runs.train import assemble, prepare
+from fa_bench.runs.assembly import assemble, prepare
 
 SMALL = ["dataset=synthetic", "dataset.samples=64", "dataset.test_samples=16", "architecture.widths=[8]", "epochs=1"]
 NETS = {

@@ -15,7 +15,8 @@ from fa_bench.cli import main
 from fa_bench.config.job import conf_dir
 from fa_bench.errors import ConfigError, RunDirectoryError
 from fa_bench.runs import checkpoint
-from fa_bench.runs.readers import RecordError, read_config
+from fa_bench.runs.checked_json import RecordError
+from fa_bench.runs.readers import read_config
 from fa_bench.utils.yaml_files import MAX_BYTES, MAX_DEPTH, parse_yaml, read_yaml
 
 MAKE = "touch PWNED"

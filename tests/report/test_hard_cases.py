@@ -16,7 +16,7 @@ from fa_bench.report.quantities import scalar
 from fa_bench.report.runs import find_runs, read_run
 from fa_bench.report.settings import series_by_panel
 from fa_bench.report.table import summarise
-from fa_bench.runs.readers import RecordError
+from fa_bench.runs.checked_json import RecordError
 from tests.report.by_hand import runs_in, write_set
 
 RATES = (0.1, 0.01)

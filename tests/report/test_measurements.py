@@ -10,7 +10,7 @@ import pytest
 
 import fa_bench
 from fa_bench.report.runs import read_run
-from fa_bench.runs.readers import RecordError
+from fa_bench.runs.checked_json import RecordError
 
 from .by_hand import runs_in, write_run
 

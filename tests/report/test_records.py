@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from fa_bench.report.cli import main
-from fa_bench.runs.readers import RecordError, read_config, read_metrics, read_result
+from fa_bench.runs.checked_json import RecordError
+from fa_bench.runs.readers import read_config, read_metrics, read_result
 from fa_bench.runs.sweep import PlannedRun, write_sweep
 from fa_bench.utils.text import escape_markdown, escape_mathtext
 

@@ -142,7 +142,7 @@ def test_frames_and_the_live_view_show_the_score(tmp_path: Path) -> None:
 )
 def test_forged_scores_are_refused(tmp_path: Path, scores: object, problem: str) -> None:
     from fa_bench.report.runs import read_run
-    from fa_bench.runs.readers import RecordError
+    from fa_bench.runs.checked_json import RecordError
 
     with pytest.raises(RecordError, match=problem.replace("=loss", "='loss'").replace("=f1", "='f1'")):
         read_run(write_run(tmp_path, "bp", 0, 0.9, scores=scores))
@@ -150,7 +150,7 @@ def test_forged_scores_are_refused(tmp_path: Path, scores: object, problem: str)
 
 def test_text_in_the_place_of_a_score_is_refused(tmp_path: Path) -> None:
     from fa_bench.report.runs import read_run
-    from fa_bench.runs.readers import RecordError
+    from fa_bench.runs.checked_json import RecordError
 
     with pytest.raises(RecordError, match="test_perplexity='low'"):
         read_run(write_run(tmp_path, "bp", 0, 0.5, scores=SCORES, test_perplexity="low"))

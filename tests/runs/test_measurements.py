@@ -16,7 +16,8 @@ from fa_bench.metrics.meter import AlignmentMeter
 from fa_bench.report import figures
 from fa_bench.runs import checkpoint
 from fa_bench.runs.callbacks import probe_interval
-from fa_bench.runs.readers import RecordError, read_measurements, recorded_measurements
+from fa_bench.runs.checked_json import RecordError
+from fa_bench.runs.readers import read_measurements, recorded_measurements
 from fa_bench.utils.files import ANGLES, RESULT
 
 from .test_loop import fit, load, make_model

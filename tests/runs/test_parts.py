@@ -29,11 +29,11 @@ from fa_bench.optim.optimizers import Optimizers
 from fa_bench.optim.sgd import SGD
 from fa_bench.rules.bp import BP
 from fa_bench.runs import callbacks, hashes
+from fa_bench.runs.assembly import prepare
 from fa_bench.runs.hashes import chained, state_hash, weights_hash
 from fa_bench.runs.loop import Progress
 from fa_bench.runs.parallel import World
 from fa_bench.runs.record import peak_memory
-from fa_bench.runs.train import prepare
 from fa_bench.schedules.base import Schedule
 from fa_bench.schedules.constant import Constant
 from fa_bench.schedules.decay import Cosine

@@ -1,0 +1,193 @@
+"""Reading JSON that may be damaged, edited or forged: every value is checked before it is used.
+
+A check is called with the key and the value, and raises if the value is not allowed. An error names the file, the key, its value
+and what is allowed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from fa_bench.errors import DataError, FaBenchError, names, nearest, printable, truncate
+
+#: Limits on the nesting depth, the bytes of a file, and the characters of a value in a message.
+MAX_DEPTH, MAX_BYTES, MAX_VALUE = 20, 2**30, 60
+#: The largest finite number of a record: no run measures larger ones, and the statistics and axes of a report would overflow.
+MAX_NUMBER = 1e100
+
+Check = Callable[[str, Any], None]
+
+
+class RecordError(DataError):
+    """A file of a run is damaged, or is no such file; `path` is the file, `problem` what is wrong with it."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
+        self.path, self.problem = path, problem
+
+
+class _InvalidValue(Exception):
+    def __init__(self, key: str, value: Any, allowed: str, choices: Collection[str] = ()) -> None:
+        hint = nearest(value, choices) if choices and isinstance(value, str) else ""
+        key, value = (truncate(printable(text), MAX_VALUE) for text in (key, repr(value)))
+        super().__init__(f"{key}={value} (allowed: {allowed}){hint}")
+
+
+def value_of(allowed: str, is_valid: Callable[[Any], bool]) -> Check:
+    """A check of one value; `allowed` says in words which values are valid."""
+
+    def check(key: str, value: Any) -> None:
+        if not is_valid(value):
+            raise _InvalidValue(key, value, allowed)
+
+    return check
+
+
+def one_of(choices: Collection[str]) -> Check:
+    """A check that a value is one of the choices; its error names the nearest one."""
+
+    def check(key: str, value: Any) -> None:
+        if value not in choices:
+            raise _InvalidValue(key, value, names(choices), choices)
+
+    return check
+
+
+def nullable(check: Check) -> Check:
+    """The check, for values that may also be null."""
+
+    def check_nullable(key: str, value: Any) -> None:
+        if value is not None:
+            check(key, value)
+
+    return check_nullable
+
+
+def list_of(check: Check) -> Check:
+    """A check of a list whose items pass `check`."""
+
+    def check_list(key: str, value: Any) -> None:
+        A_LIST(key, value)
+        for index, item in enumerate(value):
+            check(f"{key}[{index}]", item)
+
+    return check_list
+
+
+def mapping_to(check: Check) -> Check:
+    """A check of a mapping whose values pass `check`."""
+
+    def check_items(key: str, value: Any) -> None:
+        A_MAPPING(key, value)
+        for name, item in value.items():
+            check(f"{key}.{name}", item)
+
+    return check_items
+
+
+def mapping_of(checks: Mapping[str, Check]) -> Check:
+    """A check of a mapping, with a check for each known key; other keys are ignored."""
+
+    def check_keys(key: str, value: Any) -> None:
+        A_MAPPING(key, value)
+        for name in checks.keys() & value.keys():
+            checks[name](f"{key}.{name}" if key else name, value[name])
+
+    return check_keys
+
+
+def complete(check: Check, required: tuple[str, ...]) -> Check:
+    """The check of a mapping that must have the required keys."""
+
+    def check_complete(key: str, value: Any) -> None:
+        check(key, value)
+        for name in required:
+            if name not in value:
+                raise _InvalidValue(f"{key}.{name}", None, "a value")
+
+    return check_complete
+
+
+def is_int(value: Any, minimum: int = -(2**63)) -> bool:
+    """Whether a value is a whole number from `minimum`, of at most 64 bits."""
+    # Larger integers, of hundreds of digits, cannot be converted to a float.
+    return isinstance(value, int) and not isinstance(value, bool) and minimum <= value < 2**63
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number; not finite ones are allowed, larger ones than MAX_NUMBER are not."""
+    return (isinstance(value, float) and not MAX_NUMBER < abs(value) < math.inf) or is_int(value)
+
+
+def is_fraction(value: Any) -> bool:
+    """Whether a value is from 0 to 1, or not finite."""
+    return is_number(value) and (0 <= value <= 1 or not math.isfinite(value))
+
+
+def is_path(value: Any) -> bool:
+    """Whether a value can be the path of a file."""
+    return isinstance(value, str) and value.isprintable() and 0 < len(value.encode()) < 4096
+
+
+A_LIST = value_of("a list", lambda value: isinstance(value, list))
+A_MAPPING = value_of("a mapping", lambda value: isinstance(value, dict))
+
+
+def read_bytes(path: Path) -> bytes | None:
+    """The content of a file; None if it does not exist.
+
+    Raises:
+        RecordError: if it is not a file, too large, or cannot be read.
+    """
+    try:
+        if not path.exists():
+            return None
+        if not path.is_file():  # reading a pipe would block
+            raise RecordError(path, "not a file")
+        if path.stat().st_size > MAX_BYTES:
+            raise RecordError(path, f"larger than {MAX_BYTES} bytes")
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except FaBenchError:
+        raise
+    except OSError as error:
+        raise RecordError(path, f"unreadable: {error.strerror or error}") from None
+
+
+def parse_json(text: bytes, path: Path) -> Any:
+    """The value of a text in JSON.
+
+    Raises:
+        RecordError: if it is not JSON, or nested too deeply.
+    """
+    too_deep = RecordError(path, f"nested deeper than {MAX_DEPTH} levels")
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise too_deep from None
+    except ValueError as error:
+        raise RecordError(path, f"unreadable: {error}") from None
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        containers = [item for item in level if isinstance(item, (dict, list))]
+        level = [item for each in containers for item in (each.values() if isinstance(each, dict) else each)]
+    if level:
+        raise too_deep
+    return value
+
+
+def check_value(check: Check, value: Any, path: Path, prefix: str = "") -> None:
+    """Check a value that was read from a file.
+
+    Raises:
+        RecordError: with `prefix` before the key.
+    """
+    try:
+        check("", value)
+    except _InvalidValue as error:
+        raise RecordError(path, f"{prefix}{str(error).removeprefix('=')}") from None
