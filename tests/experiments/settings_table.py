@@ -16,6 +16,8 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from fa_bench.registry.registries import ALGORITHMS
+
 #: Settings by the key that one types on the command line, such as ``optimizer.lr``.
 Settings = dict[str, Any]
 #: (conditions, settings): the settings hold for the runs that meet the conditions. A tuple lists alternatives.
@@ -544,6 +546,13 @@ TUNE_DIGITS = Preset(
     QUICKSTART.cases,
 )
 
+#: The default configs of a study of every rule; those that share activations do so in fully connected layers, too.
+COMPARE = Preset(
+    [{"algorithm": ["bp", "frozen", *sorted(set(ALGORITHMS) - {"bp", "frozen"})], "seed": [0, 1, 2]}],
+    QUICKSTART.common | {"epochs": 20, "probe_every": 0, "optimizer.weight_decay": 0.0},
+    [*QUICKSTART.cases, ({"algorithm": ("asap", "asfp", "asfp_lc")}, {"algorithm.linear": "share"})],
+)
+
 #: The faeval protocol, spring 2026: optimizer, rate, decay, schedule, batch size, epochs, seeds, widths and depths from its
 #: repository's history, second hand. Validation, augmentation, normalisation and the variants of dfa [choice].
 FAEVAL_NETS, FAEVAL_SEEDS = ["residual_mlp", "vit_mini"], [42, 123, 456]
@@ -809,6 +818,7 @@ PRESETS: dict[str, Preset] = {
     **WM_PAPER,
     "quickstart": QUICKSTART,
     "tune_digits": TUNE_DIGITS,
+    "compare": COMPARE,
     "faeval": FAEVAL,
     "lm_quickstart": LM_QUICKSTART,
     "mono_forward": MONO_FORWARD,
