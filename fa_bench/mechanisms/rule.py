@@ -453,8 +453,8 @@ class Rule(Options):
 
     @property
     def feedback_lr_scale(self) -> float:
-        """Learning rate of the learned feedback relative to that of the weights."""
-        return 1.0
+        """Learning rate of the learned feedback relative to that of the weights: the option `b_lr_scale` if there is one."""
+        return getattr(self, "b_lr_scale", 1.0)
 
     def state_dict(self) -> dict[str, Any]:
         """The rule's state that is not in ``model.state_dict()``: plain containers, values and tensors."""

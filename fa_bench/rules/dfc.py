@@ -141,14 +141,7 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
 
     skips_nonlinearities = True
     takes_numbers = True
-
-    @property
-    def needs_target(self) -> bool:
-        return False
-
-    @property
-    def feedback_lr_scale(self) -> float:
-        return self.b_lr_scale
+    needs_target = False
 
     # -------------------------------------------------------------------------------------------- attach
     def wire(self, sample_input: Any) -> Coverage:

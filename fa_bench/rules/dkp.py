@@ -74,10 +74,6 @@ class DKP(LearnedCutRule):
             delta, activation = self._layouts[cut].pairs(delta.to(dtype), activation.to(dtype))
         return [_product(delta.to(dtype), activation.to(dtype))]
 
-    @property
-    def feedback_lr_scale(self) -> float:
-        return self.b_lr_scale
-
 
 def _product(delta: Tensor, activation: Tensor) -> Tensor:
     """δᵀ a, (C, F), for δ (N, C) and an activation (N, ...) with F features."""

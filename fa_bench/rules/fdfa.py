@@ -65,7 +65,3 @@ class FDFA(JacobianRule):
 
     def gradient_of(self, feedback: Tensor, estimate: Tensor) -> Tensor:
         return feedback - estimate
-
-    @property
-    def feedback_lr_scale(self) -> float:
-        return self.b_lr_scale

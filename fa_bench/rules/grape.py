@@ -81,10 +81,6 @@ class GrAPE(JacobianRule):
         unit, direction = feedback / norm, estimate / length
         return ((unit * direction).sum() * unit - direction) / norm
 
-    @property
-    def feedback_lr_scale(self) -> float:
-        return self.b_lr_scale
-
     # -------------------------------------------------------------------------------------------- anchors
     @property
     def crosses(self) -> bool:

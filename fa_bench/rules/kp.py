@@ -36,7 +36,3 @@ class KP(RandomFeedbackRule):
     def pathway(self, layer: LayerContext) -> FeedbackPathway:
         self.put_feedback(layer)
         return LearnedFeedback()
-
-    @property
-    def feedback_lr_scale(self) -> float:
-        return self.b_lr_scale

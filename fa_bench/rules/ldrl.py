@@ -70,14 +70,7 @@ class LDRL(DrawingRule, LocalRule):
     within = "block"
     repeats = True
     reads_values = False
-
-    @property
-    def needs_target(self) -> bool:
-        return False
-
-    @property
-    def feedback_lr_scale(self) -> float:
-        return self.b_lr_scale
+    needs_target = False
 
     # -------------------------------------------------------------------------------------------- attach
     def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:

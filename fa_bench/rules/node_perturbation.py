@@ -53,10 +53,7 @@ class NodePerturbation(DrawingRule, CutRule):
     repeats = True
     scales = True
     takes_numbers = True
-
-    @property
-    def needs_target(self) -> bool:
-        return True
+    needs_target = True
 
     def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:
         self._noise: dict[str, Tensor] = {}

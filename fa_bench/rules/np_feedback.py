@@ -127,10 +127,6 @@ class NPFeedback(DrawingRule, RandomFeedbackRule):
         self.put_feedback(layer)
         return RegressedFeedback(self)
 
-    @property
-    def feedback_lr_scale(self) -> float:
-        return self.b_lr_scale
-
     # -------------------------------------------------------------------------------------------- every pass
     def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         self.first_pass = None

@@ -45,10 +45,7 @@ class LocalRule(CutRule):
     reads_values = True
     same_positions = True
     scales = True
-
-    @property
-    def needs_target(self) -> bool:
-        return True
+    needs_target = True
 
     # -------------------------------------------------------------------------------------------- for subclasses
     def auxiliary(self, cut: str, shape: tuple[int, ...], classes: int) -> torch_nn.Module:

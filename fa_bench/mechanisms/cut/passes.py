@@ -37,10 +37,7 @@ class PassRule(CutRule):
     skips_nonlinearities: ClassVar[bool] = False
     #: Whether what follows the last cut learns by the gradient of the loss of the first pass; `gradients` returns None there.
     output_learns_by_delta = False
-
-    @property
-    def needs_target(self) -> bool:
-        return True
+    needs_target = True
 
     def first_argument(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The positional arguments of a pass, whose first one is the model's input; raises an error if there are none."""

@@ -70,6 +70,8 @@ class CutRule(Rule):
     same_positions = False
     #: Whether the errors of the layers above cross the cuts; `signal` is then added to them.
     crosses = False
+    #: Whether `signal` needs the labels.
+    needs_target = False
     #: Whether `signal` or `feedback_gradients` reads captured activations, which are then kept until the backward pass.
     reads_values = False
     #: Whether errors are computed from the labels; `loss_factor` is then the factor by which the loss was scaled.
@@ -105,11 +107,6 @@ class CutRule(Rule):
     def changes_delta(self) -> bool:
         """Whether `output_error` is not δ."""
         return type(self).output_error is not CutRule.output_error
-
-    @property
-    def needs_target(self) -> bool:
-        """Whether `signal` needs the labels."""
-        return False
 
     # -------------------------------------------------------------------------------------------- for subclasses
     def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:

@@ -217,16 +217,9 @@ class AlignmentRule(RandomFeedbackRule):
         """The weights of the local losses."""
         raise NotImplementedError
 
-    @property
-    def feedback_lr_scale(self) -> float:
-        return self.b_lr_scale
-
     def wire(self, sample_input: Any) -> Coverage:
         self._scale = LossScale(self.name)
-        coverage = super().wire(sample_input)
-        for learned in self._learned:
-            learned.lr_scale = self.b_lr_scale
-        return coverage
+        return super().wire(sample_input)
 
     def pathway(self, layer: LayerContext) -> FeedbackPathway:
         self.put_feedback(layer)
