@@ -341,6 +341,8 @@ class Rule(Options):
             loss.backward()
             return
         self._check_structure()
+        if target is not None and not target.is_floating_point():
+            target = target.long()  # of any integer type
         if self.needs_indices:
             with self.of_samples(indices):
                 self.deliver(loss, logits, target, loss_scale)

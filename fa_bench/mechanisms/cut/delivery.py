@@ -61,9 +61,16 @@ class Delivery:
         logits = self.logits_in(output)
         if logits is output:
             return self._connected(logits, tape)
-        from fa_bench.mechanisms.trace import replaced
+        from fa_bench.mechanisms.trace import named_results, replaced
 
-        return replaced(output, logits, self._connected(logits, tape))
+        connected = self._connected(logits, tape)
+        others = named_results(output).values()
+        output = replaced(output, logits, connected)
+        if self.rule.learns_in_passes and not self.rule.output_learns_by_delta:
+            # A loss on another output would be backpropagated through the whole model.
+            for other in others:
+                output = output if other is logits else replaced(output, other, other.detach())
+        return output
 
     def logits_in(self, output: Any) -> Tensor:
         """The logits in the model's output; raises the errors of `connect`."""

@@ -82,6 +82,8 @@ class CutRule(Rule):
     #: Whether `gradients` computes the gradients of all parameters, in passes of its own: see `fa_bench.mechanisms.cut.passes`.
     learns_in_passes = False
     output_learns_by_delta = False
+    #: In the table of coverage, what the error of an output layer is.
+    output_source: ClassVar[str] = "is the true one (output layer)"
     #: The rule that this one belongs to, and whose options it uses; None if it is a rule by itself.
     part_of: ClassVar[Rule | None] = None
 
@@ -281,8 +283,10 @@ class CutRule(Rule):
 
     def trainable_cuts(self, trace: Trace) -> set[str]:
         """The cuts at which tensors are learned, because something trainable gets their error."""
-        if not self.crosses:
-            return trace.trainable
+        return self.after_first_trainable(trace) if self.crosses else trace.trainable
+
+    def after_first_trainable(self, trace: Trace) -> set[str]:
+        """The first cut, in the order of execution, that something trainable feeds, and all later ones."""
         executed = [path for path in trace.output_shapes if path in self._cut_modules]
         first = next((number for number, path in enumerate(executed) if path in trace.trainable), len(executed))
         return set(executed[first:])
