@@ -53,6 +53,7 @@ class WeightPerturbation(DrawingRule, PassRule):
     epsilon: float = option(1e-3, "size of the perturbation", above=0)
 
     takes_numbers = True
+    learns_by_objective = True
 
     def wire(self, sample_input: Any) -> Coverage:
         from fa_bench.mechanisms.cut.capture import Capture

@@ -79,6 +79,8 @@ class CutRule(Rule):
     loss_factor = 1.0
     #: Whether targets may be numbers (N, O), because errors come from the objective's loss of them, whatever they are.
     takes_numbers: ClassVar[bool] = False
+    #: Whether all errors are those of the objective, so that another loss would be ignored.
+    learns_by_objective: ClassVar[bool] = False
     #: Whether `gradients` computes the gradients of all parameters, in passes of its own: see `fa_bench.mechanisms.cut.passes`.
     learns_in_passes = False
     output_learns_by_delta = False
