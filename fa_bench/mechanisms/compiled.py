@@ -60,8 +60,8 @@ def guard_hooks() -> None:
 def outside_graphs(reason: str) -> Callable[[Callable[..., Any]], Any]:
     """A decorator of a function that raises an error and is called while a graph is being compiled.
 
-    With ``fullgraph=True`` the compiler raises an error of its own, which contains the reason; otherwise it gives the graph up and
-    the function raises its error.
+    With ``fullgraph=True`` the compiler raises an error of its own, which contains the reason; otherwise it gives the graph up,
+    and the function raises its error.
     """
     try:
         return torch.compiler.disable(reason=reason)
