@@ -199,7 +199,7 @@ class Composer:
         except FaBenchError:
             raise
         except Exception as error:  # Hydra raises errors of many kinds
-            raise explain(self.loader, self.config_name, overrides, error) from None
+            raise explain(self.loader, self.config_name, overrides, error, self.chosen()) from None
         check_config(config, self.plugins)
         record: Any = OmegaConf.to_container(config.hydra.overrides, resolve=False)
         if sorted(map(str, [*record["hydra"], *record["task"]])) != sorted(overrides):

@@ -37,7 +37,9 @@ def list_groups(loader: ConfigLoader) -> dict[str, list[str]]:
     return {group: loader.get_group_options(group) for group in loader.list_groups("") if not group.startswith(("_", "hydra"))}
 
 
-def explain(loader: ConfigLoader, config_name: str, overrides: list[str], error: Exception) -> ConfigError:
+def explain(
+    loader: ConfigLoader, config_name: str, overrides: list[str], error: Exception, given: dict[str, list[str]] | None = None
+) -> ConfigError:
     """An error that names the wrong override, what is allowed and the nearest name, or what to install.
 
     Args:
@@ -45,6 +47,7 @@ def explain(loader: ConfigLoader, config_name: str, overrides: list[str], error:
         config_name: name of the primary config.
         overrides: those that could not be composed.
         error: raised by Hydra.
+        given: the values of the whole command line by key, if the overrides are those of one job of a sweep.
     """
     if isinstance(error, RecursionError):
         return ConfigError("nested too deeply, or a config whose `defaults` refer to itself")
@@ -77,8 +80,27 @@ def explain(loader: ConfigLoader, config_name: str, overrides: list[str], error:
     for override in parsed:
         key = "" if override.is_add() or override.key_or_group in groups else override.key_or_group
         if key and (problem := unknown_key(key, base, [group for group in groups if group not in hydra_groups])):
-            return ConfigError(problem)
+            group = key.split(".")[0]
+            swept = (given or {}).get(group, []) if group in groups and group != key else []
+            return ConfigError(_unknown_in_some(loader, config_name, key, swept) or problem)
     return ConfigError(_summary(error))
+
+
+def _unknown_in_some(loader: ConfigLoader, config_name: str, key: str, swept: list[str]) -> str:
+    """The message for a key that only some of a sweep's components have, such as an option of a rule; otherwise empty."""
+    group = key.split(".")[0]
+    having = [
+        name
+        for name in swept
+        if not unknown_key(key, loader.load_configuration(config_name, [f"{group}={name}"], run_mode=RunMode.RUN), [])
+    ]
+    lacking = [name for name in swept if name not in having]
+    if not having or not lacking:
+        return ""
+    return (
+        f"{key}: {group}={','.join(lacking)} {'has' if len(lacking) == 1 else 'have'} no such option. Sweep it in a command of "
+        f"its own, with {group}={','.join(having)}, and run {','.join(lacking)} in another one"
+    )
 
 
 def other_sweeper(name: str) -> str:

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from fa_bench.errors import CoverageError
+
 
 class Handle:
     """A name for an object in compiled graphs. A copy or a pickled one names the copy of its owner.
@@ -53,6 +55,34 @@ def guard_hooks() -> None:
     if config.skip_nnmodule_hook_guards:
         config.skip_nnmodule_hook_guards = False
         torch._dynamo.reset()
+
+
+def outside_graphs(reason: str) -> Callable[[Callable[..., Any]], Any]:
+    """A decorator of a function that raises an error and is called while a graph is being compiled.
+
+    With ``fullgraph=True`` the compiler raises an error of its own, which contains the reason; otherwise it gives the graph up,
+    and the function raises its error.
+    """
+    try:
+        return torch.compiler.disable(reason=reason)
+    except TypeError:  # earlier versions of torch show no reason
+        return torch.compiler.disable()
+
+
+@outside_graphs("its rule runs the model again in the backward pass, which no compiled graph can do: do not compile the model")
+def refuse_repeats(rule: str) -> None:
+    """Raise the error that a rule with `Rule.repeats` cannot be compiled."""
+    raise CoverageError(
+        f"rule '{rule}' runs the model again in the backward pass, which no compiled graph can do: do not compile the model"
+    )
+
+
+@outside_graphs("its rule needs a second forward pass of the whole model: compile the model, not a part of it alone")
+def refuse_part(rule: str, path: str) -> None:
+    """Raise the error that a part of the model cannot be compiled alone."""
+    raise CoverageError(
+        f"rule '{rule}' needs a second forward pass of the whole model: compile the model, not its part '{path}' alone"
+    )
 
 
 def operator(schema: str, like: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:

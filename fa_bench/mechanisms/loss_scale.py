@@ -61,8 +61,19 @@ def is_unscaled(loss: Tensor, target: Tensor | None, objective: Objective | None
     return not 0 <= ignored < 1 << 62 or not bool((target == ignored).any())
 
 
+#: What to do if a rule computes errors from the labels, or everything.
+PASS_SCALE = "Pass the scale: rule.backward(loss, logits, target, loss_scale=1.0), or loss_scale=1 / 4 for loss / 4"
+PASS_OBJECTIVE = "It learns by the objective alone, whatever the loss is: attach it with the one that you train, objective=..."
+
+
 def measured_scale(
-    rule: str, delta: Tensor, logits: Tensor, target: Tensor | None, last: float = 1.0, objective: Objective | None = None
+    rule: str,
+    delta: Tensor,
+    logits: Tensor,
+    target: Tensor | None,
+    last: float = 1.0,
+    objective: Objective | None = None,
+    mend: str = PASS_SCALE,
 ) -> float:
     """The factor c such that δ is c times the gradient of the objective's mean loss.
 
@@ -74,33 +85,56 @@ def measured_scale(
             one for a cross-entropy.
         last: the previous result, returned if δ is zero because every label has probability 1.
         objective: what the model is trained to do; None: the mean cross-entropy.
+        mend: what to do if δ is something else, for the error message.
 
     Raises:
         ValueError: if δ is not a multiple of that gradient.
     """
-    from fa_bench.mechanisms.cut.positions import class_axis, mean_loss
-
-    objective, axis = objective or CrossEntropy(), class_axis(logits.shape)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    with torch.enable_grad():
-        leaf = logits.to(wide).requires_grad_(True)
-        loss = mean_loss(objective, leaf, delta.argmin(axis) if target is None else target)
-        unit = torch.autograd.grad(loss, leaf)[0].double()
-    given = delta.double()
+    objective, given = objective or CrossEntropy(), delta.double()
+    unit, tolerance = _unit(delta, logits, target, objective), _tolerance(delta)
     size = unit.square().sum().item()
     scale = (given * unit).sum().item() / size if size else last
-    tolerance = 1e-3 if delta.dtype in (torch.float32, torch.float64) else 5e-2
     if not math.isfinite(scale):
         return scale  # a gradient scaler will skip this update
-    # Each entry of δ was rounded to its dtype before it was divided by the number of samples.
-    rounding = 4 * torch.finfo(delta.dtype).eps * abs(scale) * delta.numel() ** 0.5 / max(delta.numel() // delta.shape[axis], 1)
-    if (given - scale * unit).norm().item() > tolerance * given.norm().item() + rounding:
-        name = f"the mean {objective.name.replace('_', '-')}"
-        raise ValueError(
-            f"rule '{rule}' needs the scale of the loss and cannot infer it: the gradient at the logits is "
-            f"not a multiple of that of {name}. Pass the scale: "
-            f"rule.backward(loss, logits, target, loss_scale=1.0), or loss_scale=1 / 4 for loss / 4"
-        )
+    if (given - scale * unit).norm().item() > tolerance * given.norm().item() + abs(scale) * _rounding(delta):
+        raise ValueError(f"rule '{rule}' needs the scale of the loss and cannot infer it: {not_a_multiple(objective)}. {mend}")
     # Scales are usually powers of two; rounding to one makes the result exact.
     power = 2.0 ** round(math.log2(scale)) if scale > 0 else 0.0
     return power if power and abs(scale / power - 1) < tolerance else scale
+
+
+def is_other_loss(delta: Tensor, logits: Tensor, target: Tensor, objective: Objective) -> Tensor:
+    """Whether δ is not a multiple of the gradient of the objective's mean loss: a scalar on the device, False if δ is not finite.
+
+    The arguments are those of `measured_scale`, which makes an accelerator wait.
+    """
+    unit, given = _unit(delta, logits, target, objective), delta.double()
+    scale = (given * unit).sum() / unit.square().sum()
+    return (given - scale * unit).norm() > _tolerance(delta) * given.norm() + scale.abs() * _rounding(delta)
+
+
+def not_a_multiple(objective: Objective) -> str:
+    """A clause for error messages."""
+    return f"the gradient at the logits is not a multiple of that of the mean {objective.name.replace('_', '-')}"
+
+
+def _unit(delta: Tensor, logits: Tensor, target: Tensor | None, objective: Objective) -> Tensor:
+    """The gradient of the objective's mean loss at the logits, in double precision."""
+    from fa_bench.mechanisms.cut.positions import class_axis, mean_loss
+
+    with torch.enable_grad():
+        leaf = logits.to(torch.promote_types(logits.dtype, torch.float32)).requires_grad_(True)
+        labels = delta.argmin(class_axis(logits.shape)) if target is None else target
+        return torch.autograd.grad(mean_loss(objective, leaf, labels), leaf)[0].double()
+
+
+def _tolerance(delta: Tensor) -> float:
+    return 1e-3 if delta.dtype in (torch.float32, torch.float64) else 5e-2
+
+
+def _rounding(delta: Tensor) -> float:
+    """The norm of the rounding of δ for a loss of scale 1: its entries were rounded before they were divided by the samples."""
+    from fa_bench.mechanisms.cut.positions import class_axis
+
+    samples = max(delta.numel() // delta.shape[class_axis(delta.shape)], 1)
+    return 4 * torch.finfo(delta.dtype).eps * delta.numel() ** 0.5 / samples

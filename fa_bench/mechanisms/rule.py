@@ -235,10 +235,9 @@ class Rule(Options):
         training = torch.is_grad_enabled() and not mode.exact
         if torch.compiler.is_compiling():
             if self.repeats:
-                raise CoverageError(
-                    f"rule '{self.name}' runs the model again in the backward pass, which no compiled graph can "
-                    f"do: do not compile the model"
-                )
+                from fa_bench.mechanisms.compiled import refuse_repeats
+
+                refuse_repeats(self.name)
             # New containers, because a graph depends on the contents of those that it finds.
             mode.training, mode.with_gradients, mode.without_gradients, mode.seeds = training, set(), {}, {}
             return
@@ -341,6 +340,8 @@ class Rule(Options):
             loss.backward()
             return
         self._check_structure()
+        if target is not None and not target.is_floating_point():
+            target = target.long()  # of any integer type
         if self.needs_indices:
             with self.of_samples(indices):
                 self.deliver(loss, logits, target, loss_scale)

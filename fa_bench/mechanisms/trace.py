@@ -56,6 +56,7 @@ class Trace:
         uses: how the model's weights were used outside their own layers.
         results: name -> shape of each output from which a loss can be computed; the name of a single tensor is ``""``.
         result_shape: shape of the output of the loss: the one asked for, or the first one.
+        result_leaves: ids of the parameters on which that output depends.
     """
 
     order: list[str]
@@ -84,6 +85,7 @@ class Trace:
     uses: Uses
     results: dict[str, tuple[int, ...]]
     result_shape: tuple[int, ...]
+    result_leaves: set[int]
 
 
 class StepMemory(NamedTuple):
@@ -233,6 +235,7 @@ def _traced(
         uses=used,
         results={name: tuple(tensor.shape) for name, tensor in results.items()},
         result_shape=() if chosen is None else tuple(chosen.shape),
+        result_leaves=set() if chosen is None else leaves(chosen.grad_fn),
     )
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn as torch_nn
 
     from fa_bench.mechanisms.coverage import Coverage
+    from fa_bench.mechanisms.trace import Trace
     from fa_bench.mechanisms.updates import LearnedTensor
 
 #: The name under which the output has its entries, beside the cuts.
@@ -105,6 +106,9 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
     steady state the wrong sign. It does not divide by a σ² below 0.01². Choices: α = 0.001 and α_fb = 0.5 are the code's
     defaults, λ = 0.1 and σ = 0.1 are not. The text of the papers was not checked, and no result has been reproduced.
 
+    Frozen layers before the first one that learns (``freeze_stem``) are not controlled: their output is the input r_0. A frozen
+    layer after one that learns is controlled, and its B learns.
+
     At a cut that is no elementwise nonlinearity, such as a block, Q u is added to its output, with φ the identity; a cut at a
     pooling stands for the nonlinearity before it. Layers may be normalised, and learn then through everything between the
     previous cut and the nonlinearity; with batch normalisation J also contains what a sample changes in the output of the others.
@@ -142,16 +146,24 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
     skips_nonlinearities = True
     takes_numbers = True
     needs_target = False
+    output_source = "comes from the controller"
 
     # -------------------------------------------------------------------------------------------- attach
     def wire(self, sample_input: Any) -> Coverage:
         coverage = super().wire(sample_input)
+        before = {path for path in self._cut_modules if path not in self.trainable_cuts(self._trace)}
         covered = tuple(
-            dataclasses.replace(entry, feedback="comes from the controller") if entry.layer in self._trace.outputs else entry
+            dataclasses.replace(entry, feedback="is not computed: the controller acts on what comes after the frozen layers")
+            if before & {cut for cut in self._cut_modules if entry.layer in self._trace.feeds[cut]}
+            else entry
             for entry in coverage.covered
         )
         transport = ("in the Jacobian that gives the steady state",)
         return dataclasses.replace(coverage, covered=covered, transport=transport)
+
+    def trainable_cuts(self, trace: Trace) -> set[str]:
+        """Those that the controller acts on: B also learns where a frozen layer comes after one that learns."""
+        return self.after_first_trainable(trace)
 
     def notes(self) -> tuple[str, ...]:
         return super().notes() if self.feedback_weights == "learned" else super(DrawingRule, self).notes()

@@ -49,9 +49,10 @@ class F3(CutRule):
 
     These errors (training samples, C) are part of the rule's state, and of checkpoints, but not of the model's ``state_dict``.
     Each backward pass needs the samples' indices in the training set: ``rule.backward(loss, logits, y, indices=indices)``, and
-    ``samples`` the size of that set, which the runner knows. Call ``rule.step()`` after every update: data-parallel processes
-    exchange their samples' errors there. A sample that is augmented has the error of its last version. Errors that are not finite
-    are not kept. Samples need one label each: outputs with positions, such as tokens, are refused.
+    ``samples`` the size of that set, which the runner knows. Call ``rule.step()`` after every update: all processes of
+    ``torch.distributed`` exchange their samples' errors there, and must train the same model. A sample that is augmented has the
+    error of its last version. Errors that are not finite are not kept. Samples need one label each: outputs with positions, such
+    as tokens, are refused.
 
     The paper's B: PyTorch's default (``b_init=pytorch``, the default of the code), ``trinomial`` with entries -1, 0 or 1,
     ``binomial`` with 0 or 1, and ``identity_pm``. The last three do not shrink with the number of features, which Adam ignores

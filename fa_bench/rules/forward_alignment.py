@@ -52,10 +52,9 @@ class RandomForward(TransposeFeedback):
         current = self.rule.current
         if torch.compiler.is_compiling():
             if current is not None and not current.is_compiled:
-                raise CoverageError(
-                    f"rule '{self.rule.name}' needs a second forward pass of the whole model: compile the model, "
-                    f"not its part '{layer.path}' alone"
-                )
+                from fa_bench.mechanisms.compiled import refuse_part
+
+                refuse_part(self.rule.name, layer.path)
             if current is not None:
                 self.observe(layer, x)
             return BackwardContext(self.effective(layer))

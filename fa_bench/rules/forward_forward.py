@@ -63,6 +63,9 @@ class ForwardForward(DrawingRule, PassRule):
     weights N(0, 1/fan_out), SGD at 1e-3 with momentum 0.9 and decay 3e-4, for the classifier 1e-2 and 3e-3, a rate that falls
     linearly to zero over the second half of 100 epochs, batches of 100.
 
+    Each data-parallel process has the running means of its own samples, until DistributedDataParallel replaces them by those of
+    process 0 before a forward pass; the runner's checkpoints have those of process 0.
+
     Dropout masks are the same in all passes, and those of the positive and the negative one. Batch normalisation uses each
     pass's own statistics. Multiplications: two further forward passes, and half a backward pass for each.
     """

@@ -65,18 +65,14 @@ class ForwardGradient(NoisyCutRule):
         coverage = super().wire(sample_input)
         if self.form != WEIGHT:
             return coverage
+        from fa_bench.mechanisms.cut.coverage import with_untrained
         from fa_bench.mechanisms.weighted_layers import kind_of, weighted_layers
 
-        return Coverage(
-            self.name,
-            tuple(
-                Covered(
-                    path, kind_of(layer), tuple(layer.weight.shape), "is not needed: its gradient is noise times a derivative"
-                )
-                for path, layer in weighted_layers(self.model).items()
-            ),
-            {},
+        covered = tuple(
+            Covered(path, kind_of(layer), tuple(layer.weight.shape), "is not needed: its gradient is noise times a derivative")
+            for path, layer in weighted_layers(self.model).items()
         )
+        return with_untrained(Coverage(self.name, covered, {}), self, self._trace.result_leaves)
 
     def notes(self) -> tuple[str, ...]:
         return () if self.form == WEIGHT else super().notes()

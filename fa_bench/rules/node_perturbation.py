@@ -53,6 +53,7 @@ class NodePerturbation(DrawingRule, CutRule):
     repeats = True
     scales = True
     takes_numbers = True
+    learns_by_objective = True
     needs_target = True
 
     def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:

@@ -62,6 +62,7 @@ class Pepita(PassRule):
     skips_nonlinearities = True
 
     takes_numbers = True
+    learns_by_objective = True
 
     def wire(self, sample_input: Any) -> Coverage:
         from fa_bench.mechanisms.trace import arguments

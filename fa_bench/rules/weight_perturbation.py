@@ -53,9 +53,11 @@ class WeightPerturbation(DrawingRule, PassRule):
     epsilon: float = option(1e-3, "size of the perturbation", above=0)
 
     takes_numbers = True
+    learns_by_objective = True
 
     def wire(self, sample_input: Any) -> Coverage:
         from fa_bench.mechanisms.cut.capture import Capture
+        from fa_bench.mechanisms.cut.coverage import with_untrained
         from fa_bench.mechanisms.cut.cut_points import check_cuts
         from fa_bench.mechanisms.cut.delivery import Delivery
         from fa_bench.mechanisms.cut.positions import class_axis
@@ -68,16 +70,11 @@ class WeightPerturbation(DrawingRule, PassRule):
         self._trace, self._covered = trace, weighted_layers(self.model)
         self.error_axis, self.error_dims = class_axis(trace.result_shape), len(trace.result_shape)
         self._capture, self._delivery = Capture(self, {}, trace, {}), Delivery(self)
-        return Coverage(
-            self.name,
-            tuple(
-                Covered(
-                    path, kind_of(layer), tuple(layer.weight.shape), "is not needed: its gradient comes from perturbed losses"
-                )
-                for path, layer in self._covered.items()
-            ),
-            {},
+        covered = tuple(
+            Covered(path, kind_of(layer), tuple(layer.weight.shape), "is not needed: its gradient comes from perturbed losses")
+            for path, layer in self._covered.items()
         )
+        return with_untrained(Coverage(self.name, covered, {}), self, trace.result_leaves, "gets noise alone")
 
     def transporting_layers(self) -> dict[str, Any]:
         return {}

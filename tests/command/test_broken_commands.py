@@ -55,6 +55,12 @@ BROKEN = [
     ("device=cuda:77", ["device=cuda:77", "CUDA devices"]),
     ("epochs=${nope}", ["epochs", "nope"]),
     ("algorithm=bp,fa", ["algorithm=bp,fa", "-m"]),
+    (
+        "-m algorithm=fa,kp,bp,dkp algorithm.b_lr_scale=0.1,1",
+        ["algorithm=fa,bp have no such option", "with algorithm=kp,dkp", "run fa,bp in another one"],
+    ),
+    ("-m optimizer=sgd,adam optimizer.momentum=0,0.9", ["optimizer=adam has no such option", "with optimizer=sgd"]),
+    ("-m algorithm=fa,bp algorithm.b_lr_scale=0.1,1", ["unknown key b_lr_scale in algorithm", "allowed"]),
     ("algorithm=[bp,fa]", ["a run has one algorithm", "write -m algorithm=bp,fa"]),
     ("-m dataset=[digits,synthetic] seed=0,1", ["a run has one dataset", "write -m dataset=digits,synthetic"]),
     ("optimizer=[]", ["a run has one optimizer", "write -m optimizer=NAME,NAME"]),

@@ -123,7 +123,19 @@ def test_rules_that_run_the_model_again_are_refused(name: str) -> None:
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with pytest.raises(CoverageError, match=f"rule '{name}' runs the model again in the backward pass.*do not compile the model"):
         torch.compile(model, backend="aot_eager")(x[0])
+    torch._dynamo.reset()
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported, match=r"runs the model again in the backward pass.*do not compile the model"
+    ):
+        torch.compile(model, backend="aot_eager", fullgraph=True)(x[0])
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_a_part_compiled_in_one_graph_is_refused_with_a_reason() -> None:
+    model, rule, x, y = attached("forward_alignment")
+    model.get_submodule("fc").compile(backend="aot_eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="compile the model, not a part of it alone"):
+        trained(model, rule, x, y, model)
 
 
 @pytest.mark.parametrize(

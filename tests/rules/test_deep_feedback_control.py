@@ -428,6 +428,33 @@ def test_what_nothing_trainable_precedes_is_not_controlled() -> None:
     assert set(learn(model, fa_bench.attach(model, "dfc", sample_input=x, cuts=CUTS), x, y)) == {"fc3.weight", "fc3.bias"}
 
 
+@pytest.mark.parametrize("options", [{}, {"feedback_weights": "fixed"}, {"feedback_weights": "jacobian"}], ids=str)
+def test_the_coverage_says_which_layers_are_not_controlled(options: dict[str, Any]) -> None:
+    x, y = nets.batch("mlp_tanh")
+    model, reference = nets.NETS["mlp_tanh"](), nets.NETS["mlp_tanh"]()
+    rule = fa_bench.attach(model, "dfc", sample_input=x, cuts=CUTS, freeze_stem=True, **options)
+    plain = fa_bench.attach(reference, "dfc", sample_input=x, cuts=CUTS, **options)
+    rows = {entry.layer: entry.feedback for entry in rule.coverage.covered}
+    assert rows["fc1"] == "is not computed: the controller acts on what comes after the frozen layers"
+    assert {path: rows[path] for path in ("fc2", "fc3")} == {
+        entry.layer: entry.feedback for entry in plain.coverage.covered if entry.layer != "fc1"
+    }
+    assert "fc1.weight" not in learn(model, rule, x, y)
+    assert not any("not computed" in entry.feedback for entry in plain.coverage.covered)
+
+
+def test_feedback_of_a_frozen_layer_after_one_that_learns_learns() -> None:
+    x, y = nets.batch("mlp_tanh")
+    model, reference = nets.NETS["mlp_tanh"](), nets.NETS["mlp_tanh"]()
+    model.fc2.requires_grad_(False)
+    rule = fa_bench.attach(model, "dfc", sample_input=x, cuts=CUTS)
+    want = learn(reference, fa_bench.attach(reference, "dfc", sample_input=x, cuts=CUTS), x, y)
+    found = learn(model, rule, x, y)
+    assert set(want) - set(found) == {"fc2.weight", "fc2.bias"}
+    assert_matches(found, {key: want[key] for key in found})
+    assert not any("not computed" in entry.feedback for entry in rule.coverage.covered)
+
+
 def test_what_it_refuses() -> None:
     x, y = nets.batch("mlp_tanh")
     for options in ({"alpha": -1.0}, {"target_stepsize": 0.0}, {"sigma": 0.0}, {"alpha_fb": -1.0}, {"learning_rule": "hebbian"}):

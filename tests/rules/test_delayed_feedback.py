@@ -273,6 +273,21 @@ def test_errors_have_the_precision_of_the_model_and_no_less_than_single() -> Non
         assert rule.state_dict()["errors"].dtype == wanted
 
 
+def test_errors_follow_a_model_that_is_converted() -> None:
+    """The next errors have its precision, and those from before are kept."""
+    model, rule = attached()  # in double precision
+    step(model, rule, ALL)
+    kept = rule.state_dict()["errors"]
+    for dtype, wanted in ((torch.float32, torch.float32), (torch.float64, torch.float64), (torch.bfloat16, torch.float32)):
+        model.to(dtype)
+        for _ in range(2):
+            logits = model(X.to(dtype))
+            rule.backward(F.cross_entropy(logits, Y), logits, Y, indices=ALL)
+        errors = rule.state_dict()["errors"]
+        assert errors.dtype == wanted and rule.state_dict()["seen"].all()
+        torch.testing.assert_close(errors.double(), kept, atol=0.02, rtol=0.02)  # the precision of bfloat16
+
+
 def test_the_coverage_says_what_the_errors_take() -> None:
     assert "the last errors of 7 training samples take 175 B" in str(attached()[1].coverage)  # 7 (3 x 8 + 1)
     assert "training samples" not in str(attached(information="current_error")[1].coverage)

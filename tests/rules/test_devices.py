@@ -29,8 +29,9 @@ NETS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "mlp": ({"widths": [8, 8]}, (1, 6, 6)),
     "resnet_cifar_small": ({"depth": 8, "width": 4}, (3, 8, 8)),
 }
-#: frsf reads its magnitudes once, to see whether they have negative entries.
-READS_ONCE = {"frsf"}
+#: frsf reads its magnitudes once, to see whether they have negative entries; rules that learn by the objective alone read in the
+#: first passes whether the loss is a multiple of it.
+READS_ONCE = {"frsf", *(name for name, rule in ALGORITHMS.items() if getattr(rule, "learns_by_objective", False))}
 
 
 @pytest.fixture(autouse=True)

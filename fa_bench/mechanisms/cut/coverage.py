@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from fa_bench.errors import names
 from fa_bench.mechanisms.coverage import Coverage, Covered, foreign_weights, outside_text
+from fa_bench.mechanisms.feedback_tensors import PREFIX
 from fa_bench.mechanisms.rule import INPUT, OUTPUT
 
 if TYPE_CHECKING:
@@ -66,6 +68,39 @@ def cut_coverage(rule: CutRule, layers: dict[str, WeightedLayer], trace: Trace, 
     return Coverage(rule.name, covered, uncovered, local, rule.notes(), transport)
 
 
+def with_untrained(coverage: Coverage, rule: CutRule, reached: set[int], why: str = "not trained") -> Coverage:
+    """The coverage of a rule that learns in passes of its own, which says what does not learn in them.
+
+    Other outputs of the model than that of the loss are detached, so that their layers get no gradient from elsewhere.
+
+    Args:
+        coverage: of the rule, which is being attached.
+        rule: the rule.
+        reached: ids of the parameters that learn.
+        why: what happens to the others.
+    """
+    results = rule._trace.results
+    which = f"output '{next(iter(results)) if rule.output is None else rule.output}'" if len(results) > 1 else "the output"
+    cause = f"{which} does not depend on"
+    layers = {entry.layer: rule.model.get_submodule(entry.layer) for entry in coverage.covered}
+    idle = {path for path, layer in layers.items() if not any(id(one) in reached for one in layer.parameters(recurse=False))}
+    ids = {id(parameter) for layer in layers.values() for parameter in layer.parameters(recurse=False)}
+    others = [
+        name
+        for name, parameter in rule.model.named_parameters()
+        if id(parameter) not in reached | ids and not name.rpartition(".")[2].startswith(PREFIX) and parameter.requires_grad
+    ]
+    notes = (f"{why.capitalize()}, because {cause} them: {names(others)}.",) if others else ()
+    return dataclasses.replace(
+        coverage,
+        covered=tuple(
+            dataclasses.replace(entry, feedback=f"is not computed: {why}, because {cause} it") if entry.layer in idle else entry
+            for entry in coverage.covered
+        ),
+        notes=(*coverage.notes, *notes),
+    )
+
+
 def _source(rule: CutRule, path: str, trace: Trace, cuts: Collection[str], through: Collection[str]) -> str:
     at = [cut for cut in cuts if path in trace.feeds[cut]] if rule.side == OUTPUT else []
     within = "by backpropagation within its block (weight transport)" if rule.modular and path in through else ""
@@ -77,4 +112,4 @@ def _source(rule: CutRule, path: str, trace: Trace, cuts: Collection[str], throu
         return "is the true one (output layer)" if path in trace.outputs else f"comes by backpropagation after {rule.error_at}"
     if rule.error_at is not None and path in trace.feeds[rule.error_at]:
         return f"is the true one at {rule.error_at}"
-    return "is the true one (output layer)" if path in trace.outputs else "comes from the cut at its consumer's input"
+    return rule.output_source if path in trace.outputs else "comes from the cut at its consumer's input"

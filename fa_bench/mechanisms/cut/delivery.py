@@ -17,7 +17,7 @@ from fa_bench.mechanisms.checkpointing import refuse_reentrant
 from fa_bench.mechanisms.cut.capture import CapturedActivation, format_of, is_stored_last
 from fa_bench.mechanisms.cut.positions import ignored_label
 from fa_bench.mechanisms.graph import nodes_from
-from fa_bench.mechanisms.loss_scale import is_unscaled, measured_scale
+from fa_bench.mechanisms.loss_scale import PASS_OBJECTIVE, PASS_SCALE, is_other_loss, is_unscaled, measured_scale, not_a_multiple
 from fa_bench.mechanisms.rule import OUTPUT
 from fa_bench.utils.lazy import torch
 
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.cut.rule import CutRule
     from fa_bench.mechanisms.second_pass import FirstPass
     from fa_bench.mechanisms.updates import LearnedTensor
+
+
+#: A gradient scaler may skip the first ones, whose gradients are not finite.
+_CHECKED_PASSES = 3
 
 
 class Delivery:
@@ -50,6 +54,8 @@ class Delivery:
         self._target: Tensor | None = None
         self._loss_scale: float | None = None
         self._is_delivered = False
+        #: Passes whose loss is still to be compared with the objective: the first ones, because it makes an accelerator wait.
+        self._unchecked = _CHECKED_PASSES if rule.learns_by_objective else 0
 
     # -------------------------------------------------------------------------------------------- forward
     def connect(self, output: Any, tape: dict[str, CapturedActivation]) -> Any:
@@ -61,9 +67,16 @@ class Delivery:
         logits = self.logits_in(output)
         if logits is output:
             return self._connected(logits, tape)
-        from fa_bench.mechanisms.trace import replaced
+        from fa_bench.mechanisms.trace import named_results, replaced
 
-        return replaced(output, logits, self._connected(logits, tape))
+        connected = self._connected(logits, tape)
+        others = named_results(output).values()
+        output = replaced(output, logits, connected)
+        if self.rule.learns_in_passes and not self.rule.output_learns_by_delta:
+            # A loss on another output would be backpropagated through the whole model.
+            for other in others:
+                output = output if other is logits else replaced(output, other, other.detach())
+        return output
 
     def logits_in(self, output: Any) -> Tensor:
         """The logits in the model's output; raises the errors of `connect`."""
@@ -252,12 +265,15 @@ class Delivery:
 
     def _measure_scale(self, delta: Tensor, logits: Tensor) -> None:
         """Set the rule's `loss_factor`."""
-        rule, scale = self.rule, self._loss_scale
-        rule.loss_factor = (
-            measured_scale(rule.name, delta, logits.detach(), self._target, rule.loss_factor, rule.objective)
-            if scale is None
-            else scale
-        )
+        rule, scale, target = self.rule, self._loss_scale, self._target
+        if scale is None:
+            mend = PASS_OBJECTIVE if rule.learns_by_objective else PASS_SCALE
+            scale = measured_scale(rule.name, delta, logits.detach(), target, rule.loss_factor, rule.objective, mend)
+        elif self._unchecked and target is not None:
+            if is_other_loss(delta, logits.detach(), target, rule.objective):
+                raise ValueError(f"rule '{rule.name}': {not_a_multiple(rule.objective)}. {PASS_OBJECTIVE}")
+            self._unchecked -= 1
+        rule.loss_factor = scale
 
     def _errors(
         self,

@@ -71,6 +71,8 @@ class EnergyRule(PassRule):
 
     within = "block"
     takes_numbers = True
+    learns_by_objective = True
+    learns_beside_output = False  # the errors there stay zero
 
     steps: int = option(20, "steps of settling in each update", minimum=1)
     rate: float = option(0.1, "step size of settling", above=0)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch import nn as torch_nn
 
-    from fa_bench.mechanisms.cut.capture import CapturedActivation
+    from fa_bench.mechanisms.coverage import Coverage
     from fa_bench.mechanisms.trace import Trace
 
 
@@ -37,6 +37,11 @@ class PassRule(CutRule):
     skips_nonlinearities: ClassVar[bool] = False
     #: Whether what follows the last cut learns by the gradient of the loss of the first pass; `gradients` returns None there.
     output_learns_by_delta = False
+<<<<<<< HEAD
+=======
+    #: Whether layers learn at cuts on which the output of the loss does not depend.
+    learns_beside_output = True
+>>>>>>> 26deb6075a224faab85b33084bd04febe4d7f14e
     needs_target = True
 
     def first_argument(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -72,17 +77,12 @@ class PassRule(CutRule):
         """
         raise NotImplementedError
 
-    def connect(self, output: Any, tape: dict[str, CapturedActivation] | None, at: str | None = None) -> Any:
-        from fa_bench.mechanisms.trace import named_results, replaced
+    def wire(self, sample_input: Any) -> Coverage:
+        from fa_bench.mechanisms.cut.coverage import with_untrained
 
-        connected = super().connect(output, tape, at)
-        if connected is None or self.output_learns_by_delta:
-            return connected
-        # A loss on another output would be backpropagated through the whole model.
-        logits = self.logits_of(connected)
-        for tensor in named_results(connected).values():
-            connected = connected if tensor is logits else replaced(connected, tensor, tensor.detach())
-        return connected
+        coverage = super().wire(sample_input)
+        reached = self._trace.result_leaves | (self._trace.below_leaves if self.learns_beside_output else set())
+        return coverage if self.output_learns_by_delta else with_untrained(coverage, self, reached)
 
     def error_points(self, trace: Trace) -> dict[str, tuple[str, str]]:
         """None: no error is delivered to an activation of the first pass."""

@@ -79,9 +79,13 @@ class CutRule(Rule):
     loss_factor = 1.0
     #: Whether targets may be numbers (N, O), because errors come from the objective's loss of them, whatever they are.
     takes_numbers: ClassVar[bool] = False
+    #: Whether all errors are those of the objective, so that another loss would be ignored.
+    learns_by_objective: ClassVar[bool] = False
     #: Whether `gradients` computes the gradients of all parameters, in passes of its own: see `fa_bench.mechanisms.cut.passes`.
     learns_in_passes = False
     output_learns_by_delta = False
+    #: In the table of coverage, what the error of an output layer is.
+    output_source: ClassVar[str] = "is the true one (output layer)"
     #: The rule that this one belongs to, and whose options it uses; None if it is a rule by itself.
     part_of: ClassVar[Rule | None] = None
 
@@ -281,8 +285,10 @@ class CutRule(Rule):
 
     def trainable_cuts(self, trace: Trace) -> set[str]:
         """The cuts at which tensors are learned, because something trainable gets their error."""
-        if not self.crosses:
-            return trace.trainable
+        return self.after_first_trainable(trace) if self.crosses else trace.trainable
+
+    def after_first_trainable(self, trace: Trace) -> set[str]:
+        """The first cut, in the order of execution, that something trainable feeds, and all later ones."""
         executed = [path for path in trace.output_shapes if path in self._cut_modules]
         first = next((number for number, path in enumerate(executed) if path in trace.trainable), len(executed))
         return set(executed[first:])

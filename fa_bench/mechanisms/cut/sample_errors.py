@@ -21,7 +21,8 @@ class SampleErrors:
     Args:
         count: n, the number of training samples.
         classes: C.
-        like: a tensor on the device, whose dtype the errors have, but for those of less than 32 bits.
+        like: a tensor on the device, whose dtype the errors have, but for those of less than 32 bits. They follow a model that
+            is moved or converted later.
 
     Attributes:
         errors: (n, C).
@@ -42,11 +43,11 @@ class SampleErrors:
         return f"the last errors of {len(self.errors):,} training samples take {format_bytes(size)}"
 
     def read(self, indices: Tensor, first: Tensor) -> Tensor:
-        """The errors of the samples `indices` (N,), or `first` (N, C) where there is none, (N, C)."""
-        if self.errors.device != first.device:  # the model was moved
-            self.errors, self.seen = self.errors.to(first.device), self.seen.to(first.device)
+        """The errors of the samples `indices` (N,), or `first` (N, C) where there is none, (N, C), with its device and dtype."""
+        if self.errors.device != first.device or self.errors.dtype != first.dtype:  # the model was moved, or converted
+            self.errors, self.seen = self.errors.to(first), self.seen.to(first.device)
         indices = indices.to(first.device, torch.int64)
-        return torch.where(self.seen[indices].unsqueeze(1), self.errors[indices], first.to(self.errors.dtype))
+        return torch.where(self.seen[indices].unsqueeze(1), self.errors[indices], first)
 
     def write(self, indices: Tensor, errors: Tensor, is_shared: bool = True) -> None:
         """Replace the errors of the samples `indices` (N,) by `errors` (N, C), which `exchange` gives to others if `is_shared`.

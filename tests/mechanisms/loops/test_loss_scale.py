@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fa_bench.mechanisms.cut import delivery
 from fa_bench.mechanisms.loss_scale import is_unscaled, measured_scale
+from fa_bench.objectives.cross_entropy import CrossEntropy
 from tests.mechanisms.loops.chain import (
     LOCAL_LOSSES,
     RULES,
@@ -193,6 +195,11 @@ def test_another_loss_is_right_or_refused_with_a_mend_that_works(variant: str, k
         got, scale = found(variant, [(X, Y, loss)]), factor or 1.0
     except ValueError as error:
         assert variant in OF_LABELS and factor is None
+        if variant in WHOLLY_OF_LABELS:  # which ignore another loss
+            assert "attach it with the one that you train, objective=" in str(error) and "loss_scale" not in str(error)
+            with pytest.raises(ValueError, match=r"not a multiple of that of the mean cross-entropy.*objective="):
+                found(variant, [(X, Y, loss)], loss_scale=1.0)
+            return
         assert "rule.backward(loss, logits, target, loss_scale=1.0)" in str(error)
         got, scale = found(variant, [(X, Y, loss)], loss_scale=1.0), 1.0
     if variant in WHOLLY_OF_LABELS or variant == "forward_forward":  # which classifies other activations
@@ -221,6 +228,32 @@ def test_a_refused_loss_leaves_no_gradient(variant: str) -> None:
     with pytest.raises(ValueError, match=r"not a multiple of that of the mean cross-entropy"):
         rule.backward(F.cross_entropy(logits, Y, label_smoothing=0.2), logits, Y, indices=torch.arange(len(Y)))
     assert not gradients(model)
+
+
+@pytest.mark.parametrize("variant", WHOLLY_OF_LABELS)
+def test_a_given_scale_is_taken_as_it_is_for_losses_of_the_objective(variant: str) -> None:
+    """Also where the gradient at the logits is not finite, is zero, or belongs to no sample; the objective may be another one."""
+    for factor in (1.0, 2.0**16, 0.0, float("inf")):
+        model, rule = chain(variant, torch.float32)
+        logits = model(X)
+        rule.backward(F.cross_entropy(logits, Y) * factor, logits, Y, loss_scale=factor)
+        assert gradients(model)
+    rule = attach(Chain(), variant, objective=CrossEntropy(label_smoothing=0.2))
+    logits = rule.model(X)
+    rule.backward(F.cross_entropy(logits, Y, label_smoothing=0.2) / 4, logits, Y, loss_scale=0.25)
+    assert gradients(rule.model)
+
+
+@pytest.mark.parametrize("variant", WHOLLY_OF_LABELS)
+def test_the_loss_is_compared_in_the_first_passes_alone(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rule = chain(variant, torch.float32)
+    compared = []
+    real = delivery.is_other_loss
+    monkeypatch.setattr(delivery, "is_other_loss", lambda *given: compared.append(1) or real(*given))
+    for _ in range(5):
+        logits = model(X)
+        rule.backward(F.cross_entropy(logits, Y), logits, Y, loss_scale=1.0)
+    assert len(compared) == 3
 
 
 @pytest.mark.parametrize("factor", [1.0, 4.0, 0.25])
