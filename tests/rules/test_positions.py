@@ -260,6 +260,17 @@ def pixels(size: tuple[int, int] = (4, 6)) -> tuple[Tensor, Tensor]:
     return torch.randn(2, 2, *size, dtype=torch.float64, generator=generator), torch.randint(C, (2, *size), generator=generator)
 
 
+@pytest.mark.parametrize("name", ["weight_perturbation", "drtp"])
+def test_wrong_labels_of_pixels_are_named_by_the_number_of_classes(name: str):
+    """There are three classes and six columns: label 4 is out of range."""
+    x, y = pixels()
+    y[1, 2, 3] = 4
+    rule = fa_bench.attach(pixel_net(), name, sample_input=x)
+    logits = rule.model(x)
+    with pytest.raises(ValueError, match="label 4 is out of range: this model has 3 classes"):
+        rule.backward(logits.sum(), logits, y, loss_scale=1.0)
+
+
 def pixel_net() -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -223,10 +223,7 @@ class AlignmentRule(RandomFeedbackRule):
 
     def wire(self, sample_input: Any) -> Coverage:
         self._scale = LossScale(self.name)
-        coverage = super().wire(sample_input)
-        for learned in self._learned:
-            learned.lr_scale = self.b_lr_scale
-        return coverage
+        return super().wire(sample_input)
 
     def pathway(self, layer: LayerContext) -> FeedbackPathway:
         self.put_feedback(layer)
