@@ -151,6 +151,17 @@ def test_labels_are_needed(name: str) -> None:
     assert all(parameter.grad is None for parameter in rule.model.parameters())
 
 
+def test_the_classifier_of_forward_forward_changes_no_gradient_of_hidden_layers() -> None:
+    """Its M is a parameter of the nonlinearity at a middle cut, and no parameter of the model there."""
+    hidden = []
+    for all_layers in (True, False):
+        rule = fa_bench.attach(mlp(8, 7, 9), "forward_forward", all_layers=all_layers)
+        found = learn(rule)
+        assert ("3.feedback_M" in found) == all_layers
+        hidden.append({name: found[name] for name in ("0.weight", "2.weight", "4.weight")})
+    assert all(torch.equal(gradient, hidden[1][name]) for name, gradient in hidden[0].items())
+
+
 OF_OBJECTIVE = ["node_perturbation", "weight_perturbation", "np_feedback", "pepita"]
 
 
