@@ -394,7 +394,6 @@ def _walk(
             table = look_ups.get(node) or id(getattr(node, "variable", None))
             if node in look_ups or table in parameters:
                 (later if past_layer else first).add(table)
-                continue
         if node in node_of:
             (later if past_layer else first).add(node_of[node])
             past_layer = True

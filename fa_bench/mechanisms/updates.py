@@ -169,7 +169,7 @@ class LearnedTensor:
             if not self._fault:
                 self._grace = 2 if self._is_trained() else 0
             self._fault = _NOT_TRAINED
-        elif self.tensor is not self._known and id(self._known) in groups:
+        elif id(self._known) in groups:
             self._fault = _REPLACED
 
     def _compare(self, group: dict[str, Any], weight_group: dict[str, Any]) -> None:

@@ -204,4 +204,4 @@ class NPFeedback(DrawingRule, RandomFeedbackRule):
         changes = {path: lambda tensor, path=path: perturbed(path, tensor) for path in self._layers}
         with set_temporarily([self.mode], "always_layerwise", True):  # a fused kernel would not call the layers
             logits = loss_output(again(self.model, self.mode, first, inputs=changes, precise=True), output)
-        return self.objective.loss(logits, target, "none")
+        return self.objective.loss(logits.to(torch.promote_types(logits.dtype, torch.float32)), target, "none")

@@ -189,6 +189,24 @@ def test_without_gradients_and_without_rules_for_layers_the_plain_module_runs() 
     assert composed(Q, Q, Q)[0].requires_grad and not called
 
 
+@pytest.mark.parametrize(
+    ("module", "call"),
+    [
+        (nn.MultiheadAttention(12, 3, dropout=0.5), lambda m: m(Q, Q, Q)[0]),
+        (nn.MultiheadAttention(12, 3, dropout=0.5), lambda m: m(Q, Q, Q, need_weights=False)[0]),
+        (nn.LSTM(12, 6, num_layers=2, dropout=0.5), lambda m: m(Q)[0]),
+    ],
+    ids=["attention with weights", "attention", "LSTM"],
+)
+def test_evaluation_has_no_dropout_with_gradients_either(module: nn.Module, call: Any) -> None:
+    composed = layerwise(copy.deepcopy(module.eval()))
+    torch.testing.assert_close(call(composed), call(module))
+
+
+def test_layers_are_in_the_order_of_use() -> None:
+    assert [name for name, _ in layerwise(nn.MultiheadAttention(12, 3)).named_children()] == ["in_proj", "out_proj"]
+
+
 def test_no_trace_is_left_and_models_can_be_copied_and_pickled() -> None:
     parts = nn.ModuleList([nn.LSTM(4, 6), nn.GRUCell(4, 6), nn.Bilinear(3, 4, 5)])
     model: Any = nn.Sequential(nn.TransformerEncoderLayer(12, 3, 8), parts)

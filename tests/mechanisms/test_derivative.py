@@ -253,6 +253,25 @@ def test_a_module_whose_forward_contains_functions_is_none() -> None:
         fa_bench.attach(mlp(Steep()), "fa", derivative="dual", sample_input=X)
 
 
+def test_without_an_error_at_the_logits_the_scale_is_the_last_one() -> None:
+    """A certain net has none, but the loss may contain a penalty of activations, which has the same scale as before."""
+    found = []
+    for call in ({}, {"loss_scale": 0.25}):
+        model = mlp(nn.Tanh())
+        rule = fa_bench.attach(model, "dual_propagation", beta=5.0)
+        gradients(model, rule, factor=0.25)
+        with torch.no_grad():
+            model[4].bias.copy_(torch.tensor([1e4, 0.0, 0.0]))
+        activations: list[Tensor] = []
+        model[3].register_forward_hook(lambda module, args, output: activations.append(output))
+        model.zero_grad()
+        logits = model(X)
+        loss = F.cross_entropy(logits, torch.zeros_like(Y)) + activations[0].square().mean()
+        rule.backward(loss / 4, logits, torch.zeros_like(Y), **call)
+        found.append([p.grad for p in model.parameters()][:4])
+    assert all(torch.equal(one, two) and one.any() for one, two in zip(*found, strict=True))
+
+
 def test_a_model_without_nonlinearities_says_so() -> None:
     rule = fa_bench.attach(nn.Sequential(nn.Linear(8, 7), nn.Linear(7, 3)), "fa", derivative="dual")
     assert "This model has no nonlinear modules whose derivative could be replaced." in str(rule.coverage)

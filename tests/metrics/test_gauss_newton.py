@@ -12,6 +12,7 @@ import fa_bench
 from fa_bench.errors import ConfigError
 from fa_bench.metrics.meter import AlignmentMeter
 from fa_bench.metrics.probes.gauss_newton_angle import GaussNewtonAngle, gauss_newton, jacobian
+from fa_bench.objectives.cross_entropy import CrossEntropy
 
 X = torch.randn(5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = torch.tensor([0, 1, 2, 0, 1])
@@ -80,6 +81,37 @@ def test_learned_inverses_come_nearer_to_gauss_newton_than_backpropagation() -> 
     after = measured(model, rule)
     assert after["gauss_newton_angle"]["2"] < 5 < after["gauss_newton_angle_bp"]["2"]
     assert after["gauss_newton_angle"]["2"] < before["gauss_newton_angle"]["2"] - 20
+
+
+class Parts(nn.Module):
+    """fc1 - fc2 - fc2 - fc3, and a second output that the loss does not depend on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.fc1, self.fc2, self.fc3 = nn.Linear(7, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.side1, self.side2 = nn.Linear(6, 5), nn.Linear(5, 2)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h = self.fc1(x).tanh()
+        return self.fc3(self.fc2(self.fc2(h).tanh()).tanh()), self.side2(self.side1(h).tanh())
+
+
+def test_only_activations_that_occur_once_and_carry_an_error_have_an_angle() -> None:
+    """fc2 runs twice, on its own activation; what enters side2 has no error, and a frozen layer's activation has none."""
+    rule = fa_bench.attach(Parts().double(), "bp", objective=CrossEntropy(output=0))
+    assert set(measured(rule.model, rule)["gauss_newton_angle"]) == {"fc1"}
+    model = mlp()
+    model[0].requires_grad_(False)
+    found = measured(model, fa_bench.attach(model, "fa"))
+    assert set(found["gauss_newton_angle"]) == set(found["gauss_newton_angle_bp"]) == {"2"}
+
+
+def test_an_activation_without_an_error_of_the_rule_has_no_angle() -> None:
+    """The classifier alone gets an error by the rule; by backpropagation all layers do."""
+    model = mlp()
+    rule = fa_bench.attach(model, "frozen")
+    assert measured(model, rule) == {"gauss_newton_angle": {}, "gauss_newton_angle_bp": {}}
 
 
 def test_outputs_with_positions_are_refused() -> None:

@@ -23,6 +23,7 @@ from fa_bench.metrics.probes.base import Probe, Probes, Subject, state_restored
 from fa_bench.metrics.probes.depth_utility import estimate_running_statistics
 from fa_bench.metrics.probes.gradient_norm import norms_and_errors
 from fa_bench.models.conv2 import Conv2
+from fa_bench.models.lstm import LSTM
 from fa_bench.models.mlp import MLP
 from fa_bench.models.resnet import ResNet20
 from fa_bench.registry.registries import PROBES
@@ -527,6 +528,19 @@ def test_readout_of_sequences_is_of_their_mean_and_of_the_first_run_of_a_layer()
     x, _ = next(subject.splits.test.batches(20))
     with torch.no_grad():
         np.testing.assert_allclose(seen["again"], subject.model.first(x.flatten(1, 2)).tanh().mean(1), atol=1e-6)
+
+
+def test_readout_of_a_recurrent_layer_is_of_its_last_state() -> None:
+    """The first input of its recurrent weight is the initial state, which is zero."""
+    torch.manual_seed(0)
+    subject = subject_of(LSTM(width=8).build((1, 6, 6), 3))
+    model: nn.Module = subject.model
+    layer = "rnn.hh_l0"
+    seen = next(iter(readout._activations(subject, subject.splits.test, {layer: layer})))[0]
+    x, _ = next(subject.splits.test.batches(20))
+    with torch.no_grad():
+        before_last = model.rnn(model.read(x)[:, :-1])[0][:, -1]
+    np.testing.assert_allclose(seen[layer], before_last, atol=1e-6)
 
 
 def test_weights_that_the_user_froze_have_a_gradient_norm_and_no_update() -> None:

@@ -268,6 +268,35 @@ def test_a_projection_shortcut_carries_an_error(pooled: bool) -> None:
     assert not torch.allclose(*errors), "the stem's gradient comes in part through the projection's feedback"
 
 
+def test_one_step_is_measured_where_the_module_after_a_cut_works_in_place() -> None:
+    found = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace), nn.Linear(6, 5), nn.ReLU(inplace), nn.Linear(5, 3))
+        rule = fa_bench.attach(model, "dfa", cuts=["0", "2"])
+        meter = AlignmentMeter(rule, torch.randn(8, 4), torch.arange(8) % 3, metrics=["delta_angle_one_step"])
+        found.append(meter.measure()["delta_angle_one_step"])
+    assert found[0] == found[1] and found[0].keys() == {"0", "2", "4"}
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.attention, self.head = nn.Linear(4, 6), nn.MultiheadAttention(6, 2, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        return self.head(self.attention(h, h, h)[0].mean(1))
+
+
+@pytest.mark.parametrize("name", ["bp", "kp"])
+def test_layers_of_attention_are_measured_whatever_the_rule_does_with_them(name: str) -> None:
+    """In training, `bp` leaves attention to a fused kernel, which calls no layers."""
+    rule = fa_bench.attach(Attends(), name, sample_input=torch.randn(2, 5, 4))
+    meter = AlignmentMeter(rule, torch.randn(8, 5, 4), torch.arange(8) % 3, metrics=["delta_angle"])
+    assert meter.measure()["delta_angle"].keys() == {"embed", "attention.in_proj", "attention.out_proj", "head"}
+
+
 def test_a_meter_measures_the_metrics_that_are_named_alone() -> None:
     rule = fa_bench.attach(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), "fa", seed=0)
     x, y = torch.randn(5, 4), torch.arange(5) % 2

@@ -185,6 +185,24 @@ def test_within_layer_an_embedding_needs_a_cut_of_its_own():
     assert not fa_bench.attach(frozen, "dfa", sample_input=x, cuts=cuts).coverage.uncovered
 
 
+class Factorised(nn.Embedding):
+    """A look-up in a narrow table, and a layer that widens its result."""
+
+    def __init__(self, words: int, narrow: int, width: int) -> None:
+        super().__init__(words, narrow)
+        self.widen = nn.Linear(narrow, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.widen(super().forward(x))
+
+
+@pytest.mark.parametrize("cut", ["0", "1"])
+def test_a_layer_within_an_embedding_gets_its_error_from_the_cut_after_it(cut: str):
+    model = nn.Sequential(Factorised(VOCABULARY, 3, 4), nn.Tanh(), nn.Flatten(), nn.Linear(4 * T, 3))
+    rule = fa_bench.attach(model, "dfa", sample_input=words()[0], cuts=[cut])
+    assert {entry.layer: entry.feedback for entry in rule.coverage.covered}["0.widen"] == f"comes from the cut at {cut}"
+
+
 def test_a_position_table_alone_misses_its_cut_by_name():
     cuts = ["embed", "*.q", "*.k", "*.v", "*.attn", "*.act", "*.narrow"]
     with pytest.raises(CoverageError, match=r"uncovered: place \(no cut point between it and the next layer\)\."):

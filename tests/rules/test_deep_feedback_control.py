@@ -331,6 +331,17 @@ def test_a_pooling_stands_for_the_nonlinearity_before_it() -> None:
     assert all(torch.isfinite(tensor).all() for tensor in learn(model, rule, x, y).values())
 
 
+@pytest.mark.parametrize(
+    "between", [[nn.Dropout(0.5)], [nn.Identity()], [nn.Softsign()] * 2], ids=["dropout", "identity", "twice"]
+)
+def test_what_is_no_nonlinearity_of_its_own_does_not_stand_for_a_pooling(between: list[nn.Module]) -> None:
+    """Dropout and identities are none, and one that runs twice has no one place."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), *between, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 3))
+    rule = fa_bench.attach(model, "dfc", sample_input=torch.zeros(4, 2, 6, 6), cuts=[str(2 + len(between))])
+    assert set(rule.feedback) == {"1"}
+
+
 def test_passes_of_half_precision_are_repeated_in_single() -> None:
     """The change of a voltage of size 1 is a thousandth of it, below the eight bits of bfloat16."""
     found = []

@@ -57,6 +57,17 @@ def test_gradients_are_those_of_the_summed_loss(net: str) -> None:
         assert_bitwise(rule_grads(model, rule, x, y), bp_grads(BUILD[net](), x, y))
 
 
+def test_classifiers_after_a_trainable_layer_learn_although_their_own_part_is_frozen() -> None:
+    """Their errors cross the frozen layers; before the first trainable one, nothing learns from them."""
+    for frozen, rests in (("fc2", []), ("fc1", ["act1"])):
+        model, (x, y) = nets.mlp(), nets.batch("mlp_tanh")
+        model.get_submodule(frozen).requires_grad_(False)
+        rule = fa_bench.attach(model, "bp_deepsup", sample_input=x, cuts=["act1", "act2"], decoder_init="pytorch")
+        rule_grads(model, rule, x, y)
+        learned = {cut: [one.tensor.grad is not None for one in rule.learned_at(cut)] for cut in rule.feedback}
+        assert learned == {cut: [cut not in rests] * len(learned[cut]) for cut in ("act1", "act2")}
+
+
 def test_weight_zero_is_backpropagation() -> None:
     """Bit for bit: what the cuts add is zero. With another weight the first layer learns otherwise, the output layer does not."""
     model, rule, x, y = attached("conv", weight=0.0)

@@ -277,3 +277,11 @@ def test_positions_that_correspond_are_averaged(of_output: int, of_cut: int) -> 
 def test_options_out_of_range_are_refused(options: dict) -> None:
     with pytest.raises(fa_bench.errors.OptionError, match=next(iter(options))):
         attached(**options)
+
+
+def test_sums_over_the_batch_are_in_single_precision() -> None:
+    """512 products of 40 000 are more than half precision has room for; their mean is not."""
+    _, rule, _, _ = attached("one")
+    wide = torch.full((512, 5), 200.0, dtype=torch.float16)
+    rule.noise_and_tangent = lambda: ({"act1": wide}, wide[:, :3])
+    assert torch.equal(rule.estimate("act1"), torch.full((3, 5), 40_000.0))

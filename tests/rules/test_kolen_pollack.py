@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fa_bench
+from fa_bench.optim.muon import Muon
 from fa_bench.optim.optimizers import Optimizers
 from fa_bench.optim.sgd import SGD
 
@@ -178,3 +179,13 @@ def test_a_gradient_of_b_that_was_removed_is_not_replaced_by_that_of_w():
             optimizers.clip(1.0)
         optimizers.step()
         assert all(torch.equal(a, b) == removed for a, b in zip(before, rule.feedback_parameters(), strict=True))
+
+
+def test_gradients_are_shared_only_if_every_optimizer_only_reads_them():
+    """Muon is not fused: B's gradient is then its own, also if W's optimizer is."""
+    for of_feedback, is_shared in ((SGD(lr=0.1), True), (Muon(lr=0.1), False)):
+        model, (x, y) = nets.mlp().float(), nets.batch("mlp")
+        rule = fa_bench.attach(model, "kp", seed=0)
+        Optimizers(SGD(lr=0.1), rule, 1, of_feedback).share_gradients()
+        rule.backward(F.cross_entropy(model(x.float()), y))
+        assert all((tensor.grad is None) == is_shared for tensor in rule.feedback_parameters())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import fa_bench
 from fa_bench.errors import CoverageError
 from fa_bench.mechanisms.second_pass import Draws
+from fa_bench.objectives.cross_entropy import CrossEntropy
 from fa_bench.objectives.mse import MSE
 
 RULES = ["node_perturbation", "weight_perturbation", "np_feedback", "pepita", "forward_forward"]
@@ -150,6 +151,17 @@ def test_labels_are_needed(name: str) -> None:
     assert all(parameter.grad is None for parameter in rule.model.parameters())
 
 
+def test_the_classifier_of_forward_forward_changes_no_gradient_of_hidden_layers() -> None:
+    """Its M is a parameter of the nonlinearity at a middle cut, and no parameter of the model there."""
+    hidden = []
+    for all_layers in (True, False):
+        rule = fa_bench.attach(mlp(8, 7, 9), "forward_forward", all_layers=all_layers)
+        found = learn(rule)
+        assert ("3.feedback_M" in found) == all_layers
+        hidden.append({name: found[name] for name in ("0.weight", "2.weight", "4.weight")})
+    assert all(torch.equal(gradient, hidden[1][name]) for name, gradient in hidden[0].items())
+
+
 OF_OBJECTIVE = ["node_perturbation", "weight_perturbation", "np_feedback", "pepita"]
 
 
@@ -193,6 +205,24 @@ def test_a_loss_in_half_precision_is_perturbed_in_single(name: str) -> None:
             rule.backward(F.cross_entropy(logits, Y), logits, Y)
         found.append(model[0].weight.grad)
     assert cosine(*found) > 0.99 and found[1].norm() > 0.9 * found[0].norm()
+
+
+@pytest.mark.parametrize("name", ["node_perturbation", "weight_perturbation", "np_feedback", "epc", "pc"])
+def test_the_losses_of_a_model_in_half_precision_are_in_single(name: str) -> None:
+    """With eight bits, two losses that differ by the effect of noise would be one number."""
+    seen: set[torch.dtype] = set()
+
+    class Watched(CrossEntropy):
+        def loss(self, outputs: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+            seen.add(outputs.dtype)
+            return super().loss(outputs, target, reduction)
+
+    model = mlp(8, 7).bfloat16()
+    model.blocks = model.cut_points  # type: ignore[assignment]
+    rule = fa_bench.attach(model, name, objective=Watched())
+    logits = model(X.bfloat16())
+    rule.backward(F.cross_entropy(logits, Y), logits, Y)
+    assert seen == {torch.float32}
 
 
 @pytest.mark.parametrize("name", [*RULES, "ddtp_linear", "ldrl", "fdfa", "grape", "dfc"])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fa_bench
 from fa_bench.errors import CoverageError
-from fa_bench.mechanisms.cut.positions import IGNORED, feature_axis
+from fa_bench.mechanisms.cut.positions import IGNORED, Layout, feature_axis
 from fa_bench.mechanisms.loss_scale import is_unscaled, measured_scale
 from fa_bench.metrics.meter import AlignmentMeter
 from fa_bench.objectives.base import Objective
@@ -260,6 +260,17 @@ def pixels(size: tuple[int, int] = (4, 6)) -> tuple[Tensor, Tensor]:
     return torch.randn(2, 2, *size, dtype=torch.float64, generator=generator), torch.randint(C, (2, *size), generator=generator)
 
 
+@pytest.mark.parametrize("name", ["weight_perturbation", "drtp"])
+def test_wrong_labels_of_pixels_are_named_by_the_number_of_classes(name: str):
+    """There are three classes and six columns: label 4 is out of range."""
+    x, y = pixels()
+    y[1, 2, 3] = 4
+    rule = fa_bench.attach(pixel_net(), name, sample_input=x)
+    logits = rule.model(x)
+    with pytest.raises(ValueError, match="label 4 is out of range: this model has 3 classes"):
+        rule.backward(logits.sum(), logits, y, loss_scale=1.0)
+
+
 def pixel_net() -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -416,6 +427,20 @@ def test_positions_that_do_not_match_are_refused_by_name():
         rule.backward(logits.sum(), logits)
     with pytest.raises(CoverageError, match=r"cut 'act' .*labels at \(2,\) positions: a local loss needs the same"):
         fa_bench.attach(Pooled(Pairs()).double(), "local_error", sample_input=tokens()[0], objective=TokenLoss())
+
+
+def test_a_cut_whose_first_axis_is_not_that_of_the_samples_is_refused():
+    """(T, N, F) of two samples and four tokens: the sizes of the other axis would match."""
+    model = nn.Sequential(nn.Linear(7, 5), Swapped(), nn.Tanh(), Swapped(), nn.Linear(5, C))
+    with pytest.raises(CoverageError, match=r"cut '2' has activations of shape \(4, 2, 5\).*the batch comes first"):
+        fa_bench.attach(model, "dfa", cuts=["2"], sample_input=torch.randn(2, 4, 7))
+    with pytest.raises(CoverageError, match="the batch comes first"):
+        Layout("act", 2).matched(torch.zeros(2, 4, C), torch.Size((4, 2, 5)))
+
+
+class Swapped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(0, 1)
 
 
 @pytest.mark.parametrize("length", [5, 6])

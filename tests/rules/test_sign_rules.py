@@ -123,6 +123,20 @@ def test_magnitudes_are_xavier_uniform(name):
     assert angle == pytest.approx(math.degrees(math.acos(0.75)), abs=1)  # two independent uniforms: E|w|E|m| / E w^2 = 3/4
 
 
+def test_magnitudes_that_were_replaced_count_by_their_absolute_value():
+    """Neither the memory nor the number of changes of the new M shows whether it has been looked at: both do."""
+    model, rule = attached("frsf")
+    model(nets.batch("conv")[0])
+    model.eval()
+    for layer in layer_names(model):
+        before, old = rule.effective_feedback(layer).clone(), rule.feedback[layer]["M"]
+        new = -old
+        while new._version < old._version:
+            new.add_(0.0)
+        model.get_submodule(layer).feedback_M = new
+        assert torch.equal(rule.effective_feedback(layer), before)
+
+
 @pytest.mark.parametrize("name", ["brsf", "frsf"])
 def test_negative_magnitudes_count_by_their_absolute_value(name):
     """B = |M| sign(W), whatever sign was written into M."""

@@ -107,3 +107,16 @@ def test_gradients_that_were_handed_out_stay_as_they_are(name: str) -> None:
         tensor.grad = None
     gradients(rule, batches[1:])
     assert held and all(torch.equal(grad, copy) for grad, copy in zip(held, copies, strict=True))
+
+
+@pytest.mark.parametrize("net", ["mlp_tanh", "conv"])
+def test_gradients_that_autograd_returns_are_the_caller_s_to_change(net: str) -> None:
+    """Those of W and B are equal, and a change of one does not reach the other."""
+    model, (x, y) = nets.NETS[net](), nets.batch(net)
+    fa_bench.attach(model, "kp", seed=0, sample_input=x)
+    layer = next(module for module in model.modules() if hasattr(module, "feedback_B"))
+    of_weight, of_feedback = torch.autograd.grad(F.cross_entropy(model(x), y), [layer.weight, layer.feedback_B])
+    assert torch.equal(of_weight, of_feedback) and of_weight.any()
+    kept = of_feedback.clone()
+    of_weight.zero_()
+    assert torch.equal(of_feedback, kept)

@@ -274,6 +274,20 @@ def test_hash_of_the_batches_is_that_of_the_first_one_of_every_epoch() -> None:
     assert seen == [want[1]] * 3 + [want[2]] * 3
 
 
+def test_gradients_are_seen_before_they_are_clipped() -> None:
+    rule, seen = fa_bench.attach(make_model(), "fa"), []
+    weight: Any = rule.model.get_submodule("fc1").weight
+    fit(rule, load(), 1, clip_norm=1e-6, on_gradients=lambda step: seen.append(weight.grad.norm().item()))
+    assert len(seen) == 3 and min(seen) > 1e-4
+
+
+def test_rules_are_told_every_epoch_by_its_number_from_zero() -> None:
+    rule, epochs = fa_bench.attach(make_model(), "fa"), []
+    rule.begin_epoch = epochs.append  # type: ignore[method-assign]
+    fit(rule, load(), 2)
+    assert epochs == [0, 1]
+
+
 def test_histograms_see_the_gradients_of_the_step_before_its_update() -> None:
     rule = fa_bench.attach(make_model(), "kp", seed=1)
     weight = rule.model.fc1.weight

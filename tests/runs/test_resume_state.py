@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import json
@@ -360,3 +361,16 @@ def test_every_field_of_a_saved_progress_is_checked(field: str) -> None:
             load(value)
     if field == "loss_sum":
         assert getattr(load(None, Progress(epoch=2, step=8)), field) is None, "no batch has been summed yet"
+
+
+def test_the_state_of_a_rule_is_restored_after_that_of_its_model() -> None:
+    """As `Rule.load_state_dict` promises: a rule may look at the model."""
+    rule = fa_bench.attach(nn.Sequential(nn.Linear(4, 3)), "bp")
+    optimizers, weight = Optimizers(SGD(lr=0.1), rule, epochs=1), rule.model.get_parameter("0.weight")
+    state = copy.deepcopy(checkpoint.capture(Progress(), rule, optimizers))
+    with torch.no_grad():
+        weight.add_(1)
+    seen: list[torch.Tensor] = []
+    rule.load_state_dict = lambda _: seen.append(weight.detach().clone())  # type: ignore[method-assign]
+    checkpoint.restore(state, rule, optimizers)
+    assert torch.equal(seen[0], state["model"]["0.weight"])

@@ -37,11 +37,8 @@ class PassRule(CutRule):
     skips_nonlinearities: ClassVar[bool] = False
     #: Whether what follows the last cut learns by the gradient of the loss of the first pass; `gradients` returns None there.
     output_learns_by_delta = False
-<<<<<<< HEAD
-=======
     #: Whether layers learn at cuts on which the output of the loss does not depend.
     learns_beside_output = True
->>>>>>> 26deb6075a224faab85b33084bd04febe4d7f14e
     needs_target = True
 
     def first_argument(self, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import fa_bench
 from fa_bench.errors import CoverageError
+from fa_bench.mechanisms.structure import PART_ATTRIBUTE
 from fa_bench.registry.registries import ALGORITHMS
 
 from .scripts import attached, data, net, sgd, steps
@@ -197,3 +198,10 @@ def test_a_layer_that_was_taken_out_belongs_to_no_model_after_detach():
     rule.detach()
     other = fa_bench.attach(nn.Sequential(old, nn.Linear(16, 3).double()), "kp")
     assert rule.name == "fa" and list(other.feedback) == ["0", "1"]
+
+
+def test_detach_takes_the_mark_from_copies_that_were_put_in_later_too():
+    model, rule = attached("fa")
+    model[1] = copy.deepcopy(model[1])
+    rule.detach()
+    assert not any(PART_ATTRIBUTE in module.__dict__ for module in model.modules())

@@ -333,3 +333,18 @@ def test_a_module_with_a_replaced_forward_method_is_named(name: str, path: str) 
     assert type(module) in (nn.Linear, nn.LSTM) and not list(module.children())
     del module.forward
     assert not fa_bench.attach(model, name).coverage.uncovered
+
+
+def test_products_with_the_input_that_are_added_up_pass_no_error_on() -> None:
+    """Nothing below them learns, and their sum is an activation, not a weight."""
+
+    class TwoTables(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p, self.q, self.head = nn.Parameter(torch.randn(4, 5)), nn.Parameter(torch.randn(4, 5)), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head((x @ self.p + x @ self.q).tanh())
+
+    rule = fa_bench.attach(TwoTables(), "fa", sample_input=torch.randn(2, 4))
+    assert not rule.coverage.uncovered and set(rule.coverage.local) == {"p", "q"}

@@ -151,6 +151,17 @@ def test_tensors_replaced_after_the_optimizer_was_made_are_an_error(name, traine
     steps(model, rule, torch.optim.SGD(model.parameters(), lr=0.1, fused=fused), 3)
 
 
+@pytest.mark.parametrize("name", ["kp", "pfa", "dkp", "predsim", "dfc"])
+def test_tensors_replaced_in_training_are_noticed_without_the_rules_step(name):
+    """By the backward pass, whichever way the rule computes gradients."""
+    model, rule = attached(name)
+    optimizer = sgd(model.parameters())
+    steps(model, rule, optimizer, 3, rule_step=False)
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    with pytest.raises(StateError, match=REPLACED):
+        steps(model, rule, optimizer, 3, rule_step=False)
+
+
 @pytest.mark.parametrize("name", LEARNED)
 def test_assigned_state_and_a_new_optimizer_go_on_as_before(name):
     one, two = attached(name), attached(name)

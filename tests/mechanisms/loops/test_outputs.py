@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fa_bench
 from fa_bench.errors import CoverageError
 from tests.mechanisms.loops.chain import (
     COVERS_ALL,
@@ -128,6 +129,20 @@ def both(model: Net, rule: Any, kind: str, parts: tuple[int, ...] = (0, 1), main
     loss = sum(F.cross_entropy(outputs[number], Y % (3 - number)) for number in parts)
     rule.backward(loss, outputs[main], Y % (3 - main), indices=torch.arange(len(Y)))
     return gradients(model)
+
+
+@pytest.mark.parametrize("name", ["weight_perturbation", "pepita", "epc"])
+def test_a_loss_on_another_output_moves_nothing_where_a_rule_computes_all_gradients(name: str) -> None:
+    """It would be backpropagated through the whole model."""
+    found = []
+    for weight in (0.0, 1.0):
+        model = Net(lambda one, two: (one, two))
+        rule = fa_bench.attach(model, name, output=0, sample_input=X)
+        logits, other = model(X)
+        rule.backward(F.cross_entropy(logits, Y) + weight * other.square().mean(), logits, Y, loss_scale=1.0)
+        found.append(gradients(model))
+    assert found[0] and found[0].keys() == found[1].keys()
+    assert all(torch.equal(gradient, found[1][key]) for key, gradient in found[0].items())
 
 
 @pytest.mark.parametrize("kind", PACKS)

@@ -126,6 +126,7 @@ def test_the_runner_gives_feedback_the_gradient_of_its_own_layer_alone(how):
     rule = fa_bench.attach(model, "kp", allow_uncovered=True)
     x, y = data()
     optimizers = Optimizers(SGD(lr=0.1, momentum=0.0, weight_decay=0.0), rule, epochs=1)
+    optimizers.share_gradients()  # as the training loop does
     logits = model(x)
     rule.backward(nn.functional.cross_entropy(logits, y), logits, y)
     before, own = model.b.feedback_B.detach().clone(), model.b.feedback_B.grad.clone()
