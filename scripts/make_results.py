@@ -1,12 +1,12 @@
 """Writes docs/results.md and the README's results from the files in docs/data, and adds results of finished sweeps to docs/data.
 
     python scripts/make_results.py
-    python scripts/make_results.py collect NAME "COMMAND" DIR...
+    python scripts/make_results.py collect [--commits] NAME "COMMAND" DIR...
 
 `collect` writes a report on the runs in DIR and keeps its tables as docs/data/NAME/report.csv, runs.csv, layers.csv and
-published.csv, beside about.yaml: the command, the commit, versions and the machine. It refuses runs of several commits, or of
-modified code. The templates, docs/data/*.jinja, have the prose; every number of a table, and every number that prose takes from
-a run, comes from the files. A test compares the committed page with the output.
+published.csv, beside about.yaml: the command, the commit, versions and the machine. It refuses runs of several commits unless
+`--commits` is given, and runs of modified code. The templates, docs/data/*.jinja, have the prose; every number of a table, and
+every number that prose takes from a run, comes from the files. A test compares the committed page with the output.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Study:
         threads = "one thread a run" if about["threads"] == 1 else f"{about['threads']} threads a run"
         command = "\n".join(f"    {line}" for line in about["command"].splitlines())
         return (
-            f"{command}\n\nCommit {about['commit'][:7]}, torch {about['torch']}, Python {about['python']}, {about['processor']}, "
+            f"{command}\n\n{_commits(about['commit'])}, torch {about['torch']}, Python {about['python']}, {about['processor']}, "
             f"{threads}, {listed}."
         )
 
@@ -145,6 +145,11 @@ class Study:
             frame = frame.sort_values(sort, ascending=False, na_position="last", kind="stable")
         cells = [[_cell(row, column) for column in columns] for _, row in frame.iterrows()]
         return _markdown(columns, cells)
+
+
+def _commits(commits: str) -> str:
+    short = [commit[:7] for commit in commits.split()]
+    return f"Commit {short[0]}" if len(short) == 1 else f"Commits {' and '.join(short)}"
 
 
 def _is_blank(value: Any) -> bool:
@@ -237,18 +242,25 @@ def render_readme() -> str:
     return f"{before}{START}{render(README_TEMPLATE)}{END}{rest.split(END)[1]}"
 
 
-def collect(name: str, command: str, folders: list[Path]) -> Path:
+def collect(name: str, command: str, folders: list[Path], commits: bool = False) -> Path:
     """Keep the tables of a report on the runs in `folders` as docs/data/NAME.
 
+    Args:
+        name: of the study.
+        command: what produced the runs, as shown above the table.
+        folders: of runs or sweeps.
+        commits: accept runs of several commits, whose results were compared; all are then named above the table.
+
     Raises:
-        SystemExit: for runs of several commits, machines' versions or numbers of threads, or of code with uncommitted changes.
+        SystemExit: for runs of several commits (without `commits`), versions or numbers of threads, or of uncommitted changes.
     """
     results = [json.loads(path.read_text(encoding="utf-8")) for folder in folders for path in folder.rglob("seed*/result.json")]
     if not results:
         raise SystemExit(f"no results in {', '.join(map(str, folders))}")
+    hashes = {result["git"]["commit"] for result in results}
     about = {
         "command": command,
-        "commit": _one("commit", {result["git"]["commit"] for result in results}),
+        "commit": " ".join(sorted(hashes)) if commits else _one("commit", hashes),
         "torch": _one("version of torch", {result["versions"]["torch"] for result in results}),
         "python": _one("version of Python", {result["versions"]["python"] for result in results}),
         "processor": _processor(),
@@ -288,12 +300,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="action")
     adding = commands.add_parser("collect", help="keep the tables of finished runs in docs/data")
+    adding.add_argument("--commits", action="store_true", help="accept runs of several commits")
     adding.add_argument("name")
     adding.add_argument("command")
     adding.add_argument("folders", metavar="DIR", nargs="+", type=Path)
     arguments = parser.parse_args()
     if arguments.action == "collect":
-        print(collect(arguments.name, arguments.command, arguments.folders))
+        print(collect(arguments.name, arguments.command, arguments.folders, arguments.commits))
     else:
         PAGE.write_text(render(), encoding="utf-8")
         README.write_text(render_readme(), encoding="utf-8")
