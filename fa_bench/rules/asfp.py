@@ -34,11 +34,11 @@ class ASFP(SharingRule):
 
     Eqs 39-42 of Woo et al. 2021.
 
-    e_in = g B; gradient of W = gᵀ x with the true input; gradient of B = gᵀ h̃ with the shared activation h̃ of `asap`, so that B
+    e_in = g B; gradient of W = gᵀ x with the true input; gradient of B = gᵀ h̃ with the shared activation h̃ of `asap`, so B
     follows W only to the extent that the activations agree. The shared activations, their matching, the frozen stem and the fully
-    connected layers are those of `asap`, and so are the options `k`, `match`, `linear`, `b_init` and `linear_b_init`.
+    connected layers are the same as in `asap`, and so are the options `k`, `match`, `linear`, `b_init` and `linear_b_init`.
 
-    Choice: ``transport``, which would leave no B to learn, is refused.
+    Choice: ``transport`` is refused, because it would leave no B to learn.
     """
 
     equations = (

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("dkp")
 @dataclasses.dataclass(eq=False)
 class DKP(LearnedCutRule):
-    """Direct Kolen-Pollack: direct feedback that learns to read the activations out.
+    """Direct Kolen-Pollack: direct feedback that learns as a readout of the activations.
 
     Eqs 3, 7 and 8 of "Learning the connections in direct feedback alignment".
 
@@ -30,9 +30,9 @@ class DKP(LearnedCutRule):
     So B is a linear readout of a, trained on the network's output error, and a Bᵀ aligns with the logits. At the last hidden
     activation the gradient of B is that of the output layer's weight.
 
-    If δ has positions (tokens, pixels), B (C, F) is the same for all, and its gradient is the sum of δᵀ a over samples and
-    positions. The options `within`, `error_at` and `positions` are those of `dfa`; with `error_at`, a Bᵀ aligns with the output
-    of that module, and with ``positions=shared`` the gradient of B is δᵀ times the sum of a over its positions.
+    If δ has positions (tokens, pixels), B (C, F) is the same for all of them, and its gradient is the sum of δᵀ a over samples
+    and positions. The options `within`, `error_at` and `positions` are those of `dfa`; with `error_at`, a Bᵀ aligns with the
+    output of that module, and with ``positions=shared`` the gradient of B is δᵀ times the sum of a over its positions.
 
     B needs a much lower learning rate than W, or training diverges. It gets its own optimizer, schedule and decay with
     ``optimizer@feedback_optimizer=sgd feedback_optimizer.lr=1e-4 ...``; otherwise it shares W's, and `b_lr_scale` sets its rate

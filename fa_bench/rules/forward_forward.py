@@ -63,7 +63,7 @@ class ForwardForward(DrawingRule, PassRule):
     weights N(0, 1/fan_out), SGD at 1e-3 with momentum 0.9 and decay 3e-4, for the classifier 1e-2 and 3e-3, a rate that falls
     linearly to zero over the second half of 100 epochs, batches of 100.
 
-    Dropout masks are the same in all passes, and those of the positive and the negative one. Batch normalisation uses each
+    Dropout masks are the same in all passes, including the positive and the negative one. Batch normalisation uses each
     pass's own statistics. Multiplications: two further forward passes, and half a backward pass for each.
     """
 
@@ -77,9 +77,9 @@ class ForwardForward(DrawingRule, PassRule):
 
     theta: float | None = option(None, "threshold of the goodness; null: the number of the layer's values", above=0)
     peer_norm: float = option(0.03, "weight of the differences between the units' mean activities", minimum=0)
-    full_gradient: bool = option(True, "the nonlinearities' derivative is 1")
+    full_gradient: bool = option(True, "use 1 as the derivative of nonlinearities")
     label_scale: float = option(1.0, "value that marks the label in the input", above=0)
-    all_layers: bool = option(True, "classify all activations but the first, not only the last one")
+    all_layers: bool = option(True, "classify all activations except the first, not only the last one")
     prediction: str = option("classifier", "how labels are predicted", choices=["classifier", "goodness"])
 
     output_learns_by_delta = True
