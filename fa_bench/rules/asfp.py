@@ -30,7 +30,7 @@ class FeedbackPathSharing(SharedActivationFeedback):
 @ALGORITHMS.register("asfp")
 @dataclasses.dataclass(eq=False)
 class ASFP(SharingRule):
-    """Activation sharing in the feedback path: an earlier activation enters the gradient of B alone.
+    """Activation sharing in the feedback path: an earlier activation enters only the gradient of B.
 
     Eqs 39-42 of Woo et al. 2021.
 

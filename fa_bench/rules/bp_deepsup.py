@@ -37,7 +37,7 @@ class BPDeepSup(LocalRule):
     its weight is initially zero (`decoder_init`), and it learns with the optimizer of the weights. The difference between the two
     rules is what local losses lose by stopping errors at the cuts.
 
-    Not checked against the papers: the form and the weights of the auxiliary losses. Lee et al. let the auxiliary losses fade
+    The form and the weights of the auxiliary losses were not checked against the papers. Lee et al. let the auxiliary losses fade
     during training; here w is constant. If the model's output has positions, such as tokens, a cut must have the same ones.
     """
 

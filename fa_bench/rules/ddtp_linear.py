@@ -44,8 +44,8 @@ class DDTPLinear(DrawingRule, DKP):
     Choices and deviations: B learns in every step, whereas the code trains it for six epochs before training and for one after
     every epoch; the output layer has its true gradient (the code includes the softmax in the last layer and trains that layer by
     its target); every cut costs one more forward pass of the whole model. `b_init`, `density`, `within`, `error_at` and
-    `positions` are those of `dkp`; ``b_lr_scale`` is the rate of B relative to that of W. The equations were derived from the
-    code, and no result of the paper has been reproduced.
+    `positions` work as in `dkp`; ``b_lr_scale`` is the rate of B relative to that of W. The equations were derived from the code,
+    and no result of the paper has been reproduced.
     """
 
     equations = (

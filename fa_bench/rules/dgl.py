@@ -35,7 +35,7 @@ class DGL(ModuleRule):
     - linear: the two averages and the last layer.
 
     For a flat a of F features, the layers are F wide, and mlp_sr is the same as mlp. The auxiliary nets learn with W's optimizer.
-    The paper's settings: SGD at 0.1 times 0.2 every 15 epochs, momentum 0.9, decay 5e-4, batches of 128, 50 epochs.
+    The paper's settings: SGD at 0.1, multiplied by 0.2 every 15 epochs, momentum 0.9, decay 5e-4, batches of 128, 50 epochs.
 
     If the model's output has positions, such as tokens, a module must have the same ones. A is applied to each position, with its
     own label, as it is to a flat a.

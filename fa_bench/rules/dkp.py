@@ -37,8 +37,8 @@ class DKP(LearnedCutRule):
     B needs a much lower learning rate than W, or training diverges. It gets its own optimizer, schedule and decay with
     ``optimizer@feedback_optimizer=sgd feedback_optimizer.lr=1e-4 ...``; otherwise it shares W's, and `b_lr_scale` sets its rate
     relative to W's (0: direct feedback alignment). Weight decay acts on B as on W. The paper's settings: for the net with two
-    convolutions, SGD with Nesterov momentum 0.9 and decay 1e-6 for both, W at lr 1e-2, B at lr 1e-4 times 0.85 per epoch; for
-    AlexNet, decay 1e-4, W at lr 1e-2, B by Adam at lr 5e-4.
+    convolutions, SGD with Nesterov momentum 0.9 and decay 1e-6 for both, W at lr 1e-2, and B at lr 1e-4, multiplied by 0.85 per
+    epoch; for AlexNet, decay 1e-4, W at lr 1e-2, B by Adam at lr 5e-4.
 
     Choices: B is Kaiming-uniform with the cut's features as its fan, as in the paper; the paper's code starts from
     ``b_init=zeros`` for AlexNet. ``b_lr_scale`` 0.01 is the paper's ratio for the net with two convolutions. `density` below 1

@@ -37,7 +37,7 @@ class EPC(EnergyRule):
     Blocks are those that the model declares, or end at `cuts`. Weights are transported within every block and, because each
     step differentiates the whole net, from one to the next.
 
-    Not checked against the paper: the equations are those of its code and a derivation. Choices: 20 steps of 0.1, whereas that
+    Not checked against the paper: the equations come from its code and a derivation. Choices: 20 steps of 0.1, whereas that
     code has 5 of 0.001 for CIFAR-10 and 64 to 256 of 0.1 to 0.3 for MNIST; settling stays stable while η times the largest
     curvature of E is below 2. E sums over samples, so that settling does not depend on the batch's size, and over positions
     where the output has them.

@@ -36,7 +36,7 @@ class F3(CutRule):
 
     - delayed_loss: ∂l/∂z, the error of `dfa` without its 1/N.
     - delayed_error: o - y.
-    - delayed_loss_softmax: the derivative of l(softmax(o)) by o.
+    - delayed_loss_softmax: the derivative of l(softmax(o)) with respect to o.
     - delayed_error_softmax: softmax(o) - y.
     - delayed_loss_one_hot, delayed_error_one_hot: y times delayed_loss or delayed_error, entry by entry.
     - current_error: ∂l/∂z of the present pass: `dfa`.

@@ -28,14 +28,16 @@ class FDFA(JacobianRule):
 
         gradient of B = B - mean over n of d_n ⊗ p_n.
 
-    No error passes back through a weight; the forward pass with tangents uses them. All cuts are perturbed in one pass, so the
-    noise of the other cuts adds variance to d, and more of it the more cuts there are. The output layer has its true gradient.
+    No error passes back through a weight; the forward pass with tangents does use the weights. All cuts are perturbed in one
+    pass, so the noise of the other cuts adds variance to d, and more of it the more cuts there are. The output layer has its true
+    gradient.
 
     As in the code, an optimizer updates B with this gradient: either W's, with its learning rate times `b_lr_scale`, or one of
     its own with ``optimizer@feedback_optimizer=adam``. The code has Adam at 1e-4 for both, decay 0, batches of 64, and a rate of
     W that is multiplied by 0.95 per epoch. The paper's form, B ← (1 - α) B + α mean d_n ⊗ p_n (recalled, not checked against the
-    paper), is plain SGD at the rate α: ``optimizer@feedback_optimizer=sgd feedback_optimizer.lr=ALPHA
-    feedback_optimizer.momentum=0``. A rate of 0 is direct feedback alignment.
+    paper), is plain SGD at the rate α:
+    ``optimizer@feedback_optimizer=sgd feedback_optimizer.lr=ALPHA feedback_optimizer.momentum=0``. A rate of 0 is direct feedback
+    alignment.
 
     `tangents` chooses how d is computed: ``forward`` exactly, ``difference`` as (z(a + εp) - z(a - εp)) / 2ε with ε = 0.001, for
     operations without a forward-mode derivative, which are refused otherwise. `within` and `positions` are those of `dfa`;

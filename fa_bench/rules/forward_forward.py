@@ -33,7 +33,7 @@ _MOMENTUM, _START = 0.9, 0.5
 @ALGORITHMS.register("forward_forward")
 @dataclasses.dataclass(eq=False)
 class ForwardForward(DrawingRule, PassRule):
-    """Forward-forward: every layer tells images with their true label from images with a wrong one.
+    """Forward-forward: every layer learns to tell images with their true label from images with a wrong one.
 
     Hinton 2022, arXiv 2212.13345, supervised form; details are those of the public code loeweX/Forward-Forward.
 

@@ -24,7 +24,7 @@ WEIGHT = "weight"
 @ALGORITHMS.register("forward_gradient")
 @dataclasses.dataclass(eq=False)
 class ForwardGradient(NoisyCutRule):
-    """Forward gradients: noise times the derivative of the loss along it, from forward passes alone.
+    """Forward gradients: noise times the derivative of the loss along it, computed by forward passes only.
 
     Baydin, Pearlmutter, Syme, Wood and Torr 2022, arXiv 2202.08587; the activation form is due to Ren, Kornblith, Liao and Hinton
     2023, arXiv 2210.03310.

@@ -43,10 +43,10 @@ class GrAPE(JacobianRule):
     Note that in an earlier version of the paper (a submission of 2024, as a review describes it), B is multiplied by 1 - η (1 -
     cos), which shrinks B and can never turn it. That is a different rule; this one is the rule of 2026.
 
-    Not checked against the paper: the period of the anchors, the initial values of B, its learning rate, and whether the cosine
-    is computed from the mean over the batch, as here, or for every sample. Choices: B is normal with variance 1 / C (``b_init``),
-    uses either W's optimizer at `b_lr_scale` times its rate or one of its own, and learns in anchor updates, too. `tangents`,
-    `within` and `positions`, the scale of the gradient of B, and the noise of samples are as in `fdfa`.
+    The following were not checked against the paper: the period of the anchors, the initial values of B, its learning rate, and
+    whether the cosine is computed from the mean over the batch, as here, or for every sample. Choices: B is normal with variance
+    1 / C (``b_init``), uses either W's optimizer at `b_lr_scale` times its rate or one of its own, and learns in anchor updates,
+    too. `tangents`, `within` and `positions`, the scale of the gradient of B, and the noise of samples are as in `fdfa`.
     """
 
     equations = (

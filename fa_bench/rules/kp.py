@@ -13,7 +13,7 @@ from fa_bench.registry.registries import ALGORITHMS
 @ALGORITHMS.register("kp")
 @dataclasses.dataclass(eq=False)
 class KP(RandomFeedbackRule):
-    """Kolen-Pollack: learned feedback with the gradient of the weight.
+    """Kolen-Pollack: feedback that learns by the gradient of the weight.
 
     Kolen and Pollack 1994; eqs 16-18 of Akrout et al. 2019.
 

@@ -42,8 +42,8 @@ class PredSim(LocalRule):
 
     D averages maps to at most `decoder_size` features. Its weight is initially zero (`decoder_init`), and its bias, which
     `decoder_bias=false` removes, has torch's default. These values, the divisor of the standard deviation (positions minus one)
-    and β are those of the paper's code. The paper's settings: Adam at 5e-4, times 0.25 at 50, 75, 88 and 94 % of the epochs,
-    leaky ReLU, dropout, no decay.
+    and β are those of the paper's code. The paper's settings: Adam at 5e-4, multiplied by 0.25 at 50, 75, 88 and 94 % of the
+    epochs, leaky ReLU, dropout, no decay.
 
     ``loss=pred decoder_init=pytorch decoder_bias=false`` is Mono-Forward (Gong, Li and Abdulla 2025, arXiv 2501.09238) with all
     layers trained at once: D is their goodness matrix M (C, features), scores a Mᵀ. The independent code whose numbers
