@@ -103,10 +103,10 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
     linearisation is not valid there, and is not offered. Q learns in every step together with W; the code trains it alone
     for 20 epochs at first and for one before every epoch. The code's gradient has another factor of 2, and its voltage difference
     has the wrong sign in the steady state. The code does not divide by a σ² below 0.01². Choices: α = 0.001 and α_fb = 0.5 are
-    its defaults, λ = 0.1 and σ = 0.1 are not. The text of the papers was not checked, and no result has been reproduced.
+    its defaults, but λ = 0.1 and σ = 0.1 are not. The text of the papers was not checked, and no result has been reproduced.
 
-    At a cut that is no elementwise nonlinearity, such as a block, Q u is added to its output, with φ the identity; a cut at a
-    pooling stands for the nonlinearity before it. Layers may be normalised, and then learn through everything between the
+    At a cut that is not an elementwise nonlinearity, such as a block, Q u is added to its output, with φ the identity; a cut at a
+    pooling layer stands for the nonlinearity before it. Layers may be normalised, and then learn through everything between the
     previous cut and the nonlinearity; with batch normalisation J also contains what a sample changes in the output of the others.
     Outputs must be (N, C). Further passes run without autocast, as Δv is small. Dropout masks are those of the first pass.
     Multiplications: three further forward passes (two if Q does not learn), C backward passes for the errors alone, half of one

@@ -55,8 +55,8 @@ class F3(CutRule):
 
     The paper's B: PyTorch's default (``b_init=pytorch``, the default of the code), ``trinomial`` with entries -1, 0 or 1,
     ``binomial`` with 0 or 1, and ``identity_pm``. The last three do not shrink with the number of features, which Adam ignores
-    and plain gradient descent does not. One fixed mask sets entries to zero if ``density`` is below 1. ``within=block`` cuts the
-    model's blocks only, and lets the layers of each learn by backpropagation from its end, as in `dfa`.
+    and plain gradient descent does not. One fixed mask sets entries to zero if ``density`` is below 1. ``within=block`` cuts only
+    at the ends of the model's blocks and lets the layers of each block learn by backpropagation from its end, as in `dfa`.
 
     Choices: errors are outputs minus targets; in the code they are targets minus outputs, so B has the other sign. The code's
     loss is that of a sigmoid at the output, by which it differentiates; here losses are differentiated by the logits, and

@@ -59,7 +59,7 @@ class LDFA(SemiOrthogonalRule):
 
     The equations are derived, not checked against the paper; its rules for the subspace and its settings are unknown here, so no
     result is a reproduction. Choices: errors are weighted by 1/‖g‖ in C. The gradient of B is thus proportional to the loss and a
-    sum over samples, as all other gradients are, also with accumulation, gradient scalers and data-parallel training; for errors
+    sum over samples, as all other gradients are, even with accumulation, gradient scalers and data-parallel training; for errors
     with an elliptical distribution, the subspace is the same. B and R are trained by W's optimizer, at its rate; orthonormal
     columns keep decay and large rates from changing the size of B. Under Adam and Muon ``b_rate`` has no effect unless it is 0.
     """
