@@ -77,7 +77,7 @@ class Study:
         about = self.about
         seeds = sorted(self.runs["seed"].unique())
         listed = f"seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}"
-        threads = "one thread a run" if about["threads"] == 1 else f"{about['threads']} threads a run"
+        threads = "one thread per run" if about["threads"] == 1 else f"{about['threads']} threads per run"
         command = "\n".join(f"    {line}" for line in about["command"].splitlines())
         return (
             f"{command}\n\n{_commits(about['commit'])}, torch {about['torch']}, Python {about['python']}, {about['processor']}, "

@@ -78,7 +78,7 @@ class ForwardAlignmentTheorem(Analysis):
     condition: float = option(100.0, "largest over smallest eigenvalue of the coloured input's covariance", minimum=1)
     lr: float = option(0.01, "η: the step of the discrete dynamics, in units of time", above=0)
     time: float = option(100.0, "duration of each run", above=0)
-    records: int = option(100, "most rows per run, equally spaced in the logarithm of time", minimum=2)
+    records: int = option(100, "maximum number of rows per run, equally spaced in the logarithm of time", minimum=2)
     seeds: int = option(5, "seeds of T, C, M and all other random numbers", minimum=1)
 
     def check(self) -> None:

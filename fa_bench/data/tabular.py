@@ -39,8 +39,10 @@ class Tabular(VectorDataset):
     """
 
     table: str = option("diabetes", "diabetes, wine, breast_cancer, or the path of a CSV file")
-    target: str | None = option(None, "of a CSV file, the name of the column with the target; null: the last column")
-    task: str | None = option(None, "of a CSV file: regression or classification; null: by the target", choices=list(_TASKS))
+    target: str | None = option(None, "for a CSV file: the name of the column with the target; null: the last column")
+    task: str | None = option(
+        None, "for a CSV file: regression or classification; null: decided by the target", choices=list(_TASKS)
+    )
     test: float = option(0.2, "fraction of the rows in the test set", above=0, below=1)
     test_seed: int = option(0, "seed of the test set, the same for every run seed", minimum=0)
     standardise: bool = standardise_option()

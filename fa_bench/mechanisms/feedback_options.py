@@ -59,7 +59,7 @@ def positions_option() -> Any:
     """Whether the positions of a cut share their feedback if the errors have no positions."""
     return option(
         "own",
-        "feedback of a cut's tokens or pixels if the output has none: each its own part of B, or one matrix for all",
+        "feedback of a cut's tokens or pixels if the output has none: a part of B for each, or one matrix for all",
         choices=["own", "shared"],
         identifying=False,
     )

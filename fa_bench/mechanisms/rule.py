@@ -76,7 +76,7 @@ class Rule(Options):
 
     @property
     def needs_indices(self) -> bool:
-        """Whether errors depend on which training samples a batch has: `backward` then needs their indices."""
+        """Whether errors depend on which training samples a batch has; if so, `backward` needs their indices."""
         return False
 
     @property
@@ -85,7 +85,7 @@ class Rule(Options):
         return None
 
     def expect_samples(self, count: int) -> None:
-        """Called by the runner before `attach`, with the number of training samples; for rules that keep something of each.
+        """Called by the runner before `attach`, with the number of training samples; for rules that keep data for each.
 
         Raises:
             OptionError: if an option of the rule does not fit it.
@@ -226,7 +226,7 @@ class Rule(Options):
         ]
 
     def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Called before every forward pass of the model, may return other arguments (args, kwargs) for it.
+        """Called before every forward pass of the model; may return other arguments (args, kwargs) for it.
 
         Raises:
             CoverageError: if the model has changed since `attach`.
@@ -281,7 +281,7 @@ class Rule(Options):
             self.check_uses(watch.result(self.roots(output)).outside)
 
     def transporting_layers(self) -> dict[str, Any]:
-        """The layers through whose weight no error may pass outside the layer, by path."""
+        """The layers, by path, whose weights may carry no error outside the layer itself."""
         return {}
 
     def roots(self, output: Any) -> list[Any]:
@@ -350,7 +350,7 @@ class Rule(Options):
 
     @contextmanager
     def of_samples(self, indices: Tensor | None) -> Iterator[None]:
-        """A context in which `deliver` computes errors of the training samples with these indices, see `backward`."""
+        """A context in which `deliver` computes errors of the training samples with these indices; see `backward`."""
         from fa_bench.mechanisms.contexts import set_temporarily
 
         with set_temporarily([self], "indices", indices):

@@ -55,7 +55,7 @@ class Architecture(Options):
     linear_init: str | None = option(None, "initialiser of the weights of fully connected layers; null: init", choices=CONTINUOUS)
     output_init: str | None = option(
         None,
-        "initialiser of the weights of the output layer, the one that is defined last; null: as the others",
+        "initialiser of the weights of the output layer, the one that is defined last; null: the same as for the others",
         choices=CONTINUOUS,
     )
 

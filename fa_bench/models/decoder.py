@@ -40,7 +40,7 @@ class Decoder(TransformerArchitecture):
     tasks = ((TOKENS, POSITIONS),)
 
     depth: int = option(4, "transformer blocks", minimum=1, maximum=1000)
-    context: int | None = option(None, "tokens of the longest sequence; null: those of the data's sequences", minimum=1)
+    context: int | None = option(None, "tokens of the longest sequence; null: the length of the data's sequences", minimum=1)
     norm: str = option("pre", "LayerNorm before attention, MLP and head (pre), or after each sum (post)", choices=["pre", "post"])
     positions: str = option("learned", "vectors of the positions", choices=["learned", "sinusoidal"])
     dropout: float = option(

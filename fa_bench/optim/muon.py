@@ -60,7 +60,7 @@ class Muon(OptimizerOptions):
     )
     layers: str = option(
         "all",
-        "layers whose matrices are orthogonalised: all, or hidden: not the first and the last one that the model defines",
+        "layers whose matrices are orthogonalised: all, or hidden: all except the first and the last one that the model defines",
         choices=["all", "hidden"],
     )
     exclude: list[str] = option(

@@ -12,21 +12,21 @@ from fa_bench.registry.registries import ALGORITHMS
 @ALGORITHMS.register("activation_alignment")
 @dataclasses.dataclass(eq=False)
 class ActivationAlignment(InputAlignmentRule):
-    """Activation alignment: feedback is drawn to the weights by a loss that compares their outputs.
+    """Activation alignment: a loss that compares the outputs of feedback and weights pulls the feedback towards the weights.
 
     Kunin et al. 2020 (arXiv 2003.01513) and the code released with it, primitives sparse and amp.
 
         e_in = g B;  loss = α (mean ‖x Wᵀ‖² + mean ‖x Bᵀ‖²) - β mean Σ (x Wᵀ)(x Bᵀ)
         gradient of B = (2 α B - β W) C,  C = mean xᵀ x
 
-    With β = 2 α that is 2 α (B - W) C: on the span of the layer's inputs x the fixed point is W, and (β / 2 α) W otherwise; the
-    rest of B never moves. Means are over samples and, for convolutions and tokens, output positions (a choice: the paper's
-    normalisation over positions is not verified); x Bᵀ of a convolution is its output with B.
+    With β = 2 α the gradient is 2 α (B - W) C, and on the span of the layer's inputs x the fixed point is W; with other values it
+    is (β / 2 α) W there. The rest of B never moves. Means are over samples and, for convolutions and tokens, output positions (a
+    choice: the paper's normalisation over positions is not verified); for a convolution, x Bᵀ is its output with B.
 
     α = ``alpha`` and β = ``beta`` have the code's defaults. With ``update_forward`` W has the gradient (2 α W - β B) C.
-    ``signal`` and ``noise_batch`` put noise in the place of x. With the code's α and β B moves slowly: ``b_lr_scale`` raises
-    its rate relative to W's. Centred and normalised activations, delays and alternating steps, which the code has, are left
-    out; its tuned settings are not public, so that no result is a reproduction.
+    ``signal`` and ``noise_batch`` replace x by noise. With the code's α and β, B moves slowly; ``b_lr_scale`` raises its rate
+    relative to W's. The code's centred and normalised activations, delays and alternating steps are left out. Its tuned settings
+    are not public, so no result is a reproduction.
     """
 
     equations = (

@@ -22,18 +22,18 @@ class ASAP(SharingRule):
     Algorithm 1, eqs 39-42 of Woo et al. 2021.
 
     e_in = g B; gradient of W = gradient of B = gᵀ h̃ (for convolutions, the weight gradient of h̃ and g). h̃ is an earlier
-    activation shared by ``k`` layers, brought to the shape of the true input x by ``match``: activation s = 1 + k ⌊(p - 2)/k⌋
-    replaces activation p ≥ 2, counted from the stem's output. Layers whose input is activation 1 use it itself: for them the rule
-    is Kolen-Pollack. Biases and normalisation learn as usual. B (``b_init``) learns with W's optimizer, rate, momentum and decay.
-    The first layer stays random (``freeze_stem``); its normalisation learns. Fully connected layers use their own input and a
-    fixed B, uniform in [-1, 1) (``linear=fa``, ``linear_b_init``), as in the paper's code. ``match=random`` replaces copies and
-    pooling by a fixed random 1x1 convolution P.
+    activation that ``k`` layers share and that ``match`` brings to the shape of the true input x: activation s = 1 + k ⌊(p -
+    2)/k⌋ replaces activation p ≥ 2, counted from the stem's output. Layers whose input is activation 1 use their own input, so
+    for them the rule is Kolen-Pollack. Biases and normalisation learn as usual. B (``b_init``) learns with W's optimizer, rate,
+    momentum and decay. The first layer stays random (``freeze_stem``); its normalisation learns. Fully connected layers use their
+    own input and a fixed B, uniform in [-1, 1) (``linear=fa``, ``linear_b_init``), as in the paper's code. ``match=random``
+    replaces copies and pooling by a fixed random 1x1 convolution P.
 
     ``transport=true`` replaces B by W in all convolutions and in every layer that shares. As in the paper's code, fully connected
     layers that use their own input keep their fixed B; to use the weights there, too, name them in ``exclude``.
 
     Choices: a net without convolutions shares among its fully connected layers (``linear=auto``), including the output layer, so
-    that ``transport`` uses the weights in all of them; features are matched by copies or pooling, as channels are.
+    ``transport`` uses the weights in all of them; features are matched by copies or pooling, as channels are.
     """
 
     equations = (

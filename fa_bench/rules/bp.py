@@ -20,7 +20,7 @@ class BP(Rule):
 
     e_in = g W; gradient of W = gᵀ x; gradient of b = Σ g (Rumelhart, Hinton and Williams 1986; eqs 1-2 of Akrout et al. 2019).
 
-    The model is not changed. Subclasses freeze a part of it.
+    The model is not changed. Subclasses freeze parts of it.
     """
 
     equations = (

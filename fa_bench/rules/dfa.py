@@ -33,26 +33,27 @@ class DFA(CutRule):
     - neuron: at each cut, δ B with B of shape (C, features of the cut).
     - kernel: at the input of each layer. Linear: δ B with B of shape (C, I). Convolution: δ is copied to every output pixel, and
       the error is the input gradient of a convolution with B of shape (C, I, K...). Identity shortcuts still add the error from
-      above, so that the rule is a hybrid in residual nets, as in the code of Li and Benna 2024.
+      above, so the rule is a hybrid in residual nets, as in the code of Li and Benna 2024.
     - shared: one matrix, uniform in [-1, 1), for all cuts, of shape (C, features of the largest cut); each cut uses its first
       columns, divided by √(features of the largest) with `normalise` (Launay et al. 2020).
 
-    Outputs with positions, such as tokens (N, T, C) or pixels (N, C, H, W): positions are a second batch axis. The error at
-    position t of a cut (N, T, F) or (N, F, H, W) is δ_t B, with one B (C, F) for all positions. At a cut with fewer positions
-    (a whole fraction along each axis) each gets the sum of the δ_t that it covers, and one with more gets copies. If only the cut
-    has positions, B has all of its features (C, T F); with ``positions=shared`` it is (C, F), and all positions get the same δ B.
+    In outputs with positions, such as tokens (N, T, C) or pixels (N, C, H, W), the positions are a second batch axis. The error
+    at position t of a cut (N, T, F) or (N, F, H, W) is δ_t B, with one B (C, F) for all positions. At a cut with fewer positions
+    (by an integer factor along each axis), each position gets the sum of the δ_t that it covers; at a cut with more,
+    positions get copies. If only the cut has positions, B has all of its features (C, T F); with ``positions=shared`` it is (C,
+    F), and all positions get the same δ B.
 
-    ``error_at=MODULE`` takes δ at that module's output h instead, so that B is (features of h, F). Layers after the module, such
-    as the vocabulary layer, learn by exact backpropagation, and h has its exact error: the weights after it carry this error.
+    ``error_at=MODULE`` takes δ at that module's output h instead, so B has the shape (features of h, F). Layers after the module,
+    such as the vocabulary layer, learn by exact backpropagation, and h has its exact error, which the weights after it carry.
 
-    ``within=block`` has cuts only at the ends of the model's blocks (or at `cuts`), and all layers between two cuts learn by
-    exact backpropagation from the upper one. That is weight transport within blocks; coverage and reports say so. By default
-    (``within=layer``) a weight needs a cut between itself and the next one, and an embedding needs one, too.
+    With ``within=block`` there are cuts only at the ends of the model's blocks (or at `cuts`), and all layers between two cuts
+    learn by exact backpropagation from the upper one. That is weight transport within blocks; coverage and reports say so. By
+    default (``within=layer``) a weight needs a cut between itself and the next weight, and an embedding needs one, too.
 
-    Both are the settings of Launay et al. 2020 for transformers, with the error in front of the vocabulary layer and cuts at the
-    end of each block ("macro") or also inside it ("micro"): ``algorithm=dfa algorithm.form=shared algorithm.within=block`` with
-    ``algorithm.error_at=MODULE``, the last block or normalisation, and for "micro" also
-    ``algorithm.cuts='[*norm1,*act,*norm2]'``, by the names of the model's own modules.
+    Together, these two options give the settings of Launay et al. 2020 for transformers, with the error in front of the
+    vocabulary layer and cuts at the end of each block ("macro") or also inside it ("micro"):
+    ``algorithm=dfa algorithm.form=shared algorithm.within=block`` with ``algorithm.error_at=MODULE``, the last block or
+    normalisation, and for "micro" also ``algorithm.cuts='[*norm1,*act,*norm2]'``, with the names of the model's own modules.
 
     Choices: B is Xavier-uniform for neuron and kernel (``b_init``), with one fixed mask if ``density`` is below 1; its fan_in is
     the number of features, its fan_out C.

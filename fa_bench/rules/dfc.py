@@ -71,7 +71,7 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
 
     with z⁻ the output without control, L the sample's loss, λ the step to the target (`target_stepsize`), α the controller's leak
     (`alpha`), and a Q_l (F_l, C) for every layer, the output layer included. Linearised around the forward pass, with J (C, ΣF)
-    the Jacobian of z by all voltages, the steady state is
+    the Jacobian of z for all voltages, the steady state is
 
         u = (J Q + α I)⁻¹ (z* - z⁻),    Δv = Q u.
 
@@ -79,7 +79,7 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
 
         gradient of W_l = -1/N Σ_n (φ(v⁻_l + Δv_l) - φ(v⁻_l)) r_{l-1}ᵀ,
 
-    and Δv_l in place of the difference with ``learning_rule=voltage_difference``. The output layer has no nonlinearity, its
+    and Δv_l in place of the difference with ``learning_rule=voltage_difference``. The output layer has no nonlinearity; its
     voltage is z. Gradients are proportional to λ where it is small; Adam is not affected, SGD needs a rate in proportion to 1/λ.
 
     **Feedback.** `feedback_weights` says what Q is. ``learned``: B_l = Q_lᵀ (C, F_l) is Xavier-normal (`b_init`) and that of the
@@ -95,24 +95,24 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
     -λ/α Jᵀ ∂L/∂z⁻, in the direction of backpropagation; so are the gradients with the voltage difference, while the difference of
     φ(v) has a further factor φ'(v) in the hidden layers.
 
-    Weight transport: the dynamics, which the paper means to be the biological process, has none. The closed form gets J by C
-    backward passes through the weights.
+    Weight transport: the dynamics, which in the paper are the biological process, transport no weights. The closed form does,
+    since it obtains J by C backward passes through the weights.
 
     Deviations from the paper and its code: no dynamics. The published runs on MNIST (no ``ss`` or ``ssa`` in their commands)
     average the updates over 500 Euler steps from rest, and Q learns from the correlations of 44 steps with noise in the apical
     compartments, far from the steady state; strong-DFC, whose target is the label, has no closed form in that code, because the
-    linearisation is not valid there, and is not offered. Q learns in every step together with W, where the code trains it for 20
-    epochs before and for one before every epoch. The code's gradient has another factor of 2, and its voltage difference in the
-    steady state the wrong sign. It does not divide by a σ² below 0.01². Choices: α = 0.001 and α_fb = 0.5 are the code's
-    defaults, λ = 0.1 and σ = 0.1 are not. The text of the papers was not checked, and no result has been reproduced.
+    linearisation is not valid there, and is not offered. Q learns in every step together with W; the code trains it alone
+    for 20 epochs at first and for one before every epoch. The code's gradient has another factor of 2, and its voltage difference
+    has the wrong sign in the steady state. The code does not divide by a σ² below 0.01². Choices: α = 0.001 and α_fb = 0.5 are
+    its defaults, but λ = 0.1 and σ = 0.1 are not. The text of the papers was not checked, and no result has been reproduced.
 
     Frozen layers before the first one that learns (``freeze_stem``) are not controlled: their output is the input r_0. A frozen
     layer after one that learns is controlled, and its B learns.
 
-    At a cut that is no elementwise nonlinearity, such as a block, Q u is added to its output, with φ the identity; a cut at a
-    pooling stands for the nonlinearity before it. Layers may be normalised, and learn then through everything between the
+    At a cut that is not an elementwise nonlinearity, such as a block, Q u is added to its output, with φ the identity; a cut at a
+    pooling layer stands for the nonlinearity before it. Layers may be normalised, and then learn through everything between the
     previous cut and the nonlinearity; with batch normalisation J also contains what a sample changes in the output of the others.
-    Outputs must be (N, C). Without autocast in all further passes: Δv is small. Dropout masks are those of the first pass.
+    Outputs must be (N, C). Further passes run without autocast, as Δv is small. Dropout masks are those of the first pass.
     Multiplications: three further forward passes (two if Q does not learn), C backward passes for the errors alone, half of one
     for the weights, a C x C system for every sample; J is not stored, except by ``jacobian``.
     """

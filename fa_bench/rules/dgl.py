@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("dgl")
 @dataclasses.dataclass(eq=False)
 class DGL(ModuleRule):
-    """Decoupled greedy learning: blocks that each learn by an auxiliary classifier.
+    """Decoupled greedy learning: each block learns by an auxiliary classifier of its own.
 
     Belilovsky, Eickenberg and Oyallon 2020; all modules are trained at once.
 
@@ -34,16 +34,16 @@ class DGL(ModuleRule):
     - mlp: the same without the convolutions.
     - linear: the two averages and the last layer.
 
-    For a flat a of F features the layers are F wide, and mlp_sr is mlp. The auxiliary nets learn with W's optimizer. The paper's
-    settings: SGD at 0.1 times 0.2 every 15 epochs, momentum 0.9, decay 5e-4, batches of 128, 50 epochs.
+    For a flat a of F features, the layers are F wide, and mlp_sr is the same as mlp. The auxiliary nets learn with W's optimizer.
+    The paper's settings: SGD at 0.1, multiplied by 0.2 every 15 epochs, momentum 0.9, decay 5e-4, batches of 128, 50 epochs.
 
-    If the model's output has positions, such as tokens, a module must have the same ones: A is applied to each of them, with its
-    own label, as to a flat a.
+    If the model's output has positions, such as tokens, a module must have the same ones. A is applied to each position, with its
+    own label, as it is to a flat a.
 
-    Choices: averages never enlarge a map, so that a map of a single pixel has C features, not 4C. A is only used in training, so
-    that its batch normalisation always uses the batch's own statistics: it refuses a batch of one sample, which
-    ``auxiliary_net=linear`` accepts, and under data parallelism each rank has its own statistics. ``cuts`` and ``model.blocks``
-    name the last layer of each module; modules that feed the output layer belong to the last one.
+    Choices: averages never enlarge a map, so a map of a single pixel has C features, not 4C. A is only used in training, so its
+    batch normalisation always uses the batch's own statistics: it refuses a batch of one sample, which ``auxiliary_net=linear``
+    accepts, and under data parallelism each rank has its own statistics. ``cuts`` and ``model.blocks`` name the last layer of
+    each module; modules that feed the output layer belong to the last one.
     """
 
     equations = (

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("dkp")
 @dataclasses.dataclass(eq=False)
 class DKP(LearnedCutRule):
-    """Direct Kolen-Pollack: direct feedback that learns to read the activations out.
+    """Direct Kolen-Pollack: direct feedback that learns as a readout of the activations.
 
     Eqs 3, 7 and 8 of "Learning the connections in direct feedback alignment".
 
@@ -30,15 +30,15 @@ class DKP(LearnedCutRule):
     So B is a linear readout of a, trained on the network's output error, and a Bᵀ aligns with the logits. At the last hidden
     activation the gradient of B is that of the output layer's weight.
 
-    If δ has positions (tokens, pixels), B (C, F) is the same for all, and its gradient is the sum of δᵀ a over samples and
-    positions. The options `within`, `error_at` and `positions` are those of `dfa`; with `error_at`, a Bᵀ aligns with the output
-    of that module, and with ``positions=shared`` the gradient of B is δᵀ times the sum of a over its positions.
+    If δ has positions (tokens, pixels), B (C, F) is the same for all of them, and its gradient is the sum of δᵀ a over samples
+    and positions. The options `within`, `error_at` and `positions` are those of `dfa`; with `error_at`, a Bᵀ aligns with the
+    output of that module, and with ``positions=shared`` the gradient of B is δᵀ times the sum of a over its positions.
 
     B needs a much lower learning rate than W, or training diverges. It gets its own optimizer, schedule and decay with
     ``optimizer@feedback_optimizer=sgd feedback_optimizer.lr=1e-4 ...``; otherwise it shares W's, and `b_lr_scale` sets its rate
     relative to W's (0: direct feedback alignment). Weight decay acts on B as on W. The paper's settings: for the net with two
-    convolutions, SGD with Nesterov momentum 0.9 and decay 1e-6 for both, W at lr 1e-2, B at lr 1e-4 times 0.85 per epoch; for
-    AlexNet, decay 1e-4, W at lr 1e-2, B by Adam at lr 5e-4.
+    convolutions, SGD with Nesterov momentum 0.9 and decay 1e-6 for both, W at lr 1e-2, and B at lr 1e-4, multiplied by 0.85 per
+    epoch; for AlexNet, decay 1e-4, W at lr 1e-2, B by Adam at lr 5e-4.
 
     Choices: B is Kaiming-uniform with the cut's features as its fan, as in the paper; the paper's code starts from
     ``b_init=zeros`` for AlexNet. ``b_lr_scale`` 0.01 is the paper's ratio for the net with two convolutions. `density` below 1

@@ -13,7 +13,8 @@ from fa_bench.registry.registries import ALGORITHMS
 @ALGORITHMS.register("dual_propagation")
 @dataclasses.dataclass(eq=False)
 class DualPropagation(EdgeRule):
-    """Dual propagation: the weights, with a finite difference in place of the derivative of every nonlinearity.
+    """Dual propagation: errors pass through the weights, with a finite difference in place of the derivative of every
+    nonlinearity.
 
     Høier, Staudt and Zach 2023 (arXiv 2302.01228), in the form of the authors' code for convolutional nets.
 
@@ -21,16 +22,17 @@ class DualPropagation(EdgeRule):
 
         g_in = (φ(a + β s g) - φ(a - β s g)) / (2 β s),    s = N / c
 
-    for N samples and a loss that is c times their mean, so that s g is the error of a sample's own loss. Gradients of W and b are
-    those of backpropagation with these errors; pooling, normalisation and softmax have exact derivatives. With ``beta`` → 0, and
-    for linear φ with every ``beta``, this is backpropagation; for ReLU and β s |g| ≥ |a| the slope tends to 1/2 on both sides.
+    for N samples and a loss that is c times the mean of their losses, so that s g is the error of a sample's own loss. Gradients
+    of W and b are those of backpropagation with these errors; pooling, normalisation and softmax have exact derivatives. With
+    ``beta`` → 0, and for linear φ with every ``beta``, this is backpropagation; for ReLU and β s |g| ≥ |a| the slope tends to 1/2
+    on both sides.
 
-    ``derivative=dual`` does the same in every rule that passes errors through feedback in each layer: ``kp`` with it is KP-DP.
-    ``derivative=exact`` makes this rule `bp`.
+    ``derivative=dual`` does the same in every rule that passes errors through feedback in each layer; ``kp`` with this option is
+    KP-DP. ``derivative=exact`` makes this rule `bp`.
 
-    Choices: the code differentiates the mean loss with β = 1 and no s, so that its difference depends on the batch size; its
-    setting is ``beta`` = 1/N here, and the default is that of its batches of 100. Every elementwise module of torch.nn is
-    covered, not only ReLU; nonlinear functions outside of modules, such as those of `nn.LSTM`, are refused. The equations were
+    Choices: the code differentiates the mean loss with β = 1 and no s, so its difference depends on the batch size. Its setting
+    corresponds to ``beta`` = 1/N here, and the default is the value for its batches of 100. Every elementwise module of torch.nn
+    is covered, not only ReLU; nonlinear functions outside of modules, such as those of `nn.LSTM`, are refused. The equations were
     taken from the code and not compared with the paper; its accuracies have not been reproduced.
     """
 

@@ -29,15 +29,15 @@ class EPC(EnergyRule):
 
     **When this is backpropagation.** After few small steps e_l = -T η ∂L/∂s_l + O(η²), with T the number of steps: every hidden
     layer then learns by backpropagation's gradient times T η, and the output layer by backpropagation's. At T = 5, η = 0.001,
-    the values of the paper's code for CIFAR-10, the factor is 0.005, which Adam removes: such a run is backpropagation but for
-    Adam's ε and the rate of the output layer. With ``steps=1 rate=1`` the first block's gradient is exactly backpropagation's.
+    the values of the paper's code for CIFAR-10, the factor is 0.005, which Adam removes: such a run is backpropagation, except
+    for Adam's ε and the output layer's rate. With ``steps=1 rate=1`` the first block's gradient is exactly backpropagation's.
     Coverage has a note where T η is below 0.1, and ``probes=[energy]`` measures how far the errors have settled and the cosine
     of each layer's gradient to backpropagation's: accuracies close to `bp` mean nothing without these.
 
     Blocks are those that the model declares, or end at `cuts`. Weights are transported within every block and, because each
     step differentiates the whole net, from one to the next.
 
-    Not checked against the paper: the equations are those of its code and a derivation. Choices: 20 steps of 0.1, where that
+    Not checked against the paper: the equations come from its code and a derivation. Choices: 20 steps of 0.1, whereas that
     code has 5 of 0.001 for CIFAR-10 and 64 to 256 of 0.1 to 0.3 for MNIST; settling stays stable while η times the largest
     curvature of E is below 2. E sums over samples, so that settling does not depend on the batch's size, and over positions
     where the output has them.

@@ -29,20 +29,20 @@ class F3(CutRule):
 
     Flügel et al. 2024 (arXiv 2304.13372; the equations are those of the authors' code).
 
-    The error at a cut is ε B / N, with N the batch size, B (C, features of the cut) fixed and random, and ε (N, C) what
-    ``information`` says of the samples. The output layer has its true gradient, the derivatives from a cut down to the next
+    The error at a cut is ε B / N, with N the batch size, B (C, features of the cut) fixed and random, and ε (N, C) chosen
+    by ``information``. The output layer has its true gradient, the derivatives from a cut down to the next
     weights are exact, and B does not decay. With the targets y (N, C), one-hot or numbers, the logits z (N, C), the output o of
     the objective (o = σ(z) for ``sigmoid_ce``, otherwise z) and a sample's own loss l:
 
     - delayed_loss: ∂l/∂z, the error of `dfa` without its 1/N.
     - delayed_error: o - y.
-    - delayed_loss_softmax: the derivative of l(softmax(o)) by o.
+    - delayed_loss_softmax: the derivative of l(softmax(o)) with respect to o.
     - delayed_error_softmax: softmax(o) - y.
     - delayed_loss_one_hot, delayed_error_one_hot: y times delayed_loss or delayed_error, entry by entry.
     - current_error: ∂l/∂z of the present pass: `dfa`.
     - one_hot_target: -y: `drtp` with the other sign of B.
 
-    Those that begin with "delayed" are of the pass in which the same sample was last trained on, before its weights were updated;
+    Those that begin with "delayed" come from the pass in which the sample was last trained on, before its weights were updated,
     so no layer needs to wait for the output. In a sample's first epoch there is none, and ``first_epoch`` replaces it: -y, the
     error of an output of zero; the current one; or zero, so that hidden layers do not learn. If weights do not change, the
     delayed error is the current one from the second epoch on.
@@ -56,10 +56,10 @@ class F3(CutRule):
 
     The paper's B: PyTorch's default (``b_init=pytorch``, the default of the code), ``trinomial`` with entries -1, 0 or 1,
     ``binomial`` with 0 or 1, and ``identity_pm``. The last three do not shrink with the number of features, which Adam ignores
-    and plain gradient descent does not. One fixed mask sets entries to zero if ``density`` is below 1. ``within=block`` cuts the
-    model's blocks only, and lets the layers of each learn by backpropagation from its end, as in `dfa`.
+    and plain gradient descent does not. One fixed mask sets entries to zero if ``density`` is below 1. ``within=block`` cuts only
+    at the ends of the model's blocks and lets the layers of each block learn by backpropagation from its end, as in `dfa`.
 
-    Choices: errors are outputs minus targets, those of the code targets minus outputs: B has the other sign there. The code's
+    Choices: errors are outputs minus targets; in the code they are targets minus outputs, so B has the other sign. The code's
     loss is that of a sigmoid at the output, by which it differentiates; here losses are differentiated by the logits, and
     ``delayed_loss`` is therefore the code's ``delayed_error`` with the objective ``sigmoid_ce``. The factor of the loss and 1/N
     are those of the present batch; the code stores ``delayed_loss`` divided by the size of the earlier one, and does not divide

@@ -17,8 +17,8 @@ class FA(RandomFeedbackRule):
 
     Lillicrap et al. 2016; eq 3 of Akrout et al. 2019; section 2 of Li and Benna 2024.
 
-    e_in = g B, with B random, fixed and independent of W, one for each weighted layer, including projection shortcuts.
-    Gradients of W and b are those of backpropagation with this error. B has no gradient and does not decay.
+    e_in = g B. B is random, fixed and independent of W; each weighted layer has one, including projection shortcuts. Gradients of
+    W and b are those of backpropagation with this error. B has no gradient and does not decay.
 
     Choices: B is Xavier-uniform as in Li and Benna's runs; the first layer's B carries no error and is kept for its angle.
     ``b_init=copy_w`` starts with B(0) = W(0), as the code of Woo et al. 2021 does in convolutions; ``linear_b_init`` gives fully

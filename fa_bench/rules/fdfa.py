@@ -28,14 +28,16 @@ class FDFA(JacobianRule):
 
         gradient of B = B - mean over n of d_n ⊗ p_n.
 
-    No error passes back through a weight; the forward pass with tangents uses them. All cuts are perturbed in one pass, and the
-    noise of the others adds variance to d, the more so the more cuts there are. The output layer has its true gradient.
+    No error passes back through a weight; the forward pass with tangents does use the weights. All cuts are perturbed in one
+    pass, so the noise of the other cuts adds variance to d, and more of it the more cuts there are. The output layer has its true
+    gradient.
 
-    An optimizer steps B by this gradient, as in the code: W's, with its learning rate times `b_lr_scale`, or one of its own with
-    ``optimizer@feedback_optimizer=adam``. The code has Adam at 1e-4 for both, decay 0, batches of 64 and rates of W times 0.95
-    per epoch. The paper's form, recalled and not checked against it, B ← (1 - α) B + α mean d_n ⊗ p_n, is plain SGD at the rate
-    α: ``optimizer@feedback_optimizer=sgd feedback_optimizer.lr=ALPHA feedback_optimizer.momentum=0``. A rate of 0 is direct
-    feedback alignment.
+    As in the code, an optimizer updates B with this gradient: either W's, with its learning rate times `b_lr_scale`, or one of
+    its own with ``optimizer@feedback_optimizer=adam``. The code has Adam at 1e-4 for both, decay 0, batches of 64, and a rate of
+    W that is multiplied by 0.95 per epoch. The paper's form, B ← (1 - α) B + α mean d_n ⊗ p_n (recalled, not checked against the
+    paper), is plain SGD at the rate α:
+    ``optimizer@feedback_optimizer=sgd feedback_optimizer.lr=ALPHA feedback_optimizer.momentum=0``. A rate of 0 is direct feedback
+    alignment.
 
     `tangents` chooses how d is computed: ``forward`` exactly, ``difference`` as (z(a + εp) - z(a - εp)) / 2ε with ε = 0.001, for
     operations without a forward-mode derivative, which are refused otherwise. `within` and `positions` are those of `dfa`;
@@ -43,8 +45,8 @@ class FDFA(JacobianRule):
 
     Choices: B starts at zero as in the code (``b_init``). The gradient of B is multiplied by the factor by which the loss was
     scaled, so that micro-batches and gradient scalers have the right mean. Clipping counts it together with the gradients of W.
-    Each sample has noise of its own, which cannot be the same if a batch is split into micro-batches or over data-parallel ranks;
-    ranks hold the same B. In the code B's optimizer has no schedule and W's has.
+    Each sample has noise of its own, which differs if a batch is split into micro-batches or over data-parallel ranks; all ranks
+    hold the same B. In the code, W's optimizer has a schedule and B's has none.
     """
 
     equations = (

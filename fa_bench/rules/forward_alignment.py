@@ -91,21 +91,21 @@ class RandomForward(TransposeFeedback):
 @ALGORITHMS.register("forward_alignment")
 @dataclasses.dataclass(eq=False)
 class ForwardAlignment(EdgeRule):
-    """Forward Alignment: random forward weights in the weight update, the true error.
+    """Forward Alignment: the weight update uses random forward weights and the true error.
 
     Appendix A of Woo et al. 2021, eqs 26-27.
 
     e_in = g W, the true error; gradient of W = gᵀ h̃, where h̃ = φ(C h) is the input that the layer would have if the preceding
-    layer, with its true input h, had a fixed random weight C in place of W, and no bias. φ is everything between the two layers
+    layer, with its true input h, had a fixed random weight C instead of W, and no bias. φ is everything between the two layers
     (normalisation by the batch's own statistics, activation, pooling, additions). The first layer uses its true input. The
     weights of the preceding layer align with C, whose angle to W is logged as the weight angle.
 
     Choices, since the paper treats one hidden layer only: every layer except the first learns like this, including the output
-    layer (with ``plain_last`` it uses its true input); C is sampled by ``c_init``, one for each layer, even if layers share their
-    weight. The rule costs a second forward pass.
+    layer (with ``plain_last`` it uses its true input); each layer has a C of its own, sampled by ``c_init``, even if layers share
+    their weight. The rule costs a second forward pass.
 
-    In a model with batch normalisation the second pass depends on the batch: under data parallelism each rank uses the
-    statistics of its part.
+    In a model with batch normalisation, the second pass depends on the batch; under data parallelism, each rank uses the
+    statistics of its own part.
     """
 
     equations = (

@@ -33,7 +33,7 @@ _MOMENTUM, _START = 0.9, 0.5
 @ALGORITHMS.register("forward_forward")
 @dataclasses.dataclass(eq=False)
 class ForwardForward(DrawingRule, PassRule):
-    """Forward-forward: every layer tells images with their true label from images with a wrong one.
+    """Forward-forward: every layer learns to tell images with their true label from images with a wrong one.
 
     Hinton 2022, arXiv 2212.13345, supervised form; details are those of the public code loeweX/Forward-Forward.
 
@@ -66,7 +66,7 @@ class ForwardForward(DrawingRule, PassRule):
     Each data-parallel process has the running means of its own samples, until DistributedDataParallel replaces them by those of
     process 0 before a forward pass; the runner's checkpoints have those of process 0.
 
-    Dropout masks are the same in all passes, and those of the positive and the negative one. Batch normalisation uses each
+    Dropout masks are the same in all passes, including the positive and the negative one. Batch normalisation uses each
     pass's own statistics. Multiplications: two further forward passes, and half a backward pass for each.
     """
 
@@ -80,9 +80,9 @@ class ForwardForward(DrawingRule, PassRule):
 
     theta: float | None = option(None, "threshold of the goodness; null: the number of the layer's values", above=0)
     peer_norm: float = option(0.03, "weight of the differences between the units' mean activities", minimum=0)
-    full_gradient: bool = option(True, "the nonlinearities' derivative is 1")
+    full_gradient: bool = option(True, "use 1 as the derivative of nonlinearities")
     label_scale: float = option(1.0, "value that marks the label in the input", above=0)
-    all_layers: bool = option(True, "classify all activations but the first, not only the last one")
+    all_layers: bool = option(True, "classify all activations except the first, not only the last one")
     prediction: str = option("classifier", "how labels are predicted", choices=["classifier", "goodness"])
 
     output_learns_by_delta = True

@@ -24,14 +24,14 @@ WEIGHT = "weight"
 @ALGORITHMS.register("forward_gradient")
 @dataclasses.dataclass(eq=False)
 class ForwardGradient(NoisyCutRule):
-    """Forward gradients: noise times the derivative of the loss along it, from forward passes alone.
+    """Forward gradients: noise times the derivative of the loss along it, computed by forward passes only.
 
-    Baydin, Pearlmutter, Syme, Wood and Torr 2022, arXiv 2202.08587; the activation's form: Ren, Kornblith, Liao and Hinton 2023,
-    arXiv 2210.03310.
+    Baydin, Pearlmutter, Syme, Wood and Torr 2022, arXiv 2202.08587; the activation form is due to Ren, Kornblith, Liao and Hinton
+    2023, arXiv 2210.03310.
 
-    A further forward pass computes the derivative ż of the logits z along noise by forward-mode differentiation; with δ = ∂L/∂z
-    the derivative of the loss is δ · ż. There is no feedback, and no error passes back through a weight. `form` chooses what is
-    perturbed:
+    An additional forward pass computes the derivative ż of the logits z along noise by forward-mode differentiation; with δ =
+    ∂L/∂z, the derivative of the loss is δ · ż. There is no feedback, and no error passes back through a weight. `form` chooses
+    what is perturbed:
 
     - activation: noise p_n, standard normal, at every cut, for every sample n:  d_n = Σ_c δ_nc ż_nc,  error at the cut = d_n p_n.
       The derivatives from there down to the next weights are exact, and the output layer has its true gradient.
@@ -39,12 +39,12 @@ class ForwardGradient(NoisyCutRule):
 
     Both are unbiased: their expectation is the true gradient. Their variance grows with the number of perturbed values P: the
     cosine between one sample and the gradient is of the order 1/√P. Expect a floor for learning without a backward pass, not a
-    way to train deep nets. Samples have their own d_n in the activation's form, whose noise therefore averages over the batch.
+    way to train deep nets. In the activation form, each sample has its own d_n, so the noise averages out over the batch.
 
     Choices: all cuts are perturbed in one pass; Ren et al. have local losses, groups of neurons and a normalisation of their own,
-    which are not part of this rule. With positions, such as tokens, d_n is the sum over those of a sample. `tangents` chooses
-    central differences for operations without a forward-mode derivative, see `fdfa`. In the weight's form all data-parallel ranks
-    have the same noise, and train as one process does with the whole batch.
+    which are not part of this rule. With positions, such as tokens, d_n is the sum over the positions of a sample. `tangents`
+    chooses central differences for operations without a forward-mode derivative; see `fdfa`. In the weight form, all
+    data-parallel ranks have the same noise and train like one process with the whole batch.
     """
 
     equations = (

@@ -24,13 +24,13 @@ class FrozenBlocks(BP):
     trains nothing useful within the blocks.
 
     The model declares its blocks (``model.blocks``, else ``model.cut_points``), or `blocks` names the modules that end them; a
-    block reaches from the end of the previous one to its own. Every parameter of a block keeps its initial value, those of
+    block reaches from the end of the previous block to its own end. Every parameter of a block keeps its initial value, those of
     normalisation layers included, and does not decay. The embedding and all that follows the last block learn by their true
     gradients, which pass through the random blocks. Parameters of the model itself, outside its modules, learn.
 
-    The embedding is the part of the first block that comes before the module that ends it: of residual_mlp, vit_mini and decoder
-    all that precedes the first residual block. If this module has no parameters, as in mlp, conv2 and the residual nets with
-    convolutions, whose first block is the stem, the embedding is the whole first block.
+    The embedding is the part of the first block that comes before the module that ends it: in residual_mlp, vit_mini and decoder,
+    everything that precedes the first residual block. If this module has no parameters, the embedding is the whole first block;
+    this is so in mlp, in conv2 and in residual nets with convolutions, whose first block is the stem.
 
     Choices not specified in the protocol: batch normalisation in blocks stays in training mode; its gains and biases are frozen,
     but its running statistics are updated.

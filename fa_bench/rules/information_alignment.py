@@ -19,18 +19,18 @@ class InformationAlignment(InputAlignmentRule):
         e_in = g B;  loss = -α mean Σ (x Wᵀ)(x Bᵀ) + β mean ‖x Wᵀ B‖² + γ (‖W‖² + ‖B‖²)
         gradient of B = -α W C + 2 β W C Wᵀ B + 2 γ B,  C = mean xᵀ x
 
-    With α = 2 β, the code's ratio, the fixed point is (W C Wᵀ + (γ / β) I)⁻¹ W C: the inverse of W that target propagation uses,
-    for white x and without decay its transposed pseudo-inverse, not W itself. Means are over samples and, for convolutions and
-    tokens, output positions (a choice: the paper's normalisation over positions is not verified); x Bᵀ of a convolution is its
-    output with B, and x Wᵀ B what the transposed convolution with B makes of x Wᵀ.
+    With α = 2 β, the code's ratio, the fixed point is (W C Wᵀ + (γ / β) I)⁻¹ W C. This is not W itself but the inverse of W that
+    target propagation uses; for white x and without decay, it is the transposed pseudo-inverse. Means are over samples and, for
+    convolutions and tokens, output positions (a choice: the paper's normalisation over positions is not verified); for a
+    convolution, x Bᵀ is its output with B, and x Wᵀ B is the output of the transposed convolution with B for the input x Wᵀ.
 
     With padding other than zeros, ‖x Wᵀ B‖² is that of the padded input, its border included.
 
-    α = ``alpha``, β = ``beta`` and γ = ``gamma`` have the code's defaults; α multiplies amp here, and decay or sparse in the
-    related rules. With ``update_forward`` W has the gradient -α B C + 2 β B Bᵀ W C + 2 γ W. ``signal`` and ``noise_batch`` put
-    noise in the place of x. With the code's α and β B moves slowly: ``b_lr_scale`` raises its rate relative to W's. Centred and
-    normalised activations, delays and alternating steps, which the code has, are left out; its tuned settings are not public,
-    so that no result is a reproduction.
+    α = ``alpha``, β = ``beta`` and γ = ``gamma`` have the code's defaults; here α multiplies amp, whereas in the related rules it
+    multiplies decay or sparse. With ``update_forward`` W has the gradient -α B C + 2 β B Bᵀ W C + 2 γ W. ``signal`` and
+    ``noise_batch`` replace x by noise. With the code's α and β, B moves slowly; ``b_lr_scale`` raises its rate relative to W's.
+    The code's centred and normalised activations, delays and alternating steps are left out. Its tuned settings are not public,
+    so no result is a reproduction.
     """
 
     equations = (

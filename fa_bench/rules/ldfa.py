@@ -53,14 +53,14 @@ class LDFA(SemiOrthogonalRule):
 
     B (O, r) has orthonormal columns, r = ``rank`` or, if that is less, O (in grouped convolutions for each group): P = Bᵀ
     projects errors to r dimensions, and R (r, I, K...; ``r_init``) is Qᵀ of the paper's B = Q P. R follows Bᵀ W by Kolen-Pollack,
-    so that with decay B R approaches B Bᵀ W, at an angle of arccos(‖Bᵀ W‖ / ‖W‖) to W. B learns the principal subspace of the
-    errors by Oja's rule, and its columns are made orthonormal again after every update. Layers with at most ``rank`` outputs keep
-    their B, and with ``b_rate=0`` all do: the subspace is then random, as in `pfa_o` with a ratio below 1.
+    so with decay B R approaches B Bᵀ W, at an angle of arccos(‖Bᵀ W‖ / ‖W‖) to W. B learns the principal subspace of the errors
+    by Oja's rule, and its columns are made orthonormal again after every update. Layers with at most ``rank`` outputs keep their
+    B. With ``b_rate=0`` all layers do, and the subspace is then random, as in `pfa_o` with a ratio below 1.
 
-    The equations are derived, not checked against the paper, whose rules for the subspace and whose settings are unknown here:
-    no result is a reproduction. Choices: errors are weighted by 1/‖g‖ in C, so that the gradient of B is proportional to the loss
-    and a sum over samples, as all others are, in accumulation, with gradient scalers and in data-parallel training; for errors
-    with an elliptical distribution the subspace is the same. B and R are trained by W's optimizer, at its rate; orthonormal
+    The equations are derived, not checked against the paper; its rules for the subspace and its settings are unknown here, so no
+    result is a reproduction. Choices: errors are weighted by 1/‖g‖ in C. The gradient of B is thus proportional to the loss and a
+    sum over samples, as all other gradients are, even with accumulation, gradient scalers and data-parallel training; for errors
+    with an elliptical distribution, the subspace is the same. B and R are trained by W's optimizer, at its rate; orthonormal
     columns keep decay and large rates from changing the size of B. Under Adam and Muon ``b_rate`` has no effect unless it is 0.
     """
 

@@ -27,33 +27,35 @@ OUTPUT_OF_MODEL = ""
 @ALGORITHMS.register("ldrl")
 @dataclasses.dataclass(eq=False)
 class LDRL(DrawingRule, LocalRule):
-    """Target propagation through blocks, whose feedback maps learn from noise: local difference reconstruction loss (L-DRL).
+    """Target propagation through blocks whose feedback maps learn from noise, by the local difference reconstruction loss
+    (L-DRL).
 
     Ernoult et al. 2022, "Towards scaling difference target propagation with backprop targets".
 
-    The model is a chain of blocks f, here those that it declares (``model.blocks``, or the modules in ``cuts`` with which they
-    end). Each block except the first has a feedback map g from its output h' = f(h) to its input h, here a linear map without
-    bias G. A block's target is h' - e', and that of the block below h + g(h' - e') - g(h'), so that
+    The model is a chain of blocks f, here those that it declares (``model.blocks``) or those that end with the modules in
+    ``cuts``. Each block except the first has a feedback map g from its output h' = f(h) to its input h, here a linear map G
+    without bias. A block's target is h' - e', and that of the block below is h + g(h' - e') - g(h'), so that
 
         e = g(h') - g(h' - e') = G e'
 
     is the error at its end, beginning with δ, the gradient of the loss at the logits. Within a block the weights learn by
-    backpropagation of half the squared distance to the target, that is of e: weight transport within blocks. G learns by
+    backpropagation of half the squared distance to the target, that is, of e, which is weight transport within blocks. G learns
+    by
 
         loss = (-2 σε · (g(f(h + σε)) - g(f(h))) + ‖g(f(h) + σε') - g(f(h))‖²) / σ², mean over the samples,
 
     with Gaussian noise ε, ε' and σ = ``sigma``. For small σ, G converges to Jᵀ, the transpose of J = ∂h'/∂h averaged over the
     samples: the targets are then those of backpropagation through a linear block.
 
-    G is a linear layer if the block's output is flat; for maps it enlarges h' to the size of h by copies, and is a 3x3
-    convolution. ``b_lr_scale`` is the learning rate of G relative to that of the weights: a high one lets G diverge if a batch
+    G is a linear layer if the block's output is flat; for maps, it enlarges h' to the size of h by copies and applies a 3x3
+    convolution. ``b_lr_scale`` is the learning rate of G relative to that of the weights; a high one makes G diverge if a batch
     has fewer samples than h' features.
 
-    Choices and deviations: the code's maps have the nonlinearities and max-unpooling of their blocks, here they are linear, and
-    errors do not depend on h; G learns once in every step, where the code takes 20 to 55 steps of its own for every batch; the
-    loss is divided by σ², so that the rate does not depend on σ; the step size of the target (β = 0.7 in the code) scales all
-    errors alike for a linear g, and is left out. Every block costs one more forward pass of the whole model, and one in which
-    nothing changes is added. The equations were derived from the code's, and no result of the paper has been reproduced.
+    Choices and deviations: the code's maps have the nonlinearities and max-unpooling of their blocks, but here they are linear,
+    and errors do not depend on h; G learns once in every step, whereas the code takes 20 to 55 separate steps for every batch;
+    the loss is divided by σ², so that the rate does not depend on σ; the step size of the target (β = 0.7 in the code) scales all
+    errors alike for a linear g, and is left out. Every block costs one more forward pass of the whole model, in addition to one
+    pass in which nothing changes. The equations were derived from the code's, and no result of the paper has been reproduced.
     """
 
     equations = (

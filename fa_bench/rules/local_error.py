@@ -28,16 +28,16 @@ class LocalError(LocalRule):
 
         s = a Mᵀ,    error at a = (softmax(s) - y) M / N,    y the one-hot labels.
 
-    The error passes through the layer's nonlinearity and normalisation to its weights, and no further. The output layer has its
+    The error passes through the layer's nonlinearity and normalisation to its weights but no further. The output layer has its
     true gradient. M neither learns nor decays. With ``separate=true`` the local error uses |K| ∘ sign(M) in place of M, where K
     is fixed and random, too, and has the shape of M.
 
-    If the model's output has positions, such as tokens, a cut must have the same ones: M (C, F) classifies each of them by its
+    If the model's output has positions, such as tokens, a cut must have the same ones; M (C, F) classifies each position by its
     own label.
 
     Choices not specified in the paper: one classifier at every cut point; a map with more than `features` features is first
-    averaged to at most that many, halving its sizes in turn; M is Kaiming-uniform with the features as its fan (``m_init``); no
-    bias.
+    averaged to at most that many, by halving its spatial sizes in turn; M is Kaiming-uniform with the features as its fan
+    (``m_init``); no bias.
     """
 
     equations = (

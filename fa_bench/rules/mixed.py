@@ -62,7 +62,7 @@ class MixedFeedback(FeedbackPathway):
 @ALGORITHMS.register("mixed")
 @dataclasses.dataclass(eq=False)
 class Mixed(ExpandingRule):
-    """Synapses by PFA, FA and KP mixed, so that the weight angle is that of the brain.
+    """A mixture of PFA, FA and KP synapses, chosen so that the weight angle matches the brain's.
 
     The discussion and appendix B of Li and Benna 2024.
 
@@ -72,7 +72,7 @@ class Mixed(ExpandingRule):
     initialisers are ``f_init``, ``k_init`` and ``r_init``.
 
     Neither learned gradient is masked: R's is that of PFA, and K's is that of W, although only the entries under K's mask
-    carry an error. So with decay B R and K approach W everywhere, as in `pfa` and `kp`. Then, with λ = 1/ratio, and r the norm
+    carry an error. So, with decay, B R and K approach W everywhere, as in `pfa` and `kp`. Then, with λ = 1/ratio, and r the norm
     ratio and ρ the cosine of F to W over FA's entries (0 unless W aligns itself to F there, as in FA), the angle of E to W is
 
         cos = (p + k + f ρ r) / √(p (1 + λ) + k + f r²)
@@ -81,13 +81,13 @@ class Mixed(ExpandingRule):
 
         cos = (k + f ρ r) / √(k + f r²)
 
-    since a synapse of PFA's kind passes through the other population; `direct_feedback` returns the direct ones of a layer.
-    Strictly, p, f and k are each kind's share of ‖W‖², which departs from its fraction if W comes to prefer the true kinds.
+    since a PFA synapse passes through the other population; `direct_feedback` returns the direct synapses of a layer. Strictly,
+    p, f and k are each kind's share of ‖W‖², which deviates from its fraction if W comes to prefer the true kinds.
 
     Choices: the paper gives no fractions. The defaults follow from its appendix B, for r = 1 and ρ = 0: 31 % of connected pairs
     are connected in both directions, with a correlation of k / (k + f) = 0.36; over all pairs it is 0.2, an angle of 78 degrees.
-    A kind with fraction 0 has no tensors; with fraction 1 the rule is `pfa`, `fa` or `kp`. Masks are sampled entry by entry, so
-    that a layer has approximately these fractions.
+    A kind with fraction 0 has no tensors; if one has fraction 1, the rule is `pfa`, `fa` or `kp`. Masks are sampled entry by
+    entry, so a layer has these fractions only approximately.
     """
 
     equations = (
@@ -96,9 +96,9 @@ class Mixed(ExpandingRule):
         r"\nabla_K = \nabla_W &= g^\top x",
     )
 
-    pfa: float = option(0.69, "fraction of the synapses that are PFA's", minimum=0, maximum=1)
-    fa: float = option(0.2, "fraction of the synapses that are FA's", minimum=0, maximum=1)
-    kp: float = option(0.11, "fraction of the synapses that are KP's", minimum=0, maximum=1)
+    pfa: float = option(0.69, "fraction of the synapses that learn as in PFA", minimum=0, maximum=1)
+    fa: float = option(0.2, "fraction of the synapses that are fixed as in FA", minimum=0, maximum=1)
+    kp: float = option(0.11, "fraction of the synapses that learn as in KP", minimum=0, maximum=1)
     f_init: str = init_option("F", can_copy=True)
     k_init: str = init_option("K", can_copy=True)
 

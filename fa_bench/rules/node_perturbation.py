@@ -20,24 +20,24 @@ if TYPE_CHECKING:
 class NodePerturbation(DrawingRule, CutRule):
     """Node perturbation: errors estimated from the effect of noise on the loss.
 
-    With standard normal noise ξ, times `sigma` (σ), at every hidden activation and at the logits z, and the loss L±
-    of each sample n in two further forward passes, in which ±σξ is added there, the error at an activation is
+    Let ξ be standard normal noise at every hidden activation and at the logits z, σ the option `sigma`, and L± the loss of each
+    sample n in two further forward passes, in which ±σξ is added there. The error at an activation is then
 
         d_n ξ_n / N,    d_n = (L⁺_n - L⁻_n) / 2σ,
 
     an unbiased estimate of ∂L/∂a up to O(σ²), and an exact directional derivative if L is quadratic. Dalm, van Gerven and Ahmad,
-    arXiv 2310.00965, describe the principle (its text was not checked); the two-sided difference is a choice. Its variance grows
-    with the number of perturbed values P: the expected cosine to the true error falls like 1/√P, so that this rule is a floor for
-    learning without feedback, not a competitor in wide nets.
+    arXiv 2310.00965, describe the principle (the paper's text was not checked); the two-sided difference is our choice. The
+    variance of the estimate grows with the number of perturbed values P, and the expected cosine to the true error falls like
+    1/√P, so this rule is a floor for learning without feedback, not a competitor in wide nets.
 
     No weight carries an error. Each layer's weight and bias learn by its activation's error and the layer's own derivatives,
     those of its nonlinearity included. With ``perturb_output=false`` the output layer learns by its true gradient.
 
     Dropout masks are the same in all three passes. Batch normalisation uses the statistics of each pass's batch, noise included,
-    and updates the running ones in the first pass. Every update draws new noise, which depends on the seed and the number of the
-    update. Multiplications: two further forward passes.
+    and updates the running statistics in the first pass. Every update draws new noise, which depends on the seed and the number
+    of the update. Multiplications: two further forward passes.
 
-    Not implemented: normalisation by the realised change of activity, and decorrelated inputs, which the authors add.
+    Normalisation by the realised change of activity and decorrelated inputs, which the authors add, are not implemented.
     """
 
     equations = (

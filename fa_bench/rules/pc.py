@@ -38,11 +38,11 @@ class PC(EnergyRule):
     backpropagation, and a cosine of only 0.25 to the same in double precision. `epc` stores errors, and does not lose them.
 
     Blocks are those that the model declares, or end at `cuts`. No error passes from one block to the next within a step, but
-    the derivatives of a block are exact: weights are transported within blocks, also where a block has a single layer.
+    the derivatives of a block are exact: weights are transported within blocks, even if a block has a single layer.
 
-    Not checked against a paper: the equations are those of the code and a derivation. Nudged outputs, weight updates in every
-    step (iPC) and the scaling of μPC are not included. Choices: 20 steps of 0.1 without momentum, where the MNIST net of PCX
-    has 5 of 0.0183 with momentum 0.35, and its VGG-5 of the error-based paper's code 8 of 0.0266. E sums over samples, so that
+    Not checked against a paper: the equations come from the code and a derivation. Nudged outputs, weight updates in every
+    step (iPC) and the scaling of μPC are not included. Choices: 20 steps of 0.1 without momentum; the MNIST net of PCX has
+    5 of 0.0183 with momentum 0.35, and its VGG-5 in the error-based paper's code has 8 of 0.0266. E sums over samples, so that
     settling does not depend on the batch's size, and over positions where the output has them.
 
     Dropout masks are the same in all passes. Batch normalisation uses each pass's own statistics, which couples the samples of a

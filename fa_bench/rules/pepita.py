@@ -39,9 +39,9 @@ class Pepita(PassRule):
     layer learns.
 
     Deviations from the paper and its code: layers may have biases and normalisation, which learn by the same errors, through
-    everything between the previous cut and the nonlinearity; the gradient of a convolution is the sum over positions, where the
-    code averages over positions and a second time over the batch. At a cut that is no nonlinearity, such as a block, h - h' is
-    the error at its output; a cut at a pooling stands for the nonlinearity before it.
+    everything between the previous cut and the nonlinearity; the gradient of a convolution is the sum over positions, whereas
+    the code averages over positions and a second time over the batch. At a cut that is not a nonlinearity, such as a block,
+    h - h' is the error at its output; a cut at a pooling layer stands for the nonlinearity before it.
 
     Dropout masks are the same in both passes. Batch normalisation uses each pass's own statistics, and updates the running ones
     with those of the first pass. The first pass is not differentiated. Multiplications: a further forward pass, and half a

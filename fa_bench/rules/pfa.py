@@ -106,7 +106,7 @@ class SemiOrthogonalRule(ProductRule):
 @ALGORITHMS.register("pfa")
 @dataclasses.dataclass(eq=False)
 class PFA(ExpandingRule):
-    """Product feedback alignment: the error in two hops, a fixed random one and a learned one.
+    """Product feedback alignment: the error takes two hops, a fixed random one and a learned one.
 
     Eqs 4-6 of Li and Benna 2024.
 
@@ -118,8 +118,8 @@ class PFA(ExpandingRule):
     √(1 + 1/ratio). ``density`` d below 1 puts fixed masks on B (whose variance becomes 1/(M d)) and on R (whose variance is not
     compensated); the angle is then arctan √(1/(ratio d)).
 
-    Choices: the paper's formula for the gain of B lacks a square root; R's mask is applied again after every update, to R but not
-    to its momentum, as in the paper's code.
+    Choices: the paper's formula for the gain of B lacks a square root, which is added here; R's mask is applied again after every
+    update, to R but not to its momentum, as in the paper's code.
     """
 
     equations = (

@@ -25,7 +25,7 @@ _TINY = 1e-8
 @ALGORITHMS.register("predsim")
 @dataclasses.dataclass(eq=False)
 class PredSim(LocalRule):
-    """Local losses: a local classifier and a similarity of samples at every hidden activation.
+    """Local losses: every hidden activation has a local classifier and a similarity loss between samples.
 
     Nøkland and Eidnes 2019.
 
@@ -37,28 +37,28 @@ class PredSim(LocalRule):
     activations, a linear layer that keeps the number of features), y the one-hot labels, and S the cosines between the rows of
     its argument, each centred on its own mean. For a map with more than 3 channels and more than one row, S uses each channel's
     standard deviation over space; for other maps, all values. D and K learn with W's optimizer; no error crosses a cut.
-    ``loss=pred`` is CE(D(a), labels) alone, ``loss=sim`` the similarity alone. The output layer's error is (1-β) times the true
-    one with predsim, and the true one otherwise.
+    ``loss=pred`` uses only CE(D(a), labels), and ``loss=sim`` only the similarity. The output layer's error is (1-β) times the
+    true one with predsim, and the true one otherwise.
 
-    D averages maps to at most `decoder_size` features; its weight is initially zero (`decoder_init`) and its bias, which
-    `decoder_bias` removes, has torch's default; this, the divisor of the standard deviation (positions less one) and β are those
-    of the paper's code. The paper's settings: Adam at 5e-4, times 0.25 at 50, 75, 88 and 94 % of the epochs, leaky ReLU, dropout,
-    no decay.
+    D averages maps to at most `decoder_size` features. Its weight is initially zero (`decoder_init`), and its bias, which
+    `decoder_bias=false` removes, has torch's default. These values, the divisor of the standard deviation (positions minus one)
+    and β are those of the paper's code. The paper's settings: Adam at 5e-4, multiplied by 0.25 at 50, 75, 88 and 94 % of the
+    epochs, leaky ReLU, dropout, no decay.
 
     ``loss=pred decoder_init=pytorch decoder_bias=false`` is Mono-Forward (Gong, Li and Abdulla 2025, arXiv 2501.09238) with all
     layers trained at once: D is their goodness matrix M (C, features), scores a Mᵀ. The independent code whose numbers
     ``experiment=mono_forward`` lists trains one layer after the other with early stopping, has another M at the input, and
-    predicts by the last M; here the output layer, which has its true gradient, is the last M.
+    predicts with the last M; here the output layer, which has its true gradient, is the last M.
 
     Choices: sizes that the decoder's pooling does not divide are averaged over overlapping windows. A sample whose K a is
     constant has similarity 0 to all others and no gradient; the paper's code divides by zero. In half precision the cosines are
     computed in single precision. A projection shortcut learns by the loss of the activation after the addition. Dropout after a
     cut does not affect its loss.
 
-    If the model's output has positions, such as tokens, each has its own label and its own loss by D; the similarity compares
-    samples by one label each, so that ``loss=pred`` is the only choice.
+    If the model's output has positions, such as tokens, each has its own label and its own loss by D. The similarity compares
+    samples by one label each, so ``loss=pred`` is then the only choice.
 
-    The similarity depends on the batch: under data parallelism each rank compares only its own samples.
+    The similarity depends on the batch; under data parallelism, each rank compares only its own samples.
     """
 
     equations = (

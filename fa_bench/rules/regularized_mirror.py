@@ -19,15 +19,15 @@ class RegularizedMirror(InputAlignmentRule):
         e_in = g B;  loss = α (‖W‖² + ‖B‖²) - β mean Σ (x Wᵀ)(x Bᵀ)
         gradient of B = 2 α B - β W C,  C = mean xᵀ x
 
-    The fixed point is (β / 2 α) W C: parallel to W if the inputs x are white, with the code's defaults half of W. Means are over
-    samples and, for convolutions and tokens, output positions (a choice: the paper's normalisation over positions is not
-    verified); x Bᵀ of a convolution is its output with B. `wm` is the mirror on noise alone, in a phase of its own and with a
+    The fixed point is (β / 2 α) W C. It is parallel to W if the inputs x are white, and half of W with the code's defaults. Means
+    are over samples and, for convolutions and tokens, output positions (a choice: the paper's normalisation over positions is not
+    verified); for a convolution, x Bᵀ is its output with B. `wm` is the mirror on noise only, in a separate phase and with a
     decay for which the fixed point is W.
 
     α = ``alpha`` and β = ``beta`` have the code's defaults. With ``update_forward`` W has the gradient 2 α W - β B C.
-    ``signal`` and ``noise_batch`` put noise in the place of x. With the code's α and β B moves slowly: ``b_lr_scale`` raises
-    its rate relative to W's. Centred and normalised activations, delays and alternating steps, which the code has, are left
-    out; its tuned settings are not public, so that no result is a reproduction.
+    ``signal`` and ``noise_batch`` replace x by noise. With the code's α and β, B moves slowly; ``b_lr_scale`` raises its rate
+    relative to W's. The code's centred and normalised activations, delays and alternating steps are left out. Its tuned settings
+    are not public, so no result is a reproduction.
     """
 
     equations = (

@@ -12,19 +12,19 @@ from fa_bench.registry.registries import ALGORITHMS
 @ALGORITHMS.register("symmetric_alignment")
 @dataclasses.dataclass(eq=False)
 class SymmetricAlignment(AlignmentRule):
-    """Symmetric alignment: feedback is drawn to the weights by a loss that compares their entries.
+    """Symmetric alignment: a loss that compares the entries of feedback and weights pulls the feedback towards the weights.
 
     Kunin et al. 2020 (arXiv 2003.01513) and the code released with it, primitives decay and self.
 
         e_in = g B;  loss = α (‖W‖² + ‖B‖²) - β Σ W B;  gradient of B = 2 α B - β W
 
-    With β = 2 α that is 2 α (B - W): the fixed point is W, and (β / 2 α) W otherwise. The loss reads every weight at its
-    feedback's place: weight transport within the layer, by learning; it is the reference for the rules that do without
-    (`activation_alignment`, `information_alignment`).
+    With β = 2 α the gradient is 2 α (B - W) and the fixed point is W; with other values it is (β / 2 α) W. The loss reads every
+    weight where its feedback is, which is weight transport within the layer, by learning. The rule is the reference for those
+    that avoid it (`activation_alignment`, `information_alignment`).
 
-    α = ``alpha`` and β = ``beta`` have the code's defaults. With ``update_forward`` the gradient of W has the same form, with B
-    in the place of W. With the code's α and β B moves slowly: ``b_lr_scale`` raises its rate relative to W's. Delays and
-    alternating steps, which the code has, are left out; its tuned settings are not public, so that no result is a reproduction.
+    α = ``alpha`` and β = ``beta`` have the code's defaults. With ``update_forward`` the gradient of W has the same form, with W
+    and B exchanged. With the code's α and β, B moves slowly; ``b_lr_scale`` raises its rate relative to W's. The code's delays
+    and alternating steps are left out. Its tuned settings are not public, so no result is a reproduction.
     """
 
     equations = (

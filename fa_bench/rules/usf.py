@@ -32,8 +32,9 @@ class USF(EdgeRule):
     xavier √(2/(fan_in + fan_out)); pytorch 1/√(3 fan_in); xiao √(2/fan_out) for convolutions and 1/√fan_in for linear
     layers; none 1. Fans count kernel positions. B is computed from the weight of the forward pass that is differentiated.
 
-    Deviation: Li and Benna write B = sign(W) without s, which diverges; their figures were computed with s = xavier. ``density``
-    below 1 masks B with one fixed mask. With ``plain_last`` the output layer uses its true weight, as in Xiao et al.
+    Deviation: Li and Benna write B = sign(W) without s, which makes training diverge; their figures were computed with s =
+    xavier. ``density`` below 1 masks B with one fixed mask. With ``plain_last`` the output layer uses its true weight, as in Xiao
+    et al.
     """
 
     equations = (

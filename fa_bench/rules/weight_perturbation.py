@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 class WeightPerturbation(DrawingRule, PassRule):
     """Weight perturbation: gradients estimated from the effect of noise in all weights on the loss.
 
-    The two-sided estimate of simultaneous perturbation (SPSA, Spall 1992), as in MeZO (Malladi et al. 2023, arXiv 2305.17333,
-    official code). With v standard normal, of the shape of all trained parameters θ together, ε the option `epsilon`, and L the
-    loss of the batch,
+    This is the two-sided estimate of simultaneous perturbation (SPSA, Spall 1992), as in MeZO (Malladi et al. 2023, arXiv
+    2305.17333, official code). With v standard normal, of the shape of all trained parameters θ together, ε the option `epsilon`,
+    and L the loss of the batch,
 
         gradient of θ = c v,    c = (L(θ + εv) - L(θ - εv)) / 2ε,
 
     an unbiased estimate of the gradient up to O(ε²), and exact along v if L is quadratic. The expected cosine to the true
-    gradient falls like 1/√P with the number P of parameters: a floor for learning without any backward pass. Users of MeZO
-    report that it does not train CIFAR-10 from scratch.
+    gradient falls like 1/√P with the number P of parameters, so the rule is a floor for learning without any backward pass. Users
+    of MeZO report that it does not train CIFAR-10 from scratch.
 
-    θ are all parameters that require gradients, also those that do not affect the loss: their estimate is noise around zero.
-    v is not stored: it is drawn again for each of its uses from the seed and the number of the update. It is the same in all
-    processes of a data-parallel run, whose gradients then are those of one process with the whole batch. Every micro-batch has
+    θ includes all parameters that require gradients, even those that do not affect the loss; their estimate is noise around zero.
+    v is not stored but drawn again each time it is used, from the seed and the number of the update. It is the same in all
+    processes of a data-parallel run, whose gradients are then those of one process with the whole batch. Every micro-batch has
     its own v. The weights are restored exactly. Multiplications: two further forward passes, and no backward pass.
 
     Dropout masks are the same in all passes. Batch normalisation uses each pass's own statistics, and updates the running ones

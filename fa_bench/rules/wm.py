@@ -122,20 +122,22 @@ class WM(EdgeRule):
 
     Section 4 of Akrout et al. 2019.
 
-    e_in = g B; gradients of W and b are those of backpropagation with this error; B has no gradient, no optimizer and none of the
-    optimizer's decay. After every update, and independently of the data, each layer takes ``mirror_steps`` mirror steps:
+    e_in = g B. Gradients of W and b are those of backpropagation with this error; B has no gradient and no optimizer, and the
+    optimizer's decay does not apply to it. After every update, and independently of the data, each layer takes ``mirror_steps``
+    mirror steps:
 
         x = noise at the layer's input, N samples, zero mean, deviation σ (``noise``, ``sigma``, N = ``mirror_batch``)
         y = φ(W x + b)             φ = ``activation``; b is omitted with ``block_bias``
         Ŵ = Σ yᵀ x / (N σ² φ' n)   for a convolution, the weight gradient of x and y
         B <- (1 - λ) B + η Ŵ       η = ``mirror_rate``, λ = ``mirror_decay`` or, if that is null, η
 
-    This is the paper's ΔB = η_B x yᵀ with the decay that it does not specify, and with the gain for which B's fixed point is W;
-    with another decay it is W η / λ. φ' is 1 for the linear map and tanh, 1/2 for ReLU, 1/4 for the sigmoid. Without b this is
-    exact for ReLU, and for tanh and sigmoid if σ is small (σ ‖w‖ much below 1; the sigmoid's constant part is then additional
-    noise). With b each row has its own factor, for ReLU and Gaussian noise 2 Φ(b / (σ ‖w‖)). n is 1 for a linear layer; for a
-    convolution it is the number of output positions at which a tap of the kernel meets an input that is not padding: of each tap
-    or, with ``per_tap=false``, the largest of all taps, which makes the taps at the kernel's border too small.
+    This is the paper's ΔB = η_B x yᵀ with a decay, which the paper does not specify, and with the gain for which B's fixed point
+    is W; with another decay, the fixed point is W η / λ. φ' is 1 for the linear map and tanh, 1/2 for ReLU, 1/4 for the sigmoid.
+    Without b this is exact for ReLU, and for tanh and sigmoid if σ is small (σ ‖w‖ much below 1; the sigmoid's constant part is
+    then additional noise). With b each row has its own factor, which is 2 Φ(b / (σ ‖w‖)) for ReLU and Gaussian noise. n is 1 for
+    a linear layer. For a convolution it is the number of output positions at which a tap of the kernel meets an input that is not
+    padding, counted for each tap; with ``per_tap=false`` it is the largest count of all taps, which makes the taps at the
+    kernel's border too small.
 
     ``mirror_decay=0`` is the mirror of the numpy code released with the paper, B <- B + η_B Σ yᵀ x: its normalisation has no
     effect, and B grows without bound. η is then η_B N σ² φ' n. That code has η_B = 0.01, N = 128 and uniform noise of deviation
@@ -143,17 +145,17 @@ class WM(EdgeRule):
 
         noise=uniform sigma=0.0288675 activation=sigmoid block_bias=false mirror_decay=0 mirror_rate=2.6667e-4
 
-    For a fixed W, λ = η and Gaussian noise the angle between B and W tends to arctan √(η / (2 - η) · c (F + 1) / (N n)), F the
-    fan-in, c = 1 for the linear map and 2 for ReLU, and the trace of B's first value to (1 - η)^steps.
+    For a fixed W, λ = η and Gaussian noise the angle between B and W tends to arctan √(η / (2 - η) · c (F + 1) / (N n)), where F
+    is the fan-in and c is 1 for the linear map and 2 for ReLU; what is left of B's first value tends to (1 - η)^steps.
 
-    Choices: only the linear map is mirrored, so that BatchNorm between it and its activation does not matter (it is never
-    run); B is sampled by ``b_init``; σ = 1, which has no effect on the linear map and on ReLU without b; η = 0.01; N = 128; one
-    mirror step per update; and ``initial_steps=469`` before training, an epoch of MNIST in batches of 128, as in the code
-    released with the paper. The paper's runs mirrored ReLU without blocking biases; that code mirrors a sigmoid with uniform
-    noise, σ = 0.0289. Noise has the size of the layer's input in `sample_input`, which models with convolutions need. Padding
-    that copies the input (reflect, replicate, circular) gets independent noise, because a copy's correlation would be mistaken
-    for a weight. A layer with nothing trainable before it (without `sample_input`: the first one defined) carries no error and is
-    not mirrored: its B keeps its initial value.
+    Choices: only the linear map is mirrored, so BatchNorm between the map and its activation does not matter (it is never run); B
+    is sampled by ``b_init``; σ = 1, which has no effect on the linear map and on ReLU without b; η = 0.01; N = 128; one mirror
+    step per update; and ``initial_steps=469`` before training, an epoch of MNIST in batches of 128, as in the code released with
+    the paper. The paper's runs mirrored ReLU without blocking biases; that code mirrors a sigmoid with uniform noise, σ = 0.0289.
+    The noise has the size of the layer's input in `sample_input`, which models with convolutions need. Padding that copies the
+    input (reflect, replicate, circular) gets independent noise, because a copy's correlation would be mistaken for a weight. A
+    layer with nothing trainable before it (without `sample_input`, the first layer defined) carries no error and is not mirrored,
+    so its B keeps its initial value.
     """
 
     equations = (

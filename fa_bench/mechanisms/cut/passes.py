@@ -42,7 +42,7 @@ class PassRule(CutRule):
     needs_target = True
 
     def first_argument(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The positional arguments of a pass, whose first one is the model's input; raises an error if there are none."""
+        """The positional arguments of a pass, of which the first is the model's input; raises an error if there are none."""
         if not args:
             raise CoverageError(f"rule '{self.name}' changes the model's input: pass it as the first positional argument")
         return args

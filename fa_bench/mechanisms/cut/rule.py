@@ -109,7 +109,7 @@ class CutRule(Rule):
 
     @property
     def changes_delta(self) -> bool:
-        """Whether `output_error` is not δ."""
+        """Whether `output_error` differs from δ."""
         return type(self).output_error is not CutRule.output_error
 
     # -------------------------------------------------------------------------------------------- for subclasses
@@ -151,7 +151,7 @@ class CutRule(Rule):
         return feedback_tensor(self._cut_modules[cut], name)
 
     def broadcast(self, delta: Tensor, target: Tensor | None) -> Tensor:
-        """What is sent to all cuts, in the shape of δ, which it is by default. Computed once per backward pass; arguments as for
+        """What is sent to all cuts, in the shape of δ; by default, δ itself. Computed once per backward pass; arguments as for
         `signal`."""
         return delta
 
@@ -284,7 +284,7 @@ class CutRule(Rule):
         return cut_coverage(self, layers, trace, self._cut_modules)
 
     def trainable_cuts(self, trace: Trace) -> set[str]:
-        """The cuts at which tensors are learned, because something trainable gets their error."""
+        """The cuts at which tensors are learned, namely those whose error reaches something trainable."""
         return self.after_first_trainable(trace) if self.crosses else trace.trainable
 
     def after_first_trainable(self, trace: Trace) -> set[str]:
@@ -326,7 +326,7 @@ class CutRule(Rule):
         return named_cuts(self, sample_input)
 
     def choose_cuts(self, cuts: tuple[str, ...], trace: Trace) -> tuple[str, ...]:
-        """The named cuts at which the rule cuts; `trace` watched all of them."""
+        """Those of the named cuts at which the rule cuts; `trace` has watched all of them."""
         return cuts
 
     # -------------------------------------------------------------------------------------------- every pass
