@@ -239,6 +239,7 @@ def lines_part(
             style = rule_style(members[group][0].result["algorithm"])
             if are_several:
                 number = shared.index(settings[group]) if len(shared) <= len(STYLES) else index
+                number %= len(STYLES)  # a rule of which no setting has a score may have more
                 style |= {"linestyle": STYLES[number], "fillstyle": FILLS[number]}
             lines.append(Line(labels[group], groups[group], style))
     return Part(

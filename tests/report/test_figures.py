@@ -269,6 +269,16 @@ def test_diverged_settings_are_crosses_and_categories_are_in_their_order(tmp_pat
     assert [text.xy for text in axes.texts if text.get_text() == "✕"] == [(2.0, 0)]
 
 
+def test_many_settings_of_which_none_has_finished_are_drawn(tmp_path):
+    for number in range(6):
+        write_setting(tmp_path, "fa", [None], status="diverged", optimizer={"lr": float(number)})
+        write_setting(tmp_path, "bp", [0.9], optimizer={"lr": float(number)})
+    part = figures.lines_part("", groups_in(tmp_path), [scalar("test_accuracy")], "epoch", 1)
+    styles = [(line.style["linestyle"], line.style["fillstyle"]) for line in part.panels[0].lines]
+    assert len(styles) == 12 and len(set(styles)) == 4
+    overview(tmp_path)
+
+
 def test_other_settings_are_panels_and_many_are_chosen_by_validation(tmp_path):
     for lr in (0.1, 0.2):
         for density in (0.5, 1.0):
