@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fa_bench.cli import main
-from fa_bench.runs import prediction, train
+from fa_bench.runs import outcome, prediction
 from fa_bench.utils.files import RESULT
 
 from .test_survival import at_step
@@ -42,7 +42,7 @@ def test_a_run_records_its_cost_which_changes_nothing_else(tmp_path: Path, monke
     products = 8 * 64 + 6 * 8 + 10 * 6
     assert predicted["cost"]["batch"] == 16 and predicted["cost"]["forward"] == 16 * products
     assert predicted["cost"]["feedback"] > 0 == predicted["cost"]["bp"]["feedback"]
-    monkeypatch.setattr(train, "predicted_cost", lambda *_: None)
+    monkeypatch.setattr(outcome, "predicted_cost", lambda *_: None)
     without = result("without")
     keys = ("weights_hash", "feedback_hash", "optimizer_hash", "batches_hash", "test_accuracy", "angles")
     assert without["cost"] is None and [predicted[key] for key in keys] == [without[key] for key in keys]
