@@ -207,6 +207,14 @@ def test_layers_are_in_the_order_of_use() -> None:
     assert [name for name, _ in layerwise(nn.MultiheadAttention(12, 3)).named_children()] == ["in_proj", "out_proj"]
 
 
+def test_a_module_with_a_forward_of_its_own_is_left_as_it_is() -> None:
+    """Such a function may use the weights in any way."""
+    module = nn.Bilinear(3, 4, 5)
+    module.forward = lambda one, two: one.sum() + two.sum()  # type: ignore[method-assign]
+    expand(module, Mode("test", layerwise=True))
+    assert type(module) is nn.Bilinear and not list(module.children())
+
+
 def test_no_trace_is_left_and_models_can_be_copied_and_pickled() -> None:
     parts = nn.ModuleList([nn.LSTM(4, 6), nn.GRUCell(4, 6), nn.Bilinear(3, 4, 5)])
     model: Any = nn.Sequential(nn.TransformerEncoderLayer(12, 3, 8), parts)

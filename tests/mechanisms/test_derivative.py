@@ -255,7 +255,7 @@ def test_a_module_whose_forward_contains_functions_is_none() -> None:
 
 def test_without_an_error_at_the_logits_the_scale_is_the_last_one() -> None:
     """A certain net has none, but the loss may contain a penalty of activations, which has the same scale as before."""
-    found = []
+    found, activations = [], list[Tensor]()
     for call in ({}, {"loss_scale": 0.25}):
         model = mlp(nn.Tanh())
         rule = fa_bench.attach(model, "dual_propagation", beta=5.0)
@@ -270,6 +270,22 @@ def test_without_an_error_at_the_logits_the_scale_is_the_last_one() -> None:
         rule.backward(loss / 4, logits, torch.zeros_like(Y), **call)
         found.append([p.grad for p in model.parameters()][:4])
     assert all(torch.equal(one, two) and one.any() for one, two in zip(*found, strict=True))
+
+
+def test_the_number_of_samples_is_that_of_the_first_argument_with_an_axis() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp(nn.Tanh())
+
+        def forward(self, temperature: Tensor, x: Tensor) -> Tensor:
+            return self.net(x) / temperature
+
+    model, plain, one = Scaled(), mlp(nn.Tanh()), torch.tensor(1.0)
+    rule = fa_bench.attach(model, "dual_propagation", beta=5.0, sample_input=(one, X))
+    rule.backward(F.cross_entropy(model(one, X), Y))
+    want = gradients(plain, fa_bench.attach(plain, "dual_propagation", beta=5.0))
+    assert all(torch.equal(p.grad, gradient) for p, gradient in zip(model.parameters(), want, strict=True))
 
 
 def test_a_model_without_nonlinearities_says_so() -> None:

@@ -164,3 +164,15 @@ def test_calls_of_convolutions(dims, kind, lead, needs_error):
         loss.backward() if net is plain else rule.backward(loss, y, None)
         found.append([y, leaf.grad, *(parameter.grad for parameter in net.parameters())])
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+def test_the_weight_gradient_of_a_transposed_convolution_is_for_the_size_of_the_error():
+    """Of the two sizes of output that an input may have, the caller of the layer can name one."""
+    plain = nn.ConvTranspose1d(2, 3, 3, stride=2, padding=1, bias=False).double()
+    layer = copy.deepcopy(plain)
+    fa_bench.attach(nn.Sequential(layer), "fa")
+    x = torch.randn(2, 2, 4, dtype=torch.float64)
+    for size in (7, 8):
+        g = torch.randn(2, 3, size, dtype=torch.float64)
+        (want,) = torch.autograd.grad(plain(x, output_size=[size]), plain.weight, g)
+        torch.testing.assert_close(layer.weight_gradient(x, g), want)

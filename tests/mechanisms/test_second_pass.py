@@ -56,6 +56,24 @@ def test_a_repeated_pass_has_the_masks_and_statistics_of_the_first():
     assert torch.equal(first, logits) and torch.equal(second, logits)
 
 
+def test_a_repeated_pass_has_the_arguments_that_were_given_by_name():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x, scale=1.0):
+            return scale * self.net(x)
+
+    model = Scaled()
+    rule = Repeating(cuts=["net.3"]).attach(model)
+    Repeating.wanted = [{}]
+    for call in (lambda x: model(x, scale=2.0), lambda x: model(x=x, scale=3.0)):
+        logits = call(torch.randn(8, 6))
+        F.cross_entropy(logits, torch.arange(8) % 4).backward()
+        assert torch.equal(rule.seen[0], logits)
+
+
 def test_normalisation_uses_the_statistics_of_its_own_batch():
     other = torch.randn(8, 6, generator=torch.Generator().manual_seed(5)) * 3
     _, (seen,), model, _ = repeated({"args": (other,)})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,16 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import fa_bench
 from fa_bench.data.base import ResidentSplit
 from fa_bench.errors import ConfigError
 from fa_bench.metrics.alarm import Alarm
+from fa_bench.metrics.meter import AlignmentMeter
 from fa_bench.metrics.probes.base import Probes
-from fa_bench.metrics.probes.effective_rank import last_is_features, ranks, rows
+from fa_bench.metrics.probes.effective_rank import EffectiveRank, last_is_features, ranks, rows
 from fa_bench.metrics.probes.stability import Directions
 from fa_bench.models.conv2 import Conv2
 from fa_bench.models.residual_mlp import ResidualMLP
 from fa_bench.models.resnet import ResNet20
 from fa_bench.models.vit_mini import ViTMini
+from fa_bench.objectives.cross_entropy import CrossEntropy
 
 from .test_layer_probes import measured, mlp, random_split, subject_of
 
@@ -140,6 +145,21 @@ def test_stability_is_that_of_the_rules_gradients_over_batches(rule: str) -> Non
         assert found[layer] == pytest.approx(np.mean(cosines), rel=1e-5, abs=1e-7)
 
 
+def test_stability_is_that_of_the_output_that_is_trained() -> None:
+    class TwoOutputs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            logits = self.net(x)
+            return logits.flip(1) ** 2, logits
+
+    found = measured("stability", subject_of(TwoOutputs(), "bp", objective=CrossEntropy(output=1)))["stability"]
+    want = measured("stability", subject_of(mlp(), "bp"))["stability"]
+    assert found == {f"net.{layer}": value for layer, value in want.items()}
+
+
 def test_stability_is_one_if_all_batches_are_equal_and_undefined_without_learning() -> None:
     data = random_split(64)
     data.images[:], data.labels[:] = data.images[:1], 1
@@ -201,6 +221,27 @@ def test_features_are_the_channels_of_maps_and_the_last_dimension_of_tokens() ->
     assert torch.equal(
         rows(error, features_last=False), torch.stack([error[n, :, i, j] for n in range(2) for i in range(4) for j in range(4)])
     )
+
+
+class Transposed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)
+
+
+@pytest.mark.parametrize("kind", ["pixels", "tokens"])
+def test_features_of_the_logits_are_their_classes(kind: str) -> None:
+    """Of maps (N, C, H, W) and of tokens (N, T, C), from a convolution in both: at most as many directions as classes."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 2, 4, 5) if kind == "pixels" else torch.randn(2, 2, 7)
+    conv: Any = nn.Conv2d if kind == "pixels" else nn.Conv1d
+    model = nn.Sequential(conv(2, 4, 1), nn.Tanh(), conv(4, 3, 1), *([] if kind == "pixels" else [Transposed()]))
+    rule = fa_bench.attach(model, "bp")
+    y = torch.randint(3, (2, *x.shape[2:]))
+    subject: Any = SimpleNamespace(rule=rule, model=model, meter=AlignmentMeter(rule, x, y))
+    logits = model(x)
+    rows_of_classes = logits.movedim(1 if kind == "pixels" else 2, -1).flatten(0, -2).detach()
+    delta = rows_of_classes.softmax(1) - nn.functional.one_hot(y.flatten(), 3)
+    assert EffectiveRank().measure(subject)["effective_rank"]["2"] == pytest.approx(ranks(delta)[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("rule", ["fa", "dfa"])

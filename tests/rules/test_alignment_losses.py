@@ -289,6 +289,12 @@ def test_noise_is_sampled_for_every_layer_and_update_by_the_seed() -> None:
     assert not any(torch.equal(*pair) for pair in zip(found[0][0], found[2][0], strict=True))
 
 
+def test_layers_with_inputs_of_one_shape_have_noise_of_their_own() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    first, second = noises(fa_bench.attach(model, "regularized_mirror", sample_input=torch.zeros(2, 4), **NOISE))
+    assert first.shape == second.shape and not torch.equal(first, second)
+
+
 def test_saved_noise_continues() -> None:
     x, y = nets.batch("conv")
     rules = []

@@ -285,3 +285,10 @@ def test_sums_over_the_batch_are_in_single_precision() -> None:
     wide = torch.full((512, 5), 200.0, dtype=torch.float16)
     rule.noise_and_tangent = lambda: ({"act1": wide}, wide[:, :3])
     assert torch.equal(rule.estimate("act1"), torch.full((3, 5), 40_000.0))
+
+
+@pytest.mark.parametrize("name", ["fdfa", "grape"])
+def test_a_sample_of_one_input_is_enough_for_batch_normalisation(name: str) -> None:
+    model = nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
+    rule = fa_bench.attach(model, name, sample_input=torch.zeros(1, 7), cuts=["2"])
+    assert model.training and set(rule.feedback) == {"2"}

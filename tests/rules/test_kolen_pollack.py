@@ -189,3 +189,16 @@ def test_gradients_are_shared_only_if_every_optimizer_only_reads_them():
         Optimizers(SGD(lr=0.1), rule, 1, of_feedback).share_gradients()
         rule.backward(F.cross_entropy(model(x.float()), y))
         assert all((tensor.grad is None) == is_shared for tensor in rule.feedback_parameters())
+
+
+def test_clipping_scales_shared_gradients_once():
+    """W and B have a gradient each then, and the norm of all gradients together is the one asked for."""
+    model, (x, y) = nets.mlp().float(), nets.batch("mlp")
+    rule = fa_bench.attach(model, "kp", seed=0)
+    optimizers = Optimizers(SGD(lr=0.1), rule, epochs=1)
+    optimizers.share_gradients()
+    rule.backward(F.cross_entropy(model(x.float()), y))
+    optimizers.clip(1e-3)
+    norm = torch.stack([tensor.grad.norm() for tensor in optimizers.trained()]).norm().item()
+    assert norm == pytest.approx(1e-3, rel=1e-2)
+    assert torch.equal(model.fc1.weight.grad, model.fc1.feedback_B.grad)

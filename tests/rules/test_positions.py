@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 import fa_bench
 from fa_bench.errors import CoverageError
-from fa_bench.mechanisms.cut.positions import IGNORED, Layout, feature_axis
+from fa_bench.mechanisms.cut.positions import IGNORED, Layout, feature_axis, mean_loss
 from fa_bench.mechanisms.loss_scale import is_unscaled, measured_scale
 from fa_bench.metrics.meter import AlignmentMeter
 from fa_bench.objectives.base import Objective
+from fa_bench.objectives.mse import MSE
 from fa_bench.objectives.token_cross_entropy import TokenCrossEntropy
 from fa_bench.registry.kinds import POSITIONS
 
@@ -519,6 +520,11 @@ def test_positions_shared_sends_one_signal_to_all_tokens(name: str):
         assert distance(shared.feedback["act"]["B"].grad, parts.sum(1)) < REL
     logits = models[1](tokens(6)[0])  # any number of tokens
     shared.backward(F.cross_entropy(logits, y), logits, y)
+
+
+def test_numbers_of_positions_are_those_of_the_objective():
+    outputs, numbers = torch.randn(2, 4, C), torch.randn(2, 4, C)
+    assert torch.equal(mean_loss(MSE(), outputs, numbers), MSE().loss(outputs, numbers))
 
 
 def test_regression_has_the_error_of_its_outputs():

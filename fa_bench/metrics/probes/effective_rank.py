@@ -33,6 +33,7 @@ class EffectiveRank(Probe):
     """
 
     def measure(self, subject: Subject) -> Quantities:
+        from fa_bench.mechanisms.cut.positions import class_axis
         from fa_bench.metrics.meter import LOGITS, Passes, measurement_mode
 
         meter = subject.meter
@@ -46,7 +47,11 @@ class EffectiveRank(Probe):
             if point is None or point not in delivered:
                 continue
             error = delivered[point]
-            features_last = point == LOGITS or last_is_features(error, subject.model, meter.trace, layer)
+            features_last = (
+                class_axis(error.shape) == error.dim() - 1
+                if point == LOGITS
+                else last_is_features(error, subject.model, meter.trace, layer)
+            )
             found[self.name][layer], found[f"{self.name}_stable"][layer] = ranks(rows(error, features_last))
             if point in exact:
                 found[f"{self.name}_bp"][layer] = ranks(rows(exact[point], features_last))[0]
