@@ -255,7 +255,7 @@ def test_a_module_whose_forward_contains_functions_is_none() -> None:
 
 def test_without_an_error_at_the_logits_the_scale_is_the_last_one() -> None:
     """A certain net has none, but the loss may contain a penalty of activations, which has the same scale as before."""
-    found, activations = [], list[Tensor]()
+    found = []
     for call in ({}, {"loss_scale": 0.25}):
         model = mlp(nn.Tanh())
         rule = fa_bench.attach(model, "dual_propagation", beta=5.0)
