@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fa_bench.data.base import ResidentSplit, Splits, some
-from fa_bench.data.crops import PaddedCrop, crop_and_flip
+from fa_bench.data.crops import PaddedCrop, ResizedCrop, crop_and_flip
 from fa_bench.errors import OptionError
 from fa_bench.registry.registries import DATASETS
 
@@ -86,6 +86,17 @@ def test_batches_from_the_middle_of_a_pass_are_those_of_the_whole_pass(start: in
     whole, rest = (list(split.batches(4, seed=3, epoch=2, start=first)) for first in (0, start))
     assert len(whole) == 5 and len(rest) == 5 - start
     assert all(torch.equal(a, b) for one, other in zip(whole[start:], rest, strict=True) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("crop", [PaddedCrop(), ResizedCrop(4)], ids=["padded", "resized"])
+def test_the_augmented_parts_of_processes_are_those_of_the_whole_batch(crop: Any) -> None:
+    split = numbered(9, augment=True)
+    split.crop = crop
+    whole = list(split.batches(4, seed=1, epoch=2))
+    for rank in (0, 1):
+        parts = split.batches(4, seed=1, epoch=2, share=lambda size, rank=rank: torch.arange(size)[rank::2])
+        for (x, y), (all_x, all_y) in zip(parts, whole, strict=False):
+            assert torch.equal(x, all_x[rank::2]) and torch.equal(y, all_y[rank::2])
 
 
 @pytest.mark.parametrize("share", [None, lambda size: torch.arange(size)[1::3]], ids=["all", "a part"])

@@ -170,6 +170,24 @@ def test_the_default_compiler_agrees(spec: str) -> None:
         assert torch.allclose(tensor, wanted[name], rtol=1e-4, atol=1e-5), name
 
 
+def test_feedback_that_a_later_update_by_hand_leaves_out_is_an_error() -> None:
+    """The first update, which is left out, tells nothing."""
+    model, rule, x, y = attached("kp", Small)
+    compiled = torch.compile(model, backend="aot_eager")
+    for images, labels, rate in zip(x, y, (None, 0.1), strict=False):
+        model.zero_grad()
+        logits = compiled(images)
+        rule.backward(F.cross_entropy(logits, labels), logits, labels)
+        if rate is None:
+            rule.step()
+            continue
+        with torch.no_grad():
+            for weight in rule.weight_parameters():
+                weight -= rate * weight.grad
+        with pytest.raises(StateError, match="the weights were updated, but the learned feedback"):
+            rule.step()
+
+
 @pytest.mark.parametrize("spec", ["kp", "pfa:ratio=2", "asap", "dkp", "predsim"])
 def test_feedback_that_no_optimizer_trains_is_an_error(spec: str) -> None:
     model, rule, x, y = attached(spec)

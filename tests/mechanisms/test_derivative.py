@@ -253,13 +253,18 @@ def test_a_module_whose_forward_contains_functions_is_none() -> None:
         fa_bench.attach(mlp(Steep()), "fa", derivative="dual", sample_input=X)
 
 
-def test_without_an_error_at_the_logits_the_scale_is_the_last_one() -> None:
-    """A certain net has none, but the loss may contain a penalty of activations, which has the same scale as before."""
-    found, activations = [], list[Tensor]()
-    for call in ({}, {"loss_scale": 0.25}):
+@pytest.mark.parametrize("last", [0.25, None])
+def test_without_an_error_at_the_logits_the_scale_is_the_last_one(last: float | None) -> None:
+    """A certain net has none, but the loss may contain a penalty of activations, which has the same scale as before.
+
+    Without a pass before, the scale is 1.
+    """
+    found, scale = [], last or 1.0
+    for call in ({}, {"loss_scale": scale}):
         model = mlp(nn.Tanh())
         rule = fa_bench.attach(model, "dual_propagation", beta=5.0)
-        gradients(model, rule, factor=0.25)
+        if last is not None:
+            gradients(model, rule, factor=last)
         with torch.no_grad():
             model[4].bias.copy_(torch.tensor([1e4, 0.0, 0.0]))
         activations.clear()
@@ -267,7 +272,7 @@ def test_without_an_error_at_the_logits_the_scale_is_the_last_one() -> None:
         model.zero_grad()
         logits = model(X)
         loss = F.cross_entropy(logits, torch.zeros_like(Y)) + activations[0].square().mean()
-        rule.backward(loss / 4, logits, torch.zeros_like(Y), **call)
+        rule.backward(loss * scale, logits, torch.zeros_like(Y), **call)
         found.append([p.grad for p in model.parameters()][:4])
     assert all(torch.equal(one, two) and one.any() for one, two in zip(*found, strict=True))
 

@@ -229,13 +229,25 @@ def test_an_output_that_depends_on_no_cut_is_refused() -> None:
         attached(Apart(), ["act"], torch.randn(2, 4))
 
 
-def test_attention_needs_no_fused_kernel() -> None:
-    """In evaluation mode without gradients torch runs a whole encoder layer as one kernel, which has no derivative."""
+@pytest.mark.parametrize("fast", [True, False])
+def test_attention_needs_no_fused_kernel(fast: bool) -> None:
+    """In evaluation mode without gradients torch runs a whole encoder layer as one kernel, which has no derivative.
+
+    Whether it may do so is afterwards as the user has set it.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(fast)
+    try:
+        _attention_has_a_derivative(fast)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _attention_has_a_derivative(fast: bool) -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), layer, nn.Linear(8, 3))
     x = torch.randn(2, 5, 4)
-    fast = torch.backends.mha.get_fastpath_enabled()
     rule = attached(model, ["1"], x)
     model.eval()
     first, out = first_pass(rule, x)

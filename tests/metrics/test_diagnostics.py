@@ -145,7 +145,8 @@ def test_stability_is_that_of_the_rules_gradients_over_batches(rule: str) -> Non
         assert found[layer] == pytest.approx(np.mean(cosines), rel=1e-5, abs=1e-7)
 
 
-def test_stability_is_that_of_the_output_that_is_trained() -> None:
+@pytest.mark.parametrize("name", ["stability", "gradient_norm", "effective_rank"])
+def test_probes_are_those_of_the_output_that_is_trained(name: str) -> None:
     class TwoOutputs(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -155,9 +156,9 @@ def test_stability_is_that_of_the_output_that_is_trained() -> None:
             logits = self.net(x)
             return logits.flip(1) ** 2, logits
 
-    found = measured("stability", subject_of(TwoOutputs(), "bp", objective=CrossEntropy(output=1)))["stability"]
-    want = measured("stability", subject_of(mlp(), "bp"))["stability"]
-    assert found == {f"net.{layer}": value for layer, value in want.items()}
+    found = measured(name, subject_of(TwoOutputs(), "bp", objective=CrossEntropy(output=1)))
+    want = measured(name, subject_of(mlp(), "bp"))
+    assert found == {quantity: {f"net.{layer}": value for layer, value in values.items()} for quantity, values in want.items()}
 
 
 def test_stability_is_one_if_all_batches_are_equal_and_undefined_without_learning() -> None:

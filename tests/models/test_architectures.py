@@ -46,6 +46,7 @@ ALEXNET, GAINS = 61_100_840, 2 * 1152
             for depth in (20, 32, 44, 56)
         ],
         ("resnet_cifar_small", {"depth": 110}, CIFAR, 10, 1_727_962),
+        ("resnet20", {}, CIFAR, 10, 269_722),
         # The 13 convolutions have 14,714,688 parameters with biases, as in torchvision's vgg16.
         ("vgg", {"depth": 16}, CIFAR, 10, 14_714_688 + 5130),
         ("vgg", {"depth": 16, "batch_norm": True}, CIFAR, 10, 14_728_266),

@@ -63,6 +63,14 @@ def test_nothing_to_cover(name, sample, options):
     assert unchanged(model, build())
 
 
+@pytest.mark.parametrize("name", ["fa", "dfa"])
+def test_an_error_ends_where_the_model_gives_it_no_further_causes(name):
+    """Weights that are pruned, or used outside of their layers, are further causes, in parentheses."""
+    with pytest.raises(CoverageError) as refused:
+        fa_bench.attach(nn.Sequential(nn.Flatten()), name, **({"cuts": ["0"]} if name == "dfa" else {}))
+    assert str(refused.value).endswith("or bilinear module with plain weights")
+
+
 @pytest.mark.parametrize("name", [*EDGE_RULES, "asap", "dfa"])
 def test_layers_that_do_not_run_are_not_covered(name):
     model, cuts = Unused(), {"cuts": ["act"]} if name == "dfa" else {}

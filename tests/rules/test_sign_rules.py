@@ -229,6 +229,21 @@ def test_density_masks_the_same_entries_at_every_forward(name):
         assert array(kept.abs()) == pytest.approx(usf_scale((200, 100), "xavier"), rel=1e-6)  # float32
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("name", SIGN_RULES)
+def test_masked_entries_carry_no_error(name, kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5, bias=False) if kind == "linear" else nn.Conv2d(6, 5, 1, bias=False))
+    rule = fa_bench.attach(model, name, seed=0, density=0.3)
+    x = torch.randn(2, 6, *([] if kind == "linear" else [1, 1]), requires_grad=True)
+    y = model(x)
+    g = torch.randn_like(y)
+    y.backward(g)
+    feedback = rule.effective_feedback("0").flatten(1)
+    assert (feedback == 0).any() and feedback.any()
+    torch.testing.assert_close(x.grad.flatten(1), g.flatten(1) @ feedback)
+
+
 @pytest.mark.parametrize("name", SIGN_RULES)
 def test_small_weights_keep_their_signs_under_half_precision_autocast(name):
     """A weight of 1e-9 is 0 in half precision, and its sign is not."""

@@ -223,6 +223,27 @@ def test_what_is_no_fault_is_not_taken_for_one(name):
     steps(model, rule, sgd(model.parameters()), 2)
 
 
+@pytest.mark.parametrize("is_first", [False, True])
+@pytest.mark.parametrize("name", LEARNED)
+def test_feedback_that_has_been_trained_may_get_an_optimizer_of_its_own(name, is_first):
+    """After the step of the weights' new optimizer it is not known yet whether another one trains the feedback."""
+    model, rule = attached(name)
+    steps(model, rule, sgd(model.parameters()), 3)
+    optimizers = [sgd(rule.weight_parameters()), sgd(rule.feedback_parameters())]
+    if is_first:
+        optimizers.reverse()
+
+    class Both:
+        zero_grad = staticmethod(model.zero_grad)
+
+        @staticmethod
+        def step():
+            for optimizer in optimizers:
+                optimizer.step()
+
+    steps(model, rule, Both, 3)
+
+
 @pytest.mark.parametrize("name", LEARNED)
 def test_updates_by_hand_at_a_rate_of_zero_are_no_fault(name):
     """Every tensor was written, and none has other numbers."""
