@@ -267,8 +267,8 @@ def test_without_an_error_at_the_logits_the_scale_is_the_last_one(last: float | 
             gradients(model, rule, factor=last)
         with torch.no_grad():
             model[4].bias.copy_(torch.tensor([1e4, 0.0, 0.0]))
-        activations.clear()
-        model[3].register_forward_hook(lambda module, args, output: activations.append(output))
+        activations: list[Tensor] = []
+        model[3].register_forward_hook(lambda module, args, output, seen=activations: seen.append(output))
         model.zero_grad()
         logits = model(X)
         loss = F.cross_entropy(logits, torch.zeros_like(Y)) + activations[0].square().mean()
