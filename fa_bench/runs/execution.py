@@ -16,6 +16,8 @@ from fa_bench.runs.logs import log
 
 #: With compile=auto, steps that a run must have: a graph of resnet20 takes some 30 s to compile and saves 15 ms a step.
 ENOUGH_STEPS = 2000
+#: The first version of torch whose compiler traces every rule; earlier ones stop at layers with convolutions.
+COMPILING_TORCH = (2, 13)
 
 
 class Execution:
@@ -131,8 +133,18 @@ def _tf32() -> Iterator[None]:
 
 
 def _require_compiler(device: torch.device) -> None:
+    if problem := too_old_to_compile():
+        raise ConfigError(f"compile=true: {problem}; upgrade it, or pass compile=false")
     if device.type == "cpu" and (problem := _no_compiler()):
         raise ConfigError(f"compile=true needs a C++ compiler, such as g++: {problem}; install one, or pass compile=false")
+
+
+def too_old_to_compile() -> str:
+    """Why the installed torch cannot compile every rule; empty if it can."""
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version >= COMPILING_TORCH:
+        return ""
+    return f"torch {torch.__version__} cannot compile every rule, which needs {'.'.join(map(str, COMPILING_TORCH))} or later"
 
 
 def _no_compiler() -> str:
@@ -154,6 +166,8 @@ def _pays(model: torch.nn.Module, device: torch.device, steps: int) -> tuple[boo
         return False, "measured to pay only for models with convolutions"
     if steps < ENOUGH_STEPS:
         return False, f"{steps} steps; compiling takes as long as some {ENOUGH_STEPS} steps save"
+    if problem := too_old_to_compile():
+        return False, problem
     if problem := _no_compiler():
         return False, f"no C++ compiler: {problem}"
     return True, f"{steps} steps of a model with convolutions"

@@ -21,9 +21,13 @@ from fa_bench.errors import CoverageError, StateError
 from fa_bench.mechanisms.compiled import Handle
 from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.registry.specs import parse_spec
-from fa_bench.runs.execution import _no_compiler
+from fa_bench.runs.execution import _no_compiler, too_old_to_compile
 
-pytestmark = [pytest.mark.filterwarnings("ignore:.*torch.jit"), pytest.mark.filterwarnings("ignore:The .grad attribute")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute"),
+    pytest.mark.skipif(too_old_to_compile() != "", reason=too_old_to_compile()),
+]
 #: Options that lead through other code than the defaults, with less work where the defaults take much.
 VARIANTS = {
     "wm": ["wm:initial_steps=0,mirror_batch=4"],

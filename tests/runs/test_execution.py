@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -154,6 +155,18 @@ def test_compile_without_a_compiler_is_refused_before_training(monkeypatch: pyte
     monkeypatch.setattr(execution, "_no_compiler", lambda: "no g++ here")
     with pytest.raises(ConfigError, match=r"compile=true needs a C.* compiler.*no g\+\+ here.*compile=false"):
         Execution(RunOptions(compile=True), CPU)
+
+
+@pytest.mark.parametrize(
+    ("version", "refused"), [("2.12.1+cpu", True), ("2.13.0", False), ("3.0.0a0+git1", False), ("1.14", True)]
+)
+def test_a_torch_that_cannot_compile_every_rule_is_refused(version: str, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execution, "_no_compiler", lambda: "")
+    monkeypatch.setattr(torch, "__version__", version)
+    message = r"compile=true: torch .* needs 2\.13 or later.*compile=false"
+    with pytest.raises(ConfigError, match=message) if refused else nullcontext():
+        Execution(RunOptions(compile=True), CPU)
+    assert execution._pays(torch.nn.Conv2d(1, 1, 1), CPU, 9999)[0] is not refused
 
 
 @pytest.mark.parametrize(
