@@ -57,32 +57,22 @@ def guard_hooks() -> None:
         torch._dynamo.reset()
 
 
-def outside_graphs(reason: str) -> Callable[[Callable[..., Any]], Any]:
-    """A decorator of a function that raises an error and is called while a graph is being compiled.
-
-    With ``fullgraph=True`` the compiler raises an error of its own, which contains the reason; otherwise it gives the graph up,
-    and the function raises its error.
-    """
-    try:
-        return torch.compiler.disable(reason=reason)
-    except TypeError:  # earlier versions of torch show no reason
-        return torch.compiler.disable()
+_REPEATS = "runs the model again in the backward pass, which no compiled graph can do: do not compile the model"
+_NEEDS_MODEL = "needs a second forward pass of the whole model: compile the model, not"
 
 
-@outside_graphs("its rule runs the model again in the backward pass, which no compiled graph can do: do not compile the model")
+# With fullgraph=True the compiler raises an error of its own, which contains the reason; otherwise it gives the graph up, and
+# these functions raise theirs.
+@torch.compiler.disable(reason=f"its rule {_REPEATS}")
 def refuse_repeats(rule: str) -> None:
     """Raise the error that a rule with `Rule.repeats` cannot be compiled."""
-    raise CoverageError(
-        f"rule '{rule}' runs the model again in the backward pass, which no compiled graph can do: do not compile the model"
-    )
+    raise CoverageError(f"rule '{rule}' {_REPEATS}")
 
 
-@outside_graphs("its rule needs a second forward pass of the whole model: compile the model, not a part of it alone")
+@torch.compiler.disable(reason=f"its rule {_NEEDS_MODEL} a part of it alone")
 def refuse_part(rule: str, path: str) -> None:
     """Raise the error that a part of the model cannot be compiled alone."""
-    raise CoverageError(
-        f"rule '{rule}' needs a second forward pass of the whole model: compile the model, not its part '{path}' alone"
-    )
+    raise CoverageError(f"rule '{rule}' {_NEEDS_MODEL} its part '{path}' alone")
 
 
 def operator(schema: str, like: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:

@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -186,6 +187,16 @@ def test_another_dtype_after_the_optimizer_was_made(name, convert):
     assert_bitwise(state(one[0]), state(two[0]))
 
 
+def together(model, optimizers):
+    """The optimizers as one."""
+
+    def step():
+        for optimizer in optimizers:
+            optimizer.step()
+
+    return SimpleNamespace(zero_grad=model.zero_grad, step=step)
+
+
 @pytest.mark.parametrize("name", LEARNED)
 def test_what_is_no_fault_is_not_taken_for_one(name):
     """A learning rate of 0 (warm-up), optimizers of their own, accumulation, weights changed by hand, skipped updates."""
@@ -196,16 +207,7 @@ def test_what_is_no_fault_is_not_taken_for_one(name):
             steps(model, rule, sgd(model.parameters(), lr=0.0, weight_decay=0.0, **settings), 3)
     model, rule = attached(name)
     optimizers = [sgd(rule.weight_parameters(), fused=True), sgd(rule.feedback_parameters(), lr=0.01)]
-
-    class Both:
-        zero_grad = staticmethod(model.zero_grad)
-
-        @staticmethod
-        def step():
-            for optimizer in optimizers:
-                optimizer.step()
-
-    steps(model, rule, Both, 3)
+    steps(model, rule, together(model, optimizers), 3)
     model, rule = attached(name)
     with torch.no_grad():  # between two backward passes, as in finite differences
         for _ in range(3):
@@ -232,16 +234,7 @@ def test_feedback_that_has_been_trained_may_get_an_optimizer_of_its_own(name, is
     optimizers = [sgd(rule.weight_parameters()), sgd(rule.feedback_parameters())]
     if is_first:
         optimizers.reverse()
-
-    class Both:
-        zero_grad = staticmethod(model.zero_grad)
-
-        @staticmethod
-        def step():
-            for optimizer in optimizers:
-                optimizer.step()
-
-    steps(model, rule, Both, 3)
+    steps(model, rule, together(model, optimizers), 3)
 
 
 @pytest.mark.parametrize("name", LEARNED)
