@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -12,6 +13,7 @@ from fa_bench.mechanisms.checkpointing import recomputing
 from fa_bench.mechanisms.coverage import Coverage, computed_weights, outside_text
 from fa_bench.mechanisms.graph import tensors_in
 from fa_bench.mechanisms.structure import RULE_ATTRIBUTE, Structure, check_model
+from fa_bench.mechanisms.updates import STEP_MISSED, StepReminder
 from fa_bench.objectives.cross_entropy import CrossEntropy
 from fa_bench.registry.options import Options, option
 from fa_bench.utils.lazy import torch
@@ -129,6 +131,7 @@ class Rule(Options):
         self.first_pass: FirstPass | None = None
         self.indices: Tensor | None = None
         self._passes, self._uses_watch, self._uses_unchecked = [], None, True
+        self._step_reminder: StepReminder | None = None
         try:
             if self.freeze_stem:
                 stem = model.get_submodule(self.trace(sample_input).order[0])
@@ -139,6 +142,7 @@ class Rule(Options):
                 learned.lr_scale = self.feedback_lr_scale
             self._structure = Structure(self.name, model, self.watched_modules(), self._frozen)
             self.hook_model()
+            self._step_reminder = StepReminder(self.weight_parameters())
         except BaseException as error:
             self._remove()
             if isinstance(error, CoverageError) and (causes := self._other_causes(error, model)):
@@ -248,6 +252,8 @@ class Rule(Options):
         self._passes.append(mode.training)
         if training:
             self._check_structure()
+            if is_outermost and self._step_reminder is not None and self._step_reminder.is_missed() and self.needs_step:
+                warnings.warn(f"rule '{self.name}': {STEP_MISSED}", stacklevel=3)
             if self.repeats and is_outermost and not recomputing():
                 from fa_bench.mechanisms.second_pass import FirstPass
 
@@ -367,12 +373,19 @@ class Rule(Options):
     def begin_epoch(self, epoch: int) -> None:
         """Called by the runner before every epoch, counted from 0, for rules that change during training."""
 
+    @property
+    def needs_step(self) -> bool:
+        """Whether `step` does more than check the update, so that the user is warned if a training loop never calls it."""
+        return False
+
     def step(self) -> None:
         """Do the rule's own work between updates; called after ``optimizer.step()``.
 
         Raises:
             StateError: if the update did not train learned feedback; see `fa_bench.mechanisms.updates`.
         """
+        if self._step_reminder is not None:
+            self._step_reminder.on_step()
         for learned in self.learned_feedback():
             learned.after_step()
 

@@ -25,6 +25,8 @@ _ENTRIES = 16
 _PATIENCE = 3
 #: Gradients below this fraction of the entries are rounding noise: an update by them changes nothing.
 _NOISE = 1e-5
+#: After this many updates without ``rule.step()``, rules that need it warn: one change may be a state that was loaded.
+_MISSED = 3
 
 
 class LearnedTensor:
@@ -201,6 +203,39 @@ class LearnedTensor:
                 other._fault, other._snapshot, other._idle = "", None, 0
             raise StateError(fault)
 
+
+class StepReminder:
+    """Notices that weights are updated and ``rule.step()`` is not called.
+
+    Args:
+        weights: of which one that learns is watched. Updates that autograd does not count (fused optimizers) are not noticed.
+    """
+
+    def __init__(self, weights: list[nn.Parameter]) -> None:
+        self._weight = next((weight for weight in weights if weight.requires_grad), None)
+        self._version = -1 if self._weight is None else self._weight._version
+        self._missed = 0
+
+    def on_step(self) -> None:
+        """Called by ``rule.step()``."""
+        self._missed = 0
+        if self._weight is not None:
+            self._version = self._weight._version
+
+    def is_missed(self) -> bool:
+        """Called before a training pass; whether this is the pass after so many updates without a step as `STEP_MISSED` says."""
+        if self._weight is None or self._weight._version == self._version:
+            return False
+        self._version = self._weight._version
+        self._missed += 1
+        return self._missed == _MISSED
+
+
+#: The warning.
+STEP_MISSED = (
+    f"the weights were updated {_MISSED} times without rule.step(), which does a part of the learning; call it after every "
+    f"optimizer.step()"
+)
 
 _NOT_TRAINED = (
     "the weights were updated, but the learned feedback '{0}' was not: the optimizer was created before attach, or "

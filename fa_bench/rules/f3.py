@@ -168,6 +168,10 @@ class F3(CutRule):
                 return torch.autograd.grad(self.objective.loss(leaf.softmax(1), _given(target), reduction="sum"), leaf)[0]
         return (outputs.softmax(1) if information.endswith(_SOFTMAX) else outputs) - one_hot(_given(target), outputs)
 
+    @property
+    def needs_step(self) -> bool:
+        return self._kept is not None and self._kept.is_shared
+
     def step(self) -> None:
         super().step()
         if self._kept is not None and not self.mode.alone:

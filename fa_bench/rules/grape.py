@@ -100,6 +100,10 @@ class GrAPE(JacobianRule):
         # The error of backpropagation crosses the cut; nothing is added to it.
         return torch.zeros_like(error) if self.first_pass is not None and self.first_pass.note else error
 
+    @property
+    def needs_step(self) -> bool:
+        return True
+
     def step(self) -> None:
         super().step()
         self._anchors += self._is_anchor(self._steps)

@@ -35,8 +35,11 @@ class SubspaceFeedback(ProductFeedback):
         gradient = functools.partial(oja_gradient, feedback_tensor(layer, "B"), getattr(layer, "groups", 1), self.rate)
         return context._replace(gradients=(*context.gradients, *feedback_gradient(layer, "B", of_errors=gradient)))
 
+    def needs_step(self, layer: Any) -> bool:
+        return layer.learned["B"].tensor.requires_grad
+
     def after_step(self, layer: Any) -> None:
-        if layer.learned["B"].tensor.requires_grad:
+        if self.needs_step(layer):
             first = feedback_tensor(layer, "B")
             first.copy_(orthonormalized(first, getattr(layer, "groups", 1)))
 

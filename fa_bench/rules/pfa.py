@@ -40,6 +40,9 @@ class ProductFeedback(FeedbackPathway):
         groups, transposed = getattr(layer, "groups", 1), getattr(layer, "transposed", False)
         return effective_product(feedback_tensor(layer, "B"), feedback_tensor(layer, "R"), groups, transposed)
 
+    def needs_step(self, layer: Any) -> bool:
+        return feedback_tensor(layer, "mask") is not None
+
     def after_step(self, layer: Any) -> None:
         if (mask := feedback_tensor(layer, "mask")) is not None:
             feedback_tensor(layer, "R").mul_(mask)

@@ -233,6 +233,10 @@ class WM(EdgeRule):
         decay = self.mirror_rate if self.mirror_decay is None else self.mirror_decay
         return MirroredFeedback(noise, self.mirror_rate, decay, self.activation, self.block_bias, positions, geometry)
 
+    @property
+    def needs_step(self) -> bool:
+        return super().needs_step or (bool(self._mirrored) and self.mirror_steps > 0)
+
     def step(self) -> None:
         super().step()
         if not self.mode.freeze_random:

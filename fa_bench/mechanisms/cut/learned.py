@@ -47,6 +47,10 @@ class LearnedCutRule(CutRule):
     def learned_feedback(self) -> list[LearnedTensor]:
         return [one for learned in self._learned.values() for one in learned]
 
+    @property
+    def needs_step(self) -> bool:
+        return super().needs_step or self._masked
+
     def step(self) -> None:
         super().step()
         if self._masked:

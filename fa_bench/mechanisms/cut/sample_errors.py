@@ -37,6 +37,11 @@ class SampleErrors:
         self.seen = torch.zeros(count, dtype=torch.bool, device=like.device)
         self._new: list[tuple[Tensor, Tensor]] = []
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes need the errors of this one."""
+        return _processes() > 1
+
     def describe(self) -> str:
         """The size, for people."""
         size = sum(one.numel() * one.element_size() for one in (self.errors, self.seen))
@@ -59,7 +64,7 @@ class SampleErrors:
         # Selecting rows would make a GPU wait.
         self.errors.index_copy_(0, indices, torch.where(finite.unsqueeze(1), errors, self.errors[indices]))
         self.seen.index_copy_(0, indices, finite | self.seen[indices])
-        if is_shared and _processes() > 1:
+        if is_shared and self.is_shared:
             self._new.append((indices[finite].cpu(), errors[finite].cpu()))
 
     def exchange(self) -> None:
@@ -67,7 +72,7 @@ class SampleErrors:
 
         Where several have the same sample, all get the error of the last one.
         """
-        if _processes() < 2:
+        if not self.is_shared:
             self._new.clear()
             return
         everywhere: list[Any] = [None] * _processes()

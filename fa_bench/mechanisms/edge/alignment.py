@@ -298,6 +298,10 @@ class InputAlignmentRule(AlignmentRule):
                 generator = torch.Generator(noise.device).manual_seed(seed_for(self.seed, path, "noise", self._draws))
                 noise.normal_(generator=generator)
 
+    @property
+    def needs_step(self) -> bool:
+        return super().needs_step or self.on_noise
+
     def step(self) -> None:
         super().step()
         if self.on_noise and not self.mode.freeze_random:

@@ -139,6 +139,10 @@ class FeedbackPathway:
     def materialize(self, layer: Any) -> None:
         """Bring the layer's tensors up to date; called before they are read from outside."""
 
+    def needs_step(self, layer: Any) -> bool:
+        """Whether `after_step` does anything."""
+        return False
+
     def after_step(self, layer: Any) -> None:
         """Called after every update if the layer has learned tensors."""
 

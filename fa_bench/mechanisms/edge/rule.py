@@ -288,6 +288,10 @@ class EdgeRule(Rule):
         ]
         return [(tensor, weight) for tensor, weight in followed if weight is not None and uses[id(weight)] == 1]
 
+    @property
+    def needs_step(self) -> bool:
+        return any(layer.pathway.needs_step(layer) for layer in self._learning)
+
     def step(self) -> None:
         super().step()
         for layer in self._learning:

@@ -63,6 +63,7 @@ def test_clipping_the_models_parameters_scales_both_alike():
 CALLED = ("predsim", "bp_deepsup", "dgl", "asfp_lc", "ldfa", "activation_alignment")
 
 
+@pytest.mark.filterwarnings("ignore:.*without rule.step")  # grape and ldfa learn less without it
 @pytest.mark.parametrize("name", [name for name in LEARNED if name not in CALLED])
 def test_plain_backward_and_no_call_of_the_rule_train_feedback(name):
     one, two = attached(name), attached(name)
@@ -197,6 +198,7 @@ def together(model, optimizers):
     return SimpleNamespace(zero_grad=model.zero_grad, step=step)
 
 
+@pytest.mark.filterwarnings("ignore:.*without rule.step")  # grape and ldfa learn less without it
 @pytest.mark.parametrize("name", LEARNED)
 def test_what_is_no_fault_is_not_taken_for_one(name):
     """A learning rate of 0 (warm-up), optimizers of their own, accumulation, weights changed by hand, skipped updates."""
