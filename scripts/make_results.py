@@ -4,7 +4,8 @@
     python scripts/make_results.py collect [--commits] NAME "COMMAND" DIR...
 
 `collect` writes a report on the runs in DIR and keeps its tables as docs/data/NAME/report.csv, runs.csv, layers.csv and
-published.csv, beside about.yaml: the command, the commit, versions and the machine. It refuses runs of several commits unless
+published.csv, beside about.yaml: the command, the commit, versions and the machine. For DIR/tuned of a tuning study it also keeps
+its tables of rules and trials, tune.csv and trials.csv. It refuses runs of several commits unless
 `--commits` is given, and runs of modified code. The templates, docs/data/*.jinja, have the prose; every number of a table, and
 every number that prose takes from a run, comes from the files. A test compares the committed page with the output.
 """
@@ -18,7 +19,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,10 @@ KEPT = {
     "report_layers.csv": "layers.csv",
     "report_published.csv": "published.csv",
 }
-#: Columns that say where a run lay on the machine.
-_LOCAL = ("directory",)
+#: Columns that are not kept: where a run lay on the machine, and errors of trials, which may say it, too.
+_LOCAL = ("directory", "reason")
+#: Tables of a tuning study.
+TUNED = ("tune.csv", "trials.csv")
 _COMPARED = ["label", "quantity", "ours", "ours_std", "published", "difference", "source"]
 #: Statuses of runs that the statistics of reports cover.
 _FINISHED = ("finished", "stopped")
@@ -59,6 +62,7 @@ class Study:
         runs: one row per run.
         layers: one row per label, layer and quantity: mean and standard deviation over seeds.
         published: one row per published number that the runs are compared with.
+        tuned: one row per rule, if the runs are the final ones of a tuning study.
     """
 
     def __init__(self, name: str, folder: Path) -> None:
@@ -68,8 +72,9 @@ class Study:
         # Columns that are blank in every row are not kept.
         self.report = report.reindex(columns=list(dict.fromkeys([*report.columns, *REPORT_COLUMNS])))
         self.runs = pd.read_csv(folder / "runs.csv")
-        self.layers, self.published = (
-            pd.read_csv(path) if path.exists() else pd.DataFrame() for path in (folder / "layers.csv", folder / "published.csv")
+        self.layers, self.published, self.tuned = (
+            pd.read_csv(path) if path.exists() else pd.DataFrame()
+            for path in (folder / "layers.csv", folder / "published.csv", folder / "tune.csv")
         )
 
     def header(self) -> str:
@@ -132,6 +137,12 @@ class Study:
             rows.append([rule, *texts.values()])
         return _markdown(["rule", *(f"{value:g}" for value in values)], rows)
 
+    def tuned_table(self) -> str:
+        """A Markdown table of a tuning study, the most accurate rule first, with the chosen values in three digits."""
+        frame = self.tuned.sort_values("test_accuracy", ascending=False, na_position="last", kind="stable")
+        rows = [[text(row) for text in TUNED_COLUMNS.values()] for _, row in frame.iterrows()]
+        return _markdown(list(TUNED_COLUMNS), rows)
+
     def table(self, *columns: str, labels: list[str] | None = None, sort: str | None = None) -> str:
         """A Markdown table of the report.
 
@@ -165,7 +176,7 @@ def _score(row: pd.Series, digits: int = 2) -> str:
 
 
 def _floor(row: pd.Series) -> str:
-    if row["algorithm"] in ("frozen", "frozen_blocks"):
+    if row.get("algorithm", row.get("rule")) in ("frozen", "frozen_blocks"):
         return "floor"
     if _is_blank(row["floor"]):
         return "-"
@@ -198,6 +209,59 @@ COLUMNS: dict[str, Any] = {
     "weight angle (°)": _number("weight_angle", 1),
     "seconds an epoch": _number("seconds_per_epoch", 1),
 }
+
+
+def _interval(row: pd.Series) -> str:
+    """The accuracy and its interval, in bold if the rule does not beat the floor."""
+    if not row["n"] or _is_blank(row["test_accuracy"]):
+        return "did not train"
+    interval = "" if _is_blank(row["test_accuracy_ci95"]) else f" ± {row['test_accuracy_ci95']:.2f}"
+    text = f"{row['test_accuracy']:.2f}{interval}"
+    return f"**{text}**" if _floor(row) == "**no**" else text
+
+
+def _chosen(row: pd.Series) -> str:
+    """The chosen values, numbers in three digits."""
+    if _is_blank(row["chosen"]):
+        return "-"
+    pairs = (text.partition("=")[::2] for text in str(row["chosen"]).split())
+    return " ".join(f"`{key.removeprefix('optimizer.').removeprefix('algorithm.')}={_short(value)}`" for key, value in pairs)
+
+
+def _short(value: str) -> str:
+    try:
+        return f"{float(value):.3g}"
+    except ValueError:
+        return value
+
+
+#: Heading -> the cell's text, from a row of tune.csv.
+TUNED_COLUMNS: dict[str, Any] = {
+    "rule": lambda row: row["rule"],
+    "test accuracy (%), 95 %": _interval,
+    "difference to bp": _number("bp_difference", sign="+"),
+    "95 % of the difference": _number("bp_difference_ci95"),
+    "trials that diverged": lambda row: f"{row['diverged']} of {row['trials']}",
+    "chosen": _chosen,
+}
+
+
+def compared(studies: Mapping[str, str | None]) -> str:
+    """A Markdown table of several tuning studies: a row for each rule, the most accurate in the first study first.
+
+    Args:
+        studies: {heading: name of the study}, None for one that has not run, whose column is empty.
+    """
+    tables = {heading: Study(name, DATA / name).tuned if name else None for heading, name in studies.items()}
+    ran = [table for table in tables.values() if table is not None]
+    rules = dict.fromkeys(
+        rule for table in ran for rule in table.sort_values("test_accuracy", ascending=False, kind="stable")["rule"]
+    )
+    cells = {
+        heading: {} if table is None else {row["rule"]: _interval(row) for _, row in table.iterrows()}
+        for heading, table in tables.items()
+    }
+    return _markdown(["rule", *tables], [[rule, *(column.get(rule, "") for column in cells.values())] for rule in rules])
 
 
 def _cell(row: pd.Series, column: str) -> str:
@@ -233,7 +297,9 @@ def render(template: str = TEMPLATE) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(DATA), undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
-    return environment.get_template(template).render(study=lambda name: Study(name, DATA / name), archived=archived)
+    return environment.get_template(template).render(
+        study=lambda name: Study(name, DATA / name), archived=archived, compared=compared
+    )
 
 
 def render_readme() -> str:
@@ -273,12 +339,19 @@ def collect(name: str, command: str, folders: list[Path], commits: bool = False)
         subprocess.run([sys.executable, "-m", "fa_bench.report.cli", *map(str, folders), "--out", scratch], check=False)
         target.mkdir(parents=True, exist_ok=True)
         for source, kept in KEPT.items():
-            if (Path(scratch) / source).exists():
-                frame = pd.read_csv(Path(scratch) / source, dtype=str, keep_default_na=False)
-                columns = [column for column in frame.columns if column not in _LOCAL and frame[column].ne("").any()]
-                frame[columns].to_csv(target / kept, index=False, lineterminator="\n")
+            _keep(Path(scratch) / source, target / kept)
+    for path in (folder.parent / table for folder in folders for table in TUNED):
+        _keep(path, target / path.name)
     (target / "about.yaml").write_text(yaml.safe_dump(about, sort_keys=False, width=200), encoding="utf-8")
     return target
+
+
+def _keep(source: Path, target: Path) -> None:
+    """Copy a table, if there is one, without blank and local columns."""
+    if source.exists():
+        frame = pd.read_csv(source, dtype=str, keep_default_na=False)
+        columns = [column for column in frame.columns if column not in _LOCAL and frame[column].ne("").any()]
+        frame[columns].to_csv(target, index=False, lineterminator="\n")
 
 
 def _one(what: str, values: set[Any]) -> Any:

@@ -74,6 +74,40 @@ def test_collecting_keeps_tables_and_provenance(sweep: Path, tmp_path: Path, mon
     assert rows[0].endswith("| floor |")
 
 
+TUNE = """\
+rule,n,test_accuracy,test_accuracy_ci95,bp_difference,bp_difference_ci95,floor_accuracy,floor,chosen,val_accuracy,trials,diverged,note
+bp,5,97.125,0.25,,,92.0,True,optimizer.lr=0.0123456 optimizer.weight_decay=0,98,20,1,
+frozen,5,92,0.5,-5.125,0.5,,,optimizer.lr=0.1,93,20,0,
+drtp,5,91.5,0.5,-5.625,0.75,92.0,False,optimizer.lr=0.1 algorithm.b_init=pytorch,93,20,3,
+weight_perturbation,0,,,,,,,,,20,20,no trial finished: nothing to train
+"""
+
+
+def test_tuned_studies_are_kept_and_compared(sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(make_results, "DATA", tmp_path / "data")
+    final = sweep.rename(tmp_path / "tuned")
+    (tmp_path / "tune.csv").write_text(TUNE)
+    (tmp_path / "trials.csv").write_text("rule,trial,reason\nbp,0,/somewhere/run.log\n")
+    folder = make_results.collect("mine", "fa-bench-tune", [final])
+    assert (folder / "trials.csv").read_text() == "rule,trial\nbp,0\n"
+    study = make_results.Study("mine", folder)
+    _, _, *rows = study.tuned_table().splitlines()
+    assert rows == [
+        "| bp | 97.12 ± 0.25 | - | - | 1 of 20 | `lr=0.0123` `weight_decay=0` |",
+        "| frozen | 92.00 ± 0.50 | -5.12 | 0.50 | 0 of 20 | `lr=0.1` |",
+        "| drtp | **91.50 ± 0.50** | -5.62 | 0.75 | 3 of 20 | `lr=0.1` `b_init=pytorch` |",
+        "| weight_perturbation | did not train | - | - | 20 of 20 | - |",
+    ]
+    assert make_results.compared({"here": "mine", "not run": None}).splitlines() == [
+        "| rule | here | not run |",
+        "| --- | --- | --- |",
+        "| bp | 97.12 ± 0.25 |  |",
+        "| frozen | 92.00 ± 0.50 |  |",
+        "| drtp | **91.50 ± 0.50** |  |",
+        "| weight_perturbation | did not train |  |",
+    ]
+
+
 def test_a_table_by_setting_has_every_run_and_marks_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "about.yaml").write_text("command: c\n")
