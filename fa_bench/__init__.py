@@ -2,9 +2,10 @@
 
     rule = fa_bench.attach(model, "kp")                                      # in your own training loop
     runs = fa_bench.run("algorithm=kp", "dataset=digits", seed=[0, 1, 2])     # in the runner
-    study = fa_bench.tune("algorithm=bp,kp", "dataset=digits", budget=20)     # a search for hyperparameters
+    study = fa_bench.tune("algorithm=bp,kp", "dataset=digits", budget=20)     # a hyperparameter search
 
-Everything that a plugin needs is here: base classes, `option` to declare an option, and a decorator for each kind of component.
+This module provides everything that a plugin needs: base classes, `option` to declare options, and a decorator for each kind of
+component.
 """
 
 from __future__ import annotations

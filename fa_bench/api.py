@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 
 def run(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **options: Any) -> list[Run]:
-    """Run what ``fa-bench`` with the same arguments would run, in the same directories.
+    """Run the same jobs as ``fa-bench`` with these arguments, in the same directories.
 
     Args:
         *overrides: as on the command line, such as ``"algorithm=bp,fa"`` or ``"optimizer.lr=0.1"``. A sweep needs no ``-m``.
-        config_dir: a folder of additional configs, as ``--config-dir``.
-        **options: the same as keywords, such as ``seed=0``; a key with a dot as ``**{"optimizer.lr": 0.1}``. A list, a range or
-            an array is a sweep: ``seed=[0, 1, 2]``; a list within it is one value: ``probes=[["readout"]]``.
+            config_dir: a folder of additional configs, as ``--config-dir``. **options: overrides as keywords, such as ``seed=0``;
+            pass a key with a dot as ``**{"optimizer.lr": 0.1}``. A list, a range or an array is a sweep: ``seed=[0, 1, 2]``; a
+            list within it is one value: ``probes=[["readout"]]``.
 
     Returns:
-        The runs in the order of the jobs, each with its directory, result, config and metrics of every epoch. A run that fails
-        or diverges does not raise: ``run.finished`` and ``run.result["status"]`` tell, and ``run.log`` in its directory has the
-        traceback. Runs without a result, such as those that ``on_error=stop`` skipped, are omitted. Finished runs are not
+        The runs in the order of the jobs, each with its directory, result, config and metrics of every epoch. A run that fails or
+        diverges does not raise an exception: see ``run.finished`` and ``run.result["status"]``; ``run.log`` in its directory has
+        the traceback. Runs without a result, such as those that ``on_error=stop`` skipped, are omitted. Finished runs are not
         trained again.
 
     Raises:
@@ -70,18 +70,18 @@ def run(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **opt
 
 
 def tune(*overrides: str, config_dir: str | os.PathLike[str] | None = None, **options: Any) -> TuneResult:
-    """Tune what ``fa-bench-tune`` with the same arguments would tune, in the same directories.
+    """Run the same study as ``fa-bench-tune`` with these arguments, in the same directory.
 
     Args:
         *overrides: as on the command line, such as ``"algorithm=bp,fa"`` or ``"optimizer.lr=tag(log,interval(1e-3,1))"``.
-        config_dir: a folder of additional configs, as ``--config-dir``.
-        **options: the same as keywords, such as ``budget=20`` or ``seeds=[0, 1, 2]``; a key with a dot as
-            ``**{"optimizer.lr": [0.1, 0.01]}``, where a list holds the values to choose from. With ``jobs`` above 1, call this
-            only under ``if __name__ == "__main__":`` in a script, since processes are started.
+            config_dir: a folder of additional configs, as ``--config-dir``. **options: overrides as keywords, such as
+            ``budget=20`` or ``seeds=[0, 1, 2]``; pass a key with a dot as ``**{"optimizer.lr": [0.1, 0.01]}``, where a list holds
+            the values to choose from. With ``jobs`` above 1, a script must call this under ``if __name__ == "__main__":``,
+            because it starts processes.
 
     Returns:
-        The study, which displays as its table: `table` has one row a rule and `trials` one row a trial, as data frames;
-        `directory` is the study's folder.
+        The study, which is displayed as its table. `table` and `trials` are data frames with one row per rule and one row per
+        trial; `directory` is the study's folder.
 
     Raises:
         FaBenchError: for invalid input, before any training.
@@ -119,7 +119,7 @@ def _arguments(function: str, overrides: Sequence[Any], options: Mapping[str, An
             hint = f"; unpack it: fa_bench.{function}({star}{truncate(repr(each), 200)})" if star else ""
             raise ConfigError(f"{truncate(repr(each), 200)} is not an override, a string such as 'seed=0'{hint}")
         if each.startswith("-"):
-            raise ConfigError(f"{each}: fa_bench.{function} has no flags; leave -m out, and pass --config-dir as config_dir=")
+            raise ConfigError(f"{each}: fa_bench.{function} accepts no flags; omit -m, and pass --config-dir as config_dir=")
     return [*overrides, *(f"{key}={_sweep(key, value)}" for key, value in options.items())]
 
 
@@ -146,8 +146,8 @@ def _value(key: str, value: Any) -> str:
     if isinstance(value, Mapping):
         hint = f"; pass its keys one by one: **{ ({f'{key}.{name}': each for name, each in value.items()})!r}"
     raise ConfigError(
-        f"{key}={truncate(repr(value), 200)}: {type(value).__name__} is not a type of values "
-        f"(allowed: a text, a number, True, False, None, a path, a list of these){hint}"
+        f"{key}={truncate(repr(value), 200)}: {type(value).__name__} is not an allowed type "
+        f"(allowed: a string, a number, True, False, None, a path, a list of these){hint}"
     )
 
 
@@ -166,5 +166,5 @@ def _sweeps_explained(options: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _nested(key: str, value: Any) -> str:
-    """How to pass a list as one value."""
+    """How to pass a list as a single value."""
     return f"pass **{{{key!r}: {[value]!r}}}" if "." in key else f"pass {key}={[value]!r}"

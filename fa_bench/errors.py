@@ -1,4 +1,4 @@
-"""Errors that users can fix, and the text of messages: names, values and other errors, short enough for one line.
+"""Errors that users can fix, and helpers that format names, values and other errors for messages of one line.
 
 Each error names the key, layer or file, the value, what is allowed and the nearest name.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 
 class FaBenchError(Exception):
-    """Base of every error caused by the input; the command line prints it without a traceback.
+    """Base class of all errors caused by the input; the command line prints them without a traceback.
 
     Examples:
         >>> import fa_bench
@@ -29,8 +29,8 @@ class FaBenchError(Exception):
 class OptionError(FaBenchError, ValueError):
     """An option of a component is unknown, of the wrong type or out of range.
 
-    `path` is the option's name within its component; `with_prefix` adds the component's key. `suggestion` is what should follow
-    the path instead, such as ``.name=cosine``.
+    `path` is the option's name within its component; `with_prefix` prepends the component's key. `suggestion` is the text that
+    should follow the path instead, such as ``.name=cosine``.
     """
 
     def __init__(self, path: str, problem: str, suggestion: str = "") -> None:
@@ -51,9 +51,9 @@ class ConfigError(FaBenchError, ValueError):
 
 
 class CoverageError(FaBenchError, ValueError):
-    """A rule would cover nothing, would leave weights uncovered without permission, or cannot be attached to this model.
+    """A rule cannot be attached to this model, would cover nothing, or would leave weights uncovered without permission.
 
-    Each name of `settings` that appears in braces in `text` is replaced by what the user should write: ``cuts=['act1']``, an
+    Each name in `settings` that appears in braces in `text` is replaced with what the user should write: ``cuts=['act1']``, an
     argument of `attach`, or, after `with_prefix`, ``algorithm.cuts='[act1]'``, an override on the command line.
     """
 
@@ -69,7 +69,7 @@ class CoverageError(FaBenchError, ValueError):
         return message
 
     def with_prefix(self, prefix: str) -> CoverageError:
-        """The same error for a user who sets the options on the command line, below the key `prefix`."""
+        """The same error for a user who sets the options on the command line, under the key `prefix`."""
         return CoverageError(self.text, self.settings, prefix)
 
 
@@ -78,7 +78,7 @@ class DataError(FaBenchError, OSError):
 
 
 class RunDirectoryError(FaBenchError, OSError):
-    """An output directory belongs to another run, or a checkpoint is not usable by this run."""
+    """An output directory belongs to another run, or this run cannot use a checkpoint."""
 
 
 class DirectoryLockedError(RunDirectoryError):
@@ -98,7 +98,7 @@ MAX_MESSAGE, MAX_QUOTE = 1500, 300
 
 
 def truncate(text: str, limit: int) -> str:
-    """The text in at most `limit` characters, 9 or more: its middle is replaced by ``[...]`` if it is longer."""
+    """The text in at most `limit` characters (9 or more); if it is longer, its middle is replaced with ``[...]``."""
     if len(text) <= limit:
         return text
     end = max(limit - limit * 2 // 3 - 7, 1)
@@ -106,9 +106,9 @@ def truncate(text: str, limit: int) -> str:
 
 
 def printable(text: object) -> str:
-    """A message as one line that is safe on any terminal.
+    """A message as a single line that is safe to print on any terminal.
 
-    Line ends and unprintable characters, as in odd file names, are escaped; the length is limited to `MAX_MESSAGE`.
+    Line breaks and unprintable characters, which may occur in file names, are escaped; the length is limited to `MAX_MESSAGE`.
     """
     # Truncated before escaping too: escaping a message of many megabytes would be slow.
     escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in truncate(str(text), MAX_MESSAGE))
@@ -116,7 +116,8 @@ def printable(text: object) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, truncated; its type's name if it has no message or cannot be converted to text."""
+    """The first line of an error's message, truncated; the name of its type if it has no message or cannot be converted to
+    text."""
     try:
         text = str(error).strip()
     except Exception:  # a user's own exception class
@@ -128,9 +129,8 @@ def describe_error(error: BaseException, locate: bool = False) -> str:
     """An error in one line: ``TypeError: its message``.
 
     Args:
-        error: the error.
-        locate: append the file and line of the innermost frame that is in neither fa_bench nor the import system, for errors
-            in a user's code.
+        error: the error. locate: append the file and line of the innermost frame outside fa_bench and the import system; for
+            errors in a user's code.
     """
     kind, message = type(error).__name__, first_line(error)
     description = kind if message == kind else f"{kind}: {message}"

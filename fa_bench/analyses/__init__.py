@@ -1,1 +1,1 @@
-"""Analyses that train no benchmark run: one file each, run by ``fa-bench-analyse``."""
+"""Analyses that do not train benchmark runs, one file each; ``fa-bench-analyse`` runs them."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Analysis(Options):
-    """Base of the analyses; the fields of a subclass are its options."""
+    """Base class of analyses; the fields of a subclass are its options."""
 
     #: Width and height of the figure in inches.
     size: ClassVar[tuple[float, float]] = (10, 4.5)
@@ -33,7 +33,7 @@ class Analysis(Options):
         raise NotImplementedError
 
     def write(self, directory: Path) -> tuple[pd.DataFrame, Path, Path]:
-        """Compute the table, and write NAME.csv and NAME.png into `directory`; equal options give equal bytes.
+        """Compute the table, and write NAME.csv and NAME.png to `directory`; the same options give byte-identical files.
 
         Returns:
             The table, and the two paths.

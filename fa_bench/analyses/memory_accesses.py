@@ -26,9 +26,9 @@ class MemoryAccesses(Analysis):
     """External memory accesses of one training step (eqs 48 and 49, Fig. 11 of Woo et al. 2021).
 
     One row per architecture, rule and batch size b: parameters P, activations A that are kept per sample, reads 2P + A b, writes
-    P + A b, their total 3P + 2 A b, and its ratio to backpropagation's. The paper does not give its batch size. A value of k that
-    keeps the same activations as a smaller one, because there are too few layers, has no row, and neither has a net in which asap
-    has nothing to share. How a shared activation is resized makes no difference.
+    P + A b, their total 3P + 2 A b, and its ratio to backpropagation's. The paper does not give its batch size. There is no row
+    for a value of k that, for lack of layers, keeps the same activations as a smaller one, and none for a net in which asap has
+    nothing to share. How a shared activation is resized makes no difference.
     """
 
     architectures: list[str] = option(

@@ -51,7 +51,7 @@ class QualitativeTable(Analysis):
     """Table 1 of Li and Benna 2024 from runs: each mark is measured on trained nets and compared with the published one.
 
     The paper gives marks without procedures; the procedures are ours. The feedback consists of all feedback tensors and the
-    effective feedback of all layers. Measured on each trained net and averaged over seeds:
+    effective feedback of all layers. The following is measured on each trained net and averaged over seeds:
 
     - no sign transport: invert the sign of all W between two updates; the fraction of feedback values whose sign changes as a
       result is at most ``changed``.

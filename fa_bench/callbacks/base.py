@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(eq=False)
 class Callback(Options):
-    """Base of the callbacks, registered in `fa_bench.registry.registries.CALLBACKS`; all methods are optional.
+    """Base class of callbacks, registered in `fa_bench.registry.registries.CALLBACKS`; all methods are optional.
 
     A callback may read and change every attribute of the trainer: ``trainer.rule``, its ``model``, ``optimizers``, ``splits``,
-    ``options`` and ``progress`` (finished epochs, steps, seconds). ``trainer.stop(reason)`` ends the run after the current
-    epoch, as `stopped`; raising an error ends it at once, as failed.
+    ``options`` and ``progress`` (finished epochs, steps, seconds). ``trainer.stop(reason)`` ends the run after the current epoch,
+    with status `stopped`; raising an error ends it immediately, with status failed.
 
     Examples:
         >>> import dataclasses, fa_bench
@@ -61,7 +61,7 @@ class Callback(Options):
         """After the evaluation; ``trainer.progress.epoch`` counts this epoch. Values added to `metrics` must be JSON."""
 
     def on_fit_end(self, trainer: Trainer) -> None:
-        """After the last epoch, also if ``trainer.stop`` made it the last."""
+        """After the last epoch, even if ``trainer.stop`` ended the run there."""
 
     def state_dict(self) -> dict[str, Any]:
         """The state that a resumed run needs, in plain containers and tensors; saved in every checkpoint."""

@@ -1,4 +1,4 @@
-"""Compose the jobs of a command line, so that all of them are checked before the first one starts."""
+"""Compose the jobs of a command line so that all of them are checked before the first one starts."""
 
 from __future__ import annotations
 
@@ -148,7 +148,9 @@ class Composer:
         values: Any = self.compose([f"{kind}={choice}"])[kind]
         plain = OmegaConf.to_container(values, resolve=False) if OmegaConf.is_config(values) else values
         if not isinstance(plain, dict) or plain.get("name") not in next(group for group in GROUPS if group.kind == kind):
-            raise ConfigError(f"{kind}={choice}: sets up no {kind}; its file needs `defaults: [NAME]`, a registered {kind}")
+            raise ConfigError(
+                f"{kind}={choice}: does not set up a {kind}; its file needs `defaults: [NAME]`, a registered {kind}"
+            )
         return {str(key): value for key, value in plain.items()}
 
     def check(self, jobs: list[list[str]], directories: bool = True) -> list[tuple[Job, Path]]:
@@ -163,7 +165,7 @@ class Composer:
 
         Raises:
             ConfigError: for an unknown key, and if two jobs are the same run.
-            OptionError: for a bad value.
+            OptionError: for an invalid value.
             RunDirectoryError: if a directory holds another config's run, or cannot be created.
         """
         checked: dict[Path, Job] = {}
@@ -178,7 +180,9 @@ class Composer:
             run_dir = Path(*folders.values())
             if run_dir in checked:
                 first = jobs[list(checked).index(run_dir)]
-                raise ConfigError(f"two jobs of the sweep are one run, {run_dir}: {' '.join(first)} and {' '.join(overrides)}")
+                raise ConfigError(
+                    f"two jobs of the sweep are the same run, {run_dir}: {' '.join(first)} and {' '.join(overrides)}"
+                )
             checked[run_dir] = job
             for key, folder in {"output_dir": job.run.output_dir, **folders}.items():
                 refuse_root(Path(folder), key)

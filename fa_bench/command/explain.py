@@ -45,7 +45,7 @@ def explain(
     Args:
         loader: Hydra's config loader.
         config_name: name of the primary config.
-        overrides: those that could not be composed.
+        overrides: the overrides that could not be composed.
         error: raised by Hydra.
         given: the values of the whole command line by key, if the overrides are those of one job of a sweep.
     """

@@ -21,7 +21,7 @@ def check_fit(jobs: Iterable[Job]) -> None:
     Only coverage errors are raised; others are left to the job. Datasets whose shape is known only from their files are skipped.
 
     Raises:
-        CoverageError: naming the rule, the architecture and what is missing.
+        CoverageError: names the rule, the architecture and what is missing.
     """
     deadline = time.monotonic() + MOST_SECONDS
     first: dict[tuple[str, ...], Job] = {}

@@ -25,14 +25,15 @@ class GpuPool:
 
     Attributes:
         devices: as in CUDA_VISIBLE_DEVICES.
-        folder: of the lock files, on this machine.
+        folder: the folder of the lock files, on this machine.
     """
 
     devices: Sequence[str]
     folder: Path
 
     def enter(self) -> None:
-        """Let this process see only one device, before torch starts CUDA. The run's config keeps `device=auto` or `cuda`.
+        """Make only one device visible to this process, before torch initialises CUDA. The run's config keeps `device=auto` or
+        `cuda`.
 
         Does nothing in processes that multiprocessing did not start: Slurm and Ray choose devices themselves.
         """
@@ -67,9 +68,10 @@ def jobs_at_a_time(jobs: int | None, devices: int, jobs_per_gpu: int) -> tuple[i
     """How many jobs run at a time on these devices, and a line that says so, which is empty if nothing changes.
 
     Args:
-        jobs: that the launcher was asked for (`hydra.launcher.n_jobs`); -1 for its default, None for a launcher without it.
+        jobs: the number requested from the launcher (`hydra.launcher.n_jobs`); -1 for its default, None for a launcher without
+            that option.
         devices: CUDA devices.
-        jobs_per_gpu: at a time on each, for the launcher's default.
+        jobs_per_gpu: the number of jobs that run at a time on each device by default.
     """
     if not devices or jobs is None or jobs == 1:
         return jobs, ""

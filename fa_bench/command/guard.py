@@ -128,7 +128,7 @@ def check_config(config: DictConfig, plugins: list[str]) -> None:
         plugins: the modules named on the command line, the only ones that may be imported.
 
     Raises:
-        ConfigError: naming the key, its value and what is allowed.
+        ConfigError: names the key, its value and what is allowed.
     """
     plain: Any = OmegaConf.to_container(config, resolve=False)
     _check_lengths(plain)

@@ -28,11 +28,11 @@ class Task:
 
     Attributes:
         command: the command line, for the record of a sweep.
-        epochs: of every job of the sweep; empty for a single run.
+        epochs: the number of epochs of every job of the sweep; empty for a single run.
         keys: by rule, the keys in which its jobs differ.
         swept: the keys in which all jobs differ, and whether they are numbers.
-        threads: CPU threads of the process that started the sweep; results depend on it by rounding.
-        parent_pid: that process.
+        threads: CPU threads of the process that started the sweep; their number changes rounding.
+        parent_pid: the pid of that process.
         failure_marker: a file that exists once a job has failed.
         gpus: CUDA devices that worker processes share; None for those that a process sees.
         directories: the run directories of the checked jobs.
@@ -115,7 +115,7 @@ class Task:
         return 2 if is_known else 1
 
     def _stopped(self, error: KeyboardInterrupt, prefix: str) -> int:
-        """End a job whose run a signal has stopped; raises `error` unless a launcher knows what to do.
+        """End a job whose run a signal has stopped; raises `error` unless a launcher can handle it.
 
         submitit requeues the job after its signal, which Slurm sends before a job's time ends. After SIGTERM, Slurm may requeue
         the job itself, so that there must be no result yet; the jobs of submitit_local have none to requeue them.
@@ -132,7 +132,7 @@ class Task:
         raise error
 
     def _set_up_worker(self) -> None:
-        """Prepare a launcher's process as the one that started the sweep."""
+        """Prepare a launcher's process like the one that started the sweep."""
         import torch
 
         from fa_bench.utils.process import cores

@@ -51,7 +51,7 @@ def sweep(context: HydraContext, task: Any, config: DictConfig, arguments: list[
     Args:
         context: Hydra's, with the config loader.
         task: the function that runs a job, a `Task`.
-        config: of the sweep, composed from the overrides with a single value.
+        config: the config of the sweep, composed from the overrides with a single value.
         arguments: the overrides, without those of Hydra's own options.
 
     Returns:
@@ -136,11 +136,11 @@ def sweep(context: HydraContext, task: Any, config: DictConfig, arguments: list[
 def oversubscribed(jobs: int | None, threads: int, available: int) -> str:
     """A line if a launcher's jobs compete for the cores; empty if they do not.
 
-    The number of threads is not reduced: results depend on it by rounding, and must not depend on the launcher.
+    The number of threads is not reduced, because it changes rounding, and results must not depend on the launcher.
 
     Args:
-        jobs: that run at a time, `hydra.launcher.n_jobs`; -1 for one per core, None for one.
-        threads: of each job.
+        jobs: the number of jobs that run at a time, `hydra.launcher.n_jobs`; -1 for one per core, None for one.
+        threads: the number of threads of each job.
         available: cores that this process may use.
     """
     jobs = available if jobs == -1 else jobs or 1

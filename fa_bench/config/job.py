@@ -57,7 +57,7 @@ DEVICE = r"auto|cpu|mps|cuda(:(0|[1-9][0-9]?|1[01][0-9]|12[0-7]))?"
 class RunOptions(Options):
     """The top-level keys of a config."""
 
-    seed: int = option(0, "seed of initial weights, data order, augmentation and feedback", minimum=0)
+    seed: int = option(0, "seed for the initial weights, the data order, augmentation and feedback", minimum=0)
     epochs: int = option(20, "passes over the training data", minimum=1)
     batch_size: int = option(64, "samples in a batch", minimum=1)
     drop_last: bool = option(True, "drop the last incomplete batch")
@@ -70,18 +70,18 @@ class RunOptions(Options):
         above=0,
     )
     device: str = option("auto", "auto (an accelerator if available), cpu, cuda, cuda:1, mps")
-    data_dir: str = option("data", "folder of the datasets; for image_folder, of the dataset itself")
+    data_dir: str = option("data", "folder of the datasets, or for image_folder the dataset itself")
     output_dir: str = option("outputs", "folder of the run directories")
     resume: bool | None = option(
         None,
         "null: resume if possible, restart if code or data have changed or the run is damaged; "
-        "true: refuse these; false: restart",
+        "true: refuse to restart; false: always restart",
     )
     checkpoint_epochs: int = option(1, "epochs between checkpoints; there is always one after the last epoch", minimum=1)
     checkpoint_minutes: float = option(10.0, "minutes between checkpoints within an epoch; 0: never", minimum=0)
     on_error: str = option("continue", "whether a sweep continues after a job has failed", choices=["continue", "stop"])
     on_divergence: str = option(
-        "stop", "whether a run stops when its loss or a weight is not finite", choices=["stop", "continue"]
+        "stop", "whether a run stops when its loss or a weight becomes infinite or NaN", choices=["stop", "continue"]
     )
     threads: int = option(0, "number of CPU threads (0: PyTorch's default); changes rounding", minimum=0, maximum=MAX_THREADS)
     jobs_per_gpu: int = option(1, "jobs at a time on each CUDA device, for hydra/launcher=joblib without n_jobs", minimum=1)
@@ -91,7 +91,7 @@ class RunOptions(Options):
     deterministic: bool = option(False, "refuse nondeterministic operations")
     compile: bool | str = option(
         False,
-        "compile forward and backward pass with torch.compile; auto: where that was measured to pay; changes rounding",
+        "compile forward and backward pass with torch.compile; auto: where measurements show that it is faster; changes rounding",
         choices=["auto", True, False],
         identifying=False,
     )
@@ -109,7 +109,7 @@ class RunOptions(Options):
     )
     channels_last: bool | str = option(
         False,
-        "store images and kernels with their channels last; auto: where that was measured to pay; changes rounding",
+        "store images and kernels with their channels last; auto: where measurements show that it is faster; changes rounding",
         choices=["auto", True, False],
         identifying=False,
     )
@@ -119,14 +119,14 @@ class RunOptions(Options):
         "measurements in a run, at most 500 steps apart",
         minimum=0,
     )
-    probe_size: int = option(128, "samples in the batch that angles are measured on", minimum=1)
+    probe_size: int = option(128, "number of samples in the batch on which angles are measured", minimum=1)
     metrics: list[str] | None = option(
         None, "alignment metrics to measure; null: all, including those of plugins", choices=METRICS
     )
     histograms_every: int = option(
         0, "steps between histograms of weights, feedback and gradients for TensorBoard; 0: never", minimum=0
     )
-    probes: list[str] = option([], "further measurements of every layer; they do not affect other results", choices=PROBES)
+    probes: list[str] = option([], "additional measurements of every layer; they do not affect other results", choices=PROBES)
     probes_epochs: int = option(0, "epochs between measurements of `probes`; 0: only at the end", minimum=0)
     callbacks: list[str] = option(
         [],
@@ -206,8 +206,8 @@ class Job:
         """Check a composed config and create its components.
 
         Raises:
-            ConfigError: for an unknown key or component, with the nearest name.
-            OptionError: for a bad value; names the full key.
+            ConfigError: for an unknown key or component; suggests the nearest name.
+            OptionError: for an invalid value; names the full key.
         """
         try:
             plain = {
@@ -236,7 +236,7 @@ class Job:
         if task not in architecture.tasks:
             allowed = [name for name, cls in ARCHITECTURES.items() if task in cls.tasks]
             raise ConfigError(
-                f"architecture={architecture.name} is not made for dataset={dataset.name}, whose inputs are "
+                f"architecture={architecture.name} does not support dataset={dataset.name}, whose inputs are "
                 f"{dataset.inputs} and whose targets are {dataset.targets} (allowed architectures: "
                 f"{names(allowed) or 'none'})"
             )
@@ -251,7 +251,7 @@ class Job:
 
     @property
     def scores(self) -> tuple[Score, ...]:
-        """What runs of this job are scored by; the first is the primary score."""
+        """The scores of runs of this job; the first is the primary score."""
         return tuple(self.objective.scores[self.dataset.targets])
 
     def plain(self) -> dict[str, Any]:

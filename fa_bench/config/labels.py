@@ -90,8 +90,8 @@ def _component_keys(key: str) -> list[str]:
 def short_key(key: str, config: Flat) -> str:
     """A key as labels show it: without the prefix of the rule's options and the optimizer's, ``lr`` for ``optimizer.lr``.
 
-    The whole key stays if that would be ambiguous within the config. It does not depend on other configs, so that a run has the
-    same label beside any others.
+    The whole key stays if that would be ambiguous within the config. It does not depend on other configs, so a run has the same
+    label whatever it is compared with.
     """
     group, _, name = key.partition(".")
     if group not in _SHORTENED or not name or name == "name" or name in config or name in _RUN_OPTIONS:

@@ -34,7 +34,7 @@ def checked(
         (n, O).
 
     Raises:
-        ValueError: naming the array, its value and what is allowed.
+        ValueError: names the array, its value and what is allowed.
     """
     if not isinstance(arrays, (tuple, list)) or len(arrays) != 5:
         raise ValueError(
@@ -122,7 +122,7 @@ def _eight_bits(images: np.ndarray, what: str, notes: list[str]) -> np.ndarray:
         return images.astype(np.uint8, copy=False)
     if 0 < high < _ALMOST_BLACK:
         raise ValueError(
-            f"{problem}, which 8 bits would make almost black; allowed fractions are from 0 to 1: multiply by 255 "
+            f"{problem}, which would be almost black with 8 bits; allowed fractions are from 0 to 1: multiply by 255 "
             "if they were divided twice"
         )
     if low < -_ROUNDING or high > 1 + _ROUNDING:

@@ -47,20 +47,20 @@ def crop_option(default: str) -> Any:
     """The option `crop` of a dataset."""
     return option(
         default,
-        "padded: resize to `size`, augment by crops with 4 pixels of padding; resized: resize a random 8 to "
-        "100 % of each image to `size`, for evaluation the centre of 256/224 of `size`",
+        "padded: resize to `size`, augment by crops with 4 pixels of padding; resized: train on a random 8 to "
+        "100 % of each image, resized to `size`; evaluate on a central crop after resizing to 256/224 of `size`",
         choices=list(CROPS),
     )
 
 
 def size_option(default: int | None) -> Any:
     """The option `size` of a dataset."""
-    return option(default, "height and width to resize images to; null: as stored", minimum=1)
+    return option(default, "height and width to which images are resized; null: as stored", minimum=1)
 
 
 @dataclasses.dataclass(eq=False)
 class Dataset(Options):
-    """Base of the datasets.
+    """Base class of datasets.
 
     Examples:
         >>> from pathlib import Path
@@ -78,11 +78,13 @@ class Dataset(Options):
     samples: int | float | None = option(
         None,
         "fraction (below 1) or number (1 or more) of training samples to train on, with "
-        "the classes in proportion; validation and test samples stay as they are; null: all",
+        "the same class proportions; validation and test samples are not affected; null: all",
         above=0,
         identifying=False,
     )
-    samples_seed: int = option(0, "seed by which `samples` are chosen, the same for every run seed", minimum=0, identifying=False)
+    samples_seed: int = option(
+        0, "seed that determines which `samples` are chosen, the same for every run seed", minimum=0, identifying=False
+    )
 
     #: The kind of its inputs (`fa_bench.registry.kinds`).
     inputs: ClassVar[str] = IMAGES
@@ -116,16 +118,16 @@ class Dataset(Options):
         return None
 
     def load(self, data_dir: Path, device: torch.device, at_most: tuple[int, int] | None = None) -> Splits:
-        """Read the dataset, after downloading it if needed and possible.
+        """Read the dataset, after downloading it if necessary and possible.
 
         Args:
             data_dir: the folder of the datasets.
-            device: of samples that fit in memory.
+            device: the device of samples that fit in memory.
             at_most: numbers of training and test samples of a trial, sampled with a fixed seed; None: all. Numbers of held-out
                 samples, and `samples`, are then reduced in proportion.
 
         Raises:
-            DataError: naming the missing or unreadable file, or the split without samples.
+            DataError: names the missing or unreadable file, or the split without samples.
             OptionError: if an option does not fit the data.
         """
         splits = self._with_data_errors(lambda: self.read(data_dir, device))
@@ -181,7 +183,7 @@ class Dataset(Options):
             return splits
         if wanted > full:
             raise OptionError(
-                "dataset.samples", f"={wanted:g}: there are only {full} training {self.nouns[1]} (beside those for validation)"
+                "dataset.samples", f"={wanted:g}: there are only {full} training {self.nouns[1]} (excluding those for validation)"
             )
         count = max(round(wanted * len(train) / (1 if wanted < 1 else full)), 1)
         labels = train.targets if splits.targets == CLASSES else None
@@ -190,7 +192,7 @@ class Dataset(Options):
         return dataclasses.replace(splits, train=train.subset(chosen))
 
     def hash_of(self, data_dir: Path) -> str:
-        """The `data_hash` of `load`, without keeping or decoding samples.
+        """The `data_hash` of `load`, computed without keeping or decoding samples.
 
         Image files that this process has read before are not read again unless they have changed.
 
@@ -220,7 +222,7 @@ class Dataset(Options):
 
 @dataclasses.dataclass(eq=False)
 class ImageDataset(Dataset):
-    """Base of the datasets of images."""
+    """Base class of the datasets of images."""
 
     mean: list[float] = mean_option(0.5)
     std: list[float] = std_option(0.5)
@@ -257,7 +259,7 @@ class ImageDataset(Dataset):
 
 @dataclasses.dataclass(eq=False)
 class CroppedDataset(ImageDataset):
-    """Base of the datasets whose images can be cropped, resized and augmented."""
+    """Base class of the datasets whose images can be cropped, resized and augmented."""
 
     augment: bool = augment_option(True)
     crop: str = crop_option("padded")
@@ -273,7 +275,7 @@ class CroppedDataset(ImageDataset):
 
 @dataclasses.dataclass(eq=False)
 class ArrayDataset(ImageDataset):
-    """Base of the datasets whose images are read as arrays and fit on the device.
+    """Base class of the datasets whose images are read as arrays and fit on the device.
 
     Examples:
         >>> import dataclasses, numpy, torch, fa_bench

@@ -163,7 +163,7 @@ def random_boxes(draws: np.ndarray, height: int, width: int) -> np.ndarray:
 
     Args:
         draws: uniform in [0, 1), (N, DRAWS); the last, for the flip, is not used here.
-        height, width: of the images.
+        height, width: the height and width of the images.
 
     Returns:
         int64 (N, 4): top, left, height, width.
@@ -206,7 +206,7 @@ def resize_and_crop(images: Tensor, shorter: int, size: tuple[int, int]) -> Tens
 
     Args:
         images: uint8 or floating (N, C, H, W).
-        shorter: of the resized image, in pixels.
+        shorter: length of the resized image's shorter side, in pixels.
         size: height and width of the result.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Decode image files as a viewer shows them: upright, the first frame, transparency over a background, 8 bits a channel."""
+"""Decode image files as a viewer shows them: upright, the first frame, transparency over a background, 8 bits per channel."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Decoder:
 
     Attributes:
         channels: 3 for colour, 1 for grey.
-        height, width: of the result.
+        height, width: the height and width of the result.
         resize: resize images of other sizes, which are refused otherwise.
         background: grey level, 0 to 255, behind transparent pixels.
         crop: read a random part of each image, or its centre, resized; None: the whole image.
@@ -77,7 +77,7 @@ class Decoder:
             The image if `keep`, else None; 1 for each of `NOTES` that applies; the SHA-256 of the file.
 
         Raises:
-            DataError: naming the file.
+            DataError: names the file.
         """
         notes: Counter[str] = Counter()
         with errors_named(path):
@@ -119,7 +119,7 @@ class Decoder:
             if not self.resize and image.size != (self.width, self.height):
                 raise DataError(
                     f"{path}: {image.height}x{image.width} pixels, others have {self.height}x{self.width}; "
-                    "set dataset.size to bring all to one size"
+                    "set dataset.size to resize all images"
                 )
             mode = "RGB" if self.channels == 3 else "L"
             if alpha is None and (image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info):
@@ -141,7 +141,7 @@ class Decoder:
         if not (opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format in ("PNG", "PPM"))):
             raise DataError(
                 f"{path}: pixels without a largest value (mode {opened.mode}), so that white is undefined; "
-                "convert it to 8 or 16 bits a channel"
+                "convert it to 8 or 16 bits per channel"
             )
         values = np.asarray(image)
         grey = (values >> (int(tags.get(_BITS, (16,))[0]) - 8)).astype(np.uint8)
@@ -202,7 +202,7 @@ def regular(path: Path) -> os.stat_result:
 
 
 def configure_warnings() -> None:
-    """Make Pillow refuse an image that would fill the memory, instead of warning, and ignore damaged metadata."""
+    """Make Pillow refuse an image that would fill the memory (instead of warning) and ignore damaged metadata."""
     from PIL import Image
 
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
@@ -226,7 +226,7 @@ def errors_named(path: Path) -> Iterator[None]:
     except Exception as error:
         if "DecompressionBomb" in type(error).__name__:
             raise DataError(
-                f"{path}: more pixels than Pillow opens, {str(error).split(',')[0].lower()}; make it smaller or remove it"
+                f"{path}: more pixels than Pillow allows, {str(error).split(',')[0].lower()}; make it smaller or remove it"
             ) from None
         why = "cut off" if "truncated" in str(error).lower() else getattr(error, "strerror", None) or type(error).__name__
         raise DataError(f"{path}: not a readable image ({why}); replace or remove it") from None

@@ -20,7 +20,7 @@ from fa_bench.utils.lazy import torchvision
 
 @dataclasses.dataclass(eq=False)
 class Downloaded(ArrayDataset, CroppedDataset):
-    """Base; `data_dir` is torchvision's root folder."""
+    """Base class of datasets from torchvision; `data_dir` is torchvision's root folder."""
 
     #: Name of the class in torchvision.datasets; folder in data_dir; files in that folder.
     torchvision_name: ClassVar[str]
@@ -149,8 +149,8 @@ class FashionMNIST(MNIST):
 class CIFAR10(Downloaded):
     """CIFAR-10: 50,000 and 10,000 colour images of 32x32 pixels in 10 classes (Krizhevsky 2009).
 
-    Mean and std are those of the training images. Papers use others: PFA mean [0.4914, 0.4821, 0.4465]; ASAP the std that is
-    `cifar100`'s default; DKP 0.5 and 0.5.
+    Mean and std are those of the training images. Papers use other values: PFA mean [0.4914, 0.4821, 0.4465]; ASAP the std that
+    is `cifar100`'s default; DKP 0.5 and 0.5.
     """
 
     mean: list[float] = mean_option(0.4914, 0.4822, 0.4465)
@@ -199,7 +199,7 @@ class CIFAR100(CIFAR10):
 class SVHN(Downloaded):
     """Street View House Numbers: 73,257 and 26,032 colour images of 32x32 pixels, in 10 classes (Netzer et al. 2011).
 
-    Without the extra training images. Mean and std 0.5, as in the ASAP paper.
+    The extra training images are not used. Mean and std are 0.5, as in the ASAP paper.
     """
 
     augment: bool = augment_option(False)

@@ -106,7 +106,7 @@ def unpack_zip(archive: Path, folder: Path) -> None:
     """Unpack the top-level folder `folder.name` of a zip archive as `folder`, which appears once it is complete.
 
     Raises:
-        DataError: naming the archive, if it is damaged, or has members outside of the folder, links or devices, and within
+        DataError: names the archive, if it is damaged, or has members outside of the folder, links or devices, and within
             `downloads_refused`.
     """
     if _refuse_downloads:
@@ -119,12 +119,12 @@ def unpack_zip(archive: Path, folder: Path) -> None:
             for member in members:
                 path = PurePosixPath(member.filename.replace("\\", "/"))
                 if path.is_absolute() or ".." in path.parts or not path.parts or ":" in path.parts[0]:
-                    raise _unsafe(f"{archive}: its member '{member.filename}' would land outside of {folder.parent}")
+                    raise _unsafe(f"{archive}: its member '{member.filename}' would be unpacked outside of {folder.parent}")
                 if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
                     raise _unsafe(f"{archive}: its member '{member.filename}' is a link or a device")
             size = sum(member.file_size for member in members)
             if size > _MOST_GROWTH * archive.stat().st_size + _SMALL:
-                raise _unsafe(f"{archive}: would grow to {size / 1e9:.3g} GB, more than images do")
+                raise _unsafe(f"{archive}: would grow to {size / 1e9:.3g} GB, too large for an image dataset")
             with workspace(folder.with_name(f".unpack-{folder.name}")) as temporary:
                 if folder.is_dir():  # unpacked by another process in the meantime
                     return
@@ -146,7 +146,7 @@ def unpack_tar(archive: Path, folder: Path) -> None:
     """Unpack a tar archive, compressed or not, into `folder`, whatever its checksum without links and devices.
 
     Raises:
-        DataError: naming the archive, if it has members outside of the folder, links or devices.
+        DataError: names the archive, if it has members outside of the folder, links or devices.
         OSError: if it cannot be read or its members cannot be written.
         ValueError: if it is damaged.
     """
@@ -165,7 +165,9 @@ def unpack_tar(archive: Path, folder: Path) -> None:
         with tarfile.open(archive) as opened:
             opened.extractall(folder, filter=only_files)
     except tarfile.FilterError as error:
-        problem = "is a link or a device" if isinstance(error, tarfile.SpecialFileError) else "would land outside of the folder"
+        problem = (
+            "is a link or a device" if isinstance(error, tarfile.SpecialFileError) else "would be unpacked outside of the folder"
+        )
         raise _unsafe(f"{archive.name}: its member '{error.tarinfo.name}' {problem}") from None
     except (tarfile.TarError, zlib.error, EOFError) as error:
         raise ValueError(f"{archive.name} is damaged: {reason(error)}") from None

@@ -41,7 +41,7 @@ def workers_option(default: int) -> Any:
 
 @dataclasses.dataclass(eq=False)
 class ImageFiles(CroppedDataset):
-    """Base of the datasets with one file per image.
+    """Base class of the datasets with one file per image.
 
     Datasets that fit in memory are decoded once and stay on the device; larger ones are streamed by worker processes.
     """
@@ -189,7 +189,7 @@ class StreamedSplit(ImageSplit):
         labels: int64 (n,).
         decode: decodes one file.
         workers: number of processes; 0 decodes in this one.
-        mean, std, augment, device, crop: as for ResidentSplit.
+        mean, std, augment, device, crop: see ResidentSplit.
     """
 
     def __init__(

@@ -45,7 +45,7 @@ class ImageNet(ImageFiles):
             if not visible_folders(root / name):
                 loose = sum(path.suffix.lower() in EXTENSIONS for path in (root / name).iterdir())
                 raise DataError(
-                    f"dataset=imagenet: {root / name} contains no folders, one for each class, but {loose} loose "
+                    f"dataset=imagenet: {root / name} contains no class folders, but {loose} loose "
                     "images; sort them into folders named after their classes, such as n01440764"
                 )
         return class_listing(root / "train", root / "val")

@@ -87,11 +87,11 @@ def images_below(folder: Path, skipped: Counter[str]) -> list[Path]:
     Each folder is read once, even if several links lead to it.
 
     Args:
-        folder: of one class.
+        folder: the folder of one class.
         skipped: counts skipped files, by reason.
 
     Raises:
-        DataError: naming a folder that cannot be read.
+        DataError: names a folder that cannot be read.
     """
     images: list[Path] = []
     folders, links = [folder], []
@@ -122,7 +122,7 @@ def labelled_files(folders: Iterable[Path], skipped: Counter[str]) -> list[tuple
     """(file, label) of every image in the folders of classes, sorted by name; counts skipped files.
 
     Raises:
-        DataError: naming the folder that cannot be read or contains no images.
+        DataError: names the folder that cannot be read or contains no images.
     """
     files: list[tuple[Path, int]] = []
     for label, folder in enumerate(folders):
@@ -143,7 +143,7 @@ def train_classes(root: Path, skipped: Counter[str]) -> list[Path]:
     """
     folders = visible_folders(root, skipped)
     if not folders:
-        raise DataError(f"{root}: contains no folders, one for each class{_hint(skipped)}")
+        raise DataError(f"{root}: contains no class folders{_hint(skipped)}")
     names: dict[str, str] = {}
     for folder in folders:
         if (other := names.setdefault(plain_name(folder.name), folder.name)) != folder.name:
@@ -152,7 +152,7 @@ def train_classes(root: Path, skipped: Counter[str]) -> list[Path]:
 
 
 def class_listing(train: Path, test: Path, validation: Path | None = None) -> Listing:
-    """The images of folders with one folder for each class.
+    """The images of a dataset with one folder per class.
 
     Raises:
         DataError: if there are no classes or no images, or if `test` or `validation` has a class that `train` does not have.
@@ -195,7 +195,7 @@ def _evaluation(train: Path, root: Path, classes: list[str], notes: list[str]) -
 
 
 def has_classes(root: Path, classes: list[str]) -> bool:
-    """Whether a folder has a subfolder of one of the classes, that is labelled images."""
+    """Whether a folder has a subfolder for one of the classes, that is, labelled images."""
     names = {plain_name(name) for name in classes}
     return any(plain_name(folder.name) in names for folder in visible_folders(root))
 

@@ -35,8 +35,9 @@ class Npz(VectorDataset):
 
     Inputs are images, (n, C, H, W) or (n, H, W), of 8 bits, bool, or floats from 0 to 1; features, floats (n, F); or tokens,
     whole numbers of more than 8 bits (n, T). Targets are classes, whole numbers from 0, (n,) or (n, 1); values, floats (n,) or
-    (n, O); or for tokens a class for each position, whole numbers (n, T), of which -100 does not count. The types and shapes of
-    x_train and y_train decide, and the others must agree. The vocabulary of tokens has the largest token of all arrays, plus one.
+    (n, O); or for tokens a class for each position, whole numbers (n, T), where -100 does not count. The types and shapes of
+    x_train and y_train determine the kind, and the other arrays must agree. The vocabulary size is one more than the largest
+    token in all arrays.
 
     numpy.savez("my.npz", x_train=..., y_train=..., x_test=..., y_test=...) writes such a file. Files with pickled objects are
     refused, since reading them could execute code.
@@ -147,7 +148,7 @@ def kinds(path: Path, state: tuple[int, int]) -> tuple[str, str]:
     """The kinds of inputs and targets of a file, by the headers of its arrays; read again if its `state` has changed.
 
     Raises:
-        DataError: if an array is missing, or its type and shape do not tell what it is.
+        DataError: if an array is missing, or its kind cannot be determined from its type and shape.
     """
     where = f"dataset.path={printable(str(path))}"
     with zipfile.ZipFile(path) as archive:

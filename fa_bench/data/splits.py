@@ -30,8 +30,8 @@ class Splits:
     Attributes:
         train, validation, test: the splits; validation is None if nothing is held out.
         classes: their names; of tokens, the vocabulary; of numbers, the names of the outputs.
-        input_shape: of one sample: (C, H, W), (F,) or (T,).
-        data_hash: of all inputs and targets as stored, before the validation split.
+        input_shape: the shape of one sample: (C, H, W), (F,) or (T,).
+        data_hash: the hash of all inputs and targets as stored, before the validation split.
         notes: a printable sentence on each part of the source that is skipped or changed.
         inputs, targets: their kinds (`fa_bench.registry.kinds`).
     """
@@ -196,9 +196,9 @@ class ResidentSplit(ImageSplit):
     Args:
         images: uint8 (n, C, H, W).
         labels: int64 (n,).
-        mean, std: of each channel, in units of the full range.
+        mean, std: the mean and standard deviation of each channel, in units of the full range.
         augment: crop and flip training batches.
-        device: of the samples.
+        device: the device of the samples.
         crop: how batches are cropped and resized; None for PaddedCrop at the stored size.
     """
 
@@ -237,7 +237,7 @@ class ArraySplit(Split):
     Args:
         inputs: float32 (n, F), or int64 (n, T).
         targets: int64 (n,) or (n, T), or float32 (n, O).
-        device: of the samples.
+        device: the device of the samples.
     """
 
     def __init__(self, inputs: Tensor, targets: Tensor, device: torch.device) -> None:

@@ -20,7 +20,7 @@ from fa_bench.registry.registries import DATASETS
 class STL10(Downloaded):
     """STL-10: 5,000 and 8,000 colour images of 96x96 pixels in 10 classes (Coates et al. 2011); mean and std 0.5.
 
-    Without the 100,000 images without labels, which are downloaded in the same archive (2.6 GB) and not kept.
+    The 100,000 unlabelled images are in the same archive (2.6 GB) but are not kept.
     """
 
     channels: int = dataclasses.field(init=False, default=3)

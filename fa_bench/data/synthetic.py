@@ -18,10 +18,10 @@ from fa_bench.utils.text import format_shape
 @DATASETS.register("synthetic")
 @dataclasses.dataclass(eq=False)
 class Synthetic(ArrayDataset):
-    """One random prototype for each class, plus Gaussian noise; results on it are not worth reporting."""
+    """One random prototype for each class, plus Gaussian noise; meant for trials, not for results."""
 
     samples: int = option(  # pyright: ignore[reportIncompatibleVariableOverride]
-        2048, "training images, validation included", minimum=1
+        2048, "number of training images, including those for validation", minimum=1
     )
     test_samples: int = option(512, "test images", minimum=1)
     classes: int = option(10, "number of classes", minimum=2)

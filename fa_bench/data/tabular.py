@@ -31,11 +31,11 @@ class Tabular(VectorDataset):
     with 13 features in 3 classes (Aeberhard and Forina 1991), breast_cancer 569 tumours with 30 features in 2 classes (Wolberg et
     al. 1993).
 
-    A CSV file has a header with the names of the columns; all columns but the target are features, and numbers. A target of text
-    is a class, and one with fractions is a number; for one of whole numbers, which may be either, `task` must say. Classes are in
-    alphabetical order, or by value. A part of the rows, chosen by `test_seed`, is the test set, with the classes in proportion.
-    With `standardise`, targets of regression are standardised, too, by their mean and standard deviation over the rows that are
-    not in the test set: RMSE is in units of that standard deviation.
+    A CSV file has a header with the names of the columns; all columns except the target are features and must be numeric. A text
+    target is a class, and a target with fractions is a number; a target with whole numbers may be either, so set `task`. Classes
+    are sorted alphabetically or by value. `test_seed` determines which rows form the test set, which has the same class
+    proportions. With `standardise`, regression targets are also standardised, with the mean and standard deviation over the rows
+    that are not in the test set, so RMSE is in units of that standard deviation.
     """
 
     table: str = option("diabetes", "diabetes, wine, breast_cancer, or the path of a CSV file")
@@ -120,7 +120,7 @@ def _read(path: Path, target: str | None, task: str | None, *state: int) -> _Tab
     """Read a CSV file, again only if its `state` has changed.
 
     Raises:
-        DataError: naming the column or row that cannot be used.
+        DataError: names the column or row that cannot be used.
         OptionError: if the target does not exist, or may be a class as well as a number.
     """
     import pandas as pd
@@ -158,7 +158,9 @@ def _read(path: Path, target: str | None, task: str | None, *state: int) -> _Tab
         )
     features = frame.drop(columns=target)
     if text := [name for name in features if not pd.api.types.is_numeric_dtype(features[name])]:
-        raise DataError(f"{path}: not numbers in column{'s' * (len(text) > 1)} {names(text[:_MANY])}; remove or encode them")
+        raise DataError(
+            f"{path}: non-numeric values in column{'s' * (len(text) > 1)} {names(text[:_MANY])}; remove or encode them"
+        )
     of = frame[target]
     is_number = pd.api.types.is_numeric_dtype(of) and not pd.api.types.is_bool_dtype(of)
     if task is None:
@@ -170,7 +172,7 @@ def _read(path: Path, target: str | None, task: str | None, *state: int) -> _Tab
             )
         task = "regression" if is_number else "classification"
     if task == "regression" and not is_number:
-        raise OptionError("dataset.task", f"=regression: column '{target}' is not numbers")
+        raise OptionError("dataset.task", f"=regression: column '{target}' is not numeric")
     x = features.to_numpy(np.float64)
     infinite = np.argwhere(~np.isfinite(x))
     if len(infinite):

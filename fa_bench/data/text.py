@@ -32,15 +32,16 @@ Encoding = tuple[Callable[[str], Sequence[int]], list[str]]
 @DATASETS.register("text")
 @dataclasses.dataclass(eq=False)
 class Text(Dataset):
-    """Language modelling: every token of a text from those before it. By default Alice's Adventures in Wonderland, in characters.
+    """Language modelling: predict every token of a text from the tokens before it. By default, the characters of Alice's
+    Adventures in Wonderland.
 
     The built-in text is that of Lewis Carroll's novel of 1865 (148,331 characters, 70 different ones), which is in the public
-    domain; the transcription is that of the Canterbury corpus (alice29.txt), without its title and with the line ends of Unix.
+    domain; the transcription is that of the Canterbury corpus (alice29.txt), without its title and with Unix line endings.
 
-    The text is one UTF-8 file, or all .txt files of a folder in the order of their names, with line ends of Windows replaced. Its
-    first part is for training, the next for validation, the last for testing. A sample is a window of `context` tokens, and its
-    targets are the tokens that follow each of them. Windows do not overlap. In training, their common start is another one in
-    every epoch, from 0 to `context` - 1, and they are shuffled: both are functions of seed and epoch only.
+    The text is one UTF-8 file, or all .txt files of a folder in the order of their names, with Windows line endings converted.
+    Its first part is for training, the next for validation, the last for testing. A sample is a window of `context` tokens, and
+    its targets are the tokens that follow each of them. Windows do not overlap. During training, their common offset changes from
+    epoch to epoch, from 0 to `context` - 1, and they are shuffled; both depend only on the seed and the epoch.
 
     With unit=characters, the vocabulary has the characters of the training part, and `<unk>` for others, whose number is
     reported. With unit=bytes, it has the 256 bytes. With unit=bpe, byte-pair encoding is learned from the training part alone, by
@@ -48,8 +49,8 @@ class Text(Dataset):
     """
 
     path: str | None = option(None, "a UTF-8 file, or a folder of .txt files; null: Alice's Adventures in Wonderland")
-    unit: str = option("characters", "what a token is", choices=["characters", "bytes", "bpe"])
-    vocabulary: int = option(512, "tokens of unit=bpe, 256 bytes included", minimum=BYTES + 1, maximum=1_000_000)
+    unit: str = option("characters", "unit of tokens", choices=["characters", "bytes", "bpe"])
+    vocabulary: int = option(512, "number of tokens with unit=bpe, including the 256 bytes", minimum=BYTES + 1, maximum=1_000_000)
     context: int = option(64, "tokens in a sequence", minimum=1)
     validation: float = option(
         0.1, "fraction of the text for validation, between the parts for training and testing; 0: none", minimum=0, below=1
@@ -112,10 +113,10 @@ class WindowSplit(Split):
     Args:
         tokens: int64 (L,).
         context: T, tokens in a window.
-        moves: whether the windows start elsewhere in every epoch, by 0 to T - 1 tokens.
-        device: of the tokens.
-        characters: of a token on average.
-        starts: of the windows, (n,); None: all windows that do not overlap.
+        moves: whether the offset of the windows changes in every epoch, from 0 to T - 1 tokens.
+        device: the device of the tokens.
+        characters: mean number of characters per token.
+        starts: the starts of the windows, (n,); None: all windows that do not overlap.
     """
 
     def __init__(
@@ -156,7 +157,7 @@ def read_text(path: Path) -> str:
     """The text of a UTF-8 file, or of all .txt files at and below a folder in the order of their names.
 
     Raises:
-        DataError: naming the file that is missing, empty or not UTF-8.
+        DataError: names the file that is missing, empty or not UTF-8.
     """
     if path.is_dir():
         files = sorted(filter(Path.is_file, path.rglob("*.txt")), key=lambda file: file.relative_to(path).as_posix())

@@ -70,7 +70,7 @@ def annotated(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
     """(file, label) of the images in `folder`/images, read from `folder`/val_annotations.txt: name, class and box in each line.
 
     Raises:
-        DataError: naming the line, or an image without a line.
+        DataError: names the line, or an image without a line.
     """
     source, label_of = folder / "val_annotations.txt", {}
     labels = {name: label for label, name in enumerate(classes)}

@@ -27,7 +27,7 @@ def standardise_option() -> Any:
 
 @dataclasses.dataclass(eq=False)
 class VectorDataset(Dataset):
-    """Base of the datasets of features (n, F) or tokens (n, T), which are read as arrays and fit on the device."""
+    """Base class of the datasets of features (n, F) or tokens (n, T), which are read as arrays and fit on the device."""
 
     inputs: ClassVar[str] = FEATURES
 
@@ -43,7 +43,7 @@ class VectorDataset(Dataset):
         """The splits of checked arrays, {train, test, and possibly validation: (inputs, targets)}.
 
         Raises:
-            DataError: naming the array and what is wrong with it.
+            DataError: names the array and what is wrong with it.
         """
         notes: list[str] = []
         digest, splits = hashlib.sha256(), {}

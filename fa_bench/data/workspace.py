@@ -1,4 +1,4 @@
-"""A temporary folder in a shared folder: one process uses it at a time, and what a killed process left is removed."""
+"""A temporary folder in a shared folder: only one process uses it at a time, and files left by a killed process are removed."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _MARK = ".made-by-fa-bench"
 def workspace(path: Path) -> Iterator[Path]:
     """An empty folder at `path`, locked for this process, and removed at the end.
 
-    The name is fixed so that the next process removes what a killed one has left there.
+    The name is fixed so that the next process removes the files that a killed one has left there.
 
     Raises:
-        DataError: if `path` or its lock belongs to somebody else.
+        DataError: if `path` or its lock was not created by fa-bench.
         OSError: if the folder cannot be created or locked.
     """
     lock = path.with_name(f"{path.name}.lock")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(eq=False)
 class Logger(Options):
-    """Base of the loggers, registered in `fa_bench.registry.registries.LOGGERS`; all methods are optional.
+    """Base class of loggers, registered in `fa_bench.registry.registries.LOGGERS`; all methods are optional.
 
     Examples:
         >>> import dataclasses, fa_bench
@@ -41,10 +41,10 @@ class Logger(Options):
         """Called before training; raise ConfigError, with what to install, if the logger cannot work."""
 
     def open(self, directory: Path, job: Job, step: int) -> None:
-        """Start logging to the run's directory, which exists; values logged after `step`, from which it resumes, are void."""
+        """Start logging to the run's directory, which exists; discard values logged after `step`, from which the run resumes."""
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Log numbers at a step; tags such as ``loss/train`` or ``weight_angle/fc1``. After a resume, steps may repeat."""
+        """Log numbers at a step, with tags such as ``loss/train`` or ``weight_angle/fc1``. After a resume, steps may repeat."""
 
     def histograms(self, tensors: Mapping[str, Tensor], step: int) -> None:
         """Log distributions of tensors at a step."""

@@ -1,7 +1,7 @@
 """Models under ``torch.compile``: operators through which a compiled graph calls a rule's own code.
 
-Most of a rule is traced into the graph as it is. What cannot be traced (local losses, labels that are known in the backward pass
-only, samples that depend on a step's number) runs as it does without compilation, inside an operator that the graph treats as a
+Most of a rule is traced into the graph unchanged. Parts that cannot be traced (local losses, labels that are known only in the
+backward pass, samples that depend on a step's number) run as without compilation, inside an operator that the graph treats as a
 black box. Such an operator gets tensors, numbers and the key of a `Handle`, by which it finds the object that it belongs to.
 """
 

@@ -39,13 +39,12 @@ class Coverage:
     """Which weights a rule covers and which it does not.
 
     Attributes:
-        rule: the rule's name.
-        covered: the covered layers, in the order of the model.
-        uncovered: weight name -> why it is not covered. Such a weight learns by its local gradient and passes the error on
-            itself: weight transport, if an error passes through it.
-        local: weight name -> where it is, for weights that pass no error on (an embedding, a position table): they learn by
-            their local gradient, and need no feedback.
-        notes: further notes on the rule in this model.
+        rule: the rule's name. covered: the covered layers, in the order of the model. uncovered: weight name -> why it is not
+            covered. Such a weight learns from its local gradient and passes the error on itself, which is weight transport if an
+            error passes through it.
+        local: weight name -> where it is, for weights that pass no error on (an embedding, a position table): they learn from
+            their local gradient and need no feedback.
+        notes: additional notes on the rule in this model.
         transport: where errors that the rule itself defines pass through weights: ``within blocks``, ``after 'norm'``.
     """
 
@@ -70,7 +69,9 @@ class Coverage:
             lines += indent(align_columns([("passes no error on", "where"), *self.local.items()]))
         if uncovered:
             lines += indent(align_columns([("not covered", "why"), *self.uncovered.items()]))
-            lines.append("  Uncovered weights learn by their local gradient and carry the error themselves (weight transport).")
+            lines.append(
+                "  Uncovered weights learn from their local gradient and propagate the error themselves (weight transport)."
+            )
         lines += indent([*self.notes, *(f"Weight transport {where}." for where in self.transport)])
         return "\n".join(lines)
 
@@ -91,7 +92,7 @@ class Coverage:
             model: the model, to explain why nothing is covered.
 
         Raises:
-            CoverageError: naming the weights.
+            CoverageError: names the weights.
         """
         if not self.covered:
             raise CoverageError(f"rule '{self.rule}' covers no layer of this model: {not_coverable(model)}")
@@ -195,7 +196,8 @@ def is_weight(name: str, parameter: Any) -> bool:
 
 
 def _kind(module: Any) -> str:
-    """The type of a module, with its package if it is called like one of torch's, as timm's Linear, and what was done to it."""
+    """The type of a module; with its package if its name is also that of a torch module, such as timm's Linear; and how it was
+    modified."""
     cls = type(module)
     is_other = cls.__name__ in vars(torch.nn) and not cls.__module__.startswith("torch.")
     name = f"{cls.__module__}.{cls.__name__}" if is_other else cls.__name__
@@ -210,7 +212,7 @@ def matching(patterns: Iterable[str], paths: Collection[str], option: str) -> se
     """The paths that match names or patterns such as ``layer*.conv1``; ``*`` matches any characters, dots included.
 
     Raises:
-        CoverageError: naming the option and the pattern that matches nothing, with the nearest path.
+        CoverageError: names the option and the pattern that matches nothing, with the nearest path.
     """
     matched: set[str] = set()
     for pattern in patterns:

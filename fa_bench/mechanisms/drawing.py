@@ -23,7 +23,7 @@ class DrawingRule(Rule):
         return super().wire(sample_input)
 
     def next_draws(self) -> None:
-        """Make the random numbers of this backward pass new ones, unless it belongs to a measurement."""
+        """Draw new random numbers for this backward pass, unless it belongs to a measurement."""
         if not self.mode.freeze_random:
             self._draws.number += 1
 

@@ -35,11 +35,11 @@ def density_option(tensors: str = "B", masks: str = "mask") -> Any:
 
 
 def within_option() -> Any:
-    """How far a cut rule's errors are passed on exactly."""
+    """How far down the errors of a cut rule are exact."""
     return option(
         "layer",
-        "where errors are exact: up to the next weights (layer), or in whole blocks between cuts, which "
-        "transports weights within each (block)",
+        "how far down errors are exact: to the next weights (layer), or through the whole block between two cuts, which "
+        "transports weights within blocks (block)",
         choices=["layer", "block"],
         identifying=False,
     )
@@ -49,7 +49,7 @@ def error_at_option() -> Any:
     """The module from whose output a cut rule's errors come."""
     return option(
         None,
-        "the module whose output has the error that cuts receive, such as the one before a vocabulary layer; "
+        "the module at whose output the error for the cuts is taken, such as the one before a vocabulary layer; "
         "layers after it learn by backpropagation; null: the model's output",
         identifying=False,
     )
@@ -59,7 +59,7 @@ def positions_option() -> Any:
     """Whether the positions of a cut share their feedback if the errors have no positions."""
     return option(
         "own",
-        "feedback of a cut's tokens or pixels if the output has none: a part of B for each, or one matrix for all",
+        "feedback for a cut's tokens or pixels if the output has none: own, a part of B for each; shared, one matrix for all",
         choices=["own", "shared"],
         identifying=False,
     )
@@ -69,7 +69,7 @@ def tangents_option() -> Any:
     """How a rule computes the derivative of the model's output along its noise."""
     return option(
         "forward",
-        "the output's derivative along the noise: exact, by forward-mode differentiation (forward), or by "
+        "how the output's derivative along the noise is computed: exactly, by forward-mode differentiation (forward), or by "
         "central differences of two passes (difference)",
         choices=["forward", "difference"],
     )
@@ -79,7 +79,7 @@ def output_option() -> Any:
     """The output of the model from which a cut rule's errors come."""
     return option(
         None,
-        "the output from which the errors come, if the model returns several: a key, or a number in a tuple; "
+        "the output from which the errors come, if the model returns several: a key, or an index into a tuple; "
         "other outputs train only the layers after the last cut",
     )
 

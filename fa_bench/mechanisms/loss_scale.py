@@ -1,4 +1,4 @@
-"""The factor by which the loss was scaled, for rules that compute errors from the labels, or learn from other things than errors.
+"""The factor by which the loss was scaled, for rules that compute errors from the labels or do not learn from errors.
 
 Gradient accumulation divides the loss of a micro-batch, and a gradient scaler multiplies it. An error computed from δ, the
 gradient at the logits, scales automatically; one computed from the labels must be multiplied by the same factor.
@@ -42,7 +42,7 @@ def is_unscaled(loss: Tensor, target: Tensor | None, objective: Objective | None
     Args:
         loss: the loss.
         target: the labels (N,) or (N, P...); a loss of fewer, or with ignored or weighted ones, is not the mean over them.
-        objective: what the model is trained to do; None: the cross-entropy.
+        objective: the objective of the training; None: the cross-entropy.
     """
     if objective is not None and not objective.is_cross_entropy:
         return False
@@ -63,7 +63,9 @@ def is_unscaled(loss: Tensor, target: Tensor | None, objective: Objective | None
 
 #: What to do if a rule computes errors from the labels, or everything.
 PASS_SCALE = "Pass the scale: rule.backward(loss, logits, target, loss_scale=1.0), or loss_scale=1 / 4 for loss / 4"
-PASS_OBJECTIVE = "It learns by the objective alone, whatever the loss is: attach it with the one that you train, objective=..."
+PASS_OBJECTIVE = (
+    "It learns from the objective alone, whatever the loss is: attach it with the objective that you train, objective=..."
+)
 
 
 def measured_scale(
@@ -84,7 +86,7 @@ def measured_scale(
         target: the labels (N,) or (N, P...); None: for each sample or position the class with the lowest δ, the only negative
             one for a cross-entropy.
         last: the previous result, returned if δ is zero because every label has probability 1.
-        objective: what the model is trained to do; None: the mean cross-entropy.
+        objective: the objective of the training; None: the mean cross-entropy.
         mend: what to do if δ is something else, for the error message.
 
     Raises:

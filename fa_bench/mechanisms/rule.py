@@ -1,4 +1,4 @@
-"""The base class of all rules: options, attaching, and the interface for training loops and metrics."""
+"""The base class of all rules: its options, attaching, and the interface for training loops and metrics."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ INPUT, OUTPUT = "input", "output"
 class Rule(Options):
     """A learning rule; its dataclass fields are its options.
 
-    `attach` wires a rule into one model, `detach` removes it. `EdgeRule` and `CutRule` implement the two mechanisms of rules.
+    `attach` wires a rule into one model, and `detach` removes it. `EdgeRule` and `CutRule` implement the two kinds of mechanism.
 
     Examples:
         >>> import torch, fa_bench
@@ -67,8 +67,8 @@ class Rule(Options):
 
     allow_uncovered: bool | list[str] = option(
         False,
-        "accept weights that the rule does not cover, all or those named (names, or patterns such as 'lstm.*'); they "
-        "learn by their true local gradient",
+        "accept weights that the rule does not cover: true for all, or names (or patterns such as 'lstm.*') for some; they "
+        "learn from their true local gradient",
     )
     freeze_stem: bool = option(False, "the first layer keeps its initial weight and bias")
 
@@ -78,7 +78,7 @@ class Rule(Options):
 
     @property
     def needs_indices(self) -> bool:
-        """Whether errors depend on which training samples a batch has; if so, `backward` needs their indices."""
+        """Whether errors depend on which training samples a batch contains; if so, `backward` needs their indices."""
         return False
 
     @property
@@ -87,10 +87,10 @@ class Rule(Options):
         return None
 
     def expect_samples(self, count: int) -> None:
-        """Called by the runner before `attach`, with the number of training samples; for rules that keep data for each.
+        """Called by the runner before `attach`, with the number of training samples; for rules that store data for each sample.
 
         Raises:
-            OptionError: if an option of the rule does not fit it.
+            OptionError: if this number contradicts an option of the rule.
         """
 
     # -------------------------------------------------------------------------------------------- attach and detach
@@ -105,21 +105,22 @@ class Rule(Options):
         """Attach the rule to `model`, in place.
 
         Args:
-            model: a plain module: not wrapped for data-parallel training, not compiled, without a rule.
-            seed: seed of the feedback; every tensor is sampled from (seed, layer, name).
-            sample_input: one input batch (N, ...), a tuple of several arguments, or a dictionary of them by name; for rules that
-                depend on the order of the layers.
-            initial_phase: run the rule's initial phase now; otherwise the caller runs the method `initial_phase`.
-            objective: what the model is trained to do, for rules that use the labels; None: cross-entropy.
+            model: a plain module, neither wrapped for data-parallel training nor compiled, and without a rule. seed: seed of the
+                feedback; every tensor is sampled from (seed, layer, name). sample_input: one input batch (N, ...), or a tuple or
+                dictionary of several arguments; for rules that depend on the order of the layers.
+            initial_phase: whether to run the rule's initial phase now; otherwise, the caller runs the method `initial_phase`.
+            objective: the objective that the model is trained with, for rules that use the labels; None: cross-entropy.
 
         Raises:
-            CoverageError: naming the layers, if the rule cannot be attached.
+            CoverageError: if the rule cannot be attached; names the layers.
         """
         from fa_bench.mechanisms.compound.expansion import expand
         from fa_bench.mechanisms.weighted_layers import Mode
 
         if torch.is_inference_mode_enabled():
-            raise CoverageError("attach was called in torch.inference_mode(), whose tensors cannot be trained: call it outside")
+            raise CoverageError(
+                "attach was called in torch.inference_mode(), whose tensors cannot be trained: call attach outside of it"
+            )
         if getattr(self, "model", None) is not None:
             raise CoverageError(f"this '{self.name}' rule object is already attached to a model; create another one")
         check_model(model)
@@ -166,11 +167,11 @@ class Rule(Options):
         return 0
 
     def initial_phase(self) -> Iterator[None]:
-        """The rule's work before training, as a generator with one item per step; it continues from a loaded state."""
+        """The rule's work before training, as a generator that yields once per step; it continues from a loaded state."""
         return iter(())
 
     def detach(self) -> nn.Module:
-        """Remove the rule and return the model, which is the plain model again, with its current weights.
+        """Remove the rule and return the model, which is then the plain model with its current weights.
 
         Raises:
             CoverageError: if the rule is not attached.
@@ -230,7 +231,7 @@ class Rule(Options):
         ]
 
     def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Called before every forward pass of the model; may return other arguments (args, kwargs) for it.
+        """Called before every forward pass of the model; may return different arguments (args, kwargs) for it.
 
         Raises:
             CoverageError: if the model has changed since `attach`.
@@ -265,7 +266,7 @@ class Rule(Options):
         mode.training = training
 
     def end_forward(self, model: nn.Module, args: Any, output: Any) -> Any:
-        """Called after every forward pass of the model, even if it failed; may return another output."""
+        """Called after every forward pass of the model, even if it failed; may return a different output."""
         mode = self.mode
         mode.training = self._passes.pop() if self._passes else False
         if torch.compiler.is_compiling():
@@ -287,7 +288,7 @@ class Rule(Options):
             self.check_uses(watch.result(self.roots(output)).outside)
 
     def transporting_layers(self) -> dict[str, Any]:
-        """The layers, by path, whose weights may carry no error outside the layer itself."""
+        """The layers, by path, through whose weights no error may pass outside the layer itself."""
         return {}
 
     def roots(self, output: Any) -> list[Any]:
@@ -299,7 +300,7 @@ class Rule(Options):
             self._structure.check(bool(self.allow_uncovered))
 
     def check_uses(self, outside: dict[str, str]) -> None:
-        """Refuse weights that the first training pass used outside their layers; `attach` traced an evaluation pass only."""
+        """Refuse weights that the first training pass uses outside their layers; `attach` traced only an evaluation pass."""
         new = {self._weight_name(path): outside_text(use) for path, use in outside.items()}
         if new.keys() - self.coverage.uncovered.keys():
             coverage = dataclasses.replace(self.coverage, uncovered=self.coverage.uncovered | new)
@@ -328,14 +329,14 @@ class Rule(Options):
         """Add the rule's gradients to ``.grad`` of the weights and of learned feedback, as ``loss.backward()`` does.
 
         Args:
-            loss: the scalar loss, scaled or not.
+            loss: the scalar loss, possibly scaled.
             logits: the output of the model from which the loss was computed, (N, C), or (N, T, C) or (N, C, H, W) if it has
                 positions; for cut rules.
-            target: the labels, (N,), or one for each position; for rules that compute their errors from them.
-            loss_scale: the factor by which the loss was scaled, by gradient accumulation or a gradient scaler; None: rules that
-                compute their errors from the labels infer it, if the loss is the objective's mean times a number.
-            indices: of the batch's samples in the training set, (N,) of integers from 0, the same for a sample in every epoch;
-                for rules with `needs_indices`.
+            target: the labels, (N,), or one for each position; for rules that compute their errors from labels. loss_scale: the
+                factor by which gradient accumulation or a gradient scaler has scaled the loss; None: rules that compute their
+                errors from the labels infer it, if the loss is the objective's mean times a number.
+            indices: the indices of the batch's samples in the training set, integers (N,) from 0, which must be the same in every
+                epoch; for rules with `needs_indices`.
 
         Raises:
             CoverageError: if the rule is not attached to a model.
@@ -367,7 +368,7 @@ class Rule(Options):
         loss.backward()
 
     def counts(self) -> dict[str, int]:
-        """What the rule has counted since training began, for the record of a run."""
+        """Numbers that the rule has counted since training began, for the record of a run."""
         return {}
 
     def begin_epoch(self, epoch: int) -> None:
@@ -379,10 +380,10 @@ class Rule(Options):
         return False
 
     def step(self) -> None:
-        """Do the rule's own work between updates; called after ``optimizer.step()``.
+        """Do the rule's work between updates; to be called after ``optimizer.step()``.
 
         Raises:
-            StateError: if the update did not train learned feedback; see `fa_bench.mechanisms.updates`.
+            StateError: if the update did not train the learned feedback; see `fa_bench.mechanisms.updates`.
         """
         if self._step_reminder is not None:
             self._step_reminder.on_step()
@@ -390,19 +391,19 @@ class Rule(Options):
             learned.after_step()
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output, from which scores are computed; rules that predict in another way override it.
+        """The model's output, from which scores are computed; rules that predict in a different way override this method.
 
         Args:
-            *args: those of the model.
-            **kwargs: those of the model.
+            *args: positional arguments of the model.
+            **kwargs: keyword arguments of the model.
         """
         return self.model(*args, **kwargs)
 
     @contextmanager
     def exact(self) -> Iterator[None]:
-        """A context in which the model trains by true backpropagation, with ``loss.backward()`` as with ``rule.backward``.
+        """A context in which the model trains by true backpropagation, with ``loss.backward()`` as well as ``rule.backward``.
 
-        Parameters that the rule has frozen get gradients, too.
+        Parameters that the rule has frozen also get gradients.
         """
         from fa_bench.mechanisms.contexts import set_temporarily
 
@@ -416,7 +417,7 @@ class Rule(Options):
         return {}
 
     def effective_feedback(self, layer: str) -> Tensor:
-        """The tensor that carries the error through `layer`, in the weight's layout, detached (edge rules)."""
+        """The tensor that multiplies the error in the backward pass of `layer`, in the weight's layout, detached (edge rules)."""
         raise CoverageError(f"rule '{self.name}' passes no error through layers such as '{layer}'")
 
     def learned_feedback(self) -> list[LearnedTensor]:
@@ -435,7 +436,7 @@ class Rule(Options):
 
     @property
     def loss_output(self) -> str | int | None:
-        """The name of the model's output from which the loss is computed: an option of the objective, or of the rule."""
+        """The name of the model's output from which the loss is computed, which is an option of the objective or of the rule."""
         return self.objective.output if self.objective.output is not None else getattr(self, "output", None)
 
     def weight_parameters(self) -> list[nn.Parameter]:
@@ -444,7 +445,7 @@ class Rule(Options):
         return [parameter for parameter in self.model.parameters() if id(parameter) not in learned]
 
     def matrices(self) -> dict[str, list[Tensor]]:
-        """{layer or cut: its weight and its learned feedback of two or more dimensions}, the model's layers first."""
+        """{layer or cut: its weight and its learned feedback with two or more dimensions}, the model's layers first."""
         from fa_bench.mechanisms.weighted_layers import weight_parameter, weighted_layers
 
         weights = {path: weight_parameter(layer) for path, layer in weighted_layers(self.model).items()}
@@ -475,10 +476,10 @@ class Rule(Options):
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load what `state_dict` returned, after the model's state; rules with state extend this check.
+        """Load the result of `state_dict`, after the model's state; rules with state extend this method.
 
         Raises:
-            StateError: naming entries that are missing or unknown.
+            StateError: names entries that are missing or unknown.
         """
         self.require_entries(state, self.state_dict())
 
@@ -496,7 +497,7 @@ class Rule(Options):
         return {}
 
     def readouts(self) -> dict[str, Tensor]:
-        """{cut: B (C, features), detached}: direct feedback, with which a Bᵀ estimates the logits from the cut's activation a."""
+        """{cut: B (C, features), detached}: direct feedback for which a Bᵀ estimates the logits from the cut's activation a."""
         return {}
 
     def readout_rows(self, cut: str, activation: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -521,7 +522,7 @@ class Rule(Options):
             return torch.autograd.grad(self.model.get_submodule(layer)(x), x, g)[0]
 
     def step_memory(self, model: nn.Module, trace: Trace) -> StepMemory | None:
-        """Which tensors of a plain model a training step of the rule keeps in memory; None if undefined."""
+        """Which tensors of the plain model a training step of the rule keeps in memory; None if undefined."""
         return None
 
     # -------------------------------------------------------------------------------------------- structure

@@ -1,7 +1,7 @@
-"""Further forward passes of an attached model: the same arguments and the same randomness, with changes where a rule wants them.
+"""Additional forward passes of an attached model: the same arguments and the same randomness, with changes that a rule requests.
 
-A rule that sets `Rule.repeats` gets the `FirstPass` of every training pass, and runs the model again with `again`: with noise at
-cuts, another input, or in forward-mode differentiation. Dropout masks are those of the first pass. Batch normalisation in
+A rule that sets `Rule.repeats` gets the `FirstPass` of every training pass, and reruns the model with `again`: with noise at
+cuts, with another input, or for forward-mode differentiation. Dropout masks are those of the first pass. Batch normalisation in
 training mode uses the statistics of the pass's own batch, and updates its running ones in the first pass only.
 """
 
@@ -32,7 +32,7 @@ class FirstPass:
         args, kwargs: what it is called with.
 
     Attributes:
-        note: what the rule wants to know of this pass in its backward pass.
+        note: data of this pass that the rule needs in its backward pass.
         output: the output from which errors come, detached; None if the rule delivers none to cuts.
     """
 
@@ -148,7 +148,7 @@ def _at_output(change: Change) -> Any:
 
 
 class Draws:
-    """The random tensors of an attached rule, new ones for every update; each depends on the seed, a number and a name only.
+    """The random tensors of an attached rule, which are new for every update; each depends only on the seed, a number and a name.
 
     Processes of a data-parallel run have different samples, and therefore draw different noise for them.
 
@@ -156,7 +156,7 @@ class Draws:
         seed: seed of the rule.
 
     Attributes:
-        number: of the present ones.
+        number: the number of the current update.
     """
 
     def __init__(self, seed: int) -> None:

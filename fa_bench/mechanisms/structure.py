@@ -1,4 +1,4 @@
-"""Whether a rule can be attached to a model, and whether the model's modules have changed since then."""
+"""Checks whether a rule can be attached to a model, and whether the model's modules have changed since then."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Structure:
             allow_new: whether modules with weights may have been added.
 
         Raises:
-            CoverageError: naming what changed and what to do.
+            CoverageError: names what changed and what to do.
         """
         for children, known in self._children:
             if list(children.values()) != known:

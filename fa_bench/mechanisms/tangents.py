@@ -1,4 +1,4 @@
-"""Derivatives of a model's output along directions, from further forward passes: no error passes back through the model.
+"""Derivatives of a model's output along directions, from additional forward passes: no error passes back through the model.
 
 The passes repeat the training pass (`fa_bench.mechanisms.second_pass`): dropout masks and the statistics of normalisation are the
 same, running statistics are not updated, and the values of forward-mode passes are those of the training pass, though without
@@ -70,7 +70,7 @@ def check_tangents(rule: CutRule, method: str, cuts: Mapping[str, nn.Module], sa
         sample: inputs (N, ...), as for `Rule.attach`; None: zeros, if the first layer is fully connected.
 
     Raises:
-        CoverageError: as `output_tangent`.
+        CoverageError: see `output_tangent`.
     """
     if sample is None:
         layer: Any = next(iter(rule._covered.values()))
@@ -111,8 +111,8 @@ def _by_forward_mode(
             operation = re.search(r"forward AD with (\S+) that", str(error))
             what = operation[1] if operation else "an autograd.Function without a jvp"
             raise CoverageError(
-                f"rule '{rule.name}': PyTorch has no forward-mode derivative for {what}; central differences of "
-                "two passes replace it with {tangents}",
+                f"rule '{rule.name}': PyTorch has no forward-mode derivative for {what}; use central differences of "
+                "two passes instead: {tangents}",
                 {"tangents": DIFFERENCE},
             ) from error
         tangent = forward_ad.unpack_dual(rule.logits_of(result)).tangent
@@ -125,7 +125,7 @@ def _by_forward_mode(
 
 @functools.lru_cache(maxsize=1)
 def _load_forward_mode() -> None:
-    """Let PyTorch load its decompositions, which it does at the first dual tensor, with a warning that concerns nobody else."""
+    """Let PyTorch load its decompositions, which it does at the first dual tensor, with an irrelevant warning."""
     with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore", FutureWarning)
         forward_ad.make_dual(torch.zeros(()), torch.zeros(()))

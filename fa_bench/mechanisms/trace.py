@@ -33,7 +33,7 @@ class Trace:
 
     Attributes:
         order: weighted layers in the order of execution.
-        outputs: weighted layers that feed the output of the loss, or another output and no further layer.
+        outputs: weighted layers that feed the output of the loss, or another output but no other layer.
         reached: weighted layers whose input depends on a parameter, so that an error has to pass through them.
         consumer: layer -> the first executed layer whose input is its activation; absent for output layers.
         inputs: weighted layers grouped by their input, in the order of execution; those whose input is the image come first.
@@ -93,8 +93,8 @@ class StepMemory(NamedTuple):
 
     Attributes:
         inputs: layers whose input is kept for the backward pass, one for each activation.
-        feedback: layers whose feedback tensor carries an error.
-        learned: those with learned feedback.
+        feedback: layers whose feedback tensor propagates an error.
+        learned: layers with learned feedback.
     """
 
     inputs: list[str]

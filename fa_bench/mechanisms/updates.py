@@ -69,7 +69,7 @@ class LearnedTensor:
             self._hook.remove()
 
     def freeze(self) -> None:
-        """Freeze the tensor, because what it learns from is frozen; DistributedDataParallel would wait for its gradient."""
+        """Freeze the tensor, which cannot learn from anything; otherwise, DistributedDataParallel would wait for its gradient."""
         self.is_frozen = True
         self.tensor.requires_grad_(False)
 
@@ -77,13 +77,13 @@ class LearnedTensor:
         """Called when the tensor would get a gradient.
 
         Raises:
-            StateError: if `freeze` froze it and what it learns from is trainable now.
+            StateError: if `freeze` froze it, but something that it learns from is trainable now.
         """
         if self.is_frozen:
             if not self.tensor.requires_grad:
                 raise StateError(
-                    f"the learned feedback '{self.name}' was frozen by attach because what it learns from was, but "
-                    f"that is trainable now: unfreeze it too (it is in rule.feedback_parameters()), or attach again"
+                    f"the learned feedback '{self.name}' was frozen by attach because nothing that it learns from was "
+                    f"trainable, but that has changed: unfreeze it, too (it is in rule.feedback_parameters()), or attach again"
                 )
             self.is_frozen = False
 
@@ -151,7 +151,7 @@ class LearnedTensor:
             self._require_no_fault()
 
     def mark_trained(self) -> None:
-        """Record that the present tensor is trained."""
+        """Record that the current tensor is trained."""
         self._known, self._trained, self._fault = self.tensor, True, ""
 
     def on_optimizer_step(self, groups: dict[int, dict[str, Any]]) -> None:

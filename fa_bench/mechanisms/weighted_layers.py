@@ -109,7 +109,7 @@ def require_gradients(path: str, layer: nn.Module) -> None:
     """Refuse a layer with a trainable weight that ran without gradients in a forward pass of the model with gradients.
 
     Raises:
-        CoverageError: naming the layer and what to do.
+        CoverageError: names the layer and what to do.
     """
     if layer.weight.requires_grad:
         raise CoverageError(

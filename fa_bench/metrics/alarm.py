@@ -1,4 +1,4 @@
-"""Thresholds that metrics and probes declare for their values, and reports check."""
+"""Thresholds that metrics and probes declare for their values and that reports check."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ class Alarm(NamedTuple):
     """A threshold for one quantity of a layer.
 
     Attributes:
-        threshold: in the quantity's unit.
+        threshold: the threshold in the quantity's unit.
         above: whether values above the threshold are reported, rather than those below it.
-        meaning: a sentence on what such a value means, and where the threshold is from.
+        meaning: a sentence that says what such a value means and where the threshold comes from.
     """
 
     threshold: float
@@ -19,7 +19,7 @@ class Alarm(NamedTuple):
     meaning: str
 
     def fires(self, value: float) -> bool:
-        """Whether a value is on the wrong side of the threshold; an undefined one (NaN) is not."""
+        """Whether a value is on the wrong side of the threshold; an undefined value (NaN) is not."""
         return value > self.threshold if self.above else value < self.threshold
 
     @property

@@ -1,4 +1,4 @@
-"""What a training step costs: multiplications, bytes moved and peak memory, counted in steps on a few samples.
+"""The cost of a training step: multiplications, bytes moved and peak memory, counted in steps on a few samples.
 
 The counts follow from shapes alone. Steps of two, three and four samples on the CPU determine those of any batch size.
 """
@@ -45,11 +45,11 @@ class Cost:
     Attributes:
         forward, backward, feedback: multiplications in matrix products and convolutions, each with its addition: of the forward
             pass with the loss; of the backward pass; of learning the feedback, in the backward pass or after it.
-        optimizer: those of the optimizer, if it was counted: most have none.
+        optimizer: multiplications of the optimizer, if it was counted; most optimizers have none.
         bytes_moved: bytes of the inputs and outputs of all operations, as if none were fused and nothing stayed in a cache; with
             the optimizer, if it was counted.
-        peak_memory: the most bytes of tensors at a time: parameters, buffers, feedback, states of the optimizer, the batch,
-            activations and gradients; without what a single operation allocates for itself.
+        peak_memory: the largest number of bytes that tensors occupy at any time: parameters, buffers, feedback, states of the
+            optimizer, the batch, activations and gradients; without what a single operation allocates for itself.
     """
 
     forward: int

@@ -29,8 +29,8 @@ class Memory:
     Attributes:
         parameters: P, the size of ``model.parameters()``.
         activations: A, values per sample that are kept for the backward pass.
-        feedback: values of feedback tensors that carry an error.
-        learned: those that are learned.
+        feedback: number of values in feedback tensors that propagate an error.
+        learned: how many of these are learned.
         relus: outputs of ReLUs per sample.
     """
 

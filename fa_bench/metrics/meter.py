@@ -36,7 +36,7 @@ class AlignmentMeter:
         x: inputs (N, ...).
         y: targets (N,), (N, O) if they are numbers, or (N, P...) for outputs with positions.
         metrics: names of the metrics; None: all that are registered.
-        indices: of the samples in the training set, for rules with `Rule.needs_indices`.
+        indices: the indices of the samples in the training set, for rules with `Rule.needs_indices`.
 
     Examples:
         >>> import torch, fa_bench
@@ -60,7 +60,8 @@ class AlignmentMeter:
 
     @property
     def feedback_layers(self) -> list[str]:
-        """Layers whose feedback carries an error, projection shortcuts included: all but those whose input is the image."""
+        """Layers whose feedback propagates an error, including projection shortcuts: all except those whose input is the
+        image."""
         return self.trace.reached
 
     @property
@@ -157,7 +158,7 @@ class Passes:
 
     @functools.cached_property
     def one_step(self) -> dict[Point, Tensor]:
-        """The errors at the points that exact derivatives would give, starting from the rule's own errors one layer above."""
+        """The errors that exact derivatives would give at the points, starting from the rule's errors one layer above."""
         _, delivered = self.exact, self.delivered
         errors = {
             point: self._one_step_at_input(point[0])

@@ -44,13 +44,13 @@ class DKPAlexNet(Architecture):
     torchvision's AlexNet with batch normalisation before every ReLU (section 3.2 of the DKP paper).
 
     Channels 64-192-384-256-256, then 9216-4096-4096-classes for 224x224 images; other sizes, from 63x63, give other numbers of
-    features. The paper normalises before every activation except the output, its published code only after convolutions
-    (``linear_norm=false``). Dropout is applied before both hidden fully connected layers, as in torchvision.
+    features. The paper normalises before every activation except the output; its published code normalises only after
+    convolutions (``linear_norm=false``). Dropout is applied before both hidden fully connected layers, as in torchvision.
     """
 
     width: int = option(64, "channels of the first convolution; the others have 3, 6, 4 and 4 times as many", minimum=1)
     hidden: int = option(4096, "neurons of the two hidden fully connected layers", minimum=1)
-    linear_norm: bool = option(True, "batch normalisation after the hidden fully connected layers too")
+    linear_norm: bool = option(True, "also batch normalisation after the hidden fully connected layers")
     dropout: float = option(0.5, "rate of the two dropouts", minimum=0, below=1)
 
     def make(self, input_shape: tuple[int, ...], classes: int) -> torch_nn.Module:

@@ -29,10 +29,10 @@ ACTIVATIONS = {
 
 @dataclasses.dataclass(eq=False)
 class Architecture(Options):
-    """Base of the architectures. Models are plain PyTorch, independent of learning rules.
+    """Base class of architectures. Models are plain PyTorch, independent of learning rules.
 
-    A model may list its cut points in an attribute ``cut_points``: the modules whose outputs are its hidden activations. It may
-    list its blocks, parts with one or more layers, in an attribute ``blocks``: the last module of each, in order.
+    A model may have an attribute ``cut_points`` that lists its cut points, the modules whose outputs are its hidden activations.
+    It may also have an attribute ``blocks`` that lists the last module of each block, in order; a block has one or more layers.
 
     Examples:
         >>> import dataclasses, math, torch, fa_bench
@@ -49,13 +49,13 @@ class Architecture(Options):
 
     init: str = option(
         "pytorch",
-        "initialiser of the weights; all except pytorch, PyTorch's default, set biases to zero",
+        "initialiser of the weights; all except pytorch (PyTorch's default) also set biases to zero",
         choices=[*CONTINUOUS, *OLD_NAMES],
     )
     linear_init: str | None = option(None, "initialiser of the weights of fully connected layers; null: init", choices=CONTINUOUS)
     output_init: str | None = option(
         None,
-        "initialiser of the weights of the output layer, the one that is defined last; null: the same as for the others",
+        "initialiser of the weights of the output layer (the layer defined last); null: the same as for the others",
         choices=CONTINUOUS,
     )
 
@@ -67,7 +67,7 @@ class Architecture(Options):
         """A model whose weights are sampled from torch's global random state.
 
         Args:
-            input_shape: of one sample: (C, H, W) for images, (F,) for features, (T,) for tokens.
+            input_shape: the shape of one sample: (C, H, W) for images, (F,) for features, (T,) for tokens.
             classes: number of outputs of a sample or position; for tokens also the size of the vocabulary.
 
         Raises:

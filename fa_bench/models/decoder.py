@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @ARCHITECTURES.register("decoder")
 @dataclasses.dataclass(eq=False)
 class Decoder(TransformerArchitecture):
-    """Decoder-only transformer, for the next token at every position.
+    """Decoder-only transformer, which predicts the next token at every position.
 
     embed - causal blocks - (final_norm) - head; tokens (N, T) to logits (N, T, V).
 
@@ -40,9 +40,11 @@ class Decoder(TransformerArchitecture):
     tasks = ((TOKENS, POSITIONS),)
 
     depth: int = option(4, "transformer blocks", minimum=1, maximum=1000)
-    context: int | None = option(None, "tokens of the longest sequence; null: the length of the data's sequences", minimum=1)
+    context: int | None = option(
+        None, "length of the longest sequence in tokens; null: the length of the data's sequences", minimum=1
+    )
     norm: str = option("pre", "LayerNorm before attention, MLP and head (pre), or after each sum (post)", choices=["pre", "post"])
-    positions: str = option("learned", "vectors of the positions", choices=["learned", "sinusoidal"])
+    positions: str = option("learned", "kind of position embeddings", choices=["learned", "sinusoidal"])
     dropout: float = option(
         0.1, "rate for embeddings, attention weights, hidden activations and outputs in blocks", minimum=0, below=1
     )

@@ -23,9 +23,9 @@ class LSTM(Architecture):
 
     Tokens: embedding - rnn - head at every position. Images: rows or pixels as steps - rnn - head at the last step.
 
-    Recurrent weights and biases are initialised with PyTorch's default, U(1 / √width), and the embedding from N(0, 1); `init`
-    and `linear_init` apply to the head only. The model's block and cut point is ``states``, the states of all steps: errors pass
-    from step to step through the recurrent weights, so that rules with cuts need ``within=block``.
+    Recurrent weights and biases are initialised with PyTorch's default, U(1 / √width), and the embedding from N(0, 1); `init` and
+    `linear_init` apply to the head only. The model's block and cut point is ``states``, the states of all steps: errors pass from
+    step to step through the recurrent weights, so cut rules need ``within=block``.
     """
 
     tasks = ((IMAGES, CLASSES), (IMAGES, VALUES), (TOKENS, POSITIONS))
@@ -33,8 +33,10 @@ class LSTM(Architecture):
     layers: int = option(1, "recurrent layers", minimum=1, maximum=100)
     width: int = option(128, "neurons of the hidden state of each layer, and features of a token", minimum=1)
     dropout: float = option(0.0, "rate between recurrent layers", minimum=0, below=1)
-    cell: str = option("lstm", "kind of the recurrent layers; rnn has tanh", choices=["lstm", "gru", "rnn"])
-    scan: str = option("rows", "steps of images: rows of C W numbers, or pixels of C", choices=["rows", "pixels"])
+    cell: str = option("lstm", "kind of recurrent layer; rnn uses tanh", choices=["lstm", "gru", "rnn"])
+    scan: str = option(
+        "rows", "how images are read: rows (C W numbers per step) or pixels (C numbers per step)", choices=["rows", "pixels"]
+    )
 
     def check(self) -> None:
         if self.dropout and self.layers == 1:

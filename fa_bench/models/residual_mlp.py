@@ -24,13 +24,13 @@ class ResidualMLP(Architecture):
 
     embed - blocks x + fc2(act(fc1(norm(x)))) - final_norm - head; 4 blocks of width 256 (the faeval protocol, spring 2026).
 
-    The protocol's depth and width are known, its code is not: hidden layers of 4 times the width, as in transformers, and GELU
-    are this project's choice. ``final_norm=false`` is the protocol's student net, without the final LayerNorm.
+    The protocol's depth and width are known, but its code is not: hidden layers of 4 times the width, as in transformers, and
+    GELU are our choices. ``final_norm=false`` is the protocol's student net, without the final LayerNorm.
 
     The cut points are the outputs of embed, of every activation and of every block; the final LayerNorm, if there is one,
-    replaces the last block. A cut at the output of a block cuts the identity path as well: the error there trains the block's
-    second layer, and no error of later blocks reaches earlier ones. Only the gains and biases of the LayerNorms within blocks,
-    which have no cut between them and the next layer, receive an error through a weight.
+    replaces the last block. A cut at the output of a block also cuts the identity path: the error there trains the block's second
+    layer, and no error from later blocks reaches earlier ones. Only the gains and biases of the LayerNorms within blocks, which
+    have no cut between them and the next layer, receive an error through a weight.
     """
 
     tasks = ((IMAGES, CLASSES), (IMAGES, VALUES), (FEATURES, CLASSES), (FEATURES, VALUES))
@@ -39,7 +39,7 @@ class ResidualMLP(Architecture):
     blocks: int = option(4, "residual blocks", minimum=1, maximum=1000)
     expansion: float = option(4.0, "neurons of a block's hidden layer, in units of width", above=0, maximum=100)
     activation: str = option("gelu", "activation function of the hidden layers", choices=list(ACTIVATIONS))
-    final_norm: bool = option(True, "a LayerNorm before the output layer")
+    final_norm: bool = option(True, "whether there is a LayerNorm before the output layer")
 
     def make(self, input_shape: tuple[int, ...], classes: int) -> torch_nn.Module:
         from fa_bench.models.nets.residual_mlp import ResidualBlock

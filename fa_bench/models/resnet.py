@@ -21,7 +21,8 @@ class ResNet20(Architecture):
 
     conv1 - bn1 - relu - layer1..3 of 3 blocks - average pool - fc (He et al. 2016, section 4.2).
 
-    Stages of 16, 32 and 64 channels; shortcuts without parameters, with every second pixel and zeros for the added channels.
+    The stages have 16, 32 and 64 channels. Shortcuts have no parameters: where the shape changes, they take every second pixel
+    and fill the added channels with zeros.
     """
 
     width: int = option(16, "channels of the first stage", minimum=1)
@@ -59,7 +60,7 @@ class ResNetCifarSmall(Architecture):
 
 @dataclasses.dataclass(eq=False)
 class StagedArchitecture(Architecture):
-    """Base of the residual nets whose stages double their channels; subclasses declare how many blocks each stage has."""
+    """Base class of the residual nets whose stages double their channels; subclasses declare how many blocks each stage has."""
 
     width: int = option(64, "channels of the first stage; they double from stage to stage", minimum=1)
     blocks: list[int] = option([2, 2, 2, 2], "blocks in each stage", minimum=1, maximum=1000)
@@ -84,7 +85,7 @@ class ResNet18(StagedArchitecture):
     Stem of stride 1 and padding 1 without pooling, blocks of two 3x3 convolutions, 1x1 convolutions with batch normalisation
     where the shape changes, average pooling over the map, and batch normalisation of the logits. ``shortcuts=false`` omits the
     identities and the 1x1 convolutions: the paper's "nsc" nets. Convolutions have no bias, as in the paper's nets for
-    backpropagation; in its nets for the other rules they have one, which the normalisation cancels.
+    backpropagation; in its nets for the other rules, they have a bias, which the normalisation cancels.
     """
 
     shortcuts: bool = option(True, "add shortcuts to the blocks' convolutions")
@@ -102,7 +103,7 @@ class ResNet18(StagedArchitecture):
 class ResNet34(ResNet18):
     """ResNet-34 for small images; shortcuts=false for the nets without shortcuts.
 
-    As resnet18, with 3, 4, 6 and 3 blocks (appendix C of Woo et al. 2021).
+    Like resnet18, with 3, 4, 6 and 3 blocks (appendix C of Woo et al. 2021).
     """
 
     blocks: list[int] = option([3, 4, 6, 3], "blocks in each stage", minimum=1, maximum=1000)
@@ -144,7 +145,7 @@ class ResNet18ImageNet(StagedArchitecture):
 class ResNet50ImageNet(ResNet18ImageNet):
     """ResNet-50 for large images; bn=after for batch normalisation after the ReLU.
 
-    As resnet18_imagenet, with 3, 4, 6 and 3 bottleneck blocks (He et al. 2016).
+    Like resnet18_imagenet, with 3, 4, 6 and 3 bottleneck blocks (He et al. 2016).
 
     A block has 1x1 - 3x3 - 1x1 convolutions, the last one with four times the stage's channels; the 3x3 convolution has the
     stride, as in torchvision.

@@ -11,7 +11,7 @@ from fa_bench.registry.options import option
 
 @dataclasses.dataclass(eq=False)
 class TransformerArchitecture(Architecture):
-    """Base of the transformers."""
+    """Base class of transformers."""
 
     width: int = option(128, "features of a token", minimum=1)
     heads: int = option(4, "heads of the attention, a divisor of width", minimum=1)

@@ -38,7 +38,7 @@ class VGG(Architecture):
     normalises before every activation, likewise.
     """
 
-    depth: int = option(5, "layers with weights: 5, 7, 9 or 16")
+    depth: int = option(5, "number of layers with weights: 5, 7, 9 or 16")
     width: int | None = option(None, "channels of the first convolution; null: 128, for depth 16: 64", minimum=1)
     activation: str | None = option(None, "activation function; null: gelu, for depth 16: relu", choices=list(ACTIVATIONS))
     batch_norm: bool = option(False, "batch normalisation before every activation")

@@ -23,10 +23,10 @@ class ViTMini(TransformerArchitecture):
 
     embed - pre-norm blocks - class token - final_norm - head; 4 blocks of width 128 (the faeval protocol, spring 2026).
 
-    The structure is that of Dosovitskiy et al. 2021, without dropout. The protocol's depth, width and class token are known,
-    its code is not: patches of 4x4 pixels, 4 heads, hidden layers of 4 times the width and GELU are this project's choice.
-    Positions are learned and initialised from N(0, 0.02²), the class token with zeros; `init` and `linear_init` apply to the
-    convolution of the patches and to all linear layers, including q, k, v and out of the attention.
+    The structure is that of Dosovitskiy et al. 2021, without dropout. The protocol's depth, width and class token are known, but
+    its code is not: patches of 4x4 pixels, 4 heads, hidden layers of 4 times the width and GELU are our choices. Positions are
+    learned and initialised from N(0, 0.02²), the class token with zeros; `init` and `linear_init` apply to the convolution of the
+    patches and to all linear layers, including q, k, v and out of the attention.
 
     The cut points are the outputs of embed, of q, k and v, of the attention, of every activation and of every block; the final
     LayerNorm replaces the last block. No error passes through a weight, except to the LayerNorms within blocks (see

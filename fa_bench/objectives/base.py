@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(eq=False)
 class Objective(Options):
-    """Base of the objectives, registered in `fa_bench.registry.registries.OBJECTIVES`.
+    """Base class of objectives, registered in `fa_bench.registry.registries.OBJECTIVES`.
 
     Examples:
         >>> import dataclasses, torch, fa_bench
@@ -47,14 +47,14 @@ class Objective(Options):
         return False
 
     output: str | int | None = option(
-        None, "the output of the model that is trained, if it returns several: a key, or a number in a tuple", identifying=False
+        None, "the output of the model that is trained, if it returns several: a key, or an index into a tuple", identifying=False
     )
 
     def loss(self, outputs: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
         """The loss of a batch; implemented by each objective.
 
         Args:
-            outputs: of the network, (N, C), (N, O) or (N, T, C).
+            outputs: the outputs of the network, (N, C), (N, O) or (N, T, C).
             target: class indices (N,), numbers (N, O) or class indices of positions (N, T), depending on `targets`.
             reduction: ``mean`` or ``sum`` over the targets that count, for a scalar; ``none`` for the loss of each sample, (N,),
                 whose mean is that of ``mean``.
@@ -62,14 +62,14 @@ class Objective(Options):
         raise NotImplementedError
 
     def check_data(self, characters: float | None) -> None:
-        """Override to refuse data before training; raise OptionError.
+        """Override this to refuse data before training by raising OptionError.
 
         Args:
-            characters: of text, the characters of a training token on average.
+            characters: for text, the mean number of characters per training token.
         """
 
     def counted(self, target: Tensor) -> int | Tensor:
-        """The number of targets that count; the mean loss is over these."""
+        """The number of targets that count; the loss is the mean over these."""
         return len(target)
 
     def correct(self, outputs: Tensor, target: Tensor) -> Tensor | None:
@@ -98,10 +98,10 @@ class Objective(Options):
         output over the same split: predicting that mean scores 0. RMSE is over all samples and outputs.
 
         Args:
-            sums: of `sums` over all batches, as numbers or lists of numbers.
+            sums: the result of `sums` over all batches, as numbers or lists of numbers.
             loss: the mean loss.
             count: the number of targets that count.
-            characters: of text, the characters of a token on average in this split.
+            characters: for text, the mean number of characters per token in this split.
         """
         if "correct" in sums:
             return {ACCURACY.name: sums["correct"] / count}

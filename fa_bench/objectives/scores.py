@@ -15,8 +15,8 @@ class Score:
     """One score.
 
     Attributes:
-        name: in keys of records, which have one for each part of the dataset: ``val_accuracy``.
-        title: in tables and figures.
+        name: the name in keys of records, which have one key for each part of the dataset: ``val_accuracy``.
+        title: the title in tables and figures.
         unit: ``%`` for a score that records contain as a fraction; empty if it has none.
         higher_is_better: whether larger values are better.
 

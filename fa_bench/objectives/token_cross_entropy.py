@@ -31,9 +31,9 @@ class TokenCrossEntropy(Objective):
     """Cross-entropy of the softmax at every position: the mean of L_nt = -log softmax(z_nt)[y_nt] over the targets that count.
 
     Targets equal to `ignore_index` do not count, neither in the loss nor in a score. With L the mean loss in nats, perplexity is
-    exp(L), bits per token L / log 2, and bits per character that divided by the characters of a token on average in the split
-    (blank if the dataset has no characters). Accuracy is the fraction of the counted targets with the largest logit. `score` is
-    the one that reports compare and by which epochs and settings are chosen.
+    exp(L) and bits per token are L / log 2. Bits per character are this number divided by the mean number of characters per token
+    in the split (blank if the dataset has no characters). Accuracy is the fraction of the counted targets that have the largest
+    logit. `score` is the one that reports compare and that determines the best epoch and settings.
     """
 
     targets = (POSITIONS, CLASSES)

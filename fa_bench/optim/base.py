@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(eq=False)
 class OptimizerOptions(Options):
-    """Base of the optimizers. Weight decay applies to all trained tensors: weights, biases, normalisation, learned feedback.
+    """Base class of optimizers. Weight decay applies to all trained tensors: weights, biases, normalisation, learned feedback.
 
     Examples:
         >>> import dataclasses, torch, fa_bench

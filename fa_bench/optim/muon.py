@@ -22,9 +22,9 @@ class Muon(OptimizerOptions):
     """Momentum with orthogonalised updates for the weights of layers and for learned feedback; AdamW for the other parameters.
 
     K. Jordan et al. 2024; combined with feedback alignment by Boeshertz, Pascanu and Clopath 2026 (arXiv 2606.11123), because
-    orthogonal updates raise the rank of the errors. That paper's settings are unknown here: results are not a reproduction.
+    orthogonal updates raise the rank of the errors. That paper's settings are unknown to us, so results are not a reproduction.
 
-    For a matrix W (kernels: all dimensions after the first are one) with gradient G and momentum μ:
+    For a matrix W (in kernels, all dimensions after the first are flattened into one) with gradient G and momentum μ:
 
         M <- μ M + G;  X = M or, with ``nesterov``, G + μ M
         X <- X / ‖X‖, then five times (``ns_steps``) X <- a X + (b A + c A²) X,  A = X Xᵀ, (a, b, c) = (3.4445, -4.7750, 2.0315)
@@ -34,12 +34,12 @@ class Muon(OptimizerOptions):
     changes by the decoupled decay alone, as with AdamW: ‖W - B‖ = ‖W(0) - B(0)‖ Π (1 - lr λ). Without weight decay `kp` does not
     align. The same holds for W - B R in `pfa_o` with its ratio of 1, but not in `pfa`: the update is not linear in the gradient.
 
-    ``layers=hidden`` leaves the first and the last layer to AdamW, as usual recipes do, and ``exclude`` names others, with their
-    feedback. Biases, normalisation, embeddings and position tables are AdamW's, at ``adam_lr``; weight decay and schedule are
-    those of the matrices.
+    ``layers=hidden`` leaves the first and the last layer to AdamW, as usual recipes do, and ``exclude`` lists others, together
+    with their feedback. AdamW also trains biases, normalisation, embeddings and position tables, at ``adam_lr``; weight decay and
+    schedule are those of the matrices.
 
-    Differences from ``torch.optim.Muon``: it takes no kernels, and rounds to bfloat16; this iterates in the precision of the
-    weights, single at least.
+    Differences from ``torch.optim.Muon``: that optimizer does not accept kernels and rounds to bfloat16; this one iterates in the
+    precision of the weights, or in single precision if that is higher.
     """
 
     search_space = {
@@ -55,7 +55,7 @@ class Muon(OptimizerOptions):
     adjust_lr: str = option(
         "original",
         "factor s of the learning rate: √max(1, rows / columns) (original) or 0.2 √max(rows, "
-        "columns), with which updates are as large as AdamW's",
+        "columns), which makes updates as large as AdamW's",
         choices=["original", "match_rms_adamw"],
     )
     layers: str = option(
@@ -64,7 +64,7 @@ class Muon(OptimizerOptions):
         choices=["all", "hidden"],
     )
     exclude: list[str] = option(
-        [], "further layers (names, or patterns; * matches dots, too) that AdamW trains, with their feedback"
+        [], "other layers (names, or patterns; * also matches dots) that AdamW trains, together with their feedback"
     )
     adam_lr: float = option(1e-3, "learning rate of the other parameters", above=0)
     beta1: float = option(0.9, "AdamW's decay rate of the first moment", minimum=0, below=1)

@@ -81,7 +81,7 @@ class Optimizers:
                 learned.shares_gradient = any(learned.tensor is tensor for tensor, _ in self._shared)
 
     def fill_gradients(self) -> None:
-        """Give learned feedback that shares a weight's gradient a copy of its own, for code that reads or changes gradients."""
+        """Give learned feedback that shares a weight's gradient its own copy, for code that reads or changes gradients."""
         if self._is_filled:  # a gradient that is missing now was removed on purpose
             return
         self._is_filled = True

@@ -1,4 +1,4 @@
-"""The kinds of inputs and targets, by which datasets, architectures and objectives are matched.
+"""The kinds of inputs and targets, which determine which datasets, architectures and objectives fit together.
 
 Shapes: N batch, T positions of a sequence, F features, O outputs; C channels, H and W pixels of images.
 """

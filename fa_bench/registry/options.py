@@ -1,7 +1,7 @@
-"""Options of a component, declared once: a dataclass whose fields carry type, default, range and help.
+"""Options of a component, declared once as a dataclass whose fields have a type, a default, a range and a help text.
 
-The same declaration is the Python signature, the Hydra schema (`fa_bench/config/job.py` registers its defaults), the check
-of every value, and the text of ``fa-bench --help``.
+The same declaration provides the Python signature, the Hydra schema (`fa_bench/config/job.py` registers its defaults), the
+validation of every value, and the text of ``fa-bench --help``.
 """
 
 from __future__ import annotations
@@ -37,16 +37,12 @@ def option(
     """Declare one option of a component.
 
     Args:
-        default: lists and nested options are copied for each instance.
-        help: one sentence for ``--help``, with units.
-        choices: the allowed strings, for a list those of its items; a registry is read when a value is checked.
-        with_options: whether an item of a list of components may have options, as ``NAME:OPTION=VALUE``.
-        minimum: the smallest allowed value, for a list that of its items.
-        above: the largest value that is too small.
-        maximum: the largest allowed value.
-        below: the smallest value that is too large.
-        identifying: whether the default is part of a run's identity; False for an option that was added to a component that
-            runs had used before, so that their hashes stay the same.
+        default: lists and nested options are copied for each instance. help: one sentence for ``--help``, with units. choices:
+            the allowed strings, or for a list those of its items; a registry is read when a value is checked. with_options:
+            whether an item of a list of components may have options, as ``NAME:OPTION=VALUE``. minimum: the smallest allowed
+            value, or for a list that of its items. above: exclusive lower bound. maximum: the largest allowed value. below:
+            exclusive upper bound. identifying: whether the default is part of a run's identity; False for an option added to a
+            component with existing runs, so that their hashes stay the same.
 
     Examples:
         >>> import dataclasses, fa_bench
@@ -75,10 +71,10 @@ def option(
 
 @dataclasses.dataclass(eq=False)
 class Options:
-    """Base of every component: checks types, choices and ranges of its fields when it is created.
+    """Base class of all components: checks types, choices and ranges of the fields when a component is created.
 
     Raises:
-        OptionError: naming the option, the value and what is allowed.
+        OptionError: names the option, the value and what is allowed.
     """
 
     name: ClassVar[str] = ""
@@ -105,7 +101,7 @@ class Options:
         """Build from a plain mapping.
 
         Raises:
-            OptionError: for an unknown name, with the nearest one, or a bad value.
+            OptionError: for an unknown name (with the nearest one) or an invalid value.
         """
         allowed = [field.name for field in option_fields(cls)]
         for key in values:
@@ -119,7 +115,7 @@ class Options:
 
 
 def summary(cls: type) -> str:
-    """The first paragraph of a component's docstring, in one line, for ``--help`` and the docs."""
+    """The first paragraph of a component's docstring, as one line, for ``--help`` and the docs."""
     return " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split())
 
 
@@ -193,7 +189,7 @@ _BOUNDS = {
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    """The value as the hinted type, or _WRONG. Integers are converted to float if necessary; nothing else is converted."""
+    """The value as the annotated type, or _WRONG. Integers are converted to float if necessary; nothing else is converted."""
     if _is_union(hint):
         for arg in get_args(hint):
             if (converted := _convert(value, arg)) is not _WRONG:

@@ -1,4 +1,4 @@
-"""Import of plugins: modules named on the command line, and those of installed distributions. They may raise anything."""
+"""Imports plugins: modules named on the command line, and those of installed distributions. They may raise any exception."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ ENTRY_POINTS = "fa_bench.plugins"
 
 
 def import_modules(modules: Iterable[str]) -> None:
-    """Import modules, also from the working directory.
+    """Import modules; the working directory is searched, too.
 
     Raises:
-        ConfigError: if one cannot be imported, with the file and the line of the error.
+        ConfigError: if a module cannot be imported, with the file and the line of the error.
     """
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
@@ -33,7 +33,7 @@ def import_installed() -> None:
     """Import the plugins of installed distributions.
 
     Raises:
-        ConfigError: if one cannot be imported, with its distribution and the file and the line of the error.
+        ConfigError: if a plugin cannot be imported, with its distribution and the file and line of the error.
     """
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         dist = entry.dist.name if entry.dist else "an unknown distribution"

@@ -1,4 +1,4 @@
-"""The tables of components: one for each config group, and one for each kind that options name."""
+"""The registries of components: one for each config group, and one for each kind of component that options name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of components by name, with an error that lists the available names."""
+"""Registries that look up components by name, with an error that lists the available names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Registry(Mapping[str, "type[T]"], Generic[T]):
 
     Args:
         kind: the config group, for example ``algorithm``.
-        package: the package (or module) that contains the components; imported at the first look-up.
+        package: the package (or module) that contains the components; imported at the first lookup.
         base: the base class of the components, as ``module:Class``; imported when the first one is registered.
     """
 
@@ -35,7 +35,7 @@ class Registry(Mapping[str, "type[T]"], Generic[T]):
         """Class decorator that registers a component as `name`.
 
         Raises:
-            ConfigError: if the class has the wrong base, or the name is invalid on the command line or already in use.
+            ConfigError: if the class has the wrong base class, or if the name is invalid on the command line or already in use.
 
         Examples:
             >>> import dataclasses, fa_bench

@@ -1,4 +1,4 @@
-"""Components written as one word with their options: NAME or NAME:OPTION=VALUE,..."""
+"""Components written together with their options as NAME or NAME:OPTION=VALUE,..."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     """The name and the options of ``resnet18:width=8,blocks=[1,1]``; values are read as on the command line.
 
     Raises:
-        ConfigError: for an option without a value, or without a component's name before it.
+        ConfigError: for an option without a value, or without the name of a component before it.
     """
     name, _, rest = spec.partition(":")
     if "=" in name:
@@ -42,8 +42,8 @@ def component(registry: Registry[T], spec: str) -> T:
     """The component that a spec describes.
 
     Raises:
-        ConfigError: for a name that is not registered, with the nearest one, and as `parse_spec`.
-        OptionError: for an unknown or bad option.
+        ConfigError: for a name that is not registered (with the nearest one), and for the same reasons as `parse_spec`.
+        OptionError: for an unknown option or an invalid value.
     """
     name, options = parse_spec(spec)
     cls = registry[name]

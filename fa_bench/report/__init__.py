@@ -1,4 +1,4 @@
-"""Reports on runs: tables and figures that compare the rules with each other and with published numbers.
+"""Reports on runs: tables and figures that compare rules with each other and with published numbers.
 
 Pandas, SciPy and matplotlib are imported when a report is written, so that reading run directories stays fast.
 """
@@ -88,17 +88,18 @@ def write_report(
     """Report on the runs in `run_dirs`: write report.md, tables as report*.csv, report.json, report.tex and runs.csv, figures as
     report*.png, and report.html, which has tables and figures on one page, into `out_dir`.
 
-    Each file is replaced atomically; files of an earlier report that are not part of this one are removed. Equal runs give equal
-    bytes, in any order and in any folders, but for the directories in runs.csv. Runs that have not finished are counted in their
-    rows, excluded from the statistics and listed; so are `planned` runs that have not started, missing seeds of these, and
-    published rows without a run. Runs with a damaged or foreign record are excluded and listed with the problem.
+    Each file is replaced atomically; files of an earlier report that are not part of this one are removed. The same runs give
+    byte-identical files, in any order and in any folders, except for the directories in runs.csv. Runs that have not finished are
+    counted in their rows and listed, but excluded from the statistics. The report also lists `planned` runs that have not
+    started, missing seeds, and published rows without a run. Runs with a damaged or foreign record are excluded and listed with
+    the problem.
 
     Args:
         run_dirs: the runs' directories, with or without records.
         out_dir: where the report is written; created if necessary.
         planned: the runs that sweeps announced, see `fa_bench.runs.sweep`.
-        timings: whether to include measured seconds, the only difference between two sweeps of the same runs.
-        unusable: further damaged records to list.
+        timings: whether to include measured seconds, which are the only difference between two sweeps of the same runs.
+        unusable: additional damaged records to list.
         best: keys whose values are chosen by the validation score for each rule; the chosen rows are compared. See `best`.
         reference: how rows of bp and the floor are chosen, `references.BEST` or `references.NEAREST`.
         aggregate: whether to compare the rules over all tasks, see `aggregate`.

@@ -35,8 +35,8 @@ def over_tasks(runs: Sequence[Run]) -> tuple[pd.DataFrame, list[str]]:
     """One row per rule with finished runs in every task: statistics over the test accuracies (%) of all tasks and seeds.
 
     Returns:
-        The table, and a line for each task that was left out because its score is no accuracy, and for each rule because it lacks
-        a task.
+        The table, and a line for each task that was excluded because its score is not an accuracy, and for each rule that was
+        excluded because it lacks a task.
     """
     groups = group_runs(runs)
     labels, left_out = group_labels(groups), []

@@ -65,9 +65,9 @@ def choose_best(runs: Sequence[Run], keys: Sequence[str]) -> Best:
     """Choose the values of `keys` for each rule and remaining setting.
 
     The remaining setting consists of the other keys in which the rule's configs differ, the task, and the versions of code and
-    data. The value with the best primary validation score (last epoch, mean over the finished runs) is chosen; of equal ones, the
-    smaller. A value with a run that diverged counts as tried, but is never chosen; neither is one without that score,
-    unless it is the only one.
+    data. The value with the best primary validation score (last epoch, mean over the finished runs) is chosen, or the smallest of
+    several equally good ones. A value with a run that diverged counts as tried but is never chosen. A value without that score is
+    chosen only if it is the only one.
 
     Args:
         runs: runs in the order of the report.
@@ -121,7 +121,7 @@ def _check(keys: Sequence[str], swept: Mapping[str, Sequence[str]], groups: Grou
     for key in keys:
         group = key if key in _REFUSED else key.partition(".")[0]
         if group in _REFUSED and (group == key or group != "algorithm"):
-            raise DataError(f"--best {key}: not a key to choose by, {_REFUSED[group]}; {there}")
+            raise DataError(f"--best {key}: cannot be chosen, because {_REFUSED[group]}; {there}")
         if key not in differing and key in all_keys:
             values = list(
                 dict.fromkeys(format_value(members[0].config[key]) for members in groups.values() if key in members[0].config)

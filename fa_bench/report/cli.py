@@ -184,7 +184,7 @@ def _check_wider(folder: Path, directories: Sequence[Path]) -> None:
     others = [directory for directory in covered_directories(folder) if resolved(directory) not in covered]
     if others:
         raise DataError(
-            f"{folder}: has a report that covers {len(others)} further run{'s' * (len(others) > 1)}; choose another "
+            f"{folder}: has a report that covers {len(others)} more run{'s' * (len(others) > 1)}; choose another "
             "folder with --out DIR"
         )
 

@@ -125,12 +125,12 @@ def check_file(path: Path, names: set[str]) -> None:
     """Refuse to replace `path` if it exists and is not among the report's files `names`.
 
     Raises:
-        RunDirectoryError: naming the file.
+        RunDirectoryError: names the file.
     """
     if path.name not in names:
         check_temporary(path, b"")
     if os.path.lexists(path) and (path.is_symlink() or not path.is_file() or path.name not in names):
-        raise RunDirectoryError(f"{path}: not written by a report of fa-bench, which would replace it; move it away")
+        raise RunDirectoryError(f"{path}: not written by a report of fa-bench, which would overwrite it; move it away")
 
 
 def _linked_files(markdown: Path) -> set[str]:

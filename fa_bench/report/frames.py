@@ -70,12 +70,12 @@ def load_results(*runs: Runs, curves: bool = False, angles: bool = False) -> pd.
         of every alignment metric, and every option of its config by command-line key, such as ``optimizer.lr``. With `curves`,
         the run's directory, label and seed, and its record of the epoch: losses, scores, learning rate, seconds so far, and the
         means of the alignment metrics that were measured. With `angles`, the run's directory, label and seed, step, epoch (a
-        fraction), metric, layer and value (NaN if undefined). Columns of numbers are of a numeric type, with NaN for what is not
-        recorded. A run without a result has no row; one with a damaged record is skipped with a warning.
+        fraction), metric, layer and value (NaN if undefined). Columns of numbers have a numeric type, with NaN for values that
+        are not recorded. A run without a result has no row; one with a damaged record is skipped with a warning.
 
     Raises:
         DataError: for a directory that does not exist.
-        ValueError: for no directory and no run; for both `curves` and `angles`.
+        ValueError: if there is neither a directory nor a run, or if both `curves` and `angles` are set.
         TypeError: for anything that is neither a directory nor a run.
 
     Examples:

@@ -1,4 +1,4 @@
-"""What a report lacks: runs that have not finished or started, seeds that only some rows have, published rows without a run."""
+"""Gaps in a report: runs that have not finished or started, seeds that only some rows have, published rows without a run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def runs_not_started(directories: Iterable[Path], planned: Iterable[PlannedRun])
 def missing_seeds(runs: Sequence[Run], planned: Iterable[PlannedRun]) -> list[str]:
     """A line for each row without finished runs of seeds that a sweep announced for it.
 
-    A row's announced runs are those of its own directories, and those without a record beside them.
+    A row's announced runs are those in its own directories, and those without a record next to them.
     """
     groups = group_runs(runs)
     labels = group_labels(groups)

@@ -47,7 +47,8 @@ class Table(NamedTuple):
 def to_html(
     tables: Iterable[Table], lists: Mapping[str, Sequence[str]], runs: Sequence[Run], pictures: Iterable[Picture], timings: bool
 ) -> str:
-    """The page: works without a network or other files, on phones, and in light and dark. Equal runs give equal bytes.
+    """The page: it works offline, without other files, on phones, and in light and dark. The same runs give a byte-identical
+    page.
 
     Args:
         tables: the first one is the summary.

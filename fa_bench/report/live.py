@@ -59,8 +59,8 @@ class Line:
         epoch, epochs: epochs completed, and in total; None if unknown.
         metrics: the record of the last epoch.
         pace: recorded training seconds per epoch, without evaluation.
-        overhead: of a running run, the wall-clock time of an epoch as a multiple of `pace`.
-        since: of a running run, seconds since its last epoch ended, or since it started.
+        overhead: for a running run, the wall-clock time of an epoch as a multiple of `pace`.
+        since: for a running run, seconds since its last epoch ended, or since it started.
         remark: the reason of a failure and the like.
         remaining: seconds; None if unknown.
     """
@@ -98,7 +98,7 @@ class Watcher:
             now: the time, in seconds since the epoch.
 
         Raises:
-            DataError: a folder does not exist any more, or there is no run.
+            DataError: a folder no longer exists, or there is no run.
         """
         self.errors = []
         planned = {resolved(run.directory): run for run in find_planned_runs(self.folders, self.errors)}
@@ -221,7 +221,7 @@ def _row(line: Line) -> str:
 
 
 def summary(lines: Sequence[Line]) -> str:
-    """The sweep in a line: the number of runs in each state, and the time left with as many at a time as run now."""
+    """The sweep in one line: the number of runs in each state, and the time left if as many run at a time as now."""
     counts = Counter(line.state for line in lines)
     order = [DONE, *STATES, *sorted(set(counts).difference(STATES))]
     text = f"{len(lines)} run{'s' * (len(lines) > 1)}: " + ", ".join(
@@ -256,9 +256,9 @@ def table(lines: Sequence[Line], width: int, height: int) -> Table:
     """The view for a terminal.
 
     Args:
-        lines: the runs.
-        width: columns of the terminal. Long names lose their middle, because rule and seed are at the ends; remarks are cut.
-        height: lines in all. If not all runs fit, those that need the least attention are only counted.
+        lines: the runs. width: columns of the terminal. Long names are shortened in the middle, because rule and seed are at the
+            ends; remarks are truncated.
+        height: total number of lines. If not all runs fit, those that need the least attention are only counted.
     """
     from rich.table import Table
     from rich.text import Text

@@ -1,8 +1,8 @@
 """Mean curves over the seeds of each group of runs, and a table of the groups, for TensorBoard.
 
-The directories of runs have names that do not say what they contain; TensorBoard shows directories. So a sweep's folder has a
-folder `tensorboard` with a directory for each group, named after its rule and settings, which contains one event file. Its times
-are the steps, so that equal runs give equal bytes.
+TensorBoard shows directories, but the names of run directories do not say what they contain. A sweep's folder therefore has a
+folder `tensorboard` with a directory for each group, named after its rule and settings, which contains one event file. Its
+timestamps are the steps, so that the same runs give byte-identical files.
 """
 
 # The classes of protobuf modules are created at import.
@@ -208,7 +208,7 @@ def _write(folder: Path, contents: Mapping[str, bytes]) -> None:
         directory, file = folder / name, folder / name / EVENTS
         is_foreign = os.path.lexists(directory) and (name not in earlier or directory.is_symlink() or not directory.is_dir())
         if is_foreign or file.is_symlink():
-            raise RunDirectoryError(f"{directory}: not written by fa_bench, which would replace it; move it away")
+            raise RunDirectoryError(f"{directory}: not written by fa_bench, which would overwrite it; move it away")
     with output_errors(folder):
         folder.mkdir(exist_ok=True)
         # Before they exist: after a kill, unrecorded directories would not be recognised.

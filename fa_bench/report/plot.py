@@ -1,4 +1,4 @@
-"""The style of figures: how rules and settings look, panels of curves, readable axes, and files of equal bytes."""
+"""The style of figures: the look of rules and settings, panels of curves, readable axes, and byte-identical files."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ TAIL, FAR, LOG = 4, 3, 50  # lines among which one can be far off, by how many i
 
 
 def rule_style(rule: str) -> dict[str, Any]:
-    """Colour, line style and marker of a rule: the same in every figure, also for the rules of plugins."""
+    """Colour, line style and marker of a rule: the same in every figure, even for rules of plugins."""
     if rule == CONTROL:
         return {"color": COLOURS[0], "linestyle": "-", "marker": "o"}
     if rule in _FLOORS:
@@ -120,7 +120,7 @@ class Line(NamedTuple):
 class Panel(NamedTuple):
     """One panel of curves: its title, what it shows along what position of the runs, and its lines.
 
-    `legend`: it has a legend of its own. `markers`: curves have markers; single points always have.
+    `legend`: whether it has its own legend. `markers`: whether curves have markers; single points always have them.
     """
 
     title: str
@@ -235,7 +235,7 @@ def _quiet() -> Iterator[None]:
 
 
 def rendered(figure: Figure, form: str, name: str) -> bytes:
-    """The figure in one of `FORMATS`. Equal figures of equal names give equal bytes: no dates, versions or random ids."""
+    """The figure in one of `FORMATS`, without dates, versions or random ids: its bytes depend only on the figure and its name."""
     # Text stays text in SVG, to be searched; ids depend on the name, so that one page can have several figures.
     settings: Any = {"svg.hashsalt": name or "figure", "svg.fonttype": "none", "font.family": "sans-serif"}
     metadata = {"png": ("Software",), "svg": ("Date", "Creator"), "pdf": ("CreationDate", "Creator", "Producer")}[form]

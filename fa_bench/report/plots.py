@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def plot_curves(*runs: Runs, rules: str | Sequence[str] = (), metric: str = "", x: str = "epoch") -> Figure:
-    """Scores and losses of training, or one quantity, along the runs: mean ± standard deviation over the seeds.
+    """Scores and losses during training, or one quantity: mean ± standard deviation over the seeds.
 
     Args:
         *runs: directories with runs, or runs.
         rules: the rules to show, one or several; empty for all.
         metric: a score (accuracies are shown in %), a loss, or an alignment metric (mean over its layers); empty for all scores
-            and losses. Of a large sweep, one quantity is shown, by default the primary score of the test samples, such as
-            ``test_accuracy``, with a panel for each rule.
+            and losses. For a large sweep, one quantity is shown, with a panel for each rule; by default, this is the primary
+            score of the test samples, such as ``test_accuracy``.
         x: ``epoch``, ``step`` or ``seconds``.
 
     Returns:
@@ -53,7 +53,8 @@ def plot_curves(*runs: Runs, rules: str | Sequence[str] = (), metric: str = "", 
 
 
 def plot_setting(*runs: Runs, x: str = "", rules: str | Sequence[str] = (), metric: str = "") -> Figure:
-    """The final value of a quantity against a swept setting: one line per rule, with the best setting by validation ringed.
+    """The final value of a quantity against a swept setting: one line per rule, with a ring at the best setting by validation
+    score.
 
     Args:
         *runs: directories with runs, or runs.
@@ -63,10 +64,10 @@ def plot_setting(*runs: Runs, x: str = "", rules: str | Sequence[str] = (), metr
             score of the test samples, such as ``test_accuracy``.
 
     Returns:
-        As `plot_curves`.
+        See `plot_curves`.
 
     Raises:
-        DataError: as `plot_curves`; no or several settings are swept and `x` is empty.
+        DataError: as in `plot_curves`; no or several settings are swept and `x` is empty.
 
     Examples:
         >>> import fa_bench
@@ -92,7 +93,8 @@ def plot_setting(*runs: Runs, x: str = "", rules: str | Sequence[str] = (), metr
 
 
 def plot_layers(*runs: Runs, metric: str = "weight_angle", rules: str | Sequence[str] = (), x: str = "epoch") -> Figure:
-    """An alignment metric of every layer along the runs, a panel for each layer; of large sweeps, each rule's best setting.
+    """An alignment metric of every layer during training, with a panel for each layer; for large sweeps, each rule's best setting
+    is shown.
 
     Args:
         *runs: directories with runs, or runs.
@@ -101,10 +103,10 @@ def plot_layers(*runs: Runs, metric: str = "weight_angle", rules: str | Sequence
         x: ``epoch``, ``step`` or ``seconds``.
 
     Returns:
-        As `plot_curves`.
+        See `plot_curves`.
 
     Raises:
-        DataError: as `plot_curves`; the metric has no values by layer.
+        DataError: as in `plot_curves`; the metric has no values by layer.
 
     Examples:
         >>> import fa_bench

@@ -31,7 +31,7 @@ class Entry:
         dataset, architecture: descriptions.
         rule: name of the algorithm here.
         quantity: a key of result.json (test_accuracy, val_accuracy, train_accuracy) or of its angles, or `DIFFERENCE`.
-        value: in `unit`; NaN if only a range is known. Accuracies are in %.
+        value: the value in `unit`; NaN if only a range is known. Accuracies are in %.
         low, high: the range; infinite if open, NaN without a range.
         layer: pattern of the layers that the value belongs to; empty for the whole network.
         spread: over `n` runs, NaN if not given; `spread_kind` is std or standard error.
@@ -144,9 +144,9 @@ def compare(
 
     Args:
         entry: a published number.
-        runs: those of one group.
+        runs: the runs of one group.
         layers: paths.
-        all_runs: those among which are the runs of backpropagation that a difference needs.
+        all_runs: all runs, including those of backpropagation, which differences need.
     """
     if entry.quantity == DIFFERENCE:
         yield "", entry.differences(runs, all_runs)

@@ -1,4 +1,4 @@
-"""What figures show: quantities of runs' records, their curves over the seeds, and what a user selects of them."""
+"""The data of figures: quantities in runs' records, their curves over the seeds, and a user's selection."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class Quantity(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """What figures are to show, and in which formats of `FORMATS`.
+    """The content of figures, and their formats (of `FORMATS`).
 
     Attributes:
-        formats: of the files.
+        formats: the formats of the files.
         rules: the rules to show; empty for all.
         metric: the name of the quantity to show; empty for those that a report shows by default.
         x: a position along the runs (`POSITIONS`), or the key of a swept option; empty for epochs and every swept option.
@@ -114,7 +114,7 @@ def scores_in(runs: Iterable[Run]) -> list[Score]:
 
 
 def primary(runs: Iterable[Run]) -> Score:
-    """The primary score of most of the runs; of equals, that of the first one."""
+    """The primary score of most of the runs; in a tie, that of the first one."""
     counts = Counter(run.primary for run in runs)
     return max(counts, key=lambda score: counts[score], default=ACCURACY_SCORE)
 

@@ -51,7 +51,7 @@ class Run:
 
     @property
     def scores(self) -> tuple[Score, ...]:
-        """What the run is scored by; the first is the primary score."""
+        """The scores of the run; the first is the primary score."""
         return scores_of(self.result if self.result.get("scores") else self.metrics[-1] if self.metrics else None)
 
     @property
@@ -194,6 +194,6 @@ def short_path(directory: Path) -> str:
 
 
 def metrics_of(runs: Iterable[Run]) -> dict[str, type[Metric]]:
-    """All registered alignment metrics, and further ones that some of the runs measured, by name and in their order."""
+    """All registered alignment metrics, and any others that some of the runs measured, by name and in their order."""
     measured = {name for run in runs for line in (run.result, *run.metrics) for name in line.get("angles") or ()}
     return declared({*registries.METRICS, *measured})

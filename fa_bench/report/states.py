@@ -1,4 +1,4 @@
-"""The current status of runs, also of those that have written no result or were resumed after it.
+"""The current status of runs, including those that have not written a result or were resumed after it.
 
 `fa_bench.runs.rundir` determines how a given job can be resumed; here a directory is described without knowing its job.
 """

@@ -12,21 +12,23 @@ from fa_bench.registry.registries import ALGORITHMS
 @ALGORITHMS.register("activation_alignment")
 @dataclasses.dataclass(eq=False)
 class ActivationAlignment(InputAlignmentRule):
-    """Activation alignment: a loss that compares the outputs of feedback and weights pulls the feedback towards the weights.
+    """Activation alignment: a local loss compares a layer's outputs with feedback and with weights, which pulls the feedback
+    towards the weights.
 
     Kunin et al. 2020 (arXiv 2003.01513) and the code released with it, primitives sparse and amp.
 
         e_in = g B;  loss = α (mean ‖x Wᵀ‖² + mean ‖x Bᵀ‖²) - β mean Σ (x Wᵀ)(x Bᵀ)
         gradient of B = (2 α B - β W) C,  C = mean xᵀ x
 
-    With β = 2 α the gradient is 2 α (B - W) C, and on the span of the layer's inputs x the fixed point is W; with other values it
-    is (β / 2 α) W there. The rest of B never moves. Means are over samples and, for convolutions and tokens, output positions (a
-    choice: the paper's normalisation over positions is not verified); for a convolution, x Bᵀ is its output with B.
+    With β = 2 α, the gradient is 2 α (B - W) C, and on the span of the layer's inputs x the fixed point is W; with other values,
+    it is (β / 2 α) W there. Outside this span, B never changes. Means are over samples and, for convolutions and tokens, output
+    positions (our choice: how the paper normalises over positions was not verified); for a convolution, x Bᵀ is its output with
+    B.
 
-    α = ``alpha`` and β = ``beta`` have the code's defaults. With ``update_forward`` W has the gradient (2 α W - β B) C.
-    ``signal`` and ``noise_batch`` replace x by noise. With the code's α and β, B moves slowly; ``b_lr_scale`` raises its rate
-    relative to W's. The code's centred and normalised activations, delays and alternating steps are left out. Its tuned settings
-    are not public, so no result is a reproduction.
+    α = ``alpha`` and β = ``beta`` default to the values in the code. With ``update_forward``, W has the gradient (2 α W - β B) C.
+    ``signal`` and ``noise_batch`` replace x by noise. With the code's α and β, B changes slowly; ``b_lr_scale`` raises its
+    learning rate relative to W's. The code's centred and normalised activations, delays and alternating steps are not
+    implemented. The tuned settings are not public, so no result is a reproduction.
     """
 
     equations = (
@@ -38,8 +40,8 @@ class ActivationAlignment(InputAlignmentRule):
 
     search_space = {"b_lr_scale": "tag(log,interval(1,1000))"}
 
-    alpha: float = option(1e-3, "α: weight of the loss sparse", minimum=0)
-    beta: float = option(2e-3, "β: weight of the loss amp", minimum=0)
+    alpha: float = option(1e-3, "α: weight of the sparse loss", minimum=0)
+    beta: float = option(2e-3, "β: weight of the amp loss", minimum=0)
 
     def alignment_loss(self) -> AlignmentLoss:
         return AlignmentLoss(sparse=self.alpha, amp=self.beta)

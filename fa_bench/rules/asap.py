@@ -17,23 +17,24 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("asap")
 @dataclasses.dataclass(eq=False)
 class ASAP(SharingRule):
-    """Activation sharing with asymmetric paths: an earlier activation enters the gradients of W and B.
+    """Activation sharing with asymmetric paths: an earlier activation replaces the layer's input in the gradients of W and B.
 
     Algorithm 1, eqs 39-42 of Woo et al. 2021.
 
     e_in = g B; gradient of W = gradient of B = gᵀ h̃ (for convolutions, the weight gradient of h̃ and g). h̃ is an earlier
-    activation that ``k`` layers share and that ``match`` brings to the shape of the true input x: activation s = 1 + k ⌊(p -
-    2)/k⌋ replaces activation p ≥ 2, counted from the stem's output. Layers whose input is activation 1 use their own input, so
-    for them the rule is Kolen-Pollack. Biases and normalisation learn as usual. B (``b_init``) learns with W's optimizer, rate,
-    momentum and decay. The first layer stays random (``freeze_stem``); its normalisation learns. Fully connected layers use their
-    own input and a fixed B, uniform in [-1, 1) (``linear=fa``, ``linear_b_init``), as in the paper's code. ``match=random``
-    replaces copies and pooling by a fixed random 1x1 convolution P.
+    activation that ``k`` layers share; ``match`` resizes it to the shape of the true input x. Counted from the stem's output,
+    activation s = 1 + k ⌊(p - 2)/k⌋ replaces activation p ≥ 2. Layers whose input is activation 1 use their own input, so for
+    them the rule is Kolen-Pollack. Biases and normalisation learn as usual. B (``b_init``) learns with W's optimizer, learning
+    rate, momentum and decay. The first layer stays random (``freeze_stem``); its normalisation learns. Fully connected layers use
+    their own input and a fixed B that is uniform in [-1, 1) (``linear=fa``, ``linear_b_init``), as in the paper's code.
+    ``match=random`` replaces copying and pooling with a fixed random 1x1 convolution P.
 
-    ``transport=true`` replaces B by W in all convolutions and in every layer that shares. As in the paper's code, fully connected
-    layers that use their own input keep their fixed B; to use the weights there, too, name them in ``exclude``.
+    ``transport=true`` replaces B with W in all convolutions and in every layer that uses a shared activation. As in the paper's
+    code, fully connected layers that use their own input keep their fixed B; to use the weights there as well, list them in
+    ``exclude``.
 
-    Choices: a net without convolutions shares among its fully connected layers (``linear=auto``), including the output layer, so
-    ``transport`` uses the weights in all of them; features are matched by copies or pooling, as channels are.
+    Choices: in a net without convolutions, the fully connected layers share activations (``linear=auto``), including the output
+    layer, so ``transport`` uses the weights in all of them. Features are matched by copying or pooling, like channels.
     """
 
     equations = (

@@ -30,13 +30,13 @@ class FeedbackPathSharing(SharedActivationFeedback):
 @ALGORITHMS.register("asfp")
 @dataclasses.dataclass(eq=False)
 class ASFP(SharingRule):
-    """Activation sharing in the feedback path: an earlier activation enters only the gradient of B.
+    """Activation sharing in the feedback path: an earlier activation replaces the layer's input in the gradient of B only.
 
     Eqs 39-42 of Woo et al. 2021.
 
     e_in = g B; gradient of W = gᵀ x with the true input; gradient of B = gᵀ h̃ with the shared activation h̃ of `asap`, so B
-    follows W only to the extent that the activations agree. The shared activations, their matching, the frozen stem and the fully
-    connected layers are the same as in `asap`, and so are the options `k`, `match`, `linear`, `b_init` and `linear_b_init`.
+    follows W only to the extent that the activations agree. The shared activations, how they are matched, the frozen stem and the
+    fully connected layers are the same as in `asap`, and so are the options `k`, `match`, `linear`, `b_init` and `linear_b_init`.
 
     Choice: ``transport`` is refused, because it would leave no B to learn.
     """

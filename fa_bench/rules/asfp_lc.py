@@ -69,18 +69,18 @@ class ASFPLC(ASFP):
 
     ASFP + LC, Table 2 of Woo et al. 2021.
 
-    The model is a chain of blocks, and no error passes from one to the next. Every block except the last learns by CE(s, labels),
-    with a classifier s = BN(V p + c), where p is the block's activation, averaged to ``pool`` x ``pool`` and flattened; the last
-    block uses the network's own classifier. The classifier learns by feedback alignment: the error at p is g B with a fixed B
-    that is uniform in [-1, 1) (``linear_b_init``), and V, c and BN learn with W's optimizer. Within a block the rule is `asfp`,
-    with its options `k`, `match`, `linear` and `b_init`: e_in = g B; gradient of W = gᵀ x; gradient of B = gᵀ h̃ with the shared
-    activation h̃.
+    The model is a chain of blocks, and no error passes from one to the next. Every block except the last learns from CE(s,
+    labels) with a classifier s = BN(V p + c), where p is the block's activation, averaged to ``pool`` x ``pool`` and flattened;
+    the last block uses the network's own classifier. The classifier learns by feedback alignment: the error at p is g B, where B
+    is fixed and uniform in [-1, 1) (``linear_b_init``), and V, c and BN learn with W's optimizer. Within a block, the rule is
+    `asfp` with its options `k`, `match`, `linear` and `b_init`: e_in = g B; gradient of W = gᵀ x; gradient of B = gᵀ h̃ with the
+    shared activation h̃.
 
     Choices, since no code was published: the blocks are those of the model (``model.blocks``, or those that end with the modules
-    in ``cuts``), namely the residual blocks and the stem, whose normalisation learns by its own classifier (a frozen stem without
-    normalisation has none). Activations are shared across blocks as in `asfp`. The classifier is only used in training, so its
-    normalisation always uses the batch's own statistics: it refuses a batch of one sample, and under data parallelism each rank
-    has its own statistics.
+    in ``cuts``), namely the residual blocks and the stem. The stem's normalisation learns from a classifier of its own (a frozen
+    stem without normalisation has none). Activations are shared across blocks as in `asfp`. The classifier is used only in
+    training, so its normalisation always uses batch statistics: it refuses a batch of one sample, and under data parallelism each
+    rank has its own statistics.
     """
 
     equations = (

@@ -18,8 +18,8 @@ class BPFullyConnected(BP):
 
     "BP (FC only)", section 3.2 of the DKP paper.
 
-    Choices not specified in the paper: gains and biases of normalisation layers that a convolution feeds are frozen, too; those
-    layers stay in training mode; frozen tensors do not decay. All fully connected layers learn, including hidden ones.
+    Choices not specified in the paper: gains and biases of normalisation layers that follow a convolution are frozen as well;
+    those layers stay in training mode; frozen tensors do not decay. All fully connected layers learn, including hidden ones.
     """
 
     equations = (

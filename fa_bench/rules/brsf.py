@@ -13,15 +13,15 @@ from fa_bench.rules.frsf import FRSF
 @ALGORITHMS.register("brsf")
 @dataclasses.dataclass(eq=False)
 class BRSF(FRSF):
-    """Sign-concordant feedback with random magnitudes, which are new for every batch.
+    """Sign-concordant feedback with random magnitudes that are resampled for every batch.
 
     Liao et al. 2016.
 
     e_in = g B with B = |M| sign(W) of the current W, sign(0) = 0; a new M is sampled at every training forward pass.
     ``rule.feedback`` has the latest M; nothing is sampled during evaluation.
 
-    Choices: M is Xavier-uniform (``m_init``); ``density`` below 1 masks B with one fixed mask. Sample k of a layer depends only
-    on (seed, layer, k), so no other random numbers are affected and a resumed run samples the same M.
+    Choices: M is Xavier-uniform (``m_init``); ``density`` below 1 masks B with one fixed mask. Sample k for a layer depends only
+    on (seed, layer, k), so no other random numbers are affected, and a resumed run draws the same M.
     """
 
     equations = (

@@ -27,25 +27,26 @@ class DDTPLinear(DrawingRule, DKP):
 
     The target of the logits z is z - η δ, with δ = ∂L/∂z (N, C), and that of the activation h at a cut is h plus Q times the
     change in z, so the gradient of half the squared distance to the target is η δ Qᵀ. The error at a cut is therefore δ B with B
-    = Qᵀ, of shape (C, features of the cut), as in `dkp`. η is left out: it scales the errors of all hidden layers alike.
+    = Qᵀ, of shape (C, features of the cut), as in `dkp`. η is omitted because it scales the errors of all hidden layers alike.
 
-    B learns by the loss ‖Δz B - σ ε‖² / σ², averaged over the samples. Here σ ε is Gaussian noise added to h, and Δz is the
-    change in the logits that it causes in another forward pass, in which nothing else changes:
+    B minimises the loss ‖Δz B - σ ε‖² / σ², averaged over the samples. Here σ ε is Gaussian noise added to h in an additional
+    forward pass, in which nothing else changes, and Δz is the resulting change in the logits:
 
         gradient of B = 2 / (N σ²) Δzᵀ (Δz B - σ ε)
 
     For small σ (``sigma``), with J = ∂z/∂h and weight decay λ, B converges to the transpose of Jᵀ (J Jᵀ + λ/2)⁻¹, the damped
-    pseudo-inverse of J, with J averaged over the samples. The update of h is then that of the Gauss-Newton method, whose angle to
-    backpropagation is not meant to be zero; the probe ``gauss_newton_angle`` measures the angles of both.
+    pseudo-inverse of J, with J averaged over the samples. The update of h is then a Gauss-Newton update, whose angle to
+    backpropagation is not meant to be zero; the probe ``gauss_newton_angle`` measures the angles of the rule and of
+    backpropagation to it.
 
-    The paper's settings on MNIST (from its code): five hidden layers of 256 tanh, Adam, lr 2e-5, σ = 0.09, feedback by Adam at
-    lr 1.6e-4 with decay 5.8e-7: ``optimizer@feedback_optimizer=adam``.
+    The paper's settings on MNIST (from its code): five hidden layers of 256 tanh units, Adam at lr 2e-5, σ = 0.09; feedback
+    trained by Adam at lr 1.6e-4 with decay 5.8e-7: ``optimizer@feedback_optimizer=adam``.
 
-    Choices and deviations: B learns in every step, whereas the code trains it for six epochs before training and for one after
-    every epoch; the output layer has its true gradient (the code includes the softmax in the last layer and trains that layer by
-    its target); every cut costs one more forward pass of the whole model. `b_init`, `density`, `within`, `error_at` and
-    `positions` work as in `dkp`; ``b_lr_scale`` is the rate of B relative to that of W. The equations were derived from the code,
-    and no result of the paper has been reproduced.
+    Choices and deviations: B learns in every step, whereas the code trains it for six epochs before training and for one epoch
+    after every epoch. The output layer has its true gradient, whereas the code includes the softmax in the last layer and trains
+    that layer with its target. Every cut costs one additional forward pass of the whole model. `b_init`, `density`, `within`,
+    `error_at` and `positions` work as in `dkp`; ``b_lr_scale`` is the learning rate of B relative to that of W. The equations
+    were derived from the code, and no result of the paper has been reproduced.
     """
 
     equations = (
@@ -106,9 +107,9 @@ class DDTPLinear(DrawingRule, DKP):
         return change.movedim(self.error_axis, -1), seen["noise"]
 
     def readouts(self) -> dict[str, Tensor]:
-        """None: B inverts the layers above the cut, and does not read their output out."""
+        """None: B inverts the layers above the cut; it is not a readout of the activation."""
         return {}
 
     def weight_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """None: B is no transpose of weights."""
+        """None: B is not the transpose of weights."""
         return {}

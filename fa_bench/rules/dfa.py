@@ -27,7 +27,7 @@ class DFA(CutRule):
     Nøkland 2016; section 2 of Li and Benna 2024.
 
     The error at the logits, δ = ∂L/∂z of shape (N, C), is projected directly to every hidden activation, where it replaces the
-    error of the layers above; the derivatives from there down to the next weights are exact. The output layer has its true
+    error from the layers above; the derivatives from there down to the next weights are exact. The output layer has its true
     gradient. B is fixed and does not decay. `form` chooses the projection:
 
     - neuron: at each cut, δ B with B of shape (C, features of the cut).
@@ -35,22 +35,22 @@ class DFA(CutRule):
       the error is the input gradient of a convolution with B of shape (C, I, K...). Identity shortcuts still add the error from
       above, so the rule is a hybrid in residual nets, as in the code of Li and Benna 2024.
     - shared: one matrix, uniform in [-1, 1), for all cuts, of shape (C, features of the largest cut); each cut uses its first
-      columns, divided by √(features of the largest) with `normalise` (Launay et al. 2020).
+    columns, divided with `normalise` by √(features of the largest cut) (Launay et al. 2020).
 
-    In outputs with positions, such as tokens (N, T, C) or pixels (N, C, H, W), the positions are a second batch axis. The error
-    at position t of a cut (N, T, F) or (N, F, H, W) is δ_t B, with one B (C, F) for all positions. At a cut with fewer positions
-    (by an integer factor along each axis), each position gets the sum of the δ_t that it covers; at a cut with more,
-    positions get copies. If only the cut has positions, B has all of its features (C, T F); with ``positions=shared`` it is (C,
-    F), and all positions get the same δ B.
+    If the output has positions, such as tokens (N, T, C) or pixels (N, C, H, W), these are a second batch axis. The error at
+    position t of a cut (N, T, F) or (N, F, H, W) is δ_t B, with one B (C, F) for all positions. At a cut with fewer positions (by
+    an integer factor along each axis), each position gets the sum of the δ_t that it covers; at a cut with more positions, the
+    δ_t are copied. If only the cut has positions, B covers all of its features, with shape (C, T F); with ``positions=shared``, B
+    is (C, F), and all positions get the same δ B.
 
     ``error_at=MODULE`` takes δ at that module's output h instead, so B has the shape (features of h, F). Layers after the module,
-    such as the vocabulary layer, learn by exact backpropagation, and h has its exact error, which the weights after it carry.
+    such as the vocabulary layer, learn by exact backpropagation, and h receives its exact error through their weights.
 
-    With ``within=block`` there are cuts only at the ends of the model's blocks (or at `cuts`), and all layers between two cuts
-    learn by exact backpropagation from the upper one. That is weight transport within blocks; coverage and reports say so. By
-    default (``within=layer``) a weight needs a cut between itself and the next weight, and an embedding needs one, too.
+    With ``within=block``, there are cuts only at the ends of the model's blocks (or at `cuts`), and all layers between two cuts
+    learn by exact backpropagation from the upper one. This is weight transport within blocks; coverage and reports say so. By
+    default (``within=layer``), there must be a cut between a weight or an embedding and the next weight.
 
-    Together, these two options give the settings of Launay et al. 2020 for transformers, with the error in front of the
+    Together, these two options give the settings of Launay et al. 2020 for transformers, with the error taken at the input of the
     vocabulary layer and cuts at the end of each block ("macro") or also inside it ("micro"):
     ``algorithm=dfa algorithm.form=shared algorithm.within=block`` with ``algorithm.error_at=MODULE``, the last block or
     normalisation, and for "micro" also ``algorithm.cuts='[*norm1,*act,*norm2]'``, with the names of the model's own modules.
@@ -66,7 +66,7 @@ class DFA(CutRule):
     form: str = option("neuron", "how the output error is projected", choices=["neuron", "kernel", "shared"])
     b_init: str = init_option("B (forms neuron and kernel)")
     density: float = density_option()
-    normalise: bool = option(True, "divide the shared projection by the root of its size (form shared)")
+    normalise: bool = option(True, "divide the shared projection by the square root of its size (form shared)")
     within: str = within_option()
     error_at: str | None = error_at_option()
     positions: str = positions_option()

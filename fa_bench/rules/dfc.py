@@ -63,58 +63,61 @@ class Controller:
 class DFC(DrawingRule, LearnedCutRule, PassRule):
     """Deep feedback control: a controller drives the output to a target, and layers learn from how it changes them.
 
-    Meulemans et al. 2021, arXiv 2106.07887, in the steady state in closed form: the option ``ssa`` of the code of Meulemans et
-    al. 2022, arXiv 2204.07249 (mariacer/strong_dfc). With r_0 = x, the voltages in front of the nonlinearities φ and the
-    controller's output u (C,) of a sample are at rest at
+    Meulemans et al. 2021, arXiv 2106.07887, with the steady state in closed form, which is the option ``ssa`` in the code of
+    Meulemans et al. 2022, arXiv 2204.07249 (mariacer/strong_dfc). With r_0 = x, the steady state of the voltages before the
+    nonlinearities φ and of the controller's output u (C,) for a sample is
 
         v_l = W_l r_{l-1} + b_l + Q_l u,    r_l = φ(v_l),    α u = z* - z,    z* = z⁻ - λ ∂L/∂z⁻,
 
     with z⁻ the output without control, L the sample's loss, λ the step to the target (`target_stepsize`), α the controller's leak
-    (`alpha`), and a Q_l (F_l, C) for every layer, the output layer included. Linearised around the forward pass, with J (C, ΣF)
-    the Jacobian of z for all voltages, the steady state is
+    (`alpha`), and a Q_l (F_l, C) for every layer, including the output layer. Linearised around the forward pass, with J (C, ΣF)
+    the Jacobian of z with respect to all voltages, the steady state is
 
         u = (J Q + α I)⁻¹ (z* - z⁻),    Δv = Q u.
 
-    A last pass propagates the activities with Δv added, so that r_{l-1} is controlled, too. With v⁻_l = W_l r_{l-1} + b_l,
+    A final pass propagates the activities with Δv added, so r_{l-1} is controlled as well. With v⁻_l = W_l r_{l-1} + b_l,
 
         gradient of W_l = -1/N Σ_n (φ(v⁻_l + Δv_l) - φ(v⁻_l)) r_{l-1}ᵀ,
 
     and Δv_l in place of the difference with ``learning_rule=voltage_difference``. The output layer has no nonlinearity; its
-    voltage is z. Gradients are proportional to λ where it is small; Adam is not affected, SGD needs a rate in proportion to 1/λ.
+    voltage is z. For small λ, gradients are proportional to λ: Adam is not affected, but SGD needs a learning rate proportional
+    to 1/λ.
 
-    **Feedback.** `feedback_weights` says what Q is. ``learned``: B_l = Q_lᵀ (C, F_l) is Xavier-normal (`b_init`) and that of the
-    output the identity, and both learn from Gaussian noise. σ ε (`sigma`) is added to all voltages in another forward pass, the
-    controller with the leak `alpha_fb` counters what it does to z, and Q unlearns its correlation with what the layer then gets:
+    **Feedback.** `feedback_weights` determines Q. With ``learned``, B_l = Q_lᵀ (C, F_l) is initially Xavier-normal (`b_init`),
+    and B at the output is initially the identity; both learn from Gaussian noise. In another forward pass, σ ε (`sigma`) is added
+    to all voltages, the controller with the leak `alpha_fb` counteracts its effect on z, and Q learns anti-Hebbian from the
+    voltages that the layer then receives:
 
         u = (J Q + α_fb I)⁻¹ (z⁻ - z_noisy),    v_fb = Q u + σ ε,    gradient of Q_l = 1/(N σ²) Σ_n v_fb,l uᵀ.
 
-    The decay -β Q of the paper is the weight decay of the feedback's optimizer. For a J that all samples share Q converges to
-    Jᵀ M, whose columns are in the row space of J, and Δv is then the change of a damped Gauss-Newton step. ``b_lr_scale`` is the
-    learning rate of B relative to that of W. ``fixed``: as initially, the identity at the output. ``jacobian``: Jᵀ of every
-    sample, an oracle, without stored feedback: for α → 0 Δv is J⁺ (z* - z⁻), the Gauss-Newton step, for large α Δv is
-    -λ/α Jᵀ ∂L/∂z⁻, in the direction of backpropagation; so are the gradients with the voltage difference, while the difference of
-    φ(v) has a further factor φ'(v) in the hidden layers.
+    The decay -β Q of the paper is the weight decay of the feedback's optimizer. If all samples share one J, Q converges to Jᵀ M,
+    whose columns are in the row space of J, and Δv is then a damped Gauss-Newton step. ``b_lr_scale`` is the learning rate of B
+    relative to that of W. With ``fixed``, Q keeps its initial value, which is the identity at the output. With ``jacobian``, an
+    oracle without stored feedback, Q is Jᵀ of every sample. For α → 0, Δv is then J⁺ (z* - z⁻), the Gauss-Newton step; for large
+    α, Δv is -λ/α Jᵀ ∂L/∂z⁻, which has the direction of backpropagation. The gradients have the same direction with the voltage
+    difference, whereas the difference of φ(v) adds a factor φ'(v) in the hidden layers.
 
-    Weight transport: the dynamics, which in the paper are the biological process, transport no weights. The closed form does,
-    since it obtains J by C backward passes through the weights.
+    Weight transport: the dynamics, which are the biological process in the paper, do not transport weights. The closed form does,
+    because it obtains J from C backward passes through the weights.
 
-    Deviations from the paper and its code: no dynamics. The published runs on MNIST (no ``ss`` or ``ssa`` in their commands)
-    average the updates over 500 Euler steps from rest, and Q learns from the correlations of 44 steps with noise in the apical
-    compartments, far from the steady state; strong-DFC, whose target is the label, has no closed form in that code, because the
-    linearisation is not valid there, and is not offered. Q learns in every step together with W; the code trains it alone
-    for 20 epochs at first and for one before every epoch. The code's gradient has another factor of 2, and its voltage difference
-    has the wrong sign in the steady state. The code does not divide by a σ² below 0.01². Choices: α = 0.001 and α_fb = 0.5 are
-    its defaults, but λ = 0.1 and σ = 0.1 are not. The text of the papers was not checked, and no result has been reproduced.
+    Deviations from the paper and its code: the dynamics are not simulated. The published runs on MNIST (no ``ss`` or ``ssa`` in
+    their commands) average the updates over 500 Euler steps from rest, and Q learns from the correlations over 44 steps with
+    noise in the apical compartments, far from the steady state. Strong-DFC, whose target is the label, has no closed form in that
+    code, because the linearisation is not valid there, and is not implemented. Q learns in every step together with W, whereas
+    the code first trains it alone for 20 epochs, and then for one epoch before every epoch. The code's gradient has an additional
+    factor of 2, and its voltage difference has the wrong sign in the steady state. The code does not divide by σ² if it is below
+    0.01². Choices: α = 0.001 and α_fb = 0.5 are its defaults, but λ = 0.1 and σ = 0.1 are not. The equations were not checked
+    against the text of the papers, and no result has been reproduced.
 
     Frozen layers before the first one that learns (``freeze_stem``) are not controlled: their output is the input r_0. A frozen
     layer after one that learns is controlled, and its B learns.
 
     At a cut that is not an elementwise nonlinearity, such as a block, Q u is added to its output, with φ the identity; a cut at a
-    pooling layer stands for the nonlinearity before it. Layers may be normalised, and then learn through everything between the
-    previous cut and the nonlinearity; with batch normalisation J also contains what a sample changes in the output of the others.
-    Outputs must be (N, C). Further passes run without autocast, as Δv is small. Dropout masks are those of the first pass.
-    Multiplications: three further forward passes (two if Q does not learn), C backward passes for the errors alone, half of one
-    for the weights, a C x C system for every sample; J is not stored, except by ``jacobian``.
+    pooling layer is treated as one at the nonlinearity before it. Layers may be normalised; they then learn through everything
+    between the previous cut and the nonlinearity. With batch normalisation, J also contains the effect of a sample on the outputs
+    of the others. Outputs must be (N, C). Additional passes run without autocast, because Δv is small. Dropout masks are those of
+    the first pass. Multiplications: three additional forward passes (two if Q does not learn), C backward passes for the errors
+    alone, half a backward pass for the weights, and a C x C system for every sample; J is not stored except with ``jacobian``.
     """
 
     equations = (
@@ -187,7 +190,7 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
             self._learned[self._last].append(LearnedTensor(self._last, module, make_learned(module, OF_OUTPUT), self._witness))
 
     def is_nonlinearity(self, cut: str) -> bool:
-        """As for `pepita`; not if it draws random numbers, which would be others when it is evaluated again."""
+        """As for `pepita`, but not if it draws random numbers, which would differ when it is evaluated again."""
         modules = self._cut_modules[cut].modules()
         draws = any(isinstance(module, (nn.modules.dropout._DropoutNd, nn.RReLU)) for module in modules)
         return not draws and super().is_nonlinearity(cut)
@@ -219,7 +222,7 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
 
     @contextmanager
     def _pass(self, change: Callable[[str, Tensor], Tensor]) -> Iterator[Tensor]:
-        """A context with the output of a further pass, in which `change` replaces the voltage of every cut."""
+        """A context with the output of an additional pass, in which `change` replaces the voltage of every cut."""
         from fa_bench.mechanisms.second_pass import repeated
 
         assert self.first_pass is not None

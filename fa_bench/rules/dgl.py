@@ -20,30 +20,29 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("dgl")
 @dataclasses.dataclass(eq=False)
 class DGL(ModuleRule):
-    """Decoupled greedy learning: each block learns by an auxiliary classifier of its own.
+    """Decoupled greedy learning: each block learns from its own auxiliary classifier.
 
     Belilovsky, Eickenberg and Oyallon 2020; all modules are trained at once.
 
-    The network is a chain of modules, here the blocks that the model declares. Each module except the last has an auxiliary net A
-    after it, and both learn by true backpropagation of CE(A(a), labels), where a is the module's output; no error passes from one
-    module to the next. The last module learns by the network's own classifier and loss. `auxiliary_net` chooses A, for a map a
-    with C channels and size H x W:
+    The network is a chain of modules, here the blocks that the model declares. Each module except the last is followed by an
+    auxiliary net A, and both learn by true backpropagation of CE(A(a), labels), where a is the module's output; no error passes
+    from one module to the next. The last module learns from the network's own classifier and loss. `auxiliary_net` chooses A, for
+    a map a with C channels and size H x W:
 
-    - mlp_sr: average to ⌈H/4⌉ x ⌈W/4⌉; three times 1x1 convolution from C to C without bias, batch normalisation, ReLU; average
-      to 2x2; three times linear from 4C to 4C, batch normalisation, ReLU; linear to the classes.
-    - mlp: the same without the convolutions.
-    - linear: the two averages and the last layer.
+    - mlp_sr: average pooling to ⌈H/4⌉ x ⌈W/4⌉; three times 1x1 convolution from C to C without bias, batch normalisation, ReLU;
+    average pooling to 2x2; three times linear from 4C to 4C, batch normalisation, ReLU; linear to the classes. - mlp: the same
+    without the convolutions. - linear: the two average poolings and the last layer.
 
     For a flat a of F features, the layers are F wide, and mlp_sr is the same as mlp. The auxiliary nets learn with W's optimizer.
     The paper's settings: SGD at 0.1, multiplied by 0.2 every 15 epochs, momentum 0.9, decay 5e-4, batches of 128, 50 epochs.
 
-    If the model's output has positions, such as tokens, a module must have the same ones. A is applied to each position, with its
-    own label, as it is to a flat a.
+    If the model's output has positions, such as tokens, a module must have the same positions. A is applied to each position,
+    with its own label, as to a flat a.
 
-    Choices: averages never enlarge a map, so a map of a single pixel has C features, not 4C. A is only used in training, so its
-    batch normalisation always uses the batch's own statistics: it refuses a batch of one sample, which ``auxiliary_net=linear``
-    accepts, and under data parallelism each rank has its own statistics. ``cuts`` and ``model.blocks`` name the last layer of
-    each module; modules that feed the output layer belong to the last one.
+    Choices: average pooling never enlarges a map, so a map of a single pixel has C features, not 4C. A is used only in training,
+    so its batch normalisation always uses batch statistics: it refuses a batch of one sample (which ``auxiliary_net=linear``
+    accepts), and under data parallelism each rank has its own statistics. ``cuts`` and ``model.blocks`` name the last layer of
+    each module; modules that feed the output layer belong to the last module.
     """
 
     equations = (

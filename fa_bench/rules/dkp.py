@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("dkp")
 @dataclasses.dataclass(eq=False)
 class DKP(LearnedCutRule):
-    """Direct Kolen-Pollack: direct feedback that learns as a readout of the activations.
+    """Direct Kolen-Pollack: direct feedback that is trained as a readout of the activations.
 
     Eqs 3, 7 and 8 of "Learning the connections in direct feedback alignment".
 
     δ = ∂L/∂z of shape (N, C) is the error at the logits. The error at a cut is δ B, as in direct feedback alignment, with B of
-    shape (C, features of the cut), and B learns by
+    shape (C, features of the cut), and B learns with
 
         gradient of B = δᵀ a,    a (N, features) the activation at the cut, flattened.
 
@@ -34,15 +34,15 @@ class DKP(LearnedCutRule):
     and positions. The options `within`, `error_at` and `positions` are those of `dfa`; with `error_at`, a Bᵀ aligns with the
     output of that module, and with ``positions=shared`` the gradient of B is δᵀ times the sum of a over its positions.
 
-    B needs a much lower learning rate than W, or training diverges. It gets its own optimizer, schedule and decay with
-    ``optimizer@feedback_optimizer=sgd feedback_optimizer.lr=1e-4 ...``; otherwise it shares W's, and `b_lr_scale` sets its rate
-    relative to W's (0: direct feedback alignment). Weight decay acts on B as on W. The paper's settings: for the net with two
-    convolutions, SGD with Nesterov momentum 0.9 and decay 1e-6 for both, W at lr 1e-2, and B at lr 1e-4, multiplied by 0.85 per
-    epoch; for AlexNet, decay 1e-4, W at lr 1e-2, B by Adam at lr 5e-4.
+    B needs a much lower learning rate than W, or training diverges. To give it its own optimizer, schedule and decay, use
+    ``optimizer@feedback_optimizer=sgd feedback_optimizer.lr=1e-4 ...``. Otherwise it shares W's optimizer, and `b_lr_scale` sets
+    its learning rate relative to W's (0: direct feedback alignment). Weight decay applies to B as to W. The paper's settings: for
+    the net with two convolutions, SGD with Nesterov momentum 0.9 and decay 1e-6 for both, W at lr 1e-2, and B at lr 1e-4,
+    multiplied by 0.85 per epoch; for AlexNet, decay 1e-4, W at lr 1e-2, and B trained by Adam at lr 5e-4.
 
     Choices: B is Kaiming-uniform with the cut's features as its fan, as in the paper; the paper's code starts from
     ``b_init=zeros`` for AlexNet. ``b_lr_scale`` 0.01 is the paper's ratio for the net with two convolutions. `density` below 1
-    masks B with one fixed mask, which is applied again after every update. In the paper, training diverged without batch
+    masks B with one fixed mask, which is reapplied after every update. In the paper, training diverged without batch
     normalisation.
     """
 

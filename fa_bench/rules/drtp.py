@@ -26,23 +26,25 @@ class DRTP(CutRule):
 
     The error at a cut depends on the labels only: y B s / N, with y (N, C) the one-hot labels, B (C, features of the cut) fixed
     and random, s the `scale` and N the batch size. The output layer has its true gradient. The error does not depend on the
-    network's output, so a layer can be updated as soon as it has been evaluated; the error never vanishes. B does not decay.
+    network's output, so a layer can be updated as soon as it has been evaluated. For the same reason, the error never vanishes. B
+    does not decay.
 
     ``error_sign=true`` is sDFA: the error is sign(δ) B s / N, where δ = ∂L/∂z is the error at the logits, which has the sign of
-    output minus target. With the cross-entropy it is -1 for the label and +1 for every other class, until a probability rounds to
-    zero.
+    output minus target. With the cross-entropy, the sign is -1 for the label and +1 for every other class, until a probability
+    rounds to zero.
 
     If the model's output has positions (tokens, pixels), each label is projected to its own position, with B (C, F) the same for
-    all, and N is the number of labels: positions labelled -100 are not part of the loss and get no error. At a cut with fewer
-    positions, each gets the sum of the errors that it covers. ``within=block`` cuts only at the ends of the model's blocks and
-    lets the layers of each block learn by backpropagation from its end, as in `dfa`. There is no ``error_at``, because labels
-    have no error at a hidden layer.
+    all, and N is the number of labels: positions labelled -100 are excluded from the loss and get no error. At a cut with fewer
+    positions, each position gets the sum of the errors that it covers. ``within=block`` cuts only at the ends of the model's
+    blocks and lets the layers of each block learn by backpropagation from its end, as in `dfa`. There is no ``error_at``, because
+    labels have no error at a hidden layer.
 
     Choices: the error is divided by N, like that of the output layer. The paper's code does so only at the output, which
-    corresponds to ``scale`` = N here. The sign is that of the code; it makes no difference, since B is symmetric about zero. B is
-    Kaiming-uniform with the cut's features as its fan (``b_init``), with one fixed mask if ``density`` is below 1. The error is
-    scaled like the loss. The paper uses tanh units (``architecture.activation=tanh``) and no batch normalisation. With unbounded
-    units such as ReLU, the activations grow without bound, because the error never vanishes. The cuts are those of `dfa`.
+    corresponds to ``scale`` = N here. The sign is that of the code; it makes no difference because the distribution of B is
+    symmetric about zero. B is Kaiming-uniform with the cut's features as its fan (``b_init``), with one fixed mask if ``density``
+    is below 1. The error is scaled like the loss. The paper uses tanh units (``architecture.activation=tanh``) and no batch
+    normalisation. With unbounded units such as ReLU, the activations grow without bound, because the error never vanishes. The
+    cuts are those of `dfa`.
     """
 
     equations = (

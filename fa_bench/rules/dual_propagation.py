@@ -30,10 +30,10 @@ class DualPropagation(EdgeRule):
     ``derivative=dual`` does the same in every rule that passes errors through feedback in each layer; ``kp`` with this option is
     KP-DP. ``derivative=exact`` makes this rule `bp`.
 
-    Choices: the code differentiates the mean loss with β = 1 and no s, so its difference depends on the batch size. Its setting
-    corresponds to ``beta`` = 1/N here, and the default is the value for its batches of 100. Every elementwise module of torch.nn
-    is covered, not only ReLU; nonlinear functions outside of modules, such as those of `nn.LSTM`, are refused. The equations were
-    taken from the code and not compared with the paper; its accuracies have not been reproduced.
+    Choices: the code differentiates the mean loss with β = 1 and without s, so its finite difference depends on the batch size.
+    Its setting corresponds to ``beta`` = 1/N here, and the default is the value for its batches of 100. Every elementwise module
+    of torch.nn is covered, not only ReLU; nonlinear functions outside of modules, such as those of `nn.LSTM`, are refused. The
+    equations were taken from the code and were not compared with the paper, whose accuracies have not been reproduced.
     """
 
     equations = (

@@ -11,40 +11,41 @@ from fa_bench.registry.registries import ALGORITHMS
 @ALGORITHMS.register("epc")
 @dataclasses.dataclass(eq=False)
 class EPC(EnergyRule):
-    """Error-based predictive coding: errors between the blocks settle, and each block learns from its own.
+    """Error-based predictive coding: errors between the blocks settle, and then each block learns from its own error.
 
-    Goemaere, Oliviers, Bogacz and Demeester, arXiv 2505.20137. With s_l the state at the end of block l, f_l its function and
-    L the loss of a sample, the energy of N samples is
+    Goemaere, Oliviers, Bogacz and Demeester, arXiv 2505.20137. Let s_l be the state at the end of block l, f_l the block's
+    function and L the loss of a sample. The energy of N samples is
 
         E = Σ_n [ Σ_l ½‖e_l‖² + L(f_L(s_{L-1})) ],    s_l = f_l(s_{l-1}) + e_l,    s_0 = x.
 
-    From e = 0, where E is the loss, `steps` steps with step size η (`rate`) and momentum μ (`momentum`):
+    Beginning with e = 0, where E is the loss, there are `steps` steps with step size η (`rate`) and momentum μ (`momentum`):
 
         v_l ← μ v_l + ∂E/∂e_l,    e_l ← e_l - η v_l;
 
-    ∂E/∂e_l is e_l plus the error that backpropagation brings from the loss to s_l through all later blocks: each step is exact
-    reverse-mode differentiation of the whole net. Then every block learns by the gradient of E / N with the states fixed,
-    -e_lᵀ ∂f_l(s_{l-1})/∂W_l / N, and the output layer by that of the loss at the settled state. `pc` settles the states
-    instead, and has the same minima.
+    ∂E/∂e_l is e_l plus the error that backpropagation passes from the loss to s_l through all later blocks, so each step is exact
+    reverse-mode differentiation of the whole net. Then every block learns from the gradient of E / N with the states fixed, -e_lᵀ
+    ∂f_l(s_{l-1})/∂W_l / N, and the output layer learns from that of the loss at the settled state. In `pc`, the states settle
+    instead; the minima are the same.
 
-    **When this is backpropagation.** After few small steps e_l = -T η ∂L/∂s_l + O(η²), with T the number of steps: every hidden
-    layer then learns by backpropagation's gradient times T η, and the output layer by backpropagation's. At T = 5, η = 0.001,
-    the values of the paper's code for CIFAR-10, the factor is 0.005, which Adam removes: such a run is backpropagation, except
-    for Adam's ε and the output layer's rate. With ``steps=1 rate=1`` the first block's gradient is exactly backpropagation's.
-    Coverage has a note where T η is below 0.1, and ``probes=[energy]`` measures how far the errors have settled and the cosine
-    of each layer's gradient to backpropagation's: accuracies close to `bp` mean nothing without these.
+    **When this is backpropagation.** After a few small steps, e_l = -T η ∂L/∂s_l + O(η²), where T is the number of steps. Every
+    hidden layer then learns from backpropagation's gradient times T η, and the output layer from backpropagation's gradient
+    itself. At T = 5, η = 0.001, the values in the paper's code for CIFAR-10, the factor is 0.005, which Adam cancels: such a run
+    is backpropagation except for Adam's ε and the output layer's learning rate. With ``steps=1 rate=1``, the gradient of the
+    first block is exactly that of backpropagation. Coverage has a note if T η is below 0.1, and ``probes=[energy]`` measures how
+    far the errors have settled and the cosine between each layer's gradient and backpropagation's. Accuracies close to those of
+    `bp` mean nothing without these measurements.
 
-    Blocks are those that the model declares, or end at `cuts`. Weights are transported within every block and, because each
-    step differentiates the whole net, from one to the next.
+    Blocks are those that the model declares, or they end at `cuts`. Weights are transported within every block and, because each
+    step differentiates the whole net, also from one block to the next.
 
-    Not checked against the paper: the equations come from its code and a derivation. Choices: 20 steps of 0.1, whereas that
-    code has 5 of 0.001 for CIFAR-10 and 64 to 256 of 0.1 to 0.3 for MNIST; settling stays stable while η times the largest
-    curvature of E is below 2. E sums over samples, so that settling does not depend on the batch's size, and over positions
-    where the output has them.
+    Not checked against the paper: the equations come from its code and a derivation. Choices: the default is 20 steps of 0.1,
+    whereas that code uses 5 steps of 0.001 for CIFAR-10 and 64 to 256 steps of 0.1 to 0.3 for MNIST. Settling is stable as long
+    as η times the largest curvature of E is below 2. E sums over samples, so settling does not depend on the batch size, and over
+    positions if the output has them.
 
     Dropout masks are the same in all passes. Batch normalisation uses each pass's own statistics, which couples the samples of a
-    batch, and updates the running ones in the first pass. Multiplications: T + 1 further forward passes and T + 1 backward
-    passes, of which T are for the errors alone and one for the weights alone.
+    batch, and updates its running statistics in the first pass. Multiplications: T + 1 additional forward passes and T + 1
+    backward passes, T of which are for the errors alone and one for the weights alone.
     """
 
     equations = (

@@ -39,31 +39,32 @@ class F3(CutRule):
     - delayed_loss_softmax: the derivative of l(softmax(o)) with respect to o.
     - delayed_error_softmax: softmax(o) - y.
     - delayed_loss_one_hot, delayed_error_one_hot: y times delayed_loss or delayed_error, entry by entry.
-    - current_error: ∂l/∂z of the present pass: `dfa`.
-    - one_hot_target: -y: `drtp` with the other sign of B.
+    - current_error: ∂l/∂z of the current pass, as in `dfa`.
+    - one_hot_target: -y, as in `drtp` with the opposite sign of B.
 
-    Those that begin with "delayed" come from the pass in which the sample was last trained on, before its weights were updated,
-    so no layer needs to wait for the output. In a sample's first epoch there is none, and ``first_epoch`` replaces it: -y, the
-    error of an output of zero; the current one; or zero, so that hidden layers do not learn. If weights do not change, the
-    delayed error is the current one from the second epoch on.
+    The "delayed" errors come from the pass in which the sample was last used for training, before the weights were updated, so no
+    layer has to wait for the output. In a sample's first epoch, there is no delayed error, and ``first_epoch`` chooses its
+    replacement: -y, which is the error of a zero output; the current error; or zero, with which hidden layers do not learn. If
+    the weights do not change, the delayed error equals the current one from the second epoch on.
 
     These errors (training samples, C) are part of the rule's state, and of checkpoints, but not of the model's ``state_dict``.
-    Each backward pass needs the samples' indices in the training set: ``rule.backward(loss, logits, y, indices=indices)``, and
-    ``samples`` the size of that set, which the runner knows. Call ``rule.step()`` after every update: all processes of
-    ``torch.distributed`` exchange their samples' errors there, and must train the same model. A sample that is augmented has the
-    error of its last version. Errors that are not finite are not kept. Samples need one label each: outputs with positions, such
-    as tokens, are refused.
+    Each backward pass needs the samples' indices in the training set: ``rule.backward(loss, logits, y, indices=indices)``.
+    ``samples`` must be the size of that set; the runner sets it. Call ``rule.step()`` after every update: all processes of
+    ``torch.distributed``, which must train the same model, exchange their samples' errors there. If a sample is augmented, its
+    error is that of its last augmented version. Errors that are not finite are not stored. Samples need one label each; outputs
+    with positions, such as tokens, are refused.
 
     The paper's B: PyTorch's default (``b_init=pytorch``, the default of the code), ``trinomial`` with entries -1, 0 or 1,
-    ``binomial`` with 0 or 1, and ``identity_pm``. The last three do not shrink with the number of features, which Adam ignores
-    and plain gradient descent does not. One fixed mask sets entries to zero if ``density`` is below 1. ``within=block`` cuts only
-    at the ends of the model's blocks and lets the layers of each block learn by backpropagation from its end, as in `dfa`.
+    ``binomial`` with 0 or 1, and ``identity_pm``. The last three do not shrink as the number of features grows, which does not
+    affect Adam but does affect plain gradient descent. One fixed mask sets entries to zero if ``density`` is below 1.
+    ``within=block`` cuts only at the ends of the model's blocks and lets the layers of each block learn by backpropagation from
+    its end, as in `dfa`.
 
-    Choices: errors are outputs minus targets; in the code they are targets minus outputs, so B has the other sign. The code's
-    loss is that of a sigmoid at the output, by which it differentiates; here losses are differentiated by the logits, and
-    ``delayed_loss`` is therefore the code's ``delayed_error`` with the objective ``sigmoid_ce``. The factor of the loss and 1/N
-    are those of the present batch; the code stores ``delayed_loss`` divided by the size of the earlier one, and does not divide
-    the others. ``first_epoch=target`` is the code's.
+    Choices: errors are outputs minus targets; in the code, they are targets minus outputs, so B has the opposite sign. The code
+    differentiates its loss with respect to the output of a sigmoid; here losses are differentiated with respect to the logits.
+    With the objective ``sigmoid_ce``, ``delayed_loss`` is therefore the code's ``delayed_error``. The factor of the loss and 1/N
+    are those of the current batch; the code stores ``delayed_loss`` divided by the size of the earlier batch and does not divide
+    the other errors. ``first_epoch=target`` is the code's.
     """
 
     equations = (
@@ -96,7 +97,10 @@ class F3(CutRule):
     b_init: str = init_option("B", "pytorch")
     density: float = density_option()
     samples: int | None = option(
-        None, "number of training samples; null: those of the run (needed in other training loops)", minimum=1, identifying=False
+        None,
+        "number of training samples; null: taken from the run (required in other training loops)",
+        minimum=1,
+        identifying=False,
     )
     within: str = within_option()
 
@@ -104,7 +108,7 @@ class F3(CutRule):
 
     @property
     def is_delayed(self) -> bool:
-        """Whether the error is one of an earlier pass."""
+        """Whether the error comes from an earlier pass."""
         return self.information.startswith(_DELAYED)
 
     @property

@@ -22,31 +22,31 @@ class FDFA(JacobianRule):
     Bacho and Chu 2022, arXiv 2212.07282, and its official code.
 
     δ = ∂L/∂z of shape (N, C) is the error at the logits z. The error at a cut is δ B, as in direct feedback alignment, with B of
-    shape (C, features of the cut). In a further forward pass, noise p (N, features), standard normal, is added to the tangent at
-    every cut, and d (N, C) is the tangent at the logits: the derivative of z along the noise. d ⊗ p is an unbiased sample of the
-    Jacobian ∂z/∂a at the cut, and B learns its mean over samples and steps:
+    shape (C, features of the cut). In an additional forward pass, noise p (N, features), standard normal, is added to the tangent
+    at every cut, and d (N, C) is the tangent at the logits: the derivative of z along the noise. d ⊗ p is an unbiased estimate of
+    the Jacobian ∂z/∂a at the cut, and B learns the mean of these estimates over samples and steps:
 
         gradient of B = B - mean over n of d_n ⊗ p_n.
 
     No error passes back through a weight; the forward pass with tangents does use the weights. All cuts are perturbed in one
-    pass, so the noise of the other cuts adds variance to d, and more of it the more cuts there are. The output layer has its true
+    pass, so the noise at the other cuts adds variance to d, which grows with the number of cuts. The output layer has its true
     gradient.
 
     As in the code, an optimizer updates B with this gradient: either W's, with its learning rate times `b_lr_scale`, or one of
-    its own with ``optimizer@feedback_optimizer=adam``. The code has Adam at 1e-4 for both, decay 0, batches of 64, and a rate of
-    W that is multiplied by 0.95 per epoch. The paper's form, B ← (1 - α) B + α mean d_n ⊗ p_n (recalled, not checked against the
-    paper), is plain SGD at the rate α:
-    ``optimizer@feedback_optimizer=sgd feedback_optimizer.lr=ALPHA feedback_optimizer.momentum=0``. A rate of 0 is direct feedback
-    alignment.
+    its own with ``optimizer@feedback_optimizer=adam``. The code uses Adam at 1e-4 for both, no decay, batches of 64, and a
+    learning rate of W that is multiplied by 0.95 per epoch. The paper's form, B ← (1 - α) B + α mean d_n ⊗ p_n (from memory, not
+    checked against the paper), is plain SGD at the rate α:
+    ``optimizer@feedback_optimizer=sgd feedback_optimizer.lr=ALPHA feedback_optimizer.momentum=0``. With a rate of 0, the rule is
+    direct feedback alignment.
 
     `tangents` chooses how d is computed: ``forward`` exactly, ``difference`` as (z(a + εp) - z(a - εp)) / 2ε with ε = 0.001, for
     operations without a forward-mode derivative, which are refused otherwise. `within` and `positions` are those of `dfa`;
     positions, such as tokens, count as samples, and B (C, F) is the mean Jacobian between corresponding positions.
 
     Choices: B starts at zero as in the code (``b_init``). The gradient of B is multiplied by the factor by which the loss was
-    scaled, so that micro-batches and gradient scalers have the right mean. Clipping counts it together with the gradients of W.
-    Each sample has noise of its own, which differs if a batch is split into micro-batches or over data-parallel ranks; all ranks
-    hold the same B. In the code, W's optimizer has a schedule and B's has none.
+    scaled, so that micro-batches and gradient scalers give the right mean. Gradient clipping includes it in the norm. Each sample
+    has its own noise, which changes if a batch is split into micro-batches or across data-parallel ranks; all ranks hold the same
+    B. In the code, W's optimizer has a schedule and B's has none.
     """
 
     equations = (

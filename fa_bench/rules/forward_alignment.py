@@ -100,8 +100,8 @@ class ForwardAlignment(EdgeRule):
     (normalisation by the batch's own statistics, activation, pooling, additions). The first layer uses its true input. The
     weights of the preceding layer align with C, whose angle to W is logged as the weight angle.
 
-    Choices, since the paper treats one hidden layer only: every layer except the first learns like this, including the output
-    layer (with ``plain_last`` it uses its true input); each layer has a C of its own, sampled by ``c_init``, even if layers share
+    Choices, since the paper treats only one hidden layer: every layer except the first learns like this, including the output
+    layer (with ``plain_last``, it uses its true input). Each layer has its own C, sampled by ``c_init``, even if layers share
     their weight. The rule costs a second forward pass.
 
     In a model with batch normalisation, the second pass depends on the batch; under data parallelism, each rank uses the

@@ -33,41 +33,42 @@ _MOMENTUM, _START = 0.9, 0.5
 @ALGORITHMS.register("forward_forward")
 @dataclasses.dataclass(eq=False)
 class ForwardForward(DrawingRule, PassRule):
-    """Forward-forward: every layer learns to tell images with their true label from images with a wrong one.
+    """Forward-forward: every layer learns to distinguish images with their true label from images with a wrong label.
 
     Hinton 2022, arXiv 2212.13345, supervised form; details are those of the public code loeweX/Forward-Forward.
 
     The label is part of the image: `label_scale` times its one-hot row replaces the first C values of the input. While the rule
     is attached, the input and every activation h at a cut are divided by their root mean square, so that the next layer sees the
-    direction of h but not its length. In two further passes, the positive one with the true labels and the negative one with
-    wrong labels, drawn uniformly from the others, each hidden layer learns by its own loss of its goodness G = Σ h², per sample:
+    direction of h but not its length. There are two additional passes: the positive one with the true labels and the negative one
+    with wrong labels, drawn uniformly from the other classes. In both, each hidden layer learns from its own loss, a function of
+    its goodness G = Σ h² for each sample:
 
         ½ softplus(θ - G) for positive samples, ½ softplus(G - θ) for negative ones, mean over the batch,
 
-    with θ the number of the layer's values unless `theta` is given. No error passes from one cut to the next. With
-    ``full_gradient=true`` the derivative of the nonlinearity is replaced by 1, so that silent units learn, too. `peer_norm` times
-    the mean of (m̄ - m)² is added, with m the running mean of each unit's activity in positive samples and m̄ the mean of m: it
-    keeps units from being always silent or always active.
+    where θ is the number of the layer's values unless `theta` is given. No error passes from one cut to the next. With
+    ``full_gradient=true``, the derivative of the nonlinearity is replaced with 1, so that silent units can also learn. To keep
+    units from being always silent or always active, `peer_norm` times the mean of (m̄ - m)² is added to the loss, where m is the
+    running mean of each unit's activity for positive samples and m̄ is the mean of m.
 
-    Prediction: the model's output is that of a linear classifier, trained by the true gradient of the loss, of the activations
-    for a neutral image, in which all labels have 1/C. The output layer classifies the last activation; the earlier ones, except
-    the first, are classified by learned matrices M (C, features), initially zero, whose scores are added (``all_layers=false``:
-    none). ``prediction=goodness`` scores each label by the goodness of all cuts but the first for the image with that label,
-    which needs C passes; training still reports the classifier's accuracy.
+    Prediction: the model's output is that of a linear classifier, trained with the true gradient of the loss, on the activations
+    for a neutral image, in which all labels are marked with 1/C. The output layer classifies the last activation. Learned
+    matrices M (C, features), initially zero, classify the earlier ones except the first, and their scores are added (with
+    ``all_layers=false``, there are none). ``prediction=goodness`` scores each label by the goodness of all cuts except the first
+    for the image with that label, which needs C passes; training still reports the classifier's accuracy.
 
-    The classifier, M and the output layer, is what ``rule.feedback_parameters()`` has: an optimizer of the feedback trains it
-    (``optimizer@feedback_optimizer=sgd``); otherwise W's does.
+    The classifier consists of M and the output layer, and its parameters are in ``rule.feedback_parameters()``. It is trained by
+    the feedback's optimizer if there is one (``optimizer@feedback_optimizer=sgd``), and otherwise by W's.
 
-    Deviations from that code: the output layer has a bias, and the initial values that the model gives it (there: zero,
-    ``architecture.output_init=zeros``); a single pass there has both kinds of samples. The code's settings: three layers of 1000,
-    weights N(0, 1/fan_out), SGD at 1e-3 with momentum 0.9 and decay 3e-4, for the classifier 1e-2 and 3e-3, a rate that falls
-    linearly to zero over the second half of 100 epochs, batches of 100.
+    Deviations from that code: the output layer has a bias, and its initial values are those of the model (in the code, they are
+    zero: ``architecture.output_init=zeros``). The code processes both kinds of samples in a single pass. The code's settings:
+    three layers of 1000 units, weights N(0, 1/fan_out), SGD at 1e-3 with momentum 0.9 and decay 3e-4 (1e-2 and 3e-3 for the
+    classifier), a learning rate that falls linearly to zero over the second half of 100 epochs, batches of 100.
 
-    Each data-parallel process has the running means of its own samples, until DistributedDataParallel replaces them by those of
-    process 0 before a forward pass; the runner's checkpoints have those of process 0.
+    Each data-parallel process computes the running means of its own samples, until DistributedDataParallel replaces them with
+    those of process 0 before a forward pass; the runner's checkpoints contain those of process 0.
 
     Dropout masks are the same in all passes, including the positive and the negative one. Batch normalisation uses each
-    pass's own statistics. Multiplications: two further forward passes, and half a backward pass for each.
+    pass's own statistics. Multiplications: two additional forward passes, and half a backward pass for each.
     """
 
     equations = (
@@ -79,7 +80,7 @@ class ForwardForward(DrawingRule, PassRule):
     search_space = {"peer_norm": "choice(0,0.03,0.3)"}
 
     theta: float | None = option(None, "threshold of the goodness; null: the number of the layer's values", above=0)
-    peer_norm: float = option(0.03, "weight of the differences between the units' mean activities", minimum=0)
+    peer_norm: float = option(0.03, "weight of the penalty on differences between the units' mean activities", minimum=0)
     full_gradient: bool = option(True, "use 1 as the derivative of nonlinearities")
     label_scale: float = option(1.0, "value that marks the label in the input", above=0)
     all_layers: bool = option(True, "classify all activations except the first, not only the last one")

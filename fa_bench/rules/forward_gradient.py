@@ -38,13 +38,14 @@ class ForwardGradient(NoisyCutRule):
     - weight: noise v, standard normal, for every trained parameter:  d = Σ_n Σ_c δ_nc ż_nc,  gradient = d v.  It needs no cuts.
 
     Both are unbiased: their expectation is the true gradient. Their variance grows with the number of perturbed values P: the
-    cosine between one sample and the gradient is of the order 1/√P. Expect a floor for learning without a backward pass, not a
-    way to train deep nets. In the activation form, each sample has its own d_n, so the noise averages out over the batch.
+    cosine between one estimate and the gradient is of the order 1/√P. The rule is a baseline for learning without a backward
+    pass, not a way to train deep nets. In the activation form, each sample has its own d_n, so the noise averages out over the
+    batch.
 
-    Choices: all cuts are perturbed in one pass; Ren et al. have local losses, groups of neurons and a normalisation of their own,
-    which are not part of this rule. With positions, such as tokens, d_n is the sum over the positions of a sample. `tangents`
-    chooses central differences for operations without a forward-mode derivative; see `fdfa`. In the weight form, all
-    data-parallel ranks have the same noise and train like one process with the whole batch.
+    Choices: all cuts are perturbed in one pass; Ren et al. add local losses, groups of neurons and a special normalisation, which
+    are not part of this rule. With positions, such as tokens, d_n is the sum over the positions of a sample. `tangents` chooses
+    central differences for operations without a forward-mode derivative; see `fdfa`. In the weight form, all data-parallel ranks
+    use the same noise and train like one process with the full batch.
     """
 
     equations = (

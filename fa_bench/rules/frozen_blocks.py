@@ -18,15 +18,15 @@ MAX_NAMES = 6
 @ALGORITHMS.register("frozen_blocks")
 @dataclasses.dataclass(eq=False)
 class FrozenBlocks(BP):
-    """Floor: the blocks stay random; what comes before and after them learns by backpropagation.
+    """Floor: the blocks stay random; the layers before and after them learn by backpropagation.
 
     "Frozen blocks" of the diagnostic protocol for feedback alignment (faeval, spring 2026). A rule that does not beat this floor
     trains nothing useful within the blocks.
 
     The model declares its blocks (``model.blocks``, else ``model.cut_points``), or `blocks` names the modules that end them; a
-    block reaches from the end of the previous block to its own end. Every parameter of a block keeps its initial value, those of
-    normalisation layers included, and does not decay. The embedding and all that follows the last block learn by their true
-    gradients, which pass through the random blocks. Parameters of the model itself, outside its modules, learn.
+    block reaches from the end of the previous block to its own end. Every parameter of a block, including those of normalisation
+    layers, keeps its initial value and does not decay. The embedding and everything after the last block learn from their true
+    gradients, which pass through the random blocks. Parameters of the model itself, outside its submodules, also learn.
 
     The embedding is the part of the first block that comes before the module that ends it: in residual_mlp, vit_mini and decoder,
     everything that precedes the first residual block. If this module has no parameters, the embedding is the whole first block;
@@ -55,8 +55,8 @@ class FrozenBlocks(BP):
             inner = self._inner_modules()
             example = {"blocks": inner} if 0 < len(inner) <= MAX_NAMES else {}
             raise CoverageError(
-                f"rule '{self.name}' needs blocks that stay random, and {model} declares none: name the modules "
-                f"that end them with blocks{', for example {blocks}' if example else ''}, or set model.blocks",
+                f"rule '{self.name}' needs blocks that stay random, and {model} declares none: list the modules "
+                f"that end them in the option blocks{', for example {blocks}' if example else ''}, or set model.blocks",
                 example,
             )
         if sample_input is None:

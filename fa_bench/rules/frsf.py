@@ -19,8 +19,8 @@ class FRSF(EdgeRule):
 
     e_in = g B with B = |M| sign(W) of the current W, sign(0) = 0; M is sampled once.
 
-    Choices: M is Xavier-uniform (``m_init``); ``density`` below 1 masks B with one fixed mask. Metrics use |M| sign(W), since the
-    angle of |M| itself to W would be 90 degrees.
+    Choices: M is Xavier-uniform (``m_init``); ``density`` below 1 masks B with one fixed mask. Metrics use |M| sign(W), because
+    the angle between |M| itself and W would be 90 degrees.
     """
 
     equations = (

@@ -24,29 +24,31 @@ _TINY = 1e-30
 @ALGORITHMS.register("grape")
 @dataclasses.dataclass(eq=False)
 class GrAPE(JacobianRule):
-    """Gradient-aligned projected error: direct feedback that turns towards the Jacobian, with anchor steps by backpropagation.
+    """Gradient-aligned projected error: direct feedback that is turned towards the Jacobian, with occasional updates by
+    backpropagation.
 
     Caillon, Fagnou, Delattre and Allauzen, ICLR 2026, "Scaling Direct Feedback Learning with Jacobian Alignment Guarantees". No
     code was found; the form below follows the paper's description.
 
     The error at a cut is δ B, as in direct feedback alignment, with δ = ∂L/∂z (N, C) and B (C, features of the cut). As in
-    `fdfa`, noise p at every cut and one forward pass with tangents give d (N, C), the derivative of the logits along the noise,
-    and Ĵ = mean over n of d_n ⊗ p_n, an estimate of the Jacobian ∂z/∂a. B descends 1 - cos(B, Ĵ):
+    `fdfa`, noise p at every cut and one forward pass with forward-mode differentiation give d (N, C), the derivative of the
+    logits along the noise, and Ĵ = mean over n of d_n ⊗ p_n, an estimate of the Jacobian ∂z/∂a. B minimises 1 - cos(B, Ĵ):
 
         gradient of B = -(Ĵ / (‖B‖ ‖Ĵ‖) - cos(B, Ĵ) B / ‖B‖²).
 
     This gradient is orthogonal to B, so B turns, and its norm grows only to second order in the step. In every `anchor_period`-th
-    update, counted by ``rule.step()``, W learns by exact backpropagation instead. That transports weights, as coverage reports,
-    and the record of a run counts these updates (``rule_counts``). With ``anchor_period=0`` there are none, and
-    ``anchor_period=1`` is `bp`. The output layer has its true gradient.
+    update, counted by ``rule.step()``, W learns by exact backpropagation instead. These anchor updates transport weights, as
+    coverage reports, and the record of a run counts them (``rule_counts``). With ``anchor_period=0``, there are none; with
+    ``anchor_period=1``, the rule is `bp`. The output layer has its true gradient.
 
-    Note that in an earlier version of the paper (a submission of 2024, as a review describes it), B is multiplied by 1 - η (1 -
-    cos), which shrinks B and can never turn it. That is a different rule; this one is the rule of 2026.
+    Note that in an earlier version of the paper (a submission of 2024, as described in a review), B is multiplied by 1 - η (1 -
+    cos), which shrinks B and can never turn it. That is a different rule; this is the rule of 2026.
 
     The following were not checked against the paper: the period of the anchors, the initial values of B, its learning rate, and
     whether the cosine is computed from the mean over the batch, as here, or for every sample. Choices: B is normal with variance
-    1 / C (``b_init``), uses either W's optimizer at `b_lr_scale` times its rate or one of its own, and learns in anchor updates,
-    too. `tangents`, `within` and `positions`, the scale of the gradient of B, and the noise of samples are as in `fdfa`.
+    1 / C (``b_init``), uses either W's optimizer at `b_lr_scale` times its learning rate or its own optimizer, and also learns in
+    anchor updates. `tangents`, `within` and `positions`, the scale of the gradient of B, and the noise of samples are as in
+    `fdfa`.
     """
 
     equations = (
@@ -61,7 +63,7 @@ class GrAPE(JacobianRule):
 
     b_init: str = init_option("B", "normal_fan_out")
     b_lr_scale: float = option(1.0, "learning rate of B relative to that of W, unless B has its own optimizer", minimum=0)
-    anchor_period: int = option(100, "updates from one by exact backpropagation to the next; 0: none", minimum=0)
+    anchor_period: int = option(100, "number of updates from one exact backpropagation update to the next; 0: none", minimum=0)
     within: str = within_option()
     positions: str = positions_option()
 

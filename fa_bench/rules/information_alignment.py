@@ -12,7 +12,7 @@ from fa_bench.registry.registries import ALGORITHMS
 @ALGORITHMS.register("information_alignment")
 @dataclasses.dataclass(eq=False)
 class InformationAlignment(InputAlignmentRule):
-    """Information alignment: feedback that reconstructs the layer's input from its output, by local losses.
+    """Information alignment: local losses train the feedback to reconstruct the layer's input from its output.
 
     Kunin et al. 2020 (arXiv 2003.01513) and the code released with it, primitives amp, null and decay.
 
@@ -21,16 +21,16 @@ class InformationAlignment(InputAlignmentRule):
 
     With α = 2 β, the code's ratio, the fixed point is (W C Wᵀ + (γ / β) I)⁻¹ W C. This is not W itself but the inverse of W that
     target propagation uses; for white x and without decay, it is the transposed pseudo-inverse. Means are over samples and, for
-    convolutions and tokens, output positions (a choice: the paper's normalisation over positions is not verified); for a
+    convolutions and tokens, output positions (our choice: how the paper normalises over positions was not verified); for a
     convolution, x Bᵀ is its output with B, and x Wᵀ B is the output of the transposed convolution with B for the input x Wᵀ.
 
-    With padding other than zeros, ‖x Wᵀ B‖² is that of the padded input, its border included.
+    With padding other than zeros, ‖x Wᵀ B‖² is computed for the padded input, including its border.
 
-    α = ``alpha``, β = ``beta`` and γ = ``gamma`` have the code's defaults; here α multiplies amp, whereas in the related rules it
-    multiplies decay or sparse. With ``update_forward`` W has the gradient -α B C + 2 β B Bᵀ W C + 2 γ W. ``signal`` and
-    ``noise_batch`` replace x by noise. With the code's α and β, B moves slowly; ``b_lr_scale`` raises its rate relative to W's.
-    The code's centred and normalised activations, delays and alternating steps are left out. Its tuned settings are not public,
-    so no result is a reproduction.
+    α = ``alpha``, β = ``beta`` and γ = ``gamma`` default to the values in the code; here α multiplies amp, whereas in the related
+    rules it multiplies decay or sparse. With ``update_forward``, W has the gradient -α B C + 2 β B Bᵀ W C + 2 γ W. ``signal`` and
+    ``noise_batch`` replace x by noise. With the code's α and β, B changes slowly; ``b_lr_scale`` raises its learning rate
+    relative to W's. The code's centred and normalised activations, delays and alternating steps are not implemented. The tuned
+    settings are not public, so no result is a reproduction.
     """
 
     equations = (
@@ -42,9 +42,9 @@ class InformationAlignment(InputAlignmentRule):
 
     search_space = {"b_lr_scale": "tag(log,interval(1,1000))"}
 
-    alpha: float = option(2e-3, "α: weight of the loss amp", minimum=0)
-    beta: float = option(1e-3, "β: weight of the loss null", minimum=0)
-    gamma: float = option(1e-3, "γ: weight of the loss decay", minimum=0)
+    alpha: float = option(2e-3, "α: weight of the amp loss", minimum=0)
+    beta: float = option(1e-3, "β: weight of the null loss", minimum=0)
+    gamma: float = option(1e-3, "γ: weight of the decay loss", minimum=0)
 
     def alignment_loss(self) -> AlignmentLoss:
         return AlignmentLoss(amp=self.alpha, null=self.beta, decay=self.gamma)

@@ -13,7 +13,7 @@ from fa_bench.registry.registries import ALGORITHMS
 @ALGORITHMS.register("kp")
 @dataclasses.dataclass(eq=False)
 class KP(RandomFeedbackRule):
-    """Kolen-Pollack: feedback that learns by the gradient of the weight.
+    """Kolen-Pollack: feedback that is updated with the gradient of the weight.
 
     Kolen and Pollack 1994; eqs 16-18 of Akrout et al. 2019.
 
@@ -21,8 +21,8 @@ class KP(RandomFeedbackRule):
     The gradients cancel in W - B, so with decay λ, momentum m and rate lr, SGD shrinks the difference: ‖W - B‖ ≈ ‖W(0) - B(0)‖
     exp(-Σ lr λ/(1-m)). This does not hold for Adam with coupled decay, but it does for AdamW.
 
-    Choices: B is sampled as in FA (``b_init``, and ``linear_b_init`` for fully connected layers). The first layer's B carries no
-    error but is trained anyway. Optional deviation: with ``b_lr_scale`` other than 1, B has its own learning rate, and the
+    Choices: B is sampled as in FA (``b_init``, and ``linear_b_init`` for fully connected layers). The first layer's B propagates
+    no error but is trained anyway. Optional deviation: with ``b_lr_scale`` other than 1, B has its own learning rate, and the
     difference no longer vanishes exactly.
     """
 

@@ -47,7 +47,7 @@ class SubspaceFeedback(ProductFeedback):
 @ALGORITHMS.register("ldfa")
 @dataclasses.dataclass(eq=False)
 class LDFA(SemiOrthogonalRule):
-    """Low-dimensional feedback: errors pass through a learned subspace of a few dimensions.
+    """Low-dimensional feedback: errors pass through a learned subspace with few dimensions.
 
     Hanut and Kadmon 2025 (arXiv 2502.20580), "Training Large Neural Networks With Low-Dimensional Error Feedback".
 
@@ -57,14 +57,15 @@ class LDFA(SemiOrthogonalRule):
     B (O, r) has orthonormal columns, r = ``rank`` or, if that is less, O (in grouped convolutions for each group): P = Bᵀ
     projects errors to r dimensions, and R (r, I, K...; ``r_init``) is Qᵀ of the paper's B = Q P. R follows Bᵀ W by Kolen-Pollack,
     so with decay B R approaches B Bᵀ W, at an angle of arccos(‖Bᵀ W‖ / ‖W‖) to W. B learns the principal subspace of the errors
-    by Oja's rule, and its columns are made orthonormal again after every update. Layers with at most ``rank`` outputs keep their
-    B. With ``b_rate=0`` all layers do, and the subspace is then random, as in `pfa_o` with a ratio below 1.
+    by Oja's rule, and its columns are orthonormalised after every update. Layers with at most ``rank`` outputs keep their initial
+    B. With ``b_rate=0``, all layers keep it, and the subspace is random, as in `pfa_o` with a ratio below 1.
 
-    The equations are derived, not checked against the paper; its rules for the subspace and its settings are unknown here, so no
-    result is a reproduction. Choices: errors are weighted by 1/‖g‖ in C. The gradient of B is thus proportional to the loss and a
-    sum over samples, as all other gradients are, even with accumulation, gradient scalers and data-parallel training; for errors
-    with an elliptical distribution, the subspace is the same. B and R are trained by W's optimizer, at its rate; orthonormal
-    columns keep decay and large rates from changing the size of B. Under Adam and Muon ``b_rate`` has no effect unless it is 0.
+    We derived the equations ourselves and did not check them against the paper. Its rules for the subspace and its settings are
+    unknown to us, so no result is a reproduction. Choices: errors are weighted by 1/‖g‖ in C. Like all other gradients, that of B
+    is thus proportional to the loss and a sum over samples, even with accumulation, gradient scalers and data-parallel training.
+    For errors with an elliptical distribution, the subspace is the same as without these weights. B and R are trained by W's
+    optimizer, at its learning rate; because the columns are orthonormal, decay and large rates do not change the size of B. Under
+    Adam and Muon, ``b_rate`` has no effect unless it is 0.
     """
 
     equations = (
@@ -75,7 +76,7 @@ class LDFA(SemiOrthogonalRule):
 
     search_space = {"rank": "choice(5,10,32)", "b_rate": "tag(log,interval(1e-2,10))"}
 
-    rank: int = option(10, "r: dimensions of the errors that are passed on", minimum=1)
+    rank: int = option(10, "r: number of dimensions of the errors that are passed on", minimum=1)
     b_rate: float = option(1.0, "factor of the gradient of B; 0: B keeps its initial value", minimum=0)
 
     def between(self, outputs: int) -> int:

@@ -38,24 +38,25 @@ class LDRL(DrawingRule, LocalRule):
 
         e = g(h') - g(h' - e') = G e'
 
-    is the error at its end, beginning with δ, the gradient of the loss at the logits. Within a block the weights learn by
-    backpropagation of half the squared distance to the target, that is, of e, which is weight transport within blocks. G learns
-    by
+    is the error at its end, beginning with δ, the gradient of the loss at the logits. Within a block, the weights learn by
+    backpropagation of half the squared distance to the target, that is, of e, which is weight transport within blocks. G
+    minimises
 
         loss = (-2 σε · (g(f(h + σε)) - g(f(h))) + ‖g(f(h) + σε') - g(f(h))‖²) / σ², mean over the samples,
 
     with Gaussian noise ε, ε' and σ = ``sigma``. For small σ, G converges to Jᵀ, the transpose of J = ∂h'/∂h averaged over the
-    samples: the targets are then those of backpropagation through a linear block.
+    samples; the targets are then those of backpropagation through a linear block.
 
-    G is a linear layer if the block's output is flat; for maps, it enlarges h' to the size of h by copies and applies a 3x3
-    convolution. ``b_lr_scale`` is the learning rate of G relative to that of the weights; a high one makes G diverge if a batch
-    has fewer samples than h' features.
+    G is a linear layer if the block's output is flat; for maps, it enlarges h' to the size of h by copying values and applies a
+    3x3 convolution. ``b_lr_scale`` is the learning rate of G relative to that of the weights; a high rate makes G diverge if a
+    batch has fewer samples than h' has features.
 
     Choices and deviations: the code's maps have the nonlinearities and max-unpooling of their blocks, but here they are linear,
     and errors do not depend on h; G learns once in every step, whereas the code takes 20 to 55 separate steps for every batch;
-    the loss is divided by σ², so that the rate does not depend on σ; the step size of the target (β = 0.7 in the code) scales all
-    errors alike for a linear g, and is left out. Every block costs one more forward pass of the whole model, in addition to one
-    pass in which nothing changes. The equations were derived from the code's, and no result of the paper has been reproduced.
+    the loss is divided by σ², so that the learning rate does not depend on σ; the step size of the target (β = 0.7 in the code)
+    scales all errors alike if g is linear, so it is omitted. Every block costs one additional forward pass of the whole model,
+    and there is one more pass without noise. The equations were derived from the code, and no result of the paper has been
+    reproduced.
     """
 
     equations = (

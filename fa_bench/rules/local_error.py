@@ -24,19 +24,19 @@ class LocalError(LocalRule):
 
     Mostafa, Ramesh and Cauwenberghs 2018.
 
-    Every hidden activation a has a fixed random linear classifier M (C, features) and learns by its cross-entropy:
+    Every hidden activation a has a fixed random linear classifier M (C, features) and learns from its cross-entropy:
 
         s = a Mᵀ,    error at a = (softmax(s) - y) M / N,    y the one-hot labels.
 
     The error passes through the layer's nonlinearity and normalisation to its weights but no further. The output layer has its
     true gradient. M neither learns nor decays. With ``separate=true`` the local error uses |K| ∘ sign(M) in place of M, where K
-    is fixed and random, too, and has the shape of M.
+    is also fixed and random and has the shape of M.
 
-    If the model's output has positions, such as tokens, a cut must have the same ones; M (C, F) classifies each position by its
-    own label.
+    If the model's output has positions, such as tokens, a cut must have the same positions; M (C, F) classifies each position,
+    which has its own label.
 
     Choices not specified in the paper: one classifier at every cut point; a map with more than `features` features is first
-    averaged to at most that many, by halving its spatial sizes in turn; M is Kaiming-uniform with the features as its fan
+    averaged to at most that many, by halving its height and width alternately; M is Kaiming-uniform with the features as its fan
     (``m_init``); no bias.
     """
 

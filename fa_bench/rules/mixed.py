@@ -62,9 +62,9 @@ class MixedFeedback(FeedbackPathway):
 @ALGORITHMS.register("mixed")
 @dataclasses.dataclass(eq=False)
 class Mixed(ExpandingRule):
-    """A mixture of PFA, FA and KP synapses, chosen so that the weight angle matches the brain's.
+    """A mixture of PFA, FA and KP synapses, with proportions such that the weight angle matches the brain's.
 
-    The discussion and appendix B of Li and Benna 2024.
+    From the discussion and appendix B of Li and Benna 2024.
 
     e_in = g E with E = m_pfa (B R) + m_fa F + m_kp K, entry by entry in the weight's layout. Each entry is of one kind, sampled
     once with the probabilities p = ``pfa``, f = ``fa``, k = ``kp`` and encoded in the masks m. The fixed B and the learned R,
@@ -72,8 +72,9 @@ class Mixed(ExpandingRule):
     initialisers are ``f_init``, ``k_init`` and ``r_init``.
 
     Neither learned gradient is masked: R's is that of PFA, and K's is that of W, although only the entries under K's mask
-    carry an error. So, with decay, B R and K approach W everywhere, as in `pfa` and `kp`. Then, with λ = 1/ratio, and r the norm
-    ratio and ρ the cosine of F to W over FA's entries (0 unless W aligns itself to F there, as in FA), the angle of E to W is
+    propagate an error. With decay, B R and K therefore approach W everywhere, as in `pfa` and `kp`. Then, with λ = 1/ratio, and r
+    the norm ratio and ρ the cosine of F to W over FA's entries (0 unless W aligns itself to F there, as in FA), the angle of E to
+    W is
 
         cos = (p + k + f ρ r) / √(p (1 + λ) + k + f r²)
 

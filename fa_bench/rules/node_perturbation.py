@@ -21,21 +21,22 @@ class NodePerturbation(DrawingRule, CutRule):
     """Node perturbation: errors estimated from the effect of noise on the loss.
 
     Let ξ be standard normal noise at every hidden activation and at the logits z, σ the option `sigma`, and L± the loss of each
-    sample n in two further forward passes, in which ±σξ is added there. The error at an activation is then
+    sample n in two additional forward passes, in which ±σξ is added there. The error at an activation is then
 
         d_n ξ_n / N,    d_n = (L⁺_n - L⁻_n) / 2σ,
 
     an unbiased estimate of ∂L/∂a up to O(σ²), and an exact directional derivative if L is quadratic. Dalm, van Gerven and Ahmad,
     arXiv 2310.00965, describe the principle (the paper's text was not checked); the two-sided difference is our choice. The
     variance of the estimate grows with the number of perturbed values P, and the expected cosine to the true error falls like
-    1/√P, so this rule is a floor for learning without feedback, not a competitor in wide nets.
+    1/√P, so this rule is a baseline for learning without feedback and is not competitive in wide nets.
 
-    No weight carries an error. Each layer's weight and bias learn by its activation's error and the layer's own derivatives,
-    those of its nonlinearity included. With ``perturb_output=false`` the output layer learns by its true gradient.
+    No error passes through a weight. Each layer's weight and bias learn from the error at its activation and the layer's own
+    derivatives, including that of its nonlinearity. With ``perturb_output=false``, the output layer learns from its true
+    gradient.
 
     Dropout masks are the same in all three passes. Batch normalisation uses the statistics of each pass's batch, noise included,
     and updates the running statistics in the first pass. Every update draws new noise, which depends on the seed and the number
-    of the update. Multiplications: two further forward passes.
+    of the update. Multiplications: two additional forward passes.
 
     Normalisation by the realised change of activity and decorrelated inputs, which the authors add, are not implemented.
     """
@@ -48,7 +49,7 @@ class NodePerturbation(DrawingRule, CutRule):
     search_space = {"sigma": "tag(log,interval(1e-4,1))"}
 
     sigma: float = option(1e-3, "standard deviation of the noise", above=0)
-    perturb_output: bool = option(True, "perturb the logits, too; otherwise the output layer learns by its true gradient")
+    perturb_output: bool = option(True, "also perturb the logits; otherwise the output layer learns from its true gradient")
 
     repeats = True
     scales = True

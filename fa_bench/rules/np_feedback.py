@@ -83,22 +83,23 @@ class NPFeedback(DrawingRule, RandomFeedbackRule):
 
     Lansdell, Prakash and Kording 2020, arXiv 1906.00889; official code.
 
-    e_in = g B; W and b learn by this error, as in feedback alignment. B learns to predict the errors that noise reveals. With ξ
-    standard normal noise at the input of every layer, σ the option `sigma`, and L± the loss of each sample n in two further
-    forward passes with ±σξ added there,
+    e_in = g B; W and b learn from this error, as in feedback alignment. B learns to predict the errors that noise reveals. Let ξ
+    be standard normal noise at the input of every layer, σ the option `sigma`, and L± the loss of each sample n in two additional
+    forward passes with ±σξ added there. Then
 
         d_n = (L⁺_n - L⁻_n) / 2σ,    gradient of B = 1/N Σ_n ĝ_nᵀ (ĝ_n B - d_n ξ_n),
 
     where ĝ_n, N times g, is the error of sample n at the layer's output. d ξ is an unbiased estimate of ∂L_n/∂x up to O(σ²), so
-    in a linear net B learns W. B has its own learning rate, `b_lr_scale` times that of W (0: feedback alignment), or an optimizer
-    of its own; the authors use plain SGD for it.
+    in a linear net B learns W. B has its own learning rate, `b_lr_scale` times that of W (0: feedback alignment), or its own
+    optimizer; the authors use plain SGD for it.
 
     Deviations from the code: a two-sided difference in place of noisy minus clean; the mean over the batch in place of the sum;
     any loss and nonlinearity, whereas the code has squared errors and sigmoids; B is sampled by `b_init` and ``linear_b_init``,
-    whereas the code has N(0, 2/fan) for weights and feedback alike. The first layer's B carries no error but is trained anyway.
+    whereas the code has N(0, 2/fan) for weights and feedback alike. The first layer's B propagates no error but is trained
+    anyway.
 
-    Dropout masks are the same in all three passes; batch normalisation uses each pass's own statistics, and updates the running
-    ones with those of the first pass. Multiplications: two further forward passes, and the gradient of B.
+    Dropout masks are the same in all three passes; batch normalisation uses each pass's own statistics, and updates its running
+    statistics with those of the first pass. Multiplications: two additional forward passes, and the gradient of B.
     """
 
     equations = (

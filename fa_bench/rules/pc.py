@@ -13,41 +13,43 @@ from fa_bench.registry.registries import ALGORITHMS
 class PC(EnergyRule):
     """Predictive coding: the states between the blocks settle, and each block learns to predict the state after it.
 
-    The form of PCX (Pinchetti et al. 2025, arXiv 2407.01163), after Whittington and Bogacz 2017. With s_l the state at the end
-    of block l, f_l its function and L the loss of a sample, the energy of N samples is
+    The form of PCX (Pinchetti et al. 2025, arXiv 2407.01163), after Whittington and Bogacz 2017. Let s_l be the state at the end
+    of block l, f_l the block's function and L the loss of a sample. The energy of N samples is
 
         E = Σ_n [ Σ_l ½‖s_l - f_l(s_{l-1})‖² + L(f_L(s_{L-1})) ],    s_0 = x.
 
-    From the states of the forward pass, where E is the loss, `steps` steps with step size η (`rate`) and momentum μ (`momentum`),
-    with e_l = s_l - f_l(s_{l-1}):
+    Beginning with the states of the forward pass, where E is the loss, there are `steps` steps with step size η (`rate`) and
+    momentum μ (`momentum`), with e_l = s_l - f_l(s_{l-1}):
 
         v_l ← μ v_l + ∂E/∂s_l,    ∂E/∂s_l = e_l - (∂f_{l+1}/∂s_l)ᵀ e_{l+1},    s_l ← s_l - η v_l;
 
-    the last state has the error of the loss in place of -e_L. A state sees its neighbours only: an error moves by one block in
-    a step, and with fewer steps than blocks the first ones do not learn. Then every block learns by the gradient of E / N with
-    the states fixed, -e_lᵀ ∂f_l(s_{l-1})/∂W_l / N, and the output layer by that of the loss at the settled state. `epc` has the
-    same minima, and reaches all blocks in its first step.
+    for the last state, the error of the loss replaces -e_L. A state depends only on its neighbours, so an error moves by one
+    block per step; with fewer steps than blocks, the first blocks do not learn. Then every block learns from the gradient of E /
+    N with the states fixed, -e_lᵀ ∂f_l(s_{l-1})/∂W_l / N, and the output layer learns from that of the loss at the settled state.
+    `epc` has the same minima and reaches all blocks in its first step.
 
-    **When this is backpropagation.** After few small steps the error d blocks before the last cut is -(T choose d + 1) η^(d + 1)
-    times the error of backpropagation, to leading order in η, with T the number of steps: each hidden layer learns by
-    backpropagation's gradient times a number, which Adam removes, as in `epc`. Coverage has a note where T η is below 0.1, and
-    ``probes=[energy]`` measures how far the states have settled and the cosine of each layer's gradient to backpropagation's.
+    **When this is backpropagation.** After a few small steps, the error d blocks before the last cut is -(T choose d + 1) η^(d +
+    1) times the error of backpropagation, to leading order in η, where T is the number of steps. Each hidden layer then learns
+    from backpropagation's gradient times a number, which Adam cancels, as in `epc`. Coverage has a note if T η is below 0.1, and
+    ``probes=[energy]`` measures how far the states have settled and the cosine between each layer's gradient and
+    backpropagation's.
 
-    The product is soon below the rounding of the states, 1e-7 of them in single precision: with 5 steps of 0.0183 and momentum
-    0.35 the first of four hidden layers (128 GELU units each, initial weights, random data) had 7e-7 times the gradient of
-    backpropagation, and a cosine of only 0.25 to the same in double precision. `epc` stores errors, and does not lose them.
+    This error soon falls below the rounding error of the states, a relative 1e-7 in single precision. With 5 steps of 0.0183 and
+    momentum 0.35, the first of four hidden layers (128 GELU units each, initial weights, random data) had 7e-7 times the gradient
+    of backpropagation, and its cosine to the same gradient in double precision was only 0.25. `epc` stores the errors themselves,
+    so it does not have this problem.
 
-    Blocks are those that the model declares, or end at `cuts`. No error passes from one block to the next within a step, but
-    the derivatives of a block are exact: weights are transported within blocks, even if a block has a single layer.
+    Blocks are those that the model declares, or they end at `cuts`. No error passes from one block to the next within a step, but
+    the derivatives of a block are exact, so weights are transported within blocks, even if a block has a single layer.
 
-    Not checked against a paper: the equations come from the code and a derivation. Nudged outputs, weight updates in every
-    step (iPC) and the scaling of μPC are not included. Choices: 20 steps of 0.1 without momentum; the MNIST net of PCX has
-    5 of 0.0183 with momentum 0.35, and its VGG-5 in the error-based paper's code has 8 of 0.0266. E sums over samples, so that
-    settling does not depend on the batch's size, and over positions where the output has them.
+    Not checked against a paper: the equations come from the code and a derivation. Nudged outputs, weight updates in every step
+    (iPC) and the scaling of μPC are not included. Choices: the default is 20 steps of 0.1 without momentum; the MNIST net of PCX
+    uses 5 steps of 0.0183 with momentum 0.35, and its VGG-5 in the error-based paper's code uses 8 steps of 0.0266. E sums over
+    samples, so settling does not depend on the batch size, and over positions if the output has them.
 
     Dropout masks are the same in all passes. Batch normalisation uses each pass's own statistics, which couples the samples of a
-    batch, and updates the running ones in the first pass. Multiplications: T + 1 further forward passes and T + 1 backward
-    passes, of which T are for the states alone and one for the weights alone.
+    batch, and updates its running statistics in the first pass. Multiplications: T + 1 additional forward passes and T + 1
+    backward passes, T of which are for the states alone and one for the weights alone.
     """
 
     equations = (

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @ALGORITHMS.register("pepita")
 @dataclasses.dataclass(eq=False)
 class Pepita(PassRule):
-    """PEPITA: a second forward pass with an input that the error modulates.
+    """PEPITA: a second forward pass whose input is modulated by the error.
 
     Dellaferrera and Kreiman 2022, arXiv 2201.11665; the form is that of the authors' code.
 
@@ -33,19 +33,19 @@ class Pepita(PassRule):
         gradient of W_l = (h_l - h'_l)ᵀ h'_{l-1} / N,    gradient of the output layer = e'ᵀ h'_{L-1} / N.
 
     No error passes through a weight, and the derivatives of the hidden nonlinearities are not used: the difference h - h' is the
-    error in front of the nonlinearity. F is Kaiming-uniform (`f_init`), here within ±√(6/features), times `f_scale`. If the first
-    layer is linear, h_1 - h'_1 = -W_1 F e: the rule is direct feedback alignment with the feedback -(W_1 F)ᵀ there (Srinivasan
-    et al. 2023, arXiv 2302.05440), and descends if -F aligns with the product of the weights. With ``f_scale=0`` only the output
-    layer learns.
+    error at the input of the nonlinearity. F is Kaiming-uniform (`f_init`), here within ±√(6/features), times `f_scale`. If the
+    first layer is linear, h_1 - h'_1 = -W_1 F e: the rule is direct feedback alignment with the feedback -(W_1 F)ᵀ there
+    (Srinivasan et al. 2023, arXiv 2302.05440), and reduces the loss if -F aligns with the product of the weights. With
+    ``f_scale=0`` only the output layer learns.
 
-    Deviations from the paper and its code: layers may have biases and normalisation, which learn by the same errors, through
+    Deviations from the paper and its code: layers may have biases and normalisation, which learn from the same errors, through
     everything between the previous cut and the nonlinearity; the gradient of a convolution is the sum over positions, whereas
     the code averages over positions and a second time over the batch. At a cut that is not a nonlinearity, such as a block,
-    h - h' is the error at its output; a cut at a pooling layer stands for the nonlinearity before it.
+    h - h' is the error at its output; a cut at a pooling layer is treated as one at the nonlinearity before it.
 
-    Dropout masks are the same in both passes. Batch normalisation uses each pass's own statistics, and updates the running ones
-    with those of the first pass. The first pass is not differentiated. Multiplications: a further forward pass, and half a
-    backward pass for the weights.
+    Dropout masks are the same in both passes. Batch normalisation uses each pass's own statistics, and updates its running
+    statistics with those of the first pass. The first pass is not differentiated. Multiplications: one additional forward pass,
+    and half a backward pass for the weights.
     """
 
     equations = (

@@ -50,7 +50,7 @@ class ProductFeedback(FeedbackPathway):
 
 @dataclasses.dataclass(eq=False)
 class ProductRule(EdgeRule):
-    """Base of the rules with product feedback; subclasses choose the size of the population between, and sample B in `first`."""
+    """Base class of rules with product feedback; subclasses set the number of intermediate units and sample B in `first`."""
 
     r_init: str = init_option("R")
 
@@ -87,9 +87,9 @@ class ProductRule(EdgeRule):
 
 @dataclasses.dataclass(eq=False)
 class ExpandingRule(ProductRule):
-    """Base of the rules whose intermediate population has a number of units relative to the layer's output."""
+    """Base class of the rules whose intermediate population has a number of units relative to the layer's output."""
 
-    ratio: float = option(10.0, "expansion ratio: units of the intermediate population over units of the layer's output", above=0)
+    ratio: float = option(10.0, "expansion ratio: units of the intermediate population per unit of the layer's output", above=0)
 
     def between(self, outputs: int) -> int:
         return max(round(self.ratio * outputs), 1)
@@ -97,7 +97,7 @@ class ExpandingRule(ProductRule):
 
 @dataclasses.dataclass(eq=False)
 class SemiOrthogonalRule(ProductRule):
-    """Base of the rules whose B has orthonormal rows or, if it has more rows than columns, orthonormal columns."""
+    """Base class of the rules whose B has orthonormal rows or, if it has more rows than columns, orthonormal columns."""
 
     def first(self, outputs: int, between: int, seed: int) -> Tensor:
         gaussian = sample((max(outputs, between), min(outputs, between)), "normal_fan_out", seed)
@@ -109,7 +109,7 @@ class SemiOrthogonalRule(ProductRule):
 @ALGORITHMS.register("pfa")
 @dataclasses.dataclass(eq=False)
 class PFA(ExpandingRule):
-    """Product feedback alignment: the error takes two hops, a fixed random one and a learned one.
+    """Product feedback alignment: the error passes through a fixed random matrix and then through a learned one.
 
     Eqs 4-6 of Li and Benna 2024.
 
@@ -121,7 +121,7 @@ class PFA(ExpandingRule):
     √(1 + 1/ratio). ``density`` d below 1 puts fixed masks on B (whose variance becomes 1/(M d)) and on R (whose variance is not
     compensated); the angle is then arctan √(1/(ratio d)).
 
-    Choices: the paper's formula for the gain of B lacks a square root, which is added here; R's mask is applied again after every
+    Choices: the paper's formula for the gain of B lacks a square root, which is added here; R's mask is reapplied after every
     update, to R but not to its momentum, as in the paper's code.
     """
 

@@ -12,7 +12,7 @@ from fa_bench.rules.pfa import ExpandingRule, SemiOrthogonalRule
 @ALGORITHMS.register("pfa_o")
 @dataclasses.dataclass(eq=False)
 class PFAO(ExpandingRule, SemiOrthogonalRule):
-    """Product feedback alignment whose first hop is semi-orthogonal: B Bᵀ = I exactly.
+    """Product feedback alignment with a semi-orthogonal fixed matrix: B Bᵀ = I exactly.
 
     Li and Benna 2024.
 
@@ -24,7 +24,7 @@ class PFAO(ExpandingRule, SemiOrthogonalRule):
     learns the subspace.
 
     Choices: R is sampled as in `pfa` (``r_init``); ``ratio`` is 1, with a square orthogonal B, as in the paper's code; the paper
-    only says that M is at least O, and has no ratio below 1.
+    only says that M is at least O, so it has no ratio below 1.
     """
 
     equations = (
@@ -35,7 +35,7 @@ class PFAO(ExpandingRule, SemiOrthogonalRule):
 
     ratio: float = option(
         1.0,
-        "expansion ratio: units of the intermediate population over units of the layer's output; below 1, "
+        "expansion ratio: units of the intermediate population per unit of the layer's output; below 1, "
         "errors pass through a random subspace",
         above=0,
     )

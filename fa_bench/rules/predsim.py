@@ -38,7 +38,7 @@ class PredSim(LocalRule):
     its argument, each centred on its own mean. For a map with more than 3 channels and more than one row, S uses each channel's
     standard deviation over space; for other maps, all values. D and K learn with W's optimizer; no error crosses a cut.
     ``loss=pred`` uses only CE(D(a), labels), and ``loss=sim`` only the similarity. The output layer's error is (1-β) times the
-    true one with predsim, and the true one otherwise.
+    true error with predsim, and the true error otherwise.
 
     D averages maps to at most `decoder_size` features. Its weight is initially zero (`decoder_init`), and its bias, which
     `decoder_bias=false` removes, has torch's default. These values, the divisor of the standard deviation (positions minus one)
@@ -48,7 +48,7 @@ class PredSim(LocalRule):
     ``loss=pred decoder_init=pytorch decoder_bias=false`` is Mono-Forward (Gong, Li and Abdulla 2025, arXiv 2501.09238) with all
     layers trained at once: D is their goodness matrix M (C, features), scores a Mᵀ. The independent code whose numbers
     ``experiment=mono_forward`` lists trains one layer after the other with early stopping, has another M at the input, and
-    predicts with the last M; here the output layer, which has its true gradient, is the last M.
+    predicts with the last M; here the output layer, which has its true gradient, acts as the last M.
 
     Choices: sizes that the decoder's pooling does not divide are averaged over overlapping windows. A sample whose K a is
     constant has similarity 0 to all others and no gradient; the paper's code divides by zero. In half precision the cosines are
@@ -69,7 +69,7 @@ class PredSim(LocalRule):
     search_space = {"beta": "choice(0.5,0.9,0.99,1)"}
 
     loss: str = option("predsim", "the local loss", choices=["predsim", "pred", "sim"])
-    beta: float = option(0.99, "share of the similarity in the loss (predsim)", minimum=0, maximum=1)
+    beta: float = option(0.99, "weight of the similarity loss (predsim)", minimum=0, maximum=1)
     decoder_size: int = option(4096, "largest number of features of the decoder; larger maps are averaged", minimum=1)
     decoder_init: str = decoder_init_option()
     decoder_bias: bool = option(True, "the decoder has a bias", identifying=False)

@@ -12,7 +12,7 @@ from fa_bench.registry.registries import ALGORITHMS
 @ALGORITHMS.register("regularized_mirror")
 @dataclasses.dataclass(eq=False)
 class RegularizedMirror(InputAlignmentRule):
-    """Regularised weight mirror: feedback that correlates inputs and outputs of its layer, and decays.
+    """Regularised weight mirror: feedback that learns from correlations between the layer's inputs and outputs, and decays.
 
     Kunin et al. 2020 (arXiv 2003.01513) and the code released with it, primitives decay and amp.
 
@@ -20,14 +20,14 @@ class RegularizedMirror(InputAlignmentRule):
         gradient of B = 2 α B - β W C,  C = mean xᵀ x
 
     The fixed point is (β / 2 α) W C. It is parallel to W if the inputs x are white, and half of W with the code's defaults. Means
-    are over samples and, for convolutions and tokens, output positions (a choice: the paper's normalisation over positions is not
-    verified); for a convolution, x Bᵀ is its output with B. `wm` is the mirror on noise only, in a separate phase and with a
-    decay for which the fixed point is W.
+    are over samples and, for convolutions and tokens, output positions (our choice: how the paper normalises over positions was
+    not verified); for a convolution, x Bᵀ is its output with B. In contrast, `wm` mirrors noise only, in a separate phase, and
+    with a decay for which the fixed point is W.
 
-    α = ``alpha`` and β = ``beta`` have the code's defaults. With ``update_forward`` W has the gradient 2 α W - β B C.
-    ``signal`` and ``noise_batch`` replace x by noise. With the code's α and β, B moves slowly; ``b_lr_scale`` raises its rate
-    relative to W's. The code's centred and normalised activations, delays and alternating steps are left out. Its tuned settings
-    are not public, so no result is a reproduction.
+    α = ``alpha`` and β = ``beta`` default to the values in the code. With ``update_forward``, W has the gradient 2 α W - β B C.
+    ``signal`` and ``noise_batch`` replace x by noise. With the code's α and β, B changes slowly; ``b_lr_scale`` raises its
+    learning rate relative to W's. The code's centred and normalised activations, delays and alternating steps are not
+    implemented. The tuned settings are not public, so no result is a reproduction.
     """
 
     equations = (
@@ -39,8 +39,8 @@ class RegularizedMirror(InputAlignmentRule):
 
     search_space = {"b_lr_scale": "tag(log,interval(1,1000))"}
 
-    alpha: float = option(1e-3, "α: weight of the loss decay", minimum=0)
-    beta: float = option(1e-3, "β: weight of the loss amp", minimum=0)
+    alpha: float = option(1e-3, "α: weight of the decay loss", minimum=0)
+    beta: float = option(1e-3, "β: weight of the amp loss", minimum=0)
 
     def alignment_loss(self) -> AlignmentLoss:
         return AlignmentLoss(decay=self.alpha, amp=self.beta)

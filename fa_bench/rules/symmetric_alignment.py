@@ -12,19 +12,20 @@ from fa_bench.registry.registries import ALGORITHMS
 @ALGORITHMS.register("symmetric_alignment")
 @dataclasses.dataclass(eq=False)
 class SymmetricAlignment(AlignmentRule):
-    """Symmetric alignment: a loss that compares the entries of feedback and weights pulls the feedback towards the weights.
+    """Symmetric alignment: a local loss that compares feedback and weights entry by entry pulls the feedback towards the weights.
 
     Kunin et al. 2020 (arXiv 2003.01513) and the code released with it, primitives decay and self.
 
         e_in = g B;  loss = α (‖W‖² + ‖B‖²) - β Σ W B;  gradient of B = 2 α B - β W
 
-    With β = 2 α the gradient is 2 α (B - W) and the fixed point is W; with other values it is (β / 2 α) W. The loss reads every
-    weight where its feedback is, which is weight transport within the layer, by learning. The rule is the reference for those
-    that avoid it (`activation_alignment`, `information_alignment`).
+    With β = 2 α, the gradient is 2 α (B - W) and the fixed point is W; with other values, it is (β / 2 α) W. To update an entry
+    of B, the loss reads the corresponding weight, which is weight transport within the layer. The rule is therefore the reference
+    for those that avoid it (`activation_alignment`, `information_alignment`).
 
-    α = ``alpha`` and β = ``beta`` have the code's defaults. With ``update_forward`` the gradient of W has the same form, with W
-    and B exchanged. With the code's α and β, B moves slowly; ``b_lr_scale`` raises its rate relative to W's. The code's delays
-    and alternating steps are left out. Its tuned settings are not public, so no result is a reproduction.
+    α = ``alpha`` and β = ``beta`` default to the values in the code. With ``update_forward`` the gradient of W has the same form,
+    with W and B exchanged. With the code's α and β, B changes slowly; ``b_lr_scale`` raises its learning rate relative to W's.
+    The code's delays and alternating steps are not implemented. The tuned settings are not public, so no result is a
+    reproduction.
     """
 
     equations = (
@@ -35,8 +36,8 @@ class SymmetricAlignment(AlignmentRule):
 
     search_space = {"b_lr_scale": "tag(log,interval(1,1000))"}
 
-    alpha: float = option(1e-3, "α: weight of the loss decay", minimum=0)
-    beta: float = option(2e-3, "β: weight of the loss self", minimum=0)
+    alpha: float = option(1e-3, "α: weight of the decay loss", minimum=0)
+    beta: float = option(2e-3, "β: weight of the self loss", minimum=0)
 
     def alignment_loss(self) -> AlignmentLoss:
         return AlignmentLoss(decay=self.alpha, self_=self.beta)

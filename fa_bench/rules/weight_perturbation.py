@@ -30,16 +30,16 @@ class WeightPerturbation(DrawingRule, PassRule):
         gradient of θ = c v,    c = (L(θ + εv) - L(θ - εv)) / 2ε,
 
     an unbiased estimate of the gradient up to O(ε²), and exact along v if L is quadratic. The expected cosine to the true
-    gradient falls like 1/√P with the number P of parameters, so the rule is a floor for learning without any backward pass. Users
-    of MeZO report that it does not train CIFAR-10 from scratch.
+    gradient falls like 1/√P with the number P of parameters, so the rule is a baseline for learning without any backward pass.
+    Users of MeZO report that it does not train CIFAR-10 from scratch.
 
     θ includes all parameters that require gradients, even those that do not affect the loss; their estimate is noise around zero.
-    v is not stored but drawn again each time it is used, from the seed and the number of the update. It is the same in all
-    processes of a data-parallel run, whose gradients are then those of one process with the whole batch. Every micro-batch has
-    its own v. The weights are restored exactly. Multiplications: two further forward passes, and no backward pass.
+    v is not stored but regenerated from the seed and the number of the update each time it is used. It is the same in all
+    processes of a data-parallel run, so their gradients are those of one process with the full batch. Every micro-batch has its
+    own v. The weights are restored exactly. Multiplications: two additional forward passes, and no backward pass.
 
-    Dropout masks are the same in all passes. Batch normalisation uses each pass's own statistics, and updates the running ones
-    with those of the first pass.
+    Dropout masks are the same in all passes. Batch normalisation uses each pass's own statistics, and updates its running
+    statistics with those of the first pass.
     """
 
     equations = (

@@ -118,7 +118,7 @@ class MirroredFeedback(FixedFeedback):
 @ALGORITHMS.register("wm")
 @dataclasses.dataclass(eq=False)
 class WM(EdgeRule):
-    """Weight mirror: noise at each layer's input turns the feedback towards the weights.
+    """Weight mirror: the feedback learns the weights from each layer's response to noise.
 
     Section 4 of Akrout et al. 2019.
 
@@ -126,27 +126,27 @@ class WM(EdgeRule):
     optimizer's decay does not apply to it. After every update, and independently of the data, each layer takes ``mirror_steps``
     mirror steps:
 
-        x = noise at the layer's input, N samples, zero mean, deviation σ (``noise``, ``sigma``, N = ``mirror_batch``)
+        x = noise at the layer's input, N samples, zero mean, standard deviation σ (``noise``, ``sigma``, N = ``mirror_batch``)
         y = φ(W x + b)             φ = ``activation``; b is omitted with ``block_bias``
         Ŵ = Σ yᵀ x / (N σ² φ' n)   for a convolution, the weight gradient of x and y
         B <- (1 - λ) B + η Ŵ       η = ``mirror_rate``, λ = ``mirror_decay`` or, if that is null, η
 
-    This is the paper's ΔB = η_B x yᵀ with a decay, which the paper does not specify, and with the gain for which B's fixed point
-    is W; with another decay, the fixed point is W η / λ. φ' is 1 for the linear map and tanh, 1/2 for ReLU, 1/4 for the sigmoid.
+    This is the paper's ΔB = η_B x yᵀ with a decay, which the paper does not specify, and with a gain such that B's fixed point is
+    W; with another decay, the fixed point is W η / λ. φ' is 1 for the linear map and tanh, 1/2 for ReLU, 1/4 for the sigmoid.
     Without b this is exact for ReLU, and for tanh and sigmoid if σ is small (σ ‖w‖ much below 1; the sigmoid's constant part is
     then additional noise). With b each row has its own factor, which is 2 Φ(b / (σ ‖w‖)) for ReLU and Gaussian noise. n is 1 for
-    a linear layer. For a convolution it is the number of output positions at which a tap of the kernel meets an input that is not
-    padding, counted for each tap; with ``per_tap=false`` it is the largest count of all taps, which makes the taps at the
-    kernel's border too small.
+    a linear layer. For a convolution, it is the number of output positions at which a tap of the kernel meets an input that is
+    not padding, counted for each tap. With ``per_tap=false``, it is the largest of these counts for all taps, which makes the
+    taps at the kernel's border too small.
 
     ``mirror_decay=0`` is the mirror of the numpy code released with the paper, B <- B + η_B Σ yᵀ x: its normalisation has no
-    effect, and B grows without bound. η is then η_B N σ² φ' n. That code has η_B = 0.01, N = 128 and uniform noise of deviation
-    0.1 / √12 through a sigmoid with biases:
+    effect, and B grows without bound. η is then η_B N σ² φ' n. That code uses η_B = 0.01, N = 128 and uniform noise of standard
+    deviation 0.1 / √12 through a sigmoid with biases:
 
         noise=uniform sigma=0.0288675 activation=sigmoid block_bias=false mirror_decay=0 mirror_rate=2.6667e-4
 
     For a fixed W, λ = η and Gaussian noise the angle between B and W tends to arctan √(η / (2 - η) · c (F + 1) / (N n)), where F
-    is the fan-in and c is 1 for the linear map and 2 for ReLU; what is left of B's first value tends to (1 - η)^steps.
+    is the fan-in and c is 1 for the linear map and 2 for ReLU; the remaining fraction of B's initial value is (1 - η)^steps.
 
     Choices: only the linear map is mirrored, so BatchNorm between the map and its activation does not matter (it is never run); B
     is sampled by ``b_init``; σ = 1, which has no effect on the linear map and on ReLU without b; η = 0.01; N = 128; one mirror
@@ -154,8 +154,8 @@ class WM(EdgeRule):
     the paper. The paper's runs mirrored ReLU without blocking biases; that code mirrors a sigmoid with uniform noise, σ = 0.0289.
     The noise has the size of the layer's input in `sample_input`, which models with convolutions need. Padding that copies the
     input (reflect, replicate, circular) gets independent noise, because a copy's correlation would be mistaken for a weight. A
-    layer with nothing trainable before it (without `sample_input`, the first layer defined) carries no error and is not mirrored,
-    so its B keeps its initial value.
+    layer with nothing trainable before it (without `sample_input`, the layer defined first) propagates no error and is not
+    mirrored, so its B keeps its initial value.
     """
 
     equations = (
@@ -169,7 +169,7 @@ class WM(EdgeRule):
     search_space = {"mirror_rate": "tag(log,interval(1e-3,0.1))"}
 
     b_init: str = init_option("B", can_copy=True)
-    mirror_rate: float = option(0.01, "η: how far a mirror step moves B towards its estimate of W", above=0, maximum=1)
+    mirror_rate: float = option(0.01, "η: step size of a mirror step towards its estimate of W", above=0, maximum=1)
     mirror_decay: float | None = option(
         None,
         "λ: fraction by which a mirror step decays B; null: mirror_rate; 0: no decay, as in the code released with the paper",
@@ -181,9 +181,9 @@ class WM(EdgeRule):
     mirror_batch: int = option(128, "samples of noise in a mirror step", minimum=1)
     noise: str = option("gaussian", "distribution of the noise", choices=["gaussian", "uniform"])
     sigma: float = option(1.0, "standard deviation of the noise", above=0)
-    activation: str = option("linear", "activation after the weight in the mirror", choices=list(SLOPES))
-    block_bias: bool = option(True, "omit the biases in the mirror")
-    per_tap: bool = option(True, "divide each tap of a kernel by its own number of positions")
+    activation: str = option("linear", "activation function applied to the layer's response in mirror mode", choices=list(SLOPES))
+    block_bias: bool = option(True, "omit the biases in mirror mode")
+    per_tap: bool = option(True, "divide each tap of a kernel by its own number of output positions")
 
     def shortened(self, fraction: float) -> WM:
         return dataclasses.replace(self, initial_steps=round(fraction * self.initial_steps))
@@ -198,7 +198,7 @@ class WM(EdgeRule):
             convolution = next((path for path, layer in layers.items() if hasattr(layer, "kernel_size")), None)
             if convolution is not None:
                 raise CoverageError(
-                    f"rule '{self.name}' needs sample_input, one input batch, to see the size of what enters "
+                    f"rule '{self.name}' needs sample_input, one input batch, to determine the input size of "
                     f"the convolution '{convolution}'"
                 )
             self._shapes = dict.fromkeys(list(layers)[1:], ())

@@ -38,16 +38,16 @@ def check_indices(rule: Rule, splits: Splits, dataset: str) -> None:
 
     Args:
         rule: the rule.
-        splits: of the dataset with the name `dataset`.
+        splits: the splits of the dataset with the name `dataset`.
 
     Raises:
-        OptionError: naming the rule and the dataset.
+        OptionError: names the rule and the dataset.
     """
     if rule.needs_indices and not splits.train.is_indexed:
         raise OptionError(
             "algorithm",
-            f"={rule.name} keeps an error of every training sample, but dataset={dataset} has other samples in every epoch; "
-            "use a rule such as dfa",
+            f"={rule.name} stores an error for every training sample, but the samples of dataset={dataset} change in every "
+            "epoch; use a rule such as dfa",
         )
 
 
@@ -56,12 +56,12 @@ def check_targets(rule: Rule, splits: Splits, dataset: str) -> None:
 
     Args:
         rule: after `attach`, with the objective of the run.
-        splits: of the dataset with the name `dataset`.
+        splits: the splits of the dataset with the name `dataset`.
 
     Raises:
-        OptionError: if the rule computes errors from labels, and the targets are numbers.
-        DataError: if all numbers of an output are equal, or outside of what the objective accepts; if no position counts, or a
-            negative one that is not `ignore_index`.
+        OptionError: if the rule computes errors from labels, and the targets are numbers. DataError: if all numbers of an output
+            are equal or outside the range that the objective accepts; if no position counts, or if there is a negative label that
+            is not `ignore_index`.
     """
     if splits.targets == VALUES and getattr(rule, "needs_target", False) and not getattr(rule, "takes_numbers", False):
         sign = "; use algorithm.error_sign=true, or a rule such as dfa" if rule.name == "drtp" else "; use a rule such as dfa"
@@ -81,7 +81,7 @@ def check_targets(rule: Rule, splits: Splits, dataset: str) -> None:
 def _check_values(rule: Rule, values: Tensor, part: str, where: str) -> None:
     low, high = values.amin().item(), values.amax().item()
     if part == "training" and len(values) > 1 and (values == values[0]).all():
-        raise DataError(f"{where} are all {low:.6g}, so that there is nothing to learn")
+        raise DataError(f"{where} are all {low:.6g}, so there is nothing to learn")
     allowed = rule.objective.value_range
     if allowed is not None and (low < allowed[0] or high > allowed[1]):
         raise DataError(
@@ -102,24 +102,22 @@ def _check_positions(rule: Rule, labels: Tensor, where: str) -> None:
             f"token nor objective.ignore_index={ignored}"
         )
     if (labels == ignored).all():
-        raise DataError(
-            f"{where} are all {ignored}, which do not count (objective.ignore_index), so that there is nothing to score"
-        )
+        raise DataError(f"{where} are all {ignored}, which do not count (objective.ignore_index), so there is nothing to score")
 
 
 def check_batches(rule: Rule, splits: Splits, options: RunOptions, processes: int = 1) -> None:
     """Refuse a run in which a process would have no sample of a batch, or batch normalisation a single one.
 
-    For a single sample there are no statistics, also in the rule's auxiliary nets, so that torch raises an error. If such a
+    A single sample has no statistics, in the model or in the rule's auxiliary nets, so torch raises an error. If such a
     batch would occur, one is tried: nets that accept it pass, such as those whose normalised maps have several pixels.
 
     Args:
         rule: after `attach`.
-        splits, options: of the run.
-        processes: that divide each batch, or each of its micro-batches.
+        splits, options: the splits and options of the run.
+        processes: the number of processes that divide each batch, or each of its micro-batches.
 
     Raises:
-        OptionError: naming the option that leads to such a batch, and what to set instead.
+        OptionError: names the option that leads to such a batch, and what to set instead.
     """
     one, several = NOUNS[splits.inputs]
     count, size = len(splits.train), min(options.batch_size, len(splits.train))

@@ -153,7 +153,7 @@ class Display(Callback):
     """A progress bar on a terminal; otherwise a line at most every `LINE_EVERY` seconds.
 
     Attributes:
-        title: of the run.
+        title: the title of the run.
         later_epochs: epochs of the runs that follow, for the estimate of the remaining time.
         brief: print the last epoch only, unless the run takes longer than `LINE_EVERY` seconds: a sweep may have hundreds.
     """

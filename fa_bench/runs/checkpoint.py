@@ -30,9 +30,9 @@ class Expected(NamedTuple):
     """What a checkpoint must match.
 
     Attributes:
-        config_hash: of the run.
-        data_hash: of its current data.
-        epochs: that it trains.
+        config_hash: the config hash of the run.
+        data_hash: the hash of its current data.
+        epochs: the number of epochs that it trains.
         steps: batches in an epoch.
     """
 
@@ -121,10 +121,10 @@ def load(
     Args:
         paths: the checkpoint files, newest first; missing ones are skipped.
         expected: what they must match.
-        rule: attached, to a model of this run.
-        optimizers: of this run.
+        rule: a rule attached to a model of this run.
+        optimizers: the optimizers of this run.
         warn: called with a line about every unusable checkpoint, if another one is usable.
-        callbacks: of this run.
+        callbacks: the callbacks of this run.
 
     Raises:
         RunDirectoryError: if none is usable, naming each checkpoint and why.

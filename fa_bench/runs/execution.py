@@ -1,4 +1,4 @@
-"""How a run computes: precision, memory layout, compilation. None of it is known to rules, models and losses."""
+"""How a run computes: precision, memory layout, compilation. Rules, models and losses do not depend on any of this."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ class Execution:
     ) -> Callable[..., Any]:
         """A forward pass, ``function(x, y)``, as the run executes it: compiled for full batches.
 
-        Others are run without compilation: a last, smaller batch would need a graph of its own.
+        Other batches run without compilation: a smaller last batch would need its own graph.
 
         Args:
             function: computes outputs and loss from a batch (N, ...) or a micro-batch.
             model: the model that it calls.
             steps: updates of the whole run.
-            processes: that train the run together; several do not compile.
+            processes: number of processes that train the run together; with several, there is no compilation.
             repeats: whether the rule runs the model again in the backward pass, which no compiled graph can do.
         """
 
@@ -159,7 +159,7 @@ def _no_compiler() -> str:
 
 
 def _pays(model: torch.nn.Module, device: torch.device, steps: int) -> tuple[bool, str]:
-    """Whether compilation was measured to pay (docs/performance.md), and why."""
+    """Whether compilation is known to be faster (docs/performance.md), and why."""
     if device.type != "cpu":
         return False, f"not measured on {device.type}"
     if not _has_convolutions(model):

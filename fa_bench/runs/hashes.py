@@ -1,4 +1,4 @@
-"""Hashes by which runs are compared: of the code, of weights and other state, and of training batches."""
+"""Hashes for comparing runs: of the code, of weights and other state, and of training batches."""
 
 from __future__ import annotations
 

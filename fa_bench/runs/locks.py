@@ -26,7 +26,7 @@ def lock_directory(directory: Path) -> Iterator[None]:
     """Hold the lock of a run directory, which is created if it does not exist.
 
     Raises:
-        DirectoryLockedError: naming the process that holds the lock.
+        DirectoryLockedError: names the process that holds the lock.
         OutputError: if the directory cannot be created or written.
     """
     about = {

@@ -37,14 +37,14 @@ class Progress:
         batch: finished batches of the current epoch.
         step: updates so far.
         seconds: training time so far, without evaluation, measurements and compilation.
-        compile_seconds: of steps in which torch.compile compiled.
+        compile_seconds: the duration of steps in which torch.compile compiled.
         energy_wh: energy that the machine used so far, with evaluation and measurements; None if it was not counted throughout.
         loss_sum, sums, samples: over the current epoch's batches: the loss, the objective's sums for scores, and the targets that
-            count. They are on the device, but for a number of samples that is known without looking at the targets.
+            count. They are on the device, except for a number of samples that is known without reading the targets.
         probed: the step of the last recorded measurement of alignment metrics.
         measurements: the number of recorded measurements.
         angles: its result, if it was in the current epoch.
-        batches_hash: of the first batch of every epoch so far, as the model received it.
+        batches_hash: a hash of the first batch of every epoch so far, as the model received it.
         diverged: epoch, step and layer at which the loss or a trained tensor first was not finite.
         stopped: reason and callback of the first request to stop by a callback of the run's config.
         best_epoch, best_val, test_at_best: the epoch (from 1) with the best primary score of the validation samples, and its
@@ -104,7 +104,7 @@ class Trainer:
         splits: the data.
         options: the run's options: epochs, batch size, seed, ...
         callbacks: called in this order by each hook of `fa_bench.callbacks.base.Callback`.
-        progress: of the run, which may be within an epoch.
+        progress: the progress of the run, which may be within an epoch.
         external: those of `callbacks` that are not part of the run's config. A stop that they request is not saved in
             checkpoints, so that the run can be resumed without them.
         execution: precision and compilation; default: those of the options, on the model's device.
@@ -186,13 +186,13 @@ class Trainer:
         return self.progress.stopped or self._external_stop
 
     def agree_on_stop(self) -> None:
-        """Make the first request to stop of all processes, in their order, that of each."""
+        """Make all processes agree on the first request to stop, in the order of the processes."""
         requests = self.world.gather((self.progress.stopped, self._external_stop))
         stopped, external = zip(*requests, strict=True)
         self.progress.stopped, self._external_stop = next(filter(None, stopped), None), next(filter(None, external), None)
 
     def train_step(self, x: Tensor, y: Tensor, indices: Tensor | None = None) -> None:
-        """One update of weights and learned feedback by this process's part of a batch, inputs `x` and targets `y`.
+        """One update of weights and learned feedback with this process's part of a batch, inputs `x` and targets `y`.
 
         `indices` are those of its samples, see `Rule.backward`.
         """

@@ -52,7 +52,7 @@ def refuse_foreign_files(directory: Path, is_own_run: bool) -> None:
         is_own_run: whether its config is the run's; otherwise only files that a run writes before its config may be there.
 
     Raises:
-        RunDirectoryError: naming the foreign files.
+        RunDirectoryError: names the foreign files.
     """
     known = {LOCK, LOG, *_WRITTEN, *TEMPORARIES, *recorded_events(directory)}
     foreign = []
@@ -78,7 +78,7 @@ def refuse_foreign_files(directory: Path, is_own_run: bool) -> None:
     if foreign:
         listed = names(map(repr, foreign[:3])) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         raise RunDirectoryError(
-            f"{directory}: contains {listed}, which no run wrote; choose another directory, or move that away"
+            f"{directory}: contains {listed}, which no run wrote; choose another directory, or move them away"
         )
     check_lock(directory / LOCK)
 

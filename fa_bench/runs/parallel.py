@@ -46,10 +46,10 @@ _LOST = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|[Tt
 
 
 class ProcessLost(Exception):
-    """Another process of the run has ended, or does not answer.
+    """Another process of the run has ended or does not respond.
 
     Attributes:
-        reason: the error by which it ended; empty if it did not say.
+        reason: the error with which it ended; empty if it did not report one.
     """
 
     def __init__(self, reason: str = "") -> None:
@@ -105,14 +105,15 @@ class World:
         return progress
 
     def whole_batch(self, x: Tensor, y: Tensor, share: Callable[[int], Tensor] | None, size: int) -> tuple[Tensor, Tensor]:
-        """The batch of `size` samples to which a process's inputs and targets belong, in its order, on the CPU."""
+        """The whole batch of `size` samples, of which a process has the given inputs and targets, in order, on the CPU."""
         return x, y
 
     def same_buffers(self, model: torch_nn.Module) -> None:
         """Give all processes the running statistics of process 0."""
 
     def due(self, wanted: bool) -> bool:
-        """Whether all processes do now what one of them has wanted: in one process at once, in several one step later."""
+        """Whether all processes now take an action that one of them has requested: with one process immediately, with several one
+        step later."""
         return wanted
 
     def check(self, stop: StopRequest) -> None:
@@ -132,7 +133,7 @@ class World:
         """Make the random numbers of dropout independent of those of the other processes."""
 
     def wrapped(self, model: torch_nn.Module) -> Any:
-        """What is called in training instead of the model."""
+        """The module that is called in training instead of the model."""
         return model
 
     def micro_batches(
@@ -155,7 +156,7 @@ class World:
         return model
 
     def notes(self, model: torch_nn.Module, synchronised: bool, notes: tuple[str, ...]) -> list[str]:
-        """What makes the results differ from those of one process, given the notes of the rule's coverage."""
+        """Reasons why the results differ from those of one process, given the notes of the rule's coverage."""
         return []
 
 
@@ -163,7 +164,7 @@ class Processes(World):
     """One of several processes.
 
     Args:
-        rank, size: as in `World`.
+        rank, size: see `World`.
         local_rank: the number of this process on its machine.
         store: the store that the processes share; their process group must have been initialised.
     """
@@ -287,8 +288,8 @@ class Processes(World):
             return name
         if name != "cuda":
             raise ConfigError(
-                f"device={name}: {self.size} processes need a device each; use device=cuda, of which each process "
-                "takes its own, or device=cpu"
+                f"device={name}: {self.size} processes need a device each; use device=cuda, with which each "
+                "process takes its own, or device=cpu"
             )
         if self.local_rank >= torch.cuda.device_count():
             count = torch.cuda.device_count()
@@ -378,7 +379,7 @@ def is_started_by_torchrun() -> bool:
 
 
 def refuse(what: str) -> None:
-    """Refuse what does not work in several processes that train together.
+    """Refuse an action that does not work in several processes that train together.
 
     Raises:
         ConfigError: if this process is one of them.

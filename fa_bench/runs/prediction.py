@@ -40,7 +40,7 @@ def step_costs_of(job: Job, rule: Rule, splits: Splits) -> tuple[Cost, Cost]:
 
     Args:
         job: see `fa_bench.config.scale.scaled`.
-        rule: attached to a model on the CPU that will not train, see `fa_bench.metrics.cost.step_costs`.
+        rule: a rule attached to a model on the CPU that will not be trained; see `fa_bench.metrics.cost.step_costs`.
         splits: the job's data.
     """
     batch = min(job.run.batch_size, len(splits.train))
@@ -59,8 +59,8 @@ def step_costs_of(job: Job, rule: Rule, splits: Splits) -> tuple[Cost, Cost]:
 def predicted_cost(job: Job, splits: Splits, sample: Tensor, objective: Objective) -> dict[str, Any] | None:
     """The cost of a training step for a run's result: {quantity: number}, with that of backpropagation as ``bp``.
 
-    Counted with a model and a rule of its own, in single precision on the CPU; nothing that the run depends on changes. None if
-    the step fails: the run itself says why.
+    It is counted with a separate model and rule, in single precision on the CPU, and changes nothing that the run depends on.
+    None if the step fails, in which case the run itself says why.
 
     Args:
         job: as it is trained, see `fa_bench.config.scale.scaled`.

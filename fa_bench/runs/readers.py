@@ -115,7 +115,7 @@ def recorded_lines(path: Path, epochs: int, complete: bool = False) -> list[str]
     """The first `epochs` lines of a run's `metrics.jsonl`, which a resumed run continues.
 
     Raises:
-        RecordError: naming the line that is missing or is not the record of its epoch; with `complete`, also if there are more.
+        RecordError: names the line that is missing or is not the record of its epoch; with `complete`, also if there are more.
     """
     content = read_bytes(path) if epochs else b""
     if content is None:

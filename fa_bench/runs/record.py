@@ -36,8 +36,8 @@ class Recorder(Callback):
     Args:
         directory: the run's directory, which exists; None in a process that writes nothing.
         job: the run.
-        progress: of the run; records of later epochs are dropped.
-        probes: further measurements of the layers.
+        progress: the progress of the run; records of later epochs are dropped.
+        probes: additional measurements of the layers.
         steps: the steps of an epoch.
         swept: the keys in which the runs of the sweep differ, for the loggers.
 

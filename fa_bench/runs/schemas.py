@@ -1,4 +1,4 @@
-"""What the values of a run's files may be. Unknown keys are ignored, so that records of later versions can be read."""
+"""The allowed values in a run's files. Unknown keys are ignored, so that records of later versions can be read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""sweep.json: the runs of a sweep, which it lists in the directory that they share before the first one starts."""
+"""sweep.json lists the runs of a sweep; the sweep writes it to their common directory before the first run starts."""
 
 from __future__ import annotations
 

@@ -53,13 +53,13 @@ def run(
     Args:
         job: the checked config.
         directory: the run directory; nothing in it changes until data, model and rule are ready.
-        title: of the progress bar.
+        title: the title of the progress bar.
         experiment: the experiment that the config came from, for the record.
         later_epochs: epochs of the runs that follow, to estimate the remaining time.
-        callbacks: further callbacks, called after those of the config. They are not part of the run's identity: they must not
+        callbacks: additional callbacks, called after those of the config. They are not part of the run's identity: they must not
             change the training, and their state is not saved. A run that they stop can be resumed without them, with the result
             of an uninterrupted run; one that a callback of its config stopped is not trained again. If both request a stop, that
-            of the config decides.
+            of the config takes precedence.
         swept: the keys in which the runs of the sweep differ, for the loggers; see `fa_bench.config.labels.swept_keys`.
         brief: print fewer lines; see `fa_bench.runs.callbacks.Display`.
 
@@ -106,7 +106,7 @@ def _restart(run_dir: RunDirectory, title: str, reason: str) -> bool:
     """
     if run_dir.job.run.resume:
         raise RunDirectoryError(
-            f"{run_dir.path}: {reason}, so that resume=true would not give bitwise identical results; resume=false restarts"
+            f"{run_dir.path}: {reason}, so resume=true would not give bitwise identical results; pass resume=false to restart"
         )
     log.info("%s %s; restarting", title, reason)
     return False
@@ -144,7 +144,7 @@ def _run(
             progress = _load(run_dir, job, parts, warnings)
         except (RecordError, RunDirectoryError) as error:
             if run_dir.job.run.resume:
-                raise RunDirectoryError(f"{error}; resume=false restarts") from None
+                raise RunDirectoryError(f"{error}; pass resume=false to restart") from None
             # Built again: the checkpoint may have changed the model before it failed.
             warnings, resuming, parts = [f"{error}; restarting"], False, assemble(job, prepare(run_dir.job))
     progress = _shared(progress, parts, resuming)

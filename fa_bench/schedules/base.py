@@ -15,7 +15,7 @@ S = TypeVar("S", bound="Schedule")
 
 @dataclasses.dataclass(eq=False)
 class Schedule(Options):
-    """Base of the schedules, registered in `fa_bench.registry.registries.SCHEDULES`.
+    """Base class of schedules, registered in `fa_bench.registry.registries.SCHEDULES`.
 
     A schedule has no state, so that a resumed run does not have to restore it.
 
@@ -68,7 +68,7 @@ class Schedule(Options):
         """Create the schedule that ``values['name']`` selects; options that are null have their defaults.
 
         Raises:
-            OptionError: for an unknown schedule, an unknown option, an option of another schedule, or a bad value.
+            OptionError: for an unknown schedule, an unknown option, an option of another schedule, or an invalid value.
         """
         if cls.name:
             return super().from_mapping(values)

@@ -1,1 +1,2 @@
-"""A fair search for hyperparameters: every learning rule gets the same trials, and its best config is trained with new seeds."""
+"""A fair hyperparameter search: every learning rule gets the same number of trials, and its best config is trained with new
+seeds."""

@@ -41,7 +41,7 @@ _EARLY = (LOCK, HOLDER, temporary_name(HOLDER), temporary_name(STUDY))
 
 
 def identity(plan: Plan, data_hash: str) -> dict[str, Any]:
-    """What the trials of a study depend on; the budget and the final runs may change."""
+    """Everything that the trials of a study depend on; the budget and the final runs may change."""
     import optuna
 
     options = plan.options
@@ -71,7 +71,7 @@ def study_folder(plan: Plan, study: Mapping[str, Any]) -> Iterator[None]:
     """Lock the folder of a study, which is created if it does not exist, while the block runs.
 
     Args:
-        plan: of the study.
+        plan: the plan of the study.
         study: its `identity`.
 
     Raises:
@@ -90,7 +90,7 @@ def check_folder(directory: Path, study: Mapping[str, Any]) -> None:
     """Refuse a folder of another study, or with files that no study wrote.
 
     Raises:
-        RunDirectoryError: naming the key that differs, with both values, or the files.
+        RunDirectoryError: names the key that differs, with both values, or the files.
     """
     if not directory.is_dir():
         return
@@ -101,7 +101,7 @@ def check_folder(directory: Path, study: Mapping[str, Any]) -> None:
     if foreign:
         listed = names(map(repr, foreign[:3])) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         raise RunDirectoryError(
-            f"{directory}: contains {listed}, which no study wrote; choose another name=NAME, or move that away"
+            f"{directory}: contains {listed}, which no study wrote; choose another name=NAME, or move them away"
         )
     for name in (*_FILES, *_FOLDERS):
         if os.path.lexists(directory / name):
@@ -151,7 +151,7 @@ def check_budget(budget: int, done: Mapping[str, int], directory: Path) -> None:
     """Refuse a budget that is smaller than the number of finished trials.
 
     Raises:
-        ConfigError: naming the rule.
+        ConfigError: names the rule.
     """
     for rule, count in done.items():
         if count > budget:

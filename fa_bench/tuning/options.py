@@ -116,7 +116,7 @@ def own_options(section: Mapping[str, Any], overrides: list[Override]) -> TuneOp
 
     Raises:
         ConfigError: for an unknown key of the section.
-        OptionError: for a bad value.
+        OptionError: for an invalid value.
     """
     values = {key: value for key, value in section.items() if key != SPACE}
     for key in values:

@@ -60,7 +60,7 @@ class Plan:
     Attributes:
         options: the study's own.
         composer: composes the trials' configs.
-        rules: in the order of the command line.
+        rules: the rules, in the order of the command line.
         directory: the study's folder.
         experiment: the experiment that the configs come from, if any.
         command: the words of the command line.
@@ -106,7 +106,7 @@ def make_plan(overrides: Sequence[str], config_dir: str | None, config_name: str
     """Read and check a study; nothing is written or trained.
 
     Args:
-        overrides: of the command line, with the study's own keys.
+        overrides: the overrides of the command line, with the study's own keys.
         config_dir: a user's folder of configs, or None.
         config_name: the primary config.
 
@@ -311,7 +311,7 @@ def _check(plan: Plan) -> None:
     """Check the default config of each rule, the ends of its space, and the folder.
 
     Raises:
-        FaBenchError: naming the key.
+        FaBenchError: names the key.
     """
     refuse_root(plan.directory, OUTPUT)
     check_writable(plan.directory)
@@ -356,7 +356,7 @@ def _with_value(job: Job, key: str, value: Any) -> DictConfig:
 
 
 def describe(plan: Plan) -> str:
-    """What a study will do, for the terminal."""
+    """A description of what a study will do, for the terminal."""
     options, count = plan.options, len(plan.rules)
     lines = [
         f"Tuning {count} rule{'s' * (count > 1)}: {options.budget * count} trials ({options.budget} of each) of "

@@ -25,13 +25,13 @@ REASON = "pruned"
 
 @dataclasses.dataclass(frozen=True)
 class Rivals:
-    """What a trial is compared with.
+    """The trials with which a trial is compared.
 
     Attributes:
         pruner: its name.
         rule: the name of the rule's study.
         trials: the finished trials of the rule.
-        direction: of the search, `fa_bench.objectives.scores.Score.direction`.
+        direction: the direction of the search, `fa_bench.objectives.scores.Score.direction`.
     """
 
     pruner: str
@@ -77,7 +77,7 @@ class Pruning(Callback):
     """Stops a run whose trial is hopeless.
 
     Args:
-        judge: of the trial.
+        judge: the judge of the trial.
         directory: the run's.
         before: epochs of the trial's earlier runs.
     """

@@ -1,4 +1,4 @@
-"""The tables of a study: one row a rule, and one row a trial."""
+"""The tables of a study: one row per rule, and one row per trial."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ The final runs can be repeated, or continued, with
 
 
 def trial_table(plan: Plan, studies: Sequence[RuleStudy]) -> pd.DataFrame:
-    """One row a trial: rule, number, state, the values of every key of the space, validation score (accuracies in %), epochs,
+    """One row per trial: rule, number, state, the values of every key of the space, validation score (accuracies in %), epochs,
     seconds of training, and why it diverged or failed."""
     keys = dict.fromkeys(key for study in studies for key in study.plan.space)
     rows = [
@@ -92,11 +92,11 @@ def trial_table(plan: Plan, studies: Sequence[RuleStudy]) -> pd.DataFrame:
 
 
 def result_table(plan: Plan, studies: Sequence[RuleStudy], tuned: Mapping[str, Job], runs: Sequence[Run]) -> pd.DataFrame:
-    """One row a rule, with the columns of `columns`; `chosen` has the values as typed on the command line.
+    """One row per rule, with the columns of `columns`; `chosen` has the values as typed on the command line.
 
     Args:
-        plan: of the study.
-        studies: those of the rules.
+        plan: the plan of the study.
+        studies: the studies of the rules.
         tuned: the config of the final runs of each rule that has one.
         runs: the final runs.
     """

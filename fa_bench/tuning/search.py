@@ -1,4 +1,4 @@
-"""The search: asks for trials, runs them, here or in workers, and counts them."""
+"""The search: asks for trials, runs them in this process or in workers, and counts them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def search(plan: Plan, studies: Sequence[RuleStudy], report: Report) -> None:
     """Run trials until each rule has as many as the budget. Each rule's trials follow one another, whatever the number of jobs.
 
     Args:
-        plan: of the study.
-        studies: those of the rules.
+        plan: the plan of the study.
+        studies: the studies of the rules.
         report: called after every trial.
 
     Raises:

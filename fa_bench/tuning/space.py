@@ -1,4 +1,4 @@
-"""What is searched: dimensions, written as Hydra's sweeps on the command line."""
+"""The search space: dimensions, written like Hydra's sweeps on the command line."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Dimension:
     """One key and its values: `choices`, or the numbers from `low` to `high`.
 
     Attributes:
-        key: as on the command line.
+        key: the key as on the command line.
         choices: the allowed values; empty for a range.
         low, high: the ends of a range, both included; whole numbers for a range of whole numbers.
-        step: between the numbers of a range; None: all of them.
+        step: the step between the numbers of a range; None: all numbers.
         log: whether the range is searched logarithmically.
         source: who declared it, for messages.
     """
@@ -104,7 +104,7 @@ class Dimension:
         """The edge of the range at which a value lies, ``upper`` or ``lower``, and an override with a wider range.
 
         Args:
-            value: of a trial.
+            value: the value of a trial.
             allowed: the option's limits, as `fa_bench.registry.options.option` names them.
 
         Returns:

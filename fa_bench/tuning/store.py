@@ -1,8 +1,8 @@
 """One optuna study for each rule: what it proposes next, and its finished trials on disk.
 
-The trials that are stored are the finished ones only. A study that is started again repeats optuna's proposals from the first
-trial on, with the same seed and the stored results, and so reaches the state that it had: a process that was killed at any
-moment proposes the same values again, whose runs resume from their checkpoints. A trial cannot be counted twice or be lost.
+Only finished trials are stored. A study that is started again repeats optuna's proposals from the first trial, with the same seed
+and the stored results, and thus returns to its earlier state. If the process was killed, it proposes the same values again, and
+their runs resume from their checkpoints. No trial can be counted twice or lost.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Finished:
     """A finished trial.
 
     Attributes:
-        number: from 0; trial 0 is the default config.
-        values: of the rule's space, by key.
+        number: the number of the trial, from 0; trial 0 is the default config.
+        values: the values of the rule's space, by key.
         outcome: how it ended.
     """
 
@@ -54,8 +54,8 @@ class RuleStudy:
 
     Args:
         plan: the rule.
-        options: of the study.
-        storage: from `open_journal`.
+        options: the options of the study.
+        storage: the result of `open_journal`.
 
     Raises:
         RunDirectoryError: if the stored trials are not those that this study proposes.

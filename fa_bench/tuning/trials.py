@@ -29,7 +29,7 @@ class Outcome:
         value: its validation score after the last epoch, as recorded (an accuracy is a fraction), the mean over the seeds that
             were trained; None if it diverged or failed.
         epochs: trained, over all seeds.
-        seconds: of training, over all seeds.
+        seconds: training time in seconds, over all seeds.
         reason: why it diverged or failed, or was pruned.
         reported: the validation scores after each epoch, if they were given to a pruner.
         system: what the pruner recorded in the trial.
@@ -49,7 +49,7 @@ class TrialRun:
     """The runs of one trial, as they are sent to a worker.
 
     Attributes:
-        title: of the trial.
+        title: the title of the trial.
         configs: the plain config of each seed's run, and its directory.
         experiment: for the records.
         is_default: whether it is the rule's default config, whose errors are errors of the study.

@@ -34,8 +34,8 @@ class TuneResult:
     """A finished study.
 
     Attributes:
-        table: one row a rule, as tune.csv.
-        trials: one row a trial, as trials.csv, with the seconds of training.
+        table: one row per rule, as tune.csv.
+        trials: one row per trial, as trials.csv, with the seconds of training.
         directory: the study's folder.
         text: the table for a terminal.
         code: the exit code: 0 if all final runs finished, else 1.
@@ -55,7 +55,7 @@ def tune(overrides: Sequence[str], config_dir: str | None = None) -> TuneResult:
     """Tune, train the best configs with the final seeds, and write the tables.
 
     Args:
-        overrides: of the command line.
+        overrides: the overrides of the command line.
         config_dir: a user's folder of configs, or None.
 
     Raises:

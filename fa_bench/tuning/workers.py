@@ -26,8 +26,8 @@ class Workers:
     """Processes that each run one trial at a time.
 
     Args:
-        count: of processes.
-        threads: CPU threads of each, as in the process that starts them: results depend on it by rounding.
+        count: the number of processes.
+        threads: CPU threads of each, as in the process that starts them, because their number changes rounding.
     """
 
     def __init__(self, count: int, threads: int) -> None:
@@ -67,7 +67,7 @@ class Workers:
             except (EOFError, OSError):
                 self._processes[worker].join(SHUTDOWN_SECONDS)
                 raise StateError(
-                    f"a worker ended (exit code {self._processes[worker].exitcode}), for lack of memory perhaps; "
+                    f"a worker ended (exit code {self._processes[worker].exitcode}), perhaps for lack of memory; "
                     "rerun the same command to resume, with fewer jobs if necessary"
                 ) from None
             if isinstance(result, BaseException):
@@ -75,7 +75,7 @@ class Workers:
             yield worker, result
 
     def stop(self) -> None:
-        """Ask the workers to write their checkpoints, and wait until they have ended."""
+        """Ask the workers to write their checkpoints, and wait for them to exit."""
         for process in self._processes:
             if process.is_alive():
                 process.terminate()

@@ -1,1 +1,1 @@
-"""Utilities shared by the other packages; they know nothing of learning rules."""
+"""Utilities shared by the other packages; they do not depend on learning rules."""

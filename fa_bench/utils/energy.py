@@ -1,4 +1,4 @@
-"""Energy that the machine counts: RAPL for processors, NVML for GPUs of NVIDIA."""
+"""Energy counters of the machine: RAPL for processors, NVML for NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Rapl:
     """The counter of one RAPL domain: that of the whole machine's package or memory, whichever process uses it.
 
     Raises:
-        OSError: the counter cannot be read; most systems allow it to root only.
+        OSError: the counter cannot be read; on most systems, only root can do so.
         ValueError: it has no number.
     """
 

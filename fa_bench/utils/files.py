@@ -1,4 +1,4 @@
-"""Atomic writes, so that a reader sees the old file or the new one and never a part; checks of where runs may write."""
+"""Atomic writes, so that a reader sees either the old file or the new one, never a part; checks of where runs may write."""
 
 from __future__ import annotations
 
@@ -100,14 +100,14 @@ def check_temporary(path: Path, prefix: bytes) -> None:
     if is_ours and status.st_size:
         is_ours = prefix != b"" and prefix.startswith(temporary.read_bytes()[: len(prefix)])
     if not is_ours:
-        raise RunDirectoryError(f"{temporary}: not written by fa-bench, which would replace it; move it away")
+        raise RunDirectoryError(f"{temporary}: not written by fa-bench, which would overwrite it; move it away")
 
 
 def refuse_root(path: Path, key: str) -> None:
     """Refuse the root of the file system as a folder for runs.
 
     Raises:
-        RunDirectoryError: naming the key that gives the path.
+        RunDirectoryError: names the key that gives the path.
     """
     if "\0" in str(path):
         return  # `check_writable` refuses it
@@ -119,7 +119,7 @@ def check_writable(path: Path) -> None:
     """Refuse, before training, a directory that cannot be created or written to.
 
     Raises:
-        RunDirectoryError: naming the part of the path that is the obstacle, and why.
+        RunDirectoryError: names the part of the path that is the obstacle, and why.
     """
     try:
         if "\0" in str(path):

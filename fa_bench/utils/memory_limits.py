@@ -1,4 +1,4 @@
-"""Memory limits: refuse what does not fit before it is allocated, since Linux overcommits memory."""
+"""Memory limits: refuse anything that does not fit before it is allocated, because Linux overcommits memory."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def available_memory() -> int | None:
 
 
 def require_memory(needed: float, what: str) -> None:
-    """Refuse what does not fit into memory.
+    """Refuse an allocation that does not fit into memory.
 
     Args:
         needed: bytes.
-        what: what needs them, and the option to reduce.
+        what: what needs the memory, and the option to reduce.
 
     Raises:
-        ConfigError: naming what needs the memory, its size, and the size available.
+        ConfigError: names what needs the memory, its size, and the size available.
     """
     if needed > _MIN_CHECKED and (free := available_memory()) is not None and needed > free:
         raise ConfigError(f"{what}: needs {format_bytes(needed)} of memory, but only {format_bytes(free)} is available")

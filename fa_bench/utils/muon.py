@@ -19,12 +19,11 @@ ADJUSTMENTS: dict[str, Callable[[int, int], float]] = {
 
 
 def orthogonalized(matrix: Tensor, steps: int) -> Tensor:
-    """The matrix with its singular values brought near 1, by Newton-Schulz iterations; zero stays zero.
+    """The matrix with its singular values moved close to 1 by Newton-Schulz iterations; zero stays zero.
 
     Args:
-        matrix: (rows, columns), in single or double precision.
-        steps: of the iteration. After five, singular values that were above about 1/100 of the matrix's norm are within 0.68 to
-            1.13; smaller ones are between 0 and that.
+        matrix: (rows, columns), in single or double precision. steps: number of iterations. After five, singular values that were
+            above about 1/100 of the matrix's norm are between 0.68 and 1.13; smaller ones are between 0 and 1.13.
     """
     a, b, c = COEFFICIENTS
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()  # the smaller of both products with the transpose
@@ -39,7 +38,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose direction is orthogonalised, with decoupled weight decay: see `fa_bench.optim.muon`.
 
     Args:
-        params: tensors of two or more dimensions, or groups of them; all dimensions after the first are one.
+        params: tensors with two or more dimensions, or groups of them; all dimensions after the first are flattened into one.
         lr, momentum, weight_decay: non-negative numbers.
         nesterov: Nesterov momentum.
         steps: Newton-Schulz iterations.

@@ -66,11 +66,11 @@ _jobs = 0
 
 
 def freeze_before_second_job() -> None:
-    """Exempt what is loaded from garbage collection when this process begins its second job; call it before each.
+    """Exempt all loaded objects from garbage collection when this process begins its second job; call this before each job.
 
-    Every run ends with a collection, which else walks all of torch's modules, for longer than a small run trains. The first job
-    has imported what the others need, and its own model is gone. Only for processes of the command: in a user's program, its
-    objects would be exempt, too.
+    Every run ends with a garbage collection, which would otherwise traverse all of torch's modules and take longer than a small
+    run trains. The first job has imported everything that the others need, and its own model is gone. Call this only in processes
+    of the command: in a user's program, the user's objects would also be exempt.
     """
     global _jobs
     _jobs += 1

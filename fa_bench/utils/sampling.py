@@ -124,7 +124,7 @@ def sample_mask(shape: Sequence[int], density: float, seed: int) -> Tensor:
 def resample_magnitudes(out: Tensor, init: str, seed: int) -> None:
     """Overwrite `out` with the absolute values of a new sample of the initialiser `init`, on the device of `out`.
 
-    It is the sample of `magnitudes`, but for rounding.
+    It is the sample of `magnitudes`, except for rounding.
     """
     words = seed_words(seed)
     if out.device.type != "cpu":
@@ -144,14 +144,14 @@ def resample_magnitudes(out: Tensor, init: str, seed: int) -> None:
 def magnitudes(words: Tensor, shape: Sequence[int], init: str, dtype: torch.dtype) -> Tensor:
     """The absolute values of a sample of the initialiser `init`, on any device and in graphs that a compiler fuses.
 
-    Entry i is a function of the seed and i alone, so that every device and every compiler has the same sample, but for rounding:
-    torch's generators differ between devices, and are slow on CPUs.
+    Entry i depends only on the seed and i, so every device and every compiler gives the same sample, except for rounding. torch's
+    generators differ between devices and are slow on CPUs.
 
     Args:
         words: `seed_words` of the seed, int32, (2,), on the device.
-        shape: of the sample.
+        shape: the shape of the sample.
         init: the initialiser.
-        dtype: of the sample.
+        dtype: the dtype of the sample.
     """
     numbers = _hashed(words, math.prod(shape)).view(*shape)
     return _magnitudes(numbers, init, torch.promote_types(dtype, torch.float32), fans(shape)).to(dtype)

@@ -79,7 +79,7 @@ def deferred_signals() -> Iterator[StopRequest]:
 def interrupt_on_signals(on_signal: Callable[[int], Any] = lambda number: None) -> Iterator[None]:
     """Within the block, each of `SIGNALS` raises Interrupted, after `on_signal` was called with its number.
 
-    Any error after a signal becomes Interrupted too: code that is cut short, such as an import, may fail in its own way.
+    Any error after a signal also becomes Interrupted: interrupted code, such as an import, may fail in unexpected ways.
     """
     request = StopRequest()
 

@@ -25,7 +25,7 @@ def read_yaml(path: Path) -> Any:
     """The content of a YAML file as an OmegaConf container; an empty mapping for an empty file.
 
     Raises:
-        ConfigError: naming the file, and the line if known, if it is unreadable, too large, not YAML or not plain data.
+        ConfigError: names the file, and the line if known, if it is unreadable, too large, not YAML or not plain data.
     """
     return parse_yaml(read_text(path), str(path))
 
@@ -34,7 +34,7 @@ def read_text(path: Path) -> str:
     """The text of a YAML file.
 
     Raises:
-        ConfigError: naming the file, if it is unreadable, too large or not UTF-8.
+        ConfigError: names the file, if it is unreadable, too large or not UTF-8.
     """
     try:
         with path.open("rb") as file:

@@ -145,7 +145,7 @@ def test_images_that_are_not_sorted_into_classes_are_named(data_dir: Path) -> No
         path.rename(val / f"ILSVRC2012_val_{number:08}.JPEG")
     for name in IMAGENET_CLASSES:
         (val / name).rmdir()
-    with pytest.raises(DataError, match="contains no folders, one for each class, but 4 loose images") as caught:
+    with pytest.raises(DataError, match="contains no class folders, but 4 loose images") as caught:
         load(data_dir)
     assert str(val) in str(caught.value)
 

@@ -49,7 +49,7 @@ ROWS = "".join(f"{i},{i % 3},{'yes' if i % 2 else 'no'},{i / 4}\n" for i in rang
 
 def test_own_csv_file(tmp_path: Path) -> None:
     path = write_csv(tmp_path, "a,b,c,d\n" + ROWS)
-    with pytest.raises(DataError, match="not numbers in column c"):
+    with pytest.raises(DataError, match="non-numeric values in column c"):
         Tabular(table=path).load(Path(), CPU)
     path = write_csv(tmp_path, "a,b,c\n" + "".join(f"{i},{i % 3},{'yes' if i % 2 else 'no'}\n" for i in range(40)))
     splits = Tabular(table=path, validation=0).load(Path(), CPU)
@@ -68,7 +68,7 @@ def test_own_csv_file(tmp_path: Path) -> None:
     [
         ("a,b\n1,2.5\n,3.5\n", {}, "no value in column 'a' of row 2"),
         ("a,b\n1,2.5\n2,3.5\n", {"target": "bb"}, "dataset.target=bb.*did you mean 'b'"),
-        ("a,b\n1,x\n2,y\n", {"task": "regression"}, "column 'b' is not numbers"),
+        ("a,b\n1,x\n2,y\n", {"task": "regression"}, "column 'b' is not numeric"),
         ("a\n1.5\n2\n", {}, "a feature and a target are needed"),
         ("", {}, "cannot be read as CSV"),
     ],

@@ -557,8 +557,8 @@ def test_weights_that_the_user_froze_have_a_gradient_norm_and_no_update() -> Non
 @pytest.mark.parametrize(
     ("name", "y", "message"),
     [
-        ("readout", torch.zeros(10, 4, dtype=torch.long), "one class from each sample, .* classes of positions"),
-        ("readout", torch.zeros(10, 3), "one class from each sample, .* numbers"),
+        ("readout", torch.zeros(10, 4, dtype=torch.long), "one class per sample, .* classes of positions"),
+        ("readout", torch.zeros(10, 3), "one class per sample, .* numbers"),
     ],
 )
 def test_targets_that_a_probe_cannot_score_are_refused_before_training(name: str, y: Tensor, message: str) -> None:

@@ -182,8 +182,8 @@ def test_tasks_and_versions_of_the_code_are_chosen_for_separately(tmp_path):
         ("gamma", "no run has this key; k"),
         ("optimizer", "nothing to choose, optimizer=sgd in all runs; k"),
         ("algorithm.density", "nothing to choose, it differs only between rules; k"),
-        ("seed", "not a key to choose by, runs of different seeds are averaged; k"),
-        ("dataset.size", "not a key to choose by, it is part of the task; k"),
+        ("seed", "cannot be chosen, because runs of different seeds are averaged; k"),
+        ("dataset.size", "cannot be chosen, because it is part of the task; k"),
     ],
 )
 def test_keys_that_nothing_can_be_chosen_by_are_refused_before_anything_is_written(tmp_path, capsys, key, said):
@@ -292,7 +292,7 @@ def test_a_report_by_default_does_not_replace_a_wider_one(tmp_path, capsys):
     study(tmp_path)
     fa = sorted(map(str, tmp_path.glob("fa-*")))
     assert main([str(tmp_path)]) == 0 and main(fa) == 2
-    assert "has a report that covers 9 further runs; choose another folder with --out DIR" in capsys.readouterr().err
+    assert "has a report that covers 9 more runs; choose another folder with --out DIR" in capsys.readouterr().err
     assert main([*fa, "--out", str(tmp_path / "out")]) == 0 and len(rows(tmp_path)) == 6
 
 

@@ -333,7 +333,7 @@ def test_a_plain_backward_is_refused() -> None:
 def test_indices_without_the_number_of_samples() -> None:
     model, rule = attached(samples=None)
     logits = model(X)
-    with pytest.raises(ValueError, match=r"does not know how many.*fa_bench\.attach\(model, 'f3', samples=len\(dataset\)\)"):
+    with pytest.raises(ValueError, match=r"does not know their number.*fa_bench\.attach\(model, 'f3', samples=len\(dataset\)\)"):
         rule.backward(F.cross_entropy(logits, Y), logits, Y, indices=ALL)
 
 

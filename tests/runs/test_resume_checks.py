@@ -109,7 +109,7 @@ def test_damaged_metrics_are_named_and_the_run_starts_anew(kind: str, monkeypatc
     capsys.readouterr()
     assert main([*RUN, "resume=true"]) == 2 and path.read_bytes() == before
     said = capsys.readouterr().err.strip()
-    assert f"run/{METRICS}: damaged ({named}" in said and "resume=false restarts" in said and len(said.splitlines()) == 1
+    assert f"run/{METRICS}: damaged ({named}" in said and "pass resume=false to restart" in said and len(said.splitlines()) == 1
     assert main(RUN) == 0
     said = capsys.readouterr().out
     assert f"run/{METRICS}: damaged ({named}" in said and "restarting" in said

@@ -112,7 +112,9 @@ def test_windows_of_a_text_are_refused(capsys: pytest.CaptureFixture[str]) -> No
     command = ["dataset=text", "algorithm=f3", "architecture=lstm", "objective=token_cross_entropy", "epochs=1"]
     assert main([*command, "hydra.run.dir=run"]) == 2
     error = capsys.readouterr().err
-    assert "algorithm=f3 keeps an error of every training sample, but dataset=text has other samples in every epoch" in error
+    assert (
+        "algorithm=f3 stores an error for every training sample, but the samples of dataset=text change in every epoch" in error
+    )
     assert not Path("run").exists()
 
 
@@ -131,7 +133,7 @@ def test_a_stream_of_a_plugin_is_refused_by_name() -> None:
     x = torch.zeros(2, 1, 4, 4)
     rule = fa_bench.attach(model, "f3", samples=30, cuts=["2"], sample_input=x)
     check_indices(rule, splits_of(), "mystream")
-    with pytest.raises(OptionError, match=r"=f3 keeps an error.*dataset=mystream.*use a rule such as dfa"):
+    with pytest.raises(OptionError, match=r"=f3 stores an error.*dataset=mystream.*use a rule such as dfa"):
         check_indices(rule, splits_of(Stream), "mystream")
     current = rule.detach() and fa_bench.attach(model, "f3", information="current_error", cuts=["2"], sample_input=x)
     check_indices(current, splits_of(Stream), "mystream")

@@ -157,9 +157,9 @@ def test_a_rule_and_the_objective_name_one_output(capsys: pytest.CaptureFixture[
     [
         (
             ["dataset=text", "objective=token_cross_entropy", "architecture=mlp"],
-            "architecture=mlp is not made for dataset=text, whose inputs are tokens and whose targets are positions",
+            "architecture=mlp does not support dataset=text, whose inputs are tokens and whose targets are positions",
         ),
-        (["dataset=tabular", "architecture=conv2", "objective=mse"], "architecture=conv2 is not made for dataset=tabular"),
+        (["dataset=tabular", "architecture=conv2", "objective=mse"], "architecture=conv2 does not support dataset=tabular"),
         (["dataset=text", "architecture=mlp"], "allowed objectives: token_cross_entropy"),
         (["dataset=tabular"], "objective=cross_entropy requires classes as targets"),
     ],
@@ -185,7 +185,7 @@ def test_regression_is_scored_by_r2(capsys: pytest.CaptureFixture[str]) -> None:
 def test_probes_that_need_classes_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["dataset=tabular", "objective=mse", "architecture.widths=[8]", "epochs=1", "threads=1", "hydra.run.dir=run"]
     assert main([*command, "probes=[readout]"]) == 2
-    assert "probes=[readout]: it reads one class from each sample" in capsys.readouterr().err
+    assert "probes=[readout]: it needs one class per sample" in capsys.readouterr().err
     assert main([*command, "probes=[depth_utility,gradient_norm]"]) == 0
     assert json.loads(Path("run/result.json").read_text())["probes"]["depth_utility"].keys() == {"act1"}
 
@@ -212,7 +212,7 @@ def arrays(x: np.ndarray, y: np.ndarray, test_y: np.ndarray | None = None) -> No
     [
         (np.full((20, 3), -100), [], "training targets are all -100, which do not count"),
         (np.full((20, 3), -5), [], "sequence 0 has -5 at position 0.*objective.ignore_index=-100"),
-        (np.full(20, 1.5), ["objective=mse"], "training targets are all 1.5, so that there is nothing to learn"),
+        (np.full(20, 1.5), ["objective=mse"], "training targets are all 1.5, so there is nothing to learn"),
         (np.linspace(0, 2, 20), ["objective=sigmoid_ce"], "objective=sigmoid_ce requires numbers from 0 to 1; use objective=mse"),
         (
             np.linspace(0, 2, 20),

@@ -1,4 +1,4 @@
-"""What TensorBoard's HParams tab shows of a run: its hyperparameters, the table's columns, and how the run ended."""
+"""The data that TensorBoard's HParams tab shows for a run: its hyperparameters, the table's columns, and how the run ended."""
 
 # The classes of protobuf modules are created at import.
 # pyright: reportAttributeAccessIssue=false
@@ -43,10 +43,9 @@ def start_of_session(
     """The summaries that begin a run's session.
 
     Args:
-        name: of the run in the table; runs with the same name share a row.
-        values: the run's config by command-line key; keys that it lacks are blank.
-        keys: further hyperparameters than `HYPERPARAMETERS`, and whether all runs have numbers there: the same for all runs that
-            are shown together, since TensorBoard takes the columns from one of them.
+        name: the name of the run in the table; runs with the same name share a row. values: the run's config by command-line key;
+            keys that it lacks are blank. keys: hyperparameters in addition to `HYPERPARAMETERS`, and whether all runs have
+            numbers there: the same for all runs that are shown together, since TensorBoard takes the columns from one of them.
         metrics: the tags of the table's other columns.
         start: the time at which the run started, in seconds.
     """

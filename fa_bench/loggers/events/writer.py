@@ -1,7 +1,7 @@
 """A run's curves for TensorBoard: one event file in its directory, in which every reader finds each point once.
 
-torch's SummaryWriter cannot keep the promises of docs/reliability.md: it writes from a thread, so that a full disk is not
-reported and a checkpoint may count points that a kill then loses; and a resumed run appends a second file and leaves it to each
+torch's SummaryWriter cannot fulfil the guarantees of docs/reliability.md: it writes from a thread, so a full disk is not
+reported, and a checkpoint may count points that a kill then loses; and a resumed run appends a second file and leaves it to each
 reader to purge the steps after the checkpoint. Here, a resumed run copies the valid events of its old files to a new file, which
 replaces them, and appends to that.
 """
@@ -46,7 +46,7 @@ _BINS = 64
 
 
 def final_values(scores: Sequence[Score]) -> tuple[str, ...]:
-    """The keys of a result with the final values of a run, which have no curve of their own, by the primary score."""
+    """The keys of a result with the final values of a run, which have no separate curve, by the primary score."""
     return f"test_{scores[0].name}", f"test_{scores[0].name}_at_best_val", "seconds"
 
 

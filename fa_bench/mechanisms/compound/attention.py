@@ -113,7 +113,7 @@ class AttentionLayers(Compound):
         module: Any = self
         length, batch, keys = sizes
         if is_causal and attn_mask is None:
-            raise RuntimeError("is_causal=True is a hint about attn_mask, which is missing: pass attn_mask too")
+            raise RuntimeError("is_causal=True is a hint about attn_mask, which is missing: pass attn_mask as well")
         is_causal = is_causal and key_padding_mask is None and not need_weights
         mask = None
         if attn_mask is not None and not is_causal:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def expand(model: nn.Module, mode: Mode) -> None:
     """Turn every module of a class in `COMPOUNDS` into its compound class, and give it its projections, in place.
 
-    A module is left as it is if its weights are computed, by pruning or a parametrization, or if its forward method was replaced.
+    A module is left unchanged if its weights are computed, by pruning or a parametrization, or if its forward method was
+    replaced.
     """
     if "torchvision.models.swin_transformer" in sys.modules:
         from fa_bench.mechanisms.compound import windows  # noqa: F401
@@ -66,7 +67,8 @@ def _replanted(cls: type[nn.Module]) -> type[nn.Module]:
 
 @contextmanager
 def layerwise(model: nn.Module, mode: Mode) -> Iterator[None]:
-    """A context in which every compound module calls one layer for each weight; modules that are not expanded are for its time.
+    """A context in which every compound module calls one layer for each weight; modules that are not expanded are expanded while
+    it lasts.
 
     Args:
         model: a plain model, or one with a rule.

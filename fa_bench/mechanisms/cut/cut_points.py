@@ -51,7 +51,7 @@ def check_cuts(rule: CutRule, trace: Trace, cuts: tuple[str, ...]) -> None:
         cuts: paths of modules.
 
     Raises:
-        CoverageError: naming the cut, or what the model returns.
+        CoverageError: names the cut, or what the model returns.
     """
     if rule.output is None and len(trace.results) > 1:
         listed = names(f"{name} {shape}" for name, shape in trace.results.items())

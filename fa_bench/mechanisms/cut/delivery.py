@@ -119,7 +119,7 @@ class Delivery:
         return self._function.apply(errors, len(tensors), saves, logits, *tensors, *(one.tensor for one in learned))
 
     def _connected_to_parameters(self, logits: Tensor, tape: dict[str, CapturedActivation]) -> Tensor:
-        """As `_connected`, for a rule that computes the gradients of all parameters in passes of its own."""
+        """As `_connected`, for a rule that computes the gradients of all parameters in separate passes."""
         parameters = self.rule.trained_parameters([logits, *(captured.tensor for captured in tape.values())])
         activations = {cut: captured.tensor.detach() for cut, captured in tape.items()}
         errors = self._with_first_pass(functools.partial(self._gradients, parameters, activations, logits.detach()))
@@ -226,7 +226,7 @@ class Delivery:
         delta: Tensor,
         tensors: tuple[Tensor, ...],
     ) -> list[Tensor | None]:
-        """The error at the logits and the gradients of all parameters of a rule that learns in passes of its own."""
+        """The error at the logits and the gradients of all parameters of a rule that learns in separate passes."""
         device, rule = delta.device.type, self.rule
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
@@ -340,7 +340,7 @@ class Delivery:
         rule, count = self.rule.name, self.rule.sample_count
         if count is None:
             raise ValueError(
-                f"rule '{rule}' keeps errors of all training samples and does not know how many there are: attach it with "
+                f"rule '{rule}' stores errors of all training samples but does not know their number: attach it with "
                 f"fa_bench.attach(model, '{rule}', samples=len(dataset))"
             )
         if self._is_delivered:

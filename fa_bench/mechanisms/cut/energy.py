@@ -1,4 +1,4 @@
-"""Rules that settle the activations at the cuts by descending an energy, and then learn by its local gradients."""
+"""Rules that let the activations at the cuts settle by gradient descent on an energy, and then learn from its local gradients."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class EnergyPass:
     """One forward pass in which the activations at the cuts are replaced by states.
 
     Attributes:
-        predicted: cut -> f_l(s_{l-1}) (N, ...), what its block makes of the state before.
+        predicted: cut -> f_l(s_{l-1}) (N, ...), the output of its block for the previous state.
         errors: cut -> s_l - f_l(s_{l-1}), in the shape of its activation, at least in single precision.
         loss: the mean loss, a scalar; None while the pass runs.
     """
@@ -38,13 +38,13 @@ class EnergyPass:
 
 @dataclasses.dataclass(frozen=True)
 class Relaxation:
-    """What settling has achieved for one batch; {cut: number}, but for the loss.
+    """The result of settling for one batch; {cut: number}, except for the loss.
 
     Attributes:
         energies: ½‖e_l‖², mean over the samples.
         loss: the mean loss of the settled states.
         before, after: the norm of ∂E/∂e_l over the batch, with all later states moving along: for e = 0, where it is the error of
-            backpropagation, and for the settled errors, where it is zero at rest.
+            backpropagation, and for the settled errors, where it is zero at equilibrium.
     """
 
     energies: dict[str, float]
@@ -62,8 +62,8 @@ class EnergyRule(PassRule):
         E = Σ_n [ Σ_l ½‖s_l - f_l(s_{l-1})‖² + L(f_L(s_{L-1})) ],
 
     a sum over the samples. `steps` steps of gradient descent with momentum, from the states of the first pass, where all errors
-    are zero, settle the states; each is a further forward pass and a backward pass to the states. Then the parameters of a block
-    get the gradient of E / N with all states fixed, in one more pass.
+    are zero, settle the states; each step is an additional forward pass and a backward pass to the states. Then the parameters of
+    a block get the gradient of E / N with all states fixed, in one more pass.
     """
 
     #: Whether the states are what moves; otherwise the errors e_l do, and s_l = f_l(s_{l-1}) + e_l.
@@ -74,7 +74,7 @@ class EnergyRule(PassRule):
     learns_by_objective = True
     learns_beside_output = False  # the errors there stay zero
 
-    steps: int = option(20, "steps of settling in each update", minimum=1)
+    steps: int = option(20, "number of settling steps in each update", minimum=1)
     rate: float = option(0.1, "step size of settling", above=0)
     momentum: float = option(0.0, "momentum of settling", minimum=0, below=1)
 
@@ -103,7 +103,8 @@ class EnergyRule(PassRule):
 
     @contextmanager
     def observed(self) -> Iterator[list[Relaxation]]:
-        """A context with a list that gets the `Relaxation` of every backward pass within it; two passes more each."""
+        """A context with a list to which the `Relaxation` of every backward pass within it is appended; each costs two more
+        passes."""
         self._observed = found = []
         try:
             yield found

@@ -1,4 +1,5 @@
-"""Rules with a local loss at every cut, computed from the activation there, the labels, and auxiliary layers of the rule."""
+"""Rules with a local loss at every cut, which is computed from the activation there, the labels, and auxiliary layers of the
+rule."""
 
 from __future__ import annotations
 
@@ -208,7 +209,8 @@ class Auxiliary:
 
 
 class ModuleRule(LocalRule):
-    """A local rule whose modules are the model's blocks, each trained as a whole; the last one by the network's own loss.
+    """A local rule whose modules are the model's blocks, each trained as a unit; the last one is trained with the network's own
+    loss.
 
     Named blocks that feed the output layer belong to the last module.
     """

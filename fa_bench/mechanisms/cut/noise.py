@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(eq=False)
 class NoisyCutRule(DrawingRule, CutRule):
-    """A cut rule that adds noise p to the tangent at every cut, in a further forward pass, and gets the tangent d at the logits.
+    """A cut rule that adds noise p to the tangent at every cut, in an additional forward pass, and gets the tangent d at the
+    logits.
 
     All cuts are perturbed in the same pass. The noise is standard normal, new for every sample and backward pass, and different
     on data-parallel ranks.
@@ -47,7 +48,7 @@ class NoisyCutRule(DrawingRule, CutRule):
         return delta
 
     def noise_and_tangent(self) -> tuple[dict[str, Tensor], Tensor]:
-        """{cut: p in the shape of its activation} and d with the class axis last, of this backward pass."""
+        """{cut: p in the shape of its activation} and d with the class axis last, for this backward pass."""
         from fa_bench.mechanisms.tangents import output_tangent
 
         if self._pass is None:

@@ -1,4 +1,4 @@
-"""Rules that compute the gradients of all parameters in further forward passes, without a backward pass through the model."""
+"""Rules that compute the gradients of all parameters in additional forward passes, without a backward pass through the model."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(eq=False)
 class PassRule(CutRule):
-    """A rule that learns in passes of its own, which `fa_bench.mechanisms.second_pass.again` runs; subclasses implement
+    """A rule that learns in separate passes, which `fa_bench.mechanisms.second_pass.again` runs; subclasses implement
     `gradients`.
 
-    The first pass, from which the loss is computed, is not differentiated: ``loss.backward()`` reaches the logits only, and the
-    gradients that `gradients` returns are accumulated there, as those of a backward pass are. Other outputs of the model are
+    The first pass, from which the loss is computed, is not differentiated: ``loss.backward()`` reaches only the logits, and the
+    gradients that `gradients` returns are accumulated there, like those of a backward pass. Other outputs of the model are
     detached.
     """
 
@@ -35,14 +35,14 @@ class PassRule(CutRule):
     #: Whether the derivatives of the nonlinearities at the cuts are not used. A cut at a pooling then stands for the nonlinearity
     #: before it; at other cuts, such as blocks, errors are delivered at the output as usual.
     skips_nonlinearities: ClassVar[bool] = False
-    #: Whether what follows the last cut learns by the gradient of the loss of the first pass; `gradients` returns None there.
+    #: Whether layers after the last cut learn from the gradient of the first pass's loss; `gradients` returns None there.
     output_learns_by_delta = False
     #: Whether layers learn at cuts on which the output of the loss does not depend.
     learns_beside_output = True
     needs_target = True
 
     def first_argument(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The positional arguments of a pass, of which the first is the model's input; raises an error if there are none."""
+        """The positional arguments of a pass, the first of which is the model's input; raises an error if there are none."""
         if not args:
             raise CoverageError(f"rule '{self.name}' changes the model's input: pass it as the first positional argument")
         return args
@@ -127,7 +127,7 @@ class PassRule(CutRule):
         return trace.input_shapes[path] != trace.output_shapes[path]
 
     def is_nonlinearity(self, cut: str) -> bool:
-        """Whether an error can be delivered in front of the module at a cut, because it only has a nonlinearity to pass."""
+        """Whether an error can be delivered at the input of the module at a cut, because only a nonlinearity is in between."""
         names = [name for name, _ in self._cut_modules[cut].named_parameters() if not name.startswith(PREFIX)]
         return not names and not self._changes_shape(cut, self._trace)
 

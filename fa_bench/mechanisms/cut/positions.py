@@ -59,9 +59,9 @@ def mean_loss(objective: Objective, outputs: Tensor, target: Tensor) -> Tensor:
 class Layout:
     """The axes of a cut's activation (N, ...) if one matrix B (C, F) serves all of its positions.
 
-    Positions of the cut need not be those of the error: along each axis one number must be a whole multiple of the other. Where
-    the cut has fewer, an error is the sum over the positions that it covers; where it has more, each gets a copy. A cut without
-    positions gets the sum over all, and an error without positions goes to all.
+    The positions of the cut need not be those of the error, but along each axis, one number must be a multiple of the other.
+    Where the cut has fewer, an error is the sum over the positions that it covers; where it has more, errors are copied. A cut
+    without positions gets the sum over all positions, and an error without positions is copied to all of them.
 
     Attributes:
         cut: the cut's path, for error messages.
@@ -145,8 +145,8 @@ def feature_axis(shape: Shape, positions: Shape, last: tuple[WeightedLayer, Shap
     it is where that layer has its features: the last axis, or the first one of a convolution.
 
     Args:
-        shape: of the activation.
-        positions: of the output.
+        shape: the shape of the activation.
+        positions: the positions of the output.
         last: the last weighted layer before, and the shape of its output.
     """
     if len(shape) == 2:

@@ -1,6 +1,6 @@
 """Cut rules: the second mechanism, which cuts the graph at named modules and delivers an error to each of them directly.
 
-`cut_points` says which modules can be cut, `capture` holds the hooks that cut, `delivery` the backward pass.
+`cut_points` determines which modules can be cut, `capture` has the hooks that cut, and `delivery` has the backward pass.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class CutRule(Rule):
     """A rule that delivers an error directly to each cut; subclasses implement `make_feedback` and `signal`.
 
-    Cuts are the modules that the model names in its attribute ``cut_points``, or those of the option `cuts`.
+    The cuts are the modules listed in the model's attribute ``cut_points``, or in the option `cuts`.
 
     Examples:
         >>> import dataclasses, math, torch, fa_bench
@@ -52,7 +52,7 @@ class CutRule(Rule):
 
     cuts: list[str] | None = option(
         None,
-        "modules (names, or patterns such as 'act*'; * matches dots, too) whose output is cut; "
+        "modules (names, or patterns such as 'act*'; * also matches dots) whose output is cut; "
         "null: the cut points that the model declares",
     )
     output: str | int | None = output_option()
@@ -93,7 +93,7 @@ class CutRule(Rule):
     def modular(self) -> bool:
         """Whether all layers between two cuts form one block, which learns by backpropagation within itself.
 
-        Not every layer then needs a cut, and all weights of a block are covered.
+        If so, not every layer needs a cut, and all weights of a block are covered.
         """
         return self.within == "block"
 
@@ -151,7 +151,7 @@ class CutRule(Rule):
         return feedback_tensor(self._cut_modules[cut], name)
 
     def broadcast(self, delta: Tensor, target: Tensor | None) -> Tensor:
-        """What is sent to all cuts, in the shape of δ; by default, δ itself. Computed once per backward pass; arguments as for
+        """The signal for all cuts, in the shape of δ; by default, δ itself. Computed once per backward pass; arguments as for
         `signal`."""
         return delta
 
@@ -163,7 +163,7 @@ class CutRule(Rule):
             captured: the cut's activation.
             broadcast: what `broadcast` returned for δ, the gradient of the loss at the logits, (N, C); for outputs with positions
                 (N, P..., C), with the class axis last.
-            target: the labels, (N,) or (N, P...), if ``rule.backward`` was given them.
+            target: the labels, (N,) or (N, P...), if they were passed to ``rule.backward``.
         """
         return self.project(cut, broadcast, captured)
 
@@ -326,7 +326,7 @@ class CutRule(Rule):
         return named_cuts(self, sample_input)
 
     def choose_cuts(self, cuts: tuple[str, ...], trace: Trace) -> tuple[str, ...]:
-        """Those of the named cuts at which the rule cuts; `trace` has watched all of them."""
+        """The subset of the named cuts at which the rule cuts; `trace` has watched all of them."""
         return cuts
 
     # -------------------------------------------------------------------------------------------- every pass
@@ -354,7 +354,7 @@ class CutRule(Rule):
         return self._delivery.connect(output, tape)
 
     def logits_of(self, result: Any) -> Tensor:
-        """The output of a further pass from which the loss is computed."""
+        """The output of an additional pass from which the loss is computed."""
         from fa_bench.mechanisms.trace import loss_output
 
         return loss_output(result, next(iter(self._trace.results)) if self.loss_output is None else self.loss_output)

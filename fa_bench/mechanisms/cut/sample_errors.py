@@ -91,7 +91,7 @@ class SampleErrors:
         """Restore what `state` returned.
 
         Raises:
-            StateError: naming the rule, if the shapes differ.
+            StateError: names the rule, if the shapes differ.
         """
         if state["errors"].shape != self.errors.shape or state["seen"].shape != self.seen.shape:
             raise StateError(

@@ -1,4 +1,4 @@
-"""Feedback that learns by local losses between it and the weight, on the layer's input or on noise.
+"""Feedback that learns from local losses between it and the weight, on the layer's input or on noise.
 
 The losses of a layer, with z_W = x Wᵀ and z_B = x Bᵀ for the rows x of its input, whose means are over samples and positions:
 
@@ -78,7 +78,7 @@ class LayerProducts(NamedTuple):
 
     Attributes:
         x: its input, (rows, I), or (N, I, ...) with the padding that `Geometry` does not have.
-        geometry: of a convolution; None for a linear layer.
+        geometry: the geometry of a convolution; None for a linear layer.
     """
 
     x: Tensor
@@ -110,7 +110,7 @@ class LayerProducts(NamedTuple):
 
 
 class AlignedFeedback(FeedbackPathway):
-    """e_in = g B, where B learns by a local loss.
+    """e_in = g B, where B learns from a local loss.
 
     Args:
         loss: the loss.
@@ -124,7 +124,7 @@ class AlignedFeedback(FeedbackPathway):
 
     def __init__(self, loss: AlignmentLoss, scale: LossScale, updates_weight: bool, on_noise: bool) -> None:
         self.loss, self.scale, self.updates_weight, self.on_noise = loss, scale, updates_weight, on_noise
-        self.description = "B, which learns by a local loss" + (" on noise" if on_noise else "")
+        self.description = "B, which learns from a local loss" + (" on noise" if on_noise else "")
 
     def describe(self) -> str:
         return self.description
@@ -148,7 +148,7 @@ class AlignedFeedback(FeedbackPathway):
             of: computes it: a method of the loss.
             layer: the layer.
             x: its input as its autograd Function has it.
-            geometry: of a convolution.
+            geometry: the geometry of a convolution.
             rows: the outputs that are computed; None: all.
         """
         device = x.device.type
@@ -166,7 +166,7 @@ class AlignedFeedback(FeedbackPathway):
 
 
 class LossScale:
-    """The factor by which the task's loss of the present backward pass was scaled.
+    """The factor by which the task's loss was scaled in the current backward pass.
 
     It is a tensor, which a compiled graph reads when it runs, and NaN outside of backward passes of the rule.
     """
@@ -190,7 +190,7 @@ class LossScale:
         """
         if not torch.compiler.is_compiling() and not self.is_known:
             raise StateError(
-                f"rule '{self.rule}' adds losses of its own, scaled as the loss is: call rule.backward(loss, "
+                f"rule '{self.rule}' adds local losses, which are scaled like the loss: call rule.backward(loss, "
                 "logits, target), not loss.backward()"
             )
         return self.value.to(like.dtype)
@@ -198,17 +198,17 @@ class LossScale:
 
 @dataclasses.dataclass(eq=False)
 class AlignmentRule(RandomFeedbackRule):
-    """Base of the rules whose feedback learns by local losses; subclasses implement `alignment_loss`.
+    """Base class of the rules whose feedback learns from local losses; subclasses implement `alignment_loss`.
 
     e_in = g B. Each layer adds its local loss to the task's, multiplied by the same factor (gradient accumulation, gradient
     scalers); it has no gradient at the layer's input, and none for W unless ``update_forward`` is set. B is trained by W's
-    optimizer at ``b_lr_scale`` times its rate, or by an optimizer of its own (``optimizer@feedback_optimizer=adam``); the decay
-    of that optimizer adds to the loss. ``b_init`` and ``linear_b_init`` are the initialisers of B. A layer that runs several
-    times in a forward pass adds its loss each time.
+    optimizer at ``b_lr_scale`` times its learning rate, or by its own optimizer (``optimizer@feedback_optimizer=adam``); that
+    optimizer's weight decay adds to the loss. ``b_init`` and ``linear_b_init`` are the initialisers of B. A layer that runs
+    several times in a forward pass adds its loss each time.
     """
 
     b_lr_scale: float = option(1.0, "learning rate of B relative to that of W, unless B has its own optimizer", minimum=0)
-    update_forward: bool = option(False, "the local losses train the weights, too")
+    update_forward: bool = option(False, "the local losses also train the weights")
 
     #: Whether the losses are computed on noise.
     on_noise = False
@@ -238,7 +238,7 @@ class AlignmentRule(RandomFeedbackRule):
             return 1.0
         if logits is None:
             raise ValueError(
-                f"rule '{self.name}' scales losses of its own as the loss is, and cannot infer the factor without "
+                f"rule '{self.name}' scales its local losses like the loss, and cannot infer the factor without "
                 "the logits: call rule.backward(loss, logits, target), or pass the factor, such as loss_scale=1.0"
             )
         (delta,) = torch.autograd.grad(loss, logits, retain_graph=True)
@@ -247,16 +247,16 @@ class AlignmentRule(RandomFeedbackRule):
 
 @dataclasses.dataclass(eq=False)
 class InputAlignmentRule(AlignmentRule):
-    """Base of those whose local losses depend on the layer's input.
+    """Base class of those whose local losses depend on the layer's input.
 
-    ``signal=noise`` computes them on standard normal noise in the shape of the layer's input, ``noise_batch`` samples that are
-    sampled anew after every update and do not depend on the process: W's second moments C are then the identity.
+    ``signal=noise`` computes them on standard normal noise in the shape of the layer's input: ``noise_batch`` samples that are
+    drawn again after every update and are the same in all processes. The second moments C are then the identity.
     """
 
     signal: str = option(
         "input", "what the local losses are computed on: the layer's input, or noise", choices=["input", "noise"]
     )
-    noise_batch: int = option(32, "samples of noise", minimum=1)
+    noise_batch: int = option(32, "number of noise samples", minimum=1)
 
     @property
     def on_noise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -1,4 +1,4 @@
-"""Feedback pathways: how a layer obtains the tensor that carries the error to the layer below, its effective feedback.
+"""Feedback pathways: how a layer obtains the tensor that passes the error to the layer below, its effective feedback.
 
 Every effective feedback has the layout of the layer's weight: (O, I) for linear layers, (O, I/groups, K...) for convolutions. The
 forward pass asks the layer's pathway for a `BackwardContext`, which holds all that the backward pass needs.
@@ -54,7 +54,7 @@ class FeedbackGradient(NamedTuple):
 
 
 class BackwardContext(NamedTuple):
-    """What one forward pass of a layer passes to its backward pass.
+    """The data that one forward pass of a layer passes to its backward pass.
 
     Attributes:
         feedback: the effective feedback; for a linear layer with `second_hop`, its first factor.
@@ -74,12 +74,12 @@ class BackwardContext(NamedTuple):
 
 
 class FeedbackPathway:
-    """How one layer obtains its effective feedback. It holds plain values only: the tensors belong to the layer.
+    """How one layer obtains its effective feedback. A pathway contains only plain values; the tensors belong to the layer.
 
     Subclasses implement `effective`, or `context` and `effective` if the backward pass needs more than one tensor.
 
     Attributes:
-        description: what carries the error, in a few words, for the coverage table.
+        description: the tensor that the error passes through, in a few words, for the coverage table.
         learned: names of the tensors that the optimizer trains.
         follows: which of these has exactly the gradient of the weight; None if none has.
         always_needed: whether the layer needs `context` even if no error is needed at its input.
@@ -107,7 +107,7 @@ class FeedbackPathway:
     always_needed = False
 
     def describe(self) -> str:
-        """What carries the error and which tensors are learned, in a few words, for the coverage table."""
+        """The tensor that the error passes through, and which tensors are learned, in a few words, for the coverage table."""
         if self.learned == (self.description,):
             return f"learned {self.description}"
         return self.description + (f" ({', '.join(self.learned)} learned)" if self.learned else "")
@@ -117,7 +117,7 @@ class FeedbackPathway:
         raise NotImplementedError
 
     def context(self, layer: Any, x: Tensor) -> BackwardContext:
-        """What the layer's backward pass needs; `x` is the layer's input."""
+        """The context that the layer's backward pass needs; `x` is the layer's input."""
         return BackwardContext(self.effective(layer))
 
     def effective_context(self, layer: Any, x: Tensor, gradients: tuple[FeedbackGradient, ...]) -> BackwardContext:
@@ -151,7 +151,7 @@ class FeedbackPathway:
         return {}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs besides the tensors: plain values."""
+        """Plain values that a checkpoint needs in addition to the tensors."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -308,7 +308,7 @@ class SignedMagnitudeFeedback(WeightDerivedFeedback):
             self.new_sample()
 
     def new_sample(self) -> None:
-        """Replace M by a new sample, when it is next read."""
+        """Replace M with a new sample when it is next read."""
         self.draws += 1
         self._is_due = True
 
@@ -333,7 +333,7 @@ class SignedMagnitudeFeedback(WeightDerivedFeedback):
         return seed_for(self.seed, self.draws)
 
     def seed_words(self) -> tuple[int, int]:
-        """The seed of the present sample, for graphs."""
+        """The seed of the current sample, for graphs."""
         return seed_words(self._sample_seed())
 
     def context(self, layer: Any, x: Tensor) -> BackwardContext:

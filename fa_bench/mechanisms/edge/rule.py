@@ -128,10 +128,10 @@ class EdgeRule(Rule):
     """
 
     include: list[str] = option(
-        ["*"], "layers (names, or patterns such as 'layer1.*'; * matches dots, too) that use the rule's feedback"
+        ["*"], "layers (names, or patterns such as 'layer1.*'; * also matches dots) that use the rule's feedback"
     )
     exclude: list[str] = option(
-        [], "layers (names, or patterns; * matches dots, too) that use their true weight as feedback instead"
+        [], "layers (names, or patterns; * also matches dots) that use their true weight as feedback instead"
     )
     plain_last: bool = option(False, "the output layer uses its true weight as feedback")
     derivative: str = derivative_option()
@@ -313,7 +313,7 @@ class EdgeRule(Rule):
 
 @dataclasses.dataclass(eq=False)
 class RandomFeedbackRule(EdgeRule):
-    """Base of the rules that start from one random B for every layer."""
+    """Base class of the rules that start from one random B for every layer."""
 
     b_init: str = init_option("B", can_copy=True)
     linear_b_init: str | None = init_option("B in fully connected layers; null: b_init", None, can_copy=True)

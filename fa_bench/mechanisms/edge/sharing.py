@@ -1,4 +1,4 @@
-"""Shared activations: an earlier activation, brought to the shape of a layer's input, replaces it in gradients.
+"""Shared activations: an earlier activation, resized to the shape of a layer's input, replaces it in gradients.
 
 The activations between weighted layers are numbered in the order of execution. The stem's output is number 1. Layers with the
 same input, such as a block's first convolution and its projection, count once. If k layers share, activation s = 1 + k ⌊(p -
@@ -150,7 +150,7 @@ class SharedActivationFeedback(FeedbackPathway):
         source: the shared activation that replaces this layer's input, or None.
         provides: the shared activation that is this layer's input, or None.
         shape, wanted: shapes, without the batch, of the shared activation and of this layer's input.
-        kind: how one is brought to the other.
+        kind: how one is resized to the other.
     """
 
     inner: FeedbackPathway
@@ -191,26 +191,26 @@ class SharedActivationFeedback(FeedbackPathway):
 
 @dataclasses.dataclass(eq=False)
 class SharingRule(EdgeRule):
-    """Base of the rules with shared activations; `sharing` is the pathway, which decides where the shared activation enters."""
+    """Base class of the rules with shared activations; the pathway `sharing` determines where they are used."""
 
     k: int = option(2, "how many layers share an activation (2 and 4 in the paper)", minimum=2)
     match: str = option(
         "max_pool",
-        "how a shared activation is brought to the shape of a later one: copies and max- or "
-        "average-pooling, or one fixed random 1x1 convolution",
+        "how a shared activation is resized to the shape of a later one: by copying and max- or "
+        "average-pooling, or by a fixed random 1x1 convolution",
         choices=list(MATCHES),
     )
     linear: str = option(
         "auto",
-        "fully connected layers: fa (own input, fixed feedback), share, or auto: share if the model has no convolution",
+        "fully connected layers: fa (own input, fixed feedback), share, or auto (share if the model has no convolution)",
         choices=["auto", "fa", "share"],
     )
     b_init: str = init_option("learned B", "pytorch", can_copy=True)
     linear_b_init: str = init_option("the fixed B of fully connected layers", "uniform_one")
     transport: bool = option(
         False,
-        "convolutions and layers that share use their weights as feedback; fully connected layers "
-        "that do not share keep their fixed feedback",
+        "convolutions and layers with a shared activation use their weights as feedback; other fully connected layers "
+        "keep their fixed feedback",
     )
     freeze_stem: bool = option(True, "the first layer keeps its initial weight and bias")
 
@@ -325,7 +325,7 @@ class SharingRule(EdgeRule):
             return inner if provides is None else self.sharing(inner, None, provides, wanted, wanted, self.match)
         except ValueError as error:
             raise CoverageError(
-                f"rule '{self.name}' cannot bring the activation shared by '{self._first[source]}' to the shape "
+                f"rule '{self.name}' cannot resize the activation shared by '{self._first[source]}' to the shape "
                 f"of the input of '{layer.path}': {error}"
                 + ("" if self.match == "random" else "; {match} changes channels and features to any number"),
                 {} if self.match == "random" else {"match": "random"},

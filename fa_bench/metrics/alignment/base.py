@@ -13,13 +13,13 @@ from fa_bench.registry.registries import METRICS
 if TYPE_CHECKING:
     from fa_bench.metrics.meter import Passes
 
-#: Layers that a report averages over: those whose feedback carries an error, all but the output layers, or all.
+#: Layers that a report averages over: those whose feedback propagates an error, all except the output layers, or all.
 FEEDBACK, HIDDEN, ALL = "feedback", "hidden", "all"
 
 
 @dataclasses.dataclass(eq=False)
 class Metric(Options):
-    """Base of the alignment metrics, registered in `fa_bench.registry.registries.METRICS`.
+    """Base class of alignment metrics, registered in `fa_bench.registry.registries.METRICS`.
 
     A run measures it every ``probe_every`` steps and at the end, and records it under its registered name in metrics.jsonl,
     result.json and its loggers.

@@ -1,1 +1,1 @@
-"""Optional measurements of a trained net's layers: one file a probe; `base` defines what a probe is."""
+"""Optional measurements of a trained net's layers: one file per probe; `base` defines the interface."""

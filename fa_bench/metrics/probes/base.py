@@ -74,7 +74,7 @@ class Subject:
 
 @dataclasses.dataclass(eq=False)
 class Probe(Options):
-    """Base of the probes, registered under a name in `fa_bench.registry.registries.PROBES`.
+    """Base class of probes, registered under a name in `fa_bench.registry.registries.PROBES`.
 
     Examples:
         >>> import dataclasses, fa_bench
@@ -98,10 +98,10 @@ class Probe(Options):
     alarms: ClassVar[Mapping[str, Alarm]] = {}
 
     def require(self, subject: Subject) -> None:
-        """Called before training; raises ConfigError, with a remedy, if the probe cannot measure the subject."""
+        """Called before training; raises ConfigError with a remedy if the probe cannot measure the subject."""
 
     def measure(self, subject: Subject) -> Quantities:
-        """{quantity: {layer or block: value}}; one quantity has the probe's name, further ones begin with it.
+        """{quantity: {layer or block: value}}; one quantity has the probe's name, names of others begin with it.
 
         Changes to the model, gradients, modes and global random numbers are undone afterwards. ``rule.mode.freeze_random`` is
         set, so that forward passes sample nothing new.

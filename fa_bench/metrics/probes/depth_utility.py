@@ -1,4 +1,4 @@
-"""What the training of each block of a net contributes to its accuracy."""
+"""How much training each block of a net contributes to its accuracy."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ if TYPE_CHECKING:
 @PROBES.register("depth_utility")
 @dataclasses.dataclass(eq=False)
 class DepthUtility(Probe):
-    """Accuracy (a fraction) that is lost when a block of the trained net gets its initial values back, one block at a time.
+    """Accuracy (a fraction) that is lost when a block of the trained net is reset to its initial values, one block at a time.
 
     The model declares its blocks: a block reaches from the end of the previous one to its own end, in the order of execution, and
-    has all parameters between, those of normalisation layers included. Without ``model.blocks`` the model's cut points end the
-    blocks. Modules after the last end, such as the output layer, belong to no block. Initial values are those before training.
+    contains all parameters in between, including those of normalisation layers. Without ``model.blocks`` the model's cut points
+    end the blocks. Modules after the last end, such as the output layer, belong to no block. Initial values are those before
+    training.
 
-    The running statistics of batch normalisation are estimated again for every accuracy, that of the trained net included: as the
-    plain mean over at most 2,000 training images, not augmented, in batches of the run's size. Statistics of another net would
-    cost accuracy for reasons other than the weights. Accuracies are measured on at most 10,000 validation images, or test images
-    if there is no validation split. For tasks without classes, the utility is the loss of the primary score, in its unit: by how
-    much R² falls, or perplexity rises.
+    The running statistics of batch normalisation are estimated again for every accuracy, including that of the trained net, as
+    the plain mean over at most 2,000 training images, without augmentation, in batches of the run's size. The statistics of
+    another net would reduce the accuracy for reasons other than the weights. Accuracies are measured on at most 10,000 validation
+    images, or test images if there is no validation split. For tasks without classes, the utility is how much the primary score
+    worsens, in its unit: by how much R² falls or perplexity rises.
 
-    The layers after the block were trained on its trained output, so that this is an upper bound of what training the block
+    The layers after the block were trained on its trained output, so this is an upper bound on what training the block
     contributed: about 0 means that it contributed nothing.
     """
 

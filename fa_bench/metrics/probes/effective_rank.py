@@ -1,4 +1,4 @@
-"""How many directions the errors have that a rule delivers."""
+"""The number of directions that the errors delivered by a rule span."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class EffectiveRank(Probe):
     - ``effective_rank_bp``: that of the errors of backpropagation at the same place, with the same weights.
     - ``effective_rank_stable``: the stable rank of the rule's errors, Σ σ² / max σ², which small singular values hardly change.
 
-    Errors are taken where angles to backpropagation are (`delta_angle`), on the fixed batch of N samples: an error (N, F) as it
-    is, tokens (N, T, F) as N T rows, maps (N, C, H, W) as N H W rows of C features. At the output layer it is that of the logits.
-    NaN if all errors are zero, or one is not finite.
+    Errors are taken at the same points as for `delta_angle`, on the fixed batch of N samples: an error (N, F) unchanged, tokens
+    (N, T, F) as N T rows, and maps (N, C, H, W) as N H W rows of C features. At the output layer it is that of the logits. NaN if
+    all errors are zero, or one is not finite.
     """
 
     def measure(self, subject: Subject) -> Quantities:

@@ -22,14 +22,14 @@ LOSS = "(loss)"
 @PROBES.register("energy")
 @dataclasses.dataclass(eq=False)
 class Energy(Probe):
-    """The energy that is left after settling, what is missing to rest, and the gradients that follow from it.
+    """The energy after settling, the distance from equilibrium, and how the resulting gradients compare with backpropagation's.
 
     For `fa_bench.mechanisms.cut.energy.EnergyRule`, with e_l the error between state and prediction at cut l:
 
     - ``energy``: the parts of the energy after settling, ½‖e_l‖² of every cut and, in the row ``(loss)``, the loss, all as means
       over the samples.
     - ``energy_gradient``: ‖∂E/∂e_l‖ after settling, with the states after l moving along, divided by the same before settling,
-      where it is the norm of backpropagation's error at the cut: 1 if nothing has settled, 0 at rest.
+      where it is the norm of backpropagation's error at the cut: 1 if nothing has settled, 0 at equilibrium.
     - ``energy_cosine``: of each layer, the cosine of the weight's gradient to that of backpropagation.
     - ``energy_ratio``: of each layer, its norm divided by that of backpropagation.
 

@@ -28,12 +28,12 @@ class GaussNewtonAngle(Probe):
     J = ∂z/∂a (C, F) is the derivative of the logits of a sample by its activation a, δ the gradient of the loss at its logits,
     and J⁺ = Jᵀ (J Jᵀ + ε I)⁻¹ with ε a millionth of the mean of the diagonal of J Jᵀ. Backpropagation's error is Jᵀ δ.
 
-    - ``gauss_newton_angle``: of the rule's errors to J⁺ δ, mean over the batch, in degrees.
-    - ``gauss_newton_angle_bp``: of those of backpropagation, with the same weights: what a rule must be below to be nearer to
-      Gauss-Newton. The rule's angle to backpropagation is `delta_angle`.
+    - ``gauss_newton_angle``: of the rule's errors to J⁺ δ, mean over the batch, in degrees. - ``gauss_newton_angle_bp``: the same
+    angle for backpropagation's errors with the same weights; a rule is nearer to Gauss-Newton if its angle is smaller. The rule's
+    angle to backpropagation is `delta_angle`.
 
-    Errors are taken where angles to backpropagation are (`delta_angle`), on the fixed batch. NaN where an error is zero. With
-    batch normalisation J also contains what a sample changes in the logits of the others. Costs C backward passes a layer.
+    Errors are taken at the same points as for `delta_angle`, on the fixed batch. NaN where an error is zero. With batch
+    normalisation, J also contains the effect of a sample on the logits of the others. Costs C backward passes per layer.
     """
 
     def require(self, subject: Subject) -> None:

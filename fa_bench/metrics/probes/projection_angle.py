@@ -1,4 +1,4 @@
-"""Whether feedback and weight agree on the inputs that a layer has."""
+"""Whether feedback and weight agree on a layer's inputs."""
 
 from __future__ import annotations
 

@@ -44,8 +44,8 @@ class Readout(Probe):
         y = subject.meter.y
         if y.dim() != 1 or y.is_floating_point():
             raise ConfigError(
-                "it reads one class from each sample, and the targets of this dataset are "
-                f"{'numbers' if y.is_floating_point() else 'classes of positions'}; leave this probe out"
+                "it needs one class per sample, but the targets of this dataset are "
+                f"{'numbers' if y.is_floating_point() else 'classes of positions'}; omit this probe"
             )
 
     def measure(self, subject: Subject) -> Quantities:

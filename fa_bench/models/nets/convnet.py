@@ -19,7 +19,7 @@ class ConvStage:
     """A convolution with square kernels, followed by max-pooling.
 
     Attributes:
-        channels, kernel, stride, padding: of the convolution.
+        channels, kernel, stride, padding: the channels, kernel, stride and padding of the convolution.
         pool: kernel of the max-pooling with stride 2; 0 for none.
         ceil: whether the pooling keeps an incomplete last window.
     """
@@ -68,7 +68,7 @@ def convnet(
         linear_norm: batch normalisation after hidden fully connected layers.
         dropout: rate of the dropout before every hidden fully connected layer; None for no such modules.
         output_norm: batch normalisation of the logits.
-        name: of the net in errors.
+        name: the name of the net in errors.
 
     Raises:
         ConfigError: for images that are too small for the stages.

@@ -18,7 +18,7 @@ class Recurrent(nn.Module):
 
     Args:
         read: makes the steps (N, T, features) from an input.
-        features: of a step.
+        features: the number of features per step.
         cell: one of CELLS.
         layers: recurrent layers.
         width: D, the hidden state's.

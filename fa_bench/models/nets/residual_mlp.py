@@ -11,7 +11,7 @@ class ResidualBlock(nn.Module):
     """x + fc2(act(fc1(norm(x)))), (N, width) to (N, width).
 
     Args:
-        width: of input and output.
+        width: the width of input and output.
         hidden: neurons between the two layers.
         activation: one of ACTIVATIONS.
     """

@@ -22,9 +22,9 @@ class Block(nn.Module):
 
     Args:
         channels_in: C_in.
-        channels: of the convolutions; the last number is C_out.
-        kernels: of the convolutions: (3, 3), or (1, 3, 1) for a bottleneck.
-        stride: of the first 3x3 convolution and the shortcut.
+        channels: the channels of the convolutions; the last number is C_out.
+        kernels: the kernels of the convolutions: (3, 3), or (1, 3, 1) for a bottleneck.
+        stride: the stride of the first 3x3 convolution and the shortcut.
         shortcut: one of SHORTCUTS.
         norm_after: whether batch normalisation comes after the ReLU.
     """

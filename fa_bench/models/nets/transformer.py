@@ -50,7 +50,7 @@ class Block(nn.Module):
 
     Args:
         width: D.
-        heads: of the attention, a divisor of D.
+        heads: the number of attention heads, a divisor of D.
         hidden: neurons between fc1 and fc2.
         activation: one of ACTIVATIONS.
         dropout: rate for the attention weights, the hidden activations and the outputs of attn and fc2.

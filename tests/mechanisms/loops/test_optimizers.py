@@ -297,7 +297,7 @@ def test_a_frozen_weight_and_its_feedback_rest_together():
     assert not rule.feedback["0"]["B"].requires_grad
     steps(model, rule, sgd(model.parameters()), 2)
     model[0].weight.requires_grad_(True)
-    with pytest.raises(StateError, match=r"'0\.feedback_B' was frozen by attach.*unfreeze it too"):
+    with pytest.raises(StateError, match=r"'0\.feedback_B' was frozen by attach.*unfreeze it, too"):
         steps(model, rule, sgd(model.parameters()), 1)
     rule.feedback["0"]["B"].requires_grad_(True)
     before = rule.feedback["0"]["B"].detach().clone()
@@ -316,7 +316,7 @@ def test_the_feedback_of_a_cut_after_a_frozen_layer_rests_with_it(name):
     steps(model, rule, sgd(p for p in model.parameters() if p.requires_grad), 2)
     model(x.requires_grad_(True))
     model[0].requires_grad_(True)
-    with pytest.raises(StateError, match=r"'1\.feedback_\w+' was frozen by attach.*unfreeze it too"):
+    with pytest.raises(StateError, match=r"'1\.feedback_\w+' was frozen by attach.*unfreeze it, too"):
         model(x)
     for tensor in rule.feedback_parameters():
         tensor.requires_grad_(True)
