@@ -119,6 +119,27 @@ def test_weights_updated_by_hand_without_feedback_are_an_error(name, data_attrib
     steps(model, rule, ByHand, 2)
 
 
+@pytest.mark.parametrize("name", ["kp", "dkp"])
+def test_feedback_whose_rate_is_zero_may_be_left_out_of_updates_by_hand(name):
+    model = net()
+    collected = list(model.parameters())
+    rule = fa_bench.attach(model, name, seed=0, b_lr_scale=0)
+    before = [tensor.detach().clone() for tensor in (*collected, *rule.feedback_parameters())]
+
+    class ByHand:
+        zero_grad = staticmethod(model.zero_grad)
+
+        @staticmethod
+        @torch.no_grad()
+        def step():
+            for parameter in collected:
+                parameter -= 0.1 * parameter.grad
+
+    steps(model, rule, ByHand, 2)
+    moved = [not torch.equal(one, other) for one, other in zip((*collected, *rule.feedback_parameters()), before, strict=True)]
+    assert moved == [True] * len(collected) + [False] * len(rule.feedback_parameters())
+
+
 def test_the_mends_that_the_error_names_work():
     for mend in ("group", "new", "fixed"):
         model = net()
