@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fa_bench
+from fa_bench.mechanisms.cut.sample_errors import SampleErrors
 from fa_bench.metrics.cost import Counter, counting, multiplications, step_costs
 from fa_bench.models.conv2 import Conv2
 from fa_bench.models.mlp import MLP
@@ -133,6 +134,19 @@ def test_learning_the_feedback_is_counted_separately() -> None:
     assert own.backward == 8 * (FIRST + HIDDEN + LAST + hops)
     assert own.feedback == 8 * (10 * (FIRST + HIDDEN + LAST) + 10 * 16 * 16)
     assert cost("wm", initial_steps=0)[0].feedback > 0  # after the backward pass
+
+
+def test_the_cost_of_a_rule_whose_steps_alternate_is_that_of_its_first_step() -> None:
+    """Every second update of grape is one by backpropagation, which crosses the cuts."""
+    second, never, always = (cost("grape", anchor_period=period)[0] for period in (2, 0, 1))
+    assert second == never and second.backward < always.backward
+
+
+def test_counting_exchanges_nothing_with_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Process 0 alone counts; the others would be waited for."""
+    exchanged = []
+    monkeypatch.setattr(SampleErrors, "exchange", exchanged.append)
+    assert cost("f3", samples=20)[0].multiplications > 0 and not exchanged
 
 
 def test_micro_batches_multiply_as_much_move_more_and_keep_less() -> None:

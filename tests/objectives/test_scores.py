@@ -101,7 +101,7 @@ def test_r2_of_the_mean_is_zero_and_of_constant_targets_absent() -> None:
     target = torch.arange(4.0)[:, None]
     assert scored(MSE(), torch.full((4, 1), 1.5), target, [4])["r2"] == pytest.approx(0)
     for count in range(2, 40):  # the sum of squares around their mean is rounded to either side of zero
-        assert scored(MSE(), torch.zeros(count, 1), torch.full((count, 1), 0.1), [count - 1, 1]).keys() == {"rmse"}
+        assert scored(MSE(), torch.zeros(count, 1), torch.full((count, 1), 1000.1), [count - 1, 1]).keys() == {"rmse"}
 
 
 def test_the_prediction_of_a_sigmoid_is_its_probability() -> None:
