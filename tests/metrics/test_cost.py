@@ -149,6 +149,16 @@ def test_counting_exchanges_nothing_with_other_processes(monkeypatch: pytest.Mon
     assert cost("f3", samples=20)[0].multiplications > 0 and not exchanged
 
 
+def test_a_step_is_counted_in_training_mode_whatever_the_model_was_in() -> None:
+    """Where normalisation computes statistics."""
+    found = []
+    for training in (True, False):
+        torch.manual_seed(0)
+        model = MLP(widths=[16], batch_norm=True).build((1, 3, 3), 4).train(training)
+        found.append(step_costs(fa_bench.attach(model, "fa", seed=0), (1, 3, 3), 4, 8))
+    assert found[0] == found[1]
+
+
 def test_micro_batches_multiply_as_much_move_more_and_keep_less() -> None:
     whole, parts = (cost("bp", batch=4096, accumulate=count)[0] for count in (1, 4))
     assert whole.multiplications == parts.multiplications

@@ -29,6 +29,7 @@ from fa_bench.runs.callbacks import Alignment
 from fa_bench.runs.divergence import Diverged, Divergence, first_nonfinite_output
 from fa_bench.runs.hashes import chained
 from fa_bench.runs.loop import Progress, Trainer
+from fa_bench.runs.parallel import World
 from fa_bench.schedules.step import Step
 
 F3 = ("f3", {"cuts": ["act"], "samples": 40})
@@ -297,6 +298,14 @@ def test_hash_of_the_batches_is_that_of_the_first_one_of_every_epoch() -> None:
     for epoch in range(2):
         want.append(chained(want[-1], *next(splits.train.batches(BATCH, seed=SEED, epoch=epoch))))
     assert seen == [want[1]] * 3 + [want[2]] * 3
+
+
+def test_processes_are_told_the_number_of_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the whole run, so that dropout does not repeat itself in another epoch."""
+    seen = []
+    monkeypatch.setattr(World, "begin_step", lambda world, seed, step: seen.append((seed, step)))
+    fit(fa_bench.attach(make_model(), "bp"), load(), 2)
+    assert seen == [(SEED, step) for step in range(6)]
 
 
 def test_gradients_are_seen_before_they_are_clipped() -> None:

@@ -266,6 +266,19 @@ def test_two_processes_train_as_one(name: str, inside: Any) -> None:
     assert of_case[1][2] == "" and "2 processes share each batch" in Path(folders[1], "run.log").read_text()
 
 
+def test_random_numbers_differ_from_process_to_process_and_from_step_to_step() -> None:
+    """Those of process 0 are in its checkpoints."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        drawn = {}
+        for rank in (0, 1, 2):
+            for seed, step in ((0, 0), (0, 1), (1, 0)):
+                parallel.Processes(rank, 3, rank, None).begin_step(seed, step)
+                drawn[rank, seed, step] = torch.initial_seed()
+    assert {drawn.pop((0, seed, step)) for seed, step in ((0, 0), (0, 1), (1, 0))} == {7}
+    assert len(drawn) == len({*drawn.values(), 7}) - 1 == 6
+
+
 def test_batch_normalisation_of_each_process_differs_and_is_noted(inside: Any) -> None:
     assert [inside["statistics"][number][0] for number in range(2)] == [0, 0]
     log = Path("two/statistics/run.log").read_text()
