@@ -14,9 +14,11 @@ from fa_bench.mechanisms.cut.sample_errors import SampleErrors
 from fa_bench.metrics.cost import Counter, counting, multiplications, step_costs
 from fa_bench.models.conv2 import Conv2
 from fa_bench.models.mlp import MLP
+from fa_bench.objectives.mse import MSE
 from fa_bench.optim.muon import Muon
 from fa_bench.optim.optimizers import Optimizers
 from fa_bench.optim.sgd import SGD
+from fa_bench.registry.kinds import VALUES
 
 N = 5
 
@@ -179,6 +181,18 @@ def test_memory_of_a_large_batch_is_that_of_the_operation_that_needs_most() -> N
     resident = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers(), x, y))
     assert predicted.peak_memory == resident + max(counter.new)
     assert predicted.bytes_moved == counter.moved and predicted.multiplications == counter.multiplications
+
+
+def test_targets_that_are_numbers_are_counted_as_numbers() -> None:
+    model = MLP(widths=[16]).build((1, 3, 3), 4)
+    rule = fa_bench.attach(model, "bp", objective=MSE())
+    predicted = step_costs(rule, (1, 3, 3), 4, 8, targets=VALUES)[0]
+    x, y = torch.randn(8, 1, 3, 3), torch.randn(8, 4)
+    model.zero_grad()
+    with counting() as counter:
+        logits = model(x)
+        rule.backward(rule.objective.loss(logits, y), logits, y)
+    assert (predicted.bytes_moved, predicted.multiplications) == (counter.moved, counter.multiplications)
 
 
 def test_optimizers_move_and_keep_their_state() -> None:
