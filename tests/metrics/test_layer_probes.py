@@ -262,6 +262,13 @@ def test_zero_gradients_have_norm_zero_and_one_sample_has_no_standard_error() ->
     assert all(value > 0 for value in alone["gradient_norm"].values())
 
 
+def test_a_weight_that_the_loss_does_not_depend_on_has_no_gradient() -> None:
+    weight, other = (torch.ones(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    x = torch.arange(15, dtype=torch.float64).view(5, 3)
+    norms, floors = norms_and_errors(x @ weight, [weight, other])
+    assert norms == [pytest.approx(x.mean(0).norm().item()), 0] and floors[0] > 0 == floors[1]
+
+
 def test_weights_that_do_not_learn_have_a_gradient_and_no_update() -> None:
     found = measured("gradient_norm", subject_of(mlp(), "frozen"))
     assert found["gradient_norm"]["fc1"] > 0 and found["gradient_norm_update"]["fc1"] == 0

@@ -229,6 +229,8 @@ def test_unknown_rule_is_answered_with_the_nearest(wrong, nearest):
         ("usf", {"plain_last": "sometimes"}, "plain_last"),
         ("dkp", {"b_lr_scale": -0.1}, "b_lr_scale"),
         ("drtp", {"scale": 0.0}, "scale"),
+        ("pfa", {"ratio": 0.0}, "ratio"),
+        ("pfa_o", {"ratio": 0.0}, "ratio"),
         ("local_error", {"features": 0}, "features"),
         ("predsim", {"beta": 1.5}, "beta"),
         ("predsim", {"loss": "predism"}, "predsim"),
