@@ -24,11 +24,41 @@ def set_temporarily(objects: Iterable[Any], attribute: str, value: Any) -> Itera
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """A context in which every module is in evaluation mode."""
-    with set_temporarily(model.modules(), "training", False):
-        model.eval()  # modules may override it
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """A context in which every module is in training mode, or in evaluation mode; modules may override ``train`` to refuse that.
+
+    Afterwards each has its earlier mode.
+    """
+    modes = modes_of(model)
+    for module, _ in modes:
+        module.training = training
+    try:
+        model.train(training)
         yield
+    finally:
+        restore_modes(modes)
+
+
+def modes_of(model: nn.Module) -> list[tuple[nn.Module, bool]]:
+    """Every module, and whether it is in training mode."""
+    return [(module, module.training) for module in model.modules()]
+
+
+def restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+    """Bring modules back to the modes of `modes_of`.
+
+    Those that override ``train`` are called, because they may keep more than the attribute: some merge weights for evaluation.
+    """
+    for module, training in modes:
+        if type(module).train is not nn.Module.train:
+            module.train(training)
+    for module, training in modes:
+        module.training = training
+
+
+def evaluating(model: nn.Module) -> AbstractContextManager[None]:
+    """A context in which every module is in evaluation mode; see `in_mode`."""
+    return in_mode(model, False)
 
 
 def all_require_grad(model: nn.Module) -> AbstractContextManager[None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -291,7 +291,12 @@ def arguments(sample: Any) -> Arguments:
     def detached(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.detach().clone()
-        return copy.copy(value) if isinstance(value, (Mapping, list)) else value
+        if not isinstance(value, (MutableMapping, list)):
+            return value
+        copied: Any = copy.copy(value)
+        for key, item in items_in(value) or ():
+            copied[key] = detached(item)
+        return copied
 
     if isinstance(sample, Mapping):
         return Arguments((), {name: detached(value) for name, value in sample.items()})

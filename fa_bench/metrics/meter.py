@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fa_bench.errors import ConfigError, truncate
-from fa_bench.mechanisms.contexts import same_randomness, set_temporarily, without_side_effects
+from fa_bench.mechanisms.contexts import in_mode, same_randomness, set_temporarily, without_side_effects
 from fa_bench.mechanisms.cut.positions import mean_loss
 from fa_bench.mechanisms.rule import INPUT, OUTPUT, Rule
 from fa_bench.mechanisms.trace import loss_output, tensors_in, trace_model
@@ -315,8 +315,7 @@ def measurement_mode(rule: Rule) -> Iterator[None]:
         set_temporarily([rule.mode], "freeze_random", True),
         set_temporarily(model.parameters(), "grad", None),
         set_temporarily([rule.mode], "layerwise", True),
-        set_temporarily(model.modules(), "training", True),
+        in_mode(model, True),
+        without_side_effects(model),
     ):
-        model.train()  # modules may override it
-        with without_side_effects(model):
-            yield
+        yield

@@ -162,6 +162,41 @@ def test_compiled_steps_equal_those_without(spec: str, net: type[nn.Module]) -> 
     assert repr(rule.state_dict()) == repr(parts[1].state_dict())
 
 
+@pytest.mark.parametrize("spec", ["dfa", "forward_alignment"])
+def test_a_compiled_model_may_be_called_without_compilation_too(spec: str) -> None:
+    wanted = trained(*(parts := attached(spec)), call=parts[0])
+    model, rule, x, y = attached(spec)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    calls = iter([compiled, model, compiled])
+    found = trained(model, rule, x, y, lambda images: next(calls)(images))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("spec", ["kp", "forward_alignment"])
+def test_compiled_models_may_have_arguments_with_names(spec: str) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.fc1, self.fc2, self.fc3 = nn.Linear(4, 5), nn.Linear(5, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor, *, shift: Tensor, factor: Tensor) -> Tensor:
+            return self.fc3((self.fc2((self.fc1(x) + shift).tanh()) * factor).tanh())
+
+    generator = torch.Generator().manual_seed(1)
+    given = {"x": (7, 4), "shift": (7, 5), "factor": (7, 6)}
+    sample = {name: torch.randn(*shape, generator=generator) for name, shape in given.items()}
+    found = []
+    for compiles in (False, True):
+        model, y = Named(), torch.arange(7) % 3
+        rule = fa_bench.attach(model, spec, seed=0, sample_input=sample)
+        call = torch.compile(model, fullgraph=True, backend="aot_eager") if compiles else model
+        logits = call(sample["x"], shift=sample["shift"], factor=sample["factor"])
+        rule.backward(F.cross_entropy(logits, y), logits, y)
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert found[0]["fc2.weight"].any() and all(torch.equal(found[1][name], gradient) for name, gradient in found[0].items())
+
+
 @pytest.mark.parametrize("spec", ["kp", "brsf"])
 def test_the_default_compiler_agrees(spec: str) -> None:
     """Fused kernels round in another order: a step changes weights of size 0.1 by 1e-7 of itself, amplified by BatchNorm."""

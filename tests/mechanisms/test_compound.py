@@ -100,6 +100,14 @@ def test_attention(options: dict[str, Any], call: str) -> None:
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
+def test_causality_without_a_mask_is_refused_as_torch_does(need_weights: bool) -> None:
+    plain = nn.MultiheadAttention(12, 3)
+    for module in (plain, layerwise(plain)):
+        with pytest.raises(RuntimeError, match="is_causal"):
+            module(Q, Q, Q, need_weights=need_weights, is_causal=True)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
 def test_attention_with_the_batch_first_with_keys_of_their_own_size_and_of_one_sequence(need_weights: bool) -> None:
     q, k, v = randn(2, 5, 12), randn(2, 4, 7, seed=1), randn(2, 4, 9, seed=2)
     require_equal(nn.MultiheadAttention(12, 3, batch_first=True), lambda m: m(q, q, q, need_weights=need_weights), 0)

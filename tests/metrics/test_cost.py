@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fa_bench
+from fa_bench.mechanisms.cut.sample_errors import SampleErrors
 from fa_bench.metrics.cost import Counter, counting, multiplications, step_costs
 from fa_bench.models.conv2 import Conv2
 from fa_bench.models.mlp import MLP
+from fa_bench.objectives.mse import MSE
 from fa_bench.optim.muon import Muon
 from fa_bench.optim.optimizers import Optimizers
 from fa_bench.optim.sgd import SGD
+from fa_bench.registry.kinds import VALUES
 
 N = 5
 
@@ -135,6 +138,29 @@ def test_learning_the_feedback_is_counted_separately() -> None:
     assert cost("wm", initial_steps=0)[0].feedback > 0  # after the backward pass
 
 
+def test_the_cost_of_a_rule_whose_steps_alternate_is_that_of_its_first_step() -> None:
+    """Every second update of grape is one by backpropagation, which crosses the cuts."""
+    second, never, always = (cost("grape", anchor_period=period)[0] for period in (2, 0, 1))
+    assert second == never and second.backward < always.backward
+
+
+def test_counting_exchanges_nothing_with_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Process 0 alone counts; the others would be waited for."""
+    exchanged = []
+    monkeypatch.setattr(SampleErrors, "exchange", exchanged.append)
+    assert cost("f3", samples=20)[0].multiplications > 0 and not exchanged
+
+
+def test_a_step_is_counted_in_training_mode_whatever_the_model_was_in() -> None:
+    """Where normalisation computes statistics."""
+    found = []
+    for training in (True, False):
+        torch.manual_seed(0)
+        model = MLP(widths=[16], batch_norm=True).build((1, 3, 3), 4).train(training)
+        found.append(step_costs(fa_bench.attach(model, "fa", seed=0), (1, 3, 3), 4, 8))
+    assert found[0] == found[1]
+
+
 def test_micro_batches_multiply_as_much_move_more_and_keep_less() -> None:
     whole, parts = (cost("bp", batch=4096, accumulate=count)[0] for count in (1, 4))
     assert whole.multiplications == parts.multiplications
@@ -155,6 +181,18 @@ def test_memory_of_a_large_batch_is_that_of_the_operation_that_needs_most() -> N
     resident = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers(), x, y))
     assert predicted.peak_memory == resident + max(counter.new)
     assert predicted.bytes_moved == counter.moved and predicted.multiplications == counter.multiplications
+
+
+def test_targets_that_are_numbers_are_counted_as_numbers() -> None:
+    model = MLP(widths=[16]).build((1, 3, 3), 4)
+    rule = fa_bench.attach(model, "bp", objective=MSE())
+    predicted = step_costs(rule, (1, 3, 3), 4, 8, targets=VALUES)[0]
+    x, y = torch.randn(8, 1, 3, 3), torch.randn(8, 4)
+    model.zero_grad()
+    with counting() as counter:
+        logits = model(x)
+        rule.backward(rule.objective.loss(logits, y), logits, y)
+    assert (predicted.bytes_moved, predicted.multiplications) == (counter.moved, counter.multiplications)
 
 
 def test_optimizers_move_and_keep_their_state() -> None:

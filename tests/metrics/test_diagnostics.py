@@ -125,9 +125,13 @@ def test_mean_cosine_is_the_mean_over_all_pairs() -> None:
     assert math.isnan(one.mean_cosine) and math.isnan(Directions().mean_cosine)
 
 
-@pytest.mark.parametrize("rule", ["bp", "fa", "dfa"])
-def test_stability_is_that_of_the_rules_gradients_over_batches(rule: str) -> None:
-    subject = subject_of(mlp(), rule, train=random_split(50))
+@pytest.mark.parametrize(("rule", "options"), [("bp", {}), ("fa", {}), ("dfa", {}), ("f3", {"samples": 50})])
+def test_stability_is_that_of_the_rules_gradients_over_batches(rule: str, options: dict[str, Any]) -> None:
+    """Of f3 with the errors of these samples."""
+    subject = subject_of(mlp(), rule, train=random_split(50), **options)
+    if rule == "f3":
+        errors = torch.randn(50, 3, generator=torch.Generator().manual_seed(1))
+        subject.rule.load_state_dict({"errors": errors, "seen": torch.ones(50, dtype=torch.bool)})
     found = measured("stability", subject)["stability"]
     model, order = subject.model, torch.randperm(50, generator=torch.Generator().manual_seed(0))
     data = subject.training.subset(order)
@@ -137,7 +141,7 @@ def test_stability_is_that_of_the_rules_gradients_over_batches(rule: str) -> Non
         batch, labels = x[start : start + 6], y[start : start + 6]
         model.zero_grad()
         logits = model(batch)
-        subject.rule.backward(F.cross_entropy(logits, labels), logits, labels)
+        subject.rule.backward(F.cross_entropy(logits, labels), logits, labels, indices=order[start : start + 6])
         for layer, seen in gradients.items():
             seen.append(model.get_submodule(layer).weight.grad.flatten().double())
     for layer, seen in gradients.items():

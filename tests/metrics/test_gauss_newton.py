@@ -47,6 +47,13 @@ def test_jacobians_and_pseudo_inverses_are_those_of_torch() -> None:
     assert (gauss_newton(torch.zeros(5, 3, 7), delta) == 0).all()
 
 
+def test_the_damping_is_in_proportion_to_the_jacobian() -> None:
+    """J⁺ δ of 1e-5 J is 1e5 times as long: layers with small derivatives are not damped more than others."""
+    generator = torch.Generator().manual_seed(2)
+    wide, delta = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((4, 3, 7), (4, 3)))
+    torch.testing.assert_close(1e-5 * gauss_newton(1e-5 * wide, delta), gauss_newton(wide, delta), rtol=1e-9, atol=0)
+
+
 def test_angles_of_the_rule_and_of_backpropagation() -> None:
     """At fc2's activation J is the output layer's weight W: backpropagation delivers δ W, direct feedback δ B."""
     model = mlp()

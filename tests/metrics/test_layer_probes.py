@@ -108,6 +108,28 @@ def test_readout_reads_what_the_next_layer_takes() -> None:
     assert readout.activation_points(subject.meter.trace) == {"conv1": "conv2", "conv2": "fc1", "fc1": "fc2", "fc2": ""}
 
 
+def test_readout_takes_the_mean_over_the_positions_of_what_enters_attention() -> None:
+    """As of what enters a linear layer: its features are the last axis, too."""
+
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.fc, self.attn, self.head = nn.Linear(6, 8), nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.fc(x.squeeze(1)).relu()
+            return self.head(self.attn(h, h, h)[0].mean(1))
+
+    subject = subject_of(Attends())
+    points = readout.activation_points(subject.meter.trace)
+    assert points["fc"] == "attn.in_proj"
+    ((seen, _),) = readout._activations(subject, subject.splits.test, points)
+    x, _ = next(subject.splits.test.batches(20))
+    with torch.no_grad():
+        np.testing.assert_allclose(seen["attn.in_proj"], subject.model.fc(x.squeeze(1)).relu().mean(1), atol=1e-6)
+
+
 def test_every_layer_has_the_accuracy_of_its_classifier() -> None:
     """The images and the logits, too; seven test images make one batch, and thirty-one training images as well."""
     torch.manual_seed(1)
@@ -238,6 +260,13 @@ def test_zero_gradients_have_norm_zero_and_one_sample_has_no_standard_error() ->
     alone = measured("gradient_norm", subject_of(mlp(), probe_size=1))
     assert all(math.isnan(value) for value in alone["gradient_norm_floor"].values())
     assert all(value > 0 for value in alone["gradient_norm"].values())
+
+
+def test_a_weight_that_the_loss_does_not_depend_on_has_no_gradient() -> None:
+    weight, other = (torch.ones(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    x = torch.arange(15, dtype=torch.float64).view(5, 3)
+    norms, floors = norms_and_errors(x @ weight, [weight, other])
+    assert norms == [pytest.approx(x.mean(0).norm().item()), 0] and floors[0] > 0 == floors[1]
 
 
 def test_weights_that_do_not_learn_have_a_gradient_and_no_update() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from fa_bench.errors import ConfigError
 from fa_bench.metrics.angles import angles, norm_ratio, weight_angle
 from fa_bench.metrics.meter import AlignmentMeter, Passes, measurement_mode
 from fa_bench.models.resnet import ResNet20
+from fa_bench.objectives.cross_entropy import CrossEntropy
 
 RULES = [
     ("bp", {}),
@@ -238,6 +240,28 @@ def test_layers_that_carry_an_error_and_those_of_the_output():
 
     probe = AlignmentMeter(fa_bench.attach(Two().double(), "fa", seed=0, sample_input=batch()[0]), *batch())
     assert probe.output_layers == ["left", "right"] == probe.feedback_layers
+
+
+@pytest.mark.parametrize(("name", "options"), [("fa", {}), ("dfa", {"output": "logits"}), ("dkp", {"output": "logits"})])
+def test_of_several_outputs_the_trained_one_has_all_angles(name: str, options: dict[str, str]) -> None:
+    """A hidden state comes first."""
+
+    class Several(nn.Module):
+        def __init__(self, several: bool) -> None:
+            super().__init__()
+            self.net, self.several, self.cut_points = mlp(), several, ["net.1", "net.3"]
+
+        def forward(self, x: Tensor) -> Any:
+            h = self.net[:4](x)
+            return {"hidden": h, "logits": self.net[4](h)} if self.several else self.net[4](h)
+
+    found = []
+    for several in (True, False):
+        objective = CrossEntropy(output="logits" if several else None)
+        model = Several(several)
+        rule = fa_bench.attach(model, name, seed=0, sample_input=batch()[0], objective=objective, **(options if several else {}))
+        found.append(AlignmentMeter(rule, *batch()).measure())
+    assert found[0]["delta_angle_one_step"]["net.0"] > 0 and found[0] == found[1]
 
 
 @pytest.mark.parametrize("pooled", [False, True])

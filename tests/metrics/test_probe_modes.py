@@ -18,6 +18,7 @@ from fa_bench.mechanisms.contexts import without_side_effects
 from fa_bench.metrics.angles import NORM_FLOOR, angles, mean_sample_angle, norm_ratio
 from fa_bench.metrics.evaluation import evaluate
 from fa_bench.metrics.meter import AlignmentMeter
+from fa_bench.metrics.probes.base import state_restored
 from fa_bench.objectives.cross_entropy import CrossEntropy
 from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.runs.hashes import state_hash
@@ -235,6 +236,51 @@ def test_evaluation_restores_the_mode_of_every_module(name: str) -> None:
     assert [name for name, module in model.named_modules() if not module.training] == ["bn2"]
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Merges(nn.Module):
+    """Has another factor in evaluation mode, and learns of its mode by calls alone, as modules that merge weights into others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = 1.0
+
+    def train(self, mode: bool = True) -> Any:
+        self.factor = 1.0 if mode else 2.0
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_modules_that_override_train_are_told_of_an_evaluation_and_of_its_end(training: bool) -> None:
+    images = torch.randint(256, (9, 3, 1, 1), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    split = ResidentSplit(images, torch.arange(9) % 3, [0.5], [0.5], False, torch.device("cpu"))
+    model = nn.Sequential(nn.Flatten(), Merges()).train(training)
+    x, y = next(split.batches(9))
+    loss = evaluate(model, CrossEntropy(), split, 4)["loss"]
+    # Float32, and sums in another order.
+    assert loss == pytest.approx(F.cross_entropy(2 * x.flatten(1), y).item(), rel=1e-5)
+    assert model[1].factor == (1.0 if training else 2.0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["bp", "kp", "dfa", "fdfa"])
+def test_modules_that_override_train_are_as_before_after_attach_and_a_measurement(name: str, training: bool) -> None:
+    model = net()
+    model.noise1, model.noise2 = Merges(), Merges()
+    model.train(training)
+    model.noise2.train(not training)
+    rule = fa_bench.attach(model, name, seed=0, sample_input=batch()[0])
+    for what in ("attach", "metrics", "probes"):
+        if what == "metrics":
+            assert measured(rule) == measured(attached(name)[1]), "a factor of one, in training mode"
+        elif what == "probes":
+            with state_restored(rule):
+                model.eval()
+        assert (model.noise1.factor, model.noise2.factor) == ((1.0, 2.0) if training else (2.0, 1.0)), what
+        assert [model.noise1.training, model.noise2.training, model.training] == [training, not training, training], what
 
 
 def test_weights_that_the_user_froze_stay_frozen() -> None:

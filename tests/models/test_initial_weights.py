@@ -149,3 +149,9 @@ def test_layers_are_drawn_independently() -> None:
         a, b = net.conv2.weight.flatten(), other.conv2.weight.flatten()
         assert abs(torch.cosine_similarity(a, b, dim=0).item()) < 0.07
         assert torch.equal(a, build("conv2", init).conv2.weight.flatten())  # the global seed decides
+
+
+def test_torchvisions_googlenet_has_torchs_own_initial_weights() -> None:
+    """Its own initialiser takes minutes. Of the 4 096 numbers within 1/√fan_in, the largest is near that."""
+    weight = ARCHITECTURES["torchvision"](model="googlenet").build((3, 32, 32), 5).conv2.conv.weight
+    assert 0.99 / math.sqrt(64) < weight.abs().max().item() <= 1 / math.sqrt(64)

@@ -268,6 +268,30 @@ def test_clipping_scales_weights_and_feedback_by_their_common_norm(own: SGD | No
             torch.testing.assert_close(tensor.grad, torch.full_like(tensor, clipped), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("largest", [None, 0.05])
+def test_feedback_that_shares_the_gradient_of_a_weight_learns_as_by_one_of_its_own(largest: float | None) -> None:
+    """Also in a step after one whose gradients were asked for, and clipped: then it counts in the common norm, too."""
+    found = []
+    for shares in (False, True):
+        rule, (x, y) = attached("kp"), nets.batch("mlp_tanh")
+        optimizers = Optimizers(plain(LR, 0.0, None), rule, 1)
+        if shares:
+            optimizers.share_gradients()
+        for step in range(3):
+            optimizers.begin_step(step)
+            logits = rule.model(x)
+            rule.backward(F.cross_entropy(logits, y), logits, y)
+            assert all((tensor.grad is None) == shares for tensor in rule.feedback_parameters())
+            if step == 0:
+                optimizers.fill_gradients()
+            if largest is not None:
+                optimizers.clip(largest)
+            optimizers.step()
+        found.append([*copies(weights(rule)), *copies(rule.feedback_parameters())])
+    # Float64, and the same operations.
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("name", ["asfp", "asfp_lc"])
 def test_feedback_of_a_layer_that_shares_does_not_learn_by_the_gradient_of_the_weight(name: str) -> None:
     """Its gradient is gᵀ h̃ with the shared activation h̃, not gᵀ x, and so is its step."""

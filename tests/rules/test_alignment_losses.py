@@ -333,6 +333,19 @@ def test_gradients_do_not_depend_on_the_batch_without_its_input(name: str, optio
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("net", ["mlp_tanh", "conv"])
+@pytest.mark.parametrize("name", RULES)
+def test_an_empty_batch_adds_what_the_loss_has_without_inputs(name: str, net: str) -> None:
+    """No number that is none: the decay of the feedback, and its similarity to the weight."""
+    model, (x, y) = nets.NETS[net](), nets.batch(net)
+    rule = fa_bench.attach(model, name, seed=0, sample_input=x, update_forward=True)
+    logits = model(x[:0])
+    rule.backward(logits.sum(), logits, y[:0], loss_scale=1.0)
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert gradients and all(gradient.isfinite().all() for gradient in gradients)
+    assert any(gradient.any() for gradient in gradients) == (name != "activation_alignment")
+
+
 def test_parts_of_a_weight_that_run_alone_have_the_loss_of_their_rows() -> None:
     """Keys and values of attention see other inputs than queries: 4 of the 12 rows of the joint weight see the first tokens."""
     torch.manual_seed(0)

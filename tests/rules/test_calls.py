@@ -19,7 +19,7 @@ CUT_RULES = ("dfa", "dkp", "drtp", "local_error", "predsim", "bp_deepsup", "dgl"
 
 def attached(name: str):
     model, (x, y) = nets.mlp(), nets.batch("mlp")
-    cuts = {"cuts": ["act1", "act2"]} if name in CUT_RULES else {}
+    cuts = {"cuts": ["act1", "act2"]} if name in (*CUT_RULES, "ddtp_linear") else {}
     return model, fa_bench.attach(model, name, seed=0, sample_input=x, **cuts), x, y
 
 
@@ -96,7 +96,7 @@ def test_two_cuts_at_one_tensor_are_refused(name):
     fa_bench.attach(model, name, cuts=["0", "1", "3"])
 
 
-@pytest.mark.parametrize("name", CUT_RULES)
+@pytest.mark.parametrize("name", [*CUT_RULES, "ddtp_linear"])
 def test_logits_may_be_changed_in_place(name):
     """As by a temperature: the same as out of place."""
     found = []

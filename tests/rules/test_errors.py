@@ -71,11 +71,12 @@ def test_an_error_ends_where_the_model_gives_it_no_further_causes(name):
     assert str(refused.value).endswith("or bilinear module with plain weights")
 
 
+@pytest.mark.parametrize("freeze_stem", [True, False])
 @pytest.mark.parametrize("name", [*EDGE_RULES, "asap", "dfa"])
-def test_layers_that_do_not_run_are_not_covered(name):
+def test_layers_that_do_not_run_are_not_covered(name, freeze_stem):
     model, cuts = Unused(), {"cuts": ["act"]} if name == "dfa" else {}
     with pytest.raises(CoverageError, match="covers no layer of this model: none ran"):
-        fa_bench.attach(model, name, seed=0, freeze_stem=True, sample_input=torch.zeros(2, 3), **cuts)
+        fa_bench.attach(model, name, seed=0, freeze_stem=freeze_stem, sample_input=torch.zeros(2, 3), **cuts)
     assert unchanged(model, Unused())
 
 
@@ -229,6 +230,8 @@ def test_unknown_rule_is_answered_with_the_nearest(wrong, nearest):
         ("usf", {"plain_last": "sometimes"}, "plain_last"),
         ("dkp", {"b_lr_scale": -0.1}, "b_lr_scale"),
         ("drtp", {"scale": 0.0}, "scale"),
+        ("pfa", {"ratio": 0.0}, "ratio"),
+        ("pfa_o", {"ratio": 0.0}, "ratio"),
         ("local_error", {"features": 0}, "features"),
         ("predsim", {"beta": 1.5}, "beta"),
         ("predsim", {"loss": "predism"}, "predsim"),

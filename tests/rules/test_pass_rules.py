@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fa_bench
 from fa_bench.errors import CoverageError
+from fa_bench.mechanisms import second_pass
 from fa_bench.mechanisms.second_pass import Draws
 from fa_bench.objectives.cross_entropy import CrossEntropy
 from fa_bench.objectives.mse import MSE
@@ -569,6 +570,61 @@ def test_at_a_block_the_difference_is_the_error_of_its_output() -> None:
     model = nn.Sequential(nn.Linear(6, 6), Block(), nn.Linear(6, 3)).double()
     got = learn(fa_bench.attach(model, "pepita", cuts=["0", "1"], f_scale=1.0))
     assert got["1.fc.weight"].any() and got["0.weight"].any()
+    normalised = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.LayerNorm(6), Block(), nn.Linear(6, 3)).double()
+    got = learn(fa_bench.attach(normalised, "pepita", cuts=["1", "3"], f_scale=1.0))
+    assert got["2.weight"].any() and got["2.bias"].any(), "what comes before the block learns by the difference at its output"
+
+
+@pytest.mark.parametrize("name", [*RULES, "dfc", "epc", "pc", "forward_gradient"])
+def test_all_passes_have_the_further_arguments_of_the_first(name: str) -> None:
+    """Those with a name, too: the same gradients as in a model that has them as defaults."""
+
+    class Net(nn.Module):
+        def __init__(self, factor: float, shift: float) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.fc1, self.act, self.fc2 = nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)
+            self.cut_points = self.blocks = ["act"]
+            self.factor, self.shift = factor, shift
+
+        def forward(self, x: Tensor, factor: Tensor | None = None, *, shift: Tensor | None = None) -> Tensor:
+            h = self.fc1(x) * (self.factor if factor is None else factor) + (self.shift if shift is None else shift)
+            return self.fc2(self.act(h))
+
+    def given(value: float) -> Tensor:
+        return torch.tensor(value, dtype=torch.float64)
+
+    found = []
+    for defaults, args, kwargs in (((1.0, 0.0), (given(2.0),), {"shift": given(0.5)}), ((2.0, 0.5), (), {})):
+        rule = fa_bench.attach(Net(*defaults).double(), name, sample_input=X)
+        logits = rule.model(X, *args, **kwargs)
+        rule.backward(F.cross_entropy(logits, Y), logits, Y)
+        found.append({key: parameter.grad for key, parameter in rule.model.named_parameters()})
+    assert found[0].keys() == found[1].keys() and found[0]["fc1.weight"].any()
+    for key, gradient in found[0].items():
+        assert (gradient is None and found[1][key] is None) or torch.equal(gradient, found[1][key]), key
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "is_shared"),
+    [
+        ("weight_perturbation", {}, True),
+        ("forward_gradient", {"form": "weight"}, True),
+        ("forward_gradient", {}, False),
+        ("node_perturbation", {}, False),
+        ("np_feedback", {}, False),
+        ("fdfa", {}, False),
+    ],
+)
+def test_noise_of_weights_is_that_of_all_processes(
+    name: str, options: dict[str, Any], is_shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise of samples is not, because each process has others."""
+    found = []
+    for rank in (0, 1):
+        monkeypatch.setattr(second_pass, "_rank", lambda rank=rank: rank)
+        found.append(learn(fa_bench.attach(mlp(8, 7), name, **options)))
+    assert all(torch.equal(found[0][key], gradient) for key, gradient in found[1].items()) == is_shared
 
 
 @pytest.mark.parametrize("name", ["pepita", "forward_forward"])
@@ -643,13 +699,15 @@ def test_the_classifier_reads_all_layers_but_the_first() -> None:
     torch.testing.assert_close(logits, F.linear(hidden, output.weight, output.bias))
 
 
-def test_goodness_predicts_the_label_that_later_layers_like() -> None:
-    rule = fa_bench.attach(mlp(8, 7), "forward_forward", prediction="goodness")
+@pytest.mark.parametrize("widths", [(8, 7), (8,)])
+def test_goodness_predicts_the_label_that_later_layers_like(widths: tuple[int, ...]) -> None:
+    """Or the only one."""
+    rule = fa_bench.attach(mlp(*widths), "forward_forward", prediction="goodness")
     with torch.no_grad():
         scores = rule.predict(X)
         for label in range(3):
             h = rule._marked(X, torch.eye(3, dtype=torch.float64)[label])
-            for number in (0, 2):
+            for number in range(0, 2 * len(widths), 2):
                 h = torch.relu(rule.model[number](h))
                 goodness = h.square().sum(1)
                 h = h / (h.square().mean(1, keepdim=True).sqrt() + 1e-8)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 import fa_bench
 from fa_bench.mechanisms.cut.rule import CutRule
+from fa_bench.mechanisms.graph import tensors_in
 
 from . import nets
 from .helpers import cut_options, rule_grads
@@ -100,3 +103,23 @@ def test_a_sample_that_requires_gradients_is_any_sample(variant: str) -> None:
         found.append((str(rule.coverage), sorted(rule.feedback), sorted(rule.weight_pairs())))
         assert sample.grad is None
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", ["fa", "dfa"])
+@pytest.mark.parametrize("kind", ["tensor", "by name", "dictionary", "list in a dictionary"])
+def test_the_sample_is_as_before_whatever_the_model_does_to_its_inputs(name: str, kind: str) -> None:
+    class Changes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.cut_points = nets.mlp(), ["net.act1", "net.act2"]
+
+        def forward(self, x: Any) -> torch.Tensor:
+            while not isinstance(x, torch.Tensor):
+                x = x.pop(next(iter(x))) if isinstance(x, dict) else x.pop()
+            return self.net(x.mul_(2))
+
+    x, _ = nets.batch("mlp")
+    before = x.clone()
+    sample = {"tensor": x, "by name": {"x": x}, "dictionary": ({"a": x},), "list in a dictionary": ({"a": [x]},)}[kind]
+    fa_bench.attach(Changes(), name, seed=0, sample_input=sample)
+    assert torch.equal(x, before) and next(tensors_in(sample)) is x

@@ -29,6 +29,7 @@ from fa_bench.runs.callbacks import Alignment
 from fa_bench.runs.divergence import Diverged, Divergence, first_nonfinite_output
 from fa_bench.runs.hashes import chained
 from fa_bench.runs.loop import Progress, Trainer
+from fa_bench.runs.parallel import World
 from fa_bench.schedules.step import Step
 
 F3 = ("f3", {"cuts": ["act"], "samples": 40})
@@ -259,6 +260,31 @@ def test_best_epoch_is_the_first_of_the_best_validation_accuracy(monkeypatch: py
     assert (progress[-1].best_epoch, progress[-1].best_val, progress[-1].test_at_best) == (2, 0.7, 0.2)
 
 
+def test_a_score_that_is_not_finite_is_not_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the perplexity of an epoch that overflowed: every later one is better, and none is better than it."""
+    of_epochs = iter([float("nan"), float("-inf"), 0.5, float("inf"), 0.4])
+    splits, progress, now = load(), [], [0.0]
+
+    def evaluate(model: nn.Module, objective: Any, split: Any, *arguments: Any) -> dict[str, float]:
+        if split is splits.validation:
+            now[0] = next(of_epochs)
+        return {"loss": 1.0, "accuracy": now[0]}
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    fit(fa_bench.attach(make_model(), "bp"), splits, 5, on_step=lambda present: progress.append(present))
+    assert (progress[-1].best_epoch, progress[-1].best_val, progress[-1].test_at_best) == (3, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_evaluation_has_the_precision_of_training(precision: str, dtype: torch.dtype) -> None:
+    """Only an evaluation runs without gradients."""
+    model, seen = make_model(), set()
+    rule = fa_bench.attach(model, "bp")
+    model.fc2.register_forward_hook(lambda module, args, output: None if torch.is_grad_enabled() else seen.add(output.dtype))
+    fit(rule, load(), 1, precision=precision)
+    assert seen == {dtype}
+
+
 def test_epoch_records_angles_only_if_it_measured_some() -> None:
     """Three steps an epoch, measured at steps 5, 10 and 15, in epochs 2, 4 and 5; the last epoch is measured in any case."""
     lines = fit(fa_bench.attach(make_model(), "bp"), load(), 6, probe_every=5)
@@ -272,6 +298,14 @@ def test_hash_of_the_batches_is_that_of_the_first_one_of_every_epoch() -> None:
     for epoch in range(2):
         want.append(chained(want[-1], *next(splits.train.batches(BATCH, seed=SEED, epoch=epoch))))
     assert seen == [want[1]] * 3 + [want[2]] * 3
+
+
+def test_processes_are_told_the_number_of_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the whole run, so that dropout does not repeat itself in another epoch."""
+    seen = []
+    monkeypatch.setattr(World, "begin_step", lambda world, seed, step: seen.append((seed, step)))
+    fit(fa_bench.attach(make_model(), "bp"), load(), 2)
+    assert seen == [(SEED, step) for step in range(6)]
 
 
 def test_gradients_are_seen_before_they_are_clipped() -> None:

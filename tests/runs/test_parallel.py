@@ -6,6 +6,7 @@ Two processes talk by gloo and run one command after the other, since starting t
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import io
 import json
@@ -22,10 +23,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
 
 from fa_bench.cli import main
 from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.runs import parallel
+from fa_bench.runs.batch_norm import synchronise
 from fa_bench.runs.callbacks import StopOnSignal
 from fa_bench.utils.files import ANGLES, METRICS, RESULT
 
@@ -264,6 +267,54 @@ def test_two_processes_train_as_one(name: str, inside: Any) -> None:
     measured = [[json.loads(line)["step"] for line in Path(folder, ANGLES).read_text().splitlines()] for folder in folders]
     assert measured[0] == measured[1] and len(measured[0]) > 1
     assert of_case[1][2] == "" and "2 processes share each batch" in Path(folders[1], "run.log").read_text()
+
+
+@pytest.mark.parametrize("momentum", [None, 0.1, 0.4])
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}], ids=str)
+def test_normalisation_over_all_samples_is_torchs_if_one_process_has_them_all(
+    momentum: float | None, options: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: None)
+    for kind, shape in ((nn.BatchNorm1d, (5, 3)), (nn.BatchNorm1d, (5, 3, 4)), (nn.BatchNorm2d, (2, 3, 4, 2))):
+        plain: Any = kind(3, momentum=momentum, **options)
+        own = synchronise(copy.deepcopy(plain))
+        for seed in range(3):
+            x = 3 + 2 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+            found = []
+            for module in (plain, own):
+                leaf = x.clone().requires_grad_()
+                output = module(leaf)
+                output.pow(3).sum().backward()
+                found.append([output.detach(), leaf.grad, *(one.grad for one in module.parameters())])
+            # Float32; the statistics here are computed in double precision.
+            torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(dict(own.state_dict()), dict(plain.state_dict()), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(own.eval()(x), plain.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_makes_several_processes_differ_from_one_is_noted() -> None:
+    """Dropout, unless its rate is zero, in layers and in attention; and of a rule's notes those on data parallelism."""
+    notes = parallel.Processes(1, 2, 1, None).notes
+    share = "2 processes share each batch"
+    assert notes(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0), nn.LSTM(2, 2)), False, ("batches",)) == [share]
+    for module in (nn.Dropout(0.5), nn.MultiheadAttention(2, 1, dropout=0.1), nn.LSTM(2, 2, 2, dropout=0.2)):
+        first, dropout = notes(nn.Sequential(module), False, ())
+        assert first == share and dropout.startswith("dropout differs from process to process")
+    assert notes(nn.BatchNorm1d(2), True, ("on data-parallel ranks",)) == [share, "on data-parallel ranks"]
+    assert "sync_batch_norm=true" in notes(nn.BatchNorm1d(2), False, ())[1]
+
+
+def test_random_numbers_differ_from_process_to_process_and_from_step_to_step() -> None:
+    """Those of process 0 are in its checkpoints."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        drawn = {}
+        for rank in (0, 1, 2):
+            for seed, step in ((0, 0), (0, 1), (1, 0)):
+                parallel.Processes(rank, 3, rank, None).begin_step(seed, step)
+                drawn[rank, seed, step] = torch.initial_seed()
+    assert {drawn.pop((0, seed, step)) for seed, step in ((0, 0), (0, 1), (1, 0))} == {7}
+    assert len(drawn) == len({*drawn.values(), 7}) - 1 == 6
 
 
 def test_batch_normalisation_of_each_process_differs_and_is_noted(inside: Any) -> None:

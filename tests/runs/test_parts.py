@@ -179,6 +179,10 @@ def test_options_name_what_is_allowed() -> None:
         SGD.from_mapping({"schedule": {"name": "step", "step_size": 1, "gamma": 2}})
     with pytest.raises(OptionError, match=r"nam: unknown option .* did you mean 'name'"):
         SGD.from_mapping({"schedule": {"nam": "step"}})
+    with pytest.raises(OptionError, match=r"epochs=True is not a whole number"):
+        RunOptions(epochs=True)
+    with pytest.raises(OptionError, match=r"lr=True is not a number"):
+        SGD(lr=True)
 
 
 def test_residual_net_without_shortcuts() -> None:

@@ -159,22 +159,21 @@ def state_restored(rule: Rule) -> Iterator[None]:
     Restored are parameters, learned feedback included, buffers, gradients (None within it), ``requires_grad``, the modes of all
     modules, and every global random generator; ``rule.mode.freeze_random`` is set within it.
     """
-    from fa_bench.mechanisms.contexts import set_temporarily
+    from fa_bench.mechanisms.contexts import modes_of, restore_modes, set_temporarily
     from fa_bench.utils.process import random_state, restore_random_state
 
     model = rule.model
     _ = rule.feedback  # sampled when it is read: the values to restore are those after that
     tensors = [*model.parameters(), *model.buffers()]
     saved = [(tensor, tensor.detach().clone(), tensor.requires_grad) for tensor in tensors]
-    modes = [(module, module.training) for module in model.modules()]
+    modes = modes_of(model)
     generators = random_state()
     try:
         with set_temporarily([rule.mode], "freeze_random", True), set_temporarily(tensors, "grad", None):
             yield
     finally:
         restore_random_state(generators)
-        for module, training in modes:
-            module.training = training
+        restore_modes(modes)
         with torch.no_grad():
             for tensor, value, requires_grad in saved:
                 if not torch.equal(tensor, value):

@@ -120,6 +120,27 @@ def test_weights_updated_by_hand_without_feedback_are_an_error(name, data_attrib
     steps(model, rule, ByHand, 2)
 
 
+@pytest.mark.parametrize("name", ["kp", "dkp"])
+def test_feedback_whose_rate_is_zero_may_be_left_out_of_updates_by_hand(name):
+    model = net()
+    collected = list(model.parameters())
+    rule = fa_bench.attach(model, name, seed=0, b_lr_scale=0)
+    before = [tensor.detach().clone() for tensor in (*collected, *rule.feedback_parameters())]
+
+    class ByHand:
+        zero_grad = staticmethod(model.zero_grad)
+
+        @staticmethod
+        @torch.no_grad()
+        def step():
+            for parameter in collected:
+                parameter -= 0.1 * parameter.grad
+
+    steps(model, rule, ByHand, 2)
+    moved = [not torch.equal(one, other) for one, other in zip((*collected, *rule.feedback_parameters()), before, strict=True)]
+    assert moved == [True] * len(collected) + [False] * len(rule.feedback_parameters())
+
+
 def test_the_mends_that_the_error_names_work():
     for mend in ("group", "new", "fixed"):
         model = net()
@@ -316,8 +337,10 @@ def test_the_feedback_of_a_cut_after_a_frozen_layer_rests_with_it(name):
     steps(model, rule, sgd(p for p in model.parameters() if p.requires_grad), 2)
     model(x.requires_grad_(True))
     model[0].requires_grad_(True)
-    with pytest.raises(StateError, match=r"'1\.feedback_\w+' was frozen by attach.*unfreeze it, too"):
-        model(x)
+    for learned in [one for one in rule.learned_feedback() if one.path == "1"]:
+        with pytest.raises(StateError, match=rf"'{learned.name}' was frozen by attach.*unfreeze it, too"):
+            model(x)
+        learned.tensor.requires_grad_(True)
     for tensor in rule.feedback_parameters():
         tensor.requires_grad_(True)
     steps(model, rule, sgd(model.parameters()), 2)

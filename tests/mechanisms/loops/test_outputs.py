@@ -367,6 +367,26 @@ def test_a_scalar_beside_the_named_output_is_refused_only_if_it_was_computed_fro
             model(X)
 
 
+def test_np_feedback_refuses_a_scalar_only_if_it_was_computed_from_another_output() -> None:
+    class Penalised(Chain):
+        computed_from = "a weight"
+
+        def forward(self, x: Tensor) -> Any:
+            logits = super().forward(x)
+            scalar = (logits if self.computed_from == "the logits" else next(self.parameters())).square().mean()
+            return {"logits": logits, "scalar": scalar}
+
+    model, plain = Penalised(), Chain()
+    rule, alone = attach(model, "np_feedback"), attach(plain, "np_feedback")
+    logits, its = model(X)["logits"], plain(X)
+    rule.backward(F.cross_entropy(logits, Y), logits, Y)
+    alone.backward(F.cross_entropy(its, Y), its, Y)
+    assert_same(gradients(model), gradients(plain))
+    model.computed_from = "the logits"
+    with pytest.raises(CoverageError, match=r"returns a loss \('scalar'\).*and rule 'np_feedback' cannot learn from there"):
+        model(X)
+
+
 class InAnObject(Chain):
     """Returns an object of a class that is no container, in which no tensor is found."""
 
