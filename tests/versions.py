@@ -3,6 +3,7 @@
 Each version is named once, here, with what it changed.
 """
 
+import PIL
 import pytest
 import torch
 
@@ -18,3 +19,5 @@ def is_older(version: str, *first: int) -> bool:
 needs_compiler = pytest.mark.skipif(too_old_to_compile() != "", reason=too_old_to_compile())
 #: The function that torch's checkpoints save their inputs with has no forward-mode derivative.
 CHECKPOINTS_LACK_TANGENTS = is_older(torch.__version__, 2, 12)
+#: Uncompressed TIFFs in YCbCr are read with four channels, and end too early.
+YCBCR_IS_CUT_OFF = is_older(PIL.__version__, 13)
