@@ -32,8 +32,9 @@ _UPRIGHT = {
 }
 #: TIFF: the tags of bits per channel and of whether 0 is white.
 _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
-#: PNG: the factors by which Pillow scales grey levels of 2 and 4 bits; it does not scale the transparent level.
-_GREY_STEPS = {"L;2": 85, "L;4": 17}
+#: PNG: the factors by which Pillow scales grey levels of 1, 2 and 4 bits; it does not scale the transparent level, except that
+#: of 1 bit since Pillow 12.1.
+_GREY_STEPS = {"1": 255, "L;2": 85, "L;4": 17}
 
 
 #: What may be noted of an image file, and the sentence about it.
@@ -109,7 +110,7 @@ class Decoder:
                         "convert it to 8 bits, or to an alpha channel"
                     )
                 if raw in _GREY_STEPS:
-                    opened.info["transparency"] *= _GREY_STEPS[raw]
+                    opened.info["transparency"] = min(255, opened.info["transparency"] * _GREY_STEPS[raw])
             image = upright(opened)
             notes["rotated"] += int(rotated or image is not opened)
             alpha = None

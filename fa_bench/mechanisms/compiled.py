@@ -16,6 +16,10 @@ import torch
 
 from fa_bench.errors import CoverageError
 
+#: The first version of torch that compiles every rule; the compilers of earlier ones stop at layers with convolutions, and that
+#: of 2.11 made all gradients zero with derivative=dual.
+COMPILING_TORCH = (2, 13)
+
 
 class Handle:
     """A name for an object in compiled graphs. A copy or a pickled one names the copy of its owner.
@@ -61,6 +65,14 @@ _REPEATS = "runs the model again in the backward pass, which no compiled graph c
 _NEEDS_MODEL = "needs a second forward pass of the whole model: compile the model, not"
 
 
+def too_old_to_compile() -> str:
+    """Why the installed torch cannot compile every rule; empty if it can."""
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version >= COMPILING_TORCH:
+        return ""
+    return f"torch {torch.__version__} cannot compile every rule, which needs {'.'.join(map(str, COMPILING_TORCH))} or later"
+
+
 # With fullgraph=True the compiler raises an error of its own, which contains the reason; otherwise it gives the graph up, and
 # these functions raise theirs.
 @torch.compiler.disable(reason=f"its rule {_REPEATS}")
@@ -73,6 +85,12 @@ def refuse_repeats(rule: str) -> None:
 def refuse_part(rule: str, path: str) -> None:
     """Raise the error that a part of the model cannot be compiled alone."""
     raise CoverageError(f"rule '{rule}' {_NEEDS_MODEL} its part '{path}' alone")
+
+
+@torch.compiler.disable(reason="this version of torch cannot compile every rule")
+def refuse_version(rule: str, problem: str) -> None:
+    """Raise the error that this version of torch compiles no rules, see `too_old_to_compile`."""
+    raise CoverageError(f"rule '{rule}': {problem}; upgrade it, or do not compile the model")
 
 
 def operator(schema: str, like: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:

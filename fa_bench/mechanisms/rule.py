@@ -239,10 +239,12 @@ class Rule(Options):
         mode = self.mode
         training = torch.is_grad_enabled() and not mode.exact
         if torch.compiler.is_compiling():
-            if self.repeats:
-                from fa_bench.mechanisms.compiled import refuse_repeats
+            from fa_bench.mechanisms.compiled import refuse_repeats, refuse_version, too_old_to_compile
 
+            if self.repeats:
                 refuse_repeats(self.name)
+            if problem := too_old_to_compile():
+                refuse_version(self.name, problem)
             # New containers, because a graph depends on the contents of those that it finds.
             mode.training, mode.with_gradients, mode.without_gradients, mode.seeds = training, set(), {}, {}
             return

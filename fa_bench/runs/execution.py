@@ -12,12 +12,11 @@ import torch
 
 from fa_bench.config.job import RunOptions
 from fa_bench.errors import ConfigError, first_line
+from fa_bench.mechanisms.compiled import too_old_to_compile
 from fa_bench.runs.logs import log
 
 #: With compile=auto, steps that a run must have: a graph of resnet20 takes some 30 s to compile and saves 15 ms a step.
 ENOUGH_STEPS = 2000
-#: The first version of torch whose compiler traces every rule; earlier ones stop at layers with convolutions.
-COMPILING_TORCH = (2, 13)
 
 
 class Execution:
@@ -137,14 +136,6 @@ def _require_compiler(device: torch.device) -> None:
         raise ConfigError(f"compile=true: {problem}; upgrade it, or pass compile=false")
     if device.type == "cpu" and (problem := _no_compiler()):
         raise ConfigError(f"compile=true needs a C++ compiler, such as g++: {problem}; install one, or pass compile=false")
-
-
-def too_old_to_compile() -> str:
-    """Why the installed torch cannot compile every rule; empty if it can."""
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if version >= COMPILING_TORCH:
-        return ""
-    return f"torch {torch.__version__} cannot compile every rule, which needs {'.'.join(map(str, COMPILING_TORCH))} or later"
 
 
 def _no_compiler() -> str:

@@ -39,7 +39,7 @@ BROKEN = {
     ),
     "no class at all": (IMPORTS + "ALGORITHMS.register('odd_rule')(3)\n", ["'odd_rule'", "3 is not a subclass", "Rule"]),
     "a function": (IMPORTS + "@ALGORITHMS.register('odd_rule')\ndef rule(): pass\n", ["'odd_rule'", "not a subclass", "Rule"]),
-    "a class that is no rule": (IMPORTS + "@ALGORITHMS.register('odd_rule')\nclass A: pass\n", ["'odd_rule'", "Rule", ":5"]),
+    "a class that is no rule": (IMPORTS + "class A: pass\nALGORITHMS.register('odd_rule')(A)\n", ["'odd_rule'", "Rule", ":6"]),
     "no architecture": (IMPORTS + RULE.replace("ALGORITHMS", "ARCHITECTURES"), ["architecture", "'odd_rule'", "Architecture"]),
     "no dataset": (IMPORTS + "@DATASETS.register('odd_rule')\nclass A: pass\n", ["dataset", "'odd_rule'", "Dataset"]),
     "no optimizer": (IMPORTS + "@OPTIMIZERS.register('odd_rule')\nclass A: pass\n", ["optimizer", "OptimizerOptions"]),

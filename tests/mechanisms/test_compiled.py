@@ -21,12 +21,13 @@ from fa_bench.errors import CoverageError, StateError
 from fa_bench.mechanisms.compiled import Handle
 from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.registry.specs import parse_spec
-from fa_bench.runs.execution import _no_compiler, too_old_to_compile
+from fa_bench.runs.execution import _no_compiler
+from tests.versions import needs_compiler
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit"),
     pytest.mark.filterwarnings("ignore:The .grad attribute"),
-    pytest.mark.skipif(too_old_to_compile() != "", reason=too_old_to_compile()),
+    needs_compiler,
 ]
 #: Options that lead through other code than the defaults, with less work where the defaults take much.
 VARIANTS = {

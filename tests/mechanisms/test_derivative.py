@@ -16,7 +16,7 @@ import fa_bench
 from fa_bench.errors import CoverageError, OptionError
 from fa_bench.mechanisms.derivative import NONLINEAR, DualModule
 from fa_bench.rules.dual_propagation import DualPropagation
-from fa_bench.runs.execution import too_old_to_compile
+from tests.versions import needs_compiler
 
 X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = torch.tensor([0, 1, 2, 0, 1, 2])
@@ -379,7 +379,7 @@ def test_checkpointing_gives_the_same_gradients() -> None:
     assert apart(gradients(other, rule), want) == 0
 
 
-@pytest.mark.skipif(too_old_to_compile() != "", reason=too_old_to_compile())
+@needs_compiler
 def test_compiled_graphs_take_the_scale_of_each_backward_pass() -> None:
     """The same graph serves losses of every scale and, recompiled once for a size that varies, batches of every size."""
     torch._dynamo.reset()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fa_bench import attach
 from fa_bench.errors import CoverageError
 from fa_bench.mechanisms.weighted_layers import bias_name, weight_name
-from fa_bench.runs.execution import too_old_to_compile
+from tests.versions import needs_compiler
 
 from .sequences import Layer, Rows, added, attention, bilinear, gru, lstm, packed, rnn
 
@@ -363,7 +363,7 @@ def test_forward_alignment_and_others_leave_the_measured_model_alone(name: str) 
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.skipif(too_old_to_compile() != "", reason=too_old_to_compile())
+@needs_compiler
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 def test_compiled_models_train_by_the_rule() -> None:
     model = made(lambda: nn.Sequential(Attends(False), nn.Linear(3, 4), Recurs(nn.LSTM(5, 3)))).float()

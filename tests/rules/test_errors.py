@@ -4,11 +4,13 @@ import re
 
 import pytest
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from torch import nn
 
 import fa_bench
 from fa_bench.errors import CoverageError
+from fa_bench.mechanisms import compiled
 
 from . import nets
 from .helpers import EDGE_RULES, LOUD, layer_names
@@ -166,6 +168,20 @@ def test_model_compiled_in_place_is_refused(part):
     model.get_submodule(part).compile(backend="eager")
     with pytest.raises(CoverageError, match=(f"the model's part '{part}'" if part else "the model") + " is compiled"):
         fa_bench.attach(model, "fa", seed=0)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_compilers_of_older_versions_of_torch_are_refused(fullgraph, monkeypatch):
+    monkeypatch.setattr(compiled, "COMPILING_TORCH", (99, 0))
+    torch._dynamo.reset()
+    x, _ = nets.batch("mlp")
+    model = nets.mlp()
+    fa_bench.attach(model, "fa", seed=0)
+    error = torch._dynamo.exc.Unsupported if fullgraph else CoverageError
+    message = r"cannot compile every rule" if fullgraph else r"rule 'fa': torch .* which needs 99\.0 or later; .* do not compile"
+    with pytest.raises(error, match=message):
+        torch.compile(model, backend="eager", fullgraph=fullgraph)(x)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("name", ["bp", "fa", "kp"])

@@ -8,6 +8,7 @@ from torch import nn
 
 import fa_bench
 from fa_bench.analyses.forward_alignment_theorem import Linear, trajectory
+from tests.versions import needs_compiler
 
 from . import nets
 from .helpers import array, assert_bitwise, assert_matches, backward, bp_grads, collect, distance, rule_grads
@@ -223,6 +224,7 @@ def test_a_pass_that_fails_is_not_run_again():
     assert model.calls == calls + 1
 
 
+@needs_compiler
 def test_a_compiled_model_is_evaluated_before_it_is_trained():
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     fa_bench.attach(model, "forward_alignment", seed=0)

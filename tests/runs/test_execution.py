@@ -25,6 +25,7 @@ from fa_bench.runs.callbacks import Display
 from fa_bench.runs.execution import Execution
 from fa_bench.runs.hashes import state_hash
 from fa_bench.runs.loop import Progress
+from tests.versions import needs_compiler
 
 CPU = torch.device("cpu")
 SMALL = [
@@ -69,6 +70,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return shapes
 
 
+@needs_compiler
 @pytest.mark.parametrize("algorithm", ["kp", "dkp", "drtp", "brsf", "predsim"])
 def test_a_compiled_run_has_the_same_results(algorithm: str, tmp_path: Path, traced: list[tuple[int, ...]]) -> None:
     """The measurements of angles between the steps and the last, smaller batch neither use the graph nor compile another."""
@@ -83,6 +85,7 @@ def test_a_compiled_run_has_the_same_results(algorithm: str, tmp_path: Path, tra
     assert compiled["config_hash"] != plain["config_hash"]
 
 
+@needs_compiler
 def test_micro_batches_of_both_sizes_are_compiled(tmp_path: Path, traced: list[tuple[int, ...]]) -> None:
     plain = trained(tmp_path / "plain", "algorithm=fa", "accumulate=4")
     compiled = trained(tmp_path / "compiled", "algorithm=fa", "accumulate=4", "compile=true")
@@ -90,6 +93,7 @@ def test_micro_batches_of_both_sizes_are_compiled(tmp_path: Path, traced: list[t
     assert compiled["weights_hash"] == plain["weights_hash"]
 
 
+@needs_compiler
 def test_compiled_models_draw_the_same_dropout_and_repeat_bit_for_bit() -> None:
     """With PyTorch's own compiler; fused kernels round in another order, by 1e-7 of each number."""
     if execution._no_compiler():
@@ -152,6 +156,7 @@ def test_graphs_need_compiled_code() -> None:
 
 
 def test_compile_without_a_compiler_is_refused_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execution, "too_old_to_compile", lambda: "")
     monkeypatch.setattr(execution, "_no_compiler", lambda: "no g++ here")
     with pytest.raises(ConfigError, match=r"compile=true needs a C.* compiler.*no g\+\+ here.*compile=false"):
         Execution(RunOptions(compile=True), CPU)
@@ -188,6 +193,7 @@ def test_auto_compiles_where_that_was_measured_to_pay(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    monkeypatch.setattr(execution, "too_old_to_compile", lambda: "")
     monkeypatch.setattr(execution, "_no_compiler", lambda: compiler)
     assert execution._pays(model, torch.device(device), steps)[0] is wanted
     with caplog.at_level("INFO", "fa_bench"):

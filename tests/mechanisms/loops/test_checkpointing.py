@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from typing import Any
 
@@ -14,9 +15,20 @@ from torch.utils.checkpoint import checkpoint
 
 from fa_bench.errors import CoverageError
 from fa_bench.registry.registries import ALGORITHMS
-from tests.mechanisms.loops.chain import LOCAL_LOSSES, RULES, Chain, assert_same, attach, batch, gradients, part, state, train
+from tests.mechanisms.loops import chain
+from tests.mechanisms.loops.chain import LOCAL_LOSSES, RULES, Chain, assert_same, batch, gradients, part, state, train
+from tests.versions import CHECKPOINTS_LACK_TANGENTS
 
 X, Y = batch()
+#: Rules whose further passes are in forward mode.
+BY_TANGENTS = [name for name, rule in ALGORITHMS.items() if "tangents" in {field.name for field in dataclasses.fields(rule)}]
+
+
+def attach(model: nn.Module, name: str, **options: Any) -> Any:
+    """With central differences where checkpoints have no tangents."""
+    if CHECKPOINTS_LACK_TANGENTS and name in BY_TANGENTS:
+        options["tangents"] = "difference"
+    return chain.attach(model, name, **options)
 
 
 def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
@@ -39,6 +51,24 @@ def result(model: nn.Module, rule: Any, **loop: Any) -> dict[str, Tensor]:
 def test_parts_of_the_model(name: str) -> None:
     plain, model = Chain(), Chain(checkpointed)
     assert_same(result(model, attach(model, name)), result(plain, attach(plain, name)))
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before attach", "after attach"])
+@pytest.mark.parametrize("name", BY_TANGENTS)
+def test_central_differences_where_checkpoints_have_no_tangents(name: str, late: bool) -> None:
+    """The error of older versions of torch recommends them, and they are right with every version."""
+
+    def of_parts(**options: Any) -> dict[str, Tensor]:
+        model = Chain(None if late else checkpointed)
+        rule = chain.attach(model, name, **options)
+        model.runs = checkpointed
+        return result(model, rule)
+
+    if CHECKPOINTS_LACK_TANGENTS:
+        with pytest.raises(CoverageError, match=rf"'{name}': .* no forward-mode derivative .*tangents='difference'"):
+            of_parts()
+    plain = Chain()
+    assert_same(of_parts(tangents="difference"), result(plain, chain.attach(plain, name, tangents="difference")))
 
 
 @pytest.mark.parametrize("name", RULES)

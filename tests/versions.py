@@ -1,0 +1,23 @@
+"""What the older of the allowed versions of dependencies cannot do: tests expect an error there, or are skipped.
+
+Each version is named once, here, with what it changed.
+"""
+
+import PIL
+import pytest
+import torch
+
+from fa_bench.mechanisms.compiled import too_old_to_compile
+
+
+def is_older(version: str, *first: int) -> bool:
+    """Whether a version comes before the first one that can do something."""
+    return tuple(int(part) for part in version.split(".")[: len(first)]) < first
+
+
+#: Compilation is refused, see `fa_bench.mechanisms.compiled.COMPILING_TORCH`.
+needs_compiler = pytest.mark.skipif(too_old_to_compile() != "", reason=too_old_to_compile())
+#: The function that torch's checkpoints save their inputs with has no forward-mode derivative.
+CHECKPOINTS_LACK_TANGENTS = is_older(torch.__version__, 2, 12)
+#: Uncompressed TIFFs in YCbCr are read with four channels, and end too early.
+YCBCR_IS_CUT_OFF = is_older(PIL.__version__, 13)
