@@ -12,6 +12,7 @@ from fa_bench.errors import CoverageError, StateError, names
 from fa_bench.mechanisms.checkpointing import recomputing
 from fa_bench.mechanisms.coverage import Coverage, computed_weights, outside_text
 from fa_bench.mechanisms.graph import tensors_in
+from fa_bench.mechanisms.running import RunningPass
 from fa_bench.mechanisms.structure import RULE_ATTRIBUTE, Structure, check_model
 from fa_bench.mechanisms.updates import STEP_MISSED, StepReminder
 from fa_bench.objectives.cross_entropy import CrossEntropy
@@ -186,6 +187,7 @@ class Rule(Options):
     def _remove(self) -> None:
         from fa_bench.mechanisms.compound.expansion import contract
 
+        self._end_interrupted()
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -248,11 +250,12 @@ class Rule(Options):
             # New containers, because a graph depends on the contents of those that it finds.
             mode.training, mode.with_gradients, mode.without_gradients, mode.seeds = training, set(), {}, {}
             return
+        self._end_interrupted()
         is_outermost = not self._passes
         if is_outermost:
             mode.without_gradients.clear()
             mode.with_gradients.clear()
-        self._passes.append(mode.training)
+        self._passes.append(RunningPass.begin(mode.training))
         if training:
             self._check_structure()
             if is_outermost and self._step_reminder is not None and self._step_reminder.is_missed() and self.needs_step:
@@ -267,10 +270,15 @@ class Rule(Options):
                 self._uses_watch = UsesOfWeights(model, layers).__enter__()
         mode.training = training
 
+    def _end_interrupted(self) -> None:
+        """Do what `end_forward` could not do in passes that were interrupted."""
+        while self._passes and not self._passes[-1].is_running():
+            self.end_forward(self.model, (), None)
+
     def end_forward(self, model: nn.Module, args: Any, output: Any) -> Any:
         """Called after every forward pass of the model, even if it failed; may return a different output."""
         mode = self.mode
-        mode.training = self._passes.pop() if self._passes else False
+        mode.training = self._passes.pop().training if self._passes else False
         if torch.compiler.is_compiling():
             mode.seeds = {}
         if self._passes:  # the model called itself

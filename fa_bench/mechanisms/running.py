@@ -1,0 +1,51 @@
+"""Forward passes that have begun.
+
+PyTorch calls the hooks at the end of a forward pass after an ``Exception``, but not after a KeyboardInterrupt or another
+BaseException. A rule therefore finds out for itself whether a pass that has not ended is still running.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+
+class RunningPass:
+    """A forward pass of a model, created in a hook at its start.
+
+    Args:
+        training: what the rule's mode was before the pass.
+
+    Attributes:
+        training: as given.
+    """
+
+    def __init__(self, training: bool, frame: FrameType | None = None) -> None:
+        self.training = training
+        self._frame, self._thread = frame, threading.get_ident()
+
+    @classmethod
+    def begin(cls, training: bool) -> RunningPass:
+        """The pass in whose hook this is called."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_globals.get("__name__") != _CALLER:
+            frame = frame.f_back
+        return cls(training, frame)
+
+    def is_running(self) -> bool:
+        """Whether the pass still runs; of a pass in another thread that is not known, and so it counts as running."""
+        if self._thread != threading.get_ident():
+            return True
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame is not self._frame:
+            frame = frame.f_back
+        return frame is not None
+
+    def __reduce__(self) -> Any:
+        return RunningPass, (self.training,)  # a copy is not running, and frames cannot be copied
+
+
+#: The module whose function calls the hooks and the model's forward method.
+_CALLER = "torch.nn.modules.module"

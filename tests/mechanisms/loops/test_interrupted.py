@@ -1,0 +1,101 @@
+"""A step that was interrupted, by Ctrl-C or another exception that is no `Exception`, leaves nothing that spoils the next one."""
+
+import copy
+import functools
+import pickle
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import fa_bench
+from fa_bench.errors import CoverageError
+from fa_bench.registry.registries import ALGORITHMS
+from tests.mechanisms.loops.scripts import attached, data, state
+from tests.rules.helpers import assert_bitwise
+
+
+class Stopped(BaseException):
+    """What a watchdog or a task runner raises."""
+
+
+def step(model, rule, optimizer):
+    x, y = data()
+    optimizer.zero_grad()
+    logits = model(x)
+    rule.backward(F.cross_entropy(logits, y), logits, y, indices=torch.arange(len(y)))
+    optimizer.step()
+    rule.step()
+
+
+def interrupt(model, rule, at_call: int, error: type[BaseException], run) -> bool:
+    """Run something and interrupt it at a call of the model's second layer; whether it came so far."""
+    calls = 0
+
+    def hook(*_):
+        nonlocal calls
+        calls += 1
+        if calls == at_call:
+            raise error
+
+    handle = model[1].register_forward_pre_hook(hook)
+    try:
+        run()
+    except error:
+        return True
+    finally:
+        handle.remove()
+    return False
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_the_next_step_is_as_it_would_have_been(name):
+    model, rule = attached(name)
+    expected_model, expected_rule = attached(name)
+    for at_call, error in ((1, KeyboardInterrupt), (1, Stopped), (2, KeyboardInterrupt), (3, KeyboardInterrupt)):
+        before, of_rule = state(model), copy.deepcopy(rule.state_dict())
+        optimizers = [
+            torch.optim.SGD([p for p in one.parameters() if p.requires_grad], lr=0.01) for one in (model, expected_model)
+        ]
+        interrupted = interrupt(model, rule, at_call, error, functools.partial(step, model, rule, optimizers[0]))
+        assert interrupted or at_call > 1
+        # Noise and numbers of samples may have been drawn; what is loaded is as before.
+        for one, of_one in ((model, rule), (expected_model, expected_rule)):
+            one.load_state_dict(before)
+            of_one.load_state_dict(copy.deepcopy(of_rule))
+        step(model, rule, optimizers[0])
+        step(expected_model, expected_rule, optimizers[1])
+        assert_bitwise(state(model), state(expected_model))
+
+
+@pytest.mark.parametrize("name", ["fa", "dfa", "pepita", "np_feedback"])
+def test_evaluation_copies_and_detach_after_an_interruption(name):
+    model, rule = attached(name)
+    x = data()[0]
+    model(x)  # the first pass is watched, and cannot be copied
+    expected = copy.deepcopy(model)
+    assert interrupt(model, rule, 1, KeyboardInterrupt, lambda: model(x))
+    pickle.loads(pickle.dumps(rule._passes))
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        assert_bitwise({"": model(x)}, {"": expected(x)})
+        assert_bitwise({"": copied(x)}, {"": expected(x)})
+    assert not rule._passes
+    assert interrupt(model, rule, 1, KeyboardInterrupt, lambda: model(x))
+    rule.detach()
+    model(x).sum().backward()
+
+
+def test_a_model_that_calls_itself_is_still_told_apart():
+    """The pass around it is running, whatever the one within was."""
+
+    class Net(torch.nn.Sequential):
+        def forward(self, x, depth=1):
+            return self[0](self(x, depth - 1)) if depth else super().forward(x)
+
+    model = Net(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 4))
+    fa_bench.attach(model, "dfa", cuts=["1"], sample_input=(torch.ones(2, 4), 0))
+    for _ in range(2):
+        with pytest.raises(CoverageError, match="calls itself"):
+            model(torch.ones(2, 4))
+    model(torch.ones(2, 4), 0).sum().backward()
