@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fa_bench.errors import StateError
 from fa_bench.mechanisms.contexts import same_randomness, set_temporarily, without_running_statistics
 from fa_bench.mechanisms.graph import tensors_in
+from fa_bench.mechanisms.processes import rank
 from fa_bench.utils.sampling import seed_for
 
 #: A change of the tensor at a module's input or output; None leaves it as it is.
@@ -170,7 +171,7 @@ class Draws:
             device: the generator's.
             is_shared: whether all processes of a data-parallel run draw the same.
         """
-        return torch.Generator(device).manual_seed(seed_for(self.seed, self.number, name, 0 if is_shared else _rank()))
+        return torch.Generator(device).manual_seed(seed_for(self.seed, self.number, name, 0 if is_shared else rank()))
 
     def normal(self, name: str, like: Tensor, is_shared: bool = False) -> Tensor:
         """A standard normal tensor in the shape and dtype of `like`; arguments as for `generator`."""
@@ -187,8 +188,3 @@ class Draws:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore what `state` returned."""
         self.seed, self.number = int(state["seed"]), int(state["number"])
-
-
-def _rank() -> int:
-    distributed = torch.distributed
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0

@@ -14,6 +14,7 @@ from fa_bench.mechanisms.coverage import batch_note
 from fa_bench.mechanisms.cut.passes import PassRule
 from fa_bench.mechanisms.drawing import DrawingRule
 from fa_bench.mechanisms.feedback_tensors import make_learned, put_tensor
+from fa_bench.mechanisms.processes import average, process_count
 from fa_bench.registry.options import option
 from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.utils.lazy import torch
@@ -64,8 +65,8 @@ class ForwardForward(DrawingRule, PassRule):
     three layers of 1000 units, weights N(0, 1/fan_out), SGD at 1e-3 with momentum 0.9 and decay 3e-4 (1e-2 and 3e-3 for the
     classifier), a learning rate that falls linearly to zero over the second half of 100 epochs, batches of 100.
 
-    Each data-parallel process computes the running means of its own samples, until DistributedDataParallel replaces them with
-    those of process 0 before a forward pass; the runner's checkpoints contain those of process 0.
+    Each data-parallel process updates the running means with its own samples; `step` replaces them with their means over the
+    processes, so every process must call it.
 
     Dropout masks are the same in all passes, including the positive and the negative one. Batch normalisation uses each
     pass's own statistics. Multiplications: two additional forward passes, and half a backward pass for each.
@@ -119,6 +120,8 @@ class ForwardForward(DrawingRule, PassRule):
         self._classes = classes
         self._features = {cut: math.prod(shape) for cut, shape in features.items()}
         self._learned: dict[str, LearnedTensor] = {}
+        #: The names of the parameters after the last cut; a copy of the model has others of the same names.
+        self._above = [name for name, one in self.model.named_parameters() if id(one) in self._trace.beyond_leaves]
         like = next(self.model.parameters())
         for cut in features:
             if self.peer_norm:
@@ -134,8 +137,8 @@ class ForwardForward(DrawingRule, PassRule):
 
     def feedback_parameters(self) -> list[Tensor]:
         """The classifier: M, and the parameters after the last cut."""
-        above = self._trace.beyond_leaves
-        return [*super().feedback_parameters(), *(one for one in self.model.parameters() if id(one) in above)]
+        parameters = dict(self.model.named_parameters())
+        return [*super().feedback_parameters(), *(parameters[name] for name in self._above)]
 
     def notes(self) -> tuple[str, ...]:
         return (*super().notes(), *((batch_note("the mean activity of units"),) if self.peer_norm else ()))
@@ -248,6 +251,16 @@ class ForwardForward(DrawingRule, PassRule):
         if not self.mode.freeze_random:
             running.copy_(mean.detach())
         return (mean.mean() - mean).square().mean()
+
+    @property
+    def needs_step(self) -> bool:
+        return self.peer_norm > 0 and process_count() > 1
+
+    def step(self) -> None:
+        super().step()
+        if self.needs_step and not self.mode.alone:
+            for cut in self._cut_modules:
+                average(self.tensor(cut, "activity"))
 
     # -------------------------------------------------------------------------------------------- prediction
     def predict(self, *args: Any, **kwargs: Any) -> Any:

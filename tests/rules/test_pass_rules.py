@@ -622,7 +622,7 @@ def test_noise_of_weights_is_that_of_all_processes(
     """Noise of samples is not, because each process has others."""
     found = []
     for rank in (0, 1):
-        monkeypatch.setattr(second_pass, "_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(second_pass, "rank", lambda rank=rank: rank)
         found.append(learn(fa_bench.attach(mlp(8, 7), name, **options)))
     assert all(torch.equal(found[0][key], gradient) for key, gradient in found[1].items()) == is_shared
 

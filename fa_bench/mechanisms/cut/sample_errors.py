@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fa_bench.errors import StateError
+from fa_bench.mechanisms.processes import process_count
 from fa_bench.utils.memory_limits import require_memory
 from fa_bench.utils.text import format_bytes
 
@@ -40,7 +41,7 @@ class SampleErrors:
     @property
     def is_shared(self) -> bool:
         """Whether other processes need the errors of this one."""
-        return _processes() > 1
+        return process_count() > 1
 
     def describe(self) -> str:
         """The size, for people."""
@@ -75,7 +76,7 @@ class SampleErrors:
         if not self.is_shared:
             self._new.clear()
             return
-        everywhere: list[Any] = [None] * _processes()
+        everywhere: list[Any] = [None] * process_count()
         torch.distributed.all_gather_object(everywhere, self._new)
         self._new = []
         device = self.errors.device
@@ -100,9 +101,3 @@ class SampleErrors:
             )
         self.errors.copy_(state["errors"])
         self.seen.copy_(state["seen"])
-
-
-def _processes() -> int:
-    """The number of data-parallel processes."""
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1

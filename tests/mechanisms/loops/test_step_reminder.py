@@ -75,7 +75,7 @@ def test_options_decide(name, options):
 def test_f3_needs_it_between_processes_alone(monkeypatch):
     model, rule = attached("f3")
     assert not rule.needs_step
-    monkeypatch.setattr(sample_errors, "_processes", lambda: 2)
+    monkeypatch.setattr(sample_errors, "process_count", lambda: 2)
     with pytest.warns(UserWarning, match=WARNING):
         steps(model, rule, sgd(model), 4, rule_step=False)
 

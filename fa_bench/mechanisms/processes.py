@@ -1,0 +1,30 @@
+"""The processes of data-parallel training, whoever started them; without torch.distributed there is one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fa_bench.utils.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def process_count() -> int:
+    """The number of processes."""
+    return torch.distributed.get_world_size() if _is_distributed() else 1
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return torch.distributed.get_rank() if _is_distributed() else 0
+
+
+def average(tensor: Tensor) -> None:
+    """Replace a tensor by its mean over all processes, which must all call this."""
+    torch.distributed.all_reduce(tensor)
+    tensor.div_(process_count())
