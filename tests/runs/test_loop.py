@@ -27,6 +27,7 @@ from fa_bench.optim.sgd import SGD
 from fa_bench.runs import loop
 from fa_bench.runs.callbacks import Alignment
 from fa_bench.runs.divergence import Diverged, Divergence, first_nonfinite_output
+from fa_bench.runs.execution import Execution
 from fa_bench.runs.hashes import chained
 from fa_bench.runs.loop import Progress, Trainer
 from fa_bench.runs.parallel import World
@@ -306,6 +307,36 @@ def test_processes_are_told_the_number_of_every_step(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(World, "begin_step", lambda world, seed, step: seen.append((seed, step)))
     fit(fa_bench.attach(make_model(), "bp"), load(), 2)
     assert seen == [(SEED, step) for step in range(6)]
+
+
+@pytest.mark.parametrize("is_external", [False, True])
+def test_the_first_request_to_stop_holds(is_external: bool) -> None:
+    class Twice(Callback):
+        def on_epoch_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+            trainer.stop("first")
+            trainer.stop("second")
+
+    rule, callback = fa_bench.attach(make_model(), "bp"), Twice()
+    run = RunOptions(batch_size=BATCH, epochs=3)
+    external = [callback] if is_external else []
+    trainer = Trainer(rule, Optimizers(SGD(lr=LR), rule, 3), load(), run, [callback], external=external)
+    trainer.fit()
+    assert trainer.stop_request is not None and trainer.stop_request["reason"] == "first"
+    assert trainer.progress.epoch == 1 and (trainer.progress.stopped is None) == is_external
+
+
+@pytest.mark.parametrize(("drop_last", "steps"), [(False, 12), (True, 8)])
+def test_whether_compilation_pays_is_judged_by_the_steps_of_the_whole_run(drop_last: bool, steps: int) -> None:
+    given = []
+
+    class Judged(Execution):
+        def forward(self, function: Any, model: nn.Module, steps: int, processes: int = 1, repeats: bool = False) -> Any:
+            given.append((steps, processes, repeats))
+            return super().forward(function, model, steps, processes, repeats)
+
+    rule, run = fa_bench.attach(make_model(), "fdfa", cuts=["act"]), RunOptions(batch_size=BATCH, epochs=4, drop_last=drop_last)
+    Trainer(rule, Optimizers(SGD(lr=LR), rule, 4), load(), run, execution=Judged(run, torch.device("cpu")))
+    assert given == [(steps, 1, True)]
 
 
 def test_gradients_are_seen_before_they_are_clipped() -> None:
