@@ -67,7 +67,7 @@ class TokenCrossEntropy(Objective):
         if reduction == "sum":
             return losses
         count = self.counted(target).clamp(min=1)
-        return losses / count if reduction == "mean" else losses.view(len(target), -1).sum(1) * (len(target) / count)
+        return losses / count if reduction == "mean" else losses.view(len(target), -1).sum(1) * len(target) / count
 
     def counted(self, target: Tensor) -> Tensor:
         return (target != self.ignore_index).sum()

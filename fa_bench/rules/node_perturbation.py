@@ -72,6 +72,7 @@ class NodePerturbation(DrawingRule, CutRule):
 
     def _losses(self, size: float, target: Tensor) -> Tensor:
         """The loss of each sample, (N,), with the noise times `size` added."""
+        from fa_bench.mechanisms.cut.positions import sample_losses
         from fa_bench.mechanisms.second_pass import again
 
         def perturbed(name: str, tensor: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ class NodePerturbation(DrawingRule, CutRule):
         logits = self.logits_of(again(self.model, self.mode, self.first_pass, outputs=changes, precise=True))
         if self.perturb_output:
             logits = perturbed("", logits)
-        return self.objective.loss(logits.to(torch.promote_types(logits.dtype, torch.float32)), target, "none")
+        return sample_losses(self.objective, logits.to(torch.promote_types(logits.dtype, torch.float32)), target)
 
     def signal(self, cut: str, captured: CapturedActivation, broadcast: Tensor, target: Tensor | None) -> Tensor:
         return _by_sample(self._noise.pop(cut), broadcast)

@@ -189,6 +189,7 @@ class NPFeedback(DrawingRule, RandomFeedbackRule):
     def _losses(self, first: FirstPass, output: str, regression: Regression, size: float, target: Tensor) -> Tensor:
         """The loss of each sample, (N,), with the noise times `size` at the inputs of all layers."""
         from fa_bench.mechanisms.contexts import set_temporarily
+        from fa_bench.mechanisms.cut.positions import sample_losses
         from fa_bench.mechanisms.second_pass import again
         from fa_bench.mechanisms.trace import loss_output
 
@@ -204,4 +205,4 @@ class NPFeedback(DrawingRule, RandomFeedbackRule):
         changes = {path: lambda tensor, path=path: perturbed(path, tensor) for path in self._layers}
         with set_temporarily([self.mode], "always_layerwise", True):  # a fused kernel would not call the layers
             logits = loss_output(again(self.model, self.mode, first, inputs=changes, precise=True), output)
-        return self.objective.loss(logits.to(torch.promote_types(logits.dtype, torch.float32)), target, "none")
+        return sample_losses(self.objective, logits.to(torch.promote_types(logits.dtype, torch.float32)), target)

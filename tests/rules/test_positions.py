@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 import fa_bench
 from fa_bench.errors import CoverageError
-from fa_bench.mechanisms.cut.positions import IGNORED, Layout, feature_axis, mean_loss
+from fa_bench.mechanisms.cut.positions import IGNORED, Layout, feature_axis, mean_loss, sample_losses
 from fa_bench.mechanisms.loss_scale import is_unscaled, measured_scale
 from fa_bench.metrics.meter import AlignmentMeter
 from fa_bench.objectives.base import Objective
 from fa_bench.objectives.mse import MSE
 from fa_bench.objectives.token_cross_entropy import TokenCrossEntropy
 from fa_bench.registry.kinds import POSITIONS
+from fa_bench.registry.registries import OBJECTIVES
 
 from . import nets
 from .helpers import REL, array, arrays, assert_bitwise, assert_matches, collect, distance
@@ -572,3 +573,56 @@ def test_positions_with_the_objective_s_own_ignored_label_get_no_error(name: str
         return collect(model)
 
     assert_bitwise(learned(C + 4), learned(-100))
+
+
+OUTPUTS = {"sequences": (4, 3, 3), "as many tokens as classes": (3, 3, 3), "maps": (4, 3, 2, 5), "volumes": (2, 3, 2, 2, 2)}
+
+
+@pytest.mark.parametrize("objective", ["cross_entropy", "token_cross_entropy"])
+@pytest.mark.parametrize("shape", OUTPUTS.values(), ids=OUTPUTS)
+def test_losses_of_samples_are_those_of_their_positions(shape: tuple[int, ...], objective: str):
+    """Their mean is the mean over all labelled positions, so that a sample counts as often as it has labels."""
+    generator = torch.Generator().manual_seed(0)
+    outputs = torch.randn(shape, generator=generator, dtype=torch.float64)
+    axis = 2 if len(shape) == 3 else 1
+    target = torch.randint(3, (*shape[:axis], *shape[axis + 1 :]), generator=generator)
+    target[0].view(-1)[:2] = IGNORED
+    rows, labels = outputs.movedim(axis, -1), target
+    losses = [
+        sum(
+            -rows[n].log_softmax(-1).reshape(-1, 3)[at, label] for at, label in enumerate(labels[n].flatten()) if label != IGNORED
+        )
+        for n in range(len(target))
+    ]
+    expected = torch.stack([torch.as_tensor(loss) for loss in losses]) * len(target) / (target != IGNORED).sum()
+    chosen = OBJECTIVES[objective]()
+    assert torch.allclose(sample_losses(chosen, outputs, target), expected, rtol=1e-12)
+    assert torch.allclose(mean_loss(chosen, outputs, target), expected.mean(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "maps"])
+@pytest.mark.parametrize("name", ["node_perturbation", "np_feedback", "weight_perturbation"])
+def test_rules_that_compare_losses_take_outputs_with_positions(name: str, kind: str):
+    """With either objective: the same losses, and so the same gradients; an ignored position's label changes none."""
+
+    def learned(objective: str | None) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        if kind == "tokens":
+            model = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+            x, y = torch.randn(4, 4, 7).double(), torch.randint(3, (4, 4))
+        else:
+            model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 3, 1)).double()
+            x, y = torch.randn(4, 2, 5, 5).double(), torch.randint(3, (4, 5, 5))
+        options = {"cuts": ["1"]} if name == "node_perturbation" else {}
+        rule = fa_bench.attach(model, name, sample_input=x[:2], objective=objective, **options)
+        y[1].view(-1)[:3] = IGNORED
+        logits = model(x)
+        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten()) if kind == "tokens" else F.cross_entropy(logits, y)
+        rule.backward(loss, logits, y)
+        return {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}
+
+    one, two = learned(None), learned("token_cross_entropy")
+    assert all(gradient.abs().sum() > 0 for gradient in one.values())
+    for key in one:
+        # A difference of losses divided by 2 sigma.
+        assert torch.allclose(one[key], two[key], rtol=1e-7, atol=1e-9)

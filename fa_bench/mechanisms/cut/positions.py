@@ -47,12 +47,36 @@ def mean_loss(objective: Objective, outputs: Tensor, target: Tensor) -> Tensor:
         outputs: (N, C), (N, T, C), (N, C, H, W) or (N, C, D, H, W).
         target: the labels, (N,) or (N, P...); numbers in the outputs' shape.
     """
-    if outputs.dim() > 2 and POSITIONS not in objective.targets and not target.is_floating_point():
-        outputs, target = outputs.movedim(class_axis(outputs.shape), -1).flatten(0, -2), target.flatten()
+    outputs = _classes_last(outputs, target)
+    if _is_position_a_sample(objective, outputs, target):
+        outputs, target = outputs.flatten(0, -2), target.flatten()
         labelled = target != ignored_label(objective)
         if not labelled.all():
             outputs, target = outputs[labelled], target[labelled]
     return objective.loss(outputs, target)
+
+
+def sample_losses(objective: Objective, outputs: Tensor, target: Tensor) -> Tensor:
+    """The objective's loss of each sample, (N,), whose mean is `mean_loss`; arguments as there."""
+    outputs = _classes_last(outputs, target)
+    if not _is_position_a_sample(objective, outputs, target):
+        return objective.loss(outputs, target, "none")
+    rows, labels = outputs.flatten(0, -2), target.flatten()
+    labelled = labels != ignored_label(objective)
+    losses = rows.new_zeros(len(labels))
+    losses[labelled] = objective.loss(rows[labelled], labels[labelled], "none")
+    return losses.view(len(target), -1).sum(1) * len(target) / labelled.sum().clamp(min=1)
+
+
+def _classes_last(outputs: Tensor, target: Tensor) -> Tensor:
+    """Outputs with positions as (N, P..., C), the only layout that objectives know; others as they are."""
+    has_positions = outputs.dim() > 2 and not target.is_floating_point()
+    return outputs.movedim(class_axis(outputs.shape), -1) if has_positions else outputs
+
+
+def _is_position_a_sample(objective: Objective, outputs: Tensor, target: Tensor) -> bool:
+    """Whether the outputs have positions, which the objective does not know."""
+    return outputs.dim() > 2 and POSITIONS not in objective.targets and not target.is_floating_point()
 
 
 @dataclasses.dataclass(frozen=True)
