@@ -98,6 +98,9 @@ class NPFeedback(DrawingRule, RandomFeedbackRule):
     whereas the code has N(0, 2/fan) for weights and feedback alike. The first layer's B propagates no error but is trained
     anyway.
 
+    In convolutions whose padding is not of zeros, or not the same on both sides (``same`` with an even kernel), B learns from the
+    errors at the padded input, with its border, and so learns W only approximately.
+
     Dropout masks are the same in all three passes; batch normalisation uses each pass's own statistics, and updates its running
     statistics with those of the first pass. Multiplications: two additional forward passes, and the gradient of B.
     """

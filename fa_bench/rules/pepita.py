@@ -43,6 +43,9 @@ class Pepita(PassRule):
     the code averages over positions and a second time over the batch. At a cut that is not a nonlinearity, such as a block,
     h - h' is the error at its output; a cut at a pooling layer is treated as one at the nonlinearity before it.
 
+    Under autocast, or in a model of half precision, h - h' is a small difference of rounded numbers: use float32, or a larger
+    `f_scale`.
+
     Dropout masks are the same in both passes. Batch normalisation uses each pass's own statistics, and updates its running
     statistics with those of the first pass. The first pass is not differentiated. Multiplications: one additional forward pass,
     and half a backward pass for the weights.
