@@ -213,7 +213,7 @@ COLUMNS: dict[str, Any] = {
 
 def _interval(row: pd.Series) -> str:
     """The accuracy and its interval, in bold if the rule does not beat the floor."""
-    if int(row["n"]) == 0 or _is_blank(row["test_accuracy"]):
+    if _is_blank(row["n"]) or row["n"] < 1 or _is_blank(row["test_accuracy"]):
         return "did not train"
     interval = "" if _is_blank(row["test_accuracy_ci95"]) else f" ± {row['test_accuracy_ci95']:.2f}"
     text = f"{row['test_accuracy']:.2f}{interval}"
