@@ -70,7 +70,9 @@ def save(
     )
     path.parent.mkdir(exist_ok=True)
     with atomic(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+        # Not `write_bytes`: if it fails, its frame keeps the buffer in use, of which Python 3.13 complains in a collection.
+        with temporary.open("wb") as file, buffer.getbuffer() as content:
+            file.write(content)
         if path.exists():
             _link(path, previous)
 

@@ -210,7 +210,7 @@ def test_malicious_checkpoint_runs_nothing(tmp_path: Path, capsys: Capture) -> N
 @pytest.mark.parametrize("moment", ["write", "replace"])
 def test_full_disk_leaves_the_last_checkpoint(moment: str, monkeypatch: Patch, capsys: Capture) -> None:
     assert main([*RUN, "hydra.run.dir=whole"]) == 0
-    write, replace = Path.write_bytes, os.replace
+    write, replace = Path.open, os.replace
 
     def full(*arguments: Any) -> Any:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -220,7 +220,7 @@ def test_full_disk_leaves_the_last_checkpoint(moment: str, monkeypatch: Patch, c
 
     with monkeypatch.context() as patch:
         if moment == "write":
-            patch.setattr(Path, "write_bytes", lambda self, data: (full if when(self) else write)(self, data))
+            patch.setattr(Path, "open", lambda self, *how, **more: (full if when(self) else write)(self, *how, **more))
         else:
             patch.setattr(os, "replace", lambda old, new: (full if when(new) else replace)(old, new))
         assert main(RUN) != 0
