@@ -154,7 +154,7 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
         return ""
 
     def similarity(other: str) -> tuple[float, int]:
-        return difflib.SequenceMatcher(None, str(name), other).ratio(), -abs(len(str(name)) - len(other))
+        return difflib.SequenceMatcher(None, str(name).casefold(), other.casefold()).ratio(), -abs(len(str(name)) - len(other))
 
     best = max(allowed, key=similarity, default="")
     return f"; did you mean '{best}'?" if best and similarity(best)[0] >= NEAR else ""
