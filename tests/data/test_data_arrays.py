@@ -86,7 +86,7 @@ BAD: dict[str, tuple[dict[str, object], str]] = {
     "infinite": ({"x": np.where(X > 250, np.inf, 0.5)}, r"not finite"),
     "16 bits": ({"x": X.astype(np.uint16) * 257}, r"training images are uint16 from .*images >> 8"),
     "negative": ({"x": X.astype(int) - 1}, r"training images are int64 from -1 to"),
-    "divided twice": ({"x": X / 255**2}, r"training images are float64 from 0 to 0\.0039\d*, .*almost black; .*multiply by 255"),
+    "divided twice": ({"x": X / 255**2}, r"training images are float64 from 0 to 0\.0039\d*, .*almost black.*multiply by 255"),
     "0 and 1": ({"x": (X > 100).astype(np.uint8)}, r"training images are uint8 from 0 to 1, .*multiply by 255"),
     "text": ({"x": np.full(X.shape, "a")}, r"training images are of type <U1, not numbers"),
     "complex": ({"x": X * 1j}, r"of type complex128"),
