@@ -9,8 +9,8 @@ from torch import nn
 
 import fa_bench
 from fa_bench.errors import OptionError
-from fa_bench.registry.options import as_plain
-from fa_bench.registry.registries import ARCHITECTURES
+from fa_bench.registry.options import as_plain, option_fields
+from fa_bench.registry.registries import ALGORITHMS, ARCHITECTURES
 
 # name: (deviation for fans (fan_in, fan_out), whether uniform). A uniform draw ends at sqrt(3) deviations.
 DRAWS = {
@@ -248,3 +248,30 @@ def test_kolen_pollacks_feedback_of_fully_connected_layers():
     rule.detach()
     plain = fa_bench.attach(model, "kp", seed=0, b_init="uniform_one")
     assert torch.equal(plain.feedback["2"]["B"], linear)
+
+
+#: Those of shared errors have an initialiser of their own for fully connected layers.
+WITH_B_INIT = sorted(
+    name
+    for name, rule in ALGORITHMS.items()
+    if "b_init" in {field.name for field in option_fields(rule)} and name not in ("asap", "asfp", "asfp_lc")
+)
+CASES = [*((name, {"samples": 8} if name == "f3" else {}) for name in WITH_B_INIT), ("dfc", {"feedback_weights": "fixed"})]
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_the_option_reaches_the_feedback_of_every_rule(name: str, options: dict) -> None:
+    """Two initialisers give every B other values."""
+
+    def drawn(**chosen: str) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+        model.cut_points = model.blocks = ["1", "3"]
+        rule = fa_bench.attach(model, name, seed=0, **options, **chosen)
+        return [tensors["B"].clone() for tensors in rule.feedback.values() if "B" in tensors]
+
+    one, same, other = drawn(), drawn(b_init=ALGORITHMS[name]().b_init), drawn(b_init="kaiming_normal_fan_out")
+    assert one and len(one) == len(other)
+    for first, second, third in zip(one, same, other, strict=True):
+        assert torch.equal(first, second)
+        assert not torch.equal(first, third)
