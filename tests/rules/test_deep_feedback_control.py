@@ -560,3 +560,17 @@ def test_every_place_has_noise_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
     rule_grads(model, rule, torch.randn(5, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1]))
     assert len(drawn) == 3
     assert not any(torch.equal(one, two) for number, one in enumerate(drawn) for two in drawn[:number])
+
+
+def test_a_nonlinearity_that_draws_teaches_by_voltages() -> None:
+    """Evaluated again, RReLU would draw other slopes."""
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = []
+    for difference in ("voltage", "nonlinear"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 3), nn.RReLU(), nn.Linear(3, 3)).double()
+        options = {"cuts": ["1"], "feedback_weights": "fixed", "learning_rule": f"{difference}_difference"}
+        rule = fa_bench.attach(model, "dfc", seed=0, **options)
+        torch.manual_seed(1)
+        found.append(learn(model, rule, x, torch.tensor([0, 1, 2, 0, 1])))
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
