@@ -133,7 +133,6 @@ class Rule(Options):
         self.first_pass: FirstPass | None = None
         self.indices: Tensor | None = None
         self._passes, self._uses_watch, self._uses_unchecked = [], None, True
-        self._step_reminder: StepReminder | None = None
         try:
             if self.freeze_stem:
                 stem = model.get_submodule(self.trace(sample_input).order[0])
@@ -143,8 +142,8 @@ class Rule(Options):
             for learned in self.learned_feedback():
                 learned.lr_scale = self.feedback_lr_scale
             self._structure = Structure(self.name, model, self.watched_modules(), self._frozen)
-            self.hook_model()
             self._step_reminder = StepReminder(self.weight_parameters())
+            self.hook_model()
         except BaseException as error:
             self._remove()
             if isinstance(error, CoverageError) and (causes := self._other_causes(error, model)):
@@ -258,7 +257,7 @@ class Rule(Options):
         self._passes.append(RunningPass.begin(mode.training))
         if training:
             self._check_structure()
-            if is_outermost and self._step_reminder is not None and self._step_reminder.is_missed() and self.needs_step:
+            if is_outermost and self._step_reminder.is_missed() and self.needs_step:
                 warnings.warn(f"rule '{self.name}': {STEP_MISSED}", stacklevel=3)
             if self.repeats and is_outermost and not recomputing():
                 from fa_bench.mechanisms.second_pass import FirstPass
@@ -395,8 +394,7 @@ class Rule(Options):
         Raises:
             StateError: if the update did not train the learned feedback; see `fa_bench.mechanisms.updates`.
         """
-        if self._step_reminder is not None:
-            self._step_reminder.on_step()
+        self._step_reminder.on_step()
         for learned in self.learned_feedback():
             learned.after_step()
 

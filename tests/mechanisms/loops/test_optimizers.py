@@ -95,6 +95,20 @@ def test_without_rule_step_the_next_backward_pass_says_so(name):
         steps(model, rule, optimizer, 2, rule_step=False)
 
 
+def by_hand(model, collected, data_attribute=False):
+    """What people write in place of an optimizer, for the parameters that a list has at the time of the step."""
+
+    @torch.no_grad()
+    def step():
+        for parameter in collected:
+            if data_attribute:
+                parameter.data -= 0.1 * parameter.grad
+            else:
+                parameter -= 0.1 * parameter.grad
+
+    return SimpleNamespace(zero_grad=model.zero_grad, step=step)
+
+
 @pytest.mark.parametrize("data_attribute", [False, True])
 @pytest.mark.parametrize("name", ["kp", "pfa", "dkp", "predsim"])
 def test_weights_updated_by_hand_without_feedback_are_an_error(name, data_attribute):
@@ -102,22 +116,11 @@ def test_weights_updated_by_hand_without_feedback_are_an_error(name, data_attrib
     collected = list(model.parameters())
     rule = fa_bench.attach(model, name, seed=0)
 
-    class ByHand:
-        zero_grad = staticmethod(model.zero_grad)
-
-        @staticmethod
-        @torch.no_grad()
-        def step():
-            for parameter in collected:
-                if data_attribute:
-                    parameter.data -= 0.1 * parameter.grad
-                else:
-                    parameter -= 0.1 * parameter.grad
-
+    optimizer = by_hand(model, collected, data_attribute)
     with pytest.raises(StateError, match=LEFT_OUT):
-        steps(model, rule, ByHand, 1)
+        steps(model, rule, optimizer, 1)
     collected[:] = model.parameters()  # collected after attach it works
-    steps(model, rule, ByHand, 2)
+    steps(model, rule, optimizer, 2)
 
 
 @pytest.mark.parametrize("name", ["kp", "dkp"])
@@ -127,16 +130,7 @@ def test_feedback_whose_rate_is_zero_may_be_left_out_of_updates_by_hand(name):
     rule = fa_bench.attach(model, name, seed=0, b_lr_scale=0)
     before = [tensor.detach().clone() for tensor in (*collected, *rule.feedback_parameters())]
 
-    class ByHand:
-        zero_grad = staticmethod(model.zero_grad)
-
-        @staticmethod
-        @torch.no_grad()
-        def step():
-            for parameter in collected:
-                parameter -= 0.1 * parameter.grad
-
-    steps(model, rule, ByHand, 2)
+    steps(model, rule, by_hand(model, collected), 2)
     moved = [not torch.equal(one, other) for one, other in zip((*collected, *rule.feedback_parameters()), before, strict=True)]
     assert moved == [True] * len(collected) + [False] * len(rule.feedback_parameters())
 
