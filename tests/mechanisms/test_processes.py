@@ -1,0 +1,33 @@
+"""Means over data-parallel processes."""
+
+import pytest
+import torch
+
+from fa_bench.mechanisms import processes
+from tests.mechanisms.loops.scripts import attached, sgd, state, steps
+from tests.rules.helpers import assert_bitwise
+
+
+@pytest.fixture
+def two_equal_processes(monkeypatch):
+    """As if another process had the same tensors: their sum is twice the one here."""
+    monkeypatch.setattr(processes, "_is_distributed", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(2))
+
+
+def test_the_mean_of_equal_tensors_is_the_tensor(two_equal_processes):
+    tensor = torch.tensor([1.0, -3.0])
+    processes.average(tensor)
+    assert tensor.tolist() == [1.0, -3.0]
+
+
+def test_mean_activities_of_equal_processes_are_those_of_one(request):
+    """A sum in their place would change the penalty of `forward_forward` in the next step."""
+    alone, alone_rule = attached("forward_forward")
+    steps(alone, alone_rule, sgd(alone.parameters()), 3)
+    request.getfixturevalue("two_equal_processes")
+    together, rule = attached("forward_forward")
+    steps(together, rule, sgd(together.parameters()), 3)
+    assert_bitwise(state(together), state(alone))
