@@ -147,7 +147,6 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
     alpha_fb: float = option(0.5, "leak of the controller while B learns", minimum=0)
 
     skips_nonlinearities = True
-    takes_numbers = True
     needs_target = False
     output_source = "comes from the controller"
 

@@ -17,6 +17,7 @@ from fa_bench.utils.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fa_bench.mechanisms.coverage import Coverage
     from fa_bench.mechanisms.cut.sample_errors import SampleErrors
 
 _DELAYED, _SOFTMAX, _ONE_HOT = "delayed_", "_softmax", "_one_hot"
@@ -98,7 +99,7 @@ class F3(CutRule):
     density: float = density_option()
     samples: int | None = option(
         None,
-        "number of training samples; null: taken from the run (required in other training loops)",
+        "number of training samples; null: taken from the run (required by attach)",
         minimum=1,
         identifying=False,
     )
@@ -133,6 +134,15 @@ class F3(CutRule):
         uses_target = self.information not in ("current_error", "delayed_loss")
         return uses_target or (self.is_delayed and self.first_epoch == "target")
 
+    def wire(self, sample_input: Any) -> Coverage:
+        if self.is_delayed and self.samples is None:
+            raise OptionError(
+                "samples",
+                f"is required, because the errors of all training samples are stored: "
+                f"fa_bench.attach(model, '{self.name}', samples=len(dataset))",
+            )
+        return super().wire(sample_input)
+
     def make_feedback(self, features: dict[str, tuple[int, ...]], classes: int) -> None:
         from fa_bench.mechanisms.cut.sample_errors import SampleErrors
 
@@ -141,7 +151,8 @@ class F3(CutRule):
         for cut, shape in features.items():
             self.put(cut, "B", self.b_init, (classes, math.prod(shape)), self.density)
         self._kept: SampleErrors | None = None
-        if self.is_delayed and self.samples is not None:
+        if self.is_delayed:
+            assert self.samples is not None
             self._kept = SampleErrors(self.samples, classes, next(self.model.parameters()))
 
     def broadcast(self, delta: Tensor, target: Tensor | None) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections import OrderedDict
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from fa_bench.errors import CoverageError
-from fa_bench.mechanisms.checkpointing import refuse_reentrant
+from fa_bench.mechanisms.checkpointing import recomputing, refuse_reentrant
 from fa_bench.mechanisms.cut.local import LocalRule, map_module
 from fa_bench.mechanisms.cut.rule import CapturedActivation
 from fa_bench.mechanisms.drawing import DrawingRule
@@ -80,19 +82,24 @@ class LDRL(DrawingRule, LocalRule):
         if self._layouts:
             raise CoverageError(f"rule '{self.name}' needs outputs of shape (N, C), not {self._trace.result_shape}")
         executed = [path for path in self._trace.output_shapes if path in features]
-        trainable = [path for path in executed if path in self._trace.trainable]
-        if trainable and (frozen := [path for path in executed[executed.index(trainable[0]) :] if path not in trainable]):
-            raise CoverageError(
-                f"rule '{self.name}' sends errors through the block that ends at '{frozen[0]}', whose weights "
-                f"are frozen, and its map would not learn: join it with the next block by leaving '{frozen[0]}' "
-                f"out of cuts, or freeze only blocks below all others"
-            )
         #: Cut -> the end of the next block; in the order of execution.
         self._next = dict(zip(executed, [*executed[1:], OUTPUT_OF_MODEL], strict=True))
+        self._require_none_frozen(self._trace.trainable)
         self._shapes = {**features, OUTPUT_OF_MODEL: (classes,)}
         self._errors: dict[str, Tensor] = {}
         self._clean: dict[str, Tensor] = {}
         super().make_feedback(features, classes)
+
+    def _require_none_frozen(self, learning: Collection[str]) -> None:
+        """Refuse a frozen block above one that learns, given the ends of the blocks that learn."""
+        executed = list(self._next)
+        above = itertools.dropwhile(lambda cut: cut not in learning, executed)
+        if frozen := next((cut for cut in above if cut not in learning), None):
+            raise CoverageError(
+                f"rule '{self.name}' sends errors through the block that ends at '{frozen}', whose weights "
+                f"are frozen, and its map would not learn: join it with the next block by leaving '{frozen}' "
+                f"out of cuts, or freeze only blocks below all others"
+            )
 
     def auxiliary(self, cut: str, shape: tuple[int, ...], classes: int) -> torch_nn.Module:
         """G, from the end of the next block to this cut."""
@@ -111,6 +118,13 @@ class LDRL(DrawingRule, LocalRule):
         return nn.Sequential(layers)
 
     # -------------------------------------------------------------------------------------------- training
+    def connect(self, output: Any, tape: dict[str, CapturedActivation] | None, at: str | None = None) -> Any:
+        if tape and len(tape) < len(self._next) and not recomputing():  # blocks may have been frozen after `attach`
+            outputs = {cut: captured.tensor for cut, captured in tape.items() if captured.tensor is not None}
+            # An input that requires its gradient does not make a block learn.
+            self._require_none_frozen([cut for cut, output in outputs.items() if self._capture.depends_on_parameters(output)])
+        return super().connect(output, tape, at)
+
     def broadcast(self, delta: Tensor, target: Tensor | None) -> Tensor:
         """δ; computes the errors at all cuts, from the last one down."""
         error = delta.to(next(self.model.parameters()).dtype)

@@ -16,6 +16,7 @@ from fa_bench.errors import ConfigError, CoverageError, OptionError, StateError
 from fa_bench.metrics.meter import AlignmentMeter
 from fa_bench.objectives.mse import MSE
 from fa_bench.objectives.sigmoid_ce import SigmoidCE
+from fa_bench.registry.registries import ALGORITHMS
 
 from . import nets
 from .helpers import array, arrays, assert_matches, collect, feedback_arrays
@@ -252,7 +253,7 @@ def test_a_state_is_loaded_and_checked() -> None:
         attached(samples=8)[1].load_state_dict(rule.state_dict())
     with pytest.raises(StateError, match="missing: seen"):
         other.load_state_dict({"errors": rule.state_dict()["errors"]})
-    for options in ({"information": "current_error"}, {"information": "one_hot_target"}, {"samples": None}):
+    for options in ({"information": "current_error"}, {"information": "one_hot_target"}):
         assert attached(**options)[1].state_dict() == {}
 
 
@@ -268,6 +269,7 @@ def test_errors_have_the_precision_of_the_model_and_no_less_than_single() -> Non
     for dtype, wanted in ((torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)):
         model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
         rule = fa_bench.attach(model, "f3", samples=2, cuts=["1"])
+        assert rule.state_dict()["errors"].dtype == wanted
         logits = model(torch.ones(2, 4, dtype=dtype))
         rule.backward(F.cross_entropy(logits, torch.tensor([0, 1])), logits, torch.tensor([0, 1]), indices=torch.arange(2))
         assert rule.state_dict()["errors"].dtype == wanted
@@ -330,11 +332,12 @@ def test_a_plain_backward_is_refused() -> None:
         F.cross_entropy(model(X), Y).backward()
 
 
-def test_indices_without_the_number_of_samples() -> None:
-    model, rule = attached(samples=None)
-    logits = model(X)
-    with pytest.raises(ValueError, match=r"does not know their number.*fa_bench\.attach\(model, 'f3', samples=len\(dataset\)\)"):
-        rule.backward(F.cross_entropy(logits, Y), logits, Y, indices=ALL)
+def test_the_number_of_samples_is_required() -> None:
+    """Before the cuts are looked for; not for errors that are not delayed."""
+    with pytest.raises(OptionError, match=r"samples: is required.*fa_bench\.attach\(model, 'f3', samples=len\(dataset\)\)"):
+        fa_bench.attach(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), "f3")
+    for information in ("current_error", "one_hot_target"):
+        attached(samples=None, information=information)
 
 
 def test_one_loss_of_two_passes_is_refused() -> None:
@@ -380,7 +383,7 @@ def test_outputs_with_positions_are_refused() -> None:
 
 
 def test_the_number_of_samples_of_a_run() -> None:
-    _, rule = attached(samples=None)
+    rule = ALGORITHMS["f3"]()
     rule.expect_samples(5)
     assert rule.sample_count == 5
     _, rule = attached(samples=9)

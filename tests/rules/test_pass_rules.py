@@ -271,11 +271,26 @@ def test_deep_supervision_learns_around_frozen_layers() -> None:
 
 
 def test_a_frozen_block_between_others_is_refused_by_ldrl() -> None:
-    model = mlp(8, 7, 5)
-    model.get_submodule("4").requires_grad_(False)
-    with pytest.raises(CoverageError, match=r"through the block that ends at '5', whose weights are frozen"):
-        fa_bench.attach(model, "ldrl", cuts=["1", "3", "5"])
-    fa_bench.attach(model, "ldrl", cuts=["1", "3"])
+    def frozen(model: nn.Module, *paths: str) -> nn.Module:
+        for path in paths:
+            model.get_submodule(path).requires_grad_(False)
+        return model
+
+    refused = r"through the block that ends at '5', whose weights are frozen"
+    with pytest.raises(CoverageError, match=refused):
+        fa_bench.attach(frozen(mlp(8, 7, 5), "4"), "ldrl", cuts=["1", "3", "5"])
+    fa_bench.attach(frozen(mlp(8, 7, 5), "4"), "ldrl", cuts=["1", "3"])
+
+    rule = fa_bench.attach(mlp(8, 7, 5), "ldrl", cuts=["1", "3", "5"])
+    learn(rule)
+    frozen(rule.model, "4")
+    with pytest.raises(CoverageError, match=refused):
+        learn(rule)
+    rule.model.requires_grad_(True)
+    learn(rule)
+    # Blocks below all others need no maps that learn, even if the input requires its gradient.
+    frozen(rule.model, "0", "2")
+    learn(rule, X.clone().requires_grad_(True))
 
 
 @pytest.mark.parametrize("name", OF_OBJECTIVE)

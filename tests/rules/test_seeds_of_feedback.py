@@ -27,6 +27,7 @@ OPTIONS = {
     "wm": {"initial_steps": 0},
     "local_error": {"separate": True},
     "fdfa": {"b_init": "pytorch"},
+    "f3": {"samples": 4},
     "dfc": {"feedback_weights": "fixed"},  # that of the output is the identity at first
     **{name: {"density": 0.5} for name in ("usf", "brsf", "frsf", "fa", "dkp")},
 }

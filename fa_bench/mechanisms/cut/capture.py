@@ -167,7 +167,7 @@ class Capture:
                 )
             tape[cut] = CapturedActivation(output, output.shape)
             frozen = [learned for learned in self.frozen.get(cut, ()) if learned.is_frozen]
-            if frozen and self._depends_on_parameters(output):
+            if frozen and self.depends_on_parameters(output):
                 for learned in frozen:
                     learned.require_trainable()
         passed_on = output if self.rule.crosses else output.detach()
@@ -193,7 +193,7 @@ class Capture:
         self._connected = True
         return connected
 
-    def _depends_on_parameters(self, output: Tensor) -> bool:
+    def depends_on_parameters(self, output: Tensor) -> bool:
         """Whether a cut's output depends on a trainable parameter, and not only on an input that requires its gradient."""
         return not leaves(output.grad_fn).isdisjoint(id(parameter) for parameter in self.rule.model.parameters())
 

@@ -338,11 +338,6 @@ class Delivery:
 
     def _check_indices(self, size: int, indices: Tensor | None) -> None:
         rule, count = self.rule.name, self.rule.sample_count
-        if count is None:
-            raise ValueError(
-                f"rule '{rule}' stores errors of all training samples but does not know their number: attach it with "
-                f"fa_bench.attach(model, '{rule}', samples=len(dataset))"
-            )
         if self._is_delivered:
             raise ValueError(
                 f"rule '{rule}': the loss depends on two forward passes, but the indices belong to one of them: call "
@@ -363,7 +358,7 @@ class Delivery:
                 f"integers of shape ({size},)"
             )
         low, high = (int(bound) for bound in indices.aminmax()) if size else (0, 0)
-        if low < 0 or high >= count:
+        if count is not None and (low < 0 or high >= count):
             raise ValueError(
                 f"rule '{rule}': index {low if low < 0 else high} is out of range: there are {count} training samples, "
                 f"numbered from 0 to {count - 1}"

@@ -24,6 +24,8 @@ from tests.mechanisms.loops.chain import COVERS_BLOCKS, CUT_RULES, gradients
 FLAT, IMAGES = torch.linspace(-1, 1, 96).reshape(12, 8), torch.linspace(-1, 1, 12 * 3 * 32 * 32).reshape(12, 3, 32, 32)
 Y = torch.arange(12) % 3
 SHARING = ("asap", "asfp", "asfp_lc")
+#: Options without which attaching fails for another reason.
+NEEDED: dict[str, dict[str, Any]] = {"asfp_lc": {"linear": "share", "match": "random"}, "f3": {"samples": 16}}
 
 
 def seeded(make: Callable[[], nn.Module]) -> nn.Module:
@@ -141,8 +143,7 @@ def attached_as_suggested(make: Callable[[], nn.Module], x: Tensor, name: str, *
 )
 def test_the_suggested_cuts_and_what_else_they_need(name: str, kind: str) -> None:
     make, x = MODELS[kind]
-    options = {"asfp_lc": {"linear": "share", "match": "random"}, "f3": {"samples": 16}}.get(name, {})
-    rule = attached_as_suggested(make, x, name, **options)
+    rule = attached_as_suggested(make, x, name, **NEEDED.get(name, {}))
     assert rule.cuts and (rule.output == "one") == (kind == "two heads")
 
 
@@ -151,7 +152,7 @@ def test_the_suggested_cuts_and_what_else_they_need(name: str, kind: str) -> Non
 def test_the_first_suggestion_is_whole_and_leaves_the_model_as_it_was(name: str, kind: str) -> None:
     """It was tried, on a copy: followed once, in the same model, it does."""
     make, x = MODELS[kind]
-    options = {"linear": "share", "match": "random"} if name == "asfp_lc" else {}
+    options = NEEDED.get(name, {})
     model, plain = seeded(make), seeded(make)
     error = refusal(model, name, sample_input=x[:2], **options)
     assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
@@ -164,24 +165,26 @@ def test_the_first_suggestion_is_whole_and_leaves_the_model_as_it_was(name: str,
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_cuts_that_would_not_do_are_not_suggested(name: str) -> None:
     """Outputs with four axes of positions, one more than errors can have."""
-    options = {"linear": "share", "match": "random"} if name == "asfp_lc" else {}
+    options = NEEDED.get(name, {})
     error = refusal(seeded(lambda: mlp(16, 16, 16)), name, sample_input=torch.zeros(2, 5, 1, 1, 1, 8), **options)
     assert error.settings == {} and "cuts=" not in str(error)
 
 
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_without_a_sample_nothing_is_suggested_that_was_not_tried(name: str) -> None:
-    error = refusal(seeded(convnet), name)
+    error = refusal(seeded(convnet), name, **({"samples": 16} if name == "f3" else {}))
     assert error.settings == {}
     assert ("needs sample_input" if name == "asfp_lc" else "with cuts, or set model.") in str(error)
 
 
 @pytest.mark.parametrize("name", CUT_RULES)
 def test_the_suggested_output(name: str) -> None:
-    error = refusal(seeded(TwoHeads), name, cuts=["body.1", "body.3", "body.5"][: 2 if name in ("dgl", "asfp_lc") else 3])
+    options = {"samples": 16} if name == "f3" else {}
+    cuts = ["body.1", "body.3", "body.5"][: 2 if name in ("dgl", "asfp_lc") else 3]
+    error = refusal(seeded(TwoHeads), name, cuts=cuts, **options)
     assert as_keywords(error) == {"output": "one"}
     assert as_overrides(str(error.with_prefix("algorithm"))) == ["algorithm.output=one"]
-    fa_bench.attach(seeded(TwoHeads), name, cuts=["body.1", "body.3"], output="one", allow_uncovered=True)
+    fa_bench.attach(seeded(TwoHeads), name, cuts=["body.1", "body.3"], output="one", allow_uncovered=True, **options)
 
 
 @pytest.mark.parametrize("name", SHARING)
