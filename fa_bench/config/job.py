@@ -311,11 +311,8 @@ class Job:
         return list(dict.fromkeys([*self.run.plugins, *(name for name in modules if name.partition(".")[0] != "fa_bench")]))
 
     def fresh_algorithm(self) -> Rule:
-        """A new rule with this job's options, not attached to a model; its errors come from the output that is trained."""
-        rule: Any = copy.deepcopy(self.algorithm)
-        if hasattr(rule, "output") and rule.output is None:
-            rule.output = self.objective.output
-        return rule
+        """A new rule with this job's options, not attached to a model."""
+        return copy.deepcopy(self.algorithm)
 
 
 def _component(key: str, group: Any, values: Any) -> Any:

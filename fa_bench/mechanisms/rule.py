@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from fa_bench.errors import CoverageError, StateError, names
+from fa_bench.errors import CoverageError, OptionError, StateError, names
 from fa_bench.mechanisms.checkpointing import recomputing
 from fa_bench.mechanisms.coverage import Coverage, computed_weights, outside_text
 from fa_bench.mechanisms.graph import tensors_in
@@ -114,6 +114,7 @@ class Rule(Options):
 
         Raises:
             CoverageError: if the rule cannot be attached; names the layers.
+            OptionError: if the rule and the objective name different outputs of the model.
         """
         from fa_bench.mechanisms.compound.expansion import expand
         from fa_bench.mechanisms.weighted_layers import Mode
@@ -125,7 +126,9 @@ class Rule(Options):
         if getattr(self, "model", None) is not None:
             raise CoverageError(f"this '{self.name}' rule object is already attached to a model; create another one")
         check_model(model)
-        self.model, self.mode, self.seed, self.objective = model, Mode(self.name), seed, objective or CrossEntropy()
+        objective = objective or CrossEntropy()
+        self._take_output_of(objective)
+        self.model, self.mode, self.seed, self.objective = model, Mode(self.name), seed, objective
         expand(model, self.mode)
         self._frozen, self._handles = [], []
         self._structure, self._uses_outside = None, {}
@@ -441,6 +444,14 @@ class Rule(Options):
         groups: list[dict[str, Any]] = [{"params": self.weight_parameters(), "lr": lr}]
         learned = self.feedback_parameters()
         return [*groups, {"params": learned, "lr": lr * self.feedback_lr_scale}] if learned else groups
+
+    def _take_output_of(self, objective: Objective) -> None:
+        """Let errors come from the output that the objective names, in rules that have the option ``output``."""
+        own, trained = getattr(self, "output", None), objective.output
+        if own is not None and trained is not None and str(own) != str(trained):
+            raise OptionError("output", f"={own} is not output={trained} of the objective, which is trained; set only one")
+        if hasattr(self, "output") and trained is not None:
+            self.output = str(trained)
 
     @property
     def loss_output(self) -> str | int | None:

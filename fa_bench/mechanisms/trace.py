@@ -345,7 +345,7 @@ def chosen_result(results: dict[str, Tensor], output: str | int | None) -> Tenso
     Raises:
         CoverageError: if there is none.
     """
-    if results and (output is None or list(results) == [""]):  # a model may return several outputs in training feeds_alone
+    if results and (output is None or list(results) == [""]):  # a model may return several outputs in training alone
         return next(iter(results.values()))
     name = "" if output is None else str(output)
     if name not in results:

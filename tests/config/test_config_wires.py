@@ -357,11 +357,3 @@ def test_every_rule_is_the_one_that_was_chosen() -> None:
     chosen["wm"] = (*chosen["wm"], "algorithm.initial_steps=3", "algorithm.mirror_batch=8")
     found = {name: numbers(*words)[TRAINED] for name, words in chosen.items()}
     assert len(set(found.values())) == len(found)
-
-
-def test_a_rule_takes_its_error_from_the_output_that_is_trained() -> None:
-    """Whichever of the two options names it."""
-    named = composed("algorithm=dfa", "objective.output=logits")
-    assert (named.fresh_algorithm().output, named.algorithm.output) == ("logits", None)
-    assert composed("algorithm=dfa", "algorithm.output=aux").fresh_algorithm().output == "aux"
-    assert composed("algorithm=dfa").fresh_algorithm().output is None

@@ -324,6 +324,16 @@ def test_utility_of_a_block_is_the_accuracy_lost_without_its_training() -> None:
     assert model[1].weight.item() == 1.0
 
 
+def test_utility_is_measured_by_the_prediction_of_the_rule() -> None:
+    subject = subject_of(mlp())
+    probes, asked = Probes(["depth_utility"], 0, subject), []
+    subject.rule.predict = lambda x: asked.append(len(x)) or torch.eye(3)[torch.arange(len(x)) % 3]  # always right
+    with torch.no_grad():
+        subject.model.fc1.weight.add_(1.0)
+    assert set(probes.measure(0)["depth_utility"].values()) == {0.0}
+    assert asked == [20, 20, 20]
+
+
 @pytest.mark.parametrize("net", ["mlp", "resnet"])
 def test_utility_of_untrained_blocks_is_zero_whatever_the_running_statistics(net: str) -> None:
     torch.manual_seed(0)

@@ -142,9 +142,11 @@ def test_of_several_outputs_the_named_one_is_trained(capsys: pytest.CaptureFixtu
         assert "objective.output=null: architecture=token_net returns several outputs (aux" in said and not Path("run").exists()
     assert main([*several, "algorithm=fa", "objective.output=logit", "hydra.run.dir=run"]) == 2
     assert "did you mean 'logits'" in capsys.readouterr().err
-    assert main([*TEXT, "algorithm=fa", "hydra.run.dir=one"]) == 0
-    assert main([*several, "algorithm=fa", "objective.output=logits", "hydra.run.dir=run"]) == 0
-    assert lines("run") == lines("one")
+    for rule, options in (("fa", []), ("dfa", ["algorithm.cuts=[act1]", "algorithm.allow_uncovered=true"])):
+        chosen = [f"algorithm={rule}", *options]
+        assert main([*TEXT, *chosen, f"hydra.run.dir=one_{rule}"]) == 0
+        assert main([*several, *chosen, "objective.output=logits", f"hydra.run.dir={rule}"]) == 0
+        assert lines(rule) == lines(f"one_{rule}")
 
 
 def test_a_rule_and_the_objective_name_one_output(capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,7 +59,8 @@ class DepthUtility(Probe):
             from fa_bench.metrics.evaluation import evaluate
 
             estimate_running_statistics(model, training, subject.batch_size)
-            value = evaluate(model, subject.rule.objective, scored, subject.batch_size).get(primary.name)
+            rule = subject.rule
+            value = evaluate(model, rule.objective, scored, subject.batch_size, predict=rule.predict).get(primary.name)
             return math.nan if value is None else primary.merit(value)
 
         trained_merit, utility = merit(), {}

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fa_bench
-from fa_bench.errors import CoverageError
+from fa_bench.errors import CoverageError, OptionError
+from fa_bench.objectives.cross_entropy import CrossEntropy
 from tests.mechanisms.loops.chain import (
     COVERS_ALL,
     CUT_RULES,
@@ -409,3 +410,19 @@ def test_cut_rules_say_that_no_output_can_be_read() -> None:
         attach(InAnObject(), "dfa", output="logits")
     with pytest.raises(CoverageError, match=r"needs outputs of shape .*; this model returns \(\)"):
         attach(InAnObject(), "dfa")
+
+
+@pytest.mark.parametrize("name", CUT_RULES)
+def test_the_output_that_the_objective_names(name: str) -> None:
+    """Errors come from there, as if the rule named it; two different names are refused."""
+    objective = CrossEntropy(output="two")
+    with pytest.raises(OptionError, match=r"^output=one is not output=two of the objective"):
+        attach(Net(PACKS["dictionary"][0]), name, objective=objective, output="one")
+    found = []
+    for options in ({"output": "two"}, {"objective": objective}, {"objective": objective, "output": "two"}):
+        model = Net(PACKS["dictionary"][0])
+        rule = attach(model, name, **options)
+        assert rule.output == rule.loss_output == "two"
+        found.append(both(model, rule, "dictionary", (1,), 1))
+    for gradient in found[1:]:
+        assert_same(gradient, found[0])
