@@ -46,7 +46,9 @@ def _attach(job: Job) -> None:
             model = job.architecture.build(*shape)
         dtype = torch.int64 if job.dataset.inputs == TOKENS else torch.float32
         sample = torch.zeros(2, *shape[0], device="meta", dtype=dtype)
-        job.fresh_algorithm().attach(model, seed=job.run.seed, sample_input=sample, initial_phase=False, objective=job.objective)
+        rule = job.fresh_algorithm()
+        rule.expect_samples(1)  # how many there are is not known before the data are loaded
+        rule.attach(model, seed=job.run.seed, sample_input=sample, initial_phase=False, objective=job.objective)
     except CoverageError as error:
         raise error.with_prefix("algorithm") from None
     except KeyboardInterrupt:
