@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from fa_bench.errors import StateError
 from fa_bench.objectives.cross_entropy import CrossEntropy
 from fa_bench.utils.lazy import torch
 
@@ -66,6 +67,48 @@ PASS_SCALE = "Pass the scale: rule.backward(loss, logits, target, loss_scale=1.0
 PASS_OBJECTIVE = (
     "It learns from the objective alone, whatever the loss is: attach it with the objective that you train, objective=..."
 )
+
+
+class PassOutput:
+    """The output of one training pass, from which the loss is computed.
+
+    It shares its memory with the tensor that the user gets: a change in place, such as ``logits[:, 3:] = -1e9``, changes both.
+
+    Args:
+        rule: the rule's name, for error messages.
+        logits: (N, C), or with positions, as in `measured_scale`.
+
+    Attributes:
+        logits: the same values, detached, as they are now.
+    """
+
+    def __init__(self, rule: str, logits: Tensor) -> None:
+        self.rule, self.logits, self._version = rule, logits.detach(), logits._version
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether it was changed in place since the forward pass."""
+        return self.logits._version != self._version
+
+    def unchanged(self) -> Tensor:
+        """The logits; raises a StateError if they were changed in place."""
+        if self.is_changed:
+            raise StateError(
+                f"rule '{self.rule}' learns from the model's output as the forward pass returned it, but it was changed in "
+                "place since: make the change within the model, or in an objective of your own, objective=..."
+            )
+        return self.logits
+
+    def scale(
+        self, delta: Tensor, target: Tensor | None, last: float, objective: Objective | None, mend: str = PASS_SCALE
+    ) -> float:
+        """`measured_scale` at these logits; raises a StateError if they were changed in place."""
+        if self.is_changed:
+            raise StateError(
+                f"rule '{self.rule}' needs the scale of the loss and cannot infer it: the model's output was changed in place "
+                f"after the forward pass. {mend}"
+            )
+        return measured_scale(self.rule, delta, self.logits, target, last, objective, mend)
 
 
 def measured_scale(

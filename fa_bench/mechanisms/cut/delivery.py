@@ -17,7 +17,7 @@ from fa_bench.mechanisms.checkpointing import refuse_reentrant
 from fa_bench.mechanisms.cut.capture import CapturedActivation, format_of, is_stored_last
 from fa_bench.mechanisms.cut.positions import ignored_label
 from fa_bench.mechanisms.graph import nodes_from
-from fa_bench.mechanisms.loss_scale import PASS_OBJECTIVE, PASS_SCALE, is_other_loss, is_unscaled, measured_scale, not_a_multiple
+from fa_bench.mechanisms.loss_scale import PASS_OBJECTIVE, PASS_SCALE, PassOutput, is_other_loss, is_unscaled, not_a_multiple
 from fa_bench.mechanisms.rule import OUTPUT
 from fa_bench.utils.lazy import torch
 
@@ -111,7 +111,7 @@ class Delivery:
         learned = [] if rule.mode.freeze_random else [one for cut in tape for one in rule.learned_at(cut)]
         if torch.compiler.is_compiling():
             return self._connected_in_graph(logits, tape, tensors, learned)
-        errors = functools.partial(self._errors, tape, learned, logits if rule.scales else None)
+        errors = functools.partial(self._errors, tape, learned, PassOutput(rule.name, logits) if rule.scales else None)
         if rule.first_pass is not None:
             rule.first_pass.output = logits.detach().clone()
         errors = self._with_first_pass(errors)
@@ -122,7 +122,9 @@ class Delivery:
         """As `_connected`, for a rule that computes the gradients of all parameters in separate passes."""
         parameters = self.rule.trained_parameters([logits, *(captured.tensor for captured in tape.values())])
         activations = {cut: captured.tensor.detach() for cut, captured in tape.items()}
-        errors = self._with_first_pass(functools.partial(self._gradients, parameters, activations, logits.detach()))
+        errors = self._with_first_pass(
+            functools.partial(self._gradients, parameters, activations, PassOutput(self.rule.name, logits))
+        )
         # Without the logits' graph, the activations of the first pass are freed at once.
         connected = logits if self.rule.output_learns_by_delta else logits.detach()
         return self._function.apply(errors, 0, False, connected, *parameters)
@@ -171,7 +173,7 @@ class Delivery:
             for (cut, shape), tensor in zip(ast.literal_eval(cuts), activations, strict=True)
         }
         tensors = [one for cut in tape for one in self.rule.learned_at(cut)] if learned else []
-        error, *others = self._errors(tape, tensors, logits[0] if logits else None, delta, ())
+        error, *others = self._errors(tape, tensors, PassOutput(self.rule.name, logits[0]) if logits else None, delta, ())
         like, results = [*activations, *learned], others
         if changes_delta:
             like, results = [*like, delta], [*others, error]
@@ -222,7 +224,7 @@ class Delivery:
         self,
         parameters: list[nn.Parameter],
         activations: dict[str, Tensor],
-        logits: Tensor,
+        output: PassOutput,
         delta: Tensor,
         tensors: tuple[Tensor, ...],
     ) -> list[Tensor | None]:
@@ -230,18 +232,18 @@ class Delivery:
         device, rule = delta.device.type, self.rule
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
-                return self._gradients(parameters, activations, logits, delta, tensors)
+                return self._gradients(parameters, activations, output, delta, tensors)
         with torch.enable_grad():
             self._checked_rows(delta)
             self._is_delivered = True
             try:
                 if rule.scales:
-                    self._measure_scale(delta, logits)
+                    self._measure_scale(delta, output)
                 labels: Any = self._target  # None for rules that do not need them
-                gradients = rule.gradients(parameters, activations, delta, logits, labels)
+                gradients = rule.gradients(parameters, activations, delta, output.logits, labels)
             except (IndexError, RuntimeError, ValueError):
                 if self._target is not None:
-                    self._check_labels(self._target, logits.shape[rule.error_axis])
+                    self._check_labels(self._target, delta.shape[rule.error_axis])
                 raise
         given = {id(parameter): gradient for parameter, gradient in zip(parameters, gradients, strict=True)}
         for one in rule.learned_feedback():
@@ -263,14 +265,16 @@ class Delivery:
             self._check_indices(len(rows), rule.indices)
         return rows
 
-    def _measure_scale(self, delta: Tensor, logits: Tensor) -> None:
+    def _measure_scale(self, delta: Tensor, output: PassOutput) -> None:
         """Set the rule's `loss_factor`."""
         rule, scale, target = self.rule, self._loss_scale, self._target
+        if rule.learns_by_objective:
+            output.unchanged()
         if scale is None:
             mend = PASS_OBJECTIVE if rule.learns_by_objective else PASS_SCALE
-            scale = measured_scale(rule.name, delta, logits.detach(), target, rule.loss_factor, rule.objective, mend)
+            scale = output.scale(delta, target, rule.loss_factor, rule.objective, mend)
         elif self._unchecked and target is not None:
-            if is_other_loss(delta, logits.detach(), target, rule.objective):
+            if is_other_loss(delta, output.logits, target, rule.objective):
                 raise ValueError(f"rule '{rule.name}': {not_a_multiple(rule.objective)}. {PASS_OBJECTIVE}")
             self._unchecked -= 1
         rule.loss_factor = scale
@@ -279,7 +283,7 @@ class Delivery:
         self,
         tape: dict[str, CapturedActivation],
         learned: list[LearnedTensor],
-        logits: Tensor | None,
+        output: PassOutput | None,
         delta: Tensor,
         tensors: tuple[Tensor, ...],
     ) -> list[Tensor | None]:
@@ -287,7 +291,7 @@ class Delivery:
         device = delta.device.type
         if torch.is_autocast_enabled(device):  # by the caller; a backward pass has the precision of its inputs
             with torch.autocast(device, enabled=False):
-                return self._errors(tape, learned, logits, delta, tensors)
+                return self._errors(tape, learned, output, delta, tensors)
         rule, target = self.rule, self._target
         rows = self._checked_rows(delta)
         if tensors:
@@ -297,9 +301,9 @@ class Delivery:
         errors: list[Tensor | None] = []
         gradients: list[Tensor | None] = []
         try:
-            if logits is not None:
-                self._measure_scale(delta, logits)
-                rule.logits = logits.detach()
+            if output is not None:
+                self._measure_scale(delta, output)
+                rule.pass_output = output
             broadcast = rule.broadcast(rows, target)
             errors.append(rule.output_error(delta))
             for cut, captured in tape.items():
@@ -311,8 +315,8 @@ class Delivery:
                 self._check_labels(target, rows.shape[-1])
             raise
         finally:
-            if logits is not None:
-                rule.logits = None
+            if output is not None:
+                rule.pass_output = None
         if tensors:
             for captured in tape.values():
                 captured.tensor = None
