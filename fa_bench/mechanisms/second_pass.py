@@ -43,13 +43,28 @@ class FirstPass:
         self.rule, self.args, self.kwargs = rule, args, kwargs
         self.note: Any = None
         self._versions = [(tensor, tensor._version) for tensor in tensors_in((args, kwargs))]
-        self._weights = [(name, parameter, parameter._version) for name, parameter in model.named_parameters()]
+        self._weights = [
+            (path, module._parameters, key, parameter, parameter._version)
+            for path, module in model.named_modules()
+            for key, parameter in module._parameters.items()
+            if parameter is not None
+        ]
         self._modes = [(module, module.training) for module in model.modules()]
         self._random = torch.get_rng_state()
         devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
         self._random_on = {device: torch.cuda.get_rng_state(device) for device in devices}
         kinds = {"cpu", *(device.type for device in devices)}
         self._autocast = [(kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)]
+
+    def require_own_weights(self) -> None:
+        """Raise a StateError if the model has other parameters than in this pass, because further passes would run with them."""
+        for path, of_module, key, parameter, _ in self._weights:
+            if of_module.get(key) is not parameter:
+                raise StateError(
+                    f"rule '{self.rule}' runs the model again in the backward pass, but '{_name(path, key)}' was another tensor "
+                    "in the forward pass (torch.func.functional_call, or replaced since): copy the values into the model's own "
+                    "parameters, then call the model"
+                )
 
     @contextmanager
     def surroundings(self, precise: bool = False) -> Iterator[None]:
@@ -67,10 +82,10 @@ class FirstPass:
                     f"rule '{self.rule}' runs the model again in the backward pass, but an input of shape "
                     f"{tuple(tensor.shape)} was changed in place after the forward pass: pass a copy"
                 )
-        for name, parameter, version in self._weights:
+        for path, _, key, parameter, version in self._weights:
             if parameter._version != version:
                 raise StateError(
-                    f"rule '{self.rule}' runs the model again in the backward pass, but '{name}' was changed after "
+                    f"rule '{self.rule}' runs the model again in the backward pass, but '{_name(path, key)}' was changed after "
                     f"the forward pass: update the weights after the backward passes"
                 )
         torch.set_rng_state(self._random)
@@ -134,6 +149,11 @@ def again(model: nn.Module, mode: Any, first: FirstPass, **changes: Any) -> Any:
     """The result of another forward pass that is not differentiated; the arguments are those of `repeated`."""
     with torch.no_grad(), repeated(model, mode, first, **changes) as result:
         return result
+
+
+def _name(path: str, key: str) -> str:
+    """The name of a module's parameter in the model."""
+    return f"{path}.{key}" if path else key
 
 
 def _at_input(change: Change) -> Any:

@@ -179,6 +179,7 @@ class NPFeedback(DrawingRule, RandomFeedbackRule):
             raise CoverageError(f"rule '{self.name}': the loss depends on two outputs of the model, but the labels belong to one")
         self._is_delivered = True
         output.unchanged()
+        first.require_own_weights()
         scale = self._loss_scale
         if scale is None:
             scale = output.scale(delta, target, 1.0, self.objective)

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from fa_bench.errors import CoverageError, names
+from fa_bench.errors import CoverageError, StateError, names
 from fa_bench.mechanisms.checkpointing import refuse_reentrant
 from fa_bench.mechanisms.cut.capture import CapturedActivation, format_of, is_stored_last
 from fa_bench.mechanisms.cut.positions import ignored_label
@@ -111,12 +111,14 @@ class Delivery:
         learned = [] if rule.mode.freeze_random else [one for cut in tape for one in rule.learned_at(cut)]
         if torch.compiler.is_compiling():
             return self._connected_in_graph(logits, tape, tensors, learned)
-        errors = functools.partial(self._errors, tape, learned, PassOutput(rule.name, logits) if rule.scales else None)
+        parameters = [one.tensor for one in learned]
+        output = PassOutput(rule.name, logits) if rule.scales else None
+        errors = functools.partial(self._errors, tape, list(zip(learned, parameters, strict=True)), output)
         if rule.first_pass is not None:
             rule.first_pass.output = logits.detach().clone()
         errors = self._with_first_pass(errors)
         saves = self._reads_values and not self._keeps_values
-        return self._function.apply(errors, len(tensors), saves, logits, *tensors, *(one.tensor for one in learned))
+        return self._function.apply(errors, len(tensors), saves, logits, *tensors, *parameters)
 
     def _connected_to_parameters(self, logits: Tensor, tape: dict[str, CapturedActivation]) -> Tensor:
         """As `_connected`, for a rule that computes the gradients of all parameters in separate passes."""
@@ -172,7 +174,7 @@ class Delivery:
             cut: CapturedActivation(tensor, tensor.shape, shape, matrices and is_stored_last(tensor))
             for (cut, shape), tensor in zip(ast.literal_eval(cuts), activations, strict=True)
         }
-        tensors = [one for cut in tape for one in self.rule.learned_at(cut)] if learned else []
+        tensors = [(one, one.tensor) for cut in tape for one in self.rule.learned_at(cut)] if learned else []
         error, *others = self._errors(tape, tensors, PassOutput(self.rule.name, logits[0]) if logits else None, delta, ())
         like, results = [*activations, *learned], others
         if changes_delta:
@@ -214,6 +216,8 @@ class Delivery:
     def _of_pass(self, first: FirstPass | None, errors: Callable[..., Any], *arguments: Any) -> Any:
         if first is None:
             refuse_reentrant(self.rule.name)()
+        assert first is not None
+        first.require_own_weights()
         self.rule.first_pass = first
         try:
             return errors(*arguments)
@@ -282,18 +286,28 @@ class Delivery:
     def _errors(
         self,
         tape: dict[str, CapturedActivation],
-        learned: list[LearnedTensor],
+        learned: list[tuple[LearnedTensor, Tensor]],
         output: PassOutput | None,
         delta: Tensor,
         tensors: tuple[Tensor, ...],
     ) -> list[Tensor | None]:
-        """The errors at the logits and at all cuts, and the gradients of learned tensors, computed from δ."""
+        """The errors at the logits and at all cuts, and the gradients of learned tensors, computed from δ.
+
+        `learned` has each learned tensor with its parameter in the forward pass.
+        """
         device = delta.device.type
         if torch.is_autocast_enabled(device):  # by the caller; a backward pass has the precision of its inputs
             with torch.autocast(device, enabled=False):
                 return self._errors(tape, learned, output, delta, tensors)
         rule, target = self.rule, self._target
         rows = self._checked_rows(delta)
+        for one, parameter in learned:
+            if one.tensor is not parameter:
+                raise StateError(
+                    f"rule '{rule.name}' computes errors by its learned feedback in the backward pass, but '{one.name}' was "
+                    "another tensor in the forward pass (torch.func.functional_call, or replaced since): pass it the weights "
+                    "alone, and replace tensors before the forward pass"
+                )
         if tensors:
             for captured, tensor in zip(tape.values(), tensors, strict=True):
                 captured.tensor = tensor
@@ -321,7 +335,7 @@ class Delivery:
             for captured in tape.values():
                 captured.tensor = None
         if learned:
-            for one, gradient in zip(learned, gradients, strict=True):
+            for (one, _), gradient in zip(learned, gradients, strict=True):
                 one.on_gradient(gradient)
         return errors + gradients
 
