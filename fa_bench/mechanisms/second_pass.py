@@ -56,6 +56,11 @@ class FirstPass:
         kinds = {"cpu", *(device.type for device in devices)}
         self._autocast = [(kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)]
 
+    @property
+    def input_requires_grad(self) -> bool:
+        """Whether an argument requires its gradient."""
+        return any(tensor.requires_grad for tensor, _ in self._versions)
+
     def require_own_weights(self) -> None:
         """Raise a StateError if the model has other parameters than in this pass, because further passes would run with them."""
         for path, of_module, key, parameter, _ in self._weights:

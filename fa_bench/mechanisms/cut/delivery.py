@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,7 @@ class Delivery:
         self._keeps_values = self._reads_values and rule.error_at is not None
         self._target: Tensor | None = None
         self._loss_scale: float | None = None
-        self._is_delivered = False
+        self._is_delivered = self._has_warned_of_input = False
         #: Passes whose loss is still to be compared with the objective: the first ones, because it makes an accelerator wait.
         self._unchecked = _CHECKED_PASSES if rule.learns_by_objective else 0
 
@@ -122,6 +123,15 @@ class Delivery:
 
     def _connected_to_parameters(self, logits: Tensor, tape: dict[str, CapturedActivation]) -> Tensor:
         """As `_connected`, for a rule that computes the gradients of all parameters in separate passes."""
+        first = self.rule.first_pass
+        if first is not None and first.input_requires_grad and not self._has_warned_of_input:
+            self._has_warned_of_input = True
+            warnings.warn(
+                f"rule '{self.rule.name}' computes no error for the model's input, which requires its gradient: it gets none, "
+                "and nothing in front of the model learns. Attach the rule to a model that contains both parts, or detach the "
+                "input; in rule.exact(), the input gets its true gradient",
+                stacklevel=2,
+            )
         parameters = self.rule.trained_parameters([logits, *(captured.tensor for captured in tape.values())])
         activations = {cut: captured.tensor.detach() for cut, captured in tape.items()}
         errors = self._with_first_pass(
