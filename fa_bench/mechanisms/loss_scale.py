@@ -133,10 +133,17 @@ def measured_scale(
         mend: what to do if δ is something else, for the error message.
 
     Raises:
-        ValueError: if δ is not a multiple of that gradient.
+        ValueError: if δ is not a multiple of that gradient, or if the labels do not fit the logits.
     """
     objective, given = objective or CrossEntropy(), delta.double()
-    unit, tolerance = _unit(delta, logits, target, objective), _tolerance(delta)
+    try:
+        unit, tolerance = _unit(delta, logits, target, objective), _tolerance(delta)
+    except (IndexError, RuntimeError, ValueError):
+        from fa_bench.mechanisms.cut.positions import require_labels
+
+        if target is not None:
+            require_labels(rule, target, logits.shape, objective)
+        raise
     size = unit.square().sum().item()
     scale = (given * unit).sum().item() / size if size else last
     if not math.isfinite(scale):

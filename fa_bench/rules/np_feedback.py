@@ -172,6 +172,8 @@ class NPFeedback(DrawingRule, RandomFeedbackRule):
         self, first: FirstPass, name: str, regression: Regression, output: PassOutput, delta: Tensor, _: Any
     ) -> list[Tensor]:
         """δ; computes what the noise does to the loss, before the backward pass reaches the layers."""
+        from fa_bench.mechanisms.cut.positions import require_labels
+
         target = self._target
         if target is None:
             raise ValueError(f"rule '{self.name}' learns its feedback from the labels: call rule.backward(loss, logits, target)")
@@ -185,8 +187,12 @@ class NPFeedback(DrawingRule, RandomFeedbackRule):
             scale = output.scale(delta, target, 1.0, self.objective)
         if not self.mode.freeze_random:
             self.next_draws()
-            with torch.no_grad():
-                plus, minus = (self._losses(first, name, regression, size, target) for size in (self.sigma, -self.sigma))
+            try:
+                with torch.no_grad():
+                    plus, minus = (self._losses(first, name, regression, size, target) for size in (self.sigma, -self.sigma))
+            except (IndexError, RuntimeError, ValueError):
+                require_labels(self.name, target, delta.shape, self.objective)
+                raise
             regression.slopes = (plus - minus) / (2 * self.sigma)
             regression.scale = len(delta) / scale if scale else 0.0
         return [delta]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fa_bench.errors import CoverageError, StateError, names
 from fa_bench.mechanisms.checkpointing import refuse_reentrant
 from fa_bench.mechanisms.cut.capture import CapturedActivation, format_of, is_stored_last
-from fa_bench.mechanisms.cut.positions import ignored_label
+from fa_bench.mechanisms.cut.positions import require_labels
 from fa_bench.mechanisms.graph import nodes_from
 from fa_bench.mechanisms.loss_scale import PASS_OBJECTIVE, PASS_SCALE, PassOutput, is_other_loss, is_unscaled, not_a_multiple
 from fa_bench.mechanisms.rule import OUTPUT
@@ -256,8 +256,8 @@ class Delivery:
                 labels: Any = self._target  # None for rules that do not need them
                 gradients = rule.gradients(parameters, activations, delta, output.logits, labels)
             except (IndexError, RuntimeError, ValueError):
-                if self._target is not None:
-                    self._check_labels(self._target, delta.shape[rule.error_axis])
+                if rule.needs_target and self._target is not None:
+                    require_labels(rule.name, self._target, delta.shape, rule.objective)
                 raise
         given = {id(parameter): gradient for parameter, gradient in zip(parameters, gradients, strict=True)}
         for one in rule.learned_feedback():
@@ -336,7 +336,7 @@ class Delivery:
                 gradients += gradients_at_cut
         except (IndexError, RuntimeError, ValueError):
             if self._needs_target and target is not None:
-                self._check_labels(target, rows.shape[-1])
+                require_labels(rule.name, target, delta.shape, rule.objective)
             raise
         finally:
             if output is not None:
@@ -390,24 +390,6 @@ class Delivery:
             raise ValueError(
                 f"rule '{rule}': index {low if low < 0 else high} is out of range: there are {count} training samples, "
                 f"numbered from 0 to {count - 1}"
-            )
-
-    def _check_labels(self, target: Tensor, classes: int) -> None:
-        """Raise an error for labels outside [0, classes); called after something that uses the labels has failed.
-
-        On the CPU only: an accelerator that was given such a label no longer responds.
-        """
-        if target.device.type != "cpu":
-            return
-        if target.dim() > 1:
-            target = target[target != ignored_label(self.rule.objective)]
-        if not target.numel():
-            return
-        low, high = (int(bound) for bound in target.aminmax())
-        if low < 0 or high >= classes:
-            raise ValueError(
-                f"rule '{self.rule.name}': label {low if low < 0 else high} is out of range: this model has "
-                f"{classes} classes, numbered from 0 to {classes - 1}; remove unlabelled samples from the batch"
             )
 
 
