@@ -13,6 +13,7 @@ from fa_bench.mechanisms.feedback_tensors import feedback_tensor
 from fa_bench.registry.options import option
 from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.utils.lazy import torch
+from fa_bench.utils.memory_limits import require_option_memory
 from fa_bench.utils.sampling import sample
 
 if TYPE_CHECKING:
@@ -58,6 +59,9 @@ class ProductRule(EdgeRule):
         """M, the number of units of the intermediate population, for this number of outputs."""
         raise NotImplementedError
 
+    def check_size(self, layer: LayerContext, entries: int) -> None:
+        """Called before a layer gets B and R, with the number of their entries; may raise an OptionError."""
+
     def first(self, outputs: int, between: int, seed: int) -> Tensor:
         """B of one group, (outputs, between), float32 on the CPU."""
         raise NotImplementedError
@@ -73,6 +77,7 @@ class ProductRule(EdgeRule):
         transposed = getattr(module, "transposed", False)
         outputs = weight.shape[1] if transposed else len(weight) // groups
         between = self.between(outputs)
+        self.check_size(layer, groups * between * (outputs + weight.numel() // (groups * outputs)))
         seed = layer.tensor_seed("B")
         first = torch.cat([self.first(outputs, between, seed + group) for group in range(groups)])
         layer.put("B", first)
@@ -93,6 +98,9 @@ class ExpandingRule(ProductRule):
 
     def between(self, outputs: int) -> int:
         return max(round(self.ratio * outputs), 1)
+
+    def check_size(self, layer: LayerContext, entries: int) -> None:
+        require_option_memory("ratio", self.ratio, entries, f"the feedback of layer '{layer.path}'")  # it is sampled on the CPU
 
 
 @dataclasses.dataclass(eq=False)

@@ -15,6 +15,7 @@ from fa_bench.mechanisms.feedback_tensors import feedback_tensor
 from fa_bench.registry.options import option
 from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.utils.lazy import torch
+from fa_bench.utils.memory_limits import require_option_memory
 from fa_bench.utils.sampling import seed_for
 
 if TYPE_CHECKING:
@@ -229,6 +230,8 @@ class WM(EdgeRule):
             shape, positions, geometry = _noise_geometry(module, *self._shapes[layer.path])
             if not self.per_tap:
                 positions = positions.max().expand_as(positions)
+        size, what = self.mirror_batch * math.prod(shape), f"the noise of layer '{layer.path}'"
+        require_option_memory("mirror_batch", self.mirror_batch, size, what, module.weight.device.type)
         noise = Noise(self.noise, self.sigma, self.mirror_batch, shape, layer.tensor_seed("mirror"))
         decay = self.mirror_rate if self.mirror_decay is None else self.mirror_decay
         return MirroredFeedback(noise, self.mirror_rate, decay, self.activation, self.block_bias, positions, geometry)

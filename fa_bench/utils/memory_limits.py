@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fa_bench.errors import ConfigError, FaBenchError, describe_error, first_line
+from fa_bench.errors import ConfigError, FaBenchError, OptionError, describe_error, first_line
 from fa_bench.utils.text import format_bytes, format_shape
 
 #: Requests up to this size (bytes) are not checked.
 _MIN_CHECKED = 1 << 24
+#: Numbers of entries from this one on fit into no memory; torch fails at some of them with errors of its own.
+_NEVER = 1 << 60
 #: The torch functions by which modules and rules allocate a tensor of a given size.
 _FACTORIES = ("empty", "zeros", "ones", "full", "rand", "randn", "eye")
 
@@ -48,6 +50,27 @@ def require_memory(needed: float, what: str) -> None:
     """
     if needed > _MIN_CHECKED and (free := available_memory()) is not None and needed > free:
         raise ConfigError(f"{what}: needs {format_bytes(needed)} of memory, but only {format_bytes(free)} is available")
+
+
+def require_option_memory(option: str, value: float, entries: float, what: str, device: str = "cpu") -> None:
+    """Refuse an option that makes a tensor too large for memory.
+
+    Args:
+        option: the option's name.
+        value: its value.
+        entries: the number of entries of the tensor, in single precision.
+        what: the tensor, for the error message.
+        device: the type of its device; the memory of others than the CPU is unknown.
+
+    Raises:
+        OptionError: names the option, the size needed, and the size available.
+    """
+    try:
+        require_memory(4 * entries if device == "cpu" else 0, what)
+    except ConfigError as error:
+        raise OptionError(option, f"={value:g}: {error}") from None
+    if entries >= _NEVER:
+        raise OptionError(option, f"={value:g}: {what}: needs {format_bytes(4 * entries)} of memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

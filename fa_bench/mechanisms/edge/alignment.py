@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fa_bench.errors import CoverageError, StateError
@@ -25,6 +26,7 @@ from fa_bench.mechanisms.feedback_tensors import feedback_tensor
 from fa_bench.mechanisms.loss_scale import is_unscaled, measured_scale
 from fa_bench.registry.options import option
 from fa_bench.utils.lazy import torch
+from fa_bench.utils.memory_limits import require_option_memory
 from fa_bench.utils.sampling import seed_for
 
 if TYPE_CHECKING:
@@ -293,6 +295,8 @@ class InputAlignmentRule(AlignmentRule):
         if self.on_noise:
             # A linear layer treats its positions alike.
             shape = (layer.module.weight.shape[1],) if layer.is_linear else self._shapes[layer.path]
+            size, what = self.noise_batch * math.prod(shape), f"the noise of layer '{layer.path}'"
+            require_option_memory("noise_batch", self.noise_batch, size, what)
             layer.put("noise", torch.zeros(self.noise_batch, *shape))
         return pathway
 

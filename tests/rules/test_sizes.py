@@ -1,0 +1,52 @@
+"""Options that make feedback or noise larger than memory are refused by name, before it is allocated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fa_bench
+from fa_bench.errors import OptionError
+from fa_bench.utils import memory_limits
+
+#: (Rule, option) -> other options that it needs, and a value that needs 2 GB or more.
+OPTIONS: dict[tuple[str, str], tuple[dict[str, Any], float]] = {
+    ("pfa", "ratio"): ({}, 2e7),
+    ("pfa_o", "ratio"): ({}, 2e7),
+    ("mixed", "ratio"): ({}, 2e7),
+    ("activation_alignment", "noise_batch"): ({"signal": "noise"}, 10**8),
+    ("information_alignment", "noise_batch"): ({"signal": "noise"}, 10**8),
+    ("regularized_mirror", "noise_batch"): ({"signal": "noise"}, 10**8),
+    ("wm", "mirror_batch"): ({"initial_steps": 1}, 10**8),
+}
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 3))
+
+
+@pytest.mark.parametrize(("name", "key"), OPTIONS)
+def test_what_does_not_fit_into_memory(name: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options, value = OPTIONS[name, key]
+    model = net()
+    monkeypatch.setattr(memory_limits, "available_memory", lambda: 10**9)
+    for allocate in ("empty", "zeros"):
+        monkeypatch.setattr(torch, allocate, lambda *sizes, **options: pytest.fail(f"allocates {sizes}"))
+    with pytest.raises(OptionError, match=rf"{key}=.*of layer '\d': needs .* of memory, but only 1 GB is available"):
+        fa_bench.attach(model, name, **{key: value}, **options)
+    monkeypatch.undo()
+    fa_bench.attach(model, name, **options)  # the model is as it was
+
+
+@pytest.mark.parametrize("value", [1e15, 1e18, 1e19, 1e30, 1e300])
+@pytest.mark.parametrize("name", ["pfa", "pfa_o", "mixed"])
+def test_a_ratio_beyond_all_integers(name: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OptionError, match=r"ratio=1e\+\d+: the feedback of layer '0': needs .* of memory"):
+        fa_bench.attach(net(), name, ratio=value)
+    if value > 1e17:
+        monkeypatch.setattr(memory_limits, "available_memory", lambda: None)
+        with pytest.raises(OptionError, match=r"ratio=1e\+\d+: the feedback of layer '0': needs .* TB of memory"):
+            fa_bench.attach(net(), name, ratio=value)
