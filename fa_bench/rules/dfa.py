@@ -132,7 +132,7 @@ class DFA(CutRule):
         feedback = feedback_tensor(module, "B")
         delta = delta.to(feedback.dtype)
         if feedback.dim() == 2:
-            return (delta @ feedback).view(len(x), *[1] * (x.dim() - 2), -1).expand(x.shape).to(x.dtype)
+            return (delta @ feedback).view(len(x), *[1] * (x.dim() - 2), x.shape[-1]).expand(x.shape).to(x.dtype)
         pixels = (output_shape or tuple(g.shape))[2:]
         copied = delta.view(*delta.shape, *[1] * len(pixels)).expand(*delta.shape, *pixels)
         with torch.enable_grad():

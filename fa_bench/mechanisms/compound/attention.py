@@ -74,7 +74,8 @@ class AttentionLayers(Compound):
         mask, is_causal = self._mask(attn_mask, key_padding_mask, is_causal, need_weights, (length, batch, len(k)), dtype)
         if module.bias_k is not None:
             k, v = (torch.cat([x, bias.expand(1, batch, -1)]) for x, bias in ((k, module.bias_k), (v, module.bias_v)))
-        q, k, v = (x.reshape(len(x), batch * module.num_heads, -1).transpose(0, 1) for x in (q, k, v))  # (N H, L, E / H)
+        width = q.shape[2] // module.num_heads  # -1 is ambiguous for an empty batch
+        q, k, v = (x.reshape(len(x), batch * module.num_heads, width).transpose(0, 1) for x in (q, k, v))  # (N H, L, E / H)
         if module.add_zero_attn:
             k, v = (torch.cat([x, x.new_zeros(len(x), 1, x.shape[2])], 1) for x in (k, v))
         dropout = module.dropout if self.training else 0.0
@@ -84,7 +85,7 @@ class AttentionLayers(Compound):
             scores = scores @ keys if mask is None else torch.baddbmm(mask, scores, keys)
             weights = F.dropout(scores.softmax(-1), dropout)
             attended = weights @ v  # (N H, L, E / H)
-            weights = weights.view(batch, module.num_heads, length, -1)
+            weights = weights.view(batch, module.num_heads, *weights.shape[1:])
             weights = weights.mean(1) if average_attn_weights else weights
         else:
             q, k, v = (x.view(batch, module.num_heads, *x.shape[1:]) for x in (q, k, v))

@@ -100,7 +100,7 @@ def sample_losses(objective: Objective, outputs: Tensor, target: Tensor) -> Tens
     labelled = labels != ignored_label(objective)
     losses = rows.new_zeros(len(labels))
     losses[labelled] = objective.loss(rows[labelled], labels[labelled], "none")
-    return losses.view(len(target), -1).sum(1) * len(target) / labelled.sum().clamp(min=1)
+    return losses.view(target.shape).flatten(1).sum(1) * len(target) / labelled.sum().clamp(min=1)
 
 
 def _classes_last(outputs: Tensor, target: Tensor) -> Tensor:
