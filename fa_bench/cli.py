@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def with_errors_printed(program: str, function: Callable[[], int], interrupted: str = "interrupted") -> int:
-    """The exit code of `function`; errors of the input, of files and of plugins, and signals, end in a line and a code."""
+    """The exit code of `function`; errors in the input, in files and in plugins, and signals, are reported in one line and an
+    exit code."""
     try:
         with interrupt_on_signals():
             return function()
@@ -164,7 +165,7 @@ def _context(composer: Composer, config: Any) -> Any:
 
 
 def _parse(argv: list[str]) -> Any:
-    # The only declaration of Hydra's flags.
+    # The only place where Hydra's flags are declared.
     from hydra._internal.utils import get_args_parser
 
     parser = get_args_parser()
@@ -174,7 +175,7 @@ def _parse(argv: list[str]) -> Any:
         raise ConfigError(f"{message}; see fa-bench --help")
 
     parser.error = refuse  # type: ignore[method-assign]
-    # With abbreviations, --experiment=quickstart would be one of Hydra's flags with that prefix.
+    # If abbreviations were allowed, --experiment=quickstart would be read as one of Hydra's flags with that prefix.
     parser.allow_abbrev = False
     arguments, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:

@@ -25,7 +25,7 @@ class BrainCorrelation(Analysis):
     """Angle between forward and feedback weights for a fraction of reciprocal pairs (appendix B of Li and Benna 2024).
 
     A fraction p of the connected pairs of neurons is connected in both directions, and the weights of these pairs have the
-    correlation R; for the other pairs the feedback weight is zero. For weights of mean zero, the correlation over all pairs is
+    correlation R; for the other pairs the feedback weight is zero. For weights with mean zero, the correlation over all pairs is
     R √p, and
 
         cos(angle) = R √p        [derived: the covariance is p R, and the variance of the feedback is multiplied by p]

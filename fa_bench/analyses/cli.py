@@ -32,7 +32,7 @@ def _parsed(options: list[str]) -> DictConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``fa-bench-analyse``; returns the exit code: 2 for invalid input, with an error message of one line."""
+    """Entry point of ``fa-bench-analyse``; returns the exit code: 2 for invalid input, with a one-line error message."""
     return exit_code("fa-bench-analyse", lambda: _guarded(list(sys.argv[1:] if argv is None else argv)))
 
 

@@ -238,7 +238,7 @@ def feedback_of(rule: Rule) -> dict[str, Tensor]:
 
 
 def transport(rule: Rule) -> dict[str, float]:
-    """How the feedback changes between two updates if the weights change, and by the rule's own step.
+    """How much the feedback changes between two updates if the weights change, and in the rule's own step.
 
     ``sign``: largest fraction of feedback values whose sign changes if all weights are negated; ``magnitude``: largest relative
     change if they are doubled; ``phase``: largest relative change in ``rule.step()``. The rule's model does not change.

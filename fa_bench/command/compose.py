@@ -140,7 +140,7 @@ class Composer:
         return list_groups(self.loader)
 
     def chosen(self) -> dict[str, list[str]]:
-        """The values on the command line, by key."""
+        """The values given on the command line, by key."""
         return {override.key_or_group: values_of(override) for override in self.parsed}
 
     def component(self, kind: str, choice: str) -> dict[str, Any]:
@@ -193,9 +193,9 @@ class Composer:
         return [(job, run_dir) for run_dir, job in checked.items()]
 
     def compose(self, overrides: list[str] | None = None, mode: RunMode = RunMode.RUN) -> DictConfig:
-        """The config of one job, or with `RunMode.MULTIRUN` of a sweep from its overrides with a single value.
+        """The config of one job or, with `RunMode.MULTIRUN`, that of a sweep, from its overrides with a single value.
 
-        Without `overrides`, of the whole command line.
+        Without `overrides`, it is the config of the whole command line.
         """
         overrides = self.overrides if overrides is None else overrides
         try:
@@ -226,10 +226,10 @@ def _loader(folder: Path | None) -> ConfigLoader:
 
 @contextmanager
 def _as_hydra_config(config: DictConfig) -> Iterator[None]:
-    """Resolve ``${hydra:...}`` in this config, as while Hydra runs it."""
+    """Within the block, resolve ``${hydra:...}`` in this config as Hydra does while it runs the config."""
     current: Any = HydraConfig.instance()
     before = current.cfg
-    current.cfg = config  # not by set_config, which copies it, and makes it read-only
+    current.cfg = config  # not with set_config, which copies it and makes it read-only
     try:
         yield
     finally:
@@ -263,7 +263,7 @@ def folder_of(config: DictConfig, key: str) -> str:
 
 
 def _parse_all(overrides: list[str]) -> list[Override]:
-    """Parse overrides; raises ConfigError for what Hydra would refuse only after the start, or take for something else.
+    """Parse overrides; raises ConfigError for those that Hydra would refuse only after the start, or misread.
 
     Hydra refuses sweeps over its own options, and merges the configs of a list of components.
     """

@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from fa_bench.errors import ConfigError, first_line, truncate
 from fa_bench.utils.shell import expansion_problem, hydra_quote, shell_quote
 
-#: Most jobs of a sweep, and most characters of an override: far above what anybody runs.
+#: Maximum number of jobs in a sweep and of characters in an override, far above anything in practical use.
 MOST_JOBS, MOST_TEXT = 10_000, 20_000
 
 

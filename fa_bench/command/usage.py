@@ -112,7 +112,7 @@ def _choices(composer: Composer, kind: str, choices: Sequence[str]) -> Iterator[
 
 
 def _components(registry: Registry) -> Iterator[str]:
-    """The components of a registry that is no config group, with their options."""
+    """The components of a registry that is not a config group, with their options."""
     if not registry:
         yield "  none is registered; pass plugins=[MODULE] to list those of a module"
     for name, cls in registry.items():

@@ -34,7 +34,7 @@ def checked(
         (n, O).
 
     Raises:
-        ValueError: names the array, its value and what is allowed.
+        ValueError: if an array is invalid; the message names it, its value and what is allowed.
     """
     if not isinstance(arrays, (tuple, list)) or len(arrays) != 5:
         raise ValueError(

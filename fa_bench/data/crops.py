@@ -159,7 +159,7 @@ def crop_and_flip(images: Tensor, generator: torch.Generator, padding: int = 4, 
 def random_boxes(draws: np.ndarray, height: int, width: int) -> np.ndarray:
     """Boxes of random resized crops: area uniform in 8 % to 100 %, aspect ratio log-uniform in 3/4 to 4/3.
 
-    The first of ten tries that fits; if none does, the largest centred box with an aspect ratio in that range.
+    Each is the first of ten tries that fits or, if none does, the largest centred box with an aspect ratio in that range.
 
     Args:
         draws: uniform in [0, 1), (N, DRAWS); the last, for the flip, is not used here.

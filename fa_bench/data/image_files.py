@@ -248,7 +248,8 @@ class StreamedSplit(ImageSplit):
 
 
 def _end_with_parent(worker: int) -> None:
-    """Make a worker end with its parent; torch's own watchdog misses a parent that was killed before the watchdog started."""
+    """Make a worker end when its parent ends; torch's own watchdog misses a parent that was killed before the watchdog
+    started."""
 
     def watch() -> None:
         parent = multiprocessing.parent_process()

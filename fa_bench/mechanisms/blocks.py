@@ -84,7 +84,8 @@ def blocks_of(model: nn.Module, sample: Any, blocks: Iterable[str] | None = None
 def embedding_of(model: nn.Module, blocks: dict[str, list[str]]) -> list[str]:
     """The names of the parameters of the first block that come before the module that ends it: the model's embedding.
 
-    If this module has no parameters, as the nonlinearity that ends the first block of `mlp`, these are all of the first block.
+    If this module has no parameters, like the nonlinearity that ends the first block of `mlp`, these are all parameters of the
+    first block.
 
     Args:
         model: an attached or plain model.

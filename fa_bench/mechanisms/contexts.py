@@ -45,7 +45,7 @@ def modes_of(model: nn.Module) -> list[tuple[nn.Module, bool]]:
 
 
 def restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
-    """Bring modules back to the modes of `modes_of`.
+    """Restore the modes that `modes_of` returned.
 
     Those that override ``train`` are called, because they may keep more than the attribute: some merge weights for evaluation.
     """

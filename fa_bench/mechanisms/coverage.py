@@ -92,7 +92,7 @@ class Coverage:
             model: the model, to explain why nothing is covered.
 
         Raises:
-            CoverageError: names the weights.
+            CoverageError: in these cases; the message names the weights.
         """
         if not self.covered:
             raise CoverageError(f"rule '{self.rule}' covers no layer of this model: {not_coverable(model)}")
@@ -134,7 +134,7 @@ def computed_weights(model: Any) -> str:
     if not paths:
         return ""
     return (
-        f"the weight of {names(paths)} is computed by pruning or a parametrization, and no rule covers it: first turn it "
+        f"the weight of {names(paths)} is computed by pruning or a parametrization, and no rule covers it; first turn it "
         f"into a plain parameter, with prune.remove, remove_weight_norm or remove_parametrizations of torch.nn.utils"
     )
 
@@ -185,7 +185,7 @@ def noise_note() -> str:
 
 def outside_text(use: str) -> str:
     """Why a weight that is used outside its layer is not covered, see `fa_bench.mechanisms.uses.Uses`."""
-    return f"used outside its layer, by {use}: there it carries the error itself"
+    return f"used outside its layer, by {use}, where it propagates the error itself"
 
 
 def is_weight(name: str, parameter: Any) -> bool:
@@ -212,7 +212,7 @@ def matching(patterns: Iterable[str], paths: Collection[str], option: str) -> se
     """The paths that match names or patterns such as ``layer*.conv1``; ``*`` matches any characters, dots included.
 
     Raises:
-        CoverageError: names the option and the pattern that matches nothing, with the nearest path.
+        CoverageError: if a pattern matches nothing; the message names the option, the pattern and the nearest path.
     """
     matched: set[str] = set()
     for pattern in patterns:

@@ -120,7 +120,7 @@ class Rule(Options):
 
         if torch.is_inference_mode_enabled():
             raise CoverageError(
-                "attach was called in torch.inference_mode(), whose tensors cannot be trained: call attach outside of it"
+                "attach was called in torch.inference_mode(), whose tensors cannot be trained; call attach outside of it"
             )
         if getattr(self, "model", None) is not None:
             raise CoverageError(f"this '{self.name}' rule object is already attached to a model; create another one")
@@ -213,7 +213,7 @@ class Rule(Options):
         raise NotImplementedError
 
     def unwire(self) -> None:
-        """Undo `wire`, also after an error in it."""
+        """Undo `wire`, even if it failed."""
         raise NotImplementedError
 
     def watched_modules(self) -> dict[str, nn.Module]:
@@ -487,7 +487,7 @@ class Rule(Options):
         """Load the result of `state_dict`, after the model's state; rules with state extend this method.
 
         Raises:
-            StateError: names entries that are missing or unknown.
+            StateError: if entries are missing or unknown; the message names them.
         """
         self.require_entries(state, self.state_dict())
 

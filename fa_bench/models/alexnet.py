@@ -21,7 +21,7 @@ class ASAPAlexNet(Architecture):
     Three convolutions with max-pooling, then 4096-1024-1024-classes (appendix C and published code of Woo et al. 2021).
 
     5x5 kernels, padding 2, channels 64-128-256; batch normalisation and ReLU after every hidden layer, and batch normalisation
-    of the logits. Pooling rounds up, so that 28x28 and 32x32 images both give 256 x 4 x 4 features. This is the net of the code;
+    of the logits. Pooling rounds up, so 28x28 and 32x32 images both give 256 x 4 x 4 features. This is the net of the code;
     the paper's text has 3x3 kernels, which contradict its 4096 features.
     """
 

@@ -74,7 +74,7 @@ class Options:
     """Base class of all components: checks types, choices and ranges of the fields when a component is created.
 
     Raises:
-        OptionError: names the option, the value and what is allowed.
+        OptionError: for an invalid value; the message names the option, the value and what is allowed.
     """
 
     name: ClassVar[str] = ""

@@ -78,7 +78,8 @@ class Run:
 
     @property
     def experiment(self) -> str | None:
-        """The experiment that the run belongs to; older results do not record it, and the folder with its name serves."""
+        """The experiment that the run belongs to; older results do not record it, in which case the folder with its name is
+        used."""
         return self.result["experiment"] if "experiment" in self.result else resolved(self.directory).parent.parent.name
 
     @property

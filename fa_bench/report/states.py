@@ -22,7 +22,7 @@ from fa_bench.runs.readers import read_config, read_metrics
 from fa_bench.utils.files import CONFIG, METRICS, resolved
 
 RUNNING, INTERRUPTED, DIVERGED, STOPPED = "running", "interrupted", "diverged", "stopped"
-#: Most characters of the reason of a failure; the run's log has all of it.
+#: Maximum number of characters of the reason for a failure; the run's log has all of it.
 MAX_REASON = 300
 
 

@@ -11,7 +11,7 @@ from fa_bench.registry.registries import ALGORITHMS
 from fa_bench.rules.bp import BP
 from fa_bench.utils.lazy import nn
 
-#: Most layers that an error suggests as blocks.
+#: Maximum number of layers that an error suggests as blocks.
 MAX_NAMES = 6
 
 
@@ -55,7 +55,7 @@ class FrozenBlocks(BP):
             inner = self._inner_modules()
             example = {"blocks": inner} if 0 < len(inner) <= MAX_NAMES else {}
             raise CoverageError(
-                f"rule '{self.name}' needs blocks that stay random, and {model} declares none: list the modules "
+                f"rule '{self.name}' needs blocks that stay random, and {model} declares none; list the modules "
                 f"that end them in the option blocks{', for example {blocks}' if example else ''}, or set model.blocks",
                 example,
             )
@@ -81,7 +81,7 @@ class FrozenBlocks(BP):
         return fixed
 
     def _inner_modules(self) -> list[str]:
-        """The modules of all layers but the first and the last; for a part of a recurrent or attention module, that module."""
+        """The modules of all layers except the first and the last; for a part of a recurrent or attention module, that module."""
         from fa_bench.mechanisms.weighted_layers import CONVOLUTIONS
 
         called = (nn.Linear, *CONVOLUTIONS)

@@ -70,7 +70,8 @@ def save(
     )
     path.parent.mkdir(exist_ok=True)
     with atomic(path) as temporary:
-        # Not `write_bytes`: if it fails, its frame keeps the buffer in use, of which Python 3.13 complains in a collection.
+        # `write_bytes` is not used: if it fails, its frame keeps the buffer in use, and Python 3.13 complains about this in a
+        # garbage collection.
         with temporary.open("wb") as file, buffer.getbuffer() as content:
             file.write(content)
         if path.exists():
@@ -90,7 +91,7 @@ def capture(progress: Progress, rule: Rule, optimizers: Optimizers, callbacks: I
 
 
 def restore(state: dict[str, Any], rule: Rule, optimizers: Optimizers, callbacks: Iterable[Callback] = ()) -> None:
-    """Restore what `capture` returned, all but the progress."""
+    """Restore everything that `capture` returned except the progress."""
     rule.model.load_state_dict(state["model"])
     rule.load_state_dict(state["rule"])
     optimizers.load_state_dict(state["optimizers"])

@@ -1,4 +1,4 @@
-"""The training loop. It knows no rule, loss, metric or logger by name."""
+"""The training loop. It refers to no rule, loss, metric or logger by name."""
 
 from __future__ import annotations
 

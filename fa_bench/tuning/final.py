@@ -84,7 +84,7 @@ def check_final(plan: Plan) -> None:
     """Check, before the first trial, that the final runs will be the configs that were tuned.
 
     Raises:
-        ConfigError: names the rule.
+        ConfigError: if not; the message names the rule.
         FaBenchError: if a final run could not start.
     """
     epochs = plan.options.final_epochs or plan.epochs
@@ -111,7 +111,7 @@ def write_experiment(plan: Plan, jobs: Mapping[str, Job]) -> Path:
     with output_errors(path):
         path.parent.mkdir(exist_ok=True)
         if path.is_symlink() or (path.exists() and not path.read_bytes().startswith(_HEAD.encode())):
-            raise RunDirectoryError(f"{path}: not written by fa-bench-tune, which would overwrite it; move it away")
+            raise RunDirectoryError(f"{path}: not written by fa-bench-tune, which would overwrite it; move it elsewhere")
         write_text(path, experiment_text(plan, jobs, plan.directory))
     return path
 

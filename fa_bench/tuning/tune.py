@@ -35,7 +35,7 @@ class TuneResult:
 
     Attributes:
         table: one row per rule, as tune.csv.
-        trials: one row per trial, as trials.csv, with the seconds of training.
+        trials: one row per trial, as trials.csv, with the training time in seconds.
         directory: the study's folder.
         text: the table for a terminal.
         code: the exit code: 0 if all final runs finished, else 1.

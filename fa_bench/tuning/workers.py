@@ -27,7 +27,7 @@ class Workers:
 
     Args:
         count: the number of processes.
-        threads: CPU threads of each, as in the process that starts them, because their number changes rounding.
+        threads: CPU threads per process: as many as in the process that starts them, because their number changes rounding.
     """
 
     def __init__(self, count: int, threads: int) -> None:
@@ -112,7 +112,7 @@ def _work(connection: Connection, starter: int, threads: int) -> None:
             torch.set_num_threads(min(threads, cores()))
             while True:
                 connection.send(_result(connection.recv()))
-    except (EOFError, OSError, KeyboardInterrupt):  # the parent has ended, or stops its workers
+    except (EOFError, OSError, KeyboardInterrupt):  # the parent has ended, or is stopping its workers
         return
 
 

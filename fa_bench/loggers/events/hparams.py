@@ -25,7 +25,7 @@ HYPERPARAMETERS = {
     "epochs": True,
     "seed": True,
 }
-#: Those whose columns the table shows by default, beside the keys in which the runs of a sweep differ.
+#: Those whose columns the table shows by default, in addition to the keys in which the runs of a sweep differ.
 _DEFAULT_COLUMNS = ("algorithm", "architecture", "dataset", "optimizer.lr", "seed")
 #: TensorBoard's status of a run. An interrupted run has none, because it may be resumed and a running TensorBoard keeps the
 #: first status.

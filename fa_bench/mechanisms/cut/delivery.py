@@ -1,8 +1,8 @@
 """The backward pass of a cut rule: once the error at the logits is known, an error is delivered to every cut.
 
-An autograd Function on the model's output, the identity in the forward pass, has all captured activations as inputs. So all parts
-of the model belong to one graph: loss scaling, several forward passes before a backward pass and a plain ``loss.backward()`` work
-as usual, and a graph that is never differentiated is freed together with the output.
+An autograd Function on the model's output, the identity in the forward pass, has all captured activations as inputs. All parts of
+the model therefore belong to one graph: loss scaling, several forward passes before a backward pass and a plain
+``loss.backward()`` work as usual, and a graph that is never differentiated is freed together with the output.
 """
 
 from __future__ import annotations
@@ -89,12 +89,12 @@ class Delivery:
             if result.dim() == 0 and (rule.output is None or depends_on(result, results.get(str(rule.output)))):
                 raise CoverageError(
                     f"the model returns a loss ('{name}') that it has computed itself, and the error of rule "
-                    f"'{rule.name}' cannot come from there: call it without labels, and compute the loss from "
+                    f"'{rule.name}' cannot come from there; call it without labels, and compute the loss from "
                     f"its logits"
                 )
         if rule.output is None and len(results) > 1:
             raise CoverageError(
-                f"rule '{rule.name}' takes its error from one output, but this model returns {names(results)}: "
+                f"rule '{rule.name}' takes its error from one output, but this model returns {names(results)}; "
                 "choose one, for example {output}",
                 {"output": next(iter(results))},
             )
@@ -325,14 +325,14 @@ class Delivery:
         if self._is_delivered:
             raise ValueError(
                 f"rule '{self.rule.name}': the loss depends on two forward passes, but the labels belong to one of "
-                f"them: call rule.backward for each"
+                f"them; call rule.backward for each"
             )
         if target is not None and self.rule.takes_numbers and target.is_floating_point() and target.shape == rows.shape:
             return
         if target is None or target.shape != rows.shape[:-1] or target.is_floating_point():
             shape = "(N,)" if rows.dim() == 2 else f"{tuple(rows.shape[:-1])}, one for each position"
             raise ValueError(
-                f"rule '{self.rule.name}' requires labels: call rule.backward(loss, logits, target) with class "
+                f"rule '{self.rule.name}' requires labels; call rule.backward(loss, logits, target) with class "
                 f"indices of shape {shape}"
             )
 
@@ -340,12 +340,12 @@ class Delivery:
         rule, count = self.rule.name, self.rule.sample_count
         if self._is_delivered:
             raise ValueError(
-                f"rule '{rule}': the loss depends on two forward passes, but the indices belong to one of them: call "
+                f"rule '{rule}': the loss depends on two forward passes, but the indices belong to one of them; call "
                 "rule.backward for each"
             )
         if indices is None:
             raise ValueError(
-                f"rule '{rule}' requires the indices of the batch's samples in the training set: call "
+                f"rule '{rule}' requires the indices of the batch's samples in the training set; call "
                 f"rule.backward(loss, logits, target, indices=indices) with integers of shape (N,)"
             )
         if not isinstance(indices, torch.Tensor):

@@ -35,12 +35,12 @@ def ignored_label(objective: Objective) -> int:
 
 
 def positions_of(shape: Shape, axis: int) -> Shape:
-    """The sizes of all axes but the batch and `axis`."""
+    """The sizes of all axes except the batch and `axis`."""
     return shape[1:axis] + shape[axis + 1 :]
 
 
 def mean_loss(objective: Objective, outputs: Tensor, target: Tensor) -> Tensor:
-    """The objective's mean loss; one for a single class per sample takes every position with a label for a sample.
+    """The objective's mean loss; an objective for one class per sample treats every position with a label as a sample.
 
     Args:
         objective: the objective.

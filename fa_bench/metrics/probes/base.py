@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from fa_bench.mechanisms.rule import Rule
     from fa_bench.metrics.meter import AlignmentMeter
 
-#: Most training images that a probe may learn from, and most images that it is scored on: a fixed subset.
+#: Maximum numbers of training images that a probe may learn from and of images that it is scored on, in both cases a fixed
+#: subset.
 TRAINING_IMAGES, SCORED_IMAGES = 2_000, 10_000
 
 Quantities = dict[str, dict[str, float]]
