@@ -105,7 +105,7 @@ def _main(argv: list[str]) -> int:
 
 
 def run(composer: Composer, task: Task) -> int:
-    """Run one job; the exit code."""
+    """Run one job; returns the exit code."""
     from hydra.core.utils import run_job
     from hydra.types import RunMode
 
@@ -133,7 +133,7 @@ def run(composer: Composer, task: Task) -> int:
 
 
 def sweep(composer: Composer, task: Task) -> int:
-    """Run a sweep by Hydra's sweeper, which is fa-bench's own; the exit code."""
+    """Run a sweep with Hydra's sweeper, which is fa-bench's own; returns the exit code."""
     from hydra.core.plugins import Plugins
     from hydra.types import RunMode
 
@@ -224,7 +224,7 @@ def hydra_errors() -> Iterator[None]:
 
 
 def _run_hydra(argv: list[str]) -> int:
-    """Run Hydra's command line, which prints configs, information or completions; the exit code."""
+    """Run Hydra's command line, which prints configs, information or completions; returns the exit code."""
     from fa_bench.runs.logs import preserve_root_logger
 
     argv_before, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")

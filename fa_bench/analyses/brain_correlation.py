@@ -32,7 +32,7 @@ class BrainCorrelation(Analysis):
 
     The paper sampled matrices with p = 0.31 and R = 0.36, as measured in cortex, and found a correlation of 0.2 and 78 degrees,
     in agreement with the formula. Here matrices are sampled, too: W Gaussian, F = R W + √(1 - R²) noise where a Bernoulli mask
-    with probability p is one, else 0. For weights with nonzero mean, such as synapses of one sign, the angle differs.
+    with probability p is one, otherwise 0. For weights with nonzero mean, such as synapses of one sign, the angle differs.
 
     The rule `mixed` reaches the same point with three kinds of synapses: p = k + f and R = k / (k + f) for its fractions k of KP
     and f of FA. Its row uses the rule's defaults.

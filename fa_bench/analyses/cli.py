@@ -27,7 +27,7 @@ def _parsed(options: list[str]) -> DictConfig:
             raise ConfigError(f"{word}: options are written OPTION=VALUE")
     try:
         return OmegaConf.from_dotlist(options)
-    except Exception as error:  # the parser raises many kinds
+    except Exception as error:  # the parser raises many kinds of errors
         raise ConfigError(f"{' '.join(options)}: cannot be read ({type(error).__name__})") from None
 
 

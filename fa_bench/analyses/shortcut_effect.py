@@ -66,7 +66,7 @@ class ShortcutEffect(Analysis):
         self.job("with_shortcuts", 0)
         self.job("without_shortcuts", 0)
         if not hasattr(component(ALGORITHMS, self.rule), "transport"):
-            raise OptionError("rule", f"={self.rule} has no option transport (asap has)")
+            raise OptionError("rule", f"={self.rule} has no option transport (asap has one)")
 
     def job(self, net: str, seed: int) -> Job:
         """The job of one net: `net` is the option that names it."""

@@ -202,7 +202,7 @@ class Composer:
             config = self.loader.load_configuration(self.config_name, overrides, run_mode=mode, from_shell=False)
         except FaBenchError:
             raise
-        except Exception as error:  # Hydra raises errors of many kinds
+        except Exception as error:  # Hydra raises many kinds of errors
             raise explain(self.loader, self.config_name, overrides, error, self.chosen()) from None
         check_config(config, self.plugins)
         record: Any = OmegaConf.to_container(config.hydra.overrides, resolve=False)

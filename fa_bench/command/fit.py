@@ -52,7 +52,7 @@ def _attach(job: Job) -> None:
         raise error.with_prefix("algorithm") from None
     except KeyboardInterrupt:
         raise
-    except BaseException:  # of a user's class: the job itself will report it
+    except BaseException:  # raised by a user's class; the job itself will report it
         return
     finally:
         torch.set_rng_state(state)

@@ -150,7 +150,7 @@ def job_name(job: Job, keys: Mapping[str, Sequence[str]]) -> str:
 
 
 def report_interrupt(jobs: Sequence[tuple[Job, Path]], error: KeyboardInterrupt) -> int:
-    """Print how to resume interrupted jobs; the exit code."""
+    """Print how to resume interrupted jobs; returns the exit code."""
     world = parallel.current()
     if not (world.rank and world.stops_together):  # then process 0 saves the checkpoint, and says so
         # torchrun also sends SIGTERM to the processes that remain after one has ended.

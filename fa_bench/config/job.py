@@ -409,7 +409,7 @@ def register_schemas() -> None:
 
 
 def registered_components() -> Any:
-    """What `register_schemas` has registered: equal as long as the schemas are."""
+    """The state of what `register_schemas` has registered, which is equal as long as the schemas are."""
     return _registered.get("known")
 
 

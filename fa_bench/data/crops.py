@@ -62,7 +62,8 @@ class Crop:
 
 
 class PaddedCrop(Crop):
-    """Shorter side resized, centre cropped; augmented by a crop with 4 pixels of zero padding and a horizontal flip."""
+    """Resizes the shorter side and crops the centre; augments with a crop after 4 pixels of zero padding, and a horizontal
+    flip."""
 
     def random(self, images: Tensor, generator: torch.Generator, part: Part | None = None) -> Tensor:
         return crop_and_flip(self.fixed(images), generator, part=part)
@@ -75,7 +76,7 @@ class PaddedCrop(Crop):
 class ResizedCrop(Crop):
     """A random part of an image, 8 % to 100 % of its area, resized, with a horizontal flip (Szegedy et al. 2015).
 
-    Without augmentation the shorter side is resized to 256/224 of the size and the centre cropped.
+    Without augmentation, the shorter side is resized to 256/224 of the size, and the centre is cropped.
     """
 
     def random(self, images: Tensor, generator: torch.Generator, part: Part | None = None) -> Tensor:

@@ -176,7 +176,7 @@ def upright(image: Any) -> Any:
 
     try:
         transposition = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # damaged EXIF raises errors of many kinds; viewers ignore it
+    except Exception:  # damaged EXIF data raise many kinds of errors; viewers ignore them
         transposition = None
     return image if transposition is None else image.transpose(Image.Transpose[transposition])
 

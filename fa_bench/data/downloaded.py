@@ -38,7 +38,7 @@ class Downloaded(ArrayDataset, CroppedDataset):
             (train_x, train_y), (test_x, test_y), classes = self._unpack(train), self._unpack(test), self._classes(train)
             check_labels(train_x, train_y, classes, "training")
             check_labels(test_x, test_y, classes, "test")
-        except Exception as error:  # of many kinds, if files are damaged
+        except Exception as error:  # damaged files raise many kinds of errors
             if damaged := [name for name in self.files if not self._is_intact(folder / name)]:
                 raise DataError(
                     f"dataset={self.name}: {folder / damaged[0]} is damaged or incomplete; delete "
@@ -123,7 +123,8 @@ class MNIST(Downloaded):
         return dict(self._torchvision.resources)  # of the archives only
 
     def _is_intact(self, path: Path) -> bool:
-        """Two zeros, 8 for bytes, the number of axes, the length of each in four bytes, and that many bytes."""
+        """Whether the file has the format: two zeros, 8 for bytes, the number of axes, the length of each in four bytes, and as
+        many bytes as these give."""
         with path.open("rb") as file:
             head = file.read(16)
         axes = 3 if "idx3" in path.name else 1

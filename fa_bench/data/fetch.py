@@ -139,7 +139,7 @@ def unpack_zip(archive: Path, folder: Path) -> None:
     except DataError:
         raise
     except OSError as error:
-        if not folder.is_dir():  # else another process has unpacked it, and may have removed the archive
+        if not folder.is_dir():  # otherwise another process has unpacked it, and may have removed the archive
             raise DataError(f"{archive}: cannot be unpacked ({reason(error)})") from None
 
 

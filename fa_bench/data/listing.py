@@ -114,7 +114,7 @@ def images_below(folder: Path, skipped: Counter[str]) -> list[Path]:
                 skipped["broken links"] += 1
             else:
                 skipped[suffix or "no extension"] += 1
-    # By parts, because the order of Windows paths ignores case.
+    # Compared by parts, because the order of Windows paths ignores case.
     return sorted(images, key=lambda path: path.parts)
 
 

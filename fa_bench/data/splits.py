@@ -110,8 +110,8 @@ class Split(abc.ABC):
 
         Args:
             batch_size: samples in a batch; the last may have fewer.
-            seed: None for the stored order without augmentation; else the samples are shuffled and augmented, as a function of
-                (seed, epoch) only.
+            seed: None for the stored order without augmentation; otherwise, the samples are shuffled and augmented, as a function
+                of (seed, epoch) only.
             epoch: number of the pass.
             drop_last: drop the last incomplete batch, unless it is the only one.
             start: number of batches to skip at the beginning; the others do not depend on it.

@@ -43,7 +43,7 @@ class Synthetic(ArrayDataset):
     def arrays(self, data_dir: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
         generator = np.random.default_rng(self.data_seed)
         shape = (self.channels, self.size, self.size)
-        # In float64, at the same time: images, noise and the rounded result.
+        # Images, noise and the rounded result are in memory at the same time, in float64.
         count = max(self.samples, self.test_samples, self.classes)
         require_memory(
             3 * 8 * count * math.prod(shape),

@@ -191,7 +191,7 @@ def _read(path: Path, target: str | None, task: str | None, *state: int) -> _Tab
         occur = "occurs" if len(rare) == 1 else "occur"
         raise DataError(
             f"{path}: in column '{target}', {len(rare)} of {len(counts)} classes {occur} only once "
-            f"({names(rare[:3])}{', ...' * (len(rare) > 3)}); training and test set need a row each"
+            f"({names(rare[:3])}{', ...' * (len(rare) > 3)}); the training set and the test set need one row each"
         )
     return _Table(x, labels, of_classes, task)
 

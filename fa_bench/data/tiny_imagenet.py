@@ -52,7 +52,7 @@ class TinyImageNet(ImageFiles):
         downloads = not archive.is_file()
         if downloads:
             with fetching(data_dir, self.name, f"{root} (or {archive}, from {self.url})") as temporary:
-                if not archive.is_file() and not root.is_dir():  # else another process has downloaded it
+                if not archive.is_file() and not root.is_dir():  # otherwise another process has downloaded it
                     download(self.url, self.md5, temporary / archive.name)
                     os.replace(temporary / archive.name, archive)
         elif not has_md5(archive, self.md5):

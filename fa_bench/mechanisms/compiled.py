@@ -22,7 +22,7 @@ COMPILING_TORCH = (2, 13)
 
 
 class Handle:
-    """A name for an object in compiled graphs. A copy or a pickled one names the copy of its owner.
+    """A name for an object in compiled graphs. If it is copied or pickled with its owner, the copy names the owner's copy.
 
     Args:
         owner: the object.

@@ -39,9 +39,10 @@ class Coverage:
     """Which weights a rule covers and which it does not.
 
     Attributes:
-        rule: the rule's name. covered: the covered layers, in the order of the model. uncovered: weight name -> why it is not
-            covered. Such a weight learns from its local gradient and passes the error on itself, which is weight transport if an
-            error passes through it.
+        rule: the rule's name.
+        covered: the covered layers, in the order of the model.
+        uncovered: weight name -> why it is not covered. Such a weight learns from its local gradient and passes the error on
+            itself, which is weight transport if an error passes through it.
         local: weight name -> where it is, for weights that pass no error on (an embedding, a position table): they learn from
             their local gradient and need no feedback.
         notes: additional notes on the rule in this model.
@@ -76,7 +77,7 @@ class Coverage:
         return "\n".join(lines)
 
     def with_frozen(self, model: Any) -> Coverage:
-        """The same coverage, with the layers of `model` marked whose weights are frozen."""
+        """The same coverage, in which layers of `model` with frozen weights are marked."""
         return dataclasses.replace(
             self,
             covered=tuple(

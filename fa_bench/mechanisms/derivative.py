@@ -167,7 +167,7 @@ class Dual:
             CoverageError: if the module runs outside of a forward pass of the model.
         """
         if self._samples is None and recomputing():
-            return 0  # the backward pass has that of the pass that is repeated
+            return 0  # the backward pass uses the number of the pass that is repeated
         if self._samples is None:
             raise CoverageError(
                 f"{type(module).__name__.removeprefix('Dual')} ran outside a forward pass of the attached model; "
@@ -245,7 +245,7 @@ def _functions(model: nn.Module, modules: Iterable[nn.Module], sample: Any) -> l
     inputs: list[Any] = []
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        inputs[:] = (tensor.grad_fn for tensor in tensors_in((args, kwargs)))  # before it changes in place
+        inputs[:] = (tensor.grad_fn for tensor in tensors_in((args, kwargs)))  # before it is changed in place
 
     def after(module: nn.Module, args: Any, output: Tensor) -> None:
         inside.update(nodes_from([output.grad_fn], inputs))

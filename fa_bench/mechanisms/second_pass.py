@@ -25,7 +25,7 @@ Change = Callable[[Tensor], "Tensor | None"]
 
 
 class FirstPass:
-    """The arguments and the surroundings of a training pass of the model.
+    """The arguments of a training pass of the model, and the state in which it ran.
 
     Args:
         rule: the rule's name, for error messages.

@@ -265,7 +265,7 @@ def trace_attached(rule: Rule, sample_input: Any, watch: Iterable[str], frozen: 
 
     if sample_input is not None:
         return traced(sample_input)
-    needed = f"rule '{rule.name}' needs sample_input, one input batch, to see what follows layer '{path}'"
+    needed = f"rule '{rule.name}' needs sample_input, one input batch, to determine what follows layer '{path}'"
     if not isinstance(first, nn.Linear):
         raise CoverageError(needed)
     try:

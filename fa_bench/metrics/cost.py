@@ -282,7 +282,7 @@ def _samples(device: torch.device, shape: tuple[int, ...], classes: int, inputs:
 
 
 def _step(rule: Rule, data: tuple[Tensor, Tensor], optimizers: Optimizers | None, exact: bool) -> _Step:
-    """Run and count one step, after those that came before it have lost their gradients."""
+    """Run and count one step; the gradients of earlier steps are removed first."""
     x, y = data
     indices = torch.arange(len(y)) % (rule.sample_count or len(y))
     rule.model.zero_grad()
@@ -305,8 +305,8 @@ def _step(rule: Rule, data: tuple[Tensor, Tensor], optimizers: Optimizers | None
 
 
 def _cost(steps: Sequence[_Step], sizes: Sequence[int], resident: int) -> Cost:
-    """The cost of a step from its counts for a few samples, the sizes of its micro-batches, and bytes that are there all the
-    time."""
+    """The cost of a step from its counts for a few samples, the sizes of its micro-batches, and the bytes that are in use
+    throughout."""
     *products, of_optimizer, products_after = zip(*(step.multiplications for step in steps), strict=True)
     *moved, moved_after = zip(*(step.moved for step in steps), strict=True)
     forward, backward, feedback = (sum(at_batch(counts, size) for size in sizes) for counts in products)

@@ -248,7 +248,7 @@ class Call:
 
 
 def joined(tensors: list[Tensor]) -> Tensor:
-    """The tensors of several calls, (N, ...) each, as one, (N, features), if each has all samples, else (rows, features)."""
+    """The tensors of several calls, (N, ...) each, as one, (N, features), if each has all samples, otherwise (rows, features)."""
     if len(tensors) == 1:
         return tensors[0]
     if len({len(tensor) for tensor in tensors}) == 1:

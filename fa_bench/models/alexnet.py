@@ -50,8 +50,8 @@ class DKPAlexNet(Architecture):
 
     width: int = option(64, "channels of the first convolution; the others have 3, 6, 4 and 4 times as many", minimum=1)
     hidden: int = option(4096, "neurons of the two hidden fully connected layers", minimum=1)
-    linear_norm: bool = option(True, "also batch normalisation after the hidden fully connected layers")
-    dropout: float = option(0.5, "rate of the two dropouts", minimum=0, below=1)
+    linear_norm: bool = option(True, "batch normalisation after the hidden fully connected layers, too")
+    dropout: float = option(0.5, "rate of the two dropout layers", minimum=0, below=1)
 
     def make(self, input_shape: tuple[int, ...], classes: int) -> torch_nn.Module:
         from fa_bench.models.nets.convnet import ConvStage, convnet

@@ -93,7 +93,7 @@ _PREDICTIONS = {"multiplications": "multiplications", "bytes_moved": "bytes_move
 
 
 def _setting(run: Run) -> Any:
-    """Equal for runs whose times can be compared."""
+    """A key that is equal for runs whose times can be compared."""
     return task_key(run), run.result.get("device"), *(str(run.config.get(key, run.result.get(key))) for key in _EXECUTION)
 
 

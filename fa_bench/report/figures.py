@@ -55,7 +55,7 @@ BEST = "Each rule at its best setting by the validation score (last epoch); all 
 
 
 class Picture(NamedTuple):
-    """A figure of a report: its title, its files, and itself as an SVG element."""
+    """A figure of a report: its title, its files, and the figure as an SVG element."""
 
     title: str
     paths: list[Path]
@@ -89,7 +89,7 @@ def write_figures(
 
 
 def report_figures(runs: Sequence[Run], selection: Selection, swept: Sequence[Run]) -> Iterator[tuple[str, str, Figure]]:
-    """(end of the file name, title, figure) of every figure of a report; the overview comes first, without an end."""
+    """(end of the file name, title, figure) of every figure of a report; the overview comes first, with an empty end."""
     by_task, metrics = tasks(group_runs(runs)), metrics_of(runs)
     only = quantity(selection.metric, metrics, scores_in(runs)) if selection.metric else None
     x = selection.position

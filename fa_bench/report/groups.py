@@ -113,7 +113,7 @@ def tasks(groups: Groups) -> dict[str, dict[str, Sequence[Run]]]:
 
 
 def task_key(run: Run) -> str:
-    """The same text for runs of the same task."""
+    """A text that is the same for all runs of a task."""
     return repr(sorted(_task(run).items(), key=str))
 
 

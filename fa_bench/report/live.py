@@ -258,8 +258,9 @@ def table(lines: Sequence[Line], width: int, height: int) -> Table:
     """The view for a terminal.
 
     Args:
-        lines: the runs. width: columns of the terminal. Long names are shortened in the middle, because rule and seed are at the
-            ends; remarks are truncated.
+        lines: the runs.
+        width: columns of the terminal. Long names are shortened in the middle, because rule and seed are at the ends; remarks are
+            truncated.
         height: total number of lines. If not all runs fit, those that need the least attention are only counted.
     """
     from rich.table import Table
@@ -310,8 +311,8 @@ def _cells(line: Line) -> tuple[str, ...]:
 
 
 def watch(folders: Iterable[Path], out: TextIO, interval: float, once: bool) -> None:
-    """Show the runs at and below `folders` on `out`, updated every `interval` seconds until all have ended or Ctrl-C is pressed;
-    only once, in plain text and unabridged, with `once` or if `out` is not a terminal.
+    """Show the runs at and below `folders` on `out`, updated every `interval` seconds until all have ended or Ctrl-C is pressed.
+    With `once`, or if `out` is not a terminal, they are shown only once, in plain text and unabridged.
 
     Raises:
         DataError: as `Watcher.look`.

@@ -292,7 +292,7 @@ def typical(values: Sequence[float]) -> float:
 
 
 def readable_range(lines: Sequence[Sequence[float]], centres: Sequence[float], kind: str) -> Range:
-    """The range that shows these lines of values, except those far below the others (accuracies) or above (losses).
+    """The axis range that covers these lines, except those far below the others (accuracies) or far above them (losses).
 
     A line, with the value in `centres`, is far off if it is three interquartile ranges from the quartile of all lines, and at
     least 6 points of accuracy or a factor of 30 of loss. Losses of very different sizes have a logarithmic axis.

@@ -173,7 +173,7 @@ def read_entries(path: Path) -> list[Entry]:
 
     try:
         tables: Any = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # the parser raises many kinds for a damaged file
+    except Exception as error:  # the parser raises many kinds of errors for a damaged file
         raise DataError(f"{path}: unreadable: {error}") from error
     entries = []
     for table in tables:

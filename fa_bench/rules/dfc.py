@@ -238,7 +238,7 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
             # Only if something that learns comes before it; an input that requires its gradient does not count.
             if voltage.requires_grad and used_parameters(self.model, [voltage]):
                 seen[cut] = voltage
-            return voltage.clone()  # what comes next may work in place
+            return voltage.clone()  # the next operation may be an in-place one
 
         with torch.enable_grad(), self._pass(at) as output:
             dtype, (batch, classes) = torch.promote_types(output.dtype, torch.float32), output.shape
@@ -304,7 +304,7 @@ class DFC(DrawingRule, LearnedCutRule, PassRule):
     def _activation(self, cut: str, voltage: Tensor) -> Tensor:
         """φ(v), without the hooks of the nonlinearity."""
         with torch.no_grad():
-            return self._cut_modules[cut].forward(voltage.clone())  # it may work in place
+            return self._cut_modules[cut].forward(voltage.clone())  # it may be an in-place operation
 
     def _feedback_gradients(self, controller: Controller, share: float) -> dict[str, Tensor]:
         """Cut, or "" for the output -> the gradient of its B (C, F), from a pass with noise in all voltages."""

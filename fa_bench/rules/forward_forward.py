@@ -222,7 +222,7 @@ class ForwardForward(DrawingRule, PassRule):
             if not self.full_gradient or not self.is_nonlinearity(cut):
                 return None
             entering[cut] = tensor
-            return tensor.detach().clone()  # the nonlinearity may work in place
+            return tensor.detach().clone()  # the nonlinearity may be an in-place operation
 
         def at_output(cut: str, tensor: Tensor) -> Tensor:
             # The value of h, with the derivative of the nonlinearity's input.

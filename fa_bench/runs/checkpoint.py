@@ -221,7 +221,7 @@ def read(path: Path, config_hash: str, device: torch.device | str) -> dict[str, 
         stored, version = state["config_hash"], state["version"]
     except RunDirectoryError:
         raise
-    except Exception as error:  # damaged files raise many types
+    except Exception as error:  # damaged files raise many types of errors
         raise RunDirectoryError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
     if version != VERSION:
         raise RunDirectoryError(f"{path}: checkpoint of format {version}; this version of fa_bench reads format {VERSION}")

@@ -29,7 +29,8 @@ IGNORED = re.compile(
 
 
 def removable_files(directory: Path, resume: bool) -> Iterator[Path]:
-    """The files that a run removes when it starts, checkpoints first: those of other code must not outlive the config.
+    """The files that a run removes when it starts; checkpoints come first, because those of other code must not outlive the
+    config.
 
     Args:
         directory: the run's.

@@ -403,7 +403,7 @@ def run_together(command: Callable[[], int]) -> int:
         return command()
     try:
         _world = _joined()
-    except Exception as error:  # of torch's, of many types
+    except Exception as error:  # torch raises many types of errors
         print(f"fa-bench: cannot reach the other processes of torchrun ({describe_error(error)})", file=sys.stderr)
         return 1
     try:

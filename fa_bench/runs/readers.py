@@ -192,7 +192,7 @@ def read_config(path: Path) -> Config:
     except ConfigError as error:
         problem = re.sub(r"^:(\d+)", r"line \1", str(error).removeprefix(str(path))).lstrip(": ")
         raise RecordError(path, problem) from None
-    except Exception as error:  # OmegaConf raises many types for odd content
+    except Exception as error:  # OmegaConf raises many types of errors for odd content
         raise RecordError(path, f"not readable as a config ({type(error).__name__})") from None
     if values is None:
         raise RecordError(path, "not a run's config (allowed: a mapping)")

@@ -170,7 +170,7 @@ def stored_studies(plan: Plan) -> list[RuleStudy]:
         return [RuleStudy(each, plan.options, storage) for each in plan.rules]
     except (FaBenchError, KeyboardInterrupt):
         raise
-    except Exception as error:  # optuna raises many kinds for odd content
+    except Exception as error:  # optuna raises many kinds of errors for odd content
         raise RunDirectoryError(
             f"{plan.directory / JOURNAL}: damaged, or not written by a study ({describe_error(error)}); choose another name=NAME"
         ) from None

@@ -100,7 +100,7 @@ class EnergyMeter:
         """The energy since the last call in watt-hours; None if a counter failed."""
         try:
             now = sum(counter.joules() for counter in self._counters.values())
-        except Exception:  # of which NVML has many kinds
+        except Exception:  # NVML raises many kinds of errors
             return None
         used, self._before = now - self._before, now
         return used / _WH

@@ -70,7 +70,7 @@ def _parse(text: str, source: str) -> Any:
         where = f":{mark.line + 1}" if mark else ""
         problem = " ".join((error.problem or error.context or "no YAML").split())
         raise ConfigError(f"{source}{where}: invalid YAML ({problem})") from None
-    except Exception as error:  # OmegaConf raises many types for odd content
+    except Exception as error:  # OmegaConf raises many types of errors for odd content
         raise ConfigError(f"{source}: invalid YAML ({first_line(error)})") from None
 
 

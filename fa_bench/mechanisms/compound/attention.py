@@ -20,8 +20,8 @@ from fa_bench.mechanisms.compound.projection import Projection
 class AttentionLayers(Compound):
     """Attention with the layers ``in_proj`` (or ``q_proj``, ``k_proj`` and ``v_proj``) and ``out_proj``.
 
-    Self-attention projects its input once by the whole ``in_proj_weight``; attention to other keys and values projects each
-    argument by its own rows of it.
+    Self-attention projects its input once with the whole ``in_proj_weight``; attention to other keys and values projects each
+    argument with its own rows of it.
     """
 
     batch_axis = 1

@@ -174,7 +174,7 @@ class EnergyRule(PassRule):
         @torch.enable_grad()  # a frozen part of the model may run without gradients
         def at_output(cut: str, tensor: Tensor) -> Tensor:
             found.predicted[cut] = tensor
-            # A step may be smaller than the rounding of a half-precision activation.
+            # A step may be smaller than the rounding error of a half-precision activation.
             predicted = _wide(tensor.detach() if local else tensor)
             if cut not in variables:
                 variables[cut] = (predicted.detach() if moves_states else torch.zeros_like(predicted)).requires_grad_()

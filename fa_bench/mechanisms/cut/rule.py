@@ -62,7 +62,7 @@ class CutRule(Rule):
         self.output = None if self.output is None else str(self.output)
 
     #: The options of rules that have them: how far errors are exact (`within_option`), the module from whose output the error
-    #: comes (`error_at_option`), and whether positions that the error does not have share a matrix (`positions_option`).
+    #: comes (`error_at_option`), and whether all positions of a cut share a matrix if the error has none (`positions_option`).
     within: str = dataclasses.field(default="layer", init=False)
     error_at: str | None = dataclasses.field(default=None, init=False)
     positions: str = dataclasses.field(default="own", init=False)

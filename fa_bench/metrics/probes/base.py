@@ -66,7 +66,7 @@ class Subject:
 
     @property
     def scored(self) -> Split:
-        """The images that accuracies are measured on: validation images if there are any, else test images."""
+        """The images that accuracies are measured on: validation images if there are any, otherwise test images."""
         from fa_bench.data.splits import some
 
         validation = self.splits.validation
@@ -157,7 +157,7 @@ class Probes:
 def state_restored(rule: Rule) -> Iterator[None]:
     """A context whose changes to an attached model and to global random numbers are undone afterwards.
 
-    Restored are parameters, learned feedback included, buffers, gradients (None within it), ``requires_grad``, the modes of all
+    It restores parameters, including learned feedback, buffers, gradients (None within it), ``requires_grad``, the modes of all
     modules, and every global random generator; ``rule.mode.freeze_random`` is set within it.
     """
     from fa_bench.mechanisms.contexts import modes_of, restore_modes, set_temporarily
